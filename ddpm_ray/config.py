@@ -1,0 +1,323 @@
+"""Every knob of every job: typed, documented, checked.
+
+Nothing heavy is imported here: a wrong config ends in under two seconds, before torch or Ray are
+loaded. How knobs are read stands in knobs.py.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ddpm_ray.knobs import knob
+
+MIB = 2**20
+INCEPTION_URL = (
+    "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+    "pt_inception-2015-12-05-6726825d.pth"
+)
+INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    url: str = knob("", "folder with the packed shards, on any fsspec URL")
+    source: Literal["", "digits"] = knob(
+        "", "a built-in set to pack into data.url first, where it holds no shards yet"
+    )
+    flip: bool = knob(False, "mirror each image left-right with probability 1/2", defines_run=True)
+    lanes: int = knob(
+        8, "canonical lanes that the shards are dealt to; divides the batch",
+        at_least=1, defines_run=True,
+    )  # fmt: skip
+    shuffle_window_bytes: int = knob(
+        32 * MIB, "decoded bytes within which samples mix, all lanes together",
+        at_least=MIB, defines_run=True,
+    )  # fmt: skip
+    cache_bytes: int = knob(8192 * MIB, "node-local cache of remote shards; 0: none", at_least=0)
+    cache_dir: str = knob("", "where that cache lies; empty: ~/.cache/ddpm-ray")
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    kind: Literal["linear", "cosine"] = knob("linear", "how beta grows with t", defines_run=True)
+    num_steps: int = knob(1000, "T, the diffusion steps", at_least=1, defines_run=True)
+    beta_start: float = knob(1e-4, "linear: beta_1", above=0, below=1, defines_run=True)
+    beta_end: float = knob(0.02, "linear: beta_T", above=0, below=1, defines_run=True)
+    rescale: bool = knob(
+        False, "linear: multiply beta by 1000/T, so that alpha_bar_T hardly depends on T",
+        defines_run=True,
+    )  # fmt: skip
+    offset: float = knob(0.008, "cosine: s", at_least=0, defines_run=True)
+    max_beta: float = knob(0.999, "cosine: cap of beta", above=0, below=1, defines_run=True)
+
+    def problems(self) -> Iterator[str]:
+        if self.beta_start > self.beta_end:
+            yield (
+                f"schedule.beta_start is {self.beta_start}, above schedule.beta_end "
+                f"{self.beta_end}; noise must grow with t: swap them"
+            )
+        scale = 1000 / max(self.num_steps, 1) if self.rescale else 1.0
+        if self.kind == "linear" and self.beta_end < 1 <= self.beta_end * scale:
+            yield (
+                f"schedule.num_steps is {self.num_steps}: rescaled by 1000/T, schedule.beta_end "
+                f"becomes {self.beta_end * scale:.3g} and must be below 1; use at least "
+                f"{math.floor(1000 * self.beta_end) + 1} steps or schedule.rescale=false"
+            )
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    base_channels: int = knob(128, "channels of the first level", at_least=1, defines_run=True)
+    channel_mults: tuple[int, ...] = knob(
+        (1, 2, 2, 2), "channels of each level over base_channels", defines_run=True
+    )
+    blocks_per_level: int = knob(2, "residual blocks", at_least=1, defines_run=True)
+    attention_resolutions: tuple[int, ...] = knob(
+        (16,), "image sizes in pixels at which blocks attend", defines_run=True
+    )
+    dropout: float = knob(0.0, "inside residual blocks", at_least=0, below=1, defines_run=True)
+    groups: int = knob(32, "of each group norm", at_least=1, defines_run=True)
+
+    def problems(self) -> Iterator[str]:
+        if not self.channel_mults or min(self.channel_mults) < 1:
+            yield (
+                f"model.channel_mults is {list(self.channel_mults)}; it needs one factor of at "
+                f"least 1 per level, as in [1,2,2,2]"
+            )
+            return
+        for mult in sorted(set(self.channel_mults)):
+            if rest := (self.base_channels * mult) % self.groups:
+                yield (
+                    f"model.groups is {self.groups}; it must divide every level's channels, and "
+                    f"{self.base_channels * mult} leaves {rest}: "
+                    f"try {math.gcd(self.groups, self.base_channels)}"
+                )
+                return
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    steps: int = knob(800_000, "optimiser steps of the whole run", at_least=1)
+    global_batch_size: int = knob(
+        128, "images per optimiser step, all workers together", at_least=1, defines_run=True
+    )
+    micro_batch_size: int = knob(
+        0, "most images of one worker in one forward pass; 0: its whole share", at_least=0
+    )
+    learning_rate: float = knob(2e-4, "of Adam, after the warm-up", above=0, defines_run=True)
+    adam_beta1: float = knob(0.9, "decay of Adam's mean", at_least=0, below=1, defines_run=True)
+    adam_beta2: float = knob(0.999, "decay of its square", at_least=0, below=1, defines_run=True)
+    warmup_steps: int = knob(
+        0, "steps in which the rate rises linearly from 0", at_least=0, defines_run=True
+    )
+    warmup_images: int = knob(
+        0, "the same counted in images; set one of the two", at_least=0, defines_run=True
+    )
+    max_grad_norm: float = knob(
+        1.0, "global norm that gradients are clipped to", above=0, defines_run=True
+    )
+    ema_decay_per_step: float = knob(
+        0.9999, "of the weights that samples come from; 0: see the next key",
+        at_least=0, below=1, defines_run=True,
+    )  # fmt: skip
+    ema_half_life_images: int = knob(
+        0, "images after which a weight's share has halved; set one of the two",
+        at_least=0, defines_run=True,
+    )  # fmt: skip
+    ema_ramp: bool = knob(
+        True, "average over less while the run is young: decay <= (1 + step) / (10 + step)",
+        defines_run=True,
+    )  # fmt: skip
+    precision: Literal["fp32", "bf16"] = knob(
+        "fp32", "of the network's arithmetic (bf16: autocast); weights stay fp32", defines_run=True
+    )
+    channels_last: bool = knob(False, "NHWC layout; pays on GPUs with bf16")
+    compile: bool = knob(False, "torch.compile; pays on GPUs after minutes of warm-up")
+    gradient_checkpointing: bool = knob(False, "recompute blocks backwards: less memory, slower")
+    log_every_steps: int = knob(50, "steps that one row of rates and bands covers", at_least=1)
+    grid_every_steps: int = knob(5000, "steps between sample grids; 0: none", at_least=0)
+    checkpoint_every_steps: int = knob(1000, "steps between checkpoints", at_least=1)
+    keep_checkpoints: int = knob(3, "newest checkpoints that are kept", at_least=2)
+
+    def problems(self) -> Iterator[str]:
+        if self.warmup_steps and self.warmup_images:
+            yield (
+                f"training.warmup_images is {self.warmup_images} and training.warmup_steps "
+                f"{self.warmup_steps}; set one of the two and leave the other 0"
+            )
+        if bool(self.ema_decay_per_step) == bool(self.ema_half_life_images):
+            yield (
+                f"training.ema_half_life_images is {self.ema_half_life_images} and "
+                f"training.ema_decay_per_step {self.ema_decay_per_step}; set exactly one of the "
+                f"two and the other to 0"
+            )
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    sampler: Literal["ddim", "ancestral"] = knob("ddim", "how images are drawn")
+    steps: int = knob(50, "network calls per image, at most T", at_least=1)
+    spacing: Literal["uniform", "quadratic"] = knob("uniform", "of these steps over 0..T")
+    eta: float = knob(0.0, "ddim: fresh noise, 0 none, 1 as ancestral", at_least=0, at_most=1)
+    variance: Literal["fixed_small", "fixed_large"] = knob("fixed_small", "of the fresh noise")
+    clip: bool = knob(True, "clip each estimate of x_0 to [-1, 1] and derive epsilon again")
+    seed: int = knob(0, "with the image's index it fixes an image", at_least=0)
+    batch_size: int = knob(64, "images in one network call", at_least=1)
+
+    def problems(self, prefix: str, num_steps: int | None = None) -> Iterator[str]:
+        if num_steps is not None and self.steps > num_steps:
+            yield (
+                f"{prefix}.steps is {self.steps}; it cannot exceed schedule.num_steps {num_steps}"
+            )
+        partial = num_steps is None or self.steps < num_steps
+        if self.sampler == "ddim" and self.variance == "fixed_large" and partial:
+            yield (
+                f"{prefix}.variance is 'fixed_large', which with ddim at fewer steps than T adds "
+                f"more noise than the next step expects (FID 367 at 10 steps: Song et al. 2021, "
+                f"table 1); use fixed_small, or sampler=ancestral"
+            )
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    num_images: int = knob(0, "EMA samples that are scored; 0: no evaluation", at_least=0)
+    every_steps: int = knob(0, "steps between evaluations; 0: only at the end", at_least=0)
+    features: Literal["inception", "digits"] = knob(
+        "inception", "inception: eval/fid; digits: eval/fd_digits, by the bundled classifier"
+    )
+    widths: tuple[int, ...] = knob(
+        (2048,), "inception features: 2048 eval/fid, 768 eval/fid768, 192 eval/fid192"
+    )
+    resize: Literal["original", "pytorch-fid"] = knob(
+        "original", "to 299 pixels: TensorFlow 1 bilinear as in the papers, or torch bilinear"
+    )
+    weights: str = knob(INCEPTION_URL, "inception: release .pth or folded .npz, path or URL")
+    weights_sha256: str = knob(INCEPTION_SHA256, "of that file")
+    kernel_distance: bool = knob(True, "also the kernel inception distance (KID)")
+    kernel_distance_images: int = knob(5000, "images of each side that KID compares", at_least=2)
+
+    def problems(self) -> Iterator[str]:
+        known = (192, 768, 2048)
+        if not self.widths or any(width not in known for width in self.widths):
+            yield f"evaluation.widths is {list(self.widths)}; choose from {list(known)}"
+        if self.num_images == 1:
+            yield "evaluation.num_images is 1; a covariance needs at least 2 images"
+        if len(self.weights_sha256) != 64:
+            yield (
+                f"evaluation.weights_sha256 is {self.weights_sha256!r}; give the 64 hex digits "
+                f"that `sha256sum` prints for the file in evaluation.weights"
+            )
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    uri: str = knob("", "MLflow server or database; empty: $MLFLOW_TRACKING_URI or ./mlflow.db")
+    experiment: str = knob("ddpm-ray", "MLflow experiment that holds the run")
+    flush_every_s: float = knob(2.0, "seconds between batches of rows", above=0)
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    num_workers: int = knob(1, "Ray Train workers, one process each", at_least=1)
+    cpus_per_worker: float = knob(1, "CPUs, and threads of torch, of each worker", above=0)
+    gpus_per_worker: float = knob(0, "GPUs of each worker; above 0: CUDA and NCCL", at_least=0)
+    address: str = knob("", "Ray cluster to join; empty: $RAY_ADDRESS or a local Ray")
+    max_failures: int = knob(3, "times that lost workers are started again", at_least=0)
+    timeout_s: float = knob(300, "seconds a collective may take before it is an error", above=0)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One training run: `jobs/train.py`."""
+
+    name: str = knob("", "of the run; the same name in the same storage continues it")
+    storage: str = knob("runs", "folder that holds the runs' checkpoints, on any fsspec URL")
+    seed: int = knob(0, "of weights, order, t and noise", at_least=0, defines_run=True)
+    data: DataConfig = field(default_factory=DataConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+
+    def problems(self) -> Iterator[str]:
+        for key, value in (("name", self.name), ("data.url", self.data.url)):
+            if not value:
+                yield f"{key} is empty; give it a value, as in {key}=..."
+        if "/" in self.name or self.name.startswith("."):
+            yield f"name is {self.name!r}; it names a folder: no '/' and no leading '.'"
+        yield from self.schedule.problems()
+        yield from self.model.problems()
+        yield from self.training.problems()
+        yield from self.sampling.problems("sampling", self.schedule.num_steps)
+        yield from self.evaluation.problems()
+        batch, workers = self.training.global_batch_size, self.cluster.num_workers
+        for key, parts in (("cluster.num_workers", workers), ("data.lanes", self.data.lanes)):
+            if rest := batch % parts:
+                yield (
+                    f"training.global_batch_size is {batch}; {key}={parts} must divide it and "
+                    f"leaves {rest} images over: try {batch - rest or parts}"
+                )
+
+
+@dataclass(frozen=True)
+class PackConfig:
+    """One data set to be packed: `jobs/pack_shards.py SOURCE DESTINATION`."""
+
+    image_size: int = knob(0, "pixels of the square images; 0: as they are", at_least=0)
+    resize: Literal["none", "centre-crop-box-bicubic"] = knob(
+        "none", "recipe, recorded in the manifest; the second is guided-diffusion's"
+    )
+    channels: int = knob(0, "1 grey, 3 RGB; 0: as the first image has it", at_least=0, at_most=3)
+    encoding: Literal["raw", "png", "jpeg", "webp"] = knob("raw", "of images inside a shard")
+    shard_bytes: int = knob(
+        32 * MIB, "decoded bytes per shard", at_least=3 * MIB // 2, at_most=1024 * MIB
+    )
+    split: Literal["train", "test"] = knob("train", "half of mnist, fashion-mnist and cifar10")
+    url: str = knob("", "where mnist, fashion-mnist or cifar10 lie; empty: their public address")
+    sha256: str = knob("", "of the file(s) at url, comma-separated in the order of the help")
+    on_bad_image: Literal["stop", "skip"] = knob("stop", "skip counts and names what it skips")
+    max_pixels: int = knob(64_000_000, "larger images are refused before decoding", at_least=1)
+    num_workers: int = knob(0, "Ray tasks at once; 0: one per CPU of the cluster", at_least=0)
+    address: str = knob("", "Ray cluster to join; empty: $RAY_ADDRESS or a local Ray")
+
+    def problems(self) -> Iterator[str]:
+        if self.channels == 2:
+            yield "channels is 2; use 1 (grey) or 3 (RGB)"
+        if (self.resize == "none") != (self.image_size == 0):
+            yield (
+                f"image_size is {self.image_size} and resize {self.resize!r}; a size needs a "
+                f"recipe: resize=centre-crop-box-bicubic image_size=64, or neither"
+            )
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """Images from a trained model: `jobs/sample.py MODEL_URI`."""
+
+    num_images: int = knob(64, "images to draw", at_least=1)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+
+    def problems(self) -> Iterator[str]:
+        yield from self.sampling.problems("sampling")
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """A trained model's score against a data set: `jobs/evaluate.py MODEL_URI`."""
+
+    data_url: str = knob("", "reference shards; empty: what the model was trained on")
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    evaluation: EvaluationConfig = field(
+        default_factory=lambda: EvaluationConfig(num_images=10_000)
+    )
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+
+    def problems(self) -> Iterator[str]:
+        yield from self.sampling.problems("sampling")
+        yield from self.evaluation.problems()
+        if self.evaluation.num_images < 2:
+            yield f"evaluation.num_images is {self.evaluation.num_images}; score at least 2"

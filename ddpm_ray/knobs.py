@@ -1,0 +1,188 @@
+"""Documented, checked config fields, and how they are read from YAML and `key=value` arguments.
+
+The only importer of OmegaConf. A knob's metadata carries its meaning and its range, so `--help`,
+the checks and the rule that a run keeps its defining values for life all read from one place.
+"""
+
+import difflib
+from collections.abc import Iterator, Mapping
+from dataclasses import field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar, cast
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+T = TypeVar("T")
+
+
+class Checked(Protocol):
+    """A dataclass of knobs that also knows what cannot go together."""
+
+    def problems(self) -> Iterator[str]: ...
+
+
+Config = TypeVar("Config", bound=Checked)
+
+
+class ConfigError(ValueError):
+    """A config that cannot be run; one line for each bad key."""
+
+
+def knob(
+    default: T,
+    doc: str,
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+    defines_run: bool = False,
+) -> T:
+    """A documented field with its range; `defines_run`: a run keeps the value for life."""
+    limits = {
+        "at least": (at_least, lambda x, y: x >= y),
+        "above": (above, lambda x, y: x > y),
+        "at most": (at_most, lambda x, y: x <= y),
+        "below": (below, lambda x, y: x < y),
+    }
+    metadata = {"doc": doc, "limits": limits, "defines_run": defines_run}
+    value: T = field(default=default, metadata=metadata)
+    return value
+
+
+def load(kind: type[Config], path: str | None, overrides: list[str]) -> Config:
+    """A checked config from a YAML file (or defaults alone) and `key=value` overrides.
+
+    Raises ConfigError with one line for each bad key: its path, its value, the rule, and the
+    nearest valid name.
+    """
+    errors: list[str] = []
+    merged = OmegaConf.structured(kind)
+    for where, layer in (
+        (path, _yaml(path) if path else {}),
+        ("command line", _dotlist(overrides)),
+    ):
+        for key, value in _leaves(layer):
+            try:
+                merged = OmegaConf.merge(merged, _nested(key, value))
+            except OmegaConfBaseException as error:
+                errors.append(f"{where}: {_complaint(kind, key, value, error)}")
+    if errors:
+        raise ConfigError("\n".join(errors))
+    config = cast(Config, OmegaConf.to_object(merged))
+    if problems := [*_out_of_range(config), *config.problems()]:
+        raise ConfigError("\n".join(f"{path or 'command line'}: {line}" for line in problems))
+    return config
+
+
+def from_dict(kind: type[Config], values: Mapping[str, Any]) -> Config:
+    """The config that `to_dict` was given; keys that this version lacks raise ConfigError."""
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(kind), OmegaConf.create(dict(values)))
+    except OmegaConfBaseException as error:
+        raise ConfigError(str(error).splitlines()[0]) from error
+    return cast(Config, OmegaConf.to_object(merged))
+
+
+def to_dict(config: object) -> dict[str, Any]:
+    """Plain nested values, ready for JSON."""
+    return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.structured(config)))
+
+
+def to_yaml(config: object) -> str:
+    """The whole resolved config as YAML: what `--print-config` shows."""
+    text: str = OmegaConf.to_yaml(OmegaConf.structured(config))
+    return text
+
+
+def flat(config: object) -> dict[str, Any]:
+    """Every leaf under its dotted key, as in `{"schedule.num_steps": 1000, ...}`."""
+    return {key: value for key, value, _ in _walk(config)}
+
+
+def defining(config: object) -> dict[str, Any]:
+    """The leaves that a run keeps for life: a checkpoint continues only under equal ones."""
+    return {key: value for key, value, meta in _walk(config) if meta["defines_run"]}
+
+
+def help_lines(kind: type[Any]) -> list[str]:
+    """One line per knob: dotted key, default, meaning with its unit and range."""
+    rows = [(key, _shown(value), _meaning(meta)) for key, value, meta in _walk(kind())]
+    wide, deep = (max(len(row[i]) for row in rows) for i in (0, 1))
+    return [f"  {key:<{wide}}  {default:<{min(deep, 24)}}  {doc}" for key, default, doc in rows]
+
+
+def _walk(config: object, prefix: str = "") -> Iterator[tuple[str, Any, Mapping[str, Any]]]:
+    for item in fields(cast(Any, config)):
+        value = getattr(config, item.name)
+        if is_dataclass(value):
+            yield from _walk(value, f"{prefix}{item.name}.")
+        else:
+            yield f"{prefix}{item.name}", value, item.metadata
+
+
+def _out_of_range(config: object) -> Iterator[str]:
+    for key, value, meta in _walk(config):
+        for rule, (limit, holds) in meta["limits"].items():
+            if limit is not None and not holds(value, limit):
+                yield f"{key} is {value}; it must be {rule} {limit}"
+
+
+def _meaning(meta: Mapping[str, Any]) -> str:
+    bounds = [f"{rule} {limit}" for rule, (limit, _) in meta["limits"].items() if limit is not None]
+    return meta["doc"] + (f" ({', '.join(bounds)})" if bounds else "")
+
+
+def _shown(value: Any) -> str:
+    text = str(list(value)).replace(" ", "") if isinstance(value, tuple) else str(value)
+    return text if len(text) <= 24 else f"{text[:21]}..."
+
+
+def _yaml(path: str) -> dict[str, Any]:
+    if not Path(path).is_file():
+        near = sorted(str(p) for p in Path(path).parent.glob("*.yaml"))
+        raise ConfigError(f"{path}: no such file; here are: {', '.join(near) or 'no *.yaml'}")
+    try:
+        values = OmegaConf.to_container(OmegaConf.load(path))
+    except Exception as error:  # the YAML reader's own errors name line and column
+        raise ConfigError(f"{path}: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: holds a {type(values).__name__}; give keys and values")
+    return cast(dict[str, Any], values)
+
+
+def _dotlist(overrides: list[str]) -> dict[str, Any]:
+    for text in overrides:
+        if "=" not in text:
+            raise ConfigError(f"command line: {text!r} is not of the form key=value")
+    return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.from_dotlist(overrides)))
+
+
+def _leaves(layer: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in layer.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _nested(key: str, value: Any) -> dict[str, Any]:
+    for name in reversed(key.split(".")):
+        value = {name: value}
+    return cast(dict[str, Any], value)
+
+
+def _complaint(kind: type[Any], key: str, value: Any, error: OmegaConfBaseException) -> str:
+    known = {name: meta for name, _, meta in _walk(kind())}
+    if key in known:
+        reason = str(error).splitlines()[0].replace("$VALUE_TYPE", "such a type")
+        return f"{key}={value!r}: {reason.replace('$VALUE', str(value))} ({_meaning(known[key])})"
+    groups = sorted({name.rpartition(".")[0] for name in known} - {""})
+    if key in groups:
+        return f"{key}={value!r}: a group of keys, not a value; set {key}.<key>"
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    tail = {name.rpartition(".")[2]: name for name in known}
+    if not near and (also := difflib.get_close_matches(key.rpartition(".")[2], tail, n=1)):
+        near = [tail[also[0]]]
+    return f"{key}={value!r}: no such key" + (f"; did you mean {near[0]}?" if near else "")
