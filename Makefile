@@ -1,0 +1,52 @@
+# `make` alone lists what there is. Everything lives in .venv, which the first target that needs it makes.
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help train test faults lint types bench ui clean
+
+BIN := .venv/bin
+READY := .venv/ready
+# The first of these that is Python 3.11 or newer; `make PYTHON=... train` says otherwise.
+PYTHON = $(shell for p in python3.11 python3.12 python3.13 python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null && echo $$p && break; done)
+
+help:  ## list these targets
+	@awk -F ':.*  ## ' '/^[a-z]+:.*  ## /{printf "make %-8s %s\n", $$1, $$2}' Makefile
+
+train: data/digits/manifest.json  ## the demo: 8x8 digits, 2 workers, under 5 minutes
+	$(BIN)/python jobs/train.py conf/train/digits.yaml
+
+test: $(READY)  ## all tests but the long ones
+	$(BIN)/pytest
+
+faults: $(READY)  ## the long tests: killed workers, dead servers, full trainings
+	$(BIN)/pytest -m slow
+
+lint: $(READY)  ## ruff's rules and its format
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: $(READY)  ## mypy --strict
+	$(BIN)/mypy
+
+bench: $(READY)  ## speed as ratios to what we compare with
+	for script in benchmarks/*.py; do $(BIN)/python $$script; done
+
+ui: $(READY)  ## the local runs in MLflow
+	@echo "http://127.0.0.1:5000/#/experiments?workflowType=machine_learning (Ctrl-C ends it)"
+	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow server --workers 1 \
+		--backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port 5000
+
+clean:  ## remove .venv and caches; keeps data/, runs/ and mlflow.db
+	rm -rf .venv .hypothesis .mypy_cache .pytest_cache .ruff_cache ddpm_ray.egg-info
+	find ddpm_ray jobs tests benchmarks -name __pycache__ -prune -exec rm -r {} +
+
+data/digits/manifest.json: | $(READY)
+	$(BIN)/python jobs/pack_shards.py digits data/digits
+
+$(READY): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is not on the PATH; install it" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
