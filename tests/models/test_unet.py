@@ -1,0 +1,292 @@
+"""The U-Net of Ho et al. 2020: its size, its start, its laws, and an independent reference."""
+
+import itertools
+from typing import Any
+
+import mpmath
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from ddpm_ray.models.layers import Attention, Downsample, Upsample, sinusoidal_embedding
+from ddpm_ray.models.unet import UNet
+
+
+def small(**changes: Any) -> UNet:
+    """A two-level form for 8x8 grey images, with random numbers where training starts from 0."""
+    torch.manual_seed(0)
+    form: dict[str, Any] = {
+        "image_size": 8,
+        "image_channels": 1,
+        "base_channels": 8,
+        "channel_mults": (1, 2),
+        "blocks_per_level": 1,
+        "attention_resolutions": (4,),
+        "groups": 4,
+    }
+    return disturbed(UNet(**(form | changes)))
+
+
+def disturbed(network: UNet) -> UNet:
+    """Every parameter moved off its start, so that no 0 hides a path through the network."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
+    return network
+
+
+def batch(side: int = 8, channels: int = 1, count: int = 3) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    x_t = torch.randn(count, channels, side, side, generator=generator)
+    return x_t, torch.randint(1, 1001, (count,), generator=generator)
+
+
+def test_the_papers_cifar10_form_has_its_35_746_307_parameters() -> None:
+    with torch.device("meta"):
+        network = UNet(image_size=32, image_channels=3, dropout=0.1)
+    assert sum(parameter.numel() for parameter in network.parameters()) == 35_746_307
+
+
+def test_prediction_is_exactly_zero_before_training() -> None:
+    network = UNet(image_size=8, image_channels=1, base_channels=32, channel_mults=(1, 2),
+                   attention_resolutions=(4,))  # fmt: skip
+    assert network(*batch()).abs().max() == 0
+
+
+def test_blocks_start_as_identities() -> None:
+    x, embedding = torch.randn(2, 32, 8, 8), torch.randn(2, 128)
+    network = UNet(image_size=8, image_channels=1, base_channels=32, channel_mults=(1,),
+                   attention_resolutions=(8,))  # fmt: skip
+    assert torch.equal(network.down[0](x, embedding), x)
+    assert torch.equal(network.middle_1(x, embedding), x)
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(0, 4000), st.integers(2, 70).map(lambda half: 2 * half))
+def test_embedding_is_what_thirty_digits_say(count: int, width: int) -> None:
+    half = width // 2
+    with mpmath.workdps(30):
+        angles = [count * mpmath.power(10_000, mpmath.mpf(-k) / (half - 1)) for k in range(half)]
+        reference = [*map(mpmath.sin, angles), *map(mpmath.cos, angles)]
+    embedding = sinusoidal_embedding(torch.tensor([count]), width)[0]
+    # An angle of 4,000 rad has a float32 spacing of 2.4e-4.
+    torch.testing.assert_close(
+        embedding.double(),
+        torch.tensor([float(value) for value in reference], dtype=torch.float64),
+        atol=2.5e-7 * max(count, 4),
+        rtol=0,
+    )
+
+
+def test_first_step_is_embedded_as_zero() -> None:
+    """t = 1 is the code's 0: sines 0, cosines 1, whatever the frequencies."""
+    network = small()
+    seen: list[Tensor] = []
+    network.time.dense_1.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    network(batch()[0][:1], torch.tensor([1]))
+    assert seen[0].tolist() == [[0.0] * 4 + [1.0] * 4]
+
+
+def test_an_image_is_denoised_alone_as_in_its_batch() -> None:
+    network, (x_t, t) = small(), batch()
+    alone = [network(x_t[i : i + 1], t[i : i + 1]) for i in range(len(t))]
+    torch.testing.assert_close(torch.cat(alone), network(x_t, t))
+
+
+def test_prediction_depends_on_the_step() -> None:
+    network, (x_t, _) = small(), batch()
+    early, late = (network(x_t, torch.full((3,), t)) for t in (1, 1000))
+    assert (early - late).abs().max() > 1e-3
+
+
+def test_attention_without_position_commutes_with_any_order_of_the_pixels() -> None:
+    torch.manual_seed(0)
+    attention = Attention(8, groups=4)
+    nn.init.normal_(attention.out.weight)
+    x, order = torch.randn(2, 8, 4, 4), torch.randperm(16)
+    shuffled = x.flatten(2)[:, :, order].view_as(x)
+    expected = attention(x).flatten(2)[:, :, order].view_as(x)
+    assert not torch.allclose(expected, shuffled, atol=0.1)
+    torch.testing.assert_close(attention(shuffled), expected)
+
+
+def test_attention_averages_values_where_all_keys_are_alike() -> None:
+    """With query and key 0 the softmax is flat: every pixel receives the mean value."""
+    attention = Attention(8, groups=8)
+    with torch.no_grad():
+        attention.query_key_value.weight[:16] = 0
+        attention.query_key_value.weight[16:] = torch.eye(8)
+        attention.out.weight.copy_(torch.eye(8))
+        attention.norm.bias.copy_(torch.arange(8.0))
+    x = torch.randn(2, 8, 4, 4)
+    expected = x + torch.arange(8.0).view(1, 8, 1, 1)  # a normalised channel's mean is its bias
+    torch.testing.assert_close(attention(x), expected, atol=1e-5, rtol=0)
+
+
+def test_downsampling_pads_the_end_and_not_the_start() -> None:
+    """With a kernel that picks its middle, output (i, j) is input (2i + 1, 2j + 1)."""
+    down = Downsample(1)
+    with torch.no_grad():
+        down.conv.weight.zero_()[0, 0, 1, 1] = 1
+    x = torch.arange(16.0).view(1, 1, 4, 4)
+    assert down(x).tolist() == [[[[5, 7], [13, 15]]]]
+    with torch.no_grad():
+        down.conv.weight.zero_()[0, 0, 2, 2] = 1
+    assert down(x).tolist() == [[[[10, 0], [0, 0]]]]
+
+
+def test_upsampling_repeats_each_pixel_four_times() -> None:
+    up = Upsample(1)
+    with torch.no_grad():
+        up.conv.weight.zero_()[0, 0, 1, 1] = 1
+    rows = up(torch.arange(4.0).view(1, 1, 2, 2))[0, 0].tolist()
+    assert rows == [[0, 0, 1, 1], [0, 0, 1, 1], [2, 2, 3, 3], [2, 2, 3, 3]]
+
+
+def test_every_parameter_learns() -> None:
+    network, (x_t, t) = small(), batch()
+    network(x_t, t).square().mean().backward()
+    idle = [
+        name
+        for name, parameter in network.named_parameters()
+        if parameter.grad is None or not parameter.grad.abs().max() > 0
+    ]
+    assert not idle
+
+
+def gradients(network: UNet, seed: int) -> list[Tensor]:
+    network.zero_grad(set_to_none=True)
+    torch.manual_seed(seed)
+    x_t, t = batch()
+    network(x_t, t).square().mean().backward()
+    return [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
+
+
+def test_gradient_checkpointing_changes_no_bit_of_the_gradients() -> None:
+    plain, checkpointed = (small(dropout=0.3, gradient_checkpointing=on) for on in (False, True))
+    for a, b in zip(gradients(plain, 5), gradients(checkpointed, 5), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_gradient_checkpointing_keeps_fewer_numbers() -> None:
+    def kept(network: UNet) -> int:
+        sizes: list[int] = []
+
+        def keep(tensor: Tensor) -> Tensor:
+            sizes.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            network(*batch())
+        return sum(sizes)
+
+    assert kept(small(gradient_checkpointing=True)) < 0.5 * kept(small())
+
+
+def test_dropout_is_drawn_from_the_default_generator_and_only_in_training() -> None:
+    network = small(dropout=0.3)
+    first, again, other = gradients(network, 5), gradients(network, 5), gradients(network, 6)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+    network.eval()
+    assert torch.equal(network(*batch()), network(*batch()))
+
+
+def test_channels_last_and_bfloat16_give_the_same_prediction() -> None:
+    network, (x_t, t) = small(), batch()
+    exact = network(x_t, t)
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = network(x_t, t).float()
+    assert 0 < (rough - exact).norm() / exact.norm() < 0.05
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    torch.testing.assert_close(network(x_t, t), exact)
+
+
+def test_one_graph_compiles_without_a_break() -> None:
+    network, (x_t, t) = small(gradient_checkpointing=True), batch()
+    compiled: Any = torch.compile(network, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x_t, t), network(x_t, t))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"image_size": 9}, "image_size is 9, .* 2 levels .* nearest valid: 8 and 10"),
+        (
+            {"image_size": 3, "channel_mults": (1, 1, 1), "attention_resolutions": ()},
+            "image_size is 3, .* 3 levels .* nearest valid: 4$",
+        ),
+        ({"groups": 3}, "groups is 3, which does not divide a level's 8 channels"),
+        ({"groups": 16}, "groups is 16, which does not divide a level's 8 channels"),
+        (
+            {"attention_resolutions": (4, 16)},
+            "attention_resolutions names 16, but .* side 8 have sides 8, 4",
+        ),
+        ({"channel_mults": ()}, "there must be a level"),
+        ({"base_channels": 7, "groups": 1}, "base_channels is 7.* base_channels even"),
+        ({"blocks_per_level": 0}, "blocks_per_level is 0"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        small(**changes)
+
+
+def test_agrees_with_an_independent_implementation() -> None:
+    """diffusers' UNet2DModel in the form of google/ddpm-cifar10-32, narrowed, random weights."""
+    diffusers = pytest.importorskip("diffusers", reason="needs diffusers: no dependency of ours")
+    torch.manual_seed(3)
+    reference = diffusers.UNet2DModel(
+        sample_size=16, block_out_channels=(16, 32, 32), layers_per_block=2,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        freq_shift=1, flip_sin_to_cos=False, downsample_padding=0, attention_head_dim=None,
+        norm_num_groups=8, norm_eps=1e-6,
+    ).eval()  # fmt: skip
+    network = UNet(image_size=16, image_channels=3, base_channels=16, channel_mults=(1, 2, 2),
+                   attention_resolutions=(8,), groups=8)  # fmt: skip
+    theirs = reference.state_dict()
+    ours = {name: torch.cat([theirs[old] for old in olds]) for name, olds in names(network).items()}
+    assert sum(map(len, names(network).values())) == len(theirs)
+    network.load_state_dict(ours)
+    x_t, t = batch(side=16, channels=3)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            network(x_t, t), reference(x_t, t - 1).sample, atol=2e-5, rtol=1e-4
+        )
+
+
+BLOCK = {"norm_1": ["norm1"], "conv_1": ["conv1"], "time": ["time_emb_proj"], "norm_2": ["norm2"],
+         "conv_2": ["conv2"], "skip": ["conv_shortcut"]}  # fmt: skip
+ATTENTION = {"norm": ["group_norm"], "query_key_value": ["to_q", "to_k", "to_v"],
+             "out": ["to_out.0"]}  # fmt: skip
+
+
+def names(network: UNet) -> dict[str, list[str]]:
+    """Our parameter names -> the names in diffusers' UNet2DModel that they are made of."""
+    modules = {f"time.dense_{i}": f"time_embedding.linear_{i}" for i in (1, 2)}
+    modules |= {"conv_in": "conv_in", "norm_out": "conv_norm_out", "conv_out": "conv_out"}
+    blocks = {"middle_1.block": "mid_block.resnets.0", "middle_2.block": "mid_block.resnets.1"}
+    attentions = {"middle_1.attention": "mid_block.attentions.0"}
+    for side, last in (("down", Downsample), ("up", Upsample)):
+        level, count = 0, itertools.count()
+        for i, module in enumerate(getattr(network, side)):
+            if isinstance(module, last):
+                modules[f"{side}.{i}.conv"] = f"{side}_blocks.{level}.{side}samplers.0.conv"
+                level, count = level + 1, itertools.count()
+                continue
+            number = next(count)
+            blocks[f"{side}.{i}.block"] = f"{side}_blocks.{level}.resnets.{number}"
+            if module.attention is not None:
+                attentions[f"{side}.{i}.attention"] = f"{side}_blocks.{level}.attentions.{number}"
+    parts = {new: [old] for new, old in modules.items()}
+    for group, layout in ((blocks, BLOCK), (attentions, ATTENTION)):
+        for (new, old), (part, olds) in itertools.product(group.items(), layout.items()):
+            parts[f"{new}.{part}"] = [f"{old}.{name}" for name in olds]
+    return {
+        name: [f"{old}.{name.rpartition('.')[2]}" for old in parts[name.rpartition(".")[0]]]
+        for name in network.state_dict()
+    }
