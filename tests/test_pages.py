@@ -1,0 +1,175 @@
+"""The pages tell the truth: their paths, targets, links, keys and commands exist today."""
+
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ddpm_ray import knobs
+from ddpm_ray.config import EvaluateConfig, PackConfig, RunConfig, SampleConfig
+
+ROOT = Path(__file__).parent.parent
+PAGES = ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md"]
+CONFIGS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "conf").rglob("*.yaml"))
+JOBS: dict[str, type[Any]] = {
+    "jobs/train.py": RunConfig,
+    "jobs/sample.py": SampleConfig,
+    "jobs/evaluate.py": EvaluateConfig,
+    "jobs/pack_shards.py": PackConfig,
+}
+HOSTS = {"127.0.0.1", "arxiv.org", "github.com", "mlflow.example.com"}
+
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+SPAN = re.compile(r"`([^`\n]+)`")
+LINK = re.compile(r"\]\(([^)#\s]+)[^)]*\)")
+PATH = re.compile(r"(?<![\w:/.~<>-])(?:\.?[\w-]+/)+[\w.-]*|\b\w+\.(?:py|md|toml|txt|yaml)\b")
+OUTPUTS = re.compile(r"(data|runs)/\w*|\.venv")  # what commands leave behind
+METRICS = re.compile(r"(train|val|eval)/\w*")
+
+
+def text_of(page: str) -> str:
+    """A Markdown page, or the opening comment of a config file as one block of code."""
+    text = (ROOT / page).read_text()
+    if page.endswith(".md"):
+        return text
+    opening = re.match(r"(?:#.*\n)*", text)
+    assert opening
+    return f"```sh\n{re.sub('^# ?', '', opening[0], flags=re.MULTILINE)}```\n"
+
+
+def blocks(text: str) -> Iterator[tuple[str, str]]:
+    yield from ((match[1], match[2]) for match in BLOCK.finditer(text))
+
+
+def spans(text: str) -> Iterator[str]:
+    yield from SPAN.findall(BLOCK.sub("", text))
+
+
+def exists(path: str) -> bool:
+    """True for a path from the root or the package, a module's bare name, an output or a metric."""
+    if OUTPUTS.fullmatch(path) or METRICS.fullmatch(path):
+        return True
+    if (ROOT / path).exists() or (ROOT / "ddpm_ray" / path).exists():
+        return True
+    return "/" not in path and any((ROOT / "ddpm_ray").rglob(path))
+
+
+def tree_paths(block: str) -> Iterator[str]:
+    """Full paths of a tree block: two spaces a level, the name first, folders end with a slash."""
+    above: list[str] = []
+    for line in filter(None, block.splitlines()):
+        name = line.split()[0]
+        depth = (len(line) - len(line.lstrip())) // 2
+        above[depth:] = [name]
+        yield "".join(above)
+
+
+def paths(text: str) -> set[str]:
+    """Every path that the page names: in code spans, commands and trees."""
+    found = {path for span in spans(text) for path in PATH.findall(span)}
+    for kind, block in blocks(text):
+        if kind == "text":
+            found.update(tree_paths(block))
+        elif kind == "sh":
+            found.update(
+                word for word in PATH.findall(block) if word.startswith(("jobs/", "conf/"))
+            )
+    return found
+
+
+def commands(text: str) -> Iterator[list[str]]:
+    """Words of each `python jobs/...` command, with continued lines joined."""
+    for _, block in blocks(text):
+        for line in block.replace("\\\n", " ").splitlines():
+            if "python jobs/" in line:
+                yield shlex.split(line[line.index("jobs/") :], comments=True)
+
+
+def targets(text: str) -> set[str]:
+    return {
+        target
+        for code in (*spans(text), *(block for _, block in blocks(text)))
+        for target in re.findall(r"\bmake ([a-z]+)\b", code)
+    }
+
+
+@pytest.mark.parametrize("page", PAGES + CONFIGS)
+def test_every_path_exists(page: str) -> None:
+    missing = sorted(path for path in paths(text_of(page)) if not exists(path))
+    assert not missing, f"{page} names {missing}"
+
+
+def test_the_tree_shows_every_module() -> None:
+    shown = {path for _, block in blocks(text_of("ARCHITECTURE.md")) for path in tree_paths(block)}
+    modules = {
+        str(path.relative_to(ROOT))
+        for folder in ("ddpm_ray", "jobs")
+        for path in (ROOT / folder).rglob("*.py")
+        if path.name != "__init__.py"
+    }
+    assert not modules - shown
+
+
+@pytest.mark.parametrize("page", PAGES + CONFIGS)
+def test_every_make_target_exists(page: str) -> None:
+    known = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert targets(text_of(page)) <= set(known)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_no_link_is_dead(page: str) -> None:
+    links = [link for link in LINK.findall(text_of(page)) if not link.startswith("http")]
+    assert not [link for link in links if not (ROOT / link).exists()]
+
+
+@pytest.mark.parametrize("page", PAGES + CONFIGS)
+def test_every_command_has_a_valid_config(page: str) -> None:
+    for job, *words in commands(text_of(page)):
+        overrides = [word for word in words if re.match(r"[\w.]+=", word)]
+        file = next((word for word in words if word.endswith(".yaml")), None)
+        knobs.load(JOBS[job], str(ROOT / file) if file else None, overrides)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_key_in_the_text_exists(page: str) -> None:
+    known = {key for kind in JOBS.values() for key in knobs.flat(kind())}
+    groups = {key.partition(".")[0] for key in known if "." in key}
+    keys = [span for span in spans(text_of(page)) if re.fullmatch(r"[a-z_]+(\.[a-z0-9_]+)+", span)]
+    assert not {key for key in keys if key.partition(".")[0] in groups and not exists(key)} - known
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_every_config_opens_with_its_own_command(config: str) -> None:
+    assert config in {word for words in commands(text_of(config)) for word in words}
+
+
+@pytest.mark.parametrize(
+    "page", [*PAGES, *CONFIGS, "Makefile", "pyproject.toml", "constraints.txt"]
+)
+def test_pages_name_no_machine_of_ours(page: str) -> None:
+    text = (ROOT / page).read_text()
+    assert set(re.findall(r"https?://([^/:\s`]+)", text)) <= HOSTS
+    assert not re.findall(r"(?<![\w.:/~<>$)-])/(?!tmp\b|dev/|N\b|T\b)\w+/[\w./-]*", text)
+
+
+def test_the_changelog_says_what_is_new() -> None:
+    unreleased = text_of("CHANGELOG.md").split("\n## ")[1]
+    assert re.match(
+        r"Unreleased\n.*?### (Added|Changed|Fixed|Removed)\n\n- ", unreleased, re.DOTALL
+    )
+
+
+def test_the_checks_see_what_is_false() -> None:
+    page = (
+        "See `data/gone.py`, `schedule.num_stops`, `gone.py` and `make coffee`.\n"
+        "```text\nddpm_ray/\n  models/\n    gone.py   lost\n```\n"
+        "```sh\npython jobs/train.py conf/gone.yaml \\\n    schedule.num_steps=9\n```\n"
+    )
+    wrong = {"data/gone.py", "gone.py", "ddpm_ray/models/gone.py", "conf/gone.yaml"}
+    assert paths(page) == wrong | {"ddpm_ray/", "ddpm_ray/models/", "jobs/train.py"}
+    assert not any(exists(path) for path in wrong)
+    assert targets(page) == {"coffee"}
+    assert list(commands(page)) == [["jobs/train.py", "conf/gone.yaml", "schedule.num_steps=9"]]
