@@ -1,0 +1,83 @@
+"""Pictures of pictures: a grid of samples, and a strip that shows noise becoming images."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from ddpm_ray.diffusion.process import Denoise, NoiseSchedule
+from ddpm_ray.generation.sample import Images, SamplingPlan, draw, to_uint8
+
+GUTTER_PIXELS = 2
+GUTTER_GREY = 128  # set off from the black ground of digits and from white ground alike
+CAPTION_PIXELS = 22
+LEGIBLE_PIXELS = 64  # an image smaller than this is enlarged, by a whole factor
+
+
+def grid(
+    images: Images, columns: int | None = None, *, min_pixels: int = LEGIBLE_PIXELS
+) -> Image.Image:
+    """One picture of uint8 images [N, H, W, C], row by row, C 1 (grey) or 3 (RGB), N >= 1.
+
+    `columns` makes it about square by default. Images whose shorter side is below `min_pixels`
+    are enlarged by the whole factor that gets them there; each pixel stays a sharp square.
+    """
+    if images.ndim != 4 or not len(images) or images.shape[3] not in (1, 3):
+        raise ValueError(f"images have shape {list(images.shape)}; a grid shows [N, H, W, 1 or 3]")
+    count, height, width, channels = images.shape
+    factor = max(1, math.ceil(min_pixels / min(height, width)))
+    columns = min(count, columns or math.ceil(math.sqrt(count)))
+    rows = math.ceil(count / columns)
+    cell_height, cell_width = height * factor + GUTTER_PIXELS, width * factor + GUTTER_PIXELS
+    shape = (rows * cell_height + GUTTER_PIXELS, columns * cell_width + GUTTER_PIXELS, channels)
+    canvas = np.full(shape, GUTTER_GREY, np.uint8)
+    for i, image in enumerate(images.repeat(factor, axis=1).repeat(factor, axis=2)):
+        top = i // columns * cell_height + GUTTER_PIXELS
+        left = i % columns * cell_width + GUTTER_PIXELS
+        canvas[top : top + height * factor, left : left + width * factor] = image
+    return Image.fromarray(canvas.squeeze(2) if channels == 1 else canvas)
+
+
+def denoising_strip(
+    denoise: Denoise,
+    schedule: NoiseSchedule,
+    plan: SamplingPlan,
+    index: Tensor,
+    image_shape: tuple[int, int, int],
+    device: torch.device | str,
+    *,
+    columns: int = 10,
+) -> Image.Image:
+    """A picture of the images `index` [N] being drawn: a column per shown step, T first, 0 last.
+
+    Each image has two rows: x_t, and below it the estimate of x_0 that the network makes of it
+    (at t = 0 both are the image). About `columns` steps are shown, evenly spaced over the plan's.
+    """
+    places = np.linspace(0, len(plan.steps) - 1, max(2, min(columns, len(plan.steps)))).round()
+    shown = [plan.steps[int(place)] for place in places]
+    kept: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def keep(t: int, x_t: Tensor, x_0_estimate: Tensor) -> None:
+        if t in shown:
+            kept[t] = x_t.clone(), x_0_estimate.clone()
+
+    x_0 = draw(denoise, schedule, plan, index, image_shape, device, on_step=keep)
+    kept[0] = x_0, x_0
+    noisy, clean = (torch.stack([kept[t][i] for t in shown], dim=1) for i in (0, 1))
+    rows = torch.stack([noisy, clean], dim=1)  # [N, 2, columns, C, H, W]
+    picture = grid(to_uint8(rows.flatten(0, 2)), columns=len(shown))
+    return captioned(picture, [f"t = {shown[0]}", *map(str, shown[1:])])
+
+
+def captioned(picture: Image.Image, captions: Sequence[str]) -> Image.Image:
+    """`picture` with the captions above it, each centred over one of as many equal columns."""
+    wide = Image.new(picture.mode, (picture.width, picture.height + CAPTION_PIXELS), "white")
+    wide.paste(picture, (0, CAPTION_PIXELS))
+    pen, font = ImageDraw.Draw(wide), ImageFont.load_default(size=14)
+    for i, caption in enumerate(captions):
+        centre = (i + 0.5) * picture.width / len(captions)
+        pen.text((centre, CAPTION_PIXELS / 2), caption, fill="black", font=font, anchor="mm")
+    return wide

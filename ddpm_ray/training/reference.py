@@ -1,0 +1,161 @@
+"""What a data set looks like to a feature network: computed once, kept beside the shards.
+
+The cache's name is the sha256 of everything that its content depends on, so a changed network,
+resize recipe or data set is another file and nothing ever has to be invalidated.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from ddpm_ray.data import storage
+from ddpm_ray.data.shards import Dataset
+from ddpm_ray.data.stream import read_images
+from ddpm_ray.diffusion.frechet import Moments
+from ddpm_ray.training.features import FeatureNet
+from ddpm_ray.training.workers import Workers
+
+log = logging.getLogger(__name__)
+
+PARTS = ("count", "sum", "outer")  # of Moments, in its order
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """Statistics of a data set's features, by width; equal on every worker."""
+
+    identity: Mapping[str, Any]
+    image_shape: tuple[int, int, int]  # (C, H, W)
+    moments: Mapping[int, Moments]
+    kept: Mapping[int, Tensor]  # float32 [K, D]: features of K evenly spaced images; K may be 0
+
+    @property
+    def count(self) -> int:
+        """Images in the data set."""
+        return int(next(iter(self.moments.values())).count)
+
+    @property
+    def kernel_images(self) -> int:
+        """K, the images of each side that the kernel distance compares; 0: none."""
+        return len(next(iter(self.kept.values())))
+
+    @property
+    def sha256(self) -> str:
+        """Of the identity: the name of the cache, and of the reference in a score's certificate."""
+        return _sha256(self.identity)
+
+
+def reference(
+    dataset: Dataset,
+    net: FeatureNet,
+    workers: Workers,
+    *,
+    kernel_images: int = 0,
+    batch_size: int = 64,
+) -> Reference:
+    """The reference of the data set's images, read from the cache or computed by all workers.
+
+    `kernel_images` (at most the data set's) are kept whole for the kernel distance; 0: none. The
+    cache is `<data url>/reference/<sha256>.safetensors`; one that does not pass its own checksum
+    is computed again, and where it cannot be written a warning says so. All workers must call it.
+    """
+    identity = {
+        "format": "ddpm-ray reference 1",
+        "data": dataset.fingerprint,
+        "features": net.name,
+        "widths": sorted(net.widths),
+        "kernel_images": min(kernel_images, dataset.manifest.samples),
+        **net.identity,
+    }
+    url = storage.join(dataset.url, "reference", f"{_sha256(identity)}.safetensors")
+    tensors = _read_cache(url, identity)
+    cached_everywhere = all(workers.gather(tensors is not None))
+    if tensors is None or not cached_everywhere:
+        tensors = _compute(dataset, net, workers, identity["kernel_images"], batch_size)
+        if workers.leads:
+            _write_cache(url, identity, tensors)
+    height, width, channels = dataset.manifest.image_shape
+    here = {name: tensor.to(workers.device) for name, tensor in tensors.items()}
+    return Reference(
+        identity=identity,
+        image_shape=(channels, height, width),
+        moments={w: Moments(*(here[f"{w}.{part}"] for part in PARTS)) for w in net.widths},
+        kept={w: here[f"{w}.kept"] for w in net.widths},
+    )
+
+
+def _compute(
+    dataset: Dataset, net: FeatureNet, workers: Workers, kernel_images: int, batch_size: int
+) -> dict[str, Tensor]:
+    """Each worker takes a share of the shards; float64 sums and kept features are merged."""
+    samples = dataset.manifest.samples
+    is_kept = torch.zeros(samples, dtype=torch.bool)
+    if kernel_images:  # evenly spaced, as shards may be sorted by class
+        is_kept[torch.arange(kernel_images) * samples // kernel_images] = True
+    shards = workers.share(dataset.manifest.shards)
+    position = int(dataset.counts[: shards.start].sum())
+    moments = {w: Moments.zeros(w, workers.device) for w in net.widths}
+    kept = {w: [torch.empty(0, w)] for w in net.widths}
+    for images, _ in read_images(dataset, shards):
+        for start in range(0, len(images), batch_size):
+            # A copy, because a shard's images are a read-only view of its file.
+            features = net(torch.tensor(images[start : start + batch_size], device=workers.device))
+            end = position + len(images[start : start + batch_size])
+            for w in net.widths:
+                moments[w].update(features[w])
+                kept[w].append(features[w].cpu()[is_kept[position:end]])
+            position = end
+    tensors = {}
+    for w in net.widths:
+        for part, tensor in zip(PARTS, moments[w].tensors(), strict=True):
+            tensors[f"{w}.{part}"] = workers.sum_(tensor).cpu()
+        tensors[f"{w}.kept"] = torch.cat(workers.gather(torch.cat(kept[w])))
+    return tensors
+
+
+def _write_cache(url: str, identity: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    metadata = {
+        "identity": json.dumps(identity, sort_keys=True),
+        "sha256": _checksum(identity, tensors),
+    }
+    try:
+        storage.write_bytes(url, safetensors.torch.save(dict(tensors), metadata))
+    except storage.StorageError as error:
+        log.warning("reference statistics are not kept (%s); the next run computes them", error)
+
+
+def _read_cache(url: str, identity: Mapping[str, Any]) -> dict[str, Tensor] | None:
+    """The tensors at `url`, or None where there are none or they are not what was written."""
+    try:
+        if not storage.exists(url):
+            return None
+        data = storage.read_bytes(url)
+        tensors = safetensors.torch.load(data)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        if header["__metadata__"]["sha256"] != _checksum(identity, tensors):
+            raise ValueError("its sha256 is wrong")
+    except (storage.StorageError, SafetensorError, ValueError, KeyError) as error:
+        log.warning("%s is not used (%s); computing it again", url, error)
+        return None
+    return tensors
+
+
+def _sha256(identity: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def _checksum(identity: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """sha256 over the identity and over every tensor's name, type, shape and bytes."""
+    digest = hashlib.sha256(_sha256(identity).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()
