@@ -34,7 +34,7 @@ class ShardCache:
         return data
 
     def put(self, sha256: str, data: bytes) -> None:
-        """Keep checked bytes, and drop the oldest until all fit; does nothing if these never can."""
+        """Keep checked bytes, dropping the oldest until they fit; nothing if they never can."""
         if len(data) > self.max_bytes:
             return
         partial = self.folder / f".{sha256}.{uuid.uuid4().hex[:12]}"

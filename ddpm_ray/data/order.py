@@ -64,7 +64,7 @@ class Block:
     samples: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Order:
     """The order of a data set with `counts` samples per shard, for ever and for all workers."""
 
@@ -113,20 +113,30 @@ class Order:
                 yield Block(lane, epoch, number, before + at, start + at, min(size, length - at))
             epoch, inside = epoch + 1, 0
 
+    def shards(self, block: Block) -> Int64s:
+        """The shards that a block needs, as they stand on the epoch's line."""
+        shards, ends = _line(self, block.epoch)
+        first, last = np.searchsorted(
+            ends, [block.start, block.start + block.samples - 1], side="right"
+        )
+        return shards[first : last + 1]
+
     def rows(self, block: Block) -> tuple[Int64s, Int64s]:
         """The shard and the row in it of each sample of a block, both [block.samples], in order."""
-        shards, ends = _shards_of(self.counts, self.seed, block.epoch)
-        at = np.arange(block.start, block.start + block.samples)
-        place = np.searchsorted(ends, at, side="right")  # on the line of shuffled shards
-        shard_of, row_of = shards[place], np.empty(block.samples, dtype=np.int64)
-        for p in np.unique(place):
-            here, shard = place == p, int(shards[p])
+        shards, ends = _line(self, block.epoch)
+        stop, parts = block.start + block.samples, []
+        place, at = int(np.searchsorted(ends, block.start, side="right")), block.start
+        while at < stop:
+            shard, end = int(shards[place]), int(ends[place])
             count = self.counts[shard]
             rows = permutation(count, self.seed, block.epoch, Shuffle.ROWS, shard)
-            row_of[here] = rows[at[here] - (ends[p] - count)]
+            rows = rows[at - (end - count) : stop - (end - count)]
+            parts.append((np.full(len(rows), shard), rows))
+            place, at = place + 1, max(at, end)
         mixed = permutation(
             block.samples, self.seed, block.epoch, Shuffle.BLOCK, block.lane, block.number
         )
+        shard_of, row_of = (np.concatenate(column) for column in zip(*parts, strict=True))
         return shard_of[mixed], row_of[mixed]
 
     def _lane_length_before(self, lane: int, epoch: int) -> int:
@@ -154,8 +164,8 @@ class Order:
         return epoch
 
 
-@lru_cache(maxsize=4)  # each block of an epoch asks again; a million shards take 0.1 s
-def _shards_of(counts: tuple[int, ...], seed: int, epoch: int) -> tuple[Int64s, Int64s]:
-    """The shuffled shards of an epoch, and the end of each on its line."""
-    shards = permutation(len(counts), seed, epoch, Shuffle.SHARDS)
-    return shards, np.cumsum(np.asarray(counts, dtype=np.int64)[shards])
+@lru_cache(maxsize=4)  # every block of an epoch asks; a million shards take 0.1 s
+def _line(order: Order, epoch: int) -> tuple[Int64s, Int64s]:
+    """The shuffled shards of an epoch, and where each one ends."""
+    shards = permutation(len(order.counts), order.seed, epoch, Shuffle.SHARDS)
+    return shards, np.cumsum(np.asarray(order.counts, dtype=np.int64)[shards])

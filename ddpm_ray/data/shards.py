@@ -73,7 +73,7 @@ class ShardRow:
 
     name: str
     samples: int
-    bytes: int
+    stored_bytes: int
     sha256: str
     pixel_sum: list[int]  # [C], over all pixels of all images: exact integers
     pixel_sum_of_squares: list[int]  # [C]
@@ -90,7 +90,7 @@ class Manifest:
     label_names: tuple[str, ...]
     samples: int
     shards: int
-    bytes: int  # of all shards, as stored
+    stored_bytes: int  # of all shards, as stored
     pixel_mean: tuple[float, ...]  # [C], of pixels in 0..255
     pixel_std: tuple[float, ...]  # [C]
     index_sha256: str
@@ -157,7 +157,9 @@ def open_dataset(url: str) -> Dataset:
     expected = json.loads(manifest.to_json())
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
-            problem = f"{name} is {found.get(name)!r}, but by the index it is {expected.get(name)!r}"
+            problem = (
+                f"{name} is {found.get(name)!r}, but by the index it is {expected.get(name)!r}"
+            )
             raise DatasetError(where, problem, "the manifest was edited: pack the data set again")
     return Dataset(url, manifest, table)
 
@@ -168,7 +170,7 @@ def write_index(url: str, recipe: Recipe, rows: Sequence[ShardRow]) -> Dataset:
         {
             "name": pa.string(),
             "samples": pa.int64(),
-            "bytes": pa.int64(),
+            "stored_bytes": pa.int64(),
             "sha256": pa.string(),
             "pixel_sum": pa.list_(pa.int64()),
             "pixel_sum_of_squares": pa.list_(pa.int64()),
@@ -266,7 +268,7 @@ def _manifest(table: pa.Table, index_sha256: str) -> Manifest:
         label_names=tuple(recipe["label_names"]),
         samples=samples,
         shards=table.num_rows,
-        bytes=sum(table.column("bytes").to_pylist()),
+        stored_bytes=sum(table.column("stored_bytes").to_pylist()),
         pixel_mean=mean,
         pixel_std=tuple(math.sqrt(v) for v in variance),
         index_sha256=index_sha256,

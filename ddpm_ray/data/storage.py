@@ -116,6 +116,15 @@ def delete(url: str) -> None:
         raise _explained(url, error) from error
 
 
+def delete_empty_folder(url: str) -> None:
+    """Remove a local folder that holds nothing; a bucket has no folders, so there it does nothing."""
+    try:
+        if is_local(url):
+            local_path(url).rmdir()
+    except Exception as error:
+        raise _explained(url, error) from error
+
+
 def list_files(url: str) -> list[str]:
     """Paths below the folder `url`, relative to it, sorted; hidden files are left out.
 
@@ -126,7 +135,9 @@ def list_files(url: str) -> list[str]:
             root = local_path(url)
             if not root.is_dir():
                 raise FileNotFoundError(errno.ENOENT, "no such folder")
-            names = [path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()]
+            names = [
+                path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()
+            ]
         else:
             filesystem, path = _filesystem(url)
             prefix = path.rstrip("/") + "/"
