@@ -19,9 +19,9 @@ from weakref import WeakValueDictionary
 import numpy as np
 
 from ddpm_ray.data.cache import ShardCache
+from ddpm_ray.data.image_files import decoded
 from ddpm_ray.data.order import Block, Int64s, Order
 from ddpm_ray.data.shards import Dataset, Shard, UInt8s, fetch_shard
-from ddpm_ray.data.transforms import decoded
 
 FETCHES = 4  # shards on their way at a time
 

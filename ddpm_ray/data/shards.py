@@ -60,6 +60,7 @@ class Recipe:
     encoding: Encoding
     resize: str  # a recipe of transforms.py
     label_names: tuple[str, ...]  # name of label 0, 1, ...; empty: images without labels
+    source_sha256: str  # names the samples that it was packed from (sources.py)
 
     @property
     def sample_bytes(self) -> int:
@@ -88,6 +89,7 @@ class Manifest:
     encoding: Encoding
     resize: str
     label_names: tuple[str, ...]
+    source_sha256: str
     samples: int
     shards: int
     stored_bytes: int  # of all shards, as stored
@@ -117,6 +119,13 @@ class Dataset:
     def fingerprint(self) -> str:
         """sha256 of the manifest's bytes: names the images, their order and their encoding."""
         return hashlib.sha256(self.manifest.to_json()).hexdigest()
+
+    @property
+    def recipe(self) -> Recipe:
+        """How its images came about."""
+        return Recipe(
+            **{field.name: getattr(self.manifest, field.name) for field in fields(Recipe)}
+        )
 
     @cached_property
     def counts(self) -> Int64s:
@@ -266,6 +275,7 @@ def _manifest(table: pa.Table, index_sha256: str) -> Manifest:
         encoding=recipe["encoding"],
         resize=recipe["resize"],
         label_names=tuple(recipe["label_names"]),
+        source_sha256=recipe["source_sha256"],
         samples=samples,
         shards=table.num_rows,
         stored_bytes=sum(table.column("stored_bytes").to_pylist()),

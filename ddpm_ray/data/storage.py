@@ -117,7 +117,7 @@ def delete(url: str) -> None:
 
 
 def delete_empty_folder(url: str) -> None:
-    """Remove a local folder that holds nothing; a bucket has no folders, so there it does nothing."""
+    """Remove a local folder that holds nothing; a bucket has no folders: nothing to do."""
     try:
         if is_local(url):
             local_path(url).rmdir()
@@ -125,8 +125,8 @@ def delete_empty_folder(url: str) -> None:
         raise _explained(url, error) from error
 
 
-def list_files(url: str) -> list[str]:
-    """Paths below the folder `url`, relative to it, sorted; hidden files are left out.
+def list_files(url: str) -> dict[str, int]:
+    """Paths below the folder `url`, relative to it, with their bytes, sorted; no hidden files.
 
     Empty for a folder without files; StorageError where there is no such folder.
     """
@@ -135,19 +135,19 @@ def list_files(url: str) -> list[str]:
             root = local_path(url)
             if not root.is_dir():
                 raise FileNotFoundError(errno.ENOENT, "no such folder")
-            names = [
-                path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()
-            ]
+            files = (path for path in root.rglob("*") if path.is_file())
+            sizes = {file.relative_to(root).as_posix(): file.stat().st_size for file in files}
         else:
             filesystem, path = _filesystem(url)
             prefix = path.rstrip("/") + "/"
-            found = filesystem.find(path)
+            found = filesystem.find(path, detail=True)
             if not found:
                 raise FileNotFoundError(errno.ENOENT, "nothing there")
-            names = [name.removeprefix(prefix) for name in found]
+            sizes = {name.removeprefix(prefix): info["size"] for name, info in found.items()}
     except Exception as error:
         raise _explained(url, error) from error
-    return sorted(n for n in names if not any(part.startswith(".") for part in n.split("/")))
+    shown = (n for n in sorted(sizes) if not any(part.startswith(".") for part in n.split("/")))
+    return {name: sizes[name] for name in shown}
 
 
 def fetch_verified(url: str, sha256: str, cache_dir: str | Path) -> Path:

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import io
 from typing import Literal, assert_never
 
-import numpy as np
-import numpy.typing as npt
-import pyarrow as pa
 import torch
 from PIL import Image
 from torch import Tensor
@@ -24,13 +20,6 @@ def resized(image: Image.Image, recipe: Resize, image_size: int) -> Image.Image:
             return _centre_crop_box_bicubic(image, image_size)
         case _:
             assert_never(recipe)
-
-
-def decoded(file: bytes | pa.Buffer, channels: int) -> npt.NDArray[np.uint8]:
-    """uint8 [H, W, C] from a PNG, JPEG or WebP file that the packer encoded."""
-    with Image.open(io.BytesIO(file)) as image:
-        pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"))
-    return pixels.reshape(*pixels.shape[:2], channels)
 
 
 def to_model_range(images: Tensor, flip: Tensor | None = None) -> Tensor:

@@ -1,0 +1,90 @@
+"""Packing a data set as Ray tasks, one for each shard that is not there yet."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import NamedTuple
+
+import ray
+
+from ddpm_ray.config import PackConfig
+from ddpm_ray.data import packer
+from ddpm_ray.data.packer import Packed, PackOptions, Plan
+from ddpm_ray.data.shards import Dataset
+
+Progress = Callable[[int, int], None]  # shards done, shards in all
+
+
+class PackResult(NamedTuple):
+    """A whole data set, and a line for each image that was left out of it."""
+
+    dataset: Dataset
+    skipped: tuple[str, ...]
+
+
+def pack(
+    source: str, destination: str, config: PackConfig, on_progress: Progress | None = None
+) -> PackResult:
+    """Pack `source` to `destination`, or find that it was done already.
+
+    The bytes do not depend on the number of tasks. A run that was killed goes on with what is
+    there. One shard is packed here, more of them by tasks of a cluster, which must be up (Ray is
+    started by the job). Raises DatasetError, BadImageError or StorageError, and leaves no manifest.
+    """
+    plan = packer.plan(source, destination, _options(config))
+    if (dataset := packer.finished(plan)) is not None:
+        return PackResult(dataset, ())
+    done: list[Packed] = []
+    for shard in _here(plan) if plan.shards == 1 else _on_ray(plan, config.num_workers):
+        done.append(shard)
+        if on_progress is not None:
+            on_progress(len(done), plan.shards)
+    skipped = tuple(line for shard in sorted(done) for line in shard.skipped)
+    return PackResult(packer.finish(plan, done), skipped)
+
+
+def _options(config: PackConfig) -> PackOptions:
+    return PackOptions(
+        image_size=config.image_size,
+        resize=config.resize,
+        channels=config.channels,
+        encoding=config.encoding,
+        shard_bytes=config.shard_bytes,
+        split=config.split,
+        url=config.url,
+        sha256=tuple(filter(None, config.sha256.replace(" ", "").split(","))),
+        on_bad_image=config.on_bad_image,
+        max_pixels=config.max_pixels,
+    )
+
+
+def _here(plan: Plan) -> Iterator[Packed]:
+    return (packer.pack_shard(plan, number) for number in range(plan.shards))
+
+
+def _on_ray(plan: Plan, num_workers: int) -> Iterator[Packed]:
+    """Shards as they get done, at most `num_workers` at once (0: one per CPU)."""
+    most = num_workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
+    shared, task = ray.put(plan), ray.remote(max_retries=3)(packer.pack_shard)
+    numbers = iter(range(plan.shards))
+    running = [task.remote(shared, number) for number in islice(numbers, most)]
+    try:
+        while running:
+            (first,), running = ray.wait(running)
+            yield _result(first)
+            running += [task.remote(shared, number) for number in islice(numbers, 1)]
+    finally:  # an error or Ctrl-C: whatever was finished stays for the next run
+        for reference in running:
+            with contextlib.suppress(ray.exceptions.RayError):
+                ray.cancel(reference)
+
+
+def _result(reference: ray.ObjectRef[Packed]) -> Packed:
+    """A task's result; its own error, not Ray's wrapping of it."""
+    try:
+        packed: Packed = ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None
+    return packed

@@ -1,0 +1,125 @@
+"""The image sets that packing knows by name: digits, mnist, fashion-mnist and cifar10."""
+
+from __future__ import annotations
+
+import gzip
+import importlib
+import io
+import tarfile
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from ddpm_ray.data import storage
+from ddpm_ray.data.shards import DatasetError
+
+BuiltIn = Literal["digits", "mnist", "fashion-mnist", "cifar10"]
+Split = Literal["train", "test"]
+NAMES: tuple[str, ...] = get_args(BuiltIn)
+DOWNLOADS = "~/.cache/ddpm-ray/downloads"
+
+
+class Arrays(NamedTuple):
+    """A whole image set in memory."""
+
+    images: npt.NDArray[np.uint8]  # [N, H, W, C]
+    labels: npt.NDArray[np.int64]  # [N]
+    label_names: tuple[str, ...]
+
+
+# Addresses and hashes as tensorflow/datasets lists them (tensorflow_datasets/url_checksums).
+URLS = {
+    "mnist": "https://storage.googleapis.com/cvdf-datasets/mnist/",
+    "fashion-mnist": "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
+    "cifar10": "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
+}
+SHA256 = {  # of the images and the labels; of the archive
+    ("mnist", "train"): (
+        "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
+        "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
+    ),
+    ("mnist", "test"): (
+        "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
+        "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
+    ),
+    ("fashion-mnist", "train"): (
+        "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
+        "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",
+    ),
+    ("fashion-mnist", "test"): (
+        "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
+        "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5",
+    ),
+    ("cifar10", "train"): ("c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",),
+    ("cifar10", "test"): ("c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",),
+}
+FASHION_LABELS = (
+    "t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot",
+)  # fmt: skip
+CIFAR10_LABELS = (
+    "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
+)  # fmt: skip
+
+
+def load(name: BuiltIn, split: Split, url: str = "", sha256: Sequence[str] = ()) -> Arrays:
+    """The set `name`; `url` is where its files lie, by default their public address.
+
+    For mnist and fashion-mnist `url` is the folder of the .gz files and `sha256` has the hashes of
+    images and labels; for cifar10 they are those of the archive. Raises StorageError if a file
+    cannot be had or has another hash, DatasetError if it is not what it should be.
+    """
+    if name == "digits":
+        return _digits()
+    place, hashes = url or URLS[name], tuple(sha256) or SHA256[name, split]
+    if len(hashes) != len(SHA256[name, split]):
+        problem = f"sha256 has {len(hashes)} hashes for {len(SHA256[name, split])} files"
+        raise DatasetError(name, problem, "give one for each file, or none for the published ones")
+    if name == "cifar10":
+        return _cifar10(place, split, hashes[0])
+    prefix = "train" if split == "train" else "t10k"
+    files = (f"{prefix}-images-idx3-ubyte.gz", f"{prefix}-labels-idx1-ubyte.gz")
+    images, labels = (
+        _idx(storage.join(place, file), sha) for file, sha in zip(files, hashes, strict=True)
+    )
+    label_names = FASHION_LABELS if name == "fashion-mnist" else tuple("0123456789")
+    return Arrays(images[..., None], labels.astype(np.int64), label_names)
+
+
+def _digits() -> Arrays:
+    """1,797 scans of 8 x 8 pixels, of scikit-learn (Alpaydin and Kaynak 1998, UCI)."""
+    try:
+        datasets = importlib.import_module("sklearn.datasets")
+    except ImportError as error:
+        problem = "the set comes with scikit-learn, which is not installed"
+        raise DatasetError("digits", problem, "pip install 'ddpm-ray[digits]'") from error
+    bunch = datasets.load_digits()
+    images = np.rint(bunch.images * (255 / 16)).astype(np.uint8)[..., None]  # 0..16 there
+    return Arrays(images, bunch.target.astype(np.int64), tuple("0123456789"))
+
+
+def _idx(url: str, sha256: str) -> npt.NDArray[np.uint8]:
+    """The array of a gzipped IDX file: two zero bytes, type 8 (uint8), rank, sizes, data."""
+    data = gzip.decompress(storage.fetch_verified(url, sha256, DOWNLOADS).read_bytes())
+    rank = data[3] if data[:3] == b"\x00\x00\x08" else 0
+    shape = np.frombuffer(data, ">u4", rank, offset=4).astype(int) if rank else np.zeros(0, int)
+    if rank not in (1, 3) or len(data) != 4 + 4 * rank + shape.prod():
+        raise DatasetError(url, "not a whole IDX file of uint8", "fetch the original file")
+    return np.frombuffer(data, np.uint8, offset=4 + 4 * rank).reshape(shape)
+
+
+def _cifar10(url: str, split: Split, sha256: str) -> Arrays:
+    """Records of a label byte and 3 x 32 x 32 pixels, from the official binary archive."""
+    names = [f"data_batch_{n}.bin" for n in range(1, 6)] if split == "train" else ["test_batch.bin"]
+    data = storage.fetch_verified(url, sha256, DOWNLOADS).read_bytes()
+    try:
+        with tarfile.open(fileobj=io.BytesIO(data)) as archive:
+            files = [archive.extractfile(f"cifar-10-batches-bin/{name}") for name in names]
+            records = np.frombuffer(b"".join(file.read() for file in files if file), np.uint8)
+        records = records.reshape(-1, 1 + 3 * 32 * 32)
+    except (tarfile.TarError, KeyError, ValueError) as error:
+        problem = f"not the binary archive of CIFAR-10 ({error})"
+        raise DatasetError(url, problem, "fetch cifar-10-binary.tar.gz") from error
+    images = np.ascontiguousarray(records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+    return Arrays(images, records[:, 0].astype(np.int64), CIFAR10_LABELS)
