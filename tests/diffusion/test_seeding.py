@@ -1,0 +1,144 @@
+"""Philox against its authors' numbers; draws against their laws."""
+
+import math
+
+import pytest
+import scipy.stats
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ddpm_ray.diffusion import seeding
+from ddpm_ray.diffusion.seeding import Purpose, coin, derived_seed, normal, philox, uniform_int
+
+KNOWN_ANSWERS = [  # Random123 1.14, kat_vectors, philox4x32 10: counter, key, words
+    ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+    (
+        (0xFFFFFFFF, 0xFFFFFFFF, 0xFFFFFFFF, 0xFFFFFFFF),
+        (0xFFFFFFFF, 0xFFFFFFFF),
+        (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD),
+    ),
+    (
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+        (0xA4093822, 0x299F31D0),
+        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+    ),
+]
+WORDS_OF_ZERO = KNOWN_ANSWERS[0][2]  # counter 0: block 0, index 0, step 0, purpose TIMESTEP
+seeds = st.integers(0, 2**64 - 1)
+words = st.integers(0, 2**32 - 1)
+
+
+@pytest.mark.parametrize("counter, key, answer", KNOWN_ANSWERS)
+def test_philox_gives_its_authors_numbers(
+    counter: tuple[int, ...], key: tuple[int, int], answer: tuple[int, ...]
+) -> None:
+    c_0, c_1, c_2, c_3 = (torch.tensor(c) for c in counter)
+    found = philox((c_0, c_1, c_2, c_3), key[0] + key[1] * 2**32)
+    assert tuple(int(word) for word in found) == answer
+
+
+@given(seeds, st.lists(words, min_size=3, max_size=3), st.lists(words, min_size=2, max_size=2))
+def test_broadcast_counters_are_single_counters(
+    seed: int, rows: list[int], columns: list[int]
+) -> None:
+    two, three = torch.tensor(7), torch.tensor(11)
+    table = philox((torch.tensor(columns), torch.tensor(rows)[:, None], two, three), seed)
+    for i, row in enumerate(rows):
+        for j, column in enumerate(columns):
+            alone = philox((torch.tensor(column), torch.tensor(row), two, three), seed)
+            assert [int(word[i, j]) for word in table] == [int(word) for word in alone]
+
+
+def test_what_a_seed_means_follows_from_the_published_words() -> None:
+    """Every kind of draw at counter 0 and seed 0, worked out from Random123's words by hand."""
+    zero, purpose = torch.tensor([0]), Purpose.TIMESTEP
+    r_0, r_1 = (math.sqrt(-2 * math.log((w + 0.5) / 2**32)) for w in WORDS_OF_ZERO[:2])
+    a_0, a_1 = (2 * math.pi * w / 2**32 for w in WORDS_OF_ZERO[2:])
+    by_hand = [r_0 * math.cos(a_0), r_1 * math.cos(a_1), r_0 * math.sin(a_0), r_1 * math.sin(a_1)]
+    assert normal(0, purpose, 0, zero, (4,))[0].tolist() == pytest.approx(by_hand, abs=1e-6)
+    assert uniform_int(0, purpose, 0, zero, 1000).tolist() == [399]  # 0x6627e8d5 / 2^32 = 0.39904
+    assert coin(0, purpose, 0, zero).tolist() == [False]
+    assert derived_seed(0, purpose, 0, 0) == 0xE169C58D6627E8D5
+
+
+@given(
+    seeds,
+    st.lists(words, min_size=1, max_size=9),
+    st.sampled_from([(1,), (7,), (3, 5, 5), (3, 8, 8), (2, 3, 4, 4)]),
+    st.integers(1, 9),
+)
+def test_an_image_draws_the_same_bits_in_any_batch(
+    seed: int, images: list[int], shape: tuple[int, ...], size: int
+) -> None:
+    index = torch.tensor(images)
+    whole = normal(seed, Purpose.NOISE, 3, index, shape)
+    assert whole.shape == (len(images), *shape)
+    assert whole.dtype == torch.float32
+    parts = [normal(seed, Purpose.NOISE, 3, part, shape) for part in torch.split(index, size)]
+    assert torch.equal(whole, torch.cat(parts))
+    backwards = normal(seed, Purpose.NOISE, 3, index.flip(0), shape)
+    assert torch.equal(whole, backwards.flip(0))
+    steps = uniform_int(seed, Purpose.TIMESTEP, 3, index, 1000)
+    alone = [int(uniform_int(seed, Purpose.TIMESTEP, 3, part, 1000)) for part in index]
+    assert steps.tolist() == alone
+
+
+def test_normals_follow_the_normal_law() -> None:
+    draws = normal(1, Purpose.NOISE, 0, torch.arange(64), (3, 32, 32)).flatten().double()
+    n = len(draws)
+    moments = [draws.pow(k).mean().item() for k in (1, 2, 3, 4)]
+    spread = [math.sqrt(v / n) for v in (1, 2, 15, 96)]  # of the mean of z, z^2, z^3, z^4
+    for found, expected, error in zip(moments, (0, 1, 0, 3), spread, strict=True):
+        assert abs(found - expected) < 4 * error
+    assert scipy.stats.kstest(draws.numpy(), "norm").pvalue > 1e-3
+
+
+def test_the_four_normals_of_a_block_are_independent() -> None:
+    block = normal(2, Purpose.NOISE, 0, torch.arange(50_000), (4,)).double().T
+    for moment in (block, block.square()):  # cos and sin share a radius; squares would show it
+        correlation = torch.corrcoef(moment) - torch.eye(4)
+        assert correlation.abs().max() < 4 / math.sqrt(50_000)
+
+
+def test_seed_purpose_step_and_index_each_give_fresh_noise() -> None:
+    index = torch.arange(8)
+    base = normal(1, Purpose.NOISE, 5, index, (1000,))
+    others = [
+        normal(2, Purpose.NOISE, 5, index, (1000,)),
+        normal(1 + 2**32, Purpose.NOISE, 5, index, (1000,)),
+        normal(1, Purpose.SAMPLE_STEP, 5, index, (1000,)),
+        normal(1, Purpose.NOISE, 6, index, (1000,)),
+        normal(1, Purpose.NOISE, 5, index + 8, (1000,)),
+        base.flip(0),
+    ]
+    for other in others:
+        correlation = (base * other).mean(1) * math.sqrt(1000)
+        assert correlation.abs().max() < 4.5
+
+
+@pytest.mark.parametrize("word", [0, 1, 2**31, 2**32 - 1])
+def test_the_rarest_words_give_finite_normals(word: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    stuck = tuple(torch.tensor([[word]]) for _ in range(4))
+    monkeypatch.setattr(seeding, "philox", lambda counter, seed: stuck)
+    draws = normal(0, Purpose.NOISE, 0, torch.tensor([0]), (4,))
+    assert draws.abs().max() < 6.8  # false for nan as well
+
+
+def test_uniform_integers_are_even_and_in_range() -> None:
+    draws = uniform_int(3, Purpose.TIMESTEP, 0, torch.arange(100_000), 10)
+    counts = torch.bincount(draws)
+    assert len(counts) == 10
+    assert scipy.stats.chisquare(counts.numpy()).pvalue > 1e-3
+    assert uniform_int(3, Purpose.TIMESTEP, 0, torch.arange(5), 1).tolist() == [0] * 5
+
+
+def test_coins_are_fair() -> None:
+    heads = int(coin(3, Purpose.FLIP, 0, torch.arange(100_000)).sum())
+    assert abs(heads - 50_000) < 4 * math.sqrt(25_000)
+
+
+def test_derived_seeds_differ_and_suit_torch() -> None:
+    draws = {derived_seed(4, Purpose.DROPOUT, s, rank) for s in range(50) for rank in range(4)}
+    assert len(draws) == 200
+    torch.Generator().manual_seed(max(draws))  # raises for a seed that is no 64-bit number
