@@ -131,7 +131,7 @@ def _out_of_range(config: object) -> Iterator[str]:
 
 def _meaning(meta: Mapping[str, Any]) -> str:
     bounds = [f"{rule} {limit}" for rule, (limit, _) in meta["limits"].items() if limit is not None]
-    return meta["doc"] + (f" ({', '.join(bounds)})" if bounds else "")
+    return f"{meta['doc']} ({', '.join(bounds)})" if bounds else str(meta["doc"])
 
 
 def _shown(value: Any) -> str:
