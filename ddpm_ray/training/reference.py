@@ -25,6 +25,7 @@ from ddpm_ray.training.workers import Workers
 
 log = logging.getLogger(__name__)
 
+STAMP = "ddpm-ray"  # the metadata entry of a cache file: its sha256, and what it is of
 PARTS = ("count", "sum", "outer")  # of Moments, in its order
 
 
@@ -106,13 +107,12 @@ def _compute(
     kept = {w: [torch.empty(0, w)] for w in net.widths}
     for images, _ in read_images(dataset, shards):
         for start in range(0, len(images), batch_size):
-            # A copy, because a shard's images are a read-only view of its file.
-            features = net(torch.tensor(images[start : start + batch_size], device=workers.device))
-            end = position + len(images[start : start + batch_size])
-            for w in net.widths:
-                moments[w].update(features[w])
-                kept[w].append(features[w].cpu()[is_kept[position:end]])
-            position = end
+            batch = images[start : start + batch_size]
+            chosen = is_kept[position : position + len(batch)]
+            position += len(batch)
+            for w, features in net(batch.to(workers.device)).items():
+                moments[w].update(features)
+                kept[w].append(features.cpu()[chosen])
     tensors = {}
     for w in net.widths:
         for part, tensor in zip(PARTS, moments[w].tensors(), strict=True):
@@ -122,12 +122,10 @@ def _compute(
 
 
 def _write_cache(url: str, identity: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    metadata = {
-        "identity": json.dumps(identity, sort_keys=True),
-        "sha256": _checksum(identity, tensors),
-    }
+    # One entry, because safetensors writes several in no fixed order.
+    stamp = json.dumps({"sha256": _checksum(identity, tensors), "identity": identity})
     try:
-        storage.write_bytes(url, safetensors.torch.save(dict(tensors), metadata))
+        storage.write_bytes(url, safetensors.torch.save(dict(tensors), {STAMP: stamp}))
     except storage.StorageError as error:
         log.warning("reference statistics are not kept (%s); the next run computes them", error)
 
@@ -140,7 +138,8 @@ def _read_cache(url: str, identity: Mapping[str, Any]) -> dict[str, Tensor] | No
         data = storage.read_bytes(url)
         tensors = safetensors.torch.load(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        if header["__metadata__"]["sha256"] != _checksum(identity, tensors):
+        stamp = json.loads(header["__metadata__"][STAMP])
+        if stamp["sha256"] != _checksum(identity, tensors):
             raise ValueError("its sha256 is wrong")
     except (storage.StorageError, SafetensorError, ValueError, KeyError) as error:
         log.warning("%s is not used (%s); computing it again", url, error)

@@ -1,0 +1,72 @@
+"""What a person looks at while a run trains: samples of the same noise, step after step."""
+
+import io
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ddpm_ray.data import storage
+from ddpm_ray.diffusion.process import NoiseSchedule
+from ddpm_ray.generation import grids
+from ddpm_ray.generation.sample import SamplingPlan, draw, to_uint8
+from ddpm_ray.training.reporting import Sink
+from ddpm_ray.training.state import TrainingState
+from ddpm_ray.training.workers import Workers
+
+GRID_IMAGES = 64
+STRIP_IMAGES = 4
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Draws with the EMA weights, on all workers; the leader hangs the pictures up."""
+
+    state: TrainingState
+    schedule: NoiseSchedule
+    plan: SamplingPlan
+    image_shape: tuple[int, int, int]  # (C, H, W)
+    workers: Workers
+    url: str  # folder of the PNG files
+    sink: Sink | None  # on the leader
+    batch_size: int = 64
+
+    def show_grid(self, step: int) -> None:
+        """Samples 0..63 of the plan's seed, as `samples` at `step`; all workers must call it."""
+        share = self.workers.share(GRID_IMAGES)
+        batches = torch.arange(share.start, share.stop).split(self.batch_size)  # type: ignore[no-untyped-call]
+        shape, device = self.image_shape, self.workers.device
+        mine = [
+            to_uint8(draw(self.state.ema.model, self.schedule, self.plan, index, shape, device))
+            for index in batches
+        ]
+        everyone = self.workers.gather(mine)
+        if self.sink is not None:
+            images = np.concatenate([part for parts in everyone for part in parts])
+            self._hang("samples", step, grids.grid(images))
+
+    def show_strip(self, step: int) -> None:
+        """How samples 0..3 come out of noise from T to 0; the leader alone draws them."""
+        if self.sink is not None:
+            strip = grids.denoising_strip(
+                self.state.ema.model,
+                self.schedule,
+                self.plan,
+                torch.arange(STRIP_IMAGES),
+                self.image_shape,
+                self.workers.device,
+            )
+            self._hang("denoising", step, strip)
+
+    def _hang(self, key: str, step: int, picture: Image.Image) -> None:
+        assert self.sink is not None
+        self.sink.image(key, step, picture)
+        png = io.BytesIO()
+        picture.save(png, format="PNG")
+        storage.write_bytes(picture_url(self.url, key, step), png.getvalue())
+
+
+def picture_url(folder: str, key: str, step: int) -> str:
+    """Where the picture `key` of `step` lies below a run's folder of pictures."""
+    return storage.join(folder, f"{key}-step-{step:08d}.png")

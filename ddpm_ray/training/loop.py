@@ -1,0 +1,152 @@
+"""The training loop: one worker's work, in plain torch, the same alone and among many."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
+
+from ddpm_ray.training.checkpoints import CheckpointWriter
+from ddpm_ray.training.objectives import Objective, non_finite
+from ddpm_ray.training.reporting import Progress, Sink, StepLog
+from ddpm_ray.training.state import TrainingState
+from ddpm_ray.training.workers import Workers
+
+REPORT_EVERY_S = 1.0  # of sums over workers: rows, progress, and whether somebody asked to stop
+
+
+class Batch(Protocol):
+    """Images of one worker's share of a global batch."""
+
+    @property
+    def images(self) -> Tensor: ...  # uint8 [b, H, W, C]
+
+
+class ImageStream(Protocol):
+    """Global batches by number; see ddpm_ray/data/stream.py."""
+
+    waited_s: float
+
+    def batch(self, step: int) -> Batch: ...
+
+    def keys(self, step: int) -> list[str]: ...
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long, how large, how often; steps are optimiser steps."""
+
+    steps: int
+    global_batch_size: int
+    micro_batch_size: int
+    max_grad_norm: float
+    learning_rate: Callable[[int], float]  # of the update that takes step s to s + 1
+    ema_decay: Callable[[int], float]
+    checkpoint_every_steps: int
+    grid_every_steps: int = 0
+    evaluate_every_steps: int = 0
+
+    def is_due(self, every_steps: int, step: int) -> bool:
+        """Whether something that is done every so many steps (0: never) is done after `step`."""
+        return every_steps > 0 and step % every_steps == 0
+
+
+@dataclass
+class Run:
+    """All that one worker holds: the state, and everything that acts on it."""
+
+    plan: Plan
+    state: TrainingState
+    network: nn.Module  # what the gradient passes through: state.model, wrapped
+    objective: Objective
+    stream: ImageStream
+    workers: Workers
+    log: StepLog
+    checkpoints: CheckpointWriter
+    sink: Sink | None  # on the leader
+    show_progress: Callable[[Progress], bool]  # on the leader; True asks for a stop
+    draw_grid: Callable[[int], None]
+    draw_strip: Callable[[int], None]
+    evaluate: Callable[[int], None]  # leaves its scores in state.scores
+    report_every_steps: int = 1
+    reported: tuple[int, float] = field(default_factory=lambda: (0, time.perf_counter()))
+
+
+def train(run: Run) -> bool:
+    """Take `run` from the step it stands at to its last; False if it was asked to stop before.
+
+    Either way the state is in a committed checkpoint on return. Raises NonFiniteError before the
+    update that would have spoilt the weights, and StorageError where checkpoints cannot be written.
+    """
+    state, plan = run.state, run.plan
+    run.reported = (state.step, time.perf_counter())
+    stopped = False
+    while state.step < plan.steps and not stopped:
+        take_step(run)
+        step = state.step
+        saves = step == plan.steps or plan.is_due(plan.checkpoint_every_steps, step)
+        if saves or step - run.reported[0] >= run.report_every_steps:
+            stopped = report(run)
+        last = step == plan.steps
+        if last or plan.is_due(plan.grid_every_steps, step):
+            run.draw_grid(step)
+        if last:
+            run.draw_strip(step)
+        if last or plan.is_due(plan.evaluate_every_steps, step):
+            run.evaluate(step)
+        if saves or stopped:
+            save(run)
+    run.checkpoints.wait()
+    return state.step == plan.steps
+
+
+def take_step(run: Run) -> None:
+    """One optimiser step on all workers together."""
+    state, plan = run.state, run.plan
+    batch = run.stream.batch(state.step)
+    losses, log_snr = run.objective.backward(
+        run.network, batch.images, state.step, run.workers, plan.micro_batch_size
+    )
+    norm = clip_grad_norm_(run.network.parameters(), plan.max_grad_norm, foreach=True)
+    grad_norm = float(norm)  # waits for the device; without it a NaN would reach the weights
+    if not math.isfinite(grad_norm):
+        keys = run.stream.keys(state.step)
+        raise non_finite(state.step + 1, grad_norm, losses, keys, run.workers)
+    learning_rate = plan.learning_rate(state.step)
+    for group in state.optimizer.param_groups:
+        group["lr"] = learning_rate
+    state.optimizer.step()
+    state.optimizer.zero_grad()
+    state.ema.update(state.model, plan.ema_decay(state.step))
+    state.step += 1
+    run.log.record(losses, log_snr, grad_norm=grad_norm, learning_rate=learning_rate)
+
+
+def report(run: Run) -> bool:
+    """Hand on the rows since the last report; True, on all workers, if somebody asked to stop."""
+    step, (last_step, last_time) = run.state.step, run.reported
+    rows = run.log.collect(step, run.stream.waited_s)
+    elapsed_s = max(time.perf_counter() - last_time, 1e-9)
+    steps_per_s = (step - last_step) / elapsed_s
+    agreed = torch.zeros(2, dtype=torch.float64)
+    if run.sink is not None:
+        run.sink.rows(rows)
+        rate = steps_per_s * run.plan.global_batch_size
+        progress = Progress(step, run.plan.steps, rows[-1].metrics["train/loss"], rate)
+        agreed[0] = run.show_progress(progress)
+        agreed[1] = max(1, round(steps_per_s * REPORT_EVERY_S))
+    run.workers.sum_(agreed)  # the leader's word: all report, and stop, at the same steps
+    run.report_every_steps = int(agreed[1])
+    run.reported = (step, time.perf_counter())
+    return bool(agreed[0])
+
+
+def save(run: Run) -> None:
+    """Copy the state now; the leader's background thread writes it."""
+    run.state.facts["bands"] = run.log.window()
+    if run.sink is not None:
+        run.checkpoints.submit(run.state.snapshot([vars(row) for row in run.sink.unsent()]))

@@ -1,0 +1,113 @@
+"""The training objective on one worker's share of a batch: what is drawn, the loss, its gradient.
+
+Everything random about an image is drawn from (seed, step, its position in the global batch), so
+that any number of workers, and any restart, give it the same t, noise and flip.
+"""
+
+import contextlib
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ddpm_ray.data.transforms import to_model_range
+from ddpm_ray.diffusion import seeding
+from ddpm_ray.diffusion.losses import simple_loss
+from ddpm_ray.diffusion.process import NoiseSchedule
+from ddpm_ray.diffusion.seeding import Purpose
+from ddpm_ray.training.workers import Workers
+
+SHOWN_KEYS = 8  # of an error that could name a whole batch
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or gradient that is NaN or infinite; args are (step, gradient norm, sample keys)."""
+
+    def __str__(self) -> str:
+        step, norm, keys = self.args
+        names = ", ".join(keys[:SHOWN_KEYS]) + (" ..." if len(keys) > SHOWN_KEYS else "")
+        return (
+            f"step {step}: the gradient's norm is {norm}, from {len(keys)} samples: {names}; "
+            f"nothing was updated. Look at these images, or lower training.learning_rate and go "
+            f"back to an older checkpoint"
+        )
+
+
+@dataclass(frozen=True)
+class Objective:
+    """L_simple (Ho et al. 2020, eq. 14) on images, as configured."""
+
+    schedule: NoiseSchedule
+    seed: int
+    flip: bool = False
+    reseed_dropout: bool = False
+    bf16: bool = False
+    memory_format: torch.memory_format = torch.contiguous_format
+
+    def backward(
+        self, network: nn.Module, images: Tensor, step: int, workers: Workers, micro_batch: int
+    ) -> tuple[Tensor, Tensor]:
+        """Adds the gradient of the global batch's mean loss to `network`'s parameters.
+
+        images [b, H, W, C] uint8 are this worker's share of global batch `step` (from 0), at
+        positions rank * b ...; `micro_batch` of them pass at once. Returns losses [b] float32 and
+        log-SNR [b] float64 of their steps t. A loss that is not finite makes the gradient NaN, so
+        that after the workers' sum all of them see it in this same step.
+        """
+        count = len(images)
+        positions = torch.arange(count, device=workers.device) + workers.rank * count
+        if self.reseed_dropout:
+            torch.manual_seed(
+                seeding.derived_seed(self.seed, Purpose.DROPOUT, step, workers.rank)
+            )  # per step: a restart repeats it
+        losses, log_snr = [], []
+        for start in range(0, count, micro_batch):
+            part = slice(start, start + micro_batch)
+            last = start + micro_batch >= count
+            with _sync_only(network, last), self._autocast(workers.device):
+                loss, t = self.losses(network, images[part], step, positions[part], workers.device)
+            share = loss.sum() / count * torch.where(loss.detach().isfinite().all(), 1.0, math.nan)
+            with _sync_only(network, last):
+                share.backward()  # type: ignore[no-untyped-call]
+            losses.append(loss.detach())
+            log_snr.append(self.schedule.log_snr(t))
+        return torch.cat(losses), torch.cat(log_snr)
+
+    def losses(
+        self, network: nn.Module, images: Tensor, step: int, positions: Tensor, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        """Losses [b] of images [b, H, W, C] uint8 at global positions [b], and their t [b]."""
+        flips = seeding.coin(self.seed, Purpose.FLIP, step, positions) if self.flip else None
+        x_0 = to_model_range(images.to(device, non_blocking=True), flips)
+        x_0 = x_0.contiguous(memory_format=self.memory_format)
+        num_steps = self.schedule.num_steps
+        t = 1 + seeding.uniform_int(self.seed, Purpose.TIMESTEP, step, positions, num_steps)
+        noise = seeding.normal(self.seed, Purpose.NOISE, step, positions, tuple(x_0.shape[1:]))
+        noise = noise.contiguous(memory_format=self.memory_format)
+        return simple_loss(network, self.schedule, x_0, t, noise), t
+
+    def _autocast(self, device: torch.device) -> contextlib.AbstractContextManager[object]:
+        return torch.autocast(device.type, torch.bfloat16, enabled=self.bf16)
+
+
+def non_finite(
+    step: int, grad_norm: float, losses: Tensor, keys: list[str], workers: Workers
+) -> NonFiniteError:
+    """The error that all workers raise alike instead of applying step `step` (from 1).
+
+    grad_norm is of the summed gradient, so equal on all; `keys` name the images of losses [b]. The
+    error names the images whose own loss is not finite, or all of the batch's if there is none.
+    """
+    guilty = [key for key, bad in zip(keys, ~losses.isfinite().cpu(), strict=True) if bad]
+    everyone = workers.gather((guilty, keys))
+    named = [key for bad, _ in everyone for key in bad] or [k for _, own in everyone for k in own]
+    return NonFiniteError(step, grad_norm, named)
+
+
+def _sync_only(network: nn.Module, last: bool) -> contextlib.AbstractContextManager[object]:
+    """Gradients are summed over workers once per step, with its last micro-batch."""
+    if isinstance(network, DistributedDataParallel) and not last:
+        return network.no_sync()
+    return contextlib.nullcontext()

@@ -1,0 +1,83 @@
+"""Whatever must outlive a crash, in one object, and its snapshot for a checkpoint.
+
+Weights, their EMA and Adam's moments are tensors under the network's parameter names; everything
+else (step, seed, data fingerprint, config, MLflow run, scores, rows not yet sent) is plain JSON.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ddpm_ray.models.ema import EMA
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A state on the CPU that later steps do not change: tensors by file, facts as JSON."""
+
+    tensors: dict[str, Tensors]  # "model", "ema", "optimizer"
+    facts: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        """Optimiser steps that the state has taken."""
+        return int(self.facts["step"])
+
+
+@dataclass
+class TrainingState:
+    """One worker's copy of the run; equal on all workers after every step."""
+
+    model: nn.Module  # unwrapped: no DDP, not compiled
+    ema: EMA
+    optimizer: torch.optim.Optimizer
+    facts: dict[str, Any]  # who this run is: config, seed, data fingerprint, MLflow run
+    step: int = 0
+    scores: dict[str, Any] = field(default_factory=dict)  # the newest evaluation
+
+    def snapshot(self, unsent_rows: list[Any]) -> Snapshot:
+        """A copy on the CPU; 0.1 s for the 572 MB of a 35.7 M-parameter run."""
+        tensors = {
+            "model": dict(self.model.state_dict()),
+            "ema": dict(self.ema.state_dict()),
+            "optimizer": self._moments(),
+        }
+        copies = {
+            name: {key: value.detach().to("cpu", copy=True) for key, value in group.items()}
+            for name, group in tensors.items()
+        }
+        facts = self.facts | {
+            "step": self.step,
+            "scores": self.scores,
+            "unsent_rows": unsent_rows,
+        }
+        return Snapshot(copies, facts)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go on from `snapshot`; RuntimeError names the tensors that differ."""
+        self.model.load_state_dict(snapshot.tensors["model"])
+        self.ema.load_state_dict(snapshot.tensors["ema"])
+        self._set_moments(snapshot.tensors["optimizer"])
+        self.step = snapshot.step
+        self.scores = snapshot.facts["scores"]
+
+    def _moments(self) -> Tensors:
+        names = [name for name, _ in self.model.named_parameters()]
+        return {
+            f"{names[index]}.{key}": value
+            for index, moments in self.optimizer.state_dict()["state"].items()
+            for key, value in moments.items()
+        }
+
+    def _set_moments(self, tensors: Tensors) -> None:
+        indices = {name: i for i, (name, _) in enumerate(self.model.named_parameters())}
+        moments: dict[int, Tensors] = {}
+        for key, value in tensors.items():
+            name, _, moment = key.rpartition(".")
+            moments.setdefault(indices[name], {})[moment] = value
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
