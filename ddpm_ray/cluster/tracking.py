@@ -1,0 +1,293 @@
+"""MLflow: one run per training run, each row once, never on the step path. Its only importer.
+
+A metric row's primary key in MLflow holds its time stamp and its value. Ours are a function of
+(run start, step), so a step that is replayed after a crash writes the row that is already there.
+Rates are clocks and would differ: of those the first stays, and later ones are dropped.
+"""
+
+import contextlib
+import logging
+import os
+import subprocess
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import mlflow
+from mlflow import MlflowClient
+from mlflow.data.dataset_source_registry import resolve_dataset_source
+from mlflow.data.meta_dataset import MetaDataset
+from mlflow.entities import DatasetInput, InputTag, Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
+from PIL import Image
+
+from ddpm_ray.data import storage
+from ddpm_ray.training.checkpoints import MANIFEST, file_names
+from ddpm_ray.training.reporting import RATES, Row
+
+log = logging.getLogger(__name__)
+
+RUN_TAG = "ddpm_ray.run"  # identity of the run's folder: what a restarted job finds its run by
+SAMPLED = ("ema",)  # tensors that a model needs of a checkpoint
+MAX_METRICS, MAX_PARAMS = 1000, 100  # that the server takes in one call
+RETRY_S = 5.0
+
+# A dead server must cost a thread seconds, not the two minutes of the defaults (7 tries of 120 s).
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+
+
+class TrackingError(RuntimeError):
+    """An MLflow that does not answer; args are (uri, reason)."""
+
+    def __str__(self) -> str:
+        uri, reason = self.args
+        return (
+            f"{uri}: MLflow does not answer ({reason}); start it, or correct tracking.uri "
+            f"($MLFLOW_TRACKING_URI)"
+        )
+
+
+@dataclass(frozen=True)
+class TrackedRun:
+    """Where a run's rows go; small and plain, so that it travels to the workers."""
+
+    uri: str
+    run_id: str
+    experiment_id: str
+    start_ms: int
+
+    @property
+    def page(self) -> str:
+        """The run's address below the MLflow UI's root."""
+        return f"/#/experiments/{self.experiment_id}/runs/{self.run_id}"
+
+
+def find_or_create_run(
+    uri: str, experiment: str, name: str, identity: str, artifacts: str | None
+) -> TrackedRun:
+    """The MLflow run of the training run `identity`, set to RUNNING; created where there is none.
+
+    `artifacts` is where a new experiment keeps its files; None leaves it to the server. Raises
+    TrackingError.
+    """
+    with _answering(uri):
+        client = MlflowClient(tracking_uri=uri)
+        found = client.get_experiment_by_name(experiment)
+        experiment_id = (
+            found.experiment_id if found else client.create_experiment(experiment, artifacts)
+        )
+        query = f"tags.`{RUN_TAG}` = '{identity}'"
+        hits = client.search_runs([experiment_id], query, max_results=1)
+        if hits:
+            run = hits[0]
+            client.update_run(run.info.run_id, status="RUNNING")
+        else:
+            run = client.create_run(experiment_id, run_name=name, tags={RUN_TAG: identity})
+        return TrackedRun(uri, run.info.run_id, experiment_id, run.info.start_time)
+
+
+def describe(
+    run: TrackedRun,
+    *,
+    params: dict[str, Any],
+    tags: dict[str, str],
+    dataset_url: str,
+    dataset_fingerprint: str,
+) -> None:
+    """Log what the run is: parameters (those that are new), tags and the data set it reads."""
+    with _answering(run.uri):
+        client = MlflowClient(tracking_uri=run.uri)
+        known = client.get_run(run.run_id)
+        new = [Param(k, str(v)) for k, v in params.items() if k not in known.data.params]
+        for start in range(0, len(new), MAX_PARAMS):
+            client.log_batch(run.run_id, params=new[start : start + MAX_PARAMS])
+        client.log_batch(run.run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+        if not (known.inputs and known.inputs.dataset_inputs):
+            dataset = MetaDataset(
+                resolve_dataset_source(dataset_url),
+                name=storage.name_of(dataset_url),
+                digest=dataset_fingerprint[:36],  # the database's column is 36 wide
+            )
+            training = InputTag("mlflow.data.context", "training")
+            entity = DatasetInput(dataset._to_mlflow_entity(), tags=[training])
+            client.log_inputs(run.run_id, [entity])
+
+
+def finish(run: TrackedRun, status: str) -> None:
+    """Close the run as FINISHED, FAILED or KILLED."""
+    with _answering(run.uri):
+        MlflowClient(tracking_uri=run.uri).set_terminated(run.run_id, status)
+
+
+def git_commit(folder: Path) -> str:
+    """The commit that is checked out at `folder`, `-dirty` where files differ; or `unknown`."""
+    try:
+        command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return done.stdout.strip()
+
+
+class Tracker:
+    """A Sink that sends rows, pictures and documents to MLflow from a thread of its own.
+
+    While MLflow is away nothing is lost and no step waits: rows stay in `unsent`, which goes into
+    every checkpoint, and are tried again every few seconds.
+    """
+
+    def __init__(self, run: TrackedRun, flush_every_s: float, unsent: list[Row]) -> None:
+        self._run, self._flush_every_s = run, flush_every_s
+        self._rows: deque[Row] = deque(unsent)
+        self._files: deque[tuple[str, int, Any]] = deque()
+        self._lock, self._wake, self._closing = threading.Lock(), threading.Event(), False
+        self._last_rate: dict[str, int] = {}
+        self._pictured: set[int] = set()
+        self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
+        self._thread.start()
+
+    def rows(self, rows: list[Row]) -> None:
+        """Queue metrics."""
+        with self._lock:
+            self._rows.extend(rows)
+
+    def image(self, key: str, step: int, image: Image.Image) -> None:
+        """Queue a stepped picture."""
+        with self._lock:
+            self._files.append((key, step, image))
+
+    def document(self, path: str, content: dict[str, Any]) -> None:
+        """Queue a JSON file below the run's artifacts."""
+        with self._lock:
+            self._files.append((path, 0, content))
+
+    def unsent(self) -> list[Row]:
+        """Rows that MLflow has not acknowledged."""
+        with self._lock:
+            return list(self._rows)
+
+    def close(self, patience_s: float) -> bool:
+        """Send what is left; False if that did not succeed within `patience_s`."""
+        self._closing = True
+        self._wake.set()
+        self._thread.join(patience_s)
+        return not self._thread.is_alive()
+
+    def _work(self) -> None:
+        client = None
+        while True:
+            self._wake.wait(self._flush_every_s)
+            try:
+                if client is None:
+                    client = MlflowClient(tracking_uri=self._run.uri)
+                    self._look_back(client)
+                self._send(client)
+            except Exception as error:  # noqa: BLE001 - whatever it is, rows are kept and retried
+                log.warning("MLflow at %s: %s; kept, tried again", self._run.uri, _brief(error))
+                time.sleep(RETRY_S)
+                continue
+            if self._closing and not self._rows and not self._files:
+                return
+
+    def _look_back(self, client: MlflowClient) -> None:
+        """What this run's earlier lives logged that a replay would log otherwise."""
+        for key in RATES:
+            history = client.get_metric_history(self._run.run_id, key)
+            self._last_rate[key] = max((metric.step for metric in history), default=0)
+        for item in client.list_artifacts(self._run.run_id, "images"):
+            name = Path(item.path).name  # samples%step%500%timestamp%...
+            parts = name.replace("+", "%").split("%")
+            if "step" in parts:
+                self._pictured.add(int(parts[parts.index("step") + 1]))
+
+    def _send(self, client: MlflowClient) -> None:
+        while self._rows:
+            with self._lock:
+                batch, count = self._next_batch()
+            client.log_batch(self._run.run_id, metrics=batch)
+            with self._lock:
+                for _ in range(count):
+                    self._rows.popleft()
+        while self._files:
+            name, step, content = self._files[0]
+            if not isinstance(content, Image.Image):
+                client.log_dict(self._run.run_id, content, name)
+            elif step not in self._pictured:
+                client.log_image(self._run.run_id, content, key=name, step=step)
+                self._pictured.add(step)
+            with self._lock:
+                self._files.popleft()
+
+    def _next_batch(self) -> tuple[list[Metric], int]:
+        """Metrics of the oldest rows, as many whole rows as one call takes, and their number."""
+        metrics: list[Metric] = []
+        count = 0
+        for row in self._rows:
+            own = [
+                Metric(key, value, self._run.start_ms + row.step, row.step)
+                for key, value in row.metrics.items()
+                if row.step > self._last_rate.get(key, -1)
+            ]
+            if len(metrics) + len(own) > MAX_METRICS:
+                break
+            metrics += own
+            count += 1
+        return metrics, count
+
+
+def log_model(run: TrackedRun, checkpoint_url: str, loader_module: str) -> None:
+    """Log the checkpoint folder as the run's model `model`: no pickle, no code, just its files.
+
+    `loader_module` is the module of this package whose `_load_pyfunc(folder)` reads it. Does
+    nothing where the run has that model already.
+    """
+    with _answering(run.uri), tempfile.TemporaryDirectory() as scratch:
+        mlflow.set_tracking_uri(run.uri)
+        client = MlflowClient(tracking_uri=run.uri)
+        known = client.get_run(run.run_id)
+        if known.outputs and known.outputs.model_outputs:
+            return
+        folder = Path(scratch) / "checkpoint"
+        for name in (MANIFEST, *file_names(SAMPLED)):
+            data = storage.read_bytes(storage.join(checkpoint_url, name))
+            storage.write_bytes(str(folder / name), data)
+        with mlflow.start_run(run_id=run.run_id):
+            mlflow.pyfunc.log_model(
+                name="model",
+                loader_module=loader_module,
+                data_path=str(folder),
+                pip_requirements=[f"ddpm-ray=={version('ddpm-ray')}"],
+            )
+
+
+def download_model(uri: str, destination: Path) -> Path:
+    """The checkpoint folder inside the MLflow model at runs:/... or models:/..., downloaded."""
+    try:
+        root = Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(destination)))
+    except MlflowException as error:
+        raise TrackingError(uri, _brief(error)) from error
+    found = sorted(root.rglob("manifest.json"))
+    if not found:
+        raise TrackingError(uri, "it is not a model of this package: no checkpoint inside")
+    return found[0].parent
+
+
+@contextlib.contextmanager
+def _answering(uri: str) -> Iterator[None]:
+    try:
+        yield
+    except MlflowException as error:
+        raise TrackingError(uri, _brief(error)) from error
+
+
+def _brief(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 200 else f"{text[:197]}..."

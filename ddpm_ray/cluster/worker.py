@@ -1,0 +1,191 @@
+"""What one Ray Train worker does: take its place, find where the run stands, train, evaluate."""
+
+from typing import Any
+
+import ray.train
+import ray.train.torch
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ddpm_ray import build
+from ddpm_ray.cluster.control import Desk
+from ddpm_ray.cluster.tracking import TrackedRun, Tracker
+from ddpm_ray.config import RunConfig
+from ddpm_ray.data import storage
+from ddpm_ray.data.shards import Dataset, DatasetError, ShardCorruptError, open_dataset
+from ddpm_ray.knobs import from_dict
+from ddpm_ray.training import evaluation
+from ddpm_ray.training.checkpoints import (
+    CheckpointError,
+    CheckpointStore,
+    CheckpointWriter,
+    read,
+)
+from ddpm_ray.training.features import FeatureNet
+from ddpm_ray.training.gallery import Gallery
+from ddpm_ray.training.loop import Run, train
+from ddpm_ray.training.objectives import NonFiniteError
+from ddpm_ray.training.reference import Reference, reference
+from ddpm_ray.training.reporting import Row, StepLog
+from ddpm_ray.training.state import Snapshot
+from ddpm_ray.training.workers import Workers
+
+# What a restarted worker would meet again: it ends the run instead of three more attempts.
+FATAL = (NonFiniteError, CheckpointError, DatasetError, ShardCorruptError, ValueError)
+LAST_ROWS_S = 60.0  # patience with MLflow at the end; unsent rows are in the checkpoint as well
+
+
+def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
+    """Rank 0's report: the step reached, the committed checkpoint's URL and the newest scores."""
+    desk: Desk = settings["desk"]
+    if desk.look()[1] is not None:  # an earlier attempt found that to go on is of no use
+        return {}
+    try:
+        return _train(from_dict(RunConfig, settings["config"]), settings, desk)
+    except FATAL as error:
+        desk.give_up(str(error))
+        raise
+
+
+def _train(config: RunConfig, settings: dict[str, Any], desk: Desk) -> dict[str, Any]:
+    torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
+    workers = place()
+    dataset = open_dataset(config.data.url)
+    facts = {
+        "config": settings["config"],
+        "image_shape": list(dataset.manifest.image_shape),
+        "data_fingerprint": dataset.fingerprint,
+        "identity": settings["identity"],
+    }
+    state = build.training_state(config, dataset.manifest.image_shape, workers.device, facts)
+    store = CheckpointStore(
+        storage.join(settings["folder"], "checkpoints"), config.training.keep_checkpoints
+    )
+    log = StepLog(workers, config.training.log_every_steps)
+    unsent: list[Row] = []
+    if snapshot := _newest(store, workers):
+        state.restore(snapshot)
+        log.resume(snapshot.facts["bands"])
+        unsent = [Row(**row) for row in snapshot.facts["unsent_rows"]]
+    tracked = TrackedRun(**settings["tracked"])
+    sink = Tracker(tracked, config.tracking.flush_every_s, unsent) if workers.leads else None
+    stream = build.stream(config, dataset, workers)
+    objective = build.objective(config, workers.device)
+    height, width, channels = dataset.manifest.image_shape
+    gallery = Gallery(
+        state,
+        objective.schedule,
+        build.sampling_plan(config.sampling, config.schedule.num_steps),
+        (channels, height, width),
+        workers,
+        storage.join(settings["folder"], "pictures"),
+        sink,
+        config.sampling.batch_size,
+    )
+    writer = CheckpointWriter(store)
+    judge = _Judge(config, dataset, gallery)
+    run = Run(
+        plan=build.plan(config, workers.count),
+        state=state,
+        network=_wrapped(state.model, config, workers),
+        objective=objective,
+        stream=stream,
+        workers=workers,
+        log=log,
+        checkpoints=writer,
+        sink=sink,
+        show_progress=desk.show,
+        draw_grid=gallery.show_grid,
+        draw_strip=gallery.show_strip,
+        evaluate=judge.evaluate,
+    )
+    try:
+        train(run)
+    finally:
+        stream.close()
+        if sink is not None:
+            sink.close(LAST_ROWS_S)
+    return {"step": state.step, "checkpoint": writer.committed, "scores": state.scores}
+
+
+def place() -> Workers:
+    """This process's place in its Ray Train worker group."""
+    context = ray.train.get_context()
+    device = ray.train.torch.get_device()
+    return Workers(context.get_world_rank(), context.get_world_size(), device)
+
+
+def _newest(store: CheckpointStore, workers: Workers) -> Snapshot | None:
+    """The checkpoint that the leader found, read by each worker for itself."""
+    found = store.load() if workers.leads else None
+    where = workers.gather(found[0] if found else None)[0]
+    if workers.leads or where is None:
+        return found[1] if found else None
+    return read(where)
+
+
+def _wrapped(model: nn.Module, config: RunConfig, workers: Workers) -> nn.Module:
+    """The network that gradients pass through: compiled and data-parallel as configured."""
+    network = model
+    if config.training.compile:
+        network = torch.compile(network)  # type: ignore[assignment]
+    if workers.count > 1:
+        devices = [workers.device] if workers.device.type == "cuda" else None
+        network = DistributedDataParallel(
+            network, device_ids=devices, gradient_as_bucket_view=True, broadcast_buffers=False
+        )
+    return network
+
+
+class _Judge:
+    """Scores the EMA weights; its feature network and reference are made at the first use."""
+
+    def __init__(self, config: RunConfig, dataset: Dataset, gallery: Gallery) -> None:
+        self._config, self._dataset, self._gallery = config, dataset, gallery
+        self._tools: tuple[FeatureNet, Reference] | None = None
+
+    def evaluate(self, step: int) -> None:
+        """Leaves the scores of `step` in the state and hands them to the sink."""
+        wanted, gallery = self._config.evaluation, self._gallery
+        if not wanted.num_images:
+            return
+        if self._tools is None:
+            cache = build.cache_dir(self._config.data, "weights")
+            net = build.feature_net(wanted, cache, gallery.workers.device)
+            kept = wanted.kernel_distance_images if wanted.kernel_distance else 0
+            self._tools = (
+                net,
+                reference(
+                    self._dataset, net, gallery.workers, kernel_images=min(kept, wanted.num_images)
+                ),
+            )
+        net, known = self._tools
+        scores = evaluation.evaluate(
+            gallery.state.ema.model,
+            gallery.schedule,
+            gallery.plan,
+            net,
+            known,
+            num_images=wanted.num_images,
+            batch_size=gallery.batch_size,
+            image_shape=gallery.image_shape,
+            workers=gallery.workers,
+            provenance=ema_provenance(self._config, step),
+        )
+        gallery.state.scores = {"step": step, **vars(scores)}
+        if gallery.sink is not None:
+            gallery.sink.rows([Row(step, scores.metrics)])
+            gallery.sink.document(f"evaluation/step-{step:08d}.json", gallery.state.scores)
+
+
+def ema_provenance(config: RunConfig, step: int) -> dict[str, Any]:
+    """What a score's certificate says of the weights."""
+    training = config.training
+    return {
+        "weights": "ema",
+        "ema_decay_per_step": build.ema_decay(training)(training.steps),
+        "ema_ramp": training.ema_ramp,
+        "step": step,
+        "training_seed": config.seed,
+    }

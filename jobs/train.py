@@ -1,0 +1,44 @@
+"""Train a diffusion model on Ray, or continue the run of that name.
+
+    python jobs/train.py conf/train/digits.yaml [key=value ...]
+    ray job submit --working-dir . -- python jobs/train.py conf/train/digits.yaml
+
+Options: --help, --print-config. The last line of stdout is a JSON object with the results.
+Ctrl-C once commits a checkpoint and exits; twice exits now. The same command continues.
+"""
+
+import sys
+from typing import Any
+
+from ddpm_ray.command_line import InterruptedRunError, ProgressLine, home_folder, main
+from ddpm_ray.config import RunConfig
+
+
+def train(config: RunConfig, _: list[str]) -> dict[str, Any]:
+    """The run's report; what people want to know is told on stderr."""
+    from ddpm_ray.cluster.training_run import train as run  # heavy: after the config is checked
+
+    progress = ProgressLine(config.training.global_batch_size)
+    outcome = run(config, home_folder(), progress.show)
+    report = outcome.report
+    if not outcome.finished:
+        raise InterruptedRunError(
+            f"stopped at step {report['step']} of {report['steps']}, checkpoint committed in "
+            f"{report['checkpoint']}; the same command continues"
+        )
+    scores = "  ".join(f"{key} {value:.4g}" for key, value in report["metrics"].items())
+    print(
+        f"checkpoint   {report['checkpoint']}",
+        f"samples      {report['samples']}",
+        f"denoising    {report['denoising']}",
+        f"scores       {scores or 'none: evaluation.num_images is 0'}",
+        f"MLflow run   {report['run_id']} in {report['tracking_uri']}",
+        f"to see it    mlflow ui --backend-store-uri {report['tracking_uri']}   (or: make ui)",
+        sep="\n",
+        file=sys.stderr,
+    )
+    return report
+
+
+if __name__ == "__main__":
+    sys.exit(main(__doc__ or "", RunConfig, ["CONFIG.yaml"], train, takes_yaml=True))
