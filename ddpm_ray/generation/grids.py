@@ -13,7 +13,7 @@ from ddpm_ray.generation.sample import Images, SamplingPlan, draw, to_uint8
 
 GUTTER_PIXELS = 2
 GUTTER_GREY = 128  # set off from the black ground of digits and from white ground alike
-CAPTION_PIXELS = 22
+MARGIN_PIXELS = 28  # beside a picture, for its captions
 LEGIBLE_PIXELS = 64  # an image smaller than this is enlarged, by a whole factor
 
 
@@ -69,15 +69,20 @@ def denoising_strip(
     noisy, clean = (torch.stack([kept[t][i] for t in shown], dim=1) for i in (0, 1))
     rows = torch.stack([noisy, clean], dim=1)  # [N, 2, columns, C, H, W]
     picture = grid(to_uint8(rows.flatten(0, 2)), columns=len(shown))
-    return captioned(picture, [f"t = {shown[0]}", *map(str, shown[1:])])
+    captions = [f"t = {shown[0]}", *map(str, shown[1:])]
+    return captioned(picture, above=captions, beside=["x_t", "x_0"] * len(index))
 
 
-def captioned(picture: Image.Image, captions: Sequence[str]) -> Image.Image:
-    """`picture` with the captions above it, each centred over one of as many equal columns."""
-    wide = Image.new(picture.mode, (picture.width, picture.height + CAPTION_PIXELS), "white")
-    wide.paste(picture, (0, CAPTION_PIXELS))
-    pen, font = ImageDraw.Draw(wide), ImageFont.load_default(size=14)
-    for i, caption in enumerate(captions):
-        centre = (i + 0.5) * picture.width / len(captions)
-        pen.text((centre, CAPTION_PIXELS / 2), caption, fill="black", font=font, anchor="mm")
-    return wide
+def captioned(picture: Image.Image, above: Sequence[str], beside: Sequence[str]) -> Image.Image:
+    """`picture` with a margin of captions: `above` equal columns, and left of equal rows."""
+    size = picture.width + MARGIN_PIXELS, picture.height + MARGIN_PIXELS
+    whole = Image.new(picture.mode, size, "white")
+    whole.paste(picture, (MARGIN_PIXELS, MARGIN_PIXELS))
+    pen, font = ImageDraw.Draw(whole), ImageFont.load_default(size=14)
+    for i, caption in enumerate(above):
+        x = MARGIN_PIXELS + (i + 0.5) * picture.width / len(above)
+        pen.text((x, MARGIN_PIXELS / 2), caption, fill="black", font=font, anchor="mm")
+    for i, caption in enumerate(beside):
+        y = MARGIN_PIXELS + (i + 0.5) * picture.height / len(beside)
+        pen.text((MARGIN_PIXELS / 2, y), caption, fill="black", font=font, anchor="mm")
+    return whole

@@ -72,6 +72,11 @@ def evaluate(
             f"the model draws {_shape(image_shape)} images and the reference data holds "
             f"{_shape(reference.image_shape)}; choose a data set of the model's shape"
         )
+    if (known := reference.identity["features"]) != net.facts:
+        raise ValueError(
+            f"the reference was made with other features, {known}, than {net.facts}; make it with "
+            "the network that looks at the samples"
+        )
     if reference.count < 2:
         raise ValueError(f"the reference data holds {reference.count} image; at least 2 are needed")
     batches = _drawn(
@@ -201,7 +206,7 @@ def _certificate(
             "clip": plan.clip,
             "rounding": "uint8, (x + 1) * 127.5 half up",
         },
-        "features": {"network": net.name, "widths": sorted(net.widths), **net.identity},
+        "features": net.facts,
         "reference": {
             "sha256": reference.sha256,
             "data": reference.identity["data"],

@@ -1,14 +1,17 @@
 """Networks through whose eyes two sets of images are compared, each with what identifies it."""
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from ddpm_ray.models import digits_classifier
+from ddpm_ray.models.inception import Resize
+from ddpm_ray.models.inception_weights import load_inception
 
 Extract: TypeAlias = Callable[[Tensor], Mapping[int, Tensor]]
 """uint8 images [N, H, W, C] -> features float32 [N, D] under each width D, in one pass."""
@@ -24,6 +27,11 @@ class FeatureNet:
     identity: Mapping[str, Any]  # what features depend on: weights_sha256, resize; plain JSON
     classify: Callable[[Tensor], Tensor] | None = None  # images [N, H, W, C] -> logits [N, classes]
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Name, widths and identity: features of nets with equal facts are comparable."""
+        return {"network": self.name, "widths": sorted(self.widths), **self.identity}
+
     def __call__(self, images: Tensor) -> Mapping[int, Tensor]:
         """Features of uint8 images; raises ValueError where one is not finite."""
         with torch.inference_mode():
@@ -37,6 +45,22 @@ class FeatureNet:
         return features
 
 
+def inception_net(
+    path: Path, widths: Iterable[int], resize: Resize, device: torch.device | str
+) -> FeatureNet:
+    """The FID network with the weights of the local file `path`; one pass gives all `widths`.
+
+    Raises InceptionWeightsError where the file lacks what they need.
+    """
+    network = load_inception(path, widths, resize).to(device)
+    return FeatureNet(
+        name="inception",
+        widths=tuple(sorted(network.widths)),
+        extract=network.features,
+        identity={"weights_sha256": _sha256(path), "resize": resize},
+    )
+
+
 def digits_net(device: torch.device | str) -> FeatureNet:
     """The bundled judge of 8x8 digits, which also says which of them it recognises."""
     classifier = digits_classifier.load_digits_classifier().to(device)
@@ -44,9 +68,10 @@ def digits_net(device: torch.device | str) -> FeatureNet:
         name="digits",
         widths=(classifier.dense_1.out_features,),
         extract=lambda images: {classifier.dense_1.out_features: classifier.features(images)},
-        identity={
-            "weights_sha256": hashlib.sha256(digits_classifier.WEIGHTS.read_bytes()).hexdigest(),
-            "resize": "none",
-        },
+        identity={"weights_sha256": _sha256(digits_classifier.WEIGHTS), "resize": "none"},
         classify=classifier.logits,
     )
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

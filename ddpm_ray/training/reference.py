@@ -68,13 +68,11 @@ def reference(
     cache is `<data url>/reference/<sha256>.safetensors`; one that does not pass its own checksum
     is computed again, and where it cannot be written a warning says so. All workers must call it.
     """
-    identity = {
+    identity: dict[str, Any] = {
         "format": "ddpm-ray reference 1",
         "data": dataset.fingerprint,
-        "features": net.name,
-        "widths": sorted(net.widths),
+        "features": net.facts,
         "kernel_images": min(kernel_images, dataset.manifest.samples),
-        **net.identity,
     }
     url = storage.join(dataset.url, "reference", f"{_sha256(identity)}.safetensors")
     tensors = _read_cache(url, identity)

@@ -1,0 +1,90 @@
+"""Pictures hold every pixel of every image, enlarged sharply, and say which step they show."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ddpm_ray.diffusion import schedules
+from ddpm_ray.diffusion.process import NoiseSchedule
+from ddpm_ray.diffusion.samplers import uniform_steps
+from ddpm_ray.generation.grids import GUTTER_PIXELS, MARGIN_PIXELS, denoising_strip, grid
+from ddpm_ray.generation.sample import Images, SamplingPlan, draw, to_uint8
+
+
+def noise(*shape: int) -> Images:
+    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+
+
+@given(
+    count=st.integers(1, 12),
+    side=st.integers(1, 40),
+    channels=st.sampled_from([1, 3]),
+    columns=st.none() | st.integers(1, 12),
+)
+def test_each_image_can_be_read_back(
+    count: int, side: int, channels: int, columns: int | None
+) -> None:
+    images = noise(count, side, side, channels)
+    picture = grid(images, columns, min_pixels=24)
+    pixels = np.asarray(picture).reshape(picture.height, picture.width, channels)
+    factor = max(1, -(-24 // side))
+    cell = side * factor + GUTTER_PIXELS
+    across = (picture.width - GUTTER_PIXELS) // cell
+    assert across == min(count, columns) if columns else across**2 >= count
+    for i, image in enumerate(images):
+        top, left = (GUTTER_PIXELS + place * cell for place in divmod(i, across))
+        block = pixels[top : top + side * factor, left : left + side * factor]
+        assert (block[::factor, ::factor] == image).all()
+        assert (block[factor - 1 :: factor, factor - 1 :: factor] == image).all()
+
+
+def test_small_images_become_legible_and_keep_their_kind() -> None:
+    digits = grid(noise(4, 8, 8, 1))
+    assert digits.mode == "L"
+    assert digits.width >= 2 * 64
+    assert grid(noise(4, 128, 128, 3)).mode == "RGB"
+    assert grid(noise(4, 128, 128, 3)).width < 2 * 128 + 10
+
+
+@pytest.mark.parametrize("shape", [(0, 8, 8, 1), (8, 8, 1), (1, 8, 8, 2)])
+def test_what_is_no_batch_of_images_is_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"images have shape .* \[N, H, W, 1 or 3\]"):
+        grid(np.zeros(shape, np.uint8))
+
+
+@pytest.mark.parametrize("count", [1, 3, 20])
+def test_a_strip_goes_from_the_start_noise_to_the_image(count: int) -> None:
+    schedule = NoiseSchedule(schedules.cosine(20))
+    plan, index, shape = SamplingPlan(uniform_steps(20, count)), torch.arange(2), (1, 8, 8)
+
+    def shrink(x_t: Tensor, t: Tensor) -> Tensor:
+        return 0.8 * x_t
+
+    starts: list[Tensor] = []
+
+    def keep(t: int, x_t: Tensor, x_0: Tensor) -> None:
+        starts.extend([x_t.clone(), x_0.clone()] if t == 20 else [])
+
+    x_0 = draw(shrink, schedule, plan, index, shape, "cpu", on_step=keep)
+    strip = denoising_strip(shrink, schedule, plan, index, shape, "cpu", columns=5)
+    cell = 64 + GUTTER_PIXELS
+    columns = min(5, count + 1)
+    assert strip.size == (
+        MARGIN_PIXELS + columns * cell + GUTTER_PIXELS,
+        MARGIN_PIXELS + 4 * cell + GUTTER_PIXELS,
+    )
+    pixels = np.asarray(strip)[MARGIN_PIXELS:, MARGIN_PIXELS:]
+    assert (np.asarray(strip)[:MARGIN_PIXELS] < 128).any(), "the steps are written above"
+    first_noisy, first_clean, last = to_uint8(starts[0]), to_uint8(starts[1]), to_uint8(x_0)
+    for i in range(2):
+        for column, row, image in (
+            (0, 2 * i, first_noisy[i]),
+            (0, 2 * i + 1, first_clean[i]),
+            (columns - 1, 2 * i, last[i]),
+            (columns - 1, 2 * i + 1, last[i]),
+        ):
+            top, left = (GUTTER_PIXELS + place * cell for place in (row, column))
+            assert (pixels[top : top + 64 : 8, left : left + 64 : 8] == image[..., 0]).all()

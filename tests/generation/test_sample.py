@@ -1,0 +1,157 @@
+"""An image is a function of (seed, index): batches, order and other images do not touch it."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from ddpm_ray.diffusion import schedules
+from ddpm_ray.diffusion.process import NoiseSchedule
+from ddpm_ray.diffusion.samplers import uniform_steps
+from ddpm_ray.generation.sample import SamplingPlan, TrainedModel, draw, to_uint8
+from ddpm_ray.models.unet import UNet
+
+T = 20
+SCHEDULE = NoiseSchedule(schedules.cosine(T))
+SHAPE = (1, 8, 8)
+PLANS = {
+    "ddim": SamplingPlan(uniform_steps(T, 5)),
+    "ddim with noise": SamplingPlan(uniform_steps(T, 5), eta=0.7, seed=3),
+    "ancestral": SamplingPlan(uniform_steps(T, 5), sampler="ancestral", clip=False, seed=2**63),
+}
+
+
+def pointwise(x_t: Tensor, t: Tensor) -> Tensor:
+    """A denoiser whose every output element depends on one input element: no sums to reorder."""
+    return x_t * 0.5 + t.view(-1, 1, 1, 1) / T
+
+
+def drawn(plan: SamplingPlan, index: list[int]) -> Tensor:
+    return draw(pointwise, SCHEDULE, plan, torch.tensor(index), SHAPE, "cpu")
+
+
+@given(st.sampled_from(sorted(PLANS)), st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=9))
+def test_an_image_does_not_depend_on_its_batch(name: str, index: list[int]) -> None:
+    together = drawn(PLANS[name], index)
+    for row, i in zip(together, index, strict=True):
+        assert torch.equal(row, drawn(PLANS[name], [i])[0])
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_other_indices_and_other_seeds_are_other_images(name: str) -> None:
+    plan = PLANS[name]
+    one, other = drawn(plan, [7, 8])
+    reseeded = drawn(SamplingPlan(**{**vars(plan), "seed": plan.seed + 1}), [7])
+    assert (one != other).float().mean() > 0.5
+    assert (one != reseeded[0]).float().mean() > 0.5
+
+
+def test_noise_of_one_image_at_two_steps_is_not_correlated() -> None:
+    """A denoiser that sees x_0 = 0 leaves nothing but the noise; reuse would show at once."""
+    states: list[Tensor] = []
+
+    def keep(t: int, x_t: Tensor, x_0: Tensor) -> None:
+        states.append(x_t.clone())
+
+    def blind(x_t: Tensor, t: Tensor) -> Tensor:
+        return x_t / (1 - SCHEDULE.alpha_bar[t]).sqrt().float().view(-1, 1, 1, 1)
+
+    plan = SamplingPlan(uniform_steps(T, T), eta=1.0)
+    draw(blind, SCHEDULE, plan, torch.arange(16), (1, 32, 32), "cpu", on_step=keep)
+    alpha_bar = SCHEDULE.alpha_bar
+    fresh = []
+    for step, (x, x_next) in enumerate(pairwise(states)):
+        t = T - step
+        a, a_next = alpha_bar[t], alpha_bar[t - 1]
+        mean = (a / a_next).sqrt() * (1 - a_next) / (1 - a) * x  # eq. 7 of Ho et al. at x_0 = 0
+        fresh.append((x_next - mean).flatten())
+    correlation = torch.corrcoef(torch.stack([states[0].flatten(), *fresh]))
+    off_diagonal = correlation - torch.eye(len(correlation))
+    assert off_diagonal.abs().max() < 5 / 16384**0.5  # five standard errors
+
+
+def test_rounding_to_uint8_is_half_up_and_clamped() -> None:
+    pixels = torch.tensor([-7.0, -1.0, -0.9961, -0.996, 0.0, 0.9999, 1.0, 7.0])
+    levels = to_uint8(pixels.view(8, 1, 1, 1))
+    assert levels.shape == (8, 1, 1, 1)
+    assert levels.dtype == np.uint8
+    assert levels.ravel().tolist() == [0, 0, 0, 1, 128, 255, 255, 255]
+
+
+@given(st.integers(0, 255))
+def test_every_grey_level_survives_the_way_through_the_model_range(level: int) -> None:
+    assert to_uint8(torch.full((1, 3, 2, 2), level / 127.5 - 1)).tolist() == [
+        [[[level] * 3] * 2] * 2
+    ]
+
+
+def test_channels_come_last() -> None:
+    image = torch.tensor([-1.0, 0.0, 1.0]).view(1, 3, 1, 1).expand(1, 3, 4, 5)
+    assert to_uint8(image).shape == (1, 4, 5, 3)
+    assert to_uint8(image)[0, 3, 4].tolist() == [0, 128, 255]
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_a_pixel_that_is_not_finite_never_becomes_a_grey_level(poison: float) -> None:
+    images = torch.zeros(3, 1, 2, 2)
+    images[1, 0, 1, 1] = poison
+    with pytest.raises(ValueError, match="1 of 3 images hold values that are not finite"):
+        to_uint8(images)
+
+
+def digits_model() -> TrainedModel:
+    torch.manual_seed(0)
+    network = UNet(
+        image_size=8, image_channels=1, base_channels=8, channel_mults=(1, 2),
+        blocks_per_level=1, attention_resolutions=(4,), groups=4,
+    )  # fmt: skip
+    nn.init.normal_(network.conv_out.weight, std=0.1)
+    return TrainedModel(network.eval(), SCHEDULE, SHAPE, provenance={})
+
+
+def test_a_model_gives_image_i_whatever_the_batch_size() -> None:
+    """To one grey level: convolutions sum in another order for another batch."""
+    model = digits_model()
+    whole = model.sample(7, steps=4, seed=5)
+    parts = model.sample(7, steps=4, seed=5, batch_size=2)
+    assert whole.shape == (7, 8, 8, 1)
+    assert np.abs(whole.astype(int) - parts.astype(int)).max() <= 1
+    assert np.abs(whole[:3].astype(int) - model.sample(3, steps=4, seed=5)).max() <= 1
+    assert (whole != model.sample(7, steps=4, seed=6)).mean() > 0.5
+
+
+def test_eta_and_sampler_reach_the_sampler() -> None:
+    model = digits_model()
+    variants = [
+        model.sample(2, steps=4),
+        model.sample(2, steps=4, eta=1.0),
+        model.sample(2, steps=4, sampler="ancestral"),
+        model.sample(2, steps=5),
+    ]
+    # ddim at eta 1 is the ancestral chain with fixed_small (Song et al. 2021), so 1 and 2 agree.
+    assert np.abs(variants[1].astype(int) - variants[2]).max() <= 1
+    assert (variants[0] != variants[1]).mean() > 0.3
+    assert (variants[0] != variants[3]).mean() > 0.1
+
+
+@pytest.mark.parametrize(
+    "wrong, reason",
+    [
+        ({"steps": 21}, r"steps is 21; this model was trained with T = 20 .* from 1\.\.20"),
+        ({"steps": 0}, "steps is 0"),
+        ({"num_images": 0}, "num_images is 0; it must be at least 1"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"labels": [1, 2]}, "labels is .* trained without labels"),
+        ({"guidance_scale": 3.0}, "guidance_scale 3, but this model was trained without labels"),
+        ({"sampler": "dpm"}, "sampler is 'dpm'; choose 'ddim' or 'ancestral'"),
+        ({"eta": 2.0}, "eta is 2"),
+    ],
+)
+def test_a_sample_that_cannot_be_drawn_says_why(wrong: dict[str, object], reason: str) -> None:
+    arguments: dict[str, object] = {"num_images": 2, "steps": 2, **wrong}
+    with pytest.raises(ValueError, match=reason):
+        digits_model().sample(**arguments)  # type: ignore[arg-type]

@@ -1,0 +1,439 @@
+"""Scores equal what scipy and scikit-learn make of the same features, on any number of workers."""
+
+import hashlib
+import json
+import logging
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import pytest
+import torch
+from scipy.linalg import sqrtm
+from sklearn.datasets import load_digits
+from sklearn.metrics.pairwise import polynomial_kernel
+from torch import Tensor
+
+from ddpm_ray.data import shards, storage
+from ddpm_ray.data.shards import Dataset, Recipe, ShardRow
+from ddpm_ray.diffusion import schedules
+from ddpm_ray.diffusion.process import Denoise, NoiseSchedule, predict_noise
+from ddpm_ray.diffusion.samplers import quadratic_steps, uniform_steps
+from ddpm_ray.generation.sample import Images, SamplingPlan, draw, to_uint8
+from ddpm_ray.models.inception import Inception, Resize
+from ddpm_ray.training.evaluation import Scores, evaluate, metric_names
+from ddpm_ray.training.features import FeatureNet, digits_net, inception_net
+from ddpm_ray.training.reference import Reference, reference
+from ddpm_ray.training.workers import Workers
+
+Result = TypeVar("Result")
+SCHEDULE = NoiseSchedule(schedules.cosine(20))
+PLAN = SamplingPlan(uniform_steps(20, 3), seed=5)
+SHAPE = (1, 6, 6)
+
+
+@dataclass
+class Table:
+    """Where the workers of one test meet; a worker that does not come breaks the test in 20 s."""
+
+    barrier: threading.Barrier
+    values: list[Any] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class ThreadedWorkers(Workers):
+    """Workers that are threads of one process: gather and sum_ as all_gather and all_reduce."""
+
+    table: Table = field(default_factory=lambda: Table(threading.Barrier(1)))
+
+    def gather(self, value: Any) -> list[Any]:
+        self.table.values[self.rank] = value
+        self.table.barrier.wait(20)
+        values = list(self.table.values)
+        self.table.barrier.wait(20)
+        return values
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        return tensor.copy_(torch.stack(self.gather(tensor.clone())).sum(0))
+
+
+def on_workers(count: int, work: Callable[[Workers], Result]) -> list[Result]:
+    table = Table(threading.Barrier(count), [None] * count)
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(work, [ThreadedWorkers(i, count, table=table) for i in range(count)]))
+
+
+def pack(folder: Path, images: Images, shard_sizes: list[int]) -> Dataset:
+    rows = []
+    for number, part in enumerate(np.split(images, np.cumsum(shard_sizes)[:-1])):
+        data = shards.shard_bytes(
+            part, [-1] * len(part), [f"{number}-{i}" for i in range(len(part))]
+        )
+        storage.write_bytes(storage.join(str(folder), shards.shard_name(number)), data)
+        sha256 = hashlib.sha256(data).hexdigest()
+        sums = shards.pixel_sums(part)
+        rows.append(ShardRow(shards.shard_name(number), len(part), len(data), sha256, *sums))
+    height, width, channels = images.shape[1:]
+    return shards.write_index(
+        str(folder), Recipe((height, width, channels), "raw", "none", (), "0" * 64), rows
+    )
+
+
+def random_images(count: int, seed: int = 0) -> Images:
+    ground = np.random.default_rng(seed).integers(0, 256, (count, 6, 6, 1))
+    return (ground * np.linspace(0.2, 1, 6)[None, :, None, None]).astype(np.uint8)
+
+
+def projection(width: int) -> np.ndarray[Any, np.dtype[np.float64]]:
+    return np.random.default_rng(width).normal(size=(36, width)) / 1000
+
+
+def features_of(images: Images, width: int) -> np.ndarray[Any, np.dtype[np.float64]]:
+    return np.tanh(images.reshape(len(images), -1) @ projection(width))
+
+
+def net(*widths: int, name: Any = "inception", sha256: str = "a" * 64) -> FeatureNet:
+    def extract(images: Tensor) -> dict[int, Tensor]:
+        return {w: torch.from_numpy(features_of(images.numpy(), w)).float() for w in widths}
+
+    return FeatureNet(name, widths, extract, {"weights_sha256": sha256, "resize": "none"})
+
+
+def blind(x_t: Tensor, t: Tensor) -> Tensor:
+    """A pointwise denoiser: its images do not depend on how they were batched."""
+    return 0.6 * x_t
+
+
+def score(
+    feature_net: FeatureNet, truth: Reference, workers: Workers | None = None, **changes: Any
+) -> Scores:
+    arguments: dict[str, Any] = {
+        "denoise": blind,
+        "plan": PLAN,
+        "num_images": 40,
+        "batch_size": 16,
+        "image_shape": SHAPE,
+        "provenance": {"step": 7, "ema_decay_per_step": 0.99},
+        **changes,
+    }
+    denoise, plan = arguments.pop("denoise"), arguments.pop("plan")
+    return evaluate(
+        denoise, SCHEDULE, plan, feature_net, truth, workers=workers or Workers(), **arguments
+    )
+
+
+def frechet_by_scipy(a: Any, b: Any) -> float:
+    cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    shift = a.mean(0) - b.mean(0)
+    return float(shift @ shift + np.trace(cov_a + cov_b) - 2 * np.trace(sqrtm(cov_a @ cov_b)).real)
+
+
+def kernel_by_sklearn(a: Any, b: Any) -> float:
+    def mean_over_pairs(x: Any) -> float:
+        kernel = polynomial_kernel(x, degree=3, gamma=1 / x.shape[1], coef0=1)
+        return float((kernel.sum() - np.trace(kernel)) / (len(x) * (len(x) - 1)))
+
+    cross = polynomial_kernel(a, b, degree=3, gamma=1 / a.shape[1], coef0=1)
+    return mean_over_pairs(a) + mean_over_pairs(b) - 2 * float(cross.mean())
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 5])
+def test_a_reference_is_that_of_all_images_on_any_number_of_workers(
+    workers: int, tmp_path: Path
+) -> None:
+    images = random_images(100)
+    dataset = pack(tmp_path, images, [30, 1, 50, 19])
+    found = on_workers(
+        workers, lambda w: reference(dataset, net(4, 8), w, kernel_images=10, batch_size=7)
+    )
+    for one in found:
+        assert one.count == 100
+        assert one.image_shape == SHAPE
+        for width in (4, 8):
+            expected = features_of(images, width)
+            moments = one.moments[width]
+            np.testing.assert_allclose(moments.mean(), expected.mean(0), atol=1e-7)
+            np.testing.assert_allclose(
+                moments.covariance(), np.cov(expected, rowvar=False), atol=1e-7
+            )
+            np.testing.assert_allclose(one.kept[width], expected[::10], atol=1e-6)
+
+
+@pytest.mark.parametrize("num_images", [40, 7], ids=["more than features", "fewer"])
+def test_scores_are_what_scipy_and_sklearn_make_of_the_same_samples(
+    num_images: int, tmp_path: Path
+) -> None:
+    images = random_images(60)
+    feature_net = net(8)
+    truth = reference(pack(tmp_path, images, [60]), feature_net, Workers(), kernel_images=5)
+    drawn = to_uint8(draw(blind, SCHEDULE, PLAN, torch.arange(num_images), SHAPE, "cpu"))
+    samples = features_of(drawn, 8)
+    metrics = score(feature_net, truth, num_images=num_images).metrics
+    assert metrics.keys() == {"eval/fid8", "eval/kid8"}
+    # scipy's root of a singular product is good to 7 digits only
+    expected = frechet_by_scipy(features_of(images, 8), samples)
+    assert metrics["eval/fid8"] == pytest.approx(expected, rel=1e-6 if num_images > 8 else 1e-5)
+    expected = kernel_by_sklearn(features_of(images, 8)[::12], samples[:5])
+    assert metrics["eval/kid8"] == pytest.approx(expected, rel=1e-5, abs=1e-8)
+
+
+@pytest.mark.parametrize("workers", [2, 3, 5])
+@pytest.mark.parametrize("num_images", [40, 4])
+def test_scores_do_not_depend_on_the_number_of_workers(
+    workers: int, num_images: int, tmp_path: Path
+) -> None:
+    feature_net = net(8)
+    truth = reference(
+        pack(tmp_path, random_images(60), [60]), feature_net, Workers(), kernel_images=9
+    )
+    alone = score(feature_net, truth, num_images=num_images)
+    together = on_workers(
+        workers, lambda w: score(feature_net, truth, w, num_images=num_images, batch_size=5)
+    )
+    for one in together:
+        assert one.metrics == pytest.approx(alone.metrics, rel=1e-11)
+        assert one.certificate == alone.certificate
+
+
+def test_a_reference_is_computed_once(tmp_path: Path) -> None:
+    dataset = pack(tmp_path, random_images(30), [10, 20])
+    first = reference(dataset, net(4), Workers(), kernel_images=6)
+    seen = replace(net(4), extract=lambda images: pytest.fail("computed again"))
+    again = reference(dataset, seen, Workers(), kernel_images=6)
+    assert_same(again, first)
+    assert [path.name for path in (tmp_path / "reference").iterdir()] == [
+        f"{first.sha256}.safetensors"
+    ]
+
+
+def assert_same(one: Reference, other: Reference) -> None:
+    assert one.identity == other.identity
+    for width, moments in one.moments.items():
+        for mine, theirs in zip(moments.tensors(), other.moments[width].tensors(), strict=True):
+            assert torch.equal(mine, theirs)
+        assert torch.equal(one.kept[width], other.kept[width])
+
+
+def test_whatever_a_reference_depends_on_makes_it_another(tmp_path: Path) -> None:
+    dataset = pack(tmp_path / "a", random_images(30), [30])
+    other = pack(tmp_path / "b", random_images(30, seed=1), [30])
+    resized = replace(net(4), identity={**net(4).identity, "resize": "original"})
+    names = [
+        reference(data, feature_net, Workers(), kernel_images=kept).sha256
+        for data, feature_net, kept in (
+            (dataset, net(4), 5),
+            (other, net(4), 5),
+            (dataset, net(4, 8), 5),
+            (dataset, net(4, name="digits"), 5),
+            (dataset, net(4, sha256="b" * 64), 5),
+            (dataset, resized, 5),
+            (dataset, net(4), 6),
+        )
+    ]
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("place", ["start", "header", "numbers", "cut", "empty"])
+def test_a_damaged_cache_is_never_used(
+    place: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    dataset = pack(tmp_path, random_images(30), [30])
+    first = reference(dataset, net(4), Workers(), kernel_images=6)
+    (path,) = (tmp_path / "reference").iterdir()
+    whole = path.read_bytes()
+    damaged = bytearray(whole)
+    if place in ("cut", "empty"):
+        damaged = damaged[: len(whole) // 2 if place == "cut" else 0]
+    else:
+        position = {"start": 0, "header": whole.index(b"shape"), "numbers": len(whole) - 9}[place]
+        damaged[position] ^= 1
+    path.write_bytes(damaged)
+    with caplog.at_level(logging.WARNING):
+        assert_same(reference(dataset, net(4), Workers(), kernel_images=6), first)
+    assert "is not used" in caplog.text
+    assert path.read_bytes() == whole
+
+
+def test_a_cache_under_another_name_is_not_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    dataset = pack(tmp_path, random_images(30), [30])
+    first = reference(dataset, net(4), Workers())
+    other = reference(dataset, net(4, sha256="b" * 64), Workers())
+    folder = tmp_path / "reference"
+    (folder / f"{other.sha256}.safetensors").rename(folder / f"{first.sha256}.safetensors")
+    reference(dataset, net(4), Workers())
+    assert "its sha256 is wrong" in caplog.text
+
+
+def test_where_nothing_can_be_written_the_reference_still_comes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    dataset = pack(tmp_path, random_images(30), [30])
+    (tmp_path / "reference").write_text("a file where the folder should be")
+    assert reference(dataset, net(4), Workers()).count == 30
+    assert len(caplog.records) == 1
+    assert "reference statistics are not kept" in caplog.text
+
+
+def test_a_cache_that_only_some_workers_can_read_is_used_by_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = pack(tmp_path, random_images(30), [10, 10, 10])
+    first = reference(dataset, net(4), Workers(), kernel_images=6)
+    answers, exists = iter([True, False, True]), storage.exists
+    monkeypatch.setattr(storage, "exists", lambda url: next(answers) and exists(url))
+    for one in on_workers(3, lambda w: reference(dataset, net(4), w, kernel_images=6)):
+        assert one.count == 30
+        torch.testing.assert_close(one.moments[4].outer, first.moments[4].outer)
+
+
+def knows(images: Images) -> Denoise:
+    """A denoiser that makes x_0 of batch row i exactly images[i]."""
+    x_0 = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+    def denoise(x_t: Tensor, t: Tensor) -> Tensor:
+        return predict_noise(SCHEDULE, x_t, t, x_0)
+
+    return denoise
+
+
+def test_digits_are_recognised_and_noise_is_not(tmp_path: Path) -> None:
+    digits = (load_digits().images[:300, :, :, None] * 255 / 16).astype(np.uint8)
+    judge = digits_net("cpu")
+    truth = reference(pack(tmp_path, digits, [300]), judge, Workers(), kernel_images=300)
+    arguments: dict[str, Any] = {
+        "image_shape": (1, 8, 8),
+        "num_images": 300,
+        "batch_size": 300,
+    }
+    real = score(judge, truth, denoise=knows(digits), **arguments).metrics
+    noise = score(judge, truth, denoise=lambda x_t, t: x_t * 0, **arguments).metrics
+    assert real.keys() == {"eval/fd_digits", "eval/kd_digits", "eval/recognised", "eval/classes"}
+    assert real["eval/recognised"] > 0.95
+    assert real["eval/classes"] == 10
+    assert abs(real["eval/fd_digits"]) < 1e-5
+    assert noise["eval/recognised"] < 0.3
+    assert noise["eval/fd_digits"] > 1
+    assert noise["eval/kd_digits"] > real["eval/kd_digits"]
+
+
+@pytest.mark.parametrize(
+    "name, width, expected",
+    [
+        ("inception", 2048, ("eval/fid", "eval/kid")),
+        ("inception", 768, ("eval/fid768", "eval/kid768")),
+        ("inception", 192, ("eval/fid192", "eval/kid192")),
+        ("digits", 64, ("eval/fd_digits", "eval/kd_digits")),
+    ],
+)
+def test_fid_is_only_ever_the_standard_network(
+    name: str, width: int, expected: tuple[str, str]
+) -> None:
+    assert metric_names(net(width, name=name), width) == expected
+
+
+def test_the_certificate_names_all_that_the_score_depends_on(tmp_path: Path) -> None:
+    feature_net = net(4, 8)
+    truth = reference(
+        pack(tmp_path, random_images(30), [30]), feature_net, Workers(), kernel_images=6
+    )
+
+    def certificate(**changes: Any) -> dict[str, Any]:
+        found = score(feature_net, truth, **changes).certificate
+        assert json.loads(json.dumps(found)) == found, "plain JSON"
+        return found
+
+    found = certificate()
+    assert found["model"] == {"step": 7, "ema_decay_per_step": 0.99}
+    assert found["samples"] | {"images": 40, "indices": [0, 39], "seed": 5} == found["samples"]
+    assert found["samples"]["spacing"] == "uniform"
+    assert found["features"]["widths"] == [4, 8]
+    assert found["features"]["weights_sha256"] == "a" * 64
+    assert found["reference"]["sha256"] == truth.sha256
+    assert found["reference"]["images"] == 30
+    assert found["versions"]["torch"] == torch.__version__
+    plans = {
+        "seed": replace(PLAN, seed=6),
+        "eta": replace(PLAN, eta=0.5),
+        "clip": replace(PLAN, clip=False),
+        "sampler": replace(PLAN, sampler="ancestral"),
+        "variance": replace(PLAN, sampler="ancestral", variance="fixed_large"),
+        "spacing": replace(PLAN, steps=quadratic_steps(20, 3)),
+        "steps": replace(PLAN, steps=uniform_steps(20, 4)),
+    }
+    for key, plan in plans.items():
+        assert certificate(plan=plan)["samples"][key] != found["samples"][key]
+    assert certificate(plan=replace(PLAN, steps=(20, 3, 0)))["samples"]["spacing"] == "custom"
+
+
+@pytest.mark.parametrize(
+    "changes, reason",
+    [
+        ({"num_images": 1}, "num_images is 1; a covariance needs at least 2"),
+        ({"image_shape": (3, 6, 6)}, "draws 3x6x6 images and the reference data holds 1x6x6"),
+        ({"denoise": lambda x_t, t: x_t * float("nan")}, "16 of 16 images .* not finite"),
+    ],
+)
+def test_what_cannot_be_scored_says_why(
+    changes: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    truth = reference(pack(tmp_path, random_images(30), [30]), net(4), Workers())
+    with pytest.raises(ValueError, match=reason):
+        score(net(4), truth, **changes)
+
+
+def test_features_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    def broken(images: Tensor) -> dict[int, Tensor]:
+        return {4: torch.full((len(images), 4), torch.inf)}
+
+    with pytest.raises(ValueError, match="inception features of width 4 are not finite"):
+        reference(
+            pack(tmp_path, random_images(30), [30]), replace(net(4), extract=broken), Workers()
+        )
+    assert not (tmp_path / "reference").exists()
+
+
+def test_a_single_reference_image_has_no_covariance(tmp_path: Path) -> None:
+    truth = reference(pack(tmp_path, random_images(1), [1]), net(4), Workers())
+    with pytest.raises(ValueError, match="reference data holds 1 image; at least 2"):
+        score(net(4), truth)
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    """A file of the FID network up to width 192, with weights of no meaning."""
+    torch.manual_seed(0)
+    path = tmp_path / "weights.npz"
+    layers = Inception([192]).layers.state_dict()
+    np.savez(path, allow_pickle=False, **{name: tensor.numpy() for name, tensor in layers.items()})
+    return path
+
+
+def test_inception_scores_carry_the_hash_and_the_resize_of_the_network(
+    weights: Path, tmp_path: Path
+) -> None:
+    recipes: list[Resize] = ["original", "pytorch-fid"]
+    nets = [inception_net(weights, [192], resize, "cpu") for resize in recipes]
+    dataset = pack(tmp_path / "data", random_images(3), [3])
+    truths = [reference(dataset, one, Workers()) for one in nets]
+    assert truths[0].sha256 != truths[1].sha256
+    scores = score(nets[0], truths[0], num_images=2)
+    assert scores.metrics.keys() == {"eval/fid192"}
+    sha256 = hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert scores.certificate["features"] == {
+        "network": "inception",
+        "widths": [192],
+        "weights_sha256": sha256,
+        "resize": "original",
+    }
+
+
+def test_scores_are_not_measured_with_another_network_than_the_reference(tmp_path: Path) -> None:
+    truth = reference(pack(tmp_path, random_images(30), [30]), net(4), Workers())
+    with pytest.raises(ValueError, match="reference was made with other features"):
+        score(net(4, sha256="b" * 64), truth)
