@@ -14,7 +14,7 @@ PYTHON = $(shell for p in python3.11 python3.12 python3.13 python3; do \
 help:  ## list these targets
 	@awk -F ':.*  ## ' '/^[a-z]+:.*  ## /{printf "make %-8s %s\n", $$1, $$2}' Makefile
 
-train: data/digits/manifest.json  ## the demo: 8x8 digits, 2 workers, under 5 minutes
+train: $(READY)  ## the demo: 8x8 digits, 2 workers, under 5 minutes
 	$(BIN)/python jobs/train.py conf/train/digits.yaml
 
 test: $(READY)  ## all tests but the long ones
@@ -41,9 +41,6 @@ ui: $(READY)  ## the local runs in MLflow
 clean:  ## remove .venv and caches; keeps data/, runs/ and mlflow.db
 	rm -rf .venv .hypothesis .mypy_cache .pytest_cache .ruff_cache ddpm_ray.egg-info
 	find ddpm_ray jobs tests benchmarks -name __pycache__ -prune -exec rm -r {} +
-
-data/digits/manifest.json: | $(READY)
-	$(BIN)/python jobs/pack_shards.py digits data/digits
 
 $(READY): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is not on the PATH; install it" >&2; exit 1; }

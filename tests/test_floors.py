@@ -39,6 +39,7 @@ DOORS = {  # outside package: where alone it may be imported
     "s3fs": ("ddpm_ray.data.storage",),
     "mlflow": ("ddpm_ray.cluster.tracking",),
     "ray": ("ddpm_ray.cluster",),
+    "sklearn": ("ddpm_ray.data.built_in_sets",),
     "omegaconf": ("ddpm_ray.knobs",),
     "torchmetrics": (),  # their compiled halves tie us to one torch build
     "torchvision": (),

@@ -84,8 +84,8 @@ def commands(text: str) -> Iterator[list[str]]:
     """Words of each `python jobs/...` command, with continued lines joined."""
     for _, block in blocks(text):
         for line in block.replace("\\\n", " ").splitlines():
-            if "python jobs/" in line:
-                yield shlex.split(line[line.index("jobs/") :], comments=True)
+            if found := re.search(r"python (jobs/[^)]*)", line):
+                yield shlex.split(found[1], comments=True)
 
 
 def targets(text: str) -> set[str]:
@@ -166,7 +166,7 @@ def test_the_checks_see_what_is_false() -> None:
     page = (
         "See `data/gone.py`, `schedule.num_stops`, `gone.py` and `make coffee`.\n"
         "```text\nddpm_ray/\n  models/\n    gone.py   lost\n```\n"
-        "```sh\npython jobs/train.py conf/gone.yaml \\\n    schedule.num_steps=9\n```\n"
+        "```sh\n(python jobs/train.py conf/gone.yaml \\\n    schedule.num_steps=9)\n```\n"
     )
     wrong = {"data/gone.py", "gone.py", "ddpm_ray/models/gone.py", "conf/gone.yaml"}
     assert paths(page) == wrong | {"ddpm_ray/", "ddpm_ray/models/", "jobs/train.py"}
