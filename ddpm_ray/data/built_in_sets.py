@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import importlib
 import io
 import tarfile
 from collections.abc import Sequence
@@ -90,11 +89,11 @@ def load(name: BuiltIn, split: Split, url: str = "", sha256: Sequence[str] = ())
 def _digits() -> Arrays:
     """1,797 scans of 8 x 8 pixels, of scikit-learn (Alpaydin and Kaynak 1998, UCI)."""
     try:
-        datasets = importlib.import_module("sklearn.datasets")
+        from sklearn.datasets import load_digits  # here: an optional dependency
     except ImportError as error:
         problem = "the set comes with scikit-learn, which is not installed"
         raise DatasetError("digits", problem, "pip install 'ddpm-ray[digits]'") from error
-    bunch = datasets.load_digits()
+    bunch = load_digits()
     images = np.rint(bunch.images * (255 / 16)).astype(np.uint8)[..., None]  # 0..16 there
     return Arrays(images, bunch.target.astype(np.int64), tuple("0123456789"))
 
