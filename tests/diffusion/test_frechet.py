@@ -129,6 +129,16 @@ def test_distance_of_features_by_hand() -> None:
     )
 
 
+@given(seeds, st.integers(2, 20), st.floats(0.1, 10))
+def test_few_vectors_keep_all_digits(seed: int, count: int, factor: float) -> None:
+    """Vectors `factor` times as long have that times the deviations: (1 - factor)^2 tr(cov)."""
+    one = normals(seed, count, 32)
+    centred = one - one.mean(0)
+    expected = (1 - factor) ** 2 * float(centred.square().sum()) / (count - 1)
+    found = frechet_distance_of_features(centred, factor * centred)
+    assert found == pytest.approx(expected, rel=1e-11, abs=1e-10)
+
+
 @given(seeds, st.integers(2, 40), st.integers(2, 40))
 def test_distance_of_features_is_that_of_their_moments(seed: int, n_1: int, n_2: int) -> None:
     """For more vectors than features and for fewer, where the covariances are singular."""
