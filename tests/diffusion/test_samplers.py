@@ -85,6 +85,22 @@ def test_ddim_keeps_the_marginals_of_a_single_image_at_any_eta(
     assert end.abs().max() < 1e-12
 
 
+@given(st.integers(1, 39), st.floats(0, 1))
+def test_eta_scales_the_deviation_of_fresh_noise(s: int, eta: float) -> None:
+    """eq. 16 is proportional to eta; where x_T is 0, only fresh noise is left at step s."""
+
+    def deviation(eta: float) -> float:
+        seen: dict[int, Tensor] = {}
+        ddim(
+            SCHEDULE, lambda x_t, t: x_t, 0 * noise_at(99), (40, s, 0),
+            eta=eta, noise=noise_at, on_step=lambda t, x_t, x_0: seen.update({t: x_t.clone()}),
+        )  # fmt: skip
+        return float((seen[s] / noise_at(40)).mean())
+
+    assert deviation(eta) == pytest.approx(eta * deviation(1), rel=1e-9)
+    assert deviation(1) > 0
+
+
 @given(falling, st.booleans())
 def test_ancestral_with_fixed_small_is_ddim_with_eta_1(steps: tuple[int, ...], clip: bool) -> None:
     one = ancestral(
