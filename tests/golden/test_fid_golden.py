@@ -27,7 +27,7 @@ WEIGHTS = "inception_2015_12_05_to_mixed6e_folded_f32.npz"
 SCHEDULE = NoiseSchedule(schedules.cosine(10))
 
 
-@pytest.mark.slow  # 2,000 images: a minute of a core
+@pytest.mark.slow  # 2,000 images: 2 to 4 minutes of a core
 @pytest.mark.timeout(900)
 def test_fid192_of_two_real_sets_is_the_golden_one(assets: Path, tmp_path: Path) -> None:
     net = inception_net(assets / WEIGHTS, [192], "original", "cpu")

@@ -21,6 +21,7 @@ from torch import Tensor
 from ddpm_ray.data import shards, storage
 from ddpm_ray.data.shards import Dataset, Recipe, ShardRow
 from ddpm_ray.diffusion import schedules
+from ddpm_ray.diffusion.frechet import frechet_distance_of_features
 from ddpm_ray.diffusion.process import Denoise, NoiseSchedule, predict_noise
 from ddpm_ray.diffusion.samplers import quadratic_steps, uniform_steps
 from ddpm_ray.generation.sample import Images, SamplingPlan, draw, to_uint8
@@ -181,16 +182,31 @@ def test_scores_are_what_scipy_and_sklearn_make_of_the_same_samples(
     assert metrics["eval/kid8"] == pytest.approx(expected, rel=1e-5, abs=1e-8)
 
 
+def test_fewer_samples_than_features_are_scored_to_twelve_digits(tmp_path: Path) -> None:
+    """Covariances alone would give seven: that of the samples is singular."""
+    images, feature_net = random_images(200), net(32)
+    truth = reference(pack(tmp_path, images, [200]), feature_net, Workers())
+    drawn = to_uint8(draw(blind, SCHEDULE, PLAN, torch.arange(8), SHAPE, "cpu"))
+    both = [feature_net(torch.from_numpy(each))[32] for each in (images, drawn)]
+    metrics = score(feature_net, truth, num_images=8).metrics
+    expected = frechet_distance_of_features(*both)  # from the vectors; no covariance is formed
+    assert metrics["eval/fid32"] == pytest.approx(expected, rel=1e-12)
+
+
 @pytest.mark.parametrize("workers", [2, 3, 5])
 @pytest.mark.parametrize("num_images", [40, 4])
 def test_scores_do_not_depend_on_the_number_of_workers(
     workers: int, num_images: int, tmp_path: Path
 ) -> None:
-    feature_net = net(8)
+    def classify(images: Tensor) -> Tensor:
+        return torch.from_numpy(features_of(images.numpy(), 8) * 20)
+
+    feature_net = replace(net(8), classify=classify)
     truth = reference(
         pack(tmp_path, random_images(60), [60]), feature_net, Workers(), kernel_images=9
     )
     alone = score(feature_net, truth, num_images=num_images)
+    assert 0 < alone.metrics["eval/recognised"] < 1
     together = on_workers(
         workers, lambda w: score(feature_net, truth, w, num_images=num_images, batch_size=5)
     )
