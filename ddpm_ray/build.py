@@ -227,6 +227,18 @@ def trained_model(url: str, device: torch.device | str = "cpu") -> TrainedModel:
     )
 
 
+def ema_provenance(config: RunConfig, step: int) -> dict[str, Any]:
+    """What a score's certificate says of the weights."""
+    training = config.training
+    return {
+        "weights": "ema",
+        "ema_decay_per_step": ema_decay(training)(training.steps),
+        "ema_ramp": training.ema_ramp,
+        "step": step,
+        "training_seed": config.seed,
+    }
+
+
 def differing_keys(config: RunConfig, saved: dict[str, Any]) -> list[str]:
     """One line for each defining key whose value is not the one that the run began with."""
     now, then = defining(config), defining(from_dict(RunConfig, saved))

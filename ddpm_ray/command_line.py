@@ -1,5 +1,6 @@
 """What all jobs share: arguments, help, progress, one line per error, one JSON object."""
 
+import argparse
 import json
 import logging
 import os
@@ -7,50 +8,57 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ddpm_ray.knobs import Config, ConfigError, help_lines, load, to_yaml
 
 DONE, FAILED, WRONG_CONFIG, INTERRUPTED = 0, 1, 2, 130
 
 
+class InterruptedRunError(Exception):
+    """A run that was asked to stop and did so cleanly; the message says how to continue."""
+
+
 def main(
     usage: str,
     kind: type[Config],
-    positional: list[str],
-    job: Callable[[Config, list[str]], dict[str, Any]],
-    *,
-    takes_yaml: bool = False,
+    job: Callable[[Config, argparse.Namespace], dict[str, Any]],
+    *names: str,
 ) -> int:
     """The exit code of a job, which prints its result as the last line of stdout.
 
-    Arguments are `positional` ones (named for the messages), then `key=value`; with `takes_yaml`
-    the first one is the config file. `job(config, positional)` imports what is heavy by itself.
+    `names` are the arguments before `key=value`, as `model_uri` or `--out`; one called `config` is
+    the YAML file. The config is checked before `job` imports what is heavy.
     """
-    arguments = sys.argv[1:]
-    if "--help" in arguments or "-h" in arguments:
-        print(usage.strip(), "", "Keys, with their defaults:", *help_lines(kind), sep="\n")
-        return DONE
-    given = [a for a in arguments if "=" not in a and not a.startswith("--")]
-    overrides = [a for a in arguments if "=" in a]
-    unknown = [a for a in arguments if a.startswith("--") and a != "--print-config"]
     try:
-        if unknown:
-            raise ConfigError(f"command line: {unknown[0]} is no option; see --help")
-        show_only = "--print-config" in arguments
-        if len(given) != len(positional) and not (show_only and not takes_yaml):
-            raise ConfigError(
-                f"command line: expected {' '.join(positional) or 'no arguments'} and key=value, "
-                f"got {' '.join(given) or 'nothing'}; see --help"
-            )
-        config = load(kind, given[0] if takes_yaml else None, overrides)
-        if show_only:
-            print(to_yaml(config), end="")
-            return DONE
+        arguments = _parser(usage, kind, names).parse_intermixed_args()
+        config = load(kind, getattr(arguments, "config", None), arguments.overrides)
     except ConfigError as error:
         return _say(error, WRONG_CONFIG)
+    if arguments.print_config:
+        print(to_yaml(config), end="")
+        return DONE
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
-    return _run(job, config, given)
+    try:
+        result = job(config, arguments)
+    except ConfigError as error:
+        return _say(error, WRONG_CONFIG)
+    except InterruptedRunError as error:
+        return _say(error, INTERRUPTED)
+    except KeyboardInterrupt:
+        return _say("interrupted; the same command goes on from what is committed", INTERRUPTED)
+    except Exception as error:
+        if os.environ.get("DDPM_RAY_TRACEBACK"):
+            raise
+        text = " ".join(str(error).split()) or type(error).__name__
+        expected = type(error).__module__.startswith("ddpm_ray")
+        hint = "" if expected else f" ({type(error).__name__}; DDPM_RAY_TRACEBACK=1 shows where)"
+        return _say(text + hint, FAILED)
+    print(json.dumps(result), flush=True)
+    return DONE
 
 
 def home_folder() -> Path:
@@ -66,64 +74,81 @@ def home_folder() -> Path:
     return home
 
 
-class InterruptedRunError(Exception):
-    """A run that was asked to stop and did so cleanly; the message says how to continue."""
+class ProgressLine:
+    """Progress on stderr: a live bar on a terminal, else a plain line every ten seconds."""
+
+    PLAIN_EVERY_S = 10.0
+
+    def __init__(self, unit: str) -> None:
+        self._unit = unit
+        self._first: tuple[float, int] | None = None  # when, and how far it was then
+        self._told = (float("-inf"), -1)
+        console = Console(stderr=True)
+        self._bar = (
+            Progress(
+                TextColumn(unit),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.description}"),
+                TimeRemainingColumn(),
+                console=console,
+            )
+            if console.is_terminal
+            else None
+        )
+
+    def __call__(self, done: int, total: int, note: str = "") -> None:
+        """Show that `done` of `total` units are done; the last one ends the line."""
+        now = time.monotonic()
+        self._first = self._first or (now, done)
+        if done == self._told[1]:
+            return
+        if self._bar is not None:
+            if not self._bar.tasks:
+                self._bar.start()
+                self._bar.add_task(note, total=total)
+            self._bar.update(self._bar.task_ids[0], completed=done, description=note)
+            if done == total:
+                self._bar.stop()
+        elif done == total or now - self._told[0] >= self.PLAIN_EVERY_S:
+            since, start = self._first
+            left = (now - since) / (done - start) * (total - done) if done > start else None
+            ahead = f"  {_duration(left)} left" if left is not None and done < total else ""
+            text = f"{self._unit} {done}/{total}  {note}".rstrip() + ahead
+            print(text, file=sys.stderr, flush=True)
+        else:
+            return
+        self._told = (now, done)
 
 
-def _run(
-    job: Callable[[Config, list[str]], dict[str, Any]], config: Config, given: list[str]
-) -> int:
-    try:
-        result = job(config, given)
-    except ConfigError as error:
-        return _say(error, WRONG_CONFIG)
-    except InterruptedRunError as error:
-        return _say(error, INTERRUPTED)
-    except KeyboardInterrupt:
-        return _say("interrupted; the same command continues from the last checkpoint", INTERRUPTED)
-    except Exception as error:
-        if os.environ.get("DDPM_RAY_TRACEBACK"):
-            raise
-        text = str(error).strip() or type(error).__name__
-        expected = type(error).__module__.startswith("ddpm_ray")
-        hint = "" if expected else f" ({type(error).__name__}; DDPM_RAY_TRACEBACK=1 shows where)"
-        return _say(" ".join(text.split()) + hint, FAILED)
-    print(json.dumps(result), flush=True)
-    return DONE
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"command line: {message}; see --help")
+
+
+def _parser(usage: str, kind: type[Config], names: tuple[str, ...]) -> _Parser:
+    parser = _Parser(
+        description=usage,
+        epilog="\n".join(["Keys, with their defaults:", *help_lines(kind)]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    for name in names:
+        if name.startswith("--"):
+            parser.add_argument(name, required=True, metavar="FILE")
+        else:
+            parser.add_argument(name, metavar=name.upper())
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument(
+        "--print-config", action="store_true", help="show the whole config, do nothing"
+    )
+    return parser
 
 
 def _say(message: object, code: int) -> int:
-    print(f"error: {message}" if code != INTERRUPTED else message, file=sys.stderr, flush=True)
+    lines = [message] if code == INTERRUPTED else [f"error: {m}" for m in str(message).splitlines()]
+    print(*lines, sep="\n", file=sys.stderr, flush=True)
     return code
-
-
-class ProgressLine:
-    """Progress on stderr: a live bar on a terminal, else a plain line every few seconds."""
-
-    EVERY_S = 10.0  # of plain lines
-
-    def __init__(self, batch_images: int) -> None:
-        self._batch_images = batch_images
-        self._shown_step, self._shown_s = -1, 0.0
-        self._bar: Any = None
-
-    def show(self, progress: Any) -> None:
-        """Show a training.reporting.Progress, if it is news."""
-        if progress.step == self._shown_step:
-            return
-        last = progress.step == progress.steps
-        if not sys.stderr.isatty() and not last and time.monotonic() - self._shown_s < self.EVERY_S:
-            return
-        self._shown_step, self._shown_s = progress.step, time.monotonic()
-        left_s = progress.left_s(self._batch_images)
-        text = (
-            f"step {progress.step}/{progress.steps}  loss {progress.loss:.4f}  "
-            f"{progress.images_per_s:.0f} images/s  {_duration(left_s)} left"
-        )
-        if sys.stderr.isatty():
-            print(f"\r\x1b[K{text}", end="\n" if last else "", file=sys.stderr, flush=True)
-        else:
-            print(text, file=sys.stderr, flush=True)
 
 
 def _duration(seconds: float) -> str:

@@ -8,18 +8,23 @@ Ctrl-C once commits a checkpoint and exits; twice exits now. The same command co
 """
 
 import sys
+from argparse import Namespace
 from typing import Any
 
 from ddpm_ray.command_line import InterruptedRunError, ProgressLine, home_folder, main
 from ddpm_ray.config import RunConfig
 
 
-def train(config: RunConfig, _: list[str]) -> dict[str, Any]:
+def train(config: RunConfig, _: Namespace) -> dict[str, Any]:
     """The run's report; what people want to know is told on stderr."""
     from ddpm_ray.cluster.training_run import train as run  # heavy: after the config is checked
 
-    progress = ProgressLine(config.training.global_batch_size)
-    outcome = run(config, home_folder(), progress.show)
+    line = ProgressLine("step")
+    outcome = run(
+        config,
+        home_folder(),
+        lambda p: line(p.step, p.steps, f"loss {p.loss:.4f}  {p.images_per_s:.0f} images/s"),
+    )
     report = outcome.report
     if not outcome.finished:
         raise InterruptedRunError(
@@ -41,4 +46,4 @@ def train(config: RunConfig, _: list[str]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(__doc__ or "", RunConfig, ["CONFIG.yaml"], train, takes_yaml=True))
+    sys.exit(main(__doc__ or "", RunConfig, train, "config"))

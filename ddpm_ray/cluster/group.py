@@ -3,22 +3,25 @@
 import logging
 import os
 import signal
+import tempfile
 import threading
 import types
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
 import ray.train
-from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from ddpm_ray.cluster.control import Desk
 from ddpm_ray.config import ClusterConfig
-from ddpm_ray.data import storage
 from ddpm_ray.training.reporting import Progress
+
+log = logging.getLogger(__name__)
 
 POLL_S = 0.5
 START_FAILURES = 3  # Ray's default is to try for ever where the workers never fit
@@ -27,6 +30,7 @@ START_FAILURES = 3  # Ray's default is to try for ever where the workers never f
 TRAIN_ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # else each printed line comes twice
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # one process less; nobody asks it yet
     "RAY_USAGE_STATS_ENABLED": "0",
 }
 
@@ -49,6 +53,7 @@ def connect(config: ClusterConfig) -> None:
         os.environ.setdefault(key, value)
     if ray.is_initialized():
         return
+    log.info("starting %d workers on Ray ...", config.num_workers)
     if address := config.address or os.environ.get("RAY_ADDRESS", ""):
         try:
             ray.init(address=address, logging_level=logging.WARNING)
@@ -62,13 +67,19 @@ def connect(config: ClusterConfig) -> None:
     cpus = max(os.cpu_count() or 1, int(-(-needed // 1)))
     # address="local": a bare init would join whatever Ray happens to run on this host.
     ray.init(address="local", num_cpus=cpus, logging_level=logging.WARNING)
+    wanted, here = config.num_workers * config.gpus_per_worker, ray.available_resources()
+    if wanted > here.get("GPU", 0):
+        raise RunFailedError(
+            f"cluster.gpus_per_worker: {config.num_workers} workers x {config.gpus_per_worker:g} "
+            f"need {wanted:g} GPUs, this machine has {here.get('GPU', 0):g}; set it to 0 to train "
+            f"on CPUs, or name a cluster in cluster.address"
+        )
 
 
 def run(
     worker: Callable[[dict[str, Any]], Any],
     settings: dict[str, Any],
     config: ClusterConfig,
-    storage_url: str,
     show: Callable[[Progress], None],
 ) -> Ended:
     """Run `worker(settings)` on every worker of a group and return when all have ended.
@@ -89,9 +100,11 @@ def run(
             resources_per_worker=_resources(config),
         ),
         run_config=RunConfig(
-            # Ray's own snapshots are not used: a name of its own keeps it from finding an old one.
+            # Ray's own snapshots are not used (ARCHITECTURE.md, Decisions): a scratch folder, and
+            # a name of its own so that it finds no old one.
             name=f"attempt-{uuid.uuid4().hex[:8]}",
-            storage_path=storage.join(storage_url, "ray"),
+            storage_path=str(Path(tempfile.gettempdir()) / "ddpm-ray-train"),
+            logging_config=LoggingConfig(log_level="WARNING"),
             failure_config=FailureConfig(
                 max_failures=config.max_failures, controller_failure_limit=START_FAILURES
             ),
@@ -110,9 +123,11 @@ def run(
             if interrupts.count and not asked:
                 desk.ask_to_stop()
                 asked = True
-            progress, fatal = desk.look()
-            if progress:
+            if progress := desk.glance():
                 show(progress)
+    progress, fatal = desk.last()
+    if progress:
+        show(progress)
     if fatal:
         raise RunFailedError(fatal)
     if error := outcome.get("error"):

@@ -12,6 +12,7 @@ import subprocess
 import tempfile
 import threading
 import time
+import warnings
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -42,6 +43,7 @@ RETRY_S = 5.0
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+logging.getLogger("mlflow").setLevel(logging.WARNING)  # not how a database is made
 
 
 class TrackingError(RuntimeError):
@@ -111,8 +113,11 @@ def describe(
             client.log_batch(run.run_id, params=new[start : start + MAX_PARAMS])
         client.log_batch(run.run_id, tags=[RunTag(key, value) for key, value in tags.items()])
         if not (known.inputs and known.inputs.dataset_inputs):
+            with warnings.catch_warnings():  # two of its sources claim a local path; either will do
+                warnings.simplefilter("ignore", UserWarning)
+                source = resolve_dataset_source(dataset_url)
             dataset = MetaDataset(
-                resolve_dataset_source(dataset_url),
+                source,
                 name=storage.name_of(dataset_url),
                 digest=dataset_fingerprint[:36],  # the database's column is 36 wide
             )
@@ -268,15 +273,14 @@ def log_model(run: TrackedRun, checkpoint_url: str, loader_module: str) -> None:
             )
 
 
-def download_model(uri: str, destination: Path) -> Path:
+def download_model(uri: str, model_uri: str, destination: Path) -> Path:
     """The checkpoint folder inside the MLflow model at runs:/... or models:/..., downloaded."""
-    try:
-        root = Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(destination)))
-    except MlflowException as error:
-        raise TrackingError(uri, _brief(error)) from error
-    found = sorted(root.rglob("manifest.json"))
+    with _answering(uri):
+        mlflow.set_tracking_uri(uri)
+        root = Path(mlflow.artifacts.download_artifacts(model_uri, dst_path=str(destination)))
+    found = sorted(root.rglob(MANIFEST))
     if not found:
-        raise TrackingError(uri, "it is not a model of this package: no checkpoint inside")
+        raise TrackingError(uri, f"{model_uri} is no model of this package: no checkpoint in it")
     return found[0].parent
 
 

@@ -16,6 +16,7 @@ import torch
 from ddpm_ray import build
 from ddpm_ray.cluster import group, tracking
 from ddpm_ray.cluster.packing import pack
+from ddpm_ray.cluster.trained import tracking_place
 from ddpm_ray.cluster.worker import train_worker
 from ddpm_ray.config import PackConfig, RunConfig
 from ddpm_ray.data import storage
@@ -71,7 +72,7 @@ def train(config: RunConfig, home: Path, show: Callable[[Progress], None]) -> Ou
             "identity": identity,
             "tracked": vars(tracked),
         }
-        ended = group.run(train_worker, settings, config.cluster, folder, show)
+        ended = group.run(train_worker, settings, config.cluster, show)
         finished = ended.value["step"] == config.training.steps
         if finished:
             tracking.log_model(tracked, ended.value["checkpoint"], "ddpm_ray.cluster.served_model")
@@ -86,21 +87,17 @@ def train(config: RunConfig, home: Path, show: Callable[[Progress], None]) -> Ou
 
 def located(config: RunConfig, home: Path) -> RunConfig:
     """The config with each relative place made absolute: workers run in folders of their own."""
-    uri = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI", "")
     return dataclasses.replace(
         config,
-        storage=absolute(config.storage, home),
-        data=dataclasses.replace(config.data, url=absolute(config.data.url, home)),
+        storage=storage.absolute(config.storage, home),
+        data=dataclasses.replace(config.data, url=storage.absolute(config.data.url, home)),
         evaluation=dataclasses.replace(
-            config.evaluation, weights=absolute(config.evaluation.weights, home)
+            config.evaluation, weights=storage.absolute(config.evaluation.weights, home)
         ),
-        tracking=dataclasses.replace(config.tracking, uri=uri or f"sqlite:///{home / 'mlflow.db'}"),
+        tracking=dataclasses.replace(
+            config.tracking, uri=config.tracking.uri or tracking_place(home)
+        ),
     )
-
-
-def absolute(url: str, home: Path) -> str:
-    """`url` itself, or the absolute path of what was relative to `home`."""
-    return url if "://" in url else str((home / Path(url).expanduser()).resolve())
 
 
 def _check_model(config: RunConfig, dataset: Dataset) -> None:

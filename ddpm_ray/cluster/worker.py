@@ -39,7 +39,7 @@ LAST_ROWS_S = 60.0  # patience with MLflow at the end; unsent rows are in the ch
 def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     """Rank 0's report: the step reached, the committed checkpoint's URL and the newest scores."""
     desk: Desk = settings["desk"]
-    if desk.look()[1] is not None:  # an earlier attempt found that to go on is of no use
+    if desk.given_up() is not None:  # an earlier attempt found that to go on is of no use
         return {}
     try:
         return _train(from_dict(RunConfig, settings["config"]), settings, desk)
@@ -132,9 +132,7 @@ def _wrapped(model: nn.Module, config: RunConfig, workers: Workers) -> nn.Module
         network = torch.compile(network)  # type: ignore[assignment]
     if workers.count > 1:
         devices = [workers.device] if workers.device.type == "cuda" else None
-        network = DistributedDataParallel(
-            network, device_ids=devices, gradient_as_bucket_view=True, broadcast_buffers=False
-        )
+        network = DistributedDataParallel(network, device_ids=devices, gradient_as_bucket_view=True)
     return network
 
 
@@ -171,21 +169,9 @@ class _Judge:
             batch_size=gallery.batch_size,
             image_shape=gallery.image_shape,
             workers=gallery.workers,
-            provenance=ema_provenance(self._config, step),
+            provenance=build.ema_provenance(self._config, step),
         )
         gallery.state.scores = {"step": step, **vars(scores)}
         if gallery.sink is not None:
             gallery.sink.rows([Row(step, scores.metrics)])
             gallery.sink.document(f"evaluation/step-{step:08d}.json", gallery.state.scores)
-
-
-def ema_provenance(config: RunConfig, step: int) -> dict[str, Any]:
-    """What a score's certificate says of the weights."""
-    training = config.training
-    return {
-        "weights": "ema",
-        "ema_decay_per_step": build.ema_decay(training)(training.steps),
-        "ema_ramp": training.ema_ramp,
-        "step": step,
-        "training_seed": config.seed,
-    }

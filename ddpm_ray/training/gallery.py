@@ -35,7 +35,7 @@ class Gallery:
     def show_grid(self, step: int) -> None:
         """Samples 0..63 of the plan's seed, as `samples` at `step`; all workers must call it."""
         share = self.workers.share(GRID_IMAGES)
-        batches = torch.arange(share.start, share.stop).split(self.batch_size)  # type: ignore[no-untyped-call]
+        batches = torch.split(torch.arange(share.start, share.stop), self.batch_size)
         shape, device = self.image_shape, self.workers.device
         mine = [
             to_uint8(draw(self.state.ema.model, self.schedule, self.plan, index, shape, device))

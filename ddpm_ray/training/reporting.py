@@ -39,10 +39,6 @@ class Progress:
     loss: float
     images_per_s: float
 
-    def left_s(self, batch_images: int) -> float:
-        """Seconds until the last step, at the present rate."""
-        return (self.steps - self.step) * batch_images / max(self.images_per_s, 1e-9)
-
 
 class Sink(Protocol):
     """Where the leader's rows, pictures and documents go; must not block the step path."""

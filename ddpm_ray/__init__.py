@@ -1,0 +1,21 @@
+"""Denoising diffusion models on a Ray cluster. `load` gives a trained one to a notebook.
+
+Importing this package loads neither torch nor Ray nor MLflow.
+"""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ddpm_ray.generation.sample import TrainedModel
+
+
+def load(uri: str, device: str = "cpu") -> "TrainedModel":
+    """A trained model; `.sample(16)` draws uint8 images [16, H, W, C] from its EMA weights.
+
+    `uri` is a run's folder or one checkpoint's on any fsspec URL, `runs:/<run id>/model` or
+    `models:/<name>@<alias>`; the last two are looked up where $MLFLOW_TRACKING_URI says, or in
+    ./mlflow.db. Raises CheckpointError, StorageError or TrackingError.
+    """
+    from ddpm_ray.cluster.trained import load as load_trained
+
+    return load_trained(uri, device)

@@ -1,0 +1,83 @@
+"""The score of a trained model against a data set, computed by a group of workers."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ddpm_ray import build
+from ddpm_ray.cluster import group, trained
+from ddpm_ray.cluster.control import Desk
+from ddpm_ray.cluster.worker import place
+from ddpm_ray.config import EvaluateConfig, RunConfig
+from ddpm_ray.data import storage
+from ddpm_ray.data.shards import open_dataset
+from ddpm_ray.knobs import ConfigError, from_dict, to_dict
+from ddpm_ray.training import evaluation
+from ddpm_ray.training.reference import reference
+
+
+def evaluate(model_uri: str, config: EvaluateConfig, home: Path) -> dict[str, Any]:
+    """Metrics and their certificate; relative paths lie below `home`.
+
+    Raises ConfigError where model and config do not fit, and RunFailedError, CheckpointError,
+    DatasetError, StorageError or TrackingError.
+    """
+    tracking_uri = trained.tracking_place(home)
+    if not model_uri.startswith(trained.IN_MLFLOW):
+        model_uri = storage.absolute(model_uri, home)
+    model = trained.load(model_uri, tracking_uri=tracking_uri)
+    begun = from_dict(RunConfig, model.provenance["config"])
+    problems = list(config.sampling.problems("sampling", model.schedule.num_steps))
+    if problems:
+        raise ConfigError("\n".join(problems))
+    config = dataclasses.replace(
+        config, data_url=storage.absolute(config.data_url or begun.data.url, home)
+    )
+    open_dataset(config.data_url)  # before Ray starts
+    group.connect(config.cluster)
+    settings = {
+        "model_uri": model_uri,
+        "tracking_uri": tracking_uri,
+        "config": to_dict(config),
+    }
+    ended = group.run(evaluate_worker, settings, config.cluster, lambda _: None)
+    return dict(ended.value)
+
+
+def evaluate_worker(settings: dict[str, Any]) -> dict[str, Any]:
+    """One worker's part; the same scores on every worker."""
+    config = from_dict(EvaluateConfig, settings["config"])
+    desk: Desk = settings["desk"]
+    if desk.given_up() is not None:
+        return {}
+    try:
+        return _scores(config, settings)
+    except ValueError as error:  # another attempt would meet it again
+        desk.give_up(str(error))
+        raise
+
+
+def _scores(config: EvaluateConfig, settings: dict[str, Any]) -> dict[str, Any]:
+    torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
+    workers = place()
+    model = trained.load(settings["model_uri"], workers.device, settings["tracking_uri"])
+    begun = from_dict(RunConfig, model.provenance["config"])
+    wanted = config.evaluation
+    net = build.feature_net(wanted, build.cache_dir(begun.data, "weights"), workers.device)
+    kept = min(wanted.kernel_distance_images, wanted.num_images) * wanted.kernel_distance
+    scores = evaluation.evaluate(
+        model.network,
+        model.schedule,
+        build.sampling_plan(config.sampling, model.schedule.num_steps),
+        net,
+        reference(open_dataset(config.data_url), net, workers, kernel_images=kept),
+        num_images=wanted.num_images,
+        batch_size=config.sampling.batch_size,
+        image_shape=model.image_shape,
+        workers=workers,
+        provenance=build.ema_provenance(begun, model.provenance["step"])
+        | {"model_sha256": model.provenance["weights_sha256"]},
+    )
+    return vars(scores)

@@ -1,0 +1,31 @@
+"""Trained models by name: from a checkpoint folder, or out of MLflow."""
+
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+
+from ddpm_ray import build
+from ddpm_ray.cluster import tracking
+from ddpm_ray.generation.sample import TrainedModel
+
+IN_MLFLOW = ("runs:/", "models:/")
+
+
+def load(uri: str, device: torch.device | str = "cpu", tracking_uri: str = "") -> TrainedModel:
+    """The model at a folder's URL, `runs:/<run id>/model` or `models:/<name>@<alias>`.
+
+    The latter two are looked up at `tracking_uri`, or where `tracking_place` says. Raises
+    CheckpointError, StorageError or TrackingError.
+    """
+    if not uri.startswith(IN_MLFLOW):
+        return build.trained_model(uri, device)
+    with tempfile.TemporaryDirectory() as scratch:
+        where = tracking_uri or tracking_place(Path.cwd())
+        return build.trained_model(str(tracking.download_model(where, uri, Path(scratch))), device)
+
+
+def tracking_place(home: Path) -> str:
+    """$MLFLOW_TRACKING_URI, or the database that runs started in `home` are logged to."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home / 'mlflow.db'}"

@@ -1,0 +1,25 @@
+"""Score a trained model against a data set: FID, KID, each with the protocol it was taken under.
+
+    python jobs/evaluate.py MODEL_URI [key=value ...]
+
+MODEL_URI is a run's folder or one checkpoint's, runs:/<run id>/model or models:/<name>@<alias>.
+Options: --help, --print-config. The last line of stdout is a JSON object with the results.
+"""
+
+import sys
+from argparse import Namespace
+from typing import Any
+
+from ddpm_ray.command_line import home_folder, main
+from ddpm_ray.config import EvaluateConfig
+
+
+def evaluate(config: EvaluateConfig, arguments: Namespace) -> dict[str, Any]:
+    """Metrics, and their certificate."""
+    from ddpm_ray.cluster.evaluation_run import evaluate as run  # heavy: after the config is read
+
+    return run(arguments.model_uri, config, home_folder())
+
+
+if __name__ == "__main__":
+    sys.exit(main(__doc__ or "", EvaluateConfig, evaluate, "model_uri"))

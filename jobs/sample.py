@@ -1,0 +1,41 @@
+"""Draw images from a trained model into one picture.
+
+    python jobs/sample.py MODEL_URI --out grid.png [key=value ...]
+
+MODEL_URI is a run's folder or one checkpoint's, runs:/<run id>/model or models:/<name>@<alias>.
+Options: --help, --print-config. The last line of stdout is a JSON object with the results.
+"""
+
+import sys
+from argparse import Namespace
+from typing import Any
+
+from ddpm_ray.command_line import main
+from ddpm_ray.config import SampleConfig
+
+
+def sample(config: SampleConfig, arguments: Namespace) -> dict[str, Any]:
+    """Where the picture is, and what it was drawn from."""
+    import torch
+
+    from ddpm_ray import build, load
+    from ddpm_ray.generation.grids import grid
+    from ddpm_ray.generation.sample import draw, to_uint8
+    from ddpm_ray.knobs import ConfigError
+
+    model = load(arguments.model_uri, "cuda" if torch.cuda.is_available() else "cpu")
+    if problems := list(config.sampling.problems("sampling", model.schedule.num_steps)):
+        raise ConfigError("\n".join(problems))
+    plan = build.sampling_plan(config.sampling, model.schedule.num_steps)
+    shape, device = model.image_shape, model.device
+    drawn = [
+        draw(model.network, model.schedule, plan, index, shape, device).cpu()
+        for index in torch.split(torch.arange(config.num_images), config.sampling.batch_size)
+    ]
+    grid(to_uint8(torch.cat(drawn))).save(arguments.out)
+    provenance = {key: model.provenance[key] for key in ("checkpoint", "step", "weights_sha256")}
+    return {"picture": arguments.out, "num_images": config.num_images, **provenance}
+
+
+if __name__ == "__main__":
+    sys.exit(main(__doc__ or "", SampleConfig, sample, "model_uri", "--out"))
