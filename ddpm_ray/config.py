@@ -86,7 +86,7 @@ class ModelConfig:
                 f"least 1 per level, as in [1,2,2,2]"
             )
             return
-        for mult in sorted(set(self.channel_mults)):
+        for mult in sorted(set(self.channel_mults)) if self.groups > 0 else ():
             if rest := (self.base_channels * mult) % self.groups:
                 yield (
                     f"model.groups is {self.groups}; it must divide every level's channels, and "
@@ -166,7 +166,7 @@ class SamplingConfig:
     batch_size: int = knob(64, "images in one network call", at_least=1)
 
     def problems(self, prefix: str, num_steps: int | None = None) -> Iterator[str]:
-        if num_steps is not None and self.steps > num_steps:
+        if num_steps is not None and 0 < num_steps < self.steps:
             yield (
                 f"{prefix}.steps is {self.steps}; it cannot exceed schedule.num_steps {num_steps}"
             )
@@ -254,13 +254,14 @@ class RunConfig:
         yield from self.training.problems()
         yield from self.sampling.problems("sampling", self.schedule.num_steps)
         yield from self.evaluation.problems()
-        batch, workers = self.training.global_batch_size, self.cluster.num_workers
-        for key, parts in (("cluster.num_workers", workers), ("data.lanes", self.data.lanes)):
-            if rest := batch % parts:
-                yield (
-                    f"training.global_batch_size is {batch}; {key}={parts} must divide it and "
-                    f"leaves {rest} images over: try {batch - rest or parts}"
-                )
+        batch, workers, lanes = (
+            self.training.global_batch_size, self.cluster.num_workers, self.data.lanes
+        )  # fmt: skip
+        if min(workers, lanes) > 0 and (rest := batch % (unit := math.lcm(workers, lanes))):
+            yield (
+                f"training.global_batch_size is {batch}; cluster.num_workers={workers} and "
+                f"data.lanes={lanes} must divide it: try {batch - rest or unit}"
+            )
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ the checks and the rule that a run keeps its defining values for life all read f
 """
 
 import difflib
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import field, fields, is_dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ T = TypeVar("T")
 
 
 class Checked(Protocol):
-    """A dataclass of knobs that also knows what cannot go together."""
+    """A dataclass of knobs that also knows what cannot go together: lines that begin with a key."""
 
     def problems(self) -> Iterator[str]: ...
 
@@ -57,22 +58,28 @@ def load(kind: type[Config], path: str | None, overrides: list[str]) -> Config:
     Raises ConfigError with one line for each bad key: its path, its value, the rule, and the
     nearest valid name.
     """
-    errors: list[str] = []
     merged = OmegaConf.structured(kind)
-    for where, layer in (
-        (path, _yaml(path) if path else {}),
-        ("command line", _dotlist(overrides)),
-    ):
+    set_by: dict[str, str] = {}
+    wrong: dict[str, str] = {}  # one line for each key
+    layers = [(path, _yaml(path))] if path else []
+    for where, layer in [*layers, *(("command line", _override(text)) for text in overrides)]:
         for key, value in _leaves(layer):
+            set_by[key] = where
             try:
                 merged = OmegaConf.merge(merged, _nested(key, value))
             except OmegaConfBaseException as error:
-                errors.append(f"{where}: {_complaint(kind, key, value, error)}")
-    if errors:
-        raise ConfigError("\n".join(errors))
-    config = cast(Config, OmegaConf.to_object(merged))
-    if problems := [*_out_of_range(config), *config.problems()]:
-        raise ConfigError("\n".join(f"{path or 'command line'}: {line}" for line in problems))
+                wrong[key] = f"{where}: {_complaint(kind, key, value, error)}"
+    try:
+        config = cast(Config, OmegaConf.to_object(merged))
+    except OmegaConfBaseException as error:  # of an interpolation, ${...}
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{path or 'command line'}: {error.full_key}: {reason}") from error
+    # What keys are together is told once each of them could be read.
+    for line in [*_out_of_range(config), *([] if wrong else config.problems())]:
+        key = line.partition(" ")[0]
+        wrong.setdefault(key, f"{set_by.get(key, path or 'command line')}: {line}")
+    if wrong:
+        raise ConfigError("\n".join(wrong.values()))
     return config
 
 
@@ -124,6 +131,8 @@ def _walk(config: object, prefix: str = "") -> Iterator[tuple[str, Any, Mapping[
 
 def _out_of_range(config: object) -> Iterator[str]:
     for key, value, meta in _walk(config):
+        if isinstance(value, float) and not math.isfinite(value):
+            yield f"{key} is {value}; it must be finite"
         for rule, (limit, holds) in meta["limits"].items():
             if limit is not None and not holds(value, limit):
                 yield f"{key} is {value}; it must be {rule} {limit}"
@@ -152,11 +161,15 @@ def _yaml(path: str) -> dict[str, Any]:
     return cast(dict[str, Any], values)
 
 
-def _dotlist(overrides: list[str]) -> dict[str, Any]:
-    for text in overrides:
-        if "=" not in text:
-            raise ConfigError(f"command line: {text!r} is not of the form key=value")
-    return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.from_dotlist(overrides)))
+def _override(text: str) -> dict[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise ConfigError(f"command line: {text!r} is not of the form key=value")
+    try:  # `key=` empties a text; YAML would read null
+        values = OmegaConf.from_dotlist([f"{key}={value or repr('')}"])
+    except Exception as error:  # the YAML reader's own errors
+        raise ConfigError(f"command line: {text}: {' '.join(str(error).split())}") from error
+    return cast(dict[str, Any], OmegaConf.to_container(values))
 
 
 def _leaves(layer: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -177,7 +190,8 @@ def _complaint(kind: type[Any], key: str, value: Any, error: OmegaConfBaseExcept
     known = {name: meta for name, _, meta in _walk(kind())}
     if key in known:
         reason = str(error).splitlines()[0].replace("$VALUE_TYPE", "such a type")
-        return f"{key}={value!r}: {reason.replace('$VALUE', str(value))} ({_meaning(known[key])})"
+        reason = reason.replace("$VALUE", str(value))
+        return f"{key}={value!r}: {reason}; it means: {_meaning(known[key])}"
     groups = sorted({name.rpartition(".")[0] for name in known} - {""})
     if key in groups:
         return f"{key}={value!r}: a group of keys, not a value; set {key}.<key>"

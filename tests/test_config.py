@@ -1,0 +1,390 @@
+"""A config is right, or says on one line per key what is wrong, before anything heavy loads."""
+
+import dataclasses
+import itertools
+import json
+import random
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+
+from ddpm_ray import command_line
+from ddpm_ray.config import EvaluateConfig, PackConfig, RunConfig, SampleConfig
+from ddpm_ray.knobs import Config, ConfigError, flat, from_dict, help_lines, load, to_dict, to_yaml
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "conf").rglob("*.yaml"))
+KINDS: dict[str, type[Any]] = {
+    "train": RunConfig,
+    "pack_shards": PackConfig,
+    "sample": SampleConfig,
+    "evaluate": EvaluateConfig,
+}
+JOBS = [job for job in KINDS if (ROOT / "jobs" / f"{job}.py").exists()]
+HEAVY = ("torch", "ray", "mlflow", "numpy", "pyarrow", "fsspec", "scipy", "PIL")
+
+
+def run_config(*overrides: str) -> RunConfig:
+    return load(RunConfig, None, ["name=a", "data.url=shards", *overrides])
+
+
+def complaints(*overrides: str) -> list[str]:
+    """The lines that `overrides` are refused with, without their `command line: `."""
+    with pytest.raises(ConfigError, match=r"^command line: ") as refused:
+        run_config(*overrides)
+    return [line.removeprefix("command line: ") for line in str(refused.value).splitlines()]
+
+
+@pytest.mark.parametrize(
+    "mistyped, meant",
+    [
+        ("shedule.num_steps=5", "schedule.num_steps"),
+        ("schedule.nsteps=5", "schedule.num_steps"),
+        ("num_workers=2", "cluster.num_workers"),
+        ("schedule.kind.linear=1", "schedule.kind"),
+        ("nam=digits", "name"),
+    ],
+)
+def test_an_unknown_key_is_told_with_the_nearest_one(mistyped: str, meant: str) -> None:
+    (line,) = complaints(mistyped)
+    assert line.startswith(mistyped.split("=")[0])
+    assert line.endswith(f"no such key; did you mean {meant}?")
+
+
+@pytest.mark.parametrize(
+    "override, says",
+    [
+        ("schedule.num_steps=0", "schedule.num_steps is 0; it must be at least 1"),
+        ("schedule.beta_end=1.5", "schedule.beta_end is 1.5; it must be below 1"),
+        ("schedule.beta_start=1", "schedule.beta_start is 1.0; it must be below 1"),
+        ("schedule.beta_start=0.05", "above schedule.beta_end 0.02"),
+        ("seed=-1", "seed is -1; it must be at least 0"),
+        ("training.learning_rate=0", "it must be above 0"),
+        ("training.learning_rate=nan", "it must be finite"),
+        ("cluster.timeout_s=inf", "it must be finite"),
+        ("training.keep_checkpoints=1", "it must be at least 2"),
+        ("sampling.eta=1.01", "it must be at most 1"),
+        # A divisor of 0 is told, not divided by.
+        ("cluster.num_workers=0", "cluster.num_workers is 0; it must be at least 1"),
+        ("data.lanes=0", "data.lanes is 0; it must be at least 1"),
+        ("model.groups=0", "model.groups is 0; it must be at least 1"),
+        ("model.groups=48", "128 leaves 32: try 16"),
+        ("model.channel_mults=[]", "at least 1 per level"),
+        ("model.channel_mults=[1,0]", "at least 1 per level"),
+        ("sampling.steps=1001", "cannot exceed schedule.num_steps 1000"),
+        ("evaluation.widths=[64]", r"choose from [192, 768, 2048]"),
+        ("evaluation.num_images=1", "at least 2 images"),
+        ("evaluation.weights_sha256=12", "64 hex digits"),
+        ("name=", "name is empty"),
+        ("data.url=", "data.url is empty"),
+        ("name=a/b", "no '/' and no leading '.'"),
+        ("name=..", "no '/' and no leading '.'"),
+        ("name=${nowhere}", "name: Interpolation key 'nowhere' not found"),
+        # Of the wrong type:
+        ("training.steps=many", "'many' of type 'str' could not be converted to Integer"),
+        ("training.steps=1.5", "could not be converted to Integer"),
+        ("training.steps=null", "training.steps=None: Incompatible value"),
+        ("seed=true", "could not be converted to Integer"),
+        ("data.flip=perhaps", "is not a valid bool"),
+        ("schedule.kind=cosin", "expected one of ['linear', 'cosine']"),
+        ("model.channel_mults=[1,x]", "could not be converted to Integer"),
+        ("model.channel_mults=2", "model.channel_mults=2"),
+        ("schedule=linear", "a group of keys, not a value; set schedule.<key>"),
+        ("data.url=[1", "data.url=[1: while parsing"),
+    ],
+)
+def test_a_bad_value_is_told_in_one_line(override: str, says: str) -> None:
+    (line,) = complaints(override)
+    assert line.startswith(override.split("=")[0])
+    assert says in line
+
+
+@pytest.mark.parametrize(
+    "overrides, says",
+    [
+        (["schedule.rescale=true", "schedule.num_steps=20"], "becomes 1 and must be below 1"),
+        (["training.warmup_steps=9", "training.warmup_images=9"], "set one of the two"),
+        (["training.ema_half_life_images=9"], "set exactly one of the two"),
+        (["training.ema_decay_per_step=0"], "set exactly one of the two"),
+        (["sampling.variance=fixed_large"], "FID 367 at 10 steps"),
+        (["training.global_batch_size=100", "data.lanes=8"], "data.lanes=8 must divide it: try 96"),
+        (
+            ["training.global_batch_size=100", "cluster.num_workers=3", "data.lanes=4"],
+            "cluster.num_workers=3 and data.lanes=4 must divide it: try 96",
+        ),
+        (["training.global_batch_size=4", "cluster.num_workers=3", "data.lanes=2"], "try 6"),
+    ],
+)
+def test_what_cannot_go_together_is_told_with_the_remedy(overrides: list[str], says: str) -> None:
+    (line,) = complaints("sampling.steps=9", *overrides)
+    assert says in line
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["schedule.rescale=true", "schedule.num_steps=21", "sampling.steps=21"],
+        ["schedule.kind=cosine", "schedule.rescale=true", "schedule.num_steps=9"],
+        ["sampling.variance=fixed_large", "sampling.steps=1000"],  # S = T: nothing is skipped
+        ["sampling.variance=fixed_large", "sampling.sampler=ancestral"],
+        ["training.ema_decay_per_step=0", "training.ema_half_life_images=500"],
+        ["training.global_batch_size=96", "cluster.num_workers=3"],
+        ["data.source=digits", "data.source="],
+        ["data.url=s3://bucket/a=b"],
+    ],
+)
+def test_what_goes_together_is_taken(overrides: list[str]) -> None:
+    assert run_config("sampling.steps=9", *overrides).name == "a"
+
+
+def test_every_bad_key_is_told_at_once(tmp_path: Path) -> None:
+    """One line each, with the place where it was set; YAML and command line together."""
+    path = tmp_path / "run.yaml"
+    path.write_text("name: a\nschedule: {kind: cosin, beta_end: 2}\nmodle: {dropout: 0.1}\n")
+    with pytest.raises(ConfigError, match="schedule") as refused:
+        load(RunConfig, str(path), ["training.steps=x", "schedule.num_steps=0", "seed=-4"])
+    told = {tuple(line.split(" ")[:3])[:-1] for line in str(refused.value).splitlines()}
+    assert {" ".join(place) for place in told} == {
+        f"{path}: schedule.kind='cosin':",
+        f"{path}: schedule.beta_end",
+        f"{path}: modle.dropout=0.1:",
+        "command line:",
+    }
+    assert len(str(refused.value).splitlines()) == 6
+
+
+def test_several_rules_at_once_give_one_line_per_key() -> None:
+    lines = complaints("schedule.beta_start=3", "name=a/b", "training.global_batch_size=7")
+    keys = [line.split(" ")[0] for line in lines]
+    assert keys == ["schedule.beta_start", "name", "training.global_batch_size"]
+
+
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ("name: [a\n", "line 1, column 7"),
+        ("name: a\nname: b\n", "found duplicate key name .*line 2"),
+        ("- name\n", "holds a list; give keys and values"),
+        ("schedule:\n", "a group of keys, not a value"),
+        ("name: {a: 1}\n", "name.a=1: no such key; did you mean name"),
+        ("name: \x00\n", "run.yaml: "),
+    ],
+)
+def test_a_broken_file_is_told_with_its_place(text: str, says: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=says) as refused:
+        load(RunConfig, str(path), [])
+    assert str(refused.value).startswith(f"{path}: ")
+    assert len(str(refused.value).splitlines()) == 1
+
+
+def test_a_file_that_is_not_there_is_told_with_those_that_are(tmp_path: Path) -> None:
+    (tmp_path / "digits.yaml").write_text("name: a\n")
+    with pytest.raises(ConfigError, match=r"digit\.yaml: no such file; here are: .*digits\.yaml"):
+        load(RunConfig, str(tmp_path / "digit.yaml"), [])
+
+
+def test_the_command_line_wins_over_the_file_and_the_last_over_the_first(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("name: a\ndata: {url: x}\nseed: 1\nschedule: {num_steps: 100}\n")
+    config = load(RunConfig, str(path), ["seed=2", "schedule.kind=cosine", "seed=3"])
+    assert (config.seed, config.schedule.kind, config.schedule.num_steps) == (3, "cosine", 100)
+
+
+def random_config(kind: type[Config], dice: random.Random) -> Config:
+    """Some value of its own type under each key of `kind`, in range or not."""
+    config = kind()
+    for key, value in flat(kind()).items():
+        texts = {
+            bool: dice.random() < 0.5,
+            int: dice.randrange(-(2**50), 2**50),
+            float: dice.gauss() * 10.0 ** dice.randrange(-300, 300),
+            str: "".join(dice.choices("aZ0_ .:/='\"\n#{[-\u00e9\u2192", k=dice.randrange(9))),
+            tuple: tuple(dice.choices(range(-9, 9), k=dice.randrange(4))),
+        }
+        if key.rpartition(".")[2] not in CHOICES:
+            config = replaced(config, key, texts[type(value)])
+    return config
+
+
+CHOICES = {
+    "source", "kind", "precision", "sampler", "spacing", "variance", "features", "resize",
+    "encoding", "split", "on_bad_image",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS.values())
+@settings(max_examples=8)
+@given(st.randoms(use_true_random=True))
+def test_a_config_comes_back_from_json_and_yaml(kind: type[Any], dice: random.Random) -> None:
+    config = random_config(kind, dice)
+    assert from_dict(kind, json.loads(json.dumps(to_dict(config)))) == config
+    read: Any = OmegaConf.to_container(OmegaConf.create(to_yaml(config)))
+    assert from_dict(kind, read) == config
+
+
+def replaced(config: Any, key: str, value: Any) -> Any:
+    head, _, rest = key.partition(".")
+    return dataclasses.replace(
+        config, **{head: replaced(getattr(config, head), rest, value) if rest else value}
+    )
+
+
+def test_a_dict_of_another_version_is_refused_by_its_key() -> None:
+    with pytest.raises(ConfigError, match="'warmth'"):
+        from_dict(RunConfig, {"training": {"warmth": 3}})
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_each_config_of_ours_loads_and_says_what_it_is_for(path: Path) -> None:
+    kind = {"train": RunConfig}.get(path.parent.name)
+    if kind is not None:
+        assert load(kind, str(path), []).name
+    lines = path.read_text().splitlines()
+    header = list(itertools.takewhile(lambda line: line.startswith("#"), lines))
+    assert len(header) >= 3, "purpose, command, cost"
+    command = " ".join(line for line in header if "jobs/" in line)
+    assert f"jobs/{path.parent.name}.py {path.relative_to(ROOT)}" in command
+    assert any(line.startswith("# Cost:") for line in header)
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_help_names_every_key(job: str) -> None:
+    shown = in_a_process(job, "--help")
+    assert (shown.returncode, shown.stderr) == (0, "")
+    told = [line.split()[0] for line in shown.stdout.splitlines() if line.startswith("  ")]
+    assert set(flat(KINDS[job]())) <= set(told)
+    assert f"python jobs/{job}.py" in shown.stdout
+
+
+@pytest.mark.parametrize("kind", KINDS.values())
+def test_each_key_has_a_meaning_of_its_own_and_fits_the_line(kind: type[Any]) -> None:
+    lines = help_lines(kind)
+    assert len(lines) == len(flat(kind()))
+    assert max(map(len, lines)) <= 170
+    assert all(len(line.split()) > 2 for line in lines)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_printed_config_is_the_config(path: Path, tmp_path: Path) -> None:
+    if path.parent.name != "train":
+        pytest.skip("no RunConfig")
+    read = load(RunConfig, str(path), ["schedule.beta_start=3e-5"])
+    config = dataclasses.replace(read, name='it\'s: a "name"')
+    (tmp_path / "printed.yaml").write_text(to_yaml(config))
+    assert load(RunConfig, str(tmp_path / "printed.yaml"), []) == config
+
+
+LISTING_MODULES = """
+import atexit, runpy, sys
+job, sys.argv = sys.argv[1], sys.argv[1:]
+heavy = {heavy}
+atexit.register(lambda: print("loaded:", [m for m in heavy if m in sys.modules], file=sys.stderr))
+runpy.run_path(job, run_name="__main__")
+"""
+
+
+def in_a_process(
+    job: str, *arguments: str, program: str | None = None
+) -> subprocess.CompletedProcess[str]:
+    script = str(ROOT / "jobs" / f"{job}.py")
+    start = ["-c", program, script] if program else [script]
+    return subprocess.run(
+        [sys.executable, *start, *arguments],
+        cwd=ROOT, capture_output=True, text=True, timeout=30, check=False,
+    )  # fmt: skip
+
+
+POSITIONAL = {
+    "train": ["conf/train/digits.yaml"],
+    "pack_shards": ["source", "destination"],
+    "sample": ["runs/a", "--out", "grid.png"],
+    "evaluate": ["runs/a"],
+}
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_a_wrong_config_ends_before_anything_heavy_loads(job: str) -> None:
+    """Exit code 2, one `error:` line per key, nothing on stdout: under 2 s, for it loads little."""
+    given = POSITIONAL[job]
+    some = {"pack_shards": "channels=7"}.get(job, "sampling.eta=7")
+    program = LISTING_MODULES.format(heavy=HEAVY)
+    ended = in_a_process(job, *given, some, "colour=red", program=program)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    *errors, loaded = ended.stderr.splitlines()
+    assert loaded == "loaded: []"
+    assert sorted(line.partition(" ")[0] for line in errors) == ["error:", "error:"]
+    assert some.replace("=", " is ") in ended.stderr
+    assert "colour='red': no such key" in ended.stderr
+
+
+def job_of(arguments: list[str], monkeypatch: pytest.MonkeyPatch, work: Any = None) -> int:
+    monkeypatch.setattr(sys, "argv", ["job.py", *arguments])
+    return command_line.main("Usage.", SampleConfig, work or done, "model_uri")
+
+
+def done(config: SampleConfig, arguments: Namespace) -> dict[str, Any]:
+    return {"model": arguments.model_uri, "images": config.num_images}
+
+
+def test_the_last_line_of_stdout_is_the_result(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert job_of(["runs/a", "num_images=3"], monkeypatch) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"model": "runs/a", "images": 3}
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        ([], "required: MODEL_URI"),
+        (["a", "b"], "'b' is not of the form key=value"),
+        (["a", "--verbose"], "unrecognized arguments: --verbose"),
+    ],
+)
+def test_wrong_arguments_are_told(
+    arguments: list[str],
+    says: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert job_of(arguments, monkeypatch) == 2
+    shown = capsys.readouterr()
+    assert (shown.out, says in shown.err, shown.err.count("\n")) == ("", True, 1)
+
+
+@pytest.mark.parametrize(
+    "error, code, says",
+    [
+        (ConfigError("name is x\nseed is y"), 2, "error: name is x\nerror: seed is y\n"),
+        (command_line.InterruptedRunError("stopped at step 3"), 130, "stopped at step 3\n"),
+        (KeyboardInterrupt(), 130, "interrupted; the same command goes on"),
+        (
+            RuntimeError("two\nlines"),
+            1,
+            "error: two lines (RuntimeError; DDPM_RAY_TRACEBACK=1 shows where)\n",
+        ),
+    ],
+)
+def test_however_a_job_ends_it_says_so_in_a_line(
+    error: BaseException,
+    code: int,
+    says: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def work(config: SampleConfig, arguments: Namespace) -> dict[str, Any]:
+        raise error
+
+    assert job_of(["runs/a"], monkeypatch, work) == code
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert says in shown.err
