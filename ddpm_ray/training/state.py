@@ -47,7 +47,7 @@ class TrainingState:
             "optimizer": self._moments(),
         }
         copies = {
-            name: {key: value.detach().to("cpu", copy=True) for key, value in group.items()}
+            name: {key: _plain_copy(value) for key, value in group.items()}
             for name, group in tensors.items()
         }
         facts = self.facts | {
@@ -74,10 +74,19 @@ class TrainingState:
         }
 
     def _set_moments(self, tensors: Tensors) -> None:
-        indices = {name: i for i, (name, _) in enumerate(self.model.named_parameters())}
+        parameters = dict(self.model.named_parameters())
+        indices = {name: i for i, name in enumerate(parameters)}
         moments: dict[int, Tensors] = {}
         for key, value in tensors.items():
             name, _, moment = key.rpartition(".")
+            if value.shape == parameters[name].shape:
+                # In the weights' own layout: fused Adam pairs elements by their place in memory.
+                value = torch.empty_like(parameters[name], requires_grad=False).copy_(value)
             moments.setdefault(indices[name], {})[moment] = value
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+
+
+def _plain_copy(tensor: Tensor) -> Tensor:
+    """On the CPU and contiguous: a file knows nothing of channels_last."""
+    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
