@@ -99,7 +99,10 @@ class CheckpointStore:
         if not storage.exists(pointer):
             return []
         try:
-            return [Reference(**entry) for entry in json.loads(storage.read_bytes(pointer))]
+            entries = json.loads(storage.read_bytes(pointer))
+            if not entries:  # a save never writes that; to take it would start from nothing
+                raise ValueError
+            return [Reference(**entry) for entry in entries]
         except (ValueError, TypeError) as error:
             remedy = "restore it from a backup; it lists the checkpoint folders beside it"
             raise CheckpointError(pointer, "is not a list of checkpoints", remedy) from error
