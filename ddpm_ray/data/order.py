@@ -42,8 +42,9 @@ def permutation(
     count: int, seed: int, epoch: int, purpose: Shuffle, first: int = 0, second: int = 0
 ) -> Int64s:
     """A permutation of 0..count-1, the same for the same numbers on every machine; seed < 2^64."""
-    philox = np.random.Philox(key=[seed, epoch], counter=[0, purpose, first, second])
-    words = philox.random_raw(count)
+    key = np.array([seed, epoch], dtype=np.uint64)  # a list of ints would go through float64
+    counter = np.array([0, purpose, first, second], dtype=np.uint64)
+    words = np.random.Philox(key=key, counter=counter).random_raw(count)
     # The low bits become the index: keys are unique then, so that any sort gives the same answer,
     # and sorting the words themselves is 4 x faster than argsort.
     bits = np.uint64(count.bit_length())

@@ -44,6 +44,11 @@ def join(url: str, *parts: str) -> str:
     return posixpath.join(url.rstrip("/") or "/", *(part.strip("/") for part in parts))
 
 
+def absolute(url: str, home: Path) -> str:
+    """`url` itself, or the absolute path of what is relative to the folder `home`."""
+    return url if "://" in url else str((home / Path(url).expanduser()).resolve())
+
+
 def name_of(url: str) -> str:
     """The last part of a URL, without query: the file's name."""
     return posixpath.basename(url.split("?")[0].rstrip("/"))
@@ -60,7 +65,7 @@ def read_bytes(url: str) -> bytes:
         whole = {"max_concurrency": 1} if url.startswith(("s3://", "s3a://")) else {}
         return bytes(filesystem.cat_file(path, **whole))
     except Exception as error:
-        raise _explained(url, error) from error
+        raise _explained(url, error) from None
 
 
 def write_bytes(url: str, data: bytes) -> None:
@@ -85,7 +90,7 @@ def write_bytes(url: str, data: bytes) -> None:
         finally:
             partial.unlink(missing_ok=True)
     except Exception as error:
-        raise _explained(url, error) from error
+        raise _explained(url, error) from None
 
 
 def exists(url: str) -> bool:
@@ -98,7 +103,7 @@ def exists(url: str) -> bool:
     except FileNotFoundError:
         return False
     except Exception as error:
-        raise _explained(url, error) from error
+        raise _explained(url, error) from None
     return True
 
 
@@ -113,7 +118,7 @@ def delete(url: str) -> None:
     except FileNotFoundError:
         return
     except Exception as error:
-        raise _explained(url, error) from error
+        raise _explained(url, error) from None
 
 
 def delete_empty_folder(url: str) -> None:
@@ -122,7 +127,7 @@ def delete_empty_folder(url: str) -> None:
         if is_local(url):
             local_path(url).rmdir()
     except Exception as error:
-        raise _explained(url, error) from error
+        raise _explained(url, error) from None
 
 
 def list_files(url: str) -> dict[str, int]:
@@ -145,7 +150,7 @@ def list_files(url: str) -> dict[str, int]:
                 raise FileNotFoundError(errno.ENOENT, "nothing there")
             sizes = {name.removeprefix(prefix): info["size"] for name, info in found.items()}
     except Exception as error:
-        raise _explained(url, error) from error
+        raise _explained(url, error) from None
     shown = (n for n in sorted(sizes) if not any(part.startswith(".") for part in n.split("/")))
     return {name: sizes[name] for name in shown}
 

@@ -1,0 +1,51 @@
+"""The node's cache: bounded, last used stays, never a reason to stop."""
+
+import os
+from pathlib import Path
+
+from ddpm_ray.data.cache import ShardCache
+
+
+def age(folder: Path, name: str, seconds: int) -> None:
+    status = (folder / name).stat()
+    os.utime(folder / name, (status.st_atime - seconds, status.st_mtime - seconds))
+
+
+def test_what_was_used_longest_ago_leaves_first(tmp_path: Path) -> None:
+    cache = ShardCache(tmp_path, max_bytes=30)
+    for n, name in enumerate(("a", "b", "c")):
+        cache.put(name, bytes(10))
+        age(tmp_path, name, 100 - n)
+    assert cache.get("a") == bytes(10)  # used now: "b" is the oldest
+    cache.put("d", bytes(15))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "d"]
+
+
+def test_it_never_holds_more_than_its_bytes(tmp_path: Path) -> None:
+    cache = ShardCache(tmp_path, max_bytes=100)
+    for n in range(30):
+        cache.put(f"{n}", bytes(1 + 7 * n % 41))
+        assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 100
+
+
+def test_what_is_larger_than_the_cache_is_not_kept(tmp_path: Path) -> None:
+    cache = ShardCache(tmp_path, max_bytes=10)
+    cache.put("small", bytes(10))
+    cache.put("large", bytes(11))
+    assert [path.name for path in tmp_path.iterdir()] == ["small"]
+
+
+def test_evicted_and_unknown_names_are_misses(tmp_path: Path) -> None:
+    cache = ShardCache(tmp_path / "not yet there", max_bytes=10)
+    assert cache.get("x") is None
+    cache.put("x", b"1")
+    cache.evict("x")
+    cache.evict("x")
+    assert cache.get("x") is None
+
+
+def test_a_broken_disk_only_turns_it_off(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    cache = ShardCache(tmp_path / "file", max_bytes=10)  # not a folder: nothing can be kept
+    cache.put("x", b"1")
+    assert cache.get("x") is None

@@ -1,0 +1,124 @@
+"""Storage: whole objects or a clear line, on disk and on a real S3 server."""
+
+import errno
+import hashlib
+import os
+import pickle
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ddpm_ray.data import storage
+from ddpm_ray.data.storage import StorageError
+
+UseS3 = Callable[[str, str], str]
+
+
+@pytest.fixture(params=["disk", "bucket"])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "disk":
+        return str(tmp_path / "folder")
+    bucket: str = request.getfixturevalue("s3")
+    return f"{bucket}/{tmp_path.name}"
+
+
+def test_what_is_written_is_read_listed_and_deleted(root: str) -> None:
+    url = storage.join(root, "a/b.bin")
+    assert not storage.exists(url)
+    storage.write_bytes(url, b"one")
+    storage.write_bytes(url, b"two")
+    storage.write_bytes(storage.join(root, "a/c d+.bin"), bytes(3_000_000))
+    assert storage.exists(url)
+    assert storage.read_bytes(url) == b"two"
+    assert storage.list_files(root) == {"a/b.bin": 3, "a/c d+.bin": 3_000_000}
+    storage.delete(url)
+    storage.delete(url)
+    assert not storage.exists(url)
+
+
+def test_nothing_is_remembered_of_what_another_process_changes(root: str) -> None:
+    url = storage.join(root, "pointer")
+    assert not storage.exists(url)
+    writer = threading.Thread(target=storage.write_bytes, args=(url, b"1"))
+    writer.start()
+    writer.join()
+    assert storage.exists(url)
+    assert storage.list_files(root) == {"pointer": 1}
+
+
+def test_what_is_not_there_is_named(root: str) -> None:
+    url = storage.join(root, "nothing")
+    with pytest.raises(StorageError, match=r"nothing: there is nothing at this place; check"):
+        storage.read_bytes(url)
+    with pytest.raises(StorageError, match=r"nothing: there is nothing at this place; check"):
+        storage.list_files(url)
+
+
+def test_a_failed_write_leaves_the_old_object_and_no_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = str(tmp_path / "file")
+    storage.write_bytes(url, b"old")
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StorageError, match="file: the disk is full; free some space"):
+        storage.write_bytes(url, b"new")
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"]
+
+
+def test_a_dead_endpoint_is_told_within_seconds(use_s3: UseS3) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    bucket = use_s3(f"http://127.0.0.1:{port}", "secret")
+    begun_s = time.monotonic()
+    with pytest.raises(StorageError, match=r"no answer .*AWS_ENDPOINT_URL"):
+        storage.read_bytes(f"{bucket}/x")
+    assert time.monotonic() - begun_s < 20
+
+
+def test_wrong_credentials_are_told(s3_server: str, use_s3: UseS3) -> None:
+    bucket = use_s3(s3_server, "wrong")
+    for act in (storage.read_bytes, storage.exists):
+        with pytest.raises(StorageError, match=r"access denied .*AWS_SECRET_ACCESS_KEY"):
+            act(f"{bucket}/x")
+
+
+def test_a_missing_bucket_is_told(s3: str) -> None:
+    with pytest.raises(StorageError, match=r"s3://elsewhere/x: .*check the name and the bucket"):
+        storage.read_bytes("s3://elsewhere/x")
+
+
+def test_an_unknown_protocol_is_told() -> None:
+    with pytest.raises(StorageError, match=r"ftq://x/y: .*use a local path, s3://"):
+        storage.read_bytes("ftq://x/y")
+
+
+def test_errors_are_one_line_and_survive_pickle() -> None:
+    error = StorageError("s3://b/x", "no answer", "check the endpoint")
+    copy = pickle.loads(pickle.dumps(error))
+    assert str(copy) == "s3://b/x: no answer; check the endpoint"
+
+
+def test_a_verified_file_is_downloaded_once_and_checked_always(
+    s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, sha256 = f"{s3}/weights.bin", hashlib.sha256(b"weights").hexdigest()
+    storage.write_bytes(url, b"weights")
+    path = storage.fetch_verified(url, sha256, tmp_path)
+    assert path.read_bytes() == b"weights"
+    storage.delete(url)
+    assert storage.fetch_verified(url, sha256, tmp_path) == path  # not asked for again
+    path.write_bytes(b"rotten!")
+    storage.write_bytes(url, b"weights")
+    assert storage.fetch_verified(url, sha256, tmp_path).read_bytes() == b"weights"
+    assert storage.fetch_verified(str(path), sha256, tmp_path) == path  # local: where it is
+    with pytest.raises(StorageError, match=rf"sha256 is {sha256}, expected abc; fetch"):
+        storage.fetch_verified(url, "abc", tmp_path / "other")
+    assert not (tmp_path / "other").exists()

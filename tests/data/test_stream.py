@@ -1,0 +1,244 @@
+"""What the workers get: the same global batches however they are divided, and clear errors."""
+
+import threading
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ddpm_ray.data import reader, storage
+from ddpm_ray.data.order import Block
+from ddpm_ray.data.shards import Dataset, ShardCorruptError, fetch_shard
+from ddpm_ray.data.storage import StorageError
+from ddpm_ray.data.stream import ShardStream, read_images
+
+MakeDataset = Callable[..., Dataset]
+NumbersOf = Callable[[torch.Tensor], list[int]]
+
+
+def open_stream(
+    dataset: Dataset, positions: range = range(12), window_bytes: int = 200, lanes: int = 3
+) -> ShardStream:
+    return ShardStream(
+        dataset,
+        seed=7,
+        global_batch_size=12,
+        positions=positions,
+        lanes=lanes,
+        window_bytes=window_bytes,
+    )
+
+
+@settings(
+    max_examples=12,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(st.data())
+def test_any_division_and_any_start_give_the_same_batches(
+    make_dataset: MakeDataset, numbers_of: NumbersOf, data: st.DataObject
+) -> None:
+    """The same for tiny sets (epochs within a batch) and windows of a sample or of everything."""
+    samples = data.draw(st.integers(1, 60))
+    dataset = make_dataset(samples, data.draw(st.integers(1, 20)))
+    window_bytes = data.draw(st.sampled_from([1, 40, 200, 100_000]))
+    cuts = sorted(data.draw(st.sets(st.integers(1, 11))))
+    runs = [range(a, b) for a, b in zip([0, *cuts], [*cuts, 12], strict=True)]
+    first = data.draw(st.integers(0, 9))
+    whole = open_stream(dataset, window_bytes=window_bytes)
+    batches = [numbers_of(whole.batch(step).images) for step in range(first + 3)]
+    whole.close()
+    parts = [open_stream(dataset, run, window_bytes) for run in runs]
+    for step in range(first, first + 3):
+        joined = [n for part in parts for n in numbers_of(part.batch(step).images)]
+        assert joined == batches[step]
+    for part in parts:
+        part.close()
+    flat = [n for batch in batches for n in batch]
+    assert len(flat) == 12 * len(batches)
+    counts = Counter(flat)  # lanes are at most a sample apart, so epochs overlap by 3 x 2 at most
+    assert max(counts.values()) <= len(flat) // samples + 2
+
+
+def test_an_epoch_holds_each_sample_once_with_its_own_label_and_key(
+    make_dataset: MakeDataset, numbers_of: NumbersOf
+) -> None:
+    stream = open_stream(make_dataset(60, 7))
+    seen: list[int] = []
+    for step in range(5):  # 5 x 12 = 60: an epoch
+        batch = stream.batch(step)
+        numbers = numbers_of(batch.images)
+        assert batch.images.shape == (12, 2, 3, 1)
+        assert batch.images.dtype == torch.uint8
+        assert batch.labels.tolist() == [n % 7 for n in numbers]
+        assert stream.keys(step) == [f"n-{n:06d}" for n in numbers]
+        seen += numbers
+    assert sorted(seen) == list(range(60))
+    again = [numbers_of(stream.batch(step).images) for step in range(5, 10)]
+    stream.close()
+    assert sorted(n for batch in again for n in batch) == list(range(60))
+    assert [n for batch in again for n in batch] != seen
+
+
+def test_a_jump_gives_what_a_straight_way_gives(
+    make_dataset: MakeDataset, numbers_of: NumbersOf
+) -> None:
+    dataset = make_dataset(60, 7)
+    straight, jumping = open_stream(dataset), open_stream(dataset)
+    batches = [numbers_of(straight.batch(step).images) for step in range(20)]
+    for step in (11, 3, 4, 5, 5, 19, 0):
+        assert numbers_of(jumping.batch(step).images) == batches[step]
+    straight.close()
+    jumping.close()
+
+
+def test_a_batch_stays_as_it_was_given(make_dataset: MakeDataset, numbers_of: NumbersOf) -> None:
+    """It must not lie in memory that the reader goes on with."""
+    stream = open_stream(make_dataset(60, 7))
+    first = stream.batch(0)
+    numbers = numbers_of(first.images)
+    for step in range(1, 30):
+        stream.batch(step)
+    assert numbers_of(first.images) == numbers
+    stream.close()
+
+
+def test_each_shard_is_fetched_once_an_epoch_but_at_the_cuts(make_dataset: MakeDataset) -> None:
+    dataset = make_dataset(600, 20)  # 30 shards in 3 lanes: 2 cuts, and lanes begin or end there
+    with mock.patch.object(reader, "fetch_shard", wraps=fetch_shard) as fetch:
+        stream = open_stream(dataset, window_bytes=600)
+        for step in range(50):
+            stream.batch(step)
+        stream.close()
+    ahead = (
+        3 * 2 * 600 // (6 * 20 * 3) + reader.FETCHES
+    )  # two blocks of each lane, and on their way
+    assert 30 <= fetch.call_count <= 30 + 2 + ahead
+
+
+def test_memory_is_bounded_by_two_windows_and_a_batch(make_dataset: MakeDataset) -> None:
+    dataset, held_bytes = make_dataset(600, 20), set()
+    has_room = reader.Reader._has_room
+
+    def watched(self: reader.Reader, block: Block) -> bool:
+        held_bytes.add(6 * self._held_samples)
+        return has_room(self, block)
+
+    with mock.patch.object(reader.Reader, "_has_room", watched):
+        stream = open_stream(dataset, window_bytes=600)
+        for step in range(100):
+            stream.batch(step)
+        stream.close()
+    assert 600 <= max(held_bytes) <= 2 * 600 + 12 * 6
+
+
+def test_waiting_is_counted_and_reading_ahead_removes_it(make_dataset: MakeDataset) -> None:
+    arrived = threading.Event()
+
+    def slow(*args: object) -> object:
+        assert arrived.wait(10)
+        return fetch_shard(*args)  # type: ignore[arg-type]
+
+    with mock.patch.object(reader, "fetch_shard", slow):
+        stream = open_stream(make_dataset(60, 7))
+        threading.Timer(0.2, arrived.set).start()
+        stream.batch(0)
+        assert 0.15 < stream.waited_s < 5
+    stream.close()
+
+
+def test_read_images_gives_the_packed_order(
+    make_dataset: MakeDataset, numbers_of: NumbersOf
+) -> None:
+    dataset = make_dataset(60, 7)
+    found = [numbers_of(batch.images) for batch in read_images(dataset, [0, 8, 3])]
+    assert found == [list(range(7)), list(range(56, 60)), list(range(21, 28))]
+
+
+def epoch_of(stream: ShardStream) -> None:
+    for step in range(5):
+        stream.batch(step)
+
+
+def damage(dataset: Dataset, number: int, how: str) -> None:
+    path = Path(dataset.url) / f"shard-{number:05d}.arrow"
+    data = bytearray(path.read_bytes())
+    if how == "flipped":
+        data[len(data) // 2] ^= 1
+    path.write_bytes(data[: len(data) // 2] if how == "truncated" else data)
+    if how == "missing":
+        path.unlink()
+
+
+@pytest.mark.parametrize("how", ["flipped", "truncated"])
+def test_a_damaged_shard_is_never_used(make_dataset: MakeDataset, how: str) -> None:
+    dataset = make_dataset(60, 7)
+    damage(dataset, 4, how)
+    stream = open_stream(dataset, window_bytes=6)
+    with pytest.raises(ShardCorruptError, match=r"shard-00004.arrow: sha256 .* 3 downloads; write"):
+        epoch_of(stream)
+    stream.close()
+
+
+def test_a_missing_shard_is_named(make_dataset: MakeDataset) -> None:
+    dataset = make_dataset(60, 7)
+    damage(dataset, 4, "missing")
+    stream = open_stream(dataset)
+    with pytest.raises(StorageError, match=r"shard-00004.arrow: there is nothing at this place"):
+        epoch_of(stream)
+    stream.close()
+
+
+def test_a_download_that_went_wrong_once_is_repeated(make_dataset: MakeDataset) -> None:
+    dataset = make_dataset(60, 7)
+    whole = storage.read_bytes(f"{dataset.url}/shard-00002.arrow")
+    with mock.patch.object(storage, "read_bytes", side_effect=[whole[:-1], b"", whole]):
+        assert len(fetch_shard(dataset, 2)) == 7
+
+
+def test_a_closed_stream_says_so(make_dataset: MakeDataset) -> None:
+    stream = open_stream(make_dataset(60, 7))
+    stream.batch(0)
+    stream.close()
+    with pytest.raises(RuntimeError, match="this stream is closed"):
+        stream.batch(1)
+
+
+@pytest.mark.parametrize(
+    "positions", [range(0), range(4, 13), range(-1, 3), range(0, 12, 2), range(5, 5)]
+)
+def test_positions_outside_the_batch_are_refused(
+    make_dataset: MakeDataset, positions: range
+) -> None:
+    with pytest.raises(ValueError, match=r"positions is range\(.*numbers below 12"):
+        open_stream(make_dataset(60, 7), positions)
+
+
+def test_from_a_bucket_through_the_cache(
+    make_dataset: MakeDataset, numbers_of: NumbersOf, s3: str, tmp_path: Path
+) -> None:
+    """A second epoch reads no shard from the bucket; a rotten cached file is fetched again."""
+    dataset = make_dataset(60, 7, f"{s3}/streamed")
+    cache = tmp_path / "cache"
+    options = {"seed": 7, "global_batch_size": 12, "lanes": 3, "window_bytes": 30}
+
+    def epoch() -> list[int]:
+        stream = ShardStream(
+            dataset, positions=range(12), cache_dir=cache, cache_bytes=10**6, **options
+        )
+        found = [n for step in range(5) for n in numbers_of(stream.batch(step).images)]
+        stream.close()
+        return found
+
+    first = epoch()
+    assert sorted(first) == list(range(60))
+    assert len(list(cache.iterdir())) == 9
+    rotten = sorted(cache.iterdir())[0]
+    rotten.write_bytes(b"rot" + rotten.read_bytes()[3:])
+    with mock.patch.object(storage, "read_bytes", wraps=storage.read_bytes) as read:
+        assert epoch() == first
+    assert read.call_count == 1
