@@ -12,6 +12,8 @@ import hashlib
 import os
 import posixpath
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +58,7 @@ def name_of(url: str) -> str:
 
 def read_bytes(url: str) -> bytes:
     """The whole object. Raises StorageError."""
-    try:
+    with _explaining(url):
         if is_local(url):
             return local_path(url).read_bytes()
         filesystem, path = _filesystem(url)
@@ -64,8 +66,6 @@ def read_bytes(url: str) -> bytes:
         # CPU at 1.5 MB, and callers check the sha256 of the whole and read several at a time.
         whole = {"max_concurrency": 1} if url.startswith(("s3://", "s3a://")) else {}
         return bytes(filesystem.cat_file(path, **whole))
-    except Exception as error:
-        raise _explained(url, error) from None
 
 
 def write_bytes(url: str, data: bytes) -> None:
@@ -73,7 +73,7 @@ def write_bytes(url: str, data: bytes) -> None:
 
     Safe to repeat and to race: the last complete writer wins. Raises StorageError.
     """
-    try:
+    with _explaining(url):
         if not is_local(url):
             filesystem, path = _filesystem(url)
             filesystem.pipe_file(path, data)
@@ -89,45 +89,39 @@ def write_bytes(url: str, data: bytes) -> None:
             partial.replace(target)
         finally:
             partial.unlink(missing_ok=True)
-    except Exception as error:
-        raise _explained(url, error) from None
 
 
 def exists(url: str) -> bool:
     """True if there is an object or a folder at `url`. Raises StorageError if nobody can say."""
-    try:
+    with _explaining(url):
         if is_local(url):
             return local_path(url).exists()
         filesystem, path = _filesystem(url)
-        filesystem.info(path)
-    except FileNotFoundError:
-        return False
-    except Exception as error:
-        raise _explained(url, error) from None
-    return True
+        try:
+            filesystem.info(path)
+        except FileNotFoundError:
+            return False
+        return True
 
 
 def delete(url: str) -> None:
     """Remove one object; one that is not there is fine. Raises StorageError."""
-    try:
+    with _explaining(url):
         if is_local(url):
             local_path(url).unlink(missing_ok=True)
             return
         filesystem, path = _filesystem(url)
-        filesystem.rm_file(path)
-    except FileNotFoundError:
-        return
-    except Exception as error:
-        raise _explained(url, error) from None
+        try:
+            filesystem.rm_file(path)
+        except FileNotFoundError:
+            return
 
 
 def delete_empty_folder(url: str) -> None:
     """Remove a local folder that holds nothing; a bucket has no folders: nothing to do."""
-    try:
+    with _explaining(url):
         if is_local(url):
             local_path(url).rmdir()
-    except Exception as error:
-        raise _explained(url, error) from None
 
 
 def list_files(url: str) -> dict[str, int]:
@@ -135,7 +129,7 @@ def list_files(url: str) -> dict[str, int]:
 
     Empty for a folder without files; StorageError where there is no such folder.
     """
-    try:
+    with _explaining(url):
         if is_local(url):
             root = local_path(url)
             if not root.is_dir():
@@ -149,8 +143,6 @@ def list_files(url: str) -> dict[str, int]:
             if not found:
                 raise FileNotFoundError(errno.ENOENT, "nothing there")
             sizes = {name.removeprefix(prefix): info["size"] for name, info in found.items()}
-    except Exception as error:
-        raise _explained(url, error) from None
     shown = (n for n in sorted(sizes) if not any(part.startswith(".") for part in n.split("/")))
     return {name: sizes[name] for name in shown}
 
@@ -190,6 +182,15 @@ def _filesystem(url: str) -> tuple[Any, str]:
         }
     filesystem, path = fsspec.core.url_to_fs(url, **options)
     return filesystem, path
+
+
+@contextmanager
+def _explaining(url: str) -> Iterator[None]:
+    """Whatever goes wrong in the body becomes a StorageError of one line."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - each back end has its own exceptions
+        raise _explained(url, error) from None  # without pages of asyncio's traces
 
 
 def _explained(url: str, error: Exception) -> StorageError:

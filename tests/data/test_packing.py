@@ -72,6 +72,7 @@ def test_a_killed_packer_goes_on_where_it_was(pictures: Path, tmp_path: Path) ->
         done = [packer.pack_shard(again, n) for n in range(again.shards)]
         written = sorted(Path(call.args[0]).name for call in write.call_args_list)
     missing = [f"shard-0000{n}.arrow" for n in (1, 3)]
+    missing = [f"shard-0000{n}.arrow" for n in (1, 3)]
     assert written == sorted([*missing, *(f"{name}.json" for name in missing)])
     assert packer.finish(again, done).fingerprint == whole.fingerprint
     assert files(tmp_path / "set") == files(tmp_path / "whole")
