@@ -43,7 +43,8 @@ def test_digits_are_the_scans_of_scikit_learn_in_the_full_range() -> None:
     source = open_source("digits")
     images = np.stack([np.asarray(s.image) for s in source.read(range(1797))])
     assert len(source) == 1797
-    assert (images.shape, images.dtype) == ((1797, 8, 8, 1), np.uint8)
+    assert images.shape == (1797, 8, 8, 1)
+    assert images.dtype == np.uint8
     assert np.unique(images).tolist() == [round(level * 255 / 16) for level in range(17)]
     labels = [s.label for s in source.read(range(10))]
     assert labels == list(range(10))  # the bundled set begins with 0 to 9
