@@ -1,0 +1,131 @@
+"""The pictures of a run: the same ones whoever draws them, on disk and in the sink."""
+
+import copy
+import functools
+import io
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ddpm_ray.data import storage
+from ddpm_ray.diffusion import schedules
+from ddpm_ray.diffusion.process import NoiseSchedule
+from ddpm_ray.diffusion.samplers import uniform_steps
+from ddpm_ray.generation.sample import SamplingPlan
+from ddpm_ray.models.ema import EMA
+from ddpm_ray.models.unet import UNet
+from ddpm_ray.training.gallery import Gallery, picture_url
+from ddpm_ray.training.reporting import Row
+from ddpm_ray.training.state import TrainingState
+from ddpm_ray.training.workers import Workers
+
+OnWorkers = Callable[[int, Callable[[Workers], Any]], list[Any]]
+
+
+@dataclass
+class Wall:
+    """A sink that keeps what is hung up."""
+
+    pictures: dict[tuple[str, int], Image.Image] = field(default_factory=dict)
+
+    def rows(self, rows: list[Row]) -> None: ...
+
+    def image(self, key: str, step: int, image: Image.Image) -> None:
+        self.pictures[key, step] = image
+
+    def document(self, path: str, content: dict[str, Any]) -> None: ...
+
+    def unsent(self) -> list[Row]:
+        return []
+
+
+@functools.cache  # made once: threads that seed torch's one generator at once would draw anything
+def network(channels: int) -> UNet:
+    """Weights that are not zero, so that images differ."""
+    torch.manual_seed(0)
+    model = UNet(
+        image_size=4, image_channels=channels, base_channels=4, channel_mults=(1,),
+        blocks_per_level=1, attention_resolutions=(), groups=2,
+    )  # fmt: skip
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.15)
+    return model
+
+
+def gallery(
+    folder: Path, workers: Workers, channels: int = 1, batch: int = 64
+) -> tuple[Gallery, Wall]:
+    """A gallery, and the wall of its leader."""
+    model = copy.deepcopy(network(channels))
+    state = TrainingState(model, EMA(model), torch.optim.Adam(model.parameters()), {})
+    wall = Wall()
+    plan = SamplingPlan(uniform_steps(10, 3), seed=4)
+    made = Gallery(
+        state, NoiseSchedule(schedules.cosine(10)), plan, (channels, 4, 4), workers, str(folder),
+        wall if workers.leads else None, batch,
+    )  # fmt: skip
+    return made, wall
+
+
+def pixels(image: Image.Image) -> Any:
+    return np.asarray(image).astype(int)
+
+
+def grid_by(workers: Workers, folder: Path, batch: int = 64, channels: int = 1) -> Wall:
+    made, wall = gallery(folder, workers, channels, batch)
+    made.show_grid(30)
+    return wall
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pictures_hang_in_the_sink_and_lie_in_the_folder(channels: int, tmp_path: Path) -> None:
+    made, wall = gallery(tmp_path, Workers(), channels)
+    made.show_grid(30)
+    made.show_strip(30)
+    assert set(wall.pictures) == {("samples", 30), ("denoising", 30)}
+    for (key, step), hung in wall.pictures.items():
+        data = storage.read_bytes(picture_url(str(tmp_path), key, step))
+        lying = Image.open(io.BytesIO(data))
+        assert lying.format == "PNG"
+        assert (pixels(lying) == pixels(hung)).all()
+    assert len(np.unique(pixels(wall.pictures["samples", 30]))) > 20  # it shows something
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_the_grid_is_the_same_on_any_number_of_workers(
+    count: int, tmp_path: Path, on_workers: OnWorkers
+) -> None:
+    """Up to one grey level: a network's sums run in another order in another batch size."""
+    alone = pixels(grid_by(Workers(), tmp_path / "1").pictures["samples", 30])
+    walls = on_workers(count, lambda workers: grid_by(workers, tmp_path / "n"))
+    together = pixels(walls[0].pictures["samples", 30])
+    assert np.abs(together - alone).max() <= 1
+    assert not any(wall.pictures for wall in walls[1:])  # the leader alone hangs them up
+    assert len(list((tmp_path / "n").iterdir())) == 1
+
+
+def test_the_grid_is_the_same_in_batches_of_any_size(tmp_path: Path) -> None:
+    whole, parts = (
+        pixels(grid_by(Workers(), tmp_path / str(b), b).pictures["samples", 30]) for b in (64, 7)
+    )
+    assert np.abs(whole - parts).max() <= 1
+
+
+def test_the_noise_is_the_same_at_each_step_and_the_weights_are_the_average(tmp_path: Path) -> None:
+    """Two grids differ by nothing but the EMA weights: the trained ones have no part in it."""
+    made, wall = gallery(tmp_path, Workers())
+    made.show_grid(1)
+    for parameter in made.state.model.parameters():
+        parameter.data.zero_()
+    made.show_grid(2)
+    assert (pixels(wall.pictures["samples", 1]) == pixels(wall.pictures["samples", 2])).all()
+    for parameter in made.state.ema.model.parameters():
+        parameter.data.mul_(0.5)
+    made.show_grid(3)
+    assert (pixels(wall.pictures["samples", 3]) != pixels(wall.pictures["samples", 2])).any()
