@@ -112,8 +112,13 @@ def for_192_only(path: Path) -> None:
 
 
 class Bomb:
-    def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
-        return os.system, ("echo executed > /tmp/ddpm_ray_bomb",)
+    """A pickle that, once believed, makes a folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.folder = str(path.with_name("executed"))
+
+    def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
+        return os.mkdir, (self.folder,)
 
 
 def cut_off(path: Path) -> None:
@@ -131,8 +136,8 @@ def cut_off(path: Path) -> None:
         (lambda path: torch.save([1, 2], path), "it holds a list, not weights"),
         (lambda path: path.write_bytes(b"<html>404</html>"), "it cannot be read"),
         (lambda path: path.write_bytes(b""), "it cannot be read"),
-        (lambda path: path.write_bytes(pickle.dumps(Bomb(), protocol=2)), "it cannot be read"),
-        (lambda path: torch.save({"weights": Bomb()}, path), "it cannot be read"),
+        (lambda path: path.write_bytes(pickle.dumps(Bomb(path), protocol=2)), "it cannot be read"),
+        (lambda path: torch.save({"weights": Bomb(path)}, path), "it cannot be read"),
         (cut_off, "it cannot be read"),
         (lambda path: None, "it cannot be read: .*No such file"),
     ],
@@ -147,4 +152,4 @@ def test_other_files_get_one_clear_line(
     assert str(caught.value).startswith(str(path))
     assert len(str(caught.value).splitlines()) == 1
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
-    assert not Path("/tmp/ddpm_ray_bomb").exists()
+    assert not (tmp_path / "executed").exists()
