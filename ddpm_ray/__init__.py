@@ -9,12 +9,13 @@ if TYPE_CHECKING:
     from ddpm_ray.generation.sample import TrainedModel
 
 
-def load(uri: str, device: str = "cpu") -> "TrainedModel":
+def load(uri: str, device: str = "") -> "TrainedModel":
     """A trained model; `.sample(16)` draws uint8 images [16, H, W, C] from its EMA weights.
 
     `uri` is a run's folder or one checkpoint's on any fsspec URL, `runs:/<run id>/model` or
     `models:/<name>@<alias>`; the last two are looked up where $MLFLOW_TRACKING_URI says, or in
-    ./mlflow.db. Raises CheckpointError, StorageError or TrackingError.
+    ./mlflow.db. It lies on `device`, by default on a GPU where there is one. Raises
+    CheckpointError, StorageError or TrackingError.
     """
     from ddpm_ray.cluster.trained import load as load_trained
 

@@ -170,12 +170,17 @@ class SamplingConfig:
             yield (
                 f"{prefix}.steps is {self.steps}; it cannot exceed schedule.num_steps {num_steps}"
             )
-        partial = num_steps is None or self.steps < num_steps
-        if self.sampler == "ddim" and self.variance == "fixed_large" and partial:
+        partial = num_steps is not None and self.steps < num_steps
+        if self.variance == "fixed_large" and partial:
             yield (
-                f"{prefix}.variance is 'fixed_large', which with ddim at fewer steps than T adds "
-                f"more noise than the next step expects (FID 367 at 10 steps: Song et al. 2021, "
-                f"table 1); use fixed_small, or sampler=ancestral"
+                f"{prefix}.variance is 'fixed_large', which at {self.steps} of {num_steps} steps "
+                f"adds more noise than the next step expects (FID 367 at 10 steps: Song et al. "
+                f"2021, table 1); use {prefix}.variance=fixed_small"
+            )
+        elif self.variance == "fixed_large" and self.sampler == "ddim" and self.eta != 1:
+            yield (
+                f"{prefix}.variance is 'fixed_large' and {prefix}.eta {self.eta}; that variance is "
+                f"defined for eta=1 alone (Song et al. 2021, section 4.1): use fixed_small"
             )
 
 

@@ -16,23 +16,16 @@ from ddpm_ray.config import SampleConfig
 
 def sample(config: SampleConfig, arguments: Namespace) -> dict[str, Any]:
     """Where the picture is, and what it was drawn from."""
-    import torch
-
-    from ddpm_ray import build, load
+    from ddpm_ray import build, load  # heavy: after the config is checked
     from ddpm_ray.generation.grids import grid
-    from ddpm_ray.generation.sample import draw, to_uint8
     from ddpm_ray.knobs import ConfigError
 
-    model = load(arguments.model_uri, "cuda" if torch.cuda.is_available() else "cpu")
+    model = load(arguments.model_uri)
     if problems := list(config.sampling.problems("sampling", model.schedule.num_steps)):
         raise ConfigError("\n".join(problems))
     plan = build.sampling_plan(config.sampling, model.schedule.num_steps)
-    shape, device = model.image_shape, model.device
-    drawn = [
-        draw(model.network, model.schedule, plan, index, shape, device).cpu()
-        for index in torch.split(torch.arange(config.num_images), config.sampling.batch_size)
-    ]
-    grid(to_uint8(torch.cat(drawn))).save(arguments.out)
+    images = model.draw(plan, config.num_images, config.sampling.batch_size)
+    grid(images).save(arguments.out)
     provenance = {key: model.provenance[key] for key in ("checkpoint", "step", "weights_sha256")}
     return {"picture": arguments.out, "num_images": config.num_images, **provenance}
 

@@ -114,6 +114,8 @@ def test_a_bad_value_is_told_in_one_line(override: str, says: str) -> None:
         (["training.ema_half_life_images=9"], "set exactly one of the two"),
         (["training.ema_decay_per_step=0"], "set exactly one of the two"),
         (["sampling.variance=fixed_large"], "FID 367 at 10 steps"),
+        (["sampling.variance=fixed_large", "sampling.sampler=ancestral"], "use sampling.variance="),
+        (["sampling.variance=fixed_large", "sampling.steps=1000"], "defined for eta=1 alone"),
         (["training.global_batch_size=100", "data.lanes=8"], "data.lanes=8 must divide it: try 96"),
         (
             ["training.global_batch_size=100", "cluster.num_workers=3", "data.lanes=4"],
@@ -132,8 +134,8 @@ def test_what_cannot_go_together_is_told_with_the_remedy(overrides: list[str], s
     [
         ["schedule.rescale=true", "schedule.num_steps=21", "sampling.steps=21"],
         ["schedule.kind=cosine", "schedule.rescale=true", "schedule.num_steps=9"],
-        ["sampling.variance=fixed_large", "sampling.steps=1000"],  # S = T: nothing is skipped
-        ["sampling.variance=fixed_large", "sampling.sampler=ancestral"],
+        ["sampling.variance=fixed_large", "sampling.steps=1000", "sampling.eta=1"],  # all of T
+        ["sampling.variance=fixed_large", "sampling.steps=1000", "sampling.sampler=ancestral"],
         ["training.ema_decay_per_step=0", "training.ema_half_life_images=500"],
         ["training.global_batch_size=96", "cluster.num_workers=3"],
         ["data.source=digits", "data.source="],

@@ -13,12 +13,13 @@ from ddpm_ray.generation.sample import TrainedModel
 IN_MLFLOW = ("runs:/", "models:/")
 
 
-def load(uri: str, device: torch.device | str = "cpu", tracking_uri: str = "") -> TrainedModel:
+def load(uri: str, device: torch.device | str = "", tracking_uri: str = "") -> TrainedModel:
     """The model at a folder's URL, `runs:/<run id>/model` or `models:/<name>@<alias>`.
 
     The latter two are looked up at `tracking_uri`, or where `tracking_place` says. Raises
     CheckpointError, StorageError or TrackingError.
     """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if not uri.startswith(IN_MLFLOW):
         return build.trained_model(uri, device)
     with tempfile.TemporaryDirectory() as scratch:

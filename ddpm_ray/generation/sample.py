@@ -70,6 +70,21 @@ def draw(
             assert_never(plan.sampler)
 
 
+def draw_uint8(
+    denoise: Denoise,
+    schedule: NoiseSchedule,
+    plan: SamplingPlan,
+    indices: range,
+    image_shape: tuple[int, int, int],
+    device: torch.device | str,
+    batch_size: int,
+) -> Images:
+    """Images uint8 [N, H, W, C] of the N `indices`, `batch_size` in one network call."""
+    batches = torch.split(torch.tensor(indices), batch_size)
+    drawn = (draw(denoise, schedule, plan, index, image_shape, device) for index in batches)
+    return np.concatenate([to_uint8(images) for images in drawn])
+
+
 def to_uint8(images: Tensor) -> Images:
     """uint8 [N, H, W, C] of images [N, C, H, W] in [-1, 1]: (x + 1) * 127.5, half up, clamped.
 
@@ -136,9 +151,11 @@ class TrainedModel:
             variance=self.variance if sampler == "ancestral" else "fixed_small",
             seed=seed,
         )
-        batches = []
-        for start in range(0, num_images, batch_size):
-            index = torch.arange(start, min(start + batch_size, num_images))
-            images = draw(self.network, self.schedule, plan, index, self.image_shape, self.device)
-            batches.append(to_uint8(images))
-        return np.concatenate(batches)
+        return self.draw(plan, num_images, batch_size)
+
+    def draw(self, plan: SamplingPlan, num_images: int, batch_size: int) -> Images:
+        """The images 0..num_images-1 of `plan`, uint8 [num_images, H, W, C]."""
+        indices, shape = range(num_images), self.image_shape
+        return draw_uint8(
+            self.network, self.schedule, plan, indices, shape, self.device, batch_size
+        )

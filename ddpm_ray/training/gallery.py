@@ -10,7 +10,7 @@ from PIL import Image
 from ddpm_ray.data import storage
 from ddpm_ray.diffusion.process import NoiseSchedule
 from ddpm_ray.generation import grids
-from ddpm_ray.generation.sample import SamplingPlan, draw, to_uint8
+from ddpm_ray.generation.sample import SamplingPlan, draw_uint8
 from ddpm_ray.training.reporting import Sink
 from ddpm_ray.training.state import TrainingState
 from ddpm_ray.training.workers import Workers
@@ -34,17 +34,18 @@ class Gallery:
 
     def show_grid(self, step: int) -> None:
         """Samples 0..63 of the plan's seed, as `samples` at `step`; all workers must call it."""
-        share = self.workers.share(GRID_IMAGES)
-        batches = torch.split(torch.arange(share.start, share.stop), self.batch_size)
-        shape, device = self.image_shape, self.workers.device
-        mine = [
-            to_uint8(draw(self.state.ema.model, self.schedule, self.plan, index, shape, device))
-            for index in batches
-        ]
-        everyone = self.workers.gather(mine)
+        mine = draw_uint8(
+            self.state.ema.model,
+            self.schedule,
+            self.plan,
+            self.workers.share(GRID_IMAGES),
+            self.image_shape,
+            self.workers.device,
+            self.batch_size,
+        )
+        images = self.workers.gather(mine)
         if self.sink is not None:
-            images = np.concatenate([part for parts in everyone for part in parts])
-            self._hang("samples", step, grids.grid(images))
+            self._hang("samples", step, grids.grid(np.concatenate(images)))
 
     def show_strip(self, step: int) -> None:
         """How samples 0..3 come out of noise from T to 0; the leader alone draws them."""
