@@ -31,7 +31,7 @@ class DataConfig:
         at_least=1, defines_run=True,
     )  # fmt: skip
     shuffle_window_bytes: int = knob(
-        32 * MIB, "decoded bytes within which samples mix, all lanes together",
+        16 * MIB, "decoded bytes within which samples mix, all lanes together",
         at_least=MIB, defines_run=True,
     )  # fmt: skip
     cache_bytes: int = knob(8192 * MIB, "node-local cache of remote shards; 0: none", at_least=0)
