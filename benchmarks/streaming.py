@@ -35,7 +35,7 @@ from ddpm_ray.data import shards, storage
 from ddpm_ray.data.stream import ShardStream
 
 BATCH, SHAPE, BUCKET = 128, (32, 32, 3), "bench"
-WINDOW_BYTES, LANES = 32 << 20, 8  # the defaults of config.DataConfig
+WINDOW_BYTES, LANES = 16 << 20, 8  # the defaults of config.DataConfig
 COLUMNS = "{:<12} {:>7} {:>12} {:>9} {:>22} {:>8} {:>10}"
 
 

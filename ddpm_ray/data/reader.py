@@ -80,9 +80,12 @@ class Reader:
         self._held_samples = 0  # in blocks that were begun and not yet released
         self._failure: BaseException | None = None
         self._closed = False
+        self._spare: list[UInt8s] = []  # memory of released blocks
+        # A small set does not fill its blocks; to read hundreds of its epochs ahead is no use.
+        self._block_samples = min(order.block_samples, -(-order.samples // order.lanes))
         # Two blocks a lane, one in use and one ahead; and a batch, which may span many small blocks
         # (without it a batch larger than the window would wait for ever).
-        self._most_samples = len(shares) * (2 * order.block_samples + order.lane_batch)
+        self._most_samples = len(shares) * (2 * self._block_samples + order.lane_batch)
         # A shard that some lane still holds is not fetched again.
         self._alive: WeakValueDictionary[int, Future[Shard]] = WeakValueDictionary()
         self._fetchers = ThreadPoolExecutor(FETCHES, "shard-fetch")
@@ -101,14 +104,17 @@ class Reader:
         with self._changed:
             self._changed.wait_for(arrived)
             held = [(loaded, inside(loaded.block, wanted)) for loaded in ready]
-        return [(loaded, inside) for loaded, inside in held if inside.start < inside.stop]
+        return [(loaded, here) for loaded, here in held if here.start < here.stop]
 
     def release(self, share: Share, step: int) -> None:
         """Let go of blocks that hold no sample of the share after `step`."""
         ready = self._ready[share.lane]
         with self._changed:
             while ready and _end(ready[0].block) <= share.samples(step + 1).start:
-                self._held_samples -= ready.popleft().block.samples
+                loaded = ready.popleft()
+                self._held_samples -= loaded.block.samples
+                if loaded.block.samples == self._block_samples:
+                    self._spare.append(loaded.images)
             self._changed.notify_all()
 
     def close(self) -> None:
@@ -164,7 +170,7 @@ class Reader:
         gathered = np.argsort(shard_of, kind="stable")
         place = np.empty_like(gathered)
         place[gathered] = np.arange(block.samples)
-        images = np.empty((block.samples, self._dataset.manifest.sample_bytes), dtype=np.uint8)
+        images = self._memory(block.samples)
         loaded = Loaded(block, place, images, np.empty(block.samples, dtype=np.int64))
         shard_of, row_of = shard_of[gathered], row_of[gathered]
         numbers = self._order.shards(block).tolist()
@@ -175,6 +181,13 @@ class Reader:
                 self._alive[number] = shard
             at, end = np.searchsorted(shard_of, [number, number + 1])
             yield Part(loaded, int(at), row_of[at:end], shard, number == numbers[-1])
+
+    def _memory(self, samples: int) -> UInt8s:
+        """Room for a block, [samples, sample_bytes]: a released one's, as new pages cost more."""
+        with self._changed:
+            if samples == self._block_samples and self._spare:
+                return self._spare.pop()
+        return np.empty((samples, self._dataset.manifest.sample_bytes), dtype=np.uint8)
 
     def _fill(self, part: Part) -> None:
         """Copy a part's samples into its block, and hand the block over where it is the last."""
