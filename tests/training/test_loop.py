@@ -1,0 +1,665 @@
+"""A run that was killed ends with the bits of one that was not; a bad step changes nothing.
+
+Run as a script, this file is one of two gloo workers: the test at its end starts it twice.
+"""
+
+import contextlib
+import copy
+import hashlib
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grad_norm_
+
+from ddpm_ray import build
+from ddpm_ray.config import RunConfig
+from ddpm_ray.data import shards, storage
+from ddpm_ray.data.shards import Recipe, ShardRow, open_dataset
+from ddpm_ray.data.stream import Batch, ShardStream
+from ddpm_ray.data.transforms import to_model_range
+from ddpm_ray.knobs import load, to_dict
+from ddpm_ray.training import loop, objectives
+from ddpm_ray.training.checkpoints import CheckpointStore, CheckpointWriter
+from ddpm_ray.training.loop import Run, train
+from ddpm_ray.training.objectives import NonFiniteError
+from ddpm_ray.training.reporting import RATES, Progress, Row, StepLog
+from ddpm_ray.training.state import Snapshot
+from ddpm_ray.training.workers import Workers
+
+CPU = torch.device("cpu")
+STEPS, EVERY = 8, 3  # checkpoints after 3, 6 and 8; windows of 4 straddle the first two
+SIDE, IMAGES = 4, 29  # 7 whole batches of 4 an epoch: the run passes into its second
+
+
+class Killed(Exception):
+    """The process is gone."""
+
+
+@dataclass
+class Ledger:
+    """A sink like MLflow: the first value of a (key, step) stays, and all others must equal it."""
+
+    values: dict[tuple[str, int], float] = field(default_factory=dict)
+
+    def rows(self, rows: list[Row]) -> None:
+        for row in rows:
+            for key, value in row.metrics.items():
+                first = self.values.setdefault((key, row.step), value)
+                assert key in RATES or first == value, f"{key} of step {row.step} was {first}"
+
+    def image(self, key: str, step: int, image: Image.Image) -> None: ...
+
+    def document(self, path: str, content: dict[str, Any]) -> None: ...
+
+    def unsent(self) -> list[Row]:
+        return [Row(3, {"train/loss": 0.25})]
+
+    def close(self, patience_s: float) -> bool:
+        return True
+
+    def timeless(self) -> dict[tuple[str, int], float]:
+        return {place: value for place, value in self.values.items() if place[0] not in RATES}
+
+
+@dataclass
+class SpoiltStream:
+    """A stream in which image `position` of batch `step` is NaN."""
+
+    stream: ShardStream
+    step: int
+    position: int
+    waited_s: float = 0.0
+
+    def batch(self, step: int) -> Batch:
+        images, labels = self.stream.batch(step)
+        if step == self.step and self.position in self.stream.positions:
+            images = images.float()
+            images[self.position - self.stream.positions.start] = math.nan
+        return Batch(images, labels)
+
+    def keys(self, step: int) -> list[str]:
+        return self.stream.keys(step)
+
+    def close(self) -> None:
+        self.stream.close()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A packed data set of grey 4x4 noise in three shards."""
+    folder = str(tmp_path_factory.mktemp("data"))
+    noise = np.random.default_rng(0).integers(0, 256, (IMAGES, SIDE, SIDE, 1)).astype(np.uint8)
+    rows = []
+    for number, part in enumerate(np.array_split(noise, 3)):
+        name, keys = shards.shard_name(number), [f"{number}-{i}" for i in range(len(part))]
+        packed = shards.shard_bytes(part, [-1] * len(part), keys)
+        storage.write_bytes(storage.join(folder, name), packed)
+        sha256, sums = hashlib.sha256(packed).hexdigest(), shards.pixel_sums(part)
+        rows.append(ShardRow(name, len(part), len(packed), sha256, *sums))
+    shards.write_index(folder, Recipe((SIDE, SIDE, 1), "raw", "none", (), "0" * 64), rows)
+    return folder
+
+
+def configured(data: str, *overrides: str) -> RunConfig:
+    return load(
+        RunConfig,
+        None,
+        [
+            "name=tiny", f"data.url={data}", "data.lanes=2", "schedule.num_steps=60",
+            "model.base_channels=4", "model.groups=2", "model.channel_mults=[1,2]",
+            "model.blocks_per_level=1", "model.attention_resolutions=[2]",
+            f"training.steps={STEPS}", f"training.checkpoint_every_steps={EVERY}",
+            "training.global_batch_size=4", "training.log_every_steps=4",
+            "training.learning_rate=3e-3", "training.warmup_steps=4",
+            "training.ema_decay_per_step=0.8", *overrides,
+        ],
+    )  # fmt: skip
+
+
+OPEN: list[ShardStream] = []  # streams of processes that are gone
+
+
+@pytest.fixture(autouse=True)
+def _closed_streams() -> Iterator[None]:
+    yield
+    while OPEN:
+        OPEN.pop().close()
+
+
+def streamed(config: RunConfig, workers: Workers) -> ShardStream:
+    OPEN.append(build.stream(config, open_dataset(config.data.url), workers))
+    return OPEN[-1]
+
+
+def begin(
+    config: RunConfig, folder: Path, ledger: Ledger | None = None, workers: Workers | None = None
+) -> Run:
+    """All that a process makes of its config before it trains, and what it finds in `folder`."""
+    workers, dataset = workers or Workers(), open_dataset(config.data.url)
+    facts = {"config": to_dict(config)}
+    state = build.training_state(config, dataset.manifest.image_shape, CPU, facts)
+    store = CheckpointStore(str(folder), config.training.keep_checkpoints)
+    log = StepLog(workers, config.training.log_every_steps)
+    if found := store.load():
+        state.restore(found[1])
+        log.resume(found[1].facts["bands"])
+    network: nn.Module = state.model
+    if workers.count > 1:
+        network = DistributedDataParallel(network, broadcast_buffers=False)
+    return Run(
+        plan=build.plan(config, workers.count),
+        state=state,
+        network=network,
+        objective=build.objective(config, CPU),
+        stream=streamed(config, workers),
+        workers=workers,
+        log=log,
+        checkpoints=CheckpointWriter(store),
+        sink=(ledger or Ledger()) if workers.leads else None,
+        show_progress=lambda progress: False,
+        draw_grid=lambda step: None,
+        draw_strip=lambda step: None,
+        evaluate=lambda step: None,
+    )
+
+
+def bits(run: Run) -> Snapshot:
+    return run.state.snapshot([])
+
+
+def assert_same_bits(one: Snapshot, other: Snapshot) -> None:
+    assert one.step == other.step
+    for group, tensors in one.tensors.items():
+        assert tensors.keys() == other.tensors[group].keys()
+        differing = [k for k, v in tensors.items() if not torch.equal(v, other.tensors[group][k])]
+        assert not differing, f"{group}: {differing}"
+
+
+def finished(config: RunConfig, folder: Path) -> tuple[Snapshot, Ledger]:
+    """The end of a run that nobody disturbs."""
+    ledger = Ledger()
+    run = begin(config, folder, ledger)
+    assert train(run)
+    return bits(run), ledger
+
+
+def dies_before_update(run: Run, step: int, patch: pytest.MonkeyPatch) -> None:
+    def die(*arguments: Any, **options: Any) -> Tensor:
+        if run.state.step + 1 == step:
+            raise Killed(f"before the update of step {step}")
+        return clip_grad_norm_(*arguments, **options)
+
+    patch.setattr("ddpm_ray.training.loop.clip_grad_norm_", die)
+
+
+def dies_before_save(run: Run, step: int, patch: pytest.MonkeyPatch) -> None:
+    save = loop.save
+
+    def die(run: Run) -> None:
+        if run.state.step == step:
+            raise Killed(f"after the update of step {step}, before its save")
+        save(run)
+
+    patch.setattr(loop, "save", die)
+
+
+def dies_in_save(run: Run, step: int, patch: pytest.MonkeyPatch) -> None:
+    write = storage.write_bytes
+
+    def die(url: str, data: bytes) -> None:
+        if f"step-{step:08d}" in url and url.endswith("optimizer.safetensors"):
+            write(url, data[: len(data) // 2])
+            raise Killed(f"in the save of step {step}")
+        write(url, data)
+
+    patch.setattr(storage, "write_bytes", die)
+
+
+def dies_after_commit(run: Run, step: int, patch: pytest.MonkeyPatch) -> None:
+    save = loop.save
+
+    def die(run: Run) -> None:
+        save(run)
+        if run.state.step == step:
+            run.checkpoints.wait()
+            raise Killed(f"just after the commit of step {step}")
+
+    patch.setattr(loop, "save", die)
+
+
+MARKS = [
+    (dies_before_update, 1),
+    (dies_before_update, 3),
+    (dies_before_update, 5),
+    (dies_before_save, 3),
+    (dies_before_save, 6),
+    (dies_before_save, 8),
+    (dies_in_save, 3),
+    (dies_in_save, 6),
+    (dies_in_save, 8),
+    (dies_after_commit, 3),
+    (dies_after_commit, 8),
+]
+
+
+@pytest.fixture(scope="module")
+def unbroken(
+    data: str, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., tuple[Snapshot, Ledger]]:
+    """The undisturbed run under some overrides, trained once for all tests."""
+    made: dict[tuple[str, ...], tuple[Snapshot, Ledger]] = {}
+
+    def run(*overrides: str) -> tuple[Snapshot, Ledger]:
+        if overrides not in made:
+            made[overrides] = finished(
+                configured(data, *overrides), tmp_path_factory.mktemp("whole")
+            )
+        return made[overrides]
+
+    return run
+
+
+@pytest.fixture
+def _reports_at_each_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "REPORT_EVERY_S", 0)
+
+
+@pytest.mark.usefixtures("_reports_at_each_step")
+@pytest.mark.parametrize("dies, step", MARKS)
+def test_a_killed_run_ends_like_an_unbroken_one(
+    dies: Callable[..., None],
+    step: int,
+    data: str,
+    unbroken: Callable[..., tuple[Snapshot, Ledger]],
+    tmp_path: Path,
+) -> None:
+    """Bit by bit, and each row of it is the row of an unbroken run, bands too."""
+    config, ledger = configured(data), Ledger()
+    wanted, rows = unbroken()
+    run = begin(config, tmp_path, ledger)
+    with pytest.MonkeyPatch.context() as patch:
+        dies(run, step, patch)
+        with pytest.raises(Killed, match=f"step {step}"):
+            train(run)
+        with contextlib.suppress(Killed):  # of the thread that was saving
+            run.checkpoints.wait()
+    again = begin(config, tmp_path, ledger)
+    assert again.state.step % EVERY == 0 or again.state.step == STEPS
+    assert train(again)
+    assert_same_bits(bits(again), wanted)
+    assert ledger.timeless() == rows.timeless()
+
+
+@pytest.mark.usefixtures("_reports_at_each_step")
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["model.dropout=0.3"],  # its masks are repeated
+        ["model.dropout=0.3", "training.gradient_checkpointing=true"],
+        ["training.precision=bf16"],
+        ["training.channels_last=true", "training.precision=bf16"],
+        ["training.micro_batch_size=1", "data.flip=true"],
+        ["training.ema_decay_per_step=0", "training.ema_half_life_images=9"],
+        ["seed=18446744073709551557", "schedule.kind=cosine"],
+    ],
+    ids=str,
+)
+def test_any_kind_of_run_survives_its_death(
+    overrides: list[str],
+    data: str,
+    unbroken: Callable[..., tuple[Snapshot, Ledger]],
+    tmp_path: Path,
+) -> None:
+    config, ledger = configured(data, *overrides), Ledger()
+    wanted, rows = unbroken(*overrides)
+    run = begin(config, tmp_path, ledger)
+    with pytest.MonkeyPatch.context() as patch:
+        dies_before_update(run, 5, patch)
+        with pytest.raises(Killed, match="step 5"):
+            train(run)
+    run.checkpoints.wait()
+    torch.manual_seed(99)  # another process: its generator stands elsewhere
+    again = begin(config, tmp_path, ledger)
+    assert again.state.step == 3
+    assert train(again)
+    assert_same_bits(bits(again), wanted)
+    assert ledger.timeless() == rows.timeless()
+    assert all(math.isfinite(value) for value in ledger.values.values())
+
+
+def test_runs_of_another_seed_or_dropout_are_other_runs(
+    unbroken: Callable[..., tuple[Snapshot, Ledger]],
+) -> None:
+    """The equalities above are not those of networks that never move."""
+    ends = [unbroken(*o)[0] for o in ([], ["seed=1"], ["model.dropout=0.3"], ["data.flip=true"])]
+    weights = [end.tensors["ema"]["conv_in.weight"] for end in ends]
+    assert all(not torch.equal(weights[0], other) for other in weights[1:])
+
+
+def test_gradient_checkpointing_changes_memory_alone(
+    unbroken: Callable[..., tuple[Snapshot, Ledger]],
+) -> None:
+    dropout = "model.dropout=0.3"
+    plain, recomputed = unbroken(dropout), unbroken(dropout, "training.gradient_checkpointing=true")
+    assert_same_bits(plain[0], recomputed[0])
+
+
+def test_a_checkpoint_holds_what_the_next_life_needs(
+    data: str, unbroken: Callable[..., tuple[Snapshot, Ledger]], tmp_path: Path
+) -> None:
+    wanted, _ = finished(configured(data), tmp_path)
+    found = CheckpointStore(str(tmp_path)).load()
+    assert found is not None
+    assert_same_bits(found[1], wanted)
+    assert found[1].facts["unsent_rows"] == [{"step": 3, "metrics": {"train/loss": 0.25}}]
+    assert found[1].facts["config"]["name"] == "tiny"
+
+
+def test_a_finished_run_run_again_does_nothing(data: str, tmp_path: Path) -> None:
+    wanted, _ = finished(configured(data), tmp_path)
+    again = begin(configured(data), tmp_path)
+    assert train(again)
+    assert_same_bits(bits(again), wanted)
+
+
+@pytest.mark.usefixtures("_reports_at_each_step")
+@pytest.mark.parametrize("at", [2, 6, 8])
+def test_a_run_that_is_asked_to_stop_commits_and_can_go_on(
+    at: int, data: str, unbroken: Callable[..., tuple[Snapshot, Ledger]], tmp_path: Path
+) -> None:
+    config, ledger = configured(data), Ledger()
+    run = begin(config, tmp_path, ledger)
+    run.show_progress = lambda progress: progress.step >= at
+    assert train(run) == (at == STEPS)
+    found = CheckpointStore(str(tmp_path)).load()
+    assert found is not None
+    assert found[1].step == at
+    assert_same_bits(found[1], bits(run))
+    again = begin(config, tmp_path, ledger)
+    assert train(again)
+    assert_same_bits(bits(again), unbroken()[0])
+    assert ledger.timeless() == unbroken()[1].timeless()
+
+
+@pytest.mark.usefixtures("_reports_at_each_step")
+def test_each_thing_is_done_at_its_steps(data: str, tmp_path: Path) -> None:
+    told: list[tuple[str, int]] = []
+    run = begin(
+        configured(data, "training.grid_every_steps=3", "evaluation.every_steps=4"), tmp_path
+    )
+    run.draw_grid = lambda step: told.append(("grid", step))
+    run.draw_strip = lambda step: told.append(("strip", step))
+    run.evaluate = lambda step: told.append(("evaluate", step))
+
+    def show(progress: Progress) -> bool:
+        told.append(("progress", progress.step))
+        assert (progress.steps, progress.images_per_s > 0) == (STEPS, True)
+        return False
+
+    run.show_progress = show
+    assert train(run)
+    at = {what: [step for name, step in told if name == what] for what, _ in told}
+    assert at == {
+        "grid": [3, 6, 8],
+        "strip": [8],
+        "evaluate": [4, 8],
+        "progress": list(range(1, STEPS + 1)),
+    }
+
+
+def weights(run: Run) -> list[Tensor]:
+    return [
+        value.clone()
+        for value in (*run.state.model.parameters(), *run.state.ema.model.parameters())
+    ]
+
+
+def spoil(run: Run, step: int, position: int) -> None:
+    assert isinstance(run.stream, ShardStream)
+    run.stream = SpoiltStream(run.stream, step - 1, position)
+
+
+@pytest.mark.parametrize("micro_batch", [0, 1, 3])
+def test_a_nan_stops_before_the_update_and_names_its_image(
+    micro_batch: int, data: str, tmp_path: Path
+) -> None:
+    config = configured(data, f"training.micro_batch_size={micro_batch}")
+    run = begin(replace(config, training=replace(config.training, steps=4)), tmp_path / "before")
+    assert train(run)
+    wanted = bits(run)
+    run = begin(config, tmp_path / "run")
+    spoil(run, 5, position=2)
+    (guilty,) = run.stream.keys(4)[2:3]
+    with pytest.raises(NonFiniteError, match=rf"step 5: .* nan, from 1 samples: {guilty}; nothing"):
+        train(run)
+    assert_same_bits(bits(run), wanted)
+
+
+def test_an_infinite_gradient_of_finite_losses_names_the_whole_batch(
+    data: str, tmp_path: Path
+) -> None:
+    run = begin(configured(data), tmp_path)
+    for parameter in run.state.model.parameters():
+        parameter.register_hook(lambda gradient: gradient / 0.0)
+    before, keys = weights(run), run.stream.keys(0)
+    with pytest.raises(NonFiniteError, match=r"step 1: .* from 4 samples") as stopped:
+        train(run)
+    assert stopped.value.args[2] == keys
+    assert all(map(torch.equal, weights(run), before))
+
+
+def test_the_error_stays_short_and_survives_a_pickle() -> None:
+    error = NonFiniteError(3, math.inf, [f"key-{i}" for i in range(100)])
+    assert "from 100 samples" in str(error)
+    assert "key-7 ...;" in str(error)
+    assert str(copy.copy(error)) == str(error)
+
+
+# What one worker computes of a batch, and what several compute of its parts.
+
+
+def gradient_of(
+    config: RunConfig, tmp_path: Path, workers: Workers, micro_batch: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses, log-SNR and the gradient of a worker's share of global batch 0."""
+    torch.manual_seed(5)
+    state = build.training_state(config, (SIDE, SIDE, 1), CPU, {})
+    for parameter in state.model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    images = streamed(config, workers).batch(0).images
+    objective = build.objective(config, CPU)
+    losses, log_snr = objective.backward(state.model, images, 0, workers, micro_batch)
+    gradients = [p.grad.flatten() for p in state.model.parameters() if p.grad is not None]
+    return losses, log_snr, torch.cat(gradients)
+
+
+@pytest.mark.parametrize("micro_batch", [1, 3, 4])
+def test_micro_batches_give_the_gradient_of_the_whole(
+    micro_batch: int, data: str, tmp_path: Path
+) -> None:
+    config = configured(data, "data.flip=true", "training.global_batch_size=8")
+    whole = gradient_of(config, tmp_path, Workers(), 8)
+    parts = gradient_of(config, tmp_path, Workers(), micro_batch)
+    assert torch.equal(parts[1], whole[1])  # the same t
+    torch.testing.assert_close(parts[0], whole[0], rtol=1e-5, atol=1e-6)  # so the same noise
+    torch.testing.assert_close(parts[2], whole[2], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("count", [2, 4, 8])
+def test_the_workers_gradients_average_to_that_of_one(
+    count: int, data: str, tmp_path: Path
+) -> None:
+    """DDP averages; so each worker's gradient is that of its own share's mean."""
+    config = configured(data, "data.flip=true", "training.global_batch_size=8")
+    whole = gradient_of(config, tmp_path, Workers(), 8)
+    parts = [gradient_of(config, tmp_path, Workers(rank, count), 8) for rank in range(count)]
+    losses, log_snr, gradients = (list(column) for column in zip(*parts, strict=True))
+    assert torch.equal(torch.cat(log_snr), whole[1])
+    torch.testing.assert_close(torch.cat(losses), whole[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(torch.stack(gradients).mean(0), whole[2], rtol=1e-4, atol=1e-6)
+
+
+def test_what_is_drawn_is_a_function_of_step_and_position(data: str) -> None:
+    """Another step draws other t, noise and flips for the same images."""
+    objective = build.objective(configured(data, "data.flip=true"), CPU)
+    images = torch.arange(8 * 16, dtype=torch.uint8).view(8, SIDE, SIDE, 1)
+    seen: list[Tensor] = []
+
+    def network(x_t: Tensor, t: Tensor) -> Tensor:
+        seen.append(torch.cat([x_t.flatten(1), t[:, None]], 1))
+        return torch.zeros_like(x_t)
+
+    module = nn.Module()
+    module.forward = network
+    for step, positions in ((3, range(8)), (3, range(4, 8)), (4, range(8))):
+        part = images[positions.start : positions.stop]
+        objective.losses(module, part, step, torch.tensor(list(positions)), CPU)
+    assert torch.equal(seen[1], seen[0][4:])
+    assert not (seen[2] == seen[0]).all(1).any()
+    assert seen[0][:, -1].min() >= 1
+    assert seen[0][:, -1].max() <= 60
+
+
+def test_the_loss_of_a_silent_network_is_the_noise_power(data: str) -> None:
+    """Predicting 0 costs E[epsilon^2] = 1 per pixel: over 4096 images to 4 standard errors."""
+    objective = build.objective(configured(data), CPU)
+    images = torch.zeros(4096, SIDE, SIDE, 1, dtype=torch.uint8)
+    module = nn.Module()
+    module.forward = lambda x_t, t: torch.zeros_like(x_t)
+    losses, _ = objective.losses(module, images, 0, torch.arange(4096), CPU)
+    assert losses.mean().item() == pytest.approx(1, abs=4 * math.sqrt(2 / (4096 * 16)))
+
+
+def test_half_of_the_images_are_mirrored(data: str) -> None:
+    objective = build.objective(configured(data, "data.flip=true"), CPU)
+    image = torch.arange(16, dtype=torch.uint8).view(1, SIDE, SIDE, 1)
+    seen: list[Tensor] = []
+    with pytest.MonkeyPatch.context() as patch:
+
+        def watched(images: Tensor, flip: Tensor | None) -> Tensor:
+            assert flip is not None
+            seen.append(flip)
+            return to_model_range(images, flip)
+
+        patch.setattr(objectives, "to_model_range", watched)
+        module = nn.Module()
+        module.forward = lambda x_t, t: x_t
+        objective.losses(module, image.expand(1000, -1, -1, -1), 0, torch.arange(1000), CPU)
+    assert 437 <= int(seen[0].sum()) <= 563  # 4 standard deviations
+
+
+# Schedules of the rate and of the average.
+
+
+def rates(data: str, *overrides: str) -> list[float]:
+    rate = build.learning_rate(configured(data, *overrides).training)
+    return [rate(step) for step in range(20)]
+
+
+def test_a_warm_up_in_steps_and_in_images_agree(data: str) -> None:
+    images = rates(data, "training.warmup_steps=0", "training.warmup_images=32")
+    assert images == rates(data, "training.warmup_steps=8")  # of 4 images each
+    assert images[:8] == pytest.approx([3e-3 * k / 8 for k in range(1, 9)])
+    assert images[7:] == [3e-3] * 13
+    assert rates(data, "training.warmup_steps=0") == [3e-3] * 20
+
+
+def test_an_average_in_steps_and_in_images_agree(data: str) -> None:
+    """A half-life of 40 images is one of 10 steps of 4: decay^10 is 1/2."""
+    by_images = ["training.ema_decay_per_step=0", "training.ema_half_life_images=40"]
+    plain = build.ema_decay(configured(data, *by_images, "training.ema_ramp=false").training)
+    assert plain(0) ** 10 == pytest.approx(0.5)
+    assert plain(0) == plain(10**6)
+    ramped = build.ema_decay(configured(data, *by_images).training)
+    assert ramped(0) == pytest.approx(0.1)  # the second weights count for 9 parts in 10
+    assert ramped(10**6) == plain(0)
+
+
+def test_rows_tell_the_rate_that_was_used(
+    data: str, unbroken: Callable[..., tuple[Snapshot, Ledger]]
+) -> None:
+    told = [unbroken()[1].values["train/lr", step] for step in range(1, STEPS + 1)]
+    assert told == rates(data)[:STEPS]
+
+
+def test_gradients_are_clipped_to_the_configured_norm(data: str, tmp_path: Path) -> None:
+    """Adam hides the size of a gradient, so plain descent of rate 1 shows it: it moves by it."""
+    run = begin(configured(data, "training.max_grad_norm=0.01"), tmp_path)
+    run.state.optimizer = torch.optim.SGD(run.state.model.parameters())
+    run.plan = replace(run.plan, learning_rate=lambda step: 1.0)
+    before = weights(run)[: len(list(run.state.model.parameters()))]
+    loop.take_step(run)
+    moved = torch.cat([(a - b).flatten() for a, b in zip(weights(run), before, strict=False)])
+    assert moved.norm().item() == pytest.approx(0.01, rel=1e-3)
+
+
+# Two processes.
+
+
+def gloo_worker(rank: int, folder: Path, data: str) -> dict[str, Any]:
+    """Train, then meet a NaN that is on worker 1."""
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=2
+    )
+    workers, ledger, config = Workers(rank, 2), Ledger(), configured(data)
+    run = begin(config, folder / "run", ledger, workers)
+    train(run)
+    run = begin(config, folder / "spoilt", None, workers)
+    spoil(run, 2, position=3)
+    guilty = run.stream.keys(1)
+    before = weights(run)
+    loop.take_step(run)
+    moved, after = not all(map(torch.equal, weights(run), before)), weights(run)
+    try:
+        loop.take_step(run)
+    except NonFiniteError as error:
+        told = list(error.args)
+    same = all(map(torch.equal, weights(run), after))
+    dist.destroy_process_group()
+    losses = [value for (key, _), value in sorted(ledger.values.items()) if key == "train/loss"]
+    return {
+        "losses": losses, "step": told[0], "named": told[2], "same": same, "moved": moved,
+        "last_key": guilty[-1],
+    }  # fmt: skip
+
+
+def test_two_processes_train_as_one_and_stop_together(
+    data: str, unbroken: Callable[..., tuple[Snapshot, Ledger]], tmp_path: Path
+) -> None:
+    commands = [[sys.executable, __file__, str(rank), str(tmp_path), data] for rank in (0, 1)]
+    workers = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for command in commands
+    ]
+    try:
+        ended = [worker.communicate(timeout=100) for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+    assert [worker.returncode for worker in workers] == [0, 0], ended[0][1] + ended[1][1]
+    leader, other = (json.loads(out.splitlines()[-1]) for out, _ in ended)
+    values = unbroken()[1].values
+    alone = [values["train/loss", step] for step in range(1, STEPS + 1)]
+    assert leader["losses"] == pytest.approx(alone, rel=1e-5)
+    assert other["losses"] == []  # the leader alone reports
+    for told in (leader, other):
+        assert (told["step"], told["moved"], told["same"]) == (2, True, True)
+        assert told["named"] == [other["last_key"]]
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    print(json.dumps(gloo_worker(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])))
