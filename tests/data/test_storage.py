@@ -122,3 +122,12 @@ def test_a_verified_file_is_downloaded_once_and_checked_always(
     with pytest.raises(StorageError, match=rf"sha256 is {sha256}, expected abc; fetch"):
         storage.fetch_verified(url, "abc", tmp_path / "other")
     assert not (tmp_path / "other").exists()
+
+
+def test_who_reads_during_a_write_sees_the_old_object_whole(tmp_path: Path) -> None:
+    url = tmp_path / "file"
+    storage.write_bytes(str(url), b"old and long")
+    with url.open("rb") as reader:
+        storage.write_bytes(str(url), b"new")
+        assert reader.read() == b"old and long"
+    assert url.read_bytes() == b"new"
