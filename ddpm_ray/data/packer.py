@@ -84,7 +84,7 @@ def plan(source: str, destination: str, options: PackOptions) -> Plan:
         label_names=opened.label_names,
         source_sha256=opened.digest,
     )
-    shard_samples = max(1, options.shard_bytes // recipe.sample_bytes)
+    shard_samples = max(1, options.shard_bytes // math.prod(recipe.image_shape))
     count = math.ceil(len(opened) / shard_samples)
     return Plan(opened, destination, options, recipe, count, shard_samples)
 

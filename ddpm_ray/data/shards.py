@@ -62,11 +62,6 @@ class Recipe:
     label_names: tuple[str, ...]  # name of label 0, 1, ...; empty: images without labels
     source_sha256: str  # names the samples that it was packed from (sources.py)
 
-    @property
-    def sample_bytes(self) -> int:
-        """Bytes of one decoded image."""
-        return math.prod(self.image_shape)
-
 
 @dataclass(frozen=True)
 class ShardRow:
@@ -295,9 +290,6 @@ def _manifest_fields(where: str, data: bytes) -> dict[str, Any]:
     if found.get("format") != FORMAT:
         remedy = f"this version reads {FORMAT!r}"
         raise DatasetError(where, f"format is {found.get('format')!r}", remedy)
-    missing = {field.name for field in fields(Manifest)} - found.keys()
-    if missing:
-        raise DatasetError(where, f"{min(missing)} is missing", "pack the data set again")
     return found
 
 
