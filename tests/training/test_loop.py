@@ -533,13 +533,44 @@ def test_what_is_drawn_is_a_function_of_step_and_position(data: str) -> None:
     assert seen[0][:, -1].max() <= 60
 
 
+class Probe(nn.Module):
+    """A network of one number, its prediction everywhere, that also draws as dropout does."""
+
+    def __init__(self, number: float) -> None:
+        super().__init__()
+        self.number = nn.Parameter(torch.tensor(number))
+        self.drawn: list[Tensor] = []
+
+    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+        self.drawn.append(torch.rand(4))
+        return self.number.expand(x_t.shape)
+
+
+def test_dropout_draws_anew_at_each_step_and_worker_and_repeats_each(data: str) -> None:
+    objective, probe = build.objective(configured(data, "model.dropout=0.1"), CPU), Probe(0.0)
+    images = torch.zeros(2, SIDE, SIDE, 1, dtype=torch.uint8)
+    for step, rank in ((5, 0), (6, 0), (5, 1), (5, 0)):
+        objective.backward(probe, images, step, Workers(rank, 2), 1)
+    draws = [tuple(draw.tolist()) for draw in probe.drawn]  # two micro-batches a call
+    assert len(set(draws)) == 6
+    assert draws[6:] == draws[:2]
+
+
+def test_an_infinite_loss_makes_the_gradient_nan_on_all_workers(data: str) -> None:
+    """1e25 squared is no float32, though its slope is: the sum over workers must tell them all."""
+    objective, probe = build.objective(configured(data), CPU), Probe(1e25)
+    images = torch.zeros(2, SIDE, SIDE, 1, dtype=torch.uint8)
+    losses, _ = objective.backward(probe, images, 0, Workers(), 2)
+    assert losses.isinf().all()
+    assert probe.number.grad is not None
+    assert probe.number.grad.isnan()
+
+
 def test_the_loss_of_a_silent_network_is_the_noise_power(data: str) -> None:
     """Predicting 0 costs E[epsilon^2] = 1 per pixel: over 4096 images to 4 standard errors."""
     objective = build.objective(configured(data), CPU)
     images = torch.zeros(4096, SIDE, SIDE, 1, dtype=torch.uint8)
-    module = nn.Module()
-    module.forward = lambda x_t, t: torch.zeros_like(x_t)
-    losses, _ = objective.losses(module, images, 0, torch.arange(4096), CPU)
+    losses, _ = objective.losses(Probe(0.0), images, 0, torch.arange(4096), CPU)
     assert losses.mean().item() == pytest.approx(1, abs=4 * math.sqrt(2 / (4096 * 16)))
 
 
@@ -555,9 +586,7 @@ def test_half_of_the_images_are_mirrored(data: str) -> None:
             return to_model_range(images, flip)
 
         patch.setattr(objectives, "to_model_range", watched)
-        module = nn.Module()
-        module.forward = lambda x_t, t: x_t
-        objective.losses(module, image.expand(1000, -1, -1, -1), 0, torch.arange(1000), CPU)
+        objective.losses(Probe(0.0), image.expand(1000, -1, -1, -1), 0, torch.arange(1000), CPU)
     assert 437 <= int(seen[0].sum()) <= 563  # 4 standard deviations
 
 
