@@ -75,9 +75,7 @@ def home_folder() -> Path:
 
 
 class ProgressLine:
-    """Progress on stderr: a live bar on a terminal, else a plain line every ten seconds."""
-
-    PLAIN_EVERY_S = 10.0
+    """Progress on stderr: a live bar on a terminal, else plain lines, fewer as time goes on."""
 
     def __init__(self, unit: str) -> None:
         self._unit = unit
@@ -100,7 +98,7 @@ class ProgressLine:
     def __call__(self, done: int, total: int, note: str = "") -> None:
         """Show that `done` of `total` units are done; the last one ends the line."""
         now = time.monotonic()
-        self._first = self._first or (now, done)
+        since, start = self._first = self._first or (now, done)
         if done == self._told[1]:
             return
         if self._bar is not None:
@@ -110,8 +108,7 @@ class ProgressLine:
             self._bar.update(self._bar.task_ids[0], completed=done, description=note)
             if done == total:
                 self._bar.stop()
-        elif done == total or now - self._told[0] >= self.PLAIN_EVERY_S:
-            since, start = self._first
+        elif done == total or now - self._told[0] >= min(30.0, max(1.0, (now - since) / 10)):
             left = (now - since) / (done - start) * (total - done) if done > start else None
             ahead = f"  {_duration(left)} left" if left is not None and done < total else ""
             text = f"{self._unit} {done}/{total}  {note}".rstrip() + ahead

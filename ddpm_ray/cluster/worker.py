@@ -1,5 +1,6 @@
 """What one Ray Train worker does: take its place, find where the run stands, train, evaluate."""
 
+from collections.abc import Callable
 from typing import Any
 
 import ray.train
@@ -27,7 +28,7 @@ from ddpm_ray.training.gallery import Gallery
 from ddpm_ray.training.loop import Run, train
 from ddpm_ray.training.objectives import NonFiniteError
 from ddpm_ray.training.reference import Reference, reference
-from ddpm_ray.training.reporting import Row, StepLog
+from ddpm_ray.training.reporting import Progress, Row, StepLog
 from ddpm_ray.training.state import Snapshot
 from ddpm_ray.training.workers import Workers
 
@@ -49,30 +50,47 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _train(config: RunConfig, settings: dict[str, Any], desk: Desk) -> dict[str, Any]:
+    run = assemble(config, settings, desk.show)
+    try:
+        train(run)
+    finally:
+        run.stream.close()
+        if run.sink is not None:
+            run.sink.close(LAST_ROWS_S)
+    return {
+        "step": run.state.step,
+        "checkpoint": run.checkpoints.committed,
+        "scores": run.state.scores,
+    }
+
+
+def assemble(
+    config: RunConfig, settings: dict[str, Any], show_progress: Callable[[Progress], bool]
+) -> Run:
+    """This worker's part of the run, at the step of its newest good checkpoint."""
     torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
     workers = place()
     dataset = open_dataset(config.data.url)
+    height, width, channels = dataset.manifest.image_shape
     facts = {
         "config": settings["config"],
-        "image_shape": list(dataset.manifest.image_shape),
+        "image_shape": [height, width, channels],
         "data_fingerprint": dataset.fingerprint,
         "identity": settings["identity"],
     }
     state = build.training_state(config, dataset.manifest.image_shape, workers.device, facts)
-    store = CheckpointStore(
-        storage.join(settings["folder"], "checkpoints"), config.training.keep_checkpoints
-    )
     log = StepLog(workers, config.training.log_every_steps)
+    checkpoints = storage.join(settings["folder"], "checkpoints")
+    writer = CheckpointWriter(CheckpointStore(checkpoints, config.training.keep_checkpoints))
     unsent: list[Row] = []
-    if snapshot := _newest(store, workers):
+    if found := _newest(writer.store, workers):
+        writer.committed, snapshot = found
         state.restore(snapshot)
         log.resume(snapshot.facts["bands"])
         unsent = [Row(**row) for row in snapshot.facts["unsent_rows"]]
     tracked = TrackedRun(**settings["tracked"])
     sink = Tracker(tracked, config.tracking.flush_every_s, unsent) if workers.leads else None
-    stream = build.stream(config, dataset, workers)
     objective = build.objective(config, workers.device)
-    height, width, channels = dataset.manifest.image_shape
     gallery = Gallery(
         state,
         objective.schedule,
@@ -83,30 +101,21 @@ def _train(config: RunConfig, settings: dict[str, Any], desk: Desk) -> dict[str,
         sink,
         config.sampling.batch_size,
     )
-    writer = CheckpointWriter(store)
-    judge = _Judge(config, dataset, gallery)
-    run = Run(
+    return Run(
         plan=build.plan(config, workers.count),
         state=state,
         network=_wrapped(state.model, config, workers),
         objective=objective,
-        stream=stream,
+        stream=build.stream(config, dataset, workers),
         workers=workers,
         log=log,
         checkpoints=writer,
         sink=sink,
-        show_progress=desk.show,
+        show_progress=show_progress,
         draw_grid=gallery.show_grid,
         draw_strip=gallery.show_strip,
-        evaluate=judge.evaluate,
+        evaluate=_Judge(config, dataset, gallery).evaluate,
     )
-    try:
-        train(run)
-    finally:
-        stream.close()
-        if sink is not None:
-            sink.close(LAST_ROWS_S)
-    return {"step": state.step, "checkpoint": writer.committed, "scores": state.scores}
 
 
 def place() -> Workers:
@@ -116,13 +125,11 @@ def place() -> Workers:
     return Workers(context.get_world_rank(), context.get_world_size(), device)
 
 
-def _newest(store: CheckpointStore, workers: Workers) -> Snapshot | None:
-    """The checkpoint that the leader found, read by each worker for itself."""
+def _newest(store: CheckpointStore, workers: Workers) -> tuple[str, Snapshot] | None:
+    """The checkpoint that the leader found, read by each worker for itself, and its URL."""
     found = store.load() if workers.leads else None
-    where = workers.gather(found[0] if found else None)[0]
-    if workers.leads or where is None:
-        return found[1] if found else None
-    return read(where)
+    where: str | None = workers.gather(found[0] if found else None)[0]
+    return found if workers.leads or where is None else (where, read(where))
 
 
 def _wrapped(model: nn.Module, config: RunConfig, workers: Workers) -> nn.Module:

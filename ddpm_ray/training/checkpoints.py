@@ -151,7 +151,7 @@ class CheckpointWriter:
     """Saves snapshots in a background thread, one at a time, off the step path."""
 
     def __init__(self, store: CheckpointStore) -> None:
-        self._store = store
+        self.store = store
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         self.committed: str | None = None  # URL of the newest committed folder
@@ -173,7 +173,7 @@ class CheckpointWriter:
 
     def _save(self, snapshot: Snapshot) -> None:
         try:
-            self.committed = self._store.save(snapshot)
+            self.committed = self.store.save(snapshot)
         except Exception as error:  # noqa: BLE001 - handed to the training thread, whole
             self._error = error
 

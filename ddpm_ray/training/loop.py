@@ -35,6 +35,8 @@ class ImageStream(Protocol):
 
     def keys(self, step: int) -> list[str]: ...
 
+    def close(self) -> None: ...
+
 
 @dataclass(frozen=True)
 class Plan:

@@ -53,6 +53,10 @@ class Sink(Protocol):
         """Rows that are not safely stored yet: they travel in the next checkpoint."""
         ...
 
+    def close(self, patience_s: float) -> bool:
+        """Send what is left; False if that did not succeed within `patience_s`."""
+        ...
+
 
 class StepLog:
     """Losses of the steps since the last `collect`, on the device, one line of sums per step."""

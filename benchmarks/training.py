@@ -1,0 +1,171 @@
+"""A training step inside Ray Train against a bare torch loop, and what stands around the step.
+
+    python benchmarks/training.py [rounds]
+
+The 2.2 M-parameter U-Net on 3x32x32 images, batch 16, one worker, one thread. The bare loop has the
+network, a torch.randn noise, Adam and nothing else: no EMA, no clip, no data, no log. Both take
+turns in the same worker process, step by step, and are read in CPU seconds of the calling thread
+(the data thread's reading ahead is shown apart). Shares are of our step's time.
+"""
+
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import torch
+
+from ddpm_ray.cluster import group, tracking
+from ddpm_ray.cluster.worker import assemble
+from ddpm_ray.config import ClusterConfig, RunConfig
+from ddpm_ray.data import packer
+from ddpm_ray.data.packer import PackOptions
+from ddpm_ray.knobs import from_dict, load, to_dict
+from ddpm_ray.training.loop import Run, report, save, take_step
+
+ROUNDS = int(sys.argv[1]) if len(sys.argv) > 1 else 12
+BATCH = 16
+KEYS = [
+    "name=bench", "data.lanes=8", "model.base_channels=32", "model.groups=8",
+    f"training.global_batch_size={BATCH}", "training.steps=1000000",
+]  # fmt: skip
+
+
+def timed(action: Callable[[], Any]) -> float:
+    """CPU seconds of this thread in `action`."""
+    start = time.thread_time()
+    action()
+    return time.thread_time() - start
+
+
+def bare_step(run: Run) -> Callable[[], None]:
+    """A step of the same network with torch alone."""
+    torch.manual_seed(0)
+    config = from_dict(RunConfig, run.state.facts["config"])
+    from ddpm_ray import build
+
+    network = build.network(config.model, (32, 32, 3))
+    optimizer = torch.optim.Adam(network.parameters(), lr=2e-4, fused=True)
+    x_0 = torch.rand(BATCH, 3, 32, 32) * 2 - 1
+    a = run.objective.schedule.alpha_bar.float()
+
+    def step() -> None:
+        t, noise = torch.randint(1, len(a), (BATCH,)), torch.randn_like(x_0)
+        a_t = a[t].view(-1, 1, 1, 1)
+        prediction = network(a_t.sqrt() * x_0 + (1 - a_t).sqrt() * noise, t)
+        torch.nn.functional.mse_loss(prediction, noise).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def network_only(run: Run) -> Callable[[], None]:
+    """Forward and backward of our step's network, nothing before or after."""
+    network, noise = run.network, torch.randn(BATCH, 3, 32, 32)
+    t = torch.randint(1, 1001, (BATCH,))
+
+    def step() -> None:
+        (noise - network(noise, t)).square().flatten(1).mean(1).mean().backward()
+        for parameter in network.parameters():
+            parameter.grad = None
+
+    return step
+
+
+def worker(settings: dict[str, Any]) -> dict[str, Any]:
+    """Seconds per step of each contestant, round by round."""
+    config = from_dict(RunConfig, settings["config"])
+    run = assemble(config, settings, lambda progress: False)
+    contestants = {
+        "bare": bare_step(run),
+        "ours": lambda: take_step(run),
+        "network": network_only(run),
+    }
+    for step in contestants.values():
+        step()
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    waited_s, begun = run.stream.waited_s, time.perf_counter()
+    own_wall_s = 0.0
+    for _ in range(settings["rounds"]):
+        for name, step in contestants.items():
+            wall = time.perf_counter()
+            times[name].append(timed(step))
+            own_wall_s += (time.perf_counter() - wall) * (name == "ours")
+    around = {
+        "report": timed(lambda: report(run)),
+        "save": timed(lambda: save(run)),
+        "grid": timed(lambda: run.draw_grid(run.state.step)),
+    }
+    run.checkpoints.wait()
+    wait_share = (run.stream.waited_s - waited_s) / own_wall_s
+    run.stream.close()
+    if run.sink is not None:
+        run.sink.close(30)
+    return {"times": times, "around": around, "wait_share": wait_share,
+            "wall_s": time.perf_counter() - begun}  # fmt: skip
+
+
+def packed(folder: Path) -> str:
+    """A data set of 2,048 random images, in the format that training reads."""
+    from PIL import Image
+
+    images = np.random.default_rng(0).integers(0, 256, (2048, 32, 32, 3), dtype=np.uint8)
+    (folder / "png").mkdir()
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(folder / "png" / f"{i:05}.png", compress_level=0)
+    plan = packer.plan(str(folder / "png"), str(folder / "shards"), PackOptions())
+    packer.finish(plan, [packer.pack_shard(plan, n) for n in range(plan.shards)])
+    return str(folder / "shards")
+
+
+def main() -> None:
+    """Print the table."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        uri = f"sqlite:///{folder / 'mlflow.db'}"
+        url = packed(folder)
+        config = load(RunConfig, None, [*KEYS, f"data.url={url}", f"tracking.uri={uri}"])
+        tracked = tracking.find_or_create_run(uri, "bench", "bench", "bench", scratch)
+        settings = {
+            "config": to_dict(config), "folder": str(folder / "run"), "identity": "bench",
+            "tracked": vars(tracked), "rounds": ROUNDS,
+        }  # fmt: skip
+        cluster = ClusterConfig(num_workers=1)
+        group.connect(cluster)
+        found = group.run(worker, settings, cluster, lambda progress: None).value
+    times, around, training = found["times"], found["around"], config.training
+    ratios = [bare / ours for bare, ours in zip(times["bare"], times["ours"], strict=True)]
+    beside = [1 - net / ours for net, ours in zip(times["network"], times["ours"], strict=True)]
+    step_s = median(times["ours"])
+    per_step = (
+        around["report"] / ROUNDS
+        + around["save"] / training.checkpoint_every_steps
+        + around["grid"] / training.grid_every_steps
+    )
+    print(f"batch {BATCH}, {ROUNDS} rounds; median (min .. max)")
+    for name, seconds in times.items():
+        print(f"{name + ' step':<44} {median(seconds) * 1e3:8.1f} ms CPU")
+    print(f"{'ours / bare, images per CPU s':<44} {shown(ratios)}")
+    print(f"{'ours: all that is not the network':<44} {shown(beside)}")
+    print(f"{'ours: waiting for data, share of wall':<44} {found['wait_share']:8.4f}")
+    print(f"{'rows, checkpoint copy, grid: share of step':<44} {per_step / step_s:8.4f}"
+          f"   (grid {around['grid']:.1f} s, copy {around['save']:.2f} s)")  # fmt: skip
+    print(json.dumps({"ours_over_bare": median(ratios), "beside_network": median(beside)}))
+
+
+def shown(values: list[float]) -> str:
+    """Median and range."""
+    return f"{median(values):8.3f} ({min(values):.3f} .. {max(values):.3f})"
+
+
+if __name__ == "__main__":
+    main()

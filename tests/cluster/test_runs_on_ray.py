@@ -1,0 +1,187 @@
+"""Whole training jobs on a real local Ray: unbroken, killed, interrupted, refused."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from mlflow import MlflowClient
+
+ROOT = Path(__file__).parents[2]
+TRAIN = ROOT / "jobs" / "train.py"
+STEPS = 240
+TINY = (
+    "model.base_channels=16", "model.channel_mults=[1,2]", "model.blocks_per_level=1",
+    "model.groups=4", "model.attention_resolutions=[4]", "model.dropout=0.1",
+    f"training.steps={STEPS}",
+    "training.global_batch_size=64", "training.checkpoint_every_steps=40",
+    "training.log_every_steps=20", "training.grid_every_steps=100", "training.warmup_steps=10",
+    "sampling.steps=5", "evaluation.num_images=32",
+)  # fmt: skip
+
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.timeout(400),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # MLflow's, as it imports
+]
+
+
+@dataclass
+class Job:
+    """A job as a person runs it, watched line by line."""
+
+    folder: Path
+    arguments: tuple[str, ...]
+    lines: list[str] = field(default_factory=list)
+    result: dict[str, Any] = field(default_factory=dict)
+    code: int = -1
+
+    def run(self, at_step: int | None = None, strike: Callable[[int], None] | None = None) -> "Job":
+        """Run to the end; `strike(pid)` once when progress first shows `at_step` or more."""
+        command = [
+            sys.executable,
+            str(TRAIN),
+            str(ROOT / "conf/train/digits.yaml"),
+            *self.arguments,
+        ]
+        environment = os.environ | {"RAY_TMPDIR": "/tmp", "OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(
+            command, cwd=self.folder, env=environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+        )  # fmt: skip
+        assert process.stderr is not None
+        assert process.stdout is not None
+        limit = threading.Timer(300, lambda: os.killpg(process.pid, signal.SIGKILL))
+        limit.start()
+        try:
+            for line in process.stderr:
+                self.lines.append(line.rstrip())
+                if strike and line.startswith("step ") and shown_step(line) >= (at_step or 0):
+                    strike(process.pid)
+                    strike = None
+            output = process.stdout.read()
+            self.code = process.wait()
+        finally:
+            limit.cancel()
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+            process.stderr.close()
+            process.stdout.close()
+        assert strike is None, "the job ended before the step it was to be struck at"
+        if output.strip():
+            self.result = json.loads(output.splitlines()[-1])
+        return self
+
+    @property
+    def told(self) -> str:
+        return "\n".join(self.lines)
+
+
+def shown_step(line: str) -> int:
+    return int(line.split()[1].split("/")[0])
+
+
+def command_of(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:  # it ended since it was listed
+        return ""
+
+
+def kill_a_worker(driver: int) -> None:
+    processes = psutil.Process(driver).children(recursive=True)
+    workers = [process for process in processes if "RayTrainWorker" in command_of(process)]
+    assert len(workers) == 2
+    workers[-1].kill()
+
+
+def hashes(checkpoint: str) -> dict[str, str]:
+    files = sorted(Path(checkpoint).glob("*.safetensors"))
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def rows(result: dict[str, Any], key: str) -> list[tuple[int, float]]:
+    client = MlflowClient(tracking_uri=result["tracking_uri"])
+    return [(m.step, m.value) for m in client.get_metric_history(result["run_id"], key)]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    folder = tmp_path_factory.mktemp("unbroken")
+    job = Job(folder, TINY).run()
+    assert job.code == 0, job.told
+    return job
+
+
+def test_a_run_leaves_what_it_says(unbroken: Job) -> None:
+    result = unbroken.result
+    assert result["step"] == result["steps"] == STEPS
+    for key in ("samples", "denoising"):
+        assert Path(result[key]).read_bytes().startswith(b"\x89PNG")
+    run = MlflowClient(tracking_uri=result["tracking_uri"]).get_run(result["run_id"])
+    assert run.info.status == "FINISHED"
+    assert run.data.params["schedule.num_steps"] == "1000"
+    assert {"git_commit", "data_fingerprint", "version.torch"} <= run.data.tags.keys()
+    assert run.inputs.dataset_inputs[0].dataset.digest == run.data.tags["data_fingerprint"][:36]
+    assert [step for step, _ in rows(result, "train/loss")] == list(range(1, STEPS + 1))
+    assert len(rows(result, "train/images_per_s")) == STEPS // 20
+    assert rows(result, "eval/fd_digits") == [(STEPS, result["metrics"]["eval/fd_digits"])]
+
+
+def test_a_run_whose_worker_is_killed_ends_like_an_unbroken_one(
+    unbroken: Job, tmp_path: Path
+) -> None:
+    """Same bits in weights, EMA and Adam's moments; each row once, in one MLflow run."""
+    killed = Job(tmp_path, TINY).run(at_step=50, strike=kill_a_worker)
+    assert killed.code == 0, killed.told
+    assert hashes(killed.result["checkpoint"]) == hashes(unbroken.result["checkpoint"])
+    for key in ("train/loss", "train/grad_norm", "train/lr", "train/loss_logsnr/0_to_2"):
+        assert rows(killed.result, key) == rows(unbroken.result, key)
+    for key in ("train/images_per_s", "train/data_wait_share"):  # clocks: equal in number alone
+        assert [s for s, _ in rows(killed.result, key)] == list(range(20, STEPS + 1, 20))
+    client = MlflowClient(tracking_uri=killed.result["tracking_uri"])
+    assert len(client.search_runs([client.get_experiment_by_name("ddpm-ray").experiment_id])) == 1
+
+
+def test_ctrl_c_commits_a_checkpoint_and_the_same_command_continues(
+    unbroken: Job, tmp_path: Path
+) -> None:
+    stopped = Job(tmp_path, TINY).run(at_step=50, strike=lambda pid: os.kill(pid, signal.SIGINT))
+    assert stopped.code == 130, stopped.told
+    assert "the same command continues" in stopped.lines[-1]
+    assert not stopped.result
+    pointer = json.loads((tmp_path / "runs/digits/checkpoints/latest.json").read_text())
+    reached = int(pointer[0]["folder"].split("-")[1])
+    assert 50 <= reached < STEPS
+
+    finished = Job(tmp_path, TINY).run()
+    assert finished.code == 0, finished.told
+    assert hashes(finished.result["checkpoint"]) == hashes(unbroken.result["checkpoint"])
+    assert rows(finished.result, "train/loss") == rows(unbroken.result, "train/loss")
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (("model.base_channels=8",), "model.base_channels is 8, but the run began with 16"),
+        (("schedule.kind=linear",), "schedule.kind is linear, but the run began with cosine"),
+        (("model.channel_mults=[1,2,2,2,2]",), "which 5 levels do not halve evenly"),
+    ],
+)
+def test_another_model_under_the_same_name_is_refused(
+    arguments: tuple[str, ...], says: str, unbroken: Job
+) -> None:
+    refused = Job(unbroken.folder, (*TINY, *arguments)).run()
+    assert refused.code == 2
+    assert says in refused.told
+    assert "starting" not in refused.told  # before Ray
