@@ -10,14 +10,15 @@ import logging
 import os
 import subprocess
 import tempfile
-import threading
-import time
+import uuid
 import warnings
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from subprocess import DEVNULL
+from threading import Event, Lock, Thread
 from typing import Any
 
 import mlflow
@@ -26,6 +27,7 @@ from mlflow.data.dataset_source_registry import resolve_dataset_source
 from mlflow.data.meta_dataset import MetaDataset
 from mlflow.entities import DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
+from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_IMAGES
 from PIL import Image
 
 from ddpm_ray.data import storage
@@ -35,7 +37,6 @@ from ddpm_ray.training.reporting import RATES, Row
 log = logging.getLogger(__name__)
 
 RUN_TAG = "ddpm_ray.run"  # identity of the run's folder: what a restarted job finds its run by
-SAMPLED = ("ema",)  # tensors that a model needs of a checkpoint
 MAX_METRICS, MAX_PARAMS = 1000, 100  # that the server takes in one call
 RETRY_S = 5.0
 
@@ -47,14 +48,11 @@ logging.getLogger("mlflow").setLevel(logging.WARNING)  # not how a database is m
 
 
 class TrackingError(RuntimeError):
-    """An MLflow that does not answer; args are (uri, reason)."""
+    """An MLflow that does not do what it should; args are (place, reason, remedy)."""
 
     def __str__(self) -> str:
-        uri, reason = self.args
-        return (
-            f"{uri}: MLflow does not answer ({reason}); start it, or correct tracking.uri "
-            f"($MLFLOW_TRACKING_URI)"
-        )
+        place, reason, remedy = self.args
+        return f"{place}: {reason}; {remedy}"
 
 
 @dataclass(frozen=True)
@@ -88,11 +86,8 @@ def find_or_create_run(
         )
         query = f"tags.`{RUN_TAG}` = '{identity}'"
         hits = client.search_runs([experiment_id], query, max_results=1)
-        if hits:
-            run = hits[0]
-            client.update_run(run.info.run_id, status="RUNNING")
-        else:
-            run = client.create_run(experiment_id, run_name=name, tags={RUN_TAG: identity})
+        run = hits[0] if hits else client.create_run(experiment_id, None, {RUN_TAG: identity}, name)
+        client.update_run(run.info.run_id, status="RUNNING")
         return TrackedRun(uri, run.info.run_id, experiment_id, run.info.start_time)
 
 
@@ -134,12 +129,11 @@ def finish(run: TrackedRun, status: str) -> None:
 
 def git_commit(folder: Path) -> str:
     """The commit that is checked out at `folder`, `-dirty` where files differ; or `unknown`."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]  # no tags
     try:
-        command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        return subprocess.check_output(command, cwd=folder, stderr=DEVNULL, text=True).strip()
     except (OSError, subprocess.SubprocessError):
         return "unknown"
-    return done.stdout.strip()
 
 
 class Tracker:
@@ -152,11 +146,10 @@ class Tracker:
     def __init__(self, run: TrackedRun, flush_every_s: float, unsent: list[Row]) -> None:
         self._run, self._flush_every_s = run, flush_every_s
         self._rows: deque[Row] = deque(unsent)
-        self._files: deque[tuple[str, int, Any]] = deque()
-        self._lock, self._wake, self._closing = threading.Lock(), threading.Event(), False
+        self._files: deque[Callable[[MlflowClient], None]] = deque()
         self._last_rate: dict[str, int] = {}
-        self._pictured: set[int] = set()
-        self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
+        self._lock, self._closing, self._given_up = Lock(), Event(), Event()
+        self._thread = Thread(target=self._work, name="mlflow", daemon=True)
         self._thread.start()
 
     def rows(self, rows: list[Row]) -> None:
@@ -166,13 +159,11 @@ class Tracker:
 
     def image(self, key: str, step: int, image: Image.Image) -> None:
         """Queue a stepped picture."""
-        with self._lock:
-            self._files.append((key, step, image))
+        self._files.append(lambda client: _log_image(client, self._run, key, step, image))
 
     def document(self, path: str, content: dict[str, Any]) -> None:
         """Queue a JSON file below the run's artifacts."""
-        with self._lock:
-            self._files.append((path, 0, content))
+        self._files.append(lambda client: client.log_dict(self._run.run_id, content, path))
 
     def unsent(self) -> list[Row]:
         """Rows that MLflow has not acknowledged."""
@@ -181,37 +172,32 @@ class Tracker:
 
     def close(self, patience_s: float) -> bool:
         """Send what is left; False if that did not succeed within `patience_s`."""
-        self._closing = True
-        self._wake.set()
+        self._closing.set()
         self._thread.join(patience_s)
+        self._given_up.set()
         return not self._thread.is_alive()
 
     def _work(self) -> None:
         client = None
         while True:
-            self._wake.wait(self._flush_every_s)
+            closing = self._closing.wait(self._flush_every_s)
             try:
-                if client is None:
-                    client = MlflowClient(tracking_uri=self._run.uri)
-                    self._look_back(client)
+                client = client or self._connected()
                 self._send(client)
+                if closing:
+                    return
             except Exception as error:  # noqa: BLE001 - whatever it is, rows are kept and retried
                 log.warning("MLflow at %s: %s; kept, tried again", self._run.uri, _brief(error))
-                time.sleep(RETRY_S)
-                continue
-            if self._closing and not self._rows and not self._files:
-                return
+                if self._given_up.wait(RETRY_S):
+                    return
 
-    def _look_back(self, client: MlflowClient) -> None:
-        """What this run's earlier lives logged that a replay would log otherwise."""
+    def _connected(self) -> MlflowClient:
+        """A client, once it is known which rates this run's earlier lives have logged."""
+        client = MlflowClient(tracking_uri=self._run.uri)
         for key in RATES:
             history = client.get_metric_history(self._run.run_id, key)
             self._last_rate[key] = max((metric.step for metric in history), default=0)
-        for item in client.list_artifacts(self._run.run_id, "images"):
-            name = Path(item.path).name  # samples%step%500%timestamp%...
-            parts = name.replace("+", "%").split("%")
-            if "step" in parts:
-                self._pictured.add(int(parts[parts.index("step") + 1]))
+        return client
 
     def _send(self, client: MlflowClient) -> None:
         while self._rows:
@@ -222,14 +208,8 @@ class Tracker:
                 for _ in range(count):
                     self._rows.popleft()
         while self._files:
-            name, step, content = self._files[0]
-            if not isinstance(content, Image.Image):
-                client.log_dict(self._run.run_id, content, name)
-            elif step not in self._pictured:
-                client.log_image(self._run.run_id, content, key=name, step=step)
-                self._pictured.add(step)
-            with self._lock:
-                self._files.popleft()
+            self._files[0](client)
+            self._files.popleft()
 
     def _next_batch(self) -> tuple[list[Metric], int]:
         """Metrics of the oldest rows, as many whole rows as one call takes, and their number."""
@@ -261,7 +241,7 @@ def log_model(run: TrackedRun, checkpoint_url: str, loader_module: str) -> None:
         if known.outputs and known.outputs.model_outputs:
             return
         folder = Path(scratch) / "checkpoint"
-        for name in (MANIFEST, *file_names(SAMPLED)):
+        for name in (MANIFEST, *file_names(("ema",))):  # all that sampling needs
             data = storage.read_bytes(storage.join(checkpoint_url, name))
             storage.write_bytes(str(folder / name), data)
         with mlflow.start_run(run_id=run.run_id):
@@ -280,16 +260,39 @@ def download_model(uri: str, model_uri: str, destination: Path) -> Path:
         root = Path(mlflow.artifacts.download_artifacts(model_uri, dst_path=str(destination)))
     found = sorted(root.rglob(MANIFEST))
     if not found:
-        raise TrackingError(uri, f"{model_uri} is no model of this package: no checkpoint in it")
+        remedy = "name one that jobs/train.py logged"
+        raise TrackingError(model_uri, "this model holds no checkpoint of ours", remedy)
     return found[0].parent
+
+
+def _log_image(
+    client: MlflowClient, run: TrackedRun, key: str, step: int, image: Image.Image
+) -> None:
+    """As MlflowClient.log_image, under names that a step which is replayed writes over."""
+    number = uuid.uuid5(uuid.NAMESPACE_OID, f"{run.run_id} {key} {step}")
+    stem = f"{key}+step+{step}+timestamp+{run.start_ms + step}+{number}"
+    preview = image.copy()
+    preview.thumbnail((256, 256))  # what the UI shows before a click
+    with tempfile.TemporaryDirectory() as scratch:
+        image.save(Path(scratch) / f"{stem}.png")
+        preview.save(Path(scratch) / f"{stem}+compressed.webp")
+        client.log_artifacts(run.run_id, scratch, "images")
+    client.set_tag(run.run_id, MLFLOW_LOGGED_IMAGES, True)
 
 
 @contextlib.contextmanager
 def _answering(uri: str) -> Iterator[None]:
+    """MLflow's errors, and those of the way to it, as a TrackingError of one line."""
     try:
         yield
-    except MlflowException as error:
-        raise TrackingError(uri, _brief(error)) from error
+    except (MlflowException, OSError) as error:  # requests' errors are OSErrors
+        if getattr(error, "error_code", "") == "RESOURCE_DOES_NOT_EXIST":
+            remedy = "check the run's id, or the model's name and its alias or version"
+            raise TrackingError(
+                uri, f"MLflow has no such thing ({_brief(error)})", remedy
+            ) from None
+        remedy = "start it, or correct tracking.uri ($MLFLOW_TRACKING_URI)"
+        raise TrackingError(uri, f"MLflow does not answer ({_brief(error)})", remedy) from error
 
 
 def _brief(error: Exception) -> str:

@@ -1,0 +1,411 @@
+"""One MLflow run per training run, each row once, whatever dies: on a real database and server."""
+
+import itertools
+import json
+import re
+import subprocess
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import mlflow
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from mlflow import MlflowClient
+from PIL import Image
+
+from ddpm_ray import build
+from ddpm_ray.cluster import tracking
+from ddpm_ray.cluster.tracking import TrackedRun, Tracker, TrackingError
+from ddpm_ray.config import RunConfig
+from ddpm_ray.knobs import load, to_dict
+from ddpm_ray.training.checkpoints import CheckpointStore
+from ddpm_ray.training.reporting import RATES, Row
+
+pytestmark = pytest.mark.timeout(180)  # the first test waits for the server
+PATIENCE_S = 30.0
+
+
+class Line(Protocol):
+    """The line to the server that conftest.py makes."""
+
+    up: bool
+
+    @property
+    def uri(self) -> str: ...
+
+    def cut(self) -> None: ...
+
+
+@pytest.fixture(params=["database", "server"])
+def uri(request: pytest.FixtureRequest) -> str:
+    """A tracking store: the database itself, or a server in front of it."""
+    if request.param == "database":
+        return str(request.getfixturevalue("mlflow_database"))
+    return f"http://127.0.0.1:{request.getfixturevalue('mlflow_server')}"
+
+
+@pytest.fixture
+def new_run(tmp_path: Path) -> Callable[[str], TrackedRun]:
+    """A new run in an experiment of this test's own, with its files in tmp_path."""
+
+    def make(uri: str) -> TrackedRun:
+        artifacts = None if uri.startswith("http") else str(tmp_path / "artifacts")
+        experiment = f"{tmp_path.parent.name}/{tmp_path.name}"
+        return tracking.find_or_create_run(uri, experiment, "tiny", tmp_path.name, artifacts)
+
+    return make
+
+
+NewRun = Callable[[str], TrackedRun]
+
+
+def history(run: TrackedRun, key: str) -> list[tuple[int, float]]:
+    metrics = MlflowClient(run.uri).get_metric_history(run.run_id, key)
+    return sorted((metric.step, metric.value) for metric in metrics)
+
+
+def rows(steps: range, rate: float = 1.0) -> list[Row]:
+    """What a run logs: a loss per step, and each 5 steps the rates, which a replay gives anew."""
+    return [
+        Row(
+            step,
+            {"train/loss": 1 / step} | (dict.fromkeys(RATES, rate + step) if step % 5 == 0 else {}),
+        )
+        for step in steps
+    ]
+
+
+def sent(run: TrackedRun, *parts: list[Row], unsent: list[Row] | None = None) -> Tracker:
+    """A closed tracker that has sent all of `parts`."""
+    tracker = Tracker(run, 0.01, unsent or [])
+    for part in parts:
+        tracker.rows(part)
+    assert tracker.close(PATIENCE_S)
+    assert tracker.unsent() == []
+    return tracker
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Return once `condition` holds, which threads of others bring about."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline
+        threading.Event().wait(0.02)
+
+
+def test_a_run_is_found_again_by_its_identity(uri: str, tmp_path: Path) -> None:
+    """In its experiment, whatever its name; another identity is another run."""
+    artifacts = None if uri.startswith("http") else str(tmp_path)
+    make = tracking.find_or_create_run
+    experiment = f"found {tmp_path}"
+    first = make(uri, experiment, "tiny", "one", artifacts)
+    tracking.finish(first, "FAILED")
+    assert make(uri, experiment, "renamed", "one", artifacts) == first
+    assert MlflowClient(uri).get_run(first.run_id).info.status == "RUNNING"
+    other = make(uri, experiment, "tiny", "two", artifacts)
+    assert other.run_id != first.run_id
+    assert other.experiment_id == first.experiment_id
+    assert other.page == f"/#/experiments/{other.experiment_id}/runs/{other.run_id}"
+
+
+@pytest.mark.parametrize("status", ["FINISHED", "FAILED", "KILLED"])
+def test_a_run_ends_as_told(status: str, mlflow_database: str, new_run: NewRun) -> None:
+    run = new_run(mlflow_database)
+    tracking.finish(run, status)
+    assert MlflowClient(run.uri).get_run(run.run_id).info.status == status
+
+
+def test_a_replay_leaves_each_row_once_and_the_first_rate(uri: str, new_run: NewRun) -> None:
+    """Killed at step 23, whose newest checkpoint was of step 12 and had 2 rows unsent."""
+    run = new_run(uri)
+    sent(run, rows(range(1, 20)), rows(range(20, 24)))
+    sent(run, rows(range(13, 31), rate=7.0), unsent=rows(range(11, 13), rate=7.0))
+    assert history(run, "train/loss") == [(step, 1 / step) for step in range(1, 31)]
+    for key in RATES:
+        first = [(step, 1.0 + step) for step in (5, 10, 15, 20)]
+        assert history(run, key) == [*first, (25, 32.0), (30, 37.0)]
+
+
+def test_more_rows_than_one_call_takes_arrive(mlflow_database: str, new_run: NewRun) -> None:
+    """MLflow takes 1,000 metrics a call; whole rows go together, none is cut."""
+    run = new_run(mlflow_database)
+    many = [Row(step, {f"m{k}": float(step) for k in range(7)}) for step in range(1, 301)]
+    sent(run, many)
+    for key in ("m0", "m6"):
+        assert [step for step, _ in history(run, key)] == list(range(1, 301))
+
+
+def test_a_row_has_the_time_of_its_step(mlflow_database: str, new_run: NewRun) -> None:
+    """So that it is the same row however often it is sent."""
+    run = new_run(mlflow_database)
+    sent(run, rows(range(1, 4)))
+    metrics = MlflowClient(run.uri).get_metric_history(run.run_id, "train/loss")
+    assert sorted(m.timestamp for m in metrics) == [run.start_ms + step for step in (1, 2, 3)]
+
+
+def pictures(run: TrackedRun) -> Counter[tuple[str, str, str]]:
+    """(key, step, kind) of each picture that the UI finds."""
+    found: Counter[tuple[str, str, str]] = Counter()
+    for item in MlflowClient(run.uri).list_artifacts(run.run_id, "images"):
+        stem, _, kind = Path(item.path).name.rpartition(".")
+        key, _, step, *_ = stem.split("+")
+        found[key, step, kind] += 1
+    return found
+
+
+def test_pictures_and_documents_arrive_once(uri: str, new_run: NewRun, tmp_path: Path) -> None:
+    """Also two pictures of one step, and also where a second life sends them again."""
+    run, image = new_run(uri), Image.fromarray(np.arange(600, dtype=np.uint8).reshape(20, 30))
+    for score in (1, 2):
+        tracker = Tracker(run, 0.01, [])
+        for key, step in (("samples", 5), ("samples", 10), ("denoising", 10)):
+            tracker.image(key, step, image)
+        tracker.document("evaluation/step-00000010.json", {"score": score})
+        assert tracker.close(PATIENCE_S)
+    wanted = itertools.product(
+        [("samples", "5"), ("samples", "10"), ("denoising", "10")], ("png", "webp")
+    )
+    assert pictures(run) == Counter((*which, kind) for which, kind in wanted)
+    client = MlflowClient(run.uri)
+    whole = next(
+        item.path for item in client.list_artifacts(run.run_id, "images") if "png" in item.path
+    )
+    with Image.open(client.download_artifacts(run.run_id, whole, str(tmp_path))) as lying:
+        assert (np.asarray(lying) == np.asarray(image)).all()
+    document = client.download_artifacts(run.run_id, "evaluation", str(tmp_path))
+    assert json.loads(Path(document, "step-00000010.json").read_text()) == {"score": 2}
+    assert client.get_run(run.run_id).data.tags["mlflow.loggedImages"] == "True"
+
+
+def test_pictures_are_named_as_mlflow_names_them(
+    mlflow_database: str, new_run: NewRun, tmp_path: Path
+) -> None:
+    """Its UI reads key, step and time from the file's name: ours differ in the numbers alone."""
+    run, image = new_run(mlflow_database), Image.new("L", (300, 300))
+    client = MlflowClient(run.uri)
+
+    def names() -> set[str]:
+        return {item.path for item in client.list_artifacts(run.run_id, "images")}
+
+    tracker = Tracker(run, 0.01, [])
+    tracker.image("k", 7, image)
+    assert tracker.close(PATIENCE_S)
+    ours = names()
+    client.log_image(run.run_id, image, key="k", step=7, timestamp=run.start_ms + 7)
+    theirs = names() - ours
+    number = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+    assert len(theirs) == 2
+    assert {number.sub("", name) for name in ours} == {number.sub("", name) for name in theirs}
+
+
+def described(run: TrackedRun, **changes: Any) -> None:
+    told: dict[str, Any] = {
+        "params": {f"key.{i}": i for i in range(150)},  # MLflow takes 100 a call
+        "tags": {"git_commit": "abc"},
+        "dataset_url": "/shards/digits",
+        "dataset_fingerprint": "f" * 64,
+    }
+    tracking.describe(run, **told | changes)
+
+
+def test_what_a_run_is_stands_in_it_and_may_be_told_again(uri: str, new_run: NewRun) -> None:
+    """Resumed with another value of a key that may change: MLflow refuses a changed parameter."""
+    run = new_run(uri)
+    described(run)
+    described(run, params={"key.1": "changed", "key.new": "x"}, tags={"git_commit": "def"})
+    found = MlflowClient(run.uri).get_run(run.run_id)
+    assert found.data.params == {f"key.{i}": str(i) for i in range(150)} | {"key.new": "x"}
+    assert found.data.tags["git_commit"] == "def"
+    (dataset,) = found.inputs.dataset_inputs
+    assert (dataset.dataset.name, dataset.dataset.digest) == ("digits", "f" * 36)
+    assert "/shards/digits" in dataset.dataset.source
+    assert [(tag.key, tag.value) for tag in dataset.tags] == [("mlflow.data.context", "training")]
+
+
+def test_a_dead_server_is_told_in_a_line_within_seconds() -> None:
+    """Nobody listens on port 9 of this host; MLflow's own defaults would try for two minutes."""
+    begun_s = time.monotonic()
+    with pytest.raises(TrackingError, match=r"does not answer .* correct tracking\.uri") as e:
+        tracking.find_or_create_run("http://127.0.0.1:9", "e", "n", "i", None)
+    assert time.monotonic() - begun_s < 30
+    assert str(e.value).startswith("http://127.0.0.1:9: ")
+    assert len(str(e.value).splitlines()) == 1
+
+
+@pytest.mark.usefixtures("mlflow_database")
+def test_a_database_that_cannot_be_is_told_in_a_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(TrackingError, match="MLflow does not answer") as told:
+        tracking.find_or_create_run(f"sqlite:///{tmp_path}/file/x.db", "e", "n", "i", None)
+    assert len(str(told.value).splitlines()) == 1
+
+
+@pytest.fixture
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setattr(tracking, "RETRY_S", 0.05)
+
+
+@pytest.mark.usefixtures("_impatient")
+def test_an_outage_loses_nothing_and_stops_no_step(
+    line: Line, new_run: NewRun, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Rows of the outage stand in unsent(), for the checkpoint, and arrive after it, once."""
+    run = new_run(line.uri)
+    tracker = Tracker(run, 0.01, [])
+    tracker.rows(rows(range(1, 8)))
+    until(lambda: not tracker.unsent())
+    line.cut()
+    tracker.rows(rows(range(8, 12)))
+    tracker.image("samples", 10, Image.new("L", (4, 4)))
+    until(lambda: "kept, tried again" in caplog.text)
+    assert tracker.unsent() == rows(range(8, 12))
+    line.up = True
+    until(lambda: not tracker.unsent())
+    assert tracker.close(PATIENCE_S)
+    assert history(run, "train/loss") == [(step, 1 / step) for step in range(1, 12)]
+    assert sum(pictures(run).values()) == 2
+
+
+@pytest.mark.usefixtures("_impatient")
+def test_a_server_that_was_away_at_the_start_still_has_no_rate_twice(
+    line: Line, new_run: NewRun, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What earlier lives logged is looked up before the first row is sent, however late."""
+    run = new_run(line.uri)
+    sent(run, rows(range(1, 11)))
+    line.cut()
+    tracker = Tracker(run, 0.01, [])
+    tracker.rows(rows(range(4, 16), rate=9.0))
+    until(lambda: caplog.text.count("kept, tried again") >= 2)
+    line.up = True
+    assert tracker.close(PATIENCE_S)
+    assert history(run, RATES[0]) == [(5, 6.0), (10, 11.0), (15, 24.0)]
+
+
+@pytest.mark.usefixtures("_impatient")
+def test_at_the_end_a_dead_server_costs_the_patience_and_no_more(
+    line: Line, new_run: NewRun
+) -> None:
+    run = new_run(line.uri)
+    line.cut()
+    tracker = Tracker(run, 0.01, [])
+    tracker.rows(rows(range(1, 4)))
+    begun_s = time.monotonic()
+    assert not tracker.close(0.5)
+    assert time.monotonic() - begun_s < 10
+    assert tracker.unsent() == rows(range(1, 4))
+    tracker._thread.join(PATIENCE_S)  # gives up by itself: nothing is sent behind one's back
+    assert not tracker._thread.is_alive()
+
+
+# The model.
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The URL of a tiny committed checkpoint whose network does something."""
+    config = load(
+        RunConfig,
+        None,
+        [
+            "name=tiny", "data.url=/shards", "schedule.num_steps=9", "sampling.steps=3",
+            "model.base_channels=4", "model.groups=2", "model.channel_mults=[1]",
+            "model.blocks_per_level=1", "model.attention_resolutions=[]",
+        ],
+    )  # fmt: skip
+    facts = {"config": to_dict(config), "image_shape": [4, 4, 3], "data_fingerprint": "f" * 64}
+    state = build.training_state(config, (4, 4, 3), torch.device("cpu"), facts)
+    for parameter in state.ema.model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    store = CheckpointStore(str(tmp_path_factory.mktemp("run") / "checkpoints"))
+    return store.save(state.snapshot([]))
+
+
+LOADER = "ddpm_ray.cluster.served_model"
+MLFLOWS = [  # warnings that MLflow's own code meets as it logs and loads a model
+    "ignore::DeprecationWarning:mlflow",
+    "ignore::FutureWarning:mlflow",
+    "ignore::UserWarning:mlflow",
+    "ignore::ResourceWarning",
+]
+
+
+@pytest.mark.parametrize("wanted", [
+    {"num_images": 5, "steps": 3, "seed": 2},
+    pd.DataFrame({"seed": [2] * 5, "steps": [3] * 5}),
+], ids=["dict", "table"])  # fmt: skip
+@pytest.mark.filterwarnings(*MLFLOWS)
+def test_a_logged_model_samples_what_its_checkpoint_samples(
+    wanted: Any, uri: str, new_run: NewRun, checkpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without pickle; as any MLflow user loads it."""
+    monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
+    run = new_run(uri)
+    tracking.log_model(run, checkpoint, LOADER)
+    mlflow.set_tracking_uri(uri)
+    served = mlflow.pyfunc.load_model(f"runs:/{run.run_id}/model")
+    expected = build.trained_model(checkpoint).sample(5, steps=3, seed=2)
+    assert (served.predict(wanted) == expected).all()
+    assert expected.std() > 1
+
+
+@pytest.mark.filterwarnings(*MLFLOWS)
+def test_a_model_is_logged_once_and_found_by_its_alias(
+    uri: str, new_run: NewRun, checkpoint: str, tmp_path: Path
+) -> None:
+    run, client = new_run(uri), MlflowClient(uri)
+    for _ in range(2):
+        tracking.log_model(run, checkpoint, LOADER)
+    assert len(client.get_run(run.run_id).outputs.model_outputs) == 1
+    name = f"tiny-{run.run_id}"
+    mlflow.set_tracking_uri(uri)
+    version = mlflow.register_model(f"runs:/{run.run_id}/model", name)
+    client.set_registered_model_alias(name, "best", version.version)
+    expected = build.trained_model(checkpoint).sample(2, steps=3)
+    for number, place in enumerate([f"runs:/{run.run_id}/model", f"models:/{name}@best"]):
+        folder = tracking.download_model(uri, place, tmp_path / str(number))
+        assert not [*tmp_path.rglob("*.pkl"), *tmp_path.rglob("*.py")]
+        assert (build.trained_model(str(folder)).sample(2, steps=3) == expected).all()
+
+
+@pytest.mark.parametrize("place", ["models:/nobody@best", "runs:/0123456789abcdef/model"])
+def test_a_model_that_is_not_there_is_told_in_a_line(place: str, uri: str, tmp_path: Path) -> None:
+    with pytest.raises(TrackingError, match="check the run's id, or the model's name") as told:
+        tracking.download_model(uri, place, tmp_path)
+    assert len(str(told.value).splitlines()) == 1
+
+
+def test_an_error_keeps_its_text_through_a_pickle() -> None:
+    error = TrackingError("http://here", "it is out", "wait")
+    assert str(TrackingError(*error.args)) == str(error) == "http://here: it is out; wait"
+
+
+# The commit.
+
+
+def git(folder: Path, *arguments: str) -> str:
+    command = ["git", "-c", "user.name=a", "-c", "user.email=a@b.example", *arguments]
+    return subprocess.run(
+        command, cwd=folder, check=True, capture_output=True, text=True
+    ).stdout.strip()
+
+
+def test_the_commit_is_named_and_whether_files_differ(tmp_path: Path) -> None:
+    assert tracking.git_commit(tmp_path) == "unknown"
+    assert tracking.git_commit(tmp_path / "nowhere") == "unknown"
+    git(tmp_path, "init", "-q")
+    (tmp_path / "file").write_text("a")
+    git(tmp_path, "add", "file")
+    git(tmp_path, "commit", "-q", "-m", "a")
+    git(tmp_path, "tag", "-m", "a release", "v1")  # a tag's name would say less
+    commit = git(tmp_path, "rev-parse", "HEAD")
+    assert tracking.git_commit(tmp_path) == commit
+    (tmp_path / "file").write_text("b")
+    assert tracking.git_commit(tmp_path) == f"{commit}-dirty"
