@@ -96,10 +96,11 @@ def describe(
     *,
     params: dict[str, Any],
     tags: dict[str, str],
+    config_yaml: str,
     dataset_url: str,
     dataset_fingerprint: str,
 ) -> None:
-    """Log what the run is: parameters (those that are new), tags and the data set it reads."""
+    """Log what the run is: new parameters, tags, the whole config as a file, and its data set."""
     with _answering(run.uri):
         client = MlflowClient(tracking_uri=run.uri)
         known = client.get_run(run.run_id)
@@ -107,6 +108,7 @@ def describe(
         for start in range(0, len(new), MAX_PARAMS):
             client.log_batch(run.run_id, params=new[start : start + MAX_PARAMS])
         client.log_batch(run.run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+        client.log_text(run.run_id, config_yaml, "config.yaml")
         if not (known.inputs and known.inputs.dataset_inputs):
             with warnings.catch_warnings():  # two of its sources claim a local path; either will do
                 warnings.simplefilter("ignore", UserWarning)

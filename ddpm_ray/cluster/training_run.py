@@ -1,10 +1,12 @@
 """One training run seen from its driver: check, find where it stands, run the workers, tell."""
 
 import dataclasses
+import getpass
 import json
 import logging
 import os
 import platform
+import sys
 import uuid
 from collections.abc import Callable
 from importlib.metadata import version
@@ -21,13 +23,22 @@ from ddpm_ray.cluster.worker import train_worker
 from ddpm_ray.config import PackConfig, RunConfig
 from ddpm_ray.data import storage
 from ddpm_ray.data.shards import MANIFEST, Dataset, open_dataset
-from ddpm_ray.knobs import ConfigError, flat, to_dict
+from ddpm_ray.knobs import ConfigError, flat, to_dict, to_yaml
 from ddpm_ray.training.gallery import picture_url
 from ddpm_ray.training.reporting import Progress
 
 log = logging.getLogger(__name__)
 
 IDENTITY = "run.json"  # in the run's folder: who it is and the config that it began with
+# MLflow writes a run's parameters above each of its pictures, so that more of them than these push
+# the pictures out of sight; the whole config is the artifact config.yaml.
+PARAMS = (
+    "schedule.kind",
+    "schedule.num_steps",
+    "model.base_channels",
+    "training.global_batch_size",
+    "training.learning_rate",
+)
 PACKAGES = ("ddpm-ray", "torch", "ray", "mlflow", "numpy", "pyarrow", "fsspec")
 
 
@@ -60,8 +71,9 @@ def train(config: RunConfig, home: Path, show: Callable[[Progress], None]) -> Ou
     try:
         tracking.describe(
             tracked,
-            params=flat(config) | {"data.samples": dataset.manifest.samples},
+            params={key: flat(config)[key] for key in PARAMS},
             tags=_tags(dataset),
+            config_yaml=to_yaml(config),
             dataset_url=config.data.url,
             dataset_fingerprint=dataset.fingerprint,
         )
@@ -148,6 +160,9 @@ def _artifacts(config: RunConfig) -> str | None:
 def _tags(dataset: Dataset) -> dict[str, str]:
     job = os.environ.get("RAY_JOB_SUBMISSION_ID", "")
     return {
+        "mlflow.source.name": Path(sys.argv[0]).name,
+        "mlflow.source.type": "JOB",
+        "mlflow.user": getpass.getuser(),
         "git_commit": tracking.git_commit(Path(__file__).parent),
         "data_fingerprint": dataset.fingerprint,
         "ray_job_id": job or "none: not submitted as a job",

@@ -1,5 +1,6 @@
 """What one Ray Train worker does: take its place, find where the run stands, train, evaluate."""
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -32,6 +33,8 @@ from ddpm_ray.training.reporting import Progress, Row, StepLog
 from ddpm_ray.training.state import Snapshot
 from ddpm_ray.training.workers import Workers
 
+log = logging.getLogger(__name__)
+
 # What a restarted worker would meet again: it ends the run instead of three more attempts.
 FATAL = (NonFiniteError, CheckpointError, DatasetError, ShardCorruptError, ValueError)
 LAST_ROWS_S = 60.0  # patience with MLflow at the end; unsent rows are in the checkpoint as well
@@ -55,8 +58,8 @@ def _train(config: RunConfig, settings: dict[str, Any], desk: Desk) -> dict[str,
         train(run)
     finally:
         run.stream.close()
-        if run.sink is not None:
-            run.sink.close(LAST_ROWS_S)
+        if run.sink is not None and not run.sink.close(LAST_ROWS_S):
+            log.warning("MLflow took not all rows; those left are sent when the run is continued")
     return {
         "step": run.state.step,
         "checkpoint": run.checkpoints.committed,

@@ -78,7 +78,7 @@ class CheckpointStore:
         """The newest checkpoint that verifies and its folder's URL; None where none was committed.
 
         Falls back, with a warning, past damaged ones. Raises CheckpointError if all are: to start
-        a month's run again from nothing in silence would be worse.
+        a month's run again from nothing in silence would be worse; and StorageError in an outage.
         """
         references = self._references()
         reasons = []
@@ -87,6 +87,8 @@ class CheckpointStore:
             try:
                 return where, read(where, reference.manifest_sha256)
             except (CheckpointError, StorageError) as error:
+                if isinstance(error, StorageError) and self._is_whole(reference):
+                    raise  # the storage is away, not the checkpoint: that passes, try again
                 log.warning("%s; falling back to the checkpoint before it", error)
                 reasons.append(str(error))
         if references:
@@ -106,6 +108,10 @@ class CheckpointStore:
         except (ValueError, TypeError) as error:
             remedy = "restore it from a backup; it lists the checkpoint folders beside it"
             raise CheckpointError(pointer, "is not a list of checkpoints", remedy) from error
+
+    def _is_whole(self, reference: Reference) -> bool:
+        where = storage.join(self.url, reference.folder)
+        return all(storage.exists(storage.join(where, name)) for name in (MANIFEST, *file_names()))
 
     def _delete(self, reference: Reference) -> None:
         """Best effort: what stays behind costs space and nothing else."""

@@ -87,6 +87,8 @@ def train(run: Run) -> bool:
     state, plan = run.state, run.plan
     run.reported = (state.step, time.perf_counter())
     stopped = False
+    if state.step == 0 and plan.grid_every_steps:
+        run.draw_grid(0)  # what the same noise gave before the first step
     while state.step < plan.steps and not stopped:
         take_step(run)
         step = state.step

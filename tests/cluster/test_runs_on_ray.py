@@ -115,6 +115,11 @@ def rows(result: dict[str, Any], key: str) -> list[tuple[int, float]]:
     return [(m.step, m.value) for m in client.get_metric_history(result["run_id"], key)]
 
 
+def load_artifact(result: dict[str, Any], path: str) -> str:
+    client = MlflowClient(tracking_uri=result["tracking_uri"])
+    return Path(client.download_artifacts(result["run_id"], path)).read_text()
+
+
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Job:
     folder = tmp_path_factory.mktemp("unbroken")
@@ -131,6 +136,7 @@ def test_a_run_leaves_what_it_says(unbroken: Job) -> None:
     run = MlflowClient(tracking_uri=result["tracking_uri"]).get_run(result["run_id"])
     assert run.info.status == "FINISHED"
     assert run.data.params["schedule.num_steps"] == "1000"
+    assert load_artifact(result, "config.yaml").startswith("name: digits\n")
     assert {"git_commit", "data_fingerprint", "version.torch"} <= run.data.tags.keys()
     assert run.inputs.dataset_inputs[0].dataset.digest == run.data.tags["data_fingerprint"][:36]
     assert [step for step, _ in rows(result, "train/loss")] == list(range(1, STEPS + 1))

@@ -208,6 +208,7 @@ def described(run: TrackedRun, **changes: Any) -> None:
     told: dict[str, Any] = {
         "params": {f"key.{i}": i for i in range(150)},  # MLflow takes 100 a call
         "tags": {"git_commit": "abc"},
+        "config_yaml": "name: a\n",
         "dataset_url": "/shards/digits",
         "dataset_fingerprint": "f" * 64,
     }
@@ -222,6 +223,7 @@ def test_what_a_run_is_stands_in_it_and_may_be_told_again(uri: str, new_run: New
     found = MlflowClient(run.uri).get_run(run.run_id)
     assert found.data.params == {f"key.{i}": str(i) for i in range(150)} | {"key.new": "x"}
     assert found.data.tags["git_commit"] == "def"
+    assert MlflowClient(run.uri).list_artifacts(run.run_id)[0].path == "config.yaml"
     (dataset,) = found.inputs.dataset_inputs
     assert (dataset.dataset.name, dataset.dataset.digest) == ("digits", "f" * 36)
     assert "/shards/digits" in dataset.dataset.source

@@ -220,6 +220,25 @@ def test_the_way_back_leads_past_several(tmp_path: Path) -> None:
     assert_same_bits(newest(store), snapshot(1))
 
 
+def test_an_outage_does_not_send_a_run_back_to_an_older_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The newest is there and cannot be read for now: that is for another try, not for step 1."""
+    store = CheckpointStore(str(tmp_path))
+    store.save(snapshot(1))
+    store.save(snapshot(2))
+    read = storage.read_bytes
+
+    def away(url: str) -> bytes:
+        if url.endswith("ema.safetensors"):
+            raise StorageError(url, "no answer (503)", "check that the endpoint is up")
+        return read(url)
+
+    monkeypatch.setattr(storage, "read_bytes", away)
+    with pytest.raises(StorageError, match=r"step-00000002.*no answer"):
+        store.load()
+
+
 def test_where_all_are_damaged_nothing_starts_from_nothing(tmp_path: Path) -> None:
     store = CheckpointStore(str(tmp_path))
     for step in (1, 2):

@@ -413,7 +413,7 @@ def test_each_thing_is_done_at_its_steps(data: str, tmp_path: Path) -> None:
     assert train(run)
     at = {what: [step for name, step in told if name == what] for what, _ in told}
     assert at == {
-        "grid": [3, 6, 8],
+        "grid": [0, 3, 6, 8],
         "strip": [8],
         "evaluate": [4, 8],
         "progress": list(range(1, STEPS + 1)),
