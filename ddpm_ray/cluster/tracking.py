@@ -288,13 +288,10 @@ def _answering(uri: str) -> Iterator[None]:
     try:
         yield
     except (MlflowException, OSError) as error:  # requests' errors are OSErrors
+        reason, remedy = "MLflow does not answer", "start it, or correct tracking.uri"
         if getattr(error, "error_code", "") == "RESOURCE_DOES_NOT_EXIST":
-            remedy = "check the run's id, or the model's name and its alias or version"
-            raise TrackingError(
-                uri, f"MLflow has no such thing ({_brief(error)})", remedy
-            ) from None
-        remedy = "start it, or correct tracking.uri ($MLFLOW_TRACKING_URI)"
-        raise TrackingError(uri, f"MLflow does not answer ({_brief(error)})", remedy) from error
+            reason, remedy = "MLflow has no such thing", "check the run's id or the model's name"
+        raise TrackingError(uri, f"{reason} ({_brief(error)})", remedy) from error
 
 
 def _brief(error: Exception) -> str:
