@@ -379,7 +379,7 @@ def test_a_model_is_logged_once_and_found_by_its_alias(
 
 @pytest.mark.parametrize("place", ["models:/nobody@best", "runs:/0123456789abcdef/model"])
 def test_a_model_that_is_not_there_is_told_in_a_line(place: str, uri: str, tmp_path: Path) -> None:
-    with pytest.raises(TrackingError, match="check the run's id, or the model's name") as told:
+    with pytest.raises(TrackingError, match="check the run's id or the model's name") as told:
         tracking.download_model(uri, place, tmp_path)
     assert len(str(told.value).splitlines()) == 1
 
