@@ -140,8 +140,7 @@ def main() -> None:
             "tracked": vars(tracked), "rounds": ROUNDS,
         }  # fmt: skip
         cluster = ClusterConfig(num_workers=1)
-        group.connect(cluster)
-        found = group.run(worker, settings, cluster, lambda progress: None).value
+        found = group.run(worker, settings, cluster, lambda progress: None)
     times, around, training = found["times"], found["around"], config.training
     ratios = [bare / ours for bare, ours in zip(times["bare"], times["ours"], strict=True)]
     beside = [1 - net / ours for net, ours in zip(times["network"], times["ours"], strict=True)]

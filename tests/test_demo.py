@@ -16,7 +16,10 @@ from PIL import Image
 import ddpm_ray
 from ddpm_ray.models.digits_classifier import load_digits_classifier
 
-pytestmark = pytest.mark.demo
+pytestmark = [
+    pytest.mark.demo,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # MLflow's, as it imports
+]
 
 
 @pytest.fixture(scope="module")

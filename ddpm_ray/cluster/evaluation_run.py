@@ -36,14 +36,13 @@ def evaluate(model_uri: str, config: EvaluateConfig, home: Path) -> dict[str, An
         config, data_url=storage.absolute(config.data_url or begun.data.url, home)
     )
     open_dataset(config.data_url)  # before Ray starts
-    group.connect(config.cluster)
     settings = {
         "model_uri": model_uri,
         "tracking_uri": tracking_uri,
         "config": to_dict(config),
     }
-    ended = group.run(evaluate_worker, settings, config.cluster, lambda _: None)
-    return dict(ended.value)
+    scores: dict[str, Any] = group.run(evaluate_worker, settings, config.cluster, lambda _: None)
+    return scores
 
 
 def evaluate_worker(settings: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """A group of Ray Train workers: the cluster it runs on, its start, its watch, its end."""
 
 import logging
+import math
 import os
 import signal
 import tempfile
@@ -8,7 +9,6 @@ import threading
 import types
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,22 +39,17 @@ class RunFailedError(RuntimeError):
     """A run that cannot go on; one line that says why."""
 
 
-@dataclass(frozen=True)
-class Ended:
-    """How a group of workers ended."""
+def connect(address: str, cpus: float = 0, gpus: float = 0) -> None:
+    """Join the cluster at `address`, or the one whose job this is, or start a local Ray.
 
-    value: Any  # what rank 0 returned
-    interrupted: bool  # somebody asked it to stop
-
-
-def connect(config: ClusterConfig) -> None:
-    """Join the configured cluster, or the one whose job this is, or start a local Ray."""
+    A local one is said to have the `cpus` that are wanted, at least; raises RunFailedError where it
+    lacks the `gpus`, or where nobody answers.
+    """
     for key, value in TRAIN_ENVIRONMENT.items():
         os.environ.setdefault(key, value)
     if ray.is_initialized():
         return
-    log.info("starting %d workers on Ray ...", config.num_workers)
-    if address := config.address or os.environ.get("RAY_ADDRESS", ""):
+    if address := address or os.environ.get("RAY_ADDRESS", ""):
         try:
             ray.init(address=address, logging_level=logging.WARNING)
         except ConnectionError as error:
@@ -63,16 +58,14 @@ def connect(config: ClusterConfig) -> None:
                 f"or leave it empty for a local Ray"
             ) from error
         return
-    needed = config.num_workers * config.cpus_per_worker
-    cpus = max(os.cpu_count() or 1, int(-(-needed // 1)))
     # address="local": a bare init would join whatever Ray happens to run on this host.
-    ray.init(address="local", num_cpus=cpus, logging_level=logging.WARNING)
-    wanted, here = config.num_workers * config.gpus_per_worker, ray.available_resources()
-    if wanted > here.get("GPU", 0):
+    here = max(os.cpu_count() or 1, math.ceil(cpus))
+    ray.init(address="local", num_cpus=here, logging_level=logging.WARNING)
+    found = ray.available_resources().get("GPU", 0)
+    if gpus > found:
         raise RunFailedError(
-            f"cluster.gpus_per_worker: {config.num_workers} workers x {config.gpus_per_worker:g} "
-            f"need {wanted:g} GPUs, this machine has {here.get('GPU', 0):g}; set it to 0 to train "
-            f"on CPUs, or name a cluster in cluster.address"
+            f"cluster.gpus_per_worker: the workers need {gpus:g} GPUs, this machine has {found:g}; "
+            f"set it to 0 to train on CPUs, or name a cluster in cluster.address"
         )
 
 
@@ -81,12 +74,15 @@ def run(
     settings: dict[str, Any],
     config: ClusterConfig,
     show: Callable[[Progress], None],
-) -> Ended:
-    """Run `worker(settings)` on every worker of a group and return when all have ended.
+) -> Any:
+    """What rank 0's `worker(settings)` returned, once all workers of a group have ended.
 
     settings["desk"] is added. The first Ctrl-C (or SIGTERM) asks the workers to stop cleanly, the
     second one ends at once with KeyboardInterrupt. Raises RunFailedError with the reason in a line.
     """
+    log.info("starting %d workers on Ray ...", config.num_workers)
+    workers = config.num_workers
+    connect(config.address, workers * config.cpus_per_worker, workers * config.gpus_per_worker)
     desk = Desk()
     trainer = TorchTrainer(
         worker,
@@ -132,7 +128,7 @@ def run(
         raise RunFailedError(fatal)
     if error := outcome.get("error"):
         raise RunFailedError(_reason(error)) from error
-    return Ended(outcome["value"], asked)
+    return outcome["value"]
 
 
 def _fit(trainer: TorchTrainer, outcome: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import ray
 
+from ddpm_ray.cluster import group
 from ddpm_ray.config import PackConfig
 from ddpm_ray.data import packer
 from ddpm_ray.data.packer import Packed, PackOptions, Plan
@@ -30,14 +31,14 @@ def pack(
     """Pack `source` to `destination`, or find that it was done already.
 
     The bytes do not depend on the number of tasks. A run that was killed goes on with what is
-    there. One shard is packed here, more of them by tasks of a cluster, which must be up (Ray is
-    started by the job). Raises DatasetError, BadImageError or StorageError, and leaves no manifest.
+    there. One shard is packed here, more of them by tasks of the cluster at config.address. Raises
+    DatasetError, BadImageError, RunFailedError or StorageError, and leaves no manifest.
     """
     plan = packer.plan(source, destination, _options(config))
     if (dataset := packer.finished(plan)) is not None:
         return PackResult(dataset, ())
     done: list[Packed] = []
-    for shard in _here(plan) if plan.shards == 1 else _on_ray(plan, config.num_workers):
+    for shard in _here(plan) if plan.shards == 1 else _on_ray(plan, config):
         done.append(shard)
         if on_progress is not None:
             on_progress(len(done), plan.shards)
@@ -64,9 +65,10 @@ def _here(plan: Plan) -> Iterator[Packed]:
     return (packer.pack_shard(plan, number) for number in range(plan.shards))
 
 
-def _on_ray(plan: Plan, num_workers: int) -> Iterator[Packed]:
+def _on_ray(plan: Plan, config: PackConfig) -> Iterator[Packed]:
     """Shards as they get done, at most `num_workers` at once (0: one per CPU)."""
-    most = num_workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
+    group.connect(config.address)
+    most = config.num_workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
     shared, task = ray.put(plan), ray.remote(max_retries=3)(packer.pack_shard)
     numbers = iter(range(plan.shards))
     running = [task.remote(shared, number) for number in islice(numbers, most)]

@@ -77,7 +77,6 @@ def train(config: RunConfig, home: Path, show: Callable[[Progress], None]) -> Ou
             dataset_url=config.data.url,
             dataset_fingerprint=dataset.fingerprint,
         )
-        group.connect(config.cluster)
         settings = {
             "config": to_dict(config),
             "folder": folder,
@@ -85,16 +84,16 @@ def train(config: RunConfig, home: Path, show: Callable[[Progress], None]) -> Ou
             "tracked": vars(tracked),
         }
         ended = group.run(train_worker, settings, config.cluster, show)
-        finished = ended.value["step"] == config.training.steps
+        finished = ended["step"] == config.training.steps
         if finished:
-            tracking.log_model(tracked, ended.value["checkpoint"], "ddpm_ray.cluster.served_model")
+            tracking.log_model(tracked, ended["checkpoint"], "ddpm_ray.cluster.served_model")
         status = "FINISHED" if finished else "KILLED"
     except KeyboardInterrupt:
         status = "KILLED"
         raise
     finally:
         tracking.finish(tracked, status)
-    return Outcome(finished, _report(config, folder, tracked, ended.value))
+    return Outcome(finished, _report(config, folder, tracked, ended))
 
 
 def located(config: RunConfig, home: Path) -> RunConfig:

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import NamedTuple, Protocol, cast
 
 import numpy as np
@@ -61,6 +62,7 @@ def open_source(
     if source in built_in_sets.NAMES:
         arrays = built_in_sets.load(cast(BuiltIn, source), split, url, sha256)
         return ArraySource(source, *arrays)
+    source = storage.absolute(source, Path.cwd())  # tasks run in folders of their own
     if source.endswith(".tar"):
         folder, _, file = source.rpartition("/")
         return _tar_source(folder or ".", [file])
