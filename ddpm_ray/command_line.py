@@ -41,7 +41,8 @@ def main(
     if arguments.print_config:
         print(to_yaml(config), end="")
         return DONE
-    logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
+    logging.getLogger("ddpm_ray").setLevel(logging.INFO)
     try:
         result = job(config, arguments)
     except ConfigError as error:

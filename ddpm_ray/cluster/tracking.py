@@ -8,7 +8,6 @@ Rates are clocks and would differ: of those the first stays, and later ones are 
 import contextlib
 import logging
 import os
-import subprocess
 import tempfile
 import uuid
 import warnings
@@ -17,7 +16,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from subprocess import DEVNULL
 from threading import Event, Lock, Thread
 from typing import Any
 
@@ -127,15 +125,6 @@ def finish(run: TrackedRun, status: str) -> None:
     """Close the run as FINISHED, FAILED or KILLED."""
     with _answering(run.uri):
         MlflowClient(tracking_uri=run.uri).set_terminated(run.run_id, status)
-
-
-def git_commit(folder: Path) -> str:
-    """The commit that is checked out at `folder`, `-dirty` where files differ; or `unknown`."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]  # no tags
-    try:
-        return subprocess.check_output(command, cwd=folder, stderr=DEVNULL, text=True).strip()
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
 
 
 class Tracker:

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import platform
+import subprocess
 import sys
 import uuid
 from collections.abc import Callable
@@ -157,14 +158,15 @@ def _artifacts(config: RunConfig) -> str | None:
 
 
 def _tags(dataset: Dataset) -> dict[str, str]:
-    job = os.environ.get("RAY_JOB_SUBMISSION_ID", "")
+    # Set by Ray in a submitted job's driver, there alone.
+    submitted = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("metadata", {})
     return {
         "mlflow.source.name": Path(sys.argv[0]).name,
         "mlflow.source.type": "JOB",
         "mlflow.user": getpass.getuser(),
-        "git_commit": tracking.git_commit(Path(__file__).parent),
+        "git_commit": git_commit(Path(__file__).parent),
         "data_fingerprint": dataset.fingerprint,
-        "ray_job_id": job or "none: not submitted as a job",
+        "ray_job_id": submitted.get("job_submission_id", "none: not submitted as a job"),
         "python": platform.python_version(),
         **{f"version.{name}": version(name) for name in PACKAGES},
     }
@@ -186,3 +188,17 @@ def _report(
         "tracking_uri": tracked.uri,
         "page": tracked.page,
     }
+
+
+def git_commit(folder: Path) -> str:
+    """The commit checked out at `folder`, `-dirty` where files differ; else $GIT_COMMIT, `unknown`.
+
+    A submitted job's copy of the working directory has no .git.
+    """
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]  # no tags
+    try:
+        return subprocess.check_output(
+            command, cwd=folder, stderr=subprocess.DEVNULL, text=True
+        ).strip()
+    except (OSError, subprocess.SubprocessError):
+        return os.environ.get("GIT_COMMIT", "unknown")

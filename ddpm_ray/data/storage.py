@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import logging
 import os
 import posixpath
 import uuid
@@ -21,6 +22,7 @@ import fsspec
 
 CONNECT_TIMEOUT_S = 4
 READ_TIMEOUT_S = 20
+logging.getLogger("aiobotocore").setLevel(logging.WARNING)  # not where it found its credentials
 
 
 class StorageError(RuntimeError):

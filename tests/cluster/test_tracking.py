@@ -3,7 +3,6 @@
 import itertools
 import json
 import re
-import subprocess
 import threading
 import time
 from collections import Counter
@@ -390,24 +389,3 @@ def test_an_error_keeps_its_text_through_a_pickle() -> None:
 
 
 # The commit.
-
-
-def git(folder: Path, *arguments: str) -> str:
-    command = ["git", "-c", "user.name=a", "-c", "user.email=a@b.example", *arguments]
-    return subprocess.run(
-        command, cwd=folder, check=True, capture_output=True, text=True
-    ).stdout.strip()
-
-
-def test_the_commit_is_named_and_whether_files_differ(tmp_path: Path) -> None:
-    assert tracking.git_commit(tmp_path) == "unknown"
-    assert tracking.git_commit(tmp_path / "nowhere") == "unknown"
-    git(tmp_path, "init", "-q")
-    (tmp_path / "file").write_text("a")
-    git(tmp_path, "add", "file")
-    git(tmp_path, "commit", "-q", "-m", "a")
-    git(tmp_path, "tag", "-m", "a release", "v1")  # a tag's name would say less
-    commit = git(tmp_path, "rev-parse", "HEAD")
-    assert tracking.git_commit(tmp_path) == commit
-    (tmp_path / "file").write_text("b")
-    assert tracking.git_commit(tmp_path) == f"{commit}-dirty"
