@@ -136,7 +136,7 @@ def _parser(usage: str, kind: type[Config], names: tuple[str, ...]) -> _Parser:
             parser.add_argument(name, required=True, metavar="FILE")
         else:
             parser.add_argument(name, metavar=name.upper())
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value")
     parser.add_argument(
         "--print-config", action="store_true", help="show the whole config, do nothing"
     )

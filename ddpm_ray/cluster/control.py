@@ -4,7 +4,7 @@ An actor of its own because Ray Train's report() is a barrier that waits for the
 poll, up to 2 s; a note left here costs the worker nothing.
 """
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import ray
@@ -19,19 +19,38 @@ class _Desk:
         self.progress: dict[str, Any] | None = None
         self.stop = False
         self.fatal: str | None = None
+        self.starts: list[int] = []
 
     def leave(self, progress: dict[str, Any]) -> bool:
         self.progress = progress
         return self.stop
 
-    def look(self) -> tuple[dict[str, Any] | None, str | None]:
-        return self.progress, self.fatal
+    def look(self) -> tuple[dict[str, Any] | None, str | None, list[int]]:
+        return self.progress, self.fatal, self.starts
+
+    def start(self, step: int) -> None:
+        self.starts.append(step)
 
     def ask_to_stop(self) -> None:
         self.stop = True
 
     def give_up(self, reason: str) -> None:
         self.fatal = self.fatal or reason
+
+
+@dataclass(frozen=True)
+class Notes:
+    """What lies on the desk."""
+
+    progress: Progress | None  # the newest
+    fatal: str | None  # why to go on is of no use, if it is not
+    starts: list[int]  # the step that each start of the workers began at
+
+    @classmethod
+    def of(cls, notes: tuple[dict[str, Any] | None, str | None, list[int]]) -> "Notes":
+        """From the actor's plain values."""
+        progress, fatal, starts = notes
+        return cls(Progress(**progress) if progress else None, fatal, starts)
 
 
 class Desk:
@@ -47,13 +66,21 @@ class Desk:
         self._reply = self._actor.leave.remote(asdict(progress))
         return stop
 
-    def glance(self) -> Progress | None:
-        """The newest progress, if the actor has answered since the last glance; never waits."""
+    def start(self, step: int) -> None:
+        """Tell the driver at which step the workers begin, for the first time or again."""
+        self._actor.start.remote(step)
+
+    def glance(self) -> Notes | None:
+        """What lies on the desk, if the actor has answered since the last glance; never waits."""
         if self._reply is not None and not self._answered():
             return None
-        progress = ray.get(self._reply)[0] if self._reply is not None else None
+        notes = Notes.of(ray.get(self._reply)) if self._reply is not None else None
         self._reply = self._actor.look.remote()
-        return Progress(**progress) if progress else None
+        return notes
+
+    def look(self) -> Notes:
+        """What lies on the desk now."""
+        return Notes.of(ray.get(self._actor.look.remote(), timeout=ANSWER_S))
 
     def ask_to_stop(self) -> None:
         """The workers commit a checkpoint and return, at their next report (about a second)."""
@@ -62,16 +89,6 @@ class Desk:
     def give_up(self, reason: str) -> None:
         """Tell the driver, and workers that are started again, that to go on is of no use."""
         ray.get(self._actor.give_up.remote(reason), timeout=ANSWER_S)
-
-    def given_up(self) -> str | None:
-        """The reason to give up, if there is one."""
-        fatal: str | None = self.last()[1]
-        return fatal
-
-    def last(self) -> tuple[Progress | None, str | None]:
-        """The newest progress, and the reason to give up, if there are any."""
-        progress, fatal = ray.get(self._actor.look.remote(), timeout=ANSWER_S)
-        return Progress(**progress) if progress else None, fatal
 
     def _answered(self) -> bool:
         return self._reply is not None and bool(ray.wait([self._reply], timeout=0)[0])

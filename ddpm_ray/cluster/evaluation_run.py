@@ -49,7 +49,7 @@ def evaluate_worker(settings: dict[str, Any]) -> dict[str, Any]:
     """One worker's part; the same scores on every worker."""
     config = from_dict(EvaluateConfig, settings["config"])
     desk: Desk = settings["desk"]
-    if desk.given_up() is not None:
+    if desk.look().fatal is not None:
         return {}
     try:
         return _scores(config, settings)

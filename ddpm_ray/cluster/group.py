@@ -17,7 +17,7 @@ import ray.train
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from ddpm_ray.cluster.control import Desk
+from ddpm_ray.cluster.control import Desk, Notes
 from ddpm_ray.config import ClusterConfig
 from ddpm_ray.training.reporting import Progress
 
@@ -100,7 +100,8 @@ def run(
             # a name of its own so that it finds no old one.
             name=f"attempt-{uuid.uuid4().hex[:8]}",
             storage_path=str(Path(tempfile.gettempdir()) / "ddpm-ray-train"),
-            logging_config=LoggingConfig(log_level="WARNING"),
+            # Errors are told once, by our own line, not with a trace for each worker and attempt.
+            logging_config=LoggingConfig(log_level="CRITICAL"),
             failure_config=FailureConfig(
                 max_failures=config.max_failures, controller_failure_limit=START_FAILURES
             ),
@@ -108,7 +109,7 @@ def run(
         ),
     )
     outcome: dict[str, Any] = {}
-    asked = False
+    asked, starts = False, 0
     # In a thread, because in the main one Ray takes Ctrl-C for itself and aborts without a
     # checkpoint.
     fit = threading.Thread(target=_fit, args=(trainer, outcome), name="fit", daemon=True)
@@ -119,16 +120,24 @@ def run(
             if interrupts.count and not asked:
                 desk.ask_to_stop()
                 asked = True
-            if progress := desk.glance():
-                show(progress)
-    progress, fatal = desk.last()
-    if progress:
-        show(progress)
-    if fatal:
-        raise RunFailedError(fatal)
+            if notes := desk.glance():
+                starts = _tell(notes, starts, show)
+    notes = desk.look()
+    _tell(notes, starts, show)
+    if notes.fatal:
+        raise RunFailedError(notes.fatal)
     if error := outcome.get("error"):
         raise RunFailedError(_reason(error)) from error
     return outcome["value"]
+
+
+def _tell(notes: Notes, starts: int, show: Callable[[Progress], None]) -> int:
+    """Pass on what is new since the workers had started `starts` times; returns how often now."""
+    if starts and len(notes.starts) > starts:
+        log.warning("a worker was lost or failed; all were started again, at step %d", notes.starts[-1])
+    if notes.progress:
+        show(notes.progress)
+    return len(notes.starts)
 
 
 def _fit(trainer: TorchTrainer, outcome: dict[str, Any]) -> None:

@@ -43,6 +43,7 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 logging.getLogger("mlflow").setLevel(logging.WARNING)  # not how a database is made
+logging.getLogger("urllib3").setLevel(logging.ERROR)  # an outage is told once, not per try
 
 
 class TrackingError(RuntimeError):

@@ -43,7 +43,7 @@ LAST_ROWS_S = 60.0  # patience with MLflow at the end; unsent rows are in the ch
 def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     """Rank 0's report: the step reached, the committed checkpoint's URL and the newest scores."""
     desk: Desk = settings["desk"]
-    if desk.given_up() is not None:  # an earlier attempt found that to go on is of no use
+    if desk.look().fatal is not None:  # an earlier attempt found that to go on is of no use
         return {}
     try:
         return _train(from_dict(RunConfig, settings["config"]), settings, desk)
@@ -54,6 +54,8 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
 
 def _train(config: RunConfig, settings: dict[str, Any], desk: Desk) -> dict[str, Any]:
     run = assemble(config, settings, desk.show)
+    if run.workers.leads:
+        desk.start(run.state.step)
     try:
         train(run)
     finally:

@@ -62,13 +62,17 @@ class CheckpointStore:
         files = {f"{group}.safetensors": safetensors.save(snapshot.tensors[group])
                  for group in GROUPS}  # fmt: skip
         files[STATE] = _json(snapshot.facts)
-        for name, data in files.items():
-            storage.write_bytes(storage.join(where, name), data)
-        manifest = _json({name: {"bytes": len(data), "sha256": _sha256(data)}
-                          for name, data in files.items()})  # fmt: skip
-        storage.write_bytes(storage.join(where, MANIFEST), manifest)
+        manifest = _json(
+            {name: {"bytes": len(data), "sha256": _sha256(data)} for name, data in files.items()}
+        )
         kept = [Reference(folder, _sha256(manifest)), *self._references()]
         pointer = _json([vars(reference) for reference in kept[: self.keep]])
+        try:
+            for name, data in (*files.items(), (MANIFEST, manifest)):
+                storage.write_bytes(storage.join(where, name), data)
+        except StorageError:
+            self._delete(kept[0])  # half of it on a full disk would only be in the way
+            raise
         storage.write_bytes(storage.join(self.url, POINTER), pointer)
         for old in kept[self.keep :]:
             self._delete(old)
