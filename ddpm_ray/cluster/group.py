@@ -134,7 +134,9 @@ def run(
 def _tell(notes: Notes, starts: int, show: Callable[[Progress], None]) -> int:
     """Pass on what is new since the workers had started `starts` times; returns how often now."""
     if starts and len(notes.starts) > starts:
-        log.warning("a worker was lost or failed; all were started again, at step %d", notes.starts[-1])
+        log.warning(
+            "a worker was lost or failed; all were started again, at step %d", notes.starts[-1]
+        )
     if notes.progress:
         show(notes.progress)
     return len(notes.starts)

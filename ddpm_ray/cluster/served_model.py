@@ -18,20 +18,13 @@ class ServedModel:
     def predict(
         self, model_input: Any, params: dict[str, Any] | None = None
     ) -> npt.NDArray[np.uint8]:
-        """uint8 images [N, H, W, C], one per row of `model_input`.
+        """uint8 images [N, H, W, C]: `model_input` holds the arguments of TrainedModel.sample.
 
-        A column `seed`, where there is one, must hold one value: images are numbered within a
-        seed. Keyword arguments of TrainedModel.sample may stand in a dict of one row, or in
-        `params`, as in {"num_images": 16, "steps": 50, "seed": 3}.
+        As in {"num_images": 16, "steps": 50, "seed": 3}, or a table of one such row, which is what
+        MLflow's server makes of a request. Raises ValueError as `sample` does.
         """
-        wanted = dict(params or {})
-        if isinstance(model_input, dict):
-            wanted |= model_input
-        elif model_input is not None:
-            row = model_input.iloc[0].to_dict() if hasattr(model_input, "iloc") else {}
-            wanted = {"num_images": len(model_input)} | row | wanted
-        plain = {key: getattr(value, "item", lambda v=value: v)() for key, value in wanted.items()}
-        return self.model.sample(plain.pop("num_images", 1), **plain)
+        wanted = model_input if isinstance(model_input, dict) else model_input.to_dict("records")[0]
+        return self.model.sample(**wanted, **(params or {}))
 
 
 def _load_pyfunc(path: str) -> ServedModel:

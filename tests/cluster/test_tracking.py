@@ -340,7 +340,7 @@ MLFLOWS = [  # warnings that MLflow's own code meets as it logs and loads a mode
 
 @pytest.mark.parametrize("wanted", [
     {"num_images": 5, "steps": 3, "seed": 2},
-    pd.DataFrame({"seed": [2] * 5, "steps": [3] * 5}),
+    pd.DataFrame({"num_images": [5], "seed": [2], "steps": [3]}),
 ], ids=["dict", "table"])  # fmt: skip
 @pytest.mark.filterwarnings(*MLFLOWS)
 def test_a_logged_model_samples_what_its_checkpoint_samples(
