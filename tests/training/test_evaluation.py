@@ -3,12 +3,10 @@
 import hashlib
 import json
 import logging
-import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,41 +29,10 @@ from ddpm_ray.training.features import FeatureNet, digits_net, inception_net
 from ddpm_ray.training.reference import Reference, reference
 from ddpm_ray.training.workers import Workers
 
-Result = TypeVar("Result")
+OnWorkers = Callable[[int, Callable[[Workers], Any]], list[Any]]  # see conftest.py
 SCHEDULE = NoiseSchedule(schedules.cosine(20))
 PLAN = SamplingPlan(uniform_steps(20, 3), seed=5)
 SHAPE = (1, 6, 6)
-
-
-@dataclass
-class Table:
-    """Where the workers of one test meet; a worker that does not come breaks the test in 20 s."""
-
-    barrier: threading.Barrier
-    values: list[Any] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class ThreadedWorkers(Workers):
-    """Workers that are threads of one process: gather and sum_ as all_gather and all_reduce."""
-
-    table: Table = field(default_factory=lambda: Table(threading.Barrier(1)))
-
-    def gather(self, value: Any) -> list[Any]:
-        self.table.values[self.rank] = value
-        self.table.barrier.wait(20)
-        values = list(self.table.values)
-        self.table.barrier.wait(20)
-        return values
-
-    def sum_(self, tensor: Tensor) -> Tensor:
-        return tensor.copy_(torch.stack(self.gather(tensor.clone())).sum(0))
-
-
-def on_workers(count: int, work: Callable[[Workers], Result]) -> list[Result]:
-    table = Table(threading.Barrier(count), [None] * count)
-    with ThreadPoolExecutor(count) as pool:
-        return list(pool.map(work, [ThreadedWorkers(i, count, table=table) for i in range(count)]))
 
 
 def pack(folder: Path, images: Images, shard_sizes: list[int]) -> Dataset:
@@ -144,7 +111,7 @@ def kernel_by_sklearn(a: Any, b: Any) -> float:
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 5])
 def test_a_reference_is_that_of_all_images_on_any_number_of_workers(
-    workers: int, tmp_path: Path
+    on_workers: OnWorkers, workers: int, tmp_path: Path
 ) -> None:
     images = random_images(100)
     dataset = pack(tmp_path, images, [30, 1, 50, 19])
@@ -196,7 +163,7 @@ def test_fewer_samples_than_features_are_scored_to_twelve_digits(tmp_path: Path)
 @pytest.mark.parametrize("workers", [2, 3, 5])
 @pytest.mark.parametrize("num_images", [40, 4])
 def test_scores_do_not_depend_on_the_number_of_workers(
-    workers: int, num_images: int, tmp_path: Path
+    on_workers: OnWorkers, workers: int, num_images: int, tmp_path: Path
 ) -> None:
     def classify(images: Tensor) -> Tensor:
         return torch.from_numpy(features_of(images.numpy(), 8) * 20)
@@ -297,7 +264,7 @@ def test_where_nothing_can_be_written_the_reference_still_comes(
 
 
 def test_a_cache_that_only_some_workers_can_read_is_used_by_none(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    on_workers: OnWorkers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dataset = pack(tmp_path, random_images(30), [10, 10, 10])
     first = reference(dataset, net(4), Workers(), kernel_images=6)
