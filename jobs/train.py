@@ -38,11 +38,18 @@ def train(config: RunConfig, _: Namespace) -> dict[str, Any]:
         f"denoising    {report['denoising']}",
         f"scores       {scores or 'none: evaluation.num_images is 0'}",
         f"MLflow run   {report['run_id']} in {report['tracking_uri']}",
-        f"to see it    mlflow ui --backend-store-uri {report['tracking_uri']}   (or: make ui)",
+        f"to see it    {_way_to_see(report['tracking_uri'], report['page'])}",
         sep="\n",
         file=sys.stderr,
     )
     return report
+
+
+def _way_to_see(tracking_uri: str, page: str) -> str:
+    if tracking_uri.startswith("http"):
+        return tracking_uri.rstrip("/") + page
+    command = f"mlflow ui --backend-store-uri {tracking_uri}"
+    return f"make ui   (elsewhere: {command}), then http://127.0.0.1:5000{page}"
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ class TrackedRun:
     @property
     def page(self) -> str:
         """The run's address below the MLflow UI's root."""
-        return f"/#/experiments/{self.experiment_id}/runs/{self.run_id}"
+        return f"/#/experiments/{self.experiment_id}/runs/{self.run_id}/model-metrics"
 
 
 def find_or_create_run(
