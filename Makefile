@@ -31,6 +31,7 @@ types: $(READY)  ## mypy --strict
 	$(BIN)/mypy
 
 bench: $(READY)  ## speed as ratios to what we compare with
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	for script in benchmarks/*.py; do $(BIN)/python $$script; done
 
 ui: $(READY)  ## the local runs in MLflow
