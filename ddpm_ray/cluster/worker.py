@@ -127,6 +127,8 @@ def place() -> Workers:
     """This process's place in its Ray Train worker group."""
     context = ray.train.get_context()
     device = ray.train.torch.get_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # NCCL gathers plain objects on the current device
     return Workers(context.get_world_rank(), context.get_world_size(), device)
 
 

@@ -53,7 +53,7 @@ class Job:
             str(ROOT / "conf/train/digits.yaml"),
             *self.arguments,
         ]
-        environment = os.environ | {"RAY_TMPDIR": "/tmp", "OMP_NUM_THREADS": "1"}
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
         process = subprocess.Popen(
             command, cwd=self.folder, env=environment, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
