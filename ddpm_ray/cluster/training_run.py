@@ -1,5 +1,6 @@
 """One training run seen from its driver: check, find where it stands, run the workers, tell."""
 
+import contextlib
 import dataclasses
 import getpass
 import json
@@ -68,7 +69,6 @@ def train(config: RunConfig, home: Path, show: Callable[[Progress], None]) -> Ou
         config.tracking.uri, config.tracking.experiment, config.name, identity, _artifacts(config)
     )
     log.info("MLflow run %s", tracked.run_id)
-    status = "FAILED"
     try:
         tracking.describe(
             tracked,
@@ -85,15 +85,15 @@ def train(config: RunConfig, home: Path, show: Callable[[Progress], None]) -> Ou
             "tracked": vars(tracked),
         }
         ended = group.run(train_worker, settings, config.cluster, show)
-        finished = ended["step"] == config.training.steps
+        finished = ended["step"] >= config.training.steps
         if finished:
             tracking.log_model(tracked, ended["checkpoint"], "ddpm_ray.cluster.served_model")
-        status = "FINISHED" if finished else "KILLED"
-    except KeyboardInterrupt:
-        status = "KILLED"
+    except BaseException as error:
+        status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
+        with contextlib.suppress(tracking.TrackingError):  # `error` is what matters
+            tracking.finish(tracked, status)
         raise
-    finally:
-        tracking.finish(tracked, status)
+    tracking.finish(tracked, "FINISHED" if finished else "KILLED")
     return Outcome(finished, _report(config, folder, tracked, ended))
 
 

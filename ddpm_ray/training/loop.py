@@ -105,7 +105,7 @@ def train(run: Run) -> bool:
         if saves or stopped:
             save(run)
     run.checkpoints.wait()
-    return state.step == plan.steps
+    return state.step >= plan.steps
 
 
 def take_step(run: Run) -> None:
