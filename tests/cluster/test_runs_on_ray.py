@@ -18,12 +18,12 @@ from mlflow import MlflowClient
 
 ROOT = Path(__file__).parents[2]
 TRAIN = ROOT / "jobs" / "train.py"
-STEPS = 240
+STEPS = 400  # some seconds: progress is told once a second
 TINY = (
     "model.base_channels=16", "model.channel_mults=[1,2]", "model.blocks_per_level=1",
     "model.groups=4", "model.attention_resolutions=[4]", "model.dropout=0.1",
     f"training.steps={STEPS}",
-    "training.global_batch_size=64", "training.checkpoint_every_steps=40",
+    "training.global_batch_size=64", "training.checkpoint_every_steps=50",
     "training.log_every_steps=20", "training.grid_every_steps=100", "training.warmup_steps=10",
     "sampling.steps=5", "evaluation.num_images=32",
 )  # fmt: skip
