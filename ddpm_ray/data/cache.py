@@ -6,10 +6,13 @@ Readers check what they get here like anything else, so a file that rots on disk
 
 from __future__ import annotations
 
+import logging
 import os
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -69,5 +72,5 @@ class ShardCache:
     def _forget(path: Path) -> None:
         try:
             path.unlink(missing_ok=True)
-        except OSError:
-            pass
+        except OSError as error:  # it stays for now; the next shard makes room again
+            log.warning("%s: stays in the cache (%s)", path, error)

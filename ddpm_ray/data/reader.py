@@ -118,6 +118,7 @@ class Reader:
             self._changed.notify_all()
 
     def close(self) -> None:
+        """End the threads and let go of what they read."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()

@@ -87,6 +87,7 @@ class ArraySource:
 
     @property
     def digest(self) -> str:
+        """sha256 of name, pixels and labels."""
         digest = hashlib.sha256(repr((self.name, self.images.shape, self.label_names)).encode())
         digest.update(self.images.tobytes())
         digest.update(self.labels.tobytes())

@@ -46,6 +46,7 @@ class Inception(nn.Module):
 
     @torch.no_grad()
     def features(self, images: Tensor) -> dict[int, Tensor]:
+        """Features float32 [N, width] under each width, of uint8 images [N, H, W, 3 or 1]."""
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
             raise ValueError(
                 f"images are {images.dtype} {list(images.shape)}; "
