@@ -129,6 +129,7 @@ class FileSource:
         return len(self.members)
 
     def read(self, samples: range) -> Iterator[Sample]:
+        """These samples in order, files fetched a run ahead."""
         members = self.members[samples.start : samples.stop]
         with ThreadPoolExecutor(1 if storage.is_local(self.url) else READERS) as pool:
             # In runs, so that no more than a run of files is in memory ahead of the reader.
