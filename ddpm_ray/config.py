@@ -327,3 +327,21 @@ class EvaluateConfig:
         yield from self.evaluation.problems()
         if self.evaluation.num_images < 2:
             yield f"evaluation.num_images is {self.evaluation.num_images}; score at least 2"
+
+
+@dataclass(frozen=True)
+class DoctorConfig:
+    """What a run would lean on, to be tried before it: `jobs/doctor.py`."""
+
+    storage: str = knob("runs", "folder for runs, on any fsspec URL; tried with a small object")
+    tracking_uri: str = knob(
+        "", "MLflow server or database; empty: $MLFLOW_TRACKING_URI or ./mlflow.db"
+    )
+    address: str = knob("", "Ray cluster to join; empty: $RAY_ADDRESS or a local Ray")
+    timeout_s: float = knob(
+        12, "seconds after which a check that has not ended is a failure", at_least=1, at_most=600
+    )
+
+    def problems(self) -> Iterator[str]:
+        if not self.storage:
+            yield "storage is empty; give it a value, as in storage=s3://bucket/runs"

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from ddpm_ray import knobs
-from ddpm_ray.config import EvaluateConfig, PackConfig, RunConfig, SampleConfig
+from ddpm_ray.config import DoctorConfig, EvaluateConfig, PackConfig, RunConfig, SampleConfig
 
 ROOT = Path(__file__).parent.parent
 PAGES = ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md"]
@@ -19,6 +19,7 @@ JOBS: dict[str, type[Any]] = {
     "jobs/sample.py": SampleConfig,
     "jobs/evaluate.py": EvaluateConfig,
     "jobs/pack_shards.py": PackConfig,
+    "jobs/doctor.py": DoctorConfig,
 }
 HOSTS = {"127.0.0.1", "arxiv.org", "github.com", "mlflow.example.com"}
 

