@@ -24,7 +24,8 @@ SLOW = {  # what is tried by a process of its own, and what to do where that doe
     "Ray": "see `ray status` on the head; where it wants a token, set RAY_AUTH_MODE=token",
 }
 WORST_SKEW_S = 5.0  # signatures, time stamps of rows and Ray's own clocks stand that much
-SPARE_S = 2.0  # left of the time to tell which node did not answer
+GOODBYE_S = 1.0
+SPARE_S = 3.0  # left of the time to ask the clocks and tell which node did not answer
 
 Found = Finding | Clock
 
@@ -42,7 +43,7 @@ def examine(config: DoctorConfig, home: Path) -> list[Finding]:
     for check in SLOW:
         receiver, sender = spawn.Pipe(duplex=False)
         process: BaseProcess = spawn.Process(
-            target=_try, args=(check, config, home, sender), daemon=True
+            target=_try, args=(check, config, home, until, sender), daemon=True
         )
         process.start()
         sender.close()
@@ -56,14 +57,16 @@ def examine(config: DoctorConfig, home: Path) -> list[Finding]:
                 found[check].append(ready.recv())
             except EOFError:
                 del watched[ready]
-                process.join()
-                if process.exitcode:
+                process.join(GOODBYE_S)
+                if process.exitcode is None:
+                    process.kill()  # it has told all: what is left of Ray in it may take its time
+                elif process.exitcode:
                     text = f"the check itself died with code {process.exitcode}"
                     found[check].append(Finding(check, "fail", text, SLOW[check]))
     for check, process in watched.values():
         process.kill()
         place = {"storage": config.storage, "MLflow": config.tracking_uri, "Ray": config.address}
-        text = f"{place[check]}: no end after {config.timeout_s:g} s".removeprefix(": ")
+        text = f"{place[check]}: no end after timeout_s={config.timeout_s:g}".removeprefix(": ")
         found[check].append(Finding(check, "fail", text, SLOW[check]))
     everything = [one for findings in found.values() for one in findings]
     clocks = [one for one in everything if isinstance(one, Clock)]
@@ -87,14 +90,14 @@ def _plain(text: str) -> str:
     return text.replace("[", r"\[")
 
 
-def _try(check: str, config: DoctorConfig, home: Path, found: Connection) -> None:
+def _try(check: str, config: DoctorConfig, home: Path, until: float, found: Connection) -> None:
     """What the process of one check does: send each finding as it is made."""
     if not os.environ.get("DDPM_RAY_TRACEBACK"):  # Ray's C++ half writes to stderr what we tell
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, 1)
         os.dup2(nowhere, 2)
     try:
-        for one in _look(check, config, home):
+        for one in _look(check, config, home, until):
             found.send(one)
     except Exception as error:  # noqa: BLE001 - whatever it is, the report says so
         text = " ".join(str(error).split()) or type(error).__name__
@@ -102,7 +105,7 @@ def _try(check: str, config: DoctorConfig, home: Path, found: Connection) -> Non
     found.close()
 
 
-def _look(check: str, config: DoctorConfig, home: Path) -> Iterator[Found]:
+def _look(check: str, config: DoctorConfig, home: Path, until: float) -> Iterator[Found]:
     match check:
         case "storage":
             return checkups.storage_keeps(config, home)
@@ -111,7 +114,7 @@ def _look(check: str, config: DoctorConfig, home: Path) -> Iterator[Found]:
         case _:
             from ddpm_ray.cluster.ray_checkup import ray_answers  # heavy, and needed here alone
 
-            return ray_answers(config, time.time() + config.timeout_s - SPARE_S)
+            return ray_answers(config, until - SPARE_S)
 
 
 def _clocks(clocks: list[Clock]) -> Finding:

@@ -1,5 +1,6 @@
 """The cluster, tried as a run would use it: its nodes, State API, authentication, GPUs, clocks."""
 
+import contextlib
 import http.client
 import ipaddress
 import os
@@ -17,11 +18,12 @@ from ray.util.state import list_nodes
 from ddpm_ray.cluster.checkups import ANSWER_S, INSTALL, Clock, Finding, clock, versions
 from ddpm_ray.config import DoctorConfig
 
+CLOCK_S = 1.0
 MOST_NAMED = 3  # nodes that a line names before it counts the rest
 
 
 def ray_answers(config: DoctorConfig, until: float) -> Iterator[Finding | Clock]:
-    """What is found by joining the cluster as a driver; nodes get until `until` to answer."""
+    """What is found by joining as a driver; nodes may answer until `until`, monotonic."""
     address = config.address or os.environ.get("RAY_ADDRESS", "")
     if address in ("", "local"):
         found = f"no address: a run starts a local Ray on this machine ({os.cpu_count()} CPUs)"
@@ -115,7 +117,9 @@ def _nodes(
     nodes: dict[str, dict[str, Any]], tasks: dict[str, Any], until: float
 ) -> Iterator[Finding | Clock]:
     """Each node's own word on its packages, GPUs and clock."""
-    ray.wait(list(tasks.values()), num_returns=len(tasks), timeout=max(0.0, until - time.time()))
+    ray.wait(
+        list(tasks.values()), num_returns=len(tasks), timeout=max(0.0, until - time.monotonic())
+    )
     mine, wrong, silent = versions(), [], []
     gpus: list[tuple[str, int, int]] = []
     for node, task in tasks.items():
@@ -133,20 +137,20 @@ def _nodes(
         ]
         wrong += [f"{name} has {', '.join(differing)}"] if differing else []
         gpus.append((name, seen, int(nodes[node]["Resources"].get("GPU", 0))))
-        asked = _on(node, _now)  # by the process that is there by now: some milliseconds
         before = time.time()
-        try:
-            yield clock(name, ray.get(asked, timeout=ANSWER_S), before, time.time())
-        except ray.exceptions.RayError:
-            silent.append(name)
+        asked = _on(node, _now)  # by the process that is there by now: some milliseconds
+        with contextlib.suppress(ray.exceptions.RayError):  # it has answered once
+            yield clock(name, ray.get(asked, timeout=CLOCK_S), before, time.time())
     if silent:
-        found, remedy = f"no answer from {_named(silent)} in time", "look at them: `ray status`"
-        yield Finding("nodes", "fail", found, f"{remedy}; or wait longer with timeout_s=60")
+        found = f"no answer from {_named(silent)} in time"
+        remedy = "see `ray status`; busy nodes may need longer: timeout_s=60"
+        yield Finding("nodes", "fail", found, remedy)
     if wrong:
         yield Finding("nodes", "fail", _named(wrong, "; "), f"there: {INSTALL}")
     if not (silent or wrong):
         yield Finding("nodes", "ok", "each has this machine's packages")
-    yield _gpus(gpus)
+    if gpus:
+        yield _gpus(gpus)
 
 
 def _on(node: str, function: Any) -> Any:

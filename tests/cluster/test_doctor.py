@@ -138,8 +138,8 @@ def test_servers_that_never_answer_are_told_in_time(
     assert code == 1, told
     assert report["failed"] == ["storage", "MLflow", "Ray"]
     found = {one["check"]: one["found"] for one in report["findings"]}
-    assert found["storage"] == f"{bucket}/runs: no end after 7 s"
-    assert found["Ray"] == f"127.0.0.1:{silent}: no end after 7 s"
+    assert found["storage"] == f"{bucket}/runs: no end after timeout_s=7"
+    assert found["Ray"] == f"127.0.0.1:{silent}: no end after timeout_s=7"
     assert "timed out" in found["MLflow"]
 
 
