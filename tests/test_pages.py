@@ -12,7 +12,7 @@ from ddpm_ray import knobs
 from ddpm_ray.config import DoctorConfig, EvaluateConfig, PackConfig, RunConfig, SampleConfig
 
 ROOT = Path(__file__).parent.parent
-PAGES = ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md"]
+PAGES = ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/cluster.md"]
 CONFIGS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "conf").rglob("*.yaml"))
 JOBS: dict[str, type[Any]] = {
     "jobs/train.py": RunConfig,

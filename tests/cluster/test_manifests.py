@@ -73,6 +73,12 @@ def test_ray_up_takes_the_cluster_file(cluster: dict[str, Any]) -> None:
     validate(cluster)
 
 
+def test_ray_up_takes_the_cluster_file_of_the_page() -> None:
+    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/cluster.md").read_text(), re.DOTALL)
+    (on_premises,) = map(yaml.safe_load, blocks)
+    validate(on_premises)
+
+
 def test_a_misspelt_key_is_refused(cluster: dict[str, Any]) -> None:
     with pytest.raises(jsonschema.ValidationError, match="max_wrkers"):
         validate(cluster | {"max_wrkers": 8})
