@@ -33,6 +33,7 @@ from ddpm_ray.data.transforms import to_model_range
 from ddpm_ray.knobs import load, to_dict
 from ddpm_ray.training import loop, objectives
 from ddpm_ray.training.checkpoints import CheckpointStore, CheckpointWriter
+from ddpm_ray.training.gallery import Gallery
 from ddpm_ray.training.loop import Run, train
 from ddpm_ray.training.objectives import NonFiniteError
 from ddpm_ray.training.reporting import RATES, Progress, Row, StepLog
@@ -124,7 +125,8 @@ def configured(data: str, *overrides: str) -> RunConfig:
             f"training.steps={STEPS}", f"training.checkpoint_every_steps={EVERY}",
             "training.global_batch_size=4", "training.log_every_steps=4",
             "training.learning_rate=3e-3", "training.warmup_steps=4",
-            "training.ema_decay_per_step=0.8", *overrides,
+            "training.ema_decay_per_step=0.8", "evaluation.spectrum_every_steps=2",
+            "evaluation.spectrum_images=16", *overrides,
         ],
     )  # fmt: skip
 
@@ -159,20 +161,31 @@ def begin(
     network: nn.Module = state.model
     if workers.count > 1:
         network = DistributedDataParallel(network, broadcast_buffers=False)
+    sink, objective = (ledger or Ledger()) if workers.leads else None, build.objective(config, CPU)
+    gallery = Gallery(
+        state,
+        objective.schedule,
+        build.sampling_plan(config.sampling, config.schedule.num_steps),
+        (1, SIDE, SIDE),
+        workers,
+        str(folder),
+        sink,
+    )
     return Run(
         plan=build.plan(config, workers.count),
         state=state,
         network=network,
-        objective=build.objective(config, CPU),
+        objective=objective,
         stream=streamed(config, workers),
         workers=workers,
         log=log,
         checkpoints=CheckpointWriter(store),
-        sink=(ledger or Ledger()) if workers.leads else None,
+        sink=sink,
         show_progress=lambda progress: False,
         draw_grid=lambda step: None,
         draw_strip=lambda step: None,
         evaluate=lambda step: None,
+        probe=build.probe(config, dataset, gallery).look,
     )
 
 
@@ -182,6 +195,7 @@ def bits(run: Run) -> Snapshot:
 
 def assert_same_bits(one: Snapshot, other: Snapshot) -> None:
     assert one.step == other.step
+    assert one.facts["probes"] == other.facts["probes"]
     for group, tensors in one.tensors.items():
         assert tensors.keys() == other.tensors[group].keys()
         differing = [k for k, v in tensors.items() if not torch.equal(v, other.tensors[group][k])]
@@ -286,7 +300,7 @@ def test_a_killed_run_ends_like_an_unbroken_one(
     unbroken: Callable[..., tuple[Snapshot, Ledger]],
     tmp_path: Path,
 ) -> None:
-    """Bit by bit, and each row of it is the row of an unbroken run, bands too."""
+    """Bit by bit, and each row of it is the row of an unbroken run, bands and probes too."""
     config, ledger = configured(data), Ledger()
     wanted, rows = unbroken()
     run = begin(config, tmp_path, ledger)
@@ -338,6 +352,80 @@ def test_any_kind_of_run_survives_its_death(
     assert_same_bits(bits(again), wanted)
     assert ledger.timeless() == rows.timeless()
     assert all(math.isfinite(value) for value in ledger.values.values())
+
+
+@pytest.mark.usefixtures("_reports_at_each_step")
+@pytest.mark.parametrize(
+    "every, steps",
+    [
+        (1, [1, 2, 3, 4, 5, 6, 7, 8]),
+        (3, [3, 6, 8]),  # 8 is the last: also where it is no multiple
+        (5, [5, 8]),
+        (20, [8]),
+        (0, []),
+    ],
+)
+@pytest.mark.parametrize("dies, step", [(dies_before_update, 7), (dies_in_save, 8)])
+def test_each_probe_is_there_once_whatever_died(
+    dies: Callable[..., None],
+    step: int,
+    every: int,
+    steps: list[int],
+    data: str,
+    unbroken: Callable[..., tuple[Snapshot, Ledger]],
+    tmp_path: Path,
+) -> None:
+    """Step 7 is taken up from 6, and the last save, of step 8, is made twice."""
+    override = f"evaluation.spectrum_every_steps={every}"
+    config, ledger = configured(data, override), Ledger()
+    wanted, rows = unbroken(override)
+    run = begin(config, tmp_path, ledger)
+    with pytest.MonkeyPatch.context() as patch:
+        dies(run, step, patch)
+        with pytest.raises(Killed, match=f"step {step}"):
+            train(run)
+    again = begin(config, tmp_path, ledger)
+    told: list[list[int]] = []
+
+    def show(progress: Progress) -> bool:
+        told.append([probe["step"] for probe in progress.probes])
+        return False
+
+    again.show_progress = show
+    assert train(again)
+    assert again.state.probes == wanted.facts["probes"]
+    assert [probe["step"] for probe in again.state.probes] == steps
+    assert [step for key, step in ledger.values if key == "eval/loss_common"] == steps
+    assert ledger.timeless() == rows.timeless()
+    assert told[-1] == steps  # the last one too, before the run ends
+
+
+def test_a_probe_is_told_at_once_however_rare_reports_are(
+    data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever compares runs stops this one by it."""
+    monkeypatch.setattr(loop, "REPORT_EVERY_S", 1e9)
+    run = begin(configured(data), tmp_path)
+    newest: list[tuple[int, int]] = []
+
+    def show(progress: Progress) -> bool:
+        newest.append((progress.step, progress.probes[-1]["step"] if progress.probes else 0))
+        return progress.step == 4
+
+    run.show_progress = show
+    assert not train(run)
+    assert newest == [(1, 0), (2, 2), (3, 2), (4, 4)]  # the first report, and at saves
+
+
+def test_a_checkpoint_keeps_the_probes_of_its_step(data: str, tmp_path: Path) -> None:
+    """It is written in the background, while the run takes more of them."""
+    run = begin(configured(data), tmp_path)
+    for _ in range(2):
+        run.probe(run.state.step)
+        taken = bits(run)
+        run.state.step += 2
+    run.probe(run.state.step)
+    assert [probe["step"] for probe in taken.facts["probes"]] == [0, 2]
 
 
 def test_runs_of_another_seed_or_dropout_are_other_runs(
