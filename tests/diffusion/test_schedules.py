@@ -39,7 +39,56 @@ def test_cosine_follows_fifty_digits_until_the_cap() -> None:
     assert found.tolist() == pytest.approx(reference, rel=1e-9)
 
 
-@pytest.mark.parametrize("kind", [schedules.cosine, schedules.linear])
+def test_scaled_linear_ends_where_fifty_digits_say() -> None:
+    with mpmath.workdps(50):
+        first, last = mpmath.sqrt(mpmath.mpf("0.00085")), mpmath.sqrt(mpmath.mpf("0.012"))
+        beta = [(first + k * (last - first) / 999) ** 2 for k in range(1000)]
+        reference = float(mpmath.fprod(1 - b for b in beta))
+    assert reference == pytest.approx(4.66e-3, rel=1e-3)
+    assert schedules.scaled_linear(1000)[-1].item() == pytest.approx(reference, rel=1e-12)
+
+
+def test_scaled_linear_is_rescaled_as_linear_is() -> None:
+    """A constant beta has an evenly spaced root too, so there the two schedules are one."""
+    beta = 0.01
+    flat = schedules.linear(250, beta, beta, rescale=True)
+    assert schedules.scaled_linear(250, beta, beta, rescale=True).tolist() == pytest.approx(
+        flat.tolist(), rel=1e-12
+    )
+
+
+def test_sigmoid_follows_fifty_digits_until_the_cap() -> None:
+    with mpmath.workdps(50):
+
+        def logistic(x: mpmath.mpf) -> mpmath.mpf:
+            return 1 / (1 + mpmath.exp(-x))
+
+        at = [mpmath.mpf(-3) + mpmath.mpf(6) * t / 1000 for t in range(1001)]
+        low, high = logistic(at[0]), logistic(at[-1])
+        reference = [float((high - logistic(x)) / (high - low)) for x in at[:1000]]
+    found = schedules.sigmoid(1000).tolist()
+    assert found[:1000] == pytest.approx(reference, rel=1e-9)
+    assert found[1000] == pytest.approx(reference[-1] * (1 - 0.999), rel=1e-9)
+
+
+@given(num_steps=st.integers(2, 400), end=st.floats(0.5, 6), tau=st.floats(0.3, 3))
+def test_a_sigmoid_seen_from_both_sides_alike_is_symmetric(
+    num_steps: int, end: float, tau: float
+) -> None:
+    """As much image is left t steps after the start as is gone t steps before the end."""
+    a = schedules.sigmoid(num_steps, -end, end, tau)[:-1]  # before the cap
+    inner = a[1:]
+    assert inner.tolist() == pytest.approx((1 - inner.flip(0)).tolist(), abs=1e-9)
+
+
+def test_a_sigmoid_stretched_far_is_a_straight_line() -> None:
+    a = schedules.sigmoid(100, tau=1e4)
+    assert a[:-1].tolist() == pytest.approx([1 - t / 100 for t in range(100)], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "kind", [schedules.cosine, schedules.linear, schedules.scaled_linear, schedules.sigmoid]
+)
 @given(num_steps=st.integers(1, 1500))
 def test_every_length_is_a_noise_schedule(kind: object, num_steps: int) -> None:
     assert callable(kind)
@@ -82,6 +131,20 @@ def test_linear_names_the_rescaling_that_goes_too_far() -> None:
         ValueError, match=r"beta_end is 0\.02 and 2 after the rescaling by 1000/10;"
     ):
         schedules.linear(10, rescale=True)
+
+
+@pytest.mark.parametrize(
+    "arguments, complaint",
+    [
+        ((0,), "num_steps is 0"),
+        ((10, 3.0, 3.0), "start is 3 and end 3; start must lie below end"),
+        ((10, -3.0, 3.0, 0.0), "tau is 0; it must be above 0"),
+        ((10, -3.0, 3.0, 1.0, 1.0), r"max_beta is 1; a variance lies in \(0, 1\)"),
+    ],
+)
+def test_sigmoid_says_what_is_wrong(arguments: tuple[int, ...], complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        schedules.sigmoid(*arguments)
 
 
 @pytest.mark.parametrize(
