@@ -23,6 +23,7 @@ from ddpm_ray.diffusion.process import Denoise, NoiseSchedule
 from ddpm_ray.diffusion.samplers import quadratic_steps, uniform_steps
 from ddpm_ray.generation.sample import SamplingPlan, draw, to_uint8
 from ddpm_ray.training.features import FeatureNet
+from ddpm_ray.training.interval import GROUPS, jackknife_interval
 from ddpm_ray.training.reference import Reference
 from ddpm_ray.training.workers import Workers
 
@@ -41,7 +42,7 @@ class Scores:
 class _Seen:
     """What was seen of the samples, of one worker or merged."""
 
-    moments: dict[int, Moments]
+    moments: dict[int, list[Moments]]  # of each group of samples, see interval.py
     kept: dict[int, Tensor]  # float32 [n, D]: features of the samples with the lowest indices
     recognised: Tensor | None  # int64 [classes]: images that the classifier is sure of
 
@@ -61,6 +62,7 @@ def evaluate(
 ) -> Scores:
     """Scores of the samples 0..num_images-1 against `reference`, lower is nearer.
 
+    Beside a Frechet distance stand `_low` and `_high`, the ends of its interval (interval.py).
     `image_shape` is (C, H, W); `provenance` is what the caller knows of the weights (EMA decay,
     step, sha256) and goes into the certificate. All workers must call it, on all of them the result
     is the same. Raises ValueError where images, features or numbers cannot be compared.
@@ -125,17 +127,19 @@ def _see(
 
     `keep` says, by width, below which index features are kept whole.
     """
-    moments = {w: Moments.zeros(w, workers.device) for w in net.widths}
+    # 335 MB for ten groups at width 2048: a second pass over the samples would cost far more.
+    moments = {w: [Moments.zeros(w, workers.device) for _ in range(GROUPS)] for w in net.widths}
     kept = {w: [torch.empty(0, w)] for w in net.widths}
     recognised: list[Tensor] = []
     for index, images in batches:
         for w, features in net(images).items():
-            moments[w].update(features)
+            for number, group in enumerate(moments[w]):
+                group.update(features[(index % GROUPS == number).to(features.device)])
             kept[w].append(features.cpu()[index < keep[w]])
         if net.classify is not None:
             recognised.append(_recognised(net.classify(images)))
-    for one in moments.values():
-        for tensor in one.tensors():
+    for group in (group for of_width in moments.values() for group in of_width):
+        for tensor in group.tensors():
             workers.sum_(tensor)
     counts = [count for of_one in workers.gather(recognised) for count in of_one]
     return _Seen(
@@ -162,17 +166,13 @@ def _metrics(
     metrics = {}
     for w in net.widths:
         frechet, kernel = metric_names(net, w)
-        truth, sample = reference.moments[w], seen.moments[w]
-        features = seen.kept[w].to(truth.sum.device)
-        if num_images <= w:  # their covariance is singular: half the digits, and slower
-            metrics[frechet] = frechet_distance_to_features(
-                truth.mean(), truth.covariance(), features
-            )
-        else:
-            metrics[frechet] = frechet_distance(
-                truth.mean(), truth.covariance(), sample.mean(), sample.covariance()
-            )
+        metrics[frechet] = score = _distance(w, reference, seen, num_images)
+        if num_images >= 2 * GROUPS:  # fewer leave groups that say nothing of their spread
+            without = [_distance(w, reference, seen, num_images, g) for g in range(GROUPS)]
+            low, high = jackknife_interval(score, without)
+            metrics |= {f"{frechet}_low": low, f"{frechet}_high": high}
         if reference.kernel_images:
+            features = seen.kept[w].to(reference.moments[w].sum.device)
             metrics[kernel] = kernel_distance(
                 reference.kept[w], features[: reference.kernel_images]
             )
@@ -180,6 +180,22 @@ def _metrics(
         metrics["eval/recognised"] = int(seen.recognised.sum()) / num_images
         metrics["eval/classes"] = float((seen.recognised > 0).sum())
     return metrics
+
+
+def _distance(
+    width: int, reference: Reference, seen: _Seen, num_images: int, left_out: int = -1
+) -> float:
+    """The Frechet distance of the samples, of all or of all but one group, to the reference."""
+    truth = reference.moments[width]
+    if num_images <= width:  # their covariance is singular: half the digits, and slower
+        group = torch.arange(num_images) % GROUPS
+        features = seen.kept[width][group != left_out].to(truth.sum.device)
+        return frechet_distance_to_features(truth.mean(), truth.covariance(), features)
+    sample = Moments.zeros(width, truth.sum.device)
+    for number, moments in enumerate(seen.moments[width]):
+        if number != left_out:
+            sample.merge(moments)
+    return frechet_distance(truth.mean(), truth.covariance(), sample.mean(), sample.covariance())
 
 
 def _certificate(
@@ -214,6 +230,7 @@ def _certificate(
             "kernel_images": reference.kernel_images,
         },
         "covariance": "n-1",
+        "interval": f"95 %, delete-a-group jackknife over {GROUPS} groups of samples",
         "versions": {
             "python": platform.python_version(),
             **{name: version(name) for name in ("ddpm-ray", "torch", "numpy")},

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from scipy.linalg import sqrtm
 from sklearn.datasets import load_digits
 from sklearn.metrics.pairwise import polynomial_kernel
@@ -141,12 +142,31 @@ def test_scores_are_what_scipy_and_sklearn_make_of_the_same_samples(
     drawn = to_uint8(draw(blind, SCHEDULE, PLAN, torch.arange(num_images), SHAPE, "cpu"))
     samples = features_of(drawn, 8)
     metrics = score(feature_net, truth, num_images=num_images).metrics
-    assert metrics.keys() == {"eval/fid8", "eval/kid8"}
+    ends = {"eval/fid8_low", "eval/fid8_high"} if num_images >= 20 else set()
+    assert metrics.keys() == {"eval/fid8", "eval/kid8"} | ends
     # scipy's root of a singular product is good to 7 digits only
     expected = frechet_by_scipy(features_of(images, 8), samples)
     assert metrics["eval/fid8"] == pytest.approx(expected, rel=1e-6 if num_images > 8 else 1e-5)
     expected = kernel_by_sklearn(features_of(images, 8)[::12], samples[:5])
     assert metrics["eval/kid8"] == pytest.approx(expected, rel=1e-5, abs=1e-8)
+
+
+@pytest.mark.parametrize("width", [8, 64], ids=["more than features", "fewer"])
+def test_the_interval_is_of_the_scores_without_each_tenth_sample(
+    width: int, tmp_path: Path
+) -> None:
+    """From the samples themselves: scipy's distance of what is left, ten times."""
+    images, feature_net = random_images(90), net(width)
+    truth = reference(pack(tmp_path, images, [90]), feature_net, Workers())
+    drawn = to_uint8(draw(blind, SCHEDULE, PLAN, torch.arange(40), SHAPE, "cpu"))
+    metrics = score(feature_net, truth).metrics
+    known, seen = (features_of(each, width) for each in (images, drawn))
+    left = [frechet_by_scipy(known, seen[np.arange(40) % 10 != group]) for group in range(10)]
+    error = (9 * np.var(left)) ** 0.5
+    ends = metrics[f"eval/fid{width}_low"], metrics[f"eval/fid{width}_high"]
+    middle = metrics[f"eval/fid{width}"]
+    half = stats.t.ppf(0.975, 9) * error
+    assert ends == pytest.approx((max(0, middle - half), middle + half), rel=1e-4)
 
 
 def test_fewer_samples_than_features_are_scored_to_twelve_digits(tmp_path: Path) -> None:
@@ -296,7 +316,10 @@ def test_digits_are_recognised_and_noise_is_not(tmp_path: Path) -> None:
     }
     real = score(judge, truth, denoise=knows(digits), **arguments).metrics
     noise = score(judge, truth, denoise=lambda x_t, t: x_t * 0, **arguments).metrics
-    assert real.keys() == {"eval/fd_digits", "eval/kd_digits", "eval/recognised", "eval/classes"}
+    assert real.keys() == {
+        "eval/fd_digits", "eval/fd_digits_low", "eval/fd_digits_high", "eval/kd_digits",
+        "eval/recognised", "eval/classes",
+    }  # fmt: skip
     assert real["eval/recognised"] > 0.95
     assert real["eval/classes"] == 10
     assert abs(real["eval/fd_digits"]) < 1e-5
