@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, assert_never
 
 import torch
@@ -30,6 +31,17 @@ def to_model_range(images: Tensor, flip: Tensor | None = None) -> Tensor:
     x = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
     x = x.div_(127.5).sub_(1)
     return x if flip is None else torch.where(flip.view(-1, 1, 1, 1), x.flip(-1), x)
+
+
+def mean_square(pixel_mean: Sequence[float], pixel_std: Sequence[float]) -> float:
+    """E[x^2] per pixel in [-1, 1], from mean and standard deviation [C] of pixels in 0..255."""
+    squares = [(mean / 127.5 - 1) ** 2 for mean in pixel_mean]
+    return sum(squares) / len(squares) + pixel_variance(pixel_std)
+
+
+def pixel_variance(pixel_std: Sequence[float]) -> float:
+    """Variance per pixel in [-1, 1], from the standard deviation [C] of pixels in 0..255."""
+    return sum((std / 127.5) ** 2 for std in pixel_std) / len(pixel_std)
 
 
 def _centre_crop_box_bicubic(image: Image.Image, size: int) -> Image.Image:

@@ -27,6 +27,7 @@ class Purpose(IntEnum):
     SAMPLE_START = 3
     SAMPLE_STEP = 4
     DROPOUT = 5
+    PROBE = 6
 
 
 def normal(

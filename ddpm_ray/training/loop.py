@@ -51,6 +51,7 @@ class Plan:
     checkpoint_every_steps: int
     grid_every_steps: int = 0
     evaluate_every_steps: int = 0
+    probe_every_steps: int = 0
 
     def is_due(self, every_steps: int, step: int) -> bool:
         """Whether something that is done every so many steps (0: never) is done after `step`."""
@@ -74,6 +75,7 @@ class Run:
     draw_grid: Callable[[int], None]
     draw_strip: Callable[[int], None]
     evaluate: Callable[[int], None]  # leaves its scores in state.scores
+    probe: Callable[[int], None]  # adds its losses to state.probes
     report_every_steps: int = 1
     reported: tuple[int, float] = field(default_factory=lambda: (0, time.perf_counter()))
 
@@ -93,9 +95,12 @@ def train(run: Run) -> bool:
         take_step(run)
         step = state.step
         saves = step == plan.steps or plan.is_due(plan.checkpoint_every_steps, step)
-        if saves or step - run.reported[0] >= run.report_every_steps:
-            stopped = report(run)
         last = step == plan.steps
+        probes = plan.is_due(plan.probe_every_steps, plan.probe_every_steps if last else step)
+        if probes:
+            run.probe(step)
+        if saves or probes or step - run.reported[0] >= run.report_every_steps:
+            stopped = report(run)
         if last or plan.is_due(plan.grid_every_steps, step):
             run.draw_grid(step)
         if last:
@@ -140,7 +145,8 @@ def report(run: Run) -> bool:
     if run.sink is not None:
         run.sink.rows(rows)
         rate = steps_per_s * run.plan.global_batch_size
-        progress = Progress(step, run.plan.steps, rows[-1].metrics["train/loss"], rate)
+        loss = rows[-1].metrics["train/loss"]
+        progress = Progress(step, run.plan.steps, loss, rate, run.state.probes)
         agreed[0] = run.show_progress(progress)
         agreed[1] = max(1, round(steps_per_s * REPORT_EVERY_S))
     run.workers.sum_(agreed)  # the leader's word: all report, and stop, at the same steps

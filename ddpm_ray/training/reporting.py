@@ -6,7 +6,7 @@ again; only the rates (`train/images_per_s`, `train/data_wait_share`) are clocks
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -38,6 +38,7 @@ class Progress:
     steps: int
     loss: float
     images_per_s: float
+    probes: list[dict[str, Any]] = field(default_factory=list)  # see training/probing.py
 
 
 class Sink(Protocol):

@@ -1,0 +1,66 @@
+"""A look at a model on an axis that is the same for every schedule: its loss by log-SNR.
+
+The loss that training minimises is a mean over t, and what noise a t stands for depends on the
+schedule and on T. At one log-SNR all of them do the same task, so there their losses compare: on
+the same images, with the same noise, by the EMA weights that samples come from.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ddpm_ray.data.transforms import to_model_range
+from ddpm_ray.diffusion import seeding
+from ddpm_ray.diffusion.process import NoiseSchedule
+from ddpm_ray.diffusion.seeding import Purpose
+from ddpm_ray.diffusion.spectrum import common_loss, loss_spectrum
+from ddpm_ray.training.reporting import Row, Sink
+from ddpm_ray.training.state import TrainingState
+from ddpm_ray.training.workers import Workers
+
+# The linear schedule of Ho et al. spans -10.1 to 9.2 at T = 1000. Beyond these levels a denoiser
+# of small images does hardly better or worse than a guess.
+LEVELS = tuple(level + 0.5 for level in range(-8, 8))
+SEED = 0  # of images and noise: the same in every run on a data set
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Looks with the EMA weights, on all workers; each sees its share of the images."""
+
+    state: TrainingState
+    schedule: NoiseSchedule
+    images: Tensor  # uint8 [n, H, W, C]: this worker's, whole groups of one image per level
+    first_index: int  # of the first of them among all workers' images
+    variance: float  # of the data's pixels in [-1, 1]: what a level never trained is charged with
+    workers: Workers
+    sink: Sink | None  # on the leader
+    batch_size: int = 64
+
+    def look(self, step: int) -> None:
+        """Adds the losses of `step` to the state and hands them on; all workers must call it."""
+        levels = torch.tensor(LEVELS, dtype=torch.float64)
+        chunk = max(1, self.batch_size // (2 * len(LEVELS))) * len(LEVELS)  # seen at two steps each
+        total, groups = torch.zeros(len(LEVELS) + 1, dtype=torch.float64), len(LEVELS)
+        for start in range(0, len(self.images), chunk):
+            part = self.images[start : start + chunk]
+            total[:groups] += len(part) // groups * self._spectrum(part, start, levels).cpu()
+            total[groups] += len(part) // groups
+        self.workers.sum_(total)
+        spectrum = total[:groups] / total[groups]
+        loss = common_loss(spectrum, levels)
+        self.state.probes.append({"step": step, "loss": loss, "spectrum": spectrum.tolist()})
+        if self.sink is not None:
+            by_level = {f"eval/loss_logsnr/{level:g}": float(value)
+                        for level, value in zip(LEVELS, spectrum, strict=True)}  # fmt: skip
+            self.sink.rows([Row(step, {"eval/loss_common": loss} | by_level)])
+
+    def _spectrum(self, images: Tensor, start: int, levels: Tensor) -> Tensor:
+        device = self.workers.device
+        x_0 = to_model_range(images.to(device), None)
+        index = torch.arange(len(images), device=device) + self.first_index + start
+        noise = seeding.normal(SEED, Purpose.PROBE, 0, index, tuple(x_0.shape[1:]))
+        return loss_spectrum(
+            self.state.ema.model, self.schedule, x_0, noise, levels.to(device), self.variance
+        )
