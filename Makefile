@@ -3,7 +3,7 @@ SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help train test faults lint types bench ui clean
+.PHONY: help train sweep test faults cluster-demo doctor lint types bench ui clean
 
 BIN := .venv/bin
 READY := .venv/ready
@@ -12,16 +12,22 @@ PYTHON = $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null && echo $$p && break; done)
 
 help:  ## list these targets
-	@awk -F ':.*  ## ' '/^[a-z]+:.*  ## /{printf "make %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## /{printf "make %-12s %s\n", $$1, $$2}' Makefile
 
 train: $(READY)  ## the demo: 8x8 digits, 2 workers, under 5 minutes
 	$(BIN)/python jobs/train.py conf/train/digits.yaml
+
+sweep: $(READY)  ## the demo of a sweep: which schedule, which T; under 10 minutes
+	$(BIN)/python jobs/sweep.py conf/sweep/quick.yaml
 
 test: $(READY)  ## all tests but the long ones
 	$(BIN)/pytest
 
 faults: $(READY)  ## the long tests: killed workers, dead servers, full trainings
 	$(BIN)/pytest -m slow
+
+doctor: $(READY)  ## is all there that a run leans on
+	$(BIN)/python jobs/doctor.py
 
 lint: $(READY)  ## ruff's rules and its format
 	$(BIN)/ruff check

@@ -1,5 +1,6 @@
 """From config to objects: one `match` per choice; no registry, no import by string."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, assert_never
@@ -15,7 +16,7 @@ from ddpm_ray.config import (
     ScheduleConfig,
     TrainingConfig,
 )
-from ddpm_ray.data import storage
+from ddpm_ray.data import storage, transforms
 from ddpm_ray.data.shards import Dataset
 from ddpm_ray.data.stream import ShardStream
 from ddpm_ray.diffusion import samplers, schedules
@@ -24,11 +25,13 @@ from ddpm_ray.generation.sample import SamplingPlan, TrainedModel
 from ddpm_ray.knobs import defining, from_dict
 from ddpm_ray.models.ema import EMA, decay_from_half_life, ramped
 from ddpm_ray.models.unet import UNet
-from ddpm_ray.training import checkpoints, features
+from ddpm_ray.training import checkpoints, features, probing
 from ddpm_ray.training.checkpoints import CheckpointError
 from ddpm_ray.training.features import FeatureNet
+from ddpm_ray.training.gallery import Gallery
 from ddpm_ray.training.loop import Plan
 from ddpm_ray.training.objectives import Objective
+from ddpm_ray.training.probing import LEVELS, Probe
 from ddpm_ray.training.state import TrainingState
 from ddpm_ray.training.workers import Workers
 
@@ -42,8 +45,20 @@ def noise_schedule(config: ScheduleConfig) -> NoiseSchedule:
             alpha_bar = schedules.linear(
                 config.num_steps, config.beta_start, config.beta_end, rescale=config.rescale
             )
+        case "scaled_linear":
+            alpha_bar = schedules.scaled_linear(
+                config.num_steps, config.beta_start, config.beta_end, rescale=config.rescale
+            )
         case "cosine":
             alpha_bar = schedules.cosine(config.num_steps, config.offset, config.max_beta)
+        case "sigmoid":
+            alpha_bar = schedules.sigmoid(
+                config.num_steps,
+                config.sigmoid_start,
+                config.sigmoid_end,
+                config.sigmoid_tau,
+                config.max_beta,
+            )
         case _:
             assert_never(config.kind)
     return NoiseSchedule(alpha_bar)
@@ -113,6 +128,7 @@ def plan(config: RunConfig, workers: int) -> Plan:
         checkpoint_every_steps=training.checkpoint_every_steps,
         grid_every_steps=training.grid_every_steps,
         evaluate_every_steps=config.evaluation.every_steps,
+        probe_every_steps=config.evaluation.spectrum_every_steps,
     )
 
 
@@ -158,6 +174,39 @@ def stream(config: RunConfig, dataset: Dataset, workers: Workers) -> ShardStream
         window_bytes=config.data.shuffle_window_bytes,
         cache_dir=cache_dir(config.data, "shards"),
         cache_bytes=config.data.cache_bytes,
+    )
+
+
+def probe(config: RunConfig, dataset: Dataset, gallery: Gallery) -> Probe:
+    """What looks at the loss by log-SNR; this worker's part of its images is read here, once.
+
+    Which images depends on the data set alone: a fixed seed's first ones, out of few shards.
+    """
+    workers, groups = gallery.workers, config.evaluation.spectrum_images // len(LEVELS)
+    share, total = workers.share(groups), groups * len(LEVELS)
+    images = torch.empty(0, *dataset.manifest.image_shape, dtype=torch.uint8)
+    if share:  # more workers than groups leave some without images
+        found = ShardStream(
+            dataset,
+            seed=probing.SEED,
+            global_batch_size=total,
+            positions=range(share.start * len(LEVELS), share.stop * len(LEVELS)),
+            lanes=math.gcd(config.data.lanes, total),
+            window_bytes=config.data.shuffle_window_bytes,
+            cache_dir=cache_dir(config.data, "shards"),
+            cache_bytes=config.data.cache_bytes,
+        )
+        images = found.batch(0).images
+        found.close()
+    return Probe(
+        gallery.state,
+        gallery.schedule,
+        images,
+        share.start * len(LEVELS),
+        transforms.pixel_variance(dataset.manifest.pixel_std),
+        workers,
+        gallery.sink,
+        config.sampling.batch_size,
     )
 
 

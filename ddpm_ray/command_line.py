@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ddpm_ray.knobs import Config, ConfigError, help_lines, load, to_yaml
 
-DONE, FAILED, WRONG_CONFIG, INTERRUPTED = 0, 1, 2, 130
+DONE, FAILED, WRONG_CONFIG, PARTLY_FAILED, INTERRUPTED = 0, 1, 2, 3, 130
 
 
 class InterruptedRunError(Exception):
@@ -47,6 +47,10 @@ def main(
         result = job(config, arguments)
     except ConfigError as error:
         return _say(error, WRONG_CONFIG)
+    except PartlyFailedError as error:
+        message, result = error.args
+        print(json.dumps(result), flush=True)
+        return _say(message, PARTLY_FAILED)
     except InterruptedRunError as error:
         return _say(error, INTERRUPTED)
     except KeyboardInterrupt:
@@ -73,6 +77,18 @@ def home_folder() -> Path:
     home = Path(os.environ.get("DDPM_RAY_HOME", "~/ddpm-ray")).expanduser()
     home.mkdir(parents=True, exist_ok=True)
     return home
+
+
+def way_to_see(tracking_uri: str, page: str) -> str:
+    """What to type or open to see `page` of the MLflow at `tracking_uri`."""
+    if tracking_uri.startswith("http"):
+        return tracking_uri.rstrip("/") + page
+    command = f"mlflow ui --backend-store-uri {tracking_uri}"
+    return f"make ui   (elsewhere: {command}), then http://127.0.0.1:5000{page}"
+
+
+class PartlyFailedError(Exception):
+    """A job that did what it could while parts of it failed: args are (message, result)."""
 
 
 class ProgressLine:

@@ -40,16 +40,23 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    kind: Literal["linear", "cosine"] = knob("linear", "how beta grows with t", defines_run=True)
+    kind: Literal["linear", "scaled_linear", "cosine", "sigmoid"] = knob(
+        "linear", "how beta grows with t; scaled_linear: its root linearly", defines_run=True
+    )
     num_steps: int = knob(1000, "T, the diffusion steps", at_least=1, defines_run=True)
-    beta_start: float = knob(1e-4, "linear: beta_1", above=0, below=1, defines_run=True)
-    beta_end: float = knob(0.02, "linear: beta_T", above=0, below=1, defines_run=True)
+    beta_start: float = knob(1e-4, "both linear: beta_1", above=0, below=1, defines_run=True)
+    beta_end: float = knob(0.02, "both linear: beta_T", above=0, below=1, defines_run=True)
     rescale: bool = knob(
-        False, "linear: multiply beta by 1000/T, so that alpha_bar_T hardly depends on T",
+        False, "both linear: multiply beta by 1000/T, so that alpha_bar_T hardly depends on T",
         defines_run=True,
     )  # fmt: skip
     offset: float = knob(0.008, "cosine: s", at_least=0, defines_run=True)
-    max_beta: float = knob(0.999, "cosine: cap of beta", above=0, below=1, defines_run=True)
+    max_beta: float = knob(
+        0.999, "cosine and sigmoid: cap of beta", above=0, below=1, defines_run=True
+    )
+    sigmoid_start: float = knob(-3.0, "sigmoid: where it is seen from, t = 0", defines_run=True)
+    sigmoid_end: float = knob(3.0, "sigmoid: up to where, t = T", defines_run=True)
+    sigmoid_tau: float = knob(1.0, "sigmoid: larger is straighter", above=0, defines_run=True)
 
     def problems(self) -> Iterator[str]:
         if self.beta_start > self.beta_end:
@@ -58,7 +65,13 @@ class ScheduleConfig:
                 f"{self.beta_end}; noise must grow with t: swap them"
             )
         scale = 1000 / max(self.num_steps, 1) if self.rescale else 1.0
-        if self.kind == "linear" and self.beta_end < 1 <= self.beta_end * scale:
+        if self.sigmoid_start >= self.sigmoid_end:
+            yield (
+                f"schedule.sigmoid_start is {self.sigmoid_start}; it must lie below "
+                f"schedule.sigmoid_end {self.sigmoid_end}"
+            )
+        linear = self.kind in ("linear", "scaled_linear")
+        if linear and self.beta_end < 1 <= self.beta_end * scale:
             yield (
                 f"schedule.num_steps is {self.num_steps}: rescaled by 1000/T, schedule.beta_end "
                 f"becomes {self.beta_end * scale:.3g} and must be below 1; use at least "
@@ -201,6 +214,10 @@ class EvaluationConfig:
     weights_sha256: str = knob(INCEPTION_SHA256, "of that file")
     kernel_distance: bool = knob(True, "also the kernel inception distance (KID)")
     kernel_distance_images: int = knob(5000, "images of each side that KID compares", at_least=2)
+    spectrum_every_steps: int = knob(
+        0, "steps between losses by log-SNR, on one axis for all schedules; 0: none", at_least=0
+    )
+    spectrum_images: int = knob(512, "images that these are taken of, always the same", at_least=16)
 
     def problems(self) -> Iterator[str]:
         known = (192, 768, 2048)
@@ -230,6 +247,9 @@ class ClusterConfig:
     address: str = knob("", "Ray cluster to join; empty: $RAY_ADDRESS or a local Ray")
     max_failures: int = knob(3, "times that lost workers are started again", at_least=0)
     timeout_s: float = knob(300, "seconds a collective may take before it is an error", above=0)
+    start_timeout_s: float = knob(
+        600, "seconds to wait for the workers' places while nodes boot or others hold them", above=0
+    )
 
 
 @dataclass(frozen=True)

@@ -39,15 +39,20 @@ def knob(
     at_most: float | None = None,
     below: float | None = None,
     defines_run: bool = False,
+    fills: str = "",
 ) -> T:
-    """A documented field with its range; `defines_run`: a run keeps the value for life."""
+    """A documented field with its range; `defines_run`: a run keeps the value for life.
+
+    `fills`: the value names a YAML file whose keys go into the group of that name, below all that
+    is set for it elsewhere.
+    """
     limits = {
         "at least": (at_least, lambda x, y: x >= y),
         "above": (above, lambda x, y: x > y),
         "at most": (at_most, lambda x, y: x <= y),
         "below": (below, lambda x, y: x < y),
     }
-    metadata = {"doc": doc, "limits": limits, "defines_run": defines_run}
+    metadata = {"doc": doc, "limits": limits, "defines_run": defines_run, "fills": fills}
     value: T = field(default=default, metadata=metadata)
     return value
 
@@ -58,11 +63,27 @@ def load(kind: type[Config], path: str | None, overrides: list[str]) -> Config:
     Raises ConfigError with one line for each bad key: its path, its value, the rule, and the
     nearest valid name.
     """
-    merged = OmegaConf.structured(kind)
+    layers = [(path, _yaml(path))] if path else []
+    layers += [("command line", _override(text)) for text in overrides]
+    layers = [*_filling(kind, layers), *layers]
+    return _checked(kind, OmegaConf.structured(kind), layers, path or "command line")
+
+
+def with_values(config: Config, values: Mapping[str, Any], where: str) -> Config:
+    """`config` with every dotted key of `values` set, checked as a whole.
+
+    Raises ConfigError with one line, which begins with `where`, for each bad key.
+    """
+    return _checked(type(config), OmegaConf.structured(config), [(where, dict(values))], where)
+
+
+def _checked(
+    kind: type[Config], merged: Any, layers: list[tuple[str, dict[str, Any]]], fallback: str
+) -> Config:
+    """`merged` with the layers laid over it, each key of each told if it is wrong."""
     set_by: dict[str, str] = {}
     wrong: dict[str, str] = {}  # one line for each key
-    layers = [(path, _yaml(path))] if path else []
-    for where, layer in [*layers, *(("command line", _override(text)) for text in overrides)]:
+    for where, layer in layers:
         for key, value in _leaves(layer):
             set_by[key] = where
             try:
@@ -73,11 +94,11 @@ def load(kind: type[Config], path: str | None, overrides: list[str]) -> Config:
         config = cast(Config, OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:  # of an interpolation, ${...}
         reason = str(error).splitlines()[0]
-        raise ConfigError(f"{path or 'command line'}: {error.full_key}: {reason}") from error
+        raise ConfigError(f"{fallback}: {error.full_key}: {reason}") from error
     # What keys are together is told once each of them could be read.
     for line in [*_out_of_range(config), *([] if wrong else config.problems())]:
         key = line.partition(" ")[0]
-        wrong.setdefault(key, f"{set_by.get(key, path or 'command line')}: {line}")
+        wrong.setdefault(key, f"{set_by.get(key, fallback)}: {line}")
     if wrong:
         raise ConfigError("\n".join(wrong.values()))
     return config
@@ -111,6 +132,18 @@ def flat(config: object) -> dict[str, Any]:
 def defining(config: object) -> dict[str, Any]:
     """The leaves that a run keeps for life: a checkpoint continues only under equal ones."""
     return {key: value for key, value, meta in _walk(config) if meta["defines_run"]}
+
+
+def complaint(kind: type[Any], key: str, value: Any) -> str:
+    """What is wrong with giving the dotted `key` of `kind` this value, or an empty string.
+
+    Its name and its type alone; ranges and what keys are together is seen by `with_values`.
+    """
+    try:
+        OmegaConf.merge(OmegaConf.structured(kind), _nested(key, value))
+    except OmegaConfBaseException as error:
+        return _complaint(kind, key, value, error)
+    return ""
 
 
 def help_lines(kind: type[Any]) -> list[str]:
@@ -159,6 +192,19 @@ def _yaml(path: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: holds a {type(values).__name__}; give keys and values")
     return cast(dict[str, Any], values)
+
+
+def _filling(
+    kind: type[Any], layers: list[tuple[str, dict[str, Any]]]
+) -> list[tuple[str, dict[str, Any]]]:
+    """What the files hold that `fills` knobs name, each under its group."""
+    named = {
+        item.metadata["fills"]: layer[item.name]
+        for item in fields(kind)
+        for _, layer in layers
+        if item.metadata.get("fills") and layer.get(item.name)
+    }
+    return [(str(file), {group: _yaml(str(file))}) for group, file in named.items()]
 
 
 def _override(text: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import sys
 from argparse import Namespace
 from typing import Any
 
-from ddpm_ray.command_line import InterruptedRunError, ProgressLine, home_folder, main
+from ddpm_ray.command_line import InterruptedRunError, ProgressLine, home_folder, main, way_to_see
 from ddpm_ray.config import RunConfig
 
 
@@ -38,18 +38,11 @@ def train(config: RunConfig, _: Namespace) -> dict[str, Any]:
         f"denoising    {report['denoising']}",
         f"scores       {scores or 'none: evaluation.num_images is 0'}",
         f"MLflow run   {report['run_id']} in {report['tracking_uri']}",
-        f"to see it    {_way_to_see(report['tracking_uri'], report['page'])}",
+        f"to see it    {way_to_see(report['tracking_uri'], report['page'])}",
         sep="\n",
         file=sys.stderr,
     )
     return report
-
-
-def _way_to_see(tracking_uri: str, page: str) -> str:
-    if tracking_uri.startswith("http"):
-        return tracking_uri.rstrip("/") + page
-    command = f"mlflow ui --backend-store-uri {tracking_uri}"
-    return f"make ui   (elsewhere: {command}), then http://127.0.0.1:5000{page}"
 
 
 if __name__ == "__main__":

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from ddpm_ray import command_line
-from ddpm_ray.config import EvaluateConfig, PackConfig, RunConfig, SampleConfig
+from ddpm_ray.config import DoctorConfig, EvaluateConfig, PackConfig, RunConfig, SampleConfig
 from ddpm_ray.knobs import Config, ConfigError, flat, from_dict, help_lines, load, to_dict, to_yaml
+from ddpm_ray.sweep_config import SweepConfig
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "conf").rglob("*.yaml"))
@@ -26,6 +27,8 @@ KINDS: dict[str, type[Any]] = {
     "pack_shards": PackConfig,
     "sample": SampleConfig,
     "evaluate": EvaluateConfig,
+    "doctor": DoctorConfig,
+    "sweep": SweepConfig,
 }
 JOBS = [job for job in KINDS if (ROOT / "jobs" / f"{job}.py").exists()]
 HEAVY = ("torch", "ray", "mlflow", "numpy", "pyarrow", "fsspec", "scipy", "PIL")
@@ -93,7 +96,7 @@ def test_an_unknown_key_is_told_with_the_nearest_one(mistyped: str, meant: str) 
         ("training.steps=null", "training.steps=None: Incompatible value"),
         ("seed=true", "could not be converted to Integer"),
         ("data.flip=perhaps", "is not a valid bool"),
-        ("schedule.kind=cosin", "expected one of ['linear', 'cosine']"),
+        ("schedule.kind=cosin", "expected one of ['linear', 'scaled_linear', 'cosine', 'sigmoid']"),
         ("model.channel_mults=[1,x]", "could not be converted to Integer"),
         ("model.channel_mults=2", "model.channel_mults=2"),
         ("schedule=linear", "a group of keys, not a value; set schedule.<key>"),
@@ -212,6 +215,7 @@ def random_config(kind: type[Config], dice: random.Random) -> Config:
             str: "".join(dice.choices("aZ0_ .:/='\"\n#{[-\u00e9\u2192", k=dice.randrange(9))),
             tuple: tuple(dice.choices(range(-9, 9), k=dice.randrange(4))),
         }
+        texts[tuple] = ({"a.b": [1, "x"]}, {}) if key == "space" else texts[tuple]
         if key.rpartition(".")[2] not in CHOICES:
             config = replaced(config, key, texts[type(value)])
     return config
@@ -277,12 +281,11 @@ def test_each_key_has_a_meaning_of_its_own_and_fits_the_line(kind: type[Any]) ->
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_a_printed_config_is_the_config(path: Path, tmp_path: Path) -> None:
-    if path.parent.name != "train":
-        pytest.skip("no RunConfig")
-    read = load(RunConfig, str(path), ["schedule.beta_start=3e-5"])
+    kind: type[Any] = SweepConfig if path.parent.name == "sweep" else RunConfig
+    read = load(kind, str(path), [])
     config = dataclasses.replace(read, name='it\'s: a "name"')
     (tmp_path / "printed.yaml").write_text(to_yaml(config))
-    assert load(RunConfig, str(tmp_path / "printed.yaml"), []) == config
+    assert load(kind, str(tmp_path / "printed.yaml"), []) == config
 
 
 LISTING_MODULES = """
@@ -310,6 +313,8 @@ POSITIONAL = {
     "pack_shards": ["source", "destination"],
     "sample": ["runs/a", "--out", "grid.png"],
     "evaluate": ["runs/a"],
+    "doctor": [],
+    "sweep": ["conf/sweep/quick.yaml"],
 }
 
 
@@ -317,14 +322,15 @@ POSITIONAL = {
 def test_a_wrong_config_ends_before_anything_heavy_loads(job: str) -> None:
     """Exit code 2, one `error:` line per key, nothing on stdout: under 2 s, for it loads little."""
     given = POSITIONAL[job]
-    some = {"pack_shards": "channels=7"}.get(job, "sampling.eta=7")
+    own = {"pack_shards": "channels=7", "doctor": "timeout_s=-7", "sweep": "run.sampling.eta=7"}
+    some = own.get(job, "sampling.eta=7")
     program = LISTING_MODULES.format(heavy=HEAVY)
     ended = in_a_process(job, *given, some, "colour=red", program=program)
     assert (ended.returncode, ended.stdout) == (2, "")
     *errors, loaded = ended.stderr.splitlines()
     assert loaded == "loaded: []"
     assert sorted(line.partition(" ")[0] for line in errors) == ["error:", "error:"]
-    assert some.replace("=", " is ") in ended.stderr
+    assert some.partition("=")[0] + " is " in ended.stderr
     assert "colour='red': no such key" in ended.stderr
 
 

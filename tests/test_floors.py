@@ -21,6 +21,7 @@ FLOORS = {
     "ddpm_ray.training": 3,
     "ddpm_ray.knobs": 4,
     "ddpm_ray.config": 4,
+    "ddpm_ray.sweep_config": 4,
     "ddpm_ray.build": 4,
     "ddpm_ray.cluster": 4,
     "ddpm_ray.command_line": 5,
@@ -37,10 +38,11 @@ DOORS = {  # outside package: where alone it may be imported
     "botocore": (),
     "fsspec": ("ddpm_ray.data.storage",),
     "s3fs": ("ddpm_ray.data.storage",),
-    "mlflow": ("ddpm_ray.cluster.tracking",),
+    "mlflow": ("ddpm_ray.cluster.tracking", "ddpm_ray.cluster.registry"),
     "ray": ("ddpm_ray.cluster",),
     "sklearn": ("ddpm_ray.data.built_in_sets",),
     "omegaconf": ("ddpm_ray.knobs",),
+    "optuna": ("ddpm_ray.cluster.search",),
     "torchmetrics": (),  # their compiled halves tie us to one torch build
     "torchvision": (),
 }
@@ -48,6 +50,7 @@ DIETS = {  # module or folder: all that it may import from outside, beside the s
     "ddpm_ray.diffusion": {"torch"},
     "ddpm_ray.data.order": {"numpy"},
     "ddpm_ray.config": set[str](),
+    "ddpm_ray.sweep_config": set[str](),
     "jobs": set[str](),
 }
 EMPTY_NAMES = {"utils", "common", "helpers", "misc", "base"}
@@ -158,7 +161,7 @@ def test_files_and_functions_are_short_and_named_by_their_idea() -> None:
         ("ddpm_ray.generation.sample", "import ddpm_ray", "floor 2 to floor 5"),
         ("ddpm_ray.training.loop", "if TYPE_CHECKING:\n    import ray.train", "ddpm_ray.cluster"),
         ("ddpm_ray.training.loop", "from ray import train", "ddpm_ray.cluster"),
-        ("ddpm_ray.cluster.worker", "import mlflow.pyfunc as p", "cluster.tracking only"),
+        ("ddpm_ray.cluster.worker", "import mlflow.pyfunc as p", "cluster.registry only"),
         ("ddpm_ray.cluster.worker", "from ddpm_ray.command_line import run", "floor 4 to floor 5"),
         ("ddpm_ray.build", "from omegaconf import OmegaConf", "ddpm_ray.knobs only"),
         ("ddpm_ray.models.unet", "from .layers import Block", "a reader can follow"),
@@ -177,7 +180,7 @@ def test_a_forbidden_import_is_caught(module: str, source: str, reason: str) -> 
         ("ddpm_ray.diffusion.losses", "import math, torch\nfrom ddpm_ray.diffusion import process"),
         ("ddpm_ray.models.unet", "from ddpm_ray.diffusion.process import Denoise"),
         ("ddpm_ray.data.storage", "import fsspec"),
-        ("ddpm_ray.cluster.tracking", "import mlflow, ray"),
+        ("ddpm_ray.cluster.registry", "import mlflow, ray"),
         ("ddpm_ray", "from ddpm_ray.generation.sample import load"),
         ("jobs.train", "from ddpm_ray import command_line, config"),
     ],
@@ -201,7 +204,9 @@ def test_a_long_or_nameless_file_is_caught(file: str, source: str, reason: str) 
     assert reason in fault
 
 
-@pytest.mark.parametrize("module", ["ddpm_ray", "ddpm_ray.config", "ddpm_ray.command_line"])
+@pytest.mark.parametrize(
+    "module", ["ddpm_ray", "ddpm_ray.config", "ddpm_ray.sweep_config", "ddpm_ray.command_line"]
+)
 def test_a_wrong_config_can_end_before_anything_heavy_loads(module: str) -> None:
     """Torch alone takes longer to import than the two seconds in which a wrong config must end."""
     heavy = {"torch", "ray", "mlflow", "pandas", "pyarrow", "scipy", "fsspec"}

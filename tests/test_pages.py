@@ -10,12 +10,14 @@ import pytest
 
 from ddpm_ray import knobs
 from ddpm_ray.config import DoctorConfig, EvaluateConfig, PackConfig, RunConfig, SampleConfig
+from ddpm_ray.sweep_config import SweepConfig
 
 ROOT = Path(__file__).parent.parent
 PAGES = ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/cluster.md"]
 CONFIGS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "conf").rglob("*.yaml"))
 JOBS: dict[str, type[Any]] = {
     "jobs/train.py": RunConfig,
+    "jobs/sweep.py": SweepConfig,
     "jobs/sample.py": SampleConfig,
     "jobs/evaluate.py": EvaluateConfig,
     "jobs/pack_shards.py": PackConfig,
@@ -93,7 +95,7 @@ def targets(text: str) -> set[str]:
     return {
         target
         for code in (*spans(text), *(block for _, block in blocks(text)))
-        for target in re.findall(r"\bmake ([a-z]+)\b", code)
+        for target in re.findall(r"\bmake ([a-z-]+)\b", code)
     }
 
 
@@ -116,7 +118,7 @@ def test_the_tree_shows_every_module() -> None:
 
 @pytest.mark.parametrize("page", PAGES + CONFIGS)
 def test_every_make_target_exists(page: str) -> None:
-    known = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    known = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert targets(text_of(page)) <= set(known)
 
 

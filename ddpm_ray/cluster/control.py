@@ -5,7 +5,7 @@ poll, up to 2 s; a note left here costs the worker nothing.
 """
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import ray
 
@@ -14,22 +14,25 @@ from ddpm_ray.training.reporting import Progress
 ANSWER_S = 120.0  # a loaded machine took 10 s to start the actor
 
 
+_Lying: TypeAlias = tuple[dict[str, Any] | None, str | None, list[tuple[int, str]]]
+
+
 class _Desk:
     def __init__(self) -> None:
         self.progress: dict[str, Any] | None = None
         self.stop = False
         self.fatal: str | None = None
-        self.starts: list[int] = []
+        self.starts: list[tuple[int, str]] = []
 
     def leave(self, progress: dict[str, Any]) -> bool:
         self.progress = progress
         return self.stop
 
-    def look(self) -> tuple[dict[str, Any] | None, str | None, list[int]]:
+    def look(self) -> _Lying:
         return self.progress, self.fatal, self.starts
 
-    def start(self, step: int) -> None:
-        self.starts.append(step)
+    def start(self, step: int, group: str) -> None:
+        self.starts.append((step, group))
 
     def ask_to_stop(self) -> None:
         self.stop = True
@@ -44,10 +47,10 @@ class Notes:
 
     progress: Progress | None  # the newest
     fatal: str | None  # why to go on is of no use, if it is not
-    starts: list[int]  # the step that each start of the workers began at
+    starts: list[tuple[int, str]]  # the step that the workers began at, and their placement group
 
     @classmethod
-    def of(cls, notes: tuple[dict[str, Any] | None, str | None, list[int]]) -> "Notes":
+    def of(cls, notes: _Lying) -> "Notes":
         """From the actor's plain values."""
         progress, fatal, starts = notes
         return cls(Progress(**progress) if progress else None, fatal, starts)
@@ -66,9 +69,9 @@ class Desk:
         self._reply = self._actor.leave.remote(asdict(progress))
         return stop
 
-    def start(self, step: int) -> None:
-        """Tell the driver at which step the workers begin, for the first time or again."""
-        self._actor.start.remote(step)
+    def start(self, step: int, group: str) -> None:
+        """Tell the driver at which step the workers of placement group `group` begin."""
+        self._actor.start.remote(step, group)
 
     def glance(self) -> Notes | None:
         """What lies on the desk, if the actor has answered since the last glance; never waits."""

@@ -1,4 +1,4 @@
-"""MLflow: one run per training run, each row once, never on the step path. Its only importer.
+"""MLflow runs: one per training run, each row once, never on the step path.
 
 A metric row's primary key in MLflow holds its time stamp and its value. Ours are a function of
 (run start, step), so a step that is replayed after a crash writes the row that is already there.
@@ -12,30 +12,27 @@ import tempfile
 import uuid
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from threading import Event, Lock, Thread
 from typing import Any
 
-import mlflow
 from mlflow import MlflowClient
 from mlflow.data.dataset_source_registry import resolve_dataset_source
 from mlflow.data.meta_dataset import MetaDataset
 from mlflow.entities import DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
-from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_IMAGES
+from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_IMAGES, MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NOTE
 from PIL import Image
 
 from ddpm_ray.data import storage
-from ddpm_ray.training.checkpoints import MANIFEST, file_names
 from ddpm_ray.training.reporting import RATES, Row
 
 log = logging.getLogger(__name__)
 
 RUN_TAG = "ddpm_ray.run"  # identity of the run's folder: what a restarted job finds its run by
-MAX_METRICS, MAX_PARAMS = 1000, 100  # that the server takes in one call
+MAX_METRICS, MAX_PARAMS, MAX_TAG = 1000, 100, 5000  # that the server takes in one call
 RETRY_S = 5.0
 
 # A dead server must cost a thread seconds, not the two minutes of the defaults (7 tries of 120 s).
@@ -70,22 +67,28 @@ class TrackedRun:
 
 
 def find_or_create_run(
-    uri: str, experiment: str, name: str, identity: str, artifacts: str | None
+    uri: str,
+    experiment: str,
+    name: str,
+    identity: str,
+    artifacts: str | None,
+    parent: str = "",
 ) -> TrackedRun:
     """The MLflow run of the training run `identity`, set to RUNNING; created where there is none.
 
-    `artifacts` is where a new experiment keeps its files; None leaves it to the server. Raises
-    TrackingError.
+    `artifacts` is where a new experiment keeps its files; None leaves it to the server. `parent` is
+    the id of the run that the UI shows it under. Raises TrackingError.
     """
-    with _answering(uri):
+    with answering(uri):
         client = MlflowClient(tracking_uri=uri)
         found = client.get_experiment_by_name(experiment)
         experiment_id = (
             found.experiment_id if found else client.create_experiment(experiment, artifacts)
         )
         query = f"tags.`{RUN_TAG}` = '{identity}'"
+        tags = {RUN_TAG: identity} | ({MLFLOW_PARENT_RUN_ID: parent} if parent else {})
         hits = client.search_runs([experiment_id], query, max_results=1)
-        run = hits[0] if hits else client.create_run(experiment_id, None, {RUN_TAG: identity}, name)
+        run = hits[0] if hits else client.create_run(experiment_id, None, tags, name)
         client.update_run(run.info.run_id, status="RUNNING")
         return TrackedRun(uri, run.info.run_id, experiment_id, run.info.start_time)
 
@@ -100,7 +103,7 @@ def describe(
     dataset_fingerprint: str,
 ) -> None:
     """Log what the run is: new parameters, tags, the whole config as a file, and its data set."""
-    with _answering(run.uri):
+    with answering(run.uri):
         client = MlflowClient(tracking_uri=run.uri)
         known = client.get_run(run.run_id)
         new = [Param(k, str(v)) for k, v in params.items() if k not in known.data.params]
@@ -122,10 +125,51 @@ def describe(
             client.log_inputs(run.run_id, [entity])
 
 
-def finish(run: TrackedRun, status: str) -> None:
-    """Close the run as FINISHED, FAILED or KILLED."""
-    with _answering(run.uri):
-        MlflowClient(tracking_uri=run.uri).set_terminated(run.run_id, status)
+def finish(run: TrackedRun, status: str, reason: str = "") -> None:
+    """Close the run as FINISHED, FAILED or KILLED; the reason becomes a tag and its description."""
+    with answering(run.uri):
+        client = MlflowClient(tracking_uri=run.uri)
+        if reason:
+            told = [RunTag("reason", reason[:MAX_TAG]), RunTag(MLFLOW_RUN_NOTE, reason[:MAX_TAG])]
+            client.log_batch(run.run_id, tags=told)
+        client.set_terminated(run.run_id, status)
+
+
+def log_ended(
+    parent: TrackedRun, name: str, identity: str, params: dict[str, Any], status: str, reason: str
+) -> str:
+    """The id of a run below `parent` that ended before it began: its parameters and the reason."""
+    with answering(parent.uri):
+        client = MlflowClient(tracking_uri=parent.uri)
+        query = f"tags.`{RUN_TAG}` = '{identity}'"
+        hits = client.search_runs([parent.experiment_id], query, max_results=1)
+        tags = {RUN_TAG: identity, MLFLOW_PARENT_RUN_ID: parent.run_id}
+        run = hits[0] if hits else client.create_run(parent.experiment_id, None, tags, name)
+        if not hits:
+            shown = [Param(key, str(value)) for key, value in params.items()]
+            client.log_batch(run.info.run_id, params=shown[:MAX_PARAMS])
+    finish(TrackedRun(parent.uri, run.info.run_id, parent.experiment_id, 0), status, reason)
+    return str(run.info.run_id)
+
+
+def publish(
+    run: TrackedRun,
+    *,
+    pictures: Mapping[str, Image.Image],
+    texts: Mapping[str, str],
+    metrics: Mapping[str, float],
+    step: int,
+    note: str,
+) -> None:
+    """Put these in the run: pictures and texts over what stood there, metrics at `step`, a note."""
+    with answering(run.uri):
+        client = MlflowClient(tracking_uri=run.uri)
+        for key, picture in pictures.items():
+            _log_image(client, run, key, 0, picture)
+        for path, text in texts.items():
+            client.log_text(run.run_id, text, path)
+        rows = [Metric(key, value, run.start_ms + step, step) for key, value in metrics.items()]
+        client.log_batch(run.run_id, rows, tags=[RunTag(MLFLOW_RUN_NOTE, note[:MAX_TAG])])
 
 
 class Tracker:
@@ -220,43 +264,6 @@ class Tracker:
         return metrics, count
 
 
-def log_model(run: TrackedRun, checkpoint_url: str, loader_module: str) -> None:
-    """Log the checkpoint folder as the run's model `model`: no pickle, no code, just its files.
-
-    `loader_module` is the module of this package whose `_load_pyfunc(folder)` reads it. Does
-    nothing where the run has that model already.
-    """
-    with _answering(run.uri), tempfile.TemporaryDirectory() as scratch:
-        mlflow.set_tracking_uri(run.uri)
-        client = MlflowClient(tracking_uri=run.uri)
-        known = client.get_run(run.run_id)
-        if known.outputs and known.outputs.model_outputs:
-            return
-        folder = Path(scratch) / "checkpoint"
-        for name in (MANIFEST, *file_names(("ema",))):  # all that sampling needs
-            data = storage.read_bytes(storage.join(checkpoint_url, name))
-            storage.write_bytes(str(folder / name), data)
-        with mlflow.start_run(run_id=run.run_id):
-            mlflow.pyfunc.log_model(
-                name="model",
-                loader_module=loader_module,
-                data_path=str(folder),
-                pip_requirements=[f"ddpm-ray=={version('ddpm-ray')}"],
-            )
-
-
-def download_model(uri: str, model_uri: str, destination: Path) -> Path:
-    """The checkpoint folder inside the MLflow model at runs:/... or models:/..., downloaded."""
-    with _answering(uri):
-        mlflow.set_tracking_uri(uri)
-        root = Path(mlflow.artifacts.download_artifacts(model_uri, dst_path=str(destination)))
-    found = sorted(root.rglob(MANIFEST))
-    if not found:
-        remedy = "name one that jobs/train.py logged"
-        raise TrackingError(model_uri, "this model holds no checkpoint of ours", remedy)
-    return found[0].parent
-
-
 def _log_image(
     client: MlflowClient, run: TrackedRun, key: str, step: int, image: Image.Image
 ) -> None:
@@ -273,7 +280,7 @@ def _log_image(
 
 
 @contextlib.contextmanager
-def _answering(uri: str) -> Iterator[None]:
+def answering(uri: str) -> Iterator[None]:
     """MLflow's errors, and those of the way to it, as a TrackingError of one line."""
     try:
         yield

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from ddpm_ray import build
-from ddpm_ray.cluster import tracking
+from ddpm_ray.cluster import registry
 from ddpm_ray.generation.sample import TrainedModel
 
 IN_MLFLOW = ("runs:/", "models:/")
@@ -24,7 +24,7 @@ def load(uri: str, device: torch.device | str = "", tracking_uri: str = "") -> T
         return build.trained_model(uri, device)
     with tempfile.TemporaryDirectory() as scratch:
         where = tracking_uri or tracking_place(Path.cwd())
-        return build.trained_model(str(tracking.download_model(where, uri, Path(scratch))), device)
+        return build.trained_model(str(registry.download_model(where, uri, Path(scratch))), device)
 
 
 def tracking_place(home: Path) -> str:

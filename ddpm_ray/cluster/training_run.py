@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from ddpm_ray import build
-from ddpm_ray.cluster import group, tracking
+from ddpm_ray.cluster import group, registry, tracking
 from ddpm_ray.cluster.packing import pack
 from ddpm_ray.cluster.trained import tracking_place
 from ddpm_ray.cluster.worker import train_worker
@@ -50,30 +50,54 @@ class Outcome:
 
     finished: bool
     report: dict[str, Any]  # plain JSON, with URLs of everything
+    ended: dict[str, Any]  # what the workers say of it: see worker.train_worker
 
 
-def train(config: RunConfig, home: Path, show: Callable[[Progress], None]) -> Outcome:
+@dataclasses.dataclass(frozen=True)
+class PartOf:
+    """The sweep that a run is a trial of, as MLflow shows it."""
+
+    run_id: str  # of the sweep
+    label: str  # of the trial
+    values: dict[str, Any]  # what it varies, by dotted key
+
+
+def train(
+    config: RunConfig,
+    home: Path,
+    show: Callable[[Progress], bool | None],
+    part_of: PartOf | None = None,
+    on_start: Callable[[str], None] = lambda _: None,
+) -> Outcome:
     """Train, or continue, the run `config.name`; relative paths lie below `home`.
 
-    Raises ConfigError before anything starts where the config does not fit the data or the run of
-    that name, and RunFailedError, StorageError, DatasetError, CheckpointError or TrackingError.
+    `show` and `on_start` are as in `group.run`. Raises ConfigError before anything starts where the
+    config does not fit the data or the run of that name, and RunFailedError, StorageError,
+    DatasetError, CheckpointError or TrackingError.
     """
     config = located(config, home)
-    if config.data.source and not storage.exists(storage.join(config.data.url, MANIFEST)):
-        pack(config.data.source, config.data.url, PackConfig())
-    dataset = open_dataset(config.data.url)
-    _check_model(config, dataset)
+    dataset = packed_data(config)
+    check_model(config, dataset)
     folder = storage.join(config.storage, config.name)
-    identity = _identity(config, dataset, folder)
+    identity = claim(
+        folder,
+        {"config": to_dict(config), "data_fingerprint": dataset.fingerprint},
+        lambda begun: build.differing_keys(config, begun["config"]),
+    )
     tracked = tracking.find_or_create_run(
-        config.tracking.uri, config.tracking.experiment, config.name, identity, _artifacts(config)
+        config.tracking.uri,
+        config.tracking.experiment,
+        part_of.label if part_of else config.name,
+        identity,
+        artifacts_beside(config.tracking.uri),
+        part_of.run_id if part_of else "",
     )
     log.info("MLflow run %s", tracked.run_id)
     try:
         tracking.describe(
             tracked,
-            params={key: flat(config)[key] for key in PARAMS},
-            tags=_tags(dataset),
+            params={key: flat(config)[key] for key in PARAMS} | (part_of.values if part_of else {}),
+            tags=tags_of(dataset),
             config_yaml=to_yaml(config),
             dataset_url=config.data.url,
             dataset_fingerprint=dataset.fingerprint,
@@ -84,17 +108,17 @@ def train(config: RunConfig, home: Path, show: Callable[[Progress], None]) -> Ou
             "identity": identity,
             "tracked": vars(tracked),
         }
-        ended = group.run(train_worker, settings, config.cluster, show)
+        ended = group.run(train_worker, settings, config.cluster, show, on_start)
         finished = ended["step"] >= config.training.steps
         if finished:
-            tracking.log_model(tracked, ended["checkpoint"], "ddpm_ray.cluster.served_model")
+            registry.log_model(tracked, ended["checkpoint"], "ddpm_ray.cluster.served_model")
     except BaseException as error:
         status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
         with contextlib.suppress(tracking.TrackingError):  # `error` is what matters
-            tracking.finish(tracked, status)
+            tracking.finish(tracked, status, str(error))
         raise
     tracking.finish(tracked, "FINISHED" if finished else "KILLED")
-    return Outcome(finished, _report(config, folder, tracked, ended))
+    return Outcome(finished, _report(config, folder, tracked, ended), ended)
 
 
 def located(config: RunConfig, home: Path) -> RunConfig:
@@ -112,7 +136,14 @@ def located(config: RunConfig, home: Path) -> RunConfig:
     )
 
 
-def _check_model(config: RunConfig, dataset: Dataset) -> None:
+def packed_data(config: RunConfig) -> Dataset:
+    """The data set at data.url; a built-in data.source is packed there where there is none yet."""
+    if config.data.source and not storage.exists(storage.join(config.data.url, MANIFEST)):
+        pack(config.data.source, config.data.url, PackConfig())
+    return open_dataset(config.data.url)
+
+
+def check_model(config: RunConfig, dataset: Dataset) -> None:
     """The network must fit the images: found out here, without memory and before Ray starts."""
     try:
         with torch.device("meta"):
@@ -121,43 +152,43 @@ def _check_model(config: RunConfig, dataset: Dataset) -> None:
         raise ConfigError(f"model: with the images of {config.data.url}: {error}") from error
 
 
-def _identity(config: RunConfig, dataset: Dataset, folder: str) -> str:
-    """The run's own id: a new one in a new folder, else the one found there, if it is this run.
+def claim(
+    folder: str, begun: dict[str, Any], differing: Callable[[dict[str, Any]], list[str]]
+) -> str:
+    """The id of the run or sweep in `folder`: a new one in a new folder, else the one found there.
 
-    Raises ConfigError with a line for each key that the run keeps for life and that differs now.
+    `begun` is written down with a new one; `differing` compares with what was found, a line for
+    each key that is kept for life and differs now. Raises ConfigError with these lines.
     """
     where = storage.join(folder, IDENTITY)
     if not storage.exists(where):
         identity = uuid.uuid4().hex
-        begun = {
-            "identity": identity,
-            "config": to_dict(config),
-            "data_fingerprint": dataset.fingerprint,
-        }
-        storage.write_bytes(where, (json.dumps(begun, indent=1) + "\n").encode())
+        text = json.dumps({"identity": identity} | begun, indent=1) + "\n"
+        storage.write_bytes(where, text.encode())
         return identity
-    begun = json.loads(storage.read_bytes(where))
-    differing = build.differing_keys(config, begun["config"])
-    if dataset.fingerprint != begun["data_fingerprint"]:
-        differing.append(
-            f"data.url holds data set {dataset.fingerprint[:12]}, but the run began with "
-            f"{begun['data_fingerprint'][:12]}"
+    found = json.loads(storage.read_bytes(where))
+    lines = differing(found)
+    if begun["data_fingerprint"] != found["data_fingerprint"]:
+        lines.append(
+            f"data.url holds data set {begun['data_fingerprint'][:12]}, but the run began with "
+            f"{found['data_fingerprint'][:12]}"
         )
-    if differing:
+    if lines:
         remedy = f"{folder} holds another run; choose another name=, or go back to its values"
-        raise ConfigError("\n".join([*differing, remedy]))
-    log.info("continuing run %s", folder)
-    return str(begun["identity"])
+        raise ConfigError("\n".join([*lines, remedy]))
+    log.info("continuing %s", folder)
+    return str(found["identity"])
 
 
-def _artifacts(config: RunConfig) -> str | None:
+def artifacts_beside(tracking_uri: str) -> str | None:
     """Where a new experiment's files lie: beside a database; a server knows its own place."""
-    if not config.tracking.uri.startswith("sqlite:///"):
+    if not tracking_uri.startswith("sqlite:///"):
         return None
-    return str(Path(config.tracking.uri.removeprefix("sqlite:///")).parent / "mlartifacts")
+    return str(Path(tracking_uri.removeprefix("sqlite:///")).parent / "mlartifacts")
 
 
-def _tags(dataset: Dataset) -> dict[str, str]:
+def tags_of(dataset: Dataset) -> dict[str, str]:
+    """Who started this, with what, on which data."""
     # Set by Ray in a submitted job's driver, there alone.
     submitted = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("metadata", {})
     return {

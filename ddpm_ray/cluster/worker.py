@@ -1,6 +1,7 @@
 """What one Ray Train worker does: take its place, find where the run stands, train, evaluate."""
 
 import logging
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ddpm_ray import build
+from ddpm_ray.cluster import placement
 from ddpm_ray.cluster.control import Desk
 from ddpm_ray.cluster.tracking import TrackedRun, Tracker
 from ddpm_ray.config import RunConfig
@@ -36,12 +38,20 @@ from ddpm_ray.training.workers import Workers
 log = logging.getLogger(__name__)
 
 # What a restarted worker would meet again: it ends the run instead of three more attempts.
-FATAL = (NonFiniteError, CheckpointError, DatasetError, ShardCorruptError, ValueError)
+FATAL = (
+    NonFiniteError,
+    CheckpointError,
+    DatasetError,
+    ShardCorruptError,
+    ValueError,
+    MemoryError,
+    torch.OutOfMemoryError,
+)
 LAST_ROWS_S = 60.0  # patience with MLflow at the end; unsent rows are in the checkpoint as well
 
 
 def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
-    """Rank 0's report: the step reached, the committed checkpoint's URL and the newest scores."""
+    """Rank 0's report: the step reached, the committed checkpoint's URL, scores, Unix times."""
     desk: Desk = settings["desk"]
     if desk.look().fatal is not None:  # an earlier attempt found that to go on is of no use
         return {}
@@ -55,7 +65,8 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
 def _train(config: RunConfig, settings: dict[str, Any], desk: Desk) -> dict[str, Any]:
     run = assemble(config, settings, desk.show)
     if run.workers.leads:
-        desk.start(run.state.step)
+        desk.start(run.state.step, placement.of_this_worker())
+    began = time.time()
     try:
         train(run)
     finally:
@@ -66,6 +77,9 @@ def _train(config: RunConfig, settings: dict[str, Any], desk: Desk) -> dict[str,
         "step": run.state.step,
         "checkpoint": run.checkpoints.committed,
         "scores": run.state.scores,
+        "probes": run.state.probes,
+        "trained_from": began,
+        "trained_to": time.time(),
     }
 
 
@@ -120,7 +134,15 @@ def assemble(
         draw_grid=gallery.show_grid,
         draw_strip=gallery.show_strip,
         evaluate=_Judge(config, dataset, gallery).evaluate,
+        probe=_prober(config, dataset, gallery),
     )
+
+
+def _prober(config: RunConfig, dataset: Dataset, gallery: Gallery) -> Callable[[int], None]:
+    """The look at the loss by log-SNR; its images are read only where it is wanted."""
+    if not config.evaluation.spectrum_every_steps:
+        return lambda _: None
+    return build.probe(config, dataset, gallery).look
 
 
 def place() -> Workers:

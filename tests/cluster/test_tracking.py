@@ -19,7 +19,7 @@ from mlflow import MlflowClient
 from PIL import Image
 
 from ddpm_ray import build
-from ddpm_ray.cluster import tracking
+from ddpm_ray.cluster import registry, tracking
 from ddpm_ray.cluster.tracking import TrackedRun, Tracker, TrackingError
 from ddpm_ray.config import RunConfig
 from ddpm_ray.knobs import load, to_dict
@@ -349,7 +349,7 @@ def test_a_logged_model_samples_what_its_checkpoint_samples(
     """Without pickle; as any MLflow user loads it."""
     monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
     run = new_run(uri)
-    tracking.log_model(run, checkpoint, LOADER)
+    registry.log_model(run, checkpoint, LOADER)
     mlflow.set_tracking_uri(uri)
     served = mlflow.pyfunc.load_model(f"runs:/{run.run_id}/model")
     expected = build.trained_model(checkpoint).sample(5, steps=3, seed=2)
@@ -363,7 +363,7 @@ def test_a_model_is_logged_once_and_found_by_its_alias(
 ) -> None:
     run, client = new_run(uri), MlflowClient(uri)
     for _ in range(2):
-        tracking.log_model(run, checkpoint, LOADER)
+        registry.log_model(run, checkpoint, LOADER)
     assert len(client.get_run(run.run_id).outputs.model_outputs) == 1
     name = f"tiny-{run.run_id}"
     mlflow.set_tracking_uri(uri)
@@ -371,7 +371,7 @@ def test_a_model_is_logged_once_and_found_by_its_alias(
     client.set_registered_model_alias(name, "best", version.version)
     expected = build.trained_model(checkpoint).sample(2, steps=3)
     for number, place in enumerate([f"runs:/{run.run_id}/model", f"models:/{name}@best"]):
-        folder = tracking.download_model(uri, place, tmp_path / str(number))
+        folder = registry.download_model(uri, place, tmp_path / str(number))
         assert not [*tmp_path.rglob("*.pkl"), *tmp_path.rglob("*.py")]
         assert (build.trained_model(str(folder)).sample(2, steps=3) == expected).all()
 
@@ -379,7 +379,7 @@ def test_a_model_is_logged_once_and_found_by_its_alias(
 @pytest.mark.parametrize("place", ["models:/nobody@best", "runs:/0123456789abcdef/model"])
 def test_a_model_that_is_not_there_is_told_in_a_line(place: str, uri: str, tmp_path: Path) -> None:
     with pytest.raises(TrackingError, match="check the run's id or the model's name") as told:
-        tracking.download_model(uri, place, tmp_path)
+        registry.download_model(uri, place, tmp_path)
     assert len(str(told.value).splitlines()) == 1
 
 

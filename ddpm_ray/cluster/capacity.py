@@ -1,0 +1,44 @@
+"""How many trials a cluster can run at once, said before the first starts."""
+
+import math
+from typing import Any
+
+import ray
+
+from ddpm_ray.config import ClusterConfig
+from ddpm_ray.knobs import ConfigError
+
+
+def trials_at_once(config: ClusterConfig, wanted: int) -> int:
+    """`wanted` trials side by side, or for 0 as many as fit on the cluster that is connected.
+
+    Counts what an autoscaler may still add. Raises ConfigError, with the arithmetic, where not one
+    trial fits, or fewer than wanted.
+    """
+    need = {"CPU": config.cpus_per_worker, "GPU": config.gpus_per_worker}
+    need = {resource: amount for resource, amount in need.items() if amount}
+    nodes: list[dict[str, float]] = [n["Resources"] for n in ray.nodes() if n["Alive"]]
+    workers = sum(_workers_on(node, need) for node in nodes)
+    if limit := _autoscaler_limit():
+        workers = max(workers, _workers_on(limit, need))
+    fit = workers // config.num_workers
+    if fit >= max(wanted, 1):
+        return wanted or fit
+    each = " + ".join(f"{amount:g} {resource}s" for resource, amount in need.items())
+    have = ", ".join(f"{sum(n.get(resource, 0) for n in nodes):g} {resource}s" for resource in need)
+    raise ConfigError(
+        f"trials_at_once is {wanted}: {max(wanted, 1)} x run.cluster.num_workers="
+        f"{config.num_workers} x {each} each; the cluster has {have} on {len(nodes)} nodes, which "
+        f"hold {workers} workers, so {fit} trials: lower one of the two, or add nodes"
+    )
+
+
+def _workers_on(resources: dict[str, float], need: dict[str, float]) -> int:
+    """Workers that a node, or a sum of nodes, holds; 1e-9 against rounding of shares of a CPU."""
+    return min(math.floor(resources.get(name, 0) / amount + 1e-9) for name, amount in need.items())
+
+
+def _autoscaler_limit() -> dict[str, float] | None:
+    """The most that the autoscaler may bring the cluster to; None without one."""
+    from_config: Any = ray._private.state.state.get_max_resources_from_cluster_config()
+    return dict(from_config) if from_config else None

@@ -1,0 +1,288 @@
+"""Who leads a sweep, and whether by more than chance: a page, Markdown or text made of its trials.
+
+Lower is better throughout. Intervals are the 95 % ones that trials report as `<metric>_low` and
+`<metric>_high`. What a trial lacks is None, shown as a dash: one that failed early has reported
+nothing at all, and a score that is not finite is no score.
+"""
+
+import math
+import re
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from html import escape
+from typing import Any, get_args
+
+from ddpm_ray.cluster.ledger import Status, Trial
+
+STATUSES: tuple[Status, ...] = ("finished", "running", "stopped", "pruned", "failed")  # as ordered
+assert set(STATUSES) == set(get_args(Status))
+TEXT_COLUMNS = 110
+LABEL_COLUMNS = 36  # of them; what a trial varies is cut there, so that its score stays in view
+STRIP_PIXELS = 150  # the drawn interval
+MOST = 1e99  # what is larger, in a run that went astray, is no number: sums would overflow
+COLOURING = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")  # of terminals; Ray's errors are full of it
+
+COVERS = (
+    "The 95 % interval covers the drawing of the samples, not the training seed: trained again "
+    "from another seed, the same trial may land outside it."
+)
+ALIKE = "cannot be told from the best: the intervals overlap."
+NO_SCORE = (
+    "Trials that were stopped early have no final score; they stand in the order of the loss at "
+    "which they were stopped."
+)
+OVERHEAD = (
+    "Overhead is the share of worker-seconds that trained nothing: starting, saving, waiting."
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One trial on the board; None is what it did not report."""
+
+    number: int
+    label: str
+    status: Status
+    reason: str
+    score: float | None
+    low: float | None
+    high: float | None
+    loss: float | None  # the common loss at its last probe
+    step: int | None
+    worker_s: float | None  # worker-seconds held
+    busy_s: float | None  # of them, spent on training
+    run_id: str
+    place: int | None = None  # among the scored, from 1; equal scores share one
+    like_best: bool = False  # not the best, and not to be told from it
+
+    @property
+    def overhead_s(self) -> float | None:
+        """Worker-seconds that trained nothing: starting, saving, waiting."""
+        if self.worker_s is None or self.busy_s is None:
+            return None
+        return max(0.0, self.worker_s - self.busy_s)
+
+
+def standings(trials: Sequence[Trial], metric: str) -> list[Row]:
+    """One row for each trial, best first: finished by score, running, stopped by loss, the rest."""
+    rows = sorted((_row(trial, metric) for trial in trials), key=_rank)
+    scores = [row.score for row in rows if row.score is not None]
+    return [
+        row
+        if row.score is None
+        else replace(
+            row, place=1 + bisect_left(scores, row.score), like_best=_overlap(row, rows[0])
+        )
+        for row in rows
+    ]
+
+
+def digits(value: float | None) -> str:
+    """`value` to four digits with its zeros kept, so that scores line up; a dash for None."""
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:#.4g}".removesuffix(".")
+
+
+def whole(value: float | None) -> str:
+    """`value` as 12,345; a dash for None."""
+    return "-" if value is None else f"{value:,.0f}"
+
+
+def interval(row: Row) -> str:
+    """`[low, high]`, or nothing if it is not known."""
+    known = row.low is not None and row.high is not None
+    return f"[{digits(row.low)}, {digits(row.high)}]" if known else ""
+
+
+def told(row: Row, metric: str) -> str:
+    """Its score under that name, or else its last loss."""
+    loss = f"loss {digits(row.loss)}"
+    return loss if row.score is None else f"{metric} {digits(row.score)} {interval(row)}"
+
+
+def cut(text: str, most: int) -> str:
+    """`text` in at most `most` characters; what is cut off shows as `...`."""
+    return text if len(text) <= most else text[: most - 3].rstrip() + "..."
+
+
+def census(rows: Sequence[Row]) -> str:
+    """How many stand where, as `12 finished, 3 failed`."""
+    counts = Counter(row.status for row in rows)
+    return ", ".join(f"{counts[status]:,} {status}" for status in STATUSES if counts[status])
+
+
+def overhead(rows: Sequence[Row]) -> str:
+    """The share of their worker-seconds that trained nothing, over those that report both."""
+    held = sum(row.worker_s or 0.0 for row in rows if row.overhead_s is not None)
+    return f"{100 * sum(row.overhead_s or 0.0 for row in rows) / held:.0f} %" if held else "-"
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """All of them in one sentence: how they ended and what they cost."""
+    spent = whole(sum(row.worker_s or 0.0 for row in rows))
+    return (
+        f"{len(rows):,} trials: {census(rows) or 'none'}; {spent} worker-seconds, "
+        f"overhead {overhead(rows)}."
+    )
+
+
+def as_text(rows: Sequence[Row], metric: str = "score", most: int = 100) -> str:
+    """The first `most` rows as a table for a terminal, at most 110 columns wide."""
+    width = max([min(LABEL_COLUMNS, len(row.label)) for row in rows] + [len("values")])
+    head = f"place  trial status   worker-s  {'values':{width}}  "
+    lines = [head + f"{metric} [95 % interval], or why none"]
+    for row in rows[:most]:
+        place = "" if row.place is None else f"{row.place}{'~' if row.like_best else ' '}"
+        facts = f"{place:>5} {row.number:>6} {row.status:8}"
+        label = cut(row.label, width)
+        lines.append(f"{facts} {whole(row.worker_s):>8}  {label:{width}}  {_result(row)}")
+    if rest := rows[most:]:
+        lines.append(f"... and {len(rest):,} more: {census(rest)}")
+    if any(row.like_best for row in rows[:most]):
+        lines.append(f"~ {ALIKE}")
+    return "\n".join(cut(line, TEXT_COLUMNS) for line in [*lines, summary(rows)]) + "\n"
+
+
+def as_markdown(rows: Sequence[Row], metric: str, top: int = 10) -> str:
+    """The first `top` rows as a Markdown table, and a line on all of them."""
+    lines = [
+        f"| place | trial | values | {_plain(metric)} | 95 % interval | worker-s |",
+        "| ---: | ---: | --- | ---: | :---: | ---: |",
+    ]
+    for row in rows[:top]:
+        place = row.status if row.place is None else f"{row.place}{' ≈' if row.like_best else ''}"
+        cells = place, f"{row.number}", cut(row.label, 80), digits(row.score), interval(row)
+        lines.append(f"| {' | '.join(map(_plain, cells))} | {whole(row.worker_s)} |")
+    alike = f" ≈ {ALIKE}" if any(row.like_best for row in rows[:top]) else ""
+    return "\n".join([*lines, "", f"{summary(rows)} Lower is better.{alike}"]) + "\n"
+
+
+def as_html(rows: Sequence[Row], metric: str, title: str) -> str:
+    """One page with every row; it loads nothing from elsewhere and runs no script."""
+    ends = [end for row in rows for end in (row.low, row.score, row.high) if end is not None]
+    scale = (min(ends), max(ends)) if ends else (0.0, 1.0)
+    spent = whole(sum(row.worker_s or 0.0 for row in rows))
+    body = "\n".join(_html_row(row, scale) for row in rows)
+    return f"""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<title>{escape(title)}</title><style>{STYLE}</style></head><body>
+<h1>{escape(title)}</h1>
+<p>{summary(rows)} Ordered by {escape(metric)}, lower is better.</p>
+<table><thead><tr><th>place</th><th>trial</th><th class="l">values</th><th class="l">status</th>
+<th>{escape(metric)}</th><th class="l" colspan="2">95 % interval</th><th>last loss</th><th>step</th>
+<th>worker-s</th><th>overhead</th><th class="l">reason</th></tr></thead>
+<tbody>
+{body}
+</tbody>
+<tfoot><tr><td colspan="9">all trials</td><td>{spent}</td><td>{overhead(rows)}</td><td></td></tr>
+</tfoot></table>
+<p>≈ {ALIKE} {COVERS} {NO_SCORE} {OVERHEAD}</p>
+</body></html>
+"""
+
+
+STYLE = """
+body { font: 14px/1.4 system-ui, sans-serif; color: #1a1a1a; background: #fff; margin: 1.5em; }
+h1 { font-size: 1.3em; } p { max-width: 62em; } table { border-collapse: collapse; }
+th, td { padding: .25em .7em; text-align: right; border-bottom: 1px solid #ddd; }
+th { position: sticky; top: 0; background: #f2f2f2; white-space: nowrap; vertical-align: bottom; }
+td { font-variant-numeric: tabular-nums; white-space: nowrap; }
+.l { text-align: left; } .w { white-space: normal; overflow-wrap: anywhere; min-width: 20em; }
+tr.best td { background: #d9ebf7; font-weight: 600; } tr.alike td { background: #eef6fb; }
+tr.stopped td, tr.pruned td { color: #595959; } tr.failed .s { color: #b03a00; font-weight: 600; }
+tfoot td { font-weight: 600; border-bottom: 0; } svg { display: block; }
+"""
+
+
+def _html_row(row: Row, scale: tuple[float, float]) -> str:
+    kind = "best" if row.place == 1 else "alike" if row.like_best else row.status
+    place = "" if row.place is None else f"{'≈ ' if row.like_best else ''}{row.place}"
+    return (
+        f'<tr class="{kind}"><td>{place}</td><td class="trial">{row.number}</td>'
+        f'<td class="l w">{escape(row.label)}</td><td class="l s">{row.status}</td>'
+        f'<td>{digits(row.score)}</td><td class="l">{interval(row)}</td>'
+        f"<td>{_strip(row, scale)}</td><td>{digits(row.loss)}</td><td>{whole(row.step)}</td>"
+        f"<td>{whole(row.worker_s)}</td><td>{overhead([row])}</td>"
+        f'<td class="l w">{escape(row.reason)}</td></tr>'
+    )
+
+
+def _strip(row: Row, scale: tuple[float, float]) -> str:
+    """The interval as a line and the score as a dot, all rows on one scale; log where it is wide.
+
+    One hopeless trial would otherwise push the others, which are to be compared, into one dot.
+    """
+    if row.score is None:
+        return ""
+    least, most = scale
+    bend = math.log if least > 0 and most > 10 * least else float
+    span = bend(most) - bend(least) or 1.0
+    ends = row.score, row.low, row.high
+    x, left, right = (
+        f"{4 + (STRIP_PIXELS - 8) * (bend(row.score if e is None else e) - bend(least)) / span:.1f}"
+        for e in ends
+    )
+    return (
+        f'<svg width="{STRIP_PIXELS}" height="14" aria-hidden="true"><line x1="{left}" '
+        f'x2="{right}" y1="7" y2="7" stroke="#0072B2" stroke-width="3" opacity=".5"/>'
+        f'<circle cx="{x}" cy="7" r="2.5" fill="#0072B2"/></svg>'
+    )
+
+
+def _result(row: Row) -> str:
+    if row.score is not None:
+        return f"{digits(row.score):>7} {interval(row)}".rstrip()
+    return row.reason or f"loss {digits(row.loss)}"
+
+
+def _row(trial: Trial, metric: str) -> Row:
+    metrics, outcome = trial.metrics, trial.outcome
+    probe = trial.probes[-1] if trial.probes else {}
+    step = _number(outcome.get("step", probe.get("step")))
+    return Row(
+        number=trial.number,
+        label=_line(trial.label),
+        status=trial.status,
+        reason=_line(trial.reason),
+        score=_number(metrics.get(metric)),
+        low=_number(metrics.get(f"{metric}_low")),
+        high=_number(metrics.get(f"{metric}_high")),
+        loss=_number(probe.get("loss")),
+        step=None if step is None else int(step),
+        worker_s=_number(outcome.get("worker_s")),
+        busy_s=_number(outcome.get("busy_s")),
+        run_id=str(outcome.get("run_id") or ""),
+    )
+
+
+def _rank(row: Row) -> tuple[int, float, float, int]:
+    score = math.inf if row.score is None else row.score
+    loss = math.inf if row.loss is None else row.loss
+    return STATUSES.index(row.status), score, loss, row.number
+
+
+def _overlap(row: Row, best: Row) -> bool:
+    """Whether both have an interval and share a point of it; never so for the best itself."""
+    if row is best or row.low is None or row.high is None or best.low is None or best.high is None:
+        return False
+    return row.low <= best.high and best.low <= row.high
+
+
+def _number(value: Any) -> float | None:
+    """A number, or None for anything else."""
+    usable = isinstance(value, int | float) and abs(value) < MOST
+    return float(value) if usable else None
+
+
+def _line(text: str) -> str:
+    """`text` as one line that a terminal only prints."""
+    return "".join(c for c in " ".join(COLOURING.sub("", text).split()) if c.isprintable())
+
+
+def _plain(text: str) -> str:
+    """`text` as Markdown that shows it letter by letter, inside a table's cell as well."""
+    return "".join(f"\\{c}" if c in "\\`*_[]|~" else c for c in escape(text, quote=False))

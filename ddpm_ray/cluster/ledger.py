@@ -1,0 +1,108 @@
+"""All that a sweep knows of its trials, one small JSON object each, safe in storage before it acts.
+
+    <folder>/trials/00007.json      trial 7: its values, what it reported and when, how it ended
+
+The driver alone writes. Killed at any time and started again it reads the trials back in the order
+in which things happened, and so brings searcher and early stopping to where they were: neither
+keeps a state of its own. Trials are numbered without gaps, so nothing is ever listed.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, TypeAlias
+
+from ddpm_ray.data import storage
+
+Status: TypeAlias = Literal["running", "finished", "stopped", "pruned", "failed"]
+"""running: not over, also while nobody works on it; stopped: early, by comparison with others;
+pruned: its schedule was hopeless before it took a worker."""
+
+
+@dataclass
+class Trial:
+    """One trial: what it varies, how far it came, what it cost, how it ended."""
+
+    number: int
+    values: dict[str, Any]  # dotted keys of the run, as {"schedule.num_steps": 1000}
+    branch: int = 0  # the mapping of the sweep's space that they were drawn from
+    status: Status = "running"
+    reason: str = ""  # why it was stopped or pruned, or how it failed; one line
+    losses: int = 0  # times that its driver died under it
+    probes: list[dict[str, Any]] = field(default_factory=list)  # order, step, loss, spectrum
+    appraisal: dict[str, float] = field(default_factory=dict)  # of its schedule, before training
+    ended_order: int = -1  # when it ended, on the same count as the probes' order
+    outcome: dict[str, Any] = field(default_factory=dict)  # see cluster/trial.py
+    closed: bool = False  # MLflow knows how it ended
+
+    @property
+    def name(self) -> str:
+        """Of its training run, so of its folder."""
+        return f"trial-{self.number:05d}"
+
+    @property
+    def label(self) -> str:
+        """Its values for a person, as `kind=cosine num_steps=1000`."""
+        return " ".join(f"{key.rpartition('.')[2]}={_text(v)}" for key, v in self.values.items())
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Its final scores; empty unless it finished."""
+        return dict(self.outcome.get("metrics", {})) if self.status == "finished" else {}
+
+
+class Ledger:
+    """The trials of one sweep, in memory and below `folder`; one writer."""
+
+    def __init__(self, folder: str) -> None:
+        self._folder = storage.join(folder, "trials")
+        self.trials: list[Trial] = []
+        while storage.exists(self._url(len(self.trials))):
+            self.trials.append(Trial(**json.loads(storage.read_bytes(self._url(len(self.trials))))))
+        self._order = 1 + max((order for order, _, _ in self.events()), default=-1)
+
+    def add(self, values: dict[str, Any], branch: int = 0, **facts: Any) -> Trial:
+        """A new trial, written down before anything is done about it."""
+        trial = Trial(len(self.trials), values, branch, **facts)
+        self.trials.append(trial)
+        if trial.status == "running":
+            self.write(trial)
+        else:
+            self.end(trial, trial.status, trial.reason)
+        return trial
+
+    def probe(self, trial: Trial, probe: dict[str, Any]) -> bool:
+        """Note a loss at a step; False for a step that it has reported before."""
+        if trial.probes and probe["step"] <= trial.probes[-1]["step"]:
+            return False
+        trial.probes.append({"order": self._tick()} | probe)
+        self.write(trial)
+        return True
+
+    def end(self, trial: Trial, status: Status, reason: str = "", **outcome: Any) -> None:
+        """Note how the trial ended; once ended it stays so."""
+        trial.status, trial.reason, trial.ended_order = status, reason, self._tick()
+        trial.outcome |= outcome
+        self.write(trial)
+
+    def write(self, trial: Trial) -> None:
+        """Make what is known of `trial` durable; raises StorageError."""
+        text = json.dumps(asdict(trial), indent=1) + "\n"
+        storage.write_bytes(self._url(trial.number), text.encode())
+
+    def events(self) -> Iterator[tuple[int, Trial, dict[str, Any] | None]]:
+        """Probes and ends (None) of all trials, in the order in which they happened."""
+        probes = [(p["order"], trial, p) for trial in self.trials for p in trial.probes]
+        ends = [(t.ended_order, t, None) for t in self.trials if t.ended_order >= 0]
+        yield from sorted([*probes, *ends], key=lambda event: event[0])
+
+    def _tick(self) -> int:
+        self._order += 1
+        return self._order - 1
+
+    def _url(self, number: int) -> str:
+        return storage.join(self._folder, f"{number:05d}.json")
+
+
+def _text(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

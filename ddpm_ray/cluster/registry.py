@@ -1,0 +1,133 @@
+"""Trained models in MLflow: logged beside their run, fetched by name, the champion of a name."""
+
+import contextlib
+import hashlib
+import json
+import tempfile
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import mlflow
+from mlflow import MlflowClient
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+
+from ddpm_ray.cluster.tracking import TrackedRun, TrackingError, answering
+from ddpm_ray.data import storage
+from ddpm_ray.training.checkpoints import MANIFEST, file_names
+
+CHAMPION = "champion"  # the alias of the best model of a name
+
+
+def log_model(run: TrackedRun, checkpoint_url: str, loader_module: str) -> None:
+    """Log the checkpoint folder as the run's model `model`: no pickle, no code, just its files.
+
+    `loader_module` is the module of this package whose `_load_pyfunc(folder)` reads it. Does
+    nothing where the run has that model already.
+    """
+    with answering(run.uri), tempfile.TemporaryDirectory() as scratch:
+        mlflow.set_tracking_uri(run.uri)
+        client = MlflowClient(tracking_uri=run.uri)
+        known = client.get_run(run.run_id)
+        if known.outputs and known.outputs.model_outputs:
+            return
+        folder = Path(scratch) / "checkpoint"
+        for name in (MANIFEST, *file_names(("ema",))):  # all that sampling needs
+            data = storage.read_bytes(storage.join(checkpoint_url, name))
+            storage.write_bytes(str(folder / name), data)
+        with mlflow.start_run(run_id=run.run_id):
+            mlflow.pyfunc.log_model(
+                name="model",
+                loader_module=loader_module,
+                data_path=str(folder),
+                pip_requirements=[f"ddpm-ray=={version('ddpm-ray')}"],
+            )
+
+
+def download_model(uri: str, model_uri: str, destination: Path) -> Path:
+    """The checkpoint folder inside the MLflow model at runs:/... or models:/..., downloaded."""
+    with answering(uri):
+        mlflow.set_tracking_uri(uri)
+        root = Path(mlflow.artifacts.download_artifacts(model_uri, dst_path=str(destination)))
+    found = sorted(root.rglob(MANIFEST))
+    if not found:
+        remedy = "name one that jobs/train.py logged"
+        raise TrackingError(model_uri, "this model holds no checkpoint of ours", remedy)
+    return found[0].parent
+
+
+def crown(
+    uri: str,
+    name: str,
+    run_id: str,
+    metric: str,
+    metrics: Mapping[str, float],
+    certificate: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Make the run's model the `champion` of `name` if its score beats the present one's.
+
+    It does where its interval lies below the present champion's, under the same protocol, or where
+    there is none yet. `certificate` is of the score. The result says which version is the champion
+    now, and why. Raises TrackingError.
+    """
+    own = {
+        "run_id": run_id,
+        "metric": metric,
+        "score": repr(metrics[metric]),
+        "low": repr(metrics.get(f"{metric}_low")),
+        "high": repr(metrics.get(f"{metric}_high")),
+        "protocol": _protocol(certificate),
+    }
+    with answering(uri):
+        client = MlflowClient(tracking_uri=uri)
+        present = _champion(client, name)
+        if present is not None:
+            told = {"name": name, "version": present.version, "crowned": False}
+            if present.tags.get("run_id") == run_id:
+                return told | {"reason": "it is the champion already"}
+            if reason := _why_not(own, present.tags):
+                return told | {"reason": reason}
+        logged = client.get_run(run_id).outputs.model_outputs[0].model_id
+        with contextlib.suppress(MlflowException):  # the name is there already
+            client.create_registered_model(name)
+        made = client.create_model_version(name, f"models:/{logged}", run_id, own, model_id=logged)
+        version = made.version
+        client.set_registered_model_alias(name, CHAMPION, version)
+    reason = "there was none" if present is None else f"it beats version {present.version}"
+    return {"name": name, "version": version, "crowned": True, "reason": reason}
+
+
+def _champion(client: MlflowClient, name: str) -> ModelVersion | None:
+    try:
+        return client.get_model_version_by_alias(name, CHAMPION)
+    except MlflowException as error:
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            return None
+        raise
+
+
+def _why_not(own: Mapping[str, str], present: Mapping[str, str]) -> str:
+    """Why the winner does not take the champion's place; empty: it does."""
+    if (own["metric"], own["protocol"]) != (present.get("metric"), present.get("protocol")):
+        return (
+            "the champion was scored under another protocol; score it under this one with "
+            "jobs/evaluate.py"
+        )
+    if "None" in (own["high"], present.get("low", "None")):
+        return "a score has no interval; draw at least 20 images"
+    if float(own["high"]) >= float(present["low"]):
+        return (
+            f"its interval reaches {float(own['high']):.4g}, and the champion's begins at "
+            f"{float(present['low']):.4g}"
+        )
+    return ""
+
+
+def _protocol(certificate: Mapping[str, Any]) -> str:
+    """sha256 of all that a score depends on beside the model and the versions of software."""
+    same = {key: value for key, value in certificate.items() if key not in ("model", "versions")}
+    samples = {k: v for k, v in same.get("samples", {}).items() if k != "num_steps"}
+    text = json.dumps(same | {"samples": samples}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,198 @@
+"""A sweep in MLflow: its own run, how each trial ended, tables and pictures, the champion."""
+
+import contextlib
+import io
+import json
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+
+from ddpm_ray.cluster import charts, leaderboard, registry, tracking
+from ddpm_ray.cluster.ledger import Ledger, Trial
+from ddpm_ray.cluster.tracking import TrackedRun, TrackingError
+from ddpm_ray.cluster.training_run import IDENTITY, artifacts_beside, tags_of
+from ddpm_ray.data import storage
+from ddpm_ray.data.shards import Dataset
+from ddpm_ray.data.storage import StorageError
+from ddpm_ray.data.transforms import pixel_variance
+from ddpm_ray.diffusion.spectrum import linear_guess
+from ddpm_ray.knobs import flat, to_yaml
+from ddpm_ray.sweep_config import SweepConfig
+from ddpm_ray.training.probing import LEVELS
+
+log = logging.getLogger(__name__)
+
+STATUSES = {"finished": "FINISHED", "stopped": "KILLED", "pruned": "KILLED", "failed": "FAILED"}
+PARAMS = ("search.kind", "stopping.kind", "run.training.steps", "run.evaluation.num_images")
+
+
+@dataclass
+class SweepPlace:
+    """Where a sweep is shown: its MLflow run, above those of its trials."""
+
+    config: SweepConfig
+    folder: str
+    identity: str
+    run: TrackedRun
+    pixel_variance: float  # of the data, in [-1, 1]
+
+    @classmethod
+    def find_or_create(
+        cls, config: SweepConfig, folder: str, identity: str, dataset: Dataset
+    ) -> "SweepPlace":
+        """The place of the sweep `identity`, set to RUNNING; raises TrackingError."""
+        tracked = config.run.tracking
+        run = tracking.find_or_create_run(
+            tracked.uri, tracked.experiment, config.name, identity, artifacts_beside(tracked.uri)
+        )
+        tracking.describe(
+            run,
+            params={key: flat(config)[key] for key in PARAMS} | {"metric": config.score},
+            tags=tags_of(dataset),
+            config_yaml=to_yaml(config),
+            dataset_url=config.run.data.url,
+            dataset_fingerprint=dataset.fingerprint,
+        )
+        return cls(config, folder, identity, run, pixel_variance(dataset.manifest.pixel_std))
+
+    @property
+    def runs(self) -> str:
+        """The folder of the trials' own runs."""
+        return storage.join(self.folder, "runs")
+
+    def close_trials(self, ledger: Ledger) -> bool:
+        """Bring MLflow to what the ledger says of trials that are over; False in an outage.
+
+        What could not be told is told at the next call: no trial waits for MLflow to hear of
+        another one's end.
+        """
+        for trial in list(ledger.trials):
+            if trial.status == "running" or trial.closed:
+                continue
+            try:
+                self._close(trial)
+            except (TrackingError, StorageError) as error:
+                log.warning("%s; tried again", error)
+                return False
+            trial.closed = True
+            ledger.write(trial)
+        return True
+
+    def publish(self, ledger: Ledger) -> None:
+        """Draw tables and pictures of all trials into the sweep's run; an outage is only told."""
+        trials, score = list(ledger.trials), self.config.score
+        rows = leaderboard.standings(trials, score)
+        levels = torch.tensor(LEVELS, dtype=torch.float64)
+        guess = linear_guess(levels, self.pixel_variance).tolist()
+        drawn = {
+            "1_score_against_T": charts.fid_against_T(trials, score),
+            "2_samples": charts.contact_sheet(trials, _grids(trials), score),
+            "3_loss_by_log_snr": charts.loss_spectra(trials, LEVELS, guess),
+            "4_common_loss": charts.score_curves(trials),
+            "5_cost": charts.cost_bars(trials),
+        }
+        counts = {status: sum(trial.status == status for trial in trials) for status in STATUSES}
+        metrics = {f"sweep/{status}": float(count) for status, count in counts.items()}
+        if rows and rows[0].place == 1 and rows[0].score is not None:
+            metrics["sweep/best"] = rows[0].score
+        try:
+            tracking.publish(
+                self.run,
+                pictures={key: picture for key, picture in drawn.items() if picture is not None},
+                texts={
+                    "leaderboard.html": leaderboard.as_html(rows, score, self.config.name),
+                    "trials.json": json.dumps([vars(trial) for trial in trials], indent=1),
+                },
+                metrics=metrics,
+                step=sum(counts.values()),
+                note=leaderboard.as_markdown(rows, score),
+            )
+        except TrackingError as error:
+            log.warning("%s; the pictures of the sweep are not up to date", error)
+
+    def conclude(self, ledger: Ledger, finished: bool, slot_s: float) -> dict[str, Any]:
+        """Close the sweep's run and tell what came of it, as plain JSON.
+
+        `slot_s`: worker-seconds that this driver's trials could have had, all slots together.
+        """
+        self.close_trials(ledger)
+        self.publish(ledger)
+        trials = ledger.trials
+        best = leaderboard.standings(trials, self.config.score)[:1]
+        winner = trials[best[0].number] if best and best[0].place == 1 else None
+        busy_s, worker_s = (
+            sum(trial.outcome.get(key, 0.0) for trial in trials) for key in ("busy_s", "worker_s")
+        )
+        report: dict[str, Any] = {
+            "name": self.config.name,
+            "run_id": self.run.run_id,
+            "tracking_uri": self.run.uri,
+            "page": self.run.page,
+            "trials": {s: sum(t.status == s for t in trials) for s in ("running", *STATUSES)},
+            "worker_s": round(worker_s, 1),
+            "busy_s": round(busy_s, 1),
+            "slot_s": round(slot_s, 1),
+            "winner": None,
+            "champion": None,
+        }
+        if winner is not None:
+            report["winner"] = {
+                "trial": winner.number,
+                "values": winner.values,
+                "run_id": winner.outcome["run_id"],
+                "checkpoint": winner.outcome["checkpoint"],
+                "metrics": winner.metrics,
+            }
+        if winner is not None and finished:
+            report["champion"] = self._crown(winner)
+        self.finish("FINISHED" if finished else "KILLED")
+        return report
+
+    def finish(self, status: str, reason: str = "") -> None:
+        """Close the sweep's run; an outage is only told."""
+        try:
+            tracking.finish(self.run, status, reason)
+        except TrackingError as error:
+            log.warning("%s; the run %s stays open", error, self.run.run_id)
+
+    def _crown(self, winner: Trial) -> dict[str, Any] | None:
+        try:
+            return registry.crown(
+                self.run.uri,
+                self.config.register_as or self.config.name,
+                winner.outcome["run_id"],
+                self.config.score,
+                winner.metrics,
+                winner.outcome["certificate"],
+            )
+        except TrackingError as error:
+            log.warning("%s; the winner is not registered", error)
+            return None
+
+    def _close(self, trial: Trial) -> None:
+        status = STATUSES[trial.status]
+        if run_id := trial.outcome.get("run_id"):
+            if trial.reason:
+                run = TrackedRun(self.run.uri, run_id, self.run.experiment_id, 0)
+                tracking.finish(run, status, trial.reason)
+            return
+        known = storage.join(self.runs, trial.name, IDENTITY)
+        own = f"{self.identity}/{trial.name}"
+        if storage.exists(known):  # it began to run, and did not live to tell its run's id
+            own = str(json.loads(storage.read_bytes(known))["identity"])
+        trial.outcome["run_id"] = tracking.log_ended(
+            self.run, f"{trial.name} {trial.label}", own, trial.values, status, trial.reason
+        )
+
+
+def _grids(trials: list[Trial]) -> dict[int, Image.Image]:
+    """The newest grid of samples of each trial that has one."""
+    found: dict[int, Image.Image] = {}
+    for trial in trials:
+        if url := trial.outcome.get("samples"):
+            with contextlib.suppress(StorageError):  # a picture less, no sweep less
+                found[trial.number] = Image.open(io.BytesIO(storage.read_bytes(url)))
+    return found

@@ -1,0 +1,138 @@
+"""One trial of a sweep: the function that Ray Tune runs, around the main job's own run.
+
+It takes no CPU: it starts the trial's workers, passes on what they report, and asks them to stop
+when the sweep's driver wants that. Each report is one event in JSON, which names the trial.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import tune
+
+from ddpm_ray.cluster import training_run
+from ddpm_ray.cluster.training_run import Outcome, PartOf
+from ddpm_ray.config import RunConfig
+from ddpm_ray.knobs import from_dict
+from ddpm_ray.training.gallery import picture_url
+from ddpm_ray.training.reporting import Progress
+
+ANSWER_S = 60.0  # of the board, an actor beside the sweep's driver
+EVENT = "event"  # the key of Tune's report that holds ours
+
+
+class _Board:
+    """What the sweep's driver wants of the trials that run."""
+
+    def __init__(self) -> None:
+        self.stopped: set[int] = set()
+        self.closed = False
+
+    def stop(self, number: int) -> None:
+        self.stopped.add(number)
+
+    def close(self) -> None:
+        self.closed = True
+
+    def is_to_stop(self, number: int) -> bool:
+        return self.closed or number in self.stopped
+
+
+class Board:
+    """A handle on that actor; the driver and the trials hold one."""
+
+    def __init__(self) -> None:
+        self._actor: Any = ray.remote(num_cpus=0)(_Board).remote()
+
+    def stop(self, number: int) -> None:
+        """Trial `number` shall commit its checkpoint and end."""
+        self._actor.stop.remote(number)
+
+    def close(self) -> None:
+        """All trials shall."""
+        self._actor.close.remote()
+
+    def is_to_stop(self, number: int) -> bool:
+        """Whether trial `number` shall."""
+        return bool(ray.get(self._actor.is_to_stop.remote(number), timeout=ANSWER_S))
+
+
+def tell(number: int, kind: str, **facts: Any) -> None:
+    """Report an event of trial `number` to the sweep's driver; returns once it was taken note of.
+
+    Kinds: `group` (the placement group its workers hold), `probe`, `ended`, `failed`.
+    """
+    tune.report({EVENT: json.dumps({"number": number, "kind": kind} | facts)})
+
+
+def run_trial(told: dict[str, Any], *, board: Board, sweep_run_id: str) -> None:
+    """Run, or continue, one trial: `told` holds its number, label, values and whole run config.
+
+    Never raises: how the run failed is an event as well, so that Tune takes no other road.
+    """
+    number, began = told["number"], time.time()
+    config = from_dict(RunConfig, told["config"])
+    steps_told = -1
+
+    def show(progress: Progress) -> bool:
+        nonlocal steps_told
+        for probe in progress.probes:
+            if probe["step"] > steps_told:
+                tell(number, "probe", probe=probe)
+                steps_told = probe["step"]
+        return board.is_to_stop(number)
+
+    def cost() -> dict[str, float]:
+        ended = time.time()
+        workers = config.cluster.num_workers
+        return {"began": began, "ended": ended, "worker_s": workers * (ended - began)}
+
+    try:
+        outcome = training_run.train(
+            config,
+            Path("/"),  # every place in a trial's config is absolute
+            show,
+            PartOf(sweep_run_id, told["label"], told["values"]),
+            lambda group: tell(number, "group", group=group),
+        )
+    except Exception as error:  # noqa: BLE001 - a trial fails alone, whatever it was
+        reason = " ".join(str(error).split()) or type(error).__name__
+        tell(number, "failed", reason=reason, outcome=cost())
+        return
+    show_last(outcome, show)
+    tell(
+        number,
+        "ended",
+        finished=outcome.finished,
+        outcome=_outcome(outcome, config) | cost(),
+    )
+
+
+def show_last(outcome: Outcome, show: Callable[[Progress], bool]) -> None:
+    """Pass on probes that were taken after the last glance at the workers' progress."""
+    step, steps = outcome.report["step"], outcome.report["steps"]
+    show(Progress(step, steps, 0.0, 0.0, outcome.ended["probes"]))
+
+
+def _outcome(outcome: Outcome, config: RunConfig) -> dict[str, Any]:
+    """What the sweep keeps of a run that ended, or stopped, by itself."""
+    report, ended = outcome.report, outcome.ended
+    step, every = report["step"], config.training.grid_every_steps
+    newest_grid = step if outcome.finished else step - step % every if every else -1
+    pictures = report["samples"].rpartition("/")[0]
+    busy_s = config.cluster.num_workers * (ended["trained_to"] - ended["trained_from"])
+    return {
+        "run_id": report["run_id"],
+        "checkpoint": report["checkpoint"],
+        "step": step,
+        "num_steps": config.schedule.num_steps,
+        "samples": picture_url(pictures, "samples", newest_grid) if newest_grid >= 0 else "",
+        "metrics": report["metrics"] if outcome.finished else {},
+        "certificate": ended["scores"].get("certificate", {}),
+        "busy_s": busy_s,
+        "first_step_at": ended["trained_from"],
+        "last_step_at": ended["trained_to"],
+    }

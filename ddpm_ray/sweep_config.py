@@ -1,0 +1,196 @@
+"""Every knob of a sweep: the run that is varied, what is varied, and how trials are compared.
+
+Beside config.py, whose RunConfig it holds whole: a sweep's trials are runs like any other.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ddpm_ray.config import EvaluationConfig, RunConfig
+from ddpm_ray.knobs import complaint, knob
+
+Branch = Mapping[str, Any]  # dotted key of the run -> a list of choices, or a range
+
+# What must be the same in all trials, or their scores could not be compared. The first prefix that
+# fits gives the reason.
+FIXED = {
+    "name": "the sweep names its trials",
+    "storage": "the sweep's folder holds its trials",
+    "tracking.": "the sweep's runs stand together in MLflow",
+    "cluster.": "every trial's workers are checked against the cluster before the first starts",
+    "evaluation.": "scores are comparable under one protocol only",
+    "sampling.seed": "all trials draw their samples from the same noise",
+    "sampling.steps": "trials are compared at an equal number of network calls",
+    "training.steps": "trials are compared after an equal number of optimiser steps",
+    "data.url": "scores against different data cannot be compared",
+    "data.source": "scores against different data cannot be compared",
+}
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    kind: Literal["grid", "random", "tpe"] = knob(
+        "grid", "grid: every combination; tpe: Optuna's, which learns from the trials so far"
+    )
+    trials: int = knob(0, "trials in all; 0, for a grid: every combination", at_least=0)
+    seed: int = knob(0, "of random and tpe", at_least=0)
+
+
+@dataclass(frozen=True)
+class StoppingConfig:
+    kind: Literal["asha", "median", "none", "pbt"] = knob(
+        "asha", "asha: the best 1/reduction_factor of each rung go on; median: the better half"
+    )
+    every_steps: int = knob(
+        1000, "optimiser steps between looks at a trial's common loss", at_least=1
+    )
+    first_step: int = knob(0, "no trial is stopped before it; 0: every_steps", at_least=0)
+    reduction_factor: float = knob(3, "asha: a rung is so many times the one before", above=1)
+    min_trials: int = knob(3, "median: trials that must have come as far", at_least=1)
+
+    @property
+    def grace_steps(self) -> int:
+        """The step of the first decision."""
+        return self.first_step or self.every_steps
+
+
+@dataclass(frozen=True)
+class PruningConfig:
+    max_prior_bits_per_dim: float = knob(
+        0.01, "of information on the image that x_T may keep: samples start without it", above=0
+    )
+    max_useless_share: float = knob(
+        0.6, "of steps at noise levels where nothing can be learnt", above=0, at_most=1
+    )
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """Many runs that differ in a few keys, compared: `jobs/sweep.py`."""
+
+    name: str = knob("", "of the sweep; the same name in the same storage continues it")
+    run_from: str = knob("", "YAML file of the run that is varied, as conf/train/*", fills="run")
+    space: tuple[dict[str, Any], ...] = knob(
+        (), "one mapping or more of a run's keys to choices [a, b] or {low:, high:, log:, step:}"
+    )
+    metric: str = knob("", "final score, lower is better; empty: the first that trials report")
+    trials_at_once: int = knob(0, "trials that run side by side; 0: as many as fit", at_least=0)
+    max_starts: int = knob(3, "times that a trial is started again if its driver dies", at_least=1)
+    register_as: str = knob("", "MLflow model whose `champion` the winner may become; empty: name")
+    search: SearchConfig = field(default_factory=SearchConfig)
+    stopping: StoppingConfig = field(default_factory=StoppingConfig)
+    pruning: PruningConfig = field(default_factory=PruningConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    @property
+    def score(self) -> str:
+        """The metric that decides."""
+        return self.metric or reported_metrics(self.run.evaluation)[0]
+
+    def problems(self) -> Iterator[str]:
+        if not self.name:
+            yield "name is empty; give it a value, as in name=..."
+        if "/" in self.name or self.name.startswith("."):
+            yield f"name is {self.name!r}; it names a folder: no '/' and no leading '.'"
+        run = dataclasses.replace(self.run, name=self.run.name or "trial")
+        yield from (f"run.{line}" for line in run.problems())
+        yield from self._metric_problems()
+        yield from space_problems(self.space, self.search.kind)
+        yield from self._search_problems()
+        yield from self._stopping_problems()
+
+    def _metric_problems(self) -> Iterator[str]:
+        if self.run.evaluation.num_images < 2:
+            yield (
+                f"run.evaluation.num_images is {self.run.evaluation.num_images}; trials are "
+                f"compared by their final score: give it at least 2, better thousands"
+            )
+        known = reported_metrics(self.run.evaluation)
+        if self.metric and self.metric not in known:
+            yield (
+                f"metric is {self.metric!r}, which no trial reports; with run.evaluation.features="
+                f"{self.run.evaluation.features} they report {', '.join(known)}"
+            )
+
+    def _search_problems(self) -> Iterator[str]:
+        if self.search.kind != "grid" and not self.search.trials:
+            yield f"search.trials is 0; say how many trials search.kind={self.search.kind} makes"
+
+    def _stopping_problems(self) -> Iterator[str]:
+        stopping, steps = self.stopping, self.run.training.steps
+        if stopping.kind == "pbt":
+            yield (
+                "stopping.kind is 'pbt'; population-based training copies weights between trials, "
+                "but a beta schedule or T defines the model, so weights do not carry over (and "
+                "Ray's, over Train V2, silently does nothing): use asha or median"
+            )
+        if stopping.kind in ("asha", "median") and stopping.grace_steps >= steps:
+            yield (
+                f"stopping.every_steps is {stopping.every_steps} and stopping.first_step "
+                f"{stopping.first_step}; the first decision must come before run.training.steps "
+                f"{steps}, or use stopping.kind=none"
+            )
+
+
+def reported_metrics(config: EvaluationConfig) -> list[str]:
+    """Names of the final scores, lower is better, that a trial of this config reports."""
+    if config.features == "digits":
+        names = ["eval/fd_digits"]
+        kernel = ["eval/kd_digits"]
+    else:
+        suffixes = ["" if width == 2048 else str(width) for width in config.widths]
+        names = [f"eval/fid{suffix}" for suffix in suffixes]
+        kernel = [f"eval/kid{suffix}" for suffix in suffixes]
+    return names + kernel if config.kernel_distance else names
+
+
+def is_range(candidates: Any) -> bool:
+    """Whether a key's entry in the space is a range and not a list of choices."""
+    return isinstance(candidates, Mapping)
+
+
+def space_problems(space: tuple[Branch, ...], search: str) -> Iterator[str]:
+    """One line for each key that cannot be searched."""
+    if not space or not all(space):
+        yield "space is empty; give it at least one key of the run with choices to try"
+    told = set()
+    for branch in space:
+        for key, candidates in branch.items():
+            for line in _key_problems(key, candidates, search):
+                if line not in told:
+                    yield f"space.{line}"
+                told.add(line)
+
+
+def _key_problems(key: str, candidates: Any, search: str) -> Iterator[str]:
+    if reason := next((FIXED[prefix] for prefix in FIXED if key.startswith(prefix)), ""):
+        yield f"{key} cannot be varied: {reason}; set run.{key} for all trials"
+    elif is_range(candidates):
+        yield from _range_problems(key, candidates, search)
+    elif not isinstance(candidates, list | tuple) or not candidates:
+        yield f"{key} is {candidates!r}; give choices, as [a, b], or a range, as {{low: , high: }}"
+    else:
+        yield from filter(None, (complaint(RunConfig, key, value) for value in candidates))
+
+
+def _range_problems(key: str, bounds: Mapping[str, Any], search: str) -> Iterator[str]:
+    if unknown := sorted(set(bounds) - {"low", "high", "log", "step"}):
+        yield f"{key} has {unknown}; a range knows low, high, log and step"
+        return
+    ends = [bounds.get("low"), bounds.get("high")]
+    if not all(isinstance(x, int | float) and math.isfinite(x) for x in ends):
+        yield f"{key} goes from {ends[0]!r} to {ends[1]!r}; a range needs the numbers low and high"
+        return
+    if wrong := next(filter(None, (complaint(RunConfig, key, x) for x in ends)), ""):
+        yield wrong
+    elif search == "grid":
+        yield f"{key} is a range, and a grid needs choices; list them, or use search.kind=tpe"
+    elif ends[0] >= ends[1]:  # type: ignore[operator]  # both are numbers
+        yield f"{key} goes from {ends[0]} to {ends[1]}; low must be below high"
+    elif bounds.get("log") and ends[0] <= 0:  # type: ignore[operator]
+        yield f"{key} begins at {ends[0]}; a range on a log scale must begin above 0"
+    elif bounds.get("log") and bounds.get("step"):
+        yield f"{key} has log and step; a range knows one of the two"
