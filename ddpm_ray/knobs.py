@@ -88,7 +88,7 @@ def _checked(
             set_by[key] = where
             try:
                 merged = OmegaConf.merge(merged, _nested(key, value))
-            except OmegaConfBaseException as error:
+            except (OmegaConfBaseException, TypeError) as error:  # the latter: keys for a list
                 wrong[key] = f"{where}: {_complaint(kind, key, value, error)}"
     try:
         config = cast(Config, OmegaConf.to_object(merged))
@@ -232,8 +232,10 @@ def _nested(key: str, value: Any) -> dict[str, Any]:
     return cast(dict[str, Any], value)
 
 
-def _complaint(kind: type[Any], key: str, value: Any, error: OmegaConfBaseException) -> str:
+def _complaint(kind: type[Any], key: str, value: Any, error: Exception) -> str:
     known = {name: meta for name, _, meta in _walk(kind())}
+    if whole := next((name for name in known if key.startswith(f"{name}.")), ""):
+        return f"{whole} has no keys of its own, as {key}; it means: {_meaning(known[whole])}"
     if key in known:
         reason = str(error).splitlines()[0].replace("$VALUE_TYPE", "such a type")
         reason = reason.replace("$VALUE", str(value))

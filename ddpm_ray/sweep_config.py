@@ -194,3 +194,8 @@ def _range_problems(key: str, bounds: Mapping[str, Any], search: str) -> Iterato
         yield f"{key} begins at {ends[0]}; a range on a log scale must begin above 0"
     elif bounds.get("log") and bounds.get("step"):
         yield f"{key} has log and step; a range knows one of the two"
+    elif (step := bounds.get("step")) is not None:
+        if not isinstance(step, int | float) or not 0 < step < math.inf:
+            yield f"{key} goes by steps of {step!r}; a step is a number above 0"
+        elif complaint(RunConfig, key, ends[0] + step):  # 0.5 for a key that counts
+            yield f"{key} goes by steps of {step!r}; its values are whole numbers: so is a step"

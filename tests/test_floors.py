@@ -38,6 +38,7 @@ DOORS = {  # outside package: where alone it may be imported
     "botocore": (),
     "fsspec": ("ddpm_ray.data.storage",),
     "s3fs": ("ddpm_ray.data.storage",),
+    "matplotlib": ("ddpm_ray.cluster.charts",),
     "mlflow": ("ddpm_ray.cluster.tracking", "ddpm_ray.cluster.registry"),
     "ray": ("ddpm_ray.cluster",),
     "sklearn": ("ddpm_ray.data.built_in_sets",),

@@ -76,7 +76,8 @@ def fid_against_T(trials: Sequence[Trial], metric: str) -> Image.Image | None:  
         x, bottom = np.array([steps[row.number] for row in unscored]), axes.get_xaxis_transform()
         marks: Look = {"color": STATUS_COLOURS["stopped"], "ms": 5, "transform": bottom}
         handles += axes.plot(x, 0 * x + 0.015, "x", label=f"without score ({len(x):,})", **marks)
-    _scale(axes, "y", [row.score for row in rows], f"{metric}, bars: 95 % interval")
+    ends = [end for row in rows for end in (row.score, row.low, row.high)]
+    _scale(axes, "y", ends, f"{metric}, bars: 95 % interval")
     _scale(axes, "x", [steps[row.number] for row in rows], "T, diffusion steps", wide=3)
     if len(distinct := sorted({steps[row.number] for row in rows})) <= NAMED:
         axes.xaxis.set_major_locator(FixedLocator(distinct))
@@ -89,8 +90,7 @@ def score_curves(trials: Sequence[Trial]) -> Image.Image | None:
     curves = _finite(zip(_ranked(trials), [np.array(pair, float) for pair in points], strict=True))
     if not curves:
         return None
-    title = "Common loss while training, lower is better"
-    figure, axes = _canvas(title, "the loss at the same noise levels, whatever a trial's schedule")
+    figure, axes = _canvas("Common loss, lower is better", "at noise levels that all trials share")
     handles = _draw(axes, curves)
     for status, marker in (("stopped", "x"), ("failed", "v")):
         ends = np.array([curve[-1] for trial, curve in curves if trial.status == status])

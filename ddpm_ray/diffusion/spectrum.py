@@ -72,8 +72,8 @@ def common_loss(spectrum: Tensor, log_snr: Tensor) -> float:
     """One number for a spectrum [K], its mean with the weight sigmoid(2 - log_snr).
 
     Evenly spread over log-SNR, the squared error of the noise is the variational bound (Kingma et
-    al. 2021, arXiv:2107.00630, section 5). The weight, which falls as the noise fades, takes from it
-    the finest details that nobody sees: a bound on slightly noised images (Kingma and Gao 2023,
+    al. 2021, arXiv:2107.00630, section 5). The weight, which falls as the noise fades, takes from
+    it the finest details that nobody sees: a bound on slightly noised images (Kingma and Gao 2023,
     arXiv:2303.00848; a sigmoid of this kind: Hoogeboom et al. 2024, arXiv:2410.19324).
     """
     weight = torch.sigmoid(2 - log_snr)

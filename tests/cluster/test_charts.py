@@ -99,7 +99,7 @@ def test_nothing_to_show_is_none(chart: Chart) -> None:
 NUMBERS = st.none() | st.floats() | st.floats(0.1, 9)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(data=st.data())
 @every_chart
 def test_what_a_trial_lacks_breaks_no_chart(chart: Chart, data: st.DataObject) -> None:
@@ -164,6 +164,22 @@ def test_a_better_score_stands_lower_and_a_larger_t_further_right() -> None:
     assert ink(picture.crop(high_left), other)
     assert not ink(picture.crop((0, 0, 600, 580)), best)
     assert not ink(picture.crop((0, 290, 1200, 580)), other)
+
+
+def test_intervals_are_drawn_to_scale() -> None:
+    """One is ten times as wide as the other; cut off at the frame it would look shorter."""
+    trials = [Trial(i, {"schedule.kind": f"k{i}"}, status="finished") for i in (0, 1)]
+    for trial, T, half in zip(trials, (100, 1000), (30.0, 3.0), strict=True):
+        metrics = {METRIC: 50.0, f"{METRIC}_low": 50 - half, f"{METRIC}_high": 50 + half}
+        trial.outcome = {"metrics": metrics, "num_steps": T}
+    picture = charts.fid_against_T(trials, METRIC)
+    assert picture is not None
+    wide, narrow = (
+        [y for y in range(100, 580) if ink(picture.crop((0, y, 1200, y + 1)), colour)]
+        for colour in charts.COLOURS[:2]  # from 100 on: the legend is above
+    )
+    score = (narrow[0] + narrow[-1]) / 2
+    assert wide[-1] - score == pytest.approx(10 * (narrow[-1] - score), rel=0.1)
 
 
 def test_t_may_come_from_what_the_trial_reported() -> None:
