@@ -234,7 +234,8 @@ def _nested(key: str, value: Any) -> dict[str, Any]:
 
 def _complaint(kind: type[Any], key: str, value: Any, error: Exception) -> str:
     known = {name: meta for name, _, meta in _walk(kind())}
-    if whole := next((name for name in known if key.startswith(f"{name}.")), ""):
+    whole = next((name for name in known if key.startswith(f"{name}.")), "")
+    if isinstance(error, TypeError):
         return f"{whole} has no keys of its own, as {key}; it means: {_meaning(known[whole])}"
     if key in known:
         reason = str(error).splitlines()[0].replace("$VALUE_TYPE", "such a type")
