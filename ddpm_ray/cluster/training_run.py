@@ -82,7 +82,7 @@ def train(
     identity = claim(
         folder,
         {"config": to_dict(config), "data_fingerprint": dataset.fingerprint},
-        lambda begun: build.differing_keys(config, begun["config"]),
+        lambda begun: _differing(config, begun),
     )
     tracked = tracking.find_or_create_run(
         config.tracking.uri,
@@ -119,6 +119,12 @@ def train(
         raise
     tracking.finish(tracked, "FINISHED" if finished else "KILLED")
     return Outcome(finished, _report(config, folder, tracked, ended), ended)
+
+
+def _differing(config: RunConfig, begun: dict[str, Any]) -> list[str]:
+    if "config" not in begun:
+        return [f"name is {config.name!r}, and a sweep of that name is there"]
+    return build.differing_keys(config, begun["config"])
 
 
 def located(config: RunConfig, home: Path) -> RunConfig:

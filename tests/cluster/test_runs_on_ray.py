@@ -4,11 +4,6 @@ import hashlib
 import json
 import os
 import signal
-import subprocess
-import sys
-import threading
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +11,8 @@ import psutil
 import pytest
 from mlflow import MlflowClient
 
-ROOT = Path(__file__).parents[2]
-TRAIN = ROOT / "jobs" / "train.py"
+from tests.cluster.job import Job, command_of, rows
+
 STEPS = 400  # some seconds: progress is told once a second
 TINY = (
     "model.base_channels=16", "model.channel_mults=[1,2]", "model.blocks_per_level=1",
@@ -35,69 +30,6 @@ pytestmark = [
 ]
 
 
-@dataclass
-class Job:
-    """A job as a person runs it, watched line by line."""
-
-    folder: Path
-    arguments: tuple[str, ...]
-    lines: list[str] = field(default_factory=list)
-    result: dict[str, Any] = field(default_factory=dict)
-    code: int = -1
-
-    def run(self, at_step: int | None = None, strike: Callable[[int], None] | None = None) -> "Job":
-        """Run to the end; `strike(pid)` once when progress first shows `at_step` or more."""
-        command = [
-            sys.executable,
-            str(TRAIN),
-            str(ROOT / "conf/train/digits.yaml"),
-            *self.arguments,
-        ]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        process = subprocess.Popen(
-            command, cwd=self.folder, env=environment, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
-        )  # fmt: skip
-        assert process.stderr is not None
-        assert process.stdout is not None
-        limit = threading.Timer(300, lambda: os.killpg(process.pid, signal.SIGKILL))
-        limit.start()
-        try:
-            for line in process.stderr:
-                self.lines.append(line.rstrip())
-                if strike and line.startswith("step ") and shown_step(line) >= (at_step or 0):
-                    strike(process.pid)
-                    strike = None
-            output = process.stdout.read()
-            self.code = process.wait()
-        finally:
-            limit.cancel()
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-            process.stderr.close()
-            process.stdout.close()
-        assert strike is None, "the job ended before the step it was to be struck at"
-        if output.strip():
-            self.result = json.loads(output.splitlines()[-1])
-        return self
-
-    @property
-    def told(self) -> str:
-        return "\n".join(self.lines)
-
-
-def shown_step(line: str) -> int:
-    return int(line.split()[1].split("/")[0])
-
-
-def command_of(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline())
-    except psutil.NoSuchProcess:  # it ended since it was listed
-        return ""
-
-
 def kill_a_worker(driver: int) -> None:
     processes = psutil.Process(driver).children(recursive=True)
     workers = [process for process in processes if "RayTrainWorker" in command_of(process)]
@@ -108,11 +40,6 @@ def kill_a_worker(driver: int) -> None:
 def hashes(checkpoint: str) -> dict[str, str]:
     files = sorted(Path(checkpoint).glob("*.safetensors"))
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
-
-
-def rows(result: dict[str, Any], key: str) -> list[tuple[int, float]]:
-    client = MlflowClient(tracking_uri=result["tracking_uri"])
-    return [(m.step, m.value) for m in client.get_metric_history(result["run_id"], key)]
 
 
 def load_artifact(result: dict[str, Any], path: str) -> str:
@@ -148,7 +75,7 @@ def test_a_run_whose_worker_is_killed_ends_like_an_unbroken_one(
     unbroken: Job, tmp_path: Path
 ) -> None:
     """Same bits in weights, EMA and Adam's moments; each row once, in one MLflow run."""
-    killed = Job(tmp_path, TINY).run(at_step=50, strike=kill_a_worker)
+    killed = Job(tmp_path, TINY).run(at=50, strike=kill_a_worker)
     assert killed.code == 0, killed.told
     assert hashes(killed.result["checkpoint"]) == hashes(unbroken.result["checkpoint"])
     for key in ("train/loss", "train/grad_norm", "train/lr", "train/loss_logsnr/0_to_2"):
@@ -162,7 +89,7 @@ def test_a_run_whose_worker_is_killed_ends_like_an_unbroken_one(
 def test_ctrl_c_commits_a_checkpoint_and_the_same_command_continues(
     unbroken: Job, tmp_path: Path
 ) -> None:
-    stopped = Job(tmp_path, TINY).run(at_step=50, strike=lambda pid: os.kill(pid, signal.SIGINT))
+    stopped = Job(tmp_path, TINY).run(at=50, strike=lambda pid: os.kill(pid, signal.SIGINT))
     assert stopped.code == 130, stopped.told
     assert "the same command continues" in stopped.lines[-1]
     assert not stopped.result

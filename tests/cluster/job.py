@@ -1,0 +1,88 @@
+"""A job as a person runs it, in a process of its own, and what it left in MLflow."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+from mlflow import MlflowClient
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass
+class Job:
+    """A job as a person runs it, watched line by line."""
+
+    folder: Path
+    arguments: tuple[str, ...]
+    script: str = "train.py"
+    config: str = "train/digits.yaml"
+    lines: list[str] = field(default_factory=list)
+    result: dict[str, Any] = field(default_factory=dict)
+    code: int = -1
+
+    def run(self, at: int | None = None, strike: Callable[[int], None] | None = None) -> "Job":
+        """Run to the end; `strike(pid)` once when progress first shows `at` or more."""
+        command = [
+            sys.executable,
+            str(ROOT / "jobs" / self.script),
+            str(ROOT / "conf" / self.config),
+            *self.arguments,
+        ]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(
+            command, cwd=self.folder, env=environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+        )  # fmt: skip
+        assert process.stderr is not None
+        assert process.stdout is not None
+        limit = threading.Timer(300, lambda: os.killpg(process.pid, signal.SIGKILL))
+        limit.start()
+        try:
+            for line in process.stderr:
+                self.lines.append(line.rstrip())
+                if strike and line.startswith(("step ", "trials ")) and shown(line) >= (at or 0):
+                    strike(process.pid)
+                    strike = None
+            output = process.stdout.read()
+            self.code = process.wait()
+        finally:
+            limit.cancel()
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+            process.stderr.close()
+            process.stdout.close()
+        assert strike is None, "the job ended before it was to be struck"
+        if output.strip():
+            self.result = json.loads(output.splitlines()[-1])
+        return self
+
+    @property
+    def told(self) -> str:
+        return "\n".join(self.lines)
+
+
+def shown(line: str) -> int:
+    """How far a line of progress says that things are: `step 20/400 ...`, `trials 1/4 ...`."""
+    return int(line.split()[1].split("/")[0])
+
+
+def command_of(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:  # it ended since it was listed
+        return ""
+
+
+def rows(result: dict[str, Any], key: str) -> list[tuple[int, float]]:
+    client = MlflowClient(tracking_uri=result["tracking_uri"])
+    return [(m.step, m.value) for m in client.get_metric_history(result["run_id"], key)]
