@@ -197,5 +197,5 @@ def _range_problems(key: str, bounds: Mapping[str, Any], search: str) -> Iterato
     elif (step := bounds.get("step")) is not None:
         if not isinstance(step, int | float) or not 0 < step < math.inf:
             yield f"{key} goes by steps of {step!r}; a step is a number above 0"
-        elif complaint(RunConfig, key, ends[0] + step):  # 0.5 for a key that counts
+        elif complaint(RunConfig, key, ends[0] + step):  # type: ignore[operator]  # both are numbers
             yield f"{key} goes by steps of {step!r}; its values are whole numbers: so is a step"
