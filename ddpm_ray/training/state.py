@@ -54,7 +54,7 @@ class TrainingState:
         facts = self.facts | {
             "step": self.step,
             "scores": self.scores,
-            "probes": self.probes,
+            "probes": list(self.probes),  # grows while this is written
             "unsent_rows": unsent_rows,
         }
         return Snapshot(copies, facts)
