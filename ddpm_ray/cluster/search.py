@@ -7,6 +7,7 @@ it would have tried. The only importer of Optuna.
 import itertools
 import math
 from collections.abc import Iterator, Sequence
+from decimal import Decimal
 from typing import Any, TypeAlias, assert_never
 
 import numpy as np
@@ -95,9 +96,7 @@ def _drawn(key: str, candidates: Any, generator: np.random.Generator) -> Any:
             return float(generator.uniform(low, high))
         case FloatDistribution(low=low, high=high, step=step):
             assert step is not None
-            return float(
-                low + step * generator.integers(math.floor((high - low) / step + 1e-9) + 1)
-            )
+            return float(low + step * generator.integers(round((high - low) / step) + 1))
         case other:
             raise AssertionError(other)
 
@@ -157,6 +156,10 @@ def _distribution(
     if not is_range(candidates):
         return CategoricalDistribution(range(len(candidates)))
     low, high, log = candidates["low"], candidates["high"], bool(candidates.get("log"))
+    step = candidates.get("step")
+    if step:  # end on a step: Optuna warns of a range that does not; in decimals, as 0.1 is one
+        first, by = Decimal(str(low)), Decimal(str(step))
+        high = type(low)(first + (Decimal(str(high)) - first) // by * by)
     if isinstance(DEFAULTS[key], int):
-        return IntDistribution(low, high, log, candidates.get("step") or 1)
-    return FloatDistribution(low, high, log, candidates.get("step"))
+        return IntDistribution(low, high, log, step or 1)
+    return FloatDistribution(low, high, log, step)
