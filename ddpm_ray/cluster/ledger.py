@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, TypeAlias
 
 from ddpm_ray.data import storage
+from ddpm_ray.data.storage import StorageError
 
 Status: TypeAlias = Literal["running", "finished", "stopped", "pruned", "failed"]
 """running: not over, also while nobody works on it; stopped: early, by comparison with others;
@@ -52,13 +53,16 @@ class Trial:
 
 
 class Ledger:
-    """The trials of one sweep, in memory and below `folder`; one writer."""
+    """The trials of one sweep, in memory and below `folder`; one writer.
+
+    Raises StorageError where a file of theirs holds no trial.
+    """
 
     def __init__(self, folder: str) -> None:
         self._folder = storage.join(folder, "trials")
         self.trials: list[Trial] = []
         while storage.exists(self._url(len(self.trials))):
-            self.trials.append(Trial(**json.loads(storage.read_bytes(self._url(len(self.trials))))))
+            self.trials.append(_read(self._url(len(self.trials))))
         self._order = 1 + max((order for order, _, _ in self.events()), default=-1)
 
     def add(self, values: dict[str, Any], branch: int = 0, **facts: Any) -> Trial:
@@ -81,6 +85,8 @@ class Ledger:
 
     def end(self, trial: Trial, status: Status, reason: str = "", **outcome: Any) -> None:
         """Note how the trial ended; once ended it stays so."""
+        if trial.ended_order >= 0:
+            return
         trial.status, trial.reason, trial.ended_order = status, reason, self._tick()
         trial.outcome |= outcome
         self.write(trial)
@@ -102,6 +108,17 @@ class Ledger:
 
     def _url(self, number: int) -> str:
         return storage.join(self._folder, f"{number:05d}.json")
+
+
+def _read(url: str) -> Trial:
+    try:
+        return Trial(**json.loads(storage.read_bytes(url)))
+    except (ValueError, TypeError) as error:  # no JSON; no object, or a key too few or too many
+        reason = str(error).removeprefix("Trial.__init__() ").splitlines()[0]
+        remedy = "put a whole copy of it back, or begin the sweep under another name"
+        raise StorageError(
+            url, f"this file holds no trial of a sweep ({reason})", remedy
+        ) from error
 
 
 def _text(value: Any) -> str:

@@ -1,0 +1,144 @@
+"""What a ledger knows is what its files say, at whatever operation its driver dies."""
+
+import json
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ddpm_ray.cluster.ledger import Ledger, Status, Trial
+from ddpm_ray.data.storage import StorageError
+
+Operation = tuple[str, int, Any]  # what is done, to which trial (modulo their number), with what
+ENDED: tuple[Status, ...] = "finished", "stopped", "pruned", "failed"
+VALUES: st.SearchStrategy[dict[str, Any]] = st.dictionaries(
+    st.text(max_size=8),
+    st.integers() | st.floats() | st.booleans() | st.text() | st.lists(st.integers()),
+    max_size=3,
+)
+OPERATIONS: st.SearchStrategy[Operation] = st.one_of(
+    st.tuples(st.just("add"), st.integers(0, 2), VALUES),
+    st.tuples(st.just("add ended"), st.integers(0, 2), st.sampled_from(ENDED)),
+    st.tuples(st.just("probe"), st.integers(0, 9), st.tuples(st.integers(1, 5), st.floats())),
+    st.tuples(st.just("end"), st.integers(0, 9), st.sampled_from(ENDED)),
+    st.tuples(st.just("die"), st.integers(0, 9), st.none()),
+)
+
+
+def do(ledger: Ledger, operation: Operation) -> None:
+    kind, number, what = operation
+    if kind == "add":
+        ledger.add(what, branch=number)
+    elif kind == "add ended":
+        ledger.add({"seed": 1}, number, status=what, reason="so", appraisal={"useless_share": 0.7})
+    elif ledger.trials:
+        trial = ledger.trials[number % len(ledger.trials)]
+        if kind == "probe":
+            ledger.probe(trial, {"step": what[0], "loss": what[1], "spectrum": [what[1], 0.5]})
+        elif kind == "end":
+            ledger.end(trial, what, "because", metrics={"eval/fid": 3.5}, step=what)
+        else:
+            trial.losses += 1
+            ledger.write(trial)
+
+
+def told(trials: list[Trial]) -> list[str]:
+    """As text, in which a nan equals itself."""
+    return [json.dumps(asdict(trial)) for trial in trials]
+
+
+@given(st.lists(OPERATIONS, max_size=12))
+@settings(max_examples=60)
+def test_what_is_read_back_is_what_was_written_at_any_cut(operations: list[Operation]) -> None:
+    """A driver that is another one before each operation comes as far as one that lives on."""
+    with tempfile.TemporaryDirectory() as unbroken, tempfile.TemporaryDirectory() as broken:
+        whole = Ledger(unbroken)
+        for operation in operations:
+            do(whole, operation)
+            do(Ledger(broken), operation)
+            assert told(Ledger(unbroken).trials) == told(whole.trials)
+            assert told(Ledger(broken).trials) == told(whole.trials)
+
+
+@given(st.lists(OPERATIONS, max_size=12))
+@settings(max_examples=60)
+def test_events_come_in_the_order_in_which_they_happened(operations: list[Operation]) -> None:
+    """Counted from 0 without gaps; each operation adds one at the end, or none."""
+    with tempfile.TemporaryDirectory() as folder:
+        ledger = Ledger(folder)
+        before: list[tuple[int, int, bool]] = []
+        for operation in operations:
+            do(ledger, operation)
+            events = [(order, trial.number, p is None) for order, trial, p in ledger.events()]
+            assert events[: len(before)] == before
+            assert len(events) - len(before) in (0, 1)
+            before = events
+        assert [order for order, _, _ in before] == list(range(len(before)))
+
+
+def test_trials_are_numbered_in_files_as_told(tmp_path: Path) -> None:
+    ledger = Ledger(str(tmp_path))
+    for number in range(3):
+        assert ledger.add({"seed": number}).number == number
+    names = ["00000.json", "00001.json", "00002.json"]
+    assert sorted(path.name for path in (tmp_path / "trials").iterdir()) == names
+    assert json.loads((tmp_path / "trials/00002.json").read_text())["values"] == {"seed": 2}
+
+
+def test_a_step_that_was_reported_is_not_noted_again(tmp_path: Path) -> None:
+    """Also by a driver that has it from the file: a trial replays steps after a crash."""
+    trial = Ledger(str(tmp_path)).add({"seed": 1})
+    for step, loss, new in [(10, 0.5, True), (10, 0.4, False), (5, 0.3, False), (20, 0.2, True)]:
+        ledger = Ledger(str(tmp_path))
+        assert ledger.probe(ledger.trials[trial.number], {"step": step, "loss": loss}) == new
+    assert [(p["step"], p["loss"]) for p in ledger.trials[0].probes] == [(10, 0.5), (20, 0.2)]
+
+
+@pytest.mark.parametrize("first", ENDED)
+def test_once_ended_it_stays_so(first: Status, tmp_path: Path) -> None:
+    ledger = Ledger(str(tmp_path))
+    trial = ledger.add({"seed": 1})
+    ledger.end(trial, first, "the first reason", step=5)
+    once = told([trial])
+    for status in ENDED:
+        ledger.end(trial, status, "another", step=6)
+    assert told([trial]) == told(Ledger(str(tmp_path)).trials) == once
+
+
+def test_only_a_finished_trial_has_scores() -> None:
+    outcome = {"metrics": {"eval/fid": 3.5}}
+    assert Trial(0, {}, status="finished", outcome=outcome).metrics == {"eval/fid": 3.5}
+    for status in ("running", "stopped", "pruned", "failed"):
+        assert Trial(0, {}, status=status, outcome=outcome).metrics == {}
+
+
+@pytest.mark.parametrize(
+    "content, says",
+    [
+        (b"", r"Expecting value"),
+        (b'{"number": 1, "val', r"Unterminated string"),
+        (b"{\xc3", r"can't decode"),
+        (b"[1, 2]", r"must be a mapping"),
+        (b"{}", r"missing 2 required positional arguments: 'number' and 'values'"),
+        (b'{"number": 1}', r"missing 1 required positional argument: 'values'"),
+        (b'{"number": 1, "values": {}, "valeus": {}}', r"unexpected keyword argument 'valeus'"),
+    ],
+)
+def test_a_file_that_holds_no_trial_is_told_in_a_line(
+    content: bytes, says: str, tmp_path: Path
+) -> None:
+    """Passed over, it would be a trial that is tried again while those after it are lost."""
+    ledger = Ledger(str(tmp_path))
+    for number in range(3):
+        ledger.add({"seed": number})
+    file = tmp_path / "trials/00001.json"
+    file.write_bytes(content)
+    with pytest.raises(StorageError, match=rf"holds no trial of a sweep \(.*{says}") as error:
+        Ledger(str(tmp_path))
+    (line,) = str(error.value).splitlines()
+    assert line.startswith(f"{file}: ")
+    assert line.endswith("; put a whole copy of it back, or begin the sweep under another name")
