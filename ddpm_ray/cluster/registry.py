@@ -81,10 +81,11 @@ def crown(
         "protocol": _protocol(certificate),
     }
     with answering(uri):
+        mlflow.set_tracking_uri(uri)  # create_model_version looks there, whatever the client has
         client = MlflowClient(tracking_uri=uri)
         present = _champion(client, name)
         if present is not None:
-            told = {"name": name, "version": present.version, "crowned": False}
+            told = {"name": name, "version": str(present.version), "crowned": False}
             if present.tags.get("run_id") == run_id:
                 return told | {"reason": "it is the champion already"}
             if reason := _why_not(own, present.tags):
@@ -93,7 +94,7 @@ def crown(
         with contextlib.suppress(MlflowException):  # the name is there already
             client.create_registered_model(name)
         made = client.create_model_version(name, f"models:/{logged}", run_id, own, model_id=logged)
-        version = made.version
+        version = str(made.version)  # a number from a database, text from a server
         client.set_registered_model_alias(name, CHAMPION, version)
     reason = "there was none" if present is None else f"it beats version {present.version}"
     return {"name": name, "version": version, "crowned": True, "reason": reason}
