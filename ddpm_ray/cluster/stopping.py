@@ -36,7 +36,7 @@ class EarlyStopping:
 
         A trial is stopped once; at the last step there is nothing left to stop.
         """
-        if self._rule is None or number in self._stopped:
+        if self._rule is None or number in self._stopped or step >= self._total_steps:
             return ""
         if not math.isfinite(loss):
             self._stopped.add(number)
@@ -47,7 +47,7 @@ class EarlyStopping:
             self._rule.on_trial_add(None, self._known[number])
         trial, told = self._known[number], {STEP: step, LOSS: loss}
         decision = self._rule.on_trial_result(_Controller(), trial, told)
-        if decision != TrialScheduler.STOP or step >= self._total_steps:
+        if decision != TrialScheduler.STOP:
             return ""
         self._stopped.add(number)
         losses = self._losses[step]
