@@ -31,8 +31,9 @@ from ddpm_ray.training.gallery import Gallery
 from ddpm_ray.training.loop import Run, train
 from ddpm_ray.training.objectives import NonFiniteError
 from ddpm_ray.training.reference import Reference, reference
-from ddpm_ray.training.reporting import Progress, Row, StepLog
+from ddpm_ray.training.reporting import Progress, Row
 from ddpm_ray.training.state import Snapshot
+from ddpm_ray.training.step_log import StepLog
 from ddpm_ray.training.workers import Workers
 
 log = logging.getLogger(__name__)

@@ -12,8 +12,9 @@ from torch.nn.utils import clip_grad_norm_
 
 from ddpm_ray.training.checkpoints import CheckpointWriter
 from ddpm_ray.training.objectives import Objective, non_finite
-from ddpm_ray.training.reporting import Progress, Sink, StepLog
+from ddpm_ray.training.reporting import Progress, Sink
 from ddpm_ray.training.state import TrainingState
+from ddpm_ray.training.step_log import StepLog
 from ddpm_ray.training.workers import Workers
 
 REPORT_EVERY_S = 1.0  # of sums over workers: rows, progress, and whether somebody asked to stop

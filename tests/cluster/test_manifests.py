@@ -14,6 +14,9 @@ import ray
 import yaml  # type: ignore[import-untyped]
 from ray.autoscaler._private.util import prepare_config, validate_config
 
+from ddpm_ray import knobs
+from ddpm_ray.sweep_config import SweepConfig
+
 ROOT = Path(__file__).parents[2]
 MANIFESTS = ["cluster.yaml", "rayjob.yaml"]
 SECRET = re.compile(
@@ -170,7 +173,9 @@ def test_the_job_on_kubernetes_is_a_sweep_on_gpus_that_come_and_go(job: dict[str
     assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
     words = shlex.split(job["spec"]["entrypoint"])
     assert words[:3] == ["python", "jobs/sweep.py", "conf/sweep/schedules.yaml"]
-    assert all(re.fullmatch(r"[a-z_.]+=\S+", word) for word in words[3:])
+    sweep = knobs.load(SweepConfig, str(ROOT / words[2]), words[3:])
+    assert sweep.run.cluster.gpus_per_worker == 1
+    assert sweep.run.storage.startswith("s3://")
     spec = job["spec"]["rayClusterSpec"]
     assert spec["enableInTreeAutoscaling"]
     (workers,) = spec["workerGroupSpecs"]

@@ -1,0 +1,89 @@
+"""What a step did, kept on the device, summed over workers about once a second, handed on as rows.
+
+A row is a pure function of the steps that it covers, so that a replayed step gives the same row
+again; only the rates (`train/images_per_s`, `train/data_wait_share`) are clocks.
+"""
+
+import time
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ddpm_ray.training.reporting import RATES, Row
+from ddpm_ray.training.workers import Workers
+
+# Log-SNR of a band's edges. The linear schedule of Ho et al. spans -10.1 to 9.2 at T = 1000.
+BAND_EDGES = (-8.0, -6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0, 8.0)
+BANDS = ("below_-8", "-8_to_-6", "-6_to_-4", "-4_to_-2", "-2_to_0",
+         "0_to_2", "2_to_4", "4_to_6", "6_to_8", "above_8")  # fmt: skip
+
+
+class StepLog:
+    """Losses of the steps since the last `collect`, on the device, one line of sums per step."""
+
+    def __init__(self, workers: Workers, rows_every_steps: int) -> None:
+        self._workers, self._window_steps = workers, rows_every_steps
+        self._edges = torch.tensor(BAND_EDGES, dtype=torch.float64, device=workers.device)
+        self._lines: list[Tensor] = []
+        self._norms: list[float] = []
+        self._rates: list[float] = []
+        self._bands = torch.zeros(2, len(BANDS), dtype=torch.float64)  # sums, counts of the window
+        self._clock, self._images, self._waited_s = time.perf_counter(), 0.0, 0.0
+        self._window_start = (self._clock, 0.0, 0.0)
+
+    def record(
+        self, losses: Tensor, log_snr: Tensor, *, grad_norm: float, learning_rate: float
+    ) -> None:
+        """Keep one step: losses [b] float32 and log-SNR [b] float64 of this worker's images."""
+        band = torch.bucketize(log_snr, self._edges)
+        line = torch.zeros(2, len(BANDS), dtype=torch.float64, device=losses.device)
+        line[0].index_add_(0, band, losses.double())
+        line[1].index_add_(0, band, torch.ones_like(log_snr))
+        self._lines.append(line)
+        self._norms.append(grad_norm)
+        self._rates.append(learning_rate)
+
+    def collect(self, step: int, waited_s: float) -> list[Row]:
+        """Rows of the recorded steps, which end at `step`, the same on all workers; all call it.
+
+        `waited_s`: seconds that this worker has waited for data since its start.
+        """
+        lines = self._workers.sum_(torch.stack(self._lines).cpu())  # [steps, 2, bands]
+        now, first = time.perf_counter(), step - len(self._lines) + 1
+        self._images += float(lines[:, 1].sum())
+        rows = []
+        for offset, (sums, counts) in enumerate(lines):
+            row = {
+                "train/loss": float(sums.sum() / counts.sum()),
+                "train/grad_norm": self._norms[offset],
+                "train/lr": self._rates[offset],
+            }
+            self._bands += lines[offset]
+            if (first + offset) % self._window_steps == 0:
+                row |= dict(self._of_window(now, waited_s))
+            rows.append(Row(first + offset, row))
+        self._lines.clear()
+        self._norms.clear()
+        self._rates.clear()
+        return rows
+
+    def window(self) -> list[list[float]]:
+        """Sums and counts per band of the window that is not full yet: part of a checkpoint."""
+        sums: list[list[float]] = self._bands.tolist()
+        return sums
+
+    def resume(self, window: list[list[float]]) -> None:
+        """Go on with the window of a checkpoint."""
+        self._bands = torch.tensor(window, dtype=torch.float64)
+
+    def _of_window(self, now: float, waited_s: float) -> Iterator[tuple[str, float]]:
+        began, images, waited = self._window_start
+        elapsed = max(now - began, 1e-9)
+        yield RATES[0], (self._images - images) / elapsed
+        yield RATES[1], (waited_s - waited) / elapsed
+        for name, total, count in zip(BANDS, *self._bands.tolist(), strict=True):
+            if count:
+                yield f"train/loss_logsnr/{name}", total / count
+        self._bands.zero_()
+        self._window_start = (now, self._images, waited_s)
