@@ -141,7 +141,7 @@ def complaint(kind: type[Any], key: str, value: Any) -> str:
     """
     try:
         OmegaConf.merge(OmegaConf.structured(kind), _nested(key, value))
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, TypeError) as error:  # TypeError: below a key that has none
         return _complaint(kind, key, value, error)
     return ""
 

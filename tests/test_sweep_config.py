@@ -36,6 +36,7 @@ def complaints(*overrides: str, space: str = SPACE) -> list[str]:
         ("{schedule.nsteps: [1]}", "schedule.nsteps=1: no such key; did you mean schedule.num_ste"),
         ("{run.seed: [4]}", "run.seed=4: no such key; did you mean seed?"),
         ("{schedule: [linear]}", "schedule='linear': a group of keys, not a value; set schedule."),
+        ("{model.channel_mults.0: [1, 2]}", "model.channel_mults has no keys of its own, as "),
         # Of a choice:
         ("{schedule.num_steps: [9, x]}", "schedule.num_steps='x': Value 'x' of type 'str' could"),
         ("{schedule.num_steps: [null]}", "schedule.num_steps=None: Incompatible value"),

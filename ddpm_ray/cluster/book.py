@@ -129,7 +129,8 @@ class Book:
             self.ledger.end(trial, "finished", **outcome)
         elif reason:
             self.ledger.end(trial, "stopped", reason, **outcome)
-        # else it stopped because the sweep did: the same command goes on with it
+        else:  # it stopped because the sweep did: the same command goes on with it
+            self.ledger.interrupted(trial, outcome)
 
 
 def hopeless(worth: Appraisal, limits: PruningConfig) -> str:

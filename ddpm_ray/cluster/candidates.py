@@ -33,8 +33,8 @@ class Candidates(Searcher):  # type: ignore[misc]  # Ray's types are not followe
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """What the next trial's driver is told; None for the moment, FINISHED for good."""
-        if len(self._book.active) >= self._at_once:
-            return None
+        if self._died or len(self._book.active) >= self._at_once:
+            return None  # also until it is known which place was lost: it may be the last one
         trial = self._book.next()
         if trial is None:
             finished: str = Searcher.FINISHED

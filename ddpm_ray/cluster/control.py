@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 import ray
 
+from ddpm_ray.cluster import placement
 from ddpm_ray.training.reporting import Progress
 
 ANSWER_S = 120.0  # a loaded machine took 10 s to start the actor
@@ -60,7 +61,8 @@ class Desk:
     """A handle on the actor; both sides hold one."""
 
     def __init__(self) -> None:
-        self._actor: Any = ray.remote(num_cpus=0)(_Desk).remote()
+        beside = placement.beside_me()
+        self._actor: Any = ray.remote(num_cpus=0, scheduling_strategy=beside)(_Desk).remote()
         self._reply: Any = None  # on its way, of either side's last question
 
     def show(self, progress: Progress) -> bool:

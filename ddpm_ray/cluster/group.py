@@ -93,24 +93,32 @@ def run(
     trainer = _trainer(worker, settings | {"desk": desk}, config)
     outcome: dict[str, Any] = {}
     asked, starts, wish = False, 0, False
+    places: list[str] = []
+
+    def started(place: str) -> None:
+        places.append(place)
+        on_start(place)
+
     # In a thread, because in the main one Ray takes Ctrl-C for itself and aborts without a
     # checkpoint.
     fit = threading.Thread(target=_fit, args=(trainer, outcome), name="fit", daemon=True)
-    with Interrupts() as interrupts:
-        fit.start()
-        while fit.is_alive():
-            fit.join(POLL_S)
-            if notes := desk.glance():
-                wish = _tell(notes, starts, show, on_start)
-                starts = len(notes.starts)
-            if (interrupts.count or wish) and not asked:
-                desk.ask_to_stop()
-                asked = True
-    notes = desk.look()
-    _tell(notes, starts, show, on_start)
-    for _, group in notes.starts:  # where Ray's controller died, nobody else gives it back
-        placement.free(group)
-    if notes.fatal:
+    try:
+        with Interrupts() as interrupts:
+            fit.start()
+            while fit.is_alive():
+                fit.join(POLL_S)
+                if notes := desk.glance():
+                    wish = _tell(notes, starts, show, started)
+                    starts = len(notes.starts)
+                if (interrupts.count or wish) and not asked:
+                    desk.ask_to_stop()
+                    asked = True
+        notes = desk.look()
+        _tell(notes, starts, show, started)
+    finally:  # where Ray's controller died, or `show` failed, nobody else gives them back
+        for place in places:
+            placement.free(place)
+    if notes.fatal is not None:
         raise RunFailedError(notes.fatal)
     if error := outcome.get("error"):
         raise RunFailedError(_reason(error)) from error
@@ -206,5 +214,7 @@ def _reason(error: BaseException) -> str:
     if failures:
         rank, error = next(iter(sorted(failures.items())))
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        return f"worker {rank}: {lines[-1] if lines else type(error).__name__}"
+        # Ray's memory monitor ends its own explanation with advice.
+        out_of_memory = [line for line in lines if "low on memory" in line]
+        return f"worker {rank}: {[type(error).__name__, *lines, *out_of_memory][-1]}"
     return " ".join(str(error).split()) or type(error).__name__

@@ -7,6 +7,7 @@ nothing at all, and a score that is not finite is no score.
 
 import math
 import re
+import textwrap
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from ddpm_ray.cluster.ledger import Status, Trial
 STATUSES: tuple[Status, ...] = ("finished", "running", "stopped", "pruned", "failed")  # as ordered
 assert set(STATUSES) == set(get_args(Status))
 TEXT_COLUMNS = 110
+WHOLE_REASONS = 10  # of failed trials, below the table
 LABEL_COLUMNS = 36  # of them; what a trial varies is cut there, so that its score stays in view
 STRIP_PIXELS = 150  # the drawn interval
 MOST = 1e99  # what is larger, in a run that went astray, is no number: sums would overflow
@@ -130,7 +132,7 @@ def summary(rows: Sequence[Row]) -> str:
 
 
 def as_text(rows: Sequence[Row], metric: str = "score", most: int = 100) -> str:
-    """The first `most` rows as a table for a terminal, at most 110 columns wide."""
+    """The first `most` rows as a table of at most 110 columns; below it why trials failed."""
     width = max([min(LABEL_COLUMNS, len(row.label)) for row in rows] + [len("values")])
     head = f"place  trial status   worker-s  {'values':{width}}  "
     lines = [head + f"{metric} [95 % interval], or why none"]
@@ -143,7 +145,12 @@ def as_text(rows: Sequence[Row], metric: str = "score", most: int = 100) -> str:
         lines.append(f"... and {len(rest):,} more: {census(rest)}")
     if any(row.like_best for row in rows[:most]):
         lines.append(f"~ {ALIKE}")
-    return "\n".join(cut(line, TEXT_COLUMNS) for line in [*lines, summary(rows)]) + "\n"
+    lines = [cut(line, TEXT_COLUMNS) for line in lines]
+    failed = [row for row in rows if row.status == "failed"]
+    for row in failed[:WHOLE_REASONS]:  # the table has room for their beginning at best
+        why = f"trial {row.number} failed: {row.reason}"
+        lines += textwrap.wrap(why, TEXT_COLUMNS, subsequent_indent="    ")
+    return "\n".join([*lines, cut(summary(rows), TEXT_COLUMNS)]) + "\n"
 
 
 def as_markdown(rows: Sequence[Row], metric: str, top: int = 10) -> str:

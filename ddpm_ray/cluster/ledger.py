@@ -19,6 +19,8 @@ Status: TypeAlias = Literal["running", "finished", "stopped", "pruned", "failed"
 """running: not over, also while nobody works on it; stopped: early, by comparison with others;
 pruned: its schedule was hopeless before it took a worker."""
 
+COSTS = "worker_s", "busy_s"  # of an outcome
+
 
 @dataclass
 class Trial:
@@ -34,6 +36,7 @@ class Trial:
     appraisal: dict[str, float] = field(default_factory=dict)  # of its schedule, before training
     ended_order: int = -1  # when it ended, on the same count as the probes' order
     outcome: dict[str, Any] = field(default_factory=dict)  # see cluster/trial.py
+    earlier: dict[str, float] = field(default_factory=dict)  # costs of lives before the last one
     closed: bool = False  # MLflow knows how it ended
 
     @property
@@ -88,8 +91,17 @@ class Ledger:
         if trial.ended_order >= 0:
             return
         trial.status, trial.reason, trial.ended_order = status, reason, self._tick()
-        trial.outcome |= outcome
+        costs = {key: outcome[key] + trial.earlier.get(key, 0.0) for key in COSTS if key in outcome}
+        trial.outcome |= outcome | costs
         self.write(trial)
+
+    def interrupted(self, trial: Trial, outcome: dict[str, Any]) -> None:
+        """Note, once, what a life cost whose trial goes on; one that is killed tells nothing."""
+        ended = outcome.get("ended", 0.0)
+        if ended > trial.earlier.get("ended", -1.0):
+            costs = {k: outcome.get(k, 0.0) + trial.earlier.get(k, 0.0) for k in COSTS}
+            trial.earlier = costs | {"ended": ended}
+            self.write(trial)
 
     def write(self, trial: Trial) -> None:
         """Make what is known of `trial` durable; raises StorageError."""

@@ -15,9 +15,19 @@ from ray.util.placement_group import (
     placement_group_table,
     remove_placement_group,
 )
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 HEAD = "node:__internal_head__"  # part of the head node alone: what the trials' drivers hold
 JOB_DIGITS = 8  # of a group's id, the last ones: the job that made it
+
+
+def beside_me() -> NodeAffinitySchedulingStrategy:
+    """On the node of this process, with which it would be lost anyway.
+
+    Ray puts an actor that asks for nothing on any node, a spot worker's as well.
+    """
+    here = ray.get_runtime_context().get_node_id()
+    return NodeAffinitySchedulingStrategy(here, soft=False)
 
 
 def of_this_worker() -> str:

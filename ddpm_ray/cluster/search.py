@@ -159,7 +159,8 @@ def _distribution(
     step = candidates.get("step")
     if step:  # end on a step: Optuna warns of a range that does not; in decimals, as 0.1 is one
         first, by = Decimal(str(low)), Decimal(str(step))
-        high = type(low)(first + (Decimal(str(high)) - first) // by * by)
+        last = first + (Decimal(str(high)) - first) // by * by
+        high = type(DEFAULTS[key])(last)  # 0 may well be the low end of a range of floats
     if isinstance(DEFAULTS[key], int):
         return IntDistribution(low, high, log, step or 1)
     return FloatDistribution(low, high, log, step)

@@ -153,9 +153,12 @@ def _watch(
                 place.publish(book.ledger)
                 published, told = time.monotonic(), ended
     if errors:
+        own: BaseException | None = errors[0]
+        while own is not None and not type(own).__module__.startswith("ddpm_ray"):
+            own = own.__context__  # Tune wraps what its searcher raises in a traceback's text
+        if own is not None:
+            raise own
         reason = " ".join(str(errors[0]).split()) or type(errors[0]).__name__
-        if type(errors[0]).__module__.startswith("ddpm_ray"):
-            raise errors[0]
         raise RunFailedError(f"Ray Tune failed: {reason}") from errors[0]
 
 

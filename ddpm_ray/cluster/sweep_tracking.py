@@ -4,13 +4,14 @@ import contextlib
 import io
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from PIL import Image
 
 from ddpm_ray.cluster import charts, leaderboard, registry, tracking
+from ddpm_ray.cluster.leaderboard import Row
 from ddpm_ray.cluster.ledger import Ledger, Trial
 from ddpm_ray.cluster.tracking import TrackedRun, TrackingError
 from ddpm_ray.cluster.training_run import IDENTITY, artifacts_beside, tags_of
@@ -83,13 +84,15 @@ class SweepPlace:
 
     def publish(self, ledger: Ledger) -> None:
         """Draw tables and pictures of all trials into the sweep's run; an outage is only told."""
-        trials, score = list(ledger.trials), self.config.score
+        # As they stand now: Tune's thread goes on to write down what it hears.
+        trials = [replace(t, probes=list(t.probes), outcome=dict(t.outcome)) for t in ledger.trials]
+        score = self.config.score
         rows = leaderboard.standings(trials, score)
         levels = torch.tensor(LEVELS, dtype=torch.float64)
         guess = linear_guess(levels, self.pixel_variance).tolist()
         drawn = {
             "1_score_against_T": charts.fid_against_T(trials, score),
-            "2_samples": charts.contact_sheet(trials, _grids(trials), score),
+            "2_samples": charts.contact_sheet(trials, _grids(trials, rows), score),
             "3_loss_by_log_snr": charts.loss_spectra(trials, LEVELS, guess),
             "4_common_loss": charts.score_curves(trials),
             "5_cost": charts.cost_bars(trials),
@@ -188,11 +191,13 @@ class SweepPlace:
         )
 
 
-def _grids(trials: list[Trial]) -> dict[int, Image.Image]:
-    """The newest grid of samples of each trial that has one."""
+def _grids(trials: list[Trial], rows: list[Row]) -> dict[int, Image.Image]:
+    """The newest grids of samples, of the best trials that have one: as many as a sheet holds."""
     found: dict[int, Image.Image] = {}
-    for trial in trials:
-        if url := trial.outcome.get("samples"):
-            with contextlib.suppress(StorageError):  # a picture less, no sweep less
-                found[trial.number] = Image.open(io.BytesIO(storage.read_bytes(url)))
+    for row in rows:
+        if len(found) == charts.SHEET_ROWS:
+            break
+        if url := trials[row.number].outcome.get("samples"):
+            with contextlib.suppress(StorageError, OSError):  # a picture less, no sweep less
+                found[row.number] = Image.open(io.BytesIO(storage.read_bytes(url)))
     return found

@@ -5,6 +5,7 @@ when the sweep's driver wants that. Each report is one event in JSON, which name
 """
 
 import json
+import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,13 +14,19 @@ from typing import Any
 import ray
 from ray import tune
 
-from ddpm_ray.cluster import training_run
+from ddpm_ray.cluster import placement, training_run
+from ddpm_ray.cluster.tracking import TrackingError
 from ddpm_ray.cluster.training_run import Outcome, PartOf
 from ddpm_ray.config import RunConfig
+from ddpm_ray.data.storage import StorageError
 from ddpm_ray.knobs import from_dict
 from ddpm_ray.training.gallery import picture_url
 from ddpm_ray.training.reporting import Progress
 
+log = logging.getLogger(__name__)
+
+OUTAGES = TrackingError, StorageError
+RETRY_S = 10.0, 60.0, 300.0  # after these: an outage costs time, not the trial
 ANSWER_S = 60.0  # of the board, an actor beside the sweep's driver
 EVENT = "event"  # the key of Tune's report that holds ours
 
@@ -45,7 +52,8 @@ class Board:
     """A handle on that actor; the driver and the trials hold one."""
 
     def __init__(self) -> None:
-        self._actor: Any = ray.remote(num_cpus=0)(_Board).remote()
+        beside = placement.beside_me()
+        self._actor: Any = ray.remote(num_cpus=0, scheduling_strategy=beside)(_Board).remote()
 
     def stop(self, number: int) -> None:
         """Trial `number` shall commit its checkpoint and end."""
@@ -90,15 +98,26 @@ def run_trial(told: dict[str, Any], *, board: Board, sweep_run_id: str) -> None:
         workers = config.cluster.num_workers
         return {"began": began, "ended": ended, "worker_s": workers * (ended - began)}
 
-    try:
-        outcome = training_run.train(
+    def stand(wait_s: float) -> bool:
+        until = time.monotonic() + wait_s
+        while time.monotonic() < until and not board.is_to_stop(number):
+            time.sleep(1)
+        return time.monotonic() >= until
+
+    def train() -> Outcome:
+        return training_run.train(
             config,
             Path("/"),  # every place in a trial's config is absolute
             show,
             PartOf(sweep_run_id, told["label"], told["values"]),
             lambda group: tell(number, "group", group=group),
         )
+
+    try:
+        outcome = _patiently(train, stand)
     except Exception as error:  # noqa: BLE001 - a trial fails alone, whatever it was
+        if isinstance(error, OUTAGES) and board.is_to_stop(number):
+            return  # not over: the same command goes on with it
         reason = " ".join(str(error).split()) or type(error).__name__
         tell(number, "failed", reason=reason, outcome=cost())
         return
@@ -109,6 +128,18 @@ def run_trial(told: dict[str, Any], *, board: Board, sweep_run_id: str) -> None:
         finished=outcome.finished,
         outcome=_outcome(outcome, config) | cost(),
     )
+
+
+def _patiently(train: Callable[[], Outcome], stand: Callable[[float], bool]) -> Outcome:
+    """What `train` returns; tried again after an outage, unless `stand` says not to wait."""
+    for wait_s in RETRY_S:
+        try:
+            return train()
+        except OUTAGES as error:
+            log.warning("%s; tried again in %.0f s", error, wait_s)
+            if not stand(wait_s):
+                raise
+    return train()
 
 
 def show_last(outcome: Outcome, show: Callable[[Progress], bool]) -> None:

@@ -59,7 +59,7 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     try:
         return _train(from_dict(RunConfig, settings["config"]), settings, desk)
     except FATAL as error:
-        desk.give_up(str(error))
+        desk.give_up(str(error) or type(error).__name__)  # MemoryError has no text
         raise
 
 

@@ -179,6 +179,15 @@ def test_a_long_reason_is_cut_and_loses_its_colours() -> None:
     assert "RayTaskError: out of memory" in line
 
 
+def test_all_of_why_a_trial_failed_is_told() -> None:
+    """Below the table, also of one that has no row in it any more."""
+    why = "step 1: the gradient's norm is nan, from " + " ".join(f"layer{i}" for i in range(30))
+    rows = standings([finished(i, i) for i in range(30)] + [lost(30, "failed", reason=why)], METRIC)
+    text = as_text(rows, most=25)
+    assert f"trial 30 failed: {why}" in " ".join(text.split())
+    assert text.splitlines()[-1].startswith("31 trials: ")
+
+
 def test_what_does_not_fit_is_counted() -> None:
     rows = standings([finished(i, i) for i in range(30)] + [lost(30, "failed")], METRIC)
     assert "... and 6 more: 5 finished, 1 failed\n" in as_text(rows, most=25)

@@ -98,6 +98,19 @@ def test_a_step_that_was_reported_is_not_noted_again(tmp_path: Path) -> None:
     assert [(p["step"], p["loss"]) for p in ledger.trials[0].probes] == [(10, 0.5), (20, 0.2)]
 
 
+def test_what_its_lives_cost_is_added_up(tmp_path: Path) -> None:
+    """Each life once, also where its end is told twice, to another driver."""
+    trial = Ledger(str(tmp_path)).add({"seed": 1})
+    for ended, worker_s, busy_s in [(5.0, 10.0, 6.0), (5.0, 10.0, 6.0), (9.0, 4.0, 1.0)]:
+        ledger = Ledger(str(tmp_path))
+        life = {"ended": ended, "worker_s": worker_s, "busy_s": busy_s, "metrics": {}}
+        ledger.interrupted(ledger.trials[trial.number], life)
+    ledger = Ledger(str(tmp_path))
+    assert ledger.trials[0].status == "running"
+    ledger.end(ledger.trials[0], "finished", worker_s=100.0, busy_s=50.0, step=40)
+    assert ledger.trials[0].outcome == {"worker_s": 114.0, "busy_s": 57.0, "step": 40}
+
+
 @pytest.mark.parametrize("first", ENDED)
 def test_once_ended_it_stays_so(first: Status, tmp_path: Path) -> None:
     ledger = Ledger(str(tmp_path))

@@ -161,7 +161,7 @@ def test_a_random_trial_is_the_same_whatever_the_others_are(seed: int, seeds: li
         ("training.learning_rate", {"low": 1e-6, "high": 1e-2, "log": True}, 1e-4),
         ("schedule.num_steps", {"low": 10, "high": 4000, "log": True}, 200),
         ("seed", {"low": 1, "high": 1000}, 500),
-        ("model.dropout", {"low": 0.0, "high": 0.9, "step": 0.1}, 0.45),
+        ("model.dropout", {"low": 0, "high": 0.9, "step": 0.1}, 0.45),
     ],
 )
 def test_half_of_random_values_lie_below_the_middle_of_their_scale(
