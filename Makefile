@@ -26,6 +26,9 @@ test: $(READY)  ## all tests but the long ones
 faults: $(READY)  ## the long tests: killed workers, dead servers, full trainings
 	$(BIN)/pytest -m slow
 
+cluster-demo: $(READY)  ## train and sweep on 2 Ray nodes of this machine
+	$(BIN)/python -m tests.cluster.demo
+
 doctor: $(READY)  ## is all there that a run leans on
 	$(BIN)/python jobs/doctor.py
 

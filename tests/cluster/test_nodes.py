@@ -1,0 +1,80 @@
+"""Runs on several nodes, each with its own network and folders: spread out, and a node killed."""
+
+import pytest
+
+from tests.cluster.demo import show
+from tests.cluster.job import shown
+from tests.cluster.node import lacking
+from tests.cluster.nodes import Nodes
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(500)]
+
+
+def training(steps: int, checkpoint_every_steps: int) -> tuple[str, ...]:
+    """The command of a run with two workers, whose data are packed into the bucket first."""
+    return (
+        "python", "jobs/train.py", "conf/train/digits.yaml",
+        "model.base_channels=16", "model.channel_mults=[1,2]", "model.groups=4",
+        "model.attention_resolutions=[4]", "data.url=s3://bucket/digits",
+        "storage=s3://bucket/runs", "cluster.num_workers=2", f"training.steps={steps}",
+        f"training.checkpoint_every_steps={checkpoint_every_steps}", "training.log_every_steps=20",
+        "training.grid_every_steps=100", "training.warmup_steps=10", "sampling.steps=5",
+        "evaluation.num_images=32",
+    )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _machine_can() -> None:
+    if why := lacking():
+        pytest.skip(why)
+
+
+def addresses(nodes: Nodes, *, alive: bool) -> list[str]:
+    """Where the workers of training lie, or lay."""
+    workers = [actor for actor in nodes.actors() if actor.kind == "RayTrainWorker"]
+    return sorted(str(worker.address) for worker in workers if worker.alive or not alive)
+
+
+def test_two_workers_on_two_nodes_share_a_run() -> None:
+    """One CPU a node, so neither could train alone; they meet in Gloo, the bucket and MLflow."""
+    with Nodes(cpus=(1, 1)) as nodes:
+        assert nodes.submit("train", *training(60, 30)) == 0, nodes.told("train")
+        assert addresses(nodes, alive=False) == [node.address for node in nodes]
+        (run,) = nodes.runs()
+        assert run.status == "FINISHED"
+        assert run.steps == list(range(1, 61))
+        assert nodes.result("train")["run_id"] == run.id
+        assert list(nodes.bucket.glob("runs/digits/checkpoints/step-00000060-*/*.safetensors"))
+        kinds = {actor.kind for actor in nodes.actors()}
+        assert kinds >= {"TrainController", "RayTrainWorker"}
+        assert not kinds & {"PlacementGroupCleaner", "DatasetManager"}  # see cluster/group.py
+
+
+def test_a_run_outlives_a_node() -> None:
+    """The raylet under one of two workers is killed; the third node takes the worker in."""
+    killed: list[str] = []
+
+    def strike(line: str) -> None:
+        if killed or not line.startswith("step ") or shown(line) < 100:
+            return
+        places = addresses(nodes, alive=True)
+        assert len(places) == 2
+        killed.append(next(place for place in places if place != nodes.head.address))
+        nodes.at(killed[0]).kill("raylet")
+
+    with Nodes(cpus=(1, 1, 1)) as nodes:
+        code = nodes.submit("train", *training(1500, 50), watch=strike)
+        assert killed, nodes.told("train")
+        assert code == 0, nodes.told("train")
+        (run,) = nodes.runs()
+        assert run.status == "FINISHED"
+        assert run.steps == list(range(1, 1501))
+        places = addresses(nodes, alive=False)
+        assert len(places) == 4  # two starts of two workers
+        assert set(places) == {node.address for node in nodes}
+
+
+def test_a_sweep_spreads_its_trials_over_nodes() -> None:
+    """Two at once on a CPU each; early stopping frees a place that the next trial takes."""
+    with Nodes(cpus=(1, 1)) as nodes:
+        assert not show(nodes).wrong

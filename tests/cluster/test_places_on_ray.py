@@ -1,0 +1,95 @@
+"""What a group of workers holds on the cluster comes back, however it ends; no State API here."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import psutil
+import pytest
+import ray
+
+from ddpm_ray.cluster import capacity, group, placement
+from ddpm_ray.cluster.group import RunFailedError
+from ddpm_ray.config import ClusterConfig
+from ddpm_ray.knobs import ConfigError
+from ddpm_ray.training.reporting import Progress
+from tests.cluster.job import command_of
+
+CPUS = 2.0
+FREE_WITHIN_S = 10.0
+ONE = ClusterConfig(num_workers=1, cpus_per_worker=1, max_failures=0)
+
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.timeout(200),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # Ray Train's, of Ray Data
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cluster() -> Iterator[None]:
+    ray.init(address="local", num_cpus=int(CPUS), include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+def run(show: Callable[[Progress], bool | None], places: list[str]) -> Any:
+    """A group of one worker that works until it is asked to stop."""
+
+    def worker(settings: dict[str, Any]) -> str:  # nested, so that it travels by value
+        desk, place = settings["desk"], placement.of_this_worker()
+        desk.start(0, place)
+        while not desk.show(Progress(1, 2, 0.0, 0.0)):
+            threading.Event().wait(0.05)
+        return place
+
+    return group.run(worker, {}, ONE, show, places.append)
+
+
+def come_back() -> bool:
+    """Whether all CPUs are free, and no place is held, within ten seconds."""
+    until = time.monotonic() + FREE_WITHIN_S
+    while ray.available_resources().get("CPU", 0.0) < CPUS or placement.of_workers():
+        if time.monotonic() > until:
+            return False
+        threading.Event().wait(0.1)
+    return True
+
+
+@pytest.mark.slow
+def test_who_is_stopped_leaves_nothing_behind() -> None:
+    held: list[set[str]] = []
+
+    def show(_: Progress) -> bool:
+        held.append(placement.of_workers())
+        return True
+
+    places: list[str] = []
+    returned = run(show, places)
+    assert places == [returned]
+    assert held[0] == {returned}
+    assert come_back()
+
+
+@pytest.mark.slow
+def test_a_killed_controller_leaves_nothing_behind() -> None:
+    """Ray would keep the place until the job's end, which of a sweep is that of the last trial."""
+
+    def show(_: Progress) -> None:
+        for process in psutil.Process().children(recursive=True):
+            if command_of(process).startswith("ray::TrainController"):
+                process.kill()
+
+    with pytest.raises(RunFailedError, match="TrainController"):
+        run(show, [])
+    assert come_back()
+
+
+def test_a_sweep_that_cannot_fit_is_refused_with_the_arithmetic() -> None:
+    two = ClusterConfig(num_workers=2, cpus_per_worker=1)
+    assert capacity.trials_at_once(two, 0) == 1
+    with pytest.raises(ConfigError, match=r"3 x run\.cluster\.num_workers=2 .* 2 workers, so"):
+        capacity.trials_at_once(two, 3)
+    with pytest.raises(ConfigError, match="so 0 trials"):
+        capacity.trials_at_once(ClusterConfig(num_workers=3, cpus_per_worker=1), 0)
