@@ -80,7 +80,7 @@ class SweepConfig:
     )
     metric: str = knob("", "final score, lower is better; empty: the first that trials report")
     trials_at_once: int = knob(0, "trials that run side by side; 0: as many as fit", at_least=0)
-    max_starts: int = knob(3, "times that a trial is started again if its driver dies", at_least=1)
+    max_starts: int = knob(3, "times that a trial whose driver dies is started in all", at_least=1)
     register_as: str = knob("", "MLflow model whose `champion` the winner may become; empty: name")
     search: SearchConfig = field(default_factory=SearchConfig)
     stopping: StoppingConfig = field(default_factory=StoppingConfig)

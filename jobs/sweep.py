@@ -1,10 +1,11 @@
-"""Train many runs that differ in beta schedule, T or any other key, and name the best.
+"""Train many runs that differ in beta schedule, T or other keys, and name the best.
 
     python jobs/sweep.py conf/sweep/quick.yaml [key=value ...]
     ray job submit --working-dir . -- python jobs/sweep.py conf/sweep/schedules.yaml
 
 Options: --help, --print-config. The last line of stdout is a JSON object with the results.
-Exit code 0: all trials ended well; 3: some failed, the others were compared all the same.
+Exit code 0: no trial failed, though some may have been stopped early or pruned; 3: some failed, the
+others were compared all the same.
 Ctrl-C once commits checkpoints and exits; twice exits now. The same command continues.
 """
 

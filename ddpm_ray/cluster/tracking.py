@@ -39,6 +39,7 @@ RETRY_S = 5.0
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # jobs tell the run
 logging.getLogger("mlflow").setLevel(logging.WARNING)  # not how a database is made
 logging.getLogger("urllib3").setLevel(logging.ERROR)  # an outage is told once, not per try
 

@@ -3,6 +3,8 @@
 import copy
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -173,7 +175,11 @@ def test_the_job_on_kubernetes_is_a_sweep_on_gpus_that_come_and_go(job: dict[str
     assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
     words = shlex.split(job["spec"]["entrypoint"])
     assert words[:3] == ["python", "jobs/sweep.py", "conf/sweep/schedules.yaml"]
-    sweep = knobs.load(SweepConfig, str(ROOT / words[2]), words[3:])
+    shown = subprocess.run(
+        [sys.executable, *words[1:], "--print-config"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert shown.returncode == 0, shown.stderr
+    sweep = knobs.from_dict(SweepConfig, yaml.safe_load(shown.stdout))
     assert sweep.run.cluster.gpus_per_worker == 1
     assert sweep.run.storage.startswith("s3://")
     spec = job["spec"]["rayClusterSpec"]

@@ -63,12 +63,12 @@ def test_a_run_outlives_a_node() -> None:
         nodes.at(killed[0]).kill("raylet")
 
     with Nodes(cpus=(1, 1, 1)) as nodes:
-        code = nodes.submit("train", *training(1500, 50), watch=strike)
+        code = nodes.submit("train", *training(600, 50), watch=strike)
         assert killed, nodes.told("train")
         assert code == 0, nodes.told("train")
         (run,) = nodes.runs()
         assert run.status == "FINISHED"
-        assert run.steps == list(range(1, 1501))
+        assert run.steps == list(range(1, 601))
         places = addresses(nodes, alive=False)
         assert len(places) == 4  # two starts of two workers
         assert set(places) == {node.address for node in nodes}
