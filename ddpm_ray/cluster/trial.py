@@ -114,7 +114,7 @@ def run_trial(told: dict[str, Any], *, board: Board, sweep_run_id: str) -> None:
         )
 
     try:
-        outcome = _patiently(train, stand)
+        outcome = patiently(train, stand)
     except Exception as error:  # noqa: BLE001 - a trial fails alone, whatever it was
         if isinstance(error, OUTAGES) and board.is_to_stop(number):
             return  # not over: the same command goes on with it
@@ -130,7 +130,7 @@ def run_trial(told: dict[str, Any], *, board: Board, sweep_run_id: str) -> None:
     )
 
 
-def _patiently(train: Callable[[], Outcome], stand: Callable[[float], bool]) -> Outcome:
+def patiently(train: Callable[[], Outcome], stand: Callable[[float], bool]) -> Outcome:
     """What `train` returns; tried again after an outage, unless `stand` says not to wait."""
     for wait_s in RETRY_S:
         try:
