@@ -44,7 +44,7 @@ class StoppingConfig:
     kind: Literal["asha", "median", "none", "pbt"] = knob(
         "asha",
         "asha: the best 1/reduction_factor of each rung go on; "
-        "median: those whose best loss is below the median of the others' means",
+        "median: whose best beats the others' median mean",
     )
     every_steps: int = knob(
         1000, "optimiser steps between looks at a trial's common loss", at_least=1

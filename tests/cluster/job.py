@@ -38,6 +38,7 @@ class Job:
             *self.arguments,
         ]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        environment.pop("MLFLOW_TRACKING_URI", None)  # MLflow itself puts there what a test set
         process = subprocess.Popen(
             command, cwd=self.folder, env=environment, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,

@@ -13,7 +13,7 @@ from mlflow import MlflowClient
 
 from tests.cluster.job import Job, command_of, rows
 
-STEPS = 400  # some seconds: progress is told once a second
+STEPS = 240  # some seconds: progress is told once a second
 TINY = (
     "model.base_channels=16", "model.channel_mults=[1,2]", "model.blocks_per_level=1",
     "model.groups=4", "model.attention_resolutions=[4]", "model.dropout=0.1",
@@ -86,6 +86,7 @@ def test_a_run_whose_worker_is_killed_ends_like_an_unbroken_one(
     assert len(client.search_runs([client.get_experiment_by_name("ddpm-ray").experiment_id])) == 1
 
 
+@pytest.mark.slow
 def test_ctrl_c_commits_a_checkpoint_and_the_same_command_continues(
     unbroken: Job, tmp_path: Path
 ) -> None:
