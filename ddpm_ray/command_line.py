@@ -44,7 +44,10 @@ def main(
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
     logging.getLogger("ddpm_ray").setLevel(logging.INFO)
     try:
-        result = job(config, arguments)
+        try:
+            result = job(config, arguments)
+        finally:
+            _leave_ray()
     except ConfigError as error:
         return _say(error, WRONG_CONFIG)
     except PartlyFailedError as error:
@@ -64,6 +67,12 @@ def main(
         return _say(text + hint, FAILED)
     print(json.dumps(result), flush=True)
     return DONE
+
+
+def _leave_ray() -> None:
+    """End what prints the workers' lines: some came after the result, which is to be the last."""
+    if (ray := sys.modules.get("ray")) is not None:
+        ray.shutdown()
 
 
 def home_folder() -> Path:

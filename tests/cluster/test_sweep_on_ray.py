@@ -12,10 +12,11 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from tests.cluster.job import Job, command_of
+from tests.cluster.job import ROOT, Job, command_of
 
 STEPS = 120
 TINY = (
+    f"run_from={ROOT}/conf/train/digits.yaml",
     "run.model.base_channels=16", "run.model.channel_mults=[1,2]", "run.model.groups=4",
     "run.model.blocks_per_level=1", "run.model.attention_resolutions=[4]",
     f"run.training.steps={STEPS}", "run.training.global_batch_size=64",
