@@ -93,7 +93,7 @@ def sweep(
     place = SweepPlace.find_or_create(config, folder, identity, dataset)
     log.info("MLflow run %s of the sweep; %d trials at once", place.run.run_id, at_once)
     board, ledger = Board(), Ledger(folder)
-    book = Book(config, ledger, lambda values: _worth(config, values, dataset), board.stop)
+    book = Book(config, ledger, lambda values: worth(config, values, dataset), board.stop)
 
     def brief(of: Trial) -> dict[str, Any]:
         run = _run_config(config, of.values, of.name)
@@ -180,7 +180,7 @@ def _run_tune(function: Any, candidates: Candidates) -> None:
         ).fit()
 
 
-def _worth(config: SweepConfig, values: dict[str, Any], dataset: Dataset) -> Appraisal:
+def worth(config: SweepConfig, values: dict[str, Any], dataset: Dataset) -> Appraisal:
     """What the schedule of these values is worth; raises ConfigError where no run can have them."""
     run = _run_config(config, values, "trial")
     check_model(run, dataset)
