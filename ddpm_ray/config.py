@@ -59,6 +59,7 @@ class ScheduleConfig:
     sigmoid_tau: float = knob(1.0, "sigmoid: larger is straighter", above=0, defines_run=True)
 
     def problems(self) -> Iterator[str]:
+        """Betas and sigmoid ends that make no schedule."""
         if self.beta_start > self.beta_end:
             yield (
                 f"schedule.beta_start is {self.beta_start}, above schedule.beta_end "
@@ -93,6 +94,7 @@ class ModelConfig:
     groups: int = knob(32, "of each group norm", at_least=1, defines_run=True)
 
     def problems(self) -> Iterator[str]:
+        """Widths, groups and levels that make no network."""
         if not self.channel_mults or min(self.channel_mults) < 1:
             yield (
                 f"model.channel_mults is {list(self.channel_mults)}; it needs one factor of at "
@@ -154,6 +156,7 @@ class TrainingConfig:
     keep_checkpoints: int = knob(3, "newest checkpoints that are kept", at_least=2)
 
     def problems(self) -> Iterator[str]:
+        """Pairs of keys of which one alone may be set."""
         if self.warmup_steps and self.warmup_images:
             yield (
                 f"training.warmup_images is {self.warmup_images} and training.warmup_steps "
@@ -179,6 +182,7 @@ class SamplingConfig:
     batch_size: int = knob(64, "images in one network call", at_least=1)
 
     def problems(self, prefix: str, num_steps: int | None = None) -> Iterator[str]:
+        """Steps and variance that do not fit a model of T = `num_steps`, if that is known."""
         if num_steps is not None and 0 < num_steps < self.steps:
             yield (
                 f"{prefix}.steps is {self.steps}; it cannot exceed schedule.num_steps {num_steps}"
@@ -220,6 +224,7 @@ class EvaluationConfig:
     spectrum_images: int = knob(512, "images that these are taken of, always the same", at_least=16)
 
     def problems(self) -> Iterator[str]:
+        """What leaves a score without meaning."""
         known = (192, 768, 2048)
         if not self.widths or any(width not in known for width in self.widths):
             yield f"evaluation.widths is {list(self.widths)}; choose from {list(known)}"
@@ -269,6 +274,7 @@ class RunConfig:
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
     def problems(self) -> Iterator[str]:
+        """What the groups say, and what they are together: names, and the shares of a batch."""
         for key, value in (("name", self.name), ("data.url", self.data.url)):
             if not value:
                 yield f"{key} is empty; give it a value, as in {key}=..."
@@ -311,6 +317,7 @@ class PackConfig:
     address: str = knob("", "Ray cluster to join; empty: $RAY_ADDRESS or a local Ray")
 
     def problems(self) -> Iterator[str]:
+        """A size without a recipe or the other way round, and channels that are no picture."""
         if self.channels == 2:
             yield "channels is 2; use 1 (grey) or 3 (RGB)"
         if (self.resize == "none") != (self.image_size == 0):
@@ -328,6 +335,7 @@ class SampleConfig:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
     def problems(self) -> Iterator[str]:
+        """What sampling says; T is known once the model is read."""
         yield from self.sampling.problems("sampling")
 
 
@@ -343,6 +351,7 @@ class EvaluateConfig:
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
     def problems(self) -> Iterator[str]:
+        """What its groups say, and too few images for a score."""
         yield from self.sampling.problems("sampling")
         yield from self.evaluation.problems()
         if self.evaluation.num_images < 2:
@@ -363,5 +372,6 @@ class DoctorConfig:
     )
 
     def problems(self) -> Iterator[str]:
+        """A storage that is not named."""
         if not self.storage:
             yield "storage is empty; give it a value, as in storage=s3://bucket/runs"

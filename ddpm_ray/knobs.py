@@ -15,12 +15,15 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 T = TypeVar("T")
+UNREADABLE = OmegaConfBaseException, TypeError  # the latter for keys below one that is a list
 
 
 class Checked(Protocol):
     """A dataclass of knobs that also knows what cannot go together: lines that begin with a key."""
 
-    def problems(self) -> Iterator[str]: ...
+    def problems(self) -> Iterator[str]:
+        """A line for each; none, and the config can be run."""
+        ...
 
 
 Config = TypeVar("Config", bound=Checked)
@@ -88,7 +91,7 @@ def _checked(
             set_by[key] = where
             try:
                 merged = OmegaConf.merge(merged, _nested(key, value))
-            except (OmegaConfBaseException, TypeError) as error:  # the latter: keys for a list
+            except UNREADABLE as error:
                 wrong[key] = f"{where}: {_complaint(kind, key, value, error)}"
     try:
         config = cast(Config, OmegaConf.to_object(merged))
@@ -141,7 +144,7 @@ def complaint(kind: type[Any], key: str, value: Any) -> str:
     """
     try:
         OmegaConf.merge(OmegaConf.structured(kind), _nested(key, value))
-    except (OmegaConfBaseException, TypeError) as error:  # TypeError: below a key that has none
+    except UNREADABLE as error:
         return _complaint(kind, key, value, error)
     return ""
 
@@ -235,7 +238,7 @@ def _nested(key: str, value: Any) -> dict[str, Any]:
 def _complaint(kind: type[Any], key: str, value: Any, error: Exception) -> str:
     known = {name: meta for name, _, meta in _walk(kind())}
     whole = next((name for name in known if key.startswith(f"{name}.")), "")
-    if isinstance(error, TypeError):
+    if whole and isinstance(error, TypeError):
         return f"{whole} has no keys of its own, as {key}; it means: {_meaning(known[whole])}"
     if key in known:
         reason = str(error).splitlines()[0].replace("$VALUE_TYPE", "such a type")

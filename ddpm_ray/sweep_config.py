@@ -93,6 +93,7 @@ class SweepConfig:
         return self.metric or reported_metrics(self.run.evaluation)[0]
 
     def problems(self) -> Iterator[str]:
+        """What the run says, and what no sweep can search, stop by or compare."""
         if not self.name:
             yield "name is empty; give it a value, as in name=..."
         if "/" in self.name or self.name.startswith("."):

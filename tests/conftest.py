@@ -5,7 +5,7 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -47,17 +47,25 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         port = free.getsockname()[1]
     command = [program, "serve", "s3", "--config", os.devnull, "--auth-key", "key,secret"]
     command += ["--addr", f"127.0.0.1:{port}", str(folder)]
-    server = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    until = time.monotonic() + 20
-    while time.monotonic() < until:
-        try:
-            socket.create_connection(("127.0.0.1", port), timeout=1).close()
-            break
-        except OSError:
-            time.sleep(0.05)  # a server's port has no event to wait for
-    yield f"http://127.0.0.1:{port}"
-    server.terminate()
-    server.wait()
+    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    listening = threading.Event()
+
+    def listen() -> None:  # to its end: a full pipe would stop the server
+        assert server.stderr is not None
+        with server.stderr as lines:
+            for line in lines:
+                if "Starting s3 server" in line:
+                    listening.set()
+
+    listener = threading.Thread(target=listen, daemon=True)
+    listener.start()
+    try:
+        assert listening.wait(20), "the S3 server does not start"
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.terminate()
+        server.wait()
+        listener.join(20)
 
 
 @pytest.fixture

@@ -86,8 +86,8 @@ def fid_against_T(trials: Sequence[Trial], metric: str) -> Image.Image | None:  
 
 def score_curves(trials: Sequence[Trial]) -> Image.Image | None:
     """The common loss of every trial over its steps, and where it was stopped or failed."""
-    points = [[(look["step"], look.get("loss")) for look in t.probes] for t in _ranked(trials)]
-    curves = _finite(zip(_ranked(trials), [np.array(pair, float) for pair in points], strict=True))
+    points = [(t, [(one["step"], one.get("loss")) for one in t.probes]) for t in _ranked(trials)]
+    curves = _finite((trial, np.array(pairs, float)) for trial, pairs in points)
     if not curves:
         return None
     figure, axes = _canvas("Common loss, lower is better", "at noise levels that all trials share")

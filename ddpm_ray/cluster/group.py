@@ -26,7 +26,7 @@ from ddpm_ray.training.reporting import Progress
 log = logging.getLogger(__name__)
 
 POLL_S = 0.5
-UNUSED = PlacementGroupCleanerCallback, DatasetsCallback
+UNUSED = PlacementGroupCleanerCallback, DatasetsCallback  # see _Trainer
 START_FAILURES = 3  # Ray's default is to try for ever where the workers never fit
 
 # Ray Train reads these in the driver. A report waits for the controller's poll: 2 s by default.
@@ -92,10 +92,11 @@ def run(
     desk = Desk()
     trainer = _trainer(worker, settings | {"desk": desk}, config)
     outcome: dict[str, Any] = {}
-    asked, starts, wish = False, 0, False
-    places: list[str] = []
+    asked, wish = False, False
+    places: list[str] = []  # of the starts that are known
 
     def started(place: str) -> None:
+        """Keep it, to be given back, and pass it on."""
         places.append(place)
         on_start(place)
 
@@ -108,13 +109,12 @@ def run(
             while fit.is_alive():
                 fit.join(POLL_S)
                 if notes := desk.glance():
-                    wish = _tell(notes, starts, show, started)
-                    starts = len(notes.starts)
+                    wish = _tell(notes, len(places), show, started)
                 if (interrupts.count or wish) and not asked:
                     desk.ask_to_stop()
                     asked = True
         notes = desk.look()
-        _tell(notes, starts, show, started)
+        _tell(notes, len(places), show, started)
     finally:  # where Ray's controller died, or `show` failed, nobody else gives them back
         for place in places:
             placement.free(place)
@@ -176,8 +176,8 @@ class _Trainer(TorchTrainer):  # type: ignore[misc]  # Ray's types are not follo
     The cleaner of placement groups, 600 MB, asks the State API whether the group's controller lives
     and takes "not found" for dead: with a second cluster on the host it once freed the places of
     four healthy groups, and where the API is down it frees none. `placement` does its work, from
-    what the workers themselves report. Ray Data's manager of data sets, of which we
-    have none, makes a start on two cores 3 s longer.
+    what the workers themselves report. Ray Data's manager of data sets, of which we have none,
+    makes a start on two cores 3 s longer.
     """
 
     def _create_default_callbacks(self) -> list[Any]:

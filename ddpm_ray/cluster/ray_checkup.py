@@ -90,14 +90,14 @@ def _state_api(nodes: set[str], dashboard: str) -> Finding:
 
 def _authentication(dashboard: str, addresses: list[str]) -> Finding:
     """Whether the cluster takes calls without a token; a warning where others can reach it."""
-    needed = os.environ.get("RAY_AUTH_MODE") == "token"
+    needed = own_mode = os.environ.get("RAY_AUTH_MODE") == "token"
     if dashboard:
         connection = http.client.HTTPConnection(dashboard, timeout=ANSWER_S)
         try:
             connection.request("GET", "/api/v0/nodes?limit=1")
             needed = connection.getresponse().status in (401, 403)
         except (OSError, http.client.HTTPException):
-            pass  # on the loopback of another node: our own mode is the cluster's
+            needed = own_mode  # it listens on another node's loopback; a cluster has one mode
         finally:
             connection.close()
     open_to = sorted({one for one in addresses if not ipaddress.ip_address(one).is_loopback})

@@ -96,6 +96,7 @@ def sweep(
     book = Book(config, ledger, lambda values: worth(config, values, dataset), board.stop)
 
     def brief(of: Trial) -> dict[str, Any]:
+        """What the driver of that trial is told."""
         run = _run_config(config, of.values, of.name)
         run = replace(run, name=of.name, storage=place.runs)
         label = f"{of.name} {of.label}"
@@ -131,6 +132,7 @@ def _watch(
     errors: list[BaseException] = []
 
     def guarded() -> None:
+        """`run`; what it raises waits for the main thread."""
         try:
             run()
         except BaseException as error:  # noqa: BLE001 - raised again in the main thread

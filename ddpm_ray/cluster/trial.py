@@ -8,6 +8,7 @@ import json
 import logging
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ log = logging.getLogger(__name__)
 
 OUTAGES = TrackingError, StorageError
 RETRY_S = 10.0, 60.0, 300.0  # after these: an outage costs time, not the trial
+ASK_EVERY_S = 1.0  # the board, while a trial waits out an outage
 ANSWER_S = 60.0  # of the board, an actor beside the sweep's driver
 EVENT = "event"  # the key of Tune's report that holds ours
 
@@ -67,6 +69,15 @@ class Board:
         """Whether trial `number` shall."""
         return bool(ray.get(self._actor.is_to_stop.remote(number), timeout=ANSWER_S))
 
+    def lets_wait(self, number: int, wait_s: float) -> bool:
+        """True after `wait_s`; False as soon as trial `number` shall stop."""
+        until = time.monotonic() + wait_s
+        while not self.is_to_stop(number):
+            if time.monotonic() >= until:
+                return True
+            time.sleep(ASK_EVERY_S)
+        return False
+
 
 def tell(number: int, kind: str, **facts: Any) -> None:
     """Report an event of trial `number` to the sweep's driver; returns once it was taken note of.
@@ -86,6 +97,7 @@ def run_trial(told: dict[str, Any], *, board: Board, sweep_run_id: str) -> None:
     steps_told = -1
 
     def show(progress: Progress) -> bool:
+        """Pass on probes that are new; whether the trial shall stop."""
         nonlocal steps_told
         for probe in progress.probes:
             if probe["step"] > steps_told:
@@ -98,23 +110,16 @@ def run_trial(told: dict[str, Any], *, board: Board, sweep_run_id: str) -> None:
         workers = config.cluster.num_workers
         return {"began": began, "ended": ended, "worker_s": workers * (ended - began)}
 
-    def stand(wait_s: float) -> bool:
-        until = time.monotonic() + wait_s
-        while time.monotonic() < until and not board.is_to_stop(number):
-            time.sleep(1)
-        return time.monotonic() >= until
-
-    def train() -> Outcome:
-        return training_run.train(
-            config,
-            Path("/"),  # every place in a trial's config is absolute
-            show,
-            PartOf(sweep_run_id, told["label"], told["values"]),
-            lambda group: tell(number, "group", group=group),
-        )
-
+    train = partial(
+        training_run.train,
+        config,
+        Path("/"),  # every place in a trial's config is absolute
+        show,
+        PartOf(sweep_run_id, told["label"], told["values"]),
+        lambda group: tell(number, "group", group=group),
+    )
     try:
-        outcome = patiently(train, stand)
+        outcome = patiently(train, partial(board.lets_wait, number))
     except Exception as error:  # noqa: BLE001 - a trial fails alone, whatever it was
         if isinstance(error, OUTAGES) and board.is_to_stop(number):
             return  # not over: the same command goes on with it
@@ -130,14 +135,14 @@ def run_trial(told: dict[str, Any], *, board: Board, sweep_run_id: str) -> None:
     )
 
 
-def patiently(train: Callable[[], Outcome], stand: Callable[[float], bool]) -> Outcome:
-    """What `train` returns; tried again after an outage, unless `stand` says not to wait."""
+def patiently(train: Callable[[], Outcome], lets_wait: Callable[[float], bool]) -> Outcome:
+    """What `train` returns; tried again after an outage, as long as `lets_wait(seconds)`."""
     for wait_s in RETRY_S:
         try:
             return train()
         except OUTAGES as error:
             log.warning("%s; tried again in %.0f s", error, wait_s)
-            if not stand(wait_s):
+            if not lets_wait(wait_s):
                 raise
     return train()
 

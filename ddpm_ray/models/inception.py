@@ -162,6 +162,7 @@ class Mixed6(nn.Module):
         self.branch_pool = Unit(768, 192, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, C, 17, 17] -> [B, 768, 17, 17]."""
         single = self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(x)))
         double = self.branch7x7dbl_3(self.branch7x7dbl_2(self.branch7x7dbl_1(x)))
         double = self.branch7x7dbl_5(self.branch7x7dbl_4(double))
@@ -203,6 +204,7 @@ class Mixed7(nn.Module):
         self.branch_pool = Unit(channels, 192, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, C, 8, 8] -> [B, 2048, 8, 8]."""
         single = self.branch3x3_1(x)
         double = self.branch3x3dbl_2(self.branch3x3dbl_1(x))
         pooled = F.max_pool2d(x, 3, stride=1, padding=1) if self.pools_by_maximum else mean_pool(x)

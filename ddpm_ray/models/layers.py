@@ -67,6 +67,7 @@ class TimeEmbedding(nn.Module):
         self.dense_2 = dense(width, width)
 
     def forward(self, t: Tensor) -> Tensor:
+        """[B, E] float for t [B] int64."""
         counted_from_0 = sinusoidal_embedding(t - 1, self.base_channels)  # as Ho et al.'s code
         hidden = self.dense_1(counted_from_0.to(self.dense_1.weight.dtype))
         embedding: Tensor = F.silu(self.dense_2(F.silu(hidden)))
@@ -92,6 +93,7 @@ class ResBlock(nn.Module):
             self.skip = conv(channels_in, channels_out, kernel=1)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """x + f(x, t) [B, C_out, H, W]; where the channels change, x goes through a 1x1."""
         h = self.conv_1(F.silu(self.norm_1(x)))
         h = h + self.time(embedding)[:, :, None, None]
         h = self.conv_2(self.dropout(F.silu(self.norm_2(h))))
@@ -111,6 +113,7 @@ class Attention(nn.Module):
         silence(self.out)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x + what each pixel takes from all of them, [B, C, H, W]."""
         pixels = self.norm(x).flatten(2).transpose(1, 2)  # [B, H*W, C]
         query, key, value = self.query_key_value(pixels)[:, None].chunk(3, dim=-1)
         mixed = F.scaled_dot_product_attention(query, key, value)[:, 0]

@@ -85,6 +85,7 @@ class UNet(nn.Module):
         silence(self.conv_out)
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """epsilon_theta(x_t, t), shaped like x_t."""
         embedding = self.time(t)
         h = self.conv_in(x_t)
         skips = [h]

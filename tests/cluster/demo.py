@@ -15,30 +15,29 @@ import sys
 import time
 from collections import Counter
 
+from tests.cluster.job import TINY_RUN
 from tests.cluster.node import NodeError, lacking
 from tests.cluster.nodes import Nodes, TrackedRun
 
 AS_ROOT = "unshare", "--user", "--map-root-user"
 STEPS, TRIAL_STEPS, TRIALS = 150, 60, 4
-TINY = (
-    "model.base_channels=16", "model.channel_mults=[1,2]", "model.groups=4",
-    "model.attention_resolutions=[4]",
-)  # fmt: skip
-TRAINING = (
-    "python", "jobs/train.py", "conf/train/digits.yaml", *TINY,
-    "data.url=s3://bucket/digits", "storage=s3://bucket/runs", "cluster.num_workers=2",
-    f"training.steps={STEPS}", "training.warmup_steps=10", "training.log_every_steps=25",
-    "training.grid_every_steps=50", "training.checkpoint_every_steps=50",
-    "sampling.steps=5", "evaluation.num_images=32",
-)  # fmt: skip
 SWEEP = (
-    "python", "jobs/sweep.py", "conf/sweep/quick.yaml", *(f"run.{key}" for key in TINY),
+    "python", "jobs/sweep.py", "conf/sweep/quick.yaml", *(f"run.{key}" for key in TINY_RUN),
     "run.data.url=s3://bucket/digits", "run.storage=s3://bucket/runs",
     "space=[{schedule.kind: [cosine, sigmoid], schedule.num_steps: [1000, 250]}]",
-    "stopping.every_steps=20", f"run.training.steps={TRIAL_STEPS}", "run.training.warmup_steps=10",
+    "stopping.every_steps=20", f"run.training.steps={TRIAL_STEPS}",
     "run.training.grid_every_steps=20", "run.training.checkpoint_every_steps=20",
-    "run.sampling.steps=5", "run.evaluation.num_images=32",
 )  # fmt: skip
+
+
+def training(steps: int, checkpoint_every_steps: int) -> tuple[str, ...]:
+    """The command of a run of two workers from the bucket, where digits are packed at need."""
+    return (
+        "python", "jobs/train.py", "conf/train/digits.yaml", *TINY_RUN,
+        "data.url=s3://bucket/digits", "storage=s3://bucket/runs", "cluster.num_workers=2",
+        f"training.steps={steps}", f"training.checkpoint_every_steps={checkpoint_every_steps}",
+        "training.log_every_steps=25", "training.grid_every_steps=50",
+    )  # fmt: skip
 
 
 class Demo:
@@ -96,7 +95,7 @@ def show(nodes: Nodes) -> Demo:
     demo = Demo(nodes)
     demo.job("pack", "python", "jobs/pack_shards.py", "digits", "s3://bucket/digits")
     demo.expect((nodes.bucket / "digits" / "manifest.json").exists(), "the bucket has no digits")
-    demo.job("train", *TRAINING)
+    demo.job("train", *training(STEPS, 50))
     demo.places("train", workers=2)
     for run in demo.runs("train"):
         demo.expect(run.status == "FINISHED", f"the training is {run.status}, not FINISHED")

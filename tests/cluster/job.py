@@ -15,6 +15,12 @@ import psutil
 from mlflow import MlflowClient
 
 ROOT = Path(__file__).parents[2]
+# A network of 0.1 M parameters, and samples that cost as little.
+TINY_RUN = (
+    "model.base_channels=16", "model.channel_mults=[1,2]", "model.groups=4",
+    "model.attention_resolutions=[4]", "training.global_batch_size=64", "training.warmup_steps=10",
+    "sampling.steps=5", "evaluation.num_images=32",
+)  # fmt: skip
 
 
 @dataclass

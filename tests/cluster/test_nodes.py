@@ -2,25 +2,12 @@
 
 import pytest
 
-from tests.cluster.demo import show
+from tests.cluster.demo import show, training
 from tests.cluster.job import shown
 from tests.cluster.node import lacking
 from tests.cluster.nodes import Nodes
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(500)]
-
-
-def training(steps: int, checkpoint_every_steps: int) -> tuple[str, ...]:
-    """The command of a run with two workers, whose data are packed into the bucket first."""
-    return (
-        "python", "jobs/train.py", "conf/train/digits.yaml",
-        "model.base_channels=16", "model.channel_mults=[1,2]", "model.groups=4",
-        "model.attention_resolutions=[4]", "data.url=s3://bucket/digits",
-        "storage=s3://bucket/runs", "cluster.num_workers=2", f"training.steps={steps}",
-        f"training.checkpoint_every_steps={checkpoint_every_steps}", "training.log_every_steps=20",
-        "training.grid_every_steps=100", "training.warmup_steps=10", "sampling.steps=5",
-        "evaluation.num_images=32",
-    )  # fmt: skip
 
 
 @pytest.fixture(autouse=True)

@@ -11,16 +11,13 @@ import psutil
 import pytest
 from mlflow import MlflowClient
 
-from tests.cluster.job import Job, command_of, rows
+from tests.cluster.job import TINY_RUN, Job, command_of, rows
 
 STEPS = 240  # some seconds: progress is told once a second
 TINY = (
-    "model.base_channels=16", "model.channel_mults=[1,2]", "model.blocks_per_level=1",
-    "model.groups=4", "model.attention_resolutions=[4]", "model.dropout=0.1",
-    f"training.steps={STEPS}",
-    "training.global_batch_size=64", "training.checkpoint_every_steps=50",
-    "training.log_every_steps=20", "training.grid_every_steps=100", "training.warmup_steps=10",
-    "sampling.steps=5", "evaluation.num_images=32",
+    *TINY_RUN, "model.dropout=0.1", f"training.steps={STEPS}",
+    "training.checkpoint_every_steps=50", "training.log_every_steps=20",
+    "training.grid_every_steps=100",
 )  # fmt: skip
 
 pytestmark = [

@@ -12,17 +12,14 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from tests.cluster.job import ROOT, Job, command_of
+from tests.cluster.job import ROOT, TINY_RUN, Job, command_of
 
 STEPS = 120
 TINY = (
     f"run_from={ROOT}/conf/train/digits.yaml",
-    "run.model.base_channels=16", "run.model.channel_mults=[1,2]", "run.model.groups=4",
-    "run.model.blocks_per_level=1", "run.model.attention_resolutions=[4]",
-    f"run.training.steps={STEPS}", "run.training.global_batch_size=64",
-    "run.training.warmup_steps=10", "run.training.checkpoint_every_steps=20",
-    "run.training.grid_every_steps=40", "run.training.log_every_steps=20",
-    "run.sampling.steps=5", "run.evaluation.num_images=32", "stopping.every_steps=40",
+    *(f"run.{key}" for key in TINY_RUN), f"run.training.steps={STEPS}",
+    "run.training.checkpoint_every_steps=20", "run.training.grid_every_steps=40",
+    "run.training.log_every_steps=20", "stopping.every_steps=40",
 )  # fmt: skip
 # Two that can be trained, one whose weights overflow at once, one whose x_T is far from noise.
 MIXED = "space=[{schedule.kind: [cosine, sigmoid]}, {training.learning_rate: [1e30]}, \
