@@ -114,6 +114,19 @@ def unbroken(folder: Path, times: int = 1) -> Driver:
     return driver
 
 
+def test_a_trial_costs_what_all_its_lives_cost(tmp_path: Path) -> None:
+    """The first ended because the sweep was interrupted; the second is another driver's."""
+    for life, (finished, worker_s) in enumerate([(False, 10.0), (True, 4.0)], 1):
+        driver = Driver(tmp_path, config(10))
+        driver.fill()
+        event = ended(0, finished, fid=7.0)
+        event["outcome"] |= {"ended": float(life), "worker_s": worker_s}
+        driver.book.heard(event)
+        driver.book.left(0)
+    (trial,) = driver.book.ended
+    assert trial.outcome["worker_s"] == 14.0
+
+
 def test_each_end_has_its_reason_and_no_doomed_schedule_is_begun(tmp_path: Path) -> None:
     driver = unbroken(tmp_path)
     assert [(trial.status, trial.reason) for trial in driver.book.ended] == ENDS
