@@ -14,14 +14,14 @@ PYTHON = $(shell for p in python3.11 python3.12 python3.13 python3; do \
 help:  ## list these targets
 	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## /{printf "make %-12s %s\n", $$1, $$2}' Makefile
 
-train: $(READY)  ## the demo: 8x8 digits, 2 workers, under 5 minutes
-	$(BIN)/python jobs/train.py conf/train/digits.yaml
+train: $(READY)  ## the demo: 8x8 digits, 2 workers; `STEPS=1500`: shorter
+	$(BIN)/python jobs/train.py conf/train/digits.yaml $(if $(STEPS),training.steps=$(STEPS))
 
 sweep: $(READY)  ## the demo of a sweep: which schedule, which T; under 10 minutes
 	$(BIN)/python jobs/sweep.py conf/sweep/quick.yaml
 
 test: $(READY)  ## all tests but the long ones
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadgroup
 
 faults: $(READY)  ## the long tests: killed workers, dead servers, full trainings
 	$(BIN)/pytest -m slow

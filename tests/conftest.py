@@ -26,6 +26,13 @@ settings.register_profile("explore", deadline=None, max_examples=1000)
 settings.load_profile("repeatable")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of two processes one takes all that needs Ray or MLflow: one cluster at a time."""
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(item.path.parent.name))
+
+
 @pytest.fixture(scope="session")
 def assets() -> Path:
     """The folder of image sets and network weights that DDPM_RAY_ASSETS names; skips without it."""
