@@ -16,7 +16,7 @@ from ddpm_ray.config import (
     ScheduleConfig,
     TrainingConfig,
 )
-from ddpm_ray.data import storage, transforms
+from ddpm_ray.data import storage, transforms, verified
 from ddpm_ray.data.shards import Dataset
 from ddpm_ray.data.stream import ShardStream
 from ddpm_ray.diffusion import samplers, schedules
@@ -233,7 +233,7 @@ def feature_net(config: EvaluationConfig, cache: Path, device: torch.device) -> 
     """The network through which samples and data are compared."""
     match config.features:
         case "inception":
-            path = storage.fetch_verified(config.weights, config.weights_sha256, cache)
+            path = verified.fetch(config.weights, config.weights_sha256, cache)
             return features.inception_net(path, config.widths, config.resize, device)
         case "digits":
             return features.digits_net(device)
@@ -249,7 +249,7 @@ def trained_model(url: str, device: torch.device | str = "cpu") -> TrainedModel:
     if storage.exists(storage.join(url, checkpoints.MANIFEST)):
         where, snapshot = url, checkpoints.read(url, groups=("ema",))
     else:
-        for candidate in (url, storage.join(url, "checkpoints")):
+        for candidate in (url, storage.join(url, checkpoints.CHECKPOINTS)):
             if found := checkpoints.CheckpointStore(candidate).load():
                 where, snapshot = found
                 break

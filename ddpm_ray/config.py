@@ -252,6 +252,10 @@ class ClusterConfig:
     address: str = knob("", "Ray cluster to join; empty: $RAY_ADDRESS or a local Ray")
     max_failures: int = knob(3, "times that lost workers are started again", at_least=0)
     timeout_s: float = knob(300, "seconds a collective may take before it is an error", above=0)
+    storage_timeout_s: float = knob(
+        180, "seconds that workers try again where the storage fails, before it is an error",
+        above=0,
+    )  # fmt: skip
     start_timeout_s: float = knob(
         600, "seconds to wait for the workers' places while nodes boot or others hold them", above=0
     )

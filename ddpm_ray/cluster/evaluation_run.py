@@ -60,6 +60,7 @@ def evaluate_worker(settings: dict[str, Any]) -> dict[str, Any]:
 
 def _scores(config: EvaluateConfig, settings: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
+    storage.be_patient(config.cluster.storage_timeout_s)
     workers = place()
     model = trained.load(settings["model_uri"], workers.device, settings["tracking_uri"])
     begun = from_dict(RunConfig, model.provenance["config"])

@@ -21,6 +21,7 @@ from ddpm_ray.cluster import placement
 from ddpm_ray.cluster.control import Desk, Notes
 from ddpm_ray.cluster.interrupts import Interrupts
 from ddpm_ray.config import ClusterConfig
+from ddpm_ray.data import storage
 from ddpm_ray.training.reporting import Progress
 
 log = logging.getLogger(__name__)
@@ -89,6 +90,7 @@ def run(
     log.info("starting %d workers on Ray ...", config.num_workers)
     workers = config.num_workers
     connect(config.address, workers * config.cpus_per_worker, workers * config.gpus_per_worker)
+    storage.be_patient(config.storage_timeout_s)  # hours of work hang on it from here on
     desk = Desk()
     trainer = _trainer(worker, settings | {"desk": desk}, config)
     outcome: dict[str, Any] = {}

@@ -7,12 +7,12 @@ in which things happened, and so brings searcher and early stopping to where the
 keeps a state of its own. Trials are numbered without gaps, so nothing is ever listed.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, TypeAlias
 
-from ddpm_ray.data import storage
+from ddpm_ray.data import sealed, storage
+from ddpm_ray.data.sealed import SealError
 from ddpm_ray.data.storage import StorageError
 
 Status: TypeAlias = Literal["running", "finished", "stopped", "pruned", "failed"]
@@ -105,8 +105,7 @@ class Ledger:
 
     def write(self, trial: Trial) -> None:
         """Make what is known of `trial` durable; raises StorageError."""
-        text = json.dumps(asdict(trial), indent=1) + "\n"
-        storage.write_bytes(self._url(trial.number), text.encode())
+        sealed.write(self._url(trial.number), asdict(trial))
 
     def events(self) -> Iterator[tuple[int, Trial, dict[str, Any] | None]]:
         """Probes and ends (None) of all trials, in the order in which they happened."""
@@ -124,9 +123,10 @@ class Ledger:
 
 def _read(url: str) -> Trial:
     try:
-        return Trial(**json.loads(storage.read_bytes(url)))
-    except (ValueError, TypeError) as error:  # no JSON; no object, or a key too few or too many
-        reason = str(error).removeprefix("Trial.__init__() ").splitlines()[0]
+        return Trial(**sealed.read(url))
+    except (SealError, TypeError) as error:  # a wrong byte; or a key too few or too many
+        told = error.args[1] if isinstance(error, SealError) else str(error)
+        reason = told.removeprefix("Trial.__init__() ").splitlines()[0]
         remedy = "put a whole copy of it back, or begin the sweep under another name"
         raise StorageError(
             url, f"this file holds no trial of a sweep ({reason})", remedy

@@ -147,10 +147,7 @@ def finish(wanted: Plan, packed: Iterable[Packed]) -> Dataset:
     if not rows:
         raise DatasetError(wanted.destination, "every image was skipped", "mend the source")
     dataset = shards.write_index(wanted.destination, wanted.recipe, rows)
-    parts = storage.join(wanted.destination, PARTS)
-    for name in storage.list_files(parts):
-        storage.delete(storage.join(parts, name))
-    storage.delete_empty_folder(parts)
+    storage.delete_folder(storage.join(wanted.destination, PARTS))
     return dataset
 
 

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from ddpm_ray.data import storage
+from ddpm_ray.data import storage, verified
 from ddpm_ray.data.cache import ShardCache
 
 Encoding = Literal["raw", "png", "jpeg", "webp"]
@@ -30,7 +30,6 @@ Int64s = npt.NDArray[np.int64]
 
 MANIFEST, INDEX = "manifest.json", "index.arrow"
 FORMAT = "ddpm-ray shards 1"
-DOWNLOADS = 3  # attempts to get a shard whole
 
 
 class DatasetError(RuntimeError):
@@ -222,7 +221,7 @@ def parse_shard(data: bytes, manifest: Manifest) -> Shard:
 def fetch_shard(dataset: Dataset, number: int, cache: ShardCache | None = None) -> Shard:
     """Shard `number`, its sha256 checked at every read, also of a cached copy.
 
-    Raises ShardCorruptError after 3 downloads that do not match, StorageError if there is none.
+    Raises ShardCorruptError where no reading of it matches, StorageError if there is none.
     """
     row = dataset.index.slice(number, 1).to_pylist()[0]
     url, expected = storage.join(dataset.url, row["name"]), row["sha256"]
@@ -230,15 +229,13 @@ def fetch_shard(dataset: Dataset, number: int, cache: ShardCache | None = None) 
         if hashlib.sha256(data).hexdigest() == expected:
             return parse_shard(data, dataset.manifest)
         cache.evict(expected)
-    found = ""
-    for _ in range(DOWNLOADS):
-        data = storage.read_bytes(url)
-        found = hashlib.sha256(data).hexdigest()
-        if found == expected:
-            if cache is not None:
-                cache.put(expected, data)
-            return parse_shard(data, dataset.manifest)
-    raise ShardCorruptError(url, expected, found, DOWNLOADS)
+    try:
+        data = verified.read(url, expected)
+    except verified.DamagedError as error:
+        raise ShardCorruptError(url, expected, error.args[2], verified.READS) from None
+    if cache is not None:
+        cache.put(expected, data)
+    return parse_shard(data, dataset.manifest)
 
 
 def pixel_sums(images: UInt8s) -> tuple[list[int], list[int]]:

@@ -7,21 +7,27 @@ here and nothing is listed but by `list_files`, so an object that another proces
 
 from __future__ import annotations
 
+import contextlib
 import errno
-import hashlib
 import logging
 import os
 import posixpath
+import shutil
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import fsspec
 
+from ddpm_ray.data.retrying import persistently
+
+Act = TypeVar("Act", bound=Callable[..., Any])
+
 CONNECT_TIMEOUT_S = 4
-READ_TIMEOUT_S = 20
+READ_TIMEOUT_S = 8  # without a byte: a request that hangs is cut off, and tried again
+_patience_s = 10.0  # see be_patient
 logging.getLogger("aiobotocore").setLevel(logging.WARNING)  # not where it found its credentials
 
 
@@ -31,6 +37,15 @@ class StorageError(RuntimeError):
     def __str__(self) -> str:
         url, reason, remedy = self.args
         return f"{url}: {reason}; {remedy}"
+
+
+def be_patient(seconds: float) -> None:
+    """How long this process tries again what fails for a while, before it is a StorageError.
+
+    At first 10 s, for people who wait for an answer; workers in mid-run wait out an outage.
+    """
+    global _patience_s
+    _patience_s = seconds
 
 
 def is_local(url: str) -> bool:
@@ -58,145 +73,172 @@ def name_of(url: str) -> str:
     return posixpath.basename(url.split("?")[0].rstrip("/"))
 
 
+def _reliably(act: Act) -> Act:
+    """`act` on a URL, tried again where that may help; what goes wrong is one line."""
+
+    @wraps(act)
+    def acting(url: str, *args: Any, **kwargs: Any) -> Any:
+        patience_s = 0.0 if is_local(url) else _patience_s
+        try:
+            return persistently(lambda: act(url, *args, **kwargs), url, patience_s)
+        except Exception as error:  # noqa: BLE001 - each back end has its own exceptions
+            raise _explained(url, error) from None  # without pages of asyncio's traces
+
+    return cast(Act, acting)
+
+
+@_reliably
 def read_bytes(url: str) -> bytes:
     """The whole object. Raises StorageError."""
-    with _explaining(url):
-        if is_local(url):
-            return local_path(url).read_bytes()
-        filesystem, path = _filesystem(url)
-        # s3fs would send a HEAD, then 50 MB ranges that it does not check; one GET costs 20 % less
-        # CPU at 1.5 MB, and callers check the sha256 of the whole and read several at a time.
-        whole = {"max_concurrency": 1} if url.startswith(("s3://", "s3a://")) else {}
-        return bytes(filesystem.cat_file(path, **whole))
+    if is_local(url):
+        return local_path(url).read_bytes()
+    filesystem, path = _filesystem(url)
+    # s3fs would send a HEAD, then 50 MB ranges that it does not check; one GET costs 20 % less
+    # CPU at 1.5 MB, and callers check the sha256 of the whole and read several at a time.
+    whole = {"max_concurrency": 1} if url.startswith(("s3://", "s3a://")) else {}
+    return bytes(filesystem.cat_file(path, **whole))
 
 
+@_reliably
 def write_bytes(url: str, data: bytes) -> None:
     """Write the whole object or nothing: temporary file and rename locally, one PUT elsewhere.
 
     Safe to repeat and to race: the last complete writer wins. Raises StorageError.
     """
-    with _explaining(url):
-        if not is_local(url):
-            filesystem, path = _filesystem(url)
-            filesystem.pipe_file(path, data)
-            return
-        target = local_path(url)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}.partial")
-        try:
-            with partial.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(target)
-        finally:
-            partial.unlink(missing_ok=True)
+    if not is_local(url):
+        filesystem, path = _filesystem(url)
+        filesystem.pipe_file(path, data)
+        return
+    target = local_path(url)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
+@_reliably
 def write_new(url: str, data: bytes) -> bool:
-    """Write the object where there is none; False, and nothing written, where there is one.
+    """Write the object where there is none; False, and nothing written, where another is.
 
+    One of the same bytes counts as this one: the answer to a first try may have been lost.
     A store that does not know the condition (`If-None-Match: *`) writes over it and this says True:
     most S3-compatible servers, so nothing may rest on it. Raises StorageError.
     """
-    with _explaining(url):
-        try:
-            if is_local(url):
-                with local_path(url).open("xb") as file:
-                    file.write(data)
-            else:
-                filesystem, path = _filesystem(url)
-                filesystem.pipe_file(path, data, mode="create")
-        except FileExistsError:
-            return False
-        return True
+    try:
+        if is_local(url):
+            whole = f"{url}.{uuid.uuid4().hex[:12]}.partial"
+            write_bytes(whole, data)
+            try:
+                os.link(local_path(whole), local_path(url))
+            finally:
+                local_path(whole).unlink()
+        else:
+            filesystem, path = _filesystem(url)
+            filesystem.pipe_file(path, data, mode="create")
+    except FileExistsError:
+        return read_bytes(url) == data
+    return True
 
 
+@_reliably
 def modified_s(url: str) -> float:
     """Unix time of the object's last write, by the clock of its store. Raises StorageError."""
-    with _explaining(url):
-        if is_local(url):
-            return local_path(url).stat().st_mtime
-        filesystem, path = _filesystem(url)
-        return float(filesystem.modified(path).timestamp())
+    if is_local(url):
+        return local_path(url).stat().st_mtime
+    filesystem, path = _filesystem(url)
+    return float(filesystem.modified(path).timestamp())
 
 
+@_reliably
 def exists(url: str) -> bool:
     """True if there is an object or a folder at `url`. Raises StorageError if nobody can say."""
-    with _explaining(url):
-        if is_local(url):
-            return local_path(url).exists()
-        filesystem, path = _filesystem(url)
-        try:
-            filesystem.info(path)
-        except FileNotFoundError:
-            return False
-        return True
+    if is_local(url):
+        return local_path(url).exists()
+    filesystem, path = _filesystem(url)
+    try:
+        filesystem.info(path)
+    except FileNotFoundError:
+        return False
+    return True
 
 
+@_reliably
 def delete(url: str) -> None:
     """Remove one object; one that is not there is fine. Raises StorageError."""
-    with _explaining(url):
-        if is_local(url):
-            local_path(url).unlink(missing_ok=True)
-            return
-        filesystem, path = _filesystem(url)
-        try:
-            filesystem.rm_file(path)
-        except FileNotFoundError:
-            return
+    if is_local(url):
+        local_path(url).unlink(missing_ok=True)
+        return
+    filesystem, path = _filesystem(url)
+    try:
+        filesystem.rm_file(path)
+    except FileNotFoundError:
+        return
 
 
+@_reliably
 def delete_empty_folder(url: str) -> None:
     """Remove a local folder that holds nothing; a bucket has no folders: nothing to do."""
-    with _explaining(url):
-        if is_local(url):
-            local_path(url).rmdir()
+    if is_local(url):
+        local_path(url).rmdir()
 
 
+@_reliably
+def folders(url: str) -> list[str]:
+    """Names of the folders right below `url`, sorted; none where there is nothing."""
+    if is_local(url):
+        root = local_path(url)
+        return (
+            sorted(entry.name for entry in root.iterdir() if entry.is_dir())
+            if root.is_dir()
+            else []
+        )
+    filesystem, path = _filesystem(url)
+    try:
+        found = filesystem.ls(path, detail=True)
+    except FileNotFoundError:
+        return []
+    return sorted(name_of(entry["name"]) for entry in found if entry["type"] == "directory")
+
+
+@_reliably
+def delete_folder(url: str) -> None:
+    """Remove a folder and all that it holds; one that is not there is fine."""
+    if is_local(url):
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(local_path(url))
+        return
+    filesystem, path = _filesystem(url)
+    for name in filesystem.find(path):
+        filesystem.rm_file(name)
+
+
+@_reliably
 def list_files(url: str) -> dict[str, int]:
     """Paths below the folder `url`, relative to it, with their bytes, sorted; no hidden files.
 
     Empty for a folder without files; StorageError where there is no such folder.
     """
-    with _explaining(url):
-        if is_local(url):
-            root = local_path(url)
-            if not root.is_dir():
-                raise FileNotFoundError(errno.ENOENT, "no such folder")
-            files = (path for path in root.rglob("*") if path.is_file())
-            sizes = {file.relative_to(root).as_posix(): file.stat().st_size for file in files}
-        else:
-            filesystem, path = _filesystem(url)
-            prefix = path.rstrip("/") + "/"
-            found = filesystem.find(path, detail=True)
-            if not found:
-                raise FileNotFoundError(errno.ENOENT, "nothing there")
-            sizes = {name.removeprefix(prefix): info["size"] for name, info in found.items()}
+    if is_local(url):
+        root = local_path(url)
+        if not root.is_dir():
+            raise FileNotFoundError(errno.ENOENT, "no such folder")
+        files = (path for path in root.rglob("*") if path.is_file())
+        sizes = {file.relative_to(root).as_posix(): file.stat().st_size for file in files}
+    else:
+        filesystem, path = _filesystem(url)
+        prefix = path.rstrip("/") + "/"
+        found = filesystem.find(path, detail=True)
+        if not found:
+            raise FileNotFoundError(errno.ENOENT, "nothing there")
+        sizes = {name.removeprefix(prefix): info["size"] for name, info in found.items()}
     shown = (n for n in sorted(sizes) if not any(part.startswith(".") for part in n.split("/")))
     return {name: sizes[name] for name in shown}
-
-
-def fetch_verified(url: str, sha256: str, cache_dir: str | Path) -> Path:
-    """A local path of the file at `url` whose sha256 is as told; raises StorageError otherwise.
-
-    A local file is checked where it is. Another is downloaded once into `cache_dir`, under a name
-    that holds its hash, and is checked again at each call.
-    """
-    if is_local(url):
-        path, found = local_path(url), hashlib.sha256(read_bytes(url)).hexdigest()
-    else:
-        path = Path(cache_dir).expanduser() / f"{sha256[:16]}-{name_of(url)}"
-        if path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() == sha256:
-            return path
-        data = read_bytes(url)
-        found = hashlib.sha256(data).hexdigest()
-        if found == sha256:
-            write_bytes(str(path), data)
-    if found != sha256:
-        remedy = "fetch the file again, or correct the sha256 if the file is the one you mean"
-        raise StorageError(url, f"sha256 is {found}, expected {sha256}", remedy)
-    return path
 
 
 def _filesystem(url: str) -> tuple[Any, str]:
@@ -206,21 +248,13 @@ def _filesystem(url: str) -> tuple[Any, str]:
         options["config_kwargs"] = {
             "connect_timeout": CONNECT_TIMEOUT_S,
             "read_timeout": READ_TIMEOUT_S,
-            "retries": {"mode": "standard", "max_attempts": 3},
+            "retries": {"mode": "standard", "total_max_attempts": 1},  # retrying.py does it
             # Every byte that matters is checked by sha256 on our side; a second checksum costs CPU.
             "response_checksum_validation": "when_required",
         }
     filesystem, path = fsspec.core.url_to_fs(url, **options)
+    filesystem.retries = 1  # s3fs's own: its pauses grow to seconds
     return filesystem, path
-
-
-@contextmanager
-def _explaining(url: str) -> Iterator[None]:
-    """Whatever goes wrong in the body becomes a StorageError of one line."""
-    try:
-        yield
-    except Exception as error:  # noqa: BLE001 - each back end has its own exceptions
-        raise _explained(url, error) from None  # without pages of asyncio's traces
 
 
 def _explained(url: str, error: Exception) -> StorageError:

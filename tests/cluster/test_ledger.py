@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ddpm_ray.cluster.ledger import Ledger, Status, Trial
+from ddpm_ray.data.sealed import read, sealed
 from ddpm_ray.data.storage import StorageError
 
 Operation = tuple[str, int, Any]  # what is done, to which trial (modulo their number), with what
@@ -86,7 +87,7 @@ def test_trials_are_numbered_in_files_as_told(tmp_path: Path) -> None:
         assert ledger.add({"seed": number}).number == number
     names = ["00000.json", "00001.json", "00002.json"]
     assert sorted(path.name for path in (tmp_path / "trials").iterdir()) == names
-    assert json.loads((tmp_path / "trials/00002.json").read_text())["values"] == {"seed": 2}
+    assert read(str(tmp_path / "trials/00002.json"))["values"] == {"seed": 2}
 
 
 def test_a_step_that_was_reported_is_not_noted_again(tmp_path: Path) -> None:
@@ -132,13 +133,18 @@ def test_only_a_finished_trial_has_scores() -> None:
 @pytest.mark.parametrize(
     "content, says",
     [
-        (b"", r"Expecting value"),
-        (b'{"number": 1, "val', r"Unterminated string"),
-        (b"{\xc3", r"can't decode"),
-        (b"[1, 2]", r"must be a mapping"),
-        (b"{}", r"missing 2 required positional arguments: 'number' and 'values'"),
-        (b'{"number": 1}', r"missing 1 required positional argument: 'values'"),
-        (b'{"number": 1, "values": {}, "valeus": {}}', r"unexpected keyword argument 'valeus'"),
+        (b"", "no sealed object"),
+        (sealed({"number": 1, "values": {}})[:-9], "no sealed object"),
+        (b"{\xc3", "no sealed object"),
+        (b'{"number": 1, "values": {}}', "no sealed object"),
+        (
+            sealed({"number": 1, "values": {}}).replace(b"1", b"7"),
+            "its sha256 is not that",
+        ),
+        (sealed([1, 2]), "must be a mapping"),
+        (sealed({}), r"missing 2 required positional arguments: 'number' and 'values'"),
+        (sealed({"number": 1}), r"missing 1 required positional argument: 'values'"),
+        (sealed({"number": 1, "values": {}, "valeus": {}}), "unexpected keyword .* 'valeus'"),
     ],
 )
 def test_a_file_that_holds_no_trial_is_told_in_a_line(

@@ -14,7 +14,7 @@ import pytest
 import s3fs
 from moto.server import ThreadedMotoServer
 
-from ddpm_ray.data import storage
+from ddpm_ray.data import storage, verified
 from ddpm_ray.data.storage import StorageError
 
 UseS3 = Callable[[str, str], str]
@@ -135,16 +135,16 @@ def test_a_verified_file_is_downloaded_once_and_checked_always(
 ) -> None:
     url, sha256 = f"{s3}/weights.bin", hashlib.sha256(b"weights").hexdigest()
     storage.write_bytes(url, b"weights")
-    path = storage.fetch_verified(url, sha256, tmp_path)
+    path = verified.fetch(url, sha256, tmp_path)
     assert path.read_bytes() == b"weights"
     storage.delete(url)
-    assert storage.fetch_verified(url, sha256, tmp_path) == path  # not asked for again
+    assert verified.fetch(url, sha256, tmp_path) == path  # not asked for again
     path.write_bytes(b"rotten!")
     storage.write_bytes(url, b"weights")
-    assert storage.fetch_verified(url, sha256, tmp_path).read_bytes() == b"weights"
-    assert storage.fetch_verified(str(path), sha256, tmp_path) == path  # local: where it is
+    assert verified.fetch(url, sha256, tmp_path).read_bytes() == b"weights"
+    assert verified.fetch(str(path), sha256, tmp_path) == path  # local: where it is
     with pytest.raises(StorageError, match=rf"sha256 is {sha256}, expected abc; fetch"):
-        storage.fetch_verified(url, "abc", tmp_path / "other")
+        verified.fetch(url, "abc", tmp_path / "other")
     assert not (tmp_path / "other").exists()
 
 

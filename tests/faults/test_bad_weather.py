@@ -1,0 +1,113 @@
+"""A store that refuses, resets, cuts and flips: every byte that is used is the one that was put."""
+
+import hashlib
+import random
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ddpm_ray.data import shards, storage, verified
+from ddpm_ray.data.shards import ShardCorruptError, fetch_shard, open_dataset
+from ddpm_ray.data.storage import StorageError
+from tests.faults.proxy import Weather, through
+from tests.noise import pack_noise
+
+STORM = {"slow_down": 0.05, "reset": 0.01, "short": 0.01, "truncate": 0.005, "flip": 0.005}
+
+
+@pytest.fixture(autouse=True)
+def _patience() -> None:
+    storage.be_patient(10)
+
+
+def test_whatever_is_read_is_what_was_written(
+    s3_server: str, use_s3: Callable[[str, str], str]
+) -> None:
+    """Four times the storm, so that some hundred requests meet each of its kinds."""
+    weather = Weather(seed=1)
+    for name, share in STORM.items():
+        setattr(weather, name, 4 * share)
+    with through(s3_server, weather) as endpoint:
+        bucket = use_s3(endpoint, "secret")
+        for number in range(30):
+            data = random.Random(number).randbytes(1000 + number)
+            url = f"{bucket}/weather/{number}"
+            storage.write_bytes(url, data)
+            digest = hashlib.sha256(data).hexdigest()
+            assert verified.read(url, digest) == data
+            assert storage.exists(url)
+            storage.delete(url)
+            assert not storage.exists(url)
+    assert all(weather.done[name] for name in STORM), weather.done
+
+
+def test_a_shard_is_never_taken_with_a_wrong_byte(
+    s3_server: str, s3: str, use_s3: Callable[[str, str], str]
+) -> None:
+    pack_noise(f"{s3}/noise", images=30, side=4)
+    dataset = open_dataset(f"{s3}/noise")
+    wanted = [fetch_shard(dataset, number).images.tobytes() for number in range(3)]
+    weather = Weather(truncate=0.05, flip=0.05)
+    with through(s3_server, weather) as endpoint:
+        use_s3(endpoint, "secret")
+        for _ in range(50):
+            assert [fetch_shard(dataset, n).images.tobytes() for n in range(3)] == wanted
+    assert weather.done["flip"] >= 3
+    assert weather.done["truncate"] >= 3
+
+
+def test_bytes_that_stay_wrong_are_named(s3: str) -> None:
+    pack_noise(f"{s3}/rotten", images=30, side=4)
+    dataset = open_dataset(f"{s3}/rotten")
+    url = f"{s3}/rotten/{shards.shard_name(1)}"
+    data = bytearray(storage.read_bytes(url))
+    data[-20] ^= 1
+    storage.write_bytes(url, bytes(data))
+    with pytest.raises(ShardCorruptError, match=r"shard-00001.arrow.*sha256"):
+        fetch_shard(dataset, 1)
+
+
+@pytest.mark.parametrize("method", ["GET", "PUT"])
+def test_a_request_that_hangs_is_cut_off(
+    method: str,
+    s3_server: str,
+    use_s3: Callable[[str, str], str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(storage, "READ_TIMEOUT_S", 2)
+    storage.be_patient(60)
+    with through(s3_server, Weather(hang=method)) as endpoint:
+        url = f"{use_s3(endpoint, 'secret')}/hangs"
+        began_s = time.monotonic()
+        storage.write_bytes(url, b"once")
+        assert storage.read_bytes(url) == b"once"
+        took_s = time.monotonic() - began_s
+    assert storage.READ_TIMEOUT_S <= took_s < storage.READ_TIMEOUT_S + 20
+
+
+def test_an_outage_is_waited_out_and_one_that_lasts_is_told(
+    s3_server: str, use_s3: Callable[[str, str], str]
+) -> None:
+    weather = Weather(down=True)
+    with through(s3_server, weather) as endpoint:
+        url = f"{use_s3(endpoint, 'secret')}/outage"
+        storage.be_patient(0.3)
+        with pytest.raises(StorageError, match=r"no answer .*check that the endpoint is up"):
+            storage.write_bytes(url, b"1")
+        storage.be_patient(60)
+        ends = threading.Timer(1, setattr, (weather, "down", False))
+        ends.start()
+        storage.write_bytes(url, b"2")
+        assert storage.read_bytes(url) == b"2"
+        ends.join()
+
+
+def test_only_one_creates_what_is_new_though_the_answer_was_lost(tmp_path: Path) -> None:
+    """The second try finds the object of the first, whose answer nobody heard."""
+    url = str(tmp_path / "claim")
+    assert storage.write_new(url, b"mine")
+    assert storage.write_new(url, b"mine")
+    assert not storage.write_new(url, b"theirs")
