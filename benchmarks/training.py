@@ -26,12 +26,13 @@ from torch.nn.utils import clip_grad_norm_
 
 from ddpm_ray import build
 from ddpm_ray.cluster import group, tracking
-from ddpm_ray.cluster.worker import assemble
+from ddpm_ray.cluster.worker import assemble, place
 from ddpm_ray.config import ClusterConfig, RunConfig
 from ddpm_ray.data import packer
 from ddpm_ray.data.packer import PackOptions
 from ddpm_ray.diffusion.seeding import Purpose, normal, uniform_int
 from ddpm_ray.knobs import from_dict, load, to_dict
+from ddpm_ray.training.lease import Lease
 from ddpm_ray.training.loop import Run, report, save, take_step
 
 ROUNDS = int(sys.argv[1]) if len(sys.argv) > 1 else 12
@@ -91,7 +92,7 @@ def beside_network(run: Run) -> Callable[[], None]:
 def worker(settings: dict[str, Any]) -> dict[str, Any]:
     """Seconds per step of each contestant, round by round."""
     config = from_dict(RunConfig, settings["config"])
-    run = assemble(config, settings, lambda progress: False)
+    run = assemble(config, settings, lambda progress: False, place())
     contestants = {
         "bare": bare_step(run),
         "ours": lambda: take_step(run),
@@ -146,6 +147,7 @@ def main() -> None:
         settings = {
             "config": to_dict(config), "folder": str(folder / "run"), "identity": "bench",
             "tracked": vars(tracked), "rounds": ROUNDS,
+            "lease": vars(Lease.first(str(folder / "run/checkpoints"))),
         }  # fmt: skip
         cluster = ClusterConfig(num_workers=1)
         found = group.run(worker, settings, cluster, lambda progress: None)

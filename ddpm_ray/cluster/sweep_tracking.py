@@ -15,7 +15,7 @@ from ddpm_ray.cluster.leaderboard import Row
 from ddpm_ray.cluster.ledger import Ledger, Trial
 from ddpm_ray.cluster.tracking import TrackedRun, TrackingError
 from ddpm_ray.cluster.training_run import IDENTITY, artifacts_beside, tags_of
-from ddpm_ray.data import storage
+from ddpm_ray.data import sealed, storage
 from ddpm_ray.data.shards import Dataset
 from ddpm_ray.data.storage import StorageError
 from ddpm_ray.data.transforms import pixel_variance
@@ -185,7 +185,7 @@ class SweepPlace:
         known = storage.join(self.runs, trial.name, IDENTITY)
         own = f"{self.identity}/{trial.name}"
         if storage.exists(known):  # it began to run, and did not live to tell its run's id
-            own = str(json.loads(storage.read_bytes(known))["identity"])
+            own = str(sealed.read(known)["identity"])
         trial.outcome["run_id"] = tracking.log_ended(
             self.run, f"{trial.name} {trial.label}", own, trial.values, status, trial.reason
         )

@@ -26,6 +26,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_IMAGES, MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NOTE
 from PIL import Image
 
+from ddpm_ray import faults
 from ddpm_ray.data import storage
 from ddpm_ray.training.reporting import RATES, Row
 
@@ -240,7 +241,9 @@ class Tracker:
         while self._rows:
             with self._lock:
                 batch, count = self._next_batch()
+            faults.at("flush")
             client.log_batch(self._run.run_id, metrics=batch)
+            faults.at("sent")
             with self._lock:
                 for _ in range(count):
                     self._rows.popleft()

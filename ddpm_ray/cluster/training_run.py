@@ -23,10 +23,12 @@ from ddpm_ray.cluster.packing import pack
 from ddpm_ray.cluster.trained import tracking_place
 from ddpm_ray.cluster.worker import train_worker
 from ddpm_ray.config import PackConfig, RunConfig
-from ddpm_ray.data import storage
+from ddpm_ray.data import sealed, storage
 from ddpm_ray.data.shards import MANIFEST, Dataset, open_dataset
 from ddpm_ray.knobs import ConfigError, flat, to_dict, to_yaml
+from ddpm_ray.training.checkpoints import CHECKPOINTS, CheckpointStore
 from ddpm_ray.training.gallery import picture_url
+from ddpm_ray.training.lease import Lease
 from ddpm_ray.training.reporting import Progress
 
 log = logging.getLogger(__name__)
@@ -106,6 +108,7 @@ def train(
             "config": to_dict(config),
             "folder": folder,
             "identity": identity,
+            "lease": vars(_lease(folder)),
             "tracked": vars(tracked),
         }
         ended = group.run(train_worker, settings, config.cluster, show, on_start)
@@ -125,6 +128,12 @@ def _differing(config: RunConfig, begun: dict[str, Any]) -> list[str]:
     if "config" not in begun:
         return [f"name is {config.name!r}, and a sweep of that name is there"]
     return build.differing_keys(config, begun["config"])
+
+
+def _lease(folder: str) -> Lease:
+    """This driver's; the workers that it starts renew it."""
+    checkpoints = storage.join(folder, CHECKPOINTS)
+    return Lease.first(checkpoints, CheckpointStore(checkpoints).pointer().epoch)
 
 
 def located(config: RunConfig, home: Path) -> RunConfig:
@@ -169,10 +178,9 @@ def claim(
     where = storage.join(folder, IDENTITY)
     if not storage.exists(where):
         identity = uuid.uuid4().hex
-        text = json.dumps({"identity": identity} | begun, indent=1) + "\n"
-        storage.write_bytes(where, text.encode())
+        sealed.write(where, {"identity": identity} | begun)
         return identity
-    found = json.loads(storage.read_bytes(where))
+    found = sealed.read(where)
     lines = differing(found)
     if begun["data_fingerprint"] != found["data_fingerprint"]:
         lines.append(

@@ -21,6 +21,7 @@ from ddpm_ray.data.shards import Dataset, DatasetError, ShardCorruptError, open_
 from ddpm_ray.knobs import from_dict
 from ddpm_ray.training import evaluation
 from ddpm_ray.training.checkpoints import (
+    CHECKPOINTS,
     CheckpointError,
     CheckpointStore,
     CheckpointWriter,
@@ -28,6 +29,7 @@ from ddpm_ray.training.checkpoints import (
 )
 from ddpm_ray.training.features import FeatureNet
 from ddpm_ray.training.gallery import Gallery
+from ddpm_ray.training.lease import Lease, LeaseLostError
 from ddpm_ray.training.loop import Run, train
 from ddpm_ray.training.objectives import NonFiniteError
 from ddpm_ray.training.reference import Reference, reference
@@ -44,6 +46,7 @@ FATAL = (
     CheckpointError,
     DatasetError,
     ShardCorruptError,
+    LeaseLostError,
     ValueError,
     MemoryError,
     torch.OutOfMemoryError,
@@ -64,7 +67,7 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _train(config: RunConfig, settings: dict[str, Any], desk: Desk) -> dict[str, Any]:
-    run = assemble(config, settings, desk.show)
+    run = assemble(config, settings, desk.show, place())
     if run.workers.leads:
         desk.start(run.state.step, placement.of_this_worker())
     began = time.time()
@@ -85,11 +88,14 @@ def _train(config: RunConfig, settings: dict[str, Any], desk: Desk) -> dict[str,
 
 
 def assemble(
-    config: RunConfig, settings: dict[str, Any], show_progress: Callable[[Progress], bool]
+    config: RunConfig,
+    settings: dict[str, Any],
+    show_progress: Callable[[Progress], bool],
+    workers: Workers,
 ) -> Run:
     """This worker's part of the run, at the step of its newest good checkpoint."""
     torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
-    workers = place()
+    storage.be_patient(config.cluster.storage_timeout_s)
     dataset = open_dataset(config.data.url)
     height, width, channels = dataset.manifest.image_shape
     facts = {
@@ -100,8 +106,10 @@ def assemble(
     }
     state = build.training_state(config, dataset.manifest.image_shape, workers.device, facts)
     log = StepLog(workers, config.training.log_every_steps)
-    checkpoints = storage.join(settings["folder"], "checkpoints")
+    checkpoints = storage.join(settings["folder"], CHECKPOINTS)
     writer = CheckpointWriter(CheckpointStore(checkpoints, config.training.keep_checkpoints))
+    if workers.leads:
+        writer.store.lead(Lease(**settings["lease"]).renewed())
     unsent: list[Row] = []
     if found := _newest(writer.store, workers):
         writer.committed, snapshot = found

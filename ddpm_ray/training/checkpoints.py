@@ -1,12 +1,14 @@
 """Checkpoints that a crash at any point leaves whole: data first, then manifest, then pointer.
 
     <url>/latest.json                       the pointer: folders and manifest hashes, newest first
+    <url>/previous.json                     what it said before
     <url>/step-00000500-3f2a91c4/           one attempt's own folder, never written twice
         model.safetensors ema.safetensors optimizer.safetensors state.json
         manifest.json                       sizes and sha256 of the four, written after them
 
 A folder that the pointer does not name does not exist. Readers follow the pointer, verify every
-byte and fall back to the one before; they never list. There is no pickle anywhere.
+byte and fall back to the one before; they never list. There is no pickle anywhere. Who may move the
+pointer is lease.py's.
 """
 
 import hashlib
@@ -15,22 +17,28 @@ import logging
 import secrets
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from safetensors import SafetensorError
 from safetensors import torch as safetensors
 
-from ddpm_ray.data import storage
+from ddpm_ray import faults
+from ddpm_ray.data import sealed, storage, verified
+from ddpm_ray.data.sealed import SealError
 from ddpm_ray.data.storage import StorageError
+from ddpm_ray.data.verified import DamagedError
+from ddpm_ray.training.lease import Lease
 from ddpm_ray.training.state import Snapshot
 
 log = logging.getLogger(__name__)
 
-POINTER = "latest.json"
+CHECKPOINTS = "checkpoints"  # below a run's folder
+POINTER, BEFORE = "latest.json", "previous.json"
 MANIFEST = "manifest.json"
 STATE = "state.json"
 GROUPS = ("model", "ema", "optimizer")
+PREFIX = "step-"  # of a checkpoint's folder
 
 
 class CheckpointError(RuntimeError):
@@ -49,15 +57,50 @@ class Reference:
     manifest_sha256: str
 
 
+@dataclass(frozen=True)
+class Pointer:
+    """What the pointer says."""
+
+    epoch: int = 0  # the lease of who wrote it
+    references: list[Reference] = field(default_factory=list)  # newest first
+
+    @classmethod
+    def of(cls, value: Any) -> "Pointer":
+        """From JSON; raises TypeError, KeyError or ValueError for anything else."""
+        if not value["checkpoints"]:  # a save never writes that; to take it would start anew
+            raise ValueError
+        return cls(int(value["epoch"]), [Reference(**entry) for entry in value["checkpoints"]])
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {"epoch": self.epoch, "checkpoints": [vars(one) for one in self.references]}
+
+
 class CheckpointStore:
-    """The checkpoints below `url` of one run; one writer at a time, any number of readers."""
+    """The checkpoints below `url` of one run; one writer at a time, any number of readers.
+
+    A writer leads by a lease; without one (tests, tools) nobody stands in its way.
+    """
 
     def __init__(self, url: str, keep: int = 3) -> None:
         self.url, self.keep = url, keep
+        self.lease: Lease | None = None
+        self._verified: Reference | None = None  # the newest that was read back whole
+
+    def lead(self, lease: Lease) -> None:
+        """Commit by this lease; what earlier starts left half done, and can no more end, goes."""
+        self.lease = lease
+        known = {reference.folder for reference in self.pointer().references}
+        try:
+            for folder in storage.folders(self.url):
+                if folder.startswith(PREFIX) and folder not in known:
+                    storage.delete_folder(storage.join(self.url, folder))
+        except StorageError as error:
+            log.warning("half a checkpoint of an earlier start may stay: %s", error)
 
     def save(self, snapshot: Snapshot) -> str:
         """URL of the committed checkpoint folder; raises StorageError, and then commits nothing."""
-        folder = f"step-{snapshot.step:08d}-{secrets.token_hex(4)}"
+        folder = f"{PREFIX}{snapshot.step:08d}-{secrets.token_hex(4)}"
         where = storage.join(self.url, folder)
         files = {f"{group}.safetensors": safetensors.save(snapshot.tensors[group])
                  for group in GROUPS}  # fmt: skip
@@ -65,17 +108,29 @@ class CheckpointStore:
         manifest = _json(
             {name: {"bytes": len(data), "sha256": _sha256(data)} for name, data in files.items()}
         )
-        kept = [Reference(folder, _sha256(manifest)), *self._references()]
-        pointer = _json([vars(reference) for reference in kept[: self.keep]])
+        before = self.pointer()
+        known = [Reference(folder, _sha256(manifest)), *before.references]
+        kept = known[: self.keep]
+        if self._verified in known[self.keep :]:  # the one of which we know that it can be read
+            kept.append(self._verified)
         try:
             for name, data in (*files.items(), (MANIFEST, manifest)):
+                faults.at("manifest" if name == MANIFEST else "object")
                 storage.write_bytes(storage.join(where, name), data)
         except StorageError:
-            self._delete(kept[0])  # half of it on a full disk would only be in the way
+            self._delete(known[0])  # half of it on a full disk would only be in the way
             raise
-        storage.write_bytes(storage.join(self.url, POINTER), pointer)
-        for old in kept[self.keep :]:
-            self._delete(old)
+        faults.at("commit")
+        if before.references:
+            sealed.write(storage.join(self.url, BEFORE), before.to_json())
+        if self.lease is not None:
+            self.lease.check()
+        epoch = self.lease.epoch if self.lease else before.epoch
+        sealed.write(storage.join(self.url, POINTER), Pointer(epoch, kept).to_json())
+        faults.at("retire")
+        for old in before.references:
+            if old not in kept:
+                self._delete(old)
         return where
 
     def load(self) -> tuple[str, Snapshot] | None:
@@ -84,12 +139,14 @@ class CheckpointStore:
         Falls back, with a warning, past damaged ones. Raises CheckpointError if all are: to start
         a month's run again from nothing in silence would be worse; and StorageError in an outage.
         """
-        references = self._references()
+        references = self.pointer().references
         reasons = []
         for reference in references:
             where = storage.join(self.url, reference.folder)
             try:
-                return where, read(where, reference.manifest_sha256)
+                found = where, read(where, reference.manifest_sha256)
+                self._verified = reference
+                return found
             except (CheckpointError, StorageError) as error:
                 if isinstance(error, StorageError) and self._is_whole(reference):
                     raise  # the storage is away, not the checkpoint: that passes, try again
@@ -100,18 +157,28 @@ class CheckpointStore:
             raise CheckpointError(self.url, f"no checkpoint verifies ({reasons[0]})", remedy)
         return None
 
-    def _references(self) -> list[Reference]:
-        pointer = storage.join(self.url, POINTER)
-        if not storage.exists(pointer):
-            return []
-        try:
-            entries = json.loads(storage.read_bytes(pointer))
-            if not entries:  # a save never writes that; to take it would start from nothing
-                raise ValueError
-            return [Reference(**entry) for entry in entries]
-        except (ValueError, TypeError) as error:
-            remedy = "restore it from a backup; it lists the checkpoint folders beside it"
-            raise CheckpointError(pointer, "is not a list of checkpoints", remedy) from error
+    def pointer(self) -> Pointer:
+        """The pointer; where it is damaged, with a warning, what it said before."""
+        problem: Exception | None = None
+        for name in (POINTER, BEFORE):
+            where = storage.join(self.url, name)
+            if not storage.exists(where):
+                continue
+            try:
+                pointer = Pointer.of(sealed.read(where))
+            except (SealError, ValueError, TypeError, KeyError) as error:
+                problem = problem or error
+                continue
+            if name == BEFORE:
+                log.warning(
+                    "%s/%s is lost or damaged; taking what it said before", self.url, POINTER
+                )
+            return pointer
+        if problem is None:
+            return Pointer()
+        remedy = "restore it from a backup; it lists the checkpoint folders beside it"
+        where = storage.join(self.url, POINTER)
+        raise CheckpointError(where, "is not a list of checkpoints", remedy) from problem
 
     def _is_whole(self, reference: Reference) -> bool:
         where = storage.join(self.url, reference.folder)
@@ -121,9 +188,7 @@ class CheckpointStore:
         """Best effort: what stays behind costs space and nothing else."""
         where = storage.join(self.url, reference.folder)
         try:
-            for name in (MANIFEST, *file_names()):
-                storage.delete(storage.join(where, name))
-            storage.delete_empty_folder(where)
+            storage.delete_folder(where)
         except StorageError as error:
             log.warning("old checkpoint stays: %s", error)
 
@@ -134,9 +199,13 @@ def read(url: str, manifest_sha256: str | None = None, groups: Sequence[str] = G
     Without `manifest_sha256` (a folder that a person named) the manifest vouches for itself. To
     sample, `groups=("ema",)` is enough: a quarter of the bytes.
     """
-    manifest = storage.read_bytes(storage.join(url, MANIFEST))
-    if manifest_sha256 not in (None, _sha256(manifest)):
-        raise _damaged(url, MANIFEST, "its sha256 is not the pointer's")
+    try:
+        where = storage.join(url, MANIFEST)
+        manifest = (
+            verified.read(where, manifest_sha256) if manifest_sha256 else storage.read_bytes(where)
+        )
+    except DamagedError:
+        raise _damaged(url, MANIFEST, "its sha256 is not the pointer's") from None
     try:
         expected: dict[str, dict[str, Any]] = json.loads(manifest)
         files = {name: _verified(url, name, expected[name]) for name in file_names(groups)}
@@ -189,12 +258,10 @@ class CheckpointWriter:
 
 
 def _verified(url: str, name: str, entry: dict[str, Any]) -> bytes:
-    data = storage.read_bytes(storage.join(url, name))
-    if len(data) != entry["bytes"]:
-        raise _damaged(url, name, f"has {len(data)} bytes, the manifest says {entry['bytes']}")
-    if _sha256(data) != entry["sha256"]:
-        raise _damaged(url, name, "its sha256 is not the manifest's")
-    return data
+    try:
+        return verified.read(storage.join(url, name), entry["sha256"])
+    except DamagedError:
+        raise _damaged(url, name, "its sha256 is not the manifest's") from None
 
 
 def _damaged(url: str, name: str, reason: str) -> CheckpointError:

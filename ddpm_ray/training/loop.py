@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
+from ddpm_ray import faults
 from ddpm_ray.training.checkpoints import CheckpointWriter
 from ddpm_ray.training.objectives import Objective, non_finite
 from ddpm_ray.training.reporting import Progress, Sink
@@ -117,6 +118,8 @@ def train(run: Run) -> bool:
 def take_step(run: Run) -> None:
     """One optimiser step on all workers together."""
     state, plan = run.state, run.plan
+    faults.stand(run.workers.rank, state.step + 1)
+    faults.at("batch")
     batch = run.stream.batch(state.step)
     losses, log_snr = run.objective.backward(
         run.network, batch.images, state.step, run.workers, plan.micro_batch_size
@@ -126,6 +129,7 @@ def take_step(run: Run) -> None:
     if not math.isfinite(grad_norm):
         keys = run.stream.keys(state.step)
         raise non_finite(state.step + 1, grad_norm, losses, keys, run.workers)
+    faults.at("update")
     learning_rate = plan.learning_rate(state.step)
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate
@@ -158,6 +162,7 @@ def report(run: Run) -> bool:
 
 def save(run: Run) -> None:
     """Copy the state now; the leader's background thread writes it."""
+    faults.at("snapshot")
     run.state.facts["bands"] = run.log.window()
     if run.sink is not None:
         run.checkpoints.submit(run.state.snapshot([vars(row) for row in run.sink.unsent()]))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ddpm_ray import faults
 from ddpm_ray.data.transforms import to_model_range
 from ddpm_ray.diffusion import seeding
 from ddpm_ray.diffusion.losses import simple_loss
@@ -69,6 +70,8 @@ class Objective:
             with _sync_only(network, last), self._autocast(workers.device):
                 loss, t = self.losses(network, images[part], step, positions[part], workers.device)
             share = loss.sum() / count * torch.where(loss.detach().isfinite().all(), 1.0, math.nan)
+            if last:
+                faults.at("gradient")
             with _sync_only(network, last):
                 share.backward()  # type: ignore[no-untyped-call]
             losses.append(loss.detach())

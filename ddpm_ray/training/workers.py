@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ddpm_ray import faults
+
 
 @dataclass(frozen=True)
 class Workers:
@@ -30,6 +32,7 @@ class Workers:
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """`tensor` summed over all workers, in place, equal on each; all must call it."""
+        faults.at("reduce")
         if self.count > 1:
             on_device = tensor.to(self.device)  # NCCL sums only what lies on its GPU
             dist.all_reduce(on_device)

@@ -1,6 +1,5 @@
 """Whole sweeps on a real local Ray: one trial that fails alone, drivers killed, interrupted."""
 
-import json
 import os
 import signal
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
+from ddpm_ray.data import sealed
 from tests.cluster.job import ROOT, TINY_RUN, Job, command_of
 
 STEPS = 120
@@ -58,7 +58,7 @@ def left(folder: Path) -> Left:
     children = [run for run in runs if "mlflow.parentRunId" in run.data.tags]
     (parent,) = (run for run in runs if run not in children)
     files = sorted((folder / "runs/quick/trials").glob("*.json"))
-    return Left([json.loads(file.read_text()) for file in files], parent, children, client)
+    return Left([sealed.read(str(file)) for file in files], parent, children, client)
 
 
 def sweep(folder: Path, *arguments: str) -> Job:

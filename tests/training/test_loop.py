@@ -1,11 +1,10 @@
 """A run that was killed ends with the bits of one that was not; a bad step changes nothing.
 
-Run as a script, this file is one of two gloo workers: the test at its end starts it twice.
+Run as a module, this file is one of two gloo workers: the test at its end starts it twice.
 """
 
 import contextlib
 import copy
-import hashlib
 import json
 import math
 import subprocess
@@ -15,7 +14,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -26,8 +24,8 @@ from torch.nn.utils import clip_grad_norm_
 
 from ddpm_ray import build
 from ddpm_ray.config import RunConfig
-from ddpm_ray.data import shards, storage
-from ddpm_ray.data.shards import Recipe, ShardRow, open_dataset
+from ddpm_ray.data import storage
+from ddpm_ray.data.shards import open_dataset
 from ddpm_ray.data.stream import Batch, ShardStream
 from ddpm_ray.data.transforms import to_model_range
 from ddpm_ray.knobs import load, to_dict
@@ -40,8 +38,10 @@ from ddpm_ray.training.reporting import RATES, Progress, Row
 from ddpm_ray.training.state import Snapshot
 from ddpm_ray.training.step_log import StepLog
 from ddpm_ray.training.workers import Workers
+from tests.noise import pack_noise
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[2]
 STEPS, EVERY = 8, 3  # checkpoints after 3, 6 and 8; windows of 4 straddle the first two
 SIDE, IMAGES = 4, 29  # 7 whole batches of 4 an epoch: the run passes into its second
 
@@ -101,17 +101,8 @@ class SpoiltStream:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A packed data set of grey 4x4 noise in three shards."""
     folder = str(tmp_path_factory.mktemp("data"))
-    noise = np.random.default_rng(0).integers(0, 256, (IMAGES, SIDE, SIDE, 1)).astype(np.uint8)
-    rows = []
-    for number, part in enumerate(np.array_split(noise, 3)):
-        name, keys = shards.shard_name(number), [f"{number}-{i}" for i in range(len(part))]
-        packed = shards.shard_bytes(part, [-1] * len(part), keys)
-        storage.write_bytes(storage.join(folder, name), packed)
-        sha256, sums = hashlib.sha256(packed).hexdigest(), shards.pixel_sums(part)
-        rows.append(ShardRow(name, len(part), len(packed), sha256, *sums))
-    shards.write_index(folder, Recipe((SIDE, SIDE, 1), "raw", "none", (), "0" * 64), rows)
+    pack_noise(folder, IMAGES, SIDE)
     return folder
 
 
@@ -757,9 +748,14 @@ def gloo_worker(rank: int, folder: Path, data: str) -> dict[str, Any]:
 def test_two_processes_train_as_one_and_stop_together(
     data: str, unbroken: Callable[..., tuple[Snapshot, Ledger]], tmp_path: Path
 ) -> None:
-    commands = [[sys.executable, __file__, str(rank), str(tmp_path), data] for rank in (0, 1)]
+    commands = [
+        [sys.executable, "-m", "tests.training.test_loop", str(rank), str(tmp_path), data]
+        for rank in (0, 1)
+    ]
     workers = [
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
         for command in commands
     ]
     try:

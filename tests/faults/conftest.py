@@ -1,0 +1,13 @@
+"""What the tests of faults share."""
+
+import pytest
+
+from tests.noise import pack_noise
+
+
+@pytest.fixture(scope="session")
+def noise_shards(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A data set whose epoch is 5 5/8 batches of 8: 24 steps end in the fifth epoch."""
+    folder = str(tmp_path_factory.mktemp("noise"))
+    pack_noise(folder, images=45, side=4)
+    return folder

@@ -1,0 +1,185 @@
+"""A training run in processes that die and are started again, as Ray does it but without Ray.
+
+The processes are forked by a server that has imported everything, so a life costs little more than
+its steps. All else is real: storage, checkpoints, gloo, MLflow on SQLite, SIGKILL.
+"""
+
+import contextlib
+import hashlib
+import multiprocessing
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from mlflow import MlflowClient
+
+from ddpm_ray import faults
+from ddpm_ray.cluster import tracking
+from ddpm_ray.cluster.worker import assemble
+from ddpm_ray.config import RunConfig
+from ddpm_ray.knobs import from_dict, load, to_dict
+from ddpm_ray.training.checkpoints import CHECKPOINTS, CheckpointStore
+from ddpm_ray.training.lease import Lease
+from ddpm_ray.training.loop import train
+from ddpm_ray.training.reporting import RATES
+from ddpm_ray.training.workers import Workers
+
+STEPS, EVERY = 24, 5
+TINY = (
+    "name=tiny", "schedule.num_steps=60", "model.base_channels=4", "model.groups=2",
+    "model.channel_mults=[1,2]", "model.blocks_per_level=1", "model.attention_resolutions=[4]",
+    "model.dropout=0.1", f"training.steps={STEPS}", f"training.checkpoint_every_steps={EVERY}",
+    "training.global_batch_size=8", "training.log_every_steps=4", "training.learning_rate=3e-3",
+    "training.grid_every_steps=0", "training.ema_decay_per_step=0.8", "sampling.steps=2",
+    "evaluation.spectrum_every_steps=6", "evaluation.spectrum_images=16",
+    "tracking.flush_every_s=0.02",
+)  # fmt: skip
+LIFE_S = 60  # most seconds of one life; it takes one or two
+
+_server = multiprocessing.get_context("forkserver")
+# Any optimiser imports torch's compiler, any MLflow on SQLite its store: 3 s, once.
+_server.set_forkserver_preload(
+    [__name__, "torch._dynamo", "mlflow.store.tracking.sqlalchemy_store"]
+)
+
+
+@dataclass
+class Ended:
+    """What a run left behind: the bytes of its last checkpoint, and its rows in MLflow."""
+
+    hashes: dict[str, str]
+    rows: dict[str, list[tuple[int, float]]]  # (step, value) by key, in the order of MLflow's
+    runs: int
+    status: str
+    orphans: int  # checkpoint folders that nobody points to
+
+    def same_rows(self) -> dict[str, list[tuple[int, float]]]:
+        """Rows without the rates, which are clocks: of these the steps alone."""
+        return {
+            key: [(step, 0.0 if key in RATES else value) for step, value in rows]
+            for key, rows in self.rows.items()
+        }
+
+
+@dataclass
+class Life:
+    """One run's place, and how often its workers were started."""
+
+    folder: Path
+    data: str
+    overrides: tuple[str, ...] = TINY
+    config_file: str | None = None
+    lives: int = 0
+    tracked: tracking.TrackedRun | None = None
+    lease: Lease | None = None
+    config: RunConfig = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        uri = f"sqlite:///{self.folder / 'mlflow.db'}"
+        where = (f"data.url={self.data}", f"storage={self.folder}", f"tracking.uri={uri}")
+        self.config = load(RunConfig, self.config_file, [*self.overrides, *where])
+
+    def drive(self) -> None:
+        """What the driver does before it starts workers: find the MLflow run, take its lease."""
+        self.tracked = tracking.find_or_create_run(
+            self.config.tracking.uri, "faults", "tiny", "identity", str(self.folder / "artifacts")
+        )
+
+        checkpoints = str(self.folder / "tiny" / CHECKPOINTS)
+        self.lease = Lease.first(checkpoints, CheckpointStore(checkpoints).pointer().epoch)
+
+    def live(self, count: int, planned: str = "") -> bool:
+        """Start `count` workers with `planned` faults; True once all have trained to the end.
+
+        As Ray's controller does, it kills the others where one has died.
+        """
+        assert self.tracked is not None
+        assert self.lease is not None
+        self.lives += 1
+        settings = {
+            "config": to_dict(self.config), "folder": str(self.folder / "tiny"),
+            "identity": "identity", "tracked": vars(self.tracked), "lease": vars(self.lease),
+        }  # fmt: skip
+        meeting = self.folder / f"meeting-{self.lives}"
+        workers = [
+            _server.Process(target=_work, args=(rank, count, str(meeting), settings, planned))
+            for rank in range(count)
+        ]
+        for worker in workers:
+            worker.start()
+        with _none_left(workers):
+            alive = {worker.sentinel: worker for worker in workers}
+            while alive:
+                ended = wait(list(alive), timeout=LIFE_S)
+                assert ended, "a life that does not end"
+                if any(alive[sentinel].exitcode for sentinel in ended):  # type: ignore[index]
+                    return False
+                alive = {key: worker for key, worker in alive.items() if key not in ended}
+        return True
+
+    def end(self) -> Ended:
+        """Close the MLflow run and look at all there is."""
+        assert self.tracked is not None
+        tracking.finish(self.tracked, "FINISHED")
+        client = MlflowClient(tracking_uri=self.config.tracking.uri)
+        run = client.get_run(self.tracked.run_id)
+        checkpoints = self.folder / "tiny" / CHECKPOINTS
+        store = CheckpointStore(str(checkpoints))
+        found, known = store.load(), store.pointer().references
+        assert found is not None
+        return Ended(
+            hashes(found[0]),
+            {
+                key: [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, key)]
+                for key in sorted(run.data.metrics)
+            },
+            len(client.search_runs([run.info.experiment_id])),
+            run.info.status,
+            len(list(checkpoints.glob("step-*"))) - len(known),
+        )
+
+    def forget(self) -> None:
+        """Free the disk: a hundred runs leave a gigabyte."""
+        shutil.rmtree(self.folder)
+
+
+def hashes(checkpoint: str) -> dict[str, str]:
+    """sha256 of each file of tensors in the folder `checkpoint`."""
+    files = sorted(Path(checkpoint).glob("*.safetensors"))
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def _work(rank: int, count: int, meeting: str, settings: dict[str, Any], planned: str) -> None:
+    if planned:
+        os.environ[faults.VARIABLE] = planned
+    dist.init_process_group(
+        "gloo", init_method=f"file://{meeting}", rank=rank, world_size=count,
+        timeout=timedelta(seconds=LIFE_S),
+    )  # fmt: skip
+    config = from_dict(RunConfig, settings["config"])
+    run = assemble(config, settings, lambda _: False, Workers(rank, count))
+    try:
+        train(run)
+    finally:
+        run.stream.close()
+    if run.sink is not None:
+        assert run.sink.close(LIFE_S)
+
+
+@contextlib.contextmanager
+def _none_left(workers: Sequence[BaseProcess]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for worker in workers:
+            worker.kill()
+        for worker in workers:
+            worker.join()

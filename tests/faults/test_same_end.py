@@ -1,0 +1,65 @@
+"""Killed any number of times, at any marked point, a run ends with the bits of an unbroken one."""
+
+import random
+from pathlib import Path
+
+import pytest
+
+from ddpm_ray.faults import POINTS
+from tests.faults.lives import STEPS, Ended, Life
+
+WORKERS = 2
+OF_ALL = {"batch", "gradient", "update", "reduce", "snapshot"}  # the leader alone passes others
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # MLflow's, as it imports
+
+
+@pytest.fixture(scope="module")
+def unbroken(noise_shards: str, tmp_path_factory: pytest.TempPathFactory) -> Ended:
+    life = Life(tmp_path_factory.mktemp("unbroken"), noise_shards)
+    life.drive()
+    assert life.live(WORKERS)
+    return life.end()
+
+
+def schedule(seed: int, folder: Path) -> tuple[str, random.Random]:
+    """One to ten kills at random points, steps and ranks, as the variable spells them."""
+    draw, kills = random.Random(seed), []
+    for _ in range(draw.randint(1, 10)):
+        point = draw.choice(sorted(POINTS))
+        rank = draw.randrange(WORKERS) if point in OF_ALL else 0
+        kills.append(f"kill@{point}:{draw.randint(1, STEPS)}/{rank}")
+    return " ".join([str(folder), *kills]), draw
+
+
+def test_a_kill_at_each_point_is_survived(
+    unbroken: Ended, noise_shards: str, tmp_path: Path
+) -> None:
+    kills = [f"kill@{point}:{step}/0" for step, point in enumerate(POINTS, 4)]
+    planned, life = " ".join([str(tmp_path / "struck"), *kills]), Life(tmp_path, noise_shards)
+    life.drive()
+    while not life.live(WORKERS, planned):
+        assert life.lives <= len(kills)
+    assert life.lives == len(kills) + 1  # each was met
+    ended = life.end()
+    assert ended.hashes == unbroken.hashes
+    assert ended.same_rows() == unbroken.same_rows()
+    assert ended.orphans == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(100))
+def test_any_kills_leave_the_same_run(
+    seed: int, unbroken: Ended, noise_shards: str, tmp_path: Path
+) -> None:
+    planned, draw = schedule(seed, tmp_path / "struck")
+    life = Life(tmp_path / "run", noise_shards)
+    life.drive()
+    while not life.live(WORKERS, planned):
+        if draw.random() < 0.5:  # the driver died with them, and the same command came again
+            life.drive()
+        assert life.lives <= 11, planned
+    ended = life.end()
+    assert ended.hashes == unbroken.hashes, planned
+    assert ended.same_rows() == unbroken.same_rows(), planned
+    assert (ended.runs, ended.status, ended.orphans) == (1, "FINISHED", 0)
+    life.forget()
