@@ -132,6 +132,12 @@ class TrainingConfig:
     max_grad_norm: float = knob(
         1.0, "global norm that gradients are clipped to", above=0, defines_run=True
     )
+    on_divergence: Literal["stop", "skip"] = knob(
+        "stop", "what a gradient does that is not finite, or a spike: end the run, or no update"
+    )
+    spike_factor: float = knob(
+        0.0, "times the median norm of the last 128 steps that is a spike; 0: none is", at_least=0
+    )
     ema_decay_per_step: float = knob(
         0.9999, "of the weights that samples come from; 0: see the next key",
         at_least=0, below=1, defines_run=True,
@@ -252,6 +258,10 @@ class ClusterConfig:
     address: str = knob("", "Ray cluster to join; empty: $RAY_ADDRESS or a local Ray")
     max_failures: int = knob(3, "times that lost workers are started again", at_least=0)
     timeout_s: float = knob(300, "seconds a collective may take before it is an error", above=0)
+    stall_timeout_s: float = knob(
+        25, "seconds that a worker may stand still in a step, or be silent; then all start again",
+        at_least=5,
+    )  # fmt: skip
     storage_timeout_s: float = knob(
         180, "seconds that workers try again where the storage fails, before it is an error",
         above=0,

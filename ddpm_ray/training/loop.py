@@ -1,5 +1,6 @@
 """The training loop: one worker's work, in plain torch, the same alone and among many."""
 
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -12,11 +13,14 @@ from torch.nn.utils import clip_grad_norm_
 
 from ddpm_ray import faults
 from ddpm_ray.training.checkpoints import CheckpointWriter
-from ddpm_ray.training.objectives import Objective, non_finite
+from ddpm_ray.training.divergence import Guard, diverged
+from ddpm_ray.training.objectives import Objective
 from ddpm_ray.training.reporting import Progress, Sink
 from ddpm_ray.training.state import TrainingState
 from ddpm_ray.training.step_log import StepLog
 from ddpm_ray.training.workers import Workers
+
+log = logging.getLogger(__name__)
 
 REPORT_EVERY_S = 1.0  # of sums over workers: rows, progress, and whether somebody asked to stop
 
@@ -68,6 +72,7 @@ class Run:
     state: TrainingState
     network: nn.Module  # what the gradient passes through: state.model, wrapped
     objective: Objective
+    guard: Guard
     stream: ImageStream
     workers: Workers
     log: StepLog
@@ -85,7 +90,7 @@ class Run:
 def train(run: Run) -> bool:
     """Take `run` from the step it stands at to its last; False if it was asked to stop before.
 
-    Either way the state is in a committed checkpoint on return. Raises NonFiniteError before the
+    Either way the state is in a committed checkpoint on return. Raises DivergedError before the
     update that would have spoilt the weights, and StorageError where checkpoints cannot be written.
     """
     state, plan = run.state, run.plan
@@ -95,6 +100,7 @@ def train(run: Run) -> bool:
         run.draw_grid(0)  # what the same noise gave before the first step
     while state.step < plan.steps and not stopped:
         take_step(run)
+        faults.at("between")
         step = state.step
         saves = step == plan.steps or plan.is_due(plan.checkpoint_every_steps, step)
         last = step == plan.steps
@@ -103,6 +109,7 @@ def train(run: Run) -> bool:
             run.probe(step)
         if saves or probes or step - run.reported[0] >= run.report_every_steps:
             stopped = report(run)
+            faults.at("between")
         if last or plan.is_due(plan.grid_every_steps, step):
             run.draw_grid(step)
         if last:
@@ -126,9 +133,9 @@ def take_step(run: Run) -> None:
     )
     norm = clip_grad_norm_(run.network.parameters(), plan.max_grad_norm, foreach=True)
     grad_norm = float(norm)  # waits for the device; without it a NaN would reach the weights
-    if not math.isfinite(grad_norm):
-        keys = run.stream.keys(state.step)
-        raise non_finite(state.step + 1, grad_norm, losses, keys, run.workers)
+    if not run.guard.passes(grad_norm):
+        skip_step(run, grad_norm, losses)
+        return
     faults.at("update")
     learning_rate = plan.learning_rate(state.step)
     for group in state.optimizer.param_groups:
@@ -138,6 +145,22 @@ def take_step(run: Run) -> None:
     state.ema.update(state.model, plan.ema_decay(state.step))
     state.step += 1
     run.log.record(losses, log_snr, grad_norm=grad_norm, learning_rate=learning_rate)
+
+
+def skip_step(run: Run, grad_norm: float, losses: Tensor) -> None:
+    """Leave the weights as they are and count the step as done; or raise DivergedError."""
+    state, keys = run.state, run.stream.keys(run.state.step)
+    error = diverged(state.step + 1, grad_norm, run.guard.limit, losses, keys, run.workers)
+    if run.guard.gives_up:
+        raise error
+    state.optimizer.zero_grad()
+    state.step += 1
+    run.log.record_skipped()
+    if run.sink is not None:
+        _, norm, limit, named = error.args
+        told = {"step": state.step, "grad_norm": str(norm), "limit": str(limit), "keys": named}
+        run.sink.document(f"skipped/step-{state.step:08d}.json", told)
+        log.warning("%s. Skipped: training.on_divergence is skip", str(error).partition(";")[0])
 
 
 def report(run: Run) -> bool:
@@ -150,7 +173,7 @@ def report(run: Run) -> bool:
     if run.sink is not None:
         run.sink.rows(rows)
         rate = steps_per_s * run.plan.global_batch_size
-        loss = rows[-1].metrics["train/loss"]
+        loss = rows[-1].metrics.get("train/loss", math.nan)  # of a step that was skipped
         progress = Progress(step, run.plan.steps, loss, rate, run.state.probes)
         agreed[0] = run.show_progress(progress)
         agreed[1] = max(1, round(steps_per_s * REPORT_EVERY_S))
@@ -164,5 +187,6 @@ def save(run: Run) -> None:
     """Copy the state now; the leader's background thread writes it."""
     faults.at("snapshot")
     run.state.facts["bands"] = run.log.window()
+    run.state.facts["guard"] = run.guard.facts()
     if run.sink is not None:
         run.checkpoints.submit(run.state.snapshot([vars(row) for row in run.sink.unsent()]))

@@ -20,21 +20,6 @@ from ddpm_ray.diffusion.process import NoiseSchedule
 from ddpm_ray.diffusion.seeding import Purpose
 from ddpm_ray.training.workers import Workers
 
-SHOWN_KEYS = 8  # of an error that could name a whole batch
-
-
-class NonFiniteError(RuntimeError):
-    """A loss or gradient that is NaN or infinite; args are (step, gradient norm, sample keys)."""
-
-    def __str__(self) -> str:
-        step, norm, keys = self.args
-        names = ", ".join(keys[:SHOWN_KEYS]) + (" ..." if len(keys) > SHOWN_KEYS else "")
-        return (
-            f"step {step}: the gradient's norm is {norm}, from {len(keys)} samples: {names}; "
-            f"nothing was updated. Look at these images, or lower training.learning_rate and go "
-            f"back to an older checkpoint"
-        )
-
 
 @dataclass(frozen=True)
 class Objective:
@@ -93,20 +78,6 @@ class Objective:
 
     def _autocast(self, device: torch.device) -> contextlib.AbstractContextManager[object]:
         return torch.autocast(device.type, torch.bfloat16, enabled=self.bf16)
-
-
-def non_finite(
-    step: int, grad_norm: float, losses: Tensor, keys: list[str], workers: Workers
-) -> NonFiniteError:
-    """The error that all workers raise alike instead of applying step `step` (from 1).
-
-    grad_norm is of the summed gradient, so equal on all; `keys` name the images of losses [b]. The
-    error names the images whose own loss is not finite, or all of the batch's if there is none.
-    """
-    guilty = [key for key, bad in zip(keys, ~losses.isfinite().cpu(), strict=True) if bad]
-    everyone = workers.gather((guilty, keys))
-    named = [key for bad, _ in everyone for key in bad] or [k for _, own in everyone for k in own]
-    return NonFiniteError(step, grad_norm, named)
 
 
 def _sync_only(network: nn.Module, last: bool) -> contextlib.AbstractContextManager[object]:

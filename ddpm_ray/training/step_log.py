@@ -4,6 +4,7 @@ A row is a pure function of the steps that it covers, so that a replayed step gi
 again; only the rates (`train/images_per_s`, `train/data_wait_share`) are clocks.
 """
 
+import math
 import time
 from collections.abc import Iterator
 
@@ -44,6 +45,14 @@ class StepLog:
         self._norms.append(grad_norm)
         self._rates.append(learning_rate)
 
+    def record_skipped(self) -> None:
+        """Keep one step that was not taken: its losses, which may be no numbers, count nowhere."""
+        self._lines.append(
+            torch.zeros(2, len(BANDS), dtype=torch.float64, device=self._edges.device)
+        )
+        self._norms.append(math.nan)
+        self._rates.append(math.nan)
+
     def collect(self, step: int, waited_s: float) -> list[Row]:
         """Rows of the recorded steps, which end at `step`, the same on all workers; all call it.
 
@@ -54,11 +63,13 @@ class StepLog:
         self._images += float(lines[:, 1].sum())
         rows = []
         for offset, (sums, counts) in enumerate(lines):
-            row = {
-                "train/loss": float(sums.sum() / counts.sum()),
-                "train/grad_norm": self._norms[offset],
-                "train/lr": self._rates[offset],
-            }
+            row = {"train/skipped": 1.0}
+            if counts.sum():
+                row = {
+                    "train/loss": float(sums.sum() / counts.sum()),
+                    "train/grad_norm": self._norms[offset],
+                    "train/lr": self._rates[offset],
+                }
             self._bands += lines[offset]
             if (first + offset) % self._window_steps == 0:
                 row |= dict(self._of_window(now, waited_s))

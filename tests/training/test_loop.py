@@ -22,18 +22,19 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
-from ddpm_ray import build
+from ddpm_ray import build, faults
 from ddpm_ray.config import RunConfig
 from ddpm_ray.data import storage
 from ddpm_ray.data.shards import open_dataset
 from ddpm_ray.data.stream import Batch, ShardStream
 from ddpm_ray.data.transforms import to_model_range
+from ddpm_ray.faults import InjectedFaultError
 from ddpm_ray.knobs import load, to_dict
 from ddpm_ray.training import loop, objectives
 from ddpm_ray.training.checkpoints import CheckpointStore, CheckpointWriter
+from ddpm_ray.training.divergence import DivergedError, Guard
 from ddpm_ray.training.gallery import Gallery
 from ddpm_ray.training.loop import Run, train
-from ddpm_ray.training.objectives import NonFiniteError
 from ddpm_ray.training.reporting import RATES, Progress, Row
 from ddpm_ray.training.state import Snapshot
 from ddpm_ray.training.step_log import StepLog
@@ -147,9 +148,11 @@ def begin(
     state = build.training_state(config, dataset.manifest.image_shape, CPU, facts)
     store = CheckpointStore(str(folder), config.training.keep_checkpoints)
     log = StepLog(workers, config.training.log_every_steps)
+    guard = Guard(config.training.spike_factor, config.training.on_divergence == "skip")
     if found := store.load():
         state.restore(found[1])
         log.resume(found[1].facts["bands"])
+        guard.resume(found[1].facts["guard"])
     network: nn.Module = state.model
     if workers.count > 1:
         network = DistributedDataParallel(network, broadcast_buffers=False)
@@ -168,6 +171,7 @@ def begin(
         state=state,
         network=network,
         objective=objective,
+        guard=guard,
         stream=streamed(config, workers),
         workers=workers,
         log=log,
@@ -523,7 +527,7 @@ def test_a_nan_stops_before_the_update_and_names_its_image(
     run = begin(config, tmp_path / "run")
     spoil(run, 5, position=2)
     (guilty,) = run.stream.keys(4)[2:3]
-    with pytest.raises(NonFiniteError, match=rf"step 5: .* nan, from 1 samples: {guilty}; nothing"):
+    with pytest.raises(DivergedError, match=rf"step 5: .* nan, from 1 samples: {guilty}; nothing"):
         train(run)
     assert_same_bits(bits(run), wanted)
 
@@ -535,14 +539,49 @@ def test_an_infinite_gradient_of_finite_losses_names_the_whole_batch(
     for parameter in run.state.model.parameters():
         parameter.register_hook(lambda gradient: gradient / 0.0)
     before, keys = weights(run), run.stream.keys(0)
-    with pytest.raises(NonFiniteError, match=r"step 1: .* from 4 samples") as stopped:
+    with pytest.raises(DivergedError, match=r"step 1: .* from 4 samples") as stopped:
         train(run)
-    assert stopped.value.args[2] == keys
+    assert stopped.value.args[3] == keys
+    assert all(map(torch.equal, weights(run), before))
+
+
+def test_a_skipped_step_changes_nothing_and_is_the_same_on_replay(
+    data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Step 5 is NaN; the run dies in step 6 and goes on from the checkpoint after step 3."""
+    config = configured(data, "training.on_divergence=skip")
+    unbroken, died = Ledger(), Ledger()
+    wanted = begin(config, tmp_path / "unbroken", unbroken)
+    spoil(wanted, 5, position=2)
+    assert train(wanted)
+
+    monkeypatch.setenv(faults.VARIABLE, f"{tmp_path / 'struck'} fail@batch:6")
+    for dies in (True, False):
+        run = begin(config, tmp_path / "died", died)
+        spoil(run, 5, position=2)
+        death = pytest.raises(InjectedFaultError, match="at batch, step 6")
+        with death if dies else contextlib.nullcontext():
+            train(run)
+    assert_same_bits(bits(run), bits(wanted))
+    assert died.timeless() == unbroken.timeless()
+    assert run.guard == wanted.guard
+    assert unbroken.values["train/skipped", 5] == 1
+    losses = sorted(step for key, step in unbroken.values if key == "train/loss")
+    assert losses == [1, 2, 3, 4, 6, 7, 8]
+
+
+def test_a_run_that_skips_all_of_its_steps_ends(data: str, tmp_path: Path) -> None:
+    run = begin(configured(data, "training.on_divergence=skip", "training.steps=50"), tmp_path)
+    for parameter in run.state.model.parameters():
+        parameter.register_hook(lambda gradient: gradient * math.nan)
+    before = weights(run)
+    with pytest.raises(DivergedError, match=r"step 11: the gradient's norm is nan"):
+        train(run)
     assert all(map(torch.equal, weights(run), before))
 
 
 def test_the_error_stays_short_and_survives_a_pickle() -> None:
-    error = NonFiniteError(3, math.inf, [f"key-{i}" for i in range(100)])
+    error = DivergedError(3, math.inf, math.inf, [f"key-{i}" for i in range(100)])
     assert "from 100 samples" in str(error)
     assert "key-7 ...;" in str(error)
     assert str(copy.copy(error)) == str(error)
@@ -734,13 +773,13 @@ def gloo_worker(rank: int, folder: Path, data: str) -> dict[str, Any]:
     moved, after = not all(map(torch.equal, weights(run), before)), weights(run)
     try:
         loop.take_step(run)
-    except NonFiniteError as error:
+    except DivergedError as error:
         told = list(error.args)
     same = all(map(torch.equal, weights(run), after))
     dist.destroy_process_group()
     losses = [value for (key, _), value in sorted(ledger.values.items()) if key == "train/loss"]
     return {
-        "losses": losses, "step": told[0], "named": told[2], "same": same, "moved": moved,
+        "losses": losses, "step": told[0], "named": told[3], "same": same, "moved": moved,
         "last_key": guilty[-1],
     }  # fmt: skip
 
