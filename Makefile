@@ -3,7 +3,7 @@ SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help train sweep test faults cluster-demo doctor lint types bench ui clean
+.PHONY: help train sweep test faults drill cluster-demo doctor lint types bench ui clean
 
 BIN := .venv/bin
 READY := .venv/ready
@@ -28,6 +28,9 @@ faults: $(READY)  ## the long tests: killed workers, dead servers, full training
 
 cluster-demo: $(READY)  ## train and sweep on 2 Ray nodes of this machine
 	$(BIN)/python -m tests.cluster.demo
+
+drill: $(READY)  ## a short run struck by faults: what this machine survives
+	$(BIN)/python jobs/drill.py conf/drill/digits.yaml
 
 doctor: $(READY)  ## is all there that a run leans on
 	$(BIN)/python jobs/doctor.py

@@ -13,9 +13,10 @@ from typing import Any, NoReturn
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ddpm_ray.cluster.interrupts import exit_code
 from ddpm_ray.knobs import Config, ConfigError, help_lines, load, to_yaml
 
-DONE, FAILED, WRONG_CONFIG, PARTLY_FAILED, INTERRUPTED = 0, 1, 2, 3, 130
+DONE, FAILED, WRONG_CONFIG, PARTLY_FAILED = 0, 1, 2, 3
 
 
 class InterruptedRunError(Exception):
@@ -55,9 +56,9 @@ def main(
         print(json.dumps(result), flush=True)
         return _say(message, PARTLY_FAILED)
     except InterruptedRunError as error:
-        return _say(error, INTERRUPTED)
+        return _say(error, exit_code())
     except KeyboardInterrupt:
-        return _say("interrupted; the same command goes on from what is committed", INTERRUPTED)
+        return _say("interrupted; the same command goes on from what is committed", exit_code())
     except Exception as error:
         if os.environ.get("DDPM_RAY_TRACEBACK"):
             raise
@@ -169,7 +170,7 @@ def _parser(usage: str, kind: type[Config], names: tuple[str, ...]) -> _Parser:
 
 
 def _say(message: object, code: int) -> int:
-    lines = [message] if code == INTERRUPTED else [f"error: {m}" for m in str(message).splitlines()]
+    lines = [message] if code > 128 else [f"error: {m}" for m in str(message).splitlines()]
     print(*lines, sep="\n", file=sys.stderr, flush=True)
     return code
 

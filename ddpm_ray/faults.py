@@ -1,28 +1,31 @@
-"""Faults at marked points, for tests and drills; without DDPM_RAY_FAULTS each point costs a look.
+"""Marked points: where a worker is, and, for tests and drills, faults that strike there.
 
     DDPM_RAY_FAULTS="/tmp/struck kill@gradient:120/1 freeze@reduce:300/0"
 
 The first word is a folder on this machine; each other one is ACTION@POINT[:STEP][/RANK] and strikes
 once, at the first passage of POINT at training step STEP or later, in the worker RANK (any, if it
 is left out). What has struck is noted in the folder before it does, so that a process which is
-started again does not die of it again.
+started again does not die of it again. Without the variable a point costs a note of the time.
 """
 
 import os
 import re
 import signal
 import threading
-from dataclasses import dataclass
+import time
+from collections import deque
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import NoReturn
 
 VARIABLE = "DDPM_RAY_FAULTS"
-POINTS = {
+POINTS = {  # in the order in which a step passes them
     "batch": "before the images of a step are asked for",
     "gradient": "after a worker's own loss, before its gradients meet those of the others",
     "update": "after the gradients were summed, before the weights change",
     "reduce": "before workers sum what they have to tell",
+    "between": "after a step, and before the first one: grids, scores, checkpoints",
     "snapshot": "before the state is copied for a checkpoint",
     "object": "before an object of a checkpoint is written",
     "manifest": "before a checkpoint's manifest is written",
@@ -60,21 +63,39 @@ class Fault:
 
 
 @dataclass
-class _Here:
+class Position:
+    """Where the training thread of this process is."""
+
     rank: int = 0
-    step: int = 0
+    step: int = 0  # that it works on, from 1; 0: it has not begun
+    point: str = "between"  # the last one that it passed
+    since_s: float = field(default_factory=time.monotonic)  # when
+    steps_s: deque[float] = field(default_factory=lambda: deque(maxlen=5))  # the last steps took
+    begun_s: float = 0.0  # the step that it works on
+    thread: int = 0
 
 
-_here = _Here()
+_here = Position()
 
 
 def stand(rank: int, step: int) -> None:
-    """Tell where this process is: its rank, and the training step that it works on, from 1."""
-    _here.rank, _here.step = rank, step
+    """Tell that this thread is the training thread, which rank it is, and that `step` begins."""
+    now = time.monotonic()
+    if step == _here.step + 1 and _here.begun_s:
+        _here.steps_s.append(now - _here.begun_s)
+    _here.rank, _here.step, _here.begun_s = rank, step, now
+    _here.thread = threading.get_ident()
+
+
+def position() -> Position:
+    """Where the training thread is now; read only."""
+    return _here
 
 
 def at(point: str) -> None:
     """Pass a marked point."""
+    if threading.get_ident() == _here.thread:  # uploads and MLflow have threads of their own
+        _here.point, _here.since_s = point, time.monotonic()
     if VARIABLE in os.environ:
         for fault in planned(os.environ[VARIABLE]):
             due = fault.point == point and _here.step >= fault.step

@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 
 from ddpm_ray import command_line
 from ddpm_ray.config import DoctorConfig, EvaluateConfig, PackConfig, RunConfig, SampleConfig
+from ddpm_ray.drill_config import DrillConfig
 from ddpm_ray.knobs import Config, ConfigError, flat, from_dict, help_lines, load, to_dict, to_yaml
 from ddpm_ray.sweep_config import SweepConfig
 
@@ -29,6 +30,7 @@ KINDS: dict[str, type[Any]] = {
     "evaluate": EvaluateConfig,
     "doctor": DoctorConfig,
     "sweep": SweepConfig,
+    "drill": DrillConfig,
 }
 JOBS = [job for job in KINDS if (ROOT / "jobs" / f"{job}.py").exists()]
 HEAVY = ("torch", "ray", "mlflow", "numpy", "pyarrow", "fsspec", "scipy", "PIL")
@@ -215,15 +217,16 @@ def random_config(kind: type[Config], dice: random.Random) -> Config:
             str: "".join(dice.choices("aZ0_ .:/='\"\n#{[-\u00e9\u2192", k=dice.randrange(9))),
             tuple: tuple(dice.choices(range(-9, 9), k=dice.randrange(4))),
         }
-        texts[tuple] = ({"a.b": [1, "x"]}, {}) if key == "space" else texts[tuple]
+        if key in ("space", "faults"):
+            texts[tuple] = {"space": ({"a.b": [1, "x"]}, {}), "faults": ("kill@batch", "x y")}[key]
         if key.rpartition(".")[2] not in CHOICES:
             config = replaced(config, key, texts[type(value)])
     return config
 
 
 CHOICES = {
-    "source", "kind", "precision", "sampler", "spacing", "variance", "features", "resize",
-    "encoding", "split", "on_bad_image",
+    "source", "kind", "on_divergence", "precision", "sampler", "spacing", "variance", "features",
+    "resize", "encoding", "split", "on_bad_image",
 }  # fmt: skip
 
 
@@ -281,9 +284,9 @@ def test_each_key_has_a_meaning_of_its_own_and_fits_the_line(kind: type[Any]) ->
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_a_printed_config_is_the_config(path: Path, tmp_path: Path) -> None:
-    kind: type[Any] = SweepConfig if path.parent.name == "sweep" else RunConfig
-    read = load(kind, str(path), [])
-    config = dataclasses.replace(read, name='it\'s: a "name"')
+    kind = KINDS[path.parent.name]
+    key = "run.name" if kind is DrillConfig else "name"
+    config = replaced(load(kind, str(path), []), key, 'it\'s: a "name"')
     (tmp_path / "printed.yaml").write_text(to_yaml(config))
     assert load(kind, str(tmp_path / "printed.yaml"), []) == config
 
@@ -315,6 +318,7 @@ POSITIONAL = {
     "evaluate": ["runs/a"],
     "doctor": [],
     "sweep": ["conf/sweep/quick.yaml"],
+    "drill": ["conf/drill/digits.yaml"],
 }
 
 
@@ -323,6 +327,7 @@ def test_a_wrong_config_ends_before_anything_heavy_loads(job: str) -> None:
     """Exit code 2, one `error:` line per key, nothing on stdout: under 2 s, for it loads little."""
     given = POSITIONAL[job]
     own = {"pack_shards": "channels=7", "doctor": "timeout_s=-7", "sweep": "run.sampling.eta=7"}
+    own["drill"] = own["sweep"]
     some = own.get(job, "sampling.eta=7")
     program = LISTING_MODULES.format(heavy=HEAVY)
     ended = in_a_process(job, *given, some, "colour=red", program=program)

@@ -23,6 +23,7 @@ FLOORS = {
     "ddpm_ray.knobs": 4,
     "ddpm_ray.config": 4,
     "ddpm_ray.sweep_config": 4,
+    "ddpm_ray.drill_config": 4,
     "ddpm_ray.build": 4,
     "ddpm_ray.cluster": 4,
     "ddpm_ray.command_line": 5,
@@ -40,7 +41,7 @@ DOORS = {  # outside package: where alone it may be imported
     "fsspec": ("ddpm_ray.data.storage",),
     "s3fs": ("ddpm_ray.data.storage",),
     "matplotlib": ("ddpm_ray.cluster.charts",),
-    "mlflow": ("ddpm_ray.cluster.tracking", "ddpm_ray.cluster.registry"),
+    "mlflow": tuple(f"ddpm_ray.cluster.{name}" for name in ("tracking", "tracker", "registry")),
     "ray": ("ddpm_ray.cluster",),
     "sklearn": ("ddpm_ray.data.built_in_sets",),
     "omegaconf": ("ddpm_ray.knobs",),
@@ -54,6 +55,7 @@ DIETS = {  # module or folder: all that it may import from outside, beside the s
     "ddpm_ray.data.order": {"numpy"},
     "ddpm_ray.config": set[str](),
     "ddpm_ray.sweep_config": set[str](),
+    "ddpm_ray.drill_config": set[str](),
     "jobs": set[str](),
 }
 EMPTY_NAMES = {"utils", "common", "helpers", "misc", "base"}

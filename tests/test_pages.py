@@ -10,6 +10,7 @@ import pytest
 
 from ddpm_ray import knobs
 from ddpm_ray.config import DoctorConfig, EvaluateConfig, PackConfig, RunConfig, SampleConfig
+from ddpm_ray.drill_config import DrillConfig
 from ddpm_ray.sweep_config import SweepConfig
 
 ROOT = Path(__file__).parent.parent
@@ -22,6 +23,7 @@ JOBS: dict[str, type[Any]] = {
     "jobs/evaluate.py": EvaluateConfig,
     "jobs/pack_shards.py": PackConfig,
     "jobs/doctor.py": DoctorConfig,
+    "jobs/drill.py": DrillConfig,
 }
 HOSTS = {"127.0.0.1", "arxiv.org", "github.com", "mlflow.example.com"}
 

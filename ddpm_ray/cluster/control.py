@@ -4,18 +4,22 @@ An actor of its own because Ray Train's report() is a barrier that waits for the
 poll, up to 2 s; a note left here costs the worker nothing.
 """
 
+import time
 from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias
 
 import ray
 
 from ddpm_ray.cluster import placement
+from ddpm_ray.cluster.watch import Beat
 from ddpm_ray.training.reporting import Progress
 
 ANSWER_S = 120.0  # a loaded machine took 10 s to start the actor
 
 
-_Lying: TypeAlias = tuple[dict[str, Any] | None, str | None, list[tuple[int, str]]]
+_Lying: TypeAlias = tuple[
+    dict[str, Any] | None, str | None, list[tuple[int, str]], list[dict[str, Any]]
+]
 
 
 class _Desk:
@@ -24,16 +28,26 @@ class _Desk:
         self.stop = False
         self.fatal: str | None = None
         self.starts: list[tuple[int, str]] = []
+        self.beats: dict[int, tuple[float, dict[str, Any]]] = {}  # when it came, by rank
 
     def leave(self, progress: dict[str, Any]) -> bool:
         self.progress = progress
         return self.stop
 
     def look(self) -> _Lying:
-        return self.progress, self.fatal, self.starts
+        now = time.monotonic()
+        beats = [beat | {"silent_s": now - came} for came, beat in self.beats.values()]
+        return self.progress, self.fatal, self.starts, beats
 
     def start(self, step: int, group: str) -> None:
         self.starts.append((step, group))
+        self.beats.clear()  # those of workers that are gone
+
+    def beat(self, beat: dict[str, Any]) -> None:
+        self.beats[beat["rank"]] = time.monotonic(), beat
+
+    def rest(self, rank: int) -> None:
+        self.beats.pop(rank, None)
 
     def ask_to_stop(self) -> None:
         self.stop = True
@@ -49,12 +63,14 @@ class Notes:
     progress: Progress | None  # the newest
     fatal: str | None  # why to go on is of no use, if it is not
     starts: list[tuple[int, str]]  # the step that the workers began at, and their placement group
+    beats: list[Beat]  # of each worker of the newest start, the last that came
 
     @classmethod
     def of(cls, notes: _Lying) -> "Notes":
         """From the actor's plain values."""
-        progress, fatal, starts = notes
-        return cls(Progress(**progress) if progress else None, fatal, starts)
+        progress, fatal, starts, beats = notes
+        shown = Progress(**progress) if progress else None
+        return cls(shown, fatal, starts, [Beat(**beat) for beat in beats])
 
 
 class Desk:
@@ -74,6 +90,14 @@ class Desk:
     def start(self, step: int, group: str) -> None:
         """Tell the driver at which step the workers of placement group `group` begin."""
         self._actor.start.remote(step, group)
+
+    def beat(self, beat: Beat) -> None:
+        """Tell the driver where this worker stands."""
+        self._actor.beat.remote(asdict(beat))
+
+    def rest(self, rank: int) -> None:
+        """Tell the driver that this worker has done its steps."""
+        self._actor.rest.remote(rank)
 
     def glance(self) -> Notes | None:
         """What lies on the desk, if the actor has answered since the last glance; never waits."""

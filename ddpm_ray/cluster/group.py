@@ -7,6 +7,7 @@ import tempfile
 import threading
 import uuid
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
+from ddpm_ray import faults
 from ddpm_ray.cluster import placement
 from ddpm_ray.cluster.control import Desk, Notes
 from ddpm_ray.cluster.interrupts import Interrupts
+from ddpm_ray.cluster.watch import stalled
 from ddpm_ray.config import ClusterConfig
 from ddpm_ray.data import storage
 from ddpm_ray.training.reporting import Progress
@@ -78,14 +81,14 @@ def run(
     settings: dict[str, Any],
     config: ClusterConfig,
     show: Callable[[Progress], bool | None],
-    on_start: Callable[[str], None] = lambda _: None,
+    on_start: Callable[[int, str], None] = lambda *_: None,
 ) -> Any:
     """What rank 0's `worker(settings)` returned, once all workers of a group have ended.
 
     settings["desk"] is added. `show` sees the newest progress twice a second; where it answers
     True, or at the first Ctrl-C (or SIGTERM), the workers are asked to stop cleanly. The second
-    Ctrl-C ends at once with KeyboardInterrupt. `on_start` is told the placement group of each start
-    of the workers. Raises RunFailedError with the reason in a line.
+    Ctrl-C ends at once with KeyboardInterrupt. `on_start` is told of each start of the workers: at
+    which step, in which placement group. Raises RunFailedError with the reason in a line.
     """
     log.info("starting %d workers on Ray ...", config.num_workers)
     workers = config.num_workers
@@ -95,13 +98,7 @@ def run(
     trainer = _trainer(worker, settings | {"desk": desk}, config)
     outcome: dict[str, Any] = {}
     asked, wish = False, False
-    places: list[str] = []  # of the starts that are known
-
-    def started(place: str) -> None:
-        """Keep it, to be given back, and pass it on."""
-        places.append(place)
-        on_start(place)
-
+    starts = _Starts(config, on_start)
     # In a thread, because in the main one Ray takes Ctrl-C for itself and aborts without a
     # checkpoint.
     fit = threading.Thread(target=_fit, args=(trainer, outcome), name="fit", daemon=True)
@@ -111,34 +108,54 @@ def run(
             while fit.is_alive():
                 fit.join(POLL_S)
                 if notes := desk.glance():
-                    wish = _tell(notes, len(places), show, started)
+                    starts.note(notes)
+                    starts.judge(notes)
+                    wish = bool(notes.progress and show(notes.progress))
                 if (interrupts.count or wish) and not asked:
                     desk.ask_to_stop()
                     asked = True
         notes = desk.look()
-        _tell(notes, len(places), show, started)
+        starts.note(notes)
+        if notes.progress:
+            show(notes.progress)
     finally:  # where Ray's controller died, or `show` failed, nobody else gives them back
-        for place in places:
+        for place in starts.places:
             placement.free(place)
     if notes.fatal is not None:
         raise RunFailedError(notes.fatal)
     if error := outcome.get("error"):
-        raise RunFailedError(_reason(error)) from error
+        raise RunFailedError(starts.stall or _reason(error)) from error
     return outcome["value"]
 
 
-def _tell(
-    notes: Notes,
-    starts: int,
-    show: Callable[[Progress], bool | None],
-    on_start: Callable[[str], None],
-) -> bool:
-    """Pass on what is new since the workers had started `starts` times; True: they shall stop."""
-    for number, (step, group) in enumerate(notes.starts[starts:], starts):
-        on_start(group)
-        if number:
-            log.warning("a worker was lost or failed; all were started again, at step %d", step)
-    return bool(notes.progress and show(notes.progress))
+@dataclass
+class _Starts:
+    """The starts of the workers that the driver knows of, and what it does about a stall."""
+
+    config: ClusterConfig
+    on_start: Callable[[int, str], None]
+    places: list[str] = field(default_factory=list)
+    stall: str = ""  # of the newest start, once it was ended for one
+
+    def note(self, notes: Notes) -> None:
+        """Pass on those that are new."""
+        for step, place in notes.starts[len(self.places) :]:
+            self.on_start(step, place)
+            if self.places:
+                log.warning("a worker was lost or failed; all were started again, at step %d", step)
+            self.places.append(place)
+            self.stall = ""
+
+    def judge(self, notes: Notes) -> None:
+        """End the workers, once, where one of them holds the others up."""
+        if self.stall or not self.places:
+            return
+        told = stalled(notes.beats, self.config.stall_timeout_s, self.config.storage_timeout_s)
+        # Workers that have died are silent too, but their place has gone back.
+        if told and self.places[-1] in placement.of_workers():
+            log.warning("%s; all are started again", told)
+            placement.free(self.places[-1])
+            self.stall = told
 
 
 def _trainer(
@@ -167,7 +184,7 @@ def _trainer(
             failure_config=FailureConfig(
                 max_failures=config.max_failures, controller_failure_limit=START_FAILURES
             ),
-            worker_runtime_env={"env_vars": _thread_environment(config)},
+            worker_runtime_env={"env_vars": _worker_environment(config)},
         ),
     )
 
@@ -201,13 +218,17 @@ def _resources(config: ClusterConfig) -> dict[str, float]:
     return resources
 
 
-def _thread_environment(config: ClusterConfig) -> dict[str, str]:
+def _worker_environment(config: ClusterConfig) -> dict[str, str]:
     """What workers that share a node need: threads = their CPUs, and no spinning while they wait.
+
+    And the faults that a drill asks for.
 
     OpenMP threads that spin steal the core that the other worker needs: GOMP_SPINCOUNT=0 gave 1.3
     to 1.7 x the wall-clock speed with two threads on shared cores.
     """
-    return {"OMP_NUM_THREADS": str(max(1, int(config.cpus_per_worker))), "GOMP_SPINCOUNT": "0"}
+    threads = {"OMP_NUM_THREADS": str(max(1, int(config.cpus_per_worker))), "GOMP_SPINCOUNT": "0"}
+    asked = {name: os.environ[name] for name in (faults.VARIABLE,) if name in os.environ}
+    return threads | asked
 
 
 def _reason(error: BaseException) -> str:

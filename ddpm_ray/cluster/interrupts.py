@@ -1,9 +1,16 @@
-"""Ctrl-C: once asks to stop, twice ends at once."""
+"""Ctrl-C and SIGTERM: once asks to stop, twice ends at once."""
 
 import signal
 import threading
 import types
 from typing import Any
+
+_last: int = signal.SIGINT  # that came
+
+
+def exit_code() -> int:
+    """What a process returns that was asked to stop: 130 for Ctrl-C, 143 for SIGTERM."""
+    return 128 + _last
 
 
 class Interrupts:
@@ -24,6 +31,7 @@ class Interrupts:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: types.FrameType | None) -> None:
-        self.count += 1
+        global _last
+        self.count, _last = self.count + 1, number
         if self.count > 1:
             raise KeyboardInterrupt

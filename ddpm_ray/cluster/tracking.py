@@ -11,11 +11,9 @@ import os
 import tempfile
 import uuid
 import warnings
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Event, Lock, Thread
 from typing import Any
 
 from mlflow import MlflowClient
@@ -26,15 +24,12 @@ from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_IMAGES, MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NOTE
 from PIL import Image
 
-from ddpm_ray import faults
 from ddpm_ray.data import storage
-from ddpm_ray.training.reporting import RATES, Row
 
 log = logging.getLogger(__name__)
 
 RUN_TAG = "ddpm_ray.run"  # identity of the run's folder: what a restarted job finds its run by
 MAX_METRICS, MAX_PARAMS, MAX_TAG = 1000, 100, 5000  # that the server takes in one call
-RETRY_S = 5.0
 
 # A dead server must cost a thread seconds, not the two minutes of the defaults (7 tries of 120 s).
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
@@ -137,6 +132,13 @@ def finish(run: TrackedRun, status: str, reason: str = "") -> None:
         client.set_terminated(run.run_id, status)
 
 
+def history(run_id: str, uri: str, key: str) -> list[tuple[int, float]]:
+    """Step and value of each row of `key`, by step. Raises TrackingError."""
+    with answering(uri):
+        rows = MlflowClient(tracking_uri=uri).get_metric_history(run_id, key)
+        return sorted((row.step, row.value) for row in rows)
+
+
 def log_ended(
     parent: TrackedRun, name: str, identity: str, params: dict[str, Any], status: str, reason: str
 ) -> str:
@@ -167,108 +169,14 @@ def publish(
     with answering(run.uri):
         client = MlflowClient(tracking_uri=run.uri)
         for key, picture in pictures.items():
-            _log_image(client, run, key, 0, picture)
+            log_image(client, run, key, 0, picture)
         for path, text in texts.items():
             client.log_text(run.run_id, text, path)
         rows = [Metric(key, value, run.start_ms + step, step) for key, value in metrics.items()]
         client.log_batch(run.run_id, rows, tags=[RunTag(MLFLOW_RUN_NOTE, note[:MAX_TAG])])
 
 
-class Tracker:
-    """A Sink that sends rows, pictures and documents to MLflow from a thread of its own.
-
-    While MLflow is away nothing is lost and no step waits: rows stay in `unsent`, which goes into
-    every checkpoint, and are tried again every few seconds.
-    """
-
-    def __init__(self, run: TrackedRun, flush_every_s: float, unsent: list[Row]) -> None:
-        self._run, self._flush_every_s = run, flush_every_s
-        self._rows: deque[Row] = deque(unsent)
-        self._files: deque[Callable[[MlflowClient], None]] = deque()
-        self._last_rate: dict[str, int] = {}
-        self._lock, self._closing, self._given_up = Lock(), Event(), Event()
-        self._thread = Thread(target=self._work, name="mlflow", daemon=True)
-        self._thread.start()
-
-    def rows(self, rows: list[Row]) -> None:
-        """Queue metrics."""
-        with self._lock:
-            self._rows.extend(rows)
-
-    def image(self, key: str, step: int, image: Image.Image) -> None:
-        """Queue a stepped picture."""
-        self._files.append(lambda client: _log_image(client, self._run, key, step, image))
-
-    def document(self, path: str, content: dict[str, Any]) -> None:
-        """Queue a JSON file below the run's artifacts."""
-        self._files.append(lambda client: client.log_dict(self._run.run_id, content, path))
-
-    def unsent(self) -> list[Row]:
-        """Rows that MLflow has not acknowledged."""
-        with self._lock:
-            return list(self._rows)
-
-    def close(self, patience_s: float) -> bool:
-        """Send what is left; False if that did not succeed within `patience_s`."""
-        self._closing.set()
-        self._thread.join(patience_s)
-        self._given_up.set()
-        return not self._thread.is_alive()
-
-    def _work(self) -> None:
-        client = None
-        while True:
-            closing = self._closing.wait(self._flush_every_s)
-            try:
-                client = client or self._connected()
-                self._send(client)
-                if closing:
-                    return
-            except Exception as error:  # noqa: BLE001 - whatever it is, rows are kept and retried
-                log.warning("MLflow at %s: %s; kept, tried again", self._run.uri, _brief(error))
-                if self._given_up.wait(RETRY_S):
-                    return
-
-    def _connected(self) -> MlflowClient:
-        """A client, once it is known which rates this run's earlier lives have logged."""
-        client = MlflowClient(tracking_uri=self._run.uri)
-        for key in RATES:
-            history = client.get_metric_history(self._run.run_id, key)
-            self._last_rate[key] = max((metric.step for metric in history), default=0)
-        return client
-
-    def _send(self, client: MlflowClient) -> None:
-        while self._rows:
-            with self._lock:
-                batch, count = self._next_batch()
-            faults.at("flush")
-            client.log_batch(self._run.run_id, metrics=batch)
-            faults.at("sent")
-            with self._lock:
-                for _ in range(count):
-                    self._rows.popleft()
-        while self._files:
-            self._files[0](client)
-            self._files.popleft()
-
-    def _next_batch(self) -> tuple[list[Metric], int]:
-        """Metrics of the oldest rows, as many whole rows as one call takes, and their number."""
-        metrics: list[Metric] = []
-        count = 0
-        for row in self._rows:
-            own = [
-                Metric(key, value, self._run.start_ms + row.step, row.step)
-                for key, value in row.metrics.items()
-                if row.step > self._last_rate.get(key, -1)
-            ]
-            if len(metrics) + len(own) > MAX_METRICS:
-                break
-            metrics += own
-            count += 1
-        return metrics, count
-
-
-def _log_image(
+def log_image(
     client: MlflowClient, run: TrackedRun, key: str, step: int, image: Image.Image
 ) -> None:
     """As MlflowClient.log_image, under names that a step which is replayed writes over."""
@@ -292,9 +200,10 @@ def answering(uri: str) -> Iterator[None]:
         reason, remedy = "MLflow does not answer", "start it, or correct tracking.uri"
         if getattr(error, "error_code", "") == "RESOURCE_DOES_NOT_EXIST":
             reason, remedy = "MLflow has no such thing", "check the run's id or the model's name"
-        raise TrackingError(uri, f"{reason} ({_brief(error)})", remedy) from error
+        raise TrackingError(uri, f"{reason} ({brief(error)})", remedy) from error
 
 
-def _brief(error: Exception) -> str:
+def brief(error: Exception) -> str:
+    """The error as one line of at most 200 characters."""
     text = " ".join(str(error).split())
     return text if len(text) <= 200 else f"{text[:197]}..."

@@ -69,7 +69,7 @@ def train(
     home: Path,
     show: Callable[[Progress], bool | None],
     part_of: PartOf | None = None,
-    on_start: Callable[[str], None] = lambda _: None,
+    on_start: Callable[[int, str], None] = lambda *_: None,
 ) -> Outcome:
     """Train, or continue, the run `config.name`; relative paths lie below `home`.
 

@@ -116,7 +116,7 @@ def run_trial(told: dict[str, Any], *, board: Board, sweep_run_id: str) -> None:
         Path("/"),  # every place in a trial's config is absolute
         show,
         PartOf(sweep_run_id, told["label"], told["values"]),
-        lambda group: tell(number, "group", group=group),
+        lambda _, group: tell(number, "group", group=group),
     )
     try:
         outcome = patiently(train, partial(board.lets_wait, number))

@@ -14,7 +14,9 @@ from torch.nn.parallel import DistributedDataParallel
 from ddpm_ray import build
 from ddpm_ray.cluster import placement
 from ddpm_ray.cluster.control import Desk
-from ddpm_ray.cluster.tracking import TrackedRun, Tracker
+from ddpm_ray.cluster.tracker import Tracker
+from ddpm_ray.cluster.tracking import TrackedRun
+from ddpm_ray.cluster.watch import Pulse
 from ddpm_ray.config import RunConfig
 from ddpm_ray.data import storage
 from ddpm_ray.data.shards import Dataset, DatasetError, ShardCorruptError, open_dataset
@@ -27,11 +29,11 @@ from ddpm_ray.training.checkpoints import (
     CheckpointWriter,
     read,
 )
+from ddpm_ray.training.divergence import DivergedError, Guard
 from ddpm_ray.training.features import FeatureNet
 from ddpm_ray.training.gallery import Gallery
 from ddpm_ray.training.lease import Lease, LeaseLostError
 from ddpm_ray.training.loop import Run, train
-from ddpm_ray.training.objectives import NonFiniteError
 from ddpm_ray.training.reference import Reference, reference
 from ddpm_ray.training.reporting import Progress, Row
 from ddpm_ray.training.state import Snapshot
@@ -42,7 +44,7 @@ log = logging.getLogger(__name__)
 
 # What a restarted worker would meet again: it ends the run instead of three more attempts.
 FATAL = (
-    NonFiniteError,
+    DivergedError,
     CheckpointError,
     DatasetError,
     ShardCorruptError,
@@ -70,10 +72,13 @@ def _train(config: RunConfig, settings: dict[str, Any], desk: Desk) -> dict[str,
     run = assemble(config, settings, desk.show, place())
     if run.workers.leads:
         desk.start(run.state.step, placement.of_this_worker())
-    began = time.time()
+    began, pulse = time.time(), Pulse(run.workers.rank, desk.beat)
+    pulse.start()
     try:
         train(run)
     finally:
+        pulse.stop()
+        desk.rest(run.workers.rank)
         run.stream.close()
         if run.sink is not None and not run.sink.close(LAST_ROWS_S):
             log.warning("MLflow took not all rows; those left are sent when the run is continued")
@@ -106,15 +111,14 @@ def assemble(
     }
     state = build.training_state(config, dataset.manifest.image_shape, workers.device, facts)
     log = StepLog(workers, config.training.log_every_steps)
-    checkpoints = storage.join(settings["folder"], CHECKPOINTS)
-    writer = CheckpointWriter(CheckpointStore(checkpoints, config.training.keep_checkpoints))
-    if workers.leads:
-        writer.store.lead(Lease(**settings["lease"]).renewed())
+    guard = Guard(config.training.spike_factor, config.training.on_divergence == "skip")
+    writer = _writer(config, settings, workers)
     unsent: list[Row] = []
     if found := _newest(writer.store, workers):
         writer.committed, snapshot = found
         state.restore(snapshot)
         log.resume(snapshot.facts["bands"])
+        guard.resume(snapshot.facts["guard"])
         unsent = [Row(**row) for row in snapshot.facts["unsent_rows"]]
     tracked = TrackedRun(**settings["tracked"])
     sink = Tracker(tracked, config.tracking.flush_every_s, unsent) if workers.leads else None
@@ -134,6 +138,7 @@ def assemble(
         state=state,
         network=_wrapped(state.model, config, workers),
         objective=objective,
+        guard=guard,
         stream=build.stream(config, dataset, workers),
         workers=workers,
         log=log,
@@ -145,6 +150,15 @@ def assemble(
         evaluate=_Judge(config, dataset, gallery).evaluate,
         probe=_prober(config, dataset, gallery),
     )
+
+
+def _writer(config: RunConfig, settings: dict[str, Any], workers: Workers) -> CheckpointWriter:
+    """Of the run's checkpoints; the leader's commits from now on, and no earlier start's."""
+    checkpoints = storage.join(settings["folder"], CHECKPOINTS)
+    store = CheckpointStore(checkpoints, config.training.keep_checkpoints)
+    if workers.leads:
+        store.lead(Lease(**settings["lease"]).renewed())
+    return CheckpointWriter(store)
 
 
 def _prober(config: RunConfig, dataset: Dataset, gallery: Gallery) -> Callable[[int], None]:

@@ -44,7 +44,7 @@ def run(show: Callable[[Progress], bool | None], places: list[str]) -> Any:
             threading.Event().wait(0.05)
         return place
 
-    return group.run(worker, {}, ONE, show, places.append)
+    return group.run(worker, {}, ONE, show, lambda _, place: places.append(place))
 
 
 def come_back() -> bool:

@@ -89,11 +89,34 @@ def test_a_run_whose_worker_is_killed_ends_like_an_unbroken_one(
 
 
 @pytest.mark.slow
-def test_ctrl_c_commits_a_checkpoint_and_the_same_command_continues(
-    unbroken: Ended, tmp_path: Path
+@pytest.mark.parametrize(
+    "fault, says",
+    [
+        ("freeze@gradient:100/1", "worker 1 gives no sign of life for "),
+        ("hang@update:100/0", "worker 0 stands still for "),
+        ("hang@reduce:100/1", "worker 1 stands still for "),
+    ],
+)
+def test_a_worker_that_stands_still_is_named_and_the_run_goes_on(
+    fault: str, says: str, unbroken: Ended, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stopped = Job(tmp_path, TINY).run(at=50, strike=lambda pid: os.kill(pid, signal.SIGINT))
-    assert stopped.code == 130, stopped.told
+    """Frozen, or in a collective that the others left: told within the limit, then the same end."""
+    monkeypatch.setenv("DDPM_RAY_FAULTS", f"{tmp_path / 'struck'} {fault}")
+    job = Job(tmp_path, (*TINY, "cluster.stall_timeout_s=10")).run()
+    assert job.code == 0, job.told
+    (line,) = [line for line in job.lines if "all are started again" in line]
+    assert says in line
+    assert "at step 100, " in line
+    assert hashes(job.result["checkpoint"]) == unbroken.hashes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ctrl_c_commits_a_checkpoint_and_the_same_command_continues(
+    number: signal.Signals, code: int, unbroken: Ended, tmp_path: Path
+) -> None:
+    stopped = Job(tmp_path, TINY).run(at=50, strike=lambda pid: os.kill(pid, number))
+    assert stopped.code == code, stopped.told
     assert "the same command continues" in stopped.lines[-1]
     assert not stopped.result
     pointer = sealed.read(str(tmp_path / "runs/digits/checkpoints/latest.json"))

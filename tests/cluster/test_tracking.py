@@ -19,8 +19,9 @@ from mlflow import MlflowClient
 from PIL import Image
 
 from ddpm_ray import build
-from ddpm_ray.cluster import registry, tracking
-from ddpm_ray.cluster.tracking import TrackedRun, Tracker, TrackingError
+from ddpm_ray.cluster import registry, tracker, tracking
+from ddpm_ray.cluster.tracker import Tracker
+from ddpm_ray.cluster.tracking import TrackedRun, TrackingError
 from ddpm_ray.config import RunConfig
 from ddpm_ray.knobs import load, to_dict
 from ddpm_ray.training.checkpoints import CheckpointStore
@@ -250,7 +251,7 @@ def test_a_database_that_cannot_be_is_told_in_a_line(tmp_path: Path) -> None:
 @pytest.fixture
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    monkeypatch.setattr(tracking, "RETRY_S", 0.05)
+    monkeypatch.setattr(tracker, "RETRY_S", 0.05)
 
 
 @pytest.mark.usefixtures("_impatient")

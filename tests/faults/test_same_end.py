@@ -9,7 +9,8 @@ from ddpm_ray.faults import POINTS
 from tests.faults.lives import STEPS, Ended, Life
 
 WORKERS = 2
-OF_ALL = {"batch", "gradient", "update", "reduce", "snapshot"}  # the leader alone passes others
+# The leader alone passes the others.
+OF_ALL = {"batch", "gradient", "update", "reduce", "between", "snapshot"}
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # MLflow's, as it imports
 
 

@@ -1,0 +1,113 @@
+"""One run's rows, pictures and documents on their way to MLflow, from a thread of their own."""
+
+import logging
+from collections import deque
+from collections.abc import Callable
+from threading import Event, Lock, Thread
+from typing import Any
+
+from mlflow import MlflowClient
+from mlflow.entities import Metric
+from PIL import Image
+
+from ddpm_ray import faults
+from ddpm_ray.cluster.tracking import MAX_METRICS, TrackedRun, brief, log_image
+from ddpm_ray.training.reporting import RATES, Row
+
+log = logging.getLogger(__name__)
+
+RETRY_S = 5.0
+
+
+class Tracker:
+    """A Sink that sends rows, pictures and documents to MLflow from a thread of its own.
+
+    While MLflow is away nothing is lost and no step waits: rows stay in `unsent`, which goes into
+    every checkpoint, and are tried again every few seconds.
+    """
+
+    def __init__(self, run: TrackedRun, flush_every_s: float, unsent: list[Row]) -> None:
+        self._run, self._flush_every_s = run, flush_every_s
+        self._rows: deque[Row] = deque(unsent)
+        self._files: deque[Callable[[MlflowClient], None]] = deque()
+        self._last_rate: dict[str, int] = {}
+        self._lock, self._closing, self._given_up = Lock(), Event(), Event()
+        self._thread = Thread(target=self._work, name="mlflow", daemon=True)
+        self._thread.start()
+
+    def rows(self, rows: list[Row]) -> None:
+        """Queue metrics."""
+        with self._lock:
+            self._rows.extend(rows)
+
+    def image(self, key: str, step: int, image: Image.Image) -> None:
+        """Queue a stepped picture."""
+        self._files.append(lambda client: log_image(client, self._run, key, step, image))
+
+    def document(self, path: str, content: dict[str, Any]) -> None:
+        """Queue a JSON file below the run's artifacts."""
+        self._files.append(lambda client: client.log_dict(self._run.run_id, content, path))
+
+    def unsent(self) -> list[Row]:
+        """Rows that MLflow has not acknowledged."""
+        with self._lock:
+            return list(self._rows)
+
+    def close(self, patience_s: float) -> bool:
+        """Send what is left; False if that did not succeed within `patience_s`."""
+        self._closing.set()
+        self._thread.join(patience_s)
+        self._given_up.set()
+        return not self._thread.is_alive()
+
+    def _work(self) -> None:
+        client = None
+        while True:
+            closing = self._closing.wait(self._flush_every_s)
+            try:
+                client = client or self._connected()
+                self._send(client)
+                if closing:
+                    return
+            except Exception as error:  # noqa: BLE001 - whatever it is, rows are kept and retried
+                log.warning("MLflow at %s: %s; kept, tried again", self._run.uri, brief(error))
+                if self._given_up.wait(RETRY_S):
+                    return
+
+    def _connected(self) -> MlflowClient:
+        """A client, once it is known which rates this run's earlier lives have logged."""
+        client = MlflowClient(tracking_uri=self._run.uri)
+        for key in RATES:
+            history = client.get_metric_history(self._run.run_id, key)
+            self._last_rate[key] = max((metric.step for metric in history), default=0)
+        return client
+
+    def _send(self, client: MlflowClient) -> None:
+        while self._rows:
+            with self._lock:
+                batch, count = self._next_batch()
+            faults.at("flush")
+            client.log_batch(self._run.run_id, metrics=batch)
+            faults.at("sent")
+            with self._lock:
+                for _ in range(count):
+                    self._rows.popleft()
+        while self._files:
+            self._files[0](client)
+            self._files.popleft()
+
+    def _next_batch(self) -> tuple[list[Metric], int]:
+        """Metrics of the oldest rows, as many whole rows as one call takes, and their number."""
+        metrics: list[Metric] = []
+        count = 0
+        for row in self._rows:
+            own = [
+                Metric(key, value, self._run.start_ms + row.step, row.step)
+                for key, value in row.metrics.items()
+                if row.step > self._last_rate.get(key, -1)
+            ]
+            if len(metrics) + len(own) > MAX_METRICS:
+                break
+            metrics += own
+            count += 1
+        return metrics, count

@@ -1,0 +1,37 @@
+"""Every knob of a drill: the short run that it repeats, and the faults that strike it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from ddpm_ray.config import RunConfig
+from ddpm_ray.faults import FaultSyntaxError, planned
+from ddpm_ray.knobs import knob
+
+
+@dataclass(frozen=True)
+class DrillConfig:
+    """What a cluster survives: `jobs/drill.py`."""
+
+    faults: tuple[str, ...] = knob(
+        (),
+        "each strikes one repetition: ACTION@POINT[:STEP][/RANK], see ddpm_ray/faults.py",
+    )
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def problems(self) -> Iterator[str]:
+        """Faults that cannot be understood or never strike, and what the run says."""
+        if not self.faults:
+            yield "faults is empty; name some, as in faults='[kill@gradient:30/1,kill@commit:20]'"
+        for word in self.faults:
+            try:
+                (fault,) = planned(f"/ {word}")
+            except FaultSyntaxError as error:
+                yield f"faults: {error}"
+                continue
+            steps, workers = self.run.training.steps, self.run.cluster.num_workers
+            if fault.step > steps:
+                yield f"faults: {word!r} strikes at step {fault.step}, the run has {steps}"
+            if (fault.rank or 0) >= workers:
+                yield f"faults: {word!r} strikes worker {fault.rank}, the run has {workers}"
+        for problem in self.run.problems():
+            yield f"run.{problem}"

@@ -1,0 +1,64 @@
+"""A drill: what it asks for is checked before anything starts, and what it says of a run is so."""
+
+from typing import Any
+
+import pytest
+
+from ddpm_ray.cluster.drill import Drilled
+from ddpm_ray.drill_config import DrillConfig
+from ddpm_ray.knobs import ConfigError, load
+from tests.cluster.job import ROOT, Job
+
+CONFIG = str(ROOT / "conf/drill/digits.yaml")
+
+
+@pytest.mark.parametrize(
+    "fault, says",
+    [
+        ("kill@lunch", r"faults: .*'kill@lunch' is not ACTION@POINT"),
+        ("kill@commit:201", "strikes at step 201, the run has 200"),
+        ("kill@batch:5/2", "strikes worker 2, the run has 2"),
+    ],
+)
+def test_a_fault_that_would_never_strike_is_refused(fault: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        load(DrillConfig, CONFIG, [f"faults=[{fault}]"])
+
+
+def test_a_drill_without_faults_is_refused() -> None:
+    with pytest.raises(ConfigError, match="faults is empty; name some"):
+        load(DrillConfig, CONFIG, ["faults=[]"])
+
+
+def drilled(**changes: Any) -> Drilled:
+    whole: dict[str, Any] = {
+        "fault": "", "seconds": 60.0, "starts": [0], "seen_steps": 0, "end": ["a", "b", "c"],
+        "losses": [(1, 0.5), (2, 0.25)],
+    }  # fmt: skip
+    return Drilled(**whole | changes)
+
+
+def test_equal_is_the_same_bytes_and_the_same_rows_each_once() -> None:
+    assert drilled().equals(drilled(fault="kill@commit", starts=[0, 50], seconds=99.0))
+    assert not drilled(end=["a", "b", "d"]).equals(drilled())
+    assert not drilled(losses=[(1, 0.5), (1, 0.5), (2, 0.25)]).equals(drilled())
+    assert not drilled(reason="worker 0: gone").equals(drilled())
+
+
+def test_steps_are_lost_from_the_newest_start_on() -> None:
+    assert drilled().repeated_steps == 0
+    assert drilled(starts=[0, 100], seen_steps=130).repeated_steps == 30
+    assert drilled(starts=[0, 100], seen_steps=97).repeated_steps == 0  # told once a second
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(590)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # MLflow's, as it imports
+def test_a_killed_and_a_frozen_worker_leave_equal_runs(tmp_path: Any) -> None:
+    faults = "faults=[kill@gradient:130/1,freeze@update:60/0]"
+    job = Job(tmp_path, (faults,), script="drill.py", config="drill/digits.yaml").run()
+    assert job.code == 0, job.told
+    assert [one["equal"] for one in job.result["faults"]] == [True, True]
+    assert [one["starts"] for one in job.result["faults"]] == [[0, 100], [0, 50]]
+    assert "kill@gradient:130/1  2" in job.told

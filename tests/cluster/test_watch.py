@@ -1,0 +1,89 @@
+"""Who is to blame when the workers stand still; and who is not, though nothing moves."""
+
+import threading
+from dataclasses import replace
+
+import pytest
+
+from ddpm_ray import faults
+from ddpm_ray.cluster.watch import BEAT_S, FIRST_STEP, SLOW_STEPS, Beat, Pulse, stalled
+
+LIMIT_S, STORAGE_S = 25.0, 180.0
+MOVING = Beat(rank=0, step=40, point="gradient", stood_s=0.3, step_s=0.5)
+WAITING = replace(MOVING, stood_s=30.0)
+
+
+def told(*beats: Beat) -> str:
+    return stalled(list(beats), LIMIT_S, STORAGE_S)
+
+
+def test_workers_that_move_are_left_alone() -> None:
+    assert not told()
+    assert not told(MOVING, replace(MOVING, rank=1, step=41, point="batch"))
+
+
+def test_a_frozen_worker_is_named_and_not_those_that_wait_for_it() -> None:
+    frozen = replace(MOVING, rank=1, silent_s=26.0)
+    assert told(replace(WAITING, step=41, point="batch"), frozen) == (
+        "worker 1 gives no sign of life for 26 s, last at step 40, "
+        "after a worker's own loss, before its gradients meet those of the others; worker 0 waits "
+        "at step 41, before the images of a step are asked for"
+    )
+
+
+def test_the_one_furthest_behind_is_named() -> None:
+    behind = replace(WAITING, rank=2, point="update")
+    ahead = replace(WAITING, step=41)
+    assert told(ahead, behind).startswith("worker 2 stands still for 30 s at step 40, after the")
+
+
+def test_where_all_wait_at_one_place_all_are_named() -> None:
+    assert told(replace(WAITING, rank=1), WAITING).count("stands still") == 2
+
+
+@pytest.mark.parametrize("point", ["between", "snapshot", "batch"])
+def test_grids_and_outages_of_the_storage_hold_others_up_rightly(point: str) -> None:
+    busy = replace(WAITING, rank=1, step=39 if point != "batch" else 40, point=point)
+    assert not told(replace(WAITING, step=40, point="gradient"), busy)
+
+
+def test_storage_that_never_comes_back_is_told_in_the_end() -> None:
+    waits = replace(WAITING, point="batch", stood_s=LIMIT_S + STORAGE_S + 1)
+    assert "before the images" in told(waits)
+
+
+def test_slow_steps_and_the_first_one_have_longer() -> None:
+    slow = replace(WAITING, step_s=10.0)
+    assert not told(replace(slow, stood_s=SLOW_STEPS * 10.0 - 1))
+    assert told(replace(slow, stood_s=SLOW_STEPS * 10.0 + 1))
+    first = replace(WAITING, step_s=0.0)
+    assert not told(replace(first, stood_s=LIMIT_S * FIRST_STEP - 1))
+    assert told(replace(first, stood_s=LIMIT_S * FIRST_STEP + 1))
+
+
+def test_a_pulse_tells_where_the_training_thread_is_not_other_threads() -> None:
+    beats: list[Beat] = []
+    told, enough = threading.Event(), threading.Event()
+
+    def tell(beat: Beat) -> None:
+        beats.append(beat)
+        told.set()
+        if len(beats) == 2:
+            enough.set()
+
+    faults.stand(3, 8)
+    faults.at("update")
+    upload = threading.Thread(target=faults.at, args=("object",))
+    upload.start()
+    upload.join()
+    pulse = Pulse(3, tell)
+    pulse.start()
+    assert told.wait(5)
+    faults.at("reduce")
+    assert enough.wait(5 * BEAT_S)
+    pulse.stop()
+    assert [(beat.rank, beat.step, beat.point) for beat in beats[:2]] == [
+        (3, 8, "update"),
+        (3, 8, "reduce"),
+    ]
+    assert all(0 <= beat.stood_s < 60 for beat in beats)
