@@ -121,10 +121,10 @@ class CheckpointStore:
             self._delete(known[0])  # half of it on a full disk would only be in the way
             raise
         faults.at("commit")
-        if before.references:
-            sealed.write(storage.join(self.url, BEFORE), before.to_json())
         if self.lease is not None:
             self.lease.check()
+        if before.references:
+            sealed.write(storage.join(self.url, BEFORE), before.to_json())
         epoch = self.lease.epoch if self.lease else before.epoch
         sealed.write(storage.join(self.url, POINTER), Pointer(epoch, kept).to_json())
         faults.at("retire")
