@@ -14,6 +14,8 @@ import signal
 import threading
 import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -101,6 +103,16 @@ def at(point: str) -> None:
             due = fault.point == point and _here.step >= fault.step
             if due and fault.rank in (None, _here.rank) and _first(fault):
                 _strike(fault)
+
+
+@contextmanager
+def during(point: str) -> Iterator[None]:
+    """Pass a marked point for as long as the body lasts; then this thread is where it was."""
+    before = _here.point
+    at(point)
+    yield
+    if threading.get_ident() == _here.thread:
+        _here.point, _here.since_s = before, time.monotonic()
 
 
 @cache

@@ -70,9 +70,12 @@ def stalled(beats: list[Beat], limit_s: float, storage_s: float) -> str:
     something that may take long, nobody is.
     """
     silent = [beat for beat in beats if beat.silent_s > limit_s]
-    last = min((beat.place for beat in beats), default=(0, 0))
-    guilty = silent or [beat for beat in beats if beat.place == last]
-    if not all(beat.stalls(limit_s, storage_s) for beat in guilty):
+    step = min((beat.step for beat in beats), default=0)
+    behind = [beat for beat in beats if beat.step == step]
+    last = min((beat.place for beat in behind), default=(0, 0))
+    guilty = silent or [beat for beat in behind if beat.place == last]
+    # One may wait in a sum of the scores for another that still draws its samples.
+    if not silent and not all(beat.stalls(limit_s, storage_s) for beat in behind):
         return ""
     lines = [beat.told(limit_s) for beat in sorted(guilty, key=lambda beat: beat.rank)]
     waiting = [beat for beat in beats if silent and beat not in silent]

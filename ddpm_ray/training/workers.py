@@ -32,11 +32,11 @@ class Workers:
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """`tensor` summed over all workers, in place, equal on each; all must call it."""
-        faults.at("reduce")
-        if self.count > 1:
-            on_device = tensor.to(self.device)  # NCCL sums only what lies on its GPU
-            dist.all_reduce(on_device)
-            tensor.copy_(on_device)
+        with faults.during("reduce"):
+            if self.count > 1:
+                on_device = tensor.to(self.device)  # NCCL sums only what lies on its GPU
+                dist.all_reduce(on_device)
+                tensor.copy_(on_device)
         return tensor
 
     def gather(self, value: Any) -> list[Any]:

@@ -47,6 +47,23 @@ def test_grids_and_outages_of_the_storage_hold_others_up_rightly(point: str) -> 
     assert not told(replace(WAITING, step=40, point="gradient"), busy)
 
 
+def test_who_waits_for_one_that_draws_samples_is_not_to_blame() -> None:
+    """Seen at the end of the demo: scores are summed once the slower worker has its samples."""
+    waits, draws = replace(WAITING, point="reduce"), replace(WAITING, rank=1, point="between")
+    assert not told(waits, draws)
+
+
+def test_a_sum_that_is_done_leaves_the_thread_where_it_was() -> None:
+    faults.stand(0, 8)
+    faults.at("between")
+    with faults.during("reduce"):
+        assert faults.position().point == "reduce"
+    assert faults.position().point == "between"
+    with faults.during("reduce"), faults.during("reduce"):
+        pass
+    assert faults.position().point == "between"
+
+
 def test_storage_that_never_comes_back_is_told_in_the_end() -> None:
     waits = replace(WAITING, point="batch", stood_s=LIMIT_S + STORAGE_S + 1)
     assert "before the images" in told(waits)
