@@ -15,7 +15,7 @@ from ddpm_ray import faults
 
 BEAT_S = 2.0
 WAITS_FOR_OTHERS = ("gradient", "update", "reduce")  # points of a step that take a step's time
-WAITS_FOR_STORAGE = ("batch", "snapshot")
+WAITS_FOR_STORAGE = ("batch",)  # not "snapshot": an upload may take long, and has its own limits
 SLOW_STEPS = 10  # times the time of a usual step are no stall, whatever the config says
 FIRST_STEP = 20  # times the limit: compilation, and the first use of each kernel
 
