@@ -1,0 +1,134 @@
+"""What the tests of faults are worth: each of these breakages must turn at least one of them red.
+
+    python -m tests.faults.mutations          prints a line for each; exit code 1 if one survives
+
+Works on a copy of the tree. A breakage whose text is no longer in the source is an error.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+LIMIT_S = 300  # of the tests of one breakage
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One breakage: `old` in `file` becomes `new`, and `tests` are asked."""
+
+    what: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+LOOP, SAVES = "tests/training/test_loop.py", "tests/training/test_checkpoints.py"
+ENDS, LEASE = "tests/faults/test_same_end.py", "tests/training/test_lease.py"
+CHECKPOINTS, STATE = "ddpm_ray/training/checkpoints.py", "ddpm_ray/training/state.py"
+OBJECTIVES, TRACKER = "ddpm_ray/training/objectives.py", "ddpm_ray/cluster/tracker.py"
+
+MUTATIONS = (
+    Mutation("noise is not keyed by the step", OBJECTIVES,
+             "Purpose.NOISE, step,", "Purpose.NOISE, 0,", LOOP),
+    Mutation("t is not keyed by the position", OBJECTIVES,
+             "Purpose.TIMESTEP, step, positions,", "Purpose.TIMESTEP, step, positions * 0,", LOOP),
+    Mutation("dropout goes on from wherever it is", OBJECTIVES,
+             "if self.reseed_dropout:", "if False:", LOOP),
+    Mutation("a NaN stays with its worker", OBJECTIVES,
+             "torch.where(loss.detach().isfinite().all(), 1.0, math.nan)", "1.0", LOOP),
+    Mutation("the EMA is not restored", STATE,
+             'self.ema.load_state_dict(snapshot.tensors["ema"])', "pass", LOOP),
+    Mutation("Adam's moments are not restored", STATE,
+             'self._set_moments(snapshot.tensors["optimizer"])', "pass", LOOP),
+    Mutation("a restored run begins a step too late", STATE,
+             "self.step = snapshot.step", "self.step = snapshot.step + 1", LOOP),
+    Mutation("a skipped step leaves its gradient behind", "ddpm_ray/training/loop.py",
+             "    state.optimizer.zero_grad()\n    state.step += 1\n    run.log.record_skipped()",
+             "    state.step += 1\n    run.log.record_skipped()", LOOP),
+    Mutation("the norms before are forgotten", "ddpm_ray/training/divergence.py",
+             'list(facts["norms"])', "[]", "tests/training/test_divergence.py"),
+    Mutation("bands of half a window are forgotten", "ddpm_ray/cluster/worker.py",
+             'log.resume(snapshot.facts["bands"])', "pass", ENDS),
+    Mutation("rows that MLflow lacks are forgotten", "ddpm_ray/training/loop.py",
+             "for row in run.sink.unsent()", "for row in []", ENDS),
+    Mutation("rows are stamped by the clock", TRACKER,
+             "self._run.start_ms + row.step", '__import__("time").time_ns() // 10**6', ENDS),
+    Mutation("rates are told again on replay", TRACKER,
+             "if row.step > self._last_rate.get(key, -1)", "if True", ENDS),
+    Mutation("bytes are not compared with their sha256", "ddpm_ray/data/verified.py",
+             "if found == sha256:\n            return data", "if True:\n            return data",
+             SAVES),
+    Mutation("what changed on the way is not read again", "ddpm_ray/data/verified.py",
+             "READS = 5", "READS = 1", "tests/faults/test_bad_weather.py"),
+    Mutation("a seal is not looked at", "ddpm_ray/data/sealed.py",
+             'if held["sha256"] == _digest(held["value"]):', "if True:",
+             "tests/data/test_sealed.py"),
+    Mutation("nothing is tried again", "ddpm_ray/data/retrying.py",
+             "if not passes(error) or gone_s + pause_s > patience_s:", "if True:",
+             "tests/faults/test_bad_weather.py"),
+    Mutation("the manifest is written before its data", CHECKPOINTS,
+             "(*files.items(), (MANIFEST, manifest))", "((MANIFEST, manifest), *files.items())",
+             SAVES),
+    Mutation("a lost pointer has no substitute", CHECKPOINTS,
+             "for name in (POINTER, BEFORE):", "for name in (POINTER,):", SAVES),
+    Mutation("the last one that was read whole may go", CHECKPOINTS,
+             "if self._verified in known[self.keep :]:", "if False:", LEASE),
+    Mutation("half a checkpoint stays", CHECKPOINTS,
+             "if folder.startswith(PREFIX) and folder not in known:", "if False:", LEASE),
+    Mutation("no fence", CHECKPOINTS, "self.lease.check()", "pass", LEASE),
+    Mutation("two owners of one number", "ddpm_ray/training/lease.py",
+             '["token"] != self.token', '["token"] == ""', LEASE),
+    Mutation("two jobs take a run back and forth", "ddpm_ray/training/lease.py",
+             "_next(refuse_others=True)", "_next(refuse_others=False)", LEASE),
+    Mutation("a frozen worker is not missed", "ddpm_ray/cluster/watch.py",
+             "silent = [beat for beat in beats if beat.silent_s > limit_s]",
+             "silent: list[Beat] = []", "tests/cluster/test_watch.py"),
+)  # fmt: skip
+
+
+def survives(mutation: Mutation, tree: Path) -> bool:
+    """Whether all tests pass although `tree` is broken."""
+    file = tree / mutation.file
+    whole = file.read_text()
+    if whole.count(mutation.old) != 1:
+        raise SystemExit(f"{mutation.file} does not hold {mutation.old!r} once; mend the list")
+    file.write_text(whole.replace(mutation.old, mutation.new))
+    command = [sys.executable, "-m", "pytest", "-x", "-q", mutation.tests]
+    try:
+        ended = subprocess.run(
+            command, cwd=tree, env=os.environ | {"PYTHONPATH": str(tree)}, capture_output=True,
+            timeout=LIMIT_S, check=False,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return False  # a run that never ends is not green
+    finally:
+        file.write_text(whole)
+    return ended.returncode == 0
+
+
+def main() -> int:
+    """Try all, or those whose words are given as arguments."""
+    wanted = [m for m in MUTATIONS if all(word in m.what for word in sys.argv[1:])]
+    alive = 0
+    with tempfile.TemporaryDirectory(prefix="mutations-") as folder:
+        tree = Path(folder) / "tree"
+        ignored = shutil.ignore_patterns(".venv", ".git", "runs", "data", ".*_cache", "mlflow.db")
+        shutil.copytree(ROOT, tree, ignore=ignored)
+        shutil.copytree(ROOT / "ddpm_ray/data", tree / "ddpm_ray/data")
+        shutil.copytree(ROOT / "tests/data", tree / "tests/data")
+        for mutation in wanted:
+            lives = survives(mutation, tree)
+            alive += lives
+            print(f"{'SURVIVES' if lives else 'killed  '}  {mutation.what}", flush=True)
+    print(f"{len(wanted) - alive} of {len(wanted)} killed")
+    return int(alive > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
