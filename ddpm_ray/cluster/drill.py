@@ -74,10 +74,12 @@ def _once(config: RunConfig, home: Path, fault: str) -> Drilled:
     newest, seen, began_s = 0, 0, time.monotonic()
 
     def note(progress: Progress) -> None:
+        """How far the run is."""
         nonlocal newest
         newest = progress.step
 
     def started(step: int, _: str) -> None:
+        """Where workers begin, and how far those before them were seen to be."""
         nonlocal seen
         starts.append(step)
         seen = newest

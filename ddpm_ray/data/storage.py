@@ -78,6 +78,7 @@ def _reliably(act: Act) -> Act:
 
     @wraps(act)
     def acting(url: str, *args: Any, **kwargs: Any) -> Any:
+        """`act`; a local disk is asked once: what it refuses it refuses again."""
         patience_s = 0.0 if is_local(url) else _patience_s
         try:
             return persistently(lambda: act(url, *args, **kwargs), url, patience_s)

@@ -74,6 +74,17 @@ def test_nothing_is_remembered_of_what_another_process_changes(root: str) -> Non
     assert storage.list_files(root) == {"pointer": 1}
 
 
+def test_folders_are_named_and_go_with_all_they_hold(root: str) -> None:
+    assert storage.folders(storage.join(root, "steps")) == []
+    for name in ("steps/b/x", "steps/a/y", "steps/a/deep/z", "steps/file"):
+        storage.write_bytes(storage.join(root, name), b"1")
+    assert storage.folders(storage.join(root, "steps")) == ["a", "b"]
+    for _ in range(2):  # once more: one that is not there is fine
+        storage.delete_folder(storage.join(root, "steps/a"))
+    assert storage.folders(storage.join(root, "steps")) == ["b"]
+    assert storage.list_files(storage.join(root, "steps")) == {"b/x": 1, "file": 1}
+
+
 def test_what_is_not_there_is_named(root: str) -> None:
     url = storage.join(root, "nothing")
     with pytest.raises(StorageError, match=r"nothing: there is nothing at this place; check"):

@@ -693,6 +693,14 @@ def test_the_loss_of_a_silent_network_is_the_noise_power(data: str) -> None:
     assert losses.mean().item() == pytest.approx(1, abs=4 * math.sqrt(2 / (4096 * 16)))
 
 
+def test_each_image_of_a_batch_has_its_own_step_of_noise(data: str) -> None:
+    objective = build.objective(configured(data), CPU)
+    images = torch.zeros(60, SIDE, SIDE, 1, dtype=torch.uint8)
+    _, t = objective.losses(lambda x_t, t: x_t, images, 0, torch.arange(60), CPU)  # type: ignore[arg-type]
+    assert 1 <= int(t.min()) <= int(t.max()) <= 60
+    assert len(t.unique()) > 25  # of 60 draws from 60 steps 38 are expected to differ
+
+
 def test_half_of_the_images_are_mirrored(data: str) -> None:
     objective = build.objective(configured(data, "data.flip=true"), CPU)
     image = torch.arange(16, dtype=torch.uint8).view(1, SIDE, SIDE, 1)
