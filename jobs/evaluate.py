@@ -11,7 +11,7 @@ from argparse import Namespace
 from typing import Any
 
 from ddpm_ray.command_line import home_folder, main
-from ddpm_ray.config import EvaluateConfig
+from ddpm_ray.job_config import EvaluateConfig
 
 
 def evaluate(config: EvaluateConfig, arguments: Namespace) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from argparse import Namespace
 from typing import Any
 
 from ddpm_ray.command_line import main
-from ddpm_ray.config import SampleConfig
+from ddpm_ray.job_config import SampleConfig
 
 
 def sample(config: SampleConfig, arguments: Namespace) -> dict[str, Any]:

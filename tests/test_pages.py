@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from ddpm_ray import knobs
-from ddpm_ray.config import DoctorConfig, EvaluateConfig, PackConfig, RunConfig, SampleConfig
+from ddpm_ray.config import RunConfig
 from ddpm_ray.drill_config import DrillConfig
+from ddpm_ray.job_config import DoctorConfig, EvaluateConfig, PackConfig, SampleConfig
 from ddpm_ray.sweep_config import SweepConfig
 
 ROOT = Path(__file__).parent.parent

@@ -29,8 +29,8 @@ from typing import Literal
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from ddpm_ray.config import DoctorConfig
 from ddpm_ray.data import storage
+from ddpm_ray.job_config import DoctorConfig
 
 PACKAGES = ("ddpm-ray", "ray", "torch", "mlflow", "numpy", "pyarrow", "fsspec")
 MISSING = "none"

@@ -10,9 +10,10 @@ from ddpm_ray import build
 from ddpm_ray.cluster import group, trained
 from ddpm_ray.cluster.control import Desk
 from ddpm_ray.cluster.worker import place
-from ddpm_ray.config import EvaluateConfig, RunConfig
+from ddpm_ray.config import RunConfig
 from ddpm_ray.data import storage
 from ddpm_ray.data.shards import open_dataset
+from ddpm_ray.job_config import EvaluateConfig
 from ddpm_ray.knobs import ConfigError, from_dict, to_dict
 from ddpm_ray.training import evaluation
 from ddpm_ray.training.reference import reference

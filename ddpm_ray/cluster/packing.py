@@ -10,10 +10,10 @@ from typing import NamedTuple
 import ray
 
 from ddpm_ray.cluster import group
-from ddpm_ray.config import PackConfig
 from ddpm_ray.data import packer
 from ddpm_ray.data.packer import Packed, PackOptions, Plan
 from ddpm_ray.data.shards import Dataset
+from ddpm_ray.job_config import PackConfig
 
 Progress = Callable[[int, int], None]  # shards done, shards in all
 

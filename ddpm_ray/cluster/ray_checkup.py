@@ -16,7 +16,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from ray.util.state import list_nodes
 
 from ddpm_ray.cluster.checkups import ANSWER_S, INSTALL, Clock, Finding, clock, versions
-from ddpm_ray.config import DoctorConfig
+from ddpm_ray.job_config import DoctorConfig
 
 CLOCK_S = 1.0
 MOST_NAMED = 3  # nodes that a line names before it counts the rest

@@ -22,9 +22,10 @@ from ddpm_ray.cluster import group, registry, tracking
 from ddpm_ray.cluster.packing import pack
 from ddpm_ray.cluster.trained import tracking_place
 from ddpm_ray.cluster.worker import train_worker
-from ddpm_ray.config import PackConfig, RunConfig
+from ddpm_ray.config import RunConfig
 from ddpm_ray.data import sealed, storage
 from ddpm_ray.data.shards import MANIFEST, Dataset, open_dataset
+from ddpm_ray.job_config import PackConfig
 from ddpm_ray.knobs import ConfigError, flat, to_dict, to_yaml
 from ddpm_ray.training.checkpoints import CHECKPOINTS, CheckpointStore
 from ddpm_ray.training.gallery import picture_url

@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from ddpm_ray.cluster import checkups, doctor
 from ddpm_ray.cluster.checkups import Finding, clock
 from ddpm_ray.cluster.trained import tracking_place
-from ddpm_ray.config import DoctorConfig
 from ddpm_ray.data import storage
+from ddpm_ray.job_config import DoctorConfig
 
 ROOT = Path(__file__).parents[2]
 UseS3 = Callable[[str, str], str]
