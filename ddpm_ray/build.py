@@ -160,6 +160,7 @@ def objective(config: RunConfig, device: torch.device) -> Objective:
         reseed_dropout=config.model.dropout > 0,
         bf16=config.training.precision == "bf16",
         memory_format=memory_format(config.training),
+        slots=config.training.reduction_slots if config.training.reduction == "elastic" else 0,
     )
 
 

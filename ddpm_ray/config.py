@@ -1,4 +1,4 @@
-"""Every knob of every job: typed, documented, checked.
+"""Every knob of a run: typed, documented, checked.
 
 Nothing heavy is imported here: a wrong config ends in under two seconds, before torch or Ray are
 loaded. How knobs are read stands in knobs.py.
@@ -132,6 +132,14 @@ class TrainingConfig:
     max_grad_norm: float = knob(
         1.0, "global norm that gradients are clipped to", above=0, defines_run=True
     )
+    reduction: Literal["mean", "elastic"] = knob(
+        "mean", "of workers' gradients; elastic: the same bits on any number of workers, slower",
+        defines_run=True,
+    )  # fmt: skip
+    reduction_slots: int = knob(
+        8, "elastic: equal parts of a batch, and most workers; a power of 2",
+        at_least=1, defines_run=True,
+    )  # fmt: skip
     on_divergence: Literal["stop", "skip"] = knob(
         "stop", "what a gradient does that is not finite, or a spike: end the run, or no update"
     )
@@ -162,7 +170,7 @@ class TrainingConfig:
     keep_checkpoints: int = knob(3, "newest checkpoints that are kept", at_least=2)
 
     def problems(self) -> Iterator[str]:
-        """Pairs of keys of which one alone may be set."""
+        """Pairs of keys of which one alone may be set, and parts of a batch."""
         if self.warmup_steps and self.warmup_images:
             yield (
                 f"training.warmup_images is {self.warmup_images} and training.warmup_steps "
@@ -174,6 +182,13 @@ class TrainingConfig:
                 f"training.ema_decay_per_step {self.ema_decay_per_step}; set exactly one of the "
                 f"two and the other to 0"
             )
+        if self.reduction == "elastic" and self.reduction_slots > 0:
+            slots, batch = self.reduction_slots, self.global_batch_size
+            if slots & (slots - 1) or batch % slots:
+                yield (
+                    f"training.reduction_slots is {slots}; it must be a power of 2 that divides "
+                    f"training.global_batch_size {batch}: try {math.gcd(batch, 2**30)}"
+                )
 
 
 @dataclass(frozen=True)
@@ -302,90 +317,14 @@ class RunConfig:
         batch, workers, lanes = (
             self.training.global_batch_size, self.cluster.num_workers, self.data.lanes
         )  # fmt: skip
+        elastic = self.training.reduction == "elastic"
+        if elastic and workers > 0 and self.training.reduction_slots % workers:
+            yield (
+                f"cluster.num_workers is {workers}; with training.reduction=elastic it must divide "
+                f"training.reduction_slots {self.training.reduction_slots}"
+            )
         if min(workers, lanes) > 0 and (rest := batch % (unit := math.lcm(workers, lanes))):
             yield (
                 f"training.global_batch_size is {batch}; cluster.num_workers={workers} and "
                 f"data.lanes={lanes} must divide it: try {batch - rest or unit}"
             )
-
-
-@dataclass(frozen=True)
-class PackConfig:
-    """One data set to be packed: `jobs/pack_shards.py SOURCE DESTINATION`."""
-
-    image_size: int = knob(0, "pixels of the square images; 0: as they are", at_least=0)
-    resize: Literal["none", "centre-crop-box-bicubic"] = knob(
-        "none", "recipe, recorded in the manifest; the second is guided-diffusion's"
-    )
-    channels: int = knob(0, "1 grey, 3 RGB; 0: as the first image has it", at_least=0, at_most=3)
-    encoding: Literal["raw", "png", "jpeg", "webp"] = knob("raw", "of images inside a shard")
-    shard_bytes: int = knob(
-        32 * MIB, "decoded bytes per shard", at_least=3 * MIB // 2, at_most=1024 * MIB
-    )
-    split: Literal["train", "test"] = knob("train", "half of mnist, fashion-mnist and cifar10")
-    url: str = knob("", "where mnist, fashion-mnist or cifar10 lie; empty: their public address")
-    sha256: str = knob("", "of the file(s) at url, comma-separated in the order of the help")
-    on_bad_image: Literal["stop", "skip"] = knob("stop", "skip counts and names what it skips")
-    max_pixels: int = knob(64_000_000, "larger images are refused before decoding", at_least=1)
-    num_workers: int = knob(0, "Ray tasks at once; 0: one per CPU of the cluster", at_least=0)
-    address: str = knob("", "Ray cluster to join; empty: $RAY_ADDRESS or a local Ray")
-
-    def problems(self) -> Iterator[str]:
-        """A size without a recipe or the other way round, and channels that are no picture."""
-        if self.channels == 2:
-            yield "channels is 2; use 1 (grey) or 3 (RGB)"
-        if (self.resize == "none") != (self.image_size == 0):
-            yield (
-                f"image_size is {self.image_size} and resize {self.resize!r}; a size needs a "
-                f"recipe: resize=centre-crop-box-bicubic image_size=64, or neither"
-            )
-
-
-@dataclass(frozen=True)
-class SampleConfig:
-    """Images from a trained model: `jobs/sample.py MODEL_URI`."""
-
-    num_images: int = knob(64, "images to draw", at_least=1)
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
-
-    def problems(self) -> Iterator[str]:
-        """What sampling says; T is known once the model is read."""
-        yield from self.sampling.problems("sampling")
-
-
-@dataclass(frozen=True)
-class EvaluateConfig:
-    """A trained model's score against a data set: `jobs/evaluate.py MODEL_URI`."""
-
-    data_url: str = knob("", "reference shards; empty: what the model was trained on")
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    evaluation: EvaluationConfig = field(
-        default_factory=lambda: EvaluationConfig(num_images=10_000)
-    )
-    cluster: ClusterConfig = field(default_factory=ClusterConfig)
-
-    def problems(self) -> Iterator[str]:
-        """What its groups say, and too few images for a score."""
-        yield from self.sampling.problems("sampling")
-        yield from self.evaluation.problems()
-        if self.evaluation.num_images < 2:
-            yield f"evaluation.num_images is {self.evaluation.num_images}; score at least 2"
-
-
-@dataclass(frozen=True)
-class DoctorConfig:
-    """What a run would lean on, to be tried before it: `jobs/doctor.py`."""
-
-    storage: str = knob("runs", "folder for runs, on any fsspec URL; tried with a small object")
-    tracking_uri: str = knob(
-        "", "MLflow server or database; empty: $MLFLOW_TRACKING_URI or ./mlflow.db"
-    )
-    address: str = knob("", "Ray cluster to join; empty: $RAY_ADDRESS or a local Ray")
-    timeout_s: float = knob(
-        12, "seconds after which a check that has not ended is a failure", at_least=1, at_most=600
-    )
-
-    def problems(self) -> Iterator[str]:
-        """A storage that is not named."""
-        if not self.storage:
-            yield "storage is empty; give it a value, as in storage=s3://bucket/runs"

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from ddpm_ray import command_line
-from ddpm_ray.config import DoctorConfig, EvaluateConfig, PackConfig, RunConfig, SampleConfig
+from ddpm_ray.config import RunConfig
 from ddpm_ray.drill_config import DrillConfig
+from ddpm_ray.job_config import DoctorConfig, EvaluateConfig, PackConfig, SampleConfig
 from ddpm_ray.knobs import Config, ConfigError, flat, from_dict, help_lines, load, to_dict, to_yaml
 from ddpm_ray.sweep_config import SweepConfig
 
@@ -118,6 +119,23 @@ def test_a_bad_value_is_told_in_one_line(override: str, says: str) -> None:
         (["training.warmup_steps=9", "training.warmup_images=9"], "set one of the two"),
         (["training.ema_half_life_images=9"], "set exactly one of the two"),
         (["training.ema_decay_per_step=0"], "set exactly one of the two"),
+        (
+            ["training.reduction=elastic", "training.reduction_slots=12"],
+            "a power of 2 that divides",
+        ),
+        (
+            [
+                "training.reduction=elastic",
+                "training.global_batch_size=24",
+                "data.lanes=1",
+                "training.reduction_slots=16",
+            ],
+            "divides training.global_batch_size 24: try 8",
+        ),
+        (
+            ["training.reduction=elastic", "cluster.num_workers=16", "data.lanes=1"],
+            "it must divide training.reduction_slots 8",
+        ),
         (["sampling.variance=fixed_large"], "FID 367 at 10 steps"),
         (["sampling.variance=fixed_large", "sampling.sampler=ancestral"], "use sampling.variance="),
         (["sampling.variance=fixed_large", "sampling.steps=1000"], "defined for eta=1 alone"),
@@ -225,8 +243,8 @@ def random_config(kind: type[Config], dice: random.Random) -> Config:
 
 
 CHOICES = {
-    "source", "kind", "on_divergence", "precision", "sampler", "spacing", "variance", "features",
-    "resize", "encoding", "split", "on_bad_image",
+    "source", "kind", "reduction", "on_divergence", "precision", "sampler", "spacing", "variance",
+    "features", "resize", "encoding", "split", "on_bad_image",
 }  # fmt: skip
 
 

@@ -189,7 +189,7 @@ def _wrapped(model: nn.Module, config: RunConfig, workers: Workers) -> nn.Module
     network = model
     if config.training.compile:
         network = torch.compile(network)  # type: ignore[assignment]
-    if workers.count > 1:
+    if workers.count > 1 and config.training.reduction == "mean":
         devices = [workers.device] if workers.device.type == "cuda" else None
         network = DistributedDataParallel(network, device_ids=devices, gradient_as_bucket_view=True)
     return network

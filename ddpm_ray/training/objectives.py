@@ -18,6 +18,7 @@ from ddpm_ray.diffusion import seeding
 from ddpm_ray.diffusion.losses import simple_loss
 from ddpm_ray.diffusion.process import NoiseSchedule
 from ddpm_ray.diffusion.seeding import Purpose
+from ddpm_ray.training.reduction import SlotSum
 from ddpm_ray.training.workers import Workers
 
 
@@ -31,6 +32,7 @@ class Objective:
     reseed_dropout: bool = False
     bf16: bool = False
     memory_format: torch.memory_format = torch.contiguous_format
+    slots: int = 0  # of a global batch, summed as reduction.py says; 0: a mean over workers
 
     def backward(
         self, network: nn.Module, images: Tensor, step: int, workers: Workers, micro_batch: int
@@ -42,20 +44,35 @@ class Objective:
         log-SNR [b] float64 of their steps t. A loss that is not finite makes the gradient NaN, so
         that after the workers' sum all of them see it in this same step.
         """
+        if not self.slots:
+            return self._slot(network, images, step, workers, workers.rank, micro_batch)
+        mine, total, parts = workers.share(self.slots), SlotSum(network, self.slots), []
+        for slot, part in zip(mine, images.chunk(len(mine)), strict=True):
+            parts.append(self._slot(network, part, step, workers, slot, micro_batch))
+            total.take()
+        faults.at("gradient")
+        total.share_out(workers)
+        losses, log_snr = zip(*parts, strict=True)
+        return torch.cat(losses), torch.cat(log_snr)
+
+    def _slot(
+        self, network: nn.Module, images: Tensor, step: int, workers: Workers, slot: int, most: int
+    ) -> tuple[Tensor, Tensor]:
+        """As `backward`, of the mean loss of these images, number `slot` of as many equal parts."""
         count = len(images)
-        positions = torch.arange(count, device=workers.device) + workers.rank * count
+        positions = torch.arange(count, device=workers.device) + slot * count
         if self.reseed_dropout:
             torch.manual_seed(
-                seeding.derived_seed(self.seed, Purpose.DROPOUT, step, workers.rank)
+                seeding.derived_seed(self.seed, Purpose.DROPOUT, step, slot)
             )  # per step: a restart repeats it
         losses, log_snr = [], []
-        for start in range(0, count, micro_batch):
-            part = slice(start, start + micro_batch)
-            last = start + micro_batch >= count
+        for start in range(0, count, most):
+            part = slice(start, start + most)
+            last = start + most >= count
             with _sync_only(network, last), self._autocast(workers.device):
                 loss, t = self.losses(network, images[part], step, positions[part], workers.device)
             share = loss.sum() / count * torch.where(loss.detach().isfinite().all(), 1.0, math.nan)
-            if last:
+            if last and not self.slots:
                 faults.at("gradient")
             with _sync_only(network, last):
                 share.backward()  # type: ignore[no-untyped-call]

@@ -39,6 +39,20 @@ class Workers:
                 tensor.copy_(on_device)
         return tensor
 
+    def add_in_pairs_(self, tensor: Tensor) -> Tensor:
+        """`tensor` summed over all workers, in place, in the same order for any 2^j of them.
+
+        It lies on the workers' device; all must call it.
+        """
+        other = torch.empty_like(tensor)
+        for distance in (1 << level for level in range(self.count.bit_length() - 1)):
+            peer = self.rank ^ distance
+            exchange = [dist.P2POp(dist.isend, tensor, peer), dist.P2POp(dist.irecv, other, peer)]
+            for request in dist.batch_isend_irecv(exchange):
+                request.wait()
+            tensor += other
+        return tensor
+
     def gather(self, value: Any) -> list[Any]:
         """Every worker's `value` in rank order, on each of them; all must call it."""
         if self.count == 1:

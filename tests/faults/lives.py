@@ -9,7 +9,7 @@ import hashlib
 import multiprocessing
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from multiprocessing.connection import wait
@@ -24,10 +24,12 @@ from ddpm_ray import faults
 from ddpm_ray.cluster import tracking
 from ddpm_ray.cluster.worker import assemble
 from ddpm_ray.config import RunConfig
+from ddpm_ray.diffusion import seeding
+from ddpm_ray.diffusion.seeding import Purpose
 from ddpm_ray.knobs import from_dict, load, to_dict
 from ddpm_ray.training.checkpoints import CHECKPOINTS, CheckpointStore
 from ddpm_ray.training.lease import Lease
-from ddpm_ray.training.loop import train
+from ddpm_ray.training.loop import Run, train
 from ddpm_ray.training.reporting import RATES
 from ddpm_ray.training.workers import Workers
 
@@ -76,6 +78,7 @@ class Life:
     data: str
     overrides: tuple[str, ...] = TINY
     config_file: str | None = None
+    ledger: bool = False  # what each worker draws is written down: see `used`
     lives: int = 0
     tracked: tracking.TrackedRun | None = None
     lease: Lease | None = None
@@ -107,6 +110,7 @@ class Life:
         settings = {
             "config": to_dict(self.config), "folder": str(self.folder / "tiny"),
             "identity": "identity", "tracked": vars(self.tracked), "lease": vars(self.lease),
+            "ledger": str(self.folder / f"ledger-{self.lives}-") if self.ledger else "",
         }  # fmt: skip
         meeting = self.folder / f"meeting-{self.lives}"
         workers = [
@@ -146,6 +150,15 @@ class Life:
             len(list(checkpoints.glob("step-*"))) - len(known),
         )
 
+    def drawn(self, what: str) -> dict[tuple[int, int], set[str]]:
+        """By step and position: the "sample" or the "noise" (a hash) that any life drew there."""
+        found: dict[tuple[int, int], set[str]] = {}
+        for file in self.folder.glob("ledger-*"):
+            for kind, step, position, drawn in map(str.split, file.read_text().splitlines()):
+                if kind == what:
+                    found.setdefault((int(step), int(position)), set()).add(drawn)
+        return found
+
     def forget(self) -> None:
         """Free the disk: a hundred runs leave a gigabyte."""
         shutil.rmtree(self.folder)
@@ -166,12 +179,40 @@ def _work(rank: int, count: int, meeting: str, settings: dict[str, Any], planned
     )  # fmt: skip
     config = from_dict(RunConfig, settings["config"])
     run = assemble(config, settings, lambda _: False, Workers(rank, count))
+    if settings["ledger"]:
+        _keep_ledger(run, Path(f"{settings['ledger']}{rank}"))
     try:
         train(run)
     finally:
         run.stream.close()
     if run.sink is not None:
         assert run.sink.close(LIFE_S)
+
+
+def _keep_ledger(run: Run, file: Path) -> None:
+    """Write down which sample and which noise each position of each step is given."""
+    batch, normal = run.stream.batch, seeding.normal
+    first = run.workers.share(run.plan.global_batch_size).start
+
+    def note(kind: str, step: int, positions: Iterable[int], drawn: Iterable[str]) -> None:
+        with file.open("a") as ledger:
+            for position, one in zip(positions, drawn, strict=True):
+                ledger.write(f"{kind} {step} {position} {one}\n")
+
+    def noted_batch(step: int) -> Any:
+        keys = run.stream.keys(step)
+        note("sample", step, range(first, first + len(keys)), keys)
+        return batch(step)
+
+    def noted_normal(seed: int, purpose: Purpose, step: int, index: Any, *rest: Any) -> Any:
+        noise = normal(seed, purpose, step, index, *rest)
+        if purpose is Purpose.NOISE:
+            digests = [hashlib.sha256(one.numpy().tobytes()).hexdigest() for one in noise]
+            note("noise", step, index.tolist(), digests)
+        return noise
+
+    run.stream.batch = noted_batch  # type: ignore[method-assign]
+    seeding.normal = noted_normal  # type: ignore[assignment]
 
 
 @contextlib.contextmanager

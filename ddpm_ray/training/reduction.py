@@ -1,0 +1,52 @@
+"""A gradient whose bits do not depend on the number of workers.
+
+The global batch is cut into S = 2^k equal slots. Each slot's gradient is computed by itself, and
+the S of them are added as a balanced binary tree: (0 + 1) + (2 + 3) and so on. A worker of n = 2^j
+has S / n slots next to each other, which is a subtree; the rest of the tree is j exchanges of
+partial sums between pairs of workers. Every sum in it has two terms, whose order floating point
+does not mind, so 1, 2, ... S workers add the same numbers in the same way.
+
+The price: no overlap of the exchange with the backward pass, small batches, log2(S / n) + 1 copies
+of the gradient in memory.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from ddpm_ray.training.workers import Workers
+
+
+class SlotSum:
+    """Gradients of `slots` slots on their way into one mean, left in `network`'s parameters."""
+
+    def __init__(self, network: nn.Module, slots: int) -> None:
+        self._parameters = [p for p in network.parameters() if p.requires_grad]
+        self._slots = slots
+        self._sums: list[Tensor] = []  # of 2^i slots each, i falling
+        self._taken = 0
+
+    def take(self) -> None:
+        """Move the gradient of one more slot out of the parameters."""
+        gradient = torch.cat([_gradient(parameter).flatten() for parameter in self._parameters])
+        for parameter in self._parameters:
+            parameter.grad = None
+        self._taken += 1
+        pairs = self._taken
+        while pairs % 2 == 0:  # as the carry of a binary counter
+            gradient = self._sums.pop().add_(gradient)
+            pairs //= 2
+        self._sums.append(gradient)
+
+    def share_out(self, workers: Workers) -> None:
+        """The mean over all workers' slots becomes the parameters' gradient; all must call it."""
+        (total,) = self._sums
+        workers.add_in_pairs_(total).div_(self._slots)
+        sizes = [parameter.numel() for parameter in self._parameters]
+        parts = torch.split(total, sizes)
+        for parameter, part in zip(self._parameters, parts, strict=True):
+            # In the weights' own layout: fused Adam pairs elements by their place in memory.
+            parameter.grad = torch.empty_like(parameter).copy_(part.view(parameter.shape))
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
