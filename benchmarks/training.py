@@ -92,7 +92,7 @@ def beside_network(run: Run) -> Callable[[], None]:
 def worker(settings: dict[str, Any]) -> dict[str, Any]:
     """Seconds per step of each contestant, round by round."""
     config = from_dict(RunConfig, settings["config"])
-    run = assemble(config, settings, lambda progress: False, place())
+    run = assemble(config, settings, lambda progress: Wish.NOTHING, place())
     contestants = {
         "bare": bare_step(run),
         "ours": lambda: take_step(run),

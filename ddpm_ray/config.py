@@ -268,6 +268,12 @@ class TrackingConfig:
 @dataclass(frozen=True)
 class ClusterConfig:
     num_workers: int = knob(1, "Ray Train workers, one process each", at_least=1)
+    min_workers: int = knob(
+        0, "fewest workers to go on with while nodes are lost; 0: num_workers, it waits", at_least=0
+    )
+    resize_every_s: float = knob(
+        60, "min_workers: seconds between looks for places for more of them", above=0
+    )
     cpus_per_worker: float = knob(1, "CPUs, and threads of torch, of each worker", above=0)
     gpus_per_worker: float = knob(0, "GPUs of each worker; above 0: CUDA and NCCL", at_least=0)
     address: str = knob("", "Ray cluster to join; empty: $RAY_ADDRESS or a local Ray")
@@ -302,6 +308,15 @@ class RunConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
+    @property
+    def worker_counts(self) -> list[int]:
+        """How many workers the run may have, rising: those that can share its batch evenly."""
+        most = self.cluster.num_workers
+        elastic = self.training.reduction == "elastic"
+        parts = self.training.reduction_slots if elastic else self.training.global_batch_size
+        fewest = self.cluster.min_workers or most
+        return [count for count in range(fewest, most + 1) if parts % count == 0]
+
     def problems(self) -> Iterator[str]:
         """What the groups say, and what they are together: names, and the shares of a batch."""
         for key, value in (("name", self.name), ("data.url", self.data.url)):
@@ -322,6 +337,11 @@ class RunConfig:
             yield (
                 f"cluster.num_workers is {workers}; with training.reduction=elastic it must divide "
                 f"training.reduction_slots {self.training.reduction_slots}"
+            )
+        if self.cluster.min_workers > workers:
+            yield (
+                f"cluster.min_workers is {self.cluster.min_workers}; it cannot exceed "
+                f"cluster.num_workers {workers}"
             )
         if min(workers, lanes) > 0 and (rest := batch % (unit := math.lcm(workers, lanes))):
             yield (

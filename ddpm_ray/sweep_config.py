@@ -100,6 +100,11 @@ class SweepConfig:
             yield f"name is {self.name!r}; it names a folder: no '/' and no leading '.'"
         run = dataclasses.replace(self.run, name=self.run.name or "trial")
         yield from (f"run.{line}" for line in run.problems())
+        if self.run.cluster.min_workers:
+            yield (
+                f"run.cluster.min_workers is {self.run.cluster.min_workers}; trials would take "
+                f"each other's places: leave it 0"
+            )
         yield from self._metric_problems()
         yield from space_problems(self.space, self.search.kind)
         yield from self._search_problems()

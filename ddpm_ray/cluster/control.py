@@ -1,4 +1,4 @@
-"""The desk between a run's driver and its workers: progress one way, a request to stop the other.
+"""The desk between a run's driver and its workers: progress one way, wishes the other.
 
 An actor of its own because Ray Train's report() is a barrier that waits for the controller's next
 poll, up to 2 s; a note left here costs the worker nothing.
@@ -12,7 +12,7 @@ import ray
 
 from ddpm_ray.cluster import placement
 from ddpm_ray.cluster.watch import Beat
-from ddpm_ray.training.reporting import Progress
+from ddpm_ray.training.reporting import Progress, Wish
 
 ANSWER_S = 120.0  # a loaded machine took 10 s to start the actor
 
@@ -25,14 +25,16 @@ _Lying: TypeAlias = tuple[
 class _Desk:
     def __init__(self) -> None:
         self.progress: dict[str, Any] | None = None
-        self.stop = False
+        self.wish = Wish.NOTHING
         self.fatal: str | None = None
         self.starts: list[tuple[int, str]] = []
         self.beats: dict[int, tuple[float, dict[str, Any]]] = {}  # when it came, by rank
 
-    def leave(self, progress: dict[str, Any]) -> bool:
-        self.progress = progress
-        return self.stop
+    def leave(self, progress: dict[str, Any]) -> Wish:
+        self.progress, wish = progress, self.wish
+        if wish is Wish.SAVE:  # once
+            self.wish = Wish.NOTHING
+        return wish
 
     def look(self) -> _Lying:
         now = time.monotonic()
@@ -49,8 +51,8 @@ class _Desk:
     def rest(self, rank: int) -> None:
         self.beats.pop(rank, None)
 
-    def ask_to_stop(self) -> None:
-        self.stop = True
+    def ask(self, wish: Wish) -> None:
+        self.wish = max(self.wish, wish)
 
     def give_up(self, reason: str) -> None:
         self.fatal = self.fatal or reason
@@ -79,13 +81,16 @@ class Desk:
     def __init__(self) -> None:
         beside = placement.beside_me()
         self._actor: Any = ray.remote(num_cpus=0, scheduling_strategy=beside)(_Desk).remote()
-        self._reply: Any = None  # on its way, of either side's last question
+        self._notes: list[Any] = []  # whose answers are on their way
+        self._reply: Any = None  # on its way, to the last glance
 
-    def show(self, progress: Progress) -> bool:
-        """Leave `progress` without waiting; True if a stop was asked for by the note before."""
-        stop = self._answered() and bool(ray.get(self._reply))
-        self._reply = self._actor.leave.remote(asdict(progress))
-        return stop
+    def show(self, progress: Progress) -> Wish:
+        """Leave `progress` without waiting; what was asked for when notes before it were left."""
+        answered: list[Any] = []
+        if self._notes:
+            answered, self._notes = ray.wait(self._notes, num_returns=len(self._notes), timeout=0)
+        self._notes.append(self._actor.leave.remote(asdict(progress)))
+        return max([Wish.NOTHING, *map(Wish, ray.get(answered))])
 
     def start(self, step: int, group: str) -> None:
         """Tell the driver at which step the workers of placement group `group` begin."""
@@ -111,9 +116,9 @@ class Desk:
         """What lies on the desk now."""
         return Notes.of(ray.get(self._actor.look.remote(), timeout=ANSWER_S))
 
-    def ask_to_stop(self) -> None:
-        """The workers commit a checkpoint and return, at their next report (about a second)."""
-        self._actor.ask_to_stop.remote()
+    def ask(self, wish: Wish) -> None:
+        """Leave a wish, for the workers' next report but one (a second or two)."""
+        self._actor.ask.remote(wish)
 
     def give_up(self, reason: str) -> None:
         """Tell the driver, and workers that are started again, that to go on is of no use."""

@@ -5,8 +5,9 @@ import math
 import os
 import tempfile
 import threading
+import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,16 +22,19 @@ from ray.train.v2._internal.callbacks.placement_group_callback import PlacementG
 from ddpm_ray import faults
 from ddpm_ray.cluster import placement
 from ddpm_ray.cluster.control import Desk, Notes
+from ddpm_ray.cluster.elastic import ElasticPolicy
 from ddpm_ray.cluster.interrupts import Interrupts
 from ddpm_ray.cluster.watch import stalled
 from ddpm_ray.config import ClusterConfig
 from ddpm_ray.data import storage
-from ddpm_ray.training.reporting import Progress
+from ddpm_ray.training.reporting import Progress, Wish
 
 log = logging.getLogger(__name__)
 
 POLL_S = 0.5
+LEAVING_S = 2.0  # between questions which nodes will be taken away
 UNUSED = PlacementGroupCleanerCallback, DatasetsCallback  # see _Trainer
+ELASTIC_START_S = 30.0  # for which an elastic group waits for places: that of a lost node is told
 START_FAILURES = 3  # Ray's default is to try for ever where the workers never fit
 
 # Ray Train reads these in the driver. A report waits for the controller's poll: 2 s by default.
@@ -82,20 +86,22 @@ def run(
     config: ClusterConfig,
     show: Callable[[Progress], bool | None],
     on_start: Callable[[int, str], None] = lambda *_: None,
+    counts: Sequence[int] = (),
 ) -> Any:
     """What rank 0's `worker(settings)` returned, once all workers of a group have ended.
 
     settings["desk"] is added. `show` sees the newest progress twice a second; where it answers
     True, or at the first Ctrl-C (or SIGTERM), the workers are asked to stop cleanly. The second
     Ctrl-C ends at once with KeyboardInterrupt. `on_start` is told of each start of the workers: at
-    which step, in which placement group. Raises RunFailedError with the reason in a line.
+    which step, in which placement group. `counts`, rising: numbers of workers that will do, where
+    not all have a place. Raises RunFailedError with the reason in a line.
     """
     log.info("starting %d workers on Ray ...", config.num_workers)
     workers = config.num_workers
     connect(config.address, workers * config.cpus_per_worker, workers * config.gpus_per_worker)
     storage.be_patient(config.storage_timeout_s)  # hours of work hang on it from here on
     desk = Desk()
-    trainer = _trainer(worker, settings | {"desk": desk}, config)
+    trainer = _trainer(worker, settings | {"desk": desk}, config, counts)
     outcome: dict[str, Any] = {}
     asked, wish = False, False
     starts = _Starts(config, on_start)
@@ -110,9 +116,10 @@ def run(
                 if notes := desk.glance():
                     starts.note(notes)
                     starts.judge(notes)
+                    starts.look_out(desk)
                     wish = bool(notes.progress and show(notes.progress))
                 if (interrupts.count or wish) and not asked:
-                    desk.ask_to_stop()
+                    desk.ask(Wish.STOP)
                     asked = True
         notes = desk.look()
         starts.note(notes)
@@ -136,6 +143,8 @@ class _Starts:
     on_start: Callable[[int, str], None]
     places: list[str] = field(default_factory=list)
     stall: str = ""  # of the newest start, once it was ended for one
+    leaving: set[str] = field(default_factory=set)  # nodes that were told of
+    looked_s: float = 0.0
 
     def note(self, notes: Notes) -> None:
         """Pass on those that are new."""
@@ -157,20 +166,37 @@ class _Starts:
             placement.free(self.places[-1])
             self.stall = told
 
+    def look_out(self, desk: Desk) -> None:
+        """Have a checkpoint committed where a node of the workers will be taken away."""
+        if not self.places or time.monotonic() - self.looked_s < LEAVING_S:
+            return
+        self.looked_s = time.monotonic()
+        told = placement.leaving_nodes() - self.leaving
+        if told and (ours := told & placement.nodes_of(self.places[-1])):
+            self.leaving |= ours
+            log.warning("%d nodes of the workers will be taken away; saving now", len(ours))
+            desk.ask(Wish.SAVE)
+
 
 def _trainer(
-    worker: Callable[[dict[str, Any]], Any], settings: dict[str, Any], config: ClusterConfig
+    worker: Callable[[dict[str, Any]], Any],
+    settings: dict[str, Any],
+    config: ClusterConfig,
+    counts: Sequence[int],
 ) -> "_Trainer":
     """Ray's trainer for the group, as configured."""
-    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(config.start_timeout_s)
-    return _Trainer(
+    elastic = len(counts) > 1
+    wait_s = min(config.start_timeout_s, ELASTIC_START_S) if elastic else config.start_timeout_s
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(wait_s)
+    trainer = _Trainer(
         worker,
         train_loop_config=settings,
         torch_config=TorchConfig(
             backend="nccl" if config.gpus_per_worker else "gloo", timeout_s=int(config.timeout_s)
         ),
         scaling_config=ScalingConfig(
-            num_workers=config.num_workers,
+            num_workers=(counts[0], counts[-1]) if elastic else config.num_workers,
+            elastic_resize_monitor_interval_s=config.resize_every_s,
             use_gpu=config.gpus_per_worker > 0,
             resources_per_worker=_resources(config),
         ),
@@ -187,6 +213,9 @@ def _trainer(
             worker_runtime_env={"env_vars": _worker_environment(config)},
         ),
     )
+    if elastic:
+        trainer.policy = ElasticPolicy(trainer.scaling_config, counts, settings["desk"])
+    return trainer
 
 
 class _Trainer(TorchTrainer):  # type: ignore[misc]  # Ray's types are not followed
@@ -199,9 +228,15 @@ class _Trainer(TorchTrainer):  # type: ignore[misc]  # Ray's types are not follo
     makes a start on two cores 3 s longer.
     """
 
+    policy: ElasticPolicy | None = None  # in place of Ray's own, which takes any number of workers
+
     def _create_default_callbacks(self) -> list[Any]:
         every = super()._create_default_callbacks()
         return [one for one in every if not isinstance(one, UNUSED)]
+
+    def _initialize_and_run_controller(self, **settings: Any) -> Any:
+        policy = self.policy or settings["scaling_policy"]
+        return super()._initialize_and_run_controller(**settings | {"scaling_policy": policy})
 
 
 def _fit(trainer: TorchTrainer, outcome: dict[str, Any]) -> None:

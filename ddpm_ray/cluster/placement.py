@@ -51,6 +51,19 @@ def of_workers() -> set[str]:
     }
 
 
+def nodes_of(group: str) -> set[str]:
+    """Ids of the nodes on which the group `group` has its places."""
+    with contextlib.suppress(ValueError, KeyError):  # not the id of a group, or it is gone
+        facts = placement_group_table(PlacementGroup(PlacementGroupID(bytes.fromhex(group))))
+        return set(facts["bundles_to_node_id"].values())
+    return set()
+
+
+def leaving_nodes() -> set[str]:
+    """Ids of the nodes that Ray was told will be taken away: spot instances, scaling down."""
+    return set(ray._private.state.state.get_draining_nodes())
+
+
 def free(group: str) -> None:
     """Give the place back; one that was given back already is fine. Its workers end with it."""
     with contextlib.suppress(ValueError):  # not the id of a group

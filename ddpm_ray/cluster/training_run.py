@@ -112,7 +112,9 @@ def train(
             "lease": vars(_lease(folder)),
             "tracked": vars(tracked),
         }
-        ended = group.run(train_worker, settings, config.cluster, show, on_start)
+        ended = group.run(
+            train_worker, settings, config.cluster, show, on_start, config.worker_counts
+        )
         finished = ended["step"] >= config.training.steps
         if finished:
             registry.log_model(tracked, ended["checkpoint"], "ddpm_ray.cluster.served_model")

@@ -35,7 +35,7 @@ from ddpm_ray.training.gallery import Gallery
 from ddpm_ray.training.lease import Lease, LeaseLostError
 from ddpm_ray.training.loop import Run, train
 from ddpm_ray.training.reference import Reference, reference
-from ddpm_ray.training.reporting import Progress, Row
+from ddpm_ray.training.reporting import Progress, Row, Wish
 from ddpm_ray.training.state import Snapshot
 from ddpm_ray.training.step_log import StepLog
 from ddpm_ray.training.workers import Workers
@@ -95,7 +95,7 @@ def _train(config: RunConfig, settings: dict[str, Any], desk: Desk) -> dict[str,
 def assemble(
     config: RunConfig,
     settings: dict[str, Any],
-    show_progress: Callable[[Progress], bool],
+    show_progress: Callable[[Progress], Wish],
     workers: Workers,
 ) -> Run:
     """This worker's part of the run, at the step of its newest good checkpoint."""

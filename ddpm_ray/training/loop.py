@@ -15,7 +15,7 @@ from ddpm_ray import faults
 from ddpm_ray.training.checkpoints import CheckpointWriter
 from ddpm_ray.training.divergence import Guard, diverged
 from ddpm_ray.training.objectives import Objective
-from ddpm_ray.training.reporting import Progress, Sink
+from ddpm_ray.training.reporting import Progress, Sink, Wish
 from ddpm_ray.training.state import TrainingState
 from ddpm_ray.training.step_log import StepLog
 from ddpm_ray.training.workers import Workers
@@ -78,7 +78,7 @@ class Run:
     log: StepLog
     checkpoints: CheckpointWriter
     sink: Sink | None  # on the leader
-    show_progress: Callable[[Progress], bool]  # on the leader; True asks for a stop
+    show_progress: Callable[[Progress], Wish]  # on the leader
     draw_grid: Callable[[int], None]
     draw_strip: Callable[[int], None]
     evaluate: Callable[[int], None]  # leaves its scores in state.scores
@@ -95,11 +95,12 @@ def train(run: Run) -> bool:
     """
     state, plan = run.state, run.plan
     run.reported = (state.step, time.perf_counter())
-    stopped = False
+    wish = Wish.NOTHING
     if state.step == 0 and plan.grid_every_steps:
         run.draw_grid(0)  # what the same noise gave before the first step
-    while state.step < plan.steps and not stopped:
+    while state.step < plan.steps and wish is not Wish.STOP:
         take_step(run)
+        wish = Wish.NOTHING
         faults.at("between")
         step = state.step
         saves = step == plan.steps or plan.is_due(plan.checkpoint_every_steps, step)
@@ -108,7 +109,7 @@ def train(run: Run) -> bool:
         if probes:
             run.probe(step)
         if saves or probes or step - run.reported[0] >= run.report_every_steps:
-            stopped = report(run)
+            wish = report(run)
             faults.at("between")
         if last or plan.is_due(plan.grid_every_steps, step):
             run.draw_grid(step)
@@ -116,7 +117,7 @@ def train(run: Run) -> bool:
             run.draw_strip(step)
         if last or plan.is_due(plan.evaluate_every_steps, step):
             run.evaluate(step)
-        if saves or stopped:
+        if saves or wish is not Wish.NOTHING:
             save(run)
     run.checkpoints.wait()
     return state.step >= plan.steps
@@ -163,8 +164,8 @@ def skip_step(run: Run, grad_norm: float, losses: Tensor) -> None:
         log.warning("%s. Skipped: training.on_divergence is skip", str(error).partition(";")[0])
 
 
-def report(run: Run) -> bool:
-    """Hand on the rows since the last report; True, on all workers, if somebody asked to stop."""
+def report(run: Run) -> Wish:
+    """Hand on the rows since the last report; what the driver asks for, the same on all workers."""
     step, (last_step, last_time) = run.state.step, run.reported
     rows = run.log.collect(step, run.stream.waited_s)
     elapsed_s = max(time.perf_counter() - last_time, 1e-9)
@@ -174,13 +175,14 @@ def report(run: Run) -> bool:
         run.sink.rows(rows)
         rate = steps_per_s * run.plan.global_batch_size
         loss = rows[-1].metrics.get("train/loss", math.nan)  # of a step that was skipped
-        progress = Progress(step, run.plan.steps, loss, rate, run.state.probes)
+        saved = run.checkpoints.committed or ""
+        progress = Progress(step, run.plan.steps, loss, rate, run.state.probes, saved)
         agreed[0] = run.show_progress(progress)
         agreed[1] = max(1, round(steps_per_s * REPORT_EVERY_S))
     run.workers.sum_(agreed)  # the leader's word: all report, and stop, at the same steps
     run.report_every_steps = int(agreed[1])
     run.reported = (step, time.perf_counter())
-    return bool(agreed[0])
+    return Wish(int(agreed[0]))
 
 
 def save(run: Run) -> None:

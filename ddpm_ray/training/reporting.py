@@ -4,6 +4,7 @@ Torch takes 2 s to import, which the actor between driver and workers has no oth
 """
 
 from dataclasses import dataclass, field
+from enum import IntEnum
 from typing import Any, Protocol
 
 from PIL import Image
@@ -28,6 +29,15 @@ class Progress:
     loss: float
     images_per_s: float
     probes: list[dict[str, Any]] = field(default_factory=list)  # see training/probing.py
+    checkpoint: str = ""  # URL of the newest that is committed
+
+
+class Wish(IntEnum):
+    """What a driver asks of its workers; met at their next report."""
+
+    NOTHING = 0
+    SAVE = 1  # commit a checkpoint and go on
+    STOP = 2  # commit one and return
 
 
 class Sink(Protocol):

@@ -46,6 +46,13 @@ print(json.dumps([
 ]))
 """
 
+NODE_AT = """
+import sys
+from ray.util.state import list_nodes
+print(next(node.node_id for node in list_nodes()
+           if node.node_ip == sys.argv[1] and node.state == "ALIVE"))
+"""
+
 
 @dataclass(frozen=True)
 class Actor:
@@ -194,15 +201,8 @@ class Nodes:
         self._join()
         self._serve()
         started = []
-        for node, cpus in zip(self._all, self._cpus, strict=True):
-            role = ["--address", f"{HEAD}:6379"]
-            if node is self.head:
-                role = ["--head", "--port", "6379", "--dashboard-host", "127.0.0.1"]
-            ray = node.start(
-                "ray", "start", *role, "--node-ip-address", node.address, "--num-cpus", str(cpus),
-                "--object-store-memory", str(200 * 1024**2), "--disable-usage-stats",
-                log="ray-start",
-            )  # fmt: skip
+        for node in self:
+            ray = self._start(node)
             if node is self.head:
                 self._finish(node, ray)
             else:
@@ -211,6 +211,28 @@ class Nodes:
             self._finish(node, ray)
         for port in (S3_PORT, MLFLOW_PORT):
             self.head.run("bash", "-c", ANSWERS, HEAD, str(port))
+
+    def rejoin(self, address: str) -> None:
+        """Start Ray again on the node of that address, whose raylet was killed."""
+        self._finish(self.at(address), self._start(self.at(address)))
+
+    def announce_loss(self, address: str) -> None:
+        """Tell Ray that the node of that address will be taken away, as a cloud does."""
+        command = ("ray", "drain-node", "--address", f"{HEAD}:6379", "--node-id")
+        reason = ("--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot")
+        node = self.head.run("python", "-c", NODE_AT, address).strip()
+        self.head.run(*command, node, *reason, "--deadline-remaining-seconds", "600")
+
+    def _start(self, node: Node) -> subprocess.Popen[str]:
+        role = ["--address", f"{HEAD}:6379"]
+        if node is self.head:
+            role = ["--head", "--port", "6379", "--dashboard-host", "127.0.0.1"]
+        cpus = self._cpus[self._all.index(node)]
+        return node.start(
+            "ray", "start", *role, "--node-ip-address", node.address, "--num-cpus", str(cpus),
+            "--object-store-memory", str(200 * 1024**2), "--disable-usage-stats",
+            log="ray-start",
+        )  # fmt: skip
 
     def _join(self) -> None:
         """Lay a line from each node to a bridge on the head."""

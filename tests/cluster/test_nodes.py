@@ -5,7 +5,9 @@ import pytest
 from tests.cluster.demo import show, training
 from tests.cluster.job import shown
 from tests.cluster.node import lacking
-from tests.cluster.nodes import Nodes
+from tests.cluster.nodes import HEAD, Nodes
+
+SECOND = "10.77.0.2"
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(500)]
 
@@ -59,6 +61,39 @@ def test_a_run_outlives_a_node() -> None:
         places = addresses(nodes, alive=False)
         assert len(places) == 4  # two starts of two workers
         assert set(places) == {node.address for node in nodes}
+
+
+def test_a_run_goes_on_with_fewer_workers_and_again_with_more() -> None:
+    """One of two nodes is announced to go and goes, then it is back; not a step is told twice."""
+    gone: list[int] = []  # the step shown when the node went
+    back: list[int] = []
+
+    def strike(line: str) -> None:
+        if "saving now" in line:
+            nodes.at(SECOND).kill("raylet")
+        if not line.startswith("step "):
+            return
+        if not gone and shown(line) >= 100:
+            gone.append(shown(line))
+            nodes.announce_loss(SECOND)
+        if gone and not back and addresses(nodes, alive=True) == [HEAD]:
+            back.append(shown(line))
+            nodes.rejoin(SECOND)
+
+    elastic = (
+        "cluster.min_workers=1", "cluster.resize_every_s=5", "training.reduction=elastic",
+        "cluster.max_failures=0",
+    )  # fmt: skip
+    with Nodes(cpus=(1, 1)) as nodes:
+        code = nodes.submit("train", *training(1500, 500), *elastic, watch=strike)
+        assert code == 0, nodes.told("train")
+        (run,) = nodes.runs()
+        assert run.status == "FINISHED"
+        assert run.steps == list(range(1, 1501))
+        assert addresses(nodes, alive=False) == [HEAD] * 3 + [SECOND] * 2  # 2, then 1, then 2
+        lost = [line for line in nodes.told("train") if "all were started again, at step" in line]
+        began = int(lost[0].split()[-1])
+        assert gone[0] <= began  # by the checkpoint that the announcement brought about
 
 
 def test_a_sweep_spreads_its_trials_over_nodes() -> None:

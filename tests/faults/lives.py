@@ -30,7 +30,7 @@ from ddpm_ray.knobs import from_dict, load, to_dict
 from ddpm_ray.training.checkpoints import CHECKPOINTS, CheckpointStore
 from ddpm_ray.training.lease import Lease
 from ddpm_ray.training.loop import Run, train
-from ddpm_ray.training.reporting import RATES
+from ddpm_ray.training.reporting import RATES, Wish
 from ddpm_ray.training.workers import Workers
 
 STEPS, EVERY = 24, 5
@@ -178,7 +178,7 @@ def _work(rank: int, count: int, meeting: str, settings: dict[str, Any], planned
         timeout=timedelta(seconds=LIFE_S),
     )  # fmt: skip
     config = from_dict(RunConfig, settings["config"])
-    run = assemble(config, settings, lambda _: False, Workers(rank, count))
+    run = assemble(config, settings, lambda _: Wish.NOTHING, Workers(rank, count))
     if settings["ledger"]:
         _keep_ledger(run, Path(f"{settings['ledger']}{rank}"))
     try:

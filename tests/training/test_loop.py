@@ -35,7 +35,7 @@ from ddpm_ray.training.checkpoints import CheckpointStore, CheckpointWriter
 from ddpm_ray.training.divergence import DivergedError, Guard
 from ddpm_ray.training.gallery import Gallery
 from ddpm_ray.training.loop import Run, train
-from ddpm_ray.training.reporting import RATES, Progress, Row
+from ddpm_ray.training.reporting import RATES, Progress, Row, Wish
 from ddpm_ray.training.state import Snapshot
 from ddpm_ray.training.step_log import StepLog
 from ddpm_ray.training.workers import Workers
@@ -177,7 +177,7 @@ def begin(
         log=log,
         checkpoints=CheckpointWriter(store),
         sink=sink,
-        show_progress=lambda progress: False,
+        show_progress=lambda progress: Wish.NOTHING,
         draw_grid=lambda step: None,
         draw_strip=lambda step: None,
         evaluate=lambda step: None,
@@ -383,9 +383,9 @@ def test_each_probe_is_there_once_whatever_died(
     again = begin(config, tmp_path, ledger)
     told: list[list[int]] = []
 
-    def show(progress: Progress) -> bool:
+    def show(progress: Progress) -> Wish:
         told.append([probe["step"] for probe in progress.probes])
-        return False
+        return Wish.NOTHING
 
     again.show_progress = show
     assert train(again)
@@ -404,9 +404,9 @@ def test_a_probe_is_told_at_once_however_rare_reports_are(
     run = begin(configured(data), tmp_path)
     newest: list[tuple[int, int]] = []
 
-    def show(progress: Progress) -> bool:
+    def show(progress: Progress) -> Wish:
         newest.append((progress.step, progress.probes[-1]["step"] if progress.probes else 0))
-        return progress.step == 4
+        return Wish.STOP if progress.step == 4 else Wish.NOTHING
 
     run.show_progress = show
     assert not train(run)
@@ -466,7 +466,7 @@ def test_a_run_that_is_asked_to_stop_commits_and_can_go_on(
 ) -> None:
     config, ledger = configured(data), Ledger()
     run = begin(config, tmp_path, ledger)
-    run.show_progress = lambda progress: progress.step >= at
+    run.show_progress = lambda progress: Wish.STOP if progress.step >= at else Wish.NOTHING
     assert train(run) == (at == STEPS)
     found = CheckpointStore(str(tmp_path)).load()
     assert found is not None
@@ -479,6 +479,24 @@ def test_a_run_that_is_asked_to_stop_commits_and_can_go_on(
 
 
 @pytest.mark.usefixtures("_reports_at_each_step")
+def test_a_run_that_is_asked_to_save_commits_and_goes_on(
+    data: str, unbroken: Callable[..., tuple[Snapshot, Ledger]], tmp_path: Path
+) -> None:
+    run, told = begin(configured(data), tmp_path), []
+
+    def show(progress: Progress) -> Wish:
+        told.append(progress.checkpoint)
+        run.checkpoints.wait()  # what was committed is told at the next report
+        return Wish.SAVE if progress.step == 3 else Wish.NOTHING
+
+    run.show_progress = show
+    assert train(run)
+    assert not any("step-00000003" in checkpoint for checkpoint in told[:3])
+    assert "step-00000003" in told[4]
+    assert_same_bits(bits(run), unbroken()[0])
+
+
+@pytest.mark.usefixtures("_reports_at_each_step")
 def test_each_thing_is_done_at_its_steps(data: str, tmp_path: Path) -> None:
     told: list[tuple[str, int]] = []
     run = begin(
@@ -488,10 +506,10 @@ def test_each_thing_is_done_at_its_steps(data: str, tmp_path: Path) -> None:
     run.draw_strip = lambda step: told.append(("strip", step))
     run.evaluate = lambda step: told.append(("evaluate", step))
 
-    def show(progress: Progress) -> bool:
+    def show(progress: Progress) -> Wish:
         told.append(("progress", progress.step))
         assert (progress.steps, progress.images_per_s > 0) == (STEPS, True)
-        return False
+        return Wish.NOTHING
 
     run.show_progress = show
     assert train(run)

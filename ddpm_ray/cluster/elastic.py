@@ -1,0 +1,61 @@
+"""How many workers a run goes on with, as nodes come and go; asked by Ray Train's controller."""
+
+import logging
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from ray.train import ScalingConfig
+from ray.train.v2._internal.execution.scaling_policy import (
+    ElasticScalingPolicy,
+    NoopDecision,
+    ResizeDecision,
+    ScalingDecision,
+)
+
+from ddpm_ray.cluster.control import Desk
+from ddpm_ray.training.reporting import Wish
+
+log = logging.getLogger(__name__)
+
+SAVE_S = 30.0  # for which a change waits for a checkpoint, so that next to no step is done twice
+
+
+class ElasticPolicy(ElasticScalingPolicy):  # type: ignore[misc]  # Ray's types are not followed
+    """As Ray's, but with numbers of workers that can share a batch, and a checkpoint before each
+    change: Ray ends the workers where they stand.
+    """
+
+    def __init__(self, config: ScalingConfig, counts: Sequence[int], desk: Desk) -> None:
+        super().__init__(config)
+        self._counts, self._desk = list(counts), desk
+        self._wanted: ResizeDecision | None = None
+        self._asked_s, self._saved = 0.0, ""  # when, and what was the newest checkpoint then
+
+    def _count_possible_workers(self, reserved_resources: Any) -> int:
+        possible = super()._count_possible_workers(reserved_resources)
+        return max((count for count in self._counts if count <= possible), default=0)
+
+    def make_decision_for_running_worker_group(self, state: Any, status: Any) -> ScalingDecision:
+        """Ray's own, once a checkpoint was committed since it was made."""
+        if self._wanted is None:
+            decision = super().make_decision_for_running_worker_group(state, status)
+            if isinstance(decision, ResizeDecision):
+                self._wanted, self._asked_s = decision, time.monotonic()
+                self._saved = self._newest()
+                self._desk.ask(Wish.SAVE)
+                return NoopDecision()
+            return decision
+        if self._newest() == self._saved and time.monotonic() - self._asked_s < SAVE_S:
+            return NoopDecision()
+        decision, self._wanted = self._wanted, None
+        return decision
+
+    def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
+        """Ray's own; a change that was wanted before the workers were lost is forgotten."""
+        self._wanted = None
+        return super().make_decision_for_non_running_worker_group()
+
+    def _newest(self) -> str:
+        notes = self._desk.look()
+        return notes.progress.checkpoint if notes.progress else ""
