@@ -34,6 +34,7 @@ from ddpm_ray.diffusion.seeding import Purpose, normal, uniform_int
 from ddpm_ray.knobs import from_dict, load, to_dict
 from ddpm_ray.training.lease import Lease
 from ddpm_ray.training.loop import Run, report, save, take_step
+from ddpm_ray.training.reporting import Wish
 
 ROUNDS = int(sys.argv[1]) if len(sys.argv) > 1 else 12
 BATCH = 16
