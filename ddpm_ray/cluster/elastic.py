@@ -36,10 +36,10 @@ class ElasticPolicy(ElasticScalingPolicy):  # type: ignore[misc]  # Ray's types 
         possible = super()._count_possible_workers(reserved_resources)
         return max((count for count in self._counts if count <= possible), default=0)
 
-    def make_decision_for_running_worker_group(self, state: Any, status: Any) -> ScalingDecision:
+    def make_decision_for_running_worker_group(self, **state: Any) -> ScalingDecision:
         """Ray's own, once a checkpoint was committed since it was made."""
         if self._wanted is None:
-            decision = super().make_decision_for_running_worker_group(state, status)
+            decision = super().make_decision_for_running_worker_group(**state)
             if isinstance(decision, ResizeDecision):
                 self._wanted, self._asked_s = decision, time.monotonic()
                 self._saved = self._newest()
