@@ -26,10 +26,13 @@ class Tracker:
     every checkpoint, and are tried again every few seconds.
     """
 
-    def __init__(self, run: TrackedRun, flush_every_s: float, unsent: list[Row]) -> None:
-        self._run, self._flush_every_s = run, flush_every_s
+    def __init__(
+        self, find_run: Callable[[], TrackedRun], flush_every_s: float, unsent: list[Row]
+    ) -> None:
+        """`find_run` is asked until it answers: MLflow may be away when a run starts."""
+        self._find_run, self._flush_every_s = find_run, flush_every_s
         self._rows: deque[Row] = deque(unsent)
-        self._files: deque[Callable[[MlflowClient], None]] = deque()
+        self._files: deque[Callable[[MlflowClient, TrackedRun], None]] = deque()
         self._last_rate: dict[str, int] = {}
         self._lock, self._closing, self._given_up = Lock(), Event(), Event()
         self._thread = Thread(target=self._work, name="mlflow", daemon=True)
@@ -42,11 +45,11 @@ class Tracker:
 
     def image(self, key: str, step: int, image: Image.Image) -> None:
         """Queue a stepped picture."""
-        self._files.append(lambda client: log_image(client, self._run, key, step, image))
+        self._files.append(lambda client, run: log_image(client, run, key, step, image))
 
     def document(self, path: str, content: dict[str, Any]) -> None:
         """Queue a JSON file below the run's artifacts."""
-        self._files.append(lambda client: client.log_dict(self._run.run_id, content, path))
+        self._files.append(lambda client, run: client.log_dict(run.run_id, content, path))
 
     def unsent(self) -> list[Row]:
         """Rows that MLflow has not acknowledged."""
@@ -61,48 +64,49 @@ class Tracker:
         return not self._thread.is_alive()
 
     def _work(self) -> None:
-        client = None
+        found = None
         while True:
             closing = self._closing.wait(self._flush_every_s)
             try:
-                client = client or self._connected()
-                self._send(client)
+                found = found or self._connected()
+                self._send(*found)
                 if closing:
                     return
             except Exception as error:  # noqa: BLE001 - whatever it is, rows are kept and retried
-                log.warning("MLflow at %s: %s; kept, tried again", self._run.uri, brief(error))
+                log.warning("rows for MLflow: %s; kept, tried again", brief(error))
                 if self._given_up.wait(RETRY_S):
                     return
 
-    def _connected(self) -> MlflowClient:
-        """A client, once it is known which rates this run's earlier lives have logged."""
-        client = MlflowClient(tracking_uri=self._run.uri)
+    def _connected(self) -> tuple[MlflowClient, TrackedRun]:
+        """A client and the run, once it is known which rates its earlier lives have logged."""
+        run = self._find_run()
+        client = MlflowClient(tracking_uri=run.uri)
         for key in RATES:
-            history = client.get_metric_history(self._run.run_id, key)
+            history = client.get_metric_history(run.run_id, key)
             self._last_rate[key] = max((metric.step for metric in history), default=0)
-        return client
+        return client, run
 
-    def _send(self, client: MlflowClient) -> None:
+    def _send(self, client: MlflowClient, run: TrackedRun) -> None:
         while self._rows:
             with self._lock:
-                batch, count = self._next_batch()
+                batch, count = self._next_batch(run.start_ms)
             faults.at("flush")
-            client.log_batch(self._run.run_id, metrics=batch)
+            client.log_batch(run.run_id, metrics=batch)
             faults.at("sent")
             with self._lock:
                 for _ in range(count):
                     self._rows.popleft()
         while self._files:
-            self._files[0](client)
+            self._files[0](client, run)
             self._files.popleft()
 
-    def _next_batch(self) -> tuple[list[Metric], int]:
+    def _next_batch(self, start_ms: int) -> tuple[list[Metric], int]:
         """Metrics of the oldest rows, as many whole rows as one call takes, and their number."""
         metrics: list[Metric] = []
         count = 0
         for row in self._rows:
             own = [
-                Metric(key, value, self._run.start_ms + row.step, row.step)
+                Metric(key, value, start_ms + row.step, row.step)
                 for key, value in row.metrics.items()
                 if row.step > self._last_rate.get(key, -1)
             ]

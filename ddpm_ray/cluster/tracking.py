@@ -48,6 +48,27 @@ class TrackingError(RuntimeError):
         return f"{place}: {reason}; {remedy}"
 
 
+class TrackingOutageError(TrackingError):
+    """A server that does not answer now: it may later."""
+
+
+@dataclass(frozen=True)
+class RunCard:
+    """All that MLflow is told of a run: enough to find it, or to make it, at any time."""
+
+    uri: str
+    experiment: str
+    name: str
+    identity: str
+    artifacts: str | None  # where a new experiment keeps its files; None: the server knows
+    parent: str  # id of the run that the UI shows it under; may be empty
+    params: dict[str, Any]
+    tags: dict[str, str]
+    config_yaml: str
+    dataset_url: str
+    dataset_fingerprint: str
+
+
 @dataclass(frozen=True)
 class TrackedRun:
     """Where a run's rows go; small and plain, so that it travels to the workers."""
@@ -63,6 +84,22 @@ class TrackedRun:
         return f"/#/experiments/{self.experiment_id}/runs/{self.run_id}/model-metrics"
 
 
+def open_run(card: RunCard) -> TrackedRun:
+    """The MLflow run that `card` tells of: found or created, described, RUNNING. TrackingError."""
+    run = find_or_create_run(
+        card.uri, card.experiment, card.name, card.identity, card.artifacts, card.parent
+    )
+    describe(
+        run,
+        params=card.params,
+        tags=card.tags,
+        config_yaml=card.config_yaml,
+        dataset_url=card.dataset_url,
+        dataset_fingerprint=card.dataset_fingerprint,
+    )
+    return run
+
+
 def find_or_create_run(
     uri: str,
     experiment: str,
@@ -73,21 +110,35 @@ def find_or_create_run(
 ) -> TrackedRun:
     """The MLflow run of the training run `identity`, set to RUNNING; created where there is none.
 
-    `artifacts` is where a new experiment keeps its files; None leaves it to the server. `parent` is
-    the id of the run that the UI shows it under. Raises TrackingError.
+    `artifacts` and `parent` are as in RunCard. Raises TrackingError.
     """
     with answering(uri):
         client = MlflowClient(tracking_uri=uri)
-        found = client.get_experiment_by_name(experiment)
-        experiment_id = (
-            found.experiment_id if found else client.create_experiment(experiment, artifacts)
-        )
+        experiment_id = _experiment(client, experiment, artifacts)
         query = f"tags.`{RUN_TAG}` = '{identity}'"
         tags = {RUN_TAG: identity} | ({MLFLOW_PARENT_RUN_ID: parent} if parent else {})
-        hits = client.search_runs([experiment_id], query, max_results=1)
-        run = hits[0] if hits else client.create_run(experiment_id, None, tags, name)
+        if not (hits := client.search_runs([experiment_id], query)):
+            client.create_run(experiment_id, None, tags, name)
+            hits = client.search_runs([experiment_id], query)
+        # Where the answer to a creation is lost, the client below asks for another one.
+        run, *twins = sorted(hits, key=lambda hit: str(hit.info.run_id))
+        for twin in twins:
+            client.delete_run(twin.info.run_id)
         client.update_run(run.info.run_id, status="RUNNING")
         return TrackedRun(uri, run.info.run_id, experiment_id, run.info.start_time)
+
+
+def _experiment(client: MlflowClient, name: str, artifacts: str | None) -> str:
+    """Its id; created where there is none."""
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        try:
+            return str(client.create_experiment(name, artifacts))
+        except MlflowException as error:  # by another run, or by us, and the answer was lost
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+            found = client.get_experiment_by_name(name)
+    return str(found.experiment_id)
 
 
 def describe(
@@ -200,7 +251,14 @@ def answering(uri: str) -> Iterator[None]:
         reason, remedy = "MLflow does not answer", "start it, or correct tracking.uri"
         if getattr(error, "error_code", "") == "RESOURCE_DOES_NOT_EXIST":
             reason, remedy = "MLflow has no such thing", "check the run's id or the model's name"
-        raise TrackingError(uri, f"{reason} ({brief(error)})", remedy) from error
+        kind = TrackingOutageError if _may_pass(uri, error) else TrackingError
+        raise kind(uri, f"{reason} ({brief(error)})", remedy) from error
+
+
+def _may_pass(uri: str, error: Exception) -> bool:
+    """Whether a server, and not what is asked of it, is at fault; a local database never is."""
+    passing = "INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED"
+    return uri.startswith("http") and getattr(error, "error_code", passing[0]) in passing
 
 
 def brief(error: Exception) -> str:

@@ -87,44 +87,60 @@ def train(
         {"config": to_dict(config), "data_fingerprint": dataset.fingerprint},
         lambda begun: _differing(config, begun),
     )
-    tracked = tracking.find_or_create_run(
+    card = _card(config, dataset, identity, part_of)
+    tracked = _tracked(card)
+    try:
+        settings = {
+            "config": to_dict(config),
+            "folder": folder,
+            "identity": identity,
+            "lease": vars(_lease(folder)),
+            "card": vars(card),
+            "tracked": vars(tracked) if tracked else None,
+        }
+        ended = group.run(
+            train_worker, settings, config.cluster, show, on_start, config.worker_counts
+        )
+        finished = ended["step"] >= config.training.steps
+        tracked = tracked or tracking.open_run(card)
+        if finished:
+            registry.log_model(tracked, ended["checkpoint"], "ddpm_ray.cluster.served_model")
+    except BaseException as error:
+        status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
+        with contextlib.suppress(tracking.TrackingError):  # `error` is what matters
+            tracking.finish(tracked or tracking.open_run(card), status, str(error))
+        raise
+    tracking.finish(tracked, "FINISHED" if finished else "KILLED")
+    return Outcome(finished, _report(config, folder, tracked, ended), ended)
+
+
+def _card(
+    config: RunConfig, dataset: Dataset, identity: str, part_of: PartOf | None
+) -> tracking.RunCard:
+    return tracking.RunCard(
         config.tracking.uri,
         config.tracking.experiment,
         part_of.label if part_of else config.name,
         identity,
         artifacts_beside(config.tracking.uri),
         part_of.run_id if part_of else "",
+        params={key: flat(config)[key] for key in PARAMS} | (part_of.values if part_of else {}),
+        tags=tags_of(dataset),
+        config_yaml=to_yaml(config),
+        dataset_url=config.data.url,
+        dataset_fingerprint=dataset.fingerprint,
     )
-    log.info("MLflow run %s", tracked.run_id)
+
+
+def _tracked(card: tracking.RunCard) -> tracking.TrackedRun | None:
+    """The run in MLflow; None, with a warning, where a server does not answer: it may later."""
     try:
-        tracking.describe(
-            tracked,
-            params={key: flat(config)[key] for key in PARAMS} | (part_of.values if part_of else {}),
-            tags=tags_of(dataset),
-            config_yaml=to_yaml(config),
-            dataset_url=config.data.url,
-            dataset_fingerprint=dataset.fingerprint,
-        )
-        settings = {
-            "config": to_dict(config),
-            "folder": folder,
-            "identity": identity,
-            "lease": vars(_lease(folder)),
-            "tracked": vars(tracked),
-        }
-        ended = group.run(
-            train_worker, settings, config.cluster, show, on_start, config.worker_counts
-        )
-        finished = ended["step"] >= config.training.steps
-        if finished:
-            registry.log_model(tracked, ended["checkpoint"], "ddpm_ray.cluster.served_model")
-    except BaseException as error:
-        status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
-        with contextlib.suppress(tracking.TrackingError):  # `error` is what matters
-            tracking.finish(tracked, status, str(error))
-        raise
-    tracking.finish(tracked, "FINISHED" if finished else "KILLED")
-    return Outcome(finished, _report(config, folder, tracked, ended), ended)
+        found = tracking.open_run(card)
+    except tracking.TrackingOutageError as error:
+        log.warning("%s. Training goes on; its rows are kept, and sent once it answers", error)
+        return None
+    log.info("MLflow run %s", found.run_id)
+    return found
 
 
 def _differing(config: RunConfig, begun: dict[str, Any]) -> list[str]:

@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import ray.train
@@ -12,10 +13,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ddpm_ray import build
-from ddpm_ray.cluster import placement
+from ddpm_ray.cluster import placement, tracking
 from ddpm_ray.cluster.control import Desk
 from ddpm_ray.cluster.tracker import Tracker
-from ddpm_ray.cluster.tracking import TrackedRun
+from ddpm_ray.cluster.tracking import RunCard, TrackedRun
 from ddpm_ray.cluster.watch import Pulse
 from ddpm_ray.config import RunConfig
 from ddpm_ray.data import storage
@@ -120,8 +121,8 @@ def assemble(
         log.resume(snapshot.facts["bands"])
         guard.resume(snapshot.facts["guard"])
         unsent = [Row(**row) for row in snapshot.facts["unsent_rows"]]
-    tracked = TrackedRun(**settings["tracked"])
-    sink = Tracker(tracked, config.tracking.flush_every_s, unsent) if workers.leads else None
+    find_run = partial(_tracked_run, settings)
+    sink = Tracker(find_run, config.tracking.flush_every_s, unsent) if workers.leads else None
     objective = build.objective(config, workers.device)
     gallery = Gallery(
         state,
@@ -150,6 +151,13 @@ def assemble(
         evaluate=_Judge(config, dataset, gallery).evaluate,
         probe=_prober(config, dataset, gallery),
     )
+
+
+def _tracked_run(settings: dict[str, Any]) -> TrackedRun:
+    """The run as the driver has found it, or as MLflow has it where it was away then."""
+    if settings["tracked"] is not None:
+        return TrackedRun(**settings["tracked"])
+    return tracking.open_run(RunCard(**settings["card"]))
 
 
 def _writer(config: RunConfig, settings: dict[str, Any], workers: Workers) -> CheckpointWriter:

@@ -7,6 +7,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,9 +20,9 @@ from mlflow import MlflowClient
 from PIL import Image
 
 from ddpm_ray import build
-from ddpm_ray.cluster import registry, tracker, tracking
+from ddpm_ray.cluster import registry, tracker, tracking, training_run
 from ddpm_ray.cluster.tracker import Tracker
-from ddpm_ray.cluster.tracking import TrackedRun, TrackingError
+from ddpm_ray.cluster.tracking import RunCard, TrackedRun, TrackingError, TrackingOutageError
 from ddpm_ray.config import RunConfig
 from ddpm_ray.knobs import load, to_dict
 from ddpm_ray.training.checkpoints import CheckpointStore
@@ -83,7 +84,7 @@ def rows(steps: range, rate: float = 1.0) -> list[Row]:
 
 def sent(run: TrackedRun, *parts: list[Row], unsent: list[Row] | None = None) -> Tracker:
     """A closed tracker that has sent all of `parts`."""
-    tracker = Tracker(run, 0.01, unsent or [])
+    tracker = Tracker(lambda: run, 0.01, unsent or [])
     for part in parts:
         tracker.rows(part)
     assert tracker.close(PATIENCE_S)
@@ -163,7 +164,7 @@ def test_pictures_and_documents_arrive_once(uri: str, new_run: NewRun, tmp_path:
     """Also two pictures of one step, and also where a second life sends them again."""
     run, image = new_run(uri), Image.fromarray(np.arange(600, dtype=np.uint8).reshape(20, 30))
     for score in (1, 2):
-        tracker = Tracker(run, 0.01, [])
+        tracker = Tracker(lambda: run, 0.01, [])
         for key, step in (("samples", 5), ("samples", 10), ("denoising", 10)):
             tracker.image(key, step, image)
         tracker.document("evaluation/step-00000010.json", {"score": score})
@@ -193,7 +194,7 @@ def test_pictures_are_named_as_mlflow_names_them(
     def names() -> set[str]:
         return {item.path for item in client.list_artifacts(run.run_id, "images")}
 
-    tracker = Tracker(run, 0.01, [])
+    tracker = Tracker(lambda: run, 0.01, [])
     tracker.image("k", 7, image)
     assert tracker.close(PATIENCE_S)
     ours = names()
@@ -230,6 +231,49 @@ def test_what_a_run_is_stands_in_it_and_may_be_told_again(uri: str, new_run: New
     assert [(tag.key, tag.value) for tag in dataset.tags] == [("mlflow.data.context", "training")]
 
 
+def test_of_two_runs_that_a_lost_answer_left_one_remains(uri: str, tmp_path: Path) -> None:
+    artifacts = None if uri.startswith("http") else str(tmp_path)
+    experiment = f"twins {tmp_path}"
+    first = tracking.find_or_create_run(uri, experiment, "tiny", "one", artifacts)
+    client = MlflowClient(uri)
+    client.create_run(first.experiment_id, None, {tracking.RUN_TAG: "one"}, "tiny")
+    found = tracking.find_or_create_run(uri, experiment, "tiny", "one", artifacts)
+    (left,) = client.search_runs([first.experiment_id])
+    assert left.info.run_id == found.run_id
+
+
+@pytest.mark.usefixtures("_impatient")
+def test_a_server_that_is_away_when_a_run_starts_misses_nothing(
+    line: Line, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The driver goes on without a run; the worker's tracker makes it once it can."""
+    card = RunCard(
+        line.uri, f"away {tmp_path}", "tiny", "one", None, "",
+        params={"seed": 1}, tags={"a": "b"}, config_yaml="seed: 1\n",
+        dataset_url="/shards/digits", dataset_fingerprint="f" * 64,
+    )  # fmt: skip
+    line.cut()
+    assert training_run._tracked(card) is None
+    assert "Training goes on; its rows are kept" in caplog.text
+    tracker = Tracker(partial(tracking.open_run, card), 0.01, [])
+    tracker.rows(rows(range(1, 8)))
+    until(lambda: "kept, tried again" in caplog.text)
+    assert tracker.unsent() == rows(range(1, 8))
+    line.up = True
+    assert tracker.close(PATIENCE_S)
+    run = tracking.open_run(card)
+    (found,) = MlflowClient(run.uri).search_runs([run.experiment_id])
+    assert (found.data.params, found.data.tags["a"]) == ({"seed": "1"}, "b")
+    assert history(run, "train/loss") == [(step, 1 / step) for step in range(1, 8)]
+
+
+def test_what_will_not_pass_is_no_outage(uri: str, tmp_path: Path) -> None:
+    """A name that MLflow refuses stays refused: the run ends at once, with the line."""
+    with pytest.raises(TrackingError, match="does not answer") as told:
+        tracking.find_or_create_run(uri, "", "tiny", "one", str(tmp_path))
+    assert not isinstance(told.value, TrackingOutageError)
+
+
 def test_a_dead_server_is_told_in_a_line_within_seconds() -> None:
     """Nobody listens on port 9 of this host; MLflow's own defaults would try for two minutes."""
     begun_s = time.monotonic()
@@ -260,7 +304,7 @@ def test_an_outage_loses_nothing_and_stops_no_step(
 ) -> None:
     """Rows of the outage stand in unsent(), for the checkpoint, and arrive after it, once."""
     run = new_run(line.uri)
-    tracker = Tracker(run, 0.01, [])
+    tracker = Tracker(lambda: run, 0.01, [])
     tracker.rows(rows(range(1, 8)))
     until(lambda: not tracker.unsent())
     line.cut()
@@ -283,7 +327,7 @@ def test_a_server_that_was_away_at_the_start_still_has_no_rate_twice(
     run = new_run(line.uri)
     sent(run, rows(range(1, 11)))
     line.cut()
-    tracker = Tracker(run, 0.01, [])
+    tracker = Tracker(lambda: run, 0.01, [])
     tracker.rows(rows(range(4, 16), rate=9.0))
     until(lambda: caplog.text.count("kept, tried again") >= 2)
     line.up = True
@@ -297,7 +341,7 @@ def test_at_the_end_a_dead_server_costs_the_patience_and_no_more(
 ) -> None:
     run = new_run(line.uri)
     line.cut()
-    tracker = Tracker(run, 0.01, [])
+    tracker = Tracker(lambda: run, 0.01, [])
     tracker.rows(rows(range(1, 4)))
     begun_s = time.monotonic()
     assert not tracker.close(0.5)

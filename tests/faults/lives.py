@@ -21,12 +21,12 @@ import torch.distributed as dist
 from mlflow import MlflowClient
 
 from ddpm_ray import faults
-from ddpm_ray.cluster import tracking
+from ddpm_ray.cluster import tracking, training_run
 from ddpm_ray.cluster.worker import assemble
 from ddpm_ray.config import RunConfig
 from ddpm_ray.diffusion import seeding
 from ddpm_ray.diffusion.seeding import Purpose
-from ddpm_ray.knobs import from_dict, load, to_dict
+from ddpm_ray.knobs import from_dict, load, to_dict, to_yaml
 from ddpm_ray.training.checkpoints import CHECKPOINTS, CheckpointStore
 from ddpm_ray.training.lease import Lease
 from ddpm_ray.training.loop import Run, train
@@ -90,12 +90,16 @@ class Life:
         where = (f"data.url={self.data}", f"storage={self.folder}", f"tracking.uri={uri}")
         self.config = load(RunConfig, self.config_file, [*self.overrides, *where])
 
+    @property
+    def card(self) -> tracking.RunCard:
+        return tracking.RunCard(
+            self.config.tracking.uri, "faults", "tiny", "identity", str(self.folder / "artifacts"),
+            "", {}, {}, to_yaml(self.config), self.data, "fingerprint",
+        )  # fmt: skip
+
     def drive(self) -> None:
         """What the driver does before it starts workers: find the MLflow run, take its lease."""
-        self.tracked = tracking.find_or_create_run(
-            self.config.tracking.uri, "faults", "tiny", "identity", str(self.folder / "artifacts")
-        )
-
+        self.tracked = training_run._tracked(self.card)
         checkpoints = str(self.folder / "tiny" / CHECKPOINTS)
         self.lease = Lease.first(checkpoints, CheckpointStore(checkpoints).pointer().epoch)
 
@@ -104,12 +108,12 @@ class Life:
 
         As Ray's controller does, it kills the others where one has died.
         """
-        assert self.tracked is not None
         assert self.lease is not None
         self.lives += 1
         settings = {
             "config": to_dict(self.config), "folder": str(self.folder / "tiny"),
-            "identity": "identity", "tracked": vars(self.tracked), "lease": vars(self.lease),
+            "identity": "identity", "lease": vars(self.lease), "card": vars(self.card),
+            "tracked": vars(self.tracked) if self.tracked else None,
             "ledger": str(self.folder / f"ledger-{self.lives}-") if self.ledger else "",
         }  # fmt: skip
         meeting = self.folder / f"meeting-{self.lives}"
@@ -131,7 +135,7 @@ class Life:
 
     def end(self) -> Ended:
         """Close the MLflow run and look at all there is."""
-        assert self.tracked is not None
+        self.tracked = self.tracked or tracking.open_run(self.card)
         tracking.finish(self.tracked, "FINISHED")
         client = MlflowClient(tracking_uri=self.config.tracking.uri)
         run = client.get_run(self.tracked.run_id)

@@ -58,7 +58,7 @@ MUTATIONS = (
     Mutation("rows that MLflow lacks are forgotten", "ddpm_ray/training/loop.py",
              "for row in run.sink.unsent()", "for row in []", ENDS),
     Mutation("rows are stamped by the clock", TRACKER,
-             "self._run.start_ms + row.step", '__import__("time").time_ns() // 10**6', ENDS),
+             "start_ms + row.step", '__import__("time").time_ns() // 10**6', ENDS),
     Mutation("rates are told again on replay", TRACKER,
              "if row.step > self._last_rate.get(key, -1)", "if True", ENDS),
     Mutation("bytes are not compared with their sha256", "ddpm_ray/data/verified.py",
