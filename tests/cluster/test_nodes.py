@@ -80,10 +80,7 @@ def test_a_run_goes_on_with_fewer_workers_and_again_with_more() -> None:
             back.append(shown(line))
             nodes.rejoin(SECOND)
 
-    elastic = (
-        "cluster.min_workers=1", "cluster.resize_every_s=5", "training.reduction=elastic",
-        "cluster.max_failures=0",
-    )  # fmt: skip
+    elastic = "cluster.min_workers=1", "cluster.resize_every_s=5", "training.reduction=elastic"
     with Nodes(cpus=(1, 1)) as nodes:
         code = nodes.submit("train", *training(1500, 500), *elastic, watch=strike)
         assert code == 0, nodes.told("train")
