@@ -15,7 +15,7 @@ import posixpath
 import shutil
 import uuid
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -255,7 +255,24 @@ def _filesystem(url: str) -> tuple[Any, str]:
         }
     filesystem, path = fsspec.core.url_to_fs(url, **options)
     filesystem.retries = 1  # s3fs's own: its pauses grow to seconds
+    if "config_kwargs" in options:
+        filesystem._call_s3 = partial(_call_once, filesystem)
     return filesystem, path
+
+
+async def _call_once(filesystem: Any, method: str, *options: Any, **more: Any) -> Any:
+    """What s3fs's `_call_s3` does, but for its loop, which pauses 0.1 s after the last try too.
+
+    With 5 % of answers 503 that pause alone cost a quarter of the throughput.
+    """
+    from s3fs.errors import translate_boto_error  # half a second, for those with a bucket alone
+
+    await filesystem.set_session()
+    act = getattr(await filesystem.get_s3(more.get("Bucket")), method)
+    try:
+        return await act(**filesystem._get_s3_method_kwargs(act, *options, **more))
+    except Exception as error:
+        raise translate_boto_error(error) from error
 
 
 def _explained(url: str, error: Exception) -> StorageError:

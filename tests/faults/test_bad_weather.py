@@ -1,5 +1,6 @@
 """A store that refuses, resets, cuts and flips: every byte that is used is the one that was put."""
 
+import asyncio
 import hashlib
 import random
 import threading
@@ -103,6 +104,27 @@ def test_an_outage_is_waited_out_and_one_that_lasts_is_told(
         storage.write_bytes(url, b"2")
         assert storage.read_bytes(url) == b"2"
         ends.join()
+
+
+def test_nobody_below_us_pauses_after_a_refusal(
+    s3_server: str, use_s3: Callable[[str, str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pauses_s: list[float] = []
+    sleep = asyncio.sleep
+
+    async def noted(delay_s: float, result: object = None) -> object:
+        pauses_s.append(delay_s)
+        return await sleep(delay_s, result)
+
+    monkeypatch.setattr(asyncio, "sleep", noted)
+    weather = Weather(slow_down=0.5)
+    with through(s3_server, weather) as endpoint:
+        url = f"{use_s3(endpoint, 'secret')}/refused"
+        storage.write_bytes(url, b"1")
+        for _ in range(10):
+            assert storage.read_bytes(url) == b"1"
+    assert weather.done["slow_down"] >= 3
+    assert not any(pauses_s), pauses_s
 
 
 def test_only_one_creates_what_is_new_though_the_answer_was_lost(tmp_path: Path) -> None:
