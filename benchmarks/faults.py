@@ -1,0 +1,299 @@
+"""What faults cost, ours beside what a user has without us, struck alike on the same machine.
+
+    python -m benchmarks.faults [--only kills frozen ...] [--rounds 1]
+
+`kills`: 40 steps of two workers, a checkpoint every 5, a SIGKILL at three marked steps, against an
+ordinary TorchTrainer function (struck/plain.py) on the same cluster, network and images. Steps are
+counted from a file to which the workers append. The least that can be repeated are the steps since
+the last multiple of 5. `frozen`: a SIGSTOP, from then until a line names the worker; the plain run
+is watched for --patience seconds and then let go on. `useful`: a SIGKILL each minute; the time
+spent in steps that are new, over the time between the first and the last kill. The other rows need
+no Ray: struck/stores.py, struck/alone.py.
+"""
+
+import argparse
+import contextlib
+import logging
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+import numpy as np
+import ray
+from mlflow import MlflowClient
+from ray.train import FailureConfig, LoggingConfig, ScalingConfig
+from ray.train import RunConfig as RayRunConfig
+from ray.train.torch import TorchTrainer
+
+from benchmarks.struck.alone import checkpoint, outage
+from benchmarks.struck.notes import Struck, marks, note, noted
+from benchmarks.struck.plain import KEY, plain_worker
+from benchmarks.struck.stores import corrupt, refused
+from benchmarks.struck.table import Line, shown
+from ddpm_ray import faults
+from ddpm_ray.cluster import group, tracking, training_run
+from ddpm_ray.cluster.worker import train_worker
+from ddpm_ray.config import RunConfig
+from ddpm_ray.data import storage
+from ddpm_ray.data.shards import fetch_shard
+from ddpm_ray.knobs import load
+from ddpm_ray.training import loop
+from ddpm_ray.training.checkpoints import CHECKPOINTS, CheckpointStore
+
+CONFIG = str(Path(__file__).parents[1] / "conf/train/digits.yaml")
+WORKERS, BATCH = 2, 32  # a step of about 0.1 s
+KEYS = (
+    "name=ours", f"cluster.num_workers={WORKERS}", f"training.global_batch_size={BATCH}",
+    "training.grid_every_steps=0", "sampling.steps=5", "evaluation.num_images=0",
+)  # fmt: skip
+STEPS, EVERY = 40, 5
+KILLS = "kill@gradient:9/1 kill@gradient:20/1 kill@gradient:35/1"
+COUNTS = "repeated", "least", "ignored", "orphans", "rows"
+FREEZE = "freeze@gradient:9/1"
+FOREVER, SELDOM, SETTLED, PERIOD_S = 1_000_000, 50, 60, 60.0  # of `useful`
+
+
+def noting_worker(settings: dict[str, Any]) -> dict[str, Any]:
+    """Our worker, which notes its steps as the plain one does."""
+    step, home = loop.take_step, Path(settings["folder"]).parent
+
+    def and_note(run: loop.Run) -> None:
+        step(run)
+        committed = run.checkpoints.committed
+        durable = int(storage.name_of(committed).split("-")[1]) if committed else 0
+        note(home, run.workers.rank, run.state.step, durable)
+
+    loop.take_step = and_note
+    return train_worker(settings)
+
+
+def ours(home: Path, steps: int, every: int, failures: int) -> Struck:
+    """A run of ours to its end, as jobs/train.py starts it."""
+    training_run.train_worker = noting_worker  # type: ignore[attr-defined]  # the driver's name of it
+    config = configured(
+        home, f"training.steps={steps}", f"training.checkpoint_every_steps={every}",
+        f"cluster.max_failures={failures}",
+    )  # fmt: skip
+    report = training_run.train(config, home, lambda _: None).report
+    rows = tracking.history(report["run_id"], report["tracking_uri"], "train/loss")
+    checkpoints = home / config.name / CHECKPOINTS
+    known = CheckpointStore(str(checkpoints)).pointer().references
+    return Struck(home, every, len(rows), len(list(checkpoints.glob("step-*"))) - len(known))
+
+
+def plain(home: Path, steps: int, every: int, failures: int) -> Struck:
+    """A run of the plain trainer to its end, by Ray's own defaults but for its failures."""
+    config = configured(home)
+    client = MlflowClient(tracking_uri=config.tracking.uri)
+    run_id = client.create_run(client.create_experiment("plain")).info.run_id
+    dataset = training_run.packed_data(config)
+    shards = [fetch_shard(dataset, number) for number in range(dataset.manifest.shards)]
+    images = np.concatenate([shard.images for shard in shards])
+    np.save(home / "images.npy", images.transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1)
+    model, side = config.model, dataset.manifest.image_shape[0]
+    network = {
+        "image_size": side, "image_channels": images.shape[-1], "groups": model.groups,
+        "base_channels": model.base_channels, "channel_mults": model.channel_mults,
+        "blocks_per_level": model.blocks_per_level, "dropout": model.dropout,
+        "attention_resolutions": model.attention_resolutions,
+    }  # fmt: skip
+    asked = {name: os.environ[name] for name in (faults.VARIABLE,) if name in os.environ}
+    settings = {
+        "environment": asked, "home": str(home), "network": network, "steps": steps, "every": every,
+        "images": str(home / "images.npy"), "batch": BATCH // WORKERS, "num_steps": 1000,
+        "uri": config.tracking.uri, "run_id": run_id,
+    }  # fmt: skip
+    own = set(group.TRAIN_ENVIRONMENT) | {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"}
+    with without(own):
+        TorchTrainer(
+            plain_worker,
+            train_loop_config=settings,
+            scaling_config=ScalingConfig(num_workers=WORKERS),
+            run_config=RayRunConfig(
+                name="plain", storage_path=str(home), logging_config=LoggingConfig("CRITICAL"),
+                failure_config=FailureConfig(max_failures=failures),
+            ),
+        ).fit()  # fmt: skip
+    known = (home / "plain/checkpoint_manager_snapshot.json").read_text()
+    orphans = [one for one in (home / "plain").glob("checkpoint_*/") if one.name not in known]
+    rows = tracking.history(run_id, config.tracking.uri, KEY)
+    return Struck(home, every, len(rows), len(orphans))
+
+
+Contestant = Callable[[Path, int, int, int], Struck]
+CONTESTANTS: dict[str, Contestant] = {"ours": ours, "plain": plain}
+
+
+def configured(home: Path, *keys: str) -> RunConfig:
+    """The digits, in `home`."""
+    uri = f"sqlite:///{home}/mlflow.db"
+    places = f"storage={home}", f"data.url={home}/digits", f"tracking.uri={uri}"
+    return load(RunConfig, CONFIG, [*KEYS, *places, *keys])
+
+
+@contextlib.contextmanager
+def without(names: set[str]) -> Iterator[None]:
+    """The environment without these: what our group sets for itself no other driver has."""
+    kept = {name: os.environ.pop(name) for name in names & set(os.environ)}
+    try:
+        yield
+    finally:
+        os.environ.update(kept)
+
+
+@contextlib.contextmanager
+def planned(home: Path, words: str) -> Iterator[None]:
+    """These faults for the workers that are started meanwhile."""
+    home.mkdir(parents=True)
+    os.environ[faults.VARIABLE] = f"{marks(home)} {words}"
+    try:
+        yield
+    finally:
+        del os.environ[faults.VARIABLE]
+
+
+def kills(folder: Path, options: argparse.Namespace) -> list[Line]:
+    """Three kills by marked steps."""
+    done: dict[str, list[Struck]] = {name: [] for name in CONTESTANTS}
+    for number in range(options.rounds):
+        for name, contestant in CONTESTANTS.items():
+            home = folder / f"kills-{number}-{name}"
+            with planned(home, KILLS):
+                done[name].append(contestant(home, STEPS, EVERY, len(KILLS.split())))
+    waits = {name: [s for one in runs for s in one.to_new_step_s()] for name, runs in done.items()}
+    told = {
+        name: {what: " ".join(f"{getattr(one, what)}" for one in runs) for what in COUNTS}
+        for name, runs in done.items()
+    }
+    mine, ratio = done["ours"], median(waits["ours"]) / median(waits["plain"])
+    quick = median(waits["ours"]) <= 12 and ratio <= 0.5
+    told_s = {name: shown(took_s) for name, took_s in waits.items()}
+    return [
+        Line(
+            "repeated steps (the least possible)",
+            {name: f"{t['repeated']} ({t['least']})" for name, t in told.items()},
+            "the least",
+            all(one.repeated == one.least for one in mine),
+        ),
+        Line(
+            "newest checkpoints ignored, orphans",
+            {name: f"{t['ignored']}, {t['orphans']}" for name, t in told.items()},
+            "0, 0",
+            not any(one.ignored or one.orphans for one in mine),
+        ),
+        Line(
+            f"rows in MLflow for {STEPS} steps",
+            {name: t["rows"] for name, t in told.items()},
+            f"{STEPS}",
+            all(one.rows == STEPS for one in mine),
+        ),
+        Line("kill to next new step, s", told_s, "12, x0.5", quick, f"x{ratio:.2f}"),
+    ]
+
+
+def frozen(folder: Path, options: argparse.Namespace) -> list[Line]:
+    """How long until somebody says that a worker stands still."""
+    named_s: list[float] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: (  # type: ignore[method-assign]
+        named_s.append(record.created) if "sign of life" in record.getMessage() else None
+    )
+    group.log.addHandler(handler)
+    with planned(folder / "frozen-ours", FREEZE):
+        mine = ours(folder / "frozen-ours", 2 * EVERY, EVERY, 1)
+    group.log.removeHandler(handler)
+    took_s = named_s[0] - mine.struck_s()[0]
+
+    home = folder / "frozen-plain"
+    with planned(home, FREEZE):
+        run = threading.Thread(target=plain, args=(home, 2 * EVERY, EVERY, 0))
+        run.start()
+        wait_for(lambda: marks(home).exists() and any(marks(home).iterdir()))
+        run.join(options.patience)
+        silent = run.is_alive()
+        os.kill(next(one.pid for one in noted(home) if one.rank == 1), signal.SIGCONT)
+        run.join()
+    told = f"{'>' if silent else '<'} {options.patience:.0f}"
+    both = {"ours": f"{took_s:.1f}", "plain": told}
+    return [Line("frozen worker: until named, s", both, "30", took_s <= 30)]
+
+
+def useful(folder: Path, options: argparse.Namespace) -> list[Line]:
+    """A kill each minute, at no particular step; the last one ends the run."""
+    found: dict[str, tuple[float, int]] = {}
+    for name, contestant in CONTESTANTS.items():
+        struck = Struck(folder / f"useful-{name}")
+        struck.home.mkdir()
+        killer = threading.Thread(target=kill_each_minute, args=(struck, options.minutes))
+        killer.start()
+        # Of whichever kind it is: the notes tell whether it went as planned.
+        with contextlib.suppress(group.RunFailedError, ray.train.TrainingFailedError):
+            contestant(struck.home, FOREVER, SELDOM, options.minutes)
+        killer.join()
+        found[name] = struck.useful()
+    shares = {name: f"{share:.0%}" for name, (share, _) in found.items()}
+    steps = {name: f"{count}" for name, (_, count) in found.items()}
+    ratio = f"x{found['ours'][1] / found['plain'][1]:.2f}"
+    return [
+        Line("useful time, a kill per 60 s", shares, "75%", found["ours"][0] >= 0.75),
+        Line("  new steps in that time", steps, "", True, ratio),
+    ]
+
+
+def kill_each_minute(struck: Struck, minutes: int) -> None:
+    wait_for(lambda: bool(notes := noted(struck.home)) and notes[-1].step >= SETTLED)
+    for number in range(minutes + 1):
+        threading.Event().wait(PERIOD_S if number else 0)
+        victim = [one for one in noted(struck.home) if one.rank > 0][-1]
+        struck.hits_s.append(time.time())
+        with contextlib.suppress(ProcessLookupError):  # not yet up again since the last one
+            os.kill(victim.pid, signal.SIGKILL)
+
+
+def wait_for(done: Callable[[], bool], limit_s: float = 120) -> None:
+    deadline = time.monotonic() + limit_s
+    while not done():
+        if time.monotonic() > deadline:
+            raise TimeoutError("the workers do not come so far")
+        threading.Event().wait(0.1)
+
+
+ON_RAY = {"kills": kills, "frozen": frozen, "useful": useful}
+ROWS = ON_RAY | {
+    "corrupt": corrupt, "refused": refused, "outage": outage, "checkpoint": checkpoint,
+}  # fmt: skip
+
+
+def main() -> None:
+    """Print the table, each row once it is measured."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", nargs="+", choices=ROWS, default=[*ROWS])
+    parser.add_argument("--rounds", type=int, default=1, help="of `kills`, `refused`")
+    parser.add_argument("--patience", type=float, default=60, help="with the plain frozen run, s")
+    parser.add_argument("--minutes", type=int, default=2, help="of `useful`")
+    parser.add_argument("--answers", type=int, default=10_000, help="changed ones, of `corrupt`")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        print(Line.HEAD, flush=True)
+        if ON_RAY.keys() & set(options.only):
+            here = max(WORKERS, os.cpu_count() or 1)
+            ray.init("local", num_cpus=here, logging_level=logging.WARNING, log_to_driver=False)
+        for name in options.only:
+            with contextlib.redirect_stdout(sys.stderr):  # what Ray says of each death
+                found = ROWS[name](Path(scratch), options)
+            print(*found, sep="\n", flush=True)
+        ray.shutdown()
+
+
+if __name__ == "__main__":
+    main()
