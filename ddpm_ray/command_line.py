@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ddpm_ray.cluster.interrupts import exit_code
 from ddpm_ray.knobs import Config, ConfigError, help_lines, load, to_yaml
+from ddpm_ray.telling import NO_SECRET, has_secret, told
 
 DONE, FAILED, WRONG_CONFIG, PARTLY_FAILED = 0, 1, 2, 3
 
@@ -36,13 +37,16 @@ def main(
     """
     try:
         arguments = _parser(usage, kind, names).parse_intermixed_args()
+        _refuse_secrets(arguments, names)
         config = load(kind, getattr(arguments, "config", None), arguments.overrides)
     except ConfigError as error:
         return _say(error, WRONG_CONFIG)
     if arguments.print_config:
         print(to_yaml(config), end="")
         return DONE
-    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Formatter("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("ddpm_ray").setLevel(logging.INFO)
     try:
         try:
@@ -68,6 +72,19 @@ def main(
         return _say(text + hint, FAILED)
     print(json.dumps(result), flush=True)
     return DONE
+
+
+class _Formatter(logging.Formatter):
+    """Names that come with the data cannot forge a line of the log."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - the library's name
+        return told(super().formatMessage(record))
+
+
+def _refuse_secrets(arguments: argparse.Namespace, names: tuple[str, ...]) -> None:
+    for name in names:
+        if has_secret(value := getattr(arguments, name.removeprefix("--"))):
+            raise ConfigError(f"command line: {name} is {value}: {NO_SECRET}")
 
 
 def _leave_ray() -> None:
@@ -170,7 +187,8 @@ def _parser(usage: str, kind: type[Config], names: tuple[str, ...]) -> _Parser:
 
 
 def _say(message: object, code: int) -> int:
-    lines = [message] if code > 128 else [f"error: {m}" for m in str(message).splitlines()]
+    start = "" if code > 128 else "error: "
+    lines = [f"{start}{told(line)}" for line in str(message).split("\n")]
     print(*lines, sep="\n", file=sys.stderr, flush=True)
     return code
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from ddpm_ray.command_line import ProgressLine, home_folder, main
 from ddpm_ray.job_config import PackConfig
+from ddpm_ray.telling import told
 
 
 def pack(config: PackConfig, arguments: Namespace) -> dict[str, Any]:
@@ -24,7 +25,7 @@ def pack(config: PackConfig, arguments: Namespace) -> dict[str, Any]:
     destination = storage.absolute(arguments.destination, home_folder())
     packed = packing.pack(arguments.source, destination, config, ProgressLine("shards"))
     for line in packed.skipped:
-        print(f"skipped: {line}", file=sys.stderr)
+        print(f"skipped: {told(line)}", file=sys.stderr)
     manifest = packed.dataset.manifest
     return {
         "destination": packed.dataset.url,

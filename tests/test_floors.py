@@ -15,6 +15,7 @@ ROOT = Path(__file__).parent.parent
 
 FLOORS = {
     "ddpm_ray.faults": 0,
+    "ddpm_ray.telling": 0,
     "ddpm_ray.diffusion": 0,
     "ddpm_ray.models": 1,
     "ddpm_ray.data": 1,
@@ -53,6 +54,7 @@ DOORS = {  # outside package: where alone it may be imported
 DIETS = {  # module or folder: all that it may import from outside, beside the standard library
     "ddpm_ray.diffusion": {"torch"},
     "ddpm_ray.faults": set[str](),
+    "ddpm_ray.telling": set[str](),
     "ddpm_ray.data.order": {"numpy"},
     "ddpm_ray.config": set[str](),
     "ddpm_ray.job_config": set[str](),

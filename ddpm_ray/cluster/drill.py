@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from ddpm_ray import faults
@@ -20,6 +21,7 @@ from ddpm_ray.cluster import tracking
 from ddpm_ray.cluster.training_run import train
 from ddpm_ray.config import RunConfig
 from ddpm_ray.drill_config import DrillConfig
+from ddpm_ray.telling import told
 from ddpm_ray.training.checkpoints import GROUPS, weights_sha256
 from ddpm_ray.training.reporting import Progress
 
@@ -101,7 +103,7 @@ def show_table(done: list[Drilled]) -> None:
     clean, *struck = done
     table = Table("fault", "starts", "steps lost", "seconds lost", "end", box=None, pad_edge=False)
     for one in struck:
-        verdict = "equal" if one.equals(clean) else one.reason or "DIFFERENT"
+        verdict = "equal" if one.equals(clean) else escape(told(one.reason)) or "DIFFERENT"
         table.add_row(
             one.fault, str(len(one.starts)), str(one.repeated_steps),
             f"{one.seconds - clean.seconds:.1f}", verdict,

@@ -25,6 +25,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_IMAGES, MLFLOW_PARENT_RUN_ID,
 from PIL import Image
 
 from ddpm_ray.data import storage
+from ddpm_ray.telling import told
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ class TrackingError(RuntimeError):
 
     def __str__(self) -> str:
         place, reason, remedy = self.args
-        return f"{place}: {reason}; {remedy}"
+        return told(f"{place}: {reason}; {remedy}")
 
 
 class TrackingOutageError(TrackingError):
@@ -178,8 +179,9 @@ def finish(run: TrackedRun, status: str, reason: str = "") -> None:
     with answering(run.uri):
         client = MlflowClient(tracking_uri=run.uri)
         if reason:
-            told = [RunTag("reason", reason[:MAX_TAG]), RunTag(MLFLOW_RUN_NOTE, reason[:MAX_TAG])]
-            client.log_batch(run.run_id, tags=told)
+            text = told(reason)[:MAX_TAG]
+            tags = [RunTag("reason", text), RunTag(MLFLOW_RUN_NOTE, text)]
+            client.log_batch(run.run_id, tags=tags)
         client.set_terminated(run.run_id, status)
 
 
@@ -263,5 +265,5 @@ def _may_pass(uri: str, error: Exception) -> bool:
 
 def brief(error: Exception) -> str:
     """The error as one line of at most 200 characters."""
-    text = " ".join(str(error).split())
+    text = told(" ".join(str(error).split()))
     return text if len(text) <= 200 else f"{text[:197]}..."

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from itertools import count
 from typing import TypeVar
 
+from ddpm_ray.telling import told
+
 log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
@@ -37,7 +39,7 @@ def passes(error: Exception) -> bool:
 
 def persistently(act: Callable[[], Result], what: str, patience_s: float) -> Result:
     """`act()`, tried again until about `patience_s` have gone; then, or if it must, it raises."""
-    began_s, told = time.monotonic(), False
+    began_s, warned = time.monotonic(), False
     for attempt in count():
         try:
             return act()
@@ -46,8 +48,9 @@ def persistently(act: Callable[[], Result], what: str, patience_s: float) -> Res
             gone_s = time.monotonic() - began_s
             if not passes(error) or gone_s + pause_s > patience_s:
                 raise
-            if gone_s > TELL_AFTER_S and not told:
-                log.warning("%s: %s; tried again for up to %.0f s", what, error, patience_s)
-                told = True
+            if gone_s > TELL_AFTER_S and not warned:
+                place = told(f"{what}: {error}")
+                log.warning("%s; tried again for up to %.0f s", place, patience_s)
+                warned = True
         time.sleep(pause_s)
     raise AssertionError("count() has no end")

@@ -22,6 +22,7 @@ from typing import Any, TypeVar, cast
 import fsspec
 
 from ddpm_ray.data.retrying import persistently
+from ddpm_ray.telling import NO_SECRET, has_secret, redacted, told
 
 Act = TypeVar("Act", bound=Callable[..., Any])
 
@@ -36,7 +37,7 @@ class StorageError(RuntimeError):
 
     def __str__(self) -> str:
         url, reason, remedy = self.args
-        return f"{url}: {reason}; {remedy}"
+        return told(f"{url}: {reason}; {remedy}")
 
 
 def be_patient(seconds: float) -> None:
@@ -79,6 +80,8 @@ def _reliably(act: Act) -> Act:
     @wraps(act)
     def acting(url: str, *args: Any, **kwargs: Any) -> Any:
         """`act`; a local disk is asked once: what it refuses it refuses again."""
+        if not is_local(url) and has_secret(url):
+            raise StorageError(redacted(url), "not asked", NO_SECRET)
         patience_s = 0.0 if is_local(url) else _patience_s
         try:
             return persistently(lambda: act(url, *args, **kwargs), url, patience_s)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ddpm_ray.data import storage
 from ddpm_ray.data.storage import StorageError
+from ddpm_ray.telling import told
 
 READS = 5  # of an object that does not match, before it is called damaged
 
@@ -18,7 +19,7 @@ class DamagedError(StorageError):
 
     def __str__(self) -> str:
         url, expected, found = self.args
-        return (
+        return told(
             f"{url}: sha256 is {found[:12]}, expected {expected[:12]}, in each of {READS} "
             "readings; put a whole copy of it back"
         )
