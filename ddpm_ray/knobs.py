@@ -6,6 +6,7 @@ the checks and the rule that a run keeps its defining values for life all read f
 
 import difflib
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import field, fields, is_dataclass
 from pathlib import Path
@@ -14,8 +15,16 @@ from typing import Any, Protocol, TypeVar, cast
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ddpm_ray.telling import NO_SECRET, has_secret, redacted, texts
+
 T = TypeVar("T")
 UNREADABLE = OmegaConfBaseException, TypeError  # the latter for keys below one that is a list
+# A config is written into every checkpoint and into MLflow. Of the environment it may hold these,
+# none of which is a secret; and a reference to another key, but no other resolver of OmegaConf.
+ENVIRONMENT = ("HOME", "USER", "TMPDIR", "DDPM_RAY_HOME", "MLFLOW_TRACKING_URI", "RAY_ADDRESS")
+REFERENCE = re.compile(
+    rf"(?<!\\)\$\{{(?:oc\.env:(?:{'|'.join(ENVIRONMENT)})(?:,[^${{}}]*)?|[\w.]+)\}}"
+)
 
 
 class Checked(Protocol):
@@ -89,6 +98,9 @@ def _checked(
     for where, layer in layers:
         for key, value in _leaves(layer):
             set_by[key] = where
+            if reason := _strange_reference(value):
+                wrong[key] = f"{where}: {key}={value!r}: {reason}"
+                continue
             try:
                 merged = OmegaConf.merge(merged, _nested(key, value))
             except UNREADABLE as error:
@@ -96,19 +108,37 @@ def _checked(
     try:
         config = cast(Config, OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:  # of an interpolation, ${...}
-        reason = str(error).splitlines()[0]
+        reason = redacted(str(error).splitlines()[0])
         raise ConfigError(f"{fallback}: {error.full_key}: {reason}") from error
+    for key, value, _ in _walk(config):
+        if has_secret(value):
+            wrong[key] = f"{set_by.get(key, fallback)}: {key}={value!r}: {NO_SECRET}"
     # What keys are together is told once each of them could be read.
     for line in [*_out_of_range(config), *([] if wrong else config.problems())]:
         key = line.partition(" ")[0]
         wrong.setdefault(key, f"{set_by.get(key, fallback)}: {line}")
     if wrong:
-        raise ConfigError("\n".join(wrong.values()))
+        raise ConfigError("\n".join(map(redacted, wrong.values())))
     return config
 
 
+def _strange_reference(value: Any) -> str:
+    """Why a `${...}` in `value` is not followed, or an empty string."""
+    if all(text.count("${") == len(REFERENCE.findall(text)) for text in texts(value)):
+        return ""
+    return (
+        f"a value may refer to another key, as ${{data.url}}, or to ${{oc.env:NAME}} where NAME is "
+        f"one of {', '.join(ENVIRONMENT)}; secrets stay in the environment"
+    )
+
+
 def from_dict(kind: type[Config], values: Mapping[str, Any]) -> Config:
-    """The config that `to_dict` was given; keys that this version lacks raise ConfigError."""
+    """The config that `to_dict` was given; keys that this version lacks raise ConfigError.
+
+    What was saved has no references left: one in it was put there by whoever can write the storage.
+    """
+    if any("${" in text for text in texts(values)):
+        raise ConfigError("a saved config holds ${...}: it was edited; put a whole copy of it back")
     try:
         merged = OmegaConf.merge(OmegaConf.structured(kind), OmegaConf.create(dict(values)))
     except OmegaConfBaseException as error:
@@ -191,7 +221,7 @@ def _yaml(path: str) -> dict[str, Any]:
     try:
         values = OmegaConf.to_container(OmegaConf.load(path))
     except Exception as error:  # the YAML reader's own errors name line and column
-        raise ConfigError(f"{path}: {' '.join(str(error).split())}") from error
+        raise ConfigError(redacted(f"{path}: {' '.join(str(error).split())}")) from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: holds a {type(values).__name__}; give keys and values")
     return cast(dict[str, Any], values)
@@ -213,11 +243,12 @@ def _filling(
 def _override(text: str) -> dict[str, Any]:
     key, equals, value = text.partition("=")
     if not equals:
-        raise ConfigError(f"command line: {text!r} is not of the form key=value")
+        raise ConfigError(redacted(f"command line: {text!r} is not of the form key=value"))
     try:  # `key=` empties a text; YAML would read null
         values = OmegaConf.from_dotlist([f"{key}={value or repr('')}"])
     except Exception as error:  # the YAML reader's own errors
-        raise ConfigError(f"command line: {text}: {' '.join(str(error).split())}") from error
+        reason = " ".join(str(error).split())
+        raise ConfigError(redacted(f"command line: {text}: {reason}")) from error
     return cast(dict[str, Any], OmegaConf.to_container(values))
 
 

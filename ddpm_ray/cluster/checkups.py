@@ -10,13 +10,11 @@ import http.client
 import json
 import os
 import platform
-import re
 import sqlite3
 import ssl
 import sys
 import time
 import urllib.error
-import urllib.parse
 import urllib.request
 import uuid
 from collections.abc import Iterator, Mapping
@@ -31,6 +29,7 @@ from packaging.specifiers import SpecifierSet
 
 from ddpm_ray.data import storage
 from ddpm_ray.job_config import DoctorConfig
+from ddpm_ray.telling import NO_SECRET, has_secret, redacted
 
 PACKAGES = ("ddpm-ray", "ray", "torch", "mlflow", "numpy", "pyarrow", "fsspec")
 MISSING = "none"
@@ -101,7 +100,7 @@ def storage_keeps(config: DoctorConfig, home: Path) -> Iterator[Finding | Clock]
     made = local and not storage.local_path(url).exists()
     place = url
     if url.startswith("s3") and (endpoint := os.environ.get("AWS_ENDPOINT_URL")):
-        place += f" at {endpoint}"
+        place += f" at {redacted(endpoint)}"
     data, before = os.urandom(4096), time.time()
     aside: list[Finding] = []
     try:
@@ -138,8 +137,10 @@ def mlflow_answers(config: DoctorConfig, home: Path) -> Iterator[Finding | Clock
     # As trained.tracking_place says, whose module loads torch and MLflow.
     uri = config.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI", "")
     uri = uri or f"sqlite:///{home / 'mlflow.db'}"
-    shown = re.sub(r"//[^/@]*@", "//", uri)  # without a password
-    if uri.startswith(("http://", "https://")):
+    shown = redacted(uri)
+    if has_secret(uri):  # a run is refused with it
+        yield Finding("MLflow", "fail", shown, NO_SECRET)
+    elif uri.startswith(("http://", "https://")):
         yield from _server(uri.rstrip("/"), shown)
     elif uri.startswith("sqlite:///"):
         finding = _database(Path(uri.removeprefix("sqlite:///")))
@@ -198,9 +199,8 @@ def _server(uri: str, shown: str) -> Iterator[Finding | Clock]:
 
 def _call(uri: str, path: str) -> tuple[Mapping[str, str], bytes]:
     """Headers and body, as MLflow's own client would be answered; an API call's body is JSON."""
-    parts = urllib.parse.urlsplit(uri)
-    user = parts.username or os.environ.get("MLFLOW_TRACKING_USERNAME", "")
-    password = parts.password or os.environ.get("MLFLOW_TRACKING_PASSWORD", "")
+    user = os.environ.get("MLFLOW_TRACKING_USERNAME", "")
+    password = os.environ.get("MLFLOW_TRACKING_PASSWORD", "")
     headers = {}
     if user:
         both = base64.b64encode(f"{user}:{password}".encode()).decode()
@@ -208,14 +208,13 @@ def _call(uri: str, path: str) -> tuple[Mapping[str, str], bytes]:
     elif token := os.environ.get("MLFLOW_TRACKING_TOKEN"):
         headers["Authorization"] = f"Bearer {token}"
     context = None
-    if parts.scheme == "https":
+    if uri.startswith("https://"):
         context = ssl.create_default_context(
             cafile=os.environ.get("MLFLOW_TRACKING_SERVER_CERT_PATH") or None
         )
         if os.environ.get("MLFLOW_TRACKING_INSECURE_TLS") == "true":
             context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    address = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl() + path
-    request = urllib.request.Request(address, headers=headers)
+    request = urllib.request.Request(uri + path, headers=headers)
     with urllib.request.urlopen(request, timeout=ANSWER_S, context=context) as answer:
         body = answer.read(65536)
         if path.startswith("/api"):

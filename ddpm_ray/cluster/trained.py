@@ -9,6 +9,8 @@ import torch
 from ddpm_ray import build
 from ddpm_ray.cluster import registry
 from ddpm_ray.generation.sample import TrainedModel
+from ddpm_ray.knobs import ConfigError
+from ddpm_ray.telling import NO_SECRET, has_secret, redacted
 
 IN_MLFLOW = ("runs:/", "models:/")
 
@@ -28,5 +30,11 @@ def load(uri: str, device: torch.device | str = "", tracking_uri: str = "") -> T
 
 
 def tracking_place(home: Path) -> str:
-    """$MLFLOW_TRACKING_URI, or the database that runs started in `home` are logged to."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home / 'mlflow.db'}"
+    """$MLFLOW_TRACKING_URI, or the database that runs started in `home` are logged to.
+
+    Raises ConfigError where that variable holds a password: runs save where they are tracked.
+    """
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home / 'mlflow.db'}"
+    if has_secret(uri):
+        raise ConfigError(f"$MLFLOW_TRACKING_URI is {redacted(uri)}: {NO_SECRET}")
+    return uri

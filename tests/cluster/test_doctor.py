@@ -191,12 +191,20 @@ def test_a_clock_that_is_off_is_a_failure(stub: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stub", [(401, 0), (404, 0)], indirect=True)
 def test_a_server_that_refuses_is_told_with_the_way_in(stub: str, tmp_path: Path) -> None:
-    with_password = stub.replace("//", "//me:hush@")
-    config = DoctorConfig(tracking_uri=with_password)
-    (finding,) = checkups.mlflow_answers(config, tmp_path)
+    (finding,) = checkups.mlflow_answers(DoctorConfig(tracking_uri=stub), tmp_path)
     assert isinstance(finding, Finding)
     assert finding.verdict == "fail"
     assert ("MLFLOW_TRACKING_PASSWORD" in finding.remedy) == ("401" in finding.found)
+
+
+def test_a_password_in_the_address_is_refused_as_a_run_would_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:hush@mlflow.example.com")
+    (finding,) = checkups.mlflow_answers(DoctorConfig(), tmp_path)
+    assert isinstance(finding, Finding)
+    assert finding.verdict == "fail"
+    assert "MLFLOW_TRACKING_PASSWORD" in finding.remedy
     assert "hush" not in finding.found
 
 
