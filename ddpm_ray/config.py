@@ -5,6 +5,7 @@ loaded. How knobs are read stands in knobs.py.
 """
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
@@ -251,7 +252,7 @@ class EvaluationConfig:
             yield f"evaluation.widths is {list(self.widths)}; choose from {list(known)}"
         if self.num_images == 1:
             yield "evaluation.num_images is 1; a covariance needs at least 2 images"
-        if len(self.weights_sha256) != 64:
+        if not re.fullmatch("[0-9a-f]{64}", self.weights_sha256):  # it names a file in the cache
             yield (
                 f"evaluation.weights_sha256 is {self.weights_sha256!r}; give the 64 hex digits "
                 f"that `sha256sum` prints for the file in evaluation.weights"

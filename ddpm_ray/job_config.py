@@ -26,6 +26,7 @@ class PackConfig:
     sha256: str = knob("", "of the file(s) at url, comma-separated in the order of the help")
     on_bad_image: Literal["stop", "skip"] = knob("stop", "skip counts and names what it skips")
     max_pixels: int = knob(64_000_000, "larger images are refused before decoding", at_least=1)
+    max_file_bytes: int = knob(256 * MIB, "larger files are refused before reading", at_least=1)
     num_workers: int = knob(0, "Ray tasks at once; 0: one per CPU of the cluster", at_least=0)
     address: str = knob("", "Ray cluster to join; empty: $RAY_ADDRESS or a local Ray")
 

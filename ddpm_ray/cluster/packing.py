@@ -58,6 +58,7 @@ def _options(config: PackConfig) -> PackOptions:
         sha256=tuple(filter(None, config.sha256.replace(" ", "").split(","))),
         on_bad_image=config.on_bad_image,
         max_pixels=config.max_pixels,
+        max_file_bytes=config.max_file_bytes,
     )
 
 

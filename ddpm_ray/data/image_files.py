@@ -1,8 +1,9 @@
 """Image files of strangers to uint8 pixels, or one line that says which file, why, and what to do.
 
 Transparent pixels are laid on white, a camera's orientation tag is applied. What would silently
-change the picture is refused: CMYK, more than 8 bits, several frames, or more pixels than allowed
-(looked up in the header, before anything is decoded).
+change the picture is refused: CMYK, more than 8 bits, several frames. So is, whatever the suffix
+says, every format but those of FORMATS (Pillow knows 40 more, one of which runs another program),
+and more bytes or pixels than allowed: looked up in the header, before anything is decoded.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 
+from ddpm_ray.telling import told
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # that are ever opened
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".pgm", ".ppm")
 GREY_MODES = ("1", "L", "LA", "La")
 COLOUR_MODES = ("RGB", "RGBA", "RGBa", "P", "PA", "YCbCr")
@@ -24,7 +28,7 @@ class BadImageError(RuntimeError):
 
     def __str__(self) -> str:
         file, problem, remedy = self.args
-        return f"{file}: {problem}; {remedy}"
+        return told(f"{file}: {problem}; {remedy}")
 
 
 def is_image(name: str) -> bool:
@@ -38,14 +42,14 @@ def open_image(file: bytes, name: str, channels: int, max_pixels: int) -> Image.
     Raises BadImageError.
     """
     try:
-        image: Image.Image = Image.open(io.BytesIO(file))
+        image: Image.Image = Image.open(io.BytesIO(file), formats=FORMATS)
         _refuse_unfit(image, name, max_pixels)
         image.load()
     except BadImageError:
         raise
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, ...
         text = " ".join(str(error).split())
-        text = "its format is not known" if "cannot identify" in text else text
+        text = f"it is none of {', '.join(FORMATS)}" if "cannot identify" in text else text
         raise BadImageError(
             name, f"not a readable image ({text})", "repair it, remove it or use on_bad_image=skip"
         ) from error
@@ -78,10 +82,27 @@ def encoded(image: npt.NDArray[np.uint8], encoding: str) -> bytes:
     return file.getvalue()
 
 
-def decoded(file: object, channels: int) -> npt.NDArray[np.uint8]:
-    """uint8 [H, W, C] from the bytes that `encoded` gave."""
-    with Image.open(io.BytesIO(file)) as image:  # type: ignore[arg-type]  # any buffer
-        return pixels(image.convert("L" if channels == 1 else "RGB"))
+def decoded(
+    file: object, encoding: str, image_shape: tuple[int, int, int], key: str = ""
+) -> npt.NDArray[np.uint8]:
+    """uint8 [H, W, C] from the bytes that `encoded` gave for an image of that shape.
+
+    Raises BadImageError, before anything is decoded, for a file of another format or size.
+    """
+    height, width, channels = image_shape
+    remedy = "pack the data set again"
+    try:
+        stream = io.BytesIO(file)  # type: ignore[arg-type]  # any buffer
+        with Image.open(stream, formats=[encoding.upper()]) as image:
+            if image.size != (width, height):
+                problem = f"{image.width} x {image.height} pixels, and the manifest says"
+                raise BadImageError(key, f"{problem} {width} x {height}", remedy)
+            return pixels(image.convert("L" if channels == 1 else "RGB"))
+    except BadImageError:
+        raise
+    except Exception as error:  # as above
+        text = " ".join(str(error).split())
+        raise BadImageError(key, f"not a readable {encoding} image ({text})", remedy) from error
 
 
 def _refuse_unfit(image: Image.Image, name: str, max_pixels: int) -> None:

@@ -47,6 +47,7 @@ class PackOptions:
     sha256: tuple[str, ...] = ()
     on_bad_image: Literal["stop", "skip"] = "stop"
     max_pixels: int = 64_000_000
+    max_file_bytes: int = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def plan(source: str, destination: str, options: PackOptions) -> Plan:
     Raises DatasetError for an empty source or a destination that holds something else,
     BadImageError, StorageError.
     """
-    opened = open_source(source, options.split, options.url, options.sha256)
+    opened = open_source(source, options.split, options.url, options.sha256, options.max_file_bytes)
     first = _first_image(opened, options)
     recipe = Recipe(
         image_shape=(first.shape[0], first.shape[1], first.shape[2]),
@@ -113,8 +114,9 @@ def pack_shard(wanted: Plan, number: int) -> Packed:
     part = _part(wanted, number)
     where = storage.join(wanted.destination, shards.shard_name(number))
     options = wanted.options
+    limits = options.max_pixels, options.max_file_bytes
     identity = json.dumps(
-        [asdict(wanted.recipe), wanted.shard_samples, options.on_bad_image, options.max_pixels]
+        [asdict(wanted.recipe), wanted.shard_samples, options.on_bad_image, *limits]
     )
     if storage.exists(part):
         left = json.loads(storage.read_bytes(part))
@@ -126,8 +128,8 @@ def pack_shard(wanted: Plan, number: int) -> Packed:
         files: list[bytes] = []
         if (encoding := wanted.recipe.encoding) != "raw":
             files = [encoded(image, encoding) for image in images]
-            channels = wanted.recipe.image_shape[-1]
-            images = [decoded(file, channels) for file in files]  # what a reader of it will see
+            shape = wanted.recipe.image_shape
+            images = [decoded(file, encoding, shape) for file in files]  # what a reader will see
         stacked = np.stack(images)
         labels = [sample.label for sample in samples]
         keys = [sample.key for sample in samples]
@@ -184,6 +186,10 @@ def _fitted(
 ) -> UInt8s:
     """uint8 [H, W, C] of the shape of all others, or any shape for the first; BadImageError."""
     channels = image_shape[-1] if image_shape else options.channels
+    if sample.image is None:
+        problem = f"a file of more than {options.max_file_bytes} bytes (max_file_bytes)"
+        remedy = "make it smaller, raise max_file_bytes if you trust it, or use on_bad_image=skip"
+        raise BadImageError(sample.place, problem, remedy)
     if isinstance(sample.image, bytes):
         image = open_image(sample.image, sample.place, channels, options.max_pixels)
     else:

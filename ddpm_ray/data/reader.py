@@ -19,9 +19,9 @@ from weakref import WeakValueDictionary
 import numpy as np
 
 from ddpm_ray.data.cache import ShardCache
-from ddpm_ray.data.image_files import decoded
+from ddpm_ray.data.image_files import BadImageError, decoded
 from ddpm_ray.data.order import Block, Int64s, Order
-from ddpm_ray.data.shards import Dataset, Shard, UInt8s, fetch_shard
+from ddpm_ray.data.shards import Dataset, DatasetError, Shard, UInt8s, fetch_shard
 
 FETCHES = 4  # shards on their way at a time
 
@@ -211,10 +211,17 @@ def gather(
         flat = shard.images.reshape(len(shard), -1)
         np.take(flat, rows, axis=0, out=out, mode="clip")
         return
-    files = (shard.images[row].as_buffer() for row in rows.tolist())
-    channels = dataset.manifest.image_shape[-1]
-    for at, image in enumerate(decoders.map(lambda file: decoded(file, channels), files)):
-        out[at] = image.reshape(-1)
+    manifest = dataset.manifest
+
+    def image(row: int) -> UInt8s:
+        file, place = shard.images[row].as_buffer(), f"{dataset.url}: {shard.keys[row]}"
+        try:
+            return decoded(file, manifest.encoding, manifest.image_shape, place)
+        except BadImageError as error:  # a restarted worker would meet it again
+            raise DatasetError(*error.args) from None
+
+    for at, pixels in enumerate(decoders.map(image, rows.tolist())):
+        out[at] = pixels.reshape(-1)
 
 
 def shares(order: Order, positions: range) -> list[Share]:

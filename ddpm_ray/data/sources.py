@@ -25,6 +25,8 @@ from ddpm_ray.data.image_files import is_image
 from ddpm_ray.data.shards import DatasetError
 
 READERS = 16  # small remote files at a time: each is mostly waiting
+MOST_CLASSES = 2**20  # one stray label of 10^12 would ask for as many names
+MOST_LABEL_BYTES = 2**20
 
 
 class Sample(NamedTuple):
@@ -32,7 +34,7 @@ class Sample(NamedTuple):
 
     key: str
     label: int  # -1: none
-    image: npt.NDArray[np.uint8] | bytes  # [H, W, C], or a file that is still to be decoded
+    image: npt.NDArray[np.uint8] | bytes | None  # [H, W, C]; a file; one too large to be read
     place: str  # for messages
 
 
@@ -53,10 +55,15 @@ class Source(Protocol):
 
 
 def open_source(
-    source: str, split: Split = "train", url: str = "", sha256: Sequence[str] = ()
+    source: str,
+    split: Split = "train",
+    url: str = "",
+    sha256: Sequence[str] = (),
+    max_file_bytes: int = 256 << 20,
 ) -> Source:
     """The source of that name, folder or tar; `split`, `url`, `sha256` are for built-in names.
 
+    An image file of more than `max_file_bytes` is named, but not read.
     Raises DatasetError where there is nothing to pack, StorageError where it cannot be read.
     """
     if source in built_in_sets.NAMES:
@@ -65,15 +72,16 @@ def open_source(
     source = storage.absolute(source, Path.cwd())  # tasks run in folders of their own
     if source.endswith(".tar"):
         folder, _, file = source.rpartition("/")
-        return _tar_source(folder or ".", [file])
+        return _tar_source(folder or ".", [file], max_file_bytes)
     if "://" not in source and not storage.exists(source):
         known = ", ".join(built_in_sets.NAMES)
         remedy = f"give a folder of images or tars, a .tar, or one of {known}"
         raise DatasetError(source, "there is no such source", remedy)
     sizes = storage.list_files(source)
     if tars := [name for name in sizes if name.endswith(".tar")]:
-        return _tar_source(source, tars)
-    return _folder_source(source, {name: sizes[name] for name in sizes if is_image(name)})
+        return _tar_source(source, tars, max_file_bytes)
+    images = {name: sizes[name] for name in sizes if is_image(name)}
+    return _folder_source(source, images, max_file_bytes)
 
 
 @dataclass(frozen=True)
@@ -119,6 +127,7 @@ class FileSource:
     url: str
     members: tuple[Member, ...]
     label_names: tuple[str, ...]
+    max_file_bytes: int
 
     @property
     def digest(self) -> str:
@@ -141,7 +150,9 @@ class FileSource:
                         place = f"{place}: {member.key}"
                     yield Sample(member.key, member.label, data, place)
 
-    def _bytes(self, member: Member) -> bytes:
+    def _bytes(self, member: Member) -> bytes | None:
+        if member.size > self.max_file_bytes:
+            return None
         url = storage.join(self.url, member.file)
         if member.offset < 0:
             return storage.read_bytes(url)
@@ -153,7 +164,7 @@ def _tar_bytes(url: str) -> bytes:
     return storage.read_bytes(url)
 
 
-def _folder_source(url: str, sizes: dict[str, int]) -> FileSource:
+def _folder_source(url: str, sizes: dict[str, int], max_file_bytes: int) -> FileSource:
     """A flat folder has no labels; with a class per sub-folder, label 0 is the first by name."""
     if not sizes:
         raise DatasetError(url, "there is no image in it", "give a folder of images or .tar files")
@@ -165,11 +176,13 @@ def _folder_source(url: str, sizes: dict[str, int]) -> FileSource:
         raise DatasetError(url, problem, remedy)
     label_names = tuple(sorted(tops))
     label = {name: n for n, name in enumerate(label_names)}
-    members = [Member(n, n, label.get(n.split("/")[0], -1), -1, sizes[n]) for n in sorted(sizes)]
-    return FileSource(url, tuple(members), label_names)
+    members = [
+        Member(n, _text(n), label.get(n.split("/")[0], -1), -1, sizes[n]) for n in sorted(sizes)
+    ]
+    return FileSource(url, tuple(members), label_names, max_file_bytes)
 
 
-def _tar_source(folder: str, tars: list[str]) -> FileSource:
+def _tar_source(folder: str, tars: list[str], max_file_bytes: int) -> FileSource:
     """Samples of WebDataset tars: files that share a name up to the first dot of their last part.
 
     The image is the first file with an image's suffix; the label is the integer in `.cls`, or in
@@ -185,28 +198,31 @@ def _tar_source(folder: str, tars: list[str]) -> FileSource:
         remedy = "give every sample a .cls or none"
         raise DatasetError(folder, f"some samples have a label and {bare} has none", remedy)
     classes = 1 + max(member.label for member in members)
-    return FileSource(folder, tuple(members), tuple(str(n) for n in range(classes)))
+    names = tuple(str(n) for n in range(classes))
+    return FileSource(folder, tuple(members), names, max_file_bytes)
 
 
 def _tar_members(folder: str, file: str) -> Iterator[Member]:
     url = storage.join(folder, file)
+    data = _tar_bytes(url)
     images: dict[str, tuple[int, int]] = {}
     labels: dict[str, int] = {}
     try:
-        with tarfile.open(fileobj=io.BytesIO(_tar_bytes(url))) as archive:
+        # "r:" opens no compressed one, whose offsets and sizes would be those of something else.
+        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as archive:
             for info in archive:
                 parent, _, last = info.name.rpartition("/")
                 stem, _, suffix = last.partition(".")
-                key = f"{parent}/{stem}".lstrip("/")
-                if not info.isfile() or not stem:
+                key = _text(f"{parent}/{stem}".lstrip("/"))
+                if not info.isfile() or info.issparse() or not stem:  # a sparse one claims any size
                     continue
                 if suffix in ("cls", "json"):
-                    content = archive.extractfile(info)
-                    label = _label(content.read() if content else b"", suffix)
+                    size = min(info.size, MOST_LABEL_BYTES)
+                    label = _label(data[info.offset_data : info.offset_data + size], suffix)
                     labels.update({} if label is None else {key: label})
                 elif is_image("." + suffix):
                     images.setdefault(key, (info.offset_data, info.size))
-    except (tarfile.TarError, ValueError) as error:
+    except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
         raise DatasetError(url, f"not a readable tar ({error})", "write it again") from error
     for key, (offset, size) in images.items():
         yield Member(file, key, labels.get(key, -1), offset, size)
@@ -224,4 +240,11 @@ def _label(content: bytes, suffix: str) -> int | None:
         label = value
     if label < 0:
         raise ValueError(f"label {label} is negative")
+    if label >= MOST_CLASSES:
+        raise ValueError(f"label {label} is not below {MOST_CLASSES}")
     return label
+
+
+def _text(name: str) -> str:
+    """A name as it can be stored: bytes of it that are no UTF-8 are spelt out."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
