@@ -21,8 +21,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from ddpm_ray.data import storage, verified
+from ddpm_ray.data import arrow_files, index_file, storage, verified
+from ddpm_ray.data.arrow_files import ArrowFileError
 from ddpm_ray.data.cache import ShardCache
+from ddpm_ray.telling import told
 
 Encoding = Literal["raw", "png", "jpeg", "webp"]
 UInt8s = npt.NDArray[np.uint8]
@@ -37,7 +39,7 @@ class DatasetError(RuntimeError):
 
     def __str__(self) -> str:
         url, problem, remedy = self.args
-        return f"{url}: {problem}; {remedy}"
+        return told(f"{url}: {problem}; {remedy}")
 
 
 class ShardCorruptError(RuntimeError):
@@ -45,7 +47,7 @@ class ShardCorruptError(RuntimeError):
 
     def __str__(self) -> str:
         url, expected, found, attempts = self.args
-        return (
+        return told(
             f"{url}: sha256 is {found[:12]}, the index says {expected[:12]} after {attempts} "
             "downloads; write it again with jobs/pack_shards.py"
         )
@@ -151,38 +153,28 @@ def open_dataset(url: str) -> Dataset:
         raise DatasetError(url, f"there is no {MANIFEST}, so this is not a whole data set", remedy)
     found = _manifest_fields(where, storage.read_bytes(where))
     data = storage.read_bytes(storage.join(url, INDEX))
-    if (digest := hashlib.sha256(data).hexdigest()) != found.get("index_sha256"):
-        stated = str(found.get("index_sha256"))
+    if (digest := hashlib.sha256(data).hexdigest()) != (stated := str(found.get("index_sha256"))):
         problem = f"index_sha256 is {stated[:12]}, but {INDEX} has {digest[:12]}"
         raise DatasetError(where, problem, "one of the two was changed: pack the data set again")
-    table = pa.ipc.open_file(pa.BufferReader(data)).read_all()
-    manifest = _manifest(table, digest)
+    try:
+        table = index_file.read(data)
+        manifest = _manifest(table, digest)
+    except ValueError as error:  # also of sums that no pixels have
+        where = storage.join(url, INDEX)
+        raise DatasetError(where, str(error), "pack the data set again") from None
     expected = json.loads(manifest.to_json())
     for name in sorted(expected.keys() | found.keys()):
-        if expected.get(name) != found.get(name):
-            problem = (
-                f"{name} is {found.get(name)!r}, but by the index it is {expected.get(name)!r}"
-            )
+        states, fits = found.get(name), expected.get(name)
+        if states != fits:
+            problem = f"{name} is {states!r}, but by the index it is {fits!r}"
             raise DatasetError(where, problem, "the manifest was edited: pack the data set again")
     return Dataset(url, manifest, table)
 
 
 def write_index(url: str, recipe: Recipe, rows: Sequence[ShardRow]) -> Dataset:
     """Write index and then manifest for shards that are already at `url`; that completes it."""
-    schema = pa.schema(
-        {
-            "name": pa.string(),
-            "samples": pa.int64(),
-            "stored_bytes": pa.int64(),
-            "sha256": pa.string(),
-            "pixel_sum": pa.list_(pa.int64()),
-            "pixel_sum_of_squares": pa.list_(pa.int64()),
-        },
-        # Kept twice, so that an edited manifest shows (open_dataset).
-        metadata={"recipe": json.dumps(asdict(recipe), sort_keys=True)},
-    )
-    table = pa.Table.from_pylist([asdict(row) for row in rows], schema=schema)
-    data = _ipc_bytes(table)
+    data = index_file.write(asdict(recipe), [asdict(row) for row in rows])
+    table = index_file.read(data)
     manifest = _manifest(table, hashlib.sha256(data).hexdigest())
     storage.write_bytes(storage.join(url, INDEX), data)
     storage.write_bytes(storage.join(url, MANIFEST), manifest.to_json())
@@ -206,28 +198,33 @@ def shard_bytes(
     else:
         column = pa.array(images, pa.binary())
     columns = [column, pa.array(labels, pa.int64()), pa.array(keys, pa.string())]
-    return _ipc_bytes(pa.Table.from_arrays(columns, ["image", "label", "key"]))
+    return arrow_files.write(pa.Table.from_arrays(columns, ["image", "label", "key"]))
 
 
 def parse_shard(data: bytes, manifest: Manifest) -> Shard:
-    """The shard in `data` (already checked) without a copy of its images."""
-    batch = pa.ipc.open_file(pa.BufferReader(data)).get_batch(0)
-    images, labels, keys = (batch.column(name) for name in ("image", "label", "key"))
-    if manifest.encoding == "raw":
-        images = images.storage.values.to_numpy().reshape(-1, *manifest.image_shape)
+    """The shard in `data` without a copy of its images; raises ArrowFileError."""
+    raw = manifest.encoding == "raw"
+    kind = pa.fixed_shape_tensor(pa.uint8(), manifest.image_shape) if raw else pa.binary()
+    schema = pa.schema({"image": kind, "label": pa.int64(), "key": pa.string()})
+    images, labels, keys = arrow_files.read(data, schema).columns
+    if raw:
+        if (flat := images.storage.flatten()).null_count:
+            raise ArrowFileError("it has empty pixels")
+        images = flat.to_numpy().reshape(-1, *manifest.image_shape)
     return Shard(images, labels.to_numpy(), keys)
 
 
 def fetch_shard(dataset: Dataset, number: int, cache: ShardCache | None = None) -> Shard:
     """Shard `number`, its sha256 checked at every read, also of a cached copy.
 
-    Raises ShardCorruptError where no reading of it matches, StorageError if there is none.
+    Raises ShardCorruptError where no reading of it matches, StorageError if there is none, and
+    DatasetError where what matches is no shard of this data set.
     """
     row = dataset.index.slice(number, 1).to_pylist()[0]
     url, expected = storage.join(dataset.url, row["name"]), row["sha256"]
     if cache is not None and (data := cache.get(expected)) is not None:
         if hashlib.sha256(data).hexdigest() == expected:
-            return parse_shard(data, dataset.manifest)
+            return _parsed(url, data, dataset, row)
         cache.evict(expected)
     try:
         data = verified.read(url, expected)
@@ -235,7 +232,19 @@ def fetch_shard(dataset: Dataset, number: int, cache: ShardCache | None = None) 
         raise ShardCorruptError(url, expected, error.args[2], verified.READS) from None
     if cache is not None:
         cache.put(expected, data)
-    return parse_shard(data, dataset.manifest)
+    return _parsed(url, data, dataset, row)
+
+
+def _parsed(url: str, data: bytes, dataset: Dataset, row: dict[str, Any]) -> Shard:
+    """`parse_shard`, held against its row of the index."""
+    try:
+        shard = parse_shard(data, dataset.manifest)
+        found, stated = (len(data), len(shard)), (row["stored_bytes"], row["samples"])
+        if found != stated:
+            raise ArrowFileError(f"its bytes and samples are {found}, the index says {stated}")
+    except ArrowFileError as error:
+        raise DatasetError(url, f"not a shard: {error}", "pack the data set again") from None
+    return shard
 
 
 def pixel_sums(images: UInt8s) -> tuple[list[int], list[int]]:
@@ -248,7 +257,7 @@ def pixel_sums(images: UInt8s) -> tuple[list[int], list[int]]:
 
 def _manifest(table: pa.Table, index_sha256: str) -> Manifest:
     """The only manifest that fits this index."""
-    recipe = json.loads(table.schema.metadata[b"recipe"])
+    recipe = index_file.recipe(table)
     height, width, channels = recipe["image_shape"]
     samples = sum(table.column("samples").to_pylist())
     sums, squares = (
@@ -288,10 +297,3 @@ def _manifest_fields(where: str, data: bytes) -> dict[str, Any]:
         remedy = f"this version reads {FORMAT!r}"
         raise DatasetError(where, f"format is {found.get('format')!r}", remedy)
     return found
-
-
-def _ipc_bytes(table: pa.Table) -> bytes:
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, table.schema) as writer:
-        writer.write_table(table, max_chunksize=max(1, table.num_rows))
-    return bytes(sink.getvalue())
