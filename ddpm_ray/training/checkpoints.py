@@ -14,6 +14,7 @@ pointer is lease.py's.
 import hashlib
 import json
 import logging
+import re
 import secrets
 import threading
 from collections.abc import Sequence
@@ -28,6 +29,7 @@ from ddpm_ray.data import sealed, storage, verified
 from ddpm_ray.data.sealed import SealError
 from ddpm_ray.data.storage import StorageError
 from ddpm_ray.data.verified import DamagedError
+from ddpm_ray.telling import told
 from ddpm_ray.training.lease import Lease
 from ddpm_ray.training.state import Snapshot
 
@@ -39,6 +41,7 @@ MANIFEST = "manifest.json"
 STATE = "state.json"
 GROUPS = ("model", "ema", "optimizer")
 PREFIX = "step-"  # of a checkpoint's folder
+FOLDER = re.compile(PREFIX + "[0-9]{8,}-[0-9a-f]{8}")
 
 
 class CheckpointError(RuntimeError):
@@ -46,7 +49,7 @@ class CheckpointError(RuntimeError):
 
     def __str__(self) -> str:
         url, reason, remedy = self.args
-        return f"{url}: {reason}; {remedy}"
+        return told(f"{url}: {reason}; {remedy}")
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,11 @@ class Pointer:
         """From JSON; raises TypeError, KeyError or ValueError for anything else."""
         if not value["checkpoints"]:  # a save never writes that; to take it would start anew
             raise ValueError
-        return cls(int(value["epoch"]), [Reference(**entry) for entry in value["checkpoints"]])
+        references = [Reference(**entry) for entry in value["checkpoints"]]
+        # Folders are read and, once they are old, deleted: a name that leads out of here is none.
+        if not all(FOLDER.fullmatch(reference.folder) for reference in references):
+            raise ValueError
+        return cls(int(value["epoch"]), references)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
