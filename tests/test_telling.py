@@ -1,10 +1,25 @@
 """What may be told: no secret of a URL, no character that a terminal or a log would act on."""
 
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ddpm_ray.cluster.tracking import TrackingError
+from ddpm_ray.data.image_files import BadImageError
+from ddpm_ray.data.shards import DatasetError, ShardCorruptError
+from ddpm_ray.data.storage import StorageError, read_bytes
+from ddpm_ray.data.verified import DamagedError
 from ddpm_ray.telling import has_secret, printable, redacted, told
+from ddpm_ray.training.checkpoints import CheckpointError
+from ddpm_ray.training.divergence import DivergedError
+
+ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # MLflow's, as it imports
 
 WORDS = st.text("abcXYZ019-_+=.", min_size=1, max_size=12)
 
@@ -65,3 +80,49 @@ def test_a_name_is_one_line_that_a_terminal_only_shows(name: str) -> None:
 def test_escapes_are_spelt_out() -> None:
     name = "a\x1b[2J\r\nerror: all is lost\u202egpj.exe\x00\udcff"
     assert printable(name) == r"a\x1b[2J\r\nerror: all is lost\u202egpj.exe\x00\udcff"
+
+
+EVIL = "../../x\x1b[2J\nerror: disk full\u202e"
+PLACE = f"s3://key:hush/hush@bucket/{EVIL}"
+ERRORS: list[Exception] = [
+    BadImageError(PLACE, f"not readable ({EVIL})", "repair it"),
+    DatasetError(PLACE, f"some samples have a label and {EVIL} has none", "give all one"),
+    StorageError(PLACE, f"no answer ({PLACE})", "wait"),
+    ShardCorruptError(PLACE, "ab" * 32, "cd" * 32, 5),
+    DamagedError(PLACE, "ab" * 32, "cd" * 32),
+    CheckpointError(PLACE, EVIL, "restore it"),
+    DivergedError(3, float("nan"), 1.0, [EVIL, EVIL]),
+    TrackingError(PLACE, f"MLflow does not answer ({PLACE})", "start it"),
+]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_each_error_that_names_data_or_a_place_is_one_harmless_line(error: Exception) -> None:
+    assert str(error).isprintable()
+    assert "hush" not in str(error)
+    assert isinstance(error, DivergedError) or "s3://***@bucket" in str(error)
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
+
+
+def test_storage_does_not_ask_with_a_password_in_the_address() -> None:
+    with pytest.raises(StorageError, match=r"s3://\*\*\*@bucket.*: not asked; a password or"):
+        read_bytes(PLACE)
+
+
+def test_a_log_line_of_a_job_is_one_line() -> None:
+    script = (
+        "import logging, sys\nfrom ddpm_ray import command_line\n"
+        "from ddpm_ray.job_config import SampleConfig\n"
+        "evil = sys.argv.pop()\n"
+        "def job(*_):\n"
+        "    logging.getLogger('ddpm_ray.x').warning('read %s', evil)\n"
+        "    raise RuntimeError(evil)\n"
+        "sys.exit(command_line.main('', SampleConfig, job))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, PLACE], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    log, error = done.stderr.splitlines()
+    assert log.startswith("read s3://***@bucket/../../x\\x1b[2J\\nerror: disk full\\u202e")
+    assert error.startswith("error: s3://***@bucket/../../x\\x1b[2J error: disk full\\u202e (Run")
