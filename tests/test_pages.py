@@ -15,7 +15,10 @@ from ddpm_ray.job_config import DoctorConfig, EvaluateConfig, PackConfig, Sample
 from ddpm_ray.sweep_config import SweepConfig
 
 ROOT = Path(__file__).parent.parent
-PAGES = ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/cluster.md"]
+PAGES = [
+    "README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md",
+    "docs/cluster.md",
+]  # fmt: skip
 CONFIGS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "conf").rglob("*.yaml"))
 JOBS: dict[str, type[Any]] = {
     "jobs/train.py": RunConfig,
