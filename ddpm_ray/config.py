@@ -141,8 +141,10 @@ class TrainingConfig:
         8, "elastic: equal parts of a batch, and most workers; a power of 2",
         at_least=1, defines_run=True,
     )  # fmt: skip
-    on_divergence: Literal["stop", "skip"] = knob(
-        "stop", "what a gradient does that is not finite, or a spike: end the run, or no update"
+    on_divergence: Literal["stop", "skip", "rewind"] = knob(
+        "stop",
+        "what a gradient does that is not finite, or a spike: end the run, no update, or no update "
+        "and back to the weights of the checkpoint before it",
     )
     spike_factor: float = knob(
         0.0, "times the median norm of the last 128 steps that is a spike; 0: none is", at_least=0

@@ -112,7 +112,7 @@ def assemble(
     }
     state = build.training_state(config, dataset.manifest.image_shape, workers.device, facts)
     log = StepLog(workers, config.training.log_every_steps)
-    guard = Guard(config.training.spike_factor, config.training.on_divergence == "skip")
+    guard = Guard.of(config.training.on_divergence, config.training.spike_factor)
     writer = _writer(config, settings, workers)
     unsent: list[Row] = []
     if found := _newest(writer.store, workers):

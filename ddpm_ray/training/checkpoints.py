@@ -164,6 +164,13 @@ class CheckpointStore:
             raise CheckpointError(self.url, f"no checkpoint verifies ({reasons[0]})", remedy)
         return None
 
+    def at(self, step: int) -> str | None:
+        """URL of the committed checkpoint of `step`; None where it is not kept."""
+        start = f"{PREFIX}{step:08d}-"
+        folders = (reference.folder for reference in self.pointer().references)
+        found = next((folder for folder in folders if folder.startswith(start)), None)
+        return None if found is None else storage.join(self.url, found)
+
     def pointer(self) -> Pointer:
         """The pointer; where it is damaged, with a warning, what it said before."""
         problem: Exception | None = None

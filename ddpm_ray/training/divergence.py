@@ -31,7 +31,7 @@ class DivergedError(RuntimeError):
         return told(
             f"step {step}: the gradient's norm is {norm:.4g}{over}, from {len(keys)} samples: "
             f"{names}; nothing was updated. Look at these images; lower training.learning_rate and "
-            f"go back to an older checkpoint; or set training.on_divergence=skip"
+            f"go back to an older checkpoint; or set training.on_divergence=skip or rewind"
         )
 
 
@@ -41,6 +41,7 @@ class Guard:
 
     spike_factor: float = 0.0  # times the median; 0: any finite norm passes
     skips: bool = False  # leave out the step and go on
+    rewinds: bool = False  # with the weights of the checkpoint before it
     norms: list[float] = field(default_factory=list)  # of the newest WINDOW_STEPS steps taken
     skipped: int = 0  # in a row
 
@@ -64,6 +65,11 @@ class Guard:
     def gives_up(self) -> bool:
         """Whether the step that did not pass ends the run."""
         return not self.skips or self.skipped > MOST_SKIPS
+
+    @classmethod
+    def of(cls, policy: str, spike_factor: float) -> "Guard":
+        """As training.on_divergence and training.spike_factor have it."""
+        return cls(spike_factor, skips=policy != "stop", rewinds=policy == "rewind")
 
     def facts(self) -> dict[str, Any]:
         """What a checkpoint keeps of it, plain JSON."""

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from ddpm_ray import faults
-from ddpm_ray.training.checkpoints import CheckpointWriter
-from ddpm_ray.training.divergence import Guard, diverged
+from ddpm_ray.training.checkpoints import CheckpointWriter, read
+from ddpm_ray.training.divergence import DivergedError, Guard, diverged
 from ddpm_ray.training.objectives import Objective
 from ddpm_ray.training.reporting import Progress, Sink, Wish
 from ddpm_ray.training.state import TrainingState
@@ -161,7 +161,36 @@ def skip_step(run: Run, grad_norm: float, losses: Tensor) -> None:
         _, norm, limit, named = error.args
         told = {"step": state.step, "grad_norm": str(norm), "limit": str(limit), "keys": named}
         run.sink.document(f"skipped/step-{state.step:08d}.json", told)
-        log.warning("%s. Skipped: training.on_divergence is skip", str(error).partition(";")[0])
+        log.warning("%s. Skipped, as training.on_divergence says", str(error).partition(";")[0])
+    if run.guard.rewinds:
+        rewind(run, error)
+
+
+def rewind(run: Run, error: DivergedError) -> None:
+    """Back to the weights, average and moments of the planned checkpoint before; raises `error`
+    where none is kept.
+
+    The count of steps goes on, so that the samples since then are not used again: with them the
+    run would go the same way. The planned one, because one that somebody asked for in between
+    would lead a run that was interrupted elsewhere than one that was not.
+    """
+    state, every = run.state, run.plan.checkpoint_every_steps
+    step, scores, probes = state.step, state.scores, state.probes
+    report(run)  # rows of steps that are given up are told as they were
+    run.checkpoints.wait()
+    store = run.checkpoints.store
+    (where, *_) = run.workers.gather(
+        store.at((step - 1) // every * every) if run.workers.leads else None
+    )
+    if where is None:
+        raise error
+    snapshot, skipped = read(where), run.guard.skipped
+    state.restore(snapshot)
+    state.step, state.scores, state.probes = step, scores, probes
+    run.log.resume(snapshot.facts["bands"])
+    run.guard.resume(snapshot.facts["guard"] | {"skipped": skipped})
+    log.warning("step %d goes on from the weights of %s", step + 1, where)
+    save(run)  # who is killed after this does not go back twice
 
 
 def report(run: Run) -> Wish:

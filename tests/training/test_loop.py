@@ -148,7 +148,7 @@ def begin(
     state = build.training_state(config, dataset.manifest.image_shape, CPU, facts)
     store = CheckpointStore(str(folder), config.training.keep_checkpoints)
     log = StepLog(workers, config.training.log_every_steps)
-    guard = Guard(config.training.spike_factor, config.training.on_divergence == "skip")
+    guard = Guard.of(config.training.on_divergence, config.training.spike_factor)
     if found := store.load():
         state.restore(found[1])
         log.resume(found[1].facts["bands"])
@@ -586,6 +586,58 @@ def test_a_skipped_step_changes_nothing_and_is_the_same_on_replay(
     assert unbroken.values["train/skipped", 5] == 1
     losses = sorted(step for key, step in unbroken.values if key == "train/loss")
     assert losses == [1, 2, 3, 4, 6, 7, 8]
+
+
+def test_a_rewound_run_has_the_weights_of_its_checkpoint_and_is_the_same_on_replay(
+    data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Step 5 is NaN, and the checkpoint before it that of step 3: steps 4 and 5 leave no trace in
+    the weights. Killed before or after that is committed, the run ends alike."""
+    config = configured(data, "training.on_divergence=rewind")
+    unbroken = Ledger()
+    before = begin(replace(config, training=replace(config.training, steps=3)), tmp_path / "three")
+    assert train(before)
+    wanted = begin(config, tmp_path / "unbroken", unbroken)
+    spoil(wanted, 5, position=2)
+    found: list[Snapshot] = []
+    save = loop.save
+
+    def noted(run: Run) -> None:
+        found.append(run.state.snapshot([]))
+        save(run)
+
+    monkeypatch.setattr(loop, "save", noted)
+    assert train(wanted)
+    (rewound,) = [snapshot for snapshot in found if snapshot.step == 5]
+    three = bits(before)
+    for group in ("model", "ema", "optimizer"):
+        for key, value in three.tensors[group].items():
+            assert torch.equal(rewound.tensors[group][key], value), key
+    assert unbroken.values["train/skipped", 5] == 1
+    assert sorted(step for key, step in unbroken.values if key == "train/loss") == [
+        1, 2, 3, 4, 6, 7, 8,
+    ]  # fmt: skip
+
+    for number, at in enumerate(("snapshot:5", "batch:6", "batch:7")):
+        folder, died = tmp_path / f"died-{number}", Ledger()
+        monkeypatch.setenv(faults.VARIABLE, f"{folder}-struck fail@{at}")
+        for dies in (True, False):
+            run = begin(config, folder, died)
+            spoil(run, 5, position=2)
+            death = pytest.raises(InjectedFaultError, match="as asked for")
+            with death if dies else contextlib.nullcontext():
+                train(run)
+            run.checkpoints.wait()
+        assert_same_bits(bits(run), bits(wanted))
+        assert died.timeless() == unbroken.timeless()
+        assert run.guard == wanted.guard
+
+
+def test_a_run_that_cannot_go_back_stops(data: str, tmp_path: Path) -> None:
+    run = begin(configured(data, "training.on_divergence=rewind"), tmp_path)
+    spoil(run, 2, position=1)
+    with pytest.raises(DivergedError, match=r"step 2: "):
+        train(run)
 
 
 def test_a_run_that_skips_all_of_its_steps_ends(data: str, tmp_path: Path) -> None:
