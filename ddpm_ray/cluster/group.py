@@ -151,7 +151,10 @@ class _Starts:
         for step, place in notes.starts[len(self.places) :]:
             self.on_start(step, place)
             if self.places:
-                log.warning("a worker was lost or failed; all were started again, at step %d", step)
+                log.warning(
+                    "a worker was lost, or more have a place; all were started again, at step %d",
+                    step,
+                )
             self.places.append(place)
             self.stall = ""
 

@@ -82,11 +82,11 @@ def test_a_run_goes_on_with_fewer_workers_and_again_with_more() -> None:
 
     elastic = "cluster.min_workers=1", "cluster.resize_every_s=5", "training.reduction=elastic"
     with Nodes(cpus=(1, 1)) as nodes:
-        code = nodes.submit("train", *training(1500, 500), *elastic, watch=strike)
+        code = nodes.submit("train", *training(1000, 500), *elastic, watch=strike, timeout_s=420)
         assert code == 0, nodes.told("train")
         (run,) = nodes.runs()
         assert run.status == "FINISHED"
-        assert run.steps == list(range(1, 1501))
+        assert run.steps == list(range(1, 1001))
         assert addresses(nodes, alive=False) == [HEAD] * 3 + [SECOND] * 2  # 2, then 1, then 2
         lost = [line for line in nodes.told("train") if "all were started again, at step" in line]
         began = int(lost[0].split()[-1])
