@@ -143,8 +143,7 @@ class TrainingConfig:
     )  # fmt: skip
     on_divergence: Literal["stop", "skip", "rewind"] = knob(
         "stop",
-        "what a gradient does that is not finite, or a spike: end the run, no update, or no update "
-        "and back to the weights of the checkpoint before it",
+        "on a gradient that is not finite, or a spike: end; no update; back to the last weights",
     )
     spike_factor: float = knob(
         0.0, "times the median norm of the last 128 steps that is a spike; 0: none is", at_least=0
