@@ -265,6 +265,10 @@ class TrackingConfig:
     uri: str = knob("", "MLflow server or database; empty: $MLFLOW_TRACKING_URI or ./mlflow.db")
     experiment: str = knob("ddpm-ray", "MLflow experiment that holds the run")
     flush_every_s: float = knob(2.0, "seconds between batches of rows", above=0)
+    last_rows_s: float = knob(
+        60, "seconds that a run's end waits for MLflow; what it did not take, the next start sends",
+        above=0,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,6 @@ FATAL = (
     MemoryError,
     torch.OutOfMemoryError,
 )
-LAST_ROWS_S = 60.0  # patience with MLflow at the end; unsent rows are in the checkpoint as well
 
 
 def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
@@ -81,7 +80,7 @@ def _train(config: RunConfig, settings: dict[str, Any], desk: Desk) -> dict[str,
         pulse.stop()
         desk.rest(run.workers.rank)
         run.stream.close()
-        if run.sink is not None and not run.sink.close(LAST_ROWS_S):
+        if run.sink is not None and not run.sink.close(config.tracking.last_rows_s):
             log.warning("MLflow took not all rows; those left are sent when the run is continued")
     return {
         "step": run.state.step,
