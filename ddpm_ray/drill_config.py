@@ -14,7 +14,7 @@ class DrillConfig:
 
     faults: tuple[str, ...] = knob(
         (),
-        "each strikes one repetition: ACTION@POINT[:STEP][/RANK], see ddpm_ray/faults.py",
+        "each strikes one repetition: ACTION@POINT[:STEP][/RANK], several apart by spaces",
     )
     run: RunConfig = field(default_factory=RunConfig)
 
@@ -22,16 +22,22 @@ class DrillConfig:
         """Faults that cannot be understood or never strike, and what the run says."""
         if not self.faults:
             yield "faults is empty; name some, as in faults='[kill@gradient:30/1,kill@commit:20]'"
-        for word in self.faults:
+        for entry in self.faults:
             try:
-                (fault,) = planned(f"/ {word}")
+                faults = planned(f"/ {entry}")
             except FaultSyntaxError as error:
                 yield f"faults: {error}"
                 continue
             steps, workers = self.run.training.steps, self.run.cluster.num_workers
-            if fault.step > steps:
-                yield f"faults: {word!r} strikes at step {fault.step}, the run has {steps}"
-            if (fault.rank or 0) >= workers:
-                yield f"faults: {word!r} strikes worker {fault.rank}, the run has {workers}"
+            for fault in faults:
+                if fault.step > steps:
+                    yield f"faults: {entry!r} strikes at step {fault.step}, the run has {steps}"
+                if (fault.rank or 0) >= workers:
+                    yield f"faults: {entry!r} strikes worker {fault.rank}, the run has {workers}"
+            if len(faults) > (most := self.run.cluster.max_failures):
+                yield (
+                    f"faults: {entry!r} strikes {len(faults)} times, run.cluster.max_failures is "
+                    f"{most}; raise it"
+                )
         for problem in self.run.problems():
             yield f"run.{problem}"

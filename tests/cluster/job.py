@@ -31,6 +31,7 @@ class Job:
     arguments: tuple[str, ...]
     script: str = "train.py"
     config: str = "train/digits.yaml"
+    limit_s: float = 300
     lines: list[str] = field(default_factory=list)
     result: dict[str, Any] = field(default_factory=dict)
     code: int = -1
@@ -51,7 +52,7 @@ class Job:
         )  # fmt: skip
         assert process.stderr is not None
         assert process.stdout is not None
-        limit = threading.Timer(300, lambda: os.killpg(process.pid, signal.SIGKILL))
+        limit = threading.Timer(self.limit_s, lambda: os.killpg(process.pid, signal.SIGKILL))
         limit.start()
         try:
             for line in process.stderr:

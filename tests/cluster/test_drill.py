@@ -1,5 +1,7 @@
 """A drill: what it asks for is checked before anything starts, and what it says of a run is so."""
 
+import json
+import random
 from typing import Any
 
 import pytest
@@ -8,6 +10,7 @@ from ddpm_ray.cluster.drill import Drilled
 from ddpm_ray.drill_config import DrillConfig
 from ddpm_ray.knobs import ConfigError, load
 from tests.cluster.job import ROOT, Job
+from tests.faults.schedules import kills
 
 CONFIG = str(ROOT / "conf/drill/digits.yaml")
 
@@ -18,6 +21,8 @@ CONFIG = str(ROOT / "conf/drill/digits.yaml")
         ("kill@lunch", r"faults: .*'kill@lunch' is not ACTION@POINT"),
         ("kill@commit:201", "strikes at step 201, the run has 200"),
         ("kill@batch:5/2", "strikes worker 2, the run has 2"),
+        ("kill@batch:5 kill@commit:201", "strikes at step 201, the run has 200"),
+        (" ".join(["kill@batch"] * 4), "strikes 4 times, run.cluster.max_failures is 3; raise it"),
     ],
 )
 def test_a_fault_that_would_never_strike_is_refused(fault: str, says: str) -> None:
@@ -62,3 +67,17 @@ def test_a_killed_and_a_frozen_worker_leave_equal_runs(tmp_path: Any) -> None:
     assert [one["equal"] for one in job.result["faults"]] == [True, True]
     assert [one["starts"] for one in job.result["faults"]] == [[0, 100], [0, 50]]
     assert "kill@gradient:130/1  2" in job.told
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # MLflow's, as it imports
+def test_ten_schedules_of_kills_leave_equal_runs(tmp_path: Any) -> None:
+    """As tests/faults/test_same_end.py has it of a hundred, on Ray."""
+    schedules = [" ".join(kills(random.Random(seed), 3, 200, 2)) for seed in range(10)]
+    faults = f"faults={json.dumps(schedules)}"
+    drill = Job(tmp_path, (faults,), "drill.py", "drill/digits.yaml", limit_s=1400).run()
+    assert drill.code == 0, drill.told
+    assert [one["equal"] for one in drill.result["faults"]] == [True] * len(schedules)
+    assert all(len(one["starts"]) > 1 for one in drill.result["faults"])

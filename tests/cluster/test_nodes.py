@@ -97,3 +97,18 @@ def test_a_sweep_spreads_its_trials_over_nodes() -> None:
     """Two at once on a CPU each; early stopping frees a place that the next trial takes."""
     with Nodes(cpus=(1, 1)) as nodes:
         assert not show(nodes).wrong
+
+
+@pytest.mark.timeout(1000)
+def test_a_drill_of_two_nodes_finds_equal_ends() -> None:
+    """All faults of conf/drill/digits.yaml; the second node has half of the workers."""
+    places = "run.storage=s3://bucket/runs", "run.data.url=s3://bucket/digits"
+    command = ("python", "jobs/drill.py", "conf/drill/digits.yaml", *places)
+    with Nodes(cpus=(1, 1)) as nodes:
+        code = nodes.submit("drill", *command, timeout_s=900)
+        print(*nodes.told("drill"), sep="\n")
+        assert code == 0
+        found = nodes.result("drill")["faults"]
+        assert all(one["equal"] for one in found)
+        assert all(len(one["starts"]) == 2 for one in found)
+        assert set(addresses(nodes, alive=False)) == {HEAD, SECOND}

@@ -7,10 +7,9 @@ import pytest
 
 from ddpm_ray.faults import POINTS
 from tests.faults.lives import STEPS, Ended, Life
+from tests.faults.schedules import kills
 
 WORKERS = 2
-# The leader alone passes the others.
-OF_ALL = {"batch", "gradient", "update", "reduce", "between", "snapshot"}
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # MLflow's, as it imports
 
 
@@ -22,25 +21,15 @@ def unbroken(noise_shards: str, tmp_path_factory: pytest.TempPathFactory) -> End
     return life.end()
 
 
-def schedule(seed: int, folder: Path) -> tuple[str, random.Random]:
-    """One to ten kills at random points, steps and ranks, as the variable spells them."""
-    draw, kills = random.Random(seed), []
-    for _ in range(draw.randint(1, 10)):
-        point = draw.choice(sorted(POINTS))
-        rank = draw.randrange(WORKERS) if point in OF_ALL else 0
-        kills.append(f"kill@{point}:{draw.randint(1, STEPS)}/{rank}")
-    return " ".join([str(folder), *kills]), draw
-
-
 def test_a_kill_at_each_point_is_survived(
     unbroken: Ended, noise_shards: str, tmp_path: Path
 ) -> None:
-    kills = [f"kill@{point}:{step}/0" for step, point in enumerate(POINTS, 4)]
-    planned, life = " ".join([str(tmp_path / "struck"), *kills]), Life(tmp_path, noise_shards)
+    each = [f"kill@{point}:{step}/0" for step, point in enumerate(POINTS, 4)]
+    planned, life = " ".join([str(tmp_path / "struck"), *each]), Life(tmp_path, noise_shards)
     life.drive()
     while not life.live(WORKERS, planned):
-        assert life.lives <= len(kills)
-    assert len(list((tmp_path / "struck").iterdir())) == len(kills)  # each was met
+        assert life.lives <= len(each)
+    assert len(list((tmp_path / "struck").iterdir())) == len(each)  # each was met
     ended = life.end()
     assert ended.hashes == unbroken.hashes
     assert ended.same_rows() == unbroken.same_rows()
@@ -52,7 +41,8 @@ def test_a_kill_at_each_point_is_survived(
 def test_any_kills_leave_the_same_run(
     seed: int, unbroken: Ended, noise_shards: str, tmp_path: Path
 ) -> None:
-    planned, draw = schedule(seed, tmp_path / "struck")
+    draw = random.Random(seed)
+    planned = " ".join([str(tmp_path / "struck"), *kills(draw, 10, STEPS, WORKERS)])
     life = Life(tmp_path / "run", noise_shards)
     life.drive()
     while not life.live(WORKERS, planned):
