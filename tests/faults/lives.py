@@ -12,11 +12,13 @@ import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch.distributed as dist
 from mlflow import MlflowClient
 
@@ -30,7 +32,7 @@ from ddpm_ray.knobs import from_dict, load, to_dict, to_yaml
 from ddpm_ray.training.checkpoints import CHECKPOINTS, CheckpointStore
 from ddpm_ray.training.lease import Lease
 from ddpm_ray.training.loop import Run, train
-from ddpm_ray.training.reporting import RATES, Wish
+from ddpm_ray.training.reporting import RATES, Progress, Wish
 from ddpm_ray.training.workers import Workers
 
 STEPS, EVERY = 24, 5
@@ -43,7 +45,7 @@ TINY = (
     "evaluation.spectrum_every_steps=6", "evaluation.spectrum_images=16",
     "tracking.flush_every_s=0.02",
 )  # fmt: skip
-LIFE_S = 60  # most seconds of one life; it takes one or two
+LIFE_S = 180  # most seconds of one life; it takes one or two, more while MLflow is away
 
 _server = multiprocessing.get_context("forkserver")
 # Any optimiser imports torch's compiler, any MLflow on SQLite its store: 3 s, once.
@@ -78,7 +80,9 @@ class Life:
     data: str
     overrides: tuple[str, ...] = TINY
     config_file: str | None = None
-    ledger: bool = False  # what each worker draws is written down: see `used`
+    ledger: bool = False  # what each worker draws is written down: see `drawn`
+    uri: str = ""  # MLflow's; empty: a database in the folder
+    meter: bool = False  # each worker's memory and open files are written down: see `metered`
     lives: int = 0
     tracked: tracking.TrackedRun | None = None
     lease: Lease | None = None
@@ -86,7 +90,7 @@ class Life:
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        uri = f"sqlite:///{self.folder / 'mlflow.db'}"
+        uri = self.uri or f"sqlite:///{self.folder / 'mlflow.db'}"
         where = (f"data.url={self.data}", f"storage={self.folder}", f"tracking.uri={uri}")
         self.config = load(RunConfig, self.config_file, [*self.overrides, *where])
 
@@ -115,6 +119,7 @@ class Life:
             "identity": "identity", "lease": vars(self.lease), "card": vars(self.card),
             "tracked": vars(self.tracked) if self.tracked else None,
             "ledger": str(self.folder / f"ledger-{self.lives}-") if self.ledger else "",
+            "meter": str(self.folder / "meter-") if self.meter else "",
         }  # fmt: skip
         meeting = self.folder / f"meeting-{self.lives}"
         workers = [
@@ -163,6 +168,11 @@ class Life:
                     found.setdefault((int(step), int(position)), set()).add(drawn)
         return found
 
+    def metered(self) -> list[tuple[int, int, int]]:
+        """(step, resident bytes, open files) of the leaders, told a few times a second."""
+        lines = (self.folder / "meter-0").read_text().splitlines()
+        return [(int(step), int(size), int(files)) for step, size, files in map(str.split, lines)]
+
     def forget(self) -> None:
         """Free the disk: a hundred runs leave a gigabyte."""
         shutil.rmtree(self.folder)
@@ -182,7 +192,8 @@ def _work(rank: int, count: int, meeting: str, settings: dict[str, Any], planned
         timeout=timedelta(seconds=LIFE_S),
     )  # fmt: skip
     config = from_dict(RunConfig, settings["config"])
-    run = assemble(config, settings, lambda _: Wish.NOTHING, Workers(rank, count))
+    show = partial(_meter, Path(f"{settings['meter']}{rank}")) if settings["meter"] else _nothing
+    run = assemble(config, settings, show, Workers(rank, count))
     if settings["ledger"]:
         _keep_ledger(run, Path(f"{settings['ledger']}{rank}"))
     try:
@@ -191,6 +202,17 @@ def _work(rank: int, count: int, meeting: str, settings: dict[str, Any], planned
         run.stream.close()
     if run.sink is not None:
         assert run.sink.close(LIFE_S)
+
+
+def _nothing(_: Progress) -> Wish:
+    return Wish.NOTHING
+
+
+def _meter(file: Path, progress: Progress) -> Wish:
+    process = psutil.Process()
+    with file.open("a") as lines:
+        lines.write(f"{progress.step} {process.memory_info().rss} {process.num_fds()}\n")
+    return Wish.NOTHING
 
 
 def _keep_ledger(run: Run, file: Path) -> None:
