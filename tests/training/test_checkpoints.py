@@ -174,14 +174,17 @@ def test_a_save_that_dies_leaves_the_one_before_it(
     assert_same_bits(newest(again), snapshot(10))
 
 
+@pytest.mark.parametrize("deleted", range(len(OBJECTS)))
 def test_a_save_that_dies_right_after_its_commit_counts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    deleted: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Old folders are deleted after the pointer has forgotten them, never before."""
     store = CheckpointStore(str(tmp_path), keep=1)
     store.save(snapshot(1))
 
     def die(url: str) -> None:
+        for path in sorted(Path(url).iterdir())[:deleted]:
+            path.unlink()
         raise Killed(url)
 
     monkeypatch.setattr(storage, "delete_folder", die)
