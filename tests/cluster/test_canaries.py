@@ -56,7 +56,10 @@ def job(config, _):
     group.run = fails if config.name == "fails" else alone
     return training_run.train(config, Path.cwd(), lambda _: None).report
 
-sys.exit(command_line.main("", RunConfig, job))
+keys = sys.argv[1:]
+for name, expected in (("public-runs", 0), ("fails", 1)):
+    sys.argv[1:] = [f"name={name}", *keys]
+    assert command_line.main("", RunConfig, job) == expected
 """
 TINY = (
     "schedule.num_steps=20", "model.base_channels=4", "model.groups=2", "model.channel_mults=[1]",
@@ -130,14 +133,12 @@ def test_no_planted_secret_is_found_in_anything_a_run_leaves(
     repository(clone)
     pack_noise(str(stored / "bucket/noise"), images=45, side=8)
     places = f"tracking.uri=sqlite:///{home / 'mlflow.db'}", f"data.cache_dir={home / 'cache'}"
-    said = b""
-    for name, expected in (("public-runs", 0), ("fails", 1)):
-        done = subprocess.run(
-            [sys.executable, "-c", SCRIPT, f"name={name}", *TINY, *places], cwd=clone,
-            env=environment(endpoint, home), capture_output=True,
-        )  # fmt: skip
-        said += done.stdout + done.stderr
-        assert done.returncode == expected, said.decode()
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, *TINY, *places], cwd=clone,
+        env=environment(endpoint, home), capture_output=True,
+    )  # fmt: skip
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said.decode()
     (home / "said").write_bytes(said)
     for name in (*SECRETS, "git", "url"):
         for spelling in spellings(CANARY.format(name)):

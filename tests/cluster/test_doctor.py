@@ -132,14 +132,14 @@ def test_servers_that_never_answer_are_told_in_time(
     bucket, begun = use_s3(f"http://127.0.0.1:{silent}", "secret"), time.monotonic()
     code, report, told = job(
         tmp_path, f"storage={bucket}/runs", f"tracking_uri=http://127.0.0.1:{silent}",
-        f"address=127.0.0.1:{silent}", "timeout_s=7",
+        f"address=127.0.0.1:{silent}", "timeout_s=12",
     )  # fmt: skip
-    assert time.monotonic() - begun < 15  # that the S3 client alone tries for a minute
+    assert time.monotonic() - begun < 20  # that the S3 client alone tries for a minute
     assert code == 1, told
     assert report["failed"] == ["storage", "MLflow", "Ray"]
     found = {one["check"]: one["found"] for one in report["findings"]}
-    assert found["storage"] == f"{bucket}/runs: no end after timeout_s=7"
-    assert found["Ray"] == f"127.0.0.1:{silent}: no end after timeout_s=7"
+    assert found["storage"] == f"{bucket}/runs: no end after timeout_s=12"
+    assert found["Ray"] == f"127.0.0.1:{silent}: no end after timeout_s=12"
     assert "timed out" in found["MLflow"]
 
 
