@@ -88,29 +88,18 @@ def with_values(config: Config, values: Mapping[str, Any], where: str) -> Config
 
     Raises ConfigError with one line, which begins with `where`, for each bad key.
     """
-    return _checked(
-        type(config), _unfrozen(OmegaConf.structured(config)), [(where, dict(values))], where
-    )
+    return _checked(type(config), OmegaConf.structured(config), [(where, dict(values))], where)
 
 
 @cache
 def _structure(kind: type[Any]) -> Any:
     """What the config `kind` looks like, not to be changed: to read it off takes 0.1 s."""
-    return _unfrozen(OmegaConf.structured(kind))
+    return OmegaConf.structured(kind)
 
 
 def _defaults(kind: type[Any]) -> Any:
     """A structure of one's own."""
     return copy.deepcopy(_structure(kind))  # type: ignore[arg-type]  # a class is hashable
-
-
-def _unfrozen(node: Any) -> Any:
-    """`node`, whose classes are frozen, so that values can be laid over it where it stands."""
-    OmegaConf.set_readonly(node, None)
-    for key in node:
-        if OmegaConf.is_dict(node[key]):
-            _unfrozen(node[key])
-    return node
 
 
 def _checked(
@@ -126,7 +115,7 @@ def _checked(
                 wrong[key] = f"{where}: {key}={value!r}: {reason}"
                 continue
             try:
-                merged.merge_with(_nested(key, value))
+                merged = OmegaConf.unsafe_merge(merged, _nested(key, value))  # in place
             except UNREADABLE as error:
                 wrong[key] = f"{where}: {_complaint(kind, key, value, error)}"
     try:
@@ -164,7 +153,7 @@ def from_dict(kind: type[Config], values: Mapping[str, Any]) -> Config:
     if any("${" in text for text in texts(values)):
         raise ConfigError("a saved config holds ${...}: it was edited; put a whole copy of it back")
     try:
-        merged = OmegaConf.merge(_defaults(kind), OmegaConf.create(dict(values)))
+        merged = OmegaConf.unsafe_merge(_defaults(kind), OmegaConf.create(dict(values)))
     except OmegaConfBaseException as error:
         raise ConfigError(str(error).splitlines()[0]) from error
     return cast(Config, OmegaConf.to_object(merged))
@@ -197,7 +186,7 @@ def complaint(kind: type[Any], key: str, value: Any) -> str:
     Its name and its type alone; ranges and what keys are together is seen by `with_values`.
     """
     try:
-        _defaults(kind).merge_with(_nested(key, value))
+        OmegaConf.unsafe_merge(_defaults(kind), _nested(key, value))
     except UNREADABLE as error:
         return _complaint(kind, key, value, error)
     return ""
