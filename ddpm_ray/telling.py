@@ -55,3 +55,9 @@ def printable(text: str) -> str:
 def told(text: str) -> str:
     """`text` as it may stand in a terminal or a log: one line, no secret, no control character."""
     return printable(redacted(text))
+
+
+def brief(error: Exception) -> str:
+    """The error as one line of at most 200 characters."""
+    text = told(" ".join(str(error).split()))
+    return text if len(text) <= 200 else f"{text[:197]}..."

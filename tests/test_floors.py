@@ -43,7 +43,7 @@ DOORS = {  # outside package: where alone it may be imported
     "fsspec": ("ddpm_ray.data.storage",),
     "s3fs": ("ddpm_ray.data.storage",),
     "matplotlib": ("ddpm_ray.cluster.charts",),
-    "mlflow": tuple(f"ddpm_ray.cluster.{name}" for name in ("tracking", "tracker", "registry")),
+    "mlflow": tuple(f"ddpm_ray.cluster.{name}" for name in ("tracking", "registry")),
     "ray": ("ddpm_ray.cluster",),
     "sklearn": ("ddpm_ray.data.built_in_sets",),
     "omegaconf": ("ddpm_ray.knobs",),

@@ -14,7 +14,8 @@ from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
-from ddpm_ray.cluster.tracking import TrackedRun, TrackingError, answering
+from ddpm_ray.cluster.tracked_run import TrackedRun
+from ddpm_ray.cluster.tracking import TrackingError, answering
 from ddpm_ray.data import storage
 from ddpm_ray.training.checkpoints import MANIFEST, file_names
 

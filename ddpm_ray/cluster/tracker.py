@@ -1,17 +1,20 @@
-"""One run's rows, pictures and documents on their way to MLflow, from a thread of their own."""
+"""One run's rows, pictures and documents on their way to MLflow, from a thread of their own.
+
+That thread also imports MLflow: 1.2 s that a worker which is started again takes steps in.
+"""
 
 import logging
 from collections import deque
 from collections.abc import Callable
 from threading import Event, Lock, Thread
+from types import ModuleType
 from typing import Any
 
-from mlflow import MlflowClient
-from mlflow.entities import Metric
 from PIL import Image
 
 from ddpm_ray import faults
-from ddpm_ray.cluster.tracking import MAX_METRICS, TrackedRun, brief, log_image
+from ddpm_ray.cluster.tracked_run import MAX_METRICS, MetricRow, TrackedRun
+from ddpm_ray.telling import brief
 from ddpm_ray.training.reporting import RATES, Row
 
 log = logging.getLogger(__name__)
@@ -32,7 +35,7 @@ class Tracker:
         """`find_run` is asked until it answers: MLflow may be away when a run starts."""
         self._find_run, self._flush_every_s = find_run, flush_every_s
         self._rows: deque[Row] = deque(unsent)
-        self._files: deque[Callable[[MlflowClient, TrackedRun], None]] = deque()
+        self._files: deque[Callable[[ModuleType, Any, TrackedRun], None]] = deque()
         self._last_rate: dict[str, int] = {}
         self._lock, self._closing, self._given_up = Lock(), Event(), Event()
         self._thread = Thread(target=self._work, name="mlflow", daemon=True)
@@ -45,11 +48,13 @@ class Tracker:
 
     def image(self, key: str, step: int, image: Image.Image) -> None:
         """Queue a stepped picture."""
-        self._files.append(lambda client, run: log_image(client, run, key, step, image))
+        self._files.append(
+            lambda mlflow, client, run: mlflow.log_image(client, run, key, step, image)
+        )
 
     def document(self, path: str, content: dict[str, Any]) -> None:
         """Queue a JSON file below the run's artifacts."""
-        self._files.append(lambda client, run: client.log_dict(run.run_id, content, path))
+        self._files.append(lambda _, client, run: client.log_dict(run.run_id, content, path))
 
     def unsent(self) -> list[Row]:
         """Rows that MLflow has not acknowledged."""
@@ -77,36 +82,36 @@ class Tracker:
                 if self._given_up.wait(RETRY_S):
                     return
 
-    def _connected(self) -> tuple[MlflowClient, TrackedRun]:
-        """A client and the run, once it is known which rates its earlier lives have logged."""
-        run = self._find_run()
-        client = MlflowClient(tracking_uri=run.uri)
-        for key in RATES:
-            history = client.get_metric_history(run.run_id, key)
-            self._last_rate[key] = max((metric.step for metric in history), default=0)
-        return client, run
+    def _connected(self) -> tuple[ModuleType, Any, TrackedRun]:
+        """`tracking`, a client, and the run, once it is known which rates earlier lives logged."""
+        from ddpm_ray.cluster import tracking
 
-    def _send(self, client: MlflowClient, run: TrackedRun) -> None:
+        run = self._find_run()
+        client = tracking.client_of(run)
+        self._last_rate = tracking.last_steps(client, run, RATES)
+        return tracking, client, run
+
+    def _send(self, mlflow: ModuleType, client: Any, run: TrackedRun) -> None:
         while self._rows:
             with self._lock:
-                batch, count = self._next_batch(run.start_ms)
+                batch, count = self._next_batch()
             faults.at("flush")
-            client.log_batch(run.run_id, metrics=batch)
+            mlflow.log_rows(client, run, batch)
             faults.at("sent")
             with self._lock:
                 for _ in range(count):
                     self._rows.popleft()
         while self._files:
-            self._files[0](client, run)
+            self._files[0](mlflow, client, run)
             self._files.popleft()
 
-    def _next_batch(self, start_ms: int) -> tuple[list[Metric], int]:
+    def _next_batch(self) -> tuple[list[MetricRow], int]:
         """Metrics of the oldest rows, as many whole rows as one call takes, and their number."""
-        metrics: list[Metric] = []
+        metrics: list[MetricRow] = []
         count = 0
         for row in self._rows:
             own = [
-                Metric(key, value, start_ms + row.step, row.step)
+                (key, value, row.step)
                 for key, value in row.metrics.items()
                 if row.step > self._last_rate.get(key, -1)
             ]

@@ -11,8 +11,7 @@ import os
 import tempfile
 import uuid
 import warnings
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +23,14 @@ from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_IMAGES, MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NOTE
 from PIL import Image
 
+from ddpm_ray.cluster.tracked_run import MetricRow, RunCard, TrackedRun
 from ddpm_ray.data import storage
-from ddpm_ray.telling import told
+from ddpm_ray.telling import brief, told
 
 log = logging.getLogger(__name__)
 
 RUN_TAG = "ddpm_ray.run"  # identity of the run's folder: what a restarted job finds its run by
-MAX_METRICS, MAX_PARAMS, MAX_TAG = 1000, 100, 5000  # that the server takes in one call
+MAX_PARAMS, MAX_TAG = 100, 5000  # that the server takes in one call
 
 # A dead server must cost a thread seconds, not the two minutes of the defaults (7 tries of 120 s).
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
@@ -51,38 +51,6 @@ class TrackingError(RuntimeError):
 
 class TrackingOutageError(TrackingError):
     """A server that does not answer now: it may later."""
-
-
-@dataclass(frozen=True)
-class RunCard:
-    """All that MLflow is told of a run: enough to find it, or to make it, at any time."""
-
-    uri: str
-    experiment: str
-    name: str
-    identity: str
-    artifacts: str | None  # where a new experiment keeps its files; None: the server knows
-    parent: str  # id of the run that the UI shows it under; may be empty
-    params: dict[str, Any]
-    tags: dict[str, str]
-    config_yaml: str
-    dataset_url: str
-    dataset_fingerprint: str
-
-
-@dataclass(frozen=True)
-class TrackedRun:
-    """Where a run's rows go; small and plain, so that it travels to the workers."""
-
-    uri: str
-    run_id: str
-    experiment_id: str
-    start_ms: int
-
-    @property
-    def page(self) -> str:
-        """The run's address below the MLflow UI's root."""
-        return f"/#/experiments/{self.experiment_id}/runs/{self.run_id}/model-metrics"
 
 
 def open_run(card: RunCard) -> TrackedRun:
@@ -153,7 +121,7 @@ def describe(
 ) -> None:
     """Log what the run is: new parameters, tags, the whole config as a file, and its data set."""
     with answering(run.uri):
-        client = MlflowClient(tracking_uri=run.uri)
+        client = client_of(run)
         known = client.get_run(run.run_id)
         new = [Param(k, str(v)) for k, v in params.items() if k not in known.data.params]
         for start in range(0, len(new), MAX_PARAMS):
@@ -177,7 +145,7 @@ def describe(
 def finish(run: TrackedRun, status: str, reason: str = "") -> None:
     """Close the run as FINISHED, FAILED or KILLED; the reason becomes a tag and its description."""
     with answering(run.uri):
-        client = MlflowClient(tracking_uri=run.uri)
+        client = client_of(run)
         if reason:
             text = told(reason)[:MAX_TAG]
             tags = [RunTag("reason", text), RunTag(MLFLOW_RUN_NOTE, text)]
@@ -220,13 +188,30 @@ def publish(
 ) -> None:
     """Put these in the run: pictures and texts over what stood there, metrics at `step`, a note."""
     with answering(run.uri):
-        client = MlflowClient(tracking_uri=run.uri)
+        client = client_of(run)
         for key, picture in pictures.items():
             log_image(client, run, key, 0, picture)
         for path, text in texts.items():
             client.log_text(run.run_id, text, path)
         rows = [Metric(key, value, run.start_ms + step, step) for key, value in metrics.items()]
         client.log_batch(run.run_id, rows, tags=[RunTag(MLFLOW_RUN_NOTE, note[:MAX_TAG])])
+
+
+def client_of(run: TrackedRun) -> MlflowClient:
+    """A client of the MLflow that has the run."""
+    return MlflowClient(tracking_uri=run.uri)
+
+
+def last_steps(client: MlflowClient, run: TrackedRun, keys: Iterable[str]) -> dict[str, int]:
+    """The newest step at which each of these metrics has a row; 0 where it has none."""
+    histories = {key: client.get_metric_history(run.run_id, key) for key in keys}
+    return {key: max((row.step for row in rows), default=0) for key, rows in histories.items()}
+
+
+def log_rows(client: MlflowClient, run: TrackedRun, rows: Iterable[MetricRow]) -> None:
+    """At most MAX_METRICS of them, each as often as one likes: it is there once."""
+    metrics = [Metric(key, value, run.start_ms + step, step) for key, value, step in rows]
+    client.log_batch(run.run_id, metrics=metrics)
 
 
 def log_image(
@@ -261,9 +246,3 @@ def _may_pass(uri: str, error: Exception) -> bool:
     """Whether a server, and not what is asked of it, is at fault; a local database never is."""
     passing = "INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED"
     return uri.startswith("http") and getattr(error, "error_code", passing[0]) in passing
-
-
-def brief(error: Exception) -> str:
-    """The error as one line of at most 200 characters."""
-    text = told(" ".join(str(error).split()))
-    return text if len(text) <= 200 else f"{text[:197]}..."

@@ -20,6 +20,7 @@ import torch
 from ddpm_ray import build
 from ddpm_ray.cluster import group, registry, tracking
 from ddpm_ray.cluster.packing import pack
+from ddpm_ray.cluster.tracked_run import RunCard, TrackedRun
 from ddpm_ray.cluster.trained import tracking_place
 from ddpm_ray.cluster.worker import train_worker
 from ddpm_ray.config import RunConfig
@@ -114,10 +115,8 @@ def train(
     return Outcome(finished, _report(config, folder, tracked, ended), ended)
 
 
-def _card(
-    config: RunConfig, dataset: Dataset, identity: str, part_of: PartOf | None
-) -> tracking.RunCard:
-    return tracking.RunCard(
+def _card(config: RunConfig, dataset: Dataset, identity: str, part_of: PartOf | None) -> RunCard:
+    return RunCard(
         config.tracking.uri,
         config.tracking.experiment,
         part_of.label if part_of else config.name,
@@ -132,7 +131,7 @@ def _card(
     )
 
 
-def _tracked(card: tracking.RunCard) -> tracking.TrackedRun | None:
+def _tracked(card: RunCard) -> TrackedRun | None:
     """The run in MLflow; None, with a warning, where a server does not answer: it may later."""
     try:
         found = tracking.open_run(card)
@@ -237,7 +236,7 @@ def tags_of(dataset: Dataset) -> dict[str, str]:
 
 
 def _report(
-    config: RunConfig, folder: str, tracked: tracking.TrackedRun, ended: dict[str, Any]
+    config: RunConfig, folder: str, tracked: TrackedRun, ended: dict[str, Any]
 ) -> dict[str, Any]:
     pictures, step = storage.join(folder, "pictures"), ended["step"]
     return {

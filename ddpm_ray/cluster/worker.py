@@ -13,10 +13,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ddpm_ray import build
-from ddpm_ray.cluster import placement, tracking
+from ddpm_ray.cluster import placement
 from ddpm_ray.cluster.control import Desk
+from ddpm_ray.cluster.tracked_run import RunCard, TrackedRun
 from ddpm_ray.cluster.tracker import Tracker
-from ddpm_ray.cluster.tracking import RunCard, TrackedRun
 from ddpm_ray.cluster.watch import Pulse
 from ddpm_ray.config import RunConfig
 from ddpm_ray.data import storage
@@ -156,6 +156,8 @@ def _tracked_run(settings: dict[str, Any]) -> TrackedRun:
     """The run as the driver has found it, or as MLflow has it where it was away then."""
     if settings["tracked"] is not None:
         return TrackedRun(**settings["tracked"])
+    from ddpm_ray.cluster import tracking  # a second, in the thread that asks
+
     return tracking.open_run(RunCard(**settings["card"]))
 
 

@@ -21,8 +21,9 @@ from PIL import Image
 
 from ddpm_ray import build
 from ddpm_ray.cluster import registry, tracker, tracking, training_run
+from ddpm_ray.cluster.tracked_run import RunCard, TrackedRun
 from ddpm_ray.cluster.tracker import Tracker
-from ddpm_ray.cluster.tracking import RunCard, TrackedRun, TrackingError, TrackingOutageError
+from ddpm_ray.cluster.tracking import TrackingError, TrackingOutageError
 from ddpm_ray.config import RunConfig
 from ddpm_ray.knobs import load, to_dict
 from ddpm_ray.training.checkpoints import CheckpointStore

@@ -24,6 +24,7 @@ from mlflow import MlflowClient
 
 from ddpm_ray import faults
 from ddpm_ray.cluster import tracking, training_run
+from ddpm_ray.cluster.tracked_run import RunCard, TrackedRun
 from ddpm_ray.cluster.worker import assemble
 from ddpm_ray.config import RunConfig
 from ddpm_ray.diffusion import seeding
@@ -84,7 +85,7 @@ class Life:
     uri: str = ""  # MLflow's; empty: a database in the folder
     meter: bool = False  # each worker's memory and open files are written down: see `metered`
     lives: int = 0
-    tracked: tracking.TrackedRun | None = None
+    tracked: TrackedRun | None = None
     lease: Lease | None = None
     config: RunConfig = field(init=False)
 
@@ -95,8 +96,8 @@ class Life:
         self.config = load(RunConfig, self.config_file, [*self.overrides, *where])
 
     @property
-    def card(self) -> tracking.RunCard:
-        return tracking.RunCard(
+    def card(self) -> RunCard:
+        return RunCard(
             self.config.tracking.uri, "faults", "tiny", "identity", str(self.folder / "artifacts"),
             "", {}, {}, to_yaml(self.config), self.data, "fingerprint",
         )  # fmt: skip
