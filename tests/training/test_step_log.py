@@ -15,15 +15,14 @@ from ddpm_ray.training.step_log import BAND_EDGES, BANDS, StepLog
 from ddpm_ray.training.workers import Workers
 
 OnWorkers = Callable[[int, Callable[[Workers], Any]], list[Any]]
-STEPS, BATCH = 12, 6
+STEPS, BATCH = 12, 96
 
 
 def images_of(step: int) -> tuple[Tensor, Tensor]:
-    """Losses and log-SNR of a global batch."""
+    """Losses, of such different sizes that their sums are not exact by luck, and log-SNR of a batch."""
     generator = torch.Generator().manual_seed(step)
-    return torch.rand(BATCH, generator=generator), torch.randn(
-        BATCH, generator=generator
-    ).double() * 5
+    losses = (-20 * torch.randn(BATCH, generator=generator).abs()).exp()
+    return losses, torch.randn(BATCH, generator=generator).double() * 5
 
 
 def logged(workers: Workers, ends: set[int], window: int = 4, begin: int = 0) -> list[Row]:
@@ -112,7 +111,7 @@ def test_a_window_that_a_checkpoint_cuts_goes_on_after_it() -> None:
 
 
 def test_rates_count_images_and_waiting_over_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two windows of 4 steps at 1.5 s a step, 6 images each, of which 0.3 s are waiting."""
+    """Two windows of 4 steps at 1.5 s a step of 96 images, of which 0.3 s are waiting."""
     clock = [100.0]
     monkeypatch.setattr("time.perf_counter", lambda: clock[0])
     log = StepLog(Workers(), 4)
@@ -121,5 +120,5 @@ def test_rates_count_images_and_waiting_over_the_clock(monkeypatch: pytest.Monke
         log.record(*images_of(step), grad_norm=1.0, learning_rate=1.0)
         for row in log.collect(step, waited_s=0.3 * step):
             if step % 4 == 0:
-                assert row.metrics["train/images_per_s"] == pytest.approx(4.0)
+                assert row.metrics["train/images_per_s"] == pytest.approx(64.0)
                 assert row.metrics["train/data_wait_share"] == pytest.approx(0.2)
