@@ -2,6 +2,7 @@
 
     python -m tests.faults.mutations          prints a line for each; exit code 1 if one survives
 
+When all were tried, mutations.md beside this file is written anew: the list and what came of it.
 Works on a copy of the tree. A breakage whose text is no longer in the source is an error.
 """
 
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+TABLE = Path(__file__).with_suffix(".md")
 LIMIT_S = 300  # of the tests of one breakage
 
 
@@ -131,7 +133,7 @@ def survives(mutation: Mutation, tree: Path) -> bool:
 def main() -> int:
     """Try all, or those whose words are given as arguments."""
     wanted = [m for m in MUTATIONS if all(word in m.what for word in sys.argv[1:])]
-    alive = 0
+    alive: set[str] = set()
     with tempfile.TemporaryDirectory(prefix="mutations-") as folder:
         tree = Path(folder) / "tree"
         ignored = shutil.ignore_patterns(".venv", ".git", "runs", "data", ".*_cache", "mlflow.db")
@@ -139,11 +141,26 @@ def main() -> int:
         shutil.copytree(ROOT / "ddpm_ray/data", tree / "ddpm_ray/data")
         shutil.copytree(ROOT / "tests/data", tree / "tests/data")
         for mutation in wanted:
-            lives = survives(mutation, tree)
-            alive += lives
-            print(f"{'SURVIVES' if lives else 'killed  '}  {mutation.what}", flush=True)
-    print(f"{len(wanted) - alive} of {len(wanted)} killed")
-    return int(alive > 0)
+            if survives(mutation, tree):
+                alive.add(mutation.what)
+            verdict = "SURVIVES" if mutation.what in alive else "killed  "
+            print(f"{verdict}  {mutation.what}", flush=True)
+    print(f"{len(wanted) - len(alive)} of {len(wanted)} killed")
+    if len(wanted) == len(MUTATIONS):
+        TABLE.write_text(table(alive))
+    return int(bool(alive))
+
+
+def table(alive: set[str]) -> str:
+    """The list in Markdown, with what came of each."""
+    rows = [
+        f"| {one.what} | `{one.file}` | `{one.tests}` | "
+        f"{'**SURVIVES**' if one.what in alive else 'killed'} |"
+        for one in MUTATIONS
+    ]
+    head = "| breakage | in | tests asked | result |\n| --- | --- | --- | --- |"
+    told = "What `python -m tests.faults.mutations` wrote when it last tried all."
+    return "\n".join(["# Breakages, and whether tests see them", "", told, "", head, *rows, ""])
 
 
 if __name__ == "__main__":
