@@ -19,7 +19,7 @@ STEPS, BATCH = 12, 96
 
 
 def images_of(step: int) -> tuple[Tensor, Tensor]:
-    """Losses, of such different sizes that their sums are not exact by luck, and log-SNR of a batch."""
+    """Losses of a batch, so different that no sum is exact by luck, and its log-SNR."""
     generator = torch.Generator().manual_seed(step)
     losses = (-20 * torch.randn(BATCH, generator=generator).abs()).exp()
     return losses, torch.randn(BATCH, generator=generator).double() * 5
