@@ -31,7 +31,8 @@ settings.load_profile("repeatable")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Of two processes one takes all that needs Ray or MLflow: one cluster at a time."""
     for item in items:
-        item.add_marker(pytest.mark.xdist_group(item.path.parent.name))
+        if not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group(item.path.parent.name))
 
 
 @pytest.fixture(scope="session")

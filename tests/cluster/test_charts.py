@@ -17,6 +17,8 @@ from ddpm_ray.cluster.leaderboard import STATUSES, standings
 from ddpm_ray.cluster.ledger import Status, Trial
 from ddpm_ray.generation.grids import GUTTER_PIXELS, grid
 
+pytestmark = pytest.mark.xdist_group("charts")  # a minute that needs neither Ray nor MLflow
+
 METRIC = "eval/fid"
 LEVELS = [-4.5, -1.5, 1.5, 4.5]
 Chart = Callable[[list[Trial]], Image.Image | None]

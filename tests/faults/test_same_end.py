@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from ddpm_ray.faults import POINTS
-from tests.faults.lives import STEPS, Ended, Life
+from tests.faults.lives import EVERY, STEPS, TINY, Ended, Life
 from tests.faults.schedules import kills
 
 WORKERS = 2
@@ -34,6 +34,17 @@ def test_a_kill_at_each_point_is_survived(
     assert ended.hashes == unbroken.hashes
     assert ended.same_rows() == unbroken.same_rows()
     assert ended.orphans == 0
+
+
+def test_rows_that_mlflow_has_not_yet_come_out_of_the_checkpoint(
+    unbroken: Ended, noise_shards: str, tmp_path: Path
+) -> None:
+    """Nothing is sent before a life's end, and the first has none."""
+    life = Life(tmp_path, noise_shards, (*TINY, "tracking.flush_every_s=3600"))
+    life.drive()
+    assert not life.live(WORKERS, f"{tmp_path / 'struck'} kill@between:{EVERY + 2}")
+    assert life.live(WORKERS)
+    assert life.end().same_rows() == unbroken.same_rows()
 
 
 @pytest.mark.slow
