@@ -63,6 +63,7 @@ def test_a_run_outlives_a_node() -> None:
         assert set(places) == {node.address for node in nodes}
 
 
+@pytest.mark.timeout(750)
 def test_a_run_goes_on_with_fewer_workers_and_again_with_more() -> None:
     """One of two nodes is announced to go and goes, then it is back; not a step is told twice."""
     gone: list[int] = []  # the step shown when the node went
@@ -82,7 +83,7 @@ def test_a_run_goes_on_with_fewer_workers_and_again_with_more() -> None:
 
     elastic = "cluster.min_workers=1", "cluster.resize_every_s=5", "training.reduction=elastic"
     with Nodes(cpus=(1, 1)) as nodes:
-        code = nodes.submit("train", *training(1000, 500), *elastic, watch=strike, timeout_s=420)
+        code = nodes.submit("train", *training(1000, 500), *elastic, watch=strike, timeout_s=650)
         assert code == 0, nodes.told("train")
         (run,) = nodes.runs()
         assert run.status == "FINISHED"
