@@ -1,14 +1,13 @@
 """One run's rows, pictures and documents on their way to MLflow, from a thread of their own.
 
-That thread also imports MLflow: 1.2 s that a worker which is started again takes steps in.
+That thread imports MLflow too, so that no step waits for those 1.2 s.
 """
 
 import logging
 from collections import deque
 from collections.abc import Callable
 from threading import Event, Lock, Thread
-from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
@@ -16,6 +15,9 @@ from ddpm_ray import faults
 from ddpm_ray.cluster.tracked_run import MAX_METRICS, MetricRow, TrackedRun
 from ddpm_ray.telling import brief
 from ddpm_ray.training.reporting import RATES, Row
+
+if TYPE_CHECKING:
+    from ddpm_ray.cluster.tracking import RunLog
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +37,7 @@ class Tracker:
         """`find_run` is asked until it answers: MLflow may be away when a run starts."""
         self._find_run, self._flush_every_s = find_run, flush_every_s
         self._rows: deque[Row] = deque(unsent)
-        self._files: deque[Callable[[ModuleType, Any, TrackedRun], None]] = deque()
+        self._files: deque[Callable[[RunLog], None]] = deque()
         self._last_rate: dict[str, int] = {}
         self._lock, self._closing, self._given_up = Lock(), Event(), Event()
         self._thread = Thread(target=self._work, name="mlflow", daemon=True)
@@ -48,13 +50,11 @@ class Tracker:
 
     def image(self, key: str, step: int, image: Image.Image) -> None:
         """Queue a stepped picture."""
-        self._files.append(
-            lambda mlflow, client, run: mlflow.log_image(client, run, key, step, image)
-        )
+        self._files.append(lambda run: run.image(key, step, image))
 
     def document(self, path: str, content: dict[str, Any]) -> None:
         """Queue a JSON file below the run's artifacts."""
-        self._files.append(lambda _, client, run: client.log_dict(run.run_id, content, path))
+        self._files.append(lambda run: run.document(path, content))
 
     def unsent(self) -> list[Row]:
         """Rows that MLflow has not acknowledged."""
@@ -74,7 +74,7 @@ class Tracker:
             closing = self._closing.wait(self._flush_every_s)
             try:
                 found = found or self._connected()
-                self._send(*found)
+                self._send(found)
                 if closing:
                     return
             except Exception as error:  # noqa: BLE001 - whatever it is, rows are kept and retried
@@ -82,27 +82,26 @@ class Tracker:
                 if self._given_up.wait(RETRY_S):
                     return
 
-    def _connected(self) -> tuple[ModuleType, Any, TrackedRun]:
-        """`tracking`, a client, and the run, once it is known which rates earlier lives logged."""
-        from ddpm_ray.cluster import tracking
+    def _connected(self) -> "RunLog":
+        """The way to the run, once it is known which rates its earlier lives have logged."""
+        from ddpm_ray.cluster.tracking import RunLog
 
-        run = self._find_run()
-        client = tracking.client_of(run)
-        self._last_rate = tracking.last_steps(client, run, RATES)
-        return tracking, client, run
+        found = RunLog(self._find_run())
+        self._last_rate = found.last_steps(RATES)
+        return found
 
-    def _send(self, mlflow: ModuleType, client: Any, run: TrackedRun) -> None:
+    def _send(self, found: "RunLog") -> None:
         while self._rows:
             with self._lock:
                 batch, count = self._next_batch()
             faults.at("flush")
-            mlflow.log_rows(client, run, batch)
+            found.rows(batch)
             faults.at("sent")
             with self._lock:
                 for _ in range(count):
                     self._rows.popleft()
         while self._files:
-            self._files[0](mlflow, client, run)
+            self._files[0](found)
             self._files.popleft()
 
     def _next_batch(self) -> tuple[list[MetricRow], int]:

@@ -53,6 +53,41 @@ class TrackingOutageError(TrackingError):
     """A server that does not answer now: it may later."""
 
 
+class RunLog:
+    """What is told of one run again and again; told twice, it is there once."""
+
+    def __init__(self, run: TrackedRun) -> None:
+        self._run, self._client = run, MlflowClient(tracking_uri=run.uri)
+
+    def last_steps(self, keys: Iterable[str]) -> dict[str, int]:
+        """The newest step at which each of these metrics has a row; 0 where it has none."""
+        histories = {key: self._client.get_metric_history(self._run.run_id, key) for key in keys}
+        return {key: max((row.step for row in rows), default=0) for key, rows in histories.items()}
+
+    def rows(self, rows: Iterable[MetricRow]) -> None:
+        """At most MAX_METRICS of them."""
+        start_ms = self._run.start_ms
+        metrics = [Metric(key, value, start_ms + step, step) for key, value, step in rows]
+        self._client.log_batch(self._run.run_id, metrics=metrics)
+
+    def image(self, key: str, step: int, image: Image.Image) -> None:
+        """As MlflowClient.log_image, under names that a step which is replayed writes over."""
+        run_id = self._run.run_id
+        number = uuid.uuid5(uuid.NAMESPACE_OID, f"{run_id} {key} {step}")
+        stem = f"{key}+step+{step}+timestamp+{self._run.start_ms + step}+{number}"
+        preview = image.copy()
+        preview.thumbnail((256, 256))  # what the UI shows before a click
+        with tempfile.TemporaryDirectory() as scratch:
+            image.save(Path(scratch) / f"{stem}.png")
+            preview.save(Path(scratch) / f"{stem}+compressed.webp")
+            self._client.log_artifacts(run_id, scratch, "images")
+        self._client.set_tag(run_id, MLFLOW_LOGGED_IMAGES, True)
+
+    def document(self, path: str, content: dict[str, Any]) -> None:
+        """A JSON file below the run's artifacts."""
+        self._client.log_dict(self._run.run_id, content, path)
+
+
 def open_run(card: RunCard) -> TrackedRun:
     """The MLflow run that `card` tells of: found or created, described, RUNNING. TrackingError."""
     run = find_or_create_run(
@@ -121,7 +156,7 @@ def describe(
 ) -> None:
     """Log what the run is: new parameters, tags, the whole config as a file, and its data set."""
     with answering(run.uri):
-        client = client_of(run)
+        client = MlflowClient(tracking_uri=run.uri)
         known = client.get_run(run.run_id)
         new = [Param(k, str(v)) for k, v in params.items() if k not in known.data.params]
         for start in range(0, len(new), MAX_PARAMS):
@@ -145,7 +180,7 @@ def describe(
 def finish(run: TrackedRun, status: str, reason: str = "") -> None:
     """Close the run as FINISHED, FAILED or KILLED; the reason becomes a tag and its description."""
     with answering(run.uri):
-        client = client_of(run)
+        client = MlflowClient(tracking_uri=run.uri)
         if reason:
             text = told(reason)[:MAX_TAG]
             tags = [RunTag("reason", text), RunTag(MLFLOW_RUN_NOTE, text)]
@@ -188,45 +223,13 @@ def publish(
 ) -> None:
     """Put these in the run: pictures and texts over what stood there, metrics at `step`, a note."""
     with answering(run.uri):
-        client = client_of(run)
+        client = MlflowClient(tracking_uri=run.uri)
         for key, picture in pictures.items():
-            log_image(client, run, key, 0, picture)
+            RunLog(run).image(key, 0, picture)
         for path, text in texts.items():
             client.log_text(run.run_id, text, path)
         rows = [Metric(key, value, run.start_ms + step, step) for key, value in metrics.items()]
         client.log_batch(run.run_id, rows, tags=[RunTag(MLFLOW_RUN_NOTE, note[:MAX_TAG])])
-
-
-def client_of(run: TrackedRun) -> MlflowClient:
-    """A client of the MLflow that has the run."""
-    return MlflowClient(tracking_uri=run.uri)
-
-
-def last_steps(client: MlflowClient, run: TrackedRun, keys: Iterable[str]) -> dict[str, int]:
-    """The newest step at which each of these metrics has a row; 0 where it has none."""
-    histories = {key: client.get_metric_history(run.run_id, key) for key in keys}
-    return {key: max((row.step for row in rows), default=0) for key, rows in histories.items()}
-
-
-def log_rows(client: MlflowClient, run: TrackedRun, rows: Iterable[MetricRow]) -> None:
-    """At most MAX_METRICS of them, each as often as one likes: it is there once."""
-    metrics = [Metric(key, value, run.start_ms + step, step) for key, value, step in rows]
-    client.log_batch(run.run_id, metrics=metrics)
-
-
-def log_image(
-    client: MlflowClient, run: TrackedRun, key: str, step: int, image: Image.Image
-) -> None:
-    """As MlflowClient.log_image, under names that a step which is replayed writes over."""
-    number = uuid.uuid5(uuid.NAMESPACE_OID, f"{run.run_id} {key} {step}")
-    stem = f"{key}+step+{step}+timestamp+{run.start_ms + step}+{number}"
-    preview = image.copy()
-    preview.thumbnail((256, 256))  # what the UI shows before a click
-    with tempfile.TemporaryDirectory() as scratch:
-        image.save(Path(scratch) / f"{stem}.png")
-        preview.save(Path(scratch) / f"{stem}+compressed.webp")
-        client.log_artifacts(run.run_id, scratch, "images")
-    client.set_tag(run.run_id, MLFLOW_LOGGED_IMAGES, True)
 
 
 @contextlib.contextmanager

@@ -83,7 +83,7 @@ class Life:
     config_file: str | None = None
     ledger: bool = False  # what each worker draws is written down: see `drawn`
     uri: str = ""  # MLflow's; empty: a database in the folder
-    meter: bool = False  # each worker's memory and open files are written down: see `metered`
+    meter: bool = False  # the leader's memory and open files are written down: see `metered`
     lives: int = 0
     tracked: TrackedRun | None = None
     lease: Lease | None = None
@@ -120,7 +120,7 @@ class Life:
             "identity": "identity", "lease": vars(self.lease), "card": vars(self.card),
             "tracked": vars(self.tracked) if self.tracked else None,
             "ledger": str(self.folder / f"ledger-{self.lives}-") if self.ledger else "",
-            "meter": str(self.folder / "meter-") if self.meter else "",
+            "meter": str(self.folder / "meter") if self.meter else "",
         }  # fmt: skip
         meeting = self.folder / f"meeting-{self.lives}"
         workers = [
@@ -171,7 +171,7 @@ class Life:
 
     def metered(self) -> list[tuple[int, int, int]]:
         """(step, resident bytes, open files) of the leaders, told a few times a second."""
-        lines = (self.folder / "meter-0").read_text().splitlines()
+        lines = (self.folder / "meter").read_text().splitlines()
         return [(int(step), int(size), int(files)) for step, size, files in map(str.split, lines)]
 
     def forget(self) -> None:
@@ -193,7 +193,7 @@ def _work(rank: int, count: int, meeting: str, settings: dict[str, Any], planned
         timeout=timedelta(seconds=LIFE_S),
     )  # fmt: skip
     config = from_dict(RunConfig, settings["config"])
-    show = partial(_meter, Path(f"{settings['meter']}{rank}")) if settings["meter"] else _nothing
+    show = partial(_show, settings["meter"])
     run = assemble(config, settings, show, Workers(rank, count))
     if settings["ledger"]:
         _keep_ledger(run, Path(f"{settings['ledger']}{rank}"))
@@ -205,14 +205,11 @@ def _work(rank: int, count: int, meeting: str, settings: dict[str, Any], planned
         assert run.sink.close(LIFE_S)
 
 
-def _nothing(_: Progress) -> Wish:
-    return Wish.NOTHING
-
-
-def _meter(file: Path, progress: Progress) -> Wish:
-    process = psutil.Process()
-    with file.open("a") as lines:
-        lines.write(f"{progress.step} {process.memory_info().rss} {process.num_fds()}\n")
+def _show(meter: str, progress: Progress) -> Wish:
+    if meter:
+        process = psutil.Process()
+        with Path(meter).open("a") as lines:
+            lines.write(f"{progress.step} {process.memory_info().rss} {process.num_fds()}\n")
     return Wish.NOTHING
 
 

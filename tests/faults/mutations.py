@@ -75,7 +75,7 @@ MUTATIONS = (
     Mutation("rows that MLflow lacks are forgotten", "ddpm_ray/training/loop.py",
              "for row in run.sink.unsent()", "for row in []", ENDS),
     Mutation("rows are stamped by the clock", "ddpm_ray/cluster/tracking.py",
-             "run.start_ms + step, step) for key, value, step",
+             "start_ms + step, step) for key, value, step",
              '__import__("time").time_ns() // 10**6, step) for key, value, step', ENDS),
     Mutation("rates are told again on replay", TRACKER,
              "if row.step > self._last_rate.get(key, -1)", "if True", ENDS),
