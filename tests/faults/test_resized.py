@@ -23,12 +23,13 @@ def lived(folder: Path, data: str, overrides: tuple[str, ...], counts: list[int]
     return life.end()
 
 
+@pytest.mark.parametrize("counts", [[4, 2], pytest.param([2, 4, 1, 2], marks=pytest.mark.slow)])
 def test_with_elastic_reduction_any_workers_end_with_the_same_bits(
-    noise_shards: str, tmp_path: Path
+    counts: list[int], noise_shards: str, tmp_path: Path
 ) -> None:
     """Weights, EMA, moments, and the rows of training; dropout too is keyed by the slot."""
     alone = lived(tmp_path / "alone", noise_shards, ELASTIC, [1])
-    ended = lived(tmp_path / "resized", noise_shards, ELASTIC, [4, 2])
+    ended = lived(tmp_path / "resized", noise_shards, ELASTIC, counts)
     assert ended.hashes == alone.hashes
     of_training = [key for key in alone.rows if not key.startswith(PROBE)]
     assert "train/loss_logsnr/0_to_2" in of_training
