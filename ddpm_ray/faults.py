@@ -5,7 +5,8 @@
 The first word is a folder on this machine; each other one is ACTION@POINT[:STEP][/RANK] and strikes
 once, at the first passage of POINT at training step STEP or later, in the worker RANK (any, if it
 is left out). What has struck is noted in the folder before it does, so that a process which is
-started again does not die of it again. Without the variable a point costs a note of the time.
+started again does not die of it again; on a cluster, a worker that comes to lie on another node
+does, once. Without the variable a point costs a note of the time.
 """
 
 import os

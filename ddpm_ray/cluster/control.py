@@ -31,6 +31,7 @@ class _Desk:
         self.beats: dict[int, tuple[float, dict[str, Any]]] = {}  # when it came, by rank
 
     def leave(self, progress: dict[str, Any]) -> Wish:
+        """What the driver asks for, in return for where the workers are."""
         self.progress, wish = progress, self.wish
         if wish is Wish.SAVE:  # once
             self.wish = Wish.NOTHING

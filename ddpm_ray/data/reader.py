@@ -214,6 +214,7 @@ def gather(
     manifest = dataset.manifest
 
     def image(row: int) -> UInt8s:
+        """The pixels of one encoded image."""
         file, place = shard.images[row].as_buffer(), f"{dataset.url}: {shard.keys[row]}"
         try:
             return decoded(file, manifest.encoding, manifest.image_shape, place)
