@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from ddpm_ray.diffusion import Denoise, NoiseSchedule, schedules
-from ddpm_ray.diffusion.samplers import ancestral, ddim, uniform_steps
+from ddpm_ray.diffusion.samplers import ancestral, ddim
 from ddpm_ray.diffusion.seeding import Purpose, normal
+from ddpm_ray.diffusion.spacing import uniform_steps
 from ddpm_ray.models.unet import UNet
 
 BATCH, SHAPE, CALLS, ROUNDS = 16, (3, 32, 32), 5, 25

@@ -19,7 +19,7 @@ from ddpm_ray.config import (
 from ddpm_ray.data import storage, transforms, verified
 from ddpm_ray.data.shards import Dataset
 from ddpm_ray.data.stream import ShardStream
-from ddpm_ray.diffusion import samplers, schedules
+from ddpm_ray.diffusion import schedules, spacing
 from ddpm_ray.diffusion.process import NoiseSchedule
 from ddpm_ray.generation.sample import SamplingPlan, TrainedModel
 from ddpm_ray.knobs import defining, from_dict
@@ -220,9 +220,9 @@ def sampling_plan(config: SamplingConfig, num_steps: int) -> SamplingPlan:
     """How images are drawn from a model of T = `num_steps`; ValueError if it has too few steps."""
     match config.spacing:
         case "uniform":
-            steps = samplers.uniform_steps(num_steps, config.steps)
+            steps = spacing.uniform_steps(num_steps, config.steps)
         case "quadratic":
-            steps = samplers.quadratic_steps(num_steps, config.steps)
+            steps = spacing.quadratic_steps(num_steps, config.steps)
         case _:
             assert_never(config.spacing)
     return SamplingPlan(

@@ -15,7 +15,10 @@ import torch
 from torch import Tensor
 
 Denoise: TypeAlias = Callable[[Tensor, Tensor], Tensor]
-"""(x_t [B, ...], t [B] int64 in 1..T) -> the noise in x_t, [B, ...]; epsilon_theta of eq. 11."""
+"""(x_t [B, ...], t [B] int64 in 1..T) -> what the network predicts, [B, ...].
+
+epsilon_theta of eq. 11, the noise in x_t, unless a `prediction.Prediction` says what else.
+"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +28,7 @@ class NoiseSchedule:
     log_snr reads it as the paper's successors do; `at` lays it over a batch.
     """
 
-    alpha_bar: Tensor  # [T+1] float64, strictly falling from 1 and never 0
+    alpha_bar: Tensor  # [T+1] float64, strictly falling from 1; 0 at T at the most
 
     def __post_init__(self) -> None:
         a = self.alpha_bar
@@ -34,12 +37,12 @@ class NoiseSchedule:
             raise ValueError(f"alpha_bar is {found}; it must be float64 [T+1] with T >= 1")
         if a[0] != 1:
             raise ValueError(f"alpha_bar[0] is {a[0].item():g}; step 0 is the clean image, so 1")
-        sound = (a[1:] < a[:-1]) & (a[1:] > 0)
+        sound = (a[1:] < a[:-1]) & (a[1:] >= 0)
         if not sound.all():
             t = 1 + int(sound.logical_not().nonzero()[0])
             raise ValueError(
                 f"alpha_bar[{t}] is {a[t].item():g} after {a[t - 1].item():g}; "
-                "it must fall at every step and stay above 0"
+                "it must fall at every step, to no less than 0"
             )
 
     @property
@@ -79,15 +82,3 @@ def posterior(
     keep_x_t = (1 - beta).sqrt() * (1 - a_prev) / (1 - a)
     variance = beta * (1 - a_prev) / (1 - a)
     return toward_x_0.to(x_t) * x_0 + keep_x_t.to(x_t) * x_t, variance.to(x_t)
-
-
-def predict_x_0(schedule: NoiseSchedule, x_t: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-    """The image [B, ...] that `noise` took to x_t: eq. 4 solved for x_0 (eq. 15)."""
-    a = schedule.at(t, x_t)
-    return (x_t - (1 - a).sqrt().to(x_t) * noise) / a.sqrt().to(x_t)
-
-
-def predict_noise(schedule: NoiseSchedule, x_t: Tensor, t: Tensor, x_0: Tensor) -> Tensor:
-    """The noise [B, ...] that took x_0 to x_t, for t in 1..T: eq. 4 solved for epsilon."""
-    a = schedule.at(t, x_t)
-    return (x_t - a.sqrt().to(x_t) * x_0) / (1 - a).sqrt().to(x_t)

@@ -13,7 +13,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from ddpm_ray.diffusion import samplers
+from ddpm_ray.diffusion import samplers, spacing
+from ddpm_ray.diffusion.estimate import clip_to_range
 from ddpm_ray.diffusion.process import Denoise, NoiseSchedule
 from ddpm_ray.diffusion.samplers import OnStep, Variance
 from ddpm_ray.diffusion.seeding import Purpose, normal
@@ -59,12 +60,12 @@ def draw(
         case "ddim":
             return samplers.ddim(
                 schedule, denoise, x_T, plan.steps, eta=plan.eta, noise=noise,
-                variance=plan.variance, clip=plan.clip, on_step=on_step,
+                variance=plan.variance, clip=clip_to_range if plan.clip else None, on_step=on_step,
             )  # fmt: skip
         case "ancestral":
             return samplers.ancestral(
                 schedule, denoise, x_T, plan.steps, noise=noise,
-                variance=plan.variance, clip=plan.clip, on_step=on_step,
+                variance=plan.variance, clip=clip_to_range if plan.clip else None, on_step=on_step,
             )  # fmt: skip
         case _:
             assert_never(plan.sampler)
@@ -145,7 +146,7 @@ class TrainedModel:
                 f"so choose from 1..{num_steps}"
             )
         plan = SamplingPlan(
-            steps=samplers.uniform_steps(num_steps, steps),
+            steps=spacing.uniform_steps(num_steps, steps),
             sampler=sampler,
             eta=eta,
             variance=self.variance if sampler == "ancestral" else "fixed_small",

@@ -20,7 +20,7 @@ from ddpm_ray.diffusion.frechet import (
     kernel_distance,
 )
 from ddpm_ray.diffusion.process import Denoise, NoiseSchedule
-from ddpm_ray.diffusion.samplers import quadratic_steps, uniform_steps
+from ddpm_ray.diffusion.spacing import quadratic_steps, uniform_steps
 from ddpm_ray.generation.sample import SamplingPlan, draw, to_uint8
 from ddpm_ray.training.features import FeatureNet
 from ddpm_ray.training.interval import GROUPS, jackknife_interval

@@ -1,13 +1,10 @@
-"""Loss and samplers against data whose optimal denoiser is known: a mixture of Gaussians.
+"""Loss and samplers against data whose optimal denoiser is known; see tests/truth.py.
 
-Under noise a mixture stays one: component k of x_t is N(sqrt(a) m_k, a v_k + 1 - a), a = alpha_bar.
-So the expected noise given x_t, which is what training seeks, has a closed form. Statistical bounds
-are 4 standard errors at a fixed seed.
+Statistical bounds are 4 standard errors at a fixed seed.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 
@@ -16,59 +13,10 @@ import scipy.stats
 import torch
 from torch import Tensor
 
-from ddpm_ray.diffusion import NoiseSchedule, schedules, simple_loss
-from ddpm_ray.diffusion.samplers import Variance, ancestral, ddim, uniform_steps
-
-SCHEDULE = NoiseSchedule(schedules.cosine(1000))
-
-
-@dataclass(frozen=True, eq=False)
-class Mixture:
-    """K Gaussians in D dimensions with diagonal covariances; all float64. a is [B or 1, 1, 1]."""
-
-    weight: Tensor  # [K]
-    mean: Tensor  # [K, D]
-    variance: Tensor  # [K, D]
-
-    def sample(self, count: int, generator: torch.Generator) -> Tensor:
-        k = torch.multinomial(self.weight, count, replacement=True, generator=generator)
-        return self.mean[k] + self.variance[k].sqrt() * standard(count, generator, like=self)
-
-    def component(self, x: Tensor, a: Tensor) -> Tensor:
-        """The probability [B, K] of each component, given x_t = x [B, D]."""
-        return torch.softmax(self.log_joint(x, a), 1)
-
-    def density(self, x: Tensor, a: Tensor) -> Tensor:
-        """That of x_t at x [B, D], as [B]."""
-        return self.log_joint(x, a).exp().sum(1)
-
-    def expected_noise(self, x: Tensor, t: Tensor) -> Tensor:
-        """E[epsilon | x_t = x], [B, D]: the optimal denoiser."""
-        a = SCHEDULE.alpha_bar[t].view(-1, 1, 1)
-        each = (1 - a).sqrt() * (x[:, None] - a.sqrt() * self.mean) / (a * self.variance + 1 - a)
-        return (self.component(x, a)[..., None] * each).sum(1)
-
-    def log_joint(self, x: Tensor, a: Tensor) -> Tensor:
-        spread = a * self.variance + 1 - a
-        square = (x[:, None] - a.sqrt() * self.mean).square() / spread
-        log_density: Tensor = -(square + (2 * math.pi * spread).log()).sum(-1) / 2
-        return self.weight.log() + log_density
-
-
-def standard(count: int, generator: torch.Generator, like: Mixture) -> Tensor:
-    return torch.randn(count, like.mean.shape[1], dtype=torch.float64, generator=generator)
-
-
-def mixture(weight: list[float], mean: list[list[float]], deviation: list[list[float]]) -> Mixture:
-    w, m, s = (torch.tensor(v, dtype=torch.float64) for v in (weight, mean, deviation))
-    return Mixture(w, m, s.square())
-
-
-THREE = mixture([0.5, 0.3, 0.2], [[-2, 0], [1, 1.5], [2, -2]], [[0.4, 0.2], [0.3, 0.5], [0.1, 0.3]])
-LINE = mixture([0.7, 0.3], [[-1], [1.5]], [[0.5], [0.2]])
-ONE = mixture([1.0], [[0.6]], [[0.3]])
-CLEAN = torch.ones(1, 1, 1, dtype=torch.float64)  # alpha_bar at step 0
-
+from ddpm_ray.diffusion import simple_loss
+from ddpm_ray.diffusion.samplers import Variance, ancestral, ddim
+from ddpm_ray.diffusion.spacing import uniform_steps
+from tests.truth import CLEAN, LINE, ONE, SCHEDULE, THREE, standard
 
 PERTURBATIONS: list[Callable[[Tensor], Tensor]] = [
     lambda x: 0.1 + 0 * x,
@@ -144,7 +92,7 @@ def test_ancestral_sampling_draws_from_the_data(variance: Variance) -> None:
     x_T = standard(10_000, generator, THREE)
     samples = ancestral(
         SCHEDULE, THREE.expected_noise, x_T, uniform_steps(1000, 1000),
-        noise=lambda t: standard(10_000, generator, THREE), variance=variance, clip=False,
+        noise=lambda t: standard(10_000, generator, THREE), variance=variance, clip=None,
     )  # fmt: skip
     assert_drawn_from_the_mixture(samples)
 
@@ -155,7 +103,7 @@ def test_ddim_draws_from_the_data(eta: float) -> None:
     x_T = standard(10_000, generator, THREE)
     samples = ddim(
         SCHEDULE, THREE.expected_noise, x_T, uniform_steps(1000, 500),
-        eta=eta, noise=lambda t: standard(10_000, generator, THREE), clip=False,
+        eta=eta, noise=lambda t: standard(10_000, generator, THREE), clip=None,
     )  # fmt: skip
     assert_drawn_from_the_mixture(samples)
 
@@ -171,7 +119,7 @@ def test_ddim_converges_to_the_flow_with_order_one() -> None:
     truth = ONE.mean + ONE.variance.sqrt() * kept
     errors = []
     for count in (32, 64, 128, 256):
-        end = ddim(SCHEDULE, ONE.expected_noise, x_T, uniform_steps(1000, count), clip=False)
+        end = ddim(SCHEDULE, ONE.expected_noise, x_T, uniform_steps(1000, count), clip=None)
         errors.append(float((end - truth).abs().max()))
     orders = [math.log2(coarse / fine) for coarse, fine in pairwise(errors)]
     assert orders == pytest.approx([1, 1, 1], abs=0.05)

@@ -11,8 +11,6 @@ from ddpm_ray.diffusion import (
     NoiseSchedule,
     add_noise,
     posterior,
-    predict_noise,
-    predict_x_0,
     schedules,
 )
 
@@ -86,19 +84,6 @@ def test_the_first_step_has_no_variance_left() -> None:
     assert torch.equal(add_noise(schedule, x, torch.tensor([0]), 5 * x), x)
 
 
-@given(betas, st.sampled_from([(2,), (3, 4, 4), (2, 3, 4, 4)]))
-def test_image_noise_and_their_blend_each_follow_from_the_other_two(
-    beta: list[float], shape: tuple[int, ...]
-) -> None:
-    schedule = from_beta(beta)
-    t = torch.arange(1, schedule.num_steps + 1)
-    generator = torch.Generator().manual_seed(0)
-    x_0, noise = torch.randn(2, len(t), *shape, dtype=torch.float64, generator=generator)
-    x_t = add_noise(schedule, x_0, t, noise)
-    torch.testing.assert_close(predict_x_0(schedule, x_t, t, noise), x_0, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(predict_noise(schedule, x_t, t, x_0), noise, rtol=1e-6, atol=1e-6)
-
-
 def test_float32_images_stay_float32_and_keep_the_first_beta() -> None:
     """At t = 1 the noise has variance 1e-4; float32 arithmetic on alpha_bar gives 1.0002e-4."""
     schedule, zero = NoiseSchedule(schedules.linear(1000)), torch.zeros(1, 1)
@@ -132,7 +117,8 @@ def test_log_snr_has_fifty_digits_behind_it() -> None:
         (torch.ones(1).double(), "with T >= 1"),
         (torch.tensor([0.9, 0.5]).double(), r"alpha_bar\[0\] is 0\.9; step 0 is the clean image"),
         (torch.tensor([1, 0.5, 0.5]).double(), r"alpha_bar\[2\] is 0\.5 after 0\.5; it must fall"),
-        (torch.tensor([1, 0.5, 0.0]).double(), r"alpha_bar\[2\] is 0 after 0\.5; .* above 0"),
+        (torch.tensor([1, 0.0, 0.0]).double(), r"alpha_bar\[2\] is 0 after 0; it must fall"),
+        (torch.tensor([1, -0.1]).double(), r"alpha_bar\[1\] is -0\.1 after 1; .* no less than 0"),
         (torch.tensor([1, torch.nan]).double(), r"alpha_bar\[1\] is nan after 1;"),
     ],
 )

@@ -15,8 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ddpm_ray.diffusion import NoiseSchedule, add_noise, posterior, predict_noise, schedules
-from ddpm_ray.diffusion.samplers import ancestral, ddim, quadratic_steps, uniform_steps
+from ddpm_ray.diffusion import NoiseSchedule, Prediction, add_noise, posterior, schedules
+from ddpm_ray.diffusion.estimate import Clip, clip_to_quantile, clip_to_range
+from ddpm_ray.diffusion.samplers import ancestral, ddim
+from ddpm_ray.diffusion.spacing import quadratic_steps, uniform_steps
 
 SCHEDULE = NoiseSchedule(schedules.linear(40, 1e-3, 0.3))
 falling = st.sets(st.integers(1, 40), min_size=1).map(lambda t: (*sorted(t, reverse=True), 0))
@@ -59,7 +61,7 @@ def test_fixed_large_keeps_unit_gaussian_data_exact(steps: tuple[int, ...]) -> N
 
     source = Sources(steps)
     ancestral(
-        SCHEDULE, optimum, source.x_T, steps, noise=source.noise, clip=False, on_step=source.on_step
+        SCHEDULE, optimum, source.x_T, steps, noise=source.noise, clip=None, on_step=source.on_step
     )
     assert list(source.variance) == list(steps[:-1])
     assert list(source.variance.values()) == pytest.approx([1.0] * (len(steps) - 1))
@@ -101,8 +103,10 @@ def test_eta_scales_the_deviation_of_fresh_noise(s: int, eta: float) -> None:
     assert deviation(1) > 0
 
 
-@given(falling, st.booleans())
-def test_ancestral_with_fixed_small_is_ddim_with_eta_1(steps: tuple[int, ...], clip: bool) -> None:
+@given(falling, st.sampled_from([clip_to_range, clip_to_quantile(0.9), None]))
+def test_ancestral_with_fixed_small_is_ddim_with_eta_1(
+    steps: tuple[int, ...], clip: Clip | None
+) -> None:
     one = ancestral(
         SCHEDULE, shrinking, noise_at(99), steps, noise=noise_at, variance="fixed_small", clip=clip
     )
@@ -144,7 +148,7 @@ def test_each_ddim_step_lands_on_the_clipped_image_with_its_own_noise(
     for (t, x_t, x_0), (s, x_s) in zip(
         seen, [(s, x_s) for s, x_s, _ in seen[1:]] + [(0, end)], strict=True
     ):
-        noise = predict_noise(SCHEDULE, x_t, torch.full((3,), t), x_0)
+        noise = Prediction.of("epsilon", SCHEDULE).output(x_t, torch.full((3,), t), x_0)
         torch.testing.assert_close(x_s, add_noise(SCHEDULE, x_0, torch.full((3,), s), noise))
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ddpm_ray.diffusion import schedules
 from ddpm_ray.diffusion.process import NoiseSchedule
-from ddpm_ray.diffusion.samplers import uniform_steps
+from ddpm_ray.diffusion.spacing import uniform_steps
 from ddpm_ray.generation.grids import GUTTER_PIXELS, MARGIN_PIXELS, denoising_strip, grid
 from ddpm_ray.generation.sample import Images, SamplingPlan, draw, to_uint8
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ddpm_ray.diffusion import schedules
 from ddpm_ray.diffusion.process import NoiseSchedule
-from ddpm_ray.diffusion.samplers import uniform_steps
+from ddpm_ray.diffusion.spacing import uniform_steps
 from ddpm_ray.generation.sample import SamplingPlan, TrainedModel, draw, to_uint8
 from ddpm_ray.models.unet import UNet
 

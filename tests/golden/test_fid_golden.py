@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ddpm_ray.data import shards, storage
 from ddpm_ray.diffusion import schedules
-from ddpm_ray.diffusion.process import NoiseSchedule, predict_noise
+from ddpm_ray.diffusion.prediction import Prediction
+from ddpm_ray.diffusion.process import NoiseSchedule
 from ddpm_ray.generation.sample import SamplingPlan
 from ddpm_ray.training.evaluation import evaluate
 from ddpm_ray.training.features import inception_net
@@ -37,7 +38,7 @@ def test_fid192_of_two_real_sets_is_the_golden_one(assets: Path, tmp_path: Path)
 
     def knows_the_test_set(x_t: Tensor, t: Tensor) -> Tensor:
         """The noise that leads to the next 50 images: one network call draws them exactly."""
-        return predict_noise(SCHEDULE, x_t, t, next(batches))
+        return Prediction.of("epsilon", SCHEDULE).output(x_t, t, next(batches))
 
     scores = evaluate(
         knows_the_test_set, SCHEDULE, SamplingPlan((10, 0)), net, truth,

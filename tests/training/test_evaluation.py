@@ -21,8 +21,9 @@ from ddpm_ray.data import shards, storage
 from ddpm_ray.data.shards import Dataset, Recipe, ShardRow
 from ddpm_ray.diffusion import schedules
 from ddpm_ray.diffusion.frechet import frechet_distance_of_features
-from ddpm_ray.diffusion.process import Denoise, NoiseSchedule, predict_noise
-from ddpm_ray.diffusion.samplers import quadratic_steps, uniform_steps
+from ddpm_ray.diffusion.prediction import Prediction
+from ddpm_ray.diffusion.process import Denoise, NoiseSchedule
+from ddpm_ray.diffusion.spacing import quadratic_steps, uniform_steps
 from ddpm_ray.generation.sample import Images, SamplingPlan, draw, to_uint8
 from ddpm_ray.models.inception import Inception, Resize
 from ddpm_ray.training.evaluation import Scores, evaluate, metric_names
@@ -300,7 +301,7 @@ def knows(images: Images) -> Denoise:
     x_0 = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
 
     def denoise(x_t: Tensor, t: Tensor) -> Tensor:
-        return predict_noise(SCHEDULE, x_t, t, x_0)
+        return Prediction.of("epsilon", SCHEDULE).output(x_t, t, x_0)
 
     return denoise
 

@@ -1,0 +1,118 @@
+"""What a network is asked to predict, and how one answer is turned into another.
+
+Each target is a blend of image and noise, u(t) x_0 + w(t) epsilon. So is x_t, and two blends give
+both parts back: with D = u sqrt(1 - a) - w sqrt(a) and a = alpha_bar at t,
+
+    x_0     = (sqrt(1 - a) target - w x_t) / D
+    epsilon = (u x_t - sqrt(a) target) / D
+
+A kind of prediction is its two columns u and w; targets, conversions, what samplers step with and
+what a loss weighs all follow from them. Where D is 0 the answer does not say what the image is:
+epsilon and score at a step that has no signal left.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, TypeAlias, assert_never
+
+import torch
+from torch import Tensor
+
+from ddpm_ray.diffusion.process import Denoise, NoiseSchedule
+
+Kind: TypeAlias = Literal["epsilon", "x_0", "v", "mean", "score", "edm"]
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """The target u x_0 + w epsilon under `schedule`."""
+
+    schedule: NoiseSchedule
+    u: Tensor  # [T+1] float64; nothing is asked at t = 0
+    w: Tensor  # [T+1] float64
+
+    @classmethod
+    def of(cls, kind: Kind, schedule: NoiseSchedule, sigma_data: float = 0.5) -> "Prediction":
+        """The columns of a kind; raises ValueError where they say nothing of x_0 at a step.
+
+        epsilon: the noise (Ho et al. 2020, arXiv:2006.11239, eq. 12). x_0: the image. v: sqrt(a)
+        epsilon - sqrt(1 - a) x_0 (Salimans and Ho 2022, arXiv:2202.00512, appendix D). mean: of
+        q(x_{t-1} | x_t, x_0) (Ho et al., eq. 7 and 8). score: the gradient of log q(x_t | x_0),
+        -epsilon / sqrt(1 - a) (Song et al. 2021, arXiv:2011.13456). edm: F of Karras et al. 2022
+        (arXiv:2206.00364, eq. 7 and table 1) for data of standard deviation `sigma_data`, with
+        sigma = sqrt((1 - a) / a) and their x equal to x_t / sqrt(a); at sigma_data = 1 it is -v.
+        """
+        a = schedule.alpha_bar
+        one, zero = torch.ones_like(a), torch.zeros_like(a)
+        match kind:
+            case "epsilon":
+                u, w = zero, one
+            case "x_0":
+                u, w = one, zero
+            case "v":
+                u, w = -(1 - a).sqrt(), a.sqrt()
+            case "mean":
+                before = torch.cat([a[:1], a[:-1]])  # at t - 1; t = 0 is never asked
+                kept = a / before
+                toward_x_0 = before.sqrt() * (1 - kept) / (1 - a)
+                keep_x_t = kept.sqrt() * (1 - before) / (1 - a)
+                u, w = toward_x_0 + keep_x_t * a.sqrt(), keep_x_t * (1 - a).sqrt()
+            case "score":
+                u, w = zero, -1 / (1 - a).sqrt()
+            case "edm":
+                spread = (1 - a + a * sigma_data**2).sqrt()
+                u, w = (1 - a).sqrt() / (sigma_data * spread), -sigma_data * a.sqrt() / spread
+            case _:
+                assert_never(kind)
+        made = cls(schedule, u, w)
+        if made.determinant()[-1] == 0:
+            raise ValueError(
+                f"prediction is {kind!r}, which says nothing of the image at t = T, where this "
+                "schedule leaves no signal, alpha_bar = 0: predict v or x_0"
+            )
+        return made
+
+    def target(self, x_0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """What the network should answer [B, ...] to x_t, made of x_0 and noise, at t [B]."""
+        u, w = (_over(column[t], x_0) for column in (self.u, self.w))
+        return u * x_0 + w * noise
+
+    def x_0(self, x_t: Tensor, t: Tensor, output: Tensor) -> Tensor:
+        """The image [B, ...] that the answer `output` to x_t at t [B] in 1..T stands for."""
+        of_x_t, of_output = (_over(column[t], x_t) for column in self.to_x_0())
+        return of_x_t * x_t + of_output * output
+
+    def noise(self, x_t: Tensor, t: Tensor, output: Tensor) -> Tensor:
+        """The noise [B, ...] that the answer `output` to x_t at t [B] in 1..T stands for."""
+        a, d = self.schedule.alpha_bar[t], self.determinant()[t]
+        of_x_t, of_output = _over(self.u[t] / d, x_t), _over(-a.sqrt() / d, x_t)
+        return of_x_t * x_t + of_output * output
+
+    def output(self, x_t: Tensor, t: Tensor, x_0: Tensor) -> Tensor:
+        """The answer [B, ...] that stands for the image x_0: the inverse of `x_0`."""
+        of_x_t, of_output = self.to_x_0()
+        return (x_0 - _over(of_x_t[t], x_t) * x_t) / _over(of_output[t], x_t)
+
+    def to_x_0(self) -> tuple[Tensor, Tensor]:
+        """Columns [T+1] float64: x_0 is the first times x_t plus the second times the answer."""
+        noise_share, d = (1 - self.schedule.alpha_bar).sqrt(), self.determinant()
+        return -self.w / d, noise_share / d
+
+    def determinant(self) -> Tensor:
+        """D [T+1] float64: 0 where an answer does not say what the image is."""
+        a = self.schedule.alpha_bar
+        return self.u * (1 - a).sqrt() - self.w * a.sqrt()
+
+
+def score(predicts: Prediction, denoise: Denoise, x_t: Tensor, t: Tensor) -> Tensor:
+    """The gradient of log q(x_t), [B, ...], by the network: -epsilon / sqrt(1 - alpha_bar).
+
+    (Song et al. 2021, arXiv:2011.13456, section 3.2 and appendix C; Vincent 2011.) Exact where the
+    network answers with the expectation of its target, as training seeks.
+    """
+    noise = predicts.noise(x_t, t, denoise(x_t, t))
+    return noise / -(1 - predicts.schedule.at(t, x_t)).sqrt().to(x_t)
+
+
+def _over(column: Tensor, like: Tensor) -> Tensor:
+    """A column's entries [B] in the type of `like` [B, ...], to broadcast over it."""
+    return column.view(-1, *[1] * (like.ndim - 1)).to(like)
