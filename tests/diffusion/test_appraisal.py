@@ -65,3 +65,11 @@ def test_larger_images_use_more_of_the_noise(size: int) -> None:
     schedule = NoiseSchedule(schedules.linear(2000))
     here, larger = (appraise(schedule, 0.5, n**2).useless_share for n in (size, 2 * size))
     assert larger < here
+
+
+def test_a_schedule_that_ends_in_noise_alone_says_nothing_and_wastes_its_last_step() -> None:
+    """L_T is 0 where x_T is independent of x_0; by hand, 999 : 1 is the most noise before."""
+    worth = appraise(NoiseSchedule(schedules.one_over_t(1000)), 0.5, 64)
+    assert worth.alpha_bar_T == 0
+    assert worth.prior_bits_per_dim == 0
+    assert worth.useless_share == 1 / 1000
