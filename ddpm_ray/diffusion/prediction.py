@@ -29,6 +29,7 @@ class Prediction:
     schedule: NoiseSchedule
     u: Tensor  # [T+1] float64; nothing is asked at t = 0
     w: Tensor  # [T+1] float64
+    c_in: Tensor | None = None  # [T+1] float64: what the network's input is multiplied by
 
     @classmethod
     def of(cls, kind: Kind, schedule: NoiseSchedule, sigma_data: float = 0.5) -> "Prediction":
@@ -43,6 +44,7 @@ class Prediction:
         """
         a = schedule.alpha_bar
         one, zero = torch.ones_like(a), torch.zeros_like(a)
+        c_in = None
         match kind:
             case "epsilon":
                 u, w = zero, one
@@ -61,15 +63,20 @@ class Prediction:
             case "edm":
                 spread = (1 - a + a * sigma_data**2).sqrt()
                 u, w = (1 - a).sqrt() / (sigma_data * spread), -sigma_data * a.sqrt() / spread
+                c_in = 1 / spread  # gives the input unit variance
             case _:
                 assert_never(kind)
-        made = cls(schedule, u, w)
+        made = cls(schedule, u, w, c_in)
         if made.determinant()[-1] == 0:
             raise ValueError(
                 f"prediction is {kind!r}, which says nothing of the image at t = T, where this "
                 "schedule leaves no signal, alpha_bar = 0: predict v or x_0"
             )
         return made
+
+    def scaled(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """x_t [B, ...] as the network is shown it: itself, but for edm's c_in."""
+        return x_t if self.c_in is None else _over(self.c_in[t], x_t) * x_t
 
     def target(self, x_0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """What the network should answer [B, ...] to x_t, made of x_0 and noise, at t [B]."""

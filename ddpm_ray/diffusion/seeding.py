@@ -28,6 +28,12 @@ class Purpose(IntEnum):
     SAMPLE_STEP = 4
     DROPOUT = 5
     PROBE = 6
+    BOUND = 7
+    LABEL_DROP = 8
+    OFFSET_NOISE = 9
+    PERTURBATION = 10
+    SELF_CONDITIONING = 11
+    LOW_RESOLUTION = 12
 
 
 def normal(

@@ -3,6 +3,10 @@
 from collections.abc import Sequence
 from itertools import pairwise
 
+import torch
+
+from ddpm_ray.diffusion.process import NoiseSchedule
+
 
 def uniform_steps(num_steps: int, count: int) -> tuple[int, ...]:
     """count + 1 evenly spaced steps from T = num_steps to 0, as 1000, 500, 0 for a count of 2.
@@ -21,6 +25,25 @@ def quadratic_steps(num_steps: int, count: int) -> tuple[int, ...]:
     """
     _require_count(num_steps, count)
     return tuple(max(i, num_steps * i**2 // count**2) for i in range(count, -1, -1))
+
+
+def log_snr_steps(schedule: NoiseSchedule, count: int) -> tuple[int, ...]:
+    """count + 1 steps from T to 0 whose log-SNRs are about evenly spaced from t = T to t = 1.
+
+    (Lu et al. 2022, arXiv:2206.00927, section 3.3: even in lambda, half the log-SNR.) Where two
+    would be the same step, its neighbour is taken; steps noisier than a log-SNR of -20, which no
+    image survives, count as that. Raises ValueError unless count is in 1..T.
+    """
+    num_steps = schedule.num_steps
+    _require_count(num_steps, count)
+    table = schedule.log_snr(torch.arange(1, num_steps + 1)).clamp(min=-20)  # falls
+    wanted = torch.linspace(float(table[0]), float(table[-1]), count, dtype=torch.float64)
+    nearest = (table[:, None] - wanted).abs().argmin(0).add(1).tolist()
+    rising = [0]
+    for i, t in enumerate(nearest, 1):  # at least one step apart, and room for those to come
+        rising.append(min(max(t, rising[-1] + 1), num_steps - (count - i)))
+    rising[-1] = num_steps
+    return tuple(reversed(rising))
 
 
 def require_falling(steps: Sequence[int], num_steps: int) -> None:

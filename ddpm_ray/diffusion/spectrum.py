@@ -49,8 +49,9 @@ def steps_at(schedule: NoiseSchedule, log_snr: Tensor) -> tuple[Tensor, Tensor, 
     """
     steps = torch.arange(1, schedule.num_steps + 1, device=log_snr.device)
     table = schedule.log_snr(steps)  # falls
+    table = table[table.isfinite()]  # up to a step without signal there is nothing in between
     after = torch.searchsorted(-table, -log_snr)  # the first step at least as noisy
-    noisier = (after + 1).clamp(1, schedule.num_steps)
+    noisier = (after + 1).clamp(1, len(table))
     cleaner = torch.where(table[noisier - 1] == log_snr, noisier, after.clamp(min=1))
     reached = (log_snr <= table[0]) & (log_snr >= table[-1])
     high, low = table[cleaner - 1], table[noisier - 1]
