@@ -5,6 +5,7 @@ parameters, the structure of the published weights `google/ddpm-cifar10-32`.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -12,26 +13,95 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ddpm_ray.models.layers import (
-    NORM_EPS,
+    HO,
     Attention,
     Downsample,
+    Resample,
     ResBlock,
     Stage,
     TimeEmbedding,
     Upsample,
+    Variant,
     conv,
+    double,
+    halve,
     silence,
 )
+from ddpm_ray.models.log_variance import LogVariance
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Makes the stages of one network, which differ in their channels alone."""
+
+    time_width: int
+    groups: int
+    dropout: float
+    variant: Variant
+
+    def stage(self, channels_in: int, channels_out: int, attends: bool) -> Stage:
+        """A residual block and, where it attends, an attention."""
+        block = self._block(channels_in, channels_out)
+        return Stage(block, Attention(channels_out, self.groups, self.variant) if attends else None)
+
+    def downsample(self, channels: int) -> Downsample | ResBlock:
+        """What halves the sides."""
+        if self.variant.resampling_blocks:
+            return self._block(channels, channels, halve)
+        return Downsample(channels, self.variant)
+
+    def upsample(self, channels: int) -> Upsample | ResBlock:
+        """What doubles the sides."""
+        if self.variant.resampling_blocks:
+            return self._block(channels, channels, double)
+        return Upsample(channels)
+
+    def _block(self, c_in: int, c_out: int, resample: Resample | None = None) -> ResBlock:
+        return ResBlock(
+            c_in, c_out, self.time_width, self.groups, self.dropout, self.variant, resample
+        )
+
+
+def pyramid(
+    image_size: int, widths: Sequence[int], attention_resolutions: Sequence[int]
+) -> list[tuple[int, bool]]:
+    """For each level, from the largest, its channels and whether its stages attend."""
+    return [
+        (width, image_size >> level in attention_resolutions) for level, width in enumerate(widths)
+    ]
+
+
+def down_path(
+    channels: int, levels: Sequence[tuple[int, bool]], blocks_per_level: int, parts: Parts
+) -> tuple[nn.ModuleList, list[int]]:
+    """The encoder's stages, and the channels of its input and of what each of them gives."""
+    path, skips = nn.ModuleList(), [channels]
+    for level, (width, attends) in enumerate(levels):
+        if level > 0:
+            path.append(parts.downsample(skips[-1]))
+            skips.append(skips[-1])
+        for _ in range(blocks_per_level):
+            path.append(parts.stage(skips[-1], width, attends))
+            skips.append(width)
+    return path, skips
 
 
 class UNet(nn.Module):
     """A denoiser: x_t [B, C, H, W], t [B] int64 in 1..T -> predicted noise [B, C, H, W].
 
+    What else it may be given or answer: with `num_classes` K > 0, labels [B] int64 in 0..K, where K
+    is the null label, for images of no known class (Ho and Salimans 2022, arXiv:2207.12598); with
+    `condition_channels`, images that it sees beside x_t: an earlier estimate, one of lower
+    resolution, a mask; with `learns_variance`, [B, 2C, H, W], the second half for the variance
+    (Nichol and Dhariwal 2021, arXiv:2102.09672, section 3.1). With `learns_uncertainty` it holds
+    the loss that is to be expected at each t, for training alone.
+
     Level i of the pyramid has base_channels * channel_mults[i] channels at side
     image_size / 2**i. It has attention where that side is one of `attention_resolutions`, and
     always in the middle. Before training the prediction is exactly 0. Dropout draws from torch's
     default generator. `gradient_checkpointing` keeps each stage's input alone and computes the
-    stage again in the backward pass: the same numbers for less memory and more time.
+    stage again in the backward pass: the same numbers for less memory and more time. `variant` says
+    where the network follows another published one.
 
     Raises ValueError where the sizes do not fit together.
     """
@@ -48,46 +118,55 @@ class UNet(nn.Module):
         dropout: float = 0.0,
         groups: int = 32,
         gradient_checkpointing: bool = False,
+        num_classes: int = 0,
+        condition_channels: int = 0,
+        learns_variance: bool = False,
+        learns_uncertainty: bool = False,
+        variant: Variant = HO,
     ) -> None:
         super().__init__()
         widths = [base_channels * mult for mult in channel_mults]
-        sides = [image_size >> level for level in range(len(widths))]
-        _check(image_size, base_channels, widths, blocks_per_level, attention_resolutions, groups)
+        check_sizes(
+            image_size, base_channels, widths, blocks_per_level, attention_resolutions, groups
+        )
         self.gradient_checkpointing = gradient_checkpointing
-        time_width = 4 * base_channels
-
-        def stage(channels_in: int, channels_out: int, attends: bool) -> Stage:
-            block = ResBlock(channels_in, channels_out, time_width, groups, dropout)
-            return Stage(block, Attention(channels_out, groups) if attends else None)
-
-        self.time = TimeEmbedding(base_channels, time_width)
-        self.conv_in = conv(image_channels, base_channels)
-        self.down, self.up = nn.ModuleList(), nn.ModuleList()
-        channels, skips = base_channels, [base_channels]
-        for width, side in zip(widths, sides, strict=True):
-            for _ in range(blocks_per_level):
-                self.down.append(stage(channels, width, side in attention_resolutions))
-                channels = width
-                skips.append(channels)
-            if side != sides[-1]:
-                self.down.append(Downsample(channels))
-                skips.append(channels)
-        self.middle_1 = stage(channels, channels, attends=True)
-        self.middle_2 = stage(channels, channels, attends=False)
-        for width, side in zip(reversed(widths), reversed(sides), strict=True):
+        self.num_classes, self.condition_channels = num_classes, condition_channels
+        parts = Parts(4 * base_channels, groups, dropout, variant)
+        levels = pyramid(image_size, widths, attention_resolutions)
+        self.time = TimeEmbedding(base_channels, parts.time_width, variant)
+        self.conv_in = conv(image_channels + condition_channels, base_channels)
+        self.down, skips = down_path(base_channels, levels, blocks_per_level, parts)
+        self.up = nn.ModuleList()  # here, as parameters are numbered in this order
+        channels = skips[-1]
+        self.middle_1 = parts.stage(channels, channels, attends=True)
+        self.middle_2 = parts.stage(channels, channels, attends=False)
+        for level, (width, attends) in reversed([*enumerate(levels)]):
             for _ in range(blocks_per_level + 1):
-                self.up.append(stage(channels + skips.pop(), width, side in attention_resolutions))
+                self.up.append(parts.stage(channels + skips.pop(), width, attends))
                 channels = width
-            if side != sides[0]:
-                self.up.append(Upsample(channels))
-        self.norm_out = nn.GroupNorm(groups, channels, eps=NORM_EPS)
-        self.conv_out = conv(channels, image_channels)
+            if level > 0:
+                self.up.append(parts.upsample(channels))
+        self.norm_out = nn.GroupNorm(groups, channels, eps=variant.norm_eps)
+        self.conv_out = conv(channels, image_channels * (2 if learns_variance else 1))
         silence(self.conv_out)
+        self.label = nn.Embedding(num_classes + 1, parts.time_width) if num_classes else None
+        self.uncertainty = LogVariance() if learns_uncertainty else None
 
-    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """epsilon_theta(x_t, t), shaped like x_t."""
-        embedding = self.time(t)
-        h = self.conv_in(x_t)
+    def forward(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        labels: Tensor | None = None,
+        condition: Tensor | None = None,
+    ) -> Tensor:
+        """epsilon_theta(x_t, t), shaped like x_t, or with the variance's channels behind it.
+
+        Without `labels` [B] every image has the null label; without `condition`
+        [B, condition_channels, H, W] it is 0. Either way each parameter takes part in each pass.
+        Raises ValueError for one that the network was not built for.
+        """
+        embedding = self.time(t, self._label(labels, t))
+        h = self.conv_in(self._beside(x_t, condition))
         skips = [h]
         for module in self.down:
             h = module(h) if isinstance(module, Downsample) else self._run(module, h, embedding)
@@ -95,12 +174,38 @@ class UNet(nn.Module):
         h = self._run(self.middle_1, h, embedding)
         h = self._run(self.middle_2, h, embedding)
         for module in self.up:
-            if isinstance(module, Upsample):
-                h = module(h)
-            else:
-                h = self._run(module, torch.cat([h, skips.pop()], dim=1), embedding)
+            if isinstance(module, Stage):
+                h = torch.cat([h, skips.pop()], dim=1)
+            h = module(h) if isinstance(module, Upsample) else self._run(module, h, embedding)
         prediction: Tensor = self.conv_out(F.silu(self.norm_out(h)))
         return prediction
+
+    def _label(self, labels: Tensor | None, t: Tensor) -> Tensor | None:
+        """The embedding [B, E] of each label."""
+        if self.label is None:
+            if labels is not None:
+                raise ValueError(
+                    "labels are given, but num_classes is 0: the network has no classes; build it "
+                    "with num_classes, or leave labels out"
+                )
+            return None
+        embedding: Tensor = self.label(
+            torch.full_like(t, self.num_classes, dtype=torch.int64) if labels is None else labels
+        )
+        return embedding
+
+    def _beside(self, x_t: Tensor, condition: Tensor | None) -> Tensor:
+        """x_t with the condition's channels behind its own."""
+        if condition is None and self.condition_channels == 0:
+            return x_t
+        if condition is None:
+            return F.pad(x_t, (0, 0, 0, 0, 0, self.condition_channels))
+        if condition.shape != (len(x_t), self.condition_channels, *x_t.shape[2:]):
+            raise ValueError(
+                f"condition is {list(condition.shape)} beside x_t {list(x_t.shape)}; the network "
+                f"takes condition_channels {self.condition_channels} of x_t's height and width"
+            )
+        return torch.cat([x_t, condition], dim=1)
 
     def _run(self, stage: nn.Module, h: Tensor, embedding: Tensor) -> Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -111,7 +216,7 @@ class UNet(nn.Module):
         return h
 
 
-def _check(
+def check_sizes(
     image_size: int,
     base_channels: int,
     widths: Sequence[int],
@@ -119,6 +224,7 @@ def _check(
     attention_resolutions: Sequence[int],
     groups: int,
 ) -> None:
+    """Nothing; raises ValueError where sizes, channels and levels do not fit together."""
     if not widths or min(widths) < 1 or base_channels % 2 or blocks_per_level < 1:
         raise ValueError(
             f"base_channels is {base_channels}, the levels' channels are {list(widths)} and "

@@ -10,7 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from ddpm_ray.models.layers import Attention, Downsample, Upsample, sinusoidal_embedding
+from ddpm_ray.models.layers import (
+    GUIDED,
+    Attention,
+    Downsample,
+    Upsample,
+    Variant,
+    sinusoidal_embedding,
+)
 from ddpm_ray.models.unet import UNet
 
 
@@ -233,6 +240,109 @@ def test_one_graph_compiles_without_a_break() -> None:
 def test_sizes_that_do_not_fit_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         small(**changes)
+
+
+def test_without_options_nothing_is_drawn_or_named_otherwise() -> None:
+    """Classes draw last, so that the rest of the network starts as without them."""
+    plain = small().state_dict()
+    torch.manual_seed(0)
+    known = UNet(image_size=8, image_channels=1, base_channels=8, channel_mults=(1, 2),
+                 blocks_per_level=1, attention_resolutions=(4,), groups=4,
+                 num_classes=3)  # fmt: skip
+    state = disturbed(known).state_dict()
+    assert [*state] == [*plain, "label.weight"]
+    assert all(torch.equal(state[name], value) for name, value in plain.items())
+
+
+def test_no_label_is_the_null_label_and_another_label_is_another_image() -> None:
+    network, (x_t, t) = small(num_classes=3), batch()
+    null = network(x_t, t)
+    assert torch.equal(network(x_t, t, torch.full((3,), 3)), null)
+    answers = [network(x_t, t, torch.full((3,), label)) for label in range(3)]
+    for a, b in itertools.combinations([null, *answers], 2):
+        assert (a - b).abs().max() > 1e-3
+    mixed = network(x_t, t, torch.tensor([2, 3, 0]))
+    expected = torch.stack([answers[2][0], null[1], answers[0][2]])
+    torch.testing.assert_close(mixed, expected)
+
+
+def test_a_condition_is_seen_beside_the_image_and_is_zero_where_it_is_missing() -> None:
+    network, (x_t, t) = small(condition_channels=2), batch()
+    condition = torch.randn(3, 2, 8, 8)
+    missing = network(x_t, t)
+    assert missing.shape == x_t.shape
+    assert torch.equal(network(x_t, t, condition=torch.zeros(3, 2, 8, 8)), missing)
+    assert (network(x_t, t, condition=condition) - missing).abs().max() > 1e-3
+    # The kernel that reads a channel is all that tells it from x_t's.
+    swapped = small(condition_channels=2)
+    with torch.no_grad():
+        swapped.conv_in.weight.copy_(network.conv_in.weight[:, [1, 0, 2]])
+    torch.testing.assert_close(
+        swapped(condition[:, :1], t, condition=torch.cat([x_t, condition[:, 1:]], dim=1)),
+        network(x_t, t, condition=condition),
+    )
+
+
+def test_a_learned_variance_has_the_channels_behind_the_prediction() -> None:
+    network, (x_t, t) = small(image_channels=3, learns_variance=True), batch(channels=3)
+    assert network(x_t, t).shape == (3, 6, 8, 8)
+    plain = small(image_channels=3)
+    state = network.state_dict()
+    state |= {name: state[name][:3] for name in ("conv_out.weight", "conv_out.bias")}
+    plain.load_state_dict(state)
+    torch.testing.assert_close(plain(x_t, t), network(x_t, t)[:, :3])
+
+
+@pytest.mark.parametrize("labels", [None, torch.tensor([0, 0, 1])])
+def test_each_parameter_has_a_gradient_whatever_is_given(labels: Tensor | None) -> None:
+    """DistributedDataParallel waits for each of them in each step."""
+    network, (x_t, t) = small(num_classes=3, condition_channels=1, learns_variance=True), batch()
+    network(x_t, t, labels).square().mean().backward()
+    assert all(parameter.grad is not None for parameter in network.parameters())
+
+
+def test_what_a_network_was_not_built_for_is_refused() -> None:
+    x_t, t = batch()
+    with pytest.raises(ValueError, match=r"num_classes is 0: .* build it with num_classes"):
+        small()(x_t, t, torch.tensor([0, 1, 2]))
+    with pytest.raises(ValueError, match=r"condition is \[3, 1, 8, 8\] .* condition_channels 0"):
+        small()(x_t, t, condition=x_t)
+    with pytest.raises(ValueError, match=r"condition is \[3, 2, 4, 4\] .* condition_channels 2"):
+        small(condition_channels=2)(x_t, t, condition=torch.zeros(3, 2, 4, 4))
+    with pytest.raises(ValueError, match=r"num_heads is 3 and head_channels 0; .* 16 channels"):
+        small(variant=Variant(num_heads=3))
+    with pytest.raises(ValueError, match=r"head_channels 5; .* 16 channels"):
+        small(variant=Variant(head_channels=5))
+
+
+def test_two_heads_are_two_attentions_over_half_the_channels() -> None:
+    """Each head alone, as one-headed attention of its rows, from norm and output that are unit."""
+    two, x = Attention(8, 8, Variant(num_heads=2)), torch.randn(2, 8, 4, 4)
+    with torch.no_grad():
+        two.out.weight.copy_(torch.eye(8))
+    rows = two.query_key_value.weight.detach()
+    for half in (slice(0, 4), slice(4, 8)):
+        one = Attention(8, 8)
+        with torch.no_grad():
+            one.out.weight.copy_(torch.eye(8))
+            one.query_key_value.weight.zero_()
+            for start in (0, 8, 16):
+                part = slice(start + half.start, start + half.stop)
+                one.query_key_value.weight[part] = rows[part]
+            # The softmax divides by the root of all channels, of which half are 0 here.
+            one.query_key_value.weight[:8] *= 2**0.5
+        torch.testing.assert_close(two(x)[:, half], one(x)[:, half])
+
+
+def test_the_guided_variant_starts_at_zero_learns_everywhere_and_compiles() -> None:
+    network, (x_t, t) = small(variant=GUIDED, num_classes=2), batch()
+    plain = UNet(image_size=8, image_channels=1, base_channels=8, channel_mults=(1, 2),
+                 attention_resolutions=(4,), groups=4, variant=GUIDED)  # fmt: skip
+    assert plain(x_t, t).abs().max() == 0
+    compiled: Any = torch.compile(network, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x_t, t), network(x_t, t))
+    network(x_t, t, torch.tensor([0, 1, 2])).square().mean().backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in network.parameters())
 
 
 def test_agrees_with_an_independent_implementation() -> None:

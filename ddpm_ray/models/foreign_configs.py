@@ -1,0 +1,257 @@
+"""Configs of diffusers as the arguments of our UNet and the facts of our runs, and back.
+
+Each way has one function; whether a config can be ours is asked by going there and back: a key
+that comes back with another value is one that is not supported.
+"""
+
+from collections.abc import Mapping
+from typing import Any, TypeAlias, TypedDict
+
+from ddpm_ray.models.layers import Variant
+from ddpm_ray.telling import told
+
+Config: TypeAlias = Mapping[str, Any]  # of a JSON file
+Facts: TypeAlias = Mapping[str, Mapping[str, Any]]
+
+UNET: Config = {  # UNet2DModel's own defaults, for keys that a file leaves out
+    "sample_size": None, "in_channels": 3, "out_channels": 3, "center_input_sample": False,
+    "time_embedding_type": "positional", "time_embedding_dim": None, "freq_shift": 0,
+    "flip_sin_to_cos": True, "mid_block_type": "UNetMidBlock2D", "mid_block_scale_factor": 1,
+    "down_block_types": ["DownBlock2D", *["AttnDownBlock2D"] * 3],
+    "up_block_types": [*["AttnUpBlock2D"] * 3, "UpBlock2D"],
+    "block_out_channels": [224, 448, 672, 896], "layers_per_block": 2, "downsample_padding": 1,
+    "downsample_type": "conv", "upsample_type": "conv", "dropout": 0.0, "act_fn": "silu",
+    "attention_head_dim": 8, "norm_num_groups": 32, "attn_norm_num_groups": None,
+    "norm_eps": 1e-5, "resnet_time_scale_shift": "default", "add_attention": True,
+    "class_embed_type": None, "num_class_embeds": None, "num_train_timesteps": None,
+}  # fmt: skip
+SCHEDULER: Config = {  # DDPMScheduler's
+    "num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear",
+    "trained_betas": None, "variance_type": "fixed_small", "clip_sample": True,
+    "clip_sample_range": 1.0, "prediction_type": "epsilon", "thresholding": False,
+    "rescale_betas_zero_snr": False,
+}  # fmt: skip
+OF_A_CALL = {  # what one call of a sampler may choose anew, and of what is refused above
+    "timestep_spacing", "steps_offset", "set_alpha_to_one", "dynamic_thresholding_ratio",
+    "sample_max_value", "timestep_values", "tensor_format",
+}  # fmt: skip
+KINDS = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}
+PREDICTIONS = {"epsilon": "epsilon", "sample": "x_0", "v_prediction": "v"}
+COSINE = {"offset": 0.008, "max_beta": 0.999}
+VARIANCES = {  # theirs: what is trained, what is sampled with
+    "fixed_small": ("fixed", "fixed_small"), "fixed_large": ("fixed", "fixed_large"),
+    "learned": ("learned", "learned"), "learned_range": ("learned_range", "learned"),
+}  # fmt: skip
+
+
+class Form(TypedDict):
+    """The arguments of UNet that decide what its tensors are and mean."""
+
+    image_size: int
+    image_channels: int
+    base_channels: int
+    channel_mults: tuple[int, ...]
+    blocks_per_level: int
+    attention_resolutions: tuple[int, ...]
+    dropout: float
+    groups: int
+    num_classes: int
+    condition_channels: int
+    learns_variance: bool
+    variant: Variant
+
+
+class ForeignModelError(ValueError):
+    """A model that cannot be taken or given as it stands; args are (where, problem)."""
+
+    def __str__(self) -> str:
+        where, problem = self.args
+        return told(f"{where}: {problem}")
+
+
+def form_of(config: Config) -> Form:
+    """UNet's arguments from a config.json of `UNet2DModel`; raises ForeignModelError."""
+    full = _full(config, UNET, "UNet2DModel")
+    if not isinstance(side := full["sample_size"], int):
+        raise ForeignModelError(
+            "UNet2DModel", f"sample_size is {side!r}; supported is one side of square images"
+        )
+    try:
+        form = _form(full)
+        back = _unet_config(form)
+    except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
+        raise ForeignModelError("UNet2DModel", f"its config makes no sense ({error!r})") from error
+    _require_equal(full, back, "UNet2DModel")
+    return form
+
+
+def config_of(form: Form) -> dict[str, Any]:
+    """The config.json of the `UNet2DModel` that is this network; raises ForeignModelError."""
+    config = _unet_config(form)
+    sides = sorted(form["attention_resolutions"], reverse=True)
+    _require_equal({**form, "attention_resolutions": sides}, _form(config), "UNet2DModel")
+    return {"_class_name": "UNet2DModel", **config}
+
+
+def from_scheduler(config: Config) -> dict[str, dict[str, Any]]:
+    """Facts of a scheduler_config.json (DDPM or DDIM); raises ForeignModelError, one line."""
+    full = _full(config, SCHEDULER, "DDPMScheduler", "DDIMScheduler")
+    full = {key: value for key, value in full.items() if key not in OF_A_CALL}
+    try:
+        betas = full["trained_betas"] and tuple(float(beta) for beta in full["trained_betas"])
+    except (TypeError, ValueError) as error:
+        raise ForeignModelError("scheduler", "trained_betas is no list of numbers") from error
+    kind = "betas" if betas is not None else _one_of(KINDS, full, "beta_schedule")
+    trained, sampled = _one_of(VARIANCES, full, "variance_type")
+    schedule = {"kind": kind, "num_steps": full["num_train_timesteps"],
+                "beta_start": full["beta_start"], "beta_end": full["beta_end"],
+                "zero_terminal_snr": full["rescale_betas_zero_snr"]}  # fmt: skip
+    schedule |= {"betas": betas} if betas is not None else {}
+    schedule |= COSINE if kind == "cosine" else {}
+    prediction = _one_of(PREDICTIONS, full, "prediction_type")
+    facts = {
+        "schedule": schedule,
+        "objective": {"prediction": prediction, "variance": trained},
+        "sampling": {"variance": sampled, "clip": full["clip_sample"]},
+    }
+    stated = {**full, "beta_schedule": "linear"} if betas is not None else full
+    _require_equal(stated, _scheduler_config(facts), "scheduler")
+    return facts
+
+
+def to_scheduler(facts: Facts) -> dict[str, Any]:
+    """The scheduler_config.json of a DDPMScheduler; raises ForeignModelError where it has none."""
+    return {"_class_name": "DDPMScheduler", **_scheduler_config(facts)}
+
+
+def _form(config: Config) -> Form:
+    """The form that a full config asks for, or one that is nearest to it."""
+    widths, inputs, outputs = (
+        config[key] for key in ("block_out_channels", "in_channels", "out_channels")
+    )
+    learns_variance = outputs == 2 * inputs
+    channels = inputs if learns_variance else min(inputs, outputs)
+    attends = [kind.startswith("Attn") for kind in config["down_block_types"]]
+    return Form(
+        image_size=config["sample_size"],
+        image_channels=channels,
+        base_channels=widths[0],
+        channel_mults=tuple(width // widths[0] for width in widths),
+        blocks_per_level=config["layers_per_block"],
+        attention_resolutions=tuple(
+            config["sample_size"] >> level for level, on in enumerate(attends) if on
+        ),
+        dropout=config["dropout"],
+        groups=config["norm_num_groups"],
+        num_classes=(config["num_class_embeds"] or 1) - 1,
+        condition_channels=inputs - channels,
+        learns_variance=learns_variance,
+        variant=Variant(
+            norm_eps=config["norm_eps"],
+            head_channels=config["attention_head_dim"] or 0,
+            scale_shift=config["resnet_time_scale_shift"] == "scale_shift",
+            resampling_blocks=config["downsample_type"] == "resnet",
+            pads_both_sides=config["downsample_padding"] == 1,
+            cosines_first=config["flip_sin_to_cos"],
+            frequency_shift=config["freq_shift"],
+        ),
+    )
+
+
+def _unet_config(form: Form) -> dict[str, Any]:
+    """The full config of a form."""
+    variant, size = form["variant"], form["image_size"]
+    mults = form["channel_mults"]
+    plain = "Resnet{}sampleBlock2D" if variant.resampling_blocks else "{}Block2D"
+    kinds = [
+        "Attn{}Block2D" if size >> level in form["attention_resolutions"] else plain
+        for level in range(len(mults))
+    ]
+    resampling = "resnet" if variant.resampling_blocks else "conv"
+    return {
+        **UNET,
+        "sample_size": size,
+        "in_channels": form["image_channels"] + form["condition_channels"],
+        "out_channels": form["image_channels"] * (2 if form["learns_variance"] else 1),
+        "freq_shift": variant.frequency_shift,
+        "flip_sin_to_cos": variant.cosines_first,
+        "down_block_types": [kind.format("Down") for kind in kinds],
+        "up_block_types": [kind.format("Up") for kind in reversed(kinds)],
+        "block_out_channels": [form["base_channels"] * mult for mult in mults],
+        "layers_per_block": form["blocks_per_level"],
+        "downsample_padding": int(variant.pads_both_sides),
+        "downsample_type": resampling,
+        "upsample_type": resampling,
+        "dropout": form["dropout"],
+        "attention_head_dim": variant.head_channels or None,
+        "norm_num_groups": form["groups"],
+        # With scale and shift their middle attention has no norm unless this says how many groups.
+        "attn_norm_num_groups": form["groups"] if variant.scale_shift else None,
+        "norm_eps": variant.norm_eps,
+        "resnet_time_scale_shift": "scale_shift" if variant.scale_shift else "default",
+        "num_class_embeds": form["num_classes"] + 1 if form["num_classes"] else None,
+    }
+
+
+def _scheduler_config(facts: Facts) -> dict[str, Any]:
+    """The full config of a run's facts, of which those that none has a key for must be plain."""
+    schedule, objective, sampling = (facts[key] for key in ("schedule", "objective", "sampling"))
+    kind, betas = schedule["kind"], schedule.get("betas") or None
+    plain: dict[str, Any] = {"rescale": False} | (COSINE if kind == "cosine" else {})
+    _require_equal({key: schedule.get(key, value) for key, value in plain.items()}, plain,
+                   "DDPMScheduler")  # fmt: skip
+    trained = objective.get("variance", "fixed")
+    sampled = sampling["variance"] if trained == "fixed" else "learned"
+    return {
+        **SCHEDULER,
+        "num_train_timesteps": len(betas) if kind == "betas" and betas else schedule["num_steps"],
+        "beta_start": schedule.get("beta_start", SCHEDULER["beta_start"]),
+        "beta_end": schedule.get("beta_end", SCHEDULER["beta_end"]),
+        "beta_schedule": "linear" if kind == "betas" else _key_of(KINDS, kind, "kind"),
+        "trained_betas": list(betas) if kind == "betas" and betas else None,
+        "variance_type": _key_of(VARIANCES, (trained, sampled), "variance"),
+        "clip_sample": sampling["clip"],
+        "prediction_type": _key_of(PREDICTIONS, objective["prediction"], "prediction"),
+        "rescale_betas_zero_snr": schedule.get("zero_terminal_snr", False),
+    }
+
+
+def _full(config: Config, defaults: Config, *classes: str) -> dict[str, Any]:
+    """The config with the keys that it leaves out, less notes (`_...`)."""
+    kind = config.get("_class_name", classes[0])
+    if kind not in classes:
+        raise ForeignModelError(
+            "_class_name", f"it is {kind!r}; supported is {' or '.join(classes)}"
+        )
+    return {**defaults, **{key: value for key, value in config.items() if key[0] != "_"}}
+
+
+def _require_equal(asked: Config, got: Config, where: str) -> None:
+    """Refuse the first key whose value would be another one."""
+    for key, value in asked.items():
+        if key not in got:
+            raise ForeignModelError(where, f"{key} is {value!r}, a key that is not supported")
+        if _plain(value) != _plain(got[key]):
+            raise ForeignModelError(
+                where, f"{key} is {value!r}; beside the other keys only {got[key]!r} is supported"
+            )
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _one_of(table: Mapping[str, Any], config: Config, key: str) -> Any:
+    if config[key] not in list(table):
+        raise ForeignModelError(
+            "scheduler", f"{key} is {config[key]!r}; supported is {', '.join(table)}"
+        )
+    return table[config[key]]
+
+
+def _key_of(table: Mapping[str, Any], value: Any, name: str) -> str:
+    for theirs, ours in table.items():
+        if ours == value:
+            return theirs
+    known = ", ".join(map(str, table.values()))
+    raise ForeignModelError("DDPMScheduler", f"{name} is {value!r}; it knows {known}")

@@ -1,0 +1,145 @@
+"""What others call the modules of this U-Net: diffusers, guided-diffusion, Ho et al.'s in PyTorch.
+
+A table's key is a module of ours, its value the modules that it is made of, one after the other:
+three where query, key and value are apart. Weight and bias are called so everywhere.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple, TypeAlias
+
+from torch import nn
+
+from ddpm_ray.models.layers import ResBlock, Stage
+from ddpm_ray.models.unet import UNet
+
+Table: TypeAlias = dict[str, tuple[str, ...]]
+Parts: TypeAlias = Mapping[str, tuple[str, ...]]
+
+
+class Spot(NamedTuple):
+    """Where a stage, or what halves or doubles the sides behind it, stands."""
+
+    ours: str  # its name
+    module: nn.Module
+    level: int  # 0 has the largest sides
+    number: int  # of the stage within its level; one that resamples counts on
+    order: int  # within its side; on the way up one that resamples has its stage's
+
+
+def diffusers(network: UNet) -> Table:
+    """Names in `UNet2DModel`."""
+    block = _single(norm_1="norm1", conv_1="conv1", time="time_emb_proj", norm_2="norm2",
+                    conv_2="conv2", skip="conv_shortcut")  # fmt: skip
+    attention = {"norm": ("group_norm",), "query_key_value": ("to_q", "to_k", "to_v"),
+                 "out": ("to_out.0",)}  # fmt: skip
+    table = _single(conv_in="conv_in", norm_out="conv_norm_out", conv_out="conv_out",
+                    label="class_embedding")  # fmt: skip
+    table |= {f"time.dense_{i}": (f"time_embedding.linear_{i}",) for i in (1, 2)}
+    for number in (0, 1):
+        _add(table, f"middle_{number + 1}.block", f"mid_block.resnets.{number}", block)
+    _add(table, "middle_1.attention", "mid_block.attentions.0", attention)
+    top = max(spot.level for spot in down(network))
+    for side, spots in (("down", down(network)), ("up", up(network))):
+        for spot in spots:
+            level = spot.level if side == "down" else top - spot.level
+            home = f"{side}_blocks.{level}"
+            if isinstance(spot.module, Stage):
+                _add(table, f"{spot.ours}.block", f"{home}.resnets.{spot.number}", block)
+                _add(table, f"{spot.ours}.attention", f"{home}.attentions.{spot.number}", attention)
+            else:
+                _resampler(table, spot, f"{home}.{side}samplers.0", block, "conv")
+    return _present(table, network)
+
+
+def guided(network: UNet) -> Table:
+    """Names in guided-diffusion, and in improved-diffusion before it."""
+    block = _single(norm_1="in_layers.0", conv_1="in_layers.2", norm_2="out_layers.0",
+                    conv_2="out_layers.3", time="emb_layers.1",
+                    skip="skip_connection")  # fmt: skip
+    attention = _single(norm="norm", query_key_value="qkv", out="proj_out")
+    table = _single(conv_in="input_blocks.0.0", norm_out="out.0", conv_out="out.2",
+                    label="label_emb")  # fmt: skip
+    table |= {"time.dense_1": ("time_embed.0",), "time.dense_2": ("time_embed.2",)}
+    _add(table, "middle_1.block", "middle_block.0", block)
+    _add(table, "middle_1.attention", "middle_block.1", attention)
+    _add(table, "middle_2.block", "middle_block.2", block)
+    for side, spots in (("input", down(network)), ("output", up(network))):
+        behind = 0  # parts of the stage before
+        for spot in spots:
+            home = f"{side}_blocks.{spot.order + (side == 'input')}"
+            if isinstance(spot.module, Stage):
+                behind = 1 if spot.module.attention is None else 2
+                _add(table, f"{spot.ours}.block", f"{home}.0", block)
+                _add(table, f"{spot.ours}.attention", f"{home}.1", attention)
+            elif side == "input":
+                _resampler(table, spot, f"{home}.0", block, "op")
+            else:
+                _resampler(table, spot, f"{home}.{behind}", block, "conv")
+    return _present(table, network)
+
+
+def ho(network: UNet) -> Table:
+    """Names in PyTorch conversions of Ho et al.'s TensorFlow weights."""
+    block = _single(norm_1="norm1", conv_1="conv1", time="temb_proj", norm_2="norm2",
+                    conv_2="conv2", skip="nin_shortcut")  # fmt: skip
+    attention = {"norm": ("norm",), "query_key_value": ("q", "k", "v"), "out": ("proj_out",)}
+    table = _single(conv_in="conv_in", norm_out="norm_out", conv_out="conv_out")
+    table |= {"time.dense_1": ("temb.dense.0",), "time.dense_2": ("temb.dense.1",)}
+    _add(table, "middle_1.block", "mid.block_1", block)
+    _add(table, "middle_1.attention", "mid.attn_1", attention)
+    _add(table, "middle_2.block", "mid.block_2", block)
+    for side, spots in (("down", down(network)), ("up", up(network))):
+        for spot in spots:
+            home = f"{side}.{spot.level}"
+            if isinstance(spot.module, Stage):
+                _add(table, f"{spot.ours}.block", f"{home}.block.{spot.number}", block)
+                _add(table, f"{spot.ours}.attention", f"{home}.attn.{spot.number}", attention)
+            else:
+                _resampler(table, spot, f"{home}.{side}sample", block, "conv")
+    return _present(table, network)
+
+
+def down(network: UNet) -> Iterator[Spot]:
+    """The spots of the way down, in order."""
+    level = number = 0
+    for order, module in enumerate(network.down):
+        yield Spot(f"down.{order}", module, level, number, order)
+        number += 1
+        if not isinstance(module, Stage):
+            level, number = level + 1, 0
+
+
+def up(network: UNet) -> Iterator[Spot]:
+    """The spots of the way up, in order, which starts at the smallest level."""
+    level = sum(not isinstance(module, Stage) for module in network.up)
+    number, order = 0, -1
+    for i, module in enumerate(network.up):
+        order += isinstance(module, Stage)
+        yield Spot(f"up.{i}", module, level, number, order)
+        number += 1
+        if not isinstance(module, Stage):
+            level, number = level - 1, 0
+
+
+def _single(**names: str) -> Table:
+    return {ours: (theirs,) for ours, theirs in names.items()}
+
+
+def _add(table: Table, ours: str, theirs: str, parts: Parts) -> None:
+    """Enter the parts of a module under their names."""
+    for part, names in parts.items():
+        table[f"{ours}.{part}"] = tuple(f"{theirs}.{name}" for name in names)
+
+
+def _resampler(table: Table, spot: Spot, theirs: str, block: Parts, convolution: str) -> None:
+    """Enter what halves or doubles the sides: a residual block or a convolution."""
+    if isinstance(spot.module, ResBlock):
+        _add(table, spot.ours, theirs, block)
+    else:
+        table[f"{spot.ours}.conv"] = (f"{theirs}.{convolution}",)
+
+
+def _present(table: Table, network: UNet) -> Table:
+    """The entries of modules that `network` has, in the order of its parameters."""
+    modules = dict.fromkeys(name.rpartition(".")[0] for name in network.state_dict())
+    return {ours: table[ours] for ours in modules if ours in table}

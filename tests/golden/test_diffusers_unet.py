@@ -1,0 +1,165 @@
+"""Networks that diffusers built are ours to the last digits of float32, and ours are theirs.
+
+The truth is diffusers itself: its UNet2DModel with random weights, run beside ours.
+"""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ddpm_ray.diffusion import schedules
+from ddpm_ray.models import interchange
+from ddpm_ray.models.foreign_configs import UNET, Form
+from ddpm_ray.models.layers import GUIDED, HO
+from ddpm_ray.models.unet import UNet
+
+diffusers = pytest.importorskip("diffusers", reason="needs diffusers: no dependency of ours")
+
+CIFAR10: dict[str, Any] = {  # google/ddpm-cifar10-32, with sides halved and channels an eighth
+    "sample_size": 16, "block_out_channels": [16, 32, 32, 32], "layers_per_block": 2,
+    "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
+    "freq_shift": 1, "flip_sin_to_cos": False, "downsample_padding": 0, "norm_eps": 1e-6,
+    "attention_head_dim": None, "norm_num_groups": 8, "dropout": 0.0,
+}  # fmt: skip
+CONFIGS = {
+    "cifar10": CIFAR10,
+    "attention at two levels": {
+        "sample_size": 8, "block_out_channels": [8, 24, 16], "layers_per_block": 1,
+        "down_block_types": ["AttnDownBlock2D", "DownBlock2D", "AttnDownBlock2D"],
+        "up_block_types": ["AttnUpBlock2D", "UpBlock2D", "AttnUpBlock2D"],
+        "attention_head_dim": 8, "norm_num_groups": 4, "in_channels": 1, "out_channels": 1,
+    },
+    "as guided-diffusion": {
+        "sample_size": 8, "block_out_channels": [8, 16, 16], "layers_per_block": 2,
+        "down_block_types": ["ResnetDownsampleBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"],
+        "up_block_types": ["AttnUpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D"],
+        "downsample_type": "resnet", "upsample_type": "resnet", "attention_head_dim": 4,
+        "resnet_time_scale_shift": "scale_shift", "norm_num_groups": 4, "attn_norm_num_groups": 4,
+        "out_channels": 6, "num_class_embeds": 5,
+    },
+    "with a condition": {**CIFAR10, "in_channels": 5, "out_channels": 3},
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    yield
+    logging.disable(before)
+
+
+def theirs(config: dict[str, Any]) -> Any:
+    """A network of diffusers, no parameter of it 0 or 1."""
+    model = diffusers.UNet2DModel(**config).eval()
+    disturb(model)
+    return model
+
+
+def disturb(model: torch.nn.Module) -> None:
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
+
+
+def batch(config: dict[str, Any]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """x_t with its condition, t from 1, and labels where the network takes them."""
+    generator = torch.Generator().manual_seed(2)
+    full = {**UNET, **config}
+    side, channels = full["sample_size"], full["in_channels"]
+    x_t = torch.randn(3, channels, side, side, generator=generator)
+    classes = full["num_class_embeds"]
+    labels = {"class_labels": torch.tensor([0, 1, classes - 1])} if classes else {}
+    return x_t, torch.tensor([1, 500, 1000]), labels
+
+
+def require_alike(ours: UNet, model: Any, config: dict[str, Any]) -> None:
+    x_t, t, labels = batch(config)
+    image, condition = x_t.tensor_split([x_t.shape[1] - ours.condition_channels], dim=1)
+    with torch.no_grad():
+        expected = model(x_t, t - 1, **labels).sample
+        found = ours(image, t, labels.get("class_labels"), condition if condition.numel() else None)
+    scale = expected.abs().max().item()
+    torch.testing.assert_close(found, expected, atol=1e-5 * scale, rtol=0)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_theirs_answers_as_ours_and_comes_back_as_it_was(name: str) -> None:
+    config = CONFIGS[name]
+    model = theirs(config)
+    form, tensors = interchange.from_diffusers(dict(model.config), model.state_dict())
+    ours = UNet(**form).eval()
+    ours.load_state_dict(tensors)
+    require_alike(ours, model, config)
+    back, weights = interchange.to_diffusers(form, tensors)
+    assert back == {**UNET, **config, "_class_name": "UNet2DModel"}
+    assert weights.keys() == model.state_dict().keys()
+    assert all(torch.equal(weights[key], value) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("variant", [HO, GUIDED])
+def test_a_saved_network_of_ours_is_loaded_by_their_own_pipeline(
+    variant: Any, tmp_path: Path
+) -> None:
+    form = Form(
+        image_size=8, image_channels=3, base_channels=8, channel_mults=(1, 2), blocks_per_level=1,
+        attention_resolutions=(4,), dropout=0.0, groups=4, num_classes=0, condition_channels=0,
+        learns_variance=False, variant=variant,
+    )  # fmt: skip
+    ours = UNet(**form).eval()
+    disturb(ours)
+    facts: dict[str, dict[str, Any]] = {
+        "schedule": {"kind": "cosine", "num_steps": 100, "zero_terminal_snr": True},
+        "objective": {"prediction": "v", "variance": "fixed"},
+        "sampling": {"variance": "fixed_large", "clip": False},
+    }
+    interchange.write_folder(tmp_path, form, ours.state_dict(), facts)
+    pipeline = diffusers.DDPMPipeline.from_pretrained(tmp_path)
+    require_alike(ours, pipeline.unet.eval(), {"sample_size": 8})
+    scheduler = pipeline.scheduler
+    alpha_bar = schedules.zero_terminal_snr(schedules.cosine(100))[1:]
+    torch.testing.assert_close(scheduler.alphas_cumprod.double(), alpha_bar, atol=1e-5, rtol=0)
+    assert scheduler.config.prediction_type == "v_prediction"
+    assert scheduler.config.variance_type == "fixed_large"
+    assert not scheduler.config.clip_sample
+    read = interchange.read_folder(tmp_path)
+    assert read[0] == form
+    assert all(torch.equal(read[1][key], value) for key, value in ours.state_dict().items())
+    for group, values in facts.items():
+        assert read[2][group].items() >= values.items()
+
+
+@pytest.mark.parametrize("safe", [True, False])
+def test_what_their_pipeline_saves_is_read(safe: bool, tmp_path: Path) -> None:
+    model = theirs(CIFAR10)
+    scheduler = diffusers.DDPMScheduler(variance_type="fixed_large")
+    pipeline = diffusers.DDPMPipeline(unet=model, scheduler=scheduler)
+    pipeline.save_pretrained(tmp_path, safe_serialization=safe)
+    assert (tmp_path / "unet/diffusion_pytorch_model.bin").exists() != safe
+    form, tensors, facts = interchange.read_folder(tmp_path)
+    ours = UNet(**form).eval()
+    ours.load_state_dict(tensors)
+    require_alike(ours, model, CIFAR10)
+    assert facts["schedule"]["kind"] == "linear"
+    assert facts["sampling"] == {"variance": "fixed_large", "clip": True}
+
+
+def test_weights_under_the_old_names_of_attention_layers_are_read() -> None:
+    """google/ddpm-cifar10-32 was saved before diffusers renamed them."""
+    model = theirs(CIFAR10)
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    renamed = model.state_dict()
+    for new, name in old.items():
+        renamed = {key.replace(f".{new}.", f".{name}."): value for key, value in renamed.items()}
+    assert "mid_block.attentions.0.proj_attn.bias" in renamed
+    form, tensors = interchange.from_diffusers(dict(model.config), renamed)
+    ours = UNet(**form).eval()
+    ours.load_state_dict(tensors)
+    require_alike(ours, model, CIFAR10)
