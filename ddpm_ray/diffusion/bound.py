@@ -1,0 +1,137 @@
+"""The variational bound on the negative log-likelihood, term by term, in bits per dimension.
+
+    -log p(x_0) <= L_T + sum over t = 2..T of L_{t-1} + L_0
+
+(Ho et al. 2020, arXiv:2006.11239, eq. 5.) L_T compares x_T with the prior, L_{t-1} the posterior of
+x_{t-1} with the learned reverse step from t, and L_0 decodes the 256 grey levels from x_1.
+"""
+
+import math
+from typing import assert_never
+
+import torch
+from torch import Tensor
+
+from ddpm_ray.diffusion.estimate import Clip
+from ddpm_ray.diffusion.prediction import Prediction
+from ddpm_ray.diffusion.process import NoiseSchedule, posterior
+from ddpm_ray.diffusion.samplers import Variance, learned_log_variance
+
+HALF_BIN = 1 / 255  # of an 8-bit grey level in [-1, 1]
+_RULE = (  # Gauss-Legendre, 6 points: a node stands for its mirror image too, weights sum to 1
+    (0.2386191860831969, 0.4679139345726910),
+    (0.6612093864662645, 0.3607615730481386),
+    (0.9324695142031521, 0.1713244923791704),
+)
+
+
+def reverse_log_variance(
+    schedule: NoiseSchedule, t: Tensor, variance: Variance, like: Tensor, raw: Tensor | None = None
+) -> Tensor:
+    """log of the reverse step's variance at t [B] in 1..T, to broadcast over `like` [B, ...].
+
+    `fixed_small` is the posterior's (Ho et al. 2020, eq. 7), `fixed_large` beta. At t = 1, where
+    the posterior has none, both are its variance at t = 2, as in the authors' code (beta if T = 1).
+    A learned one is read from `raw`, shaped like `like`, by `samplers.learned_log_variance`. Raises
+    ValueError where that is missing.
+    """
+    a = schedule.alpha_bar
+    beta = 1 - a[1:] / a[:-1]
+    small = beta * (1 - a[:-1]) / (1 - a[1:])
+    small[0] = small[1] if len(small) > 1 else beta[0]
+    large = beta if variance == "learned_range" else torch.cat([small[:1], beta[1:]])
+    small, large = (c[t - 1].view(-1, *[1] * (like.ndim - 1)) for c in (small, large))
+    match variance:
+        case "fixed_small":
+            return small.log().to(like)
+        case "fixed_large":
+            return large.log().to(like)
+        case "learned" | "learned_range":
+            if raw is None:
+                raise ValueError(f"variance is {variance}; pass raw=, the network's answer to it")
+            return learned_log_variance(raw, variance, small, large)
+        case _:
+            assert_never(variance)
+
+
+def term(
+    predicts: Prediction,
+    x_0: Tensor,
+    x_t: Tensor,
+    t: Tensor,
+    answer: Tensor,
+    log_variance: Tensor,
+    *,
+    clip: Clip | None = None,
+) -> Tensor:
+    """L_{t-1} [B] in bits per dimension at steps t [B] in 1..T, a mean over all other dimensions.
+
+    KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) for t > 1 and L_0 = -log p(x_0 | x_1) of 8-bit
+    images for t = 1 (Ho et al. 2020, eq. 5 and 13). `answer` is the network's to x_t [B, ...], as
+    `predicts` says, `log_variance` is `reverse_log_variance`. `clip` bounds the estimate of x_0.
+    Finite, with finite gradients, as long as the squared error over the variance is.
+    """
+    estimate = predicts.x_0(x_t, t, answer)
+    if clip is not None:
+        clip(estimate)
+    first = (t == 1).view(-1, *[1] * (x_0.ndim - 1))
+    # x_t has the same part in both means, so only the images' difference counts.
+    offset, _ = posterior(predicts.schedule, x_0 - estimate, torch.zeros_like(x_t), t)
+    ratio = reverse_log_variance(predicts.schedule, t, "fixed_small", x_0) - log_variance
+    # expm1, since ratio is near 0 where small and large variance hardly differ: almost everywhere
+    nats = (torch.expm1(ratio) - ratio + offset.square() * (-log_variance).exp()) / 2
+    decoded = decoder_log_probability(x_0, estimate, log_variance)
+    return torch.where(first, -decoded, nats).flatten(1).mean(1) / math.log(2)
+
+
+def decoder_log_probability(x_0: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
+    """log of the mass [B, ...] that a Gaussian gives to the grey level x_0, in nats.
+
+    Levels are -1 + 2 k / 255, k = 0..255; each takes 1/255 to either side, the first and the last
+    all that lies beyond (Ho et al. 2020, eq. 13). Accurate to the type's rounding, far out as well.
+    """
+    inverse = (-log_variance / 2).exp()
+    centre, half = (x_0 - mean) * inverse, HALF_BIN * inverse
+    inner = _log_mass(centre.abs(), half.expand_as(centre))
+    lowest, highest = x_0 < -1 + HALF_BIN, x_0 > 1 - HALF_BIN
+    below_or_above = torch.where(highest, half - centre, centre + half)
+    return torch.where(lowest | highest, _log_ndtr(below_or_above), inner)
+
+
+def prior_term(schedule: NoiseSchedule, x_0: Tensor) -> Tensor:
+    """L_T [B], KL(q(x_T | x_0) || N(0, I)) in bits per dimension; nothing is learned in it.
+
+    (Ho et al. 2020, eq. 5.) `appraisal.appraise` has its mean over data from their mean square.
+    """
+    a = float(schedule.alpha_bar[-1])
+    return (a * x_0.square().flatten(1).mean(1) - (a + math.log1p(-a))) / (2 * math.log(2))
+
+
+def _log_mass(centre: Tensor, half: Tensor) -> Tensor:
+    """log(Phi(centre + half) - Phi(centre - half)) for a centre >= 0, digits kept everywhere.
+
+    Where the density hardly changes over the bin, the difference would cancel: there it is the
+    density at the centre times the bin times a mean over it, a quadrature exact to 1e-15. Elsewhere
+    the two logarithms are apart, and the upper tail is taken from below, where it is small.
+    """
+    slope = centre * half
+    near = (half < 0.25) & (slope < 0.5)
+    # Each branch gets harmless numbers where the other is taken: no NaN in anyone's gradient.
+    s, h = torch.where(near, slope, 0), torch.where(near, half, 0.25)
+    parts = [g * torch.cosh(s * x) * torch.exp(-(h * x).square() / 2) for x, g in _RULE]
+    c = torch.where(near, centre, 0)
+    within = torch.log(h * sum(parts[1:], parts[0])) - c.square() / 2 + math.log(2 / math.pi) / 2
+
+    c, h = torch.where(near, 0, centre), torch.where(near, 0.25, half)
+    upper, lower = _log_ndtr(h - c), _log_ndtr(-h - c)
+    # The slope of log Phi is above -z, so the gap is at least this: all that is left far out.
+    gap = torch.maximum(upper - lower, 2 * h * (c - h))
+    return torch.where(near, within, upper + torch.log(-torch.expm1(-gap)))
+
+
+def _log_ndtr(z: Tensor) -> Tensor:
+    """log Phi(z). The slope of torch's own is 0 or wrong far below 0: it divides tail by tail."""
+    below = torch.where(z < 0, -z, 0) / math.sqrt(2)
+    above = torch.where(z < 0, 0, z) / math.sqrt(2)
+    tail = torch.log(torch.special.erfcx(below) / 2) - below.square()
+    return torch.where(z < 0, tail, torch.log1p(-torch.special.erfc(above) / 2))

@@ -1,0 +1,92 @@
+"""The likelihood of images under the probability flow, which turns each into one latent and back.
+
+(Song et al. 2021, arXiv:2011.13456, section 4.3 and appendix D.2.) With sqrt(alpha_bar) the cosine
+of an angle and sqrt(1 - alpha_bar) its sine, the flow is dx / d angle = v, the velocity of Salimans
+and Ho 2022 (arXiv:2202.00512, appendix D): smooth up to a right angle, where no signal is left.
+"""
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from ddpm_ray.diffusion.prediction import Prediction
+from ddpm_ray.diffusion.process import Denoise, NoiseSchedule
+
+GREY_LEVEL_BITS = math.log2(127.5)  # a grey level, 1 of 0..255, is 1 / 127.5 in [-1, 1]
+
+
+def dequantised(images: Tensor, noise: Tensor) -> Tensor:
+    """x_0 [B, ...] about [-1, 1] from uint8 `images` and `noise` of that shape, uniform in [0, 1).
+
+    Each grey level is spread over its bin, so the mean of -log2 density(x_0) per dimension plus
+    GREY_LEVEL_BITS bounds the levels' code length (Theis et al. 2016, arXiv:1511.01844, eq. 3).
+    """
+    return (images.to(noise) + (noise - 0.5)) / 127.5 - 1
+
+
+def bits_per_dim(
+    schedule: NoiseSchedule,
+    denoise: Denoise,
+    x_1: Tensor,
+    steps: Sequence[int],
+    *,
+    predicts: Prediction | None = None,
+    probe: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """-log2 of the density at x_1 [B, ...] over its dimensions, [B] float64, and the latent x_T.
+
+    The flow is followed along `steps`, which rise from 1 to T, by Heun's method: of second order,
+    and the network is asked at these steps alone, twice at each. At T the law is taken to be
+    N(0, I). The trace of the Jacobian is exact, a backward pass per dimension, or with `probe` of
+    x_1's shape, signs -1 or 1, Hutchinson's unbiased estimate at one pass.
+
+    The law is that of step 1, of images with noise of variance 1 - alpha_bar_1 in them. Asked of
+    sqrt(alpha_bar_1) x_0, as Song et al. ask, it takes clean images for such; in the units of x_0
+    the bits are then -log2(alpha_bar_1) / 2 more. Raises ValueError for other `steps`.
+    """
+    if len(steps) < 2 or steps[0] != 1 or steps[-1] != schedule.num_steps:
+        raise ValueError(
+            f"steps are {list(steps)}; they must rise from 1 to T = {schedule.num_steps}"
+        )
+    predicts = predicts or Prediction.of("epsilon", schedule)
+    a = schedule.alpha_bar
+    of_x_t, of_output = predicts.to_x_0()
+    # v = (cos x_t - x_0) / sin; at t = 0, never asked, it divides by 0
+    columns = torch.stack([(a.sqrt() - of_x_t), -of_output]) / (1 - a).sqrt()
+    angle: list[float] = torch.atan2((1 - a).sqrt(), a.sqrt()).tolist()
+
+    def flow(x: Tensor, t: int) -> tuple[Tensor, Tensor]:
+        """v [B, ...] and its divergence [B] at step t."""
+        of_x, of_answer = columns[:, t].tolist()
+        x = x.detach().requires_grad_()
+        answer = denoise(x, torch.full((len(x),), t, device=x.device))
+        divergence = of_x * x[0].numel() + of_answer * _trace(answer, x, probe)
+        return (of_x * x + of_answer * answer).detach(), divergence
+
+    with torch.inference_mode(False), torch.enable_grad():
+        x, expansion = x_1.clone(), torch.zeros(len(x_1), dtype=torch.float64, device=x_1.device)
+        for t, s in pairwise(steps):
+            if s <= t:
+                raise ValueError(f"steps go from {t} to {s}; they must rise strictly, up to T")
+            span = angle[s] - angle[t]
+            start, start_divergence = flow(x, t)
+            end, end_divergence = flow(x + span * start, s)
+            x = x + span / 2 * (start + end)
+            expansion += span / 2 * (start_divergence + end_divergence)
+    log_prior = -(x.double().square() + math.log(2 * math.pi)).flatten(1).sum(1) / 2
+    return (log_prior + expansion) / (-math.log(2) * x[0].numel()), x
+
+
+def _trace(answer: Tensor, x: Tensor, probe: Tensor | None) -> Tensor:
+    """Of each image's Jacobian of answer by x, [B] float64: exact, or as `probe` sees it."""
+    if probe is not None:
+        (seen,) = torch.autograd.grad(answer, x, probe)
+        return (seen * probe).flatten(1).double().sum(1)
+    trace = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+    for i, row in enumerate(answer.flatten(1).unbind(1)):
+        (slope,) = torch.autograd.grad(row.sum(), x, retain_graph=True)
+        trace += slope.flatten(1)[:, i]
+    return trace

@@ -1,0 +1,87 @@
+"""How much each step counts: weights [T+1] float64 of the squared error of a network's answer.
+
+Papers state their weight for the error of x_0 or of epsilon. As
+
+    x_0 - its estimate = sqrt(1 - a) / D (target - answer)
+
+with a = alpha_bar at t and D = `Prediction.determinant()`, each is carried over to the answer at
+hand: one rule is one loss, whatever is predicted. A step without any signal, alpha_bar = 0, is not
+learned under min_snr, soft_min_snr and p2. At t = 0, where nothing is asked, all are 0. SNR is
+a / (1 - a), as for data of unit variance. Tables lie where the prediction's do.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ddpm_ray.diffusion.prediction import Prediction
+
+
+def unit(predicts: Prediction) -> Tensor:
+    """1 for every answer, whatever it stands for: L_simple (Ho et al. 2020, eq. 14)."""
+    weight = torch.ones_like(predicts.schedule.alpha_bar)
+    weight[0] = 0
+    return weight
+
+
+def min_snr(predicts: Prediction, gamma: float = 5.0) -> Tensor:
+    """min(SNR, gamma) on the error of x_0: clean steps weigh no more than gamma.
+
+    (Hang et al. 2023, arXiv:2303.09556, section 3.4.) Raises ValueError unless gamma is above 0.
+    """
+    _require_positive("gamma", gamma)
+    return _on_x_0(predicts, lambda snr: snr.clamp(max=gamma))
+
+
+def soft_min_snr(predicts: Prediction, gamma: float = 5.0) -> Tensor:
+    """1 / (1 / SNR + 1 / gamma) on the error of x_0: `min_snr` without the corner.
+
+    (Crowson et al. 2024, arXiv:2401.11605: 1 / (sigma^2 + 1 / gamma), their gamma being 4.) Raises
+    ValueError unless gamma is above 0.
+    """
+    _require_positive("gamma", gamma)
+    return _on_x_0(predicts, lambda snr: snr * gamma / (snr + gamma))
+
+
+def p2(predicts: Prediction, k: float = 1.0, gamma: float = 1.0) -> Tensor:
+    """1 / (k + SNR)^gamma on the error of epsilon: less for clean steps, whose detail is unseen.
+
+    (Choi et al. 2022, arXiv:2204.00227, section 3.) gamma = 0 is L_simple of epsilon. Raises
+    ValueError unless k is above 0.
+    """
+    _require_positive("k", k)
+    return _on_x_0(predicts, lambda snr: snr / (k + snr) ** gamma)
+
+
+def edm(predicts: Prediction, sigma_data: float = 0.5) -> Tensor:
+    """1 / sigma^2 + 1 / sigma_data^2 on the error of x_0, which is 1 on that of `edm`'s answer.
+
+    (lambda of Karras et al. 2022, arXiv:2206.00364, table 1, with 1 / sigma^2 = SNR.) Raises
+    ValueError unless sigma_data is above 0.
+    """
+    _require_positive("sigma_data", sigma_data)
+    return _on_x_0(predicts, lambda snr: snr + sigma_data**-2)
+
+
+def uncertain(loss: Tensor, log_variance: Tensor) -> Tensor:
+    """loss / exp(u) + u, [B], smallest where u is the log of the loss to be expected at its t.
+
+    There every step's gradient has the same size. `log_variance` [B] is u, learned beside the
+    network and then left (Karras et al. 2024, arXiv:2312.02696, eq. 14 and 15; Kendall et al.
+    2018, arXiv:1705.07115).
+    """
+    return loss * (-log_variance).exp() + log_variance
+
+
+def _on_x_0(predicts: Prediction, rule: Callable[[Tensor], Tensor]) -> Tensor:
+    """The table for a weight of the error of x_0 that `rule` makes of the SNR at t = 1..T."""
+    a, d = predicts.schedule.alpha_bar[1:], predicts.determinant()[1:]
+    weight = torch.zeros_like(predicts.schedule.alpha_bar)
+    weight[1:] = rule(a / (1 - a)) * (1 - a) / d.square()
+    return weight
+
+
+def _require_positive(name: str, value: float) -> None:
+    if not value > 0:
+        raise ValueError(f"{name} is {value:g}; it must be above 0")

@@ -1,0 +1,177 @@
+"""A model's variational bound on a data set, by all workers: how well it compresses, and where.
+
+Noise is keyed by the image's index, so any number of workers finds the same; sums are merged in
+float64. Per-step results stand in the order of t = 1..T.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddpm_ray.data.transforms import to_model_range
+from ddpm_ray.diffusion import bound, seeding
+from ddpm_ray.diffusion.estimate import clip_to_range
+from ddpm_ray.diffusion.prediction import Prediction
+from ddpm_ray.diffusion.process import add_noise
+from ddpm_ray.diffusion.samplers import Variance
+from ddpm_ray.diffusion.seeding import Purpose
+from ddpm_ray.generation.denoiser import Denoiser
+from ddpm_ray.training.workers import Workers
+
+NORMAL_95 = 1.959963985  # the standard normal's 97.5 % quantile
+
+
+@dataclass(frozen=True)
+class BitsPerDim:
+    """What the bound is made of, in bits per dimension; equal on every worker."""
+
+    metrics: dict[str, float]  # eval/bits_per_dim, its _low and _high, eval/prior_bits_per_dim
+    terms: list[float]  # [T]: L_{t-1}, a mean over images; 0 at a step that none was seen at
+    steps: list[int]  # those that were seen
+    rate: list[float]  # at each of `steps`: bits that a receiver of x_t has been sent
+    distortion: list[float]  # at each of `steps`: RMSE of its estimate of x_0, in grey levels
+    certificate: dict[str, Any]  # plain JSON: what the numbers depend on beside model and data
+
+
+def bits_per_dim(
+    denoiser: Denoiser,
+    batches: Iterable[tuple[Tensor, Tensor, Tensor]],
+    *,
+    variance: Variance,
+    workers: Workers,
+    terms: int | None = None,
+    clip: bool = True,
+    seed: int = 0,
+) -> BitsPerDim:
+    """The bound (Ho et al. 2020, arXiv:2006.11239, eq. 5) on the images of all workers' `batches`.
+
+    A batch is indices int64 [n] among all workers' images, images uint8 [n, H, W, C] and labels
+    int64 [n]; the batches of all workers together hold each image once. All must call it.
+
+    Every term of every image, or of each image as many as `terms`: L_0, by far the largest, and
+    the others at even strides over 2..T from an offset of the image's own, each taken for all of
+    its stride. Every step is then equally likely and the estimate unbiased. The 95 % interval is
+    1.96 standard errors over images, whatever was drawn of them.
+
+    Rate and distortion are those of section 4.3 and figure 5: L_T and the terms above t, and the
+    root of the mean squared error. `clip` keeps estimates of x_0 in [-1, 1]. A network for
+    super-resolution is not bounded here. Raises ValueError for other `terms`, a variance that
+    the network does not answer, and fewer than 2 images.
+    """
+    num_steps = denoiser.schedule.num_steps
+    count = num_steps if terms is None else terms
+    if not min(2, num_steps) <= count <= num_steps:
+        raise ValueError(
+            f"terms is {count} of T = {num_steps}; take {min(2, num_steps)}, which is L_0 and one "
+            "other, to T"
+        )
+    if variance in ("learned", "learned_range") and variance != denoiser.variance:
+        raise ValueError(
+            f"variance is {variance}, but the network answers {denoiser.variance}; take fixed_small"
+        )
+    look = _Look(denoiser, variance, clip, seed, count)
+    device = workers.device
+    # Of each step: bits times what they stand for, squared error, images seen at it. Of all:
+    # images, their bits, the squares of these, L_T.
+    by_step = torch.zeros(3, num_steps, dtype=torch.float64, device=device)
+    totals = torch.zeros(4, dtype=torch.float64, device=device)
+    with torch.inference_mode():
+        for index, images, labels in batches:
+            index, x_0 = index.to(device), to_model_range(images.to(device), None)
+            look.at(index, x_0, labels.to(device), by_step, totals)
+    return _found(workers.sum_(by_step).cpu(), workers.sum_(totals).cpu(), look.facts())
+
+
+@dataclass(frozen=True, eq=False)
+class _Look:
+    """How the terms of one batch are found."""
+
+    denoiser: Denoiser
+    variance: Variance
+    clip: bool
+    seed: int
+    count: int  # terms per image
+
+    def at(
+        self, index: Tensor, x_0: Tensor, labels: Tensor, by_step: Tensor, totals: Tensor
+    ) -> None:
+        """Adds a batch to the sums."""
+        prior = bound.prior_term(self.denoiser.schedule, x_0.double())
+        total, one = prior.clone(), torch.ones_like(prior)
+        for k in range(self.count):
+            t, weight = self._steps(k, index)
+            bits, error = self._term(x_0, t, k, index, labels)
+            total += weight * bits
+            by_step.index_add_(1, t - 1, torch.stack([weight * bits, error, one]))
+        totals += torch.stack([one, total, total.square(), prior]).sum(1)
+
+    def _steps(self, k: int, index: Tensor) -> tuple[Tensor, float]:
+        """The k-th step [n] of each image, and how many steps it stands for."""
+        if k == 0:
+            return torch.ones_like(index), 1.0
+        others, taken = self.denoiser.schedule.num_steps - 1, self.count - 1
+        # Whole numbers below others * taken, of which each step has `taken`: exactly fair.
+        offset = seeding.uniform_int(self.seed, Purpose.BOUND, 0, index, others)
+        return 2 + (offset + (k - 1) * others) // taken, others / taken
+
+    def _term(
+        self, x_0: Tensor, t: Tensor, k: int, index: Tensor, labels: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """L_{t-1} in bits per dimension and the mean squared error of x_0, [n] float64 each."""
+        of, schedule = self.denoiser, self.denoiser.schedule
+        noise = seeding.normal(self.seed, Purpose.BOUND, 1 + k, index, tuple(x_0.shape[1:]))
+        x_t = add_noise(schedule, x_0, t, noise)
+        # Bound anew: a self-conditioned network's estimate from other noise would give x_0 away.
+        answer = of.bound(labels if of.num_classes else None)(x_t, t)
+        raw = None
+        if of.variance != "fixed":
+            answer, raw = answer.chunk(2, 1)
+            raw = raw.double()
+        x_0, x_t = x_0.double(), x_t.double()
+        estimate = of.predicts.x_0(x_t, t, answer.double())
+        if self.clip:
+            clip_to_range(estimate)
+        log_variance = bound.reverse_log_variance(schedule, t, self.variance, x_0, raw)
+        image = Prediction.of("x_0", schedule)
+        bits = bound.term(image, x_0, x_t, t, estimate, log_variance)
+        return bits, (x_0 - estimate).square().flatten(1).mean(1)
+
+    def facts(self) -> dict[str, Any]:
+        return {
+            "terms": self.count,
+            "num_steps": self.denoiser.schedule.num_steps,
+            "variance": self.variance,
+            "clip": self.clip,
+            "seed": self.seed,
+            "decoder": "discretised Gaussian, bins of half width 1/255, open ends",
+            "interval": "95 %, 1.96 standard errors over images",
+        }
+
+
+def _found(by_step: Tensor, totals: Tensor, facts: dict[str, Any]) -> BitsPerDim:
+    images, bits, squares, prior = totals.tolist()
+    if images < 2:
+        raise ValueError(f"there are {images:g} images; an interval needs at least 2")
+    mean = bits / images
+    spread = max(0.0, squares / images - mean**2) * images / (images - 1)
+    half = NORMAL_95 * math.sqrt(spread / images)
+    terms, seen = by_step[0] / images, by_step[2] > 0
+    above = terms.flip(0).cumsum(0).flip(0) - terms  # the sum over s > t
+    error = (by_step[1, seen] / by_step[2, seen]).sqrt() * 127.5
+    return BitsPerDim(
+        metrics={
+            "eval/bits_per_dim": mean,
+            "eval/bits_per_dim_low": mean - half,
+            "eval/bits_per_dim_high": mean + half,
+            "eval/prior_bits_per_dim": prior / images,
+        },
+        terms=terms.tolist(),
+        steps=(1 + seen.nonzero().flatten()).tolist(),
+        rate=(prior / images + above)[seen].tolist(),
+        distortion=error.tolist(),
+        certificate={"images": int(images), **facts},
+    )
