@@ -26,7 +26,7 @@ from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
-from ddpm_ray import build
+from ddpm_ray import build, build_diffusion
 from ddpm_ray.config import RunConfig
 from ddpm_ray.knobs import load
 from ddpm_ray.training.workers import Workers
@@ -49,12 +49,14 @@ def stepping(keys: tuple[str, ...], workers: Workers) -> Callable[[int], None]:
     """A training step of that kind."""
     config = load(RunConfig, None, ["name=bench", "data.url=none", *MODEL, *keys])
     state = build.training_state(config, (32, 32, 3), workers.device, {})
-    objective = build.objective(config, workers.device)
+    objective = build_diffusion.objective(config, state, workers.device)
     network = state.model if objective.slots else DistributedDataParallel(state.model)
-    images = torch.randint(0, 256, (BATCH // workers.count, 32, 32, 3), dtype=torch.uint8)
+    share = BATCH // workers.count
+    images = torch.randint(0, 256, (share, 32, 32, 3), dtype=torch.uint8)
+    labels = torch.full((share,), -1)
 
     def step(number: int) -> None:
-        objective.backward(network, images, number, workers, BATCH)
+        objective.backward(network, images, labels, number, workers, BATCH)
         clip_grad_norm_(network.parameters(), 1.0, foreach=True)
         state.optimizer.step()
         state.optimizer.zero_grad()

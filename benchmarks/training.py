@@ -55,7 +55,7 @@ def bare_step(run: Run) -> Callable[[], None]:
     """A step of the same network with torch alone."""
     torch.manual_seed(0)
     config = from_dict(RunConfig, run.state.facts["config"])
-    network = build.network(config.model, (32, 32, 3))
+    network = build.network(config, (32, 32, 3))
     optimizer = torch.optim.Adam(network.parameters(), lr=2e-4, fused=True)
     x_0 = torch.rand(BATCH, 3, 32, 32) * 2 - 1
     a = run.objective.schedule.alpha_bar.float()
@@ -75,8 +75,9 @@ def beside_network(run: Run) -> Callable[[], None]:
     """What our step does beside the network: t, noise, clip, Adam, EMA, and keeping the losses."""
     objective, state, plan = run.objective, run.state, run.plan
     positions, losses = torch.arange(BATCH), torch.rand(BATCH)
+    labels = torch.full((BATCH,), -1)
     images = torch.zeros(BATCH, 32, 32, 3, dtype=torch.uint8)
-    objective.backward(run.network, images, 0, run.workers, BATCH)
+    objective.backward(run.network, images, labels, 0, run.workers, BATCH)
 
     def parts() -> None:
         t = 1 + uniform_int(0, Purpose.TIMESTEP, 1, positions, objective.schedule.num_steps)

@@ -6,7 +6,7 @@ Importing this package loads neither torch nor Ray nor MLflow.
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ddpm_ray.generation.sample import TrainedModel
+    from ddpm_ray.generation.trained_model import TrainedModel
 
 
 def load(uri: str, device: str = "") -> "TrainedModel":

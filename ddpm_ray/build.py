@@ -7,22 +7,20 @@ from typing import Any, assert_never
 
 import torch
 
+from ddpm_ray.build_diffusion import denoiser, memory_format
 from ddpm_ray.config import (
     DataConfig,
-    EvaluationConfig,
-    ModelConfig,
     RunConfig,
-    SamplingConfig,
-    ScheduleConfig,
     TrainingConfig,
 )
 from ddpm_ray.data import storage, transforms, verified
 from ddpm_ray.data.shards import Dataset
-from ddpm_ray.data.stream import ShardStream
-from ddpm_ray.diffusion import schedules, spacing
-from ddpm_ray.diffusion.process import NoiseSchedule
-from ddpm_ray.generation.sample import SamplingPlan, TrainedModel
+from ddpm_ray.data.stream import Batch, ShardStream
+from ddpm_ray.diffusion.timesteps import SecondMoments
+from ddpm_ray.evaluation_config import EvaluationConfig
+from ddpm_ray.generation.trained_model import TrainedModel
 from ddpm_ray.knobs import defining, from_dict
+from ddpm_ray.models.classifier import NoisyClassifier
 from ddpm_ray.models.ema import EMA, decay_from_half_life, ramped
 from ddpm_ray.models.unet import UNet
 from ddpm_ray.training import checkpoints, features, probing
@@ -30,7 +28,6 @@ from ddpm_ray.training.checkpoints import CheckpointError
 from ddpm_ray.training.features import FeatureNet
 from ddpm_ray.training.gallery import Gallery
 from ddpm_ray.training.loop import Plan
-from ddpm_ray.training.objectives import Objective
 from ddpm_ray.training.probing import LEVELS, Probe
 from ddpm_ray.training.state import TrainingState
 from ddpm_ray.training.workers import Workers
@@ -38,52 +35,44 @@ from ddpm_ray.training.workers import Workers
 DEFAULT_CACHE = "~/.cache/ddpm-ray"
 
 
-def noise_schedule(config: ScheduleConfig) -> NoiseSchedule:
-    """The forward process's alpha_bar."""
-    match config.kind:
-        case "linear":
-            alpha_bar = schedules.linear(
-                config.num_steps, config.beta_start, config.beta_end, rescale=config.rescale
-            )
-        case "scaled_linear":
-            alpha_bar = schedules.scaled_linear(
-                config.num_steps, config.beta_start, config.beta_end, rescale=config.rescale
-            )
-        case "cosine":
-            alpha_bar = schedules.cosine(config.num_steps, config.offset, config.max_beta)
-        case "sigmoid":
-            alpha_bar = schedules.sigmoid(
-                config.num_steps,
-                config.sigmoid_start,
-                config.sigmoid_end,
-                config.sigmoid_tau,
-                config.max_beta,
-            )
-        case _:
-            assert_never(config.kind)
-    return NoiseSchedule(alpha_bar)
-
-
 def network(
-    config: ModelConfig, image_shape: tuple[int, int, int], *, gradient_checkpointing: bool = False
-) -> UNet:
-    """The U-Net for images [H, W, C]; raises ValueError where the levels do not divide them."""
+    config: RunConfig, image_shape: tuple[int, int, int], *, gradient_checkpointing: bool = False
+) -> UNet | NoisyClassifier:
+    """The network for images [H, W, C]; raises ValueError where the levels do not divide them."""
     height, width, channels = image_shape
+    model, objective = config.model, config.objective
     if height != width:
         raise ValueError(
             f"the images are {height} x {width}; the U-Net takes square ones: pack them with "
             f"resize=centre-crop-box-bicubic image_size={min(height, width)}"
         )
+    if model.kind == "classifier":
+        return NoisyClassifier(
+            image_size=height,
+            image_channels=channels,
+            num_classes=model.num_classes,
+            base_channels=model.base_channels,
+            channel_mults=model.channel_mults,
+            blocks_per_level=model.blocks_per_level,
+            attention_resolutions=model.attention_resolutions,
+            dropout=model.dropout,
+            groups=model.groups,
+        )
     return UNet(
         image_size=height,
         image_channels=channels,
-        base_channels=config.base_channels,
-        channel_mults=config.channel_mults,
-        blocks_per_level=config.blocks_per_level,
-        attention_resolutions=config.attention_resolutions,
-        dropout=config.dropout,
-        groups=config.groups,
+        base_channels=model.base_channels,
+        channel_mults=model.channel_mults,
+        blocks_per_level=model.blocks_per_level,
+        attention_resolutions=model.attention_resolutions,
+        dropout=model.dropout,
+        groups=model.groups,
         gradient_checkpointing=gradient_checkpointing,
+        num_classes=model.num_classes,
+        condition_channels=channels
+        * (objective.self_conditioning + bool(objective.low_resolution_pixels)),
+        learns_variance=objective.variance != "fixed",
+        learns_uncertainty=objective.weighting == "uncertainty",
     )
 
 
@@ -96,9 +85,9 @@ def training_state(
     """A run's state before its first step, the same for the same seed on any machine."""
     torch.manual_seed(config.seed)
     training = config.training
-    model = network(
-        config.model, image_shape, gradient_checkpointing=training.gradient_checkpointing
-    ).to(device)
+    model = network(config, image_shape, gradient_checkpointing=training.gradient_checkpointing).to(
+        device
+    )
     model.to(memory_format=memory_format(training))  # type: ignore[call-overload]  # torch's stubs
     optimizer = torch.optim.Adam(
         model.parameters(),
@@ -106,12 +95,9 @@ def training_state(
         betas=(training.adam_beta1, training.adam_beta2),
         fused=True,  # 3.4 x the speed of the loop on CPU
     )
-    return TrainingState(model, EMA(model), optimizer, facts)
-
-
-def memory_format(config: TrainingConfig) -> torch.memory_format:
-    """Layout of images and convolution weights."""
-    return torch.channels_last if config.channels_last else torch.contiguous_format
+    weighs = config.objective.timesteps == "second_moment"
+    moments = SecondMoments.empty(config.schedule.num_steps) if weighs else None
+    return TrainingState(model, EMA(model), optimizer, facts, moments)
 
 
 def plan(config: RunConfig, workers: int) -> Plan:
@@ -151,19 +137,6 @@ def ema_decay(config: TrainingConfig) -> Callable[[int], float]:
     return (lambda step: ramped(decay, step)) if config.ema_ramp else (lambda step: decay)
 
 
-def objective(config: RunConfig, device: torch.device) -> Objective:
-    """L_simple, drawn and computed as configured."""
-    return Objective(
-        noise_schedule(config.schedule).to(device),
-        config.seed,
-        flip=config.data.flip,
-        reseed_dropout=config.model.dropout > 0,
-        bf16=config.training.precision == "bf16",
-        memory_format=memory_format(config.training),
-        slots=config.training.reduction_slots if config.training.reduction == "elastic" else 0,
-    )
-
-
 def stream(config: RunConfig, dataset: Dataset, workers: Workers) -> ShardStream:
     """This worker's share of every global batch."""
     return ShardStream(
@@ -178,32 +151,18 @@ def stream(config: RunConfig, dataset: Dataset, workers: Workers) -> ShardStream
     )
 
 
-def probe(config: RunConfig, dataset: Dataset, gallery: Gallery) -> Probe:
-    """What looks at the loss by log-SNR; this worker's part of its images is read here, once.
-
-    Which images depends on the data set alone: a fixed seed's first ones, out of few shards.
-    """
+def probe(config: RunConfig, dataset: Dataset, state: TrainingState, gallery: Gallery) -> Probe:
+    """What looks at the loss by log-SNR; this worker's part of its images is read here, once."""
     workers, groups = gallery.workers, config.evaluation.spectrum_images // len(LEVELS)
     share, total = workers.share(groups), groups * len(LEVELS)
-    images = torch.empty(0, *dataset.manifest.image_shape, dtype=torch.uint8)
-    if share:  # more workers than groups leave some without images
-        found = ShardStream(
-            dataset,
-            seed=probing.SEED,
-            global_batch_size=total,
-            positions=range(share.start * len(LEVELS), share.stop * len(LEVELS)),
-            lanes=math.gcd(config.data.lanes, total),
-            window_bytes=config.data.shuffle_window_bytes,
-            cache_dir=cache_dir(config.data, "shards"),
-            cache_bytes=config.data.cache_bytes,
-        )
-        images = found.batch(0).images
-        found.close()
+    positions = range(share.start * len(LEVELS), share.stop * len(LEVELS))
+    images, labels = fixed_images(config.data, dataset, positions, total)
     return Probe(
-        gallery.state,
-        gallery.schedule,
+        state,
+        gallery.denoiser,
         images,
-        share.start * len(LEVELS),
+        labels,
+        positions.start,
         transforms.pixel_variance(dataset.manifest.pixel_std),
         workers,
         gallery.sink,
@@ -211,23 +170,32 @@ def probe(config: RunConfig, dataset: Dataset, gallery: Gallery) -> Probe:
     )
 
 
+def fixed_images(config: DataConfig, dataset: Dataset, positions: range, total: int) -> Batch:
+    """The images at `positions` among `total` that are always the same, out of few shards.
+
+    Which they are depends on the data set and `total` alone: a fixed seed's first ones.
+    """
+    if not positions:  # more workers than images leave some without
+        nothing = torch.empty(0, *dataset.manifest.image_shape, dtype=torch.uint8)
+        return Batch(nothing, torch.empty(0, dtype=torch.int64))
+    found = ShardStream(
+        dataset,
+        seed=probing.SEED,
+        global_batch_size=total,
+        positions=positions,
+        lanes=math.gcd(config.lanes, total),
+        window_bytes=config.shuffle_window_bytes,
+        cache_dir=cache_dir(config, "shards"),
+        cache_bytes=config.cache_bytes,
+    )
+    batch = found.batch(0)
+    found.close()
+    return batch
+
+
 def cache_dir(config: DataConfig, kind: str) -> Path:
     """Where this node keeps what it fetched."""
     return Path(config.cache_dir or DEFAULT_CACHE).expanduser() / kind
-
-
-def sampling_plan(config: SamplingConfig, num_steps: int) -> SamplingPlan:
-    """How images are drawn from a model of T = `num_steps`; ValueError if it has too few steps."""
-    match config.spacing:
-        case "uniform":
-            steps = spacing.uniform_steps(num_steps, config.steps)
-        case "quadratic":
-            steps = spacing.quadratic_steps(num_steps, config.steps)
-        case _:
-            assert_never(config.spacing)
-    return SamplingPlan(
-        steps, config.sampler, config.eta, config.variance, config.clip, config.seed
-    )
 
 
 def feature_net(config: EvaluationConfig, cache: Path, device: torch.device) -> FeatureNet:
@@ -259,8 +227,9 @@ def trained_model(url: str, device: torch.device | str = "cpu") -> TrainedModel:
             raise CheckpointError(url, "there is no committed checkpoint here", remedy)
     config = from_dict(RunConfig, snapshot.facts["config"])
     height, width, channels = snapshot.facts["image_shape"]
-    model = network(config.model, (height, width, channels))
+    model = network(config, (height, width, channels))
     model.load_state_dict(snapshot.tensors["ema"])
+    model.to(device).eval().requires_grad_(False)
     provenance = {
         "checkpoint": where,
         "step": snapshot.step,
@@ -269,8 +238,7 @@ def trained_model(url: str, device: torch.device | str = "cpu") -> TrainedModel:
         "data_fingerprint": snapshot.facts["data_fingerprint"],
     }
     return TrainedModel(
-        model.to(device).eval().requires_grad_(False),
-        noise_schedule(config.schedule).to(device),
+        denoiser(config, model, device),
         (channels, height, width),
         provenance,
         device=device,

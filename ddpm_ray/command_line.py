@@ -33,7 +33,8 @@ def main(
     """The exit code of a job, which prints its result as the last line of stdout.
 
     `names` are the arguments before `key=value`, as `model_uri` or `--out`; one called `config` is
-    the YAML file. The config is checked before `job` imports what is heavy.
+    the YAML file, and one as `--mask?` is "" where it is left out. The config is checked before
+    `job` imports what is heavy.
     """
     try:
         arguments = _parser(usage, kind, names).parse_intermixed_args()
@@ -83,8 +84,8 @@ class _Formatter(logging.Formatter):
 
 def _refuse_secrets(arguments: argparse.Namespace, names: tuple[str, ...]) -> None:
     for name in names:
-        if has_secret(value := getattr(arguments, name.removeprefix("--"))):
-            raise ConfigError(f"command line: {name} is {value}: {NO_SECRET}")
+        if has_secret(value := getattr(arguments, name.strip("-?"))):
+            raise ConfigError(f"command line: {name.rstrip('?')} is {value}: {NO_SECRET}")
 
 
 def _leave_ray() -> None:
@@ -176,7 +177,8 @@ def _parser(usage: str, kind: type[Config], names: tuple[str, ...]) -> _Parser:
     )
     for name in names:
         if name.startswith("--"):
-            parser.add_argument(name, required=True, metavar="FILE")
+            needed = not name.endswith("?")
+            parser.add_argument(name.rstrip("?"), required=needed, default="", metavar="FILE")
         else:
             parser.add_argument(name, metavar=name.upper())
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value")

@@ -1,23 +1,19 @@
-"""Every knob of a run: typed, documented, checked.
+"""Every knob of a run, typed, documented, checked; the diffusion's and the scores' lie beside.
 
 Nothing heavy is imported here: a wrong config ends in under two seconds, before torch or Ray are
 loaded. How knobs are read stands in knobs.py.
 """
 
 import math
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ddpm_ray.diffusion_config import ObjectiveConfig, SamplingConfig, ScheduleConfig
+from ddpm_ray.evaluation_config import EvaluationConfig
 from ddpm_ray.knobs import knob
 
 MIB = 2**20
-INCEPTION_URL = (
-    "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
-    "pt_inception-2015-12-05-6726825d.pth"
-)
-INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 
 
 @dataclass(frozen=True)
@@ -40,49 +36,10 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class ScheduleConfig:
-    kind: Literal["linear", "scaled_linear", "cosine", "sigmoid"] = knob(
-        "linear", "how beta grows with t; scaled_linear: its root linearly", defines_run=True
-    )
-    num_steps: int = knob(1000, "T, the diffusion steps", at_least=1, defines_run=True)
-    beta_start: float = knob(1e-4, "both linear: beta_1", above=0, below=1, defines_run=True)
-    beta_end: float = knob(0.02, "both linear: beta_T", above=0, below=1, defines_run=True)
-    rescale: bool = knob(
-        False, "both linear: multiply beta by 1000/T, so that alpha_bar_T hardly depends on T",
-        defines_run=True,
-    )  # fmt: skip
-    offset: float = knob(0.008, "cosine: s", at_least=0, defines_run=True)
-    max_beta: float = knob(
-        0.999, "cosine and sigmoid: cap of beta", above=0, below=1, defines_run=True
-    )
-    sigmoid_start: float = knob(-3.0, "sigmoid: where it is seen from, t = 0", defines_run=True)
-    sigmoid_end: float = knob(3.0, "sigmoid: up to where, t = T", defines_run=True)
-    sigmoid_tau: float = knob(1.0, "sigmoid: larger is straighter", above=0, defines_run=True)
-
-    def problems(self) -> Iterator[str]:
-        """Betas and sigmoid ends that make no schedule."""
-        if self.beta_start > self.beta_end:
-            yield (
-                f"schedule.beta_start is {self.beta_start}, above schedule.beta_end "
-                f"{self.beta_end}; noise must grow with t: swap them"
-            )
-        scale = 1000 / max(self.num_steps, 1) if self.rescale else 1.0
-        if self.sigmoid_start >= self.sigmoid_end:
-            yield (
-                f"schedule.sigmoid_start is {self.sigmoid_start}; it must lie below "
-                f"schedule.sigmoid_end {self.sigmoid_end}"
-            )
-        linear = self.kind in ("linear", "scaled_linear")
-        if linear and self.beta_end < 1 <= self.beta_end * scale:
-            yield (
-                f"schedule.num_steps is {self.num_steps}: rescaled by 1000/T, schedule.beta_end "
-                f"becomes {self.beta_end * scale:.3g} and must be below 1; use at least "
-                f"{math.floor(1000 * self.beta_end) + 1} steps or schedule.rescale=false"
-            )
-
-
-@dataclass(frozen=True)
 class ModelConfig:
+    kind: Literal["unet", "classifier"] = knob(
+        "unet", "a denoiser, or a classifier of noisy images to guide one", defines_run=True
+    )
     base_channels: int = knob(128, "channels of the first level", at_least=1, defines_run=True)
     channel_mults: tuple[int, ...] = knob(
         (1, 2, 2, 2), "channels of each level over base_channels", defines_run=True
@@ -93,6 +50,10 @@ class ModelConfig:
     )
     dropout: float = knob(0.0, "inside residual blocks", at_least=0, below=1, defines_run=True)
     groups: int = knob(32, "of each group norm", at_least=1, defines_run=True)
+    num_classes: int = knob(
+        0, "labels 0 to num_classes - 1 that the network knows; 0: none", at_least=0,
+        defines_run=True,
+    )  # fmt: skip
 
     def problems(self) -> Iterator[str]:
         """Widths, groups and levels that make no network."""
@@ -194,73 +155,6 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True)
-class SamplingConfig:
-    sampler: Literal["ddim", "ancestral"] = knob("ddim", "how images are drawn")
-    steps: int = knob(50, "network calls per image, at most T", at_least=1)
-    spacing: Literal["uniform", "quadratic"] = knob("uniform", "of these steps over 0..T")
-    eta: float = knob(0.0, "ddim: fresh noise, 0 none, 1 as ancestral", at_least=0, at_most=1)
-    variance: Literal["fixed_small", "fixed_large"] = knob("fixed_small", "of the fresh noise")
-    clip: bool = knob(True, "clip each estimate of x_0 to [-1, 1] and derive epsilon again")
-    seed: int = knob(0, "with the image's index it fixes an image", at_least=0)
-    batch_size: int = knob(64, "images in one network call", at_least=1)
-
-    def problems(self, prefix: str, num_steps: int | None = None) -> Iterator[str]:
-        """Steps and variance that do not fit a model of T = `num_steps`, if that is known."""
-        if num_steps is not None and 0 < num_steps < self.steps:
-            yield (
-                f"{prefix}.steps is {self.steps}; it cannot exceed schedule.num_steps {num_steps}"
-            )
-        partial = num_steps is not None and self.steps < num_steps
-        if self.variance == "fixed_large" and partial:
-            yield (
-                f"{prefix}.variance is 'fixed_large', which at {self.steps} of {num_steps} steps "
-                f"adds more noise than the next step expects (FID 367 at 10 steps: Song et al. "
-                f"2021, table 1); use {prefix}.variance=fixed_small"
-            )
-        elif self.variance == "fixed_large" and self.sampler == "ddim" and self.eta != 1:
-            yield (
-                f"{prefix}.variance is 'fixed_large' and {prefix}.eta {self.eta}; that variance is "
-                f"defined for eta=1 alone (Song et al. 2021, section 4.1): use fixed_small"
-            )
-
-
-@dataclass(frozen=True)
-class EvaluationConfig:
-    num_images: int = knob(0, "EMA samples that are scored; 0: no evaluation", at_least=0)
-    every_steps: int = knob(0, "steps between evaluations; 0: only at the end", at_least=0)
-    features: Literal["inception", "digits"] = knob(
-        "inception", "inception: eval/fid; digits: eval/fd_digits, by the bundled classifier"
-    )
-    widths: tuple[int, ...] = knob(
-        (2048,), "inception features: 2048 eval/fid, 768 eval/fid768, 192 eval/fid192"
-    )
-    resize: Literal["original", "pytorch-fid"] = knob(
-        "original", "to 299 pixels: TensorFlow 1 bilinear as in the papers, or torch bilinear"
-    )
-    weights: str = knob(INCEPTION_URL, "inception: release .pth or folded .npz, path or URL")
-    weights_sha256: str = knob(INCEPTION_SHA256, "of that file")
-    kernel_distance: bool = knob(True, "also the kernel inception distance (KID)")
-    kernel_distance_images: int = knob(5000, "images of each side that KID compares", at_least=2)
-    spectrum_every_steps: int = knob(
-        0, "steps between losses by log-SNR, on one axis for all schedules; 0: none", at_least=0
-    )
-    spectrum_images: int = knob(512, "images that these are taken of, always the same", at_least=16)
-
-    def problems(self) -> Iterator[str]:
-        """What leaves a score without meaning."""
-        known = (192, 768, 2048)
-        if not self.widths or any(width not in known for width in self.widths):
-            yield f"evaluation.widths is {list(self.widths)}; choose from {list(known)}"
-        if self.num_images == 1:
-            yield "evaluation.num_images is 1; a covariance needs at least 2 images"
-        if not re.fullmatch("[0-9a-f]{64}", self.weights_sha256):  # it names a file in the cache
-            yield (
-                f"evaluation.weights_sha256 is {self.weights_sha256!r}; give the 64 hex digits "
-                f"that `sha256sum` prints for the file in evaluation.weights"
-            )
-
-
-@dataclass(frozen=True)
 class TrackingConfig:
     uri: str = knob("", "MLflow server or database; empty: $MLFLOW_TRACKING_URI or ./mlflow.db")
     experiment: str = knob("ddpm-ray", "MLflow experiment that holds the run")
@@ -307,6 +201,7 @@ class RunConfig:
     seed: int = knob(0, "of weights, order, t and noise", at_least=0, defines_run=True)
     data: DataConfig = field(default_factory=DataConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
@@ -331,10 +226,13 @@ class RunConfig:
         if "/" in self.name or self.name.startswith("."):
             yield f"name is {self.name!r}; it names a folder: no '/' and no leading '.'"
         yield from self.schedule.problems()
+        yield from self.objective.problems(self.schedule)
         yield from self.model.problems()
         yield from self.training.problems()
         yield from self.sampling.problems("sampling", self.schedule.num_steps)
+        yield from self.sampling.misfits("sampling", self.objective, self.model.num_classes)
         yield from self.evaluation.problems()
+        yield from self._classifier_problems()
         batch, workers, lanes = (
             self.training.global_batch_size, self.cluster.num_workers, self.data.lanes
         )  # fmt: skip
@@ -354,3 +252,19 @@ class RunConfig:
                 f"training.global_batch_size is {batch}; cluster.num_workers={workers} and "
                 f"data.lanes={lanes} must divide it: try {batch - rest or unit}"
             )
+
+    def _classifier_problems(self) -> Iterator[str]:
+        if self.model.kind != "classifier":
+            return
+        if self.model.num_classes < 2:
+            yield (
+                f"model.num_classes is {self.model.num_classes}; a classifier needs the number of "
+                f"labels in the data, at least 2"
+            )
+        for key, value in (
+            ("evaluation.num_images", self.evaluation.num_images),
+            ("evaluation.spectrum_every_steps", self.evaluation.spectrum_every_steps),
+            ("training.grid_every_steps", self.training.grid_every_steps),
+        ):
+            if value:
+                yield f"{key} is {value}; a classifier draws no samples: set it to 0"

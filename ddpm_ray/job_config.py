@@ -4,7 +4,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ddpm_ray.config import MIB, ClusterConfig, EvaluationConfig, SamplingConfig
+from ddpm_ray.config import MIB, ClusterConfig
+from ddpm_ray.diffusion_config import SamplingConfig
+from ddpm_ray.evaluation_config import EvaluationConfig
 from ddpm_ray.knobs import knob
 
 
@@ -68,8 +70,11 @@ class EvaluateConfig:
         """What its groups say, and too few images for a score."""
         yield from self.sampling.problems("sampling")
         yield from self.evaluation.problems()
-        if self.evaluation.num_images < 2:
-            yield f"evaluation.num_images is {self.evaluation.num_images}; score at least 2"
+        if self.evaluation.num_images < 2 and not self.evaluation.bits_per_dim_images:
+            yield (
+                f"evaluation.num_images is {self.evaluation.num_images}; score at least 2, or "
+                f"bound the bits of some evaluation.bits_per_dim_images"
+            )
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ddpm_ray.config import EvaluationConfig, RunConfig
+from ddpm_ray.config import RunConfig
+from ddpm_ray.evaluation_config import EvaluationConfig
 from ddpm_ray.knobs import complaint, knob
 
 Branch = Mapping[str, Any]  # dotted key of the run -> a list of choices, or a range

@@ -16,14 +16,14 @@ from ddpm_ray.job_config import SampleConfig
 
 def sample(config: SampleConfig, arguments: Namespace) -> dict[str, Any]:
     """Where the picture is, and what it was drawn from."""
-    from ddpm_ray import build, load  # heavy: after the config is checked
+    from ddpm_ray import build_diffusion, load  # heavy: after the config is checked
+    from ddpm_ray.config import RunConfig
     from ddpm_ray.generation.grids import grid
-    from ddpm_ray.knobs import ConfigError
+    from ddpm_ray.knobs import from_dict
 
     model = load(arguments.model_uri)
-    if problems := list(config.sampling.problems("sampling", model.schedule.num_steps)):
-        raise ConfigError("\n".join(problems))
-    plan = build.sampling_plan(config.sampling, model.schedule.num_steps)
+    trained = from_dict(RunConfig, model.provenance["config"])
+    plan = build_diffusion.checked_plan(config.sampling, trained, model.denoiser.schedule)
     images = model.draw(plan, config.num_images, config.sampling.batch_size)
     grid(images).save(arguments.out)
     provenance = {key: model.provenance[key] for key in ("checkpoint", "step", "weights_sha256")}

@@ -34,8 +34,8 @@ def train(config: RunConfig, _: Namespace) -> dict[str, Any]:
     scores = "  ".join(f"{key} {value:.4g}" for key, value in report["metrics"].items())
     print(
         f"checkpoint   {report['checkpoint']}",
-        f"samples      {report['samples']}",
-        f"denoising    {report['denoising']}",
+        f"samples      {report['samples'] or 'none: a classifier draws none'}",
+        f"denoising    {report['denoising'] or 'none'}",
         f"scores       {scores or 'none: evaluation.num_images is 0'}",
         f"MLflow run   {report['run_id']} in {report['tracking_uri']}",
         f"to see it    {way_to_see(report['tracking_uri'], report['page'])}",

@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 from ddpm_ray import command_line
 from ddpm_ray.config import RunConfig
 from ddpm_ray.drill_config import DrillConfig
+from ddpm_ray.edit_config import EditConfig
 from ddpm_ray.job_config import DoctorConfig, EvaluateConfig, PackConfig, SampleConfig
 from ddpm_ray.knobs import Config, ConfigError, flat, from_dict, help_lines, load, to_dict, to_yaml
 from ddpm_ray.sweep_config import SweepConfig
@@ -32,6 +33,7 @@ KINDS: dict[str, type[Any]] = {
     "doctor": DoctorConfig,
     "sweep": SweepConfig,
     "drill": DrillConfig,
+    "edit": EditConfig,
 }
 JOBS = [job for job in KINDS if (ROOT / "jobs" / f"{job}.py").exists()]
 HEAVY = ("torch", "ray", "mlflow", "numpy", "pyarrow", "fsspec", "scipy", "PIL")
@@ -99,7 +101,7 @@ def test_an_unknown_key_is_told_with_the_nearest_one(mistyped: str, meant: str) 
         ("training.steps=null", "training.steps=None: Incompatible value"),
         ("seed=true", "could not be converted to Integer"),
         ("data.flip=perhaps", "is not a valid bool"),
-        ("schedule.kind=cosin", "expected one of ['linear', 'scaled_linear', 'cosine', 'sigmoid']"),
+        ("schedule.kind=cosin", "expected one of ['linear', 'scaled_linear', 'constant', "),
         ("model.channel_mults=[1,x]", "could not be converted to Integer"),
         ("model.channel_mults=2", "model.channel_mults=2"),
         ("schedule=linear", "a group of keys, not a value; set schedule.<key>"),
@@ -116,6 +118,55 @@ def test_a_bad_value_is_told_in_one_line(override: str, says: str) -> None:
     "overrides, says",
     [
         (["schedule.rescale=true", "schedule.num_steps=20"], "becomes 1 and must be below 1"),
+        (
+            ["schedule.kind=betas"],
+            "holds 0 numbers; it needs one for each of schedule.num_steps 1000",
+        ),
+        (["schedule.betas=[0.1]"], "set schedule.kind=betas"),
+        (
+            [
+                "schedule.kind=betas",
+                "schedule.betas=[0.1,1.5]",
+                "schedule.num_steps=2",
+                "sampling.steps=2",
+            ],
+            "schedule.betas has 1.5 at t = 2; a variance lies in",
+        ),
+        (["schedule.zero_terminal_snr=true"], "use objective.prediction=v"),
+        (["schedule.kind=one_over_t", "objective.prediction=score"], "leaves no signal at t = T"),
+        (["schedule.sigma_min=90"], "must lie below schedule.sigma_max 80.0"),
+        (
+            [
+                "schedule.zero_terminal_snr=true",
+                "objective.prediction=v",
+                "objective.weighting=min_snr",
+            ],
+            "which it would never train: use objective.weighting=unit",
+        ),
+        (["objective.variance=learned_range"], "use objective.loss=hybrid"),
+        (["objective.loss=vlb"], "use objective.variance=learned_range or objective.loss=simple"),
+        (
+            ["objective.loss=hybrid", "objective.variance=learned", "objective.weighting=p2"],
+            "weights are those of the squared error alone",
+        ),
+        (["objective.timesteps=second_moment"], "evens out the terms of the bound"),
+        (["sampling.guidance_scale=3"], "trained without labels (model.num_classes=0)"),
+        (["sampling.labels=[1]"], "trained without labels (model.num_classes=0)"),
+        (
+            ["sampling.guidance_scale=3", "model.num_classes=9", "objective.label_dropout=0"],
+            "no image was trained without its label",
+        ),
+        (
+            ["sampling.labels=[1,9]", "model.num_classes=9"],
+            "sampling.labels has 9; the model knows 0",
+        ),
+        (["sampling.variance=learned"], "use sampling.sampler=ancestral"),
+        (["sampling.variance=learned", "sampling.sampler=ancestral"], "the network answers none"),
+        (["sampling.dynamic_quantile=0.9", "sampling.clip=false"], "it is a way to clip"),
+        (
+            ["sampling.guidance_below_sigma=1", "sampling.guidance_above_sigma=2"],
+            "must lie above sampling.guidance_above_sigma 2.0",
+        ),
         (["training.warmup_steps=9", "training.warmup_images=9"], "set one of the two"),
         (["training.ema_half_life_images=9"], "set exactly one of the two"),
         (["training.ema_decay_per_step=0"], "set exactly one of the two"),
@@ -163,6 +214,21 @@ def test_what_cannot_go_together_is_told_with_the_remedy(overrides: list[str], s
         ["training.global_batch_size=96", "cluster.num_workers=3"],
         ["data.source=digits", "data.source="],
         ["data.url=s3://bucket/a=b"],
+        [
+            "schedule.kind=betas",
+            "schedule.betas=[0.1,0.2]",
+            "schedule.num_steps=2",
+            "sampling.steps=2",
+        ],
+        ["schedule.zero_terminal_snr=true", "objective.prediction=v"],
+        [
+            "objective.loss=hybrid",
+            "objective.variance=learned_range",
+            "objective.timesteps=second_moment",
+            "sampling.variance=learned",
+            "sampling.sampler=ancestral",
+        ],
+        ["sampling.guidance_scale=3", "sampling.labels=[0,8]", "model.num_classes=9"],
     ],
 )
 def test_what_goes_together_is_taken(overrides: list[str]) -> None:
@@ -244,7 +310,8 @@ def random_config(kind: type[Config], dice: random.Random) -> Config:
 
 CHOICES = {
     "source", "kind", "reduction", "on_divergence", "precision", "sampler", "spacing", "variance",
-    "features", "resize", "encoding", "split", "on_bad_image",
+    "features", "resize", "encoding", "split", "on_bad_image", "prediction", "loss", "weighting",
+    "timesteps", "method",
 }  # fmt: skip
 
 
@@ -337,6 +404,7 @@ POSITIONAL = {
     "doctor": [],
     "sweep": ["conf/sweep/quick.yaml"],
     "drill": ["conf/drill/digits.yaml"],
+    "edit": ["runs/a", "image.png", "--out", "edited.png"],
 }
 
 

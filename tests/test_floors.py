@@ -23,10 +23,15 @@ FLOORS = {
     "ddpm_ray.training": 3,
     "ddpm_ray.knobs": 4,
     "ddpm_ray.config": 4,
+    "ddpm_ray.diffusion_config": 4,
+    "ddpm_ray.evaluation_config": 4,
     "ddpm_ray.job_config": 4,
     "ddpm_ray.sweep_config": 4,
     "ddpm_ray.drill_config": 4,
+    "ddpm_ray.edit_config": 4,
     "ddpm_ray.build": 4,
+    "ddpm_ray.build_diffusion": 4,
+    "ddpm_ray.build_edit": 4,
     "ddpm_ray.cluster": 4,
     "ddpm_ray.command_line": 5,
     "ddpm_ray": 5,  # the notebook face: ddpm_ray/__init__.py
@@ -57,13 +62,16 @@ DIETS = {  # module or folder: all that it may import from outside, beside the s
     "ddpm_ray.telling": set[str](),
     "ddpm_ray.data.order": {"numpy"},
     "ddpm_ray.config": set[str](),
+    "ddpm_ray.diffusion_config": set[str](),
+    "ddpm_ray.evaluation_config": set[str](),
     "ddpm_ray.job_config": set[str](),
     "ddpm_ray.sweep_config": set[str](),
     "ddpm_ray.drill_config": set[str](),
+    "ddpm_ray.edit_config": set[str](),
     "jobs": set[str](),
 }
 EMPTY_NAMES = {"utils", "common", "helpers", "misc", "base"}
-MOST_LINES = {"ddpm_ray/config.py": 400, "jobs": 60, "ddpm_ray": 300}  # the first that fits counts
+MOST_LINES = {"jobs": 60, "ddpm_ray": 300}  # the first that fits counts
 MOST_LINES_OF_A_FUNCTION = 60
 
 
@@ -203,7 +211,6 @@ def test_an_allowed_import_passes(module: str, source: str) -> None:
     [
         ("ddpm_ray/data/utils.py", "", "says nothing"),
         ("ddpm_ray/data/cache.py", "\n" * 301, "301 lines, at most 300"),
-        ("ddpm_ray/config.py", "\n" * 401, "401 lines, at most 400"),
         ("jobs/train.py", "\n" * 61, "61 lines, at most 60"),
         ("ddpm_ray/build.py", "def f():\n" + "    0\n" * 60, "f: 61 lines, at most 60"),
     ],

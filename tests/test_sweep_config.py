@@ -6,7 +6,8 @@ from typing import Literal
 
 import pytest
 
-from ddpm_ray.config import EvaluationConfig, RunConfig
+from ddpm_ray.config import RunConfig
+from ddpm_ray.evaluation_config import EvaluationConfig
 from ddpm_ray.knobs import ConfigError, flat, load, with_values
 from ddpm_ray.sweep_config import FIXED, SweepConfig, is_range, reported_metrics
 from ddpm_ray.training.evaluation import metric_names

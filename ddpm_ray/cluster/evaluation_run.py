@@ -6,17 +6,21 @@ from typing import Any
 
 import torch
 
-from ddpm_ray import build
+from ddpm_ray import build, build_diffusion
 from ddpm_ray.cluster import group, trained
 from ddpm_ray.cluster.control import Desk
 from ddpm_ray.cluster.worker import place
 from ddpm_ray.config import RunConfig
 from ddpm_ray.data import storage
 from ddpm_ray.data.shards import open_dataset
+from ddpm_ray.generation.trained_model import TrainedModel
 from ddpm_ray.job_config import EvaluateConfig
 from ddpm_ray.knobs import ConfigError, from_dict, to_dict
 from ddpm_ray.training import evaluation
+from ddpm_ray.training.bits_per_dim import BitsPerDim, bits_per_dim
+from ddpm_ray.training.evaluation import Scores
 from ddpm_ray.training.reference import reference
+from ddpm_ray.training.workers import Workers
 
 
 def evaluate(model_uri: str, config: EvaluateConfig, home: Path) -> dict[str, Any]:
@@ -30,9 +34,9 @@ def evaluate(model_uri: str, config: EvaluateConfig, home: Path) -> dict[str, An
         model_uri = storage.absolute(model_uri, home)
     model = trained.load(model_uri, tracking_uri=tracking_uri)
     begun = from_dict(RunConfig, model.provenance["config"])
-    problems = list(config.sampling.problems("sampling", model.schedule.num_steps))
-    if problems:
-        raise ConfigError("\n".join(problems))
+    build_diffusion.checked_plan(config.sampling, begun, model.denoiser.schedule)
+    if (terms := config.evaluation.bits_per_dim_terms) > (most := begun.schedule.num_steps):
+        raise ConfigError(f"evaluation.bits_per_dim_terms is {terms}; the model has T = {most}")
     config = dataclasses.replace(
         config, data_url=storage.absolute(config.data_url or begun.data.url, home)
     )
@@ -64,14 +68,25 @@ def _scores(config: EvaluateConfig, settings: dict[str, Any]) -> dict[str, Any]:
     storage.be_patient(config.cluster.storage_timeout_s)
     workers = place()
     model = trained.load(settings["model_uri"], workers.device, settings["tracking_uri"])
+    found: dict[str, Any] = {"metrics": {}}
+    if config.evaluation.num_images:
+        found |= vars(_sample_scores(config, model, workers))
+    if config.evaluation.bits_per_dim_images:
+        bits = vars(_bits_per_dim(config, model, workers))
+        found["metrics"] = found["metrics"] | bits.pop("metrics")
+        found["bits_per_dim"] = bits
+    return found
+
+
+def _sample_scores(config: EvaluateConfig, model: TrainedModel, workers: Workers) -> Scores:
+    """How far its samples are from the data."""
     begun = from_dict(RunConfig, model.provenance["config"])
     wanted = config.evaluation
     net = build.feature_net(wanted, build.cache_dir(begun.data, "weights"), workers.device)
     kept = min(wanted.kernel_distance_images, wanted.num_images) * wanted.kernel_distance
-    scores = evaluation.evaluate(
-        model.network,
-        model.schedule,
-        build.sampling_plan(config.sampling, model.schedule.num_steps),
+    return evaluation.evaluate(
+        model.denoiser,
+        build_diffusion.sampling_plan(config.sampling, model.denoiser.schedule),
         net,
         reference(open_dataset(config.data_url), net, workers, kernel_images=kept),
         num_images=wanted.num_images,
@@ -81,4 +96,23 @@ def _scores(config: EvaluateConfig, settings: dict[str, Any]) -> dict[str, Any]:
         provenance=build.ema_provenance(begun, model.provenance["step"])
         | {"model_sha256": model.provenance["weights_sha256"]},
     )
-    return vars(scores)
+
+
+def _bits_per_dim(config: EvaluateConfig, model: TrainedModel, workers: Workers) -> BitsPerDim:
+    """How well it compresses images of the data."""
+    begun, dataset = from_dict(RunConfig, model.provenance["config"]), open_dataset(config.data_url)
+    wanted, sampling = config.evaluation, config.sampling
+    total = min(wanted.bits_per_dim_images, int(dataset.counts.sum()))
+    mine = workers.share(total)
+    images, labels = build.fixed_images(begun.data, dataset, mine, total)
+    index = torch.arange(mine.start, mine.stop)
+    parts = (torch.split(each, sampling.batch_size) for each in (index, images, labels))
+    variance = model.denoiser.variance if sampling.variance == "learned" else sampling.variance
+    return bits_per_dim(
+        model.denoiser,
+        zip(*parts, strict=True),
+        variance="fixed_small" if variance == "fixed" else variance,
+        workers=workers,
+        terms=wanted.bits_per_dim_terms or None,
+        clip=sampling.clip,
+    )

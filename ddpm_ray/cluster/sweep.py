@@ -17,7 +17,7 @@ from typing import Any
 
 from ray import tune
 
-from ddpm_ray import build
+from ddpm_ray import build_diffusion
 from ddpm_ray.cluster import capacity, group
 from ddpm_ray.cluster.book import Book
 from ddpm_ray.cluster.candidates import Candidates
@@ -33,7 +33,7 @@ from ddpm_ray.data import storage
 from ddpm_ray.data.shards import Dataset
 from ddpm_ray.data.transforms import mean_square
 from ddpm_ray.diffusion.appraisal import Appraisal, appraise
-from ddpm_ray.knobs import ConfigError, flat, from_dict, to_dict, with_values
+from ddpm_ray.knobs import flat, from_dict, to_dict, with_values
 from ddpm_ray.sweep_config import SweepConfig
 
 log = logging.getLogger(__name__)
@@ -187,10 +187,7 @@ def worth(config: SweepConfig, values: dict[str, Any], dataset: Dataset) -> Appr
     """What the schedule of these values is worth; raises ConfigError where no run can have them."""
     run = _run_config(config, values, "trial")
     check_model(run, dataset)
-    try:
-        schedule = build.noise_schedule(run.schedule)
-    except ValueError as error:
-        raise ConfigError(f"schedule: {error}") from error
+    schedule = build_diffusion.noise_schedule(run.schedule)
     manifest = dataset.manifest
     height, width, _ = manifest.image_shape
     squares = mean_square(manifest.pixel_mean, manifest.pixel_std)

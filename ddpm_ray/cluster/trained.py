@@ -8,7 +8,7 @@ import torch
 
 from ddpm_ray import build
 from ddpm_ray.cluster import registry
-from ddpm_ray.generation.sample import TrainedModel
+from ddpm_ray.generation.trained_model import TrainedModel
 from ddpm_ray.knobs import ConfigError
 from ddpm_ray.telling import NO_SECRET, has_secret, redacted
 

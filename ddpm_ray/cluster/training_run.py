@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from ddpm_ray import build
+from ddpm_ray import build, build_diffusion
 from ddpm_ray.cluster import group, registry, tracking
 from ddpm_ray.cluster.packing import pack
 from ddpm_ray.cluster.tracked_run import RunCard, TrackedRun
@@ -104,7 +104,7 @@ def train(
         )
         finished = ended["step"] >= config.training.steps
         tracked = tracked or tracking.open_run(card)
-        if finished:
+        if finished and config.model.kind == "unet":
             registry.log_model(tracked, ended["checkpoint"], "ddpm_ray.cluster.served_model")
     except BaseException as error:
         status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
@@ -177,12 +177,23 @@ def packed_data(config: RunConfig) -> Dataset:
 
 
 def check_model(config: RunConfig, dataset: Dataset) -> None:
-    """The network must fit the images: found out here, without memory and before Ray starts."""
+    """Schedule, network and data must fit: found out here, without memory and before Ray starts."""
+    try:
+        schedule = build_diffusion.noise_schedule(config.schedule)
+        build_diffusion.prediction(config.objective, schedule)
+    except ValueError as error:
+        raise ConfigError(f"schedule: {error}") from error
     try:
         with torch.device("meta"):
-            build.network(config.model, dataset.manifest.image_shape)
+            build.network(config, dataset.manifest.image_shape)
     except ValueError as error:
         raise ConfigError(f"model: with the images of {config.data.url}: {error}") from error
+    known = len(dataset.manifest.label_names)
+    if config.model.num_classes not in (0, known):
+        raise ConfigError(
+            f"model.num_classes is {config.model.num_classes}, and the data in {config.data.url} "
+            f"has {known} labels; set model.num_classes={known}"
+        )
 
 
 def claim(
@@ -238,15 +249,16 @@ def tags_of(dataset: Dataset) -> dict[str, str]:
 def _report(
     config: RunConfig, folder: str, tracked: TrackedRun, ended: dict[str, Any]
 ) -> dict[str, Any]:
-    pictures, step = storage.join(folder, "pictures"), ended["step"]
+    folder, step = storage.join(folder, "pictures"), ended["step"]
+    draws = config.model.kind == "unet"
     return {
         "name": config.name,
         "run_id": tracked.run_id,
         "step": step,
         "steps": config.training.steps,
         "checkpoint": ended["checkpoint"],
-        "samples": picture_url(pictures, "samples", step),
-        "denoising": picture_url(pictures, "denoising", step),
+        "samples": picture_url(folder, "samples", step) if draws else None,
+        "denoising": picture_url(folder, "denoising", step) if draws else None,
         "metrics": ended["scores"].get("metrics", {}),
         "tracking_uri": tracked.uri,
         "page": tracked.page,

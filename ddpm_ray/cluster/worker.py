@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ddpm_ray import build
+from ddpm_ray import build, build_diffusion
 from ddpm_ray.cluster import placement
 from ddpm_ray.cluster.control import Desk
 from ddpm_ray.cluster.tracked_run import RunCard, TrackedRun
@@ -37,7 +37,7 @@ from ddpm_ray.training.lease import Lease, LeaseLostError
 from ddpm_ray.training.loop import Run, train
 from ddpm_ray.training.reference import Reference, reference
 from ddpm_ray.training.reporting import Progress, Row, Wish
-from ddpm_ray.training.state import Snapshot
+from ddpm_ray.training.state import Snapshot, TrainingState
 from ddpm_ray.training.step_log import StepLog
 from ddpm_ray.training.workers import Workers
 
@@ -122,17 +122,18 @@ def assemble(
         unsent = [Row(**row) for row in snapshot.facts["unsent_rows"]]
     find_run = partial(_tracked_run, settings)
     sink = Tracker(find_run, config.tracking.flush_every_s, unsent) if workers.leads else None
-    objective = build.objective(config, workers.device)
+    objective = build_diffusion.objective(config, state, workers.device)
+    denoiser = build_diffusion.denoiser(config, state.ema.model, workers.device)
     gallery = Gallery(
-        state,
-        objective.schedule,
-        build.sampling_plan(config.sampling, config.schedule.num_steps),
+        denoiser,
+        build_diffusion.sampling_plan(config.sampling, denoiser.schedule),
         (channels, height, width),
         workers,
         storage.join(settings["folder"], "pictures"),
         sink,
         config.sampling.batch_size,
     )
+    draws = config.model.kind == "unet"
     return Run(
         plan=build.plan(config, workers.count),
         state=state,
@@ -145,10 +146,10 @@ def assemble(
         checkpoints=writer,
         sink=sink,
         show_progress=show_progress,
-        draw_grid=gallery.show_grid,
-        draw_strip=gallery.show_strip,
-        evaluate=_Judge(config, dataset, gallery).evaluate,
-        probe=_prober(config, dataset, gallery),
+        draw_grid=gallery.show_grid if draws else _nothing,
+        draw_strip=gallery.show_strip if draws else _nothing,
+        evaluate=_Judge(config, dataset, state, gallery).evaluate,
+        probe=_prober(config, dataset, state, gallery),
     )
 
 
@@ -170,11 +171,17 @@ def _writer(config: RunConfig, settings: dict[str, Any], workers: Workers) -> Ch
     return CheckpointWriter(store)
 
 
-def _prober(config: RunConfig, dataset: Dataset, gallery: Gallery) -> Callable[[int], None]:
+def _prober(
+    config: RunConfig, dataset: Dataset, state: TrainingState, gallery: Gallery
+) -> Callable[[int], None]:
     """The look at the loss by log-SNR; its images are read only where it is wanted."""
     if not config.evaluation.spectrum_every_steps:
-        return lambda _: None
-    return build.probe(config, dataset, gallery).look
+        return _nothing
+    return build.probe(config, dataset, state, gallery).look
+
+
+def _nothing(step: int) -> None:
+    """What is not wanted of a run, at each step."""
 
 
 def place() -> Workers:
@@ -207,8 +214,10 @@ def _wrapped(model: nn.Module, config: RunConfig, workers: Workers) -> nn.Module
 class _Judge:
     """Scores the EMA weights; its feature network and reference are made at the first use."""
 
-    def __init__(self, config: RunConfig, dataset: Dataset, gallery: Gallery) -> None:
-        self._config, self._dataset, self._gallery = config, dataset, gallery
+    def __init__(
+        self, config: RunConfig, dataset: Dataset, state: TrainingState, gallery: Gallery
+    ) -> None:
+        self._config, self._dataset, self._state, self._gallery = config, dataset, state, gallery
         self._tools: tuple[FeatureNet, Reference] | None = None
 
     def evaluate(self, step: int) -> None:
@@ -228,8 +237,7 @@ class _Judge:
             )
         net, known = self._tools
         scores = evaluation.evaluate(
-            gallery.state.ema.model,
-            gallery.schedule,
+            gallery.denoiser,
             gallery.plan,
             net,
             known,
@@ -239,7 +247,7 @@ class _Judge:
             workers=gallery.workers,
             provenance=build.ema_provenance(self._config, step),
         )
-        gallery.state.scores = {"step": step, **vars(scores)}
+        self._state.scores = {"step": step, **vars(scores)}
         if gallery.sink is not None:
             gallery.sink.rows([Row(step, scores.metrics)])
-            gallery.sink.document(f"evaluation/step-{step:08d}.json", gallery.state.scores)
+            gallery.sink.document(f"evaluation/step-{step:08d}.json", self._state.scores)

@@ -8,7 +8,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from ddpm_ray.diffusion.process import Denoise, NoiseSchedule
+from ddpm_ray.generation.denoiser import Denoiser
 from ddpm_ray.generation.sample import Images, SamplingPlan, draw, to_uint8
 
 GUTTER_PIXELS = 2
@@ -42,8 +42,7 @@ def grid(
 
 
 def denoising_strip(
-    denoise: Denoise,
-    schedule: NoiseSchedule,
+    denoiser: Denoiser,
     plan: SamplingPlan,
     index: Tensor,
     image_shape: tuple[int, int, int],
@@ -64,7 +63,7 @@ def denoising_strip(
         if t in shown:
             kept[t] = x_t.clone(), x_0_estimate.clone()
 
-    x_0 = draw(denoise, schedule, plan, index, image_shape, device, on_step=keep)
+    x_0 = draw(denoiser, plan, index, image_shape, device, on_step=keep)
     kept[0] = x_0, x_0
     noisy, clean = (torch.stack([kept[t][i] for t in shown], dim=1) for i in (0, 1))
     rows = torch.stack([noisy, clean], dim=1)  # [N, 2, columns, C, H, W]

@@ -5,44 +5,64 @@ fresh noise are the same. What a network makes of them may differ in the last bi
 sizes, because its matrix products then sum in another order.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, assert_never
+from typing import Literal, TypeAlias, assert_never
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ddpm_ray.diffusion import samplers, spacing
-from ddpm_ray.diffusion.estimate import clip_to_range
-from ddpm_ray.diffusion.process import Denoise, NoiseSchedule
-from ddpm_ray.diffusion.samplers import OnStep, Variance
+from ddpm_ray.diffusion import samplers, solvers
+from ddpm_ray.diffusion.estimate import Clip, clip_to_quantile, clip_to_range
+from ddpm_ray.diffusion.process import Denoise
+from ddpm_ray.diffusion.samplers import Noise, OnStep
 from ddpm_ray.diffusion.seeding import Purpose, normal
+from ddpm_ray.generation.denoiser import UNGUIDED, Denoiser, Guidance
 
 Images: TypeAlias = npt.NDArray[np.uint8]  # [N, H, W, C]
-Sampler: TypeAlias = Literal["ddim", "ancestral"]
+Sampler: TypeAlias = Literal[
+    "ddim", "ancestral", "dpm_solver_pp", "dpm_solver_pp_sde", "unipc", "heun", "plms"
+]
+Variance: TypeAlias = Literal["fixed_small", "fixed_large", "learned"]
 
 
 @dataclass(frozen=True)
 class SamplingPlan:
     """All that fixes an image beside the denoiser and the image's index."""
 
-    steps: tuple[int, ...]  # falls from T to 0: one network call less than entries
+    steps: tuple[int, ...]  # falls from T to 0
     sampler: Sampler = "ddim"
     eta: float = 0.0  # ddim only: 0 adds no fresh noise, 1 as much as ancestral
     variance: Variance = "fixed_small"
     clip: bool = True
+    dynamic_quantile: float = 0.0  # clip by each image's own quantile of |x_0|; 0: to [-1, 1]
     seed: int = 0
+    labels: tuple[int, ...] = ()  # image i has labels[i % their number]; empty: all in turn
+    guidance: Guidance = UNGUIDED
+
+    def labels_of(self, index: Tensor, num_classes: int) -> Tensor | None:
+        """The labels int64 [N] of the images `index` [N], of a model that knows so many."""
+        if self.labels:
+            return torch.tensor(self.labels, device=index.device)[index % len(self.labels)]
+        return index % num_classes if num_classes else None
+
+    def clipping(self) -> Clip | None:
+        """What becomes of each estimate of x_0."""
+        if not self.clip:
+            return None
+        return clip_to_quantile(self.dynamic_quantile) if self.dynamic_quantile else clip_to_range
 
 
 def draw(
-    denoise: Denoise,
-    schedule: NoiseSchedule,
+    denoiser: Denoiser,
     plan: SamplingPlan,
     index: Tensor,
     image_shape: tuple[int, int, int],
     device: torch.device | str,
     *,
+    low_resolution: Tensor | None = None,
     on_step: OnStep | None = None,
 ) -> Tensor:
     """Images float32 [N, C, H, W], in about [-1, 1], of the indices `index` [N] int64.
@@ -56,24 +76,58 @@ def draw(
 
     index = index.to(device)
     x_T = normal(plan.seed, Purpose.SAMPLE_START, 0, index, image_shape)
+    labels = plan.labels_of(index, denoiser.num_classes)
+    denoise = denoiser.bound(labels, plan.guidance, low_resolution)
+    return walk(denoiser, denoise, plan, x_T, noise, on_step)
+
+
+def walk(
+    denoiser: Denoiser,
+    denoise: Denoise,
+    plan: SamplingPlan,
+    x_T: Tensor,
+    noise: Noise,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """From x_T down plan.steps by plan.sampler, with `denoise` that `denoiser` has bound."""
+    schedule, predicts, clip = denoiser.schedule, denoiser.predicts, plan.clipping()
+    if plan.sampler == "ancestral":
+        variance = denoiser.variance if plan.variance == "learned" else plan.variance
+        if variance == "fixed":
+            raise ValueError("variance is 'learned', but the network answers none; use fixed_small")
+        if plan.variance != "learned":
+            denoise = denoiser.mean_of(denoise)
+        return samplers.ancestral(
+            schedule, denoise, x_T, plan.steps, noise=noise, variance=variance,
+            predicts=predicts, clip=clip, on_step=on_step,
+        )  # fmt: skip
+    if plan.variance == "learned":
+        raise ValueError(f"variance is 'learned'; {plan.sampler} has none: use fixed_small")
+    denoise = denoiser.mean_of(denoise)
     match plan.sampler:
         case "ddim":
             return samplers.ddim(
                 schedule, denoise, x_T, plan.steps, eta=plan.eta, noise=noise,
-                variance=plan.variance, clip=clip_to_range if plan.clip else None, on_step=on_step,
+                variance=plan.variance, predicts=predicts, clip=clip, on_step=on_step,
             )  # fmt: skip
-        case "ancestral":
-            return samplers.ancestral(
-                schedule, denoise, x_T, plan.steps, noise=noise,
-                variance=plan.variance, clip=clip_to_range if plan.clip else None, on_step=on_step,
+        case "dpm_solver_pp" | "dpm_solver_pp_sde":
+            return solvers.dpm_solver_pp(
+                schedule, denoise, x_T, plan.steps, predicts=predicts, clip=clip, on_step=on_step,
+                noise=noise if plan.sampler == "dpm_solver_pp_sde" else None,
             )  # fmt: skip
+        case "unipc":
+            solver: Callable[..., Tensor] = solvers.unipc
+        case "heun":
+            solver = solvers.heun
+        case "plms":
+            solver = solvers.plms
         case _:
             assert_never(plan.sampler)
+    return solver(schedule, denoise, x_T, plan.steps, predicts=predicts, clip=clip, on_step=on_step)
 
 
 def draw_uint8(
-    denoise: Denoise,
-    schedule: NoiseSchedule,
+    denoiser: Denoiser,
     plan: SamplingPlan,
     indices: range,
     image_shape: tuple[int, int, int],
@@ -82,7 +136,7 @@ def draw_uint8(
 ) -> Images:
     """Images uint8 [N, H, W, C] of the N `indices`, `batch_size` in one network call."""
     batches = torch.split(torch.tensor(indices), batch_size)
-    drawn = (draw(denoise, schedule, plan, index, image_shape, device) for index in batches)
+    drawn = (draw(denoiser, plan, index, image_shape, device) for index in batches)
     return np.concatenate([to_uint8(images) for images in drawn])
 
 
@@ -99,64 +153,3 @@ def to_uint8(images: Tensor) -> Images:
         )
     scaled = images.float().add(1).mul_(127.5).add_(0.5).clamp_(0, 255).to(torch.uint8)
     return scaled.permute(0, 2, 3, 1).contiguous().cpu().numpy()
-
-
-@dataclass(frozen=True, eq=False)
-class TrainedModel:
-    """A trained network and all that sampling from it needs; what `ddpm_ray.load` returns."""
-
-    network: nn.Module  # in eval mode, on `device`
-    schedule: NoiseSchedule
-    image_shape: tuple[int, int, int]  # (C, H, W)
-    provenance: dict[str, Any]  # config, step and sha256 of the weights
-    variance: Variance = "fixed_small"  # of the ancestral sampler's fresh noise
-    device: torch.device | str = "cpu"
-
-    def sample(
-        self,
-        num_images: int,
-        *,
-        steps: int = 50,
-        sampler: Sampler = "ddim",
-        eta: float = 0.0,
-        seed: int = 0,
-        labels: object = None,
-        guidance_scale: float = 1.0,
-        batch_size: int = 64,
-    ) -> Images:
-        """uint8 images [num_images, H, W, C]: of one seed, image i is the same in any call.
-
-        `steps` network calls per image, evenly spaced over 1..T. Up to rounding (one grey level in
-        few pixels) `batch_size` changes only speed and memory. Raises ValueError.
-        """
-        if labels is not None or guidance_scale != 1.0:
-            raise ValueError(
-                f"labels is {labels!r} and guidance_scale {guidance_scale:g}, but this model was "
-                "trained without labels; leave both out"
-            )
-        for name, value in (("num_images", num_images), ("batch_size", batch_size)):
-            if value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1")
-        if sampler not in ("ddim", "ancestral"):
-            raise ValueError(f"sampler is {sampler!r}; choose 'ddim' or 'ancestral'")
-        num_steps = self.schedule.num_steps
-        if not 1 <= steps <= num_steps:
-            raise ValueError(
-                f"steps is {steps}; this model was trained with T = {num_steps} diffusion steps, "
-                f"so choose from 1..{num_steps}"
-            )
-        plan = SamplingPlan(
-            steps=spacing.uniform_steps(num_steps, steps),
-            sampler=sampler,
-            eta=eta,
-            variance=self.variance if sampler == "ancestral" else "fixed_small",
-            seed=seed,
-        )
-        return self.draw(plan, num_images, batch_size)
-
-    def draw(self, plan: SamplingPlan, num_images: int, batch_size: int) -> Images:
-        """The images 0..num_images-1 of `plan`, uint8 [num_images, H, W, C]."""
-        indices, shape = range(num_images), self.image_shape
-        return draw_uint8(
-            self.network, self.schedule, plan, indices, shape, self.device, batch_size
-        )

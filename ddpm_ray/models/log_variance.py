@@ -9,8 +9,8 @@ from ddpm_ray.models.layers import silence, sinusoidal_embedding
 class LogVariance(nn.Module):
     """u(t): the logarithm of the expected loss, for `diffusion.weights.uncertain`; 0 at first.
 
-    One linear layer on sines and cosines of t (Karras et al. 2024, arXiv:2312.02696, section 2.1
-    and appendix B: a single layer). It is of no use in sampling.
+    One linear layer on sines and cosines of t (Karras et al. 2024, arXiv:2312.02696, eq. 14, has it
+    on those of log sigma). It is of no use in sampling.
     """
 
     def __init__(self, width: int = 128) -> None:

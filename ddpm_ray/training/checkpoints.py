@@ -17,7 +17,7 @@ import logging
 import re
 import secrets
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,7 +39,9 @@ CHECKPOINTS = "checkpoints"  # below a run's folder
 POINTER, BEFORE = "latest.json", "previous.json"
 MANIFEST = "manifest.json"
 STATE = "state.json"
-GROUPS = ("model", "ema", "optimizer")
+GROUPS = ("model", "ema", "optimizer")  # of tensors that each checkpoint has
+TENSORS = ".safetensors"
+TENSOR_FILE = re.compile(r"([a-z][a-z0-9.-]*)\.safetensors")
 PREFIX = "step-"  # of a checkpoint's folder
 FOLDER = re.compile(PREFIX + "[0-9]{8,}-[0-9a-f]{8}")
 
@@ -109,8 +111,8 @@ class CheckpointStore:
         """URL of the committed checkpoint folder; raises StorageError, and then commits nothing."""
         folder = f"{PREFIX}{snapshot.step:08d}-{secrets.token_hex(4)}"
         where = storage.join(self.url, folder)
-        files = {f"{group}.safetensors": safetensors.save(snapshot.tensors[group])
-                 for group in GROUPS}  # fmt: skip
+        files = {f"{group}{TENSORS}": safetensors.save(tensors)
+                 for group, tensors in snapshot.tensors.items()}  # fmt: skip
         files[STATE] = _json(snapshot.facts)
         manifest = _json(
             {name: {"bytes": len(data), "sha256": _sha256(data)} for name, data in files.items()}
@@ -207,11 +209,11 @@ class CheckpointStore:
             log.warning("old checkpoint stays: %s", error)
 
 
-def read(url: str, manifest_sha256: str | None = None, groups: Sequence[str] = GROUPS) -> Snapshot:
+def read(url: str, manifest_sha256: str | None = None, groups: Sequence[str] = ()) -> Snapshot:
     """The checkpoint in the folder `url`, every byte that is read verified; raises CheckpointError.
 
-    Without `manifest_sha256` (a folder that a person named) the manifest vouches for itself. To
-    sample, `groups=("ema",)` is enough: a quarter of the bytes.
+    Without `manifest_sha256` (a folder that a person named) the manifest vouches for itself. All
+    groups of tensors are read, or those named: to sample, `groups=("ema",)` is enough.
     """
     try:
         where = storage.join(url, MANIFEST)
@@ -222,8 +224,9 @@ def read(url: str, manifest_sha256: str | None = None, groups: Sequence[str] = G
         raise _damaged(url, MANIFEST, "its sha256 is not the pointer's") from None
     try:
         expected: dict[str, dict[str, Any]] = json.loads(manifest)
+        groups = groups or sorted({*GROUPS, *_groups(expected)})
         files = {name: _verified(url, name, expected[name]) for name in file_names(groups)}
-        tensors = {group: safetensors.load(files[f"{group}.safetensors"]) for group in groups}
+        tensors = {group: safetensors.load(files[f"{group}{TENSORS}"]) for group in groups}
         return Snapshot(tensors, json.loads(files[STATE]))
     except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise _damaged(url, MANIFEST, f"cannot be understood ({error!r})") from error
@@ -231,13 +234,18 @@ def read(url: str, manifest_sha256: str | None = None, groups: Sequence[str] = G
 
 def file_names(groups: Sequence[str] = GROUPS) -> list[str]:
     """Names of the files that the manifest vouches for: these groups' tensors and the facts."""
-    return [*(f"{group}.safetensors" for group in groups), STATE]
+    return [*(f"{group}{TENSORS}" for group in groups), STATE]
+
+
+def _groups(names: Iterable[str]) -> Iterator[str]:
+    """Of the files that a manifest names, as far as they lie in its own folder."""
+    return (match[1] for match in map(TENSOR_FILE.fullmatch, names) if match)
 
 
 def weights_sha256(url: str, group: str = "ema") -> str:
     """sha256 of the weights file of the checkpoint folder `url`, as its manifest records it."""
     manifest = json.loads(storage.read_bytes(storage.join(url, MANIFEST)))
-    return str(manifest[f"{group}.safetensors"]["sha256"])
+    return str(manifest[f"{group}{TENSORS}"]["sha256"])
 
 
 class CheckpointWriter:

@@ -19,8 +19,9 @@ from ddpm_ray.diffusion.frechet import (
     frechet_distance_to_features,
     kernel_distance,
 )
-from ddpm_ray.diffusion.process import Denoise, NoiseSchedule
-from ddpm_ray.diffusion.spacing import quadratic_steps, uniform_steps
+from ddpm_ray.diffusion.process import NoiseSchedule
+from ddpm_ray.diffusion.spacing import log_snr_steps, quadratic_steps, uniform_steps
+from ddpm_ray.generation.denoiser import Denoiser
 from ddpm_ray.generation.sample import SamplingPlan, draw, to_uint8
 from ddpm_ray.training.features import FeatureNet
 from ddpm_ray.training.interval import GROUPS, jackknife_interval
@@ -48,8 +49,7 @@ class _Seen:
 
 
 def evaluate(
-    denoise: Denoise,
-    schedule: NoiseSchedule,
+    denoiser: Denoiser,
     plan: SamplingPlan,
     net: FeatureNet,
     reference: Reference,
@@ -82,14 +82,14 @@ def evaluate(
     if reference.count < 2:
         raise ValueError(f"the reference data holds {reference.count} image; at least 2 are needed")
     batches = _drawn(
-        denoise, schedule, plan, workers.share(num_images), batch_size, image_shape, workers.device
+        denoiser, plan, workers.share(num_images), batch_size, image_shape, workers.device
     )
     keep = {w: _kept_images(w, reference, num_images) for w in net.widths}
     seen = _see(net, batches, keep, workers)
     metrics = _metrics(net, reference, seen, num_images) if workers.leads else {}
     return Scores(
         metrics=workers.gather(metrics)[0],
-        certificate=_certificate(schedule, plan, net, reference, num_images, provenance),
+        certificate=_certificate(denoiser.schedule, plan, net, reference, num_images, provenance),
     )
 
 
@@ -102,8 +102,7 @@ def metric_names(net: FeatureNet, width: int) -> tuple[str, str]:
 
 
 def _drawn(
-    denoise: Denoise,
-    schedule: NoiseSchedule,
+    denoiser: Denoiser,
     plan: SamplingPlan,
     share: range,
     batch_size: int,
@@ -113,7 +112,7 @@ def _drawn(
     """Batches of indices [n] from `share` and their images, uint8 [n, H, W, C] on `device`."""
     for start in range(share.start, share.stop, batch_size):
         index = torch.arange(start, min(start + batch_size, share.stop))
-        images = to_uint8(draw(denoise, schedule, plan, index, image_shape, device))
+        images = to_uint8(draw(denoiser, plan, index, image_shape, device))
         yield index, torch.from_numpy(images).to(device)
 
 
@@ -215,11 +214,14 @@ def _certificate(
             "indices": [0, num_images - 1],
             "sampler": plan.sampler,
             "steps": len(plan.steps) - 1,
-            "spacing": _spacing(schedule.num_steps, plan.steps),
+            "spacing": _spacing(schedule, plan.steps),
             "num_steps": schedule.num_steps,
             "eta": plan.eta,
             "variance": plan.variance,
             "clip": plan.clip,
+            "dynamic_quantile": plan.dynamic_quantile,
+            "labels": list(plan.labels),
+            "guidance": vars(plan.guidance),
             "rounding": "uint8, (x + 1) * 127.5 half up",
         },
         "features": net.facts,
@@ -238,10 +240,15 @@ def _certificate(
     }
 
 
-def _spacing(num_steps: int, steps: tuple[int, ...]) -> str:
+def _spacing(schedule: NoiseSchedule, steps: tuple[int, ...]) -> str:
     """The name of the rule that gives these steps: found out, so that it cannot be mislabelled."""
-    for name, rule in (("uniform", uniform_steps), ("quadratic", quadratic_steps)):
-        if rule(num_steps, min(len(steps) - 1, num_steps)) == steps:
+    num_steps, count = schedule.num_steps, min(len(steps) - 1, schedule.num_steps)
+    for name, found in (
+        ("uniform", uniform_steps(num_steps, count)),
+        ("quadratic", quadratic_steps(num_steps, count)),
+        ("log_snr", log_snr_steps(schedule, count)),
+    ):
+        if found == steps:
             return name
     return "custom"
 

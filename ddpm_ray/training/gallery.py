@@ -8,11 +8,10 @@ import torch
 from PIL import Image
 
 from ddpm_ray.data import storage
-from ddpm_ray.diffusion.process import NoiseSchedule
 from ddpm_ray.generation import grids
+from ddpm_ray.generation.denoiser import Denoiser
 from ddpm_ray.generation.sample import SamplingPlan, draw_uint8
 from ddpm_ray.training.reporting import Sink
-from ddpm_ray.training.state import TrainingState
 from ddpm_ray.training.workers import Workers
 
 GRID_IMAGES = 64
@@ -21,10 +20,9 @@ STRIP_IMAGES = 4
 
 @dataclass(frozen=True)
 class Gallery:
-    """Draws with the EMA weights, on all workers; the leader hangs the pictures up."""
+    """Draws on all workers; the leader hangs the pictures up."""
 
-    state: TrainingState
-    schedule: NoiseSchedule
+    denoiser: Denoiser  # of the EMA weights
     plan: SamplingPlan
     image_shape: tuple[int, int, int]  # (C, H, W)
     workers: Workers
@@ -35,8 +33,7 @@ class Gallery:
     def show_grid(self, step: int) -> None:
         """Samples 0..63 of the plan's seed, as `samples` at `step`; all workers must call it."""
         mine = draw_uint8(
-            self.state.ema.model,
-            self.schedule,
+            self.denoiser,
             self.plan,
             self.workers.share(GRID_IMAGES),
             self.image_shape,
@@ -51,8 +48,7 @@ class Gallery:
         """How samples 0..3 come out of noise from T to 0; the leader alone draws them."""
         if self.sink is not None:
             strip = grids.denoising_strip(
-                self.state.ema.model,
-                self.schedule,
+                self.denoiser,
                 self.plan,
                 torch.arange(STRIP_IMAGES),
                 self.image_shape,

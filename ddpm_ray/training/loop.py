@@ -31,6 +31,9 @@ class Batch(Protocol):
     @property
     def images(self) -> Tensor: ...  # uint8 [b, H, W, C]
 
+    @property
+    def labels(self) -> Tensor: ...  # int64 [b]; -1 where there are none
+
 
 class ImageStream(Protocol):
     """Global batches by number; see ddpm_ray/data/stream.py."""
@@ -129,8 +132,8 @@ def take_step(run: Run) -> None:
     faults.stand(run.workers.rank, state.step + 1)
     faults.at("batch")
     batch = run.stream.batch(state.step)
-    losses, log_snr = run.objective.backward(
-        run.network, batch.images, state.step, run.workers, plan.micro_batch_size
+    losses, t = run.objective.backward(
+        run.network, batch.images, batch.labels, state.step, run.workers, plan.micro_batch_size
     )
     norm = clip_grad_norm_(run.network.parameters(), plan.max_grad_norm, foreach=True)
     grad_norm = float(norm)  # waits for the device; without it a NaN would reach the weights
@@ -145,6 +148,10 @@ def take_step(run: Run) -> None:
     state.optimizer.zero_grad()
     state.ema.update(state.model, plan.ema_decay(state.step))
     state.step += 1
+    if state.moments is not None:  # all workers' losses, in the order of their positions
+        seen = run.workers.gather((t.cpu(), losses.cpu()))
+        state.moments.update(*(torch.cat(column) for column in zip(*seen, strict=True)))
+    log_snr = run.objective.schedule.log_snr(t)
     run.log.record(losses, log_snr, grad_norm=grad_norm, learning_rate=learning_rate)
 
 

@@ -1,97 +1,179 @@
-"""The training objective on one worker's share of a batch: what is drawn, the loss, its gradient.
-
-Everything random about an image is drawn from (seed, step, its position in the global batch), so
-that any number of workers, and any restart, give it the same t, noise and flip.
-"""
+"""The training objective on one worker's share of a batch: its examples' losses and gradient."""
 
 import contextlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from ddpm_ray import faults
-from ddpm_ray.data.transforms import to_model_range
-from ddpm_ray.diffusion import seeding
-from ddpm_ray.diffusion.losses import simple_loss
-from ddpm_ray.diffusion.process import NoiseSchedule
+from ddpm_ray.diffusion import losses, seeding, weights
+from ddpm_ray.diffusion.prediction import Prediction
+from ddpm_ray.diffusion.process import Denoise, NoiseSchedule, add_noise
 from ddpm_ray.diffusion.seeding import Purpose
+from ddpm_ray.training.examples import Examples, Showing
 from ddpm_ray.training.reduction import SlotSum
 from ddpm_ray.training.workers import Workers
 
 
+class Losses(NamedTuple):
+    """What a worker's share of a batch cost, image by image."""
+
+    loss: Tensor  # [b] float32: as the papers report it, without weights
+    t: Tensor  # [b] int64
+
+
 @dataclass(frozen=True)
 class Objective:
-    """L_simple (Ho et al. 2020, eq. 14) on images, as configured."""
+    """A loss on images, as configured."""
 
-    schedule: NoiseSchedule
-    seed: int
-    flip: bool = False
+    showing: Showing
+    predicts: Prediction
+    loss: Literal["simple", "hybrid", "vlb"] = "simple"
+    variance: Literal["fixed", "learned", "learned_range"] = "fixed"
+    vlb_weight: float = 0.001
+    weight: Tensor | None = None  # [T+1] of the squared error; None: 1
+    uncertainty: Callable[[Tensor], Tensor] | None = None  # t -> log of the loss expected there
+    classifies: bool = False  # the network answers with logits: it is told to know the label
+    self_conditioning: bool = False
     reseed_dropout: bool = False
     bf16: bool = False
-    memory_format: torch.memory_format = torch.contiguous_format
     slots: int = 0  # of a global batch, summed as reduction.py says; 0: a mean over workers
 
+    @property
+    def schedule(self) -> NoiseSchedule:
+        """That of what is predicted."""
+        return self.predicts.schedule
+
     def backward(
-        self, network: nn.Module, images: Tensor, step: int, workers: Workers, micro_batch: int
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        network: nn.Module,
+        images: Tensor,
+        labels: Tensor,
+        step: int,
+        workers: Workers,
+        micro_batch: int,
+    ) -> Losses:
         """Adds the gradient of the global batch's mean loss to `network`'s parameters.
 
-        images [b, H, W, C] uint8 are this worker's share of global batch `step` (from 0), at
-        positions rank * b ...; `micro_batch` of them pass at once. Returns losses [b] float32 and
-        log-SNR [b] float64 of their steps t. A loss that is not finite makes the gradient NaN, so
-        that after the workers' sum all of them see it in this same step.
+        images [b, H, W, C] uint8 and labels [b] are this worker's share of global batch `step`
+        (from 0), at positions rank * b ...; `micro_batch` of them pass at once. A loss that is not
+        finite makes the gradient NaN, so that after the workers' sum all of them see it in this
+        same step.
         """
         if not self.slots:
-            return self._slot(network, images, step, workers, workers.rank, micro_batch)
+            return self._slot(network, images, labels, step, workers, workers.rank, micro_batch)
         mine, total, parts = workers.share(self.slots), SlotSum(network, self.slots), []
-        for slot, part in zip(mine, images.chunk(len(mine)), strict=True):
-            parts.append(self._slot(network, part, step, workers, slot, micro_batch))
+        pieces = zip(mine, images.chunk(len(mine)), labels.chunk(len(mine)), strict=True)
+        for slot, some, their in pieces:
+            parts.append(self._slot(network, some, their, step, workers, slot, micro_batch))
             total.take()
         faults.at("gradient")
         total.share_out(workers)
-        losses, log_snr = zip(*parts, strict=True)
-        return torch.cat(losses), torch.cat(log_snr)
+        return Losses(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
     def _slot(
-        self, network: nn.Module, images: Tensor, step: int, workers: Workers, slot: int, most: int
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        network: nn.Module,
+        images: Tensor,
+        labels: Tensor,
+        step: int,
+        workers: Workers,
+        slot: int,
+        most: int,
+    ) -> Losses:
         """As `backward`, of the mean loss of these images, number `slot` of as many equal parts."""
         count = len(images)
         positions = torch.arange(count, device=workers.device) + slot * count
         if self.reseed_dropout:
             torch.manual_seed(
-                seeding.derived_seed(self.seed, Purpose.DROPOUT, step, slot)
+                seeding.derived_seed(self.showing.seed, Purpose.DROPOUT, step, slot)
             )  # per step: a restart repeats it
-        losses, log_snr = [], []
+        parts = []
         for start in range(0, count, most):
             part = slice(start, start + most)
             last = start + most >= count
+            examples = self.showing.examples(
+                images[part], labels[part], step, positions[part], workers.device
+            )
             with _sync_only(network, last), self._autocast(workers.device):
-                loss, t = self.losses(network, images[part], step, positions[part], workers.device)
-            share = loss.sum() / count * torch.where(loss.detach().isfinite().all(), 1.0, math.nan)
+                loss = self.losses(network, examples, step)
+                weighted = self.weighted(loss, examples)
+            finite = loss.detach().isfinite().all()
+            share = weighted.sum() / count * torch.where(finite, 1.0, math.nan)
             if last and not self.slots:
                 faults.at("gradient")
             with _sync_only(network, last):
                 share.backward()  # type: ignore[no-untyped-call]
-            losses.append(loss.detach())
-            log_snr.append(self.schedule.log_snr(t))
-        return torch.cat(losses), torch.cat(log_snr)
+            parts.append(Losses(loss.detach(), examples.t))
+        return Losses(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
-    def losses(
-        self, network: nn.Module, images: Tensor, step: int, positions: Tensor, device: torch.device
-    ) -> tuple[Tensor, Tensor]:
-        """Losses [b] of images [b, H, W, C] uint8 at global positions [b], and their t [b]."""
-        flips = seeding.coin(self.seed, Purpose.FLIP, step, positions) if self.flip else None
-        x_0 = to_model_range(images.to(device, non_blocking=True), flips)
-        x_0 = x_0.contiguous(memory_format=self.memory_format)
-        num_steps = self.schedule.num_steps
-        t = 1 + seeding.uniform_int(self.seed, Purpose.TIMESTEP, step, positions, num_steps)
-        noise = seeding.normal(self.seed, Purpose.NOISE, step, positions, tuple(x_0.shape[1:]))
-        noise = noise.contiguous(memory_format=self.memory_format)
-        return simple_loss(network, self.schedule, x_0, t, noise), t
+    def losses(self, network: nn.Module, examples: Examples, step: int) -> Tensor:
+        """Losses [b] float32 of examples of batch `step`, without weights."""
+        x_0, t, noise = examples.x_0, examples.t, examples.noise
+        if self.classifies:  # (Dhariwal and Nichol 2021, arXiv:2105.05233, section 4)
+            assert examples.labels is not None  # a classifier's config has classes
+            logits = network(add_noise(self.schedule, x_0, t, noise), t)
+            return F.cross_entropy(logits.float(), examples.labels, reduction="none")
+        denoise = self._denoise(network, examples, step)
+        if self.loss == "simple" or self.variance == "fixed":
+            return losses.simple_loss(denoise, self.schedule, x_0, t, noise, predicts=self.predicts)
+        if self.loss == "vlb":
+            return losses.vlb_loss(denoise, self.predicts, x_0, t, noise, variance=self.variance)
+        return losses.hybrid_loss(
+            denoise, self.predicts, x_0, t, noise,
+            variance=self.variance, vlb_weight=self.vlb_weight,
+        )  # fmt: skip
+
+    def weighted(self, loss: Tensor, examples: Examples) -> Tensor:
+        """What is averaged and minimised: losses [b] with the weights of t and of its choice."""
+        if self.uncertainty is not None:
+            loss = weights.uncertain(loss, self.uncertainty(examples.t))
+        if self.weight is not None:
+            loss = loss * self.weight[examples.t].to(loss)
+        return loss if examples.importance is None else loss * examples.importance.to(loss)
+
+    def _denoise(self, network: nn.Module, examples: Examples, step: int) -> Denoise:
+        """The network with all that it is shown beside x_t and t."""
+        beside = [] if examples.low_resolution is None else [examples.low_resolution]
+        if self.self_conditioning:
+            beside.insert(0, self._estimate(network, examples, beside, step))
+        condition = torch.cat(beside, 1) if beside else None
+        schedule, more = self.schedule, examples.perturbation
+
+        def denoise(x_t: Tensor, t: Tensor) -> Tensor:
+            if more is not None:
+                x_t = x_t + (1 - schedule.at(t, x_t)).sqrt().to(x_t) * more
+            answer: Tensor = network(self.predicts.scaled(x_t, t), t, examples.labels, condition)
+            return answer
+
+        return denoise
+
+    def _estimate(
+        self, network: nn.Module, examples: Examples, beside: list[Tensor], step: int
+    ) -> Tensor:
+        """In half of the steps the network's own estimate of x_0, without gradient; else 0.
+
+        (Chen et al. 2022, arXiv:2208.04202, section 3.2 and algorithm 1.) All images of a step
+        alike, so that the other half costs nothing.
+        """
+        nothing = torch.zeros_like(examples.x_0)
+        if seeding.derived_seed(self.showing.seed, Purpose.SELF_CONDITIONING, step, 0) % 2:
+            return nothing
+        inner = network.module if isinstance(network, DistributedDataParallel) else network
+        x_t = add_noise(self.schedule, examples.x_0, examples.t, examples.noise)
+        with torch.no_grad():
+            answer = inner(
+                self.predicts.scaled(x_t, examples.t), examples.t, examples.labels,
+                torch.cat([nothing, *beside], 1),
+            )  # fmt: skip
+            mean = answer if self.variance == "fixed" else answer.chunk(2, 1)[0]
+            return self.predicts.x_0(x_t, examples.t, mean).clamp_(-1, 1)
 
     def _autocast(self, device: torch.device) -> contextlib.AbstractContextManager[object]:
         return torch.autocast(device.type, torch.bfloat16, enabled=self.bf16)

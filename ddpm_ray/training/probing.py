@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ddpm_ray.data.transforms import to_model_range
 from ddpm_ray.diffusion import seeding
-from ddpm_ray.diffusion.process import NoiseSchedule
 from ddpm_ray.diffusion.seeding import Purpose
 from ddpm_ray.diffusion.spectrum import common_loss, loss_spectrum
+from ddpm_ray.generation.denoiser import Denoiser
 from ddpm_ray.training.reporting import Row, Sink
 from ddpm_ray.training.state import TrainingState
 from ddpm_ray.training.workers import Workers
@@ -30,8 +30,9 @@ class Probe:
     """Looks with the EMA weights, on all workers; each sees its share of the images."""
 
     state: TrainingState
-    schedule: NoiseSchedule
+    denoiser: Denoiser  # of the EMA weights
     images: Tensor  # uint8 [n, H, W, C]: this worker's, whole groups of one image per level
+    labels: Tensor  # int64 [n]
     first_index: int  # of the first of them among all workers' images
     variance: float  # of the data's pixels in [-1, 1]: what a level never trained is charged with
     workers: Workers
@@ -61,6 +62,9 @@ class Probe:
         x_0 = to_model_range(images.to(device), None)
         index = torch.arange(len(images), device=device) + self.first_index + start
         noise = seeding.normal(SEED, Purpose.PROBE, 0, index, tuple(x_0.shape[1:]))
+        labels = self.labels[start : start + len(images)].to(device)
+        seen_twice = labels.repeat(2) if self.denoiser.num_classes else None
         return loss_spectrum(
-            self.state.ema.model, self.schedule, x_0, noise, levels.to(device), self.variance
-        )
+            self.denoiser.noise(seen_twice),
+            self.denoiser.schedule, x_0, noise, levels.to(device), self.variance,
+        )  # fmt: skip

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ddpm_ray.diffusion.timesteps import SecondMoments
 from ddpm_ray.models.ema import EMA
 
 Tensors = dict[str, Tensor]
@@ -19,7 +20,7 @@ Tensors = dict[str, Tensor]
 class Snapshot:
     """A state on the CPU that later steps do not change: tensors by file, facts as JSON."""
 
-    tensors: dict[str, Tensors]  # "model", "ema", "optimizer"
+    tensors: dict[str, Tensors]  # "model", "ema", "optimizer", and "moments" where there are any
     facts: dict[str, Any]
 
     @property
@@ -36,6 +37,7 @@ class TrainingState:
     ema: EMA
     optimizer: torch.optim.Optimizer
     facts: dict[str, Any]  # who this run is: config, seed, data fingerprint, MLflow run
+    moments: SecondMoments | None = None  # of the losses by t, where t is drawn by them
     step: int = 0
     scores: dict[str, Any] = field(default_factory=dict)  # the newest evaluation
     probes: list[dict[str, Any]] = field(default_factory=list)  # all looks at the common loss
@@ -47,6 +49,8 @@ class TrainingState:
             "ema": dict(self.ema.state_dict()),
             "optimizer": self._moments(),
         }
+        if self.moments is not None:
+            tensors["moments"] = self.moments.state_dict()
         copies = {
             name: {key: _plain_copy(value) for key, value in group.items()}
             for name, group in tensors.items()
@@ -64,6 +68,8 @@ class TrainingState:
         self.model.load_state_dict(snapshot.tensors["model"])
         self.ema.load_state_dict(snapshot.tensors["ema"])
         self._set_moments(snapshot.tensors["optimizer"])
+        if self.moments is not None:
+            self.moments.load_state_dict(snapshot.tensors["moments"])
         self.step = snapshot.step
         self.scores = snapshot.facts["scores"]
         self.probes = snapshot.facts["probes"]

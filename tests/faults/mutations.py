@@ -34,12 +34,13 @@ LOOP, SAVES = "tests/training/test_loop.py", "tests/training/test_checkpoints.py
 ENDS, LEASE = "tests/faults/test_same_end.py", "tests/training/test_lease.py"
 CHECKPOINTS, STATE = "ddpm_ray/training/checkpoints.py", "ddpm_ray/training/state.py"
 OBJECTIVES, TRACKER = "ddpm_ray/training/objectives.py", "ddpm_ray/cluster/tracker.py"
+EXAMPLES = "ddpm_ray/training/examples.py"
 
 MUTATIONS = (
-    Mutation("noise is not keyed by the step", OBJECTIVES,
+    Mutation("noise is not keyed by the step", EXAMPLES,
              "Purpose.NOISE, step,", "Purpose.NOISE, 0,", LOOP),
-    Mutation("t is not keyed by the position", OBJECTIVES,
-             "Purpose.TIMESTEP, step, positions,", "Purpose.TIMESTEP, step, positions * 0,", LOOP),
+    Mutation("t is not keyed by the position", EXAMPLES,
+             "self.steps(step, positions)", "self.steps(step, positions * 0)", LOOP),
     Mutation("dropout goes on from wherever it is", OBJECTIVES,
              "if self.reseed_dropout:", "if False:", LOOP),
     Mutation("dropout is keyed by the worker instead of the slot", OBJECTIVES,
@@ -58,7 +59,7 @@ MUTATIONS = (
     Mutation("a run that a lost answer made twice stays twice", "ddpm_ray/cluster/tracking.py",
              "for twin in twins:", "for twin in []:", "tests/cluster/test_tracking.py"),
     Mutation("a NaN stays with its worker", OBJECTIVES,
-             "torch.where(loss.detach().isfinite().all(), 1.0, math.nan)", "1.0", LOOP),
+             "torch.where(finite, 1.0, math.nan)", "1.0", LOOP),
     Mutation("the EMA is not restored", STATE,
              'self.ema.load_state_dict(snapshot.tensors["ema"])', "pass", LOOP),
     Mutation("Adam's moments are not restored", STATE,

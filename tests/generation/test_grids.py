@@ -10,6 +10,7 @@ from torch import Tensor
 from ddpm_ray.diffusion import schedules
 from ddpm_ray.diffusion.process import NoiseSchedule
 from ddpm_ray.diffusion.spacing import uniform_steps
+from ddpm_ray.generation.denoiser import Denoiser
 from ddpm_ray.generation.grids import GUTTER_PIXELS, MARGIN_PIXELS, denoising_strip, grid
 from ddpm_ray.generation.sample import Images, SamplingPlan, draw, to_uint8
 
@@ -57,19 +58,19 @@ def test_what_is_no_batch_of_images_is_refused(shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("count", [1, 3, 20])
 def test_a_strip_goes_from_the_start_noise_to_the_image(count: int) -> None:
-    schedule = NoiseSchedule(schedules.cosine(20))
     plan, index, shape = SamplingPlan(uniform_steps(20, count)), torch.arange(2), (1, 8, 8)
 
     def shrink(x_t: Tensor, t: Tensor) -> Tensor:
         return 0.8 * x_t
 
+    shrinking = Denoiser.of_noise(shrink, NoiseSchedule(schedules.cosine(20)))
     starts: list[Tensor] = []
 
     def keep(t: int, x_t: Tensor, x_0: Tensor) -> None:
         starts.extend([x_t.clone(), x_0.clone()] if t == 20 else [])
 
-    x_0 = draw(shrink, schedule, plan, index, shape, "cpu", on_step=keep)
-    strip = denoising_strip(shrink, schedule, plan, index, shape, "cpu", columns=5)
+    x_0 = draw(shrinking, plan, index, shape, "cpu", on_step=keep)
+    strip = denoising_strip(shrinking, plan, index, shape, "cpu", columns=5)
     cell = 64 + GUTTER_PIXELS
     columns = min(5, count + 1)
     assert strip.size == (

@@ -7,13 +7,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
 from ddpm_ray.diffusion import schedules
 from ddpm_ray.diffusion.process import NoiseSchedule
 from ddpm_ray.diffusion.spacing import uniform_steps
-from ddpm_ray.generation.sample import SamplingPlan, TrainedModel, draw, to_uint8
-from ddpm_ray.models.unet import UNet
+from ddpm_ray.generation.denoiser import Denoiser
+from ddpm_ray.generation.sample import SamplingPlan, draw, to_uint8
 
 T = 20
 SCHEDULE = NoiseSchedule(schedules.cosine(T))
@@ -31,7 +31,7 @@ def pointwise(x_t: Tensor, t: Tensor) -> Tensor:
 
 
 def drawn(plan: SamplingPlan, index: list[int]) -> Tensor:
-    return draw(pointwise, SCHEDULE, plan, torch.tensor(index), SHAPE, "cpu")
+    return draw(Denoiser.of_noise(pointwise, SCHEDULE), plan, torch.tensor(index), SHAPE, "cpu")
 
 
 @given(st.sampled_from(sorted(PLANS)), st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=9))
@@ -61,7 +61,9 @@ def test_noise_of_one_image_at_two_steps_is_not_correlated() -> None:
         return x_t / (1 - SCHEDULE.alpha_bar[t]).sqrt().float().view(-1, 1, 1, 1)
 
     plan = SamplingPlan(uniform_steps(T, T), eta=1.0)
-    draw(blind, SCHEDULE, plan, torch.arange(16), (1, 32, 32), "cpu", on_step=keep)
+    draw(
+        Denoiser.of_noise(blind, SCHEDULE), plan, torch.arange(16), (1, 32, 32), "cpu", on_step=keep
+    )
     alpha_bar = SCHEDULE.alpha_bar
     fresh = []
     for step, (x, x_next) in enumerate(pairwise(states)):
@@ -101,57 +103,3 @@ def test_a_pixel_that_is_not_finite_never_becomes_a_grey_level(poison: float) ->
     images[1, 0, 1, 1] = poison
     with pytest.raises(ValueError, match="1 of 3 images hold values that are not finite"):
         to_uint8(images)
-
-
-def digits_model() -> TrainedModel:
-    torch.manual_seed(0)
-    network = UNet(
-        image_size=8, image_channels=1, base_channels=8, channel_mults=(1, 2),
-        blocks_per_level=1, attention_resolutions=(4,), groups=4,
-    )  # fmt: skip
-    nn.init.normal_(network.conv_out.weight, std=0.1)
-    return TrainedModel(network.eval(), SCHEDULE, SHAPE, provenance={})
-
-
-def test_a_model_gives_image_i_whatever_the_batch_size() -> None:
-    """To one grey level: convolutions sum in another order for another batch."""
-    model = digits_model()
-    whole = model.sample(7, steps=4, seed=5)
-    parts = model.sample(7, steps=4, seed=5, batch_size=2)
-    assert whole.shape == (7, 8, 8, 1)
-    assert np.abs(whole.astype(int) - parts.astype(int)).max() <= 1
-    assert np.abs(whole[:3].astype(int) - model.sample(3, steps=4, seed=5)).max() <= 1
-    assert (whole != model.sample(7, steps=4, seed=6)).mean() > 0.5
-
-
-def test_eta_and_sampler_reach_the_sampler() -> None:
-    model = digits_model()
-    variants = [
-        model.sample(2, steps=4),
-        model.sample(2, steps=4, eta=1.0),
-        model.sample(2, steps=4, sampler="ancestral"),
-        model.sample(2, steps=5),
-    ]
-    # ddim at eta 1 is the ancestral chain with fixed_small (Song et al. 2021), so 1 and 2 agree.
-    assert np.abs(variants[1].astype(int) - variants[2]).max() <= 1
-    assert (variants[0] != variants[1]).mean() > 0.3
-    assert (variants[0] != variants[3]).mean() > 0.1
-
-
-@pytest.mark.parametrize(
-    "wrong, reason",
-    [
-        ({"steps": 21}, r"steps is 21; this model was trained with T = 20 .* from 1\.\.20"),
-        ({"steps": 0}, "steps is 0"),
-        ({"num_images": 0}, "num_images is 0; it must be at least 1"),
-        ({"batch_size": 0}, "batch_size is 0"),
-        ({"labels": [1, 2]}, "labels is .* trained without labels"),
-        ({"guidance_scale": 3.0}, "guidance_scale 3, but this model was trained without labels"),
-        ({"sampler": "dpm"}, "sampler is 'dpm'; choose 'ddim' or 'ancestral'"),
-        ({"eta": 2.0}, "eta is 2"),
-    ],
-)
-def test_a_sample_that_cannot_be_drawn_says_why(wrong: dict[str, object], reason: str) -> None:
-    arguments: dict[str, object] = {"num_images": 2, "steps": 2, **wrong}
-    with pytest.raises(ValueError, match=reason):
-        digits_model().sample(**arguments)  # type: ignore[arg-type]

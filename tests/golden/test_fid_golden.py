@@ -18,6 +18,7 @@ from ddpm_ray.data import shards, storage
 from ddpm_ray.diffusion import schedules
 from ddpm_ray.diffusion.prediction import Prediction
 from ddpm_ray.diffusion.process import NoiseSchedule
+from ddpm_ray.generation.denoiser import Denoiser
 from ddpm_ray.generation.sample import SamplingPlan
 from ddpm_ray.training.evaluation import evaluate
 from ddpm_ray.training.features import inception_net
@@ -41,7 +42,7 @@ def test_fid192_of_two_real_sets_is_the_golden_one(assets: Path, tmp_path: Path)
         return Prediction.of("epsilon", SCHEDULE).output(x_t, t, next(batches))
 
     scores = evaluate(
-        knows_the_test_set, SCHEDULE, SamplingPlan((10, 0)), net, truth,
+        Denoiser.of_noise(knows_the_test_set, SCHEDULE), SamplingPlan((10, 0)), net, truth,
         num_images=1000, batch_size=50, image_shape=(3, 32, 32), workers=Workers(), provenance={},
     )  # fmt: skip
     assert scores.metrics == {"eval/fid192": pytest.approx(0.053981019, rel=1e-3)}

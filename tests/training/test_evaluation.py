@@ -24,6 +24,7 @@ from ddpm_ray.diffusion.frechet import frechet_distance_of_features
 from ddpm_ray.diffusion.prediction import Prediction
 from ddpm_ray.diffusion.process import Denoise, NoiseSchedule
 from ddpm_ray.diffusion.spacing import quadratic_steps, uniform_steps
+from ddpm_ray.generation.denoiser import Denoiser
 from ddpm_ray.generation.sample import Images, SamplingPlan, draw, to_uint8
 from ddpm_ray.models.inception import Inception, Resize
 from ddpm_ray.training.evaluation import Scores, evaluate, metric_names
@@ -92,7 +93,12 @@ def score(
     }
     denoise, plan = arguments.pop("denoise"), arguments.pop("plan")
     return evaluate(
-        denoise, SCHEDULE, plan, feature_net, truth, workers=workers or Workers(), **arguments
+        Denoiser.of_noise(denoise, SCHEDULE),
+        plan,
+        feature_net,
+        truth,
+        workers=workers or Workers(),
+        **arguments,
     )
 
 
@@ -140,7 +146,9 @@ def test_scores_are_what_scipy_and_sklearn_make_of_the_same_samples(
     images = random_images(60)
     feature_net = net(8)
     truth = reference(pack(tmp_path, images, [60]), feature_net, Workers(), kernel_images=5)
-    drawn = to_uint8(draw(blind, SCHEDULE, PLAN, torch.arange(num_images), SHAPE, "cpu"))
+    drawn = to_uint8(
+        draw(Denoiser.of_noise(blind, SCHEDULE), PLAN, torch.arange(num_images), SHAPE, "cpu")
+    )
     samples = features_of(drawn, 8)
     metrics = score(feature_net, truth, num_images=num_images).metrics
     ends = {"eval/fid8_low", "eval/fid8_high"} if num_images >= 20 else set()
@@ -159,7 +167,7 @@ def test_the_interval_is_of_the_scores_without_each_tenth_sample(
     """From the samples themselves: scipy's distance of what is left, ten times."""
     images, feature_net = random_images(90), net(width)
     truth = reference(pack(tmp_path, images, [90]), feature_net, Workers())
-    drawn = to_uint8(draw(blind, SCHEDULE, PLAN, torch.arange(40), SHAPE, "cpu"))
+    drawn = to_uint8(draw(Denoiser.of_noise(blind, SCHEDULE), PLAN, torch.arange(40), SHAPE, "cpu"))
     metrics = score(feature_net, truth).metrics
     known, seen = (features_of(each, width) for each in (images, drawn))
     left = [frechet_by_scipy(known, seen[np.arange(40) % 10 != group]) for group in range(10)]
@@ -174,7 +182,7 @@ def test_fewer_samples_than_features_are_scored_to_twelve_digits(tmp_path: Path)
     """Covariances alone would give seven: that of the samples is singular."""
     images, feature_net = random_images(200), net(32)
     truth = reference(pack(tmp_path, images, [200]), feature_net, Workers())
-    drawn = to_uint8(draw(blind, SCHEDULE, PLAN, torch.arange(8), SHAPE, "cpu"))
+    drawn = to_uint8(draw(Denoiser.of_noise(blind, SCHEDULE), PLAN, torch.arange(8), SHAPE, "cpu"))
     both = [feature_net(torch.from_numpy(each))[32] for each in (images, drawn)]
     metrics = score(feature_net, truth, num_images=8).metrics
     expected = frechet_distance_of_features(*both)  # from the vectors; no covariance is formed

@@ -22,19 +22,21 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
-from ddpm_ray import build, faults
+from ddpm_ray import build, build_diffusion, faults
 from ddpm_ray.config import RunConfig
 from ddpm_ray.data import storage
 from ddpm_ray.data.shards import open_dataset
 from ddpm_ray.data.stream import Batch, ShardStream
-from ddpm_ray.data.transforms import to_model_range
+from ddpm_ray.diffusion import add_noise
 from ddpm_ray.faults import InjectedFaultError
 from ddpm_ray.knobs import load, to_dict
-from ddpm_ray.training import loop, objectives
+from ddpm_ray.training import loop
 from ddpm_ray.training.checkpoints import CheckpointStore, CheckpointWriter
 from ddpm_ray.training.divergence import DivergedError, Guard
+from ddpm_ray.training.examples import Examples
 from ddpm_ray.training.gallery import Gallery
 from ddpm_ray.training.loop import Run, train
+from ddpm_ray.training.objectives import Objective
 from ddpm_ray.training.reporting import RATES, Progress, Row, Wish
 from ddpm_ray.training.state import Snapshot
 from ddpm_ray.training.step_log import StepLog
@@ -156,11 +158,11 @@ def begin(
     network: nn.Module = state.model
     if workers.count > 1:
         network = DistributedDataParallel(network, broadcast_buffers=False)
-    sink, objective = (ledger or Ledger()) if workers.leads else None, build.objective(config, CPU)
+    sink = (ledger or Ledger()) if workers.leads else None
+    denoiser = build_diffusion.denoiser(config, state.ema.model, CPU)
     gallery = Gallery(
-        state,
-        objective.schedule,
-        build.sampling_plan(config.sampling, config.schedule.num_steps),
+        denoiser,
+        build_diffusion.sampling_plan(config.sampling, denoiser.schedule),
         (1, SIDE, SIDE),
         workers,
         str(folder),
@@ -170,7 +172,7 @@ def begin(
         plan=build.plan(config, workers.count),
         state=state,
         network=network,
-        objective=objective,
+        objective=build_diffusion.objective(config, state, CPU),
         guard=guard,
         stream=streamed(config, workers),
         workers=workers,
@@ -181,7 +183,7 @@ def begin(
         draw_grid=lambda step: None,
         draw_strip=lambda step: None,
         evaluate=lambda step: None,
-        probe=build.probe(config, dataset, gallery).look,
+        probe=build.probe(config, dataset, state, gallery).look,
     )
 
 
@@ -663,16 +665,16 @@ def test_the_error_stays_short_and_survives_a_pickle() -> None:
 def gradient_of(
     config: RunConfig, tmp_path: Path, workers: Workers, micro_batch: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses, log-SNR and the gradient of a worker's share of global batch 0."""
+    """Losses, t and the gradient of a worker's share of global batch 0."""
     torch.manual_seed(5)
     state = build.training_state(config, (SIDE, SIDE, 1), CPU, {})
     for parameter in state.model.parameters():
         nn.init.normal_(parameter, std=0.3)
-    images = streamed(config, workers).batch(0).images
-    objective = build.objective(config, CPU)
-    losses, log_snr = objective.backward(state.model, images, 0, workers, micro_batch)
+    images, labels = streamed(config, workers).batch(0)
+    objective = build_diffusion.objective(config, state, CPU)
+    losses, t = objective.backward(state.model, images, labels, 0, workers, micro_batch)
     gradients = [p.grad.flatten() for p in state.model.parameters() if p.grad is not None]
-    return losses, log_snr, torch.cat(gradients)
+    return losses, t, torch.cat(gradients)
 
 
 @pytest.mark.parametrize("micro_batch", [1, 3, 4])
@@ -703,23 +705,34 @@ def test_the_workers_gradients_average_to_that_of_one(
 
 def test_what_is_drawn_is_a_function_of_step_and_position(data: str) -> None:
     """Another step draws other t, noise and flips for the same images."""
-    objective = build.objective(configured(data, "data.flip=true"), CPU)
+    objective = objective_of(configured(data, "data.flip=true"))
     images = torch.arange(8 * 16, dtype=torch.uint8).view(8, SIDE, SIDE, 1)
     seen: list[Tensor] = []
-
-    def network(x_t: Tensor, t: Tensor) -> Tensor:
-        seen.append(torch.cat([x_t.flatten(1), t[:, None]], 1))
-        return torch.zeros_like(x_t)
-
-    module = nn.Module()
-    module.forward = network
     for step, positions in ((3, range(8)), (3, range(4, 8)), (4, range(8))):
         part = images[positions.start : positions.stop]
-        objective.losses(module, part, step, torch.tensor(list(positions)), CPU)
+        shown = examples(objective, part, step, positions.start)
+        x_t = add_noise(objective.schedule, shown.x_0, shown.t, shown.noise)
+        seen.append(torch.cat([x_t.flatten(1), shown.t[:, None]], 1))
     assert torch.equal(seen[1], seen[0][4:])
     assert not (seen[2] == seen[0]).all(1).any()
     assert seen[0][:, -1].min() >= 1
     assert seen[0][:, -1].max() <= 60
+
+
+NO_LABELS = torch.full((2,), -1)
+
+
+def objective_of(config: RunConfig) -> Objective:
+    return build_diffusion.objective(
+        config, build.training_state(config, (SIDE, SIDE, 1), CPU, {}), CPU
+    )
+
+
+def examples(objective: Objective, images: Tensor, step: int = 0, first: int = 0) -> Examples:
+    """Of images without labels at positions `first` ... of batch `step`."""
+    count = len(images)
+    positions, labels = torch.arange(first, first + count), torch.full((count,), -1)
+    return objective.showing.examples(images, labels, step, positions, CPU)
 
 
 class Probe(nn.Module):
@@ -730,16 +743,16 @@ class Probe(nn.Module):
         self.number = nn.Parameter(torch.tensor(number))
         self.drawn: list[Tensor] = []
 
-    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor, labels: None, condition: None) -> Tensor:
         self.drawn.append(torch.rand(4))
         return self.number.expand(x_t.shape)
 
 
 def test_dropout_draws_anew_at_each_step_and_worker_and_repeats_each(data: str) -> None:
-    objective, probe = build.objective(configured(data, "model.dropout=0.1"), CPU), Probe(0.0)
+    objective, probe = objective_of(configured(data, "model.dropout=0.1")), Probe(0.0)
     images = torch.zeros(2, SIDE, SIDE, 1, dtype=torch.uint8)
     for step, rank in ((5, 0), (6, 0), (5, 1), (5, 0)):
-        objective.backward(probe, images, step, Workers(rank, 2), 1)
+        objective.backward(probe, images, NO_LABELS, step, Workers(rank, 2), 1)
     draws = [tuple(draw.tolist()) for draw in probe.drawn]  # two micro-batches a call
     assert len(set(draws)) == 6
     assert draws[6:] == draws[:2]
@@ -747,9 +760,9 @@ def test_dropout_draws_anew_at_each_step_and_worker_and_repeats_each(data: str) 
 
 def test_an_infinite_loss_makes_the_gradient_nan_on_all_workers(data: str) -> None:
     """1e25 squared is no float32, though its slope is: the sum over workers must tell them all."""
-    objective, probe = build.objective(configured(data), CPU), Probe(1e25)
+    objective, probe = objective_of(configured(data)), Probe(1e25)
     images = torch.zeros(2, SIDE, SIDE, 1, dtype=torch.uint8)
-    losses, _ = objective.backward(probe, images, 0, Workers(), 2)
+    losses, _ = objective.backward(probe, images, NO_LABELS, 0, Workers(), 2)
     assert losses.isinf().all()
     assert probe.number.grad is not None
     assert probe.number.grad.isnan()
@@ -757,34 +770,26 @@ def test_an_infinite_loss_makes_the_gradient_nan_on_all_workers(data: str) -> No
 
 def test_the_loss_of_a_silent_network_is_the_noise_power(data: str) -> None:
     """Predicting 0 costs E[epsilon^2] = 1 per pixel: over 4096 images to 4 standard errors."""
-    objective = build.objective(configured(data), CPU)
+    objective = objective_of(configured(data))
     images = torch.zeros(4096, SIDE, SIDE, 1, dtype=torch.uint8)
-    losses, _ = objective.losses(Probe(0.0), images, 0, torch.arange(4096), CPU)
+    losses = objective.losses(Probe(0.0), examples(objective, images), 0)
     assert losses.mean().item() == pytest.approx(1, abs=4 * math.sqrt(2 / (4096 * 16)))
 
 
 def test_each_image_of_a_batch_has_its_own_step_of_noise(data: str) -> None:
-    objective = build.objective(configured(data), CPU)
+    objective = objective_of(configured(data))
     images = torch.zeros(60, SIDE, SIDE, 1, dtype=torch.uint8)
-    _, t = objective.losses(lambda x_t, t: x_t, images, 0, torch.arange(60), CPU)  # type: ignore[arg-type]
+    t = examples(objective, images).t
     assert 1 <= int(t.min()) <= int(t.max()) <= 60
     assert len(t.unique()) > 25  # of 60 draws from 60 steps 38 are expected to differ
 
 
 def test_half_of_the_images_are_mirrored(data: str) -> None:
-    objective = build.objective(configured(data, "data.flip=true"), CPU)
+    objective = objective_of(configured(data, "data.flip=true"))
     image = torch.arange(16, dtype=torch.uint8).view(1, SIDE, SIDE, 1)
-    seen: list[Tensor] = []
-    with pytest.MonkeyPatch.context() as patch:
-
-        def watched(images: Tensor, flip: Tensor | None) -> Tensor:
-            assert flip is not None
-            seen.append(flip)
-            return to_model_range(images, flip)
-
-        patch.setattr(objectives, "to_model_range", watched)
-        objective.losses(Probe(0.0), image.expand(1000, -1, -1, -1), 0, torch.arange(1000), CPU)
-    assert 437 <= int(seen[0].sum()) <= 563  # 4 standard deviations
+    shown = examples(objective, image.expand(1000, -1, -1, -1)).x_0
+    mirrored = shown[:, 0, 0, 0] > shown[:, 0, 0, 1]  # the rows rise
+    assert 437 <= int(mirrored.sum()) <= 563  # 4 standard deviations
 
 
 # Schedules of the rate and of the average.

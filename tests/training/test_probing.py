@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ddpm_ray.diffusion import NoiseSchedule, schedules, seeding
 from ddpm_ray.diffusion.seeding import Purpose
 from ddpm_ray.diffusion.spectrum import common_loss, linear_guess
+from ddpm_ray.generation.denoiser import Denoiser
 from ddpm_ray.models.ema import EMA
 from ddpm_ray.training.probing import LEVELS, Probe
 from ddpm_ray.training.reporting import Row
@@ -57,7 +58,10 @@ def probe(
     first, end = part.start * len(LEVELS), part.stop * len(LEVELS)
     model = Mixture(share)
     state = TrainingState(model, EMA(model), torch.optim.Adam(model.parameters()), {})
-    return Probe(state, schedule, IMAGES[first:end], first, VARIANCE, workers, sink, batch_size)
+    denoiser = Denoiser.of_noise(state.ema.model, schedule)
+    labels = torch.full((end - first,), -1)
+    images = IMAGES[first:end]
+    return Probe(state, denoiser, images, labels, first, VARIANCE, workers, sink, batch_size)
 
 
 def looked(made: Probe, step: int = 7) -> dict[str, Any]:

@@ -1,0 +1,208 @@
+"""From knobs of the diffusion to its objects: one `match` per choice."""
+
+from functools import partial
+from typing import assert_never
+
+import torch
+from torch import Tensor, nn
+
+from ddpm_ray.config import RunConfig, TrainingConfig
+from ddpm_ray.diffusion import schedules, spacing, timesteps, weights
+from ddpm_ray.diffusion.prediction import Prediction
+from ddpm_ray.diffusion.process import NoiseSchedule
+from ddpm_ray.diffusion_config import ObjectiveConfig, SamplingConfig, ScheduleConfig
+from ddpm_ray.generation.denoiser import Denoiser, Guidance, Network
+from ddpm_ray.generation.sample import SamplingPlan
+from ddpm_ray.knobs import ConfigError
+from ddpm_ray.models.unet import UNet
+from ddpm_ray.training.examples import ChooseSteps, Showing
+from ddpm_ray.training.objectives import Objective
+from ddpm_ray.training.state import TrainingState
+
+
+def noise_schedule(config: ScheduleConfig) -> NoiseSchedule:
+    """The forward process's alpha_bar."""
+    alpha_bar = _alpha_bar(config)
+    if config.zero_terminal_snr:
+        alpha_bar = schedules.zero_terminal_snr(alpha_bar)
+    return NoiseSchedule(alpha_bar)
+
+
+def _alpha_bar(config: ScheduleConfig) -> Tensor:
+    steps, start, end = config.num_steps, config.beta_start, config.beta_end
+    match config.kind:
+        case "linear":
+            return schedules.linear(steps, start, end, rescale=config.rescale)
+        case "scaled_linear":
+            return schedules.scaled_linear(steps, start, end, rescale=config.rescale)
+        case "constant":
+            return schedules.constant(steps, end)
+        case "one_over_t":
+            return schedules.one_over_t(steps)
+        case "warmup":
+            return schedules.warmup(steps, start, end, config.warmup_share)
+        case "cosine":
+            return schedules.cosine(steps, config.offset, config.max_beta)
+        case "sigmoid":
+            return schedules.sigmoid(
+                steps, config.sigmoid_start, config.sigmoid_end, config.sigmoid_tau, config.max_beta
+            )
+        case "laplace":
+            return schedules.laplace(
+                steps, config.laplace_mean, config.laplace_scale, config.max_beta
+            )
+        case "edm":
+            return schedules.edm(steps, config.sigma_min, config.sigma_max, config.rho)
+        case "betas":
+            return schedules.from_betas(config.betas)
+        case _:
+            assert_never(config.kind)
+
+
+def prediction(config: ObjectiveConfig, schedule: NoiseSchedule) -> Prediction:
+    """What the network's answers mean."""
+    return Prediction.of(config.prediction, schedule, config.sigma_data)
+
+
+def denoiser(config: RunConfig, network: Network, device: torch.device | str) -> Denoiser:
+    """The network as samplers use it; `network` lies on `device`."""
+    return Denoiser(
+        network,
+        prediction(config.objective, noise_schedule(config.schedule).to(device)),
+        config.objective.variance,
+        config.model.num_classes,
+        config.objective.self_conditioning,
+    )
+
+
+def sampling_plan(config: SamplingConfig, schedule: NoiseSchedule) -> SamplingPlan:
+    """How images are drawn from a model of this schedule; ValueError if it has too few steps."""
+    match config.spacing:
+        case "uniform":
+            steps = spacing.uniform_steps(schedule.num_steps, config.steps)
+        case "quadratic":
+            steps = spacing.quadratic_steps(schedule.num_steps, config.steps)
+        case "log_snr":
+            steps = spacing.log_snr_steps(schedule, config.steps)
+        case _:
+            assert_never(config.spacing)
+    return SamplingPlan(
+        steps,
+        config.sampler,
+        eta=config.eta,
+        variance=config.variance,
+        clip=config.clip,
+        dynamic_quantile=config.dynamic_quantile,
+        seed=config.seed,
+        labels=config.labels,
+        guidance=Guidance(
+            config.guidance_scale,
+            config.guidance_rescale,
+            config.guidance_above_sigma,
+            config.guidance_below_sigma,
+        ),
+    )
+
+
+def checked_plan(
+    config: SamplingConfig, trained: RunConfig, schedule: NoiseSchedule
+) -> SamplingPlan:
+    """As `sampling_plan`; raises ConfigError, a line for each key that such a model cannot do."""
+    problems = [
+        *config.problems("sampling", schedule.num_steps),
+        *config.misfits("sampling", trained.objective, trained.model.num_classes),
+    ]
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return sampling_plan(config, schedule)
+
+
+def memory_format(config: TrainingConfig) -> torch.memory_format:
+    """Layout of images and convolution weights."""
+    return torch.channels_last if config.channels_last else torch.contiguous_format
+
+
+def objective(config: RunConfig, state: TrainingState, device: torch.device) -> Objective:
+    """The loss of `state`'s network, drawn and computed as configured."""
+    wanted, training = config.objective, config.training
+    predicts = prediction(wanted, noise_schedule(config.schedule).to(device))
+    return Objective(
+        showing(config, predicts, state),
+        predicts,
+        loss=wanted.loss,
+        variance=wanted.variance,
+        vlb_weight=wanted.vlb_weight,
+        weight=weight(wanted, predicts),
+        uncertainty=uncertainty(state.model) if wanted.weighting == "uncertainty" else None,
+        classifies=config.model.kind == "classifier",
+        self_conditioning=wanted.self_conditioning,
+        reseed_dropout=config.model.dropout > 0,
+        bf16=training.precision == "bf16",
+        slots=training.reduction_slots if training.reduction == "elastic" else 0,
+    )
+
+
+def uncertainty(network: nn.Module) -> nn.Module:
+    """The part of a U-Net that learns which loss is to be expected at each t."""
+    assert isinstance(network, UNet)
+    assert network.uncertainty is not None  # built with it
+    return network.uncertainty
+
+
+def showing(config: RunConfig, predicts: Prediction, state: TrainingState) -> Showing:
+    """What the network is shown of each image."""
+    wanted = config.objective
+    return Showing(
+        config.seed,
+        choice_of_steps(config, predicts.schedule, state),
+        flip=config.data.flip,
+        memory_format=memory_format(config.training),
+        num_classes=config.model.num_classes,
+        label_dropout=wanted.label_dropout if config.model.kind == "unet" else 0.0,
+        offset_noise=wanted.offset_noise,
+        input_perturbation=wanted.input_perturbation,
+        low_resolution_pixels=wanted.low_resolution_pixels,
+        low_resolution_noise=wanted.low_resolution_noise,
+    )
+
+
+def choice_of_steps(
+    config: RunConfig, schedule: NoiseSchedule, state: TrainingState
+) -> ChooseSteps:
+    """How t is drawn for each position of the global batch."""
+    wanted, seed, num_steps = config.objective, config.seed, schedule.num_steps
+    batch = config.training.global_batch_size
+    match wanted.timesteps:
+        case "uniform":
+            return lambda step, at: (timesteps.uniform(seed, step, at, num_steps), None)
+        case "low_discrepancy":
+            spread = partial(timesteps.low_discrepancy, num_steps=num_steps, batch=batch)
+        case "antithetic":
+            spread = partial(timesteps.antithetic, num_steps=num_steps)
+        case "log_normal":
+            table = timesteps.log_normal(
+                schedule, wanted.log_sigma_mean, wanted.log_sigma_deviation
+            )
+            return lambda step, at: (timesteps.weighted(seed, step, at, table)[0], None)
+        case "second_moment":
+            moments = state.moments
+            assert moments is not None  # made with the state
+            return lambda step, at: timesteps.weighted(seed, step, at, moments.probability())
+        case _:
+            assert_never(wanted.timesteps)
+    return lambda step, at: (spread(seed, step, at), None)
+
+
+def weight(config: ObjectiveConfig, predicts: Prediction) -> Tensor | None:
+    """Of each step's squared error, [T+1] on the predictions' device; None: 1 for all."""
+    match config.weighting:
+        case "unit" | "uncertainty":
+            return None
+        case "min_snr":
+            return weights.min_snr(predicts, config.gamma)
+        case "soft_min_snr":
+            return weights.soft_min_snr(predicts, config.gamma)
+        case "p2":
+            return weights.p2(predicts, config.p2_k, config.p2_gamma)
+        case _:
+            assert_never(config.weighting)

@@ -1,0 +1,61 @@
+"""Every knob of a model's scores: how many samples, seen by which network, compared how."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from ddpm_ray.knobs import knob
+
+INCEPTION_URL = (
+    "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+    "pt_inception-2015-12-05-6726825d.pth"
+)
+INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    num_images: int = knob(0, "EMA samples that are scored; 0: no evaluation", at_least=0)
+    every_steps: int = knob(0, "steps between evaluations; 0: only at the end", at_least=0)
+    features: Literal["inception", "digits"] = knob(
+        "inception", "inception: eval/fid; digits: eval/fd_digits, by the bundled classifier"
+    )
+    widths: tuple[int, ...] = knob(
+        (2048,), "inception features: 2048 eval/fid, 768 eval/fid768, 192 eval/fid192"
+    )
+    resize: Literal["original", "pytorch-fid"] = knob(
+        "original", "to 299 pixels: TensorFlow 1 bilinear as in the papers, or torch bilinear"
+    )
+    weights: str = knob(INCEPTION_URL, "inception: release .pth or folded .npz, path or URL")
+    weights_sha256: str = knob(INCEPTION_SHA256, "of that file")
+    kernel_distance: bool = knob(True, "also the kernel inception distance (KID)")
+    kernel_distance_images: int = knob(5000, "images of each side that KID compares", at_least=2)
+    spectrum_every_steps: int = knob(
+        0, "steps between losses by log-SNR, on one axis for all schedules; 0: none", at_least=0
+    )
+    spectrum_images: int = knob(512, "images that these are taken of, always the same", at_least=16)
+
+    bits_per_dim_images: int = knob(
+        0, "images of the data whose bits per dimension are bounded; 0: none", at_least=0
+    )
+    bits_per_dim_terms: int = knob(
+        0, "terms of that bound that are seen of each image; 0: all T", at_least=0
+    )
+
+    def problems(self) -> Iterator[str]:
+        """What leaves a score without meaning."""
+        known = (192, 768, 2048)
+        if not self.widths or any(width not in known for width in self.widths):
+            yield f"evaluation.widths is {list(self.widths)}; choose from {list(known)}"
+        if self.bits_per_dim_images == 1:
+            yield "evaluation.bits_per_dim_images is 1; an interval needs at least 2 images"
+        if self.bits_per_dim_terms == 1:
+            yield "evaluation.bits_per_dim_terms is 1; take 2, which is L_0 and one other, to T"
+        if self.num_images == 1:
+            yield "evaluation.num_images is 1; a covariance needs at least 2 images"
+        if not re.fullmatch("[0-9a-f]{64}", self.weights_sha256):  # it names a file in the cache
+            yield (
+                f"evaluation.weights_sha256 is {self.weights_sha256!r}; give the 64 hex digits "
+                f"that `sha256sum` prints for the file in evaluation.weights"
+            )

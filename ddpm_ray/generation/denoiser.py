@@ -1,0 +1,128 @@
+"""A network together with what its answers mean, and the denoiser it is for images of given labels.
+
+Samplers and losses know one callable, denoise(x_t, t). Whatever else a network wants beside x_t is
+bound here: labels and their guidance, its own last estimate, an image of lower resolution, the
+scale of its input.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ddpm_ray.diffusion.guidance import classifier_free
+from ddpm_ray.diffusion.prediction import Prediction
+from ddpm_ray.diffusion.process import Denoise, NoiseSchedule
+
+Network: TypeAlias = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
+"""(x_t [B, C, H, W], t [B], labels [B] or None, condition [B, ., H, W] or None) -> the answer."""
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How strongly samples are drawn towards their labels; see guidance.classifier_free."""
+
+    scale: float = 1.0
+    rescale: float = 0.0
+    above_sigma: float = 0.0
+    below_sigma: float = 0.0  # 0: no end
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """The noise levels at which it is felt; None: at all of them."""
+        if not (self.above_sigma or self.below_sigma):
+            return None
+        return self.above_sigma, self.below_sigma or float("inf")
+
+
+UNGUIDED = Guidance()
+
+
+@dataclass(frozen=True, eq=False)
+class Denoiser:
+    """A trained network, what it predicts, and what it must be told."""
+
+    network: Network
+    predicts: Prediction
+    variance: Literal["fixed", "learned", "learned_range"] = "fixed"  # what it answers beside
+    num_classes: int = 0
+    self_conditioned: bool = False
+
+    @classmethod
+    def of_noise(cls, denoise: Denoise, schedule: NoiseSchedule) -> "Denoiser":
+        """Of a callable that predicts the noise and wants x_t and t alone."""
+        return cls(
+            lambda x_t, t, labels, condition: denoise(x_t, t), Prediction.of("epsilon", schedule)
+        )
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        """That of what it predicts."""
+        return self.predicts.schedule
+
+    def bound(
+        self,
+        labels: Tensor | None = None,
+        guidance: Guidance = UNGUIDED,
+        low_resolution: Tensor | None = None,
+    ) -> Denoise:
+        """denoise(x_t, t) for images of these `labels` [B], where the network knows labels.
+
+        `low_resolution` [B, C, H, W] is what a network for super-resolution sees. It answers with
+        the variance behind where one is learned. Made for one walk: a self-conditioned network
+        remembers its last estimate. Raises ValueError for labels that it was not trained with.
+        """
+        if self.num_classes == 0 and (labels is not None or guidance.scale != 1):
+            raise ValueError(
+                f"labels and guidance_scale {guidance.scale:g} are for models trained with labels; "
+                "this one was not: leave both out"
+            )
+        network = _Beside(self, low_resolution)
+        if labels is None:
+            return lambda x_t, t: network(x_t, t, None)
+        return classifier_free(
+            network, labels, self.num_classes, guidance.scale,
+            rescale=guidance.rescale, interval=guidance.interval, predicts=self.predicts,
+        )  # fmt: skip
+
+    def noise(self, labels: Tensor | None = None) -> Denoise:
+        """What it thinks of the noise in x_t [B, ...], whatever it predicts."""
+        denoise = self.mean_of(self.bound(labels))
+        return lambda x_t, t: self.predicts.noise(x_t, t, denoise(x_t, t))
+
+    def mean_of(self, denoise: Denoise) -> Denoise:
+        """`denoise` without the learned variance that this network answers behind."""
+        return denoise if self.variance == "fixed" else lambda x, t: denoise(x, t).chunk(2, 1)[0]
+
+
+class _Beside:
+    """The network with everything beside x_t, t and labels in its place."""
+
+    def __init__(self, denoiser: Denoiser, low_resolution: Tensor | None) -> None:
+        self._denoiser, self._low_resolution = denoiser, low_resolution
+        self._estimate: Tensor | None = None
+
+    def __call__(self, x_t: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+        of, beside = self._denoiser, []
+        if of.self_conditioned:
+            beside.append(self._last(x_t))
+        if self._low_resolution is not None:
+            beside.append(_as_many(self._low_resolution, len(x_t)))
+        condition = torch.cat(beside, 1) if beside else None
+        answer = of.network(of.predicts.scaled(x_t, t), t, labels, condition)
+        if of.self_conditioned:
+            mean = answer if of.variance == "fixed" else answer.chunk(2, 1)[0]
+            self._estimate = of.predicts.x_0(x_t, t, mean).clamp_(-1, 1)
+        return answer
+
+    def _last(self, x_t: Tensor) -> Tensor:
+        if self._estimate is None:
+            self._estimate = torch.zeros_like(x_t)
+        return _as_many(self._estimate, len(x_t))
+
+
+def _as_many(images: Tensor, count: int) -> Tensor:
+    """The images, repeated or cut to `count`: guidance shows each of them twice."""
+    return images[:count] if len(images) >= count else images.repeat(count // len(images), 1, 1, 1)

@@ -1,0 +1,147 @@
+"""What a denoiser shows its network beside x_t, and what it makes of its answers."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from ddpm_ray.diffusion import NoiseSchedule, Prediction, schedules
+from ddpm_ray.generation.denoiser import Denoiser, Guidance
+from ddpm_ray.generation.sample import SamplingPlan, draw
+from tests.truth import LINE, SCHEDULE
+
+SHAPE = (1, 2, 2)
+LINEAR = NoiseSchedule(schedules.linear(40, 1e-3, 0.3))
+EPSILON = Prediction.of("epsilon", LINEAR)
+T = torch.tensor([7, 7])
+
+
+class Seen:
+    """A network that keeps what it was shown, and answers with zeros of `channels`."""
+
+    def __init__(self, channels: int = 1) -> None:
+        self.channels = channels
+        self.x_t: list[Tensor] = []
+        self.labels: list[Tensor | None] = []
+        self.condition: list[Tensor | None] = []
+
+    def __call__(
+        self, x_t: Tensor, t: Tensor, labels: Tensor | None, condition: Tensor | None
+    ) -> Tensor:
+        self.x_t.append(x_t.clone())
+        self.labels.append(None if labels is None else labels.clone())
+        self.condition.append(None if condition is None else condition.clone())
+        return 0.1 * x_t.repeat(1, self.channels, 1, 1)
+
+
+def test_labels_go_by_the_index_in_turn_or_as_wished() -> None:
+    for wished, expected in (((), [0, 1, 2, 0, 1]), ((2, 0), [2, 0, 2, 0, 2])):
+        network = Seen()
+        denoiser = Denoiser(network, EPSILON, num_classes=3)
+        plan = SamplingPlan((40, 0), labels=wished)
+        draw(denoiser, plan, torch.arange(5), SHAPE, "cpu")
+        assert [labels.tolist() for labels in network.labels if labels is not None] == [expected]
+
+
+def test_guidance_shows_each_image_with_its_label_and_without() -> None:
+    network = Seen()
+    denoiser = Denoiser(network, EPSILON, num_classes=3)
+    denoise = denoiser.bound(torch.tensor([1, 2]), Guidance(scale=2))
+    denoise(torch.ones(2, *SHAPE), T)
+    (labels,) = network.labels
+    assert labels is not None
+    assert labels.tolist() == [1, 2, 3, 3]
+    assert network.x_t[0].shape == (4, *SHAPE)
+
+
+def test_a_model_without_labels_refuses_them() -> None:
+    denoiser = Denoiser(Seen(), EPSILON)
+    with pytest.raises(ValueError, match="guidance_scale 1 are for models trained with labels"):
+        denoiser.bound(torch.tensor([0]))
+    with pytest.raises(ValueError, match="guidance_scale 3 are for models trained with labels"):
+        denoiser.bound(None, Guidance(scale=3))
+
+
+def test_a_self_conditioned_network_sees_its_last_estimate_clipped() -> None:
+    """First nothing; then x_0 as its own answer, a tenth of x_t, had it."""
+    network = Seen()
+    denoiser = Denoiser(network, EPSILON, self_conditioned=True)
+    denoise = denoiser.bound()
+    x = torch.tensor([0.3, 5.0]).view(2, 1, 1, 1).expand(2, *SHAPE)
+    for _ in range(2):
+        denoise(x, T)
+    a = float(LINEAR.alpha_bar[7])
+    first, second = network.condition
+    assert first is not None
+    assert second is not None
+    assert not first.any()
+    expected = (0.3 - math.sqrt(1 - a) * 0.03) / math.sqrt(a)
+    assert second[0].flatten().tolist() == pytest.approx([expected] * 4)
+    assert (second[1] == 1).all()
+    denoiser.bound()(x, T)
+    assert network.condition[2] is not None
+    assert not network.condition[2].any(), "a new walk remembers the one before"
+
+
+def test_guided_and_self_conditioned_it_keeps_the_two_estimates_apart() -> None:
+    network = Seen()
+    denoiser = Denoiser(network, EPSILON, num_classes=2, self_conditioned=True)
+    denoise = denoiser.bound(torch.tensor([0, 1]), Guidance(scale=2))
+    for _ in range(2):
+        denoise(torch.randn(2, *SHAPE), T)
+    assert [c.shape for c in network.condition if c is not None] == [(4, *SHAPE)] * 2
+
+
+def test_the_low_resolution_image_lies_behind_the_estimate() -> None:
+    network, small = Seen(), torch.full((2, *SHAPE), 0.5)
+    denoiser = Denoiser(network, EPSILON, self_conditioned=True)
+    denoiser.bound(low_resolution=small)(torch.ones(2, *SHAPE), T)
+    (condition,) = network.condition
+    assert condition is not None
+    assert torch.equal(condition, torch.cat([torch.zeros_like(small), small], 1))
+
+
+def test_edm_shows_its_input_with_unit_variance() -> None:
+    """Data of deviation 0.5 at sigma: x_t has the variance a 0.25 + 1 - a."""
+    network = Seen()
+    denoiser = Denoiser(network, Prediction.of("edm", LINEAR, sigma_data=0.5))
+    a = LINEAR.alpha_bar[7]
+    x_t = (a * 0.25 + 1 - a).sqrt().float() * torch.randn(2, 1, 100, 100)
+    denoiser.bound()(x_t, T)
+    assert network.x_t[0].std().item() == pytest.approx(1, abs=0.03)
+
+
+def test_a_learned_variance_reaches_the_sampler_that_reads_it_alone() -> None:
+    denoiser = Denoiser(Seen(2), EPSILON, variance="learned_range")
+    whole = tuple(range(40, -1, -1))
+    for sampler in ("ddim", "ancestral", "unipc"):
+        plan = SamplingPlan(whole, sampler)
+        assert draw(denoiser, plan, torch.arange(2), SHAPE, "cpu").shape == (2, *SHAPE)
+    plan = SamplingPlan(whole, "ancestral", variance="learned")
+    learned = draw(denoiser, plan, torch.arange(2), SHAPE, "cpu")
+    fixed = draw(denoiser, SamplingPlan(whole, "ancestral"), torch.arange(2), SHAPE, "cpu")
+    assert not torch.equal(learned, fixed)
+    with pytest.raises(ValueError, match="unipc has none: use fixed_small"):
+        draw(
+            denoiser, SamplingPlan((40, 0), "unipc", variance="learned"),
+            torch.arange(2), SHAPE, "cpu",
+        )  # fmt: skip
+    with pytest.raises(ValueError, match="the network answers none; use fixed_small"):
+        draw(Denoiser(Seen(), EPSILON), plan, torch.arange(2), SHAPE, "cpu")
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "x_0", "v", "mean", "score", "edm"])
+def test_its_noise_is_the_expected_noise_whatever_it_predicts(kind: str) -> None:
+    """The mixture's optimum in every form is one and the same estimate of the noise."""
+    predicts = Prediction.of(kind, SCHEDULE)  # type: ignore[arg-type]
+    scale = torch.ones_like(SCHEDULE.alpha_bar) if predicts.c_in is None else predicts.c_in
+
+    def network(x: Tensor, t: Tensor, labels: None, condition: None) -> Tensor:
+        x_t = x / scale[t].view(-1, 1)
+        return predicts.output(x_t, t, LINE.expected_image(x_t, t))
+
+    x_t = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
+    t = torch.full((9,), 600)
+    found = Denoiser(network, predicts).noise()(x_t, t)  # type: ignore[arg-type]
+    torch.testing.assert_close(found, LINE.expected_noise(x_t, t))

@@ -1,0 +1,236 @@
+"""The face that a notebook sees: uint8 in and out, the same image in any call, errors with reasons.
+
+What the walks make of an image is held to the truth in test_editing.py and tests/diffusion.
+"""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ddpm_ray.diffusion import schedules
+from ddpm_ray.diffusion.prediction import Prediction
+from ddpm_ray.diffusion.process import NoiseSchedule
+from ddpm_ray.generation import editing
+from ddpm_ray.generation.denoiser import Denoiser
+from ddpm_ray.generation.sample import Images
+from ddpm_ray.generation.trained_model import TrainedModel
+from ddpm_ray.models.unet import UNet
+
+SCHEDULE = NoiseSchedule(schedules.cosine(20))
+SHAPE = (1, 8, 8)
+KNOWN = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 1), dtype=np.uint8)
+MASK = np.arange(64).reshape(8, 8) % 3 > 0
+
+
+def digits_model() -> TrainedModel:
+    torch.manual_seed(0)
+    network = UNet(
+        image_size=8, image_channels=1, base_channels=8, channel_mults=(1, 2),
+        blocks_per_level=1, attention_resolutions=(4,), groups=4,
+    )  # fmt: skip
+    nn.init.normal_(network.conv_out.weight, std=0.1)
+    denoiser = Denoiser(network.eval(), Prediction.of("epsilon", SCHEDULE))
+    return TrainedModel(denoiser, SHAPE, provenance={})
+
+
+def test_a_model_gives_image_i_whatever_the_batch_size() -> None:
+    """To one grey level: convolutions sum in another order for another batch."""
+    model = digits_model()
+    whole = model.sample(7, steps=4, seed=5)
+    parts = model.sample(7, steps=4, seed=5, batch_size=2)
+    assert whole.shape == (7, 8, 8, 1)
+    assert np.abs(whole.astype(int) - parts.astype(int)).max() <= 1
+    assert np.abs(whole[:3].astype(int) - model.sample(3, steps=4, seed=5)).max() <= 1
+    assert (whole != model.sample(7, steps=4, seed=6)).mean() > 0.5
+
+
+def test_eta_and_sampler_reach_the_sampler() -> None:
+    model = digits_model()
+    variants = [
+        model.sample(2, steps=4),
+        model.sample(2, steps=4, eta=1.0),
+        model.sample(2, steps=4, sampler="ancestral"),
+        model.sample(2, steps=5),
+    ]
+    # ddim at eta 1 is the ancestral chain with fixed_small (Song et al. 2021), so 1 and 2 agree.
+    assert np.abs(variants[1].astype(int) - variants[2]).max() <= 1
+    assert (variants[0] != variants[1]).mean() > 0.3
+    assert (variants[0] != variants[3]).mean() > 0.1
+
+
+@pytest.mark.parametrize(
+    "wrong, reason",
+    [
+        ({"steps": 21}, r"steps is 21; this model was trained with T = 20 .* from 1\.\.20"),
+        ({"steps": 0}, "steps is 0"),
+        ({"num_images": 0}, "num_images is 0; it must be at least 1"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"labels": [1, 2]}, "labels has 1; it was trained without labels"),
+        ({"guidance_scale": 3.0}, "guidance_scale 3 are for models trained with labels"),
+        ({"sampler": "dpm"}, "sampler is 'dpm'; choose from ddim, ancestral, dpm_solver_pp, "),
+        ({"eta": 2.0}, "eta is 2"),
+    ],
+)
+def test_a_sample_that_cannot_be_drawn_says_why(wrong: dict[str, object], reason: str) -> None:
+    arguments: dict[str, object] = {"num_images": 2, "steps": 2, **wrong}
+    with pytest.raises(ValueError, match=reason):
+        digits_model().sample(**arguments)  # type: ignore[arg-type]
+
+
+def near(one: Images, other: Images) -> bool:
+    """To one grey level: convolutions sum in another order for another batch."""
+    return one.shape == other.shape and bool(np.abs(one.astype(int) - other).max() <= 1)
+
+
+@pytest.mark.parametrize("method", ["repaint", "replacement"])
+@pytest.mark.parametrize("masks", [MASK, np.stack([MASK, ~MASK, MASK, ~MASK, MASK])])
+def test_known_pixels_come_back_to_the_grey_level_whatever_the_batch(
+    method: editing.Method, masks: editing.Mask
+) -> None:
+    """And are never touched by a network that answers anything at all."""
+    model = digits_model()
+    whole = model.inpaint(KNOWN, masks, method=method, steps=4, resamples=2, jump_length=1)
+    parts = model.inpaint(
+        KNOWN, masks.astype(np.uint8), method=method, steps=4, resamples=2, jump_length=1,
+        batch_size=2,
+    )  # fmt: skip
+    keep = np.broadcast_to(masks, (5, 8, 8))
+    assert whole.dtype == np.uint8
+    assert np.array_equal(whole[keep], KNOWN[keep])
+    assert np.array_equal(parts[keep], KNOWN[keep])
+    assert near(whole, parts)
+    assert (whole[~keep] != KNOWN[~keep]).mean() > 0.9
+    reseeded = model.inpaint(KNOWN, masks, method=method, steps=4, resamples=1, seed=1)
+    assert (whole[~keep] != reseeded[~keep]).mean() > 0.5
+
+
+def test_images_of_a_call_are_painted_by_noise_of_their_own() -> None:
+    twins = digits_model().inpaint(KNOWN[[0, 0]], MASK, steps=4, resamples=1)
+    assert (twins[0][~MASK] != twins[1][~MASK]).mean() > 0.5
+
+
+@pytest.mark.parametrize("batch_size", [1, 64])
+@pytest.mark.parametrize("margins", [(0, 0, 0, 3), (5, 1, 0, 2), (8, 8, 8, 8)])
+def test_outpainting_leaves_the_image_where_it_lies(
+    margins: tuple[int, int, int, int], batch_size: int
+) -> None:
+    top, bottom, left, right = margins
+    outside = digits_model().outpaint(
+        KNOWN[:2], top=top, bottom=bottom, left=left, right=right, steps=3, resamples=1,
+        batch_size=batch_size,
+    )  # fmt: skip
+    assert outside.shape == (2, 8 + top + bottom, 8 + left + right, 1)
+    inside = outside[:, top : top + 8, left : left + 8]
+    assert np.array_equal(inside, KNOWN[:2])
+    assert len(np.unique(outside)) > 40  # and around it is not one grey
+
+
+def test_an_image_smaller_than_the_models_can_be_outpainted_to_its_size() -> None:
+    """Without windows it is inpainting: the same noise meets the same pixels."""
+    model, small = digits_model(), KNOWN[:, 2:6, 1:8]
+    mask = np.zeros((8, 8), bool)
+    mask[2:6, 1:8] = True
+    whole = model.outpaint(small, top=2, bottom=2, left=1, steps=4, resamples=2, jump_length=1)
+    assert near(whole, model.inpaint(KNOWN, mask, steps=4, resamples=2, jump_length=1))
+
+
+def test_variations_are_the_same_whatever_the_batch_and_on_canvases() -> None:
+    model, wide = digits_model(), np.tile(KNOWN, (1, 1, 2, 1))
+    for images in (KNOWN, wide):
+        whole = model.image_to_image(images, 0.6, steps=10)
+        assert whole.shape == images.shape
+        assert near(whole, model.image_to_image(images, 0.6, steps=10, batch_size=2))
+        assert (whole != model.image_to_image(images, 0.6, steps=10, seed=1)).mean() > 0.5
+
+
+@pytest.mark.parametrize("batch_size", [2, 64])
+def test_interpolation_ends_at_the_samples_of_both_indices(batch_size: int) -> None:
+    model = digits_model()
+    way = model.interpolate(3, 1, 5, steps=4, seed=9, batch_size=batch_size)
+    samples = model.sample(4, steps=4, seed=9)
+    assert near(way[[0, 4]], samples[[3, 1]])
+    assert (way[2] != way[0]).mean() > 0.2
+
+
+class OfLabels:
+    """A network that keeps the labels it is asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[list[int]] = []
+
+    def __call__(
+        self, x_t: Tensor, t: Tensor, labels: Tensor | None, condition: Tensor | None
+    ) -> Tensor:
+        assert labels is not None
+        self.asked.append(labels.tolist())
+        return x_t * 0.5
+
+
+def test_labels_reach_every_way_to_edit() -> None:
+    """Of image i labels[i % n], all in turn by default; between two images, one."""
+    network = OfLabels()
+    predicts = Prediction.of("epsilon", SCHEDULE)
+    model = TrainedModel(Denoiser(network, predicts, num_classes=3), SHAPE, provenance={})
+    edits = [
+        lambda labels: model.inpaint(KNOWN, MASK, steps=2, resamples=1, labels=labels),
+        lambda labels: model.inpaint(KNOWN, MASK, steps=2, method="replacement", labels=labels),
+        lambda labels: model.outpaint(KNOWN[:, 1:], top=1, steps=2, resamples=1, labels=labels),
+        lambda labels: model.image_to_image(KNOWN, 1, steps=2, labels=labels),
+        lambda labels: model.reconstruct(KNOWN, steps=2, labels=labels),
+    ]
+    for edit in edits:
+        for labels, expected in ((None, [0, 1, 2, 0, 1]), ([2, 0], [2, 0, 2, 0, 2])):
+            network.asked.clear()
+            edit(labels)
+            assert network.asked[0] == network.asked[-1] == expected
+    model.interpolate(5, 0, 3, steps=1)
+    assert network.asked[-1] == [2, 2, 2]
+    model.interpolate(5, 0, 3, steps=1, label=1)
+    assert network.asked[-1] == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    "wrong, reason",
+    [
+        ({"mask": MASK[:7]}, "mask is 7 x 8 and the images 8 x 8"),
+        ({"mask": np.stack([MASK, MASK])}, "mask is 2 x 8 x 8 and the images 8 x 8"),
+        ({"mask": MASK * np.uint8(255)}, "mask holds 255; it is True or 1 where a pixel is known"),
+        ({"mask": MASK | True}, "True everywhere, so nothing is to be painted"),
+        ({"mask": MASK & False}, "False everywhere, so all of it is to be painted"),
+        ({"images": KNOWN[0]}, r"images are uint8 \[8, 8, 1\]; give uint8 \[N, H, W, 1\]"),
+        ({"images": KNOWN[:0]}, r"images are uint8 \[0, 8, 8, 1\]"),
+        ({"images": KNOWN / 255}, r"images are float64 \[5, 8, 8, 1\]"),
+        ({"images": KNOWN.repeat(3, -1)}, r"images are uint8 \[5, 8, 8, 3\]"),
+        (
+            {"images": KNOWN[:, :6], "mask": MASK[:6]},
+            "images are 6 x 8 and those of the model",
+        ),
+        ({"labels": [1]}, "labels has 1; it was trained without labels"),
+        ({"steps": 21}, "steps is 21"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"resamples": 0}, "jump_length is 10 and resamples 0"),
+        ({"method": "redraw"}, "method is 'redraw'; choose from repaint, replacement"),
+    ],
+)
+def test_what_cannot_be_inpainted_says_why(wrong: dict[str, object], reason: str) -> None:
+    arguments: dict[str, object] = {"images": KNOWN, "mask": MASK, "steps": 2, **wrong}
+    with pytest.raises(ValueError, match=reason):
+        digits_model().inpaint(**arguments)  # type: ignore[arg-type]
+
+
+def test_what_else_cannot_be_edited_says_why() -> None:
+    model = digits_model()
+    with pytest.raises(ValueError, match="top, bottom, left and right are 0"):
+        model.outpaint(KNOWN, steps=2)
+    with pytest.raises(ValueError, match="left is -1; outpainting adds pixels"):
+        model.outpaint(KNOWN, top=3, left=-1, steps=2)
+    with pytest.raises(ValueError, match="images are 7 x 4 and those of the model 8 x 8"):
+        model.outpaint(KNOWN[:, :4, :4], top=3, steps=2)
+    for strength in (0, 1.5):
+        with pytest.raises(ValueError, match=f"strength is {strength}"):
+            model.image_to_image(KNOWN, strength, steps=2)
+    with pytest.raises(ValueError, match=r"num_images is 1; .* at least 2"):
+        model.interpolate(0, 1, 1)
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        model.interpolate(0, 1, 2, steps=2, batch_size=0)

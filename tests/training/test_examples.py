@@ -1,0 +1,265 @@
+"""What a network is shown of images, by choice, and that none of it depends on the division."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from ddpm_ray import build, build_diffusion
+from ddpm_ray.config import RunConfig
+from ddpm_ray.diffusion import Prediction, add_noise
+from ddpm_ray.knobs import load
+from ddpm_ray.training.examples import Examples, lowered
+from ddpm_ray.training.objectives import Objective
+from ddpm_ray.training.workers import Workers
+
+CPU, SIDE = torch.device("cpu"), 4
+IMAGES = torch.randint(
+    0, 256, (400, SIDE, SIDE, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(2)
+)
+LABELS = torch.arange(400) % 5
+EVERYTHING = (
+    "data.flip=true", "model.num_classes=5", "objective.offset_noise=0.1",
+    "objective.input_perturbation=0.1", "objective.low_resolution_pixels=2",
+    "objective.low_resolution_noise=0.3", "objective.timesteps=low_discrepancy",
+)  # fmt: skip
+
+
+def configured(*overrides: str) -> RunConfig:
+    keys = (
+        "name=a", "data.url=b", "schedule.num_steps=60", "model.base_channels=4",
+        "model.groups=2", "model.channel_mults=[1]", "model.blocks_per_level=1",
+        "model.attention_resolutions=[]", "training.global_batch_size=400",
+    )  # fmt: skip
+    return load(RunConfig, None, [*keys, *overrides])
+
+
+def objective(*overrides: str) -> Objective:
+    config = configured(*overrides)
+    state = build.training_state(config, (SIDE, SIDE, 3), CPU, {})
+    return build_diffusion.objective(config, state, CPU)
+
+
+def shown(made: Objective, step: int = 3, part: slice = slice(None)) -> Examples:
+    positions = torch.arange(400)[part]
+    return made.showing.examples(IMAGES[part], LABELS[part], step, positions, CPU)
+
+
+def columns(examples: Examples) -> dict[str, Tensor]:
+    return {name: value for name, value in vars(examples).items() if value is not None}
+
+
+@functools.cache  # once for all examples
+def with_everything() -> tuple[Objective, dict[str, Tensor]]:
+    made = objective(*EVERYTHING)
+    return made, columns(shown(made))
+
+
+@given(st.integers(0, 399), st.integers(1, 50))
+def test_all_that_is_shown_of_an_image_is_its_positions(start: int, count: int) -> None:
+    made, whole = with_everything()
+    part = columns(shown(made, part=slice(start, start + count)))
+    assert whole.keys() == part.keys() == {
+        "x_0", "t", "noise", "perturbation", "labels", "low_resolution",
+    }  # fmt: skip
+    for name, value in part.items():
+        assert torch.equal(value, whole[name][start : start + count]), name
+
+
+def test_another_step_shows_everything_anew() -> None:
+    made = objective(*EVERYTHING)
+    one, other = columns(shown(made, 3)), columns(shown(made, 4))
+    for name in ("t", "noise", "perturbation", "labels", "low_resolution"):
+        assert not torch.equal(one[name], other[name]), name
+
+
+def test_labels_are_dropped_by_their_share_and_missing_ones_are_the_null_label() -> None:
+    found = shown(objective("model.num_classes=5", "objective.label_dropout=0.25")).labels
+    assert found is not None
+    dropped = found == 5
+    assert torch.equal(found[~dropped], LABELS[~dropped])
+    assert abs(int(dropped.sum()) - 100) < 4 * math.sqrt(400 * 0.25 * 0.75)
+    showing = objective("model.num_classes=5", "objective.label_dropout=0").showing
+    none = showing.examples(IMAGES, torch.full((400,), -1), 0, torch.arange(400), CPU)
+    assert none.labels is not None
+    assert (none.labels == 5).all()
+    assert shown(objective()).labels is None
+
+
+def test_offset_noise_is_one_number_per_image_and_channel() -> None:
+    plain = shown(objective()).noise
+    offset = shown(objective("objective.offset_noise=0.1")).noise - plain
+    assert (offset.flatten(2).std(2) < 1e-6).all()
+    numbers = offset[:, :, 0, 0].flatten() / 0.1
+    assert abs(numbers.mean()) < 4 / math.sqrt(1200)
+    assert numbers.std().item() == pytest.approx(1, abs=4 / math.sqrt(2 * 1200))
+
+
+def test_the_low_resolution_image_has_no_more_than_its_pixels() -> None:
+    """Of one colour per quarter it is itself but for the blur between them; its mean stays."""
+    quarters = torch.randn(3, 1, 2, 2).repeat_interleave(8, 2).repeat_interleave(8, 3)
+    small = lowered(quarters, 2)
+    assert small.shape == quarters.shape
+    torch.testing.assert_close(small[:, :, 0, 0], quarters[:, :, 0, 0])
+    torch.testing.assert_close(small.mean((2, 3)), quarters.mean((2, 3)))
+    detail = torch.randn(3, 1, 16, 16)
+    checks = detail - lowered(detail, 2)
+    assert lowered(checks, 2).abs().max() < 0.5 * checks.abs().max()
+
+
+class Remembering(nn.Module):
+    """Answers with `answer`, and keeps all that it was asked."""
+
+    def __init__(self, answer: float = 0.0, channels: int = 1) -> None:
+        super().__init__()
+        self.answer, self.channels = nn.Parameter(torch.tensor(answer)), channels
+        self.asked: list[tuple[Tensor, Tensor, Tensor | None, Tensor | None]] = []
+
+    def forward(self, x_t: Tensor, t: Tensor, labels: Any = None, condition: Any = None) -> Tensor:
+        self.asked.append((x_t.detach().clone(), t, labels, condition))
+        return self.answer.expand(len(x_t), self.channels * x_t.shape[1], *x_t.shape[2:])
+
+
+def test_input_perturbation_is_noise_that_the_target_does_not_know() -> None:
+    """On top of x_t's own, in its measure; the loss of a silent network stays the target's."""
+    made, network = objective("objective.input_perturbation=0.5"), Remembering()
+    examples = shown(made)
+    loss = made.losses(network, examples, 3)
+    torch.testing.assert_close(loss, examples.noise.square().flatten(1).mean(1))
+    x_t = add_noise(made.schedule, examples.x_0, examples.t, examples.noise)
+    spread = (1 - made.schedule.at(examples.t, x_t)).sqrt()
+    more = (network.asked[0][0] - x_t) / spread
+    assert more.std().item() == pytest.approx(0.5, abs=4 * 0.5 / math.sqrt(2 * more.numel()))
+    assert abs(torch.corrcoef(torch.stack([more.flatten(), examples.noise.flatten()]))[0, 1]) < 0.03
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "x_0", "v", "mean", "edm"])
+def test_the_target_is_that_of_the_prediction(kind: str) -> None:
+    made = objective(f"objective.prediction={kind}", "objective.sigma_data=0.6")
+    examples = shown(made)
+    predicts = Prediction.of(kind, made.schedule, 0.6)  # type: ignore[arg-type]
+    target = predicts.target(examples.x_0, examples.t, examples.noise)
+    loss = made.losses(Remembering(), examples, 3)
+    torch.testing.assert_close(loss, target.square().flatten(1).mean(1))
+
+
+def test_self_conditioning_shows_its_own_estimate_in_half_of_the_steps() -> None:
+    """A network that says 0 for the noise has the estimate x_t / sqrt(alpha_bar), clipped."""
+    made = objective("objective.self_conditioning=true")
+    network, twice = Remembering(), 0
+    for step in range(200):
+        network.asked.clear()
+        examples = shown(made, step, slice(0, 2))
+        made.losses(network, examples, step)
+        condition = network.asked[-1][3]
+        assert condition is not None
+        if len(network.asked) == 2:
+            twice += 1
+            first = network.asked[0][3]
+            assert first is not None
+            assert not first.any()
+            a = made.schedule.at(examples.t, examples.x_0)
+            x_t = add_noise(made.schedule, examples.x_0, examples.t, examples.noise)
+            torch.testing.assert_close(condition, (x_t / a.sqrt()).float().clamp(-1, 1))
+        else:
+            assert not condition.any()
+    assert abs(twice - 100) < 4 * math.sqrt(200 / 4)
+
+
+def gradient(overrides: tuple[str, ...], step: int = 0) -> tuple[float, Tensor]:
+    """Of the batch's loss by a network's one number, and the losses as they are told."""
+    made, network = objective(*overrides), Remembering(0.5)
+    told = made.backward(network, IMAGES, LABELS, step, Workers(), 400)
+    assert network.answer.grad is not None
+    return float(network.answer.grad), told.loss
+
+
+def test_weights_reach_the_gradient_and_not_what_is_told() -> None:
+    """Where the answer is one number, the gradient is the weighted mean of 2 (answer - target)."""
+    plain, told = gradient(())
+    weighted, told_too = gradient(("objective.weighting=min_snr",))
+    assert torch.equal(told, told_too)
+    assert weighted != plain
+    made = objective("objective.weighting=min_snr")
+    examples = shown(made, 0)
+    assert made.weight is not None
+    slope = 2 * (0.5 - examples.noise).flatten(1).mean(1)
+    expected = (made.weight[examples.t] * slope).mean()
+    assert weighted == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_loss_moments_steer_t_and_what_each_loss_weighs_evens_it_out() -> None:
+    config = configured(
+        "objective.timesteps=second_moment", "objective.loss=hybrid",
+        "objective.variance=learned_range",
+    )  # fmt: skip
+    state = build.training_state(config, (SIDE, SIDE, 3), CPU, {})
+    made = build_diffusion.objective(config, state, CPU)
+    assert state.moments is not None
+    before = shown(made)
+    assert before.importance is not None
+    torch.testing.assert_close(before.importance, torch.ones(400).double())
+    every = torch.arange(1, 61).repeat(10)
+    state.moments.update(every, torch.where(every > 50, 10.0, 0.1))
+    after = shown(made)
+    assert after.importance is not None
+    assert (after.t > 50).float().mean() > 0.9
+    assert after.importance[after.t > 50].max() < 0.2
+    assert after.importance[after.t <= 50].min() > 5
+
+
+def test_a_classifier_is_asked_for_the_label_of_what_it_sees() -> None:
+    """Logits of 0 cost log K nats; those of the truth, large, nothing."""
+    made = objective(
+        "model.kind=classifier", "model.num_classes=5", "training.grid_every_steps=0",
+        "model.attention_resolutions=[4]",
+    )  # fmt: skip
+    examples = shown(made)
+
+    def answering(size: float) -> Callable[[Tensor, Tensor], Tensor]:
+        return lambda x_t, t: size * nn.functional.one_hot(LABELS, 5).float()
+
+    for size, cost in ((0.0, math.log(5)), (50.0, 0.0)):
+        loss = made.losses(answering(size), examples, 3)  # type: ignore[arg-type]
+        torch.testing.assert_close(loss, torch.full((400,), cost))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("objective.loss=hybrid", "objective.variance=learned_range"),
+        ("objective.loss=vlb", "objective.variance=learned"),
+        ("objective.weighting=uncertainty",),
+        ("objective.timesteps=log_normal", "objective.prediction=edm", "schedule.kind=edm"),
+        ("objective.self_conditioning=true", "objective.low_resolution_pixels=2"),
+        ("model.num_classes=5", "objective.prediction=v", "schedule.zero_terminal_snr=true"),
+        (
+            "model.kind=classifier", "model.num_classes=5", "training.grid_every_steps=0",
+            "model.attention_resolutions=[4]",
+        ),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_each_kind_of_objective_trains_its_network(overrides: tuple[str, ...]) -> None:
+    """Adam on one batch lowers its loss, and every weight takes part."""
+    config = configured(*overrides, "training.learning_rate=3e-3")
+    state = build.training_state(config, (SIDE, SIDE, 3), CPU, {})
+    made = build_diffusion.objective(config, state, CPU)
+    losses = []
+    for number in range(30):
+        told = made.backward(state.model, IMAGES[:64], LABELS[:64], 1, Workers(), 64)
+        missing = [name for name, p in state.model.named_parameters() if p.grad is None]
+        assert not missing
+        for group in state.optimizer.param_groups:
+            group["lr"] = 3e-3
+        state.optimizer.step()
+        state.optimizer.zero_grad()
+        if number in (0, 29):
+            losses.append(told.loss.mean().item())
+    assert losses[1] < 0.97 * losses[0]
