@@ -7,24 +7,22 @@ from typing import Any, assert_never
 
 import torch
 
-from ddpm_ray.build_diffusion import denoiser, memory_format
+from ddpm_ray.build_diffusion import memory_format
 from ddpm_ray.config import (
     DataConfig,
     RunConfig,
     TrainingConfig,
 )
-from ddpm_ray.data import storage, transforms, verified
+from ddpm_ray.data import transforms, verified
 from ddpm_ray.data.shards import Dataset
 from ddpm_ray.data.stream import Batch, ShardStream
 from ddpm_ray.diffusion.timesteps import SecondMoments
 from ddpm_ray.evaluation_config import EvaluationConfig
-from ddpm_ray.generation.trained_model import TrainedModel
 from ddpm_ray.knobs import defining, from_dict
 from ddpm_ray.models.classifier import NoisyClassifier
 from ddpm_ray.models.ema import EMA, decay_from_half_life, ramped
 from ddpm_ray.models.unet import UNet
-from ddpm_ray.training import checkpoints, features, probing
-from ddpm_ray.training.checkpoints import CheckpointError
+from ddpm_ray.training import features, probing
 from ddpm_ray.training.features import FeatureNet
 from ddpm_ray.training.gallery import Gallery
 from ddpm_ray.training.loop import Plan
@@ -208,41 +206,6 @@ def feature_net(config: EvaluationConfig, cache: Path, device: torch.device) -> 
             return features.digits_net(device)
         case _:
             assert_never(config.features)
-
-
-def trained_model(url: str, device: torch.device | str = "cpu") -> TrainedModel:
-    """The EMA network of the checkpoint in the folder `url`, or of the newest one of a run's.
-
-    Raises CheckpointError where nothing there verifies.
-    """
-    if storage.exists(storage.join(url, checkpoints.MANIFEST)):
-        where, snapshot = url, checkpoints.read(url, groups=("ema",))
-    else:
-        for candidate in (url, storage.join(url, checkpoints.CHECKPOINTS)):
-            if found := checkpoints.CheckpointStore(candidate).load():
-                where, snapshot = found
-                break
-        else:
-            remedy = "name a run's folder, its checkpoints folder, or one checkpoint in it"
-            raise CheckpointError(url, "there is no committed checkpoint here", remedy)
-    config = from_dict(RunConfig, snapshot.facts["config"])
-    height, width, channels = snapshot.facts["image_shape"]
-    model = network(config, (height, width, channels))
-    model.load_state_dict(snapshot.tensors["ema"])
-    model.to(device).eval().requires_grad_(False)
-    provenance = {
-        "checkpoint": where,
-        "step": snapshot.step,
-        "weights_sha256": checkpoints.weights_sha256(where),
-        "config": snapshot.facts["config"],
-        "data_fingerprint": snapshot.facts["data_fingerprint"],
-    }
-    return TrainedModel(
-        denoiser(config, model, device),
-        (channels, height, width),
-        provenance,
-        device=device,
-    )
 
 
 def ema_provenance(config: RunConfig, step: int) -> dict[str, Any]:

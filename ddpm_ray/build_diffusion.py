@@ -105,12 +105,15 @@ def sampling_plan(config: SamplingConfig, schedule: NoiseSchedule) -> SamplingPl
 
 
 def checked_plan(
-    config: SamplingConfig, trained: RunConfig, schedule: NoiseSchedule
+    config: SamplingConfig, trained: RunConfig, schedule: NoiseSchedule, *, led: bool = False
 ) -> SamplingPlan:
-    """As `sampling_plan`; raises ConfigError, a line for each key that such a model cannot do."""
+    """As `sampling_plan`; raises ConfigError, a line for each key that such a model cannot do.
+
+    `led`: another network knows the labels.
+    """
     problems = [
         *config.problems("sampling", schedule.num_steps),
-        *config.misfits("sampling", trained.objective, trained.model.num_classes),
+        *config.misfits("sampling", trained.objective, trained.model.num_classes, led=led),
     ]
     if problems:
         raise ConfigError("\n".join(problems))

@@ -254,14 +254,19 @@ class SamplingConfig:
                 f"{prefix}.guidance_above_sigma {self.guidance_above_sigma}"
             )
 
-    def misfits(self, prefix: str, objective: ObjectiveConfig, num_classes: int) -> Iterator[str]:
-        """What a model that was trained so cannot do: guide without labels, answer a variance."""
+    def misfits(
+        self, prefix: str, objective: ObjectiveConfig, num_classes: int, *, led: bool = False
+    ) -> Iterator[str]:
+        """What a model that was trained so cannot do: guide without labels, answer a variance.
+
+        `led`: another network knows the labels.
+        """
         if self.variance == "learned" and objective.variance == "fixed":
             yield (
                 f"{prefix}.variance is 'learned', and the network answers none "
                 f"(objective.variance=fixed): use {prefix}.variance=fixed_small"
             )
-        if not num_classes and (self.guidance_scale != 1 or self.labels):
+        if not num_classes and (self.guidance_scale != 1 or (self.labels and not led)):
             yield (
                 f"{prefix}.guidance_scale is {self.guidance_scale:g} and {prefix}.labels "
                 f"{list(self.labels)}, but the model is trained without labels "

@@ -44,14 +44,62 @@ class PackConfig:
 
 
 @dataclass(frozen=True)
+class LeadConfig:
+    """Another network that leads samples."""
+
+    weak_model: str = knob(
+        "", "autoguidance: a worse model of the same data, to be led away from; empty: none"
+    )
+    weak_scale: float = knob(2.0, "how far: 1 not at all", at_least=0)
+    classifier: str = knob(
+        "", "folder of a run of model.kind=classifier that leads to sampling.labels; empty: none"
+    )
+    classifier_scale: float = knob(1.0, "how strongly: 0 not at all", at_least=0)
+    classifier_form: Literal["score", "mean"] = knob(
+        "score", "its slope moves the noise, with any sampler, or ancestral's mean"
+    )
+
+    def problems(self, sampling: SamplingConfig) -> Iterator[str]:
+        """Two leaders at once, and a form that the sampler does not have."""
+        if self.weak_model and self.classifier:
+            yield (
+                f"lead.classifier is {self.classifier!r} and lead.weak_model {self.weak_model!r}; "
+                f"one network leads: leave one of them empty"
+            )
+        mean_of = sampling.sampler == "ancestral" and sampling.variance != "learned"
+        if self.classifier and self.classifier_form == "mean" and not mean_of:
+            yield (
+                f"lead.classifier_form is 'mean', that of ancestral's fixed variances, and "
+                f"sampling.sampler {sampling.sampler!r} with variance {sampling.variance!r}: use "
+                f"lead.classifier_form=score"
+            )
+
+
+@dataclass(frozen=True)
 class SampleConfig:
     """Images from a trained model: `jobs/sample.py MODEL_URI`."""
 
     num_images: int = knob(64, "images to draw", at_least=1)
+    film: str = knob("", "GIF file of the estimates of x_0, a frame per step; empty: none")
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    lead: LeadConfig = field(default_factory=LeadConfig)
+
+    def problems(self) -> Iterator[str]:
+        """What its groups say; T is known once the model is read."""
+        yield from self.sampling.problems("sampling")
+        yield from self.lead.problems(self.sampling)
+        if self.film and not self.film.lower().endswith(".gif"):
+            yield f"film is {self.film!r}; it is a GIF: call it {self.film}.gif"
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """A trained model for another library: `jobs/export.py MODEL_URI`."""
+
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
     def problems(self) -> Iterator[str]:
-        """What sampling says; T is known once the model is read."""
+        """What sampling says: variance and clip go into the scheduler."""
         yield from self.sampling.problems("sampling")
 
 
@@ -61,6 +109,7 @@ class EvaluateConfig:
 
     data_url: str = knob("", "reference shards; empty: what the model was trained on")
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    lead: LeadConfig = field(default_factory=LeadConfig)
     evaluation: EvaluationConfig = field(
         default_factory=lambda: EvaluationConfig(num_images=10_000)
     )
@@ -69,6 +118,7 @@ class EvaluateConfig:
     def problems(self) -> Iterator[str]:
         """What its groups say, and too few images for a score."""
         yield from self.sampling.problems("sampling")
+        yield from self.lead.problems(self.sampling)
         yield from self.evaluation.problems()
         if self.evaluation.num_images < 2 and not self.evaluation.bits_per_dim_images:
             yield (

@@ -19,7 +19,7 @@ from ddpm_ray import command_line
 from ddpm_ray.config import RunConfig
 from ddpm_ray.drill_config import DrillConfig
 from ddpm_ray.edit_config import EditConfig
-from ddpm_ray.job_config import DoctorConfig, EvaluateConfig, PackConfig, SampleConfig
+from ddpm_ray.job_config import DoctorConfig, EvaluateConfig, ExportConfig, PackConfig, SampleConfig
 from ddpm_ray.knobs import Config, ConfigError, flat, from_dict, help_lines, load, to_dict, to_yaml
 from ddpm_ray.sweep_config import SweepConfig
 
@@ -29,6 +29,7 @@ KINDS: dict[str, type[Any]] = {
     "train": RunConfig,
     "pack_shards": PackConfig,
     "sample": SampleConfig,
+    "export": ExportConfig,
     "evaluate": EvaluateConfig,
     "doctor": DoctorConfig,
     "sweep": SweepConfig,
@@ -311,7 +312,7 @@ def random_config(kind: type[Config], dice: random.Random) -> Config:
 CHOICES = {
     "source", "kind", "reduction", "on_divergence", "precision", "sampler", "spacing", "variance",
     "features", "resize", "encoding", "split", "on_bad_image", "prediction", "loss", "weighting",
-    "timesteps", "method",
+    "timesteps", "classifier_form", "method", "classifier_form",
 }  # fmt: skip
 
 
@@ -405,6 +406,7 @@ POSITIONAL = {
     "sweep": ["conf/sweep/quick.yaml"],
     "drill": ["conf/drill/digits.yaml"],
     "edit": ["runs/a", "image.png", "--out", "edited.png"],
+    "export": ["runs/a", "--out", "folder"],
 }
 
 

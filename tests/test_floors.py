@@ -31,6 +31,7 @@ FLOORS = {
     "ddpm_ray.edit_config": 4,
     "ddpm_ray.build": 4,
     "ddpm_ray.build_diffusion": 4,
+    "ddpm_ray.build_trained": 4,
     "ddpm_ray.build_edit": 4,
     "ddpm_ray.cluster": 4,
     "ddpm_ray.command_line": 5,

@@ -118,7 +118,7 @@ SCRIPT = """
 import sys
 from pathlib import Path
 import numpy as np, torch
-from ddpm_ray import build
+from ddpm_ray import build, build_trained
 from ddpm_ray.config import RunConfig
 from ddpm_ray.data.shards import fetch_shard, open_dataset
 from ddpm_ray.data.stream import ShardStream
@@ -154,7 +154,7 @@ stream.close()
 fetch_shard(dataset, 1)
 load_inception(folder / "w.pth", (192,))
 load_inception(folder / "w.npz", (192,))
-build.trained_model(str(folder / "run"))
+build_trained.trained_model(str(folder / "run"))
 import pickle
 pickle.loads(b"cos\\nsystem\\n.")
 for event, told in events:

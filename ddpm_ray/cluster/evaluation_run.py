@@ -13,6 +13,7 @@ from ddpm_ray.cluster.worker import place
 from ddpm_ray.config import RunConfig
 from ddpm_ray.data import storage
 from ddpm_ray.data.shards import open_dataset
+from ddpm_ray.generation.sample import SamplingPlan
 from ddpm_ray.generation.trained_model import TrainedModel
 from ddpm_ray.job_config import EvaluateConfig
 from ddpm_ray.knobs import ConfigError, from_dict, to_dict
@@ -34,7 +35,10 @@ def evaluate(model_uri: str, config: EvaluateConfig, home: Path) -> dict[str, An
         model_uri = storage.absolute(model_uri, home)
     model = trained.load(model_uri, tracking_uri=tracking_uri)
     begun = from_dict(RunConfig, model.provenance["config"])
-    build_diffusion.checked_plan(config.sampling, begun, model.denoiser.schedule)
+    lead = config.lead
+    knows = bool(lead.classifier)
+    plan = build_diffusion.checked_plan(config.sampling, begun, model.denoiser.schedule, led=knows)
+    trained.led(model, lead, plan, tracking_uri)
     if (terms := config.evaluation.bits_per_dim_terms) > (most := begun.schedule.num_steps):
         raise ConfigError(f"evaluation.bits_per_dim_terms is {terms}; the model has T = {most}")
     config = dataclasses.replace(
@@ -68,9 +72,11 @@ def _scores(config: EvaluateConfig, settings: dict[str, Any]) -> dict[str, Any]:
     storage.be_patient(config.cluster.storage_timeout_s)
     workers = place()
     model = trained.load(settings["model_uri"], workers.device, settings["tracking_uri"])
+    plan = build_diffusion.sampling_plan(config.sampling, model.denoiser.schedule)
+    model = trained.led(model, config.lead, plan, settings["tracking_uri"])
     found: dict[str, Any] = {"metrics": {}}
     if config.evaluation.num_images:
-        found |= vars(_sample_scores(config, model, workers))
+        found |= vars(_sample_scores(config, model, plan, workers))
     if config.evaluation.bits_per_dim_images:
         bits = vars(_bits_per_dim(config, model, workers))
         found["metrics"] = found["metrics"] | bits.pop("metrics")
@@ -78,7 +84,9 @@ def _scores(config: EvaluateConfig, settings: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _sample_scores(config: EvaluateConfig, model: TrainedModel, workers: Workers) -> Scores:
+def _sample_scores(
+    config: EvaluateConfig, model: TrainedModel, plan: SamplingPlan, workers: Workers
+) -> Scores:
     """How far its samples are from the data."""
     begun = from_dict(RunConfig, model.provenance["config"])
     wanted = config.evaluation
@@ -86,7 +94,7 @@ def _sample_scores(config: EvaluateConfig, model: TrainedModel, workers: Workers
     kept = min(wanted.kernel_distance_images, wanted.num_images) * wanted.kernel_distance
     return evaluation.evaluate(
         model.denoiser,
-        build_diffusion.sampling_plan(config.sampling, model.denoiser.schedule),
+        plan,
         net,
         reference(open_dataset(config.data_url), net, workers, kernel_images=kept),
         num_images=wanted.num_images,
@@ -94,7 +102,7 @@ def _sample_scores(config: EvaluateConfig, model: TrainedModel, workers: Workers
         image_shape=model.image_shape,
         workers=workers,
         provenance=build.ema_provenance(begun, model.provenance["step"])
-        | {"model_sha256": model.provenance["weights_sha256"]},
+        | {"model_sha256": model.provenance["weights_sha256"], "lead": vars(config.lead)},
     )
 
 

@@ -18,6 +18,8 @@ from ddpm_ray.diffusion.process import Denoise, NoiseSchedule
 
 Network: TypeAlias = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
 """(x_t [B, C, H, W], t [B], labels [B] or None, condition [B, ., H, W] or None) -> the answer."""
+Lead: TypeAlias = Callable[[Denoise, Tensor | None], Denoise]
+"""(denoise, labels [B] or None) -> denoise as another network bends it; see leading.py."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Denoiser:
     variance: Literal["fixed", "learned", "learned_range"] = "fixed"  # what it answers beside
     num_classes: int = 0
     self_conditioned: bool = False
+    lead: Lead | None = None
 
     @classmethod
     def of_noise(cls, denoise: Denoise, schedule: NoiseSchedule) -> "Denoiser":
@@ -74,18 +77,22 @@ class Denoiser:
         the variance behind where one is learned. Made for one walk: a self-conditioned network
         remembers its last estimate. Raises ValueError for labels that it was not trained with.
         """
-        if self.num_classes == 0 and (labels is not None or guidance.scale != 1):
+        lead, known = self.lead, labels if self.num_classes else None
+        stray = labels is not None and known is None and lead is None
+        if stray or (self.num_classes == 0 and guidance.scale != 1):
             raise ValueError(
                 f"labels and guidance_scale {guidance.scale:g} are for models trained with labels; "
                 "this one was not: leave both out"
             )
         network = _Beside(self, low_resolution)
-        if labels is None:
-            return lambda x_t, t: network(x_t, t, None)
-        return classifier_free(
-            network, labels, self.num_classes, guidance.scale,
-            rescale=guidance.rescale, interval=guidance.interval, predicts=self.predicts,
-        )  # fmt: skip
+        if known is None:
+            denoise: Denoise = lambda x_t, t: network(x_t, t, None)  # noqa: E731
+        else:
+            denoise = classifier_free(
+                network, known, self.num_classes, guidance.scale,
+                rescale=guidance.rescale, interval=guidance.interval, predicts=self.predicts,
+            )  # fmt: skip
+        return denoise if lead is None else lead(denoise, labels)
 
     def noise(self, labels: Tensor | None = None) -> Denoise:
         """What it thinks of the noise in x_t [B, ...], whatever it predicts."""

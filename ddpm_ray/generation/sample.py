@@ -133,10 +133,11 @@ def draw_uint8(
     image_shape: tuple[int, int, int],
     device: torch.device | str,
     batch_size: int,
+    on_step: OnStep | None = None,
 ) -> Images:
     """Images uint8 [N, H, W, C] of the N `indices`, `batch_size` in one network call."""
     batches = torch.split(torch.tensor(indices), batch_size)
-    drawn = (draw(denoiser, plan, index, image_shape, device) for index in batches)
+    drawn = (draw(denoiser, plan, i, image_shape, device, on_step=on_step) for i in batches)
     return np.concatenate([to_uint8(images) for images in drawn])
 
 

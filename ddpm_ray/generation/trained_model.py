@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ddpm_ray.data.transforms import to_model_range
 from ddpm_ray.diffusion import spacing
+from ddpm_ray.diffusion.samplers import OnStep
 from ddpm_ray.generation import editing
 from ddpm_ray.generation.denoiser import Denoiser, Guidance
 from ddpm_ray.generation.editing import Mask, Method, Painting
@@ -157,11 +158,20 @@ class TrainedModel:
         guidance = Guidance(guidance_scale)
         return SamplingPlan(at, sampler, eta, seed=seed, labels=labels, guidance=guidance)
 
-    def draw(self, plan: SamplingPlan, num_images: int, batch_size: int) -> Images:
-        """The images 0..num_images-1 of `plan`, uint8 [num_images, H, W, C]."""
+    def draw(
+        self,
+        plan: SamplingPlan,
+        num_images: int,
+        batch_size: int,
+        on_step: OnStep | None = None,
+    ) -> Images:
+        """The images 0..num_images-1 of `plan`, uint8 [num_images, H, W, C].
+
+        `on_step(t, x_t, x_0_estimate)` sees each step of each batch, and copies what it keeps.
+        """
         _require_positive(num_images=num_images, batch_size=batch_size)
         indices, shape = range(num_images), self.image_shape
-        return draw_uint8(self.denoiser, plan, indices, shape, self.device, batch_size)
+        return draw_uint8(self.denoiser, plan, indices, shape, self.device, batch_size, on_step)
 
     def paint(
         self, plan: SamplingPlan, painting: Painting, images: Images, mask: Mask, batch_size: int

@@ -11,7 +11,7 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
-from ddpm_ray import build
+from ddpm_ray import build, build_trained
 from ddpm_ray.cluster import tracking, trained
 from ddpm_ray.cluster.tracking import TrackingError
 from ddpm_ray.config import RunConfig
@@ -73,7 +73,7 @@ def test_code_beside_the_weights_is_not_run(
     run = tracking.find_or_create_run(mlflow_database, "hostile", "a", "a", str(tmp_path / "art"))
     MlflowClient(tracking_uri=mlflow_database).log_artifacts(run.run_id, str(model), "model")
     read = trained.load(f"runs:/{run.run_id}/model", "cpu", mlflow_database)
-    expected = build.trained_model(checkpoint).sample(2, steps=3)
+    expected = build_trained.trained_model(checkpoint).sample(2, steps=3)
     assert (read.sample(2, steps=3) == expected).all()
     assert not ran.exists()
     assert "evil" not in sys.modules

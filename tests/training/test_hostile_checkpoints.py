@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from ddpm_ray import build
+from ddpm_ray import build, build_trained
 from ddpm_ray.config import RunConfig
 from ddpm_ray.data import sealed
 from ddpm_ray.knobs import ConfigError, load, to_dict
@@ -115,5 +115,5 @@ def test_a_checkpoints_config_runs_and_looks_up_nothing(
 ) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "canary-5f3c")
     with pytest.raises(ConfigError, match=problem) as refused:
-        build.trained_model(edited(lambda config: config.update(changes), store))
+        build_trained.trained_model(edited(lambda config: config.update(changes), store))
     assert "canary" not in str(refused.value)

@@ -1,0 +1,49 @@
+"""From the knobs of an edit to the edited image."""
+
+from typing import assert_never
+
+import numpy as np
+import numpy.typing as npt
+
+from ddpm_ray.build_diffusion import sampling_plan
+from ddpm_ray.config import RunConfig
+from ddpm_ray.edit_config import EditConfig
+from ddpm_ray.generation import editing
+from ddpm_ray.generation.editing import Mask, Painting
+from ddpm_ray.generation.sample import Images
+from ddpm_ray.generation.trained_model import TrainedModel
+from ddpm_ray.knobs import ConfigError, from_dict
+
+
+def edited(
+    config: EditConfig, model: TrainedModel, image: npt.NDArray[np.uint8], mask: Mask | None
+) -> tuple[Images, dict[str, float | None]]:
+    """uint8 [N, H, W, C], the wished variants of `image` [H, W, C], and what `fit` says of them.
+
+    Variant i has the noise of image i of the seed. `mask` is for inpaint. Raises ConfigError for
+    sampling that this model cannot do, and ValueError as the model's methods do.
+    """
+    trained = from_dict(RunConfig, model.provenance["config"])
+    sampling, schedule = config.sampling, model.denoiser.schedule
+    problems = [
+        *sampling.problems("sampling", schedule.num_steps),
+        *sampling.misfits("sampling", trained.objective, trained.model.num_classes),
+    ]
+    if problems:
+        raise ConfigError("\n".join(problems))
+    plan = sampling_plan(sampling, schedule)
+    images = np.repeat(image[None], config.num_images, axis=0)
+    match config.kind:
+        case "image_to_image":
+            return model.vary(plan, images, config.strength, sampling.batch_size), {}
+        case "outpaint":
+            images, mask = editing.on_canvas(
+                images, config.top, config.bottom, config.left, config.right
+            )
+        case "inpaint":
+            assert mask is not None  # misgiven() has seen to it
+        case _:
+            assert_never(config.kind)
+    painting = Painting(config.method, config.resamples, config.jump_length)
+    painted = model.paint(plan, painting, images, mask, sampling.batch_size)
+    return painted, editing.fit(painted, images, mask)

@@ -1,0 +1,158 @@
+"""From what a run left behind, or another library, to a model that samples."""
+
+import hashlib
+from pathlib import Path
+
+import torch
+from safetensors import torch as safetensors
+
+from ddpm_ray import build
+from ddpm_ray.build_diffusion import denoiser
+from ddpm_ray.config import ModelConfig, RunConfig
+from ddpm_ray.data import storage
+from ddpm_ray.diffusion_config import ObjectiveConfig, SamplingConfig, ScheduleConfig
+from ddpm_ray.generation.trained_model import TrainedModel
+from ddpm_ray.knobs import ConfigError, from_dict, to_dict
+from ddpm_ray.models import interchange
+from ddpm_ray.models.classifier import NoisyClassifier
+from ddpm_ray.models.foreign_configs import Form
+from ddpm_ray.models.layers import HO
+from ddpm_ray.models.unet import UNet
+from ddpm_ray.training import checkpoints
+from ddpm_ray.training.checkpoints import CheckpointError
+from ddpm_ray.training.state import Snapshot
+
+OF_DIFFUSERS = "model_index.json"  # what a pipeline's folder has
+NAMED_BY_DIFFUSERS = "linear", "scaled_linear", "cosine"  # schedules; others go as their betas
+
+
+def trained_model(url: str, device: torch.device | str = "cpu", ema: str = "ema") -> TrainedModel:
+    """The network of the checkpoint in the folder `url`, or of the newest one of a run's.
+
+    Its weights are the average `ema`, one of the checkpoint's groups. A local folder of diffusers,
+    a UNet2DModel with its scheduler, is taken as well. Raises CheckpointError where nothing there
+    verifies, ConfigError for a classifier and ForeignModelError for what our U-Net cannot be.
+    """
+    if Path(url, OF_DIFFUSERS).is_file():
+        return _of_diffusers(Path(url), device)
+    where, snapshot = _checkpoint(url, ema)
+    config = from_dict(RunConfig, snapshot.facts["config"])
+    if config.model.kind == "classifier":
+        raise ConfigError(
+            f"{url} holds a classifier, which draws nothing: use it as lead.classifier"
+        )
+    height, width, channels = snapshot.facts["image_shape"]
+    model = build.network(config, (height, width, channels))
+    model.load_state_dict(snapshot.tensors[ema])
+    model.to(device).eval().requires_grad_(False)
+    provenance = {
+        "checkpoint": where,
+        "step": snapshot.step,
+        "weights_sha256": checkpoints.weights_sha256(where, ema),
+        "config": snapshot.facts["config"],
+        "data_fingerprint": snapshot.facts["data_fingerprint"],
+    }
+    return TrainedModel(
+        denoiser(config, model, device), (channels, height, width), provenance, device=device
+    )
+
+
+def trained_classifier(url: str, device: torch.device | str = "cpu") -> NoisyClassifier:
+    """The classifier of noisy images that a run of model.kind=classifier trained.
+
+    Raises CheckpointError, and ConfigError where the run trained something else.
+    """
+    _, snapshot = _checkpoint(url, "ema")
+    config = from_dict(RunConfig, snapshot.facts["config"])
+    if config.model.kind != "classifier":
+        raise ConfigError(f"{url} holds no classifier: train one with model.kind=classifier")
+    network = build.network(config, tuple(snapshot.facts["image_shape"]))
+    assert isinstance(network, NoisyClassifier)
+    network.load_state_dict(snapshot.tensors["ema"])
+    return network.to(device).eval().requires_grad_(False)
+
+
+def write_diffusers(model: TrainedModel, sampling: SamplingConfig, folder: Path) -> None:
+    """`model` as a folder that diffusers' own `from_pretrained` reads, its scheduler beside.
+
+    Raises ForeignModelError for what diffusers has no name for.
+    """
+    network = model.denoiser.network
+    assert isinstance(network, UNet)
+    config = from_dict(RunConfig, model.provenance["config"])
+    kept = config.model
+    form: Form = {
+        "image_size": model.image_shape[1],
+        "image_channels": model.image_shape[0],
+        "base_channels": kept.base_channels,
+        "channel_mults": kept.channel_mults,
+        "blocks_per_level": kept.blocks_per_level,
+        "attention_resolutions": kept.attention_resolutions,
+        "dropout": kept.dropout,
+        "groups": kept.groups,
+        "num_classes": kept.num_classes,
+        "condition_channels": network.condition_channels,
+        "learns_variance": config.objective.variance != "fixed",
+        "variant": HO,
+    }
+    schedule = config.schedule
+    if schedule.kind not in NAMED_BY_DIFFUSERS or schedule.rescale or schedule.zero_terminal_snr:
+        a = model.denoiser.schedule.alpha_bar.cpu()
+        betas = tuple((1 - a[1:] / a[:-1]).tolist())
+        schedule = ScheduleConfig(kind="betas", num_steps=schedule.num_steps, betas=betas)
+    facts = {
+        "schedule": to_dict(schedule),
+        "objective": to_dict(config.objective),
+        "sampling": to_dict(sampling),
+    }
+    tensors = {k: v for k, v in network.state_dict().items() if not k.startswith("uncertainty.")}
+    interchange.write_folder(folder, form, tensors, facts)
+
+
+def _checkpoint(url: str, ema: str) -> tuple[str, Snapshot]:
+    """URL and content of the checkpoint that `url` names, or the newest that is found there."""
+    if storage.exists(storage.join(url, checkpoints.MANIFEST)):
+        return url, checkpoints.read(url, groups=(ema,))
+    for candidate in (url, storage.join(url, checkpoints.CHECKPOINTS)):
+        if found := checkpoints.CheckpointStore(candidate).load():
+            if ema not in found[1].tensors:
+                known = ", ".join(sorted(name for name in found[1].tensors if "ema" in name))
+                raise CheckpointError(found[0], f"it has no average {ema!r}", f"it has {known}")
+            return found
+    remedy = "name a run's folder, its checkpoints folder, or one checkpoint in it"
+    raise CheckpointError(url, "there is no committed checkpoint here", remedy)
+
+
+def _of_diffusers(folder: Path, device: torch.device | str) -> TrainedModel:
+    form, tensors, facts = interchange.read_folder(folder)
+    network = UNet(**form)
+    network.load_state_dict(tensors)
+    config = RunConfig(
+        name=folder.name,
+        schedule=ScheduleConfig(**facts["schedule"]),
+        objective=ObjectiveConfig(**facts["objective"]),
+        sampling=SamplingConfig(**facts["sampling"]),
+        model=ModelConfig(
+            base_channels=form["base_channels"],
+            channel_mults=form["channel_mults"],
+            blocks_per_level=form["blocks_per_level"],
+            attention_resolutions=form["attention_resolutions"],
+            dropout=form["dropout"],
+            groups=form["groups"],
+            num_classes=form["num_classes"],
+        ),
+    )
+    provenance = {
+        "checkpoint": str(folder),
+        "step": 0,
+        "weights_sha256": hashlib.sha256(safetensors.save(tensors)).hexdigest(),
+        "config": to_dict(config),
+        "data_fingerprint": "",
+    }
+    side = form["image_size"]
+    return TrainedModel(
+        denoiser(config, network.to(device).eval().requires_grad_(False), device),
+        (form["image_channels"], side, side),
+        provenance,
+        device=device,
+    )

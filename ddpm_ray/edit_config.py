@@ -1,0 +1,68 @@
+"""Every knob of an edit: what becomes of an image, and how the rest is painted."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ddpm_ray.diffusion_config import SamplingConfig
+from ddpm_ray.knobs import knob
+
+MARGINS = ("top", "bottom", "left", "right")
+
+
+@dataclass(frozen=True)
+class EditConfig:
+    """An image edited by a trained model: `jobs/edit.py MODEL_URI IMAGE`."""
+
+    kind: Literal["inpaint", "outpaint", "image_to_image"] = knob(
+        "inpaint", "paint what a mask shows white; paint around; vary the whole"
+    )
+    num_images: int = knob(1, "variants; more than one are shown as a grid", at_least=1)
+    method: Literal["repaint", "replacement"] = knob(
+        "repaint", "of inpaint and outpaint; replacement: one walk, cheap and less fitting"
+    )
+    resamples: int = knob(10, "repaint: how often each stretch is walked", at_least=1)
+    jump_length: int = knob(10, "repaint: steps of such a stretch", at_least=1)
+    strength: float = knob(
+        0.5, "image_to_image: share of T that is noised and drawn again", above=0, at_most=1
+    )
+    top: int = knob(0, "outpaint: pixels above the image", at_least=0)
+    bottom: int = knob(0, "outpaint: pixels below it", at_least=0)
+    left: int = knob(0, "outpaint: pixels on its left", at_least=0)
+    right: int = knob(0, "outpaint: pixels on its right", at_least=0)
+    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(sampler="ancestral"))
+
+    def problems(self) -> Iterator[str]:
+        """Margins that do not fit the kind, a walk that repaint does not know, and sampling's."""
+        given = [side for side in MARGINS if getattr(self, side)]
+        if self.kind == "outpaint" and not given:
+            yield "top is 0, and so are bottom, left and right; outpaint adds pixels: set one"
+        if self.kind != "outpaint" and given:
+            yield (
+                f"{given[0]} is {getattr(self, given[0])} and kind {self.kind!r}, which adds no "
+                f"pixels: set kind=outpaint or leave it at 0"
+            )
+        if self.kind != "image_to_image" and self.method == "repaint":
+            if self.sampling.sampler not in ("ancestral", "ddim"):
+                yield (
+                    f"sampling.sampler is {self.sampling.sampler!r}; repaint walks as ancestral or "
+                    f"ddim: take one of these, or method=replacement"
+                )
+            if self.sampling.variance != "fixed_small":
+                yield (
+                    f"sampling.variance is {self.sampling.variance!r}; repaint walks with "
+                    f"fixed_small alone: leave it so, or take method=replacement"
+                )
+        yield from self.sampling.problems("sampling")
+
+    def misgiven(self, mask: str, out: str) -> Iterator[str]:
+        """What is wrong with the files of a command line, before any is read."""
+        if self.kind == "inpaint" and not mask:
+            yield (
+                "--mask is left out and kind is 'inpaint', which paints where a mask is white: "
+                "give one, or set kind=outpaint or kind=image_to_image"
+            )
+        if self.kind != "inpaint" and mask:
+            yield f"--mask is {mask} and kind {self.kind!r}, which reads none: leave it out"
+        if not out.lower().endswith(".png"):
+            yield f"--out is {out}; edits are saved as PNG, which changes no pixel: end it in .png"

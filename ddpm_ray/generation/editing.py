@@ -1,0 +1,188 @@
+"""Images edited by a denoiser: a part painted anew, the whole varied, two blended.
+
+Which noise an image meets is a function of (seed, its index), as in sample.py. Images may be larger
+than those of the network, S x S: it then sees windows of S x S that overlap by half. A mask
+[N or 1, 1, H, W] is True where a pixel is known.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ddpm_ray.diffusion import inpainting, inversion, samplers
+from ddpm_ray.diffusion.process import Denoise, add_noise
+from ddpm_ray.diffusion.samplers import Noise
+from ddpm_ray.diffusion.seeding import Purpose, normal
+from ddpm_ray.generation.denoiser import Denoiser
+from ddpm_ray.generation.sample import Images, SamplingPlan, walk
+
+Mask: TypeAlias = npt.NDArray[np.bool_]
+"""[H, W] for all images or [N, H, W]: True where a pixel is known and stays."""
+Method: TypeAlias = Literal["repaint", "replacement"]
+
+
+@dataclass(frozen=True)
+class Painting:
+    """How what is missing is painted; see `repaint` and `replacement` in diffusion/inpainting."""
+
+    method: Method = "repaint"
+    resamples: int = 10  # repaint: how often each stretch of the way is walked
+    jump_length: int = 10  # repaint: how many of the plan's steps a stretch has
+
+
+def inpaint(
+    denoiser: Denoiser,
+    plan: SamplingPlan,
+    painting: Painting,
+    known: Tensor,
+    mask: Tensor,
+    index: Tensor,
+    size: int,
+) -> Tensor:
+    """Images like `known` [N, C, H, W], equal to it to the bit where `mask` is True.
+
+    The rest is painted to fit, by the noise of `index` [N]. `size` is S. Raises ValueError where
+    `repaint` is asked for another walk than the two that it knows.
+    """
+    x_T = normal(plan.seed, Purpose.SAMPLE_START, 0, index, known.shape[1:])
+    noise, denoise = _noise(plan, index, known), _bound(denoiser, plan, index, known, size)
+    if painting.method == "replacement":
+        start = torch.full_like(index, plan.steps[0])
+        x_T = torch.where(mask, add_noise(denoiser.schedule, known, start, x_T), x_T)
+        seeing = inpainting.replacement(denoise, denoiser.predicts, known, mask)
+        return inpainting.paste(walk(denoiser, seeing, plan, x_T, noise), known, mask)
+    if plan.sampler not in ("ancestral", "ddim") or plan.variance != "fixed_small":
+        raise ValueError(
+            f"sampler is {plan.sampler!r} and variance {plan.variance!r}; repaint walks as "
+            "ancestral or ddim, with fixed_small: take these, or method replacement"
+        )
+    return inpainting.repaint(
+        denoiser.schedule, denoise, x_T, plan.steps, known=known, mask=mask, noise=noise,
+        jump_length=painting.jump_length, resamples=painting.resamples,
+        eta=1.0 if plan.sampler == "ancestral" else plan.eta,
+        predicts=denoiser.predicts, clip=plan.clipping(),
+    )  # fmt: skip
+
+
+def image_to_image(
+    denoiser: Denoiser,
+    plan: SamplingPlan,
+    strength: float,
+    images: Tensor,
+    index: Tensor,
+    size: int,
+) -> Tensor:
+    """Variations of `images` [N, C, H, W]: noise up to step `strength` T, and the way back.
+
+    (SDEdit, Meng et al. 2022, arXiv:2108.01073.) `size` is S. Raises ValueError for a strength
+    outside (0, 1], or below the plan's last step.
+    """
+    noise = normal(plan.seed, Purpose.SAMPLE_START, 0, index, images.shape[1:])
+    x_t, left = inpainting.sdedit(denoiser.schedule, images, plan.steps, strength, noise)
+    denoise = _bound(denoiser, plan, index, images, size)
+    rest = replace(plan, steps=left)
+    return walk(denoiser, denoise, rest, x_t, _noise(plan, index, images))
+
+
+def interpolate(
+    denoiser: Denoiser,
+    plan: SamplingPlan,
+    ends: tuple[int, int],
+    shares: Tensor,
+    image_shape: tuple[int, int, int],
+    device: torch.device | str,
+) -> Tensor:
+    """Images [len(shares), C, H, W] between those that DDIM draws for the two indices `ends`.
+
+    Each at its share, from 0 to 1, of the arc between the two noises (Song et al. 2021,
+    arXiv:2010.02502, appendix D.5). All have the label of the first end.
+    """
+    index = torch.tensor(ends, device=device)
+    first, last = normal(plan.seed, Purpose.SAMPLE_START, 0, index, image_shape).chunk(2)
+    x_T: Tensor = torch.cat(
+        [inversion.interpolate(first, last, share) for share in shares.tolist()]
+    )
+    labels = plan.labels_of(index[:1].expand(len(shares)), denoiser.num_classes)
+    denoise = denoiser.mean_of(denoiser.bound(labels, plan.guidance))
+    predicts = denoiser.predicts
+    return samplers.ddim(
+        denoiser.schedule, denoise, x_T, plan.steps, predicts=predicts, clip=plan.clipping()
+    )
+
+
+def reconstruct(
+    denoiser: Denoiser,
+    plan: SamplingPlan,
+    iterations: int,
+    images: Tensor,
+    index: Tensor,
+    size: int,
+) -> Tensor:
+    """What DDIM makes of the noise that its inversion finds behind `images` [N, C, H, W].
+
+    How far from them says how well the plan's steps follow the flow. See `ddim_inversion`, also
+    for `iterations`. `size` is S.
+    """
+    schedule, predicts = denoiser.schedule, denoiser.predicts
+
+    def fresh() -> Denoise:  # a self-conditioned network remembers a walk
+        return denoiser.mean_of(_bound(denoiser, plan, index, images, size))
+
+    x_T = inversion.ddim_inversion(
+        schedule, fresh(), images, plan.steps, iterations=iterations, predicts=predicts
+    )
+    return samplers.ddim(schedule, fresh(), x_T, plan.steps, predicts=predicts, clip=None)
+
+
+def on_canvas(images: Images, top: int, bottom: int, left: int, right: int) -> tuple[Images, Mask]:
+    """uint8 images [N, H, W, C] with so many pixels more on each side, and where they are known.
+
+    Raises ValueError where a margin is below 0, or all are 0.
+    """
+    margins = {"top": top, "bottom": bottom, "left": left, "right": right}
+    if wrong := [f"{side} is {pixels}" for side, pixels in margins.items() if pixels < 0]:
+        raise ValueError(f"{wrong[0]}; outpainting adds pixels: at least 0")
+    if not any(margins.values()):
+        raise ValueError("top, bottom, left and right are 0; outpainting adds pixels: set one")
+    height, width = images.shape[1] + top + bottom, images.shape[2] + left + right
+    pixels = torch.tensor(images).permute(0, 3, 1, 2)
+    canvas, mask = inpainting.on_canvas(pixels, height, width, top, left)
+    return canvas.permute(0, 2, 3, 1).numpy(), mask[0, 0].numpy()
+
+
+def fit(result: Images, known: Images, mask: Mask) -> dict[str, float | None]:
+    """`known_error` in grey levels, which is to be 0, and `seam`, 1 where none is to be seen.
+
+    See diffusion/inpainting; the seam is the mean over images and None where there is no measure.
+    """
+    painted, given = (torch.tensor(x).permute(0, 3, 1, 2).float() for x in (result, known))
+    keep = torch.tensor(mask).view(-1, 1, *mask.shape[-2:])
+    seam = float(inpainting.seam(painted, keep).mean())
+    error = inpainting.known_error(painted, given, keep)
+    return {"known_error": error, "seam": seam if math.isfinite(seam) else None}
+
+
+def windows(height: int, width: int, size: int) -> int:
+    """How many windows of size x size the network sees of an image of height x width."""
+    stride = size - size // 2
+    return math.prod(1 + math.ceil((length - size) / stride) for length in (height, width))
+
+
+def _bound(
+    denoiser: Denoiser, plan: SamplingPlan, index: Tensor, images: Tensor, size: int
+) -> Denoise:
+    """The denoiser of images like these, of the labels that go by `index`."""
+    count = windows(images.shape[2], images.shape[3], size)
+    labels = plan.labels_of(index.repeat(count), denoiser.num_classes)
+    denoise = denoiser.bound(labels, plan.guidance)
+    return denoise if count == 1 else inpainting.windowed(denoise, size, overlap=size // 2)
+
+
+def _noise(plan: SamplingPlan, index: Tensor, images: Tensor) -> Noise:
+    shape = images.shape[1:]
+    return lambda step: normal(plan.seed, Purpose.SAMPLE_STEP, step, index, shape)

@@ -1,0 +1,35 @@
+"""A film of images coming out of noise: at each step the estimate of what they will be."""
+
+from pathlib import Path
+
+from PIL import Image
+from torch import Tensor
+
+from ddpm_ray.generation.grids import grid
+from ddpm_ray.generation.sample import Images, to_uint8
+
+FRAME_MS = 60
+SHOWN_IMAGES = 16
+LAST_MS = 1500  # the images themselves, to be looked at
+
+
+class Film:
+    """Frames of the first images drawn; its `add` is a sampler's on_step."""
+
+    def __init__(self) -> None:
+        self._frames: list[Image.Image] = []
+        self._last_t: int | None = None
+        self._rolls = True
+
+    def add(self, t: int, x_t: Tensor, x_0: Tensor) -> None:
+        """Keep the estimates x_0 [N, C, H, W] of step t; those of a second batch are not shown."""
+        self._rolls = self._rolls and (self._last_t is None or t < self._last_t)
+        self._last_t = t
+        if self._rolls:
+            self._frames.append(grid(to_uint8(x_0[:SHOWN_IMAGES])))
+
+    def save(self, path: str | Path, images: Images) -> None:
+        """A GIF: the frames, then the first of `images` for a while, again and again."""
+        first, *others = [*self._frames, grid(images[:SHOWN_IMAGES])]
+        times = [FRAME_MS] * len(self._frames) + [LAST_MS]
+        first.save(path, save_all=True, append_images=others, duration=times, loop=0)

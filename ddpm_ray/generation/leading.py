@@ -1,0 +1,60 @@
+"""Other networks that lead samples: a weaker model to keep away from, a classifier to please."""
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ddpm_ray.diffusion.guidance import autoguided, classifier_guided
+from ddpm_ray.diffusion.process import Denoise
+from ddpm_ray.generation.denoiser import Denoiser, Lead
+
+
+def by_weaker(strong: Denoiser, weak: Denoiser, scale: float) -> Lead:
+    """Away from `weak`, a worse model of the same data (Karras et al. 2024, arXiv:2406.02507).
+
+    Raises ValueError where the two do not answer alike: predict the same under the same schedule.
+    """
+    same = torch.equal(strong.schedule.alpha_bar, weak.schedule.alpha_bar) and torch.equal(
+        strong.predicts.u, weak.predicts.u
+    )
+    if not same:
+        raise ValueError(
+            "the weaker model predicts something else or has another schedule; take one that "
+            "differs in size or in training alone"
+        )
+
+    def lead(denoise: Denoise, labels: Tensor | None) -> Denoise:
+        known = labels if weak.num_classes else None
+        return autoguided(denoise, weak.mean_of(weak.bound(known)), scale)
+
+    return lead
+
+
+def by_classifier(
+    classifier: Callable[[Tensor, Tensor], Tensor],
+    denoiser: Denoiser,
+    scale: float,
+    *,
+    steps: Sequence[int] | None = None,
+    variance: Literal["fixed_small", "fixed_large"] = "fixed_small",
+) -> Lead:
+    """Towards each image's label, by `classifier` (x_t, t) -> logits [B, K].
+
+    As `guidance.classifier_guided`, whose algorithm 1 the ancestral sampler's `steps` and
+    `variance` choose (Dhariwal and Nichol 2021, arXiv:2105.05233).
+    """
+
+    def lead(denoise: Denoise, labels: Tensor | None) -> Denoise:
+        if labels is None:
+            raise ValueError("a classifier leads to labels; give labels=[...] for it to lead to")
+
+        def log_probability(x_t: Tensor, t: Tensor) -> Tensor:
+            return classifier(x_t, t).log_softmax(1).gather(1, labels[:, None]).squeeze(1)
+
+        return classifier_guided(
+            denoise, log_probability, denoiser.predicts, scale, steps=steps, variance=variance
+        )
+
+    return lead

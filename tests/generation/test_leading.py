@@ -1,0 +1,92 @@
+"""What leads a denoiser sees the images' labels, and bends the answer as its paper says."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from ddpm_ray.diffusion import Denoise, NoiseSchedule, Prediction, schedules
+from ddpm_ray.generation import leading
+from ddpm_ray.generation.denoiser import Denoiser, Lead
+from ddpm_ray.generation.sample import SamplingPlan, draw
+
+LINEAR = NoiseSchedule(schedules.linear(40, 1e-3, 0.3))
+EPSILON = Prediction.of("epsilon", LINEAR)
+X, T = torch.randn(4, 1, 2, 2, generator=torch.Generator().manual_seed(0)), torch.full((4,), 9)
+
+
+def by_label(share: float, num_classes: int = 3) -> Denoiser:
+    """Answers with that share of x_t, plus the label's number (0 for none)."""
+
+    def network(x_t: Tensor, t: Tensor, labels: Tensor | None, condition: Tensor | None) -> Tensor:
+        number = 0 if labels is None else labels.view(-1, 1, 1, 1)
+        return share * x_t + number
+
+    return Denoiser(network, EPSILON, num_classes=num_classes)
+
+
+def led(denoiser: Denoiser, lead: Lead, labels: Tensor | None) -> Tensor:
+    return Denoiser(
+        denoiser.network, denoiser.predicts, num_classes=denoiser.num_classes, lead=lead
+    ).bound(labels)(X, T)
+
+
+def test_a_weaker_model_is_kept_away_from_with_the_same_labels() -> None:
+    """weak + 3 (strong - weak) for shares 0.5 and 0.2; the label's number is in both."""
+    strong, weak, labels = by_label(0.5), by_label(0.2), torch.tensor([0, 1, 2, 0])
+    found = led(strong, leading.by_weaker(strong, weak, 3), labels)
+    torch.testing.assert_close(found, 1.1 * X + labels.view(-1, 1, 1, 1))
+
+
+def test_a_weaker_model_may_know_no_labels() -> None:
+    strong, weak, labels = by_label(0.5), by_label(0.2, 0), torch.tensor([0, 1, 2, 0])
+    found = led(strong, leading.by_weaker(strong, weak, 3), labels)
+    torch.testing.assert_close(found, 1.1 * X + 3.0 * labels.view(-1, 1, 1, 1))
+
+
+@pytest.mark.parametrize("other", [Prediction.of("v", LINEAR), Prediction.of("epsilon", LINEAR)])
+def test_two_that_answer_differently_are_refused(other: Prediction) -> None:
+    strong = by_label(0.5)
+    if other.w.equal(EPSILON.w):
+        cosine = NoiseSchedule(schedules.cosine(40))
+        other = Prediction.of("epsilon", cosine)
+    weak = Denoiser(strong.network, other)
+    with pytest.raises(ValueError, match="predicts something else or has another schedule"):
+        leading.by_weaker(strong, weak, 2)
+
+
+def test_a_classifier_leads_each_image_to_its_own_label_even_without_a_class_network() -> None:
+    """Logits +-s: the slope of log p(y) is +-(1 - p(y)), summed over the pixels it looks at."""
+
+    def classifier(x_t: Tensor, t: Tensor) -> Tensor:
+        s = x_t[:, 0, 0, 0]
+        return torch.stack([s, -s], 1)
+
+    labels = torch.tensor([0, 1, 0, 1])
+    plain = by_label(0.5, 0)
+    moved = led(plain, leading.by_classifier(classifier, plain, 2.0), labels) - 0.5 * X
+    p = torch.sigmoid(2 * X[:, 0, 0, 0])
+    slope = torch.where(labels == 0, 2 * (1 - p), -2 * p)
+    sigma = (1 - LINEAR.alpha_bar[9]).sqrt()
+    torch.testing.assert_close(moved[:, 0, 0, 0], (-2.0 * sigma * slope).float())
+    assert not moved.flatten(1)[:, 1:].any()
+
+
+def test_a_classifier_needs_labels() -> None:
+    plain = by_label(0.5, 0)
+    lead = leading.by_classifier(lambda x, t: x.flatten(1), plain, 1.0)
+    with pytest.raises(ValueError, match=r"leads to labels; give labels=\[...\]"):
+        led(plain, lead, None)
+
+
+def test_labels_of_a_plan_reach_the_classifier_of_a_network_without_classes() -> None:
+    seen: list[Tensor] = []
+    plain = by_label(0.5, 0)
+
+    def lead(denoise: Denoise, labels: Tensor | None) -> Denoise:
+        assert labels is not None
+        seen.append(labels)
+        return denoise
+
+    denoiser = Denoiser(plain.network, plain.predicts, lead=lead)
+    draw(denoiser, SamplingPlan((40, 0), labels=(5, 6)), torch.arange(3), (1, 2, 2), "cpu")
+    assert [labels.tolist() for labels in seen] == [[5, 6, 5]]

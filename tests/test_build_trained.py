@@ -1,0 +1,107 @@
+"""Models go to diffusers and come back as they were; a classifier is not taken for a model."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from ddpm_ray import build, build_diffusion, build_trained
+from ddpm_ray.config import RunConfig
+from ddpm_ray.diffusion_config import SamplingConfig
+from ddpm_ray.generation.trained_model import TrainedModel
+from ddpm_ray.knobs import ConfigError, load, to_dict
+from ddpm_ray.models.foreign_configs import ForeignModelError
+from ddpm_ray.training.checkpoints import CheckpointError, CheckpointStore
+
+CPU = torch.device("cpu")
+
+
+def configured(*overrides: str) -> RunConfig:
+    keys = (
+        "name=a", "data.url=b", "schedule.num_steps=30", "sampling.steps=5",
+        "model.base_channels=4", "model.groups=2", "model.channel_mults=[1,2]",
+        "model.blocks_per_level=1", "model.attention_resolutions=[4]",
+    )  # fmt: skip
+    return load(RunConfig, None, [*keys, *overrides])
+
+
+def trained(config: RunConfig) -> TrainedModel:
+    """As loaded from a checkpoint, with weights that are not zero."""
+    torch.manual_seed(3)
+    network = build.network(config, (8, 8, 3))
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    denoiser = build_diffusion.denoiser(config, network.eval().requires_grad_(False), CPU)
+    provenance = {"config": to_dict(config), "checkpoint": "", "step": 0, "weights_sha256": ""}
+    return TrainedModel(denoiser, (3, 8, 8), provenance)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        ("model.num_classes=3", "schedule.kind=cosine"),
+        ("objective.prediction=v", "schedule.kind=sigmoid"),
+        ("objective.prediction=x_0", "schedule.zero_terminal_snr=true"),
+        ("objective.variance=learned_range", "objective.loss=hybrid"),
+        ("objective.weighting=uncertainty", "schedule.kind=linear", "schedule.rescale=false"),
+    ],
+    ids=str,
+)
+def test_a_model_comes_back_from_diffusers_format_drawing_the_same(
+    overrides: tuple[str, ...], tmp_path: Path
+) -> None:
+    model = trained(configured(*overrides))
+    build_trained.write_diffusers(model, SamplingConfig(), tmp_path / "given")
+    back = build_trained.trained_model(str(tmp_path / "given"))
+    assert back.image_shape == model.image_shape
+    torch.testing.assert_close(back.denoiser.schedule.alpha_bar, model.denoiser.schedule.alpha_bar)
+    assert (back.sample(4, steps=5, seed=2) == model.sample(4, steps=5, seed=2)).all()
+    build_trained.write_diffusers(back, SamplingConfig(), tmp_path / "again")
+    name = "unet/diffusion_pytorch_model.safetensors"
+    once, twice = (load_file(tmp_path / folder / name) for folder in ("given", "again"))
+    assert once.keys() == twice.keys()
+    assert all(torch.equal(once[key], twice[key]) for key in once)
+
+
+def test_what_diffusers_has_no_name_for_is_refused_with_nothing_written(tmp_path: Path) -> None:
+    model = trained(configured("objective.prediction=edm"))
+    with pytest.raises(ForeignModelError, match="prediction"):
+        build_trained.write_diffusers(model, SamplingConfig(), tmp_path / "given")
+    assert not (tmp_path / "given").exists()
+
+
+def committed(config: RunConfig, folder: Path) -> str:
+    """The folder of a run that was saved once, at step 0."""
+    facts = {"config": to_dict(config), "image_shape": [8, 8, 3], "data_fingerprint": ""}
+    state = build.training_state(config, (8, 8, 3), CPU, facts)
+    CheckpointStore(str(folder / "checkpoints")).save(state.snapshot([]))
+    return str(folder)
+
+
+CLASSIFIER = (
+    "model.kind=classifier", "model.num_classes=3", "training.grid_every_steps=0",
+)  # fmt: skip
+
+
+def test_a_classifier_and_a_model_are_not_taken_for_each_other(tmp_path: Path) -> None:
+    classifier = committed(configured(*CLASSIFIER), tmp_path / "classifier")
+    unet = committed(configured(), tmp_path / "unet")
+    with pytest.raises(ConfigError, match=r"holds a classifier, which draws nothing"):
+        build_trained.trained_model(classifier)
+    with pytest.raises(ConfigError, match=r"holds no classifier: train one with model\.kind="):
+        build_trained.trained_classifier(unet)
+    logits = build_trained.trained_classifier(classifier)(
+        torch.zeros(2, 3, 8, 8), torch.tensor([1, 30])
+    )
+    assert logits.shape == (2, 3)
+    assert build_trained.trained_model(unet).sample(2, steps=2).dtype == np.uint8
+
+
+def test_an_average_that_is_not_there_is_told_with_those_that_are(tmp_path: Path) -> None:
+    unet = committed(configured(), tmp_path / "unet")
+    with pytest.raises(CheckpointError, match=r"it has no average 'ema-0\.5'; it has ema$"):
+        build_trained.trained_model(unet, ema="ema-0.5")
