@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, assert_never
 
@@ -18,6 +19,7 @@ from ddpm_ray.data.shards import Dataset
 from ddpm_ray.data.stream import Batch, ShardStream
 from ddpm_ray.diffusion.timesteps import SecondMoments
 from ddpm_ray.evaluation_config import EvaluationConfig
+from ddpm_ray.generation.denoiser import Denoiser
 from ddpm_ray.knobs import defining, from_dict
 from ddpm_ray.models.classifier import NoisyClassifier
 from ddpm_ray.models.ema import EMA, decay_from_half_life, ramped
@@ -166,6 +168,17 @@ def probe(config: RunConfig, dataset: Dataset, state: TrainingState, gallery: Ga
         gallery.sink,
         config.sampling.batch_size,
     )
+
+
+def shown_low(
+    denoiser: Denoiser, config: DataConfig, dataset: Dataset, count: int, device: torch.device
+) -> Denoiser:
+    """`denoiser`, where it is for super-resolution with images of the data to enlarge."""
+    if not (pixels := denoiser.low_resolution_pixels):
+        return denoiser
+    images = fixed_images(config, dataset, range(count), count).images
+    low = transforms.lowered(transforms.to_model_range(images.to(device)), pixels)
+    return replace(denoiser, low=low)
 
 
 def fixed_images(config: DataConfig, dataset: Dataset, positions: range, total: int) -> Batch:

@@ -72,6 +72,7 @@ def denoiser(config: RunConfig, network: Network, device: torch.device | str) ->
         config.objective.variance,
         config.model.num_classes,
         config.objective.self_conditioning,
+        config.objective.low_resolution_pixels,
     )
 
 

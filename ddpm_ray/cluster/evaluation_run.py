@@ -74,6 +74,10 @@ def _scores(config: EvaluateConfig, settings: dict[str, Any]) -> dict[str, Any]:
     model = trained.load(settings["model_uri"], workers.device, settings["tracking_uri"])
     plan = build_diffusion.sampling_plan(config.sampling, model.denoiser.schedule)
     model = trained.led(model, config.lead, plan, settings["tracking_uri"])
+    begun, dataset = from_dict(RunConfig, model.provenance["config"]), open_dataset(config.data_url)
+    count = min(max(config.evaluation.num_images, 1), int(dataset.counts.sum()))
+    shown = build.shown_low(model.denoiser, begun.data, dataset, count, workers.device)
+    model = dataclasses.replace(model, denoiser=shown)
     found: dict[str, Any] = {"metrics": {}}
     if config.evaluation.num_images:
         found |= vars(_sample_scores(config, model, plan, workers))

@@ -32,7 +32,7 @@ from ddpm_ray.training.checkpoints import (
 )
 from ddpm_ray.training.divergence import DivergedError, Guard
 from ddpm_ray.training.features import FeatureNet
-from ddpm_ray.training.gallery import Gallery
+from ddpm_ray.training.gallery import GRID_IMAGES, Gallery
 from ddpm_ray.training.lease import Lease, LeaseLostError
 from ddpm_ray.training.loop import Run, train
 from ddpm_ray.training.reference import Reference, reference
@@ -124,6 +124,7 @@ def assemble(
     sink = Tracker(find_run, config.tracking.flush_every_s, unsent) if workers.leads else None
     objective = build_diffusion.objective(config, state, workers.device)
     denoiser = build_diffusion.denoiser(config, state.ema.model, workers.device)
+    denoiser = build.shown_low(denoiser, config.data, dataset, GRID_IMAGES, workers.device)
     gallery = Gallery(
         denoiser,
         build_diffusion.sampling_plan(config.sampling, denoiser.schedule),

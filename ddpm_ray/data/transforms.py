@@ -8,6 +8,7 @@ from typing import Literal, assert_never
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
 Resize = Literal["none", "centre-crop-box-bicubic"]
 
@@ -31,6 +32,16 @@ def to_model_range(images: Tensor, flip: Tensor | None = None) -> Tensor:
     x = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
     x = x.div_(127.5).sub_(1)
     return x if flip is None else torch.where(flip.view(-1, 1, 1, 1), x.flip(-1), x)
+
+
+def lowered(x_0: Tensor, pixels: int) -> Tensor:
+    """Images [B, C, H, W] that show no more than pixels x pixels: averaged, and blown up again."""
+    return enlarged(F.adaptive_avg_pool2d(x_0, pixels), x_0.shape[2:])
+
+
+def enlarged(images: Tensor, size: Sequence[int]) -> Tensor:
+    """Images [B, C, h, w] blown up to `size` (H, W), bilinearly: no detail is added."""
+    return F.interpolate(images, size=tuple(size), mode="bilinear")
 
 
 def mean_square(pixel_mean: Sequence[float], pixel_std: Sequence[float]) -> float:

@@ -51,6 +51,8 @@ class Denoiser:
     variance: Literal["fixed", "learned", "learned_range"] = "fixed"  # what it answers beside
     num_classes: int = 0
     self_conditioned: bool = False
+    low_resolution_pixels: int = 0  # of what a network for super-resolution sees; 0: it sees none
+    low: Tensor | None = None  # [M, C, H, W]: that of image i is the one at i % M
     lead: Lead | None = None
 
     @classmethod
@@ -77,6 +79,12 @@ class Denoiser:
         the variance behind where one is learned. Made for one walk: a self-conditioned network
         remembers its last estimate. Raises ValueError for labels that it was not trained with.
         """
+        if bool(self.low_resolution_pixels) != (low_resolution is not None):
+            raise ValueError(
+                f"this model is {'' if self.low_resolution_pixels else 'not '}for super-resolution "
+                "(objective.low_resolution_pixels): give images of low resolution to such models, "
+                "and to them alone"
+            )
         lead, known = self.lead, labels if self.num_classes else None
         stray = labels is not None and known is None and lead is None
         if stray or (self.num_classes == 0 and guidance.scale != 1):
@@ -94,9 +102,13 @@ class Denoiser:
             )  # fmt: skip
         return denoise if lead is None else lead(denoise, labels)
 
-    def noise(self, labels: Tensor | None = None) -> Denoise:
+    def low_of(self, index: Tensor) -> Tensor | None:
+        """What it is shown at low resolution for the images `index` [B]."""
+        return None if self.low is None else self.low[index.to(self.low.device) % len(self.low)]
+
+    def noise(self, labels: Tensor | None = None, low_resolution: Tensor | None = None) -> Denoise:
         """What it thinks of the noise in x_t [B, ...], whatever it predicts."""
-        denoise = self.mean_of(self.bound(labels))
+        denoise = self.mean_of(self.bound(labels, UNGUIDED, low_resolution))
         return lambda x_t, t: self.predicts.noise(x_t, t, denoise(x_t, t))
 
     def mean_of(self, denoise: Denoise) -> Denoise:

@@ -62,7 +62,6 @@ def draw(
     image_shape: tuple[int, int, int],
     device: torch.device | str,
     *,
-    low_resolution: Tensor | None = None,
     on_step: OnStep | None = None,
 ) -> Tensor:
     """Images float32 [N, C, H, W], in about [-1, 1], of the indices `index` [N] int64.
@@ -77,7 +76,7 @@ def draw(
     index = index.to(device)
     x_T = normal(plan.seed, Purpose.SAMPLE_START, 0, index, image_shape)
     labels = plan.labels_of(index, denoiser.num_classes)
-    denoise = denoiser.bound(labels, plan.guidance, low_resolution)
+    denoise = denoiser.bound(labels, plan.guidance, denoiser.low_of(index))
     return walk(denoiser, denoise, plan, x_T, noise, on_step)
 
 

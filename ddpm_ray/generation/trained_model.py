@@ -1,14 +1,14 @@
 """What a notebook holds of a trained network: images in and out as uint8, arguments checked."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ddpm_ray.data.transforms import to_model_range
+from ddpm_ray.data.transforms import enlarged, to_model_range
 from ddpm_ray.diffusion import spacing
 from ddpm_ray.diffusion.samplers import OnStep
 from ddpm_ray.generation import editing
@@ -96,6 +96,28 @@ class TrainedModel:
         """
         plan = self.plan(steps, sampler, seed, labels, guidance_scale, eta)
         return self.vary(plan, images, strength, batch_size)
+
+    def enlarge(
+        self, images: Images, *, steps: int = 50, sampler: Sampler = "ddim", eta: float = 0.0,
+        seed: int = 0, labels: Sequence[int] | None = None, guidance_scale: float = 1.0,
+        batch_size: int = 64,
+    ) -> Images:  # fmt: skip
+        """uint8 [N, H, W, C]: `images` [N, h, w, C] at the size of the model's, details invented.
+
+        Of a model trained for super-resolution (Saharia et al. 2021, arXiv:2104.07636), as the
+        last of a cascade (Ho et al. 2022, arXiv:2106.15282).
+        """
+        plan = self.plan(steps, sampler, seed, labels, guidance_scale, eta)
+        self._require_images(images)
+        pixels, size = self.denoiser.low_resolution_pixels, self.image_shape[1:]
+        if images.shape[1:3] != (pixels, pixels):
+            raise ValueError(
+                f"images are {images.shape[1]} x {images.shape[2]}; this model enlarges those of "
+                f"{pixels} x {pixels} (0: none; objective.low_resolution_pixels)"
+            )
+        small = to_model_range(torch.from_numpy(images).to(self.device))
+        denoiser = replace(self.denoiser, low=enlarged(small, size))
+        return replace(self, denoiser=denoiser).draw(plan, len(images), batch_size)
 
     def interpolate(
         self, first: int, last: int, num_images: int, *, steps: int = 50, seed: int = 0,

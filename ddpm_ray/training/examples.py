@@ -10,9 +10,8 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from ddpm_ray.data.transforms import to_model_range
+from ddpm_ray.data.transforms import lowered, to_model_range
 from ddpm_ray.diffusion import seeding
 from ddpm_ray.diffusion.guidance import dropped
 from ddpm_ray.diffusion.seeding import Purpose
@@ -96,9 +95,3 @@ class Showing:
             self.seed, Purpose.LOW_RESOLUTION, step, positions, tuple(small.shape[1:])
         )
         return small + self.low_resolution_noise * more
-
-
-def lowered(x_0: Tensor, pixels: int) -> Tensor:
-    """Images [b, C, H, W] that show no more than pixels x pixels: averaged, and blown up again."""
-    size = x_0.shape[2:]
-    return F.interpolate(F.adaptive_avg_pool2d(x_0, pixels), size=size, mode="bilinear")

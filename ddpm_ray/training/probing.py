@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ddpm_ray.data.transforms import to_model_range
+from ddpm_ray.data.transforms import lowered, to_model_range
 from ddpm_ray.diffusion import seeding
 from ddpm_ray.diffusion.seeding import Purpose
 from ddpm_ray.diffusion.spectrum import common_loss, loss_spectrum
@@ -64,7 +64,10 @@ class Probe:
         noise = seeding.normal(SEED, Purpose.PROBE, 0, index, tuple(x_0.shape[1:]))
         labels = self.labels[start : start + len(images)].to(device)
         seen_twice = labels.repeat(2) if self.denoiser.num_classes else None
+        low = None
+        if pixels := self.denoiser.low_resolution_pixels:
+            low = lowered(x_0, pixels).repeat(2, 1, 1, 1)
         return loss_spectrum(
-            self.denoiser.noise(seen_twice),
+            self.denoiser.noise(seen_twice, low),
             self.denoiser.schedule, x_0, noise, levels.to(device), self.variance,
         )  # fmt: skip

@@ -95,11 +95,27 @@ def test_guided_and_self_conditioned_it_keeps_the_two_estimates_apart() -> None:
 
 def test_the_low_resolution_image_lies_behind_the_estimate() -> None:
     network, small = Seen(), torch.full((2, *SHAPE), 0.5)
-    denoiser = Denoiser(network, EPSILON, self_conditioned=True)
+    denoiser = Denoiser(network, EPSILON, self_conditioned=True, low_resolution_pixels=1)
     denoiser.bound(low_resolution=small)(torch.ones(2, *SHAPE), T)
     (condition,) = network.condition
     assert condition is not None
     assert torch.equal(condition, torch.cat([torch.zeros_like(small), small], 1))
+
+
+def test_each_image_is_shown_its_own_low_resolution_by_its_index() -> None:
+    network, bank = Seen(), torch.arange(3.0).view(3, 1, 1, 1).expand(3, *SHAPE)
+    denoiser = Denoiser(network, EPSILON, low_resolution_pixels=1, low=bank)
+    draw(denoiser, SamplingPlan((40, 0)), torch.tensor([5, 0, 4]), SHAPE, "cpu")
+    (condition,) = network.condition
+    assert condition is not None
+    assert condition[:, 0, 0, 0].tolist() == [2, 0, 1]
+
+
+@pytest.mark.parametrize("pixels, says", [(0, "is not for"), (1, "is for")])
+def test_low_resolution_is_shown_to_those_who_want_it_alone(pixels: int, says: str) -> None:
+    given = None if pixels else torch.zeros(2, *SHAPE)
+    with pytest.raises(ValueError, match=f"{says} super-resolution .* to them alone"):
+        Denoiser(Seen(), EPSILON, low_resolution_pixels=pixels).bound(low_resolution=given)
 
 
 def test_edm_shows_its_input_with_unit_variance() -> None:

@@ -234,3 +234,23 @@ def test_what_else_cannot_be_edited_says_why() -> None:
         model.interpolate(0, 1, 1)
     with pytest.raises(ValueError, match="batch_size is 0"):
         model.interpolate(0, 1, 2, steps=2, batch_size=0)
+
+
+def test_an_image_is_enlarged_by_a_network_that_sees_it() -> None:
+    """One that answers with what it is shown: each image comes back large, of its own grey."""
+
+    def network(x_t: Tensor, t: Tensor, labels: None, condition: Tensor) -> Tensor:
+        return condition
+
+    predicts = Prediction.of("x_0", SCHEDULE)
+    denoiser = Denoiser(network, predicts, low_resolution_pixels=2)  # type: ignore[arg-type]
+    model = TrainedModel(denoiser, SHAPE, provenance={})
+    levels = np.array([0, 100, 255], np.uint8)
+    small = np.broadcast_to(levels.reshape(3, 1, 1, 1), (3, 2, 2, 1))
+    large = model.enlarge(small.copy(), steps=3, batch_size=2)
+    assert large.shape == (3, 8, 8, 1)
+    assert (large == levels.reshape(3, 1, 1, 1)).all()
+    with pytest.raises(ValueError, match=r"images are 3 x 2; this model enlarges those of 2 x 2"):
+        model.enlarge(np.zeros((1, 3, 2, 1), np.uint8), steps=3)
+    with pytest.raises(ValueError, match=r"enlarges those of 0 x 0 \(0: none"):
+        digits_model().enlarge(small.copy(), steps=3)
