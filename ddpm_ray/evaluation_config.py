@@ -42,6 +42,10 @@ class EvaluationConfig:
     bits_per_dim_terms: int = knob(
         0, "terms of that bound that are seen of each image; 0: all T", at_least=0
     )
+    likelihood_images: int = knob(
+        0, "images whose likelihood under the probability flow is taken; 0: none", at_least=0
+    )
+    likelihood_steps: int = knob(100, "Heun steps of that flow, at most T", at_least=1)
 
     def problems(self) -> Iterator[str]:
         """What leaves a score without meaning."""
@@ -50,6 +54,8 @@ class EvaluationConfig:
             yield f"evaluation.widths is {list(self.widths)}; choose from {list(known)}"
         if self.bits_per_dim_images == 1:
             yield "evaluation.bits_per_dim_images is 1; an interval needs at least 2 images"
+        if self.likelihood_images == 1:
+            yield "evaluation.likelihood_images is 1; an interval needs at least 2 images"
         if self.bits_per_dim_terms == 1:
             yield "evaluation.bits_per_dim_terms is 1; take 2, which is L_0 and one other, to T"
         if self.num_images == 1:

@@ -120,10 +120,11 @@ class EvaluateConfig:
         yield from self.sampling.problems("sampling")
         yield from self.lead.problems(self.sampling)
         yield from self.evaluation.problems()
-        if self.evaluation.num_images < 2 and not self.evaluation.bits_per_dim_images:
+        wanted = self.evaluation
+        if wanted.num_images < 2 and not (wanted.bits_per_dim_images or wanted.likelihood_images):
             yield (
-                f"evaluation.num_images is {self.evaluation.num_images}; score at least 2, or "
-                f"bound the bits of some evaluation.bits_per_dim_images"
+                f"evaluation.num_images is {wanted.num_images}; score at least 2, or some of "
+                f"evaluation.bits_per_dim_images or evaluation.likelihood_images"
             )
 
 

@@ -1,10 +1,12 @@
 """The score of a trained model against a data set, computed by a group of workers."""
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ddpm_ray import build, build_diffusion
 from ddpm_ray.cluster import group, trained
@@ -20,6 +22,7 @@ from ddpm_ray.knobs import ConfigError, from_dict, to_dict
 from ddpm_ray.training import evaluation
 from ddpm_ray.training.bits_per_dim import BitsPerDim, bits_per_dim
 from ddpm_ray.training.evaluation import Scores
+from ddpm_ray.training.likelihoods import Likelihood, flow_likelihood
 from ddpm_ray.training.reference import reference
 from ddpm_ray.training.workers import Workers
 
@@ -39,8 +42,13 @@ def evaluate(model_uri: str, config: EvaluateConfig, home: Path) -> dict[str, An
     knows = bool(lead.classifier)
     plan = build_diffusion.checked_plan(config.sampling, begun, model.denoiser.schedule, led=knows)
     trained.led(model, lead, plan, tracking_uri)
-    if (terms := config.evaluation.bits_per_dim_terms) > (most := begun.schedule.num_steps):
-        raise ConfigError(f"evaluation.bits_per_dim_terms is {terms}; the model has T = {most}")
+    wanted, most = config.evaluation, begun.schedule.num_steps
+    for key, value, asked in (
+        ("bits_per_dim_terms", wanted.bits_per_dim_terms, wanted.bits_per_dim_images),
+        ("likelihood_steps", wanted.likelihood_steps, wanted.likelihood_images),
+    ):
+        if asked and value > most:
+            raise ConfigError(f"evaluation.{key} is {value}; the model has T = {most}")
     config = dataclasses.replace(
         config, data_url=storage.absolute(config.data_url or begun.data.url, home)
     )
@@ -85,6 +93,10 @@ def _scores(config: EvaluateConfig, settings: dict[str, Any]) -> dict[str, Any]:
         bits = vars(_bits_per_dim(config, model, workers))
         found["metrics"] = found["metrics"] | bits.pop("metrics")
         found["bits_per_dim"] = bits
+    if config.evaluation.likelihood_images:
+        of = vars(_likelihood(config, model, workers))
+        found["metrics"] = found["metrics"] | of.pop("metrics")
+        found["likelihood"] = of
     return found
 
 
@@ -112,19 +124,33 @@ def _sample_scores(
 
 def _bits_per_dim(config: EvaluateConfig, model: TrainedModel, workers: Workers) -> BitsPerDim:
     """How well it compresses images of the data."""
-    begun, dataset = from_dict(RunConfig, model.provenance["config"]), open_dataset(config.data_url)
     wanted, sampling = config.evaluation, config.sampling
-    total = min(wanted.bits_per_dim_images, int(dataset.counts.sum()))
-    mine = workers.share(total)
-    images, labels = build.fixed_images(begun.data, dataset, mine, total)
-    index = torch.arange(mine.start, mine.stop)
-    parts = (torch.split(each, sampling.batch_size) for each in (index, images, labels))
     variance = model.denoiser.variance if sampling.variance == "learned" else sampling.variance
     return bits_per_dim(
         model.denoiser,
-        zip(*parts, strict=True),
+        _images(config, wanted.bits_per_dim_images, model, workers),
         variance="fixed_small" if variance == "fixed" else variance,
         workers=workers,
         terms=wanted.bits_per_dim_terms or None,
         clip=sampling.clip,
     )
+
+
+def _likelihood(config: EvaluateConfig, model: TrainedModel, workers: Workers) -> Likelihood:
+    """What images of the data are worth to its probability flow."""
+    wanted = config.evaluation
+    batches = _images(config, wanted.likelihood_images, model, workers)
+    return flow_likelihood(model.denoiser, batches, steps=wanted.likelihood_steps, workers=workers)
+
+
+def _images(
+    config: EvaluateConfig, count: int, model: TrainedModel, workers: Workers
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """This worker's share of `count` images that are always the same: index, image, label."""
+    begun, dataset = from_dict(RunConfig, model.provenance["config"]), open_dataset(config.data_url)
+    total = min(count, int(dataset.counts.sum()))
+    mine = workers.share(total)
+    images, labels = build.fixed_images(begun.data, dataset, mine, total)
+    index = torch.arange(mine.start, mine.stop)
+    size = config.sampling.batch_size
+    return zip(*(torch.split(each, size) for each in (index, images, labels)), strict=True)
