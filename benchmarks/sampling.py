@@ -5,76 +5,110 @@
 The small U-Net (2.2 M parameters) at batch 16 of 3x32x32 images, noise drawn per image; one thread,
 CPU seconds, interleaved rounds, medians. The first ratio compares whole walks with the same number
 of bare calls. The second adds the sampler's own time, measured with a denoiser that costs nothing,
-to that of a bare call: the same figure, less the noise of a shared machine.
+to that of a bare call: the same figure, less the noise of a shared machine. `guided` is
+classifier-free guidance, whose bare calls are of 32 images.
 """
 
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from ddpm_ray.diffusion import Denoise, NoiseSchedule, schedules
+from ddpm_ray.diffusion import Denoise, NoiseSchedule, Prediction, schedules, solvers
+from ddpm_ray.diffusion.guidance import classifier_free
 from ddpm_ray.diffusion.samplers import ancestral, ddim
 from ddpm_ray.diffusion.seeding import Purpose, normal
 from ddpm_ray.diffusion.spacing import uniform_steps
 from ddpm_ray.models.unet import UNet
 
-BATCH, SHAPE, CALLS, ROUNDS = 16, (3, 32, 32), 5, 25
+BATCH, SHAPE, STEPS, ROUNDS = 16, (3, 32, 32), 5, 15
+
+
+@dataclass(frozen=True)
+class Walk:
+    """A sampler, and what it asks of the network."""
+
+    run: Callable[[Denoise], object]
+    calls: int = STEPS
+    batch: int = BATCH
 
 
 def small_unet() -> UNet:
     return UNet(image_size=32, image_channels=3, base_channels=32, groups=8).eval()
 
 
-def walks(denoise: Denoise) -> dict[str, Callable[[], object]]:
-    """Each makes CALLS network calls; the first makes nothing else."""
-    schedule, steps = NoiseSchedule(schedules.linear(1000)), uniform_steps(1000, CALLS)
-    index = torch.arange(BATCH)
+def walks() -> dict[str, Walk]:
+    schedule, steps = NoiseSchedule(schedules.linear(1000)), uniform_steps(1000, STEPS)
+    index, labels = torch.arange(BATCH), torch.zeros(BATCH, dtype=torch.int64)
     x_T = normal(0, Purpose.SAMPLE_START, 0, index, SHAPE)
+    epsilon = Prediction.of("epsilon", schedule)
 
     def noise(t: int) -> Tensor:
         return normal(0, Purpose.SAMPLE_STEP, t, index, SHAPE)
 
-    def bare() -> None:
-        with torch.inference_mode():
-            for t in steps[:-1]:
-                denoise(x_T, torch.full((BATCH,), t))
+    def guided(denoise: Denoise) -> object:
+        led = classifier_free(
+            lambda x, t, _: denoise(x, t), labels, 1, 3.0, rescale=0.7, predicts=epsilon
+        )
+        return ddim(schedule, led, x_T, steps)
 
     return {
-        "bare calls": bare,
-        "ancestral": lambda: ancestral(schedule, denoise, x_T, steps, noise=noise),
-        "ddim, eta 0": lambda: ddim(schedule, denoise, x_T, steps),
-        "ddim, eta 1": lambda: ddim(schedule, denoise, x_T, steps, eta=1, noise=noise),
+        "ancestral": Walk(lambda d: ancestral(schedule, d, x_T, steps, noise=noise)),
+        "ddim, eta 0": Walk(lambda d: ddim(schedule, d, x_T, steps)),
+        "ddim, eta 1": Walk(lambda d: ddim(schedule, d, x_T, steps, eta=1, noise=noise)),
+        "DPM-Solver++": Walk(lambda d: solvers.dpm_solver_pp(schedule, d, x_T, steps)),
+        "its SDE form": Walk(lambda d: solvers.dpm_solver_pp(schedule, d, x_T, steps, noise=noise)),
+        "UniPC": Walk(lambda d: solvers.unipc(schedule, d, x_T, steps)),
+        "Heun": Walk(lambda d: solvers.heun(schedule, d, x_T, steps), calls=2 * STEPS - 1),
+        "PLMS": Walk(lambda d: solvers.plms(schedule, d, x_T, steps)),
+        "guided": Walk(guided, batch=2 * BATCH),
     }
 
 
-def cpu_s(walk: Callable[[], object]) -> float:
+def bare(denoise: Denoise, calls: int, batch: int) -> Callable[[], object]:
+    """Nothing but network calls."""
+    x_T, t = torch.randn(batch, *SHAPE), torch.full((batch,), 500)
+
+    def run() -> None:
+        with torch.inference_mode():
+            for _ in range(calls):
+                denoise(x_T, t)
+
+    return run
+
+
+def cpu_s(run: Callable[[], object]) -> float:
     start = time.process_time()
-    walk()
+    run()
     return time.process_time() - start
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    predicted = torch.randn(BATCH, *SHAPE)
-    whole, own = walks(small_unet()), walks(lambda x_t, t: predicted)
-    whole_s: dict[str, list[float]] = {name: [] for name in whole}
-    own_s: dict[str, list[float]] = {name: [] for name in own}
+    network, answers = small_unet(), torch.randn(2 * BATCH, *SHAPE)
+
+    def free(x_t: Tensor, t: Tensor) -> Tensor:
+        return answers[: len(x_t)]
+
+    found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in walks()}
     for _ in range(ROUNDS):
-        for name in whole:
-            whole_s[name].append(cpu_s(whole[name]))
-            own_s[name].append(cpu_s(own[name]))
-    bare_s = whole_s["bare calls"]
-    call_s = statistics.median(bare_s) / CALLS
-    print(f"bare call: {1000 * call_s:.1f} ms, {BATCH / call_s:.0f} images per CPU s")
-    print(f"{'':11}  whole walk  by own time  own ms per call")
-    for name in list(whole)[1:]:
-        ratio = statistics.median(b / s for b, s in zip(bare_s, whole_s[name], strict=True))
-        extra_s = statistics.median(own_s[name]) / CALLS
-        by_own = call_s / (call_s + extra_s)
-        print(f"{name:11}  {ratio:10.3f}  {by_own:11.3f}  {1000 * extra_s:15.2f}")
+        for name, walk in walks().items():
+            bare_s = cpu_s(bare(network, walk.calls, walk.batch))
+            whole_s = cpu_s(partial(walk.run, network))
+            own_s = cpu_s(partial(walk.run, free))
+            found[name].append((bare_s, whole_s, own_s))
+    first = statistics.median(bare_s for bare_s, _, _ in found["ancestral"]) / STEPS
+    print(f"bare call: {1000 * first:.1f} ms, {BATCH / first:.0f} images per CPU s")
+    print(f"{'':13} whole walk  by own time  own ms per call")
+    for name, rounds in found.items():
+        ratio = statistics.median(bare_s / whole_s for bare_s, whole_s, _ in rounds)
+        bare_s, own_s = (statistics.median(column) for column in (*zip(*rounds, strict=True),)[::2])
+        own_ms = 1000 * own_s / walks()[name].calls
+        print(f"{name:13} {ratio:10.3f}  {bare_s / (bare_s + own_s):11.3f}  {own_ms:15.2f}")
 
 
 if __name__ == "__main__":
