@@ -11,13 +11,20 @@ import pytest
 from ddpm_ray import knobs
 from ddpm_ray.config import RunConfig
 from ddpm_ray.drill_config import DrillConfig
-from ddpm_ray.job_config import DoctorConfig, EvaluateConfig, PackConfig, SampleConfig
+from ddpm_ray.edit_config import EditConfig
+from ddpm_ray.job_config import (
+    DoctorConfig,
+    EvaluateConfig,
+    ExportConfig,
+    PackConfig,
+    SampleConfig,
+)
 from ddpm_ray.sweep_config import SweepConfig
 
 ROOT = Path(__file__).parent.parent
 PAGES = [
     "README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md",
-    "docs/cluster.md",
+    "docs/cluster.md", "docs/toolbox.md",
 ]  # fmt: skip
 CONFIGS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "conf").rglob("*.yaml"))
 JOBS: dict[str, type[Any]] = {
@@ -28,6 +35,8 @@ JOBS: dict[str, type[Any]] = {
     "jobs/pack_shards.py": PackConfig,
     "jobs/doctor.py": DoctorConfig,
     "jobs/drill.py": DrillConfig,
+    "jobs/edit.py": EditConfig,
+    "jobs/export.py": ExportConfig,
 }
 HOSTS = {"127.0.0.1", "arxiv.org", "github.com", "mlflow.example.com"}
 
