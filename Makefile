@@ -44,7 +44,7 @@ types: $(READY)  ## mypy --strict
 
 bench: $(READY)  ## speed as ratios to what we compare with
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench]'
-	for script in $(filter-out benchmarks/faults.py,$(wildcard benchmarks/*.py)); do $(BIN)/python $$script; done
+	for script in $(filter-out benchmarks/faults.py benchmarks/results.py,$(wildcard benchmarks/*.py)); do $(BIN)/python $$script; done
 
 fault-bench: $(READY)  ## what faults cost, ours beside plain Ray Train, s3fs and MLflow; 20 minutes
 	$(BIN)/python -m benchmarks.faults

@@ -1,0 +1,171 @@
+"""Tables and pictures of one trained model with labels: what docs/results.md shows.
+
+    python benchmarks/results.py RUN CLASSIFIER DATA INCEPTION FOLDER [images]
+
+RUN is a run's folder, CLASSIFIER that of a run of model.kind=classifier on the same data, DATA the
+shards of its held-out half, INCEPTION the file of evaluation.weights (folded .npz: 192 features are
+enough), FOLDER where tables.md and the pictures go. One process, no Ray; `images` samples for each
+score, 500 by default.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ddpm_ray import build_trained
+from ddpm_ray.data.shards import open_dataset
+from ddpm_ray.data.stream import read_images
+from ddpm_ray.data.transforms import to_model_range
+from ddpm_ray.diffusion.spacing import log_snr_steps, uniform_steps
+from ddpm_ray.generation.denoiser import Guidance
+from ddpm_ray.generation.grids import captioned, grid
+from ddpm_ray.generation.sample import Images, Sampler, SamplingPlan
+from ddpm_ray.generation.trained_model import TrainedModel
+from ddpm_ray.models.classifier import NoisyClassifier
+from ddpm_ray.training.evaluation import evaluate
+from ddpm_ray.training.features import inception_net
+from ddpm_ray.training.reference import Reference, reference
+from ddpm_ray.training.workers import Workers
+
+STEPS = 5, 10, 20, 50
+SAMPLERS: tuple[Sampler, ...] = get_args(Sampler)
+SCALES = 0.0, 1.0, 1.5, 2.0, 3.0, 5.0, 8.0
+BATCH, NAME = 100, "eval/fid192"
+
+
+class Judge:
+    """Scores plans of one model, and says which images a classifier takes for their label."""
+
+    def __init__(
+        self, data: str, inception: Path, classifier: NoisyClassifier, images: int
+    ) -> None:
+        self.net = inception_net(inception, [192], "original", "cpu")
+        self.truth: Reference = reference(open_dataset(data), self.net, Workers())
+        self.classifier, self.images = classifier, images
+
+    def score(self, model: TrainedModel, plan: SamplingPlan) -> str:
+        """The distance with its 95 % interval."""
+        found = evaluate(
+            model.denoiser, plan, self.net, self.truth, num_images=self.images, batch_size=BATCH,
+            image_shape=model.image_shape, workers=Workers(), provenance={},
+        ).metrics  # fmt: skip
+        return f"{found[NAME]:.3f} ({found[NAME + '_low']:.3f}-{found[NAME + '_high']:.3f})"
+
+    def accuracy(self, images: Images, labels: torch.Tensor) -> float:
+        """The share of images that the classifier takes for their label, at t = 1."""
+        x = to_model_range(torch.from_numpy(images))
+        with torch.inference_mode():
+            logits = self.classifier(x, torch.ones(len(x), dtype=torch.int64))
+        return float((logits.argmax(1) == labels).float().mean())
+
+
+def table(head: list[str], rows: Iterator[list[str]]) -> Iterator[str]:
+    """Lines of Markdown, told as they come."""
+    for cells in (head, ["---"] * len(head)):
+        yield "| " + " | ".join(cells) + " |"
+    for cells in rows:
+        print(*cells, sep="  ", file=sys.stderr, flush=True)
+        yield "| " + " | ".join(cells) + " |"
+
+
+def by_sampler(model: TrainedModel, judge: Judge) -> Iterator[list[str]]:
+    """Each sampler at each number of steps, evenly spaced in t or, as solvers want, in log-SNR."""
+    schedule = model.denoiser.schedule
+    for sampler in SAMPLERS:
+        even_in_t = sampler in ("ddim", "ancestral")
+        plans = [
+            SamplingPlan(
+                uniform_steps(schedule.num_steps, n) if even_in_t else log_snr_steps(schedule, n),
+                sampler,
+            )
+            for n in STEPS
+        ]
+        yield [sampler, *(judge.score(model, plan) for plan in plans)]
+
+
+def by_scale(model: TrainedModel, judge: Judge) -> Iterator[list[str]]:
+    """Guidance: distance, and how many samples are taken for their label."""
+    labels = torch.arange(judge.images) % model.denoiser.num_classes
+    for scale in SCALES:
+        plan = replace(model.plan(20, "unipc"), guidance=Guidance(scale))
+        images = model.draw(plan, judge.images, BATCH)
+        right = 100 * judge.accuracy(images, labels)
+        yield [f"{scale:g}", judge.score(model, plan), f"{right:.1f} %"]
+
+
+def by_average(run: str, judge: Judge) -> Iterator[list[str]]:
+    """Samples of the averaged weights beside those of the last step's."""
+    for name, group in (("EMA", "ema"), ("last step's", "model")):
+        model = build_trained.trained_model(run, ema=group)
+        yield [
+            name,
+            judge.score(model, model.plan(50)),
+            judge.score(model, model.plan(20, "unipc")),
+        ]
+
+
+def sheet(rows: dict[str, list[Images]], above: list[str]) -> Image.Image:
+    """A picture with a row of equal groups of images for each name."""
+    images = np.concatenate([group for row in rows.values() for group in row])
+    wide = sum(len(group) for group in next(iter(rows.values())))
+    return captioned(grid(images, wide), above=above, beside=[name[:4] for name in rows])
+
+
+def pictures(model: TrainedModel, data: str, folder: Path) -> None:
+    """Samplers by steps, guidance, inpainting, outpainting, interpolation."""
+    draw: Callable[..., Images] = model.sample
+    digits = list(range(model.denoiser.num_classes))
+    sheet(
+        {name: [draw(4, steps=n, sampler=name, labels=digits[2:]) for n in STEPS]
+         for name in SAMPLERS},
+        [f"{n} steps" for n in STEPS],
+    ).save(folder / "samplers.png")  # fmt: skip
+    sheet(
+        {f"{scale:g}": [draw(20, steps=20, sampler="unipc", guidance_scale=scale, seed=3)]
+         for scale in SCALES},
+        ["20 labels in turn, by guidance scale"],
+    ).save(folder / "guidance.png")  # fmt: skip
+    known = next(iter(read_images(open_dataset(data), [0]))).images[:10].numpy()
+    height = known.shape[1]
+    mask = np.ones(known.shape[1:3], bool)
+    mask[height // 2 :] = False
+    hidden = np.where(mask[..., None], known, 128).astype(np.uint8)
+    mended = [model.inpaint(known, mask, steps=50, resamples=5, seed=s) for s in range(3)]
+    cheap = model.inpaint(known, mask, steps=50, method="replacement")
+    sheet(
+        {"x": [known], "seen": [hidden], "1": [mended[0]], "2": [mended[1]], "3": [mended[2]],
+         "repl": [cheap]},
+        ["ten held-out images, what is seen of them, three ways to paint the rest, the cheap form"],
+    ).save(folder / "inpainting.png")  # fmt: skip
+    wide = model.outpaint(known[:5], left=height, right=height, steps=50, resamples=5)
+    grid(wide, 1).save(folder / "outpainting.png")
+    pairs = [model.interpolate(2 * i, 2 * i + 1, 10, label=i) for i in range(0, 10, 2)]
+    grid(np.concatenate(pairs), 10).save(folder / "interpolation.png")
+
+
+def main() -> None:
+    run, classifier, data, inception, out = sys.argv[1:6]
+    images, folder = int(sys.argv[6]) if len(sys.argv) > 6 else 500, Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    model = build_trained.trained_model(run)
+    judge = Judge(data, Path(inception), build_trained.trained_classifier(classifier), images)
+    pictures(model, data, folder)
+    held_out = next(iter(read_images(open_dataset(data), [0])))
+    known = judge.accuracy(held_out.images[:2000].numpy(), held_out.labels[:2000])
+    lines = [
+        f"The classifier takes {100 * known:.1f} % of held-out images for their label.", "",
+        *table(["sampler", *(f"{n} steps" for n in STEPS)], by_sampler(model, judge)), "",
+        *table(["guidance scale", NAME, "taken for their label"], by_scale(model, judge)), "",
+        *table(["weights", "ddim, 50 steps", "unipc, 20 steps"], by_average(run, judge)),
+    ]  # fmt: skip
+    (folder / "tables.md").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
