@@ -18,7 +18,7 @@ from torch import Tensor
 from ddpm_ray.diffusion import NoiseSchedule, Prediction, add_noise, posterior, schedules
 from ddpm_ray.diffusion.estimate import Clip, clip_to_quantile, clip_to_range
 from ddpm_ray.diffusion.samplers import ancestral, ddim
-from ddpm_ray.diffusion.spacing import quadratic_steps, uniform_steps
+from ddpm_ray.diffusion.spacing import log_snr_steps, quadratic_steps, uniform_steps
 
 SCHEDULE = NoiseSchedule(schedules.linear(40, 1e-3, 0.3))
 falling = st.sets(st.integers(1, 40), min_size=1).map(lambda t: (*sorted(t, reverse=True), 0))
@@ -257,3 +257,26 @@ def test_spacings_refuse_other_counts(
 ) -> None:
     with pytest.raises(ValueError, match=f"{count} sampling steps of T = 10; take 1 to 10"):
         spacing(10, count)
+
+
+@pytest.mark.parametrize("kind", [schedules.cosine, schedules.linear, schedules.one_over_t])
+@given(st.data(), st.integers(1, 300))
+def test_steps_even_in_log_snr_fall_to_0_in_count_steps(
+    kind: Callable[[int], Tensor], data: st.DataObject, num_steps: int
+) -> None:
+    if num_steps < 25 and kind is schedules.linear:
+        num_steps += 25
+    schedule = NoiseSchedule(kind(num_steps))
+    count = data.draw(st.integers(1, num_steps))
+    steps = log_snr_steps(schedule, count)
+    assert (len(steps), steps[0], steps[-1]) == (count + 1, num_steps, 0)
+    assert all(s < t for t, s in pairwise(steps))
+
+
+def test_steps_even_in_log_snr_are_even_in_it() -> None:
+    """Where a thousand steps leave a choice: gaps differ by no more than two neighbours."""
+    schedule = NoiseSchedule(schedules.linear(1000))
+    found = schedule.log_snr(torch.tensor(log_snr_steps(schedule, 8)[:-1]))
+    assert (found.diff() / found.diff().mean()).tolist() == pytest.approx([1] * 7, abs=0.2)
+    with pytest.raises(ValueError, match="1001 sampling steps of T = 1000; take 1 to 1000"):
+        log_snr_steps(schedule, 1001)
