@@ -5,14 +5,14 @@ from typing import assert_never
 import numpy as np
 import numpy.typing as npt
 
-from ddpm_ray.build_diffusion import sampling_plan
+from ddpm_ray.build_diffusion import checked_plan
 from ddpm_ray.config import RunConfig
 from ddpm_ray.edit_config import EditConfig
 from ddpm_ray.generation import editing
 from ddpm_ray.generation.editing import Mask, Painting
 from ddpm_ray.generation.sample import Images
 from ddpm_ray.generation.trained_model import TrainedModel
-from ddpm_ray.knobs import ConfigError, from_dict
+from ddpm_ray.knobs import from_dict
 
 
 def edited(
@@ -25,17 +25,13 @@ def edited(
     """
     trained = from_dict(RunConfig, model.provenance["config"])
     sampling, schedule = config.sampling, model.denoiser.schedule
-    problems = [
-        *sampling.problems("sampling", schedule.num_steps),
-        *sampling.misfits("sampling", trained.objective, trained.model.num_classes),
-    ]
-    if problems:
-        raise ConfigError("\n".join(problems))
-    plan = sampling_plan(sampling, schedule)
+    plan = checked_plan(sampling, trained, schedule)
     images = np.repeat(image[None], config.num_images, axis=0)
     match config.kind:
         case "image_to_image":
             return model.vary(plan, images, config.strength, sampling.batch_size), {}
+        case "enlarge":
+            return model.magnify(plan, images, sampling.batch_size), {}
         case "outpaint":
             images, mask = editing.on_canvas(
                 images, config.top, config.bottom, config.left, config.right

@@ -14,8 +14,8 @@ MARGINS = ("top", "bottom", "left", "right")
 class EditConfig:
     """An image edited by a trained model: `jobs/edit.py MODEL_URI IMAGE`."""
 
-    kind: Literal["inpaint", "outpaint", "image_to_image"] = knob(
-        "inpaint", "paint what a mask shows white; paint around; vary the whole"
+    kind: Literal["inpaint", "outpaint", "image_to_image", "enlarge"] = knob(
+        "inpaint", "paint what a mask shows white; around; vary the whole; super-resolution"
     )
     num_images: int = knob(1, "variants; more than one are shown as a grid", at_least=1)
     method: Literal["repaint", "replacement"] = knob(
@@ -42,7 +42,7 @@ class EditConfig:
                 f"{given[0]} is {getattr(self, given[0])} and kind {self.kind!r}, which adds no "
                 f"pixels: set kind=outpaint or leave it at 0"
             )
-        if self.kind != "image_to_image" and self.method == "repaint":
+        if self.kind in ("inpaint", "outpaint") and self.method == "repaint":
             if self.sampling.sampler not in ("ancestral", "ddim"):
                 yield (
                     f"sampling.sampler is {self.sampling.sampler!r}; repaint walks as ancestral or "

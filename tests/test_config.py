@@ -312,7 +312,7 @@ def random_config(kind: type[Config], dice: random.Random) -> Config:
 CHOICES = {
     "source", "kind", "reduction", "on_divergence", "precision", "sampler", "spacing", "variance",
     "features", "resize", "encoding", "split", "on_bad_image", "prediction", "loss", "weighting",
-    "timesteps", "classifier_form", "method", "classifier_form",
+    "timesteps", "method", "classifier_form",
 }  # fmt: skip
 
 

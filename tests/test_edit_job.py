@@ -54,7 +54,7 @@ def edit(
     def run(*arguments: str, image: str = "image.png") -> tuple[int, str, str]:
         words = ["edit.py", model, image, "--out", "out.png", "sampling.steps=3", *arguments]
         monkeypatch.setattr(sys, "argv", words)
-        with pytest.raises(SystemExit) as ended:
+        with pytest.raises(SystemExit, match=r"^\d+$") as ended:
             runpy.run_path(str(ROOT / "jobs/edit.py"), run_name="__main__")
         shown = capsys.readouterr()
         assert isinstance(ended.value.code, int)
@@ -151,10 +151,15 @@ def test_a_transparent_mask_and_a_grey_one_are_read_as_white_from_the_middle(edi
         (["kind=outpaint"], "image.png", "top is 0, and so are bottom, left and right"),
         (["--mask", "mask.png", "left=2"], "image.png", "left is 2 and kind 'inpaint'"),
         (["kind=image_to_image", "strength=0"], "image.png", "strength is 0.0; it must be above"),
-        (["kind=image_to_image", "strength=0.1"], "image.png", "strength is 0.1; it lies above"),
+        (
+            ["kind=image_to_image", "strength=0.1"],
+            "image.png",
+            "strength is 0.1; it lies in (0, 1]",
+        ),
         (["kind=outpaint", "top=1", "sampling.labels=[1]"], "image.png", "trained without labels"),
         (["kind=outpaint", "top=1", "sampling.steps=10"], "image.png", "cannot exceed"),
         (["kind=outpaint", "top=1", "--out", "out.jpg"], "image.png", "end it in .png"),
+        (["kind=enlarge"], "small.png", "this model enlarges those of 0 x 0 (0: none"),
     ],
 )
 def test_what_cannot_be_edited_ends_with_2_and_one_line(

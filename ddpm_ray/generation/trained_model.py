@@ -108,6 +108,10 @@ class TrainedModel:
         last of a cascade (Ho et al. 2022, arXiv:2106.15282).
         """
         plan = self.plan(steps, sampler, seed, labels, guidance_scale, eta)
+        return self.magnify(plan, images, batch_size)
+
+    def magnify(self, plan: SamplingPlan, images: Images, batch_size: int) -> Images:
+        """`enlarge` by a plan."""
         self._require_images(images)
         pixels, size = self.denoiser.low_resolution_pixels, self.image_shape[1:]
         if images.shape[1:3] != (pixels, pixels):
