@@ -30,8 +30,8 @@ from ddpm_ray.cluster.worker import assemble, place
 from ddpm_ray.config import ClusterConfig, RunConfig
 from ddpm_ray.data import packer
 from ddpm_ray.data.packer import PackOptions
-from ddpm_ray.diffusion.seeding import Purpose, normal, uniform_int
 from ddpm_ray.knobs import from_dict, load, to_dict
+from ddpm_ray.seeding import Purpose, normal, uniform_int
 from ddpm_ray.training.lease import Lease
 from ddpm_ray.training.loop import Run, report, save, take_step
 from ddpm_ray.training.reporting import Wish

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, assert_never
 
@@ -14,21 +15,33 @@ from ddpm_ray.config import (
     RunConfig,
     TrainingConfig,
 )
-from ddpm_ray.data import transforms, verified
-from ddpm_ray.data.shards import Dataset
+from ddpm_ray.data import storage, transforms, verified
+from ddpm_ray.data.shards import Dataset, open_dataset
 from ddpm_ray.data.stream import Batch, ShardStream
 from ddpm_ray.diffusion.timesteps import SecondMoments
 from ddpm_ray.evaluation_config import EvaluationConfig
 from ddpm_ray.generation.denoiser import Denoiser
 from ddpm_ray.knobs import defining, from_dict
 from ddpm_ray.models.classifier import NoisyClassifier
-from ddpm_ray.models.ema import EMA, decay_from_half_life, ramped
+from ddpm_ray.models.ema import (
+    EMA,
+    Averages,
+    decay_from_half_life,
+    decay_group,
+    ramped,
+    width_group,
+)
+from ddpm_ray.models.post_hoc_ema import gamma_of, power_decay
 from ddpm_ray.models.unet import UNet
 from ddpm_ray.training import features, probing
+from ddpm_ray.training.checkpoints import CheckpointWriter
 from ddpm_ray.training.features import FeatureNet
 from ddpm_ray.training.gallery import Gallery
 from ddpm_ray.training.loop import Plan
 from ddpm_ray.training.probing import LEVELS, Probe
+from ddpm_ray.training.quality import Extras
+from ddpm_ray.training.reference import Reference, reference
+from ddpm_ray.training.snapshots import SNAPSHOTS, Keeper, SnapshotStore
 from ddpm_ray.training.state import TrainingState
 from ddpm_ray.training.workers import Workers
 
@@ -97,7 +110,8 @@ def training_state(
     )
     weighs = config.objective.timesteps == "second_moment"
     moments = SecondMoments.empty(config.schedule.num_steps) if weighs else None
-    return TrainingState(model, EMA(model), optimizer, facts, moments)
+    averages = Averages.of(model, more_decays(training))
+    return TrainingState(model, EMA(model), optimizer, facts, moments, averages)
 
 
 def plan(config: RunConfig, workers: int) -> Plan:
@@ -134,7 +148,32 @@ def ema_decay(config: TrainingConfig) -> Callable[[int], float]:
     decay = config.ema_decay_per_step or decay_from_half_life(
         config.ema_half_life_images, config.global_batch_size
     )
+    return _with_ramp(decay, config)
+
+
+def more_decays(config: TrainingConfig) -> dict[str, Callable[[int], float]]:
+    """The decays of update s (from 0) of the averages beside the main one, by their names."""
+    decays = {decay_group(decay): _with_ramp(decay, config) for decay in config.ema_more_decays}
+    powers = {
+        width_group(width): partial(power_decay, gamma_of(width))
+        for width in config.ema_snapshot_widths
+    }
+    return decays | powers
+
+
+def _with_ramp(decay: float, config: TrainingConfig) -> Callable[[int], float]:
     return (lambda step: ramped(decay, step)) if config.ema_ramp else (lambda step: decay)
+
+
+def keeper(
+    config: RunConfig, state: TrainingState, writer: CheckpointWriter, folder: str, workers: Workers
+) -> Callable[[int], None]:
+    """What keeps power-function averages below the run's `folder`, as often as configured."""
+    training = config.training
+    groups = [width_group(width) for width in training.ema_snapshot_widths]
+    store = SnapshotStore(storage.join(folder, SNAPSHOTS)) if workers.leads else None
+    every, last = training.ema_snapshot_every_steps, training.steps
+    return Keeper(state, groups, every, last, store, writer).keep
 
 
 def stream(config: RunConfig, dataset: Dataset, workers: Workers) -> ShardStream:
@@ -221,16 +260,30 @@ def feature_net(config: EvaluationConfig, cache: Path, device: torch.device) -> 
             assert_never(config.features)
 
 
-def ema_provenance(config: RunConfig, step: int) -> dict[str, Any]:
-    """What a score's certificate says of the weights."""
+def extras(config: EvaluationConfig) -> Extras:
+    """Which of the scores that cost more are wanted."""
+    return Extras(config.precision_recall, config.extrapolate)
+
+
+def held_out(config: EvaluationConfig, net: FeatureNet, workers: Workers) -> Reference | None:
+    """Statistics of the images that were not trained on, where there are such."""
+    if not config.held_out_url:
+        return None
+    return reference(open_dataset(config.held_out_url), net, workers)
+
+
+def ema_provenance(
+    config: RunConfig, step: int, average: str | dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """What a score's certificate says of the weights: the main average, or `average`."""
     training = config.training
-    return {
+    main = {
         "weights": "ema",
         "ema_decay_per_step": ema_decay(training)(training.steps),
         "ema_ramp": training.ema_ramp,
-        "step": step,
-        "training_seed": config.seed,
     }
+    weights = {"weights": average} if average else main
+    return weights | {"step": step, "training_seed": config.seed}
 
 
 def differing_keys(config: RunConfig, saved: dict[str, Any]) -> list[str]:

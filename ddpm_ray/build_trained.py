@@ -51,6 +51,7 @@ def trained_model(url: str, device: torch.device | str = "cpu", ema: str = "ema"
         "weights_sha256": checkpoints.weights_sha256(where, ema),
         "config": snapshot.facts["config"],
         "data_fingerprint": snapshot.facts["data_fingerprint"],
+        "average": ema if ema != "ema" else snapshot.facts.get("average"),  # None: the main one
     }
     return TrainedModel(
         denoiser(config, model, device), (channels, height, width), provenance, device=device

@@ -121,6 +121,16 @@ class TrainingConfig:
         True, "average over less while the run is young: decay <= (1 + step) / (10 + step)",
         defines_run=True,
     )  # fmt: skip
+    ema_more_decays: tuple[float, ...] = knob(
+        (), "per step, of further averages in checkpoints, each as ema-<decay>", defines_run=True
+    )
+    ema_snapshot_widths: tuple[float, ...] = knob(
+        (), "sigma_rel of power-function averages that jobs/average.py makes others of: [0.05,0.1]",
+        defines_run=True,
+    )  # fmt: skip
+    ema_snapshot_every_steps: int = knob(
+        0, "steps between those that are kept below snapshots/; 0: none", at_least=0
+    )
     precision: Literal["fp32", "bf16"] = knob(
         "fp32", "of the network's arithmetic (bf16: autocast); weights stay fp32", defines_run=True
     )
@@ -145,6 +155,7 @@ class TrainingConfig:
                 f"training.ema_decay_per_step {self.ema_decay_per_step}; set exactly one of the "
                 f"two and the other to 0"
             )
+        yield from self._average_problems()
         if self.reduction == "elastic" and self.reduction_slots > 0:
             slots, batch = self.reduction_slots, self.global_batch_size
             if slots & (slots - 1) or batch % slots:
@@ -152,6 +163,25 @@ class TrainingConfig:
                     f"training.reduction_slots is {slots}; it must be a power of 2 that divides "
                     f"training.global_batch_size {batch}: try {math.gcd(batch, 2**30)}"
                 )
+
+    def _average_problems(self) -> Iterator[str]:
+        if wrong := [decay for decay in self.ema_more_decays if not 0 <= decay < 1]:
+            yield f"training.ema_more_decays holds {wrong[0]}; a decay is at least 0 and below 1"
+        yield from wrong_widths("training.ema_snapshot_widths", self.ema_snapshot_widths)
+        if self.ema_snapshot_every_steps and not self.ema_snapshot_widths:
+            yield (
+                f"training.ema_snapshot_every_steps is {self.ema_snapshot_every_steps} and "
+                f"training.ema_snapshot_widths is empty; name two widths: try [0.05,0.1]"
+            )
+
+
+def wrong_widths(key: str, widths: tuple[float, ...]) -> Iterator[str]:
+    """A line where one of `widths`, the value of `key`, is none that a power profile has."""
+    if wrong := [width for width in widths if not 0 < width < 0.2886]:
+        yield (
+            f"{key} holds {wrong[0]}; a relative width is above 0 and below 0.2886, that of the "
+            f"plain mean: try 0.1"
+        )
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ class EvaluationConfig:
         "inception", "inception: eval/fid; digits: eval/fd_digits, by the bundled classifier"
     )
     widths: tuple[int, ...] = knob(
-        (2048,), "inception features: 2048 eval/fid, 768 eval/fid768, 192 eval/fid192"
+        (2048,),
+        "inception features: 2048 eval/fid, 768 eval/fid768, 192 eval/fid192, 2023 eval/sfid",
     )
     resize: Literal["original", "pytorch-fid"] = knob(
         "original", "to 299 pixels: TensorFlow 1 bilinear as in the papers, or torch bilinear"
@@ -31,6 +32,20 @@ class EvaluationConfig:
     weights_sha256: str = knob(INCEPTION_SHA256, "of that file")
     kernel_distance: bool = knob(True, "also the kernel inception distance (KID)")
     kernel_distance_images: int = knob(5000, "images of each side that KID compares", at_least=2)
+    precision_recall: bool = knob(
+        False, "also the shares of samples in the data's manifold and of data in the samples'"
+    )
+    extrapolate: bool = knob(False, "also the distance of infinitely many samples")
+    held_out_url: str = knob(
+        "", "shards that were not trained on: the distance to them is told too; empty: none"
+    )
+    memorisation_images: int = knob(
+        0, "samples that are compared with the training images nearest to them; 0: none",
+        at_least=0,
+    )  # fmt: skip
+    memorisation_picture: str = knob(
+        "", "PNG file of the most suspicious of them beside these; empty: none"
+    )
     spectrum_every_steps: int = knob(
         0, "steps between losses by log-SNR, on one axis for all schedules; 0: none", at_least=0
     )
@@ -49,7 +64,7 @@ class EvaluationConfig:
 
     def problems(self) -> Iterator[str]:
         """What leaves a score without meaning."""
-        known = (192, 768, 2048)
+        known = (192, 768, 2023, 2048)
         if not self.widths or any(width not in known for width in self.widths):
             yield f"evaluation.widths is {list(self.widths)}; choose from {list(known)}"
         if self.bits_per_dim_images == 1:
@@ -58,6 +73,16 @@ class EvaluationConfig:
             yield "evaluation.likelihood_images is 1; an interval needs at least 2 images"
         if self.bits_per_dim_terms == 1:
             yield "evaluation.bits_per_dim_terms is 1; take 2, which is L_0 and one other, to T"
+        if self.precision_recall and not self.kernel_distance:
+            yield (
+                "evaluation.precision_recall is true and evaluation.kernel_distance false, whose "
+                "features it looks at: set both"
+            )
+        if self.extrapolate and 0 < self.num_images < 500:
+            yield (
+                f"evaluation.num_images is {self.num_images}; evaluation.extrapolate needs at "
+                f"least 500 to fit a line through"
+            )
         if self.num_images == 1:
             yield "evaluation.num_images is 1; a covariance needs at least 2 images"
         if not re.fullmatch("[0-9a-f]{64}", self.weights_sha256):  # it names a file in the cache

@@ -121,10 +121,13 @@ class EvaluateConfig:
         yield from self.lead.problems(self.sampling)
         yield from self.evaluation.problems()
         wanted = self.evaluation
-        if wanted.num_images < 2 and not (wanted.bits_per_dim_images or wanted.likelihood_images):
+        others = (
+            wanted.bits_per_dim_images, wanted.likelihood_images, wanted.memorisation_images
+        )  # fmt: skip
+        if wanted.num_images < 2 and not any(others):
             yield (
-                f"evaluation.num_images is {wanted.num_images}; score at least 2, or some of "
-                f"evaluation.bits_per_dim_images or evaluation.likelihood_images"
+                f"evaluation.num_images is {wanted.num_images}; score at least 2, or ask for "
+                f"something else: bits_per_dim_images, likelihood_images, memorisation_images"
             )
 
 

@@ -151,8 +151,8 @@ def reported_metrics(config: EvaluationConfig) -> list[str]:
         kernel = ["eval/kd_digits"]
     else:
         suffixes = ["" if width == 2048 else str(width) for width in config.widths]
-        names = [f"eval/fid{suffix}" for suffix in suffixes]
-        kernel = [f"eval/kid{suffix}" for suffix in suffixes]
+        names = ["eval/sfid" if suffix == "2023" else f"eval/fid{suffix}" for suffix in suffixes]
+        kernel = [f"eval/kid{suffix}" for suffix in suffixes if suffix != "2023"]
     return names + kernel if config.kernel_distance else names
 
 

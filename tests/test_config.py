@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from ddpm_ray import command_line
+from ddpm_ray.average_config import AverageConfig
 from ddpm_ray.config import RunConfig
 from ddpm_ray.drill_config import DrillConfig
 from ddpm_ray.edit_config import EditConfig
@@ -30,6 +31,7 @@ KINDS: dict[str, type[Any]] = {
     "pack_shards": PackConfig,
     "sample": SampleConfig,
     "export": ExportConfig,
+    "average": AverageConfig,
     "evaluate": EvaluateConfig,
     "doctor": DoctorConfig,
     "sweep": SweepConfig,
@@ -88,7 +90,7 @@ def test_an_unknown_key_is_told_with_the_nearest_one(mistyped: str, meant: str) 
         ("model.channel_mults=[]", "at least 1 per level"),
         ("model.channel_mults=[1,0]", "at least 1 per level"),
         ("sampling.steps=1001", "cannot exceed schedule.num_steps 1000"),
-        ("evaluation.widths=[64]", r"choose from [192, 768, 2048]"),
+        ("evaluation.widths=[64]", r"choose from [192, 768, 2023, 2048]"),
         ("evaluation.num_images=1", "at least 2 images"),
         ("evaluation.weights_sha256=12", "64 hex digits"),
         ("name=", "name is empty"),
@@ -407,6 +409,7 @@ POSITIONAL = {
     "drill": ["conf/drill/digits.yaml"],
     "edit": ["runs/a", "image.png", "--out", "edited.png"],
     "export": ["runs/a", "--out", "folder"],
+    "average": ["runs/a"],
 }
 
 

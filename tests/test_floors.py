@@ -16,7 +16,9 @@ ROOT = Path(__file__).parent.parent
 FLOORS = {
     "ddpm_ray.faults": 0,
     "ddpm_ray.telling": 0,
+    "ddpm_ray.seeding": 0,
     "ddpm_ray.diffusion": 0,
+    "ddpm_ray.measures": 0,
     "ddpm_ray.models": 1,
     "ddpm_ray.data": 1,
     "ddpm_ray.generation": 2,
@@ -29,6 +31,7 @@ FLOORS = {
     "ddpm_ray.sweep_config": 4,
     "ddpm_ray.drill_config": 4,
     "ddpm_ray.edit_config": 4,
+    "ddpm_ray.average_config": 4,
     "ddpm_ray.build": 4,
     "ddpm_ray.build_diffusion": 4,
     "ddpm_ray.build_trained": 4,
@@ -58,7 +61,9 @@ DOORS = {  # outside package: where alone it may be imported
     "torchvision": (),
 }
 DIETS = {  # module or folder: all that it may import from outside, beside the standard library
+    "ddpm_ray.seeding": {"torch"},
     "ddpm_ray.diffusion": {"torch"},
+    "ddpm_ray.measures": {"torch"},
     "ddpm_ray.faults": set[str](),
     "ddpm_ray.telling": set[str](),
     "ddpm_ray.data.order": {"numpy"},
@@ -69,6 +74,7 @@ DIETS = {  # module or folder: all that it may import from outside, beside the s
     "ddpm_ray.sweep_config": set[str](),
     "ddpm_ray.drill_config": set[str](),
     "ddpm_ray.edit_config": set[str](),
+    "ddpm_ray.average_config": set[str](),
     "jobs": set[str](),
 }
 EMPTY_NAMES = {"utils", "common", "helpers", "misc", "base"}
@@ -148,6 +154,11 @@ def test_imports_go_down_and_outside_packages_through_their_doors() -> None:
         fault for path in sources() for fault in import_faults(dotted(path), path.read_text())
     ]
     assert not faults, "\n".join(faults)
+
+
+def test_the_paper_fits_on_two_thousand_lines() -> None:
+    lines = sum(len(path.read_text().splitlines()) for path in ROOT.glob("ddpm_ray/diffusion/*.py"))
+    assert lines < 2000, f"ddpm_ray/diffusion/ has {lines} lines; what in it is not the paper?"
 
 
 def test_every_module_stands_on_a_floor() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from ddpm_ray import knobs
+from ddpm_ray.average_config import AverageConfig
 from ddpm_ray.config import RunConfig
 from ddpm_ray.drill_config import DrillConfig
 from ddpm_ray.edit_config import EditConfig
@@ -37,6 +38,7 @@ JOBS: dict[str, type[Any]] = {
     "jobs/drill.py": DrillConfig,
     "jobs/edit.py": EditConfig,
     "jobs/export.py": ExportConfig,
+    "jobs/average.py": AverageConfig,
 }
 HOSTS = {"127.0.0.1", "arxiv.org", "github.com", "mlflow.example.com"}
 

@@ -11,8 +11,8 @@ from typing import Any
 from ddpm_ray.cluster.ledger import Ledger, Trial
 from ddpm_ray.cluster.search import propose, total_trials
 from ddpm_ray.cluster.stopping import EarlyStopping
-from ddpm_ray.diffusion.appraisal import Appraisal
 from ddpm_ray.knobs import ConfigError
+from ddpm_ray.measures.appraisal import Appraisal
 from ddpm_ray.sweep_config import PruningConfig, SweepConfig
 
 log = logging.getLogger(__name__)

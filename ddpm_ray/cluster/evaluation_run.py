@@ -1,10 +1,12 @@
 """The score of a trained model against a data set, computed by a group of workers."""
 
 import dataclasses
+import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,7 +17,7 @@ from ddpm_ray.cluster.worker import place
 from ddpm_ray.config import RunConfig
 from ddpm_ray.data import storage
 from ddpm_ray.data.shards import open_dataset
-from ddpm_ray.generation.sample import SamplingPlan
+from ddpm_ray.generation.sample import SamplingPlan, draw_uint8
 from ddpm_ray.generation.trained_model import TrainedModel
 from ddpm_ray.job_config import EvaluateConfig
 from ddpm_ray.knobs import ConfigError, from_dict, to_dict
@@ -23,6 +25,7 @@ from ddpm_ray.training import evaluation
 from ddpm_ray.training.bits_per_dim import BitsPerDim, bits_per_dim
 from ddpm_ray.training.evaluation import Scores
 from ddpm_ray.training.likelihoods import Likelihood, flow_likelihood
+from ddpm_ray.training.memorisation import Neighbours, nearest
 from ddpm_ray.training.reference import reference
 from ddpm_ray.training.workers import Workers
 
@@ -49,8 +52,15 @@ def evaluate(model_uri: str, config: EvaluateConfig, home: Path) -> dict[str, An
     ):
         if asked and value > most:
             raise ConfigError(f"evaluation.{key} is {value}; the model has T = {most}")
+    wanted = dataclasses.replace(
+        wanted,
+        memorisation_picture=storage.absolute(wanted.memorisation_picture, home),
+        held_out_url=storage.absolute(wanted.held_out_url, home),
+    )
     config = dataclasses.replace(
-        config, data_url=storage.absolute(config.data_url or begun.data.url, home)
+        config,
+        data_url=storage.absolute(config.data_url or begun.data.url, home),
+        evaluation=wanted,
     )
     open_dataset(config.data_url)  # before Ray starts
     settings = {
@@ -97,6 +107,13 @@ def _scores(config: EvaluateConfig, settings: dict[str, Any]) -> dict[str, Any]:
         of = vars(_likelihood(config, model, workers))
         found["metrics"] = found["metrics"] | of.pop("metrics")
         found["likelihood"] = of
+    if count := config.evaluation.memorisation_images:
+        near = _neighbours(config, model, plan, count, workers)
+        found["metrics"] = found["metrics"] | near.metrics
+        if workers.leads and (path := config.evaluation.memorisation_picture):
+            png = io.BytesIO()
+            near.picture().save(png, format="PNG")
+            storage.write_bytes(path, png.getvalue())
     return found
 
 
@@ -113,11 +130,15 @@ def _sample_scores(
         plan,
         net,
         reference(open_dataset(config.data_url), net, workers, kernel_images=kept),
+        extras=build.extras(wanted),
+        held_out=build.held_out(wanted, net, workers),
         num_images=wanted.num_images,
         batch_size=config.sampling.batch_size,
         image_shape=model.image_shape,
         workers=workers,
-        provenance=build.ema_provenance(begun, model.provenance["step"])
+        provenance=build.ema_provenance(
+            begun, model.provenance["step"], model.provenance.get("average")
+        )
         | {"model_sha256": model.provenance["weights_sha256"], "lead": vars(config.lead)},
     )
 
@@ -134,6 +155,17 @@ def _bits_per_dim(config: EvaluateConfig, model: TrainedModel, workers: Workers)
         terms=wanted.bits_per_dim_terms or None,
         clip=sampling.clip,
     )
+
+
+def _neighbours(
+    config: EvaluateConfig, model: TrainedModel, plan: SamplingPlan, count: int, workers: Workers
+) -> Neighbours:
+    """The first `count` samples beside the images of the data that are nearest to them."""
+    mine, size = workers.share(count), config.sampling.batch_size
+    shape, device = model.image_shape, workers.device
+    drawn = draw_uint8(model.denoiser, plan, mine, shape, device, size)
+    samples = torch.from_numpy(np.concatenate(workers.gather(drawn)))
+    return nearest(samples, open_dataset(config.data_url), workers)
 
 
 def _likelihood(config: EvaluateConfig, model: TrainedModel, workers: Workers) -> Likelihood:

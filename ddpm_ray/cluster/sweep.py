@@ -32,8 +32,8 @@ from ddpm_ray.config import RunConfig
 from ddpm_ray.data import storage
 from ddpm_ray.data.shards import Dataset
 from ddpm_ray.data.transforms import mean_square
-from ddpm_ray.diffusion.appraisal import Appraisal, appraise
 from ddpm_ray.knobs import flat, from_dict, to_dict, with_values
+from ddpm_ray.measures.appraisal import Appraisal, appraise
 from ddpm_ray.sweep_config import SweepConfig
 
 log = logging.getLogger(__name__)

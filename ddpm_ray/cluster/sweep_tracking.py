@@ -20,8 +20,8 @@ from ddpm_ray.data import sealed, storage
 from ddpm_ray.data.shards import Dataset
 from ddpm_ray.data.storage import StorageError
 from ddpm_ray.data.transforms import pixel_variance
-from ddpm_ray.diffusion.spectrum import linear_guess
 from ddpm_ray.knobs import flat, to_yaml
+from ddpm_ray.measures.spectrum import linear_guess
 from ddpm_ray.sweep_config import SweepConfig
 from ddpm_ray.training.probing import LEVELS
 

@@ -161,7 +161,9 @@ def located(config: RunConfig, home: Path) -> RunConfig:
         storage=storage.absolute(config.storage, home),
         data=dataclasses.replace(config.data, url=storage.absolute(config.data.url, home)),
         evaluation=dataclasses.replace(
-            config.evaluation, weights=storage.absolute(config.evaluation.weights, home)
+            config.evaluation,
+            weights=storage.absolute(config.evaluation.weights, home),
+            held_out_url=storage.absolute(config.evaluation.held_out_url, home),
         ),
         tracking=dataclasses.replace(
             config.tracking, uri=config.tracking.uri or tracking_place(home)

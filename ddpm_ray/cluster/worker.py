@@ -122,7 +122,6 @@ def assemble(
         unsent = [Row(**row) for row in snapshot.facts["unsent_rows"]]
     find_run = partial(_tracked_run, settings)
     sink = Tracker(find_run, config.tracking.flush_every_s, unsent) if workers.leads else None
-    objective = build_diffusion.objective(config, state, workers.device)
     denoiser = build_diffusion.denoiser(config, state.ema.model, workers.device)
     denoiser = build.shown_low(denoiser, config.data, dataset, GRID_IMAGES, workers.device)
     gallery = Gallery(
@@ -139,7 +138,7 @@ def assemble(
         plan=build.plan(config, workers.count),
         state=state,
         network=_wrapped(state.model, config, workers),
-        objective=objective,
+        objective=build_diffusion.objective(config, state, workers.device),
         guard=guard,
         stream=build.stream(config, dataset, workers),
         workers=workers,
@@ -151,6 +150,7 @@ def assemble(
         draw_strip=gallery.show_strip if draws else _nothing,
         evaluate=_Judge(config, dataset, state, gallery).evaluate,
         probe=_prober(config, dataset, state, gallery),
+        keep_averages=build.keeper(config, state, writer, settings["folder"], workers),
     )
 
 
@@ -247,6 +247,8 @@ class _Judge:
             image_shape=gallery.image_shape,
             workers=gallery.workers,
             provenance=build.ema_provenance(self._config, step),
+            extras=build.extras(wanted),
+            held_out=build.held_out(wanted, net, gallery.workers),
         )
         self._state.scores = {"step": step, **vars(scores)}
         if gallery.sink is not None:

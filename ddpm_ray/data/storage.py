@@ -65,8 +65,8 @@ def join(url: str, *parts: str) -> str:
 
 
 def absolute(url: str, home: Path) -> str:
-    """`url` itself, or the absolute path of what is relative to the folder `home`."""
-    return url if "://" in url else str((home / Path(url).expanduser()).resolve())
+    """`url` itself, also an empty one, or the absolute path of what is relative to `home`."""
+    return url if not url or "://" in url else str((home / Path(url).expanduser()).resolve())
 
 
 def name_of(url: str) -> str:

@@ -3,7 +3,7 @@
 Steps are the paper's, t = 1..T; step 0 is the clean image. Start with `process.py`.
 """
 
-from ddpm_ray.diffusion import frechet, samplers, schedules, seeding, spacing
+from ddpm_ray.diffusion import samplers, schedules, spacing
 from ddpm_ray.diffusion.losses import simple_loss
 from ddpm_ray.diffusion.prediction import Prediction, score
 from ddpm_ray.diffusion.process import (
@@ -18,12 +18,10 @@ __all__ = [
     "NoiseSchedule",
     "Prediction",
     "add_noise",
-    "frechet",
     "posterior",
     "samplers",
     "schedules",
     "score",
-    "seeding",
     "simple_loss",
     "spacing",
 ]

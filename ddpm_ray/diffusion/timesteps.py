@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ddpm_ray.diffusion import seeding
+from ddpm_ray import seeding
 from ddpm_ray.diffusion.process import NoiseSchedule
-from ddpm_ray.diffusion.seeding import Purpose
+from ddpm_ray.seeding import Purpose
 
 _GRID = 2**31  # values of a uniform draw
 

@@ -18,8 +18,8 @@ from ddpm_ray.diffusion import samplers, solvers
 from ddpm_ray.diffusion.estimate import Clip, clip_to_quantile, clip_to_range
 from ddpm_ray.diffusion.process import Denoise
 from ddpm_ray.diffusion.samplers import Noise, OnStep
-from ddpm_ray.diffusion.seeding import Purpose, normal
 from ddpm_ray.generation.denoiser import UNGUIDED, Denoiser, Guidance
+from ddpm_ray.seeding import Purpose, normal
 
 Images: TypeAlias = npt.NDArray[np.uint8]  # [N, H, W, C]
 Sampler: TypeAlias = Literal[

@@ -1,7 +1,9 @@
-"""An exponential moving average of a network's weights, in float32, with its own network to run."""
+"""Moving averages of a network's weights, in float32, each with its own network to run."""
 
 import copy
 import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +38,34 @@ class EMA:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Continue from a mean that `state_dict` gave; RuntimeError names keys that differ."""
         self.model.load_state_dict(state)
+
+
+@dataclass(frozen=True)
+class Averages:
+    """Further means of one network, each under its own name; decays are of update s, from 0."""
+
+    means: dict[str, EMA] = field(default_factory=dict)
+    decays: Mapping[str, Callable[[int], float]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: nn.Module, decays: Mapping[str, Callable[[int], float]]) -> "Averages":
+        """One mean for each name in `decays`, starting at `model`'s present weights."""
+        return cls({name: EMA(model) for name in decays}, decays)
+
+    def update(self, model: nn.Module, step: int) -> None:
+        """Each mean's update number `step` (from 0); a step that is left out changes none."""
+        for name, mean in self.means.items():
+            mean.update(model, self.decays[name](step))
+
+
+def decay_group(decay_per_step: float) -> str:
+    """The name under which a checkpoint keeps the mean of this decay: ema-0.999."""
+    return f"ema-{float(decay_per_step)!r}"
+
+
+def width_group(sigma_rel: float) -> str:
+    """The name of the power-function mean of this relative width: ema-width-0.05."""
+    return f"ema-width-{float(sigma_rel)!r}"
 
 
 def decay_from_half_life(half_life_images: float, batch_images: int) -> float:

@@ -19,13 +19,16 @@ Resize = Literal["original", "pytorch-fid"]
 
 SIDE = 299  # pixels
 WIDTH_AFTER = {"pool_2": 192, "Mixed_6e": 768, "Mixed_7c": 2048}  # layer: its channels
+SPATIAL = 2023  # numbers of the first 7 channels of Mixed_6e's 17 x 17, which no mean is taken of
 
 
 class Inception(nn.Module):
     """Images uint8 [N, H, W, 3 or 1] -> for each of `widths` its features, float32 [N, width].
 
     Features are the spatial means of a layer: of the second max pool (192), of Mixed_6e (768), of
-    the last block (2048, the standard). One pass gives all and stops after the widest. `resize`
+    the last block (2048, the standard); 2023 are the first 7 channels of Mixed_6e in their places,
+    as sFID looks at them (Nash et al. 2021, arXiv:2103.03841). One pass gives all and stops after
+    the last layer that is needed. `resize`
     says how images come to 299x299: `original` is the bilinear filter of TensorFlow 1, as in the
     graph itself and in the papers; `pytorch-fid` is torch's. Grey images count as three equal
     channels. Raises ValueError for other widths, recipes or images.
@@ -34,11 +37,12 @@ class Inception(nn.Module):
     def __init__(self, widths: Iterable[int] = (2048,), resize: Resize = "original") -> None:
         super().__init__()
         self.widths, self.resize = frozenset(widths), resize
-        if not self.widths or not self.widths <= set(WIDTH_AFTER.values()):
-            raise ValueError(f"widths are {sorted(self.widths)}; there are 192, 768 and 2048")
+        if not self.widths or not self.widths <= {*WIDTH_AFTER.values(), SPATIAL}:
+            raise ValueError(f"widths are {sorted(self.widths)}; there are 192, 768, 2023 and 2048")
         if resize not in RESIZE:
             raise ValueError(f"resize is {resize!r}; it must be one of {', '.join(RESIZE)}")
-        self.layers = nn.Sequential(_layers_to(max(self.widths)))
+        deepest = max(768 if width == SPATIAL else width for width in self.widths)
+        self.layers = nn.Sequential(_layers_to(deepest))
         self.eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> dict[int, Tensor]:
@@ -59,6 +63,8 @@ class Inception(nn.Module):
             h = layer(h)
             if WIDTH_AFTER.get(name) in self.widths:
                 found[h.shape[1]] = h.mean(dim=(2, 3))
+            if name == "Mixed_6e" and SPATIAL in self.widths:
+                found[SPATIAL] = h[:, :7].flatten(1).contiguous()
         return found
 
 

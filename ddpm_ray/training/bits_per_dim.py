@@ -12,14 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ddpm_ray import seeding
 from ddpm_ray.data.transforms import to_model_range
-from ddpm_ray.diffusion import bound, seeding
+from ddpm_ray.diffusion import bound
 from ddpm_ray.diffusion.estimate import clip_to_range
 from ddpm_ray.diffusion.prediction import Prediction
 from ddpm_ray.diffusion.process import add_noise
 from ddpm_ray.diffusion.samplers import Variance
-from ddpm_ray.diffusion.seeding import Purpose
 from ddpm_ray.generation.denoiser import Denoiser
+from ddpm_ray.seeding import Purpose
 from ddpm_ray.training.workers import Workers
 
 NORMAL_95 = 1.959963985  # the standard normal's 97.5 % quantile

@@ -16,9 +16,9 @@ import json
 import logging
 import re
 import secrets
-import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from safetensors import SafetensorError
@@ -30,6 +30,7 @@ from ddpm_ray.data.sealed import SealError
 from ddpm_ray.data.storage import StorageError
 from ddpm_ray.data.verified import DamagedError
 from ddpm_ray.telling import told
+from ddpm_ray.training.background import Background
 from ddpm_ray.training.lease import Lease
 from ddpm_ray.training.state import Snapshot
 
@@ -111,19 +112,14 @@ class CheckpointStore:
         """URL of the committed checkpoint folder; raises StorageError, and then commits nothing."""
         folder = f"{PREFIX}{snapshot.step:08d}-{secrets.token_hex(4)}"
         where = storage.join(self.url, folder)
-        files = {f"{group}{TENSORS}": safetensors.save(tensors)
-                 for group, tensors in snapshot.tensors.items()}  # fmt: skip
-        files[STATE] = _json(snapshot.facts)
-        manifest = _json(
-            {name: {"bytes": len(data), "sha256": _sha256(data)} for name, data in files.items()}
-        )
+        files = objects(snapshot)
         before = self.pointer()
-        known = [Reference(folder, _sha256(manifest)), *before.references]
+        known = [Reference(folder, _sha256(files[MANIFEST])), *before.references]
         kept = known[: self.keep]
         if self._verified in known[self.keep :]:  # the one of which we know that it can be read
             kept.append(self._verified)
         try:
-            for name, data in (*files.items(), (MANIFEST, manifest)):
+            for name, data in files.items():
                 faults.at("manifest" if name == MANIFEST else "object")
                 storage.write_bytes(storage.join(where, name), data)
         except StorageError:
@@ -232,6 +228,19 @@ def read(url: str, manifest_sha256: str | None = None, groups: Sequence[str] = (
         raise _damaged(url, MANIFEST, f"cannot be understood ({error!r})") from error
 
 
+def objects(snapshot: Snapshot) -> dict[str, bytes]:
+    """A checkpoint folder's files by name, in the order of writing: the manifest comes last."""
+    files = {f"{group}{TENSORS}": safetensors.save(tensors)
+             for group, tensors in snapshot.tensors.items()}  # fmt: skip
+    files[STATE] = _json(snapshot.facts)
+    return files | {MANIFEST: _json(described(files))}
+
+
+def described(files: Mapping[str, bytes]) -> dict[str, dict[str, Any]]:
+    """What a manifest says of each file: its size in bytes and its sha256."""
+    return {name: {"bytes": len(data), "sha256": _sha256(data)} for name, data in files.items()}
+
+
 def file_names(groups: Sequence[str] = GROUPS) -> list[str]:
     """Names of the files that the manifest vouches for: these groups' tensors and the facts."""
     return [*(f"{group}{TENSORS}" for group in groups), STATE]
@@ -248,35 +257,20 @@ def weights_sha256(url: str, group: str = "ema") -> str:
     return str(manifest[f"{group}{TENSORS}"]["sha256"])
 
 
-class CheckpointWriter:
+class CheckpointWriter(Background):
     """Saves snapshots in a background thread, one at a time, off the step path."""
 
     def __init__(self, store: CheckpointStore) -> None:
+        super().__init__("checkpoint")
         self.store = store
-        self._thread: threading.Thread | None = None
-        self._error: Exception | None = None
         self.committed: str | None = None  # URL of the newest committed folder
 
     def submit(self, snapshot: Snapshot) -> None:
         """Start saving; waits for the save before it, and raises what that one raised."""
-        self.wait()
-        self._thread = threading.Thread(target=self._save, args=(snapshot,), name="checkpoint")
-        self._thread.start()
-
-    def wait(self) -> None:
-        """Return once the last submitted snapshot is committed; raises what its save raised."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
+        self.start(partial(self._save, snapshot))
 
     def _save(self, snapshot: Snapshot) -> None:
-        try:
-            self.committed = self.store.save(snapshot)
-        except Exception as error:  # noqa: BLE001 - handed to the training thread, whole
-            self._error = error
+        self.committed = self.store.save(snapshot)
 
 
 def _verified(url: str, name: str, entry: dict[str, Any]) -> bytes:

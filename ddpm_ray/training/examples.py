@@ -11,10 +11,10 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from ddpm_ray import seeding
 from ddpm_ray.data.transforms import lowered, to_model_range
-from ddpm_ray.diffusion import seeding
 from ddpm_ray.diffusion.guidance import dropped
-from ddpm_ray.diffusion.seeding import Purpose
+from ddpm_ray.seeding import Purpose
 
 ChooseSteps: TypeAlias = Callable[[int, Tensor], tuple[Tensor, Tensor | None]]
 """(training step, positions [b]) -> t [b] in 1..T, and what each loss weighs for having been drawn

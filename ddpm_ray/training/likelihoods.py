@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddpm_ray.diffusion import likelihood, seeding
-from ddpm_ray.diffusion.seeding import Purpose
+from ddpm_ray import seeding
 from ddpm_ray.diffusion.spacing import uniform_steps
 from ddpm_ray.generation.denoiser import Denoiser
+from ddpm_ray.measures import likelihood
+from ddpm_ray.seeding import Purpose
 from ddpm_ray.training.bits_per_dim import NORMAL_95
 from ddpm_ray.training.workers import Workers
 

@@ -86,6 +86,7 @@ class Run:
     draw_strip: Callable[[int], None]
     evaluate: Callable[[int], None]  # leaves its scores in state.scores
     probe: Callable[[int], None]  # adds its losses to state.probes
+    keep_averages: Callable[[int], None] = lambda step: None  # see snapshots.py
     report_every_steps: int = 1
     reported: tuple[int, float] = field(default_factory=lambda: (0, time.perf_counter()))
 
@@ -120,6 +121,7 @@ def train(run: Run) -> bool:
             run.draw_strip(step)
         if last or plan.is_due(plan.evaluate_every_steps, step):
             run.evaluate(step)
+        run.keep_averages(step)  # before the checkpoint that will name them
         if saves or wish is not Wish.NOTHING:
             save(run)
     run.checkpoints.wait()
@@ -147,6 +149,7 @@ def take_step(run: Run) -> None:
     state.optimizer.step()
     state.optimizer.zero_grad()
     state.ema.update(state.model, plan.ema_decay(state.step))
+    state.averages.update(state.model, state.step)
     state.step += 1
     if state.moments is not None:  # all workers' losses, in the order of their positions
         seen = run.workers.gather((t.cpu(), losses.cpu()))

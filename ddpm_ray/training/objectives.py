@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from ddpm_ray import faults
-from ddpm_ray.diffusion import losses, seeding, weights
+from ddpm_ray import faults, seeding
+from ddpm_ray.diffusion import losses, weights
 from ddpm_ray.diffusion.prediction import Prediction
 from ddpm_ray.diffusion.process import Denoise, NoiseSchedule, add_noise
-from ddpm_ray.diffusion.seeding import Purpose
+from ddpm_ray.seeding import Purpose
 from ddpm_ray.training.examples import Examples, Showing
 from ddpm_ray.training.reduction import SlotSum
 from ddpm_ray.training.workers import Workers

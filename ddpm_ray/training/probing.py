@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ddpm_ray import seeding
 from ddpm_ray.data.transforms import lowered, to_model_range
-from ddpm_ray.diffusion import seeding
-from ddpm_ray.diffusion.seeding import Purpose
-from ddpm_ray.diffusion.spectrum import common_loss, loss_spectrum
 from ddpm_ray.generation.denoiser import Denoiser
+from ddpm_ray.measures.spectrum import common_loss, loss_spectrum
+from ddpm_ray.seeding import Purpose
 from ddpm_ray.training.reporting import Row, Sink
 from ddpm_ray.training.state import TrainingState
 from ddpm_ray.training.workers import Workers

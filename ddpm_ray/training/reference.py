@@ -19,7 +19,7 @@ from torch import Tensor
 from ddpm_ray.data import storage
 from ddpm_ray.data.shards import Dataset
 from ddpm_ray.data.stream import read_images
-from ddpm_ray.diffusion.frechet import Moments
+from ddpm_ray.measures.frechet import Moments
 from ddpm_ray.training.features import FeatureNet
 from ddpm_ray.training.workers import Workers
 

@@ -11,8 +11,8 @@ from ddpm_ray.cluster.book import Book
 from ddpm_ray.cluster.ledger import Ledger
 from ddpm_ray.config import RunConfig
 from ddpm_ray.data import storage
-from ddpm_ray.diffusion.appraisal import Appraisal
 from ddpm_ray.knobs import ConfigError
+from ddpm_ray.measures.appraisal import Appraisal
 from ddpm_ray.sweep_config import StoppingConfig, SweepConfig
 
 KEY = "schedule.num_steps"

@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ddpm_ray.diffusion import NoiseSchedule, Prediction, add_noise, schedules, seeding
+from ddpm_ray import seeding
+from ddpm_ray.diffusion import NoiseSchedule, Prediction, add_noise, schedules
 from ddpm_ray.diffusion.guidance import classifier_free
 from ddpm_ray.diffusion.inpainting import (
     jump_schedule,

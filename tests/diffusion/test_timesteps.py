@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ddpm_ray.diffusion import NoiseSchedule, schedules, seeding, timesteps
+from ddpm_ray import seeding
+from ddpm_ray.diffusion import NoiseSchedule, schedules, timesteps
 from ddpm_ray.diffusion.timesteps import SecondMoments
 
 TABLE = torch.tensor([0, 1, 0, 3, 4, 2], dtype=torch.float64)  # t = 2 is never drawn

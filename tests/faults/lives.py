@@ -22,14 +22,13 @@ import psutil
 import torch.distributed as dist
 from mlflow import MlflowClient
 
-from ddpm_ray import faults
+from ddpm_ray import faults, seeding
 from ddpm_ray.cluster import tracking, training_run
 from ddpm_ray.cluster.tracked_run import RunCard, TrackedRun
 from ddpm_ray.cluster.worker import assemble
 from ddpm_ray.config import RunConfig
-from ddpm_ray.diffusion import seeding
-from ddpm_ray.diffusion.seeding import Purpose
 from ddpm_ray.knobs import from_dict, load, to_dict, to_yaml
+from ddpm_ray.seeding import Purpose
 from ddpm_ray.training.checkpoints import CHECKPOINTS, CheckpointStore
 from ddpm_ray.training.lease import Lease
 from ddpm_ray.training.loop import Run, train

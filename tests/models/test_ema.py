@@ -8,7 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from ddpm_ray.models.ema import EMA, decay_from_half_life, ramped
+from ddpm_ray.models.ema import (
+    EMA,
+    Averages,
+    decay_from_half_life,
+    decay_group,
+    ramped,
+    width_group,
+)
+from ddpm_ray.training.checkpoints import TENSOR_FILE
 
 
 def network(value: float) -> nn.Linear:
@@ -97,3 +105,21 @@ def test_ramp_starts_at_a_tenth_and_ends_at_the_decay() -> None:
     assert ramped(0.9999, 890) == pytest.approx(0.99)
     assert ramped(0.9999, 10**7) == 0.9999
     assert ramped(0.05, 0) == 0.05
+
+
+def test_further_means_are_those_that_each_decay_alone_gives() -> None:
+    """Towards a constant 2 from 5 the distance is 3 times the product of the decays so far."""
+    decays = {"ema-0.5": lambda step: 0.5, "ema-width-0.1": lambda step: step / (step + 1)}
+    means = Averages.of(network(5.0), decays)
+    for step in range(4):
+        means.update(network(2.0), step)
+    found = {name: mean.model.bias for name, mean in means.means.items()}
+    torch.testing.assert_close(found["ema-0.5"], torch.full((3,), 2 + 3 / 16))
+    torch.testing.assert_close(found["ema-width-0.1"], torch.full((3,), 2.0))
+
+
+def test_further_means_have_names_that_a_checkpoint_takes() -> None:
+    """As its files are called, and different for decays that six digits do not tell apart."""
+    names = [decay_group(0.999), decay_group(1e-7), decay_group(0.99999999), width_group(0.05)]
+    assert names == ["ema-0.999", "ema-1e-07", "ema-0.99999999", "ema-width-0.05"]
+    assert all(TENSOR_FILE.fullmatch(f"{name}.safetensors") for name in names)

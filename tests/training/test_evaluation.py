@@ -17,41 +17,28 @@ from sklearn.datasets import load_digits
 from sklearn.metrics.pairwise import polynomial_kernel
 from torch import Tensor
 
-from ddpm_ray.data import shards, storage
-from ddpm_ray.data.shards import Dataset, Recipe, ShardRow
+from ddpm_ray.data import storage
 from ddpm_ray.diffusion import schedules
-from ddpm_ray.diffusion.frechet import frechet_distance_of_features
 from ddpm_ray.diffusion.prediction import Prediction
 from ddpm_ray.diffusion.process import Denoise, NoiseSchedule
 from ddpm_ray.diffusion.spacing import quadratic_steps, uniform_steps
 from ddpm_ray.generation.denoiser import Denoiser
 from ddpm_ray.generation.sample import Images, SamplingPlan, draw, to_uint8
+from ddpm_ray.measures.extrapolation import extrapolated
+from ddpm_ray.measures.frechet import frechet_distance_of_features
+from ddpm_ray.measures.manifold import precision_recall
 from ddpm_ray.models.inception import Inception, Resize
-from ddpm_ray.training.evaluation import Scores, evaluate, metric_names
+from ddpm_ray.training.evaluation import Scores, evaluate
 from ddpm_ray.training.features import FeatureNet, digits_net, inception_net
+from ddpm_ray.training.quality import Extras, metric_names
 from ddpm_ray.training.reference import Reference, reference
 from ddpm_ray.training.workers import Workers
+from tests.noise import pack
 
 OnWorkers = Callable[[int, Callable[[Workers], Any]], list[Any]]  # see conftest.py
 SCHEDULE = NoiseSchedule(schedules.cosine(20))
 PLAN = SamplingPlan(uniform_steps(20, 3), seed=5)
 SHAPE = (1, 6, 6)
-
-
-def pack(folder: Path, images: Images, shard_sizes: list[int]) -> Dataset:
-    rows = []
-    for number, part in enumerate(np.split(images, np.cumsum(shard_sizes)[:-1])):
-        data = shards.shard_bytes(
-            part, [-1] * len(part), [f"{number}-{i}" for i in range(len(part))]
-        )
-        storage.write_bytes(storage.join(str(folder), shards.shard_name(number)), data)
-        sha256 = hashlib.sha256(data).hexdigest()
-        sums = shards.pixel_sums(part)
-        rows.append(ShardRow(shards.shard_name(number), len(part), len(data), sha256, *sums))
-    height, width, channels = images.shape[1:]
-    return shards.write_index(
-        str(folder), Recipe((height, width, channels), "raw", "none", (), "0" * 64), rows
-    )
 
 
 def random_images(count: int, seed: int = 0) -> Images:
@@ -327,7 +314,7 @@ def test_digits_are_recognised_and_noise_is_not(tmp_path: Path) -> None:
     noise = score(judge, truth, denoise=lambda x_t, t: x_t * 0, **arguments).metrics
     assert real.keys() == {
         "eval/fd_digits", "eval/fd_digits_low", "eval/fd_digits_high", "eval/kd_digits",
-        "eval/recognised", "eval/classes",
+        "eval/recognised", "eval/classes", "eval/is_digits", "eval/is_digits_deviation",
     }  # fmt: skip
     assert real["eval/recognised"] > 0.95
     assert real["eval/classes"] == 10
@@ -343,13 +330,14 @@ def test_digits_are_recognised_and_noise_is_not(tmp_path: Path) -> None:
         ("inception", 2048, ("eval/fid", "eval/kid")),
         ("inception", 768, ("eval/fid768", "eval/kid768")),
         ("inception", 192, ("eval/fid192", "eval/kid192")),
+        ("inception", 2023, ("eval/sfid", "eval/kid_spatial")),
         ("digits", 64, ("eval/fd_digits", "eval/kd_digits")),
     ],
 )
 def test_fid_is_only_ever_the_standard_network(
     name: str, width: int, expected: tuple[str, str]
 ) -> None:
-    assert metric_names(net(width, name=name), width) == expected
+    assert metric_names(net(width, name=name), width)[:2] == expected
 
 
 def test_the_certificate_names_all_that_the_score_depends_on(tmp_path: Path) -> None:
@@ -452,3 +440,26 @@ def test_scores_are_not_measured_with_another_network_than_the_reference(tmp_pat
     truth = reference(pack(tmp_path, random_images(30), [30]), net(4), Workers())
     with pytest.raises(ValueError, match="reference was made with other features"):
         score(net(4, sha256="b" * 64), truth)
+
+
+def test_more_samples_are_extrapolated_to_and_others_compared_with(tmp_path: Path) -> None:
+    """The parts in their own modules have their truths; here, that each gets what it should."""
+    images, feature_net = random_images(90), net(8)
+    truth = reference(pack(tmp_path / "a", images, [90]), feature_net, Workers(), kernel_images=60)
+    others = reference(pack(tmp_path / "b", images[:50], [50]), feature_net, Workers())
+    found = score(feature_net, truth, num_images=60, extras=Extras(True, True), held_out=others)
+    drawn = to_uint8(draw(Denoiser.of_noise(blind, SCHEDULE), PLAN, torch.arange(60), SHAPE, "cpu"))
+    data, samples = features_of(images, 8), features_of(drawn, 8)
+    metrics = found.metrics
+    assert metrics["eval/fid8_held_out"] == pytest.approx(
+        frechet_by_scipy(data[:50], samples), rel=1e-6
+    )
+    kept = torch.from_numpy(data[np.arange(60) * 90 // 60]), torch.from_numpy(samples)
+    shares = metrics["eval/precision8"], metrics["eval/recall8"]
+    assert shares == pytest.approx(precision_recall(*kept))
+    group = np.arange(60) % 10
+    scores = [frechet_by_scipy(data, samples[group < g]) for g in (4, 6, 8, 10)]
+    value, error = extrapolated([24, 36, 48, 60], scores)
+    assert metrics["eval/fid8_infinity"] == pytest.approx(value, rel=1e-4)
+    assert metrics["eval/fid8_infinity_error"] == pytest.approx(error, rel=1e-2)
+    assert found.certificate["held_out"]["images"] == 50

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from ddpm_ray.diffusion.frechet import frechet_distance
+from ddpm_ray.measures.frechet import frechet_distance
 from ddpm_ray.training.interval import GROUPS, jackknife_interval
 
 

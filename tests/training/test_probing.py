@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ddpm_ray.diffusion import NoiseSchedule, schedules, seeding
-from ddpm_ray.diffusion.seeding import Purpose
-from ddpm_ray.diffusion.spectrum import common_loss, linear_guess
+from ddpm_ray import seeding
+from ddpm_ray.diffusion import NoiseSchedule, schedules
 from ddpm_ray.generation.denoiser import Denoiser
+from ddpm_ray.measures.spectrum import common_loss, linear_guess
 from ddpm_ray.models.ema import EMA
+from ddpm_ray.seeding import Purpose
 from ddpm_ray.training.probing import LEVELS, Probe
 from ddpm_ray.training.reporting import Row
 from ddpm_ray.training.state import TrainingState

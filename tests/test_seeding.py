@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ddpm_ray.diffusion import seeding
-from ddpm_ray.diffusion.seeding import Purpose, coin, derived_seed, normal, philox, uniform_int
+from ddpm_ray import seeding
+from ddpm_ray.seeding import Purpose, coin, derived_seed, normal, philox, uniform_int
 
 KNOWN_ANSWERS = [  # Random123 1.14, kat_vectors, philox4x32 10: counter, key, words
     ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),

@@ -1,0 +1,48 @@
+"""Every knob of the search for the width of a run's average: `jobs/average.py`."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from ddpm_ray.config import ClusterConfig, wrong_widths
+from ddpm_ray.diffusion_config import SamplingConfig
+from ddpm_ray.evaluation_config import EvaluationConfig
+from ddpm_ray.job_config import EvaluateConfig
+from ddpm_ray.knobs import knob
+
+
+@dataclass(frozen=True)
+class AverageConfig:
+    """Averages of one run, each of another width, scored as jobs/evaluate.py does."""
+
+    widths: tuple[float, ...] = knob(
+        (0.03, 0.05, 0.075, 0.1, 0.15, 0.2), "relative widths (sigma_rel) to be scored"
+    )
+    step: int = knob(0, "that they end at, one whose averages were kept; 0: the last", at_least=0)
+    data_url: str = knob("", "reference shards; empty: what the model was trained on")
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    evaluation: EvaluationConfig = field(
+        default_factory=lambda: EvaluationConfig(num_images=10_000)
+    )
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+
+    @property
+    def scoring(self) -> EvaluateConfig:
+        """How each of them is scored."""
+        return EvaluateConfig(
+            data_url=self.data_url,
+            sampling=self.sampling,
+            evaluation=self.evaluation,
+            cluster=self.cluster,
+        )
+
+    def problems(self) -> Iterator[str]:
+        """Widths that no average has, and what scoring says."""
+        if self.evaluation.num_images < 2:
+            yield (
+                f"evaluation.num_images is {self.evaluation.num_images}; widths are compared by "
+                f"samples: score at least 2"
+            )
+        if not self.widths:
+            yield "widths is empty; name at least one, as in widths=[0.05,0.1]"
+        yield from wrong_widths("widths", self.widths)
+        yield from self.scoring.problems()

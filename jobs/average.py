@@ -1,0 +1,27 @@
+"""Find the width of weight average with the best samples, of a run that kept some on its way.
+
+    python jobs/average.py RUN [--out FOLDER] [widths=[0.05,0.1,0.15]] [key=value ...]
+
+RUN is the folder of a run with training.ema_snapshot_every_steps above 0. Each width is made of
+what was kept, without training, and scored as by jobs/evaluate.py; the best goes into FOLDER, as a
+checkpoint that other jobs take for MODEL_URI. Options: --help, --print-config. The last line of
+stdout is a JSON object with the results.
+"""
+
+import sys
+from argparse import Namespace
+from typing import Any
+
+from ddpm_ray.average_config import AverageConfig
+from ddpm_ray.command_line import home_folder, main
+
+
+def average(config: AverageConfig, arguments: Namespace) -> dict[str, Any]:
+    """Scores by width, and the best of them."""
+    from ddpm_ray.cluster.averaging import sweep  # heavy: after the config is read
+
+    return sweep(arguments.run, config, home_folder(), arguments.out)
+
+
+if __name__ == "__main__":
+    sys.exit(main(__doc__ or "", AverageConfig, average, "run", "--out?"))
