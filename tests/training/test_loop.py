@@ -126,6 +126,11 @@ def configured(data: str, *overrides: str) -> RunConfig:
     )  # fmt: skip
 
 
+# t is drawn by the losses seen, from the fifth step on: ten of each of two steps, four a batch.
+BY_LOSSES = (
+    "objective.timesteps=second_moment", "objective.loss=hybrid", "objective.variance=learned",
+    "schedule.num_steps=2", "sampling.steps=1",
+)  # fmt: skip
 OPEN: list[ShardStream] = []  # streams of processes that are gone
 
 
@@ -326,6 +331,8 @@ def test_a_killed_run_ends_like_an_unbroken_one(
         ["training.micro_batch_size=1", "data.flip=true"],
         ["training.ema_decay_per_step=0", "training.ema_half_life_images=9"],
         ["seed=18446744073709551557", "schedule.kind=cosine"],
+        [*BY_LOSSES],
+        ["objective.self_conditioning=true", "objective.weighting=uncertainty"],
     ],
     ids=str,
 )
@@ -848,6 +855,8 @@ def gloo_worker(rank: int, folder: Path, data: str) -> dict[str, Any]:
     workers, ledger, config = Workers(rank, 2), Ledger(), configured(data)
     run = begin(config, folder / "run", ledger, workers)
     train(run)
+    by_losses = Ledger()
+    train(begin(configured(data, *BY_LOSSES), folder / "by_losses", by_losses, workers))
     run = begin(config, folder / "spoilt", None, workers)
     spoil(run, 2, position=3)
     guilty = run.stream.keys(1)
@@ -860,10 +869,13 @@ def gloo_worker(rank: int, folder: Path, data: str) -> dict[str, Any]:
         told = list(error.args)
     same = all(map(torch.equal, weights(run), after))
     dist.destroy_process_group()
-    losses = [value for (key, _), value in sorted(ledger.values.items()) if key == "train/loss"]
+    losses, weighed = (
+        [value for (key, _), value in sorted(of.values.items()) if key == "train/loss"]
+        for of in (ledger, by_losses)
+    )
     return {
-        "losses": losses, "step": told[0], "named": told[3], "same": same, "moved": moved,
-        "last_key": guilty[-1],
+        "losses": losses, "weighed": weighed, "step": told[0], "named": told[3], "same": same,
+        "moved": moved, "last_key": guilty[-1],
     }  # fmt: skip
 
 
@@ -887,9 +899,10 @@ def test_two_processes_train_as_one_and_stop_together(
             worker.kill()
     assert [worker.returncode for worker in workers] == [0, 0], ended[0][1] + ended[1][1]
     leader, other = (json.loads(out.splitlines()[-1]) for out, _ in ended)
-    values = unbroken()[1].values
-    alone = [values["train/loss", step] for step in range(1, STEPS + 1)]
-    assert leader["losses"] == pytest.approx(alone, rel=1e-5)
+    for name, overrides in (("losses", ()), ("weighed", BY_LOSSES)):
+        values = unbroken(*overrides)[1].values
+        alone = [values["train/loss", step] for step in range(1, STEPS + 1)]
+        assert leader[name] == pytest.approx(alone, rel=1e-5)
     assert other["losses"] == []  # the leader alone reports
     for told in (leader, other):
         assert (told["step"], told["moved"], told["same"]) == (2, True, True)

@@ -1,0 +1,99 @@
+"""How bits per dimension and Frechet distances scale from one worker to two.
+
+    python benchmarks/scaling.py [rounds]
+
+Two processes of one thread each under gloo take turns: the first alone does all the work while the
+other waits, then both share it. 1 is linear: half the time. Grey images of 16x16, a U-Net of 0.6 M
+parameters; the distance is that of Inception's first 192 features with random weights.
+"""
+
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+import torch.distributed as dist
+from torch.multiprocessing.spawn import spawn
+
+from ddpm_ray.diffusion import NoiseSchedule, Prediction, schedules
+from ddpm_ray.diffusion.spacing import uniform_steps
+from ddpm_ray.generation.denoiser import Denoiser
+from ddpm_ray.generation.sample import SamplingPlan
+from ddpm_ray.measures.frechet import Moments
+from ddpm_ray.models.inception import Inception
+from ddpm_ray.models.unet import UNet
+from ddpm_ray.training.bits_per_dim import bits_per_dim
+from ddpm_ray.training.evaluation import evaluate
+from ddpm_ray.training.features import FeatureNet
+from ddpm_ray.training.reference import Reference
+from ddpm_ray.training.workers import Workers
+
+ROUNDS = int(sys.argv[1]) if len(sys.argv) > 1 else 7
+IMAGES, SIDE, STEPS, BATCH = 128, 16, 8, 32
+
+
+def works() -> dict[str, Callable[[Workers], object]]:
+    """Each takes all IMAGES, shared among the workers."""
+    torch.manual_seed(0)
+    network = UNet(
+        image_size=SIDE, image_channels=1, base_channels=32, channel_mults=(1, 2),
+        blocks_per_level=1, attention_resolutions=(8,), groups=8,
+    ).eval()  # fmt: skip
+    schedule = NoiseSchedule(schedules.cosine(100))
+    denoiser = Denoiser(network, Prediction.of("epsilon", schedule))
+    plan = SamplingPlan(uniform_steps(100, STEPS))
+    inception = Inception([192])
+    net = FeatureNet("inception", (192,), inception.features, {})
+    moments = Moments.zeros(192)
+    moments.update(torch.rand(400, 192))
+    identity = {"data": "", "features": net.facts}
+    truth = Reference(identity, (1, SIDE, SIDE), {192: moments}, {192: torch.empty(0, 192)})
+    images = torch.randint(0, 256, (IMAGES, SIDE, SIDE, 1), dtype=torch.uint8)
+
+    def bits(workers: Workers) -> object:
+        mine = torch.arange(IMAGES)[workers.share(IMAGES)]
+        batches = [(part, images[part], torch.full_like(part, -1)) for part in mine.split(BATCH)]
+        return bits_per_dim(denoiser, batches, variance="fixed_small", workers=workers, terms=STEPS)
+
+    def distance(workers: Workers) -> object:
+        return evaluate(
+            denoiser, plan, net, truth, num_images=IMAGES, batch_size=BATCH,
+            image_shape=(1, SIDE, SIDE), workers=workers, provenance={},
+        )  # fmt: skip
+
+    return {"bits per dimension": bits, "Frechet distance": distance}
+
+
+def work(rank: int, meeting: str) -> None:
+    """One of the two; the first prints."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
+    for name, act in works().items():
+        ratios = []
+        for _ in range(1 + ROUNDS):
+            took_s = []
+            for workers in (Workers(), Workers(rank, 2)):
+                dist.barrier()
+                began_s = time.perf_counter()
+                if workers.count == 2 or rank == 0:
+                    act(workers)
+                took_s.append(time.perf_counter() - began_s)
+            ratios.append(took_s[0] / (2 * took_s[1]))
+        if rank == 0:
+            low, *_, high = sorted(ratios[1:])
+            middle = statistics.median(ratios[1:])
+            print(f"{name:20} {middle:.3f} of linear ({low:.3f}-{high:.3f})", flush=True)
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        spawn(work, (f"file://{scratch}/meet",), nprocs=2)
+
+
+if __name__ == "__main__":
+    main()
