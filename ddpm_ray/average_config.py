@@ -3,10 +3,10 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from ddpm_ray.config import ClusterConfig, wrong_widths
+from ddpm_ray.average_rules import wrong_widths
+from ddpm_ray.config import ClusterConfig
 from ddpm_ray.diffusion_config import SamplingConfig
 from ddpm_ray.evaluation_config import EvaluationConfig
-from ddpm_ray.job_config import EvaluateConfig
 from ddpm_ray.knobs import knob
 
 
@@ -25,16 +25,6 @@ class AverageConfig:
     )
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
-    @property
-    def scoring(self) -> EvaluateConfig:
-        """How each of them is scored."""
-        return EvaluateConfig(
-            data_url=self.data_url,
-            sampling=self.sampling,
-            evaluation=self.evaluation,
-            cluster=self.cluster,
-        )
-
     def problems(self) -> Iterator[str]:
         """Widths that no average has, and what scoring says."""
         if self.evaluation.num_images < 2:
@@ -42,7 +32,11 @@ class AverageConfig:
                 f"evaluation.num_images is {self.evaluation.num_images}; widths are compared by "
                 f"samples: score at least 2"
             )
+        for key in ("bits_per_dim_images", "likelihood_images"):
+            if value := getattr(self.evaluation, key):
+                yield f"evaluation.{key} is {value}; widths are compared by samples: set it to 0"
         if not self.widths:
             yield "widths is empty; name at least one, as in widths=[0.05,0.1]"
         yield from wrong_widths("widths", self.widths)
-        yield from self.scoring.problems()
+        yield from self.sampling.problems("sampling")
+        yield from self.evaluation.problems()

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ddpm_ray.average_rules import wrong_decays, wrong_widths
 from ddpm_ray.diffusion_config import ObjectiveConfig, SamplingConfig, ScheduleConfig
 from ddpm_ray.evaluation_config import EvaluationConfig
 from ddpm_ray.knobs import knob
@@ -165,23 +166,13 @@ class TrainingConfig:
                 )
 
     def _average_problems(self) -> Iterator[str]:
-        if wrong := [decay for decay in self.ema_more_decays if not 0 <= decay < 1]:
-            yield f"training.ema_more_decays holds {wrong[0]}; a decay is at least 0 and below 1"
+        yield from wrong_decays("training.ema_more_decays", self.ema_more_decays)
         yield from wrong_widths("training.ema_snapshot_widths", self.ema_snapshot_widths)
         if self.ema_snapshot_every_steps and not self.ema_snapshot_widths:
             yield (
                 f"training.ema_snapshot_every_steps is {self.ema_snapshot_every_steps} and "
                 f"training.ema_snapshot_widths is empty; name two widths: try [0.05,0.1]"
             )
-
-
-def wrong_widths(key: str, widths: tuple[float, ...]) -> Iterator[str]:
-    """A line where one of `widths`, the value of `key`, is none that a power profile has."""
-    if wrong := [width for width in widths if not 0 < width < 0.2886]:
-        yield (
-            f"{key} holds {wrong[0]}; a relative width is above 0 and below 0.2886, that of the "
-            f"plain mean: try 0.1"
-        )
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ FLOORS = {
     "ddpm_ray.drill_config": 4,
     "ddpm_ray.edit_config": 4,
     "ddpm_ray.average_config": 4,
+    "ddpm_ray.average_rules": 4,
     "ddpm_ray.build": 4,
     "ddpm_ray.build_diffusion": 4,
     "ddpm_ray.build_trained": 4,
@@ -75,6 +76,7 @@ DIETS = {  # module or folder: all that it may import from outside, beside the s
     "ddpm_ray.drill_config": set[str](),
     "ddpm_ray.edit_config": set[str](),
     "ddpm_ray.average_config": set[str](),
+    "ddpm_ray.average_rules": set[str](),
     "jobs": set[str](),
 }
 EMPTY_NAMES = {"utils", "common", "helpers", "misc", "base"}

@@ -1,25 +1,36 @@
-"""Which width of average is best: made of what a run kept, each scored by a group of workers."""
+"""Which width of average is best: made of what a run kept, all scored by one group of workers."""
 
+import dataclasses
 import logging
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from ddpm_ray import build, build_diffusion, build_trained
 from ddpm_ray.average_config import AverageConfig
-from ddpm_ray.cluster.evaluation_run import evaluate
+from ddpm_ray.cluster import group
+from ddpm_ray.cluster.control import Desk
+from ddpm_ray.cluster.worker import place
 from ddpm_ray.config import RunConfig
 from ddpm_ray.data import storage
-from ddpm_ray.knobs import ConfigError, from_dict
-from ddpm_ray.training import checkpoints
+from ddpm_ray.data.shards import open_dataset
+from ddpm_ray.knobs import ConfigError, from_dict, to_dict
+from ddpm_ray.models.unet import UNet
+from ddpm_ray.training import checkpoints, evaluation
 from ddpm_ray.training.checkpoints import CHECKPOINTS, CheckpointError, CheckpointStore
+from ddpm_ray.training.reference import reference
 from ddpm_ray.training.snapshots import SNAPSHOTS, SnapshotStore, averaged
 from ddpm_ray.training.state import Snapshot
+from ddpm_ray.training.workers import Workers
 
 log = logging.getLogger(__name__)
 
-SCRATCH = "average-"  # starts folders below a run's, which are there while they are scored
 POOR = 0.1  # misfit from which an average is hardly the one that was asked for
+FATAL = ValueError, CheckpointError  # what another attempt of the workers would meet again
 
 
 @dataclass(frozen=True)
@@ -45,70 +56,120 @@ class KeptAverages:
         widths = from_dict(RunConfig, facts["config"]).training.ema_snapshot_widths
         return cls(run, facts, widths, [int(step) for step in facts["kept_at"]])
 
-    def write(self, sigma_rel: float, step: int, url: str) -> float:
-        """Put the average of that width at `step` into the folder `url`, as a checkpoint.
+    def made(self, sigma_rel: float, step: int) -> Snapshot:
+        """The average of that width at `step`, as a checkpoint to be sampled from, not trained on.
 
-        It can be sampled from, not trained on. The answer is the misfit of its profile.
+        Its facts say under "average" what it was made of and how far off its profile is (misfit).
         """
         store = SnapshotStore(storage.join(self.run, SNAPSHOTS))
         tensors, misfit = averaged(store, self.steps, self.widths, sigma_rel, step)
         made_of = {"sigma_rel": sigma_rel, "misfit": misfit, "widths": list(self.widths)}
         made_of["steps"] = [at for at in self.steps if at <= step]
         facts = self.facts | {"step": step, "average": made_of, "kept_at": [], "unsent_rows": []}
-        for name, data in checkpoints.objects(Snapshot({"ema": tensors}, facts)).items():
-            storage.write_bytes(storage.join(url, name), data)
-        return misfit
+        return Snapshot({"ema": tensors}, facts)
 
 
 def sweep(run: str, config: AverageConfig, home: Path, out: str = "") -> dict[str, Any]:
     """Scores by width and the best of them, which is left in the folder `out` where one is named.
 
-    Raises CheckpointError where the run kept no averages or they are damaged, ConfigError for a
-    step without any, and what evaluating raises. Relative paths lie below `home`.
+    Raises CheckpointError where the run kept no averages or they are damaged, ConfigError where
+    run and config do not fit, and RunFailedError, DatasetError or StorageError. Relative paths lie
+    below `home`.
     """
-    kept = KeptAverages.of(storage.absolute(run, home))
+    run = storage.absolute(run, home)
+    kept = KeptAverages.of(run)
     step = config.step or kept.steps[-1]
     if step not in kept.steps:
         near = min(kept.steps, key=lambda at: abs(at - step))
         raise ConfigError(f"step is {step}; no averages were kept then: try step={near}")
-    found = []
+    begun = from_dict(RunConfig, kept.facts["config"])
+    schedule = build_trained.trained_model(run).denoiser.schedule
+    build_diffusion.checked_plan(config.sampling, begun, schedule)
+    data_url = storage.absolute(config.data_url or begun.data.url, home)
+    open_dataset(data_url)  # before Ray starts
+    config = dataclasses.replace(config, data_url=data_url)
+    settings = {"run": run, "step": step, "config": to_dict(config)}
+    found = group.run(average_worker, settings, config.cluster, lambda _: None)
+    result = _result(found, list(config.widths)) | {"run": run, "step": step}
+    if out:
+        result["checkpoint"] = storage.absolute(out, home)
+        for name, data in checkpoints.objects(kept.made(result["best"], step)).items():
+            storage.write_bytes(storage.join(result["checkpoint"], name), data)
+    return result
+
+
+def average_worker(settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """One worker's part; the same on every worker: metrics, certificate and misfit by width."""
+    config = from_dict(AverageConfig, settings["config"])
+    desk: Desk = settings["desk"]
+    if desk.look().fatal is not None:
+        return []
+    torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
+    storage.be_patient(config.cluster.storage_timeout_s)
+    try:
+        return list(scored(settings["run"], settings["step"], config, place()))
+    except FATAL as error:
+        desk.give_up(str(error))
+        raise
+
+
+def scored(
+    run: str, step: int, config: AverageConfig, workers: Workers
+) -> Iterator[dict[str, Any]]:
+    """Metrics, certificate and misfit of the average of each width, made at `step` of `run`.
+
+    All workers must take them all; every width draws the same noise.
+    """
+    kept, wanted = KeptAverages.of(run), config.evaluation
+    begun, dataset = from_dict(RunConfig, kept.facts["config"]), open_dataset(config.data_url)
+    model = build_trained.trained_model(run, workers.device)
+    count = min(wanted.num_images, int(dataset.counts.sum()))
+    denoiser = build.shown_low(model.denoiser, begun.data, dataset, count, workers.device)
+    net = build.feature_net(wanted, build.cache_dir(begun.data, "weights"), workers.device)
+    kernel_images = min(wanted.kernel_distance_images, wanted.num_images) * wanted.kernel_distance
+    known = reference(dataset, net, workers, kernel_images=kernel_images)
+    held_out = build.held_out(wanted, net, workers)
+    plan = build_diffusion.sampling_plan(config.sampling, denoiser.schedule)
+    network = model.denoiser.network  # which `denoiser` runs too
+    assert isinstance(network, UNet)
     for width in config.widths:
-        found.append(_scored(kept, width, step, config, home))
-        metric = _distance(found[-1]["metrics"])
-        score, misfit = found[-1]["metrics"][metric], found[-1]["misfit"]
-        if len(found) == 1:
-            log.info("  width  %14s  misfit", metric)
-        log.info("%7.4g  %14.5g  %6.2g", width, score, misfit)
+        average = kept.made(width, step)
+        network.load_state_dict(average.tensors["ema"])
+        sha256 = checkpoints.described(checkpoints.objects(average))["ema.safetensors"]["sha256"]
+        scores = evaluation.evaluate(
+            denoiser,
+            plan,
+            net,
+            known,
+            extras=build.extras(wanted),
+            held_out=held_out,
+            num_images=wanted.num_images,
+            batch_size=config.sampling.batch_size,
+            image_shape=model.image_shape,
+            workers=workers,
+            provenance=build.ema_provenance(begun, step, average.facts["average"])
+            | {"model_sha256": sha256},
+        )
+        yield vars(scores) | {"misfit": average.facts["average"]["misfit"]}
+
+
+def _result(found: list[dict[str, Any]], widths: list[float]) -> dict[str, Any]:
+    """The scores as plain JSON, the best of them named; a table of them is logged."""
+    metric = next(name for name in found[0]["metrics"] if name.startswith(("eval/fid", "eval/fd_")))
+    scores = [one["metrics"][metric] for one in found]
+    ends = [[one["metrics"].get(f"{metric}_{end}") for end in ("low", "high")] for one in found]
+    misfits = [one["misfit"] for one in found]
+    log.info("  width  %14s  %20s  misfit", metric, "95 % interval")
+    for width, score, (low, high), misfit in zip(widths, scores, ends, misfits, strict=True):
+        interval = "-" if low is None else f"{low:.5g} .. {high:.5g}"
+        log.info("%7.4g  %14.5g  %20s  %6.2g", width, score, interval, misfit)
         if misfit > POOR:
             log.warning(
                 "width %g is out of reach of what was kept (misfit %.2f of its profile); keep "
                 "widths nearer to it, or keep them more often", width, misfit,
             )  # fmt: skip
-    scores = [one["metrics"][metric] for one in found]
     best = scores.index(min(scores, key=lambda score: (math.isnan(score), score)))
-    result: dict[str, Any] = {
-        "run": kept.run, "step": step, "metric": metric, "widths": list(config.widths),
-        "scores": scores, "misfits": [one["misfit"] for one in found],
-        "best": config.widths[best], "certificate": found[best]["certificate"],
+    return {
+        "metric": metric, "widths": widths, "scores": scores, "intervals": ends,
+        "misfits": misfits, "best": widths[best], "certificate": found[best]["certificate"],
     }  # fmt: skip
-    if out:
-        result["checkpoint"] = storage.absolute(out, home)
-        kept.write(config.widths[best], step, result["checkpoint"])
-    return result
-
-
-def _scored(
-    kept: KeptAverages, width: float, step: int, config: AverageConfig, home: Path
-) -> dict[str, Any]:
-    """Metrics and certificate of one average, and its misfit."""
-    where = storage.join(kept.run, f"{SCRATCH}{width!r}-step-{step:08d}")
-    try:
-        misfit = kept.write(width, step, where)  # where all workers can read it
-        return evaluate(where, config.scoring, home) | {"misfit": misfit}
-    finally:
-        storage.delete_folder(where)
-
-
-def _distance(metrics: dict[str, float]) -> str:
-    """The name of the Frechet distance among `metrics`, the first of them."""
-    return next(name for name in metrics if name.startswith(("eval/fid", "eval/fd_")))

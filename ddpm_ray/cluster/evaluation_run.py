@@ -25,7 +25,7 @@ from ddpm_ray.training import evaluation
 from ddpm_ray.training.bits_per_dim import BitsPerDim, bits_per_dim
 from ddpm_ray.training.evaluation import Scores
 from ddpm_ray.training.likelihoods import Likelihood, flow_likelihood
-from ddpm_ray.training.memorisation import Neighbours, nearest
+from ddpm_ray.training.memorisation import Neighbours, nearest, spread
 from ddpm_ray.training.reference import reference
 from ddpm_ray.training.workers import Workers
 
@@ -110,6 +110,10 @@ def _scores(config: EvaluateConfig, settings: dict[str, Any]) -> dict[str, Any]:
     if count := config.evaluation.memorisation_images:
         near = _neighbours(config, model, plan, count, workers)
         found["metrics"] = found["metrics"] | near.metrics
+        if held_out := config.evaluation.held_out_url:
+            others = spread(open_dataset(held_out), count, workers)
+            beside = near.beside(nearest(others, dataset, workers))
+            found["metrics"] = found["metrics"] | beside
         if workers.leads and (path := config.evaluation.memorisation_picture):
             png = io.BytesIO()
             near.picture().save(png, format="PNG")

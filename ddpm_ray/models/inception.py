@@ -8,7 +8,7 @@ Layers keep the names of the release file.
 """
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Set
 from typing import Literal
 
 import torch
@@ -18,31 +18,34 @@ from torch.nn import functional as F
 Resize = Literal["original", "pytorch-fid"]
 
 SIDE = 299  # pixels
-WIDTH_AFTER = {"pool_2": 192, "Mixed_6e": 768, "Mixed_7c": 2048}  # layer: its channels
-SPATIAL = 2023  # numbers of the first 7 channels of Mixed_6e's 17 x 17, which no mean is taken of
+SPATIAL = 2023  # numbers in 7 channels of 17 x 17, which no mean is taken of
+WIDTH_AFTER = {"pool_2": 192, "Mixed_6d": SPATIAL, "Mixed_6e": 768, "Mixed_7c": 2048}
 
 
 class Inception(nn.Module):
     """Images uint8 [N, H, W, 3 or 1] -> for each of `widths` its features, float32 [N, width].
 
     Features are the spatial means of a layer: of the second max pool (192), of Mixed_6e (768), of
-    the last block (2048, the standard); 2023 are the first 7 channels of Mixed_6e in their places,
-    as sFID looks at them (Nash et al. 2021, arXiv:2103.03841). One pass gives all and stops after
-    the last layer that is needed. `resize`
-    says how images come to 299x299: `original` is the bilinear filter of TensorFlow 1, as in the
-    graph itself and in the papers; `pytorch-fid` is torch's. Grey images count as three equal
-    channels. Raises ValueError for other widths, recipes or images.
+    the last block (2048, the standard); 2023 are the first 7 channels of Mixed_6d in their places,
+    as sFID looks at them (Nash et al. 2021, arXiv:2103.03841): the graph calls that block mixed_6.
+    One pass gives all and stops after the last layer that is needed. `resize` says how images
+    come to 299x299: `original` is the bilinear filter of TensorFlow 1, as in the graph itself and
+    in the papers; `pytorch-fid` is torch's. Grey images count as three equal channels. Raises
+    ValueError for other widths, recipes or images.
+
+    `class_weight` [1008, 2048], where the file has it and 2048 is a width, makes class_logits.
     """
 
     def __init__(self, widths: Iterable[int] = (2048,), resize: Resize = "original") -> None:
         super().__init__()
         self.widths, self.resize = frozenset(widths), resize
-        if not self.widths or not self.widths <= {*WIDTH_AFTER.values(), SPATIAL}:
+        if not self.widths or not self.widths <= {*WIDTH_AFTER.values()}:
             raise ValueError(f"widths are {sorted(self.widths)}; there are 192, 768, 2023 and 2048")
         if resize not in RESIZE:
             raise ValueError(f"resize is {resize!r}; it must be one of {', '.join(RESIZE)}")
-        deepest = max(768 if width == SPATIAL else width for width in self.widths)
-        self.layers = nn.Sequential(_layers_to(deepest))
+        self.layers = nn.Sequential(_layers_to(self.widths))
+        self.class_weight: Tensor | None
+        self.register_buffer("class_weight", None)
         self.eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> dict[int, Tensor]:
@@ -61,11 +64,17 @@ class Inception(nn.Module):
         found = {}
         for name, layer in self.layers.named_children():
             h = layer(h)
-            if WIDTH_AFTER.get(name) in self.widths:
-                found[h.shape[1]] = h.mean(dim=(2, 3))
-            if name == "Mixed_6e" and SPATIAL in self.widths:
-                found[SPATIAL] = h[:, :7].flatten(1).contiguous()
+            if (width := WIDTH_AFTER.get(name)) in self.widths:
+                found[width] = h[:, :7].flatten(1) if width == SPATIAL else h.mean(dim=(2, 3))
         return found
+
+    def class_logits(self, features: Mapping[int, Tensor]) -> Tensor:
+        """Logits [N, 1008] of the features of width 2048, for the Inception score.
+
+        Without the bias, as in the code of Salimans et al. 2016 (arXiv:1606.03498) and all since.
+        """
+        assert self.class_weight is not None
+        return features[2048] @ self.class_weight.T
 
 
 def resize_as_tensorflow_1(pixels: Tensor) -> Tensor:
@@ -223,8 +232,8 @@ class Mixed7(nn.Module):
         return torch.cat([self.branch1x1(x), *forked, self.branch_pool(pooled)], 1)
 
 
-def _layers_to(width: int) -> OrderedDict[str, nn.Module]:
-    """The layers in order, up to the one that `width` is read from."""
+def _layers_to(widths: Set[int]) -> OrderedDict[str, nn.Module]:
+    """The layers in order, up to the last one that a width is read from."""
     layers: OrderedDict[str, nn.Module] = OrderedDict(
         Conv2d_1a_3x3=Unit(3, 32, 3, stride=2),
         Conv2d_2a_3x3=Unit(32, 32, 3),
@@ -245,6 +254,6 @@ def _layers_to(width: int) -> OrderedDict[str, nn.Module]:
         Mixed_7b=Mixed7(1280, pools_by_maximum=False),
         Mixed_7c=Mixed7(2048, pools_by_maximum=True),
     )
-    while WIDTH_AFTER.get(next(reversed(layers))) != width:
+    while WIDTH_AFTER.get(next(reversed(layers))) not in widths:
         layers.popitem()
     return layers

@@ -2,7 +2,7 @@
 
 Release file: `<layer>.conv.weight`, `<layer>.bn.weight`, `.bias`, `.running_mean`, `.running_var`.
 Folded npz: `<layer>.weight`, `<layer>.bias`. Layers behind the widest features asked for may
-be missing; whatever else a file holds (`fc.weight`) is not read.
+be missing, and so may `fc.weight`, the classes; whatever else a file holds is not read.
 """
 
 import pickle
@@ -17,6 +17,7 @@ from torch import Tensor
 from ddpm_ray.models.inception import Inception, Resize
 
 NORM_EPS = 1e-3  # of the graph's batch norms
+CLASSES = 1008  # of the graph
 
 
 class InceptionWeightsError(ValueError):
@@ -57,6 +58,12 @@ def load_inception(
         layout = torch.channels_last if part == "weight" else torch.contiguous_format
         folded[name] = tensor.float().contiguous(memory_format=layout)
     network.layers.load_state_dict(folded, assign=True)
+    if 2048 in network.widths and (weight := stored.get("fc.weight")) is not None:
+        if weight.shape != (CLASSES, 2048):  # torchvision's network has 1000, and other weights
+            raise InceptionWeightsError(
+                str(path), f"fc.weight is {list(weight.shape)}, it must be {[CLASSES, 2048]}"
+            )
+        network.class_weight = weight.float()
     return network.requires_grad_(False)
 
 

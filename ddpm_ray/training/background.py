@@ -15,7 +15,15 @@ class Background:
     def start(self, act: Callable[[], None]) -> None:
         """Begin `act()`, once what was begun before is done; raises what that one raised."""
         self.wait()
-        self._thread = threading.Thread(target=self._do, args=(act,), name=self._name)
+        self.follow(act)
+
+    def follow(self, act: Callable[[], None]) -> None:
+        """Begin `act()` once what was begun before is done, without waiting for that.
+
+        It is left out where that raises: what comes after may rest on what came before.
+        """
+        before = self._thread
+        self._thread = threading.Thread(target=self._do, args=(act, before), name=self._name)
         self._thread.start()
 
     def wait(self) -> None:
@@ -27,7 +35,11 @@ class Background:
             error, self._error = self._error, None
             raise error
 
-    def _do(self, act: Callable[[], None]) -> None:
+    def _do(self, act: Callable[[], None], before: threading.Thread | None) -> None:
+        if before is not None:
+            before.join()
+        if self._error is not None:
+            return
         try:
             act()
         except Exception as error:  # noqa: BLE001 - handed to the caller's thread, whole

@@ -16,6 +16,7 @@ import json
 import logging
 import re
 import secrets
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -264,10 +265,14 @@ class CheckpointWriter(Background):
         super().__init__("checkpoint")
         self.store = store
         self.committed: str | None = None  # URL of the newest committed folder
+        self._newest: threading.Thread | None = None  # that saves
 
     def submit(self, snapshot: Snapshot) -> None:
         """Start saving; waits for the save before it, and raises what that one raised."""
-        self.start(partial(self._save, snapshot))
+        if self._thread is self._newest:  # else averages are on their way: it only follows them
+            self.wait()
+        self.follow(partial(self._save, snapshot))
+        self._newest = self._thread
 
     def _save(self, snapshot: Snapshot) -> None:
         self.committed = self.store.save(snapshot)

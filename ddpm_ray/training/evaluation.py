@@ -4,6 +4,7 @@ Samples, like everything random, are keyed by their index, so any number of work
 images; sums are merged in float64.
 """
 
+import math
 import platform
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,12 +20,14 @@ from ddpm_ray.generation.denoiser import Denoiser
 from ddpm_ray.generation.sample import SamplingPlan, draw, to_uint8
 from ddpm_ray.training import quality
 from ddpm_ray.training.features import FeatureNet
-from ddpm_ray.training.interval import GROUPS
+from ddpm_ray.training.interval import GROUPS, groups_of
 from ddpm_ray.training.quality import Extras
 from ddpm_ray.training.reference import Reference
 from ddpm_ray.training.workers import Workers
 
 PLAIN = Extras()
+INCEPTION_SCORE = f"{GROUPS} splits in order of index"
+NO_CLASSES = "the weights' last layer, fc.weight, was not read; take the release file, width 2048"
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,8 @@ def evaluate(
         denoiser, plan, workers.share(num_images), batch_size, image_shape, workers.device
     )
     keep = {w: quality.kept_images(w, reference, num_images) for w in net.widths}
-    seen = quality.see(net, batches, keep, workers)
+    groups = groups_of(num_images, _cycle(denoiser, plan))
+    seen = quality.see(net, batches, keep, workers, groups)
     metrics = quality.metrics(net, reference, seen, extras, held_out) if workers.leads else {}
     certificate = _certificate(denoiser.schedule, plan, net, reference, num_images, provenance)
     if held_out is not None:
@@ -88,6 +92,12 @@ def _require_comparable(
         )
     if reference.count < 2:
         raise ValueError(f"the reference data holds {reference.count} image; at least 2 are needed")
+
+
+def _cycle(denoiser: Denoiser, plan: SamplingPlan) -> int:
+    """After how many samples what they are told, a label or a small image, comes again."""
+    labels = len(plan.labels) or denoiser.num_classes or 1
+    return labels if denoiser.low is None else math.lcm(labels, len(denoiser.low))
 
 
 def _drawn(
@@ -136,6 +146,7 @@ def _certificate(
         "reference": _facts(reference),
         "covariance": "n-1",
         "interval": f"95 %, delete-a-group jackknife over {GROUPS} groups of samples",
+        "inception_score": INCEPTION_SCORE if net.classify else f"none: {NO_CLASSES}",
         "versions": {
             "python": platform.python_version(),
             **{name: version(name) for name in ("ddpm-ray", "torch", "numpy")},

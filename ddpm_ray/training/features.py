@@ -25,7 +25,7 @@ class FeatureNet:
     widths: tuple[int, ...]
     extract: Extract
     identity: Mapping[str, Any]  # what features depend on: weights_sha256, resize; plain JSON
-    classify: Callable[[Tensor], Tensor] | None = None  # images [N, H, W, C] -> logits [N, classes]
+    classify: Callable[[Mapping[int, Tensor]], Tensor] | None = None  # features -> logits [N, K]
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -58,18 +58,20 @@ def inception_net(
         widths=tuple(sorted(network.widths)),
         extract=network.features,
         identity={"weights_sha256": _sha256(path), "resize": resize},
+        classify=None if network.class_weight is None else network.class_logits,
     )
 
 
 def digits_net(device: torch.device | str) -> FeatureNet:
     """The bundled judge of 8x8 digits, which also says which of them it recognises."""
     classifier = digits_classifier.load_digits_classifier().to(device)
+    width = classifier.dense_1.out_features
     return FeatureNet(
         name="digits",
-        widths=(classifier.dense_1.out_features,),
-        extract=lambda images: {classifier.dense_1.out_features: classifier.features(images)},
+        widths=(width,),
+        extract=lambda images: {width: classifier.features(images)},
         identity={"weights_sha256": _sha256(digits_classifier.WEIGHTS), "resize": "none"},
-        classify=classifier.logits,
+        classify=lambda features: classifier.dense_2(features[width]),
     )
 
 

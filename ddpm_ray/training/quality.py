@@ -38,7 +38,8 @@ class Seen:
     """What was seen of the samples by all workers."""
 
     count: int  # samples
-    moments: dict[int, list[Moments]]  # of each group of samples, see interval.py
+    group: Tensor  # int64 [count]: of each, see interval.py
+    moments: dict[int, list[Moments]]  # of each group of samples
     kept: dict[int, Tensor]  # float32 [n, D]: features of the samples with the lowest indices
     probability: Tensor | None  # [N, classes] of each sample, by index, where the net classifies
 
@@ -48,29 +49,33 @@ def see(
     batches: Iterable[tuple[Tensor, Tensor]],
     keep: Mapping[int, int],
     workers: Workers,
+    group: Tensor,
 ) -> Seen:
     """Looks at each of this worker's images once and merges with all workers.
 
-    `keep` says, by width, below which index features are kept whole.
+    `keep` says, by width, below which index features are kept whole; `group` int64 [N] the group
+    of each sample.
     """
     # 335 MB for ten groups at width 2048: a second pass over the samples would cost far more.
     moments = {w: [Moments.zeros(w, workers.device) for _ in range(GROUPS)] for w in net.widths}
     kept = {w: [torch.empty(0, w)] for w in net.widths}
     judged: list[Tensor] = []
     for index, images in batches:
-        for w, features in net(images).items():
-            for number, group in enumerate(moments[w]):
-                group.update(features[(index % GROUPS == number).to(features.device)])
+        found, here = net(images), group[index]
+        for w, features in found.items():
+            for number, of_group in enumerate(moments[w]):
+                of_group.update(features[(here == number).to(features.device)])
             kept[w].append(features.cpu()[index < keep[w]])
         if net.classify is not None:
-            judged.append(net.classify(images).softmax(1).cpu())
-    for group in (group for of_width in moments.values() for group in of_width):
-        for tensor in group.tensors():
+            judged.append(net.classify(found).softmax(1).cpu())
+    for of_group in (each for of_width in moments.values() for each in of_width):
+        for tensor in of_group.tensors():
             workers.sum_(tensor)
     classes = [part for of_one in workers.gather(judged) for part in of_one]
     first = moments[net.widths[0]]
     return Seen(
-        count=int(sum(group.count.item() for group in first)),
+        count=int(sum(of_group.count.item() for of_group in first)),
+        group=group,
         moments=moments,
         kept={w: torch.cat(workers.gather(torch.cat(kept[w]))) for w in net.widths},
         probability=torch.cat(classes) if classes else None,
@@ -143,12 +148,12 @@ def _at_infinity(name: str, width: int, reference: Reference, seen: Seen) -> dic
 def _of_classes(net: FeatureNet, seen: Seen) -> dict[str, float]:
     if seen.probability is None:
         return {}
-    confidence, label = seen.probability.max(1)
-    sure = label[confidence >= CONFIDENT]
-    found = {
-        "eval/recognised": len(sure) / seen.count,
-        "eval/classes": float((torch.bincount(sure) > 0).sum()),
-    }
+    found = {}
+    if net.name == "digits":  # its classes are the data's own
+        confidence, label = seen.probability.max(1)
+        sure = label[confidence >= CONFIDENT]
+        found["eval/recognised"] = len(sure) / seen.count
+        found["eval/classes"] = float((torch.bincount(sure) > 0).sum())
     if seen.count >= GROUPS:
         mean, deviation = inception_score(seen.probability, GROUPS)
         suffix = "" if net.name == "inception" else f"_{net.name}"
@@ -160,7 +165,7 @@ def _distance(width: int, reference: Reference, seen: Seen, groups: Container[in
     """The Frechet distance of the samples in these groups to the reference."""
     truth = reference.moments[width]
     if seen.count <= width:  # their covariance is singular: half the digits, and slower
-        member = torch.tensor([i % GROUPS in groups for i in range(seen.count)])
+        member = torch.tensor([number in groups for number in seen.group.tolist()])
         features = seen.kept[width][member].to(truth.sum.device)
         return frechet_distance_to_features(truth.mean(), truth.covariance(), features)
     sample = Moments.zeros(width, truth.sum.device)

@@ -2,7 +2,12 @@
 
 import json
 import logging
+import os
 import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,35 +18,44 @@ from torch import Tensor
 
 from ddpm_ray import build, build_trained
 from ddpm_ray.average_config import AverageConfig
-from ddpm_ray.cluster import averaging
+from ddpm_ray.cluster import averaging, evaluation_run, group
 from ddpm_ray.config import RunConfig
+from ddpm_ray.diffusion_config import SamplingConfig
+from ddpm_ray.evaluation_config import EvaluationConfig
+from ddpm_ray.generation.denoiser import Denoiser
 from ddpm_ray.generation.trained_model import TrainedModel
 from ddpm_ray.job_config import EvaluateConfig
 from ddpm_ray.knobs import ConfigError, from_dict, load, to_dict
 from ddpm_ray.models.ema import Averages, width_group
 from ddpm_ray.models.post_hoc_ema import gamma_of, power_decay
 from ddpm_ray.models.unet import UNet
+from ddpm_ray.training import evaluation
 from ddpm_ray.training.checkpoints import CheckpointError, CheckpointStore, CheckpointWriter
+from ddpm_ray.training.evaluation import Scores
 from ddpm_ray.training.snapshots import SnapshotStore
 from ddpm_ray.training.workers import Workers
+from tests.noise import pack_noise
 
+ROOT = Path(__file__).parents[2]
 STEPS, TRUTH = 60, 0.15
 
 
 def wandering(folder: Path, *overrides: str) -> dict[str, Tensor]:
     """A run in `folder` whose weights walk at random; the average of width TRUTH at its end."""
+    pack_noise(str(folder.parent / "data"), 60, 8)
     config = load(
         RunConfig,
         None,
         [
-            "name=a", "data.url=b", "schedule.num_steps=10", "sampling.steps=5",
+            "name=a", f"data.url={folder.parent / 'data'}", "schedule.num_steps=10",
+            "sampling.steps=5",
             "model.base_channels=4", "model.groups=2", "model.channel_mults=[1]",
             "model.blocks_per_level=1", "model.attention_resolutions=[]",
             f"training.steps={STEPS}", *overrides,
         ],
     )  # fmt: skip
-    facts = {"config": to_dict(config), "image_shape": [4, 4, 1], "data_fingerprint": ""}
-    state = build.training_state(config, (4, 4, 1), torch.device("cpu"), facts)
+    facts = {"config": to_dict(config), "image_shape": [8, 8, 1], "data_fingerprint": ""}
+    state = build.training_state(config, (8, 8, 1), torch.device("cpu"), facts)
     writer = CheckpointWriter(CheckpointStore(str(folder / "checkpoints")))
     keep = build.keeper(config, state, writer, str(folder), Workers())
     name = width_group(TRUTH)
@@ -49,7 +63,7 @@ def wandering(folder: Path, *overrides: str) -> dict[str, Tensor]:
     for _ in range(STEPS):
         with torch.no_grad():
             for parameter in state.model.parameters():
-                parameter.add_(torch.randn_like(parameter))
+                parameter.add_(torch.randn_like(parameter), alpha=0.05)
         for averages in (state.averages, truth):
             averages.update(state.model, state.step)
         state.step += 1
@@ -65,6 +79,11 @@ def weights_of(model: TrainedModel) -> dict[str, Tensor]:
     return network.state_dict()
 
 
+# Samples are few and small, seen by the bundled classifier.
+DIGITS = AverageConfig(
+    sampling=SamplingConfig(steps=2),
+    evaluation=EvaluationConfig(num_images=20, features="digits", kernel_distance=False),
+)
 KEPT = "training.ema_snapshot_widths=[0.1,0.2]", "training.ema_snapshot_every_steps=5"
 
 
@@ -73,20 +92,48 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run below tmp_path; models that are like its average of width TRUTH score best."""
     truth = wandering(tmp_path / "run", *KEPT)
 
-    def evaluate(url: str, config: EvaluateConfig, home: Path) -> dict[str, Any]:
-        found = weights_of(build_trained.trained_model(url))
+    def evaluate(denoiser: Denoiser, *_: Any, provenance: dict[str, Any], **__: Any) -> Scores:
+        assert isinstance(denoiser.network, UNet)
+        found = denoiser.network.state_dict()
         apart = sum(float((found[name] - truth[name]).square().sum()) for name in truth)
-        metrics = {"eval/kd_digits": 0.0, "eval/fd_digits": apart}
-        return {"metrics": metrics, "certificate": {"scored": url}}
+        ends = {"eval/fd_digits_low": apart - 1, "eval/fd_digits_high": apart + 1}
+        return Scores({"eval/kd_digits": 0.0, "eval/fd_digits": apart} | ends, dict(provenance))
 
-    monkeypatch.setattr(averaging, "evaluate", evaluate)
+    monkeypatch.setattr(evaluation, "evaluate", evaluate)
+    alone(monkeypatch)
     return tmp_path / "run"
+
+
+@dataclass
+class Desk:
+    """What a worker tells its driver."""
+
+    fatal: str | None = None
+
+    def look(self) -> "Desk":
+        return self
+
+    def give_up(self, reason: str) -> None:
+        self.fatal = reason
+
+
+def alone(patch: pytest.MonkeyPatch) -> list[Desk]:
+    """Have groups be one worker in this process, without Ray; their desks, as they come."""
+    desks: list[Desk] = []
+
+    def run(worker: Callable[[dict[str, Any]], Any], settings: dict[str, Any], *_: Any) -> Any:
+        desks.append(Desk())
+        return worker(json.loads(json.dumps(settings)) | {"desk": desks[-1]})
+
+    patch.setattr(group, "run", run)
+    patch.setattr(averaging, "place", Workers)
+    return desks
 
 
 def test_the_best_width_is_found_and_left_as_a_model(
     run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    config = AverageConfig(widths=(0.05, 0.15, 0.2, 0.25))
+    config = replace(DIGITS, widths=(0.05, 0.15, 0.2, 0.25))
     with caplog.at_level(logging.INFO):
         result = averaging.sweep("run", config, tmp_path, "best")
     assert json.loads(json.dumps(result)) == result
@@ -97,22 +144,24 @@ def test_the_best_width_is_found_and_left_as_a_model(
     others = [score for score in result["scores"] if score != min(result["scores"])]
     assert len(others) == 3
     assert min(result["scores"]) < min(others) / 100
-    assert result["certificate"] == {"scored": f"{run}/average-0.15-step-00000060"}
+    assert result["intervals"] == [[score - 1, score + 1] for score in result["scores"]]
     assert {path.name for path in run.iterdir()} == {"checkpoints", "snapshots"}
 
     best = build_trained.trained_model(str(tmp_path / "best"))
+    assert best.provenance["weights_sha256"] == result["certificate"]["model_sha256"]
+    assert best.provenance["average"] == result["certificate"]["weights"]
     assert best.provenance["average"]["sigma_rel"] == TRUTH
     assert best.provenance["average"]["steps"] == list(range(5, STEPS + 1, 5))
     assert best.provenance["step"] == STEPS
-    assert best.sample(2, steps=2).shape == (2, 4, 4, 1)
+    assert best.sample(2, steps=2).shape == (2, 8, 8, 1)
     table = [record.getMessage().split() for record in caplog.records]
-    assert table[0] == ["width", "eval/fd_digits", "misfit"]
+    assert table[0] == ["width", "eval/fd_digits", "95", "%", "interval", "misfit"]
     assert [row[0] for row in table[1:5]] == ["0.05", "0.15", "0.2", "0.25"]
 
 
 def test_a_certificate_says_which_average_was_scored(run: Path, tmp_path: Path) -> None:
     """The decay of the main average is not claimed for another one."""
-    averaging.sweep("run", AverageConfig(widths=(0.15,)), tmp_path, "best")
+    averaging.sweep("run", replace(DIGITS, widths=(0.15,)), tmp_path, "best")
     told = {}
     for name, url, ema in (
         ("main", run, "ema"), ("tracked", run, "ema-width-0.1"), ("made", tmp_path / "best", "ema"),
@@ -130,7 +179,7 @@ def test_a_certificate_says_which_average_was_scored(run: Path, tmp_path: Path) 
 def test_an_average_can_end_earlier(run: Path, tmp_path: Path) -> None:
     """Nothing that was kept later is asked for; it is the tracked width of that step."""
     shutil.rmtree(run / "snapshots/step-00000025")
-    averaging.sweep("run", AverageConfig(widths=(0.1,), step=20), tmp_path, "early")
+    averaging.sweep("run", replace(DIGITS, widths=(0.1,), step=20), tmp_path, "early")
     made = build_trained.trained_model(str(tmp_path / "early"))
     store = SnapshotStore(str(run / "snapshots"))
     kept = store.read(20, width_group(0.1))
@@ -141,32 +190,80 @@ def test_an_average_can_end_earlier(run: Path, tmp_path: Path) -> None:
 def test_a_width_out_of_reach_is_told(
     run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    averaging.sweep("run", AverageConfig(widths=(0.011,)), tmp_path)
+    averaging.sweep("run", replace(DIGITS, widths=(0.011,)), tmp_path)
     assert "width 0.011 is out of reach of what was kept (misfit 0." in caplog.text
 
 
-def test_nothing_stays_of_what_could_not_be_scored(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_scores_are_those_of_jobs_evaluate_for_the_model_that_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails(*arguments: Any) -> dict[str, Any]:
-        raise RuntimeError("no places")
+    """Of each width, by its own network and reference: the numbers of evaluation_run's worker."""
+    wandering(tmp_path / "run", *KEPT)
+    alone(monkeypatch)
+    result = averaging.sweep("run", replace(DIGITS, widths=(0.1, 0.25)), tmp_path, "best")
+    assert len(set(result["scores"])) == 2
+    monkeypatch.setattr(evaluation_run, "place", Workers)
+    config = EvaluateConfig(
+        data_url=str(tmp_path / "data"), sampling=DIGITS.sampling, evaluation=DIGITS.evaluation
+    )
+    settings = {"model_uri": str(tmp_path / "best"), "tracking_uri": "", "config": to_dict(config)}
+    known = evaluation_run.evaluate_worker(settings | {"desk": Desk()})
+    best = result["scores"].index(min(result["scores"]))
+    assert known["metrics"]["eval/fd_digits"] == result["scores"][best]
+    assert known["metrics"]["eval/fd_digits_low"] == result["intervals"][best][0]
+    assert known["certificate"]["model"].pop("lead") == vars(config.lead)  # of no other network
+    assert known["certificate"] == result["certificate"]
 
-    monkeypatch.setattr(averaging, "evaluate", fails)
-    with pytest.raises(RuntimeError, match="no places"):
-        averaging.sweep("run", AverageConfig(), tmp_path)
-    assert {path.name for path in run.iterdir()} == {"checkpoints", "snapshots"}
+
+def test_workers_give_up_where_another_attempt_would_fail_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wandering(tmp_path / "run", *KEPT)
+    pack_noise(str(tmp_path / "large"), 30, 12)
+    desks = alone(monkeypatch)
+    with pytest.raises(ValueError, match=r"12, 12, 1\]; the digits classifier reads"):
+        averaging.sweep("run", replace(DIGITS, data_url="large"), tmp_path)
+    assert "the digits classifier reads" in str(desks[0].fatal)
+    (tmp_path / "run/snapshots/step-00000035/manifest.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"step-00000035/ema-width-0\.1\S+ is damaged"):
+        averaging.sweep("run", DIGITS, tmp_path)
+    assert "is damaged" in str(desks[1].fatal)
 
 
 def test_what_cannot_be_averaged_is_refused(run: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"step is 33; no averages .* try step=35"):
-        averaging.sweep("run", AverageConfig(step=33), tmp_path)
+        averaging.sweep("run", replace(DIGITS, step=33), tmp_path)
     wandering(tmp_path / "plain")
     for name in ("plain", "nowhere"):
         with pytest.raises(CheckpointError, match=rf"{name}: no averages were kept here; train"):
-            averaging.sweep(name, AverageConfig(), tmp_path)
-    (run / "snapshots/step-00000035/manifest.json").write_text("{}")
-    with pytest.raises(CheckpointError, match=r"step-00000035/ema-width-0\.1\S+ is damaged"):
-        averaging.sweep("run", AverageConfig(), tmp_path)
+            averaging.sweep(name, DIGITS, tmp_path)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_two_workers_on_ray_find_what_one_finds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The job itself, in a process of its own, beside one worker without Ray."""
+    wandering(tmp_path / "run", *KEPT)
+    asked = [
+        "widths=[0.1,0.25]", "sampling.steps=2", "evaluation.features=digits",
+        "evaluation.num_images=20", "evaluation.kernel_distance=false", "cluster.num_workers=2",
+    ]  # fmt: skip
+    ended = subprocess.run(
+        [sys.executable, str(ROOT / "jobs/average.py"), "run", "--out", "best", *asked],
+        cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    found = json.loads(ended.stdout.splitlines()[-1])
+    alone(monkeypatch)
+    known = averaging.sweep("run", replace(DIGITS, widths=(0.1, 0.25)), tmp_path, "known")
+    assert found["scores"] == pytest.approx(known["scores"], rel=1e-6)
+    assert (found["widths"], found["best"]) == (known["widths"], known["best"])
+    best = [build_trained.trained_model(str(tmp_path / name)) for name in ("best", "known")]
+    assert best[0].provenance["weights_sha256"] == best[1].provenance["weights_sha256"]
 
 
 @pytest.mark.parametrize(
@@ -175,6 +272,15 @@ def test_what_cannot_be_averaged_is_refused(run: Path, tmp_path: Path) -> None:
         (AverageConfig, ["widths=[]"], "widths is empty"),
         (AverageConfig, ["widths=[0.1,0.3]"], r"widths holds 0\.3; .* below 0\.2886.*: try 0\.1"),
         (AverageConfig, ["evaluation.num_images=0"], "evaluation.num_images is 0; widths are"),
+        (AverageConfig, ["widths=[0.1,0.2,0.1]"], r"widths holds 0\.1 twice; .*: leave one out"),
+        (AverageConfig, ["evaluation.likelihood_images=5"], "likelihood_images is 5; .* set it to"),
+        (RunConfig, ["training.ema_more_decays=[0.9,0.9]"], r"ema_more_decays holds 0\.9 twice"),
+        (
+            RunConfig,
+            ["training.ema_more_decays=[0]"],
+            r"ema_more_decays holds 0\.0; .* above 0",
+        ),
+        (RunConfig, ["training.ema_snapshot_widths=[0.1,0.1]"], r"_widths holds 0\.1 twice; each"),
         (AverageConfig, ["step=-1"], "step is -1; it must be at least 0"),
         (RunConfig, ["training.ema_snapshot_widths=[0]"], r"ema_snapshot_widths holds 0\.0; "),
         (RunConfig, ["training.ema_more_decays=[0.9,1.0]"], r"ema_more_decays holds 1\.0; "),

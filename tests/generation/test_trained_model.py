@@ -93,7 +93,7 @@ def test_known_pixels_come_back_to_the_grey_level_whatever_the_batch(
     whole = model.inpaint(KNOWN, masks, method=method, steps=4, resamples=2, jump_length=1)
     parts = model.inpaint(
         KNOWN, masks.astype(np.uint8), method=method, steps=4, resamples=2, jump_length=1,
-        batch_size=2,
+        batch_size=3,
     )  # fmt: skip
     keep = np.broadcast_to(masks, (5, 8, 8))
     assert whole.dtype == np.uint8

@@ -128,16 +128,21 @@ def test_other_images_are_refused(images: Tensor) -> None:
         Inception((192,))(images)
 
 
-def test_spatial_features_are_channels_whose_means_are_the_768s() -> None:
-    """17 x 17 places of 7 channels, channel by channel; nothing beyond Mixed_6e is computed."""
+def test_spatial_features_are_those_of_the_block_that_the_graph_calls_mixed_6() -> None:
+    """`mixed_6/conv`, 7 channels of 17 x 17. The graph counts its blocks: mixed, mixed_1, ..."""
     torch.manual_seed(0)
-    network = Inception((768, 2023))
-    assert "Mixed_7a" not in dict(network.layers.named_children())
-    found = network.features(random_images())
-    assert found[2023].shape == (2, 2023)
-    means = found[2023].view(2, 7, 17, 17).mean((2, 3))
-    torch.testing.assert_close(means, found[768][:, :7])
-    assert found[2023].std() > 0
+    network = Inception((2023,))
+    blocks = [name for name, _ in network.layers.named_children() if name.startswith("Mixed")]
+    assert len(blocks) == 7  # mixed to mixed_6; nothing behind is computed
+    seen: list[Tensor] = []
+    block = network.layers.get_submodule(blocks[6])
+    block.get_submodule("branch1x1").register_forward_hook(lambda *call: seen.append(call[2]))
+    found = network(random_images())[2023]
+    assert found.std() > 0
+    assert torch.equal(found.view(2, 7, 17, 17), seen[0][:, :7])
+    both = Inception((192, 2023, 768))
+    shapes = {width: values.shape[1] for width, values in both(random_images()).items()}
+    assert shapes == {192: 192, 2023: 2023, 768: 768}
 
 
 def test_other_widths_and_recipes_are_refused() -> None:

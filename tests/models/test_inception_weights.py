@@ -85,6 +85,26 @@ def test_a_whole_release_file_fills_every_layer(legacy: bool, tmp_path: Path) ->
     assert torch.isfinite(network(IMAGES)[768]).all()
 
 
+def test_the_last_layer_makes_logits_without_its_bias(tmp_path: Path) -> None:
+    """And only where the features that it reads are wanted."""
+    torch.manual_seed(0)
+    whole = Inception((2048,)).layers.state_dict()
+    weight = torch.randn(1008, 2048)
+    arrays = {name: value.numpy() for name, value in whole.items()}
+    arrays["fc.weight"] = weight.numpy()
+    np.savez(tmp_path / "w.npz", allow_pickle=False, **arrays)
+    assert load_inception(tmp_path / "w.npz", (768,)).class_weight is None
+    network = load_inception(tmp_path / "w.npz", (2048,))
+    features = torch.rand(3, 2048)
+    expected = (features.double() @ weight.double().T).float()
+    found = network.class_logits({2048: features})
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-3)
+    arrays["fc.weight"] = weight[:1000].numpy()
+    np.savez(tmp_path / "v.npz", allow_pickle=False, **arrays)
+    with pytest.raises(InceptionWeightsError, match=r"fc.weight is \[1000, 2048\], it must be"):
+        load_inception(tmp_path / "v.npz", (2048,))
+
+
 def test_folded_npz_is_read_as_it_stands(tmp_path: Path) -> None:
     torch.manual_seed(0)
     network = Inception((192,))

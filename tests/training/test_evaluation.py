@@ -181,10 +181,7 @@ def test_fewer_samples_than_features_are_scored_to_twelve_digits(tmp_path: Path)
 def test_scores_do_not_depend_on_the_number_of_workers(
     on_workers: OnWorkers, workers: int, num_images: int, tmp_path: Path
 ) -> None:
-    def classify(images: Tensor) -> Tensor:
-        return torch.from_numpy(features_of(images.numpy(), 8) * 20)
-
-    feature_net = replace(net(8), classify=classify)
+    feature_net = replace(net(8, name="digits"), classify=lambda features: features[8] * 20)
     truth = reference(
         pack(tmp_path, random_images(60), [60]), feature_net, Workers(), kernel_images=9
     )
@@ -372,6 +369,46 @@ def test_the_certificate_names_all_that_the_score_depends_on(tmp_path: Path) -> 
     for key, plan in plans.items():
         assert certificate(plan=plan)["samples"][key] != found["samples"][key]
     assert certificate(plan=replace(PLAN, steps=(20, 3, 0)))["samples"]["spacing"] == "custom"
+
+
+def test_the_interval_of_ten_classes_in_turn_is_that_of_each_class_thinned(tmp_path: Path) -> None:
+    """Images 0, 10, 20, ... are of one class; without class 0 the distance is of another model."""
+
+    def network(x_t: Tensor, t: Tensor, labels: Tensor | None, condition: Tensor | None) -> Tensor:
+        assert labels is not None
+        return 0.6 * x_t + (labels.view(-1, 1, 1, 1) - 4.5) / 3
+
+    denoiser = Denoiser(network, Prediction.of("epsilon", SCHEDULE), num_classes=10)
+    images, feature_net = random_images(300), net(4)
+    drawn = to_uint8(draw(denoiser, PLAN, torch.arange(200), SHAPE, "cpu"))
+    truth = reference(pack(tmp_path, images, [300]), feature_net, Workers())
+    found = evaluate(
+        denoiser, PLAN, feature_net, truth, num_images=200, batch_size=50, image_shape=SHAPE,
+        workers=Workers(), provenance={},
+    ).metrics  # fmt: skip
+    known, seen = features_of(images, 4), features_of(drawn, 4)
+    scores = [  # the classes' numbers are kept, whoever is left out of each: the i-th draw of each
+        frechet_by_scipy(known, np.concatenate([np.delete(seen[c::10], i, 0) for c in range(10)]))
+        for i in range(20)
+    ]
+    half = (found["eval/fid4_high"] - found["eval/fid4_low"]) / 2
+    assert half < 4 * stats.t.ppf(0.975, 19) * (19 * np.var(scores)) ** 0.5
+    lost = [frechet_by_scipy(known, seen[np.arange(200) % 10 != c]) for c in range(10)]
+    assert half < 0.4 * stats.t.ppf(0.975, 9) * (9 * np.var(lost)) ** 0.5
+
+
+def test_the_inception_score_is_of_a_network_that_knows_classes(tmp_path: Path) -> None:
+    """Of an Inception without its last layer there is none, and the certificate says why."""
+    truth = reference(pack(tmp_path, random_images(30), [30]), net(4), Workers())
+    without = score(net(4), truth)
+    assert not any(name.startswith("eval/is") for name in without.metrics)
+    assert without.certificate["inception_score"].startswith("none: the weights' last layer")
+    sure = replace(net(4), classify=lambda features: 1e3 * torch.eye(2)[torch.arange(40) % 2])
+    found = score(sure, truth, batch_size=40)
+    assert found.metrics["eval/is"] == pytest.approx(2)
+    assert found.metrics["eval/is_deviation"] == pytest.approx(0)
+    assert found.certificate["inception_score"] == "10 splits in order of index"
+    assert "eval/recognised" not in found.metrics  # the classes are not the data's
 
 
 @pytest.mark.parametrize(

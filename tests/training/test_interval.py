@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from ddpm_ray.measures.frechet import frechet_distance
-from ddpm_ray.training.interval import GROUPS, jackknife_interval
+from ddpm_ray.training.interval import GROUPS, groups_of, jackknife_interval
 
 
 @given(st.lists(st.floats(10, 20), min_size=GROUPS, max_size=GROUPS))
@@ -40,6 +40,18 @@ def test_it_covers_where_the_distance_falls_on_average() -> None:
     average = float(np.mean(scores))
     covered = np.mean([low <= average <= high for low, high in intervals])
     assert 0.92 <= covered <= 0.98
+
+
+@given(st.integers(1, 60), st.integers(20, 1500))
+def test_groups_are_equal_and_hold_every_label_equally(cycle: int, count: int) -> None:
+    index, group = torch.arange(count), groups_of(count, cycle)
+    for label in range(min(cycle, count)):
+        held = torch.bincount(group[index % cycle == label], minlength=GROUPS)
+        assert held.max() - held.min() <= 1
+    sizes = torch.bincount(group, minlength=GROUPS)
+    assert sizes.max() - sizes.min() <= 1
+    if cycle == 1:
+        assert torch.equal(group, index % GROUPS)
 
 
 def test_a_distance_has_no_end_below_0() -> None:

@@ -8,8 +8,9 @@ import torch
 
 from ddpm_ray.data.shards import Dataset
 from ddpm_ray.generation.grids import GUTTER_PIXELS, LEGIBLE_PIXELS, MARGIN_PIXELS
-from ddpm_ray.training import memorisation
-from ddpm_ray.training.memorisation import NEIGHBOURS, SHOWN, nearest
+from ddpm_ray.measures import neighbours
+from ddpm_ray.training.features import FeatureNet
+from ddpm_ray.training.memorisation import NEIGHBOURS, SHOWN, nearest, spread
 from ddpm_ray.training.workers import Workers
 from tests.noise import pack
 from tests.training.conftest import OnWorkers
@@ -31,15 +32,15 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 
 
 def test_it_is_what_brute_force_finds(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Distances in numpy's float64; chunks cut shards as well."""
-    monkeypatch.setattr(memorisation, "CHUNK", 33)
+    """Distances in numpy's float64; blocks cut shards and samples as well."""
+    monkeypatch.setattr(neighbours, "_BLOCK", 7 * 108)
     found = nearest(SAMPLES, dataset, Workers())
     x, y = (images.reshape(len(images), -1) / 127.5 - 1 for images in (SAMPLES.numpy(), DATA))
     distance = np.linalg.norm(x[:, None] - y, axis=2)
     order = distance.argsort(1)[:, :NEIGHBOURS]
     assert (found.position.numpy() == order).all()
     expected = np.take_along_axis(distance, order, 1)
-    np.testing.assert_allclose(found.distance, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found.distance, expected, rtol=1e-12)
     assert (found.images.numpy() == DATA[order[:, :SHOWN]]).all()
 
 
@@ -55,6 +56,54 @@ def test_copies_are_told_from_new_images(dataset: Dataset) -> None:
     assert found.metrics["eval/nearest_ratio"] == found.ratio.median()
 
 
+def test_near_duplicates_are_told_apart_by_one_grey_level(tmp_path: Path) -> None:
+    """A hundred images of 3,072 numbers, each a step from the one before: exact, not to 5e-4."""
+    image = DICE.integers(100, 156, (32, 32, 3)).astype(np.uint8)
+    steps = np.repeat(image[None], 100, 0)
+    for i in range(100):
+        steps[i, : i // 10 + 1, i % 10, 0] += 1
+    found = nearest(torch.from_numpy(steps[40:41]), pack(tmp_path, steps, [60, 40]), Workers())
+    away = (steps.astype(float) - steps[40]).reshape(100, -1)
+    expected = np.sort((away**2).sum(1))[:NEIGHBOURS] ** 0.5 / 127.5
+    assert found.position[0, 0] == 40
+    np.testing.assert_allclose(found.distance[0], expected, rtol=1e-12)
+
+
+def of_columns(images: torch.Tensor) -> dict[int, torch.Tensor]:
+    """Features that a shift of the image's rows leaves alone."""
+    return {18: images.float().mean(1).flatten(1)}
+
+
+def test_in_features_a_turned_copy_is_one_as_well(dataset: Dataset, on_workers: OnWorkers) -> None:
+    net = FeatureNet("digits", (18,), of_columns, {})
+    turned = SAMPLES.roll(2, dims=1)
+    found = nearest(turned, dataset, Workers(), net)
+    assert found.position[6:9, 0].tolist() == list(COPIES)
+    assert (found.distance[6:9, 0] < 1e-4).all()
+    assert nearest(turned, dataset, Workers()).metrics["eval/memorised_share"] == 0
+    assert found.metrics.keys() == {"eval/memorised_share_digits", "eval/nearest_ratio_digits"}
+    assert found.metrics["eval/memorised_share_digits"] >= 0.3
+    for other in on_workers(2, lambda workers: nearest(turned, dataset, workers, net)):
+        assert torch.equal(other.position, found.position)
+
+
+def test_beside_images_that_were_not_trained_on(
+    dataset: Dataset, tmp_path: Path, on_workers: OnWorkers
+) -> None:
+    """Fresh noise is as far from the data as other fresh noise; copies are not."""
+    fresh = DICE.integers(0, 256, (90, 6, 6, 3)).astype(np.uint8)
+    held_out = pack(tmp_path, fresh, [20, 50, 20])
+    for some in on_workers(2, lambda workers: spread(held_out, 30, workers)):
+        assert (some.numpy() == fresh[::3]).all()
+    assert len(spread(held_out, 500, Workers())) == 90
+    unseen = nearest(spread(held_out, 30, Workers()), dataset, Workers())
+    new = nearest(torch.from_numpy(fresh[1::3]), dataset, Workers()).beside(unseen)
+    assert new["eval/nearest_to_held_out"] == pytest.approx(1, abs=0.05)
+    assert new["eval/memorised_share_held_out"] == 0
+    copies = nearest(torch.from_numpy(DATA[::9]), dataset, Workers()).beside(unseen)
+    assert copies["eval/nearest_to_held_out"] == 0
+
+
 @pytest.mark.parametrize("count", [2, 3, 6])
 def test_any_number_of_workers_finds_what_one_finds(
     count: int, dataset: Dataset, on_workers: OnWorkers
@@ -63,7 +112,7 @@ def test_any_number_of_workers_finds_what_one_finds(
     one = nearest(SAMPLES, dataset, Workers())
     for other in on_workers(count, lambda workers: nearest(SAMPLES, dataset, workers)):
         assert torch.equal(other.position, one.position)
-        torch.testing.assert_close(other.distance, one.distance)
+        assert torch.equal(other.distance, one.distance)  # whole numbers: no rounding at all
         assert torch.equal(other.images, one.images)
 
 

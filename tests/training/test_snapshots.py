@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import os
+import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ from ddpm_ray.data import storage
 from ddpm_ray.models.ema import EMA, Averages, width_group
 from ddpm_ray.models.post_hoc_ema import gamma_of, power_decay
 from ddpm_ray.training.background import Background
-from ddpm_ray.training.checkpoints import CheckpointError
+from ddpm_ray.training.checkpoints import CheckpointError, CheckpointStore, CheckpointWriter
 from ddpm_ray.training.loop import Run, train
 from ddpm_ray.training.snapshots import SNAPSHOTS, Keeper, SnapshotStore, averaged
 from ddpm_ray.training.state import Snapshot, TrainingState
@@ -135,6 +136,55 @@ def test_what_is_kept_is_of_its_step_whatever_comes_after(tmp_path: Path) -> Non
     writer.wait()
     for step in (2, 4, 6, 8):
         assert torch.equal(store.read(step, GROUPS[1])["weight"], after[step])
+
+
+def test_a_save_follows_averages_on_their_way_without_waiting_for_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step path goes on while their write hangs; the checkpoint that names them comes after."""
+    written, gate, write = list[str](), threading.Event(), storage.write_bytes
+
+    def slow(url: str, data: bytes) -> None:
+        assert gate.wait(20), "the step path waits"
+        written.append(url)
+        write(url, data)
+
+    monkeypatch.setattr(storage, "write_bytes", slow)
+    state = toy(WIDTHS)
+    writer = CheckpointWriter(CheckpointStore(str(tmp_path / "checkpoints")))
+    store = SnapshotStore(str(tmp_path / SNAPSHOTS))
+    Keeper(state, GROUPS, 1, 9, store, writer).keep(1)
+    writer.submit(state.snapshot([]))
+    assert not written
+    gate.set()
+    writer.wait()
+    assert [SNAPSHOTS in url for url in written[:4]] == [True, True, True, False]
+    assert writer.committed is not None
+
+
+def test_no_checkpoint_names_averages_that_could_not_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The failed write is an error, and what was to follow it is left out, not committed."""
+    gate, write = threading.Event(), storage.write_bytes
+
+    def fails(url: str, data: bytes) -> None:
+        assert gate.wait(20), "the step path waits"
+        if SNAPSHOTS in url:
+            raise storage.StorageError(url, "the disk is full", "free some space")
+        write(url, data)
+
+    monkeypatch.setattr(storage, "write_bytes", fails)
+    state = toy(WIDTHS)
+    checkpoints = CheckpointStore(str(tmp_path / "checkpoints"))
+    writer = CheckpointWriter(checkpoints)
+    Keeper(state, GROUPS, 1, 9, SnapshotStore(str(tmp_path / SNAPSHOTS)), writer).keep(1)
+    writer.submit(state.snapshot([]))
+    gate.set()
+    with pytest.raises(storage.StorageError, match=r"snapshots/.* the disk is full"):
+        writer.wait()
+    assert writer.committed is None
+    assert checkpoints.load() is None
 
 
 def test_another_width_is_made_of_what_was_kept(tmp_path: Path) -> None:
