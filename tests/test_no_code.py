@@ -118,10 +118,12 @@ SCRIPT = """
 import sys
 from pathlib import Path
 import numpy as np, torch
+from safetensors.torch import load_file
 from ddpm_ray import build, build_trained
 from ddpm_ray.config import RunConfig
 from ddpm_ray.data.shards import fetch_shard, open_dataset
 from ddpm_ray.data.stream import ShardStream
+from ddpm_ray.diffusion_config import SamplingConfig
 from ddpm_ray.knobs import load, to_dict
 from ddpm_ray.models.inception import Inception
 from ddpm_ray.models.inception_weights import load_inception
@@ -140,6 +142,11 @@ config = load(RunConfig, None, [*tiny, f"data.url={data}"])
 facts = {"config": to_dict(config), "image_shape": [4, 4, 1], "data_fingerprint": "f"}
 state = build.training_state(config, (4, 4, 1), torch.device("cpu"), facts)
 CheckpointStore(str(folder / "run/checkpoints")).save(state.snapshot([]))
+model, bin = build_trained.trained_model(str(folder / "run")), "diffusion_pytorch_model.bin"
+build_trained.write_diffusers(model, SamplingConfig(), folder / "theirs")
+weights = folder / "theirs/unet/diffusion_pytorch_model.safetensors"
+torch.save(load_file(weights), weights.with_name(bin))  # as old folders have them
+weights.unlink()
 
 events = []
 WATCHED = ("pickle.find_class", "marshal.loads", "exec", "os.system", "subprocess.Popen",
@@ -155,6 +162,7 @@ fetch_shard(dataset, 1)
 load_inception(folder / "w.pth", (192,))
 load_inception(folder / "w.npz", (192,))
 build_trained.trained_model(str(folder / "run"))
+build_trained.trained_model(str(folder / "theirs"))
 import pickle
 pickle.loads(b"cos\\nsystem\\n.")
 for event, told in events:
