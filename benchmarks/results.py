@@ -25,7 +25,7 @@ from ddpm_ray.data.transforms import to_model_range
 from ddpm_ray.diffusion.spacing import log_snr_steps, uniform_steps
 from ddpm_ray.generation.denoiser import Guidance
 from ddpm_ray.generation.grids import captioned, grid
-from ddpm_ray.generation.sample import Images, Sampler, SamplingPlan
+from ddpm_ray.generation.sample import Images, Sampler, SamplingPlan, first_step
 from ddpm_ray.generation.trained_model import TrainedModel
 from ddpm_ray.models.classifier import NoisyClassifier
 from ddpm_ray.training.evaluation import evaluate
@@ -79,9 +79,10 @@ def by_sampler(model: TrainedModel, judge: Judge) -> Iterator[list[str]]:
     schedule = model.denoiser.schedule
     for sampler in SAMPLERS:
         even_in_t = sampler in ("ddim", "ancestral")
+        first = first_step(schedule, sampler)
         plans = [
             SamplingPlan(
-                uniform_steps(schedule.num_steps, n) if even_in_t else log_snr_steps(schedule, n),
+                uniform_steps(first, n) if even_in_t else log_snr_steps(schedule, n, first),
                 sampler,
             )
             for n in STEPS

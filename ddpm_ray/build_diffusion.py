@@ -12,7 +12,7 @@ from ddpm_ray.diffusion.prediction import Prediction
 from ddpm_ray.diffusion.process import NoiseSchedule
 from ddpm_ray.diffusion_config import ObjectiveConfig, SamplingConfig, ScheduleConfig
 from ddpm_ray.generation.denoiser import Denoiser, Guidance, Network
-from ddpm_ray.generation.sample import SamplingPlan
+from ddpm_ray.generation.sample import SamplingPlan, first_step
 from ddpm_ray.knobs import ConfigError
 from ddpm_ray.models.unet import UNet
 from ddpm_ray.training.examples import ChooseSteps, Showing
@@ -78,13 +78,15 @@ def denoiser(config: RunConfig, network: Network, device: torch.device | str) ->
 
 def sampling_plan(config: SamplingConfig, schedule: NoiseSchedule) -> SamplingPlan:
     """How images are drawn from a model of this schedule; ValueError if it has too few steps."""
+    first = first_step(schedule, config.sampler)
+    count = min(config.steps, first)
     match config.spacing:
         case "uniform":
-            steps = spacing.uniform_steps(schedule.num_steps, config.steps)
+            steps = spacing.uniform_steps(first, count)
         case "quadratic":
-            steps = spacing.quadratic_steps(schedule.num_steps, config.steps)
+            steps = spacing.quadratic_steps(first, count)
         case "log_snr":
-            steps = spacing.log_snr_steps(schedule, config.steps)
+            steps = spacing.log_snr_steps(schedule, count, first)
         case _:
             assert_never(config.spacing)
     return SamplingPlan(

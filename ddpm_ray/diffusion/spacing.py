@@ -27,14 +27,26 @@ def quadratic_steps(num_steps: int, count: int) -> tuple[int, ...]:
     return tuple(max(i, num_steps * i**2 // count**2) for i in range(count, -1, -1))
 
 
-def log_snr_steps(schedule: NoiseSchedule, count: int) -> tuple[int, ...]:
+def noisiest_step(schedule: NoiseSchedule, sigma: float = 80.0) -> int:
+    """The last step of a sigma = sqrt(1 / alpha_bar - 1) of at most that; 1 where none is.
+
+    x there is as good as noise, and what divides by alpha_bar goes on from it (sigma_max of Karras
+    et al. 2022, arXiv:2206.00364, table 1): the cosine schedule's own end is 20,000.
+    """
+    enough = 1 / (1 + sigma**2)
+    return max(1, int((schedule.alpha_bar >= enough).sum()) - 1)
+
+
+def log_snr_steps(schedule: NoiseSchedule, count: int, first: int | None = None) -> tuple[int, ...]:
     """count + 1 steps from T to 0 whose log-SNRs are about evenly spaced from t = T to t = 1.
+
+    From `first` instead of T, where that is given.
 
     (Lu et al. 2022, arXiv:2206.00927, section 3.3: even in lambda, half the log-SNR.) Where two
     would be the same step, its neighbour is taken; steps noisier than a log-SNR of -20, which no
     image survives, count as that. Raises ValueError unless count is in 1..T.
     """
-    num_steps = schedule.num_steps
+    num_steps = first or schedule.num_steps
     _require_count(num_steps, count)
     table = schedule.log_snr(torch.arange(1, num_steps + 1)).clamp(min=-20)  # falls
     wanted = torch.linspace(float(table[0]), float(table[-1]), count, dtype=torch.float64)

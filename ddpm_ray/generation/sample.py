@@ -14,9 +14,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ddpm_ray.diffusion import samplers, solvers
+from ddpm_ray.diffusion import samplers, solvers, spacing
 from ddpm_ray.diffusion.estimate import Clip, clip_to_quantile, clip_to_range
-from ddpm_ray.diffusion.process import Denoise
+from ddpm_ray.diffusion.process import Denoise, NoiseSchedule
 from ddpm_ray.diffusion.samplers import Noise, OnStep
 from ddpm_ray.generation.denoiser import UNGUIDED, Denoiser, Guidance
 from ddpm_ray.seeding import Purpose, normal
@@ -53,6 +53,13 @@ class SamplingPlan:
         if not self.clip:
             return None
         return clip_to_quantile(self.dynamic_quantile) if self.dynamic_quantile else clip_to_range
+
+
+def first_step(schedule: NoiseSchedule, sampler: Sampler) -> int:
+    """Where a walk begins: at T, but for those that divide by alpha_bar, where noise is enough."""
+    if sampler in ("heun", "plms"):
+        return spacing.noisiest_step(schedule)
+    return schedule.num_steps
 
 
 def draw(

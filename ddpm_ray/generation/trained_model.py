@@ -14,7 +14,14 @@ from ddpm_ray.diffusion.samplers import OnStep
 from ddpm_ray.generation import editing
 from ddpm_ray.generation.denoiser import Denoiser, Guidance
 from ddpm_ray.generation.editing import Mask, Method, Painting
-from ddpm_ray.generation.sample import Images, Sampler, SamplingPlan, draw_uint8, to_uint8
+from ddpm_ray.generation.sample import (
+    Images,
+    Sampler,
+    SamplingPlan,
+    draw_uint8,
+    first_step,
+    to_uint8,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,7 +187,8 @@ class TrainedModel:
         if wrong := [label for label in labels if not 0 <= label < known]:
             knows = f"this model knows 0 to {known - 1}" if known else "it was trained without"
             raise ValueError(f"labels has {wrong[0]!r}; {knows}{'' if known else ' labels'}")
-        at = spacing.uniform_steps(num_steps, steps)
+        first = first_step(self.denoiser.schedule, sampler)
+        at = spacing.uniform_steps(first, min(steps, first))
         guidance = Guidance(guidance_scale)
         return SamplingPlan(at, sampler, eta, seed=seed, labels=labels, guidance=guidance)
 

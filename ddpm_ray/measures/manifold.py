@@ -27,11 +27,11 @@ def precision_recall(
             )
     radius_of_data, radius_of_samples = _radii(data, neighbours), _radii(samples, neighbours)
     precise, recalled = 0, torch.zeros(len(data), dtype=torch.bool, device=data.device)
-    for part in torch.split(samples, CHUNK):
-        precise += int((_distances(part, data) <= radius_of_data).any(1).sum())
-    for start in range(0, len(samples), CHUNK):
-        here = slice(start, start + CHUNK)
-        recalled |= (_distances(data, samples[here]) <= radius_of_samples[here]).any(1)
+    parts = torch.split(samples, CHUNK), torch.split(radius_of_samples, CHUNK)
+    for part, radius in zip(*parts, strict=True):
+        distance = _distances(part, data)
+        precise += int((distance <= radius_of_data).any(1).sum())
+        recalled |= (distance <= radius.unsqueeze(1)).any(0)
     return precise / len(samples), float(recalled.double().mean())
 
 

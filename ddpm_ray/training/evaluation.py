@@ -26,7 +26,6 @@ from ddpm_ray.training.reference import Reference
 from ddpm_ray.training.workers import Workers
 
 PLAIN = Extras()
-INCEPTION_SCORE = f"{GROUPS} splits in order of index"
 NO_CLASSES = "the weights' last layer, fc.weight, was not read; take the release file, width 2048"
 
 
@@ -146,7 +145,7 @@ def _certificate(
         "reference": _facts(reference),
         "covariance": "n-1",
         "interval": f"95 %, delete-a-group jackknife over {GROUPS} groups of samples",
-        "inception_score": INCEPTION_SCORE if net.classify else f"none: {NO_CLASSES}",
+        "inception_score": _inception_score(net, num_images),
         "versions": {
             "python": platform.python_version(),
             **{name: version(name) for name in ("ddpm-ray", "torch", "numpy")},
@@ -163,13 +162,22 @@ def _facts(reference: Reference) -> dict[str, Any]:
     }
 
 
+def _inception_score(net: FeatureNet, num_images: int) -> str:
+    """How it is taken, or why there is none."""
+    if net.classify is None:
+        return f"none: {NO_CLASSES}"
+    if num_images < GROUPS:
+        return f"none: {num_images} images cannot fill {GROUPS} splits; draw more"
+    return f"{GROUPS} splits in order of index"
+
+
 def _spacing(schedule: NoiseSchedule, steps: tuple[int, ...]) -> str:
     """The name of the rule that gives these steps: found out, so that it cannot be mislabelled."""
-    num_steps, count = schedule.num_steps, min(len(steps) - 1, schedule.num_steps)
+    first, count = steps[0], min(len(steps) - 1, steps[0])
     for name, found in (
-        ("uniform", uniform_steps(num_steps, count)),
-        ("quadratic", quadratic_steps(num_steps, count)),
-        ("log_snr", log_snr_steps(schedule, count)),
+        ("uniform", uniform_steps(first, count)),
+        ("quadratic", quadratic_steps(first, count)),
+        ("log_snr", log_snr_steps(schedule, count, first)),
     ):
         if found == steps:
             return name

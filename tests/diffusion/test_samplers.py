@@ -18,7 +18,12 @@ from torch import Tensor
 from ddpm_ray.diffusion import NoiseSchedule, Prediction, add_noise, posterior, schedules
 from ddpm_ray.diffusion.estimate import Clip, clip_to_quantile, clip_to_range
 from ddpm_ray.diffusion.samplers import ancestral, ddim
-from ddpm_ray.diffusion.spacing import log_snr_steps, quadratic_steps, uniform_steps
+from ddpm_ray.diffusion.spacing import (
+    log_snr_steps,
+    noisiest_step,
+    quadratic_steps,
+    uniform_steps,
+)
 
 SCHEDULE = NoiseSchedule(schedules.linear(40, 1e-3, 0.3))
 falling = st.sets(st.integers(1, 40), min_size=1).map(lambda t: (*sorted(t, reverse=True), 0))
@@ -280,3 +285,13 @@ def test_steps_even_in_log_snr_are_even_in_it() -> None:
     assert (found.diff() / found.diff().mean()).tolist() == pytest.approx([1] * 7, abs=0.2)
     with pytest.raises(ValueError, match="1001 sampling steps of T = 1000; take 1 to 1000"):
         log_snr_steps(schedule, 1001)
+
+
+def test_the_noisiest_step_is_the_last_below_its_sigma() -> None:
+    schedule = NoiseSchedule(schedules.cosine(1000))
+    t = noisiest_step(schedule, 80)
+    sigma = (1 / schedule.alpha_bar - 1).sqrt()
+    assert sigma[t] <= 80 < sigma[t + 1]
+    assert noisiest_step(NoiseSchedule(schedules.linear(1000)), 1e6) == 1000
+    assert noisiest_step(NoiseSchedule(schedules.one_over_t(9))) == 8
+    assert log_snr_steps(schedule, 3, t)[0] == t

@@ -183,13 +183,18 @@ def test_scores_do_not_depend_on_the_number_of_workers(
 ) -> None:
     feature_net = replace(net(8, name="digits"), classify=lambda features: features[8] * 20)
     truth = reference(
-        pack(tmp_path, random_images(60), [60]), feature_net, Workers(), kernel_images=9
+        pack(tmp_path / "a", random_images(60), [60]), feature_net, Workers(), kernel_images=9
     )
-    alone = score(feature_net, truth, num_images=num_images)
+    others = reference(pack(tmp_path / "b", random_images(50, 1), [50]), feature_net, Workers())
+    wanted: dict[str, Any] = {
+        "num_images": num_images,
+        "extras": Extras(precision_recall=True, extrapolate=num_images >= 40),
+        "held_out": others,
+    }
+    alone = score(feature_net, truth, **wanted)
     assert 0 < alone.metrics["eval/recognised"] < 1
-    together = on_workers(
-        workers, lambda w: score(feature_net, truth, w, num_images=num_images, batch_size=5)
-    )
+    assert {"eval/precision_digits", "eval/fd_digits_held_out"} <= alone.metrics.keys()
+    together = on_workers(workers, lambda w: score(feature_net, truth, w, batch_size=5, **wanted))
     for one in together:
         assert one.metrics == pytest.approx(alone.metrics, rel=1e-11)
         assert one.certificate == alone.certificate
@@ -409,6 +414,9 @@ def test_the_inception_score_is_of_a_network_that_knows_classes(tmp_path: Path) 
     assert found.metrics["eval/is_deviation"] == pytest.approx(0)
     assert found.certificate["inception_score"] == "10 splits in order of index"
     assert "eval/recognised" not in found.metrics  # the classes are not the data's
+    few = score(replace(net(4), classify=lambda features: torch.eye(9)), truth, num_images=9)
+    assert "eval/is" not in few.metrics
+    assert few.certificate["inception_score"].startswith("none: 9 images cannot fill 10 splits")
 
 
 @pytest.mark.parametrize(
@@ -500,3 +508,22 @@ def test_more_samples_are_extrapolated_to_and_others_compared_with(tmp_path: Pat
     assert metrics["eval/fid8_infinity"] == pytest.approx(value, rel=1e-4)
     assert metrics["eval/fid8_infinity_error"] == pytest.approx(error, rel=1e-2)
     assert found.certificate["held_out"]["images"] == 50
+
+
+def test_spatial_features_are_scored_by_their_distance_alone(tmp_path: Path) -> None:
+    """scipy's distance of the 2023 numbers; theirs are no features for a kernel or neighbours."""
+    base = net(8)
+    spread = np.random.default_rng(3).normal(size=(8, 2023))
+
+    def extract(images: Tensor) -> dict[int, Tensor]:
+        return {2023: (base.extract(images)[8].double() @ torch.from_numpy(spread)).float()}
+
+    feature_net, images = replace(base, widths=(2023,), extract=extract), random_images(60)
+    truth = reference(pack(tmp_path, images, [60]), feature_net, Workers(), kernel_images=40)
+    found = score(feature_net, truth, num_images=10, extras=Extras(precision_recall=True)).metrics
+    assert found.keys() == {"eval/sfid"}  # 10 samples are too few for an interval
+    drawn = to_uint8(draw(Denoiser.of_noise(blind, SCHEDULE), PLAN, torch.arange(10), SHAPE, "cpu"))
+    # An isometry of what `spread` spans: the same distance in 8 numbers, where scipy's root is good
+    root = sqrtm(spread @ spread.T).real
+    expected = frechet_by_scipy(features_of(images, 8) @ root, features_of(drawn, 8) @ root)
+    assert found["eval/sfid"] == pytest.approx(expected, rel=1e-5)
