@@ -11,6 +11,7 @@ score, 500 by default.
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
@@ -132,19 +133,22 @@ def pictures(model: TrainedModel, data: str, folder: Path) -> None:
          for scale in SCALES},
         ["20 labels in turn, by guidance scale"],
     ).save(folder / "guidance.png")  # fmt: skip
-    known = next(iter(read_images(open_dataset(data), [0]))).images[:10].numpy()
+    shard = next(iter(read_images(open_dataset(data), [0])))
+    spread = torch.arange(10) * len(shard.images) // 10  # packed by class
+    known, labels = shard.images[spread].numpy(), shard.labels[spread].tolist()
     height = known.shape[1]
     mask = np.ones(known.shape[1:3], bool)
     mask[height // 2 :] = False
     hidden = np.where(mask[..., None], known, 128).astype(np.uint8)
-    mended = [model.inpaint(known, mask, steps=50, resamples=5, seed=s) for s in range(3)]
-    cheap = model.inpaint(known, mask, steps=50, method="replacement")
+    mend = partial(model.inpaint, known, mask, steps=50, labels=labels)
+    mended = [mend(resamples=5, seed=seed) for seed in range(3)]
+    cheap = mend(method="replacement")
     sheet(
         {"x": [known], "seen": [hidden], "1": [mended[0]], "2": [mended[1]], "3": [mended[2]],
          "repl": [cheap]},
         ["ten held-out images, what is seen of them, three ways to paint the rest, the cheap form"],
     ).save(folder / "inpainting.png")  # fmt: skip
-    wide = model.outpaint(known[:5], left=height, right=height, steps=50, resamples=5)
+    wide = model.outpaint(known[::2], left=height, right=height, steps=50, resamples=5)
     grid(wide, 1).save(folder / "outpainting.png")
     pairs = [model.interpolate(2 * i, 2 * i + 1, 10, label=i) for i in range(0, 10, 2)]
     grid(np.concatenate(pairs), 10).save(folder / "interpolation.png")
