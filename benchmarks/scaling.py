@@ -3,7 +3,8 @@
     python benchmarks/scaling.py [rounds]
 
 Two processes of one thread each under gloo take turns: the first alone does all the work while the
-other waits, then both share it. 1 is linear: half the time. Grey images of 16x16, a U-Net of 0.6 M
+other waits, then both share it. 1 is linear: half the time. The first row is what the machine gives:
+network calls alone, that share nothing but its memory. Grey images of 16x16, a U-Net of 0.6 M
 parameters; the distance is that of Inception's first 192 features with random weights.
 """
 
@@ -34,7 +35,7 @@ from ddpm_ray.training.reference import Reference
 from ddpm_ray.training.workers import Workers
 
 ROUNDS = int(sys.argv[1]) if len(sys.argv) > 1 else 7
-IMAGES, SIDE, STEPS, BATCH = 128, 16, 8, 32
+IMAGES, SIDE, STEPS, BATCH, CALLS = 128, 16, 8, 32, 64
 
 
 def works() -> dict[str, Callable[[Workers], object]]:
@@ -66,7 +67,12 @@ def works() -> dict[str, Callable[[Workers], object]]:
             image_shape=(1, SIDE, SIDE), workers=workers, provenance={},
         )  # fmt: skip
 
-    return {"bits per dimension": bits, "Frechet distance": distance}
+    def calls(workers: Workers) -> object:
+        x, t = torch.randn(BATCH, 1, SIDE, SIDE), torch.full((BATCH,), 50)
+        with torch.inference_mode():
+            return [network(x, t).sum() for _ in workers.share(CALLS)]
+
+    return {"network calls": calls, "bits per dimension": bits, "Frechet distance": distance}
 
 
 def work(rank: int, meeting: str) -> None:
@@ -88,6 +94,8 @@ def work(rank: int, meeting: str) -> None:
             low, *_, high = sorted(ratios[1:])
             middle = statistics.median(ratios[1:])
             print(f"{name:20} {middle:.3f} of linear ({low:.3f}-{high:.3f})", flush=True)
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 def main() -> None:
