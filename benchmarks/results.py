@@ -116,7 +116,7 @@ def sheet(rows: dict[str, list[Images]], above: list[str]) -> Image.Image:
     """A picture with a row of equal groups of images for each name."""
     images = np.concatenate([group for row in rows.values() for group in row])
     wide = sum(len(group) for group in next(iter(rows.values())))
-    return captioned(grid(images, wide), above=above, beside=[name[:4] for name in rows])
+    return captioned(grid(images, wide), above=above, beside=[*rows])
 
 
 def pictures(model: TrainedModel, data: str, folder: Path) -> None:
@@ -144,8 +144,8 @@ def pictures(model: TrainedModel, data: str, folder: Path) -> None:
     mended = [mend(resamples=5, seed=seed) for seed in range(3)]
     cheap = mend(method="replacement")
     sheet(
-        {"x": [known], "seen": [hidden], "1": [mended[0]], "2": [mended[1]], "3": [mended[2]],
-         "repl": [cheap]},
+        {"image": [known], "seen": [hidden], "1": [mended[0]], "2": [mended[1]], "3": [mended[2]],
+         "replacement": [cheap]},
         ["ten held-out images, what is seen of them, three ways to paint the rest, the cheap form"],
     ).save(folder / "inpainting.png")  # fmt: skip
     wide = model.outpaint(known[::2], left=height, right=height, steps=50, resamples=5)

@@ -3,9 +3,9 @@
     python benchmarks/scaling.py [rounds]
 
 Two processes of one thread each under gloo take turns: the first alone does all the work while the
-other waits, then both share it. 1 is linear: half the time. The first row is what the machine gives:
-network calls alone, that share nothing but its memory. Grey images of 16x16, a U-Net of 0.6 M
-parameters; the distance is that of Inception's first 192 features with random weights.
+other waits, then both share it. 1 is linear: half the time. The first row is what the machine
+gives: network calls alone, that share nothing but its memory. Grey images of 16x16, a U-Net of
+0.6 M parameters; the distance is that of Inception's first 192 features with random weights.
 """
 
 import os

@@ -110,6 +110,7 @@ def _scores(config: EvaluateConfig, settings: dict[str, Any]) -> dict[str, Any]:
     if count := config.evaluation.memorisation_images:
         near = _neighbours(config, model, plan, count, workers)
         found["metrics"] = found["metrics"] | near.metrics
+        found["memorisation"] = near.facts
         if held_out := config.evaluation.held_out_url:
             others = spread(open_dataset(held_out), count, workers)
             beside = near.beside(nearest(others, dataset, workers))

@@ -13,7 +13,7 @@ from ddpm_ray.generation.sample import Images, SamplingPlan, draw, to_uint8
 
 GUTTER_PIXELS = 2
 GUTTER_GREY = 128  # set off from the black ground of digits and from white ground alike
-MARGIN_PIXELS = 28  # beside a picture, for its captions
+MARGIN_PIXELS = 28  # beside a picture, for its captions; more where they are longer
 LEGIBLE_PIXELS = 64  # an image smaller than this is enlarged, by a whole factor
 
 
@@ -74,14 +74,15 @@ def denoising_strip(
 
 def captioned(picture: Image.Image, above: Sequence[str], beside: Sequence[str]) -> Image.Image:
     """`picture` with a margin of captions: `above` equal columns, and left of equal rows."""
-    size = picture.width + MARGIN_PIXELS, picture.height + MARGIN_PIXELS
-    whole = Image.new(picture.mode, size, "white")
-    whole.paste(picture, (MARGIN_PIXELS, MARGIN_PIXELS))
-    pen, font = ImageDraw.Draw(whole), ImageFont.load_default(size=14)
+    font = ImageFont.load_default(size=14)
+    left = max([MARGIN_PIXELS, *(math.ceil(font.getlength(caption)) + 6 for caption in beside)])
+    whole = Image.new(picture.mode, (picture.width + left, picture.height + MARGIN_PIXELS), "white")
+    whole.paste(picture, (left, MARGIN_PIXELS))
+    pen = ImageDraw.Draw(whole)
     for i, caption in enumerate(above):
-        x = MARGIN_PIXELS + (i + 0.5) * picture.width / len(above)
+        x = left + (i + 0.5) * picture.width / len(above)
         pen.text((x, MARGIN_PIXELS / 2), caption, fill="black", font=font, anchor="mm")
     for i, caption in enumerate(beside):
         y = MARGIN_PIXELS + (i + 0.5) * picture.height / len(beside)
-        pen.text((MARGIN_PIXELS / 2, y), caption, fill="black", font=font, anchor="mm")
+        pen.text((left / 2, y), caption, fill="black", font=font, anchor="mm")
     return whole

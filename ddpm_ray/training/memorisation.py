@@ -7,6 +7,7 @@ features only.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from ddpm_ray.training.workers import Workers
 NEIGHBOURS = 50  # of a sample, whose mean distance says how crowded its surroundings are
 COPY_RATIO = 0.5  # a sample nearer than this share of that mean counts as a copy
 SHOWN = 5  # nearest images that are kept whole
+SUSPECTS = 16  # samples that are told of one by one
 BATCH = 64  # images that a network looks at, at once
 GREY_LEVEL = 2 / 255  # of a pixel, in [-1, 1]
 
@@ -75,13 +77,46 @@ class Neighbours:
     def _share(self) -> float:
         return float((self.ratio < COPY_RATIO).double().mean())
 
-    def picture(self, most: int = 16) -> Image.Image:
-        """Samples, the most suspicious first, each beside its nearest images; their ratios left."""
-        order = self.ratio.argsort(stable=True, dim=0)[:most]
-        rows = torch.cat([self.samples[order][:, None], self.images[order]], 1)
-        above = ["sample", *(f"nearest {i + 1}" for i in range(rows.shape[1] - 1))]
-        beside = [f"{ratio:.2f}" for ratio in self.ratio[order].tolist()]
-        return captioned(grid(rows.flatten(0, 1).numpy(), rows.shape[1]), above, beside)
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the metrics depend on, and the 16 most suspicious samples; plain JSON.
+
+        A position counts images in the order in which the data was packed, from 0.
+        """
+        return {
+            "samples": len(self.samples),
+            "space": self.space.lstrip("_") or "pixels",
+            "neighbours": self.distance.shape[1],
+            "copy_ratio": COPY_RATIO,
+            "most_suspicious": [
+                {
+                    "sample": i,
+                    "ratio": float(self.ratio[i]),
+                    "positions": self.position[i, :SHOWN].tolist(),
+                    "distances": self.distance[i, :SHOWN].tolist(),
+                }
+                for i in self._order[:SUSPECTS]
+            ],
+        }
+
+    @property
+    def _order(self) -> list[int]:
+        """Samples, the most suspicious first."""
+        order: list[int] = self.ratio.argsort(stable=True, dim=0).tolist()
+        return order
+
+    def picture(self, most: int = SUSPECTS) -> Image.Image:
+        """Samples, the most suspicious first, each beside its five nearest images.
+
+        Left of a sample is its ratio, above each of the nearest is its distance.
+        """
+        rows = []
+        for i in self._order[:most]:
+            row = torch.cat([self.samples[i][None], self.images[i]]).numpy()
+            above = ["sample", *(f"{d:.3g}" for d in self.distance[i, :SHOWN].tolist())]
+            picture = captioned(grid(row, len(row)), above, [f"{float(self.ratio[i]):.2f}"])
+            rows.append(np.asarray(picture))
+        return Image.fromarray(np.concatenate(rows))
 
 
 def nearest(

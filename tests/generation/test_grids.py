@@ -5,13 +5,20 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from torch import Tensor
 
 from ddpm_ray.diffusion import schedules
 from ddpm_ray.diffusion.process import NoiseSchedule
 from ddpm_ray.diffusion.spacing import uniform_steps
 from ddpm_ray.generation.denoiser import Denoiser
-from ddpm_ray.generation.grids import GUTTER_PIXELS, MARGIN_PIXELS, denoising_strip, grid
+from ddpm_ray.generation.grids import (
+    GUTTER_PIXELS,
+    MARGIN_PIXELS,
+    captioned,
+    denoising_strip,
+    grid,
+)
 from ddpm_ray.generation.sample import Images, SamplingPlan, draw, to_uint8
 
 
@@ -89,3 +96,13 @@ def test_a_strip_goes_from_the_start_noise_to_the_image(count: int) -> None:
         ):
             top, left = (GUTTER_PIXELS + place * cell for place in (row, column))
             assert (pixels[top : top + 64 : 8, left : left + 64 : 8] == image[..., 0]).all()
+
+
+def test_captions_beside_a_picture_have_the_room_that_they_need() -> None:
+    plain = Image.new("L", (100, 64), 0)
+    short, long = (captioned(plain, ["a"], [name]) for name in ("x_t", "dpm_solver_pp_sde"))
+    assert short.size == (100 + MARGIN_PIXELS, 64 + MARGIN_PIXELS)
+    beside = np.asarray(long)[MARGIN_PIXELS:, : long.width - 100]
+    assert (beside[:, :2] == 255).all(), "it is cut off"
+    assert (beside[:, -2:] == 255).all(), "it runs into the picture"
+    assert (beside < 100).any()

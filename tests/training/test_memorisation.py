@@ -1,16 +1,29 @@
 """Planted copies are found beside what they are copies of; brute force, and any workers."""
 
+import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from ddpm_ray.cluster import evaluation_run, trained
+from ddpm_ray.config import RunConfig
 from ddpm_ray.data.shards import Dataset
+from ddpm_ray.diffusion import NoiseSchedule, schedules
+from ddpm_ray.evaluation_config import EvaluationConfig
+from ddpm_ray.generation.denoiser import Denoiser
 from ddpm_ray.generation.grids import GUTTER_PIXELS, LEGIBLE_PIXELS, MARGIN_PIXELS
+from ddpm_ray.generation.trained_model import TrainedModel
+from ddpm_ray.job_config import EvaluateConfig
+from ddpm_ray.knobs import to_dict
 from ddpm_ray.measures import neighbours
 from ddpm_ray.training.features import FeatureNet
-from ddpm_ray.training.memorisation import NEIGHBOURS, SHOWN, nearest, spread
+from ddpm_ray.training.memorisation import NEIGHBOURS, SHOWN, Neighbours, nearest, spread
 from ddpm_ray.training.workers import Workers
 from tests.noise import pack
 from tests.training.conftest import OnWorkers
@@ -54,6 +67,46 @@ def test_copies_are_told_from_new_images(dataset: Dataset) -> None:
     assert 0 < found.ratio[9] < 0.5
     assert found.metrics["eval/memorised_share"] == 0.4
     assert found.metrics["eval/nearest_ratio"] == found.ratio.median()
+
+
+@pytest.mark.parametrize("distance, share", [(0.49, 1), (0.5, 0)])
+def test_less_than_half_the_mean_of_fifty_is_a_copy(distance: float, share: int) -> None:
+    """Of 49 neighbours at 1 and one nearer: by hand, 0.49 is 0.495 of the mean and 0.5 is 0.505."""
+    away = torch.ones(1, NEIGHBOURS, dtype=torch.float64)
+    away[0, 0] = distance
+    none, image = torch.zeros(1, NEIGHBOURS).long(), torch.zeros(1, 2, 2, 1).byte()
+    found = Neighbours(image, away, none, image[:, None].repeat(1, SHOWN, 1, 1, 1))
+    assert found.metrics["eval/memorised_share"] == share
+    assert found.metrics["eval/nearest_ratio"] == pytest.approx(50 * distance / (49 + distance))
+
+
+def test_what_is_in_the_data_fifty_times_is_a_copy_too(tmp_path: Path) -> None:
+    """All of its neighbours are at 0, as is their mean."""
+    often = pack(tmp_path, np.concatenate([DATA[:9], DATA[:1].repeat(60, 0)]), [40, 29])
+    found = nearest(torch.from_numpy(DATA[:1]), often, Workers())
+    assert (found.distance == 0).all()
+    assert found.metrics == {"eval/memorised_share": 1, "eval/nearest_ratio": 0}
+
+
+class Largest(TorchDispatchMode):
+    """How many numbers the largest float64 tensor has that is made."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, (tuple, list)) else [made]:
+            if isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float64:
+                self.numbers = max(self.numbers, tensor.numel())
+        return made
+
+
+def test_memory_is_bounded_by_the_block(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shard has up to 9,720 numbers; in float64 are 7 images, or two lists of each sample."""
+    monkeypatch.setattr(neighbours, "_BLOCK", 7 * 108)
+    with Largest() as largest:
+        nearest(SAMPLES, dataset, Workers())
+    assert 7 * 108 <= largest.numbers <= len(SAMPLES) * 2 * NEIGHBOURS
 
 
 def test_near_duplicates_are_told_apart_by_one_grey_level(tmp_path: Path) -> None:
@@ -127,13 +180,82 @@ def test_the_picture_shows_the_most_suspicious_first_beside_its_copy(dataset: Da
     picture = np.asarray(nearest(SAMPLES, dataset, Workers()).picture(4))
     cell = LEGIBLE_PIXELS // 6 + 1  # enlarged by a whole factor to at least 64 pixels
     side, gap = cell * 6, GUTTER_PIXELS
-    assert picture.shape == (
-        MARGIN_PIXELS + 4 * (side + gap) + gap, MARGIN_PIXELS + 6 * (side + gap) + gap, 3,
-    )  # fmt: skip
-    row = picture[MARGIN_PIXELS + gap :][:side:cell, MARGIN_PIXELS + gap :]
+    height = MARGIN_PIXELS + side + 2 * gap  # of a row with its captions
+    left = picture.shape[1] - 6 * (side + gap)  # as wide as its captions
+    assert left >= MARGIN_PIXELS + gap
+    assert picture.shape[::2] == (4 * height, 3)
+    row = picture[MARGIN_PIXELS + gap :][:side:cell, left:]
     sample, copy = row[:, :side:cell], row[:, side + gap :][:, :side:cell]
     assert (sample == copy).all()
     assert any((sample == DATA[i]).all() for i in COPIES)
+
+
+def test_captions_are_the_ratio_and_the_distances(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the paler image: its row is the fourth, after the three copies."""
+    told: list[tuple[list[str], list[str]]] = []
+
+    def captioned(picture: Image.Image, above: list[str], beside: list[str]) -> Image.Image:
+        told.append((above, beside))
+        return picture
+
+    monkeypatch.setattr("ddpm_ray.training.memorisation.captioned", captioned)
+    nearest(SAMPLES, dataset, Workers()).picture(4)
+    away = np.linalg.norm((SAMPLES[9].numpy() / 127.5 - DATA / 127.5).reshape(200, -1), axis=1)
+    away = np.sort(away)[:NEIGHBOURS]
+    assert told[3][0] == ["sample", *(f"{d:.3g}" for d in away[:SHOWN])]
+    assert told[3][1] == [f"{away[0] / away.mean():.2f}"]
+    assert told[0][0][:2] == ["sample", "0"]
+
+
+def test_facts_name_the_most_suspicious_samples_and_are_plain_json(dataset: Dataset) -> None:
+    facts = json.loads(json.dumps(nearest(SAMPLES, dataset, Workers()).facts, allow_nan=False))
+    suspects = facts.pop("most_suspicious")
+    assert facts == {"samples": 10, "space": "pixels", "neighbours": 50, "copy_ratio": 0.5}
+    assert [of["sample"] for of in suspects[:4]] == [6, 7, 8, 9]
+    assert [of["positions"][0] for of in suspects[:4]] == [*COPIES, 40]
+    assert [len(of["distances"]) for of in suspects] == [SHOWN] * 10
+    ratios = [of["ratio"] for of in suspects]
+    assert ratios == sorted(ratios)
+
+
+def test_the_job_tells_of_a_model_that_recites(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its noise estimate leads every walk to training image 90; fresh images are held out."""
+    schedule = NoiseSchedule(schedules.linear(50, rescale=True))
+    known = torch.from_numpy(DATA[90]).permute(2, 0, 1) / 127.5 - 1
+
+    def recite(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        a = schedule.at(t, x_t).float()
+        return (x_t - a.sqrt() * known) / (1 - a).sqrt()
+
+    provenance = {"config": to_dict(RunConfig())}
+    model = TrainedModel(Denoiser.of_noise(recite, schedule), (3, 6, 6), provenance)
+    monkeypatch.setattr(trained, "load", lambda *_: model)
+    monkeypatch.setattr(evaluation_run, "place", Workers)
+    pack(tmp_path / "held-out", FRESH, [4, 2])
+    picture = tmp_path / "nearest.png"
+    wanted = EvaluationConfig(
+        memorisation_images=5,
+        memorisation_picture=str(picture),
+        held_out_url=str(tmp_path / "held-out"),
+    )
+    config = EvaluateConfig(data_url=dataset.url, evaluation=wanted)
+    desk = SimpleNamespace(look=lambda: SimpleNamespace(fatal=None), give_up=pytest.fail)
+    settings = {"model_uri": "", "tracking_uri": "", "config": to_dict(config), "desk": desk}
+    found = evaluation_run.evaluate_worker(settings)
+    assert found["metrics"] == {
+        "eval/memorised_share": 1,
+        "eval/nearest_ratio": 0,
+        "eval/memorised_share_held_out": 0,
+        "eval/nearest_to_held_out": 0,
+    }
+    assert [of["positions"][0] for of in found["memorisation"]["most_suspicious"]] == [90] * 5
+    cell = LEGIBLE_PIXELS // 6 + 1
+    with Image.open(picture) as drawn:
+        assert drawn.height == 5 * (MARGIN_PIXELS + 6 * cell + 2 * GUTTER_PIXELS)
 
 
 def test_data_of_another_shape_or_too_little_is_refused(dataset: Dataset, tmp_path: Path) -> None:
