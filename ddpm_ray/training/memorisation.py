@@ -114,9 +114,12 @@ class Neighbours:
         for i in self._order[:most]:
             row = torch.cat([self.samples[i][None], self.images[i]]).numpy()
             above = ["sample", *(f"{d:.3g}" for d in self.distance[i, :SHOWN].tolist())]
-            picture = captioned(grid(row, len(row)), above, [f"{float(self.ratio[i]):.2f}"])
-            rows.append(np.asarray(picture))
-        return Image.fromarray(np.concatenate(rows))
+            rows.append(captioned(grid(row, len(row)), above, [f"{float(self.ratio[i]):.2f}"]))
+        width, height = max(row.width for row in rows), rows[0].height
+        whole = Image.new(rows[0].mode, (width, len(rows) * height), "white")
+        for i, picture in enumerate(rows):  # flush right: ratios differ in width
+            whole.paste(picture, (width - picture.width, i * height))
+        return whole
 
 
 def nearest(
