@@ -36,6 +36,7 @@ from ddpm_ray.training.workers import Workers
 
 STEPS = 5, 10, 20, 50
 SAMPLERS: tuple[Sampler, ...] = get_args(Sampler)
+AVERAGED: tuple[Sampler, ...] = ("ddim", "ancestral")
 SCALES = 0.0, 1.0, 1.5, 2.0, 3.0, 5.0, 8.0
 BATCH, NAME = 100, "eval/fid192"
 
@@ -105,11 +106,8 @@ def by_average(run: str, judge: Judge) -> Iterator[list[str]]:
     """Samples of the averaged weights beside those of the last step's."""
     for name, group in (("EMA", "ema"), ("last step's", "model")):
         model = build_trained.trained_model(run, ema=group)
-        yield [
-            name,
-            judge.score(model, model.plan(50)),
-            judge.score(model, model.plan(20, "unipc")),
-        ]
+        plans = [model.plan(50, sampler) for sampler in AVERAGED]
+        yield [name, *(judge.score(model, plan) for plan in plans)]
 
 
 def sheet(rows: dict[str, list[Images]], above: list[str]) -> Image.Image:
@@ -162,12 +160,13 @@ def main() -> None:
     judge = Judge(data, Path(inception), build_trained.trained_classifier(classifier), images)
     pictures(model, data, folder)
     held_out = next(iter(read_images(open_dataset(data), [0])))
-    known = judge.accuracy(held_out.images[:2000].numpy(), held_out.labels[:2000])
+    some = torch.arange(2000) * len(held_out.images) // 2000  # packed by class
+    known = judge.accuracy(held_out.images[some].numpy(), held_out.labels[some])
     lines = [
         f"The classifier takes {100 * known:.1f} % of held-out images for their label.", "",
         *table(["sampler", *(f"{n} steps" for n in STEPS)], by_sampler(model, judge)), "",
         *table(["guidance scale", NAME, "taken for their label"], by_scale(model, judge)), "",
-        *table(["weights", "ddim, 50 steps", "unipc, 20 steps"], by_average(run, judge)),
+        *table(["weights", *(f"{name}, 50 steps" for name in AVERAGED)], by_average(run, judge)),
     ]  # fmt: skip
     (folder / "tables.md").write_text("\n".join(lines) + "\n")
 

@@ -93,7 +93,8 @@ def _scores(config: EvaluateConfig, settings: dict[str, Any]) -> dict[str, Any]:
     plan = build_diffusion.sampling_plan(config.sampling, model.denoiser.schedule)
     model = trained.led(model, config.lead, plan, settings["tracking_uri"])
     begun, dataset = from_dict(RunConfig, model.provenance["config"]), open_dataset(config.data_url)
-    count = min(max(config.evaluation.num_images, 1), int(dataset.counts.sum()))
+    drawn = max(config.evaluation.num_images, config.evaluation.memorisation_images, 1)
+    count = min(drawn, int(dataset.counts.sum()))
     shown = build.shown_low(model.denoiser, begun.data, dataset, count, workers.device)
     model = dataclasses.replace(model, denoiser=shown)
     found: dict[str, Any] = {"metrics": {}}

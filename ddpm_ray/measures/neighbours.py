@@ -25,8 +25,8 @@ def nearest_squares(vectors: Tensor, others: Tensor, k: int) -> tuple[Tensor, Te
         for other, first in _blocks(others):
             between = other.square().sum(1) + one.square().sum(1, keepdim=True)
             between.addmm_(one, other.T, alpha=-2).clamp_(min=0)
-            near = between.topk(min(k, len(other)), largest=False)
-            found = torch.cat([square, near.values], 1), torch.cat([place, first + near.indices], 1)
+            values, indices = _first_of(between, min(k, len(other)))
+            found = torch.cat([square, values], 1), torch.cat([place, first + indices], 1)
             order = first_by(*found, k)
             square, place = (part.gather(1, order) for part in found)
         rows.append((square, place))
@@ -39,6 +39,17 @@ def first_by(squares: Tensor, places: Tensor, k: int) -> Tensor:
     by_place = places.argsort(dim=1)
     by_square = squares.gather(1, by_place).argsort(dim=1, stable=True)
     return by_place.gather(1, by_square)[:, :k]
+
+
+def _first_of(between: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k smallest of each row, and where; sorts only rows where topk chose among equal ones."""
+    near = between.topk(k, largest=False)
+    values, indices = near.values, near.indices
+    tied = (between <= values[:, -1:]).sum(1) > k
+    if tied.any():
+        ordered = between[tied].sort(dim=1, stable=True)
+        values[tied], indices[tied] = ordered.values[:, :k], ordered.indices[:, :k]
+    return values, indices
 
 
 def _blocks(vectors: Tensor) -> Iterator[tuple[Tensor, int]]:

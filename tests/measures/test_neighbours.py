@@ -38,3 +38,12 @@ def test_the_first_by_distance_then_by_place() -> None:
     squares = torch.tensor([[2.0, 1, 1, 0, torch.inf]])
     places = torch.tensor([[0, 8, 5, 9, -1]])
     assert places.gather(1, first_by(squares, places, 4)).tolist() == [[9, 5, 8, 0]]
+
+
+def test_of_equals_the_first_are_taken() -> None:
+    """Sixty copies of one vector among others: the first four of them, in their order."""
+    vector = torch.randn(1, 6, generator=torch.Generator().manual_seed(8))
+    others = torch.cat([vector + 9, vector.expand(60, -1), vector - 9])
+    squares, places = nearest_squares(vector, others, 4)
+    assert places.tolist() == [[1, 2, 3, 4]]
+    assert not squares.any()
