@@ -14,6 +14,8 @@ import pytest
 import s3fs
 from hypothesis import settings
 
+from ddpm_ray.data import storage
+
 # Before torch, Ray or MLflow load, and inherited by every process that a test starts.
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test processes on two cores, not four
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -33,6 +35,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if not item.get_closest_marker("xdist_group"):
             item.add_marker(pytest.mark.xdist_group(item.path.parent.name))
+
+
+@pytest.fixture(autouse=True)
+def _patience() -> Iterator[None]:
+    """A process is as patient with the storage as people are; a worker run in it waits minutes."""
+    yield
+    storage.be_patient(10)
 
 
 @pytest.fixture(scope="session")

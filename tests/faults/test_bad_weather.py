@@ -19,11 +19,6 @@ from tests.noise import pack_noise
 STORM = {"slow_down": 0.05, "reset": 0.01, "short": 0.01, "truncate": 0.005, "flip": 0.005}
 
 
-@pytest.fixture(autouse=True)
-def _patience() -> None:
-    storage.be_patient(10)
-
-
 def test_whatever_is_read_is_what_was_written(
     s3_server: str, use_s3: Callable[[str, str], str]
 ) -> None:
