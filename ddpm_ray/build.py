@@ -12,6 +12,7 @@ import torch
 from ddpm_ray.build_diffusion import memory_format
 from ddpm_ray.config import (
     DataConfig,
+    ModelConfig,
     RunConfig,
     TrainingConfig,
 )
@@ -32,7 +33,7 @@ from ddpm_ray.models.ema import (
     width_group,
 )
 from ddpm_ray.models.post_hoc_ema import gamma_of, power_decay
-from ddpm_ray.models.unet import UNet
+from ddpm_ray.models.unet import Sizes, UNet
 from ddpm_ray.training import features, probing
 from ddpm_ray.training.checkpoints import CheckpointWriter
 from ddpm_ray.training.features import FeatureNet
@@ -59,27 +60,11 @@ def network(
             f"the images are {height} x {width}; the U-Net takes square ones: pack them with "
             f"resize=centre-crop-box-bicubic image_size={min(height, width)}"
         )
+    shared = sizes(model, height, channels)
     if model.kind == "classifier":
-        return NoisyClassifier(
-            image_size=height,
-            image_channels=channels,
-            num_classes=model.num_classes,
-            base_channels=model.base_channels,
-            channel_mults=model.channel_mults,
-            blocks_per_level=model.blocks_per_level,
-            attention_resolutions=model.attention_resolutions,
-            dropout=model.dropout,
-            groups=model.groups,
-        )
+        return NoisyClassifier(**shared, num_classes=model.num_classes)
     return UNet(
-        image_size=height,
-        image_channels=channels,
-        base_channels=model.base_channels,
-        channel_mults=model.channel_mults,
-        blocks_per_level=model.blocks_per_level,
-        attention_resolutions=model.attention_resolutions,
-        dropout=model.dropout,
-        groups=model.groups,
+        **shared,
         gradient_checkpointing=gradient_checkpointing,
         num_classes=model.num_classes,
         condition_channels=channels
@@ -87,6 +72,20 @@ def network(
         learns_variance=objective.variance != "fixed",
         learns_uncertainty=objective.weighting == "uncertainty",
     )
+
+
+def sizes(config: ModelConfig, image_size: int, image_channels: int) -> Sizes:
+    """What decides a network's sizes, for square images."""
+    return {
+        "image_size": image_size,
+        "image_channels": image_channels,
+        "base_channels": config.base_channels,
+        "channel_mults": config.channel_mults,
+        "blocks_per_level": config.blocks_per_level,
+        "attention_resolutions": config.attention_resolutions,
+        "dropout": config.dropout,
+        "groups": config.groups,
+    }
 
 
 def training_state(

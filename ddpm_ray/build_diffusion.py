@@ -210,5 +210,7 @@ def weight(config: ObjectiveConfig, predicts: Prediction) -> Tensor | None:
             return weights.soft_min_snr(predicts, config.gamma)
         case "p2":
             return weights.p2(predicts, config.p2_k, config.p2_gamma)
+        case "edm":
+            return weights.edm(predicts, config.sigma_data)
         case _:
             assert_never(config.weighting)

@@ -16,7 +16,6 @@ from ddpm_ray.knobs import ConfigError, from_dict, to_dict
 from ddpm_ray.models import interchange
 from ddpm_ray.models.classifier import NoisyClassifier
 from ddpm_ray.models.foreign_configs import Form
-from ddpm_ray.models.layers import HO
 from ddpm_ray.models.unet import UNet
 from ddpm_ray.training import checkpoints
 from ddpm_ray.training.checkpoints import CheckpointError
@@ -81,20 +80,13 @@ def write_diffusers(model: TrainedModel, sampling: SamplingConfig, folder: Path)
     network = model.denoiser.network
     assert isinstance(network, UNet)
     config = from_dict(RunConfig, model.provenance["config"])
-    kept = config.model
+    channels, side, _ = model.image_shape
     form: Form = {
-        "image_size": model.image_shape[1],
-        "image_channels": model.image_shape[0],
-        "base_channels": kept.base_channels,
-        "channel_mults": kept.channel_mults,
-        "blocks_per_level": kept.blocks_per_level,
-        "attention_resolutions": kept.attention_resolutions,
-        "dropout": kept.dropout,
-        "groups": kept.groups,
-        "num_classes": kept.num_classes,
+        **build.sizes(config.model, side, channels),
+        "num_classes": config.model.num_classes,
         "condition_channels": network.condition_channels,
         "learns_variance": config.objective.variance != "fixed",
-        "variant": HO,
+        "variant": network.variant,
     }
     schedule = config.schedule
     if schedule.kind not in NAMED_BY_DIFFUSERS or schedule.rescale or schedule.zero_terminal_snr:

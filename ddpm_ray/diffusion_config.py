@@ -99,7 +99,7 @@ class ObjectiveConfig:
         "epsilon", "what the network answers; edm: F of Karras et al. 2022", defines_run=True
     )
     sigma_data: float = knob(
-        0.5, "edm: standard deviation of pixels in [-1, 1]", above=0, defines_run=True
+        0.5, "edm, both: standard deviation of pixels in [-1, 1]", above=0, defines_run=True
     )
     variance: Literal["fixed", "learned", "learned_range"] = knob(
         "fixed", "of the reverse steps; learned: the network answers it too", defines_run=True
@@ -110,8 +110,8 @@ class ObjectiveConfig:
     vlb_weight: float = knob(
         0.001, "hybrid: of the bound beside the squared error", above=0, defines_run=True
     )
-    weighting: Literal["unit", "min_snr", "soft_min_snr", "p2", "uncertainty"] = knob(
-        "unit", "of the squared error by t; uncertainty: learned with the weights",
+    weighting: Literal["unit", "min_snr", "soft_min_snr", "p2", "edm", "uncertainty"] = knob(
+        "unit", "of the squared error by t; edm: by sigma_data; uncertainty: learned beside",
         defines_run=True,
     )  # fmt: skip
     gamma: float = knob(

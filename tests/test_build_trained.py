@@ -1,5 +1,6 @@
 """Models go to diffusers and come back as they were; a classifier is not taken for a model."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +66,22 @@ def test_a_model_comes_back_from_diffusers_format_drawing_the_same(
     once, twice = (load_file(tmp_path / folder / name) for folder in ("given", "again"))
     assert once.keys() == twice.keys()
     assert all(torch.equal(once[key], twice[key]) for key in once)
+
+
+def test_a_model_of_diffusers_goes_back_as_the_network_that_it_was(tmp_path: Path) -> None:
+    """With the eps and the heads of theirs, which our configs have no keys for."""
+    model = trained(configured())
+    build_trained.write_diffusers(model, SamplingConfig(), tmp_path / "ours")
+    config = tmp_path / "ours/unet/config.json"
+    changed = json.loads(config.read_text()) | {"norm_eps": 1e-2, "attention_head_dim": 4}
+    config.write_text(json.dumps(changed))
+    theirs = build_trained.trained_model(str(tmp_path / "ours"))
+    assert (theirs.sample(4, steps=5) != model.sample(4, steps=5)).any()
+    build_trained.write_diffusers(theirs, SamplingConfig(), tmp_path / "again")
+    again = build_trained.trained_model(str(tmp_path / "again"))
+    assert (again.sample(4, steps=5) == theirs.sample(4, steps=5)).all()
+    kept = json.loads((tmp_path / "again/unet/config.json").read_text())
+    assert {key: kept[key] for key in changed} == changed
 
 
 def test_what_diffusers_has_no_name_for_is_refused_with_nothing_written(tmp_path: Path) -> None:

@@ -83,7 +83,7 @@ def sweep(run: str, config: AverageConfig, home: Path, out: str = "") -> dict[st
         near = min(kept.steps, key=lambda at: abs(at - step))
         raise ConfigError(f"step is {step}; no averages were kept then: try step={near}")
     begun = from_dict(RunConfig, kept.facts["config"])
-    schedule = build_trained.trained_model(run).denoiser.schedule
+    schedule = build_diffusion.noise_schedule(begun.schedule)
     build_diffusion.checked_plan(config.sampling, begun, schedule)
     data_url = storage.absolute(config.data_url or begun.data.url, home)
     open_dataset(data_url)  # before Ray starts

@@ -44,7 +44,7 @@ def evaluate(model_uri: str, config: EvaluateConfig, home: Path) -> dict[str, An
     lead = config.lead
     knows = bool(lead.classifier)
     plan = build_diffusion.checked_plan(config.sampling, begun, model.denoiser.schedule, led=knows)
-    trained.led(model, lead, plan, tracking_uri)
+    trained.led(model, lead, plan, tracking_uri)  # before Ray starts: whether the two fit
     wanted, most = config.evaluation, begun.schedule.num_steps
     for key, value, asked in (
         ("bits_per_dim_terms", wanted.bits_per_dim_terms, wanted.bits_per_dim_images),

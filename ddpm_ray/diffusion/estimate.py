@@ -29,6 +29,7 @@ def clip_to_quantile(share: float) -> Clip:
         raise ValueError(f"share is {share:g}; a quantile lies above 0 and at most at 1")
 
     def clip(x_0: Tensor) -> None:
+        """Cuts and scales x_0 [B, ...] in place."""
         size = x_0.flatten(1).abs()
         rank = max(1, round(share * size.shape[1]))  # a pixel's own value: quantile() would sort
         s = size.kthvalue(rank, dim=1).values.clamp_(min=1).view(-1, *[1] * (x_0.ndim - 1))

@@ -51,6 +51,7 @@ def classifier_free(
     twice, again, both = _Twice(), _Twice(), torch.cat([labels, none])
 
     def denoise(x_t: Tensor, t: Tensor) -> Tensor:
+        """The guided answer; ValueError for another number of images than labels."""
         if len(x_t) != len(labels):
             raise ValueError(
                 f"labels are {len(labels)} and images {len(x_t)}; give each image its label, and "
@@ -110,6 +111,7 @@ def classifier_guided(
     column = scale * move / predicts.to_x_0()[1]  # the answer's move, for that of x_0
 
     def guided(x_t: Tensor, t: Tensor) -> Tensor:
+        """`denoise`'s answer, moved along the slope; ValueError unless log p is [B]."""
         answer = denoise(x_t, t)
         with torch.inference_mode(False), torch.enable_grad():
             x = x_t.detach().clone().requires_grad_()

@@ -145,6 +145,7 @@ def windowed(denoise: Denoise, size: int, overlap: int) -> Denoise:
         raise ValueError(f"overlap is {overlap} for windows of {size}; it lies from 0 to size - 1")
 
     def denoise_canvas(x_t: Tensor, t: Tensor) -> Tensor:
+        """The mean answer [B, ..., H, W] to a canvas; ValueError where a window is larger."""
         rows, columns = (_starts(length, size, overlap) for length in x_t.shape[-2:])
         cuts = [(..., slice(i, i + size), slice(j, j + size)) for i in rows for j in columns]
         answers = denoise(torch.cat([x_t[cut] for cut in cuts]), t.repeat(len(cuts)))

@@ -18,13 +18,6 @@ from torch import Tensor
 from ddpm_ray.diffusion.prediction import Prediction
 
 
-def unit(predicts: Prediction) -> Tensor:
-    """1 for every answer, whatever it stands for: L_simple (Ho et al. 2020, eq. 14)."""
-    weight = torch.ones_like(predicts.schedule.alpha_bar)
-    weight[0] = 0
-    return weight
-
-
 def min_snr(predicts: Prediction, gamma: float = 5.0) -> Tensor:
     """min(SNR, gamma) on the error of x_0: clean steps weigh no more than gamma.
 

@@ -26,6 +26,7 @@ def by_weaker(strong: Denoiser, weak: Denoiser, scale: float) -> Lead:
         )
 
     def lead(denoise: Denoise, labels: Tensor | None) -> Denoise:
+        """`denoise` away from the weaker one, which is told the same labels if it knows any."""
         known = labels if weak.num_classes else None
         return autoguided(denoise, weak.mean_of(weak.bound(known)), scale)
 
@@ -47,10 +48,12 @@ def by_classifier(
     """
 
     def lead(denoise: Denoise, labels: Tensor | None) -> Denoise:
+        """`denoise` towards these labels; raises ValueError without any."""
         if labels is None:
             raise ValueError("a classifier leads to labels; give labels=[...] for it to lead to")
 
         def log_probability(x_t: Tensor, t: Tensor) -> Tensor:
+            """log p(label | x_t) of each image, [B]."""
             return classifier(x_t, t).log_softmax(1).gather(1, labels[:, None]).squeeze(1)
 
         return classifier_guided(

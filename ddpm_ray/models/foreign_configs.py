@@ -5,9 +5,10 @@ that comes back with another value is one that is not supported.
 """
 
 from collections.abc import Mapping
-from typing import Any, TypeAlias, TypedDict
+from typing import Any, TypeAlias
 
 from ddpm_ray.models.layers import Variant
+from ddpm_ray.models.unet import Sizes
 from ddpm_ray.telling import told
 
 Config: TypeAlias = Mapping[str, Any]  # of a JSON file
@@ -44,17 +45,9 @@ VARIANCES = {  # theirs: what is trained, what is sampled with
 }  # fmt: skip
 
 
-class Form(TypedDict):
+class Form(Sizes):
     """The arguments of UNet that decide what its tensors are and mean."""
 
-    image_size: int
-    image_channels: int
-    base_channels: int
-    channel_mults: tuple[int, ...]
-    blocks_per_level: int
-    attention_resolutions: tuple[int, ...]
-    dropout: float
-    groups: int
     num_classes: int
     condition_channels: int
     learns_variance: bool

@@ -6,6 +6,7 @@ parameters, the structure of the published weights `google/ddpm-cifar10-32`.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,19 @@ from ddpm_ray.models.layers import (
     silence,
 )
 from ddpm_ray.models.log_variance import LogVariance
+
+
+class Sizes(TypedDict):
+    """Arguments that a U-Net shares with the classifier built of its first half."""
+
+    image_size: int
+    image_channels: int
+    base_channels: int
+    channel_mults: tuple[int, ...]
+    blocks_per_level: int
+    attention_resolutions: tuple[int, ...]
+    dropout: float
+    groups: int
 
 
 @dataclass(frozen=True)
@@ -131,6 +145,7 @@ class UNet(nn.Module):
         )
         self.gradient_checkpointing = gradient_checkpointing
         self.num_classes, self.condition_channels = num_classes, condition_channels
+        self.variant = variant
         parts = Parts(4 * base_channels, groups, dropout, variant)
         levels = pyramid(image_size, widths, attention_resolutions)
         self.time = TimeEmbedding(base_channels, parts.time_width, variant)

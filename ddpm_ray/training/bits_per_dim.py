@@ -142,6 +142,7 @@ class _Look:
         return bits, (x_0 - estimate).square().flatten(1).mean(1)
 
     def facts(self) -> dict[str, Any]:
+        """What the terms depend on, plain JSON."""
         return {
             "terms": self.count,
             "num_steps": self.denoiser.schedule.num_steps,

@@ -147,6 +147,7 @@ class Objective:
         schedule, more = self.schedule, examples.perturbation
 
         def denoise(x_t: Tensor, t: Tensor) -> Tensor:
+            """The network's answer to x_t, perturbed and scaled as it is shown it."""
             if more is not None:
                 x_t = x_t + (1 - schedule.at(t, x_t)).sqrt().to(x_t) * more
             answer: Tensor = network(self.predicts.scaled(x_t, t), t, examples.labels, condition)

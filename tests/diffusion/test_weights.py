@@ -49,7 +49,6 @@ def test_a_rule_is_one_loss_whatever_is_predicted(
 @pytest.mark.parametrize(
     "rule, kind, at_nine, at_a_ninth",
     [
-        (weights.unit, "v", 1, 1),
         (weights.min_snr, "x_0", 5, 1 / 9),  # min(SNR, 5); Hang et al. 2023, section 3.4,
         (weights.min_snr, "epsilon", 5 / 9, 1),  # over SNR
         (weights.min_snr, "v", 5 / 10, 1 / 10),  # and over SNR + 1
