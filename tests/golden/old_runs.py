@@ -1,0 +1,112 @@
+"""Runs of an earlier commit, half done: what today's code must continue to the same bits.
+
+`tests/golden/old_runs/<name>/` holds what commit c58b265 left after HALF steps (run.json, one
+checkpoint, the packed data) and `end.safetensors`, the weights that it had after STEPS steps, with
+the model of the CPU that it ran on.
+Made there, once, by copying this file into a checkout of that commit and running
+
+    PYTHONPATH=. python -m tests.golden.old_runs
+"""
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from safetensors import torch as safetensors
+
+from ddpm_ray.cluster import group, placement, training_run, worker
+from ddpm_ray.config import RunConfig
+from ddpm_ray.knobs import load
+from ddpm_ray.training import checkpoints
+from ddpm_ray.training.reporting import Wish
+from ddpm_ray.training.workers import Workers
+from tests.noise import pack_noise
+
+HALF, STEPS = 4, 8
+FOLDER = Path(__file__).parent / "old_runs"
+COMMON = (
+    "schedule.num_steps=60", "model.base_channels=4", "model.groups=2", "model.channel_mults=[1,2]",
+    "model.blocks_per_level=1", "model.attention_resolutions=[4]", "model.dropout=0.1",
+    "training.global_batch_size=8", "training.learning_rate=3e-3", "training.grid_every_steps=0",
+    "training.ema_decay_per_step=0.8", f"training.checkpoint_every_steps={HALF}",
+    "training.keep_checkpoints=2", "sampling.steps=2", "tracking.flush_every_s=0.02",
+    "evaluation.num_images=0", "data.flip=true",
+)  # fmt: skip
+RUNS = {
+    "ho": ("evaluation.spectrum_every_steps=2", "evaluation.spectrum_images=16"),
+    "toolbox": (
+        "objective.variance=learned_range", "objective.loss=hybrid", "objective.prediction=v",
+        "objective.timesteps=second_moment", "objective.self_conditioning=true",
+        "objective.offset_noise=0.1", "training.ema_more_decays=[0.5]",
+        "training.reduction=elastic", "training.reduction_slots=2", "training.on_divergence=skip", "training.spike_factor=5",
+        "schedule.kind=cosine", "training.warmup_steps=3",
+    ),
+}  # fmt: skip
+
+
+def train(name: str, home: Path, steps: int) -> dict[str, torch.Tensor]:
+    """Train or continue the run `name` below `home` to `steps`; the weights of its checkpoint.
+
+    All is as in a real run, the driver's checks too, but for Ray: the one worker is this process.
+    """
+    where = (f"name={name}", f"data.url={home / 'data'}", f"storage={home}")
+    mlflow = f"tracking.uri=sqlite:///{home / 'mlflow.db'}"
+    overrides = [*COMMON, *RUNS[name], *where, mlflow, f"training.steps={steps}"]
+    with _without_ray():
+        outcome = training_run.train(load(RunConfig, None, overrides), home, lambda _: None)
+    assert outcome.finished
+    snapshot = checkpoints.read(outcome.report["checkpoint"])
+    assert snapshot.step == steps
+    return {
+        f"{group}.{key}": tensor
+        for group, tensors in snapshot.tensors.items()
+        for key, tensor in tensors.items()
+    }
+
+
+def cpu_model() -> str:
+    """The processor's name; kernels, and so the last bits of a sum, are chosen by it."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.partition(":")[2].strip() for line in lines if "model name" in line), "")
+
+
+@contextmanager
+def _without_ray() -> Iterator[None]:
+    def run(work: Any, settings: dict[str, Any], *_: Any) -> Any:
+        control = mock.MagicMock()
+        control.look.return_value.fatal = None
+        control.show.return_value = Wish.NOTHING
+        return work(settings | {"desk": control})
+
+    with (
+        mock.patch.object(group, "run", run),
+        mock.patch.object(worker, "place", return_value=Workers(0, 1)),
+        mock.patch.object(placement, "of_this_worker", return_value="none"),
+        mock.patch("socket.gethostname", return_value="host"),
+        mock.patch.object(training_run.registry, "log_model"),
+    ):
+        yield
+
+
+def _make(name: str) -> None:
+    home = Path(tempfile.mkdtemp())
+    pack_noise(str(home / "data"), images=20, side=4)
+    train(name, home, HALF)
+    kept = FOLDER / name
+    shutil.rmtree(kept, ignore_errors=True)
+    shutil.copytree(home / "data", kept / "data")
+    shutil.copytree(home / name, kept / name, ignore=shutil.ignore_patterns("pictures"))
+    ended = train(name, home, STEPS)
+    safetensors.save_file(ended, kept / "end.safetensors", {"cpu": cpu_model()})
+    shutil.rmtree(home)
+
+
+if __name__ == "__main__":
+    for each in RUNS:
+        _make(each)
+        print(each, sum(file.stat().st_size for file in (FOLDER / each).rglob("*")), "bytes")
