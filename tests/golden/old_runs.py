@@ -19,7 +19,7 @@ from unittest import mock
 import torch
 from safetensors import torch as safetensors
 
-from ddpm_ray.cluster import group, placement, training_run, worker
+from ddpm_ray.cluster import group, placement, registry, training_run, worker
 from ddpm_ray.config import RunConfig
 from ddpm_ray.knobs import load
 from ddpm_ray.training import checkpoints
@@ -43,7 +43,8 @@ RUNS = {
         "objective.variance=learned_range", "objective.loss=hybrid", "objective.prediction=v",
         "objective.timesteps=second_moment", "objective.self_conditioning=true",
         "objective.offset_noise=0.1", "training.ema_more_decays=[0.5]",
-        "training.reduction=elastic", "training.reduction_slots=2", "training.on_divergence=skip", "training.spike_factor=5",
+        "training.reduction=elastic", "training.reduction_slots=2",
+        "training.on_divergence=skip", "training.spike_factor=5",
         "schedule.kind=cosine", "training.warmup_steps=3",
     ),
 }  # fmt: skip
@@ -88,7 +89,7 @@ def _without_ray() -> Iterator[None]:
         mock.patch.object(worker, "place", return_value=Workers(0, 1)),
         mock.patch.object(placement, "of_this_worker", return_value="none"),
         mock.patch("socket.gethostname", return_value="host"),
-        mock.patch.object(training_run.registry, "log_model"),
+        mock.patch.object(registry, "log_model"),
     ):
         yield
 
