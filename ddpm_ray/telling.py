@@ -6,6 +6,7 @@ or an escape sequence would forge a line of the log or change what a terminal sh
 
 import re
 from collections.abc import Iterator, Mapping
+from urllib.parse import unquote
 
 NO_SECRET = (
     "a password or token in a URL would be saved with it; take it out, and set AWS_ACCESS_KEY_ID "
@@ -16,16 +17,40 @@ _HIDDEN = "***"
 # slash is a port. A name alone is a secret over HTTP only: elsewhere it is a user or a container.
 _USER = re.compile(r"(?<=://)[^/?#@\s]*:(?!\d{1,5}(?:[/?#\s]|$))\S*@")
 _TOKEN = re.compile(r"(?i)\b(https?://)[^/?#@\s:]+@")
-_QUERY = re.compile(
-    r"(?i)([?&](?:x-amz-(?:signature|credential|security-token)|signature|sig|password|secret|"
-    r"(?:access_|auth_)?token|api_?key)=)[^&#\s]+"
+# A parameter of a URL's query or fragment: the separator and the name, then the value.
+_PARAMETER = re.compile(r"([?&#;](?:amp;)?)([^?&#;=\s]+)=([^?&#;\s]+)(\?[^&#;\s]*)?")
+# Names that end in one of these words hold a secret, in any case and with any separators between
+# words: sslpassword, X-Goog-Signature, refresh_token, AWSAccessKeyId; not `tokenizer`, `keyframes`.
+_SECRET_NAME = re.compile(
+    r"(?:password|passwd|passphrase|pwd|secrets?|token|credentials?|signature|jwt|bearer|assertion|"
+    r"authorization|sessionid|^(?:sig|sas|pass|auth|hmac|creds?)|"
+    r"(?:api|app|auth|access|account|private|secret|shared|master|subscription|encryption|signing|"
+    r"storage)key(?:id)?)$"
 )
+# Values that are a secret under any name: a signed JSON web token, keys of Google, GitHub, Hugging
+# Face and GitLab.
+_SECRET_VALUE = re.compile(
+    r"eyJ[\w-]{8,}\.[\w-]+\.|AIza[\w-]{20,}|gh[opsu]_\w{20,}|hf_\w{20,}|glpat-[\w-]{16,}"
+)
+
+
+def _is_secret(name: str, value: str) -> bool:
+    """Whether a URL's parameter holds a secret, by its name or by the form of its value."""
+    word = re.sub(r"[\W_]+", "", unquote(name)).lower()
+    return bool(_SECRET_NAME.search(word) or _SECRET_VALUE.match(value))
+
+
+def _hide(match: re.Match[str]) -> str:
+    start, name, value, more = match.groups("")
+    if _is_secret(name, value):
+        return f"{start}{name}={_HIDDEN}"
+    return f"{start}{name}={value}{_PARAMETER.sub(_hide, more)}"
 
 
 def redacted(text: str) -> str:
     """`text` with `***` for each password, token or signature that stands in a URL."""
     text = _USER.sub(f"{_HIDDEN}@", text)
-    return _QUERY.sub(rf"\1{_HIDDEN}", _TOKEN.sub(rf"\1{_HIDDEN}@", text))
+    return _PARAMETER.sub(_hide, _TOKEN.sub(rf"\1{_HIDDEN}@", text))
 
 
 def has_secret(value: object) -> bool:

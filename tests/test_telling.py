@@ -1,8 +1,10 @@
 """What may be told: no secret of a URL, no character that a terminal or a log would act on."""
 
 import pickle
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -45,6 +47,13 @@ def test_no_password_of_a_url_is_told(scheme: str, user: str, password: str, hos
         ("https://b.s3/x?X-Amz-Signature=ab12&n=1", "https://b.s3/x?X-Amz-Signature=***&n=1"),
         ("https://b.blob/x?sv=1&sig=ab%3D", "https://b.blob/x?sv=1&sig=***"),
         ("https://host/x?access_token=ab", "https://host/x?access_token=***"),
+        ("https://host/x#access_token=ab&n=1", "https://host/x#access_token=***&n=1"),
+        ("https://g/b/o?X-Goog-Credential=a&n=1", "https://g/b/o?X-Goog-Credential=***&n=1"),
+        ("https://h/p?a=1&amp;sig=ab", "https://h/p?a=1&amp;sig=***"),
+        ("https://h/p?client%5Fsecret=ab", "https://h/p?client%5Fsecret=***"),
+        ("postgresql://h/db?user=u&sslpassword=ab", "postgresql://h/db?user=u&sslpassword=***"),
+        ("https://g/v3/f?alt=media&key=AIza" + "x" * 35, "https://g/v3/f?alt=media&key=***"),
+        ("https://h/p?state=eyJhbGciOiJI.eyJzdWIi.c2ln", "https://h/p?state=***"),
     ],
 )
 def test_each_place_of_a_secret_is_known(url: str, shown: str) -> None:
@@ -52,6 +61,45 @@ def test_each_place_of_a_secret_is_known(url: str, shown: str) -> None:
     assert redacted(shown) == shown
     assert has_secret({"deep": [{"er": (url,)}]})
     assert has_secret({url: 1})
+
+
+SECRET_NAMES = (
+    "X-Goog-Signature", "X-Goog-Credential", "X-Amz-Security-Token", "AWSAccessKeyId", "Signature",
+    "client_secret", "refresh_token", "id_token", "access_token", "session_token", "sas_token",
+    "token", "api-key", "api_key", "apikey", "passwd", "password", "pwd", "jwt", "bearer",
+    "sslpassword", "private_key", "account_key", "secret_access_key", "sig", "authorization",
+    "ssl_key_passphrase", "sessionid", "subscription-key", "client_assertion",
+)  # fmt: skip
+
+
+@given(
+    st.sampled_from(SECRET_NAMES), st.sampled_from([str.lower, str.upper, str.title]),
+    st.sampled_from(["_", "-", ".", "%5F", "%2D", ""]), st.sampled_from("?&#;"),
+    st.sampled_from(["s3", "https", "postgresql", "abfs"]), WORDS,
+)  # fmt: skip
+def test_no_parameter_that_is_named_as_a_secret_is_told(
+    name: str, case: Callable[[str], str], separator: str, before: str, scheme: str, word: str
+) -> None:
+    """Whatever its case and separators, and wherever in the URL it stands."""
+    secret, spelt = f"SECRET{word}", separator.join(re.split("[_-]", case(name)))
+    url = f"{scheme}://host/path?n=1{before}{spelt}={secret}&m=2"
+    assert has_secret(url)
+    shown = redacted(f"no answer from {url} today")
+    assert shown == f"no answer from {scheme}://host/path?n=1{before}{spelt}=***&m=2 today"
+    assert redacted(shown) == shown
+
+
+@given(
+    st.sampled_from(
+        ["tokenizer", "keyframes", "key", "max_tokens", "signature_version", "design", "secretary",
+         "bypass", "author", "assign", "passes", "sslkey", "sslrootcert", "format", "versionId",
+         "endpoint", "client_id", "session_timeout", "credentials_file", "auth_type", "sv", "se"]
+    ),
+    WORDS,
+)  # fmt: skip
+def test_a_parameter_that_only_resembles_one_stays(name: str, value: str) -> None:
+    assert not has_secret(url := f"https://host/path?{name}={value}#{name}={value}")
+    assert redacted(url) == url
 
 
 @pytest.mark.parametrize(
