@@ -1,26 +1,74 @@
 """Image files of strangers to uint8 pixels, or one line that says which file, why, and what to do.
 
-Transparent pixels are laid on white, a camera's orientation tag is applied. What would silently
-change the picture is refused: CMYK, more than 8 bits, several frames. So is, whatever the suffix
+What would lose pixel values in silence is refused: CMYK, more than 8 bits, more channels than RGB
+and alpha, several frames or pages. What is done to an image beside decoding is returned with it, so
+that whoever packs it can count and name it (`CHANGES`). Refused as well is, whatever the suffix
 says, every format but those of FORMATS (Pillow knows 40 more, one of which runs another program),
 and more bytes or pixels than allowed: looked up in the header, before anything is decoded.
+
+Pillow's module settings are those of the host process: its bound on pixels is neither used nor
+changed here, and its warnings are neither shown nor raised.
 """
 
 from __future__ import annotations
 
 import io
+import struct
+import threading
+import warnings
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import (  # each registers its format in Image.OPEN
+    BmpImagePlugin,  # noqa: F401
+    GifImagePlugin,  # noqa: F401
+    Image,
+    ImageFile,
+    JpegImagePlugin,
+    PngImagePlugin,
+    PpmImagePlugin,  # noqa: F401
+    TiffImagePlugin,
+    WebPImagePlugin,
+)
 
 from ddpm_ray.telling import told
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # that are ever opened
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".pgm", ".ppm")
+SUFFIXES = (
+    ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff",
+    ".pbm", ".pgm", ".ppm", ".pnm",
+)  # fmt: skip
 GREY_MODES = ("1", "L", "LA", "La")
 COLOUR_MODES = ("RGB", "RGBA", "RGBa", "P", "PA", "YCbCr")
-Image.MAX_IMAGE_PIXELS = None  # `max_pixels` takes its place, with a line that says what to do
+STORED: dict[
+    str, Callable[[io.BytesIO], ImageFile.ImageFile]
+] = {  # the plugins that read what `encoded` wrote, and nothing beside it
+    "png": PngImagePlugin.PngImageFile,
+    "jpeg": JpegImagePlugin.JpegImageFile,
+    "webp": WebPImagePlugin.WebPImageFile,
+}
+ORIENTATION = 0x0112  # tags of EXIF and TIFF
+SAMPLES_PER_PIXEL, SAMPLE_FORMAT = 277, 339
+TURNS = {  # by value of the orientation tag
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+ON_WHITE = "transparent pixels laid on white"
+TURNED = "turned as the orientation tag says"
+BAD_EXIF = "EXIF block unreadable and ignored, so not turned"
+FIRST_ONLY = "first picture of the JPEG taken; its preview, depth or gain map left out"
+PROFILE = "colour profile other than sRGB not applied"
+CHANGES = (ON_WHITE, TURNED, BAD_EXIF, FIRST_ONLY, PROFILE)
+
+_warnings_lock = threading.Lock()  # catch_warnings changes a list of the whole process
 
 
 class BadImageError(RuntimeError):
@@ -31,35 +79,42 @@ class BadImageError(RuntimeError):
         return told(f"{file}: {problem}; {remedy}")
 
 
+class DecodedImage(NamedTuple):
+    """An image of mode L or RGB, and what was done to it beside decoding."""
+
+    image: Image.Image
+    changes: tuple[str, ...]  # of CHANGES
+
+
 def is_image(name: str) -> bool:
     """True if the file's suffix says that it is an image."""
     return name.lower().endswith(SUFFIXES)
 
 
 def open_image(file: bytes, name: str, channels: int, max_pixels: int) -> Image.Image:
+    """The image alone of `decode_image`."""
+    return decode_image(file, name, channels, max_pixels).image
+
+
+def decode_image(file: bytes, name: str, channels: int, max_pixels: int) -> DecodedImage:
     """A decoded image of mode L or RGB; `channels` is 1, 3 or 0: as the file has it.
 
-    Raises BadImageError.
+    Transparent pixels are laid on white, and the orientation tag is applied. Raises BadImageError.
     """
     try:
-        image: Image.Image = Image.open(io.BytesIO(file), formats=FORMATS)
-        _refuse_unfit(image, name, max_pixels)
-        image.load()
+        with _warnings_lock, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image = _identified(file)
+            _refuse_unfit(image, name, max_pixels)
+            image.load()
+            return _upright_and_opaque(image, channels)
     except BadImageError:
         raise
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, ...
-        text = " ".join(str(error).split())
-        text = f"it is none of {', '.join(FORMATS)}" if "cannot identify" in text else text
+        text = " ".join(str(error).split()) or type(error).__name__
         raise BadImageError(
             name, f"not a readable image ({text})", "repair it, remove it or use on_bad_image=skip"
         ) from error
-    grey = channels == 1 or (channels == 0 and image.mode in GREY_MODES)
-    image = ImageOps.exif_transpose(image)
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
-    return image.convert("L" if grey else "RGB")
 
 
 def from_pixels(image: npt.NDArray[np.uint8], channels: int) -> Image.Image:
@@ -93,7 +148,7 @@ def decoded(
     remedy = "pack the data set again"
     try:
         stream = io.BytesIO(file)  # type: ignore[arg-type]  # any buffer
-        with Image.open(stream, formats=[encoding.upper()]) as image:
+        with STORED[encoding](stream) as image:
             if image.size != (width, height):
                 problem = f"{image.width} x {image.height} pixels, and the manifest says"
                 raise BadImageError(key, f"{problem} {width} x {height}", remedy)
@@ -105,17 +160,76 @@ def decoded(
         raise BadImageError(key, f"not a readable {encoding} image ({text})", remedy) from error
 
 
-def _refuse_unfit(image: Image.Image, name: str, max_pixels: int) -> None:
+def _identified(file: bytes, formats: Sequence[str] = FORMATS) -> ImageFile.ImageFile:
+    """The image of the first format that takes it, header read; raises SyntaxError if none does.
+
+    As Image.open, but without its bound on pixels, which is a setting of the whole process.
+    """
+    if not file:
+        raise SyntaxError("the file is empty")
+    problem = f"it is none of {', '.join(formats)}"
+    for name in formats:
+        open_file, accepts = Image.OPEN[name]
+        if accepts is not None and accepts(file[:16]) is not True:
+            continue
+        try:
+            return open_file(io.BytesIO(file), "")
+        except (SyntaxError, IndexError, TypeError, struct.error) as error:
+            problem = f"a damaged {name} file: {error}"
+    raise SyntaxError(problem)
+
+
+def _refuse_unfit(image: ImageFile.ImageFile, name: str, max_pixels: int) -> None:
     if image.width * image.height > max_pixels:
         problem = f"{image.width} x {image.height} pixels, and max_pixels is {max_pixels}"
         remedy = "make it smaller, raise max_pixels if you trust it, or use on_bad_image=skip"
         raise BadImageError(name, problem, remedy)
-    if getattr(image, "n_frames", 1) > 1:
+    frames = getattr(image, "n_frames", 1)
+    if frames > 1 and image.format != "MPO":  # that is a JPEG with further pictures behind it
         remedy = "save the frame you want as an image of its own, or use on_bad_image=skip"
-        raise BadImageError(name, f"animated, with {image.n_frames} frames", remedy)  # type: ignore[attr-defined]
-    if image.mode == "CMYK":
+        what = f"{frames} pages" if image.format == "TIFF" else f"animated, with {frames} frames"
+        raise BadImageError(name, what, remedy)
+    if image.mode in ("CMYK", "LAB", "HSV"):
         remedy = "convert it to RGB with its colour profile, or use on_bad_image=skip"
-        raise BadImageError(name, "CMYK, which has no one way to RGB", remedy)
-    if image.mode not in GREY_MODES + COLOUR_MODES:
-        remedy = "convert it to 8 bits grey or RGB, or use on_bad_image=skip"
+        raise BadImageError(name, f"{image.mode}, which has no one way to RGB", remedy)
+    remedy = "convert it to 8 bits grey or RGB, or use on_bad_image=skip"
+    if image.mode not in GREY_MODES + COLOUR_MODES or _has_16_bits(image):
         raise BadImageError(name, f"more than 8 bits per channel (mode {image.mode})", remedy)
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        stored, kept = image.tag_v2.get(SAMPLES_PER_PIXEL, 1), len(image.getbands())
+        if stored > kept:
+            raise BadImageError(name, f"{stored} channels, of which {kept} would be left", remedy)
+        if {2, 3} & set(image.tag_v2.get(SAMPLE_FORMAT, (1,))):
+            raise BadImageError(name, "values that are not unsigned integers", remedy)
+
+
+def _has_16_bits(image: ImageFile.ImageFile) -> bool:
+    """Whether Pillow would cut 16 bits to 8: its mode of a colour image does not tell."""
+    arguments = image.tile[0].args if image.tile else ""
+    first, *rest = arguments if isinstance(arguments, list | tuple) else (arguments,)
+    largest_value = rest[0] if image.format == "PPM" and rest else 255
+    return ";16" in str(first) or largest_value > 255
+
+
+def _upright_and_opaque(image: ImageFile.ImageFile, channels: int) -> DecodedImage:
+    changes = [FIRST_ONLY] if image.format == "MPO" else []
+    profile = image.info.get("icc_profile") or b""
+    if profile and not any(name in profile for name in (b"sRGB", "sRGB".encode("utf-16-be"))):
+        changes.append(PROFILE)
+    grey = channels == 1 or (channels == 0 and image.mode in GREY_MODES)
+    upright: Image.Image = image
+    try:
+        turn = TURNS.get(image.getexif().get(ORIENTATION, 1))
+    except Exception:  # noqa: BLE001 - the pixels are sound; parsers of EXIF raise anything
+        turn = None
+        changes.append(BAD_EXIF)
+    if turn is not None:
+        upright = image.transpose(turn)
+        changes.append(TURNED)
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        upright = upright.convert("RGBA")
+        if upright.getchannel("A").getextrema() != (255, 255):
+            changes.append(ON_WHITE)
+        white = Image.new("RGBA", upright.size, "white")
+        upright = Image.alpha_composite(white, upright)
+    return DecodedImage(upright.convert("L" if grey else "RGB"), tuple(changes))
