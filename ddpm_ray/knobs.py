@@ -6,6 +6,7 @@ the checks and the rule that a run keeps its defining values for life all read f
 
 import copy
 import difflib
+import io
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -18,6 +19,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ddpm_ray.telling import NO_SECRET, has_secret, redacted, texts
+from ddpm_ray.yaml_text import read_scalar, require_shallow, type_at, with_texts
 
 T = TypeVar("T")
 UNREADABLE = OmegaConfBaseException, TypeError  # the latter for keys below one that is a list
@@ -77,8 +79,8 @@ def load(kind: type[Config], path: str | None, overrides: list[str]) -> Config:
     Raises ConfigError with one line for each bad key: its path, its value, the rule, and the
     nearest valid name.
     """
-    layers = [(path, _yaml(path))] if path else []
-    layers += [("command line", _override(text)) for text in overrides]
+    layers = [(path, _yaml(kind, path))] if path else []
+    layers += [("command line", _override(kind, text)) for text in overrides]
     layers = [*_filling(kind, layers), *layers]
     return _checked(kind, _defaults(kind), layers, path or "command line")
 
@@ -109,8 +111,16 @@ def _checked(
     set_by: dict[str, str] = {}
     wrong: dict[str, str] = {}  # one line for each key
     for where, layer in layers:
+        seen: set[str] = set()
         for key, value in _leaves(layer):
             set_by[key] = where
+            if key in seen:  # once in its group, once by its dotted name
+                wrong[key] = f"{where}: {key} is set twice; leave one of the two out"
+                continue
+            seen.add(key)
+            if any(number.bit_length() > 64 for number in _integers(value)):
+                wrong[key] = f"{where}: {key} holds a whole number that does not fit 64 bits"
+                continue
             if reason := _strange_reference(value):
                 wrong[key] = f"{where}: {key}={value!r}: {reason}"
                 continue
@@ -133,6 +143,17 @@ def _checked(
     if wrong:
         raise ConfigError("\n".join(map(redacted, wrong.values())))
     return config
+
+
+def _integers(value: Any) -> Iterator[int]:
+    """Those in a value of YAML: one with thousands of digits cannot even be shown."""
+    if isinstance(value, int):
+        yield value
+    elif isinstance(value, list):
+        for one in value:
+            yield from _integers(one)
+    elif isinstance(value, dict):
+        yield from _integers([*value.keys(), *value.values()])
 
 
 def _strange_reference(value: Any) -> str:
@@ -227,12 +248,14 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 24 else f"{text[:21]}..."
 
 
-def _yaml(path: str) -> dict[str, Any]:
+def _yaml(kind: type[Any], path: str) -> dict[str, Any]:
     if not Path(path).is_file():
         near = sorted(str(p) for p in Path(path).parent.glob("*.yaml"))
         raise ConfigError(f"{path}: no such file; here are: {', '.join(near) or 'no *.yaml'}")
     try:
-        values = OmegaConf.to_container(OmegaConf.load(path))
+        text = Path(path).read_text(encoding="utf-8")
+        require_shallow(text)
+        values = with_texts(kind, OmegaConf.to_container(OmegaConf.load(io.StringIO(text))), text)
     except Exception as error:  # the YAML reader's own errors name line and column
         raise ConfigError(redacted(f"{path}: {' '.join(str(error).split())}")) from error
     if not isinstance(values, dict):
@@ -250,19 +273,26 @@ def _filling(
         for _, layer in layers
         if item.metadata.get("fills") and layer.get(item.name)
     }
-    return [(str(file), {group: _yaml(str(file))}) for group, file in named.items()]
+    return [
+        (str(file), {group: _yaml(type_at(kind, group), str(file))})
+        for group, file in named.items()
+    ]
 
 
-def _override(text: str) -> dict[str, Any]:
+def _override(kind: type[Any], text: str) -> dict[str, Any]:
     key, equals, value = text.partition("=")
     if not equals:
         raise ConfigError(redacted(f"command line: {text!r} is not of the form key=value"))
+    if (typed := read_scalar(kind, key, value)) is not None:
+        return _nested(key, typed)
     try:  # `key=` empties a text; YAML would read null
-        values = OmegaConf.from_dotlist([f"{key}={value or repr('')}"])
+        require_shallow(value := value or repr(""))
+        read = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]))
+        return _nested(key, with_texts(type_at(kind, key), cast(Any, read)["value"], value))
     except Exception as error:  # the YAML reader's own errors
         reason = " ".join(str(error).split())
-        raise ConfigError(redacted(f"command line: {text}: {reason}")) from error
-    return cast(dict[str, Any], OmegaConf.to_container(values))
+        shown = text if len(text) <= 200 else f"{text[:197]}..."
+        raise ConfigError(redacted(f"command line: {shown}: {reason}")) from error
 
 
 def _leaves(layer: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

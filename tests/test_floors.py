@@ -24,6 +24,7 @@ FLOORS = {
     "ddpm_ray.generation": 2,
     "ddpm_ray.training": 3,
     "ddpm_ray.knobs": 4,
+    "ddpm_ray.yaml_text": 4,
     "ddpm_ray.config": 4,
     "ddpm_ray.diffusion_config": 4,
     "ddpm_ray.evaluation_config": 4,
@@ -57,6 +58,7 @@ DOORS = {  # outside package: where alone it may be imported
     "ray": ("ddpm_ray.cluster",),
     "sklearn": ("ddpm_ray.data.built_in_sets",),
     "omegaconf": ("ddpm_ray.knobs",),
+    "yaml": ("ddpm_ray.yaml_text",),
     "optuna": ("ddpm_ray.cluster.search",),
     "torchmetrics": (),  # their compiled halves tie us to one torch build
     "torchvision": (),

@@ -1,0 +1,110 @@
+"""Text values of a config keep the characters that were typed: 2026_11_28, 007, 1e3, on, 1.10.
+
+YAML reads each of these as a number or a truth value, and writes it back as another text. Which
+values are text is known from the dataclass alone, so they are taken from YAML's nodes.
+"""
+
+from collections.abc import Iterator
+from dataclasses import is_dataclass
+from functools import cache
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # as OmegaConf has it
+DEEPEST = 50
+NULLS = ("null", "Null", "NULL", "~")  # no text: quoted, it is one
+
+
+def read_scalar(kind: type[Any], key: str, typed: str) -> str | None:
+    """What was typed for a text `key` of the dataclass `kind` on a command line.
+
+    None where YAML has to read it: the key is no text, or the value is null, a quoted text, a list
+    or a mapping.
+    """
+    if not _is_text(type_at(kind, key)) or typed in NULLS or typed[:1] in tuple("'\"[{&*!|>%@`"):
+        return None
+    return typed
+
+
+def require_shallow(text: str) -> None:
+    """Raise ValueError where lists or mappings of YAML are nested deeper than any config's.
+
+    Beyond some 10,000 levels libyaml overflows the stack, which ends the process without a word.
+    """
+    depth = 0
+    for event in yaml.parse(text, Loader=LOADER):
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if depth > DEEPEST:
+            raise ValueError(f"lists or mappings are nested deeper than {DEEPEST} levels")
+
+
+def with_texts(kind: Any, value: Any, text: str) -> Any:
+    """`value`, which YAML reads from `text`, with every text of the type `kind` as it was typed."""
+    node = yaml.compose(text, Loader=LOADER)
+    return value if node is None else _kept(kind, value, node)
+
+
+def type_at(kind: Any, key: str) -> Any:
+    """The type of the dotted `key` of a dataclass; None where there is no such key."""
+    for name in key.split("."):
+        kind = _hints(kind).get(name) if isinstance(kind, type) and is_dataclass(kind) else None
+    return kind
+
+
+@cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
+def _kept(kind: Any, value: Any, node: yaml.Node) -> Any:
+    match node:
+        case yaml.ScalarNode(style=None | ""):  # plain: without quotes
+            return node.value if _was_changed(kind, value, node.value) else value
+        case yaml.MappingNode() if isinstance(value, dict):
+            nodes = dict(_pairs(node))
+            return {
+                key: _kept(_type_below(kind, key), inner, nodes[key]) if key in nodes else inner
+                for key, inner in value.items()
+            }
+        case yaml.SequenceNode() if isinstance(value, list):
+            item = next(iter(get_args(kind)), None) if get_origin(kind) in (tuple, list) else None
+            pairs = zip(value, node.value, strict=True)
+            return [_kept(item, inner, below) for inner, below in pairs]
+    return value
+
+
+def _pairs(node: yaml.MappingNode) -> Iterator[tuple[Any, yaml.Node]]:
+    """Keys and values; what a merge key (<<) brings comes first, so that the mapping's own wins."""
+    for key, value in node.value:
+        if key.tag == "tag:yaml.org,2002:merge":
+            several = value.value if isinstance(value, yaml.SequenceNode) else [value]
+            for one in reversed(several):
+                yield from _pairs(one)
+    for key, value in node.value:
+        if isinstance(key, yaml.ScalarNode):
+            yield key.value, value
+
+
+def _type_below(kind: Any, key: Any) -> Any:
+    if is_dataclass(kind):
+        return type_at(kind, str(key))
+    arguments = get_args(kind)
+    return arguments[1] if get_origin(kind) is dict and len(arguments) == 2 else None
+
+
+def _is_text(kind: Any) -> bool:
+    if get_origin(kind) is Literal:
+        return all(isinstance(choice, str) for choice in get_args(kind))
+    return kind is str
+
+
+def _was_changed(kind: Any, value: Any, typed: str) -> bool:
+    """Whether YAML made of a text something else; of `int | str`, plain digits are a number."""
+    if value is None or isinstance(value, str):
+        return False
+    if get_origin(kind) in (Union, UnionType) and str in get_args(kind):
+        return isinstance(value, bool) or not isinstance(value, int) or str(value) != typed
+    return _is_text(kind)
