@@ -1,6 +1,7 @@
 """From what a run left behind, or another library, to a model that samples."""
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -102,15 +103,20 @@ def write_diffusers(model: TrainedModel, sampling: SamplingConfig, folder: Path)
     interchange.write_folder(folder, form, tensors, facts)
 
 
-def _checkpoint(url: str, ema: str) -> tuple[str, Snapshot]:
-    """URL and content of the checkpoint that `url` names, or the newest that is found there."""
+def _checkpoint(url: str, *groups: str) -> tuple[str, Snapshot]:
+    """URL, facts and these groups of the checkpoint that `url` names, or the newest found there."""
+    where, snapshot = _newest(url, groups)
+    if missing := [group for group in groups if group not in snapshot.tensors]:
+        known = ", ".join(name for name in checkpoints.group_names(where) if "ema" in name)
+        raise CheckpointError(where, f"it has no average {missing[0]!r}", f"it has {known}")
+    return where, snapshot
+
+
+def _newest(url: str, groups: Sequence[str]) -> tuple[str, Snapshot]:
     if storage.exists(storage.join(url, checkpoints.MANIFEST)):
-        return url, checkpoints.read(url, groups=(ema,))
+        return url, checkpoints.read(url, groups=groups)
     for candidate in (url, storage.join(url, checkpoints.CHECKPOINTS)):
-        if found := checkpoints.CheckpointStore(candidate).load():
-            if ema not in found[1].tensors:
-                known = ", ".join(sorted(name for name in found[1].tensors if "ema" in name))
-                raise CheckpointError(found[0], f"it has no average {ema!r}", f"it has {known}")
+        if found := checkpoints.CheckpointStore(candidate).load(groups):
             return found
     remedy = "name a run's folder, its checkpoints folder, or one checkpoint in it"
     raise CheckpointError(url, "there is no committed checkpoint here", remedy)

@@ -11,6 +11,7 @@ from torch import nn
 
 from ddpm_ray import build, build_diffusion, build_trained
 from ddpm_ray.config import RunConfig
+from ddpm_ray.data import storage
 from ddpm_ray.diffusion_config import SamplingConfig
 from ddpm_ray.generation.trained_model import TrainedModel
 from ddpm_ray.knobs import ConfigError, load, to_dict
@@ -116,6 +117,26 @@ def test_a_classifier_and_a_model_are_not_taken_for_each_other(tmp_path: Path) -
     )
     assert logits.shape == (2, 3)
     assert build_trained.trained_model(unet).sample(2, steps=2).dtype == np.uint8
+
+
+@pytest.mark.parametrize("below", ["", "checkpoints", "checkpoints/step-00000000-*"])
+def test_a_folder_is_loaded_by_reading_the_bytes_of_its_average_alone(
+    below: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a run, its checkpoints, or one: model, EMA and optimiser are four times as many."""
+    run = Path(committed(configured("model.base_channels=32"), tmp_path / "run"))
+    (folder,) = run.glob(below) if below else [run]
+    (average,) = run.rglob("ema.safetensors")
+    read: list[int] = []
+    read_bytes = storage.read_bytes
+
+    def counted(url: str, *rest: object) -> bytes:
+        read.append(len(data := read_bytes(url, *rest)))
+        return data
+
+    monkeypatch.setattr(storage, "read_bytes", counted)
+    assert build_trained.trained_model(str(folder)).sample(2, steps=2).dtype == np.uint8
+    assert 1 <= sum(read) / average.stat().st_size <= 1.05
 
 
 def test_an_average_that_is_not_there_is_told_with_those_that_are(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ class KeptAverages:
     @classmethod
     def of(cls, run: str) -> "KeptAverages":
         """Those of the run in the folder `run`; raises CheckpointError where it kept none."""
-        found = CheckpointStore(storage.join(run, CHECKPOINTS)).load()
+        found = CheckpointStore(storage.join(run, CHECKPOINTS)).load(groups=())
         facts = found[1].facts if found else {}
         if not facts.get("kept_at"):
             remedy = (

@@ -139,9 +139,10 @@ class CheckpointStore:
                 self._delete(old)
         return where
 
-    def load(self) -> tuple[str, Snapshot] | None:
+    def load(self, groups: Sequence[str] | None = None) -> tuple[str, Snapshot] | None:
         """The newest checkpoint that verifies and its folder's URL; None where none was committed.
 
+        Of its tensors all are read, or these `groups` alone; one that it lacks is left out.
         Falls back, with a warning, past damaged ones. Raises CheckpointError if all are: to start
         a month's run again from nothing in silence would be worse; and StorageError in an outage.
         """
@@ -150,8 +151,9 @@ class CheckpointStore:
         for reference in references:
             where = storage.join(self.url, reference.folder)
             try:
-                found = where, read(where, reference.manifest_sha256)
-                self._verified = reference
+                found = where, read(where, reference.manifest_sha256, groups)
+                if groups is None:
+                    self._verified = reference
                 return found
             except (CheckpointError, StorageError) as error:
                 if isinstance(error, StorageError) and self._is_whole(reference):
@@ -206,11 +208,14 @@ class CheckpointStore:
             log.warning("old checkpoint stays: %s", error)
 
 
-def read(url: str, manifest_sha256: str | None = None, groups: Sequence[str] = ()) -> Snapshot:
+def read(
+    url: str, manifest_sha256: str | None = None, groups: Sequence[str] | None = None
+) -> Snapshot:
     """The checkpoint in the folder `url`, every byte that is read verified; raises CheckpointError.
 
     Without `manifest_sha256` (a folder that a person named) the manifest vouches for itself. All
-    groups of tensors are read, or those named: to sample, `groups=("ema",)` is enough.
+    groups of tensors are read, or those named that it has: to sample, `groups=("ema",)` is enough,
+    and `groups=()` reads the facts alone.
     """
     try:
         where = storage.join(url, MANIFEST)
@@ -221,7 +226,8 @@ def read(url: str, manifest_sha256: str | None = None, groups: Sequence[str] = (
         raise _damaged(url, MANIFEST, "its sha256 is not the pointer's") from None
     try:
         expected: dict[str, dict[str, Any]] = json.loads(manifest)
-        groups = groups or sorted({*GROUPS, *_groups(expected)})
+        held = sorted({*GROUPS, *_groups(expected)})
+        groups = held if groups is None else [group for group in groups if group in held]
         files = {name: _verified(url, name, expected[name]) for name in file_names(groups)}
         tensors = {group: safetensors.load(files[f"{group}{TENSORS}"]) for group in groups}
         return Snapshot(tensors, json.loads(files[STATE]))
@@ -250,6 +256,11 @@ def file_names(groups: Sequence[str] = GROUPS) -> list[str]:
 def _groups(names: Iterable[str]) -> Iterator[str]:
     """Of the files that a manifest names, as far as they lie in its own folder."""
     return (match[1] for match in map(TENSOR_FILE.fullmatch, names) if match)
+
+
+def group_names(url: str) -> list[str]:
+    """The groups of tensors in the checkpoint folder `url`, as its manifest names them."""
+    return sorted(_groups(json.loads(storage.read_bytes(storage.join(url, MANIFEST)))))
 
 
 def weights_sha256(url: str, group: str = "ema") -> str:
