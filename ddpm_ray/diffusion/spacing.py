@@ -48,7 +48,8 @@ def log_snr_steps(schedule: NoiseSchedule, count: int, first: int | None = None)
     """
     num_steps = first or schedule.num_steps
     _require_count(num_steps, count)
-    table = schedule.log_snr(torch.arange(1, num_steps + 1)).clamp(min=-20)  # falls
+    # On the CPU, wherever the schedule is: a rounding there must not choose another step.
+    table = schedule.to("cpu").log_snr(torch.arange(1, num_steps + 1)).clamp(min=-20)  # falls
     wanted = torch.linspace(float(table[0]), float(table[-1]), count, dtype=torch.float64)
     nearest = (table[:, None] - wanted).abs().argmin(0).add(1).tolist()
     rising = [0]

@@ -1,0 +1,111 @@
+"""The cases on fake CUDA tensors, and where a training step waits for its device, as JSON.
+
+    python -m benchmarks.gpu.on_fake_cuda [--only score] [--write-golden]
+
+`--write-golden` writes tests/golden/step_syncs.json: do so where a change is meant to add or remove
+a wait, and say in the commit why.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu import fake_library
+
+GOLDEN = Path(__file__).parents[2] / "tests/golden/step_syncs.json"
+SETTINGS = {  # of the objective or the training, whose steps wait in ways of their own
+    "plain": [],
+    "dropout and labels": ["model.dropout=0.1", "model.num_classes=4"],
+    "elastic": ["training.reduction=elastic", "training.reduction_slots=2"],
+    "log_normal": ["objective.timesteps=log_normal"],
+    "second_moment": [
+        "objective.timesteps=second_moment", "objective.variance=learned", "objective.loss=vlb",
+    ],
+}  # fmt: skip
+
+
+def found(only: str = "", limit_s: float = 600) -> dict[str, Any]:
+    """What this module prints, from a process of its own: {"cases": ..., "syncs": ...}.
+
+    A case is None where it works, else its error and place. Raises NoCompilerError.
+    """
+    command = [sys.executable, "-m", __spec__.name, "--only", only]
+    done = subprocess.run(
+        command, env=fake_library.environment(), cwd=Path(__file__).parents[2], text=True,
+        stdout=subprocess.PIPE, timeout=limit_s, check=True,
+    )  # fmt: skip
+    report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return report
+
+
+def outcomes(only: str) -> dict[str, str | None]:
+    """Of each case: None, or its error and place."""
+    from benchmarks.gpu.cases import cases
+    from benchmarks.gpu.fake_cuda import fake_cuda
+
+    told: dict[str, str | None] = {}
+    for name, case in cases().items():
+        if only in name:
+            with fake_cuda() as device:
+                told[name] = outcome(lambda: case(device))  # noqa: B023  # called here
+    return told
+
+
+def outcome(action: Callable[[], None]) -> str | None:
+    """None, or the error of `action` and the two innermost places in ddpm_ray on its way."""
+    try:
+        action()
+    except Exception as error:  # noqa: BLE001  # whatever it is, the other cases are still wanted
+        frames = traceback.extract_tb(error.__traceback__)
+        places = [
+            f"{frame.filename.rpartition('/ddpm_ray/')[2]} {frame.name}"
+            for frame in reversed(frames)
+            if "/ddpm_ray/" in frame.filename and frame.filename.endswith(".py")
+        ]
+        return f"{type(error).__name__}: {error} (in {' < '.join(places[:3]) or 'the case'})"
+    return None
+
+
+def syncs() -> dict[str, list[str]]:
+    """By setting, one line for each place where the second step and its device wait."""
+    from benchmarks.gpu.fake_cuda import SYNCS, fake_cuda
+    from benchmarks.gpu.tiny import config_of, run_of
+    from ddpm_ray.training.loop import take_step
+
+    told = {}
+    for name, keys in SETTINGS.items():
+        with fake_cuda() as device:
+            run = run_of(config_of(keys), device)
+            take_step(run)
+            SYNCS.clear()
+            take_step(run)
+        told[name] = [
+            f"{count} x {sync.kind}: {sync.module} {sync.function}: {sync.line}"
+            for sync, count in sorted(SYNCS.counts.items())
+        ]
+    return told
+
+
+def main() -> None:
+    """Print one line of JSON; anew, where this process was not prepared for it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", default="", help="part of the names of the cases to run")
+    parser.add_argument("--write-golden", action="store_true")
+    arguments = parser.parse_args()
+    library = str(fake_library.library())
+    if library not in os.environ.get(fake_library.PRELOADED, ""):
+        os.execve(sys.executable, sys.orig_argv, fake_library.environment())
+    if arguments.write_golden:
+        GOLDEN.write_text(json.dumps(syncs(), indent=1) + "\n")
+        return
+    print(json.dumps({"cases": outcomes(arguments.only), "syncs": syncs()}))
+
+
+if __name__ == "__main__":
+    main()

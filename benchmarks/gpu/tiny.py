@@ -1,0 +1,150 @@
+"""Runs small enough to be taken a hundred times, without a driver: no Ray, no MLflow, no disk.
+
+Networks of some thousand weights for images of 8 x 8 x 3, and what a run needs beside them.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ddpm_ray import build, build_diffusion
+from ddpm_ray.config import RunConfig
+from ddpm_ray.data import shards
+from ddpm_ray.data.shards import Dataset, Recipe, ShardRow
+from ddpm_ray.generation.denoiser import Denoiser
+from ddpm_ray.knobs import load, to_dict
+from ddpm_ray.training.checkpoints import CheckpointStore, CheckpointWriter
+from ddpm_ray.training.divergence import Guard
+from ddpm_ray.training.loop import Run
+from ddpm_ray.training.reporting import Progress, Row, Wish
+from ddpm_ray.training.state import TrainingState
+from ddpm_ray.training.step_log import StepLog
+from ddpm_ray.training.workers import Workers
+
+SIDE, BATCH = 8, 8
+SHAPE = (3, SIDE, SIDE)
+TINY = [
+    "name=case", "data.url=none", "data.flip=true", "model.base_channels=8", "model.groups=4",
+    "model.channel_mults=[1,2]", "model.blocks_per_level=1", "model.attention_resolutions=[4]",
+    f"training.global_batch_size={BATCH}", "training.steps=2", "schedule.num_steps=10",
+    "sampling.steps=4",
+]  # fmt: skip
+
+
+class Images(NamedTuple):
+    """A batch on the host, as the data's reader gives it."""
+
+    images: Tensor  # uint8 [b, H, W, C]
+    labels: Tensor  # int64 [b]
+
+
+@dataclass
+class SameImages:
+    """An image stream of one batch, for ever."""
+
+    count: int = BATCH
+    side: int = SIDE
+    waited_s: float = 0.0
+
+    def batch(self, step: int) -> Images:
+        return Images(pixels(self.count, self.side), torch.arange(self.count) % 4)
+
+    def keys(self, step: int) -> list[str]:
+        return [f"image {i}" for i in range(self.count)]
+
+    def close(self) -> None: ...
+
+
+@dataclass
+class Notes:
+    """A sink that keeps rows and forgets the rest."""
+
+    taken: list[Row] = field(default_factory=list)
+
+    def rows(self, rows: list[Row]) -> None:
+        self.taken.extend(rows)
+
+    def image(self, key: str, step: int, image: Any) -> None: ...
+
+    def document(self, path: str, content: dict[str, Any]) -> None: ...
+
+    def unsent(self) -> list[Row]:
+        return []
+
+    def close(self, patience_s: float) -> bool:
+        return True
+
+
+def pixels(count: int, side: int = SIDE) -> Tensor:
+    """Noise, uint8 [count, side, side, 3]: the same at each call."""
+    return torch.from_numpy(
+        np.random.default_rng(0).integers(0, 256, (count, side, side, 3), dtype=np.uint8)
+    )
+
+
+def config_of(keys: list[str]) -> RunConfig:
+    """A run of a tiny network, and `keys`."""
+    return load(RunConfig, None, [*TINY, *keys])
+
+
+def run_of(
+    config: RunConfig, device: torch.device, side: int = SIDE, url: str = "memory://none"
+) -> Run:
+    """One worker's run without a driver; its checkpoints lie below `url`."""
+    workers, count = Workers(0, 1, device), config.training.global_batch_size
+    facts = {"config": to_dict(config), "image_shape": [side, side, 3]}
+    state = build.training_state(config, (side, side, 3), device, facts)
+    nothing: Callable[[int], None] = lambda step: None  # noqa: E731
+    return Run(
+        plan=build.plan(config, 1),
+        state=state,
+        network=torch.compile(state.model) if config.training.compile else state.model,  # type: ignore[arg-type]
+        objective=build_diffusion.objective(config, state, device),
+        guard=Guard.of(config.training.on_divergence, config.training.spike_factor),
+        stream=SameImages(count, side),
+        workers=workers,
+        log=StepLog(workers, config.training.log_every_steps),
+        checkpoints=CheckpointWriter(CheckpointStore(url)),
+        sink=Notes(),
+        show_progress=_watch,
+        draw_grid=nothing,
+        draw_strip=nothing,
+        evaluate=nothing,
+        probe=nothing,
+    )
+
+
+def denoiser_of(config: RunConfig, device: torch.device) -> tuple[TrainingState, Denoiser]:
+    """A state and its averaged weights, ready to sample: random ones, none of them 0."""
+    state = build.training_state(config, (SIDE, SIDE, 3), device, {})
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in state.ema.model.parameters():
+            parameter.add_((0.02 * torch.randn(parameter.shape, generator=generator)).to(device))
+    return state, build_diffusion.denoiser(config, state.ema.model, device)
+
+
+def packed(folder: str) -> Dataset:
+    """24 images in two shards below `folder`."""
+    images, rows = pixels(24).numpy(), []
+    for number in range(2):
+        part, name = images[12 * number : 12 * (number + 1)], shards.shard_name(number)
+        data = shards.shard_bytes(part, [i % 4 for i in range(12)], [str(i) for i in range(12)])
+        Path(folder, name).write_bytes(data)
+        sums = shards.pixel_sums(part)
+        rows.append(ShardRow(name, 12, len(data), sha256(data).hexdigest(), *sums))
+    recipe = Recipe(
+        image_shape=(SIDE, SIDE, 3), encoding="raw", resize="none", label_names=(),
+        source_sha256="",
+    )  # fmt: skip
+    return shards.write_index(folder, recipe, rows)
+
+
+def _watch(progress: Progress) -> Wish:
+    return Wish.NOTHING
