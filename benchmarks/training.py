@@ -29,7 +29,7 @@ from ddpm_ray.cluster import group, tracking
 from ddpm_ray.cluster.worker import assemble, place
 from ddpm_ray.config import ClusterConfig, RunConfig
 from ddpm_ray.data import packer
-from ddpm_ray.data.packer import PackOptions
+from ddpm_ray.data.pack_options import PackOptions
 from ddpm_ray.knobs import from_dict, load, to_dict
 from ddpm_ray.seeding import Purpose, normal, uniform_int
 from ddpm_ray.training.lease import Lease

@@ -14,27 +14,18 @@ from typing import Any
 
 from ddpm_ray.command_line import ProgressLine, home_folder, main
 from ddpm_ray.job_config import PackConfig
-from ddpm_ray.telling import told
 
 
 def pack(config: PackConfig, arguments: Namespace) -> dict[str, Any]:
-    """What the data set is, and the images that were left out."""
+    """What the data set is, and what became of every file of its source."""
     from ddpm_ray.cluster import packing  # heavy: after the config is checked
-    from ddpm_ray.data import storage
+    from ddpm_ray.data import pack_report, storage
 
     destination = storage.absolute(arguments.destination, home_folder())
     packed = packing.pack(arguments.source, destination, config, ProgressLine("shards"))
-    for line in packed.skipped:
-        print(f"skipped: {told(line)}", file=sys.stderr)
-    manifest = packed.dataset.manifest
-    return {
-        "destination": packed.dataset.url,
-        "samples": manifest.samples,
-        "shards": len(packed.dataset.counts),
-        "image_shape": list(manifest.image_shape),
-        "skipped": len(packed.skipped),
-        "fingerprint": packed.dataset.fingerprint,
-    }
+    for line in pack_report.lines(*packed):
+        print(line, file=sys.stderr)
+    return pack_report.summary(*packed)
 
 
 if __name__ == "__main__":

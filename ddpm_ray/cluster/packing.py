@@ -10,8 +10,10 @@ from typing import NamedTuple
 import ray
 
 from ddpm_ray.cluster import group
-from ddpm_ray.data import packer
-from ddpm_ray.data.packer import Packed, PackOptions, Plan
+from ddpm_ray.data import pack_report, packer
+from ddpm_ray.data.pack_options import PackOptions
+from ddpm_ray.data.pack_report import PackReport
+from ddpm_ray.data.packer import Packed, Plan
 from ddpm_ray.data.shards import Dataset
 from ddpm_ray.job_config import PackConfig
 
@@ -19,10 +21,10 @@ Progress = Callable[[int, int], None]  # shards done, shards in all
 
 
 class PackResult(NamedTuple):
-    """A whole data set, and a line for each image that was left out of it."""
+    """A whole data set, and what became of its source; None: packed by an earlier version."""
 
     dataset: Dataset
-    skipped: tuple[str, ...]
+    report: PackReport | None
 
 
 def pack(
@@ -36,14 +38,18 @@ def pack(
     """
     plan = packer.plan(source, destination, _options(config))
     if (dataset := packer.finished(plan)) is not None:
-        return PackResult(dataset, ())
+        return _result_of(dataset)
     done: list[Packed] = []
     for shard in _here(plan) if plan.shards == 1 else _on_ray(plan, config):
         done.append(shard)
         if on_progress is not None:
             on_progress(len(done), plan.shards)
-    skipped = tuple(line for shard in sorted(done) for line in shard.skipped)
-    return PackResult(packer.finish(plan, done), skipped)
+    return _result_of(packer.finish(plan, done))
+
+
+def _result_of(dataset: Dataset) -> PackResult:
+    record = pack_report.read(dataset)
+    return PackResult(dataset, record.report if record else None)
 
 
 def _options(config: PackConfig) -> PackOptions:
@@ -56,6 +62,8 @@ def _options(config: PackConfig) -> PackOptions:
         split=config.split,
         url=config.url,
         sha256=tuple(filter(None, config.sha256.replace(" ", "").split(","))),
+        image_key=config.image_key,
+        label_key=config.label_key,
         on_bad_image=config.on_bad_image,
         max_pixels=config.max_pixels,
         max_file_bytes=config.max_file_bytes,

@@ -24,7 +24,7 @@ from ddpm_ray.cluster.tracked_run import RunCard, TrackedRun
 from ddpm_ray.cluster.trained import tracking_place
 from ddpm_ray.cluster.worker import train_worker
 from ddpm_ray.config import RunConfig
-from ddpm_ray.data import sealed, storage
+from ddpm_ray.data import built_in_sets, sealed, storage
 from ddpm_ray.data.shards import MANIFEST, Dataset, open_dataset
 from ddpm_ray.job_config import PackConfig
 from ddpm_ray.knobs import ConfigError, flat, to_dict, to_yaml
@@ -172,10 +172,20 @@ def located(config: RunConfig, home: Path) -> RunConfig:
 
 
 def packed_data(config: RunConfig) -> Dataset:
-    """The data set at data.url; a built-in data.source is packed there where there is none yet."""
-    if config.data.source and not storage.exists(storage.join(config.data.url, MANIFEST)):
-        pack(config.data.source, config.data.url, PackConfig())
-    return open_dataset(config.data.url)
+    """The data set at data.url; a built-in data.source is packed there where there is none yet.
+
+    Raises ConfigError where another set is there than data.source.
+    """
+    source, url = config.data.source, config.data.url
+    if source and not storage.exists(storage.join(url, MANIFEST)):
+        pack(source, url, PackConfig())
+    dataset = open_dataset(url)
+    if source and dataset.manifest.source_sha256 != built_in_sets.SOURCE_SHA256[source]:
+        raise ConfigError(
+            f"data.source is {source!r}, and another data set is in data.url {url!r}; set "
+            f"data.source= to train on that one, or choose another data.url"
+        )
+    return dataset
 
 
 def check_model(config: RunConfig, dataset: Dataset) -> None:

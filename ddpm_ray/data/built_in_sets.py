@@ -54,6 +54,9 @@ SHA256 = {  # of the images and the labels; of the archive
     ("cifar10", "train"): ("c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",),
     ("cifar10", "test"): ("c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",),
 }
+SOURCE_SHA256 = {  # of the sets that training packs by itself: what their manifests name
+    "digits": "d738977514bfa44bb4552aca2d07d68da3a0530c35aafa4b46d71f4df18824f0",
+}
 FASHION_LABELS = (
     "t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot",
 )  # fmt: skip

@@ -17,7 +17,7 @@ import uuid
 from collections.abc import Callable
 from functools import partial, wraps
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import fsspec
 
@@ -38,6 +38,13 @@ class StorageError(RuntimeError):
     def __str__(self) -> str:
         url, reason, remedy = self.args
         return told(f"{url}: {reason}; {remedy}")
+
+
+class ObjectState(NamedTuple):
+    """What a store says of an object."""
+
+    size: int  # in bytes
+    version: str  # its ETag or the time of its last write; empty where the store tells neither
 
 
 def be_patient(seconds: float) -> None:
@@ -160,6 +167,31 @@ def modified_s(url: str) -> float:
 
 
 @_reliably
+def state(url: str) -> ObjectState:
+    """Size and version of one object. Raises StorageError."""
+    if is_local(url):
+        status = local_path(url).stat()
+        return ObjectState(status.st_size, str(status.st_mtime_ns))
+    filesystem, path = _filesystem(url)
+    return _state(filesystem.info(path))
+
+
+@_reliably
+def states(url: str) -> dict[str, ObjectState]:
+    """Size and version of every object below a remote `url`, hidden ones too, by relative name.
+
+    Raises StorageError where there is nothing. (A local folder: data/source_files.py.)
+    """
+    filesystem, path = _filesystem(url)
+    prefix = path.rstrip("/") + "/"
+    found = filesystem.find(path, detail=True)
+    if not found:
+        raise FileNotFoundError(errno.ENOENT, "nothing there")
+    names = {name.removeprefix(prefix): info for name, info in found.items()}
+    return {name: _state(names[name]) for name in sorted(names) if not name.endswith("/")}
+
+
+@_reliably
 def exists(url: str) -> bool:
     """True if there is an object or a folder at `url`. Raises StorageError if nobody can say."""
     if is_local(url):
@@ -243,6 +275,12 @@ def list_files(url: str) -> dict[str, int]:
         sizes = {name.removeprefix(prefix): info["size"] for name, info in found.items()}
     shown = (n for n in sorted(sizes) if not any(part.startswith(".") for part in n.split("/")))
     return {name: sizes[name] for name in shown}
+
+
+def _state(info: dict[str, Any]) -> ObjectState:
+    keys = ("ETag", "etag", "mtime", "LastModified", "last_modified", "updated", "created")
+    version = next((str(info[key]) for key in keys if info.get(key)), "")
+    return ObjectState(int(info["size"] or 0), version)
 
 
 def _filesystem(url: str) -> tuple[Any, str]:

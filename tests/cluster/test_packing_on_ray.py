@@ -11,7 +11,7 @@ from PIL import Image
 from ddpm_ray.cluster.packing import pack
 from ddpm_ray.data import packer
 from ddpm_ray.data.image_files import BadImageError
-from ddpm_ray.data.packer import PackOptions
+from ddpm_ray.data.pack_options import PackOptions
 from ddpm_ray.job_config import PackConfig
 
 SHARD_BYTES = 2 << 20  # 32 of the pictures below
@@ -42,7 +42,8 @@ def test_tasks_write_what_one_process_writes(cluster: None, pictures: Path, tmp_
     plan = packer.plan(str(pictures), str(tmp_path / "here"), PackOptions(shard_bytes=SHARD_BYTES))
     here = packer.finish(plan, [packer.pack_shard(plan, n) for n in range(plan.shards)])
     assert done == [(1, 4), (2, 4), (3, 4), (4, 4)]
-    assert (result.skipped, result.dataset.fingerprint) == ((), here.fingerprint)
+    assert result.report is not None
+    assert (result.report.skipped, result.dataset.fingerprint) == (0, here.fingerprint)
     assert (
         pack(str(pictures), str(tmp_path / "ray"), config).dataset.fingerprint == here.fingerprint
     )
@@ -54,7 +55,9 @@ def test_tasks_write_what_one_process_writes(cluster: None, pictures: Path, tmp_
     skip = PackConfig(shard_bytes=SHARD_BYTES, num_workers=2, on_bad_image="skip")
     result = pack(str(pictures), str(tmp_path / "skips"), skip)
     assert result.dataset.manifest.samples == 99
-    assert len(result.skipped) == 1
+    assert result.report is not None
+    assert result.report.skipped == 1
+    assert pack(str(pictures), str(tmp_path / "skips"), skip) == result  # also told when found
 
 
 def test_one_shard_needs_no_ray(tmp_path: Path) -> None:

@@ -5,7 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from ddpm_ray.cluster.training_run import git_commit
+from ddpm_ray.cluster.training_run import git_commit, packed_data
+from ddpm_ray.config import RunConfig
+from ddpm_ray.knobs import ConfigError, load
+from tests.noise import pack_noise
 
 
 def git(folder: Path, *arguments: str) -> str:
@@ -32,3 +35,19 @@ def test_the_commit_is_named_and_whether_files_differ(
     assert git_commit(tmp_path) == commit
     (tmp_path / "file").write_text("b")
     assert git_commit(tmp_path) == f"{commit}-dirty"
+
+
+def test_a_built_in_set_is_packed_once_and_another_set_is_not_taken_for_it(tmp_path: Path) -> None:
+    """Commit c58b265 trained on whatever lay in data.url."""
+
+    def config(folder: str, source: str) -> RunConfig:
+        url = tmp_path / folder
+        return load(RunConfig, None, ["name=a", f"data.url={url}", f"data.source={source}"])
+
+    packed = packed_data(config("digits", "digits"))
+    assert packed.manifest.samples == 1797
+    assert packed_data(config("digits", "digits")).fingerprint == packed.fingerprint
+    pack_noise(str(tmp_path / "noise"), images=9, side=4)
+    with pytest.raises(ConfigError, match=r"data.source is 'digits', and another data set is in"):
+        packed_data(config("noise", "digits"))
+    assert packed_data(config("noise", "")).manifest.samples == 9

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ddpm_ray.data import packer, shards
-from ddpm_ray.data.packer import PackOptions
+from ddpm_ray.data.pack_options import PackOptions
 from ddpm_ray.data.shards import Dataset
 from ddpm_ray.data.sources import ArraySource
 

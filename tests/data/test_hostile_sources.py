@@ -12,7 +12,7 @@ from PIL import Image
 
 from ddpm_ray.data import packer
 from ddpm_ray.data.image_files import FORMATS, SUFFIXES, BadImageError, open_image
-from ddpm_ray.data.packer import PackOptions
+from ddpm_ray.data.pack_options import PackOptions
 from ddpm_ray.data.shards import DatasetError, fetch_shard
 from ddpm_ray.data.sources import open_source
 from tests.data.test_image_files import bomb, saved
@@ -105,7 +105,7 @@ def test_a_file_that_is_too_large_is_not_read(
 
 def test_one_inside_a_tar_is_not_decoded(tar: Callable[..., Path]) -> None:
     path = tar({"a.png": bytes(2**21), "b.png": png(1)})
-    source = open_source(str(path), max_file_bytes=2**20)
+    source = open_source(str(path), PackOptions(max_file_bytes=2**20))
     assert [sample.image is None for sample in source.read(range(2))] == [True, False]
 
 
@@ -121,7 +121,7 @@ def test_names_are_no_paths_and_are_spelt_out(tar: Callable[..., Path], tmp_path
     made = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")} - set(map(str, before))
     assert made == {
         "tars", "tars/a.tar", "set", "set/index.arrow", "set/manifest.json",
-        "set/shard-00000.arrow",
+        "set/packing.json", "set/shard-00000.arrow",
     }  # fmt: skip
     (line,) = packed.skipped
     assert line.isprintable()
@@ -182,17 +182,20 @@ def test_a_sparse_member_is_left_alone(tmp_path: Path, tar: Callable[..., Path])
 @pytest.mark.parametrize(
     "name, content, problem",
     [
-        ("a.cls", b"999999999999", r"label 999999999999 is not below 1048576"),
-        ("a.cls", b"9" * 5000, "Exceeds the limit"),
-        ("a.json", b"[" * 200_000, "maximum recursion depth exceeded"),
-        ("a.json", b'{"label": 4294967296}', "label 4294967296 is not below"),
+        ("a.cls", b"999999999999", r"a.cls: label 999999999999 is not below 1048576"),
+        ("a.cls", b"9" * 5000, "a.cls holds '9{40}', which is no label"),
+        ("a.json", b"[" * 200_000, r"a.json is no JSON \(maximum recursion depth exceeded"),
+        ("a.json", b'{"label": 4294967296}', "a.json: label 4294967296 is not below"),
+        ("a.json", b'{"label": "' + b"x" * 5000 + b'"}', "the label in a.json has 5000 char"),
+        ("a.json", b" " * 2**20 + b'{"label": 1}', "a.json has more than 1048576 bytes"),
     ],
+    ids=["large", "endless", "deep", "above", "long", "late"],
 )
 def test_a_label_costs_no_more_than_it_says(
     name: str, content: bytes, problem: str, tar: Callable[..., Path]
 ) -> None:
     path = tar({"a.png": png(1), name: content})
-    with pytest.raises(DatasetError, match=rf"a.tar: not a readable tar \({problem}"):
+    with pytest.raises(DatasetError, match=rf"a.tar: .*{problem}"):
         open_source(str(path))
 
 

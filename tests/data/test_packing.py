@@ -1,7 +1,11 @@
 """From a source to a whole data set: same bytes from any tasks, resumable, never half."""
 
+import dataclasses
 import errno
+import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from unittest import mock
 
@@ -9,9 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm_ray.data import packer, storage
+from ddpm_ray.data import pack_report, packer, sealed, storage
 from ddpm_ray.data.image_files import BadImageError
-from ddpm_ray.data.packer import PackOptions
+from ddpm_ray.data.pack_options import PackOptions
+from ddpm_ray.data.pack_report import PackReport
+from ddpm_ray.data.samples import NamedGroup
 from ddpm_ray.data.shards import Dataset, DatasetError, fetch_shard, open_dataset
 from ddpm_ray.data.storage import StorageError
 from ddpm_ray.data.stream import read_images
@@ -44,6 +50,7 @@ def test_the_digits_are_one_shard_with_known_pixels(tmp_path: Path) -> None:
     assert sorted(files(tmp_path / "digits")) == [
         "index.arrow",
         "manifest.json",
+        "packing.json",
         "shard-00000.arrow",
     ]
     assert not (tmp_path / "digits/parts").exists()
@@ -72,7 +79,6 @@ def test_a_killed_packer_goes_on_where_it_was(pictures: Path, tmp_path: Path) ->
         done = [packer.pack_shard(again, n) for n in range(again.shards)]
         written = sorted(Path(call.args[0]).name for call in write.call_args_list)
     missing = [f"shard-0000{n}.arrow" for n in (1, 3)]
-    missing = [f"shard-0000{n}.arrow" for n in (1, 3)]
     assert written == sorted([*missing, *(f"{name}.json" for name in missing)])
     assert packer.finish(again, done).fingerprint == whole.fingerprint
     assert files(tmp_path / "set") == files(tmp_path / "whole")
@@ -94,7 +100,9 @@ def test_a_finished_set_is_found_and_another_is_not_overwritten(
     found = packer.finished(packer.plan(str(pictures), dataset.url, PackOptions()))
     assert found is not None
     assert found.fingerprint == dataset.fingerprint
-    with pytest.raises(DatasetError, match="another data set is here already; remove it, or"):
+    with pytest.raises(
+        DatasetError, match=r"here already \(image_shape, label_names, .* differ\); remove it, or"
+    ):
         packer.finished(packer.plan("digits", dataset.url, PackOptions()))
     assert files(tmp_path / "set") == before
 
@@ -187,3 +195,180 @@ def test_real_emoji_keep_their_shape_on_white(assets: Path, tmp_path: Path) -> N
     assert batch.images.shape == (5, 64, 64, 3)
     assert (batch.images[:, 0, 0] == 255).all()
     assert batch.labels.tolist() == [-1] * 5
+
+
+def test_colours_are_not_lost_because_the_first_image_is_grey(
+    pictures: Path, tmp_path: Path
+) -> None:
+    Image.new("L", (12, 9), 100).save(pictures / "even/0.png")
+    message = r"even/2.png: it has colours, and the first image is grey; give channels=3 to keep"
+    for policy in ("stop", "skip"):
+        with pytest.raises(DatasetError, match=message):
+            pack(str(pictures), tmp_path / "set", on_bad_image=policy)
+    assert pack(str(pictures), tmp_path / "rgb", channels=3).manifest.image_shape == (9, 12, 3)
+    assert pack(str(pictures), tmp_path / "grey", channels=1).manifest.image_shape == (9, 12, 1)
+
+
+def test_grey_pixels_are_the_same_however_they_were_stored(tmp_path: Path) -> None:
+    ramp = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    (tmp_path / "in").mkdir()
+    for n, mode in enumerate(("L", "RGB", "P", "LA", "RGBA")):
+        Image.fromarray(ramp).convert(mode).save(tmp_path / f"in/{n}.png")
+    dataset = pack(str(tmp_path / "in"), tmp_path / "set")
+    (batch,) = read_images(dataset, [0])
+    assert dataset.manifest.image_shape == (16, 16, 1)
+    assert (batch.images[..., 0].numpy() == ramp).all()
+
+
+def report_of(dataset: Dataset) -> PackReport:
+    record = pack_report.read(dataset)
+    assert record is not None
+    return record.report
+
+
+def test_every_image_is_counted_as_packed_skipped_changed_or_left_out(
+    pictures: Path, tmp_path: Path
+) -> None:
+    (pictures / "even/0.png").write_bytes(b"broken")
+    Image.new("RGBA", (12, 9), (0, 0, 0, 9)).save(pictures / "odd/1.png")
+    Image.new("RGBA", (12, 9), (0, 0, 0, 9)).save(pictures / "odd/9.png")
+    (pictures / "odd/notes.txt").write_text("a note")
+    dataset = pack(str(pictures), tmp_path / "set", shard_bytes=700, on_bad_image="skip")
+    report = report_of(dataset)
+    assert (report.skipped, report.class_samples) == (1, (3, 4))
+    (line,) = report.skipped_files
+    assert "even/0.png: not a readable image (it is none of" in line
+    assert report.left_out == (NamedGroup("other files", 1, ("odd/notes.txt",)),)
+    on_white = NamedGroup("transparent pixels laid on white", 2, ("odd/1.png", "odd/9.png"))
+    assert report.changed == (on_white,)
+    told = pack_report.summary(dataset, report)
+    assert (told["classes"], told["channels"], told["samples"]) == (["even", "odd"], 3, 7)
+    assert json.loads(json.dumps(told))["changed"][0]["count"] == 2
+    assert list(pack_report.lines(dataset, report))[1:] == [
+        "not packed: other files: 1 (odd/notes.txt)",
+        "changed: transparent pixels laid on white: 2 (odd/1.png, odd/9.png)",
+        "packed: 7 samples, 1 skipped, 12 x 9 pixels, 3 channels (RGB)",
+        "classes: 0 = even (3 samples), 1 = odd (4)",
+    ]
+
+
+def test_a_thousand_skipped_files_are_counted_and_some_are_named(tmp_path: Path) -> None:
+    Image.new("L", (2, 2)).save(tmp_path / "9999.png")
+    for n in range(1003):
+        (tmp_path / f"{n:04d}.png").write_bytes(b"")
+    dataset = pack(str(tmp_path), tmp_path / "set", on_bad_image="skip")
+    report = report_of(dataset)
+    assert (report.skipped, len(report.skipped_files)) == (1003, 1000)
+    lines = list(pack_report.lines(dataset, report))
+    assert len(lines) == 10 + 3
+    assert lines[10] == "skipped: 1003 files in all; packing.json names 1000 of them"
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        ({"on_bad_image": "skip"}, "packed with on_bad_image='stop', now 'skip'"),
+        ({"max_pixels": 999}, "packed with max_pixels=64000000, now 999"),
+        ({"max_file_bytes": 9999}, "packed with max_file_bytes=268435456, now 9999"),
+        ({"shard_bytes": 700}, "packed with shard_samples=103563, now 2"),
+        ({"encoding": "png"}, "encoding differ"),
+        ({"channels": 1}, "image_shape differ"),
+    ],
+)  # fmt: skip
+def test_a_set_of_other_options_is_not_taken_as_done(
+    changed: dict[str, object], message: str, pictures: Path, tmp_path: Path
+) -> None:
+    dataset = pack(str(pictures), tmp_path / "set")
+    before = files(tmp_path / "set")
+    options = PackOptions(**changed)  # type: ignore[arg-type]
+    with pytest.raises(DatasetError, match=rf"already \({message}\); remove it, or choose"):
+        packer.finished(packer.plan(str(pictures), dataset.url, options))
+    assert files(tmp_path / "set") == before
+
+
+def test_a_source_that_was_edited_is_not_taken_as_done_and_one_that_was_copied_is(
+    pictures: Path, tmp_path: Path
+) -> None:
+    """Files of the same names and sizes: nothing but time and bytes tells them apart."""
+    for path in pictures.rglob("*.png"):
+        Image.open(path).save(path.with_suffix(".bmp"))
+        path.unlink()
+    dataset = pack(str(pictures), tmp_path / "set", shard_bytes=700)
+    for path in pictures.rglob("*.bmp"):
+        os.utime(path, ns=(1, 1))
+    found = packer.finished(packer.plan(str(pictures), dataset.url, PackOptions(shard_bytes=700)))
+    assert found is not None
+    edited = pictures / "odd/5.bmp"
+    edited.write_bytes(edited.read_bytes()[:-1] + b"\0")
+    plan = packer.plan(str(pictures), dataset.url, PackOptions(shard_bytes=700))
+    assert plan.recipe == dataset.recipe
+    with pytest.raises(DatasetError, match=r"already \(the source's files differ\); remove it"):
+        packer.finished(plan)
+
+
+def test_shards_of_a_source_that_was_edited_meanwhile_are_packed_again(
+    pictures: Path, tmp_path: Path
+) -> None:
+    options = PackOptions(shard_bytes=700)
+    first = pictures / "even/0.png"
+    Image.open(first).save(first, "bmp")
+    plan = packer.plan(str(pictures), str(tmp_path / "set"), options)
+    packer.pack_shard(plan, 0)
+    first.write_bytes(first.read_bytes()[:-1] + b"\7")
+    os.utime(first, ns=(1, 1))
+    pack(str(pictures), tmp_path / "whole", shard_bytes=700)
+    pack(str(pictures), tmp_path / "set", shard_bytes=700)
+    assert files(tmp_path / "set") == files(tmp_path / "whole")
+
+
+def test_a_set_of_an_earlier_version_is_found_and_has_no_report(
+    pictures: Path, tmp_path: Path
+) -> None:
+    """Commit c58b265 wrote no packing.json, and this fingerprint for these pixels."""
+    dataset = pack("digits", tmp_path / "digits")
+    assert dataset.fingerprint == "89d7628e765bb622e3d4e4753904f8eb966ef511fd60335451c3dbdefb60feb0"
+    (tmp_path / "digits/packing.json").unlink()
+    found = packer.finished(packer.plan("digits", dataset.url, PackOptions(max_pixels=99)))
+    assert found is not None
+    assert found.fingerprint == dataset.fingerprint
+    assert pack_report.read(found) is None
+    told = pack_report.summary(found, None)
+    assert (told["samples"], told["skipped"]) == (1797, None)
+    first, *_ = pack_report.lines(found, None)
+    assert first.startswith("packed before by a version that kept no list")
+
+
+def test_a_record_of_another_set_or_none_at_all_is_no_record(tmp_path: Path) -> None:
+    dataset = pack("digits", tmp_path / "a")
+    record = pack_report.read(dataset)
+    assert record is not None
+    pack_report.write(dataset.url, dataclasses.replace(record, source_sha256="0" * 64))
+    assert pack_report.read(dataset) is None
+    sealed.write(f"{dataset.url}/packing.json", {"source": "x"})
+    with pytest.raises(StorageError, match=r"packing.json: not a record of packing.*; remove this"):
+        pack_report.read(dataset)
+
+
+def test_the_job_tells_the_same_when_it_packs_and_when_it_finds(
+    pictures: Path, tmp_path: Path
+) -> None:
+    (pictures / "odd/notes.txt").write_text("a note")
+    (pictures / "odd/3.png").write_bytes(b"broken")
+    job = Path(__file__).parents[2] / "jobs/pack_shards.py"
+    command = [sys.executable, str(job), "pictures", "set", "on_bad_image=skip"]
+    told = []
+    for _ in range(2):
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+        assert done.returncode == 0, done.stderr
+        told.append((json.loads(done.stdout.splitlines()[-1]), done.stderr.splitlines()[-4:]))
+    assert told[0] == told[1]
+    result, lines = told[0]
+    assert (result["samples"], result["skipped"], result["channels"]) == (6, 1, 3)
+    assert (result["classes"], result["class_samples"]) == (["even", "odd"], [4, 2])
+    assert [group["kind"] for group in result["not_packed"]] == ["other files"]
+    assert lines[0].startswith(f"skipped: {pictures}/odd/3.png: not a readable image (it is none")
+    assert lines[1:] == [
+        "not packed: other files: 1 (odd/notes.txt)",
+        "packed: 6 samples, 1 skipped, 12 x 9 pixels, 3 channels (RGB)",
+        "classes: 0 = even (4 samples), 1 = odd (2)",
+    ]

@@ -1,5 +1,6 @@
 """What can be packed, and in which order; real formats written by the standard library."""
 
+import dataclasses
 import gzip
 import hashlib
 import io
@@ -15,8 +16,10 @@ import pytest
 from PIL import Image
 
 from ddpm_ray.data import built_in_sets, storage
+from ddpm_ray.data.pack_options import PackOptions
+from ddpm_ray.data.samples import Source
 from ddpm_ray.data.shards import DatasetError
-from ddpm_ray.data.sources import Source, open_source
+from ddpm_ray.data.sources import open_source
 from ddpm_ray.data.storage import StorageError
 
 
@@ -123,7 +126,9 @@ def test_idx_files_from_a_folder(name: str, first_label: str, tmp_path: Path) ->
     images, labels = idx(pixels), idx(np.array([7, 0, 9], np.uint8))
     (tmp_path / "t10k-images-idx3-ubyte.gz").write_bytes(images)
     (tmp_path / "t10k-labels-idx1-ubyte.gz").write_bytes(labels)
-    source = open_source(name, "test", str(tmp_path), [sha(images), sha(labels)])
+    source = open_source(
+        name, PackOptions(split="test", url=str(tmp_path), sha256=(sha(images), sha(labels)))
+    )
     samples = list(source.read(range(3)))
     assert np.array_equal(np.stack([np.asarray(s.image) for s in samples])[..., 0], pixels)
     assert [s.label for s in samples] == [7, 0, 9]
@@ -138,19 +143,20 @@ def test_the_binary_cifar10_archive(tmp_path: Path) -> None:
              for n in range(5)}  # fmt: skip
     write_tar(tmp_path / "cifar-10-binary.tar.gz", files)
     path = tmp_path / "cifar-10-binary.tar.gz"
-    source = open_source("cifar10", "train", str(path), [sha(path.read_bytes())])
+    options = PackOptions(url=str(path), sha256=(sha(path.read_bytes()),))
+    source = open_source("cifar10", options)
     images = np.stack([np.asarray(s.image) for s in source.read(range(10))])
     assert np.array_equal(images, pixels.transpose(0, 2, 3, 1))
     assert source.label_names[7] == "horse"
     with pytest.raises(DatasetError, match=r"not the binary archive of CIFAR-10 .*test_batch"):
-        open_source("cifar10", "test", str(path), [sha(path.read_bytes())])
+        open_source("cifar10", dataclasses.replace(options, split="test"))
 
 
 def test_the_published_hash_is_asked_for_wherever_the_files_come_from(tmp_path: Path) -> None:
     for kind in ("images-idx3", "labels-idx1"):
         (tmp_path / f"train-{kind}-ubyte.gz").write_bytes(b"not it")
     with pytest.raises(StorageError, match=r"train-images.* expected 440fcabf73cc546f"):
-        open_source("mnist", "train", str(tmp_path))
+        open_source("mnist", PackOptions(url=str(tmp_path)))
     assert all(len(h) == 64 for hashes in built_in_sets.SHA256.values() for h in hashes)
 
 
@@ -183,11 +189,11 @@ def broken(folder: Path, how: str) -> str:
 @pytest.mark.parametrize(
     "how, message",
     [
-        ("empty", r"there is no image in it; give a folder of images or .tar files"),
+        ("empty", r"no image in it \(it holds other files: 1 \(readme.txt\)\); give a folder"),
         ("mixed", r"images of its own \(2.png\) beside sub-folders \(cat\); put each image"),
         ("half labelled", r"some samples have a label and b has none; give every sample"),
-        ("negative", r"a.tar: not a readable tar \(label -1 is negative\)"),
-        ("words", r"a.tar: not a readable tar \(invalid literal"),
+        ("negative", r"a.tar: a.cls: label -1 is negative; write a whole number"),
+        ("words", r"a.tar: a.cls holds 'x', which is no label; write a whole number"),
         ("empty tar", r"there is no image in its tars"),
         ("no tar", r"a.tar: not a readable tar"),
         ("nowhere", r"nowhere: there is no such source; give a folder .* digits, mnist"),

@@ -1,0 +1,95 @@
+"""Samples that are files of their own, or parts of uncompressed tars."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import BinaryIO, NamedTuple
+
+from ddpm_ray.data import storage
+from ddpm_ray.data.samples import NamedGroup, Sample
+from ddpm_ray.data.storage import ObjectState, StorageError
+
+READERS = 16  # small remote files at a time: each is mostly waiting
+
+
+class Member(NamedTuple):
+    """A sample of a folder or tar."""
+
+    file: str
+    key: str
+    label: int
+    offset: int  # in the file; -1: the file is the image
+    size: int  # in bytes
+
+
+@dataclass(frozen=True)
+class FileSource:
+    """Images as files of their own, or as parts of tars."""
+
+    url: str
+    members: tuple[Member, ...]
+    label_names: tuple[str, ...]
+    max_file_bytes: int
+    left_out: tuple[NamedGroup, ...] = ()
+    version: str = ""
+
+    @property
+    def digest(self) -> str:
+        text = json.dumps([self.label_names, self.members])
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def read(self, samples: range) -> Iterator[Sample]:
+        """These samples in order, files fetched a run ahead."""
+        members = self.members[samples.start : samples.stop]
+        with ThreadPoolExecutor(1 if storage.is_local(self.url) else READERS) as pool:
+            # In runs, so that no more than a run of files is in memory ahead of the reader.
+            for at in range(0, len(members), 4 * READERS):
+                run = members[at : at + 4 * READERS]
+                for member, data in zip(run, pool.map(self._bytes, run), strict=True):
+                    place = storage.join(self.url, member.file)
+                    if member.offset >= 0:
+                        place = f"{place}: {member.key}"
+                    yield Sample(member.key, member.label, data, place)
+
+    def _bytes(self, member: Member) -> bytes | None:
+        if member.size > self.max_file_bytes:
+            return None
+        url = storage.join(self.url, member.file)
+        if member.offset < 0:
+            return storage.read_bytes(url)
+        with opened(url) as file:
+            file.seek(member.offset)
+            return file.read(member.size)
+
+
+def version_of(files: Mapping[str, ObjectState]) -> str:
+    """One sha256 for the names, sizes and versions of these files."""
+    return hashlib.sha256(json.dumps(sorted(files.items())).encode()).hexdigest()
+
+
+def opened(url: str) -> BinaryIO:
+    """The object, to be read anywhere: a local file as it lies there, a remote one in memory.
+
+    Remote ones are read whole: clients take damaged ranges in silence. Raises StorageError.
+    """
+    if not storage.is_local(url):
+        return io.BytesIO(_remote(url))
+    try:
+        return storage.local_path(url).open("rb")
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise StorageError(url, reason, "check the file and its rights") from None
+
+
+@lru_cache(maxsize=1)  # neighbours in the order lie in the same file
+def _remote(url: str) -> bytes:
+    return storage.read_bytes(url)

@@ -1,0 +1,76 @@
+"""A folder of images: flat, with a sub-folder per class, or with a metadata file beside them."""
+
+from __future__ import annotations
+
+from ddpm_ray.data import class_names, metadata_files, storage
+from ddpm_ray.data.file_source import FileSource, Member, version_of
+from ddpm_ray.data.metadata_files import Metadata
+from ddpm_ray.data.pack_options import PackOptions
+from ddpm_ray.data.samples import groups, printable_name
+from ddpm_ray.data.shards import DatasetError
+from ddpm_ray.data.source_files import SourceFiles
+
+SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval"}
+EMPTY = "folders without an image, which are no classes"
+BELOW = "names of folders below the folders of the classes"
+UNUSED = "names of folders, which are no classes beside a metadata file"
+
+
+def folder_source(url: str, files: SourceFiles, options: PackOptions) -> FileSource:
+    """The images of a folder. Raises DatasetError where they cannot be told apart.
+
+    Without metadata a flat folder has no labels, and one with sub-folders has a class for each,
+    whatever lies below it. Labels of a metadata file take the place of folders.
+    """
+    metadata = metadata_files.read(url, files, options)
+    names, tops = list(files.images), {name.split("/")[0] for name in files.images if "/" in name}
+    if tops and tops <= SPLITS:
+        problem = f"its sub-folders ({', '.join(sorted(tops))}) are splits, and would be classes"
+        raise DatasetError(url, problem, f"give one of them: {storage.join(url, min(tops))}")
+    if metadata.labels:
+        label_names, numbers = _of_metadata(url, names, metadata)
+        beside = [(UNUSED, tops)]
+    elif metadata.files and len(tops) == 1:  # images/1.png beside metadata.csv
+        label_names, numbers, beside = (), [-1] * len(names), [(UNUSED, tops)]
+    else:
+        label_names, numbers = _of_folders(url, names, tops)
+        below = {"/".join(name.split("/")[:2]) for name in names if name.count("/") > 1}
+        beside = [(EMPTY, files.folders - tops if tops else set()), (BELOW, below)]
+    states = {**files.images, **files.metadata}
+    return FileSource(
+        url,
+        tuple(
+            Member(name, printable_name(name), number, -1, files.images[name].size)
+            for name, number in zip(names, numbers, strict=True)
+        ),
+        label_names,
+        options.max_file_bytes,
+        files.left_out + metadata.left_out + groups(beside),
+        version_of(states),
+    )
+
+
+def _of_folders(url: str, names: list[str], tops: set[str]) -> tuple[tuple[str, ...], list[int]]:
+    flat = [name for name in names if "/" not in name]
+    if tops and flat:
+        problem = f"it has images of its own ({flat[0]}) beside sub-folders ({min(tops)})"
+        remedy = "put each image into the sub-folder of its class, or all into one folder"
+        raise DatasetError(url, problem, remedy)
+    label_names = class_names.in_order(tops)
+    number = {name: n for n, name in enumerate(label_names)}
+    return label_names, [number.get(name.split("/")[0], -1) for name in names]
+
+
+def _of_metadata(
+    url: str, names: list[str], metadata: Metadata
+) -> tuple[tuple[str, ...], list[int]]:
+    file = metadata.files[0]
+    bare = [name for name in names if metadata.labels.get(name) is None]
+    if bare:
+        problem = f"{bare[0]} has no label in it, as {len(bare)} of {len(names)} images"
+        raise DatasetError(storage.join(url, file), problem, "give every image a label, or none")
+    try:
+        return class_names.numbered([metadata.labels[name] for name in names])
+    except ValueError as error:
+        remedy = "write all labels as numbers or all as names"
+        raise DatasetError(storage.join(url, file), str(error), remedy) from None

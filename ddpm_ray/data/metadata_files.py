@@ -1,0 +1,134 @@
+"""Labels from `metadata.csv` and `metadata.jsonl`, as Hugging Face's image folders have them.
+
+Each row names an image by `file_name`, relative to the metadata file. Columns beside it and the
+label, captions among them, have no place in a shard yet: they are named.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import posixpath
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from ddpm_ray.data import class_names, storage
+from ddpm_ray.data.class_names import Label
+from ddpm_ray.data.pack_options import PackOptions
+from ddpm_ray.data.samples import NamedGroup, groups
+from ddpm_ray.data.shards import DatasetError
+from ddpm_ray.data.source_files import SourceFiles
+
+FILE_NAME, LABEL = "file_name", "label"
+MISSING = "images that a metadata file names and that are not there"
+UNKNOWN = "images that no metadata file names (packed all the same)"
+
+
+@dataclass
+class Metadata:
+    """What the metadata files of a folder say."""
+
+    files: list[str] = field(default_factory=list)
+    labels: dict[str, Label] = field(default_factory=dict)  # of images; empty: none has a label
+    left_out: tuple[NamedGroup, ...] = ()
+
+
+def read(url: str, files: SourceFiles, options: PackOptions) -> Metadata:
+    """What the metadata files below `url` say. Raises DatasetError, naming file and line."""
+    found = Metadata(list(files.metadata))
+    named: set[str] = set()
+    missing: list[str] = []
+    columns: dict[str, set[str]] = {}
+    for file, state in files.metadata.items():
+        where = storage.join(url, file)
+        if state.size > options.max_file_bytes:
+            problem = f"a file of more than {options.max_file_bytes} bytes (max_file_bytes)"
+            raise DatasetError(where, problem, "raise max_file_bytes if you trust it")
+        label_key = options.label_key or LABEL
+        for line, row in _rows(where, storage.read_bytes(where)):
+            if not isinstance(name := row.get(FILE_NAME), str) or not name:
+                problem = f"line {line} has no {FILE_NAME}"
+                raise DatasetError(where, problem, f"name the image's file in {FILE_NAME}")
+            image = posixpath.normpath(posixpath.join(posixpath.dirname(file), name))
+            columns.setdefault(file, set()).update(row.keys() - {FILE_NAME, label_key})
+            if image not in files.images:
+                missing.append(image)
+                if options.on_bad_image == "stop":
+                    problem = f"line {line} names {name!r}, and there is no such image"
+                    remedy = "put it there, take the line out, or use on_bad_image=skip"
+                    raise DatasetError(where, problem, remedy)
+            elif image in named:
+                problem = f"line {line} names {name!r} a second time"
+                raise DatasetError(where, problem, "take one of the two out")
+            else:
+                named.add(image)
+                found.labels[image] = _label(row.get(label_key), where, line)
+    if options.label_key and files.metadata and not any(_known(found.labels)):
+        problem = f"no row has a value in {options.label_key!r} (label_key)"
+        raise DatasetError(url, problem, "check its spelling, or leave label_key empty")
+    if not any(_known(found.labels)):
+        found.labels = {}
+    elif any(isinstance(label, str) for label in found.labels.values()):
+        found.labels = _as_numbers(found.labels)
+    unknown = set(files.images) - named if found.files and not found.labels else set()
+    beside = [
+        (f"columns of {file} without a place in a shard", names) for file, names in columns.items()
+    ]
+    found.left_out = groups([*beside, (MISSING, missing), (UNKNOWN, unknown)])
+    return found
+
+
+def _known(labels: dict[str, Label]) -> Iterator[bool]:
+    return (label is not None for label in labels.values())
+
+
+def _as_numbers(labels: dict[str, Label]) -> dict[str, Label]:
+    """CSV knows text alone: labels that are all whole numbers are meant as such."""
+    texts = [label for label in labels.values() if label is not None]
+    if all(isinstance(text, str) and str(_number(text)) == text for text in texts):
+        return {name: text and _number(str(text)) for name, text in labels.items()}
+    return labels
+
+
+def _number(text: str) -> int:
+    number = int(text) if class_names.is_whole_number(text) else -1
+    return number if number < class_names.MOST_CLASSES else -1
+
+
+def _label(value: object, where: str, line: int) -> Label:
+    if value == "":  # an empty cell of a CSV
+        return None
+    try:
+        return class_names.checked(value, f"line {line}")
+    except ValueError as error:
+        remedy = "write a whole number from 0 or a class's name"
+        raise DatasetError(where, f"line {line}: {error}", remedy) from None
+
+
+def _rows(where: str, data: bytes) -> Iterator[tuple[int, dict[str, object]]]:
+    """Line number and columns of each row."""
+    lines = 1
+    try:
+        text = data.decode("utf-8-sig")
+        if where.lower().endswith(".csv"):
+            reader = csv.DictReader(io.StringIO(text, newline=""), strict=True, restkey="")
+            if FILE_NAME not in (names := reader.fieldnames or []):
+                raise ValueError(f"its columns are {', '.join(names)[:200]}: none is {FILE_NAME}")
+            if len(set(names)) < len(names):
+                raise ValueError("two columns have the same name")
+            for row in reader:
+                lines = reader.line_num
+                if "" in row or None in row.values():
+                    raise ValueError(f"it has not {len(names)} cells")
+                yield lines, dict(row)
+        else:
+            for lines, line in enumerate(text.split("\n"), 1):
+                if line.strip():
+                    row = json.loads(line)
+                    if not isinstance(row, dict):
+                        raise ValueError("not a JSON object")
+                    yield lines, row
+    except (ValueError, RecursionError, csv.Error) as error:
+        text = " ".join(str(error).split())
+        raise DatasetError(where, f"line {lines}: {text}", "mend it, or take it away") from None

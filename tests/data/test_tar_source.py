@@ -1,0 +1,200 @@
+"""WebDataset tars: each member is a sample's, is named, or ends the job; damage is no end."""
+
+import io
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from ddpm_ray.data.pack_options import PackOptions
+from ddpm_ray.data.samples import Source
+from ddpm_ray.data.shards import DatasetError
+from ddpm_ray.data.sources import open_source
+from tests.data.test_source_files import keys, left_out
+from tests.data.test_sources import png, write_tar
+
+
+def labels(source: Source) -> list[int]:
+    return [sample.label for sample in source.read(range(len(source)))]
+
+
+def opened(path: Path, files: dict[str, bytes], **options: str) -> Source:
+    write_tar(path / "a.tar", files)
+    return open_source(str(path / "a.tar"), PackOptions(**options))  # type: ignore[arg-type]
+
+
+def test_what_is_no_image_and_no_label_is_named(tmp_path: Path) -> None:
+    source = opened(
+        tmp_path,
+        {
+            "a.png": png(1), "a.cls": b"1", "a.txt": b"a caption", "a.json": b'{"url": 1, "w": 2}',
+            "b.png": png(1), "b.cls": b"0", "b.txt": b"another", "b.npy": b"x",
+            "c.heic": b"x", "c.cls": b"0", "._a.png": png(1), "README": b"x",
+        },
+    )  # fmt: skip
+    assert (keys(source), labels(source)) == (["a", "b"], [1, 0])
+    assert left_out(source) == {
+        ".txt files in tars": (2, ("a.txt", "b.txt")),
+        ".npy files in tars": (1, ("b.npy",)),
+        ".heic files in tars": (1, ("c.heic",)),
+        "files in tars without a suffix": (1, ("README",)),
+        "hidden or system files": (1, ("._a.png",)),
+        "samples of tars without an image": (1, ("c",)),
+        "keys of .json files without a place in a shard": (2, ("url", "w")),
+    }
+
+
+def test_links_devices_and_sparse_members_are_named(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE):
+            info = tarfile.TarInfo(f"{int(kind)}.png")
+            info.type, info.linkname = kind, "/etc/passwd"
+            archive.addfile(info)
+        info = tarfile.TarInfo("folder")
+        info.type = tarfile.DIRTYPE
+        archive.addfile(info)
+        info = tarfile.TarInfo("a.png")
+        info.size = len(png(1))
+        archive.addfile(info, io.BytesIO(png(1)))
+    source = open_source(str(tmp_path))
+    assert keys(source) == ["a"]
+    named = (4, ("1.png", "2.png", "3.png", "6.png"))
+    assert left_out(source) == {"links, devices and sparse files in tars": named}
+
+
+NAMES = {f"frame.{n:04d}.png": png(n) for n in range(6)}
+PAIRS = {"x.left.png": png(1), "x.right.png": png(2), "y.left.png": png(3), "y.right.png": png(4)}
+
+
+@pytest.mark.parametrize(
+    "files, message",
+    [
+        (NAMES, r"sample 'frame' has 6 images \(frame.0000.png, .*\), because the first dot .* na"),
+        (PAIRS, r"sample 'x' has 2 images .* choose one, as in image_key=left.png"),
+        ({"a.png": png(1), "a.cls": b"1", "a.json": b'{"label": 2}'}, "a.cls says label 1, and"),
+        ({"a.png": png(1), "a.json": b'{"label": 1.5}'}, "the label in a.json is 1.5; it must"),
+        ({"a.png": png(1), "a.json": b'{"label": true}'}, "the label in a.json is True; it must"),
+        ({"a.png": png(1), "a.json": b'{"label": '}, "a.json is no JSON"),
+        ({"a.png": png(1), "a.cls": b"1", "b.png": png(1), "b.json": b'{"label": "x"}'},
+         r"some labels are numbers \(1\) and some are names \('x'\)"),
+        ({"a.heic": b"x"}, r"no image in its tars \(it holds .heic files in tars: 1 \(a.heic\)\)"),
+    ],
+    ids=["dots", "pairs", "contradiction", "float", "bool", "json", "mixed", "none"],
+)  # fmt: skip
+def test_what_would_be_lost_ends_with_a_line(
+    files: dict[str, bytes], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(DatasetError, match=message):
+        opened(tmp_path, files)
+
+
+def test_one_of_several_images_is_chosen_by_its_suffix(tmp_path: Path) -> None:
+    source = opened(tmp_path, PAIRS, image_key="right.png")
+    assert [sample.image for sample in source.read(range(2))] == [png(2), png(4)]
+    further = "further images of samples, not chosen by image_key"
+    assert left_out(source) == {further: (2, ("x.left.png", "y.left.png"))}
+
+
+def test_labels_that_are_names_are_classes_in_order(tmp_path: Path) -> None:
+    files = {f"{n}.png": png(1) for n in range(3)}
+    for n, name in enumerate(("dog", "ant", "dog")):
+        files[f"{n}.json"] = f'{{"label": "x", "kind": "{name}"}}'.encode()
+    source = opened(tmp_path, files, label_key="kind")
+    assert (source.label_names, labels(source)) == (("ant", "dog"), [1, 0, 1])
+
+
+def test_a_file_that_is_in_a_tar_twice_is_an_error(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", {"a.png": png(1)})
+    with tarfile.open(tmp_path / "a.tar", "a") as archive:
+        info = tarfile.TarInfo("a.png")
+        info.size = len(png(2))
+        archive.addfile(info, io.BytesIO(png(2)))
+    with pytest.raises(DatasetError, match=r"a.tar: a.png is in it twice; take one out"):
+        open_source(str(tmp_path))
+
+
+def test_a_damaged_header_is_not_the_end_of_a_tar(tmp_path: Path) -> None:
+    """tarfile itself ends there in silence, with one sample of three (cpython issue 120740)."""
+    write_tar(tmp_path / "a.tar", {f"{n}.png": png(n) for n in range(3)})
+    data = bytearray((tmp_path / "a.tar").read_bytes())
+    data[1024 + 150] ^= 1  # the checksum of the second header
+    (tmp_path / "a.tar").write_bytes(data)
+    with tarfile.open(tmp_path / "a.tar") as archive:
+        assert len(archive.getnames()) == 1
+    with pytest.raises(DatasetError, match=r"not a readable tar \(its header at byte 1024 is dam"):
+        open_source(str(tmp_path))
+
+
+def test_tars_that_were_joined_are_not_read_by_half(tmp_path: Path) -> None:
+    for name in "ab":
+        write_tar(tmp_path / f"{name}.tar", {f"{name}.png": png(1)})
+    whole = b"".join((tmp_path / f"{name}.tar").read_bytes() for name in "ab")
+    (tmp_path / "joined").mkdir()
+    (tmp_path / "joined/c.tar").write_bytes(whole)
+    with pytest.raises(DatasetError, match=r"at byte 1024 it ends, and more follows at byte 10240"):
+        open_source(str(tmp_path / "joined"))
+
+
+def test_a_cut_tar_is_an_error_or_whole(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", {f"{n}.png": png(n) for n in range(3)})
+    data = (tmp_path / "a.tar").read_bytes()
+    for end in range(0, len(data), 128):
+        (tmp_path / "a.tar").write_bytes(data[:end])
+        try:
+            found = keys(open_source(str(tmp_path)))
+        except DatasetError:
+            # Without its two empty blocks it may be whole: some writers leave them away.
+            assert end < 3 * 1024
+        else:
+            assert found == ["0", "1", "2"] or (end % 1024 == 0 and len(found) == end // 1024)
+
+
+NEGATIVE = """
+import io, sys
+from ddpm_ray.data.sources import open_source
+
+def header(name, size, kind):
+    h = bytearray(512)
+    h[0:len(name)] = name
+    h[100:124] = (b"0" * 7 + b"\\0") * 3
+    h[124:136], h[136:148] = size, b"0" * 11 + b"\\0"
+    h[148:156], h[156:157], h[257:265] = b" " * 8, kind, b"ustar\\x0000"
+    h[148:156] = b"%06o\\0 " % sum(h)
+    return bytes(h)
+
+def pax(text):
+    body = b"%d size=%s\\n" % (len(text) + 9, text)
+    body = b"%d size=%s\\n" % (len(body), text)
+    return header(b"x", b"%011o\\0" % len(body), b"x") + body.ljust(512, b"\\0")
+
+first = header(b"a.png", b"00000001000\\0", b"0") + b"x" * 512
+sizes = [b"\\xff" + (256**11 - n).to_bytes(11, "big") for n in (512, 1024, 10**9)]
+for kind in (b"0", b"7", b"L", b"K", b"x", b"g", b"S", b"5", b"2", b"Z"):
+    for size in sizes:
+        data = first + header(b"b.png", size, kind) + bytes(1024)
+        open(sys.argv[1], "wb").write(data)
+        try:
+            print(len(open_source(sys.argv[1])))
+        except Exception as error:
+            print(type(error).__name__)
+for text in (b"-512", b"-1024", b"-99999999"):
+    data = first + pax(text) + header(b"b.png", b"00000001000\\0", b"0") + bytes(2048)
+    open(sys.argv[1], "wb").write(data)
+    try:
+        print(len(open_source(sys.argv[1])))
+    except Exception as error:
+        print(type(error).__name__)
+"""
+
+
+def test_a_member_of_negative_size_is_no_endless_loop(tmp_path: Path) -> None:
+    """CVE-2025-8194, for each type of member and in a pax header; Python mends it in 3.11.14."""
+    command = [sys.executable, "-c", NEGATIVE, str(tmp_path / "a.tar")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    told = done.stdout.split()
+    assert len(told) == 33
+    assert set(told) <= {"DatasetError", "1"}  # 1: a folder or link, which has no bytes
+    assert told[:3] == told[-3:] == ["DatasetError"] * 3
