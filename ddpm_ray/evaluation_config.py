@@ -52,14 +52,15 @@ class EvaluationConfig:
     spectrum_images: int = knob(512, "images that these are taken of, always the same", at_least=16)
 
     bits_per_dim_images: int = knob(
-        0, "images of the data whose bits per dimension are bounded; 0: none", at_least=0
-    )
+        0, "images of the data whose bits per dimension are bounded, without lead; 0: none",
+        at_least=0,
+    )  # fmt: skip
     bits_per_dim_terms: int = knob(
         0, "terms of that bound that are seen of each image; 0: all T", at_least=0
     )
     likelihood_images: int = knob(
-        0, "images whose likelihood under the probability flow is taken; 0: none", at_least=0
-    )
+        0, "images whose likelihood under the flow is taken, without lead; 0: none", at_least=0,
+    )  # fmt: skip
     likelihood_steps: int = knob(100, "Heun steps of that flow, at most T", at_least=1)
 
     def problems(self) -> Iterator[str]:

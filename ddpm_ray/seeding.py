@@ -34,6 +34,7 @@ class Purpose(IntEnum):
     PERTURBATION = 10
     SELF_CONDITIONING = 11
     LOW_RESOLUTION = 12
+    LIKELIHOOD = 13
 
 
 def normal(
@@ -48,7 +49,8 @@ def normal(
 
     Row i belongs to image (or batch position) index[i], int64 [B] in 0..2^32-1, and is the same
     whatever else is in the call; `step` is in 0..2^32-1 and the seed is taken modulo 2^64. All are
-    within 6.8 of 0, which 1 normal in 10^11 would not be.
+    within 6.8 of 0, which 1 normal in 10^11 would not be. Raises ValueError for another step or
+    index, as all draws do: modulo 2^32 it would repeat another image's numbers.
     """
     index = index.to(device or index.device)
     size, count = math.prod(shape), len(index)
@@ -67,6 +69,16 @@ def normal(
     torch.mul(radius, angle.cos(), out=normals[:, :2])
     torch.mul(radius, angle.sin_(), out=normals[:, 2:])
     return normals.view(count, 4 * blocks)[:, :size].reshape(count, *shape)
+
+
+def uniform(
+    seed: int, purpose: Purpose, step: int, index: Tensor, shape: tuple[int, ...]
+) -> Tensor:
+    """Uniform float32 [B, *shape] in [0, 1), multiples of 2^-24; rows belong to index as above."""
+    size = math.prod(shape)
+    block = torch.arange(-(-size // 4), device=index.device)
+    words = torch.stack(_words(seed, purpose, step, index[:, None], block), 2)  # [B, blocks, 4]
+    return (words.flatten(1)[:, :size] >> 8).float().mul_(2**-24).view(len(index), *shape)
 
 
 def uniform_int(seed: int, purpose: Purpose, step: int, index: Tensor, high: int) -> Tensor:
@@ -95,6 +107,17 @@ def _words(
     seed: int, purpose: Purpose, step: int, index: Tensor, block: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Four words for each (index, block), which broadcast; the counter reads block to purpose."""
+    if not 0 <= step <= _WORD:
+        raise ValueError(f"step is {step}; random numbers are keyed by steps of 0..2^32-1")
+    # The indices of a GPU are not looked at, which would make the host wait for them; nor are those
+    # of a fake tensor, which has none.
+    if type(index) is Tensor and index.is_cpu and index.numel():
+        low, high = (int(end) for end in index.aminmax())
+        if low < 0 or high > _WORD:
+            raise ValueError(
+                f"index is {low if low < 0 else high}; random numbers are keyed by indices of "
+                "0..2^32-1: give each image one of its own"
+            )
     return philox((block, index, torch.tensor(step), torch.tensor(int(purpose))), seed)
 
 

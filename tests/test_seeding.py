@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ddpm_ray import seeding
-from ddpm_ray.seeding import Purpose, coin, derived_seed, normal, philox, uniform_int
+from ddpm_ray.seeding import Purpose, coin, derived_seed, normal, philox, uniform, uniform_int
 
 KNOWN_ANSWERS = [  # Random123 1.14, kat_vectors, philox4x32 10: counter, key, words
     ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
@@ -123,6 +123,45 @@ def test_the_rarest_words_give_finite_normals(word: int, monkeypatch: pytest.Mon
     monkeypatch.setattr(seeding, "philox", lambda counter, seed: stuck)
     draws = normal(0, Purpose.NOISE, 0, torch.tensor([0]), (4,))
     assert draws.abs().max() < 6.8  # false for nan as well
+
+
+def test_uniforms_are_the_published_words_and_even() -> None:
+    """By hand: 24 bits of each of Random123's words, in order; rows by index, as for normals."""
+    first = uniform(0, Purpose.TIMESTEP, 0, torch.tensor([0]), (2, 2)).flatten().tolist()
+    assert first == [(word >> 8) / 2**24 for word in WORDS_OF_ZERO]
+    index = torch.arange(64)
+    draws = uniform(1, Purpose.LIKELIHOOD, 1, index, (3, 7, 31))
+    assert torch.equal(draws[9:11], uniform(1, Purpose.LIKELIHOOD, 1, index[9:11], (3, 7, 31)))
+    assert scipy.stats.kstest(draws.flatten().numpy(), "uniform").pvalue > 1e-3
+    assert len(draws.unique(dim=0)) == 64
+
+
+def test_keys_beyond_32_bits_are_refused_and_not_wrapped() -> None:
+    """Image 2^32 would draw the numbers of image 0."""
+    last, beyond = torch.tensor([2**32 - 1]), torch.tensor([3, 2**32])
+    assert normal(0, Purpose.NOISE, 2**32 - 1, last, (4,)).isfinite().all()
+    for index, reason in ((beyond, "index is 4294967296"), (torch.tensor([-1]), "index is -1")):
+        for draw in (
+            lambda index: normal(0, Purpose.NOISE, 0, index, (4,)),
+            lambda index: uniform(0, Purpose.NOISE, 0, index, (4,)),
+            lambda index: uniform_int(0, Purpose.NOISE, 0, index, 9),
+            lambda index: coin(0, Purpose.NOISE, 0, index),
+        ):
+            with pytest.raises(ValueError, match=reason):
+                draw(index)
+    for step in (-1, 2**32):
+        with pytest.raises(ValueError, match=f"step is {step}"):
+            derived_seed(0, Purpose.DROPOUT, step, 0)
+
+
+def test_purposes_keep_their_numbers() -> None:
+    """They are part of what a seed means: runs that go on draw as they began."""
+    names = (
+        "TIMESTEP NOISE FLIP SAMPLE_START SAMPLE_STEP DROPOUT PROBE BOUND LABEL_DROP OFFSET_NOISE "
+        "PERTURBATION SELF_CONDITIONING LOW_RESOLUTION LIKELIHOOD"
+    )
+    assert [purpose.name for purpose in Purpose][:14] == names.split()
+    assert [int(purpose) for purpose in Purpose] == list(range(len(Purpose)))
 
 
 def test_uniform_integers_are_even_and_in_range() -> None:

@@ -16,7 +16,7 @@ from ddpm_ray.cluster.control import Desk
 from ddpm_ray.cluster.worker import place
 from ddpm_ray.config import RunConfig
 from ddpm_ray.data import storage
-from ddpm_ray.data.shards import open_dataset
+from ddpm_ray.data.shards import Dataset, open_dataset
 from ddpm_ray.generation.sample import SamplingPlan, draw_uint8
 from ddpm_ray.generation.trained_model import TrainedModel
 from ddpm_ray.job_config import EvaluateConfig
@@ -103,11 +103,11 @@ def _scores(config: EvaluateConfig, settings: dict[str, Any]) -> dict[str, Any]:
     if config.evaluation.bits_per_dim_images:
         bits = vars(_bits_per_dim(config, model, workers))
         found["metrics"] = found["metrics"] | bits.pop("metrics")
-        found["bits_per_dim"] = bits
+        found["bits_per_dim"] = _with_origin(bits, model, dataset)
     if config.evaluation.likelihood_images:
         of = vars(_likelihood(config, model, workers))
         found["metrics"] = found["metrics"] | of.pop("metrics")
-        found["likelihood"] = of
+        found["likelihood"] = _with_origin(of, model, dataset)
     if count := config.evaluation.memorisation_images:
         near = _neighbours(config, model, plan, count, workers)
         found["metrics"] = found["metrics"] | near.metrics
@@ -142,11 +142,31 @@ def _sample_scores(
         batch_size=config.sampling.batch_size,
         image_shape=model.image_shape,
         workers=workers,
-        provenance=build.ema_provenance(
-            begun, model.provenance["step"], model.provenance.get("average")
-        )
-        | {"model_sha256": model.provenance["weights_sha256"], "lead": vars(config.lead)},
+        provenance=_weights(model) | {"lead": vars(config.lead)},
     )
+
+
+def _weights(model: TrainedModel) -> dict[str, Any]:
+    """What a certificate says of the weights."""
+    begun, origin = from_dict(RunConfig, model.provenance["config"]), model.provenance
+    return build.ema_provenance(begun, origin["step"], origin.get("average")) | {
+        "model_sha256": origin["weights_sha256"]
+    }
+
+
+def _with_origin(found: dict[str, Any], model: TrainedModel, dataset: Dataset) -> dict[str, Any]:
+    """`found` with the weights, the data and the choice of its images in the certificate."""
+    begun = from_dict(RunConfig, model.provenance["config"])
+    origin = {
+        "model": _weights(model),
+        "data": {
+            "sha256": dataset.fingerprint,
+            "lanes": begun.data.lanes,
+            "shuffle_window_bytes": begun.data.shuffle_window_bytes,
+        },
+        "labels": "of the images" if model.denoiser.num_classes else "none",
+    }
+    return found | {"certificate": found["certificate"] | origin}
 
 
 def _bits_per_dim(config: EvaluateConfig, model: TrainedModel, workers: Workers) -> BitsPerDim:

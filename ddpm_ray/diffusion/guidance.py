@@ -128,6 +128,11 @@ def classifier_guided(
     return guided
 
 
+def or_null(labels: Tensor, null: int) -> Tensor:
+    """`labels` [B], `null` in place of -1: an image without a label has the label for none."""
+    return torch.where(labels < 0, null, labels)
+
+
 def dropped(
     labels: Tensor, null: int, share: float, seed: int, step: int, positions: Tensor
 ) -> Tensor:

@@ -6,13 +6,13 @@ scale of its input.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from ddpm_ray.diffusion.guidance import classifier_free
+from ddpm_ray.diffusion.guidance import classifier_free, or_null
 from ddpm_ray.diffusion.prediction import Prediction
 from ddpm_ray.diffusion.process import Denoise, NoiseSchedule
 
@@ -75,6 +75,7 @@ class Denoiser:
     ) -> Denoise:
         """denoise(x_t, t) for images of these `labels` [B], where the network knows labels.
 
+        A label of -1 is none: the network is told its null label, as in training.
         `low_resolution` [B, C, H, W] is what a network for super-resolution sees. It answers with
         the variance behind where one is learned. Made for one walk: a self-conditioned network
         remembers its last estimate. Raises ValueError for labels that it was not trained with.
@@ -97,10 +98,20 @@ class Denoiser:
             denoise: Denoise = lambda x_t, t: network(x_t, t, None)  # noqa: E731
         else:
             denoise = classifier_free(
-                network, known, self.num_classes, guidance.scale,
+                network, or_null(known, self.num_classes), self.num_classes, guidance.scale,
                 rescale=guidance.rescale, interval=guidance.interval, predicts=self.predicts,
             )  # fmt: skip
         return denoise if lead is None else lead(denoise, labels)
+
+    def unguided(self, labels: Tensor | None = None) -> Denoise:
+        """denoise(x_t, t), a function of (x_t, t) and `labels` [B] alone, of the network itself.
+
+        What bits and likelihoods are taken of. `lead` is left out, and `labels` where the network
+        knows none. A self-conditioned network is shown the estimate 0 in every call: the one of the
+        call before would make the answer depend on the way to x_t, or give x_0 away.
+        """
+        own, known = replace(self, lead=None), labels if self.num_classes else None
+        return lambda x_t, t: own.bound(known)(x_t, t)
 
     def low_of(self, index: Tensor) -> Tensor | None:
         """What it is shown at low resolution for the images `index` [B]."""
@@ -133,7 +144,7 @@ class _Beside:
         answer = of.network(of.predicts.scaled(x_t, t), t, labels, condition)
         if of.self_conditioned:
             mean = answer if of.variance == "fixed" else answer.chunk(2, 1)[0]
-            self._estimate = of.predicts.x_0(x_t, t, mean).clamp_(-1, 1)
+            self._estimate = of.predicts.x_0(x_t, t, mean).detach().clamp_(-1, 1)
         return answer
 
     def _last(self, x_t: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ Noise is keyed by the image's index, so any number of workers finds the same; su
 float64. Per-step results stand in the order of t = 1..T.
 """
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -21,9 +20,8 @@ from ddpm_ray.diffusion.process import add_noise
 from ddpm_ray.diffusion.samplers import Variance
 from ddpm_ray.generation.denoiser import Denoiser
 from ddpm_ray.seeding import Purpose
+from ddpm_ray.training.interval import interval_of_mean
 from ddpm_ray.training.workers import Workers
-
-NORMAL_95 = 1.959963985  # the standard normal's 97.5 % quantile
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,9 @@ def bits_per_dim(
     Every term of every image, or of each image as many as `terms`: L_0, by far the largest, and
     the others at even strides over 2..T from an offset of the image's own, each taken for all of
     its stride. Every step is then equally likely and the estimate unbiased. The 95 % interval is
-    1.96 standard errors over images, whatever was drawn of them.
+    Student's over images, whatever was drawn of them.
+
+    It is the bound of the network itself, without what leads samples (`Denoiser.unguided`).
 
     Rate and distortion are those of section 4.3 and figure 5: L_T and the terms above t, and the
     root of the mean squared error. `clip` keeps estimates of x_0 in [-1, 1]. A network for
@@ -126,8 +126,7 @@ class _Look:
         of, schedule = self.denoiser, self.denoiser.schedule
         noise = seeding.normal(self.seed, Purpose.BOUND, 1 + k, index, tuple(x_0.shape[1:]))
         x_t = add_noise(schedule, x_0, t, noise)
-        # Bound anew: a self-conditioned network's estimate from other noise would give x_0 away.
-        answer = of.bound(labels if of.num_classes else None)(x_t, t)
+        answer = of.unguided(labels)(x_t, t)
         raw = None
         if of.variance != "fixed":
             answer, raw = answer.chunk(2, 1)
@@ -150,25 +149,22 @@ class _Look:
             "clip": self.clip,
             "seed": self.seed,
             "decoder": "discretised Gaussian, bins of half width 1/255, open ends",
-            "interval": "95 %, 1.96 standard errors over images",
+            "guidance": "none",
+            "interval": "95 %, Student's t over images",
         }
 
 
 def _found(by_step: Tensor, totals: Tensor, facts: dict[str, Any]) -> BitsPerDim:
     images, bits, squares, prior = totals.tolist()
-    if images < 2:
-        raise ValueError(f"there are {images:g} images; an interval needs at least 2")
-    mean = bits / images
-    spread = max(0.0, squares / images - mean**2) * images / (images - 1)
-    half = NORMAL_95 * math.sqrt(spread / images)
+    mean, low, high = interval_of_mean(images, bits, squares)
     terms, seen = by_step[0] / images, by_step[2] > 0
     above = terms.flip(0).cumsum(0).flip(0) - terms  # the sum over s > t
     error = (by_step[1, seen] / by_step[2, seen]).sqrt() * 127.5
     return BitsPerDim(
         metrics={
             "eval/bits_per_dim": mean,
-            "eval/bits_per_dim_low": mean - half,
-            "eval/bits_per_dim_high": mean + half,
+            "eval/bits_per_dim_low": low,
+            "eval/bits_per_dim_high": high,
             "eval/prior_bits_per_dim": prior / images,
         },
         terms=terms.tolist(),

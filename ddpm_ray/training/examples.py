@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ddpm_ray import seeding
 from ddpm_ray.data.transforms import lowered, to_model_range
-from ddpm_ray.diffusion.guidance import dropped
+from ddpm_ray.diffusion.guidance import dropped, or_null
 from ddpm_ray.seeding import Purpose
 
 ChooseSteps: TypeAlias = Callable[[int, Tensor], tuple[Tensor, Tensor | None]]
@@ -79,8 +79,7 @@ class Showing:
     ) -> Tensor | None:
         if not self.num_classes:
             return None
-        known = labels.to(device, non_blocking=True)
-        known = torch.where(known < 0, self.num_classes, known)  # an image that has none
+        known = or_null(labels.to(device, non_blocking=True), self.num_classes)
         return dropped(known, self.num_classes, self.label_dropout, self.seed, step, positions)
 
     def _low_resolution(self, x_0: Tensor, step: int, positions: Tensor) -> Tensor | None:

@@ -13,7 +13,7 @@ from ddpm_ray.diffusion.spacing import log_snr_steps
 from ddpm_ray.generation.denoiser import Denoiser
 from ddpm_ray.measures import likelihood
 from ddpm_ray.seeding import Purpose
-from ddpm_ray.training.bits_per_dim import NORMAL_95
+from ddpm_ray.training.interval import interval_of_mean
 from ddpm_ray.training.workers import Workers
 
 
@@ -37,8 +37,9 @@ def flow_likelihood(
 
     Of each image one draw of uniform noise within its grey levels, which makes it a bound in
     expectation, and one random probe of the flow's divergence, along `steps` steps of Heun's method
-    from t = 1 to T (Song et al. 2021, arXiv:2011.13456, section 4.3). The 95 % interval is 1.96
-    standard errors over images. All must call it. Raises ValueError for fewer than 2 images.
+    from t = 1 to T (Song et al. 2021, arXiv:2011.13456, section 4.3). The flow is that of the
+    network itself, without what leads samples (`Denoiser.unguided`). The 95 % interval is Student's
+    over images. All must call it. Raises ValueError for fewer than 2 images.
     """
     schedule, device = denoiser.schedule, workers.device
     # Evenly in t the first of 40 steps is from 1 to 25: 28 bits on MNIST instead of 1.5.
@@ -47,25 +48,31 @@ def flow_likelihood(
     totals = torch.zeros(3, dtype=torch.float64)
     for index, images, labels in batches:
         index, x = index.to(device), images.to(device).permute(0, 3, 1, 2)
-        pixels = torch.arange(x[0].numel(), device=device)
-        each = index[:, None] * len(pixels) + pixels
-        within = seeding.uniform_int(seed, Purpose.BOUND, 1, each, 2**24).view_as(x) / 2**24
-        x_0 = likelihood.dequantised(x, within)
-        signs = seeding.coin(seed, Purpose.BOUND, 2, each).view_as(x).to(x_0) * 2 - 1
-        labels = labels.to(device)
-        denoise = denoiser.mean_of(denoiser.bound(labels if denoiser.num_classes else None))
+        within, side = (
+            seeding.uniform(seed, Purpose.LIKELIHOOD, use, index, tuple(x.shape[1:]))
+            for use in (0, 1)
+        )
+        x_0, signs = likelihood.dequantised(x, within), torch.where(side < 0.5, -1.0, 1.0)
+        denoise = denoiser.mean_of(denoiser.unguided(labels.to(device)))
         bits, _ = likelihood.bits_per_dim(
             schedule, denoise, math.sqrt(a_1) * x_0, way, predicts=denoiser.predicts, probe=signs
         )
         bits = (bits - math.log2(a_1) / 2 + likelihood.GREY_LEVEL_BITS).cpu()
         totals += torch.stack([torch.ones_like(bits), bits, bits.square()]).sum(1)
     count, total, squares = workers.sum_(totals).tolist()
-    if count < 2:
-        raise ValueError(f"there are {count:g} images; an interval needs at least 2")
-    mean = total / count
-    half = NORMAL_95 * math.sqrt(max(0.0, squares / count - mean**2) / (count - 1))
+    mean, low, high = interval_of_mean(count, total, squares)
     name = "eval/likelihood_bits_per_dim"
     return Likelihood(
-        {name: mean, f"{name}_low": mean - half, f"{name}_high": mean + half},
-        {"images": int(count), "steps": len(way) - 1, "seed": seed, "probes": 1},
+        {name: mean, f"{name}_low": low, f"{name}_high": high},
+        {
+            "images": int(count),
+            "steps": len(way) - 1,
+            "num_steps": schedule.num_steps,
+            "spacing": "log_snr",
+            "seed": seed,
+            "probes": 1,
+            "dequantisation": "uniform within a grey level",
+            "guidance": "none",
+            "interval": "95 %, Student's t over images",
+        },
     )

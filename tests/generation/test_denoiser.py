@@ -161,3 +161,43 @@ def test_its_noise_is_the_expected_noise_whatever_it_predicts(kind: str) -> None
     t = torch.full((9,), 600)
     found = Denoiser(network, predicts).noise()(x_t, t)  # type: ignore[arg-type]
     torch.testing.assert_close(found, LINE.expected_noise(x_t, t))
+
+
+def test_an_own_estimate_carries_no_gradient_from_call_to_call() -> None:
+    """Else each call would keep the graphs of all before it."""
+    conditions: list[Tensor] = []
+
+    def network(x_t: Tensor, t: Tensor, labels: Tensor | None, condition: Tensor | None) -> Tensor:
+        assert condition is not None
+        conditions.append(condition)
+        return 0.5 * x_t + 0.1 * condition
+
+    schedule = NoiseSchedule(schedules.linear(40, 1e-3, 0.3))
+    of = Denoiser(network, Prediction.of("epsilon", schedule), self_conditioned=True)
+    x, t = torch.full((2, 1, 2, 2), 0.5, requires_grad=True), torch.tensor([9, 9])
+    walk, alone = of.bound(), of.unguided()
+    for denoise, remembered in ((walk, True), (alone, False)):
+        conditions.clear()
+        first, second = denoise(x, t), denoise(x, t)
+        assert first.requires_grad
+        assert second.requires_grad
+        assert not any(condition.requires_grad for condition in conditions)
+        assert bool(conditions[1].any()) == remembered
+
+
+def test_an_image_without_a_label_is_shown_the_null_label() -> None:
+    seen: list[list[int]] = []
+
+    def network(x_t: Tensor, t: Tensor, labels: Tensor | None, condition: Tensor | None) -> Tensor:
+        assert labels is not None
+        seen.append(labels.tolist())
+        return x_t
+
+    schedule = NoiseSchedule(schedules.linear(40, 1e-3, 0.3))
+    of = Denoiser(network, Prediction.of("epsilon", schedule), num_classes=3)
+    x, t, labels = torch.zeros(3, 1, 2, 2), torch.tensor([9, 9, 9]), torch.tensor([2, -1, 0])
+    of.bound(labels)(x, t)
+    of.unguided(labels)(x, t)
+    of.noise(labels)(x, t)
+    of.bound(labels, Guidance(2.0))(x, t)
+    assert seen == [[2, 3, 0]] * 3 + [[2, 3, 0, 3, 3, 3]]

@@ -8,7 +8,28 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from ddpm_ray.measures.frechet import frechet_distance
-from ddpm_ray.training.interval import GROUPS, groups_of, jackknife_interval
+from ddpm_ray.training.interval import (
+    GROUPS,
+    groups_of,
+    interval_of_mean,
+    jackknife_interval,
+    student_95,
+)
+
+
+@pytest.mark.parametrize("degrees", [*range(1, 40), 63, 100, 399, 1000, 9999, 50_000])
+def test_students_quantile_is_scipys(degrees: int) -> None:
+    assert student_95(degrees) == pytest.approx(stats.t.ppf(0.975, degrees), rel=1e-9)
+
+
+@given(st.lists(st.floats(-9, 9), min_size=2, max_size=30))
+def test_the_interval_of_a_mean_is_scipys(values: list[float]) -> None:
+    error = stats.sem(values)
+    if error < 1e-6:
+        return  # scipy's interval of equal values is not a number
+    expected = np.mean(values), *stats.t.interval(0.95, len(values) - 1, np.mean(values), error)
+    found = interval_of_mean(len(values), sum(values), sum(v**2 for v in values))
+    assert found == pytest.approx(expected, rel=1e-6, abs=1e-6)
 
 
 @given(st.lists(st.floats(10, 20), min_size=GROUPS, max_size=GROUPS))

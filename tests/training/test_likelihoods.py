@@ -1,16 +1,24 @@
-"""The flow's likelihood against a Gaussian's density, and the same from any workers."""
+"""The flow's likelihood against a Gaussian's density, of any denoiser, from any workers."""
 
 import math
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from scipy import stats
 from torch import Tensor
 from torch.distributions import Normal
 
 from ddpm_ray.diffusion import NoiseSchedule, Prediction, schedules
+from ddpm_ray.diffusion.prediction import Kind
+from ddpm_ray.diffusion.process import Denoise
+from ddpm_ray.generation import leading
 from ddpm_ray.generation.denoiser import Denoiser
+from ddpm_ray.measures import likelihood
 from ddpm_ray.training.likelihoods import Likelihood, flow_likelihood
 from ddpm_ray.training.workers import Workers
+from tests.diffusion.test_prediction import KINDS
 from tests.training.conftest import OnWorkers
 
 SCHEDULE = NoiseSchedule(schedules.cosine(1000))
@@ -40,9 +48,10 @@ def test_gaussian_pixels_cost_their_density() -> None:
     bits = -Normal(MEAN, DEVIATION).log_prob(x_0) / math.log(2) + math.log2(127.5)
     metrics = found(Workers()).metrics
     assert metrics["eval/likelihood_bits_per_dim"] == pytest.approx(float(bits.mean()), abs=0.01)
-    spread = bits.flatten(1).mean(1).std() / math.sqrt(len(IMAGES))
+    of_image = bits.flatten(1).mean(1)
+    low, high = stats.t.interval(0.95, len(IMAGES) - 1, 0, stats.sem(of_image))
     half = metrics["eval/likelihood_bits_per_dim_high"] - metrics["eval/likelihood_bits_per_dim"]
-    assert half == pytest.approx(1.96 * float(spread), rel=0.05)
+    assert half == pytest.approx((high - low) / 2, rel=0.05)
 
 
 @pytest.mark.parametrize("count", [2, 3])
@@ -61,3 +70,107 @@ def test_a_single_image_has_no_interval() -> None:
             Denoiser(optimum, V),  # type: ignore[arg-type]
             [(one, IMAGES[:1], one)], steps=4, workers=Workers(),
         )  # fmt: skip
+
+
+LEVEL = torch.zeros(2, 1, 1, 1, dtype=torch.uint8)
+GRID = torch.linspace(-7, 7, 701, dtype=torch.float64).view(-1, 1, 1, 1)
+SHORT = NoiseSchedule(schedules.linear(200, 1e-3, 0.1))
+
+
+def every(kind: Kind, learned: bool = False, **traits: Any) -> Denoiser:
+    """Uses all that it is told: x_t, t, the label, its own last estimate."""
+    predicts = Prediction.of(kind, SHORT)
+
+    def network(x_t: Tensor, t: Tensor, labels: Tensor | None, condition: Tensor | None) -> Tensor:
+        a, x_t = SHORT.at(t, x_t), x_t / predicts.scaled(torch.ones_like(x_t), t)
+        image = a.sqrt() * 0.3 * x_t / (a * 0.3 + 1 - a) + 0.1 * torch.sin(2 * x_t)
+        image = image if labels is None else image + 0.2 * (labels.view(-1, 1, 1, 1) - 1)
+        image = image if condition is None else image + 0.3 * condition
+        answer = predicts.output(x_t, t, image)
+        return torch.cat([answer, torch.tanh(x_t)], 1) if learned else answer
+
+    return Denoiser(network, predicts, **traits)
+
+
+def logits(x_t: Tensor, t: Tensor) -> Tensor:
+    return torch.cat([-(x_t.flatten(1) - 1).square(), -(x_t.flatten(1) + 1).square()], 1)
+
+
+PLAIN, LABELLED = every("v"), every("v", num_classes=3)
+DENOISERS = {kind: every(kind) for kind in KINDS} | {
+    "learned variance": every("epsilon", learned=True, variance="learned_range"),
+    "labels": LABELLED,
+    "self-conditioned": every("epsilon", self_conditioned=True),
+    "self-conditioned, labels": every("v", self_conditioned=True, num_classes=3),
+    "autoguided": replace(PLAIN, lead=leading.by_weaker(PLAIN, every("v", num_classes=3), 2.5)),
+    "led by a classifier": replace(PLAIN, lead=leading.by_classifier(logits, PLAIN, 3.0)),
+    "labels, led by a classifier": replace(
+        LABELLED, lead=leading.by_classifier(logits, LABELLED, 3.0)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DENOISERS)
+def test_the_density_of_every_kind_of_denoiser_has_mass_one(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the very flow that the likelihood follows, at each point of a line."""
+    flows: list[tuple[Denoise, dict[str, Any]]] = []
+
+    def seen(schedule: NoiseSchedule, denoise: Denoise, x: Tensor, way: Any, **more: Any) -> Any:
+        flows.append((denoise, {"predicts": more["predicts"]}))
+        return torch.ones(len(x), dtype=torch.float64), x
+
+    true_bits = likelihood.bits_per_dim
+    monkeypatch.setattr(likelihood, "bits_per_dim", seen)
+    labels = torch.full((len(GRID),), 1)
+    batch = torch.arange(len(GRID)), LEVEL[:1].expand(len(GRID), 1, 1, 1), labels
+    flow_likelihood(DENOISERS[name], [batch], steps=100, workers=Workers())
+    (denoise, told), *_ = flows
+    bits, _ = true_bits(SHORT, denoise, GRID, range(1, 201), **told)
+    assert float(torch.trapezoid(torch.exp2(-bits), GRID.flatten())) == pytest.approx(1, abs=2e-3)
+
+
+def test_what_leads_samples_changes_neither_the_likelihood_nor_its_provenance() -> None:
+    batch = torch.arange(2), LEVEL + 100, torch.tensor([0, 1])
+    one, led = (
+        flow_likelihood(DENOISERS[name], [batch], steps=5, workers=Workers())
+        for name in ("labels", "labels, led by a classifier")
+    )
+    assert (one.metrics, one.certificate) == (led.metrics, led.certificate)
+    assert one.certificate["guidance"] == "none"
+
+
+def test_images_of_any_index_have_noise_of_their_own() -> None:
+    """Keys were index x pixels + pixel, modulo 2^32: these two images had the same."""
+    batch = IMAGES[:1].expand(2, -1, -1, -1)
+    labels = torch.zeros(2, dtype=torch.int64)
+
+    def bits(first: int, second: int) -> float:
+        index = torch.tensor([first, second])
+        found = flow_likelihood(
+            Denoiser(optimum, V), [(index, batch, labels)], steps=4, workers=Workers()  # type: ignore[arg-type]
+        ).metrics  # fmt: skip
+        return found["eval/likelihood_bits_per_dim_high"] - found["eval/likelihood_bits_per_dim"]
+
+    assert bits(7, 7 + 2**28) > 0  # 2^28 images of 48 numbers: 3 x 2^32
+    assert bits(7, 7) == pytest.approx(0, abs=1e-6)
+
+
+def test_the_interval_of_two_images_holds_the_mean_as_often_as_it_says() -> None:
+    """400 pairs of images of nine Gaussian pixels; 1.96 errors hold it in about 70 %."""
+    generator, steps = torch.Generator().manual_seed(1), 3
+    pixels = torch.randn(800, 3, 3, 1, generator=generator) * DEVIATION + MEAN
+    images = ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    index, labels = torch.arange(800), torch.full((800,), -1)
+    denoiser = Denoiser(optimum, V)  # type: ignore[arg-type]
+    name = "eval/likelihood_bits_per_dim"
+
+    def of(part: slice) -> dict[str, float]:
+        batch = index[part], images[part], labels[part]
+        return flow_likelihood(denoiser, [batch], steps=steps, workers=Workers()).metrics
+
+    truth = of(slice(None))[name]
+    pairs = [of(slice(start, start + 2)) for start in range(0, 800, 2)]
+    held = sum(pair[f"{name}_low"] <= truth <= pair[f"{name}_high"] for pair in pairs) / 400
+    assert 0.92 <= held <= 0.98
