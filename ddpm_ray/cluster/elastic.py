@@ -1,10 +1,12 @@
 """How many workers a run goes on with, as nodes come and go; asked by Ray Train's controller."""
 
+import contextlib
 import logging
 import time
 from collections.abc import Sequence
 from typing import Any
 
+from ray.exceptions import RayError
 from ray.train import ScalingConfig
 from ray.train.v2._internal.execution.scaling_policy import (
     ElasticScalingPolicy,
@@ -31,6 +33,7 @@ class ElasticPolicy(ElasticScalingPolicy):  # type: ignore[misc]  # Ray's types 
         self._counts, self._desk = list(counts), desk
         self._wanted: ResizeDecision | None = None
         self._asked_s, self._saved = 0.0, ""  # when, and what was the newest checkpoint then
+        self._known = ""  # the newest checkpoint, as of the last answer
 
     def _count_possible_workers(self, reserved_resources: Any) -> int:
         possible = super()._count_possible_workers(reserved_resources)
@@ -38,15 +41,16 @@ class ElasticPolicy(ElasticScalingPolicy):  # type: ignore[misc]  # Ray's types 
 
     def make_decision_for_running_worker_group(self, **state: Any) -> ScalingDecision:
         """Ray's own, once a checkpoint was committed since it was made."""
+        newest = self._newest()  # at each poll: what it says is as old as the one before
         if self._wanted is None:
             decision = super().make_decision_for_running_worker_group(**state)
             if isinstance(decision, ResizeDecision):
                 self._wanted, self._asked_s = decision, time.monotonic()
-                self._saved = self._newest()
+                self._saved = newest
                 self._desk.ask(Wish.SAVE)
                 return NoopDecision()
             return decision
-        if self._newest() == self._saved and time.monotonic() - self._asked_s < SAVE_S:
+        if newest == self._saved and time.monotonic() - self._asked_s < SAVE_S:
             return NoopDecision()
         decision, self._wanted = self._wanted, None
         return decision
@@ -57,5 +61,13 @@ class ElasticPolicy(ElasticScalingPolicy):  # type: ignore[misc]  # Ray's types 
         return super().make_decision_for_non_running_worker_group()
 
     def _newest(self) -> str:
-        notes = self._desk.look()
-        return notes.progress.checkpoint if notes.progress else ""
+        """URL of the newest committed checkpoint that is known; never waits for the actor.
+
+        Ray's controller polls its workers in this thread: an actor that answers late, on a loaded
+        machine, would hold that up.
+        """
+        with contextlib.suppress(RayError):  # the driver, which sees that too, ends the run
+            notes = self._desk.glance()
+            if notes is not None and notes.progress is not None:
+                self._known = notes.progress.checkpoint
+        return self._known

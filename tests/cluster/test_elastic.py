@@ -1,0 +1,76 @@
+"""How the number of workers changes, without Ray's controller."""
+
+import pytest
+from ray.exceptions import RayActorError
+from ray.train import ScalingConfig
+from ray.train.v2._internal.execution.scaling_policy import (
+    ElasticScalingPolicy,
+    NoopDecision,
+    ResizeDecision,
+)
+
+from ddpm_ray.cluster.control import Notes
+from ddpm_ray.cluster.elastic import SAVE_S, ElasticPolicy
+from ddpm_ray.training.reporting import Progress, Wish
+
+
+class SlowDesk:
+    """Answers when the test says so; whoever waits for it would wait for ever."""
+
+    def __init__(self) -> None:
+        self.answer: Notes | Exception | None = None
+        self.asked: list[Wish] = []
+
+    def look(self) -> Notes:
+        raise AssertionError("the controller waits for the actor")
+
+    def glance(self) -> Notes | None:
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        answer, self.answer = self.answer, None
+        return answer
+
+    def ask(self, wish: Wish) -> None:
+        self.asked.append(wish)
+
+
+@pytest.fixture
+def desk() -> SlowDesk:
+    return SlowDesk()
+
+
+@pytest.fixture
+def policy(desk: SlowDesk, monkeypatch: pytest.MonkeyPatch) -> ElasticPolicy:
+    """With Ray's own decision to resize to one worker, again and again."""
+    resize = ResizeDecision(num_workers=1, resources_per_worker={})
+    monkeypatch.setattr(
+        ElasticScalingPolicy, "make_decision_for_running_worker_group", lambda self, **_: resize
+    )
+    return ElasticPolicy(ScalingConfig(num_workers=(1, 2)), [1, 2], desk)  # type: ignore[arg-type]
+
+
+def saved(checkpoint: str) -> Notes:
+    return Notes(Progress(1, 2, 0.0, 0.0, checkpoint=checkpoint), None, [], [])
+
+
+def test_a_resize_waits_for_a_newer_checkpoint_and_never_for_the_actor(
+    policy: ElasticPolicy, desk: SlowDesk
+) -> None:
+    desk.answer = saved("step-10")
+    decide = policy.make_decision_for_running_worker_group
+    assert isinstance(decide(), NoopDecision)
+    assert desk.asked == [Wish.SAVE]
+    assert isinstance(decide(), NoopDecision)  # the actor is slow
+    desk.answer = saved("step-10")
+    assert isinstance(decide(), NoopDecision)
+    desk.answer = saved("step-20")
+    assert isinstance(decide(), ResizeDecision)
+
+
+def test_a_dead_actor_holds_no_resize_up_for_ever(
+    policy: ElasticPolicy, desk: SlowDesk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk.answer = RayActorError()
+    assert isinstance(policy.make_decision_for_running_worker_group(), NoopDecision)
+    monkeypatch.setattr("time.monotonic", lambda now=policy._asked_s: now + SAVE_S)
+    assert isinstance(policy.make_decision_for_running_worker_group(), ResizeDecision)
