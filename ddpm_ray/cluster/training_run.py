@@ -249,13 +249,21 @@ def tags_of(dataset: Dataset) -> dict[str, str]:
     return {
         "mlflow.source.name": Path(sys.argv[0]).name,
         "mlflow.source.type": "JOB",
-        "mlflow.user": getpass.getuser(),
+        "mlflow.user": user_name(),
         "git_commit": git_commit(Path(__file__).parent),
         "data_fingerprint": dataset.fingerprint,
         "ray_job_id": submitted.get("job_submission_id", "none: not submitted as a job"),
         "python": platform.python_version(),
         **{f"version.{name}": version(name) for name in PACKAGES},
     }
+
+
+def user_name() -> str:
+    """Who runs this; `uid 1000710000` where the system knows no name, as in some containers."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # OSError: Python 3.13 and later
+        return f"uid {os.getuid()}"
 
 
 def _report(

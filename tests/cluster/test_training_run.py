@@ -1,11 +1,13 @@
 """A run seen from its driver, without Ray: what it says of itself."""
 
+import getpass
+import os
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from ddpm_ray.cluster.training_run import git_commit, packed_data
+from ddpm_ray.cluster.training_run import git_commit, packed_data, user_name
 from ddpm_ray.config import RunConfig
 from ddpm_ray.knobs import ConfigError, load
 from tests.noise import pack_noise
@@ -51,3 +53,16 @@ def test_a_built_in_set_is_packed_once_and_another_set_is_not_taken_for_it(tmp_p
     with pytest.raises(ConfigError, match=r"data.source is 'digits', and another data set is in"):
         packed_data(config("noise", "digits"))
     assert packed_data(config("noise", "")).manifest.samples == 9
+
+
+@pytest.mark.parametrize("error", [KeyError("getpwuid(): uid not found"), OSError("no user")])
+def test_a_user_without_a_name_is_told_by_number(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a container that is given any uid."""
+
+    def nobody() -> str:
+        raise error
+
+    monkeypatch.setattr(getpass, "getuser", nobody)
+    assert user_name() == f"uid {os.getuid()}"
