@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ddpm_ray.cluster.interrupts import exit_code
+from ddpm_ray.cluster.interrupts import at_once, exit_code
 from ddpm_ray.knobs import Config, ConfigError, help_lines, load, to_yaml
 from ddpm_ray.telling import NO_SECRET, has_secret, told
 
@@ -50,10 +50,11 @@ def main(
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("ddpm_ray").setLevel(logging.INFO)
     try:
-        try:
-            result = job(config, arguments)
-        finally:
-            _leave_ray()
+        with at_once():  # a SIGTERM before the workers start is told to MLflow as a Ctrl-C is
+            try:
+                result = job(config, arguments)
+            finally:
+                _leave_ray()
     except ConfigError as error:
         return _say(error, WRONG_CONFIG)
     except PartlyFailedError as error:

@@ -7,6 +7,7 @@ Options: --help, --print-config. The last line of stdout is a JSON object with t
 Exit code 0: no trial failed, though some may have been stopped early or pruned; 3: some failed, the
 others were compared all the same.
 Ctrl-C once commits checkpoints and exits; twice exits now. The same command continues.
+SIGTERM and a closed terminal (SIGHUP) count as Ctrl-C.
 """
 
 import sys

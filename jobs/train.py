@@ -5,6 +5,7 @@
 
 Options: --help, --print-config. The last line of stdout is a JSON object with the results.
 Ctrl-C once commits a checkpoint and exits; twice exits now. The same command continues.
+SIGTERM and a closed terminal (SIGHUP) count as Ctrl-C.
 """
 
 import sys

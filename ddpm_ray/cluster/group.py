@@ -3,13 +3,12 @@
 import logging
 import math
 import os
+import shutil
 import tempfile
 import threading
 import time
-import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -23,7 +22,7 @@ from ddpm_ray import faults
 from ddpm_ray.cluster import placement
 from ddpm_ray.cluster.control import Desk, Notes
 from ddpm_ray.cluster.elastic import ElasticPolicy
-from ddpm_ray.cluster.interrupts import Interrupts
+from ddpm_ray.cluster.interrupts import Interrupts, while_ray_starts
 from ddpm_ray.cluster.watch import stalled
 from ddpm_ray.config import ClusterConfig
 from ddpm_ray.data import storage
@@ -62,7 +61,8 @@ def connect(address: str, cpus: float = 0, gpus: float = 0) -> None:
         return
     if address := address or os.environ.get("RAY_ADDRESS", ""):
         try:
-            ray.init(address=address, logging_level=logging.WARNING)
+            with while_ray_starts():
+                ray.init(address=address, logging_level=logging.WARNING)
         except ConnectionError as error:
             raise RunFailedError(
                 f"cluster.address: no Ray answers at {address}; start it with `ray start --head`, "
@@ -71,7 +71,8 @@ def connect(address: str, cpus: float = 0, gpus: float = 0) -> None:
         return
     # address="local": a bare init would join whatever Ray happens to run on this host.
     here = max(os.cpu_count() or 1, math.ceil(cpus))
-    ray.init(address="local", num_cpus=here, logging_level=logging.WARNING)
+    with while_ray_starts():  # else a closed terminal ends Ray before a checkpoint is committed
+        ray.init(address="local", num_cpus=here, logging_level=logging.WARNING)
     found = ray.available_resources().get("GPU", 0)
     if gpus > found:
         raise RunFailedError(
@@ -91,17 +92,17 @@ def run(
     """What rank 0's `worker(settings)` returned, once all workers of a group have ended.
 
     settings["desk"] is added. `show` sees the newest progress twice a second; where it answers
-    True, or at the first Ctrl-C (or SIGTERM), the workers are asked to stop cleanly. The second
-    Ctrl-C ends at once with KeyboardInterrupt. `on_start` is told of each start of the workers: at
-    which step, in which placement group. `counts`, rising: numbers of workers that will do, where
-    not all have a place. Raises RunFailedError with the reason in a line.
+    True, or at the first signal (Ctrl-C, SIGTERM, a closed terminal), the workers are asked to stop
+    cleanly. The second signal ends at once with KeyboardInterrupt. `on_start` is told of each start
+    of the workers: at which step, in which placement group. `counts`, rising: numbers of workers
+    that will do, where not all have a place. Raises RunFailedError with the reason in a line.
     """
     log.info("starting %d workers on Ray ...", config.num_workers)
     workers = config.num_workers
     connect(config.address, workers * config.cpus_per_worker, workers * config.gpus_per_worker)
     storage.be_patient(config.storage_timeout_s)  # hours of work hang on it from here on
-    desk = Desk()
-    trainer = _trainer(worker, settings | {"desk": desk}, config, counts)
+    desk, scratch = Desk(), tempfile.mkdtemp(prefix="ddpm-ray-train-")  # of this user alone
+    trainer = _trainer(worker, settings | {"desk": desk}, config, counts, scratch)
     outcome: dict[str, Any] = {}
     asked, wish = False, False
     starts = _Starts(config, on_start)
@@ -128,6 +129,7 @@ def run(
     finally:  # where Ray's controller died, or `show` failed, nobody else gives them back
         for place in starts.places:
             placement.free(place)
+        shutil.rmtree(scratch, ignore_errors=True)
     if notes.fatal is not None:
         raise RunFailedError(notes.fatal)
     if error := outcome.get("error"):
@@ -186,6 +188,7 @@ def _trainer(
     settings: dict[str, Any],
     config: ClusterConfig,
     counts: Sequence[int],
+    scratch: str,
 ) -> "_Trainer":
     """Ray's trainer for the group, as configured."""
     elastic = len(counts) > 1
@@ -204,10 +207,9 @@ def _trainer(
             resources_per_worker=_resources(config),
         ),
         run_config=RunConfig(
-            # Ray's own snapshots are not used (ARCHITECTURE.md, Decisions): a scratch folder, and
-            # a name of its own so that it finds no old one.
-            name=f"attempt-{uuid.uuid4().hex[:8]}",
-            storage_path=str(Path(tempfile.gettempdir()) / "ddpm-ray-train"),
+            # Ray's own snapshots are not used (ARCHITECTURE.md, Decisions): a scratch folder.
+            name="attempt",
+            storage_path=scratch,
             # Errors are told once, by our own line, not with a trace for each worker and attempt.
             logging_config=LoggingConfig(log_level="CRITICAL"),
             failure_config=FailureConfig(
