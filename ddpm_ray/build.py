@@ -126,7 +126,7 @@ def plan(config: RunConfig, workers: int) -> Plan:
         ema_decay=ema_decay(training),
         checkpoint_every_steps=training.checkpoint_every_steps,
         grid_every_steps=training.grid_every_steps,
-        evaluate_every_steps=config.evaluation.every_steps,
+        evaluate_every_steps=config.evaluation.every_steps if config.evaluation.num_images else 0,
         probe_every_steps=config.evaluation.spectrum_every_steps,
     )
 

@@ -270,7 +270,7 @@ def _report(
     config: RunConfig, folder: str, tracked: TrackedRun, ended: dict[str, Any]
 ) -> dict[str, Any]:
     folder, step = storage.join(folder, "pictures"), ended["step"]
-    draws = config.model.kind == "unet"
+    draws = config.model.kind == "unet" and config.training.grid_every_steps > 0
     return {
         "name": config.name,
         "run_id": tracked.run_id,

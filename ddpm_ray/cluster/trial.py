@@ -157,15 +157,15 @@ def _outcome(outcome: Outcome, config: RunConfig) -> dict[str, Any]:
     """What the sweep keeps of a run that ended, or stopped, by itself."""
     report, ended = outcome.report, outcome.ended
     step, every = report["step"], config.training.grid_every_steps
-    newest_grid = step if outcome.finished else step - step % every if every else -1
-    pictures = report["samples"].rpartition("/")[0]
+    newest_grid = step if outcome.finished else step - step % max(every, 1)
+    pictures = (report["samples"] or "").rpartition("/")[0]  # empty: the run draws none
     busy_s = config.cluster.num_workers * (ended["trained_to"] - ended["trained_from"])
     return {
         "run_id": report["run_id"],
         "checkpoint": report["checkpoint"],
         "step": step,
         "num_steps": config.schedule.num_steps,
-        "samples": picture_url(pictures, "samples", newest_grid) if newest_grid >= 0 else "",
+        "samples": picture_url(pictures, "samples", newest_grid) if pictures else "",
         "metrics": report["metrics"] if outcome.finished else {},
         "certificate": ended["scores"].get("certificate", {}),
         "busy_s": busy_s,

@@ -166,7 +166,10 @@ def _tracked_run(settings: dict[str, Any]) -> TrackedRun:
 def _writer(config: RunConfig, settings: dict[str, Any], workers: Workers) -> CheckpointWriter:
     """Of the run's checkpoints; the leader's commits from now on, and no earlier start's."""
     checkpoints = storage.join(settings["folder"], CHECKPOINTS)
-    store = CheckpointStore(checkpoints, config.training.keep_checkpoints)
+    training = config.training
+    store = CheckpointStore(
+        checkpoints, training.keep_checkpoints, planned_every=training.checkpoint_every_steps
+    )
     if workers.leads:
         store.lead(Lease(**settings["lease"]).renewed())
     return CheckpointWriter(store)

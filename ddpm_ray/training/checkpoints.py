@@ -63,6 +63,11 @@ class Reference:
     folder: str
     manifest_sha256: str
 
+    @property
+    def step(self) -> int:
+        """The optimiser steps that its state has taken."""
+        return int(self.folder.removeprefix(PREFIX).partition("-")[0])
+
 
 @dataclass(frozen=True)
 class Pointer:
@@ -93,8 +98,9 @@ class CheckpointStore:
     A writer leads by a lease; without one (tests, tools) nobody stands in its way.
     """
 
-    def __init__(self, url: str, keep: int = 3) -> None:
-        self.url, self.keep = url, keep
+    def __init__(self, url: str, keep: int = 3, planned_every: int = 0) -> None:
+        self.url, self.keep = url, keep  # the newest steps that are kept
+        self.planned_every = planned_every  # steps; the newest multiple of it is kept as well
         self.lease: Lease | None = None
         self._verified: Reference | None = None  # the newest that was read back whole
 
@@ -116,9 +122,7 @@ class CheckpointStore:
         files = objects(snapshot)
         before = self.pointer()
         known = [Reference(folder, _sha256(files[MANIFEST])), *before.references]
-        kept = known[: self.keep]
-        if self._verified in known[self.keep :]:  # the one of which we know that it can be read
-            kept.append(self._verified)
+        kept = self._kept(known)
         try:
             for name, data in files.items():
                 faults.at("manifest" if name == MANIFEST else "object")
@@ -194,6 +198,18 @@ class CheckpointStore:
         remedy = "restore it from a backup; it lists the checkpoint folders beside it"
         where = storage.join(self.url, POINTER)
         raise CheckpointError(where, "is not a list of checkpoints", remedy) from problem
+
+    def _kept(self, known: Sequence[Reference]) -> list[Reference]:
+        """Those of `known`, newest first, that stay: the newest of each of the last `keep` steps,
+        the newest planned one, to which a run that diverges goes back, and the one of which we
+        know that it can be read."""
+        newest: dict[int, Reference] = {}
+        for one in known:
+            newest.setdefault(one.step, one)
+        of_steps, every = list(newest.values()), self.planned_every
+        planned = [one for one in of_steps if every and one.step % every == 0]
+        wanted = [*of_steps[: self.keep], *planned[:1], self._verified]
+        return [one for one in known if one in wanted]
 
     def _is_whole(self, reference: Reference) -> bool:
         where = storage.join(self.url, reference.folder)

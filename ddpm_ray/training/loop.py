@@ -15,7 +15,7 @@ from ddpm_ray import faults
 from ddpm_ray.training.checkpoints import CheckpointWriter, read
 from ddpm_ray.training.divergence import DivergedError, Guard, diverged
 from ddpm_ray.training.objectives import Objective
-from ddpm_ray.training.reporting import Progress, Sink, Wish
+from ddpm_ray.training.reporting import Progress, Row, Sink, Wish
 from ddpm_ray.training.state import TrainingState
 from ddpm_ray.training.step_log import StepLog
 from ddpm_ray.training.workers import Workers
@@ -102,34 +102,64 @@ def train(run: Run) -> bool:
     wish = Wish.NOTHING
     if state.step == 0 and plan.grid_every_steps:
         run.draw_grid(0)  # what the same noise gave before the first step
+    if state.step > 0:
+        show(run)  # an earlier start may have ended between its checkpoint and these
     while state.step < plan.steps and wish is not Wish.STOP:
-        take_step(run)
+        rewound = take_step(run)
         wish = Wish.NOTHING
         faults.at("between")
         step = state.step
-        saves = step == plan.steps or plan.is_due(plan.checkpoint_every_steps, step)
         last = step == plan.steps
+        scores = last or plan.is_due(plan.evaluate_every_steps, step)
+        saves = scores or rewound or plan.is_due(plan.checkpoint_every_steps, step)
         probes = plan.is_due(plan.probe_every_steps, plan.probe_every_steps if last else step)
         if probes:
             run.probe(step)
         if saves or probes or step - run.reported[0] >= run.report_every_steps:
             wish = report(run)
             faults.at("between")
-        if last or plan.is_due(plan.grid_every_steps, step):
-            run.draw_grid(step)
-        if last:
-            run.draw_strip(step)
-        if last or plan.is_due(plan.evaluate_every_steps, step):
-            run.evaluate(step)
         run.keep_averages(step)  # before the checkpoint that will name them
         if saves or wish is not Wish.NOTHING:
             save(run)
+        show(run)
     run.checkpoints.wait()
     return state.step >= plan.steps
 
 
-def take_step(run: Run) -> None:
-    """One optimiser step on all workers together."""
+def show(run: Run) -> None:
+    """Draw and score the weights of this step, as far as that is due and was not done before.
+
+    It comes after the step's checkpoint, so that an error in it loses no training; scores are saved
+    with a second checkpoint of the step. A run that ends in between is shown when it is continued.
+    """
+    state, plan = run.state, run.plan
+    step, last, scores_before = state.step, state.step == plan.steps, state.scores
+    pictures = state.shown < step and plan.grid_every_steps > 0
+    if pictures and (last or plan.is_due(plan.grid_every_steps, step)):
+        run.draw_grid(step)
+    if pictures and last:
+        run.draw_strip(step)
+    scores = last or plan.is_due(plan.evaluate_every_steps, step)
+    if scores and state.scores.get("step") != step:
+        settle(run)
+        run.evaluate(step)
+    changed = state.scores is not scores_before or (pictures and last)
+    state.shown = step
+    if changed:
+        save(run)
+
+
+def settle(run: Run) -> None:
+    """Return, on all workers, once what was saved is committed; all must call it.
+
+    The first worker that fails takes the others with it, and the leader's upload with them.
+    """
+    run.checkpoints.wait()
+    run.workers.gather(None)
+
+
+def take_step(run: Run) -> bool:
+    """One optimiser step on all workers together; True where it led back to earlier weights."""
     state, plan = run.state, run.plan
     faults.stand(run.workers.rank, state.step + 1)
     faults.at("batch")
@@ -140,8 +170,7 @@ def take_step(run: Run) -> None:
     norm = clip_grad_norm_(run.network.parameters(), plan.max_grad_norm, foreach=True)
     grad_norm = float(norm)  # waits for the device; without it a NaN would reach the weights
     if not run.guard.passes(grad_norm):
-        skip_step(run, grad_norm, losses)
-        return
+        return skip_step(run, grad_norm, losses)
     faults.at("update")
     learning_rate = plan.learning_rate(state.step)
     for group in state.optimizer.param_groups:
@@ -156,13 +185,18 @@ def take_step(run: Run) -> None:
         state.moments.update(*(torch.cat(column) for column in zip(*seen, strict=True)))
     log_snr = run.objective.schedule.log_snr(t)
     run.log.record(losses, log_snr, grad_norm=grad_norm, learning_rate=learning_rate)
+    return False
 
 
-def skip_step(run: Run, grad_norm: float, losses: Tensor) -> None:
-    """Leave the weights as they are and count the step as done; or raise DivergedError."""
+def skip_step(run: Run, grad_norm: float, losses: Tensor) -> bool:
+    """Count the step as done and leave the weights as they are, or take earlier ones (True).
+
+    Raises DivergedError where training.on_divergence does not let the run go on.
+    """
     state, keys = run.state, run.stream.keys(run.state.step)
     error = diverged(state.step + 1, grad_norm, run.guard.limit, losses, keys, run.workers)
     if run.guard.gives_up:
+        settle(run)
         raise error
     state.optimizer.zero_grad()
     state.step += 1
@@ -174,19 +208,20 @@ def skip_step(run: Run, grad_norm: float, losses: Tensor) -> None:
         log.warning("%s. Skipped, as training.on_divergence says", str(error).partition(";")[0])
     if run.guard.rewinds:
         rewind(run, error)
+    return run.guard.rewinds
 
 
 def rewind(run: Run, error: DivergedError) -> None:
-    """Back to the weights, average and moments of the planned checkpoint before; raises `error`
-    where none is kept.
+    """Restore weights, average and moments of the planned checkpoint before, for the caller to
+    save; raises `error` where none is kept.
 
     The count of steps goes on, so that the samples since then are not used again: with them the
     run would go the same way. The planned one, because one that somebody asked for in between
     would lead a run that was interrupted elsewhere than one that was not.
     """
     state, every = run.state, run.plan.checkpoint_every_steps
-    step, scores, probes = state.step, state.scores, state.probes
-    report(run)  # rows of steps that are given up are told as they were
+    step, scores, probes, shown = state.step, state.scores, state.probes, state.shown
+    hand_on_rows(run)  # of steps that are given up, as they were
     run.checkpoints.wait()
     store = run.checkpoints.store
     (where, *_) = run.workers.gather(
@@ -197,23 +232,30 @@ def rewind(run: Run, error: DivergedError) -> None:
     snapshot, skipped = read(where), run.guard.skipped
     state.restore(snapshot)
     state.step, state.scores, state.probes = step, scores, probes
+    state.shown = shown
     run.log.resume(snapshot.facts["bands"])
     run.guard.resume(snapshot.facts["guard"] | {"skipped": skipped})
     log.warning("step %d goes on from the weights of %s", step + 1, where)
-    save(run)  # who is killed after this does not go back twice
+
+
+def hand_on_rows(run: Run) -> list[Row]:
+    """The rows of the steps since the last call, handed to the sink; none right after a rewind."""
+    rows = run.log.collect(run.state.step, run.stream.waited_s)
+    if run.sink is not None:
+        run.sink.rows(rows)
+    return rows
 
 
 def report(run: Run) -> Wish:
     """Hand on the rows since the last report; what the driver asks for, the same on all workers."""
     step, (last_step, last_time) = run.state.step, run.reported
-    rows = run.log.collect(step, run.stream.waited_s)
+    rows = hand_on_rows(run)
     elapsed_s = max(time.perf_counter() - last_time, 1e-9)
     steps_per_s = (step - last_step) / elapsed_s
     agreed = torch.zeros(2, dtype=torch.float64)
     if run.sink is not None:
-        run.sink.rows(rows)
         rate = steps_per_s * run.plan.global_batch_size
-        loss = rows[-1].metrics.get("train/loss", math.nan)  # of a step that was skipped
+        loss = rows[-1].metrics.get("train/loss", math.nan) if rows else math.nan  # NaN: skipped
         saved = run.checkpoints.committed or ""
         progress = Progress(step, run.plan.steps, loss, rate, run.state.probes, saved)
         agreed[0] = run.show_progress(progress)

@@ -56,8 +56,11 @@ class StepLog:
     def collect(self, step: int, waited_s: float) -> list[Row]:
         """Rows of the recorded steps, which end at `step`, the same on all workers; all call it.
 
-        `waited_s`: seconds that this worker has waited for data since its start.
+        `waited_s`: seconds that this worker has waited for data since its start. Without a step
+        since the last call there are none.
         """
+        if not self._lines:  # on all workers alike
+            return []
         lines = self._workers.sum_(torch.stack(self._lines).cpu())  # [steps, 2, bands]
         now, first = time.perf_counter(), step - len(self._lines) + 1
         self._images += float(lines[:, 1].sum())

@@ -193,6 +193,17 @@ def test_a_save_that_dies_right_after_its_commit_counts(
     assert_same_bits(newest(store), snapshot(2))
 
 
+def test_the_newest_steps_stay_and_the_planned_one_among_them(tmp_path: Path) -> None:
+    """A second checkpoint of a step replaces its first: it costs no older one its place."""
+    store, kept = CheckpointStore(str(tmp_path), keep=2, planned_every=10), []
+    for step in (10, 11, 11, 12, 13, 13, 20, 21):
+        store.save(snapshot(step))
+        kept.append([reference.step for reference in store.pointer().references])
+    assert kept == [[10], [11, 10], [11, 10], [12, 11, 10], [13, 12, 10], [13, 12, 10],
+                    [20, 13], [21, 20]]  # fmt: skip
+    assert len(list(tmp_path.glob("step-*"))) == 2
+
+
 @pytest.mark.parametrize("name", OBJECTS[:-1])
 @pytest.mark.parametrize("damage", ["flip", "cut", "gone", "swapped"])
 def test_a_damaged_file_makes_way_for_the_checkpoint_before(

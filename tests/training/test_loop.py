@@ -81,16 +81,16 @@ class Ledger:
 
 @dataclass
 class SpoiltStream:
-    """A stream in which image `position` of batch `step` is NaN."""
+    """A stream in which image `position` of the batches of `steps` is NaN."""
 
     stream: ShardStream
-    step: int
+    steps: tuple[int, ...]
     position: int
     waited_s: float = 0.0
 
     def batch(self, step: int) -> Batch:
         images, labels = self.stream.batch(step)
-        if step == self.step and self.position in self.stream.positions:
+        if step in self.steps and self.position in self.stream.positions:
             images = images.float()
             images[self.position - self.stream.positions.start] = math.nan
         return Batch(images, labels)
@@ -153,7 +153,7 @@ def begin(
     workers, dataset = workers or Workers(), open_dataset(config.data.url)
     facts = {"config": to_dict(config)}
     state = build.training_state(config, dataset.manifest.image_shape, CPU, facts)
-    store = CheckpointStore(str(folder), config.training.keep_checkpoints)
+    store = CheckpointStore(str(folder), config.training.keep_checkpoints, planned_every=EVERY)
     log = StepLog(workers, config.training.log_every_steps)
     guard = Guard.of(config.training.on_divergence, config.training.spike_factor)
     if found := store.load():
@@ -509,8 +509,12 @@ def test_a_run_that_is_asked_to_save_commits_and_goes_on(
 def test_each_thing_is_done_at_its_steps(data: str, tmp_path: Path) -> None:
     told: list[tuple[str, int]] = []
     run = begin(
-        configured(data, "training.grid_every_steps=3", "evaluation.every_steps=4"), tmp_path
-    )
+        configured(
+            data, "training.grid_every_steps=3", "evaluation.every_steps=4",
+            "evaluation.num_images=2",
+        ),
+        tmp_path,
+    )  # fmt: skip
     run.draw_grid = lambda step: told.append(("grid", step))
     run.draw_strip = lambda step: told.append(("strip", step))
     run.evaluate = lambda step: told.append(("evaluate", step))
@@ -538,9 +542,9 @@ def weights(run: Run) -> list[Tensor]:
     ]
 
 
-def spoil(run: Run, step: int, position: int) -> None:
+def spoil(run: Run, *steps: int, position: int) -> None:
     assert isinstance(run.stream, ShardStream)
-    run.stream = SpoiltStream(run.stream, step - 1, position)
+    run.stream = SpoiltStream(run.stream, tuple(step - 1 for step in steps), position)
 
 
 @pytest.mark.parametrize("micro_batch", [0, 1, 3])
@@ -640,6 +644,171 @@ def test_a_rewound_run_has_the_weights_of_its_checkpoint_and_is_the_same_on_repl
         assert_same_bits(bits(run), bits(wanted))
         assert died.timeless() == unbroken.timeless()
         assert run.guard == wanted.guard
+
+
+def shows(run: Run) -> list[tuple[str, int]]:
+    """Stand-ins for what is drawn and scored of a step's weights; which are done, in order."""
+    done: list[tuple[str, int]] = []
+
+    def evaluate(step: int) -> None:
+        done.append(("scores", step))
+        fd = float(sum(parameter.sum() for parameter in run.state.ema.model.parameters()))
+        run.state.scores = {"step": step, "metrics": {"eval/fd": fd}}
+        assert run.sink is not None
+        run.sink.rows([Row(step, {"eval/fd": fd})])
+
+    run.draw_grid = lambda step: done.append(("grid", step))
+    run.draw_strip = lambda step: done.append(("strip", step))
+    run.evaluate = evaluate
+    return done
+
+
+@pytest.mark.usefixtures("_reports_at_each_step")
+@pytest.mark.parametrize(
+    "step, checkpoints, probes",
+    [
+        (5, 3, 0),  # a step of which nothing else is due
+        (5, 3, 5),
+        (6, 3, 0),
+        (6, 3, 2),
+        (8, 3, 0),  # the last
+        (8, 3, 2),
+        (8, 4, 0),
+        (8, 4, 2),
+    ],
+)
+def test_a_run_goes_back_at_any_step_and_is_the_same_on_replay(
+    step: int,
+    checkpoints: int,
+    probes: int,
+    data: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whatever else is due at the step that diverged: a checkpoint, a probe, the end of the run."""
+    config = configured(
+        data, "training.on_divergence=rewind", f"training.checkpoint_every_steps={checkpoints}",
+        f"evaluation.spectrum_every_steps={probes}", "evaluation.num_images=2",
+    )  # fmt: skip
+    ledger, died = Ledger(), Ledger()
+    wanted = begin(config, tmp_path / "unbroken", ledger)
+    spoil(wanted, step, position=2)
+    done = shows(wanted)
+    assert train(wanted)
+    assert done == [("grid", 0), ("grid", STEPS), ("strip", STEPS), ("scores", STEPS)]
+    assert wanted.state.scores["step"] == STEPS
+    due = [at for at in range(1, STEPS + 1) if probes and (at % probes == 0 or at == STEPS)]
+    assert [probe["step"] for probe in wanted.state.probes] == due
+
+    monkeypatch.setenv(faults.VARIABLE, f"{tmp_path / 'struck'} fail@snapshot:{step}")
+    for dies in (True, False):
+        run = begin(config, tmp_path / "died", died)
+        spoil(run, step, position=2)
+        shows(run)
+        death = pytest.raises(InjectedFaultError, match=f"at snapshot, step {step}")
+        with death if dies else contextlib.nullcontext():
+            train(run)
+        run.checkpoints.wait()
+    assert_same_bits(bits(run), bits(wanted))
+    assert run.state.scores == wanted.state.scores
+    assert died.timeless() == ledger.timeless()
+
+
+def test_a_run_that_diverges_again_and_again_goes_back_to_the_same_checkpoint(
+    data: str, tmp_path: Path
+) -> None:
+    """Each time it commits; that of step 3 is kept though two newer ones are there."""
+    config = configured(data, "training.on_divergence=rewind", "training.steps=9",
+                        "training.keep_checkpoints=2")  # fmt: skip
+    three = begin(replace(config, training=replace(config.training, steps=3)), tmp_path / "three")
+    assert train(three)
+    run = begin(config, tmp_path / "run")
+    spoil(run, 4, 5, 6, position=1)
+    shows(run)
+    weights_at: dict[int, list[Tensor]] = {}
+
+    def show(progress: Progress) -> Wish:
+        weights_at[progress.step] = weights(run)
+        return Wish.NOTHING
+
+    run.show_progress = show
+    assert train(run)
+    for step in (4, 5, 6):
+        assert all(map(torch.equal, weights_at[step], weights(three))), step
+
+
+@pytest.mark.usefixtures("_reports_at_each_step")
+@pytest.mark.parametrize("step", [4, 8])
+@pytest.mark.parametrize("dies", ["before its scores", "after its rows", "in its second save"])
+def test_scoring_comes_after_the_checkpoint_and_is_made_up_for(
+    dies: str, step: int, data: str, tmp_path: Path
+) -> None:
+    """Step 4 is no step of a planned checkpoint, 8 is the last. No step is trained twice, and rows
+    and scores are those of a run that nobody disturbed."""
+    config = configured(data, "evaluation.every_steps=4", "evaluation.num_images=2")
+    ledger, died = Ledger(), Ledger()
+    wanted = begin(config, tmp_path / "unbroken", ledger)
+    shows(wanted)
+    assert train(wanted)
+    run = begin(config, tmp_path / "died", died)
+    shows(run)
+    evaluate, save = run.evaluate, loop.save
+
+    def dying(at: int) -> None:
+        committed = CheckpointStore(str(tmp_path / "died")).load()
+        assert committed is not None
+        assert committed[1].step == at
+        if at == step and dies == "before its scores":
+            raise Killed(f"in the scores of step {step}")
+        evaluate(at)
+        if at == step and dies == "after its rows":
+            raise Killed(f"in the scores of step {step}")
+
+    def dying_save(run: Run) -> None:
+        if dies == "in its second save" and run.state.scores.get("step") == step:
+            raise Killed(f"with the scores of step {step}")
+        save(run)
+
+    run.evaluate = dying
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "save", dying_save)
+        with pytest.raises(Killed, match=f"scores of step {step}"):
+            train(run)
+    again = begin(config, tmp_path / "died", died)
+    assert again.state.step == step
+    done = shows(again)
+    assert train(again)
+    assert [at for what, at in done if what == "scores"] == list(range(step, STEPS + 1, 4))
+    assert_same_bits(bits(again), bits(wanted))
+    assert died.timeless() == ledger.timeless()
+    found = CheckpointStore(str(tmp_path / "died")).load()
+    assert found is not None
+    assert found[1].facts["scores"] == wanted.state.scores != {}
+    once_more = begin(config, tmp_path / "died", died)
+    done = shows(once_more)
+    assert train(once_more)
+    assert done == []
+
+
+def test_a_finished_run_without_scores_is_scored_when_it_is_continued(
+    data: str, tmp_path: Path
+) -> None:
+    """As the checkpoints of earlier versions may be, which went back at their last step."""
+    finished(configured(data), tmp_path)
+    ledger = Ledger()
+    run = begin(configured(data, "evaluation.num_images=2"), tmp_path, ledger)
+    done = shows(run)
+    assert train(run)
+    assert done == [("scores", STEPS)]
+    assert ("eval/fd", STEPS) in ledger.values
+
+
+def test_without_grids_nothing_is_drawn(data: str, tmp_path: Path) -> None:
+    """training.grid_every_steps=0 says none, and that is none at the end either."""
+    run = begin(configured(data, "training.grid_every_steps=0"), tmp_path)
+    done = shows(run)
+    assert train(run)
+    assert done == [("scores", STEPS)]
 
 
 def test_a_run_that_cannot_go_back_stops(data: str, tmp_path: Path) -> None:
