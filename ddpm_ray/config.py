@@ -139,7 +139,9 @@ class TrainingConfig:
     compile: bool = knob(False, "torch.compile; pays on GPUs after minutes of warm-up")
     gradient_checkpointing: bool = knob(False, "recompute blocks backwards: less memory, slower")
     log_every_steps: int = knob(50, "steps that one row of rates and bands covers", at_least=1)
-    grid_every_steps: int = knob(5000, "steps between sample grids; 0: no pictures, at the end neither", at_least=0)
+    grid_every_steps: int = knob(
+        5000, "steps between sample grids; 0: none, at the end neither", at_least=0
+    )
     checkpoint_every_steps: int = knob(1000, "steps between checkpoints", at_least=1)
     keep_checkpoints: int = knob(3, "newest checkpoints that are kept", at_least=2)
 
