@@ -170,7 +170,8 @@ def _mixed(
     mixed = torch.lerp(weak[:, :channels], towards, each)
     if rescale > 0:
         pixels = tuple(range(1, towards.ndim))
-        back = towards.std(pixels, keepdim=True) / mixed.std(pixels, keepdim=True)  # eq. 15
+        wanted, found = (answer.std(pixels, keepdim=True) for answer in (towards, mixed))
+        back = torch.where(found > 0, wanted / found, 1)  # eq. 15; without contrast there is none
         mixed *= rescale * back + 1 - rescale  # eq. 16
     return _with_variance_of(strong, mixed)
 

@@ -187,6 +187,18 @@ def test_autoguidance_leads_away_from_the_weak_network() -> None:
     torch.testing.assert_close(score(EPSILON, denoise, x, t), expected)
 
 
+@pytest.mark.parametrize("constant", [0.0, 0.25])
+def test_rescale_leaves_an_answer_without_contrast_as_it_is(constant: float) -> None:
+    """As that of a network before its first step, whose last layer is 0: a deviation over 0."""
+    x, t = images(2), torch.tensor([1, 2])
+
+    def flat(x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        return torch.full_like(x_t, constant)
+
+    guided = classifier_free(flat, torch.tensor([1, 2]), 4, 3.0, rescale=0.7)(x, t)
+    assert torch.equal(guided, torch.full_like(x, constant))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("k", [0, 1, 2])
 def test_the_true_classifier_leads_to_the_conditional_answer(kind: Kind, k: int) -> None:
