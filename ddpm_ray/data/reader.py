@@ -19,7 +19,6 @@ from weakref import WeakValueDictionary
 import numpy as np
 
 from ddpm_ray.data.cache import ShardCache
-from ddpm_ray.data.image_files import BadImageError, decoded
 from ddpm_ray.data.order import Block, Int64s, Order
 from ddpm_ray.data.shards import Dataset, DatasetError, Shard, UInt8s, fetch_shard
 
@@ -211,6 +210,8 @@ def gather(
         flat = shard.images.reshape(len(shard), -1)
         np.take(flat, rows, axis=0, out=out, mode="clip")
         return
+    from ddpm_ray.data.image_files import BadImageError, decoded  # Pillow, for encoded images alone
+
     manifest = dataset.manifest
 
     def image(row: int) -> UInt8s:

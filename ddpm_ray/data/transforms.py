@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, assert_never
+from typing import TYPE_CHECKING, Literal, assert_never
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 Resize = Literal["none", "centre-crop-box-bicubic"]
 
@@ -61,6 +63,8 @@ def _centre_crop_box_bicubic(image: Image.Image, size: int) -> Image.Image:
     The recipe of guided-diffusion (Dhariwal and Nichol 2021, arXiv:2105.05233), whose ImageNet and
     LSUN numbers rest on it.
     """
+    from PIL import Image  # for packing alone: training reads pixels
+
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)

@@ -1,15 +1,20 @@
 """Pictures of pictures: a grid of samples, and a strip that shows noise becoming images."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ddpm_ray.generation.denoiser import Denoiser
 from ddpm_ray.generation.sample import Images, SamplingPlan, draw, to_uint8
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 GUTTER_PIXELS = 2
 GUTTER_GREY = 128  # set off from the black ground of digits and from white ground alike
@@ -25,6 +30,8 @@ def grid(
     `columns` makes it about square by default. Images whose shorter side is below `min_pixels`
     are enlarged by the whole factor that gets them there; each pixel stays a sharp square.
     """
+    from PIL import Image  # only who looks at pictures needs Pillow
+
     if images.ndim != 4 or not len(images) or images.shape[3] not in (1, 3):
         raise ValueError(f"images have shape {list(images.shape)}; a grid shows [N, H, W, 1 or 3]")
     count, height, width, channels = images.shape
@@ -74,6 +81,8 @@ def denoising_strip(
 
 def captioned(picture: Image.Image, above: Sequence[str], beside: Sequence[str]) -> Image.Image:
     """`picture` with a margin of captions: `above` equal columns, and left of equal rows."""
+    from PIL import Image, ImageDraw, ImageFont
+
     font = ImageFont.load_default(size=14)
     left = max([MARGIN_PIXELS, *(math.ceil(font.getlength(caption)) + 6 for caption in beside)])
     whole = Image.new(picture.mode, (picture.width + left, picture.height + MARGIN_PIXELS), "white")

@@ -1,11 +1,13 @@
 """What a person looks at while a run trains: samples of the same noise, step after step."""
 
+from __future__ import annotations
+
 import io
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from PIL import Image
 
 from ddpm_ray.data import storage
 from ddpm_ray.generation import grids
@@ -13,6 +15,9 @@ from ddpm_ray.generation.denoiser import Denoiser
 from ddpm_ray.generation.sample import SamplingPlan, draw_uint8
 from ddpm_ray.training.reporting import Sink
 from ddpm_ray.training.workers import Workers
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 GRID_IMAGES = 64
 STRIP_IMAGES = 4

@@ -5,13 +5,14 @@ share of the shards once, and keeps the nearest so far of every sample. Mirrored
 features only.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from ddpm_ray.data.shards import Dataset
@@ -21,6 +22,9 @@ from ddpm_ray.measures.neighbours import first_by, nearest_squares
 from ddpm_ray.models.inception import SPATIAL
 from ddpm_ray.training.features import FeatureNet
 from ddpm_ray.training.workers import Workers
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 NEIGHBOURS = 50  # of a sample, whose mean distance says how crowded its surroundings are
 COPY_RATIO = 0.5  # a sample nearer than this share of that mean counts as a copy
@@ -60,7 +64,7 @@ class Neighbours:
             f"eval/nearest_ratio{self.space}": float(self.ratio.median()),
         }
 
-    def beside(self, held_out: "Neighbours") -> dict[str, float]:
+    def beside(self, held_out: Neighbours) -> dict[str, float]:
         """The same of images that were not trained on, in the same space, and how they compare.
 
         `eval/nearest_to_held_out` is the samples' median distance to the data over theirs: about 1
@@ -110,6 +114,8 @@ class Neighbours:
 
         Left of a sample is its ratio, above each of the nearest is its distance.
         """
+        from PIL import Image
+
         rows = []
         for i in self._order[:most]:
             row = torch.cat([self.samples[i][None], self.images[i]]).numpy()

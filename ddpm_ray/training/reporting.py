@@ -3,11 +3,14 @@
 Torch takes 2 s to import, which the actor between driver and workers has no other use for.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from PIL import Image
+if TYPE_CHECKING:
+    from PIL import Image
 
 RATES = ("train/images_per_s", "train/data_wait_share")  # the keys that a replay does not repeat
 
