@@ -8,7 +8,7 @@ import math
 import platform
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -148,9 +148,16 @@ def _certificate(
         "inception_score": _inception_score(net, num_images),
         "versions": {
             "python": platform.python_version(),
-            **{name: version(name) for name in ("ddpm-ray", "torch", "numpy")},
+            **{name: _version(name) for name in ("ddpm-ray", "torch", "numpy")},
         },
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # a checkout that only lies on the path
+        return "not installed"
 
 
 def _facts(reference: Reference) -> dict[str, Any]:
