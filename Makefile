@@ -3,13 +3,18 @@ SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help train sweep test faults drill cluster-demo doctor lint types bench fault-bench ui clean
+.PHONY: help train sweep test faults drill cluster-demo doctor lint types bench fault-bench gpu-check ui clean
 
 BIN := .venv/bin
 READY := .venv/ready
 # The first of these that is Python 3.11 or newer; `make PYTHON=... train` says otherwise.
 PYTHON = $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null && echo $$p && break; done)
+
+# Likewise the first that has torch: on a machine with a GPU nothing of ours is installed.
+TORCH_PYTHON = $(shell for p in $(BIN)/python python3 python python3.11 python3.12 python3.13; do \
+	$$p -c 'import sys, importlib.util as u; sys.exit(sys.version_info < (3, 11) or not u.find_spec("torch"))' \
+		2> /dev/null && echo $$p && break; done)
 
 help:  ## list these targets
 	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## /{printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -44,10 +49,14 @@ types: $(READY)  ## mypy --strict
 
 bench: $(READY)  ## speed as ratios to what we compare with
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench]'
-	for script in $(filter-out benchmarks/faults.py benchmarks/results.py,$(wildcard benchmarks/*.py)); do $(BIN)/python $$script; done
+	for script in $(filter-out $(patsubst %,benchmarks/%.py,faults results gpu_check),$(wildcard benchmarks/*.py)); do $(BIN)/python $$script; done
 
 fault-bench: $(READY)  ## what faults cost, ours beside plain Ray Train, s3fs and MLflow; 20 minutes
 	$(BIN)/python -m benchmarks.faults
+
+gpu-check:  ## what this machine's GPU does, in 8 minutes; needs torch, no installation
+	@test -n "$(TORCH_PYTHON)" || { echo "no Python 3.11 or newer with torch is on the PATH" >&2; exit 1; }
+	$(TORCH_PYTHON) -m benchmarks.gpu_check
 
 ui: $(READY)  ## the local runs in MLflow
 	@echo "http://127.0.0.1:5000/#/experiments?workflowType=machine_learning (Ctrl-C ends it)"

@@ -33,7 +33,7 @@ SETTINGS = {  # of the objective or the training, whose steps wait in ways of th
 def found(only: str = "", limit_s: float = 600) -> dict[str, Any]:
     """What this module prints, from a process of its own: {"cases": ..., "syncs": ...}.
 
-    A case is None where it works, else its error and place. Raises NoCompilerError.
+    A case is None where it works, else its error and place. Raises NoFakeCudaError.
     """
     command = [sys.executable, "-m", __spec__.name, "--only", only]
     done = subprocess.run(

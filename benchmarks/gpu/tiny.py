@@ -44,19 +44,19 @@ class Images(NamedTuple):
     labels: Tensor  # int64 [b]
 
 
-@dataclass
 class SameImages:
     """An image stream of one batch, for ever."""
 
-    count: int = BATCH
-    side: int = SIDE
-    waited_s: float = 0.0
+    waited_s = 0.0
+
+    def __init__(self, count: int, side: int) -> None:
+        self._batch = Images(pixels(count, side), torch.arange(count) % 4)
 
     def batch(self, step: int) -> Images:
-        return Images(pixels(self.count, self.side), torch.arange(self.count) % 4)
+        return self._batch
 
     def keys(self, step: int) -> list[str]:
-        return [f"image {i}" for i in range(self.count)]
+        return [f"image {i}" for i in range(len(self._batch.images))]
 
     def close(self) -> None: ...
 
@@ -104,7 +104,7 @@ def run_of(
     return Run(
         plan=build.plan(config, 1),
         state=state,
-        network=torch.compile(state.model) if config.training.compile else state.model,  # type: ignore[arg-type]
+        network=state.model,
         objective=build_diffusion.objective(config, state, device),
         guard=Guard.of(config.training.on_divergence, config.training.spike_factor),
         stream=SameImages(count, side),

@@ -14,7 +14,7 @@ import pytest
 
 from benchmarks.gpu import fake_library, on_fake_cuda
 from benchmarks.gpu.cases import cases
-from benchmarks.gpu.fake_library import NoCompilerError
+from benchmarks.gpu.fake_library import NoFakeCudaError
 
 ROOT = Path(__file__).parents[2]
 REMEDY = (
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.timeout(400)  # the first test waits for the process: 2
 def found() -> dict[str, Any]:
     try:
         return on_fake_cuda.found(limit_s=360)
-    except NoCompilerError as error:
+    except NoFakeCudaError as error:
         pytest.skip(str(error))
 
 
@@ -88,7 +88,7 @@ def judged() -> dict[str, Any]:
     expressions = json.dumps({name: of for name, (of, _) in REFUSED.items()} | TAKEN)
     try:
         environment = fake_library.environment()
-    except NoCompilerError as error:
+    except NoFakeCudaError as error:
         pytest.skip(str(error))
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, expressions], env=environment, cwd=ROOT, text=True,
