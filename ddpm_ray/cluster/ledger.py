@@ -19,6 +19,7 @@ Status: TypeAlias = Literal["running", "finished", "stopped", "pruned", "failed"
 """running: not over, also while nobody works on it; stopped: early, by comparison with others;
 pruned: its schedule was hopeless before it took a worker."""
 
+TRIALS = "trials"  # below a sweep's folder
 COSTS = "worker_s", "busy_s"  # of an outcome
 
 
@@ -62,7 +63,7 @@ class Ledger:
     """
 
     def __init__(self, folder: str) -> None:
-        self._folder = storage.join(folder, "trials")
+        self._folder = storage.join(folder, TRIALS)
         self.trials: list[Trial] = []
         while storage.exists(self._url(len(self.trials))):
             self.trials.append(_read(self._url(len(self.trials))))
@@ -118,7 +119,12 @@ class Ledger:
         return self._order - 1
 
     def _url(self, number: int) -> str:
-        return storage.join(self._folder, f"{number:05d}.json")
+        return storage.join(self._folder, trial_file(number))
+
+
+def trial_file(number: int) -> str:
+    """Name of the file of trial `number`, below TRIALS in a sweep's folder."""
+    return f"{number:05d}.json"
 
 
 def _read(url: str) -> Trial:

@@ -22,11 +22,12 @@ from ddpm_ray.cluster import capacity, group
 from ddpm_ray.cluster.book import Book
 from ddpm_ray.cluster.candidates import Candidates
 from ddpm_ray.cluster.group import RunFailedError
+from ddpm_ray.cluster.identity import claim
 from ddpm_ray.cluster.interrupts import Interrupts
 from ddpm_ray.cluster.ledger import Ledger, Trial
 from ddpm_ray.cluster.placement import HEAD
 from ddpm_ray.cluster.sweep_tracking import SweepPlace
-from ddpm_ray.cluster.training_run import check_model, claim, located, packed_data
+from ddpm_ray.cluster.training_run import check_model, located, packed_data
 from ddpm_ray.cluster.trial import Board, run_trial
 from ddpm_ray.config import RunConfig
 from ddpm_ray.data import storage

@@ -11,11 +11,12 @@ import torch
 from PIL import Image
 
 from ddpm_ray.cluster import charts, leaderboard, registry, tracking
+from ddpm_ray.cluster.identity import IDENTITY
 from ddpm_ray.cluster.leaderboard import Row
 from ddpm_ray.cluster.ledger import Ledger, Trial
 from ddpm_ray.cluster.tracked_run import TrackedRun
 from ddpm_ray.cluster.tracking import TrackingError
-from ddpm_ray.cluster.training_run import IDENTITY, artifacts_beside, tags_of
+from ddpm_ray.cluster.training_run import artifacts_beside, tags_of
 from ddpm_ray.data import sealed, storage
 from ddpm_ray.data.shards import Dataset
 from ddpm_ray.data.storage import StorageError

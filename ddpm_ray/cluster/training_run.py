@@ -9,7 +9,6 @@ import os
 import platform
 import subprocess
 import sys
-import uuid
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -19,12 +18,13 @@ import torch
 
 from ddpm_ray import build, build_diffusion
 from ddpm_ray.cluster import group, registry, tracking
+from ddpm_ray.cluster.identity import claim
 from ddpm_ray.cluster.packing import pack
 from ddpm_ray.cluster.tracked_run import RunCard, TrackedRun
 from ddpm_ray.cluster.trained import tracking_place
 from ddpm_ray.cluster.worker import train_worker
 from ddpm_ray.config import RunConfig
-from ddpm_ray.data import built_in_sets, sealed, storage
+from ddpm_ray.data import built_in_sets, storage
 from ddpm_ray.data.shards import MANIFEST, Dataset, open_dataset
 from ddpm_ray.job_config import PackConfig
 from ddpm_ray.knobs import ConfigError, flat, to_dict, to_yaml
@@ -35,7 +35,6 @@ from ddpm_ray.training.reporting import Progress
 
 log = logging.getLogger(__name__)
 
-IDENTITY = "run.json"  # in the run's folder: who it is and the config that it began with
 # MLflow writes a run's parameters above each of its pictures, so that more of them than these push
 # the pictures out of sight; the whole config is the artifact config.yaml.
 PARAMS = (
@@ -206,33 +205,6 @@ def check_model(config: RunConfig, dataset: Dataset) -> None:
             f"model.num_classes is {config.model.num_classes}, and the data in {config.data.url} "
             f"has {known} labels; set model.num_classes={known}"
         )
-
-
-def claim(
-    folder: str, begun: dict[str, Any], differing: Callable[[dict[str, Any]], list[str]]
-) -> str:
-    """The id of the run or sweep in `folder`: a new one in a new folder, else the one found there.
-
-    `begun` is written down with a new one; `differing` compares with what was found, a line for
-    each key that is kept for life and differs now. Raises ConfigError with these lines.
-    """
-    where = storage.join(folder, IDENTITY)
-    if not storage.exists(where):
-        identity = uuid.uuid4().hex
-        sealed.write(where, {"identity": identity} | begun)
-        return identity
-    found = sealed.read(where)
-    lines = differing(found)
-    if begun["data_fingerprint"] != found["data_fingerprint"]:
-        lines.append(
-            f"data.url holds data set {begun['data_fingerprint'][:12]}, but the run began with "
-            f"{found['data_fingerprint'][:12]}"
-        )
-    if lines:
-        remedy = f"{folder} holds another run; choose another name=, or go back to its values"
-        raise ConfigError("\n".join([*lines, remedy]))
-    log.info("continuing %s", folder)
-    return str(found["identity"])
 
 
 def artifacts_beside(tracking_uri: str) -> str | None:

@@ -1,0 +1,161 @@
+"""Who a run or sweep is: the id that its folder keeps, and what it began with.
+
+    <folder>/run.json            {"identity", "folder", "config" or "sweep", "data_fingerprint"}
+    <folder>/claims/<id>.json    in a bucket: what each driver that began it at the same time wants
+
+MLflow's run is found by the identity, so that two drivers of one new name must get the same one.
+"""
+
+import logging
+import secrets
+import time
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+from ddpm_ray.cluster.ledger import TRIALS, trial_file
+from ddpm_ray.data import sealed, storage
+from ddpm_ray.data.storage import StorageError
+from ddpm_ray.knobs import ConfigError
+from ddpm_ray.training.checkpoints import CHECKPOINTS, CheckpointStore
+
+log = logging.getLogger(__name__)
+
+IDENTITY = "run.json"  # in the run's folder
+CLAIMS = "claims"
+SETTLE_S = 1.0  # see _settled
+FORGOTTEN_S = 60.0  # a claim so much older than ours is of a driver that died of something
+
+
+def claim(
+    folder: str, begun: dict[str, Any], differing: Callable[[dict[str, Any]], list[str]]
+) -> str:
+    """The id of the run or sweep in `folder`: a new one in a new folder, else the one found there.
+
+    `begun` is written down with a new one; `differing` compares with what was found, a line for
+    each key that is kept for life and differs now. Drivers that begin at the same time get one id.
+    A copy of a folder gets an id of its own. Raises ConfigError with these lines, CheckpointError
+    where what was begun can no longer be known, and StorageError.
+    """
+    where, lost = storage.join(folder, IDENTITY), None
+    if storage.exists(where):
+        found = _read(where)
+    elif lost := _of_checkpoints(folder):
+        found = lost
+    else:
+        mine = {"identity": uuid.uuid4().hex, "folder": folder} | begun
+        found = _settled(folder, mine)
+        if found["identity"] == mine["identity"]:
+            return str(found["identity"])
+    lines = differing(found)
+    if begun["data_fingerprint"] != found["data_fingerprint"]:
+        lines.append(
+            f"data.url holds data set {begun['data_fingerprint'][:12]}, but the run began with "
+            f"{found['data_fingerprint'][:12]}"
+        )
+    if lines:
+        remedy = f"{folder} holds another run; choose another name=, or go back to its values"
+        raise ConfigError("\n".join([*lines, remedy]))
+    found = _placed(found, folder)
+    if lost:
+        found = _settled(folder, found)
+    log.info("continuing %s", folder)
+    return str(found["identity"])
+
+
+def _of_checkpoints(folder: str) -> dict[str, Any] | None:
+    """What the newest checkpoint says of a run whose IDENTITY is lost; None where none is there."""
+    if storage.exists(storage.join(folder, TRIALS, trial_file(0))):
+        raise ConfigError(
+            f"{folder} holds trials of a sweep, but its {IDENTITY} is lost; put it back, or choose "
+            f"another name="
+        )
+    loaded = CheckpointStore(storage.join(folder, CHECKPOINTS)).load(groups=())
+    if loaded is None:
+        return None
+    where, facts = loaded[0], loaded[1].facts
+    log.warning("%s/%s is lost; taking what %s says of the run", folder, IDENTITY, where)
+    config = facts["config"]
+    return {
+        "identity": facts.get("identity") or uuid.uuid4().hex,
+        "folder": storage.join(config["storage"], config["name"]),
+        "config": config,
+        "data_fingerprint": facts["data_fingerprint"],
+    }
+
+
+def _settled(folder: str, mine: dict[str, Any]) -> dict[str, Any]:
+    """What IDENTITY holds from now on: `mine`, or that of a driver that began at the same time.
+
+    A local disk creates a file once. Most buckets do not: they write over, whatever condition they
+    are asked to keep. There each driver writes its claim under a name of its own, and all take the
+    lowest of those that are there. One that comes after that list was made also looks SETTLE_S
+    after its own claim, and by then IDENTITY is written: a driver for which that took longer begins
+    again with the list.
+    """
+    where, claims = storage.join(folder, IDENTITY), storage.join(folder, CLAIMS)
+    if storage.is_local(folder):
+        return mine if sealed.write_new(where, mine) else _read(where)
+    own = storage.join(claims, f"{mine['identity']}.json")
+    sealed.write(own, mine)
+    written_s = storage.modified_s(own)
+    while True:
+        time.sleep(SETTLE_S)
+        if storage.exists(where):
+            return _read(where)
+        listed_s = time.monotonic()
+        urls = [storage.join(claims, name) for name in sorted(storage.list_files(claims))]
+        lowest = next(url for url in urls if written_s - storage.modified_s(url) < FORGOTTEN_S)
+        chosen = _read(lowest)
+        if time.monotonic() - listed_s < SETTLE_S / 2:
+            sealed.write(where, chosen)
+            return chosen
+
+
+def _placed(found: dict[str, Any], folder: str) -> dict[str, Any]:
+    """`found` as it is for the folder in which it lies: moved with it, or a copy's own.
+
+    What earlier versions wrote names no folder, and stays as it is.
+    """
+    before = found.get("folder", folder)
+    if before == folder:
+        return found
+    original, identity = storage.join(before, IDENTITY), found["identity"]
+    try:
+        if not storage.exists(original) or _read(original)["identity"] != identity:
+            log.info("%s was moved there from %s", folder, before)
+            placed = found | {"folder": folder}
+        elif _same_place(before, folder):  # by another name
+            return found
+        else:
+            log.warning(
+                "%s is a copy of the run in %s, which is still there: it goes on as a run of its "
+                "own, in an MLflow run of its own",
+                folder,
+                before,
+            )
+            # The same for each driver that finds the copy at the same time.
+            own = uuid.uuid5(uuid.NAMESPACE_URL, f"{identity} {folder}").hex
+            placed = found | {"identity": own, "copied_from": before, "folder": folder}
+    except StorageError as error:
+        log.warning("%s: whether it is a copy is not known (%s); it goes on as the run that it is "
+                    "called", folder, error)  # fmt: skip
+        return found
+    sealed.write(storage.join(folder, IDENTITY), placed)
+    return placed
+
+
+def _same_place(one: str, other: str) -> bool:
+    """Whether both URLs lead to one folder: by links, mounts, or a bucket under two schemes."""
+    name = f"place-{secrets.token_hex(8)}"
+    probe = storage.join(other, name)
+    storage.write_bytes(probe, b"")
+    try:
+        return storage.exists(storage.join(one, name))
+    finally:
+        storage.delete(probe)
+
+
+def _read(url: str) -> dict[str, Any]:
+    found: dict[str, Any] = sealed.read(url)
+    return found
