@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ddpm_ray.cluster import mlflow_settings
 from ddpm_ray.cluster.interrupts import at_once, exit_code
 from ddpm_ray.knobs import Config, ConfigError, help_lines, load, to_yaml
 from ddpm_ray.telling import NO_SECRET, has_secret, told
@@ -49,6 +50,7 @@ def main(
     handler.setFormatter(_Formatter("%(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("ddpm_ray").setLevel(logging.INFO)
+    mlflow_settings.apply()
     try:
         with at_once():  # a SIGTERM before the workers start is told to MLflow as a Ctrl-C is
             try:

@@ -179,8 +179,13 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class TrackingConfig:
-    uri: str = knob("", "MLflow server or database; empty: $MLFLOW_TRACKING_URI or ./mlflow.db")
+    uri: str = knob(
+        "", "MLflow server or database file; empty: $MLFLOW_TRACKING_URI or sqlite:///mlflow.db"
+    )
     experiment: str = knob("ddpm-ray", "MLflow experiment that holds the run")
+    every_steps: int = knob(
+        1, "steps that a row of loss, gradient norm and learning rate is the mean of", at_least=1
+    )
     flush_every_s: float = knob(2.0, "seconds between batches of rows", above=0)
     last_rows_s: float = knob(
         60, "seconds that a run's end waits for MLflow; what it did not take, the next start sends",

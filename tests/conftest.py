@@ -14,12 +14,13 @@ import pytest
 import s3fs
 from hypothesis import settings
 
+from ddpm_ray.cluster import mlflow_settings
 from ddpm_ray.data import storage
 
 # Before torch, Ray or MLflow load, and inherited by every process that a test starts.
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test processes on two cores, not four
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+mlflow_settings.apply()
 os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")  # else 8 more processes
 
 # The same examples on each run: a red test is the change's doing; --hypothesis-profile=explore

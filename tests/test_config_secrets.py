@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ddpm_ray.cluster.trained import tracking_place
+from ddpm_ray.cluster.tracking_place import tracking_place
 from ddpm_ray.config import RunConfig
 from ddpm_ray.drill_config import DrillConfig
 from ddpm_ray.job_config import DoctorConfig, EvaluateConfig, PackConfig, SampleConfig

@@ -54,7 +54,9 @@ DOORS = {  # outside package: where alone it may be imported
     "fsspec": ("ddpm_ray.data.storage",),
     "s3fs": ("ddpm_ray.data.storage",),
     "matplotlib": ("ddpm_ray.cluster.charts",),
-    "mlflow": tuple(f"ddpm_ray.cluster.{name}" for name in ("tracking", "registry")),
+    "mlflow": tuple(
+        f"ddpm_ray.cluster.{name}" for name in ("tracking", "mlflow_client", "registry")
+    ),
     "ray": ("ddpm_ray.cluster",),
     "sklearn": ("ddpm_ray.data.built_in_sets",),
     "omegaconf": ("ddpm_ray.knobs",),

@@ -80,7 +80,7 @@ def train_alone(settings: dict[str, Any]) -> None:
     loop.train(run)
     run.stream.close()
     assert run.sink is not None
-    assert run.sink.close(60)
+    assert run.sink.close(60) == 0
     out.write_text(json.dumps(found))
 
 

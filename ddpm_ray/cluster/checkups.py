@@ -27,9 +27,11 @@ from typing import Literal
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from ddpm_ray.cluster.tracking_place import database_file, tracking_place
 from ddpm_ray.data import storage
 from ddpm_ray.job_config import DoctorConfig
-from ddpm_ray.telling import NO_SECRET, has_secret, redacted
+from ddpm_ray.knobs import ConfigError
+from ddpm_ray.telling import redacted
 
 PACKAGES = ("ddpm-ray", "ray", "torch", "mlflow", "numpy", "pyarrow", "fsspec")
 MISSING = "none"
@@ -134,16 +136,17 @@ def storage_keeps(config: DoctorConfig, home: Path) -> Iterator[Finding | Clock]
 
 def mlflow_answers(config: DoctorConfig, home: Path) -> Iterator[Finding | Clock]:
     """Whether MLflow takes this user's calls; nothing is written to it."""
-    # As trained.tracking_place says, whose module loads torch and MLflow.
-    uri = config.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI", "")
-    uri = uri or f"sqlite:///{home / 'mlflow.db'}"
+    try:
+        uri = tracking_place(home, config.tracking_uri)
+    except ConfigError as error:  # a run is refused with it
+        what, _, remedy = str(error).partition(": ")
+        yield Finding("MLflow", "fail", what, remedy)
+        return
     shown = redacted(uri)
-    if has_secret(uri):  # a run is refused with it
-        yield Finding("MLflow", "fail", shown, NO_SECRET)
-    elif uri.startswith(("http://", "https://")):
+    if uri.startswith(("http://", "https://")):
         yield from _server(uri.rstrip("/"), shown)
-    elif uri.startswith("sqlite:///"):
-        finding = _database(Path(uri.removeprefix("sqlite:///")))
+    elif file := database_file(uri):
+        finding = _database(file)
         if finding.verdict == "ok" and _joins_a_cluster(config):
             found = f"{finding.found}, but on this machine alone"
             remedy = "start a server that all nodes reach and give tracking_uri=http://..."

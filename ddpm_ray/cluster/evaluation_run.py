@@ -13,6 +13,7 @@ from torch import Tensor
 from ddpm_ray import build, build_diffusion
 from ddpm_ray.cluster import group, trained
 from ddpm_ray.cluster.control import Desk
+from ddpm_ray.cluster.tracking_place import tracking_place
 from ddpm_ray.cluster.worker import place
 from ddpm_ray.config import RunConfig
 from ddpm_ray.data import storage
@@ -36,7 +37,7 @@ def evaluate(model_uri: str, config: EvaluateConfig, home: Path) -> dict[str, An
     Raises ConfigError where model and config do not fit, and RunFailedError, CheckpointError,
     DatasetError, StorageError or TrackingError.
     """
-    tracking_uri = trained.tracking_place(home)
+    tracking_uri = tracking_place(home)
     if not model_uri.startswith(trained.IN_MLFLOW):
         model_uri = storage.absolute(model_uri, home)
     model = trained.load(model_uri, tracking_uri=tracking_uri)

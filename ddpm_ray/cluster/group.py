@@ -19,7 +19,7 @@ from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
 from ddpm_ray import faults
-from ddpm_ray.cluster import placement
+from ddpm_ray.cluster import mlflow_settings, placement
 from ddpm_ray.cluster.control import Desk, Notes
 from ddpm_ray.cluster.elastic import ElasticPolicy
 from ddpm_ray.cluster.interrupts import Interrupts, while_ray_starts
@@ -268,7 +268,7 @@ def _worker_environment(config: ClusterConfig) -> dict[str, str]:
     """
     threads = {"OMP_NUM_THREADS": str(max(1, int(config.cpus_per_worker))), "GOMP_SPINCOUNT": "0"}
     asked = {name: os.environ[name] for name in (faults.VARIABLE,) if name in os.environ}
-    return threads | asked
+    return threads | mlflow_settings.chosen() | asked
 
 
 def _reason(error: BaseException) -> str:

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
-from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
+from ddpm_ray.cluster.mlflow_client import BoundedClient
 from ddpm_ray.cluster.tracked_run import TrackedRun
 from ddpm_ray.cluster.tracking import TrackingError, answering
 from ddpm_ray.data import storage
@@ -30,7 +30,7 @@ def log_model(run: TrackedRun, checkpoint_url: str, loader_module: str) -> None:
     """
     with answering(run.uri), tempfile.TemporaryDirectory() as scratch:
         mlflow.set_tracking_uri(run.uri)
-        client = MlflowClient(tracking_uri=run.uri)
+        client = BoundedClient(run.uri)
         known = client.get_run(run.run_id)
         if known.outputs and known.outputs.model_outputs:
             return
@@ -50,8 +50,11 @@ def log_model(run: TrackedRun, checkpoint_url: str, loader_module: str) -> None:
 def download_model(uri: str, model_uri: str, destination: Path) -> Path:
     """The checkpoint folder inside the MLflow model at runs:/... or models:/..., downloaded."""
     with answering(uri):
-        mlflow.set_tracking_uri(uri)
-        root = Path(mlflow.artifacts.download_artifacts(model_uri, dst_path=str(destination)))
+        root = Path(
+            mlflow.artifacts.download_artifacts(
+                model_uri, dst_path=str(destination), tracking_uri=uri, registry_uri=uri
+            )
+        )
     found = sorted(root.rglob(MANIFEST))
     if not found:
         remedy = "name one that jobs/train.py logged"
@@ -83,7 +86,7 @@ def crown(
     }
     with answering(uri):
         mlflow.set_tracking_uri(uri)  # create_model_version looks there, whatever the client has
-        client = MlflowClient(tracking_uri=uri)
+        client = BoundedClient(uri)
         present = _champion(client, name)
         if present is not None:
             told = {"name": name, "version": str(present.version), "crowned": False}
@@ -101,7 +104,7 @@ def crown(
     return {"name": name, "version": version, "crowned": True, "reason": reason}
 
 
-def _champion(client: MlflowClient, name: str) -> ModelVersion | None:
+def _champion(client: BoundedClient, name: str) -> ModelVersion | None:
     try:
         return client.get_model_version_by_alias(name, CHAMPION)
     except MlflowException as error:

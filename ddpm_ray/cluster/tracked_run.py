@@ -1,6 +1,6 @@
 """What a run's place in MLflow is, in plain values: they travel, and cost no import of MLflow."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 MAX_METRICS = 1000  # that the server takes in one call
@@ -23,6 +23,8 @@ class RunCard:
     config_yaml: str
     dataset_url: str
     dataset_fingerprint: str
+    owner: str = ""  # the driver that opens it: only its newest owner may end a run
+    begun_step: int = 0  # of the newest checkpoint, where the driver found one
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class TrackedRun:
     run_id: str
     experiment_id: str
     start_ms: int
+    owner: str = field(default="", compare=False)  # as in RunCard; empty: whoever asks
+    is_new: bool = field(default=False, compare=False)  # made now, not found
 
     @property
     def page(self) -> str:

@@ -1,20 +1,23 @@
-"""One run's rows, pictures and documents on their way to MLflow, from a thread of their own.
+"""One run's rows, pictures and documents on their way to MLflow, from threads of their own.
 
-That thread imports MLflow too, so that no step waits for those 1.2 s.
+Those threads import MLflow too, so that no step waits for those 1.2 s.
 """
 
 import logging
+import time
 from collections import deque
 from collections.abc import Callable
-from threading import Event, Lock, Thread
+from dataclasses import dataclass
+from threading import Event, Thread
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
 from ddpm_ray import faults
-from ddpm_ray.cluster.tracked_run import MAX_METRICS, MetricRow, TrackedRun
-from ddpm_ray.telling import brief
-from ddpm_ray.training.reporting import RATES, Row
+from ddpm_ray.cluster.row_queue import RowQueue
+from ddpm_ray.cluster.tracked_run import TrackedRun
+from ddpm_ray.telling import brief, told
+from ddpm_ray.training.reporting import Row
 
 if TYPE_CHECKING:
     from ddpm_ray.cluster.tracking import RunLog
@@ -22,100 +25,151 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 RETRY_S = 5.0
+FILE_TRIES = 3  # of a picture or document that fails while rows arrive
+SAY_AGAIN_S = 300.0  # until a line that was logged already is logged once more
+
+
+@dataclass
+class _File:
+    """A picture or document that is to be sent."""
+
+    name: str
+    send: Callable[["RunLog"], None]
+    failures: int = 0
 
 
 class Tracker:
-    """A Sink that sends rows, pictures and documents to MLflow from a thread of its own.
+    """A Sink that sends rows, pictures and documents to MLflow from threads of its own.
 
     While MLflow is away nothing is lost and no step waits: rows stay in `unsent`, which goes into
-    every checkpoint, and are tried again every few seconds.
+    every checkpoint, and are tried again every few seconds. Files have a thread to themselves,
+    because an artifact store that refuses them, or is slow, must not hold up the rows.
     """
 
     def __init__(
-        self, find_run: Callable[[], TrackedRun], flush_every_s: float, unsent: list[Row]
+        self,
+        find_run: Callable[[], TrackedRun],
+        flush_every_s: float,
+        unsent: list[Row],
+        every_steps: int = 1,
+        last_step: int = 0,
     ) -> None:
-        """`find_run` is asked until it answers: MLflow may be away when a run starts."""
+        """`find_run` is called until it succeeds; `every_steps` and `last_step`: see RowQueue."""
         self._find_run, self._flush_every_s = find_run, flush_every_s
-        self._rows: deque[Row] = deque(unsent)
-        self._files: deque[Callable[[RunLog], None]] = deque()
-        self._last_rate: dict[str, int] = {}
-        self._lock, self._closing, self._given_up = Lock(), Event(), Event()
-        self._thread = Thread(target=self._work, name="mlflow", daemon=True)
-        self._thread.start()
+        self._rows = RowQueue(unsent, every_steps, last_step)
+        self._files: deque[_File] = deque()
+        self._left_out: list[str] = []
+        self._found: RunLog | None = None
+        self._is_current = False  # whether the queue knows what MLflow holds
+        self._said: dict[str, tuple[str, float]] = {}  # the line of each thread, and when
+        self._closing, self._given_up = Event(), Event()
+        self._threads = [
+            Thread(target=self._work, args=work, name=f"mlflow {work[0]}", daemon=True)
+            for work in (
+                ("rows", self._send_rows, lambda: len(self._rows)),
+                ("files", self._send_files, lambda: len(self._files)),
+            )
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def rows(self, rows: list[Row]) -> None:
         """Queue metrics."""
-        with self._lock:
-            self._rows.extend(rows)
+        self._rows.add(rows)
 
     def image(self, key: str, step: int, image: Image.Image) -> None:
         """Queue a stepped picture."""
-        self._files.append(lambda run: run.image(key, step, image))
+        name = f"{key} of step {step}"
+        self._files.append(_File(name, lambda run: run.image(key, step, image)))
 
     def document(self, path: str, content: dict[str, Any]) -> None:
         """Queue a JSON file below the run's artifacts."""
-        self._files.append(lambda run: run.document(path, content))
+        self._files.append(_File(path, lambda run: run.document(path, content)))
 
     def unsent(self) -> list[Row]:
         """Rows that MLflow has not acknowledged."""
-        with self._lock:
-            return list(self._rows)
+        return self._rows.rows()
 
-    def close(self, patience_s: float) -> bool:
-        """Send what is left; False if that did not succeed within `patience_s`."""
+    def close(self, patience_s: float) -> int:
+        """How many rows are undelivered after `patience_s` at most: those are sent on resume."""
+        deadline = time.monotonic() + patience_s
         self._closing.set()
-        self._thread.join(patience_s)
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
         self._given_up.set()
-        return not self._thread.is_alive()
+        if undelivered := len(self._rows):
+            log.warning(
+                "%d metric rows undelivered; stored in the checkpoint, sent on resume", undelivered
+            )
+        if names := [file.name for file in list(self._files)] + self._left_out:
+            shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
+            log.warning("not in MLflow, and not sent again: %s", shown)
+        return undelivered
 
-    def _work(self) -> None:
-        found = None
+    def _work(self, what: str, send: Callable[[], None], left: Callable[[], int]) -> None:
         while True:
             closing = self._closing.wait(self._flush_every_s)
             try:
-                found = found or self._connected()
-                self._send(found)
-                if closing:
+                send()
+                self._said.pop(what, None)
+                if closing and not left():
                     return
-            except Exception as error:  # noqa: BLE001 - whatever it is, rows are kept and retried
-                log.warning("rows for MLflow: %s; kept, tried again", brief(error))
-                if self._given_up.wait(RETRY_S):
-                    return
+                pause_s = self._flush_every_s if closing else 0.0  # no run yet to send files to
+            except Exception as error:  # noqa: BLE001 - whatever it is, all is kept and retried
+                self._say(what, f"{what} for MLflow: {told(str(error))}; kept, tried again")
+                pause_s = RETRY_S
+            if self._given_up.wait(pause_s):
+                return
 
-    def _connected(self) -> "RunLog":
-        """The way to the run, once it is known which rates its earlier lives have logged."""
+    def _send_rows(self) -> None:
         from ddpm_ray.cluster.tracking import RunLog
 
-        found = RunLog(self._find_run())
-        self._last_rate = found.last_steps(RATES)
-        return found
-
-    def _send(self, found: "RunLog") -> None:
-        while self._rows:
-            with self._lock:
-                batch, count = self._next_batch()
+        if self._found is None:
+            self._found = RunLog(self._find_run())
+        if not self._is_current:
+            self._rows.skip_stored(self._found.newest_steps())
+            self._is_current = True
+        while len(self._rows):
+            batch, count = self._rows.batch()
             faults.at("flush")
-            found.rows(batch)
+            if batch:
+                try:
+                    self._found.rows(batch)
+                except BaseException:
+                    self._rows.doubt(count)
+                    self._is_current = False  # what that call stored is left out the next time
+                    raise
             faults.at("sent")
-            with self._lock:
-                for _ in range(count):
-                    self._rows.popleft()
-        while self._files:
-            self._files[0](found)
+            self._rows.acknowledge(count)
+
+    def _send_files(self) -> None:
+        from ddpm_ray.cluster.tracking import (
+            TrackingError,
+            TrackingOutageError,
+            TrackingServerError,
+        )
+
+        while self._files and self._found is not None:
+            file = self._files[0]
+            try:
+                file.send(self._found)
+            except Exception as error:
+                doubtful = isinstance(error, TrackingServerError)
+                if isinstance(error, TrackingOutageError) and not doubtful:
+                    raise
+                file.failures += 1
+                final = isinstance(error, TrackingError) and not doubtful
+                if not final and file.failures < FILE_TRIES:
+                    raise
+                if not self._left_out:  # the others are counted at the end
+                    log.warning("MLflow does not take %s; left out: %s", file.name, brief(error))
+                self._left_out.append(file.name)
             self._files.popleft()
 
-    def _next_batch(self) -> tuple[list[MetricRow], int]:
-        """Metrics of the oldest rows, as many whole rows as one call takes, and their number."""
-        metrics: list[MetricRow] = []
-        count = 0
-        for row in self._rows:
-            own = [
-                (key, value, row.step)
-                for key, value in row.metrics.items()
-                if row.step > self._last_rate.get(key, -1)
-            ]
-            if len(metrics) + len(own) > MAX_METRICS:
-                break
-            metrics += own
-            count += 1
-        return metrics, count
+    def _say(self, what: str, line: str) -> None:
+        """Log a warning, but not the same one at every try."""
+        now = time.monotonic()
+        before, then = self._said.get(what, ("", 0.0))
+        if line != before or now - then >= SAY_AGAIN_S:
+            self._said[what] = line, now
+            log.warning("%s", line)

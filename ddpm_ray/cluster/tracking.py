@@ -5,70 +5,75 @@ A metric row's primary key in MLflow holds its time stamp and its value. Ours ar
 Rates are clocks and would differ: of those the first stays, and later ones are dropped.
 """
 
-import contextlib
 import logging
-import os
 import tempfile
 import uuid
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mlflow import MlflowClient
 from mlflow.data.dataset_source_registry import resolve_dataset_source
 from mlflow.data.meta_dataset import MetaDataset
-from mlflow.entities import DatasetInput, InputTag, Metric, Param, RunTag
+from mlflow.entities import (
+    DatasetInput,
+    InputTag,
+    LifecycleStage,
+    Metric,
+    Param,
+    Run,
+    RunTag,
+    ViewType,
+)
 from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_IMAGES, MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NOTE
 from PIL import Image
 
+from ddpm_ray.cluster.mlflow_client import FILE_S, BoundedClient
 from ddpm_ray.cluster.tracked_run import MetricRow, RunCard, TrackedRun
+from ddpm_ray.cluster.tracking_errors import (
+    TrackingError,
+    TrackingOutageError,
+    TrackingServerError,
+    answering,
+    restore,
+)
+from ddpm_ray.cluster.tracking_place import database_file
 from ddpm_ray.data import storage
-from ddpm_ray.telling import brief, told
+from ddpm_ray.telling import told
+
+__all__ = ["TrackingError", "TrackingOutageError", "TrackingServerError", "answering"]
 
 log = logging.getLogger(__name__)
 
 RUN_TAG = "ddpm_ray.run"  # identity of the run's folder: what a restarted job finds its run by
+OWNER_TAG = "ddpm_ray.driver"  # who opened the run last: only that driver ends it
+TWIN_TAG = "ddpm_ray.twin_of"  # of a run that a lost answer made twice, and that is deleted
 MAX_PARAMS, MAX_TAG = 100, 5000  # that the server takes in one call
-
-# A dead server must cost a thread seconds, not the two minutes of the defaults (7 tries of 120 s).
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # jobs tell the run
-logging.getLogger("mlflow").setLevel(logging.WARNING)  # not how a database is made
-logging.getLogger("urllib3").setLevel(logging.ERROR)  # an outage is told once, not per try
-
-
-class TrackingError(RuntimeError):
-    """An MLflow that does not do what it should; args are (place, reason, remedy)."""
-
-    def __str__(self) -> str:
-        place, reason, remedy = self.args
-        return told(f"{place}: {reason}; {remedy}")
-
-
-class TrackingOutageError(TrackingError):
-    """A server that does not answer now: it may later."""
+MAX_EXPERIMENTS = 500  # that are searched in one call
 
 
 class RunLog:
-    """What is told of one run again and again; told twice, it is there once."""
+    """Idempotent writer of one run's rows, pictures and documents. Raises TrackingError."""
 
     def __init__(self, run: TrackedRun) -> None:
-        self._run, self._client = run, MlflowClient(tracking_uri=run.uri)
+        self._run = run
+        with answering(run.uri):
+            self._client = BoundedClient(run.uri)
+            self._files = BoundedClient(run.uri, FILE_S)
 
-    def last_steps(self, keys: Iterable[str]) -> dict[str, int]:
-        """The newest step at which each of these metrics has a row; 0 where it has none."""
-        histories = {key: self._client.get_metric_history(self._run.run_id, key) for key in keys}
-        return {key: max((row.step for row in rows), default=0) for key, rows in histories.items()}
+    def newest_steps(self) -> dict[str, int]:
+        """The newest step of each metric that has a row; one call, however long the run is."""
+        with answering(self._run.uri):
+            found: Run = self._client.get_run(self._run.run_id)
+            return {metric.key: int(metric.step) for metric in found.data.to_proto().metrics}
 
     def rows(self, rows: Iterable[MetricRow]) -> None:
         """At most MAX_METRICS of them."""
         start_ms = self._run.start_ms
         metrics = [Metric(key, value, start_ms + step, step) for key, value, step in rows]
-        self._client.log_batch(self._run.run_id, metrics=metrics)
+        with answering(self._run.uri):
+            self._client.log_batch(self._run.run_id, metrics=metrics)
 
     def image(self, key: str, step: int, image: Image.Image) -> None:
         """As MlflowClient.log_image, under names that a step which is replayed writes over."""
@@ -80,19 +85,27 @@ class RunLog:
         with tempfile.TemporaryDirectory() as scratch:
             image.save(Path(scratch) / f"{stem}.png")
             preview.save(Path(scratch) / f"{stem}+compressed.webp")
-            self._client.log_artifacts(run_id, scratch, "images")
-        self._client.set_tag(run_id, MLFLOW_LOGGED_IMAGES, True)
+            with answering(self._run.uri):
+                self._files.log_artifacts(run_id, scratch, "images")
+                self._files.set_tag(run_id, MLFLOW_LOGGED_IMAGES, True)
 
     def document(self, path: str, content: dict[str, Any]) -> None:
         """A JSON file below the run's artifacts."""
-        self._client.log_dict(self._run.run_id, content, path)
+        with answering(self._run.uri):
+            self._files.log_dict(self._run.run_id, content, path)
 
 
 def open_run(card: RunCard) -> TrackedRun:
     """The MLflow run that `card` tells of: found or created, described, RUNNING. TrackingError."""
     run = find_or_create_run(
-        card.uri, card.experiment, card.name, card.identity, card.artifacts, card.parent
+        card.uri, card.experiment, card.name, card.identity, card.artifacts, card.parent, card.owner
     )
+    if run.is_new and card.begun_step:
+        log.warning(
+            "%s: there is no MLflow run of this training run, which is at step %d; a new one, %s, "
+            "begins here, and metrics up to that step are not in it",
+            run.uri, card.begun_step, run.run_id,
+        )  # fmt: skip
     describe(
         run,
         params=card.params,
@@ -104,6 +117,20 @@ def open_run(card: RunCard) -> TrackedRun:
     return run
 
 
+def known_run(card: RunCard) -> TrackedRun:
+    """The run that `card` tells of, as whoever opened it last left it; opened where there is none.
+
+    For a driver that could not ask before: its workers may have opened the run for it, or another
+    driver for itself. Raises TrackingError.
+    """
+    with answering(card.uri):
+        hits = _runs_of(BoundedClient(card.uri), card.identity, card.experiment)
+    if not hits:
+        return open_run(card)
+    info = min(hits, key=lambda hit: str(hit.info.run_id)).info
+    return TrackedRun(card.uri, info.run_id, info.experiment_id, info.start_time, card.owner)
+
+
 def find_or_create_run(
     uri: str,
     experiment: str,
@@ -111,28 +138,82 @@ def find_or_create_run(
     identity: str,
     artifacts: str | None,
     parent: str = "",
+    owner: str = "",
 ) -> TrackedRun:
     """The MLflow run of the training run `identity`, set to RUNNING; created where there is none.
 
-    `artifacts` and `parent` are as in RunCard. Raises TrackingError.
+    It is looked for in all experiments, because people rename them. `artifacts`, `parent` and
+    `owner` are as in RunCard. Raises TrackingError, also where the run was deleted: a second one
+    would hold a part of its rows.
     """
     with answering(uri):
-        client = MlflowClient(tracking_uri=uri)
-        experiment_id = _experiment(client, experiment, artifacts)
-        query = f"tags.`{RUN_TAG}` = '{identity}'"
-        tags = {RUN_TAG: identity} | ({MLFLOW_PARENT_RUN_ID: parent} if parent else {})
-        if not (hits := client.search_runs([experiment_id], query)):
+        client = BoundedClient(uri)
+        hits, is_new = _runs_of(client, identity, experiment), False
+        if not hits:
+            _refuse_deleted(client, uri, identity)
+            experiment_id = _experiment(client, uri, experiment, artifacts)
+            tags = {RUN_TAG: identity} | ({MLFLOW_PARENT_RUN_ID: parent} if parent else {})
             client.create_run(experiment_id, None, tags, name)
-            hits = client.search_runs([experiment_id], query)
+            hits, is_new = _runs_with(client, identity, [experiment_id]), True
         # Where the answer to a creation is lost, the client below asks for another one.
         run, *twins = sorted(hits, key=lambda hit: str(hit.info.run_id))
         for twin in twins:
+            client.set_tag(twin.info.run_id, TWIN_TAG, run.info.run_id)
+            client.delete_tag(twin.info.run_id, RUN_TAG)  # not taken for the run if it is deleted
             client.delete_run(twin.info.run_id)
+        if owner:
+            client.set_tag(run.info.run_id, OWNER_TAG, owner)
         client.update_run(run.info.run_id, status="RUNNING")
-        return TrackedRun(uri, run.info.run_id, experiment_id, run.info.start_time)
+        info = run.info
+        return TrackedRun(uri, info.run_id, info.experiment_id, info.start_time, owner, is_new)
 
 
-def _experiment(client: MlflowClient, name: str, artifacts: str | None) -> str:
+def _runs_of(client: BoundedClient, identity: str, experiment: str) -> list[Run]:
+    """Runs with that identity: of the experiment of that name, else of any other."""
+    found = client.get_experiment_by_name(experiment)
+    if found is not None and (hits := _runs_with(client, identity, [found.experiment_id])):
+        return hits
+    return _runs_with(client, identity, _experiments(client, ViewType.ACTIVE_ONLY))
+
+
+def _runs_with(
+    client: BoundedClient, identity: str, experiments: list[str], view: int = ViewType.ACTIVE_ONLY
+) -> list[Run]:
+    query, hits = f"tags.`{RUN_TAG}` = '{identity}'", []
+    for start in range(0, len(experiments), MAX_EXPERIMENTS):
+        hits += client.search_runs(experiments[start : start + MAX_EXPERIMENTS], query, view)
+    return hits
+
+
+def _experiments(client: BoundedClient, view: int) -> list[str]:
+    """The ids of all experiments."""
+    ids, token = [], None
+    while True:
+        page = client.search_experiments(view, MAX_EXPERIMENTS, page_token=token)
+        ids += [str(one.experiment_id) for one in page]
+        if not (token := page.token):
+            return ids
+
+
+def _refuse_deleted(client: BoundedClient, uri: str, identity: str) -> None:
+    """Raise TrackingError where a deleted run, or one of a deleted experiment, has `identity`."""
+    everywhere = _experiments(client, ViewType.ALL)
+    deleted = _runs_with(client, identity, everywhere, ViewType.DELETED_ONLY)
+    if not deleted:
+        return
+    run_id, of = deleted[0].info.run_id, deleted[0].info.experiment_id
+    if client.get_experiment(of).lifecycle_stage == LifecycleStage.DELETED:
+        reason = f"the experiment {of}, with the MLflow run of this training run, was deleted"
+        raise TrackingError(uri, reason, f"bring it back by `{restore('experiment', of, uri)}`")
+    raise TrackingError(
+        uri,
+        f"the MLflow run {run_id} of this training run was deleted",
+        f"bring it back by `{restore('run', run_id, uri)}`; or, to do without its rows, remove it "
+        f"for good by `mlflow gc --run-ids {run_id}` beside MLflow's database",
+    )
+
+
+def _experiment(client: BoundedClient, uri: str, name: str, artifacts: str | None) -> str:
     """Its id; created where there is none."""
     found = client.get_experiment_by_name(name)
     if found is None:
@@ -142,6 +223,12 @@ def _experiment(client: MlflowClient, name: str, artifacts: str | None) -> str:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
             found = client.get_experiment_by_name(name)
+    if not found.experiment_id:  # some server that answers {} to everything
+        raise MlflowException("not an MLflow answer: an experiment without an id")
+    if found.lifecycle_stage == LifecycleStage.DELETED:
+        command = restore("experiment", found.experiment_id, uri)
+        remedy = f"bring it back by `{command}`, or give another tracking.experiment"
+        raise TrackingError(uri, f"the experiment {name!r} was deleted in MLflow", remedy)
     return str(found.experiment_id)
 
 
@@ -156,7 +243,7 @@ def describe(
 ) -> None:
     """Log what the run is: new parameters, tags, the whole config as a file, and its data set."""
     with answering(run.uri):
-        client = MlflowClient(tracking_uri=run.uri)
+        client = BoundedClient(run.uri)
         known = client.get_run(run.run_id)
         new = [Param(k, str(v)) for k, v in params.items() if k not in known.data.params]
         for start in range(0, len(new), MAX_PARAMS):
@@ -178,9 +265,20 @@ def describe(
 
 
 def finish(run: TrackedRun, status: str, reason: str = "") -> None:
-    """Close the run as FINISHED, FAILED or KILLED; the reason becomes a tag and its description."""
+    """Close the run as FINISHED, FAILED or KILLED; the reason becomes a tag and its description.
+
+    A driver that another one has followed leaves the run alone: it is that one's to end.
+    """
     with answering(run.uri):
-        client = MlflowClient(tracking_uri=run.uri)
+        file = database_file(run.uri)
+        if file is not None and not file.exists():  # SQLite would write on to a file without a name
+            remedy = "put it back, or run the same command again, for a run without those metrics"
+            raise TrackingError(run.uri, "the database was deleted while the run went on", remedy)
+        client = BoundedClient(run.uri)
+        owner = client.get_run(run.run_id).data.tags.get(OWNER_TAG, "")
+        if run.owner and owner != run.owner:
+            log.warning("MLflow run %s: another driver has taken it over; not closed", run.run_id)
+            return
         if reason:
             text = told(reason)[:MAX_TAG]
             tags = [RunTag("reason", text), RunTag(MLFLOW_RUN_NOTE, text)]
@@ -191,7 +289,7 @@ def finish(run: TrackedRun, status: str, reason: str = "") -> None:
 def history(run_id: str, uri: str, key: str) -> list[tuple[int, float]]:
     """Step and value of each row of `key`, by step. Raises TrackingError."""
     with answering(uri):
-        rows = MlflowClient(tracking_uri=uri).get_metric_history(run_id, key)
+        rows = BoundedClient(uri).get_metric_history(run_id, key)
         return sorted((row.step, row.value) for row in rows)
 
 
@@ -200,7 +298,7 @@ def log_ended(
 ) -> str:
     """The id of a run below `parent` that ended before it began: its parameters and the reason."""
     with answering(parent.uri):
-        client = MlflowClient(tracking_uri=parent.uri)
+        client = BoundedClient(parent.uri)
         query = f"tags.`{RUN_TAG}` = '{identity}'"
         hits = client.search_runs([parent.experiment_id], query, max_results=1)
         tags = {RUN_TAG: identity, MLFLOW_PARENT_RUN_ID: parent.run_id}
@@ -223,29 +321,10 @@ def publish(
 ) -> None:
     """Put these in the run: pictures and texts over what stood there, metrics at `step`, a note."""
     with answering(run.uri):
-        client = MlflowClient(tracking_uri=run.uri)
+        client = BoundedClient(run.uri)
         for key, picture in pictures.items():
             RunLog(run).image(key, 0, picture)
         for path, text in texts.items():
             client.log_text(run.run_id, text, path)
         rows = [Metric(key, value, run.start_ms + step, step) for key, value in metrics.items()]
         client.log_batch(run.run_id, rows, tags=[RunTag(MLFLOW_RUN_NOTE, note[:MAX_TAG])])
-
-
-@contextlib.contextmanager
-def answering(uri: str) -> Iterator[None]:
-    """MLflow's errors, and those of the way to it, as a TrackingError of one line."""
-    try:
-        yield
-    except (MlflowException, OSError) as error:  # requests' errors are OSErrors
-        reason, remedy = "MLflow does not answer", "start it, or correct tracking.uri"
-        if getattr(error, "error_code", "") == "RESOURCE_DOES_NOT_EXIST":
-            reason, remedy = "MLflow has no such thing", "check the run's id or the model's name"
-        kind = TrackingOutageError if _may_pass(uri, error) else TrackingError
-        raise kind(uri, f"{reason} ({brief(error)})", remedy) from error
-
-
-def _may_pass(uri: str, error: Exception) -> bool:
-    """Whether a server, and not what is asked of it, is at fault; a local database never is."""
-    passing = "INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED"
-    return uri.startswith("http") and getattr(error, "error_code", passing[0]) in passing

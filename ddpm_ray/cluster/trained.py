@@ -1,7 +1,6 @@
 """Trained models by name: from a checkpoint folder, or out of MLflow."""
 
 import dataclasses
-import os
 import tempfile
 from pathlib import Path
 
@@ -9,12 +8,12 @@ import torch
 
 from ddpm_ray import build_trained
 from ddpm_ray.cluster import registry
+from ddpm_ray.cluster.tracking_place import tracking_place
 from ddpm_ray.generation import leading
 from ddpm_ray.generation.sample import SamplingPlan
 from ddpm_ray.generation.trained_model import TrainedModel
 from ddpm_ray.job_config import LeadConfig
 from ddpm_ray.knobs import ConfigError
-from ddpm_ray.telling import NO_SECRET, has_secret, redacted
 
 IN_MLFLOW = ("runs:/", "models:/")
 
@@ -29,7 +28,7 @@ def load(uri: str, device: torch.device | str = "", tracking_uri: str = "") -> T
     if not uri.startswith(IN_MLFLOW):
         return build_trained.trained_model(uri, device)
     with tempfile.TemporaryDirectory() as scratch:
-        where = tracking_uri or tracking_place(Path.cwd())
+        where = tracking_place(Path.cwd(), tracking_uri)
         return build_trained.trained_model(
             str(registry.download_model(where, uri, Path(scratch))), device
         )
@@ -57,14 +56,3 @@ def led(
     else:
         return model
     return dataclasses.replace(model, denoiser=dataclasses.replace(of, lead=lead))
-
-
-def tracking_place(home: Path) -> str:
-    """$MLFLOW_TRACKING_URI, or the database that runs started in `home` are logged to.
-
-    Raises ConfigError where that variable holds a password: runs save where they are tracked.
-    """
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home / 'mlflow.db'}"
-    if has_secret(uri):
-        raise ConfigError(f"$MLFLOW_TRACKING_URI is {redacted(uri)}: {NO_SECRET}")
-    return uri

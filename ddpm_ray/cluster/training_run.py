@@ -21,14 +21,14 @@ from ddpm_ray.cluster import group, registry, tracking
 from ddpm_ray.cluster.identity import claim
 from ddpm_ray.cluster.packing import pack
 from ddpm_ray.cluster.tracked_run import RunCard, TrackedRun
-from ddpm_ray.cluster.trained import tracking_place
+from ddpm_ray.cluster.tracking_place import database_file, tracking_place, warn_of_another_host
 from ddpm_ray.cluster.worker import train_worker
 from ddpm_ray.config import RunConfig
 from ddpm_ray.data import built_in_sets, storage
 from ddpm_ray.data.shards import MANIFEST, Dataset, open_dataset
 from ddpm_ray.job_config import PackConfig
 from ddpm_ray.knobs import ConfigError, flat, to_dict, to_yaml
-from ddpm_ray.training.checkpoints import CHECKPOINTS, CheckpointStore
+from ddpm_ray.training.checkpoints import CHECKPOINTS, PREFIX, CheckpointStore
 from ddpm_ray.training.gallery import picture_url
 from ddpm_ray.training.lease import Lease
 from ddpm_ray.training.reporting import Progress
@@ -79,6 +79,7 @@ def train(
     DatasetError, CheckpointError or TrackingError.
     """
     config = located(config, home)
+    warn_of_another_host(config.tracking.uri)
     dataset = packed_data(config)
     check_model(config, dataset)
     folder = storage.join(config.storage, config.name)
@@ -87,7 +88,7 @@ def train(
         {"config": to_dict(config), "data_fingerprint": dataset.fingerprint},
         lambda begun: _differing(config, begun),
     )
-    card = _card(config, dataset, identity, part_of)
+    card = _card(config, dataset, folder, identity, part_of)
     tracked = _tracked(card)
     try:
         settings = {
@@ -102,19 +103,27 @@ def train(
             train_worker, settings, config.cluster, show, on_start, config.worker_counts
         )
         finished = ended["step"] >= config.training.steps
+        if finished and (count := ended["undelivered"]):
+            raise tracking.TrackingOutageError(
+                config.tracking.uri,
+                f"{count} metric rows are undelivered; they are stored in the checkpoint",
+                "the same command sends them, once MLflow takes them, and ends the run",
+            )
         tracked = tracked or tracking.open_run(card)
         if finished and config.model.kind == "unet":
             registry.log_model(tracked, ended["checkpoint"], "ddpm_ray.cluster.served_model")
     except BaseException as error:
         status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
         with contextlib.suppress(tracking.TrackingError):  # `error` is what matters
-            tracking.finish(tracked or tracking.open_run(card), status, str(error))
+            tracking.finish(tracked or tracking.known_run(card), status, str(error))
         raise
     tracking.finish(tracked, "FINISHED" if finished else "KILLED")
     return Outcome(finished, _report(config, folder, tracked, ended), ended)
 
 
-def _card(config: RunConfig, dataset: Dataset, identity: str, part_of: PartOf | None) -> RunCard:
+def _card(
+    config: RunConfig, dataset: Dataset, folder: str, identity: str, part_of: PartOf | None
+) -> RunCard:
     return RunCard(
         config.tracking.uri,
         config.tracking.experiment,
@@ -127,7 +136,15 @@ def _card(config: RunConfig, dataset: Dataset, identity: str, part_of: PartOf | 
         config_yaml=to_yaml(config),
         dataset_url=config.data.url,
         dataset_fingerprint=dataset.fingerprint,
+        owner=uuid.uuid4().hex,
+        begun_step=_newest_step(folder),
     )
+
+
+def _newest_step(folder: str) -> int:
+    """Of the run's newest checkpoint; 0 where there is none."""
+    references = CheckpointStore(storage.join(folder, CHECKPOINTS)).pointer().references
+    return int(references[0].folder.removeprefix(PREFIX).partition("-")[0]) if references else 0
 
 
 def _tracked(card: RunCard) -> TrackedRun | None:
@@ -165,7 +182,7 @@ def located(config: RunConfig, home: Path) -> RunConfig:
             held_out_url=storage.absolute(config.evaluation.held_out_url, home),
         ),
         tracking=dataclasses.replace(
-            config.tracking, uri=config.tracking.uri or tracking_place(home)
+            config.tracking, uri=tracking_place(home, config.tracking.uri)
         ),
     )
 
@@ -209,9 +226,8 @@ def check_model(config: RunConfig, dataset: Dataset) -> None:
 
 def artifacts_beside(tracking_uri: str) -> str | None:
     """Where a new experiment's files lie: beside a database; a server knows its own place."""
-    if not tracking_uri.startswith("sqlite:///"):
-        return None
-    return str(Path(tracking_uri.removeprefix("sqlite:///")).parent / "mlartifacts")
+    file = database_file(tracking_uri)
+    return None if file is None else str(file.parent / "mlartifacts")
 
 
 def tags_of(dataset: Dataset) -> dict[str, str]:

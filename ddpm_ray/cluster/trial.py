@@ -15,7 +15,7 @@ from typing import Any
 import ray
 from ray import tune
 
-from ddpm_ray.cluster import placement, training_run
+from ddpm_ray.cluster import mlflow_settings, placement, training_run
 from ddpm_ray.cluster.tracking import TrackingError
 from ddpm_ray.cluster.training_run import Outcome, PartOf
 from ddpm_ray.config import RunConfig
@@ -92,6 +92,7 @@ def run_trial(told: dict[str, Any], *, board: Board, sweep_run_id: str) -> None:
 
     Never raises: how the run failed is an event as well, so that Tune takes no other road.
     """
+    mlflow_settings.apply()
     number, began = told["number"], time.time()
     config = from_dict(RunConfig, told["config"])
     steps_told = -1

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ddpm_ray import build, build_diffusion
-from ddpm_ray.cluster import placement
+from ddpm_ray.cluster import mlflow_settings, placement
 from ddpm_ray.cluster.control import Desk
 from ddpm_ray.cluster.tracked_run import RunCard, TrackedRun
 from ddpm_ray.cluster.tracker import Tracker
@@ -58,6 +58,7 @@ FATAL = (
 
 def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     """Rank 0's report: the step reached, the committed checkpoint's URL, scores, Unix times."""
+    mlflow_settings.apply()
     desk: Desk = settings["desk"]
     if desk.look().fatal is not None:  # an earlier attempt found that to go on is of no use
         return {}
@@ -72,7 +73,7 @@ def _train(config: RunConfig, settings: dict[str, Any], desk: Desk) -> dict[str,
     run = assemble(config, settings, desk.show, place())
     if run.workers.leads:
         desk.start(run.state.step, placement.of_this_worker())
-    began, pulse = time.time(), Pulse(run.workers.rank, desk.beat)
+    began, pulse, undelivered = time.time(), Pulse(run.workers.rank, desk.beat), 0
     pulse.start()
     try:
         train(run)
@@ -80,13 +81,14 @@ def _train(config: RunConfig, settings: dict[str, Any], desk: Desk) -> dict[str,
         pulse.stop()
         desk.rest(run.workers.rank)
         run.stream.close()
-        if run.sink is not None and not run.sink.close(config.tracking.last_rows_s):
-            log.warning("MLflow took not all rows; those left are sent when the run is continued")
+        if run.sink is not None:
+            undelivered = run.sink.close(config.tracking.last_rows_s)
     return {
         "step": run.state.step,
         "checkpoint": run.checkpoints.committed,
         "scores": run.state.scores,
         "probes": run.state.probes,
+        "undelivered": undelivered,  # metric rows that MLflow did not take
         "trained_from": began,
         "trained_to": time.time(),
     }
@@ -120,8 +122,7 @@ def assemble(
         log.resume(snapshot.facts["bands"])
         guard.resume(snapshot.facts["guard"])
         unsent = [Row(**row) for row in snapshot.facts["unsent_rows"]]
-    find_run = partial(_tracked_run, settings)
-    sink = Tracker(find_run, config.tracking.flush_every_s, unsent) if workers.leads else None
+    sink = _tracker(config, settings, unsent) if workers.leads else None
     denoiser = build_diffusion.denoiser(config, state.ema.model, workers.device)
     denoiser = build.shown_low(denoiser, config.data, dataset, GRID_IMAGES, workers.device)
     gallery = Gallery(
@@ -151,6 +152,17 @@ def assemble(
         evaluate=_Judge(config, dataset, state, gallery).evaluate,
         probe=_prober(config, dataset, state, gallery),
         keep_averages=build.keeper(config, state, writer, settings["folder"], workers),
+    )
+
+
+def _tracker(config: RunConfig, settings: dict[str, Any], unsent: list[Row]) -> Tracker:
+    """The way of the run's rows and pictures to MLflow."""
+    return Tracker(
+        partial(_tracked_run, settings),
+        config.tracking.flush_every_s,
+        unsent,
+        config.tracking.every_steps,
+        config.training.steps,
     )
 
 

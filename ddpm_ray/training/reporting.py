@@ -56,6 +56,6 @@ class Sink(Protocol):
         """Rows that are not safely stored yet: they travel in the next checkpoint."""
         ...
 
-    def close(self, patience_s: float) -> bool:
-        """Send what is left; False if that did not succeed within `patience_s`."""
+    def close(self, patience_s: float) -> int:
+        """How many rows remain undelivered after `patience_s` at most: they are sent on resume."""
         ...

@@ -45,7 +45,7 @@ def alone(worker, settings, *_):
         train(run)
     finally:
         run.stream.close()
-    assert run.sink.close(60)
+    assert run.sink.close(60) == 0
     return {"step": run.state.step, "checkpoint": run.checkpoints.committed, "scores": {},
             "probes": run.state.probes, "trained_from": 0, "trained_to": 1}
 

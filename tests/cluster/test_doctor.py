@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from ddpm_ray.cluster import checkups, doctor
 from ddpm_ray.cluster.checkups import Finding, clock
-from ddpm_ray.cluster.trained import tracking_place
+from ddpm_ray.cluster.tracking_place import tracking_place
 from ddpm_ray.data import storage
 from ddpm_ray.job_config import DoctorConfig
 

@@ -201,7 +201,7 @@ def _work(rank: int, count: int, meeting: str, settings: dict[str, Any], planned
     finally:
         run.stream.close()
     if run.sink is not None:
-        assert run.sink.close(LIFE_S)
+        assert run.sink.close(LIFE_S) == 0
 
 
 def _show(meter: str, progress: Progress) -> Wish:

@@ -33,7 +33,7 @@ class Mutation:
 LOOP, SAVES = "tests/training/test_loop.py", "tests/training/test_checkpoints.py"
 ENDS, LEASE = "tests/faults/test_same_end.py", "tests/training/test_lease.py"
 CHECKPOINTS, STATE = "ddpm_ray/training/checkpoints.py", "ddpm_ray/training/state.py"
-OBJECTIVES, TRACKER = "ddpm_ray/training/objectives.py", "ddpm_ray/cluster/tracker.py"
+OBJECTIVES = "ddpm_ray/training/objectives.py"
 EXAMPLES = "ddpm_ray/training/examples.py"
 
 MUTATIONS = (
@@ -78,8 +78,8 @@ MUTATIONS = (
     Mutation("rows are stamped by the clock", "ddpm_ray/cluster/tracking.py",
              "start_ms + step, step) for key, value, step",
              '__import__("time").time_ns() // 10**6, step) for key, value, step', ENDS),
-    Mutation("rates are told again on replay", TRACKER,
-             "if row.step > self._last_rate.get(key, -1)", "if True", ENDS),
+    Mutation("rates are told again on replay", "ddpm_ray/cluster/row_queue.py",
+             "if row.step > self._stored.get(key, -1)", "if True", ENDS),
     Mutation("bytes are not compared with their sha256", "ddpm_ray/data/verified.py",
              "if found == sha256:\n            return data", "if True:\n            return data",
              SAVES),

@@ -1,0 +1,368 @@
+"""What goes wrong with MLflow is told in a line that says what happened, and no row is lost."""
+
+import dataclasses
+import http.server
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+from PIL import Image
+
+from ddpm_ray.cluster import group, mlflow_client, registry, tracker, tracking, training_run
+from ddpm_ray.cluster.tracked_run import RunCard, TrackedRun
+from ddpm_ray.cluster.tracker import Tracker
+from ddpm_ray.cluster.tracking import TrackingError, TrackingOutageError, TrackingServerError
+from ddpm_ray.training.reporting import Row
+
+pytestmark = pytest.mark.timeout(180)
+PATIENCE_S = 60.0
+ROWS = [Row(step, {"train/loss": 1 / step}) for step in range(1, 8)]
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setattr(tracker, "RETRY_S", 0.05)
+
+
+Answer = Callable[[http.server.BaseHTTPRequestHandler], None]
+
+
+@pytest.fixture
+def answering_with() -> Iterator[Callable[[Answer], str]]:
+    """Makes a server that answers every request so; its URL."""
+    servers = []
+
+    def serve(answer: Answer) -> str:
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                answer(self)
+
+            do_POST = do_GET  # noqa: N815
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        server.daemon_threads = True
+        servers.append(server)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{server.server_address[1]}"
+
+    yield serve
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def whole(status: int, body: bytes) -> Answer:
+    def answer(handler: http.server.BaseHTTPRequestHandler) -> None:
+        handler.send_response(status)
+        handler.send_header("Content-Length", str(len(body)))
+        handler.end_headers()
+        handler.wfile.write(body)
+
+    return answer
+
+
+@pytest.mark.parametrize(
+    "status, body, kind, said",
+    [
+        (200, b"<html>hello</html>", TrackingError, "is no MLflow .*correct tracking.uri"),
+        (200, b"{}", TrackingError, "is no MLflow .*correct tracking.uri"),
+        (200, b'{"status": "ok"}', TrackingError, "is no MLflow .*correct tracking.uri"),
+        (404, b"<html>nothing</html>", TrackingError, "is no MLflow .*correct tracking.uri"),
+        (404, b'{"detail": "Not Found"}', TrackingError, "is no MLflow .*correct tracking.uri"),
+        (405, b"<html>not so</html>", TrackingError, "is no MLflow .*correct tracking.uri"),
+        (401, b"who are you", TrackingError, "password .401. .*MLFLOW_TRACKING_USERNAME"),
+        (403, b"not you", TrackingError, "forbids this .*403.* EDIT on the experiment"),
+        (403, b"Invalid Host header", TrackingError, "host name .*--allowed-hosts"),
+        (418, b"teapot", TrackingError, "MLflow refuses it .*see MLflow's log"),
+        (500, b"oh", TrackingServerError, "an error of its own, 500 .*see MLflow's log"),
+        (502, b"<html>bad gateway</html>", TrackingOutageError, "does not answer .*start it"),
+        (503, b"busy", TrackingOutageError, "does not answer .*too many 503 .*start it"),
+    ],
+)
+def test_each_answer_has_its_own_line(
+    status: int, body: bytes, kind: type[TrackingError], said: str,
+    answering_with: Callable[[Answer], str],
+) -> None:  # fmt: skip
+    uri = answering_with(whole(status, body))
+    with pytest.raises(TrackingError, match=said) as told:
+        tracking.find_or_create_run(uri, "e", "n", "i", None)
+    assert type(told.value) is kind
+    assert len(str(told.value).splitlines()) == 1
+
+
+@pytest.mark.usefixtures("mlflow_database")  # imports MLflow's store, whose warnings are no errors
+@pytest.mark.parametrize(
+    "uri, said",
+    [
+        ("mysql://host/mlflow", "package MySQLdb is not installed; pip install mysqlclient"),
+        ("postgresql+asyncpg://host/m", "package asyncpg is not installed; install asyncpg"),
+    ],
+)
+def test_a_missing_driver_is_named(uri: str, said: str) -> None:
+    with pytest.raises(TrackingError, match=said) as told:
+        tracking.find_or_create_run(uri, "e", "n", "i", None)
+    assert not isinstance(told.value, TrackingOutageError)
+
+
+def drop_by_drop(handler: http.server.BaseHTTPRequestHandler) -> None:
+    """One byte after the other, each well within the time-out between bytes; for 20 s at most."""
+    handler.send_response(200)
+    handler.send_header("Content-Length", "1000")
+    handler.end_headers()
+    for _ in range(200):
+        handler.wfile.write(b" ")
+        threading.Event().wait(0.1)
+
+
+@pytest.mark.parametrize("answer", [drop_by_drop, lambda _: threading.Event().wait(20)])
+def test_an_answer_that_does_not_end_is_given_up(
+    answer: Answer, answering_with: Callable[[Answer], str],
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """A line says early that it is late; the run's end waits as long as it was asked to."""
+    monkeypatch.setattr(mlflow_client, "CALL_S", 1.5)
+    monkeypatch.setattr(mlflow_client, "LATE_S", 0.2)
+    uri = answering_with(answer)
+    mine = tracking.find_or_create_run
+    began = time.monotonic()
+    with pytest.raises(TrackingOutageError, match="no whole answer within 2 s"):
+        mine(uri, "e", "n", "i", None)
+    assert time.monotonic() - began < 15
+    assert f"{uri}: MLflow has not answered for 0 s; waiting" in caplog.text
+    sink = Tracker(lambda: mine(uri, "e", "n", "i", None), 0.01, [])
+    sink.rows(ROWS)
+    began = time.monotonic()
+    assert sink.close(0.5) == len(ROWS)
+    assert time.monotonic() - began < 15
+    assert "7 metric rows undelivered; stored in the checkpoint, sent on resume" in caplog.text
+
+
+# Runs and experiments that people change.
+
+
+@pytest.fixture
+def card(mlflow_database: str, tmp_path: Path) -> RunCard:
+    return RunCard(
+        mlflow_database, f"of {tmp_path}", "tiny", f"id {tmp_path}", str(tmp_path / "artifacts"),
+        "", {}, {}, "a: 1\n", "/shards", "f" * 64,
+    )  # fmt: skip
+
+
+def losses(run: TrackedRun) -> list[int]:
+    rows = MlflowClient(run.uri).get_metric_history(run.run_id, "train/loss")
+    return sorted(row.step for row in rows)
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline
+        threading.Event().wait(0.02)
+
+
+def test_a_run_is_found_where_its_experiment_went(card: RunCard) -> None:
+    """README: one training run is one MLflow run. Renamed, or another one is configured."""
+    first, client = tracking.open_run(card), MlflowClient(card.uri)
+    client.rename_experiment(first.experiment_id, f"renamed {card.experiment}")
+    assert tracking.open_run(card) == first
+    assert client.get_experiment_by_name(card.experiment) is None
+    other = dataclasses.replace(card, experiment=f"other {card.experiment}")
+    client.create_experiment(other.experiment)
+    assert tracking.open_run(other) == first
+
+
+def test_a_deleted_experiment_is_told_with_both_remedies(card: RunCard) -> None:
+    """With its run in it, and where it was empty."""
+    first, client = tracking.open_run(card), MlflowClient(card.uri)
+    client.delete_experiment(first.experiment_id)
+    command = f"mlflow experiments restore --experiment-id {first.experiment_id}"
+    with pytest.raises(TrackingError, match=f"run of this training run, was deleted.*{command}"):
+        tracking.open_run(card)
+    another = dataclasses.replace(card, identity=f"another {card.identity}")
+    with pytest.raises(TrackingError, match=f"{command}`, or give another tracking.experiment"):
+        tracking.open_run(another)
+    client.restore_experiment(first.experiment_id)
+    assert tracking.open_run(card) == first
+
+
+def test_a_deleted_run_is_not_replaced_by_one_without_its_rows(card: RunCard) -> None:
+    first, client = tracking.open_run(card), MlflowClient(card.uri)
+    client.delete_run(first.run_id)
+    with pytest.raises(TrackingError, match=f"mlflow runs restore --run-id {first.run_id}") as told:
+        tracking.open_run(card)
+    assert not isinstance(told.value, TrackingOutageError)
+    client.restore_run(first.run_id)
+    assert tracking.open_run(card) == first
+
+
+def test_a_run_deleted_while_it_trains_keeps_its_rows(
+    card: RunCard, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One line says so and how it comes back; then the rows arrive."""
+    run, client = tracking.open_run(card), MlflowClient(card.uri)
+    sink = Tracker(lambda: run, 0.01, [])
+    sink.rows(ROWS[:3])
+    until(lambda: not sink.unsent())
+    client.delete_run(run.run_id)
+    sink.rows(ROWS[3:])
+    said = f"the run {run.run_id} was deleted in MLflow; bring it back by"
+    until(lambda: said in caplog.text)
+    until(lambda: sink.unsent() == ROWS[3:])
+    assert caplog.text.count(said) == 1  # not at each of its tries
+    client.restore_run(run.run_id)
+    assert sink.close(PATIENCE_S) == 0
+    assert losses(run) == list(range(1, 8))
+
+
+def test_a_lost_database_is_told_when_the_run_goes_on(
+    card: RunCard, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A new MLflow run in the middle of a training run: earlier metrics are not in it."""
+    tracking.open_run(card)
+    tracking.open_run(dataclasses.replace(card, begun_step=20))
+    assert "a new one" not in caplog.text
+    gone = dataclasses.replace(card, identity=f"gone {card.identity}", begun_step=20)
+    run = tracking.open_run(gone)
+    assert f"at step 20; a new one, {run.run_id}, begins here" in caplog.text
+
+
+def test_a_database_deleted_under_a_run_is_told_at_its_end(card: RunCard, tmp_path: Path) -> None:
+    file = tmp_path / "own.db"
+    run = tracking.open_run(dataclasses.replace(card, uri=f"sqlite:///{file}"))
+    file.unlink()
+    with pytest.raises(TrackingError, match="the database was deleted while the run went on"):
+        tracking.finish(run, "FINISHED")
+
+
+@pytest.mark.parametrize("status", ["FINISHED", "RUNNING"])
+def test_a_driver_that_was_followed_leaves_the_run_alone(status: str, card: RunCard) -> None:
+    """The first was frozen; the second took the run over, and finished it or is at it."""
+    first = tracking.open_run(dataclasses.replace(card, owner="first"))
+    second = tracking.open_run(dataclasses.replace(card, owner="second"))
+    if status == "FINISHED":
+        tracking.finish(second, "FINISHED")
+    tracking.finish(first, "FAILED", "lost its lease")
+    tracking.finish(tracking.known_run(dataclasses.replace(card, owner="first")), "FAILED")
+    found = MlflowClient(card.uri).get_run(first.run_id)
+    assert (found.info.status, "reason" in found.data.tags) == (status, False)
+
+
+def test_pictures_that_are_refused_hold_up_nothing(
+    card: RunCard, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Their folder cannot be made. Rows, documents and the run's end go on; one line names it."""
+    run = tracking.open_run(card)
+    root = MlflowClient(card.uri).get_run(run.run_id).info.artifact_uri
+    Path(root.removeprefix("file://"), "images").write_text("in the way")
+    sink = Tracker(lambda: run, 0.01, [])
+    for step in (5, 10):
+        sink.image("samples", step, Image.new("L", (4, 4)))
+    sink.document("evaluation/a.json", {"score": 1})
+    sink.rows(ROWS)
+    began = time.monotonic()
+    assert sink.close(PATIENCE_S) == 0
+    assert time.monotonic() - began < PATIENCE_S / 2
+    assert losses(run) == list(range(1, 8))
+    assert [one.path for one in MlflowClient(card.uri).list_artifacts(run.run_id, "evaluation")]
+    assert caplog.text.count("MLflow does not take samples of step 5; left out") == 1
+    assert "not in MLflow, and not sent again: samples of step 5, samples of step 10" in caplog.text
+    assert "undelivered" not in caplog.text
+
+
+def test_an_artifact_store_without_credentials_holds_up_nothing(
+    card: RunCard, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    """As a worker meets it whose MLflow hands out places in a bucket."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    run = tracking.find_or_create_run(
+        card.uri, card.experiment, "tiny", card.identity, "s3://bucket/folder"
+    )
+    sink = Tracker(lambda: run, 0.01, [])
+    sink.document("a.json", {})
+    sink.rows(ROWS)
+    assert sink.close(PATIENCE_S) == 0
+    assert "its artifact store): files are refused (Unable to locate credentials)" in caplog.text
+    assert losses(run) == list(range(1, 8))
+
+
+OPENER = """
+import os, sys, warnings
+warnings.simplefilter("ignore")
+import mlflow.store.tracking.sqlalchemy_store, mlflow.store.model_registry.sqlalchemy_store
+from ddpm_ray.cluster import tracking
+folder, count, rounds = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+failed = 0
+for number in range(rounds):
+    gate, opened = os.pipe()
+    children = []
+    for child in range(count):
+        if (pid := os.fork()) == 0:
+            os.close(opened)
+            os.read(gate, 1)  # returns for all at once, when the parent closes its end
+            try:
+                uri = f"sqlite:///{folder}/{number}.db"
+                tracking.find_or_create_run(uri, "e", "n", f"run {child}", folder)
+            except BaseException as error:
+                print(error, flush=True)
+                os._exit(1)
+            os._exit(0)
+        children.append(pid)
+    os.close(gate), os.close(opened)
+    failed += sum(os.waitpid(pid, 0)[1] != 0 for pid in children)
+print("failed", failed)
+"""
+
+
+def test_processes_that_open_a_new_database_at_once_all_find_its_tables(tmp_path: Path) -> None:
+    """Two drivers of a new home, or a driver and its worker: one of them makes the tables."""
+    done = subprocess.run(
+        [sys.executable, "-c", OPENER, str(tmp_path), "3", "2"],
+        capture_output=True, text=True, timeout=150,
+    )  # fmt: skip
+    assert done.stdout.splitlines()[-1:] == ["failed 0"], done.stdout + done.stderr[-2000:]
+
+
+# The driver's part.
+
+
+@pytest.mark.parametrize("undelivered, status", [(5, "FAILED"), (0, "FINISHED")])
+def test_a_run_does_not_finish_before_all_its_rows_are_there(
+    undelivered: int, status: str, card: RunCard, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from ddpm_ray.config import RunConfig
+    from ddpm_ray.knobs import load
+    from tests.noise import pack_noise
+
+    pack_noise(str(tmp_path / "data"), images=8, side=4)
+    ended = {"step": 20, "checkpoint": "x", "scores": {}, "undelivered": undelivered}
+    monkeypatch.setattr(group, "run", lambda *_, **__: ended)
+    monkeypatch.setattr(registry, "log_model", lambda *_: None)
+    config = load(RunConfig, None, [
+        "name=a", "data.url=data", "training.steps=20", "training.global_batch_size=8",
+        "model.base_channels=8", "model.channel_mults=[1]", "model.groups=4",
+        "model.attention_resolutions=[]", "tracking.uri=sqlite:///my.db", "evaluation.num_images=0",
+    ])  # fmt: skip
+    if undelivered:
+        said = "5 metric rows are undelivered; they are stored in the checkpoint; the same command"
+        with pytest.raises(TrackingOutageError, match=said):
+            training_run.train(config, tmp_path, lambda _: None)
+    else:
+        assert training_run.train(config, tmp_path, lambda _: None).finished
+    client = MlflowClient(f"sqlite:///{tmp_path / 'my.db'}")
+    experiment = client.get_experiment_by_name("ddpm-ray")
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.status == status

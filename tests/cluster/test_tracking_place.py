@@ -1,0 +1,117 @@
+"""Where MLflow is, is one absolute place for all processes of a job, whatever was written."""
+
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ddpm_ray.cluster.tracking_place import database_file, tracking_place, warn_of_another_host
+from ddpm_ray.cluster.training_run import artifacts_beside, located
+from ddpm_ray.config import RunConfig
+from ddpm_ray.knobs import ConfigError, load
+
+HOME = Path("/the/home")
+
+
+@pytest.mark.parametrize(
+    "written, meant",
+    [
+        ("sqlite:///my.db", "sqlite:////the/home/my.db"),
+        ("sqlite:///./a/../my.db", "sqlite:////the/home/my.db"),
+        ("sqlite:///~/my.db", "sqlite:////users/me/my.db"),
+        ("sqlite:////abs/my.db", "sqlite:////abs/my.db"),
+        ("sqlite:///my.db?timeout=30", "sqlite:////the/home/my.db?timeout=30"),
+        ("sqlite:///file:my.db?uri=true", "sqlite:///file:/the/home/my.db?uri=true"),
+        ("sqlite+pysqlite:///my.db", "sqlite+pysqlite:////the/home/my.db"),
+        ("mlruns", "/the/home/mlruns"),
+        ("~/mlruns", "/users/me/mlruns"),
+        ("file:mlruns", "file:/the/home/mlruns"),
+        ("file:///abs/mlruns", "file:///abs/mlruns"),
+        ("http://host:5000/path", "http://host:5000/path"),
+        ("postgresql+psycopg2://host/mlflow", "postgresql+psycopg2://host/mlflow"),
+        ("databricks", "databricks"),
+        ("databricks://profile", "databricks://profile"),
+        ("uc:http://host", "uc:http://host"),
+    ],
+)
+@pytest.mark.parametrize("by", ["config", "variable"])
+def test_a_relative_place_lies_below_home(
+    written: str, meant: str, by: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Told in the config or the environment; what was resolved once stays as it is."""
+    monkeypatch.setenv("HOME", "/users/me")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", written if by == "variable" else "http://other")
+    place = tracking_place(HOME, written if by == "config" else "")
+    assert place == meant
+    assert tracking_place(Path("/elsewhere"), place) == meant
+
+
+def test_the_run_s_config_holds_the_absolute_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is what the workers read, and experiments keep their files beside the database."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    for given in ([], ["tracking.uri=sqlite:///mlflow.db"]):
+        config = located(load(RunConfig, None, ["name=a", "data.url=b", *given]), HOME)
+        assert config.tracking.uri == "sqlite:////the/home/mlflow.db"
+        assert artifacts_beside(config.tracking.uri) == "/the/home/mlartifacts"
+    assert artifacts_beside("http://host") is None
+    assert database_file("sqlite:////a/b.db?timeout=3") == Path("/a/b.db")
+
+
+@pytest.mark.parametrize(
+    "uri, said",
+    [
+        ("sqlite://my.db", "three slashes: sqlite:///my.db"),
+        ("sqlite://", "a database in memory; .* sqlite:///mlflow.db"),
+        ("sqlite:///:memory:", "a database in memory"),
+        ("sqlite:///file:x?mode=memory&uri=true", "a database in memory"),
+    ],
+)
+def test_a_place_that_workers_cannot_see_is_refused(uri: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^tracking\.uri is .*{said}"):
+        tracking_place(HOME, uri)
+
+
+@pytest.mark.parametrize(
+    "uri, variable, password, warns",
+    [
+        ("http://theirs:5000", "http://ours:5000", "hush", True),
+        ("http://ours:5001", "http://ours:5000", "hush", False),
+        ("http://theirs:5000", "http://ours:5000", "", False),
+        ("http://theirs:5000", "", "hush", False),
+        ("sqlite:////a/b.db", "http://ours:5000", "hush", False),
+    ],
+)
+def test_a_password_for_another_host_is_told(
+    uri: str, variable: str, password: str, warns: bool,
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """A config names its own server, and the environment's password would be sent there."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", variable)
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", password)
+    warn_of_another_host(uri)
+    assert ("$MLFLOW_TRACKING_PASSWORD is sent to theirs" in caplog.text) is warns
+    assert "hush" not in caplog.text
+    assert len(caplog.records) == warns
+
+
+def test_a_notebook_keeps_its_own_settings_of_mlflow() -> None:
+    """Loading a model neither sets MLflow's variables nor silences its loggers; a job does."""
+    code = """
+import logging, os
+import ddpm_ray, ddpm_ray.cluster.trained, ddpm_ray.cluster.tracking, ddpm_ray.cluster.registry
+print(sorted(key for key in os.environ if key.startswith("MLFLOW_")))
+print(logging.getLogger("urllib3").level)
+from ddpm_ray.cluster import mlflow_settings
+mlflow_settings.apply()
+print(os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"], logging.getLogger("urllib3").level)
+"""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW_")}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], env=environment | {"DO_NOT_TRACK": "true"},
+        capture_output=True, text=True, check=True, timeout=120,
+    )  # fmt: skip
+    lines = done.stdout.splitlines()
+    assert lines == ["[]", str(logging.NOTSET), f"10 {logging.ERROR}"]
