@@ -9,6 +9,7 @@ import os
 import platform
 import subprocess
 import sys
+import uuid
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
