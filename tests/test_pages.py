@@ -25,7 +25,7 @@ from ddpm_ray.sweep_config import SweepConfig
 ROOT = Path(__file__).parent.parent
 PAGES = [
     "README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md",
-    "docs/cluster.md", "docs/gpu.md", "docs/toolbox.md", "docs/results.md",
+    "docs/cluster.md", "docs/gpu.md", "docs/packing.md", "docs/toolbox.md", "docs/results.md",
 ]  # fmt: skip
 CONFIGS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "conf").rglob("*.yaml"))
 JOBS: dict[str, type[Any]] = {

@@ -37,7 +37,7 @@ def read(data: bytes, schema: pa.Schema) -> pa.RecordBatch:
         kinds = [message.type for message in opening]
         if kinds != ["schema", "record batch"]:
             raise ArrowFileError(f"it opens with {' and '.join(kinds)}")
-        if _field(opening[1].metadata, HEADER, COMPRESSION):
+        if is_compressed(opening[1]):
             raise ArrowFileError("it is compressed, and nobody knows how large it would become")
         reader = pa.ipc.open_stream(stream)
         if not reader.schema.equals(schema):
@@ -54,6 +54,11 @@ def read(data: bytes, schema: pa.Schema) -> pa.RecordBatch:
     if any(column.null_count for column in batch.columns):
         raise ArrowFileError("it has empty cells")
     return batch
+
+
+def is_compressed(message: pa.Message) -> bool:
+    """Whether the buffers of a record batch are compressed."""
+    return _field(message.metadata, HEADER, COMPRESSION) != 0
 
 
 def _columns(schema: pa.Schema) -> str:

@@ -8,9 +8,8 @@ from ddpm_ray.data.metadata_files import Metadata
 from ddpm_ray.data.pack_options import PackOptions
 from ddpm_ray.data.samples import groups, printable_name
 from ddpm_ray.data.shards import DatasetError
-from ddpm_ray.data.source_files import SourceFiles
+from ddpm_ray.data.source_files import SPLITS, SourceFiles
 
-SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval"}
 EMPTY = "folders without an image, which are no classes"
 BELOW = "names of folders below the folders of the classes"
 UNUSED = "names of folders, which are no classes beside a metadata file"

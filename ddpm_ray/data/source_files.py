@@ -8,15 +8,17 @@ links to nothing are named; nothing of theirs is read.
 from __future__ import annotations
 
 import os
+import re
 import stat
 from collections import defaultdict, deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ddpm_ray.data import storage
 from ddpm_ray.data.image_files import is_image
 from ddpm_ray.data.samples import NamedGroup, groups
+from ddpm_ray.data.shards import DatasetError
 from ddpm_ray.data.storage import ObjectState, StorageError
 
 TAR, TABLES = ".tar", (".parquet", ".arrow")
@@ -31,6 +33,8 @@ OTHER_PICTURES = (
     ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2", ".dcm",
 )  # fmt: skip
 ARCHIVES = (".zip", ".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz", ".zst", ".7z", ".rar")
+
+SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval"}
 
 HIDDEN = "hidden or system files"
 ODD = "pipes, devices and links to nothing"
@@ -89,6 +93,14 @@ def list_source(url: str) -> SourceFiles:
     for name in sorted(found):
         files.add(name, found[name])
     return files
+
+
+def refuse_splits(url: str, kind: str, names: Iterable[str]) -> None:
+    """Raise DatasetError where files are of several splits, as `train-000.tar`, `val/0.parquet`."""
+    words = {word for name in names for word in re.split(r"[/._-]", name.lower()) if word in SPLITS}
+    if len(words) > 1:
+        problem = f"its {kind} are of the splits {', '.join(sorted(words))}"
+        raise DatasetError(url, problem, "give one file, or a folder with the files of one split")
 
 
 def is_hidden(name: str) -> bool:

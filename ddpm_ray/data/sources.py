@@ -23,7 +23,16 @@ from ddpm_ray.data.image_files import is_image
 from ddpm_ray.data.pack_options import DEFAULTS, PackOptions
 from ddpm_ray.data.samples import NamedGroup, Sample, Source
 from ddpm_ray.data.shards import INDEX, MANIFEST, DatasetError
-from ddpm_ray.data.source_files import ARCHIVES, OTHER, TABLES, TAR, SourceFiles, list_source
+from ddpm_ray.data.source_files import (
+    ARCHIVES,
+    OTHER,
+    TABLES,
+    TAR,
+    SourceFiles,
+    list_source,
+    refuse_splits,
+)
+from ddpm_ray.data.table_source import table_source
 from ddpm_ray.data.tar_source import tar_source
 
 
@@ -57,8 +66,12 @@ def open_source(source: str, options: PackOptions = DEFAULTS) -> Source:
     if len(held) > 1:
         problem = f"it holds {' beside '.join(held)}, and one kind is packed"
         raise DatasetError(source, problem, "give the .tar or table itself, or move it elsewhere")
+    for kind in ("tars", "tables"):
+        refuse_splits(source, kind, kinds[kind])
     if files.tars:
         return tar_source(source, files.tars, options, files.left_out)
+    if files.tables:
+        return table_source(source, files.tables, options, files.left_out)
     if not files.images:
         beside = f" (it holds {'; '.join(map(str, files.left_out))})" if files.left_out else ""
         remedy = "give a folder of images or .tar files"

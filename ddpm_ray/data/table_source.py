@@ -1,0 +1,183 @@
+"""Images in a column of Parquet or Arrow files, as Hugging Face's datasets are stored.
+
+The column holds encoded image files: binary, or a struct of `bytes` and `path`. A label column may
+hold numbers, names, or numbers whose names are in the schema (ClassLabel). All else is named.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from ddpm_ray.data import class_names, storage, table_files
+from ddpm_ray.data.class_names import Label
+from ddpm_ray.data.file_source import version_of
+from ddpm_ray.data.pack_options import PackOptions
+from ddpm_ray.data.samples import NamedGroup, Sample, groups, printable_name
+from ddpm_ray.data.shards import DatasetError
+from ddpm_ray.data.storage import ObjectState
+from ddpm_ray.data.table_files import TableFile
+
+IMAGES, LABEL = ("image", "img", "jpg", "jpeg", "png", "webp"), "label"
+COLUMNS = "columns of tables without a place in a shard"
+
+
+@dataclass(frozen=True)
+class TableSource:
+    """The rows of tables, in the order of files and then rows."""
+
+    url: str
+    files: tuple[TableFile, ...]
+    column: str
+    labels: npt.NDArray[np.int64]  # [rows of all files]
+    label_names: tuple[str, ...]
+    max_file_bytes: int
+    left_out: tuple[NamedGroup, ...]
+    version: str
+
+    @property
+    def digest(self) -> str:
+        """sha256 of names, sizes and rows of the files, of the column and of all labels."""
+        files = [[file.name, file.size, file.rows] for file in self.files]
+        digest = hashlib.sha256(json.dumps([self.label_names, self.column, files]).encode())
+        digest.update(self.labels.tobytes())
+        return digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, samples: range) -> Iterator[Sample]:
+        """These samples in order; the rows of a file are read from its nearest row group on."""
+        start = 0
+        for file in self.files:
+            rows = range(max(samples.start - start, 0), min(samples.stop - start, file.rows))
+            if rows:
+                name = printable_name(file.name)
+                url = storage.join(self.url, file.name)
+                images = table_files.images(url, file, self.column, rows)
+                for row, image in zip(rows, images, strict=True):
+                    fits = len(image) <= self.max_file_bytes
+                    label = int(self.labels[start + row])
+                    place = f"{url}: row {row} of column {self.column!r}"
+                    yield Sample(f"{name}:{row:06d}", label, image if fits else None, place)
+            start += file.rows
+
+
+def table_source(
+    folder: str,
+    tables: Mapping[str, ObjectState],
+    options: PackOptions,
+    left_out: tuple[NamedGroup, ...] = (),
+) -> TableSource:
+    """The rows of these tables. Raises DatasetError where image or label cannot be told."""
+    files: list[TableFile] = []
+    labels: list[Label] = []
+    others: set[str] = set()
+    names: tuple[str, ...] | None = None
+    column = ""
+    for table, state in tables.items():
+        url = storage.join(folder, table)
+        file = table_files.opened(url, table, state.size)
+        chosen = _image_column(url, file.schema, options.image_key)
+        label = _label_column(url, file.schema, options.label_key)
+        stated = _class_names(file.schema, label)
+        if files and (chosen, stated) != (column, names):
+            problem = f"its image column or its class names are not those of {files[0].name}"
+            raise DatasetError(url, problem, "pack tables of one kind at a time")
+        column, names = chosen, stated
+        others |= set(file.schema.names) - {column, label}
+        files.append(file)
+        labels += table_files.labels(url, file, label) if label else [None] * file.rows
+    if not labels:
+        raise DatasetError(folder, "its tables have no rows", "give tables with images")
+    label_names, numbers = _numbered(folder, labels, names)
+    return TableSource(
+        folder,
+        tuple(files),
+        column,
+        np.asarray(numbers, np.int64),
+        label_names,
+        options.max_file_bytes,
+        left_out + groups([(COLUMNS, others)]),
+        version_of(tables),
+    )
+
+
+def _image_column(url: str, schema: pa.Schema, image_key: str) -> str:
+    fitting: list[str] = [field.name for field in schema if table_files.holds_files(field.type)]
+    if image_key:
+        if image_key in fitting:
+            return image_key
+        shown = ", ".join(f"{field.name} {field.type}" for field in schema)[:300]
+        problem = f"{image_key!r} (image_key) is no column of image files; it has {shown}"
+        raise DatasetError(url, problem, "name a column of binary, or of bytes and path")
+    stated = [name for name, kind in _features(schema).items() if kind.get("_type") == "Image"]
+    named = [name for name in fitting if name in stated] or [
+        name for name in fitting if name.lower() in IMAGES
+    ]
+    if len(named) == 1:
+        return named[0]
+    if named:
+        problem = f"it has {len(named)} columns of images ({', '.join(named)})"
+        raise DatasetError(url, problem, f"choose one, as in image_key={named[0]}")
+    shown = ", ".join(f"{field.name} {field.type}" for field in schema)[:300]
+    problem = f"no column called {', '.join(IMAGES)} holds image files; it has {shown}"
+    raise DatasetError(url, problem, "choose a column of binary, or of bytes and path: image_key=")
+
+
+def _label_column(url: str, schema: pa.Schema, label_key: str) -> str:
+    """The label's column; empty where there is none."""
+    if label_key and label_key not in schema.names:
+        problem = f"it has no column {label_key!r} (label_key)"
+        raise DatasetError(url, problem, f"choose one of {', '.join(schema.names)[:300]}")
+    label = label_key or (LABEL if LABEL in schema.names else "")
+    if label and not table_files.holds_labels(schema.field(label).type):
+        problem = f"column {label!r} is {schema.field(label).type}, which is no label"
+        raise DatasetError(url, problem, "choose one of whole numbers or names: label_key=")
+    return label
+
+
+def _features(schema: pa.Schema) -> dict[str, dict[str, object]]:
+    """What Hugging Face's datasets say of the columns; empty where they say nothing."""
+    try:
+        held = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+        features = held["info"]["features"]
+        return {str(name): kind for name, kind in features.items() if isinstance(kind, dict)}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {}
+
+
+def _class_names(schema: pa.Schema, label: str) -> tuple[str, ...] | None:
+    names = _features(schema).get(label, {}).get("names")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        return None
+    return tuple(names[: class_names.MOST_CLASSES])
+
+
+def _numbered(
+    folder: str, labels: list[Label], names: tuple[str, ...] | None
+) -> tuple[tuple[str, ...], list[int]]:
+    bare = sum(label is None for label in labels)
+    if 0 < bare < len(labels):
+        problem = f"{bare} of {len(labels)} rows have no label, the first is row "
+        problem += str(labels.index(None))
+        raise DatasetError(folder, problem, "give every row a label, or none")
+    try:
+        label_names, numbers = class_names.numbered(labels)
+    except ValueError as error:
+        remedy = "write all labels as numbers or all as names"
+        raise DatasetError(folder, str(error), remedy) from None
+    if names is None or bare:
+        return label_names, numbers
+    if len(label_names) > len(names):
+        problem = (
+            f"label {len(label_names) - 1} is there, and the schema names {len(names)} classes"
+        )
+        raise DatasetError(folder, problem, "write the tables again with all names")
+    return names, numbers
