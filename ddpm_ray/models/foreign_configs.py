@@ -41,8 +41,12 @@ PREDICTIONS = {"epsilon": "epsilon", "sample": "x_0", "v_prediction": "v"}
 COSINE = {"offset": 0.008, "max_beta": 0.999}
 VARIANCES = {  # theirs: what is trained, what is sampled with
     "fixed_small": ("fixed", "fixed_small"), "fixed_large": ("fixed", "fixed_large"),
-    "learned": ("learned", "learned"), "learned_range": ("learned_range", "learned"),
+    "learned_range": ("learned_range", "learned"),
 }  # fmt: skip
+LEARNED = (
+    "'learned'; diffusers takes the network's answer for the variance itself, this project for its "
+    "logarithm: train with learned_range, which means the same in both"
+)
 
 
 class Form(Sizes):
@@ -94,6 +98,8 @@ def from_scheduler(config: Config) -> dict[str, dict[str, Any]]:
         betas = full["trained_betas"] and tuple(float(beta) for beta in full["trained_betas"])
     except (TypeError, ValueError) as error:
         raise ForeignModelError("scheduler", "trained_betas is no list of numbers") from error
+    if full["variance_type"] == "learned":
+        raise ForeignModelError("scheduler", f"variance_type is {LEARNED}")
     kind = "betas" if betas is not None else _one_of(KINDS, full, "beta_schedule")
     trained, sampled = _one_of(VARIANCES, full, "variance_type")
     schedule = {"kind": kind, "num_steps": full["num_train_timesteps"],
@@ -194,6 +200,8 @@ def _scheduler_config(facts: Facts) -> dict[str, Any]:
     _require_equal({key: schedule.get(key, value) for key, value in plain.items()}, plain,
                    "DDPMScheduler")  # fmt: skip
     trained = objective.get("variance", "fixed")
+    if trained == "learned":
+        raise ForeignModelError("DDPMScheduler", f"objective.variance is {LEARNED}")
     sampled = sampling["variance"] if trained == "fixed" else "learned"
     return {
         **SCHEDULER,

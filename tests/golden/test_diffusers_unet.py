@@ -6,15 +6,15 @@ The truth is diffusers itself: its UNet2DModel with random weights, run beside o
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor
 
-from ddpm_ray.diffusion import schedules
+from ddpm_ray.diffusion import NoiseSchedule, samplers, schedules
 from ddpm_ray.models import interchange
-from ddpm_ray.models.foreign_configs import UNET, Form
+from ddpm_ray.models.foreign_configs import UNET, VARIANCES, Form, to_scheduler
 from ddpm_ray.models.layers import GUIDED, HO
 from ddpm_ray.models.unet import UNet
 
@@ -134,6 +134,37 @@ def test_a_saved_network_of_ours_is_loaded_by_their_own_pipeline(
     assert all(torch.equal(read[1][key], value) for key, value in ours.state_dict().items())
     for group, values in facts.items():
         assert read[2][group].items() >= values.items()
+
+
+@pytest.mark.parametrize("trained, sampled", [*VARIANCES.values()])
+def test_their_scheduler_draws_the_transition_that_ours_does(trained: str, sampled: str) -> None:
+    """Of every kind of variance that is exported, from one answer and the same noise."""
+    table, t = NoiseSchedule(schedules.linear(1000)), 400
+    answer = torch.randn(4, 2 if trained != "fixed" else 1, 3, 3, generator=seeded(1))
+    x_t, fresh = (
+        torch.randn(4, 1, 3, 3, generator=seeded(2)),
+        torch.randn(4, 1, 3, 3, generator=seeded(3)),
+    )
+    config = to_scheduler({
+        "schedule": {"kind": "linear", "num_steps": 1000},
+        "objective": {"prediction": "epsilon", "variance": trained},
+        "sampling": {"variance": sampled, "clip": True},
+    })  # fmt: skip
+    scheduler = diffusers.DDPMScheduler.from_config(config)
+    scheduler.set_timesteps(1000)
+    expected = scheduler.step(answer, t - 1, x_t, generator=seeded(3)).prev_sample
+    seen: dict[int, Tensor] = {}
+    samplers.ancestral(
+        table, lambda x, t: answer, x_t, (t, t - 1, 0), noise=lambda t: fresh,
+        variance=cast(samplers.Variance, sampled if trained == "fixed" else trained),
+        on_step=lambda t, x, x_0: seen.update({t: x.clone()}),
+    )  # fmt: skip
+    assert expected.isfinite().all()
+    torch.testing.assert_close(seen[t - 1], expected, rtol=1e-5, atol=1e-5)
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
 
 
 @pytest.mark.parametrize("safe", [True, False])

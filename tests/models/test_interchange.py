@@ -228,8 +228,7 @@ SCHEDULES: list[dict[str, Any]] = [
     {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction"},
     {"trained_betas": [0.1, 0.2, 0.4], "num_train_timesteps": 3, "clip_sample": False},
     {"rescale_betas_zero_snr": True, "prediction_type": "sample"},
-    {"variance_type": "learned_range"}, {"variance_type": "learned"},
-    {"variance_type": "fixed_large"},
+    {"variance_type": "learned_range"}, {"variance_type": "fixed_large"},
 ]  # fmt: skip
 
 
@@ -256,6 +255,7 @@ def test_a_schedulers_facts_are_a_runs_keys() -> None:
     [
         ({"beta_schedule": "sigmoid"}, "beta_schedule is 'sigmoid'; supported is linear, scaled"),
         ({"variance_type": "fixed_small_log"}, "variance_type is 'fixed_small_log'; supported"),
+        ({"variance_type": "learned"}, "variance_type is 'learned'; .* train with learned_range"),
         ({"prediction_type": ["v"]}, r"prediction_type is \['v'\]; supported"),
         ({"thresholding": True}, "thresholding is True; .* only False"),
         ({"clip_sample_range": 2.0}, "clip_sample_range is 2.0; .* only 1.0"),
@@ -278,6 +278,7 @@ def test_schedulers_that_ours_cannot_be_are_refused_by_key(
         ("schedule", {"kind": "edm"}, "kind is 'edm'; it knows linear, scaled_linear, cosine"),
         ("schedule", {"rescale": True}, "rescale is True; .* only False"),
         ("schedule", {"kind": "cosine", "offset": 0.1}, "offset is 0.1; .* only 0.008"),
+        ("objective", {"variance": "learned"}, "is 'learned'; .* train with learned_range"),
         ("objective", {"prediction": "edm"}, "prediction is 'edm'; it knows epsilon, x_0, v"),
     ],
 )
