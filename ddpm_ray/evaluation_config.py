@@ -35,7 +35,9 @@ class EvaluationConfig:
     precision_recall: bool = knob(
         False, "also the shares of samples in the data's manifold and of data in the samples'"
     )
-    extrapolate: bool = knob(False, "also the distance of infinitely many samples")
+    extrapolate: bool = knob(
+        False, "also the distance of infinitely many samples, from 4 samples a feature on"
+    )
     held_out_url: str = knob(
         "", "shards that were not trained on: the distance to them is told too; empty: none"
     )
@@ -79,10 +81,17 @@ class EvaluationConfig:
                 "evaluation.precision_recall is true and evaluation.kernel_distance false, whose "
                 "features it looks at: set both"
             )
+        seen = min(self.kernel_distance_images, self.num_images)
+        if self.precision_recall and self.num_images and seen < 4:
+            yield (
+                f"evaluation.precision_recall is true, and {seen} images are compared "
+                f"(evaluation.kernel_distance_images of evaluation.num_images); it needs at least "
+                f"4, each with its 3 nearest: take more of both"
+            )
         if self.extrapolate and 0 < self.num_images < 500:
             yield (
                 f"evaluation.num_images is {self.num_images}; evaluation.extrapolate needs at "
-                f"least 500 to fit a line through"
+                f"least 500, and 4 times the largest of evaluation.widths"
             )
         if self.num_images == 1:
             yield "evaluation.num_images is 1; a covariance needs at least 2 images"

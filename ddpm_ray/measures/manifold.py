@@ -22,7 +22,7 @@ def precision_recall(
     for name, features in (("data", data), ("samples", samples)):
         if len(features) <= neighbours:
             raise ValueError(
-                f"{name} has {len(features)} vectors; a radius to the {neighbours}rd neighbour "
+                f"{name} has {len(features)} vectors; a radius to neighbour number {neighbours} "
                 f"needs {neighbours + 1}: take more images"
             )
     radius_of_data, radius_of_samples = _radii(data, neighbours), _radii(samples, neighbours)

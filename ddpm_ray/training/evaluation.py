@@ -4,6 +4,7 @@ Samples, like everything random, are keyed by their index, so any number of work
 images; sums are merged in float64.
 """
 
+import logging
 import math
 import platform
 from collections.abc import Iterator, Mapping
@@ -20,10 +21,12 @@ from ddpm_ray.generation.denoiser import Denoiser
 from ddpm_ray.generation.sample import SamplingPlan, draw, to_uint8
 from ddpm_ray.training import quality
 from ddpm_ray.training.features import FeatureNet
-from ddpm_ray.training.interval import GROUPS, groups_of
+from ddpm_ray.training.interval import GROUPS, enough_for_infinity, groups_of
 from ddpm_ray.training.quality import Extras
 from ddpm_ray.training.reference import Reference
 from ddpm_ray.training.workers import Workers
+
+log = logging.getLogger(__name__)
 
 PLAIN = Extras()
 NO_CLASSES = "the weights' last layer, fc.weight, was not read; take the release file, width 2048"
@@ -73,6 +76,11 @@ def evaluate(
     certificate = _certificate(denoiser.schedule, plan, net, reference, num_images, provenance)
     if held_out is not None:
         certificate["held_out"] = _facts(held_out)
+    if extras.extrapolate:
+        certificate["infinity"] = {f"{w}": _infinity(w, num_images) for w in net.widths}
+        for reason in certificate["infinity"].values():
+            if workers.leads and reason.startswith("none"):
+                log.warning("no distance of infinitely many samples is given: %s", reason)
     return Scores(metrics=workers.gather(metrics)[0], certificate=certificate)
 
 
@@ -167,6 +175,13 @@ def _facts(reference: Reference) -> dict[str, Any]:
         "images": reference.count,
         "kernel_images": reference.kernel_images,
     }
+
+
+def _infinity(width: int, num_images: int) -> str:
+    """How the distance of infinitely many samples is taken, or after "none" why it is not."""
+    if num_images < (enough := enough_for_infinity(width)):
+        return f"none: {num_images} images are too few for {width} features; draw {enough}"
+    return f"bias correction and standard error of the jackknife over {GROUPS} groups of samples"
 
 
 def _inception_score(net: FeatureNet, num_images: int) -> str:

@@ -75,7 +75,35 @@ def jackknife_interval(score: float, without: Sequence[float]) -> tuple[float, f
     169 and 0 times in 200 (8 features of 300 samples, 32 of 400), and this interval 187 and 195
     times; for samples of N(0, 1) percentiles 6 and 0, this interval 198 and 199 times.
     """
-    mean = sum(without) / GROUPS
-    variance = (GROUPS - 1) / GROUPS * sum((value - mean) ** 2 for value in without)
-    half = student_95(GROUPS - 1) * math.sqrt(variance)
+    half = student_95(GROUPS - 1) * _jackknife_error(without)
     return max(0.0, score - half), score + half
+
+
+def at_infinity(score: float, without: Sequence[float]) -> tuple[float, float]:
+    """The score of infinitely many samples and its standard error, from the same scores.
+
+    The Frechet distance of N samples is too large by about a constant over N (Chong and Forsyth
+    2020, arXiv:1911.07023, section 3), which the jackknife's own correction takes away: 10 times
+    the score less 9 times the mean of those without a group. Its 95 % interval is 2.262 errors to
+    either side, Student's with 9 degrees of freedom. Of N(0, 1.1^2) beside N(0, 1) in 16 dimensions
+    (1000 samples, 150 times) it held the truth in 96 %; a straight line through the distances of
+    400 to 1000 samples, of a third more spread, within 1.96 of its errors in 56 %.
+
+    What is left grows with the features, as (features / samples)^2: see `enough_for_infinity`.
+    """
+    value = GROUPS * score - (GROUPS - 1) * sum(without) / GROUPS
+    return value, _jackknife_error(without)
+
+
+def enough_for_infinity(width: int) -> int:
+    """Samples from which on `at_infinity` holds for features of that width.
+
+    Below four a feature what is left of the bias outgrows the error: for 64 features, all as
+    variable, the interval held the truth in 93 % with 256 samples, 62 % with 160, never with 64.
+    """
+    return max(2 * GROUPS, 4 * width)
+
+
+def _jackknife_error(without: Sequence[float]) -> float:
+    mean = sum(without) / GROUPS
+    return math.sqrt((GROUPS - 1) / GROUPS * sum((value - mean) ** 2 for value in without))

@@ -7,7 +7,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ddpm_ray.measures.extrapolation import extrapolated
 from ddpm_ray.measures.frechet import (
     Moments,
     frechet_distance,
@@ -17,7 +16,12 @@ from ddpm_ray.measures.frechet import (
 from ddpm_ray.measures.manifold import inception_score, precision_recall
 from ddpm_ray.models.inception import SPATIAL
 from ddpm_ray.training.features import FeatureNet
-from ddpm_ray.training.interval import GROUPS, jackknife_interval
+from ddpm_ray.training.interval import (
+    GROUPS,
+    at_infinity,
+    enough_for_infinity,
+    jackknife_interval,
+)
 from ddpm_ray.training.reference import Reference
 from ddpm_ray.training.workers import Workers
 
@@ -121,8 +125,9 @@ def metrics(
             without = [_distance(w, reference, seen, {*ALL} - {g}) for g in ALL]
             low, high = jackknife_interval(score, without)
             found |= {f"{frechet}_low": low, f"{frechet}_high": high}
-        if extras.extrapolate:
-            found |= _at_infinity(frechet, w, reference, seen)
+            if extras.extrapolate and seen.count >= enough_for_infinity(w):
+                value, error = at_infinity(score, without)
+                found |= {f"{frechet}_infinity": value, f"{frechet}_infinity_error": error}
         if held_out is not None:
             found[f"{frechet}_held_out"] = _distance(w, held_out, seen)
         if reference.kernel_images and w != SPATIAL:
@@ -132,17 +137,6 @@ def metrics(
             if extras.precision_recall:
                 found[precision], found[recall] = precision_recall(data, samples)
     return found | _of_classes(net, seen)
-
-
-def _at_infinity(name: str, width: int, reference: Reference, seen: Seen) -> dict[str, float]:
-    """The distance of infinitely many samples, from those of growing numbers of the groups."""
-    counts, scores = [], []
-    for groups in range(4, GROUPS + 1, 2):
-        of = range(groups)
-        counts.append(int(sum(seen.moments[width][g].count.item() for g in of)))
-        scores.append(_distance(width, reference, seen, of))
-    value, error = extrapolated(counts, scores)
-    return {f"{name}_infinity": value, f"{name}_infinity_error": error}
 
 
 def _of_classes(net: FeatureNet, seen: Seen) -> dict[str, float]:

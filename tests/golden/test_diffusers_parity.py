@@ -27,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # theirs:
 
 @pytest.fixture(scope="module")
 def diffusers() -> Any:  # the package of no types, and of no use but here
-    return pytest.importorskip("diffusers", reason="pip install 'ddpm-ray[bench]'")
+    return pytest.importorskip("diffusers", reason="pip install 'ddpm-ray[dev]'")
 
 
 def network(x_t: Tensor, t: Tensor) -> Tensor:

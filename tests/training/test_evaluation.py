@@ -24,7 +24,6 @@ from ddpm_ray.diffusion.process import Denoise, NoiseSchedule
 from ddpm_ray.diffusion.spacing import quadratic_steps, uniform_steps
 from ddpm_ray.generation.denoiser import Denoiser
 from ddpm_ray.generation.sample import Images, SamplingPlan, draw, to_uint8
-from ddpm_ray.measures.extrapolation import extrapolated
 from ddpm_ray.measures.frechet import frechet_distance_of_features
 from ddpm_ray.measures.manifold import precision_recall
 from ddpm_ray.models.inception import Inception, Resize
@@ -503,11 +502,31 @@ def test_more_samples_are_extrapolated_to_and_others_compared_with(tmp_path: Pat
     shares = metrics["eval/precision8"], metrics["eval/recall8"]
     assert shares == pytest.approx(precision_recall(*kept))
     group = np.arange(60) % 10
-    scores = [frechet_by_scipy(data, samples[group < g]) for g in (4, 6, 8, 10)]
-    value, error = extrapolated([24, 36, 48, 60], scores)
+    without = stats.describe([frechet_by_scipy(data, samples[group != g]) for g in range(10)])
+    value = 10 * frechet_by_scipy(data, samples) - 9 * without.mean  # Quenouille 1956
     assert metrics["eval/fid8_infinity"] == pytest.approx(value, rel=1e-4)
+    error = 9 * (without.variance / 10) ** 0.5  # of the mean of ten pseudo-values (Tukey 1958)
     assert metrics["eval/fid8_infinity_error"] == pytest.approx(error, rel=1e-2)
     assert found.certificate["held_out"]["images"] == 50
+    assert found.certificate["infinity"] == {
+        "8": "bias correction and standard error of the jackknife over 10 groups of samples"
+    }
+
+
+def test_too_few_samples_are_not_extrapolated_and_the_provenance_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of 60 samples and 16 features what is left of the bias is more than the error told."""
+    feature_net = net(8, 16)
+    truth = reference(pack(tmp_path, random_images(90), [90]), feature_net, Workers())
+    found = score(feature_net, truth, num_images=60, extras=Extras(extrapolate=True))
+    assert "eval/fid8_infinity" in found.metrics
+    assert "eval/fid16_infinity" not in found.metrics
+    assert "eval/fid16_infinity_error" not in found.metrics
+    reason = "none: 60 images are too few for 16 features; draw 64"
+    assert found.certificate["infinity"]["16"] == reason
+    assert reason in caplog.text
+    assert "infinity" not in score(feature_net, truth, num_images=60).certificate
 
 
 def test_spatial_features_are_scored_by_their_distance_alone(tmp_path: Path) -> None:
