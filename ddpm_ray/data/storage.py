@@ -47,6 +47,10 @@ class ObjectState(NamedTuple):
     version: str  # its ETag or the time of its last write; empty where the store tells neither
 
 
+class NotAnObjectError(StorageError):
+    """A folder that stands where an object should be; args are (url, reason, remedy)."""
+
+
 def be_patient(seconds: float) -> None:
     """How long this process tries again what fails for a while, before it is a StorageError.
 
@@ -227,19 +231,28 @@ def delete_empty_folder(url: str) -> None:
 @_reliably
 def folders(url: str) -> list[str]:
     """Names of the folders right below `url`, sorted; none where there is nothing."""
+    return _entries(url, folders=True)
+
+
+@_reliably
+def file_names(url: str) -> list[str]:
+    """Names of the objects right below `url`, sorted; none where there is nothing."""
+    return _entries(url, folders=False)
+
+
+def _entries(url: str, folders: bool) -> list[str]:
     if is_local(url):
         root = local_path(url)
-        return (
-            sorted(entry.name for entry in root.iterdir() if entry.is_dir())
-            if root.is_dir()
-            else []
-        )
+        entries = root.iterdir() if root.is_dir() else ()
+        return sorted(entry.name for entry in entries if entry.is_dir() == folders)
     filesystem, path = _filesystem(url)
     try:
         found = filesystem.ls(path, detail=True)
     except FileNotFoundError:
         return []
-    return sorted(name_of(entry["name"]) for entry in found if entry["type"] == "directory")
+    return sorted(
+        name_of(entry["name"]) for entry in found if (entry["type"] == "directory") == folders
+    )
 
 
 @_reliably
@@ -323,6 +336,9 @@ def _explained(url: str, error: Exception) -> StorageError:
     text = " ".join((str(error) or type(error).__name__).split())
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return StorageError(url, "the disk is full", "free some space or choose another place")
+    if isinstance(error, IsADirectoryError):
+        remedy = "move it away, and put the object there if you have a copy"
+        return NotAnObjectError(url, "a folder stands where an object should be", remedy)
     if isinstance(error, FileNotFoundError):
         return StorageError(url, "there is nothing at this place", "check the name and the bucket")
     if isinstance(error, PermissionError) or "Credentials" in type(error).__name__:

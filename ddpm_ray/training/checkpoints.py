@@ -1,14 +1,14 @@
 """Checkpoints that a crash at any point leaves whole: data first, then manifest, then pointer.
 
-    <url>/latest.json                       the pointer: folders and manifest hashes, newest first
-    <url>/previous.json                     what it said before
-    <url>/step-00000500-3f2a91c4/           one attempt's own folder, never written twice
+    <url>/pointers/                         which checkpoints are committed: see pointers.py
+    <url>/step-00000500-00000007-3f2a91c4/  one attempt of start 7: a folder is never written twice
         model.safetensors ema.safetensors optimizer.safetensors state.json
         manifest.json                       sizes and sha256 of the four, written after them
 
-A folder that the pointer does not name does not exist. Readers follow the pointer, verify every
-byte and fall back to the one before; they never list. There is no pickle anywhere. Who may move the
-pointer is lease.py's.
+Readers follow the newest pointer, verify every byte and fall back to the checkpoint before. Where
+pointers are lost or damaged, the whole folders beside them stand for themselves: a run never begins
+anew beside a checkpoint that verifies, and a folder with a manifest is deleted only once newer ones
+have taken its place. There is no pickle anywhere. Who may commit is lease.py's.
 """
 
 import hashlib
@@ -18,7 +18,6 @@ import re
 import secrets
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -26,26 +25,32 @@ from safetensors import SafetensorError
 from safetensors import torch as safetensors
 
 from ddpm_ray import faults
-from ddpm_ray.data import sealed, storage, verified
-from ddpm_ray.data.sealed import SealError
+from ddpm_ray.data import storage, verified
 from ddpm_ray.data.storage import StorageError
 from ddpm_ray.data.verified import DamagedError
 from ddpm_ray.telling import told
+from ddpm_ray.training import pointers
 from ddpm_ray.training.background import Background
-from ddpm_ray.training.lease import Lease
+from ddpm_ray.training.lease import Lease, SupersededError
+from ddpm_ray.training.pointers import (
+    FOLDER,
+    POINTERS,
+    PREFIX,
+    Found,
+    Pointer,
+    Reference,
+    folder_step_epoch,
+)
 from ddpm_ray.training.state import Snapshot
 
 log = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"  # below a run's folder
-POINTER, BEFORE = "latest.json", "previous.json"
 MANIFEST = "manifest.json"
 STATE = "state.json"
 GROUPS = ("model", "ema", "optimizer")  # of tensors that each checkpoint has
 TENSORS = ".safetensors"
 TENSOR_FILE = re.compile(r"([a-z][a-z0-9.-]*)\.safetensors")
-PREFIX = "step-"  # of a checkpoint's folder
-FOLDER = re.compile(PREFIX + "[0-9]{8,}-[0-9a-f]{8}")
 
 
 class CheckpointError(RuntimeError):
@@ -54,42 +59,6 @@ class CheckpointError(RuntimeError):
     def __str__(self) -> str:
         url, reason, remedy = self.args
         return told(f"{url}: {reason}; {remedy}")
-
-
-@dataclass(frozen=True)
-class Reference:
-    """One committed checkpoint, as the pointer names it."""
-
-    folder: str
-    manifest_sha256: str
-
-    @property
-    def step(self) -> int:
-        """The optimiser steps that its state has taken."""
-        return int(self.folder.removeprefix(PREFIX).partition("-")[0])
-
-
-@dataclass(frozen=True)
-class Pointer:
-    """What the pointer says."""
-
-    epoch: int = 0  # the lease of who wrote it
-    references: list[Reference] = field(default_factory=list)  # newest first
-
-    @classmethod
-    def of(cls, value: Any) -> "Pointer":
-        """From JSON; raises TypeError, KeyError or ValueError for anything else."""
-        if not value["checkpoints"]:  # a save never writes that; to take it would start anew
-            raise ValueError
-        references = [Reference(**entry) for entry in value["checkpoints"]]
-        # Folders are read and, once they are old, deleted: a name that leads out of here is none.
-        if not all(FOLDER.fullmatch(reference.folder) for reference in references):
-            raise ValueError
-        return cls(int(value["epoch"]), references)
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return {"epoch": self.epoch, "checkpoints": [vars(one) for one in self.references]}
 
 
 class CheckpointStore:
@@ -102,45 +71,57 @@ class CheckpointStore:
         self.url, self.keep = url, keep  # the newest steps that are kept
         self.planned_every = planned_every  # steps; the newest multiple of it is kept as well
         self.lease: Lease | None = None
+        self._own: Pointer | None = None  # what this writer's next commit follows; set by `lead`
+        self._written: list[str] = []  # names of pointers that this writer may delete, oldest first
         self._verified: Reference | None = None  # the newest that was read back whole
 
     def lead(self, lease: Lease) -> None:
-        """Commit by this lease; what earlier starts left half done, and can no more end, goes."""
+        """Commit by this lease from now on. Raises StorageError.
+
+        A whole checkpoint that no pointer names (its writer died, or the pointers were lost) is
+        taken over and committed; folders that earlier starts left half written are deleted.
+        """
         self.lease = lease
-        known = {reference.folder for reference in self.pointer().references}
-        try:
-            for folder in storage.folders(self.url):
-                if folder.startswith(PREFIX) and folder not in known:
-                    storage.delete_folder(storage.join(self.url, folder))
-        except StorageError as error:
-            log.warning("half a checkpoint of an earlier start may stay: %s", error)
+        found = pointers.find(self.url, below=lease.epoch)
+        named = found.pointer.references if found.pointer else []
+        unnamed, unfinished = self._unnamed(named, below=lease.epoch)
+        known = _by_step([*named, *unnamed])
+        self._own, self._written = Pointer(lease.epoch, 0, known), found.names
+        if found.damaged or (known and not named):
+            self._tell_recovery(found, known)
+        else:
+            for folder in unfinished:  # of earlier starts, which can commit no more
+                self._delete(folder)
+        if known != named:
+            self._commit(known)
 
     def save(self, snapshot: Snapshot) -> str:
         """URL of the committed checkpoint folder; raises StorageError, and then commits nothing."""
-        folder = f"{PREFIX}{snapshot.step:08d}-{secrets.token_hex(4)}"
-        where = storage.join(self.url, folder)
         files = objects(snapshot)
-        before = self.pointer()
-        known = [Reference(folder, _sha256(files[MANIFEST])), *before.references]
+        # A writer that leads knows its commits: what it read now might be a later writer's.
+        newest = self._own or self.pointer()
+        folder = f"{PREFIX}{snapshot.step:08d}-{newest.epoch:08d}-{secrets.token_hex(4)}"
+        where, before = storage.join(self.url, folder), newest.references
+        known = [Reference(folder, _sha256(files[MANIFEST])), *before]
         kept = self._kept(known)
         try:
             for name, data in files.items():
                 faults.at("manifest" if name == MANIFEST else "object")
                 storage.write_bytes(storage.join(where, name), data)
         except StorageError:
-            self._delete(known[0])  # half of it on a full disk would only be in the way
+            if not self._superseded():  # a later start may have taken it over by its manifest
+                self._delete(folder)  # half of it on a full disk would only be in the way
             raise
         faults.at("commit")
         if self.lease is not None:
             self.lease.check()
-        if before.references:
-            sealed.write(storage.join(self.url, BEFORE), before.to_json())
-        epoch = self.lease.epoch if self.lease else before.epoch
-        sealed.write(storage.join(self.url, POINTER), Pointer(epoch, kept).to_json())
+        self._commit(kept)
         faults.at("retire")
-        for old in before.references:
-            if old not in kept:
-                self._delete(old)
+        retired = [old for old in before if old not in kept]
+        # Looked up after the commit: a start that was not there yet finds a pointer without them.
+        if retired and not self._superseded():
+            for old in retired:
+                self._delete(old.folder)
         return where
 
     def load(self, groups: Sequence[str] | None = None) -> tuple[str, Snapshot] | None:
@@ -150,7 +131,7 @@ class CheckpointStore:
         Falls back, with a warning, past damaged ones. Raises CheckpointError if all are: to start
         a month's run again from nothing in silence would be worse; and StorageError in an outage.
         """
-        references = self.pointer().references
+        references = self._own.references if self._own else self._known()
         reasons = []
         for reference in references:
             where = storage.join(self.url, reference.folder)
@@ -160,7 +141,7 @@ class CheckpointStore:
                     self._verified = reference
                 return found
             except (CheckpointError, StorageError) as error:
-                if isinstance(error, StorageError) and self._is_whole(reference):
+                if isinstance(error, StorageError) and self._is_away(error, reference):
                     raise  # the storage is away, not the checkpoint: that passes, try again
                 log.warning("%s; falling back to the checkpoint before it", error)
                 reasons.append(str(error))
@@ -171,33 +152,51 @@ class CheckpointStore:
 
     def at(self, step: int) -> str | None:
         """URL of the committed checkpoint of `step`; None where it is not kept."""
-        start = f"{PREFIX}{step:08d}-"
-        folders = (reference.folder for reference in self.pointer().references)
-        found = next((folder for folder in folders if folder.startswith(start)), None)
+        references = (self._own or self.pointer()).references
+        found = next((one.folder for one in references if one.step == step), None)
         return None if found is None else storage.join(self.url, found)
 
     def pointer(self) -> Pointer:
-        """The pointer; where it is damaged, with a warning, what it said before."""
-        problem: Exception | None = None
-        for name in (POINTER, BEFORE):
-            where = storage.join(self.url, name)
-            if not storage.exists(where):
+        """What is committed; where the newest commits are damaged, with a warning, those before.
+
+        Its epoch is that of the newest commit, whether or not it verifies. Raises CheckpointError
+        where nothing is left, neither a pointer nor a whole checkpoint, and StorageError.
+        """
+        found = pointers.find(self.url)
+        return Pointer(found.epoch, 0, self._known(found))
+
+    def _known(self, found: Found | None = None) -> list[Reference]:
+        """Checkpoints as a reader finds them, newest first."""
+        found = found or pointers.find(self.url)
+        named = found.pointer.references if found.pointer else []
+        if named and not found.damaged:
+            return named
+        known = _by_step([*named, *self._unnamed(named)[0]])
+        if found.damaged or known:
+            self._tell_recovery(found, known)
+        return known
+
+    def _unnamed(
+        self, named: Sequence[Reference], below: int | None = None
+    ) -> tuple[list[Reference], list[str]]:
+        """The whole checkpoints that are not among `named`, and the folders that are not whole.
+
+        Of all starts, or of those with a number lower than `below`: what a later start is writing
+        at this moment must be neither taken over nor deleted.
+        """
+        known = {one.folder for one in named}
+        whole, unfinished = [], []
+        for folder in storage.folders(self.url):
+            if not FOLDER.fullmatch(folder) or folder in known:
                 continue
-            try:
-                pointer = Pointer.of(sealed.read(where))
-            except (SealError, ValueError, TypeError, KeyError) as error:
-                problem = problem or error
+            if below is not None and folder_step_epoch(folder)[1] >= below:
                 continue
-            if name == BEFORE:
-                log.warning(
-                    "%s/%s is lost or damaged; taking what it said before", self.url, POINTER
-                )
-            return pointer
-        if problem is None:
-            return Pointer()
-        remedy = "restore it from a backup; it lists the checkpoint folders beside it"
-        where = storage.join(self.url, POINTER)
-        raise CheckpointError(where, "is not a list of checkpoints", remedy) from problem
+            manifest = _manifest(storage.join(self.url, folder))
+            if manifest is None:
+                unfinished.append(folder)
+            else:
+                whole.append(Reference(folder, _sha256(manifest)))
+        return whole, unfinished
 
     def _kept(self, known: Sequence[Reference]) -> list[Reference]:
         """Those of `known`, newest first, that stay: the newest of each of the last `keep` steps,
@@ -211,17 +210,74 @@ class CheckpointStore:
         wanted = [*of_steps[: self.keep], *planned[:1], self._verified]
         return [one for one in known if one in wanted]
 
-    def _is_whole(self, reference: Reference) -> bool:
-        where = storage.join(self.url, reference.folder)
-        return all(storage.exists(storage.join(where, name)) for name in (MANIFEST, *file_names()))
+    def _tell_recovery(self, found: Found, known: Sequence[Reference]) -> None:
+        """Log what is taken in place of lost pointers; raises CheckpointError where it is nothing.
 
-    def _delete(self, reference: Reference) -> None:
-        """Best effort: what stays behind costs space and nothing else."""
-        where = storage.join(self.url, reference.folder)
+        Nothing is deleted then: what is damaged may be all that a person has to mend it by.
+        """
+        if not known:
+            remedy = "restore it from a backup; it lists the checkpoint folders beside it"
+            raise CheckpointError(found.damaged[0], "is not a list of checkpoints", remedy)
+        reason = f"{found.damaged[0]} is damaged" if found.damaged else "no pointer is there"
+        newest = storage.join(self.url, known[0].folder)
+        log.warning("%s; recovered %d checkpoints, the newest %s", told(reason), len(known), newest)
+
+    def _commit(self, references: list[Reference]) -> None:
+        """Write the next pointer; of those before it the newest stays, in case it is damaged."""
+        if self._own is None:
+            found = pointers.find(self.url)
+            number = found.pointer.number if found.pointer else 0
+            before, names = Pointer(found.epoch, number), found.names
+        else:
+            before, names = self._own, self._written
+        pointer = Pointer(before.epoch, before.number + 1, references)
+        pointers.write(self.url, pointer)
+        if self._own is not None:
+            self._own = pointer
+        self._written = [*names[-1:], pointer.name]
         try:
-            storage.delete_folder(where)
+            for name in names[:-1]:
+                storage.delete(storage.join(self.url, POINTERS, name))
+        except StorageError as error:
+            log.warning("old pointer stays: %s", error)
+
+    def _superseded(self) -> bool:
+        """Whether a later start goes on with the run; true also where the storage cannot say."""
+        try:
+            if self.lease is not None:
+                self.lease.check()
+        except (SupersededError, StorageError):
+            return True
+        return False
+
+    def _is_away(self, error: StorageError, reference: Reference) -> bool:
+        """Whether it was the storage that failed, not the checkpoint."""
+        where, names = storage.join(self.url, reference.folder), (MANIFEST, *file_names())
+        return not isinstance(error, storage.NotAnObjectError) and all(
+            storage.exists(storage.join(where, name)) for name in names
+        )
+
+    def _delete(self, folder: str) -> None:
+        """Best effort: what stays behind costs space and nothing else."""
+        try:
+            storage.delete_folder(storage.join(self.url, folder))
         except StorageError as error:
             log.warning("old checkpoint stays: %s", error)
+
+
+def _by_step(references: Sequence[Reference]) -> list[Reference]:
+    """Newest first; of one step, in the order given."""
+    return sorted(references, key=lambda one: -one.step)
+
+
+def _manifest(where: str) -> bytes | None:
+    """The manifest of the folder `where`; None where a save did not come to its end."""
+    place = storage.join(where, MANIFEST)
+    try:
+        data = storage.read_bytes(place) if storage.exists(place) else b""
+        return data if isinstance(json.loads(data), dict) else None
+    except (ValueError, RecursionError, storage.NotAnObjectError):
+        return None
 
 
 def read(
@@ -247,7 +303,9 @@ def read(
         files = {name: _verified(url, name, expected[name]) for name in file_names(groups)}
         tensors = {group: safetensors.load(files[f"{group}{TENSORS}"]) for group in groups}
         return Snapshot(tensors, json.loads(files[STATE]))
-    except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+    except (
+        ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError
+    ) as error:  # fmt: skip
         raise _damaged(url, MANIFEST, f"cannot be understood ({error!r})") from error
 
 

@@ -23,7 +23,8 @@ from ddpm_ray.data.verified import DamagedError
 from ddpm_ray.models.ema import width_group
 from ddpm_ray.models.post_hoc_ema import gamma_of, misfit, reconstruct, weights
 from ddpm_ray.training.background import Background
-from ddpm_ray.training.checkpoints import MANIFEST, PREFIX, TENSORS, CheckpointError, described
+from ddpm_ray.training.checkpoints import MANIFEST, TENSORS, CheckpointError, described
+from ddpm_ray.training.pointers import PREFIX
 from ddpm_ray.training.state import Tensors, TrainingState, copied
 
 SNAPSHOTS = "snapshots"  # below a run's folder

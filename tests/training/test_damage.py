@@ -1,0 +1,153 @@
+"""Whatever is lost or damaged below a run's folder: the newest checkpoint that verifies, or a line.
+
+Never a run that begins anew beside a whole checkpoint, and never a whole one deleted.
+"""
+
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from ddpm_ray.training.checkpoints import GROUPS, CheckpointError, CheckpointStore
+from ddpm_ray.training.lease import Lease
+from ddpm_ray.training.state import Snapshot
+
+STEPS = (25, 50, 75, 100)
+DEEP = b"[" * 200_000
+
+
+@pytest.fixture(autouse=True)
+def _no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsync", lambda file: None)
+
+
+def snapshot(step: int) -> Snapshot:
+    tensors = {group: {"w": torch.full((4,), float(step))} for group in GROUPS}
+    return Snapshot(tensors, {"step": step})
+
+
+def run_of(folder: Path, steps: tuple[int, ...] = STEPS) -> None:
+    """A run that has committed these steps and keeps three of them."""
+    store = CheckpointStore(str(folder), keep=3)
+    store.lead(Lease.first(str(folder)).renewed())
+    for step in steps:
+        store.save(snapshot(step))
+
+
+def pointers(folder: Path) -> list[Path]:
+    """Newest first, the copy for other readers last."""
+    return [*sorted(folder.glob("pointers/*"), reverse=True), folder / "latest.json"]
+
+
+def newest(folder: Path) -> Path:
+    return max(folder.glob("step-*"))
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def nest(path: Path) -> None:
+    path.write_bytes(DEEP)
+
+
+def put_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def each(act: Callable[[Path], None], paths: list[Path]) -> None:
+    for path in paths:
+        act(path)
+
+
+SPOIL: dict[str, Callable[[Path], None]] = {"gone": Path.unlink, "flipped": flip, "cut": cut, "empty": empty, "deep": nest,
+         "folder": put_folder}  # fmt: skip
+FILES = (*(f"{group}.safetensors" for group in GROUPS), "state.json", "manifest.json")
+
+
+@pytest.mark.parametrize("steps", [STEPS, STEPS[:1]])
+@pytest.mark.parametrize("which", ["newest", "all below pointers/", "latest.json", "all"])
+@pytest.mark.parametrize("how", SPOIL)
+def test_pointers_that_are_lost_or_damaged_cost_nothing(
+    how: str, which: str, steps: tuple[int, ...], tmp_path: Path
+) -> None:
+    run_of(tmp_path, steps)
+    kept = {path.name for path in tmp_path.glob("step-*")}
+    paths = pointers(tmp_path)
+    chosen = {"newest": paths[:1], "latest.json": paths[-1:], "all": paths}
+    each(SPOIL[how], chosen.get(which, paths[:-1]))
+    store = CheckpointStore(str(tmp_path), keep=3)
+    store.lead(Lease.first(str(tmp_path), store.pointer().epoch).renewed())
+    assert {path.name for path in tmp_path.glob("step-*")} == kept
+    found = store.load()
+    assert found is not None
+    assert found[1].step == steps[-1]
+    store.save(snapshot(125))
+    found = CheckpointStore(str(tmp_path)).load()
+    assert found is not None
+    assert found[1].step == 125
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("how", SPOIL)
+def test_a_damaged_checkpoint_makes_way_for_the_one_before(
+    how: str, name: str, tmp_path: Path
+) -> None:
+    run_of(tmp_path)
+    SPOIL[how](newest(tmp_path) / name)
+    store = CheckpointStore(str(tmp_path), keep=3)
+    store.lead(Lease.first(str(tmp_path), store.pointer().epoch).renewed())
+    found = store.load()
+    assert found is not None
+    assert found[1].step == 75
+    assert len(list(tmp_path.glob("step-*"))) == 3
+
+
+@pytest.mark.parametrize("what", ["gone", "state.json"])
+def test_where_no_checkpoint_verifies_a_line_says_so(what: str, tmp_path: Path) -> None:
+    run_of(tmp_path)
+    for folder in tmp_path.glob("step-*"):
+        shutil.rmtree(folder) if what == "gone" else flip(folder / what)
+    store = CheckpointStore(str(tmp_path), keep=3)
+    store.lead(Lease.first(str(tmp_path), store.pointer().epoch).renewed())
+    with pytest.raises(CheckpointError, match=re.escape(f"{tmp_path}: no checkpoint verifies (")):
+        store.load()
+
+
+@pytest.mark.parametrize("how", SPOIL)
+def test_damaged_writers_cost_nothing(how: str, tmp_path: Path) -> None:
+    """The newest start's claim: the next start takes the next number, and the run goes on."""
+    run_of(tmp_path)
+    SPOIL[how](max(tmp_path.glob("writers/*")))
+    store = CheckpointStore(str(tmp_path), keep=3)
+    store.lead(Lease.first(str(tmp_path), store.pointer().epoch).renewed())
+    store.save(snapshot(125))
+    found = CheckpointStore(str(tmp_path)).load()
+    assert found is not None
+    assert found[1].step == 125
+
+
+def test_a_whole_checkpoint_that_no_pointer_names_is_taken_over(tmp_path: Path) -> None:
+    """Its writer died between manifest and pointer; the next start goes on from it."""
+    run_of(tmp_path)
+    unnamed = tmp_path / "step-00000110-00000002-0123abcd"
+    shutil.copytree(newest(tmp_path), unnamed)
+    assert CheckpointStore(str(tmp_path)).pointer().references[0].step == 100  # for readers
+    store = CheckpointStore(str(tmp_path), keep=3)
+    store.lead(Lease.first(str(tmp_path), store.pointer().epoch).renewed())
+    assert CheckpointStore(str(tmp_path)).pointer().references[0].folder == unnamed.name
