@@ -23,6 +23,11 @@ from pathlib import Path
 from typing import NoReturn
 
 VARIABLE = "DDPM_RAY_FAULTS"
+STARTUP = {  # before the first step, at step 0
+    "open": "as it starts, before its data set is opened",
+    "restore": "as it starts, before its checkpoint is looked for",
+    "begin": "as it starts, before its first step",
+}
 POINTS = {  # in the order in which a step passes them
     "batch": "before the images of a step are asked for",
     "gradient": "after a worker's own loss, before its gradients meet those of the others",
@@ -37,6 +42,7 @@ POINTS = {  # in the order in which a step passes them
     "flush": "before rows are sent to MLflow",
     "sent": "after MLflow took them, before they are forgotten here",
 }
+PLACES = STARTUP | POINTS  # in the order in which they are passed
 ACTIONS = {
     "kill": "SIGKILL to itself",
     "term": "SIGTERM to itself, as a node sends that is taken away",
@@ -71,7 +77,7 @@ class Position:
 
     rank: int = 0
     step: int = 0  # that it works on, from 1; 0: it has not begun
-    point: str = "between"  # the last one that it passed
+    point: str = "open"  # the last one that it passed
     since_s: float = field(default_factory=time.monotonic)  # when
     steps_s: deque[float] = field(default_factory=lambda: deque(maxlen=5))  # the last steps took
     begun_s: float = 0.0  # the step that it works on
@@ -127,10 +133,10 @@ def planned(text: str) -> tuple[Fault, ...]:
 
 def _parsed(word: str, mark: Path) -> Fault:
     found = re.fullmatch(r"(\w+)@(\w+)(?::(\d+))?(?:/(\d+))?", word)
-    if not found or found[1] not in ACTIONS or found[2] not in POINTS:
+    if not found or found[1] not in ACTIONS or found[2] not in PLACES:
         raise FaultSyntaxError(
             f"{VARIABLE}: {word!r} is not ACTION@POINT[:STEP][/RANK]; actions: "
-            f"{', '.join(ACTIONS)}; points: {', '.join(POINTS)}"
+            f"{', '.join(ACTIONS)}; points: {', '.join(PLACES)}"
         )
     return Fault(found[1], found[2], int(found[3] or 0), int(found[4]) if found[4] else None, mark)
 

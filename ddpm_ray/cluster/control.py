@@ -9,16 +9,29 @@ from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias
 
 import ray
+from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError
 
 from ddpm_ray.cluster import placement
 from ddpm_ray.cluster.watch import Beat
+from ddpm_ray.faults import PLACES
 from ddpm_ray.training.reporting import Progress, Wish
 
 ANSWER_S = 120.0  # a loaded machine took 10 s to start the actor
+RETRY_S = 1.0
+
+
+class ControlLostError(RuntimeError):
+    """The actor between driver and workers is gone; args are (reason,)."""
+
+    def __str__(self) -> str:
+        return (
+            f"the process that carries progress and wishes between the driver and its workers "
+            f"{self.args[0]}; the same command continues from the newest checkpoint"
+        )
 
 
 _Lying: TypeAlias = tuple[
-    dict[str, Any] | None, str | None, list[tuple[int, str]], list[dict[str, Any]]
+    dict[str, Any] | None, str | None, list[tuple[int, str]], list[dict[str, Any]], str
 ]
 
 
@@ -29,6 +42,7 @@ class _Desk:
         self.fatal: str | None = None
         self.starts: list[tuple[int, str]] = []
         self.beats: dict[int, tuple[float, dict[str, Any]]] = {}  # when it came, by rank
+        self.groups: list[str] = []  # whose workers were heard of; the beats are of the last
 
     def leave(self, progress: dict[str, Any]) -> Wish:
         """What the driver asks for, in return for where the workers are."""
@@ -40,14 +54,20 @@ class _Desk:
     def look(self) -> _Lying:
         now = time.monotonic()
         beats = [beat | {"silent_s": now - came} for came, beat in self.beats.values()]
-        return self.progress, self.fatal, self.starts, beats
+        return self.progress, self.fatal, self.starts, beats, (self.groups or [""])[-1]
 
     def start(self, step: int, group: str) -> None:
         self.starts.append((step, group))
-        self.beats.clear()  # those of workers that are gone
 
-    def beat(self, beat: dict[str, Any]) -> None:
-        self.beats[beat["rank"]] = time.monotonic(), beat
+    def beat(self, beat: dict[str, Any], group: str) -> None:
+        now = time.monotonic()
+        if group not in self.groups:  # those before are of workers that are gone
+            self.groups.append(group)
+            first = beat | {"step": 0, "point": next(iter(PLACES)), "stood_s": 0.0, "step_s": 0.0}
+            # Who never beats is missed: all workers of a group begin at the same time.
+            self.beats = {rank: (now, first | {"rank": rank}) for rank in range(beat["workers"])}
+        if group == self.groups[-1]:
+            self.beats[beat["rank"]] = now, beat
 
     def rest(self, rank: int) -> None:
         self.beats.pop(rank, None)
@@ -66,14 +86,15 @@ class Notes:
     progress: Progress | None  # the newest
     fatal: str | None  # why to go on is of no use, if it is not
     starts: list[tuple[int, str]]  # the step that the workers began at, and their placement group
-    beats: list[Beat]  # of each worker of the newest start, the last that came
+    beats: list[Beat]  # of each worker of the newest group, the last that came
+    group: str = ""  # the placement group of these, as soon as one of them lives
 
     @classmethod
     def of(cls, notes: _Lying) -> "Notes":
         """From the actor's plain values."""
-        progress, fatal, starts, beats = notes
+        progress, fatal, starts, beats, group = notes
         shown = Progress(**progress) if progress else None
-        return cls(shown, fatal, starts, [Beat(**beat) for beat in beats])
+        return cls(shown, fatal, starts, [Beat(**beat) for beat in beats], group)
 
 
 class Desk:
@@ -91,31 +112,40 @@ class Desk:
         if self._notes:
             answered, self._notes = ray.wait(self._notes, num_returns=len(self._notes), timeout=0)
         self._notes.append(self._actor.leave.remote(asdict(progress)))
-        return max([Wish.NOTHING, *map(Wish, ray.get(answered))])
+        wishes = [_answer(one) for one in answered]
+        return max([Wish.NOTHING, *(Wish(wish) for wish in wishes if wish is not None)])
 
     def start(self, step: int, group: str) -> None:
         """Tell the driver at which step the workers of placement group `group` begin."""
         self._actor.start.remote(step, group)
 
-    def beat(self, beat: Beat) -> None:
-        """Tell the driver where this worker stands."""
-        self._actor.beat.remote(asdict(beat))
+    def beat(self, beat: Beat, group: str) -> None:
+        """Tell the driver where this worker, of the placement group `group`, stands."""
+        self._actor.beat.remote(asdict(beat), group)
 
     def rest(self, rank: int) -> None:
         """Tell the driver that this worker has done its steps."""
         self._actor.rest.remote(rank)
 
     def glance(self) -> Notes | None:
-        """What lies on the desk, if the actor has answered since the last glance; never waits."""
+        """What lies on the desk, if the actor has answered since the last glance; never waits.
+
+        Raises ControlLostError.
+        """
         if self._reply is not None and not self._answered():
             return None
-        notes = Notes.of(ray.get(self._reply)) if self._reply is not None else None
+        found = _answer(self._reply) if self._reply is not None else None
         self._reply = self._actor.look.remote()
-        return notes
+        return Notes.of(found) if found is not None else None
 
     def look(self) -> Notes:
-        """What lies on the desk now."""
-        return Notes.of(ray.get(self._actor.look.remote(), timeout=ANSWER_S))
+        """What lies on the desk now. Raises ControlLostError."""
+        until_s = time.monotonic() + ANSWER_S
+        while (found := _answer(self._actor.look.remote(), ANSWER_S)) is None:
+            if time.monotonic() > until_s:
+                raise ControlLostError(f"cannot be reached for {ANSWER_S:.0f} s")
+            time.sleep(RETRY_S)
+        return Notes.of(found)
 
     def ask(self, wish: Wish) -> None:
         """Leave a wish, for the workers' next report but one (a second or two)."""
@@ -123,7 +153,32 @@ class Desk:
 
     def give_up(self, reason: str) -> None:
         """Tell the driver, and workers that are started again, that to go on is of no use."""
-        ray.get(self._actor.give_up.remote(reason), timeout=ANSWER_S)
+        _answer(self._actor.give_up.remote(reason), ANSWER_S)
 
     def _answered(self) -> bool:
         return self._reply is not None and bool(ray.wait([self._reply], timeout=0)[0])
+
+
+def _answer(reply: Any, timeout_s: float | None = None) -> Any:
+    """What the actor answered; None where it cannot be reached now, but lives.
+
+    Raises ControlLostError where it is gone, or says nothing for `timeout_s`.
+    """
+    try:
+        return ray.get(reply, timeout=timeout_s)
+    except ActorUnavailableError:
+        return None
+    except RayActorError as error:
+        raise ControlLostError(death(error)) from error
+    except GetTimeoutError as error:
+        raise ControlLostError(f"does not answer for {timeout_s:.0f} s") from error
+
+
+def death(error: RayActorError) -> str:
+    """How the process of an actor ended, out of Ray's page on it: `died (...)`."""
+    text = str(error)
+    if "low on memory" in text:
+        return "died (killed by Ray: its node ran out of memory)"
+    if "its node has died" in text:
+        return "died (its node was lost)"
+    return "died (killed, or a crash of its own)"

@@ -13,6 +13,7 @@ from typing import Any
 
 import ray
 import ray.train
+from ray.exceptions import RayActorError
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
@@ -20,7 +21,7 @@ from ray.train.v2._internal.callbacks.placement_group_callback import PlacementG
 
 from ddpm_ray import faults
 from ddpm_ray.cluster import mlflow_settings, placement
-from ddpm_ray.cluster.control import Desk, Notes
+from ddpm_ray.cluster.control import Desk, Notes, death
 from ddpm_ray.cluster.elastic import ElasticPolicy
 from ddpm_ray.cluster.interrupts import Interrupts, while_ray_starts
 from ddpm_ray.cluster.watch import stalled
@@ -95,7 +96,8 @@ def run(
     True, or at the first signal (Ctrl-C, SIGTERM, a closed terminal), the workers are asked to stop
     cleanly. The second signal ends at once with KeyboardInterrupt. `on_start` is told of each start
     of the workers: at which step, in which placement group. `counts`, rising: numbers of workers
-    that will do, where not all have a place. Raises RunFailedError with the reason in a line.
+    that will do, where not all have a place. Raises RunFailedError or ControlLostError with the
+    reason in a line.
     """
     log.info("starting %d workers on Ray ...", config.num_workers)
     workers = config.num_workers
@@ -127,7 +129,7 @@ def run(
         if notes.progress:
             show(notes.progress)
     finally:  # where Ray's controller died, or `show` failed, nobody else gives them back
-        for place in starts.places:
+        for place in {*starts.places, starts.group} - {""}:
             placement.free(place)
         shutil.rmtree(scratch, ignore_errors=True)
     if notes.fatal is not None:
@@ -145,6 +147,8 @@ class _Starts:
     on_start: Callable[[int, str], None]
     places: list[str] = field(default_factory=list)
     stall: str = ""  # of the newest start, once it was ended for one
+    group: str = ""  # the newest of which a worker lives: it may not have told its start yet
+    freed: str = ""  # the one that was ended for a stall
     leaving: set[str] = field(default_factory=set)  # nodes that were told of
     looked_s: float = 0.0
 
@@ -162,14 +166,15 @@ class _Starts:
 
     def judge(self, notes: Notes) -> None:
         """End the workers, once, where one of them holds the others up."""
-        if self.stall or not self.places:
+        self.group = notes.group
+        if not self.group or self.group == self.freed:
             return
         told = stalled(notes.beats, self.config.stall_timeout_s, self.config.storage_timeout_s)
         # Workers that have died are silent too, but their place has gone back.
-        if told and self.places[-1] in placement.of_workers():
+        if told and self.group in placement.of_workers():
             log.warning("%s; all are started again", told)
-            placement.free(self.places[-1])
-            self.stall = told
+            placement.free(self.group)
+            self.stall, self.freed = told, self.group
 
     def look_out(self, desk: Desk) -> None:
         """Have a checkpoint committed where a node of the workers will be taken away."""
@@ -276,8 +281,15 @@ def _reason(error: BaseException) -> str:
     failures = getattr(error, "worker_failures", None)
     if failures:
         rank, error = next(iter(sorted(failures.items())))
+        if isinstance(error, RayActorError):
+            return f"worker {rank} {death(error)}"
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         # Ray's memory monitor ends its own explanation with advice.
         out_of_memory = [line for line in lines if "low on memory" in line]
         return f"worker {rank}: {[type(error).__name__, *lines, *out_of_memory][-1]}"
+    if isinstance(error, RayActorError):
+        return (
+            f"Ray Train's controller {death(error)}; the same command continues from the newest "
+            f"checkpoint"
+        )
     return " ".join(str(error).split()) or type(error).__name__

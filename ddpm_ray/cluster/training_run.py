@@ -27,6 +27,7 @@ from ddpm_ray.cluster.worker import train_worker
 from ddpm_ray.config import RunConfig
 from ddpm_ray.data import built_in_sets, storage
 from ddpm_ray.data.shards import MANIFEST, Dataset, open_dataset
+from ddpm_ray.data.storage import StorageError
 from ddpm_ray.job_config import PackConfig
 from ddpm_ray.knobs import ConfigError, flat, to_dict, to_yaml
 from ddpm_ray.training.checkpoints import CHECKPOINTS, PREFIX, CheckpointStore
@@ -83,6 +84,8 @@ def train(
     warn_of_another_host(config.tracking.uri)
     dataset = packed_data(config)
     check_model(config, dataset)
+    opened = [dataset, *map(open_dataset, filter(None, [config.evaluation.held_out_url]))]
+    fingerprints = {one.url: one.fingerprint for one in opened}
     folder = storage.join(config.storage, config.name)
     identity = claim(
         folder,
@@ -90,13 +93,15 @@ def train(
         lambda begun: _differing(config, begun),
     )
     card = _card(config, dataset, folder, identity, part_of)
-    tracked = _tracked(card)
+    tracked, lease = _tracked(card), None
     try:
+        lease = _lease(folder)
         settings = {
             "config": to_dict(config),
             "folder": folder,
             "identity": identity,
-            "lease": vars(_lease(folder)),
+            "fingerprints": fingerprints,
+            "lease": vars(lease),
             "card": vars(card),
             "tracked": vars(tracked) if tracked else None,
         }
@@ -116,9 +121,11 @@ def train(
     except BaseException as error:
         status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
         with contextlib.suppress(tracking.TrackingError):  # `error` is what matters
-            tracking.finish(tracked or tracking.known_run(card), status, str(error))
+            if not _goes_on_elsewhere(lease):
+                tracking.finish(tracked or tracking.known_run(card), status, str(error))
         raise
-    tracking.finish(tracked, "FINISHED" if finished else "KILLED")
+    if not _goes_on_elsewhere(lease):
+        tracking.finish(tracked, "FINISHED" if finished else "KILLED")
     return Outcome(finished, _report(config, folder, tracked, ended), ended)
 
 
@@ -169,6 +176,20 @@ def _lease(folder: str) -> Lease:
     """This driver's; the workers that it starts renew it."""
     checkpoints = storage.join(folder, CHECKPOINTS)
     return Lease.first(checkpoints, CheckpointStore(checkpoints).pointer().epoch)
+
+
+def _goes_on_elsewhere(lease: Lease | None) -> bool:
+    """Whether another job has taken the run over, whose MLflow run it is now; told in a line.
+
+    This driver may have been frozen, or cut off, for as long as the other one took to finish.
+    """
+    other = ""
+    if lease is not None:
+        with contextlib.suppress(StorageError):  # MLflow is told what is known
+            other = lease.other_owner()
+            if other:
+                log.warning("%s goes on with this run; its MLflow run is left as it is", other)
+    return bool(other)
 
 
 def located(config: RunConfig, home: Path) -> RunConfig:

@@ -16,6 +16,7 @@ import ray
 from ray import tune
 
 from ddpm_ray.cluster import mlflow_settings, placement, training_run
+from ddpm_ray.cluster.control import ControlLostError
 from ddpm_ray.cluster.tracking import TrackingError
 from ddpm_ray.cluster.training_run import Outcome, PartOf
 from ddpm_ray.config import RunConfig
@@ -26,7 +27,7 @@ from ddpm_ray.training.reporting import Progress
 
 log = logging.getLogger(__name__)
 
-OUTAGES = TrackingError, StorageError
+OUTAGES = TrackingError, StorageError, ControlLostError
 RETRY_S = 10.0, 60.0, 300.0  # after these: an outage costs time, not the trial
 ASK_EVERY_S = 1.0  # the board, while a trial waits out an outage
 ANSWER_S = 60.0  # of the board, an actor beside the sweep's driver

@@ -26,15 +26,16 @@ class Beat:
 
     rank: int
     step: int
-    point: str  # of faults.POINTS
+    point: str  # of faults.PLACES
     stood_s: float  # since it passed that
     step_s: float  # what its last steps took, the shortest of them; 0: it has done none
     silent_s: float = 0.0  # since it told, by the clock of the desk
+    workers: int = 1  # of its group
 
     @property
     def place(self) -> tuple[int, int]:
         """How far it is: grows along a step and from step to step."""
-        return self.step, list(faults.POINTS).index(self.point)
+        return self.step, list(faults.PLACES).index(self.point)
 
     def stalls(self, limit_s: float, storage_s: float) -> bool:
         """Whether it is silent for too long, or stands where nobody stands for long."""
@@ -60,7 +61,7 @@ class Beat:
     @property
     def where(self) -> str:
         """Its place, for a person."""
-        return f"at step {self.step}, {faults.POINTS[self.point]}"
+        return f"at step {self.step}, {faults.PLACES[self.point]}"
 
 
 def stalled(beats: list[Beat], limit_s: float, storage_s: float) -> str:
@@ -85,10 +86,15 @@ def stalled(beats: list[Beat], limit_s: float, storage_s: float) -> str:
 
 
 class Pulse:
-    """Tells `tell` every BEAT_S where worker `rank`'s training thread stands, from a thread."""
+    """Tells `tell` every BEAT_S where worker `rank`'s training thread stands, from a thread.
 
-    def __init__(self, rank: int, tell: Callable[[Beat], None]) -> None:
+    That begins before the worker opens anything: to load a large index or checkpoint takes as long
+    as it takes, and beats go on meanwhile; those of a frozen process do not.
+    """
+
+    def __init__(self, rank: int, tell: Callable[[Beat], None], workers: int = 1) -> None:
         self._rank, self._tell, self._ends = rank, tell, threading.Event()
+        self._workers = workers
         self._thread = threading.Thread(target=self._run, name="pulse", daemon=True)
 
     def start(self) -> None:
@@ -104,8 +110,9 @@ class Pulse:
         while True:
             here = faults.position()
             stood_s = time.monotonic() - here.since_s
+            step_s = min(here.steps_s, default=0.0)
             self._tell(
-                Beat(self._rank, here.step, here.point, stood_s, min(here.steps_s, default=0.0))
+                Beat(self._rank, here.step, here.point, stood_s, step_s, workers=self._workers)
             )
             if self._ends.wait(BEAT_S):
                 return

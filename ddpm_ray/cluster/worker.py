@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ddpm_ray import build, build_diffusion
+from ddpm_ray import build, build_diffusion, faults
 from ddpm_ray.cluster import mlflow_settings, placement
 from ddpm_ray.cluster.control import Desk
 from ddpm_ray.cluster.tracked_run import RunCard, TrackedRun
@@ -70,19 +70,25 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _train(config: RunConfig, settings: dict[str, Any], desk: Desk) -> dict[str, Any]:
-    run = assemble(config, settings, desk.show, place())
-    if run.workers.leads:
-        desk.start(run.state.step, placement.of_this_worker())
-    began, pulse, undelivered = time.time(), Pulse(run.workers.rank, desk.beat), 0
+    workers, group, undelivered = place(), placement.of_this_worker(), 0
+    faults.stand(workers.rank, 0)
+    pulse = Pulse(workers.rank, partial(desk.beat, group=group), workers.count)
     pulse.start()
     try:
-        train(run)
+        run = assemble(config, settings, desk.show, workers)
+        if workers.leads:
+            desk.start(run.state.step, group)
+        began = time.time()
+        faults.at("begin")
+        try:
+            train(run)
+        finally:
+            run.stream.close()
+            if run.sink is not None:
+                undelivered = run.sink.close(config.tracking.last_rows_s)
     finally:
         pulse.stop()
-        desk.rest(run.workers.rank)
-        run.stream.close()
-        if run.sink is not None:
-            undelivered = run.sink.close(config.tracking.last_rows_s)
+        desk.rest(workers.rank)
     return {
         "step": run.state.step,
         "checkpoint": run.checkpoints.committed,
@@ -103,7 +109,11 @@ def assemble(
     """This worker's part of the run, at the step of its newest good checkpoint."""
     torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
     storage.be_patient(config.cluster.storage_timeout_s)
+    faults.at("open")
     dataset = open_dataset(config.data.url)
+    opened = settings.get("fingerprints", {})  # by URL, as the driver saw them
+    for one in (dataset, *map(open_dataset, filter(None, [config.evaluation.held_out_url]))):
+        _require_same_data(one, opened.get(one.url, one.fingerprint), "driver saw")
     height, width, channels = dataset.manifest.image_shape
     facts = {
         "config": settings["config"],
@@ -114,10 +124,12 @@ def assemble(
     state = build.training_state(config, dataset.manifest.image_shape, workers.device, facts)
     log = StepLog(workers, config.training.log_every_steps)
     guard = Guard.of(config.training.on_divergence, config.training.spike_factor)
+    faults.at("restore")
     writer = _writer(config, settings, workers)
     unsent: list[Row] = []
     if found := _newest(writer.store, workers):
         writer.committed, snapshot = found
+        _require_same_data(dataset, snapshot.facts["data_fingerprint"], "checkpoint was trained on")
         state.restore(snapshot)
         log.resume(snapshot.facts["bands"])
         guard.resume(snapshot.facts["guard"])
@@ -164,6 +176,19 @@ def _tracker(config: RunConfig, settings: dict[str, Any], unsent: list[Row]) -> 
         config.tracking.every_steps,
         config.training.steps,
     )
+
+
+def _require_same_data(dataset: Dataset, wanted: str, whose: str) -> None:
+    """Raises DatasetError where the data set is not the one with the fingerprint `wanted`.
+
+    It may have been packed again since the driver opened it, or since the run began.
+    """
+    if dataset.fingerprint != wanted:
+        raise DatasetError(
+            dataset.url,
+            f"this is data set {dataset.fingerprint[:12]}, and the {whose} {wanted[:12]}",
+            "put that back, or begin a run under another name=",
+        )
 
 
 def _tracked_run(settings: dict[str, Any]) -> TrackedRun:

@@ -67,6 +67,16 @@ class Lease:
             self._refuse_others(self.epoch)
             raise SupersededError(self.url, self.epoch)
 
+    def other_owner(self) -> str:
+        """Host and process of another job that goes on with the run; empty where none does."""
+        later = 0
+        while storage.exists(self._place(later)):
+            holder = sealed.read(self._place(later))
+            if holder["owner"] != self.owner:
+                return f"process {holder['pid']} on {holder['host']}"
+            later += 1
+        return ""
+
     def _next(self, refuse_others: bool) -> "Lease":
         lease = replace(self, token=_token())
         who = {"host": socket.gethostname(), "pid": os.getpid(), "unix_s": time.time()}

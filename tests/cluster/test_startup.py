@@ -1,0 +1,124 @@
+"""A worker before its first step: its signs of life, and that it opens what the driver checked."""
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ddpm_ray import faults
+from ddpm_ray.cluster import control, watch, worker
+from ddpm_ray.cluster.watch import Beat, stalled
+from ddpm_ray.config import RunConfig
+from ddpm_ray.data.shards import DatasetError, open_dataset
+from ddpm_ray.knobs import load, to_dict
+from ddpm_ray.training.reporting import Wish
+from ddpm_ray.training.state import Snapshot
+from ddpm_ray.training.workers import Workers
+from tests.faults.lives import TINY
+from tests.noise import pack_noise
+
+LIMIT_S, STORAGE_S = 25.0, 180.0
+OPENS = Beat(rank=0, step=0, point="open", stood_s=0.0, step_s=0.0, workers=2)
+
+
+class Clock:
+    """Time that passes when the test says so."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(control, "time", made)
+    return made
+
+
+def beats_of(desk: control._Desk) -> list[Beat]:
+    return control.Notes.of(desk.look()).beats
+
+
+def test_a_worker_frozen_before_its_first_beat_is_named(clock: Clock) -> None:
+    """On commit c58b265 nothing was said for 170 s: no beat came before the first step."""
+    desk = control._Desk()
+    desk.beat(asdict(OPENS), "group")
+    assert not stalled(beats_of(desk), LIMIT_S, STORAGE_S)
+    clock.now_s = LIMIT_S + 1
+    desk.beat(asdict(replace(OPENS, point="restore", stood_s=20.0)), "group")
+    assert control.Notes.of(desk.look()).group == "group"
+    assert stalled(beats_of(desk), LIMIT_S, STORAGE_S).startswith(
+        "worker 1 gives no sign of life for 26 s, last at step 0, as it starts, before its data "
+        "set is opened; worker 0 waits at step 0, as it starts, before its checkpoint is looked for"
+    )
+
+
+def test_a_slow_start_is_no_stall(clock: Clock) -> None:
+    """Beats come from a thread: an index or a checkpoint may take as long as it takes."""
+    desk = control._Desk()
+    for clock.now_s in range(0, 3600, 2):
+        for rank in range(2):
+            desk.beat(asdict(replace(OPENS, rank=rank, stood_s=clock.now_s)), "group")
+        assert not stalled(beats_of(desk), LIMIT_S, STORAGE_S)
+
+
+def test_beats_of_a_group_that_is_gone_count_no_more(clock: Clock) -> None:
+    desk = control._Desk()
+    desk.beat(asdict(replace(OPENS, workers=3)), "first")
+    desk.beat(asdict(OPENS), "second")
+    desk.beat(asdict(replace(OPENS, rank=2, workers=3, step=9)), "first")  # on its way since then
+    assert [(beat.rank, beat.step) for beat in beats_of(desk)] == [(0, 0), (1, 0)]
+    desk.start(5, "second")
+    desk.rest(1)
+    assert [beat.rank for beat in beats_of(desk)] == [0]
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> dict[str, Any]:
+    """What the driver tells its workers of a run on a data set of noise."""
+    pack_noise(str(tmp_path / "data"), images=45, side=4)
+    pack_noise(str(tmp_path / "held-out"), images=30, side=4)
+    urls = [str(tmp_path / "data"), str(tmp_path / "held-out")]
+    places = [f"data.url={urls[0]}", f"evaluation.held_out_url={urls[1]}", f"storage={tmp_path}"]
+    config = load(RunConfig, None, [*TINY, *places])
+    return {
+        "config": to_dict(config), "folder": str(tmp_path / "tiny"), "identity": "identity",
+        "fingerprints": {url: open_dataset(url).fingerprint for url in urls},
+    }  # fmt: skip
+
+
+def assemble(settings: dict[str, Any]) -> None:
+    config = worker.from_dict(RunConfig, settings["config"])
+    alone = Workers(1, 2, torch.device("cpu"))  # not the leader
+    worker.assemble(config, settings, lambda _: Wish.NOTHING, alone)
+
+
+@pytest.mark.parametrize("name", ["data", "held-out"])
+def test_a_data_set_that_was_packed_again_since_the_driver_looked_is_refused(
+    name: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """On commit c58b265 the workers trained on whatever lay there by then."""
+    pack_noise(str(tmp_path / name), images=29, side=4)
+    says = rf"{name}: this is data set \w{{12}}, and the driver saw \w{{12}}; put that back"
+    with pytest.raises(DatasetError, match=says):
+        assemble(settings)
+
+
+def test_a_data_set_that_the_checkpoint_was_not_trained_on_is_refused(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = Snapshot({}, {"data_fingerprint": "0" * 64})
+    monkeypatch.setattr(worker, "_newest", lambda *_: ("checkpoints/step-1", other))
+    with pytest.raises(DatasetError, match="and the checkpoint was trained on 000000000000"):
+        assemble(settings)
+
+
+def test_the_places_of_a_start_come_before_those_of_a_step() -> None:
+    places = [replace(OPENS, point=point).place for point in faults.PLACES]
+    assert places == sorted(places)
+    assert set(watch.WAITS_FOR_OTHERS + watch.WAITS_FOR_STORAGE) <= set(faults.POINTS)
