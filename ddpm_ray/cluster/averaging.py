@@ -12,7 +12,7 @@ import torch
 
 from ddpm_ray import build, build_diffusion, build_trained
 from ddpm_ray.average_config import AverageConfig
-from ddpm_ray.cluster import group
+from ddpm_ray.cluster import fatal, group
 from ddpm_ray.cluster.control import Desk
 from ddpm_ray.cluster.worker import place
 from ddpm_ray.config import RunConfig
@@ -30,7 +30,6 @@ from ddpm_ray.training.workers import Workers
 log = logging.getLogger(__name__)
 
 POOR = 0.1  # misfit from which an average is hardly the one that was asked for
-FATAL = ValueError, CheckpointError  # what another attempt of the workers would meet again
 
 
 @dataclass(frozen=True)
@@ -106,11 +105,8 @@ def average_worker(settings: dict[str, Any]) -> list[dict[str, Any]]:
         return []
     torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
     storage.be_patient(config.cluster.storage_timeout_s)
-    try:
+    with fatal.ending_the_run(desk):
         return list(scored(settings["run"], settings["step"], config, place()))
-    except FATAL as error:
-        desk.give_up(str(error))
-        raise
 
 
 def scored(

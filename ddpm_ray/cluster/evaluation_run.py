@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ddpm_ray import build, build_diffusion
-from ddpm_ray.cluster import group, trained
+from ddpm_ray.cluster import fatal, group, trained
 from ddpm_ray.cluster.control import Desk
 from ddpm_ray.cluster.tracking_place import tracking_place
 from ddpm_ray.cluster.worker import place
@@ -79,11 +79,8 @@ def evaluate_worker(settings: dict[str, Any]) -> dict[str, Any]:
     desk: Desk = settings["desk"]
     if desk.look().fatal is not None:
         return {}
-    try:
+    with fatal.ending_the_run(desk):
         return _scores(config, settings)
-    except ValueError as error:  # another attempt would meet it again
-        desk.give_up(str(error))
-        raise
 
 
 def _scores(config: EvaluateConfig, settings: dict[str, Any]) -> dict[str, Any]:
@@ -210,6 +207,8 @@ def _images(
     total = min(count, int(dataset.counts.sum()))
     mine = workers.share(total)
     images, labels = build.fixed_images(begun.data, dataset, mine, total)
+    if not mine:  # more workers than images leave some without
+        return iter(())
     index = torch.arange(mine.start, mine.stop)
     size = config.sampling.batch_size
     return zip(*(torch.split(each, size) for each in (index, images, labels)), strict=True)

@@ -13,27 +13,26 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ddpm_ray import build, build_diffusion, faults
-from ddpm_ray.cluster import mlflow_settings, placement
+from ddpm_ray.cluster import fatal, mlflow_settings, placement
 from ddpm_ray.cluster.control import Desk
 from ddpm_ray.cluster.tracked_run import RunCard, TrackedRun
 from ddpm_ray.cluster.tracker import Tracker
 from ddpm_ray.cluster.watch import Pulse
 from ddpm_ray.config import RunConfig
 from ddpm_ray.data import storage
-from ddpm_ray.data.shards import Dataset, DatasetError, ShardCorruptError, open_dataset
+from ddpm_ray.data.shards import Dataset, open_dataset
 from ddpm_ray.knobs import from_dict
 from ddpm_ray.training import evaluation
 from ddpm_ray.training.checkpoints import (
     CHECKPOINTS,
-    CheckpointError,
     CheckpointStore,
     CheckpointWriter,
     read,
 )
-from ddpm_ray.training.divergence import DivergedError, Guard
+from ddpm_ray.training.divergence import Guard
 from ddpm_ray.training.features import FeatureNet
 from ddpm_ray.training.gallery import GRID_IMAGES, Gallery
-from ddpm_ray.training.lease import Lease, LeaseLostError
+from ddpm_ray.training.lease import Lease
 from ddpm_ray.training.loop import Run, train
 from ddpm_ray.training.reference import Reference, reference
 from ddpm_ray.training.reporting import Progress, Row, Wish
@@ -43,18 +42,6 @@ from ddpm_ray.training.workers import Workers
 
 log = logging.getLogger(__name__)
 
-# What a restarted worker would meet again: it ends the run instead of three more attempts.
-FATAL = (
-    DivergedError,
-    CheckpointError,
-    DatasetError,
-    ShardCorruptError,
-    LeaseLostError,
-    ValueError,
-    MemoryError,
-    torch.OutOfMemoryError,
-)
-
 
 def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     """Rank 0's report: the step reached, the committed checkpoint's URL, scores, Unix times."""
@@ -62,11 +49,8 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     desk: Desk = settings["desk"]
     if desk.look().fatal is not None:  # an earlier attempt found that to go on is of no use
         return {}
-    try:
+    with fatal.ending_the_run(desk):
         return _train(from_dict(RunConfig, settings["config"]), settings, desk)
-    except FATAL as error:
-        desk.give_up(str(error) or type(error).__name__)  # MemoryError has no text
-        raise
 
 
 def _train(config: RunConfig, settings: dict[str, Any], desk: Desk) -> dict[str, Any]:

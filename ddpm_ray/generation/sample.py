@@ -142,6 +142,9 @@ def draw_uint8(
     on_step: OnStep | None = None,
 ) -> Images:
     """Images uint8 [N, H, W, C] of the N `indices`, `batch_size` in one network call."""
+    channels, height, width = image_shape
+    if not indices:  # of more workers than images, some draw none
+        return np.empty((0, height, width, channels), np.uint8)
     batches = torch.split(torch.tensor(indices), batch_size)
     drawn = (draw(denoiser, plan, i, image_shape, device, on_step=on_step) for i in batches)
     return np.concatenate([to_uint8(images) for images in drawn])

@@ -1,0 +1,161 @@
+"""An error that would come again ends the run; the loss of a peer, a device, a storage does not."""
+
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import ray.exceptions
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ddpm_ray import faults
+from ddpm_ray.cluster import averaging, evaluation_run, fatal, worker
+from ddpm_ray.data.storage import StorageError
+from ddpm_ray.training.checkpoints import CheckpointError
+from ddpm_ray.training.divergence import DivergedError
+from ddpm_ray.training.workers import Workers
+
+ROOT = Path(__file__).parents[2]
+
+
+def raised(act: Callable[[], Any]) -> Exception:
+    try:
+        act()
+    except Exception as error:  # noqa: BLE001 - whichever it is
+        return error
+    raise AssertionError("nothing was raised")
+
+
+MISTAKES: dict[str, Callable[[], Any]] = {  # as torch and Python themselves raise them
+    "shapes": lambda: torch.ones(2, 3) @ torch.ones(2, 3),
+    "dtypes": lambda: nn.Linear(2, 2)(torch.ones(1, 2, dtype=torch.float64)),
+    "devices": lambda: torch.ones(2, device="meta") + nn.Embedding(3, 2)(torch.ones(1).long()),
+    "float bits": lambda: torch.ones(2) ^ 1,
+    "empty stack": lambda: torch.stack([]),
+    "state": lambda: nn.Linear(2, 2).load_state_dict({}),
+    "no backend": lambda: torch.ones(2, device="cuda"),
+    "index": lambda: nn.Embedding(3, 2)(torch.tensor([7])),
+    "attribute": lambda: (None).step,  # type: ignore[attr-defined]
+    "type": lambda: len(3),  # type: ignore[arg-type]
+    "key": lambda: {}["step"],
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_of_the_program_comes_again(name: str) -> None:
+    assert not fatal.passes(raised(MISTAKES[name]))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and"
+        " cpu!",
+        "Input type (torch.cuda.FloatTensor) and weight type (torch.FloatTensor) should be the"
+        " same",
+        "CUDA error: device-side assert triggered",
+        "CUDA error: no kernel image is available for execution on the device",
+        "CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling `cublasGemmEx(...)`",
+    ],
+)
+def test_a_mistake_on_a_gpu_comes_again(text: str) -> None:
+    assert not fatal.passes(RuntimeError(text))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("CUDA error: uncorrectable ECC error encountered"),
+        RuntimeError("CUDA error: unspecified launch failure"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"),
+        dist.DistBackendError("NCCL error in: ProcessGroupNCCL.cpp:2395, unhandled system error"),
+        dist.DistNetworkError("Connection reset by peer"),
+        dist.DistStoreError("wait timeout after 300000ms"),
+        ray.exceptions.ActorDiedError(),
+        ConnectionResetError(104, "Connection reset by peer"),
+        StorageError("s3://bucket/a", "no answer in 180 s", "check the endpoint"),
+        faults.InjectedFaultError("fault at batch, step 3: as asked for"),
+    ],
+    ids=lambda error: f"{type(error).__name__} {error}"[:50],
+)
+def test_what_passes_has_the_workers_started_again(error: Exception) -> None:
+    assert fatal.passes(error)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        DivergedError(3, 1.0, 0.5, ["a"]),
+        CheckpointError("s3://bucket/run", "no checkpoint verifies (timed out)", "restore one"),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        MemoryError(),
+        ValueError("the images are 4 x 5"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_our_own_errors_end_the_run_in_their_own_words(error: Exception) -> None:
+    assert not fatal.passes(error)
+    assert fatal.reason(error) == (str(error) or "MemoryError")
+
+
+def test_an_error_of_the_program_is_told_with_its_class_and_place() -> None:
+    error = raised(lambda: Workers().share(None))  # type: ignore[arg-type]
+    assert fatal.reason(error).startswith("TypeError: unsupported operand type(s)")
+    assert "ddpm_ray/training/workers.py:" in fatal.reason(error)
+
+
+@pytest.mark.parametrize(
+    "work, part",
+    [
+        (worker.train_worker, "worker._train"),
+        (evaluation_run.evaluate_worker, "evaluation_run._scores"),
+        (averaging.average_worker, "averaging.scored"),
+    ],
+)
+@pytest.mark.parametrize(
+    "error, told",
+    [
+        (TypeError("3 is no step"), ["TypeError: 3 is no step"]),
+        (RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer"), []),
+    ],
+)
+def test_workers_tell_what_ends_the_run(
+    work: Callable[[dict[str, Any]], Any],
+    part: str,
+    error: Exception,
+    told: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fails(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(f"ddpm_ray.cluster.{part}", fails)
+    monkeypatch.setattr(averaging, "place", Workers)
+    reasons: list[str] = []
+    desk = SimpleNamespace(look=lambda: SimpleNamespace(fatal=None), give_up=reasons.append)
+    settings = {"desk": desk, "config": {}, "run": "", "step": 0}
+    with pytest.raises(type(error), match=r"no step|closed by peer"):
+        work(settings)
+    assert [reason.partition(" (")[0] for reason in reasons] == told
+
+
+@pytest.mark.slow  # nine processes import torch's compiler, as DDP does
+@pytest.mark.timeout(360)
+def test_the_loss_of_a_peer_passes(tmp_path: Path) -> None:
+    """What gloo really raises, in each kind of exchange."""
+    command = [sys.executable, "-m", "tests.cluster.lost_peer", str(tmp_path / "meet")]
+    told = subprocess.run(
+        command, cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=300, check=True
+    ).stdout
+    errors = {
+        exchange: pickle.loads(bytes.fromhex(pickled))
+        for exchange, pickled in map(str.split, told.splitlines())
+    }
+    assert sorted(errors) == ["gather", "gradient", "pairs", "sum"]
+    assert all(fatal.passes(error) for error in errors.values()), errors

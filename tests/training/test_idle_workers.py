@@ -1,0 +1,137 @@
+"""More workers than there is work: where it is shared out, some get none and all find the same."""
+
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from ddpm_ray import build
+from ddpm_ray.cluster import evaluation_run, trained
+from ddpm_ray.config import RunConfig
+from ddpm_ray.diffusion import schedules
+from ddpm_ray.diffusion.process import NoiseSchedule
+from ddpm_ray.evaluation_config import EvaluationConfig
+from ddpm_ray.generation.denoiser import Denoiser
+from ddpm_ray.generation.sample import SamplingPlan, draw_uint8
+from ddpm_ray.generation.trained_model import TrainedModel
+from ddpm_ray.job_config import EvaluateConfig
+from ddpm_ray.knobs import load, to_dict
+from ddpm_ray.training.gallery import GRID_IMAGES, Gallery
+from ddpm_ray.training.memorisation import nearest, spread
+from ddpm_ray.training.probing import Probe
+from ddpm_ray.training.reference import reference
+from ddpm_ray.training.workers import Workers
+from tests.noise import pack
+from tests.training.test_evaluation import net
+from tests.training.test_gallery import Wall
+
+OnWorkers = Callable[[int, Callable[[Workers], Any]], list[Any]]
+SCHEDULE = NoiseSchedule(schedules.cosine(10))
+PLAN = SamplingPlan((10, 5, 0), seed=4)
+MANY = 9  # workers, for 2 shards, 3 images, 2 groups of a probe
+
+
+def blind(x_t: Tensor, t: Tensor) -> Tensor:
+    """A pointwise denoiser: its images do not depend on how they were batched."""
+    return 0.6 * x_t
+
+
+def packed(folder: Path, side: int) -> str:
+    ground = np.random.default_rng(0).integers(0, 256, (12, side, side, 1))
+    pack(folder, ground.astype(np.uint8), [7, 5])
+    return str(folder)
+
+
+def test_no_image_is_an_empty_batch() -> None:
+    drawn = draw_uint8(Denoiser.of_noise(blind, SCHEDULE), PLAN, range(3, 3), (2, 4, 6), "cpu", 8)
+    assert (drawn.shape, drawn.dtype) == ((0, 4, 6, 2), np.uint8)
+
+
+def test_a_grid_is_the_same_by_more_workers_than_it_has_images(
+    on_workers: OnWorkers, tmp_path: Path
+) -> None:
+    def picture(workers: Workers) -> bytes:
+        wall = Wall()
+        Gallery(
+            Denoiser.of_noise(blind, SCHEDULE), PLAN, (1, 4, 4), workers,
+            str(tmp_path / str(workers.rank)), wall if workers.leads else None,
+        ).show_grid(0)  # fmt: skip
+        return wall.pictures["samples", 0].tobytes() if workers.leads else b""
+
+    assert on_workers(GRID_IMAGES + 1, picture)[0] == picture(Workers())
+
+
+def test_a_model_is_scored_the_same_by_more_workers_than_images(
+    on_workers: OnWorkers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Distances, bits per dimension, likelihood, and the nearest training images."""
+    model = TrainedModel(
+        Denoiser.of_noise(blind, SCHEDULE), (1, 8, 8),
+        {"config": to_dict(RunConfig()), "step": 3, "weights_sha256": "a" * 64},
+    )  # fmt: skip
+    wanted = EvaluationConfig(
+        num_images=3, features="digits", kernel_distance_images=2, memorisation_images=3,
+        bits_per_dim_images=3, likelihood_images=3, likelihood_steps=4,
+        held_out_url=packed(tmp_path / "held-out", 8),
+    )  # fmt: skip
+    config = EvaluateConfig(data_url=packed(tmp_path / "data", 8), evaluation=wanted)
+    config = replace(config, sampling=replace(config.sampling, steps=2))
+    here = threading.local()
+    monkeypatch.setattr(trained, "load", lambda *_: model)
+    monkeypatch.setattr(evaluation_run, "place", lambda: here.workers)
+
+    def metrics(workers: Workers) -> dict[str, float]:
+        here.workers = workers
+        settings = {"model_uri": "", "tracking_uri": ""}
+        found: dict[str, float] = evaluation_run._scores(config, settings)["metrics"]
+        return found
+
+    alone = metrics(Workers())
+    assert {"eval/fd_digits", "eval/bits_per_dim", "eval/likelihood_bits_per_dim"} < alone.keys()
+    for found in on_workers(MANY, metrics):
+        assert found == pytest.approx(alone, rel=1e-5)  # float32 features, other batches
+
+
+def test_a_data_set_is_read_by_more_workers_than_shards(
+    on_workers: OnWorkers, tmp_path: Path
+) -> None:
+    dataset = pack(tmp_path, np.full((12, 6, 6, 1), 7, np.uint8), [7, 5])
+
+    def read(workers: Workers) -> tuple[int, int, list[int]]:
+        known = reference(dataset, net(5), workers, kernel_images=4)
+        samples = spread(dataset, 2, workers)
+        near = nearest(samples, dataset, workers)
+        return known.count, known.kernel_images, near.position[0].tolist()
+
+    assert on_workers(MANY, read) == [read(Workers())] * MANY
+
+
+def test_a_probe_is_the_same_by_more_workers_than_groups(
+    on_workers: OnWorkers, tmp_path: Path
+) -> None:
+    config = load(
+        RunConfig, None,
+        ["name=tiny", f"data.url={packed(tmp_path, 4)}", "evaluation.spectrum_images=32",
+         "model.base_channels=4", "model.groups=2", "model.channel_mults=[1]",
+         "model.blocks_per_level=1", "model.attention_resolutions=[]"],
+    )  # fmt: skip
+    dataset = build.open_dataset(config.data.url)
+    state = build.training_state(config, (4, 4, 1), torch.device("cpu"), {})
+
+    def look(workers: Workers) -> float:
+        gallery = Gallery(
+            Denoiser.of_noise(blind, SCHEDULE), PLAN, (1, 4, 4), workers, str(tmp_path), None
+        )
+        own = replace(state, probes=[])
+        probe: Probe = build.probe(config, dataset, own, gallery)
+        probe.look(1)
+        return float(own.probes[0]["loss"])
+
+    alone = look(Workers())
+    assert on_workers(MANY, look) == pytest.approx([alone] * MANY, rel=1e-6)
