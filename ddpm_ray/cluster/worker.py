@@ -20,7 +20,7 @@ from ddpm_ray.cluster.tracker import Tracker
 from ddpm_ray.cluster.watch import Pulse
 from ddpm_ray.config import RunConfig
 from ddpm_ray.data import storage
-from ddpm_ray.data.shards import Dataset, open_dataset
+from ddpm_ray.data.shards import Dataset, DatasetError, open_dataset
 from ddpm_ray.knobs import from_dict
 from ddpm_ray.training import evaluation
 from ddpm_ray.training.checkpoints import (
