@@ -112,7 +112,7 @@ def storage_keeps(config: DoctorConfig, home: Path) -> Iterator[Finding | Clock]
             back = storage.read_bytes(probe)
             if not local:
                 yield clock("bucket", storage.modified_s(probe), before, after, resolution_s=1)
-                aside.append(_conditional_put(probe))
+            aside.append(_conditional_put(probe))
         finally:
             storage.delete(probe)
             if made:

@@ -227,7 +227,7 @@ def fetch_shard(dataset: Dataset, number: int, cache: ShardCache | None = None) 
             return _parsed(url, data, dataset, row)
         cache.evict(expected)
     try:
-        data = verified.read(url, expected)
+        data = verified.read(url, expected, row["stored_bytes"])
     except verified.DamagedError as error:
         raise ShardCorruptError(url, expected, error.args[2], verified.READS) from None
     if cache is not None:

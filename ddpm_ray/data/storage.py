@@ -16,10 +16,12 @@ import shutil
 import uuid
 from collections.abc import Callable
 from functools import partial, wraps
+from inspect import iscoroutinefunction
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
 import fsspec
+import fsspec.asyn
 
 from ddpm_ray.data.retrying import persistently
 from ddpm_ray.telling import NO_SECRET, has_secret, redacted, told
@@ -28,6 +30,11 @@ Act = TypeVar("Act", bound=Callable[..., Any])
 
 CONNECT_TIMEOUT_S = 4
 READ_TIMEOUT_S = 8  # without a byte: a request that hangs is cut off, and tried again
+# For a whole request, whose bytes may come one by one: it is cut off as well, and tried again.
+REQUEST_S = 60.0
+LEAST_BYTES_PER_S = 2**20  # what bodies add to it; of an object of unknown size 256 MiB are taken
+UNKNOWN_BYTES = 256 * 2**20
+NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EINVAL)  # hard ones
 _patience_s = 10.0  # see be_patient
 logging.getLogger("aiobotocore").setLevel(logging.WARNING)  # not where it found its credentials
 
@@ -103,15 +110,15 @@ def _reliably(act: Act) -> Act:
 
 
 @_reliably
-def read_bytes(url: str) -> bytes:
-    """The whole object. Raises StorageError."""
+def read_bytes(url: str, size_bytes: int = UNKNOWN_BYTES) -> bytes:
+    """The whole object, whose size a caller that knows it should tell. Raises StorageError."""
     if is_local(url):
         return local_path(url).read_bytes()
     filesystem, path = _filesystem(url)
     # s3fs would send a HEAD, then 50 MB ranges that it does not check; one GET costs 20 % less
     # CPU at 1.5 MB, and callers check the sha256 of the whole and read several at a time.
     whole = {"max_concurrency": 1} if url.startswith(("s3://", "s3a://")) else {}
-    return bytes(filesystem.cat_file(path, **whole))
+    return bytes(_ask(filesystem, "cat_file", path, body_bytes=size_bytes, **whole))
 
 
 @_reliably
@@ -122,7 +129,7 @@ def write_bytes(url: str, data: bytes) -> None:
     """
     if not is_local(url):
         filesystem, path = _filesystem(url)
-        filesystem.pipe_file(path, data)
+        _ask(filesystem, "pipe_file", path, data, body_bytes=len(data))
         return
     target = local_path(url)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -147,18 +154,31 @@ def write_new(url: str, data: bytes) -> bool:
     """
     try:
         if is_local(url):
-            whole = f"{url}.{uuid.uuid4().hex[:12]}.partial"
-            write_bytes(whole, data)
-            try:
-                os.link(local_path(whole), local_path(url))
-            finally:
-                local_path(whole).unlink()
+            _write_new_file(url, data)
         else:
             filesystem, path = _filesystem(url)
-            filesystem.pipe_file(path, data, mode="create")
+            _ask(filesystem, "pipe_file", path, data, body_bytes=len(data), mode="create")
     except FileExistsError:
         return read_bytes(url) == data
     return True
+
+
+def _write_new_file(url: str, data: bytes) -> None:
+    """Write a local file where there is none; raises FileExistsError."""
+    whole = f"{url}.{uuid.uuid4().hex[:12]}.partial"
+    write_bytes(whole, data)
+    try:
+        os.link(local_path(whole), local_path(url))
+    except FileExistsError:
+        raise
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        # A mounted bucket, exFAT: created and then filled, so that a crash may leave it short.
+        with local_path(url).open("xb") as file:
+            file.write(data)
+    finally:
+        local_path(whole).unlink()
 
 
 @_reliably
@@ -167,7 +187,8 @@ def modified_s(url: str) -> float:
     if is_local(url):
         return local_path(url).stat().st_mtime
     filesystem, path = _filesystem(url)
-    return float(filesystem.modified(path).timestamp())
+    info = _ask(filesystem, "info", path)  # where S3 says it; elsewhere its file system does
+    return float((info.get("LastModified") or filesystem.modified(path)).timestamp())
 
 
 @_reliably
@@ -177,7 +198,7 @@ def state(url: str) -> ObjectState:
         status = local_path(url).stat()
         return ObjectState(status.st_size, str(status.st_mtime_ns))
     filesystem, path = _filesystem(url)
-    return _state(filesystem.info(path))
+    return _state(_ask(filesystem, "info", path))
 
 
 @_reliably
@@ -188,7 +209,7 @@ def states(url: str) -> dict[str, ObjectState]:
     """
     filesystem, path = _filesystem(url)
     prefix = path.rstrip("/") + "/"
-    found = filesystem.find(path, detail=True)
+    found = _ask(filesystem, "find", path, detail=True)
     if not found:
         raise FileNotFoundError(errno.ENOENT, "nothing there")
     names = {name.removeprefix(prefix): info for name, info in found.items()}
@@ -202,7 +223,7 @@ def exists(url: str) -> bool:
         return local_path(url).exists()
     filesystem, path = _filesystem(url)
     try:
-        filesystem.info(path)
+        _ask(filesystem, "info", path)
     except FileNotFoundError:
         return False
     return True
@@ -216,7 +237,7 @@ def delete(url: str) -> None:
         return
     filesystem, path = _filesystem(url)
     try:
-        filesystem.rm_file(path)
+        _ask(filesystem, "rm_file", path)
     except FileNotFoundError:
         return
 
@@ -247,7 +268,7 @@ def _entries(url: str, folders: bool) -> list[str]:
         return sorted(entry.name for entry in entries if entry.is_dir() == folders)
     filesystem, path = _filesystem(url)
     try:
-        found = filesystem.ls(path, detail=True)
+        found = _ask(filesystem, "ls", path, detail=True)
     except FileNotFoundError:
         return []
     return sorted(
@@ -263,8 +284,8 @@ def delete_folder(url: str) -> None:
             shutil.rmtree(local_path(url))
         return
     filesystem, path = _filesystem(url)
-    for name in filesystem.find(path):
-        filesystem.rm_file(name)
+    for name in _ask(filesystem, "find", path):
+        _ask(filesystem, "rm_file", name)
 
 
 @_reliably
@@ -282,12 +303,26 @@ def list_files(url: str) -> dict[str, int]:
     else:
         filesystem, path = _filesystem(url)
         prefix = path.rstrip("/") + "/"
-        found = filesystem.find(path, detail=True)
+        found = _ask(filesystem, "find", path, detail=True)
         if not found:
             raise FileNotFoundError(errno.ENOENT, "nothing there")
         sizes = {name.removeprefix(prefix): info["size"] for name, info in found.items()}
     shown = (n for n in sorted(sizes) if not any(part.startswith(".") for part in n.split("/")))
     return {name: sizes[name] for name in shown}
+
+
+def _ask(filesystem: Any, request: str, *args: Any, body_bytes: int = 0, **kwargs: Any) -> Any:
+    """What the file system's method `request` returns; FSTimeoutError after the whole deadline.
+
+    The time-outs below us count silence alone: a server that sent one byte a second held a reader
+    for ever. Only file systems that run in fsspec's own loop, all remote ones that we know, can be
+    cut off.
+    """
+    method = getattr(filesystem, f"_{request}", None)
+    if not getattr(filesystem, "async_impl", False) or not iscoroutinefunction(method):
+        return getattr(filesystem, request)(*args, **kwargs)
+    deadline_s = REQUEST_S + body_bytes / LEAST_BYTES_PER_S
+    return fsspec.asyn.sync(filesystem.loop, method, *args, timeout=deadline_s, **kwargs)
 
 
 def _state(info: dict[str, Any]) -> ObjectState:
@@ -341,8 +376,14 @@ def _explained(url: str, error: Exception) -> StorageError:
         return NotAnObjectError(url, "a folder stands where an object should be", remedy)
     if isinstance(error, FileNotFoundError):
         return StorageError(url, "there is nothing at this place", "check the name and the bucket")
+    if isinstance(error, OSError) and error.errno == errno.EROFS:
+        remedy = "choose another place, or have it mounted for writing"
+        return StorageError(url, "this file system is read-only", remedy)
+    if is_local(url) and isinstance(error, PermissionError):
+        remedy = "check its owner and rights, and whether its file system allows this"
+        return StorageError(url, f"not permitted ({text})", remedy)
     if isinstance(error, PermissionError) or "Credentials" in type(error).__name__:
-        remedy = "check the credentials (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY) or file rights"
+        remedy = "check the credentials (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY)"
         return StorageError(url, f"access denied ({text})", remedy)
     if isinstance(error, (ImportError, ValueError)) and "rotocol" in text:
         return StorageError(url, text, "use a local path, s3://, https:// or what fsspec knows")
@@ -350,4 +391,5 @@ def _explained(url: str, error: Exception) -> StorageError:
     if isinstance(error, (ConnectionError, TimeoutError)) or "Connect" in names or "Time" in names:
         remedy = "check that the endpoint is up and that its address (AWS_ENDPOINT_URL) is right"
         return StorageError(url, f"no answer ({text})", remedy)
-    return StorageError(url, text, "check the address and try again")
+    remedy = "check the disk and the path" if is_local(url) else "check the address and try again"
+    return StorageError(url, text, remedy)

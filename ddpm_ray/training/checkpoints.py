@@ -365,7 +365,7 @@ class CheckpointWriter(Background):
 
 def _verified(url: str, name: str, entry: dict[str, Any]) -> bytes:
     try:
-        return verified.read(storage.join(url, name), entry["sha256"])
+        return verified.read(storage.join(url, name), entry["sha256"], int(entry["bytes"]))
     except DamagedError:
         raise _damaged(url, name, "its sha256 is not the manifest's") from None
 

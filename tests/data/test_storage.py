@@ -1,13 +1,16 @@
 """Storage: whole objects or a clear line, on disk and on a real S3 server."""
 
+import contextlib
 import errno
 import hashlib
+import itertools
 import os
 import pickle
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -116,6 +119,96 @@ def test_a_dead_endpoint_is_told_within_seconds(use_s3: UseS3) -> None:
     with pytest.raises(StorageError, match=r"no answer .*AWS_ENDPOINT_URL"):
         storage.read_bytes(f"{bucket}/x")
     assert time.monotonic() - begun_s < 20
+
+
+@pytest.fixture
+def dripping() -> Iterator[str]:
+    """The endpoint of a server whose answers, and whose reading of bodies, never come to an end."""
+    over = threading.Event()
+
+    class Handler(BaseHTTPRequestHandler):
+        def drip(self) -> None:
+            self.wfile.write(b"HTTP/1.1 200 OK\r\n")
+            letters: Iterator[int] = itertools.cycle(b"X-Slow: aaaaaaaaaaaaaaaaaaaaaaaa\r\n")
+            if self.command == "GET":  # headers at once, then its body byte by byte
+                self.wfile.write(b"Content-Length: 1000000\r\n\r\n")
+                letters = itertools.repeat(ord("x"))
+            with contextlib.suppress(OSError):
+                while not over.wait(0.05):
+                    self.wfile.write(bytes([next(letters)]))
+            self.close_connection = True
+
+        do_GET = do_HEAD = do_PUT = drip  # noqa: N815 - http.server's names
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    over.set()
+    server.shutdown()
+    thread.join(20)
+    server.server_close()
+
+
+@pytest.mark.parametrize("request_", ["GET", "HEAD", "PUT"])
+def test_a_server_that_drips_is_cut_off(
+    request_: str, dripping: str, use_s3: UseS3, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is never silent for long, so that time-outs of silence wait for ever."""
+    bucket = use_s3(dripping, "secret")
+    monkeypatch.setattr(storage, "REQUEST_S", 1.0)
+    storage.be_patient(0)
+    acts: dict[str, Callable[[], object]] = {
+        "GET": lambda: storage.read_bytes(f"{bucket}/x", 10),
+        "HEAD": lambda: storage.exists(f"{bucket}/x"),
+        "PUT": lambda: storage.write_bytes(f"{bucket}/x", b"data"),
+    }
+    begun_s = time.monotonic()
+    with pytest.raises(StorageError, match=r"no answer \(FSTimeoutError\).*AWS_ENDPOINT_URL"):
+        acts[request_]()
+    assert time.monotonic() - begun_s < 30
+
+
+def test_a_file_system_without_hard_links_takes_each_new_object_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mounted bucket, exFAT: some say EPERM, others that they have no such call."""
+    for number in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
+
+        def link(source: Path, target: Path, number: int = number) -> None:
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(os, "link", link)
+        url = str(tmp_path / str(number) / "claim")
+        assert storage.write_new(url, b"first")
+        assert not storage.write_new(url, b"second")
+        assert storage.write_new(url, b"first")  # asked again, as after a lost answer
+        assert [path.read_bytes() for path in Path(url).parent.iterdir()] == [b"first"]
+
+
+@pytest.mark.parametrize(
+    "number, told",
+    [
+        (errno.EROFS, "this file system is read-only; choose another place, or have it mounted"),
+        (errno.EACCES, r"not permitted \(.*\); check its owner and rights"),
+        (errno.EPERM, r"not permitted \(.*\); check its owner and rights"),
+        (errno.EIO, "Input/output error.*; check the disk and the path"),
+    ],
+)
+def test_what_a_local_disk_refuses_is_told_without_talk_of_buckets(
+    number: int, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(StorageError, match=told) as refused:
+        storage.write_bytes(str(tmp_path / "file"), b"new")
+    assert "AWS" not in str(refused.value)
 
 
 def test_wrong_credentials_are_told(s3_server: str, use_s3: UseS3) -> None:
