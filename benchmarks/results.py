@@ -26,7 +26,8 @@ from ddpm_ray.data.transforms import to_model_range
 from ddpm_ray.diffusion.spacing import log_snr_steps, uniform_steps
 from ddpm_ray.generation.denoiser import Guidance
 from ddpm_ray.generation.grids import captioned, grid
-from ddpm_ray.generation.sample import Images, Sampler, SamplingPlan, first_step
+from ddpm_ray.generation.sample import Images, SamplingPlan, first_step
+from ddpm_ray.generation.settings import Sampler, SamplingConfig
 from ddpm_ray.generation.trained_model import TrainedModel
 from ddpm_ray.models.classifier import NoisyClassifier
 from ddpm_ray.training.evaluation import evaluate
@@ -96,7 +97,7 @@ def by_scale(model: TrainedModel, judge: Judge) -> Iterator[list[str]]:
     """Guidance: distance, and how many samples are taken for their label."""
     labels = torch.arange(judge.images) % model.denoiser.num_classes
     for scale in SCALES:
-        plan = replace(model.plan(20, "unipc"), guidance=Guidance(scale))
+        plan = replace(model.plan(steps=20, sampler="unipc"), guidance=Guidance(scale))
         images = model.draw(plan, judge.images, BATCH)
         right = 100 * judge.accuracy(images, labels)
         yield [f"{scale:g}", judge.score(model, plan), f"{right:.1f} %"]
@@ -105,8 +106,8 @@ def by_scale(model: TrainedModel, judge: Judge) -> Iterator[list[str]]:
 def by_average(run: str, judge: Judge) -> Iterator[list[str]]:
     """Samples of the averaged weights beside those of the last step's."""
     for name, group in (("EMA", "ema"), ("last step's", "model")):
-        model = build_trained.trained_model(run, ema=group)
-        plans = [model.plan(50, sampler) for sampler in AVERAGED]
+        model = loaded(run, group)
+        plans = [model.plan(steps=50, sampler=sampler) for sampler in AVERAGED]
         yield [name, *(judge.score(model, plan) for plan in plans)]
 
 
@@ -152,11 +153,16 @@ def pictures(model: TrainedModel, data: str, folder: Path) -> None:
     grid(np.concatenate(pairs), 10).save(folder / "interpolation.png")
 
 
+def loaded(run: str, group: str = "ema") -> TrainedModel:
+    """The run's model, with the settings that all runs share by default."""
+    return replace(build_trained.trained_model(run, ema=group), settings=SamplingConfig())
+
+
 def main() -> None:
     run, classifier, data, inception, out = sys.argv[1:6]
     images, folder = int(sys.argv[6]) if len(sys.argv) > 6 else 500, Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    model = build_trained.trained_model(run)
+    model = loaded(run)
     judge = Judge(data, Path(inception), build_trained.trained_classifier(classifier), images)
     pictures(model, data, folder)
     held_out = next(iter(read_images(open_dataset(data), [0])))

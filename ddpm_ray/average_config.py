@@ -38,5 +38,8 @@ class AverageConfig:
         if not self.widths:
             yield "widths is empty; name at least one, as in widths=[0.05,0.1]"
         yield from wrong_widths("widths", self.widths)
-        yield from self.sampling.problems("sampling")
         yield from self.evaluation.problems()
+
+    def sampling_problems(self) -> Iterator[str]:
+        """What the whole of `sampling` rules out."""
+        yield from self.sampling.problems("sampling")

@@ -1,5 +1,6 @@
 """From knobs of the diffusion to its objects: one `match` per choice."""
 
+from collections.abc import Sequence
 from functools import partial
 from typing import assert_never
 
@@ -7,12 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from ddpm_ray.config import RunConfig, TrainingConfig
-from ddpm_ray.diffusion import schedules, spacing, timesteps, weights
+from ddpm_ray.diffusion import schedules, timesteps, weights
 from ddpm_ray.diffusion.prediction import Prediction
 from ddpm_ray.diffusion.process import NoiseSchedule
 from ddpm_ray.diffusion_config import ObjectiveConfig, SamplingConfig, ScheduleConfig
-from ddpm_ray.generation.denoiser import Denoiser, Guidance, Network
-from ddpm_ray.generation.sample import SamplingPlan, first_step
+from ddpm_ray.generation.denoiser import Denoiser, Network
+from ddpm_ray.generation.sample import SamplingPlan
+from ddpm_ray.generation.sample import sampling_plan as sampling_plan
 from ddpm_ray.knobs import ConfigError
 from ddpm_ray.models.unet import UNet
 from ddpm_ray.training.examples import ChooseSteps, Showing
@@ -76,39 +78,13 @@ def denoiser(config: RunConfig, network: Network, device: torch.device | str) ->
     )
 
 
-def sampling_plan(config: SamplingConfig, schedule: NoiseSchedule) -> SamplingPlan:
-    """How images are drawn from a model of this schedule; ValueError if it has too few steps."""
-    first = first_step(schedule, config.sampler)
-    count = min(config.steps, first)
-    match config.spacing:
-        case "uniform":
-            steps = spacing.uniform_steps(first, count)
-        case "quadratic":
-            steps = spacing.quadratic_steps(first, count)
-        case "log_snr":
-            steps = spacing.log_snr_steps(schedule, count, first)
-        case _:
-            assert_never(config.spacing)
-    return SamplingPlan(
-        steps,
-        config.sampler,
-        eta=config.eta,
-        variance=config.variance,
-        clip=config.clip,
-        dynamic_quantile=config.dynamic_quantile,
-        seed=config.seed,
-        labels=config.labels,
-        guidance=Guidance(
-            config.guidance_scale,
-            config.guidance_rescale,
-            config.guidance_above_sigma,
-            config.guidance_below_sigma,
-        ),
-    )
-
-
 def checked_plan(
-    config: SamplingConfig, trained: RunConfig, schedule: NoiseSchedule, *, led: bool = False
+    config: SamplingConfig,
+    trained: RunConfig,
+    schedule: NoiseSchedule,
+    label_names: Sequence[str] | None = None,
+    *,
+    led: bool = False,
 ) -> SamplingPlan:
     """As `sampling_plan`; raises ConfigError, a line for each key that such a model cannot do.
 
@@ -116,11 +92,14 @@ def checked_plan(
     """
     problems = [
         *config.problems("sampling", schedule.num_steps),
-        *config.misfits("sampling", trained.objective, trained.model.num_classes, led=led),
+        *config.misfits("sampling", trained.conditioned, led=led),
     ]
     if problems:
         raise ConfigError("\n".join(problems))
-    return sampling_plan(config, schedule)
+    try:
+        return sampling_plan(config, schedule, label_names)
+    except ValueError as error:
+        raise ConfigError(f"sampling.{error}") from error
 
 
 def memory_format(config: TrainingConfig) -> torch.memory_format:

@@ -7,12 +7,29 @@ import numpy.typing as npt
 
 from ddpm_ray.build_diffusion import checked_plan
 from ddpm_ray.config import RunConfig
+from ddpm_ray.data.image_files import BadImageError
 from ddpm_ray.edit_config import EditConfig
 from ddpm_ray.generation import editing
 from ddpm_ray.generation.editing import Mask, Painting
+from ddpm_ray.generation.picture_files import read_image, read_mask
 from ddpm_ray.generation.sample import Images
 from ddpm_ray.generation.trained_model import TrainedModel
-from ddpm_ray.knobs import from_dict
+from ddpm_ray.knobs import ConfigError, from_dict
+
+
+def edited_files(
+    config: EditConfig, model: TrainedModel, image: str, mask: str
+) -> tuple[Images, dict[str, float | None]]:
+    """As `edited`, of the picture in the file `image` and the mask in `mask`, or none if it is "".
+
+    Raises ConfigError for all that is wrong with them, too.
+    """
+    try:
+        pixels = read_image(image, model.image_shape[0])
+        keep = read_mask(mask) if mask else None
+        return edited(config, model, pixels, keep)
+    except (BadImageError, ValueError) as error:
+        raise ConfigError(str(error)) from error
 
 
 def edited(

@@ -1,8 +1,10 @@
 """From what a run left behind, or another library, to a model that samples."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import torch as safetensors
@@ -11,6 +13,8 @@ from ddpm_ray import build
 from ddpm_ray.build_diffusion import denoiser
 from ddpm_ray.config import ModelConfig, RunConfig
 from ddpm_ray.data import storage
+from ddpm_ray.data.shards import DatasetError, open_dataset
+from ddpm_ray.data.storage import StorageError
 from ddpm_ray.diffusion_config import ObjectiveConfig, SamplingConfig, ScheduleConfig
 from ddpm_ray.generation.trained_model import TrainedModel
 from ddpm_ray.knobs import ConfigError, from_dict, to_dict
@@ -24,6 +28,11 @@ from ddpm_ray.training.state import Snapshot
 
 OF_DIFFUSERS = "model_index.json"  # what a pipeline's folder has
 NAMED_BY_DIFFUSERS = "linear", "scaled_linear", "cosine"  # schedules; others go as their betas
+
+
+def default_device() -> str:
+    """The GPU, where there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def trained_model(url: str, device: torch.device | str = "cpu", ema: str = "ema") -> TrainedModel:
@@ -54,8 +63,42 @@ def trained_model(url: str, device: torch.device | str = "cpu", ema: str = "ema"
         "average": ema if ema != "ema" else snapshot.facts.get("average"),  # None: the main one
     }
     return TrainedModel(
-        denoiser(config, model, device), (channels, height, width), provenance, device=device
+        denoiser(config, model, device),
+        (channels, height, width),
+        provenance,
+        device=device,
+        settings=config.sampling,
+        find_label_names=cache(partial(label_names, config, snapshot.facts)),
+        drops_labels=config.conditioned.drops_labels,
     )
+
+
+def run_facts(url: str) -> tuple[RunConfig, dict[str, Any]]:
+    """Config and facts of the checkpoint that `trained_model` would load; reads no weights.
+
+    Raises CheckpointError and ForeignModelError as that does.
+    """
+    if Path(url, OF_DIFFUSERS).is_file():
+        return from_dict(RunConfig, _of_diffusers(Path(url), "cpu").provenance["config"]), {}
+    facts = _checkpoint(url)[1].facts
+    return from_dict(RunConfig, facts["config"]), facts
+
+
+def label_names(config: RunConfig, facts: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """Names of classes 0, 1, ..., as the checkpoint holds them; None where nobody knows them.
+
+    Those of earlier versions do not: then the data set's manifest is asked, if it can be read.
+    """
+    if not config.model.num_classes:
+        return None
+    if "label_names" in facts:
+        return tuple(facts["label_names"])
+    try:
+        dataset = open_dataset(config.data.url)
+    except (DatasetError, StorageError):
+        return None
+    same = dataset.fingerprint == facts.get("data_fingerprint")
+    return dataset.manifest.label_names if same else None
 
 
 def trained_classifier(url: str, device: torch.device | str = "cpu") -> NoisyClassifier:
@@ -154,4 +197,5 @@ def _of_diffusers(folder: Path, device: torch.device | str) -> TrainedModel:
         (form["image_channels"], side, side),
         provenance,
         device=device,
+        settings=config.sampling,
     )

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ddpm_ray.cluster import mlflow_settings
 from ddpm_ray.cluster.interrupts import at_once, exit_code
-from ddpm_ray.knobs import Config, ConfigError, help_lines, load, to_yaml
+from ddpm_ray.knobs import Config, ConfigError, given_keys, help_lines, load, to_yaml
 from ddpm_ray.telling import NO_SECRET, has_secret, told
 
 DONE, FAILED, WRONG_CONFIG, PARTLY_FAILED = 0, 1, 2, 3
@@ -30,30 +30,35 @@ def main(
     kind: type[Config],
     job: Callable[[Config, argparse.Namespace], dict[str, Any]],
     *names: str,
+    prepare: Callable[[Config, argparse.Namespace], Config] | None = None,
 ) -> int:
     """The exit code of a job, which prints its result as the last line of stdout.
 
     `names` are the arguments before `key=value`, as `model_uri` or `--out`; one called `config` is
     the YAML file, and one as `--mask?` is "" where it is left out. The config is checked before
-    `job` imports what is heavy.
+    `job` imports what is heavy. `prepare` checks what `job` will write and lays what was given over
+    the settings of a trained run (`arguments.given` names the keys); `--print-config` shows that.
     """
     try:
         arguments = _parser(usage, kind, names).parse_intermixed_args()
         _refuse_secrets(arguments, names)
         config = load(kind, getattr(arguments, "config", None), arguments.overrides)
+        arguments.given = given_keys(kind, arguments.overrides)
     except ConfigError as error:
         return _say(error, WRONG_CONFIG)
-    if arguments.print_config:
-        print(to_yaml(config), end="")
-        return DONE
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Formatter("%(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("ddpm_ray").setLevel(logging.INFO)
+    logging.getLogger("aiobotocore").setLevel(logging.WARNING)  # not where it found credentials
     mlflow_settings.apply()
     try:
         with at_once():  # a SIGTERM before the workers start is told to MLflow as a Ctrl-C is
             try:
+                config = config if prepare is None else prepare(config, arguments)
+                if arguments.print_config:
+                    print(to_yaml(config), end="")
+                    return DONE
                 result = job(config, arguments)
             finally:
                 _leave_ray()

@@ -12,6 +12,7 @@ from typing import Literal
 from ddpm_ray.average_rules import wrong_decays, wrong_widths
 from ddpm_ray.diffusion_config import ObjectiveConfig, SamplingConfig, ScheduleConfig
 from ddpm_ray.evaluation_config import EvaluationConfig
+from ddpm_ray.generation.settings import Conditioned
 from ddpm_ray.knobs import knob
 
 MIB = 2**20
@@ -238,6 +239,13 @@ class RunConfig:
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
     @property
+    def conditioned(self) -> Conditioned:
+        """What the model is given beside x_t and t, and answers beside its mean."""
+        objective = self.objective
+        learns, drops = objective.variance != "fixed", objective.label_dropout > 0
+        return Conditioned(self.model.num_classes, drops, learns)
+
+    @property
     def worker_counts(self) -> list[int]:
         """How many workers the run may have, rising: those that can share its batch evenly."""
         most = self.cluster.num_workers
@@ -258,7 +266,7 @@ class RunConfig:
         yield from self.model.problems()
         yield from self.training.problems()
         yield from self.sampling.problems("sampling", self.schedule.num_steps)
-        yield from self.sampling.misfits("sampling", self.objective, self.model.num_classes)
+        yield from self.sampling.misfits("sampling", self.conditioned)
         yield from self.evaluation.problems()
         yield from self._classifier_problems()
         batch, workers, lanes = (

@@ -1,10 +1,14 @@
-"""Every knob of the diffusion itself: schedule, objective, sampling. See config.py for the rest."""
+"""Every knob of the diffusion itself: schedule, objective, sampling. See config.py for the rest.
+
+Those of sampling are owned by generation/settings.py, because a notebook's calls take them too.
+"""
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from ddpm_ray.generation.settings import SamplingConfig as SamplingConfig
 from ddpm_ray.knobs import knob
 
 
@@ -183,102 +187,4 @@ class ObjectiveConfig:
             yield (
                 "objective.timesteps is 'second_moment', which evens out the terms of the bound; "
                 "with objective.loss=simple it would only weigh steps anew: use loss=vlb or hybrid"
-            )
-
-
-@dataclass(frozen=True)
-class SamplingConfig:
-    sampler: Literal[
-        "ddim", "ancestral", "dpm_solver_pp", "dpm_solver_pp_sde", "unipc", "heun", "plms"
-    ] = knob("ddim", "how images are drawn")
-    steps: int = knob(50, "steps per image, at most T; heun calls the network twice", at_least=1)
-    spacing: Literal["uniform", "quadratic", "log_snr"] = knob(
-        "uniform", "of these steps over 0..T; log_snr: evenly in log-SNR"
-    )
-    eta: float = knob(0.0, "ddim: fresh noise, 0 none, 1 as ancestral", at_least=0, at_most=1)
-    variance: Literal["fixed_small", "fixed_large", "learned"] = knob(
-        "fixed_small", "of the fresh noise; learned: as the network answers it"
-    )
-    clip: bool = knob(True, "clip each estimate of x_0 to [-1, 1] and derive epsilon again")
-    dynamic_quantile: float = knob(
-        0.0, "clip each image to this quantile of its own |x_0| and rescale; 0: to [-1, 1]",
-        at_least=0, at_most=1,
-    )  # fmt: skip
-    seed: int = knob(0, "with the image's index it fixes an image", at_least=0)
-    batch_size: int = knob(64, "images in one network call", at_least=1)
-    labels: tuple[int, ...] = knob(
-        (), "classes to draw in turn; empty: all in turn, of a model that knows them"
-    )
-    guidance_scale: float = knob(
-        1.0, "classifier-free guidance: 1 the class alone, above 1 more of it", at_least=0
-    )
-    guidance_rescale: float = knob(
-        0.0, "share of guided contrast that is taken back", at_least=0, at_most=1
-    )
-    guidance_above_sigma: float = knob(0.0, "guide only at noise above this sigma", at_least=0)
-    guidance_below_sigma: float = knob(
-        0.0, "and below this one (sigma^2 = 1/alpha_bar - 1); 0: no end", at_least=0
-    )
-
-    def problems(self, prefix: str, num_steps: int | None = None) -> Iterator[str]:
-        """Steps and variance that do not fit a model of T = `num_steps`, if that is known."""
-        if num_steps is not None and 0 < num_steps < self.steps:
-            yield (
-                f"{prefix}.steps is {self.steps}; it cannot exceed schedule.num_steps {num_steps}"
-            )
-        partial = num_steps is not None and self.steps < num_steps
-        if self.variance == "fixed_large" and partial:
-            yield (
-                f"{prefix}.variance is 'fixed_large', which at {self.steps} of {num_steps} steps "
-                f"adds more noise than the next step expects (FID 367 at 10 steps: Song et al. "
-                f"2021, table 1); use {prefix}.variance=fixed_small"
-            )
-        elif self.variance == "fixed_large" and self.sampler == "ddim" and self.eta != 1:
-            yield (
-                f"{prefix}.variance is 'fixed_large' and {prefix}.eta {self.eta}; that variance is "
-                f"defined for eta=1 alone (Song et al. 2021, section 4.1): use fixed_small"
-            )
-        if self.variance == "learned" and self.sampler != "ancestral":
-            yield (
-                f"{prefix}.variance is 'learned' and {prefix}.sampler {self.sampler!r}, which has "
-                f"no variance to learn: use {prefix}.sampler=ancestral or fixed_small"
-            )
-        if self.dynamic_quantile and not self.clip:
-            yield (
-                f"{prefix}.dynamic_quantile is {self.dynamic_quantile} and {prefix}.clip false; "
-                f"it is a way to clip: set one of the two"
-            )
-        if 0 < self.guidance_below_sigma <= self.guidance_above_sigma:
-            yield (
-                f"{prefix}.guidance_below_sigma is {self.guidance_below_sigma}; it must lie above "
-                f"{prefix}.guidance_above_sigma {self.guidance_above_sigma}"
-            )
-
-    def misfits(
-        self, prefix: str, objective: ObjectiveConfig, num_classes: int, *, led: bool = False
-    ) -> Iterator[str]:
-        """What a model that was trained so cannot do: guide without labels, answer a variance.
-
-        `led`: another network knows the labels.
-        """
-        if self.variance == "learned" and objective.variance == "fixed":
-            yield (
-                f"{prefix}.variance is 'learned', and the network answers none "
-                f"(objective.variance=fixed): use {prefix}.variance=fixed_small"
-            )
-        if not num_classes and (self.guidance_scale != 1 or (self.labels and not led)):
-            yield (
-                f"{prefix}.guidance_scale is {self.guidance_scale:g} and {prefix}.labels "
-                f"{list(self.labels)}, but the model is trained without labels "
-                f"(model.num_classes=0): leave both as they are by default"
-            )
-        elif self.guidance_scale != 1 and not objective.label_dropout:
-            yield (
-                f"{prefix}.guidance_scale is {self.guidance_scale:g}, but no image was trained "
-                f"without its label (objective.label_dropout=0): use {prefix}.guidance_scale=1"
-            )
-        if num_classes and (wrong := [k for k in self.labels if not 0 <= k < num_classes]):
-            yield (
-                f"{prefix}.labels has {wrong[0]}; the model knows 0 to {num_classes - 1} "
-                f"(model.num_classes={num_classes})"
             )

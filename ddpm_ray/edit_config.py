@@ -30,10 +30,10 @@ class EditConfig:
     bottom: int = knob(0, "outpaint: pixels below it", at_least=0)
     left: int = knob(0, "outpaint: pixels on its left", at_least=0)
     right: int = knob(0, "outpaint: pixels on its right", at_least=0)
-    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(sampler="ancestral"))
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
     def problems(self) -> Iterator[str]:
-        """Margins that do not fit the kind, a walk that repaint does not know, and sampling's."""
+        """Margins that do not fit the kind."""
         given = [side for side in MARGINS if getattr(self, side)]
         if self.kind == "outpaint" and not given:
             yield "top is 0, and so are bottom, left and right; outpaint adds pixels: set one"
@@ -42,7 +42,15 @@ class EditConfig:
                 f"{given[0]} is {getattr(self, given[0])} and kind {self.kind!r}, which adds no "
                 f"pixels: set kind=outpaint or leave it at 0"
             )
-        if self.kind in ("inpaint", "outpaint") and self.method == "repaint":
+
+    @property
+    def repaints(self) -> bool:
+        """Whether RePaint walks, which takes the sampler ancestral if none is named."""
+        return self.kind in ("inpaint", "outpaint") and self.method == "repaint"
+
+    def sampling_problems(self) -> Iterator[str]:
+        """What the whole of `sampling` rules out, and a walk that RePaint does not know."""
+        if self.repaints:
             if self.sampling.sampler not in ("ancestral", "ddim"):
                 yield (
                     f"sampling.sampler is {self.sampling.sampler!r}; repaint walks as ancestral or "

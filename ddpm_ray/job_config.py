@@ -91,11 +91,14 @@ class SampleConfig:
     lead: LeadConfig = field(default_factory=LeadConfig)
 
     def problems(self) -> Iterator[str]:
-        """What its groups say; T is known once the model is read."""
-        yield from self.sampling.problems("sampling")
-        yield from self.lead.problems(self.sampling)
+        """A film that is none; what sampling rules out is known once the run's own is read."""
         if self.film and not self.film.lower().endswith(".gif"):
             yield f"film is {self.film!r}; it is a GIF: call it {self.film}.gif"
+
+    def sampling_problems(self) -> Iterator[str]:
+        """What the whole of `sampling` rules out."""
+        yield from self.sampling.problems("sampling")
+        yield from self.lead.problems(self.sampling)
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,11 @@ class ExportConfig:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
     def problems(self) -> Iterator[str]:
-        """What sampling says: variance and clip go into the scheduler."""
+        """None before the run's own settings are read."""
+        yield from ()
+
+    def sampling_problems(self) -> Iterator[str]:
+        """What the whole of `sampling` rules out: variance and clip go into the scheduler."""
         yield from self.sampling.problems("sampling")
 
 
@@ -122,9 +129,7 @@ class EvaluateConfig:
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
     def problems(self) -> Iterator[str]:
-        """What its groups say, and too few images for a score."""
-        yield from self.sampling.problems("sampling")
-        yield from self.lead.problems(self.sampling)
+        """What its scores say, and too few images for one."""
         yield from self.evaluation.problems()
         wanted = self.evaluation
         others = (
@@ -135,6 +140,11 @@ class EvaluateConfig:
                 f"evaluation.num_images is {wanted.num_images}; score at least 2, or ask for "
                 f"something else: bits_per_dim_images, likelihood_images, memorisation_images"
             )
+
+    def sampling_problems(self) -> Iterator[str]:
+        """What the whole of `sampling` rules out."""
+        yield from self.sampling.problems("sampling")
+        yield from self.lead.problems(self.sampling)
 
 
 @dataclass(frozen=True)

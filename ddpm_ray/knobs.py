@@ -7,10 +7,9 @@ the checks and the rule that a run keeps its defining values for life all read f
 import copy
 import difflib
 import io
-import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import field, fields, is_dataclass
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
@@ -18,10 +17,11 @@ from typing import Any, Protocol, TypeVar, cast
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ddpm_ray.option_fields import knob as knob
+from ddpm_ray.option_fields import out_of_range, walk
 from ddpm_ray.telling import NO_SECRET, has_secret, redacted, texts
 from ddpm_ray.yaml_text import read_scalar, require_shallow, type_at, with_texts
 
-T = TypeVar("T")
 UNREADABLE = OmegaConfBaseException, TypeError  # the latter for keys below one that is a list
 # A config is written into every checkpoint and into MLflow. Of the environment it may hold these,
 # none of which is a secret; and a reference to another key, but no other resolver of OmegaConf.
@@ -46,33 +46,6 @@ class ConfigError(ValueError):
     """A config that cannot be run; one line for each bad key."""
 
 
-def knob(
-    default: T,
-    doc: str,
-    *,
-    at_least: float | None = None,
-    above: float | None = None,
-    at_most: float | None = None,
-    below: float | None = None,
-    defines_run: bool = False,
-    fills: str = "",
-) -> T:
-    """A documented field with its range; `defines_run`: a run keeps the value for life.
-
-    `fills`: the value names a YAML file whose keys go into the group of that name, below all that
-    is set for it elsewhere.
-    """
-    limits = {
-        "at least": (at_least, lambda x, y: x >= y),
-        "above": (above, lambda x, y: x > y),
-        "at most": (at_most, lambda x, y: x <= y),
-        "below": (below, lambda x, y: x < y),
-    }
-    metadata = {"doc": doc, "limits": limits, "defines_run": defines_run, "fills": fills}
-    value: T = field(default=default, metadata=metadata)
-    return value
-
-
 def load(kind: type[Config], path: str | None, overrides: list[str]) -> Config:
     """A checked config from a YAML file (or defaults alone) and `key=value` overrides.
 
@@ -83,6 +56,11 @@ def load(kind: type[Config], path: str | None, overrides: list[str]) -> Config:
     layers += [("command line", _override(kind, text)) for text in overrides]
     layers = [*_filling(kind, layers), *layers]
     return _checked(kind, _defaults(kind), layers, path or "command line")
+
+
+def given_keys(kind: type[Any], overrides: list[str]) -> frozenset[str]:
+    """The dotted keys that `key=value` overrides set."""
+    return frozenset(key for text in overrides for key, _ in _leaves(_override(kind, text)))
 
 
 def with_values(config: Config, values: Mapping[str, Any], where: str) -> Config:
@@ -133,11 +111,11 @@ def _checked(
     except OmegaConfBaseException as error:  # of an interpolation, ${...}
         reason = redacted(str(error).splitlines()[0])
         raise ConfigError(f"{fallback}: {error.full_key}: {reason}") from error
-    for key, value, _ in _walk(config):
+    for key, value, _ in walk(config):
         if has_secret(value):
             wrong[key] = f"{set_by.get(key, fallback)}: {key}={value!r}: {NO_SECRET}"
     # What keys are together is told once each of them could be read.
-    for line in [*_out_of_range(config), *([] if wrong else config.problems())]:
+    for line in [*out_of_range(config), *([] if wrong else config.problems())]:
         key = line.partition(" ")[0]
         wrong.setdefault(key, f"{set_by.get(key, fallback)}: {line}")
     if wrong:
@@ -193,12 +171,12 @@ def to_yaml(config: object) -> str:
 
 def flat(config: object) -> dict[str, Any]:
     """Every leaf under its dotted key, as in `{"schedule.num_steps": 1000, ...}`."""
-    return {key: value for key, value, _ in _walk(config)}
+    return {key: value for key, value, _ in walk(config)}
 
 
 def defining(config: object) -> dict[str, Any]:
     """The leaves that a run keeps for life: a checkpoint continues only under equal ones."""
-    return {key: value for key, value, meta in _walk(config) if meta["defines_run"]}
+    return {key: value for key, value, meta in walk(config) if meta["defines_run"]}
 
 
 def complaint(kind: type[Any], key: str, value: Any) -> str:
@@ -215,27 +193,13 @@ def complaint(kind: type[Any], key: str, value: Any) -> str:
 
 def help_lines(kind: type[Any]) -> list[str]:
     """One line per knob: dotted key, default, meaning with its unit and range."""
-    rows = [(key, _shown(value), _meaning(meta)) for key, value, meta in _walk(kind())]
+    of_run = "sampling." if hasattr(kind, "sampling_problems") else "\n"  # a trained run's own
+    rows = [
+        (key, "the run's" if key.startswith(of_run) else _shown(value), _meaning(meta))
+        for key, value, meta in walk(kind())
+    ]
     wide, deep = (max(len(row[i]) for row in rows) for i in (0, 1))
     return [f"  {key:<{wide}}  {default:<{min(deep, 24)}}  {doc}" for key, default, doc in rows]
-
-
-def _walk(config: object, prefix: str = "") -> Iterator[tuple[str, Any, Mapping[str, Any]]]:
-    for item in fields(cast(Any, config)):
-        value = getattr(config, item.name)
-        if is_dataclass(value):
-            yield from _walk(value, f"{prefix}{item.name}.")
-        else:
-            yield f"{prefix}{item.name}", value, item.metadata
-
-
-def _out_of_range(config: object) -> Iterator[str]:
-    for key, value, meta in _walk(config):
-        if isinstance(value, float) and not math.isfinite(value):
-            yield f"{key} is {value}; it must be finite"
-        for rule, (limit, holds) in meta["limits"].items():
-            if limit is not None and not holds(value, limit):
-                yield f"{key} is {value}; it must be {rule} {limit}"
 
 
 def _meaning(meta: Mapping[str, Any]) -> str:
@@ -310,7 +274,7 @@ def _nested(key: str, value: Any) -> dict[str, Any]:
 
 
 def _complaint(kind: type[Any], key: str, value: Any, error: Exception) -> str:
-    known = {name: meta for name, _, meta in _walk(kind())}
+    known = {name: meta for name, _, meta in walk(kind())}
     whole = next((name for name in known if key.startswith(f"{name}.")), "")
     if whole and isinstance(error, TypeError):
         return f"{whole} has no keys of its own, as {key}; it means: {_meaning(known[whole])}"

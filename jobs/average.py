@@ -16,6 +16,15 @@ from ddpm_ray.average_config import AverageConfig
 from ddpm_ray.command_line import home_folder, main
 
 
+def prepare(config: AverageConfig, arguments: Namespace) -> AverageConfig:
+    """The config as the run has it where nothing else was given."""
+    from ddpm_ray.cluster import trained  # heavy: after the config is read
+
+    home = home_folder()
+    arguments.run = trained.model_place(arguments.run, home)
+    return trained.as_trained(config, arguments.run, arguments.given, home)
+
+
 def average(config: AverageConfig, arguments: Namespace) -> dict[str, Any]:
     """Scores by width, and the best of them."""
     from ddpm_ray.cluster.averaging import sweep  # heavy: after the config is read
@@ -24,4 +33,4 @@ def average(config: AverageConfig, arguments: Namespace) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(__doc__ or "", AverageConfig, average, "run", "--out?"))
+    sys.exit(main(__doc__ or "", AverageConfig, average, "run", "--out?", prepare=prepare))

@@ -3,40 +3,51 @@
     python jobs/edit.py MODEL_URI IMAGE --mask MASK --out edited.png [key=value ...]
     python jobs/edit.py MODEL_URI IMAGE --out edited.png kind=outpaint right=16 [key=value ...]
 
-MODEL_URI is as in jobs/sample.py. What is white in MASK is painted anew, what is black stays to the
-last grey level, as diffusers and image editors have it; MASK is as large as IMAGE, and IMAGE at
-least as large as the model's images. Options: --help, --print-config. The last line of stdout is a
-JSON object with the results.
+MODEL_URI and `sampling` keys are as in jobs/sample.py; RePaint walks as ancestral unless told
+otherwise. What is white in MASK is painted anew, what is dark stays to the last grey level. Where
+MASK is partly transparent, white paint on a layer is painted, or a hole in a dark picture. MASK is
+as large as IMAGE, and IMAGE at least as large as the model's images. Options: --help,
+--print-config. The last line of stdout is a JSON object with the results.
 """
 
 import sys
 import time
 from argparse import Namespace
+from pathlib import Path
 from typing import Any
 
-from ddpm_ray.command_line import main
+from ddpm_ray.command_line import home_folder, main
 from ddpm_ray.edit_config import EditConfig
+from ddpm_ray.knobs import ConfigError
+from ddpm_ray.output_files import made_ready, output_file
+
+
+def prepare(config: EditConfig, arguments: Namespace) -> EditConfig:
+    """The config as the run has it where nothing else was given; absolute paths."""
+    if problems := list(config.misgiven(arguments.mask, arguments.out)):
+        raise ConfigError("\n".join(problems))
+    home = home_folder()
+    arguments.out = output_file("--out", arguments.out, home, (".png",))
+    for name in ("image", "mask"):  # a submitted job brings them along, or finds them at home
+        if (file := getattr(arguments, name)) and not Path(file).exists():
+            setattr(arguments, name, str(home / file))
+    from ddpm_ray.cluster import trained  # heavy: after the paths are checked
+
+    arguments.model_uri = trained.model_place(arguments.model_uri, home)
+    return trained.as_trained(config, arguments.model_uri, arguments.given, home)
 
 
 def edit(config: EditConfig, arguments: Namespace) -> dict[str, Any]:
     """Where the picture is, how well what is new fits, and what it was painted by."""
-    from ddpm_ray.knobs import ConfigError
-
-    if problems := list(config.misgiven(arguments.mask, arguments.out)):
-        raise ConfigError("\n".join(problems))
-    from ddpm_ray import build_edit, load  # heavy: after the config is checked
-    from ddpm_ray.data.image_files import BadImageError, from_pixels
+    made_ready(arguments.out)
+    from ddpm_ray import build_edit
+    from ddpm_ray.cluster import trained
+    from ddpm_ray.data.image_files import from_pixels
     from ddpm_ray.generation.grids import grid
-    from ddpm_ray.generation.picture_files import read_image, read_mask
 
-    model = load(arguments.model_uri)
+    model = trained.load(arguments.model_uri, home=home_folder())
     started = time.perf_counter()
-    try:
-        image = read_image(arguments.image, model.image_shape[0])
-        mask = read_mask(arguments.mask) if arguments.mask else None
-        images, measured = build_edit.edited(config, model, image, mask)
-    except (BadImageError, ValueError) as error:
-        raise ConfigError(str(error)) from error
+    images, measured = build_edit.edited_files(config, model, arguments.image, arguments.mask)
     picture = from_pixels(images[0], 0) if len(images) == 1 else grid(images)
     picture.save(arguments.out)
     provenance = {key: model.provenance[key] for key in ("checkpoint", "step", "weights_sha256")}
@@ -45,4 +56,5 @@ def edit(config: EditConfig, arguments: Namespace) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(__doc__ or "", EditConfig, edit, "model_uri", "image", "--mask?", "--out"))
+    names = "model_uri", "image", "--mask?", "--out"
+    sys.exit(main(__doc__ or "", EditConfig, edit, *names, prepare=prepare))

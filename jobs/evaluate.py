@@ -3,6 +3,7 @@
     python jobs/evaluate.py MODEL_URI [key=value ...]
 
 MODEL_URI is a run's folder or one checkpoint's, runs:/<run id>/model or models:/<name>@<alias>.
+Samples are drawn as the run draws its own, by its `sampling` keys; those given here come first.
 Options: --help, --print-config. The last line of stdout is a JSON object with the results.
 """
 
@@ -14,6 +15,15 @@ from ddpm_ray.command_line import home_folder, main
 from ddpm_ray.job_config import EvaluateConfig
 
 
+def prepare(config: EvaluateConfig, arguments: Namespace) -> EvaluateConfig:
+    """The config as the run has it where nothing else was given."""
+    from ddpm_ray.cluster import trained  # heavy: after the config is read
+
+    home = home_folder()
+    arguments.model_uri = trained.model_place(arguments.model_uri, home)
+    return trained.as_trained(config, arguments.model_uri, arguments.given, home)
+
+
 def evaluate(config: EvaluateConfig, arguments: Namespace) -> dict[str, Any]:
     """Metrics, and their certificate."""
     from ddpm_ray.cluster.evaluation_run import evaluate as run  # heavy: after the config is read
@@ -22,4 +32,4 @@ def evaluate(config: EvaluateConfig, arguments: Namespace) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(__doc__ or "", EvaluateConfig, evaluate, "model_uri"))
+    sys.exit(main(__doc__ or "", EvaluateConfig, evaluate, "model_uri", prepare=prepare))

@@ -12,19 +12,31 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from ddpm_ray.command_line import main
+from ddpm_ray.command_line import home_folder, main
 from ddpm_ray.job_config import ExportConfig
+from ddpm_ray.output_files import output_folder
+
+
+def prepare(config: ExportConfig, arguments: Namespace) -> ExportConfig:
+    """The config as the run has it where nothing else was given; absolute paths."""
+    home = home_folder()
+    arguments.out = output_folder("--out", arguments.out, home)
+    from ddpm_ray.cluster import trained  # heavy: after the paths are checked
+
+    arguments.model_uri = trained.model_place(arguments.model_uri, home)
+    return trained.as_trained(config, arguments.model_uri, arguments.given, home)
 
 
 def export(config: ExportConfig, arguments: Namespace) -> dict[str, Any]:
     """Where the folder is, and which weights are in it."""
-    from ddpm_ray import build_trained, load  # heavy: after the config is checked
+    from ddpm_ray import build_trained  # heavy: after the config is checked
+    from ddpm_ray.cluster import trained
 
-    model = load(arguments.model_uri)
+    model = trained.load(arguments.model_uri, home=home_folder())
     build_trained.write_diffusers(model, config.sampling, Path(arguments.out))
     provenance = {key: model.provenance[key] for key in ("checkpoint", "step", "weights_sha256")}
     return {"folder": arguments.out, **provenance}
 
 
 if __name__ == "__main__":
-    sys.exit(main(__doc__ or "", ExportConfig, export, "model_uri", "--out"))
+    sys.exit(main(__doc__ or "", ExportConfig, export, "model_uri", "--out", prepare=prepare))

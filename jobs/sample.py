@@ -3,41 +3,51 @@
     python jobs/sample.py MODEL_URI --out grid.png [key=value ...]
 
 MODEL_URI is a run's folder or one checkpoint's, runs:/<run id>/model or models:/<name>@<alias>.
+Images are drawn as the run draws its own, by its `sampling` keys; those given here come first.
 Options: --help, --print-config. The last line of stdout is a JSON object with the results.
 """
 
 import itertools
 import sys
 from argparse import Namespace
+from dataclasses import replace
 from typing import Any
 
-from ddpm_ray.command_line import ProgressLine, main
+from ddpm_ray.command_line import ProgressLine, home_folder, main
 from ddpm_ray.job_config import SampleConfig
+from ddpm_ray.output_files import PICTURES, made_ready, output_file
+
+
+def prepare(config: SampleConfig, arguments: Namespace) -> SampleConfig:
+    """The config as the run has it where nothing else was given; absolute paths."""
+    home = home_folder()
+    arguments.out = output_file("--out", arguments.out, home, PICTURES)
+    film = config.film and output_file("film", config.film, home, (".gif",))
+    from ddpm_ray.cluster import trained  # heavy: after the paths are checked
+
+    arguments.model_uri = trained.model_place(arguments.model_uri, home)
+    config = trained.as_trained(config, arguments.model_uri, arguments.given, home)
+    return replace(config, film=film)
 
 
 def sample(config: SampleConfig, arguments: Namespace) -> dict[str, Any]:
     """Where the picture is, and what it was drawn from."""
-    from ddpm_ray import build_diffusion, load  # heavy: after the config is checked
-    from ddpm_ray.cluster.trained import led
-    from ddpm_ray.config import RunConfig
+    made_ready(arguments.out, config.film)
+    from ddpm_ray.cluster import trained
     from ddpm_ray.generation.films import Film
     from ddpm_ray.generation.grids import grid
-    from ddpm_ray.knobs import from_dict
 
-    model, sampling = load(arguments.model_uri), config.sampling
-    begun = from_dict(RunConfig, model.provenance["config"])
-    knows = bool(config.lead.classifier)
-    plan = build_diffusion.checked_plan(sampling, begun, model.denoiser.schedule, led=knows)
-    model = led(model, config.lead, plan)
-    batches = -(-config.num_images // sampling.batch_size)
-    line, film, seen = ProgressLine("step"), Film(), itertools.count(1)
+    model, plan = trained.planned(arguments.model_uri, config.sampling, config.lead, home_folder())
+    size = config.sampling.batch_size
+    calls = -(-config.num_images // size) * (len(plan.steps) - 1)
+    line, film, seen = ProgressLine(f"step of {plan.sampler}"), Film(), itertools.count(1)
 
     def show(t: int, x_t: Any, x_0: Any) -> None:
-        line(next(seen), batches * (len(plan.steps) - 1))
+        line(next(seen), calls)
         if config.film:
             film.add(t, x_t, x_0)
 
-    images = model.draw(plan, config.num_images, sampling.batch_size, show)
+    images = model.draw(plan, config.num_images, size, show)
     grid(images).save(arguments.out)
     if config.film:
         film.save(config.film, images)
@@ -46,4 +56,4 @@ def sample(config: SampleConfig, arguments: Namespace) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(__doc__ or "", SampleConfig, sample, "model_uri", "--out"))
+    sys.exit(main(__doc__ or "", SampleConfig, sample, "model_uri", "--out", prepare=prepare))

@@ -81,7 +81,7 @@ def test_what_is_white_in_the_mask_is_painted_and_what_is_black_stays(
     assert np.array_equal(shown()[~WHITE], PIXELS[~WHITE])
     assert (shown()[WHITE] != PIXELS[WHITE]).mean() > 0.8
     told = json.loads(out.splitlines()[-1])
-    assert told["picture"] == "out.png"
+    assert told["picture"] == str(Path("out.png").absolute())
     assert told["known_error"] == 0
     assert told["seam"] > 0
     assert told["seconds"] > 0
@@ -124,17 +124,24 @@ def test_an_image_larger_than_the_models_and_in_colour_becomes_what_it_knows(edi
 
 
 def test_a_transparent_mask_and_a_grey_one_are_read_as_white_from_the_middle(edit: Edit) -> None:
-    """As in image editors: what is rubbed out is painted; 127 stays and 128 is painted."""
+    """As in image editors: what is rubbed out of black is painted, or white on a layer.
+
+    Of a grey mask 127 stays and 128 is painted.
+    """
     rgba = np.zeros((8, 8, 4), np.uint8)
     rgba[..., 3] = np.where(WHITE, 0, 255)
     Image.fromarray(rgba).save("rubbed.png")
+    Image.fromarray(np.where(WHITE[..., None], 255, 0).repeat(4, -1).astype(np.uint8)).save(
+        "layer.png"
+    )
     saved("grey.png", np.where(WHITE, 128, 127).astype(np.uint8))
     pictures = []
-    for mask in ("mask.png", "rubbed.png", "grey.png"):
+    for mask in ("mask.png", "rubbed.png", "grey.png", "layer.png"):
         assert edit("--mask", mask)[0] == 0
         pictures.append(shown())
     assert np.array_equal(pictures[0], pictures[1])
     assert np.array_equal(pictures[0], pictures[2])
+    assert np.array_equal(pictures[0], pictures[3])
 
 
 @pytest.mark.parametrize(
@@ -147,7 +154,17 @@ def test_a_transparent_mask_and_a_grey_one_are_read_as_white_from_the_middle(edi
         (["--mask", "mask.png"], "small.png", "mask is 8 x 8 and the images 4 x 4"),
         (["--mask", "small.png"], "small.png", "images are 4 x 4 and those of the model 8 x 8"),
         (["--mask", "mask.png"], "words.png", "words.png: not a readable image (it is none of PNG"),
-        (["--mask", "black.png"], "image.png", "mask is True everywhere, so nothing is to be"),
+        (["--mask", "black.png"], "image.png", "black.png: dark everywhere (its largest value"),
+        (["--mask", "ones.png"], "image.png", "largest value is 1 of 255), so nothing is painted"),
+        (["--mask", "ones.png"], "image.png", "multiply a mask of 0 and 1 by 255"),
+        (["--mask", "white.png"], "image.png", "white.png: white everywhere, so nothing of the"),
+        (["--mask", "mixed.png"], "image.png", "other pixels are partly white, partly dark; save"),
+        (["kind=outpaint", "top=1", "sampling.sampler=unipc"], "image.png", "repaint walks as anc"),
+        (
+            ["kind=outpaint", "top=1", "sampling.variance=learned"],
+            "image.png",
+            "sampling.variance is 'learned'; repaint walks with fixed_small",
+        ),
         (["kind=outpaint"], "image.png", "top is 0, and so are bottom, left and right"),
         (["--mask", "mask.png", "left=2"], "image.png", "left is 2 and kind 'inpaint'"),
         (["kind=image_to_image", "strength=0"], "image.png", "strength is 0.0; it must be above"),
@@ -167,6 +184,9 @@ def test_what_cannot_be_edited_ends_with_2_and_one_line(
 ) -> None:
     Path("words.png").write_text("not a picture")
     saved("black.png", np.zeros((8, 8), np.uint8))
+    saved("white.png", np.full((8, 8), 255, np.uint8))
+    saved("ones.png", WHITE.astype(np.uint8))
+    saved("mixed.png", np.dstack([PIXELS, PIXELS, PIXELS, 255 - WHITE * np.uint8(255)]))
     code, out, err = edit(*arguments, image=image)
     assert (code, out) == (2, "")
     assert says in err
@@ -178,8 +198,6 @@ def test_what_cannot_be_edited_ends_with_2_and_one_line(
 @pytest.mark.parametrize(
     "overrides, says",
     [
-        (["sampling.sampler=unipc"], "sampling.sampler is 'unipc'; repaint walks as ancestral"),
-        (["sampling.variance=learned"], "sampling.variance is 'learned'; repaint walks with fixed"),
         (["kind=outpaint", "left=-3"], "left is -3; it must be at least 0"),
         (["num_images=0"], "num_images is 0; it must be at least 1"),
         (["kind=paint"], "kind='paint'"),

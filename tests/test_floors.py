@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = {
     "ddpm_ray.faults": 0,
     "ddpm_ray.telling": 0,
+    "ddpm_ray.option_fields": 0,
     "ddpm_ray.seeding": 0,
     "ddpm_ray.diffusion": 0,
     "ddpm_ray.measures": 0,
@@ -40,6 +41,7 @@ FLOORS = {
     "ddpm_ray.build_edit": 4,
     "ddpm_ray.cluster": 4,
     "ddpm_ray.command_line": 5,
+    "ddpm_ray.output_files": 5,
     "ddpm_ray": 5,  # the notebook face: ddpm_ray/__init__.py
     "jobs": 5,
 }
@@ -71,6 +73,8 @@ DIETS = {  # module or folder: all that it may import from outside, beside the s
     "ddpm_ray.measures": {"torch"},
     "ddpm_ray.faults": set[str](),
     "ddpm_ray.telling": set[str](),
+    "ddpm_ray.option_fields": set[str](),
+    "ddpm_ray.generation.settings": set[str](),
     "ddpm_ray.data.order": {"numpy"},
     "ddpm_ray.config": set[str](),
     "ddpm_ray.diffusion_config": set[str](),

@@ -1,44 +1,109 @@
 """Trained models by name: from a checkpoint folder, or out of MLflow."""
 
-import dataclasses
 import tempfile
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 
 from ddpm_ray import build_trained
+from ddpm_ray.build_diffusion import checked_plan
 from ddpm_ray.cluster import registry
 from ddpm_ray.cluster.tracking_place import tracking_place
+from ddpm_ray.config import RunConfig
+from ddpm_ray.data import storage
+from ddpm_ray.diffusion_config import SamplingConfig
 from ddpm_ray.generation import leading
 from ddpm_ray.generation.sample import SamplingPlan
 from ddpm_ray.generation.trained_model import TrainedModel
 from ddpm_ray.job_config import LeadConfig
-from ddpm_ray.knobs import ConfigError
+from ddpm_ray.knobs import Checked, ConfigError, from_dict
 
 IN_MLFLOW = ("runs:/", "models:/")
 
 
-def load(uri: str, device: torch.device | str = "", tracking_uri: str = "") -> TrainedModel:
+def load(
+    uri: str, device: torch.device | str = "", tracking_uri: str = "", home: Path | None = None
+) -> TrainedModel:
     """The model at a folder's URL, `runs:/<run id>/model` or `models:/<name>@<alias>`.
 
-    The latter two are looked up at `tracking_uri`, or where `tracking_place` says. Raises
-    CheckpointError, StorageError or TrackingError.
+    The latter two are looked up at `tracking_uri`, or where `tracking_place` says, of `home` or of
+    this folder. Raises CheckpointError, StorageError or TrackingError.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if not uri.startswith(IN_MLFLOW):
-        return build_trained.trained_model(uri, device)
-    with tempfile.TemporaryDirectory() as scratch:
-        where = tracking_place(Path.cwd(), tracking_uri)
-        return build_trained.trained_model(
-            str(registry.download_model(where, uri, Path(scratch))), device
+    with _local(uri, home or Path.cwd(), tracking_uri) as folder:
+        return build_trained.trained_model(folder, device or build_trained.default_device())
+
+
+class SamplingJob(Checked, Protocol):
+    """The config of a job that samples from a trained run."""
+
+    @property
+    def sampling(self) -> SamplingConfig: ...
+
+    def sampling_problems(self) -> Iterator[str]:
+        """What the whole of `sampling` rules out, a line for each."""
+        ...
+
+
+Job = TypeVar("Job", bound=SamplingJob)
+
+
+def as_trained(config: Job, uri: str, given: Collection[str], home: Path) -> Job:
+    """`config` with the sampling settings of the run at `uri`, but for the `given` dotted keys.
+
+    RePaint walks as ancestral unless it is told otherwise, and labels are numbers. The folders of
+    models that lead are looked for below `home`. Raises ConfigError for what cannot go together,
+    and as `load` does.
+    """
+    with _local(uri, home) as folder:
+        run, facts = build_trained.run_facts(folder)
+    own = run.sampling.for_repaint() if getattr(config, "repaints", False) else run.sampling
+    names = [key.removeprefix("sampling.") for key in given if key.startswith("sampling.")]
+    values = {name: getattr(config.sampling, name) for name in names}
+    try:
+        sampling = own.overridden(values, run.schedule.num_steps)
+        if sampling.has_names:
+            known = build_trained.label_names(run, facts)
+            sampling = replace(sampling, labels=sampling.numbered(known))
+    except ValueError as error:
+        raise ConfigError(f"sampling.{error}") from error
+    changes: dict[str, Any] = {"sampling": sampling}
+    if (lead := getattr(config, "lead", None)) is not None:
+        weak, classifier = (
+            model_place(place, home) if place else ""
+            for place in (lead.weak_model, lead.classifier)
         )
+        changes["lead"] = replace(lead, weak_model=weak, classifier=classifier)
+    config = replace(cast(Any, config), **changes)
+    if problems := [*config.problems(), *config.sampling_problems()]:
+        raise ConfigError("\n".join(problems))
+    return config
+
+
+def model_place(uri: str, home: Path) -> str:
+    """`uri` with a relative folder laid below `home`."""
+    return uri if uri.startswith(IN_MLFLOW) else storage.absolute(uri, home)
+
+
+@contextmanager
+def _local(uri: str, home: Path, tracking_uri: str = "") -> Iterator[str]:
+    """Where the checkpoint of `uri` can be read: of a model in MLflow, a copy for a while."""
+    if not uri.startswith(IN_MLFLOW):
+        yield uri
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        where = tracking_place(home, tracking_uri)
+        yield str(registry.download_model(where, uri, Path(scratch)))
 
 
 def led(
     model: TrainedModel, config: LeadConfig, plan: SamplingPlan, tracking_uri: str = ""
 ) -> TrainedModel:
     """`model` with what leads its samples; raises ConfigError where the two do not fit."""
-    of, device = model.denoiser, model.device
+    of, device, classes = model.denoiser, model.device, 0
     if config.weak_model:
         weak = load(config.weak_model, device, tracking_uri)
         try:
@@ -47,6 +112,7 @@ def led(
             raise ConfigError(f"lead.weak_model is {config.weak_model!r}: {error}") from error
     elif config.classifier:
         classifier = build_trained.trained_classifier(config.classifier, device)
+        classes = classifier.num_classes
         means = config.classifier_form == "mean"
         lead = leading.by_classifier(
             classifier, of, config.classifier_scale,
@@ -55,4 +121,18 @@ def led(
         )  # fmt: skip
     else:
         return model
-    return dataclasses.replace(model, denoiser=dataclasses.replace(of, lead=lead))
+    return replace(model, denoiser=replace(of, lead=lead, lead_classes=classes))
+
+
+def planned(
+    uri: str, sampling: SamplingConfig, lead: LeadConfig, home: Path
+) -> tuple[TrainedModel, SamplingPlan]:
+    """The model at `uri` with what leads it, and the steps of `sampling`; raises ConfigError."""
+    model = load(uri, home=home)
+    run = from_dict(RunConfig, model.provenance["config"])
+    plan = checked_plan(sampling, run, model.denoiser.schedule, led=bool(lead.classifier))
+    model = led(model, lead, plan, tracking_place(home))
+    try:
+        return model, model.plan_of(sampling)
+    except ValueError as error:
+        raise ConfigError(f"sampling.{error}") from error

@@ -244,6 +244,10 @@ def check_model(config: RunConfig, dataset: Dataset) -> None:
             f"model.num_classes is {config.model.num_classes}, and the data in {config.data.url} "
             f"has {known} labels; set model.num_classes={known}"
         )
+    try:
+        config.sampling.numbered(dataset.manifest.label_names)
+    except ValueError as error:
+        raise ConfigError(f"sampling.{error}") from error
 
 
 def artifacts_beside(tracking_uri: str) -> str | None:

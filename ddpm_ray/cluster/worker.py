@@ -98,14 +98,9 @@ def assemble(
     opened = settings.get("fingerprints", {})  # by URL, as the driver saw them
     for one in (dataset, *map(open_dataset, filter(None, [config.evaluation.held_out_url]))):
         _require_same_data(one, opened.get(one.url, one.fingerprint), "driver saw")
-    height, width, channels = dataset.manifest.image_shape
-    facts = {
-        "config": settings["config"],
-        "image_shape": [height, width, channels],
-        "data_fingerprint": dataset.fingerprint,
-        "identity": settings["identity"],
-    }
-    state = build.training_state(config, dataset.manifest.image_shape, workers.device, facts)
+    state = build.training_state(
+        config, dataset.manifest.image_shape, workers.device, _facts(settings, dataset)
+    )
     log = StepLog(workers, config.training.log_every_steps)
     guard = Guard.of(config.training.on_divergence, config.training.spike_factor)
     faults.at("restore")
@@ -119,17 +114,7 @@ def assemble(
         guard.resume(snapshot.facts["guard"])
         unsent = [Row(**row) for row in snapshot.facts["unsent_rows"]]
     sink = _tracker(config, settings, unsent) if workers.leads else None
-    denoiser = build_diffusion.denoiser(config, state.ema.model, workers.device)
-    denoiser = build.shown_low(denoiser, config.data, dataset, GRID_IMAGES, workers.device)
-    gallery = Gallery(
-        denoiser,
-        build_diffusion.sampling_plan(config.sampling, denoiser.schedule),
-        (channels, height, width),
-        workers,
-        storage.join(settings["folder"], "pictures"),
-        sink,
-        config.sampling.batch_size,
-    )
+    gallery = _gallery(config, settings["folder"], dataset, state, workers, sink)
     draws = config.model.kind == "unet"
     return Run(
         plan=build.plan(config, workers.count),
@@ -148,6 +133,30 @@ def assemble(
         evaluate=_Judge(config, dataset, state, gallery).evaluate,
         probe=_prober(config, dataset, state, gallery),
         keep_averages=build.keeper(config, state, writer, settings["folder"], workers),
+    )
+
+
+def _gallery(
+    config: RunConfig,
+    folder: str,
+    dataset: Dataset,
+    state: TrainingState,
+    workers: Workers,
+    sink: Tracker | None,
+) -> Gallery:
+    """Samples of the EMA weights, drawn on all workers."""
+    denoiser = build_diffusion.denoiser(config, state.ema.model, workers.device)
+    denoiser = build.shown_low(denoiser, config.data, dataset, GRID_IMAGES, workers.device)
+    height, width, channels = dataset.manifest.image_shape
+    names = dataset.manifest.label_names
+    return Gallery(
+        denoiser,
+        build_diffusion.sampling_plan(config.sampling, denoiser.schedule, names),
+        (channels, height, width),
+        workers,
+        storage.join(folder, "pictures"),
+        sink,
+        config.sampling.batch_size,
     )
 
 
@@ -173,6 +182,17 @@ def _require_same_data(dataset: Dataset, wanted: str, whose: str) -> None:
             f"this is data set {dataset.fingerprint[:12]}, and the {whose} {wanted[:12]}",
             "put that back, or begin a run under another name=",
         )
+
+
+def _facts(settings: dict[str, Any], dataset: Dataset) -> dict[str, Any]:
+    """What every checkpoint of the run says of it."""
+    return {
+        "config": settings["config"],
+        "image_shape": list(dataset.manifest.image_shape),
+        "data_fingerprint": dataset.fingerprint,
+        "identity": settings["identity"],
+        "label_names": list(dataset.manifest.label_names),
+    }
 
 
 def _tracked_run(settings: dict[str, Any]) -> TrackedRun:

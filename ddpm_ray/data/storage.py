@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import logging
 import os
 import posixpath
 import shutil
@@ -36,7 +35,6 @@ LEAST_BYTES_PER_S = 2**20  # what bodies add to it; of an object of unknown size
 UNKNOWN_BYTES = 256 * 2**20
 NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EINVAL)  # hard ones
 _patience_s = 10.0  # see be_patient
-logging.getLogger("aiobotocore").setLevel(logging.WARNING)  # not where it found its credentials
 
 
 class StorageError(RuntimeError):

@@ -54,6 +54,7 @@ class Denoiser:
     low_resolution_pixels: int = 0  # of what a network for super-resolution sees; 0: it sees none
     low: Tensor | None = None  # [M, C, H, W]: that of image i is the one at i % M
     lead: Lead | None = None
+    lead_classes: int = 0  # labels that `lead` knows, of a network that knows none; 0: not said
 
     @classmethod
     def of_noise(cls, denoise: Denoise, schedule: NoiseSchedule) -> "Denoiser":

@@ -1,13 +1,16 @@
 """Pictures and masks that a person names, as a model takes them. Raises BadImageError."""
 
+import io
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
-from ddpm_ray.data.image_files import BadImageError, open_image, pixels
+from ddpm_ray.data.image_files import FORMATS, ORIENTATION, BadImageError, open_image, pixels
 from ddpm_ray.generation.editing import Mask
 
+WHITE = 128  # of 255: pixels of a mask from here on are white, or opaque
 MOST_PIXELS = 64_000_000  # more are refused before they are decoded
 
 
@@ -23,8 +26,46 @@ def read_image(file: str, channels: int) -> npt.NDArray[np.uint8]:
 
 
 def read_mask(file: str) -> Mask:
-    """[H, W], True where the picture is dark (below 128 of 255), which is what stays.
+    """[H, W], False where the picture is white (128 of 255 and above), which is painted anew.
 
-    Transparent counts as white: image editors and diffusers have white painted anew.
+    Of a picture with transparent pixels the opaque ones must be all white, as a layer that was
+    painted on, whose transparent pixels stay; or all dark, as one in which a hole was erased, which
+    is painted. Raises BadImageError for any other, and where all is painted or nothing.
     """
-    return read_image(file, channels=1)[..., 0] < 128
+    grey = read_image(file, channels=1)[..., 0]
+    white = grey >= WHITE
+    if (opaque := _opaque(file)) is not None:
+        if white[opaque].any() and not white[opaque].all():
+            raise BadImageError(
+                file,
+                "a mask with transparent pixels whose other pixels are partly white, partly dark",
+                "save it without an alpha channel, white where the image is to be painted",
+            )
+        white = white & opaque if white[opaque].any() else ~opaque
+    if not white.any():
+        hint = ": multiply a mask of 0 and 1 by 255" if 0 < grey.max() <= 1 else ""
+        raise BadImageError(
+            file,
+            f"dark everywhere (its largest value is {grey.max()} of 255), so nothing is painted",
+            f"make white what is to be painted{hint}",
+        )
+    if white.all():
+        raise BadImageError(
+            file,
+            "white everywhere, so nothing of the image would stay",
+            "make dark what is to stay, or draw whole images with jobs/sample.py",
+        )
+    return ~white
+
+
+def _opaque(file: str) -> npt.NDArray[np.bool_] | None:
+    """[H, W], where a readable picture is opaque; None where it is so everywhere."""
+    with Image.open(io.BytesIO(Path(file).read_bytes()), formats=FORMATS) as image:
+        if not image.has_transparency_data:
+            return None
+        alpha = np.asarray(image.convert("RGBA"))[..., 3] >= WHITE
+        if not alpha.all() and image.getexif().get(ORIENTATION, 1) != 1:
+            raise BadImageError(
+                file, "a mask with transparent pixels and an orientation tag", "save it upright"
+            )
+    return None if alpha.all() else alpha

@@ -5,9 +5,9 @@ fresh noise are the same. What a network makes of them may differ in the last bi
 sizes, because its matrix products then sum in another order.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, assert_never
+from typing import TypeAlias, assert_never
 
 import numpy as np
 import numpy.typing as npt
@@ -19,13 +19,10 @@ from ddpm_ray.diffusion.estimate import Clip, clip_to_quantile, clip_to_range
 from ddpm_ray.diffusion.process import Denoise, NoiseSchedule
 from ddpm_ray.diffusion.samplers import Noise, OnStep
 from ddpm_ray.generation.denoiser import UNGUIDED, Denoiser, Guidance
+from ddpm_ray.generation.settings import Sampler, SamplingConfig, Variance
 from ddpm_ray.seeding import Purpose, normal
 
 Images: TypeAlias = npt.NDArray[np.uint8]  # [N, H, W, C]
-Sampler: TypeAlias = Literal[
-    "ddim", "ancestral", "dpm_solver_pp", "dpm_solver_pp_sde", "unipc", "heun", "plms"
-]
-Variance: TypeAlias = Literal["fixed_small", "fixed_large", "learned"]
 
 
 @dataclass(frozen=True)
@@ -60,6 +57,42 @@ def first_step(schedule: NoiseSchedule, sampler: Sampler) -> int:
     if sampler in ("heun", "plms"):
         return spacing.noisiest_step(schedule)
     return schedule.num_steps
+
+
+def sampling_plan(
+    settings: SamplingConfig, schedule: NoiseSchedule, label_names: Sequence[str] | None = None
+) -> SamplingPlan:
+    """The steps of these settings for a model of this schedule; names of labels by their numbers.
+
+    Raises ValueError for a label that `label_names` lacks.
+    """
+    first = first_step(schedule, settings.sampler)
+    count = min(settings.steps, first)
+    match settings.spacing:
+        case "uniform":
+            steps = spacing.uniform_steps(first, count)
+        case "quadratic":
+            steps = spacing.quadratic_steps(first, count)
+        case "log_snr":
+            steps = spacing.log_snr_steps(schedule, count, first)
+        case _:
+            assert_never(settings.spacing)
+    return SamplingPlan(
+        steps,
+        settings.sampler,
+        eta=settings.eta,
+        variance=settings.variance,
+        clip=settings.clip,
+        dynamic_quantile=settings.dynamic_quantile,
+        seed=settings.seed,
+        labels=settings.numbered(label_names),
+        guidance=Guidance(
+            settings.guidance_scale,
+            settings.guidance_rescale,
+            settings.guidance_above_sigma,
+            settings.guidance_below_sigma,
+        ),
+    )
 
 
 def draw(

@@ -48,6 +48,7 @@ class NoisyClassifier(nn.Module):
         variant: Variant = HO,
     ) -> None:
         super().__init__()
+        self.num_classes = num_classes
         if num_classes < 2:
             raise ValueError(f"num_classes is {num_classes}; there must be at least 2")
         widths = [base_channels * mult for mult in channel_mults]

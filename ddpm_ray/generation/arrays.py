@@ -1,0 +1,83 @@
+"""Images and masks of a notebook's calls as arrays, or a ValueError that says what to give."""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+from torch import Tensor
+
+from ddpm_ray.generation.sample import Images
+
+
+def as_images(images: Any, channels: int) -> Images:
+    """uint8 [N, H, W, channels] of such an array or tensor, or of a list of images.
+
+    Pictures of PIL are taken in the modes L and RGB, alone or in a list.
+    """
+    if isinstance(images, Image.Image):
+        images = [images]
+    if isinstance(images, list | tuple):
+        listed = [_pixels(one) for one in images]
+        if len(sizes := {image.shape for image in listed}) > 1:
+            raise ValueError(
+                f"images are of several sizes ({', '.join(map(str, sorted(sizes)))}); give images "
+                f"of one size in each call"
+            )
+        images = np.stack(listed) if listed else np.zeros(0, np.uint8)
+    found = _array(images)
+    sound = found.dtype == np.uint8 and found.ndim == 4 and len(found)
+    if not sound or found.shape[3] != channels:
+        raise ValueError(
+            f"images are {found.dtype} {list(found.shape)}; give uint8 [N, H, W, {channels}], "
+            "one image as image[None]"
+        )
+    return np.require(found, requirements=["C", "W"])
+
+
+def as_mask(mask: Any, images: Images) -> npt.NDArray[np.bool_]:
+    """The mask as bool [N or 1, 1, H, W], True where a pixel of `images` is known."""
+    whole = _array(mask)
+    if whole.shape not in (images.shape[1:3], images.shape[:3]):
+        found, wanted = (" x ".join(map(str, a)) for a in (whole.shape, images.shape[1:3]))
+        raise ValueError(
+            f"mask is {found} and the images {wanted}; give one mask of their height and width, "
+            "or one for each"
+        )
+    if whole.dtype.kind not in "biuf":
+        raise ValueError(f"mask is {whole.dtype}; give True or 1 where a pixel is known")
+    keep = whole.astype(bool)
+    if not (keep == whole).all():
+        raise ValueError(
+            f"mask holds {whole[keep != whole][0]}; it is True or 1 where a pixel is known and "
+            "False or 0 where one is painted: compare it, as in mask < 128"
+        )
+    if keep.all() or not keep.any():
+        found, remedy = ("True", "nothing is") if keep.all() else ("False", "all of it is")
+        raise ValueError(
+            f"mask is {found} everywhere, so {remedy} to be painted; it is True where a pixel is "
+            "known: to draw whole images use sample"
+        )
+    return keep.reshape(-1, 1, *keep.shape[-2:])
+
+
+def _pixels(image: Any) -> npt.NDArray[Any]:
+    """[H, W, C] of a picture of PIL; anything else as the array that it is."""
+    if not isinstance(image, Image.Image):
+        return _array(image)
+    if image.mode not in ("L", "RGB"):
+        raise ValueError(
+            f"images hold a picture of mode {image.mode}; convert it first: "
+            f"image.convert('RGB'), or 'L' for a model of grey images"
+        )
+    found = np.asarray(image)
+    return found[..., None] if found.ndim == 2 else found
+
+
+def _array(value: Any) -> npt.NDArray[Any]:
+    if isinstance(value, Tensor):
+        value = value.detach().cpu().numpy()
+    try:
+        return np.asarray(value)
+    except ValueError:  # of lists of several lengths
+        return np.asarray(value, dtype=object)

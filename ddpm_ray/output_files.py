@@ -1,0 +1,56 @@
+"""Pictures and folders that a job writes: checked before it works, so that no work is lost."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from ddpm_ray.knobs import ConfigError
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+
+
+def output_file(option: str, path: str, home: Path, suffixes: Sequence[str]) -> str:
+    """The absolute path of a file to be written; relative ones lie below `home`.
+
+    Raises ConfigError, which names `option`, where no such file can be written there.
+    """
+    where = _local(option, path, home)
+    if where.suffix.lower() not in suffixes:
+        raise ConfigError(f"{option} is {path}; end it in one of {', '.join(suffixes)}")
+    if where.is_dir():
+        raise ConfigError(f"{option} is {path}, which is a folder; name a file in it")
+    _require_writable(option, path, where.parent)
+    return str(where)
+
+
+def output_folder(option: str, path: str, home: Path) -> str:
+    """The absolute path of a folder to be written, likewise."""
+    where = _local(option, path, home)
+    _require_writable(option, path, where)
+    return str(where)
+
+
+def made_ready(*files: str) -> None:
+    """Make the folders of these files, where they are missing; raises ConfigError."""
+    for folder in (Path(file).parent for file in files if file):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"{folder}: cannot be made: {error.strerror}") from error
+
+
+def _local(option: str, path: str, home: Path) -> Path:
+    if "://" in path:
+        raise ConfigError(f"{option} is {path}; it is written to this machine: name a local path")
+    return home / Path(path).expanduser()
+
+
+def _require_writable(option: str, path: str, folder: Path) -> None:
+    """Raise ConfigError unless `folder`, or what is there of its parents, takes new files."""
+    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if not there.is_dir():
+        raise ConfigError(f"{option} is {path}, but {there} is a file; name another folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"{option} is {path}, but nothing may be written in {there}; name another"
+        )
