@@ -22,7 +22,7 @@ from ddpm_ray import build, build_diffusion
 from ddpm_ray.cluster.served_model import _load_pyfunc
 from ddpm_ray.config import RunConfig
 from ddpm_ray.data import packer, storage
-from ddpm_ray.data.packing_options import PackOptions
+from ddpm_ray.data.pack_options import PackOptions
 from ddpm_ray.generation.grids import grid
 from ddpm_ray.generation.settings import SamplingConfig
 from ddpm_ray.knobs import load, to_dict
