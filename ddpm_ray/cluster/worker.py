@@ -93,17 +93,12 @@ def assemble(
     """This worker's part of the run, at the step of its newest good checkpoint."""
     torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
     storage.be_patient(config.cluster.storage_timeout_s)
-    faults.at("open")
-    dataset = open_dataset(config.data.url)
-    opened = settings.get("fingerprints", {})  # by URL, as the driver saw them
-    for one in (dataset, *map(open_dataset, filter(None, [config.evaluation.held_out_url]))):
-        _require_same_data(one, opened.get(one.url, one.fingerprint), "driver saw")
+    dataset = _opened(config, settings)
     state = build.training_state(
         config, dataset.manifest.image_shape, workers.device, _facts(settings, dataset)
     )
     log = StepLog(workers, config.training.log_every_steps)
     guard = Guard.of(config.training.on_divergence, config.training.spike_factor)
-    faults.at("restore")
     writer = _writer(config, settings, workers)
     unsent: list[Row] = []
     if found := _newest(writer.store, workers):
@@ -171,6 +166,17 @@ def _tracker(config: RunConfig, settings: dict[str, Any], unsent: list[Row]) -> 
     )
 
 
+def _opened(config: RunConfig, settings: dict[str, Any]) -> Dataset:
+    """The data set of the run; that and the held-out one are those that the driver saw."""
+    faults.at("open")
+    dataset = open_dataset(config.data.url)
+    held_out = filter(None, [config.evaluation.held_out_url])
+    seen = settings.get("fingerprints", {})
+    for one in (dataset, *map(open_dataset, held_out)):
+        _require_same_data(one, seen.get(one.url, one.fingerprint), "driver saw")
+    return dataset
+
+
 def _require_same_data(dataset: Dataset, wanted: str, whose: str) -> None:
     """Raises DatasetError where the data set is not the one with the fingerprint `wanted`.
 
@@ -207,6 +213,7 @@ def _tracked_run(settings: dict[str, Any]) -> TrackedRun:
 def _writer(config: RunConfig, settings: dict[str, Any], workers: Workers) -> CheckpointWriter:
     """Of the run's checkpoints; the leader's commits from now on, and no earlier start's."""
     checkpoints = storage.join(settings["folder"], CHECKPOINTS)
+    faults.at("restore")
     training = config.training
     store = CheckpointStore(
         checkpoints, training.keep_checkpoints, planned_every=training.checkpoint_every_steps

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 from mlflow import MlflowClient
 from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError, RayActorError
 
 from ddpm_ray import command_line
-from ddpm_ray.cluster import control, group, interrupts, registry, tracking
+from ddpm_ray.cluster import group, interrupts, registry, tracking
 from ddpm_ray.cluster.control import ControlLostError, Desk
 from ddpm_ray.cluster.group import RunFailedError
 from ddpm_ray.config import RunConfig
@@ -186,7 +187,7 @@ def desk(monkeypatch: pytest.MonkeyPatch) -> Desk:
     """With an actor that is not there; ray.wait says that each reply has come."""
     made = Desk.__new__(Desk)
     made._actor, made._notes, made._reply = Actor(), [], None
-    monkeypatch.setattr(control.ray, "wait", lambda replies, **_: (replies, []))
+    monkeypatch.setattr(ray, "wait", lambda replies, **_: (replies, []))
     return made
 
 
@@ -209,7 +210,7 @@ def test_an_actor_that_is_gone_is_one_line(
     def get(*_: Any, **__: Any) -> Any:
         raise error
 
-    monkeypatch.setattr(control.ray, "get", get)
+    monkeypatch.setattr(ray, "get", get)
     with pytest.raises(ControlLostError, match=says + r".*the same command continues") as lost:
         desk.look()
     assert "\n" not in str(lost.value)
@@ -225,7 +226,7 @@ def test_an_actor_that_cannot_be_reached_for_a_while_ends_nothing(
             raise replies.pop(0)
         return replies[0]
 
-    monkeypatch.setattr(control.ray, "get", get)
+    monkeypatch.setattr(ray, "get", get)
     assert desk.glance() is None
     assert desk.glance() is None  # the one that was lost
     assert (found := desk.glance()) is not None

@@ -12,7 +12,7 @@ from ddpm_ray.cluster import control, watch, worker
 from ddpm_ray.cluster.watch import Beat, stalled
 from ddpm_ray.config import RunConfig
 from ddpm_ray.data.shards import DatasetError, open_dataset
-from ddpm_ray.knobs import load, to_dict
+from ddpm_ray.knobs import from_dict, load, to_dict
 from ddpm_ray.training.reporting import Wish
 from ddpm_ray.training.state import Snapshot
 from ddpm_ray.training.workers import Workers
@@ -93,7 +93,7 @@ def settings(tmp_path: Path) -> dict[str, Any]:
 
 
 def assemble(settings: dict[str, Any]) -> None:
-    config = worker.from_dict(RunConfig, settings["config"])
+    config = from_dict(RunConfig, settings["config"])
     alone = Workers(1, 2, torch.device("cpu"))  # not the leader
     worker.assemble(config, settings, lambda _: Wish.NOTHING, alone)
 
