@@ -299,6 +299,37 @@ def test_an_artifact_store_without_credentials_holds_up_nothing(
     assert losses(run) == list(range(1, 8))
 
 
+@pytest.mark.parametrize(
+    "kind, fails, tried, arrives",
+    [(TrackingServerError, 9, 3, False), (TrackingOutageError, 9, 10, True)],
+)
+def test_files_wait_out_an_outage_but_not_a_store_that_always_fails(
+    kind: type[TrackingError], fails: int, tried: int, arrives: bool,
+    card: RunCard, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """A server that cannot reach its bucket answers 500 each time; one that is away comes back."""
+    tries: list[str] = []
+    send = tracking.RunLog.document
+
+    def document(self: tracking.RunLog, path: str, content: dict[str, Any]) -> None:
+        if path == "first.json" and len(tries) < fails:
+            tries.append(path)
+            raise kind("http://there", "no", "wait")
+        tries.extend([path] if path == "first.json" else [])
+        send(self, path, content)
+
+    monkeypatch.setattr(tracking.RunLog, "document", document)
+    run = tracking.open_run(card)
+    sink = Tracker(lambda: run, 0.01, [])
+    sink.document("first.json", {})
+    sink.document("second.json", {})
+    assert sink.close(PATIENCE_S) == 0
+    assert len(tries) == tried
+    there = {one.path for one in MlflowClient(card.uri).list_artifacts(run.run_id)}
+    assert ("first.json" in there) is arrives
+    assert "second.json" in there
+
+
 OPENER = """
 import os, sys, warnings
 warnings.simplefilter("ignore")
@@ -327,6 +358,7 @@ print("failed", failed)
 """
 
 
+@pytest.mark.slow
 def test_processes_that_open_a_new_database_at_once_all_find_its_tables(tmp_path: Path) -> None:
     """Two drivers of a new home, or a driver and its worker: one of them makes the tables."""
     done = subprocess.run(
