@@ -3,6 +3,8 @@
 What the walks make of an image is held to the truth in test_editing.py and tests/diffusion.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 
 from ddpm_ray.diffusion import schedules
 from ddpm_ray.diffusion.prediction import Prediction
-from ddpm_ray.diffusion.process import NoiseSchedule
+from ddpm_ray.diffusion.process import Denoise, NoiseSchedule
 from ddpm_ray.generation import editing
 from ddpm_ray.generation.denoiser import Denoiser
 from ddpm_ray.generation.sample import Images
@@ -262,3 +264,22 @@ def test_an_image_is_enlarged_by_a_network_that_sees_it() -> None:
         model.enlarge(np.zeros((1, 3, 2, 1), np.uint8), steps=3)
     with pytest.raises(ValueError, match=r"enlarges those of 0 x 0 \(0: none"):
         digits_model().enlarge(small.copy(), steps=3)
+
+
+def test_a_model_without_labels_takes_those_that_its_classifier_leads_to() -> None:
+    """Through `lead`, in every call; without it, and beyond the classes that it knows, it tells."""
+    asked: list[list[int]] = []
+
+    def lead(denoise: Denoise, labels: Tensor | None) -> Denoise:
+        asked.append([] if labels is None else labels.tolist())
+        return denoise
+
+    plain = digits_model()
+    guided = replace(plain, denoiser=replace(plain.denoiser, lead=lead, lead_classes=10))
+    guided.sample(3, steps=2, labels=[7, 1])
+    guided.inpaint(KNOWN[:2], MASK, steps=2, resamples=1, labels=[7])
+    assert asked == [[7, 1, 7], [7, 7]]
+    with pytest.raises(ValueError, match="labels has 10; the model knows 0 to 9"):
+        guided.sample(1, steps=2, labels=[10])
+    with pytest.raises(ValueError, match="the model is trained without labels"):
+        plain.sample(1, steps=2, labels=[7])
