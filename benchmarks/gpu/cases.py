@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.tiny import SHAPE, SIDE, Notes, config_of, denoiser_of, packed, pixels, run_of
-from ddpm_ray import build, build_diffusion
+from ddpm_ray import build, build_diffusion, build_trained
 from ddpm_ray.generation import leading
 from ddpm_ray.generation.denoiser import Guidance
 from ddpm_ray.generation.sample import SamplingPlan, draw
@@ -26,10 +26,12 @@ from ddpm_ray.training import evaluation, memorisation, probing
 from ddpm_ray.training.bits_per_dim import bits_per_dim
 from ddpm_ray.training.checkpoints import CheckpointStore
 from ddpm_ray.training.features import FeatureNet
+from ddpm_ray.training.gallery import Gallery
 from ddpm_ray.training.likelihoods import flow_likelihood
 from ddpm_ray.training.loop import report, save, take_step
 from ddpm_ray.training.quality import Extras
 from ddpm_ray.training.reference import reference
+from ddpm_ray.training.snapshots import SNAPSHOTS, SnapshotStore, averaged
 from ddpm_ray.training.workers import Workers
 
 LABELS = ["model.num_classes=4"]
@@ -130,6 +132,9 @@ def cases() -> dict[str, Case]:
         "score: flow likelihood, exact": _exact_likelihood,
         "look: probe": _probe,
         "look: denoising strip": _strip,
+        "look: grid of enlarged images": _grid,
+        "checkpoint: loaded to sample": _loaded,
+        "checkpoint: averages of another width": _averaged,
         "checkpoint: save and restore": partial(_checkpoint, []),
         "checkpoint: second_moment, averages, channels_last": partial(
             _checkpoint,
@@ -322,6 +327,44 @@ def _strip(device: torch.device) -> None:
     _, denoiser = denoiser_of(config_of([]), device)
     plan = SamplingPlan((10, 5, 0))
     grids.denoising_strip(denoiser, plan, torch.arange(2), SHAPE, device)
+
+
+def _grid(device: torch.device) -> None:
+    """A run's grid, of a network for super-resolution, which enlarges images of the data."""
+    config = config_of(OBJECTIVES["low_resolution"])
+    _, denoiser = denoiser_of(config, device)
+    plan = build_diffusion.sampling_plan(config.sampling, denoiser.schedule)
+    with tempfile.TemporaryDirectory() as folder:
+        data = replace(config.data, cache_dir=folder)
+        shown = build.shown_low(denoiser, data, packed(folder), 4, device)
+        Gallery(shown, plan, SHAPE, Workers(0, 1, device), folder, Notes()).show_grid(0)
+
+
+def _loaded(device: torch.device) -> None:
+    """Images of a run's newest checkpoint."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = run_of(config_of(LABELS), device, url=f"{folder}/checkpoints")
+        report(run)
+        save(run)
+        run.checkpoints.wait()
+        images = build_trained.trained_model(folder, device).sample(2, steps=2)
+    _require(len(images) == 2, f"{len(images)} images")
+
+
+def _averaged(device: torch.device) -> None:
+    """An average of any width, of two that a run keeps on its way."""
+    keys = ["training.ema_snapshot_widths=[0.05,0.1]", "training.ema_snapshot_every_steps=1"]
+    config = config_of(keys)
+    with tempfile.TemporaryDirectory() as folder:
+        run = run_of(config, device, url=f"{folder}/checkpoints")
+        keep = build.keeper(config, run.state, run.checkpoints, folder, run.workers)
+        for _ in range(2):
+            take_step(run)
+            keep(run.state.step)
+        run.checkpoints.wait()
+        store = SnapshotStore(f"{folder}/{SNAPSHOTS}")
+        tensors, _ = averaged(store, run.state.kept_at, [0.05, 0.1], 0.07, 2)
+    run.state.ema.load_state_dict(tensors)
 
 
 def _checkpoint(keys: list[str], device: torch.device) -> None:

@@ -6,6 +6,7 @@ backward passes and writes its checkpoints; what CUDA would refuse is refused, i
 
 - operands on two devices, but for a number (a CPU tensor of no dimensions) in a pointwise operation
 - a group norm of operands of two types, which the CPU takes
+- what has no deterministic kernel, where torch is asked for deterministic algorithms
 - `.numpy()` of what was not copied to the host
 
 Each operation for which a GPU makes the host wait, or the host a GPU, is noted with its place in
@@ -14,13 +15,14 @@ ddpm_ray. Speed, memory and rounding are the CPU's, and kernels that CUDA lacks 
 
 import contextlib
 import functools
+import itertools
 import linecache
-import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -32,7 +34,13 @@ MOVES = {"aten::_to_copy", "aten::copy_", "aten::_foreach_copy_"}
 INDEXING = {"aten::index", "aten::index_put_", "aten::_index_put_impl_", "aten::index_put"}
 TAKES_NUMBERS = {"aten::fill_", "aten::masked_fill", "aten::masked_fill_", *INDEXING}
 ONE_TYPE = {"aten::native_group_norm"}  # of all floating operands, on CUDA alone
-_COMMENT = re.compile(r"\s+#(?!.*['\"]).*$")
+NOT_DETERMINISTIC = {  # on CUDA (torch.use_deterministic_algorithms); what of it takes our shapes
+    "aten::_adaptive_avg_pool2d_backward", "aten::adaptive_max_pool2d_backward",
+    "aten::avg_pool3d_backward", "aten::grid_sampler_2d_backward", "aten::histc", "aten::kthvalue",
+    "aten::median.dim", "aten::nanmedian.dim", "aten::nll_loss2d_forward", "aten::put_",
+    "aten::reflection_pad2d_backward", "aten::replication_pad2d_backward",
+    "aten::upsample_bicubic2d_backward", "aten::upsample_bilinear2d_backward",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, order=True)
@@ -42,7 +50,20 @@ class Sync:
     kind: str
     module: str  # below ddpm_ray/; "" where torch itself calls back, as in a backward pass
     function: str
-    line: str  # its text, without a comment
+    expression: str  # what is evaluated there
+
+
+def _expression(frame: FrameType) -> str:
+    """The source of what `frame` is evaluating, on one line; empty where that is not known."""
+    positions = itertools.islice(frame.f_code.co_positions(), frame.f_lasti // 2, None)
+    first, last, begin, end = next(positions)
+    if first is None or last is None or begin is None or end is None:
+        return ""
+    name = frame.f_code.co_filename
+    lines = [linecache.getline(name, number).encode() for number in range(first, last + 1)]
+    lines[-1] = lines[-1][:end]  # offsets are of bytes, and the last line may be the first
+    lines[0] = lines[0][begin:]
+    return " ".join(line.decode().strip() for line in lines)
 
 
 class Syncs:
@@ -52,14 +73,12 @@ class Syncs:
         self.counts: Counter[Sync] = Counter()
 
     def note(self, kind: str) -> None:
-        """Count one at the innermost line of ddpm_ray that is being executed."""
+        """Count one at the innermost place in ddpm_ray that is being executed."""
         frame = sys._getframe(1)
         while frame is not None:
             _, found, module = frame.f_code.co_filename.rpartition("/ddpm_ray/")
             if found and Path(frame.f_code.co_filename).suffix == ".py":
-                text = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
-                line = _COMMENT.sub("", text.strip())
-                self.counts[Sync(kind, module, frame.f_code.co_qualname, line)] += 1
+                self.counts[Sync(kind, module, frame.f_code.co_qualname, _expression(frame))] += 1
                 return
             frame = frame.f_back  # type: ignore[assignment]  # None above the first
         self.counts[Sync(kind, "", "", "")] += 1
@@ -186,7 +205,16 @@ class _Operation:
     gives_value: bool
     gives_size: bool
     changes_shape: bool
+    overload: str
     writes: tuple[tuple[int, str], ...]
+
+    def is_deterministic(self, tensors: list[Tensor]) -> bool:
+        """Whether CUDA has a deterministic kernel for these operands."""
+        if self.name == "aten::cumsum":
+            return not tensors[0].is_floating_point()
+        if self.name == "aten::bincount":
+            return len(tensors) == 1  # without weights
+        return not {self.name, f"{self.name}.{self.overload}"} & NOT_DETERMINISTIC
 
 
 @functools.cache
@@ -201,6 +229,7 @@ def _operation(func: Any) -> _Operation:
         gives_value=torch.Tag.data_dependent_output in tags,
         gives_size=torch.Tag.dynamic_output_shape in tags and name not in INDEXING,
         changes_shape=torch.Tag.inplace_view in tags,
+        overload=func._overloadname,
         writes=tuple(
             (place, argument.name)
             for place, argument in enumerate(func._schema.arguments)
@@ -214,6 +243,8 @@ def _refuse(operation: _Operation, tensors: list[Tensor], is_fake: list[bool]) -
     name = operation.name
     if name in ONE_TYPE and len({t.dtype for t in tensors if t.is_floating_point()}) > 1:
         raise RuntimeError(f"{name}: expected operands of one type on CUDA")
+    if torch.are_deterministic_algorithms_enabled() and not operation.is_deterministic(tensors):
+        raise RuntimeError(f"{name} does not have a deterministic implementation on CUDA")
     if all(is_fake) or not any(is_fake) or name in MOVES:
         return
     plain = [tensor for tensor, fake in zip(tensors, is_fake, strict=True) if not fake]

@@ -1,7 +1,8 @@
 """How long things take on a device, which works on while the host goes on."""
 
+import contextlib
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -30,6 +31,16 @@ class Busy(NamedTuple):
 
     idle_share: float  # of the time from the first kernel's begin to the last one's end
     kernels: int
+
+
+@contextlib.contextmanager
+def deterministic() -> Iterator[None]:
+    """Inside, torch refuses operations that may end in other bits the next time."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def wait(device: torch.device) -> None:

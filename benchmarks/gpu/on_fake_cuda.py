@@ -45,14 +45,15 @@ def found(only: str = "", limit_s: float = 600) -> dict[str, Any]:
 
 
 def outcomes(only: str) -> dict[str, str | None]:
-    """Of each case: None, or its error and place."""
+    """Of each case: None, or its error and place. All are held to be deterministic."""
     from benchmarks.gpu.cases import cases
     from benchmarks.gpu.fake_cuda import fake_cuda
+    from benchmarks.gpu.measured import deterministic
 
     told: dict[str, str | None] = {}
     for name, case in cases().items():
         if only in name:
-            with fake_cuda() as device:
+            with fake_cuda() as device, deterministic():
                 told[name] = outcome(lambda: case(device))  # noqa: B023  # called here
     return told
 
@@ -86,7 +87,7 @@ def syncs() -> dict[str, list[str]]:
             SYNCS.clear()
             take_step(run)
         told[name] = [
-            f"{count} x {sync.kind}: {sync.module} {sync.function}: {sync.line}"
+            f"{count} x {sync.kind}: {sync.module} {sync.function}: {sync.expression}"
             for sync, count in sorted(SYNCS.counts.items())
         ]
     return told

@@ -98,7 +98,8 @@ def run_of(
 ) -> Run:
     """One worker's run without a driver; its checkpoints lie below `url`."""
     workers, count = Workers(0, 1, device), config.training.global_batch_size
-    facts = {"config": to_dict(config), "image_shape": [side, side, 3]}
+    facts = {"config": to_dict(config), "image_shape": [side, side, 3],
+             "data_fingerprint": "none"}  # fmt: skip
     state = build.training_state(config, (side, side, 3), device, facts)
     nothing: Callable[[int], None] = lambda step: None  # noqa: E731
     return Run(

@@ -32,7 +32,9 @@ def clip_to_quantile(share: float) -> Clip:
         """Cuts and scales x_0 [B, ...] in place."""
         size = x_0.flatten(1).abs()
         rank = max(1, round(share * size.shape[1]))  # a pixel's own value: quantile() would sort
-        s = size.kthvalue(rank, dim=1).values.clamp_(min=1).view(-1, *[1] * (x_0.ndim - 1))
+        # Not kthvalue, which is not deterministic on CUDA.
+        largest = size.topk(size.shape[1] - rank + 1, dim=1).values
+        s = largest[:, -1].clamp(min=1).view(-1, *[1] * (x_0.ndim - 1))
         torch.clamp(x_0, -s, s, out=x_0).div_(s)
 
     return clip

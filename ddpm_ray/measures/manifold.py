@@ -55,8 +55,9 @@ def inception_score(probability: Tensor, splits: int = 10) -> tuple[float, float
 def _radii(features: Tensor, neighbours: int) -> Tensor:
     """The distance [N] from each vector to its k-th nearest other."""
     parts = [
-        _distances(part, features).kthvalue(neighbours + 1, dim=1).values
-        for part in torch.split(features, CHUNK)  # the nearest of all is the vector itself
+        # The nearest of all is the vector itself. Not kthvalue: not deterministic on CUDA.
+        _distances(part, features).topk(neighbours + 1, dim=1, largest=False).values[:, -1]
+        for part in torch.split(features, CHUNK)
     ]
     return torch.cat(parts)
 

@@ -59,19 +59,33 @@ REFUSED = {  # by CUDA; without the fake device these pass
         "torch.native_group_norm(x.bfloat16().view(1, 3, 1), x, x, 1, 3, 1, 1, 1e-5)",
         "operands of one type",
     ),
+    "a kernel that is not deterministic": (
+        "deterministically(lambda: x.kthvalue(1))",
+        "does not have a deterministic implementation",
+    ),
+    "running sums in any order": (
+        "deterministically(lambda: x.cumsum(0))",
+        "does not have a deterministic implementation",
+    ),
 }
 TAKEN = {  # by CUDA
     "a number of the host": "x * torch.tensor(2.0)",
     "places of the host": "x[torch.tensor([0, 2])]",
     "a copy": "torch.zeros(3).copy_(x)",
     "a view, written to": "x.view(3, 1)[1].fill_(5.0), x.tolist()[1] == 5.0 or 1 / 0",
+    "running sums of integers": "deterministically(lambda: x.long().cumsum(0))",
+    "any kernel, where nobody asked": "x.kthvalue(1)",
     "autocast": "torch.nn.functional.linear(x, w).dtype == torch.bfloat16 or 1 / 0",
     "a backward pass": "w.sum().backward(), w.grad.device.type == 'cuda' or 1 / 0",
 }
 SCRIPT = """
 import json, sys, torch
 from benchmarks.gpu.fake_cuda import fake_cuda
+from benchmarks.gpu.measured import deterministic
 from benchmarks.gpu.on_fake_cuda import outcome
+def deterministically(action):
+    with deterministic():
+        return action()
 told = {}
 for name, expression in json.loads(sys.argv[1]).items():
     with fake_cuda() as device, torch.autocast("cuda", torch.bfloat16):
