@@ -63,6 +63,10 @@ def main() -> None:
     else:
         wanted = ["data.url=none", "training.precision=bf16", *arguments.keys]
         config = load(RunConfig, str(ROOT / "conf/train/cifar10.yaml"), wanted)
+    if getattr(config.training, "deterministic", False):  # as a worker sets it
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when CUDA is first used, below
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     run = run_of(config, device, 8 if arguments.toy else 32, arguments.folder)
     if found := CheckpointStore(arguments.folder).load():
         run.state.restore(found[1])
