@@ -130,7 +130,7 @@ def test_a_folder_is_loaded_by_reading_the_bytes_of_its_average_alone(
     read: list[int] = []
     read_bytes = storage.read_bytes
 
-    def counted(url: str, *rest: object) -> bytes:
+    def counted(url: str, *rest: int) -> bytes:
         read.append(len(data := read_bytes(url, *rest)))
         return data
 

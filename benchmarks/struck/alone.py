@@ -66,15 +66,16 @@ def train_alone(settings: dict[str, Any]) -> None:
     found: dict[str, list[float]] = {"took_s": [], "ended": [], "plain_s": []}
     last_s = time.perf_counter()
 
-    def timed(run: loop.Run) -> None:
+    def timed(run: loop.Run) -> bool:
         nonlocal last_s
-        step(run)
+        rewound = step(run)
         now_s = time.perf_counter()
         found["took_s"].append(now_s - last_s)
         found["ended"].append(time.time())
         if settings["plain_save"] and run.state.step % EVERY == EVERY // 2:
             found["plain_s"].append(seconds(partial(save_plainly, run)))
         last_s = time.perf_counter()
+        return rewound
 
     loop.take_step = timed
     loop.train(run)

@@ -30,7 +30,7 @@ from ddpm_ray.data.shards import MANIFEST, Dataset, open_dataset
 from ddpm_ray.data.storage import StorageError
 from ddpm_ray.job_config import PackConfig
 from ddpm_ray.knobs import ConfigError, flat, to_dict, to_yaml
-from ddpm_ray.training.checkpoints import CHECKPOINTS, PREFIX, CheckpointStore
+from ddpm_ray.training.checkpoints import CHECKPOINTS, CheckpointStore
 from ddpm_ray.training.gallery import picture_url
 from ddpm_ray.training.lease import Lease
 from ddpm_ray.training.reporting import Progress
@@ -152,7 +152,7 @@ def _card(
 def _newest_step(folder: str) -> int:
     """Of the run's newest checkpoint; 0 where there is none."""
     references = CheckpointStore(storage.join(folder, CHECKPOINTS)).pointer().references
-    return int(references[0].folder.removeprefix(PREFIX).partition("-")[0]) if references else 0
+    return references[0].step if references else 0
 
 
 def _tracked(card: RunCard) -> TrackedRun | None:

@@ -43,7 +43,7 @@ MISTAKES: dict[str, Callable[[], Any]] = {  # as torch and Python themselves rai
     "index": lambda: nn.Embedding(3, 2)(torch.tensor([7])),
     "attribute": lambda: (None).step,  # type: ignore[attr-defined]
     "type": lambda: len(3),  # type: ignore[arg-type]
-    "key": lambda: {}["step"],
+    "key": lambda: dict[str, int]()["step"],
 }
 
 

@@ -13,7 +13,7 @@ import jsonschema  # type: ignore[import-untyped]
 import mlflow.environment_variables
 import pytest
 import ray
-import yaml  # type: ignore[import-untyped]
+import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from ddpm_ray import knobs

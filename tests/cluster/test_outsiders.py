@@ -20,7 +20,7 @@ from pathlib import Path
 import psutil
 import pytest
 import ray
-import yaml  # type: ignore[import-untyped]
+import yaml
 
 from tests.cluster.conftest import free_port
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from ddpm_ray import build
 from ddpm_ray.cluster import evaluation_run, trained
 from ddpm_ray.config import RunConfig
+from ddpm_ray.data.shards import open_dataset
 from ddpm_ray.diffusion import schedules
 from ddpm_ray.diffusion.process import NoiseSchedule
 from ddpm_ray.evaluation_config import EvaluationConfig
@@ -50,7 +51,8 @@ def packed(folder: Path, side: int) -> str:
 
 def test_no_image_is_an_empty_batch() -> None:
     drawn = draw_uint8(Denoiser.of_noise(blind, SCHEDULE), PLAN, range(3, 3), (2, 4, 6), "cpu", 8)
-    assert (drawn.shape, drawn.dtype) == ((0, 4, 6, 2), np.uint8)
+    assert drawn.shape == (0, 4, 6, 2)
+    assert drawn.dtype == np.uint8
 
 
 def test_a_grid_is_the_same_by_more_workers_than_it_has_images(
@@ -121,7 +123,7 @@ def test_a_probe_is_the_same_by_more_workers_than_groups(
          "model.base_channels=4", "model.groups=2", "model.channel_mults=[1]",
          "model.blocks_per_level=1", "model.attention_resolutions=[]"],
     )  # fmt: skip
-    dataset = build.open_dataset(config.data.url)
+    dataset = open_dataset(config.data.url)
     state = build.training_state(config, (4, 4, 1), torch.device("cpu"), {})
 
     def look(workers: Workers) -> float:
