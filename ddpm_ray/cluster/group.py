@@ -15,7 +15,7 @@ import ray
 import ray.train
 from ray.exceptions import RayActorError
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
@@ -24,6 +24,7 @@ from ddpm_ray.cluster import mlflow_settings, placement
 from ddpm_ray.cluster.control import Desk, Notes, death
 from ddpm_ray.cluster.elastic import ElasticPolicy
 from ddpm_ray.cluster.interrupts import Interrupts, while_ray_starts
+from ddpm_ray.cluster.rendezvous import OwnAddress
 from ddpm_ray.cluster.watch import stalled
 from ddpm_ray.config import ClusterConfig
 from ddpm_ray.data import storage
@@ -43,6 +44,11 @@ TRAIN_ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # else each printed line comes twice
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # one process less; nobody asks it yet
     "RAY_USAGE_STATS_ENABLED": "0",
+}
+# A local Ray's metrics would be served on every interface, without a token, and nobody reads them.
+LOCAL_ENVIRONMENT = {
+    "RAY_enable_metrics_collection": "0",
+    "AUTOSCALER_METRIC_PORT": "-1",  # no port: as where another Ray has it, it goes on without
 }
 
 
@@ -70,6 +76,8 @@ def connect(address: str, cpus: float = 0, gpus: float = 0) -> None:
                 f"or leave it empty for a local Ray"
             ) from error
         return
+    for key, value in LOCAL_ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
     # address="local": a bare init would join whatever Ray happens to run on this host.
     here = max(os.cpu_count() or 1, math.ceil(cpus))
     with while_ray_starts():  # else a closed terminal ends Ray before a checkpoint is committed
@@ -202,7 +210,7 @@ def _trainer(
     trainer = _Trainer(
         worker,
         train_loop_config=settings,
-        torch_config=TorchConfig(
+        torch_config=OwnAddress(
             backend="nccl" if config.gpus_per_worker else "gloo", timeout_s=int(config.timeout_s)
         ),
         scaling_config=ScalingConfig(

@@ -1,0 +1,77 @@
+"""A real driver whose terminal is closed, and one whose worker freezes as it starts."""
+
+import os
+import pty
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from ddpm_ray.data import sealed
+from tests.cluster.job import ROOT, TINY_RUN, Job
+
+STEPS = 4000  # more than it comes to
+LONG = (
+    *TINY_RUN, f"training.steps={STEPS}", "training.log_every_steps=5",
+    "training.checkpoint_every_steps=4000", "training.grid_every_steps=0",
+)  # fmt: skip
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.timeout(600),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # MLflow's, as it imports
+]
+
+
+def test_a_closed_terminal_commits_a_checkpoint_and_leaves_nothing(tmp_path: Path) -> None:
+    terminal, end = pty.openpty()
+    (tmp_path / "scratch").mkdir()
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path / "scratch")}
+    environment["RAY_TMPDIR"] = "/tmp"  # its sockets need short paths
+    environment.pop("MLFLOW_TRACKING_URI", None)
+    script = "import fcntl, runpy, sys, termios; fcntl.ioctl(2, termios.TIOCSCTTY, 0); " \
+             "sys.argv.pop(0); runpy.run_path(sys.argv[0], run_name='__main__')"  # fmt: skip
+    job, config = str(ROOT / "jobs/train.py"), str(ROOT / "conf/train/digits.yaml")
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, job, config, *LONG], cwd=tmp_path, env=environment,
+        stdin=end, stdout=end, stderr=end, start_new_session=True,
+    )  # fmt: skip
+    os.close(end)
+    limit = threading.Timer(500, process.kill)
+    limit.start()
+    try:
+        said = b""
+        while b"loss" not in said:
+            try:
+                said += os.read(terminal, 10_000)
+            except OSError:  # nobody has it open any more
+                pytest.fail(said[-2000:].decode())
+        os.close(terminal)  # all of its processes get SIGHUP
+        code = process.wait()
+    finally:
+        limit.cancel()
+        process.kill()
+        process.wait()
+    assert code == 129, said[-2000:].decode()
+    pointer = sealed.read(str(tmp_path / "runs/digits/checkpoints/latest.json"))
+    reached = int(pointer["checkpoints"][0]["folder"].split("-")[1])
+    assert 0 < reached < STEPS
+    client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path / 'mlflow.db'}")
+    (run,) = client.search_runs([found.experiment_id for found in client.search_experiments()])
+    assert run.info.status == "KILLED"
+    assert not list((tmp_path / "scratch").glob("ddpm-ray-train-*"))
+
+
+@pytest.mark.slow
+def test_a_worker_frozen_as_it_starts_is_named_and_the_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DDPM_RAY_FAULTS", f"{tmp_path / 'struck'} freeze@open:0/1")
+    short = ("training.steps=20", "training.checkpoint_every_steps=20")
+    job = Job(tmp_path, (*LONG, *short, "cluster.stall_timeout_s=10"), limit_s=500).run()
+    assert job.code == 0, job.told
+    (line,) = [line for line in job.lines if "all are started again" in line]
+    assert "worker 1 gives no sign of life for " in line
+    assert "as it starts, before its data set is opened" in line

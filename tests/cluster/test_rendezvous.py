@@ -1,0 +1,47 @@
+"""The store at which workers meet: at one address, and good for torch's process group."""
+
+import subprocess
+import sys
+
+import psutil
+import pytest
+import ray
+
+from ddpm_ray.cluster import rendezvous
+
+# Two workers of one group, with what Ray sets for them; the first serves the store.
+WORKER = """
+import os, sys, torch, torch.distributed as dist
+dist.init_process_group("gloo")
+sum = torch.ones(1)
+dist.all_reduce(sum)
+print(int(sum))
+"""
+LIMIT_S = 120
+
+
+def test_the_store_listens_at_the_nodes_own_address_and_workers_meet_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "127.0.0.1")
+    address, port = rendezvous.serve_store()
+    listening = psutil.Process().net_connections("tcp")
+    at = {c.laddr.ip for c in listening if c.laddr.port == port and c.status == "LISTEN"}
+    assert at == {address} == {"127.0.0.1"}  # torch's own: {"::"}
+    for rank in range(2):
+        monkeypatch.setenv("RANK", str(rank))
+        for key, value in rendezvous.ENVIRONMENT.items():
+            monkeypatch.setenv(key, value)
+        monkeypatch.setenv("MASTER_ADDR", address)
+        monkeypatch.setenv("MASTER_PORT", str(port))
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        process = subprocess.Popen([sys.executable, "-c", WORKER], stdout=subprocess.PIPE)
+        if rank == 0:
+            first = process
+    try:
+        assert process.communicate(timeout=LIMIT_S)[0] == b"2\n"
+        assert first.communicate(timeout=LIMIT_S)[0] == b"2\n"
+    finally:
+        first.kill()
+        process.kill()
+        monkeypatch.setattr(rendezvous, "_store", None)
