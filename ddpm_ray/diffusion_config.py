@@ -126,7 +126,11 @@ class ObjectiveConfig:
     p2_k: float = knob(1.0, "p2: keeps the weight finite", above=0, defines_run=True)
     timesteps: Literal[
         "uniform", "low_discrepancy", "antithetic", "second_moment", "log_normal"
-    ] = knob("uniform", "how t is drawn; second_moment: by the losses seen", defines_run=True)
+    ] = knob(
+        "uniform",
+        "how t is drawn; second_moment: by the losses seen; train/loss is a mean over these t",
+        defines_run=True,
+    )
     log_sigma_mean: float = knob(-1.2, "log_normal: mean of log sigma", defines_run=True)
     log_sigma_deviation: float = knob(1.2, "log_normal: its spread", above=0, defines_run=True)
     offset_noise: float = knob(

@@ -100,6 +100,7 @@ def replacement(denoise: Denoise, predicts: Prediction, known: Tensor, mask: Ten
     to q(x_s | x_t, known) do; with DDIM or `fixed_small` they are draws of q(x_t | known) where
     x_T's are. The rest sees them, but they never wait for it: cheap, and worse than `repaint` (Song
     et al. 2021, arXiv:2011.13456, appendix I.2). Give the result to `paste`: rounding and clip.
+    A clip to a quantile scales the whole image, so that the rest sees the known pixels nearer to 0.
     """
     keep = _kept(mask)
 

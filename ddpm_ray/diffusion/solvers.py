@@ -129,7 +129,7 @@ def plms(
     four predictions of the noise, that of the fourth-order Adams-Bashforth method. The first three
     take the formulas of order 1, 2 and 3, which need no more predictions than there are, where the
     paper spends four calls on each; the method keeps its order, 2. The last transition is no
-    exception, so images can leave the range of `clip` a little.
+    exception, so images can leave the range of `clip`: by a factor of 2 to 4 at 10 or 20 steps.
 
     `steps`, `predicts` and `clip` are as in `samplers.ancestral`. Raises ValueError for other
     `steps` and for a start where alpha_bar is 0.
@@ -216,15 +216,31 @@ def _weights(nodes: Sequence[float], h: float) -> tuple[float, ...]:
     if p < 2:
         shares = [0.5] * p
     else:
-        moments = [1 - math.exp(-h)]  # h times the integral of exp(-h (1 - r)) r^n
-        for n in range(1, p + 1):
-            moments.append(1 - n * moments[-1] / h)
+        moments = _moments(h, p)
         r = torch.tensor(nodes, dtype=torch.float64)
         powers = r ** torch.arange(p, dtype=torch.float64)[:, None]
         wanted = torch.tensor(moments[1:], dtype=torch.float64) / moments[0]
         shares = torch.linalg.solve(powers, wanted).tolist()
     away = [share / node for share, node in zip(shares, nodes, strict=True)]
     return (1 - sum(away), *away)
+
+
+def _moments(h: float, most: int) -> list[float]:
+    """h times the integral of exp(-h (1 - r)) r^n over [0, 1], for n = 0 to `most`.
+
+    By parts each follows from the one before, which below h = 1 would lose digits: a factor of
+    n / h at each n (8e-3 of the weights of order 3 at h = 3e-4). There the series in h is summed.
+    """
+    if h < 1:
+        terms = range(20)  # the last is below 1e-18 of the first
+        return [
+            h * math.fsum((-h) ** k * math.factorial(n) / math.factorial(n + k + 1) for k in terms)
+            for n in range(most + 1)
+        ]
+    moments = [-math.expm1(-h)]
+    for n in range(1, most + 1):
+        moments.append(1 - n * moments[-1] / h)
+    return moments
 
 
 def _walk(

@@ -119,7 +119,11 @@ class Objective:
         if self.classifies:  # (Dhariwal and Nichol 2021, arXiv:2105.05233, section 4)
             assert examples.labels is not None  # a classifier's config has classes
             logits = network(add_noise(self.schedule, x_0, t, noise), t)
-            return F.cross_entropy(logits.float(), examples.labels, reduction="none")
+            # An image without a label, which is one more than there are, teaches nothing: loss 0.
+            null = logits.shape[1]
+            return F.cross_entropy(
+                logits.float(), examples.labels, reduction="none", ignore_index=null
+            )
         denoise = self._denoise(network, examples, step)
         if self.loss == "simple" or self.variance == "fixed":
             return losses.simple_loss(denoise, self.schedule, x_0, t, noise, predicts=self.predicts)

@@ -250,6 +250,48 @@ def test_shifted_means_draw_from_the_class(variance: Variance) -> None:
     assert_drawn_from_component(samples, 1)
 
 
+@pytest.mark.parametrize("way", ["score", "fixed_small", "fixed_large"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_linear_gaussian_label_leads_to_its_posterior(kind: Kind, way: str) -> None:
+    """x ~ N(0, 1/2), label y = x + N(0, 1/4): of y = 0.9, x is N(0.6, 1/6). Algorithms 2 and 1.
+
+    All is affine, so the mean is where no noise leads, and the variance the sum of squares of what
+    each source of noise adds: no chance in it, only 400 steps for infinitely many.
+    """
+    steps, v, r, y = uniform_steps(1000, 400), 0.5, 0.25, 0.9
+    predicts = Prediction.of(kind, SCHEDULE)
+
+    def image(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        a = SCHEDULE.at(t, x)
+        return a.sqrt() * v * x / (a * v + 1 - a), v * (1 - a) / (a * v + 1 - a)
+
+    def log_label(x: Tensor, t: Tensor) -> Tensor:
+        mean, variance = image(x, t)
+        return (-(y - mean).square() / (2 * (variance + r))).squeeze(1)
+
+    def answer(x: Tensor, t: Tensor) -> Tensor:
+        return predicts.output(x, t, image(x, t)[0])
+
+    sources = torch.zeros(402, 1, dtype=torch.float64)  # none, x_T, then each step's noise
+    x_T = sources.clone()
+    x_T[1] = 1
+    row = {t: 2 + i for i, t in enumerate(steps)}
+    if way == "score":
+        guided = classifier_guided(answer, log_label, predicts, 1.0)
+        end = ddim(SCHEDULE, guided, x_T, steps, predicts=predicts, clip=None)
+    else:
+        variance: Any = way
+        guided = classifier_guided(
+            answer, log_label, predicts, 1.0, steps=steps, variance=variance
+        )  # fmt: skip
+        end = ancestral(
+            SCHEDULE, guided, x_T, steps, variance=variance, predicts=predicts, clip=None,
+            noise=lambda t: sources.index_fill(0, torch.tensor([row[t]]), 1.0),
+        )  # fmt: skip
+    assert float(end[0]) == pytest.approx(0.6, abs=0.01)
+    assert float((end[1:] - end[0]).square().sum()) == pytest.approx(1 / 6, rel=0.03)
+
+
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_mean_is_shifted_by_sigma_times_the_slope(kind: Kind, variance: Variance) -> None:

@@ -6,6 +6,7 @@ from functools import partial
 from itertools import pairwise
 from typing import Any, get_args
 
+import mpmath
 import pytest
 import torch
 from hypothesis import given
@@ -15,7 +16,7 @@ from torch import Tensor
 from ddpm_ray.diffusion import NoiseSchedule, Prediction
 from ddpm_ray.diffusion.prediction import Kind
 from ddpm_ray.diffusion.samplers import ancestral, ddim
-from ddpm_ray.diffusion.solvers import dpm_solver_pp, heun, plms, unipc
+from ddpm_ray.diffusion.solvers import _weights, dpm_solver_pp, heun, plms, unipc
 from ddpm_ray.diffusion.spacing import uniform_steps
 from tests.diffusion.test_against_truth import assert_drawn_from_the_mixture
 from tests.truth import ONE, SCHEDULE, THREE, Mixture, standard
@@ -297,3 +298,22 @@ def test_methods_in_noise_refuse_to_start_without_signal(solver: Callable[..., T
         solver(NO_SIGNAL, rough, noise_at(0), (1000, 500, 0), predicts=predicts)
     end = solver(NO_SIGNAL, rough, noise_at(0), (999, 500, 0), predicts=predicts)
     assert end.isfinite().all()
+
+
+@pytest.mark.parametrize("h", [1e-4, 1e-3, 0.1, 0.999999, 1.0, 5.0, 100.0])
+@pytest.mark.parametrize("nodes", [(-0.7, -1.9), (1.0, -1.0), (1.0, -1.0, -2.0), (1.0, -0.3, -0.4)])
+def test_weights_are_the_integrals_of_lagranges_polynomials(
+    nodes: tuple[float, ...], h: float
+) -> None:
+    """mpmath's quadrature of the polynomial that is 1 at one node, with exp(h r) as density."""
+    all_nodes = [mpmath.mpf(0), *map(mpmath.mpf, nodes)]
+    points = [0, *(1 - mpmath.mpf(10) ** -k for k in range(1, 4)), 1]  # the mass lies near 1
+
+    def basis(i: int, r: Any) -> Any:
+        others = [node for j, node in enumerate(all_nodes) if j != i]
+        return mpmath.fprod((r - node) / (all_nodes[i] - node) for node in others)
+
+    mass = mpmath.quad(lambda r: mpmath.exp(h * (r - 1)), points)
+    for i, found in enumerate(_weights(nodes, h)):
+        exact = mpmath.quad(lambda r, i=i: mpmath.exp(h * (r - 1)) * basis(i, r), points) / mass
+        assert found == pytest.approx(float(exact), rel=1e-11, abs=1e-11)

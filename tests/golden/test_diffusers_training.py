@@ -1,0 +1,79 @@
+"""Forty steps of training in lockstep with diffusers: their network, their noise, Adam of torch."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import clip_grad_norm_
+
+from ddpm_ray import build, build_diffusion
+from ddpm_ray.config import RunConfig
+from ddpm_ray.knobs import load
+from ddpm_ray.models import interchange
+from ddpm_ray.models.foreign_configs import Form
+from ddpm_ray.models.layers import HO
+from ddpm_ray.training.workers import Workers
+
+diffusers = pytest.importorskip("diffusers", reason="pip install 'ddpm-ray[dev]'")
+CPU, STEPS, BATCH, RATE = torch.device("cpu"), 40, 8, 2e-3
+FORM = Form(
+    image_size=8, image_channels=1, base_channels=8, channel_mults=(1, 2), blocks_per_level=1,
+    attention_resolutions=(4,), dropout=0.0, groups=4, num_classes=0, condition_channels=0,
+    learns_variance=False, variant=HO,
+)  # fmt: skip
+
+
+class InDouble(nn.Module):
+    """A network of float64, so that only rules can differ and not roundings that add up."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x_t: Tensor, t: Tensor, *others: Any) -> Tensor:
+        answer: Tensor = self.network(x_t.double(), t, *others)
+        return answer
+
+
+def test_forty_steps_of_training_are_those_of_diffusers() -> None:
+    """Losses and gradient norms at each step, and all weights at the end, to 1e-5."""
+    config = load(RunConfig, None, [
+        "name=a", "data.url=b", "model.base_channels=8", "model.groups=4",
+        "model.channel_mults=[1,2]", "model.blocks_per_level=1",
+        "model.attention_resolutions=[4]", "model.dropout=0", "schedule.kind=linear",
+        f"training.learning_rate={RATE}", f"training.global_batch_size={BATCH}",
+    ])  # fmt: skip
+    torch.manual_seed(0)
+    state = build.training_state(config, (8, 8, 1), CPU, {})
+    form, tensors = interchange.to_diffusers(FORM, state.model.state_dict())
+    theirs = diffusers.UNet2DModel(**{k: v for k, v in form.items() if k[0] != "_"})
+    theirs.load_state_dict(tensors)
+    ours, theirs = InDouble(state.model.double()), theirs.double()
+    objective = build_diffusion.objective(config, state, CPU)
+    scheduler = diffusers.DDPMScheduler(num_train_timesteps=1000)
+    adam = torch.optim.Adam(theirs.parameters(), lr=RATE)
+    for step in range(STEPS):
+        generator = torch.Generator().manual_seed(step)
+        images = torch.randint(0, 256, (BATCH, 8, 8, 1), generator=generator).to(torch.uint8)
+        none, at = torch.full((BATCH,), -1), torch.arange(BATCH)
+        drawn = objective.showing.examples(images, none, step, at, CPU)
+        loss = objective.backward(ours, images, none, step, Workers(), BATCH).loss.mean()
+        norm = clip_grad_norm_(ours.parameters(), 1.0)
+        state.optimizer.step()
+        state.optimizer.zero_grad()
+
+        x_0 = images.permute(0, 3, 1, 2).double() / 127.5 - 1
+        x_t = scheduler.add_noise(x_0, drawn.noise.double(), drawn.t - 1)
+        expected = F.mse_loss(theirs(x_t, drawn.t - 1).sample, drawn.noise.double())
+        adam.zero_grad()
+        expected.backward()
+        their_norm = clip_grad_norm_(theirs.parameters(), 1.0)
+        adam.step()
+        assert float(loss) == pytest.approx(expected.item(), rel=1e-5), step
+        assert float(norm) == pytest.approx(float(their_norm), rel=1e-5), step
+    assert expected.item() < 0.9  # it has learnt
+    _, found = interchange.to_diffusers(FORM, state.model.state_dict())
+    for name, tensor in theirs.state_dict().items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-5)

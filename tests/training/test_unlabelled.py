@@ -1,0 +1,113 @@
+"""A data set of which some images have no label (-1), through all that reads labels.
+
+A network looks labels up in a table that has no row -1: an IndexError, or on a GPU an assert that
+ends the process. Each consumer must give what the null label gives.
+"""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ddpm_ray import build, build_diffusion
+from ddpm_ray.config import RunConfig
+from ddpm_ray.diffusion import Prediction
+from ddpm_ray.generation.denoiser import Denoiser
+from ddpm_ray.knobs import load
+from ddpm_ray.models.ema import EMA
+from ddpm_ray.training.bits_per_dim import bits_per_dim
+from ddpm_ray.training.likelihoods import flow_likelihood
+from ddpm_ray.training.probing import LEVELS, Probe
+from ddpm_ray.training.state import TrainingState
+from ddpm_ray.training.workers import Workers
+
+CPU, COUNT, CLASSES = torch.device("cpu"), len(LEVELS), 3
+IMAGES = torch.randint(
+    0, 256, (COUNT, 4, 4, 1), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+)
+SOME = torch.arange(COUNT) % (CLASSES + 1) - 1  # -1, 0, 1, 2, -1, ...
+NULL = torch.where(SOME < 0, CLASSES, SOME)
+
+
+class Table(nn.Module):
+    """x_t times a number of the label's own."""
+
+    def __init__(self, rows: int, channels: int = 1) -> None:
+        super().__init__()
+        self.rows, self.channels = nn.Embedding(rows, channels), channels
+
+    def forward(
+        self, x_t: Tensor, t: Tensor, labels: Tensor, condition: Tensor | None = None
+    ) -> Tensor:
+        scale: Tensor = self.rows(labels).view(-1, self.channels, 1, 1)
+        return x_t * scale
+
+
+def configured(*more: str) -> RunConfig:
+    keys = (
+        "name=a", "data.url=b", "schedule.num_steps=60", f"model.num_classes={CLASSES}",
+        "model.base_channels=4", "model.groups=2", "model.channel_mults=[1]",
+        "model.blocks_per_level=1", "model.attention_resolutions=[]",
+    )  # fmt: skip
+    return load(RunConfig, None, [*keys, *more])
+
+
+def trained(labels: Tensor, *more: str) -> list[float]:
+    """Losses of a step of training."""
+    torch.manual_seed(0)
+    config = configured(*more)
+    state = build.training_state(config, (4, 4, 1), CPU, {})
+    objective = build_diffusion.objective(config, state, CPU)
+    return objective.backward(state.model, IMAGES, labels, 1, Workers(), COUNT).loss.tolist()
+
+
+def denoiser() -> Denoiser:
+    torch.manual_seed(0)
+    schedule = build_diffusion.noise_schedule(configured().schedule)
+    return Denoiser(Table(CLASSES + 1), Prediction.of("epsilon", schedule), num_classes=CLASSES)
+
+
+def probed(labels: Tensor) -> list[float]:
+    network, of = Table(CLASSES + 1), denoiser()
+    state = TrainingState(network, EMA(network), torch.optim.Adam(network.parameters()), {})
+    Probe(state, of, IMAGES, labels, 0, 0.3, Workers(), None).look(1)
+    (found,) = state.probes
+    return list(found["spectrum"])
+
+
+def bounded(labels: Tensor) -> list[float]:
+    batch = torch.arange(COUNT), IMAGES, labels
+    found = bits_per_dim(denoiser(), [batch], variance="fixed_small", workers=Workers(), terms=4)
+    return [*found.metrics.values(), *found.terms]
+
+
+def likely(labels: Tensor) -> list[float]:
+    batch = torch.arange(COUNT), IMAGES, labels
+    return [*flow_likelihood(denoiser(), [batch], steps=5, workers=Workers()).metrics.values()]
+
+
+CONSUMERS: dict[str, Callable[[Tensor], list[float]]] = {
+    "training": trained,
+    "training by its own estimate": lambda labels: trained(
+        labels, "objective.self_conditioning=true"
+    ),
+    "losses by log-SNR": probed,
+    "bits per dimension": bounded,
+    "likelihood": likely,
+}
+
+
+@pytest.mark.parametrize("name", CONSUMERS)
+def test_an_image_without_a_label_counts_as_one_of_the_null_label(name: str) -> None:
+    found = CONSUMERS[name](SOME)
+    assert found == CONSUMERS[name](NULL)
+    if not name.startswith("training"):  # whose last layer is 0 at the start
+        assert found != CONSUMERS[name](SOME.clamp(min=0))
+
+
+def test_a_classifier_learns_nothing_of_an_image_without_a_label() -> None:
+    losses = torch.tensor(trained(SOME, "model.kind=classifier", "training.grid_every_steps=0"))
+    labelled = SOME >= 0
+    assert not losses[~labelled].any()
+    assert (losses[labelled] > 0).all()
