@@ -282,7 +282,9 @@ def ema_provenance(
         "ema_ramp": training.ema_ramp,
     }
     weights = {"weights": average} if average else main
-    return weights | {"step": step, "training_seed": config.seed}
+    return weights | {
+        "step": step, "training_seed": config.seed, "precision": training.precision
+    }  # fmt: skip
 
 
 def differing_keys(config: RunConfig, saved: dict[str, Any]) -> list[str]:

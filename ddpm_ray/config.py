@@ -137,6 +137,10 @@ class TrainingConfig:
         "fp32", "of the network's arithmetic (bf16: autocast); weights stay fp32", defines_run=True
     )
     channels_last: bool = knob(False, "NHWC layout; pays on GPUs with bf16")
+    deterministic: bool = knob(
+        False,
+        "deterministic algorithms of torch, cuDNN, NCCL: equal bits on GPUs of one kind; slower",
+    )
     compile: bool = knob(False, "torch.compile; pays on GPUs after minutes of warm-up")
     gradient_checkpointing: bool = knob(False, "recompute blocks backwards: less memory, slower")
     log_every_steps: int = knob(50, "steps that one row of rates and bands covers", at_least=1)

@@ -63,7 +63,7 @@ class EvaluationConfig:
     likelihood_images: int = knob(
         0, "images whose likelihood under the flow is taken, without lead; 0: none", at_least=0,
     )  # fmt: skip
-    likelihood_steps: int = knob(100, "Heun steps of that flow, at most T", at_least=1)
+    likelihood_steps: int = knob(100, "Heun steps of that flow, 2 to T", at_least=1)
 
     def problems(self) -> Iterator[str]:
         """What leaves a score without meaning."""
@@ -74,6 +74,8 @@ class EvaluationConfig:
             yield "evaluation.bits_per_dim_images is 1; an interval needs at least 2 images"
         if self.likelihood_images == 1:
             yield "evaluation.likelihood_images is 1; an interval needs at least 2 images"
+        if self.likelihood_steps == 1:
+            yield "evaluation.likelihood_steps is 1; the flow from t = 1 to T takes 2 steps or more"
         if self.bits_per_dim_terms == 1:
             yield "evaluation.bits_per_dim_terms is 1; take 2, which is L_0 and one other, to T"
         if self.precision_recall and not self.kernel_distance:

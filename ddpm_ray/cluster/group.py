@@ -100,7 +100,8 @@ def run(
 ) -> Any:
     """What rank 0's `worker(settings)` returned, once all workers of a group have ended.
 
-    settings["desk"] is added. `show` sees the newest progress twice a second; where it answers
+    settings["desk"] is added; settings["environment"], where it is given, joins each worker's
+    environment. `show` sees the newest progress twice a second; where it answers
     True, or at the first signal (Ctrl-C, SIGTERM, a closed terminal), the workers are asked to stop
     cleanly. The second signal ends at once with KeyboardInterrupt. `on_start` is told of each start
     of the workers: at which step, in which placement group. `counts`, rising: numbers of workers
@@ -228,7 +229,9 @@ def _trainer(
             failure_config=FailureConfig(
                 max_failures=config.max_failures, controller_failure_limit=START_FAILURES
             ),
-            worker_runtime_env={"env_vars": _worker_environment(config)},
+            worker_runtime_env={
+                "env_vars": _worker_environment(config) | settings.get("environment", {})
+            },
         ),
     )
     if elastic:

@@ -7,6 +7,7 @@ in which things happened, and so brings searcher and early stopping to where the
 keeps a state of its own. Trials are numbered without gaps, so nothing is ever listed.
 """
 
+import threading
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, TypeAlias
@@ -57,13 +58,16 @@ class Trial:
 
 
 class Ledger:
-    """The trials of one sweep, in memory and below `folder`; one writer.
+    """The trials of one sweep, in memory and below `folder`; one process writes.
 
-    Raises StorageError where a file of theirs holds no trial.
+    Within it Tune's thread notes what happens to trials while the main thread tells MLflow of those
+    that are over: a trial's status is set after all that belongs to it, and a lock keeps its object
+    from changing while it is written. Raises StorageError where a file of theirs holds no trial.
     """
 
     def __init__(self, folder: str) -> None:
         self._folder = storage.join(folder, TRIALS)
+        self._lock = threading.RLock()
         self.trials: list[Trial] = []
         while storage.exists(self._url(len(self.trials))):
             self.trials.append(_read(self._url(len(self.trials))))
@@ -71,42 +75,50 @@ class Ledger:
 
     def add(self, values: dict[str, Any], branch: int = 0, **facts: Any) -> Trial:
         """A new trial, written down before anything is done about it."""
-        trial = Trial(len(self.trials), values, branch, **facts)
-        self.trials.append(trial)
-        if trial.status == "running":
-            self.write(trial)
-        else:
-            self.end(trial, trial.status, trial.reason)
-        return trial
+        with self._lock:
+            trial = Trial(len(self.trials), values, branch, **facts)
+            status, trial.status = trial.status, "running"
+            self.trials.append(trial)
+            if status == "running":
+                self.write(trial)
+            else:
+                self.end(trial, status, trial.reason)
+            return trial
 
     def probe(self, trial: Trial, probe: dict[str, Any]) -> bool:
         """Note a loss at a step; False for a step that it has reported before."""
-        if trial.probes and probe["step"] <= trial.probes[-1]["step"]:
-            return False
-        trial.probes.append({"order": self._tick()} | probe)
-        self.write(trial)
-        return True
+        with self._lock:
+            if trial.probes and probe["step"] <= trial.probes[-1]["step"]:
+                return False
+            trial.probes.append({"order": self._tick()} | probe)
+            self.write(trial)
+            return True
 
     def end(self, trial: Trial, status: Status, reason: str = "", **outcome: Any) -> None:
         """Note how the trial ended; once ended it stays so."""
-        if trial.ended_order >= 0:
-            return
-        trial.status, trial.reason, trial.ended_order = status, reason, self._tick()
-        costs = {key: outcome[key] + trial.earlier.get(key, 0.0) for key in COSTS if key in outcome}
-        trial.outcome |= outcome | costs
-        self.write(trial)
+        with self._lock:
+            if trial.ended_order >= 0:
+                return
+            earlier = trial.earlier
+            costs = {key: outcome[key] + earlier.get(key, 0.0) for key in COSTS if key in outcome}
+            trial.outcome |= outcome | costs
+            trial.reason, trial.ended_order = reason, self._tick()
+            trial.status = status  # last: whoever sees it may read the rest
+            self.write(trial)
 
     def interrupted(self, trial: Trial, outcome: dict[str, Any]) -> None:
         """Note, once, what a life cost whose trial goes on; one that is killed tells nothing."""
         ended = outcome.get("ended", 0.0)
-        if ended > trial.earlier.get("ended", -1.0):
-            costs = {k: outcome.get(k, 0.0) + trial.earlier.get(k, 0.0) for k in COSTS}
-            trial.earlier = costs | {"ended": ended}
-            self.write(trial)
+        with self._lock:
+            if ended > trial.earlier.get("ended", -1.0):
+                costs = {k: outcome.get(k, 0.0) + trial.earlier.get(k, 0.0) for k in COSTS}
+                trial.earlier = costs | {"ended": ended}
+                self.write(trial)
 
     def write(self, trial: Trial) -> None:
         """Make what is known of `trial` durable; raises StorageError."""
-        sealed.write(self._url(trial.number), asdict(trial))
+        with self._lock:
+            sealed.write(self._url(trial.number), asdict(trial))
 
     def events(self) -> Iterator[tuple[int, Trial, dict[str, Any] | None]]:
         """Probes and ends (None) of all trials, in the order in which they happened."""

@@ -130,9 +130,13 @@ def _why_not(own: Mapping[str, str], present: Mapping[str, str]) -> str:
     return ""
 
 
+# Of a certificate. What a model was computed on and with came later than the first champions.
+OF_THE_MODEL = "model", "versions", "arithmetic"
+
+
 def _protocol(certificate: Mapping[str, Any]) -> str:
-    """sha256 of all that a score depends on beside the model and the versions of software."""
-    same = {key: value for key, value in certificate.items() if key not in ("model", "versions")}
+    """sha256 of all that a score depends on beside the model, the software and the device."""
+    same = {key: value for key, value in certificate.items() if key not in OF_THE_MODEL}
     samples = {k: v for k, v in same.get("samples", {}).items() if k != "num_steps"}
     text = json.dumps(same | {"samples": samples}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()

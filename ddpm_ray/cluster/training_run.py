@@ -30,6 +30,7 @@ from ddpm_ray.data.shards import MANIFEST, Dataset, open_dataset
 from ddpm_ray.data.storage import StorageError
 from ddpm_ray.job_config import PackConfig
 from ddpm_ray.knobs import ConfigError, flat, to_dict, to_yaml
+from ddpm_ray.training import determinism
 from ddpm_ray.training.checkpoints import CHECKPOINTS, CheckpointStore
 from ddpm_ray.training.gallery import picture_url
 from ddpm_ray.training.lease import Lease
@@ -97,14 +98,13 @@ def train(
     try:
         lease = _lease(folder)
         settings = {
-            "config": to_dict(config),
-            "folder": folder,
-            "identity": identity,
+            "config": to_dict(config), "folder": folder, "identity": identity,
             "fingerprints": fingerprints,
             "lease": vars(lease),
             "card": vars(card),
             "tracked": vars(tracked) if tracked else None,
-        }
+            "environment": determinism.environment(config.training.deterministic),
+        }  # fmt: skip
         ended = group.run(
             train_worker, settings, config.cluster, show, on_start, config.worker_counts
         )

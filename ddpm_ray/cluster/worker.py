@@ -22,7 +22,7 @@ from ddpm_ray.config import RunConfig
 from ddpm_ray.data import storage
 from ddpm_ray.data.shards import Dataset, DatasetError, open_dataset
 from ddpm_ray.knobs import from_dict
-from ddpm_ray.training import evaluation
+from ddpm_ray.training import determinism, evaluation
 from ddpm_ray.training.checkpoints import (
     CHECKPOINTS,
     CheckpointStore,
@@ -91,8 +91,7 @@ def assemble(
     workers: Workers,
 ) -> Run:
     """This worker's part of the run, at the step of its newest good checkpoint."""
-    torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
-    storage.be_patient(config.cluster.storage_timeout_s)
+    _configure_process(config)
     dataset = _opened(config, settings)
     state = build.training_state(
         config, dataset.manifest.image_shape, workers.device, _facts(settings, dataset)
@@ -129,6 +128,14 @@ def assemble(
         probe=_prober(config, dataset, state, gallery),
         keep_averages=build.keeper(config, state, writer, settings["folder"], workers),
     )
+
+
+def _configure_process(config: RunConfig) -> None:
+    """Threads, patience with the storage, and the kind of algorithms."""
+    torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
+    storage.be_patient(config.cluster.storage_timeout_s)
+    if config.training.deterministic:
+        determinism.configure()
 
 
 def _gallery(

@@ -7,7 +7,6 @@ Memory: two windows of decoded samples for these lanes, a batch, one shard for e
 from __future__ import annotations
 
 import heapq
-import os
 import threading
 from collections import deque
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from functools import partial
 from weakref import WeakValueDictionary
 
 import numpy as np
+import torch
 
 from ddpm_ray.data.cache import ShardCache
 from ddpm_ray.data.order import Block, Int64s, Order
@@ -88,7 +88,8 @@ class Reader:
         # A shard that some lane still holds is not fetched again.
         self._alive: WeakValueDictionary[int, Future[Shard]] = WeakValueDictionary()
         self._fetchers = ThreadPoolExecutor(FETCHES, "shard-fetch")
-        self._decoders = ThreadPoolExecutor(len(os.sched_getaffinity(0)), "image-decode")
+        # A worker's share of its node, cluster.cpus_per_worker; in a notebook, the cores.
+        self._decoders = ThreadPoolExecutor(torch.get_num_threads(), "image-decode")
         threading.Thread(target=self._run, name="shard-stream", daemon=True).start()
 
     def wait_for(self, share: Share, step: int) -> list[tuple[Loaded, slice]]:

@@ -135,8 +135,8 @@ class ShardStream:
 
 def read_images(dataset: Dataset, shard_numbers: Iterable[int]) -> Iterator[Batch]:
     """All images and labels of each of these shards, in the order in which they were packed."""
-    shape = dataset.manifest.image_shape
-    with ThreadPoolExecutor(FETCHES) as fetchers, ThreadPoolExecutor() as decoders:
+    shape, threads = dataset.manifest.image_shape, torch.get_num_threads()
+    with ThreadPoolExecutor(FETCHES) as fetchers, ThreadPoolExecutor(threads) as decoders:
         numbers = iter(shard_numbers)
         ahead = deque(fetchers.submit(fetch_shard, dataset, n) for n in islice(numbers, FETCHES))
         while ahead:

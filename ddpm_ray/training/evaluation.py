@@ -20,7 +20,7 @@ from ddpm_ray.diffusion.spacing import log_snr_steps, quadratic_steps, uniform_s
 from ddpm_ray.generation.denoiser import Denoiser
 from ddpm_ray.generation.sample import SamplingPlan, draw, to_uint8
 from ddpm_ray.training import quality
-from ddpm_ray.training.features import FeatureNet
+from ddpm_ray.training.features import FeatureNet, float32_backends
 from ddpm_ray.training.interval import GROUPS, enough_for_infinity, groups_of
 from ddpm_ray.training.quality import Extras
 from ddpm_ray.training.reference import Reference
@@ -74,6 +74,7 @@ def evaluate(
     seen = quality.see(net, batches, keep, workers, groups)
     metrics = quality.metrics(net, reference, seen, extras, held_out) if workers.leads else {}
     certificate = _certificate(denoiser.schedule, plan, net, reference, num_images, provenance)
+    certificate["arithmetic"] = arithmetic(workers.device)
     if held_out is not None:
         certificate["held_out"] = _facts(held_out)
     if extras.extrapolate:
@@ -82,6 +83,20 @@ def evaluate(
             if workers.leads and reason.startswith("none"):
                 log.warning("no distance of infinitely many samples is given: %s", reason)
     return Scores(metrics=workers.gather(metrics)[0], certificate=certificate)
+
+
+def arithmetic(device: torch.device) -> dict[str, Any]:
+    """What the samples and their features were computed on and with, plain JSON.
+
+    It is told beside the scores and does not part them: a run is scored where it was trained.
+    """
+    cuda = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if cuda else device.type,
+        "samples_tf32": cuda and any(one.fp32_precision == "tf32" for one in float32_backends()),
+        "features": "float32 without TF32",
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+    }
 
 
 def _require_comparable(

@@ -1,7 +1,8 @@
 """Networks through whose eyes two sets of images are compared, each with what identifies it."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -34,7 +35,7 @@ class FeatureNet:
 
     def __call__(self, images: Tensor) -> Mapping[int, Tensor]:
         """Features of uint8 images; raises ValueError where one is not finite."""
-        with torch.inference_mode():
+        with torch.inference_mode(), in_float32(images.device.type):
             features = self.extract(images)
         for width, values in features.items():
             if not torch.isfinite(values).all():
@@ -43,6 +44,38 @@ class FeatureNet:
                     f"weights whole? (sha256 {self.identity.get('weights_sha256')})"
                 )
         return features
+
+    def probabilities(self, features: Mapping[int, Tensor]) -> Tensor | None:
+        """Of the classes [N, K], from features; None where the network does not classify."""
+        if self.classify is None:
+            return None
+        with torch.inference_mode(), in_float32(next(iter(features.values())).device.type):
+            return self.classify(features).softmax(1)
+
+
+def float32_backends() -> list[Any]:
+    """What holds the precision, "ieee" or "tf32", of float32 convolutions and products on CUDA."""
+    cudnn: Any = torch.backends.cudnn  # its stubs lack these
+    return [cudnn.conv, cudnn.rnn, torch.backends.cuda.matmul]
+
+
+@contextmanager
+def in_float32(device_type: str) -> Iterator[None]:
+    """Let no TF32 and no autocast change what a feature network says of an image.
+
+    cuDNN convolves in TF32, with 10 bits of mantissa, by default; scores are compared in more. The
+    flags are the process's, so that they are put back: training keeps those that it has.
+    """
+    backends = float32_backends()
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        with torch.autocast(device_type, enabled=False):
+            yield
+    finally:
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
 
 
 def inception_net(

@@ -70,8 +70,8 @@ def see(
             for number, of_group in enumerate(moments[w]):
                 of_group.update(features[(here == number).to(features.device)])
             kept[w].append(features.cpu()[index < keep[w]])
-        if net.classify is not None:
-            judged.append(net.classify(found).softmax(1).cpu())
+        if (probability := net.probabilities(found)) is not None:
+            judged.append(probability.cpu())
     for of_group in (each for of_width in moments.values() for each in of_width):
         for tensor in of_group.tensors():
             workers.sum_(tensor)

@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+import threading
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -161,3 +162,42 @@ def test_a_file_that_holds_no_trial_is_told_in_a_line(
     (line,) = str(error.value).splitlines()
     assert line.startswith(f"{file}: ")
     assert line.endswith("; put a whole copy of it back, or begin the sweep under another name")
+
+
+def test_who_sees_that_a_trial_ended_sees_how(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another thread may look between any two statements: here, at each attribute that is set."""
+    seen: list[tuple[str, str, dict[str, Any], int]] = []
+
+    def set_and_look(trial: Trial, name: str, value: Any) -> None:
+        object.__setattr__(trial, name, value)
+        if trial.__dict__.get("status", "running") != "running":
+            seen.append((trial.status, trial.reason, dict(trial.outcome), trial.ended_order))
+
+    ledger = Ledger(str(tmp_path))
+    trial = ledger.add({"seed": 1})
+    monkeypatch.setattr(Trial, "__setattr__", set_and_look)
+    ledger.end(trial, "stopped", "because", worker_s=3.0)
+    assert set(map(str, seen)) == {str(("stopped", "because", {"worker_s": 3.0}, 0))}
+
+
+def test_a_trial_does_not_change_while_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A probe that comes while the main thread writes waits until that is done."""
+    ledger = Ledger(str(tmp_path))
+    trial = ledger.add({"seed": 1})
+    noted = threading.Thread(target=ledger.probe, args=(trial, {"step": 1, "loss": 0.5}))
+
+    def interrupted(of: Trial) -> dict[str, Any]:
+        monkeypatch.setattr("ddpm_ray.cluster.ledger.asdict", asdict)  # once
+        noted.start()
+        noted.join(0.2)  # ends within it, were it let
+        assert not of.probes
+        return asdict(of)
+
+    monkeypatch.setattr("ddpm_ray.cluster.ledger.asdict", interrupted)
+    ledger.write(trial)
+    noted.join(20)
+    assert [probe["step"] for probe in trial.probes] == [1]

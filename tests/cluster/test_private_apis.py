@@ -1,0 +1,115 @@
+"""Every private or unstable thing of other packages that we use, with the signature we rely on.
+
+An upgrade that changes one fails here, by name, instead of in a run. Each row says what degrades.
+"""
+
+import importlib
+import inspect
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+import ray
+from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_IMAGES
+from ray._raylet import PlacementGroupID
+
+from ddpm_ray.cluster import placement
+
+# Where it is, the parameters that our call needs, and what goes wrong if it changes.
+CALLED: list[tuple[str, tuple[str, ...], str]] = [
+    ("ray.train.v2._internal.callbacks.placement_group_callback:PlacementGroupCleanerCallback", (),
+     "group.py leaves it out; else it frees the places of healthy groups"),
+    ("ray.train.v2._internal.callbacks.datasets:DatasetsCallback", (),
+     "group.py leaves it out; else each start is 3 s longer"),
+    ("ray.train.torch:TorchTrainer._create_default_callbacks", ("self",),
+     "group.py overrides it; else both callbacks come back in silence"),
+    ("ray.train.torch:TorchTrainer._initialize_and_run_controller", ("self",),
+     "group.py hands the elastic policy in; else Ray takes any number of workers"),
+    ("ray.train.v2._internal.execution.scaling_policy:ElasticScalingPolicy._count_possible_workers",
+     ("self", "reserved_resources"),
+     "elastic.py overrides it; by another name Ray takes numbers that do not divide the batch"),
+    ("ray.train.v2._internal.execution.scaling_policy:ElasticScalingPolicy"
+     ".make_decision_for_running_worker_group", ("self",),
+     "elastic.py overrides it; else no checkpoint comes before a change"),
+    ("ray.train.v2._internal.execution.scaling_policy:ElasticScalingPolicy"
+     ".make_decision_for_non_running_worker_group", ("self",), "elastic.py: as above"),
+    ("ray.train.v2._internal.execution.scaling_policy:NoopDecision", (), "elastic.py"),
+    ("ray.train.v2._internal.execution.scaling_policy:ResizeDecision", (), "elastic.py"),
+    ("ray._private.state:GlobalState.get_draining_nodes", ("self",),
+     "placement.py: no checkpoint before a node is taken away"),
+    ("ray._private.state:GlobalState.get_max_resources_from_cluster_config", ("self",),
+     "capacity.py: a sweep on an autoscaler starts too few trials"),
+    ("ray.tune.schedulers:MedianStoppingRule.on_trial_result",
+     ("self", "tune_controller", "trial", "result"), "stopping.py: no early stopping"),
+    ("ray.tune.schedulers:AsyncHyperBandScheduler.on_trial_result",
+     ("self", "tune_controller", "trial", "result"), "stopping.py: no early stopping"),
+    ("ray._raylet:PlacementGroupID", (), "placement.py: groups are not given back"),
+    ("ray.util.placement_group:PlacementGroup", ("id",), "placement.py: groups are not given back"),
+    ("ray.util:placement_group_table", (), "placement.py: leaked groups stay"),
+    ("ray.util:remove_placement_group", ("placement_group",), "placement.py: leaked groups stay"),
+    ("ray.util:get_current_placement_group", (), "placement.py: a group cannot name itself"),
+    ("mlflow.entities:Metric", ("key", "value", "timestamp", "step"), "tracking.py: rows"),
+    ("mlflow:MlflowClient.log_batch", ("run_id", "metrics"), "tracking.py: rows"),
+    ("mlflow.data.dataset:Dataset._to_mlflow_entity", ("self",),
+     "tracking.py: the run does not name its data set"),
+    ("s3fs:S3FileSystem._call_s3", ("method",), "storage.py: s3fs retries by itself, and longer"),
+    ("s3fs:S3FileSystem._get_s3_method_kwargs", ("method",), "storage.py: checksums of uploads"),
+    ("s3fs.errors:translate_boto_error", ("error",), "storage.py: no bucket can be read"),
+    ("torch:_foreach_lerp_", (), "ema.py: no average of weights"),
+    ("torch.backends:cudnn.conv.fp32_precision", (), "features.py: FID in TF32"),
+    ("torch.backends:cudnn.rnn.fp32_precision", (), "features.py: FID in TF32"),
+    ("torch.backends:cuda.matmul.fp32_precision", (), "features.py: FID in TF32"),
+    ("torch.distributed:batch_isend_irecv", ("p2p_op_list",), "workers.py: elastic reduction"),
+]  # fmt: skip
+
+
+def found(path: str) -> Any:
+    module, _, names = path.partition(":")
+    thing: Any = importlib.import_module(module)
+    for name in names.split("."):
+        thing = getattr(thing, name)
+    return thing
+
+
+@pytest.mark.filterwarnings("ignore")  # of packages, as they are imported
+@pytest.mark.parametrize("path, needed, degrades", CALLED, ids=[row[0] for row in CALLED])
+def test_it_is_there_and_takes_what_we_give_it(
+    path: str, needed: tuple[str, ...], degrades: str
+) -> None:
+    thing = found(path)
+    if needed:
+        missing = set(needed) - set(inspect.signature(thing).parameters)
+        assert not missing, f"{path} takes no {sorted(missing)}: {degrades}"
+
+
+def test_a_placement_group_ends_with_the_job_that_made_it() -> None:
+    """placement.py tells the groups of this job by it; else another job's places are freed."""
+    job = ray.JobID.from_int(7)
+    assert PlacementGroupID.of(job).hex()[-placement.JOB_DIGITS :] == job.hex()
+
+
+@pytest.mark.parametrize(
+    "text, degrades",
+    [
+        ("working_dir_files", "command_line.py: a submitted job's data go to a deleted folder"),
+        ("RAY_JOB_CONFIG_JSON_ENV_VAR", "training_run.py: a run lacks the id of its job"),
+        (placement.HEAD, "placement.py: trials' drivers hold places, and groups of workers do not"),
+    ],
+)
+def test_ray_still_names_it_so(text: str, degrades: str) -> None:
+    """Names that are in no signature: in the package's own source."""
+    folder = Path(ray.__file__).parent
+    places = ("_private/runtime_env", "_private/ray_constants.py", "dashboard/modules/job",
+              "job_config.py", "_private/node.py", "_private/worker.py",
+              "_common/constants.py")  # fmt: skip
+    files = [file for place in places for file in (folder / place, *(folder / place).glob("*.py"))]
+    assert any(text.encode() in file.read_bytes() for file in files if file.is_file()), degrades
+
+
+def test_mlflow_still_names_images_as_it_did() -> None:
+    """tracking.py writes under such names itself; else pictures vanish from the UI."""
+    source = inspect.getsource(mlflow.MlflowClient.log_image)
+    assert "+timestamp+" in source
+    assert "+compressed" in source
+    assert MLFLOW_LOGGED_IMAGES == "mlflow.loggedImages"

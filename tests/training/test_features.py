@@ -1,0 +1,105 @@
+"""Features are computed in float32 whatever the process is set to; deterministic is set whole."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from ddpm_ray.cluster import group, registry
+from ddpm_ray.config import ClusterConfig
+from ddpm_ray.training import determinism, evaluation
+from ddpm_ray.training.features import FeatureNet, float32_backends
+
+BACKENDS = float32_backends()
+
+
+def flags() -> list[str]:
+    return [backend.fp32_precision for backend in BACKENDS]
+
+
+@pytest.fixture
+def _tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    for backend in BACKENDS:
+        monkeypatch.setattr(backend, "fp32_precision", "tf32")
+
+
+@pytest.mark.usefixtures("_tf32")
+def test_neither_tf32_nor_autocast_reaches_a_feature_network() -> None:
+    seen: list[tuple[list[str], torch.dtype]] = []
+
+    def look(images: Tensor) -> Tensor:
+        product = torch.ones(2, 2) @ torch.ones(2, 2)  # bf16 under autocast
+        seen.append((flags(), product.dtype))
+        return product
+
+    net = FeatureNet("digits", (2,), lambda images: {2: look(images)}, {}, lambda f: look(f[2]))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert net(torch.zeros(2, 8, 8, 1, dtype=torch.uint8))[2].dtype == torch.float32
+        probability = net.probabilities({2: torch.ones(2, 2)})
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
+    assert seen == [(["ieee"] * 3, torch.float32)] * 2
+    assert probability is not None
+    assert probability.tolist() == [[0.5, 0.5]] * 2
+    assert flags() == ["tf32"] * 3
+
+
+@pytest.mark.usefixtures("_tf32")
+def test_the_flags_are_put_back_where_a_network_fails() -> None:
+    def fail(images: Tensor) -> dict[int, Tensor]:
+        raise ValueError("no such network")
+
+    with pytest.raises(ValueError, match="no such network"):
+        FeatureNet("digits", (2,), fail, {})(torch.zeros(1, 8, 8, 1, dtype=torch.uint8))
+    assert flags() == ["tf32"] * 3
+
+
+def test_a_certificate_says_on_what_and_how(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = evaluation.arithmetic(torch.device("cpu"))
+    assert told == {
+        "device": "cpu", "samples_tf32": False, "features": "float32 without TF32",
+        "deterministic": False,
+    }  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
+    told = evaluation.arithmetic(torch.device("cuda:1"))
+    assert (told["device"], told["samples_tf32"]) == ("NVIDIA H100", True)  # cuDNN's default
+
+
+def test_scores_of_earlier_versions_still_compare() -> None:
+    """A champion was crowned before certificates told of devices."""
+    before = {"samples": {"seed": 1}, "features": {"network": "inception"}}
+    now = before | {"arithmetic": evaluation.arithmetic(torch.device("cpu"))}
+    assert registry._protocol(now) == registry._protocol(before)
+    assert registry._protocol(now) != registry._protocol(now | {"features": {"network": "digits"}})
+
+
+def test_a_worker_starts_with_the_variables_that_make_its_bits_repeat(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """CUDA and NCCL read them once, before any of our code could set them."""
+    made: list[dict[str, str]] = []
+    monkeypatch.setattr(
+        group, "_Trainer",
+        lambda *_, run_config, **__: made.append(run_config.worker_runtime_env["env_vars"]),
+    )  # fmt: skip
+    for deterministic in (False, True):
+        settings = {"environment": determinism.environment(deterministic)}
+        group._trainer(lambda _: None, settings, ClusterConfig(), [1], str(tmp_path))
+    assert "CUBLAS_WORKSPACE_CONFIG" not in made[0]
+    assert made[1] == made[0] | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_ALGO": "Ring"}
+
+
+def test_deterministic_algorithms_are_those_of_torch_and_cudnn() -> None:
+    program = """
+import torch
+from ddpm_ray.training import determinism
+determinism.configure()
+print(torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.deterministic,
+      torch.backends.cudnn.benchmark)
+"""
+    told = subprocess.run(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, check=True, timeout=100
+    ).stdout
+    assert told.split() == ["True", "True", "False"]
