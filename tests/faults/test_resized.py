@@ -7,7 +7,10 @@ import pytest
 from tests.faults.lives import STEPS, TINY, Ended, Life
 from tests.noise import pack_noise
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # MLflow's, as it imports
+pytestmark = [
+    pytest.mark.timeout(600),  # several lives of up to LIFE_S; 30 s on a quiet machine
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # MLflow's, as it imports
+]
 ELASTIC = (*TINY, "training.reduction=elastic", "training.reduction_slots=4")
 PROBE = "eval/loss"  # its networks see batches of other sizes where the workers are others
 

@@ -10,7 +10,10 @@ from tests.faults.lives import EVERY, STEPS, TINY, Ended, Life
 from tests.faults.schedules import kills
 
 WORKERS = 2
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # MLflow's, as it imports
+pytestmark = [
+    pytest.mark.timeout(600),  # several lives of up to LIFE_S; 30 s on a quiet machine
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # MLflow's, as it imports
+]
 
 
 @pytest.fixture(scope="module")

@@ -1048,6 +1048,7 @@ def gloo_worker(rank: int, folder: Path, data: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
+@pytest.mark.timeout(400)  # both import torch anew
 def test_two_processes_train_as_one_and_stop_together(
     data: str, unbroken: Callable[..., tuple[Snapshot, Ledger]], tmp_path: Path
 ) -> None:
@@ -1062,7 +1063,7 @@ def test_two_processes_train_as_one_and_stop_together(
         for command in commands
     ]
     try:
-        ended = [worker.communicate(timeout=100) for worker in workers]
+        ended = [worker.communicate(timeout=300) for worker in workers]
     finally:
         for worker in workers:
             worker.kill()
