@@ -30,6 +30,7 @@ FORMS = {"name": "^shard-[0-9]{5,}[.]arrow$", "sha256": "^[0-9a-f]{64}$"}
 MOST = {"samples": 2**32, "stored_bytes": 2**33}  # of one shard; packing makes 2**30 bytes at most
 MOST_PIXELS = 2**28  # of one image
 ENCODINGS = ("raw", "png", "jpeg", "webp")
+TEXTS = ("encoding", "resize", "source_sha256")  # of a recipe
 
 
 def write(recipe: dict[str, Any], rows: Sequence[dict[str, Any]]) -> bytes:
@@ -49,19 +50,34 @@ def read(data: bytes) -> pa.Table:
         low, high = pc.min_max(batch[column]).as_py().values()
         if not 1 <= low <= high <= most:
             raise ArrowFileError(f"{column} goes from {low} to {high}; it must lie in 1..{most}")
-    try:
-        height, width, channels = recipe(batch)["image_shape"]
-    except (TypeError, KeyError, ValueError) as error:
-        raise ArrowFileError(f"its recipe cannot be understood ({error!r})") from error
+    height, width, channels = _checked_recipe(batch)["image_shape"]
     if channels not in (1, 3) or min(height, width) < 1 or height * width > MOST_PIXELS:
         raise ArrowFileError(f"image_shape is {[height, width, channels]}")
-    if recipe(batch)["encoding"] not in ENCODINGS:
-        raise ArrowFileError(f"encoding is {recipe(batch)['encoding']!r}")
     for column in ("pixel_sum", "pixel_sum_of_squares"):
         lengths = pc.list_value_length(batch[column])
         if batch[column].flatten().null_count or pc.unique(lengths).to_pylist() != [channels]:
             raise ArrowFileError(f"{column} has not {channels} numbers for each shard")
     return pa.Table.from_batches([batch])
+
+
+def _checked_recipe(batch: pa.RecordBatch) -> dict[str, Any]:
+    """`recipe`, each value of its type; raises ArrowFileError."""
+    try:
+        found = recipe(batch)
+        shape, names = found["image_shape"], found["label_names"]
+        texts = {key: found[key] for key in TEXTS}
+    except (TypeError, KeyError, ValueError, RecursionError) as error:
+        raise ArrowFileError(f"its recipe cannot be understood ({error!r})") from error
+    if not isinstance(shape, list) or [type(length) for length in shape] != [int] * 3:
+        raise ArrowFileError(f"image_shape is {shape!r}; it must be three whole numbers")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ArrowFileError("label_names is not a list of texts")
+    for key, text in texts.items():
+        if not isinstance(text, str):
+            raise ArrowFileError(f"{key} is {text!r}; it must be a text")
+    if texts["encoding"] not in ENCODINGS:
+        raise ArrowFileError(f"encoding is {texts['encoding']!r}")
+    return found
 
 
 def recipe(index: pa.Table | pa.RecordBatch) -> dict[str, Any]:

@@ -291,7 +291,7 @@ def _manifest_fields(where: str, data: bytes) -> dict[str, Any]:
         found = json.loads(data)
         if not isinstance(found, dict):
             raise ValueError("not a JSON object")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DatasetError(where, f"not readable ({error})", "pack the data set again") from error
     if found.get("format") != FORMAT:
         remedy = f"this version reads {FORMAT!r}"

@@ -225,7 +225,7 @@ def _home(folder: Path, part: str) -> Path:
 def _json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ForeignModelError(str(path), f"cannot be read: {error}") from error
     if not isinstance(value, dict):
         raise ForeignModelError(str(path), "is no JSON object")

@@ -73,6 +73,7 @@ class CheckpointStore:
         self.lease: Lease | None = None
         self._own: Pointer | None = None  # what this writer's next commit follows; set by `lead`
         self._written: list[str] = []  # names of pointers that this writer may delete, oldest first
+        self._taken_over: list[Reference] = []  # which no pointer named; set by `lead`
         self._verified: Reference | None = None  # the newest that was read back whole
 
     def lead(self, lease: Lease) -> None:
@@ -87,6 +88,7 @@ class CheckpointStore:
         unnamed, unfinished = self._unnamed(named, below=lease.epoch)
         known = _by_step([*named, *unnamed])
         self._own, self._written = Pointer(lease.epoch, 0, known), found.names
+        self._taken_over = unnamed
         if found.damaged or (known and not named):
             self._tell_recovery(found, known)
         else:
@@ -130,6 +132,7 @@ class CheckpointStore:
         Of its tensors all are read, or these `groups` alone; one that it lacks is left out.
         Falls back, with a warning, past damaged ones. Raises CheckpointError if all are: to start
         a month's run again from nothing in silence would be worse; and StorageError in an outage.
+        A writer that leads saves what it took over once more, and may find itself superseded.
         """
         references = self._own.references if self._own else self._known()
         reasons = []
@@ -137,9 +140,13 @@ class CheckpointStore:
             where = storage.join(self.url, reference.folder)
             try:
                 found = where, read(where, reference.manifest_sha256, groups)
-                if groups is None:
-                    self._verified = reference
-                return found
+                if groups is not None:
+                    return found
+                self._verified = reference
+                # Its writer may only be frozen, on the point of deleting it: from here on the run
+                # rests on a copy, which that one does not know.
+                taken_over = reference in self._taken_over
+                return (self.save(found[1]), found[1]) if taken_over else found
             except (CheckpointError, StorageError) as error:
                 if isinstance(error, StorageError) and self._is_away(error, reference):
                     raise  # the storage is away, not the checkpoint: that passes, try again

@@ -139,7 +139,9 @@ def _read_cache(url: str, identity: Mapping[str, Any]) -> dict[str, Tensor] | No
         stamp = json.loads(header["__metadata__"][STAMP])
         if stamp["sha256"] != _checksum(identity, tensors):
             raise ValueError("its sha256 is wrong")
-    except (storage.StorageError, SafetensorError, ValueError, KeyError) as error:
+    except (
+        storage.StorageError, SafetensorError, ValueError, KeyError, TypeError, RecursionError
+    ) as error:  # fmt: skip
         log.warning("%s is not used (%s); computing it again", url, error)
         return None
     return tensors

@@ -23,6 +23,7 @@ from ddpm_ray.data.arrow_files import ArrowFileError
 from ddpm_ray.data.cache import ShardCache
 from ddpm_ray.data.image_files import encoded
 from ddpm_ray.data.shards import Dataset, DatasetError, Recipe, ShardRow, fetch_shard, open_dataset
+from ddpm_ray.data.storage import StorageError
 from ddpm_ray.data.stream import ShardStream
 from tests.data.test_image_files import bomb
 
@@ -62,6 +63,18 @@ def publish(folder: Path, data: bytes, recipe: Recipe = RECIPE, **changes: Any) 
     return str(folder)
 
 
+def with_recipe(folder: Path, text: str) -> str:
+    """A data set whose index holds `text` as its recipe, and whose manifest fits the index."""
+    url = publish(folder, GOOD)
+    rows = [dataclasses.asdict(row(GOOD))]
+    schema = index_file.SCHEMA.with_metadata({"recipe": text})
+    index = arrow_files.write(pa.Table.from_pylist(rows, schema=schema))
+    (folder / "index.arrow").write_bytes(index)
+    manifest = {"format": shards.FORMAT, "index_sha256": hashlib.sha256(index).hexdigest()}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return url
+
+
 def test_a_true_one_is_read(tmp_path: Path) -> None:
     dataset = open_dataset(publish(tmp_path, GOOD))
     assert np.array_equal(np.asarray(fetch_shard(dataset, 0).images), IMAGES)
@@ -97,12 +110,51 @@ def test_an_index_names_nothing_but_shards(
     [
         {"image_shape": (2**20, 2**20, 3)}, {"image_shape": (2, 3, 2)}, {"image_shape": (0, 3, 1)},
         {"image_shape": (2, 3)}, {"image_shape": "233"}, {"encoding": "eps"}, {"encoding": ["raw"]},
+        {"image_shape": ("2", 3, 1)}, {"image_shape": (2.0, 3, 1)}, {"label_names": 3},
+        {"label_names": (3,)}, {"resize": None}, {"source_sha256": ["0"]},
     ],
 )  # fmt: skip
 def test_a_recipe_of_no_picture_is_refused(changes: dict[str, Any], tmp_path: Path) -> None:
     url = publish(tmp_path, GOOD, dataclasses.replace(RECIPE, **changes))
-    with pytest.raises(DatasetError, match=r"index.arrow: (image_shape|encoding|its recipe)"):
+    named = "|".join((*changes, "its recipe"))
+    with pytest.raises(DatasetError, match=rf"index.arrow: ({named}).*; pack the data set again"):
         open_dataset(url)
+
+
+@pytest.mark.parametrize("key", [field.name for field in dataclasses.fields(Recipe)])
+def test_a_recipe_that_lacks_a_value_is_refused(key: str, tmp_path: Path) -> None:
+    recipe = dataclasses.asdict(RECIPE)
+    del recipe[key]
+    with pytest.raises(DatasetError, match=rf"index.arrow: its recipe .*KeyError\('{key}'\)"):
+        open_dataset(with_recipe(tmp_path, json.dumps(recipe)))
+
+
+DEEP = "[" * 200_000
+
+
+def test_json_too_deep_to_parse_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match=r"index.arrow: its recipe .*RecursionError"):
+        open_dataset(with_recipe(tmp_path, DEEP))
+    (tmp_path / "manifest.json").write_text(DEEP)
+    with pytest.raises(DatasetError, match=r"manifest.json: not readable \(.*recursion"):
+        open_dataset(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "index.arrow", "shard-00000.arrow"])
+def test_a_folder_in_a_files_place_is_one_line(name: str, tmp_path: Path) -> None:
+    url = publish(tmp_path, GOOD)
+    (tmp_path / name).unlink()
+    (tmp_path / name).mkdir()
+    with pytest.raises(StorageError, match=rf"{name}: a folder stands where an object should be"):
+        fetch_shard(open_dataset(url), 0)
+
+
+def test_a_folder_in_the_cache_is_passed_over(tmp_path: Path) -> None:
+    """As a copied cache may hold one: the shard is read from where it is stored."""
+    cache = ShardCache(tmp_path / "cache", 10**6)
+    (cache.folder / hashlib.sha256(GOOD).hexdigest()).mkdir(parents=True)
+    dataset = open_dataset(publish(tmp_path / "set", GOOD))
+    assert np.array_equal(np.asarray(fetch_shard(dataset, 0, cache).images), IMAGES)
 
 
 def test_no_file_but_a_shard_of_the_cache_is_ever_deleted(tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ ENDS, LEASE = "tests/faults/test_same_end.py", "tests/training/test_lease.py"
 CHECKPOINTS, STATE = "ddpm_ray/training/checkpoints.py", "ddpm_ray/training/state.py"
 OBJECTIVES = "ddpm_ray/training/objectives.py"
 EXAMPLES = "ddpm_ray/training/examples.py"
+DAMAGE, FENCING = "tests/training/test_damage.py", "tests/training/test_fencing.py"
 
 MUTATIONS = (
     Mutation("noise is not keyed by the step", EXAMPLES,
@@ -96,12 +97,24 @@ MUTATIONS = (
              "{MANIFEST: _json(described(files))} | files",
              SAVES),
     Mutation("a lost pointer has no substitute", CHECKPOINTS,
-             "for name in (POINTER, BEFORE):", "for name in (POINTER,):", SAVES),
+             "known = _by_step([*named, *self._unnamed(named)[0]])", "known = list(named)", DAMAGE),
+    Mutation("whole checkpoints that no pointer names are not taken over", CHECKPOINTS,
+             "known = _by_step([*named, *unnamed])", "known = list(named)", DAMAGE),
     Mutation("the last one that was read whole may go", CHECKPOINTS,
-             "if self._verified in known[self.keep :]:", "if False:", LEASE),
+             "planned[:1], self._verified]", "planned[:1]]", LEASE),
     Mutation("half a checkpoint stays", CHECKPOINTS,
-             "if folder.startswith(PREFIX) and folder not in known:", "if False:", LEASE),
-    Mutation("no fence", CHECKPOINTS, "self.lease.check()", "pass", LEASE),
+             "for folder in unfinished:", "for folder in list[str]():", LEASE),
+    Mutation("no fence", CHECKPOINTS,
+             'faults.at("commit")\n        if self.lease is not None:\n'
+             "            self.lease.check()", 'faults.at("commit")', LEASE),
+    Mutation("what was taken over is not copied", CHECKPOINTS,
+             "taken_over = reference in self._taken_over", "taken_over = False", FENCING),
+    Mutation("a start takes over what a later one is writing", CHECKPOINTS,
+             "if below is not None and folder_step_epoch(folder)[1] >= below:", "if False:",
+             FENCING),
+    Mutation("the pointer that was written last counts", "ddpm_ray/training/pointers.py",
+             "elif latest is not None and (found is None or latest.rank > found.rank):",
+             "elif latest is not None:", FENCING),
     Mutation("two owners of one number", "ddpm_ray/training/lease.py",
              '["token"] != self.token', '["token"] == ""', LEASE),
     Mutation("two jobs take a run back and forth", "ddpm_ray/training/lease.py",

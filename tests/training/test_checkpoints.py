@@ -241,10 +241,10 @@ def test_an_outage_does_not_send_a_run_back_to_an_older_checkpoint(
     store.save(snapshot(2))
     read = storage.read_bytes
 
-    def away(url: str) -> bytes:
+    def away(url: str, *size_bytes: int) -> bytes:
         if url.endswith("ema.safetensors"):
             raise StorageError(url, "no answer (503)", "check that the endpoint is up")
-        return read(url)
+        return read(url, *size_bytes)
 
     monkeypatch.setattr(storage, "read_bytes", away)
     with pytest.raises(StorageError, match=r"step-00000002.*no answer"):

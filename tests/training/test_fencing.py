@@ -1,5 +1,6 @@
 """A writer that is stopped anywhere, and wakes once another has finished, changes nothing of it."""
 
+import contextlib
 import inspect
 import os
 from collections.abc import Callable
@@ -155,3 +156,42 @@ def test_a_start_stopped_at_any_request_cannot_undo_a_later_one(
     else:
         pytest.fail("a start has no end")
     assert at > 4
+
+
+def test_what_a_superseded_writer_is_about_to_delete_is_copied_first(
+    place: Callable[[int], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The newer ones are damaged, so that the later start goes on from just that one."""
+    watch, deleted_after = Stopwatch(monkeypatch), 0
+    for at in range(1000):
+        url = place(at)
+        driver = Lease.first(url)
+        stopped = begin(url, driver)
+        oldest, _ = (stopped.save(snapshot(step)) for step in (25, 50))
+        taken: list[int] = []
+
+        def take_over(
+            url: str = url, driver: Lease = driver, oldest: str = oldest, taken: list[int] = taken
+        ) -> None:
+            for folder in storage.folders(url):
+                weights = f"{url}/{folder}/ema.safetensors"
+                if not oldest.endswith(folder) and storage.exists(weights):
+                    storage.write_bytes(weights, b"")
+            found = begin(url, driver).load()
+            assert found is not None
+            taken.append(found[1].step)
+
+        watch.stop(at, take_over)
+        with contextlib.suppress(SupersededError):
+            stopped.save(snapshot(75))
+        if not watch.stopped:
+            break
+        assert taken == [25]
+        found = CheckpointStore(url).load()
+        assert found is not None
+        assert found[1].step == 25, f"stopped before request {at}"
+        deleted_after += not storage.exists(oldest)
+    else:
+        pytest.fail("a save has no end")
+    assert at > 10
+    assert deleted_after  # else nothing needed to be copied
