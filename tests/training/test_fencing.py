@@ -138,6 +138,9 @@ def test_a_start_stopped_at_any_request_cannot_undo_a_later_one(
             other = begin(url, driver)
             for step in (75, 100):
                 other.save(snapshot(step))
+            assert other.lease is not None  # and it is at its next checkpoint
+            begun = f"{url}/step-00000125-{other.lease.epoch:08d}-0123abcd"
+            storage.write_bytes(f"{begun}/model.safetensors", b"half")
 
         stopped = CheckpointStore(url, keep=2)
         lease = driver.renewed()
@@ -148,6 +151,7 @@ def test_a_start_stopped_at_any_request_cannot_undo_a_later_one(
         found = CheckpointStore(url).load()
         assert found is not None
         assert found[1].step == 100, f"stopped before request {at}"
+        assert [name for name in storage.folders(url) if "-00000125-" in name], "swept away"
         with pytest.raises(SupersededError, match="commits no more"):
             stopped.save(snapshot(125))
         found = CheckpointStore(url).load()
