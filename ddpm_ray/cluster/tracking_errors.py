@@ -146,8 +146,9 @@ def _cause(error: Exception) -> str:
     text = " ".join(str(error).split())
     if found := re.search(r"\[Errno -?\d+\] [^'\")]+", text):
         return told(found[0])
-    if found := re.search(r"\(Caused by \w+\(.*?['\"](.*?)['\"]\)", text):
-        return told(found[1])
+    quoted = re.findall(r"['\"]([^'\"]{4,})['\"]", text.partition("(Caused by ")[2])
+    if quoted:  # the innermost of errors within errors
+        return told(quoted[-1])
     return brief(error)
 
 
