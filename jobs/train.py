@@ -32,10 +32,13 @@ def train(config: RunConfig, _: Namespace) -> dict[str, Any]:
             f"stopped at step {report['step']} of {report['steps']}, checkpoint committed in "
             f"{report['checkpoint']}; the same command continues"
         )
+    no_pictures = "none: training.grid_every_steps is 0"
+    if config.model.kind == "classifier":
+        no_pictures = "none: a classifier draws no images"
     scores = "  ".join(f"{key} {value:.4g}" for key, value in report["metrics"].items())
     print(
         f"checkpoint   {report['checkpoint']}",
-        f"samples      {report['samples'] or 'none: a classifier draws none'}",
+        f"samples      {report['samples'] or no_pictures}",
         f"denoising    {report['denoising'] or 'none'}",
         f"scores       {scores or 'none: evaluation.num_images is 0'}",
         f"MLflow run   {report['run_id']} in {report['tracking_uri']}",
