@@ -20,6 +20,7 @@ import torch.distributed as dist
 from ddpm_ray.cluster.control import Desk
 from ddpm_ray.data.storage import StorageError
 from ddpm_ray.faults import InjectedFaultError
+from ddpm_ray.training.lease import LeaseLostError, SupersededError
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +29,7 @@ PASSING = (
     OSError,  # a connection, or this node's own disk: the next start may be on another
     ray.exceptions.RayError,  # an actor or a node died
     dist.DistError,  # NCCL's, and those of the store in which workers meet
+    SupersededError,  # of an earlier group that woke up: the newer one goes on. See LeaseLostError
     InjectedFaultError,  # stands for any of them
 )
 # Gloo raises plain RuntimeErrors; those in its pairs of sockets begin with the source file's path.
@@ -45,7 +47,7 @@ SELF_EXPLANATORY = ValueError, MemoryError, torch.OutOfMemoryError  # their text
 
 def passes(error: Exception) -> bool:
     """Whether workers that are started again need not meet `error` again."""
-    if isinstance(error, torch.OutOfMemoryError):
+    if isinstance(error, (torch.OutOfMemoryError, LeaseLostError)):
         return False
     if isinstance(error, PASSING):
         return True

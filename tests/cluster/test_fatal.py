@@ -19,6 +19,7 @@ from ddpm_ray.cluster import averaging, evaluation_run, fatal, worker
 from ddpm_ray.data.storage import StorageError
 from ddpm_ray.training.checkpoints import CheckpointError
 from ddpm_ray.training.divergence import DivergedError
+from ddpm_ray.training.lease import LeaseLostError, SupersededError
 from ddpm_ray.training.workers import Workers
 
 ROOT = Path(__file__).parents[2]
@@ -81,6 +82,7 @@ def test_a_mistake_on_a_gpu_comes_again(text: str) -> None:
         ConnectionResetError(104, "Connection reset by peer"),
         StorageError("s3://bucket/a", "no answer in 180 s", "check the endpoint"),
         faults.InjectedFaultError("fault at batch, step 3: as asked for"),
+        SupersededError("s3://bucket/run", 8),
     ],
     ids=lambda error: f"{type(error).__name__} {error}"[:50],
 )
@@ -92,6 +94,7 @@ def test_what_passes_has_the_workers_started_again(error: Exception) -> None:
     "error",
     [
         DivergedError(3, 1.0, 0.5, ["a"]),
+        LeaseLostError("s3://bucket/run", 8),
         CheckpointError("s3://bucket/run", "no checkpoint verifies (timed out)", "restore one"),
         torch.OutOfMemoryError("CUDA out of memory"),
         MemoryError(),
