@@ -166,11 +166,14 @@ class CheckpointStore:
     def pointer(self) -> Pointer:
         """What is committed; where the newest commits are damaged, with a warning, those before.
 
-        Its epoch is that of the newest commit, whether or not it verifies. Raises CheckpointError
-        where nothing is left, neither a pointer nor a whole checkpoint, and StorageError.
+        Its epoch is the highest of all commits and checkpoints, so that a start with a higher one
+        finds each of them. Raises CheckpointError where nothing is left, neither a pointer nor a
+        whole checkpoint, and StorageError.
         """
         found = pointers.find(self.url)
-        return Pointer(found.epoch, 0, self._known(found))
+        known = self._known(found)
+        epochs = [folder_step_epoch(one.folder)[1] for one in known]
+        return Pointer(max([found.epoch, *epochs]), 0, known)
 
     def _known(self, found: Found | None = None) -> list[Reference]:
         """Checkpoints as a reader finds them, newest first."""

@@ -105,6 +105,26 @@ def test_pointers_that_are_lost_or_damaged_cost_nothing(
     assert found[1].step == 125
 
 
+@pytest.mark.parametrize("lost", [["writers"], ["writers", "pointers"]])
+def test_checkpoint_folders_alone_are_enough(lost: list[str], tmp_path: Path) -> None:
+    """As somebody restores them from a backup: the next start takes a number above theirs."""
+    for _ in range(3):  # starts, so that the folders hold a number above the first
+        CheckpointStore(str(tmp_path)).lead(Lease.first(str(tmp_path)))
+    run_of(tmp_path)
+    for name in lost:
+        shutil.rmtree(tmp_path / name)
+    (tmp_path / "latest.json").unlink()
+    store = CheckpointStore(str(tmp_path), keep=3)
+    store.lead(Lease.first(str(tmp_path), store.pointer().epoch).renewed())
+    found = store.load()
+    assert found is not None
+    assert found[1].step == STEPS[-1]
+    store.save(snapshot(125))
+    found = CheckpointStore(str(tmp_path)).load()
+    assert found is not None
+    assert found[1].step == 125
+
+
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("how", SPOIL)
 def test_a_damaged_checkpoint_makes_way_for_the_one_before(
