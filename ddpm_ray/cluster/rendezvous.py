@@ -12,7 +12,7 @@ from typing import Any
 import ray
 from ray.train.torch import TorchConfig
 from ray.train.torch import config as ray_torch
-from torch.distributed import TCPStore
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, but not re-exported
 
 # With it torch takes a store that is there already, as `torchrun` has it, and starts none.
 ENVIRONMENT = {"TORCHELASTIC_USE_AGENT_STORE": "True"}
