@@ -193,6 +193,7 @@ def skip_step(run: Run, grad_norm: float, losses: Tensor) -> bool:
 
     Raises DivergedError where training.on_divergence does not let the run go on.
     """
+    faults.at("between")  # to wait for uploads, or to read a checkpoint, is no stall of the step
     state, keys = run.state, run.stream.keys(run.state.step)
     error = diverged(state.step + 1, grad_norm, run.guard.limit, losses, keys, run.workers)
     if run.guard.gives_up:

@@ -737,6 +737,29 @@ def test_a_run_that_diverges_again_and_again_goes_back_to_the_same_checkpoint(
         assert all(map(torch.equal, weights_at[step], weights(three))), step
 
 
+@pytest.mark.parametrize("policy", ["stop", "rewind"])
+def test_a_diverged_run_that_waits_for_the_storage_does_not_look_stalled(
+    policy: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The driver restarts workers that stand still within a step, but not those between steps."""
+    run = begin(configured(data, f"training.on_divergence={policy}"), tmp_path)
+    spoil(run, 5, position=2)
+    shows(run)
+    wait, points = run.checkpoints.wait, set[str]()
+
+    def waiting() -> None:
+        if run.guard.skipped:
+            points.add(faults.position().point)
+        wait()
+
+    monkeypatch.setattr(run.checkpoints, "wait", waiting)
+    ends = pytest.raises(DivergedError, match="step 5") if policy == "stop" else None
+    with ends or contextlib.nullcontext():
+        train(run)
+    assert points <= {"between", "snapshot"}
+    assert "between" in points
+
+
 @pytest.mark.usefixtures("_reports_at_each_step")
 @pytest.mark.parametrize("step", [4, 8])
 @pytest.mark.parametrize("dies", ["before its scores", "after its rows", "in its second save"])
