@@ -154,7 +154,8 @@ def fake_cuda() -> Iterator[torch.device]:
     """The device, on which tensors can be made inside; needs fake_library's environment."""
     lifted = torch._C._only_lift_cpu_tensors()
     replaced = {"_lazy_init": lambda: None, "is_available": lambda: True,
-                "is_bf16_supported": lambda *_, **__: True}  # fmt: skip
+                "is_bf16_supported": lambda *_, **__: True,
+                "get_device_name": lambda *_: "fake"}  # fmt: skip
     before = {name: getattr(torch.cuda, name) for name in replaced}
     for name, value in replaced.items():
         setattr(torch.cuda, name, value)

@@ -1,10 +1,10 @@
 """Images and masks of a notebook's calls as arrays, or a ValueError that says what to give."""
 
+import sys
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 from torch import Tensor
 
 from ddpm_ray.generation.sample import Images
@@ -15,7 +15,7 @@ def as_images(images: Any, channels: int) -> Images:
 
     Pictures of PIL are taken in the modes L and RGB, alone or in a list.
     """
-    if isinstance(images, Image.Image):
+    if _is_picture(images):
         images = [images]
     if isinstance(images, list | tuple):
         listed = [_pixels(one) for one in images]
@@ -63,7 +63,7 @@ def as_mask(mask: Any, images: Images) -> npt.NDArray[np.bool_]:
 
 def _pixels(image: Any) -> npt.NDArray[Any]:
     """[H, W, C] of a picture of PIL; anything else as the array that it is."""
-    if not isinstance(image, Image.Image):
+    if not _is_picture(image):
         return _array(image)
     if image.mode not in ("L", "RGB"):
         raise ValueError(
@@ -72,6 +72,12 @@ def _pixels(image: Any) -> npt.NDArray[Any]:
         )
     found = np.asarray(image)
     return found[..., None] if found.ndim == 2 else found
+
+
+def _is_picture(value: Any) -> bool:
+    """Whether it is one of PIL's; whoever has one has loaded PIL, which sampling does without."""
+    pillow = sys.modules.get("PIL.Image")
+    return pillow is not None and isinstance(value, pillow.Image)
 
 
 def _array(value: Any) -> npt.NDArray[Any]:

@@ -171,7 +171,9 @@ def test_a_certificate_says_which_average_was_scored(run: Path, tmp_path: Path) 
         told[name] = build.ema_provenance(config, known["step"], known["average"])
     assert told["main"]["weights"] == "ema"
     assert told["main"]["ema_decay_per_step"] == pytest.approx(61 / 70)  # still on its ramp
-    assert told["tracked"] == {"weights": "ema-width-0.1", "step": STEPS, "training_seed": 0}
+    assert told["tracked"] == {
+        "weights": "ema-width-0.1", "step": STEPS, "training_seed": 0, "precision": "fp32"
+    }  # fmt: skip
     assert told["made"]["weights"]["sigma_rel"] == TRUTH
     assert "ema_decay_per_step" not in told["made"]
 
