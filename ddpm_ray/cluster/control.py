@@ -69,8 +69,9 @@ class _Desk:
         if group == self.groups[-1]:
             self.beats[beat["rank"]] = now, beat
 
-    def rest(self, rank: int) -> None:
-        self.beats.pop(rank, None)
+    def rest(self, rank: int, group: str) -> None:
+        if group in self.groups[-1:]:
+            self.beats.pop(rank, None)
 
     def ask(self, wish: Wish) -> None:
         self.wish = max(self.wish, wish)
@@ -123,9 +124,9 @@ class Desk:
         """Tell the driver where this worker, of the placement group `group`, stands."""
         self._actor.beat.remote(asdict(beat), group)
 
-    def rest(self, rank: int) -> None:
-        """Tell the driver that this worker has done its steps."""
-        self._actor.rest.remote(rank)
+    def rest(self, rank: int, group: str) -> None:
+        """Tell the driver that this worker, of the placement group `group`, has done its steps."""
+        self._actor.rest.remote(rank, group)
 
     def glance(self) -> Notes | None:
         """What lies on the desk, if the actor has answered since the last glance; never waits.

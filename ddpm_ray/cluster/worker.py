@@ -72,7 +72,7 @@ def _train(config: RunConfig, settings: dict[str, Any], desk: Desk) -> dict[str,
                 undelivered = run.sink.close(config.tracking.last_rows_s)
     finally:
         pulse.stop()
-        desk.rest(workers.rank)
+        desk.rest(workers.rank, group)
     return {
         "step": run.state.step,
         "checkpoint": run.checkpoints.committed,
