@@ -37,6 +37,12 @@ CALLED: list[tuple[str, tuple[str, ...], str]] = [
      ".make_decision_for_non_running_worker_group", ("self",), "elastic.py: as above"),
     ("ray.train.v2._internal.execution.scaling_policy:NoopDecision", (), "elastic.py"),
     ("ray.train.v2._internal.execution.scaling_policy:ResizeDecision", (), "elastic.py"),
+    ("ray.train.torch.config:_TorchBackend.on_start", ("self", "worker_group", "backend_config"),
+     "rendezvous.py overrides it; else torch's store listens on every interface"),
+    ("ray.train.torch.config:get_address_and_port", (),
+     "rendezvous.py replaces it; else torch's store listens on every interface"),
+    ("ray.train.torch:TorchConfig.backend_cls", (), "rendezvous.py: as above"),
+    ("torch.distributed:TCPStore", (), "rendezvous.py: as above"),
     ("ray._private.state:GlobalState.get_draining_nodes", ("self",),
      "placement.py: no checkpoint before a node is taken away"),
     ("ray._private.state:GlobalState.get_max_resources_from_cluster_config", ("self",),
@@ -90,6 +96,11 @@ def test_a_placement_group_ends_with_the_job_that_made_it() -> None:
     assert PlacementGroupID.of(job).hex()[-placement.JOB_DIGITS :] == job.hex()
 
 
+def test_the_head_node_s_own_resource_has_the_name_that_we_use() -> None:
+    """placement.py: else trials' drivers hold places, and groups of workers do not."""
+    assert placement.HEAD == HEAD_NODE_RESOURCE_NAME
+
+
 @pytest.mark.parametrize(
     "text, degrades",
     [
@@ -101,8 +112,7 @@ def test_ray_still_names_it_so(text: str, degrades: str) -> None:
     """Names that are in no signature: in the package's own source."""
     folder = Path(ray.__file__).parent
     places = ("_private/runtime_env", "_private/ray_constants.py", "dashboard/modules/job",
-              "job_config.py", "_private/node.py", "_private/worker.py",
-              "_common/constants.py")  # fmt: skip
+              "job_config.py", "_private/node.py", "_private/worker.py")  # fmt: skip
     files = [file for place in places for file in (folder / place, *(folder / place).glob("*.py"))]
     assert any(text.encode() in file.read_bytes() for file in files if file.is_file()), degrades
 
