@@ -34,12 +34,21 @@ def serve_store() -> tuple[str, int]:
     return address, port
 
 
+def use_served_store() -> None:
+    """Have this process's process group join a store that is served, and start none.
+
+    A function of a module, so that a worker runs it on its own environment: a method of os.environ
+    would be sent with a copy of the sender's.
+    """
+    os.environ.update(ENVIRONMENT)
+
+
 class _Backend(ray_torch._TorchBackend):  # type: ignore[misc]  # Ray's types are not followed
     """As Ray's, which asks rank 0 for a free port; ours is taken already."""
 
     def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
         """Set the process group up."""
-        worker_group.execute(os.environ.update, ENVIRONMENT)
+        worker_group.execute(use_served_store)
         before, ray_torch.get_address_and_port = ray_torch.get_address_and_port, serve_store
         try:
             super().on_start(worker_group, backend_config)

@@ -6,6 +6,7 @@ import sys
 import psutil
 import pytest
 import ray
+from ray import cloudpickle
 
 from ddpm_ray.cluster import rendezvous
 
@@ -45,3 +46,17 @@ def test_the_store_listens_at_the_nodes_own_address_and_workers_meet_there(
         first.kill()
         process.kill()
         monkeypatch.setattr(rendezvous, "_store", None)
+
+
+def test_a_worker_that_is_told_to_joins_what_is_served() -> None:
+    """As Ray sends it: pickled, to a process with an environment of its own."""
+    sent = cloudpickle.dumps(rendezvous.use_served_store)
+    script = (
+        "import os, pickle, sys; pickle.loads(sys.stdin.buffer.read())();"
+        "from torch.distributed.rendezvous import _torchelastic_use_agent_store as joins;"
+        "print(joins(), os.environ['TORCHELASTIC_USE_AGENT_STORE'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], input=sent, capture_output=True, check=True, timeout=LIMIT_S
+    )
+    assert done.stdout == b"True True\n"
