@@ -3,12 +3,14 @@
     <url>/pointers/00000007-00000012.json   commit 12 of start 7: folders and manifest hashes,
                                             newest first
     <url>/latest.json                       a copy of the newest, for readers that cannot list
-                                            (https) and for version 0.1
+                                            (https)
 
 A start of a run (lease.py) writes pointers under its own number alone. A writer that was frozen,
 and wakes up after a later start has taken over, can therefore not move what that one committed:
 readers take the pointer with the highest number that verifies. No conditional write is needed. A
 listing that lags behind shows an earlier commit, from which a run continues to the same end.
+
+Earlier versions wrote latest.json and previous.json alone; their runs are read and continued.
 """
 
 import logging
@@ -22,7 +24,7 @@ from ddpm_ray.data.storage import StorageError
 log = logging.getLogger(__name__)
 
 POINTERS = "pointers"  # below a run's checkpoints
-LATEST, PREVIOUS = "latest.json", "previous.json"  # version 0.1 had these two alone
+LATEST, PREVIOUS = "latest.json", "previous.json"  # earlier versions had these two alone
 PREFIX = "step-"  # of a checkpoint's folder
 FOLDER = re.compile(PREFIX + "([0-9]{8,})-(?:([0-9]{8,})-)?[0-9a-f]{8}")  # step, epoch
 NAME = re.compile(r"([0-9]{8,})-([0-9]{8,})\.json")
@@ -42,9 +44,9 @@ class Reference:
 
 
 def folder_step_epoch(folder: str) -> tuple[int, int]:
-    """The step in a checkpoint folder's name, and the start that wrote it (0: version 0.1).
+    """The step in a checkpoint folder's name, and the start that wrote it.
 
-    Raises ValueError for another name.
+    The start is 0 in a name of an earlier version, which has none. Raises ValueError for others.
     """
     match = FOLDER.fullmatch(folder)
     if match is None:
@@ -57,7 +59,7 @@ class Pointer:
     """The checkpoints that one commit names."""
 
     epoch: int = 0  # the lease of who wrote it
-    number: int = 0  # of the commit among those of its epoch; 0: written by version 0.1
+    number: int = 0  # of the commit among those of its epoch; 0: of an earlier version
     references: list[Reference] = field(default_factory=list)  # newest first
 
     @classmethod
@@ -162,6 +164,6 @@ def _read(where: str) -> Pointer | None:
 
 
 def _rank(name: str) -> tuple[int, int]:
-    """Of a pointer's name; (0, 0) for version 0.1's two and whatever else lies there."""
+    """Of a pointer's name; (0, 0) for LATEST, PREVIOUS and whatever else lies there."""
     match = NAME.fullmatch(name)
     return (int(match[1]), int(match[2])) if match else (0, 0)
