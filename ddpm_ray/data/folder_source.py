@@ -21,6 +21,7 @@ def folder_source(url: str, files: SourceFiles, options: PackOptions) -> FileSou
     Without metadata a flat folder has no labels, and one with sub-folders has a class for each,
     whatever lies below it. Labels of a metadata file take the place of folders.
     """
+    _refuse_unused(url, files, options)
     metadata = metadata_files.read(url, files, options)
     names, tops = list(files.images), {name.split("/")[0] for name in files.images if "/" in name}
     if tops and tops <= SPLITS:
@@ -47,6 +48,16 @@ def folder_source(url: str, files: SourceFiles, options: PackOptions) -> FileSou
         files.left_out + metadata.left_out + groups(beside),
         version_of(states),
     )
+
+
+def _refuse_unused(url: str, files: SourceFiles, options: PackOptions) -> None:
+    """Raise DatasetError for a key that chooses nothing in a folder of images."""
+    if options.image_key:
+        problem = f"image_key is {options.image_key!r}, and each image of a folder is a sample"
+        raise DatasetError(url, problem, "leave image_key empty; it is for tars and tables")
+    if options.label_key and not files.metadata:
+        problem = f"label_key is {options.label_key!r}, and there is no metadata.csv or .jsonl"
+        raise DatasetError(url, problem, "add one, or leave label_key empty")
 
 
 def _of_folders(url: str, names: list[str], tops: set[str]) -> tuple[tuple[str, ...], list[int]]:

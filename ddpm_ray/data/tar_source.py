@@ -54,14 +54,10 @@ def tar_source(
     for tar in sorted(tars):
         url = storage.join(folder, tar)
         contents = _contents(url, options, others, json_keys)
-        found += sorted(
-            (
-                (Member(tar, key, -1, *_image(url, key, images, options, others)), label)
-                for key, images in contents.images.items()
-                for label in [_label(url, key, contents)]
-                if not options.image_key or options.image_key in images
-            ),
-            key=lambda pair: pair[0].key,
+        found.extend(
+            (Member(tar, key, -1, *image), _label(url, key, contents))
+            for key in sorted(contents.images)
+            if (image := _image(url, key, contents.images[key], options, others)) is not None
         )
         bare = (contents.numbers.keys() | contents.stated.keys()) - contents.images.keys()
         others[IMAGELESS] += sorted(bare)
@@ -71,6 +67,9 @@ def tar_source(
         remedy = "give tars with image files"
         raise DatasetError(folder, f"there is no image in its tars{beside}", remedy)
     labels = [label for _, label in found]
+    if options.label_key and not any(label is not None for label in labels):
+        problem = f"no .json file has a value in {options.label_key!r} (label_key)"
+        raise DatasetError(folder, problem, "check its spelling, or leave label_key empty")
     if None in labels and any(label is not None for label in labels):
         bare_key = next(member.key for member, label in found if label is None)
         remedy = "give every sample a .cls or none"
@@ -132,8 +131,8 @@ def _image(
     images: dict[str, tuple[int, int]],
     options: PackOptions,
     others: dict[str, list[str]],
-) -> tuple[int, int]:
-    """Offset and size of the sample's image."""
+) -> tuple[int, int] | None:
+    """Offset and size of the sample's image; None where it lacks the one that was chosen."""
     chosen = options.image_key or next(iter(images))
     further = [f"{key}.{suffix}" for suffix in images if suffix != chosen]
     if further and not options.image_key:
@@ -145,7 +144,7 @@ def _image(
             f"rename them, or choose one, as in image_key={min(images)}",
         )
     others[FURTHER] += further
-    return images.get(chosen, (0, 0))
+    return images.get(chosen)
 
 
 def _label(url: str, key: str, contents: Contents) -> Label:

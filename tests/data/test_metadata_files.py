@@ -138,3 +138,10 @@ def test_a_metadata_file_that_is_too_large_is_not_read(tmp_path: Path) -> None:
         DatasetError, match=r"metadata.csv: a file of more than .* \(max_file_bytes\)"
     ):
         open_source(str(tmp_path))
+
+
+@pytest.mark.parametrize("key", ["image_key", "label_key"])
+def test_a_key_that_chooses_nothing_in_a_folder_is_refused(key: str, tmp_path: Path) -> None:
+    write(tmp_path, "a.png")
+    with pytest.raises(DatasetError, match=f"{key} is 'x', and .* leave {key} empty"):
+        open_source(str(tmp_path), PackOptions(**{key: "x"}))  # type: ignore[arg-type]

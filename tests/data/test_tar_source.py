@@ -97,6 +97,22 @@ def test_one_of_several_images_is_chosen_by_its_suffix(tmp_path: Path) -> None:
     assert left_out(source) == {further: (2, ("x.left.png", "y.left.png"))}
 
 
+def test_a_sample_without_the_chosen_image_is_named(tmp_path: Path) -> None:
+    files = PAIRS | {"z.left.png": png(5)}
+    source = opened(tmp_path, files, image_key="right.png")
+    assert keys(source) == ["x", "y"]
+    (named,) = left_out(source).values()
+    assert named == (3, ("x.left.png", "y.left.png", "z.left.png"))
+    with pytest.raises(DatasetError, match=r"no image .* not chosen by image_key: 5 \(x.left.png"):
+        opened(tmp_path, files, image_key="middle.png")
+
+
+def test_a_label_key_that_no_json_file_has_is_refused(tmp_path: Path) -> None:
+    files = {"a.png": png(1), "a.json": b'{"label": 1}'}
+    with pytest.raises(DatasetError, match=r"no .json file has a value in 'lable' \(label_key\)"):
+        opened(tmp_path, files, label_key="lable")
+
+
 def test_labels_that_are_names_are_classes_in_order(tmp_path: Path) -> None:
     files = {f"{n}.png": png(1) for n in range(3)}
     for n, name in enumerate(("dog", "ant", "dog")):
