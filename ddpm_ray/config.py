@@ -139,13 +139,13 @@ class TrainingConfig:
     channels_last: bool = knob(False, "NHWC layout; pays on GPUs with bf16")
     deterministic: bool = knob(
         False,
-        "deterministic algorithms of torch, cuDNN, NCCL: equal bits on GPUs of one kind; slower",
+        "deterministic algorithms of torch, cuDNN and NCCL, for bit-equal GPU runs; slower",
     )
     compile: bool = knob(False, "torch.compile; pays on GPUs after minutes of warm-up")
     gradient_checkpointing: bool = knob(False, "recompute blocks backwards: less memory, slower")
     log_every_steps: int = knob(50, "steps that one row of rates and bands covers", at_least=1)
     grid_every_steps: int = knob(
-        5000, "steps between sample grids; 0: none, at the end neither", at_least=0
+        5000, "steps between sample grids; 0: no grid, not even at the end", at_least=0
     )
     checkpoint_every_steps: int = knob(1000, "steps between checkpoints", at_least=1)
     keep_checkpoints: int = knob(3, "newest checkpoints that are kept", at_least=2)
@@ -189,7 +189,7 @@ class TrackingConfig:
     )
     experiment: str = knob("ddpm-ray", "MLflow experiment that holds the run")
     every_steps: int = knob(
-        1, "steps that a row of loss, gradient norm and learning rate is the mean of", at_least=1
+        1, "steps averaged into one row of loss, gradient norm and learning rate", at_least=1
     )
     flush_every_s: float = knob(2.0, "seconds between batches of rows", above=0)
     last_rows_s: float = knob(

@@ -15,14 +15,14 @@ class EditConfig:
     """An image edited by a trained model: `jobs/edit.py MODEL_URI IMAGE`."""
 
     kind: Literal["inpaint", "outpaint", "image_to_image", "enlarge"] = knob(
-        "inpaint", "paint what a mask shows white; around; vary the whole; super-resolution"
+        "inpaint", "repaint where the mask is white; add margins; vary all of it; super-resolution"
     )
     num_images: int = knob(1, "variants; more than one are shown as a grid", at_least=1)
     method: Literal["repaint", "replacement"] = knob(
-        "repaint", "of inpaint and outpaint; replacement: one walk, cheap and less fitting"
+        "repaint", "of inpaint and outpaint; replacement: faster, fits the known pixels less"
     )
-    resamples: int = knob(10, "repaint: how often each stretch is walked", at_least=1)
-    jump_length: int = knob(10, "repaint: steps of such a stretch", at_least=1)
+    resamples: int = knob(10, "repaint: times that each jump is sampled", at_least=1)
+    jump_length: int = knob(10, "repaint: steps per jump", at_least=1)
     strength: float = knob(
         0.5, "image_to_image: share of T that is noised and drawn again", above=0, at_most=1
     )

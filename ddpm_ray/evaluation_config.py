@@ -32,14 +32,12 @@ class EvaluationConfig:
     weights_sha256: str = knob(INCEPTION_SHA256, "of that file")
     kernel_distance: bool = knob(True, "also the kernel inception distance (KID)")
     kernel_distance_images: int = knob(5000, "images of each side that KID compares", at_least=2)
-    precision_recall: bool = knob(
-        False, "also the shares of samples in the data's manifold and of data in the samples'"
-    )
+    precision_recall: bool = knob(False, "also precision and recall (Kynkaanniemi et al. 2019)")
     extrapolate: bool = knob(
-        False, "also the distance of infinitely many samples, from 4 samples a feature on"
+        False, "also the distance extrapolated to infinitely many samples; needs 4 per feature"
     )
     held_out_url: str = knob(
-        "", "shards that were not trained on: the distance to them is told too; empty: none"
+        "", "held-out shards: the distance to them is reported too; empty: none"
     )
     memorisation_images: int = knob(
         0, "samples that are compared with the training images nearest to them; 0: none",
@@ -51,17 +49,17 @@ class EvaluationConfig:
     spectrum_every_steps: int = knob(
         0, "steps between losses by log-SNR, on one axis for all schedules; 0: none", at_least=0
     )
-    spectrum_images: int = knob(512, "images that these are taken of, always the same", at_least=16)
+    spectrum_images: int = knob(512, "images for these losses, always the same", at_least=16)
 
     bits_per_dim_images: int = knob(
-        0, "images of the data whose bits per dimension are bounded, without lead; 0: none",
+        0, "images for the bound on bits per dimension (lead is not used); 0: none",
         at_least=0,
     )  # fmt: skip
     bits_per_dim_terms: int = knob(
-        0, "terms of that bound that are seen of each image; 0: all T", at_least=0
+        0, "terms of that bound to evaluate per image; 0: all T", at_least=0
     )
     likelihood_images: int = knob(
-        0, "images whose likelihood under the flow is taken, without lead; 0: none", at_least=0,
+        0, "images for the probability flow's likelihood (lead is not used); 0: none", at_least=0
     )  # fmt: skip
     likelihood_steps: int = knob(100, "Heun steps of that flow, 2 to T", at_least=1)
 

@@ -25,12 +25,14 @@ class PackConfig:
     )
     split: Literal["train", "test"] = knob("train", "half of mnist, fashion-mnist and cifar10")
     url: str = knob("", "where mnist, fashion-mnist or cifar10 lie; empty: their public address")
-    sha256: str = knob("", "of the file(s) at url, comma-separated in the order of the help")
+    sha256: str = knob(
+        "", "of the files at url, comma-separated: images, labels; of cifar10 the archive"
+    )
     image_key: str = knob(
-        "", "which of several images: a suffix in tars (left.png), a column of tables; empty: one"
+        "", "image of a sample that has several: suffix in a tar (left.png), or column of a table"
     )
     label_key: str = knob(
-        "", "column of tables and metadata, or key of .json files, that is the label; empty: label"
+        "", "column of a table or metadata file, or key of .json files; empty: label"
     )
     on_bad_image: Literal["stop", "skip"] = knob("stop", "skip counts and names what it skips")
     max_pixels: int = knob(64_000_000, "larger images are refused before decoding", at_least=1)

@@ -193,9 +193,13 @@ def complaint(kind: type[Any], key: str, value: Any) -> str:
 
 def help_lines(kind: type[Any]) -> list[str]:
     """One line per knob: dotted key, default, meaning with its unit and range."""
-    of_run = "sampling." if hasattr(kind, "sampling_problems") else "\n"  # a trained run's own
+    of_a_trained_run = hasattr(kind, "sampling_problems")
     rows = [
-        (key, "the run's" if key.startswith(of_run) else _shown(value), _meaning(meta))
+        (
+            key,
+            "the run's" if of_a_trained_run and key.startswith("sampling.") else _shown(value),
+            _meaning(meta),
+        )
         for key, value, meta in walk(kind())
     ]
     wide, deep = (max(len(row[i]) for row in rows) for i in (0, 1))

@@ -3,11 +3,12 @@
     python jobs/edit.py MODEL_URI IMAGE --mask MASK --out edited.png [key=value ...]
     python jobs/edit.py MODEL_URI IMAGE --out edited.png kind=outpaint right=16 [key=value ...]
 
-MODEL_URI and `sampling` keys are as in jobs/sample.py; RePaint walks as ancestral unless told
-otherwise. What is white in MASK is painted anew, what is dark stays to the last grey level. Where
-MASK is partly transparent, white paint on a layer is painted, or a hole in a dark picture. MASK is
-as large as IMAGE, and IMAGE at least as large as the model's images. Options: --help,
---print-config. The last line of stdout is a JSON object with the results.
+MODEL_URI and `sampling` keys are as in jobs/sample.py; method=repaint samples with
+sampling.sampler=ancestral unless another is given. White pixels of MASK are repainted; dark ones
+keep their exact values. Of a MASK with transparent pixels the opaque ones must be all white (they
+are repainted) or all dark (the transparent ones are repainted). MASK is as large as IMAGE, and
+IMAGE at least as large as the model's images. Options: --help, --print-config. The last line of
+stdout is a JSON object with the results.
 """
 
 import sys

@@ -3,7 +3,7 @@
     python jobs/evaluate.py MODEL_URI [key=value ...]
 
 MODEL_URI is a run's folder or one checkpoint's, runs:/<run id>/model or models:/<name>@<alias>.
-Samples are drawn as the run draws its own, by its `sampling` keys; those given here come first.
+Samples are drawn by the run's own `sampling` keys; a key given here replaces the run's.
 Options: --help, --print-config. The last line of stdout is a JSON object with the results.
 """
 

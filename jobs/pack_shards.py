@@ -2,13 +2,14 @@
 
     python jobs/pack_shards.py SOURCE DESTINATION [key=value ...]
 
-SOURCE is a folder of images (flat, or one sub-folder per class, or with a metadata.csv), a folder
-or file of WebDataset tars, or of Parquet or Arrow tables with a column of images, or one of digits,
-mnist, fashion-mnist, cifar10. DESTINATION is a folder on any fsspec URL. docs/packing.md says which
-files are packed, named or refused, and why.
-Options: --help, --print-config. The last lines of stderr tell samples, skipped files, whatever else
-was not packed, and the classes; the last line of stdout is a JSON object with all of it.
-Interrupted, killed or out of disk: the same command goes on with the shards that are done.
+SOURCE is one of: a folder of images (flat, one sub-folder per class, or with a metadata.csv);
+WebDataset tars (a folder or one file); Parquet or Arrow files with a column of images (a folder or
+one file); digits, mnist, fashion-mnist or cifar10. DESTINATION is a folder on any fsspec URL.
+docs/packing.md says which files are packed, which are left out or refused, and why.
+Options: --help, --print-config. The last lines of stderr list skipped files, everything else that
+was not packed, the number of samples, and the classes; the last line of stdout is a JSON object
+with the same. After an interruption, a kill or a full disk the same command continues: finished
+shards are kept.
 """
 
 import sys

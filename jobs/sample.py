@@ -3,7 +3,7 @@
     python jobs/sample.py MODEL_URI --out grid.png [key=value ...]
 
 MODEL_URI is a run's folder or one checkpoint's, runs:/<run id>/model or models:/<name>@<alias>.
-Images are drawn as the run draws its own, by its `sampling` keys; those given here come first.
+Images are drawn by the run's own `sampling` keys; a key given here replaces the run's.
 Options: --help, --print-config. The last line of stdout is a JSON object with the results.
 """
 
