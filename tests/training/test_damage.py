@@ -10,11 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
 from ddpm_ray.training.checkpoints import GROUPS, CheckpointError, CheckpointStore
 from ddpm_ray.training.lease import Lease
-from ddpm_ray.training.state import Snapshot
+from tests.training.test_fencing import snapshot
 
 STEPS = (25, 50, 75, 100)
 DEEP = b"[" * 200_000
@@ -23,11 +22,6 @@ DEEP = b"[" * 200_000
 @pytest.fixture(autouse=True)
 def _no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda file: None)
-
-
-def snapshot(step: int) -> Snapshot:
-    tensors = {group: {"w": torch.full((4,), float(step))} for group in GROUPS}
-    return Snapshot(tensors, {"step": step})
 
 
 def run_of(folder: Path, steps: tuple[int, ...] = STEPS) -> None:
