@@ -4,11 +4,10 @@
     python jobs/edit.py MODEL_URI IMAGE --out edited.png kind=outpaint right=16 [key=value ...]
 
 MODEL_URI and `sampling` keys are as in jobs/sample.py; method=repaint samples with
-sampling.sampler=ancestral unless another is given. White pixels of MASK are repainted; dark ones
-keep their exact values. Of a MASK with transparent pixels the opaque ones must be all white (they
-are repainted) or all dark (the transparent ones are repainted). MASK is as large as IMAGE, and
-IMAGE at least as large as the model's images. Options: --help, --print-config. The last line of
-stdout is a JSON object with the results.
+the sampler ancestral by default. White pixels of MASK are repainted; dark ones keep their values.
+Where MASK has transparent pixels, its opaque ones must be all white (they are repainted) or all
+dark (the transparent ones are). MASK is as large as IMAGE, and IMAGE at least as large as the
+model's. Options: --help, --print-config. The last line of stdout is a JSON object with the results.
 """
 
 import sys
