@@ -82,6 +82,17 @@ def test_a_claim_whose_driver_died_long_ago_counts_no_more(
     assert claim(folder, begun(), nothing) != "0" * 32
 
 
+@pytest.mark.timeout(60)
+def test_a_storage_that_is_slow_holds_no_start_up_for_ever(
+    s3: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(identity, "SETTLE_S", 0.0)  # no answer is as fast
+    folder = storage.join(s3, "slow")
+    found = claim(folder, begun(), nothing)
+    assert sealed.read(storage.join(folder, IDENTITY))["identity"] == found
+    assert "another driver that began it at the same moment may go on as another" in caplog.text
+
+
 CONFIG = "name=kept", "data.url=somewhere", "training.learning_rate=0.001"
 
 
