@@ -20,6 +20,7 @@ import torch
 from benchmarks.gpu.tiny import config_of, run_of
 from ddpm_ray.config import RunConfig
 from ddpm_ray.knobs import load
+from ddpm_ray.training import determinism
 from ddpm_ray.training.checkpoints import CheckpointStore
 from ddpm_ray.training.loop import report, save, take_step
 
@@ -56,17 +57,16 @@ def main() -> None:
     parser.add_argument("keys", nargs="*")
     parser.add_argument("--kill-after", type=int, default=0)
     parser.add_argument("--toy", action="store_true")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     device = torch.device("cpu" if arguments.toy else "cuda")
     if arguments.toy:
         config = config_of(["model.dropout=0.1", *arguments.keys])
     else:
         wanted = ["data.url=none", "training.precision=bf16", *arguments.keys]
         config = load(RunConfig, str(ROOT / "conf/train/cifar10.yaml"), wanted)
-    if getattr(config.training, "deterministic", False):  # as a worker sets it
-        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when CUDA is first used, below
-        torch.use_deterministic_algorithms(True)
-        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    if config.training.deterministic:
+        os.environ.update(determinism.ENVIRONMENT)  # read when CUDA is first used, below
+        determinism.configure()
     run = run_of(config, device, 8 if arguments.toy else 32, arguments.folder)
     if found := CheckpointStore(arguments.folder).load():
         run.state.restore(found[1])
