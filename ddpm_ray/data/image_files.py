@@ -42,9 +42,8 @@ SUFFIXES = (
 )  # fmt: skip
 GREY_MODES = ("1", "L", "LA", "La")
 COLOUR_MODES = ("RGB", "RGBA", "RGBa", "P", "PA", "YCbCr")
-STORED: dict[
-    str, Callable[[io.BytesIO], ImageFile.ImageFile]
-] = {  # the plugins that read what `encoded` wrote, and nothing beside it
+Plugin = Callable[[io.BytesIO], ImageFile.ImageFile]
+STORED: dict[str, Plugin] = {  # the one plugin that reads what `encoded` wrote
     "png": PngImagePlugin.PngImageFile,
     "jpeg": JpegImagePlugin.JpegImageFile,
     "webp": WebPImagePlugin.WebPImageFile,

@@ -1,7 +1,7 @@
 """What became of every file of a source: packed, changed, skipped or left out.
 
-It lies beside the shards as `packing.json`, which is no part of the data set's fingerprint, so that
-a set that is found packed already can be told from another and tells the same again.
+It is kept beside the shards as `packing.json`, outside the data set's fingerprint. A later job uses
+it to recognise a set that is packed already, and to report the same again.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MOST_CLASSES_SHOWN = 40
 
 @dataclass(frozen=True)
 class PackReport:
-    """Beside the samples that were packed."""
+    """What was skipped, left out or changed, and the packed samples of each class."""
 
     skipped: int
     skipped_files: tuple[str, ...]  # a line for each of the first MOST_NAMED
@@ -58,13 +58,13 @@ def read(dataset: Dataset) -> Record | None:
         return None
     held = sealed.read(where)
     try:
-        told_of = held.pop("report")
+        fields = held.pop("report")
         report = PackReport(
-            told_of["skipped"],
-            tuple(told_of["skipped_files"]),
-            tuple(map(NamedGroup.from_json, told_of["left_out"])),
-            tuple(map(NamedGroup.from_json, told_of["changed"])),
-            tuple(told_of["class_samples"]),
+            fields["skipped"],
+            tuple(fields["skipped_files"]),
+            tuple(map(NamedGroup.from_json, fields["left_out"])),
+            tuple(map(NamedGroup.from_json, fields["changed"])),
+            tuple(fields["class_samples"]),
         )
         record = Record(**held, report=report)
     except (KeyError, TypeError, AttributeError) as error:

@@ -82,7 +82,7 @@ def plan(source: str, destination: str, options: PackOptions) -> Plan:
     BadImageError, StorageError.
     """
     opened = open_source(source, options)
-    first = _first_image(opened, options)
+    first = _first_image(source, opened, options)
     recipe = Recipe(
         image_shape=(first.shape[0], first.shape[1], first.shape[2]),
         encoding=options.encoding,
@@ -235,7 +235,7 @@ def _fitted_samples(wanted: Plan, number: int) -> Fitted:
     return fitted._replace(content_sha256=_joined(digests))
 
 
-def _first_image(source: Source, options: PackOptions) -> UInt8s:
+def _first_image(name: str, source: Source, options: PackOptions) -> UInt8s:
     """The first good image, which sets the channels and, without a resize, the size."""
     for sample in source.read(range(len(source))):
         try:
@@ -243,7 +243,7 @@ def _first_image(source: Source, options: PackOptions) -> UInt8s:
         except BadImageError:
             if options.on_bad_image == "stop":
                 raise
-    raise DatasetError("the source", "it has no good image", "give a source with images")
+    raise DatasetError(redacted(name), "it has no good image", "give a source with images")
 
 
 def _fitted(

@@ -39,7 +39,6 @@ class TableFile:
 
 def opened(url: str, name: str, size: int) -> TableFile:
     """The table at `url`, without its images. Raises DatasetError."""
-
     parts, rows = list[tuple[int, int]](), 0
     with _one_line(url), file_source.opened(url) as stream:
         if _is_parquet(name):
@@ -62,7 +61,6 @@ def opened(url: str, name: str, size: int) -> TableFile:
 
 def labels(url: str, file: TableFile, column: str) -> list[Label]:
     """The label of each row. Raises DatasetError."""
-
     found: list[Label] = []
     where = f"column {column!r}"
     with _one_line(url), file_source.opened(url) as stream:

@@ -53,9 +53,9 @@ def as_mask(mask: Any, images: Images) -> npt.NDArray[np.bool_]:
             "False or 0 where one is painted: compare it, as in mask < 128"
         )
     if keep.all() or not keep.any():
-        found, remedy = ("True", "nothing is") if keep.all() else ("False", "all of it is")
+        value, effect = ("True", "nothing is") if keep.all() else ("False", "all of it is")
         raise ValueError(
-            f"mask is {found} everywhere, so {remedy} to be painted; it is True where a pixel is "
+            f"mask is {value} everywhere, so {effect} to be painted; it is True where a pixel is "
             "known: to draw whole images use sample"
         )
     return keep.reshape(-1, 1, *keep.shape[-2:])

@@ -161,7 +161,7 @@ def test_bad_images_are_skipped_and_counted_where_wished(pictures: Path, tmp_pat
 
 def test_nothing_but_bad_images_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"broken")
-    with pytest.raises(DatasetError, match="it has no good image"):
+    with pytest.raises(DatasetError, match=rf"^{tmp_path}.*: it has no good image"):
         packer.plan(str(tmp_path), "x", PackOptions(on_bad_image="skip"))
 
 
