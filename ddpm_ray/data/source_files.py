@@ -97,9 +97,9 @@ def list_source(url: str) -> SourceFiles:
 
 def refuse_splits(url: str, kind: str, names: Iterable[str]) -> None:
     """Raise DatasetError where files are of several splits, as `train-000.tar`, `val/0.parquet`."""
-    words = {word for name in names for word in re.split(r"[/._-]", name.lower()) if word in SPLITS}
-    if len(words) > 1:
-        problem = f"its {kind} are of the splits {', '.join(sorted(words))}"
+    found = {frozenset(SPLITS & set(re.split(r"[/._-]", name.lower()))) for name in names}
+    if len(found - {frozenset()}) > 1:
+        problem = f"its {kind} are of the splits {', '.join(sorted(frozenset().union(*found)))}"
         raise DatasetError(url, problem, "give one file, or a folder with the files of one split")
 
 

@@ -132,12 +132,15 @@ def test_a_file_that_is_in_a_tar_twice_is_an_error(tmp_path: Path) -> None:
 
 
 def test_tars_of_two_splits_are_not_mixed(tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
     for name in ("train-000.tar", "train-001.tar", "val-000.tar"):
         write_tar(tmp_path / name, {"a.png": png(1)})
     with pytest.raises(DatasetError, match="its tars are of the splits train, val; give one file"):
         open_source(str(tmp_path))
     (tmp_path / "val-000.tar").unlink()
     assert len(open_source(str(tmp_path))) == 2
+    write_tar(tmp_path / "one/train_val.tar", {"a.png": png(1)})
+    assert len(open_source(str(tmp_path / "one"))) == 1
 
 
 def test_a_damaged_header_is_not_the_end_of_a_tar(tmp_path: Path) -> None:
