@@ -218,8 +218,12 @@ def _shown(value: Any) -> str:
 
 def _yaml(kind: type[Any], path: str) -> dict[str, Any]:
     if not Path(path).is_file():
-        near = sorted(str(p) for p in Path(path).parent.glob("*.yaml"))
-        raise ConfigError(f"{path}: no such file; here are: {', '.join(near) or 'no *.yaml'}")
+        folder = Path(path) if Path(path).is_dir() else Path(path).parent
+        near = ", ".join(sorted(str(p) for p in folder.glob("*.yaml"))) or "no *.yaml"
+        if "=" in path:
+            raise ConfigError(f"{path}: the config file comes first, then key=value")
+        reason = "is a folder, not a file" if folder == Path(path) else "no such file"
+        raise ConfigError(f"{path}: {reason}; here are: {near}")
     try:
         text = Path(path).read_text(encoding="utf-8")
         require_shallow(text)

@@ -288,6 +288,10 @@ def test_a_file_that_is_not_there_is_told_with_those_that_are(tmp_path: Path) ->
     (tmp_path / "digits.yaml").write_text("name: a\n")
     with pytest.raises(ConfigError, match=r"digit\.yaml: no such file; here are: .*digits\.yaml"):
         load(RunConfig, str(tmp_path / "digit.yaml"), [])
+    with pytest.raises(ConfigError, match=r"is a folder, not a file; here are: .*digits\.yaml"):
+        load(RunConfig, str(tmp_path), [])
+    with pytest.raises(ConfigError, match="name=x: the config file comes first, then key=value"):
+        load(RunConfig, "name=x", [str(tmp_path / "digits.yaml")])
 
 
 def test_the_command_line_wins_over_the_file_and_the_last_over_the_first(tmp_path: Path) -> None:

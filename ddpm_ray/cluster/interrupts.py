@@ -1,9 +1,11 @@
 """Signals that end a job: the first asks it to stop, the second ends it at once."""
 
 import contextlib
+import math
 import os
 import signal
 import threading
+import time
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -12,6 +14,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 # Ctrl-C, Ctrl-\ and a closed terminal reach each process of the terminal, local Ray's servers too.
 FROM_TERMINAL = (signal.SIGHUP, signal.SIGQUIT)  # SIGINT: Ray blocks it in its servers itself
 STANDARD_STREAMS = (0, 1, 2)
+# `timeout` signals the process and then its group; people press Ctrl-C twice on purpose.
+SENT_TWICE_S = 1.0
 
 _last: int = signal.SIGINT  # that came
 
@@ -34,6 +38,7 @@ class Interrupts:
         self.count = 0
         self._most = most
         self._old: dict[int, Any] = {}
+        self._came_s: dict[int, float] = {}  # when each last came
         self._terminals: list[int] = []
 
     def __enter__(self) -> "Interrupts":
@@ -51,6 +56,10 @@ class Interrupts:
 
     def _handle(self, number: int, frame: types.FrameType | None) -> None:
         global _last
+        now_s = time.monotonic()
+        before_s, self._came_s[number] = self._came_s.get(number, -math.inf), now_s
+        if number != signal.SIGINT and now_s - before_s < SENT_TWICE_S:
+            return
         self.count, _last = self.count + 1, number
         if number == signal.SIGHUP:
             _silence(self._terminals)

@@ -46,6 +46,13 @@ class TrainedModel:
     image_shape: tuple[int, int, int]  # (C, H, W)
     provenance: dict[str, Any]  # config, step and sha256 of the weights
     device: torch.device | str = "cpu"
+
+    def __repr__(self) -> str:
+        """One line: a notebook shows what a cell ends with."""
+        where, step = (self.provenance.get(key) for key in ("checkpoint", "step"))
+        channels, height, width = self.image_shape
+        return f"TrainedModel({where}, step {step}, {height}x{width}x{channels}, {self.device})"
+
     settings: SamplingConfig = field(default_factory=SamplingConfig)  # the run's own
     find_label_names: Callable[[], Sequence[str] | None] = _unknown  # old runs ask their data set
     drops_labels: bool = True  # trained with some labels left out, as guidance needs it

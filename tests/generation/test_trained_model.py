@@ -47,6 +47,11 @@ def test_a_model_gives_image_i_whatever_the_batch_size() -> None:
     assert (whole != model.sample(7, steps=4, seed=6)).mean() > 0.5
 
 
+def test_a_notebook_shows_a_model_as_one_line() -> None:
+    model = replace(digits_model(), provenance={"checkpoint": "runs/a/step-7", "step": 7})
+    assert repr(model) == "TrainedModel(runs/a/step-7, step 7, 8x8x1, cpu)"
+
+
 def test_eta_and_sampler_reach_the_sampler() -> None:
     model = digits_model()
     variants = [
