@@ -60,6 +60,7 @@ class _Desk:
         self.starts.append((step, group))
 
     def beat(self, beat: dict[str, Any], group: str) -> None:
+        """Keep a worker's heartbeat; one of a group before the newest counts no more."""
         now = time.monotonic()
         if group not in self.groups:  # those before are of workers that are gone
             self.groups.append(group)
