@@ -171,7 +171,7 @@ def table(alive: set[str]) -> str:
         for one in MUTATIONS
     ]
     head = "| breakage | in | tests asked | result |\n| --- | --- | --- | --- |"
-    told = "What `python -m tests.faults.mutations` is to find; it tries all and writes what it found."
+    told = "What `python -m tests.faults.mutations` must find; it tries all and writes this page."
     return "\n".join(["# Breakages, and whether tests see them", "", told, "", head, *rows, ""])
 
 
