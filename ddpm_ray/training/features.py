@@ -1,6 +1,7 @@
 """Networks through whose eyes two sets of images are compared, each with what identifies it."""
 
 import hashlib
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -53,6 +54,9 @@ class FeatureNet:
             return self.classify(features).softmax(1)
 
 
+_flags = threading.RLock()
+
+
 def float32_backends() -> list[Any]:
     """What holds the precision, "ieee" or "tf32", of float32 convolutions and products on CUDA."""
     cudnn: Any = torch.backends.cudnn  # its stubs lack these
@@ -64,18 +68,20 @@ def in_float32(device_type: str) -> Iterator[None]:
     """Let no TF32 and no autocast change what a feature network says of an image.
 
     cuDNN convolves in TF32, with 10 bits of mantissa, by default; scores are compared in more. The
-    flags are the process's, so that they are put back: training keeps those that it has.
+    flags are the process's, so that they are put back: training keeps those that it has. One thread
+    at a time changes them, or the second would put back what the first had set.
     """
     backends = float32_backends()
-    before = [backend.fp32_precision for backend in backends]
-    try:
-        for backend in backends:
-            backend.fp32_precision = "ieee"
-        with torch.autocast(device_type, enabled=False):
-            yield
-    finally:
-        for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = precision
+    with _flags:
+        before = [backend.fp32_precision for backend in backends]
+        try:
+            for backend in backends:
+                backend.fp32_precision = "ieee"
+            with torch.autocast(device_type, enabled=False):
+                yield
+        finally:
+            for backend, precision in zip(backends, before, strict=True):
+                backend.fp32_precision = precision
 
 
 def inception_net(

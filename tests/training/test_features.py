@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from torch import Tensor
 from ddpm_ray.cluster import group, registry
 from ddpm_ray.config import ClusterConfig
 from ddpm_ray.training import determinism, evaluation
-from ddpm_ray.training.features import FeatureNet, float32_backends
+from ddpm_ray.training.features import FeatureNet, float32_backends, in_float32
 
 BACKENDS = float32_backends()
 
@@ -53,6 +55,28 @@ def test_the_flags_are_put_back_where_a_network_fails() -> None:
 
     with pytest.raises(ValueError, match="no such network"):
         FeatureNet("digits", (2,), fail, {})(torch.zeros(1, 8, 8, 1, dtype=torch.uint8))
+    assert flags() == ["tf32"] * 3
+
+
+@pytest.mark.usefixtures("_tf32")
+def test_the_flags_are_put_back_though_two_threads_look_at_images() -> None:
+    first_in, second_in, first_out = (threading.Event() for _ in range(3))
+
+    def first() -> None:
+        with in_float32("cpu"):
+            first_in.set()
+            second_in.wait(1)  # it waits outside, so that this passes by; were it let in, it is
+        first_out.set()
+
+    def second() -> None:
+        assert first_in.wait(20)
+        with in_float32("cpu"):
+            second_in.set()
+            assert first_out.wait(20)
+
+    with ThreadPoolExecutor(2) as pool:
+        for done in [pool.submit(first), pool.submit(second)]:
+            done.result(60)
     assert flags() == ["tf32"] * 3
 
 
