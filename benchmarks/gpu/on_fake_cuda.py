@@ -102,10 +102,13 @@ def main() -> None:
     library = str(fake_library.library())
     if library not in os.environ.get(fake_library.PRELOADED, ""):
         os.execve(sys.executable, sys.orig_argv, fake_library.environment())
+    from benchmarks.gpu.fake_cuda import end_process
+
     if arguments.write_golden:
         GOLDEN.write_text(json.dumps(syncs(), indent=1) + "\n")
-        return
-    print(json.dumps({"cases": outcomes(arguments.only), "syncs": syncs()}))
+    else:
+        print(json.dumps({"cases": outcomes(arguments.only), "syncs": syncs()}))
+    end_process()
 
 
 if __name__ == "__main__":

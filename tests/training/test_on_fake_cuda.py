@@ -80,7 +80,7 @@ TAKEN = {  # by CUDA
 }
 SCRIPT = """
 import json, sys, torch
-from benchmarks.gpu.fake_cuda import fake_cuda
+from benchmarks.gpu.fake_cuda import end_process, fake_cuda
 from benchmarks.gpu.measured import deterministic
 from benchmarks.gpu.on_fake_cuda import outcome
 def deterministically(action):
@@ -93,6 +93,7 @@ for name, expression in json.loads(sys.argv[1]).items():
         w = torch.ones(3, 3, device=device, requires_grad=True)
         told[name] = outcome(lambda: eval(expression))
 print(json.dumps(told))
+end_process()
 """
 
 
