@@ -3,7 +3,8 @@
     python -m tests.faults.mutations          prints a line for each; exit code 1 if one survives
 
 When all were tried, mutations.md beside this file is written anew: the list and what came of it.
-Works on a copy of the tree. A breakage whose text is no longer in the source is an error.
+Works on a copy of the tree, whose tests must pass before anything is broken: else their failure
+would prove nothing. A breakage whose text is no longer in the source is an error.
 """
 
 import os
@@ -129,16 +130,24 @@ def survives(mutation: Mutation, tree: Path) -> bool:
     if whole.count(mutation.old) != 1:
         raise SystemExit(f"{mutation.file} does not hold {mutation.old!r} once; mend the list")
     file.write_text(whole.replace(mutation.old, mutation.new))
-    command = [sys.executable, "-m", "pytest", "-x", "-q", mutation.tests]
+    try:
+        return pass_in(tree, mutation.tests)
+    finally:
+        file.write_text(whole)
+
+
+def pass_in(tree: Path, tests: str) -> bool:
+    """Whether `tests` all pass in `tree`; raises SystemExit if pytest could not run them."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", tests]
     try:
         ended = subprocess.run(
             command, cwd=tree, env=os.environ | {"PYTHONPATH": str(tree)}, capture_output=True,
-            timeout=LIMIT_S, check=False,
+            text=True, timeout=LIMIT_S, check=False,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         return False  # a run that never ends is not green
-    finally:
-        file.write_text(whole)
+    if ended.returncode > 1:  # 0: all pass, 1: one fails, above: no test was found, a usage error
+        raise SystemExit(f"pytest {tests} ended with {ended.returncode}:\n{ended.stdout[-2000:]}")
     return ended.returncode == 0
 
 
@@ -152,6 +161,9 @@ def main() -> int:
         shutil.copytree(ROOT, tree, ignore=ignored)
         shutil.copytree(ROOT / "ddpm_ray/data", tree / "ddpm_ray/data")
         shutil.copytree(ROOT / "tests/data", tree / "tests/data")
+        for tests in sorted({mutation.tests for mutation in wanted}):
+            if not pass_in(tree, tests):
+                raise SystemExit(f"{tests} fails with nothing broken; mend it first")
         for mutation in wanted:
             if survives(mutation, tree):
                 alive.add(mutation.what)
