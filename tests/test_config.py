@@ -92,6 +92,7 @@ def test_an_unknown_key_is_told_with_the_nearest_one(mistyped: str, meant: str) 
         ("sampling.steps=1001", "cannot exceed schedule.num_steps 1000"),
         ("evaluation.widths=[64]", r"choose from [192, 768, 2023, 2048]"),
         ("evaluation.num_images=1", "at least 2 images"),
+        ("evaluation.likelihood_steps=1", "the flow from t = 1 to T takes 2 steps or more"),
         (
             "evaluation={precision_recall: true, num_images: 9, kernel_distance_images: 3}",
             "precision_recall is true, and 3 images are compared",

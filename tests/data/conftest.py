@@ -22,12 +22,14 @@ def make_dataset(tmp_path: Path) -> MakeDataset:
     Image n holds the digits of n to base 250, so that an image tells which one it is.
     """
 
-    def make(samples: int, shard_samples: int, url: str | None = None) -> Dataset:
+    def make(
+        samples: int, shard_samples: int, url: str | None = None, encoding: str = "raw"
+    ) -> Dataset:
         numbers = np.arange(samples)
         images = np.zeros((samples, 2, 3, 1), np.uint8)
         images[:, 0, 0, 0], images[:, 1, 2, 0] = numbers // 250, numbers % 250
         source = ArraySource("n", images, numbers % 7, tuple("abcdefg"))
-        recipe = shards.Recipe((2, 3, 1), "raw", "none", source.label_names, source.digest)
+        recipe = shards.Recipe((2, 3, 1), encoding, "none", source.label_names, source.digest)
         count = -(-samples // shard_samples)
         place = url or str(tmp_path / "set")
         plan = packer.Plan(source, place, PackOptions(), recipe, count, shard_samples)

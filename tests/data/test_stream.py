@@ -1,9 +1,11 @@
 """What the workers get: the same global batches however they are divided, and clear errors."""
 
+import os
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -11,7 +13,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ddpm_ray.data import reader, storage
+from ddpm_ray.data import image_files, reader, storage
 from ddpm_ray.data.order import Block
 from ddpm_ray.data.shards import Dataset, ShardCorruptError, fetch_shard
 from ddpm_ray.data.storage import StorageError
@@ -242,3 +244,48 @@ def test_from_a_bucket_through_the_cache(
     with mock.patch.object(storage, "read_bytes", wraps=storage.read_bytes) as read:
         assert epoch() == first
     assert read.call_count == 1
+
+
+@pytest.fixture(params=[1, 3, 5])
+def torch_threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    """As many threads as a worker of that many CPUs sets."""
+    before, count = torch.get_num_threads(), int(request.param)
+    torch.set_num_threads(count)
+    yield count
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("way", ["steps", "all"])
+def test_a_worker_decodes_on_its_own_cpus_alone_on_any_system(
+    make_dataset: MakeDataset,
+    numbers_of: NumbersOf,
+    torch_threads: int,
+    way: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As many images at once as torch has threads; macOS does not know a process' set of CPUs."""
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    dataset = make_dataset(60, 60, encoding="png")
+    all_busy, decode = threading.Barrier(torch_threads, timeout=60), image_files.decoded
+    lock, busy, most = threading.Lock(), 0, 0
+
+    def decoded(*args: Any) -> Any:
+        nonlocal busy, most
+        with lock:
+            busy += 1
+            most = max(most, busy)
+        all_busy.wait()
+        with lock:
+            busy -= 1
+        return decode(*args)
+
+    monkeypatch.setattr(image_files, "decoded", decoded)
+    if way == "all":
+        found = [n for batch in read_images(dataset, [0]) for n in numbers_of(batch.images)]
+    else:
+        stream = open_stream(dataset, window_bytes=10_000, lanes=1)
+        found = [n for step in range(5) for n in numbers_of(stream.batch(step).images)]
+        stream.close()
+    all_busy.abort()  # threads that read ahead
+    assert sorted(found) == list(range(60))
+    assert most == torch_threads
