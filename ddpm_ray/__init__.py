@@ -10,19 +10,26 @@ if TYPE_CHECKING:
     from ddpm_ray.generation.trained_model import TrainedModel
 
 
-def load(uri: "str | PathLike[str]", device: str = "") -> "TrainedModel":
+def load(uri: "str | PathLike[str]", device: str | None = None) -> "TrainedModel":
     """A trained model; `.sample(16)` draws uint8 images [16, H, W, C] from its EMA weights.
 
     `uri` is a run's folder or one checkpoint's, as a path or any fsspec URL, `runs:/<run id>/model`
     or `models:/<name>@<alias>`; the last two are looked up where $MLFLOW_TRACKING_URI says, or in
     ./mlflow.db, and they alone need MLflow installed. It lies on `device`, by default on a GPU
-    where there is one. Raises CheckpointError, StorageError or TrackingError.
+    where there is one. Raises ValueError for arguments that can be none, and CheckpointError,
+    StorageError or TrackingError.
     """
-    uri = fspath(uri)
-    if uri.startswith(("runs:/", "models:/")):
+    given: object = uri  # a notebook has no type checker
+    where = fspath(given) if isinstance(given, PathLike) else given
+    if not isinstance(where, str) or not where.strip():
+        raise ValueError(
+            f"uri is {where!r}; name a run's folder, one checkpoint's, runs:/<run id>/model or "
+            f"models:/<name>@<alias>"
+        )
+    if where.startswith(("runs:/", "models:/")):
         from ddpm_ray.cluster.trained import load as load_from_mlflow
 
-        return load_from_mlflow(uri, device)
-    from ddpm_ray.build_trained import default_device, trained_model
+        return load_from_mlflow(where, device)
+    from ddpm_ray.build_trained import trained_model
 
-    return trained_model(uri, device or default_device())
+    return trained_model(where, device)

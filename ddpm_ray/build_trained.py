@@ -22,6 +22,7 @@ from ddpm_ray.models import interchange
 from ddpm_ray.models.classifier import NoisyClassifier
 from ddpm_ray.models.foreign_configs import Form
 from ddpm_ray.models.unet import UNet
+from ddpm_ray.option_fields import shown
 from ddpm_ray.training import checkpoints
 from ddpm_ray.training.checkpoints import CheckpointError
 from ddpm_ray.training.state import Snapshot
@@ -30,18 +31,38 @@ OF_DIFFUSERS = "model_index.json"  # what a pipeline's folder has
 NAMED_BY_DIFFUSERS = "linear", "scaled_linear", "cosine"  # schedules; others go as their betas
 
 
-def default_device() -> str:
-    """The GPU, where there is one."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def usable_device(device: torch.device | str | None = None) -> torch.device:
+    """`device`; where it is empty or None, the GPU if there is one, else the CPU.
+
+    Raises ValueError for a device on which this process can compute nothing.
+    """
+    if device is None or device == "":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+        if found.type != "meta":  # it holds shapes and no values
+            torch.empty(1, device=found)
+            return found
+    except (RuntimeError, TypeError, AssertionError, NotImplementedError):
+        pass
+    gpus = [f"cuda:{n}" for n in range(torch.cuda.device_count())]
+    raise ValueError(
+        f"device is {shown(device)}, which is not usable here; choose from "
+        f"{', '.join(['cpu', *gpus])}, or leave it out"
+    )
 
 
-def trained_model(url: str, device: torch.device | str = "cpu", ema: str = "ema") -> TrainedModel:
+def trained_model(
+    url: str, device: torch.device | str | None = "cpu", ema: str = "ema"
+) -> TrainedModel:
     """The network of the checkpoint in the folder `url`, or of the newest one of a run's.
 
     Its weights are the average `ema`, one of the checkpoint's groups. A local folder of diffusers,
     a UNet2DModel with its scheduler, is taken as well. Raises CheckpointError where nothing there
-    verifies, ConfigError for a classifier and ForeignModelError for what our U-Net cannot be.
+    verifies, ConfigError for a classifier, ForeignModelError for what our U-Net cannot be and
+    ValueError for a device that is not there.
     """
+    device = usable_device(device)
     if Path(url, OF_DIFFUSERS).is_file():
         return _of_diffusers(Path(url), device)
     where, snapshot = _checkpoint(url, ema)

@@ -4,14 +4,45 @@ On the lowest floor, so that a class may be a group of a config and the argument
 """
 
 import difflib
+import inspect
 import math
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import field, fields, is_dataclass
-from functools import cache
-from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
+from functools import cache, wraps
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    ParamSpec,
+    TypeAlias,
+    TypeVar,
+    cast,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 T = TypeVar("T")
+P = ParamSpec("P")
+Limits: TypeAlias = Mapping[str, tuple[float | None, Callable[[Any, float], bool]]]
+"""By the words of the rule: the limit, None for no limit, and whether a value keeps to it."""
+
+
+def limits(
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+) -> Limits:
+    """The range of a number: metadata of a field, or of a parameter, `Annotated[int, limits()]`."""
+    return {
+        "at least": (at_least, operator.ge),
+        "above": (above, operator.gt),
+        "at most": (at_most, operator.le),
+        "below": (below, operator.lt),
+    }
 
 
 def knob(
@@ -30,13 +61,8 @@ def knob(
     `fills`: the value names a YAML file whose keys go into the group of that name, below all that
     is set for it elsewhere.
     """
-    limits = {
-        "at least": (at_least, lambda x, y: x >= y),
-        "above": (above, lambda x, y: x > y),
-        "at most": (at_most, lambda x, y: x <= y),
-        "below": (below, lambda x, y: x < y),
-    }
-    metadata = {"doc": doc, "limits": limits, "defines_run": defines_run, "fills": fills}
+    within = limits(at_least=at_least, above=above, at_most=at_most, below=below)
+    metadata = {"doc": doc, "limits": within, "defines_run": defines_run, "fills": fills}
     value: T = field(default=default, metadata=metadata)
     return value
 
@@ -54,11 +80,16 @@ def walk(config: object, prefix: str = "") -> Iterator[tuple[str, Any, Mapping[s
 def out_of_range(config: object) -> Iterator[str]:
     """One line, which begins with its key, for each value that is not finite or breaks a limit."""
     for key, value, meta in walk(config):
-        if isinstance(value, float) and not math.isfinite(value):
-            yield f"{key} is {value}; it must be finite"
-        for rule, (limit, holds) in meta["limits"].items():
-            if limit is not None and not holds(value, limit):
-                yield f"{key} is {value}; it must be {rule} {limit}"
+        yield from _broken(key, value, meta["limits"])
+
+
+def _broken(key: str, value: Any, within: Limits) -> Iterator[str]:
+    if isinstance(value, float) and not math.isfinite(value):
+        yield f"{key} is {value}; it must be finite"
+        return
+    for rule, (limit, holds) in within.items():
+        if limit is not None and not holds(value, limit):
+            yield f"{key} is {value}; it must be {rule} {limit}"
 
 
 def arguments(kind: Any, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -80,24 +111,90 @@ def arguments(kind: Any, values: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def checks_arguments(function: Callable[P, T]) -> Callable[P, T]:
+    """`function`, with its arguments as the types that it declares, within their `limits`.
+
+    Parameters of other types than int, float, bool and Literal pass as they are, and so do keywords
+    without a name in the signature. Raises ValueError for a value of another type or out of range.
+    """
+    signature = inspect.signature(function)
+
+    @wraps(function)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            bound = signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise TypeError(f"{function.__name__}: {error}") from None
+        kinds = _types(function)
+        for name, value in bound.arguments.items():
+            kind, within = kinds.get(name), limits()
+            if get_origin(kind) is Annotated:
+                kind, within = get_args(kind)
+            if signature.parameters[name].kind is not inspect.Parameter.VAR_KEYWORD and (
+                kind in _NUMBERS or get_origin(kind) is Literal
+            ):
+                bound.arguments[name] = value = _as_type(name, kind, value)
+                if wrong := [*_broken(name, value, within)]:
+                    raise ValueError("; ".join(wrong))
+        return function(*bound.args, **bound.kwargs)
+
+    return checked
+
+
 @cache
 def _types(kind: Any) -> dict[str, Any]:
-    return get_type_hints(kind)
+    return get_type_hints(kind, include_extras=True)
 
 
 def _as_type(name: str, kind: Any, value: Any) -> Any:
     if get_origin(kind) is Literal:
-        if value not in get_args(kind):
-            raise ValueError(f"{name} is {value!r}; choose from {', '.join(get_args(kind))}")
+        if not isinstance(value, str) or value not in get_args(kind):
+            raise ValueError(f"{name} is {shown(value)}; choose from {', '.join(get_args(kind))}")
         return value
     if get_origin(kind) is tuple:
         try:
             several = [value] if isinstance(value, str) or not hasattr(value, "__len__") else value
-            return tuple(one if isinstance(one, str) else operator.index(one) for one in several)
-        except TypeError:
-            raise ValueError(f"{name} is {value!r}; give whole numbers, or names") from None
+            return tuple(one if isinstance(one, str) else _whole(one) for one in several)
+        except (TypeError, ValueError, RuntimeError):
+            raise ValueError(f"{name} is {shown(value)}; give whole numbers, or names") from None
+    convert, wanted = _NUMBERS[kind]
     try:
-        return operator.index(value) if kind is int and value is not True else kind(value)
-    except (TypeError, ValueError):
-        wanted = {int: "a whole number", float: "a number", bool: "True or False"}[kind]
-        raise ValueError(f"{name} is {value!r}; give {wanted}") from None
+        return convert(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise ValueError(f"{name} is {shown(value)}; give {wanted}") from None
+
+
+def shown(value: object) -> str:
+    """The value as it may stand in a message: one line of at most 80 characters."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _whole(value: Any) -> int:
+    if isinstance(value, bool):
+        raise TypeError
+    return operator.index(value)
+
+
+def _number(value: Any) -> float:
+    if isinstance(plain := _plain(value), bool) or not isinstance(plain, int | float):
+        raise TypeError
+    return float(plain)
+
+
+def _truth(value: Any) -> bool:
+    if not isinstance(plain := _plain(value), bool):
+        raise TypeError
+    return plain
+
+
+def _plain(value: Any) -> Any:
+    """Python's number of one of numpy or torch, which this module does not load."""
+    return value.item() if hasattr(value, "item") else value
+
+
+_NUMBERS: Mapping[Any, tuple[Callable[[Any], Any], str]] = {
+    int: (_whole, "a whole number"),
+    float: (_number, "a number"),
+    bool: (_truth, "True or False"),
+}

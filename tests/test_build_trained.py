@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+import ddpm_ray
 from ddpm_ray import build, build_diffusion, build_trained
 from ddpm_ray.config import RunConfig
 from ddpm_ray.data import storage
@@ -143,3 +144,24 @@ def test_an_average_that_is_not_there_is_told_with_those_that_are(tmp_path: Path
     unet = committed(configured(), tmp_path / "unet")
     with pytest.raises(CheckpointError, match=r"it has no average 'ema-0\.5'; it has ema$"):
         build_trained.trained_model(unet, ema="ema-0.5")
+
+
+@pytest.mark.parametrize("uri", ["", " ", 3, None, b"runs/a"])
+def test_a_name_that_can_be_no_models_is_told(uri: object) -> None:
+    with pytest.raises(ValueError, match=r"^uri is .*; name a run's folder"):
+        ddpm_ray.load(uri)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("uri", ["runs/none", "runs:/none/model"])
+@pytest.mark.parametrize("device", ["cuda:99", "nonsense", "meta", 99, 2.5, "cuda:-1", torch])
+def test_a_device_that_is_not_there_is_told_before_anything_is_read(
+    uri: str, device: object
+) -> None:
+    with pytest.raises(ValueError, match=r"^device is .*, which is not usable here; choose .*cpu"):
+        ddpm_ray.load(uri, device)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("device", [None, "", "cpu", torch.device("cpu")])
+def test_a_device_that_is_there_is_taken(device: torch.device | str | None) -> None:
+    here = build_trained.usable_device(device)
+    assert here.type == ("cuda" if torch.cuda.is_available() and not device else "cpu")

@@ -26,15 +26,19 @@ IN_MLFLOW = ("runs:/", "models:/")
 
 
 def load(
-    uri: str, device: torch.device | str = "", tracking_uri: str = "", home: Path | None = None
+    uri: str,
+    device: torch.device | str | None = None,
+    tracking_uri: str = "",
+    home: Path | None = None,
 ) -> TrainedModel:
     """The model at a folder's URL, `runs:/<run id>/model` or `models:/<name>@<alias>`.
 
     The latter two are looked up at `tracking_uri`, or where `tracking_place` says, of `home` or of
     this folder. Raises CheckpointError, StorageError or TrackingError.
     """
+    device = build_trained.usable_device(device)  # before a model is copied out of MLflow
     with _local(uri, home or Path.cwd(), tracking_uri) as folder:
-        return build_trained.trained_model(folder, device or build_trained.default_device())
+        return build_trained.trained_model(folder, device)
 
 
 class SamplingJob(Checked, Protocol):

@@ -1,13 +1,16 @@
 """Images and masks of a notebook's calls as arrays, or a ValueError that says what to give."""
 
+import os
 import sys
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from ddpm_ray.generation.sample import Images
+from ddpm_ray.option_fields import shown
 
 
 def as_images(images: Any, channels: int) -> Images:
@@ -15,17 +18,24 @@ def as_images(images: Any, channels: int) -> Images:
 
     Pictures of PIL are taken in the modes L and RGB, alone or in a list.
     """
+    if isinstance(images, str | os.PathLike):
+        raise ValueError(
+            f"images is {shown(images)}; give pixels: open the file with PIL.Image.open and "
+            f"convert it to 'RGB', or to 'L' for a model of grey images"
+        )
     if _is_picture(images):
         images = [images]
     if isinstance(images, list | tuple):
         listed = [_pixels(one) for one in images]
+        for one, array in zip(images, listed, strict=True):
+            _require_numbers("images", one, array)
         if len(sizes := {image.shape for image in listed}) > 1:
             raise ValueError(
                 f"images are of several sizes ({', '.join(map(str, sorted(sizes)))}); give images "
                 f"of one size in each call"
             )
         images = np.stack(listed) if listed else np.zeros(0, np.uint8)
-    found = _array(images)
+    found = _numbers("images", images)
     sound = found.dtype == np.uint8 and found.ndim == 4 and len(found)
     if not sound or found.shape[3] != channels:
         raise ValueError(
@@ -37,15 +47,14 @@ def as_images(images: Any, channels: int) -> Images:
 
 def as_mask(mask: Any, images: Images) -> npt.NDArray[np.bool_]:
     """The mask as bool [N or 1, 1, H, W], True where a pixel of `images` is known."""
-    whole = _array(mask)
+    whole = _numbers("mask", mask)
     if whole.shape not in (images.shape[1:3], images.shape[:3]):
-        found, wanted = (" x ".join(map(str, a)) for a in (whole.shape, images.shape[1:3]))
+        sizes = whole.shape or ("one number",), images.shape[1:3]
+        found, wanted = (" x ".join(map(str, size)) for size in sizes)
         raise ValueError(
             f"mask is {found} and the images {wanted}; give one mask of their height and width, "
             "or one for each"
         )
-    if whole.dtype.kind not in "biuf":
-        raise ValueError(f"mask is {whole.dtype}; give True or 1 where a pixel is known")
     keep = whole.astype(bool)
     if not (keep == whole).all():
         raise ValueError(
@@ -80,9 +89,21 @@ def _is_picture(value: Any) -> bool:
     return pillow is not None and isinstance(value, pillow.Image)
 
 
+def _numbers(name: str, value: Any) -> npt.NDArray[Any]:
+    found = _array(value)
+    _require_numbers(name, value, found)
+    return found
+
+
+def _require_numbers(name: str, value: Any, found: npt.NDArray[Any]) -> None:
+    if found.dtype.kind not in "biuf":
+        raise ValueError(f"{name} holds {shown(value)}; give an array of numbers")
+
+
 def _array(value: Any) -> npt.NDArray[Any]:
     if isinstance(value, Tensor):
-        value = value.detach().cpu().numpy()
+        value = value.detach().cpu()
+        value = (value.float() if value.dtype is torch.bfloat16 else value).numpy()
     try:
         return np.asarray(value)
     except ValueError:  # of lists of several lengths

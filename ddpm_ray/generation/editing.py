@@ -142,12 +142,9 @@ def reconstruct(
 def on_canvas(images: Images, top: int, bottom: int, left: int, right: int) -> tuple[Images, Mask]:
     """uint8 images [N, H, W, C] with so many pixels more on each side, and where they are known.
 
-    Raises ValueError where a margin is below 0, or all are 0.
+    Raises ValueError where all margins are 0.
     """
-    margins = {"top": top, "bottom": bottom, "left": left, "right": right}
-    if wrong := [f"{side} is {pixels}" for side, pixels in margins.items() if pixels < 0]:
-        raise ValueError(f"{wrong[0]}; outpainting adds pixels: at least 0")
-    if not any(margins.values()):
+    if not any((top, bottom, left, right)):
         raise ValueError("top, bottom, left and right are 0; outpainting adds pixels: set one")
     height, width = images.shape[1] + top + bottom, images.shape[2] + left + right
     pixels = torch.tensor(images).permute(0, 3, 1, 2)

@@ -48,7 +48,7 @@ class SamplingConfig:
         at_least=0, at_most=1,
     )  # fmt: skip
     seed: int = knob(0, "with the image's index it fixes an image", at_least=0)
-    batch_size: int = knob(64, "images in one network call", at_least=1)
+    batch_size: int = knob(64, "images in one network call", at_least=1, at_most=2**32)
     labels: tuple[int | str, ...] = knob(
         (), "classes to draw in turn, by number or name; empty: all, of a model that knows them"
     )

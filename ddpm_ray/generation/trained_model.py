@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Unpack, get_args
+from typing import Annotated, Any, TypeAlias, Unpack
 
 import numpy as np
 import torch
@@ -16,6 +16,14 @@ from ddpm_ray.generation.denoiser import Denoiser
 from ddpm_ray.generation.editing import Mask, Method, Painting
 from ddpm_ray.generation.sample import Images, SamplingPlan, draw_uint8, sampling_plan, to_uint8
 from ddpm_ray.generation.settings import Conditioned, SamplingArguments, SamplingConfig
+from ddpm_ray.option_fields import checks_arguments, limits
+
+# Random numbers are keyed by 2^32 indices.
+NumImages: TypeAlias = Annotated[int, limits(at_least=1, at_most=2**32)]
+Index: TypeAlias = Annotated[int, limits(at_least=0, at_most=2**32 - 1)]
+Count: TypeAlias = Annotated[int, limits(at_least=1)]
+Margin: TypeAlias = Annotated[int, limits(at_least=0, at_most=65_535)]  # pixels
+Share: TypeAlias = Annotated[float, limits(above=0, at_most=1)]
 
 
 def _unknown() -> None:
@@ -64,9 +72,12 @@ class TrainedModel:
 
     def with_settings(self, **settings: Unpack[SamplingArguments]) -> "TrainedModel":
         """The model with these settings in place of the run's own, for all calls."""
-        return replace(self, settings=self._chosen(settings))
+        chosen = self._chosen(settings)
+        self.plan_of(chosen)  # tell now what the model cannot do
+        return replace(self, settings=chosen)
 
-    def sample(self, num_images: int, **settings: Unpack[SamplingArguments]) -> Images:
+    @checks_arguments
+    def sample(self, num_images: NumImages, **settings: Unpack[SamplingArguments]) -> Images:
         """uint8 images [num_images, H, W, C], drawn from noise as the run draws its own.
 
         That takes `settings.steps` network calls per batch, 1,000 for many a run: a smaller
@@ -75,14 +86,15 @@ class TrainedModel:
         chosen = self._chosen(settings)
         return self.draw(self.plan_of(chosen), num_images, chosen.batch_size)
 
+    @checks_arguments
     def inpaint(
         self,
         images: Images,
         mask: Mask,
         *,
         method: Method = "repaint",
-        resamples: int = 10,
-        jump_length: int = 10,
+        resamples: Count = 10,
+        jump_length: Count = 10,
         **settings: Unpack[SamplingArguments],
     ) -> Images:
         """uint8 [N, H, W, C]: `images` with all that `mask` does not keep painted anew.
@@ -94,37 +106,37 @@ class TrainedModel:
         network calls of `replacement`, which walks once. (Lugmayr et al. 2022, arXiv:2201.09865.)
         `repaint` takes the run's settings but for the sampler, ancestral with fixed_small.
         """
-        _require_choice("method", method, get_args(Method))
         chosen = self._chosen(settings, repaint=method == "repaint")
         painting = Painting(method, resamples, jump_length)
         return self.paint(self.plan_of(chosen), painting, images, mask, chosen.batch_size)
 
+    @checks_arguments
     def outpaint(
         self,
         images: Images,
         *,
-        top: int = 0,
-        bottom: int = 0,
-        left: int = 0,
-        right: int = 0,
+        top: Margin = 0,
+        bottom: Margin = 0,
+        left: Margin = 0,
+        right: Margin = 0,
         method: Method = "repaint",
-        resamples: int = 10,
-        jump_length: int = 10,
+        resamples: Count = 10,
+        jump_length: Count = 10,
         **settings: Unpack[SamplingArguments],
     ) -> Images:
         """uint8 [N, top + H + bottom, left + W + right, C]: `images`, exactly, and what surrounds.
 
         The rest is as in `inpaint`. The whole must be at least as large as the model's images.
         """
-        _require_choice("method", method, get_args(Method))
         chosen = self._chosen(settings, repaint=method == "repaint")
         painting = Painting(method, resamples, jump_length)
         known = as_images(images, self.image_shape[0])
         canvas, mask = editing.on_canvas(known, top, bottom, left, right)
         return self.paint(self.plan_of(chosen), painting, canvas, mask, chosen.batch_size)
 
+    @checks_arguments
     def image_to_image(
-        self, images: Images, strength: float, **settings: Unpack[SamplingArguments]
+        self, images: Images, strength: Share, **settings: Unpack[SamplingArguments]
     ) -> Images:
         """uint8 [N, H, W, C]: `images` noised up to step `strength` T and drawn again from there.
 
@@ -143,7 +155,8 @@ class TrainedModel:
         chosen = self._chosen(settings)
         return self.magnify(self.plan_of(chosen), images, chosen.batch_size)
 
-    def magnify(self, plan: SamplingPlan, images: Images, batch_size: int) -> Images:
+    @checks_arguments
+    def magnify(self, plan: SamplingPlan, images: Images, batch_size: Count) -> Images:
         """`enlarge` by a plan."""
         found = as_images(images, self.image_shape[0])
         pixels, size = self.denoiser.low_resolution_pixels, self.image_shape[1:]
@@ -156,11 +169,12 @@ class TrainedModel:
         denoiser = replace(self.denoiser, low=enlarged(small, size))
         return replace(self, denoiser=denoiser).draw(plan, len(found), batch_size)
 
+    @checks_arguments
     def interpolate(
         self,
-        first: int,
-        last: int,
-        num_images: int,
+        first: Index,
+        last: Index,
+        num_images: Annotated[int, limits(at_least=2, at_most=2**32)],
         *,
         label: int | str | None = None,
         **settings: Unpack[SamplingArguments],
@@ -171,9 +185,11 @@ class TrainedModel:
         that of `first`; DDIM adds no noise here, whatever the run's own sampler and `eta` are.
         (Song et al. 2021, arXiv:2010.02502, appendix D.5.)
         """
-        if num_images < 2:
-            raise ValueError(f"num_images is {num_images}; from one to the other takes at least 2")
         if label is not None:
+            if settings.get("labels") is not None:
+                raise ValueError(
+                    "label and labels are given; the images have one label: give label"
+                )
             settings["labels"] = label
         chosen = self._deterministic(settings)
         plan, shape, ends = self.plan_of(chosen), self.image_shape, (first, last)
@@ -184,8 +200,9 @@ class TrainedModel:
         )
         return np.concatenate([to_uint8(part) for part in parts])
 
+    @checks_arguments
     def reconstruct(
-        self, images: Images, *, iterations: int = 1, **settings: Unpack[SamplingArguments]
+        self, images: Images, *, iterations: Count = 1, **settings: Unpack[SamplingArguments]
     ) -> Images:
         """uint8 [N, H, W, C]: `images` taken to their noise by DDIM's inversion, and back again.
 
@@ -227,26 +244,26 @@ class TrainedModel:
         own = replace(self.settings, sampler="ddim", eta=0.0, variance="fixed_small")
         return own.overridden(given, self.denoiser.schedule.num_steps)
 
+    @checks_arguments
     def draw(
         self,
         plan: SamplingPlan,
-        num_images: int,
-        batch_size: int,
+        num_images: NumImages,
+        batch_size: Count,
         on_step: OnStep | None = None,
     ) -> Images:
         """The images 0..num_images-1 of `plan`, uint8 [num_images, H, W, C].
 
         `on_step(t, x_t, x_0_estimate)` sees each step of each batch, and copies what it keeps.
         """
-        _require_positive(num_images=num_images, batch_size=batch_size)
         indices, shape = range(num_images), self.image_shape
         return draw_uint8(self.denoiser, plan, indices, shape, self.device, batch_size, on_step)
 
+    @checks_arguments
     def paint(
-        self, plan: SamplingPlan, painting: Painting, images: Images, mask: Mask, batch_size: int
+        self, plan: SamplingPlan, painting: Painting, images: Images, mask: Mask, batch_size: Count
     ) -> Images:
         """`inpaint` by a plan; `repaint` takes those of ancestral and ddim alone."""
-        _require_choice("method", painting.method, get_args(Method))
         known, size = as_images(images, self.image_shape[0]), self.image_shape[1]
         keep = torch.from_numpy(as_mask(mask, known)).to(self.device)
 
@@ -256,7 +273,10 @@ class TrainedModel:
 
         return self._edited(edit, known, batch_size)
 
-    def vary(self, plan: SamplingPlan, images: Images, strength: float, batch_size: int) -> Images:
+    @checks_arguments
+    def vary(
+        self, plan: SamplingPlan, images: Images, strength: Share, batch_size: Count
+    ) -> Images:
         """`image_to_image` by a plan."""
         size = self.image_shape[1]
 
@@ -269,7 +289,6 @@ class TrainedModel:
         self, edit: Callable[[Tensor, Tensor], Tensor], images: Images, batch_size: int
     ) -> Images:
         """All images by `edit(x [b, C, H, W], their indices [b])`."""
-        _require_positive(batch_size=batch_size)
         found = as_images(images, self.image_shape[0])
         (_, size, _), (count, height, width, _) = self.image_shape, found.shape
         if min(height, width) < size:
@@ -283,14 +302,3 @@ class TrainedModel:
             x = to_model_range(torch.from_numpy(found[index.numpy()]).to(self.device))
             parts.append(to_uint8(edit(x, index.to(self.device))))
         return np.concatenate(parts)
-
-
-def _require_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} is {value!r}; choose from {', '.join(choices)}")
-
-
-def _require_positive(**numbers: int) -> None:
-    for name, value in numbers.items():
-        if value < 1:
-            raise ValueError(f"{name} is {value}; it must be at least 1")

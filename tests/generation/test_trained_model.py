@@ -3,7 +3,9 @@
 What the walks make of an image is held to the truth in test_editing.py and tests/diffusion.
 """
 
-from dataclasses import replace
+import inspect
+from dataclasses import fields, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -85,6 +87,15 @@ def test_eta_and_sampler_reach_the_sampler() -> None:
         ({"variance": "fixed_large"}, "variance is 'fixed_large', which at 2 of 20 steps adds"),
         ({"clip": False, "dynamic_quantile": 0.9}, "it is a way to clip"),
         ({"labels": "cat"}, "the model is trained without labels"),
+        ({"num_images": "a"}, "num_images is 'a'; give a whole number"),
+        ({"num_images": 2.5}, "num_images is 2.5; give a whole number"),
+        ({"num_images": np.array([1, 2])}, r"num_images is array\(\[1, 2\]\); give a whole number"),
+        ({"num_images": 10**30}, "num_images is 10+; it must be at most 4294967296"),
+        ({"sampler": np.array(["ddim", "a"])}, "sampler is array.*; choose from ddim"),
+        ({"clip": "false"}, "clip is 'false'; give True or False"),
+        ({"guidance_scale": 10**400}, r"guidance_scale is 10+\.\.\.; give a number"),
+        ({"guidance_scale": True}, "guidance_scale is True; give a number"),
+        ({"labels": [True]}, r"labels is \[True\]; give whole numbers, or names"),
     ],
 )
 def test_a_sample_that_cannot_be_drawn_says_why(wrong: dict[str, object], reason: str) -> None:
@@ -224,7 +235,7 @@ def test_labels_reach_every_way_to_edit() -> None:
         ({"labels": [1]}, r"labels \[1.*\], but the model is trained without labels"),
         ({"steps": 21}, "steps is 21"),
         ({"batch_size": 0}, "batch_size is 0"),
-        ({"resamples": 0}, "jump_length is 10 and resamples 0"),
+        ({"resamples": 0}, "resamples is 0; it must be at least 1"),
         ({"method": "redraw"}, "method is 'redraw'; choose from repaint, replacement"),
     ],
 )
@@ -238,7 +249,7 @@ def test_what_else_cannot_be_edited_says_why() -> None:
     model = digits_model()
     with pytest.raises(ValueError, match="top, bottom, left and right are 0"):
         model.outpaint(KNOWN, steps=2)
-    with pytest.raises(ValueError, match="left is -1; outpainting adds pixels"):
+    with pytest.raises(ValueError, match="left is -1; it must be at least 0"):
         model.outpaint(KNOWN, top=3, left=-1, steps=2)
     with pytest.raises(ValueError, match="images are 7 x 4 and those of the model 8 x 8"):
         model.outpaint(KNOWN[:, :4, :4], top=3, steps=2)
@@ -249,6 +260,44 @@ def test_what_else_cannot_be_edited_says_why() -> None:
         model.interpolate(0, 1, 1)
     with pytest.raises(ValueError, match="batch_size is 0"):
         model.interpolate(0, 1, 2, steps=2, batch_size=0)
+
+
+ODD: tuple[object, ...] = (
+    None, True, -1, 1.5, "a", b"a", "", (), [], [None], [[1], [1, 2]], {}, {"a": 1}, object(),
+    float("nan"), float("inf"), 10**400, 10**30, np.array([1, 2]), np.zeros((2, 3)),
+    np.array("a"), torch.zeros(0), torch.zeros(2, 8, 8, 1).bfloat16(), 1j, len, Path("a.png"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("method", [
+    "sample", "inpaint", "outpaint", "image_to_image", "interpolate", "reconstruct",
+    "with_settings", "plan",
+])  # fmt: skip
+def test_every_argument_of_any_value_is_taken_or_named_in_one_line(method: str) -> None:
+    """No method lets Python's own error through, whichever argument is wrong in whichever way."""
+    model = digits_model().with_settings(steps=1, sampler="ddim")
+    call = getattr(model, method)
+    fitting: dict[str, object] = {
+        "num_images": 2, "images": KNOWN[:1], "mask": MASK, "top": 1, "strength": 1,
+        "first": 0, "last": 1, "resamples": 1, "jump_length": 1,
+    }  # fmt: skip
+    names = [
+        name for name, parameter in inspect.signature(call).parameters.items()
+        if parameter.kind is not parameter.VAR_KEYWORD
+    ]  # fmt: skip
+    given = {name: fitting[name] for name in names if name in fitting}
+    settings = [field.name for field in fields(model.settings)]
+    for name in [*names, *settings]:
+        for value in ODD:
+            if name in ("resamples", "iterations") and isinstance(value, int) and value > 1:
+                continue  # walks for as long as the caller waits
+            try:
+                call(**{**given, name: value})
+            except ValueError as error:
+                message = str(error)
+                assert "\n" not in message, (name, value)
+                assert name.rstrip("s") in message, (name, value)
+                assert "truth value" not in message, (name, value)
 
 
 def test_an_image_is_enlarged_by_a_network_that_sees_it() -> None:
