@@ -17,6 +17,7 @@ from ddpm_ray import faults
 from ddpm_ray.cluster.row_queue import RowQueue
 from ddpm_ray.cluster.tracked_run import TrackedRun
 from ddpm_ray.telling import brief, told
+from ddpm_ray.training.lease import SupersededError
 from ddpm_ray.training.reporting import Row
 
 if TYPE_CHECKING:
@@ -44,6 +45,12 @@ class Tracker:
     While MLflow is away nothing is lost and no step waits: rows stay in `unsent`, which goes into
     every checkpoint, and are tried again every few seconds. Files have a thread to themselves,
     because an artifact store that refuses them, or is slow, must not hold up the rows.
+
+    `check_lease` is called directly before each send. Once it raises SupersededError nothing more
+    is sent: rows of this process would stand between those of the one that goes on with the run. A
+    takeover cannot stop the send whose check came just before it, one batch at most; MLflow has
+    no conditional write. The rows of that batch have the keys of a replay: MLflow stores equal
+    ones once, and only values that differ, as rates do, come twice.
     """
 
     def __init__(
@@ -53,9 +60,11 @@ class Tracker:
         unsent: list[Row],
         every_steps: int = 1,
         last_step: int = 0,
+        check_lease: Callable[[], None] = lambda: None,
     ) -> None:
         """`find_run` is called until it succeeds; `every_steps` and `last_step`: see RowQueue."""
         self._find_run, self._flush_every_s = find_run, flush_every_s
+        self._check_lease = check_lease
         self._rows = RowQueue(unsent, every_steps, last_step)
         self._files: deque[_File] = deque()
         self._left_out: list[str] = []
@@ -63,6 +72,7 @@ class Tracker:
         self._is_current = False  # whether the queue knows what MLflow holds
         self._said: dict[str, tuple[str, float]] = {}  # the line of each thread, and when
         self._closing, self._given_up = Event(), Event()
+        self._superseded = Event()  # another process goes on with the run, and sends its rows
         self._threads = [
             Thread(target=self._work, args=work, name=f"mlflow {work[0]}", daemon=True)
             for work in (
@@ -97,7 +107,8 @@ class Tracker:
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
         self._given_up.set()
-        if undelivered := len(self._rows):
+        undelivered = len(self._rows)
+        if undelivered and not self._superseded.is_set():
             log.warning(
                 "%d metric rows undelivered; stored in the checkpoint, sent on resume", undelivered
             )
@@ -115,6 +126,11 @@ class Tracker:
                 if closing and not left():
                     return
                 pause_s = self._flush_every_s if closing else 0.0  # no run yet to send files to
+            except SupersededError as error:
+                if not self._superseded.is_set():
+                    self._superseded.set()
+                    log.warning("no more goes to MLflow from this process: %s", error)
+                return
             except Exception as error:  # noqa: BLE001 - whatever it is, all is kept and retried
                 self._say(what, f"{what} for MLflow: {told(str(error))}; kept, tried again")
                 pause_s = RETRY_S
@@ -133,6 +149,7 @@ class Tracker:
             batch, count = self._rows.batch()
             faults.at("flush")
             if batch:
+                self._check_lease()
                 try:
                     self._found.rows(batch)
                 except BaseException:
@@ -151,6 +168,7 @@ class Tracker:
 
         while self._files and self._found is not None:
             file = self._files[0]
+            self._check_lease()
             try:
                 file.send(self._found)
             except Exception as error:

@@ -107,7 +107,8 @@ def assemble(
         log.resume(snapshot.facts["bands"])
         guard.resume(snapshot.facts["guard"])
         unsent = [Row(**row) for row in snapshot.facts["unsent_rows"]]
-    sink = _tracker(config, settings, unsent) if workers.leads else None
+    check = writer.store.check_lease
+    sink = _tracker(config, settings, unsent, check) if workers.leads else None
     gallery = _gallery(config, settings["folder"], dataset, state, workers, sink)
     draws = config.model.kind == "unet"
     return Run(
@@ -162,14 +163,17 @@ def _gallery(
     )
 
 
-def _tracker(config: RunConfig, settings: dict[str, Any], unsent: list[Row]) -> Tracker:
-    """The way of the run's rows and pictures to MLflow."""
+def _tracker(
+    config: RunConfig, settings: dict[str, Any], unsent: list[Row], check: Callable[[], None]
+) -> Tracker:
+    """The way of the run's rows and pictures to MLflow, for as long as `check` does not raise."""
     return Tracker(
         partial(_tracked_run, settings),
         config.tracking.flush_every_s,
         unsent,
         config.tracking.every_steps,
         config.training.steps,
+        check,
     )
 
 

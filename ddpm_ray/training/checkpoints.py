@@ -97,6 +97,11 @@ class CheckpointStore:
         if known != named:
             self._commit(known)
 
+    def check_lease(self) -> None:
+        """Raises SupersededError once a later start goes on with the run, and StorageError."""
+        if self.lease is not None:
+            self.lease.check()
+
     def save(self, snapshot: Snapshot) -> str:
         """URL of the committed checkpoint folder; raises StorageError, and then commits nothing."""
         files = objects(snapshot)
@@ -115,8 +120,7 @@ class CheckpointStore:
                 self._delete(folder)  # half of it on a full disk would only be in the way
             raise
         faults.at("commit")
-        if self.lease is not None:
-            self.lease.check()
+        self.check_lease()
         self._commit(kept)
         faults.at("retire")
         retired = [old for old in before if old not in kept]
@@ -254,8 +258,7 @@ class CheckpointStore:
     def _superseded(self) -> bool:
         """Whether a later start goes on with the run; true also where the storage cannot say."""
         try:
-            if self.lease is not None:
-                self.lease.check()
+            self.check_lease()
         except (SupersededError, StorageError):
             return True
         return False

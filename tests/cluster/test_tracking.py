@@ -19,14 +19,15 @@ import torch
 from mlflow import MlflowClient
 from PIL import Image
 
-from ddpm_ray import build, build_trained
+from ddpm_ray import build, build_trained, faults
 from ddpm_ray.cluster import registry, tracker, tracking, training_run
-from ddpm_ray.cluster.tracked_run import RunCard, TrackedRun
+from ddpm_ray.cluster.tracked_run import MAX_METRICS, RunCard, TrackedRun
 from ddpm_ray.cluster.tracker import Tracker
 from ddpm_ray.cluster.tracking import TrackingError, TrackingOutageError
 from ddpm_ray.config import RunConfig
 from ddpm_ray.knobs import load, to_dict
 from ddpm_ray.training.checkpoints import CheckpointStore
+from ddpm_ray.training.lease import Lease
 from ddpm_ray.training.reporting import RATES, Row
 
 pytestmark = pytest.mark.timeout(180)  # the first test waits for the server
@@ -133,6 +134,69 @@ def test_a_replay_leaves_each_row_once_and_the_first_rate(uri: str, new_run: New
     for key in RATES:
         first = [(step, 1.0 + step) for step in (5, 10, 15, 20)]
         assert history(run, key) == [*first, (25, 32.0), (30, 37.0)]
+
+
+@pytest.mark.parametrize("stops_at", ["asked", "checked"])
+def test_a_sender_that_wakes_after_a_takeover_adds_no_rows(
+    stops_at: str, uri: str, new_run: NewRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """It stops after it asked what is stored, or between its lease check and its send.
+
+    The other one goes on from step 10 meanwhile, and ends at step 40. In the second case one batch
+    arrives, whose losses are those of a replay; no later one does, and no row is missing.
+    """
+    run, driver = new_run(uri), Lease.first(str(tmp_path / "checkpoints"))
+    old, batches, stopped, go_on = driver.renewed(), 0, threading.Event(), threading.Event()
+    send, at = tracking.RunLog.rows, {"asked": "flush", "checked": "send"}[stops_at]
+
+    def stop(point: str) -> None:
+        if point == at and threading.current_thread() is sender and not go_on.is_set():
+            stopped.set()
+            assert go_on.wait(PATIENCE_S)
+
+    def counted(log: tracking.RunLog, rows: Any) -> None:
+        nonlocal batches
+        stop("send")
+        batches += threading.current_thread() is sender
+        send(log, rows)
+
+    sent(run, rows(range(1, 21)))
+    monkeypatch.setattr(faults, "at", stop)
+    monkeypatch.setattr(tracking.RunLog, "rows", counted)
+    frozen = Tracker(lambda: run, 0.01, rows(range(21, 1021)), check_lease=old.check)
+    sender = frozen._threads[0]
+    assert stopped.wait(PATIENCE_S)
+    new = driver.renewed()
+    follower = Tracker(lambda: run, 0.01, rows(range(11, 31)), check_lease=new.check)
+    until(lambda: not follower.unsent())
+    go_on.set()
+    until(lambda: not sender.is_alive())
+    follower.rows(rows(range(31, 41)))
+    assert follower.close(PATIENCE_S) == 0
+    found = history(run, "train/loss")
+    assert batches == (0 if stops_at == "asked" else 1)
+    last = 40 if stops_at == "asked" else found[-1][0]
+    assert found == [(step, 1 / step) for step in range(1, last + 1)]
+    assert last <= 20 + MAX_METRICS
+    assert caplog.text.count("of this run goes on with it; this process commits no more") == 1
+    frozen.rows(rows(range(1021, 1031)))
+    assert frozen.close(PATIENCE_S) > 0  # at once
+    assert "sent on resume" not in caplog.text
+
+
+def test_pictures_of_a_superseded_process_stay_where_they_are(
+    mlflow_database: str, new_run: NewRun, tmp_path: Path
+) -> None:
+    """They have the names of the later process's, and would take their places."""
+    run, driver = new_run(mlflow_database), Lease.first(str(tmp_path / "checkpoints"))
+    old, new = driver.renewed(), driver.renewed()
+    for lease, score in ((new, 2), (old, 1)):
+        sink = Tracker(lambda: run, 0.01, [], check_lease=lease.check)
+        sink.document("evaluation/a.json", {"score": score})
+        sink.close(PATIENCE_S)
+    artifacts = MlflowClient(run.uri).get_run(run.run_id).info.artifact_uri
+    assert mlflow.artifacts.load_dict(f"{artifacts}/evaluation/a.json") == {"score": 2}
 
 
 def test_more_rows_than_one_call_takes_arrive(mlflow_database: str, new_run: NewRun) -> None:
