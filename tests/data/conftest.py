@@ -9,7 +9,7 @@ import torch
 
 from ddpm_ray.data import packer, shards
 from ddpm_ray.data.pack_options import PackOptions
-from ddpm_ray.data.shards import Dataset
+from ddpm_ray.data.shards import Dataset, Encoding
 from ddpm_ray.data.sources import ArraySource
 
 MakeDataset = Callable[..., Dataset]
@@ -23,7 +23,7 @@ def make_dataset(tmp_path: Path) -> MakeDataset:
     """
 
     def make(
-        samples: int, shard_samples: int, url: str | None = None, encoding: str = "raw"
+        samples: int, shard_samples: int, url: str | None = None, encoding: Encoding = "raw"
     ) -> Dataset:
         numbers = np.arange(samples)
         images = np.zeros((samples, 2, 3, 1), np.uint8)
