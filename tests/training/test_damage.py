@@ -134,6 +134,21 @@ def test_a_damaged_checkpoint_makes_way_for_the_one_before(
     assert len(list(tmp_path.glob("step-*"))) == 3
 
 
+@pytest.mark.parametrize("how", SPOIL)
+def test_a_start_beside_damaged_pointers_deletes_nothing(
+    how: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nor a damaged checkpoint: it may be what a person can mend the run by."""
+    run_of(tmp_path)
+    for pointer in pointers(tmp_path):
+        SPOIL[how](pointer)
+    flip(newest(tmp_path) / "manifest.json")
+    store = CheckpointStore(str(tmp_path), keep=3)
+    store.lead(Lease.first(str(tmp_path), 0).renewed())
+    assert len(list(tmp_path.glob("step-*"))) == 3
+    assert f"recovered 2 checkpoints, the newest {tmp_path}/step-00000075-" in caplog.text
+
+
 @pytest.mark.parametrize("what", ["gone", "state.json"])
 def test_where_no_checkpoint_verifies_a_line_says_so(what: str, tmp_path: Path) -> None:
     run_of(tmp_path)

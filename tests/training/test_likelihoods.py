@@ -10,12 +10,15 @@ from scipy import stats
 from torch import Tensor
 from torch.distributions import Normal
 
+from ddpm_ray import seeding
 from ddpm_ray.diffusion import NoiseSchedule, Prediction, schedules
 from ddpm_ray.diffusion.prediction import Kind
 from ddpm_ray.diffusion.process import Denoise
 from ddpm_ray.generation import leading
 from ddpm_ray.generation.denoiser import Denoiser
 from ddpm_ray.measures import likelihood
+from ddpm_ray.seeding import Purpose
+from ddpm_ray.training.bits_per_dim import bits_per_dim
 from ddpm_ray.training.likelihoods import Likelihood, flow_likelihood
 from ddpm_ray.training.workers import Workers
 from tests.diffusion.test_prediction import KINDS
@@ -155,6 +158,28 @@ def test_images_of_any_index_have_noise_of_their_own() -> None:
 
     assert bits(7, 7 + 2**28) > 0  # 2^28 images of 48 numbers: 3 x 2^32
     assert bits(7, 7) == pytest.approx(0, abs=1e-6)
+
+
+def test_the_bound_and_the_likelihood_of_an_image_share_no_noise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    drawn: list[Purpose] = []
+    words = seeding._words
+
+    def noted(seed: int, purpose: Purpose, *more: Any) -> Any:
+        drawn.append(purpose)
+        return words(seed, purpose, *more)
+
+    monkeypatch.setattr(seeding, "_words", noted)
+    batch = torch.arange(2), IMAGES[:2], torch.zeros(2, dtype=torch.int64)
+    denoiser = Denoiser(optimum, V)  # type: ignore[arg-type]
+    flow_likelihood(denoiser, [batch], steps=2, workers=Workers())
+    of_likelihood = {*drawn}
+    drawn.clear()
+    bits_per_dim(denoiser, [batch], variance="fixed_small", workers=Workers(), terms=2)
+    assert of_likelihood
+    assert drawn
+    assert of_likelihood.isdisjoint(drawn)
 
 
 def test_the_interval_of_two_images_holds_the_mean_as_often_as_it_says() -> None:
