@@ -32,9 +32,12 @@ class AverageConfig:
                 f"evaluation.num_images is {self.evaluation.num_images}; widths are compared by "
                 f"samples: score at least 2"
             )
-        for key in ("bits_per_dim_images", "likelihood_images"):
+        for key in ("bits_per_dim_images", "likelihood_images", "memorisation_images"):
             if value := getattr(self.evaluation, key):
-                yield f"evaluation.{key} is {value}; widths are compared by samples: set it to 0"
+                yield (
+                    f"evaluation.{key} is {value}; widths are compared by their Frechet distance "
+                    f"alone: set it to 0"
+                )
         if not self.widths:
             yield "widths is empty; name at least one, as in widths=[0.05,0.1]"
         yield from wrong_widths("widths", self.widths)

@@ -14,6 +14,7 @@ from ddpm_ray import build, build_diffusion, build_trained
 from ddpm_ray.average_config import AverageConfig
 from ddpm_ray.cluster import fatal, group
 from ddpm_ray.cluster.control import Desk
+from ddpm_ray.cluster.evaluation_run import located
 from ddpm_ray.cluster.worker import place
 from ddpm_ray.config import RunConfig
 from ddpm_ray.data import storage
@@ -84,9 +85,13 @@ def sweep(run: str, config: AverageConfig, home: Path, out: str = "") -> dict[st
     begun = from_dict(RunConfig, kept.facts["config"])
     schedule = build_diffusion.noise_schedule(begun.schedule)
     build_diffusion.checked_plan(config.sampling, begun, schedule)
-    data_url = storage.absolute(config.data_url or begun.data.url, home)
-    open_dataset(data_url)  # before Ray starts
-    config = dataclasses.replace(config, data_url=data_url)
+    config = dataclasses.replace(
+        config,
+        data_url=storage.absolute(config.data_url or begun.data.url, home),
+        evaluation=located(config.evaluation, home),
+    )
+    for url in filter(None, (config.data_url, config.evaluation.held_out_url)):
+        open_dataset(url)  # before Ray starts
     settings = {"run": run, "step": step, "config": to_dict(config)}
     found = group.run(average_worker, settings, config.cluster, lambda _: None)
     result = _result(found, list(config.widths)) | {"run": run, "step": step}
@@ -94,6 +99,9 @@ def sweep(run: str, config: AverageConfig, home: Path, out: str = "") -> dict[st
         result["checkpoint"] = storage.absolute(out, home)
         for name, data in checkpoints.objects(kept.made(result["best"], step)).items():
             storage.write_bytes(storage.join(result["checkpoint"], name), data)
+    where = f"written to {result['checkpoint']}" if out else "not written; --out FOLDER writes it"
+    best, metric = result["best"], result["metric"]
+    log.info("the average of width %g has the lowest %s; it is %s", best, metric, where)
     return result
 
 
@@ -161,8 +169,9 @@ def _result(found: list[dict[str, Any]], widths: list[float]) -> dict[str, Any]:
         log.info("%7.4g  %14.5g  %20s  %6.2g", width, score, interval, misfit)
         if misfit > POOR:
             log.warning(
-                "width %g is out of reach of what was kept (misfit %.2f of its profile); keep "
-                "widths nearer to it, or keep them more often", width, misfit,
+                "the average of width %g can only be approached from the averages that the run "
+                "kept (misfit %.2f); keep widths nearer to it (training.ema_snapshot_widths), or "
+                "more often (training.ema_snapshot_every_steps)", width, misfit,
             )  # fmt: skip
     best = scores.index(min(scores, key=lambda score: (math.isnan(score), score)))
     return {

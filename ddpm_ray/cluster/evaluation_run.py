@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from ddpm_ray.cluster.worker import place
 from ddpm_ray.config import RunConfig
 from ddpm_ray.data import storage
 from ddpm_ray.data.shards import Dataset, open_dataset
+from ddpm_ray.evaluation_config import EvaluationConfig
 from ddpm_ray.generation.sample import SamplingPlan, draw_uint8
 from ddpm_ray.generation.trained_model import TrainedModel
 from ddpm_ray.job_config import EvaluateConfig
@@ -29,6 +31,8 @@ from ddpm_ray.training.likelihoods import Likelihood, flow_likelihood
 from ddpm_ray.training.memorisation import Neighbours, nearest, spread
 from ddpm_ray.training.reference import reference
 from ddpm_ray.training.workers import Workers
+
+log = logging.getLogger(__name__)
 
 
 def evaluate(model_uri: str, config: EvaluateConfig, home: Path) -> dict[str, Any]:
@@ -52,25 +56,47 @@ def evaluate(model_uri: str, config: EvaluateConfig, home: Path) -> dict[str, An
         ("likelihood_steps", wanted.likelihood_steps, wanted.likelihood_images),
     ):
         if asked and value > most:
-            raise ConfigError(f"evaluation.{key} is {value}; the model has T = {most}")
-    wanted = dataclasses.replace(
-        wanted,
-        memorisation_picture=storage.absolute(wanted.memorisation_picture, home),
-        held_out_url=storage.absolute(wanted.held_out_url, home),
-    )
+            raise ConfigError(
+                f"evaluation.{key} is {value}; it cannot exceed the model's T = {most}"
+            )
     config = dataclasses.replace(
         config,
         data_url=storage.absolute(config.data_url or begun.data.url, home),
-        evaluation=wanted,
+        evaluation=located(wanted, home),
     )
-    open_dataset(config.data_url)  # before Ray starts
+    for url in filter(None, (config.data_url, config.evaluation.held_out_url)):
+        open_dataset(url)  # before Ray starts
     settings = {
         "model_uri": model_uri,
         "tracking_uri": tracking_uri,
         "config": to_dict(config),
     }
     scores: dict[str, Any] = group.run(evaluate_worker, settings, config.cluster, lambda _: None)
+    for line in score_lines(scores["metrics"]):
+        log.info("%s", line)
     return scores
+
+
+def score_lines(metrics: dict[str, float]) -> list[str]:
+    """Each score with its 95 % interval, if it has one, in a line of a table."""
+    names = [name for name in metrics if not name.endswith(("_low", "_high"))]
+    width = max(map(len, names), default=0)
+    lines = []
+    for name in names:
+        low, high = metrics.get(f"{name}_low"), metrics.get(f"{name}_high")
+        interval = "" if low is None else f"  (95 % interval {low:.4g} .. {high:.4g})"
+        lines.append(f"{name:{width}}  {metrics[name]:.4g}{interval}")
+    return lines
+
+
+def located(wanted: EvaluationConfig, home: Path) -> EvaluationConfig:
+    """`wanted` with each relative place laid below `home`: workers run in folders of their own."""
+    return dataclasses.replace(
+        wanted,
+        weights=storage.absolute(wanted.weights, home),
+        held_out_url=storage.absolute(wanted.held_out_url, home),
+        memorisation_picture=storage.absolute(wanted.memorisation_picture, home),
+    )
 
 
 def evaluate_worker(settings: dict[str, Any]) -> dict[str, Any]:

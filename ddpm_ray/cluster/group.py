@@ -60,7 +60,7 @@ def connect(address: str, cpus: float = 0, gpus: float = 0) -> None:
     """Join the cluster at `address`, or the one whose job this is, or start a local Ray.
 
     A local one is said to have the `cpus` that are wanted, at least; raises RunFailedError where it
-    lacks the `gpus`, or where nobody answers.
+    does not start or lacks the `gpus`, or where nobody answers.
     """
     for key, value in TRAIN_ENVIRONMENT.items():
         os.environ.setdefault(key, value)
@@ -80,8 +80,15 @@ def connect(address: str, cpus: float = 0, gpus: float = 0) -> None:
         os.environ.setdefault(key, value)
     # address="local": a bare init would join whatever Ray happens to run on this host.
     here = max(os.cpu_count() or 1, math.ceil(cpus))
-    with while_ray_starts():  # else a closed terminal ends Ray before a checkpoint is committed
-        ray.init(address="local", num_cpus=here, logging_level=logging.WARNING)
+    try:
+        with while_ray_starts():  # else a closed terminal ends Ray before a checkpoint is committed
+            ray.init(address="local", num_cpus=here, logging_level=logging.WARNING)
+    except Exception as error:  # Ray has no class of its own for it
+        text = " ".join(str(error).split()) or type(error).__name__
+        raise RunFailedError(
+            f"Ray did not start on this machine ({text}); free CPU time and memory, or name a "
+            f"running cluster in cluster.address"
+        ) from error
     found = ray.available_resources().get("GPU", 0)
     if gpus > found:
         raise RunFailedError(
@@ -108,8 +115,8 @@ def run(
     that will do, where not all have a place. Raises RunFailedError or ControlLostError with the
     reason in a line.
     """
-    log.info("starting %d workers on Ray ...", config.num_workers)
     workers = config.num_workers
+    log.info("starting %d worker%s on Ray ...", workers, "s" * (workers > 1))
     connect(config.address, workers * config.cpus_per_worker, workers * config.gpus_per_worker)
     storage.be_patient(config.storage_timeout_s)  # hours of work hang on it from here on
     desk, scratch = Desk(), tempfile.mkdtemp(prefix="ddpm-ray-train-")  # of this user alone

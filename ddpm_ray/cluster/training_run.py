@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from ddpm_ray import build, build_diffusion
-from ddpm_ray.cluster import group, registry, tracking
+from ddpm_ray.cluster import evaluation_run, group, registry, tracking
 from ddpm_ray.cluster.identity import claim
 from ddpm_ray.cluster.packing import pack
 from ddpm_ray.cluster.tracked_run import RunCard, TrackedRun
@@ -198,11 +198,7 @@ def located(config: RunConfig, home: Path) -> RunConfig:
         config,
         storage=storage.absolute(config.storage, home),
         data=dataclasses.replace(config.data, url=storage.absolute(config.data.url, home)),
-        evaluation=dataclasses.replace(
-            config.evaluation,
-            weights=storage.absolute(config.evaluation.weights, home),
-            held_out_url=storage.absolute(config.evaluation.held_out_url, home),
-        ),
+        evaluation=evaluation_run.located(config.evaluation, home),
         tracking=dataclasses.replace(
             config.tracking, uri=tracking_place(home, config.tracking.uri)
         ),

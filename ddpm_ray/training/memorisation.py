@@ -143,7 +143,10 @@ def nearest(
             "that the model was trained on"
         )
     if dataset.manifest.samples <= SHOWN:
-        raise ValueError(f"{dataset.url} holds {dataset.manifest.samples} images; it needs 6")
+        raise ValueError(
+            f"{dataset.url} holds {dataset.manifest.samples} images; the search for nearest "
+            f"neighbours needs at least {SHOWN + 1}: name a larger data set"
+        )
     look, space, unit = _eyes(net, workers.device)
     asked, found = look(samples), _Nearest(samples)
     shards = workers.share(dataset.manifest.shards)

@@ -142,7 +142,10 @@ def _read_cache(url: str, identity: Mapping[str, Any]) -> dict[str, Tensor] | No
     except (
         storage.StorageError, SafetensorError, ValueError, KeyError, TypeError, RecursionError
     ) as error:  # fmt: skip
-        log.warning("%s is not used (%s); computing it again", url, error)
+        log.warning(
+            "the stored reference statistics %s cannot be used (%s); they are computed again",
+            url, error,
+        )  # fmt: skip
         return None
     return tensors
 

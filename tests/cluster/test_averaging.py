@@ -139,6 +139,8 @@ def test_the_best_width_is_found_and_left_as_a_model(
     assert json.loads(json.dumps(result)) == result
     assert result["widths"] == [0.05, 0.15, 0.2, 0.25]
     assert result["best"] == TRUTH
+    told = f"width 0.15 has the lowest eval/fd_digits; it is written to {tmp_path / 'best'}"
+    assert told in caplog.text
     assert result["step"] == STEPS
     assert result["metric"] == "eval/fd_digits"
     others = [score for score in result["scores"] if score != min(result["scores"])]
@@ -193,7 +195,10 @@ def test_a_width_out_of_reach_is_told(
     run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     averaging.sweep("run", replace(DIGITS, widths=(0.011,)), tmp_path)
-    assert "width 0.011 is out of reach of what was kept (misfit 0." in caplog.text
+    assert (
+        "width 0.011 can only be approached from the averages that the run kept (misfit 0."
+        in caplog.text
+    )
 
 
 def test_scores_are_those_of_jobs_evaluate_for_the_model_that_is_left(
@@ -241,6 +246,14 @@ def test_what_cannot_be_averaged_is_refused(run: Path, tmp_path: Path) -> None:
             averaging.sweep(name, DIGITS, tmp_path)
 
 
+def test_a_score_is_a_line_with_its_interval() -> None:
+    scores = {"eval/fid": 3.14159, "eval/fid_low": 3.0, "eval/fid_high": 3.25, "eval/kd_a": 0.5}
+    assert evaluation_run.score_lines(scores) == [
+        "eval/fid   3.142  (95 % interval 3 .. 3.25)",
+        "eval/kd_a  0.5",
+    ]
+
+
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(400)
@@ -276,6 +289,7 @@ def test_two_workers_on_ray_find_what_one_finds(
         (AverageConfig, ["evaluation.num_images=0"], "evaluation.num_images is 0; widths are"),
         (AverageConfig, ["widths=[0.1,0.2,0.1]"], r"widths holds 0\.1 twice; .*: leave one out"),
         (AverageConfig, ["evaluation.likelihood_images=5"], "likelihood_images is 5; .* set it to"),
+        (AverageConfig, ["evaluation.memorisation_images=5"], "tion_images is 5; .* set it to 0"),
         (RunConfig, ["training.ema_more_decays=[0.9,0.9]"], r"ema_more_decays holds 0\.9 twice"),
         (
             RunConfig,

@@ -251,3 +251,14 @@ def test_a_worker_whose_process_died_is_one_line() -> None:
     failed = RuntimeError("Training failed")
     failed.worker_failures = {1: RayActorError("0", DEATH)}  # type: ignore[attr-defined]
     assert group._reason(failed) == "worker 1 died (killed, or a crash of its own)"
+
+
+def test_a_ray_that_does_not_start_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(**_: Any) -> None:
+        raise Exception("The node timed out\nduring startup.")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "init", init)
+    says = r"^Ray did not start on this machine \(The node timed out during startup.\); free CPU .*"
+    with pytest.raises(RunFailedError, match=says):
+        group.connect("")
