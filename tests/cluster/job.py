@@ -14,6 +14,8 @@ from typing import Any
 import psutil
 from mlflow import MlflowClient
 
+from ddpm_ray.command_line import DONE, PARTLY_FAILED
+
 ROOT = Path(__file__).parents[2]
 # A network of 0.1 M parameters, and samples that cost as little.
 TINY_RUN = (
@@ -70,7 +72,7 @@ class Job:
             process.stderr.close()
             process.stdout.close()
         assert strike is None, "the job ended before it was to be struck"
-        if output.strip():
+        if self.code in (DONE, PARTLY_FAILED):  # else stdout has at most what Ray's workers print
             self.result = json.loads(output.splitlines()[-1])
         return self
 
