@@ -10,6 +10,7 @@ from typing import Literal
 
 from ddpm_ray.generation.settings import SamplingConfig as SamplingConfig
 from ddpm_ray.knobs import knob
+from ddpm_ray.telling import counted
 
 
 @dataclass(frozen=True)
@@ -77,18 +78,16 @@ class ScheduleConfig:
         yield from self._betas_problems()
 
     def _betas_problems(self) -> Iterator[str]:
+        holds = f"schedule.betas holds {counted(len(self.betas), 'number')}"
         if self.kind != "betas":
             if self.betas:
                 yield (
-                    f"schedule.betas holds {len(self.betas)} numbers and schedule.kind is "
-                    f"{self.kind!r}, which does not read them; set schedule.kind=betas"
+                    f"{holds} and schedule.kind is {self.kind!r}, which does not read "
+                    f"them; set schedule.kind=betas"
                 )
             return
         if len(self.betas) != self.num_steps:
-            yield (
-                f"schedule.betas holds {len(self.betas)} numbers; it needs one for each of "
-                f"schedule.num_steps {self.num_steps}"
-            )
+            yield (f"{holds}; it needs one for each of schedule.num_steps {self.num_steps}")
         wrong = next((i for i, b in enumerate(self.betas, 1) if not 0 < b < 1), 0)
         if wrong:
             yield (

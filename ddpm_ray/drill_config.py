@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from ddpm_ray.config import RunConfig
 from ddpm_ray.faults import FaultSyntaxError, planned
 from ddpm_ray.knobs import knob
+from ddpm_ray.telling import counted
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,8 @@ class DrillConfig:
                     yield f"faults: {entry!r} strikes worker {fault.rank}, the run has {workers}"
             if len(faults) > (most := self.run.cluster.max_failures):
                 yield (
-                    f"faults: {entry!r} strikes {len(faults)} times, run.cluster.max_failures is "
-                    f"{most}; raise it"
+                    f"faults: {entry!r} strikes {counted(len(faults), 'time')}, "
+                    f"run.cluster.max_failures is {most}; raise it"
                 )
         for problem in self.run.problems():
             yield f"run.{problem}"

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ddpm_ray.knobs import knob
+from ddpm_ray.telling import counted
 
 INCEPTION_URL = (
     "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
@@ -84,7 +85,7 @@ class EvaluationConfig:
         seen = min(self.kernel_distance_images, self.num_images)
         if self.precision_recall and self.num_images and seen < 4:
             yield (
-                f"evaluation.precision_recall is true, and {seen} images are compared "
+                f"evaluation.precision_recall is true, of {counted(seen, 'image')} "
                 f"(evaluation.kernel_distance_images of evaluation.num_images); it needs at least "
                 f"4, each with its 3 nearest: take more of both"
             )

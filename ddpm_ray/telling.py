@@ -82,6 +82,11 @@ def told(text: str) -> str:
     return printable(redacted(text))
 
 
+def counted(number: float, noun: str, plural: str = "") -> str:
+    """The number and what it counts: 1 worker, 2 workers, 0 rows; `plural` if not with an s."""
+    return f"{number:.12g} {noun if number == 1 else plural or f'{noun}s'}"
+
+
 def brief(error: Exception) -> str:
     """The error as one line of at most 200 characters."""
     text = told(" ".join(str(error).split()))

@@ -95,7 +95,7 @@ def test_an_unknown_key_is_told_with_the_nearest_one(mistyped: str, meant: str) 
         ("evaluation.likelihood_steps=1", "the flow from t = 1 to T takes 2 steps or more"),
         (
             "evaluation={precision_recall: true, num_images: 9, kernel_distance_images: 3}",
-            "precision_recall is true, and 3 images are compared",
+            "precision_recall is true, of 3 images",
         ),
         ("evaluation.weights_sha256=12", "64 hex digits"),
         ("name=", "name is empty"),

@@ -1,5 +1,6 @@
 """What may be told: no secret of a URL, no character that a terminal or a log would act on."""
 
+import ast
 import pickle
 import re
 import subprocess
@@ -16,7 +17,7 @@ from ddpm_ray.data.image_files import BadImageError
 from ddpm_ray.data.shards import DatasetError, ShardCorruptError
 from ddpm_ray.data.storage import StorageError, read_bytes
 from ddpm_ray.data.verified import DamagedError
-from ddpm_ray.telling import has_secret, printable, redacted, told
+from ddpm_ray.telling import counted, has_secret, printable, redacted, told
 from ddpm_ray.training.checkpoints import CheckpointError
 from ddpm_ray.training.divergence import DivergedError
 
@@ -174,3 +175,48 @@ def test_a_log_line_of_a_job_is_one_line() -> None:
     log, error = done.stderr.splitlines()
     assert log.startswith("read s3://***@bucket/../../x\\x1b[2J\\nerror: disk full\\u202e")
     assert error.startswith("error: s3://***@bucket/../../x\\x1b[2J error: disk full\\u202e (Run")
+
+
+@pytest.mark.parametrize(
+    "number, noun, plural, expected",
+    [
+        (0, "row", "", "0 rows"), (1, "worker", "", "1 worker"), (2, "worker", "", "2 workers"),
+        (1.0, "GPU", "", "1 GPU"), (0.5, "GPU", "", "0.5 GPUs"), (1, "class", "classes", "1 class"),
+        (10, "class", "classes", "10 classes"), (1234567, "row", "", "1234567 rows"),
+    ],
+)  # fmt: skip
+def test_a_count_agrees_with_its_noun(number: float, noun: str, plural: str, expected: str) -> None:
+    assert counted(number, noun, plural) == expected
+
+
+PLURALS = re.compile(
+    r"(?:workers|samples|images|rows|trials|nodes|checkpoints|shards|GPUs|CPUs|labels|classes|"
+    r"numbers|hashes|files|downloads|vectors|runs|times)\b"
+)
+NEVER_ONE = {  # no number of things, or one that is above 1 wherever the line is written
+    "_shape(image_shape)", "suffix", "_named(open_to)", "folder", "num_images", "report.skipped",
+    "channels", "len(labels)", "len(images)", "len(names)", "len(trials)", "len(outcome.trials)",
+    "len(trials) - len(rows)",
+}  # fmt: skip
+
+
+def test_no_line_puts_a_plural_behind_a_number_that_may_be_one() -> None:
+    """Such a line says `1 workers`; `counted` does not."""
+    found = []
+    for path in [*(ROOT / "ddpm_ray").rglob("*.py"), *(ROOT / "jobs").glob("*.py")]:
+        for text in ast.walk(ast.parse(path.read_text())):
+            if isinstance(text, ast.Constant) and isinstance(line := text.value, str):
+                found += [f"{path.name}: {line}"] * bool(re.search(rf"%d {PLURALS.pattern}", line))
+            if not isinstance(text, ast.JoinedStr):
+                continue
+            for value, behind in zip(text.values, text.values[1:], strict=False):
+                if not isinstance(value, ast.FormattedValue) or not isinstance(
+                    behind, ast.Constant
+                ):
+                    continue
+                shown = ast.unparse(value.value)
+                if shown in NEVER_ONE or shown.isupper() or not isinstance(behind.value, str):
+                    continue
+                if re.match(rf" (?:[a-z]+ )?{PLURALS.pattern}(?!/)", behind.value):
+                    found.append(f"{path.name}: {{{shown}}}{behind.value}")
+    assert not found, found

@@ -14,6 +14,7 @@ from ddpm_ray.cluster.stopping import EarlyStopping
 from ddpm_ray.knobs import ConfigError
 from ddpm_ray.measures.appraisal import Appraisal
 from ddpm_ray.sweep_config import PruningConfig, SweepConfig
+from ddpm_ray.telling import counted
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +94,9 @@ class Book:
             log.warning("%s: its driver died (%s); it is started again", trial.name, error)
             self.ledger.write(trial)
         else:
-            self.ledger.end(trial, "failed", f"its driver died {trial.losses} times: {error}")
+            self.ledger.end(
+                trial, "failed", f"its driver died {counted(trial.losses, 'time')}: {error}"
+            )
 
     def _new(self) -> Trial | None:
         while proposal := propose(

@@ -7,6 +7,7 @@ import ray
 
 from ddpm_ray.config import ClusterConfig
 from ddpm_ray.knobs import ConfigError
+from ddpm_ray.telling import counted
 
 
 def trials_at_once(config: ClusterConfig, wanted: int) -> int:
@@ -24,12 +25,13 @@ def trials_at_once(config: ClusterConfig, wanted: int) -> int:
     fit = workers // config.num_workers
     if fit >= max(wanted, 1):
         return wanted or fit
-    each = " + ".join(f"{amount:g} {resource}s" for resource, amount in need.items())
-    have = ", ".join(f"{sum(n.get(resource, 0) for n in nodes):g} {resource}s" for resource in need)
+    each = " + ".join(counted(amount, resource) for resource, amount in need.items())
+    have = ", ".join(counted(sum(n.get(kind, 0) for n in nodes), kind) for kind in need)
     raise ConfigError(
         f"trials_at_once is {wanted}: {max(wanted, 1)} x run.cluster.num_workers="
-        f"{config.num_workers} x {each} each; the cluster has {have} on {len(nodes)} nodes, which "
-        f"hold {workers} workers, so {fit} trials: lower one of the two, or add nodes"
+        f"{config.num_workers} x {each} each; the cluster has {have} on "
+        f"{counted(len(nodes), 'node')}, with room for {counted(workers, 'worker')}, so for "
+        f"{counted(fit, 'trial')}: lower one of the two, or add nodes"
     )
 
 

@@ -31,7 +31,7 @@ from ddpm_ray.cluster.tracking_place import database_file, tracking_place
 from ddpm_ray.data import storage
 from ddpm_ray.job_config import DoctorConfig
 from ddpm_ray.knobs import ConfigError
-from ddpm_ray.telling import redacted
+from ddpm_ray.telling import counted, redacted
 
 PACKAGES = ("ddpm-ray", "ray", "torch", "mlflow", "numpy", "pyarrow", "fsspec")
 MISSING = "none"
@@ -240,4 +240,6 @@ def _database(file: Path) -> Finding:
     except sqlite3.Error as error:
         remedy = "end what holds it, or name another file in tracking_uri"
         return Finding("MLflow", "fail", f"{file}: {error}", remedy)
-    return Finding("MLflow", "ok", f"{file}: a database of {runs} runs that can be written")
+    return Finding(
+        "MLflow", "ok", f"{file}: a database of {counted(runs, 'run')} that can be written"
+    )

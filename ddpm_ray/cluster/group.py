@@ -28,6 +28,7 @@ from ddpm_ray.cluster.rendezvous import OwnAddress
 from ddpm_ray.cluster.watch import stalled
 from ddpm_ray.config import ClusterConfig
 from ddpm_ray.data import storage
+from ddpm_ray.telling import counted
 from ddpm_ray.training.reporting import Progress, Wish
 
 log = logging.getLogger(__name__)
@@ -92,8 +93,8 @@ def connect(address: str, cpus: float = 0, gpus: float = 0) -> None:
     found = ray.available_resources().get("GPU", 0)
     if gpus > found:
         raise RunFailedError(
-            f"cluster.gpus_per_worker: the workers need {gpus:g} GPUs, this machine has {found:g}; "
-            f"set it to 0 to train on CPUs, or name a cluster in cluster.address"
+            f"cluster.gpus_per_worker: the workers need {counted(gpus, 'GPU')}, this machine "
+            f"has {found:g}; set it to 0 to train on CPUs, or name a cluster in cluster.address"
         )
 
 
@@ -116,7 +117,7 @@ def run(
     reason in a line.
     """
     workers = config.num_workers
-    log.info("starting %d worker%s on Ray ...", workers, "s" * (workers > 1))
+    log.info("starting %s on Ray ...", counted(workers, "worker"))
     connect(config.address, workers * config.cpus_per_worker, workers * config.gpus_per_worker)
     storage.be_patient(config.storage_timeout_s)  # hours of work hang on it from here on
     desk, scratch = Desk(), tempfile.mkdtemp(prefix="ddpm-ray-train-")  # of this user alone
@@ -200,7 +201,9 @@ class _Starts:
         told = placement.leaving_nodes() - self.leaving
         if told and (ours := told & placement.nodes_of(self.places[-1])):
             self.leaving |= ours
-            log.warning("%d nodes of the workers will be taken away; saving now", len(ours))
+            log.warning(
+                "%s of the workers will be taken away; saving now", counted(len(ours), "node")
+            )
             desk.ask(Wish.SAVE)
 
 

@@ -16,6 +16,7 @@ from html import escape
 from typing import Any, get_args
 
 from ddpm_ray.cluster.ledger import Status, Trial
+from ddpm_ray.telling import counted
 
 STATUSES: tuple[Status, ...] = ("finished", "running", "stopped", "pruned", "failed")  # as ordered
 assert set(STATUSES) == set(get_args(Status))
@@ -126,7 +127,7 @@ def summary(rows: Sequence[Row]) -> str:
     """All of them in one sentence: how they ended and what they cost."""
     spent = whole(sum(row.worker_s or 0.0 for row in rows))
     return (
-        f"{len(rows):,} trials: {census(rows) or 'none'}; {spent} worker-seconds, "
+        f"{counted(len(rows), 'trial')}: {census(rows) or 'none'}; {spent} worker-seconds, "
         f"overhead {overhead(rows)}."
     )
 

@@ -17,6 +17,7 @@ from ray.util.state import list_nodes
 
 from ddpm_ray.cluster.checkups import ANSWER_S, INSTALL, Clock, Finding, clock, versions
 from ddpm_ray.job_config import DoctorConfig
+from ddpm_ray.telling import counted
 
 CLOCK_S = 1.0
 MOST_NAMED = 3  # nodes that a line names before it counts the rest
@@ -26,7 +27,8 @@ def ray_answers(config: DoctorConfig, until: float) -> Iterator[Finding | Clock]
     """What is found by joining as a driver; nodes may answer until `until`, monotonic."""
     address = config.address or os.environ.get("RAY_ADDRESS", "")
     if address in ("", "local"):
-        found = f"no address: a run starts a local Ray on this machine ({os.cpu_count()} CPUs)"
+        cpus = counted(os.cpu_count() or 1, "CPU")
+        found = f"no address: a run starts a local Ray on this machine ({cpus})"
         yield Finding("Ray", "ok", found)
         devices = [path for path in Path("/dev").glob("nvidia*") if path.name[6:].isdigit()]
         yield _gpus([("this machine", _torch_gpus(), len(devices))])

@@ -36,6 +36,7 @@ from ddpm_ray.data.transforms import mean_square
 from ddpm_ray.knobs import flat, from_dict, to_dict, with_values
 from ddpm_ray.measures.appraisal import Appraisal, appraise
 from ddpm_ray.sweep_config import SweepConfig
+from ddpm_ray.telling import counted
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +93,7 @@ def sweep(
                   workers * cluster.gpus_per_worker)  # fmt: skip
     at_once = capacity.trials_at_once(cluster, config.trials_at_once)
     place = SweepPlace.find_or_create(config, folder, identity, dataset)
-    log.info("MLflow run %s of the sweep; %d trials at once", place.run.run_id, at_once)
+    log.info("MLflow run %s of the sweep; %s at once", place.run.run_id, counted(at_once, "trial"))
     board, ledger = Board(), Ledger(folder)
     book = Book(config, ledger, lambda values: worth(config, values, dataset), board.stop)
 

@@ -16,7 +16,7 @@ from PIL import Image
 from ddpm_ray import faults
 from ddpm_ray.cluster.row_queue import RowQueue
 from ddpm_ray.cluster.tracked_run import TrackedRun
-from ddpm_ray.telling import brief, told
+from ddpm_ray.telling import brief, counted, told
 from ddpm_ray.training.lease import SupersededError
 from ddpm_ray.training.reporting import Row
 
@@ -109,9 +109,8 @@ class Tracker:
         self._given_up.set()
         undelivered = len(self._rows)
         if undelivered and not self._superseded.is_set():
-            log.warning(
-                "%d metric rows undelivered; stored in the checkpoint, sent on resume", undelivered
-            )
+            rows = counted(undelivered, "metric row")
+            log.warning("%s undelivered; stored in the checkpoint, sent on resume", rows)
         if names := [file.name for file in list(self._files)] + self._left_out:
             shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
             log.warning("not in MLflow, and not sent again: %s", shown)

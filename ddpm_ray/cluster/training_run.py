@@ -30,6 +30,7 @@ from ddpm_ray.data.shards import MANIFEST, Dataset, open_dataset
 from ddpm_ray.data.storage import StorageError
 from ddpm_ray.job_config import PackConfig
 from ddpm_ray.knobs import ConfigError, flat, to_dict, to_yaml
+from ddpm_ray.telling import counted
 from ddpm_ray.training import determinism
 from ddpm_ray.training.checkpoints import CHECKPOINTS, CheckpointStore
 from ddpm_ray.training.gallery import picture_url
@@ -112,8 +113,8 @@ def train(
         if finished and (count := ended["undelivered"]):
             raise tracking.TrackingOutageError(
                 config.tracking.uri,
-                f"{count} metric rows are undelivered; they are stored in the checkpoint",
-                "the same command sends them, once MLflow takes them, and ends the run",
+                f"{counted(count, 'metric row')} undelivered, stored in the checkpoint",
+                "the same command sends the rest, once MLflow takes it, and ends the run",
             )
         tracked = tracked or tracking.open_run(card)
         if finished and config.model.kind == "unet":
@@ -238,7 +239,7 @@ def check_model(config: RunConfig, dataset: Dataset) -> None:
     if config.model.num_classes not in (0, known):
         raise ConfigError(
             f"model.num_classes is {config.model.num_classes}, and the data in {config.data.url} "
-            f"has {known} labels; set model.num_classes={known}"
+            f"has {counted(known, 'label')}; set model.num_classes={known}"
         )
     try:
         config.sampling.numbered(dataset.manifest.label_names)

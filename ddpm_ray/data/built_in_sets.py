@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from ddpm_ray.data import storage, verified
 from ddpm_ray.data.shards import DatasetError
+from ddpm_ray.telling import counted
 
 BuiltIn = Literal["digits", "mnist", "fashion-mnist", "cifar10"]
 Split = Literal["train", "test"]
@@ -76,7 +77,8 @@ def load(name: BuiltIn, split: Split, url: str = "", sha256: Sequence[str] = ())
         return _digits()
     place, hashes = url or URLS[name], tuple(sha256) or SHA256[name, split]
     if len(hashes) != len(SHA256[name, split]):
-        problem = f"sha256 has {len(hashes)} hashes for {len(SHA256[name, split])} files"
+        wanted = counted(len(SHA256[name, split]), "file")
+        problem = f"sha256 has {counted(len(hashes), 'hash', 'hashes')} for {wanted}"
         raise DatasetError(name, problem, "give one for each file, or none for the published ones")
     if name == "cifar10":
         return _cifar10(place, split, hashes[0])

@@ -15,7 +15,7 @@ from ddpm_ray.data import sealed, storage
 from ddpm_ray.data.samples import EXAMPLES, NamedGroup
 from ddpm_ray.data.shards import Dataset, DatasetError
 from ddpm_ray.data.storage import StorageError
-from ddpm_ray.telling import told
+from ddpm_ray.telling import counted, told
 
 RECORD = "packing.json"
 MOST_NAMED = 1000  # lines of skipped files that are kept; all are counted
@@ -139,8 +139,8 @@ def lines(dataset: Dataset, report: PackReport | None) -> Iterator[str]:
     height, width, channels = manifest.image_shape
     colours = "RGB" if channels == 3 else "grey"
     skipped = f", {report.skipped} skipped" if report else ""
-    size = f"{width} x {height} pixels, {channels} channel{'s' * (channels > 1)} ({colours})"
-    yield f"packed: {manifest.samples} samples{skipped}, {size}"
+    size = f"{width} x {height} pixels, {counted(channels, 'channel')} ({colours})"
+    yield f"packed: {counted(manifest.samples, 'sample')}{skipped}, {size}"
     names = manifest.label_names
     if not names:
         yield "classes: none"

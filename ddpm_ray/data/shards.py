@@ -24,7 +24,7 @@ import pyarrow as pa
 from ddpm_ray.data import arrow_files, index_file, storage, verified
 from ddpm_ray.data.arrow_files import ArrowFileError
 from ddpm_ray.data.cache import ShardCache
-from ddpm_ray.telling import told
+from ddpm_ray.telling import counted, told
 
 Encoding = Literal["raw", "png", "jpeg", "webp"]
 UInt8s = npt.NDArray[np.uint8]
@@ -48,8 +48,8 @@ class ShardCorruptError(RuntimeError):
     def __str__(self) -> str:
         url, expected, found, attempts = self.args
         return told(
-            f"{url}: sha256 is {found[:12]}, the index says {expected[:12]} after {attempts} "
-            "downloads; write it again with jobs/pack_shards.py"
+            f"{url}: sha256 is {found[:12]}, the index says {expected[:12]} after "
+            f"{counted(attempts, 'download')}; write it again with jobs/pack_shards.py"
         )
 
 

@@ -20,6 +20,7 @@ from ddpm_ray.data.arrow_files import ArrowFileError
 from ddpm_ray.data.class_names import Label
 from ddpm_ray.data.shards import DatasetError
 from ddpm_ray.data.storage import StorageError
+from ddpm_ray.telling import counted
 
 LEAST_ROW_BYTES = 8  # no image file is smaller: a file that claims more rows lies
 LABELS_AT_ONCE = 2**16
@@ -53,7 +54,7 @@ def opened(url: str, name: str, size: int) -> TableFile:
                 parts.append((rows, place))
                 rows += batch.num_rows
         if rows < 0 or rows * LEAST_ROW_BYTES > size:
-            raise ArrowFileError(f"it claims {rows} rows in {size} bytes")
+            raise ArrowFileError(f"it claims {counted(rows, 'row')} in {counted(size, 'byte')}")
         if len(set(schema.names)) < len(schema.names):
             raise ArrowFileError("two columns have the same name")
     return TableFile(name, size, rows, schema, tuple(parts))
@@ -73,7 +74,7 @@ def labels(url: str, file: TableFile, column: str) -> list[Label]:
             for _, batch in _arrow_batches(stream, _arrow_schema(stream)):
                 found += _labels(batch.column(column), where)
         if len(found) != file.rows:
-            raise ArrowFileError(f"{where} has {len(found)} rows of {file.rows}")
+            raise ArrowFileError(f"{where} has {counted(len(found), 'row')} of {file.rows}")
     return found
 
 

@@ -23,6 +23,7 @@ from ddpm_ray.data.samples import NamedGroup, Sample, groups, printable_name
 from ddpm_ray.data.shards import DatasetError
 from ddpm_ray.data.storage import ObjectState
 from ddpm_ray.data.table_files import TableFile
+from ddpm_ray.telling import counted
 
 IMAGES, LABEL = ("image", "img", "jpg", "jpeg", "png", "webp"), "label"
 COLUMNS = "columns of tables without a place in a shard"
@@ -165,7 +166,7 @@ def _numbered(
 ) -> tuple[tuple[str, ...], list[int]]:
     bare = sum(label is None for label in labels)
     if 0 < bare < len(labels):
-        problem = f"{bare} of {len(labels)} rows have no label, the first is row "
+        problem = f"there is no label in {bare} of {len(labels)} rows, the first row "
         problem += str(labels.index(None))
         raise DatasetError(folder, problem, "give every row a label, or none")
     try:
@@ -177,7 +178,8 @@ def _numbered(
         return label_names, numbers
     if len(label_names) > len(names):
         problem = (
-            f"label {len(label_names) - 1} is there, and the schema names {len(names)} classes"
+            f"label {len(label_names) - 1} is there, and the schema names "
+            f"{counted(len(names), 'class', 'classes')}"
         )
         raise DatasetError(folder, problem, "write the tables again with all names")
     return names, numbers

@@ -16,6 +16,7 @@ from ddpm_ray.diffusion.prediction import Prediction
 from ddpm_ray.diffusion.process import Denoise
 from ddpm_ray.diffusion.spacing import require_falling
 from ddpm_ray.seeding import Purpose, uniform_int
+from ddpm_ray.telling import counted
 
 Conditional: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(x_t [B, ...], t [B], labels [B] int64 in 0..K, where K is no label) -> the answer [B, ...]."""
@@ -118,8 +119,8 @@ def classifier_guided(
             log_p = log_probability(x, t.clone())  # autograd keeps no inference tensor
             if log_p.shape != t.shape:
                 raise ValueError(
-                    f"log p is {list(log_p.shape)} for {len(t)} images; it must be one number an "
-                    "image: that of the class you want"
+                    f"log p is {list(log_p.shape)} for {counted(len(t), 'image')}; it must be "
+                    "one number an image: that of the class you want"
                 )
             (slope,) = torch.autograd.grad(log_p.sum(), x)
         along = column[t].view(-1, *[1] * (x_t.ndim - 1)).to(x_t)

@@ -21,6 +21,7 @@ from ddpm_ray.diffusion.samplers import Noise, OnStep
 from ddpm_ray.generation.denoiser import UNGUIDED, Denoiser, Guidance
 from ddpm_ray.generation.settings import Sampler, SamplingConfig, Variance
 from ddpm_ray.seeding import Purpose, normal
+from ddpm_ray.telling import counted
 
 Images: TypeAlias = npt.NDArray[np.uint8]  # [N, H, W, C]
 
@@ -191,8 +192,8 @@ def to_uint8(images: Tensor) -> Images:
     if not torch.isfinite(images).all():
         bad = int((~torch.isfinite(images)).flatten(1).any(1).sum())
         raise ValueError(
-            f"{bad} of {len(images)} images hold values that are not finite; the network's weights "
-            "or its precision are broken: sample from an earlier checkpoint or in float32"
+            f"{bad} of {counted(len(images), 'image')}: values that are not finite; the network's "
+            "weights or its precision are broken: sample from an earlier checkpoint or in float32"
         )
     scaled = images.float().add(1).mul_(127.5).add_(0.5).clamp_(0, 255).to(torch.uint8)
     return scaled.permute(0, 2, 3, 1).contiguous().cpu().numpy()

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ddpm_ray.telling import counted
+
 
 @dataclass(frozen=True, eq=False)
 class Moments:
@@ -149,4 +151,6 @@ def _centred(features: Tensor) -> tuple[Tensor, Tensor]:
 
 def _require_two(count: int) -> None:
     if count < 2:
-        raise ValueError(f"{count} feature vectors have no covariance; at least 2 are needed")
+        raise ValueError(
+            f"{counted(count, 'feature vector')}: no covariance; at least 2 are needed"
+        )

@@ -6,6 +6,8 @@ N, M: vectors in a set; D: features in a vector; K: classes. Distances are Eucli
 import torch
 from torch import Tensor
 
+from ddpm_ray.telling import counted
+
 NEIGHBOURS = 3  # k of the paper's tables
 CHUNK = 1024  # vectors whose distances are held at once
 
@@ -22,8 +24,8 @@ def precision_recall(
     for name, features in (("data", data), ("samples", samples)):
         if len(features) <= neighbours:
             raise ValueError(
-                f"{name} has {len(features)} vectors; a radius to neighbour number {neighbours} "
-                f"needs {neighbours + 1}: take more images"
+                f"{name} has {counted(len(features), 'vector')}; a radius to neighbour "
+                f"number {neighbours} needs {neighbours + 1}: take more images"
             )
     radius_of_data, radius_of_samples = _radii(data, neighbours), _radii(samples, neighbours)
     precise, recalled = 0, torch.zeros(len(data), dtype=torch.bool, device=data.device)
@@ -42,7 +44,9 @@ def inception_score(probability: Tensor, splits: int = 10) -> tuple[float, float
     al. 2016, arXiv:1606.03498, section 4). Raises ValueError for fewer images than splits.
     """
     if len(probability) < splits:
-        raise ValueError(f"there are {len(probability)} images for {splits} splits; draw more")
+        raise ValueError(
+            f"{counted(len(probability), 'image')} for {counted(splits, 'split')}; draw more"
+        )
     scores = []
     for part in probability.double().tensor_split(splits):
         mean = part.mean(0)

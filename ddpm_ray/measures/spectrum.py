@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ddpm_ray.diffusion.losses import simple_loss
 from ddpm_ray.diffusion.process import Denoise, NoiseSchedule
+from ddpm_ray.telling import counted
 
 
 def loss_spectrum(
@@ -29,7 +30,8 @@ def loss_spectrum(
     levels = len(log_snr)
     if not len(x_0) or len(x_0) % levels:
         raise ValueError(
-            f"{len(x_0)} images for {levels} levels; give each level the same number of them"
+            f"{counted(len(x_0), 'image')} for {counted(levels, 'level')}; give each "
+            "level the same number of them"
         )
     cleaner, noisier, share, reached = steps_at(schedule, log_snr)
     copies = len(x_0) // levels

@@ -28,7 +28,7 @@ from ddpm_ray import faults
 from ddpm_ray.data import storage, verified
 from ddpm_ray.data.storage import StorageError
 from ddpm_ray.data.verified import DamagedError
-from ddpm_ray.telling import told
+from ddpm_ray.telling import counted, told
 from ddpm_ray.training import pointers
 from ddpm_ray.training.background import Background
 from ddpm_ray.training.lease import Lease, SupersededError
@@ -140,7 +140,7 @@ class CheckpointStore:
         """
         references = self._own.references if self._own else self._known()
         reasons = []
-        for reference in references:
+        for place, reference in enumerate(references, 1):
             where = storage.join(self.url, reference.folder)
             try:
                 found = where, read(where, reference.manifest_sha256, groups)
@@ -154,7 +154,11 @@ class CheckpointStore:
             except (CheckpointError, StorageError) as error:
                 if isinstance(error, StorageError) and self._is_away(error, reference):
                     raise  # the storage is away, not the checkpoint: that passes, try again
-                log.warning("%s; falling back to the checkpoint before it", error)
+                left = len(references) - place
+                following = (
+                    "trying the checkpoint before it" if left else "no checkpoint is before it"
+                )
+                log.warning("%s; %s", error, following)
                 reasons.append(str(error))
         if references:
             remedy = "restore one of them from a backup, or start a run under another name"
@@ -234,7 +238,8 @@ class CheckpointStore:
             raise CheckpointError(found.damaged[0], "is not a list of checkpoints", remedy)
         reason = f"{found.damaged[0]} is damaged" if found.damaged else "no pointer is there"
         newest = storage.join(self.url, known[0].folder)
-        log.warning("%s; recovered %d checkpoints, the newest %s", told(reason), len(known), newest)
+        found_ones = counted(len(known), "checkpoint")
+        log.warning("%s; recovered %s, the newest %s", told(reason), found_ones, newest)
 
     def _commit(self, references: list[Reference]) -> None:
         """Write the next pointer; of those before it the newest stays, in case it is damaged."""

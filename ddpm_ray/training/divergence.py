@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ddpm_ray.telling import told
+from ddpm_ray.telling import counted, told
 from ddpm_ray.training.workers import Workers
 
 WINDOW_STEPS = 128  # whose norms a spike is compared with
@@ -29,9 +29,10 @@ class DivergedError(RuntimeError):
         names = ", ".join(keys[:SHOWN_KEYS]) + (" ..." if len(keys) > SHOWN_KEYS else "")
         over = f", over {limit:.3g}" if math.isfinite(norm) else ""
         return told(
-            f"step {step}: the gradient's norm is {norm:.4g}{over}, from {len(keys)} samples: "
-            f"{names}; nothing was updated. Look at these images; lower training.learning_rate and "
-            f"go back to an older checkpoint; or set training.on_divergence=skip or rewind"
+            f"step {step}: the gradient's norm is {norm:.4g}{over}, from "
+            f"{counted(len(keys), 'sample')}: {names}; nothing was updated. Look at "
+            "these images; lower training.learning_rate and go back to an older checkpoint; or "
+            "set training.on_divergence=skip or rewind"
         )
 
 

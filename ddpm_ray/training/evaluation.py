@@ -19,6 +19,7 @@ from ddpm_ray.diffusion.process import NoiseSchedule
 from ddpm_ray.diffusion.spacing import log_snr_steps, quadratic_steps, uniform_steps
 from ddpm_ray.generation.denoiser import Denoiser
 from ddpm_ray.generation.sample import SamplingPlan, draw, to_uint8
+from ddpm_ray.telling import counted
 from ddpm_ray.training import quality
 from ddpm_ray.training.features import FeatureNet, float32_backends
 from ddpm_ray.training.interval import GROUPS, enough_for_infinity, groups_of
@@ -113,7 +114,9 @@ def _require_comparable(
             "the network that looks at the samples"
         )
     if reference.count < 2:
-        raise ValueError(f"the reference data holds {reference.count} image; at least 2 are needed")
+        raise ValueError(
+            f"the reference data holds {counted(reference.count, 'image')}; at least 2 are needed"
+        )
 
 
 def _cycle(denoiser: Denoiser, plan: SamplingPlan) -> int:

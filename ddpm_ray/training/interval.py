@@ -7,6 +7,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from ddpm_ray.telling import counted
+
 GROUPS = 10
 NORMAL_95 = 1.959963985  # the standard normal's 97.5 % quantile
 
@@ -42,7 +44,7 @@ def interval_of_mean(count: float, total: float, squares: float) -> tuple[float,
     Raises ValueError for fewer than 2 values, which say nothing of their spread.
     """
     if count < 2:
-        raise ValueError(f"there are {count:g} images; an interval needs at least 2")
+        raise ValueError(f"{counted(count, 'image')}; an interval needs at least 2")
     mean = total / count
     error = math.sqrt(max(0.0, squares / count - mean**2) / (count - 1))
     half = student_95(int(count) - 1) * error

@@ -20,6 +20,7 @@ from ddpm_ray.data.stream import read_images
 from ddpm_ray.generation.grids import captioned, grid
 from ddpm_ray.measures.neighbours import first_by, nearest_squares
 from ddpm_ray.models.inception import SPATIAL
+from ddpm_ray.telling import counted
 from ddpm_ray.training.features import FeatureNet
 from ddpm_ray.training.workers import Workers
 
@@ -144,8 +145,8 @@ def nearest(
         )
     if dataset.manifest.samples <= SHOWN:
         raise ValueError(
-            f"{dataset.url} holds {dataset.manifest.samples} images; the search for nearest "
-            f"neighbours needs at least {SHOWN + 1}: name a larger data set"
+            f"{dataset.url} holds {counted(dataset.manifest.samples, 'image')}; the search for "
+            f"nearest neighbours needs at least {SHOWN + 1}: name a larger data set"
         )
     look, space, unit = _eyes(net, workers.device)
     asked, found = look(samples), _Nearest(samples)

@@ -101,5 +101,5 @@ def test_channels_come_last() -> None:
 def test_a_pixel_that_is_not_finite_never_becomes_a_grey_level(poison: float) -> None:
     images = torch.zeros(3, 1, 2, 2)
     images[1, 0, 1, 1] = poison
-    with pytest.raises(ValueError, match="1 of 3 images hold values that are not finite"):
+    with pytest.raises(ValueError, match="1 of 3 images: values that are not finite"):
         to_uint8(images)

@@ -66,11 +66,11 @@ def test_moments_travel_as_plain_tensors() -> None:
 
 
 def test_one_vector_has_no_covariance() -> None:
-    with pytest.raises(ValueError, match="1 feature vectors have no covariance; at least 2"):
+    with pytest.raises(ValueError, match="1 feature vector: no covariance; at least 2"):
         moments_of(normals(0, 1, 4)).covariance()
-    with pytest.raises(ValueError, match="1 feature vectors"):
+    with pytest.raises(ValueError, match="1 feature vector:"):
         frechet_distance_of_features(normals(0, 5, 4), normals(0, 1, 4))
-    with pytest.raises(ValueError, match="1 feature vectors"):
+    with pytest.raises(ValueError, match="1 feature vector:"):
         kernel_distance(normals(0, 5, 4), normals(0, 1, 4))
 
 

@@ -68,5 +68,5 @@ def test_two_kinds_of_doubt_by_hand() -> None:
     p = torch.tensor([[0.9, 0.1], [0.1, 0.9]]).repeat(30, 1)
     entropy = -(0.9 * math.log(0.9) + 0.1 * math.log(0.1))
     assert inception_score(p, splits=5)[0] == pytest.approx(math.exp(math.log(2) - entropy))
-    with pytest.raises(ValueError, match="there are 4 images for 5 splits; draw more"):
+    with pytest.raises(ValueError, match="4 images for 5 splits; draw more"):
         inception_score(p[:4], splits=5)

@@ -221,7 +221,20 @@ def test_a_damaged_file_makes_way_for_the_checkpoint_before(
         assert_same_bits(newest(store), snapshot(1))
     (warning,) = caplog.messages
     assert str(new / name) in warning
-    assert "falling back" in warning
+    assert warning.endswith("; trying the checkpoint before it")
+
+
+def test_behind_the_oldest_checkpoint_no_other_is_announced(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = CheckpointStore(str(tmp_path), keep=2)
+    for step in (1, 2):
+        (Path(store.save(snapshot(step))) / "state.json").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="no checkpoint verifies"):
+        store.load()
+    newer, older = (line.rpartition("; ")[2] for line in caplog.messages)
+    assert newer == "trying the checkpoint before it"
+    assert older == "no checkpoint is before it"
 
 
 def test_the_way_back_leads_past_several(tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def test_any_number_of_workers_finds_what_one_finds(count: int, on_workers: OnWo
 
 def test_a_single_image_has_no_interval() -> None:
     one = torch.zeros(1, dtype=torch.int64)
-    with pytest.raises(ValueError, match="there are 1 images; an interval needs at least 2"):
+    with pytest.raises(ValueError, match="1 image; an interval needs at least 2"):
         flow_likelihood(
             Denoiser(optimum, V),  # type: ignore[arg-type]
             [(one, IMAGES[:1], one)], steps=4, workers=Workers(),

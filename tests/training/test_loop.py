@@ -558,7 +558,7 @@ def test_a_nan_stops_before_the_update_and_names_its_image(
     run = begin(config, tmp_path / "run")
     spoil(run, 5, position=2)
     (guilty,) = run.stream.keys(4)[2:3]
-    with pytest.raises(DivergedError, match=rf"step 5: .* nan, from 1 samples: {guilty}; nothing"):
+    with pytest.raises(DivergedError, match=rf"step 5: .* nan, from 1 sample: {guilty}; nothing"):
         train(run)
     assert_same_bits(bits(run), wanted)
 
