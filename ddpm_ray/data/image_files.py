@@ -112,7 +112,7 @@ def decode_image(file: bytes, name: str, channels: int, max_pixels: int) -> Deco
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, ...
         text = " ".join(str(error).split()) or type(error).__name__
         raise BadImageError(
-            name, f"not a readable image ({text})", "repair it, remove it or use on_bad_image=skip"
+            name, f"not a readable image ({text})", "repair it or remove it"
         ) from error
 
 
@@ -181,17 +181,17 @@ def _identified(file: bytes, formats: Sequence[str] = FORMATS) -> ImageFile.Imag
 def _refuse_unfit(image: ImageFile.ImageFile, name: str, max_pixels: int) -> None:
     if image.width * image.height > max_pixels:
         problem = f"{image.width} x {image.height} pixels, and max_pixels is {max_pixels}"
-        remedy = "make it smaller, raise max_pixels if you trust it, or use on_bad_image=skip"
+        remedy = "make it smaller, raise max_pixels if you trust it"
         raise BadImageError(name, problem, remedy)
     frames = getattr(image, "n_frames", 1)
     if frames > 1 and image.format != "MPO":  # that is a JPEG with further pictures behind it
-        remedy = "save the frame you want as an image of its own, or use on_bad_image=skip"
+        remedy = "save the frame you want as an image of its own"
         what = f"{frames} pages" if image.format == "TIFF" else f"animated, with {frames} frames"
         raise BadImageError(name, what, remedy)
     if image.mode in ("CMYK", "LAB", "HSV"):
-        remedy = "convert it to RGB with its colour profile, or use on_bad_image=skip"
+        remedy = "convert it to RGB with its colour profile"
         raise BadImageError(name, f"{image.mode}, which has no one way to RGB", remedy)
-    remedy = "convert it to 8 bits grey or RGB, or use on_bad_image=skip"
+    remedy = "convert it to 8 bits grey or RGB"
     if image.mode not in GREY_MODES + COLOUR_MODES or _has_16_bits(image):
         raise BadImageError(name, f"more than 8 bits per channel (mode {image.mode})", remedy)
     if isinstance(image, TiffImagePlugin.TiffImageFile):

@@ -225,7 +225,7 @@ def _fitted_samples(wanted: Plan, number: int) -> Fitted:
             image, changes = _fitted(sample, wanted.options, wanted.recipe.image_shape)
         except BadImageError as error:
             if wanted.options.on_bad_image == "stop":
-                raise
+                raise _or_skip(error) from error
             fitted.skipped.append(str(error))
             continue
         fitted.samples.append(sample)
@@ -235,14 +235,20 @@ def _fitted_samples(wanted: Plan, number: int) -> Fitted:
     return fitted._replace(content_sha256=_joined(digests))
 
 
+def _or_skip(error: BadImageError) -> BadImageError:
+    """The error of a job that stops at it, with that way out, which one that skips has taken."""
+    file, problem, remedy = error.args
+    return BadImageError(file, problem, f"{remedy}, or use on_bad_image=skip")
+
+
 def _first_image(name: str, source: Source, options: PackOptions) -> UInt8s:
     """The first good image, which sets the channels and, without a resize, the size."""
     for sample in source.read(range(len(source))):
         try:
             return _fitted(sample, options, None)[0]
-        except BadImageError:
+        except BadImageError as error:
             if options.on_bad_image == "stop":
-                raise
+                raise _or_skip(error) from error
     raise DatasetError(redacted(name), "it has no good image", "give a source with images")
 
 
@@ -255,7 +261,7 @@ def _fitted(
     """
     if sample.image is None:
         problem = f"a file of more than {options.max_file_bytes} bytes (max_file_bytes)"
-        remedy = "make it smaller, raise max_file_bytes if you trust it, or use on_bad_image=skip"
+        remedy = "make it smaller, raise max_file_bytes if you trust it"
         raise BadImageError(sample.place, problem, remedy)
     changes: tuple[str, ...] = ()
     channels = options.channels
@@ -273,7 +279,7 @@ def _fitted(
     if image_shape and fitted.shape != image_shape:
         height, width, _ = fitted.shape
         problem = f"{width} x {height} pixels, and the first image has {image_shape[1]} x "
-        remedy = "give resize=centre-crop-box-bicubic and an image_size, or use on_bad_image=skip"
+        remedy = "give resize=centre-crop-box-bicubic and an image_size"
         raise BadImageError(sample.place, f"{problem}{image_shape[0]}", remedy)
     return fitted, changes
 

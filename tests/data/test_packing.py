@@ -238,6 +238,9 @@ def test_every_image_is_counted_as_packed_skipped_changed_or_left_out(
     assert (report.skipped, report.class_samples) == (1, (3, 4))
     (line,) = report.skipped_files
     assert "even/0.png: not a readable image (it is none of" in line
+    assert line.endswith("; repair it or remove it")
+    with pytest.raises(BadImageError, match=r"; repair it or remove it, or use on_bad_image=skip$"):
+        pack(str(pictures), tmp_path / "stopped")
     assert report.left_out == (NamedGroup("other files", 1, ("odd/notes.txt",)),)
     on_white = NamedGroup("transparent pixels laid on white", 2, ("odd/1.png", "odd/9.png"))
     assert report.changed == (on_white,)
