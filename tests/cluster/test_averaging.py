@@ -20,6 +20,7 @@ from ddpm_ray import build, build_trained
 from ddpm_ray.average_config import AverageConfig
 from ddpm_ray.cluster import averaging, evaluation_run, group
 from ddpm_ray.config import RunConfig
+from ddpm_ray.data.shards import DatasetError
 from ddpm_ray.diffusion_config import SamplingConfig
 from ddpm_ray.evaluation_config import EvaluationConfig
 from ddpm_ray.generation.denoiser import Denoiser
@@ -244,6 +245,45 @@ def test_what_cannot_be_averaged_is_refused(run: Path, tmp_path: Path) -> None:
     for name in ("plain", "nowhere"):
         with pytest.raises(CheckpointError, match=rf"{name}: no averages were kept here; train"):
             averaging.sweep(name, DIGITS, tmp_path)
+
+
+def started(job: str, run: Path, wanted: EvaluationConfig) -> None:
+    """The job of that name, on `run`, from the folder above it."""
+    if job == "average":
+        averaging.sweep(run.name, replace(DIGITS, evaluation=wanted), run.parent)
+    else:
+        config = EvaluateConfig(sampling=DIGITS.sampling, evaluation=wanted)
+        evaluation_run.evaluate(run.name, config, run.parent)
+
+
+@pytest.mark.parametrize("job", ["average", "evaluate"])
+def test_a_worker_is_given_places_below_home(
+    job: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own folder is another one, where a relative place would lead nowhere."""
+    given: list[dict[str, Any]] = []
+
+    def begin(_: Any, settings: dict[str, Any], *__: Any) -> Any:
+        given.append(settings["config"]["evaluation"])
+        raise group.RunFailedError("enough")
+
+    monkeypatch.setattr(group, "run", begin)
+    wanted = replace(DIGITS.evaluation, weights="w.npz", held_out_url="data")
+    with pytest.raises(group.RunFailedError, match="enough"):
+        started(job, run, wanted)
+    (found,) = given
+    assert found["weights"] == str(tmp_path / "w.npz")
+    assert found["held_out_url"] == str(tmp_path / "data")
+
+
+@pytest.mark.parametrize("job", ["average", "evaluate"])
+def test_a_held_out_set_that_is_not_there_is_told_before_ray_starts(
+    job: str, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(group, "run", lambda *_: pytest.fail("Ray was started"))
+    wanted = replace(DIGITS.evaluation, held_out_url="nowhere")
+    with pytest.raises(DatasetError, match=r"nowhere: there is no manifest\.json"):
+        started(job, run, wanted)
 
 
 def test_a_score_is_a_line_with_its_interval() -> None:
