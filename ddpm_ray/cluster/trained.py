@@ -1,5 +1,6 @@
 """Trained models by name: from a checkpoint folder, or out of MLflow."""
 
+import atexit
 import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -23,6 +24,10 @@ from ddpm_ray.job_config import LeadConfig
 from ddpm_ray.knobs import Checked, ConfigError, from_dict
 
 IN_MLFLOW = ("runs:/", "models:/")
+
+# What `as_trained` downloaded, for the `load` of that model which follows in a job: by MLflow's
+# place and the model's URI its temporary folder, and where the checkpoint lies in it.
+_downloads: dict[tuple[str, str], tuple[tempfile.TemporaryDirectory[str], str]] = {}
 
 
 def load(
@@ -59,10 +64,10 @@ def as_trained(config: Job, uri: str, given: Collection[str], home: Path) -> Job
     """`config` with the sampling settings of the run at `uri`, but for the `given` dotted keys.
 
     RePaint walks as ancestral unless it is told otherwise, and labels are numbers. The folders of
-    models that lead are looked for below `home`. Raises ConfigError for what cannot go together,
-    and as `load` does.
+    models that lead are looked for below `home`. What is downloaded from MLflow serves the first
+    `load` after this as well. Raises ConfigError for what cannot go together, and as `load` does.
     """
-    with _local(uri, home) as folder:
+    with _local(uri, home, keep=True) as folder:
         run, facts = build_trained.run_facts(folder)
     own = run.sampling.for_repaint() if getattr(config, "repaints", False) else run.sampling
     names = [key.removeprefix("sampling.") for key in given if key.startswith("sampling.")]
@@ -93,14 +98,32 @@ def model_place(uri: str, home: Path) -> str:
 
 
 @contextmanager
-def _local(uri: str, home: Path, tracking_uri: str = "") -> Iterator[str]:
-    """Where the checkpoint of `uri` can be read: of a model in MLflow, a copy for a while."""
+def _local(uri: str, home: Path, tracking_uri: str = "", *, keep: bool = False) -> Iterator[str]:
+    """Where the checkpoint of `uri` can be read: of a model in MLflow, a copy for a while.
+
+    With `keep` that stays until the next call for it, or until this process ends.
+    """
     if not uri.startswith(IN_MLFLOW):
         yield uri
         return
-    with tempfile.TemporaryDirectory() as scratch:
-        where = tracking_place(home, tracking_uri)
-        yield str(registry.download_model(where, uri, Path(scratch)))
+    key = tracking_place(home, tracking_uri), uri
+    scratch, folder = _downloads.pop(key) if key in _downloads else _download(*key)
+    try:
+        yield folder
+    except BaseException:
+        scratch.cleanup()
+        raise
+    if keep:
+        _downloads[key] = scratch, folder
+    else:
+        scratch.cleanup()
+
+
+def _download(where: str, uri: str) -> tuple[tempfile.TemporaryDirectory[str], str]:
+    """A temporary folder, and where in it the checkpoint of the model `uri` of that MLflow lies."""
+    scratch = tempfile.TemporaryDirectory(prefix="ddpm-ray-model-")
+    atexit.register(scratch.cleanup)
+    return scratch, str(registry.download_model(where, uri, Path(scratch.name)))
 
 
 def led(

@@ -1,0 +1,110 @@
+"""A model in MLflow is downloaded once by each process of a job."""
+
+import runpy
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+import torch
+from mlflow import MlflowClient
+
+from ddpm_ray import build
+from ddpm_ray.cluster import evaluation_run, group, tracking, trained
+from ddpm_ray.config import RunConfig
+from ddpm_ray.job_config import EvaluateConfig
+from ddpm_ray.knobs import from_dict, load, to_dict
+from ddpm_ray.training.checkpoints import CheckpointStore
+from ddpm_ray.training.workers import Workers
+from tests.noise import pack_noise
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # MLflow's, as it imports
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def model(tmp_path: Path, mlflow_database: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """`runs:/<run id>/model` of a checkpoint, in the MLflow that the environment names."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_database)
+    monkeypatch.chdir(tmp_path)
+    config = load(RunConfig, None, [
+        "name=tiny", f"data.url={tmp_path / 'data'}", "schedule.num_steps=9", "sampling.steps=3",
+        "model.base_channels=4", "model.groups=2", "model.channel_mults=[1]",
+        "model.blocks_per_level=1", "model.attention_resolutions=[]",
+    ])  # fmt: skip
+    facts = {"config": to_dict(config), "image_shape": [4, 4, 1], "data_fingerprint": "f" * 64}
+    state = build.training_state(config, (4, 4, 1), torch.device("cpu"), facts)
+    saved = CheckpointStore(str(tmp_path / "run/checkpoints")).save(state.snapshot([]))
+    run = tracking.find_or_create_run(
+        mlflow_database, "trained", "a", str(tmp_path), str(tmp_path / "artifacts")
+    )
+    MlflowClient(tracking_uri=mlflow_database).log_artifacts(run.run_id, saved, "model")
+    return f"runs:/{run.run_id}/model"
+
+
+@pytest.fixture
+def downloads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    """What MLflow is asked to download; temporary files go to the folder `scratch`."""
+    seen, ask = [], mlflow.artifacts.download_artifacts
+
+    def download(uri: str, **settings: Any) -> str:
+        seen.append(uri)
+        return str(ask(uri, **settings))
+
+    monkeypatch.setattr(mlflow.artifacts, "download_artifacts", download)
+    (tmp_path / "scratch").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
+    return seen
+
+
+def left(folder: Path) -> list[Path]:
+    return list((folder / "scratch").glob("ddpm-ray-model-*"))
+
+
+@pytest.mark.parametrize("job, out", [("sample", "grid.png"), ("export", "model")])
+def test_a_job_downloads_its_model_once(
+    job: str, out: str, model: str, downloads: list[str], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """For the run's settings and for its weights."""
+    monkeypatch.setattr(sys, "argv", [job, model, "--out", out])
+    with pytest.raises(SystemExit, match=r"^0$"):
+        runpy.run_path(str(ROOT / f"jobs/{job}.py"), run_name="__main__")
+    assert (tmp_path / out).exists()
+    assert downloads == [model]
+    assert not left(tmp_path)
+
+
+def test_the_driver_of_an_evaluation_and_its_worker_download_once_each(
+    model: str, downloads: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pack_noise(str(tmp_path / "data"), images=8, side=4)
+    given = {"evaluation.num_images": 0, "evaluation.bits_per_dim_images": 4}
+    words = [f"{key}={value}" for key, value in given.items()]
+    config = load(EvaluateConfig, None, words)
+
+    def run(worker: Callable[..., Any], settings: dict[str, Any], *_: Any) -> Any:
+        assert downloads == [model]
+        assert not left(tmp_path)
+        return evaluation_run._scores(from_dict(EvaluateConfig, settings["config"]), settings)
+
+    monkeypatch.setattr(group, "run", run)
+    monkeypatch.setattr(evaluation_run, "place", lambda: Workers(0, 1, torch.device("cpu")))
+    config = trained.as_trained(config, model, given, tmp_path)
+    evaluation_run.evaluate(model, config, tmp_path)
+    assert downloads == [model, model]
+    assert not left(tmp_path)
+
+
+def test_each_load_of_a_notebook_asks_anew(
+    model: str, downloads: list[str], tmp_path: Path
+) -> None:
+    """An alias may have gone to another version."""
+    first, second = (trained.load(model, "cpu") for _ in range(2))
+    assert downloads == [model, model]
+    assert (first.sample(1) == second.sample(1)).all()
+    assert not left(tmp_path)
