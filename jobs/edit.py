@@ -44,12 +44,12 @@ def edit(config: EditConfig, arguments: Namespace) -> dict[str, Any]:
     from ddpm_ray.cluster import trained
     from ddpm_ray.data.image_files import from_pixels
     from ddpm_ray.generation.grids import grid
+    from ddpm_ray.generation.picture_files import write_picture
 
     model = trained.load(arguments.model_uri, home=home_folder())
     started = time.perf_counter()
     images, measured = build_edit.edited_files(config, model, arguments.image, arguments.mask)
-    picture = from_pixels(images[0], 0) if len(images) == 1 else grid(images)
-    picture.save(arguments.out)
+    write_picture(arguments.out, grid(images) if len(images) > 1 else from_pixels(images[0], 0))
     provenance = {key: model.provenance[key] for key in ("checkpoint", "step", "weights_sha256")}
     seconds = round(time.perf_counter() - started, 3)
     return {"picture": arguments.out, **measured, "seconds": seconds, **provenance}

@@ -36,6 +36,7 @@ def sample(config: SampleConfig, arguments: Namespace) -> dict[str, Any]:
     from ddpm_ray.cluster import trained
     from ddpm_ray.generation.films import Film
     from ddpm_ray.generation.grids import grid
+    from ddpm_ray.generation.picture_files import write_picture
 
     model, plan = trained.planned(arguments.model_uri, config.sampling, config.lead, home_folder())
     size = config.sampling.batch_size
@@ -48,7 +49,7 @@ def sample(config: SampleConfig, arguments: Namespace) -> dict[str, Any]:
             film.add(t, x_t, x_0)
 
     images = model.draw(plan, config.num_images, size, show)
-    grid(images).save(arguments.out)
+    write_picture(arguments.out, grid(images))
     if config.film:
         film.save(config.film, images)
     provenance = {key: model.provenance[key] for key in ("checkpoint", "step", "weights_sha256")}

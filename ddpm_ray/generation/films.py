@@ -6,6 +6,7 @@ from PIL import Image
 from torch import Tensor
 
 from ddpm_ray.generation.grids import grid
+from ddpm_ray.generation.picture_files import write_picture
 from ddpm_ray.generation.sample import Images, to_uint8
 
 FRAME_MS = 60
@@ -32,4 +33,4 @@ class Film:
         """A GIF: the frames, then the first of `images` for a while, again and again."""
         first, *others = [*self._frames, grid(images[:SHOWN_IMAGES])]
         times = [FRAME_MS] * len(self._frames) + [LAST_MS]
-        first.save(path, save_all=True, append_images=others, duration=times, loop=0)
+        write_picture(path, first, save_all=True, append_images=others, duration=times, loop=0)

@@ -1,12 +1,14 @@
-"""Pictures and masks that a person names, as a model takes them. Raises BadImageError."""
+"""Picture files that a person names: images and masks as a model takes them, and results."""
 
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from ddpm_ray.data import storage
 from ddpm_ray.data.image_files import FORMATS, ORIENTATION, BadImageError, open_image, pixels
 from ddpm_ray.generation.editing import Mask
 
@@ -15,7 +17,10 @@ MOST_PIXELS = 64_000_000  # more are refused before they are decoded
 
 
 def read_image(file: str, channels: int) -> npt.NDArray[np.uint8]:
-    """uint8 [H, W, C] of a picture file; C is 1 for `channels` 1, else 3. See data/image_files."""
+    """uint8 [H, W, C] of a picture file; C is 1 for `channels` 1, else 3. See data/image_files.
+
+    Raises BadImageError.
+    """
     remedy = "name a picture of one frame, of 8 bits grey or RGB"
     try:
         return pixels(open_image(Path(file).read_bytes(), file, channels, MOST_PIXELS))
@@ -69,3 +74,13 @@ def _opaque(file: str) -> npt.NDArray[np.bool_] | None:
                 file, "a mask with transparent pixels and an orientation tag", "save it upright"
             )
     return None if alpha.all() else alpha
+
+
+def write_picture(file: str | Path, image: Image.Image, **options: Any) -> None:
+    """Write `image` whole, in the format of the file's suffix; `options` are that format's.
+
+    Raises StorageError, and leaves what was there, where the disk is full or forbids it.
+    """
+    encoded = io.BytesIO()
+    image.save(encoded, Image.registered_extensions()[Path(file).suffix.lower()], **options)
+    storage.write_bytes(str(file), encoded.getvalue())

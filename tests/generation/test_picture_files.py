@@ -1,0 +1,42 @@
+"""A picture that a job writes: whole in its format, or one line that says why not."""
+
+import errno
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ddpm_ray.data.storage import StorageError
+from ddpm_ray.generation.films import Film
+from ddpm_ray.generation.picture_files import write_picture
+from ddpm_ray.output_files import PICTURES
+
+PICTURE = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3))
+
+
+@pytest.mark.parametrize("suffix", PICTURES)
+def test_a_picture_is_written_in_the_format_of_its_suffix(tmp_path: Path, suffix: str) -> None:
+    write_picture(file := tmp_path / f"a{suffix.upper()}", PICTURE)
+    with Image.open(file) as shown:
+        assert (shown.size, Image.registered_extensions()[suffix]) == ((4, 4), shown.format)
+
+
+@pytest.mark.parametrize("name", ["grid.png", "film.gif"])
+def test_a_full_disk_is_told_in_one_line_and_keeps_the_picture_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """On commit 820f16a: `[Errno 28] No space left on device (OSError; ...)`, without the place."""
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (file := tmp_path / name).write_bytes(b"before")
+    monkeypatch.setattr("ddpm_ray.data.storage.os.fsync", full)
+    said = rf"{name}: the disk is full; free some space or choose another place"
+    save = Film().save if file.suffix == ".gif" else lambda path, _: write_picture(path, PICTURE)
+    with pytest.raises(StorageError, match=said):
+        save(file, np.zeros((2, 8, 8, 1), np.uint8))
+    assert file.read_bytes() == b"before"
+    assert list(tmp_path.iterdir()) == [file]
