@@ -24,6 +24,7 @@ from ddpm_ray.cluster import mlflow_settings, placement
 from ddpm_ray.cluster.control import Desk, Notes, death
 from ddpm_ray.cluster.elastic import ElasticPolicy
 from ddpm_ray.cluster.interrupts import Interrupts, while_ray_starts
+from ddpm_ray.cluster.ray_address import require_listener
 from ddpm_ray.cluster.rendezvous import OwnAddress
 from ddpm_ray.cluster.watch import stalled
 from ddpm_ray.config import ClusterConfig
@@ -37,6 +38,7 @@ POLL_S = 0.5
 LEAVING_S = 2.0  # between questions which nodes will be taken away
 UNUSED = PlacementGroupCleanerCallback, DatasetsCallback  # see _Trainer
 ELASTIC_START_S = 30.0  # for which an elastic group waits for places: that of a lost node is told
+CONNECT_S = 10.0  # for which an address that refuses is tried again
 START_FAILURES = 3  # Ray's default is to try for ever where the workers never fit
 
 # Ray Train reads these in the driver. A report waits for the controller's poll: 2 s by default.
@@ -69,12 +71,13 @@ def connect(address: str, cpus: float = 0, gpus: float = 0) -> None:
         return
     if address := address or os.environ.get("RAY_ADDRESS", ""):
         try:
+            require_listener(address, CONNECT_S, CONNECT_S)
             with while_ray_starts():
                 ray.init(address=address, logging_level=logging.WARNING)
         except ConnectionError as error:
             raise RunFailedError(
-                f"cluster.address: no Ray answers at {address}; start it with `ray start --head`, "
-                f"or leave it empty for a local Ray"
+                f"cluster.address: no Ray answers at {address} ({' '.join(str(error).split())}); "
+                f"start it with `ray start --head`, or leave it empty for a local Ray"
             ) from error
         return
     for key, value in LOCAL_ENVIRONMENT.items():

@@ -5,7 +5,6 @@ import http.client
 import ipaddress
 import os
 import re
-import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from ray.util.state import list_nodes
 
 from ddpm_ray.cluster.checkups import ANSWER_S, INSTALL, Clock, Finding, clock, versions
+from ddpm_ray.cluster.ray_address import require_listener
 from ddpm_ray.job_config import DoctorConfig
 from ddpm_ray.telling import counted
 
@@ -34,7 +34,7 @@ def ray_answers(config: DoctorConfig, until: float) -> Iterator[Finding | Clock]
         yield _gpus([("this machine", _torch_gpus(), len(devices))])
         return
     try:
-        _knock(address)
+        require_listener(address, ANSWER_S)
         context = ray.init(address=address, logging_level="ERROR", log_to_driver=False)
     except Exception as error:  # noqa: BLE001 - Ray's own are of many kinds, from both its halves
         yield Finding("Ray", "fail", f"{address}: {_brief(error)}", _way_in(error))
@@ -48,15 +48,6 @@ def ray_answers(config: DoctorConfig, until: float) -> Iterator[Finding | Clock]
     addresses = [node["NodeManagerAddress"] for node in nodes.values()]
     yield _authentication(context.dashboard_url, addresses)
     yield from _nodes(nodes, tasks, until)
-
-
-def _knock(address: str) -> None:
-    """Ray waits long for a head that is not there; a socket knows at once. Raises OSError."""
-    if address.startswith("http"):
-        raise ConnectionError("this is the dashboard's address")
-    host, colon, port = address.rpartition("://")[2].rpartition(":")
-    if colon and port.isdigit():
-        socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_S).close()
 
 
 def _way_in(error: Exception) -> str:
