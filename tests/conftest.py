@@ -16,6 +16,7 @@ from hypothesis import settings
 
 from ddpm_ray.cluster import mlflow_settings
 from ddpm_ray.data import storage
+from tests.limits import ENDS_S
 
 # Before torch, Ray or MLflow load, and inherited by every process that a test starts.
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test processes on two cores, not four
@@ -78,12 +79,12 @@ def serving_s3(folder: Path, key: str, secret: str) -> Iterator[str]:
     listener = threading.Thread(target=listen, daemon=True)
     listener.start()
     try:
-        assert listening.wait(20), "the S3 server does not start"
+        assert listening.wait(ENDS_S), "the S3 server does not start"
         yield f"http://127.0.0.1:{port}"
     finally:
         server.terminate()
         server.wait()
-        listener.join(20)
+        listener.join(ENDS_S)
 
 
 @pytest.fixture(scope="session")

@@ -23,6 +23,7 @@ from ddpm_ray.edit_config import EditConfig
 from ddpm_ray.job_config import DoctorConfig, EvaluateConfig, ExportConfig, PackConfig, SampleConfig
 from ddpm_ray.knobs import Config, ConfigError, flat, from_dict, help_lines, load, to_dict, to_yaml
 from ddpm_ray.sweep_config import SweepConfig
+from tests.limits import ENDS_S
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "conf").rglob("*.yaml"))
@@ -404,7 +405,7 @@ def in_a_process(
     start = ["-c", program, script] if program else [script]
     return subprocess.run(
         [sys.executable, *start, *arguments],
-        cwd=ROOT, capture_output=True, text=True, timeout=30, check=False,
+        cwd=ROOT, capture_output=True, text=True, timeout=ENDS_S, check=False,
     )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ import pytest
 
 from benchmarks import gpu_check
 from benchmarks.gpu.measured import gaps
+from tests.limits import ENDS_S
 
 ROOT = Path(__file__).parents[1]
 BARE = """\"\"\"A machine without what setup would install: only these can be imported.\"\"\"
@@ -60,7 +61,7 @@ def bare(tmp_path: Path) -> dict[str, str]:
 def test_it_needs_torch_and_five_small_packages(bare: dict[str, str]) -> None:
     script = "import benchmarks.gpu_check, benchmarks.gpu.sections, sys; print(*sys.modules)"
     done = subprocess.run(
-        [sys.executable, "-c", script], env=bare, cwd=ROOT, text=True, check=True, timeout=100,
+        [sys.executable, "-c", script], env=bare, cwd=ROOT, text=True, check=True, timeout=ENDS_S,
         stdout=subprocess.PIPE,
     )  # fmt: skip
     loaded = {name.partition(".")[0] for name in done.stdout.split()}

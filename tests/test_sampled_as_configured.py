@@ -29,6 +29,7 @@ from ddpm_ray.knobs import load, to_dict
 from ddpm_ray.training.checkpoints import CheckpointStore
 from ddpm_ray.training.gallery import GRID_IMAGES, Gallery
 from ddpm_ray.training.workers import Workers
+from tests.limits import ENDS_S
 from tests.training.test_gallery import Wall
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # MLflow's, as it imports
@@ -244,7 +245,7 @@ def test_a_folder_is_loaded_without_mlflow_and_ray_and_leaves_the_process_alone(
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT, run],
         cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
-        timeout=120, check=False,
+        timeout=ENDS_S, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["(2, 4, 4, 1)", "{}"]

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from tests.limits import ENDS_S
+
 
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as probe:
@@ -47,7 +49,7 @@ def mlflow_server(mlflow_database: str, tmp_path_factory: pytest.TempPathFactory
             env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
         )  # fmt: skip
     try:
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + ENDS_S
         while not healthy(port):
             if server.poll() is not None or time.monotonic() > deadline:
                 pytest.fail(f"the MLflow server did not come up:\n{log.read_text()[-2000:]}")
@@ -64,7 +66,7 @@ def mlflow_server(mlflow_database: str, tmp_path_factory: pytest.TempPathFactory
 
 
 def healthy(port: int) -> bool:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=2)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
     try:
         connection.request("GET", "/health")
         return connection.getresponse().status == 200

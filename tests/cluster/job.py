@@ -15,6 +15,7 @@ import psutil
 from mlflow import MlflowClient
 
 from ddpm_ray.command_line import DONE, PARTLY_FAILED
+from tests.limits import JOB_S
 
 ROOT = Path(__file__).parents[2]
 # A network of 0.1 M parameters, and samples that cost as little.
@@ -33,7 +34,7 @@ class Job:
     arguments: tuple[str, ...]
     script: str = "train.py"
     config: str = "train/digits.yaml"
-    limit_s: float = 300
+    limit_s: float = JOB_S
     lines: list[str] = field(default_factory=list)
     result: dict[str, Any] = field(default_factory=dict)
     code: int = -1

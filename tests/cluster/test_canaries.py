@@ -122,7 +122,6 @@ def holders(folder: Path, text: bytes) -> list[str]:
     ]  # fmt: skip
 
 
-@pytest.mark.timeout(240)
 def test_no_planted_secret_is_found_in_anything_a_run_leaves(
     bucket: tuple[str, Path], tmp_path: Path
 ) -> None:

@@ -18,9 +18,10 @@ from ddpm_ray.data import sealed, storage
 from ddpm_ray.knobs import ConfigError, load, to_dict
 from ddpm_ray.training.checkpoints import CHECKPOINTS, CheckpointStore
 from ddpm_ray.training.state import Snapshot
+from tests.limits import ENDS_S
 
 TRIES = 30
-LIMIT_S = 120
+LIMIT_S = ENDS_S
 
 
 def nothing(_: dict[str, Any]) -> list[str]:
@@ -82,7 +83,6 @@ def test_a_claim_whose_driver_died_long_ago_counts_no_more(
     assert claim(folder, begun(), nothing) != "0" * 32
 
 
-@pytest.mark.timeout(60)
 def test_a_storage_that_is_slow_holds_no_start_up_for_ever(
     s3: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from ddpm_ray.cluster import interrupts
 from ddpm_ray.cluster.interrupts import SIGNALS, Interrupts, while_ray_starts
+from tests.limits import ENDS_S
 
 # Says `ready`, waits for the first signal, says what it is told to say, and for the second.
 # The module alone: the package would load torch.
@@ -37,7 +38,7 @@ with Interrupts() as came:
             print("at once", flush=True)
 sys.exit(exit_code())
 """
-LIMIT_S = 60
+LIMIT_S = ENDS_S
 
 
 def started(*arguments: str, ignoring: int | None = None) -> subprocess.Popen[str]:

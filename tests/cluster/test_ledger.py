@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from ddpm_ray.cluster.ledger import Ledger, Status, Trial
 from ddpm_ray.data.sealed import read, sealed
 from ddpm_ray.data.storage import StorageError
+from tests.limits import ENDS_S
 
 Operation = tuple[str, int, Any]  # what is done, to which trial (modulo their number), with what
 ENDED: tuple[Status, ...] = "finished", "stopped", "pruned", "failed"
@@ -199,5 +200,5 @@ def test_a_trial_does_not_change_while_it_is_written(
 
     monkeypatch.setattr("ddpm_ray.cluster.ledger.asdict", interrupted)
     ledger.write(trial)
-    noted.join(20)
+    noted.join(ENDS_S)
     assert [probe["step"] for probe in trial.probes] == [1]

@@ -23,6 +23,7 @@ import ray
 import yaml
 
 from tests.cluster.conftest import free_port
+from tests.limits import ENDS_S
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = ["Makefile", "cluster.yaml", "rayjob.yaml", "docs/cluster.md", "README.md"]
@@ -162,7 +163,7 @@ def served(command: str, folder: Path, **environment: str) -> Iterator[tuple[int
             stdout=output, stderr=output, start_new_session=True,
         )  # fmt: skip
     try:
-        until = time.monotonic() + 90
+        until = time.monotonic() + ENDS_S
         while answer("127.0.0.1", port)[0] != 200:
             if server.poll() is not None or time.monotonic() > until:
                 pytest.fail(f"the MLflow server did not come up:\n{log.read_text()[-2000:]}")
@@ -178,7 +179,6 @@ def served(command: str, folder: Path, **environment: str) -> Iterator[tuple[int
             server.wait(20)
 
 
-@pytest.mark.timeout(240)
 def test_make_ui_is_for_this_machine_and_its_own_pages_alone(tmp_path: Path) -> None:
     ((_, command),) = (one for one in listeners("mlflow server") if one[0] == "Makefile")
     with served(command, tmp_path) as (port, pid):
@@ -197,7 +197,6 @@ def test_make_ui_is_for_this_machine_and_its_own_pages_alone(tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(240)
 def test_the_clusters_mlflow_lets_nobody_in_without_the_password(tmp_path: Path) -> None:
     pytest.importorskip("flask_wtf", reason="pip install 'mlflow[auth]'")
     ((_, command),) = (one for one in listeners("mlflow server") if one[0] == "cluster.yaml")

@@ -22,7 +22,6 @@ ONE = ClusterConfig(num_workers=1, cpus_per_worker=1, max_failures=0)
 
 pytestmark = [
     pytest.mark.ray,
-    pytest.mark.timeout(200),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # Ray Train's, of Ray Data
 ]
 

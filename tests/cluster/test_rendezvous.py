@@ -9,6 +9,7 @@ import ray
 from ray import cloudpickle
 
 from ddpm_ray.cluster import rendezvous
+from tests.limits import ENDS_S
 
 # Two workers of one group, with what Ray sets for them; the first serves the store.
 WORKER = """
@@ -18,7 +19,7 @@ sum = torch.ones(1)
 dist.all_reduce(sum)
 print(int(sum))
 """
-LIMIT_S = 120
+LIMIT_S = ENDS_S
 
 
 def test_the_store_listens_at_the_nodes_own_address_and_workers_meet_there(

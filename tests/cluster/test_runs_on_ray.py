@@ -13,6 +13,7 @@ from ddpm_ray.data import sealed
 from ddpm_ray.training.reporting import RATES
 from tests.cluster.job import ROOT, TINY_RUN, Job, command_of, rows
 from tests.faults.lives import Ended, Life, hashes
+from tests.limits import JOB_S
 
 STEPS = 240  # some seconds: progress is told once a second
 TINY = (
@@ -23,7 +24,7 @@ TINY = (
 
 pytestmark = [
     pytest.mark.ray,
-    pytest.mark.timeout(400),
+    pytest.mark.timeout(3 * JOB_S),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # MLflow's, as it imports
 ]
 

@@ -13,6 +13,7 @@ from mlflow.entities import Run
 
 from ddpm_ray.data import sealed
 from tests.cluster.job import ROOT, TINY_RUN, Job, command_of
+from tests.limits import JOB_S
 
 STEPS = 120
 TINY = (
@@ -29,7 +30,7 @@ FOUR = "space=[{schedule.kind: [cosine, sigmoid], schedule.num_steps: [1000, 250
 pytestmark = [
     pytest.mark.ray,
     pytest.mark.slow,
-    pytest.mark.timeout(590),
+    pytest.mark.timeout(3 * JOB_S),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # MLflow's, as it imports
 ]
 

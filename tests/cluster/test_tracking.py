@@ -29,9 +29,9 @@ from ddpm_ray.knobs import load, to_dict
 from ddpm_ray.training.checkpoints import CheckpointStore
 from ddpm_ray.training.lease import Lease
 from ddpm_ray.training.reporting import RATES, Row
+from tests.limits import ENDS_S
 
-pytestmark = pytest.mark.timeout(180)  # the first test waits for the server
-PATIENCE_S = 30.0
+PATIENCE_S = ENDS_S
 
 
 class Line(Protocol):

@@ -12,6 +12,7 @@ from ddpm_ray.cluster.tracking_place import database_file, tracking_place, warn_
 from ddpm_ray.cluster.training_run import artifacts_beside, located
 from ddpm_ray.config import RunConfig
 from ddpm_ray.knobs import ConfigError, load
+from tests.limits import ENDS_S
 
 HOME = Path("/the/home")
 
@@ -111,7 +112,7 @@ print(os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"], logging.getLogger("urllib3").le
     environment = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW_")}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code], env=environment | {"DO_NOT_TRACK": "true"},
-        capture_output=True, text=True, check=True, timeout=120,
+        capture_output=True, text=True, check=True, timeout=ENDS_S,
     )  # fmt: skip
     lines = done.stdout.splitlines()
     assert lines == ["[]", str(logging.NOTSET), f"10 {logging.ERROR}"]

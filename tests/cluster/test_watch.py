@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 
 from ddpm_ray import faults
-from ddpm_ray.cluster.watch import BEAT_S, FIRST_STEP, SLOW_STEPS, Beat, Pulse, stalled
+from ddpm_ray.cluster.watch import FIRST_STEP, SLOW_STEPS, Beat, Pulse, stalled
+from tests.limits import ENDS_S
 
 LIMIT_S, STORAGE_S = 25.0, 180.0
 MOVING = Beat(rank=0, step=40, point="gradient", stood_s=0.3, step_s=0.5)
@@ -95,9 +96,9 @@ def test_a_pulse_tells_where_the_training_thread_is_not_other_threads() -> None:
     upload.join()
     pulse = Pulse(3, tell)
     pulse.start()
-    assert told.wait(5)
+    assert told.wait(ENDS_S)
     faults.at("reduce")
-    assert enough.wait(5 * BEAT_S)
+    assert enough.wait(ENDS_S)
     pulse.stop()
     assert [(beat.rank, beat.step, beat.point) for beat in beats[:2]] == [
         (3, 8, "update"),

@@ -23,6 +23,7 @@ from ddpm_ray.data.image_files import (
     open_image,
     pixels,
 )
+from tests.limits import ENDS_S
 
 
 def saved(image: Image.Image, kind: str = "png", **options: object) -> bytes:
@@ -239,7 +240,9 @@ except Image.DecompressionBombError:
 
 
 def test_the_bound_of_the_host_process_is_left_alone() -> None:
-    done = subprocess.run([sys.executable, "-c", HOST], capture_output=True, text=True, timeout=100)
+    done = subprocess.run(
+        [sys.executable, "-c", HOST], capture_output=True, text=True, timeout=ENDS_S
+    )
     assert done.stdout == "guarded\n", done.stderr
 
 

@@ -21,6 +21,7 @@ from ddpm_ray.data.samples import NamedGroup
 from ddpm_ray.data.shards import Dataset, DatasetError, fetch_shard, open_dataset
 from ddpm_ray.data.storage import StorageError
 from ddpm_ray.data.stream import read_images
+from tests.limits import ENDS_S
 
 
 def pack(source: str, destination: Path, **options: object) -> Dataset:
@@ -361,7 +362,7 @@ def test_the_job_tells_the_same_when_it_packs_and_when_it_finds(
     command = [sys.executable, str(job), "pictures", "set", "on_bad_image=skip"]
     told = []
     for _ in range(2):
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=ENDS_S)
         assert done.returncode == 0, done.stderr
         told.append((json.loads(done.stdout.splitlines()[-1]), done.stderr.splitlines()[-4:]))
     assert told[0] == told[1]

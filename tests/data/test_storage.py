@@ -19,6 +19,7 @@ from moto.server import ThreadedMotoServer
 
 from ddpm_ray.data import storage, verified
 from ddpm_ray.data.storage import StorageError
+from tests.limits import ENDS_S
 
 UseS3 = Callable[[str, str], str]
 
@@ -150,7 +151,7 @@ def dripping() -> Iterator[str]:
     yield f"http://127.0.0.1:{server.server_address[1]}"
     over.set()
     server.shutdown()
-    thread.join(20)
+    thread.join(ENDS_S)
     server.server_close()
 
 

@@ -18,6 +18,7 @@ from ddpm_ray.data.order import Block
 from ddpm_ray.data.shards import Dataset, ShardCorruptError, fetch_shard
 from ddpm_ray.data.storage import StorageError
 from ddpm_ray.data.stream import ShardStream, read_images
+from tests.limits import ENDS_S
 
 MakeDataset = Callable[..., Dataset]
 NumbersOf = Callable[[torch.Tensor], list[int]]
@@ -142,7 +143,7 @@ def test_waiting_is_counted_and_reading_ahead_removes_it(make_dataset: MakeDatas
     arrived = threading.Event()
 
     def slow(*args: object) -> object:
-        assert arrived.wait(10)
+        assert arrived.wait(ENDS_S)
         return fetch_shard(*args)  # type: ignore[arg-type]
 
     with mock.patch.object(reader, "fetch_shard", slow):

@@ -14,6 +14,7 @@ from ddpm_ray.data.shards import DatasetError
 from ddpm_ray.data.sources import open_source
 from tests.data.test_source_files import keys, left_out
 from tests.data.test_sources import png, write_tar
+from tests.limits import ENDS_S
 
 
 def labels(source: Source) -> list[int]:
@@ -216,6 +217,6 @@ for text in (b"-512", b"-1024", b"-99999999"):
 def test_a_member_of_negative_size_is_no_endless_loop() -> None:
     """CVE-2025-8194, for each type of member and in a pax header; Python mends it in 3.11.14."""
     command = [sys.executable, "-c", NEGATIVE]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=ENDS_S)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["DatasetError"] * 33

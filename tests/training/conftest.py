@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ddpm_ray.training.workers import Workers
+from tests.limits import ENDS_S
 
 
 @dataclass
@@ -29,9 +30,9 @@ class ThreadedWorkers(Workers):
 
     def gather(self, value: Any) -> list[Any]:
         self.table.values[self.rank] = value
-        self.table.barrier.wait(20)
+        self.table.barrier.wait(ENDS_S)
         values = list(self.table.values)
-        self.table.barrier.wait(20)
+        self.table.barrier.wait(ENDS_S)
         return values
 
     def sum_(self, tensor: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from ddpm_ray.data.storage import StorageError
 from ddpm_ray.training import checkpoints
 from ddpm_ray.training.checkpoints import CheckpointError, CheckpointStore, CheckpointWriter
 from ddpm_ray.training.state import Snapshot
+from tests.limits import ENDS_S
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.bool)
 OBJECTS = ("model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json",
@@ -404,7 +405,7 @@ def test_the_step_path_waits_only_for_the_save_before(
     store, open_gate, write = CheckpointStore(str(tmp_path)), threading.Event(), storage.write_bytes
 
     def slow(url: str, data: bytes) -> None:
-        assert open_gate.wait(20)
+        assert open_gate.wait(ENDS_S)
         write(url, data)
 
     monkeypatch.setattr(storage, "write_bytes", slow)

@@ -14,6 +14,7 @@ from ddpm_ray.cluster import group, registry
 from ddpm_ray.config import ClusterConfig
 from ddpm_ray.training import determinism, evaluation
 from ddpm_ray.training.features import FeatureNet, float32_backends, in_float32
+from tests.limits import ENDS_S
 
 BACKENDS = float32_backends()
 
@@ -69,10 +70,10 @@ def test_the_flags_are_put_back_though_two_threads_look_at_images() -> None:
         first_out.set()
 
     def second() -> None:
-        assert first_in.wait(20)
+        assert first_in.wait(ENDS_S)
         with in_float32("cpu"):
             second_in.set()
-            assert first_out.wait(20)
+            assert first_out.wait(ENDS_S)
 
     with ThreadPoolExecutor(2) as pool:
         for done in [pool.submit(first), pool.submit(second)]:
@@ -124,6 +125,10 @@ print(torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.determi
       torch.backends.cudnn.benchmark)
 """
     told = subprocess.run(
-        [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, check=True, timeout=100
+        [sys.executable, "-c", program],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        timeout=ENDS_S,
     ).stdout
     assert told.split() == ["True", "True", "False"]

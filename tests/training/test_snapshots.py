@@ -22,6 +22,7 @@ from ddpm_ray.training.checkpoints import CheckpointError, CheckpointStore, Chec
 from ddpm_ray.training.loop import Run, train
 from ddpm_ray.training.snapshots import SNAPSHOTS, Keeper, SnapshotStore, averaged
 from ddpm_ray.training.state import Snapshot, TrainingState
+from tests.limits import ENDS_S
 from tests.noise import pack_noise
 from tests.training.test_loop import (
     IMAGES,
@@ -145,7 +146,7 @@ def test_a_save_follows_averages_on_their_way_without_waiting_for_them(
     written, gate, write = list[str](), threading.Event(), storage.write_bytes
 
     def slow(url: str, data: bytes) -> None:
-        assert gate.wait(20), "the step path waits"
+        assert gate.wait(ENDS_S), "the step path waits"
         written.append(url)
         write(url, data)
 
@@ -169,7 +170,7 @@ def test_no_checkpoint_names_averages_that_could_not_be_written(
     gate, write = threading.Event(), storage.write_bytes
 
     def fails(url: str, data: bytes) -> None:
-        assert gate.wait(20), "the step path waits"
+        assert gate.wait(ENDS_S), "the step path waits"
         if SNAPSHOTS in url:
             raise storage.StorageError(url, "the disk is full", "free some space")
         write(url, data)
