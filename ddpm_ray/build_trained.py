@@ -20,7 +20,8 @@ from ddpm_ray.generation.trained_model import TrainedModel
 from ddpm_ray.knobs import ConfigError, from_dict, to_dict
 from ddpm_ray.models import interchange
 from ddpm_ray.models.classifier import NoisyClassifier
-from ddpm_ray.models.foreign_configs import Form
+from ddpm_ray.models.foreign_configs import ForeignModelError, Form
+from ddpm_ray.models.foreign_samplers import Export
 from ddpm_ray.models.unet import UNet
 from ddpm_ray.option_fields import shown
 from ddpm_ray.training import checkpoints
@@ -137,8 +138,8 @@ def trained_classifier(url: str, device: torch.device | str = "cpu") -> NoisyCla
     return network.to(device).eval().requires_grad_(False)
 
 
-def write_diffusers(model: TrainedModel, sampling: SamplingConfig, folder: Path) -> None:
-    """`model` as a folder that diffusers' own `from_pretrained` reads, its scheduler beside.
+def write_diffusers(model: TrainedModel, sampling: SamplingConfig, folder: Path) -> Export:
+    """Write `model` as a folder that diffusers' own `from_pretrained` reads; return how it samples.
 
     Raises ForeignModelError for what diffusers has no name for.
     """
@@ -164,7 +165,7 @@ def write_diffusers(model: TrainedModel, sampling: SamplingConfig, folder: Path)
         "sampling": to_dict(sampling),
     }
     tensors = {k: v for k, v in network.state_dict().items() if not k.startswith("uncertainty.")}
-    interchange.write_folder(folder, form, tensors, facts)
+    return interchange.write_folder(folder, form, tensors, facts)
 
 
 def _checkpoint(url: str, *groups: str) -> tuple[str, Snapshot]:
@@ -190,11 +191,15 @@ def _of_diffusers(folder: Path, device: torch.device | str) -> TrainedModel:
     form, tensors, facts = interchange.read_folder(folder)
     network = UNet(**form)
     network.load_state_dict(tensors)
+    try:
+        sampling = SamplingConfig().overridden(facts["sampling"])
+    except (TypeError, ValueError) as error:
+        raise ForeignModelError(str(folder), f"scheduler: {error}") from error
     config = RunConfig(
         name=folder.name,
         schedule=ScheduleConfig(**facts["schedule"]),
         objective=ObjectiveConfig(**facts["objective"]),
-        sampling=SamplingConfig(**facts["sampling"]),
+        sampling=sampling,
         model=ModelConfig(
             base_channels=form["base_channels"],
             channel_mults=form["channel_mults"],

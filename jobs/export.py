@@ -2,9 +2,10 @@
 
     python jobs/export.py MODEL_URI --out FOLDER [key=value ...]
 
-MODEL_URI is as in jobs/sample.py. FOLDER holds the U-Net of the EMA weights and the scheduler that
-it was trained under; ddpm_ray.load reads it as well. Options: --help, --print-config. The last line
-of stdout is a JSON object with the results.
+MODEL_URI is as in jobs/sample.py. FOLDER holds the U-Net of the EMA weights and the scheduler of
+diffusers that walks as the run samples; ddpm_ray.load reads it as well. A line on stderr says what
+diffusers has no equivalent for, the result which pipeline to call with which arguments.
+Options: --help, --print-config. The last line of stdout is a JSON object with the results.
 """
 
 import sys
@@ -27,16 +28,24 @@ def prepare(config: ExportConfig, arguments: Namespace) -> ExportConfig:
     return trained.as_trained(config, arguments.model_uri, arguments.given, home)
 
 
-def export(config: ExportConfig, arguments: Namespace) -> dict[str, Any]:
-    """Where the folder is, and which weights are in it."""
+def export_model(config: ExportConfig, arguments: Namespace) -> dict[str, Any]:
+    """Where the folder is, how diffusers samples from it, and which weights are in it."""
     from ddpm_ray import build_trained  # heavy: after the config is checked
     from ddpm_ray.cluster import trained
 
     model = trained.load(arguments.model_uri, home=home_folder())
-    build_trained.write_diffusers(model, config.sampling, Path(arguments.out))
+    export = build_trained.write_diffusers(model, config.sampling, Path(arguments.out))
+    missing = "; ".join(export.no_equivalent) or "nothing"
+    print(f"without an equivalent in diffusers: {missing}", file=sys.stderr)
     provenance = {key: model.provenance[key] for key in ("checkpoint", "step", "weights_sha256")}
-    return {"folder": arguments.out, **provenance}
+    how = {
+        "pipeline": export.pipeline,
+        "scheduler": export.scheduler["_class_name"],
+        "call": export.call,
+        "no_equivalent": list(export.no_equivalent),
+    }
+    return {"folder": arguments.out, **how, **provenance}
 
 
 if __name__ == "__main__":
-    sys.exit(main(__doc__ or "", ExportConfig, export, "model_uri", "--out", prepare=prepare))
+    sys.exit(main(__doc__ or "", ExportConfig, export_model, "model_uri", "--out", prepare=prepare))

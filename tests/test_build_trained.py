@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -84,6 +85,63 @@ def test_a_model_of_diffusers_goes_back_as_the_network_that_it_was(tmp_path: Pat
     assert (again.sample(4, steps=5) == theirs.sample(4, steps=5)).all()
     kept = json.loads((tmp_path / "again/unet/config.json").read_text())
     assert {key: kept[key] for key in changed} == changed
+
+
+@pytest.mark.parametrize(
+    "sampling, pipeline, scheduler, missing",
+    [
+        (SamplingConfig(steps=5, seed=4), "DDIMPipeline", "DDIMScheduler", ()),
+        (
+            SamplingConfig(sampler="ancestral", steps=30, variance="fixed_large"),
+            "DDPMPipeline", "DDPMScheduler", (),
+        ),
+        (
+            SamplingConfig(sampler="dpm_solver_pp", steps=10, clip=False),
+            "DDPMPipeline", "DPMSolverMultistepScheduler", (),
+        ),
+        (
+            SamplingConfig(sampler="unipc", steps=7, spacing="log_snr", guidance_scale=2.0),
+            "DDPMPipeline", "DDPMScheduler",
+            ("sampler=unipc", "spacing=log_snr", "guidance_scale=2"),
+        ),
+        (SamplingConfig(steps=7, labels=(1,)), "DDIMPipeline", "DDIMScheduler",
+         ("steps=7", "labels=[1]")),
+        (SamplingConfig(steps=5, dynamic_quantile=0.9), "DDIMPipeline", "DDIMScheduler",
+         ("dynamic_quantile",)),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_runs_sampling_settings_go_to_diffusers_and_come_back(
+    sampling: SamplingConfig, pipeline: str, scheduler: str, missing: tuple[str, ...],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    export = build_trained.write_diffusers(trained(configured()), sampling, tmp_path / "given")
+    assert (export.pipeline, export.scheduler["_class_name"]) == (pipeline, scheduler)
+    assert tuple(line.split(" (")[0] for line in export.no_equivalent) == missing
+    assert export.call["num_inference_steps"] == sampling.steps
+    back = build_trained.trained_model(str(tmp_path / "given"))
+    assert back.settings == sampling
+    config = tmp_path / "given/scheduler/scheduler_config.json"
+    text = json.loads(config.read_text())
+    for wrong in ({"steps": "many"}, {"no_such_key": 1}, {"eta": 7}):
+        config.write_text(json.dumps(text | {"_ddpm_ray_sampling": wrong}))
+        with pytest.raises(ForeignModelError, match="|".join(wrong)):
+            build_trained.trained_model(str(tmp_path / "given"))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # theirs: numpy 2
+@pytest.mark.parametrize("sampler", ["ddim", "ancestral", "dpm_solver_pp", "dpm_solver_pp_sde"])
+def test_the_pipeline_that_an_export_names_draws(sampler: Any, tmp_path: Path) -> None:
+    diffusers = pytest.importorskip("diffusers", reason="pip install 'ddpm-ray[dev]'")
+    sampling = SamplingConfig(sampler=sampler, steps=5)
+    export = build_trained.write_diffusers(trained(configured()), sampling, tmp_path)
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(tmp_path)
+    assert type(pipeline).__name__ == export.pipeline
+    assert type(pipeline.scheduler).__name__ == export.scheduler["_class_name"]
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline(batch_size=2, output_type="np", **export.call).images
+    assert images.shape == (2, 8, 8, 3)
+    assert np.isfinite(images).all()
 
 
 def test_what_diffusers_has_no_name_for_is_refused_with_nothing_written(tmp_path: Path) -> None:

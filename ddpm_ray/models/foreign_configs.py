@@ -36,6 +36,7 @@ OF_A_CALL = {  # what one call of a sampler may choose anew, and of what is refu
     "timestep_spacing", "steps_offset", "set_alpha_to_one", "dynamic_thresholding_ratio",
     "sample_max_value", "timestep_values", "tensor_format",
 }  # fmt: skip
+OF_SAMPLING = {"variance_type", "clip_sample", "clip_sample_range", "thresholding"}
 KINDS = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}
 PREDICTIONS = {"epsilon": "epsilon", "sample": "x_0", "v_prediction": "v"}
 COSINE = {"offset": 0.008, "max_beta": 0.999}
@@ -47,6 +48,9 @@ LEARNED = (
     "'learned'; diffusers takes the network's answer for the variance itself, this project for its "
     "logarithm: train with learned_range, which means the same in both"
 )
+
+
+SAMPLING = "_ddpm_ray_sampling"  # note in a scheduler's config: the settings of a run
 
 
 class Form(Sizes):
@@ -91,7 +95,19 @@ def config_of(form: Form) -> dict[str, Any]:
 
 
 def from_scheduler(config: Config) -> dict[str, dict[str, Any]]:
-    """Facts of a scheduler_config.json (DDPM or DDIM); raises ForeignModelError, one line."""
+    """Facts of a scheduler_config.json (DDPM or DDIM); raises ForeignModelError, one line.
+
+    Of one that this project wrote, whatever its class, the sampling settings are those of its note.
+    """
+    if (noted := config.get(SAMPLING)) is not None:
+        if not isinstance(noted, Mapping):
+            raise ForeignModelError("scheduler", f"{SAMPLING} is {noted!r}; it holds settings")
+        learned = config.get("variance_type") == "learned_range"
+        trained = {
+            key: config[key] for key in SCHEDULER if key in config and key not in OF_SAMPLING
+        }
+        trained |= {"variance_type": "learned_range"} if learned else {}
+        return {**from_scheduler(trained), "sampling": dict(noted)}
     full = _full(config, SCHEDULER, "DDPMScheduler", "DDIMScheduler")
     full = {key: value for key, value in full.items() if key not in OF_A_CALL}
     try:

@@ -25,8 +25,8 @@ from ddpm_ray.models.foreign_configs import (
     config_of,
     form_of,
     from_scheduler,
-    to_scheduler,
 )
+from ddpm_ray.models.foreign_samplers import Export, to_pipeline
 from ddpm_ray.models.layers import heads
 from ddpm_ray.models.unet import UNet
 
@@ -140,18 +140,21 @@ def read_folder(folder: str | Path) -> tuple[Form, dict[str, Tensor], dict[str, 
     return *from_diffusers(config, stored), facts
 
 
-def write_folder(folder: str | Path, form: Form, tensors: Tensors, facts: Facts) -> None:
-    """Save for `DDPMPipeline.from_pretrained(folder)`; nothing is written for what it cannot be."""
+def write_folder(folder: str | Path, form: Form, tensors: Tensors, facts: Facts) -> Export:
+    """Save for `DiffusionPipeline.from_pretrained(folder)`, and return how that samples.
+
+    Raises ForeignModelError for what it cannot be, with nothing written.
+    """
     config, theirs = to_diffusers(form, tensors)
-    index = {"_class_name": "DDPMPipeline", "scheduler": ["diffusers", "DDPMScheduler"],
-             "unet": ["diffusers", "UNet2DModel"]}  # fmt: skip
-    files = {"unet/config.json": config, "scheduler/scheduler_config.json": to_scheduler(facts),
-             "model_index.json": index}  # fmt: skip
+    export = to_pipeline(facts)
+    files = {"unet/config.json": config, "scheduler/scheduler_config.json": export.scheduler,
+             "model_index.json": export.model_index}  # fmt: skip
     for name, value in files.items():
         path = Path(folder) / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n")
     save_file(theirs, Path(folder) / "unet" / f"{WEIGHTS}.safetensors", {"format": "pt"})
+    return export
 
 
 def _gathered(layout: Layout, form: Form, tensors: Tensors) -> dict[str, Tensor]:

@@ -154,11 +154,8 @@ class CheckpointStore:
             except (CheckpointError, StorageError) as error:
                 if isinstance(error, StorageError) and self._is_away(error, reference):
                     raise  # the storage is away, not the checkpoint: that passes, try again
-                left = len(references) - place
-                following = (
-                    "trying the checkpoint before it" if left else "no checkpoint is before it"
-                )
-                log.warning("%s; %s", error, following)
+                way = "trying the" if place < len(references) else "there is no"
+                log.warning("%s; %s checkpoint before it", error, way)
                 reasons.append(str(error))
         if references:
             remedy = "restore one of them from a backup, or start a run under another name"
@@ -238,8 +235,8 @@ class CheckpointStore:
             raise CheckpointError(found.damaged[0], "is not a list of checkpoints", remedy)
         reason = f"{found.damaged[0]} is damaged" if found.damaged else "no pointer is there"
         newest = storage.join(self.url, known[0].folder)
-        found_ones = counted(len(known), "checkpoint")
-        log.warning("%s; recovered %s, the newest %s", told(reason), found_ones, newest)
+        count = counted(len(known), "checkpoint")
+        log.warning("%s; recovered %s, the newest %s", told(reason), count, newest)
 
     def _commit(self, references: list[Reference]) -> None:
         """Write the next pointer; of those before it the newest stays, in case it is damaged."""

@@ -16,6 +16,11 @@ from ddpm_ray.diffusion.prediction import Kind
 from ddpm_ray.diffusion.samplers import Variance, ancestral, ddim
 from ddpm_ray.diffusion.solvers import dpm_solver_pp, unipc
 from ddpm_ray.diffusion.spacing import uniform_steps
+from ddpm_ray.generation.denoiser import Denoiser
+from ddpm_ray.generation.sample import sampling_plan, walk
+from ddpm_ray.generation.settings import SamplingConfig
+from ddpm_ray.knobs import to_dict
+from ddpm_ray.models.foreign_samplers import to_pipeline
 
 SCHEDULE = NoiseSchedule(schedules.linear(1000))
 KINDS: dict[Kind, str] = {"epsilon": "epsilon", "x_0": "sample", "v": "v_prediction"}
@@ -52,7 +57,8 @@ def theirs(scheduler: Any, timesteps: Tensor, **choices: Any) -> Tensor:
     x = next(noises(0))
     for t in timesteps:
         answer = network(x, torch.full((8,), int(t) + 1))
-        x = scheduler.step(answer, t, x, **choices).prev_sample
+        pictures = (answer[..., None, None], t, x[..., None, None])  # thresholding reads four axes
+        x = scheduler.step(*pictures, **choices).prev_sample[..., 0, 0]
     return x
 
 
@@ -143,4 +149,48 @@ def test_unipc_is_theirs(diffusers: Any, kind: Kind, order: int, count: int) -> 
         SCHEDULE, network, next(noises(0)), uniform_steps(1000, count),
         order=order, predicts=Prediction.of(kind, SCHEDULE), clip=None,
     )  # fmt: skip
+    assert_equal_images(ours, images)
+
+
+@pytest.mark.parametrize("clip", [True, False])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"sampler": "ddim"},
+        {"sampler": "ddim", "eta": 0.7},
+        {"sampler": "ancestral"},
+        {"sampler": "dpm_solver_pp"},
+        {"sampler": "dpm_solver_pp_sde"},
+        {"sampler": "dpm_solver_pp", "steps": 25},
+    ],
+    ids=str,
+)
+def test_an_exported_scheduler_walks_as_the_run_samples(
+    diffusers: Any, settings: dict[str, Any], clip: bool
+) -> None:
+    """From its config alone, with the arguments that the export names: equal images."""
+    sampling = SamplingConfig(**{"steps": 10, "clip": clip, **settings})
+    export = to_pipeline({
+        "schedule": {"kind": "linear", "num_steps": 1000},
+        "objective": {"prediction": "epsilon", "variance": "fixed"},
+        "sampling": to_dict(sampling),
+    })  # fmt: skip
+    assert export.no_equivalent == ()
+    assert hasattr(diffusers, export.pipeline)
+    kind = getattr(diffusers, export.scheduler["_class_name"])
+    scheduler = kind.from_config(export.scheduler)
+    scheduler.alphas_cumprod = SCHEDULE.alpha_bar[1:]
+    call = dict(export.call)
+    scheduler.set_timesteps(call.pop("num_inference_steps"))
+    plan = sampling_plan(sampling, SCHEDULE)
+    assert scheduler.timesteps.tolist() == [t - 1 for t in plan.steps[:-1]]
+    images = theirs(
+        scheduler, scheduler.timesteps, generator=torch.Generator().manual_seed(1), **call
+    )
+    fresh = noises(1)
+    denoiser = Denoiser(
+        lambda x, t, labels, condition: network(x, t), Prediction.of("epsilon", SCHEDULE)
+    )
+    denoise = denoiser.bound(None, plan.guidance)
+    ours = walk(denoiser, denoise, plan, next(noises(0)), lambda t: next(fresh))
     assert_equal_images(ours, images)

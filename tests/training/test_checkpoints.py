@@ -235,7 +235,7 @@ def test_behind_the_oldest_checkpoint_no_other_is_announced(
         store.load()
     newer, older = (line.rpartition("; ")[2] for line in caplog.messages)
     assert newer == "trying the checkpoint before it"
-    assert older == "no checkpoint is before it"
+    assert older == "there is no checkpoint before it"
 
 
 def test_the_way_back_leads_past_several(tmp_path: Path) -> None:
