@@ -17,6 +17,7 @@ import pandas as pd
 import pytest
 import torch
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 from PIL import Image
 
 from ddpm_ray import build, build_trained, faults
@@ -295,6 +296,27 @@ def test_what_a_run_is_stands_in_it_and_may_be_told_again(uri: str, new_run: New
     assert (dataset.dataset.name, dataset.dataset.digest) == ("digits", "f" * 36)
     assert "/shards/digits" in dataset.dataset.source
     assert [(tag.key, tag.value) for tag in dataset.tags] == [("mlflow.data.context", "training")]
+
+
+@pytest.mark.parametrize("rival", [True, False])
+def test_a_data_set_that_another_driver_logs_meanwhile_is_logged(
+    uri: str, new_run: NewRun, monkeypatch: pytest.MonkeyPatch, rival: bool
+) -> None:
+    """On commit 54bfc9e the second of two drivers ended: "MLflow refuses it (UNIQUE ...)"."""
+    run, log_inputs = new_run(uri), MlflowClient.log_inputs
+
+    def refused(*args: Any, **kwargs: Any) -> None:
+        if rival:
+            log_inputs(*args, **kwargs)
+        raise MlflowException("(sqlite3.IntegrityError) UNIQUE constraint failed: inputs")
+
+    monkeypatch.setattr(MlflowClient, "log_inputs", refused)
+    if rival:
+        described(run)
+        assert len(MlflowClient(run.uri).get_run(run.run_id).inputs.dataset_inputs) == 1
+    else:
+        with pytest.raises(TrackingError, match="UNIQUE constraint failed"):
+            described(run)
 
 
 def test_of_two_runs_that_a_lost_answer_left_one_remains(uri: str, tmp_path: Path) -> None:
