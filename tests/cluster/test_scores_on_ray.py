@@ -1,0 +1,73 @@
+"""jobs/evaluate.py and jobs/average.py whole, on a local Ray, to the scores."""
+
+import json
+import runpy
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from ddpm_ray.cluster import evaluation_run
+from ddpm_ray.knobs import given_keys, load
+from ddpm_ray.training.workers import Workers
+from tests.cluster.job import ROOT
+from tests.cluster.test_averaging import KEPT, alone, wandering
+
+OWN = {"sampler": "ancestral", "steps": 3, "seed": 7}  # what the run is sampled with
+SCORED = (
+    "data_url=data", "evaluation.held_out_url=data", "evaluation.features=digits",
+    "evaluation.num_images=20", "evaluation.kernel_distance=false", "cluster.num_workers=1",
+    "cluster.max_failures=0",
+)  # fmt: skip
+JOBS = {
+    "evaluate": (
+        "evaluation.bits_per_dim_images=4", "evaluation.bits_per_dim_terms=3",
+        "evaluation.likelihood_images=4", "evaluation.likelihood_steps=3",
+        "evaluation.memorisation_images=4", *SCORED,
+    ),
+    "average": ("widths=[0.1,0.25]", *SCORED),
+}  # fmt: skip
+
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.timeout(400),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # Ray Train's, of Ray Data
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cluster() -> Iterator[None]:
+    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+def result_of(name: str, run: Path) -> Any:
+    """What the job prints, in plain JSON, for the model in `run`, from the folder above it."""
+    job = runpy.run_path(str(ROOT / "jobs" / f"{name}.py"))
+    kind, keys = job[f"{name.capitalize()}Config"], list(JOBS[name])
+    place = Namespace(run=run.name, model_uri=run.name, out="", given=given_keys(kind, keys))
+    config = job["prepare"](load(kind, None, keys), place)
+    return json.loads(json.dumps(job[name](config, place)))
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_a_worker_on_ray_scores_a_run_by_its_own_sampling(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As this process does without Ray; places are relative, and the worker's folder another."""
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "run"
+    wandering(run, *KEPT, *(f"sampling.{key}={value}" for key, value in OWN.items()))
+    found = result_of(name, run)
+    alone(monkeypatch)
+    monkeypatch.setattr(evaluation_run, "place", Workers)
+    known = result_of(name, run)
+    numbers = {"evaluate": ("metrics",), "average": ("scores", "misfits")}[name]
+    for key in numbers:
+        assert found.pop(key) == pytest.approx(known.pop(key), rel=1e-6)
+    assert OWN.items() <= found["certificate"]["samples"].items()
+    assert found == known
