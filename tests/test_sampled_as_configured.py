@@ -332,14 +332,14 @@ def test_arrays_tensors_and_pictures_are_taken_as_images(tmp_path: Path) -> None
     "images, says",
     [
         ([], r"images are uint8 \[0\]; give uint8 \[N, H, W, 1\]"),
-        ("im.png", r"images are <U6 \[\]"),
+        ("im.png", r"images is 'im\.png'; give pixels: open the file with PIL\.Image\.open"),
         ([np.zeros((4, 4, 1), np.uint8), np.zeros((5, 4, 1), np.uint8)], "are of several sizes"),
-        ([[1, [2]], [3]], "images are of several sizes|images are"),
+        ([[1, [2]], [3]], r"images holds \[1, \[2\]\]; give an array of numbers"),
         (torch.zeros(1, 4, 4, 1), r"images are float32 \[1, 4, 4, 1\]"),
         (torch.zeros(1, 1, 4, 4, dtype=torch.uint8), r"images are uint8 \[1, 1, 4, 4\]"),
         ([Image.new("RGBA", (4, 4))], r"a picture of mode RGBA; convert it first: image\.convert"),
         ([Image.new("RGB", (4, 4))], r"images are uint8 \[1, 4, 4, 3\]; give uint8 \[N, H, W, 1\]"),
-        (None, r"images are object \[\]"),
+        (None, "images holds None; give an array of numbers"),
     ],
 )
 def test_what_is_no_image_is_a_value_error(images: Any, says: str, tmp_path: Path) -> None:
@@ -354,7 +354,7 @@ def test_what_is_no_image_is_a_value_error(images: Any, says: str, tmp_path: Pat
     ):
         with pytest.raises(ValueError, match=says):
             edit()
-    with pytest.raises(ValueError, match=r"mask is <U1; give True|mask is  and the images"):
+    with pytest.raises(ValueError, match=r"mask holds array.*; give an array of numbers"):
         model.inpaint(np.zeros((1, 4, 4, 1), np.uint8), np.full((4, 4), "a"))
 
 
