@@ -148,7 +148,9 @@ class TrainingConfig:
         5000, "steps between sample grids; 0: no grid, not even at the end", at_least=0
     )
     checkpoint_every_steps: int = knob(1000, "steps between checkpoints", at_least=1)
-    keep_checkpoints: int = knob(3, "newest checkpoints that are kept", at_least=2)
+    keep_checkpoints: int = knob(
+        3, "newest checkpoints kept, beside the one that was continued from", at_least=2
+    )
 
     def problems(self) -> Iterator[str]:
         """Pairs of keys of which one alone may be set, and parts of a batch."""

@@ -217,10 +217,12 @@ class CheckpointStore:
         """Those of `known`, newest first, that stay: the newest of each of the last `keep` steps,
         the newest planned one, to which a run that diverges goes back, and the one of which we
         know that it can be read."""
-        newest: dict[int, Reference] = {}
-        for one in known:
-            newest.setdefault(one.step, one)
-        of_steps, every = list(newest.values()), self.planned_every
+        # That one is what this start continued from, however old: what was committed since was
+        # never read back, and may be damaged all alike. It is one more than `keep`, until the next
+        # start has read a newer one back.
+        newest = {one.step: one for one in reversed(known)}
+        of_steps = [one for one in known if newest[one.step] is one]
+        every = self.planned_every
         planned = [one for one in of_steps if every and one.step % every == 0]
         wanted = [*of_steps[: self.keep], *planned[:1], self._verified]
         return [one for one in known if one in wanted]
@@ -318,9 +320,8 @@ def read(
         files = {name: _verified(url, name, expected[name]) for name in file_names(groups)}
         tensors = {group: safetensors.load(files[f"{group}{TENSORS}"]) for group in groups}
         return Snapshot(tensors, json.loads(files[STATE]))
-    except (
-        ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError
-    ) as error:  # fmt: skip
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError,
+            SafetensorError) as error:  # fmt: skip
         raise _damaged(url, MANIFEST, f"cannot be understood ({error!r})") from error
 
 

@@ -121,6 +121,35 @@ def test_a_save_stopped_at_any_request_cannot_undo_a_later_start(
     assert at > 10  # it was a real save
 
 
+def test_what_a_start_continued_from_is_kept_until_a_later_start_reads_a_newer_one(
+    place: Callable[[int], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing else is known to be readable. Half of a save on a full disk goes at once."""
+    url, write = place(0), storage.write_bytes
+    driver = Lease.first(url)
+    first = begin(url, driver)
+    first.save(snapshot(10))
+
+    def full(where: str, data: bytes) -> None:
+        if "/step-00000020-" in where and where.endswith("optimizer.safetensors"):
+            raise storage.StorageError(where, "the disk is full", "free some space")
+        write(where, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "write_bytes", full)
+        with pytest.raises(storage.StorageError, match="the disk is full"):
+            first.save(snapshot(20))
+    for continued_from, saved, left in [(10, (20, 30, 40), [10, 30, 40]), (40, (50,), [40, 50])]:
+        store = begin(url, driver)
+        found = store.load()
+        assert found is not None
+        assert found[1].step == continued_from
+        for step in saved:
+            store.save(snapshot(step))
+        names = [name for name in storage.folders(url) if name.startswith("step-")]
+        assert [int(name.split("-")[1]) for name in names] == left
+
+
 def test_a_start_stopped_at_any_request_cannot_undo_a_later_one(
     place: Callable[[int], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
