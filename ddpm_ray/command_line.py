@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ddpm_ray.cluster import mlflow_settings
 from ddpm_ray.cluster.interrupts import at_once, exit_code
+from ddpm_ray.job_files import job_of_file
 from ddpm_ray.knobs import Config, ConfigError, given_keys, help_lines, load, to_yaml
 from ddpm_ray.telling import NO_SECRET, has_secret, told
 
@@ -42,7 +43,7 @@ def main(
     try:
         arguments = _parser(usage, kind, names).parse_intermixed_args()
         _refuse_secrets(arguments, names)
-        config = load(kind, getattr(arguments, "config", None), arguments.overrides)
+        config = _loaded(kind, getattr(arguments, "config", None), arguments.overrides)
         arguments.given = given_keys(kind, arguments.overrides)
     except ConfigError as error:
         return _say(error, WRONG_CONFIG)
@@ -81,6 +82,18 @@ def main(
         return _say(text + hint, FAILED)
     print(json.dumps(result), flush=True)
     return DONE
+
+
+def _loaded(kind: type[Config], path: str | None, overrides: list[str]) -> Config:
+    """The config; where the file is one of another job, a ConfigError that names that job."""
+    try:
+        return load(kind, path, overrides)
+    except ConfigError:
+        if path and (job := job_of_file(kind, path)):
+            raise ConfigError(
+                f"{path}: this is a config of jobs/{job}; run `python jobs/{job} {path}`"
+            ) from None
+        raise
 
 
 class _Formatter(logging.Formatter):

@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from ddpm_ray.option_fields import knob as knob
 from ddpm_ray.option_fields import out_of_range, walk
 from ddpm_ray.telling import NO_SECRET, has_secret, redacted, texts
-from ddpm_ray.yaml_text import read_scalar, require_shallow, type_at, with_texts
+from ddpm_ray.yaml_text import read_scalar, read_text, require_shallow, type_at, with_texts
 
 UNREADABLE = OmegaConfBaseException, TypeError  # the latter for keys below one that is a list
 # A config is written into every checkpoint and into MLflow. Of the environment it may hold these,
@@ -225,7 +225,7 @@ def _yaml(kind: type[Any], path: str) -> dict[str, Any]:
         reason = "is a folder, not a file" if folder == Path(path) else "no such file"
         raise ConfigError(f"{path}: {reason}; here are: {near}")
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = read_text(path)
         require_shallow(text)
         values = with_texts(kind, OmegaConf.to_container(OmegaConf.load(io.StringIO(text))), text)
     except Exception as error:  # the YAML reader's own errors name line and column
@@ -233,6 +233,17 @@ def _yaml(kind: type[Any], path: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: holds a {type(values).__name__}; give keys and values")
     return cast(dict[str, Any], values)
+
+
+def unknown_keys(kind: type[Any], path: str) -> list[str]:
+    """The dotted keys in the YAML file `path` that `kind` lacks; raises ConfigError as `load`."""
+    known = {name for name, _, _ in walk(kind())}
+    groups = {name.rpartition(".")[0] for name in known}
+    return [
+        key
+        for key, _ in _leaves(_yaml(kind, path))
+        if key not in known | groups and not any(key.startswith(f"{name}.") for name in known)
+    ]
 
 
 def _filling(

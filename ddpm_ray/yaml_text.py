@@ -7,6 +7,7 @@ values are text is known from the dataclass alone, so they are taken from YAML's
 from collections.abc import Iterator
 from dataclasses import is_dataclass
 from functools import cache
+from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -14,7 +15,24 @@ import yaml
 
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # as OmegaConf has it
 DEEPEST = 50
+MOST_BYTES = 16 * 2**20  # of a file: the betas of 100,000 steps take 2 MiB
+A_CONFIG = "a config is a YAML file of keys and values"
 NULLS = ("null", "Null", "NULL", "~")  # no text: quoted, it is one
+
+
+def read_text(path: str) -> str:
+    """The text of the file of a config; raises ValueError for one that is no text, and OSError."""
+    with Path(path).open("rb") as file:
+        data = file.read(MOST_BYTES + 1)
+    if len(data) > MOST_BYTES:
+        raise ValueError(f"is larger than {MOST_BYTES >> 20} MiB; {A_CONFIG}")
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"is not a text file in UTF-8; {A_CONFIG}") from None
+    if found := yaml.reader.Reader.NON_PRINTABLE.search(text):
+        raise ValueError(f"is not a text file: it holds the character {found[0]!r}; {A_CONFIG}")
+    return text
 
 
 def read_scalar(kind: type[Any], key: str, typed: str) -> str | None:

@@ -41,6 +41,7 @@ FLOORS = {
     "ddpm_ray.build_edit": 4,
     "ddpm_ray.cluster": 4,
     "ddpm_ray.command_line": 5,
+    "ddpm_ray.job_files": 5,
     "ddpm_ray.output_files": 5,
     "ddpm_ray": 5,  # the notebook face: ddpm_ray/__init__.py
     "jobs": 5,

@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+from importlib.metadata import entry_points
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -15,6 +16,7 @@ log = logging.getLogger(__name__)
 VARIABLE = "MLFLOW_TRACKING_URI"
 SECRETS = "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN"
 NAMES = "databricks", "databricks-uc", "uc"  # URIs of MLflow's that look like a folder's name
+SCHEMES = "http", "https", "postgresql", "mysql", "mssql"  # but for those that have rules here
 _SQLITE = re.compile(r"(sqlite(?:\+\w+)?)://(.*)", re.DOTALL)
 
 
@@ -35,7 +37,22 @@ def tracking_place(home: Path, uri: str = "") -> str:
     if uri.startswith("file:"):
         path = uri.removeprefix("file:")
         return uri if path.startswith("//") else f"file:{storage.absolute(path, home)}"
-    return uri if uri in NAMES or uri.partition(":")[0] in NAMES else storage.absolute(uri, home)
+    if uri in NAMES or uri.partition(":")[0] in NAMES:
+        return uri
+    _require_known_scheme(key, uri)
+    return storage.absolute(uri, home)
+
+
+def _require_known_scheme(key: str, uri: str) -> None:
+    """Raise ConfigError for a URI of a scheme that MLflow, with its plugins, does not know."""
+    scheme, mark, _ = uri.partition("://")
+    if not mark or scheme.partition("+")[0] in SCHEMES:
+        return
+    if scheme not in {plugin.name for plugin in entry_points(group="mlflow.tracking_store")}:
+        raise ConfigError(
+            f"{key} is {uri!r}, and MLflow knows no {scheme}://; name a server (http://, https://),"
+            f" a database (sqlite:///, postgresql://, mysql://, mssql://) or a folder"
+        )
 
 
 def database_file(uri: str) -> Path | None:

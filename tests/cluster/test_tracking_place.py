@@ -2,13 +2,23 @@
 
 import logging
 import os
+import re
 import subprocess
 import sys
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
+from mlflow.tracking._tracking_service.utils import _tracking_store_registry
 
-from ddpm_ray.cluster.tracking_place import database_file, tracking_place, warn_of_another_host
+from ddpm_ray.cluster import tracking_place as tracking_place_module
+from ddpm_ray.cluster.tracking_place import (
+    NAMES,
+    SCHEMES,
+    database_file,
+    tracking_place,
+    warn_of_another_host,
+)
 from ddpm_ray.cluster.training_run import artifacts_beside, located
 from ddpm_ray.config import RunConfig
 from ddpm_ray.knobs import ConfigError, load
@@ -48,6 +58,25 @@ def test_a_relative_place_lies_below_home(
     place = tracking_place(HOME, written if by == "config" else "")
     assert place == meant
     assert tracking_place(Path("/elsewhere"), place) == meant
+
+
+@pytest.mark.parametrize("by", ["tracking.uri", "$MLFLOW_TRACKING_URI"])
+def test_a_scheme_that_mlflow_does_not_know_is_refused(
+    by: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On commit d926ba0 MLflow's own list was cut off, and the remedy "correct tracking.*"."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "htp://x")
+    says = re.escape(f"{by} is 'htp://x', and MLflow knows no htp://; name a server (http://, ")
+    with pytest.raises(ConfigError, match=says):
+        tracking_place(HOME, "htp://x" if by == "tracking.uri" else "")
+
+
+def test_the_schemes_are_those_of_mlflow_and_its_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = {*SCHEMES, *NAMES, "", "file", "sqlite"}
+    assert known == set(_tracking_store_registry._registry)
+    plugin = EntryPoint("ours", "a_package:store", "mlflow.tracking_store")
+    monkeypatch.setattr(tracking_place_module, "entry_points", lambda group: (plugin,))
+    assert tracking_place(HOME, "ours://x") == "ours://x"
 
 
 def test_the_run_s_config_holds_the_absolute_place(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,23 @@
+"""Which job takes a config file: told to whoever gives it to another."""
+
+from typing import Any
+
+from ddpm_ray.config import RunConfig
+from ddpm_ray.drill_config import DrillConfig
+from ddpm_ray.knobs import unknown_keys
+from ddpm_ray.sweep_config import SweepConfig
+
+JOBS: dict[str, type[Any]] = {
+    "train.py": RunConfig, "sweep.py": SweepConfig, "drill.py": DrillConfig,
+}  # fmt: skip
+
+
+def job_of_file(kind: type[Any], path: str) -> str:
+    """The script of jobs/ whose config the file `path` is, where that of `kind` has other keys.
+
+    Empty where `kind` knows most of its keys, or no job does: then it is a file with mistakes.
+    """
+    lacks = {script: len(unknown_keys(other, path)) for script, other in JOBS.items()}
+    nearest = min(lacks, key=lambda script: lacks[script])
+    own = len(unknown_keys(kind, path))
+    return nearest if JOBS[nearest] is not kind and 2 * lacks[nearest] < own else ""
