@@ -184,7 +184,10 @@ def _newest(url: str, groups: Sequence[str]) -> tuple[str, Snapshot]:
         if found := checkpoints.CheckpointStore(candidate).load(groups):
             return found
     remedy = "name a run's folder, its checkpoints folder, or one checkpoint in it"
-    raise CheckpointError(url, "there is no committed checkpoint here", remedy)
+    # A web server knows no folders, and a bucket none without an object in it.
+    gone = not url.startswith(("http://", "https://")) and not storage.exists(url)
+    reason = "there is no such folder" if gone else "there is no committed checkpoint here"
+    raise CheckpointError(url, reason, remedy)
 
 
 def _of_diffusers(folder: Path, device: torch.device | str) -> TrainedModel:

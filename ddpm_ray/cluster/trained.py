@@ -1,6 +1,7 @@
 """Trained models by name: from a checkpoint folder, or out of MLflow."""
 
 import atexit
+import re
 import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -106,6 +107,7 @@ def _local(uri: str, home: Path, tracking_uri: str = "", *, keep: bool = False) 
     if not uri.startswith(IN_MLFLOW):
         yield uri
         return
+    _require_whole_name(uri)
     key = tracking_place(home, tracking_uri), uri
     scratch, folder = _downloads.pop(key) if key in _downloads else _download(*key)
     try:
@@ -117,6 +119,25 @@ def _local(uri: str, home: Path, tracking_uri: str = "", *, keep: bool = False) 
         _downloads[key] = scratch, folder
     else:
         scratch.cleanup()
+
+
+def _require_whole_name(uri: str) -> None:
+    """Raise ConfigError where the URI of a model in MLflow lacks a part: MLflow says no such thing.
+
+    Some it takes for another URI, and of others it tells an error of its database.
+    """
+    form = r"runs:/+([^/]+)/(.*[^/])/*" if uri.startswith("runs:") else r"models:/+([^/@]+)(.*)"
+    name, part = match.groups() if (match := re.fullmatch(form, uri)) else ("", "")
+    if uri.startswith("runs:") and not name:
+        missing = "a run's id" if uri.strip("/") == "runs:" else "the model's name in that run"
+        raise ConfigError(f"{uri} lacks {missing}; write runs:/<run id>/model")
+    if uri.startswith("models:") and not re.fullmatch("[@/][^/@]+(/.*)?", part):
+        if re.fullmatch("m-[0-9a-f]{8,}", name) and not part:  # a logged model's id says all
+            return
+        missing = "an alias or a version" if name else "a name"
+        raise ConfigError(
+            f"{uri} lacks {missing}; write models:/<name>@<alias> or models:/<name>/<version>"
+        )
 
 
 def _download(where: str, uri: str) -> tuple[tempfile.TemporaryDirectory[str], str]:

@@ -16,8 +16,8 @@ from ddpm_ray import build
 from ddpm_ray.cluster import evaluation_run, group, tracking, trained
 from ddpm_ray.config import RunConfig
 from ddpm_ray.job_config import EvaluateConfig
-from ddpm_ray.knobs import from_dict, load, to_dict
-from ddpm_ray.training.checkpoints import CheckpointStore
+from ddpm_ray.knobs import ConfigError, from_dict, load, to_dict
+from ddpm_ray.training.checkpoints import CheckpointError, CheckpointStore
 from ddpm_ray.training.workers import Workers
 from tests.noise import pack_noise
 
@@ -108,3 +108,49 @@ def test_each_load_of_a_notebook_asks_anew(
     assert downloads == [model, model]
     assert (first.sample(1) == second.sample(1)).all()
     assert not left(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "uri, says",
+    [
+        ("runs:/", r"^runs:/ lacks a run's id; write runs:/<run id>/model$"),
+        ("runs:///", r"lacks a run's id"),
+        ("runs:/0123abcd", r"lacks the model's name in that run; write runs:/<run id>/model$"),
+        ("runs:/0123abcd/", r"lacks the model's name in that run"),
+        ("models:/", r"^models:/ lacks a name; write models:/<name>@<alias> or models:/<name>/"),
+        ("models:/digits", r"lacks an alias or a version; write "),
+        ("models:/digits@", r"lacks an alias or a version"),
+        ("models:/digits/", r"lacks an alias or a version"),
+        ("models:/@champion", r"lacks a name"),
+        ("runs:/0123abcd/model", ""),
+        ("runs:/0123abcd/a/b", ""),
+        ("models:/digits@champion", ""),
+        ("models:/digits/3", ""),
+        ("models:/digits/latest", ""),
+        ("models:/m-0123456789abcdef0123456789abcdef", ""),
+    ],
+)
+def test_a_uri_that_lacks_a_part_says_which(
+    uri: str, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On commit d926ba0 some were "MLflow's database cannot be used"."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # nobody answers there
+    monkeypatch.setattr(mlflow.artifacts, "download_artifacts", lambda uri, **_: 1 / 0)
+    if says:
+        with pytest.raises(ConfigError, match=says):
+            trained.load(uri, "cpu")
+    else:  # it is asked for
+        with pytest.raises(ZeroDivisionError, match="by zero"):
+            trained.load(uri, "cpu")
+
+
+@pytest.mark.parametrize(
+    "name, says",
+    [("none", "there is no such folder"), ("empty", "there is no committed checkpoint here")],
+)
+def test_a_missing_folder_is_no_folder_without_a_checkpoint(
+    name: str, says: str, tmp_path: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match=f"{name}: {says}; name a run's folder"):
+        trained.load(str(tmp_path / name), "cpu")
