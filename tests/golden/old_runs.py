@@ -10,7 +10,7 @@ Made there, once, by copying this file into a checkout of that commit and runnin
 
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from ddpm_ray.cluster import group, placement, registry, training_run, worker
 from ddpm_ray.config import RunConfig
 from ddpm_ray.knobs import load
 from ddpm_ray.training import checkpoints
-from ddpm_ray.training.reporting import Wish
+from ddpm_ray.training.reporting import Progress, Wish
 from ddpm_ray.training.workers import Workers
 from tests.noise import pack_noise
 
@@ -58,7 +58,7 @@ def train(name: str, home: Path, steps: int) -> dict[str, torch.Tensor]:
     where = (f"name={name}", f"data.url={home / 'data'}", f"storage={home}")
     mlflow = f"tracking.uri=sqlite:///{home / 'mlflow.db'}"
     overrides = [*COMMON, *RUNS[name], *where, mlflow, f"training.steps={steps}"]
-    with _without_ray():
+    with without_ray():
         outcome = training_run.train(load(RunConfig, None, overrides), home, lambda _: None)
     assert outcome.finished
     snapshot = checkpoints.read(outcome.report["checkpoint"])
@@ -77,11 +77,13 @@ def cpu_model() -> str:
 
 
 @contextmanager
-def _without_ray() -> Iterator[None]:
+def without_ray(wish: Callable[[Progress], Wish] = lambda _: Wish.NOTHING) -> Iterator[None]:
+    """Runs train in this process; `wish(progress)` is what their driver asks of them."""
+
     def run(work: Any, settings: dict[str, Any], *_: Any) -> Any:
         control = mock.MagicMock()
         control.look.return_value.fatal = None
-        control.show.return_value = Wish.NOTHING
+        control.show.side_effect = wish
         return work(settings | {"desk": control})
 
     with (

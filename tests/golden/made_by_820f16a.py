@@ -1,0 +1,217 @@
+"""A packed set, a run and a sweep of an earlier commit: what today's code must read and continue.
+
+`tests/golden/made_by_820f16a/` holds what commit 820f16a left, the last one before options could be
+renamed and before files carried format numbers:
+
+    data/       40 images with labels, PNG inside, in 3 shards
+    run/        a run after HALF of STEPS steps: run.json and one checkpoint
+    quick/      a sweep of 3 trials: one finished, one stopped after HALF steps, one not begun
+    ends.json   how it all ended there, and on which CPU: sha256 of its tensors and of what streams
+
+Made there, once, by copying this file and old_runs.py into a checkout of that commit and running
+
+    PYTHONPATH=. python -m tests.golden.made_by_820f16a
+"""
+
+import hashlib
+import itertools
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from PIL import Image
+from ray.tune.search import Searcher
+
+from ddpm_ray.cluster import capacity, group, registry, sweep, training_run
+from ddpm_ray.cluster.ledger import Trial
+from ddpm_ray.cluster.trial import run_trial
+from ddpm_ray.config import RunConfig
+from ddpm_ray.data import packer, storage
+from ddpm_ray.data.pack_options import PackOptions
+from ddpm_ray.data.shards import open_dataset
+from ddpm_ray.data.stream import ShardStream
+from ddpm_ray.knobs import load
+from ddpm_ray.sweep_config import SweepConfig
+from ddpm_ray.training import checkpoints
+from ddpm_ray.training.reporting import Progress, Wish
+from tests.golden.old_runs import cpu_model, without_ray
+
+HALF, STEPS = 4, 8
+FOLDER = Path(__file__).parent / "made_by_820f16a"
+CLASSES, IMAGES, SIDE, SHARD_SAMPLES = ("owl", "tit", "wren"), 40, 8, 16
+COMMON = (
+    "schedule.num_steps=60", "model.base_channels=2", "model.groups=1", "model.channel_mults=[1,2]",
+    "model.blocks_per_level=1", "model.attention_resolutions=[4]", "model.num_classes=3",
+    "model.dropout=0.1", "training.global_batch_size=8", "training.learning_rate=3e-3",
+    "training.grid_every_steps=0", "training.ema_decay_per_step=0.8",
+    f"training.checkpoint_every_steps={HALF}", f"training.log_every_steps={HALF}",
+    "training.keep_checkpoints=2", "sampling.steps=2", "tracking.flush_every_s=0.02",
+    "evaluation.spectrum_every_steps=2", "evaluation.spectrum_images=16",
+)  # fmt: skip
+SWEEP = (
+    *(f"run.{key}" for key in COMMON), "name=quick", f"run.training.steps={STEPS}",
+    "space=[{schedule.kind: [cosine, linear, sigmoid]}]",
+    "run.evaluation.num_images=8", "run.evaluation.features=digits",
+    "run.evaluation.kernel_distance=false", "search.kind=grid", "stopping.kind=median",
+    "stopping.every_steps=2", "pruning.max_useless_share=1", "pruning.max_prior_bits_per_dim=9",
+)  # fmt: skip
+INTERRUPTED = 1  # the trial that is half done
+
+
+def train(home: Path, steps: int) -> dict[str, str]:
+    """Train or continue the run below `home` to `steps`: the sha256 of its tensors."""
+    overrides = [*COMMON, "name=run", "evaluation.num_images=0", f"training.steps={steps}"]
+    config = load(RunConfig, None, [*overrides, *_places(home)])
+    with without_ray():
+        outcome = training_run.train(config, home, lambda _: None)
+    assert outcome.finished
+    return digests(outcome.report["checkpoint"])
+
+
+def run_sweep(home: Path, interrupted: int | None = None) -> tuple[list[int], list[Trial]]:
+    """Begin or continue the sweep below `home`: which trials were worked on, and all that it has.
+
+    It ends in the trial `interrupted`, at HALF its steps. Trials run one by one in this process.
+    """
+    overrides = [*SWEEP, *(f"run.{key}" for key in _places(home))]
+    config, begun = load(SweepConfig, None, overrides), list[int]()
+
+    def wish(progress: Progress) -> Wish:
+        stops = begun[-1] == interrupted and progress.step >= HALF
+        return Wish.STOP if stops else Wish.NOTHING
+
+    def work(told: dict[str, Any], **settings: Any) -> None:
+        begun.append(told["number"])
+        run_trial(told, **settings)
+
+    with _without_tune(lambda: begun[-1:] == [interrupted]), without_ray(wish):
+        outcome = sweep.sweep(config, home, lambda *_: None, work)
+    assert outcome.finished == (interrupted is None)
+    return begun, outcome.trials
+
+
+def trial_ends(trials: list[Trial]) -> list[dict[str, Any]]:
+    """What is compared of each trial: its values, its losses, its scores and its weights."""
+    return [
+        {
+            "values": trial.values,
+            "status": trial.status,
+            "losses": [[probe["step"], probe["loss"]] for probe in trial.probes],
+            "metrics": trial.metrics,
+        }
+        for trial in trials
+    ]
+
+
+def digests(checkpoint: str) -> dict[str, str]:
+    """The sha256 of each group of tensors in the checkpoint folder at this URL: names and bytes."""
+    return {
+        group: _sha256(b"".join(name.encode() + _bytes(tensors[name]) for name in sorted(tensors)))
+        for group, tensors in checkpoints.read(checkpoint).tensors.items()
+    }
+
+
+def streamed(url: str) -> list[str]:
+    """The sha256 of each of 12 batches of 10 images of the set at `url`: pixels, labels, keys."""
+    stream = ShardStream(
+        open_dataset(url), seed=3, global_batch_size=10, positions=range(10), lanes=2,
+        window_bytes=1000,
+    )  # fmt: skip
+    found = []
+    for step in range(12):
+        batch, keys = stream.batch(step), stream.keys(step)
+        parts = batch.images.numpy().tobytes(), batch.labels.numpy().tobytes(), "\n".join(keys)
+        found.append(_sha256(parts[0] + parts[1] + parts[2].encode()))
+    stream.close()
+    return found
+
+
+def _places(home: Path) -> list[str]:
+    return [
+        f"data.url={home / 'data'}", f"storage={home}", f"tracking.uri=sqlite:///{home}/mlflow.db",
+    ]  # fmt: skip
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+@contextmanager
+def _without_tune(stops: Callable[[], bool]) -> Iterator[None]:
+    """A sweep's trials run one after the other in this process, until `stops()`."""
+
+    def run_all(function: Callable[[Any], None], candidates: Any) -> None:
+        for trial_id in map(str, itertools.count()):
+            told = candidates.suggest(trial_id)
+            if told is None or told == Searcher.FINISHED:
+                return
+            report = partial(candidates.on_trial_result, trial_id)
+            with mock.patch("ray.tune.report", report):
+                function(told)
+            candidates.on_trial_complete(trial_id)
+            candidates._book.closing = stops()
+
+    board = mock.MagicMock()
+    board.return_value.is_to_stop.return_value = False
+    with (
+        mock.patch.object(sweep, "_run_tune", run_all),
+        mock.patch.object(sweep, "Board", board),
+        mock.patch("ray.tune.with_parameters", partial),
+        mock.patch.object(group, "connect"),
+        mock.patch.object(capacity, "trials_at_once", return_value=1),
+        mock.patch.object(registry, "crown", return_value=None),
+    ):
+        yield
+
+
+def _pack(home: Path) -> None:
+    """Noise in three classes, packed from a folder of PNG files."""
+    noise = np.random.default_rng(5).integers(0, 256, (IMAGES, SIDE, SIDE)).astype(np.uint8)
+    for number, image in enumerate(noise):
+        folder = home / "source" / CLASSES[number % len(CLASSES)]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(folder / f"{number:03d}.png")
+    options = PackOptions(encoding="png", shard_bytes=SHARD_SAMPLES * SIDE * SIDE)
+    plan = packer.plan(str(home / "source"), str(home / "data"), options)
+    packer.finish(plan, [packer.pack_shard(plan, number) for number in range(plan.shards)])
+
+
+def _make() -> None:
+    home = Path(tempfile.mkdtemp())
+    _pack(home)
+    train(home, HALF)
+    run_sweep(home, INTERRUPTED)
+    shutil.rmtree(FOLDER, ignore_errors=True)
+    for name in ("data", "run", "quick"):
+        shutil.copytree(home / name, FOLDER / name, ignore=shutil.ignore_patterns("pictures"))
+    shutil.rmtree(FOLDER / "quick/runs/trial-00000")  # of a trial that is over nothing is read
+    begun, trials = run_sweep(home)
+    assert begun == [1, 2]
+    ends = {
+        "cpu": cpu_model(),
+        "run": train(home, STEPS),
+        "begun": begun,
+        "trials": trial_ends(trials),
+        "weights": [digests(trial.outcome["checkpoint"]) for trial in trials],
+        "fingerprint": open_dataset(str(home / "data")).fingerprint,
+        "streamed": streamed(storage.join(str(home), "data")),
+    }
+    (FOLDER / "ends.json").write_text(json.dumps(ends, indent=1) + "\n")
+    shutil.rmtree(home)
+
+
+if __name__ == "__main__":
+    _make()
+    print(sum(file.stat().st_size for file in FOLDER.rglob("*") if file.is_file()), "bytes")
