@@ -1,11 +1,11 @@
 """Every knob of a drill: the short run that it repeats, and the faults that strike it."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from ddpm_ray.config import RunConfig
 from ddpm_ray.faults import FaultSyntaxError, planned
-from ddpm_ray.knobs import knob
+from ddpm_ray.knobs import group, knob
 from ddpm_ray.telling import counted
 
 
@@ -17,7 +17,7 @@ class DrillConfig:
         (),
         "each strikes one repetition: ACTION@POINT[:STEP][/RANK], several apart by spaces",
     )
-    run: RunConfig = field(default_factory=RunConfig)
+    run: RunConfig = group(RunConfig, whole_config=True)
 
     def problems(self) -> Iterator[str]:
         """Faults that cannot be understood or never strike, and what the run says."""

@@ -1,7 +1,8 @@
 """Documented, checked config fields, and how they are read from YAML and `key=value` arguments.
 
 The only importer of OmegaConf. A knob's metadata carries its meaning and its range, so `--help`,
-the checks and the rule that a run keeps its defining values for life all read from one place.
+the checks and the rule that a run keeps its defining values for life all read from one place. Keys
+of earlier versions are translated before anything else looks at them: see former_keys.py.
 """
 
 import copy
@@ -9,14 +10,18 @@ import difflib
 import io
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import fields
-from functools import cache
+from dataclasses import fields, is_dataclass
+from functools import cache, reduce
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ddpm_ray.file_formats import not_of_this_version
+from ddpm_ray.former_keys import Former as Former
+from ddpm_ray.former_keys import Given, former_keys, named_twice, translated
+from ddpm_ray.option_fields import group as group
 from ddpm_ray.option_fields import knob as knob
 from ddpm_ray.option_fields import out_of_range, walk
 from ddpm_ray.telling import NO_SECRET, has_secret, redacted, texts
@@ -40,6 +45,8 @@ class Checked(Protocol):
 
 
 Config = TypeVar("Config", bound=Checked)
+COMMAND_LINE = "command line"
+Layer = tuple[str, list[Given]]  # where it was given, and what
 
 
 class ConfigError(ValueError):
@@ -52,15 +59,16 @@ def load(kind: type[Config], path: str | None, overrides: list[str]) -> Config:
     Raises ConfigError with one line for each bad key: its path, its value, the rule, and the
     nearest valid name.
     """
-    layers = [(path, _yaml(kind, path))] if path else []
-    layers += [("command line", _override(kind, text)) for text in overrides]
+    layers = [_layer(kind, path, _yaml(kind, path))] if path else []
+    layers += [_layer(kind, COMMAND_LINE, _override(kind, text)) for text in overrides]
     layers = [*_filling(kind, layers), *layers]
-    return _checked(kind, _defaults(kind), layers, path or "command line")
+    return _checked(kind, _defaults(kind), layers, path or COMMAND_LINE)
 
 
 def given_keys(kind: type[Any], overrides: list[str]) -> frozenset[str]:
     """The dotted keys that `key=value` overrides set."""
-    return frozenset(key for text in overrides for key, _ in _leaves(_override(kind, text)))
+    given = (_layer(kind, COMMAND_LINE, _override(kind, text))[1] for text in overrides)
+    return frozenset(one.key for layer in given for one in layer)
 
 
 def with_values(config: Config, values: Mapping[str, Any], where: str) -> Config:
@@ -68,7 +76,17 @@ def with_values(config: Config, values: Mapping[str, Any], where: str) -> Config
 
     Raises ConfigError with one line, which begins with `where`, for each bad key.
     """
-    return _checked(type(config), OmegaConf.structured(config), [(where, dict(values))], where)
+    layer = _layer(type(config), where, values)
+    return _checked(type(config), OmegaConf.structured(config), [layer], where)
+
+
+def current_values(kind: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values`, which an earlier version may have saved by dotted key, by the names of today."""
+    return {one.key: one.value for one in translated(kind, values.items())}
+
+
+def _layer(kind: type[Any], where: str, values: Mapping[str, Any]) -> Layer:
+    return where, translated(kind, _leaves(values))
 
 
 @cache
@@ -82,20 +100,24 @@ def _defaults(kind: type[Any]) -> Any:
     return copy.deepcopy(_structure(kind))  # type: ignore[arg-type]  # a class is hashable
 
 
-def _checked(
-    kind: type[Config], merged: Any, layers: list[tuple[str, dict[str, Any]]], fallback: str
-) -> Config:
+def _checked(kind: type[Config], merged: Any, layers: list[Layer], fallback: str) -> Config:
     """`merged` with the layers laid over it, each key of each told if it is wrong."""
     set_by: dict[str, str] = {}
-    wrong: dict[str, str] = {}  # one line for each key
+    wrong = _named_twice(layers)  # one line for each key
     for where, layer in layers:
         seen: set[str] = set()
-        for key, value in _leaves(layer):
+        for one in layer:
+            key, value = one.key, one.value
             set_by[key] = where
+            if key in wrong:
+                continue
             if key in seen:  # once in its group, once by its dotted name
                 wrong[key] = f"{where}: {key} is set twice; leave one of the two out"
                 continue
             seen.add(key)
+            if one.problem:
+                wrong[key] = f"{where}: {one.problem}"
+                continue
             if any(number.bit_length() > 64 for number in _integers(value)):
                 wrong[key] = f"{where}: {key} holds a whole number that does not fit 64 bits"
                 continue
@@ -123,6 +145,18 @@ def _checked(
     return config
 
 
+def _named_twice(layers: list[Layer]) -> dict[str, str]:
+    """A line for each key that one place gives by a former name and by another one."""
+    places: dict[str, list[Given]] = {}
+    for where, layer in layers:
+        places.setdefault(where, []).extend(layer)
+    return {
+        key: f"{where}: {line}"
+        for where, given in places.items()
+        for key, line in named_twice(given).items()
+    }
+
+
 def _integers(value: Any) -> Iterator[int]:
     """Those in a value of YAML: one with thousands of digits cannot even be shown."""
     if isinstance(value, int):
@@ -144,17 +178,35 @@ def _strange_reference(value: Any) -> str:
     )
 
 
-def from_dict(kind: type[Config], values: Mapping[str, Any]) -> Config:
-    """The config that `to_dict` was given; keys that this version lacks raise ConfigError.
+def from_dict(
+    kind: type[Config], values: Mapping[str, Any], saved_by: str = "", where: str = ""
+) -> Config:
+    """The config that `to_dict` was given, here or in an earlier version.
 
-    What was saved has no references left: one in it was put there by whoever can write the storage.
+    Raises ConfigError for what this version cannot read; `saved_by` is the version of ddpm_ray that
+    saved it, and `where` it lies. What was saved has no references left: one in it was put there by
+    whoever can write the storage.
     """
+    place = f"{where}: " if where else ""
+    edited = f"{place}a saved config %s: it was edited; put a whole copy of it back"
     if any("${" in text for text in texts(values)):
-        raise ConfigError("a saved config holds ${...}: it was edited; put a whole copy of it back")
+        raise ConfigError(edited % "holds ${...}")
+    given = translated(kind, _leaves(values))
+    if wrong := [*named_twice(given).values(), *(one.problem for one in given if one.problem)]:
+        raise ConfigError(edited % f"is not understood ({wrong[0]})")
+    known, saved = {key for key, _, _ in walk(kind())}, dict[str, Any]()
+    unknown = not_of_this_version(saved_by)
+    for one in given:
+        empty = one.value == {} and is_dataclass(type_at(kind, one.key))
+        if one.key not in known and not empty:
+            raise ConfigError(f"{place}a saved config has {one.key}, which {unknown}")
+        *groups, name = one.key.split(".")
+        reduce(lambda held, group: held.setdefault(group, {}), groups, saved)[name] = one.value
     try:
-        merged = OmegaConf.unsafe_merge(_defaults(kind), OmegaConf.create(dict(values)))
-    except OmegaConfBaseException as error:
-        raise ConfigError(str(error).splitlines()[0]) from error
+        merged = OmegaConf.unsafe_merge(_defaults(kind), OmegaConf.create(saved))
+    except UNREADABLE as error:
+        key, reason = getattr(error, "full_key", ""), str(error).splitlines()[0]
+        raise ConfigError(f"{place}a saved config: {key}: {reason}; this {unknown}") from error
     return cast(Config, OmegaConf.to_object(merged))
 
 
@@ -240,24 +292,25 @@ def unknown_keys(kind: type[Any], path: str) -> list[str]:
     known = {name for name, _, _ in walk(kind())}
     groups = {name.rpartition(".")[0] for name in known}
     return [
-        key
-        for key, _ in _leaves(_yaml(kind, path))
-        if key not in known | groups and not any(key.startswith(f"{name}.") for name in known)
+        one.key
+        for one in translated(kind, _leaves(_yaml(kind, path)))
+        if one.key not in known | groups
+        and not any(one.key.startswith(f"{name}.") for name in known)
     ]
 
 
-def _filling(
-    kind: type[Any], layers: list[tuple[str, dict[str, Any]]]
-) -> list[tuple[str, dict[str, Any]]]:
+def _filling(kind: type[Any], layers: list[Layer]) -> list[Layer]:
     """What the files hold that `fills` knobs name, each under its group."""
     named = {
-        item.metadata["fills"]: layer[item.name]
+        item.metadata["fills"]: one.value
         for item in fields(kind)
+        if item.metadata.get("fills")
         for _, layer in layers
-        if item.metadata.get("fills") and layer.get(item.name)
+        for one in layer
+        if one.key == item.name and one.value
     }
     return [
-        (str(file), {group: _yaml(type_at(kind, group), str(file))})
+        _layer(kind, str(file), {group: _yaml(type_at(kind, group), str(file))})
         for group, file in named.items()
     ]
 
@@ -265,17 +318,17 @@ def _filling(
 def _override(kind: type[Any], text: str) -> dict[str, Any]:
     key, equals, value = text.partition("=")
     if not equals:
-        raise ConfigError(redacted(f"command line: {text!r} is not of the form key=value"))
+        raise ConfigError(redacted(f"{COMMAND_LINE}: {text!r} is not of the form key=value"))
     if (typed := read_scalar(kind, key, value)) is not None:
         return _nested(key, typed)
     try:  # `key=` empties a text; YAML would read null
         require_shallow(value := value or repr(""))
         read = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]))
-        return _nested(key, with_texts(type_at(kind, key), cast(Any, read)["value"], value))
+        return _nested(key, with_texts(kind, cast(Any, read)["value"], value, key))
     except Exception as error:  # the YAML reader's own errors
         reason = " ".join(str(error).split())
         shown = text if len(text) <= 200 else f"{text[:197]}..."
-        raise ConfigError(redacted(f"command line: {shown}: {reason}")) from error
+        raise ConfigError(redacted(f"{COMMAND_LINE}: {shown}: {reason}")) from error
 
 
 def _leaves(layer: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -304,8 +357,10 @@ def _complaint(kind: type[Any], key: str, value: Any, error: Exception) -> str:
     groups = sorted({name.rpartition(".")[0] for name in known} - {""})
     if key in groups:
         return f"{key}={value!r}: a group of keys, not a value; set {key}.<key>"
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    tail = {name.rpartition(".")[2]: name for name in known}
+    names = {name: name for name in known} | former_keys(kind)  # a former one may be mistyped too
+    near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
+    tail = {name.rpartition(".")[2]: name for name in names}
     if not near and (also := difflib.get_close_matches(key.rpartition(".")[2], tail, n=1)):
         near = [tail[also[0]]]
-    return f"{key}={value!r}: no such key" + (f"; did you mean {near[0]}?" if near else "")
+    hint = f"; did you mean {names[near[0]]}?" if near else ""
+    return f"{key}={value!r}: no such key{hint}"

@@ -23,7 +23,10 @@ from typing import (
     get_type_hints,
 )
 
+from ddpm_ray.former_keys import Former, named_twice, translated
+
 T = TypeVar("T")
+FormerKeys: TypeAlias = str | Former | tuple[str | Former, ...]
 P = ParamSpec("P")
 Limits: TypeAlias = Mapping[str, tuple[float | None, Callable[[Any, float], bool]]]
 """By the words of the rule: the limit, None for no limit, and whether a value keeps to it."""
@@ -55,16 +58,41 @@ def knob(
     below: float | None = None,
     defines_run: bool = False,
     fills: str = "",
+    keys_of: str = "",
+    formerly: FormerKeys = (),
+    former_choices: Mapping[str, str] | None = None,
 ) -> T:
     """A documented field with its range; `defines_run`: a run keeps the value for life.
 
     `fills`: the value names a YAML file whose keys go into the group of that name, below all that
-    is set for it elsewhere.
+    is set for it elsewhere. `keys_of`: the value is a list of mappings, whose keys are those of the
+    group of that name. `formerly`: keys that the field had in earlier versions (see
+    `former_keys.Former`), and `former_choices` what its choices were called: {former: now}. They
+    stay valid wherever a config is read.
     """
     within = limits(at_least=at_least, above=above, at_most=at_most, below=below)
-    metadata = {"doc": doc, "limits": within, "defines_run": defines_run, "fills": fills}
+    metadata = {
+        "doc": doc, "limits": within, "defines_run": defines_run, "fills": fills,
+        "keys_of": keys_of, "formerly": _former(formerly), "former_choices": former_choices or {},
+    }  # fmt: skip
     value: T = field(default=default, metadata=metadata)
     return value
+
+
+def group(default: Callable[[], T], *, formerly: FormerKeys = (), whole_config: bool = False) -> T:
+    """A field that is a group of fields, with what `default` returns.
+
+    `formerly`: names that the group had; all its keys stay valid below them. `whole_config`: it is
+    the config of another job, from which its own former keys count.
+    """
+    metadata = {"formerly": _former(formerly), "whole_config": whole_config}
+    value: T = field(default_factory=default, metadata=metadata)
+    return value
+
+
+def _former(keys: FormerKeys) -> tuple[Former, ...]:
+    several = keys if isinstance(keys, tuple) else (keys,)
+    return tuple(one if isinstance(one, Former) else Former(one) for one in several)
 
 
 def walk(config: object, prefix: str = "") -> Iterator[tuple[str, Any, Mapping[str, Any]]]:
@@ -96,19 +124,18 @@ def arguments(kind: Any, values: Mapping[str, Any]) -> dict[str, Any]:
     """`values` as the types that the dataclass `kind` declares, without those that are None.
 
     Raises TypeError for a name that it lacks, as any function does, and ValueError for a value of
-    another type.
+    another type. Former names are taken for those of today.
     """
-    types = _types(kind)
-    for name in values:
-        if name not in types:
-            near = difflib.get_close_matches(name, types, n=1)
+    types, given = _types(kind), translated(kind, values.items())
+    for one in given:
+        if one.key not in types:
+            near = difflib.get_close_matches(one.key, types, n=1)
             hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(types)}"
-            raise TypeError(f"unexpected argument {name!r}{hint}")
-    return {
-        name: _as_type(name, types[name], value)
-        for name, value in values.items()
-        if value is not None
-    }
+            raise TypeError(f"unexpected argument {one.key!r}{hint}")
+    given = [one for one in given if one.value is not None]
+    if twice := named_twice(given):
+        raise TypeError(next(iter(twice.values())))
+    return {one.key: _as_type(one.key, types[one.key], one.value) for one in given}
 
 
 def checks_arguments(function: Callable[P, T]) -> Callable[P, T]:

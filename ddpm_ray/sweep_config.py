@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from ddpm_ray.config import RunConfig
 from ddpm_ray.evaluation_config import EvaluationConfig
-from ddpm_ray.knobs import complaint, knob
+from ddpm_ray.knobs import complaint, group, knob
 
 Branch = Mapping[str, Any]  # dotted key of the run -> a list of choices, or a range
 
@@ -77,8 +77,9 @@ class SweepConfig:
     name: str = knob("", "of the sweep; the same name in the same storage continues it")
     run_from: str = knob("", "YAML file of the run that is varied, as conf/train/*", fills="run")
     space: tuple[dict[str, Any], ...] = knob(
-        (), "one mapping or more of a run's keys to choices [a, b] or {low:, high:, log:, step:}"
-    )
+        (), "one mapping or more of a run's keys to choices [a, b] or {low:, high:, log:, step:}",
+        keys_of="run",
+    )  # fmt: skip
     metric: str = knob("", "final score, lower is better; empty: the first that trials report")
     trials_at_once: int = knob(0, "trials that run side by side; 0: as many as fit", at_least=0)
     max_starts: int = knob(3, "times that a trial whose driver dies is started in all", at_least=1)
@@ -86,7 +87,7 @@ class SweepConfig:
     search: SearchConfig = field(default_factory=SearchConfig)
     stopping: StoppingConfig = field(default_factory=StoppingConfig)
     pruning: PruningConfig = field(default_factory=PruningConfig)
-    run: RunConfig = field(default_factory=RunConfig)
+    run: RunConfig = group(RunConfig, whole_config=True)
 
     @property
     def score(self) -> str:

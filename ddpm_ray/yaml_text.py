@@ -13,6 +13,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
+from ddpm_ray.former_keys import current_key
+
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # as OmegaConf has it
 DEEPEST = 50
 MOST_BYTES = 16 * 2**20  # of a file: the betas of 100,000 steps take 2 MiB
@@ -59,14 +61,24 @@ def require_shallow(text: str) -> None:
             raise ValueError(f"lists or mappings are nested deeper than {DEEPEST} levels")
 
 
-def with_texts(kind: Any, value: Any, text: str) -> Any:
-    """`value`, which YAML reads from `text`, with every text of the type `kind` as it was typed."""
+def with_texts(kind: Any, value: Any, text: str, key: str = "") -> Any:
+    """`value`, which YAML reads from `text`, with each of its texts as it was typed.
+
+    It is of the dataclass `kind`, or of its dotted `key`.
+    """
     node = yaml.compose(text, Loader=LOADER)
-    return value if node is None else _kept(kind, value, node)
+    return value if node is None else _kept(kind, key, type_at(kind, key), value, node)
 
 
 def type_at(kind: Any, key: str) -> Any:
-    """The type of the dotted `key` of a dataclass; None where there is no such key."""
+    """The type of the dotted `key` of a dataclass; None where there is no such key.
+
+    A former key has the type of the one that it became; an empty one is the dataclass itself.
+    """
+    if not key:
+        return kind
+    if is_dataclass(kind):
+        key = current_key(kind, key)
     for name in key.split("."):
         kind = _hints(kind).get(name) if isinstance(kind, type) and is_dataclass(kind) else None
     return kind
@@ -77,20 +89,25 @@ def _hints(kind: Any) -> dict[str, Any]:
     return get_type_hints(kind)
 
 
-def _kept(kind: Any, value: Any, node: yaml.Node) -> Any:
+def _kept(root: Any, key: str, kind: Any, value: Any, node: yaml.Node) -> Any:
+    """`value` of the type `kind`, which stands at the dotted `key` of the dataclass `root`."""
     match node:
         case yaml.ScalarNode(style=None | ""):  # plain: without quotes
             return node.value if _was_changed(kind, value, node.value) else value
         case yaml.MappingNode() if isinstance(value, dict):
             nodes = dict(_pairs(node))
-            return {
-                key: _kept(_type_below(kind, key), inner, nodes[key]) if key in nodes else inner
-                for key, inner in value.items()
-            }
+
+            def kept(name: Any, inner: Any) -> Any:
+                below = f"{key}.{name}" if key else str(name)
+                groups = kind is None or is_dataclass(kind)  # None: a group that is no more
+                there = type_at(root, below) if groups else _type_inside(kind)
+                return _kept(root, below, there, inner, nodes[name]) if name in nodes else inner
+
+            return {name: kept(name, inner) for name, inner in value.items()}
         case yaml.SequenceNode() if isinstance(value, list):
             item = next(iter(get_args(kind)), None) if get_origin(kind) in (tuple, list) else None
             pairs = zip(value, node.value, strict=True)
-            return [_kept(item, inner, below) for inner, below in pairs]
+            return [_kept(root, key, item, inner, below) for inner, below in pairs]
     return value
 
 
@@ -106,9 +123,7 @@ def _pairs(node: yaml.MappingNode) -> Iterator[tuple[Any, yaml.Node]]:
             yield key.value, value
 
 
-def _type_below(kind: Any, key: Any) -> Any:
-    if is_dataclass(kind):
-        return type_at(kind, str(key))
+def _type_inside(kind: Any) -> Any:
     arguments = get_args(kind)
     return arguments[1] if get_origin(kind) is dict and len(arguments) == 2 else None
 

@@ -345,9 +345,25 @@ def replaced(config: Any, key: str, value: Any) -> Any:
     )
 
 
-def test_a_dict_of_another_version_is_refused_by_its_key() -> None:
-    with pytest.raises(ConfigError, match="'warmth'"):
-        from_dict(RunConfig, {"training": {"warmth": 3}})
+@pytest.mark.parametrize(
+    "values, saved_by, says",
+    [
+        (
+            {"training": {"warmth": 3}}, "9.1.0",
+            r"a saved config has training\.warmth, which ddpm_ray [^ ]+ does not know; "
+            r"ddpm_ray 9\.1\.0 saved it: upgrade to that version",
+        ),
+        ({"warmth": 3}, "", r"has warmth, which .*; a later version saved it: upgrade ddpm_ray"),
+        ({"warmth": {"a": {}}}, "", r"has warmth\.a, which"),
+        ({"schedule": {"kind": "snake"}}, "9.1.0", r"schedule\.kind: .*'snake'.*9\.1\.0 saved it"),
+        ({"schedule": 5}, "9.1.0", r"a saved config has schedule, which"),
+    ],
+)  # fmt: skip
+def test_a_config_of_a_later_version_is_refused_with_that_version(
+    values: dict[str, Any], saved_by: str, says: str
+) -> None:
+    with pytest.raises(ConfigError, match=rf"^[^\n]*{says}[^\n]*$"):
+        from_dict(RunConfig, values, saved_by)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))

@@ -16,6 +16,8 @@ ROOT = Path(__file__).parent.parent
 FLOORS = {
     "ddpm_ray.faults": 0,
     "ddpm_ray.telling": 0,
+    "ddpm_ray.file_formats": 0,
+    "ddpm_ray.former_keys": 0,
     "ddpm_ray.option_fields": 0,
     "ddpm_ray.seeding": 0,
     "ddpm_ray.diffusion": 0,
@@ -74,6 +76,8 @@ DIETS = {  # module or folder: all that it may import from outside, beside the s
     "ddpm_ray.measures": {"torch"},
     "ddpm_ray.faults": set[str](),
     "ddpm_ray.telling": set[str](),
+    "ddpm_ray.file_formats": set[str](),
+    "ddpm_ray.former_keys": set[str](),
     "ddpm_ray.option_fields": set[str](),
     "ddpm_ray.generation.settings": set[str](),
     "ddpm_ray.data.order": {"numpy"},

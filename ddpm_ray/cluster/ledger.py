@@ -12,9 +12,11 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, TypeAlias
 
+from ddpm_ray.config import RunConfig
 from ddpm_ray.data import sealed, storage
 from ddpm_ray.data.sealed import SealError
 from ddpm_ray.data.storage import StorageError
+from ddpm_ray.knobs import current_values
 
 Status: TypeAlias = Literal["running", "finished", "stopped", "pruned", "failed"]
 """running: not over, also while nobody works on it; stopped: early, by comparison with others;
@@ -141,8 +143,10 @@ def trial_file(number: int) -> str:
 
 def _read(url: str) -> Trial:
     try:
-        return Trial(**sealed.read(url))
-    except (SealError, TypeError) as error:  # a wrong byte; or a key too few or too many
+        trial = Trial(**sealed.read(url))
+        trial.values = current_values(RunConfig, trial.values)
+        return trial
+    except (SealError, TypeError, AttributeError) as error:  # also keys too few or too many
         told = error.args[1] if isinstance(error, SealError) else str(error)
         reason = told.removeprefix("Trial.__init__() ").splitlines()[0]
         remedy = "put a whole copy of it back, or begin the sweep under another name"

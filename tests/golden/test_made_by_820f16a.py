@@ -10,6 +10,7 @@ import pytest
 from ddpm_ray.data import pack_report
 from ddpm_ray.data.shards import open_dataset
 from tests.golden import made_by_820f16a as made
+from tests.golden.old_runs import cpu_model
 
 ENDS: dict[str, Any] = json.loads((made.FOLDER / "ends.json").read_text())
 
@@ -23,7 +24,7 @@ def home(tmp_path: Path) -> Path:
 
 
 def require_this_cpu() -> None:
-    if ENDS["cpu"] != made.cpu_model():
+    if ENDS["cpu"] != cpu_model():
         pytest.skip(f"it ended, but its bits are those of another CPU ({ENDS['cpu']})")
 
 

@@ -1,0 +1,192 @@
+"""Former names of options: what an earlier version wrote is read as what this one calls it.
+
+A field of a config names its former keys in its metadata (`option_fields.knob(formerly=...)`). Each
+road into a config, YAML, command line, a sweep's space and saved configs, passes its dotted keys
+through `translated`; nothing behind it knows a former name.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from functools import cache
+from typing import Any, get_type_hints
+
+OTHER_KEY = re.compile(r"(?<!\\)\$\{([\w.]+)\}")  # in a value: the value of another key
+
+
+@dataclass(frozen=True)
+class Former:
+    """A former key of an option, and what its choices are called now.
+
+    A key without a dot stood in the option's own group. One with a dot counts from the config of
+    the job, as `model.kind`; `.film` stood there without a group. Options that name the same former
+    key share it: each takes its part of the value.
+    """
+
+    key: str
+    choices: Mapping[Any, Any] = field(default_factory=dict)  # former value -> value; others stay
+
+
+@dataclass(frozen=True)
+class Given:
+    """One option that was given a value."""
+
+    key: str  # dotted, as it is called now
+    value: Any
+    name: str  # the key as it was given
+    problem: str = ""  # why it cannot be translated; begins with the key
+
+
+@dataclass
+class _Names:
+    """The names of a config's options, now and before."""
+
+    keys: set[str] = field(default_factory=set)
+    groups: set[str] = field(default_factory=set)
+    former: dict[str, list[tuple[str, Mapping[Any, Any]]]] = field(default_factory=dict)
+    former_groups: dict[str, str] = field(default_factory=dict)
+    former_choices: dict[str, Mapping[Any, Any]] = field(default_factory=dict)  # of current keys
+    key_kinds: dict[str, Any] = field(default_factory=dict)  # of options that hold keys themselves
+
+
+def current_key(kind: Any, name: str) -> str:
+    """What the dotted key or group `name` of the config class `kind` is called now."""
+    return _targets(kind, name)[0][0]
+
+
+def former_keys(kind: Any) -> dict[str, str]:
+    """Each former key of the config class `kind`, with the key that it became."""
+    return {name: targets[0][0] for name, targets in _names(kind).former.items()}
+
+
+def translated(kind: Any, given: Iterable[tuple[str, Any]]) -> list[Given]:
+    """The dotted keys and values `given` to the config class `kind`, by the names of today.
+
+    Unknown keys stay as they are.
+    """
+    return [one for name, value in given for one in _translated(kind, name, value)]
+
+
+def named_twice(given: Iterable[Given]) -> dict[str, str]:
+    """A line for each option, by its key, that was given by a former name and by another one."""
+    names: dict[str, list[str]] = {}
+    for one in given:
+        known = names.setdefault(one.key, [])
+        known += [] if one.name in known else [one.name]
+    return {
+        key: f"{' and '.join(known)} are names of one option; give {key} alone"
+        for key, known in names.items()
+        if len(known) > 1
+    }
+
+
+def require_new_names(kind: Any) -> None:
+    """Raise ValueError where a former key of `kind` is the name of an option or group of today."""
+    names = _names(kind)
+    reused = {*names.former, *names.former_groups} & (names.keys | names.groups)
+    if reused:
+        raise ValueError(f"{kind.__name__}: {', '.join(sorted(reused))} cannot be a former key too")
+
+
+def _translated(kind: Any, name: str, value: Any) -> Iterator[Given]:
+    names = _names(kind)
+    for key, choices in _targets(kind, name):
+        now, problem = _with_current_references(kind, name, value), ""
+        for renamed in (choices, names.former_choices.get(key, {})):
+            now = _renamed(now, renamed)
+        if key in names.key_kinds and isinstance(now, list | tuple):
+            now, problem = _with_current_keys(names.key_kinds[key], now)
+        yield Given(key, now, name, problem and f"{key}: {problem}")
+
+
+def _targets(kind: Any, name: str) -> list[tuple[str, Mapping[Any, Any]]]:
+    """The options that `name` sets, each with what its choices are called now."""
+    names = _names(kind)
+    if name in names.keys or name in names.groups:
+        return [(name, {})]
+    if name in names.former:
+        return names.former[name]
+    parts = name.split(".")
+    for end in range(len(parts), 0, -1):  # the innermost group first
+        if group := names.former_groups.get(".".join(parts[:end])):
+            found = _targets(kind, ".".join([group, *parts[end:]]))
+            if found[0][0] in names.keys | names.groups:
+                return found
+    return [(name, {})]
+
+
+def _renamed(value: Any, choices: Mapping[Any, Any]) -> Any:
+    """`value`, or each of a list of values, by the names of today."""
+    if isinstance(value, list | tuple):
+        return type(value)(_renamed(one, choices) for one in value)
+    return choices.get(value, value) if choices and not isinstance(value, dict) else value
+
+
+def _with_current_references(kind: Any, name: str, value: Any) -> Any:
+    """`value`, of the option that was given as `name`, with each ${key} by the names of today."""
+    moved = current_key(kind, name) != name
+
+    def current(match: re.Match[str], at: list[str]) -> str:
+        key = match[1].lstrip(".")
+        if dots := len(match[1]) - len(key):  # counts from what holds the value, as it was given
+            key = ".".join([*at[:-dots], key])
+        now = current_key(kind, key)
+        return f"${{{now}}}" if now != key or (dots and moved) else match[0]
+
+    def within(value: Any, at: list[str]) -> Any:
+        if isinstance(value, list):
+            return [within(one, [*at, str(number)]) for number, one in enumerate(value)]
+        return OTHER_KEY.sub(lambda m: current(m, at), value) if isinstance(value, str) else value
+
+    return within(value, name.split("."))
+
+
+def _with_current_keys(kind: Any, mappings: Iterable[Any]) -> tuple[list[Any], str]:
+    """Mappings whose keys are options of the class `kind`, by the names of today; what is wrong."""
+    renamed = []
+    for mapping in mappings:
+        if not isinstance(mapping, Mapping):
+            renamed.append(mapping)
+            continue
+        given = translated(kind, [(str(key), value) for key, value in mapping.items()])
+        if twice := named_twice(given):
+            return [], next(iter(twice.values()))
+        for name in mapping:
+            if len(now := [one.key for one in given if one.name == name]) > 1:
+                return [], f"{name} is now {' and '.join(now)}; give these instead"
+        renamed.append({one.key: one.value for one in given})
+    return renamed, ""
+
+
+@cache
+def _names(kind: Any) -> _Names:
+    names = _Names()
+    _collect(kind, "", "", names)
+    return names
+
+
+def _collect(kind: Any, prefix: str, config: str, names: _Names) -> None:
+    """Note the options of the group `kind`, whose keys begin with `prefix`.
+
+    `config`: what the keys of the config begin with that former keys with a dot count from.
+    """
+    types = get_type_hints(kind)
+    for item in fields(kind):
+        key, below = f"{prefix}{item.name}", types[item.name]
+        former = {
+            (config if "." in one.key else prefix) + one.key.removeprefix("."): one
+            for one in item.metadata.get("formerly", ())
+        }
+        if is_dataclass(below):
+            names.groups.add(key)
+            names.former_groups |= dict.fromkeys(former, key)
+            whole = item.metadata.get("whole_config", False)
+            _collect(below, f"{key}.", f"{key}." if whole else config, names)
+            continue
+        names.keys.add(key)
+        for name, one in former.items():
+            names.former.setdefault(name, []).append((key, one.choices))
+        if choices := item.metadata.get("former_choices"):
+            names.former_choices[key] = choices
+        if group := item.metadata.get("keys_of"):
+            names.key_kinds[key] = types[group]
