@@ -1,7 +1,7 @@
 """From config to objects: one `match` per choice; no registry, no import by string."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -287,9 +287,22 @@ def ema_provenance(
     }  # fmt: skip
 
 
-def differing_keys(config: RunConfig, saved: dict[str, Any]) -> list[str]:
-    """One line for each defining key whose value is not the one that the run began with."""
-    now, then = defining(config), defining(from_dict(RunConfig, saved))
+def saved_config(facts: Mapping[str, Any], where: str = "") -> RunConfig:
+    """The config of the run that a checkpoint's facts, or a run's identity, tell of.
+
+    Raises ConfigError, which names the version that saved it, where this one cannot read it.
+    `where` it lies; an identity knows its folder.
+    """
+    where = where or facts.get("folder", "")
+    return from_dict(RunConfig, facts["config"], facts.get("version", ""), where)
+
+
+def differing_keys(config: RunConfig, saved: Mapping[str, Any]) -> list[str]:
+    """One line for each defining key whose value is not the one that the run began with.
+
+    `saved` is what `saved_config` takes.
+    """
+    now, then = defining(config), defining(saved_config(saved))
     return [
         f"{key} is {now[key]}, but the run began with {then[key]}"
         for key in now

@@ -67,7 +67,7 @@ def trained_model(
     if Path(url, OF_DIFFUSERS).is_file():
         return _of_diffusers(Path(url), device)
     where, snapshot = _checkpoint(url, ema)
-    config = from_dict(RunConfig, snapshot.facts["config"])
+    config = build.saved_config(snapshot.facts, url)
     if config.model.kind == "classifier":
         raise ConfigError(
             f"{url} holds a classifier, which draws nothing: use it as lead.classifier"
@@ -80,7 +80,7 @@ def trained_model(
         "checkpoint": where,
         "step": snapshot.step,
         "weights_sha256": checkpoints.weights_sha256(where, ema),
-        "config": snapshot.facts["config"],
+        "config": to_dict(config),
         "data_fingerprint": snapshot.facts["data_fingerprint"],
         "average": ema if ema != "ema" else snapshot.facts.get("average"),  # None: the main one
     }
@@ -103,7 +103,7 @@ def run_facts(url: str) -> tuple[RunConfig, dict[str, Any]]:
     if Path(url, OF_DIFFUSERS).is_file():
         return from_dict(RunConfig, _of_diffusers(Path(url), "cpu").provenance["config"]), {}
     facts = _checkpoint(url)[1].facts
-    return from_dict(RunConfig, facts["config"]), facts
+    return build.saved_config(facts, url), facts
 
 
 def label_names(config: RunConfig, facts: Mapping[str, Any]) -> tuple[str, ...] | None:
@@ -129,7 +129,7 @@ def trained_classifier(url: str, device: torch.device | str = "cpu") -> NoisyCla
     Raises CheckpointError, and ConfigError where the run trained something else.
     """
     _, snapshot = _checkpoint(url, "ema")
-    config = from_dict(RunConfig, snapshot.facts["config"])
+    config = build.saved_config(snapshot.facts, url)
     if config.model.kind != "classifier":
         raise ConfigError(f"{url} holds no classifier: train one with model.kind=classifier")
     network = build.network(config, tuple(snapshot.facts["image_shape"]))

@@ -16,9 +16,9 @@ from ddpm_ray.cluster import fatal, group
 from ddpm_ray.cluster.control import Desk
 from ddpm_ray.cluster.evaluation_run import located
 from ddpm_ray.cluster.worker import place
-from ddpm_ray.config import RunConfig
 from ddpm_ray.data import storage
 from ddpm_ray.data.shards import open_dataset
+from ddpm_ray.file_formats import package_version
 from ddpm_ray.knobs import ConfigError, from_dict, to_dict
 from ddpm_ray.models.unet import UNet
 from ddpm_ray.training import checkpoints, evaluation
@@ -53,7 +53,7 @@ class KeptAverages:
                 "training.ema_snapshot_every_steps=..., then name the run's folder"
             )
             raise CheckpointError(run, "no averages were kept here", remedy)
-        widths = from_dict(RunConfig, facts["config"]).training.ema_snapshot_widths
+        widths = build.saved_config(facts, run).training.ema_snapshot_widths
         return cls(run, facts, widths, [int(step) for step in facts["kept_at"]])
 
     def made(self, sigma_rel: float, step: int) -> Snapshot:
@@ -65,7 +65,10 @@ class KeptAverages:
         tensors, misfit = averaged(store, self.steps, self.widths, sigma_rel, step)
         made_of = {"sigma_rel": sigma_rel, "misfit": misfit, "widths": list(self.widths)}
         made_of["steps"] = [at for at in self.steps if at <= step]
-        facts = self.facts | {"step": step, "average": made_of, "kept_at": [], "unsent_rows": []}
+        facts = self.facts | {
+            "config": to_dict(build.saved_config(self.facts)), "version": package_version(),
+            "step": step, "average": made_of, "kept_at": [], "unsent_rows": [],
+        }  # fmt: skip
         return Snapshot({"ema": tensors}, facts)
 
 
@@ -82,7 +85,7 @@ def sweep(run: str, config: AverageConfig, home: Path, out: str = "") -> dict[st
     if step not in kept.steps:
         near = min(kept.steps, key=lambda at: abs(at - step))
         raise ConfigError(f"step is {step}; no averages were kept then: try step={near}")
-    begun = from_dict(RunConfig, kept.facts["config"])
+    begun = build.saved_config(kept.facts)
     schedule = build_diffusion.noise_schedule(begun.schedule)
     build_diffusion.checked_plan(config.sampling, begun, schedule)
     config = dataclasses.replace(
@@ -125,7 +128,7 @@ def scored(
     All workers must take them all; every width draws the same noise.
     """
     kept, wanted = KeptAverages.of(run), config.evaluation
-    begun, dataset = from_dict(RunConfig, kept.facts["config"]), open_dataset(config.data_url)
+    begun, dataset = build.saved_config(kept.facts), open_dataset(config.data_url)
     model = build_trained.trained_model(run, workers.device)
     count = min(wanted.num_images, int(dataset.counts.sum()))
     denoiser = build.shown_low(model.denoiser, begun.data, dataset, count, workers.device)

@@ -1,6 +1,7 @@
 """Who a run or sweep is: the id that its folder keeps, and what it began with.
 
-    <folder>/run.json            {"identity", "folder", "config" or "sweep", "data_fingerprint"}
+    <folder>/run.json            {"identity", "folder", "config" or "sweep", "data_fingerprint",
+                                 "version": of ddpm_ray}
     <folder>/claims/<id>.json    in a bucket: what each driver that began it at the same time wants
 
 MLflow's run is found by the identity, so that two drivers of one new name must get the same one.
@@ -13,9 +14,11 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
+from ddpm_ray.build import saved_config
 from ddpm_ray.cluster.ledger import TRIALS, trial_file
 from ddpm_ray.data import sealed, storage
 from ddpm_ray.data.storage import StorageError
+from ddpm_ray.file_formats import package_version
 from ddpm_ray.knobs import ConfigError
 from ddpm_ray.training.checkpoints import CHECKPOINTS, CheckpointStore
 
@@ -45,6 +48,7 @@ def claim(
         found = lost
     else:
         mine = {"identity": uuid.uuid4().hex, "folder": folder} | begun
+        mine["version"] = package_version()
         found = _settled(folder, mine)
         if found["identity"] == mine["identity"]:
             return str(found["identity"])
@@ -76,12 +80,13 @@ def _of_checkpoints(folder: str) -> dict[str, Any] | None:
         return None
     where, facts = loaded[0], loaded[1].facts
     log.warning("%s/%s is lost; taking what %s says of the run", folder, IDENTITY, where)
-    config = facts["config"]
+    config = saved_config(facts, where)
     return {
         "identity": facts.get("identity") or uuid.uuid4().hex,
-        "folder": storage.join(config["storage"], config["name"]),
-        "config": config,
+        "folder": storage.join(config.storage, config.name),
+        "config": facts["config"],
         "data_fingerprint": facts["data_fingerprint"],
+        "version": facts.get("version", ""),
     }
 
 

@@ -207,7 +207,8 @@ def _differing(config: SweepConfig, begun: dict[str, Any]) -> list[str]:
     """One line for each key that a sweep keeps for life and whose value is not the one it has."""
     if "sweep" not in begun:
         return [f"name is {config.name!r}, and a training run of that name is there"]
-    now, then = flat(config), flat(from_dict(SweepConfig, begun["sweep"]))
+    saved_by, where = begun.get("version", ""), begun.get("folder", "")
+    now, then = flat(config), flat(from_dict(SweepConfig, begun["sweep"], saved_by, where))
     return [
         f"{key} is {now[key]}, but the sweep began with {then[key]}"
         for key in now

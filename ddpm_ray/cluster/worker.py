@@ -21,6 +21,7 @@ from ddpm_ray.cluster.watch import Pulse
 from ddpm_ray.config import RunConfig
 from ddpm_ray.data import storage
 from ddpm_ray.data.shards import Dataset, DatasetError, open_dataset
+from ddpm_ray.file_formats import package_version
 from ddpm_ray.knobs import from_dict
 from ddpm_ray.training import determinism, evaluation
 from ddpm_ray.training.checkpoints import (
@@ -205,6 +206,7 @@ def _facts(settings: dict[str, Any], dataset: Dataset) -> dict[str, Any]:
     """What every checkpoint of the run says of it."""
     return {
         "config": settings["config"],
+        "version": package_version(),
         "image_shape": list(dataset.manifest.image_shape),
         "data_fingerprint": dataset.fingerprint,
         "identity": settings["identity"],

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
@@ -24,6 +25,7 @@ import pyarrow as pa
 from ddpm_ray.data import arrow_files, index_file, storage, verified
 from ddpm_ray.data.arrow_files import ArrowFileError
 from ddpm_ray.data.cache import ShardCache
+from ddpm_ray.file_formats import require_readable
 from ddpm_ray.telling import counted, told
 
 Encoding = Literal["raw", "png", "jpeg", "webp"]
@@ -31,7 +33,9 @@ UInt8s = npt.NDArray[np.uint8]
 Int64s = npt.NDArray[np.int64]
 
 MANIFEST, INDEX = "manifest.json", "index.arrow"
-FORMAT = "ddpm-ray shards 1"
+NEWEST_FORMAT = 1
+FORMAT = f"ddpm-ray shards {NEWEST_FORMAT}"
+NUMBERED = re.compile("ddpm-ray shards ([1-9][0-9]{0,8})")
 
 
 class DatasetError(RuntimeError):
@@ -144,8 +148,9 @@ class Shard:
 def open_dataset(url: str) -> Dataset:
     """The data set at `url`, its manifest and index checked against each other.
 
-    Raises DatasetError, which names the field, where they differ, and StorageError where they
-    cannot be read. Shards are checked when they are read.
+    Raises DatasetError, which names the field, where they differ, StorageError where they cannot be
+    read, and NewerFormatError for a set that a later version packed. Shards are checked when they
+    are read.
     """
     where = storage.join(url, MANIFEST)
     if not storage.exists(where):
@@ -293,7 +298,10 @@ def _manifest_fields(where: str, data: bytes) -> dict[str, Any]:
             raise ValueError("not a JSON object")
     except (ValueError, RecursionError) as error:
         raise DatasetError(where, f"not readable ({error})", "pack the data set again") from error
-    if found.get("format") != FORMAT:
+    stated = found.get("format")
+    if numbered := NUMBERED.fullmatch(str(stated)):
+        require_readable(where, int(numbered[1]), NEWEST_FORMAT)
+    if stated != FORMAT:
         remedy = f"this version reads {FORMAT!r}"
-        raise DatasetError(where, f"format is {found.get('format')!r}", remedy)
+        raise DatasetError(where, f"format is {stated!r}", remedy)
     return found

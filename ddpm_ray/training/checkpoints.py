@@ -3,7 +3,7 @@
     <url>/pointers/                         which checkpoints are committed: see pointers.py
     <url>/step-00000500-00000007-3f2a91c4/  one attempt of start 7: a folder is never written twice
         model.safetensors ema.safetensors optimizer.safetensors state.json
-        manifest.json                       sizes and sha256 of the four, written after them
+        manifest.json                       format, sizes and sha256 of the four, written after them
 
 Readers follow the newest pointer, verify every byte and fall back to the checkpoint before. Where
 pointers are lost or damaged, the whole folders beside them stand for themselves: a run never begins
@@ -28,19 +28,12 @@ from ddpm_ray import faults
 from ddpm_ray.data import storage, verified
 from ddpm_ray.data.storage import StorageError
 from ddpm_ray.data.verified import DamagedError
+from ddpm_ray.file_formats import FORMAT, require_readable
 from ddpm_ray.telling import counted, told
 from ddpm_ray.training import pointers
 from ddpm_ray.training.background import Background
 from ddpm_ray.training.lease import Lease, SupersededError
-from ddpm_ray.training.pointers import (
-    FOLDER,
-    POINTERS,
-    PREFIX,
-    Found,
-    Pointer,
-    Reference,
-    folder_step_epoch,
-)
+from ddpm_ray.training.pointers import FOLDER, POINTERS, PREFIX, Found, Pointer, Reference
 from ddpm_ray.training.state import Snapshot
 
 log = logging.getLogger(__name__)
@@ -49,6 +42,7 @@ CHECKPOINTS = "checkpoints"  # below a run's folder
 MANIFEST = "manifest.json"
 STATE = "state.json"
 GROUPS = ("model", "ema", "optimizer")  # of tensors that each checkpoint has
+NEWEST_FORMAT = 1  # of a checkpoint's folder
 TENSORS = ".safetensors"
 TENSOR_FILE = re.compile(r"([a-z][a-z0-9.-]*)\.safetensors")
 
@@ -177,7 +171,7 @@ class CheckpointStore:
         """
         found = pointers.find(self.url)
         known = self._known(found)
-        epochs = [folder_step_epoch(one.folder)[1] for one in known]
+        epochs = [pointers.folder_step_epoch(one.folder)[1] for one in known]
         return Pointer(max([found.epoch, *epochs]), 0, known)
 
     def _known(self, found: Found | None = None) -> list[Reference]:
@@ -204,7 +198,7 @@ class CheckpointStore:
         for folder in storage.folders(self.url):
             if not FOLDER.fullmatch(folder) or folder in known:
                 continue
-            if below is not None and folder_step_epoch(folder)[1] >= below:
+            if below is not None and pointers.folder_step_epoch(folder)[1] >= below:
                 continue
             manifest = _manifest(storage.join(self.url, folder))
             if manifest is None:
@@ -300,11 +294,12 @@ def _manifest(where: str) -> bytes | None:
 def read(
     url: str, manifest_sha256: str | None = None, groups: Sequence[str] | None = None
 ) -> Snapshot:
-    """The checkpoint in the folder `url`, every byte that is read verified; raises CheckpointError.
+    """The checkpoint in the folder `url`, every byte that is read verified.
 
     Without `manifest_sha256` (a folder that a person named) the manifest vouches for itself. All
     groups of tensors are read, or those named that it has: to sample, `groups=("ema",)` is enough,
-    and `groups=()` reads the facts alone.
+    and `groups=()` reads the facts alone. Raises CheckpointError, StorageError, and
+    NewerFormatError, past which no reader falls back: the newest steps would be lost.
     """
     try:
         where = storage.join(url, MANIFEST)
@@ -314,7 +309,8 @@ def read(
     except DamagedError:
         raise _damaged(url, MANIFEST, "its sha256 is not the pointer's") from None
     try:
-        expected: dict[str, dict[str, Any]] = json.loads(manifest)
+        expected: dict[str, Any] = json.loads(manifest)
+        require_readable(where, expected.get(FORMAT), NEWEST_FORMAT)
         held = sorted({*GROUPS, *_groups(expected)})
         groups = held if groups is None else [group for group in groups if group in held]
         files = {name: _verified(url, name, expected[name]) for name in file_names(groups)}
@@ -330,7 +326,7 @@ def objects(snapshot: Snapshot) -> dict[str, bytes]:
     files = {f"{group}{TENSORS}": safetensors.save(tensors)
              for group, tensors in snapshot.tensors.items()}  # fmt: skip
     files[STATE] = _json(snapshot.facts)
-    return files | {MANIFEST: _json(described(files))}
+    return files | {MANIFEST: _json({FORMAT: NEWEST_FORMAT} | described(files))}
 
 
 def described(files: Mapping[str, bytes]) -> dict[str, dict[str, Any]]:

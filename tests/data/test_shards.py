@@ -79,7 +79,7 @@ def test_the_manifest_has_no_path_and_no_time(make_dataset: MakeDataset, tmp_pat
         ("pixel_mean", [1.0]),
         ("pixel_std", [1.0]),
         ("index_sha256", "0123456789abcdef"),
-        ("format", "ddpm-ray shards 9"),
+        ("format", "ddpm-ray shards nine"),
         ("colour", "blue"),
     ],
 )

@@ -142,7 +142,7 @@ def test_a_start_beside_damaged_pointers_deletes_nothing(
     run_of(tmp_path)
     for pointer in pointers(tmp_path):
         SPOIL[how](pointer)
-    flip(newest(tmp_path) / "manifest.json")
+    SPOIL["cut"](newest(tmp_path) / "manifest.json")
     store = CheckpointStore(str(tmp_path), keep=3)
     store.lead(Lease.first(str(tmp_path), 0).renewed())
     assert len(list(tmp_path.glob("step-*"))) == 3
