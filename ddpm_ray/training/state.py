@@ -83,7 +83,7 @@ class TrainingState:
         self.shown = snapshot.facts.get("shown", self.step)  # older ones were saved after these
 
     def _moments(self) -> Tensors:
-        names = [name for name, _ in self.model.named_parameters()]
+        names = self._optimised_names()
         return {
             f"{names[index]}.{key}": value
             for index, moments in self.optimizer.state_dict()["state"].items()
@@ -92,16 +92,29 @@ class TrainingState:
 
     def _set_moments(self, tensors: Tensors) -> None:
         parameters = dict(self.model.named_parameters())
-        indices = {name: i for i, name in enumerate(parameters)}
+        indices = {name: index for index, name in enumerate(self._optimised_names())}
         moments: dict[int, Tensors] = {}
         for key, value in tensors.items():
             name, _, moment = key.rpartition(".")
+            if name not in indices:
+                raise RuntimeError(f"the optimiser has no parameter {name}, but the checkpoint has")
             if value.shape == parameters[name].shape:
                 # In the weights' own layout: fused Adam pairs elements by their place in memory.
                 value = torch.empty_like(parameters[name], requires_grad=False).copy_(value)
             moments.setdefault(indices[name], {})[moment] = value
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+
+    def _optimised_names(self) -> list[str]:
+        """Names of the optimiser's parameters in its own order: group after group.
+
+        torch's state_dict numbers parameters by this order, which is the model's only where there
+        is one group of all parameters.
+        """
+        names = {id(value): name for name, value in self.model.named_parameters()}
+        return [
+            names[id(value)] for group in self.optimizer.param_groups for value in group["params"]
+        ]
 
 
 def copied(groups: Mapping[str, Tensors]) -> dict[str, Tensors]:
