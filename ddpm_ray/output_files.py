@@ -1,4 +1,4 @@
-"""Pictures and folders that a job writes: checked before it works, so that no work is lost."""
+"""Files and folders that a job reads and writes: checked before it works; no work is lost."""
 
 import os
 from collections.abc import Sequence
@@ -7,6 +7,18 @@ from pathlib import Path
 from ddpm_ray.knobs import ConfigError
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+
+
+def input_file(option: str, path: str, home: Path) -> str:
+    """The path of a file that a submitted job brings along, or finds at `home`.
+
+    Raises ConfigError, which names `option`, where there is none.
+    """
+    if Path(path).exists():
+        return path
+    if not (home / path).exists():
+        raise ConfigError(f"{option} is {path}: there is no such file")
+    return str(home / path)
 
 
 def output_file(option: str, path: str, home: Path, suffixes: Sequence[str]) -> str:

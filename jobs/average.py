@@ -13,15 +13,19 @@ from argparse import Namespace
 from typing import Any
 
 from ddpm_ray.average_config import AverageConfig
+from ddpm_ray.cluster.model_uri import model_place
 from ddpm_ray.command_line import home_folder, main
+from ddpm_ray.output_files import output_folder
 
 
 def prepare(config: AverageConfig, arguments: Namespace) -> AverageConfig:
-    """The config as the run has it where nothing else was given."""
-    from ddpm_ray.cluster import trained  # heavy: after the config is read
-
+    """The config as the run has it where nothing else was given; absolute paths."""
     home = home_folder()
-    arguments.run = trained.model_place(arguments.run, home)
+    arguments.run = model_place(arguments.run, home)
+    if arguments.out and "://" not in arguments.out:
+        arguments.out = output_folder("--out", arguments.out, home)
+    from ddpm_ray.cluster import trained  # heavy: after the paths are checked
+
     return trained.as_trained(config, arguments.run, arguments.given, home)
 
 

@@ -13,13 +13,13 @@ model's. Options: --help, --print-config. The last line of stdout is a JSON obje
 import sys
 import time
 from argparse import Namespace
-from pathlib import Path
 from typing import Any
 
+from ddpm_ray.cluster.model_uri import model_place
 from ddpm_ray.command_line import home_folder, main
 from ddpm_ray.edit_config import EditConfig
 from ddpm_ray.knobs import ConfigError
-from ddpm_ray.output_files import made_ready, output_file
+from ddpm_ray.output_files import input_file, made_ready, output_file
 
 
 def prepare(config: EditConfig, arguments: Namespace) -> EditConfig:
@@ -28,12 +28,11 @@ def prepare(config: EditConfig, arguments: Namespace) -> EditConfig:
         raise ConfigError("\n".join(problems))
     home = home_folder()
     arguments.out = output_file("--out", arguments.out, home, (".png",))
-    for name in ("image", "mask"):  # a submitted job brings them along, or finds them at home
-        if (file := getattr(arguments, name)) and not Path(file).exists():
-            setattr(arguments, name, str(home / file))
+    arguments.image = input_file("image", arguments.image, home)
+    arguments.mask = arguments.mask and input_file("--mask", arguments.mask, home)
+    arguments.model_uri = model_place(arguments.model_uri, home)
     from ddpm_ray.cluster import trained  # heavy: after the paths are checked
 
-    arguments.model_uri = trained.model_place(arguments.model_uri, home)
     return trained.as_trained(config, arguments.model_uri, arguments.given, home)
 
 

@@ -11,16 +11,17 @@ import sys
 from argparse import Namespace
 from typing import Any
 
+from ddpm_ray.cluster.model_uri import model_place
 from ddpm_ray.command_line import home_folder, main
 from ddpm_ray.job_config import EvaluateConfig
 
 
 def prepare(config: EvaluateConfig, arguments: Namespace) -> EvaluateConfig:
-    """The config as the run has it where nothing else was given."""
-    from ddpm_ray.cluster import trained  # heavy: after the config is read
-
+    """The config as the run has it where nothing else was given; absolute paths."""
     home = home_folder()
-    arguments.model_uri = trained.model_place(arguments.model_uri, home)
+    arguments.model_uri = model_place(arguments.model_uri, home)
+    from ddpm_ray.cluster import trained  # heavy: after the paths are checked
+
     return trained.as_trained(config, arguments.model_uri, arguments.given, home)
 
 

@@ -13,6 +13,7 @@ from argparse import Namespace
 from dataclasses import replace
 from typing import Any
 
+from ddpm_ray.cluster.model_uri import model_place
 from ddpm_ray.command_line import ProgressLine, home_folder, main
 from ddpm_ray.job_config import SampleConfig
 from ddpm_ray.output_files import PICTURES, made_ready, output_file
@@ -23,11 +24,10 @@ def prepare(config: SampleConfig, arguments: Namespace) -> SampleConfig:
     home = home_folder()
     arguments.out = output_file("--out", arguments.out, home, PICTURES)
     film = config.film and output_file("film", config.film, home, (".gif",))
+    uri = arguments.model_uri = model_place(arguments.model_uri, home)
     from ddpm_ray.cluster import trained  # heavy: after the paths are checked
 
-    arguments.model_uri = trained.model_place(arguments.model_uri, home)
-    config = trained.as_trained(config, arguments.model_uri, arguments.given, home)
-    return replace(config, film=film)
+    return trained.as_trained(replace(config, film=film), uri, arguments.given, home)
 
 
 def sample(config: SampleConfig, arguments: Namespace) -> dict[str, Any]:

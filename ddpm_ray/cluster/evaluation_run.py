@@ -14,6 +14,7 @@ from torch import Tensor
 from ddpm_ray import build, build_diffusion
 from ddpm_ray.cluster import fatal, group, trained
 from ddpm_ray.cluster.control import Desk
+from ddpm_ray.cluster.model_uri import IN_MLFLOW
 from ddpm_ray.cluster.tracking_place import tracking_place
 from ddpm_ray.cluster.worker import place
 from ddpm_ray.config import RunConfig
@@ -42,7 +43,7 @@ def evaluate(model_uri: str, config: EvaluateConfig, home: Path) -> dict[str, An
     DatasetError, StorageError or TrackingError.
     """
     tracking_uri = tracking_place(home)
-    if not model_uri.startswith(trained.IN_MLFLOW):
+    if not model_uri.startswith(IN_MLFLOW):
         model_uri = storage.absolute(model_uri, home)
     model = trained.load(model_uri, tracking_uri=tracking_uri)
     begun = from_dict(RunConfig, model.provenance["config"])

@@ -5,17 +5,17 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from itertools import islice
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import ray
-
-from ddpm_ray.cluster import group
 from ddpm_ray.data import pack_report, packer
 from ddpm_ray.data.pack_options import PackOptions
 from ddpm_ray.data.pack_report import PackReport
 from ddpm_ray.data.packer import Packed, Plan
 from ddpm_ray.data.shards import Dataset
 from ddpm_ray.job_config import PackConfig
+
+if TYPE_CHECKING:
+    import ray
 
 Progress = Callable[[int, int], None]  # shards done, shards in all
 
@@ -76,6 +76,10 @@ def _here(plan: Plan) -> Iterator[Packed]:
 
 def _on_ray(plan: Plan, config: PackConfig) -> Iterator[Packed]:
     """Shards as they get done, at most `num_workers` at once (0: one per CPU)."""
+    import ray  # seconds, and the source is looked at before that
+
+    from ddpm_ray.cluster import group
+
     group.connect(config.address)
     most = config.num_workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
     shared, task = ray.put(plan), ray.remote(max_retries=3)(packer.pack_shard)
@@ -94,6 +98,8 @@ def _on_ray(plan: Plan, config: PackConfig) -> Iterator[Packed]:
 
 def _result(reference: ray.ObjectRef[Packed]) -> Packed:
     """A task's result; its own error, not Ray's wrapping of it."""
+    import ray
+
     try:
         packed: Packed = ray.get(reference)
     except ray.exceptions.RayTaskError as error:

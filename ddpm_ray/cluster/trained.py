@@ -1,7 +1,6 @@
 """Trained models by name: from a checkpoint folder, or out of MLflow."""
 
 import atexit
-import re
 import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -13,18 +12,15 @@ import torch
 
 from ddpm_ray import build_trained
 from ddpm_ray.build_diffusion import checked_plan
-from ddpm_ray.cluster import registry
+from ddpm_ray.cluster.model_uri import IN_MLFLOW, model_place, require_whole_name
 from ddpm_ray.cluster.tracking_place import tracking_place
 from ddpm_ray.config import RunConfig
-from ddpm_ray.data import storage
 from ddpm_ray.diffusion_config import SamplingConfig
 from ddpm_ray.generation import leading
 from ddpm_ray.generation.sample import SamplingPlan
 from ddpm_ray.generation.trained_model import TrainedModel
 from ddpm_ray.job_config import LeadConfig
 from ddpm_ray.knobs import Checked, ConfigError, from_dict
-
-IN_MLFLOW = ("runs:/", "models:/")
 
 # What `as_trained` downloaded, for the `load` of that model which follows in a job: by MLflow's
 # place and the model's URI its temporary folder, and where the checkpoint lies in it.
@@ -93,11 +89,6 @@ def as_trained(config: Job, uri: str, given: Collection[str], home: Path) -> Job
     return config
 
 
-def model_place(uri: str, home: Path) -> str:
-    """`uri` with a relative folder laid below `home`."""
-    return uri if uri.startswith(IN_MLFLOW) else storage.absolute(uri, home)
-
-
 @contextmanager
 def _local(uri: str, home: Path, tracking_uri: str = "", *, keep: bool = False) -> Iterator[str]:
     """Where the checkpoint of `uri` can be read: of a model in MLflow, a copy for a while.
@@ -107,7 +98,7 @@ def _local(uri: str, home: Path, tracking_uri: str = "", *, keep: bool = False) 
     if not uri.startswith(IN_MLFLOW):
         yield uri
         return
-    _require_whole_name(uri)
+    require_whole_name(uri)
     key = tracking_place(home, tracking_uri), uri
     scratch, folder = _downloads.pop(key) if key in _downloads else _download(*key)
     try:
@@ -121,27 +112,10 @@ def _local(uri: str, home: Path, tracking_uri: str = "", *, keep: bool = False) 
         scratch.cleanup()
 
 
-def _require_whole_name(uri: str) -> None:
-    """Raise ConfigError where the URI of a model in MLflow lacks a part: MLflow says no such thing.
-
-    Some it takes for another URI, and of others it tells an error of its database.
-    """
-    form = r"runs:/+([^/]+)/(.*[^/])/*" if uri.startswith("runs:") else r"models:/+([^/@]+)(.*)"
-    name, part = match.groups() if (match := re.fullmatch(form, uri)) else ("", "")
-    if uri.startswith("runs:") and not name:
-        missing = "a run's id" if uri.strip("/") == "runs:" else "the model's name in that run"
-        raise ConfigError(f"{uri} lacks {missing}; write runs:/<run id>/model")
-    if uri.startswith("models:") and not re.fullmatch("[@/][^/@]+(/.*)?", part):
-        if re.fullmatch("m-[0-9a-f]{8,}", name) and not part:  # a logged model's id says all
-            return
-        missing = "an alias or a version" if name else "a name"
-        raise ConfigError(
-            f"{uri} lacks {missing}; write models:/<name>@<alias> or models:/<name>/<version>"
-        )
-
-
 def _download(where: str, uri: str) -> tuple[tempfile.TemporaryDirectory[str], str]:
     """A temporary folder, and where in it the checkpoint of the model `uri` of that MLflow lies."""
+    from ddpm_ray.cluster import registry  # MLflow takes seconds, and a folder needs none
+
     scratch = tempfile.TemporaryDirectory(prefix="ddpm-ray-model-")
     atexit.register(scratch.cleanup)
     return scratch, str(registry.download_model(where, uri, Path(scratch.name)))

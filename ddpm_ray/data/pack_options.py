@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ddpm_ray.data.built_in_sets import Split
+from ddpm_ray.data.resizing import Resize
 from ddpm_ray.data.shards import Encoding
-from ddpm_ray.data.transforms import Resize
 
 
 @dataclass(frozen=True)

@@ -30,10 +30,10 @@ from ddpm_ray.data.image_files import (
 )
 from ddpm_ray.data.pack_options import PackOptions
 from ddpm_ray.data.pack_report import PackReport, Record
+from ddpm_ray.data.resizing import resized
 from ddpm_ray.data.samples import NamedGroup, Sample, Source, groups
 from ddpm_ray.data.shards import Dataset, DatasetError, Recipe, ShardRow, UInt8s
 from ddpm_ray.data.sources import open_source
-from ddpm_ray.data.transforms import resized
 from ddpm_ray.telling import redacted
 
 log = logging.getLogger(__name__)

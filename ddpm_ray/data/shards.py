@@ -63,7 +63,7 @@ class Recipe:
 
     image_shape: tuple[int, int, int]  # H, W, C
     encoding: Encoding
-    resize: str  # a recipe of transforms.py
+    resize: str  # a recipe of resizing.py
     label_names: tuple[str, ...]  # name of label 0, 1, ...; empty: images without labels
     source_sha256: str  # names the samples that it was packed from (sources.py)
 

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from ddpm_ray.data.transforms import resized, to_model_range
+from ddpm_ray.data.resizing import resized
+from ddpm_ray.data.transforms import to_model_range
 
 
 @given(st.integers(1, 200), st.integers(1, 200), st.integers(1, 32))

@@ -1,0 +1,45 @@
+"""URIs of trained models as a person writes them, checked before torch and MLflow are loaded."""
+
+import re
+from pathlib import Path
+
+from ddpm_ray.data import storage
+from ddpm_ray.knobs import ConfigError
+
+IN_MLFLOW = ("runs:/", "models:/")
+
+
+def model_place(uri: str, home: Path) -> str:
+    """`uri` with a relative folder laid below `home`.
+
+    Raises ConfigError where it lacks a part, or where a folder of this machine is not there.
+    """
+    if uri.startswith(IN_MLFLOW):
+        require_whole_name(uri)
+        return uri
+    place = storage.absolute(uri, home)
+    if storage.is_local(place) and not storage.local_path(place).exists():
+        raise ConfigError(
+            f"{place}: there is no such folder; name a run's folder, its checkpoints folder, one "
+            f"checkpoint in it, runs:/<run id>/model or models:/<name>@<alias>"
+        )
+    return place
+
+
+def require_whole_name(uri: str) -> None:
+    """Raise ConfigError where the URI of a model in MLflow lacks a part: MLflow says no such thing.
+
+    Some it takes for another URI, and of others it tells an error of its database.
+    """
+    form = r"runs:/+([^/]+)/(.*[^/])/*" if uri.startswith("runs:") else r"models:/+([^/@]+)(.*)"
+    name, part = match.groups() if (match := re.fullmatch(form, uri)) else ("", "")
+    if uri.startswith("runs:") and not name:
+        missing = "a run's id" if uri.strip("/") == "runs:" else "the model's name in that run"
+        raise ConfigError(f"{uri} lacks {missing}; write runs:/<run id>/model")
+    if uri.startswith("models:") and not re.fullmatch("[@/][^/@]+(/.*)?", part):
+        if re.fullmatch("m-[0-9a-f]{8,}", name) and not part:  # a logged model's id says all
+            return
+        missing = "an alias or a version" if name else "a name"
+        raise ConfigError(
+            f"{uri} lacks {missing}; write models:/<name>@<alias> or models:/<name>/<version>"
+        )
