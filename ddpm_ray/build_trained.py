@@ -141,7 +141,7 @@ def trained_classifier(url: str, device: torch.device | str = "cpu") -> NoisyCla
 def write_diffusers(model: TrainedModel, sampling: SamplingConfig, folder: Path) -> Export:
     """Write `model` as a folder that diffusers' own `from_pretrained` reads; return how it samples.
 
-    Raises ForeignModelError for what diffusers has no name for.
+    Raises ForeignModelError for what diffusers has no name for, and StorageError.
     """
     network = model.denoiser.network
     assert isinstance(network, UNet)
@@ -165,7 +165,7 @@ def write_diffusers(model: TrainedModel, sampling: SamplingConfig, folder: Path)
         "sampling": to_dict(sampling),
     }
     tensors = {k: v for k, v in network.state_dict().items() if not k.startswith("uncertainty.")}
-    return interchange.write_folder(folder, form, tensors, facts)
+    return interchange.write_folder(folder, form, tensors, facts, storage.write_bytes)
 
 
 def _checkpoint(url: str, *groups: str) -> tuple[str, Snapshot]:

@@ -1,6 +1,9 @@
 """Models go to diffusers and come back as they were; a classifier is not taken for a model."""
 
+import errno
+import itertools
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ import ddpm_ray
 from ddpm_ray import build, build_diffusion, build_trained
 from ddpm_ray.config import RunConfig
 from ddpm_ray.data import storage
+from ddpm_ray.data.storage import StorageError
 from ddpm_ray.diffusion_config import SamplingConfig
 from ddpm_ray.generation.trained_model import TrainedModel
 from ddpm_ray.knobs import ConfigError, load, to_dict
@@ -196,6 +200,29 @@ def test_a_folder_is_loaded_by_reading_the_bytes_of_its_average_alone(
     monkeypatch.setattr(storage, "read_bytes", counted)
     assert build_trained.trained_model(str(folder)).sample(2, steps=2).dtype == np.uint8
     assert 1 <= sum(read) / average.stat().st_size <= 1.05
+
+
+@pytest.mark.parametrize("refused", range(4))
+def test_an_export_to_a_full_disk_leaves_whole_files_and_no_index(
+    refused: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On commit d926ba0 `[Errno 28] No space left on device`, and a folder with half a file."""
+    model, synced, fsync = trained(configured()), itertools.count(), os.fsync
+    build_trained.write_diffusers(model, SamplingConfig(), whole := tmp_path / "whole")
+
+    def full(file: int) -> None:
+        if next(synced) == refused:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(file)
+
+    monkeypatch.setattr("ddpm_ray.data.storage.os.fsync", full)
+    with pytest.raises(StorageError, match=r"begun/.*: the disk is full; free some space or cho"):
+        build_trained.write_diffusers(model, SamplingConfig(), begun := tmp_path / "begun")
+    left = [path for path in begun.rglob("*") if path.is_file()]
+    assert len(left) == refused
+    for path in left:
+        assert path.read_bytes() == (whole / path.relative_to(begun)).read_bytes()
+    assert not (begun / build_trained.OF_DIFFUSERS).exists()
 
 
 def test_an_average_that_is_not_there_is_told_with_those_that_are(tmp_path: Path) -> None:

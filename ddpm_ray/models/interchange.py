@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from ddpm_ray.models import foreign_keys
@@ -140,20 +140,27 @@ def read_folder(folder: str | Path) -> tuple[Form, dict[str, Tensor], dict[str, 
     return *from_diffusers(config, stored), facts
 
 
-def write_folder(folder: str | Path, form: Form, tensors: Tensors, facts: Facts) -> Export:
+def write_folder(
+    folder: str | Path,
+    form: Form,
+    tensors: Tensors,
+    facts: Facts,
+    write: Callable[[str, bytes], object],
+) -> Export:
     """Save for `DiffusionPipeline.from_pretrained(folder)`, and return how that samples.
 
-    Raises ForeignModelError for what it cannot be, with nothing written.
+    `write` puts bytes at a path, whole or not at all. The largest file comes first, which is the
+    one that a full disk refuses, and the index last: without it the folder is no model. Raises
+    ForeignModelError for what it cannot be, with nothing written.
     """
     config, theirs = to_diffusers(form, tensors)
     export = to_pipeline(facts)
+    write(f"{folder}/unet/{WEIGHTS}.safetensors", save(theirs, {"format": "pt"}))
     files = {"unet/config.json": config, "scheduler/scheduler_config.json": export.scheduler,
              "model_index.json": export.model_index}  # fmt: skip
     for name, value in files.items():
-        path = Path(folder) / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n")
-    save_file(theirs, Path(folder) / "unet" / f"{WEIGHTS}.safetensors", {"format": "pt"})
+        text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n"
+        write(f"{folder}/{name}", text.encode())
     return export
 
 

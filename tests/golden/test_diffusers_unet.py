@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ddpm_ray.data.storage import write_bytes
 from ddpm_ray.diffusion import NoiseSchedule, samplers, schedules
 from ddpm_ray.models import interchange
 from ddpm_ray.models.foreign_configs import UNET, VARIANCES, Form, to_scheduler
@@ -120,7 +121,7 @@ def test_a_saved_network_of_ours_is_loaded_by_their_own_pipeline(
         "objective": {"prediction": "v", "variance": "fixed"},
         "sampling": {"variance": "fixed_large", "clip": False},
     }
-    interchange.write_folder(tmp_path, form, ours.state_dict(), facts)
+    interchange.write_folder(tmp_path, form, ours.state_dict(), facts, write_bytes)
     pipeline = diffusers.DDPMPipeline.from_pretrained(tmp_path)
     require_alike(ours, pipeline.unet.eval(), {"sample_size": 8})
     scheduler = pipeline.scheduler

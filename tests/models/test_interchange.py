@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ddpm_ray.data.storage import write_bytes
 from ddpm_ray.models import interchange
 from ddpm_ray.models.foreign_configs import (
     SCHEDULER,
@@ -292,7 +293,7 @@ def test_runs_that_their_scheduler_cannot_be_are_refused(
 
 
 def saved(folder: Path) -> Path:
-    interchange.write_folder(folder, form(), numbered(form()), from_scheduler({}))
+    interchange.write_folder(folder, form(), numbered(form()), from_scheduler({}), write_bytes)
     return folder
 
 
