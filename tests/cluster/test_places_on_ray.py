@@ -88,7 +88,7 @@ def test_a_killed_controller_leaves_nothing_behind() -> None:
 def test_a_sweep_that_cannot_fit_is_refused_with_the_arithmetic() -> None:
     two = ClusterConfig(num_workers=2, cpus_per_worker=1)
     assert capacity.trials_at_once(two, 0) == 1
-    with pytest.raises(ConfigError, match=r"3 x run\.cluster\.num_workers=2 .* 2 workers, so"):
+    with pytest.raises(ConfigError, match=r"3 x run\.cluster\.num_workers=2 .* 2 workers, so for"):
         capacity.trials_at_once(two, 3)
-    with pytest.raises(ConfigError, match="so 0 trials"):
+    with pytest.raises(ConfigError, match="so for 0 trials"):
         capacity.trials_at_once(ClusterConfig(num_workers=3, cpus_per_worker=1), 0)

@@ -222,7 +222,7 @@ def test_what_leads_samples_is_left_out() -> None:
         ({"terms": 1}, "terms is 1 of T = 30; take 2, which is L_0 and one other, to T"),
         ({"terms": 31}, "terms is 31 of T = 30"),
         ({"images": IMAGES[:1]}, "1 image; an interval needs at least 2"),
-        ({"images": IMAGES[:0]}, "there are 0 images"),
+        ({"images": IMAGES[:0]}, "0 images; an interval needs at least 2"),
         ({"variance": "learned_range"}, "learned_range, but the network answers fixed; take"),
     ],
 )
