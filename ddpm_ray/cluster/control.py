@@ -4,12 +4,13 @@ An actor of its own because Ray Train's report() is a barrier that waits for the
 poll, up to 2 s; a note left here costs the worker nothing.
 """
 
+import contextlib
 import time
 from dataclasses import asdict, dataclass
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import ray
-from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError
+from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayError
 
 from ddpm_ray.cluster import placement
 from ddpm_ray.cluster.watch import Beat
@@ -31,8 +32,17 @@ class ControlLostError(RuntimeError):
 
 
 _Lying: TypeAlias = tuple[
-    dict[str, Any] | None, str | None, list[tuple[int, str]], list[dict[str, Any]], str
+    dict[str, Any] | None, str | None, list["Start"], list[dict[str, Any]], str
 ]
+
+
+class Start(NamedTuple):
+    """One start of the workers."""
+
+    step: int  # that they began at
+    group: str  # their placement group
+    workers: int
+    reason: str = ""  # why those before them ended, as far as it is known
 
 
 class _Desk:
@@ -40,7 +50,8 @@ class _Desk:
         self.progress: dict[str, Any] | None = None
         self.wish = Wish.NOTHING
         self.fatal: str | None = None
-        self.starts: list[tuple[int, str]] = []
+        self.starts: list[Start] = []
+        self.restart_reason = ""  # for which the workers of the newest start have ended
         self.beats: dict[int, tuple[float, dict[str, Any]]] = {}  # when it came, by rank
         self.groups: list[str] = []  # whose workers were heard of; the beats are of the last
 
@@ -56,8 +67,14 @@ class _Desk:
         beats = [beat | {"silent_s": now - came} for came, beat in self.beats.values()]
         return self.progress, self.fatal, self.starts, beats, (self.groups or [""])[-1]
 
-    def start(self, step: int, group: str) -> None:
-        self.starts.append((step, group))
+    def start(self, step: int, group: str, workers: int) -> None:
+        self.starts.append(Start(step, group, workers, self.restart_reason))
+        self.restart_reason = ""
+
+    def report_restart(self, reason: str) -> None:
+        # Of several until a start succeeds the first is the cause: a group that finds no place for
+        # itself afterwards fails too.
+        self.restart_reason = self.restart_reason or reason
 
     def beat(self, beat: dict[str, Any], group: str) -> None:
         """Keep a worker's heartbeat; one of a group before the newest counts no more."""
@@ -87,7 +104,7 @@ class Notes:
 
     progress: Progress | None  # the newest
     fatal: str | None  # why to go on is of no use, if it is not
-    starts: list[tuple[int, str]]  # the step that the workers began at, and their placement group
+    starts: list[Start]
     beats: list[Beat]  # of each worker of the newest group, the last that came
     group: str = ""  # the placement group of these, as soon as one of them lives
 
@@ -117,9 +134,14 @@ class Desk:
         wishes = [_answer(one) for one in answered]
         return max([Wish.NOTHING, *(Wish(wish) for wish in wishes if wish is not None)])
 
-    def start(self, step: int, group: str) -> None:
-        """Tell the driver at which step the workers of placement group `group` begin."""
-        self._actor.start.remote(step, group)
+    def start(self, step: int, group: str, workers: int) -> None:
+        """Tell the driver at which step the `workers` of placement group `group` begin."""
+        self._actor.start.remote(step, group, workers)
+
+    def report_restart(self, reason: str) -> None:
+        """Tell the driver why the workers end and others will be started; never waits or fails."""
+        with contextlib.suppress(RayError):  # of a dead actor the driver knows by itself
+            self._actor.report_restart.remote(reason)
 
     def beat(self, beat: Beat, group: str) -> None:
         """Tell the driver where this worker, of the placement group `group`, stands."""

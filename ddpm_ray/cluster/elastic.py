@@ -16,6 +16,7 @@ from ray.train.v2._internal.execution.scaling_policy import (
 )
 
 from ddpm_ray.cluster.control import Desk
+from ddpm_ray.telling import counted
 from ddpm_ray.training.reporting import Wish
 
 log = logging.getLogger(__name__)
@@ -53,6 +54,7 @@ class ElasticPolicy(ElasticScalingPolicy):  # type: ignore[misc]  # Ray's types 
         if newest == self._saved and time.monotonic() - self._asked_s < SAVE_S:
             return NoopDecision()
         decision, self._wanted = self._wanted, None
+        self._desk.report_restart(f"resized to {counted(decision.num_workers, 'worker')}")
         return decision
 
     def make_decision_for_non_running_worker_group(self) -> ScalingDecision:

@@ -56,7 +56,12 @@ def passes(error: Exception) -> bool:
     text = str(error)
     if isinstance(error, torch.AcceleratorError) or DEVICE.search(text):
         return not DEVICE_MISUSE.search(text)
-    return bool(LOST_PEER.search(text))
+    return is_lost_peer(error)
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether `error` only says that another worker is gone."""
+    return type(error) is RuntimeError and bool(LOST_PEER.search(str(error)))
 
 
 @contextmanager

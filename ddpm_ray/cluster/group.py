@@ -13,15 +13,14 @@ from typing import Any
 
 import ray
 import ray.train
-from ray.exceptions import RayActorError
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
 from ddpm_ray import faults
-from ddpm_ray.cluster import mlflow_settings, placement
-from ddpm_ray.cluster.control import Desk, Notes, death
+from ddpm_ray.cluster import failures, mlflow_settings, placement
+from ddpm_ray.cluster.control import Desk, Notes
 from ddpm_ray.cluster.elastic import ElasticPolicy
 from ddpm_ray.cluster.interrupts import Interrupts, while_ray_starts
 from ddpm_ray.cluster.ray_address import require_listener
@@ -155,7 +154,7 @@ def run(
     if notes.fatal is not None:
         raise RunFailedError(notes.fatal)
     if error := outcome.get("error"):
-        raise RunFailedError(starts.stall or _reason(error)) from error
+        raise RunFailedError(starts.stall or failures.reason(error)) from error
     return outcome["value"]
 
 
@@ -174,14 +173,16 @@ class _Starts:
 
     def note(self, notes: Notes) -> None:
         """Pass on those that are new."""
-        for step, place in notes.starts[len(self.places) :]:
-            self.on_start(step, place)
+        for start in notes.starts[len(self.places) :]:
+            self.on_start(start.step, start.group)
             if self.places:
                 log.warning(
-                    "a worker was lost, or more have a place; all were started again, at step %d",
-                    step,
+                    "worker group restarted at step %d with %s (%s)",
+                    start.step,
+                    counted(start.workers, "worker"),
+                    self.stall.partition(";")[0] or start.reason or "a worker was lost",
                 )
-            self.places.append(place)
+            self.places.append(start.group)
             self.stall = ""
 
     def judge(self, notes: Notes) -> None:
@@ -247,8 +248,9 @@ def _trainer(
             },
         ),
     )
+    trainer.desk = settings["desk"]
     if elastic:
-        trainer.policy = ElasticPolicy(trainer.scaling_config, counts, settings["desk"])
+        trainer.policy = ElasticPolicy(trainer.scaling_config, counts, trainer.desk)
     return trainer
 
 
@@ -262,6 +264,7 @@ class _Trainer(TorchTrainer):  # type: ignore[misc]  # Ray's types are not follo
     makes a start on two cores 3 s longer.
     """
 
+    desk: Desk
     policy: ElasticPolicy | None = None  # in place of Ray's own, which takes any number of workers
 
     def _create_default_callbacks(self) -> list[Any]:
@@ -269,8 +272,11 @@ class _Trainer(TorchTrainer):  # type: ignore[misc]  # Ray's types are not follo
         return [one for one in every if not isinstance(one, UNUSED)]
 
     def _initialize_and_run_controller(self, **settings: Any) -> Any:
-        policy = self.policy or settings["scaling_policy"]
-        return super()._initialize_and_run_controller(**settings | {"scaling_policy": policy})
+        policies = {
+            "scaling_policy": self.policy or settings["scaling_policy"],
+            "failure_policy": failures.ReportedFailures(settings["failure_policy"], self.desk),
+        }
+        return super()._initialize_and_run_controller(**settings | policies)
 
 
 def _fit(trainer: TorchTrainer, outcome: dict[str, Any]) -> None:
@@ -298,22 +304,3 @@ def _worker_environment(config: ClusterConfig) -> dict[str, str]:
     threads = {"OMP_NUM_THREADS": str(max(1, int(config.cpus_per_worker))), "GOMP_SPINCOUNT": "0"}
     asked = {name: os.environ[name] for name in (faults.VARIABLE,) if name in os.environ}
     return threads | mlflow_settings.chosen() | asked
-
-
-def _reason(error: BaseException) -> str:
-    """The first worker's own error, or Ray's, as one line."""
-    failures = getattr(error, "worker_failures", None)
-    if failures:
-        rank, error = next(iter(sorted(failures.items())))
-        if isinstance(error, RayActorError):
-            return f"worker {rank} {death(error)}"
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        # Ray's memory monitor ends its own explanation with advice.
-        out_of_memory = [line for line in lines if "low on memory" in line]
-        return f"worker {rank}: {[type(error).__name__, *lines, *out_of_memory][-1]}"
-    if isinstance(error, RayActorError):
-        return (
-            f"Ray Train's controller {death(error)}; the same command continues from the newest "
-            f"checkpoint"
-        )
-    return " ".join(str(error).split()) or type(error).__name__

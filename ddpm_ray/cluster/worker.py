@@ -62,7 +62,7 @@ def _train(config: RunConfig, settings: dict[str, Any], desk: Desk) -> dict[str,
     try:
         run = assemble(config, settings, desk.show, workers)
         if workers.leads:
-            desk.start(run.state.step, group)
+            desk.start(run.state.step, group, workers.count)
         began = time.time()
         faults.at("begin")
         try:

@@ -233,26 +233,6 @@ def test_an_actor_that_cannot_be_reached_for_a_while_ends_nothing(
     assert found.fatal is None
 
 
-@pytest.mark.parametrize(
-    "error, says",
-    [
-        (
-            RayActorError("0", DEATH),
-            "Ray Train's controller died (killed, or a crash of its own); ",
-        ),
-        (ValueError("a\n  b"), "a b"),
-    ],
-)
-def test_a_controller_that_is_gone_is_one_line(error: Exception, says: str) -> None:
-    assert group._reason(error).startswith(says)
-
-
-def test_a_worker_whose_process_died_is_one_line() -> None:
-    failed = RuntimeError("Training failed")
-    failed.worker_failures = {1: RayActorError("0", DEATH)}  # type: ignore[attr-defined]
-    assert group._reason(failed) == "worker 1 died (killed, or a crash of its own)"
-
-
 def test_a_ray_that_does_not_start_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def init(**_: Any) -> None:
         raise Exception("The node timed out\nduring startup.")

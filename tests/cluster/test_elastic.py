@@ -20,6 +20,7 @@ class SlowDesk:
     def __init__(self) -> None:
         self.answer: Notes | Exception | None = None
         self.asked: list[Wish] = []
+        self.restart_reasons: list[str] = []
 
     def look(self) -> Notes:
         raise AssertionError("the controller waits for the actor")
@@ -32,6 +33,9 @@ class SlowDesk:
 
     def ask(self, wish: Wish) -> None:
         self.asked.append(wish)
+
+    def report_restart(self, reason: str) -> None:
+        self.restart_reasons.append(reason)
 
 
 @pytest.fixture
@@ -64,7 +68,9 @@ def test_a_resize_waits_for_a_newer_checkpoint_and_never_for_the_actor(
     desk.answer = saved("step-10")
     assert isinstance(decide(), NoopDecision)
     desk.answer = saved("step-20")
+    assert desk.restart_reasons == []
     assert isinstance(decide(), ResizeDecision)
+    assert desk.restart_reasons == ["resized to 1 worker"]
 
 
 def test_a_dead_actor_holds_no_resize_up_for_ever(

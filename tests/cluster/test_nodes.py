@@ -89,8 +89,12 @@ def test_a_run_goes_on_with_fewer_workers_and_again_with_more() -> None:
         assert run.status == "FINISHED"
         assert run.steps == list(range(1, 1001))
         assert addresses(nodes, alive=False) == [HEAD] * 3 + [SECOND] * 2  # 2, then 1, then 2
-        lost = [line for line in nodes.told("train") if "all were started again, at step" in line]
-        began = int(lost[0].split()[-1])
+        lost, resized = (
+            line for line in nodes.told("train") if "worker group restarted at step" in line
+        )
+        began = int(lost.partition("at step ")[2].split()[0])
+        assert "with 1 worker (worker " in lost
+        assert "with 2 workers (resized to 2 workers)" in resized
         assert gone[0] <= began  # by the checkpoint that the announcement brought about
 
 

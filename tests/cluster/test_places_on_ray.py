@@ -38,7 +38,7 @@ def run(show: Callable[[Progress], bool | None], places: list[str]) -> Any:
 
     def worker(settings: dict[str, Any]) -> str:  # nested, so that it travels by value
         desk, place = settings["desk"], placement.of_this_worker()
-        desk.start(0, place)
+        desk.start(0, place, 1)
         while not desk.show(Progress(1, 2, 0.0, 0.0)):
             threading.Event().wait(0.05)
         return place

@@ -35,6 +35,10 @@ CALLED: list[tuple[str, tuple[str, ...], str]] = [
      "elastic.py overrides it; else no checkpoint comes before a change"),
     ("ray.train.v2._internal.execution.scaling_policy:ElasticScalingPolicy"
      ".make_decision_for_non_running_worker_group", ("self",), "elastic.py: as above"),
+    ("ray.train.v2._internal.execution.failure_handling:FailurePolicy.make_decision",
+     ("self", "training_failed_error"), "failures.py: restarts do not say why"),
+    ("ray.train.v2.api.exceptions:WorkerGroupError", ("worker_failures",),
+     "failures.py: the reason of a failure is Ray's page on it"),
     ("ray.train.v2._internal.execution.scaling_policy:NoopDecision", (), "elastic.py"),
     ("ray.train.v2._internal.execution.scaling_policy:ResizeDecision", (), "elastic.py"),
     ("ray.train.torch.config:_TorchBackend.on_start", ("self", "worker_group", "backend_config"),

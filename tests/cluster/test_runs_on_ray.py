@@ -1,6 +1,7 @@
 """Whole training jobs on a real local Ray: unbroken, killed, interrupted, refused."""
 
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,9 @@ def test_a_run_leaves_what_it_says(killed: Job) -> None:
 def test_a_run_whose_worker_is_killed_ends_like_an_unbroken_one(
     killed: Job, unbroken: Ended
 ) -> None:
-    """Same bits in weights, EMA and Adam's moments; the same rows, each once."""
+    """Same bits in weights, EMA and Adam's moments; the same rows, each once; the log says why."""
+    (restart,) = [line for line in killed.lines if "worker group restarted at step" in line]
+    assert re.search(r" with 2 workers \(worker [01] died \(killed, or a crash of its", restart)
     assert hashes(killed.result["checkpoint"]) == unbroken.hashes
     for key, wanted in unbroken.rows.items():
         found = rows(killed.result, key)

@@ -73,7 +73,7 @@ def test_beats_of_a_group_that_is_gone_count_no_more(clock: Clock) -> None:
     desk.beat(asdict(OPENS), "second")
     desk.beat(asdict(replace(OPENS, rank=2, workers=3, step=9)), "first")  # on its way since then
     assert [(beat.rank, beat.step) for beat in beats_of(desk)] == [(0, 0), (1, 0)]
-    desk.start(5, "second")
+    desk.start(5, "second", 2)
     desk.rest(0, "first")  # it woke up, and ends
     desk.rest(1, "second")
     assert [beat.rank for beat in beats_of(desk)] == [0]
