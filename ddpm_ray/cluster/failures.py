@@ -48,7 +48,9 @@ def _of_worker(failures: Mapping[int, Exception]) -> str:
             return 1, rank
         return (2 if fatal.is_lost_peer(error) else 0), rank
 
-    rank, error = min(failures.items(), key=order)
+    # A dead worker is an error of the poll that found it so, around the actor's.
+    bare = {rank: getattr(one, "health_check_failure", one) for rank, one in failures.items()}
+    rank, error = min(bare.items(), key=order)
     if isinstance(error, RayActorError):
         return f"worker {rank} {death(error)}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

@@ -7,7 +7,10 @@ from typing import Any
 import pytest
 from ray.exceptions import RayActorError
 from ray.train import FailureConfig
-from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+from ray.train.v2._internal.exceptions import (
+    WorkerGroupStartupTimeoutError,
+    WorkerHealthCheckFailedError,
+)
 from ray.train.v2._internal.execution.failure_handling import (
     FailureDecision,
     create_failure_policy,
@@ -36,6 +39,10 @@ def desk() -> Any:
         ({0: LOST_PEER, 1: FULL, 2: LOST_PEER}, f"worker 1: {IS_FULL}"),
         (
             {0: LOST_PEER, 1: RayActorError("0", DIED)},
+            "worker 1 died (killed, or a crash of its own)",
+        ),
+        (
+            {0: LOST_PEER, 1: WorkerHealthCheckFailedError("poll", RayActorError("0", DIED))},
             "worker 1 died (killed, or a crash of its own)",
         ),
         ({0: RayActorError("0", DIED), 1: FULL}, f"worker 1: {IS_FULL}"),

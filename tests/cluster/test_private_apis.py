@@ -37,6 +37,8 @@ CALLED: list[tuple[str, tuple[str, ...], str]] = [
      ".make_decision_for_non_running_worker_group", ("self",), "elastic.py: as above"),
     ("ray.train.v2._internal.execution.failure_handling:FailurePolicy.make_decision",
      ("self", "training_failed_error"), "failures.py: restarts do not say why"),
+    ("ray.train.v2._internal.exceptions:WorkerHealthCheckFailedError", ("failure",),
+     "failures.py: a killed worker is a page of Ray's"),
     ("ray.train.v2.api.exceptions:WorkerGroupError", ("worker_failures",),
      "failures.py: the reason of a failure is Ray's page on it"),
     ("ray.train.v2._internal.execution.scaling_policy:NoopDecision", (), "elastic.py"),
