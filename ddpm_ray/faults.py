@@ -24,6 +24,7 @@ from typing import NoReturn
 
 VARIABLE = "DDPM_RAY_FAULTS"
 STARTUP = {  # before the first step, at step 0
+    "join": "as it starts, before its process group is made",
     "open": "as it starts, before its data set is opened",
     "restore": "as it starts, before its checkpoint is looked for",
     "begin": "as it starts, before its first step",
@@ -87,13 +88,17 @@ class Position:
 _here = Position()
 
 
-def stand(rank: int, step: int) -> None:
-    """Tell that this thread is the training thread, which rank it is, and that `step` begins."""
+def stand(rank: int, step: int, point: str = "") -> None:
+    """Tell that this thread is the training thread, which rank it is, and that `step` begins.
+
+    `point`, where it is given, is where it stands before it passes any.
+    """
     now = time.monotonic()
     if step == _here.step + 1 and _here.begun_s:
         _here.steps_s.append(now - _here.begun_s)
     _here.rank, _here.step, _here.begun_s = rank, step, now
     _here.thread = threading.get_ident()
+    _here.point = point or _here.point
 
 
 def position() -> Position:

@@ -12,7 +12,7 @@ import torch
 
 from ddpm_ray import build, build_diffusion, build_trained
 from ddpm_ray.average_config import AverageConfig
-from ddpm_ray.cluster import fatal, group
+from ddpm_ray.cluster import fatal, group, startup
 from ddpm_ray.cluster.control import Desk
 from ddpm_ray.cluster.evaluation_run import located
 from ddpm_ray.cluster.worker import place
@@ -112,6 +112,7 @@ def average_worker(settings: dict[str, Any]) -> list[dict[str, Any]]:
     """One worker's part; the same on every worker: metrics, certificate and misfit by width."""
     config = from_dict(AverageConfig, settings["config"])
     desk: Desk = settings["desk"]
+    startup.leave(desk)
     if desk.look().fatal is not None:
         return []
     torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))

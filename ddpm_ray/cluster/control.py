@@ -76,6 +76,15 @@ class _Desk:
         # itself afterwards fails too.
         self.restart_reason = self.restart_reason or reason
 
+    def expect(self, processes: dict[int, str], group: str) -> None:
+        """Miss these workers of `group`, by rank, from now on until they beat."""
+        now, count = time.monotonic(), len(processes)
+        self.groups.append(group)
+        self.beats = {
+            rank: (now, asdict(Beat(rank, 0, "join", 0.0, 0.0, workers=count, process=process)))
+            for rank, process in processes.items()
+        }
+
     def beat(self, beat: dict[str, Any], group: str) -> None:
         """Keep a worker's heartbeat; one of a group before the newest counts no more."""
         now = time.monotonic()
@@ -142,6 +151,10 @@ class Desk:
         """Tell the driver why the workers end and others will be started; never waits or fails."""
         with contextlib.suppress(RayError):  # of a dead actor the driver knows by itself
             self._actor.report_restart.remote(reason)
+
+    def expect(self, processes: dict[int, str], group: str) -> None:
+        """Tell the driver which processes, by rank, are the workers of the placement group."""
+        self._actor.expect.remote(processes, group)
 
     def beat(self, beat: Beat, group: str) -> None:
         """Tell the driver where this worker, of the placement group `group`, stands."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ddpm_ray import build, build_diffusion
-from ddpm_ray.cluster import fatal, group, trained
+from ddpm_ray.cluster import fatal, group, startup, trained
 from ddpm_ray.cluster.control import Desk
 from ddpm_ray.cluster.model_uri import IN_MLFLOW
 from ddpm_ray.cluster.tracking_place import tracking_place
@@ -104,6 +104,7 @@ def evaluate_worker(settings: dict[str, Any]) -> dict[str, Any]:
     """One worker's part; the same scores on every worker."""
     config = from_dict(EvaluateConfig, settings["config"])
     desk: Desk = settings["desk"]
+    startup.leave(desk)
     if desk.look().fatal is not None:
         return {}
     with fatal.ending_the_run(desk):

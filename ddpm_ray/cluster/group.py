@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import ray
@@ -19,7 +20,7 @@ from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
 from ddpm_ray import faults
-from ddpm_ray.cluster import failures, mlflow_settings, placement
+from ddpm_ray.cluster import failures, mlflow_settings, placement, startup
 from ddpm_ray.cluster.control import Desk, Notes
 from ddpm_ray.cluster.elastic import ElasticPolicy
 from ddpm_ray.cluster.interrupts import Interrupts, while_ray_starts
@@ -226,7 +227,9 @@ def _trainer(
         worker,
         train_loop_config=settings,
         torch_config=OwnAddress(
-            backend="nccl" if config.gpus_per_worker else "gloo", timeout_s=int(config.timeout_s)
+            backend="nccl" if config.gpus_per_worker else "gloo",
+            timeout_s=int(config.timeout_s),
+            on_group=partial(startup.expect, settings["desk"]),
         ),
         scaling_config=ScalingConfig(
             num_workers=(counts[0], counts[-1]) if elastic else config.num_workers,

@@ -7,6 +7,8 @@ without a token. What stays open is in SECURITY.md.
 import ipaddress
 import os
 import socket
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -46,8 +48,10 @@ def use_served_store() -> None:
 class _Backend(ray_torch._TorchBackend):  # type: ignore[misc]  # Ray's types are not followed
     """As Ray's, which asks rank 0 for a free port; ours is taken already."""
 
-    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
+    def on_start(self, worker_group: Any, backend_config: "OwnAddress") -> None:
         """Set the process group up."""
+        if backend_config.on_group is not None:
+            backend_config.on_group(worker_group)
         worker_group.execute(use_served_store)
         before, ray_torch.get_address_and_port = ray_torch.get_address_and_port, serve_store
         try:
@@ -56,8 +60,14 @@ class _Backend(ray_torch._TorchBackend):  # type: ignore[misc]  # Ray's types ar
             ray_torch.get_address_and_port = before
 
 
+@dataclass
 class OwnAddress(TorchConfig):  # type: ignore[misc]
-    """Ray's settings of torch's process group, whose store listens at one address."""
+    """Ray's settings of torch's process group, whose store listens at one address.
+
+    `on_group` is called with Ray's group of workers before their process group is made.
+    """
+
+    on_group: Callable[[Any], None] | None = None
 
     @property
     def backend_cls(self) -> type[_Backend]:

@@ -17,6 +17,7 @@ BEAT_S = 2.0
 WAITS_FOR_OTHERS = ("gradient", "update", "reduce")  # points of a step that take a step's time
 WAITS_FOR_STORAGE = ("batch",)  # not "snapshot": an upload may take long, and has its own limits
 SLOW_STEPS = 10  # times the time of a usual step are no stall, whatever the config says
+FIRST_BEAT = 4  # times the limit: a worker imports torch first, on a cold or busy disk
 FIRST_STEP = 20  # times the limit: compilation, and the first use of each kernel
 
 
@@ -31,15 +32,20 @@ class Beat:
     step_s: float  # what its last steps took, the shortest of them; 0: it has done none
     silent_s: float = 0.0  # since it told, by the clock of the desk
     workers: int = 1  # of its group
+    process: str = ""  # which one, of a worker that has not told anything yet
 
     @property
     def place(self) -> tuple[int, int]:
         """How far it is: grows along a step and from step to step."""
         return self.step, list(faults.PLACES).index(self.point)
 
+    def is_silent(self, limit_s: float) -> bool:
+        """Whether it should have told something since."""
+        return self.silent_s > limit_s * (FIRST_BEAT if self.process else 1)
+
     def stalls(self, limit_s: float, storage_s: float) -> bool:
         """Whether it is silent for too long, or stands where nobody stands for long."""
-        if self.silent_s > limit_s:
+        if self.is_silent(limit_s):
             return True
         longest_s = max(limit_s, SLOW_STEPS * self.step_s)
         if not self.step_s:
@@ -52,7 +58,12 @@ class Beat:
 
     def told(self, limit_s: float) -> str:
         """It, for a person."""
-        if self.silent_s > limit_s:
+        if self.process:
+            return (
+                f"worker {self.rank} ({self.process}) has not started: it gives no sign of life "
+                f"for {self.silent_s:.0f} s"
+            )
+        if self.is_silent(limit_s):
             how = f"gives no sign of life for {self.silent_s:.0f} s, last"
         else:
             how = f"stands still for {self.stood_s + self.silent_s:.0f} s"
@@ -70,7 +81,7 @@ def stalled(beats: list[Beat], limit_s: float, storage_s: float) -> str:
     Those furthest behind are to blame: the rest waits for them, and they for nobody. While they do
     something that may take long, nobody is.
     """
-    silent = [beat for beat in beats if beat.silent_s > limit_s]
+    silent = [beat for beat in beats if beat.is_silent(limit_s)]
     step = min((beat.step for beat in beats), default=0)
     behind = [beat for beat in beats if beat.step == step]
     last = min((beat.place for beat in behind), default=(0, 0))

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ddpm_ray import build, build_diffusion, faults
-from ddpm_ray.cluster import fatal, mlflow_settings, placement
+from ddpm_ray.cluster import fatal, mlflow_settings, placement, startup
 from ddpm_ray.cluster.control import Desk
 from ddpm_ray.cluster.tracked_run import RunCard, TrackedRun
 from ddpm_ray.cluster.tracker import Tracker
@@ -49,6 +49,7 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     mlflow_settings.apply()
     desk: Desk = settings["desk"]
     if desk.look().fatal is not None:  # an earlier attempt found that to go on is of no use
+        startup.leave(desk)
         return {}
     with fatal.ending_the_run(desk):
         return _train(from_dict(RunConfig, settings["config"]), settings, desk)
@@ -56,9 +57,10 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
 
 def _train(config: RunConfig, settings: dict[str, Any], desk: Desk) -> dict[str, Any]:
     workers, group, undelivered = place(), placement.of_this_worker(), 0
-    faults.stand(workers.rank, 0)
+    faults.stand(workers.rank, 0, "open")
     pulse = Pulse(workers.rank, partial(desk.beat, group=group), workers.count)
     pulse.start()
+    startup.end()
     try:
         run = assemble(config, settings, desk.show, workers)
         if workers.leads:

@@ -12,6 +12,7 @@ from mlflow import MlflowClient
 
 from ddpm_ray.data import sealed
 from tests.cluster.job import ROOT, TINY_RUN, Job
+from tests.limits import JOB_S
 
 STEPS = 4000  # more than it comes to
 LONG = (
@@ -20,7 +21,7 @@ LONG = (
 )  # fmt: skip
 pytestmark = [
     pytest.mark.ray,
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(JOB_S + 100),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # MLflow's, as it imports
 ]
 
@@ -39,7 +40,7 @@ def test_a_closed_terminal_commits_a_checkpoint_and_leaves_nothing(tmp_path: Pat
         stdin=end, stdout=end, stderr=end, start_new_session=True,
     )  # fmt: skip
     os.close(end)
-    limit = threading.Timer(500, process.kill)
+    limit = threading.Timer(JOB_S, process.kill)
     limit.start()
     try:
         said = b""
@@ -65,13 +66,20 @@ def test_a_closed_terminal_commits_a_checkpoint_and_leaves_nothing(tmp_path: Pat
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "point, place",
+    [
+        ("join", "before its process group is made"),  # which the others wait in, for timeout_s
+        ("open", "before its data set is opened"),
+    ],
+)
 def test_a_worker_frozen_as_it_starts_is_named_and_the_run_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    point: str, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("DDPM_RAY_FAULTS", f"{tmp_path / 'struck'} freeze@open:0/1")
+    monkeypatch.setenv("DDPM_RAY_FAULTS", f"{tmp_path / 'struck'} freeze@{point}:0/1")
     short = ("training.steps=20", "training.checkpoint_every_steps=20")
-    job = Job(tmp_path, (*LONG, *short, "cluster.stall_timeout_s=10"), limit_s=500).run()
+    job = Job(tmp_path, (*LONG, *short, "cluster.stall_timeout_s=10")).run()
     assert job.code == 0, job.told
     (line,) = [line for line in job.lines if "all are started again" in line]
     assert "worker 1 gives no sign of life for " in line
-    assert "as it starts, before its data set is opened" in line
+    assert f"as it starts, {place}" in line

@@ -53,8 +53,32 @@ def test_a_worker_frozen_before_its_first_beat_is_named(clock: Clock) -> None:
     desk.beat(asdict(replace(OPENS, point="restore", stood_s=20.0)), "group")
     assert control.Notes.of(desk.look()).group == "group"
     assert stalled(beats_of(desk), LIMIT_S, STORAGE_S).startswith(
-        "worker 1 gives no sign of life for 26 s, last at step 0, as it starts, before its data "
-        "set is opened; worker 0 waits at step 0, as it starts, before its checkpoint is looked for"
+        "worker 1 gives no sign of life for 26 s, last at step 0, as it starts, before its process "
+        "group is made; worker 0 waits at step 0, as it starts, before its checkpoint is looked for"
+    )
+
+
+def test_a_process_that_never_answers_is_named_though_no_worker_beats(clock: Clock) -> None:
+    """It froze before the process group was made, in which the others wait for it, or is alone.
+
+    Imports on a cold disk are no stall: a first beat may take FIRST_BEAT times as long.
+    """
+    desk = control._Desk()
+    desk.expect({0: "process 41 on a", 1: "process 42 on b"}, "group")
+    assert control.Notes.of(desk.look()).group == "group"
+    clock.now_s = watch.FIRST_BEAT * LIMIT_S - 1
+    desk.beat(asdict(replace(OPENS, point="join")), "group")
+    assert not stalled(beats_of(desk), LIMIT_S, STORAGE_S)
+    clock.now_s += 2
+    assert stalled(beats_of(desk), LIMIT_S, STORAGE_S) == (
+        "worker 1 (process 42 on b) has not started: it gives no sign of life for 101 s; "
+        "worker 0 waits at step 0, as it starts, before its process group is made"
+    )
+    alone = control._Desk()
+    alone.expect({0: "process 43 on c"}, "group")
+    clock.now_s += watch.FIRST_BEAT * LIMIT_S + 1
+    assert "worker 0 (process 43 on c) has not started" in stalled(
+        beats_of(alone), LIMIT_S, STORAGE_S
     )
 
 
