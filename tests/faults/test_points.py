@@ -46,7 +46,7 @@ def test_each_of_several_strikes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         ("", "begin with an absolute folder"),
         ("kill@batch", "begins with 'kill@batch'"),
         ("/tmp/x maim@batch", r"'maim@batch' is not ACTION@POINT.*actions: kill, term"),
-        ("/tmp/x kill@lunch", r"points: open, restore, begin, batch, gradient"),
+        ("/tmp/x kill@lunch", r"points: join, open, restore, begin, batch"),
         ("/tmp/x kill@batch:soon", r"is not ACTION@POINT\[:STEP\]\[/RANK\]"),
     ],
 )
