@@ -13,7 +13,6 @@ from argparse import Namespace
 from typing import Any
 
 from ddpm_ray.average_config import AverageConfig
-from ddpm_ray.cluster.model_uri import model_place
 from ddpm_ray.command_line import home_folder, main
 from ddpm_ray.output_files import output_folder
 
@@ -21,6 +20,8 @@ from ddpm_ray.output_files import output_folder
 def prepare(config: AverageConfig, arguments: Namespace) -> AverageConfig:
     """The config as the run has it where nothing else was given; absolute paths."""
     home = home_folder()
+    from ddpm_ray.cluster.model_uri import model_place  # fsspec: after the config is read
+
     arguments.run = model_place(arguments.run, home)
     if arguments.out and "://" not in arguments.out:
         arguments.out = output_folder("--out", arguments.out, home)

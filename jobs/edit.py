@@ -15,7 +15,6 @@ import time
 from argparse import Namespace
 from typing import Any
 
-from ddpm_ray.cluster.model_uri import model_place
 from ddpm_ray.command_line import home_folder, main
 from ddpm_ray.edit_config import EditConfig
 from ddpm_ray.knobs import ConfigError
@@ -30,6 +29,8 @@ def prepare(config: EditConfig, arguments: Namespace) -> EditConfig:
     arguments.out = output_file("--out", arguments.out, home, (".png",))
     arguments.image = input_file("image", arguments.image, home)
     arguments.mask = arguments.mask and input_file("--mask", arguments.mask, home)
+    from ddpm_ray.cluster.model_uri import model_place  # fsspec: after the config is read
+
     arguments.model_uri = model_place(arguments.model_uri, home)
     from ddpm_ray.cluster import trained  # heavy: after the paths are checked
 

@@ -11,7 +11,6 @@ import sys
 from argparse import Namespace
 from typing import Any
 
-from ddpm_ray.cluster.model_uri import model_place
 from ddpm_ray.command_line import home_folder, main
 from ddpm_ray.job_config import EvaluateConfig
 
@@ -19,6 +18,8 @@ from ddpm_ray.job_config import EvaluateConfig
 def prepare(config: EvaluateConfig, arguments: Namespace) -> EvaluateConfig:
     """The config as the run has it where nothing else was given; absolute paths."""
     home = home_folder()
+    from ddpm_ray.cluster.model_uri import model_place  # fsspec: after the config is read
+
     arguments.model_uri = model_place(arguments.model_uri, home)
     from ddpm_ray.cluster import trained  # heavy: after the paths are checked
 

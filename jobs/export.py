@@ -13,7 +13,6 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from ddpm_ray.cluster.model_uri import model_place
 from ddpm_ray.command_line import home_folder, main
 from ddpm_ray.job_config import ExportConfig
 from ddpm_ray.output_files import output_folder
@@ -23,6 +22,8 @@ def prepare(config: ExportConfig, arguments: Namespace) -> ExportConfig:
     """The config as the run has it where nothing else was given; absolute paths."""
     home = home_folder()
     arguments.out = output_folder("--out", arguments.out, home)
+    from ddpm_ray.cluster.model_uri import model_place  # fsspec: after the config is read
+
     arguments.model_uri = model_place(arguments.model_uri, home)
     from ddpm_ray.cluster import trained  # heavy: after the paths are checked
 

@@ -13,7 +13,6 @@ from argparse import Namespace
 from dataclasses import replace
 from typing import Any
 
-from ddpm_ray.cluster.model_uri import model_place
 from ddpm_ray.command_line import ProgressLine, home_folder, main
 from ddpm_ray.job_config import SampleConfig
 from ddpm_ray.output_files import PICTURES, made_ready, output_file
@@ -24,6 +23,8 @@ def prepare(config: SampleConfig, arguments: Namespace) -> SampleConfig:
     home = home_folder()
     arguments.out = output_file("--out", arguments.out, home, PICTURES)
     film = config.film and output_file("film", config.film, home, (".gif",))
+    from ddpm_ray.cluster.model_uri import model_place  # fsspec: after the config is read
+
     uri = arguments.model_uri = model_place(arguments.model_uri, home)
     from ddpm_ray.cluster import trained  # heavy: after the paths are checked
 
@@ -34,14 +35,12 @@ def sample(config: SampleConfig, arguments: Namespace) -> dict[str, Any]:
     """Where the picture is, and what it was drawn from."""
     made_ready(arguments.out, config.film)
     from ddpm_ray.cluster import trained
-    from ddpm_ray.generation.films import Film
-    from ddpm_ray.generation.grids import grid
-    from ddpm_ray.generation.picture_files import write_picture
+    from ddpm_ray.generation import films, grids, picture_files
 
     model, plan = trained.planned(arguments.model_uri, config.sampling, config.lead, home_folder())
     size = config.sampling.batch_size
     calls = -(-config.num_images // size) * (len(plan.steps) - 1)
-    line, film, seen = ProgressLine(f"step of {plan.sampler}"), Film(), itertools.count(1)
+    line, film, seen = ProgressLine(f"step of {plan.sampler}"), films.Film(), itertools.count(1)
 
     def show(t: int, x_t: Any, x_0: Any) -> None:
         line(next(seen), calls)
@@ -49,7 +48,7 @@ def sample(config: SampleConfig, arguments: Namespace) -> dict[str, Any]:
             film.add(t, x_t, x_0)
 
     images = model.draw(plan, config.num_images, size, show)
-    write_picture(arguments.out, grid(images))
+    picture_files.write_picture(arguments.out, grids.grid(images))
     if config.film:
         film.save(config.film, images)
     provenance = {key: model.provenance[key] for key in ("checkpoint", "step", "weights_sha256")}
