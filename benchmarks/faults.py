@@ -44,9 +44,9 @@ from ddpm_ray import faults
 from ddpm_ray.cluster import group, tracking, training_run
 from ddpm_ray.cluster.worker import train_worker
 from ddpm_ray.config import RunConfig
-from ddpm_ray.data import storage
 from ddpm_ray.data.shards import fetch_shard
 from ddpm_ray.knobs import load
+from ddpm_ray.storage import object_store
 from ddpm_ray.training import loop
 from ddpm_ray.training.checkpoints import CHECKPOINTS, CheckpointStore
 
@@ -70,7 +70,7 @@ def noting_worker(settings: dict[str, Any]) -> dict[str, Any]:
     def and_note(run: loop.Run) -> bool:
         rewound = step(run)
         committed = run.checkpoints.committed
-        durable = int(storage.name_of(committed).split("-")[1]) if committed else 0
+        durable = int(object_store.name_of(committed).split("-")[1]) if committed else 0
         note(home, run.workers.rank, run.state.step, durable)
         return rewound
 

@@ -31,8 +31,9 @@ from typing import Any
 
 import numpy as np
 
-from ddpm_ray.data import shards, storage
+from ddpm_ray.data import shards
 from ddpm_ray.data.stream import ShardStream
+from ddpm_ray.storage import object_store
 
 BATCH, SHAPE, BUCKET = 128, (32, 32, 3), "bench"
 WINDOW_BYTES, LANES = 16 << 20, 8  # the defaults of config.DataConfig
@@ -50,7 +51,7 @@ def write_sets(folder: Path, images: int, counts: list[int]) -> None:
             keys = [f"{number:06d}" for number in numbers]
             data = shards.shard_bytes(pixels[numbers], [0] * len(keys), keys)
             name, sha = shards.shard_name(n), hashlib.sha256(data).hexdigest()
-            storage.write_bytes(f"{url}/{name}", data)
+            object_store.write_bytes(f"{url}/{name}", data)
             sums = shards.pixel_sums(pixels[numbers])
             rows.append(shards.ShardRow(name, len(keys), len(data), sha, *sums))
             if count == 100:

@@ -16,7 +16,7 @@ from ddpm_ray.config import (
     RunConfig,
     TrainingConfig,
 )
-from ddpm_ray.data import storage, transforms, verified
+from ddpm_ray.data import transforms
 from ddpm_ray.data.shards import Dataset, open_dataset
 from ddpm_ray.data.stream import Batch, ShardStream
 from ddpm_ray.diffusion.timesteps import SecondMoments
@@ -34,6 +34,7 @@ from ddpm_ray.models.ema import (
 )
 from ddpm_ray.models.post_hoc_ema import gamma_of, power_decay
 from ddpm_ray.models.unet import Sizes, UNet
+from ddpm_ray.storage import checksummed, object_store
 from ddpm_ray.training import features, probing
 from ddpm_ray.training.checkpoints import CheckpointWriter
 from ddpm_ray.training.features import FeatureNet
@@ -170,7 +171,7 @@ def keeper(
     """What keeps power-function averages below the run's `folder`, as often as configured."""
     training = config.training
     groups = [width_group(width) for width in training.ema_snapshot_widths]
-    store = SnapshotStore(storage.join(folder, SNAPSHOTS)) if workers.leads else None
+    store = SnapshotStore(object_store.join(folder, SNAPSHOTS)) if workers.leads else None
     every, last = training.ema_snapshot_every_steps, training.steps
     return Keeper(state, groups, every, last, store, writer).keep
 
@@ -251,7 +252,7 @@ def feature_net(config: EvaluationConfig, cache: Path, device: torch.device) -> 
     """The network through which samples and data are compared."""
     match config.features:
         case "inception":
-            path = verified.fetch(config.weights, config.weights_sha256, cache)
+            path = checksummed.fetch(config.weights, config.weights_sha256, cache)
             return features.inception_net(path, config.widths, config.resize, device)
         case "digits":
             return features.digits_net(device)

@@ -12,9 +12,7 @@ from safetensors import torch as safetensors
 from ddpm_ray import build
 from ddpm_ray.build_diffusion import denoiser
 from ddpm_ray.config import ModelConfig, RunConfig
-from ddpm_ray.data import storage
 from ddpm_ray.data.shards import DatasetError, open_dataset
-from ddpm_ray.data.storage import StorageError
 from ddpm_ray.diffusion_config import ObjectiveConfig, SamplingConfig, ScheduleConfig
 from ddpm_ray.generation.trained_model import TrainedModel
 from ddpm_ray.knobs import ConfigError, from_dict, to_dict
@@ -24,6 +22,8 @@ from ddpm_ray.models.foreign_configs import ForeignModelError, Form
 from ddpm_ray.models.foreign_samplers import Export
 from ddpm_ray.models.unet import UNet
 from ddpm_ray.option_fields import shown
+from ddpm_ray.storage import object_store
+from ddpm_ray.storage.object_store import StorageError
 from ddpm_ray.training import checkpoints
 from ddpm_ray.training.checkpoints import CheckpointError
 from ddpm_ray.training.state import Snapshot
@@ -165,7 +165,7 @@ def write_diffusers(model: TrainedModel, sampling: SamplingConfig, folder: Path)
         "sampling": to_dict(sampling),
     }
     tensors = {k: v for k, v in network.state_dict().items() if not k.startswith("uncertainty.")}
-    return interchange.write_folder(folder, form, tensors, facts, storage.write_bytes)
+    return interchange.write_folder(folder, form, tensors, facts, object_store.write_bytes)
 
 
 def _checkpoint(url: str, *groups: str) -> tuple[str, Snapshot]:
@@ -178,14 +178,14 @@ def _checkpoint(url: str, *groups: str) -> tuple[str, Snapshot]:
 
 
 def _newest(url: str, groups: Sequence[str]) -> tuple[str, Snapshot]:
-    if storage.exists(storage.join(url, checkpoints.MANIFEST)):
+    if object_store.exists(object_store.join(url, checkpoints.MANIFEST)):
         return url, checkpoints.read(url, groups=groups)
-    for candidate in (url, storage.join(url, checkpoints.CHECKPOINTS)):
+    for candidate in (url, object_store.join(url, checkpoints.CHECKPOINTS)):
         if found := checkpoints.CheckpointStore(candidate).load(groups):
             return found
     remedy = "name a run's folder, its checkpoints folder, or one checkpoint in it"
     # A web server knows no folders, and a bucket none without an object in it.
-    gone = not url.startswith(("http://", "https://")) and not storage.exists(url)
+    gone = not url.startswith(("http://", "https://")) and not object_store.exists(url)
     reason = "there is no such folder" if gone else "there is no committed checkpoint here"
     raise CheckpointError(url, reason, remedy)
 

@@ -23,9 +23,10 @@ from ddpm_ray.job_config import PackConfig
 def pack(config: PackConfig, arguments: Namespace) -> dict[str, Any]:
     """What the data set is, and what became of every file of its source."""
     from ddpm_ray.cluster import packing  # heavy: after the config is checked
-    from ddpm_ray.data import pack_report, storage
+    from ddpm_ray.data import pack_report
+    from ddpm_ray.storage import object_store
 
-    destination = storage.absolute(arguments.destination, home_folder())
+    destination = object_store.absolute(arguments.destination, home_folder())
     packed = packing.pack(arguments.source, destination, config, ProgressLine("shards"))
     for line in pack_report.lines(*packed):
         print(line, file=sys.stderr)

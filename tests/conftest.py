@@ -15,7 +15,7 @@ import s3fs
 from hypothesis import settings
 
 from ddpm_ray.cluster import mlflow_settings
-from ddpm_ray.data import storage
+from ddpm_ray.storage import object_store
 from tests.limits import ENDS_S
 
 # Before torch, Ray or MLflow load, and inherited by every process that a test starts.
@@ -43,7 +43,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _patience() -> Iterator[None]:
     """A process is as patient with the storage as people are; a worker run in it waits minutes."""
     yield
-    storage.be_patient(10)
+    object_store.be_patient(10)
 
 
 @pytest.fixture(scope="session")

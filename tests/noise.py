@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from ddpm_ray.data import shards, storage
+from ddpm_ray.data import shards
 from ddpm_ray.data.shards import Dataset, Recipe, ShardRow
+from ddpm_ray.storage import object_store
 
 
 def pack(folder: str | Path, images: npt.NDArray[np.uint8], sizes: Sequence[int]) -> Dataset:
@@ -17,7 +18,7 @@ def pack(folder: str | Path, images: npt.NDArray[np.uint8], sizes: Sequence[int]
     for number, part in enumerate(np.split(images, np.cumsum(sizes)[:-1])):
         name, keys = shards.shard_name(number), [f"{number}-{i}" for i in range(len(part))]
         packed = shards.shard_bytes(part, [-1] * len(part), keys)
-        storage.write_bytes(storage.join(str(folder), name), packed)
+        object_store.write_bytes(object_store.join(str(folder), name), packed)
         sha256, sums = hashlib.sha256(packed).hexdigest(), shards.pixel_sums(part)
         rows.append(ShardRow(name, len(part), len(packed), sha256, *sums))
     height, width, channels = images.shape[1:]

@@ -16,12 +16,12 @@ from torch import nn
 import ddpm_ray
 from ddpm_ray import build, build_diffusion, build_trained
 from ddpm_ray.config import RunConfig
-from ddpm_ray.data import storage
-from ddpm_ray.data.storage import StorageError
 from ddpm_ray.diffusion_config import SamplingConfig
 from ddpm_ray.generation.trained_model import TrainedModel
 from ddpm_ray.knobs import ConfigError, load, to_dict
 from ddpm_ray.models.foreign_configs import ForeignModelError
+from ddpm_ray.storage import object_store
+from ddpm_ray.storage.object_store import StorageError
 from ddpm_ray.training.checkpoints import CheckpointError, CheckpointStore
 
 CPU = torch.device("cpu")
@@ -191,13 +191,13 @@ def test_a_folder_is_loaded_by_reading_the_bytes_of_its_average_alone(
     (folder,) = run.glob(below) if below else [run]
     (average,) = run.rglob("ema.safetensors")
     read: list[int] = []
-    read_bytes = storage.read_bytes
+    read_bytes = object_store.read_bytes
 
     def counted(url: str, *rest: int) -> bytes:
         read.append(len(data := read_bytes(url, *rest)))
         return data
 
-    monkeypatch.setattr(storage, "read_bytes", counted)
+    monkeypatch.setattr(object_store, "read_bytes", counted)
     assert build_trained.trained_model(str(folder)).sample(2, steps=2).dtype == np.uint8
     assert 1 <= sum(read) / average.stat().st_size <= 1.05
 
@@ -215,7 +215,7 @@ def test_an_export_to_a_full_disk_leaves_whole_files_and_no_index(
             raise OSError(errno.ENOSPC, "No space left on device")
         fsync(file)
 
-    monkeypatch.setattr("ddpm_ray.data.storage.os.fsync", full)
+    monkeypatch.setattr("ddpm_ray.storage.object_store.os.fsync", full)
     with pytest.raises(StorageError, match=r"begun/.*: the disk is full; free some space or cho"):
         build_trained.write_diffusers(model, SamplingConfig(), begun := tmp_path / "begun")
     left = [path for path in begun.rglob("*") if path.is_file()]

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = {
     "ddpm_ray.faults": 0,
     "ddpm_ray.telling": 0,
-    "ddpm_ray.file_formats": 0,
+    "ddpm_ray.storage.file_formats": 0,
     "ddpm_ray.former_keys": 0,
     "ddpm_ray.option_fields": 0,
     "ddpm_ray.seeding": 0,
@@ -56,8 +56,8 @@ DOORS = {  # outside package: where alone it may be imported
     "aiobotocore": (),
     "boto3": (),
     "botocore": (),
-    "fsspec": ("ddpm_ray.data.storage",),
-    "s3fs": ("ddpm_ray.data.storage",),
+    "fsspec": ("ddpm_ray.storage.object_store",),
+    "s3fs": ("ddpm_ray.storage.object_store",),
     "matplotlib": ("ddpm_ray.cluster.charts",),
     "mlflow": tuple(
         f"ddpm_ray.cluster.{name}" for name in ("tracking", "mlflow_client", "registry")
@@ -76,7 +76,7 @@ DIETS = {  # module or folder: all that it may import from outside, beside the s
     "ddpm_ray.measures": {"torch"},
     "ddpm_ray.faults": set[str](),
     "ddpm_ray.telling": set[str](),
-    "ddpm_ray.file_formats": set[str](),
+    "ddpm_ray.storage.file_formats": set[str](),
     "ddpm_ray.former_keys": set[str](),
     "ddpm_ray.option_fields": set[str](),
     "ddpm_ray.generation.settings": set[str](),
@@ -194,8 +194,8 @@ def test_files_and_functions_are_short_and_named_by_their_idea() -> None:
         ("ddpm_ray.models.unet", "from ddpm_ray.data import order", "sideways"),
         ("ddpm_ray.data.stream", "from ddpm_ray import models", "sideways"),
         ("ddpm_ray.data.order", "import torch", "needs numpy"),
-        ("ddpm_ray.data.stream", "import fsspec", "ddpm_ray.data.storage only"),
-        ("ddpm_ray.data.storage", "import boto3", "no module only"),
+        ("ddpm_ray.data.stream", "import fsspec", "ddpm_ray.storage.object_store only"),
+        ("ddpm_ray.storage.object_store", "import boto3", "no module only"),
         ("ddpm_ray.generation.sample", "from ddpm_ray.training.state import A", "floor 2 to floor"),
         ("ddpm_ray.generation.sample", "import ddpm_ray", "floor 2 to floor 5"),
         ("ddpm_ray.training.loop", "if TYPE_CHECKING:\n    import ray.train", "ddpm_ray.cluster"),
@@ -218,7 +218,7 @@ def test_a_forbidden_import_is_caught(module: str, source: str, reason: str) -> 
     [
         ("ddpm_ray.diffusion.losses", "import math, torch\nfrom ddpm_ray.diffusion import process"),
         ("ddpm_ray.models.unet", "from ddpm_ray.diffusion.process import Denoise"),
-        ("ddpm_ray.data.storage", "import fsspec"),
+        ("ddpm_ray.storage.object_store", "import fsspec"),
         ("ddpm_ray.cluster.registry", "import mlflow, ray"),
         ("ddpm_ray", "from ddpm_ray.generation.sample import load"),
         ("jobs.train", "from ddpm_ray import command_line, config"),

@@ -21,11 +21,12 @@ import ddpm_ray
 from ddpm_ray import build, build_diffusion
 from ddpm_ray.cluster.served_model import _load_pyfunc
 from ddpm_ray.config import RunConfig
-from ddpm_ray.data import packer, storage
+from ddpm_ray.data import packer
 from ddpm_ray.data.pack_options import PackOptions
 from ddpm_ray.generation.grids import grid
 from ddpm_ray.generation.settings import SamplingConfig
 from ddpm_ray.knobs import load, to_dict
+from ddpm_ray.storage import object_store
 from ddpm_ray.training.checkpoints import CheckpointStore
 from ddpm_ray.training.gallery import GRID_IMAGES, Gallery
 from ddpm_ray.training.workers import Workers
@@ -96,7 +97,7 @@ def test_a_notebook_draws_what_the_runs_own_grid_shows(
     assert (own != without).any()
     model = ddpm_ray.load(Path(run))
     assert np.array_equal(np.asarray(grid(model.sample(GRID_IMAGES))), own)
-    served = _load_pyfunc(storage.join(run, "checkpoints"))
+    served = _load_pyfunc(object_store.join(run, "checkpoints"))
     assert np.array_equal(np.asarray(grid(served.predict({"num_images": GRID_IMAGES}))), own)
     name, _, value = option.removeprefix("sampling.").partition("=")
     other = ddpm_ray.load(tmp_path / "without")

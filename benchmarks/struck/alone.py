@@ -34,8 +34,8 @@ from ddpm_ray.cluster import tracking
 from ddpm_ray.cluster.training_run import packed_data
 from ddpm_ray.cluster.worker import assemble
 from ddpm_ray.config import RunConfig
-from ddpm_ray.data import storage
 from ddpm_ray.knobs import from_dict, load, to_dict
+from ddpm_ray.storage import object_store
 from ddpm_ray.training import loop
 from ddpm_ray.training.checkpoints import CHECKPOINTS
 from ddpm_ray.training.lease import Lease
@@ -100,10 +100,10 @@ def trained_alone(home: Path, uri: str, url: str, *keys: str) -> Iterator[Path]:
     config = load(RunConfig, CONFIG, [*KEYS, f"data.url={home}/digits", f"storage={url}", *keys])
     packed_data(config)
     tracked = tracking.find_or_create_run(uri, "alone", "alone", "alone", f"{home}/artifacts")
-    folder = storage.join(url, config.name)
+    folder = object_store.join(url, config.name)
     settings = {
         "config": to_dict(config), "folder": folder, "identity": "alone", "tracked": vars(tracked),
-        "lease": vars(Lease.first(storage.join(folder, CHECKPOINTS))), "out": f"{home}/steps.json",
+        "lease": vars(Lease.first(object_store.join(folder, CHECKPOINTS))), "out": f"{home}/steps.json",
         "plain_save": "://" in url,
     }  # fmt: skip
     worker = multiprocessing.get_context("spawn").Process(target=train_alone, args=(settings,))

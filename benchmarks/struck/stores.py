@@ -21,7 +21,7 @@ import s3fs
 
 from benchmarks.streaming import BUCKET, serve
 from benchmarks.struck.table import Line, seconds, shown
-from ddpm_ray.data import storage, verified
+from ddpm_ray.storage import checksummed, object_store
 from tests.faults.proxy import Weather, through
 
 SMALL_BYTES, LARGE_BYTES = 4096, 3 << 19  # no packed shard is smaller than the latter
@@ -53,7 +53,7 @@ def objects(folder: Path, count: int, size: int) -> dict[str, bytes]:
     """Random bytes by name, put where the server finds them."""
     made = {f"{n}": np.random.default_rng(n).bytes(size) for n in range(count)}
     for name, data in made.items():
-        storage.write_bytes(f"{folder / BUCKET / name}", data)
+        object_store.write_bytes(f"{folder / BUCKET / name}", data)
     return made
 
 
@@ -64,7 +64,7 @@ def corrupt(folder: Path, options: argparse.Namespace) -> list[Line]:
     with store(folder / "corrupt") as origin, through(origin, weather) as endpoint:
         url, plain = use(endpoint), s3fs.S3FileSystem(skip_instance_cache=True)
         readers: dict[str, Callable[[str], bytes]] = {
-            "ours": lambda name: verified.read(f"{url}/{name}", sha256[name]),
+            "ours": lambda name: checksummed.read(f"{url}/{name}", sha256[name]),
             "plain": lambda name: plain.cat_file(f"{BUCKET}/{name}", start=0, end=SMALL_BYTES),
         }
         met: Counter[str] = Counter()
@@ -73,7 +73,7 @@ def corrupt(folder: Path, options: argparse.Namespace) -> list[Line]:
         while late := [reader for reader in readers if met[reader] < options.answers]:
             for reader in late:
                 before, name = weather.done["flip"], next(names)
-                with contextlib.suppress(verified.DamagedError):  # five in a row
+                with contextlib.suppress(checksummed.DamagedError):  # five in a row
                     accepted[reader] += readers[reader](name) != made[name]
                 met[reader] += weather.done["flip"] - before
     told = {reader: f"{accepted[reader]:,} of {met[reader]:,}" for reader in readers}
@@ -91,7 +91,7 @@ def refused(folder: Path, options: argparse.Namespace) -> list[Line]:
             for turn in range(2 * READS // len(made)):  # clean and refused take turns
                 weather.slow_down = turn % 2 * REFUSED
                 for reader in shares:
-                    read = storage.read_bytes if reader == "ours" else plain.cat_file
+                    read = object_store.read_bytes if reader == "ours" else plain.cat_file
                     for name in made:
                         took_s[reader, weather.slow_down] += seconds(partial(read, f"{url}/{name}"))
             for reader, found in shares.items():

@@ -16,11 +16,11 @@ from ddpm_ray.cluster import fatal, group, startup
 from ddpm_ray.cluster.control import Desk
 from ddpm_ray.cluster.evaluation_run import located
 from ddpm_ray.cluster.worker import place
-from ddpm_ray.data import storage
 from ddpm_ray.data.shards import open_dataset
-from ddpm_ray.file_formats import package_version
 from ddpm_ray.knobs import ConfigError, from_dict, to_dict
 from ddpm_ray.models.unet import UNet
+from ddpm_ray.storage import object_store
+from ddpm_ray.storage.file_formats import package_version
 from ddpm_ray.training import checkpoints, evaluation
 from ddpm_ray.training.checkpoints import CHECKPOINTS, CheckpointError, CheckpointStore
 from ddpm_ray.training.reference import reference
@@ -45,7 +45,7 @@ class KeptAverages:
     @classmethod
     def of(cls, run: str) -> "KeptAverages":
         """Those of the run in the folder `run`; raises CheckpointError where it kept none."""
-        found = CheckpointStore(storage.join(run, CHECKPOINTS)).load(groups=())
+        found = CheckpointStore(object_store.join(run, CHECKPOINTS)).load(groups=())
         facts = found[1].facts if found else {}
         if not facts.get("kept_at"):
             remedy = (
@@ -61,7 +61,7 @@ class KeptAverages:
 
         Its facts say under "average" what it was made of and how far off its profile is (misfit).
         """
-        store = SnapshotStore(storage.join(self.run, SNAPSHOTS))
+        store = SnapshotStore(object_store.join(self.run, SNAPSHOTS))
         tensors, misfit = averaged(store, self.steps, self.widths, sigma_rel, step)
         made_of = {"sigma_rel": sigma_rel, "misfit": misfit, "widths": list(self.widths)}
         made_of["steps"] = [at for at in self.steps if at <= step]
@@ -79,7 +79,7 @@ def sweep(run: str, config: AverageConfig, home: Path, out: str = "") -> dict[st
     run and config do not fit, and RunFailedError, DatasetError or StorageError. Relative paths lie
     below `home`.
     """
-    run = storage.absolute(run, home)
+    run = object_store.absolute(run, home)
     kept = KeptAverages.of(run)
     step = config.step or kept.steps[-1]
     if step not in kept.steps:
@@ -90,7 +90,7 @@ def sweep(run: str, config: AverageConfig, home: Path, out: str = "") -> dict[st
     build_diffusion.checked_plan(config.sampling, begun, schedule)
     config = dataclasses.replace(
         config,
-        data_url=storage.absolute(config.data_url or begun.data.url, home),
+        data_url=object_store.absolute(config.data_url or begun.data.url, home),
         evaluation=located(config.evaluation, home),
     )
     for url in filter(None, (config.data_url, config.evaluation.held_out_url)):
@@ -99,9 +99,9 @@ def sweep(run: str, config: AverageConfig, home: Path, out: str = "") -> dict[st
     found = group.run(average_worker, settings, config.cluster, lambda _: None)
     result = _result(found, list(config.widths)) | {"run": run, "step": step}
     if out:
-        result["checkpoint"] = storage.absolute(out, home)
+        result["checkpoint"] = object_store.absolute(out, home)
         for name, data in checkpoints.objects(kept.made(result["best"], step)).items():
-            storage.write_bytes(storage.join(result["checkpoint"], name), data)
+            object_store.write_bytes(object_store.join(result["checkpoint"], name), data)
     where = f"written to {result['checkpoint']}" if out else "not written; --out FOLDER writes it"
     best, metric = result["best"], result["metric"]
     log.info("the average of width %g has the lowest %s; it is %s", best, metric, where)
@@ -116,7 +116,7 @@ def average_worker(settings: dict[str, Any]) -> list[dict[str, Any]]:
     if desk.look().fatal is not None:
         return []
     torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
-    storage.be_patient(config.cluster.storage_timeout_s)
+    object_store.be_patient(config.cluster.storage_timeout_s)
     with fatal.ending_the_run(desk):
         return list(scored(settings["run"], settings["step"], config, place()))
 

@@ -28,9 +28,9 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from ddpm_ray.cluster.tracking_place import database_file, tracking_place
-from ddpm_ray.data import storage
 from ddpm_ray.job_config import DoctorConfig
 from ddpm_ray.knobs import ConfigError
+from ddpm_ray.storage import object_store
 from ddpm_ray.telling import counted, redacted
 
 PACKAGES = ("ddpm-ray", "ray", "torch", "mlflow", "numpy", "pyarrow", "fsspec")
@@ -97,9 +97,12 @@ def packages() -> Iterator[Finding]:
 
 def storage_keeps(config: DoctorConfig, home: Path) -> Iterator[Finding | Clock]:
     """Write, read back, compare, delete one small object where runs would lie."""
-    url = storage.absolute(config.storage, home)
-    local, probe = storage.is_local(url), storage.join(url, f"doctor-{uuid.uuid4().hex[:12]}")
-    made = local and not storage.local_path(url).exists()
+    url = object_store.absolute(config.storage, home)
+    local, probe = (
+        object_store.is_local(url),
+        object_store.join(url, f"doctor-{uuid.uuid4().hex[:12]}"),
+    )
+    made = local and not object_store.local_path(url).exists()
     place = url
     if url.startswith("s3") and (endpoint := os.environ.get("AWS_ENDPOINT_URL")):
         place += f" at {redacted(endpoint)}"
@@ -107,17 +110,17 @@ def storage_keeps(config: DoctorConfig, home: Path) -> Iterator[Finding | Clock]
     aside: list[Finding] = []
     try:
         try:
-            storage.write_bytes(probe, data)
+            object_store.write_bytes(probe, data)
             after = time.time()
-            back = storage.read_bytes(probe)
+            back = object_store.read_bytes(probe)
             if not local:
-                yield clock("bucket", storage.modified_s(probe), before, after, resolution_s=1)
+                yield clock("bucket", object_store.modified_s(probe), before, after, resolution_s=1)
             aside.append(_conditional_put(probe))
         finally:
-            storage.delete(probe)
+            object_store.delete(probe)
             if made:
-                storage.delete_empty_folder(url)
-    except storage.StorageError as error:
+                object_store.delete_empty_folder(url)
+    except object_store.StorageError as error:
         _, reason, remedy = error.args
         remedy = SET_CLOCK if "TimeTooSkewed" in reason else remedy
         yield Finding("storage", "fail", f"{place}: {reason}", remedy)
@@ -164,9 +167,9 @@ def _joins_a_cluster(config: DoctorConfig) -> bool:
 def _conditional_put(probe: str) -> Finding:
     """Told for information: a commit never rests on it, because most servers ignore it."""
     try:
-        kept = not storage.write_new(probe, b"second")
+        kept = not object_store.write_new(probe, b"second")
         found = "honoured" if kept else "ignored by this store; nothing here relies on it"
-    except storage.StorageError as error:
+    except object_store.StorageError as error:
         found = f"refused ({error.args[1]}); nothing here relies on it"
     return Finding("conditional put", "ok", found)
 

@@ -18,13 +18,13 @@ from ddpm_ray.cluster.model_uri import IN_MLFLOW
 from ddpm_ray.cluster.tracking_place import tracking_place
 from ddpm_ray.cluster.worker import place
 from ddpm_ray.config import RunConfig
-from ddpm_ray.data import storage
 from ddpm_ray.data.shards import Dataset, open_dataset
 from ddpm_ray.evaluation_config import EvaluationConfig
 from ddpm_ray.generation.sample import SamplingPlan, draw_uint8
 from ddpm_ray.generation.trained_model import TrainedModel
 from ddpm_ray.job_config import EvaluateConfig
 from ddpm_ray.knobs import ConfigError, from_dict, to_dict
+from ddpm_ray.storage import object_store
 from ddpm_ray.training import evaluation
 from ddpm_ray.training.bits_per_dim import BitsPerDim, bits_per_dim
 from ddpm_ray.training.evaluation import Scores
@@ -44,7 +44,7 @@ def evaluate(model_uri: str, config: EvaluateConfig, home: Path) -> dict[str, An
     """
     tracking_uri = tracking_place(home)
     if not model_uri.startswith(IN_MLFLOW):
-        model_uri = storage.absolute(model_uri, home)
+        model_uri = object_store.absolute(model_uri, home)
     model = trained.load(model_uri, tracking_uri=tracking_uri)
     begun = from_dict(RunConfig, model.provenance["config"])
     lead = config.lead
@@ -62,7 +62,7 @@ def evaluate(model_uri: str, config: EvaluateConfig, home: Path) -> dict[str, An
             )
     config = dataclasses.replace(
         config,
-        data_url=storage.absolute(config.data_url or begun.data.url, home),
+        data_url=object_store.absolute(config.data_url or begun.data.url, home),
         evaluation=located(wanted, home),
     )
     for url in filter(None, (config.data_url, config.evaluation.held_out_url)):
@@ -94,9 +94,9 @@ def located(wanted: EvaluationConfig, home: Path) -> EvaluationConfig:
     """`wanted` with each relative place laid below `home`: workers run in folders of their own."""
     return dataclasses.replace(
         wanted,
-        weights=storage.absolute(wanted.weights, home),
-        held_out_url=storage.absolute(wanted.held_out_url, home),
-        memorisation_picture=storage.absolute(wanted.memorisation_picture, home),
+        weights=object_store.absolute(wanted.weights, home),
+        held_out_url=object_store.absolute(wanted.held_out_url, home),
+        memorisation_picture=object_store.absolute(wanted.memorisation_picture, home),
     )
 
 
@@ -113,7 +113,7 @@ def evaluate_worker(settings: dict[str, Any]) -> dict[str, Any]:
 
 def _scores(config: EvaluateConfig, settings: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
-    storage.be_patient(config.cluster.storage_timeout_s)
+    object_store.be_patient(config.cluster.storage_timeout_s)
     workers = place()
     model = trained.load(settings["model_uri"], workers.device, settings["tracking_uri"])
     plan = build_diffusion.sampling_plan(config.sampling, model.denoiser.schedule)
@@ -145,7 +145,7 @@ def _scores(config: EvaluateConfig, settings: dict[str, Any]) -> dict[str, Any]:
         if workers.leads and (path := config.evaluation.memorisation_picture):
             png = io.BytesIO()
             near.picture().save(png, format="PNG")
-            storage.write_bytes(path, png.getvalue())
+            object_store.write_bytes(path, png.getvalue())
     return found
 
 

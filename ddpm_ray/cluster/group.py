@@ -28,7 +28,7 @@ from ddpm_ray.cluster.ray_address import require_listener
 from ddpm_ray.cluster.rendezvous import OwnAddress
 from ddpm_ray.cluster.watch import stalled
 from ddpm_ray.config import ClusterConfig
-from ddpm_ray.data import storage
+from ddpm_ray.storage import object_store
 from ddpm_ray.telling import counted
 from ddpm_ray.training.reporting import Progress, Wish
 
@@ -122,7 +122,7 @@ def run(
     workers = config.num_workers
     log.info("starting %s on Ray ...", counted(workers, "worker"))
     connect(config.address, workers * config.cpus_per_worker, workers * config.gpus_per_worker)
-    storage.be_patient(config.storage_timeout_s)  # hours of work hang on it from here on
+    object_store.be_patient(config.storage_timeout_s)  # hours of work hang on it from here on
     desk, scratch = Desk(), tempfile.mkdtemp(prefix="ddpm-ray-train-")  # of this user alone
     trainer = _trainer(worker, settings | {"desk": desk}, config, counts, scratch)
     outcome: dict[str, Any] = {}

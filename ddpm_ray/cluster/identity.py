@@ -16,10 +16,10 @@ from typing import Any
 
 from ddpm_ray.build import saved_config
 from ddpm_ray.cluster.ledger import TRIALS, trial_file
-from ddpm_ray.data import sealed, storage
-from ddpm_ray.data.storage import StorageError
-from ddpm_ray.file_formats import package_version
 from ddpm_ray.knobs import ConfigError
+from ddpm_ray.storage import checksummed_json, object_store
+from ddpm_ray.storage.file_formats import package_version
+from ddpm_ray.storage.object_store import StorageError
 from ddpm_ray.training.checkpoints import CHECKPOINTS, CheckpointStore
 
 log = logging.getLogger(__name__)
@@ -41,8 +41,8 @@ def claim(
     A copy of a folder gets an id of its own. Raises ConfigError with these lines, CheckpointError
     where what was begun can no longer be known, and StorageError.
     """
-    where, lost = storage.join(folder, IDENTITY), None
-    if storage.exists(where):
+    where, lost = object_store.join(folder, IDENTITY), None
+    if object_store.exists(where):
         found = _read(where)
     elif lost := _of_checkpoints(folder):
         found = lost
@@ -70,12 +70,12 @@ def claim(
 
 def _of_checkpoints(folder: str) -> dict[str, Any] | None:
     """What the newest checkpoint says of a run whose IDENTITY is lost; None where none is there."""
-    if storage.exists(storage.join(folder, TRIALS, trial_file(0))):
+    if object_store.exists(object_store.join(folder, TRIALS, trial_file(0))):
         raise ConfigError(
             f"{folder} holds trials of a sweep, but its {IDENTITY} is lost; put it back, or choose "
             f"another name="
         )
-    loaded = CheckpointStore(storage.join(folder, CHECKPOINTS)).load(groups=())
+    loaded = CheckpointStore(object_store.join(folder, CHECKPOINTS)).load(groups=())
     if loaded is None:
         return None
     where, facts = loaded[0], loaded[1].facts
@@ -83,7 +83,7 @@ def _of_checkpoints(folder: str) -> dict[str, Any] | None:
     config = saved_config(facts, where)
     return {
         "identity": facts.get("identity") or uuid.uuid4().hex,
-        "folder": storage.join(config.storage, config.name),
+        "folder": object_store.join(config.storage, config.name),
         "config": facts["config"],
         "data_fingerprint": facts["data_fingerprint"],
         "version": facts.get("version", ""),
@@ -99,19 +99,19 @@ def _settled(folder: str, mine: dict[str, Any]) -> dict[str, Any]:
     after its own claim, and by then IDENTITY is written: a driver for which that took longer begins
     again with the list, a few times.
     """
-    where, claims = storage.join(folder, IDENTITY), storage.join(folder, CLAIMS)
-    if storage.is_local(folder):
-        return mine if sealed.write_new(where, mine) else _read(where)
-    own = storage.join(claims, f"{mine['identity']}.json")
-    sealed.write(own, mine)
-    written_s, tries = storage.modified_s(own), 0
+    where, claims = object_store.join(folder, IDENTITY), object_store.join(folder, CLAIMS)
+    if object_store.is_local(folder):
+        return mine if checksummed_json.write_new(where, mine) else _read(where)
+    own = object_store.join(claims, f"{mine['identity']}.json")
+    checksummed_json.write(own, mine)
+    written_s, tries = object_store.modified_s(own), 0
     while True:
         time.sleep(SETTLE_S)
-        if storage.exists(where):
+        if object_store.exists(where):
             return _read(where)
         listed_s = time.monotonic()
-        urls = [storage.join(claims, name) for name in sorted(storage.list_files(claims))]
-        lowest = next(url for url in urls if written_s - storage.modified_s(url) < FORGOTTEN_S)
+        urls = [object_store.join(claims, name) for name in sorted(object_store.list_files(claims))]
+        lowest = next(url for url in urls if written_s - object_store.modified_s(url) < FORGOTTEN_S)
         chosen = _read(lowest)
         tries, took_s = tries + 1, time.monotonic() - listed_s
         if tries == SETTLE_TRIES:
@@ -122,7 +122,7 @@ def _settled(folder: str, mine: dict[str, Any]) -> dict[str, Any]:
                 took_s,
             )
         if took_s < SETTLE_S / 2 or tries == SETTLE_TRIES:
-            sealed.write(where, chosen)
+            checksummed_json.write(where, chosen)
             return chosen
 
 
@@ -134,9 +134,9 @@ def _placed(found: dict[str, Any], folder: str) -> dict[str, Any]:
     before = found.get("folder", folder)
     if before == folder:
         return found
-    original, identity = storage.join(before, IDENTITY), found["identity"]
+    original, identity = object_store.join(before, IDENTITY), found["identity"]
     try:
-        if not storage.exists(original) or _read(original)["identity"] != identity:
+        if not object_store.exists(original) or _read(original)["identity"] != identity:
             log.info("%s was moved there from %s", folder, before)
             placed = found | {"folder": folder}
         elif _same_place(before, folder):  # by another name
@@ -155,21 +155,21 @@ def _placed(found: dict[str, Any], folder: str) -> dict[str, Any]:
         log.warning("%s: whether it is a copy is not known (%s); it goes on as the run that it is "
                     "called", folder, error)  # fmt: skip
         return found
-    sealed.write(storage.join(folder, IDENTITY), placed)
+    checksummed_json.write(object_store.join(folder, IDENTITY), placed)
     return placed
 
 
 def _same_place(one: str, other: str) -> bool:
     """Whether both URLs lead to one folder: by links, mounts, or a bucket under two schemes."""
     name = f"place-{secrets.token_hex(8)}"
-    probe = storage.join(other, name)
-    storage.write_bytes(probe, b"")
+    probe = object_store.join(other, name)
+    object_store.write_bytes(probe, b"")
     try:
-        return storage.exists(storage.join(one, name))
+        return object_store.exists(object_store.join(one, name))
     finally:
-        storage.delete(probe)
+        object_store.delete(probe)
 
 
 def _read(url: str) -> dict[str, Any]:
-    found: dict[str, Any] = sealed.read(url)
+    found: dict[str, Any] = checksummed_json.read(url)
     return found

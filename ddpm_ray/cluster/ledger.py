@@ -13,10 +13,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, TypeAlias
 
 from ddpm_ray.config import RunConfig
-from ddpm_ray.data import sealed, storage
-from ddpm_ray.data.sealed import SealError
-from ddpm_ray.data.storage import StorageError
 from ddpm_ray.knobs import current_values
+from ddpm_ray.storage import checksummed_json, object_store
+from ddpm_ray.storage.checksummed_json import SealError
+from ddpm_ray.storage.object_store import StorageError
 
 Status: TypeAlias = Literal["running", "finished", "stopped", "pruned", "failed"]
 """running: not over, also while nobody works on it; stopped: early, by comparison with others;
@@ -68,10 +68,10 @@ class Ledger:
     """
 
     def __init__(self, folder: str) -> None:
-        self._folder = storage.join(folder, TRIALS)
+        self._folder = object_store.join(folder, TRIALS)
         self._lock = threading.RLock()
         self.trials: list[Trial] = []
-        while storage.exists(self._url(len(self.trials))):
+        while object_store.exists(self._url(len(self.trials))):
             self.trials.append(_read(self._url(len(self.trials))))
         self._order = 1 + max((order for order, _, _ in self.events()), default=-1)
 
@@ -120,7 +120,7 @@ class Ledger:
     def write(self, trial: Trial) -> None:
         """Make what is known of `trial` durable; raises StorageError."""
         with self._lock:
-            sealed.write(self._url(trial.number), asdict(trial))
+            checksummed_json.write(self._url(trial.number), asdict(trial))
 
     def events(self) -> Iterator[tuple[int, Trial, dict[str, Any] | None]]:
         """Probes and ends (None) of all trials, in the order in which they happened."""
@@ -133,7 +133,7 @@ class Ledger:
         return self._order - 1
 
     def _url(self, number: int) -> str:
-        return storage.join(self._folder, trial_file(number))
+        return object_store.join(self._folder, trial_file(number))
 
 
 def trial_file(number: int) -> str:
@@ -143,7 +143,7 @@ def trial_file(number: int) -> str:
 
 def _read(url: str) -> Trial:
     try:
-        trial = Trial(**sealed.read(url))
+        trial = Trial(**checksummed_json.read(url))
         trial.values = current_values(RunConfig, trial.values)
         return trial
     except (SealError, TypeError, AttributeError) as error:  # also keys too few or too many

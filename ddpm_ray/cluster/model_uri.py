@@ -3,8 +3,8 @@
 import re
 from pathlib import Path
 
-from ddpm_ray.data import storage
 from ddpm_ray.knobs import ConfigError
+from ddpm_ray.storage import object_store
 
 IN_MLFLOW = ("runs:/", "models:/")
 
@@ -17,8 +17,8 @@ def model_place(uri: str, home: Path) -> str:
     if uri.startswith(IN_MLFLOW):
         require_whole_name(uri)
         return uri
-    place = storage.absolute(uri, home)
-    if storage.is_local(place) and not storage.local_path(place).exists():
+    place = object_store.absolute(uri, home)
+    if object_store.is_local(place) and not object_store.local_path(place).exists():
         raise ConfigError(
             f"{place}: there is no such folder; name a run's folder, its checkpoints folder, one "
             f"checkpoint in it, runs:/<run id>/model or models:/<name>@<alias>"

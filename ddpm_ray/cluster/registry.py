@@ -16,7 +16,7 @@ from mlflow.exceptions import MlflowException
 from ddpm_ray.cluster.mlflow_client import BoundedClient
 from ddpm_ray.cluster.tracked_run import TrackedRun
 from ddpm_ray.cluster.tracking import TrackingError, answering
-from ddpm_ray.data import storage
+from ddpm_ray.storage import object_store
 from ddpm_ray.training.checkpoints import MANIFEST, file_names
 
 CHAMPION = "champion"  # the alias of the best model of a name
@@ -36,8 +36,8 @@ def log_model(run: TrackedRun, checkpoint_url: str, loader_module: str) -> None:
             return
         folder = Path(scratch) / "checkpoint"
         for name in (MANIFEST, *file_names(("ema",))):  # all that sampling needs
-            data = storage.read_bytes(storage.join(checkpoint_url, name))
-            storage.write_bytes(str(folder / name), data)
+            data = object_store.read_bytes(object_store.join(checkpoint_url, name))
+            object_store.write_bytes(str(folder / name), data)
         with mlflow.start_run(run_id=run.run_id):
             mlflow.pyfunc.log_model(
                 name="model",

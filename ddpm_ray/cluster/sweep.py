@@ -30,11 +30,11 @@ from ddpm_ray.cluster.sweep_tracking import SweepPlace
 from ddpm_ray.cluster.training_run import check_model, located, packed_data
 from ddpm_ray.cluster.trial import Board, run_trial
 from ddpm_ray.config import RunConfig
-from ddpm_ray.data import storage
 from ddpm_ray.data.shards import Dataset
 from ddpm_ray.data.transforms import mean_square
 from ddpm_ray.knobs import flat, from_dict, to_dict, with_values
 from ddpm_ray.measures.appraisal import Appraisal, appraise
+from ddpm_ray.storage import object_store
 from ddpm_ray.sweep_config import SweepConfig
 from ddpm_ray.telling import counted
 
@@ -81,7 +81,7 @@ def sweep(
     config = replace(config, run=located(config.run, home))
     dataset = packed_data(config.run)
     check_model(config.run, dataset)
-    folder = storage.join(config.run.storage, config.name)
+    folder = object_store.join(config.run.storage, config.name)
     identity = claim(
         folder,
         {"sweep": to_dict(config), "data_fingerprint": dataset.fingerprint},
@@ -107,7 +107,7 @@ def sweep(
     candidates = Candidates(book, brief, at_once)
     function = tune.with_parameters(trial, board=board, sweep_run_id=place.run.run_id)
     began = time.monotonic()
-    storage.be_patient(cluster.storage_timeout_s)
+    object_store.be_patient(cluster.storage_timeout_s)
     try:
         _watch(lambda: _run_tune(function, candidates), book, board, place, show)
     except BaseException as error:

@@ -17,12 +17,12 @@ from ddpm_ray.cluster.ledger import Ledger, Trial
 from ddpm_ray.cluster.tracked_run import TrackedRun
 from ddpm_ray.cluster.tracking import TrackingError
 from ddpm_ray.cluster.training_run import artifacts_beside, tags_of
-from ddpm_ray.data import sealed, storage
 from ddpm_ray.data.shards import Dataset
-from ddpm_ray.data.storage import StorageError
 from ddpm_ray.data.transforms import pixel_variance
 from ddpm_ray.knobs import flat, to_yaml
 from ddpm_ray.measures.spectrum import linear_guess
+from ddpm_ray.storage import checksummed_json, object_store
+from ddpm_ray.storage.object_store import StorageError
 from ddpm_ray.sweep_config import SweepConfig
 from ddpm_ray.training.probing import LEVELS
 
@@ -64,7 +64,7 @@ class SweepPlace:
     @property
     def runs(self) -> str:
         """The folder of the trials' own runs."""
-        return storage.join(self.folder, "runs")
+        return object_store.join(self.folder, "runs")
 
     def close_trials(self, ledger: Ledger) -> bool:
         """Bring MLflow to what the ledger says of trials that are over; False in an outage.
@@ -184,10 +184,10 @@ class SweepPlace:
                 run = TrackedRun(self.run.uri, run_id, self.run.experiment_id, 0)
                 tracking.finish(run, status, trial.reason)
             return
-        known = storage.join(self.runs, trial.name, IDENTITY)
+        known = object_store.join(self.runs, trial.name, IDENTITY)
         own = f"{self.identity}/{trial.name}"
-        if storage.exists(known):  # it began to run, and did not live to tell its run's id
-            own = str(sealed.read(known)["identity"])
+        if object_store.exists(known):  # it began to run, and did not live to tell its run's id
+            own = str(checksummed_json.read(known)["identity"])
         trial.outcome["run_id"] = tracking.log_ended(
             self.run, f"{trial.name} {trial.label}", own, trial.values, status, trial.reason
         )
@@ -201,5 +201,5 @@ def _grids(trials: list[Trial], rows: list[Row]) -> dict[int, Image.Image]:
             break
         if url := trials[row.number].outcome.get("samples"):
             with contextlib.suppress(StorageError, OSError):  # a picture less, no sweep less
-                found[row.number] = Image.open(io.BytesIO(storage.read_bytes(url)))
+                found[row.number] = Image.open(io.BytesIO(object_store.read_bytes(url)))
     return found

@@ -39,7 +39,7 @@ from ddpm_ray.cluster.tracking_errors import (
     restore,
 )
 from ddpm_ray.cluster.tracking_place import database_file
-from ddpm_ray.data import storage
+from ddpm_ray.storage import object_store
 from ddpm_ray.telling import told
 
 __all__ = ["TrackingError", "TrackingOutageError", "TrackingServerError", "answering"]
@@ -256,7 +256,7 @@ def describe(
                 source = resolve_dataset_source(dataset_url)
             dataset = MetaDataset(
                 source,
-                name=storage.name_of(dataset_url),
+                name=object_store.name_of(dataset_url),
                 digest=dataset_fingerprint[:36],  # the database's column is 36 wide
             )
             training = InputTag("mlflow.data.context", "training")

@@ -7,8 +7,8 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from ddpm_ray.data import storage
 from ddpm_ray.knobs import ConfigError
+from ddpm_ray.storage import object_store
 from ddpm_ray.telling import NO_SECRET, has_secret, redacted
 
 log = logging.getLogger(__name__)
@@ -36,11 +36,11 @@ def tracking_place(home: Path, uri: str = "") -> str:
         return f"{found[1]}:///{_database(key, uri, found[2], home)}"
     if uri.startswith("file:"):
         path = uri.removeprefix("file:")
-        return uri if path.startswith("//") else f"file:{storage.absolute(path, home)}"
+        return uri if path.startswith("//") else f"file:{object_store.absolute(path, home)}"
     if uri in NAMES or uri.partition(":")[0] in NAMES:
         return uri
     _require_known_scheme(key, uri)
-    return storage.absolute(uri, home)
+    return object_store.absolute(uri, home)
 
 
 def _require_known_scheme(key: str, uri: str) -> None:
@@ -86,4 +86,4 @@ def _database(key: str, uri: str, rest: str, home: Path) -> str:
         remedy = "each process would see its own; name a file: sqlite:///mlflow.db"
         raise ConfigError(f"{key} is {uri!r}, a database in memory; {remedy}")
     scheme = "file:" if path.startswith("file:") else ""  # SQLite's own URIs: `uri=true` in query
-    return scheme + storage.absolute(path.removeprefix(scheme), home) + mark + query
+    return scheme + object_store.absolute(path.removeprefix(scheme), home) + mark + query

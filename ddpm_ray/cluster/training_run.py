@@ -25,11 +25,12 @@ from ddpm_ray.cluster.tracked_run import RunCard, TrackedRun
 from ddpm_ray.cluster.tracking_place import database_file, tracking_place, warn_of_another_host
 from ddpm_ray.cluster.worker import train_worker
 from ddpm_ray.config import RunConfig
-from ddpm_ray.data import built_in_sets, storage
+from ddpm_ray.data import built_in_sets
 from ddpm_ray.data.shards import MANIFEST, Dataset, open_dataset
-from ddpm_ray.data.storage import StorageError
 from ddpm_ray.job_config import PackConfig
 from ddpm_ray.knobs import ConfigError, flat, to_dict, to_yaml
+from ddpm_ray.storage import object_store
+from ddpm_ray.storage.object_store import StorageError
 from ddpm_ray.telling import counted
 from ddpm_ray.training import determinism
 from ddpm_ray.training.checkpoints import CHECKPOINTS, CheckpointStore
@@ -88,7 +89,7 @@ def train(
     check_model(config, dataset)
     opened = [dataset, *map(open_dataset, filter(None, [config.evaluation.held_out_url]))]
     fingerprints = {one.url: one.fingerprint for one in opened}
-    folder = storage.join(config.storage, config.name)
+    folder = object_store.join(config.storage, config.name)
     identity = claim(
         folder,
         {"config": to_dict(config), "data_fingerprint": dataset.fingerprint},
@@ -152,7 +153,7 @@ def _card(
 
 def _newest_step(folder: str) -> int:
     """Of the run's newest checkpoint; 0 where there is none."""
-    references = CheckpointStore(storage.join(folder, CHECKPOINTS)).pointer().references
+    references = CheckpointStore(object_store.join(folder, CHECKPOINTS)).pointer().references
     return references[0].step if references else 0
 
 
@@ -175,7 +176,7 @@ def _differing(config: RunConfig, begun: dict[str, Any]) -> list[str]:
 
 def _lease(folder: str) -> Lease:
     """This driver's; the workers that it starts renew it."""
-    checkpoints = storage.join(folder, CHECKPOINTS)
+    checkpoints = object_store.join(folder, CHECKPOINTS)
     return Lease.first(checkpoints, CheckpointStore(checkpoints).pointer().epoch)
 
 
@@ -197,8 +198,8 @@ def located(config: RunConfig, home: Path) -> RunConfig:
     """The config with each relative place made absolute: workers run in folders of their own."""
     return dataclasses.replace(
         config,
-        storage=storage.absolute(config.storage, home),
-        data=dataclasses.replace(config.data, url=storage.absolute(config.data.url, home)),
+        storage=object_store.absolute(config.storage, home),
+        data=dataclasses.replace(config.data, url=object_store.absolute(config.data.url, home)),
         evaluation=evaluation_run.located(config.evaluation, home),
         tracking=dataclasses.replace(
             config.tracking, uri=tracking_place(home, config.tracking.uri)
@@ -212,7 +213,7 @@ def packed_data(config: RunConfig) -> Dataset:
     Raises ConfigError where another set is there than data.source.
     """
     source, url = config.data.source, config.data.url
-    if source and not storage.exists(storage.join(url, MANIFEST)):
+    if source and not object_store.exists(object_store.join(url, MANIFEST)):
         pack(source, url, PackConfig())
     dataset = open_dataset(url)
     if source and dataset.manifest.source_sha256 != built_in_sets.SOURCE_SHA256[source]:
@@ -280,7 +281,7 @@ def user_name() -> str:
 def _report(
     config: RunConfig, folder: str, tracked: TrackedRun, ended: dict[str, Any]
 ) -> dict[str, Any]:
-    folder, step = storage.join(folder, "pictures"), ended["step"]
+    folder, step = object_store.join(folder, "pictures"), ended["step"]
     draws = config.model.kind == "unet" and config.training.grid_every_steps > 0
     return {
         "name": config.name,

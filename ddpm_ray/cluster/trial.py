@@ -20,8 +20,8 @@ from ddpm_ray.cluster.control import ControlLostError
 from ddpm_ray.cluster.tracking import TrackingError
 from ddpm_ray.cluster.training_run import Outcome, PartOf
 from ddpm_ray.config import RunConfig
-from ddpm_ray.data.storage import StorageError
 from ddpm_ray.knobs import from_dict
+from ddpm_ray.storage.object_store import StorageError
 from ddpm_ray.training.gallery import picture_url
 from ddpm_ray.training.reporting import Progress
 

@@ -19,10 +19,10 @@ from ddpm_ray.cluster.tracked_run import RunCard, TrackedRun
 from ddpm_ray.cluster.tracker import Tracker
 from ddpm_ray.cluster.watch import Pulse
 from ddpm_ray.config import RunConfig
-from ddpm_ray.data import storage
 from ddpm_ray.data.shards import Dataset, DatasetError, open_dataset
-from ddpm_ray.file_formats import package_version
 from ddpm_ray.knobs import from_dict
+from ddpm_ray.storage import object_store
+from ddpm_ray.storage.file_formats import package_version
 from ddpm_ray.training import determinism, evaluation
 from ddpm_ray.training.checkpoints import (
     CHECKPOINTS,
@@ -137,7 +137,7 @@ def assemble(
 def _configure_process(config: RunConfig) -> None:
     """Threads, patience with the storage, and the kind of algorithms."""
     torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
-    storage.be_patient(config.cluster.storage_timeout_s)
+    object_store.be_patient(config.cluster.storage_timeout_s)
     if config.training.deterministic:
         determinism.configure()
 
@@ -160,7 +160,7 @@ def _gallery(
         build_diffusion.sampling_plan(config.sampling, denoiser.schedule, names),
         (channels, height, width),
         workers,
-        storage.join(folder, "pictures"),
+        object_store.join(folder, "pictures"),
         sink,
         config.sampling.batch_size,
     )
@@ -227,7 +227,7 @@ def _tracked_run(settings: dict[str, Any]) -> TrackedRun:
 
 def _writer(config: RunConfig, settings: dict[str, Any], workers: Workers) -> CheckpointWriter:
     """Of the run's checkpoints; the leader's commits from now on, and no earlier start's."""
-    checkpoints = storage.join(settings["folder"], CHECKPOINTS)
+    checkpoints = object_store.join(settings["folder"], CHECKPOINTS)
     faults.at("restore")
     training = config.training
     store = CheckpointStore(

@@ -11,8 +11,8 @@ from typing import Literal, NamedTuple, get_args
 import numpy as np
 import numpy.typing as npt
 
-from ddpm_ray.data import storage, verified
 from ddpm_ray.data.shards import DatasetError
+from ddpm_ray.storage import checksummed, object_store
 from ddpm_ray.telling import counted
 
 BuiltIn = Literal["digits", "mnist", "fashion-mnist", "cifar10"]
@@ -85,7 +85,7 @@ def load(name: BuiltIn, split: Split, url: str = "", sha256: Sequence[str] = ())
     prefix = "train" if split == "train" else "t10k"
     files = (f"{prefix}-images-idx3-ubyte.gz", f"{prefix}-labels-idx1-ubyte.gz")
     images, labels = (
-        _idx(storage.join(place, file), sha) for file, sha in zip(files, hashes, strict=True)
+        _idx(object_store.join(place, file), sha) for file, sha in zip(files, hashes, strict=True)
     )
     label_names = FASHION_LABELS if name == "fashion-mnist" else tuple("0123456789")
     return Arrays(images[..., None], labels.astype(np.int64), label_names)
@@ -105,7 +105,7 @@ def _digits() -> Arrays:
 
 def _idx(url: str, sha256: str) -> npt.NDArray[np.uint8]:
     """The array of a gzipped IDX file: two zero bytes, type 8 (uint8), rank, sizes, data."""
-    data = gzip.decompress(verified.fetch(url, sha256, DOWNLOADS).read_bytes())
+    data = gzip.decompress(checksummed.fetch(url, sha256, DOWNLOADS).read_bytes())
     rank = data[3] if data[:3] == b"\x00\x00\x08" else 0
     shape = np.frombuffer(data, ">u4", rank, offset=4).astype(int) if rank else np.zeros(0, int)
     if rank not in (1, 3) or len(data) != 4 + 4 * rank + shape.prod():
@@ -116,7 +116,7 @@ def _idx(url: str, sha256: str) -> npt.NDArray[np.uint8]:
 def _cifar10(url: str, split: Split, sha256: str) -> Arrays:
     """Records of a label byte and 3 x 32 x 32 pixels, from the official binary archive."""
     names = [f"data_batch_{n}.bin" for n in range(1, 6)] if split == "train" else ["test_batch.bin"]
-    data = verified.fetch(url, sha256, DOWNLOADS).read_bytes()
+    data = checksummed.fetch(url, sha256, DOWNLOADS).read_bytes()
     try:
         with tarfile.open(fileobj=io.BytesIO(data)) as archive:
             files = [archive.extractfile(f"cifar-10-batches-bin/{name}") for name in names]

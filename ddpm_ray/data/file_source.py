@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import BinaryIO, NamedTuple
 
-from ddpm_ray.data import storage
 from ddpm_ray.data.samples import NamedGroup, Sample
-from ddpm_ray.data.storage import ObjectState, StorageError
+from ddpm_ray.storage import object_store
+from ddpm_ray.storage.object_store import ObjectState, StorageError
 
 READERS = 16  # small remote files at a time: each is mostly waiting
 
@@ -50,12 +50,12 @@ class FileSource:
     def read(self, samples: range) -> Iterator[Sample]:
         """These samples in order, files fetched a run ahead."""
         members = self.members[samples.start : samples.stop]
-        with ThreadPoolExecutor(1 if storage.is_local(self.url) else READERS) as pool:
+        with ThreadPoolExecutor(1 if object_store.is_local(self.url) else READERS) as pool:
             # In runs, so that no more than a run of files is in memory ahead of the reader.
             for at in range(0, len(members), 4 * READERS):
                 run = members[at : at + 4 * READERS]
                 for member, data in zip(run, pool.map(self._bytes, run), strict=True):
-                    place = storage.join(self.url, member.file)
+                    place = object_store.join(self.url, member.file)
                     if member.offset >= 0:
                         place = f"{place}: {member.key}"
                     yield Sample(member.key, member.label, data, place)
@@ -63,9 +63,9 @@ class FileSource:
     def _bytes(self, member: Member) -> bytes | None:
         if member.size > self.max_file_bytes:
             return None
-        url = storage.join(self.url, member.file)
+        url = object_store.join(self.url, member.file)
         if member.offset < 0:
-            return storage.read_bytes(url)
+            return object_store.read_bytes(url)
         with opened(url) as file:
             file.seek(member.offset)
             return file.read(member.size)
@@ -81,10 +81,10 @@ def opened(url: str) -> BinaryIO:
 
     Remote ones are read whole: clients take damaged ranges in silence. Raises StorageError.
     """
-    if not storage.is_local(url):
+    if not object_store.is_local(url):
         return io.BytesIO(_remote(url))
     try:
-        return storage.local_path(url).open("rb")
+        return object_store.local_path(url).open("rb")
     except OSError as error:
         reason = error.strerror or type(error).__name__
         raise StorageError(url, reason, "check the file and its rights") from None
@@ -92,4 +92,4 @@ def opened(url: str) -> BinaryIO:
 
 @lru_cache(maxsize=1)  # neighbours in the order lie in the same file
 def _remote(url: str) -> bytes:
-    return storage.read_bytes(url)
+    return object_store.read_bytes(url)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from ddpm_ray.data import class_names, metadata_files, storage
+from ddpm_ray.data import class_names, metadata_files
 from ddpm_ray.data.file_source import FileSource, Member, version_of
 from ddpm_ray.data.metadata_files import Metadata
 from ddpm_ray.data.pack_options import PackOptions
 from ddpm_ray.data.samples import groups, printable_name
 from ddpm_ray.data.shards import DatasetError
 from ddpm_ray.data.source_files import SPLITS, SourceFiles
+from ddpm_ray.storage import object_store
 
 EMPTY = "folders without an image, which are no classes"
 BELOW = "names of folders below the folders of the classes"
@@ -26,7 +27,7 @@ def folder_source(url: str, files: SourceFiles, options: PackOptions) -> FileSou
     names, tops = list(files.images), {name.split("/")[0] for name in files.images if "/" in name}
     if tops and tops <= SPLITS:
         problem = f"its sub-folders ({', '.join(sorted(tops))}) are splits, and would be classes"
-        raise DatasetError(url, problem, f"give one of them: {storage.join(url, min(tops))}")
+        raise DatasetError(url, problem, f"give one of them: {object_store.join(url, min(tops))}")
     if metadata.labels:
         label_names, numbers = _of_metadata(url, names, metadata)
         beside = [(UNUSED, tops)]
@@ -78,9 +79,11 @@ def _of_metadata(
     bare = [name for name in names if metadata.labels.get(name) is None]
     if bare:
         problem = f"{bare[0]} has no label in it, as {len(bare)} of {len(names)} images"
-        raise DatasetError(storage.join(url, file), problem, "give every image a label, or none")
+        raise DatasetError(
+            object_store.join(url, file), problem, "give every image a label, or none"
+        )
     try:
         return class_names.numbered([metadata.labels[name] for name in names])
     except ValueError as error:
         remedy = "write all labels as numbers or all as names"
-        raise DatasetError(storage.join(url, file), str(error), remedy) from None
+        raise DatasetError(object_store.join(url, file), str(error), remedy) from None

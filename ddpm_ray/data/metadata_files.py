@@ -13,12 +13,13 @@ import posixpath
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from ddpm_ray.data import class_names, storage
+from ddpm_ray.data import class_names
 from ddpm_ray.data.class_names import Label
 from ddpm_ray.data.pack_options import PackOptions
 from ddpm_ray.data.samples import NamedGroup, groups
 from ddpm_ray.data.shards import DatasetError
 from ddpm_ray.data.source_files import SourceFiles
+from ddpm_ray.storage import object_store
 
 FILE_NAME, LABEL = "file_name", "label"
 MISSING = "images that a metadata file names and that are not there"
@@ -41,12 +42,12 @@ def read(url: str, files: SourceFiles, options: PackOptions) -> Metadata:
     missing: list[str] = []
     columns: dict[str, set[str]] = {}
     for file, state in files.metadata.items():
-        where = storage.join(url, file)
+        where = object_store.join(url, file)
         if state.size > options.max_file_bytes:
             problem = f"a file of more than {options.max_file_bytes} bytes (max_file_bytes)"
             raise DatasetError(where, problem, "raise max_file_bytes if you trust it")
         label_key = options.label_key or LABEL
-        for line, row in _rows(where, storage.read_bytes(where)):
+        for line, row in _rows(where, object_store.read_bytes(where)):
             if not isinstance(name := row.get(FILE_NAME), str) or not name:
                 problem = f"line {line} has no {FILE_NAME}"
                 raise DatasetError(where, problem, f"name the image's file in {FILE_NAME}")

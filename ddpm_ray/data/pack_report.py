@@ -11,10 +11,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ddpm_ray.data import sealed, storage
 from ddpm_ray.data.samples import EXAMPLES, NamedGroup
 from ddpm_ray.data.shards import Dataset, DatasetError
-from ddpm_ray.data.storage import StorageError
+from ddpm_ray.storage import checksummed_json, object_store
+from ddpm_ray.storage.object_store import StorageError
 from ddpm_ray.telling import counted, told
 
 RECORD = "packing.json"
@@ -48,15 +48,15 @@ class Record:
 
 def write(destination: str, record: Record) -> None:
     """Put the record beside the shards. Raises StorageError."""
-    sealed.write(storage.join(destination, RECORD), asdict(record))
+    checksummed_json.write(object_store.join(destination, RECORD), asdict(record))
 
 
 def read(dataset: Dataset) -> Record | None:
     """The record of a data set; None for one that was packed without. Raises StorageError."""
-    where = storage.join(dataset.url, RECORD)
-    if not storage.exists(where):
+    where = object_store.join(dataset.url, RECORD)
+    if not object_store.exists(where):
         return None
-    held = sealed.read(where)
+    held = checksummed_json.read(where)
     try:
         fields = held.pop("report")
         report = PackReport(

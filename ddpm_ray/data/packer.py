@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from ddpm_ray.data import pack_report, shards, storage
+from ddpm_ray.data import pack_report, shards
 from ddpm_ray.data.image_files import (
     BadImageError,
     decode_image,
@@ -34,6 +34,7 @@ from ddpm_ray.data.resizing import resized
 from ddpm_ray.data.samples import NamedGroup, Sample, Source, groups
 from ddpm_ray.data.shards import Dataset, DatasetError, Recipe, ShardRow, UInt8s
 from ddpm_ray.data.sources import open_source
+from ddpm_ray.storage import object_store
 from ddpm_ray.telling import redacted
 
 log = logging.getLogger(__name__)
@@ -101,7 +102,7 @@ def finished(wanted: Plan) -> Dataset | None:
     Raises DatasetError where another data set is there, or one of other options or of files that
     were changed since: it is never overwritten.
     """
-    if not storage.exists(storage.join(wanted.destination, shards.MANIFEST)):
+    if not object_store.exists(object_store.join(wanted.destination, shards.MANIFEST)):
         return None
     dataset = shards.open_dataset(wanted.destination)
     if dataset.recipe != wanted.recipe:
@@ -123,11 +124,11 @@ def pack_shard(wanted: Plan, number: int) -> Packed:
     Raises BadImageError (on_bad_image "stop"), DatasetError and StorageError.
     """
     part = _part(wanted, number)
-    where = storage.join(wanted.destination, shards.shard_name(number))
+    where = object_store.join(wanted.destination, shards.shard_name(number))
     identity = json.dumps([asdict(wanted.recipe), wanted.source.version, _options(wanted)])
-    if storage.exists(part):
-        left = json.loads(storage.read_bytes(part))
-        if left["identity"] == identity and (left["row"] is None or storage.exists(where)):
+    if object_store.exists(part):
+        left = json.loads(object_store.read_bytes(part))
+        if left["identity"] == identity and (left["row"] is None or object_store.exists(where)):
             return _packed(number, left)
     fitted = _fitted_samples(wanted, number)
     row = None
@@ -141,7 +142,7 @@ def pack_shard(wanted: Plan, number: int) -> Packed:
         labels = [sample.label for sample in samples]
         keys = [sample.key for sample in samples]
         data = shards.shard_bytes(files or stacked, labels, keys)
-        storage.write_bytes(where, data)
+        object_store.write_bytes(where, data)
         digest = hashlib.sha256(data).hexdigest()
         sums = shards.pixel_sums(stacked)
         row = ShardRow(shards.shard_name(number), len(samples), len(data), digest, *sums)
@@ -154,7 +155,7 @@ def pack_shard(wanted: Plan, number: int) -> Packed:
         "class_samples": [counts[label] for label in range(len(wanted.recipe.label_names))],
         "content_sha256": fitted.content_sha256,
     }
-    storage.write_bytes(part, json.dumps(left).encode())
+    object_store.write_bytes(part, json.dumps(left).encode())
     return _packed(number, left)
 
 
@@ -177,7 +178,7 @@ def finish(wanted: Plan, packed: Iterable[Packed]) -> Dataset:
     record = Record(*source, content, _options(wanted), report)
     pack_report.write(wanted.destination, record)
     dataset = shards.write_index(wanted.destination, wanted.recipe, rows)
-    storage.delete_folder(storage.join(wanted.destination, PARTS))
+    object_store.delete_folder(object_store.join(wanted.destination, PARTS))
     return dataset
 
 
@@ -290,7 +291,7 @@ def _has_colour(image: Image.Image) -> bool:
 
 
 def _part(wanted: Plan, number: int) -> str:
-    return storage.join(wanted.destination, PARTS, f"{shards.shard_name(number)}.json")
+    return object_store.join(wanted.destination, PARTS, f"{shards.shard_name(number)}.json")
 
 
 def _packed(number: int, left: dict[str, Any]) -> Packed:

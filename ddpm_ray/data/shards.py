@@ -22,10 +22,11 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from ddpm_ray.data import arrow_files, index_file, storage, verified
+from ddpm_ray.data import arrow_files, index_file
 from ddpm_ray.data.arrow_files import ArrowFileError
 from ddpm_ray.data.cache import ShardCache
-from ddpm_ray.file_formats import require_readable
+from ddpm_ray.storage import checksummed, object_store
+from ddpm_ray.storage.file_formats import require_readable
 from ddpm_ray.telling import counted, told
 
 Encoding = Literal["raw", "png", "jpeg", "webp"]
@@ -152,12 +153,12 @@ def open_dataset(url: str) -> Dataset:
     read, and NewerFormatError for a set that a later version packed. Shards are checked when they
     are read.
     """
-    where = storage.join(url, MANIFEST)
-    if not storage.exists(where):
+    where = object_store.join(url, MANIFEST)
+    if not object_store.exists(where):
         remedy = "check the address, or pack it with jobs/pack_shards.py (which writes it last)"
         raise DatasetError(url, f"there is no {MANIFEST}, so this is not a whole data set", remedy)
-    found = _manifest_fields(where, storage.read_bytes(where))
-    data = storage.read_bytes(storage.join(url, INDEX))
+    found = _manifest_fields(where, object_store.read_bytes(where))
+    data = object_store.read_bytes(object_store.join(url, INDEX))
     if (digest := hashlib.sha256(data).hexdigest()) != (stated := str(found.get("index_sha256"))):
         problem = f"index_sha256 is {stated[:12]}, but {INDEX} has {digest[:12]}"
         raise DatasetError(where, problem, "one of the two was changed: pack the data set again")
@@ -165,7 +166,7 @@ def open_dataset(url: str) -> Dataset:
         table = index_file.read(data)
         manifest = _manifest(table, digest)
     except ValueError as error:  # also of sums that no pixels have
-        where = storage.join(url, INDEX)
+        where = object_store.join(url, INDEX)
         raise DatasetError(where, str(error), "pack the data set again") from None
     expected = json.loads(manifest.to_json())
     for name in sorted(expected.keys() | found.keys()):
@@ -181,8 +182,8 @@ def write_index(url: str, recipe: Recipe, rows: Sequence[ShardRow]) -> Dataset:
     data = index_file.write(asdict(recipe), [asdict(row) for row in rows])
     table = index_file.read(data)
     manifest = _manifest(table, hashlib.sha256(data).hexdigest())
-    storage.write_bytes(storage.join(url, INDEX), data)
-    storage.write_bytes(storage.join(url, MANIFEST), manifest.to_json())
+    object_store.write_bytes(object_store.join(url, INDEX), data)
+    object_store.write_bytes(object_store.join(url, MANIFEST), manifest.to_json())
     return Dataset(url, manifest, table)
 
 
@@ -226,15 +227,15 @@ def fetch_shard(dataset: Dataset, number: int, cache: ShardCache | None = None) 
     DatasetError where what matches is no shard of this data set.
     """
     row = dataset.index.slice(number, 1).to_pylist()[0]
-    url, expected = storage.join(dataset.url, row["name"]), row["sha256"]
+    url, expected = object_store.join(dataset.url, row["name"]), row["sha256"]
     if cache is not None and (data := cache.get(expected)) is not None:
         if hashlib.sha256(data).hexdigest() == expected:
             return _parsed(url, data, dataset, row)
         cache.evict(expected)
     try:
-        data = verified.read(url, expected, row["stored_bytes"])
-    except verified.DamagedError as error:
-        raise ShardCorruptError(url, expected, error.args[2], verified.READS) from None
+        data = checksummed.read(url, expected, row["stored_bytes"])
+    except checksummed.DamagedError as error:
+        raise ShardCorruptError(url, expected, error.args[2], checksummed.READS) from None
     if cache is not None:
         cache.put(expected, data)
     return _parsed(url, data, dataset, row)

@@ -15,11 +15,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ddpm_ray.data import storage
 from ddpm_ray.data.image_files import is_image
 from ddpm_ray.data.samples import NamedGroup, groups
 from ddpm_ray.data.shards import DatasetError
-from ddpm_ray.data.storage import ObjectState, StorageError
+from ddpm_ray.storage import object_store
+from ddpm_ray.storage.object_store import ObjectState, StorageError
 
 TAR, TABLES = ".tar", (".parquet", ".arrow")
 METADATA = ("metadata.csv", "metadata.jsonl")
@@ -78,11 +78,11 @@ class SourceFiles:
 def list_source(url: str) -> SourceFiles:
     """What lies below the folder `url`. Raises StorageError."""
     files = SourceFiles()
-    if storage.is_local(url):
-        found = dict(_walk(storage.local_path(url), files))
+    if object_store.is_local(url):
+        found = dict(_walk(object_store.local_path(url), files))
     else:
         found = {}
-        for name, state in storage.states(url).items():
+        for name, state in object_store.states(url).items():
             parts = name.split("/")
             hidden = next((n for n, part in enumerate(parts) if is_hidden(part)), None)
             if hidden is None:

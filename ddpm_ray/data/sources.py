@@ -16,7 +16,7 @@ from typing import cast
 import numpy as np
 import numpy.typing as npt
 
-from ddpm_ray.data import built_in_sets, storage
+from ddpm_ray.data import built_in_sets
 from ddpm_ray.data.built_in_sets import BuiltIn
 from ddpm_ray.data.folder_source import folder_source
 from ddpm_ray.data.image_files import is_image
@@ -34,6 +34,7 @@ from ddpm_ray.data.source_files import (
 )
 from ddpm_ray.data.table_source import table_source
 from ddpm_ray.data.tar_source import tar_source
+from ddpm_ray.storage import object_store
 
 
 def open_source(source: str, options: PackOptions = DEFAULTS) -> Source:
@@ -46,14 +47,14 @@ def open_source(source: str, options: PackOptions = DEFAULTS) -> Source:
         name = cast(BuiltIn, source)
         arrays = built_in_sets.load(name, options.split, options.url, options.sha256)
         return ArraySource(source, *arrays)
-    source = storage.absolute(source, Path.cwd())  # tasks run in folders of their own
+    source = object_store.absolute(source, Path.cwd())  # tasks run in folders of their own
     if "://" not in source:
         _refuse_other_than_folder(source)
     files = SourceFiles()
     if source.lower().endswith((TAR, *TABLES)) and not _is_folder(source):
         folder, _, file = source.rpartition("/")
         source = folder or "/"
-        files.add(file, storage.state(storage.join(source, file)))
+        files.add(file, object_store.state(object_store.join(source, file)))
     else:
         files = list_source(source)
     if INDEX in files.tables and MANIFEST in files.others[OTHER]:
@@ -111,7 +112,7 @@ class ArraySource:
 
 
 def _is_folder(source: str) -> bool:
-    return storage.is_local(source) and storage.local_path(source).is_dir()
+    return object_store.is_local(source) and object_store.local_path(source).is_dir()
 
 
 def _refuse_other_than_folder(source: str) -> None:

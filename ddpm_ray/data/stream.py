@@ -19,11 +19,11 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from ddpm_ray.data import storage
 from ddpm_ray.data.cache import ShardCache
 from ddpm_ray.data.order import Int64s, Order
 from ddpm_ray.data.reader import FETCHES, Reader, gather, inside, shares
 from ddpm_ray.data.shards import Dataset, fetch_shard
+from ddpm_ray.storage import object_store
 
 
 class Batch(NamedTuple):
@@ -64,7 +64,7 @@ class ShardStream:
         self.waited_s = 0.0  # how long batch() was blocked, in all
         self._shares = shares(self.order, positions)
         self._cache: ShardCache | None = None
-        if cache_dir is not None and cache_bytes > 0 and not storage.is_local(dataset.url):
+        if cache_dir is not None and cache_bytes > 0 and not object_store.is_local(dataset.url):
             self._cache = ShardCache(Path(cache_dir).expanduser(), cache_bytes)
         self._reader: Reader | None = None
         self._next_step = 0

@@ -15,14 +15,15 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from ddpm_ray.data import class_names, storage, table_files
+from ddpm_ray.data import class_names, table_files
 from ddpm_ray.data.class_names import Label
 from ddpm_ray.data.file_source import version_of
 from ddpm_ray.data.pack_options import PackOptions
 from ddpm_ray.data.samples import NamedGroup, Sample, groups, printable_name
 from ddpm_ray.data.shards import DatasetError
-from ddpm_ray.data.storage import ObjectState
 from ddpm_ray.data.table_files import TableFile
+from ddpm_ray.storage import object_store
+from ddpm_ray.storage.object_store import ObjectState
 from ddpm_ray.telling import counted
 
 IMAGES, LABEL = ("image", "img", "jpg", "jpeg", "png", "webp"), "label"
@@ -60,7 +61,7 @@ class TableSource:
             rows = range(max(samples.start - start, 0), min(samples.stop - start, file.rows))
             if rows:
                 name = printable_name(file.name)
-                url = storage.join(self.url, file.name)
+                url = object_store.join(self.url, file.name)
                 images = table_files.images(url, file, self.column, rows)
                 for row, image in zip(rows, images, strict=True):
                     fits = len(image) <= self.max_file_bytes
@@ -83,7 +84,7 @@ def table_source(
     names: tuple[str, ...] | None = None
     column = ""
     for table, state in tables.items():
-        url = storage.join(folder, table)
+        url = object_store.join(folder, table)
         file = table_files.opened(url, table, state.size)
         chosen = _image_column(url, file.schema, options.image_key)
         label = _label_column(url, file.schema, options.label_key)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import BinaryIO
 
 from ddpm_ray.data.shards import DatasetError
-from ddpm_ray.data.storage import StorageError
+from ddpm_ray.storage.object_store import StorageError
 
 CHUNK = 1 << 20
 

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from ddpm_ray.data import class_names, storage
+from ddpm_ray.data import class_names
 from ddpm_ray.data.class_names import Label
 from ddpm_ray.data.file_source import FileSource, Member, opened, version_of
 from ddpm_ray.data.image_files import is_image
@@ -19,8 +19,9 @@ from ddpm_ray.data.pack_options import PackOptions
 from ddpm_ray.data.samples import NamedGroup, groups, printable_name
 from ddpm_ray.data.shards import DatasetError
 from ddpm_ray.data.source_files import HIDDEN, is_hidden
-from ddpm_ray.data.storage import ObjectState
 from ddpm_ray.data.tar_members import members
+from ddpm_ray.storage import object_store
+from ddpm_ray.storage.object_store import ObjectState
 
 MOST_LABEL_BYTES = 2**20
 LABELS = ("label", "cls")  # keys of .json, the first that is there
@@ -52,7 +53,7 @@ def tar_source(
     others: dict[str, list[str]] = defaultdict(list)
     json_keys: set[str] = set()
     for tar in sorted(tars):
-        url = storage.join(folder, tar)
+        url = object_store.join(folder, tar)
         contents = _contents(url, options, others, json_keys)
         found.extend(
             (Member(tar, key, -1, *image), _label(url, key, contents))

@@ -8,9 +8,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from ddpm_ray.data import storage
 from ddpm_ray.data.image_files import FORMATS, ORIENTATION, BadImageError, open_image, pixels
 from ddpm_ray.generation.editing import Mask
+from ddpm_ray.storage import object_store
 
 WHITE = 128  # of 255: pixels of a mask from here on are white, or opaque
 MOST_PIXELS = 64_000_000  # more are refused before they are decoded
@@ -83,4 +83,4 @@ def write_picture(file: str | Path, image: Image.Image, **options: Any) -> None:
     """
     encoded = io.BytesIO()
     image.save(encoded, Image.registered_extensions()[Path(file).suffix.lower()], **options)
-    storage.write_bytes(str(file), encoded.getvalue())
+    object_store.write_bytes(str(file), encoded.getvalue())

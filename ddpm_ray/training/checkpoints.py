@@ -25,10 +25,10 @@ from safetensors import SafetensorError
 from safetensors import torch as safetensors
 
 from ddpm_ray import faults
-from ddpm_ray.data import storage, verified
-from ddpm_ray.data.storage import StorageError
-from ddpm_ray.data.verified import DamagedError
-from ddpm_ray.file_formats import FORMAT, require_readable
+from ddpm_ray.storage import checksummed, object_store
+from ddpm_ray.storage.checksummed import DamagedError
+from ddpm_ray.storage.file_formats import FORMAT, require_readable
+from ddpm_ray.storage.object_store import StorageError
 from ddpm_ray.telling import counted, told
 from ddpm_ray.training import pointers
 from ddpm_ray.training.background import Background
@@ -102,13 +102,13 @@ class CheckpointStore:
         # A writer that leads knows its commits: what it read now might be a later writer's.
         newest = self._own or self.pointer()
         folder = f"{PREFIX}{snapshot.step:08d}-{newest.epoch:08d}-{secrets.token_hex(4)}"
-        where, before = storage.join(self.url, folder), newest.references
+        where, before = object_store.join(self.url, folder), newest.references
         known = [Reference(folder, _sha256(files[MANIFEST])), *before]
         kept = self._kept(known)
         try:
             for name, data in files.items():
                 faults.at("manifest" if name == MANIFEST else "object")
-                storage.write_bytes(storage.join(where, name), data)
+                object_store.write_bytes(object_store.join(where, name), data)
         except StorageError:
             if not self._superseded():  # a later start may have taken it over by its manifest
                 self._delete(folder)  # half of it on a full disk would only be in the way
@@ -135,7 +135,7 @@ class CheckpointStore:
         references = self._own.references if self._own else self._known()
         reasons = []
         for place, reference in enumerate(references, 1):
-            where = storage.join(self.url, reference.folder)
+            where = object_store.join(self.url, reference.folder)
             try:
                 found = where, read(where, reference.manifest_sha256, groups)
                 if groups is not None:
@@ -160,7 +160,7 @@ class CheckpointStore:
         """URL of the committed checkpoint of `step`; None where it is not kept."""
         references = (self._own or self.pointer()).references
         found = next((one.folder for one in references if one.step == step), None)
-        return None if found is None else storage.join(self.url, found)
+        return None if found is None else object_store.join(self.url, found)
 
     def pointer(self) -> Pointer:
         """What is committed; where the newest commits are damaged, with a warning, those before.
@@ -195,12 +195,12 @@ class CheckpointStore:
         """
         known = {one.folder for one in named}
         whole, unfinished = [], []
-        for folder in storage.folders(self.url):
+        for folder in object_store.folders(self.url):
             if not FOLDER.fullmatch(folder) or folder in known:
                 continue
             if below is not None and pointers.folder_step_epoch(folder)[1] >= below:
                 continue
-            manifest = _manifest(storage.join(self.url, folder))
+            manifest = _manifest(object_store.join(self.url, folder))
             if manifest is None:
                 unfinished.append(folder)
             else:
@@ -230,7 +230,7 @@ class CheckpointStore:
             remedy = "restore it from a backup; it lists the checkpoint folders beside it"
             raise CheckpointError(found.damaged[0], "is not a list of checkpoints", remedy)
         reason = f"{found.damaged[0]} is damaged" if found.damaged else "no pointer is there"
-        newest = storage.join(self.url, known[0].folder)
+        newest = object_store.join(self.url, known[0].folder)
         count = counted(len(known), "checkpoint")
         log.warning("%s; recovered %s, the newest %s", told(reason), count, newest)
 
@@ -249,7 +249,7 @@ class CheckpointStore:
         self._written = [*names[-1:], pointer.name]
         try:
             for name in names[:-1]:
-                storage.delete(storage.join(self.url, POINTERS, name))
+                object_store.delete(object_store.join(self.url, POINTERS, name))
         except StorageError as error:
             log.warning("old pointer stays: %s", error)
 
@@ -263,15 +263,15 @@ class CheckpointStore:
 
     def _is_away(self, error: StorageError, reference: Reference) -> bool:
         """Whether it was the storage that failed, not the checkpoint."""
-        where, names = storage.join(self.url, reference.folder), (MANIFEST, *file_names())
-        return not isinstance(error, storage.NotAnObjectError) and all(
-            storage.exists(storage.join(where, name)) for name in names
+        where, names = object_store.join(self.url, reference.folder), (MANIFEST, *file_names())
+        return not isinstance(error, object_store.NotAnObjectError) and all(
+            object_store.exists(object_store.join(where, name)) for name in names
         )
 
     def _delete(self, folder: str) -> None:
         """Best effort: what stays behind costs space and nothing else."""
         try:
-            storage.delete_folder(storage.join(self.url, folder))
+            object_store.delete_folder(object_store.join(self.url, folder))
         except StorageError as error:
             log.warning("old checkpoint stays: %s", error)
 
@@ -283,11 +283,11 @@ def _by_step(references: Sequence[Reference]) -> list[Reference]:
 
 def _manifest(where: str) -> bytes | None:
     """The manifest of the folder `where`; None where a save did not come to its end."""
-    place = storage.join(where, MANIFEST)
+    place = object_store.join(where, MANIFEST)
     try:
-        data = storage.read_bytes(place) if storage.exists(place) else b""
+        data = object_store.read_bytes(place) if object_store.exists(place) else b""
         return data if isinstance(json.loads(data), dict) else None
-    except (ValueError, RecursionError, storage.NotAnObjectError):
+    except (ValueError, RecursionError, object_store.NotAnObjectError):
         return None
 
 
@@ -302,9 +302,11 @@ def read(
     NewerFormatError, past which no reader falls back: the newest steps would be lost.
     """
     try:
-        where = storage.join(url, MANIFEST)
+        where = object_store.join(url, MANIFEST)
         manifest = (
-            verified.read(where, manifest_sha256) if manifest_sha256 else storage.read_bytes(where)
+            checksummed.read(where, manifest_sha256)
+            if manifest_sha256
+            else object_store.read_bytes(where)
         )
     except DamagedError:
         raise _damaged(url, MANIFEST, "its sha256 is not the pointer's") from None
@@ -346,12 +348,12 @@ def _groups(names: Iterable[str]) -> Iterator[str]:
 
 def group_names(url: str) -> list[str]:
     """The groups of tensors in the checkpoint folder `url`, as its manifest names them."""
-    return sorted(_groups(json.loads(storage.read_bytes(storage.join(url, MANIFEST)))))
+    return sorted(_groups(json.loads(object_store.read_bytes(object_store.join(url, MANIFEST)))))
 
 
 def weights_sha256(url: str, group: str = "ema") -> str:
     """sha256 of the weights file of the checkpoint folder `url`, as its manifest records it."""
-    manifest = json.loads(storage.read_bytes(storage.join(url, MANIFEST)))
+    manifest = json.loads(object_store.read_bytes(object_store.join(url, MANIFEST)))
     return str(manifest[f"{group}{TENSORS}"]["sha256"])
 
 
@@ -377,14 +379,14 @@ class CheckpointWriter(Background):
 
 def _verified(url: str, name: str, entry: dict[str, Any]) -> bytes:
     try:
-        return verified.read(storage.join(url, name), entry["sha256"], int(entry["bytes"]))
+        return checksummed.read(object_store.join(url, name), entry["sha256"], int(entry["bytes"]))
     except DamagedError:
         raise _damaged(url, name, "its sha256 is not the manifest's") from None
 
 
 def _damaged(url: str, name: str, reason: str) -> CheckpointError:
     return CheckpointError(
-        storage.join(url, name), reason, "the bytes changed since they were saved"
+        object_store.join(url, name), reason, "the bytes changed since they were saved"
     )
 
 

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from ddpm_ray.data import storage
 from ddpm_ray.generation import grids
 from ddpm_ray.generation.denoiser import Denoiser
 from ddpm_ray.generation.sample import SamplingPlan, draw_uint8
+from ddpm_ray.storage import object_store
 from ddpm_ray.training.reporting import Sink
 from ddpm_ray.training.workers import Workers
 
@@ -66,9 +66,9 @@ class Gallery:
         self.sink.image(key, step, picture)
         png = io.BytesIO()
         picture.save(png, format="PNG")
-        storage.write_bytes(picture_url(self.url, key, step), png.getvalue())
+        object_store.write_bytes(picture_url(self.url, key, step), png.getvalue())
 
 
 def picture_url(folder: str, key: str, step: int) -> str:
     """Where the picture `key` of `step` lies below a run's folder of pictures."""
-    return storage.join(folder, f"{key}-step-{step:08d}.png")
+    return object_store.join(folder, f"{key}-step-{step:08d}.png")

@@ -15,7 +15,7 @@ import socket
 import time
 from dataclasses import dataclass, field, replace
 
-from ddpm_ray.data import sealed, storage
+from ddpm_ray.storage import checksummed_json, object_store
 
 
 class SupersededError(RuntimeError):
@@ -60,18 +60,18 @@ class Lease:
 
     def check(self) -> None:
         """Raises SupersededError once somebody else goes on, LeaseLostError if with another job."""
-        if storage.exists(self._place(1)):
+        if object_store.exists(self._place(1)):
             self._refuse_others(self.epoch + 1)
             raise SupersededError(self.url, self.epoch + 1)
-        if sealed.read(self._place())["token"] != self.token:
+        if checksummed_json.read(self._place())["token"] != self.token:
             self._refuse_others(self.epoch)
             raise SupersededError(self.url, self.epoch)
 
     def other_owner(self) -> str:
         """Host and process of another job that goes on with the run; empty where none does."""
         later = 0
-        while storage.exists(self._place(later)):
-            holder = sealed.read(self._place(later))
+        while object_store.exists(self._place(later)):
+            holder = checksummed_json.read(self._place(later))
             if holder["owner"] != self.owner:
                 return f"process {holder['pid']} on {holder['host']}"
             later += 1
@@ -84,14 +84,16 @@ class Lease:
             lease = replace(lease, epoch=lease.epoch + 1)
             claim = {"owner": lease.owner, "token": lease.token} | who
             # Asked first, because most stores would write over what is there.
-            if not storage.exists(lease._place()) and sealed.write_new(lease._place(), claim):
+            if not object_store.exists(lease._place()) and checksummed_json.write_new(
+                lease._place(), claim
+            ):
                 return lease
             if refuse_others:
                 self._refuse_others(lease.epoch)
 
     def _refuse_others(self, epoch: int) -> None:
-        if sealed.read(self._place(epoch - self.epoch))["owner"] != self.owner:
+        if checksummed_json.read(self._place(epoch - self.epoch))["owner"] != self.owner:
             raise LeaseLostError(self.url, epoch)
 
     def _place(self, later: int = 0) -> str:
-        return storage.join(self.url, "writers", f"{self.epoch + later:08d}.json")
+        return object_store.join(self.url, "writers", f"{self.epoch + later:08d}.json")

@@ -18,8 +18,8 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from ddpm_ray.data import sealed, storage
-from ddpm_ray.data.storage import StorageError
+from ddpm_ray.storage import checksummed_json, object_store
+from ddpm_ray.storage.object_store import StorageError
 
 log = logging.getLogger(__name__)
 
@@ -109,15 +109,15 @@ def find(url: str, below: int | None = None) -> Found:
 
     Raises StorageError where the storage is away; what is damaged is named in the result.
     """
-    listed = filter(NAME.fullmatch, storage.file_names(storage.join(url, POINTERS)))
+    listed = filter(NAME.fullmatch, object_store.file_names(object_store.join(url, POINTERS)))
     names = sorted((name for name in listed if below is None or _rank(name)[0] < below), key=_rank)
     found, damaged = None, []
     for name in reversed(names):
-        where = storage.join(url, POINTERS, name)
+        where = object_store.join(url, POINTERS, name)
         found = _read(where)
         if found is not None and found.name == name:
             break
-        if not storage.exists(where):  # a writer has made a newer one since they were listed
+        if not object_store.exists(where):  # a writer has made a newer one since they were listed
             return find(url, below)
         found = None
         damaged.append(where)
@@ -125,25 +125,28 @@ def find(url: str, below: int | None = None) -> Found:
     if isinstance(latest, str):
         damaged += [] if names else [latest]  # else a damaged copy, which nothing rests on
     elif latest is not None and (found is None or latest.rank > found.rank):
-        found, damaged = latest, [d for d in damaged if _rank(storage.name_of(d)) > latest.rank]
+        found, damaged = (
+            latest,
+            [d for d in damaged if _rank(object_store.name_of(d)) > latest.rank],
+        )
     if found is None and isinstance(before := _legacy(url, PREVIOUS, below), Pointer):
-        found, damaged = before, damaged or [storage.join(url, LATEST)]
+        found, damaged = before, damaged or [object_store.join(url, LATEST)]
     return Found(found, names, damaged)
 
 
 def write(url: str, pointer: Pointer) -> None:
     """Commit what `pointer` names. Raises StorageError, and then nothing is committed."""
-    sealed.write(storage.join(url, POINTERS, pointer.name), pointer.to_json())
+    checksummed_json.write(object_store.join(url, POINTERS, pointer.name), pointer.to_json())
     try:
-        sealed.write(storage.join(url, LATEST), pointer.to_json())
+        checksummed_json.write(object_store.join(url, LATEST), pointer.to_json())
     except StorageError as error:
         log.warning("the copy of the newest pointer is not up to date: %s", error)
 
 
 def _legacy(url: str, name: str, below: int | None) -> Pointer | str | None:
     """The pointer at a fixed name; its URL where it is damaged, None where there is none."""
-    where = storage.join(url, name)
-    if not storage.exists(where):
+    where = object_store.join(url, name)
+    if not object_store.exists(where):
         return None
     pointer = _read(where)
     if pointer is None:
@@ -154,11 +157,17 @@ def _legacy(url: str, name: str, below: int | None) -> Pointer | str | None:
 def _read(where: str) -> Pointer | None:
     """The pointer at `where`, None where it is damaged; raises StorageError in an outage."""
     try:
-        return Pointer.of(sealed.read(where))
-    except (sealed.SealError, storage.NotAnObjectError, ValueError, TypeError, KeyError):
+        return Pointer.of(checksummed_json.read(where))
+    except (
+        checksummed_json.SealError,
+        object_store.NotAnObjectError,
+        ValueError,
+        TypeError,
+        KeyError,
+    ):
         return None
     except StorageError:
-        if storage.exists(where):
+        if object_store.exists(where):
             raise
         return None
 

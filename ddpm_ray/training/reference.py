@@ -16,10 +16,10 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ddpm_ray.data import storage
 from ddpm_ray.data.shards import Dataset
 from ddpm_ray.data.stream import read_images
 from ddpm_ray.measures.frechet import Moments
+from ddpm_ray.storage import object_store
 from ddpm_ray.training.features import FeatureNet
 from ddpm_ray.training.workers import Workers
 
@@ -74,7 +74,7 @@ def reference(
         "features": net.facts,
         "kernel_images": min(kernel_images, dataset.manifest.samples),
     }
-    url = storage.join(dataset.url, "reference", f"{_sha256(identity)}.safetensors")
+    url = object_store.join(dataset.url, "reference", f"{_sha256(identity)}.safetensors")
     tensors = _read_cache(url, identity)
     cached_everywhere = all(workers.gather(tensors is not None))
     if tensors is None or not cached_everywhere:
@@ -123,24 +123,24 @@ def _write_cache(url: str, identity: Mapping[str, Any], tensors: Mapping[str, Te
     # One entry, because safetensors writes several in no fixed order.
     stamp = json.dumps({"sha256": _checksum(identity, tensors), "identity": identity})
     try:
-        storage.write_bytes(url, safetensors.torch.save(dict(tensors), {STAMP: stamp}))
-    except storage.StorageError as error:
+        object_store.write_bytes(url, safetensors.torch.save(dict(tensors), {STAMP: stamp}))
+    except object_store.StorageError as error:
         log.warning("reference statistics are not kept (%s); the next run computes them", error)
 
 
 def _read_cache(url: str, identity: Mapping[str, Any]) -> dict[str, Tensor] | None:
     """The tensors at `url`, or None where there are none or they are not what was written."""
     try:
-        if not storage.exists(url):
+        if not object_store.exists(url):
             return None
-        data = storage.read_bytes(url)
+        data = object_store.read_bytes(url)
         tensors = safetensors.torch.load(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         stamp = json.loads(header["__metadata__"][STAMP])
         if stamp["sha256"] != _checksum(identity, tensors):
             raise ValueError("its sha256 is wrong")
     except (
-        storage.StorageError, SafetensorError, ValueError, KeyError, TypeError, RecursionError
+        object_store.StorageError, SafetensorError, ValueError, KeyError, TypeError, RecursionError
     ) as error:  # fmt: skip
         log.warning(
             "the stored reference statistics %s cannot be used (%s); they are computed again",

@@ -17,11 +17,11 @@ from safetensors import SafetensorError
 from safetensors import torch as safetensors
 
 from ddpm_ray import faults
-from ddpm_ray.data import sealed, storage, verified
-from ddpm_ray.data.sealed import SealError
-from ddpm_ray.data.verified import DamagedError
 from ddpm_ray.models.ema import width_group
 from ddpm_ray.models.post_hoc_ema import gamma_of, misfit, reconstruct, weights
+from ddpm_ray.storage import checksummed, checksummed_json, object_store
+from ddpm_ray.storage.checksummed import DamagedError
+from ddpm_ray.storage.checksummed_json import SealError
 from ddpm_ray.training.background import Background
 from ddpm_ray.training.checkpoints import MANIFEST, TENSORS, CheckpointError, described
 from ddpm_ray.training.pointers import PREFIX
@@ -42,10 +42,10 @@ class SnapshotStore:
         files = {f"{name}{TENSORS}": safetensors.save(group) for name, group in groups.items()}
         for name, data in files.items():
             faults.at("object")
-            storage.write_bytes(storage.join(where, name), data)
+            object_store.write_bytes(object_store.join(where, name), data)
         faults.at("manifest")
         manifest = {"step": step, "files": described(files)}
-        sealed.write(storage.join(where, MANIFEST), manifest)
+        checksummed_json.write(object_store.join(where, MANIFEST), manifest)
 
     def read(self, step: int, group: str) -> Tensors:
         """One average of `step`, every byte verified.
@@ -55,15 +55,17 @@ class SnapshotStore:
         where, name = self._folder(step), f"{group}{TENSORS}"
         remedy = "leave its step or its width out, or restore it from a backup"
         try:
-            sha256 = sealed.read(storage.join(where, MANIFEST))["files"][name]["sha256"]
-            return safetensors.load(verified.read(storage.join(where, name), sha256))
+            sha256 = checksummed_json.read(object_store.join(where, MANIFEST))["files"][name][
+                "sha256"
+            ]
+            return safetensors.load(checksummed.read(object_store.join(where, name), sha256))
         except (DamagedError, SealError, SafetensorError) as error:
-            raise CheckpointError(storage.join(where, name), "is damaged", remedy) from error
+            raise CheckpointError(object_store.join(where, name), "is damaged", remedy) from error
         except (KeyError, TypeError) as error:
-            raise CheckpointError(storage.join(where, name), "was not kept", remedy) from error
+            raise CheckpointError(object_store.join(where, name), "was not kept", remedy) from error
 
     def _folder(self, step: int) -> str:
-        return storage.join(self.url, f"{PREFIX}{step:08d}")
+        return object_store.join(self.url, f"{PREFIX}{step:08d}")
 
 
 def averaged(

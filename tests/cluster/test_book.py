@@ -10,9 +10,9 @@ import pytest
 from ddpm_ray.cluster.book import Book
 from ddpm_ray.cluster.ledger import Ledger
 from ddpm_ray.config import RunConfig
-from ddpm_ray.data import storage
 from ddpm_ray.knobs import ConfigError
 from ddpm_ray.measures.appraisal import Appraisal
+from ddpm_ray.storage import object_store
 from ddpm_ray.sweep_config import StoppingConfig, SweepConfig
 
 KEY = "schedule.num_steps"
@@ -157,7 +157,7 @@ def test_a_crash_at_any_write_changes_no_end(
     written: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The driver dies just before, or just after, a fact is safe; what was going on is retried."""
-    write, fatal, writes = storage.write_bytes, -1, 0
+    write, fatal, writes = object_store.write_bytes, -1, 0
 
     def fragile(url: str, data: bytes) -> None:
         nonlocal writes
@@ -167,7 +167,7 @@ def test_a_crash_at_any_write_changes_no_end(
         if writes == fatal:
             raise Killed
 
-    monkeypatch.setattr(storage, "write_bytes", fragile)
+    monkeypatch.setattr(object_store, "write_bytes", fragile)
     unbroken(tmp_path / "unbroken")
     assert writes > len(ENDS)
     for doomed in range(1, writes + 1):

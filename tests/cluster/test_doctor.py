@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from ddpm_ray.cluster import checkups, doctor
 from ddpm_ray.cluster.checkups import Finding, clock
 from ddpm_ray.cluster.tracking_place import tracking_place
-from ddpm_ray.data import storage
 from ddpm_ray.job_config import DoctorConfig
+from ddpm_ray.storage import object_store
 
 ROOT = Path(__file__).parents[2]
 UseS3 = Callable[[str, str], str]
@@ -97,8 +97,8 @@ def test_a_healthy_set_up_passes_and_nothing_is_left(
     assert f"server {version('mlflow')}" in found["MLflow"]["found"]
     assert "nothing here relies on it" in found["conditional put"]["found"]  # rclone ignores it
     assert all(place in found["clocks"]["found"] for place in ("bucket", "MLflow"))
-    with pytest.raises(storage.StorageError, match="there is nothing at this place"):
-        storage.list_files(place)
+    with pytest.raises(object_store.StorageError, match="there is nothing at this place"):
+        object_store.list_files(place)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from ddpm_ray.data import sealed
+from ddpm_ray.storage import checksummed_json
 from tests.cluster.job import ROOT, TINY_RUN, Job
 from tests.limits import JOB_S
 
@@ -57,7 +57,7 @@ def test_a_closed_terminal_commits_a_checkpoint_and_leaves_nothing(tmp_path: Pat
         process.kill()
         process.wait()
     assert code == 129, said[-2000:].decode()
-    pointer = sealed.read(str(tmp_path / "runs/digits/checkpoints/latest.json"))
+    pointer = checksummed_json.read(str(tmp_path / "runs/digits/checkpoints/latest.json"))
     reached = int(pointer["checkpoints"][0]["folder"].split("-")[1])
     assert 0 < reached < STEPS
     client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path / 'mlflow.db'}")

@@ -19,7 +19,7 @@ from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from ddpm_ray.cluster import control, failures, group
 from ddpm_ray.config import ClusterConfig
-from ddpm_ray.data.storage import StorageError
+from ddpm_ray.storage.object_store import StorageError
 
 DIED = "The actor died unexpectedly before finishing this task.\n\tclass_name: RayTrainWorker\n"
 LOST_PEER = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [::1]:4711")

@@ -16,7 +16,7 @@ from torch import nn
 
 from ddpm_ray import faults
 from ddpm_ray.cluster import averaging, evaluation_run, fatal, worker
-from ddpm_ray.data.storage import StorageError
+from ddpm_ray.storage.object_store import StorageError
 from ddpm_ray.training.checkpoints import CheckpointError
 from ddpm_ray.training.divergence import DivergedError
 from ddpm_ray.training.lease import LeaseLostError, SupersededError

@@ -14,8 +14,8 @@ from ddpm_ray.cluster import identity
 from ddpm_ray.cluster.identity import CLAIMS, IDENTITY, claim
 from ddpm_ray.cluster.ledger import Ledger
 from ddpm_ray.config import RunConfig
-from ddpm_ray.data import sealed, storage
 from ddpm_ray.knobs import ConfigError, load, to_dict
+from ddpm_ray.storage import checksummed_json, object_store
 from ddpm_ray.training.checkpoints import CHECKPOINTS, CheckpointStore
 from ddpm_ray.training.state import Snapshot
 from tests.limits import ENDS_S
@@ -37,7 +37,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """A folder's URL; the bucket writes over what is there, whatever it is asked (rclone)."""
     if request.param == "local":
         return str(tmp_path)
-    return storage.join(request.getfixturevalue("s3"), tmp_path.name)
+    return object_store.join(request.getfixturevalue("s3"), tmp_path.name)
 
 
 def test_drivers_that_begin_at_once_get_one_identity(place: str) -> None:
@@ -46,7 +46,7 @@ def test_drivers_that_begin_at_once_get_one_identity(place: str) -> None:
 
     def drive(number: int, barrier: threading.Barrier) -> None:
         barrier.wait(LIMIT_S)
-        found[number].add(claim(storage.join(place, f"at-once-{number}"), begun(), nothing))
+        found[number].add(claim(object_store.join(place, f"at-once-{number}"), begun(), nothing))
 
     threads: list[threading.Thread] = []
     for number in range(TRIES):
@@ -60,24 +60,26 @@ def test_drivers_that_begin_at_once_get_one_identity(place: str) -> None:
     assert [len(ids) for ids in found] == [1] * TRIES
     assert len(set.union(*found)) == TRIES
     for number, ids in enumerate(found):
-        assert {claim(storage.join(place, f"at-once-{number}"), begun(), nothing)} == ids
+        assert {claim(object_store.join(place, f"at-once-{number}"), begun(), nothing)} == ids
 
 
 def test_a_driver_that_begins_at_once_with_another_config_is_refused(s3: str) -> None:
     """In a bucket that writes over: the lowest claim is the run's, and others learn of it."""
-    folder = storage.join(s3, "another-config")
+    folder = object_store.join(s3, "another-config")
     first = begun(identity="0" * 32, folder=folder, config={"seed": 1})
-    sealed.write(storage.join(folder, CLAIMS, "0" * 32 + ".json"), first)
+    checksummed_json.write(object_store.join(folder, CLAIMS, "0" * 32 + ".json"), first)
     with pytest.raises(ConfigError, match="the run began with 1"):
         claim(folder, begun(), lambda found: [f"the run began with {found['config']['seed']}"])
-    assert sealed.read(storage.join(folder, IDENTITY)) == first
+    assert checksummed_json.read(object_store.join(folder, IDENTITY)) == first
 
 
 def test_a_claim_whose_driver_died_long_ago_counts_no_more(
     s3: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = storage.join(s3, "died-long-ago")
-    sealed.write(storage.join(folder, CLAIMS, "0" * 32 + ".json"), begun(identity="0" * 32))
+    folder = object_store.join(s3, "died-long-ago")
+    checksummed_json.write(
+        object_store.join(folder, CLAIMS, "0" * 32 + ".json"), begun(identity="0" * 32)
+    )
     threading.Event().wait(1.1)  # buckets count in seconds
     monkeypatch.setattr(identity, "FORGOTTEN_S", 0.5)
     assert claim(folder, begun(), nothing) != "0" * 32
@@ -87,9 +89,9 @@ def test_a_storage_that_is_slow_holds_no_start_up_for_ever(
     s3: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(identity, "SETTLE_S", 0.0)  # no answer is as fast
-    folder = storage.join(s3, "slow")
+    folder = object_store.join(s3, "slow")
     found = claim(folder, begun(), nothing)
-    assert sealed.read(storage.join(folder, IDENTITY))["identity"] == found
+    assert checksummed_json.read(object_store.join(folder, IDENTITY))["identity"] == found
     assert "another driver that began it at the same moment may go on as another" in caplog.text
 
 
@@ -108,7 +110,7 @@ def begin(config: RunConfig, folder: str) -> str:
 def commit(config: RunConfig, folder: str, **facts: Any) -> None:
     tensors = {name: {"a": torch.zeros(1)} for name in ("model", "ema", "optimizer")}
     known = {"config": to_dict(config), "data_fingerprint": "the data", "step": 5} | facts
-    CheckpointStore(storage.join(folder, CHECKPOINTS)).save(Snapshot(tensors, known))
+    CheckpointStore(object_store.join(folder, CHECKPOINTS)).save(Snapshot(tensors, known))
 
 
 def test_a_lost_identity_comes_out_of_the_newest_checkpoint(
@@ -154,7 +156,7 @@ def test_a_copied_folder_goes_on_as_a_run_of_its_own(
     assert f"{copy} is a copy of the run in {original}" in caplog.text
     assert claim(str(copy), begun(), nothing) == own
     assert claim(str(original), begun(), nothing) == before
-    assert sealed.read(str(copy / IDENTITY))["copied_from"] == str(original)
+    assert checksummed_json.read(str(copy / IDENTITY))["copied_from"] == str(original)
 
 
 def test_a_copy_without_its_identity_is_a_copy_too(tmp_path: Path) -> None:
@@ -185,18 +187,20 @@ def test_one_folder_under_two_names_is_no_copy(tmp_path: Path) -> None:
 
 
 def test_a_copy_out_of_a_bucket_is_one(s3: str, tmp_path: Path) -> None:
-    original = storage.join(s3, "copied")
+    original = object_store.join(s3, "copied")
     before = claim(original, begun(), nothing)
-    sealed.write(str(tmp_path / IDENTITY), sealed.read(storage.join(original, IDENTITY)))
+    checksummed_json.write(
+        str(tmp_path / IDENTITY), checksummed_json.read(object_store.join(original, IDENTITY))
+    )
     assert claim(str(tmp_path), begun(), nothing) != before
 
 
 def test_what_names_no_folder_goes_on_as_it_is(tmp_path: Path) -> None:
     """As commit c58b265 wrote it."""
     old = begun(identity="old")
-    sealed.write(str(tmp_path / IDENTITY), old)
+    checksummed_json.write(str(tmp_path / IDENTITY), old)
     assert claim(str(tmp_path), begun(), nothing) == "old"
-    assert sealed.read(str(tmp_path / IDENTITY)) == old
+    assert checksummed_json.read(str(tmp_path / IDENTITY)) == old
 
 
 def test_an_original_that_cannot_be_read_is_told(
@@ -206,6 +210,6 @@ def test_an_original_that_cannot_be_read_is_told(
     (tmp_path / "before").mkdir()
     (tmp_path / "before" / IDENTITY).write_text("{}")
     found = begun(identity="mine", folder=str(tmp_path / "before"))
-    sealed.write(str(tmp_path / "now" / IDENTITY), found)
+    checksummed_json.write(str(tmp_path / "now" / IDENTITY), found)
     assert claim(str(tmp_path / "now"), begun(), nothing) == "mine"
     assert "whether it is a copy is not known" in caplog.text

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ddpm_ray.cluster.ledger import Ledger, Status, Trial
-from ddpm_ray.data.sealed import read, sealed
-from ddpm_ray.data.storage import StorageError
+from ddpm_ray.storage.checksummed_json import read, sealed
+from ddpm_ray.storage.object_store import StorageError
 from tests.limits import ENDS_S
 
 Operation = tuple[str, int, Any]  # what is done, to which trial (modulo their number), with what

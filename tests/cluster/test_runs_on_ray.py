@@ -10,7 +10,7 @@ import psutil
 import pytest
 from mlflow import MlflowClient
 
-from ddpm_ray.data import sealed
+from ddpm_ray.storage import checksummed_json
 from ddpm_ray.training.reporting import RATES
 from tests.cluster.job import ROOT, TINY_RUN, Job, command_of, rows
 from tests.faults.lives import Ended, Life, hashes
@@ -123,7 +123,7 @@ def test_ctrl_c_commits_a_checkpoint_and_the_same_command_continues(
     assert stopped.code == code, stopped.told
     assert "the same command continues" in stopped.lines[-1]
     assert not stopped.result
-    pointer = sealed.read(str(tmp_path / "runs/digits/checkpoints/latest.json"))
+    pointer = checksummed_json.read(str(tmp_path / "runs/digits/checkpoints/latest.json"))
     reached = int(pointer["checkpoints"][0]["folder"].split("-")[1])
     assert 50 <= reached < STEPS
 

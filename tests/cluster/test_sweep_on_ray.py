@@ -11,7 +11,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from ddpm_ray.data import sealed
+from ddpm_ray.storage import checksummed_json
 from tests.cluster.job import ROOT, TINY_RUN, Job, command_of
 from tests.limits import JOB_S
 
@@ -59,7 +59,7 @@ def left(folder: Path) -> Left:
     children = [run for run in runs if "mlflow.parentRunId" in run.data.tags]
     (parent,) = (run for run in runs if run not in children)
     files = sorted((folder / "runs/quick/trials").glob("*.json"))
-    return Left([sealed.read(str(file)) for file in files], parent, children, client)
+    return Left([checksummed_json.read(str(file)) for file in files], parent, children, client)
 
 
 def sweep(folder: Path, *arguments: str) -> Job:

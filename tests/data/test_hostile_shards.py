@@ -23,8 +23,8 @@ from ddpm_ray.data.arrow_files import ArrowFileError
 from ddpm_ray.data.cache import ShardCache
 from ddpm_ray.data.image_files import encoded
 from ddpm_ray.data.shards import Dataset, DatasetError, Recipe, ShardRow, fetch_shard, open_dataset
-from ddpm_ray.data.storage import StorageError
 from ddpm_ray.data.stream import ShardStream
+from ddpm_ray.storage.object_store import StorageError
 from tests.data.test_image_files import bomb
 
 SHAPE = (2, 3, 1)

@@ -13,14 +13,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm_ray.data import pack_report, packer, sealed, storage
+from ddpm_ray.data import pack_report, packer
 from ddpm_ray.data.image_files import BadImageError
 from ddpm_ray.data.pack_options import PackOptions
 from ddpm_ray.data.pack_report import PackReport
 from ddpm_ray.data.samples import NamedGroup
 from ddpm_ray.data.shards import Dataset, DatasetError, fetch_shard, open_dataset
-from ddpm_ray.data.storage import StorageError
 from ddpm_ray.data.stream import read_images
+from ddpm_ray.storage import checksummed_json, object_store
+from ddpm_ray.storage.object_store import StorageError
 from tests.limits import ENDS_S
 
 
@@ -75,7 +76,7 @@ def test_a_killed_packer_goes_on_where_it_was(pictures: Path, tmp_path: Path) ->
         packer.pack_shard(plan, n)
     with pytest.raises(DatasetError, match=r"there is no manifest\.json"):
         open_dataset(plan.destination)
-    with mock.patch.object(storage, "write_bytes", wraps=storage.write_bytes) as write:
+    with mock.patch.object(object_store, "write_bytes", wraps=object_store.write_bytes) as write:
         again = packer.plan(str(pictures), plan.destination, PackOptions(shard_bytes=700))
         done = [packer.pack_shard(again, n) for n in range(again.shards)]
         written = sorted(Path(call.args[0]).name for call in write.call_args_list)
@@ -348,7 +349,7 @@ def test_a_record_of_another_set_or_none_at_all_is_no_record(tmp_path: Path) -> 
     assert record is not None
     pack_report.write(dataset.url, dataclasses.replace(record, source_sha256="0" * 64))
     assert pack_report.read(dataset) is None
-    sealed.write(f"{dataset.url}/packing.json", {"source": "x"})
+    checksummed_json.write(f"{dataset.url}/packing.json", {"source": "x"})
     with pytest.raises(StorageError, match=r"packing.json: not a record of packing.*; remove this"):
         pack_report.read(dataset)
 

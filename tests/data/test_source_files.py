@@ -6,13 +6,13 @@ from unittest import mock
 
 import pytest
 
-from ddpm_ray.data import storage
 from ddpm_ray.data.pack_options import PackOptions
 from ddpm_ray.data.samples import Source
 from ddpm_ray.data.shards import DatasetError
 from ddpm_ray.data.source_files import is_hidden
 from ddpm_ray.data.sources import open_source
-from ddpm_ray.data.storage import StorageError
+from ddpm_ray.storage import object_store
+from ddpm_ray.storage.object_store import StorageError
 from tests.data.test_sources import png, write_tar
 
 
@@ -49,7 +49,7 @@ def test_every_file_is_a_sample_or_is_named(
     root = f"{request.getfixturevalue('s3')}/stray" if remote else str(tmp_path)
     samples = ["cat/1.png", "cat/2.JFIF", "dog/3.pnm"]
     for name in [*samples, *(name for names in STRAY.values() for name in names)]:
-        storage.write_bytes(storage.join(root, name), png(1))
+        object_store.write_bytes(object_store.join(root, name), png(1))
     source = open_source(root)
     assert keys(source) == samples
     assert source.label_names == ("cat", "dog")

@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm_ray.data import built_in_sets, storage
+from ddpm_ray.data import built_in_sets
 from ddpm_ray.data.pack_options import PackOptions
 from ddpm_ray.data.samples import Source
 from ddpm_ray.data.shards import DatasetError
 from ddpm_ray.data.sources import open_source
-from ddpm_ray.data.storage import StorageError
+from ddpm_ray.storage import object_store
+from ddpm_ray.storage.object_store import StorageError
 
 
 def png(value: int) -> bytes:
@@ -69,8 +70,8 @@ def test_a_folder_with_a_class_per_sub_folder(
     root = f"{request.getfixturevalue('s3')}/classes" if remote else str(tmp_path)
     files = {"dog/2.png": 2, "cat/b/1.PNG": 1, "dog/10.png": 3, "ant/0.jpeg": 0}
     for name, value in files.items():
-        storage.write_bytes(storage.join(root, name), png(value))
-    storage.write_bytes(storage.join(root, "dog/notes.txt"), b"no image")
+        object_store.write_bytes(object_store.join(root, name), png(value))
+    object_store.write_bytes(object_store.join(root, "dog/notes.txt"), b"no image")
     source = open_source(root)
     assert source.label_names == ("ant", "cat", "dog")
     expected = [

@@ -13,11 +13,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ddpm_ray.data import image_files, reader, storage
+from ddpm_ray.data import image_files, reader
 from ddpm_ray.data.order import Block
 from ddpm_ray.data.shards import Dataset, ShardCorruptError, fetch_shard
-from ddpm_ray.data.storage import StorageError
 from ddpm_ray.data.stream import ShardStream, read_images
+from ddpm_ray.storage import object_store
+from ddpm_ray.storage.object_store import StorageError
 from tests.limits import ENDS_S
 
 MakeDataset = Callable[..., Dataset]
@@ -198,8 +199,8 @@ def test_a_missing_shard_is_named(make_dataset: MakeDataset) -> None:
 
 def test_a_download_that_went_wrong_once_is_repeated(make_dataset: MakeDataset) -> None:
     dataset = make_dataset(60, 7)
-    whole = storage.read_bytes(f"{dataset.url}/shard-00002.arrow")
-    with mock.patch.object(storage, "read_bytes", side_effect=[whole[:-1], b"", whole]):
+    whole = object_store.read_bytes(f"{dataset.url}/shard-00002.arrow")
+    with mock.patch.object(object_store, "read_bytes", side_effect=[whole[:-1], b"", whole]):
         assert len(fetch_shard(dataset, 2)) == 7
 
 
@@ -242,7 +243,7 @@ def test_from_a_bucket_through_the_cache(
     assert len(list(cache.iterdir())) == 9
     rotten = sorted(cache.iterdir())[0]
     rotten.write_bytes(b"rot" + rotten.read_bytes()[3:])
-    with mock.patch.object(storage, "read_bytes", wraps=storage.read_bytes) as read:
+    with mock.patch.object(object_store, "read_bytes", wraps=object_store.read_bytes) as read:
         assert epoch() == first
     assert read.call_count == 1
 

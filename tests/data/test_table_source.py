@@ -9,12 +9,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ddpm_ray.data import packer, storage
+from ddpm_ray.data import packer
 from ddpm_ray.data.image_files import BadImageError
 from ddpm_ray.data.pack_options import PackOptions
 from ddpm_ray.data.samples import Source
 from ddpm_ray.data.shards import DatasetError, fetch_shard
 from ddpm_ray.data.sources import open_source
+from ddpm_ray.storage import object_store
 from tests.data.test_source_files import keys, left_out, write
 from tests.data.test_sources import png
 from tests.data.test_tar_source import labels
@@ -82,8 +83,8 @@ def test_the_tables_of_a_folder_are_packed_in_order(
     for number, rows in enumerate((4, 1, 5)):
         name = f"data/train-0000{number}-of-00003.parquet"
         path = save(tmp_path / "made" / name, table(rows, label=pa.array([number] * rows)))
-        storage.write_bytes(storage.join(root, name), Path(path).read_bytes())
-    storage.write_bytes(storage.join(root, "README.md"), b"a card")
+        object_store.write_bytes(object_store.join(root, name), Path(path).read_bytes())
+    object_store.write_bytes(object_store.join(root, "README.md"), b"a card")
     plan = packer.plan(root, str(tmp_path / "set"), PackOptions(shard_bytes=16 * 3))
     dataset = packer.finish(plan, [packer.pack_shard(plan, n) for n in range(plan.shards)])
     assert dataset.manifest.shards == 4

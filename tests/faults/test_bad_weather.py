@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from ddpm_ray.data import shards, storage, verified
+from ddpm_ray.data import shards
 from ddpm_ray.data.shards import ShardCorruptError, fetch_shard, open_dataset
-from ddpm_ray.data.storage import StorageError
+from ddpm_ray.storage import checksummed, object_store
+from ddpm_ray.storage.object_store import StorageError
 from tests.faults.proxy import Weather, through
 from tests.noise import pack_noise
 
@@ -31,12 +32,12 @@ def test_whatever_is_read_is_what_was_written(
         for number in range(30):
             data = random.Random(number).randbytes(1000 + number)
             url = f"{bucket}/weather/{number}"
-            storage.write_bytes(url, data)
+            object_store.write_bytes(url, data)
             digest = hashlib.sha256(data).hexdigest()
-            assert verified.read(url, digest) == data
-            assert storage.exists(url)
-            storage.delete(url)
-            assert not storage.exists(url)
+            assert checksummed.read(url, digest) == data
+            assert object_store.exists(url)
+            object_store.delete(url)
+            assert not object_store.exists(url)
     assert all(weather.done[name] for name in STORM), weather.done
 
 
@@ -59,9 +60,9 @@ def test_bytes_that_stay_wrong_are_named(s3: str) -> None:
     pack_noise(f"{s3}/rotten", images=30, side=4)
     dataset = open_dataset(f"{s3}/rotten")
     url = f"{s3}/rotten/{shards.shard_name(1)}"
-    data = bytearray(storage.read_bytes(url))
+    data = bytearray(object_store.read_bytes(url))
     data[-20] ^= 1
-    storage.write_bytes(url, bytes(data))
+    object_store.write_bytes(url, bytes(data))
     with pytest.raises(ShardCorruptError, match=r"shard-00001.arrow.*sha256"):
         fetch_shard(dataset, 1)
 
@@ -73,15 +74,17 @@ def test_a_request_that_hangs_is_cut_off(
     use_s3: Callable[[str, str], str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(storage, "READ_TIMEOUT_S", 2)
-    storage.be_patient(60)
+    monkeypatch.setattr(object_store, "READ_TIMEOUT_S", 2)
+    object_store.be_patient(60)
     with through(s3_server, Weather(hang=method)) as endpoint:
         url = f"{use_s3(endpoint, 'secret')}/hangs"
         began_s = time.monotonic()
-        storage.write_bytes(url, b"once")
-        assert storage.read_bytes(url) == b"once"
+        object_store.write_bytes(url, b"once")
+        assert object_store.read_bytes(url) == b"once"
         took_s = time.monotonic() - began_s
-    assert took_s >= storage.READ_TIMEOUT_S  # the answer never comes: only the cut ends the wait
+    assert (
+        took_s >= object_store.READ_TIMEOUT_S
+    )  # the answer never comes: only the cut ends the wait
 
 
 def test_an_outage_is_waited_out_and_one_that_lasts_is_told(
@@ -90,14 +93,14 @@ def test_an_outage_is_waited_out_and_one_that_lasts_is_told(
     weather = Weather(down=True)
     with through(s3_server, weather) as endpoint:
         url = f"{use_s3(endpoint, 'secret')}/outage"
-        storage.be_patient(0.3)
+        object_store.be_patient(0.3)
         with pytest.raises(StorageError, match=r"no answer .*check that the endpoint is up"):
-            storage.write_bytes(url, b"1")
-        storage.be_patient(60)
+            object_store.write_bytes(url, b"1")
+        object_store.be_patient(60)
         ends = threading.Timer(1, setattr, (weather, "down", False))
         ends.start()
-        storage.write_bytes(url, b"2")
-        assert storage.read_bytes(url) == b"2"
+        object_store.write_bytes(url, b"2")
+        assert object_store.read_bytes(url) == b"2"
         ends.join()
 
 
@@ -115,9 +118,9 @@ def test_nobody_below_us_pauses_after_a_refusal(
     weather = Weather(slow_down=0.5)
     with through(s3_server, weather) as endpoint:
         url = f"{use_s3(endpoint, 'secret')}/refused"
-        storage.write_bytes(url, b"1")
+        object_store.write_bytes(url, b"1")
         for _ in range(10):
-            assert storage.read_bytes(url) == b"1"
+            assert object_store.read_bytes(url) == b"1"
     assert weather.done["slow_down"] >= 3
     assert not any(pauses_s), pauses_s
 
@@ -125,6 +128,6 @@ def test_nobody_below_us_pauses_after_a_refusal(
 def test_only_one_creates_what_is_new_though_the_answer_was_lost(tmp_path: Path) -> None:
     """The second try finds the object of the first, whose answer nobody heard."""
     url = str(tmp_path / "claim")
-    assert storage.write_new(url, b"mine")
-    assert storage.write_new(url, b"mine")
-    assert not storage.write_new(url, b"theirs")
+    assert object_store.write_new(url, b"mine")
+    assert object_store.write_new(url, b"mine")
+    assert not object_store.write_new(url, b"theirs")

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm_ray.data.storage import StorageError
 from ddpm_ray.generation.films import Film
 from ddpm_ray.generation.picture_files import write_picture
 from ddpm_ray.output_files import PICTURES
+from ddpm_ray.storage.object_store import StorageError
 
 PICTURE = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3))
 
@@ -33,7 +33,7 @@ def test_a_full_disk_is_told_in_one_line_and_keeps_the_picture_before(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     (file := tmp_path / name).write_bytes(b"before")
-    monkeypatch.setattr("ddpm_ray.data.storage.os.fsync", full)
+    monkeypatch.setattr("ddpm_ray.storage.object_store.os.fsync", full)
     said = rf"{name}: the disk is full; free some space or choose another place"
     save = Film().save if file.suffix == ".gif" else lambda path, _: write_picture(path, PICTURE)
     with pytest.raises(StorageError, match=said):

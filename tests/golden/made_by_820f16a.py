@@ -34,11 +34,12 @@ from ddpm_ray.cluster import capacity, group, registry, sweep, training_run
 from ddpm_ray.cluster.ledger import Trial
 from ddpm_ray.cluster.trial import run_trial
 from ddpm_ray.config import RunConfig
-from ddpm_ray.data import packer, storage
+from ddpm_ray.data import packer
 from ddpm_ray.data.pack_options import PackOptions
 from ddpm_ray.data.shards import open_dataset
 from ddpm_ray.data.stream import ShardStream
 from ddpm_ray.knobs import load
+from ddpm_ray.storage import object_store
 from ddpm_ray.sweep_config import SweepConfig
 from ddpm_ray.training import checkpoints
 from ddpm_ray.training.reporting import Progress, Wish
@@ -206,7 +207,7 @@ def _make() -> None:
         "trials": trial_ends(trials),
         "weights": [digests(trial.outcome["checkpoint"]) for trial in trials],
         "fingerprint": open_dataset(str(home / "data")).fingerprint,
-        "streamed": streamed(storage.join(str(home), "data")),
+        "streamed": streamed(object_store.join(str(home), "data")),
     }
     (FOLDER / "ends.json").write_text(json.dumps(ends, indent=1) + "\n")
     shutil.rmtree(home)

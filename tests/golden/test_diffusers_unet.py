@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddpm_ray.data.storage import write_bytes
 from ddpm_ray.diffusion import NoiseSchedule, samplers, schedules
 from ddpm_ray.models import interchange
 from ddpm_ray.models.foreign_configs import UNET, VARIANCES, Form, to_scheduler
 from ddpm_ray.models.layers import GUIDED, HO
 from ddpm_ray.models.unet import UNet
+from ddpm_ray.storage.object_store import write_bytes
 
 diffusers = pytest.importorskip("diffusers", reason="needs diffusers: no dependency of ours")
 

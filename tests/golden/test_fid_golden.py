@@ -14,12 +14,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ddpm_ray.data import shards, storage
+from ddpm_ray.data import shards
 from ddpm_ray.diffusion import schedules
 from ddpm_ray.diffusion.prediction import Prediction
 from ddpm_ray.diffusion.process import NoiseSchedule
 from ddpm_ray.generation.denoiser import Denoiser
 from ddpm_ray.generation.sample import SamplingPlan
+from ddpm_ray.storage import object_store
 from ddpm_ray.training.evaluation import evaluate
 from ddpm_ray.training.features import inception_net
 from ddpm_ray.training.reference import reference
@@ -57,7 +58,7 @@ def cifar10(assets: Path, first: int) -> shards.UInt8s:
 
 def packed(folder: Path, images: shards.UInt8s) -> shards.Dataset:
     data = shards.shard_bytes(images, [-1] * len(images), [str(i) for i in range(len(images))])
-    storage.write_bytes(storage.join(str(folder), shards.shard_name(0)), data)
+    object_store.write_bytes(object_store.join(str(folder), shards.shard_name(0)), data)
     digest = hashlib.sha256(data).hexdigest()
     row = shards.ShardRow(
         shards.shard_name(0), len(images), len(data), digest, *shards.pixel_sums(images)

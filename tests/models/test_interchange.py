@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddpm_ray.data.storage import write_bytes
 from ddpm_ray.models import interchange
 from ddpm_ray.models.foreign_configs import (
     SCHEDULER,
@@ -24,6 +23,7 @@ from ddpm_ray.models.foreign_configs import (
 )
 from ddpm_ray.models.layers import GUIDED, HO, Variant
 from ddpm_ray.models.unet import UNet
+from ddpm_ray.storage.object_store import write_bytes
 
 TWO_HEADS = replace(GUIDED, num_heads=2)
 IMPROVED = replace(TWO_HEADS, resampling_blocks=False)

@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ddpm_ray.data import storage
-from ddpm_ray.data.storage import StorageError
+from ddpm_ray.storage import object_store
+from ddpm_ray.storage.object_store import StorageError
 from ddpm_ray.training import checkpoints
 from ddpm_ray.training.checkpoints import CheckpointError, CheckpointStore, CheckpointWriter
 from ddpm_ray.training.state import Snapshot
@@ -74,7 +74,7 @@ def dying(
     monkeypatch: pytest.MonkeyPatch, at: int, torn: Callable[[bytes], bytes | None] | None = None
 ) -> None:
     """From now on write number `at` (from 0) dies, after leaving what `torn` makes of its bytes."""
-    write, calls = storage.write_bytes, iter(range(10**6))
+    write, calls = object_store.write_bytes, iter(range(10**6))
 
     def write_or_die(url: str, data: bytes) -> None:
         number = next(calls)
@@ -85,7 +85,7 @@ def dying(
         assert number < at, "a dead process writes on"
         write(url, data)
 
-    monkeypatch.setattr(storage, "write_bytes", write_or_die)
+    monkeypatch.setattr(object_store, "write_bytes", write_or_die)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -183,7 +183,7 @@ def test_a_save_that_dies_right_after_its_commit_counts(
             path.unlink()
         raise Killed(url)
 
-    monkeypatch.setattr(storage, "delete_folder", die)
+    monkeypatch.setattr(object_store, "delete_folder", die)
     with pytest.raises(Killed, match="step-00000001"):
         store.save(snapshot(2))
     assert_same_bits(newest(store), snapshot(2))
@@ -253,14 +253,14 @@ def test_an_outage_does_not_send_a_run_back_to_an_older_checkpoint(
     store = CheckpointStore(str(tmp_path))
     store.save(snapshot(1))
     store.save(snapshot(2))
-    read = storage.read_bytes
+    read = object_store.read_bytes
 
     def away(url: str, *size_bytes: int) -> bytes:
         if url.endswith("ema.safetensors"):
             raise StorageError(url, "no answer (503)", "check that the endpoint is up")
         return read(url, *size_bytes)
 
-    monkeypatch.setattr(storage, "read_bytes", away)
+    monkeypatch.setattr(object_store, "read_bytes", away)
     with pytest.raises(StorageError, match=r"step-00000002.*no answer"):
         store.load()
 
@@ -360,7 +360,7 @@ def test_what_cannot_be_deleted_stays_and_is_told(
     def refuse(url: str) -> None:
         raise StorageError(url, "access denied", "check the credentials")
 
-    monkeypatch.setattr(storage, "delete_folder", refuse)
+    monkeypatch.setattr(object_store, "delete_folder", refuse)
     store.save(snapshot(2))
     assert_same_bits(newest(store), snapshot(2))
     assert f"old checkpoint stays: {old}" in caplog.text
@@ -402,13 +402,17 @@ def test_the_step_path_waits_only_for_the_save_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """submit() returns while its own save is blocked, and saves keep their order."""
-    store, open_gate, write = CheckpointStore(str(tmp_path)), threading.Event(), storage.write_bytes
+    store, open_gate, write = (
+        CheckpointStore(str(tmp_path)),
+        threading.Event(),
+        object_store.write_bytes,
+    )
 
     def slow(url: str, data: bytes) -> None:
         assert open_gate.wait(ENDS_S)
         write(url, data)
 
-    monkeypatch.setattr(storage, "write_bytes", slow)
+    monkeypatch.setattr(object_store, "write_bytes", slow)
     writer = CheckpointWriter(store)
     writer.submit(snapshot(1))
     assert writer.committed is None

@@ -17,7 +17,6 @@ from sklearn.datasets import load_digits
 from sklearn.metrics.pairwise import polynomial_kernel
 from torch import Tensor
 
-from ddpm_ray.data import storage
 from ddpm_ray.diffusion import schedules
 from ddpm_ray.diffusion.prediction import Prediction
 from ddpm_ray.diffusion.process import Denoise, NoiseSchedule
@@ -27,6 +26,7 @@ from ddpm_ray.generation.sample import Images, SamplingPlan, draw, to_uint8
 from ddpm_ray.measures.frechet import frechet_distance_of_features
 from ddpm_ray.measures.manifold import precision_recall
 from ddpm_ray.models.inception import Inception, Resize
+from ddpm_ray.storage import object_store
 from ddpm_ray.training.evaluation import Scores, evaluate
 from ddpm_ray.training.features import FeatureNet, digits_net, inception_net
 from ddpm_ray.training.quality import Extras, metric_names
@@ -285,8 +285,8 @@ def test_a_cache_that_only_some_workers_can_read_is_used_by_none(
 ) -> None:
     dataset = pack(tmp_path, random_images(30), [10, 10, 10])
     first = reference(dataset, net(4), Workers(), kernel_images=6)
-    answers, exists = iter([True, False, True]), storage.exists
-    monkeypatch.setattr(storage, "exists", lambda url: next(answers) and exists(url))
+    answers, exists = iter([True, False, True]), object_store.exists
+    monkeypatch.setattr(object_store, "exists", lambda url: next(answers) and exists(url))
     for one in on_workers(3, lambda w: reference(dataset, net(4), w, kernel_images=6)):
         assert one.count == 30
         torch.testing.assert_close(one.moments[4].outer, first.moments[4].outer)

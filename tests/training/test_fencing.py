@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from ddpm_ray.data import storage
+from ddpm_ray.storage import object_store
 from ddpm_ray.training.checkpoints import GROUPS, CheckpointStore
 from ddpm_ray.training.lease import Lease, SupersededError
 from ddpm_ray.training.state import Snapshot
 
 REQUESTS = [
     name
-    for name, function in inspect.getmembers(storage, inspect.isfunction)
+    for name, function in inspect.getmembers(object_store, inspect.isfunction)
     if hasattr(function, "__wrapped__")  # each public function that asks a storage
 ]
 
@@ -28,7 +28,7 @@ class Stopwatch:
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.at, self.count, self.meanwhile = -1, 0, lambda: None
         for name in REQUESTS:
-            patch.setattr(storage, name, self._watched(getattr(storage, name)))
+            patch.setattr(object_store, name, self._watched(getattr(object_store, name)))
 
     def stop(self, at: int, meanwhile: Callable[[], None]) -> None:
         self.at, self.count, self.meanwhile = at, 0, meanwhile
@@ -105,7 +105,7 @@ def test_a_save_stopped_at_any_request_cannot_undo_a_later_start(
         assert found is not None
         assert found[1].step == last, f"stopped before request {at}"
         for reference in CheckpointStore(url).pointer().references:
-            assert storage.exists(f"{url}/{reference.folder}/manifest.json"), (at, reference)
+            assert object_store.exists(f"{url}/{reference.folder}/manifest.json"), (at, reference)
         with pytest.raises(SupersededError, match="commits no more"):
             stopped.save(snapshot(125))
         again = begin(url, driver)  # the next start goes on from there and cleans up
@@ -114,7 +114,7 @@ def test_a_save_stopped_at_any_request_cannot_undo_a_later_start(
         assert found[1].step == last
         for step in (900, 925, 950):
             again.save(snapshot(step))
-        left = [int(name.split("-")[1]) for name in storage.folders(url) if "step" in name]
+        left = [int(name.split("-")[1]) for name in object_store.folders(url) if "step" in name]
         assert left == [last, 925, 950]  # the one that it has read, and the newest two
     else:
         pytest.fail("a save has no end")
@@ -125,19 +125,19 @@ def test_what_a_start_continued_from_is_kept_until_a_later_start_reads_a_newer_o
     place: Callable[[int], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing else is known to be readable. Half of a save on a full disk goes at once."""
-    url, write = place(0), storage.write_bytes
+    url, write = place(0), object_store.write_bytes
     driver = Lease.first(url)
     first = begin(url, driver)
     first.save(snapshot(10))
 
     def full(where: str, data: bytes) -> None:
         if "/step-00000020-" in where and where.endswith("optimizer.safetensors"):
-            raise storage.StorageError(where, "the disk is full", "free some space")
+            raise object_store.StorageError(where, "the disk is full", "free some space")
         write(where, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(storage, "write_bytes", full)
-        with pytest.raises(storage.StorageError, match="the disk is full"):
+        patch.setattr(object_store, "write_bytes", full)
+        with pytest.raises(object_store.StorageError, match="the disk is full"):
             first.save(snapshot(20))
     for continued_from, saved, left in [(10, (20, 30, 40), [10, 30, 40]), (40, (50,), [40, 50])]:
         store = begin(url, driver)
@@ -146,7 +146,7 @@ def test_what_a_start_continued_from_is_kept_until_a_later_start_reads_a_newer_o
         assert found[1].step == continued_from
         for step in saved:
             store.save(snapshot(step))
-        names = [name for name in storage.folders(url) if name.startswith("step-")]
+        names = [name for name in object_store.folders(url) if name.startswith("step-")]
         assert [int(name.split("-")[1]) for name in names] == left
 
 
@@ -161,7 +161,7 @@ def test_a_start_stopped_at_any_request_cannot_undo_a_later_one(
         first = begin(url, driver)
         for step in (25, 50):
             first.save(snapshot(step))
-        storage.write_bytes(f"{url}/step-00000075-0123abcd/model.safetensors", b"half")
+        object_store.write_bytes(f"{url}/step-00000075-0123abcd/model.safetensors", b"half")
 
         def take_over(url: str = url, driver: Lease = driver) -> None:
             other = begin(url, driver)
@@ -169,7 +169,7 @@ def test_a_start_stopped_at_any_request_cannot_undo_a_later_one(
                 other.save(snapshot(step))
             assert other.lease is not None  # and it is at its next checkpoint
             begun = f"{url}/step-00000125-{other.lease.epoch:08d}-0123abcd"
-            storage.write_bytes(f"{begun}/model.safetensors", b"half")
+            object_store.write_bytes(f"{begun}/model.safetensors", b"half")
 
         stopped = CheckpointStore(url, keep=2)
         lease = driver.renewed()
@@ -180,7 +180,7 @@ def test_a_start_stopped_at_any_request_cannot_undo_a_later_one(
         found = CheckpointStore(url).load()
         assert found is not None
         assert found[1].step == 100, f"stopped before request {at}"
-        assert [name for name in storage.folders(url) if "-00000125-" in name], "swept away"
+        assert [name for name in object_store.folders(url) if "-00000125-" in name], "swept away"
         with pytest.raises(SupersededError, match="commits no more"):
             stopped.save(snapshot(125))
         found = CheckpointStore(url).load()
@@ -206,10 +206,10 @@ def test_what_a_superseded_writer_is_about_to_delete_is_copied_first(
         def take_over(
             url: str = url, driver: Lease = driver, oldest: str = oldest, taken: list[int] = taken
         ) -> None:
-            for folder in storage.folders(url):
+            for folder in object_store.folders(url):
                 weights = f"{url}/{folder}/ema.safetensors"
-                if not oldest.endswith(folder) and storage.exists(weights):
-                    storage.write_bytes(weights, b"")
+                if not oldest.endswith(folder) and object_store.exists(weights):
+                    object_store.write_bytes(weights, b"")
             found = begin(url, driver).load()
             assert found is not None
             taken.append(found[1].step)
@@ -223,7 +223,7 @@ def test_what_a_superseded_writer_is_about_to_delete_is_copied_first(
         found = CheckpointStore(url).load()
         assert found is not None
         assert found[1].step == 25, f"stopped before request {at}"
-        deleted_after += not storage.exists(oldest)
+        deleted_after += not object_store.exists(oldest)
     else:
         pytest.fail("a save has no end")
     assert at > 10

@@ -13,13 +13,13 @@ import pytest
 import torch
 from PIL import Image
 
-from ddpm_ray.data import storage
 from ddpm_ray.diffusion import schedules
 from ddpm_ray.diffusion.process import NoiseSchedule
 from ddpm_ray.diffusion.spacing import uniform_steps
 from ddpm_ray.generation.denoiser import Denoiser
 from ddpm_ray.generation.sample import SamplingPlan
 from ddpm_ray.models.unet import UNet
+from ddpm_ray.storage import object_store
 from ddpm_ray.training.gallery import Gallery, picture_url
 from ddpm_ray.training.reporting import Row
 from ddpm_ray.training.workers import Workers
@@ -93,7 +93,7 @@ def test_pictures_hang_in_the_sink_and_lie_in_the_folder(channels: int, tmp_path
     made.show_strip(30)
     assert set(wall.pictures) == {("samples", 30), ("denoising", 30)}
     for (key, step), hung in wall.pictures.items():
-        data = storage.read_bytes(picture_url(str(tmp_path), key, step))
+        data = object_store.read_bytes(picture_url(str(tmp_path), key, step))
         lying = Image.open(io.BytesIO(data))
         assert lying.format == "PNG"
         assert (pixels(lying) == pixels(hung)).all()

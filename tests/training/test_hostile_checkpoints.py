@@ -13,8 +13,8 @@ import torch
 
 from ddpm_ray import build, build_trained
 from ddpm_ray.config import RunConfig
-from ddpm_ray.data import sealed
 from ddpm_ray.knobs import ConfigError, load, to_dict
+from ddpm_ray.storage import checksummed_json
 from ddpm_ray.training import checkpoints
 from ddpm_ray.training.checkpoints import CheckpointError, CheckpointStore
 from ddpm_ray.training.state import Snapshot
@@ -53,7 +53,7 @@ def test_a_pointer_leads_to_no_folder_but_a_checkpoints(
         *pointers,
         *(tmp_path / "run/checkpoints" / n for n in ("latest.json", "previous.json")),
     ]:
-        sealed.write(str(path), forged)
+        checksummed_json.write(str(path), forged)
     found = store.load()
     assert found is not None
     assert found[0] == first  # it stands for itself; what the pointers say is not followed

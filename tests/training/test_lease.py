@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ddpm_ray.data import sealed
+from ddpm_ray.storage import checksummed_json
 from ddpm_ray.training.checkpoints import GROUPS, CheckpointStore
 from ddpm_ray.training.lease import Lease, LeaseLostError, SupersededError
 from ddpm_ray.training.state import Snapshot
@@ -52,7 +52,7 @@ def test_where_two_thought_they_had_it_the_last_writer_keeps_it(tmp_path: Path) 
     first = Lease.first(str(tmp_path))
     second = Lease(str(tmp_path), first.epoch)
     place = str(tmp_path / "writers/00000001.json")
-    sealed.write(place, {"owner": second.owner, "token": second.token})
+    checksummed_json.write(place, {"owner": second.owner, "token": second.token})
     second.check()
     with pytest.raises(LeaseLostError, match="start 1 of this run"):
         first.check()

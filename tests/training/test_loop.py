@@ -24,12 +24,12 @@ from torch.nn.utils import clip_grad_norm_
 
 from ddpm_ray import build, build_diffusion, faults
 from ddpm_ray.config import RunConfig
-from ddpm_ray.data import storage
 from ddpm_ray.data.shards import open_dataset
 from ddpm_ray.data.stream import Batch, ShardStream
 from ddpm_ray.diffusion import add_noise
 from ddpm_ray.faults import InjectedFaultError
 from ddpm_ray.knobs import load, to_dict
+from ddpm_ray.storage import object_store
 from ddpm_ray.training import loop
 from ddpm_ray.training.checkpoints import CheckpointStore, CheckpointWriter
 from ddpm_ray.training.divergence import DivergedError, Guard
@@ -234,7 +234,7 @@ def dies_before_save(run: Run, step: int, patch: pytest.MonkeyPatch) -> None:
 
 
 def dies_in_save(run: Run, step: int, patch: pytest.MonkeyPatch) -> None:
-    write = storage.write_bytes
+    write = object_store.write_bytes
 
     def die(url: str, data: bytes) -> None:
         if f"step-{step:08d}" in url and url.endswith("optimizer.safetensors"):
@@ -242,7 +242,7 @@ def dies_in_save(run: Run, step: int, patch: pytest.MonkeyPatch) -> None:
             raise Killed(f"in the save of step {step}")
         write(url, data)
 
-    patch.setattr(storage, "write_bytes", die)
+    patch.setattr(object_store, "write_bytes", die)
 
 
 def dies_after_commit(run: Run, step: int, patch: pytest.MonkeyPatch) -> None:

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from ddpm_ray import build
 from ddpm_ray.config import RunConfig
-from ddpm_ray.data import storage
 from ddpm_ray.models.ema import EMA, Averages, width_group
 from ddpm_ray.models.post_hoc_ema import gamma_of, power_decay
+from ddpm_ray.storage import object_store
 from ddpm_ray.training.background import Background
 from ddpm_ray.training.checkpoints import CheckpointError, CheckpointStore, CheckpointWriter
 from ddpm_ray.training.loop import Run, train
@@ -86,7 +86,7 @@ def test_what_was_not_kept_is_told(tmp_path: Path) -> None:
     store.save(1, tensors(0))
     with pytest.raises(CheckpointError, match=r"ema-width-0\.3\.safetensors: was not kept; leave"):
         store.read(1, "ema-width-0.3")
-    with pytest.raises(storage.StorageError, match="step-00000002"):
+    with pytest.raises(object_store.StorageError, match="step-00000002"):
         store.read(2, GROUPS[0])
 
 
@@ -143,14 +143,14 @@ def test_a_save_follows_averages_on_their_way_without_waiting_for_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The step path goes on while their write hangs; the checkpoint that names them comes after."""
-    written, gate, write = list[str](), threading.Event(), storage.write_bytes
+    written, gate, write = list[str](), threading.Event(), object_store.write_bytes
 
     def slow(url: str, data: bytes) -> None:
         assert gate.wait(ENDS_S), "the step path waits"
         written.append(url)
         write(url, data)
 
-    monkeypatch.setattr(storage, "write_bytes", slow)
+    monkeypatch.setattr(object_store, "write_bytes", slow)
     state = toy(WIDTHS)
     writer = CheckpointWriter(CheckpointStore(str(tmp_path / "checkpoints")))
     store = SnapshotStore(str(tmp_path / SNAPSHOTS))
@@ -167,22 +167,22 @@ def test_no_checkpoint_names_averages_that_could_not_be_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The failed write is an error, and what was to follow it is left out, not committed."""
-    gate, write = threading.Event(), storage.write_bytes
+    gate, write = threading.Event(), object_store.write_bytes
 
     def fails(url: str, data: bytes) -> None:
         assert gate.wait(ENDS_S), "the step path waits"
         if SNAPSHOTS in url:
-            raise storage.StorageError(url, "the disk is full", "free some space")
+            raise object_store.StorageError(url, "the disk is full", "free some space")
         write(url, data)
 
-    monkeypatch.setattr(storage, "write_bytes", fails)
+    monkeypatch.setattr(object_store, "write_bytes", fails)
     state = toy(WIDTHS)
     checkpoints = CheckpointStore(str(tmp_path / "checkpoints"))
     writer = CheckpointWriter(checkpoints)
     Keeper(state, GROUPS, 1, 9, SnapshotStore(str(tmp_path / SNAPSHOTS)), writer).keep(1)
     writer.submit(state.snapshot([]))
     gate.set()
-    with pytest.raises(storage.StorageError, match=r"snapshots/.* the disk is full"):
+    with pytest.raises(object_store.StorageError, match=r"snapshots/.* the disk is full"):
         writer.wait()
     assert writer.committed is None
     assert checkpoints.load() is None
@@ -242,7 +242,7 @@ def unbroken(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> tup
 
 def dies_at_write(number: int, patch: pytest.MonkeyPatch) -> None:
     """Write `number` (from 0) fails, half of it there if it is an average; none comes after it."""
-    write, calls = storage.write_bytes, iter(range(10**6))
+    write, calls = object_store.write_bytes, iter(range(10**6))
 
     def write_or_die(url: str, data: bytes) -> None:
         if (at := next(calls)) < number:
@@ -252,7 +252,7 @@ def dies_at_write(number: int, patch: pytest.MonkeyPatch) -> None:
             write(url, data[: len(data) // 2])
         raise Killed(f"write {number}")
 
-    patch.setattr(storage, "write_bytes", write_or_die)
+    patch.setattr(object_store, "write_bytes", write_or_die)
 
 
 # Of 41: the averages of step 2 are 0 to 2, the first checkpoint 3 to 11, the averages of 4 12 to 14

@@ -15,10 +15,10 @@ from ddpm_ray.cluster import sweep
 from ddpm_ray.cluster.identity import IDENTITY, claim
 from ddpm_ray.cluster.ledger import Ledger
 from ddpm_ray.config import RunConfig
-from ddpm_ray.data import sealed
 from ddpm_ray.data.shards import open_dataset
-from ddpm_ray.file_formats import NewerFormatError, package_version
 from ddpm_ray.knobs import ConfigError, load, to_dict
+from ddpm_ray.storage import checksummed_json
+from ddpm_ray.storage.file_formats import NewerFormatError, package_version
 from ddpm_ray.sweep_config import SweepConfig
 from ddpm_ray.training import checkpoints
 from ddpm_ray.training.checkpoints import CheckpointStore
@@ -82,7 +82,7 @@ def renumbered(file: Path, number: int | None) -> None:
     """The same content as of format `number`; None: as what an earlier version wrote."""
     held = json.loads(file.read_text())
     if "value" in held:
-        held = json.loads(sealed.sealed(held["value"], number or 1))
+        held = json.loads(checksummed_json.sealed(held["value"], number or 1))
     if isinstance(held["format"], str):
         held["format"] = f"ddpm-ray shards {number or 1}"
     elif number is None:
@@ -163,9 +163,9 @@ def test_a_key_of_a_later_version_names_that_version(tmp_path: Path) -> None:
     """In a run's and a sweep's identity, and in a checkpoint."""
     run = tmp_path / "run"
     begin(run)
-    held = sealed.read(str(run / IDENTITY))
+    held = checksummed_json.read(str(run / IDENTITY))
     assert held["version"] == package_version()
-    sealed.write(
+    checksummed_json.write(
         str(run / IDENTITY), held | {"config": with_a_new_key(RunConfig())} | {"version": LATER}
     )
     with pytest.raises(ConfigError, match=rf"^{run}: a saved config has {NEW_KEY}"):

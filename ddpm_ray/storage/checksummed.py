@@ -7,8 +7,8 @@ all), so whatever is used is hashed here, and read again where the way changed i
 import hashlib
 from pathlib import Path
 
-from ddpm_ray.data import storage
-from ddpm_ray.data.storage import StorageError
+from ddpm_ray.storage import object_store
+from ddpm_ray.storage.object_store import StorageError
 from ddpm_ray.telling import told
 
 READS = 5  # of an object that does not match, before it is called damaged
@@ -25,14 +25,14 @@ class DamagedError(StorageError):
         )
 
 
-def read(url: str, sha256: str, size_bytes: int = storage.UNKNOWN_BYTES) -> bytes:
+def read(url: str, sha256: str, size_bytes: int = object_store.UNKNOWN_BYTES) -> bytes:
     """The whole object, whose sha256 is as told: read again where the way here changed it.
 
     Raises DamagedError after READS readings that all differ, and StorageError.
     """
     found = ""
     for _ in range(READS):
-        data = storage.read_bytes(url, size_bytes)
+        data = object_store.read_bytes(url, size_bytes)
         found = hashlib.sha256(data).hexdigest()
         if found == sha256:
             return data
@@ -45,16 +45,19 @@ def fetch(url: str, sha256: str, cache_dir: str | Path) -> Path:
     A local file is checked where it is. Another is downloaded once into `cache_dir`, under a name
     that holds its hash, and is checked again at each call.
     """
-    if storage.is_local(url):
-        path, found = storage.local_path(url), hashlib.sha256(storage.read_bytes(url)).hexdigest()
+    if object_store.is_local(url):
+        path, found = (
+            object_store.local_path(url),
+            hashlib.sha256(object_store.read_bytes(url)).hexdigest(),
+        )
     else:
-        path = Path(cache_dir).expanduser() / f"{sha256[:16]}-{storage.name_of(url)}"
+        path = Path(cache_dir).expanduser() / f"{sha256[:16]}-{object_store.name_of(url)}"
         if path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() == sha256:
             return path
-        data = storage.read_bytes(url)
+        data = object_store.read_bytes(url)
         found = hashlib.sha256(data).hexdigest()
         if found == sha256:
-            storage.write_bytes(str(path), data)
+            object_store.write_bytes(str(path), data)
     if found != sha256:
         remedy = "fetch the file again, or correct the sha256 if the file is the one you mean"
         raise StorageError(url, f"sha256 is {found}, expected {sha256}", remedy)

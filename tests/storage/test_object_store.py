@@ -17,8 +17,8 @@ import pytest
 import s3fs
 from moto.server import ThreadedMotoServer
 
-from ddpm_ray.data import storage, verified
-from ddpm_ray.data.storage import StorageError
+from ddpm_ray.storage import checksummed, object_store
+from ddpm_ray.storage.object_store import StorageError
 from tests.limits import ENDS_S
 
 UseS3 = Callable[[str, str], str]
@@ -33,28 +33,28 @@ def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 def test_what_is_written_is_read_listed_and_deleted(root: str) -> None:
-    url = storage.join(root, "a/b.bin")
-    assert not storage.exists(url)
-    storage.write_bytes(url, b"one")
-    storage.write_bytes(url, b"two")
-    storage.write_bytes(storage.join(root, "a/c d+.bin"), bytes(3_000_000))
-    assert storage.exists(url)
-    assert storage.read_bytes(url) == b"two"
-    assert storage.list_files(root) == {"a/b.bin": 3, "a/c d+.bin": 3_000_000}
-    storage.delete(url)
-    storage.delete(url)
-    assert not storage.exists(url)
+    url = object_store.join(root, "a/b.bin")
+    assert not object_store.exists(url)
+    object_store.write_bytes(url, b"one")
+    object_store.write_bytes(url, b"two")
+    object_store.write_bytes(object_store.join(root, "a/c d+.bin"), bytes(3_000_000))
+    assert object_store.exists(url)
+    assert object_store.read_bytes(url) == b"two"
+    assert object_store.list_files(root) == {"a/b.bin": 3, "a/c d+.bin": 3_000_000}
+    object_store.delete(url)
+    object_store.delete(url)
+    assert not object_store.exists(url)
 
 
 def test_a_conditional_write_keeps_what_is_there_or_owns_that_it_did_not(root: str) -> None:
-    url = storage.join(root, "once")
-    storage.write_bytes(url, b"first")
-    wrote = storage.write_new(url, b"second")
-    assert storage.read_bytes(url) == (b"second" if wrote else b"first")
-    assert not (wrote and storage.is_local(url))
-    storage.delete(url)
-    assert storage.write_new(url, b"third")
-    assert abs(storage.modified_s(url) - time.time()) < 60
+    url = object_store.join(root, "once")
+    object_store.write_bytes(url, b"first")
+    wrote = object_store.write_new(url, b"second")
+    assert object_store.read_bytes(url) == (b"second" if wrote else b"first")
+    assert not (wrote and object_store.is_local(url))
+    object_store.delete(url)
+    assert object_store.write_new(url, b"third")
+    assert abs(object_store.modified_s(url) - time.time()) < 60
 
 
 def test_a_store_that_knows_the_condition_keeps_the_first(use_s3: UseS3) -> None:
@@ -63,52 +63,52 @@ def test_a_store_that_knows_the_condition_keeps_the_first(use_s3: UseS3) -> None
     host, port = server.get_host_and_port()
     bucket = use_s3(f"http://{host}:{port}", "secret")
     s3fs.S3FileSystem().mkdir(bucket)
-    assert [storage.write_new(f"{bucket}/once", b"ab"[n:]) for n in (0, 1)] == [True, False]
-    assert storage.read_bytes(f"{bucket}/once") == b"ab"
+    assert [object_store.write_new(f"{bucket}/once", b"ab"[n:]) for n in (0, 1)] == [True, False]
+    assert object_store.read_bytes(f"{bucket}/once") == b"ab"
     server.stop()
 
 
 def test_nothing_is_remembered_of_what_another_process_changes(root: str) -> None:
-    url = storage.join(root, "pointer")
-    assert not storage.exists(url)
-    writer = threading.Thread(target=storage.write_bytes, args=(url, b"1"))
+    url = object_store.join(root, "pointer")
+    assert not object_store.exists(url)
+    writer = threading.Thread(target=object_store.write_bytes, args=(url, b"1"))
     writer.start()
     writer.join()
-    assert storage.exists(url)
-    assert storage.list_files(root) == {"pointer": 1}
+    assert object_store.exists(url)
+    assert object_store.list_files(root) == {"pointer": 1}
 
 
 def test_folders_are_named_and_go_with_all_they_hold(root: str) -> None:
-    assert storage.folders(storage.join(root, "steps")) == []
+    assert object_store.folders(object_store.join(root, "steps")) == []
     for name in ("steps/b/x", "steps/a/y", "steps/a/deep/z", "steps/file"):
-        storage.write_bytes(storage.join(root, name), b"1")
-    assert storage.folders(storage.join(root, "steps")) == ["a", "b"]
+        object_store.write_bytes(object_store.join(root, name), b"1")
+    assert object_store.folders(object_store.join(root, "steps")) == ["a", "b"]
     for _ in range(2):  # once more: one that is not there is fine
-        storage.delete_folder(storage.join(root, "steps/a"))
-    assert storage.folders(storage.join(root, "steps")) == ["b"]
-    assert storage.list_files(storage.join(root, "steps")) == {"b/x": 1, "file": 1}
+        object_store.delete_folder(object_store.join(root, "steps/a"))
+    assert object_store.folders(object_store.join(root, "steps")) == ["b"]
+    assert object_store.list_files(object_store.join(root, "steps")) == {"b/x": 1, "file": 1}
 
 
 def test_what_is_not_there_is_named(root: str) -> None:
-    url = storage.join(root, "nothing")
+    url = object_store.join(root, "nothing")
     with pytest.raises(StorageError, match=r"nothing: there is nothing at this place; check"):
-        storage.read_bytes(url)
+        object_store.read_bytes(url)
     with pytest.raises(StorageError, match=r"nothing: there is nothing at this place; check"):
-        storage.list_files(url)
+        object_store.list_files(url)
 
 
 def test_a_failed_write_leaves_the_old_object_and_no_rest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url = str(tmp_path / "file")
-    storage.write_bytes(url, b"old")
+    object_store.write_bytes(url, b"old")
 
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(StorageError, match="file: the disk is full; free some space"):
-        storage.write_bytes(url, b"new")
+        object_store.write_bytes(url, b"new")
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"]
 
 
@@ -118,7 +118,7 @@ def test_a_dead_endpoint_is_told_within_seconds(use_s3: UseS3) -> None:
     bucket = use_s3(f"http://127.0.0.1:{port}", "secret")
     begun_s = time.monotonic()
     with pytest.raises(StorageError, match=r"no answer .*AWS_ENDPOINT_URL"):
-        storage.read_bytes(f"{bucket}/x")
+        object_store.read_bytes(f"{bucket}/x")
     assert time.monotonic() - begun_s < 20
 
 
@@ -161,12 +161,12 @@ def test_a_server_that_drips_is_cut_off(
 ) -> None:
     """It is never silent for long, so that time-outs of silence wait for ever."""
     bucket = use_s3(dripping, "secret")
-    monkeypatch.setattr(storage, "REQUEST_S", 1.0)
-    storage.be_patient(0)
+    monkeypatch.setattr(object_store, "REQUEST_S", 1.0)
+    object_store.be_patient(0)
     acts: dict[str, Callable[[], object]] = {
-        "GET": lambda: storage.read_bytes(f"{bucket}/x", 10),
-        "HEAD": lambda: storage.exists(f"{bucket}/x"),
-        "PUT": lambda: storage.write_bytes(f"{bucket}/x", b"data"),
+        "GET": lambda: object_store.read_bytes(f"{bucket}/x", 10),
+        "HEAD": lambda: object_store.exists(f"{bucket}/x"),
+        "PUT": lambda: object_store.write_bytes(f"{bucket}/x", b"data"),
     }
     begun_s = time.monotonic()
     with pytest.raises(StorageError, match=r"no answer \(FSTimeoutError\).*AWS_ENDPOINT_URL"):
@@ -185,9 +185,9 @@ def test_a_file_system_without_hard_links_takes_each_new_object_once(
 
         monkeypatch.setattr(os, "link", link)
         url = str(tmp_path / str(number) / "claim")
-        assert storage.write_new(url, b"first")
-        assert not storage.write_new(url, b"second")
-        assert storage.write_new(url, b"first")  # asked again, as after a lost answer
+        assert object_store.write_new(url, b"first")
+        assert not object_store.write_new(url, b"second")
+        assert object_store.write_new(url, b"first")  # asked again, as after a lost answer
         assert [path.read_bytes() for path in Path(url).parent.iterdir()] == [b"first"]
 
 
@@ -208,25 +208,25 @@ def test_what_a_local_disk_refuses_is_told_without_talk_of_buckets(
 
     monkeypatch.setattr(os, "fsync", refuse)
     with pytest.raises(StorageError, match=told) as refused:
-        storage.write_bytes(str(tmp_path / "file"), b"new")
+        object_store.write_bytes(str(tmp_path / "file"), b"new")
     assert "AWS" not in str(refused.value)
 
 
 def test_wrong_credentials_are_told(s3_server: str, use_s3: UseS3) -> None:
     bucket = use_s3(s3_server, "wrong")
-    for act in (storage.read_bytes, storage.exists):
+    for act in (object_store.read_bytes, object_store.exists):
         with pytest.raises(StorageError, match=r"access denied .*AWS_SECRET_ACCESS_KEY"):
             act(f"{bucket}/x")
 
 
 def test_a_missing_bucket_is_told(s3: str) -> None:
     with pytest.raises(StorageError, match=r"s3://elsewhere/x: .*check the name and the bucket"):
-        storage.read_bytes("s3://elsewhere/x")
+        object_store.read_bytes("s3://elsewhere/x")
 
 
 def test_an_unknown_protocol_is_told() -> None:
     with pytest.raises(StorageError, match=r"ftq://x/y: .*use a local path, s3://"):
-        storage.read_bytes("ftq://x/y")
+        object_store.read_bytes("ftq://x/y")
 
 
 def test_errors_are_one_line_and_survive_pickle() -> None:
@@ -239,24 +239,24 @@ def test_a_verified_file_is_downloaded_once_and_checked_always(
     s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url, sha256 = f"{s3}/weights.bin", hashlib.sha256(b"weights").hexdigest()
-    storage.write_bytes(url, b"weights")
-    path = verified.fetch(url, sha256, tmp_path)
+    object_store.write_bytes(url, b"weights")
+    path = checksummed.fetch(url, sha256, tmp_path)
     assert path.read_bytes() == b"weights"
-    storage.delete(url)
-    assert verified.fetch(url, sha256, tmp_path) == path  # not asked for again
+    object_store.delete(url)
+    assert checksummed.fetch(url, sha256, tmp_path) == path  # not asked for again
     path.write_bytes(b"rotten!")
-    storage.write_bytes(url, b"weights")
-    assert verified.fetch(url, sha256, tmp_path).read_bytes() == b"weights"
-    assert verified.fetch(str(path), sha256, tmp_path) == path  # local: where it is
+    object_store.write_bytes(url, b"weights")
+    assert checksummed.fetch(url, sha256, tmp_path).read_bytes() == b"weights"
+    assert checksummed.fetch(str(path), sha256, tmp_path) == path  # local: where it is
     with pytest.raises(StorageError, match=rf"sha256 is {sha256}, expected abc; fetch"):
-        verified.fetch(url, "abc", tmp_path / "other")
+        checksummed.fetch(url, "abc", tmp_path / "other")
     assert not (tmp_path / "other").exists()
 
 
 def test_who_reads_during_a_write_sees_the_old_object_whole(tmp_path: Path) -> None:
     url = tmp_path / "file"
-    storage.write_bytes(str(url), b"old and long")
+    object_store.write_bytes(str(url), b"old and long")
     with url.open("rb") as reader:
-        storage.write_bytes(str(url), b"new")
+        object_store.write_bytes(str(url), b"new")
         assert reader.read() == b"old and long"
     assert url.read_bytes() == b"new"

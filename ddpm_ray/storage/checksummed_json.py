@@ -8,10 +8,10 @@ import hashlib
 import json
 from typing import Any
 
-from ddpm_ray.data import storage
-from ddpm_ray.data.storage import StorageError
-from ddpm_ray.data.verified import READS
-from ddpm_ray.file_formats import FORMAT, require_readable
+from ddpm_ray.storage import object_store
+from ddpm_ray.storage.checksummed import READS
+from ddpm_ray.storage.file_formats import FORMAT, require_readable
+from ddpm_ray.storage.object_store import StorageError
 
 
 class SealError(StorageError):
@@ -20,12 +20,12 @@ class SealError(StorageError):
 
 def write(url: str, value: Any, number: int = 1) -> None:
     """Put `value`, plain JSON of format `number`, at `url`, over what was there. StorageError."""
-    storage.write_bytes(url, sealed(value, number))
+    object_store.write_bytes(url, sealed(value, number))
 
 
 def write_new(url: str, value: Any, number: int = 1) -> bool:
     """As storage.write_new: False where another value is."""
-    return storage.write_new(url, sealed(value, number))
+    return object_store.write_new(url, sealed(value, number))
 
 
 def read(url: str, newest: int = 1) -> Any:
@@ -36,7 +36,7 @@ def read(url: str, newest: int = 1) -> Any:
     reason = ""
     for _ in range(READS):
         try:
-            held = json.loads(storage.read_bytes(url))
+            held = json.loads(object_store.read_bytes(url))
             number = held.get(FORMAT, 1)
             if held["sha256"] == _digest(held["value"], number):
                 require_readable(url, number, newest)
