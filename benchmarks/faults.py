@@ -43,9 +43,9 @@ from benchmarks.struck.table import Line, shown
 from ddpm_ray import faults
 from ddpm_ray.cluster import group, tracking, training_run
 from ddpm_ray.cluster.worker import train_worker
-from ddpm_ray.config import RunConfig
+from ddpm_ray.config.loading import load
+from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.shards import fetch_shard
-from ddpm_ray.knobs import load
 from ddpm_ray.storage import object_store
 from ddpm_ray.training import loop
 from ddpm_ray.training.checkpoints import CHECKPOINTS, CheckpointStore

@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 
 from ddpm_ray import build_trained
+from ddpm_ray.config.sampling import Sampler, SamplingConfig
 from ddpm_ray.data.shards import open_dataset
 from ddpm_ray.data.stream import read_images
 from ddpm_ray.data.transforms import to_model_range
@@ -27,7 +28,6 @@ from ddpm_ray.diffusion.spacing import log_snr_steps, uniform_steps
 from ddpm_ray.generation.denoiser import Guidance
 from ddpm_ray.generation.grids import captioned, grid
 from ddpm_ray.generation.sample import Images, SamplingPlan, first_step
-from ddpm_ray.generation.settings import Sampler, SamplingConfig
 from ddpm_ray.generation.trained_model import TrainedModel
 from ddpm_ray.models.classifier import NoisyClassifier
 from ddpm_ray.training.evaluation import evaluate

@@ -45,8 +45,8 @@ from ddpm_ray.cluster.sweep import sweep, worth
 from ddpm_ray.cluster.sweep_tracking import SweepPlace
 from ddpm_ray.cluster.training_run import packed_data
 from ddpm_ray.cluster.trial import EVENT
-from ddpm_ray.knobs import load
-from ddpm_ray.sweep_config import SweepConfig
+from ddpm_ray.config.loading import load
+from ddpm_ray.config.sweep import SweepConfig
 from ddpm_ray.training.probing import LEVELS
 
 CONF = Path(__file__).parents[1] / "conf"

@@ -27,10 +27,10 @@ from torch.nn.utils import clip_grad_norm_
 from ddpm_ray import build
 from ddpm_ray.cluster import group, tracking
 from ddpm_ray.cluster.worker import assemble, place
-from ddpm_ray.config import ClusterConfig, RunConfig
+from ddpm_ray.config.loading import from_dict, load, to_dict
+from ddpm_ray.config.run import ClusterConfig, RunConfig
 from ddpm_ray.data import packer
 from ddpm_ray.data.pack_options import PackOptions
-from ddpm_ray.knobs import from_dict, load, to_dict
 from ddpm_ray.seeding import Purpose, normal, uniform_int
 from ddpm_ray.training.lease import Lease
 from ddpm_ray.training.loop import Run, report, save, take_step

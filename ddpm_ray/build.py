@@ -10,7 +10,9 @@ from typing import Any, assert_never
 import torch
 
 from ddpm_ray.build_diffusion import memory_format
-from ddpm_ray.config import (
+from ddpm_ray.config.evaluation import EvaluationConfig
+from ddpm_ray.config.loading import defining, from_dict
+from ddpm_ray.config.run import (
     DataConfig,
     ModelConfig,
     RunConfig,
@@ -20,9 +22,7 @@ from ddpm_ray.data import transforms
 from ddpm_ray.data.shards import Dataset, open_dataset
 from ddpm_ray.data.stream import Batch, ShardStream
 from ddpm_ray.diffusion.timesteps import SecondMoments
-from ddpm_ray.evaluation_config import EvaluationConfig
 from ddpm_ray.generation.denoiser import Denoiser
-from ddpm_ray.knobs import defining, from_dict
 from ddpm_ray.models.classifier import NoisyClassifier
 from ddpm_ray.models.ema import (
     EMA,

@@ -7,15 +7,15 @@ from typing import assert_never
 import torch
 from torch import Tensor, nn
 
-from ddpm_ray.config import RunConfig, TrainingConfig
+from ddpm_ray.config.diffusion import ObjectiveConfig, SamplingConfig, ScheduleConfig
+from ddpm_ray.config.loading import ConfigError
+from ddpm_ray.config.run import RunConfig, TrainingConfig
 from ddpm_ray.diffusion import schedules, timesteps, weights
 from ddpm_ray.diffusion.prediction import Prediction
 from ddpm_ray.diffusion.process import NoiseSchedule
-from ddpm_ray.diffusion_config import ObjectiveConfig, SamplingConfig, ScheduleConfig
 from ddpm_ray.generation.denoiser import Denoiser, Network
 from ddpm_ray.generation.sample import SamplingPlan
 from ddpm_ray.generation.sample import sampling_plan as sampling_plan
-from ddpm_ray.knobs import ConfigError
 from ddpm_ray.models.unet import UNet
 from ddpm_ray.training.examples import ChooseSteps, Showing
 from ddpm_ray.training.objectives import Objective

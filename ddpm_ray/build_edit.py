@@ -6,15 +6,15 @@ import numpy as np
 import numpy.typing as npt
 
 from ddpm_ray.build_diffusion import checked_plan
-from ddpm_ray.config import RunConfig
+from ddpm_ray.config.edit import EditConfig
+from ddpm_ray.config.loading import ConfigError, from_dict
+from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.image_files import BadImageError
-from ddpm_ray.edit_config import EditConfig
 from ddpm_ray.generation import editing
 from ddpm_ray.generation.editing import Mask, Painting
 from ddpm_ray.generation.picture_files import read_image, read_mask
 from ddpm_ray.generation.sample import Images
 from ddpm_ray.generation.trained_model import TrainedModel
-from ddpm_ray.knobs import ConfigError, from_dict
 
 
 def edited_files(

@@ -11,17 +11,17 @@ from safetensors import torch as safetensors
 
 from ddpm_ray import build
 from ddpm_ray.build_diffusion import denoiser
-from ddpm_ray.config import ModelConfig, RunConfig
+from ddpm_ray.config.diffusion import ObjectiveConfig, SamplingConfig, ScheduleConfig
+from ddpm_ray.config.loading import ConfigError, from_dict, to_dict
+from ddpm_ray.config.option_fields import shown
+from ddpm_ray.config.run import ModelConfig, RunConfig
 from ddpm_ray.data.shards import DatasetError, open_dataset
-from ddpm_ray.diffusion_config import ObjectiveConfig, SamplingConfig, ScheduleConfig
 from ddpm_ray.generation.trained_model import TrainedModel
-from ddpm_ray.knobs import ConfigError, from_dict, to_dict
 from ddpm_ray.models import interchange
 from ddpm_ray.models.classifier import NoisyClassifier
 from ddpm_ray.models.foreign_configs import ForeignModelError, Form
 from ddpm_ray.models.foreign_samplers import Export
 from ddpm_ray.models.unet import UNet
-from ddpm_ray.option_fields import shown
 from ddpm_ray.storage import object_store
 from ddpm_ray.storage.object_store import StorageError
 from ddpm_ray.training import checkpoints

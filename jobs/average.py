@@ -12,8 +12,8 @@ import sys
 from argparse import Namespace
 from typing import Any
 
-from ddpm_ray.average_config import AverageConfig
 from ddpm_ray.command_line import home_folder, main
+from ddpm_ray.config.ema_search import AverageConfig
 from ddpm_ray.output_files import output_folder
 
 

@@ -13,7 +13,7 @@ from argparse import Namespace
 from typing import Any
 
 from ddpm_ray.command_line import home_folder, main
-from ddpm_ray.job_config import DoctorConfig
+from ddpm_ray.config.jobs import DoctorConfig
 
 
 def doctor(config: DoctorConfig, _: Namespace) -> dict[str, Any]:

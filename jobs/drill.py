@@ -12,7 +12,7 @@ from argparse import Namespace
 from typing import Any
 
 from ddpm_ray.command_line import PartlyFailedError, ProgressLine, home_folder, main
-from ddpm_ray.drill_config import DrillConfig
+from ddpm_ray.config.fault_drill import DrillConfig
 
 
 def drill(config: DrillConfig, _: Namespace) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from argparse import Namespace
 from typing import Any
 
 from ddpm_ray.command_line import home_folder, main
-from ddpm_ray.job_config import EvaluateConfig
+from ddpm_ray.config.jobs import EvaluateConfig
 
 
 def prepare(config: EvaluateConfig, arguments: Namespace) -> EvaluateConfig:

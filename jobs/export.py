@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ddpm_ray.command_line import home_folder, main
-from ddpm_ray.job_config import ExportConfig
+from ddpm_ray.config.jobs import ExportConfig
 from ddpm_ray.output_files import output_folder
 
 

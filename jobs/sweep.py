@@ -22,7 +22,7 @@ from ddpm_ray.command_line import (
     main,
     way_to_see,
 )
-from ddpm_ray.sweep_config import SweepConfig
+from ddpm_ray.config.sweep import SweepConfig
 
 
 def sweep(config: SweepConfig, _: Namespace) -> dict[str, Any]:

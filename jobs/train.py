@@ -13,7 +13,7 @@ from argparse import Namespace
 from typing import Any
 
 from ddpm_ray.command_line import InterruptedRunError, ProgressLine, home_folder, main, way_to_see
-from ddpm_ray.config import RunConfig
+from ddpm_ray.config.run import RunConfig
 
 
 def train(config: RunConfig, _: Namespace) -> dict[str, Any]:

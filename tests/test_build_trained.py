@@ -15,10 +15,10 @@ from torch import nn
 
 import ddpm_ray
 from ddpm_ray import build, build_diffusion, build_trained
-from ddpm_ray.config import RunConfig
-from ddpm_ray.diffusion_config import SamplingConfig
+from ddpm_ray.config.diffusion import SamplingConfig
+from ddpm_ray.config.loading import ConfigError, load, to_dict
+from ddpm_ray.config.run import RunConfig
 from ddpm_ray.generation.trained_model import TrainedModel
-from ddpm_ray.knobs import ConfigError, load, to_dict
 from ddpm_ray.models.foreign_configs import ForeignModelError
 from ddpm_ray.storage import object_store
 from ddpm_ray.storage.object_store import StorageError

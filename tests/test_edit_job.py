@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 
 from ddpm_ray import build
-from ddpm_ray.config import RunConfig
-from ddpm_ray.edit_config import EditConfig
+from ddpm_ray.config.edit import EditConfig
+from ddpm_ray.config.loading import ConfigError, load, to_dict
+from ddpm_ray.config.run import RunConfig
 from ddpm_ray.generation import grids
-from ddpm_ray.knobs import ConfigError, load, to_dict
 from ddpm_ray.training.checkpoints import CheckpointStore
 from tests.training.test_hostile_checkpoints import TINY
 

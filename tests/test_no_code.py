@@ -120,11 +120,11 @@ from pathlib import Path
 import numpy as np, torch
 from safetensors.torch import load_file
 from ddpm_ray import build, build_trained
-from ddpm_ray.config import RunConfig
+from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.shards import fetch_shard, open_dataset
 from ddpm_ray.data.stream import ShardStream
-from ddpm_ray.diffusion_config import SamplingConfig
-from ddpm_ray.knobs import load, to_dict
+from ddpm_ray.config.diffusion import SamplingConfig
+from ddpm_ray.config.loading import load, to_dict
 from ddpm_ray.models.inception import Inception
 from ddpm_ray.models.inception_weights import load_inception
 from ddpm_ray.training.checkpoints import CheckpointStore

@@ -8,19 +8,19 @@ from typing import Any
 
 import pytest
 
-from ddpm_ray import knobs
-from ddpm_ray.average_config import AverageConfig
-from ddpm_ray.config import RunConfig
-from ddpm_ray.drill_config import DrillConfig
-from ddpm_ray.edit_config import EditConfig
-from ddpm_ray.job_config import (
+from ddpm_ray.config import loading
+from ddpm_ray.config.edit import EditConfig
+from ddpm_ray.config.ema_search import AverageConfig
+from ddpm_ray.config.fault_drill import DrillConfig
+from ddpm_ray.config.jobs import (
     DoctorConfig,
     EvaluateConfig,
     ExportConfig,
     PackConfig,
     SampleConfig,
 )
-from ddpm_ray.sweep_config import SweepConfig
+from ddpm_ray.config.run import RunConfig
+from ddpm_ray.config.sweep import SweepConfig
 
 ROOT = Path(__file__).parent.parent
 PAGES = [
@@ -150,12 +150,12 @@ def test_every_command_has_a_valid_config(page: str) -> None:
     for job, *words in commands(text_of(page)):
         overrides = [word for word in words if re.match(r"[\w.]+=", word)]
         file = next((word for word in words if word.endswith(".yaml")), None)
-        knobs.load(JOBS[job], str(ROOT / file) if file else None, overrides)
+        loading.load(JOBS[job], str(ROOT / file) if file else None, overrides)
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_key_in_the_text_exists(page: str) -> None:
-    known = {key for kind in JOBS.values() for key in knobs.flat(kind())}
+    known = {key for kind in JOBS.values() for key in loading.flat(kind())}
     groups = {key.partition(".")[0] for key in known if "." in key}
     keys = [span for span in spans(text_of(page)) if re.fullmatch(r"[a-z_]+(\.[a-z0-9_]+)+", span)]
     keys = [key for key in keys if not key.endswith(".json")]  # a file

@@ -20,12 +20,12 @@ from torch import nn
 import ddpm_ray
 from ddpm_ray import build, build_diffusion
 from ddpm_ray.cluster.served_model import _load_pyfunc
-from ddpm_ray.config import RunConfig
+from ddpm_ray.config.loading import load, to_dict
+from ddpm_ray.config.run import RunConfig
+from ddpm_ray.config.sampling import SamplingConfig
 from ddpm_ray.data import packer
 from ddpm_ray.data.pack_options import PackOptions
 from ddpm_ray.generation.grids import grid
-from ddpm_ray.generation.settings import SamplingConfig
-from ddpm_ray.knobs import load, to_dict
 from ddpm_ray.storage import object_store
 from ddpm_ray.training.checkpoints import CheckpointStore
 from ddpm_ray.training.gallery import GRID_IMAGES, Gallery
@@ -108,7 +108,7 @@ def test_a_notebook_draws_what_the_runs_own_grid_shows(
 
 def test_every_option_of_the_group_is_an_argument_and_has_been_tried() -> None:
     names = set(SamplingConfig.__dataclass_fields__)
-    from ddpm_ray.generation.settings import SamplingArguments
+    from ddpm_ray.config.sampling import SamplingArguments
 
     assert names == set(SamplingArguments.__annotations__)
     tried = {option.partition("=")[0].removeprefix("sampling.") for option, _ in OPTIONS}

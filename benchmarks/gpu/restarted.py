@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.gpu.tiny import config_of, run_of
-from ddpm_ray.config import RunConfig
-from ddpm_ray.knobs import load
+from ddpm_ray.config.loading import load
+from ddpm_ray.config.run import RunConfig
 from ddpm_ray.training import determinism
 from ddpm_ray.training.checkpoints import CheckpointStore
 from ddpm_ray.training.loop import report, save, take_step

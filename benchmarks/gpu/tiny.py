@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from ddpm_ray import build, build_diffusion
-from ddpm_ray.config import RunConfig
+from ddpm_ray.config.loading import load, to_dict
+from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data import shards
 from ddpm_ray.data.shards import Dataset, Recipe, ShardRow
 from ddpm_ray.generation.denoiser import Denoiser
-from ddpm_ray.knobs import load, to_dict
 from ddpm_ray.training.checkpoints import CheckpointStore, CheckpointWriter
 from ddpm_ray.training.divergence import Guard
 from ddpm_ray.training.loop import Run

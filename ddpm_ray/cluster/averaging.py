@@ -11,13 +11,13 @@ from typing import Any
 import torch
 
 from ddpm_ray import build, build_diffusion, build_trained
-from ddpm_ray.average_config import AverageConfig
 from ddpm_ray.cluster import fatal, group, startup
 from ddpm_ray.cluster.control import Desk
 from ddpm_ray.cluster.evaluation_run import located
 from ddpm_ray.cluster.worker import place
+from ddpm_ray.config.ema_search import AverageConfig
+from ddpm_ray.config.loading import ConfigError, from_dict, to_dict
 from ddpm_ray.data.shards import open_dataset
-from ddpm_ray.knobs import ConfigError, from_dict, to_dict
 from ddpm_ray.models.unet import UNet
 from ddpm_ray.storage import object_store
 from ddpm_ray.storage.file_formats import package_version

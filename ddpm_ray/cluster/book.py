@@ -11,9 +11,9 @@ from typing import Any
 from ddpm_ray.cluster.ledger import Ledger, Trial
 from ddpm_ray.cluster.search import propose, total_trials
 from ddpm_ray.cluster.stopping import EarlyStopping
-from ddpm_ray.knobs import ConfigError
+from ddpm_ray.config.loading import ConfigError
+from ddpm_ray.config.sweep import PruningConfig, SweepConfig
 from ddpm_ray.measures.appraisal import Appraisal
-from ddpm_ray.sweep_config import PruningConfig, SweepConfig
 from ddpm_ray.telling import counted
 
 log = logging.getLogger(__name__)

@@ -28,8 +28,8 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from ddpm_ray.cluster.tracking_place import database_file, tracking_place
-from ddpm_ray.job_config import DoctorConfig
-from ddpm_ray.knobs import ConfigError
+from ddpm_ray.config.jobs import DoctorConfig
+from ddpm_ray.config.loading import ConfigError
 from ddpm_ray.storage import object_store
 from ddpm_ray.telling import counted, redacted
 

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from ddpm_ray.cluster import checkups
 from ddpm_ray.cluster.checkups import SET_CLOCK, Clock, Finding
-from ddpm_ray.job_config import DoctorConfig
+from ddpm_ray.config.jobs import DoctorConfig
 
 SLOW = {  # what is tried by a process of its own, and what to do where that does not end
     "storage": "check AWS_ENDPOINT_URL, the network, and that the store is up",

@@ -19,8 +19,8 @@ from rich.table import Table
 from ddpm_ray import faults
 from ddpm_ray.cluster import tracking
 from ddpm_ray.cluster.training_run import train
-from ddpm_ray.config import RunConfig
-from ddpm_ray.drill_config import DrillConfig
+from ddpm_ray.config.fault_drill import DrillConfig
+from ddpm_ray.config.run import RunConfig
 from ddpm_ray.telling import told
 from ddpm_ray.training.checkpoints import GROUPS, weights_sha256
 from ddpm_ray.training.reporting import Progress

@@ -17,13 +17,13 @@ from ddpm_ray.cluster.control import Desk
 from ddpm_ray.cluster.model_uri import IN_MLFLOW
 from ddpm_ray.cluster.tracking_place import tracking_place
 from ddpm_ray.cluster.worker import place
-from ddpm_ray.config import RunConfig
+from ddpm_ray.config.evaluation import EvaluationConfig
+from ddpm_ray.config.jobs import EvaluateConfig
+from ddpm_ray.config.loading import ConfigError, from_dict, to_dict
+from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.shards import Dataset, open_dataset
-from ddpm_ray.evaluation_config import EvaluationConfig
 from ddpm_ray.generation.sample import SamplingPlan, draw_uint8
 from ddpm_ray.generation.trained_model import TrainedModel
-from ddpm_ray.job_config import EvaluateConfig
-from ddpm_ray.knobs import ConfigError, from_dict, to_dict
 from ddpm_ray.storage import object_store
 from ddpm_ray.training import evaluation
 from ddpm_ray.training.bits_per_dim import BitsPerDim, bits_per_dim

@@ -27,7 +27,7 @@ from ddpm_ray.cluster.interrupts import Interrupts, while_ray_starts
 from ddpm_ray.cluster.ray_address import require_listener
 from ddpm_ray.cluster.rendezvous import OwnAddress
 from ddpm_ray.cluster.watch import stalled
-from ddpm_ray.config import ClusterConfig
+from ddpm_ray.config.run import ClusterConfig
 from ddpm_ray.storage import object_store
 from ddpm_ray.telling import counted
 from ddpm_ray.training.reporting import Progress, Wish

@@ -16,7 +16,7 @@ from typing import Any
 
 from ddpm_ray.build import saved_config
 from ddpm_ray.cluster.ledger import TRIALS, trial_file
-from ddpm_ray.knobs import ConfigError
+from ddpm_ray.config.loading import ConfigError
 from ddpm_ray.storage import checksummed_json, object_store
 from ddpm_ray.storage.file_formats import package_version
 from ddpm_ray.storage.object_store import StorageError

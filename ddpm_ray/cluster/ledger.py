@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, TypeAlias
 
-from ddpm_ray.config import RunConfig
-from ddpm_ray.knobs import current_values
+from ddpm_ray.config.loading import current_values
+from ddpm_ray.config.run import RunConfig
 from ddpm_ray.storage import checksummed_json, object_store
 from ddpm_ray.storage.checksummed_json import SealError
 from ddpm_ray.storage.object_store import StorageError

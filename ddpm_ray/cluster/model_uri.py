@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from ddpm_ray.knobs import ConfigError
+from ddpm_ray.config.loading import ConfigError
 from ddpm_ray.storage import object_store
 
 IN_MLFLOW = ("runs:/", "models:/")

@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
+from ddpm_ray.config.jobs import PackConfig
 from ddpm_ray.data import pack_report, packer
 from ddpm_ray.data.pack_options import PackOptions
 from ddpm_ray.data.pack_report import PackReport
 from ddpm_ray.data.packer import Packed, Plan
 from ddpm_ray.data.shards import Dataset
-from ddpm_ray.job_config import PackConfig
 
 if TYPE_CHECKING:
     import ray

@@ -29,13 +29,13 @@ from ddpm_ray.cluster.placement import HEAD
 from ddpm_ray.cluster.sweep_tracking import SweepPlace
 from ddpm_ray.cluster.training_run import check_model, located, packed_data
 from ddpm_ray.cluster.trial import Board, run_trial
-from ddpm_ray.config import RunConfig
+from ddpm_ray.config.loading import flat, from_dict, to_dict, with_values
+from ddpm_ray.config.run import RunConfig
+from ddpm_ray.config.sweep import SweepConfig
 from ddpm_ray.data.shards import Dataset
 from ddpm_ray.data.transforms import mean_square
-from ddpm_ray.knobs import flat, from_dict, to_dict, with_values
 from ddpm_ray.measures.appraisal import Appraisal, appraise
 from ddpm_ray.storage import object_store
-from ddpm_ray.sweep_config import SweepConfig
 from ddpm_ray.telling import counted
 
 log = logging.getLogger(__name__)

@@ -17,13 +17,13 @@ from ddpm_ray.cluster.ledger import Ledger, Trial
 from ddpm_ray.cluster.tracked_run import TrackedRun
 from ddpm_ray.cluster.tracking import TrackingError
 from ddpm_ray.cluster.training_run import artifacts_beside, tags_of
+from ddpm_ray.config.loading import flat, to_yaml
+from ddpm_ray.config.sweep import SweepConfig
 from ddpm_ray.data.shards import Dataset
 from ddpm_ray.data.transforms import pixel_variance
-from ddpm_ray.knobs import flat, to_yaml
 from ddpm_ray.measures.spectrum import linear_guess
 from ddpm_ray.storage import checksummed_json, object_store
 from ddpm_ray.storage.object_store import StorageError
-from ddpm_ray.sweep_config import SweepConfig
 from ddpm_ray.training.probing import LEVELS
 
 log = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from ddpm_ray.knobs import ConfigError
+from ddpm_ray.config.loading import ConfigError
 from ddpm_ray.storage import object_store
 from ddpm_ray.telling import NO_SECRET, has_secret, redacted
 

@@ -14,13 +14,13 @@ from ddpm_ray import build_trained
 from ddpm_ray.build_diffusion import checked_plan
 from ddpm_ray.cluster.model_uri import IN_MLFLOW, model_place, require_whole_name
 from ddpm_ray.cluster.tracking_place import tracking_place
-from ddpm_ray.config import RunConfig
-from ddpm_ray.diffusion_config import SamplingConfig
+from ddpm_ray.config.diffusion import SamplingConfig
+from ddpm_ray.config.jobs import LeadConfig
+from ddpm_ray.config.loading import Checked, ConfigError, from_dict
+from ddpm_ray.config.run import RunConfig
 from ddpm_ray.generation import leading
 from ddpm_ray.generation.sample import SamplingPlan
 from ddpm_ray.generation.trained_model import TrainedModel
-from ddpm_ray.job_config import LeadConfig
-from ddpm_ray.knobs import Checked, ConfigError, from_dict
 
 # What `as_trained` downloaded, for the `load` of that model which follows in a job: by MLflow's
 # place and the model's URI its temporary folder, and where the checkpoint lies in it.

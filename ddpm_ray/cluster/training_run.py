@@ -24,11 +24,11 @@ from ddpm_ray.cluster.packing import pack
 from ddpm_ray.cluster.tracked_run import RunCard, TrackedRun
 from ddpm_ray.cluster.tracking_place import database_file, tracking_place, warn_of_another_host
 from ddpm_ray.cluster.worker import train_worker
-from ddpm_ray.config import RunConfig
+from ddpm_ray.config.jobs import PackConfig
+from ddpm_ray.config.loading import ConfigError, flat, to_dict, to_yaml
+from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data import built_in_sets
 from ddpm_ray.data.shards import MANIFEST, Dataset, open_dataset
-from ddpm_ray.job_config import PackConfig
-from ddpm_ray.knobs import ConfigError, flat, to_dict, to_yaml
 from ddpm_ray.storage import object_store
 from ddpm_ray.storage.object_store import StorageError
 from ddpm_ray.telling import counted

@@ -18,9 +18,9 @@ from ddpm_ray.cluster.control import Desk
 from ddpm_ray.cluster.tracked_run import RunCard, TrackedRun
 from ddpm_ray.cluster.tracker import Tracker
 from ddpm_ray.cluster.watch import Pulse
-from ddpm_ray.config import RunConfig
+from ddpm_ray.config.loading import from_dict
+from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.shards import Dataset, DatasetError, open_dataset
-from ddpm_ray.knobs import from_dict
 from ddpm_ray.storage import object_store
 from ddpm_ray.storage.file_formats import package_version
 from ddpm_ray.training import determinism, evaluation

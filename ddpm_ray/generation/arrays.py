@@ -9,8 +9,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ddpm_ray.config.option_fields import shown
 from ddpm_ray.generation.sample import Images
-from ddpm_ray.option_fields import shown
 
 
 def as_images(images: Any, channels: int) -> Images:

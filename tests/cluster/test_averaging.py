@@ -17,16 +17,16 @@ import torch
 from torch import Tensor
 
 from ddpm_ray import build, build_trained
-from ddpm_ray.average_config import AverageConfig
 from ddpm_ray.cluster import averaging, evaluation_run, group
-from ddpm_ray.config import RunConfig
+from ddpm_ray.config.diffusion import SamplingConfig
+from ddpm_ray.config.ema_search import AverageConfig
+from ddpm_ray.config.evaluation import EvaluationConfig
+from ddpm_ray.config.jobs import EvaluateConfig
+from ddpm_ray.config.loading import ConfigError, from_dict, load, to_dict
+from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.shards import DatasetError
-from ddpm_ray.diffusion_config import SamplingConfig
-from ddpm_ray.evaluation_config import EvaluationConfig
 from ddpm_ray.generation.denoiser import Denoiser
 from ddpm_ray.generation.trained_model import TrainedModel
-from ddpm_ray.job_config import EvaluateConfig
-from ddpm_ray.knobs import ConfigError, from_dict, load, to_dict
 from ddpm_ray.models.ema import Averages, width_group
 from ddpm_ray.models.post_hoc_ema import gamma_of, power_decay
 from ddpm_ray.models.unet import UNet

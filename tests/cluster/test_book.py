@@ -9,11 +9,11 @@ import pytest
 
 from ddpm_ray.cluster.book import Book
 from ddpm_ray.cluster.ledger import Ledger
-from ddpm_ray.config import RunConfig
-from ddpm_ray.knobs import ConfigError
+from ddpm_ray.config.loading import ConfigError
+from ddpm_ray.config.run import RunConfig
+from ddpm_ray.config.sweep import StoppingConfig, SweepConfig
 from ddpm_ray.measures.appraisal import Appraisal
 from ddpm_ray.storage import object_store
-from ddpm_ray.sweep_config import StoppingConfig, SweepConfig
 
 KEY = "schedule.num_steps"
 IMPOSSIBLE, BLIND, USELESS = 1, 3, 4  # values of KEY

@@ -32,8 +32,8 @@ from ddpm_ray import command_line
 from ddpm_ray.cluster import group, training_run
 from ddpm_ray.cluster.group import RunFailedError
 from ddpm_ray.cluster.worker import assemble
-from ddpm_ray.config import RunConfig
-from ddpm_ray.knobs import from_dict
+from ddpm_ray.config.run import RunConfig
+from ddpm_ray.config.loading import from_dict
 from ddpm_ray.training.loop import train
 from ddpm_ray.training.reporting import Wish
 from ddpm_ray.training.workers import Workers

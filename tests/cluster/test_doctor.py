@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from ddpm_ray.cluster import checkups, doctor
 from ddpm_ray.cluster.checkups import Finding, clock
 from ddpm_ray.cluster.tracking_place import tracking_place
-from ddpm_ray.job_config import DoctorConfig
+from ddpm_ray.config.jobs import DoctorConfig
 from ddpm_ray.storage import object_store
 
 ROOT = Path(__file__).parents[2]

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from ddpm_ray.cluster.drill import Drilled
-from ddpm_ray.drill_config import DrillConfig
-from ddpm_ray.knobs import ConfigError, load
+from ddpm_ray.config.fault_drill import DrillConfig
+from ddpm_ray.config.loading import ConfigError, load
 from tests.cluster.job import ROOT, Job
 from tests.faults.schedules import kills
 

@@ -20,7 +20,7 @@ from ddpm_ray import command_line
 from ddpm_ray.cluster import group, interrupts, registry, tracking
 from ddpm_ray.cluster.control import ControlLostError, Desk
 from ddpm_ray.cluster.group import RunFailedError
-from ddpm_ray.config import RunConfig
+from ddpm_ray.config.run import RunConfig
 from ddpm_ray.training.checkpoints import CHECKPOINTS
 from ddpm_ray.training.lease import Lease, LeaseLostError
 from jobs.train import train

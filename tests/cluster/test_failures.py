@@ -18,7 +18,7 @@ from ray.train.v2._internal.execution.failure_handling import (
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from ddpm_ray.cluster import control, failures, group
-from ddpm_ray.config import ClusterConfig
+from ddpm_ray.config.run import ClusterConfig
 from ddpm_ray.storage.object_store import StorageError
 
 DIED = "The actor died unexpectedly before finishing this task.\n\tclass_name: RayTrainWorker\n"

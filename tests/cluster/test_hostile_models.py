@@ -14,8 +14,8 @@ from mlflow import MlflowClient
 from ddpm_ray import build, build_trained
 from ddpm_ray.cluster import tracking, trained
 from ddpm_ray.cluster.tracking import TrackingError
-from ddpm_ray.config import RunConfig
-from ddpm_ray.knobs import load, to_dict
+from ddpm_ray.config.loading import load, to_dict
+from ddpm_ray.config.run import RunConfig
 from ddpm_ray.training.checkpoints import CheckpointStore
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # MLflow's, as it imports

@@ -13,8 +13,8 @@ from ddpm_ray import build
 from ddpm_ray.cluster import identity
 from ddpm_ray.cluster.identity import CLAIMS, IDENTITY, claim
 from ddpm_ray.cluster.ledger import Ledger
-from ddpm_ray.config import RunConfig
-from ddpm_ray.knobs import ConfigError, load, to_dict
+from ddpm_ray.config.loading import ConfigError, load, to_dict
+from ddpm_ray.config.run import RunConfig
 from ddpm_ray.storage import checksummed_json, object_store
 from ddpm_ray.training.checkpoints import CHECKPOINTS, CheckpointStore
 from ddpm_ray.training.state import Snapshot

@@ -16,8 +16,8 @@ import ray
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from ddpm_ray import knobs
-from ddpm_ray.sweep_config import SweepConfig
+from ddpm_ray.config import loading
+from ddpm_ray.config.sweep import SweepConfig
 
 ROOT = Path(__file__).parents[2]
 MANIFESTS = ["cluster.yaml", "rayjob.yaml"]
@@ -190,7 +190,7 @@ def test_the_job_on_kubernetes_is_a_sweep_on_gpus_that_come_and_go(job: dict[str
         [sys.executable, *words[1:], "--print-config"], cwd=ROOT, capture_output=True, text=True
     )
     assert shown.returncode == 0, shown.stderr
-    sweep = knobs.from_dict(SweepConfig, yaml.safe_load(shown.stdout))
+    sweep = loading.from_dict(SweepConfig, yaml.safe_load(shown.stdout))
     assert sweep.run.cluster.gpus_per_worker == 1
     assert sweep.run.storage.startswith("s3://")
     spec = job["spec"]["rayClusterSpec"]

@@ -11,8 +11,8 @@ import ray
 
 from ddpm_ray.cluster import capacity, group, placement
 from ddpm_ray.cluster.group import RunFailedError
-from ddpm_ray.config import ClusterConfig
-from ddpm_ray.knobs import ConfigError
+from ddpm_ray.config.loading import ConfigError
+from ddpm_ray.config.run import ClusterConfig
 from ddpm_ray.training.reporting import Progress
 from tests.cluster.job import command_of
 

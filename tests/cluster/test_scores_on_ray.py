@@ -11,7 +11,7 @@ import pytest
 import ray
 
 from ddpm_ray.cluster import evaluation_run
-from ddpm_ray.knobs import given_keys, load
+from ddpm_ray.config.loading import given_keys, load
 from ddpm_ray.training.workers import Workers
 from tests.cluster.job import ROOT
 from tests.cluster.test_averaging import KEPT, alone, wandering

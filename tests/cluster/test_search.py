@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from ddpm_ray.cluster.ledger import Ledger, Trial
 from ddpm_ray.cluster.search import Proposal, propose, total_trials
-from ddpm_ray.sweep_config import Branch, SearchConfig, is_range
+from ddpm_ray.config.sweep import Branch, SearchConfig, is_range
 
 FID = "eval/fid"
 GRID: list[Branch] = [

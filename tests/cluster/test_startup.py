@@ -10,9 +10,9 @@ import torch
 from ddpm_ray import faults
 from ddpm_ray.cluster import control, watch, worker
 from ddpm_ray.cluster.watch import Beat, stalled
-from ddpm_ray.config import RunConfig
+from ddpm_ray.config.loading import from_dict, load, to_dict
+from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.shards import DatasetError, open_dataset
-from ddpm_ray.knobs import from_dict, load, to_dict
 from ddpm_ray.training.reporting import Wish
 from ddpm_ray.training.state import Snapshot
 from ddpm_ray.training.workers import Workers

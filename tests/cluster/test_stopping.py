@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ddpm_ray.cluster.stopping import EarlyStopping
-from ddpm_ray.sweep_config import StoppingConfig
+from ddpm_ray.config.sweep import StoppingConfig
 
 Kind = Literal["asha", "median", "none", "pbt"]
 Report = tuple[int, int, float]  # trial, step, common loss

@@ -25,8 +25,8 @@ from ddpm_ray.cluster import registry, tracker, tracking, training_run
 from ddpm_ray.cluster.tracked_run import MAX_METRICS, RunCard, TrackedRun
 from ddpm_ray.cluster.tracker import Tracker
 from ddpm_ray.cluster.tracking import TrackingError, TrackingOutageError
-from ddpm_ray.config import RunConfig
-from ddpm_ray.knobs import load, to_dict
+from ddpm_ray.config.loading import load, to_dict
+from ddpm_ray.config.run import RunConfig
 from ddpm_ray.training.checkpoints import CheckpointStore
 from ddpm_ray.training.lease import Lease
 from ddpm_ray.training.reporting import RATES, Row

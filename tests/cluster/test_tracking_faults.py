@@ -376,8 +376,8 @@ def test_processes_that_open_a_new_database_at_once_all_find_its_tables(tmp_path
 def test_a_run_does_not_finish_before_all_its_rows_are_there(
     undelivered: int, status: str, card: RunCard, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from ddpm_ray.config import RunConfig
-    from ddpm_ray.knobs import load
+    from ddpm_ray.config.loading import load
+    from ddpm_ray.config.run import RunConfig
     from tests.noise import pack_noise
 
     pack_noise(str(tmp_path / "data"), images=8, side=4)

@@ -20,8 +20,8 @@ from ddpm_ray.cluster.tracking_place import (
     warn_of_another_host,
 )
 from ddpm_ray.cluster.training_run import artifacts_beside, located
-from ddpm_ray.config import RunConfig
-from ddpm_ray.knobs import ConfigError, load
+from ddpm_ray.config.loading import ConfigError, load
+from ddpm_ray.config.run import RunConfig
 from tests.limits import ENDS_S
 
 HOME = Path("/the/home")

@@ -14,9 +14,9 @@ from mlflow import MlflowClient
 
 from ddpm_ray import build
 from ddpm_ray.cluster import evaluation_run, group, tracking, trained
-from ddpm_ray.config import RunConfig
-from ddpm_ray.job_config import EvaluateConfig
-from ddpm_ray.knobs import ConfigError, from_dict, load, to_dict
+from ddpm_ray.config.jobs import EvaluateConfig
+from ddpm_ray.config.loading import ConfigError, from_dict, load, to_dict
+from ddpm_ray.config.run import RunConfig
 from ddpm_ray.training.checkpoints import CheckpointError, CheckpointStore
 from ddpm_ray.training.workers import Workers
 from tests.noise import pack_noise

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from ddpm_ray.cluster.training_run import git_commit, packed_data, user_name
-from ddpm_ray.config import RunConfig
-from ddpm_ray.knobs import ConfigError, load
+from ddpm_ray.config.loading import ConfigError, load
+from ddpm_ray.config.run import RunConfig
 from tests.noise import pack_noise
 
 

@@ -26,8 +26,8 @@ from ddpm_ray import faults, seeding
 from ddpm_ray.cluster import tracking, training_run
 from ddpm_ray.cluster.tracked_run import RunCard, TrackedRun
 from ddpm_ray.cluster.worker import assemble
-from ddpm_ray.config import RunConfig
-from ddpm_ray.knobs import from_dict, load, to_dict, to_yaml
+from ddpm_ray.config.loading import from_dict, load, to_dict, to_yaml
+from ddpm_ray.config.run import RunConfig
 from ddpm_ray.seeding import Purpose
 from ddpm_ray.training.checkpoints import CHECKPOINTS, CheckpointStore
 from ddpm_ray.training.lease import Lease

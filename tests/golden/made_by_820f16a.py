@@ -33,14 +33,14 @@ from ray.tune.search import Searcher
 from ddpm_ray.cluster import capacity, group, registry, sweep, training_run
 from ddpm_ray.cluster.ledger import Trial
 from ddpm_ray.cluster.trial import run_trial
-from ddpm_ray.config import RunConfig
+from ddpm_ray.config.loading import load
+from ddpm_ray.config.run import RunConfig
+from ddpm_ray.config.sweep import SweepConfig
 from ddpm_ray.data import packer
 from ddpm_ray.data.pack_options import PackOptions
 from ddpm_ray.data.shards import open_dataset
 from ddpm_ray.data.stream import ShardStream
-from ddpm_ray.knobs import load
 from ddpm_ray.storage import object_store
-from ddpm_ray.sweep_config import SweepConfig
 from ddpm_ray.training import checkpoints
 from ddpm_ray.training.reporting import Progress, Wish
 from tests.golden.old_runs import cpu_model, without_ray

@@ -20,8 +20,8 @@ import torch
 from safetensors import torch as safetensors
 
 from ddpm_ray.cluster import group, placement, registry, training_run, worker
-from ddpm_ray.config import RunConfig
-from ddpm_ray.knobs import load
+from ddpm_ray.config.loading import load
+from ddpm_ray.config.run import RunConfig
 from ddpm_ray.training import checkpoints
 from ddpm_ray.training.reporting import Progress, Wish
 from ddpm_ray.training.workers import Workers

@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from ddpm_ray.config.loading import to_dict
+from ddpm_ray.config.sampling import SamplingConfig
 from ddpm_ray.diffusion import NoiseSchedule, Prediction, schedules
 from ddpm_ray.diffusion.prediction import Kind
 from ddpm_ray.diffusion.samplers import Variance, ancestral, ddim
@@ -18,8 +20,6 @@ from ddpm_ray.diffusion.solvers import dpm_solver_pp, unipc
 from ddpm_ray.diffusion.spacing import uniform_steps
 from ddpm_ray.generation.denoiser import Denoiser
 from ddpm_ray.generation.sample import sampling_plan, walk
-from ddpm_ray.generation.settings import SamplingConfig
-from ddpm_ray.knobs import to_dict
 from ddpm_ray.models.foreign_samplers import to_pipeline
 
 SCHEDULE = NoiseSchedule(schedules.linear(1000))

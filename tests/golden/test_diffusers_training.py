@@ -9,8 +9,8 @@ from torch.nn import functional as F
 from torch.nn.utils import clip_grad_norm_
 
 from ddpm_ray import build, build_diffusion
-from ddpm_ray.config import RunConfig
-from ddpm_ray.knobs import load
+from ddpm_ray.config.loading import load
+from ddpm_ray.config.run import RunConfig
 from ddpm_ray.models import interchange
 from ddpm_ray.models.foreign_configs import Form
 from ddpm_ray.models.layers import HO

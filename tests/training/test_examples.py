@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from ddpm_ray import build, build_diffusion
-from ddpm_ray.config import RunConfig
+from ddpm_ray.config.loading import load
+from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.transforms import lowered
 from ddpm_ray.diffusion import Prediction, add_noise
-from ddpm_ray.knobs import load
 from ddpm_ray.training.examples import Examples
 from ddpm_ray.training.objectives import Objective
 from ddpm_ray.training.workers import Workers

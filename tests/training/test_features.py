@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ddpm_ray.cluster import group, registry
-from ddpm_ray.config import ClusterConfig
+from ddpm_ray.config.run import ClusterConfig
 from ddpm_ray.training import determinism, evaluation
 from ddpm_ray.training.features import FeatureNet, float32_backends, in_float32
 from tests.limits import ENDS_S

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from ddpm_ray import build, build_trained
-from ddpm_ray.config import RunConfig
-from ddpm_ray.knobs import ConfigError, load, to_dict
+from ddpm_ray.config.loading import ConfigError, load, to_dict
+from ddpm_ray.config.run import RunConfig
 from ddpm_ray.storage import checksummed_json
 from ddpm_ray.training import checkpoints
 from ddpm_ray.training.checkpoints import CheckpointError, CheckpointStore

@@ -13,16 +13,16 @@ from torch import Tensor
 
 from ddpm_ray import build
 from ddpm_ray.cluster import evaluation_run, trained
-from ddpm_ray.config import RunConfig
+from ddpm_ray.config.evaluation import EvaluationConfig
+from ddpm_ray.config.jobs import EvaluateConfig
+from ddpm_ray.config.loading import load, to_dict
+from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.shards import open_dataset
 from ddpm_ray.diffusion import schedules
 from ddpm_ray.diffusion.process import NoiseSchedule
-from ddpm_ray.evaluation_config import EvaluationConfig
 from ddpm_ray.generation.denoiser import Denoiser
 from ddpm_ray.generation.sample import SamplingPlan, draw_uint8
 from ddpm_ray.generation.trained_model import TrainedModel
-from ddpm_ray.job_config import EvaluateConfig
-from ddpm_ray.knobs import load, to_dict
 from ddpm_ray.training.gallery import GRID_IMAGES, Gallery
 from ddpm_ray.training.memorisation import nearest, spread
 from ddpm_ray.training.probing import Probe

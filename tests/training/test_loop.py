@@ -23,12 +23,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
 from ddpm_ray import build, build_diffusion, faults
-from ddpm_ray.config import RunConfig
+from ddpm_ray.config.loading import load, to_dict
+from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.shards import open_dataset
 from ddpm_ray.data.stream import Batch, ShardStream
 from ddpm_ray.diffusion import add_noise
 from ddpm_ray.faults import InjectedFaultError
-from ddpm_ray.knobs import load, to_dict
 from ddpm_ray.storage import object_store
 from ddpm_ray.training import loop
 from ddpm_ray.training.checkpoints import CheckpointStore, CheckpointWriter

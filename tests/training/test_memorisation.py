@@ -12,15 +12,15 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpm_ray.cluster import evaluation_run, trained
-from ddpm_ray.config import RunConfig
+from ddpm_ray.config.evaluation import EvaluationConfig
+from ddpm_ray.config.jobs import EvaluateConfig
+from ddpm_ray.config.loading import to_dict
+from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.shards import Dataset
 from ddpm_ray.diffusion import NoiseSchedule, schedules
-from ddpm_ray.evaluation_config import EvaluationConfig
 from ddpm_ray.generation.denoiser import Denoiser
 from ddpm_ray.generation.grids import GUTTER_PIXELS, LEGIBLE_PIXELS, MARGIN_PIXELS
 from ddpm_ray.generation.trained_model import TrainedModel
-from ddpm_ray.job_config import EvaluateConfig
-from ddpm_ray.knobs import to_dict
 from ddpm_ray.measures import neighbours
 from ddpm_ray.training.features import FeatureNet
 from ddpm_ray.training.memorisation import NEIGHBOURS, SHOWN, Neighbours, nearest, spread

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ddpm_ray import build
-from ddpm_ray.config import RunConfig
+from ddpm_ray.config.run import RunConfig
 from ddpm_ray.models.ema import EMA, Averages, width_group
 from ddpm_ray.models.post_hoc_ema import gamma_of, power_decay
 from ddpm_ray.storage import object_store

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ddpm_ray import build, build_diffusion
-from ddpm_ray.config import RunConfig
+from ddpm_ray.config.loading import load
+from ddpm_ray.config.run import RunConfig
 from ddpm_ray.diffusion import Prediction
 from ddpm_ray.generation.denoiser import Denoiser
-from ddpm_ray.knobs import load
 from ddpm_ray.models.ema import EMA
 from ddpm_ray.training.bits_per_dim import bits_per_dim
 from ddpm_ray.training.likelihoods import flow_likelihood

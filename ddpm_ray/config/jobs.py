@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ddpm_ray.config import MIB, ClusterConfig
-from ddpm_ray.diffusion_config import SamplingConfig
-from ddpm_ray.evaluation_config import EvaluationConfig
-from ddpm_ray.knobs import knob
+from ddpm_ray.config.diffusion import SamplingConfig
+from ddpm_ray.config.evaluation import EvaluationConfig
+from ddpm_ray.config.loading import knob
+from ddpm_ray.config.run import MIB, ClusterConfig
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,28 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from ddpm_ray import command_line
-from ddpm_ray.average_config import AverageConfig
-from ddpm_ray.config import RunConfig
-from ddpm_ray.drill_config import DrillConfig
-from ddpm_ray.edit_config import EditConfig
-from ddpm_ray.job_config import DoctorConfig, EvaluateConfig, ExportConfig, PackConfig, SampleConfig
-from ddpm_ray.knobs import Config, ConfigError, flat, from_dict, help_lines, load, to_dict, to_yaml
-from ddpm_ray.sweep_config import SweepConfig
+from ddpm_ray.config.edit import EditConfig
+from ddpm_ray.config.ema_search import AverageConfig
+from ddpm_ray.config.fault_drill import DrillConfig
+from ddpm_ray.config.jobs import (
+    DoctorConfig,
+    EvaluateConfig,
+    ExportConfig,
+    PackConfig,
+    SampleConfig,
+)
+from ddpm_ray.config.loading import (
+    Config,
+    ConfigError,
+    flat,
+    from_dict,
+    help_lines,
+    load,
+    to_dict,
+    to_yaml,
+)
+from ddpm_ray.config.run import RunConfig
+from ddpm_ray.config.sweep import SweepConfig
 from tests.limits import ENDS_S
 
 ROOT = Path(__file__).parents[1]

@@ -1,6 +1,6 @@
 """Every knob of the diffusion itself: schedule, objective, sampling. See config.py for the rest.
 
-Those of sampling are owned by generation/settings.py, because a notebook's calls take them too.
+Those of sampling are owned by config/sampling.py, because a notebook's calls take them too.
 """
 
 import math
@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from ddpm_ray.generation.settings import SamplingConfig as SamplingConfig
-from ddpm_ray.knobs import knob
+from ddpm_ray.config.loading import knob
+from ddpm_ray.config.sampling import SamplingConfig as SamplingConfig
 from ddpm_ray.telling import counted
 
 

@@ -3,11 +3,11 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from ddpm_ray.average_rules import wrong_widths
-from ddpm_ray.config import ClusterConfig
-from ddpm_ray.diffusion_config import SamplingConfig
-from ddpm_ray.evaluation_config import EvaluationConfig
-from ddpm_ray.knobs import knob
+from ddpm_ray.config.diffusion import SamplingConfig
+from ddpm_ray.config.ema_search_rules import wrong_widths
+from ddpm_ray.config.evaluation import EvaluationConfig
+from ddpm_ray.config.loading import knob
+from ddpm_ray.config.run import ClusterConfig
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ddpm_ray.config import RunConfig
-from ddpm_ray.evaluation_config import EvaluationConfig
-from ddpm_ray.knobs import complaint, group, knob
+from ddpm_ray.config.evaluation import EvaluationConfig
+from ddpm_ray.config.loading import complaint, group, knob
+from ddpm_ray.config.run import RunConfig
 
 Branch = Mapping[str, Any]  # dotted key of the run -> a list of choices, or a range
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias, TypedDict
 
-from ddpm_ray.option_fields import arguments, knob, out_of_range
+from ddpm_ray.config.option_fields import arguments, knob, out_of_range
 
 Sampler: TypeAlias = Literal[
     "ddim", "ancestral", "dpm_solver_pp", "dpm_solver_pp_sde", "unipc", "heun", "plms"

@@ -6,10 +6,10 @@ from typing import Literal
 
 import pytest
 
-from ddpm_ray.config import RunConfig
-from ddpm_ray.evaluation_config import EvaluationConfig
-from ddpm_ray.knobs import ConfigError, flat, load, with_values
-from ddpm_ray.sweep_config import FIXED, SweepConfig, is_range, reported_metrics
+from ddpm_ray.config.evaluation import EvaluationConfig
+from ddpm_ray.config.loading import ConfigError, flat, load, with_values
+from ddpm_ray.config.run import RunConfig
+from ddpm_ray.config.sweep import FIXED, SweepConfig, is_range, reported_metrics
 from ddpm_ray.training.features import FeatureNet
 from ddpm_ray.training.quality import metric_names
 

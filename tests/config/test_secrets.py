@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from ddpm_ray.cluster.tracking_place import tracking_place
-from ddpm_ray.config import RunConfig
-from ddpm_ray.drill_config import DrillConfig
-from ddpm_ray.job_config import DoctorConfig, EvaluateConfig, PackConfig, SampleConfig
-from ddpm_ray.knobs import ENVIRONMENT, ConfigError, from_dict, load, to_yaml, with_values
-from ddpm_ray.sweep_config import SweepConfig
+from ddpm_ray.config.fault_drill import DrillConfig
+from ddpm_ray.config.jobs import DoctorConfig, EvaluateConfig, PackConfig, SampleConfig
+from ddpm_ray.config.loading import ENVIRONMENT, ConfigError, from_dict, load, to_yaml, with_values
+from ddpm_ray.config.run import RunConfig
+from ddpm_ray.config.sweep import SweepConfig
 
 ROOT = Path(__file__).parents[1]
 WHOLE = ("name=a", "data.url=shards")

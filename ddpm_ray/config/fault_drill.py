@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ddpm_ray.config import RunConfig
+from ddpm_ray.config.loading import group, knob
+from ddpm_ray.config.run import RunConfig
 from ddpm_ray.faults import FaultSyntaxError, planned
-from ddpm_ray.knobs import group, knob
 from ddpm_ray.telling import counted
 
 

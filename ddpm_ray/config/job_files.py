@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from ddpm_ray.config import RunConfig
-from ddpm_ray.drill_config import DrillConfig
-from ddpm_ray.knobs import unknown_keys
-from ddpm_ray.sweep_config import SweepConfig
+from ddpm_ray.config.fault_drill import DrillConfig
+from ddpm_ray.config.loading import unknown_keys
+from ddpm_ray.config.run import RunConfig
+from ddpm_ray.config.sweep import SweepConfig
 
 JOBS: dict[str, type[Any]] = {
     "train.py": RunConfig, "sweep.py": SweepConfig, "drill.py": DrillConfig,

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ddpm_ray.average_rules import wrong_decays, wrong_widths
-from ddpm_ray.diffusion_config import ObjectiveConfig, SamplingConfig, ScheduleConfig
-from ddpm_ray.evaluation_config import EvaluationConfig
-from ddpm_ray.generation.settings import Conditioned
-from ddpm_ray.knobs import knob
+from ddpm_ray.config.diffusion import ObjectiveConfig, SamplingConfig, ScheduleConfig
+from ddpm_ray.config.ema_search_rules import wrong_decays, wrong_widths
+from ddpm_ray.config.evaluation import EvaluationConfig
+from ddpm_ray.config.loading import knob
+from ddpm_ray.config.sampling import Conditioned
 
 MIB = 2**20
 

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ddpm_ray.diffusion_config import SamplingConfig
-from ddpm_ray.knobs import knob
+from ddpm_ray.config.diffusion import SamplingConfig
+from ddpm_ray.config.loading import knob
 
 MARGINS = ("top", "bottom", "left", "right")
 

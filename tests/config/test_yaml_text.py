@@ -9,8 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ddpm_ray.config import RunConfig
-from ddpm_ray.knobs import ConfigError, from_dict, knob, load, to_dict, to_yaml
+from ddpm_ray.config.loading import ConfigError, from_dict, knob, load, to_dict, to_yaml
+from ddpm_ray.config.run import RunConfig
 
 WORDS = (
     "2026_11_28", "2026-11-28", "2026-11-28 10:00:00", "007", "0x1F", "0b11", "1e3", "1.10", "1.",

@@ -18,11 +18,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from ddpm_ray import knobs
-from ddpm_ray.former_keys import require_new_names
-from ddpm_ray.knobs import ConfigError, Former, group, knob
-from ddpm_ray.option_fields import arguments
-from tests.test_config import KINDS
+from ddpm_ray.config import loading
+from ddpm_ray.config.former_keys import require_new_names
+from ddpm_ray.config.loading import ConfigError, Former, group, knob
+from ddpm_ray.config.option_fields import arguments
+from tests.config.test_options import KINDS
 
 
 class Whole:
@@ -180,20 +180,20 @@ def test_any_mixture_of_old_and_new_names_is_read_alike_on_every_road(
     values: dict[str, Any], renamed: set[str], dotted: bool
 ) -> None:
     with written(file_text(values, dotted)) as path:
-        meant = expected(knobs.load(Before, path, []))
+        meant = expected(loading.load(Before, path, []))
     names = {key: NEW_NAMES[key] for key in renamed}
     mixed = {names.get(key, key): value for key, value in references(values, names).items()}
     with written(file_text(mixed, dotted)) as path:
-        assert knobs.load(Now, path, []) == meant
+        assert loading.load(Now, path, []) == meant
         with written(f"run_from: {path}") as sweep:
             if "${" not in str(mixed):  # a reference counts from the whole config, the sweep's
-                assert knobs.load(Many, sweep, []).run == meant
+                assert loading.load(Many, sweep, []).run == meant
     typed = [f"{key}={plain(value)}" for key, value in mixed.items()]
-    assert knobs.load(Now, None, typed) == meant
-    assert knobs.with_values(Now(), mixed, "trial 1") == meant
+    assert loading.load(Now, None, typed) == meant
+    assert loading.with_values(Now(), mixed, "trial 1") == meant
     current = {NEW_NAMES.get(key, key) for key in values} - {"model.kind"}
     split = {"task", "network.architecture"} if "model.kind" in values else set()
-    assert knobs.given_keys(Now, typed) == current | split
+    assert loading.given_keys(Now, typed) == current | split
 
 
 @settings(max_examples=30)
@@ -201,18 +201,18 @@ def test_any_mixture_of_old_and_new_names_is_read_alike_on_every_road(
 def test_what_an_earlier_version_saved_is_read_and_saved_by_the_new_names_alone(
     values: dict[str, Any], many: bool
 ) -> None:
-    saved: Any = knobs.with_values(Before(), values, "a")
+    saved: Any = loading.with_values(Before(), values, "a")
     meant: Any = expected(saved)
     saved, meant = (ManyBefore(run=saved), Many(run=meant)) if many else (saved, meant)
     kind: Any = type(meant)
-    read = knobs.from_dict(kind, json.loads(json.dumps(knobs.to_dict(saved))))
+    read = loading.from_dict(kind, json.loads(json.dumps(loading.to_dict(saved))))
     assert read == meant
-    assert knobs.from_dict(kind, json.loads(json.dumps(knobs.to_dict(read)))) == read
-    assert set(knobs.flat(read)) == set(knobs.flat(kind()))
-    with written(knobs.to_yaml(saved)) as path:  # the YAML that MLflow keeps of a run
-        assert knobs.load(kind, path, []) == meant
-    with written(knobs.to_yaml(read)) as path:
-        assert knobs.load(kind, path, []) == meant
+    assert loading.from_dict(kind, json.loads(json.dumps(loading.to_dict(read)))) == read
+    assert set(loading.flat(read)) == set(loading.flat(kind()))
+    with written(loading.to_yaml(saved)) as path:  # the YAML that MLflow keeps of a run
+        assert loading.load(kind, path, []) == meant
+    with written(loading.to_yaml(read)) as path:
+        assert loading.load(kind, path, []) == meant
 
 
 SPACE = [
@@ -228,13 +228,13 @@ SPACE_NOW = (
 def test_the_keys_and_choices_of_a_space_are_those_of_the_run() -> None:
     """In the same order: a grid tries them in it."""
     for many in (
-        knobs.from_dict(Many, {"space": SPACE}),
-        knobs.load(Many, None, [f"space={json.dumps(SPACE)}"]),
+        loading.from_dict(Many, {"space": SPACE}),
+        loading.load(Many, None, [f"space={json.dumps(SPACE)}"]),
     ):
         assert many.space == SPACE_NOW
         assert [list(branch) for branch in many.space] == [list(branch) for branch in SPACE_NOW]
     values = {"lead.form": "score", "model.kind": "classifier"}  # of a trial
-    assert knobs.current_values(Now, values) == {
+    assert loading.current_values(Now, values) == {
         "guidance.form": "gradient", "task": "classifier", "network.architecture": "half_unet",
     }  # fmt: skip
 
@@ -259,7 +259,7 @@ def test_the_keys_and_choices_of_a_space_are_those_of_the_run() -> None:
 )  # fmt: skip
 def test_what_is_wrong_is_told_by_the_new_name(file: str, typed: list[str], says: str) -> None:
     with written(file) as path, pytest.raises(ConfigError, match=says) as refused:
-        knobs.load(Now, path, typed)
+        loading.load(Now, path, typed)
     assert len(str(refused.value).splitlines()) == 1 + ("vae" in says)
 
 
@@ -272,45 +272,45 @@ def test_what_is_wrong_is_told_by_the_new_name(file: str, typed: list[str], says
 )
 def test_a_space_that_cannot_be_translated_is_refused(space: str, says: str) -> None:
     with pytest.raises(ConfigError, match=rf"^command line: {says}"):
-        knobs.load(Many, None, [f"space={space}"])
+        loading.load(Many, None, [f"space={space}"])
     with pytest.raises(ConfigError, match=rf"^a saved config is not understood \({says}"):
-        knobs.from_dict(Many, {"space": OmegaConf.to_object(OmegaConf.create(space))})
+        loading.from_dict(Many, {"space": OmegaConf.to_object(OmegaConf.create(space))})
 
 
 @pytest.mark.parametrize("inner", ["film", "gif"])
 @pytest.mark.parametrize("outer", ["film", "gif"])
 def test_the_command_line_wins_over_the_file_by_either_name(inner: str, outer: str) -> None:
     with written(f"{inner}: inner") as path:
-        assert knobs.load(Now, path, [f"{outer}=outer"]).gif == "outer"
-        assert knobs.load(Now, path, [f"{outer}=first", f"{outer}=last"]).gif == "last"
+        assert loading.load(Now, path, [f"{outer}=outer"]).gif == "outer"
+        assert loading.load(Now, path, [f"{outer}=first", f"{outer}=last"]).gif == "last"
         with written(f"run_from: {path}\nrun: {{{outer}: own}}") as sweep:
-            assert knobs.load(Many, sweep, []).run.gif == "own"
+            assert loading.load(Many, sweep, []).run.gif == "own"
 
 
 def test_a_group_on_the_command_line_is_read_by_either_name() -> None:
     for name in ("lead", "guidance"):
-        found = knobs.load(Now, None, [f"{name}={{weak: 007, form: score}}"]).guidance
+        found = loading.load(Now, None, [f"{name}={{weak: 007, form: score}}"]).guidance
         assert (found.weak_model, found.form) == ("007", "gradient")
-    assert knobs.load(Now, None, ["model={note: 1e3, kind: unet}"]).network.remark == "1e3"
-    assert knobs.load(Now, None, ["network.wide=3"]).network.base_width == 3
+    assert loading.load(Now, None, ["model={note: 1e3, kind: unet}"]).network.remark == "1e3"
+    assert loading.load(Now, None, ["network.wide=3"]).network.base_width == 3
 
 
 def test_a_reference_within_a_group_that_is_no_more_leads_to_the_same_option() -> None:
     with written("model: {note: x, width: 3}\nlead: {weak: '${..model.note}', forms: ['${..weak}']}"
                  "\nfilm: '${.model.note}'") as path:  # fmt: skip
-        found = knobs.load(Now, path, [])
+        found = loading.load(Now, path, [])
     assert (found.guidance.weak_model, found.guidance.forms, found.gif) == ("x", ("x",), "x")
 
 
 def test_help_and_the_whole_config_show_the_new_names_alone() -> None:
-    shown = "\n".join([*knobs.help_lines(Many), knobs.to_yaml(Many())])
+    shown = "\n".join([*loading.help_lines(Many), loading.to_yaml(Many())])
     assert not [name for name in ("film", "lead", "weak:", "wide", "kind", "run_from", "score")
                 if name in shown]  # fmt: skip
 
 
 def test_a_saved_config_with_both_names_was_edited() -> None:
     with pytest.raises(ConfigError, match=r"film and gif are names of one .*: it was edited"):
-        knobs.from_dict(Now, {"film": "a", "gif": "b"})
+        loading.from_dict(Now, {"film": "a", "gif": "b"})
 
 
 def test_a_keyword_argument_is_taken_by_its_former_name() -> None:
@@ -321,8 +321,8 @@ def test_a_keyword_argument_is_taken_by_its_former_name() -> None:
 
 
 def test_runs_are_compared_by_the_names_of_today() -> None:
-    saved = knobs.to_dict(Before(seed=3))
-    assert knobs.defining(knobs.from_dict(Now, saved)) == {"seed": 3}
+    saved = loading.to_dict(Before(seed=3))
+    assert loading.defining(loading.from_dict(Now, saved)) == {"seed": 3}
 
 
 @pytest.mark.parametrize("kind", [*KINDS.values(), Now, Many])

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from ddpm_ray.knobs import knob
+from ddpm_ray.config.loading import knob
 from ddpm_ray.telling import counted
 
 INCEPTION_URL = (
