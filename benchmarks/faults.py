@@ -40,7 +40,7 @@ from benchmarks.struck.notes import Struck, marks, note, noted
 from benchmarks.struck.plain import KEY, plain_worker
 from benchmarks.struck.stores import corrupt, refused
 from benchmarks.struck.table import Line, shown
-from ddpm_ray import faults
+from ddpm_ray import fault_injection
 from ddpm_ray.cluster import group, tracking, training_run
 from ddpm_ray.cluster.worker import train_worker
 from ddpm_ray.config.loading import load
@@ -108,7 +108,7 @@ def plain(home: Path, steps: int, every: int, failures: int) -> Struck:
         "blocks_per_level": model.blocks_per_level, "dropout": model.dropout,
         "attention_resolutions": model.attention_resolutions,
     }  # fmt: skip
-    asked = {name: os.environ[name] for name in (faults.VARIABLE,) if name in os.environ}
+    asked = {name: os.environ[name] for name in (fault_injection.VARIABLE,) if name in os.environ}
     settings = {
         "environment": asked, "home": str(home), "network": network, "steps": steps, "every": every,
         "images": str(home / "images.npy"), "batch": BATCH // WORKERS, "num_steps": 1000,
@@ -156,11 +156,11 @@ def without(names: set[str]) -> Iterator[None]:
 def planned(home: Path, words: str) -> Iterator[None]:
     """These faults for the workers that are started meanwhile."""
     home.mkdir(parents=True)
-    os.environ[faults.VARIABLE] = f"{marks(home)} {words}"
+    os.environ[fault_injection.VARIABLE] = f"{marks(home)} {words}"
     try:
         yield
     finally:
-        del os.environ[faults.VARIABLE]
+        del os.environ[fault_injection.VARIABLE]
 
 
 def kills(folder: Path, options: argparse.Namespace) -> list[Line]:

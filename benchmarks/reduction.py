@@ -27,9 +27,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
 from ddpm_ray import build, build_diffusion
+from ddpm_ray.collectives import Workers
 from ddpm_ray.config.loading import load
 from ddpm_ray.config.run import RunConfig
-from ddpm_ray.training.workers import Workers
 
 ROUNDS = int(sys.argv[1]) if len(sys.argv) > 1 else 12
 WORKERS, BATCH = 2, 32

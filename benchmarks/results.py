@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 
 from ddpm_ray import build_trained
+from ddpm_ray.collectives import Workers
 from ddpm_ray.config.sampling import Sampler, SamplingConfig
 from ddpm_ray.data.shards import open_dataset
 from ddpm_ray.data.stream import read_images
@@ -33,7 +34,6 @@ from ddpm_ray.models.classifier import NoisyClassifier
 from ddpm_ray.training.evaluation import evaluate
 from ddpm_ray.training.features import inception_net
 from ddpm_ray.training.reference import Reference, reference
-from ddpm_ray.training.workers import Workers
 
 STEPS = 5, 10, 20, 50
 SAMPLERS: tuple[Sampler, ...] = get_args(Sampler)

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
+from ddpm_ray.collectives import Workers
 from ddpm_ray.diffusion import NoiseSchedule, Prediction, schedules
 from ddpm_ray.diffusion.spacing import uniform_steps
 from ddpm_ray.generation.denoiser import Denoiser
@@ -32,7 +33,6 @@ from ddpm_ray.training.bits_per_dim import bits_per_dim
 from ddpm_ray.training.evaluation import evaluate
 from ddpm_ray.training.features import FeatureNet
 from ddpm_ray.training.reference import Reference
-from ddpm_ray.training.workers import Workers
 
 ROUNDS = int(sys.argv[1]) if len(sys.argv) > 1 else 7
 IMAGES, SIDE, STEPS, BATCH, CALLS = 128, 16, 8, 32, 64

@@ -10,6 +10,7 @@ from typing import Any, assert_never
 import torch
 
 from ddpm_ray.build_diffusion import memory_format
+from ddpm_ray.collectives import Workers
 from ddpm_ray.config.evaluation import EvaluationConfig
 from ddpm_ray.config.loading import defining, from_dict
 from ddpm_ray.config.run import (
@@ -45,7 +46,6 @@ from ddpm_ray.training.quality import Extras
 from ddpm_ray.training.reference import Reference, reference
 from ddpm_ray.training.snapshots import SNAPSHOTS, Keeper, SnapshotStore
 from ddpm_ray.training.state import TrainingState
-from ddpm_ray.training.workers import Workers
 
 DEFAULT_CACHE = "~/.cache/ddpm-ray"
 

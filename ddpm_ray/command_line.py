@@ -17,7 +17,7 @@ from ddpm_ray.cluster import mlflow_settings
 from ddpm_ray.cluster.interrupts import at_once, exit_code
 from ddpm_ray.config.job_files import job_of_file
 from ddpm_ray.config.loading import Config, ConfigError, given_keys, help_lines, load, to_yaml
-from ddpm_ray.telling import NO_SECRET, has_secret, told
+from ddpm_ray.redaction import NO_SECRET, has_secret, told
 
 DONE, FAILED, WRONG_CONFIG, PARTLY_FAILED = 0, 1, 2, 3
 

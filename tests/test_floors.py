@@ -14,12 +14,12 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 FLOORS = {
-    "ddpm_ray.faults": 0,
-    "ddpm_ray.telling": 0,
+    "ddpm_ray.fault_injection": 0,
+    "ddpm_ray.redaction": 0,
     "ddpm_ray.storage.file_formats": 0,
     "ddpm_ray.config.former_keys": 0,
     "ddpm_ray.config.option_fields": 0,
-    "ddpm_ray.seeding": 0,
+    "ddpm_ray.counter_rng": 0,
     "ddpm_ray.diffusion": 0,
     "ddpm_ray.measures": 0,
     "ddpm_ray.models": 1,
@@ -71,11 +71,11 @@ DOORS = {  # outside package: where alone it may be imported
     "torchvision": (),
 }
 DIETS = {  # module or folder: all that it may import from outside, beside the standard library
-    "ddpm_ray.seeding": {"torch"},
+    "ddpm_ray.counter_rng": {"torch"},
     "ddpm_ray.diffusion": {"torch"},
     "ddpm_ray.measures": {"torch"},
-    "ddpm_ray.faults": set[str](),
-    "ddpm_ray.telling": set[str](),
+    "ddpm_ray.fault_injection": set[str](),
+    "ddpm_ray.redaction": set[str](),
     "ddpm_ray.storage.file_formats": set[str](),
     "ddpm_ray.config.former_keys": set[str](),
     "ddpm_ray.config.option_fields": set[str](),

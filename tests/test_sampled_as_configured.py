@@ -20,6 +20,7 @@ from torch import nn
 import ddpm_ray
 from ddpm_ray import build, build_diffusion
 from ddpm_ray.cluster.served_model import _load_pyfunc
+from ddpm_ray.collectives import Workers
 from ddpm_ray.config.loading import load, to_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.sampling import SamplingConfig
@@ -29,7 +30,6 @@ from ddpm_ray.generation.grids import grid
 from ddpm_ray.storage import object_store
 from ddpm_ray.training.checkpoints import CheckpointStore
 from ddpm_ray.training.gallery import GRID_IMAGES, Gallery
-from ddpm_ray.training.workers import Workers
 from tests.limits import ENDS_S
 from tests.training.test_gallery import Wall
 

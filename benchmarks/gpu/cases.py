@@ -16,6 +16,7 @@ from torch import Tensor
 
 from benchmarks.gpu.tiny import SHAPE, SIDE, Notes, config_of, denoiser_of, packed, pixels, run_of
 from ddpm_ray import build, build_diffusion, build_trained
+from ddpm_ray.collectives import Workers
 from ddpm_ray.generation import leading
 from ddpm_ray.generation.denoiser import Guidance
 from ddpm_ray.generation.sample import SamplingPlan, draw
@@ -32,7 +33,6 @@ from ddpm_ray.training.loop import report, save, take_step
 from ddpm_ray.training.quality import Extras
 from ddpm_ray.training.reference import reference
 from ddpm_ray.training.snapshots import SNAPSHOTS, SnapshotStore, averaged
-from ddpm_ray.training.workers import Workers
 
 LABELS = ["model.num_classes=4"]
 LEARNED = ["objective.variance=learned_range", "objective.loss=hybrid"]

@@ -14,18 +14,18 @@ import torch
 from torch import Tensor
 
 from ddpm_ray import build, build_diffusion
+from ddpm_ray.collectives import Workers
 from ddpm_ray.config.loading import load, to_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data import shards
 from ddpm_ray.data.shards import Dataset, Recipe, ShardRow
 from ddpm_ray.generation.denoiser import Denoiser
+from ddpm_ray.reporting import Progress, Row, Wish
 from ddpm_ray.training.checkpoints import CheckpointStore, CheckpointWriter
 from ddpm_ray.training.divergence import Guard
 from ddpm_ray.training.loop import Run
-from ddpm_ray.training.reporting import Progress, Row, Wish
 from ddpm_ray.training.state import TrainingState
 from ddpm_ray.training.step_log import StepLog
-from ddpm_ray.training.workers import Workers
 
 SIDE, BATCH = 8, 8
 SHAPE = (3, SIDE, SIDE)

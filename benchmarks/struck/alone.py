@@ -33,14 +33,14 @@ from benchmarks.struck.table import Line, seconds, shown
 from ddpm_ray.cluster import tracking
 from ddpm_ray.cluster.training_run import packed_data
 from ddpm_ray.cluster.worker import assemble
+from ddpm_ray.collectives import Workers
 from ddpm_ray.config.loading import from_dict, load, to_dict
 from ddpm_ray.config.run import RunConfig
+from ddpm_ray.reporting import Progress, Wish
 from ddpm_ray.storage import object_store
 from ddpm_ray.training import loop
 from ddpm_ray.training.checkpoints import CHECKPOINTS
 from ddpm_ray.training.lease import Lease
-from ddpm_ray.training.reporting import Progress, Wish
-from ddpm_ray.training.workers import Workers
 from tests.cluster import conftest
 from tests.faults.proxy import Weather, through
 

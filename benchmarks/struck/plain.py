@@ -18,7 +18,7 @@ from ray.train import Checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.struck.notes import note
-from ddpm_ray import faults
+from ddpm_ray import fault_injection
 from ddpm_ray.models.unet import UNet
 
 KEY = "loss"  # of its rows in MLflow
@@ -49,13 +49,13 @@ def plain_worker(settings: dict[str, Any]) -> None:
         mlflow.start_run(run_id=settings["run_id"])
     durable = begins
     for step in range(begins + 1, settings["steps"] + 1):
-        faults.stand(rank, step)
+        fault_injection.stand(rank, step)
         x_0 = next(batches)
         t, noise = torch.randint(len(a), (len(x_0),)), torch.randn_like(x_0)
         a_t = a[t].view(-1, 1, 1, 1)
         prediction = network(a_t.sqrt() * x_0 + (1 - a_t).sqrt() * noise, t)
         loss = torch.nn.functional.mse_loss(prediction, noise)
-        faults.at("gradient")
+        fault_injection.at("gradient")
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -15,6 +15,7 @@ from ddpm_ray.cluster import fatal, group, startup
 from ddpm_ray.cluster.control import Desk
 from ddpm_ray.cluster.evaluation_run import located
 from ddpm_ray.cluster.worker import place
+from ddpm_ray.collectives import Workers
 from ddpm_ray.config.ema_search import AverageConfig
 from ddpm_ray.config.loading import ConfigError, from_dict, to_dict
 from ddpm_ray.data.shards import open_dataset
@@ -26,7 +27,6 @@ from ddpm_ray.training.checkpoints import CHECKPOINTS, CheckpointError, Checkpoi
 from ddpm_ray.training.reference import reference
 from ddpm_ray.training.snapshots import SNAPSHOTS, SnapshotStore, averaged
 from ddpm_ray.training.state import Snapshot
-from ddpm_ray.training.workers import Workers
 
 log = logging.getLogger(__name__)
 

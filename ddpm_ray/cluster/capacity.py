@@ -7,7 +7,7 @@ import ray
 
 from ddpm_ray.config.loading import ConfigError
 from ddpm_ray.config.run import ClusterConfig
-from ddpm_ray.telling import counted
+from ddpm_ray.redaction import counted
 
 
 def trials_at_once(config: ClusterConfig, wanted: int) -> int:

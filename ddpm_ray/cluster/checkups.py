@@ -30,8 +30,8 @@ from packaging.specifiers import SpecifierSet
 from ddpm_ray.cluster.tracking_place import database_file, tracking_place
 from ddpm_ray.config.jobs import DoctorConfig
 from ddpm_ray.config.loading import ConfigError
+from ddpm_ray.redaction import counted, redacted
 from ddpm_ray.storage import object_store
-from ddpm_ray.telling import counted, redacted
 
 PACKAGES = ("ddpm-ray", "ray", "torch", "mlflow", "numpy", "pyarrow", "fsspec")
 MISSING = "none"

@@ -14,8 +14,8 @@ from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError
 
 from ddpm_ray.cluster import placement
 from ddpm_ray.cluster.watch import Beat
-from ddpm_ray.faults import PLACES
-from ddpm_ray.training.reporting import Progress, Wish
+from ddpm_ray.fault_injection import PLACES
+from ddpm_ray.reporting import Progress, Wish
 
 ANSWER_S = 120.0  # a loaded machine took 10 s to start the actor
 RETRY_S = 1.0

@@ -16,14 +16,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ddpm_ray import faults
+from ddpm_ray import fault_injection
 from ddpm_ray.cluster import tracking
 from ddpm_ray.cluster.training_run import train
 from ddpm_ray.config.fault_drill import DrillConfig
 from ddpm_ray.config.run import RunConfig
-from ddpm_ray.telling import told
+from ddpm_ray.redaction import told
+from ddpm_ray.reporting import Progress
 from ddpm_ray.training.checkpoints import GROUPS, weights_sha256
-from ddpm_ray.training.reporting import Progress
 
 
 @dataclass(frozen=True)
@@ -60,13 +60,13 @@ def drill(config: DrillConfig, home: Path, show: Callable[[int, int, str], None]
     for number, fault in enumerate(["", *config.faults]):
         show(number, len(config.faults) + 1, fault or "without a fault")
         run = replace(config.run, name=f"{config.run.name}-{token}-{number}")
-        os.environ.pop(faults.VARIABLE, None)
+        os.environ.pop(fault_injection.VARIABLE, None)
         if fault:
-            os.environ[faults.VARIABLE] = f"{marks / str(number)} {fault}"
+            os.environ[fault_injection.VARIABLE] = f"{marks / str(number)} {fault}"
         try:
             done.append(_once(run, home, fault))
         finally:
-            os.environ.pop(faults.VARIABLE, None)
+            os.environ.pop(fault_injection.VARIABLE, None)
     show(len(done), len(done), "done")
     return done
 

@@ -16,8 +16,8 @@ from ray.train.v2._internal.execution.scaling_policy import (
 )
 
 from ddpm_ray.cluster.control import Desk
-from ddpm_ray.telling import counted
-from ddpm_ray.training.reporting import Wish
+from ddpm_ray.redaction import counted
+from ddpm_ray.reporting import Wish
 
 log = logging.getLogger(__name__)
 

@@ -17,6 +17,7 @@ from ddpm_ray.cluster.control import Desk
 from ddpm_ray.cluster.model_uri import IN_MLFLOW
 from ddpm_ray.cluster.tracking_place import tracking_place
 from ddpm_ray.cluster.worker import place
+from ddpm_ray.collectives import Workers
 from ddpm_ray.config.evaluation import EvaluationConfig
 from ddpm_ray.config.jobs import EvaluateConfig
 from ddpm_ray.config.loading import ConfigError, from_dict, to_dict
@@ -31,7 +32,6 @@ from ddpm_ray.training.evaluation import Scores
 from ddpm_ray.training.likelihoods import Likelihood, flow_likelihood
 from ddpm_ray.training.memorisation import Neighbours, nearest, spread
 from ddpm_ray.training.reference import reference
-from ddpm_ray.training.workers import Workers
 
 log = logging.getLogger(__name__)
 

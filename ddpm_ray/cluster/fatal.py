@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from ddpm_ray.cluster.control import Desk
-from ddpm_ray.faults import InjectedFaultError
+from ddpm_ray.fault_injection import InjectedFaultError
 from ddpm_ray.storage.object_store import StorageError
 from ddpm_ray.training.lease import LeaseLostError, SupersededError
 

@@ -19,7 +19,7 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
-from ddpm_ray import faults
+from ddpm_ray import fault_injection
 from ddpm_ray.cluster import failures, mlflow_settings, placement, startup
 from ddpm_ray.cluster.control import Desk, Notes
 from ddpm_ray.cluster.elastic import ElasticPolicy
@@ -28,9 +28,9 @@ from ddpm_ray.cluster.ray_address import require_listener
 from ddpm_ray.cluster.rendezvous import OwnAddress
 from ddpm_ray.cluster.watch import stalled
 from ddpm_ray.config.run import ClusterConfig
+from ddpm_ray.redaction import counted
+from ddpm_ray.reporting import Progress, Wish
 from ddpm_ray.storage import object_store
-from ddpm_ray.telling import counted
-from ddpm_ray.training.reporting import Progress, Wish
 
 log = logging.getLogger(__name__)
 
@@ -305,5 +305,5 @@ def _worker_environment(config: ClusterConfig) -> dict[str, str]:
     to 1.7 x the wall-clock speed with two threads on shared cores.
     """
     threads = {"OMP_NUM_THREADS": str(max(1, int(config.cpus_per_worker))), "GOMP_SPINCOUNT": "0"}
-    asked = {name: os.environ[name] for name in (faults.VARIABLE,) if name in os.environ}
+    asked = {name: os.environ[name] for name in (fault_injection.VARIABLE,) if name in os.environ}
     return threads | mlflow_settings.chosen() | asked

@@ -16,7 +16,7 @@ from html import escape
 from typing import Any, get_args
 
 from ddpm_ray.cluster.ledger import Status, Trial
-from ddpm_ray.telling import counted
+from ddpm_ray.redaction import counted
 
 STATUSES: tuple[Status, ...] = ("finished", "running", "stopped", "pruned", "failed")  # as ordered
 assert set(STATUSES) == set(get_args(Status))

@@ -17,7 +17,7 @@ from ray.util.state import list_nodes
 from ddpm_ray.cluster.checkups import ANSWER_S, INSTALL, Clock, Finding, clock, versions
 from ddpm_ray.cluster.ray_address import require_listener
 from ddpm_ray.config.jobs import DoctorConfig
-from ddpm_ray.telling import counted
+from ddpm_ray.redaction import counted
 
 CLOCK_S = 1.0
 MOST_NAMED = 3  # nodes that a line names before it counts the rest

@@ -6,7 +6,7 @@ from itertools import islice
 from threading import Lock
 
 from ddpm_ray.cluster.tracked_run import MAX_METRICS, MetricRow
-from ddpm_ray.training.reporting import Row
+from ddpm_ray.reporting import Row
 
 AVERAGED = ("train/loss", "train/grad_norm", "train/lr")  # one value a step
 COUNTED = "train/skipped"  # 1 for each step that was not taken

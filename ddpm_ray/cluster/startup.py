@@ -10,7 +10,7 @@ from typing import Any
 
 import ray.train
 
-from ddpm_ray import faults
+from ddpm_ray import fault_injection
 from ddpm_ray.cluster import placement
 from ddpm_ray.cluster.control import Desk
 from ddpm_ray.cluster.watch import Pulse
@@ -36,10 +36,10 @@ def begin(desk: Desk) -> None:
     global _pulse
     context, group = ray.train.get_context(), placement.of_this_worker()
     rank, workers = context.get_world_rank(), context.get_world_size()
-    faults.stand(rank, 0, "join")
+    fault_injection.stand(rank, 0, "join")
     _pulse = Pulse(rank, partial(desk.beat, group=group), workers)
     _pulse.start()
-    faults.at("join")
+    fault_injection.at("join")
 
 
 def end() -> None:

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from ddpm_ray import faults
+from ddpm_ray import fault_injection
 from ddpm_ray.cluster.row_queue import RowQueue
 from ddpm_ray.cluster.tracked_run import TrackedRun
-from ddpm_ray.telling import brief, counted, told
+from ddpm_ray.redaction import brief, counted, told
+from ddpm_ray.reporting import Row
 from ddpm_ray.training.lease import SupersededError
-from ddpm_ray.training.reporting import Row
 
 if TYPE_CHECKING:
     from ddpm_ray.cluster.tracking import RunLog
@@ -146,7 +146,7 @@ class Tracker:
             self._is_current = True
         while len(self._rows):
             batch, count = self._rows.batch()
-            faults.at("flush")
+            fault_injection.at("flush")
             if batch:
                 self._check_lease()
                 try:
@@ -155,7 +155,7 @@ class Tracker:
                     self._rows.doubt(count)
                     self._is_current = False  # what that call stored is left out the next time
                     raise
-            faults.at("sent")
+            fault_injection.at("sent")
             self._rows.acknowledge(count)
 
     def _send_files(self) -> None:

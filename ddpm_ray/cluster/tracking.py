@@ -39,8 +39,8 @@ from ddpm_ray.cluster.tracking_errors import (
     restore,
 )
 from ddpm_ray.cluster.tracking_place import database_file
+from ddpm_ray.redaction import told
 from ddpm_ray.storage import object_store
-from ddpm_ray.telling import told
 
 __all__ = ["TrackingError", "TrackingOutageError", "TrackingServerError", "answering"]
 

@@ -4,7 +4,7 @@ import contextlib
 import re
 from collections.abc import Iterator
 
-from ddpm_ray.telling import brief, told
+from ddpm_ray.redaction import brief, told
 
 # What errors on the way to MLflow come from, beside this package and the operating system.
 LIBRARIES = {

@@ -8,8 +8,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from ddpm_ray.config.loading import ConfigError
+from ddpm_ray.redaction import NO_SECRET, has_secret, redacted
 from ddpm_ray.storage import object_store
-from ddpm_ray.telling import NO_SECRET, has_secret, redacted
 
 log = logging.getLogger(__name__)
 

@@ -29,14 +29,14 @@ from ddpm_ray.config.loading import ConfigError, flat, to_dict, to_yaml
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data import built_in_sets
 from ddpm_ray.data.shards import MANIFEST, Dataset, open_dataset
+from ddpm_ray.redaction import counted
+from ddpm_ray.reporting import Progress
 from ddpm_ray.storage import object_store
 from ddpm_ray.storage.object_store import StorageError
-from ddpm_ray.telling import counted
 from ddpm_ray.training import determinism
 from ddpm_ray.training.checkpoints import CHECKPOINTS, CheckpointStore
 from ddpm_ray.training.gallery import picture_url
 from ddpm_ray.training.lease import Lease
-from ddpm_ray.training.reporting import Progress
 
 log = logging.getLogger(__name__)
 

@@ -21,9 +21,9 @@ from ddpm_ray.cluster.tracking import TrackingError
 from ddpm_ray.cluster.training_run import Outcome, PartOf
 from ddpm_ray.config.loading import from_dict
 from ddpm_ray.config.run import RunConfig
+from ddpm_ray.reporting import Progress
 from ddpm_ray.storage.object_store import StorageError
 from ddpm_ray.training.gallery import picture_url
-from ddpm_ray.training.reporting import Progress
 
 log = logging.getLogger(__name__)
 

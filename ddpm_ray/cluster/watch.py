@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ddpm_ray import faults
+from ddpm_ray import fault_injection
 
 BEAT_S = 2.0
 WAITS_FOR_OTHERS = ("gradient", "update", "reduce")  # points of a step that take a step's time
@@ -37,7 +37,7 @@ class Beat:
     @property
     def place(self) -> tuple[int, int]:
         """How far it is: grows along a step and from step to step."""
-        return self.step, list(faults.PLACES).index(self.point)
+        return self.step, list(fault_injection.PLACES).index(self.point)
 
     def is_silent(self, limit_s: float) -> bool:
         """Whether it should have told something since."""
@@ -72,7 +72,7 @@ class Beat:
     @property
     def where(self) -> str:
         """Its place, for a person."""
-        return f"at step {self.step}, {faults.PLACES[self.point]}"
+        return f"at step {self.step}, {fault_injection.PLACES[self.point]}"
 
 
 def stalled(beats: list[Beat], limit_s: float, storage_s: float) -> str:
@@ -119,7 +119,7 @@ class Pulse:
 
     def _run(self) -> None:
         while True:
-            here = faults.position()
+            here = fault_injection.position()
             stood_s = time.monotonic() - here.since_s
             step_s = min(here.steps_s, default=0.0)
             self._tell(

@@ -12,15 +12,17 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ddpm_ray import build, build_diffusion, faults
+from ddpm_ray import build, build_diffusion, fault_injection
 from ddpm_ray.cluster import fatal, mlflow_settings, placement, startup
 from ddpm_ray.cluster.control import Desk
 from ddpm_ray.cluster.tracked_run import RunCard, TrackedRun
 from ddpm_ray.cluster.tracker import Tracker
 from ddpm_ray.cluster.watch import Pulse
+from ddpm_ray.collectives import Workers
 from ddpm_ray.config.loading import from_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.shards import Dataset, DatasetError, open_dataset
+from ddpm_ray.reporting import Progress, Row, Wish
 from ddpm_ray.storage import object_store
 from ddpm_ray.storage.file_formats import package_version
 from ddpm_ray.training import determinism, evaluation
@@ -36,10 +38,8 @@ from ddpm_ray.training.gallery import GRID_IMAGES, Gallery
 from ddpm_ray.training.lease import Lease
 from ddpm_ray.training.loop import Run, train
 from ddpm_ray.training.reference import Reference, reference
-from ddpm_ray.training.reporting import Progress, Row, Wish
 from ddpm_ray.training.state import Snapshot, TrainingState
 from ddpm_ray.training.step_log import StepLog
-from ddpm_ray.training.workers import Workers
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
 
 def _train(config: RunConfig, settings: dict[str, Any], desk: Desk) -> dict[str, Any]:
     workers, group, undelivered = place(), placement.of_this_worker(), 0
-    faults.stand(workers.rank, 0, "open")
+    fault_injection.stand(workers.rank, 0, "open")
     pulse = Pulse(workers.rank, partial(desk.beat, group=group), workers.count)
     pulse.start()
     startup.end()
@@ -66,7 +66,7 @@ def _train(config: RunConfig, settings: dict[str, Any], desk: Desk) -> dict[str,
         if workers.leads:
             desk.start(run.state.step, group, workers.count)
         began = time.time()
-        faults.at("begin")
+        fault_injection.at("begin")
         try:
             train(run)
         finally:
@@ -182,7 +182,7 @@ def _tracker(
 
 def _opened(config: RunConfig, settings: dict[str, Any]) -> Dataset:
     """The data set of the run; that and the held-out one are those that the driver saw."""
-    faults.at("open")
+    fault_injection.at("open")
     dataset = open_dataset(config.data.url)
     held_out = filter(None, [config.evaluation.held_out_url])
     seen = settings.get("fingerprints", {})
@@ -228,7 +228,7 @@ def _tracked_run(settings: dict[str, Any]) -> TrackedRun:
 def _writer(config: RunConfig, settings: dict[str, Any], workers: Workers) -> CheckpointWriter:
     """Of the run's checkpoints; the leader's commits from now on, and no earlier start's."""
     checkpoints = object_store.join(settings["folder"], CHECKPOINTS)
-    faults.at("restore")
+    fault_injection.at("restore")
     training = config.training
     store = CheckpointStore(
         checkpoints, training.keep_checkpoints, planned_every=training.checkpoint_every_steps

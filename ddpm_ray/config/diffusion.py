@@ -10,7 +10,7 @@ from typing import Literal
 
 from ddpm_ray.config.loading import knob
 from ddpm_ray.config.sampling import SamplingConfig as SamplingConfig
-from ddpm_ray.telling import counted
+from ddpm_ray.redaction import counted
 
 
 @dataclass(frozen=True)

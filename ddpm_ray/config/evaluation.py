@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ddpm_ray.config.loading import knob
-from ddpm_ray.telling import counted
+from ddpm_ray.redaction import counted
 
 INCEPTION_URL = (
     "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from ddpm_ray.config.loading import group, knob
 from ddpm_ray.config.run import RunConfig
-from ddpm_ray.faults import FaultSyntaxError, planned
-from ddpm_ray.telling import counted
+from ddpm_ray.fault_injection import FaultSyntaxError, planned
+from ddpm_ray.redaction import counted
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ from ddpm_ray.config.option_fields import group as group
 from ddpm_ray.config.option_fields import knob as knob
 from ddpm_ray.config.option_fields import out_of_range, walk
 from ddpm_ray.config.yaml_text import read_scalar, read_text, require_shallow, type_at, with_texts
+from ddpm_ray.redaction import NO_SECRET, has_secret, redacted, texts
 from ddpm_ray.storage.file_formats import not_of_this_version
-from ddpm_ray.telling import NO_SECRET, has_secret, redacted, texts
 
 UNREADABLE = OmegaConfBaseException, TypeError  # the latter for keys below one that is a list
 # A config is written into every checkpoint and into MLflow. Of the environment it may hold these,

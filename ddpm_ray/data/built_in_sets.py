@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ddpm_ray.data.shards import DatasetError
+from ddpm_ray.redaction import counted
 from ddpm_ray.storage import checksummed, object_store
-from ddpm_ray.telling import counted
 
 BuiltIn = Literal["digits", "mnist", "fashion-mnist", "cifar10"]
 Split = Literal["train", "test"]

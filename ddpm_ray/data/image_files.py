@@ -33,7 +33,7 @@ from PIL import (  # each registers its format in Image.OPEN
     WebPImagePlugin,
 )
 
-from ddpm_ray.telling import told
+from ddpm_ray.redaction import told
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # that are ever opened
 SUFFIXES = (

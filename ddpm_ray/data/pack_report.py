@@ -13,9 +13,9 @@ from typing import Any
 
 from ddpm_ray.data.samples import EXAMPLES, NamedGroup
 from ddpm_ray.data.shards import Dataset, DatasetError
+from ddpm_ray.redaction import counted, told
 from ddpm_ray.storage import checksummed_json, object_store
 from ddpm_ray.storage.object_store import StorageError
-from ddpm_ray.telling import counted, told
 
 RECORD = "packing.json"
 MOST_NAMED = 1000  # lines of skipped files that are kept; all are counted

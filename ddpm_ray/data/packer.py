@@ -34,8 +34,8 @@ from ddpm_ray.data.resizing import resized
 from ddpm_ray.data.samples import NamedGroup, Sample, Source, groups
 from ddpm_ray.data.shards import Dataset, DatasetError, Recipe, ShardRow, UInt8s
 from ddpm_ray.data.sources import open_source
+from ddpm_ray.redaction import redacted
 from ddpm_ray.storage import object_store
-from ddpm_ray.telling import redacted
 
 log = logging.getLogger(__name__)
 

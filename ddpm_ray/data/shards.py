@@ -25,9 +25,9 @@ import pyarrow as pa
 from ddpm_ray.data import arrow_files, index_file
 from ddpm_ray.data.arrow_files import ArrowFileError
 from ddpm_ray.data.cache import ShardCache
+from ddpm_ray.redaction import counted, told
 from ddpm_ray.storage import checksummed, object_store
 from ddpm_ray.storage.file_formats import require_readable
-from ddpm_ray.telling import counted, told
 
 Encoding = Literal["raw", "png", "jpeg", "webp"]
 UInt8s = npt.NDArray[np.uint8]

@@ -19,8 +19,8 @@ from ddpm_ray.data import arrow_files, class_names, file_source
 from ddpm_ray.data.arrow_files import ArrowFileError
 from ddpm_ray.data.class_names import Label
 from ddpm_ray.data.shards import DatasetError
+from ddpm_ray.redaction import counted
 from ddpm_ray.storage.object_store import StorageError
-from ddpm_ray.telling import counted
 
 LEAST_ROW_BYTES = 8  # no image file is smaller: a file that claims more rows lies
 LABELS_AT_ONCE = 2**16

@@ -22,9 +22,9 @@ from ddpm_ray.data.pack_options import PackOptions
 from ddpm_ray.data.samples import NamedGroup, Sample, groups, printable_name
 from ddpm_ray.data.shards import DatasetError
 from ddpm_ray.data.table_files import TableFile
+from ddpm_ray.redaction import counted
 from ddpm_ray.storage import object_store
 from ddpm_ray.storage.object_store import ObjectState
-from ddpm_ray.telling import counted
 
 IMAGES, LABEL = ("image", "img", "jpg", "jpeg", "png", "webp"), "label"
 COLUMNS = "columns of tables without a place in a shard"

@@ -12,11 +12,11 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from ddpm_ray.counter_rng import Purpose, uniform_int
 from ddpm_ray.diffusion.prediction import Prediction
 from ddpm_ray.diffusion.process import Denoise
 from ddpm_ray.diffusion.spacing import require_falling
-from ddpm_ray.seeding import Purpose, uniform_int
-from ddpm_ray.telling import counted
+from ddpm_ray.redaction import counted
 
 Conditional: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(x_t [B, ...], t [B], labels [B] int64 in 0..K, where K is no label) -> the answer [B, ...]."""

@@ -11,16 +11,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ddpm_ray import seeding
+from ddpm_ray import counter_rng
+from ddpm_ray.counter_rng import Purpose
 from ddpm_ray.diffusion.process import NoiseSchedule
-from ddpm_ray.seeding import Purpose
 
 _GRID = 2**31  # values of a uniform draw
 
 
 def uniform(seed: int, step: int, positions: Tensor, num_steps: int) -> Tensor:
     """Each t as likely as any other, all independent (Ho et al. 2020, algorithm 1)."""
-    return 1 + seeding.uniform_int(seed, Purpose.TIMESTEP, step, positions, num_steps)
+    return 1 + counter_rng.uniform_int(seed, Purpose.TIMESTEP, step, positions, num_steps)
 
 
 def low_discrepancy(seed: int, step: int, positions: Tensor, num_steps: int, batch: int) -> Tensor:
@@ -30,7 +30,7 @@ def low_discrepancy(seed: int, step: int, positions: Tensor, num_steps: int, bat
     arXiv:2107.00630, appendix I.1); alone, it has each t alike. T times `batch` is at most 2^31.
     """
     cells = num_steps * batch  # u in units of 1 / cells: where it lies within one changes no t
-    offset = seeding.uniform_int(seed, Purpose.TIMESTEP, step, positions.new_zeros(()), cells)
+    offset = counter_rng.uniform_int(seed, Purpose.TIMESTEP, step, positions.new_zeros(()), cells)
     return 1 + (offset + positions * num_steps) % cells // batch
 
 
@@ -50,7 +50,7 @@ def weighted(seed: int, step: int, positions: Tensor, probability: Tensor) -> tu
     drawn. The table has no negative entry and need not sum to 1.
     """
     below = probability[1:].cumsum(0)
-    draws = seeding.uniform_int(seed, Purpose.TIMESTEP, step, positions, _GRID)
+    draws = counter_rng.uniform_int(seed, Purpose.TIMESTEP, step, positions, _GRID)
     place = (draws.double() + 0.5) / _GRID  # in (0, 1): float32 would round to both ends
     t = 1 + torch.searchsorted((below / below[-1]).to(place.device), place)
     weight = below[-1] / (len(below) * probability)

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from ddpm_ray.config.sampling import Sampler, SamplingConfig, Variance
+from ddpm_ray.counter_rng import Purpose, normal
 from ddpm_ray.diffusion import samplers, solvers, spacing
 from ddpm_ray.diffusion.estimate import Clip, clip_to_quantile, clip_to_range
 from ddpm_ray.diffusion.process import Denoise, NoiseSchedule
 from ddpm_ray.diffusion.samplers import Noise, OnStep
 from ddpm_ray.generation.denoiser import UNGUIDED, Denoiser, Guidance
-from ddpm_ray.seeding import Purpose, normal
-from ddpm_ray.telling import counted
+from ddpm_ray.redaction import counted
 
 Images: TypeAlias = npt.NDArray[np.uint8]  # [N, H, W, C]
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ddpm_ray.telling import counted
+from ddpm_ray.redaction import counted
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,7 +6,7 @@ N, M: vectors in a set; D: features in a vector; K: classes. Distances are Eucli
 import torch
 from torch import Tensor
 
-from ddpm_ray.telling import counted
+from ddpm_ray.redaction import counted
 
 NEIGHBOURS = 3  # k of the paper's tables
 CHUNK = 1024  # vectors whose distances are held at once

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ddpm_ray.diffusion.losses import simple_loss
 from ddpm_ray.diffusion.process import Denoise, NoiseSchedule
-from ddpm_ray.telling import counted
+from ddpm_ray.redaction import counted
 
 
 def loss_spectrum(

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 from ddpm_ray.models.layers import Variant
 from ddpm_ray.models.unet import Sizes
-from ddpm_ray.telling import told
+from ddpm_ray.redaction import told
 
 Config: TypeAlias = Mapping[str, Any]  # of a JSON file
 Facts: TypeAlias = Mapping[str, Mapping[str, Any]]

@@ -7,9 +7,9 @@ all), so whatever is used is hashed here, and read again where the way changed i
 import hashlib
 from pathlib import Path
 
+from ddpm_ray.redaction import told
 from ddpm_ray.storage import object_store
 from ddpm_ray.storage.object_store import StorageError
-from ddpm_ray.telling import told
 
 READS = 5  # of an object that does not match, before it is called damaged
 

@@ -9,7 +9,7 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from ddpm_ray.telling import told
+from ddpm_ray.redaction import told
 
 FORMAT = "format"  # the key
 

@@ -22,8 +22,8 @@ from typing import Any, NamedTuple, TypeVar, cast
 import fsspec
 import fsspec.asyn
 
+from ddpm_ray.redaction import NO_SECRET, has_secret, redacted, told
 from ddpm_ray.storage.retry import persistently
-from ddpm_ray.telling import NO_SECRET, has_secret, redacted, told
 
 Act = TypeVar("Act", bound=Callable[..., Any])
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from itertools import count
 from typing import TypeVar
 
-from ddpm_ray.telling import told
+from ddpm_ray.redaction import told
 
 log = logging.getLogger(__name__)
 

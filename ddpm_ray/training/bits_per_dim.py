@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddpm_ray import seeding
+from ddpm_ray import counter_rng
+from ddpm_ray.collectives import Workers
+from ddpm_ray.counter_rng import Purpose
 from ddpm_ray.data.transforms import to_model_range
 from ddpm_ray.diffusion import bound
 from ddpm_ray.diffusion.estimate import clip_to_range
@@ -19,9 +21,7 @@ from ddpm_ray.diffusion.prediction import Prediction
 from ddpm_ray.diffusion.process import add_noise
 from ddpm_ray.diffusion.samplers import Variance
 from ddpm_ray.generation.denoiser import Denoiser
-from ddpm_ray.seeding import Purpose
 from ddpm_ray.training.interval import interval_of_mean
-from ddpm_ray.training.workers import Workers
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class _Look:
             return torch.ones_like(index), 1.0
         others, taken = self.denoiser.schedule.num_steps - 1, self.count - 1
         # Whole numbers below others * taken, of which each step has `taken`: exactly fair.
-        offset = seeding.uniform_int(self.seed, Purpose.BOUND, 0, index, others)
+        offset = counter_rng.uniform_int(self.seed, Purpose.BOUND, 0, index, others)
         return 2 + (offset + (k - 1) * others) // taken, others / taken
 
     def _term(
@@ -124,7 +124,7 @@ class _Look:
     ) -> tuple[Tensor, Tensor]:
         """L_{t-1} in bits per dimension and the mean squared error of x_0, [n] float64 each."""
         of, schedule = self.denoiser, self.denoiser.schedule
-        noise = seeding.normal(self.seed, Purpose.BOUND, 1 + k, index, tuple(x_0.shape[1:]))
+        noise = counter_rng.normal(self.seed, Purpose.BOUND, 1 + k, index, tuple(x_0.shape[1:]))
         x_t = add_noise(schedule, x_0, t, noise)
         answer = of.unguided(labels)(x_t, t)
         raw = None

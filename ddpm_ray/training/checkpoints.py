@@ -24,12 +24,12 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors import torch as safetensors
 
-from ddpm_ray import faults
+from ddpm_ray import fault_injection
+from ddpm_ray.redaction import counted, told
 from ddpm_ray.storage import checksummed, object_store
 from ddpm_ray.storage.checksummed import DamagedError
 from ddpm_ray.storage.file_formats import FORMAT, require_readable
 from ddpm_ray.storage.object_store import StorageError
-from ddpm_ray.telling import counted, told
 from ddpm_ray.training import pointers
 from ddpm_ray.training.background import Background
 from ddpm_ray.training.lease import Lease, SupersededError
@@ -107,16 +107,16 @@ class CheckpointStore:
         kept = self._kept(known)
         try:
             for name, data in files.items():
-                faults.at("manifest" if name == MANIFEST else "object")
+                fault_injection.at("manifest" if name == MANIFEST else "object")
                 object_store.write_bytes(object_store.join(where, name), data)
         except StorageError:
             if not self._superseded():  # a later start may have taken it over by its manifest
                 self._delete(folder)  # half of it on a full disk would only be in the way
             raise
-        faults.at("commit")
+        fault_injection.at("commit")
         self.check_lease()
         self._commit(kept)
-        faults.at("retire")
+        fault_injection.at("retire")
         retired = [old for old in before if old not in kept]
         # Looked up after the commit: a start that was not there yet finds a pointer without them.
         if retired and not self._superseded():

@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ddpm_ray.telling import counted, told
-from ddpm_ray.training.workers import Workers
+from ddpm_ray.collectives import Workers
+from ddpm_ray.redaction import counted, told
 
 WINDOW_STEPS = 128  # whose norms a spike is compared with
 FEWEST_STEPS = 16  # before there is a median worth a name: the first steps are the wildest

@@ -11,10 +11,10 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from ddpm_ray import seeding
+from ddpm_ray import counter_rng
+from ddpm_ray.counter_rng import Purpose
 from ddpm_ray.data.transforms import lowered, to_model_range
 from ddpm_ray.diffusion.guidance import dropped, or_null
-from ddpm_ray.seeding import Purpose
 
 ChooseSteps: TypeAlias = Callable[[int, Tensor], tuple[Tensor, Tensor | None]]
 """(training step, positions [b]) -> t [b] in 1..T, and what each loss weighs for having been drawn
@@ -54,19 +54,21 @@ class Showing:
     ) -> Examples:
         """Of images [b, H, W, C] uint8 and labels [b] at global positions [b] of batch `step`."""
         seed = self.seed
-        flips = seeding.coin(seed, Purpose.FLIP, step, positions) if self.flip else None
+        flips = counter_rng.coin(seed, Purpose.FLIP, step, positions) if self.flip else None
         x_0 = to_model_range(images.to(device, non_blocking=True), flips)
         x_0 = x_0.contiguous(memory_format=self.memory_format)
         shape = tuple(x_0.shape[1:])
         t, importance = self.steps(step, positions)
-        noise = seeding.normal(seed, Purpose.NOISE, step, positions, shape)
+        noise = counter_rng.normal(seed, Purpose.NOISE, step, positions, shape)
         noise = noise.contiguous(memory_format=self.memory_format)
         if self.offset_noise:  # (Guttenberg 2023, "Diffusion with offset noise")
-            offset = seeding.normal(seed, Purpose.OFFSET_NOISE, step, positions, (shape[0], 1, 1))
+            offset = counter_rng.normal(
+                seed, Purpose.OFFSET_NOISE, step, positions, (shape[0], 1, 1)
+            )
             noise = noise + self.offset_noise * offset
         perturbation = None
         if self.input_perturbation:  # (Ning et al. 2023, arXiv:2301.11706, algorithm 1)
-            more = seeding.normal(seed, Purpose.PERTURBATION, step, positions, shape)
+            more = counter_rng.normal(seed, Purpose.PERTURBATION, step, positions, shape)
             perturbation = self.input_perturbation * more
         return Examples(
             x_0, t, importance, noise, perturbation,
@@ -90,7 +92,7 @@ class Showing:
             return small
         # Noise on it makes a cascade forgive what the model before it draws (Ho et al. 2022,
         # arXiv:2106.15282, section 4).
-        more = seeding.normal(
+        more = counter_rng.normal(
             self.seed, Purpose.LOW_RESOLUTION, step, positions, tuple(small.shape[1:])
         )
         return small + self.low_resolution_noise * more

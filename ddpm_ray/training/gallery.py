@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from ddpm_ray.collectives import Workers
 from ddpm_ray.generation import grids
 from ddpm_ray.generation.denoiser import Denoiser
 from ddpm_ray.generation.sample import SamplingPlan, draw_uint8
+from ddpm_ray.reporting import Sink
 from ddpm_ray.storage import object_store
-from ddpm_ray.training.reporting import Sink
-from ddpm_ray.training.workers import Workers
 
 if TYPE_CHECKING:
     from PIL import Image

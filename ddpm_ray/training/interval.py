@@ -7,7 +7,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ddpm_ray.telling import counted
+from ddpm_ray.redaction import counted
 
 GROUPS = 10
 NORMAL_95 = 1.959963985  # the standard normal's 97.5 % quantile

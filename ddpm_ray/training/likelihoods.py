@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddpm_ray import seeding
+from ddpm_ray import counter_rng
+from ddpm_ray.collectives import Workers
+from ddpm_ray.counter_rng import Purpose
 from ddpm_ray.diffusion.spacing import log_snr_steps
 from ddpm_ray.generation.denoiser import Denoiser
 from ddpm_ray.measures import likelihood
-from ddpm_ray.seeding import Purpose
 from ddpm_ray.training.interval import interval_of_mean
-from ddpm_ray.training.workers import Workers
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def flow_likelihood(
     for index, images, labels in batches:
         index, x = index.to(device), images.to(device).permute(0, 3, 1, 2)
         within, side = (
-            seeding.uniform(seed, Purpose.LIKELIHOOD, use, index, tuple(x.shape[1:]))
+            counter_rng.uniform(seed, Purpose.LIKELIHOOD, use, index, tuple(x.shape[1:]))
             for use in (0, 1)
         )
         x_0, signs = likelihood.dequantised(x, within), torch.where(side < 0.5, -1.0, 1.0)

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
-from ddpm_ray import faults
+from ddpm_ray import fault_injection
+from ddpm_ray.collectives import Workers
+from ddpm_ray.reporting import Progress, Row, Sink, Wish
 from ddpm_ray.training.checkpoints import CheckpointWriter, read
 from ddpm_ray.training.divergence import DivergedError, Guard, diverged
 from ddpm_ray.training.objectives import Objective
-from ddpm_ray.training.reporting import Progress, Row, Sink, Wish
 from ddpm_ray.training.state import TrainingState
 from ddpm_ray.training.step_log import StepLog
-from ddpm_ray.training.workers import Workers
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +107,7 @@ def train(run: Run) -> bool:
     while state.step < plan.steps and wish is not Wish.STOP:
         rewound = take_step(run)
         wish = Wish.NOTHING
-        faults.at("between")
+        fault_injection.at("between")
         step = state.step
         last = step == plan.steps
         scores = last or plan.is_due(plan.evaluate_every_steps, step)
@@ -117,7 +117,7 @@ def train(run: Run) -> bool:
             run.probe(step)
         if saves or probes or step - run.reported[0] >= run.report_every_steps:
             wish = report(run)
-            faults.at("between")
+            fault_injection.at("between")
         run.keep_averages(step)  # before the checkpoint that will name them
         if saves or wish is not Wish.NOTHING:
             save(run)
@@ -161,8 +161,8 @@ def settle(run: Run) -> None:
 def take_step(run: Run) -> bool:
     """One optimiser step on all workers together; True where it led back to earlier weights."""
     state, plan = run.state, run.plan
-    faults.stand(run.workers.rank, state.step + 1)
-    faults.at("batch")
+    fault_injection.stand(run.workers.rank, state.step + 1)
+    fault_injection.at("batch")
     batch = run.stream.batch(state.step)
     losses, t = run.objective.backward(
         run.network, batch.images, batch.labels, state.step, run.workers, plan.micro_batch_size
@@ -171,7 +171,7 @@ def take_step(run: Run) -> bool:
     grad_norm = float(norm)  # waits for the device; without it a NaN would reach the weights
     if not run.guard.passes(grad_norm):
         return skip_step(run, grad_norm, losses)
-    faults.at("update")
+    fault_injection.at("update")
     learning_rate = plan.learning_rate(state.step)
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate
@@ -193,7 +193,9 @@ def skip_step(run: Run, grad_norm: float, losses: Tensor) -> bool:
 
     Raises DivergedError where training.on_divergence does not let the run go on.
     """
-    faults.at("between")  # to wait for uploads, or to read a checkpoint, is no stall of the step
+    fault_injection.at(
+        "between"
+    )  # to wait for uploads, or to read a checkpoint, is no stall of the step
     state, keys = run.state, run.stream.keys(run.state.step)
     error = diverged(state.step + 1, grad_norm, run.guard.limit, losses, keys, run.workers)
     if run.guard.gives_up:
@@ -269,7 +271,7 @@ def report(run: Run) -> Wish:
 
 def save(run: Run) -> None:
     """Copy the state now; the leader's background thread writes it."""
-    faults.at("snapshot")
+    fault_injection.at("snapshot")
     run.state.facts["bands"] = run.log.window()
     run.state.facts["guard"] = run.guard.facts()
     if run.sink is not None:

@@ -15,14 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ddpm_ray.collectives import Workers
 from ddpm_ray.data.shards import Dataset
 from ddpm_ray.data.stream import read_images
 from ddpm_ray.generation.grids import captioned, grid
 from ddpm_ray.measures.neighbours import first_by, nearest_squares
 from ddpm_ray.models.inception import SPATIAL
-from ddpm_ray.telling import counted
+from ddpm_ray.redaction import counted
 from ddpm_ray.training.features import FeatureNet
-from ddpm_ray.training.workers import Workers
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from ddpm_ray import faults, seeding
+from ddpm_ray import counter_rng, fault_injection
+from ddpm_ray.collectives import Workers
+from ddpm_ray.counter_rng import Purpose
 from ddpm_ray.diffusion import losses, weights
 from ddpm_ray.diffusion.prediction import Prediction
 from ddpm_ray.diffusion.process import Denoise, NoiseSchedule, add_noise
-from ddpm_ray.seeding import Purpose
 from ddpm_ray.training.examples import Examples, Showing
 from ddpm_ray.training.reduction import SlotSum
-from ddpm_ray.training.workers import Workers
 
 
 class Losses(NamedTuple):
@@ -73,7 +73,7 @@ class Objective:
         for slot, some, their in pieces:
             parts.append(self._slot(network, some, their, step, workers, slot, micro_batch))
             total.take()
-        faults.at("gradient")
+        fault_injection.at("gradient")
         total.share_out(workers)
         return Losses(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
@@ -92,7 +92,7 @@ class Objective:
         positions = torch.arange(count, device=workers.device) + slot * count
         if self.reseed_dropout:
             torch.manual_seed(
-                seeding.derived_seed(self.showing.seed, Purpose.DROPOUT, step, slot)
+                counter_rng.derived_seed(self.showing.seed, Purpose.DROPOUT, step, slot)
             )  # per step: a restart repeats it
         parts = []
         for start in range(0, count, most):
@@ -107,7 +107,7 @@ class Objective:
             finite = loss.detach().isfinite().all()
             share = weighted.sum() / count * torch.where(finite, 1.0, math.nan)
             if last and not self.slots:
-                faults.at("gradient")
+                fault_injection.at("gradient")
             with _sync_only(network, last):
                 share.backward()  # type: ignore[no-untyped-call]
             parts.append(Losses(loss.detach(), examples.t))
@@ -168,7 +168,7 @@ class Objective:
         alike, so that the other half costs nothing.
         """
         nothing = torch.zeros_like(examples.x_0)
-        if seeding.derived_seed(self.showing.seed, Purpose.SELF_CONDITIONING, step, 0) % 2:
+        if counter_rng.derived_seed(self.showing.seed, Purpose.SELF_CONDITIONING, step, 0) % 2:
             return nothing
         inner = network.module if isinstance(network, DistributedDataParallel) else network
         x_t = add_noise(self.schedule, examples.x_0, examples.t, examples.noise)

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ddpm_ray import seeding
+from ddpm_ray import counter_rng
+from ddpm_ray.collectives import Workers
+from ddpm_ray.counter_rng import Purpose
 from ddpm_ray.data.transforms import lowered, to_model_range
 from ddpm_ray.generation.denoiser import Denoiser
 from ddpm_ray.measures.spectrum import common_loss, loss_spectrum
-from ddpm_ray.seeding import Purpose
-from ddpm_ray.training.reporting import Row, Sink
+from ddpm_ray.reporting import Row, Sink
 from ddpm_ray.training.state import TrainingState
-from ddpm_ray.training.workers import Workers
 
 # The linear schedule of Ho et al. spans -10.1 to 9.2 at T = 1000. Beyond these levels a denoiser
 # of small images does hardly better or worse than a guess.
@@ -61,7 +61,7 @@ class Probe:
         device = self.workers.device
         x_0 = to_model_range(images.to(device), None)
         index = torch.arange(len(images), device=device) + self.first_index + start
-        noise = seeding.normal(SEED, Purpose.PROBE, 0, index, tuple(x_0.shape[1:]))
+        noise = counter_rng.normal(SEED, Purpose.PROBE, 0, index, tuple(x_0.shape[1:]))
         labels = self.labels[start : start + len(images)].to(device)
         seen_twice = labels.repeat(2) if self.denoiser.num_classes else None
         low = None

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ddpm_ray.collectives import Workers
 from ddpm_ray.measures.frechet import (
     Moments,
     frechet_distance,
@@ -23,7 +24,6 @@ from ddpm_ray.training.interval import (
     jackknife_interval,
 )
 from ddpm_ray.training.reference import Reference
-from ddpm_ray.training.workers import Workers
 
 CONFIDENT = 0.9  # probability of a class from which an image counts as recognised
 ALL = range(GROUPS)

@@ -13,7 +13,7 @@ of the gradient in memory.
 import torch
 from torch import Tensor, nn
 
-from ddpm_ray.training.workers import Workers
+from ddpm_ray.collectives import Workers
 
 
 class SlotSum:

@@ -16,7 +16,7 @@ from functools import partial
 from safetensors import SafetensorError
 from safetensors import torch as safetensors
 
-from ddpm_ray import faults
+from ddpm_ray import fault_injection
 from ddpm_ray.models.ema import width_group
 from ddpm_ray.models.post_hoc_ema import gamma_of, misfit, reconstruct, weights
 from ddpm_ray.storage import checksummed, checksummed_json, object_store
@@ -41,9 +41,9 @@ class SnapshotStore:
         where = self._folder(step)
         files = {f"{name}{TENSORS}": safetensors.save(group) for name, group in groups.items()}
         for name, data in files.items():
-            faults.at("object")
+            fault_injection.at("object")
             object_store.write_bytes(object_store.join(where, name), data)
-        faults.at("manifest")
+        fault_injection.at("manifest")
         manifest = {"step": step, "files": described(files)}
         checksummed_json.write(object_store.join(where, MANIFEST), manifest)
 

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ddpm_ray.training.reporting import RATES, Row
-from ddpm_ray.training.workers import Workers
+from ddpm_ray.collectives import Workers
+from ddpm_ray.reporting import RATES, Row
 
 # Log-SNR of a band's edges. The linear schedule of Ho et al. spans -10.1 to 9.2 at T = 1000.
 BAND_EDGES = (-8.0, -6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0, 8.0)

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ddpm_ray.training.workers import Workers
+from ddpm_ray.collectives import Workers
 
 EXCHANGES: dict[str, Callable[[Workers, nn.Module], Any]] = {
     "sum": lambda workers, network: workers.sum_(torch.ones(3)),

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ddpm_ray import build, build_trained
 from ddpm_ray.cluster import averaging, evaluation_run, group
+from ddpm_ray.collectives import Workers
 from ddpm_ray.config.diffusion import SamplingConfig
 from ddpm_ray.config.ema_search import AverageConfig
 from ddpm_ray.config.evaluation import EvaluationConfig
@@ -34,7 +35,6 @@ from ddpm_ray.training import evaluation
 from ddpm_ray.training.checkpoints import CheckpointError, CheckpointStore, CheckpointWriter
 from ddpm_ray.training.evaluation import Scores
 from ddpm_ray.training.snapshots import SnapshotStore
-from ddpm_ray.training.workers import Workers
 from tests.noise import pack_noise
 
 ROOT = Path(__file__).parents[2]

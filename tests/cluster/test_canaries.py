@@ -35,8 +35,8 @@ from ddpm_ray.cluster.worker import assemble
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.loading import from_dict
 from ddpm_ray.training.loop import train
-from ddpm_ray.training.reporting import Wish
-from ddpm_ray.training.workers import Workers
+from ddpm_ray.reporting import Wish
+from ddpm_ray.collectives import Workers
 
 def alone(worker, settings, *_):
     config = from_dict(RunConfig, settings["config"])

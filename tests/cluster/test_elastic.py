@@ -11,7 +11,7 @@ from ray.train.v2._internal.execution.scaling_policy import (
 
 from ddpm_ray.cluster.control import Notes
 from ddpm_ray.cluster.elastic import SAVE_S, ElasticPolicy
-from ddpm_ray.training.reporting import Progress, Wish
+from ddpm_ray.reporting import Progress, Wish
 
 
 class SlowDesk:

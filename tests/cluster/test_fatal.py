@@ -14,13 +14,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ddpm_ray import faults
+from ddpm_ray import fault_injection
 from ddpm_ray.cluster import averaging, evaluation_run, fatal, worker
+from ddpm_ray.collectives import Workers
 from ddpm_ray.storage.object_store import StorageError
 from ddpm_ray.training.checkpoints import CheckpointError
 from ddpm_ray.training.divergence import DivergedError
 from ddpm_ray.training.lease import LeaseLostError, SupersededError
-from ddpm_ray.training.workers import Workers
 
 ROOT = Path(__file__).parents[2]
 
@@ -81,7 +81,7 @@ def test_a_mistake_on_a_gpu_comes_again(text: str) -> None:
         ray.exceptions.ActorDiedError(),
         ConnectionResetError(104, "Connection reset by peer"),
         StorageError("s3://bucket/a", "no answer in 180 s", "check the endpoint"),
-        faults.InjectedFaultError("fault at batch, step 3: as asked for"),
+        fault_injection.InjectedFaultError("fault at batch, step 3: as asked for"),
         SupersededError("s3://bucket/run", 8),
     ],
     ids=lambda error: f"{type(error).__name__} {error}"[:50],
@@ -110,7 +110,7 @@ def test_our_own_errors_end_the_run_in_their_own_words(error: Exception) -> None
 def test_an_error_of_the_program_is_told_with_its_class_and_place() -> None:
     error = raised(lambda: Workers().share(None))  # type: ignore[arg-type]
     assert fatal.reason(error).startswith("TypeError: unsupported operand type(s)")
-    assert "ddpm_ray/training/workers.py:" in fatal.reason(error)
+    assert "ddpm_ray/collectives.py:" in fatal.reason(error)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 from ddpm_ray.cluster import tracking
 from ddpm_ray.cluster.tracked_run import TrackedRun
 from ddpm_ray.cluster.tracker import Tracker
-from ddpm_ray.training.reporting import RATES, Row
+from ddpm_ray.reporting import RATES, Row
 
 STEPS, REPLAYED, NEW = 200_000, 1_000, 1_000
 KEYS = "train/grad_norm", "train/loss", "train/lr"

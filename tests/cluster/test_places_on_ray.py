@@ -13,7 +13,7 @@ from ddpm_ray.cluster import capacity, group, placement
 from ddpm_ray.cluster.group import RunFailedError
 from ddpm_ray.config.loading import ConfigError
 from ddpm_ray.config.run import ClusterConfig
-from ddpm_ray.training.reporting import Progress
+from ddpm_ray.reporting import Progress
 from tests.cluster.job import command_of
 
 CPUS = 2.0

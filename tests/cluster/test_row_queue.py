@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from ddpm_ray.cluster.row_queue import MAX_DUPLICATES, RowQueue
 from ddpm_ray.cluster.tracked_run import MAX_METRICS, MetricRow
-from ddpm_ray.training.reporting import Row
+from ddpm_ray.reporting import Row
 
 LOG_EVERY = 4
 

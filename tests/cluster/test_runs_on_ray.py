@@ -10,8 +10,8 @@ import psutil
 import pytest
 from mlflow import MlflowClient
 
+from ddpm_ray.reporting import RATES
 from ddpm_ray.storage import checksummed_json
-from ddpm_ray.training.reporting import RATES
 from tests.cluster.job import ROOT, TINY_RUN, Job, command_of, rows
 from tests.faults.lives import Ended, Life, hashes
 from tests.limits import JOB_S

@@ -11,8 +11,8 @@ import pytest
 import ray
 
 from ddpm_ray.cluster import evaluation_run
+from ddpm_ray.collectives import Workers
 from ddpm_ray.config.loading import given_keys, load
-from ddpm_ray.training.workers import Workers
 from tests.cluster.job import ROOT
 from tests.cluster.test_averaging import KEPT, alone, wandering
 

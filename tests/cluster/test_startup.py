@@ -7,15 +7,15 @@ from typing import Any
 import pytest
 import torch
 
-from ddpm_ray import faults
+from ddpm_ray import fault_injection
 from ddpm_ray.cluster import control, watch, worker
 from ddpm_ray.cluster.watch import Beat, stalled
+from ddpm_ray.collectives import Workers
 from ddpm_ray.config.loading import from_dict, load, to_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.shards import DatasetError, open_dataset
-from ddpm_ray.training.reporting import Wish
+from ddpm_ray.reporting import Wish
 from ddpm_ray.training.state import Snapshot
-from ddpm_ray.training.workers import Workers
 from tests.faults.lives import TINY
 from tests.noise import pack_noise
 
@@ -144,6 +144,6 @@ def test_a_data_set_that_the_checkpoint_was_not_trained_on_is_refused(
 
 
 def test_the_places_of_a_start_come_before_those_of_a_step() -> None:
-    places = [replace(OPENS, point=point).place for point in faults.PLACES]
+    places = [replace(OPENS, point=point).place for point in fault_injection.PLACES]
     assert places == sorted(places)
-    assert set(watch.WAITS_FOR_OTHERS + watch.WAITS_FOR_STORAGE) <= set(faults.POINTS)
+    assert set(watch.WAITS_FOR_OTHERS + watch.WAITS_FOR_STORAGE) <= set(fault_injection.POINTS)

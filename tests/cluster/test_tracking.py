@@ -20,16 +20,16 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from PIL import Image
 
-from ddpm_ray import build, build_trained, faults
+from ddpm_ray import build, build_trained, fault_injection
 from ddpm_ray.cluster import registry, tracker, tracking, training_run
 from ddpm_ray.cluster.tracked_run import MAX_METRICS, RunCard, TrackedRun
 from ddpm_ray.cluster.tracker import Tracker
 from ddpm_ray.cluster.tracking import TrackingError, TrackingOutageError
 from ddpm_ray.config.loading import load, to_dict
 from ddpm_ray.config.run import RunConfig
+from ddpm_ray.reporting import RATES, Row
 from ddpm_ray.training.checkpoints import CheckpointStore
 from ddpm_ray.training.lease import Lease
-from ddpm_ray.training.reporting import RATES, Row
 from tests.limits import ENDS_S
 
 PATIENCE_S = ENDS_S
@@ -163,7 +163,7 @@ def test_a_sender_that_wakes_after_a_takeover_adds_no_rows(
         send(log, rows)
 
     sent(run, rows(range(1, 21)))
-    monkeypatch.setattr(faults, "at", stop)
+    monkeypatch.setattr(fault_injection, "at", stop)
     monkeypatch.setattr(tracking.RunLog, "rows", counted)
     frozen = Tracker(lambda: run, 0.01, rows(range(21, 1021)), check_lease=old.check)
     sender = frozen._threads[0]

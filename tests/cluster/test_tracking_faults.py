@@ -18,7 +18,7 @@ from ddpm_ray.cluster import group, mlflow_client, registry, tracker, tracking, 
 from ddpm_ray.cluster.tracked_run import RunCard, TrackedRun
 from ddpm_ray.cluster.tracker import Tracker
 from ddpm_ray.cluster.tracking import TrackingError, TrackingOutageError, TrackingServerError
-from ddpm_ray.training.reporting import Row
+from ddpm_ray.reporting import Row
 from tests.limits import ENDS_S
 
 PATIENCE_S = ENDS_S

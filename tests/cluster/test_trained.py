@@ -14,11 +14,11 @@ from mlflow import MlflowClient
 
 from ddpm_ray import build
 from ddpm_ray.cluster import evaluation_run, group, tracking, trained
+from ddpm_ray.collectives import Workers
 from ddpm_ray.config.jobs import EvaluateConfig
 from ddpm_ray.config.loading import ConfigError, from_dict, load, to_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.training.checkpoints import CheckpointError, CheckpointStore
-from ddpm_ray.training.workers import Workers
 from tests.noise import pack_noise
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # MLflow's, as it imports

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from ddpm_ray import faults
+from ddpm_ray import fault_injection
 from ddpm_ray.cluster.watch import FIRST_STEP, SLOW_STEPS, Beat, Pulse, stalled
 from tests.limits import ENDS_S
 
@@ -55,14 +55,14 @@ def test_who_waits_for_one_that_draws_samples_is_not_to_blame() -> None:
 
 
 def test_a_sum_that_is_done_leaves_the_thread_where_it_was() -> None:
-    faults.stand(0, 8)
-    faults.at("between")
-    with faults.during("reduce"):
-        assert faults.position().point == "reduce"
-    assert faults.position().point == "between"
-    with faults.during("reduce"), faults.during("reduce"):
+    fault_injection.stand(0, 8)
+    fault_injection.at("between")
+    with fault_injection.during("reduce"):
+        assert fault_injection.position().point == "reduce"
+    assert fault_injection.position().point == "between"
+    with fault_injection.during("reduce"), fault_injection.during("reduce"):
         pass
-    assert faults.position().point == "between"
+    assert fault_injection.position().point == "between"
 
 
 def test_storage_that_never_comes_back_is_told_in_the_end() -> None:
@@ -89,15 +89,15 @@ def test_a_pulse_tells_where_the_training_thread_is_not_other_threads() -> None:
         if len(beats) == 2:
             enough.set()
 
-    faults.stand(3, 8)
-    faults.at("update")
-    upload = threading.Thread(target=faults.at, args=("object",))
+    fault_injection.stand(3, 8)
+    fault_injection.at("update")
+    upload = threading.Thread(target=fault_injection.at, args=("object",))
     upload.start()
     upload.join()
     pulse = Pulse(3, tell)
     pulse.start()
     assert told.wait(ENDS_S)
-    faults.at("reduce")
+    fault_injection.at("reduce")
     assert enough.wait(ENDS_S)
     pulse.stop()
     assert [(beat.rank, beat.step, beat.point) for beat in beats[:2]] == [

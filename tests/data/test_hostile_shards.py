@@ -329,7 +329,7 @@ def test_an_encoded_image_is_of_the_manifests_format_and_size(
 @given(st.lists(st.text(max_size=8), min_size=4, max_size=4))
 @settings(max_examples=50)
 def test_any_key_is_kept_as_it_is(keys: list[str]) -> None:
-    """It is data; what is told of it is spelt out (tests/test_telling.py)."""
+    """It is data; what is told of it is spelt out (tests/test_redaction.py)."""
     clean = [key.encode("utf-8", "replace").decode() for key in keys]
     found = arrow_files.read(shards.shard_bytes(IMAGES, [0] * 4, clean), SCHEMA)
     assert found["key"].to_pylist() == clean

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ddpm_ray import seeding
+from ddpm_ray import counter_rng
 from ddpm_ray.diffusion import NoiseSchedule, Prediction, add_noise, schedules
 from ddpm_ray.diffusion.guidance import classifier_free
 from ddpm_ray.diffusion.inpainting import (
@@ -125,10 +125,10 @@ def test_known_pixels_come_back_to_the_bit_and_the_others_are_no_ones_but_the_sa
 def test_a_painted_image_is_a_function_of_seed_and_index() -> None:
     def painted(index: list[int]) -> Tensor:
         i = torch.tensor(index)
-        x_T = seeding.normal(1, seeding.Purpose.SAMPLE_START, 0, i, (2, 4, 4))
+        x_T = counter_rng.normal(1, counter_rng.Purpose.SAMPLE_START, 0, i, (2, 4, 4))
         return repaint(
             SHORT, shrinking, x_T, (40, 30, 20, 10, 0), known=0 * x_T, mask=HALF,
-            noise=lambda n: seeding.normal(1, seeding.Purpose.SAMPLE_STEP, n, i, (2, 4, 4)),
+            noise=lambda n: counter_rng.normal(1, counter_rng.Purpose.SAMPLE_STEP, n, i, (2, 4, 4)),
             jump_length=1,
         )  # fmt: skip
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ddpm_ray import seeding
+from ddpm_ray import counter_rng
 from ddpm_ray.diffusion import NoiseSchedule, schedules, timesteps
 from ddpm_ray.diffusion.timesteps import SecondMoments
 
@@ -69,7 +69,7 @@ def test_low_discrepancy_is_the_paper_s_at_every_offset(
     for cell in range(num_steps * batch):
         u = (cell + 0.5) / (num_steps * batch)
         paper = [math.floor((u + i / batch) % 1 * num_steps) + 1 for i in range(batch)]
-        monkeypatch.setattr(seeding, "uniform_int", lambda *_, cell=cell: torch.tensor(cell))
+        monkeypatch.setattr(counter_rng, "uniform_int", lambda *_, cell=cell: torch.tensor(cell))
         t = timesteps.low_discrepancy(0, 0, torch.arange(batch), num_steps, batch)
         assert t.tolist() == paper
 
@@ -105,7 +105,7 @@ def test_the_rarest_words_still_draw_a_step_of_the_table(
 ) -> None:
     probability, at = torch.tensor(table, dtype=torch.float64), torch.arange(1)
     for word, step in ((0, first), (2**31 - 1, last)):
-        monkeypatch.setattr(seeding, "uniform_int", lambda *_, word=word: torch.tensor([word]))
+        monkeypatch.setattr(counter_rng, "uniform_int", lambda *_, word=word: torch.tensor([word]))
         assert timesteps.weighted(0, 0, at, probability)[0].tolist() == [step]
 
 

@@ -22,18 +22,18 @@ import psutil
 import torch.distributed as dist
 from mlflow import MlflowClient
 
-from ddpm_ray import faults, seeding
+from ddpm_ray import counter_rng, fault_injection
 from ddpm_ray.cluster import tracking, training_run
 from ddpm_ray.cluster.tracked_run import RunCard, TrackedRun
 from ddpm_ray.cluster.worker import assemble
+from ddpm_ray.collectives import Workers
 from ddpm_ray.config.loading import from_dict, load, to_dict, to_yaml
 from ddpm_ray.config.run import RunConfig
-from ddpm_ray.seeding import Purpose
+from ddpm_ray.counter_rng import Purpose
+from ddpm_ray.reporting import RATES, Progress, Wish
 from ddpm_ray.training.checkpoints import CHECKPOINTS, CheckpointStore
 from ddpm_ray.training.lease import Lease
 from ddpm_ray.training.loop import Run, train
-from ddpm_ray.training.reporting import RATES, Progress, Wish
-from ddpm_ray.training.workers import Workers
 
 STEPS, EVERY = 24, 5
 TINY = (
@@ -186,7 +186,7 @@ def hashes(checkpoint: str) -> dict[str, str]:
 
 def _work(rank: int, count: int, meeting: str, settings: dict[str, Any], planned: str) -> None:
     if planned:
-        os.environ[faults.VARIABLE] = planned
+        os.environ[fault_injection.VARIABLE] = planned
     dist.init_process_group(
         "gloo", init_method=f"file://{meeting}", rank=rank, world_size=count,
         timeout=timedelta(seconds=LIFE_S),
@@ -214,7 +214,7 @@ def _show(meter: str, progress: Progress) -> Wish:
 
 def _keep_ledger(run: Run, file: Path) -> None:
     """Write down which sample and which noise each position of each step is given."""
-    batch, normal = run.stream.batch, seeding.normal
+    batch, normal = run.stream.batch, counter_rng.normal
     first = run.workers.share(run.plan.global_batch_size).start
 
     def note(kind: str, step: int, positions: Iterable[int], drawn: Iterable[str]) -> None:
@@ -235,7 +235,7 @@ def _keep_ledger(run: Run, file: Path) -> None:
         return noise
 
     run.stream.batch = noted_batch  # type: ignore[method-assign]
-    seeding.normal = noted_normal  # type: ignore[assignment]
+    counter_rng.normal = noted_normal  # type: ignore[assignment]
 
 
 @contextlib.contextmanager

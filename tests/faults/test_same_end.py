@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ddpm_ray.faults import POINTS
+from ddpm_ray.fault_injection import POINTS
 from tests.faults.lives import EVERY, STEPS, TINY, Ended, Life
 from tests.faults.schedules import kills
 

@@ -40,9 +40,9 @@ from ddpm_ray.data import packer
 from ddpm_ray.data.pack_options import PackOptions
 from ddpm_ray.data.shards import open_dataset
 from ddpm_ray.data.stream import ShardStream
+from ddpm_ray.reporting import Progress, Wish
 from ddpm_ray.storage import object_store
 from ddpm_ray.training import checkpoints
-from ddpm_ray.training.reporting import Progress, Wish
 from tests.golden.old_runs import cpu_model, without_ray
 
 HALF, STEPS = 4, 8

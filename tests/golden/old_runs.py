@@ -20,11 +20,11 @@ import torch
 from safetensors import torch as safetensors
 
 from ddpm_ray.cluster import group, placement, registry, training_run, worker
+from ddpm_ray.collectives import Workers
 from ddpm_ray.config.loading import load
 from ddpm_ray.config.run import RunConfig
+from ddpm_ray.reporting import Progress, Wish
 from ddpm_ray.training import checkpoints
-from ddpm_ray.training.reporting import Progress, Wish
-from ddpm_ray.training.workers import Workers
 from tests.noise import pack_noise
 
 HALF, STEPS = 4, 8

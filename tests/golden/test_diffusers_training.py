@@ -9,12 +9,12 @@ from torch.nn import functional as F
 from torch.nn.utils import clip_grad_norm_
 
 from ddpm_ray import build, build_diffusion
+from ddpm_ray.collectives import Workers
 from ddpm_ray.config.loading import load
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.models import interchange
 from ddpm_ray.models.foreign_configs import Form
 from ddpm_ray.models.layers import HO
-from ddpm_ray.training.workers import Workers
 
 diffusers = pytest.importorskip("diffusers", reason="pip install 'ddpm-ray[dev]'")
 CPU, STEPS, BATCH, RATE = torch.device("cpu"), 40, 8, 2e-3

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ddpm_ray.collectives import Workers
 from ddpm_ray.data import shards
 from ddpm_ray.diffusion import schedules
 from ddpm_ray.diffusion.prediction import Prediction
@@ -24,7 +25,6 @@ from ddpm_ray.storage import object_store
 from ddpm_ray.training.evaluation import evaluate
 from ddpm_ray.training.features import inception_net
 from ddpm_ray.training.reference import reference
-from ddpm_ray.training.workers import Workers
 
 WEIGHTS = "inception_2015_12_05_to_mixed6e_folded_f32.npz"
 SCHEDULE = NoiseSchedule(schedules.cosine(10))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddpm_ray.training.workers import Workers
+from ddpm_ray.collectives import Workers
 from tests.limits import ENDS_S
 
 

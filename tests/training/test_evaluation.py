@@ -17,6 +17,7 @@ from sklearn.datasets import load_digits
 from sklearn.metrics.pairwise import polynomial_kernel
 from torch import Tensor
 
+from ddpm_ray.collectives import Workers
 from ddpm_ray.diffusion import schedules
 from ddpm_ray.diffusion.prediction import Prediction
 from ddpm_ray.diffusion.process import Denoise, NoiseSchedule
@@ -31,7 +32,6 @@ from ddpm_ray.training.evaluation import Scores, evaluate
 from ddpm_ray.training.features import FeatureNet, digits_net, inception_net
 from ddpm_ray.training.quality import Extras, metric_names
 from ddpm_ray.training.reference import Reference, reference
-from ddpm_ray.training.workers import Workers
 from tests.noise import pack
 
 OnWorkers = Callable[[int, Callable[[Workers], Any]], list[Any]]  # see conftest.py

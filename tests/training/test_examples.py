@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from ddpm_ray import build, build_diffusion
+from ddpm_ray.collectives import Workers
 from ddpm_ray.config.loading import load
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.transforms import lowered
 from ddpm_ray.diffusion import Prediction, add_noise
 from ddpm_ray.training.examples import Examples
 from ddpm_ray.training.objectives import Objective
-from ddpm_ray.training.workers import Workers
 
 CPU, SIDE = torch.device("cpu"), 4
 IMAGES = torch.randint(

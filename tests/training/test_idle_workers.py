@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ddpm_ray import build
 from ddpm_ray.cluster import evaluation_run, trained
+from ddpm_ray.collectives import Workers
 from ddpm_ray.config.evaluation import EvaluationConfig
 from ddpm_ray.config.jobs import EvaluateConfig
 from ddpm_ray.config.loading import load, to_dict
@@ -27,7 +28,6 @@ from ddpm_ray.training.gallery import GRID_IMAGES, Gallery
 from ddpm_ray.training.memorisation import nearest, spread
 from ddpm_ray.training.probing import Probe
 from ddpm_ray.training.reference import reference
-from ddpm_ray.training.workers import Workers
 from tests.noise import pack
 from tests.training.test_evaluation import net
 from tests.training.test_gallery import Wall

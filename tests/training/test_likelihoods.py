@@ -10,17 +10,17 @@ from scipy import stats
 from torch import Tensor
 from torch.distributions import Normal
 
-from ddpm_ray import seeding
+from ddpm_ray import counter_rng
+from ddpm_ray.collectives import Workers
+from ddpm_ray.counter_rng import Purpose
 from ddpm_ray.diffusion import NoiseSchedule, Prediction, schedules
 from ddpm_ray.diffusion.prediction import Kind
 from ddpm_ray.diffusion.process import Denoise
 from ddpm_ray.generation import leading
 from ddpm_ray.generation.denoiser import Denoiser
 from ddpm_ray.measures import likelihood
-from ddpm_ray.seeding import Purpose
 from ddpm_ray.training.bits_per_dim import bits_per_dim
 from ddpm_ray.training.likelihoods import Likelihood, flow_likelihood
-from ddpm_ray.training.workers import Workers
 from tests.diffusion.test_prediction import KINDS
 from tests.training.conftest import OnWorkers
 
@@ -164,13 +164,13 @@ def test_the_bound_and_the_likelihood_of_an_image_share_no_noise(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     drawn: list[Purpose] = []
-    words = seeding._words
+    words = counter_rng._words
 
     def noted(seed: int, purpose: Purpose, *more: Any) -> Any:
         drawn.append(purpose)
         return words(seed, purpose, *more)
 
-    monkeypatch.setattr(seeding, "_words", noted)
+    monkeypatch.setattr(counter_rng, "_words", noted)
     batch = torch.arange(2), IMAGES[:2], torch.zeros(2, dtype=torch.int64)
     denoiser = Denoiser(optimum, V)  # type: ignore[arg-type]
     flow_likelihood(denoiser, [batch], steps=2, workers=Workers())

@@ -22,13 +22,15 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
-from ddpm_ray import build, build_diffusion, faults
+from ddpm_ray import build, build_diffusion, fault_injection
+from ddpm_ray.collectives import Workers
 from ddpm_ray.config.loading import load, to_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.shards import open_dataset
 from ddpm_ray.data.stream import Batch, ShardStream
 from ddpm_ray.diffusion import add_noise
-from ddpm_ray.faults import InjectedFaultError
+from ddpm_ray.fault_injection import InjectedFaultError
+from ddpm_ray.reporting import RATES, Progress, Row, Wish
 from ddpm_ray.storage import object_store
 from ddpm_ray.training import loop
 from ddpm_ray.training.checkpoints import CheckpointStore, CheckpointWriter
@@ -37,10 +39,8 @@ from ddpm_ray.training.examples import Examples
 from ddpm_ray.training.gallery import Gallery
 from ddpm_ray.training.loop import Run, train
 from ddpm_ray.training.objectives import Objective
-from ddpm_ray.training.reporting import RATES, Progress, Row, Wish
 from ddpm_ray.training.state import Snapshot
 from ddpm_ray.training.step_log import StepLog
-from ddpm_ray.training.workers import Workers
 from tests.noise import pack_noise
 
 CPU = torch.device("cpu")
@@ -586,7 +586,7 @@ def test_a_skipped_step_changes_nothing_and_is_the_same_on_replay(
     spoil(wanted, 5, position=2)
     assert train(wanted)
 
-    monkeypatch.setenv(faults.VARIABLE, f"{tmp_path / 'struck'} fail@batch:6")
+    monkeypatch.setenv(fault_injection.VARIABLE, f"{tmp_path / 'struck'} fail@batch:6")
     for dies in (True, False):
         run = begin(config, tmp_path / "died", died)
         spoil(run, 5, position=2)
@@ -633,7 +633,7 @@ def test_a_rewound_run_has_the_weights_of_its_checkpoint_and_is_the_same_on_repl
 
     for number, at in enumerate(("snapshot:5", "batch:6", "batch:7")):
         folder, died = tmp_path / f"died-{number}", Ledger()
-        monkeypatch.setenv(faults.VARIABLE, f"{folder}-struck fail@{at}")
+        monkeypatch.setenv(fault_injection.VARIABLE, f"{folder}-struck fail@{at}")
         for dies in (True, False):
             run = begin(config, folder, died)
             spoil(run, 5, position=2)
@@ -700,7 +700,7 @@ def test_a_run_goes_back_at_any_step_and_is_the_same_on_replay(
     due = [at for at in range(1, STEPS + 1) if probes and (at % probes == 0 or at == STEPS)]
     assert [probe["step"] for probe in wanted.state.probes] == due
 
-    monkeypatch.setenv(faults.VARIABLE, f"{tmp_path / 'struck'} fail@snapshot:{step}")
+    monkeypatch.setenv(fault_injection.VARIABLE, f"{tmp_path / 'struck'} fail@snapshot:{step}")
     for dies in (True, False):
         run = begin(config, tmp_path / "died", died)
         spoil(run, step, position=2)
@@ -749,7 +749,7 @@ def test_a_diverged_run_that_waits_for_the_storage_does_not_look_stalled(
 
     def waiting() -> None:
         if run.guard.skipped:
-            points.add(faults.position().point)
+            points.add(fault_injection.position().point)
         wait()
 
     monkeypatch.setattr(run.checkpoints, "wait", waiting)

@@ -12,6 +12,7 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpm_ray.cluster import evaluation_run, trained
+from ddpm_ray.collectives import Workers
 from ddpm_ray.config.evaluation import EvaluationConfig
 from ddpm_ray.config.jobs import EvaluateConfig
 from ddpm_ray.config.loading import to_dict
@@ -24,7 +25,6 @@ from ddpm_ray.generation.trained_model import TrainedModel
 from ddpm_ray.measures import neighbours
 from ddpm_ray.training.features import FeatureNet
 from ddpm_ray.training.memorisation import NEIGHBOURS, SHOWN, Neighbours, nearest, spread
-from ddpm_ray.training.workers import Workers
 from tests.noise import pack
 from tests.training.conftest import OnWorkers
 

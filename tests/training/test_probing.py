@@ -6,16 +6,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ddpm_ray import seeding
+from ddpm_ray import counter_rng
+from ddpm_ray.collectives import Workers
+from ddpm_ray.counter_rng import Purpose
 from ddpm_ray.diffusion import NoiseSchedule, schedules
 from ddpm_ray.generation.denoiser import Denoiser
 from ddpm_ray.measures.spectrum import common_loss, linear_guess
 from ddpm_ray.models.ema import EMA
-from ddpm_ray.seeding import Purpose
+from ddpm_ray.reporting import Row
 from ddpm_ray.training.probing import LEVELS, Probe
-from ddpm_ray.training.reporting import Row
 from ddpm_ray.training.state import TrainingState
-from ddpm_ray.training.workers import Workers
 from tests.training.conftest import OnWorkers
 
 GROUPS = 6  # images per level
@@ -74,7 +74,7 @@ def looked(made: Probe, step: int = 7) -> dict[str, Any]:
 def test_who_says_nothing_is_wrong_by_the_noise_itself() -> None:
     """Image i is at level i % K with the noise of its own number; both steps around see it."""
     count, shape = len(IMAGES), (3, 4, 4)
-    noise = seeding.normal(0, Purpose.PROBE, 0, torch.arange(count), shape)
+    noise = counter_rng.normal(0, Purpose.PROBE, 0, torch.arange(count), shape)
     by_level = noise.double().square().flatten(1).mean(1).view(GROUPS, len(LEVELS)).mean(0)
     found = looked(probe(Workers()))["spectrum"]
     assert found == pytest.approx(by_level.tolist(), rel=1e-6)

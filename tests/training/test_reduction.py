@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from ddpm_ray.collectives import Workers
 from ddpm_ray.training.reduction import SlotSum
-from ddpm_ray.training.workers import Workers
 
 
 def summed(gradients: list[list[float]]) -> list[float]:

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ddpm_ray.training.reporting import RATES, Row
+from ddpm_ray.collectives import Workers
+from ddpm_ray.reporting import RATES, Row
 from ddpm_ray.training.step_log import BAND_EDGES, BANDS, StepLog
-from ddpm_ray.training.workers import Workers
 
 OnWorkers = Callable[[int, Callable[[Workers], Any]], list[Any]]
 STEPS, BATCH = 12, 96

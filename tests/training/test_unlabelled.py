@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ddpm_ray import build, build_diffusion
+from ddpm_ray.collectives import Workers
 from ddpm_ray.config.loading import load
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.diffusion import Prediction
@@ -20,7 +21,6 @@ from ddpm_ray.training.bits_per_dim import bits_per_dim
 from ddpm_ray.training.likelihoods import flow_likelihood
 from ddpm_ray.training.probing import LEVELS, Probe
 from ddpm_ray.training.state import TrainingState
-from ddpm_ray.training.workers import Workers
 
 CPU, COUNT, CLASSES = torch.device("cpu"), len(LEVELS), 3
 IMAGES = torch.randint(

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ddpm_ray import faults
+from ddpm_ray import fault_injection
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Workers:
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """`tensor` summed over all workers, in place, equal on each; all must call it."""
-        with faults.during("reduce"):
+        with fault_injection.during("reduce"):
             if self.count > 1:
                 on_device = tensor.to(self.device)  # NCCL sums only what lies on its GPU
                 dist.all_reduce(on_device)

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ddpm_ray import seeding
-from ddpm_ray.seeding import Purpose, coin, derived_seed, normal, philox, uniform, uniform_int
+from ddpm_ray import counter_rng
+from ddpm_ray.counter_rng import Purpose, coin, derived_seed, normal, philox, uniform, uniform_int
 
 KNOWN_ANSWERS = [  # Random123 1.14, kat_vectors, philox4x32 10: counter, key, words
     ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
@@ -120,7 +120,7 @@ def test_seed_purpose_step_and_index_each_give_fresh_noise() -> None:
 @pytest.mark.parametrize("word", [0, 1, 2**31, 2**32 - 1])
 def test_the_rarest_words_give_finite_normals(word: int, monkeypatch: pytest.MonkeyPatch) -> None:
     stuck = tuple(torch.tensor([[word]]) for _ in range(4))
-    monkeypatch.setattr(seeding, "philox", lambda counter, seed: stuck)
+    monkeypatch.setattr(counter_rng, "philox", lambda counter, seed: stuck)
     draws = normal(0, Purpose.NOISE, 0, torch.tensor([0]), (4,))
     assert draws.abs().max() < 6.8  # false for nan as well
 

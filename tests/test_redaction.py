@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from ddpm_ray.cluster.tracking import TrackingError
 from ddpm_ray.data.image_files import BadImageError
 from ddpm_ray.data.shards import DatasetError, ShardCorruptError
+from ddpm_ray.redaction import counted, has_secret, printable, redacted, told
 from ddpm_ray.storage.checksummed import DamagedError
 from ddpm_ray.storage.object_store import StorageError, read_bytes
-from ddpm_ray.telling import counted, has_secret, printable, redacted, told
 from ddpm_ray.training.checkpoints import CheckpointError
 from ddpm_ray.training.divergence import DivergedError
 

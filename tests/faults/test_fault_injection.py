@@ -4,18 +4,18 @@ from pathlib import Path
 
 import pytest
 
-from ddpm_ray import faults
-from ddpm_ray.faults import FaultSyntaxError, InjectedFaultError
+from ddpm_ray import fault_injection
+from ddpm_ray.fault_injection import FaultSyntaxError, InjectedFaultError
 
 
 def plan(monkeypatch: pytest.MonkeyPatch, folder: Path, *words: str) -> None:
-    monkeypatch.setenv(faults.VARIABLE, " ".join([str(folder), *words]))
+    monkeypatch.setenv(fault_injection.VARIABLE, " ".join([str(folder), *words]))
 
 
 def test_without_the_variable_a_point_is_passed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(faults.VARIABLE, raising=False)
-    for point in faults.POINTS:
-        faults.at(point)
+    monkeypatch.delenv(fault_injection.VARIABLE, raising=False)
+    for point in fault_injection.POINTS:
+        fault_injection.at(point)
 
 
 def test_it_strikes_once_at_its_point_step_and_rank(
@@ -23,21 +23,21 @@ def test_it_strikes_once_at_its_point_step_and_rank(
 ) -> None:
     plan(monkeypatch, tmp_path, "fail@commit:5/1")
     for rank, step, point in [(1, 4, "commit"), (0, 5, "commit"), (1, 5, "update")]:
-        faults.stand(rank, step)
-        faults.at(point)
-    faults.stand(1, 6)  # step 5 did not pass there
+        fault_injection.stand(rank, step)
+        fault_injection.at(point)
+    fault_injection.stand(1, 6)  # step 5 did not pass there
     with pytest.raises(InjectedFaultError, match="fault at commit, step 6"):
-        faults.at("commit")
-    faults.at("commit")
+        fault_injection.at("commit")
+    fault_injection.at("commit")
 
 
 def test_each_of_several_strikes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     plan(monkeypatch, tmp_path / "new", "fail@batch", "fail@batch")
-    faults.stand(3, 1)
+    fault_injection.stand(3, 1)
     for _ in range(2):
         with pytest.raises(InjectedFaultError, match="fault at batch"):
-            faults.at("batch")
-    faults.at("batch")
+            fault_injection.at("batch")
+    fault_injection.at("batch")
 
 
 @pytest.mark.parametrize(
@@ -52,4 +52,4 @@ def test_each_of_several_strikes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 )
 def test_what_cannot_be_understood_is_told(text: str, says: str) -> None:
     with pytest.raises(FaultSyntaxError, match=says):
-        faults.planned(text)
+        fault_injection.planned(text)
