@@ -25,7 +25,7 @@ from ddpm_ray.config.sampling import Sampler, SamplingConfig
 from ddpm_ray.data.shards import open_dataset
 from ddpm_ray.data.stream import read_images
 from ddpm_ray.data.transforms import to_model_range
-from ddpm_ray.diffusion.spacing import log_snr_steps, uniform_steps
+from ddpm_ray.diffusion.timestep_spacing import log_snr_steps, uniform_steps
 from ddpm_ray.generation.denoiser import Guidance
 from ddpm_ray.generation.grids import captioned, grid
 from ddpm_ray.generation.sample import Images, SamplingPlan, first_step

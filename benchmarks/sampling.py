@@ -22,7 +22,7 @@ from ddpm_ray.counter_rng import Purpose, normal
 from ddpm_ray.diffusion import Denoise, NoiseSchedule, Prediction, schedules, solvers
 from ddpm_ray.diffusion.guidance import classifier_free
 from ddpm_ray.diffusion.samplers import ancestral, ddim
-from ddpm_ray.diffusion.spacing import uniform_steps
+from ddpm_ray.diffusion.timestep_spacing import uniform_steps
 from ddpm_ray.models.unet import UNet
 
 BATCH, SHAPE, STEPS, ROUNDS = 16, (3, 32, 32), 5, 15

@@ -23,7 +23,7 @@ from torch.multiprocessing.spawn import spawn
 
 from ddpm_ray.collectives import Workers
 from ddpm_ray.diffusion import NoiseSchedule, Prediction, schedules
-from ddpm_ray.diffusion.spacing import uniform_steps
+from ddpm_ray.diffusion.timestep_spacing import uniform_steps
 from ddpm_ray.generation.denoiser import Denoiser
 from ddpm_ray.generation.sample import SamplingPlan
 from ddpm_ray.measures.frechet import Moments

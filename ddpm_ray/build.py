@@ -22,7 +22,7 @@ from ddpm_ray.config.run import (
 from ddpm_ray.data import transforms
 from ddpm_ray.data.shards import Dataset, open_dataset
 from ddpm_ray.data.stream import Batch, ShardStream
-from ddpm_ray.diffusion.timesteps import SecondMoments
+from ddpm_ray.diffusion.timestep_sampling import SecondMoments
 from ddpm_ray.generation.denoiser import Denoiser
 from ddpm_ray.models.classifier import NoisyClassifier
 from ddpm_ray.models.ema import (

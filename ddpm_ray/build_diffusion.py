@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ddpm_ray.config.diffusion import ObjectiveConfig, SamplingConfig, ScheduleConfig
 from ddpm_ray.config.loading import ConfigError
 from ddpm_ray.config.run import RunConfig, TrainingConfig
-from ddpm_ray.diffusion import schedules, timesteps, weights
+from ddpm_ray.diffusion import loss_weighting, schedules, timestep_sampling
 from ddpm_ray.diffusion.prediction import Prediction
 from ddpm_ray.diffusion.process import NoiseSchedule
 from ddpm_ray.generation.denoiser import Denoiser, Network
@@ -159,20 +159,22 @@ def choice_of_steps(
     batch = config.training.global_batch_size
     match wanted.timesteps:
         case "uniform":
-            return lambda step, at: (timesteps.uniform(seed, step, at, num_steps), None)
+            return lambda step, at: (timestep_sampling.uniform(seed, step, at, num_steps), None)
         case "low_discrepancy":
-            spread = partial(timesteps.low_discrepancy, num_steps=num_steps, batch=batch)
+            spread = partial(timestep_sampling.low_discrepancy, num_steps=num_steps, batch=batch)
         case "antithetic":
-            spread = partial(timesteps.antithetic, num_steps=num_steps)
+            spread = partial(timestep_sampling.antithetic, num_steps=num_steps)
         case "log_normal":
-            table = timesteps.log_normal(
+            table = timestep_sampling.log_normal(
                 schedule, wanted.log_sigma_mean, wanted.log_sigma_deviation
             )
-            return lambda step, at: (timesteps.weighted(seed, step, at, table)[0], None)
+            return lambda step, at: (timestep_sampling.weighted(seed, step, at, table)[0], None)
         case "second_moment":
             moments = state.moments
             assert moments is not None  # made with the state
-            return lambda step, at: timesteps.weighted(seed, step, at, moments.probability())
+            return lambda step, at: timestep_sampling.weighted(
+                seed, step, at, moments.probability()
+            )
         case _:
             assert_never(wanted.timesteps)
     return lambda step, at: (spread(seed, step, at), None)
@@ -184,12 +186,12 @@ def weight(config: ObjectiveConfig, predicts: Prediction) -> Tensor | None:
         case "unit" | "uncertainty":
             return None
         case "min_snr":
-            return weights.min_snr(predicts, config.gamma)
+            return loss_weighting.min_snr(predicts, config.gamma)
         case "soft_min_snr":
-            return weights.soft_min_snr(predicts, config.gamma)
+            return loss_weighting.soft_min_snr(predicts, config.gamma)
         case "p2":
-            return weights.p2(predicts, config.p2_k, config.p2_gamma)
+            return loss_weighting.p2(predicts, config.p2_k, config.p2_gamma)
         case "edm":
-            return weights.edm(predicts, config.sigma_data)
+            return loss_weighting.edm(predicts, config.sigma_data)
         case _:
             assert_never(config.weighting)

@@ -13,7 +13,7 @@ from ddpm_ray.cluster.search import propose, total_trials
 from ddpm_ray.cluster.stopping import EarlyStopping
 from ddpm_ray.config.loading import ConfigError
 from ddpm_ray.config.sweep import PruningConfig, SweepConfig
-from ddpm_ray.measures.appraisal import Appraisal
+from ddpm_ray.diffusion.schedule_diagnostics import Appraisal
 from ddpm_ray.redaction import counted
 
 log = logging.getLogger(__name__)

@@ -34,7 +34,7 @@ from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.sweep import SweepConfig
 from ddpm_ray.data.shards import Dataset
 from ddpm_ray.data.transforms import mean_square
-from ddpm_ray.measures.appraisal import Appraisal, appraise
+from ddpm_ray.diffusion.schedule_diagnostics import Appraisal, appraise
 from ddpm_ray.redaction import counted
 from ddpm_ray.storage import object_store
 

@@ -3,7 +3,7 @@
 Steps are the paper's, t = 1..T; step 0 is the clean image. Start with `process.py`.
 """
 
-from ddpm_ray.diffusion import samplers, schedules, spacing
+from ddpm_ray.diffusion import samplers, schedules, timestep_spacing
 from ddpm_ray.diffusion.losses import simple_loss
 from ddpm_ray.diffusion.prediction import Prediction, score
 from ddpm_ray.diffusion.process import (
@@ -23,5 +23,5 @@ __all__ = [
     "schedules",
     "score",
     "simple_loss",
-    "spacing",
+    "timestep_spacing",
 ]

@@ -15,7 +15,7 @@ from torch import Tensor
 from ddpm_ray.counter_rng import Purpose, uniform_int
 from ddpm_ray.diffusion.prediction import Prediction
 from ddpm_ray.diffusion.process import Denoise
-from ddpm_ray.diffusion.spacing import require_falling
+from ddpm_ray.diffusion.timestep_spacing import require_falling
 from ddpm_ray.redaction import counted
 
 Conditional: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -11,10 +11,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ddpm_ray.diffusion.estimate import Clip, Estimator, clip_to_range
 from ddpm_ray.diffusion.prediction import Prediction
 from ddpm_ray.diffusion.process import Denoise, NoiseSchedule, add_noise
-from ddpm_ray.diffusion.spacing import require_falling
+from ddpm_ray.diffusion.timestep_spacing import require_falling
+from ddpm_ray.diffusion.x0_estimator import Clip, Estimator, clip_to_range
 
 
 def repaint(

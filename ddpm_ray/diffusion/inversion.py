@@ -6,10 +6,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ddpm_ray.diffusion.estimate import Clip, Estimator
 from ddpm_ray.diffusion.prediction import Prediction
 from ddpm_ray.diffusion.process import Denoise, NoiseSchedule
-from ddpm_ray.diffusion.spacing import require_falling
+from ddpm_ray.diffusion.timestep_spacing import require_falling
+from ddpm_ray.diffusion.x0_estimator import Clip, Estimator
 
 
 def ddim_inversion(

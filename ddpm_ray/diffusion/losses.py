@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias
 
 from torch import Tensor
 
-from ddpm_ray.diffusion import bound
+from ddpm_ray.diffusion import vlb as bound
 from ddpm_ray.diffusion.prediction import Prediction
 from ddpm_ray.diffusion.process import Denoise, NoiseSchedule, add_noise
 

@@ -17,10 +17,10 @@ from typing import Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from ddpm_ray.diffusion.estimate import Clip, Estimator, clip_to_range
 from ddpm_ray.diffusion.prediction import Prediction
 from ddpm_ray.diffusion.process import Denoise, NoiseSchedule
-from ddpm_ray.diffusion.spacing import require_falling
+from ddpm_ray.diffusion.timestep_spacing import require_falling
+from ddpm_ray.diffusion.x0_estimator import Clip, Estimator, clip_to_range
 
 Variance: TypeAlias = Literal["fixed_small", "fixed_large", "learned", "learned_range"]
 Noise: TypeAlias = Callable[[int], Tensor]

@@ -15,11 +15,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ddpm_ray.diffusion.estimate import Clip, Estimator, clip_to_range
 from ddpm_ray.diffusion.prediction import Prediction
 from ddpm_ray.diffusion.process import Denoise, NoiseSchedule
 from ddpm_ray.diffusion.samplers import Noise, OnStep
-from ddpm_ray.diffusion.spacing import require_falling
+from ddpm_ray.diffusion.timestep_spacing import require_falling
+from ddpm_ray.diffusion.x0_estimator import Clip, Estimator, clip_to_range
 
 _ADAMS_BASHFORTH = (
     (1.0,),

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from ddpm_ray.config.sampling import Sampler, SamplingConfig, Variance
 from ddpm_ray.counter_rng import Purpose, normal
-from ddpm_ray.diffusion import samplers, solvers, spacing
-from ddpm_ray.diffusion.estimate import Clip, clip_to_quantile, clip_to_range
+from ddpm_ray.diffusion import samplers, solvers, timestep_spacing
 from ddpm_ray.diffusion.process import Denoise, NoiseSchedule
 from ddpm_ray.diffusion.samplers import Noise, OnStep
+from ddpm_ray.diffusion.x0_estimator import Clip, clip_to_quantile, clip_to_range
 from ddpm_ray.generation.denoiser import UNGUIDED, Denoiser, Guidance
 from ddpm_ray.redaction import counted
 
@@ -56,7 +56,7 @@ class SamplingPlan:
 def first_step(schedule: NoiseSchedule, sampler: Sampler) -> int:
     """Where a walk begins: at T, but for those that divide by alpha_bar, where noise is enough."""
     if sampler in ("heun", "plms"):
-        return spacing.noisiest_step(schedule)
+        return timestep_spacing.noisiest_step(schedule)
     return schedule.num_steps
 
 
@@ -71,11 +71,11 @@ def sampling_plan(
     count = min(settings.steps, first)
     match settings.spacing:
         case "uniform":
-            steps = spacing.uniform_steps(first, count)
+            steps = timestep_spacing.uniform_steps(first, count)
         case "quadratic":
-            steps = spacing.quadratic_steps(first, count)
+            steps = timestep_spacing.quadratic_steps(first, count)
         case "log_snr":
-            steps = spacing.log_snr_steps(schedule, count, first)
+            steps = timestep_spacing.log_snr_steps(schedule, count, first)
         case _:
             assert_never(settings.spacing)
     return SamplingPlan(

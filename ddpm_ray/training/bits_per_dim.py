@@ -15,11 +15,11 @@ from ddpm_ray import counter_rng
 from ddpm_ray.collectives import Workers
 from ddpm_ray.counter_rng import Purpose
 from ddpm_ray.data.transforms import to_model_range
-from ddpm_ray.diffusion import bound
-from ddpm_ray.diffusion.estimate import clip_to_range
+from ddpm_ray.diffusion import vlb
 from ddpm_ray.diffusion.prediction import Prediction
 from ddpm_ray.diffusion.process import add_noise
 from ddpm_ray.diffusion.samplers import Variance
+from ddpm_ray.diffusion.x0_estimator import clip_to_range
 from ddpm_ray.generation.denoiser import Denoiser
 from ddpm_ray.training.interval import interval_of_mean
 
@@ -101,7 +101,7 @@ class _Look:
         self, index: Tensor, x_0: Tensor, labels: Tensor, by_step: Tensor, totals: Tensor
     ) -> None:
         """Adds a batch to the sums."""
-        prior = bound.prior_term(self.denoiser.schedule, x_0.double())
+        prior = vlb.prior_term(self.denoiser.schedule, x_0.double())
         total, one = prior.clone(), torch.ones_like(prior)
         for k in range(self.count):
             t, weight = self._steps(k, index)
@@ -135,9 +135,9 @@ class _Look:
         estimate = of.predicts.x_0(x_t, t, answer.double())
         if self.clip:
             clip_to_range(estimate)
-        log_variance = bound.reverse_log_variance(schedule, t, self.variance, x_0, raw)
+        log_variance = vlb.reverse_log_variance(schedule, t, self.variance, x_0, raw)
         image = Prediction.of("x_0", schedule)
-        bits = bound.term(image, x_0, x_t, t, estimate, log_variance)
+        bits = vlb.term(image, x_0, x_t, t, estimate, log_variance)
         return bits, (x_0 - estimate).square().flatten(1).mean(1)
 
     def facts(self) -> dict[str, Any]:

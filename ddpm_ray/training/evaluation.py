@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ddpm_ray.collectives import Workers
 from ddpm_ray.diffusion.process import NoiseSchedule
-from ddpm_ray.diffusion.spacing import log_snr_steps, quadratic_steps, uniform_steps
+from ddpm_ray.diffusion.timestep_spacing import log_snr_steps, quadratic_steps, uniform_steps
 from ddpm_ray.generation.denoiser import Denoiser
 from ddpm_ray.generation.sample import SamplingPlan, draw, to_uint8
 from ddpm_ray.redaction import counted

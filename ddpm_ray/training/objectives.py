@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ddpm_ray import counter_rng, fault_injection
 from ddpm_ray.collectives import Workers
 from ddpm_ray.counter_rng import Purpose
-from ddpm_ray.diffusion import losses, weights
+from ddpm_ray.diffusion import loss_weighting, losses
 from ddpm_ray.diffusion.prediction import Prediction
 from ddpm_ray.diffusion.process import Denoise, NoiseSchedule, add_noise
 from ddpm_ray.training.examples import Examples, Showing
@@ -137,7 +137,7 @@ class Objective:
     def weighted(self, loss: Tensor, examples: Examples) -> Tensor:
         """What is averaged and minimised: losses [b] with the weights of t and of its choice."""
         if self.uncertainty is not None:
-            loss = weights.uncertain(loss, self.uncertainty(examples.t))
+            loss = loss_weighting.uncertain(loss, self.uncertainty(examples.t))
         if self.weight is not None:
             loss = loss * self.weight[examples.t].to(loss)
         return loss if examples.importance is None else loss * examples.importance.to(loss)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ddpm_ray.diffusion.timesteps import SecondMoments
+from ddpm_ray.diffusion.timestep_sampling import SecondMoments
 from ddpm_ray.models.ema import EMA, Averages
 
 Tensors = dict[str, Tensor]

@@ -12,7 +12,7 @@ from ddpm_ray.cluster.ledger import Ledger
 from ddpm_ray.config.loading import ConfigError
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.sweep import StoppingConfig, SweepConfig
-from ddpm_ray.measures.appraisal import Appraisal
+from ddpm_ray.diffusion.schedule_diagnostics import Appraisal
 from ddpm_ray.storage import object_store
 
 KEY = "schedule.num_steps"

@@ -13,7 +13,7 @@ from ddpm_ray.cluster.candidates import Candidates
 from ddpm_ray.cluster.ledger import Ledger
 from ddpm_ray.cluster.trial import EVENT
 from ddpm_ray.config.sweep import SweepConfig
-from ddpm_ray.measures.appraisal import Appraisal
+from ddpm_ray.diffusion.schedule_diagnostics import Appraisal
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Ray's and MLflow's
 

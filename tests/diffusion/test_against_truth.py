@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ddpm_ray.diffusion import simple_loss
 from ddpm_ray.diffusion.samplers import Variance, ancestral, ddim
-from ddpm_ray.diffusion.spacing import uniform_steps
+from ddpm_ray.diffusion.timestep_spacing import uniform_steps
 from tests.truth import CLEAN, LINE, ONE, SCHEDULE, THREE, standard
 
 PERTURBATIONS: list[Callable[[Tensor], Tensor]] = [

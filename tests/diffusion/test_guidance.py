@@ -19,7 +19,7 @@ from ddpm_ray.diffusion import NoiseSchedule, Prediction, posterior, schedules, 
 from ddpm_ray.diffusion.guidance import autoguided, classifier_free, classifier_guided, dropped
 from ddpm_ray.diffusion.prediction import Kind
 from ddpm_ray.diffusion.samplers import Variance, ancestral, ddim
-from ddpm_ray.diffusion.spacing import uniform_steps
+from ddpm_ray.diffusion.timestep_spacing import uniform_steps
 from tests.diffusion.test_prediction import KINDS
 from tests.truth import LINE, SCHEDULE, THREE, Mixture, standard
 

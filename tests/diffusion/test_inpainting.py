@@ -31,7 +31,7 @@ from ddpm_ray.diffusion.inpainting import (
 from ddpm_ray.diffusion.prediction import Kind
 from ddpm_ray.diffusion.process import Denoise
 from ddpm_ray.diffusion.samplers import ancestral, ddim
-from ddpm_ray.diffusion.spacing import uniform_steps
+from ddpm_ray.diffusion.timestep_spacing import uniform_steps
 from tests.diffusion.test_prediction import KINDS
 from tests.truth import ONE, SCHEDULE, THREE, mixture, standard
 

@@ -15,7 +15,7 @@ from ddpm_ray.diffusion import NoiseSchedule, Prediction, add_noise
 from ddpm_ray.diffusion.inversion import ddim_inversion, interpolate
 from ddpm_ray.diffusion.prediction import Kind
 from ddpm_ray.diffusion.samplers import ddim
-from ddpm_ray.diffusion.spacing import uniform_steps
+from ddpm_ray.diffusion.timestep_spacing import uniform_steps
 from tests.truth import ONE, SCHEDULE, THREE
 
 NO_SIGNAL = NoiseSchedule(torch.cat([SCHEDULE.alpha_bar[:-1], torch.zeros(1, dtype=torch.float64)]))

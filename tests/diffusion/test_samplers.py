@@ -16,14 +16,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ddpm_ray.diffusion import NoiseSchedule, Prediction, add_noise, posterior, schedules
-from ddpm_ray.diffusion.estimate import Clip, clip_to_quantile, clip_to_range
 from ddpm_ray.diffusion.samplers import ancestral, ddim
-from ddpm_ray.diffusion.spacing import (
+from ddpm_ray.diffusion.timestep_spacing import (
     log_snr_steps,
     noisiest_step,
     quadratic_steps,
     uniform_steps,
 )
+from ddpm_ray.diffusion.x0_estimator import Clip, clip_to_quantile, clip_to_range
 
 SCHEDULE = NoiseSchedule(schedules.linear(40, 1e-3, 0.3))
 falling = st.sets(st.integers(1, 40), min_size=1).map(lambda t: (*sorted(t, reverse=True), 0))

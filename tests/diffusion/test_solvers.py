@@ -17,7 +17,7 @@ from ddpm_ray.diffusion import NoiseSchedule, Prediction
 from ddpm_ray.diffusion.prediction import Kind
 from ddpm_ray.diffusion.samplers import ancestral, ddim
 from ddpm_ray.diffusion.solvers import _weights, dpm_solver_pp, heun, plms, unipc
-from ddpm_ray.diffusion.spacing import uniform_steps
+from ddpm_ray.diffusion.timestep_spacing import uniform_steps
 from tests.diffusion.test_against_truth import assert_drawn_from_the_mixture
 from tests.truth import ONE, SCHEDULE, THREE, Mixture, standard
 

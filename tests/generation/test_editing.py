@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ddpm_ray.counter_rng import Purpose, normal
 from ddpm_ray.diffusion.prediction import Prediction
-from ddpm_ray.diffusion.spacing import uniform_steps
+from ddpm_ray.diffusion.timestep_spacing import uniform_steps
 from ddpm_ray.generation import editing
 from ddpm_ray.generation.denoiser import Denoiser, Guidance
 from ddpm_ray.generation.editing import Painting

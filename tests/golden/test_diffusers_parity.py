@@ -17,7 +17,7 @@ from ddpm_ray.diffusion import NoiseSchedule, Prediction, schedules
 from ddpm_ray.diffusion.prediction import Kind
 from ddpm_ray.diffusion.samplers import Variance, ancestral, ddim
 from ddpm_ray.diffusion.solvers import dpm_solver_pp, unipc
-from ddpm_ray.diffusion.spacing import uniform_steps
+from ddpm_ray.diffusion.timestep_spacing import uniform_steps
 from ddpm_ray.generation.denoiser import Denoiser
 from ddpm_ray.generation.sample import sampling_plan, walk
 from ddpm_ray.models.foreign_samplers import to_pipeline

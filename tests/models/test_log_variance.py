@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddpm_ray.diffusion.weights import uncertain
+from ddpm_ray.diffusion.loss_weighting import uncertain
 from ddpm_ray.models.log_variance import LogVariance
 
 

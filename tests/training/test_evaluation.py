@@ -21,7 +21,7 @@ from ddpm_ray.collectives import Workers
 from ddpm_ray.diffusion import schedules
 from ddpm_ray.diffusion.prediction import Prediction
 from ddpm_ray.diffusion.process import Denoise, NoiseSchedule
-from ddpm_ray.diffusion.spacing import quadratic_steps, uniform_steps
+from ddpm_ray.diffusion.timestep_spacing import quadratic_steps, uniform_steps
 from ddpm_ray.generation.denoiser import Denoiser
 from ddpm_ray.generation.sample import Images, SamplingPlan, draw, to_uint8
 from ddpm_ray.measures.frechet import frechet_distance_of_features

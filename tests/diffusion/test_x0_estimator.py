@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ddpm_ray.diffusion import NoiseSchedule, Prediction, schedules
-from ddpm_ray.diffusion.estimate import Estimator, clip_to_quantile, clip_to_range
 from ddpm_ray.diffusion.samplers import ancestral, learned_log_variance
-from ddpm_ray.diffusion.spacing import uniform_steps
+from ddpm_ray.diffusion.timestep_spacing import uniform_steps
+from ddpm_ray.diffusion.x0_estimator import Estimator, clip_to_quantile, clip_to_range
 
 LINEAR = NoiseSchedule(schedules.linear(40, 1e-3, 0.3))
 

@@ -12,15 +12,15 @@ from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
 from ddpm_ray.diffusion import NoiseSchedule, Prediction, add_noise, posterior, schedules
-from ddpm_ray.diffusion.bound import (
+from ddpm_ray.diffusion.samplers import Variance
+from ddpm_ray.diffusion.schedule_diagnostics import appraise
+from ddpm_ray.diffusion.vlb import (
     decoder_log_probability,
     prior_term,
     reverse_log_variance,
     term,
 )
-from ddpm_ray.diffusion.estimate import clip_to_range
-from ddpm_ray.diffusion.samplers import Variance
-from ddpm_ray.measures.appraisal import appraise
+from ddpm_ray.diffusion.x0_estimator import clip_to_range
 from tests.truth import LINE
 
 LINEAR = NoiseSchedule(schedules.linear(1000))

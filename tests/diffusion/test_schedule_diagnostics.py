@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ddpm_ray.diffusion import NoiseSchedule, schedules
-from ddpm_ray.measures.appraisal import appraise
+from ddpm_ray.diffusion.schedule_diagnostics import appraise
 
 
 def test_the_published_schedule_says_next_to_nothing_of_the_image() -> None:

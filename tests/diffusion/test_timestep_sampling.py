@@ -12,21 +12,23 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ddpm_ray import counter_rng
-from ddpm_ray.diffusion import NoiseSchedule, schedules, timesteps
-from ddpm_ray.diffusion.timesteps import SecondMoments
+from ddpm_ray.diffusion import NoiseSchedule, schedules, timestep_sampling
+from ddpm_ray.diffusion.timestep_sampling import SecondMoments
 
 TABLE = torch.tensor([0, 1, 0, 3, 4, 2], dtype=torch.float64)  # t = 2 is never drawn
 CHOICES: dict[str, Callable[[int, int, Tensor], Tensor]] = {
-    "uniform": lambda seed, step, at: timesteps.uniform(seed, step, at, 7),
-    "low_discrepancy": lambda seed, step, at: timesteps.low_discrepancy(seed, step, at, 7, 64),
-    "antithetic": lambda seed, step, at: timesteps.antithetic(seed, step, at, 7),
-    "weighted": lambda seed, step, at: timesteps.weighted(seed, step, at, TABLE)[0],
+    "uniform": lambda seed, step, at: timestep_sampling.uniform(seed, step, at, 7),
+    "low_discrepancy": lambda seed, step, at: timestep_sampling.low_discrepancy(
+        seed, step, at, 7, 64
+    ),
+    "antithetic": lambda seed, step, at: timestep_sampling.antithetic(seed, step, at, 7),
+    "weighted": lambda seed, step, at: timestep_sampling.weighted(seed, step, at, TABLE)[0],
 }
 
 
 def test_uniform_draws_what_the_seed_has_always_meant() -> None:
     """Random123's first word for counter and key 0 is 0x6627e8d5, 0.39904 of 2^32."""
-    assert timesteps.uniform(0, 0, torch.tensor([0]), 1000).tolist() == [400]
+    assert timestep_sampling.uniform(0, 0, torch.tensor([0]), 1000).tolist() == [400]
 
 
 @pytest.mark.parametrize("name", CHOICES)
@@ -55,7 +57,7 @@ def test_at_each_position_every_step_is_as_likely(name: str, position: int) -> N
 def test_a_batch_of_low_discrepancy_has_every_step_equally_often(
     seed: int, num_steps: int, batch: int
 ) -> None:
-    t = timesteps.low_discrepancy(seed, 3, torch.arange(batch), num_steps, batch)
+    t = timestep_sampling.low_discrepancy(seed, 3, torch.arange(batch), num_steps, batch)
     counts = torch.bincount(t, minlength=num_steps + 1)[1:].tolist()
     assert len(counts) == num_steps
     assert set(counts) <= {batch // num_steps, -(-batch // num_steps)}
@@ -70,12 +72,12 @@ def test_low_discrepancy_is_the_paper_s_at_every_offset(
         u = (cell + 0.5) / (num_steps * batch)
         paper = [math.floor((u + i / batch) % 1 * num_steps) + 1 for i in range(batch)]
         monkeypatch.setattr(counter_rng, "uniform_int", lambda *_, cell=cell: torch.tensor(cell))
-        t = timesteps.low_discrepancy(0, 0, torch.arange(batch), num_steps, batch)
+        t = timestep_sampling.low_discrepancy(0, 0, torch.arange(batch), num_steps, batch)
         assert t.tolist() == paper
 
 
 def test_antithetic_pairs_mirror_each_other_and_no_one_else() -> None:
-    t = timesteps.antithetic(2, 0, torch.arange(20_000), 1000)
+    t = timestep_sampling.antithetic(2, 0, torch.arange(20_000), 1000)
     first, second = t.view(-1, 2).T.double()
     assert torch.equal(first + second, torch.full_like(first, 1001))
     neighbours = torch.corrcoef(torch.stack([first[:-1], first[1:]]))[0, 1]
@@ -84,7 +86,7 @@ def test_antithetic_pairs_mirror_each_other_and_no_one_else() -> None:
 
 def test_weighted_draws_its_table_and_weighs_it_away() -> None:
     """p_t w_t L_t summed over the table is the plain mean over the steps that can be drawn."""
-    t, weight = timesteps.weighted(4, 0, torch.arange(20_000), TABLE)
+    t, weight = timestep_sampling.weighted(4, 0, torch.arange(20_000), TABLE)
     counts = torch.bincount(t, minlength=6)
     assert counts[[0, 2]].tolist() == [0, 0]
     drawn = [1, 3, 4, 5]
@@ -106,7 +108,7 @@ def test_the_rarest_words_still_draw_a_step_of_the_table(
     probability, at = torch.tensor(table, dtype=torch.float64), torch.arange(1)
     for word, step in ((0, first), (2**31 - 1, last)):
         monkeypatch.setattr(counter_rng, "uniform_int", lambda *_, word=word: torch.tensor([word]))
-        assert timesteps.weighted(0, 0, at, probability)[0].tolist() == [step]
+        assert timestep_sampling.weighted(0, 0, at, probability)[0].tolist() == [step]
 
 
 @pytest.mark.parametrize("mean, deviation", [(-1.2, 1.2), (0.5, 0.7)])
@@ -117,7 +119,7 @@ def test_log_sigma_is_normal_between_the_schedule_s_ends(
     alpha_bar: Tensor, mean: float, deviation: float
 ) -> None:
     """SciPy's truncated normal, in the middle between two steps; they are 1/2 % of it at most."""
-    table = timesteps.log_normal(NoiseSchedule(alpha_bar), mean, deviation)
+    table = timestep_sampling.log_normal(NoiseSchedule(alpha_bar), mean, deviation)
     assert table[0] == 0
     sigma = ((1 - alpha_bar[1:]) / alpha_bar[1:]).log() / 2
     low, high = ((sigma[[0, -1]] - mean) / deviation).tolist()
@@ -127,10 +129,10 @@ def test_log_sigma_is_normal_between_the_schedule_s_ends(
 
 
 def test_a_step_without_signal_is_not_drawn_by_log_sigma() -> None:
-    table = timesteps.log_normal(NoiseSchedule(torch.tensor([1, 0.9, 0.5, 0]).double()))
+    table = timestep_sampling.log_normal(NoiseSchedule(torch.tensor([1, 0.9, 0.5, 0]).double()))
     assert table[3] == 0
     assert table.sum().item() == pytest.approx(1)
-    alone = timesteps.log_normal(NoiseSchedule(torch.tensor([1, 0.5]).double()))
+    alone = timestep_sampling.log_normal(NoiseSchedule(torch.tensor([1, 0.5]).double()))
     assert alone.tolist() == [0, 1]
 
 

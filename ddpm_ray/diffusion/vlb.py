@@ -12,10 +12,10 @@ from typing import assert_never
 import torch
 from torch import Tensor
 
-from ddpm_ray.diffusion.estimate import Clip
 from ddpm_ray.diffusion.prediction import Prediction
 from ddpm_ray.diffusion.process import NoiseSchedule, posterior
 from ddpm_ray.diffusion.samplers import Variance, learned_log_variance
+from ddpm_ray.diffusion.x0_estimator import Clip
 
 HALF_BIN = 1 / 255  # of an 8-bit grey level in [-1, 1]
 _RULE = (  # Gauss-Legendre, 6 points: a node stands for its mirror image too, weights sum to 1

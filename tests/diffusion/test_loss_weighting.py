@@ -10,15 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ddpm_ray.diffusion import NoiseSchedule, Prediction, add_noise, simple_loss, weights
+from ddpm_ray.diffusion import NoiseSchedule, Prediction, add_noise, loss_weighting, simple_loss
 from ddpm_ray.diffusion.prediction import Kind
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 RULES: list[Callable[[Prediction], Tensor]] = [
-    weights.min_snr,
-    weights.soft_min_snr,
-    weights.p2,
-    weights.edm,
+    loss_weighting.min_snr,
+    loss_weighting.soft_min_snr,
+    loss_weighting.p2,
+    loss_weighting.edm,
 ]
 NINE = NoiseSchedule(torch.tensor([1, 0.9, 0.1], dtype=torch.float64))  # SNR 9 and 1/9
 SILENT = NoiseSchedule(torch.tensor([1, 0.5, 0], dtype=torch.float64))  # and none at T
@@ -49,13 +49,18 @@ def test_a_rule_is_one_loss_whatever_is_predicted(
 @pytest.mark.parametrize(
     "rule, kind, at_nine, at_a_ninth",
     [
-        (weights.min_snr, "x_0", 5, 1 / 9),  # min(SNR, 5); Hang et al. 2023, section 3.4,
-        (weights.min_snr, "epsilon", 5 / 9, 1),  # over SNR
-        (weights.min_snr, "v", 5 / 10, 1 / 10),  # and over SNR + 1
-        (weights.soft_min_snr, "x_0", 1 / (1 / 9 + 1 / 5), 1 / (9 + 1 / 5)),  # sigma^2 = 1 / SNR
-        (weights.p2, "epsilon", 1 / 10, 9 / 10),  # 1 / (1 + SNR)
-        (weights.edm, "x_0", 9 + 4, 1 / 9 + 4),  # at sigma_data = 1/2
-        (weights.edm, "edm", 1, 1),  # Karras et al. 2022, table 1: lambda = 1 / c_out^2
+        (loss_weighting.min_snr, "x_0", 5, 1 / 9),  # min(SNR, 5); Hang et al. 2023, section 3.4,
+        (loss_weighting.min_snr, "epsilon", 5 / 9, 1),  # over SNR
+        (loss_weighting.min_snr, "v", 5 / 10, 1 / 10),  # and over SNR + 1
+        (
+            loss_weighting.soft_min_snr,
+            "x_0",
+            1 / (1 / 9 + 1 / 5),
+            1 / (9 + 1 / 5),
+        ),  # sigma^2 = 1 / SNR
+        (loss_weighting.p2, "epsilon", 1 / 10, 9 / 10),  # 1 / (1 + SNR)
+        (loss_weighting.edm, "x_0", 9 + 4, 1 / 9 + 4),  # at sigma_data = 1/2
+        (loss_weighting.edm, "edm", 1, 1),  # Karras et al. 2022, table 1: lambda = 1 / c_out^2
     ],
 )
 def test_weights_are_what_the_papers_say(
@@ -68,28 +73,28 @@ def test_weights_are_what_the_papers_say(
 
 def test_settings_reach_the_rules() -> None:
     image, noise = Prediction.of("x_0", NINE), Prediction.of("epsilon", NINE)
-    assert weights.min_snr(image, gamma=8)[1].item() == pytest.approx(8)
-    assert weights.soft_min_snr(image, gamma=9)[1].item() == pytest.approx(9 / 2)
-    assert weights.p2(noise, k=7, gamma=0.5)[1].item() == pytest.approx(1 / 4)
-    assert weights.p2(noise, gamma=0)[1:].tolist() == pytest.approx([1, 1])
-    assert weights.edm(image, sigma_data=1)[1].item() == pytest.approx(10)
+    assert loss_weighting.min_snr(image, gamma=8)[1].item() == pytest.approx(8)
+    assert loss_weighting.soft_min_snr(image, gamma=9)[1].item() == pytest.approx(9 / 2)
+    assert loss_weighting.p2(noise, k=7, gamma=0.5)[1].item() == pytest.approx(1 / 4)
+    assert loss_weighting.p2(noise, gamma=0)[1:].tolist() == pytest.approx([1, 1])
+    assert loss_weighting.edm(image, sigma_data=1)[1].item() == pytest.approx(10)
 
 
 @pytest.mark.parametrize("kind", ["v", "x_0", "mean", "edm"])
 def test_a_step_without_signal_has_the_weight_of_no_snr(kind: Kind) -> None:
     predicts = Prediction.of(kind, SILENT)
-    for rule in (weights.min_snr, weights.soft_min_snr, weights.p2):
+    for rule in (loss_weighting.min_snr, loss_weighting.soft_min_snr, loss_weighting.p2):
         assert rule(predicts)[2] == 0
-    assert weights.edm(Prediction.of("x_0", SILENT))[2] == 4
+    assert loss_weighting.edm(Prediction.of("x_0", SILENT))[2] == 4
 
 
 @pytest.mark.parametrize(
     "make, name",
     [
-        (lambda p: weights.min_snr(p, gamma=0), "gamma is 0"),
-        (lambda p: weights.soft_min_snr(p, gamma=-1), "gamma is -1"),
-        (lambda p: weights.p2(p, k=0), "k is 0"),
-        (lambda p: weights.edm(p, sigma_data=math.nan), "sigma_data is nan"),
+        (lambda p: loss_weighting.min_snr(p, gamma=0), "gamma is 0"),
+        (lambda p: loss_weighting.soft_min_snr(p, gamma=-1), "gamma is -1"),
+        (lambda p: loss_weighting.p2(p, k=0), "k is 0"),
+        (lambda p: loss_weighting.edm(p, sigma_data=math.nan), "sigma_data is nan"),
     ],
 )
 def test_a_number_that_makes_no_weight_is_named(
@@ -104,9 +109,9 @@ def test_uncertainty_is_least_at_the_log_of_the_mean_loss(losses: list[float]) -
     """There it is 1 + that logarithm and flat; a convex function has no other minimum."""
     loss = torch.tensor(losses, dtype=torch.float64)
     best = loss.mean().log().requires_grad_()
-    least = weights.uncertain(loss, best.expand_as(loss)).mean()
+    least = loss_weighting.uncertain(loss, best.expand_as(loss)).mean()
     (slope,) = torch.autograd.grad(least, best)
     assert least.item() == pytest.approx(1 + math.log(sum(losses) / len(losses)))
     assert slope.item() == pytest.approx(0, abs=1e-12)
     for off in (-0.1, 0.1):
-        assert weights.uncertain(loss, best + off).mean() > least
+        assert loss_weighting.uncertain(loss, best + off).mean() > least
