@@ -17,10 +17,10 @@ from ddpm_ray.config.option_fields import shown
 from ddpm_ray.config.run import ModelConfig, RunConfig
 from ddpm_ray.data.shards import DatasetError, open_dataset
 from ddpm_ray.generation.trained_model import TrainedModel
-from ddpm_ray.models import interchange
 from ddpm_ray.models.classifier import NoisyClassifier
-from ddpm_ray.models.foreign_configs import ForeignModelError, Form
-from ddpm_ray.models.foreign_samplers import Export
+from ddpm_ray.models.interop import convert
+from ddpm_ray.models.interop.diffusers_config import ForeignModelError, Form
+from ddpm_ray.models.interop.diffusers_schedulers import Export
 from ddpm_ray.models.unet import UNet
 from ddpm_ray.storage import object_store
 from ddpm_ray.storage.object_store import StorageError
@@ -165,7 +165,7 @@ def write_diffusers(model: TrainedModel, sampling: SamplingConfig, folder: Path)
         "sampling": to_dict(sampling),
     }
     tensors = {k: v for k, v in network.state_dict().items() if not k.startswith("uncertainty.")}
-    return interchange.write_folder(folder, form, tensors, facts, object_store.write_bytes)
+    return convert.write_folder(folder, form, tensors, facts, object_store.write_bytes)
 
 
 def _checkpoint(url: str, *groups: str) -> tuple[str, Snapshot]:
@@ -191,7 +191,7 @@ def _newest(url: str, groups: Sequence[str]) -> tuple[str, Snapshot]:
 
 
 def _of_diffusers(folder: Path, device: torch.device | str) -> TrainedModel:
-    form, tensors, facts = interchange.read_folder(folder)
+    form, tensors, facts = convert.read_folder(folder)
     network = UNet(**form)
     network.load_state_dict(tensors)
     try:

@@ -28,7 +28,7 @@ from ddpm_ray.models.layers import (
     halve,
     silence,
 )
-from ddpm_ray.models.log_variance import LogVariance
+from ddpm_ray.models.loss_uncertainty import LogVariance
 
 
 class Sizes(TypedDict):

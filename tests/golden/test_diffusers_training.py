@@ -12,8 +12,8 @@ from ddpm_ray import build, build_diffusion
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.loading import load
 from ddpm_ray.config.run import RunConfig
-from ddpm_ray.models import interchange
-from ddpm_ray.models.foreign_configs import Form
+from ddpm_ray.models.interop import convert
+from ddpm_ray.models.interop.diffusers_config import Form
 from ddpm_ray.models.layers import HO
 
 diffusers = pytest.importorskip("diffusers", reason="pip install 'ddpm-ray[dev]'")
@@ -47,7 +47,7 @@ def test_forty_steps_of_training_are_those_of_diffusers() -> None:
     ])  # fmt: skip
     torch.manual_seed(0)
     state = build.training_state(config, (8, 8, 1), CPU, {})
-    form, tensors = interchange.to_diffusers(FORM, state.model.state_dict())
+    form, tensors = convert.to_diffusers(FORM, state.model.state_dict())
     theirs = diffusers.UNet2DModel(**{k: v for k, v in form.items() if k[0] != "_"})
     theirs.load_state_dict(tensors)
     ours, theirs = InDouble(state.model.double()), theirs.double()
@@ -74,6 +74,6 @@ def test_forty_steps_of_training_are_those_of_diffusers() -> None:
         assert float(loss) == pytest.approx(expected.item(), rel=1e-5), step
         assert float(norm) == pytest.approx(float(their_norm), rel=1e-5), step
     assert expected.item() < 0.9  # it has learnt
-    _, found = interchange.to_diffusers(FORM, state.model.state_dict())
+    _, found = convert.to_diffusers(FORM, state.model.state_dict())
     for name, tensor in theirs.state_dict().items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-5)

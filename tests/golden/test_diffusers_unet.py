@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ddpm_ray.diffusion import NoiseSchedule, samplers, schedules
-from ddpm_ray.models import interchange
-from ddpm_ray.models.foreign_configs import UNET, VARIANCES, Form, to_scheduler
+from ddpm_ray.models.interop import convert
+from ddpm_ray.models.interop.diffusers_config import UNET, VARIANCES, Form, to_scheduler
 from ddpm_ray.models.layers import GUIDED, HO
 from ddpm_ray.models.unet import UNet
 from ddpm_ray.storage.object_store import write_bytes
@@ -95,11 +95,11 @@ def require_alike(ours: UNet, model: Any, config: dict[str, Any]) -> None:
 def test_theirs_answers_as_ours_and_comes_back_as_it_was(name: str) -> None:
     config = CONFIGS[name]
     model = theirs(config)
-    form, tensors = interchange.from_diffusers(dict(model.config), model.state_dict())
+    form, tensors = convert.from_diffusers(dict(model.config), model.state_dict())
     ours = UNet(**form).eval()
     ours.load_state_dict(tensors)
     require_alike(ours, model, config)
-    back, weights = interchange.to_diffusers(form, tensors)
+    back, weights = convert.to_diffusers(form, tensors)
     assert back == {**UNET, **config, "_class_name": "UNet2DModel"}
     assert weights.keys() == model.state_dict().keys()
     assert all(torch.equal(weights[key], value) for key, value in model.state_dict().items())
@@ -121,7 +121,7 @@ def test_a_saved_network_of_ours_is_loaded_by_their_own_pipeline(
         "objective": {"prediction": "v", "variance": "fixed"},
         "sampling": {"variance": "fixed_large", "clip": False},
     }
-    interchange.write_folder(tmp_path, form, ours.state_dict(), facts, write_bytes)
+    convert.write_folder(tmp_path, form, ours.state_dict(), facts, write_bytes)
     pipeline = diffusers.DDPMPipeline.from_pretrained(tmp_path)
     require_alike(ours, pipeline.unet.eval(), {"sample_size": 8})
     scheduler = pipeline.scheduler
@@ -130,7 +130,7 @@ def test_a_saved_network_of_ours_is_loaded_by_their_own_pipeline(
     assert scheduler.config.prediction_type == "v_prediction"
     assert scheduler.config.variance_type == "fixed_large"
     assert not scheduler.config.clip_sample
-    read = interchange.read_folder(tmp_path)
+    read = convert.read_folder(tmp_path)
     assert read[0] == form
     assert all(torch.equal(read[1][key], value) for key, value in ours.state_dict().items())
     for group, values in facts.items():
@@ -175,7 +175,7 @@ def test_what_their_pipeline_saves_is_read(safe: bool, tmp_path: Path) -> None:
     pipeline = diffusers.DDPMPipeline(unet=model, scheduler=scheduler)
     pipeline.save_pretrained(tmp_path, safe_serialization=safe)
     assert (tmp_path / "unet/diffusion_pytorch_model.bin").exists() != safe
-    form, tensors, facts = interchange.read_folder(tmp_path)
+    form, tensors, facts = convert.read_folder(tmp_path)
     ours = UNet(**form).eval()
     ours.load_state_dict(tensors)
     require_alike(ours, model, CIFAR10)
@@ -191,7 +191,7 @@ def test_weights_under_the_old_names_of_attention_layers_are_read() -> None:
     for new, name in old.items():
         renamed = {key.replace(f".{new}.", f".{name}."): value for key, value in renamed.items()}
     assert "mid_block.attentions.0.proj_attn.bias" in renamed
-    form, tensors = interchange.from_diffusers(dict(model.config), renamed)
+    form, tensors = convert.from_diffusers(dict(model.config), renamed)
     ours = UNet(**form).eval()
     ours.load_state_dict(tensors)
     require_alike(ours, model, CIFAR10)

@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddpm_ray.models import interchange
-from ddpm_ray.models.foreign_configs import (
+from ddpm_ray.models.interop import convert
+from ddpm_ray.models.interop.diffusers_config import (
     SCHEDULER,
     ForeignModelError,
     Form,
@@ -131,9 +131,9 @@ def test_guided_diffusions_names_are_those_of_the_table(
     homes = {**GUIDED_BLOCKS, **GUIDED_ATTENTIONS, **GUIDED_PLAIN, **resamplers}
     theirs = by_hand(ours, homes, GUIDED_PARTS, ones=1)
     assert theirs["middle_block.1.qkv.weight"].shape == (24, 8, 1)
-    taken = interchange.from_guided_diffusion(theirs, form(variant), new_attention_order=True)
+    taken = convert.from_guided_diffusion(theirs, form(variant), new_attention_order=True)
     require_same(taken, ours)
-    back = interchange.to_guided_diffusion(form(variant), taken, new_attention_order=True)
+    back = convert.to_guided_diffusion(form(variant), taken, new_attention_order=True)
     require_same(back, theirs)
 
 
@@ -141,19 +141,19 @@ def test_hos_names_are_those_of_the_table() -> None:
     ours = numbered(form())
     theirs = by_hand(ours, {**HO_BLOCKS, **HO_ATTENTIONS, **HO_PLAIN}, HO_PARTS, ones=2)
     assert theirs["mid.attn_1.q.weight"].shape == (8, 8, 1, 1)
-    taken = interchange.from_ho(theirs, form())
+    taken = convert.from_ho(theirs, form())
     require_same(taken, ours)
-    require_same(interchange.to_ho(form(), taken), theirs)
+    require_same(convert.to_ho(form(), taken), theirs)
 
 
 def test_rows_that_lie_head_by_head_find_their_place() -> None:
     """Two heads of 4 of 8 channels: row 12 h + 4 p + c is channel c of part p of head h."""
     ours = numbered(form(TWO_HEADS))
-    theirs = interchange.to_guided_diffusion(form(TWO_HEADS), ours)
+    theirs = convert.to_guided_diffusion(form(TWO_HEADS), ours)
     for h, p, c in ((h, p, c) for h in range(2) for p in range(3) for c in range(4)):
         row = theirs["middle_block.1.qkv.bias"][12 * h + 4 * p + c]
         assert row == ours["middle_1.attention.query_key_value.bias"][8 * p + 4 * h + c]
-    require_same(interchange.from_guided_diffusion(theirs, form(TWO_HEADS)), ours)
+    require_same(convert.from_guided_diffusion(theirs, form(TWO_HEADS)), ours)
 
 
 @pytest.mark.parametrize("knows_null", [False, True])
@@ -164,24 +164,24 @@ def test_a_network_of_three_classes_comes_with_a_null_label_or_gets_none_added(
     ours = numbered(asked)
     if not knows_null:
         ours["label.weight"][3] = 0
-    theirs = interchange.to_guided_diffusion(asked, ours)
+    theirs = convert.to_guided_diffusion(asked, ours)
     assert len(theirs["label_emb.weight"]) == 3 + knows_null
-    require_same(interchange.from_guided_diffusion(theirs, asked), ours)
+    require_same(convert.from_guided_diffusion(theirs, asked), ours)
 
 
 def test_tensors_that_do_not_fit_are_refused_by_name() -> None:
-    theirs = interchange.to_ho(form(), numbered(form()))
+    theirs = convert.to_ho(form(), numbered(form()))
     with pytest.raises(ForeignModelError, match=r"lacks conv_in\.weight$"):
-        interchange.from_ho({k: v for k, v in theirs.items() if k != "conv_in.weight"}, form())
+        convert.from_ho({k: v for k, v in theirs.items() if k != "conv_in.weight"}, form())
     extra = {f"ema.{i}": torch.zeros(1) for i in range(5)}
     with pytest.raises(ForeignModelError, match=r"no place for ema\.0, ema\.1, ema\.2 and 2 more"):
-        interchange.from_ho(theirs | extra, form())
+        convert.from_ho(theirs | extra, form())
     with pytest.raises(ForeignModelError, match=r"conv_in\.bias makes \[5\] where .* \[4\]"):
-        interchange.from_ho(theirs | {"conv_in.bias": torch.zeros(5)}, form())
+        convert.from_ho(theirs | {"conv_in.bias": torch.zeros(5)}, form())
     with pytest.raises(ForeignModelError, match=r"lacks \(no place for label\)"):
-        interchange.from_ho(theirs, form(num_classes=3))
+        convert.from_ho(theirs, form(num_classes=3))
     with pytest.raises(ForeignModelError, match="makes no network: groups is 3"):
-        interchange.from_ho(theirs, form(groups=3))
+        convert.from_ho(theirs, form(groups=3))
 
 
 @pytest.mark.parametrize(
@@ -206,9 +206,9 @@ def test_tensors_that_do_not_fit_are_refused_by_name() -> None:
 def test_configs_that_this_network_cannot_be_are_refused_by_key(
     changes: dict[str, Any], message: str
 ) -> None:
-    config, tensors = interchange.to_diffusers(form(), numbered(form()))
+    config, tensors = convert.to_diffusers(form(), numbered(form()))
     with pytest.raises(ForeignModelError, match=message):
-        interchange.from_diffusers(config | changes, tensors)
+        convert.from_diffusers(config | changes, tensors)
 
 
 @pytest.mark.parametrize(
@@ -220,7 +220,7 @@ def test_configs_that_this_network_cannot_be_are_refused_by_key(
 )
 def test_networks_that_theirs_cannot_be_are_refused(asked: Form, message: str) -> None:
     with pytest.raises(ForeignModelError, match=message):
-        interchange.to_diffusers(asked, numbered(asked))
+        convert.to_diffusers(asked, numbered(asked))
 
 
 SCHEDULES: list[dict[str, Any]] = [
@@ -293,7 +293,7 @@ def test_runs_that_their_scheduler_cannot_be_are_refused(
 
 
 def saved(folder: Path) -> Path:
-    interchange.write_folder(folder, form(), numbered(form()), from_scheduler({}), write_bytes)
+    convert.write_folder(folder, form(), numbered(form()), from_scheduler({}), write_bytes)
     return folder
 
 
@@ -304,7 +304,7 @@ def test_a_folder_without_folders_in_it_is_read_too(tmp_path: Path) -> None:
         path.rename(tmp_path / path.name)
     for path in (tmp_path / "unet", tmp_path / "scheduler"):
         path.rmdir()
-    found, tensors, _ = interchange.read_folder(tmp_path)
+    found, tensors, _ = convert.read_folder(tmp_path)
     assert found == form()
     require_same(tensors, numbered(form()))
 
@@ -314,19 +314,19 @@ def test_files_that_are_no_such_model_are_refused_by_path(tmp_path: Path) -> Non
     weights = tmp_path / "unet/diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     with pytest.raises(ForeignModelError, match=r"model\.safetensors: cannot be read"):
-        interchange.read_folder(tmp_path)
+        convert.read_folder(tmp_path)
     weights.unlink()
     with pytest.raises(ForeignModelError, match=r"model\.bin: cannot be read: .*No such file"):
-        interchange.read_folder(tmp_path)
+        convert.read_folder(tmp_path)
     torch.save([torch.zeros(1)], weights.with_suffix(".bin"))
     with pytest.raises(ForeignModelError, match="something else than tensors by name"):
-        interchange.read_folder(tmp_path)
+        convert.read_folder(tmp_path)
     config.write_text(json.dumps([]))
     with pytest.raises(ForeignModelError, match=r"config\.json: is no JSON object"):
-        interchange.read_folder(tmp_path)
+        convert.read_folder(tmp_path)
     config.unlink()
     with pytest.raises(ForeignModelError, match=r"config\.json: cannot be read"):
-        interchange.read_folder(tmp_path)
+        convert.read_folder(tmp_path)
 
 
 class Harm:
@@ -342,5 +342,5 @@ def test_a_pickle_that_runs_code_is_not_run(
     (tmp_path / "unet/diffusion_pytorch_model.safetensors").unlink()
     torch.save({"a": Harm()}, tmp_path / "unet/diffusion_pytorch_model.bin")
     with pytest.raises(ForeignModelError, match=r"model\.bin: cannot be read"):
-        interchange.read_folder(tmp_path)
+        convert.read_folder(tmp_path)
     assert not (tmp_path / "harm").exists()

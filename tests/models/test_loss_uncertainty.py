@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ddpm_ray.diffusion.loss_weighting import uncertain
-from ddpm_ray.models.log_variance import LogVariance
+from ddpm_ray.models.loss_uncertainty import LogVariance
 
 
 def test_it_learns_the_log_of_the_mean_loss_at_each_step() -> None:

@@ -16,8 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from ddpm_ray.models import foreign_keys
-from ddpm_ray.models.foreign_configs import (
+from ddpm_ray.models.interop import state_dict_names
+from ddpm_ray.models.interop.diffusers_config import (
     Config,
     Facts,
     ForeignModelError,
@@ -26,7 +26,7 @@ from ddpm_ray.models.foreign_configs import (
     form_of,
     from_scheduler,
 )
-from ddpm_ray.models.foreign_samplers import Export, to_pipeline
+from ddpm_ray.models.interop.diffusers_schedulers import Export, to_pipeline
 from ddpm_ray.models.layers import heads
 from ddpm_ray.models.unet import UNet
 
@@ -40,13 +40,13 @@ class Layout(NamedTuple):
     """How a code base keeps a U-Net."""
 
     name: str
-    table: Callable[[UNet], foreign_keys.Table]
+    table: Callable[[UNet], state_dict_names.Table]
     attention_axes: int  # of length 1, behind the two of a dense layer: their 1x1 convolutions
 
 
-DIFFUSERS = Layout("UNet2DModel", foreign_keys.diffusers, 0)
-GUIDED_DIFFUSION = Layout("guided-diffusion", foreign_keys.guided, 1)
-HO_IN_PYTORCH = Layout("Ho et al.'s weights", foreign_keys.ho, 2)
+DIFFUSERS = Layout("UNet2DModel", state_dict_names.diffusers, 0)
+GUIDED_DIFFUSION = Layout("guided-diffusion", state_dict_names.guided, 1)
+HO_IN_PYTORCH = Layout("Ho et al.'s weights", state_dict_names.ho, 2)
 
 
 def from_diffusers(config: Config, tensors: Tensors) -> tuple[Form, dict[str, Tensor]]:

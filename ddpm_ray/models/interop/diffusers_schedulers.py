@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from ddpm_ray.models.foreign_configs import SAMPLING, Facts, to_scheduler
+from ddpm_ray.models.interop.diffusers_config import SAMPLING, Facts, to_scheduler
 
 OF_TRAINING = (
     "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas",
