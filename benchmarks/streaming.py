@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 
 from ddpm_ray.data import shards
-from ddpm_ray.data.stream import ShardStream
+from ddpm_ray.data.loader import ShardStream
 from ddpm_ray.storage import object_store
 
 BATCH, SHAPE, BUCKET = 128, (32, 32, 3), "bench"

@@ -30,8 +30,8 @@ from ddpm_ray.cluster.worker import assemble, place
 from ddpm_ray.config.loading import from_dict, load, to_dict
 from ddpm_ray.config.run import ClusterConfig, RunConfig
 from ddpm_ray.counter_rng import Purpose, normal, uniform_int
-from ddpm_ray.data import packer
-from ddpm_ray.data.pack_options import PackOptions
+from ddpm_ray.data.packing import packer
+from ddpm_ray.data.packing.pack_options import PackOptions
 from ddpm_ray.reporting import Wish
 from ddpm_ray.training.lease import Lease
 from ddpm_ray.training.loop import Run, report, save, take_step

@@ -20,8 +20,8 @@ from ddpm_ray.config.run import (
     TrainingConfig,
 )
 from ddpm_ray.data import transforms
+from ddpm_ray.data.loader import Batch, ShardStream
 from ddpm_ray.data.shards import Dataset, open_dataset
-from ddpm_ray.data.stream import Batch, ShardStream
 from ddpm_ray.diffusion.timestep_sampling import SecondMoments
 from ddpm_ray.generation.denoiser import Denoiser
 from ddpm_ray.models.classifier import NoisyClassifier

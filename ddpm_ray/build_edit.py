@@ -9,7 +9,7 @@ from ddpm_ray.build_diffusion import checked_plan
 from ddpm_ray.config.edit import EditConfig
 from ddpm_ray.config.loading import ConfigError, from_dict
 from ddpm_ray.config.run import RunConfig
-from ddpm_ray.data.image_files import BadImageError
+from ddpm_ray.data.packing.image_files import BadImageError
 from ddpm_ray.generation import editing
 from ddpm_ray.generation.editing import Mask, Painting
 from ddpm_ray.generation.picture_files import read_image, read_mask

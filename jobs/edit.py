@@ -42,7 +42,7 @@ def edit(config: EditConfig, arguments: Namespace) -> dict[str, Any]:
     made_ready(arguments.out)
     from ddpm_ray import build_edit
     from ddpm_ray.cluster import trained
-    from ddpm_ray.data.image_files import from_pixels
+    from ddpm_ray.data.packing.image_files import from_pixels
     from ddpm_ray.generation.grids import grid
     from ddpm_ray.generation.picture_files import write_picture
 

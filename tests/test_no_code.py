@@ -122,7 +122,7 @@ from safetensors.torch import load_file
 from ddpm_ray import build, build_trained
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.shards import fetch_shard, open_dataset
-from ddpm_ray.data.stream import ShardStream
+from ddpm_ray.data.loader import ShardStream
 from ddpm_ray.config.diffusion import SamplingConfig
 from ddpm_ray.config.loading import load, to_dict
 from ddpm_ray.models.inception import Inception

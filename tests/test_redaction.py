@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ddpm_ray.cluster.tracking import TrackingError
-from ddpm_ray.data.image_files import BadImageError
+from ddpm_ray.data.packing.image_files import BadImageError
 from ddpm_ray.data.shards import DatasetError, ShardCorruptError
 from ddpm_ray.redaction import counted, has_secret, printable, redacted, told
 from ddpm_ray.storage.checksummed import DamagedError

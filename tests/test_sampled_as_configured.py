@@ -24,8 +24,8 @@ from ddpm_ray.collectives import Workers
 from ddpm_ray.config.loading import load, to_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.sampling import SamplingConfig
-from ddpm_ray.data import packer
-from ddpm_ray.data.pack_options import PackOptions
+from ddpm_ray.data.packing import packer
+from ddpm_ray.data.packing.pack_options import PackOptions
 from ddpm_ray.generation.grids import grid
 from ddpm_ray.storage import object_store
 from ddpm_ray.training.checkpoints import CheckpointStore

@@ -8,10 +8,10 @@ from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
 from ddpm_ray.config.jobs import PackConfig
-from ddpm_ray.data import pack_report, packer
-from ddpm_ray.data.pack_options import PackOptions
-from ddpm_ray.data.pack_report import PackReport
-from ddpm_ray.data.packer import Packed, Plan
+from ddpm_ray.data.packing import pack_report, packer
+from ddpm_ray.data.packing.pack_options import PackOptions
+from ddpm_ray.data.packing.pack_report import PackReport
+from ddpm_ray.data.packing.packer import Packed, Plan
 from ddpm_ray.data.shards import Dataset
 
 if TYPE_CHECKING:

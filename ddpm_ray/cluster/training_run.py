@@ -27,7 +27,7 @@ from ddpm_ray.cluster.worker import train_worker
 from ddpm_ray.config.jobs import PackConfig
 from ddpm_ray.config.loading import ConfigError, flat, to_dict, to_yaml
 from ddpm_ray.config.run import RunConfig
-from ddpm_ray.data import built_in_sets
+from ddpm_ray.data.packing import builtin_datasets
 from ddpm_ray.data.shards import MANIFEST, Dataset, open_dataset
 from ddpm_ray.redaction import counted
 from ddpm_ray.reporting import Progress
@@ -216,7 +216,7 @@ def packed_data(config: RunConfig) -> Dataset:
     if source and not object_store.exists(object_store.join(url, MANIFEST)):
         pack(source, url, PackConfig())
     dataset = open_dataset(url)
-    if source and dataset.manifest.source_sha256 != built_in_sets.SOURCE_SHA256[source]:
+    if source and dataset.manifest.source_sha256 != builtin_datasets.SOURCE_SHA256[source]:
         raise ConfigError(
             f"data.source is {source!r}, and another data set is in data.url {url!r}; set "
             f"data.source= to train on that one, or choose another data.url"

@@ -22,9 +22,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from ddpm_ray.data import arrow_files, index_file
-from ddpm_ray.data.arrow_files import ArrowFileError
-from ddpm_ray.data.cache import ShardCache
+from ddpm_ray.data import arrow_io, shard_index
+from ddpm_ray.data.arrow_io import ArrowFileError
+from ddpm_ray.data.shard_cache import ShardCache
 from ddpm_ray.redaction import counted, told
 from ddpm_ray.storage import checksummed, object_store
 from ddpm_ray.storage.file_formats import require_readable
@@ -163,7 +163,7 @@ def open_dataset(url: str) -> Dataset:
         problem = f"index_sha256 is {stated[:12]}, but {INDEX} has {digest[:12]}"
         raise DatasetError(where, problem, "one of the two was changed: pack the data set again")
     try:
-        table = index_file.read(data)
+        table = shard_index.read(data)
         manifest = _manifest(table, digest)
     except ValueError as error:  # also of sums that no pixels have
         where = object_store.join(url, INDEX)
@@ -179,8 +179,8 @@ def open_dataset(url: str) -> Dataset:
 
 def write_index(url: str, recipe: Recipe, rows: Sequence[ShardRow]) -> Dataset:
     """Write index and then manifest for shards that are already at `url`; that completes it."""
-    data = index_file.write(asdict(recipe), [asdict(row) for row in rows])
-    table = index_file.read(data)
+    data = shard_index.write(asdict(recipe), [asdict(row) for row in rows])
+    table = shard_index.read(data)
     manifest = _manifest(table, hashlib.sha256(data).hexdigest())
     object_store.write_bytes(object_store.join(url, INDEX), data)
     object_store.write_bytes(object_store.join(url, MANIFEST), manifest.to_json())
@@ -204,7 +204,7 @@ def shard_bytes(
     else:
         column = pa.array(images, pa.binary())
     columns = [column, pa.array(labels, pa.int64()), pa.array(keys, pa.string())]
-    return arrow_files.write(pa.Table.from_arrays(columns, ["image", "label", "key"]))
+    return arrow_io.write(pa.Table.from_arrays(columns, ["image", "label", "key"]))
 
 
 def parse_shard(data: bytes, manifest: Manifest) -> Shard:
@@ -212,7 +212,7 @@ def parse_shard(data: bytes, manifest: Manifest) -> Shard:
     raw = manifest.encoding == "raw"
     kind = pa.fixed_shape_tensor(pa.uint8(), manifest.image_shape) if raw else pa.binary()
     schema = pa.schema({"image": kind, "label": pa.int64(), "key": pa.string()})
-    images, labels, keys = arrow_files.read(data, schema).columns
+    images, labels, keys = arrow_io.read(data, schema).columns
     if raw:
         if (flat := images.storage.flatten()).null_count:
             raise ArrowFileError("it has empty pixels")
@@ -263,7 +263,7 @@ def pixel_sums(images: UInt8s) -> tuple[list[int], list[int]]:
 
 def _manifest(table: pa.Table, index_sha256: str) -> Manifest:
     """The only manifest that fits this index."""
-    recipe = index_file.recipe(table)
+    recipe = shard_index.recipe(table)
     height, width, channels = recipe["image_shape"]
     samples = sum(table.column("samples").to_pylist())
     sums, squares = (

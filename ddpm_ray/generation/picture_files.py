@@ -8,7 +8,13 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from ddpm_ray.data.image_files import FORMATS, ORIENTATION, BadImageError, open_image, pixels
+from ddpm_ray.data.packing.image_files import (
+    FORMATS,
+    ORIENTATION,
+    BadImageError,
+    open_image,
+    pixels,
+)
 from ddpm_ray.generation.editing import Mask
 from ddpm_ray.storage import object_store
 

@@ -203,7 +203,7 @@ def state(url: str) -> ObjectState:
 def states(url: str) -> dict[str, ObjectState]:
     """Size and version of every object below a remote `url`, hidden ones too, by relative name.
 
-    Raises StorageError where there is nothing. (A local folder: data/source_files.py.)
+    Raises StorageError where there is nothing. (A local folder: data/packing/source_files.py.)
     """
     filesystem, path = _filesystem(url)
     prefix = path.rstrip("/") + "/"

@@ -36,7 +36,7 @@ class Batch(Protocol):
 
 
 class ImageStream(Protocol):
-    """Global batches by number; see ddpm_ray/data/stream.py."""
+    """Global batches by number; see ddpm_ray/data/loader.py."""
 
     waited_s: float
 

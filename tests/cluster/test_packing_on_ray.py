@@ -10,9 +10,9 @@ from PIL import Image
 
 from ddpm_ray.cluster.packing import pack
 from ddpm_ray.config.jobs import PackConfig
-from ddpm_ray.data import packer
-from ddpm_ray.data.image_files import BadImageError
-from ddpm_ray.data.pack_options import PackOptions
+from ddpm_ray.data.packing import packer
+from ddpm_ray.data.packing.image_files import BadImageError
+from ddpm_ray.data.packing.pack_options import PackOptions
 
 SHARD_BYTES = 2 << 20  # 32 of the pictures below
 

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from ddpm_ray.data import packer, shards
-from ddpm_ray.data.pack_options import PackOptions
+from ddpm_ray.data import shards
+from ddpm_ray.data.packing import packer
+from ddpm_ray.data.packing.pack_options import PackOptions
+from ddpm_ray.data.packing.sources import ArraySource
 from ddpm_ray.data.shards import Dataset, Encoding
-from ddpm_ray.data.sources import ArraySource
 
 MakeDataset = Callable[..., Dataset]
 

@@ -18,12 +18,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ddpm_ray.data import arrow_files, index_file, shards
-from ddpm_ray.data.arrow_files import ArrowFileError
-from ddpm_ray.data.cache import ShardCache
-from ddpm_ray.data.image_files import encoded
+from ddpm_ray.data import arrow_io, shard_index, shards
+from ddpm_ray.data.arrow_io import ArrowFileError
+from ddpm_ray.data.loader import ShardStream
+from ddpm_ray.data.packing.image_files import encoded
+from ddpm_ray.data.shard_cache import ShardCache
 from ddpm_ray.data.shards import Dataset, DatasetError, Recipe, ShardRow, fetch_shard, open_dataset
-from ddpm_ray.data.stream import ShardStream
 from ddpm_ray.storage.object_store import StorageError
 from tests.data.test_image_files import bomb
 
@@ -49,9 +49,9 @@ def publish(folder: Path, data: bytes, recipe: Recipe = RECIPE, **changes: Any) 
     (folder / "shard-00000.arrow").write_bytes(data)
     table = pa.Table.from_pylist(
         [dataclasses.asdict(row(data, **changes))],
-        schema=index_file.SCHEMA.with_metadata({"recipe": json.dumps(dataclasses.asdict(recipe))}),
+        schema=shard_index.SCHEMA.with_metadata({"recipe": json.dumps(dataclasses.asdict(recipe))}),
     )
-    index = arrow_files.write(table)
+    index = arrow_io.write(table)
     (folder / "index.arrow").write_bytes(index)
     digest = hashlib.sha256(index).hexdigest()
     manifest = {"format": shards.FORMAT, "index_sha256": digest}
@@ -67,8 +67,8 @@ def with_recipe(folder: Path, text: str) -> str:
     """A data set whose index holds `text` as its recipe, and whose manifest fits the index."""
     url = publish(folder, GOOD)
     rows = [dataclasses.asdict(row(GOOD))]
-    schema = index_file.SCHEMA.with_metadata({"recipe": text})
-    index = arrow_files.write(pa.Table.from_pylist(rows, schema=schema))
+    schema = shard_index.SCHEMA.with_metadata({"recipe": text})
+    index = arrow_io.write(pa.Table.from_pylist(rows, schema=schema))
     (folder / "index.arrow").write_bytes(index)
     manifest = {"format": shards.FORMAT, "index_sha256": hashlib.sha256(index).hexdigest()}
     (folder / "manifest.json").write_text(json.dumps(manifest))
@@ -193,7 +193,7 @@ def test_an_extension_type_runs_nothing(name: str, tmp_path: Path) -> None:
     fields = [pa.field("image", kind, metadata=told), SCHEMA.field("label"), SCHEMA.field("key")]
     images = pa.array(IMAGES.reshape(4, 6).tolist(), kind)
     columns, schema = [images, pa.array(range(4)), pa.array(list("abcd"))], pa.schema(fields)
-    data = arrow_files.write(pa.Table.from_arrays(columns, schema=schema))
+    data = arrow_io.write(pa.Table.from_arrays(columns, schema=schema))
     dataset = open_dataset(publish(tmp_path / "set", data))
     with pytest.raises(DatasetError, match=r"shard-00000.arrow: not a shard: (its columns|not an)"):
         fetch_shard(dataset, 0)
@@ -201,7 +201,7 @@ def test_an_extension_type_runs_nothing(name: str, tmp_path: Path) -> None:
 
 
 def compressed(codec: str) -> bytes:
-    table = pa.Table.from_batches([arrow_files.read(GOOD, SCHEMA)])
+    table = pa.Table.from_batches([arrow_io.read(GOOD, SCHEMA)])
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, SCHEMA, options=pa.ipc.IpcWriteOptions(compression=codec)) as file:
         file.write_table(table)
@@ -209,8 +209,8 @@ def compressed(codec: str) -> bytes:
 
 
 def with_columns(**columns: pa.Array) -> bytes:
-    true = dict(zip(SCHEMA.names, arrow_files.read(GOOD, SCHEMA).columns, strict=True))
-    return arrow_files.write(pa.table(true | columns))
+    true = dict(zip(SCHEMA.names, arrow_io.read(GOOD, SCHEMA).columns, strict=True))
+    return arrow_io.write(pa.table(true | columns))
 
 
 HOSTILE = {
@@ -250,12 +250,12 @@ def test_an_offset_that_leads_out_of_its_buffer_is_seen() -> None:
     data = shards.shard_bytes(IMAGES, [0] * 4, ["abcdefgh"] * 4)
     assert data.count(keys[:20]) == 1
     with pytest.raises(ArrowFileError, match="not an Arrow file"):
-        arrow_files.read(data.replace(keys[:20], bytes(wild[:20])), SCHEMA)
+        arrow_io.read(data.replace(keys[:20], bytes(wild[:20])), SCHEMA)
 
 
 SCRIPT = """
 import random, sys
-from ddpm_ray.data import arrow_files
+from ddpm_ray.data import arrow_io as arrow_files
 from tests.data.test_hostile_shards import GOOD, SCHEMA
 read = refused = 0
 draw = random.Random(int(sys.argv[1]))
@@ -331,7 +331,7 @@ def test_an_encoded_image_is_of_the_manifests_format_and_size(
 def test_any_key_is_kept_as_it_is(keys: list[str]) -> None:
     """It is data; what is told of it is spelt out (tests/test_redaction.py)."""
     clean = [key.encode("utf-8", "replace").decode() for key in keys]
-    found = arrow_files.read(shards.shard_bytes(IMAGES, [0] * 4, clean), SCHEMA)
+    found = arrow_io.read(shards.shard_bytes(IMAGES, [0] * 4, clean), SCHEMA)
     assert found["key"].to_pylist() == clean
 
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from ddpm_ray.data import packer
-from ddpm_ray.data.image_files import FORMATS, SUFFIXES, BadImageError, open_image
-from ddpm_ray.data.pack_options import PackOptions
+from ddpm_ray.data.packing import packer
+from ddpm_ray.data.packing.image_files import FORMATS, SUFFIXES, BadImageError, open_image
+from ddpm_ray.data.packing.pack_options import PackOptions
+from ddpm_ray.data.packing.sources import open_source
 from ddpm_ray.data.shards import DatasetError, fetch_shard
-from ddpm_ray.data.sources import open_source
 from tests.data.test_image_files import bomb, saved
 from tests.data.test_sources import png
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm_ray.data.image_files import (
+from ddpm_ray.data.packing.image_files import (
     BAD_EXIF,
     FIRST_ONLY,
     ON_WHITE,
@@ -225,7 +225,7 @@ HOST = """
 import io, sys, warnings
 from PIL import Image
 before = Image.MAX_IMAGE_PIXELS
-import ddpm_ray.data.image_files as ours
+import ddpm_ray.data.packing.image_files as ours
 large = io.BytesIO()
 Image.new("1", (20_000, 20_000)).save(large, "png")
 warnings.simplefilter("error")

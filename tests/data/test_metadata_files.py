@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from ddpm_ray.data.pack_options import PackOptions
+from ddpm_ray.data.packing.pack_options import PackOptions
+from ddpm_ray.data.packing.sources import open_source
 from ddpm_ray.data.samples import Source
 from ddpm_ray.data.shards import DatasetError
-from ddpm_ray.data.sources import open_source
 from tests.data.test_source_files import keys, left_out, write
 from tests.data.test_tar_source import labels
 

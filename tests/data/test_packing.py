@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm_ray.data import pack_report, packer
-from ddpm_ray.data.image_files import BadImageError
-from ddpm_ray.data.pack_options import PackOptions
-from ddpm_ray.data.pack_report import PackReport
+from ddpm_ray.data.loader import read_images
+from ddpm_ray.data.packing import pack_report, packer
+from ddpm_ray.data.packing.image_files import BadImageError
+from ddpm_ray.data.packing.pack_options import PackOptions
+from ddpm_ray.data.packing.pack_report import PackReport
 from ddpm_ray.data.samples import NamedGroup
 from ddpm_ray.data.shards import Dataset, DatasetError, fetch_shard, open_dataset
-from ddpm_ray.data.stream import read_images
 from ddpm_ray.storage import checksummed_json, object_store
 from ddpm_ray.storage.object_store import StorageError
 from tests.limits import ENDS_S

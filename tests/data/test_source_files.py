@@ -6,11 +6,11 @@ from unittest import mock
 
 import pytest
 
-from ddpm_ray.data.pack_options import PackOptions
+from ddpm_ray.data.packing.pack_options import PackOptions
+from ddpm_ray.data.packing.source_files import is_hidden
+from ddpm_ray.data.packing.sources import open_source
 from ddpm_ray.data.samples import Source
 from ddpm_ray.data.shards import DatasetError
-from ddpm_ray.data.source_files import is_hidden
-from ddpm_ray.data.sources import open_source
 from ddpm_ray.storage import object_store
 from ddpm_ray.storage.object_store import StorageError
 from tests.data.test_sources import png, write_tar

@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm_ray.data import built_in_sets
-from ddpm_ray.data.pack_options import PackOptions
+from ddpm_ray.data.packing import builtin_datasets
+from ddpm_ray.data.packing.pack_options import PackOptions
+from ddpm_ray.data.packing.sources import open_source
 from ddpm_ray.data.samples import Source
 from ddpm_ray.data.shards import DatasetError
-from ddpm_ray.data.sources import open_source
 from ddpm_ray.storage import object_store
 from ddpm_ray.storage.object_store import StorageError
 
@@ -158,7 +158,7 @@ def test_the_published_hash_is_asked_for_wherever_the_files_come_from(tmp_path: 
         (tmp_path / f"train-{kind}-ubyte.gz").write_bytes(b"not it")
     with pytest.raises(StorageError, match=r"train-images.* expected 440fcabf73cc546f"):
         open_source("mnist", PackOptions(url=str(tmp_path)))
-    assert all(len(h) == 64 for hashes in built_in_sets.SHA256.values() for h in hashes)
+    assert all(len(h) == 64 for hashes in builtin_datasets.SHA256.values() for h in hashes)
 
 
 def broken(folder: Path, how: str) -> str:

@@ -9,12 +9,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ddpm_ray.data import packer
-from ddpm_ray.data.image_files import BadImageError
-from ddpm_ray.data.pack_options import PackOptions
+from ddpm_ray.data.packing import packer
+from ddpm_ray.data.packing.image_files import BadImageError
+from ddpm_ray.data.packing.pack_options import PackOptions
+from ddpm_ray.data.packing.sources import open_source
 from ddpm_ray.data.samples import Source
 from ddpm_ray.data.shards import DatasetError, fetch_shard
-from ddpm_ray.data.sources import open_source
 from ddpm_ray.storage import object_store
 from tests.data.test_source_files import keys, left_out, write
 from tests.data.test_sources import png

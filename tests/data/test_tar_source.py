@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from ddpm_ray.data.pack_options import PackOptions
+from ddpm_ray.data.packing.pack_options import PackOptions
+from ddpm_ray.data.packing.sources import open_source
 from ddpm_ray.data.samples import Source
 from ddpm_ray.data.shards import DatasetError
-from ddpm_ray.data.sources import open_source
 from tests.data.test_source_files import keys, left_out
 from tests.data.test_sources import png, write_tar
 from tests.limits import ENDS_S
@@ -182,7 +182,7 @@ def test_a_cut_tar_is_an_error_or_whole(tmp_path: Path) -> None:
 
 NEGATIVE = """
 import io
-from ddpm_ray.data.tar_members import members
+from ddpm_ray.data.packing.tar_members import members
 
 def told(data):
     try:

@@ -36,10 +36,10 @@ from ddpm_ray.cluster.trial import run_trial
 from ddpm_ray.config.loading import load
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.sweep import SweepConfig
-from ddpm_ray.data import packer
-from ddpm_ray.data.pack_options import PackOptions
+from ddpm_ray.data.loader import ShardStream
+from ddpm_ray.data.packing import packer
+from ddpm_ray.data.packing.pack_options import PackOptions
 from ddpm_ray.data.shards import open_dataset
-from ddpm_ray.data.stream import ShardStream
 from ddpm_ray.reporting import Progress, Wish
 from ddpm_ray.storage import object_store
 from ddpm_ray.training import checkpoints

@@ -26,8 +26,8 @@ from ddpm_ray import build, build_diffusion, fault_injection
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.loading import load, to_dict
 from ddpm_ray.config.run import RunConfig
+from ddpm_ray.data.loader import Batch, ShardStream
 from ddpm_ray.data.shards import open_dataset
-from ddpm_ray.data.stream import Batch, ShardStream
 from ddpm_ray.diffusion import add_noise
 from ddpm_ray.fault_injection import InjectedFaultError
 from ddpm_ray.reporting import RATES, Progress, Row, Wish

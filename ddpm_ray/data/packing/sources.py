@@ -16,14 +16,12 @@ from typing import cast
 import numpy as np
 import numpy.typing as npt
 
-from ddpm_ray.data import built_in_sets
-from ddpm_ray.data.built_in_sets import BuiltIn
-from ddpm_ray.data.folder_source import folder_source
-from ddpm_ray.data.image_files import is_image
-from ddpm_ray.data.pack_options import DEFAULTS, PackOptions
-from ddpm_ray.data.samples import NamedGroup, Sample, Source
-from ddpm_ray.data.shards import INDEX, MANIFEST, DatasetError
-from ddpm_ray.data.source_files import (
+from ddpm_ray.data.packing import builtin_datasets
+from ddpm_ray.data.packing.builtin_datasets import BuiltIn
+from ddpm_ray.data.packing.folder_source import folder_source
+from ddpm_ray.data.packing.image_files import is_image
+from ddpm_ray.data.packing.pack_options import DEFAULTS, PackOptions
+from ddpm_ray.data.packing.source_files import (
     ARCHIVES,
     OTHER,
     TABLES,
@@ -32,8 +30,10 @@ from ddpm_ray.data.source_files import (
     list_source,
     refuse_splits,
 )
-from ddpm_ray.data.table_source import table_source
-from ddpm_ray.data.tar_source import tar_source
+from ddpm_ray.data.packing.table_source import table_source
+from ddpm_ray.data.packing.tar_source import tar_source
+from ddpm_ray.data.samples import NamedGroup, Sample, Source
+from ddpm_ray.data.shards import INDEX, MANIFEST, DatasetError
 from ddpm_ray.storage import object_store
 
 
@@ -43,9 +43,9 @@ def open_source(source: str, options: PackOptions = DEFAULTS) -> Source:
     An image file of more than `options.max_file_bytes` is named, but not read.
     Raises DatasetError where there is nothing to pack, StorageError where it cannot be read.
     """
-    if source in built_in_sets.NAMES:
+    if source in builtin_datasets.NAMES:
         name = cast(BuiltIn, source)
-        arrays = built_in_sets.load(name, options.split, options.url, options.sha256)
+        arrays = builtin_datasets.load(name, options.split, options.url, options.sha256)
         return ArraySource(source, *arrays)
     source = object_store.absolute(source, Path.cwd())  # tasks run in folders of their own
     if "://" not in source:
@@ -117,7 +117,7 @@ def _is_folder(source: str) -> bool:
 
 def _refuse_other_than_folder(source: str) -> None:
     """Raise DatasetError unless the local `source` is a folder, a tar or a table."""
-    known = ", ".join(built_in_sets.NAMES)
+    known = ", ".join(builtin_datasets.NAMES)
     remedy = (
         f"give a folder of images, tars or tables, a .tar, .parquet or .arrow, or one of {known}"
     )

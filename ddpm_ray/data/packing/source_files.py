@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ddpm_ray.data.image_files import is_image
+from ddpm_ray.data.packing.image_files import is_image
 from ddpm_ray.data.samples import NamedGroup, groups
 from ddpm_ray.data.shards import DatasetError
 from ddpm_ray.storage import object_store

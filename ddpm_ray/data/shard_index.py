@@ -13,8 +13,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ddpm_ray.data import arrow_files
-from ddpm_ray.data.arrow_files import ArrowFileError
+from ddpm_ray.data import arrow_io
+from ddpm_ray.data.arrow_io import ArrowFileError
 
 SCHEMA = pa.schema(
     {
@@ -36,12 +36,12 @@ TEXTS = ("encoding", "resize", "source_sha256")  # of a recipe
 def write(recipe: dict[str, Any], rows: Sequence[dict[str, Any]]) -> bytes:
     """The file; the recipe is kept here and in the manifest, so that an edited manifest shows."""
     schema = SCHEMA.with_metadata({"recipe": json.dumps(recipe, sort_keys=True)})
-    return arrow_files.write(pa.Table.from_pylist(rows, schema=schema))
+    return arrow_io.write(pa.Table.from_pylist(rows, schema=schema))
 
 
 def read(data: bytes) -> pa.Table:
     """The table in `data`, its names, numbers and recipe in range. Raises ArrowFileError."""
-    batch = arrow_files.read(data, SCHEMA)
+    batch = arrow_io.read(data, SCHEMA)
     for column, form in FORMS.items():
         values = batch[column]
         for strange in values.filter(pc.invert(pc.match_substring_regex(values, form))):

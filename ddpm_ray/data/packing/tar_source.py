@@ -11,15 +11,15 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from ddpm_ray.data import class_names
-from ddpm_ray.data.class_names import Label
-from ddpm_ray.data.file_source import FileSource, Member, opened, version_of
-from ddpm_ray.data.image_files import is_image
-from ddpm_ray.data.pack_options import PackOptions
+from ddpm_ray.data.packing import class_names
+from ddpm_ray.data.packing.class_names import Label
+from ddpm_ray.data.packing.file_source import FileSource, Member, opened, version_of
+from ddpm_ray.data.packing.image_files import is_image
+from ddpm_ray.data.packing.pack_options import PackOptions
+from ddpm_ray.data.packing.source_files import HIDDEN, is_hidden
+from ddpm_ray.data.packing.tar_members import members
 from ddpm_ray.data.samples import NamedGroup, groups, printable_name
 from ddpm_ray.data.shards import DatasetError
-from ddpm_ray.data.source_files import HIDDEN, is_hidden
-from ddpm_ray.data.tar_members import members
 from ddpm_ray.storage import object_store
 from ddpm_ray.storage.object_store import ObjectState
 

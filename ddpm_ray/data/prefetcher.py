@@ -18,9 +18,9 @@ from weakref import WeakValueDictionary
 import numpy as np
 import torch
 
-from ddpm_ray.data.cache import ShardCache
-from ddpm_ray.data.order import Block, Int64s, Order
+from ddpm_ray.data.shard_cache import ShardCache
 from ddpm_ray.data.shards import Dataset, DatasetError, Shard, UInt8s, fetch_shard
+from ddpm_ray.data.shuffle_order import Block, Int64s, Order
 
 FETCHES = 4  # shards on their way at a time
 
@@ -211,7 +211,10 @@ def gather(
         flat = shard.images.reshape(len(shard), -1)
         np.take(flat, rows, axis=0, out=out, mode="clip")
         return
-    from ddpm_ray.data.image_files import BadImageError, decoded  # Pillow, for encoded images alone
+    from ddpm_ray.data.packing.image_files import (  # Pillow, for encoded images alone
+        BadImageError,
+        decoded,
+    )
 
     manifest = dataset.manifest
 

@@ -15,9 +15,10 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ddpm_ray.data import arrow_files, class_names, file_source
-from ddpm_ray.data.arrow_files import ArrowFileError
-from ddpm_ray.data.class_names import Label
+from ddpm_ray.data import arrow_io
+from ddpm_ray.data.arrow_io import ArrowFileError
+from ddpm_ray.data.packing import class_names, file_source
+from ddpm_ray.data.packing.class_names import Label
 from ddpm_ray.data.shards import DatasetError
 from ddpm_ray.redaction import counted
 from ddpm_ray.storage.object_store import StorageError
@@ -169,7 +170,7 @@ def _arrow_batches(
             return
         if message.type != "record batch":
             raise ArrowFileError(f"it holds a {message.type}, which is not read")
-        if arrow_files.is_compressed(message):
+        if arrow_io.is_compressed(message):
             raise ArrowFileError("it is compressed, and nobody knows how large it would become")
         batch = pa.ipc.read_record_batch(message, schema)
         batch.validate(full=True)

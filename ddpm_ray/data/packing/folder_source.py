@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from ddpm_ray.data import class_names, metadata_files
-from ddpm_ray.data.file_source import FileSource, Member, version_of
-from ddpm_ray.data.metadata_files import Metadata
-from ddpm_ray.data.pack_options import PackOptions
+from ddpm_ray.data.packing import class_names, metadata_files
+from ddpm_ray.data.packing.file_source import FileSource, Member, version_of
+from ddpm_ray.data.packing.metadata_files import Metadata
+from ddpm_ray.data.packing.pack_options import PackOptions
+from ddpm_ray.data.packing.source_files import SPLITS, SourceFiles
 from ddpm_ray.data.samples import groups, printable_name
 from ddpm_ray.data.shards import DatasetError
-from ddpm_ray.data.source_files import SPLITS, SourceFiles
 from ddpm_ray.storage import object_store
 
 EMPTY = "folders without an image, which are no classes"

@@ -19,8 +19,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from ddpm_ray.data import pack_report, shards
-from ddpm_ray.data.image_files import (
+from ddpm_ray.data import shards
+from ddpm_ray.data.packing import pack_report
+from ddpm_ray.data.packing.image_files import (
     BadImageError,
     decode_image,
     decoded,
@@ -28,12 +29,12 @@ from ddpm_ray.data.image_files import (
     from_pixels,
     pixels,
 )
-from ddpm_ray.data.pack_options import PackOptions
-from ddpm_ray.data.pack_report import PackReport, Record
+from ddpm_ray.data.packing.pack_options import PackOptions
+from ddpm_ray.data.packing.pack_report import PackReport, Record
+from ddpm_ray.data.packing.sources import open_source
 from ddpm_ray.data.resizing import resized
 from ddpm_ray.data.samples import NamedGroup, Sample, Source, groups
 from ddpm_ray.data.shards import Dataset, DatasetError, Recipe, ShardRow, UInt8s
-from ddpm_ray.data.sources import open_source
 from ddpm_ray.redaction import redacted
 from ddpm_ray.storage import object_store
 

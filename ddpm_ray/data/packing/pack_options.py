@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from ddpm_ray.data.built_in_sets import Split
+from ddpm_ray.data.packing.builtin_datasets import Split
 from ddpm_ray.data.resizing import Resize
 from ddpm_ray.data.shards import Encoding
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ddpm_ray.data.order import Order, Shuffle, permutation
+from ddpm_ray.data.shuffle_order import Order, Shuffle, permutation
 
 Sample = tuple[int, int]  # shard, row
 

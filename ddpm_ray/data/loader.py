@@ -19,10 +19,10 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from ddpm_ray.data.cache import ShardCache
-from ddpm_ray.data.order import Int64s, Order
-from ddpm_ray.data.reader import FETCHES, Reader, gather, inside, shares
+from ddpm_ray.data.prefetcher import FETCHES, Reader, gather, inside, shares
+from ddpm_ray.data.shard_cache import ShardCache
 from ddpm_ray.data.shards import Dataset, fetch_shard
+from ddpm_ray.data.shuffle_order import Int64s, Order
 from ddpm_ray.storage import object_store
 
 

@@ -13,12 +13,12 @@ import posixpath
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from ddpm_ray.data import class_names
-from ddpm_ray.data.class_names import Label
-from ddpm_ray.data.pack_options import PackOptions
+from ddpm_ray.data.packing import class_names
+from ddpm_ray.data.packing.class_names import Label
+from ddpm_ray.data.packing.pack_options import PackOptions
+from ddpm_ray.data.packing.source_files import SourceFiles
 from ddpm_ray.data.samples import NamedGroup, groups
 from ddpm_ray.data.shards import DatasetError
-from ddpm_ray.data.source_files import SourceFiles
 from ddpm_ray.storage import object_store
 
 FILE_NAME, LABEL = "file_name", "label"

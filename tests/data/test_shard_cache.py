@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from ddpm_ray.data.cache import ShardCache
+from ddpm_ray.data.shard_cache import ShardCache
 
 
 def age(folder: Path, name: str, seconds: int) -> None:

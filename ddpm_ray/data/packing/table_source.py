@@ -15,13 +15,13 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from ddpm_ray.data import class_names, table_files
-from ddpm_ray.data.class_names import Label
-from ddpm_ray.data.file_source import version_of
-from ddpm_ray.data.pack_options import PackOptions
+from ddpm_ray.data.packing import class_names, table_files
+from ddpm_ray.data.packing.class_names import Label
+from ddpm_ray.data.packing.file_source import version_of
+from ddpm_ray.data.packing.pack_options import PackOptions
+from ddpm_ray.data.packing.table_files import TableFile
 from ddpm_ray.data.samples import NamedGroup, Sample, groups, printable_name
 from ddpm_ray.data.shards import DatasetError
-from ddpm_ray.data.table_files import TableFile
 from ddpm_ray.redaction import counted
 from ddpm_ray.storage import object_store
 from ddpm_ray.storage.object_store import ObjectState

@@ -13,10 +13,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ddpm_ray.data import image_files, reader
-from ddpm_ray.data.order import Block
+from ddpm_ray.data import prefetcher
+from ddpm_ray.data.loader import ShardStream, read_images
+from ddpm_ray.data.packing import image_files
 from ddpm_ray.data.shards import Dataset, ShardCorruptError, fetch_shard
-from ddpm_ray.data.stream import ShardStream, read_images
+from ddpm_ray.data.shuffle_order import Block
 from ddpm_ray.storage import object_store
 from ddpm_ray.storage.object_store import StorageError
 from tests.limits import ENDS_S
@@ -113,26 +114,26 @@ def test_a_batch_stays_as_it_was_given(make_dataset: MakeDataset, numbers_of: Nu
 
 def test_each_shard_is_fetched_once_an_epoch_but_at_the_cuts(make_dataset: MakeDataset) -> None:
     dataset = make_dataset(600, 20)  # 30 shards in 3 lanes: 2 cuts, and lanes begin or end there
-    with mock.patch.object(reader, "fetch_shard", wraps=fetch_shard) as fetch:
+    with mock.patch.object(prefetcher, "fetch_shard", wraps=fetch_shard) as fetch:
         stream = open_stream(dataset, window_bytes=600)
         for step in range(50):
             stream.batch(step)
         stream.close()
     ahead = (
-        3 * 2 * 600 // (6 * 20 * 3) + reader.FETCHES
+        3 * 2 * 600 // (6 * 20 * 3) + prefetcher.FETCHES
     )  # two blocks of each lane, and on their way
     assert 30 <= fetch.call_count <= 30 + 2 + ahead
 
 
 def test_memory_is_bounded_by_two_windows_and_a_batch(make_dataset: MakeDataset) -> None:
     dataset, held_bytes = make_dataset(600, 20), set()
-    has_room = reader.Reader._has_room
+    has_room = prefetcher.Reader._has_room
 
-    def watched(self: reader.Reader, block: Block) -> bool:
+    def watched(self: prefetcher.Reader, block: Block) -> bool:
         held_bytes.add(6 * self._held_samples)
         return has_room(self, block)
 
-    with mock.patch.object(reader.Reader, "_has_room", watched):
+    with mock.patch.object(prefetcher.Reader, "_has_room", watched):
         stream = open_stream(dataset, window_bytes=600)
         for step in range(100):
             stream.batch(step)
@@ -147,7 +148,7 @@ def test_waiting_is_counted_and_reading_ahead_removes_it(make_dataset: MakeDatas
         assert arrived.wait(ENDS_S)
         return fetch_shard(*args)  # type: ignore[arg-type]
 
-    with mock.patch.object(reader, "fetch_shard", slow):
+    with mock.patch.object(prefetcher, "fetch_shard", slow):
         stream = open_stream(make_dataset(60, 7))
         threading.Timer(0.2, arrived.set).start()
         stream.batch(0)
