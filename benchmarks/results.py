@@ -26,11 +26,11 @@ from ddpm_ray.data.loader import read_images
 from ddpm_ray.data.shards import open_dataset
 from ddpm_ray.data.transforms import to_model_range
 from ddpm_ray.diffusion.timestep_spacing import log_snr_steps, uniform_steps
-from ddpm_ray.generation.denoiser import Guidance
-from ddpm_ray.generation.grids import captioned, grid
-from ddpm_ray.generation.sample import Images, SamplingPlan, first_step
-from ddpm_ray.generation.trained_model import TrainedModel
 from ddpm_ray.models.classifier import NoisyClassifier
+from ddpm_ray.sampling.denoiser import Guidance
+from ddpm_ray.sampling.image_grid import captioned, grid
+from ddpm_ray.sampling.pipeline import TrainedModel
+from ddpm_ray.sampling.sampling import Images, SamplingPlan, first_step
 from ddpm_ray.training.evaluation import evaluate
 from ddpm_ray.training.features import inception_net
 from ddpm_ray.training.reference import Reference, reference

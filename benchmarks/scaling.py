@@ -24,11 +24,11 @@ from torch.multiprocessing.spawn import spawn
 from ddpm_ray.collectives import Workers
 from ddpm_ray.diffusion import NoiseSchedule, Prediction, schedules
 from ddpm_ray.diffusion.timestep_spacing import uniform_steps
-from ddpm_ray.generation.denoiser import Denoiser
-from ddpm_ray.generation.sample import SamplingPlan
 from ddpm_ray.measures.frechet import Moments
 from ddpm_ray.models.inception import Inception
 from ddpm_ray.models.unet import UNet
+from ddpm_ray.sampling.denoiser import Denoiser
+from ddpm_ray.sampling.sampling import SamplingPlan
 from ddpm_ray.training.bits_per_dim import bits_per_dim
 from ddpm_ray.training.evaluation import evaluate
 from ddpm_ray.training.features import FeatureNet

@@ -7,7 +7,7 @@ from os import PathLike, fspath
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ddpm_ray.generation.trained_model import TrainedModel
+    from ddpm_ray.sampling.pipeline import TrainedModel
 
 
 def load(uri: "str | PathLike[str]", device: str | None = None) -> "TrainedModel":

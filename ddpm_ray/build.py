@@ -23,7 +23,6 @@ from ddpm_ray.data import transforms
 from ddpm_ray.data.loader import Batch, ShardStream
 from ddpm_ray.data.shards import Dataset, open_dataset
 from ddpm_ray.diffusion.timestep_sampling import SecondMoments
-from ddpm_ray.generation.denoiser import Denoiser
 from ddpm_ray.models.classifier import NoisyClassifier
 from ddpm_ray.models.ema import (
     EMA,
@@ -35,6 +34,7 @@ from ddpm_ray.models.ema import (
 )
 from ddpm_ray.models.post_hoc_ema import gamma_of, power_decay
 from ddpm_ray.models.unet import Sizes, UNet
+from ddpm_ray.sampling.denoiser import Denoiser
 from ddpm_ray.storage import checksummed, object_store
 from ddpm_ray.training import features, probing
 from ddpm_ray.training.checkpoints import CheckpointWriter

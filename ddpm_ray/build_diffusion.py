@@ -13,10 +13,10 @@ from ddpm_ray.config.run import RunConfig, TrainingConfig
 from ddpm_ray.diffusion import loss_weighting, schedules, timestep_sampling
 from ddpm_ray.diffusion.prediction import Prediction
 from ddpm_ray.diffusion.process import NoiseSchedule
-from ddpm_ray.generation.denoiser import Denoiser, Network
-from ddpm_ray.generation.sample import SamplingPlan
-from ddpm_ray.generation.sample import sampling_plan as sampling_plan
 from ddpm_ray.models.unet import UNet
+from ddpm_ray.sampling.denoiser import Denoiser, Network
+from ddpm_ray.sampling.sampling import SamplingPlan
+from ddpm_ray.sampling.sampling import sampling_plan as sampling_plan
 from ddpm_ray.training.examples import ChooseSteps, Showing
 from ddpm_ray.training.objectives import Objective
 from ddpm_ray.training.state import TrainingState

@@ -10,11 +10,11 @@ from ddpm_ray.config.edit import EditConfig
 from ddpm_ray.config.loading import ConfigError, from_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.packing.image_files import BadImageError
-from ddpm_ray.generation import editing
-from ddpm_ray.generation.editing import Mask, Painting
-from ddpm_ray.generation.picture_files import read_image, read_mask
-from ddpm_ray.generation.sample import Images
-from ddpm_ray.generation.trained_model import TrainedModel
+from ddpm_ray.sampling import editing
+from ddpm_ray.sampling.editing import Mask, Painting
+from ddpm_ray.sampling.image_io import read_image, read_mask
+from ddpm_ray.sampling.pipeline import TrainedModel
+from ddpm_ray.sampling.sampling import Images
 
 
 def edited_files(

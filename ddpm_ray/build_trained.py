@@ -16,12 +16,12 @@ from ddpm_ray.config.loading import ConfigError, from_dict, to_dict
 from ddpm_ray.config.option_fields import shown
 from ddpm_ray.config.run import ModelConfig, RunConfig
 from ddpm_ray.data.shards import DatasetError, open_dataset
-from ddpm_ray.generation.trained_model import TrainedModel
 from ddpm_ray.models.classifier import NoisyClassifier
 from ddpm_ray.models.interop import convert
 from ddpm_ray.models.interop.diffusers_config import ForeignModelError, Form
 from ddpm_ray.models.interop.diffusers_schedulers import Export
 from ddpm_ray.models.unet import UNet
+from ddpm_ray.sampling.pipeline import TrainedModel
 from ddpm_ray.storage import object_store
 from ddpm_ray.storage.object_store import StorageError
 from ddpm_ray.training import checkpoints

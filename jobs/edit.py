@@ -43,8 +43,8 @@ def edit(config: EditConfig, arguments: Namespace) -> dict[str, Any]:
     from ddpm_ray import build_edit
     from ddpm_ray.cluster import trained
     from ddpm_ray.data.packing.image_files import from_pixels
-    from ddpm_ray.generation.grids import grid
-    from ddpm_ray.generation.picture_files import write_picture
+    from ddpm_ray.sampling.image_grid import grid
+    from ddpm_ray.sampling.image_io import write_picture
 
     model = trained.load(arguments.model_uri, home=home_folder())
     started = time.perf_counter()

@@ -35,12 +35,12 @@ def sample(config: SampleConfig, arguments: Namespace) -> dict[str, Any]:
     """Where the picture is, and what it was drawn from."""
     made_ready(arguments.out, config.film)
     from ddpm_ray.cluster import trained
-    from ddpm_ray.generation import films, grids, picture_files
+    from ddpm_ray.sampling import gif, image_grid, image_io
 
     model, plan = trained.planned(arguments.model_uri, config.sampling, config.lead, home_folder())
     size = config.sampling.batch_size
     calls = -(-config.num_images // size) * (len(plan.steps) - 1)
-    line, film, seen = ProgressLine(f"step of {plan.sampler}"), films.Film(), itertools.count(1)
+    line, film, seen = ProgressLine(f"step of {plan.sampler}"), gif.Film(), itertools.count(1)
 
     def show(t: int, x_t: Any, x_0: Any) -> None:
         line(next(seen), calls)
@@ -48,7 +48,7 @@ def sample(config: SampleConfig, arguments: Namespace) -> dict[str, Any]:
             film.add(t, x_t, x_0)
 
     images = model.draw(plan, config.num_images, size, show)
-    picture_files.write_picture(arguments.out, grids.grid(images))
+    image_io.write_picture(arguments.out, image_grid.grid(images))
     if config.film:
         film.save(config.film, images)
     provenance = {key: model.provenance[key] for key in ("checkpoint", "step", "weights_sha256")}

@@ -18,8 +18,8 @@ from ddpm_ray import build, build_diffusion, build_trained
 from ddpm_ray.config.diffusion import SamplingConfig
 from ddpm_ray.config.loading import ConfigError, load, to_dict
 from ddpm_ray.config.run import RunConfig
-from ddpm_ray.generation.trained_model import TrainedModel
 from ddpm_ray.models.interop.diffusers_config import ForeignModelError
+from ddpm_ray.sampling.pipeline import TrainedModel
 from ddpm_ray.storage import object_store
 from ddpm_ray.storage.object_store import StorageError
 from ddpm_ray.training.checkpoints import CheckpointError, CheckpointStore

@@ -16,7 +16,7 @@ from ddpm_ray import build
 from ddpm_ray.config.edit import EditConfig
 from ddpm_ray.config.loading import ConfigError, load, to_dict
 from ddpm_ray.config.run import RunConfig
-from ddpm_ray.generation import grids
+from ddpm_ray.sampling import image_grid
 from ddpm_ray.training.checkpoints import CheckpointStore
 from tests.training.test_hostile_checkpoints import TINY
 
@@ -94,7 +94,7 @@ def test_variants_are_a_grid_of_the_images_of_one_seed(edit: Edit) -> None:
     assert edit("--mask", "mask.png")[0] == 0
     alone = shown()
     assert edit("--mask", "mask.png", "num_images=3", "sampling.batch_size=2")[0] == 0
-    picture, gap = shown(), grids.GUTTER_PIXELS
+    picture, gap = shown(), image_grid.GUTTER_PIXELS
     cell = 64 + gap
     assert picture.shape == (2 * cell + gap, 2 * cell + gap)
     tiles = [picture[gap + i * cell :, gap + j * cell :][:64:8, :64:8] for i, j in

@@ -26,7 +26,7 @@ from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.sampling import SamplingConfig
 from ddpm_ray.data.packing import packer
 from ddpm_ray.data.packing.pack_options import PackOptions
-from ddpm_ray.generation.grids import grid
+from ddpm_ray.sampling.image_grid import grid
 from ddpm_ray.storage import object_store
 from ddpm_ray.training.checkpoints import CheckpointStore
 from ddpm_ray.training.gallery import GRID_IMAGES, Gallery

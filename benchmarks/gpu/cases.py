@@ -17,12 +17,12 @@ from torch import Tensor
 from benchmarks.gpu.tiny import SHAPE, SIDE, Notes, config_of, denoiser_of, packed, pixels, run_of
 from ddpm_ray import build, build_diffusion, build_trained
 from ddpm_ray.collectives import Workers
-from ddpm_ray.generation import leading
-from ddpm_ray.generation.denoiser import Guidance
-from ddpm_ray.generation.sample import SamplingPlan, draw
-from ddpm_ray.generation.trained_model import TrainedModel
 from ddpm_ray.measures import likelihood
 from ddpm_ray.models.classifier import NoisyClassifier
+from ddpm_ray.sampling import guidance_models
+from ddpm_ray.sampling.denoiser import Guidance
+from ddpm_ray.sampling.pipeline import TrainedModel
+from ddpm_ray.sampling.sampling import SamplingPlan, draw
 from ddpm_ray.training import evaluation, memorisation, probing
 from ddpm_ray.training.bits_per_dim import bits_per_dim
 from ddpm_ray.training.checkpoints import CheckpointStore
@@ -193,7 +193,9 @@ def _classifier_guidance(steps: bool, device: torch.device) -> None:
     network.eval().requires_grad_(False)
     plan = build_diffusion.sampling_plan(config.sampling, denoiser.schedule)
     plan = replace(plan, labels=(1, 2), sampler="ancestral")
-    lead = leading.by_classifier(network, denoiser, 2.0, steps=plan.steps if steps else None)
+    lead = guidance_models.by_classifier(
+        network, denoiser, 2.0, steps=plan.steps if steps else None
+    )
     with torch.inference_mode():
         images = draw(replace(denoiser, lead=lead), plan, torch.arange(3), SHAPE, device)
     _require(bool(images.isfinite().all()), "images are not finite")
@@ -203,7 +205,7 @@ def _autoguidance(device: torch.device) -> None:
     config = config_of(LABELS)
     (_, strong), (_, weak) = denoiser_of(config, device), denoiser_of(config, device)
     plan = build_diffusion.sampling_plan(config.sampling, strong.schedule)
-    lead = leading.by_weaker(strong, weak, 2.0)
+    lead = guidance_models.by_weaker(strong, weak, 2.0)
     draw(replace(strong, lead=lead), plan, torch.arange(3), SHAPE, device)
 
 
@@ -322,11 +324,11 @@ def _probe(device: torch.device) -> None:
 
 
 def _strip(device: torch.device) -> None:
-    from ddpm_ray.generation import grids  # needs Pillow, the only case that does
+    from ddpm_ray.sampling import image_grid  # needs Pillow, the only case that does
 
     _, denoiser = denoiser_of(config_of([]), device)
     plan = SamplingPlan((10, 5, 0))
-    grids.denoising_strip(denoiser, plan, torch.arange(2), SHAPE, device)
+    image_grid.denoising_strip(denoiser, plan, torch.arange(2), SHAPE, device)
 
 
 def _grid(device: torch.device) -> None:

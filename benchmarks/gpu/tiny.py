@@ -19,8 +19,8 @@ from ddpm_ray.config.loading import load, to_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data import shards
 from ddpm_ray.data.shards import Dataset, Recipe, ShardRow
-from ddpm_ray.generation.denoiser import Denoiser
 from ddpm_ray.reporting import Progress, Row, Wish
+from ddpm_ray.sampling.denoiser import Denoiser
 from ddpm_ray.training.checkpoints import CheckpointStore, CheckpointWriter
 from ddpm_ray.training.divergence import Guard
 from ddpm_ray.training.loop import Run

@@ -24,7 +24,7 @@ from PIL import Image, ImageDraw, ImageFont
 from ddpm_ray.cluster import leaderboard as board
 from ddpm_ray.cluster.leaderboard import MOST, STATUSES, Row, cut, standings, told
 from ddpm_ray.cluster.ledger import Trial
-from ddpm_ray.generation.grids import GUTTER_PIXELS
+from ddpm_ray.sampling.image_grid import GUTTER_PIXELS
 from ddpm_ray.training.gallery import GRID_IMAGES
 
 Look: TypeAlias = dict[str, Any]  # what matplotlib takes as a style

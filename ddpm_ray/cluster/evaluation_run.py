@@ -23,8 +23,8 @@ from ddpm_ray.config.jobs import EvaluateConfig
 from ddpm_ray.config.loading import ConfigError, from_dict, to_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.shards import Dataset, open_dataset
-from ddpm_ray.generation.sample import SamplingPlan, draw_uint8
-from ddpm_ray.generation.trained_model import TrainedModel
+from ddpm_ray.sampling.pipeline import TrainedModel
+from ddpm_ray.sampling.sampling import SamplingPlan, draw_uint8
 from ddpm_ray.storage import object_store
 from ddpm_ray.training import evaluation
 from ddpm_ray.training.bits_per_dim import BitsPerDim, bits_per_dim

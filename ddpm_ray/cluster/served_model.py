@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ddpm_ray import build_trained
-from ddpm_ray.generation.trained_model import TrainedModel
+from ddpm_ray.sampling.pipeline import TrainedModel
 
 
 class ServedModel:

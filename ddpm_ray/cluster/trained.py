@@ -18,9 +18,9 @@ from ddpm_ray.config.diffusion import SamplingConfig
 from ddpm_ray.config.jobs import LeadConfig
 from ddpm_ray.config.loading import Checked, ConfigError, from_dict
 from ddpm_ray.config.run import RunConfig
-from ddpm_ray.generation import leading
-from ddpm_ray.generation.sample import SamplingPlan
-from ddpm_ray.generation.trained_model import TrainedModel
+from ddpm_ray.sampling import guidance_models
+from ddpm_ray.sampling.pipeline import TrainedModel
+from ddpm_ray.sampling.sampling import SamplingPlan
 
 # What `as_trained` downloaded, for the `load` of that model which follows in a job: by MLflow's
 # place and the model's URI its temporary folder, and where the checkpoint lies in it.
@@ -129,14 +129,14 @@ def led(
     if config.weak_model:
         weak = load(config.weak_model, device, tracking_uri)
         try:
-            lead = leading.by_weaker(of, weak.denoiser, config.weak_scale)
+            lead = guidance_models.by_weaker(of, weak.denoiser, config.weak_scale)
         except ValueError as error:
             raise ConfigError(f"lead.weak_model is {config.weak_model!r}: {error}") from error
     elif config.classifier:
         classifier = build_trained.trained_classifier(config.classifier, device)
         classes = classifier.num_classes
         means = config.classifier_form == "mean"
-        lead = leading.by_classifier(
+        lead = guidance_models.by_classifier(
             classifier, of, config.classifier_scale,
             steps=plan.steps if means else None,
             variance="fixed_large" if plan.variance == "fixed_large" else "fixed_small",

@@ -18,9 +18,9 @@ from torch import Tensor
 from ddpm_ray.collectives import Workers
 from ddpm_ray.diffusion.process import NoiseSchedule
 from ddpm_ray.diffusion.timestep_spacing import log_snr_steps, quadratic_steps, uniform_steps
-from ddpm_ray.generation.denoiser import Denoiser
-from ddpm_ray.generation.sample import SamplingPlan, draw, to_uint8
 from ddpm_ray.redaction import counted
+from ddpm_ray.sampling.denoiser import Denoiser
+from ddpm_ray.sampling.sampling import SamplingPlan, draw, to_uint8
 from ddpm_ray.training import quality
 from ddpm_ray.training.features import FeatureNet, float32_backends
 from ddpm_ray.training.interval import GROUPS, enough_for_infinity, groups_of

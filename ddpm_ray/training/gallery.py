@@ -10,10 +10,10 @@ import numpy as np
 import torch
 
 from ddpm_ray.collectives import Workers
-from ddpm_ray.generation import grids
-from ddpm_ray.generation.denoiser import Denoiser
-from ddpm_ray.generation.sample import SamplingPlan, draw_uint8
 from ddpm_ray.reporting import Sink
+from ddpm_ray.sampling import image_grid
+from ddpm_ray.sampling.denoiser import Denoiser
+from ddpm_ray.sampling.sampling import SamplingPlan, draw_uint8
 from ddpm_ray.storage import object_store
 
 if TYPE_CHECKING:
@@ -47,12 +47,12 @@ class Gallery:
         )
         images = self.workers.gather(mine)
         if self.sink is not None:
-            self._hang("samples", step, grids.grid(np.concatenate(images)))
+            self._hang("samples", step, image_grid.grid(np.concatenate(images)))
 
     def show_strip(self, step: int) -> None:
         """How samples 0..3 come out of noise from T to 0; the leader alone draws them."""
         if self.sink is not None:
-            strip = grids.denoising_strip(
+            strip = image_grid.denoising_strip(
                 self.denoiser,
                 self.plan,
                 torch.arange(STRIP_IMAGES),

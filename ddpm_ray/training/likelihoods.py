@@ -12,8 +12,8 @@ from ddpm_ray import counter_rng
 from ddpm_ray.collectives import Workers
 from ddpm_ray.counter_rng import Purpose
 from ddpm_ray.diffusion.timestep_spacing import log_snr_steps
-from ddpm_ray.generation.denoiser import Denoiser
 from ddpm_ray.measures import likelihood
+from ddpm_ray.sampling.denoiser import Denoiser
 from ddpm_ray.training.interval import interval_of_mean
 
 

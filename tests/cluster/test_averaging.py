@@ -26,11 +26,11 @@ from ddpm_ray.config.jobs import EvaluateConfig
 from ddpm_ray.config.loading import ConfigError, from_dict, load, to_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.shards import DatasetError
-from ddpm_ray.generation.denoiser import Denoiser
-from ddpm_ray.generation.trained_model import TrainedModel
 from ddpm_ray.models.ema import Averages, width_group
 from ddpm_ray.models.post_hoc_ema import gamma_of, power_decay
 from ddpm_ray.models.unet import UNet
+from ddpm_ray.sampling.denoiser import Denoiser
+from ddpm_ray.sampling.pipeline import TrainedModel
 from ddpm_ray.training import evaluation
 from ddpm_ray.training.checkpoints import CheckpointError, CheckpointStore, CheckpointWriter
 from ddpm_ray.training.evaluation import Scores

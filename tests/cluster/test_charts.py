@@ -15,7 +15,7 @@ from PIL import Image, ImageChops
 from ddpm_ray.cluster import charts
 from ddpm_ray.cluster.leaderboard import STATUSES, standings
 from ddpm_ray.cluster.ledger import Status, Trial
-from ddpm_ray.generation.grids import GUTTER_PIXELS, grid
+from ddpm_ray.sampling.image_grid import GUTTER_PIXELS, grid
 
 pytestmark = pytest.mark.xdist_group("charts")  # a minute that needs neither Ray nor MLflow
 

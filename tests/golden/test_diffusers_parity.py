@@ -18,9 +18,9 @@ from ddpm_ray.diffusion.prediction import Kind
 from ddpm_ray.diffusion.samplers import Variance, ancestral, ddim
 from ddpm_ray.diffusion.solvers import dpm_solver_pp, unipc
 from ddpm_ray.diffusion.timestep_spacing import uniform_steps
-from ddpm_ray.generation.denoiser import Denoiser
-from ddpm_ray.generation.sample import sampling_plan, walk
 from ddpm_ray.models.interop.diffusers_schedulers import to_pipeline
+from ddpm_ray.sampling.denoiser import Denoiser
+from ddpm_ray.sampling.sampling import sampling_plan, walk
 
 SCHEDULE = NoiseSchedule(schedules.linear(1000))
 KINDS: dict[Kind, str] = {"epsilon": "epsilon", "x_0": "sample", "v": "v_prediction"}

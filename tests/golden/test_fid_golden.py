@@ -19,8 +19,8 @@ from ddpm_ray.data import shards
 from ddpm_ray.diffusion import schedules
 from ddpm_ray.diffusion.prediction import Prediction
 from ddpm_ray.diffusion.process import NoiseSchedule
-from ddpm_ray.generation.denoiser import Denoiser
-from ddpm_ray.generation.sample import SamplingPlan
+from ddpm_ray.sampling.denoiser import Denoiser
+from ddpm_ray.sampling.sampling import SamplingPlan
 from ddpm_ray.storage import object_store
 from ddpm_ray.training.evaluation import evaluate
 from ddpm_ray.training.features import inception_net

@@ -22,11 +22,11 @@ from ddpm_ray.diffusion import schedules
 from ddpm_ray.diffusion.prediction import Prediction
 from ddpm_ray.diffusion.process import Denoise, NoiseSchedule
 from ddpm_ray.diffusion.timestep_spacing import quadratic_steps, uniform_steps
-from ddpm_ray.generation.denoiser import Denoiser
-from ddpm_ray.generation.sample import Images, SamplingPlan, draw, to_uint8
 from ddpm_ray.measures.frechet import frechet_distance_of_features
 from ddpm_ray.measures.manifold import precision_recall
 from ddpm_ray.models.inception import Inception, Resize
+from ddpm_ray.sampling.denoiser import Denoiser
+from ddpm_ray.sampling.sampling import Images, SamplingPlan, draw, to_uint8
 from ddpm_ray.storage import object_store
 from ddpm_ray.training.evaluation import Scores, evaluate
 from ddpm_ray.training.features import FeatureNet, digits_net, inception_net

@@ -17,10 +17,10 @@ from ddpm_ray.collectives import Workers
 from ddpm_ray.diffusion import schedules
 from ddpm_ray.diffusion.process import NoiseSchedule
 from ddpm_ray.diffusion.timestep_spacing import uniform_steps
-from ddpm_ray.generation.denoiser import Denoiser
-from ddpm_ray.generation.sample import SamplingPlan
 from ddpm_ray.models.unet import UNet
 from ddpm_ray.reporting import Row
+from ddpm_ray.sampling.denoiser import Denoiser
+from ddpm_ray.sampling.sampling import SamplingPlan
 from ddpm_ray.storage import object_store
 from ddpm_ray.training.gallery import Gallery, picture_url
 

@@ -21,9 +21,9 @@ from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.shards import open_dataset
 from ddpm_ray.diffusion import schedules
 from ddpm_ray.diffusion.process import NoiseSchedule
-from ddpm_ray.generation.denoiser import Denoiser
-from ddpm_ray.generation.sample import SamplingPlan, draw_uint8
-from ddpm_ray.generation.trained_model import TrainedModel
+from ddpm_ray.sampling.denoiser import Denoiser
+from ddpm_ray.sampling.pipeline import TrainedModel
+from ddpm_ray.sampling.sampling import SamplingPlan, draw_uint8
 from ddpm_ray.training.gallery import GRID_IMAGES, Gallery
 from ddpm_ray.training.memorisation import nearest, spread
 from ddpm_ray.training.probing import Probe

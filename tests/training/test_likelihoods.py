@@ -16,9 +16,9 @@ from ddpm_ray.counter_rng import Purpose
 from ddpm_ray.diffusion import NoiseSchedule, Prediction, schedules
 from ddpm_ray.diffusion.prediction import Kind
 from ddpm_ray.diffusion.process import Denoise
-from ddpm_ray.generation import leading
-from ddpm_ray.generation.denoiser import Denoiser
 from ddpm_ray.measures import likelihood
+from ddpm_ray.sampling import guidance_models
+from ddpm_ray.sampling.denoiser import Denoiser
 from ddpm_ray.training.bits_per_dim import bits_per_dim
 from ddpm_ray.training.likelihoods import Likelihood, flow_likelihood
 from tests.diffusion.test_prediction import KINDS
@@ -105,10 +105,12 @@ DENOISERS = {kind: every(kind) for kind in KINDS} | {
     "labels": LABELLED,
     "self-conditioned": every("epsilon", self_conditioned=True),
     "self-conditioned, labels": every("v", self_conditioned=True, num_classes=3),
-    "autoguided": replace(PLAIN, lead=leading.by_weaker(PLAIN, every("v", num_classes=3), 2.5)),
-    "led by a classifier": replace(PLAIN, lead=leading.by_classifier(logits, PLAIN, 3.0)),
+    "autoguided": replace(
+        PLAIN, lead=guidance_models.by_weaker(PLAIN, every("v", num_classes=3), 2.5)
+    ),
+    "led by a classifier": replace(PLAIN, lead=guidance_models.by_classifier(logits, PLAIN, 3.0)),
     "labels, led by a classifier": replace(
-        LABELLED, lead=leading.by_classifier(logits, LABELLED, 3.0)
+        LABELLED, lead=guidance_models.by_classifier(logits, LABELLED, 3.0)
     ),
 }
 

@@ -19,10 +19,10 @@ from ddpm_ray.config.loading import to_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.shards import Dataset
 from ddpm_ray.diffusion import NoiseSchedule, schedules
-from ddpm_ray.generation.denoiser import Denoiser
-from ddpm_ray.generation.grids import GUTTER_PIXELS, LEGIBLE_PIXELS, MARGIN_PIXELS
-from ddpm_ray.generation.trained_model import TrainedModel
 from ddpm_ray.measures import neighbours
+from ddpm_ray.sampling.denoiser import Denoiser
+from ddpm_ray.sampling.image_grid import GUTTER_PIXELS, LEGIBLE_PIXELS, MARGIN_PIXELS
+from ddpm_ray.sampling.pipeline import TrainedModel
 from ddpm_ray.training.features import FeatureNet
 from ddpm_ray.training.memorisation import NEIGHBOURS, SHOWN, Neighbours, nearest, spread
 from tests.noise import pack

@@ -10,10 +10,10 @@ from ddpm_ray import counter_rng
 from ddpm_ray.collectives import Workers
 from ddpm_ray.counter_rng import Purpose
 from ddpm_ray.diffusion import NoiseSchedule, schedules
-from ddpm_ray.generation.denoiser import Denoiser
 from ddpm_ray.measures.spectrum import common_loss, linear_guess
 from ddpm_ray.models.ema import EMA
 from ddpm_ray.reporting import Row
+from ddpm_ray.sampling.denoiser import Denoiser
 from ddpm_ray.training.probing import LEVELS, Probe
 from ddpm_ray.training.state import TrainingState
 from tests.training.conftest import OnWorkers

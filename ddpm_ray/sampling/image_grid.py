@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddpm_ray.generation.denoiser import Denoiser
-from ddpm_ray.generation.sample import Images, SamplingPlan, draw, to_uint8
+from ddpm_ray.sampling.denoiser import Denoiser
+from ddpm_ray.sampling.sampling import Images, SamplingPlan, draw, to_uint8
 
 if TYPE_CHECKING:
     from PIL import Image

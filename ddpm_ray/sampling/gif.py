@@ -5,9 +5,9 @@ from pathlib import Path
 from PIL import Image
 from torch import Tensor
 
-from ddpm_ray.generation.grids import grid
-from ddpm_ray.generation.picture_files import write_picture
-from ddpm_ray.generation.sample import Images, to_uint8
+from ddpm_ray.sampling.image_grid import grid
+from ddpm_ray.sampling.image_io import write_picture
+from ddpm_ray.sampling.sampling import Images, to_uint8
 
 FRAME_MS = 60
 SHOWN_IMAGES = 16

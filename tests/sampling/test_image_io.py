@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm_ray.generation.films import Film
-from ddpm_ray.generation.picture_files import write_picture
 from ddpm_ray.output_files import PICTURES
+from ddpm_ray.sampling.gif import Film
+from ddpm_ray.sampling.image_io import write_picture
 from ddpm_ray.storage.object_store import StorageError
 
 PICTURE = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3))

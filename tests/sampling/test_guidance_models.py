@@ -5,9 +5,9 @@ import torch
 from torch import Tensor
 
 from ddpm_ray.diffusion import Denoise, NoiseSchedule, Prediction, schedules
-from ddpm_ray.generation import leading
-from ddpm_ray.generation.denoiser import Denoiser, Lead
-from ddpm_ray.generation.sample import SamplingPlan, draw
+from ddpm_ray.sampling import guidance_models
+from ddpm_ray.sampling.denoiser import Denoiser, Lead
+from ddpm_ray.sampling.sampling import SamplingPlan, draw
 
 LINEAR = NoiseSchedule(schedules.linear(40, 1e-3, 0.3))
 EPSILON = Prediction.of("epsilon", LINEAR)
@@ -33,13 +33,13 @@ def led(denoiser: Denoiser, lead: Lead, labels: Tensor | None) -> Tensor:
 def test_a_weaker_model_is_kept_away_from_with_the_same_labels() -> None:
     """weak + 3 (strong - weak) for shares 0.5 and 0.2; the label's number is in both."""
     strong, weak, labels = by_label(0.5), by_label(0.2), torch.tensor([0, 1, 2, 0])
-    found = led(strong, leading.by_weaker(strong, weak, 3), labels)
+    found = led(strong, guidance_models.by_weaker(strong, weak, 3), labels)
     torch.testing.assert_close(found, 1.1 * X + labels.view(-1, 1, 1, 1))
 
 
 def test_a_weaker_model_may_know_no_labels() -> None:
     strong, weak, labels = by_label(0.5), by_label(0.2, 0), torch.tensor([0, 1, 2, 0])
-    found = led(strong, leading.by_weaker(strong, weak, 3), labels)
+    found = led(strong, guidance_models.by_weaker(strong, weak, 3), labels)
     torch.testing.assert_close(found, 1.1 * X + 3.0 * labels.view(-1, 1, 1, 1))
 
 
@@ -51,7 +51,7 @@ def test_two_that_answer_differently_are_refused(other: Prediction) -> None:
         other = Prediction.of("epsilon", cosine)
     weak = Denoiser(strong.network, other)
     with pytest.raises(ValueError, match="predicts something else or has another schedule"):
-        leading.by_weaker(strong, weak, 2)
+        guidance_models.by_weaker(strong, weak, 2)
 
 
 def test_a_classifier_leads_each_image_to_its_own_label_even_without_a_class_network() -> None:
@@ -63,7 +63,7 @@ def test_a_classifier_leads_each_image_to_its_own_label_even_without_a_class_net
 
     labels = torch.tensor([0, 1, 0, 1])
     plain = by_label(0.5, 0)
-    moved = led(plain, leading.by_classifier(classifier, plain, 2.0), labels) - 0.5 * X
+    moved = led(plain, guidance_models.by_classifier(classifier, plain, 2.0), labels) - 0.5 * X
     p = torch.sigmoid(2 * X[:, 0, 0, 0])
     slope = torch.where(labels == 0, 2 * (1 - p), -2 * p)
     sigma = (1 - LINEAR.alpha_bar[9]).sqrt()
@@ -73,7 +73,7 @@ def test_a_classifier_leads_each_image_to_its_own_label_even_without_a_class_net
 
 def test_a_classifier_needs_labels() -> None:
     plain = by_label(0.5, 0)
-    lead = leading.by_classifier(lambda x, t: x.flatten(1), plain, 1.0)
+    lead = guidance_models.by_classifier(lambda x, t: x.flatten(1), plain, 1.0)
     with pytest.raises(ValueError, match=r"leads to labels; give labels=\[...\]"):
         led(plain, lead, None)
 

@@ -11,15 +11,15 @@ from torch import Tensor
 from ddpm_ray.diffusion import schedules
 from ddpm_ray.diffusion.process import NoiseSchedule
 from ddpm_ray.diffusion.timestep_spacing import uniform_steps
-from ddpm_ray.generation.denoiser import Denoiser
-from ddpm_ray.generation.grids import (
+from ddpm_ray.sampling.denoiser import Denoiser
+from ddpm_ray.sampling.image_grid import (
     GUTTER_PIXELS,
     MARGIN_PIXELS,
     captioned,
     denoising_strip,
     grid,
 )
-from ddpm_ray.generation.sample import Images, SamplingPlan, draw, to_uint8
+from ddpm_ray.sampling.sampling import Images, SamplingPlan, draw, to_uint8
 
 
 def noise(*shape: int) -> Images:

@@ -12,11 +12,11 @@ from ddpm_ray.config.option_fields import checks_arguments, limits
 from ddpm_ray.config.sampling import Conditioned, SamplingArguments, SamplingConfig
 from ddpm_ray.data.transforms import enlarged, to_model_range
 from ddpm_ray.diffusion.samplers import OnStep
-from ddpm_ray.generation import editing
-from ddpm_ray.generation.arrays import as_images, as_mask
-from ddpm_ray.generation.denoiser import Denoiser
-from ddpm_ray.generation.editing import Mask, Method, Painting
-from ddpm_ray.generation.sample import Images, SamplingPlan, draw_uint8, sampling_plan, to_uint8
+from ddpm_ray.sampling import editing
+from ddpm_ray.sampling.array_arguments import as_images, as_mask
+from ddpm_ray.sampling.denoiser import Denoiser
+from ddpm_ray.sampling.editing import Mask, Method, Painting
+from ddpm_ray.sampling.sampling import Images, SamplingPlan, draw_uint8, sampling_plan, to_uint8
 
 # Random numbers are keyed by 2^32 indices.
 NumImages: TypeAlias = Annotated[int, limits(at_least=1, at_most=2**32)]

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from ddpm_ray.diffusion import schedules
 from ddpm_ray.diffusion.prediction import Prediction
 from ddpm_ray.diffusion.process import Denoise, NoiseSchedule
-from ddpm_ray.generation import editing
-from ddpm_ray.generation.denoiser import Denoiser
-from ddpm_ray.generation.sample import Images
-from ddpm_ray.generation.trained_model import TrainedModel
 from ddpm_ray.models.unet import UNet
+from ddpm_ray.sampling import editing
+from ddpm_ray.sampling.denoiser import Denoiser
+from ddpm_ray.sampling.pipeline import TrainedModel
+from ddpm_ray.sampling.sampling import Images
 
 SCHEDULE = NoiseSchedule(schedules.cosine(20))
 SHAPE = (1, 8, 8)

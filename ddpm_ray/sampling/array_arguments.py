@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ddpm_ray.config.option_fields import shown
-from ddpm_ray.generation.sample import Images
+from ddpm_ray.sampling.sampling import Images
 
 
 def as_images(images: Any, channels: int) -> Images:

@@ -20,8 +20,8 @@ from ddpm_ray.diffusion import samplers, solvers, timestep_spacing
 from ddpm_ray.diffusion.process import Denoise, NoiseSchedule
 from ddpm_ray.diffusion.samplers import Noise, OnStep
 from ddpm_ray.diffusion.x0_estimator import Clip, clip_to_quantile, clip_to_range
-from ddpm_ray.generation.denoiser import UNGUIDED, Denoiser, Guidance
 from ddpm_ray.redaction import counted
+from ddpm_ray.sampling.denoiser import UNGUIDED, Denoiser, Guidance
 
 Images: TypeAlias = npt.NDArray[np.uint8]  # [N, H, W, C]
 

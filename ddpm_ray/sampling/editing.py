@@ -18,8 +18,8 @@ from ddpm_ray.counter_rng import Purpose, normal
 from ddpm_ray.diffusion import inpainting, inversion, samplers
 from ddpm_ray.diffusion.process import Denoise, add_noise
 from ddpm_ray.diffusion.samplers import Noise
-from ddpm_ray.generation.denoiser import Denoiser
-from ddpm_ray.generation.sample import Images, SamplingPlan, walk
+from ddpm_ray.sampling.denoiser import Denoiser
+from ddpm_ray.sampling.sampling import Images, SamplingPlan, walk
 
 Mask: TypeAlias = npt.NDArray[np.bool_]
 """[H, W] for all images or [N, H, W]: True where a pixel is known and stays."""

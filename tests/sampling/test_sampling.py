@@ -12,8 +12,8 @@ from torch import Tensor
 from ddpm_ray.diffusion import schedules
 from ddpm_ray.diffusion.process import NoiseSchedule
 from ddpm_ray.diffusion.timestep_spacing import uniform_steps
-from ddpm_ray.generation.denoiser import Denoiser
-from ddpm_ray.generation.sample import SamplingPlan, draw, to_uint8
+from ddpm_ray.sampling.denoiser import Denoiser
+from ddpm_ray.sampling.sampling import SamplingPlan, draw, to_uint8
 
 T = 20
 SCHEDULE = NoiseSchedule(schedules.cosine(T))

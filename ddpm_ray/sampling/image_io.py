@@ -15,7 +15,7 @@ from ddpm_ray.data.packing.image_files import (
     open_image,
     pixels,
 )
-from ddpm_ray.generation.editing import Mask
+from ddpm_ray.sampling.editing import Mask
 from ddpm_ray.storage import object_store
 
 WHITE = 128  # of 255: pixels of a mask from here on are white, or opaque

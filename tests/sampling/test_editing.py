@@ -17,10 +17,10 @@ from torch import Tensor
 from ddpm_ray.counter_rng import Purpose, normal
 from ddpm_ray.diffusion.prediction import Prediction
 from ddpm_ray.diffusion.timestep_spacing import uniform_steps
-from ddpm_ray.generation import editing
-from ddpm_ray.generation.denoiser import Denoiser, Guidance
-from ddpm_ray.generation.editing import Painting
-from ddpm_ray.generation.sample import SamplingPlan
+from ddpm_ray.sampling import editing
+from ddpm_ray.sampling.denoiser import Denoiser, Guidance
+from ddpm_ray.sampling.editing import Painting
+from ddpm_ray.sampling.sampling import SamplingPlan
 from tests.truth import ONE, SCHEDULE
 
 MEAN, DEVIATION = 0.6, 0.3

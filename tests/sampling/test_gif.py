@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageSequence
 
-from ddpm_ray.generation.films import FRAME_MS, LAST_MS, Film
+from ddpm_ray.sampling.gif import FRAME_MS, LAST_MS, Film
 
 
 def test_a_film_shows_each_step_of_the_first_batch_and_rests_on_the_images(tmp_path: Path) -> None:

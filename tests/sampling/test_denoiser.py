@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from ddpm_ray.diffusion import NoiseSchedule, Prediction, schedules
-from ddpm_ray.generation.denoiser import Denoiser, Guidance
-from ddpm_ray.generation.sample import SamplingPlan, draw
+from ddpm_ray.sampling.denoiser import Denoiser, Guidance
+from ddpm_ray.sampling.sampling import SamplingPlan, draw
 from tests.truth import LINE, SCHEDULE
 
 SHAPE = (1, 2, 2)

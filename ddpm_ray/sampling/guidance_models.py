@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ddpm_ray.diffusion.guidance import autoguided, classifier_guided
 from ddpm_ray.diffusion.process import Denoise
-from ddpm_ray.generation.denoiser import Denoiser, Lead
+from ddpm_ray.sampling.denoiser import Denoiser, Lead
 
 
 def by_weaker(strong: Denoiser, weak: Denoiser, scale: float) -> Lead:
