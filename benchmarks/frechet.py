@@ -18,7 +18,7 @@ import torch
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from torch import Tensor
 
-from ddpm_ray.measures.frechet import Moments, frechet_distance, frechet_distance_of_features
+from ddpm_ray.evaluation.frechet import Moments, frechet_distance, frechet_distance_of_features
 
 WIDTH = 2048
 ROUNDS = 2

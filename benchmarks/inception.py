@@ -15,8 +15,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ddpm_ray.models.inception import Inception, Unit
-from ddpm_ray.models.inception_weights import NORM_EPS
+from ddpm_ray.evaluation.features.inception import Inception, Unit
+from ddpm_ray.evaluation.features.inception_weights import NORM_EPS
 
 
 def ours() -> Inception:

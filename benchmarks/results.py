@@ -26,14 +26,14 @@ from ddpm_ray.data.loader import read_images
 from ddpm_ray.data.shards import open_dataset
 from ddpm_ray.data.transforms import to_model_range
 from ddpm_ray.diffusion.timestep_spacing import log_snr_steps, uniform_steps
+from ddpm_ray.evaluation.features.feature_extractor import inception_net
+from ddpm_ray.evaluation.reference_statistics import Reference, reference
+from ddpm_ray.evaluation.sample_quality import evaluate
 from ddpm_ray.models.classifier import NoisyClassifier
 from ddpm_ray.sampling.denoiser import Guidance
 from ddpm_ray.sampling.image_grid import captioned, grid
 from ddpm_ray.sampling.pipeline import TrainedModel
 from ddpm_ray.sampling.sampling import Images, SamplingPlan, first_step
-from ddpm_ray.training.evaluation import evaluate
-from ddpm_ray.training.features import inception_net
-from ddpm_ray.training.reference import Reference, reference
 
 STEPS = 5, 10, 20, 50
 SAMPLERS: tuple[Sampler, ...] = get_args(Sampler)

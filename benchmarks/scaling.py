@@ -24,15 +24,15 @@ from torch.multiprocessing.spawn import spawn
 from ddpm_ray.collectives import Workers
 from ddpm_ray.diffusion import NoiseSchedule, Prediction, schedules
 from ddpm_ray.diffusion.timestep_spacing import uniform_steps
-from ddpm_ray.measures.frechet import Moments
-from ddpm_ray.models.inception import Inception
+from ddpm_ray.evaluation.features.feature_extractor import FeatureNet
+from ddpm_ray.evaluation.features.inception import Inception
+from ddpm_ray.evaluation.frechet import Moments
+from ddpm_ray.evaluation.reference_statistics import Reference
+from ddpm_ray.evaluation.sample_quality import evaluate
+from ddpm_ray.evaluation.vlb_over_dataset import bits_per_dim
 from ddpm_ray.models.unet import UNet
 from ddpm_ray.sampling.denoiser import Denoiser
 from ddpm_ray.sampling.sampling import SamplingPlan
-from ddpm_ray.training.bits_per_dim import bits_per_dim
-from ddpm_ray.training.evaluation import evaluate
-from ddpm_ray.training.features import FeatureNet
-from ddpm_ray.training.reference import Reference
 
 ROUNDS = int(sys.argv[1]) if len(sys.argv) > 1 else 7
 IMAGES, SIDE, STEPS, BATCH, CALLS = 128, 16, 8, 32, 64

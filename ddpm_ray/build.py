@@ -23,6 +23,10 @@ from ddpm_ray.data import transforms
 from ddpm_ray.data.loader import Batch, ShardStream
 from ddpm_ray.data.shards import Dataset, open_dataset
 from ddpm_ray.diffusion.timestep_sampling import SecondMoments
+from ddpm_ray.evaluation.feature_metrics import Extras
+from ddpm_ray.evaluation.features import feature_extractor
+from ddpm_ray.evaluation.features.feature_extractor import FeatureNet
+from ddpm_ray.evaluation.reference_statistics import Reference, reference
 from ddpm_ray.models.classifier import NoisyClassifier
 from ddpm_ray.models.ema import (
     EMA,
@@ -36,14 +40,11 @@ from ddpm_ray.models.post_hoc_ema import gamma_of, power_decay
 from ddpm_ray.models.unet import Sizes, UNet
 from ddpm_ray.sampling.denoiser import Denoiser
 from ddpm_ray.storage import checksummed, object_store
-from ddpm_ray.training import features, probing
+from ddpm_ray.training import probing
 from ddpm_ray.training.checkpoints import CheckpointWriter
-from ddpm_ray.training.features import FeatureNet
 from ddpm_ray.training.gallery import Gallery
 from ddpm_ray.training.loop import Plan
 from ddpm_ray.training.probing import LEVELS, Probe
-from ddpm_ray.training.quality import Extras
-from ddpm_ray.training.reference import Reference, reference
 from ddpm_ray.training.snapshots import SNAPSHOTS, Keeper, SnapshotStore
 from ddpm_ray.training.state import TrainingState
 
@@ -253,9 +254,9 @@ def feature_net(config: EvaluationConfig, cache: Path, device: torch.device) -> 
     match config.features:
         case "inception":
             path = checksummed.fetch(config.weights, config.weights_sha256, cache)
-            return features.inception_net(path, config.widths, config.resize, device)
+            return feature_extractor.inception_net(path, config.widths, config.resize, device)
         case "digits":
-            return features.digits_net(device)
+            return feature_extractor.digits_net(device)
         case _:
             assert_never(config.features)
 

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 import ddpm_ray
-from ddpm_ray.models.digits_classifier import load_digits_classifier
+from ddpm_ray.evaluation.features.digits_classifier import load_digits_classifier
 
 pytestmark = [
     pytest.mark.demo,

@@ -125,8 +125,8 @@ from ddpm_ray.data.shards import fetch_shard, open_dataset
 from ddpm_ray.data.loader import ShardStream
 from ddpm_ray.config.diffusion import SamplingConfig
 from ddpm_ray.config.loading import load, to_dict
-from ddpm_ray.models.inception import Inception
-from ddpm_ray.models.inception_weights import load_inception
+from ddpm_ray.evaluation.features.inception import Inception
+from ddpm_ray.evaluation.features.inception_weights import load_inception
 from ddpm_ray.training.checkpoints import CheckpointStore
 import torch._dynamo  # what any optimiser imports, which unpickles caches of its own
 

@@ -17,21 +17,21 @@ from torch import Tensor
 from benchmarks.gpu.tiny import SHAPE, SIDE, Notes, config_of, denoiser_of, packed, pixels, run_of
 from ddpm_ray import build, build_diffusion, build_trained
 from ddpm_ray.collectives import Workers
-from ddpm_ray.measures import likelihood
+from ddpm_ray.evaluation import memorisation, probability_flow_likelihood, sample_quality
+from ddpm_ray.evaluation.feature_metrics import Extras
+from ddpm_ray.evaluation.features.feature_extractor import FeatureNet
+from ddpm_ray.evaluation.likelihood_over_dataset import flow_likelihood
+from ddpm_ray.evaluation.reference_statistics import reference
+from ddpm_ray.evaluation.vlb_over_dataset import bits_per_dim
 from ddpm_ray.models.classifier import NoisyClassifier
 from ddpm_ray.sampling import guidance_models
 from ddpm_ray.sampling.denoiser import Guidance
 from ddpm_ray.sampling.pipeline import TrainedModel
 from ddpm_ray.sampling.sampling import SamplingPlan, draw
-from ddpm_ray.training import evaluation, memorisation, probing
-from ddpm_ray.training.bits_per_dim import bits_per_dim
+from ddpm_ray.training import probing
 from ddpm_ray.training.checkpoints import CheckpointStore
-from ddpm_ray.training.features import FeatureNet
 from ddpm_ray.training.gallery import Gallery
-from ddpm_ray.training.likelihoods import flow_likelihood
 from ddpm_ray.training.loop import report, save, take_step
-from ddpm_ray.training.quality import Extras
-from ddpm_ray.training.reference import reference
 from ddpm_ray.training.snapshots import SNAPSHOTS, SnapshotStore, averaged
 
 LABELS = ["model.num_classes=4"]
@@ -266,7 +266,7 @@ def _evaluation(num_images: int, device: torch.device) -> None:
     _, denoiser = denoiser_of(config, device)
     with tempfile.TemporaryDirectory() as folder:
         known = reference(packed(folder), net, workers, kernel_images=8, batch_size=10)
-    scores = evaluation.evaluate(
+    scores = sample_quality.evaluate(
         denoiser, build_diffusion.sampling_plan(config.sampling, denoiser.schedule), net, known,
         num_images=num_images, batch_size=10, image_shape=SHAPE, workers=workers,
         provenance=build.ema_provenance(config, 0),
@@ -308,7 +308,7 @@ def _exact_likelihood(device: torch.device) -> None:
     """The trace of the Jacobian without a probe, of images of four numbers."""
     _, denoiser = denoiser_of(config_of([]), device)
     x = torch.linspace(-1, 1, 8).view(2, 1, 2, 2).to(device)
-    bits, _ = likelihood.bits_per_dim(
+    bits, _ = probability_flow_likelihood.bits_per_dim(
         denoiser.schedule, lambda x_t, t: x_t * t.view(-1, 1, 1, 1).to(x_t) / 10, x, (1, 5, 10)
     )
     _require(bool(bits.isfinite().all()), "bits are not finite")

@@ -31,7 +31,7 @@ from ddpm_ray import build
 from ddpm_ray.config.loading import load
 from ddpm_ray.config.run import RunConfig, TrainingConfig
 from ddpm_ray.counter_rng import Purpose, derived_seed, normal
-from ddpm_ray.models.inception import Inception, Unit
+from ddpm_ray.evaluation.features.inception import Inception, Unit
 from ddpm_ray.training.loop import Run, save, take_step
 
 ROOT = Path(__file__).parents[2]

@@ -19,12 +19,13 @@ from ddpm_ray.collectives import Workers
 from ddpm_ray.config.ema_search import AverageConfig
 from ddpm_ray.config.loading import ConfigError, from_dict, to_dict
 from ddpm_ray.data.shards import open_dataset
+from ddpm_ray.evaluation import sample_quality
+from ddpm_ray.evaluation.reference_statistics import reference
 from ddpm_ray.models.unet import UNet
 from ddpm_ray.storage import object_store
 from ddpm_ray.storage.file_formats import package_version
-from ddpm_ray.training import checkpoints, evaluation
+from ddpm_ray.training import checkpoints
 from ddpm_ray.training.checkpoints import CHECKPOINTS, CheckpointError, CheckpointStore
-from ddpm_ray.training.reference import reference
 from ddpm_ray.training.snapshots import SNAPSHOTS, SnapshotStore, averaged
 from ddpm_ray.training.state import Snapshot
 
@@ -144,7 +145,7 @@ def scored(
         average = kept.made(width, step)
         network.load_state_dict(average.tensors["ema"])
         sha256 = checkpoints.described(checkpoints.objects(average))["ema.safetensors"]["sha256"]
-        scores = evaluation.evaluate(
+        scores = sample_quality.evaluate(
             denoiser,
             plan,
             net,

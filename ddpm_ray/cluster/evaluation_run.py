@@ -23,15 +23,15 @@ from ddpm_ray.config.jobs import EvaluateConfig
 from ddpm_ray.config.loading import ConfigError, from_dict, to_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.shards import Dataset, open_dataset
+from ddpm_ray.evaluation import sample_quality
+from ddpm_ray.evaluation.likelihood_over_dataset import Likelihood, flow_likelihood
+from ddpm_ray.evaluation.memorisation import Neighbours, nearest, spread
+from ddpm_ray.evaluation.reference_statistics import reference
+from ddpm_ray.evaluation.sample_quality import Scores
+from ddpm_ray.evaluation.vlb_over_dataset import BitsPerDim, bits_per_dim
 from ddpm_ray.sampling.pipeline import TrainedModel
 from ddpm_ray.sampling.sampling import SamplingPlan, draw_uint8
 from ddpm_ray.storage import object_store
-from ddpm_ray.training import evaluation
-from ddpm_ray.training.bits_per_dim import BitsPerDim, bits_per_dim
-from ddpm_ray.training.evaluation import Scores
-from ddpm_ray.training.likelihoods import Likelihood, flow_likelihood
-from ddpm_ray.training.memorisation import Neighbours, nearest, spread
-from ddpm_ray.training.reference import reference
 
 log = logging.getLogger(__name__)
 
@@ -157,7 +157,7 @@ def _sample_scores(
     wanted = config.evaluation
     net = build.feature_net(wanted, build.cache_dir(begun.data, "weights"), workers.device)
     kept = min(wanted.kernel_distance_images, wanted.num_images) * wanted.kernel_distance
-    return evaluation.evaluate(
+    return sample_quality.evaluate(
         model.denoiser,
         plan,
         net,

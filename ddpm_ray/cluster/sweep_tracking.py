@@ -21,7 +21,7 @@ from ddpm_ray.config.loading import flat, to_yaml
 from ddpm_ray.config.sweep import SweepConfig
 from ddpm_ray.data.shards import Dataset
 from ddpm_ray.data.transforms import pixel_variance
-from ddpm_ray.measures.spectrum import linear_guess
+from ddpm_ray.evaluation.loss_by_snr import linear_guess
 from ddpm_ray.storage import checksummed_json, object_store
 from ddpm_ray.storage.object_store import StorageError
 from ddpm_ray.training.probing import LEVELS

@@ -22,10 +22,13 @@ from ddpm_ray.collectives import Workers
 from ddpm_ray.config.loading import from_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.shards import Dataset, DatasetError, open_dataset
+from ddpm_ray.evaluation import sample_quality
+from ddpm_ray.evaluation.features.feature_extractor import FeatureNet
+from ddpm_ray.evaluation.reference_statistics import Reference, reference
 from ddpm_ray.reporting import Progress, Row, Wish
 from ddpm_ray.storage import object_store
 from ddpm_ray.storage.file_formats import package_version
-from ddpm_ray.training import determinism, evaluation
+from ddpm_ray.training import determinism
 from ddpm_ray.training.checkpoints import (
     CHECKPOINTS,
     CheckpointStore,
@@ -33,11 +36,9 @@ from ddpm_ray.training.checkpoints import (
     read,
 )
 from ddpm_ray.training.divergence import Guard
-from ddpm_ray.training.features import FeatureNet
 from ddpm_ray.training.gallery import GRID_IMAGES, Gallery
 from ddpm_ray.training.lease import Lease
 from ddpm_ray.training.loop import Run, train
-from ddpm_ray.training.reference import Reference, reference
 from ddpm_ray.training.state import Snapshot, TrainingState
 from ddpm_ray.training.step_log import StepLog
 
@@ -303,7 +304,7 @@ class _Judge:
                 ),
             )
         net, known = self._tools
-        scores = evaluation.evaluate(
+        scores = sample_quality.evaluate(
             gallery.denoiser,
             gallery.plan,
             net,

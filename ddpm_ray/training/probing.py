@@ -14,7 +14,7 @@ from ddpm_ray import counter_rng
 from ddpm_ray.collectives import Workers
 from ddpm_ray.counter_rng import Purpose
 from ddpm_ray.data.transforms import lowered, to_model_range
-from ddpm_ray.measures.spectrum import common_loss, loss_spectrum
+from ddpm_ray.evaluation.loss_by_snr import common_loss, loss_spectrum
 from ddpm_ray.reporting import Row, Sink
 from ddpm_ray.sampling.denoiser import Denoiser
 from ddpm_ray.training.state import TrainingState

@@ -26,14 +26,14 @@ from ddpm_ray.config.jobs import EvaluateConfig
 from ddpm_ray.config.loading import ConfigError, from_dict, load, to_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.shards import DatasetError
+from ddpm_ray.evaluation import sample_quality
+from ddpm_ray.evaluation.sample_quality import Scores
 from ddpm_ray.models.ema import Averages, width_group
 from ddpm_ray.models.post_hoc_ema import gamma_of, power_decay
 from ddpm_ray.models.unet import UNet
 from ddpm_ray.sampling.denoiser import Denoiser
 from ddpm_ray.sampling.pipeline import TrainedModel
-from ddpm_ray.training import evaluation
 from ddpm_ray.training.checkpoints import CheckpointError, CheckpointStore, CheckpointWriter
-from ddpm_ray.training.evaluation import Scores
 from ddpm_ray.training.snapshots import SnapshotStore
 from tests.noise import pack_noise
 
@@ -100,7 +100,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ends = {"eval/fd_digits_low": apart - 1, "eval/fd_digits_high": apart + 1}
         return Scores({"eval/kd_digits": 0.0, "eval/fd_digits": apart} | ends, dict(provenance))
 
-    monkeypatch.setattr(evaluation, "evaluate", evaluate)
+    monkeypatch.setattr(sample_quality, "evaluate", evaluate)
     alone(monkeypatch)
     return tmp_path / "run"
 

@@ -10,8 +10,8 @@ from ddpm_ray.config.evaluation import EvaluationConfig
 from ddpm_ray.config.loading import ConfigError, flat, load, with_values
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.sweep import FIXED, SweepConfig, is_range, reported_metrics
-from ddpm_ray.training.features import FeatureNet
-from ddpm_ray.training.quality import metric_names
+from ddpm_ray.evaluation.feature_metrics import metric_names
+from ddpm_ray.evaluation.features.feature_extractor import FeatureNet
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "conf/sweep").glob("*.yaml"))

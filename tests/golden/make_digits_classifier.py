@@ -18,7 +18,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.nn import functional as F
 
-from ddpm_ray.models.digits_classifier import SIDE, WEIGHTS, DigitsClassifier
+from ddpm_ray.evaluation.features.digits_classifier import SIDE, WEIGHTS, DigitsClassifier
 
 RECORD = Path(__file__).with_name("digits_classifier.json")
 EPOCHS, BATCH, SEED = 200, 64, 0

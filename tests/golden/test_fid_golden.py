@@ -1,6 +1,6 @@
 """The golden FID through the whole evaluation: shards, reference, sampler, uint8, score.
 
-The sets and the number are torch-fidelity 0.4.0's, as in tests/models/test_inception.py, which
+The sets and the number are torch-fidelity 0.4.0's, as in tests/evaluation/test_inception.py, which
 checks the network alone, and at width 768 too.
 """
 
@@ -19,12 +19,12 @@ from ddpm_ray.data import shards
 from ddpm_ray.diffusion import schedules
 from ddpm_ray.diffusion.prediction import Prediction
 from ddpm_ray.diffusion.process import NoiseSchedule
+from ddpm_ray.evaluation.features.feature_extractor import inception_net
+from ddpm_ray.evaluation.reference_statistics import reference
+from ddpm_ray.evaluation.sample_quality import evaluate
 from ddpm_ray.sampling.denoiser import Denoiser
 from ddpm_ray.sampling.sampling import SamplingPlan
 from ddpm_ray.storage import object_store
-from ddpm_ray.training.evaluation import evaluate
-from ddpm_ray.training.features import inception_net
-from ddpm_ray.training.reference import reference
 
 WEIGHTS = "inception_2015_12_05_to_mixed6e_folded_f32.npz"
 SCHEDULE = NoiseSchedule(schedules.cosine(10))

@@ -21,15 +21,15 @@ from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.shards import open_dataset
 from ddpm_ray.diffusion import schedules
 from ddpm_ray.diffusion.process import NoiseSchedule
+from ddpm_ray.evaluation.memorisation import nearest, spread
+from ddpm_ray.evaluation.reference_statistics import reference
 from ddpm_ray.sampling.denoiser import Denoiser
 from ddpm_ray.sampling.pipeline import TrainedModel
 from ddpm_ray.sampling.sampling import SamplingPlan, draw_uint8
 from ddpm_ray.training.gallery import GRID_IMAGES, Gallery
-from ddpm_ray.training.memorisation import nearest, spread
 from ddpm_ray.training.probing import Probe
-from ddpm_ray.training.reference import reference
+from tests.evaluation.test_sample_quality import net
 from tests.noise import pack
-from tests.training.test_evaluation import net
 from tests.training.test_gallery import Wall
 
 OnWorkers = Callable[[int, Callable[[Workers], Any]], list[Any]]

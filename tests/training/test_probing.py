@@ -10,7 +10,7 @@ from ddpm_ray import counter_rng
 from ddpm_ray.collectives import Workers
 from ddpm_ray.counter_rng import Purpose
 from ddpm_ray.diffusion import NoiseSchedule, schedules
-from ddpm_ray.measures.spectrum import common_loss, linear_guess
+from ddpm_ray.evaluation.loss_by_snr import common_loss, linear_guess
 from ddpm_ray.models.ema import EMA
 from ddpm_ray.reporting import Row
 from ddpm_ray.sampling.denoiser import Denoiser

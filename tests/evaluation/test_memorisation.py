@@ -19,12 +19,12 @@ from ddpm_ray.config.loading import to_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.shards import Dataset
 from ddpm_ray.diffusion import NoiseSchedule, schedules
-from ddpm_ray.measures import neighbours
+from ddpm_ray.evaluation import nearest_neighbours
+from ddpm_ray.evaluation.features.feature_extractor import FeatureNet
+from ddpm_ray.evaluation.memorisation import NEIGHBOURS, SHOWN, Neighbours, nearest, spread
 from ddpm_ray.sampling.denoiser import Denoiser
 from ddpm_ray.sampling.image_grid import GUTTER_PIXELS, LEGIBLE_PIXELS, MARGIN_PIXELS
 from ddpm_ray.sampling.pipeline import TrainedModel
-from ddpm_ray.training.features import FeatureNet
-from ddpm_ray.training.memorisation import NEIGHBOURS, SHOWN, Neighbours, nearest, spread
 from tests.noise import pack
 from tests.training.conftest import OnWorkers
 
@@ -46,7 +46,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 
 def test_it_is_what_brute_force_finds(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     """Distances in numpy's float64; blocks cut shards and samples as well."""
-    monkeypatch.setattr(neighbours, "_BLOCK", 7 * 108)
+    monkeypatch.setattr(nearest_neighbours, "_BLOCK", 7 * 108)
     found = nearest(SAMPLES, dataset, Workers())
     x, y = (images.reshape(len(images), -1) / 127.5 - 1 for images in (SAMPLES.numpy(), DATA))
     distance = np.linalg.norm(x[:, None] - y, axis=2)
@@ -103,7 +103,7 @@ class Largest(TorchDispatchMode):
 
 def test_memory_is_bounded_by_the_block(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     """A shard has up to 9,720 numbers; in float64 are 7 images, or two lists of each sample."""
-    monkeypatch.setattr(neighbours, "_BLOCK", 7 * 108)
+    monkeypatch.setattr(nearest_neighbours, "_BLOCK", 7 * 108)
     with Largest() as largest:
         nearest(SAMPLES, dataset, Workers())
     assert 7 * 108 <= largest.numbers <= len(SAMPLES) * 2 * NEIGHBOURS
@@ -200,7 +200,7 @@ def test_captions_are_the_ratio_and_the_distances(
         told.append((above, beside))
         return picture
 
-    monkeypatch.setattr("ddpm_ray.training.memorisation.captioned", captioned)
+    monkeypatch.setattr("ddpm_ray.evaluation.memorisation.captioned", captioned)
     nearest(SAMPLES, dataset, Workers()).picture(4)
     away = np.linalg.norm((SAMPLES[9].numpy() / 127.5 - DATA / 127.5).reshape(200, -1), axis=1)
     away = np.sort(away)[:NEIGHBOURS]

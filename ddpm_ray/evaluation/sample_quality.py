@@ -18,14 +18,14 @@ from torch import Tensor
 from ddpm_ray.collectives import Workers
 from ddpm_ray.diffusion.process import NoiseSchedule
 from ddpm_ray.diffusion.timestep_spacing import log_snr_steps, quadratic_steps, uniform_steps
+from ddpm_ray.evaluation import feature_metrics
+from ddpm_ray.evaluation.confidence_interval import GROUPS, enough_for_infinity, groups_of
+from ddpm_ray.evaluation.feature_metrics import Extras
+from ddpm_ray.evaluation.features.feature_extractor import FeatureNet, float32_backends
+from ddpm_ray.evaluation.reference_statistics import Reference
 from ddpm_ray.redaction import counted
 from ddpm_ray.sampling.denoiser import Denoiser
 from ddpm_ray.sampling.sampling import SamplingPlan, draw, to_uint8
-from ddpm_ray.training import quality
-from ddpm_ray.training.features import FeatureNet, float32_backends
-from ddpm_ray.training.interval import GROUPS, enough_for_infinity, groups_of
-from ddpm_ray.training.quality import Extras
-from ddpm_ray.training.reference import Reference
 
 log = logging.getLogger(__name__)
 
@@ -70,10 +70,12 @@ def evaluate(
     batches = _drawn(
         denoiser, plan, workers.share(num_images), batch_size, image_shape, workers.device
     )
-    keep = {w: quality.kept_images(w, reference, num_images) for w in net.widths}
+    keep = {w: feature_metrics.kept_images(w, reference, num_images) for w in net.widths}
     groups = groups_of(num_images, _cycle(denoiser, plan))
-    seen = quality.see(net, batches, keep, workers, groups)
-    metrics = quality.metrics(net, reference, seen, extras, held_out) if workers.leads else {}
+    seen = feature_metrics.see(net, batches, keep, workers, groups)
+    metrics = (
+        feature_metrics.metrics(net, reference, seen, extras, held_out) if workers.leads else {}
+    )
     certificate = _certificate(denoiser.schedule, plan, net, reference, num_images, provenance)
     certificate["arithmetic"] = arithmetic(workers.device)
     if held_out is not None:

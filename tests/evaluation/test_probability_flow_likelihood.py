@@ -10,7 +10,11 @@ from torch import Tensor, nn
 
 from ddpm_ray.diffusion import NoiseSchedule, Prediction, schedules
 from ddpm_ray.diffusion.process import Denoise
-from ddpm_ray.measures.likelihood import GREY_LEVEL_BITS, bits_per_dim, dequantised
+from ddpm_ray.evaluation.probability_flow_likelihood import (
+    GREY_LEVEL_BITS,
+    bits_per_dim,
+    dequantised,
+)
 from tests.truth import LINE, ONE, THREE, Mixture
 
 # Evenly spaced angles, and nothing but noise at T: the flow's prior is then no approximation.

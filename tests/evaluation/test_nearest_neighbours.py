@@ -4,15 +4,15 @@ import pytest
 import torch
 from scipy.spatial import cKDTree
 
-from ddpm_ray.measures import neighbours
-from ddpm_ray.measures.neighbours import first_by, nearest_squares
+from ddpm_ray.evaluation import nearest_neighbours
+from ddpm_ray.evaluation.nearest_neighbours import first_by, nearest_squares
 
 
 @pytest.mark.parametrize("block", [1, 40, 1 << 23])
 @pytest.mark.parametrize("k", [1, 6, 90])
 def test_they_are_what_a_tree_finds(k: int, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """In blocks of one vector, of some, of all; of 60 vectors no more than 60 are near."""
-    monkeypatch.setattr(neighbours, "_BLOCK", block)
+    monkeypatch.setattr(nearest_neighbours, "_BLOCK", block)
     generator = torch.Generator().manual_seed(3)
     vectors = torch.randn(9, 4, generator=generator)
     others = torch.randn(60, 4, generator=generator)

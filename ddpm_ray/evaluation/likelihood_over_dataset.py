@@ -12,9 +12,9 @@ from ddpm_ray import counter_rng
 from ddpm_ray.collectives import Workers
 from ddpm_ray.counter_rng import Purpose
 from ddpm_ray.diffusion.timestep_spacing import log_snr_steps
-from ddpm_ray.measures import likelihood
+from ddpm_ray.evaluation import probability_flow_likelihood
+from ddpm_ray.evaluation.confidence_interval import interval_of_mean
 from ddpm_ray.sampling.denoiser import Denoiser
-from ddpm_ray.training.interval import interval_of_mean
 
 
 @dataclass(frozen=True)
@@ -52,12 +52,15 @@ def flow_likelihood(
             counter_rng.uniform(seed, Purpose.LIKELIHOOD, use, index, tuple(x.shape[1:]))
             for use in (0, 1)
         )
-        x_0, signs = likelihood.dequantised(x, within), torch.where(side < 0.5, -1.0, 1.0)
+        x_0, signs = (
+            probability_flow_likelihood.dequantised(x, within),
+            torch.where(side < 0.5, -1.0, 1.0),
+        )
         denoise = denoiser.mean_of(denoiser.unguided(labels.to(device)))
-        bits, _ = likelihood.bits_per_dim(
+        bits, _ = probability_flow_likelihood.bits_per_dim(
             schedule, denoise, math.sqrt(a_1) * x_0, way, predicts=denoiser.predicts, probe=signs
         )
-        bits = (bits - math.log2(a_1) / 2 + likelihood.GREY_LEVEL_BITS).cpu()
+        bits = (bits - math.log2(a_1) / 2 + probability_flow_likelihood.GREY_LEVEL_BITS).cpu()
         totals += torch.stack([torch.ones_like(bits), bits, bits.square()]).sum(1)
     count, total, squares = workers.sum_(totals).tolist()
     mean, low, high = interval_of_mean(count, total, squares)

@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor, nn
 
-from ddpm_ray.measures.frechet import Moments, frechet_distance
-from ddpm_ray.models.inception import (
+from ddpm_ray.evaluation.features.inception import (
     Inception,
     Mixed7,
     Unit,
@@ -24,7 +23,8 @@ from ddpm_ray.models.inception import (
     resize_as_pytorch_fid,
     resize_as_tensorflow_1,
 )
-from ddpm_ray.models.inception_weights import load_inception
+from ddpm_ray.evaluation.features.inception_weights import load_inception
+from ddpm_ray.evaluation.frechet import Moments, frechet_distance
 
 
 def random_images(count: int = 2, height: int = 32, width: int = 32) -> Tensor:

@@ -7,8 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from ddpm_ray.measures.frechet import frechet_distance
-from ddpm_ray.training.interval import (
+from ddpm_ray.evaluation.confidence_interval import (
     GROUPS,
     at_infinity,
     enough_for_infinity,
@@ -17,6 +16,7 @@ from ddpm_ray.training.interval import (
     jackknife_interval,
     student_95,
 )
+from ddpm_ray.evaluation.frechet import frechet_distance
 
 
 @pytest.mark.parametrize("degrees", [*range(1, 40), 63, 100, 399, 1000, 9999, 50_000])

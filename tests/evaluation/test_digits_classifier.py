@@ -10,7 +10,7 @@ from safetensors import safe_open
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from ddpm_ray.models.digits_classifier import WEIGHTS, load_digits_classifier
+from ddpm_ray.evaluation.features.digits_classifier import WEIGHTS, load_digits_classifier
 
 RECORD = Path(__file__).parent.parent / "golden" / "digits_classifier.json"
 

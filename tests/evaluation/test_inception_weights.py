@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ddpm_ray.models.inception import Inception
-from ddpm_ray.models.inception_weights import InceptionWeightsError, load_inception
+from ddpm_ray.evaluation.features.inception import Inception
+from ddpm_ray.evaluation.features.inception_weights import InceptionWeightsError, load_inception
 
 STEM = {  # layer: out, in, kernel side; as in the release file
     "Conv2d_1a_3x3": (32, 3, 3),

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ddpm_ray.measures import frechet
-from ddpm_ray.measures.frechet import (
+from ddpm_ray.evaluation import frechet
+from ddpm_ray.evaluation.frechet import (
     Moments,
     frechet_distance,
     frechet_distance_of_features,

@@ -18,11 +18,11 @@ from torch import Tensor
 from ddpm_ray.collectives import Workers
 from ddpm_ray.data.loader import read_images
 from ddpm_ray.data.shards import Dataset
-from ddpm_ray.measures.neighbours import first_by, nearest_squares
-from ddpm_ray.models.inception import SPATIAL
+from ddpm_ray.evaluation.features.feature_extractor import FeatureNet
+from ddpm_ray.evaluation.features.inception import SPATIAL
+from ddpm_ray.evaluation.nearest_neighbours import first_by, nearest_squares
 from ddpm_ray.redaction import counted
 from ddpm_ray.sampling.image_grid import captioned, grid
-from ddpm_ray.training.features import FeatureNet
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ddpm_ray.diffusion import NoiseSchedule, schedules
 from ddpm_ray.diffusion.process import Denoise
-from ddpm_ray.measures.spectrum import common_loss, linear_guess, loss_spectrum, steps_at
+from ddpm_ray.evaluation.loss_by_snr import common_loss, linear_guess, loss_spectrum, steps_at
 
 LEVELS = torch.linspace(-6, 6, 7, dtype=torch.float64)
 VARIANCE = 0.3

@@ -16,11 +16,11 @@ from ddpm_ray.counter_rng import Purpose
 from ddpm_ray.diffusion import NoiseSchedule, Prediction, schedules
 from ddpm_ray.diffusion.prediction import Kind
 from ddpm_ray.diffusion.process import Denoise
-from ddpm_ray.measures import likelihood
+from ddpm_ray.evaluation import probability_flow_likelihood
+from ddpm_ray.evaluation.likelihood_over_dataset import Likelihood, flow_likelihood
+from ddpm_ray.evaluation.vlb_over_dataset import bits_per_dim
 from ddpm_ray.sampling import guidance_models
 from ddpm_ray.sampling.denoiser import Denoiser
-from ddpm_ray.training.bits_per_dim import bits_per_dim
-from ddpm_ray.training.likelihoods import Likelihood, flow_likelihood
 from tests.diffusion.test_prediction import KINDS
 from tests.training.conftest import OnWorkers
 
@@ -126,8 +126,8 @@ def test_the_density_of_every_kind_of_denoiser_has_mass_one(
         flows.append((denoise, {"predicts": more["predicts"]}))
         return torch.ones(len(x), dtype=torch.float64), x
 
-    true_bits = likelihood.bits_per_dim
-    monkeypatch.setattr(likelihood, "bits_per_dim", seen)
+    true_bits = probability_flow_likelihood.bits_per_dim
+    monkeypatch.setattr(probability_flow_likelihood, "bits_per_dim", seen)
     labels = torch.full((len(GRID),), 1)
     batch = torch.arange(len(GRID)), LEVEL[:1].expand(len(GRID), 1, 1, 1), labels
     flow_likelihood(DENOISERS[name], [batch], steps=100, workers=Workers())

@@ -11,9 +11,9 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from ddpm_ray.models import digits_classifier
-from ddpm_ray.models.inception import Resize
-from ddpm_ray.models.inception_weights import load_inception
+from ddpm_ray.evaluation.features import digits_classifier
+from ddpm_ray.evaluation.features.inception import Resize
+from ddpm_ray.evaluation.features.inception_weights import load_inception
 
 Extract: TypeAlias = Callable[[Tensor], Mapping[int, Tensor]]
 """uint8 images [N, H, W, C] -> features float32 [N, D] under each width D, in one pass."""

@@ -14,8 +14,8 @@ from torch.distributions import Normal, kl_divergence
 from ddpm_ray.collectives import Workers
 from ddpm_ray.diffusion import NoiseSchedule, Prediction, posterior, schedules
 from ddpm_ray.diffusion.samplers import Variance
+from ddpm_ray.evaluation.vlb_over_dataset import BitsPerDim, bits_per_dim
 from ddpm_ray.sampling.denoiser import Denoiser
-from ddpm_ray.training.bits_per_dim import BitsPerDim, bits_per_dim
 from tests.training.conftest import OnWorkers
 
 T = 30

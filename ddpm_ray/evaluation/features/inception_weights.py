@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddpm_ray.models.inception import Inception, Resize
+from ddpm_ray.evaluation.features.inception import Inception, Resize
 
 NORM_EPS = 1e-3  # of the graph's batch norms
 CLASSES = 1008  # of the graph

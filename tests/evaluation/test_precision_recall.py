@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddpm_ray.measures import manifold
-from ddpm_ray.measures.manifold import inception_score, precision_recall
+from ddpm_ray.evaluation import precision_recall as manifold
+from ddpm_ray.evaluation.precision_recall import inception_score, precision_recall
 
 
 def drawn(count: int, width: int, seed: int, scale: float = 1.0, shift: float = 0.0) -> Tensor:

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from ddpm_ray.cluster import group, registry
 from ddpm_ray.config.run import ClusterConfig
-from ddpm_ray.training import determinism, evaluation
-from ddpm_ray.training.features import FeatureNet, float32_backends, in_float32
+from ddpm_ray.evaluation import sample_quality
+from ddpm_ray.evaluation.features.feature_extractor import FeatureNet, float32_backends, in_float32
+from ddpm_ray.training import determinism
 from tests.limits import ENDS_S
 
 BACKENDS = float32_backends()
@@ -82,20 +83,20 @@ def test_the_flags_are_put_back_though_two_threads_look_at_images() -> None:
 
 
 def test_a_certificate_says_on_what_and_how(monkeypatch: pytest.MonkeyPatch) -> None:
-    told = evaluation.arithmetic(torch.device("cpu"))
+    told = sample_quality.arithmetic(torch.device("cpu"))
     assert told == {
         "device": "cpu", "samples_tf32": False, "features": "float32 without TF32",
         "deterministic": False,
     }  # fmt: skip
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
-    told = evaluation.arithmetic(torch.device("cuda:1"))
+    told = sample_quality.arithmetic(torch.device("cuda:1"))
     assert (told["device"], told["samples_tf32"]) == ("NVIDIA H100", True)  # cuDNN's default
 
 
 def test_scores_of_earlier_versions_still_compare() -> None:
     """A champion was crowned before certificates told of devices."""
     before = {"samples": {"seed": 1}, "features": {"network": "inception"}}
-    now = before | {"arithmetic": evaluation.arithmetic(torch.device("cpu"))}
+    now = before | {"arithmetic": sample_quality.arithmetic(torch.device("cpu"))}
     assert registry._protocol(now) == registry._protocol(before)
     assert registry._protocol(now) != registry._protocol(now | {"features": {"network": "digits"}})
 

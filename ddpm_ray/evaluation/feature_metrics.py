@@ -8,22 +8,22 @@ import torch
 from torch import Tensor
 
 from ddpm_ray.collectives import Workers
-from ddpm_ray.measures.frechet import (
-    Moments,
-    frechet_distance,
-    frechet_distance_to_features,
-    kernel_distance,
-)
-from ddpm_ray.measures.manifold import inception_score, precision_recall
-from ddpm_ray.models.inception import SPATIAL
-from ddpm_ray.training.features import FeatureNet
-from ddpm_ray.training.interval import (
+from ddpm_ray.evaluation.confidence_interval import (
     GROUPS,
     at_infinity,
     enough_for_infinity,
     jackknife_interval,
 )
-from ddpm_ray.training.reference import Reference
+from ddpm_ray.evaluation.features.feature_extractor import FeatureNet
+from ddpm_ray.evaluation.features.inception import SPATIAL
+from ddpm_ray.evaluation.frechet import (
+    Moments,
+    frechet_distance,
+    frechet_distance_to_features,
+    kernel_distance,
+)
+from ddpm_ray.evaluation.precision_recall import inception_score, precision_recall
+from ddpm_ray.evaluation.reference_statistics import Reference
 
 CONFIDENT = 0.9  # probability of a class from which an image counts as recognised
 ALL = range(GROUPS)

@@ -20,8 +20,8 @@ from ddpm_ray.diffusion.prediction import Prediction
 from ddpm_ray.diffusion.process import add_noise
 from ddpm_ray.diffusion.samplers import Variance
 from ddpm_ray.diffusion.x0_estimator import clip_to_range
+from ddpm_ray.evaluation.confidence_interval import interval_of_mean
 from ddpm_ray.sampling.denoiser import Denoiser
-from ddpm_ray.training.interval import interval_of_mean
 
 
 @dataclass(frozen=True)

@@ -22,16 +22,16 @@ from ddpm_ray.diffusion import schedules
 from ddpm_ray.diffusion.prediction import Prediction
 from ddpm_ray.diffusion.process import Denoise, NoiseSchedule
 from ddpm_ray.diffusion.timestep_spacing import quadratic_steps, uniform_steps
-from ddpm_ray.measures.frechet import frechet_distance_of_features
-from ddpm_ray.measures.manifold import precision_recall
-from ddpm_ray.models.inception import Inception, Resize
+from ddpm_ray.evaluation.feature_metrics import Extras, metric_names
+from ddpm_ray.evaluation.features.feature_extractor import FeatureNet, digits_net, inception_net
+from ddpm_ray.evaluation.features.inception import Inception, Resize
+from ddpm_ray.evaluation.frechet import frechet_distance_of_features
+from ddpm_ray.evaluation.precision_recall import precision_recall
+from ddpm_ray.evaluation.reference_statistics import Reference, reference
+from ddpm_ray.evaluation.sample_quality import Scores, evaluate
 from ddpm_ray.sampling.denoiser import Denoiser
 from ddpm_ray.sampling.sampling import Images, SamplingPlan, draw, to_uint8
 from ddpm_ray.storage import object_store
-from ddpm_ray.training.evaluation import Scores, evaluate
-from ddpm_ray.training.features import FeatureNet, digits_net, inception_net
-from ddpm_ray.training.quality import Extras, metric_names
-from ddpm_ray.training.reference import Reference, reference
 from tests.noise import pack
 
 OnWorkers = Callable[[int, Callable[[Workers], Any]], list[Any]]  # see conftest.py
