@@ -47,7 +47,7 @@ from ddpm_ray.cluster.training_run import packed_data
 from ddpm_ray.cluster.trial import EVENT
 from ddpm_ray.config.loading import load
 from ddpm_ray.config.sweep import SweepConfig
-from ddpm_ray.training.probing import LEVELS
+from ddpm_ray.training.validation_loss import LEVELS
 
 CONF = Path(__file__).parents[1] / "conf"
 STARTS = 4  # trials of a round, and so many bare starts less one

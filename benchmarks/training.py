@@ -33,8 +33,8 @@ from ddpm_ray.counter_rng import Purpose, normal, uniform_int
 from ddpm_ray.data.packing import packer
 from ddpm_ray.data.packing.pack_options import PackOptions
 from ddpm_ray.reporting import Wish
-from ddpm_ray.training.lease import Lease
 from ddpm_ray.training.loop import Run, report, save, take_step
+from ddpm_ray.training.writer_lease import Lease
 
 ROUNDS = int(sys.argv[1]) if len(sys.argv) > 1 else 12
 BATCH = 16

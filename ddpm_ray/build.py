@@ -28,7 +28,12 @@ from ddpm_ray.evaluation.features import feature_extractor
 from ddpm_ray.evaluation.features.feature_extractor import FeatureNet
 from ddpm_ray.evaluation.reference_statistics import Reference, reference
 from ddpm_ray.models.classifier import NoisyClassifier
-from ddpm_ray.models.ema import (
+from ddpm_ray.models.unet import Sizes, UNet
+from ddpm_ray.sampling.denoiser import Denoiser
+from ddpm_ray.storage import checksummed, object_store
+from ddpm_ray.training import validation_loss
+from ddpm_ray.training.checkpoints import CheckpointWriter
+from ddpm_ray.training.ema import (
     EMA,
     Averages,
     decay_from_half_life,
@@ -36,17 +41,12 @@ from ddpm_ray.models.ema import (
     ramped,
     width_group,
 )
-from ddpm_ray.models.post_hoc_ema import gamma_of, power_decay
-from ddpm_ray.models.unet import Sizes, UNet
-from ddpm_ray.sampling.denoiser import Denoiser
-from ddpm_ray.storage import checksummed, object_store
-from ddpm_ray.training import probing
-from ddpm_ray.training.checkpoints import CheckpointWriter
-from ddpm_ray.training.gallery import Gallery
+from ddpm_ray.training.ema_snapshots import SNAPSHOTS, Keeper, SnapshotStore
 from ddpm_ray.training.loop import Plan
-from ddpm_ray.training.probing import LEVELS, Probe
-from ddpm_ray.training.snapshots import SNAPSHOTS, Keeper, SnapshotStore
+from ddpm_ray.training.post_hoc_ema import gamma_of, power_decay
+from ddpm_ray.training.sample_grids import Gallery
 from ddpm_ray.training.state import TrainingState
+from ddpm_ray.training.validation_loss import LEVELS, Probe
 
 DEFAULT_CACHE = "~/.cache/ddpm-ray"
 
@@ -231,7 +231,7 @@ def fixed_images(config: DataConfig, dataset: Dataset, positions: range, total: 
         return Batch(nothing, torch.empty(0, dtype=torch.int64))
     found = ShardStream(
         dataset,
-        seed=probing.SEED,
+        seed=validation_loss.SEED,
         global_batch_size=total,
         positions=positions,
         lanes=math.gcd(config.lanes, total),

@@ -17,8 +17,8 @@ from ddpm_ray.models.unet import UNet
 from ddpm_ray.sampling.denoiser import Denoiser, Network
 from ddpm_ray.sampling.sampling import SamplingPlan
 from ddpm_ray.sampling.sampling import sampling_plan as sampling_plan
-from ddpm_ray.training.examples import ChooseSteps, Showing
-from ddpm_ray.training.objectives import Objective
+from ddpm_ray.training.noising import ChooseSteps, Showing
+from ddpm_ray.training.objective import Objective
 from ddpm_ray.training.state import TrainingState
 
 

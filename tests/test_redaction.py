@@ -19,7 +19,7 @@ from ddpm_ray.redaction import counted, has_secret, printable, redacted, told
 from ddpm_ray.storage.checksummed import DamagedError
 from ddpm_ray.storage.object_store import StorageError, read_bytes
 from ddpm_ray.training.checkpoints import CheckpointError
-from ddpm_ray.training.divergence import DivergedError
+from ddpm_ray.training.divergence_guard import DivergedError
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # MLflow's, as it imports

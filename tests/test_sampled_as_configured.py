@@ -29,9 +29,9 @@ from ddpm_ray.data.packing.pack_options import PackOptions
 from ddpm_ray.sampling.image_grid import grid
 from ddpm_ray.storage import object_store
 from ddpm_ray.training.checkpoints import CheckpointStore
-from ddpm_ray.training.gallery import GRID_IMAGES, Gallery
+from ddpm_ray.training.sample_grids import GRID_IMAGES, Gallery
 from tests.limits import ENDS_S
-from tests.training.test_gallery import Wall
+from tests.training.test_sample_grids import Wall
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # MLflow's, as it imports
 

@@ -28,11 +28,11 @@ from ddpm_ray.sampling import guidance_models
 from ddpm_ray.sampling.denoiser import Guidance
 from ddpm_ray.sampling.pipeline import TrainedModel
 from ddpm_ray.sampling.sampling import SamplingPlan, draw
-from ddpm_ray.training import probing
+from ddpm_ray.training import validation_loss
 from ddpm_ray.training.checkpoints import CheckpointStore
-from ddpm_ray.training.gallery import Gallery
+from ddpm_ray.training.ema_snapshots import SNAPSHOTS, SnapshotStore, averaged
 from ddpm_ray.training.loop import report, save, take_step
-from ddpm_ray.training.snapshots import SNAPSHOTS, SnapshotStore, averaged
+from ddpm_ray.training.sample_grids import Gallery
 
 LABELS = ["model.num_classes=4"]
 LEARNED = ["objective.variance=learned_range", "objective.loss=hybrid"]
@@ -316,10 +316,12 @@ def _exact_likelihood(device: torch.device) -> None:
 
 def _probe(device: torch.device) -> None:
     state, denoiser = denoiser_of(config_of([]), device)
-    count = 2 * len(probing.LEVELS)
+    count = 2 * len(validation_loss.LEVELS)
     labels = torch.zeros(count, dtype=torch.int64)
     workers = Workers(0, 1, device)
-    probing.Probe(state, denoiser, pixels(count), labels, 0, 0.25, workers, None, 32).look(5)
+    validation_loss.Probe(state, denoiser, pixels(count), labels, 0, 0.25, workers, None, 32).look(
+        5
+    )
     _require(math.isfinite(state.probes[0]["loss"]), "the common loss is not finite")
 
 

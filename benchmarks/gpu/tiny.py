@@ -22,10 +22,10 @@ from ddpm_ray.data.shards import Dataset, Recipe, ShardRow
 from ddpm_ray.reporting import Progress, Row, Wish
 from ddpm_ray.sampling.denoiser import Denoiser
 from ddpm_ray.training.checkpoints import CheckpointStore, CheckpointWriter
-from ddpm_ray.training.divergence import Guard
+from ddpm_ray.training.divergence_guard import Guard
 from ddpm_ray.training.loop import Run
+from ddpm_ray.training.metrics_buffer import StepLog
 from ddpm_ray.training.state import TrainingState
-from ddpm_ray.training.step_log import StepLog
 
 SIDE, BATCH = 8, 8
 SHAPE = (3, SIDE, SIDE)

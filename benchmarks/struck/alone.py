@@ -40,7 +40,7 @@ from ddpm_ray.reporting import Progress, Wish
 from ddpm_ray.storage import object_store
 from ddpm_ray.training import loop
 from ddpm_ray.training.checkpoints import CHECKPOINTS
-from ddpm_ray.training.lease import Lease
+from ddpm_ray.training.writer_lease import Lease
 from tests.cluster import conftest
 from tests.faults.proxy import Weather, through
 

@@ -26,7 +26,7 @@ from ddpm_ray.storage import object_store
 from ddpm_ray.storage.file_formats import package_version
 from ddpm_ray.training import checkpoints
 from ddpm_ray.training.checkpoints import CHECKPOINTS, CheckpointError, CheckpointStore
-from ddpm_ray.training.snapshots import SNAPSHOTS, SnapshotStore, averaged
+from ddpm_ray.training.ema_snapshots import SNAPSHOTS, SnapshotStore, averaged
 from ddpm_ray.training.state import Snapshot
 
 log = logging.getLogger(__name__)

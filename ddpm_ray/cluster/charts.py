@@ -25,7 +25,7 @@ from ddpm_ray.cluster import leaderboard as board
 from ddpm_ray.cluster.leaderboard import MOST, STATUSES, Row, cut, standings, told
 from ddpm_ray.cluster.ledger import Trial
 from ddpm_ray.sampling.image_grid import GUTTER_PIXELS
-from ddpm_ray.training.gallery import GRID_IMAGES
+from ddpm_ray.training.sample_grids import GRID_IMAGES
 
 Look: TypeAlias = dict[str, Any]  # what matplotlib takes as a style
 Curve: TypeAlias = tuple[Trial, np.ndarray[Any, np.dtype[np.float64]]]  # its points [n, 2]

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from ddpm_ray.cluster.control import Desk
 from ddpm_ray.fault_injection import InjectedFaultError
 from ddpm_ray.storage.object_store import StorageError
-from ddpm_ray.training.lease import LeaseLostError, SupersededError
+from ddpm_ray.training.writer_lease import LeaseLostError, SupersededError
 
 log = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ from ddpm_ray.data.transforms import pixel_variance
 from ddpm_ray.evaluation.loss_by_snr import linear_guess
 from ddpm_ray.storage import checksummed_json, object_store
 from ddpm_ray.storage.object_store import StorageError
-from ddpm_ray.training.probing import LEVELS
+from ddpm_ray.training.validation_loss import LEVELS
 
 log = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from ddpm_ray.cluster.row_queue import RowQueue
 from ddpm_ray.cluster.tracked_run import TrackedRun
 from ddpm_ray.redaction import brief, counted, told
 from ddpm_ray.reporting import Row
-from ddpm_ray.training.lease import SupersededError
+from ddpm_ray.training.writer_lease import SupersededError
 
 if TYPE_CHECKING:
     from ddpm_ray.cluster.tracking import RunLog

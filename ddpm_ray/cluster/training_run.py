@@ -35,8 +35,8 @@ from ddpm_ray.storage import object_store
 from ddpm_ray.storage.object_store import StorageError
 from ddpm_ray.training import determinism
 from ddpm_ray.training.checkpoints import CHECKPOINTS, CheckpointStore
-from ddpm_ray.training.gallery import picture_url
-from ddpm_ray.training.lease import Lease
+from ddpm_ray.training.sample_grids import picture_url
+from ddpm_ray.training.writer_lease import Lease
 
 log = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from ddpm_ray.config.loading import from_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.reporting import Progress
 from ddpm_ray.storage.object_store import StorageError
-from ddpm_ray.training.gallery import picture_url
+from ddpm_ray.training.sample_grids import picture_url
 
 log = logging.getLogger(__name__)
 

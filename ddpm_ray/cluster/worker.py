@@ -35,12 +35,12 @@ from ddpm_ray.training.checkpoints import (
     CheckpointWriter,
     read,
 )
-from ddpm_ray.training.divergence import Guard
-from ddpm_ray.training.gallery import GRID_IMAGES, Gallery
-from ddpm_ray.training.lease import Lease
+from ddpm_ray.training.divergence_guard import Guard
 from ddpm_ray.training.loop import Run, train
+from ddpm_ray.training.metrics_buffer import StepLog
+from ddpm_ray.training.sample_grids import GRID_IMAGES, Gallery
 from ddpm_ray.training.state import Snapshot, TrainingState
-from ddpm_ray.training.step_log import StepLog
+from ddpm_ray.training.writer_lease import Lease
 
 log = logging.getLogger(__name__)
 

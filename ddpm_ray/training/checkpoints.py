@@ -30,11 +30,18 @@ from ddpm_ray.storage import checksummed, object_store
 from ddpm_ray.storage.checksummed import DamagedError
 from ddpm_ray.storage.file_formats import FORMAT, require_readable
 from ddpm_ray.storage.object_store import StorageError
-from ddpm_ray.training import pointers
-from ddpm_ray.training.background import Background
-from ddpm_ray.training.lease import Lease, SupersededError
-from ddpm_ray.training.pointers import FOLDER, POINTERS, PREFIX, Found, Pointer, Reference
+from ddpm_ray.training import checkpoint_pointers
+from ddpm_ray.training.background_writer import Background
+from ddpm_ray.training.checkpoint_pointers import (
+    FOLDER,
+    POINTERS,
+    PREFIX,
+    Found,
+    Pointer,
+    Reference,
+)
 from ddpm_ray.training.state import Snapshot
+from ddpm_ray.training.writer_lease import Lease, SupersededError
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +84,7 @@ class CheckpointStore:
         taken over and committed; folders that earlier starts left half written are deleted.
         """
         self.lease = lease
-        found = pointers.find(self.url, below=lease.epoch)
+        found = checkpoint_pointers.find(self.url, below=lease.epoch)
         named = found.pointer.references if found.pointer else []
         unnamed, unfinished = self._unnamed(named, below=lease.epoch)
         known = _by_step([*named, *unnamed])
@@ -169,14 +176,14 @@ class CheckpointStore:
         finds each of them. Raises CheckpointError where nothing is left, neither a pointer nor a
         whole checkpoint, and StorageError.
         """
-        found = pointers.find(self.url)
+        found = checkpoint_pointers.find(self.url)
         known = self._known(found)
-        epochs = [pointers.folder_step_epoch(one.folder)[1] for one in known]
+        epochs = [checkpoint_pointers.folder_step_epoch(one.folder)[1] for one in known]
         return Pointer(max([found.epoch, *epochs]), 0, known)
 
     def _known(self, found: Found | None = None) -> list[Reference]:
         """Checkpoints as a reader finds them, newest first."""
-        found = found or pointers.find(self.url)
+        found = found or checkpoint_pointers.find(self.url)
         named = found.pointer.references if found.pointer else []
         if named and not found.damaged:
             return named
@@ -198,7 +205,7 @@ class CheckpointStore:
         for folder in object_store.folders(self.url):
             if not FOLDER.fullmatch(folder) or folder in known:
                 continue
-            if below is not None and pointers.folder_step_epoch(folder)[1] >= below:
+            if below is not None and checkpoint_pointers.folder_step_epoch(folder)[1] >= below:
                 continue
             manifest = _manifest(object_store.join(self.url, folder))
             if manifest is None:
@@ -237,13 +244,13 @@ class CheckpointStore:
     def _commit(self, references: list[Reference]) -> None:
         """Write the next pointer; of those before it the newest stays, in case it is damaged."""
         if self._own is None:
-            found = pointers.find(self.url)
+            found = checkpoint_pointers.find(self.url)
             number = found.pointer.number if found.pointer else 0
             before, names = Pointer(found.epoch, number), found.names
         else:
             before, names = self._own, self._written
         pointer = Pointer(before.epoch, before.number + 1, references)
-        pointers.write(self.url, pointer)
+        checkpoint_pointers.write(self.url, pointer)
         if self._own is not None:
             self._own = pointer
         self._written = [*names[-1:], pointer.name]

@@ -15,10 +15,10 @@ from ddpm_ray import fault_injection
 from ddpm_ray.collectives import Workers
 from ddpm_ray.reporting import Progress, Row, Sink, Wish
 from ddpm_ray.training.checkpoints import CheckpointWriter, read
-from ddpm_ray.training.divergence import DivergedError, Guard, diverged
-from ddpm_ray.training.objectives import Objective
+from ddpm_ray.training.divergence_guard import DivergedError, Guard, diverged
+from ddpm_ray.training.metrics_buffer import StepLog
+from ddpm_ray.training.objective import Objective
 from ddpm_ray.training.state import TrainingState
-from ddpm_ray.training.step_log import StepLog
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ddpm_ray.diffusion.timestep_sampling import SecondMoments
-from ddpm_ray.models.ema import EMA, Averages
+from ddpm_ray.training.ema import EMA, Averages
 
 Tensors = dict[str, Tensor]
 

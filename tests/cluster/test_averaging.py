@@ -28,13 +28,13 @@ from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.shards import DatasetError
 from ddpm_ray.evaluation import sample_quality
 from ddpm_ray.evaluation.sample_quality import Scores
-from ddpm_ray.models.ema import Averages, width_group
-from ddpm_ray.models.post_hoc_ema import gamma_of, power_decay
 from ddpm_ray.models.unet import UNet
 from ddpm_ray.sampling.denoiser import Denoiser
 from ddpm_ray.sampling.pipeline import TrainedModel
 from ddpm_ray.training.checkpoints import CheckpointError, CheckpointStore, CheckpointWriter
-from ddpm_ray.training.snapshots import SnapshotStore
+from ddpm_ray.training.ema import Averages, width_group
+from ddpm_ray.training.ema_snapshots import SnapshotStore
+from ddpm_ray.training.post_hoc_ema import gamma_of, power_decay
 from tests.noise import pack_noise
 
 ROOT = Path(__file__).parents[2]

@@ -22,7 +22,7 @@ from ddpm_ray.cluster.control import ControlLostError, Desk
 from ddpm_ray.cluster.group import RunFailedError
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.training.checkpoints import CHECKPOINTS
-from ddpm_ray.training.lease import Lease, LeaseLostError
+from ddpm_ray.training.writer_lease import Lease, LeaseLostError
 from jobs.train import train
 from tests.noise import pack_noise
 

@@ -19,8 +19,8 @@ from ddpm_ray.cluster import averaging, evaluation_run, fatal, worker
 from ddpm_ray.collectives import Workers
 from ddpm_ray.storage.object_store import StorageError
 from ddpm_ray.training.checkpoints import CheckpointError
-from ddpm_ray.training.divergence import DivergedError
-from ddpm_ray.training.lease import LeaseLostError, SupersededError
+from ddpm_ray.training.divergence_guard import DivergedError
+from ddpm_ray.training.writer_lease import LeaseLostError, SupersededError
 
 ROOT = Path(__file__).parents[2]
 

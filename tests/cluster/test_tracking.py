@@ -29,7 +29,7 @@ from ddpm_ray.config.loading import load, to_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.reporting import RATES, Row
 from ddpm_ray.training.checkpoints import CheckpointStore
-from ddpm_ray.training.lease import Lease
+from ddpm_ray.training.writer_lease import Lease
 from tests.limits import ENDS_S
 
 PATIENCE_S = ENDS_S

@@ -32,8 +32,8 @@ from ddpm_ray.config.run import RunConfig
 from ddpm_ray.counter_rng import Purpose
 from ddpm_ray.reporting import RATES, Progress, Wish
 from ddpm_ray.training.checkpoints import CHECKPOINTS, CheckpointStore
-from ddpm_ray.training.lease import Lease
 from ddpm_ray.training.loop import Run, train
+from ddpm_ray.training.writer_lease import Lease
 
 STEPS, EVERY = 24, 5
 TINY = (

@@ -32,11 +32,11 @@ class Mutation:
 
 
 LOOP, SAVES = "tests/training/test_loop.py", "tests/training/test_checkpoints.py"
-ENDS, LEASE = "tests/faults/test_same_end.py", "tests/training/test_lease.py"
+ENDS, LEASE = "tests/faults/test_same_end.py", "tests/training/test_writer_lease.py"
 CHECKPOINTS, STATE = "ddpm_ray/training/checkpoints.py", "ddpm_ray/training/state.py"
-OBJECTIVES = "ddpm_ray/training/objectives.py"
-EXAMPLES = "ddpm_ray/training/examples.py"
-DAMAGE, FENCING = "tests/training/test_damage.py", "tests/training/test_fencing.py"
+OBJECTIVES = "ddpm_ray/training/objective.py"
+EXAMPLES = "ddpm_ray/training/noising.py"
+DAMAGE, FENCING = "tests/training/test_damaged_checkpoints.py", "tests/training/test_fencing.py"
 
 MUTATIONS = (
     Mutation("noise is not keyed by the step", EXAMPLES,
@@ -48,11 +48,11 @@ MUTATIONS = (
     Mutation("dropout is keyed by the worker instead of the slot", OBJECTIVES,
              "Purpose.DROPOUT, step, slot)", "Purpose.DROPOUT, step, workers.rank)",
              "tests/faults/test_resized.py"),
-    Mutation("slots are added one after the other", "ddpm_ray/training/reduction.py",
-             "while pairs % 2 == 0:", "while self._sums:", "tests/training/test_reduction.py"),
-    Mutation("losses are added as they come", "ddpm_ray/training/step_log.py",
+    Mutation("slots are added one after the other", "ddpm_ray/training/deterministic_allreduce.py",
+             "while pairs % 2 == 0:", "while self._sums:", "tests/training/test_deterministic_allreduce.py"),
+    Mutation("losses are added as they come", "ddpm_ray/training/metrics_buffer.py",
              "(losses.double() * 2.0**40).round_() * 2.0**-40", "losses.double()",
-             "tests/training/test_step_log.py"),
+             "tests/training/test_metrics_buffer.py"),
     Mutation("a rewound run takes the same samples again", "ddpm_ray/training/loop.py",
              "state.step, state.scores, state.probes = step, scores, probes",
              "state.scores, state.probes = scores, probes", LOOP),
@@ -71,8 +71,8 @@ MUTATIONS = (
     Mutation("a skipped step leaves its gradient behind", "ddpm_ray/training/loop.py",
              "    state.optimizer.zero_grad()\n    state.step += 1\n    run.log.record_skipped()",
              "    state.step += 1\n    run.log.record_skipped()", LOOP),
-    Mutation("the norms before are forgotten", "ddpm_ray/training/divergence.py",
-             'list(facts["norms"])', "[]", "tests/training/test_divergence.py"),
+    Mutation("the norms before are forgotten", "ddpm_ray/training/divergence_guard.py",
+             'list(facts["norms"])', "[]", "tests/training/test_divergence_guard.py"),
     Mutation("bands of half a window are forgotten", "ddpm_ray/cluster/worker.py",
              'log.resume(snapshot.facts["bands"])', "pass", ENDS),
     Mutation("rows that MLflow lacks are forgotten", "ddpm_ray/training/loop.py",
@@ -111,12 +111,12 @@ MUTATIONS = (
              "            self.lease.check()", 'faults.at("commit")', LEASE),
     Mutation("what was taken over is not copied", CHECKPOINTS,
              "taken_over = reference in self._taken_over", "taken_over = False", FENCING),
-    Mutation("the pointer that was written last counts", "ddpm_ray/training/pointers.py",
+    Mutation("the pointer that was written last counts", "ddpm_ray/training/checkpoint_pointers.py",
              "elif latest is not None and (found is None or latest.rank > found.rank):",
              "elif latest is not None:", FENCING),
-    Mutation("two owners of one number", "ddpm_ray/training/lease.py",
+    Mutation("two owners of one number", "ddpm_ray/training/writer_lease.py",
              '["token"] != self.token', '["token"] == ""', LEASE),
-    Mutation("two jobs take a run back and forth", "ddpm_ray/training/lease.py",
+    Mutation("two jobs take a run back and forth", "ddpm_ray/training/writer_lease.py",
              "_next(refuse_others=True)", "_next(refuse_others=False)", LEASE),
     Mutation("a frozen worker is not missed", "ddpm_ray/cluster/watch.py",
              "silent = [beat for beat in beats if beat.silent_s > limit_s]",

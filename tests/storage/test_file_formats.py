@@ -22,9 +22,9 @@ from ddpm_ray.storage import checksummed_json
 from ddpm_ray.storage.file_formats import NewerFormatError, package_version
 from ddpm_ray.training import checkpoints
 from ddpm_ray.training.checkpoints import CheckpointStore
-from ddpm_ray.training.lease import Lease
-from ddpm_ray.training.snapshots import SnapshotStore
+from ddpm_ray.training.ema_snapshots import SnapshotStore
 from ddpm_ray.training.state import Snapshot
+from ddpm_ray.training.writer_lease import Lease
 from tests.noise import pack_noise
 
 LATER = "9.1.0"

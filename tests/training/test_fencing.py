@@ -12,8 +12,8 @@ import torch
 
 from ddpm_ray.storage import object_store
 from ddpm_ray.training.checkpoints import GROUPS, CheckpointStore
-from ddpm_ray.training.lease import Lease, SupersededError
 from ddpm_ray.training.state import Snapshot
+from ddpm_ray.training.writer_lease import Lease, SupersededError
 
 REQUESTS = [
     name

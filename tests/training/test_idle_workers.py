@@ -26,11 +26,11 @@ from ddpm_ray.evaluation.reference_statistics import reference
 from ddpm_ray.sampling.denoiser import Denoiser
 from ddpm_ray.sampling.pipeline import TrainedModel
 from ddpm_ray.sampling.sampling import SamplingPlan, draw_uint8
-from ddpm_ray.training.gallery import GRID_IMAGES, Gallery
-from ddpm_ray.training.probing import Probe
+from ddpm_ray.training.sample_grids import GRID_IMAGES, Gallery
+from ddpm_ray.training.validation_loss import Probe
 from tests.evaluation.test_sample_quality import net
 from tests.noise import pack
-from tests.training.test_gallery import Wall
+from tests.training.test_sample_grids import Wall
 
 OnWorkers = Callable[[int, Callable[[Workers], Any]], list[Any]]
 SCHEDULE = NoiseSchedule(schedules.cosine(10))

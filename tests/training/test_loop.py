@@ -34,13 +34,13 @@ from ddpm_ray.reporting import RATES, Progress, Row, Wish
 from ddpm_ray.storage import object_store
 from ddpm_ray.training import loop
 from ddpm_ray.training.checkpoints import CheckpointStore, CheckpointWriter
-from ddpm_ray.training.divergence import DivergedError, Guard
-from ddpm_ray.training.examples import Examples
-from ddpm_ray.training.gallery import Gallery
+from ddpm_ray.training.divergence_guard import DivergedError, Guard
 from ddpm_ray.training.loop import Run, train
-from ddpm_ray.training.objectives import Objective
+from ddpm_ray.training.metrics_buffer import StepLog
+from ddpm_ray.training.noising import Examples
+from ddpm_ray.training.objective import Objective
+from ddpm_ray.training.sample_grids import Gallery
 from ddpm_ray.training.state import Snapshot
-from ddpm_ray.training.step_log import StepLog
 from tests.noise import pack_noise
 
 CPU = torch.device("cpu")

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from ddpm_ray.models.ema import EMA
+from ddpm_ray.training.ema import EMA
 from ddpm_ray.training.state import TrainingState
 
 

@@ -17,10 +17,10 @@ from ddpm_ray.config.run import RunConfig
 from ddpm_ray.diffusion import Prediction
 from ddpm_ray.evaluation.likelihood_over_dataset import flow_likelihood
 from ddpm_ray.evaluation.vlb_over_dataset import bits_per_dim
-from ddpm_ray.models.ema import EMA
 from ddpm_ray.sampling.denoiser import Denoiser
-from ddpm_ray.training.probing import LEVELS, Probe
+from ddpm_ray.training.ema import EMA
 from ddpm_ray.training.state import TrainingState
+from ddpm_ray.training.validation_loss import LEVELS, Probe
 
 CPU, COUNT, CLASSES = torch.device("cpu"), len(LEVELS), 3
 IMAGES = torch.randint(

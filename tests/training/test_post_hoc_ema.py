@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ddpm_ray.models.post_hoc_ema import (
+from ddpm_ray.training.post_hoc_ema import (
     WIDEST,
     gamma_of,
     misfit,

@@ -17,8 +17,8 @@ from ddpm_ray.config.loading import load
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.transforms import lowered
 from ddpm_ray.diffusion import Prediction, add_noise
-from ddpm_ray.training.examples import Examples
-from ddpm_ray.training.objectives import Objective
+from ddpm_ray.training.noising import Examples
+from ddpm_ray.training.objective import Objective
 
 CPU, SIDE = torch.device("cpu"), 4
 IMAGES = torch.randint(

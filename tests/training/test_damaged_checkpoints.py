@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from ddpm_ray.training.checkpoints import GROUPS, CheckpointError, CheckpointStore
-from ddpm_ray.training.lease import Lease
+from ddpm_ray.training.writer_lease import Lease
 from tests.training.test_fencing import snapshot
 
 STEPS = (25, 50, 75, 100)

@@ -17,8 +17,8 @@ from ddpm_ray.counter_rng import Purpose
 from ddpm_ray.diffusion import loss_weighting, losses
 from ddpm_ray.diffusion.prediction import Prediction
 from ddpm_ray.diffusion.process import Denoise, NoiseSchedule, add_noise
-from ddpm_ray.training.examples import Examples, Showing
-from ddpm_ray.training.reduction import SlotSum
+from ddpm_ray.training.deterministic_allreduce import SlotSum
+from ddpm_ray.training.noising import Examples, Showing
 
 
 class Losses(NamedTuple):

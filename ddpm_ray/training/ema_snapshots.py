@@ -1,4 +1,4 @@
-"""Averages that a run keeps on its way, for others to be made of them (models/post_hoc_ema.py).
+"""Averages that a run keeps on its way, for others to be made of them (training/post_hoc_ema.py).
 
     <run>/snapshots/step-00000500/
         ema-width-0.05.safetensors ema-width-0.1.safetensors
@@ -17,14 +17,14 @@ from safetensors import SafetensorError
 from safetensors import torch as safetensors
 
 from ddpm_ray import fault_injection
-from ddpm_ray.models.ema import width_group
-from ddpm_ray.models.post_hoc_ema import gamma_of, misfit, reconstruct, weights
 from ddpm_ray.storage import checksummed, checksummed_json, object_store
 from ddpm_ray.storage.checksummed import DamagedError
 from ddpm_ray.storage.checksummed_json import SealError
-from ddpm_ray.training.background import Background
+from ddpm_ray.training.background_writer import Background
+from ddpm_ray.training.checkpoint_pointers import PREFIX
 from ddpm_ray.training.checkpoints import MANIFEST, TENSORS, CheckpointError, described
-from ddpm_ray.training.pointers import PREFIX
+from ddpm_ray.training.ema import width_group
+from ddpm_ray.training.post_hoc_ema import gamma_of, misfit, reconstruct, weights
 from ddpm_ray.training.state import Tensors, TrainingState, copied
 
 SNAPSHOTS = "snapshots"  # below a run's folder

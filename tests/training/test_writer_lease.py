@@ -8,8 +8,8 @@ import torch
 
 from ddpm_ray.storage import checksummed_json
 from ddpm_ray.training.checkpoints import GROUPS, CheckpointStore
-from ddpm_ray.training.lease import Lease, LeaseLostError, SupersededError
 from ddpm_ray.training.state import Snapshot
+from ddpm_ray.training.writer_lease import Lease, LeaseLostError, SupersededError
 
 
 def snapshot(step: int) -> Snapshot:

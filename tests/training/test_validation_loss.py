@@ -11,11 +11,11 @@ from ddpm_ray.collectives import Workers
 from ddpm_ray.counter_rng import Purpose
 from ddpm_ray.diffusion import NoiseSchedule, schedules
 from ddpm_ray.evaluation.loss_by_snr import common_loss, linear_guess
-from ddpm_ray.models.ema import EMA
 from ddpm_ray.reporting import Row
 from ddpm_ray.sampling.denoiser import Denoiser
-from ddpm_ray.training.probing import LEVELS, Probe
+from ddpm_ray.training.ema import EMA
 from ddpm_ray.training.state import TrainingState
+from ddpm_ray.training.validation_loss import LEVELS, Probe
 from tests.training.conftest import OnWorkers
 
 GROUPS = 6  # images per level

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ddpm_ray.collectives import Workers
 from ddpm_ray.reporting import RATES, Row
-from ddpm_ray.training.step_log import BAND_EDGES, BANDS, StepLog
+from ddpm_ray.training.metrics_buffer import BAND_EDGES, BANDS, StepLog
 
 OnWorkers = Callable[[int, Callable[[Workers], Any]], list[Any]]
 STEPS, BATCH = 12, 96

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from ddpm_ray import build
 from ddpm_ray.config.run import RunConfig
-from ddpm_ray.models.ema import EMA, Averages, width_group
-from ddpm_ray.models.post_hoc_ema import gamma_of, power_decay
 from ddpm_ray.storage import object_store
-from ddpm_ray.training.background import Background
+from ddpm_ray.training.background_writer import Background
 from ddpm_ray.training.checkpoints import CheckpointError, CheckpointStore, CheckpointWriter
+from ddpm_ray.training.ema import EMA, Averages, width_group
+from ddpm_ray.training.ema_snapshots import SNAPSHOTS, Keeper, SnapshotStore, averaged
 from ddpm_ray.training.loop import Run, train
-from ddpm_ray.training.snapshots import SNAPSHOTS, Keeper, SnapshotStore, averaged
+from ddpm_ray.training.post_hoc_ema import gamma_of, power_decay
 from ddpm_ray.training.state import Snapshot, TrainingState
 from tests.limits import ENDS_S
 from tests.noise import pack_noise

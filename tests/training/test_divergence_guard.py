@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ddpm_ray.training.divergence import (
+from ddpm_ray.training.divergence_guard import (
     FEWEST_STEPS,
     MOST_SKIPS,
     WINDOW_STEPS,

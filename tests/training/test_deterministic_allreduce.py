@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ddpm_ray.collectives import Workers
-from ddpm_ray.training.reduction import SlotSum
+from ddpm_ray.training.deterministic_allreduce import SlotSum
 
 
 def summed(gradients: list[list[float]]) -> list[float]:

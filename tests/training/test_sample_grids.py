@@ -22,7 +22,7 @@ from ddpm_ray.reporting import Row
 from ddpm_ray.sampling.denoiser import Denoiser
 from ddpm_ray.sampling.sampling import SamplingPlan
 from ddpm_ray.storage import object_store
-from ddpm_ray.training.gallery import Gallery, picture_url
+from ddpm_ray.training.sample_grids import Gallery, picture_url
 
 COSINE = NoiseSchedule(schedules.cosine(10))
 OnWorkers = Callable[[int, Callable[[Workers], Any]], list[Any]]

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from ddpm_ray.models.ema import (
+from ddpm_ray.training.checkpoints import TENSOR_FILE
+from ddpm_ray.training.ema import (
     EMA,
     Averages,
     decay_from_half_life,
@@ -16,7 +17,6 @@ from ddpm_ray.models.ema import (
     ramped,
     width_group,
 )
-from ddpm_ray.training.checkpoints import TENSOR_FILE
 
 
 def network(value: float) -> nn.Linear:
