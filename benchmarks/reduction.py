@@ -26,7 +26,7 @@ from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
-from ddpm_ray import build, build_diffusion
+from ddpm_ray.assembly import diffusion, training_run
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.loading import load
 from ddpm_ray.config.run import RunConfig
@@ -48,8 +48,8 @@ KINDS = {
 def stepping(keys: tuple[str, ...], workers: Workers) -> Callable[[int], None]:
     """A training step of that kind."""
     config = load(RunConfig, None, ["name=bench", "data.url=none", *MODEL, *keys])
-    state = build.training_state(config, (32, 32, 3), workers.device, {})
-    objective = build_diffusion.objective(config, state, workers.device)
+    state = training_run.training_state(config, (32, 32, 3), workers.device, {})
+    objective = diffusion.objective(config, state, workers.device)
     network = state.model if objective.slots else DistributedDataParallel(state.model)
     share = BATCH // workers.count
     images = torch.randint(0, 256, (share, 32, 32, 3), dtype=torch.uint8)

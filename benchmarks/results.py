@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ddpm_ray import build_trained
+from ddpm_ray.assembly import checkpoint_loading
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.sampling import Sampler, SamplingConfig
 from ddpm_ray.data.loader import read_images
@@ -155,7 +155,7 @@ def pictures(model: TrainedModel, data: str, folder: Path) -> None:
 
 def loaded(run: str, group: str = "ema") -> TrainedModel:
     """The run's model, with the settings that all runs share by default."""
-    return replace(build_trained.trained_model(run, ema=group), settings=SamplingConfig())
+    return replace(checkpoint_loading.trained_model(run, ema=group), settings=SamplingConfig())
 
 
 def main() -> None:
@@ -163,7 +163,7 @@ def main() -> None:
     images, folder = int(sys.argv[6]) if len(sys.argv) > 6 else 500, Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     model = loaded(run)
-    judge = Judge(data, Path(inception), build_trained.trained_classifier(classifier), images)
+    judge = Judge(data, Path(inception), checkpoint_loading.trained_classifier(classifier), images)
     pictures(model, data, folder)
     held_out = next(iter(read_images(open_dataset(data), [0])))
     some = torch.arange(2000) * len(held_out.images) // 2000  # packed by class

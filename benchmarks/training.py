@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch.nn.utils import clip_grad_norm_
 
-from ddpm_ray import build
+from ddpm_ray.assembly import training_run
 from ddpm_ray.cluster import group, tracking
 from ddpm_ray.cluster.worker import assemble, place
 from ddpm_ray.config.loading import from_dict, load, to_dict
@@ -55,7 +55,7 @@ def bare_step(run: Run) -> Callable[[], None]:
     """A step of the same network with torch alone."""
     torch.manual_seed(0)
     config = from_dict(RunConfig, run.state.facts["config"])
-    network = build.network(config, (32, 32, 3))
+    network = training_run.network(config, (32, 32, 3))
     optimizer = torch.optim.Adam(network.parameters(), lr=2e-4, fused=True)
     x_0 = torch.rand(BATCH, 3, 32, 32) * 2 - 1
     a = run.objective.schedule.alpha_bar.float()

@@ -30,6 +30,6 @@ def load(uri: "str | PathLike[str]", device: str | None = None) -> "TrainedModel
         from ddpm_ray.cluster.trained import load as load_from_mlflow
 
         return load_from_mlflow(where, device)
-    from ddpm_ray.build_trained import trained_model
+    from ddpm_ray.assembly.checkpoint_loading import trained_model
 
     return trained_model(where, device)

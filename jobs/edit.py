@@ -40,7 +40,7 @@ def prepare(config: EditConfig, arguments: Namespace) -> EditConfig:
 def edit(config: EditConfig, arguments: Namespace) -> dict[str, Any]:
     """Where the picture is, how well what is new fits, and what it was painted by."""
     made_ready(arguments.out)
-    from ddpm_ray import build_edit
+    from ddpm_ray.assembly import edit as build_edit
     from ddpm_ray.cluster import trained
     from ddpm_ray.data.packing.image_files import from_pixels
     from ddpm_ray.sampling.image_grid import grid

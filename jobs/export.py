@@ -32,11 +32,11 @@ def prepare(config: ExportConfig, arguments: Namespace) -> ExportConfig:
 
 def export_model(config: ExportConfig, arguments: Namespace) -> dict[str, Any]:
     """Where the folder is, how diffusers samples from it, and which weights are in it."""
-    from ddpm_ray import build_trained  # heavy: after the config is checked
+    from ddpm_ray.assembly import checkpoint_loading  # heavy: after the config is checked
     from ddpm_ray.cluster import trained
 
     model = trained.load(arguments.model_uri, home=home_folder())
-    export = build_trained.write_diffusers(model, config.sampling, Path(arguments.out))
+    export = checkpoint_loading.write_diffusers(model, config.sampling, Path(arguments.out))
     missing = "; ".join(export.no_equivalent) or "nothing"
     print(f"without an equivalent in diffusers: {missing}", file=sys.stderr)
     provenance = {key: model.provenance[key] for key in ("checkpoint", "step", "weights_sha256")}

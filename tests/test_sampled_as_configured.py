@@ -18,7 +18,7 @@ from PIL import Image
 from torch import nn
 
 import ddpm_ray
-from ddpm_ray import build, build_diffusion
+from ddpm_ray.assembly import diffusion, training_run
 from ddpm_ray.cluster.served_model import _load_pyfunc
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.loading import load, to_dict
@@ -73,13 +73,13 @@ def saved_run(folder: Path, *overrides: str, **facts: Any) -> tuple[str, Pixels]
     shape = (4, 4, 1)
     known = {"config": to_dict(config), "image_shape": list(shape), "data_fingerprint": "f"}
     known |= {"label_names": list(NAMES)} | facts
-    state = build.training_state(config, shape, CPU, known)
+    state = training_run.training_state(config, shape, CPU, known)
     generator = torch.Generator().manual_seed(3)
     for parameter in state.ema.model.parameters():
         nn.init.normal_(parameter, std=0.3, generator=generator)
     CheckpointStore(str(folder / "checkpoints")).save(state.snapshot([]))
-    denoiser = build_diffusion.denoiser(config, state.ema.model, CPU)
-    plan = build_diffusion.sampling_plan(config.sampling, denoiser.schedule, NAMES)
+    denoiser = diffusion.denoiser(config, state.ema.model, CPU)
+    plan = diffusion.sampling_plan(config.sampling, denoiser.schedule, NAMES)
     wall, workers = Wall(), Workers(0, 1, CPU)
     place, size = str(folder / "pictures"), config.sampling.batch_size
     with torch.inference_mode():

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.tiny import SHAPE, SIDE, Notes, config_of, denoiser_of, packed, pixels, run_of
-from ddpm_ray import build, build_diffusion, build_trained
+from ddpm_ray.assembly import checkpoint_loading, diffusion, training_run
 from ddpm_ray.collectives import Workers
 from ddpm_ray.evaluation import memorisation, probability_flow_likelihood, sample_quality
 from ddpm_ray.evaluation.feature_metrics import Extras
@@ -168,7 +168,7 @@ def _sample(keys: list[str], plan: dict[str, Any], device: torch.device) -> None
     config = config_of(keys)
     _, denoiser = denoiser_of(config, device)
     sampling = replace(config.sampling, sampler=plan.get("sampler", "ddim"))
-    steps = build_diffusion.sampling_plan(sampling, denoiser.schedule).steps
+    steps = diffusion.sampling_plan(sampling, denoiser.schedule).steps
     if plan.get("variance") in ("fixed_large", "learned"):  # known of every step alone
         steps = tuple(range(denoiser.schedule.num_steps, -1, -1))
     images = draw(denoiser, SamplingPlan(steps, **plan), torch.arange(3), SHAPE, device)
@@ -180,18 +180,18 @@ def _spacing(spacing: str, device: torch.device) -> None:
     """A run's own plan, made of a schedule on the device: the same as of one on the CPU."""
     config = config_of([f"sampling.spacing={spacing}"])
     _, denoiser = denoiser_of(config, device)
-    there = build_diffusion.sampling_plan(config.sampling, denoiser.schedule)
-    here = build_diffusion.sampling_plan(config.sampling, denoiser.schedule.to("cpu"))
+    there = diffusion.sampling_plan(config.sampling, denoiser.schedule)
+    here = diffusion.sampling_plan(config.sampling, denoiser.schedule.to("cpu"))
     _require(there == here, f"steps are {there.steps} on {device}, {here.steps} on the CPU")
 
 
 def _classifier_guidance(steps: bool, device: torch.device) -> None:
     config = config_of([])
     _, denoiser = denoiser_of(config, device)
-    network = build.network(config_of(OBJECTIVES["classifier"]), (SIDE, SIDE, 3)).to(device)
+    network = training_run.network(config_of(OBJECTIVES["classifier"]), (SIDE, SIDE, 3)).to(device)
     assert isinstance(network, NoisyClassifier)
     network.eval().requires_grad_(False)
-    plan = build_diffusion.sampling_plan(config.sampling, denoiser.schedule)
+    plan = diffusion.sampling_plan(config.sampling, denoiser.schedule)
     plan = replace(plan, labels=(1, 2), sampler="ancestral")
     lead = guidance_models.by_classifier(
         network, denoiser, 2.0, steps=plan.steps if steps else None
@@ -204,7 +204,7 @@ def _classifier_guidance(steps: bool, device: torch.device) -> None:
 def _autoguidance(device: torch.device) -> None:
     config = config_of(LABELS)
     (_, strong), (_, weak) = denoiser_of(config, device), denoiser_of(config, device)
-    plan = build_diffusion.sampling_plan(config.sampling, strong.schedule)
+    plan = diffusion.sampling_plan(config.sampling, strong.schedule)
     lead = guidance_models.by_weaker(strong, weak, 2.0)
     draw(replace(strong, lead=lead), plan, torch.arange(3), SHAPE, device)
 
@@ -267,9 +267,9 @@ def _evaluation(num_images: int, device: torch.device) -> None:
     with tempfile.TemporaryDirectory() as folder:
         known = reference(packed(folder), net, workers, kernel_images=8, batch_size=10)
     scores = sample_quality.evaluate(
-        denoiser, build_diffusion.sampling_plan(config.sampling, denoiser.schedule), net, known,
+        denoiser, diffusion.sampling_plan(config.sampling, denoiser.schedule), net, known,
         num_images=num_images, batch_size=10, image_shape=SHAPE, workers=workers,
-        provenance=build.ema_provenance(config, 0),
+        provenance=training_run.ema_provenance(config, 0),
         extras=Extras(precision_recall=num_images > 4, extrapolate=num_images > 4),
         held_out=known,
     )  # fmt: skip
@@ -337,10 +337,10 @@ def _grid(device: torch.device) -> None:
     """A run's grid, of a network for super-resolution, which enlarges images of the data."""
     config = config_of(OBJECTIVES["low_resolution"])
     _, denoiser = denoiser_of(config, device)
-    plan = build_diffusion.sampling_plan(config.sampling, denoiser.schedule)
+    plan = diffusion.sampling_plan(config.sampling, denoiser.schedule)
     with tempfile.TemporaryDirectory() as folder:
         data = replace(config.data, cache_dir=folder)
-        shown = build.shown_low(denoiser, data, packed(folder), 4, device)
+        shown = training_run.shown_low(denoiser, data, packed(folder), 4, device)
         Gallery(shown, plan, SHAPE, Workers(0, 1, device), folder, Notes()).show_grid(0)
 
 
@@ -351,7 +351,7 @@ def _loaded(device: torch.device) -> None:
         report(run)
         save(run)
         run.checkpoints.wait()
-        images = build_trained.trained_model(folder, device).sample(2, steps=2)
+        images = checkpoint_loading.trained_model(folder, device).sample(2, steps=2)
     _require(len(images) == 2, f"{len(images)} images")
 
 
@@ -361,7 +361,7 @@ def _averaged(device: torch.device) -> None:
     config = config_of(keys)
     with tempfile.TemporaryDirectory() as folder:
         run = run_of(config, device, url=f"{folder}/checkpoints")
-        keep = build.keeper(config, run.state, run.checkpoints, folder, run.workers)
+        keep = training_run.keeper(config, run.state, run.checkpoints, folder, run.workers)
         for _ in range(2):
             take_step(run)
             keep(run.state.step)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddpm_ray import build, build_diffusion
+from ddpm_ray.assembly import diffusion, training_run
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.loading import load, to_dict
 from ddpm_ray.config.run import RunConfig
@@ -100,13 +100,13 @@ def run_of(
     workers, count = Workers(0, 1, device), config.training.global_batch_size
     facts = {"config": to_dict(config), "image_shape": [side, side, 3],
              "data_fingerprint": "none"}  # fmt: skip
-    state = build.training_state(config, (side, side, 3), device, facts)
+    state = training_run.training_state(config, (side, side, 3), device, facts)
     nothing: Callable[[int], None] = lambda step: None  # noqa: E731
     return Run(
-        plan=build.plan(config, 1),
+        plan=training_run.plan(config, 1),
         state=state,
         network=state.model,
-        objective=build_diffusion.objective(config, state, device),
+        objective=diffusion.objective(config, state, device),
         guard=Guard.of(config.training.on_divergence, config.training.spike_factor),
         stream=SameImages(count, side),
         workers=workers,
@@ -123,12 +123,12 @@ def run_of(
 
 def denoiser_of(config: RunConfig, device: torch.device) -> tuple[TrainingState, Denoiser]:
     """A state and its averaged weights, ready to sample: random ones, none of them 0."""
-    state = build.training_state(config, (SIDE, SIDE, 3), device, {})
+    state = training_run.training_state(config, (SIDE, SIDE, 3), device, {})
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in state.ema.model.parameters():
             parameter.add_((0.02 * torch.randn(parameter.shape, generator=generator)).to(device))
-    return state, build_diffusion.denoiser(config, state.ema.model, device)
+    return state, diffusion.denoiser(config, state.ema.model, device)
 
 
 def packed(folder: str) -> Dataset:

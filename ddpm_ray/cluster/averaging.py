@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ddpm_ray import build, build_diffusion, build_trained
+from ddpm_ray.assembly import checkpoint_loading, diffusion, training_run
 from ddpm_ray.cluster import fatal, group, startup
 from ddpm_ray.cluster.control import Desk
 from ddpm_ray.cluster.evaluation_run import located
@@ -54,7 +54,7 @@ class KeptAverages:
                 "training.ema_snapshot_every_steps=..., then name the run's folder"
             )
             raise CheckpointError(run, "no averages were kept here", remedy)
-        widths = build.saved_config(facts, run).training.ema_snapshot_widths
+        widths = training_run.saved_config(facts, run).training.ema_snapshot_widths
         return cls(run, facts, widths, [int(step) for step in facts["kept_at"]])
 
     def made(self, sigma_rel: float, step: int) -> Snapshot:
@@ -67,7 +67,7 @@ class KeptAverages:
         made_of = {"sigma_rel": sigma_rel, "misfit": misfit, "widths": list(self.widths)}
         made_of["steps"] = [at for at in self.steps if at <= step]
         facts = self.facts | {
-            "config": to_dict(build.saved_config(self.facts)), "version": package_version(),
+            "config": to_dict(training_run.saved_config(self.facts)), "version": package_version(),
             "step": step, "average": made_of, "kept_at": [], "unsent_rows": [],
         }  # fmt: skip
         return Snapshot({"ema": tensors}, facts)
@@ -86,9 +86,9 @@ def sweep(run: str, config: AverageConfig, home: Path, out: str = "") -> dict[st
     if step not in kept.steps:
         near = min(kept.steps, key=lambda at: abs(at - step))
         raise ConfigError(f"step is {step}; no averages were kept then: try step={near}")
-    begun = build.saved_config(kept.facts)
-    schedule = build_diffusion.noise_schedule(begun.schedule)
-    build_diffusion.checked_plan(config.sampling, begun, schedule)
+    begun = training_run.saved_config(kept.facts)
+    schedule = diffusion.noise_schedule(begun.schedule)
+    diffusion.checked_plan(config.sampling, begun, schedule)
     config = dataclasses.replace(
         config,
         data_url=object_store.absolute(config.data_url or begun.data.url, home),
@@ -130,15 +130,17 @@ def scored(
     All workers must take them all; every width draws the same noise.
     """
     kept, wanted = KeptAverages.of(run), config.evaluation
-    begun, dataset = build.saved_config(kept.facts), open_dataset(config.data_url)
-    model = build_trained.trained_model(run, workers.device)
+    begun, dataset = training_run.saved_config(kept.facts), open_dataset(config.data_url)
+    model = checkpoint_loading.trained_model(run, workers.device)
     count = min(wanted.num_images, int(dataset.counts.sum()))
-    denoiser = build.shown_low(model.denoiser, begun.data, dataset, count, workers.device)
-    net = build.feature_net(wanted, build.cache_dir(begun.data, "weights"), workers.device)
+    denoiser = training_run.shown_low(model.denoiser, begun.data, dataset, count, workers.device)
+    net = training_run.feature_net(
+        wanted, training_run.cache_dir(begun.data, "weights"), workers.device
+    )
     kernel_images = min(wanted.kernel_distance_images, wanted.num_images) * wanted.kernel_distance
     known = reference(dataset, net, workers, kernel_images=kernel_images)
-    held_out = build.held_out(wanted, net, workers)
-    plan = build_diffusion.sampling_plan(config.sampling, denoiser.schedule)
+    held_out = training_run.held_out(wanted, net, workers)
+    plan = diffusion.sampling_plan(config.sampling, denoiser.schedule)
     network = model.denoiser.network  # which `denoiser` runs too
     assert isinstance(network, UNet)
     for width in config.widths:
@@ -150,13 +152,13 @@ def scored(
             plan,
             net,
             known,
-            extras=build.extras(wanted),
+            extras=training_run.extras(wanted),
             held_out=held_out,
             num_images=wanted.num_images,
             batch_size=config.sampling.batch_size,
             image_shape=model.image_shape,
             workers=workers,
-            provenance=build.ema_provenance(begun, step, average.facts["average"])
+            provenance=training_run.ema_provenance(begun, step, average.facts["average"])
             | {"model_sha256": sha256},
         )
         yield vars(scores) | {"misfit": average.facts["average"]["misfit"]}

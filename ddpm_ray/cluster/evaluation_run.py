@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddpm_ray import build, build_diffusion
+from ddpm_ray.assembly import diffusion, training_run
 from ddpm_ray.cluster import fatal, group, startup, trained
 from ddpm_ray.cluster.control import Desk
 from ddpm_ray.cluster.model_uri import IN_MLFLOW
@@ -49,7 +49,7 @@ def evaluate(model_uri: str, config: EvaluateConfig, home: Path) -> dict[str, An
     begun = from_dict(RunConfig, model.provenance["config"])
     lead = config.lead
     knows = bool(lead.classifier)
-    plan = build_diffusion.checked_plan(config.sampling, begun, model.denoiser.schedule, led=knows)
+    plan = diffusion.checked_plan(config.sampling, begun, model.denoiser.schedule, led=knows)
     trained.led(model, lead, plan, tracking_uri)  # before Ray starts: whether the two fit
     wanted, most = config.evaluation, begun.schedule.num_steps
     for key, value, asked in (
@@ -116,12 +116,12 @@ def _scores(config: EvaluateConfig, settings: dict[str, Any]) -> dict[str, Any]:
     object_store.be_patient(config.cluster.storage_timeout_s)
     workers = place()
     model = trained.load(settings["model_uri"], workers.device, settings["tracking_uri"])
-    plan = build_diffusion.sampling_plan(config.sampling, model.denoiser.schedule)
+    plan = diffusion.sampling_plan(config.sampling, model.denoiser.schedule)
     model = trained.led(model, config.lead, plan, settings["tracking_uri"])
     begun, dataset = from_dict(RunConfig, model.provenance["config"]), open_dataset(config.data_url)
     drawn = max(config.evaluation.num_images, config.evaluation.memorisation_images, 1)
     count = min(drawn, int(dataset.counts.sum()))
-    shown = build.shown_low(model.denoiser, begun.data, dataset, count, workers.device)
+    shown = training_run.shown_low(model.denoiser, begun.data, dataset, count, workers.device)
     model = dataclasses.replace(model, denoiser=shown)
     found: dict[str, Any] = {"metrics": {}}
     if config.evaluation.num_images:
@@ -155,15 +155,17 @@ def _sample_scores(
     """How far its samples are from the data."""
     begun = from_dict(RunConfig, model.provenance["config"])
     wanted = config.evaluation
-    net = build.feature_net(wanted, build.cache_dir(begun.data, "weights"), workers.device)
+    net = training_run.feature_net(
+        wanted, training_run.cache_dir(begun.data, "weights"), workers.device
+    )
     kept = min(wanted.kernel_distance_images, wanted.num_images) * wanted.kernel_distance
     return sample_quality.evaluate(
         model.denoiser,
         plan,
         net,
         reference(open_dataset(config.data_url), net, workers, kernel_images=kept),
-        extras=build.extras(wanted),
-        held_out=build.held_out(wanted, net, workers),
+        extras=training_run.extras(wanted),
+        held_out=training_run.held_out(wanted, net, workers),
         num_images=wanted.num_images,
         batch_size=config.sampling.batch_size,
         image_shape=model.image_shape,
@@ -175,7 +177,7 @@ def _sample_scores(
 def _weights(model: TrainedModel) -> dict[str, Any]:
     """What a certificate says of the weights."""
     begun, origin = from_dict(RunConfig, model.provenance["config"]), model.provenance
-    return build.ema_provenance(begun, origin["step"], origin.get("average")) | {
+    return training_run.ema_provenance(begun, origin["step"], origin.get("average")) | {
         "model_sha256": origin["weights_sha256"]
     }
 
@@ -234,7 +236,7 @@ def _images(
     begun, dataset = from_dict(RunConfig, model.provenance["config"]), open_dataset(config.data_url)
     total = min(count, int(dataset.counts.sum()))
     mine = workers.share(total)
-    images, labels = build.fixed_images(begun.data, dataset, mine, total)
+    images, labels = training_run.fixed_images(begun.data, dataset, mine, total)
     if not mine:  # more workers than images leave some without
         return iter(())
     index = torch.arange(mine.start, mine.stop)

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ddpm_ray import build_trained
+from ddpm_ray.assembly import checkpoint_loading
 from ddpm_ray.sampling.pipeline import TrainedModel
 
 
@@ -29,4 +29,4 @@ class ServedModel:
 
 def _load_pyfunc(path: str) -> ServedModel:
     """What MLflow calls with the folder that was logged."""
-    return ServedModel(build_trained.trained_model(path))
+    return ServedModel(checkpoint_loading.trained_model(path))

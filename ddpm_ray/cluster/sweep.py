@@ -17,7 +17,7 @@ from typing import Any
 
 from ray import tune
 
-from ddpm_ray import build_diffusion
+from ddpm_ray.assembly import diffusion
 from ddpm_ray.cluster import capacity, group
 from ddpm_ray.cluster.book import Book
 from ddpm_ray.cluster.candidates import Candidates
@@ -189,7 +189,7 @@ def worth(config: SweepConfig, values: dict[str, Any], dataset: Dataset) -> Appr
     """What the schedule of these values is worth; raises ConfigError where no run can have them."""
     run = _run_config(config, values, "trial")
     check_model(run, dataset)
-    schedule = build_diffusion.noise_schedule(run.schedule)
+    schedule = diffusion.noise_schedule(run.schedule)
     manifest = dataset.manifest
     height, width, _ = manifest.image_shape
     squares = mean_square(manifest.pixel_mean, manifest.pixel_std)

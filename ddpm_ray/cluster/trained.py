@@ -10,8 +10,8 @@ from typing import Any, Protocol, TypeVar, cast
 
 import torch
 
-from ddpm_ray import build_trained
-from ddpm_ray.build_diffusion import checked_plan
+from ddpm_ray.assembly import checkpoint_loading
+from ddpm_ray.assembly.diffusion import checked_plan
 from ddpm_ray.cluster.model_uri import IN_MLFLOW, model_place, require_whole_name
 from ddpm_ray.cluster.tracking_place import tracking_place
 from ddpm_ray.config.diffusion import SamplingConfig
@@ -38,9 +38,9 @@ def load(
     The latter two are looked up at `tracking_uri`, or where `tracking_place` says, of `home` or of
     this folder. Raises CheckpointError, StorageError or TrackingError.
     """
-    device = build_trained.usable_device(device)  # before a model is copied out of MLflow
+    device = checkpoint_loading.usable_device(device)  # before a model is copied out of MLflow
     with _local(uri, home or Path.cwd(), tracking_uri) as folder:
-        return build_trained.trained_model(folder, device)
+        return checkpoint_loading.trained_model(folder, device)
 
 
 class SamplingJob(Checked, Protocol):
@@ -65,14 +65,14 @@ def as_trained(config: Job, uri: str, given: Collection[str], home: Path) -> Job
     `load` after this as well. Raises ConfigError for what cannot go together, and as `load` does.
     """
     with _local(uri, home, keep=True) as folder:
-        run, facts = build_trained.run_facts(folder)
+        run, facts = checkpoint_loading.run_facts(folder)
     own = run.sampling.for_repaint() if getattr(config, "repaints", False) else run.sampling
     names = [key.removeprefix("sampling.") for key in given if key.startswith("sampling.")]
     values = {name: getattr(config.sampling, name) for name in names}
     try:
         sampling = own.overridden(values, run.schedule.num_steps)
         if sampling.has_names:
-            known = build_trained.label_names(run, facts)
+            known = checkpoint_loading.label_names(run, facts)
             sampling = replace(sampling, labels=sampling.numbered(known))
     except ValueError as error:
         raise ConfigError(f"sampling.{error}") from error
@@ -133,7 +133,7 @@ def led(
         except ValueError as error:
             raise ConfigError(f"lead.weak_model is {config.weak_model!r}: {error}") from error
     elif config.classifier:
-        classifier = build_trained.trained_classifier(config.classifier, device)
+        classifier = checkpoint_loading.trained_classifier(config.classifier, device)
         classes = classifier.num_classes
         means = config.classifier_form == "mean"
         lead = guidance_models.by_classifier(

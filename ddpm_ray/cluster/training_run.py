@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from ddpm_ray import build, build_diffusion
+from ddpm_ray.assembly import diffusion, training_run
 from ddpm_ray.cluster import evaluation_run, group, registry, tracking
 from ddpm_ray.cluster.identity import claim
 from ddpm_ray.cluster.packing import pack
@@ -171,7 +171,7 @@ def _tracked(card: RunCard) -> TrackedRun | None:
 def _differing(config: RunConfig, begun: dict[str, Any]) -> list[str]:
     if "config" not in begun:
         return [f"name is {config.name!r}, and a sweep of that name is there"]
-    return build.differing_keys(config, begun)
+    return training_run.differing_keys(config, begun)
 
 
 def _lease(folder: str) -> Lease:
@@ -227,13 +227,13 @@ def packed_data(config: RunConfig) -> Dataset:
 def check_model(config: RunConfig, dataset: Dataset) -> None:
     """Schedule, network and data must fit: found out here, without memory and before Ray starts."""
     try:
-        schedule = build_diffusion.noise_schedule(config.schedule)
-        build_diffusion.prediction(config.objective, schedule)
+        schedule = diffusion.noise_schedule(config.schedule)
+        diffusion.prediction(config.objective, schedule)
     except ValueError as error:
         raise ConfigError(f"schedule: {error}") from error
     try:
         with torch.device("meta"):
-            build.network(config, dataset.manifest.image_shape)
+            training_run.network(config, dataset.manifest.image_shape)
     except ValueError as error:
         raise ConfigError(f"model: with the images of {config.data.url}: {error}") from error
     known = len(dataset.manifest.label_names)

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ddpm_ray import build, build_diffusion, fault_injection
+from ddpm_ray import fault_injection
+from ddpm_ray.assembly import diffusion, training_run
 from ddpm_ray.cluster import fatal, mlflow_settings, placement, startup
 from ddpm_ray.cluster.control import Desk
 from ddpm_ray.cluster.tracked_run import RunCard, TrackedRun
@@ -97,7 +98,7 @@ def assemble(
     """This worker's part of the run, at the step of its newest good checkpoint."""
     _configure_process(config)
     dataset = _opened(config, settings)
-    state = build.training_state(
+    state = training_run.training_state(
         config, dataset.manifest.image_shape, workers.device, _facts(settings, dataset)
     )
     log = StepLog(workers, config.training.log_every_steps)
@@ -116,12 +117,12 @@ def assemble(
     gallery = _gallery(config, settings["folder"], dataset, state, workers, sink)
     draws = config.model.kind == "unet"
     return Run(
-        plan=build.plan(config, workers.count),
+        plan=training_run.plan(config, workers.count),
         state=state,
         network=_wrapped(state.model, config, workers),
-        objective=build_diffusion.objective(config, state, workers.device),
+        objective=diffusion.objective(config, state, workers.device),
         guard=guard,
-        stream=build.stream(config, dataset, workers),
+        stream=training_run.stream(config, dataset, workers),
         workers=workers,
         log=log,
         checkpoints=writer,
@@ -131,7 +132,7 @@ def assemble(
         draw_strip=gallery.show_strip if draws else _nothing,
         evaluate=_Judge(config, dataset, state, gallery).evaluate,
         probe=_prober(config, dataset, state, gallery),
-        keep_averages=build.keeper(config, state, writer, settings["folder"], workers),
+        keep_averages=training_run.keeper(config, state, writer, settings["folder"], workers),
     )
 
 
@@ -152,13 +153,13 @@ def _gallery(
     sink: Tracker | None,
 ) -> Gallery:
     """Samples of the EMA weights, drawn on all workers."""
-    denoiser = build_diffusion.denoiser(config, state.ema.model, workers.device)
-    denoiser = build.shown_low(denoiser, config.data, dataset, GRID_IMAGES, workers.device)
+    denoiser = diffusion.denoiser(config, state.ema.model, workers.device)
+    denoiser = training_run.shown_low(denoiser, config.data, dataset, GRID_IMAGES, workers.device)
     height, width, channels = dataset.manifest.image_shape
     names = dataset.manifest.label_names
     return Gallery(
         denoiser,
-        build_diffusion.sampling_plan(config.sampling, denoiser.schedule, names),
+        diffusion.sampling_plan(config.sampling, denoiser.schedule, names),
         (channels, height, width),
         workers,
         object_store.join(folder, "pictures"),
@@ -245,7 +246,7 @@ def _prober(
     """The look at the loss by log-SNR; its images are read only where it is wanted."""
     if not config.evaluation.spectrum_every_steps:
         return _nothing
-    return build.probe(config, dataset, state, gallery).look
+    return training_run.probe(config, dataset, state, gallery).look
 
 
 def _nothing(step: int) -> None:
@@ -294,8 +295,8 @@ class _Judge:
         if not wanted.num_images:
             return
         if self._tools is None:
-            cache = build.cache_dir(self._config.data, "weights")
-            net = build.feature_net(wanted, cache, gallery.workers.device)
+            cache = training_run.cache_dir(self._config.data, "weights")
+            net = training_run.feature_net(wanted, cache, gallery.workers.device)
             kept = wanted.kernel_distance_images if wanted.kernel_distance else 0
             self._tools = (
                 net,
@@ -313,9 +314,9 @@ class _Judge:
             batch_size=gallery.batch_size,
             image_shape=gallery.image_shape,
             workers=gallery.workers,
-            provenance=build.ema_provenance(self._config, step),
-            extras=build.extras(wanted),
-            held_out=build.held_out(wanted, net, gallery.workers),
+            provenance=training_run.ema_provenance(self._config, step),
+            extras=training_run.extras(wanted),
+            held_out=training_run.held_out(wanted, net, gallery.workers),
         )
         self._state.scores = {"step": step, **vars(scores)}
         if gallery.sink is not None:

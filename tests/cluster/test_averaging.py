@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddpm_ray import build, build_trained
+from ddpm_ray.assembly import checkpoint_loading, training_run
 from ddpm_ray.cluster import averaging, evaluation_run, group
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.diffusion import SamplingConfig
@@ -56,9 +56,9 @@ def wandering(folder: Path, *overrides: str) -> dict[str, Tensor]:
         ],
     )  # fmt: skip
     facts = {"config": to_dict(config), "image_shape": [8, 8, 1], "data_fingerprint": ""}
-    state = build.training_state(config, (8, 8, 1), torch.device("cpu"), facts)
+    state = training_run.training_state(config, (8, 8, 1), torch.device("cpu"), facts)
     writer = CheckpointWriter(CheckpointStore(str(folder / "checkpoints")))
-    keep = build.keeper(config, state, writer, str(folder), Workers())
+    keep = training_run.keeper(config, state, writer, str(folder), Workers())
     name = width_group(TRUTH)
     truth = Averages.of(state.model, {name: partial(power_decay, gamma_of(TRUTH))})
     for _ in range(STEPS):
@@ -150,7 +150,7 @@ def test_the_best_width_is_found_and_left_as_a_model(
     assert result["intervals"] == [[score - 1, score + 1] for score in result["scores"]]
     assert {path.name for path in run.iterdir()} == {"checkpoints", "snapshots"}
 
-    best = build_trained.trained_model(str(tmp_path / "best"))
+    best = checkpoint_loading.trained_model(str(tmp_path / "best"))
     assert best.provenance["weights_sha256"] == result["certificate"]["model_sha256"]
     assert best.provenance["average"] == result["certificate"]["weights"]
     assert best.provenance["average"]["sigma_rel"] == TRUTH
@@ -169,9 +169,9 @@ def test_a_certificate_says_which_average_was_scored(run: Path, tmp_path: Path) 
     for name, url, ema in (
         ("main", run, "ema"), ("tracked", run, "ema-width-0.1"), ("made", tmp_path / "best", "ema"),
     ):  # fmt: skip
-        known = build_trained.trained_model(str(url), ema=ema).provenance
+        known = checkpoint_loading.trained_model(str(url), ema=ema).provenance
         config = from_dict(RunConfig, known["config"])
-        told[name] = build.ema_provenance(config, known["step"], known["average"])
+        told[name] = training_run.ema_provenance(config, known["step"], known["average"])
     assert told["main"]["weights"] == "ema"
     assert told["main"]["ema_decay_per_step"] == pytest.approx(61 / 70)  # still on its ramp
     assert told["tracked"] == {
@@ -185,7 +185,7 @@ def test_an_average_can_end_earlier(run: Path, tmp_path: Path) -> None:
     """Nothing that was kept later is asked for; it is the tracked width of that step."""
     shutil.rmtree(run / "snapshots/step-00000025")
     averaging.sweep("run", replace(DIGITS, widths=(0.1,), step=20), tmp_path, "early")
-    made = build_trained.trained_model(str(tmp_path / "early"))
+    made = checkpoint_loading.trained_model(str(tmp_path / "early"))
     store = SnapshotStore(str(run / "snapshots"))
     kept = store.read(20, width_group(0.1))
     assert made.provenance["step"] == 20
@@ -317,7 +317,7 @@ def test_two_workers_on_ray_find_what_one_finds(
     known = averaging.sweep("run", replace(DIGITS, widths=(0.1, 0.25)), tmp_path, "known")
     assert found["scores"] == pytest.approx(known["scores"], rel=1e-6)
     assert (found["widths"], found["best"]) == (known["widths"], known["best"])
-    best = [build_trained.trained_model(str(tmp_path / name)) for name in ("best", "known")]
+    best = [checkpoint_loading.trained_model(str(tmp_path / name)) for name in ("best", "known")]
     assert best[0].provenance["weights_sha256"] == best[1].provenance["weights_sha256"]
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
-from ddpm_ray import build, build_trained
+from ddpm_ray.assembly import checkpoint_loading, training_run
 from ddpm_ray.cluster import tracking, trained
 from ddpm_ray.cluster.tracking import TrackingError
 from ddpm_ray.config.loading import load, to_dict
@@ -55,7 +55,7 @@ def checkpoint(tmp_path: Path) -> str:
         ],
     )  # fmt: skip
     facts = {"config": to_dict(config), "image_shape": [4, 4, 3], "data_fingerprint": "f" * 64}
-    state = build.training_state(config, (4, 4, 3), torch.device("cpu"), facts)
+    state = training_run.training_state(config, (4, 4, 3), torch.device("cpu"), facts)
     return CheckpointStore(str(tmp_path / "run/checkpoints")).save(state.snapshot([]))
 
 
@@ -73,7 +73,7 @@ def test_code_beside_the_weights_is_not_run(
     run = tracking.find_or_create_run(mlflow_database, "hostile", "a", "a", str(tmp_path / "art"))
     MlflowClient(tracking_uri=mlflow_database).log_artifacts(run.run_id, str(model), "model")
     read = trained.load(f"runs:/{run.run_id}/model", "cpu", mlflow_database)
-    expected = build_trained.trained_model(checkpoint).sample(2, steps=3)
+    expected = checkpoint_loading.trained_model(checkpoint).sample(2, steps=3)
     assert (read.sample(2, steps=3) == expected).all()
     assert not ran.exists()
     assert "evil" not in sys.modules

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from ddpm_ray import build
+from ddpm_ray.assembly import training_run
 from ddpm_ray.cluster import identity
 from ddpm_ray.cluster.identity import CLAIMS, IDENTITY, claim
 from ddpm_ray.cluster.ledger import Ledger
@@ -104,7 +104,7 @@ def config(tmp_path: Path, *more: str) -> RunConfig:
 
 def begin(config: RunConfig, folder: str) -> str:
     facts = {"config": to_dict(config), "data_fingerprint": "the data"}
-    return claim(folder, facts, lambda found: build.differing_keys(config, found))
+    return claim(folder, facts, lambda found: training_run.differing_keys(config, found))
 
 
 def commit(config: RunConfig, folder: str, **facts: Any) -> None:

@@ -20,7 +20,9 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from PIL import Image
 
-from ddpm_ray import build, build_trained, fault_injection
+from ddpm_ray import fault_injection
+from ddpm_ray.assembly import checkpoint_loading
+from ddpm_ray.assembly import training_run as build
 from ddpm_ray.cluster import registry, tracker, tracking, training_run
 from ddpm_ray.cluster.tracked_run import MAX_METRICS, RunCard, TrackedRun
 from ddpm_ray.cluster.tracker import Tracker
@@ -487,7 +489,7 @@ def test_a_logged_model_samples_what_its_checkpoint_samples(
     registry.log_model(run, checkpoint, LOADER)
     mlflow.set_tracking_uri(uri)
     served = mlflow.pyfunc.load_model(f"runs:/{run.run_id}/model")
-    expected = build_trained.trained_model(checkpoint).sample(5, steps=3, seed=2)
+    expected = checkpoint_loading.trained_model(checkpoint).sample(5, steps=3, seed=2)
     assert (served.predict(wanted) == expected).all()
     assert expected.std() > 1
 
@@ -504,11 +506,11 @@ def test_a_model_is_logged_once_and_found_by_its_alias(
     mlflow.set_tracking_uri(uri)
     version = mlflow.register_model(f"runs:/{run.run_id}/model", name)
     client.set_registered_model_alias(name, "best", version.version)
-    expected = build_trained.trained_model(checkpoint).sample(2, steps=3)
+    expected = checkpoint_loading.trained_model(checkpoint).sample(2, steps=3)
     for number, place in enumerate([f"runs:/{run.run_id}/model", f"models:/{name}@best"]):
         folder = registry.download_model(uri, place, tmp_path / str(number))
         assert not [*tmp_path.rglob("*.pkl"), *tmp_path.rglob("*.py")]
-        assert (build_trained.trained_model(str(folder)).sample(2, steps=3) == expected).all()
+        assert (checkpoint_loading.trained_model(str(folder)).sample(2, steps=3) == expected).all()
 
 
 @pytest.mark.parametrize("place", ["models:/nobody@best", "runs:/0123456789abcdef/model"])

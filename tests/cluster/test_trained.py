@@ -12,7 +12,7 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
-from ddpm_ray import build
+from ddpm_ray.assembly import training_run
 from ddpm_ray.cluster import evaluation_run, group, tracking, trained
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.jobs import EvaluateConfig
@@ -37,7 +37,7 @@ def model(tmp_path: Path, mlflow_database: str, monkeypatch: pytest.MonkeyPatch)
         "model.blocks_per_level=1", "model.attention_resolutions=[]",
     ])  # fmt: skip
     facts = {"config": to_dict(config), "image_shape": [4, 4, 1], "data_fingerprint": "f" * 64}
-    state = build.training_state(config, (4, 4, 1), torch.device("cpu"), facts)
+    state = training_run.training_state(config, (4, 4, 1), torch.device("cpu"), facts)
     saved = CheckpointStore(str(tmp_path / "run/checkpoints")).save(state.snapshot([]))
     run = tracking.find_or_create_run(
         mlflow_database, "trained", "a", str(tmp_path), str(tmp_path / "artifacts")

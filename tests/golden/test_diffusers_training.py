@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import clip_grad_norm_
 
-from ddpm_ray import build, build_diffusion
+from ddpm_ray.assembly import diffusion, training_run
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.loading import load
 from ddpm_ray.config.run import RunConfig
@@ -46,12 +46,12 @@ def test_forty_steps_of_training_are_those_of_diffusers() -> None:
         f"training.learning_rate={RATE}", f"training.global_batch_size={BATCH}",
     ])  # fmt: skip
     torch.manual_seed(0)
-    state = build.training_state(config, (8, 8, 1), CPU, {})
+    state = training_run.training_state(config, (8, 8, 1), CPU, {})
     form, tensors = convert.to_diffusers(FORM, state.model.state_dict())
     theirs = diffusers.UNet2DModel(**{k: v for k, v in form.items() if k[0] != "_"})
     theirs.load_state_dict(tensors)
     ours, theirs = InDouble(state.model.double()), theirs.double()
-    objective = build_diffusion.objective(config, state, CPU)
+    objective = diffusion.objective(config, state, CPU)
     scheduler = diffusers.DDPMScheduler(num_train_timesteps=1000)
     adam = torch.optim.Adam(theirs.parameters(), lr=RATE)
     for step in range(STEPS):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import ddpm_ray
-from ddpm_ray import build
+from ddpm_ray.assembly import training_run
 from ddpm_ray.cluster import sweep
 from ddpm_ray.cluster.identity import IDENTITY, claim
 from ddpm_ray.cluster.ledger import Ledger
@@ -39,7 +39,7 @@ def snapshot(step: int, **facts: Any) -> Snapshot:
 
 def begin(folder: Path, **begun: Any) -> str:
     known = {"config": to_dict(RunConfig()), "data_fingerprint": "f"} | begun
-    return claim(str(folder), known, lambda found: build.differing_keys(RunConfig(), found))
+    return claim(str(folder), known, lambda found: training_run.differing_keys(RunConfig(), found))
 
 
 def a_checkpoint(folder: Path) -> tuple[Path, Callable[[], Any]]:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ddpm_ray import build
+from ddpm_ray.assembly import training_run
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.storage import object_store
 from ddpm_ray.training.background_writer import Background
@@ -228,7 +228,9 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
 
 def begun(config: RunConfig, folder: Path) -> Run:
     run = begin(config, folder / "checkpoints")
-    run.keep_averages = build.keeper(config, run.state, run.checkpoints, str(folder), run.workers)
+    run.keep_averages = training_run.keeper(
+        config, run.state, run.checkpoints, str(folder), run.workers
+    )
     return run
 
 

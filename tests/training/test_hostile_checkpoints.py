@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from ddpm_ray import build, build_trained
+from ddpm_ray.assembly import checkpoint_loading, training_run
 from ddpm_ray.config.loading import ConfigError, load, to_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.storage import checksummed_json
@@ -99,7 +99,7 @@ def test_a_pickle_in_a_checkpoint_is_damage(
 def edited(change: Callable[[dict[str, Any]], None], store: CheckpointStore) -> str:
     config = load(RunConfig, None, [*TINY])
     facts = {"config": to_dict(config), "image_shape": [4, 4, 1], "data_fingerprint": "f"}
-    state = build.training_state(config, (4, 4, 1), torch.device("cpu"), facts)
+    state = training_run.training_state(config, (4, 4, 1), torch.device("cpu"), facts)
     where = store.save(state.snapshot([]))
     held = json.loads((Path(where) / "state.json").read_text())
     change(held["config"])
@@ -119,5 +119,5 @@ def test_a_checkpoints_config_runs_and_looks_up_nothing(
 ) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "canary-5f3c")
     with pytest.raises(ConfigError, match=problem) as refused:
-        build_trained.trained_model(edited(lambda config: config.update(changes), store))
+        checkpoint_loading.trained_model(edited(lambda config: config.update(changes), store))
     assert "canary" not in str(refused.value)

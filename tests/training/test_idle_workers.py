@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddpm_ray import build
+from ddpm_ray.assembly import training_run
 from ddpm_ray.cluster import evaluation_run, trained
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.evaluation import EvaluationConfig
@@ -124,14 +124,14 @@ def test_a_probe_is_the_same_by_more_workers_than_groups(
          "model.blocks_per_level=1", "model.attention_resolutions=[]"],
     )  # fmt: skip
     dataset = open_dataset(config.data.url)
-    state = build.training_state(config, (4, 4, 1), torch.device("cpu"), {})
+    state = training_run.training_state(config, (4, 4, 1), torch.device("cpu"), {})
 
     def look(workers: Workers) -> float:
         gallery = Gallery(
             Denoiser.of_noise(blind, SCHEDULE), PLAN, (1, 4, 4), workers, str(tmp_path), None
         )
         own = replace(state, probes=[])
-        probe: Probe = build.probe(config, dataset, own, gallery)
+        probe: Probe = training_run.probe(config, dataset, own, gallery)
         probe.look(1)
         return float(own.probes[0]["loss"])
 

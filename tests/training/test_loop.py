@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
-from ddpm_ray import build, build_diffusion, fault_injection
+from ddpm_ray import fault_injection
+from ddpm_ray.assembly import diffusion, training_run
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.loading import load, to_dict
 from ddpm_ray.config.run import RunConfig
@@ -142,7 +143,7 @@ def _closed_streams() -> Iterator[None]:
 
 
 def streamed(config: RunConfig, workers: Workers) -> ShardStream:
-    OPEN.append(build.stream(config, open_dataset(config.data.url), workers))
+    OPEN.append(training_run.stream(config, open_dataset(config.data.url), workers))
     return OPEN[-1]
 
 
@@ -152,7 +153,7 @@ def begin(
     """All that a process makes of its config before it trains, and what it finds in `folder`."""
     workers, dataset = workers or Workers(), open_dataset(config.data.url)
     facts = {"config": to_dict(config)}
-    state = build.training_state(config, dataset.manifest.image_shape, CPU, facts)
+    state = training_run.training_state(config, dataset.manifest.image_shape, CPU, facts)
     store = CheckpointStore(str(folder), config.training.keep_checkpoints, planned_every=EVERY)
     log = StepLog(workers, config.training.log_every_steps)
     guard = Guard.of(config.training.on_divergence, config.training.spike_factor)
@@ -164,20 +165,20 @@ def begin(
     if workers.count > 1:
         network = DistributedDataParallel(network, broadcast_buffers=False)
     sink = (ledger or Ledger()) if workers.leads else None
-    denoiser = build_diffusion.denoiser(config, state.ema.model, CPU)
+    denoiser = diffusion.denoiser(config, state.ema.model, CPU)
     gallery = Gallery(
         denoiser,
-        build_diffusion.sampling_plan(config.sampling, denoiser.schedule),
+        diffusion.sampling_plan(config.sampling, denoiser.schedule),
         (1, SIDE, SIDE),
         workers,
         str(folder),
         sink,
     )
     return Run(
-        plan=build.plan(config, workers.count),
+        plan=training_run.plan(config, workers.count),
         state=state,
         network=network,
-        objective=build_diffusion.objective(config, state, CPU),
+        objective=diffusion.objective(config, state, CPU),
         guard=guard,
         stream=streamed(config, workers),
         workers=workers,
@@ -188,7 +189,7 @@ def begin(
         draw_grid=lambda step: None,
         draw_strip=lambda step: None,
         evaluate=lambda step: None,
-        probe=build.probe(config, dataset, state, gallery).look,
+        probe=training_run.probe(config, dataset, state, gallery).look,
     )
 
 
@@ -866,11 +867,11 @@ def gradient_of(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Losses, t and the gradient of a worker's share of global batch 0."""
     torch.manual_seed(5)
-    state = build.training_state(config, (SIDE, SIDE, 1), CPU, {})
+    state = training_run.training_state(config, (SIDE, SIDE, 1), CPU, {})
     for parameter in state.model.parameters():
         nn.init.normal_(parameter, std=0.3)
     images, labels = streamed(config, workers).batch(0)
-    objective = build_diffusion.objective(config, state, CPU)
+    objective = diffusion.objective(config, state, CPU)
     losses, t = objective.backward(state.model, images, labels, 0, workers, micro_batch)
     gradients = [p.grad.flatten() for p in state.model.parameters() if p.grad is not None]
     return losses, t, torch.cat(gradients)
@@ -922,8 +923,8 @@ NO_LABELS = torch.full((2,), -1)
 
 
 def objective_of(config: RunConfig) -> Objective:
-    return build_diffusion.objective(
-        config, build.training_state(config, (SIDE, SIDE, 1), CPU, {}), CPU
+    return diffusion.objective(
+        config, training_run.training_state(config, (SIDE, SIDE, 1), CPU, {}), CPU
     )
 
 
@@ -995,7 +996,7 @@ def test_half_of_the_images_are_mirrored(data: str) -> None:
 
 
 def rates(data: str, *overrides: str) -> list[float]:
-    rate = build.learning_rate(configured(data, *overrides).training)
+    rate = training_run.learning_rate(configured(data, *overrides).training)
     return [rate(step) for step in range(20)]
 
 
@@ -1010,10 +1011,10 @@ def test_a_warm_up_in_steps_and_in_images_agree(data: str) -> None:
 def test_an_average_in_steps_and_in_images_agree(data: str) -> None:
     """A half-life of 40 images is one of 10 steps of 4: decay^10 is 1/2."""
     by_images = ["training.ema_decay_per_step=0", "training.ema_half_life_images=40"]
-    plain = build.ema_decay(configured(data, *by_images, "training.ema_ramp=false").training)
+    plain = training_run.ema_decay(configured(data, *by_images, "training.ema_ramp=false").training)
     assert plain(0) ** 10 == pytest.approx(0.5)
     assert plain(0) == plain(10**6)
-    ramped = build.ema_decay(configured(data, *by_images).training)
+    ramped = training_run.ema_decay(configured(data, *by_images).training)
     assert ramped(0) == pytest.approx(0.1)  # the second weights count for 9 parts in 10
     assert ramped(10**6) == plain(0)
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from ddpm_ray import build, build_diffusion
+from ddpm_ray.assembly import diffusion, training_run
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.loading import load
 from ddpm_ray.config.run import RunConfig
@@ -43,8 +43,8 @@ def configured(*overrides: str) -> RunConfig:
 
 def objective(*overrides: str) -> Objective:
     config = configured(*overrides)
-    state = build.training_state(config, (SIDE, SIDE, 3), CPU, {})
-    return build_diffusion.objective(config, state, CPU)
+    state = training_run.training_state(config, (SIDE, SIDE, 3), CPU, {})
+    return diffusion.objective(config, state, CPU)
 
 
 def shown(made: Objective, step: int = 3, part: slice = slice(None)) -> Examples:
@@ -200,8 +200,8 @@ def test_loss_moments_steer_t_and_what_each_loss_weighs_evens_it_out() -> None:
         "objective.timesteps=second_moment", "objective.loss=hybrid",
         "objective.variance=learned_range",
     )  # fmt: skip
-    state = build.training_state(config, (SIDE, SIDE, 3), CPU, {})
-    made = build_diffusion.objective(config, state, CPU)
+    state = training_run.training_state(config, (SIDE, SIDE, 3), CPU, {})
+    made = diffusion.objective(config, state, CPU)
     assert state.moments is not None
     before = shown(made)
     assert before.importance is not None
@@ -250,8 +250,8 @@ def test_a_classifier_is_asked_for_the_label_of_what_it_sees() -> None:
 def test_each_kind_of_objective_trains_its_network(overrides: tuple[str, ...]) -> None:
     """Adam on one batch lowers its loss, and every weight takes part."""
     config = configured(*overrides, "training.learning_rate=3e-3")
-    state = build.training_state(config, (SIDE, SIDE, 3), CPU, {})
-    made = build_diffusion.objective(config, state, CPU)
+    state = training_run.training_state(config, (SIDE, SIDE, 3), CPU, {})
+    made = diffusion.objective(config, state, CPU)
     losses = []
     for number in range(30):
         told = made.backward(state.model, IMAGES[:64], LABELS[:64], 1, Workers(), 64)

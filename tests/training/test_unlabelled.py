@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ddpm_ray import build, build_diffusion
+from ddpm_ray.assembly import diffusion, training_run
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.loading import load
 from ddpm_ray.config.run import RunConfig
@@ -57,14 +57,14 @@ def trained(labels: Tensor, *more: str) -> list[float]:
     """Losses of a step of training."""
     torch.manual_seed(0)
     config = configured(*more)
-    state = build.training_state(config, (4, 4, 1), CPU, {})
-    objective = build_diffusion.objective(config, state, CPU)
+    state = training_run.training_state(config, (4, 4, 1), CPU, {})
+    objective = diffusion.objective(config, state, CPU)
     return objective.backward(state.model, IMAGES, labels, 1, Workers(), COUNT).loss.tolist()
 
 
 def denoiser() -> Denoiser:
     torch.manual_seed(0)
-    schedule = build_diffusion.noise_schedule(configured().schedule)
+    schedule = diffusion.noise_schedule(configured().schedule)
     return Denoiser(Table(CLASSES + 1), Prediction.of("epsilon", schedule), num_classes=CLASSES)
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import ddpm_ray
-from ddpm_ray import build, build_diffusion, build_trained
+from ddpm_ray.assembly import checkpoint_loading, diffusion, training_run
 from ddpm_ray.config.diffusion import SamplingConfig
 from ddpm_ray.config.loading import ConfigError, load, to_dict
 from ddpm_ray.config.run import RunConfig
@@ -39,10 +39,10 @@ def configured(*overrides: str) -> RunConfig:
 def trained(config: RunConfig) -> TrainedModel:
     """As loaded from a checkpoint, with weights that are not zero."""
     torch.manual_seed(3)
-    network = build.network(config, (8, 8, 3))
+    network = training_run.network(config, (8, 8, 3))
     for parameter in network.parameters():
         nn.init.normal_(parameter, std=0.2)
-    denoiser = build_diffusion.denoiser(config, network.eval().requires_grad_(False), CPU)
+    denoiser = diffusion.denoiser(config, network.eval().requires_grad_(False), CPU)
     provenance = {"config": to_dict(config), "checkpoint": "", "step": 0, "weights_sha256": ""}
     return TrainedModel(denoiser, (3, 8, 8), provenance)
 
@@ -63,12 +63,12 @@ def test_a_model_comes_back_from_diffusers_format_drawing_the_same(
     overrides: tuple[str, ...], tmp_path: Path
 ) -> None:
     model = trained(configured(*overrides))
-    build_trained.write_diffusers(model, SamplingConfig(), tmp_path / "given")
-    back = build_trained.trained_model(str(tmp_path / "given"))
+    checkpoint_loading.write_diffusers(model, SamplingConfig(), tmp_path / "given")
+    back = checkpoint_loading.trained_model(str(tmp_path / "given"))
     assert back.image_shape == model.image_shape
     torch.testing.assert_close(back.denoiser.schedule.alpha_bar, model.denoiser.schedule.alpha_bar)
     assert (back.sample(4, steps=5, seed=2) == model.sample(4, steps=5, seed=2)).all()
-    build_trained.write_diffusers(back, SamplingConfig(), tmp_path / "again")
+    checkpoint_loading.write_diffusers(back, SamplingConfig(), tmp_path / "again")
     name = "unet/diffusion_pytorch_model.safetensors"
     once, twice = (load_file(tmp_path / folder / name) for folder in ("given", "again"))
     assert once.keys() == twice.keys()
@@ -78,14 +78,14 @@ def test_a_model_comes_back_from_diffusers_format_drawing_the_same(
 def test_a_model_of_diffusers_goes_back_as_the_network_that_it_was(tmp_path: Path) -> None:
     """With the eps and the heads of theirs, which our configs have no keys for."""
     model = trained(configured())
-    build_trained.write_diffusers(model, SamplingConfig(), tmp_path / "ours")
+    checkpoint_loading.write_diffusers(model, SamplingConfig(), tmp_path / "ours")
     config = tmp_path / "ours/unet/config.json"
     changed = json.loads(config.read_text()) | {"norm_eps": 1e-2, "attention_head_dim": 4}
     config.write_text(json.dumps(changed))
-    theirs = build_trained.trained_model(str(tmp_path / "ours"))
+    theirs = checkpoint_loading.trained_model(str(tmp_path / "ours"))
     assert (theirs.sample(4, steps=5) != model.sample(4, steps=5)).any()
-    build_trained.write_diffusers(theirs, SamplingConfig(), tmp_path / "again")
-    again = build_trained.trained_model(str(tmp_path / "again"))
+    checkpoint_loading.write_diffusers(theirs, SamplingConfig(), tmp_path / "again")
+    again = checkpoint_loading.trained_model(str(tmp_path / "again"))
     assert (again.sample(4, steps=5) == theirs.sample(4, steps=5)).all()
     kept = json.loads((tmp_path / "again/unet/config.json").read_text())
     assert {key: kept[key] for key in changed} == changed
@@ -119,18 +119,18 @@ def test_a_runs_sampling_settings_go_to_diffusers_and_come_back(
     sampling: SamplingConfig, pipeline: str, scheduler: str, missing: tuple[str, ...],
     tmp_path: Path,
 ) -> None:  # fmt: skip
-    export = build_trained.write_diffusers(trained(configured()), sampling, tmp_path / "given")
+    export = checkpoint_loading.write_diffusers(trained(configured()), sampling, tmp_path / "given")
     assert (export.pipeline, export.scheduler["_class_name"]) == (pipeline, scheduler)
     assert tuple(line.split(" (")[0] for line in export.no_equivalent) == missing
     assert export.call["num_inference_steps"] == sampling.steps
-    back = build_trained.trained_model(str(tmp_path / "given"))
+    back = checkpoint_loading.trained_model(str(tmp_path / "given"))
     assert back.settings == sampling
     config = tmp_path / "given/scheduler/scheduler_config.json"
     text = json.loads(config.read_text())
     for wrong in ({"steps": "many"}, {"no_such_key": 1}, {"eta": 7}):
         config.write_text(json.dumps(text | {"_ddpm_ray_sampling": wrong}))
         with pytest.raises(ForeignModelError, match="|".join(wrong)):
-            build_trained.trained_model(str(tmp_path / "given"))
+            checkpoint_loading.trained_model(str(tmp_path / "given"))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # theirs: numpy 2
@@ -138,7 +138,7 @@ def test_a_runs_sampling_settings_go_to_diffusers_and_come_back(
 def test_the_pipeline_that_an_export_names_draws(sampler: Any, tmp_path: Path) -> None:
     diffusers = pytest.importorskip("diffusers", reason="pip install 'ddpm-ray[dev]'")
     sampling = SamplingConfig(sampler=sampler, steps=5)
-    export = build_trained.write_diffusers(trained(configured()), sampling, tmp_path)
+    export = checkpoint_loading.write_diffusers(trained(configured()), sampling, tmp_path)
     pipeline = diffusers.DiffusionPipeline.from_pretrained(tmp_path)
     assert type(pipeline).__name__ == export.pipeline
     assert type(pipeline.scheduler).__name__ == export.scheduler["_class_name"]
@@ -151,14 +151,14 @@ def test_the_pipeline_that_an_export_names_draws(sampler: Any, tmp_path: Path) -
 def test_what_diffusers_has_no_name_for_is_refused_with_nothing_written(tmp_path: Path) -> None:
     model = trained(configured("objective.prediction=edm"))
     with pytest.raises(ForeignModelError, match="prediction"):
-        build_trained.write_diffusers(model, SamplingConfig(), tmp_path / "given")
+        checkpoint_loading.write_diffusers(model, SamplingConfig(), tmp_path / "given")
     assert not (tmp_path / "given").exists()
 
 
 def committed(config: RunConfig, folder: Path) -> str:
     """The folder of a run that was saved once, at step 0."""
     facts = {"config": to_dict(config), "image_shape": [8, 8, 3], "data_fingerprint": ""}
-    state = build.training_state(config, (8, 8, 3), CPU, facts)
+    state = training_run.training_state(config, (8, 8, 3), CPU, facts)
     CheckpointStore(str(folder / "checkpoints")).save(state.snapshot([]))
     return str(folder)
 
@@ -172,14 +172,14 @@ def test_a_classifier_and_a_model_are_not_taken_for_each_other(tmp_path: Path) -
     classifier = committed(configured(*CLASSIFIER), tmp_path / "classifier")
     unet = committed(configured(), tmp_path / "unet")
     with pytest.raises(ConfigError, match=r"holds a classifier, which draws nothing"):
-        build_trained.trained_model(classifier)
+        checkpoint_loading.trained_model(classifier)
     with pytest.raises(ConfigError, match=r"holds no classifier: train one with model\.kind="):
-        build_trained.trained_classifier(unet)
-    logits = build_trained.trained_classifier(classifier)(
+        checkpoint_loading.trained_classifier(unet)
+    logits = checkpoint_loading.trained_classifier(classifier)(
         torch.zeros(2, 3, 8, 8), torch.tensor([1, 30])
     )
     assert logits.shape == (2, 3)
-    assert build_trained.trained_model(unet).sample(2, steps=2).dtype == np.uint8
+    assert checkpoint_loading.trained_model(unet).sample(2, steps=2).dtype == np.uint8
 
 
 @pytest.mark.parametrize("below", ["", "checkpoints", "checkpoints/step-00000000-*"])
@@ -198,7 +198,7 @@ def test_a_folder_is_loaded_by_reading_the_bytes_of_its_average_alone(
         return data
 
     monkeypatch.setattr(object_store, "read_bytes", counted)
-    assert build_trained.trained_model(str(folder)).sample(2, steps=2).dtype == np.uint8
+    assert checkpoint_loading.trained_model(str(folder)).sample(2, steps=2).dtype == np.uint8
     assert 1 <= sum(read) / average.stat().st_size <= 1.05
 
 
@@ -208,7 +208,7 @@ def test_an_export_to_a_full_disk_leaves_whole_files_and_no_index(
 ) -> None:
     """On commit d926ba0 `[Errno 28] No space left on device`, and a folder with half a file."""
     model, synced, fsync = trained(configured()), itertools.count(), os.fsync
-    build_trained.write_diffusers(model, SamplingConfig(), whole := tmp_path / "whole")
+    checkpoint_loading.write_diffusers(model, SamplingConfig(), whole := tmp_path / "whole")
 
     def full(file: int) -> None:
         if next(synced) == refused:
@@ -217,18 +217,18 @@ def test_an_export_to_a_full_disk_leaves_whole_files_and_no_index(
 
     monkeypatch.setattr("ddpm_ray.storage.object_store.os.fsync", full)
     with pytest.raises(StorageError, match=r"begun/.*: the disk is full; free some space or cho"):
-        build_trained.write_diffusers(model, SamplingConfig(), begun := tmp_path / "begun")
+        checkpoint_loading.write_diffusers(model, SamplingConfig(), begun := tmp_path / "begun")
     left = [path for path in begun.rglob("*") if path.is_file()]
     assert len(left) == refused
     for path in left:
         assert path.read_bytes() == (whole / path.relative_to(begun)).read_bytes()
-    assert not (begun / build_trained.OF_DIFFUSERS).exists()
+    assert not (begun / checkpoint_loading.OF_DIFFUSERS).exists()
 
 
 def test_an_average_that_is_not_there_is_told_with_those_that_are(tmp_path: Path) -> None:
     unet = committed(configured(), tmp_path / "unet")
     with pytest.raises(CheckpointError, match=r"it has no average 'ema-0\.5'; it has ema$"):
-        build_trained.trained_model(unet, ema="ema-0.5")
+        checkpoint_loading.trained_model(unet, ema="ema-0.5")
 
 
 @pytest.mark.parametrize("uri", ["", " ", 3, None, b"runs/a"])
@@ -248,5 +248,5 @@ def test_a_device_that_is_not_there_is_told_before_anything_is_read(
 
 @pytest.mark.parametrize("device", [None, "", "cpu", torch.device("cpu")])
 def test_a_device_that_is_there_is_taken(device: torch.device | str | None) -> None:
-    here = build_trained.usable_device(device)
+    here = checkpoint_loading.usable_device(device)
     assert here.type == ("cuda" if torch.cuda.is_available() and not device else "cpu")

@@ -9,7 +9,7 @@ from typing import Any, assert_never
 
 import torch
 
-from ddpm_ray.build_diffusion import memory_format
+from ddpm_ray.assembly.diffusion import memory_format
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.evaluation import EvaluationConfig
 from ddpm_ray.config.loading import defining, from_dict

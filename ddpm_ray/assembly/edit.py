@@ -5,7 +5,7 @@ from typing import assert_never
 import numpy as np
 import numpy.typing as npt
 
-from ddpm_ray.build_diffusion import checked_plan
+from ddpm_ray.assembly.diffusion import checked_plan
 from ddpm_ray.config.edit import EditConfig
 from ddpm_ray.config.loading import ConfigError, from_dict
 from ddpm_ray.config.run import RunConfig

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from safetensors import torch as safetensors
 
-from ddpm_ray import build
-from ddpm_ray.build_diffusion import denoiser
+from ddpm_ray.assembly import training_run
+from ddpm_ray.assembly.diffusion import denoiser
 from ddpm_ray.config.diffusion import ObjectiveConfig, SamplingConfig, ScheduleConfig
 from ddpm_ray.config.loading import ConfigError, from_dict, to_dict
 from ddpm_ray.config.option_fields import shown
@@ -67,13 +67,13 @@ def trained_model(
     if Path(url, OF_DIFFUSERS).is_file():
         return _of_diffusers(Path(url), device)
     where, snapshot = _checkpoint(url, ema)
-    config = build.saved_config(snapshot.facts, url)
+    config = training_run.saved_config(snapshot.facts, url)
     if config.model.kind == "classifier":
         raise ConfigError(
             f"{url} holds a classifier, which draws nothing: use it as lead.classifier"
         )
     height, width, channels = snapshot.facts["image_shape"]
-    model = build.network(config, (height, width, channels))
+    model = training_run.network(config, (height, width, channels))
     model.load_state_dict(snapshot.tensors[ema])
     model.to(device).eval().requires_grad_(False)
     provenance = {
@@ -103,7 +103,7 @@ def run_facts(url: str) -> tuple[RunConfig, dict[str, Any]]:
     if Path(url, OF_DIFFUSERS).is_file():
         return from_dict(RunConfig, _of_diffusers(Path(url), "cpu").provenance["config"]), {}
     facts = _checkpoint(url)[1].facts
-    return build.saved_config(facts, url), facts
+    return training_run.saved_config(facts, url), facts
 
 
 def label_names(config: RunConfig, facts: Mapping[str, Any]) -> tuple[str, ...] | None:
@@ -129,10 +129,10 @@ def trained_classifier(url: str, device: torch.device | str = "cpu") -> NoisyCla
     Raises CheckpointError, and ConfigError where the run trained something else.
     """
     _, snapshot = _checkpoint(url, "ema")
-    config = build.saved_config(snapshot.facts, url)
+    config = training_run.saved_config(snapshot.facts, url)
     if config.model.kind != "classifier":
         raise ConfigError(f"{url} holds no classifier: train one with model.kind=classifier")
-    network = build.network(config, tuple(snapshot.facts["image_shape"]))
+    network = training_run.network(config, tuple(snapshot.facts["image_shape"]))
     assert isinstance(network, NoisyClassifier)
     network.load_state_dict(snapshot.tensors["ema"])
     return network.to(device).eval().requires_grad_(False)
@@ -148,7 +148,7 @@ def write_diffusers(model: TrainedModel, sampling: SamplingConfig, folder: Path)
     config = from_dict(RunConfig, model.provenance["config"])
     channels, side, _ = model.image_shape
     form: Form = {
-        **build.sizes(config.model, side, channels),
+        **training_run.sizes(config.model, side, channels),
         "num_classes": config.model.num_classes,
         "condition_channels": network.condition_channels,
         "learns_variance": config.objective.variance != "fixed",
