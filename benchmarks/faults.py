@@ -41,12 +41,13 @@ from benchmarks.struck.plain import KEY, plain_worker
 from benchmarks.struck.stores import corrupt, refused
 from benchmarks.struck.table import Line, shown
 from ddpm_ray import fault_injection
-from ddpm_ray.cluster import group, tracking, training_run
+from ddpm_ray.cluster import group, training_run
 from ddpm_ray.cluster.worker import train_worker
 from ddpm_ray.config.loading import load
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.shards import fetch_shard
 from ddpm_ray.storage import object_store
+from ddpm_ray.tracking import mlflow_runs
 from ddpm_ray.training import loop
 from ddpm_ray.training.checkpoints import CHECKPOINTS, CheckpointStore
 
@@ -86,7 +87,7 @@ def ours(home: Path, steps: int, every: int, failures: int) -> Struck:
         f"cluster.max_failures={failures}",
     )  # fmt: skip
     report = training_run.train(config, home, lambda _: None).report
-    rows = tracking.history(report["run_id"], report["tracking_uri"], "train/loss")
+    rows = mlflow_runs.history(report["run_id"], report["tracking_uri"], "train/loss")
     checkpoints = home / config.name / CHECKPOINTS
     known = CheckpointStore(str(checkpoints)).pointer().references
     return Struck(home, every, len(rows), len(list(checkpoints.glob("step-*"))) - len(known))
@@ -127,7 +128,7 @@ def plain(home: Path, steps: int, every: int, failures: int) -> Struck:
         ).fit()  # fmt: skip
     known = (home / "plain/checkpoint_manager_snapshot.json").read_text()
     orphans = [one for one in (home / "plain").glob("checkpoint_*/") if one.name not in known]
-    rows = tracking.history(run_id, config.tracking.uri, KEY)
+    rows = mlflow_runs.history(run_id, config.tracking.uri, KEY)
     return Struck(home, every, len(rows), len(orphans))
 
 

@@ -37,7 +37,7 @@ from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 from PIL import Image
 from ray.train.torch import TorchTrainer
 
-from ddpm_ray.cluster import group, tracking
+from ddpm_ray.cluster import group
 from ddpm_ray.cluster.book import Book
 from ddpm_ray.cluster.candidates import Candidates
 from ddpm_ray.cluster.ledger import Ledger
@@ -47,6 +47,7 @@ from ddpm_ray.cluster.training_run import packed_data
 from ddpm_ray.cluster.trial import EVENT
 from ddpm_ray.config.loading import load
 from ddpm_ray.config.sweep import SweepConfig
+from ddpm_ray.tracking import mlflow_runs
 from ddpm_ray.training.validation_loss import LEVELS
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -161,7 +162,7 @@ class Stub:
         self._loss += float(np.random.default_rng(self.number).normal()) / 10
         self._num_steps, run = num_steps, place.run
         of = f"{run.run_id} {self.number}"
-        self._run = tracking.find_or_create_run(
+        self._run = mlflow_runs.find_or_create_run(
             run.uri, place.config.run.tracking.experiment, f"{told}", of, None, run.run_id
         )
         client = MlflowClient(tracking_uri=run.uri)

@@ -25,7 +25,7 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from ddpm_ray.assembly import training_run
-from ddpm_ray.cluster import group, tracking
+from ddpm_ray.cluster import group
 from ddpm_ray.cluster.worker import assemble, place
 from ddpm_ray.config.loading import from_dict, load, to_dict
 from ddpm_ray.config.run import ClusterConfig, RunConfig
@@ -33,6 +33,7 @@ from ddpm_ray.counter_rng import Purpose, normal, uniform_int
 from ddpm_ray.data.packing import packer
 from ddpm_ray.data.packing.pack_options import PackOptions
 from ddpm_ray.reporting import Wish
+from ddpm_ray.tracking import mlflow_runs
 from ddpm_ray.training.loop import Run, report, save, take_step
 from ddpm_ray.training.writer_lease import Lease
 
@@ -145,7 +146,7 @@ def main() -> None:
         uri = f"sqlite:///{folder / 'mlflow.db'}"
         url = packed(folder)
         config = load(RunConfig, None, [*KEYS, f"data.url={url}", f"tracking.uri={uri}"])
-        tracked = tracking.find_or_create_run(uri, "bench", "bench", "bench", scratch)
+        tracked = mlflow_runs.find_or_create_run(uri, "bench", "bench", "bench", scratch)
         settings = {
             "config": to_dict(config), "folder": str(folder / "run"), "identity": "bench",
             "tracked": vars(tracked), "rounds": ROUNDS,

@@ -20,7 +20,7 @@ from ddpm_ray.output_files import output_folder
 def prepare(config: AverageConfig, arguments: Namespace) -> AverageConfig:
     """The config as the run has it where nothing else was given; absolute paths."""
     home = home_folder()
-    from ddpm_ray.cluster.model_uri import model_place  # fsspec: after the config is read
+    from ddpm_ray.tracking.model_uri import model_place  # fsspec: after the config is read
 
     arguments.run = model_place(arguments.run, home)
     if arguments.out and "://" not in arguments.out:

@@ -18,7 +18,7 @@ from ddpm_ray.config.jobs import EvaluateConfig
 def prepare(config: EvaluateConfig, arguments: Namespace) -> EvaluateConfig:
     """The config as the run has it where nothing else was given; absolute paths."""
     home = home_folder()
-    from ddpm_ray.cluster.model_uri import model_place  # fsspec: after the config is read
+    from ddpm_ray.tracking.model_uri import model_place  # fsspec: after the config is read
 
     arguments.model_uri = model_place(arguments.model_uri, home)
     from ddpm_ray.cluster import trained  # heavy: after the paths are checked

@@ -22,7 +22,7 @@ def prepare(config: ExportConfig, arguments: Namespace) -> ExportConfig:
     """The config as the run has it where nothing else was given; absolute paths."""
     home = home_folder()
     arguments.out = output_folder("--out", arguments.out, home)
-    from ddpm_ray.cluster.model_uri import model_place  # fsspec: after the config is read
+    from ddpm_ray.tracking.model_uri import model_place  # fsspec: after the config is read
 
     arguments.model_uri = model_place(arguments.model_uri, home)
     from ddpm_ray.cluster import trained  # heavy: after the paths are checked

@@ -14,8 +14,8 @@ import pytest
 import s3fs
 from hypothesis import settings
 
-from ddpm_ray.cluster import mlflow_settings
 from ddpm_ray.storage import object_store
+from ddpm_ray.tracking import mlflow_settings
 from tests.limits import ENDS_S
 
 # Before torch, Ray or MLflow load, and inherited by every process that a test starts.

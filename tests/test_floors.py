@@ -227,7 +227,7 @@ def test_a_forbidden_import_is_caught(module: str, source: str, reason: str) -> 
         ("ddpm_ray.diffusion.losses", "import math, torch\nfrom ddpm_ray.diffusion import process"),
         ("ddpm_ray.models.unet", "from ddpm_ray.diffusion.process import Denoise"),
         ("ddpm_ray.storage.object_store", "import fsspec"),
-        ("ddpm_ray.cluster.registry", "import mlflow, ray"),
+        ("ddpm_ray.tracking.model_registry", "import mlflow, ray"),
         ("ddpm_ray", "from ddpm_ray.sampling.sampling import load"),
         (
             "jobs.train",

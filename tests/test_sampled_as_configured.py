@@ -19,7 +19,6 @@ from torch import nn
 
 import ddpm_ray
 from ddpm_ray.assembly import diffusion, training_run
-from ddpm_ray.cluster.served_model import _load_pyfunc
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.loading import load, to_dict
 from ddpm_ray.config.run import RunConfig
@@ -28,6 +27,7 @@ from ddpm_ray.data.packing import packer
 from ddpm_ray.data.packing.pack_options import PackOptions
 from ddpm_ray.sampling.image_grid import grid
 from ddpm_ray.storage import object_store
+from ddpm_ray.tracking.pyfunc_model import _load_pyfunc
 from ddpm_ray.training.checkpoints import CheckpointStore
 from ddpm_ray.training.sample_grids import GRID_IMAGES, Gallery
 from tests.limits import ENDS_S

@@ -30,7 +30,6 @@ from mlflow import MlflowClient
 from benchmarks.streaming import BUCKET
 from benchmarks.struck.stores import store, use
 from benchmarks.struck.table import Line, seconds, shown
-from ddpm_ray.cluster import tracking
 from ddpm_ray.cluster.training_run import packed_data
 from ddpm_ray.cluster.worker import assemble
 from ddpm_ray.collectives import Workers
@@ -38,6 +37,7 @@ from ddpm_ray.config.loading import from_dict, load, to_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.reporting import Progress, Wish
 from ddpm_ray.storage import object_store
+from ddpm_ray.tracking import mlflow_runs
 from ddpm_ray.training import loop
 from ddpm_ray.training.checkpoints import CHECKPOINTS
 from ddpm_ray.training.writer_lease import Lease
@@ -99,7 +99,7 @@ def trained_alone(home: Path, uri: str, url: str, *keys: str) -> Iterator[Path]:
     home.mkdir(parents=True, exist_ok=True)
     config = load(RunConfig, CONFIG, [*KEYS, f"data.url={home}/digits", f"storage={url}", *keys])
     packed_data(config)
-    tracked = tracking.find_or_create_run(uri, "alone", "alone", "alone", f"{home}/artifacts")
+    tracked = mlflow_runs.find_or_create_run(uri, "alone", "alone", "alone", f"{home}/artifacts")
     folder = object_store.join(url, config.name)
     settings = {
         "config": to_dict(config), "folder": folder, "identity": "alone", "tracked": vars(tracked),

@@ -27,11 +27,11 @@ from typing import Literal
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from ddpm_ray.cluster.tracking_place import database_file, tracking_place
 from ddpm_ray.config.jobs import DoctorConfig
 from ddpm_ray.config.loading import ConfigError
 from ddpm_ray.redaction import counted, redacted
 from ddpm_ray.storage import object_store
+from ddpm_ray.tracking.tracking_uri import database_file, tracking_place
 
 PACKAGES = ("ddpm-ray", "ray", "torch", "mlflow", "numpy", "pyarrow", "fsspec")
 MISSING = "none"

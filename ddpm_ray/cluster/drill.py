@@ -17,12 +17,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from ddpm_ray import fault_injection
-from ddpm_ray.cluster import tracking
 from ddpm_ray.cluster.training_run import train
 from ddpm_ray.config.fault_drill import DrillConfig
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.redaction import told
 from ddpm_ray.reporting import Progress
+from ddpm_ray.tracking import mlflow_runs
 from ddpm_ray.training.checkpoints import GROUPS, weights_sha256
 
 
@@ -93,7 +93,7 @@ def _once(config: RunConfig, home: Path, fault: str) -> Drilled:
             raise
         reason = " ".join(str(error).split())
         return Drilled(fault, time.monotonic() - began_s, starts, seen, [], [], reason)
-    losses = tracking.history(report["run_id"], report["tracking_uri"], "train/loss")
+    losses = mlflow_runs.history(report["run_id"], report["tracking_uri"], "train/loss")
     end = [weights_sha256(report["checkpoint"], group) for group in GROUPS]
     return Drilled(fault, time.monotonic() - began_s, starts, seen, end, losses)
 

@@ -14,8 +14,6 @@ from torch import Tensor
 from ddpm_ray.assembly import diffusion, training_run
 from ddpm_ray.cluster import fatal, group, startup, trained
 from ddpm_ray.cluster.control import Desk
-from ddpm_ray.cluster.model_uri import IN_MLFLOW
-from ddpm_ray.cluster.tracking_place import tracking_place
 from ddpm_ray.cluster.worker import place
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.evaluation import EvaluationConfig
@@ -32,6 +30,8 @@ from ddpm_ray.evaluation.vlb_over_dataset import BitsPerDim, bits_per_dim
 from ddpm_ray.sampling.pipeline import TrainedModel
 from ddpm_ray.sampling.sampling import SamplingPlan, draw_uint8
 from ddpm_ray.storage import object_store
+from ddpm_ray.tracking.model_uri import IN_MLFLOW
+from ddpm_ray.tracking.tracking_uri import tracking_place
 
 log = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
 from ddpm_ray import fault_injection
-from ddpm_ray.cluster import failures, mlflow_settings, placement, startup
+from ddpm_ray.cluster import failures, placement, startup
 from ddpm_ray.cluster.control import Desk, Notes
 from ddpm_ray.cluster.elastic import ElasticPolicy
 from ddpm_ray.cluster.interrupts import Interrupts, while_ray_starts
@@ -31,6 +31,7 @@ from ddpm_ray.config.run import ClusterConfig
 from ddpm_ray.redaction import counted
 from ddpm_ray.reporting import Progress, Wish
 from ddpm_ray.storage import object_store
+from ddpm_ray.tracking import mlflow_settings
 
 log = logging.getLogger(__name__)
 

@@ -10,12 +10,10 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ddpm_ray.cluster import charts, leaderboard, registry, tracking
+from ddpm_ray.cluster import charts, leaderboard
 from ddpm_ray.cluster.identity import IDENTITY
 from ddpm_ray.cluster.leaderboard import Row
 from ddpm_ray.cluster.ledger import Ledger, Trial
-from ddpm_ray.cluster.tracked_run import TrackedRun
-from ddpm_ray.cluster.tracking import TrackingError
 from ddpm_ray.cluster.training_run import artifacts_beside, tags_of
 from ddpm_ray.config.loading import flat, to_yaml
 from ddpm_ray.config.sweep import SweepConfig
@@ -24,6 +22,9 @@ from ddpm_ray.data.transforms import pixel_variance
 from ddpm_ray.evaluation.loss_by_snr import linear_guess
 from ddpm_ray.storage import checksummed_json, object_store
 from ddpm_ray.storage.object_store import StorageError
+from ddpm_ray.tracking import mlflow_runs, model_registry
+from ddpm_ray.tracking.mlflow_runs import TrackingError
+from ddpm_ray.tracking.run_info import TrackedRun
 from ddpm_ray.training.validation_loss import LEVELS
 
 log = logging.getLogger(__name__)
@@ -48,10 +49,10 @@ class SweepPlace:
     ) -> "SweepPlace":
         """The place of the sweep `identity`, set to RUNNING; raises TrackingError."""
         tracked = config.run.tracking
-        run = tracking.find_or_create_run(
+        run = mlflow_runs.find_or_create_run(
             tracked.uri, tracked.experiment, config.name, identity, artifacts_beside(tracked.uri)
         )
-        tracking.describe(
+        mlflow_runs.describe(
             run,
             params={key: flat(config)[key] for key in PARAMS} | {"metric": config.score},
             tags=tags_of(dataset),
@@ -104,7 +105,7 @@ class SweepPlace:
         if rows and rows[0].place == 1 and rows[0].score is not None:
             metrics["sweep/best"] = rows[0].score
         try:
-            tracking.publish(
+            mlflow_runs.publish(
                 self.run,
                 pictures={key: picture for key, picture in drawn.items() if picture is not None},
                 texts={
@@ -159,13 +160,13 @@ class SweepPlace:
     def finish(self, status: str, reason: str = "") -> None:
         """Close the sweep's run; an outage is only told."""
         try:
-            tracking.finish(self.run, status, reason)
+            mlflow_runs.finish(self.run, status, reason)
         except TrackingError as error:
             log.warning("%s; the run %s stays open", error, self.run.run_id)
 
     def _crown(self, winner: Trial) -> dict[str, Any] | None:
         try:
-            return registry.crown(
+            return model_registry.crown(
                 self.run.uri,
                 self.config.register_as or self.config.name,
                 winner.outcome["run_id"],
@@ -182,13 +183,13 @@ class SweepPlace:
         if run_id := trial.outcome.get("run_id"):
             if trial.reason:
                 run = TrackedRun(self.run.uri, run_id, self.run.experiment_id, 0)
-                tracking.finish(run, status, trial.reason)
+                mlflow_runs.finish(run, status, trial.reason)
             return
         known = object_store.join(self.runs, trial.name, IDENTITY)
         own = f"{self.identity}/{trial.name}"
         if object_store.exists(known):  # it began to run, and did not live to tell its run's id
             own = str(checksummed_json.read(known)["identity"])
-        trial.outcome["run_id"] = tracking.log_ended(
+        trial.outcome["run_id"] = mlflow_runs.log_ended(
             self.run, f"{trial.name} {trial.label}", own, trial.values, status, trial.reason
         )
 

@@ -12,8 +12,6 @@ import torch
 
 from ddpm_ray.assembly import checkpoint_loading
 from ddpm_ray.assembly.diffusion import checked_plan
-from ddpm_ray.cluster.model_uri import IN_MLFLOW, model_place, require_whole_name
-from ddpm_ray.cluster.tracking_place import tracking_place
 from ddpm_ray.config.diffusion import SamplingConfig
 from ddpm_ray.config.jobs import LeadConfig
 from ddpm_ray.config.loading import Checked, ConfigError, from_dict
@@ -21,6 +19,8 @@ from ddpm_ray.config.run import RunConfig
 from ddpm_ray.sampling import guidance_models
 from ddpm_ray.sampling.pipeline import TrainedModel
 from ddpm_ray.sampling.sampling import SamplingPlan
+from ddpm_ray.tracking.model_uri import IN_MLFLOW, model_place, require_whole_name
+from ddpm_ray.tracking.tracking_uri import tracking_place
 
 # What `as_trained` downloaded, for the `load` of that model which follows in a job: by MLflow's
 # place and the model's URI its temporary folder, and where the checkpoint lies in it.
@@ -114,11 +114,11 @@ def _local(uri: str, home: Path, tracking_uri: str = "", *, keep: bool = False) 
 
 def _download(where: str, uri: str) -> tuple[tempfile.TemporaryDirectory[str], str]:
     """A temporary folder, and where in it the checkpoint of the model `uri` of that MLflow lies."""
-    from ddpm_ray.cluster import registry  # MLflow takes seconds, and a folder needs none
+    from ddpm_ray.tracking import model_registry  # MLflow takes seconds, and a folder needs none
 
     scratch = tempfile.TemporaryDirectory(prefix="ddpm-ray-model-")
     atexit.register(scratch.cleanup)
-    return scratch, str(registry.download_model(where, uri, Path(scratch.name)))
+    return scratch, str(model_registry.download_model(where, uri, Path(scratch.name)))
 
 
 def led(

@@ -18,11 +18,9 @@ from typing import Any
 import torch
 
 from ddpm_ray.assembly import diffusion, training_run
-from ddpm_ray.cluster import evaluation_run, group, registry, tracking
+from ddpm_ray.cluster import evaluation_run, group
 from ddpm_ray.cluster.identity import claim
 from ddpm_ray.cluster.packing import pack
-from ddpm_ray.cluster.tracked_run import RunCard, TrackedRun
-from ddpm_ray.cluster.tracking_place import database_file, tracking_place, warn_of_another_host
 from ddpm_ray.cluster.worker import train_worker
 from ddpm_ray.config.jobs import PackConfig
 from ddpm_ray.config.loading import ConfigError, flat, to_dict, to_yaml
@@ -33,6 +31,9 @@ from ddpm_ray.redaction import counted
 from ddpm_ray.reporting import Progress
 from ddpm_ray.storage import object_store
 from ddpm_ray.storage.object_store import StorageError
+from ddpm_ray.tracking import mlflow_runs, model_registry
+from ddpm_ray.tracking.run_info import RunCard, TrackedRun
+from ddpm_ray.tracking.tracking_uri import database_file, tracking_place, warn_of_another_host
 from ddpm_ray.training import determinism
 from ddpm_ray.training.checkpoints import CHECKPOINTS, CheckpointStore
 from ddpm_ray.training.sample_grids import picture_url
@@ -112,22 +113,22 @@ def train(
         )
         finished = ended["step"] >= config.training.steps
         if finished and (count := ended["undelivered"]):
-            raise tracking.TrackingOutageError(
+            raise mlflow_runs.TrackingOutageError(
                 config.tracking.uri,
                 f"{counted(count, 'metric row')} undelivered, stored in the checkpoint",
                 "the same command sends the rest, once MLflow takes it, and ends the run",
             )
-        tracked = tracked or tracking.open_run(card)
+        tracked = tracked or mlflow_runs.open_run(card)
         if finished and config.model.kind == "unet":
-            registry.log_model(tracked, ended["checkpoint"], "ddpm_ray.cluster.served_model")
+            model_registry.log_model(tracked, ended["checkpoint"], "ddpm_ray.tracking.pyfunc_model")
     except BaseException as error:
         status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
-        with contextlib.suppress(tracking.TrackingError):  # `error` is what matters
+        with contextlib.suppress(mlflow_runs.TrackingError):  # `error` is what matters
             if not _goes_on_elsewhere(lease):
-                tracking.finish(tracked or tracking.known_run(card), status, str(error))
+                mlflow_runs.finish(tracked or mlflow_runs.known_run(card), status, str(error))
         raise
     if not _goes_on_elsewhere(lease):
-        tracking.finish(tracked, "FINISHED" if finished else "KILLED")
+        mlflow_runs.finish(tracked, "FINISHED" if finished else "KILLED")
     return Outcome(finished, _report(config, folder, tracked, ended), ended)
 
 
@@ -160,8 +161,8 @@ def _newest_step(folder: str) -> int:
 def _tracked(card: RunCard) -> TrackedRun | None:
     """The run in MLflow; None, with a warning, where a server does not answer: it may later."""
     try:
-        found = tracking.open_run(card)
-    except tracking.TrackingOutageError as error:
+        found = mlflow_runs.open_run(card)
+    except mlflow_runs.TrackingOutageError as error:
         log.warning("%s. Training goes on; its rows are kept, and sent once it answers", error)
         return None
     log.info("MLflow run %s", found.run_id)

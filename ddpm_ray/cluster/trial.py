@@ -15,14 +15,15 @@ from typing import Any
 import ray
 from ray import tune
 
-from ddpm_ray.cluster import mlflow_settings, placement, training_run
+from ddpm_ray.cluster import placement, training_run
 from ddpm_ray.cluster.control import ControlLostError
-from ddpm_ray.cluster.tracking import TrackingError
 from ddpm_ray.cluster.training_run import Outcome, PartOf
 from ddpm_ray.config.loading import from_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.reporting import Progress
 from ddpm_ray.storage.object_store import StorageError
+from ddpm_ray.tracking import mlflow_settings
+from ddpm_ray.tracking.mlflow_runs import TrackingError
 from ddpm_ray.training.sample_grids import picture_url
 
 log = logging.getLogger(__name__)

@@ -14,10 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ddpm_ray import fault_injection
 from ddpm_ray.assembly import diffusion, training_run
-from ddpm_ray.cluster import fatal, mlflow_settings, placement, startup
+from ddpm_ray.cluster import fatal, placement, startup
 from ddpm_ray.cluster.control import Desk
-from ddpm_ray.cluster.tracked_run import RunCard, TrackedRun
-from ddpm_ray.cluster.tracker import Tracker
 from ddpm_ray.cluster.watch import Pulse
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.loading import from_dict
@@ -29,6 +27,9 @@ from ddpm_ray.evaluation.reference_statistics import Reference, reference
 from ddpm_ray.reporting import Progress, Row, Wish
 from ddpm_ray.storage import object_store
 from ddpm_ray.storage.file_formats import package_version
+from ddpm_ray.tracking import mlflow_settings
+from ddpm_ray.tracking.async_logger import Tracker
+from ddpm_ray.tracking.run_info import RunCard, TrackedRun
 from ddpm_ray.training import determinism
 from ddpm_ray.training.checkpoints import (
     CHECKPOINTS,
@@ -222,9 +223,9 @@ def _tracked_run(settings: dict[str, Any]) -> TrackedRun:
     """The run as the driver has found it, or as MLflow has it where it was away then."""
     if settings["tracked"] is not None:
         return TrackedRun(**settings["tracked"])
-    from ddpm_ray.cluster import tracking  # a second, in the thread that asks
+    from ddpm_ray.tracking import mlflow_runs  # a second, in the thread that asks
 
-    return tracking.open_run(RunCard(**settings["card"]))
+    return mlflow_runs.open_run(RunCard(**settings["card"]))
 
 
 def _writer(config: RunConfig, settings: dict[str, Any], workers: Workers) -> CheckpointWriter:

@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 
 from ddpm_ray.cluster import checkups, doctor
 from ddpm_ray.cluster.checkups import Finding, clock
-from ddpm_ray.cluster.tracking_place import tracking_place
 from ddpm_ray.config.jobs import DoctorConfig
 from ddpm_ray.storage import object_store
+from ddpm_ray.tracking.tracking_uri import tracking_place
 
 ROOT = Path(__file__).parents[2]
 UseS3 = Callable[[str, str], str]

@@ -17,10 +17,11 @@ from mlflow import MlflowClient
 from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError, RayActorError
 
 from ddpm_ray import command_line
-from ddpm_ray.cluster import group, interrupts, registry, tracking
+from ddpm_ray.cluster import group, interrupts
 from ddpm_ray.cluster.control import ControlLostError, Desk
 from ddpm_ray.cluster.group import RunFailedError
 from ddpm_ray.config.run import RunConfig
+from ddpm_ray.tracking import mlflow_runs, model_registry
 from ddpm_ray.training.checkpoints import CHECKPOINTS
 from ddpm_ray.training.writer_lease import Lease, LeaseLostError
 from jobs.train import train
@@ -64,7 +65,7 @@ def place(tmp_path: Path, mlflow_database: str, monkeypatch: pytest.MonkeyPatch)
     made = Place(tmp_path, mlflow_database)
     monkeypatch.setattr(sys, "argv", made.arguments)
     monkeypatch.setattr(interrupts, "_last", 2)  # no signal has come yet
-    monkeypatch.setattr(registry, "log_model", lambda *_: None)
+    monkeypatch.setattr(model_registry, "log_model", lambda *_: None)
     return made
 
 
@@ -141,13 +142,13 @@ def test_how_the_workers_end_is_what_mlflow_and_the_caller_learn(
 def test_an_mlflow_that_is_away_costs_the_run_nothing_at_the_start(
     away: str, place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    opened, asked = tracking.open_run, 0
+    opened, asked = mlflow_runs.open_run, 0
 
     def open_run(card: Any) -> Any:
         nonlocal asked
         asked += 1
         if away == "all the time" or asked == 1:
-            raise tracking.TrackingOutageError(card.uri, "MLflow does not answer", "start it")
+            raise mlflow_runs.TrackingOutageError(card.uri, "MLflow does not answer", "start it")
         return opened(card)
 
     seen: list[dict[str, Any]] = []
@@ -156,7 +157,7 @@ def test_an_mlflow_that_is_away_costs_the_run_nothing_at_the_start(
         seen.append(settings)
         return ENDED
 
-    monkeypatch.setattr(tracking, "open_run", open_run)
+    monkeypatch.setattr(mlflow_runs, "open_run", open_run)
     monkeypatch.setattr(group, "run", workers)
     code = run_job()
     assert [settings["tracked"] for settings in seen] == [None]  # they find it later

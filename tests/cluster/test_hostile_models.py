@@ -12,10 +12,11 @@ import torch
 from mlflow import MlflowClient
 
 from ddpm_ray.assembly import checkpoint_loading, training_run
-from ddpm_ray.cluster import tracking, trained
-from ddpm_ray.cluster.tracking import TrackingError
+from ddpm_ray.cluster import trained
 from ddpm_ray.config.loading import load, to_dict
 from ddpm_ray.config.run import RunConfig
+from ddpm_ray.tracking import mlflow_runs
+from ddpm_ray.tracking.mlflow_runs import TrackingError
 from ddpm_ray.training.checkpoints import CheckpointStore
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # MLflow's, as it imports
@@ -70,7 +71,9 @@ def test_code_beside_the_weights_is_not_run(
     for place in ("python_model.pkl", "data/model.pth", "data/checkpoint/extra.pkl"):
         (model / place).parent.mkdir(exist_ok=True)
         (model / place).write_bytes(pickle.dumps(Bomb(ran)))
-    run = tracking.find_or_create_run(mlflow_database, "hostile", "a", "a", str(tmp_path / "art"))
+    run = mlflow_runs.find_or_create_run(
+        mlflow_database, "hostile", "a", "a", str(tmp_path / "art")
+    )
     MlflowClient(tracking_uri=mlflow_database).log_artifacts(run.run_id, str(model), "model")
     read = trained.load(f"runs:/{run.run_id}/model", "cpu", mlflow_database)
     expected = checkpoint_loading.trained_model(checkpoint).sample(2, steps=3)
@@ -84,7 +87,9 @@ def test_a_model_that_is_code_alone_is_none_of_ours(mlflow_database: str, tmp_pa
     model.mkdir()
     (model / "MLmodel").write_text(MLMODEL)
     (model / "python_model.pkl").write_bytes(pickle.dumps(Bomb(ran)))
-    run = tracking.find_or_create_run(mlflow_database, "hostile", "b", "b", str(tmp_path / "art"))
+    run = mlflow_runs.find_or_create_run(
+        mlflow_database, "hostile", "b", "b", str(tmp_path / "art")
+    )
     MlflowClient(tracking_uri=mlflow_database).log_artifacts(run.run_id, str(model), "model")
     with pytest.raises(TrackingError, match="this model holds no checkpoint of ours"):
         trained.load(f"runs:/{run.run_id}/model", "cpu", mlflow_database)

@@ -6,9 +6,9 @@ import pytest
 
 from ddpm_ray.cluster import trial
 from ddpm_ray.cluster.group import RunFailedError
-from ddpm_ray.cluster.tracking import TrackingError
 from ddpm_ray.cluster.training_run import Outcome
 from ddpm_ray.storage.object_store import StorageError
+from ddpm_ray.tracking.mlflow_runs import TrackingError
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Ray's and MLflow's
 OUT = TrackingError("http://mlflow", "MLflow does not answer", "start it")

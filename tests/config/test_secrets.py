@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from ddpm_ray.cluster.tracking_place import tracking_place
 from ddpm_ray.config.fault_drill import DrillConfig
 from ddpm_ray.config.jobs import DoctorConfig, EvaluateConfig, PackConfig, SampleConfig
 from ddpm_ray.config.loading import ENVIRONMENT, ConfigError, from_dict, load, to_yaml, with_values
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.sweep import SweepConfig
+from ddpm_ray.tracking.tracking_uri import tracking_place
 
 ROOT = Path(__file__).parents[1]
 WHOLE = ("name=a", "data.url=shards")

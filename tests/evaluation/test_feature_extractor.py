@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddpm_ray.cluster import group, registry
+from ddpm_ray.cluster import group
 from ddpm_ray.config.run import ClusterConfig
 from ddpm_ray.evaluation import sample_quality
 from ddpm_ray.evaluation.features.feature_extractor import FeatureNet, float32_backends, in_float32
+from ddpm_ray.tracking import model_registry
 from ddpm_ray.training import determinism
 from tests.limits import ENDS_S
 
@@ -97,8 +98,10 @@ def test_scores_of_earlier_versions_still_compare() -> None:
     """A champion was crowned before certificates told of devices."""
     before = {"samples": {"seed": 1}, "features": {"network": "inception"}}
     now = before | {"arithmetic": sample_quality.arithmetic(torch.device("cpu"))}
-    assert registry._protocol(now) == registry._protocol(before)
-    assert registry._protocol(now) != registry._protocol(now | {"features": {"network": "digits"}})
+    assert model_registry._protocol(now) == model_registry._protocol(before)
+    assert model_registry._protocol(now) != model_registry._protocol(
+        now | {"features": {"network": "digits"}}
+    )
 
 
 def test_a_worker_starts_with_the_variables_that_make_its_bits_repeat(

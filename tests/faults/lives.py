@@ -23,14 +23,15 @@ import torch.distributed as dist
 from mlflow import MlflowClient
 
 from ddpm_ray import counter_rng, fault_injection
-from ddpm_ray.cluster import tracking, training_run
-from ddpm_ray.cluster.tracked_run import RunCard, TrackedRun
+from ddpm_ray.cluster import training_run
 from ddpm_ray.cluster.worker import assemble
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.loading import from_dict, load, to_dict, to_yaml
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.counter_rng import Purpose
 from ddpm_ray.reporting import RATES, Progress, Wish
+from ddpm_ray.tracking import mlflow_runs
+from ddpm_ray.tracking.run_info import RunCard, TrackedRun
 from ddpm_ray.training.checkpoints import CHECKPOINTS, CheckpointStore
 from ddpm_ray.training.loop import Run, train
 from ddpm_ray.training.writer_lease import Lease
@@ -140,8 +141,8 @@ class Life:
 
     def end(self) -> Ended:
         """Close the MLflow run and look at all there is."""
-        self.tracked = self.tracked or tracking.open_run(self.card)
-        tracking.finish(self.tracked, "FINISHED")
+        self.tracked = self.tracked or mlflow_runs.open_run(self.card)
+        mlflow_runs.finish(self.tracked, "FINISHED")
         client = MlflowClient(tracking_uri=self.config.tracking.uri)
         run = client.get_run(self.tracked.run_id)
         checkpoints = self.folder / "tiny" / CHECKPOINTS

@@ -30,7 +30,7 @@ import torch
 from PIL import Image
 from ray.tune.search import Searcher
 
-from ddpm_ray.cluster import capacity, group, registry, sweep, training_run
+from ddpm_ray.cluster import capacity, group, sweep, training_run
 from ddpm_ray.cluster.ledger import Trial
 from ddpm_ray.cluster.trial import run_trial
 from ddpm_ray.config.loading import load
@@ -42,6 +42,7 @@ from ddpm_ray.data.packing.pack_options import PackOptions
 from ddpm_ray.data.shards import open_dataset
 from ddpm_ray.reporting import Progress, Wish
 from ddpm_ray.storage import object_store
+from ddpm_ray.tracking import model_registry
 from ddpm_ray.training import checkpoints
 from tests.golden.old_runs import cpu_model, without_ray
 
@@ -172,7 +173,7 @@ def _without_tune(stops: Callable[[], bool]) -> Iterator[None]:
         mock.patch("ray.tune.with_parameters", partial),
         mock.patch.object(group, "connect"),
         mock.patch.object(capacity, "trials_at_once", return_value=1),
-        mock.patch.object(registry, "crown", return_value=None),
+        mock.patch.object(model_registry, "crown", return_value=None),
     ):
         yield
 

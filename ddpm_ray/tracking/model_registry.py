@@ -13,10 +13,10 @@ import mlflow
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
-from ddpm_ray.cluster.mlflow_client import BoundedClient
-from ddpm_ray.cluster.tracked_run import TrackedRun
-from ddpm_ray.cluster.tracking import TrackingError, answering
 from ddpm_ray.storage import object_store
+from ddpm_ray.tracking.mlflow_client import BoundedClient
+from ddpm_ray.tracking.mlflow_runs import TrackingError, answering
+from ddpm_ray.tracking.run_info import TrackedRun
 from ddpm_ray.training.checkpoints import MANIFEST, file_names
 
 CHAMPION = "champion"  # the alias of the best model of a name

@@ -11,17 +11,17 @@ from pathlib import Path
 import pytest
 from mlflow.tracking._tracking_service.utils import _tracking_store_registry
 
-from ddpm_ray.cluster import tracking_place as tracking_place_module
-from ddpm_ray.cluster.tracking_place import (
+from ddpm_ray.cluster.training_run import artifacts_beside, located
+from ddpm_ray.config.loading import ConfigError, load
+from ddpm_ray.config.run import RunConfig
+from ddpm_ray.tracking import tracking_uri as tracking_place_module
+from ddpm_ray.tracking.tracking_uri import (
     NAMES,
     SCHEMES,
     database_file,
     tracking_place,
     warn_of_another_host,
 )
-from ddpm_ray.cluster.training_run import artifacts_beside, located
-from ddpm_ray.config.loading import ConfigError, load
-from ddpm_ray.config.run import RunConfig
 from tests.limits import ENDS_S
 
 HOME = Path("/the/home")
@@ -131,10 +131,10 @@ def test_a_notebook_keeps_its_own_settings_of_mlflow() -> None:
     """Loading a model neither sets MLflow's variables nor silences its loggers; a job does."""
     code = """
 import logging, os
-import ddpm_ray, ddpm_ray.cluster.trained, ddpm_ray.cluster.tracking, ddpm_ray.cluster.registry
+import ddpm_ray, ddpm_ray.cluster.trained, ddpm_ray.tracking.mlflow_runs, ddpm_ray.tracking.model_registry
 print(sorted(key for key in os.environ if key.startswith("MLFLOW_")))
 print(logging.getLogger("urllib3").level)
-from ddpm_ray.cluster import mlflow_settings
+from ddpm_ray.tracking import mlflow_settings
 mlflow_settings.apply()
 print(os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"], logging.getLogger("urllib3").level)
 """

@@ -29,18 +29,18 @@ from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_IMAGES, MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NOTE
 from PIL import Image
 
-from ddpm_ray.cluster.mlflow_client import FILE_S, BoundedClient
-from ddpm_ray.cluster.tracked_run import MetricRow, RunCard, TrackedRun
-from ddpm_ray.cluster.tracking_errors import (
+from ddpm_ray.redaction import told
+from ddpm_ray.storage import object_store
+from ddpm_ray.tracking.errors import (
     TrackingError,
     TrackingOutageError,
     TrackingServerError,
     answering,
     restore,
 )
-from ddpm_ray.cluster.tracking_place import database_file
-from ddpm_ray.redaction import told
-from ddpm_ray.storage import object_store
+from ddpm_ray.tracking.mlflow_client import FILE_S, BoundedClient
+from ddpm_ray.tracking.run_info import MetricRow, RunCard, TrackedRun
+from ddpm_ray.tracking.tracking_uri import database_file
 
 __all__ = ["TrackingError", "TrackingOutageError", "TrackingServerError", "answering"]
 

@@ -3,9 +3,9 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ddpm_ray.cluster.row_queue import MAX_DUPLICATES, RowQueue
-from ddpm_ray.cluster.tracked_run import MAX_METRICS, MetricRow
 from ddpm_ray.reporting import Row
+from ddpm_ray.tracking.row_queue import MAX_DUPLICATES, RowQueue
+from ddpm_ray.tracking.run_info import MAX_METRICS, MetricRow
 
 LOG_EVERY = 4
 

@@ -5,8 +5,8 @@ from collections.abc import Iterable, Mapping
 from itertools import islice
 from threading import Lock
 
-from ddpm_ray.cluster.tracked_run import MAX_METRICS, MetricRow
 from ddpm_ray.reporting import Row
+from ddpm_ray.tracking.run_info import MAX_METRICS, MetricRow
 
 AVERAGED = ("train/loss", "train/grad_norm", "train/lr")  # one value a step
 COUNTED = "train/skipped"  # 1 for each step that was not taken

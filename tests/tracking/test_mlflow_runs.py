@@ -23,13 +23,14 @@ from PIL import Image
 from ddpm_ray import fault_injection
 from ddpm_ray.assembly import checkpoint_loading
 from ddpm_ray.assembly import training_run as build
-from ddpm_ray.cluster import registry, tracker, tracking, training_run
-from ddpm_ray.cluster.tracked_run import MAX_METRICS, RunCard, TrackedRun
-from ddpm_ray.cluster.tracker import Tracker
-from ddpm_ray.cluster.tracking import TrackingError, TrackingOutageError
+from ddpm_ray.cluster import training_run
 from ddpm_ray.config.loading import load, to_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.reporting import RATES, Row
+from ddpm_ray.tracking import async_logger, mlflow_runs, model_registry
+from ddpm_ray.tracking.async_logger import Tracker
+from ddpm_ray.tracking.mlflow_runs import TrackingError, TrackingOutageError
+from ddpm_ray.tracking.run_info import MAX_METRICS, RunCard, TrackedRun
 from ddpm_ray.training.checkpoints import CheckpointStore
 from ddpm_ray.training.writer_lease import Lease
 from tests.limits import ENDS_S
@@ -63,7 +64,7 @@ def new_run(tmp_path: Path) -> Callable[[str], TrackedRun]:
     def make(uri: str) -> TrackedRun:
         artifacts = None if uri.startswith("http") else str(tmp_path / "artifacts")
         experiment = f"{tmp_path.parent.name}/{tmp_path.name}"
-        return tracking.find_or_create_run(uri, experiment, "tiny", tmp_path.name, artifacts)
+        return mlflow_runs.find_or_create_run(uri, experiment, "tiny", tmp_path.name, artifacts)
 
     return make
 
@@ -108,11 +109,11 @@ def until(condition: Callable[[], bool]) -> None:
 def test_a_run_is_found_again_by_its_identity(uri: str, tmp_path: Path) -> None:
     """In its experiment, whatever its name; another identity is another run."""
     artifacts = None if uri.startswith("http") else str(tmp_path)
-    make = tracking.find_or_create_run
+    make = mlflow_runs.find_or_create_run
     experiment = f"found {tmp_path}"
     one, two = f"one {tmp_path}", f"two {tmp_path}"
     first = make(uri, experiment, "tiny", one, artifacts)
-    tracking.finish(first, "FAILED")
+    mlflow_runs.finish(first, "FAILED")
     assert make(uri, experiment, "renamed", one, artifacts) == first
     assert MlflowClient(uri).get_run(first.run_id).info.status == "RUNNING"
     other = make(uri, experiment, "tiny", two, artifacts)
@@ -124,7 +125,7 @@ def test_a_run_is_found_again_by_its_identity(uri: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("status", ["FINISHED", "FAILED", "KILLED"])
 def test_a_run_ends_as_told(status: str, mlflow_database: str, new_run: NewRun) -> None:
     run = new_run(mlflow_database)
-    tracking.finish(run, status)
+    mlflow_runs.finish(run, status)
     assert MlflowClient(run.uri).get_run(run.run_id).info.status == status
 
 
@@ -151,14 +152,14 @@ def test_a_sender_that_wakes_after_a_takeover_adds_no_rows(
     """
     run, driver = new_run(uri), Lease.first(str(tmp_path / "checkpoints"))
     old, batches, stopped, go_on = driver.renewed(), 0, threading.Event(), threading.Event()
-    send, at = tracking.RunLog.rows, {"asked": "flush", "checked": "send"}[stops_at]
+    send, at = mlflow_runs.RunLog.rows, {"asked": "flush", "checked": "send"}[stops_at]
 
     def stop(point: str) -> None:
         if point == at and threading.current_thread() is sender and not go_on.is_set():
             stopped.set()
             assert go_on.wait(PATIENCE_S)
 
-    def counted(log: tracking.RunLog, rows: Any) -> None:
+    def counted(log: mlflow_runs.RunLog, rows: Any) -> None:
         nonlocal batches
         stop("send")
         batches += threading.current_thread() is sender
@@ -166,7 +167,7 @@ def test_a_sender_that_wakes_after_a_takeover_adds_no_rows(
 
     sent(run, rows(range(1, 21)))
     monkeypatch.setattr(fault_injection, "at", stop)
-    monkeypatch.setattr(tracking.RunLog, "rows", counted)
+    monkeypatch.setattr(mlflow_runs.RunLog, "rows", counted)
     frozen = Tracker(lambda: run, 0.01, rows(range(21, 1021)), check_lease=old.check)
     sender = frozen._threads[0]
     assert stopped.wait(PATIENCE_S)
@@ -282,7 +283,7 @@ def described(run: TrackedRun, **changes: Any) -> None:
         "dataset_url": "/shards/digits",
         "dataset_fingerprint": "f" * 64,
     }
-    tracking.describe(run, **told | changes)
+    mlflow_runs.describe(run, **told | changes)
 
 
 def test_what_a_run_is_stands_in_it_and_may_be_told_again(uri: str, new_run: NewRun) -> None:
@@ -325,10 +326,10 @@ def test_of_two_runs_that_a_lost_answer_left_one_remains(uri: str, tmp_path: Pat
     artifacts = None if uri.startswith("http") else str(tmp_path)
     experiment = f"twins {tmp_path}"
     one = f"one {tmp_path}"
-    first = tracking.find_or_create_run(uri, experiment, "tiny", one, artifacts)
+    first = mlflow_runs.find_or_create_run(uri, experiment, "tiny", one, artifacts)
     client = MlflowClient(uri)
-    client.create_run(first.experiment_id, None, {tracking.RUN_TAG: one}, "tiny")
-    found = tracking.find_or_create_run(uri, experiment, "tiny", one, artifacts)
+    client.create_run(first.experiment_id, None, {mlflow_runs.RUN_TAG: one}, "tiny")
+    found = mlflow_runs.find_or_create_run(uri, experiment, "tiny", one, artifacts)
     (left,) = client.search_runs([first.experiment_id])
     assert left.info.run_id == found.run_id
 
@@ -346,13 +347,13 @@ def test_a_server_that_is_away_when_a_run_starts_misses_nothing(
     line.cut()
     assert training_run._tracked(card) is None
     assert "Training goes on; its rows are kept" in caplog.text
-    tracker = Tracker(partial(tracking.open_run, card), 0.01, [])
+    tracker = Tracker(partial(mlflow_runs.open_run, card), 0.01, [])
     tracker.rows(rows(range(1, 8)))
     until(lambda: "kept, tried again" in caplog.text)
     assert tracker.unsent() == rows(range(1, 8))
     line.up = True
     assert tracker.close(PATIENCE_S) == 0
-    run = tracking.open_run(card)
+    run = mlflow_runs.open_run(card)
     (found,) = MlflowClient(run.uri).search_runs([run.experiment_id])
     assert (found.data.params, found.data.tags["a"]) == ({"seed": "1"}, "b")
     assert history(run, "train/loss") == [(step, 1 / step) for step in range(1, 8)]
@@ -361,7 +362,7 @@ def test_a_server_that_is_away_when_a_run_starts_misses_nothing(
 def test_what_will_not_pass_is_no_outage(uri: str, tmp_path: Path) -> None:
     """A name that MLflow refuses stays refused: the run ends at once, with the line."""
     with pytest.raises(TrackingError, match="MLflow refuses it") as told:
-        tracking.find_or_create_run(uri, "", "tiny", f"one {tmp_path}", str(tmp_path))
+        mlflow_runs.find_or_create_run(uri, "", "tiny", f"one {tmp_path}", str(tmp_path))
     assert not isinstance(told.value, TrackingOutageError)
 
 
@@ -369,7 +370,7 @@ def test_a_dead_server_is_told_in_a_line_within_seconds() -> None:
     """Nobody listens on port 9 of this host; MLflow's own defaults would try for two minutes."""
     begun_s = time.monotonic()
     with pytest.raises(TrackingError, match=r"does not answer .* correct tracking\.uri") as e:
-        tracking.find_or_create_run("http://127.0.0.1:9", "e", "n", "i", None)
+        mlflow_runs.find_or_create_run("http://127.0.0.1:9", "e", "n", "i", None)
     assert time.monotonic() - begun_s < 30
     assert str(e.value).startswith("http://127.0.0.1:9: ")
     assert len(str(e.value).splitlines()) == 1
@@ -379,14 +380,14 @@ def test_a_dead_server_is_told_in_a_line_within_seconds() -> None:
 def test_a_database_that_cannot_be_is_told_in_a_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(TrackingError, match="cannot be written") as told:
-        tracking.find_or_create_run(f"sqlite:///{tmp_path}/file/x.db", "e", "n", "i", None)
+        mlflow_runs.find_or_create_run(f"sqlite:///{tmp_path}/file/x.db", "e", "n", "i", None)
     assert len(str(told.value).splitlines()) == 1
 
 
 @pytest.fixture
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    monkeypatch.setattr(tracker, "RETRY_S", 0.05)
+    monkeypatch.setattr(async_logger, "RETRY_S", 0.05)
 
 
 @pytest.mark.usefixtures("_impatient")
@@ -466,7 +467,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
     return store.save(state.snapshot([]))
 
 
-LOADER = "ddpm_ray.cluster.served_model"
+LOADER = "ddpm_ray.tracking.pyfunc_model"
 MLFLOWS = [  # warnings that MLflow's own code meets as it logs and loads a model
     "ignore::DeprecationWarning:mlflow",
     "ignore::FutureWarning:mlflow",
@@ -486,7 +487,7 @@ def test_a_logged_model_samples_what_its_checkpoint_samples(
     """Without pickle; as any MLflow user loads it."""
     monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
     run = new_run(uri)
-    registry.log_model(run, checkpoint, LOADER)
+    model_registry.log_model(run, checkpoint, LOADER)
     mlflow.set_tracking_uri(uri)
     served = mlflow.pyfunc.load_model(f"runs:/{run.run_id}/model")
     expected = checkpoint_loading.trained_model(checkpoint).sample(5, steps=3, seed=2)
@@ -500,7 +501,7 @@ def test_a_model_is_logged_once_and_found_by_its_alias(
 ) -> None:
     run, client = new_run(uri), MlflowClient(uri)
     for _ in range(2):
-        registry.log_model(run, checkpoint, LOADER)
+        model_registry.log_model(run, checkpoint, LOADER)
     assert len(client.get_run(run.run_id).outputs.model_outputs) == 1
     name = f"tiny-{run.run_id}"
     mlflow.set_tracking_uri(uri)
@@ -508,7 +509,7 @@ def test_a_model_is_logged_once_and_found_by_its_alias(
     client.set_registered_model_alias(name, "best", version.version)
     expected = checkpoint_loading.trained_model(checkpoint).sample(2, steps=3)
     for number, place in enumerate([f"runs:/{run.run_id}/model", f"models:/{name}@best"]):
-        folder = registry.download_model(uri, place, tmp_path / str(number))
+        folder = model_registry.download_model(uri, place, tmp_path / str(number))
         assert not [*tmp_path.rglob("*.pkl"), *tmp_path.rglob("*.py")]
         assert (checkpoint_loading.trained_model(str(folder)).sample(2, steps=3) == expected).all()
 
@@ -516,7 +517,7 @@ def test_a_model_is_logged_once_and_found_by_its_alias(
 @pytest.mark.parametrize("place", ["models:/nobody@best", "runs:/0123456789abcdef/model"])
 def test_a_model_that_is_not_there_is_told_in_a_line(place: str, uri: str, tmp_path: Path) -> None:
     with pytest.raises(TrackingError, match="check the run's id or the model's name") as told:
-        registry.download_model(uri, place, tmp_path)
+        model_registry.download_model(uri, place, tmp_path)
     assert len(str(told.value).splitlines()) == 1
 
 
