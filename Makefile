@@ -32,7 +32,7 @@ faults: $(READY)  ## the long tests: killed workers, dead servers, full training
 	$(BIN)/pytest -m slow
 
 cluster-demo: $(READY)  ## train and sweep on 2 Ray nodes of this machine
-	$(BIN)/python -m tests.cluster.demo
+	$(BIN)/python -m tests.distributed.demo
 
 drill: $(READY)  ## a short run struck by faults: what this machine survives
 	$(BIN)/python jobs/drill.py conf/drill/digits.yaml

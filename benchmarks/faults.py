@@ -41,11 +41,12 @@ from benchmarks.struck.plain import KEY, plain_worker
 from benchmarks.struck.stores import corrupt, refused
 from benchmarks.struck.table import Line, shown
 from ddpm_ray import fault_injection
-from ddpm_ray.cluster import group, training_run
+from ddpm_ray.cluster import training_run
 from ddpm_ray.cluster.worker import train_worker
 from ddpm_ray.config.loading import load
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.shards import fetch_shard
+from ddpm_ray.distributed import worker_group
 from ddpm_ray.storage import object_store
 from ddpm_ray.tracking import mlflow_runs
 from ddpm_ray.training import loop
@@ -115,7 +116,7 @@ def plain(home: Path, steps: int, every: int, failures: int) -> Struck:
         "images": str(home / "images.npy"), "batch": BATCH // WORKERS, "num_steps": 1000,
         "uri": config.tracking.uri, "run_id": run_id,
     }  # fmt: skip
-    own = set(group.TRAIN_ENVIRONMENT) | {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"}
+    own = set(worker_group.TRAIN_ENVIRONMENT) | {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"}
     with without(own):
         TorchTrainer(
             plain_worker,
@@ -210,10 +211,10 @@ def frozen(folder: Path, options: argparse.Namespace) -> list[Line]:
     handler.emit = lambda record: (  # type: ignore[method-assign]
         named_s.append(record.created) if "sign of life" in record.getMessage() else None
     )
-    group.log.addHandler(handler)
+    worker_group.log.addHandler(handler)
     with planned(folder / "frozen-ours", FREEZE):
         mine = ours(folder / "frozen-ours", 2 * EVERY, EVERY, 1)
-    group.log.removeHandler(handler)
+    worker_group.log.removeHandler(handler)
     took_s = named_s[0] - mine.struck_s()[0]
 
     home = folder / "frozen-plain"
@@ -239,7 +240,7 @@ def useful(folder: Path, options: argparse.Namespace) -> list[Line]:
         killer = threading.Thread(target=kill_each_minute, args=(struck, options.minutes))
         killer.start()
         # Of whichever kind it is: the notes tell whether it went as planned.
-        with contextlib.suppress(group.RunFailedError, ray.train.TrainingFailedError):
+        with contextlib.suppress(worker_group.RunFailedError, ray.train.TrainingFailedError):
             contestant(struck.home, FOREVER, SELDOM, options.minutes)
         killer.join()
         found[name] = struck.useful()

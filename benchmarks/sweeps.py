@@ -37,7 +37,6 @@ from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 from PIL import Image
 from ray.train.torch import TorchTrainer
 
-from ddpm_ray.cluster import group
 from ddpm_ray.cluster.book import Book
 from ddpm_ray.cluster.candidates import Candidates
 from ddpm_ray.cluster.ledger import Ledger
@@ -47,6 +46,7 @@ from ddpm_ray.cluster.training_run import packed_data
 from ddpm_ray.cluster.trial import EVENT
 from ddpm_ray.config.loading import load
 from ddpm_ray.config.sweep import SweepConfig
+from ddpm_ray.distributed import worker_group
 from ddpm_ray.tracking import mlflow_runs
 from ddpm_ray.training.validation_loss import LEVELS
 
@@ -265,7 +265,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        group.connect("", AT_ONCE)
+        worker_group.connect("", AT_ONCE)
         if arguments.rounds:
             compare_starts(folder, arguments.rounds)
         noise = np.random.default_rng(0).integers(0, 256, (274, 274, 3), dtype=np.uint8)

@@ -25,13 +25,13 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from ddpm_ray.assembly import training_run
-from ddpm_ray.cluster import group
 from ddpm_ray.cluster.worker import assemble, place
 from ddpm_ray.config.loading import from_dict, load, to_dict
 from ddpm_ray.config.run import ClusterConfig, RunConfig
 from ddpm_ray.counter_rng import Purpose, normal, uniform_int
 from ddpm_ray.data.packing import packer
 from ddpm_ray.data.packing.pack_options import PackOptions
+from ddpm_ray.distributed import worker_group
 from ddpm_ray.reporting import Wish
 from ddpm_ray.tracking import mlflow_runs
 from ddpm_ray.training.loop import Run, report, save, take_step
@@ -153,7 +153,7 @@ def main() -> None:
             "lease": vars(Lease.first(str(folder / "run/checkpoints"))),
         }  # fmt: skip
         cluster = ClusterConfig(num_workers=1)
-        found = group.run(worker, settings, cluster, lambda progress: None)
+        found = worker_group.run(worker, settings, cluster, lambda progress: None)
     times, around, training = found["times"], found["around"], config.training
     ratios = [bare / ours for bare, ours in zip(times["bare"], times["ours"], strict=True)]
     step_s = median(times["ours"])

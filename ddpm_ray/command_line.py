@@ -13,9 +13,9 @@ from typing import Any, NoReturn
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ddpm_ray.cluster.interrupts import at_once, exit_code
 from ddpm_ray.config.job_files import job_of_file
 from ddpm_ray.config.loading import Config, ConfigError, given_keys, help_lines, load, to_yaml
+from ddpm_ray.distributed.signals import at_once, exit_code
 from ddpm_ray.redaction import NO_SECRET, has_secret, told
 from ddpm_ray.tracking import mlflow_settings
 

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 
 from ddpm_ray.assembly import checkpoint_loading, diffusion, training_run
-from ddpm_ray.cluster import fatal, group, startup
-from ddpm_ray.cluster.control import Desk
 from ddpm_ray.cluster.evaluation_run import located
 from ddpm_ray.cluster.worker import place
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.ema_search import AverageConfig
 from ddpm_ray.config.loading import ConfigError, from_dict, to_dict
 from ddpm_ray.data.shards import open_dataset
+from ddpm_ray.distributed import fatal_errors, startup, worker_group
+from ddpm_ray.distributed.control_actor import Desk
 from ddpm_ray.evaluation import sample_quality
 from ddpm_ray.evaluation.reference_statistics import reference
 from ddpm_ray.models.unet import UNet
@@ -97,7 +97,7 @@ def sweep(run: str, config: AverageConfig, home: Path, out: str = "") -> dict[st
     for url in filter(None, (config.data_url, config.evaluation.held_out_url)):
         open_dataset(url)  # before Ray starts
     settings = {"run": run, "step": step, "config": to_dict(config)}
-    found = group.run(average_worker, settings, config.cluster, lambda _: None)
+    found = worker_group.run(average_worker, settings, config.cluster, lambda _: None)
     result = _result(found, list(config.widths)) | {"run": run, "step": step}
     if out:
         result["checkpoint"] = object_store.absolute(out, home)
@@ -118,7 +118,7 @@ def average_worker(settings: dict[str, Any]) -> list[dict[str, Any]]:
         return []
     torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
     object_store.be_patient(config.cluster.storage_timeout_s)
-    with fatal.ending_the_run(desk):
+    with fatal_errors.ending_the_run(desk):
         return list(scored(settings["run"], settings["step"], config, place()))
 
 

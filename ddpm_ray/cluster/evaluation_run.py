@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from ddpm_ray.assembly import diffusion, training_run
-from ddpm_ray.cluster import fatal, group, startup, trained
-from ddpm_ray.cluster.control import Desk
+from ddpm_ray.cluster import trained
 from ddpm_ray.cluster.worker import place
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.evaluation import EvaluationConfig
@@ -21,6 +20,8 @@ from ddpm_ray.config.jobs import EvaluateConfig
 from ddpm_ray.config.loading import ConfigError, from_dict, to_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.shards import Dataset, open_dataset
+from ddpm_ray.distributed import fatal_errors, startup, worker_group
+from ddpm_ray.distributed.control_actor import Desk
 from ddpm_ray.evaluation import sample_quality
 from ddpm_ray.evaluation.likelihood_over_dataset import Likelihood, flow_likelihood
 from ddpm_ray.evaluation.memorisation import Neighbours, nearest, spread
@@ -72,7 +73,9 @@ def evaluate(model_uri: str, config: EvaluateConfig, home: Path) -> dict[str, An
         "tracking_uri": tracking_uri,
         "config": to_dict(config),
     }
-    scores: dict[str, Any] = group.run(evaluate_worker, settings, config.cluster, lambda _: None)
+    scores: dict[str, Any] = worker_group.run(
+        evaluate_worker, settings, config.cluster, lambda _: None
+    )
     for line in score_lines(scores["metrics"]):
         log.info("%s", line)
     return scores
@@ -107,7 +110,7 @@ def evaluate_worker(settings: dict[str, Any]) -> dict[str, Any]:
     startup.leave(desk)
     if desk.look().fatal is not None:
         return {}
-    with fatal.ending_the_run(desk):
+    with fatal_errors.ending_the_run(desk):
         return _scores(config, settings)
 
 

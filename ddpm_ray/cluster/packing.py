@@ -78,9 +78,9 @@ def _on_ray(plan: Plan, config: PackConfig) -> Iterator[Packed]:
     """Shards as they get done, at most `num_workers` at once (0: one per CPU)."""
     import ray  # seconds, and the source is looked at before that
 
-    from ddpm_ray.cluster import group
+    from ddpm_ray.distributed import worker_group
 
-    group.connect(config.address)
+    worker_group.connect(config.address)
     most = config.num_workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
     shared, task = ray.put(plan), ray.remote(max_retries=3)(packer.pack_shard)
     numbers = iter(range(plan.shards))

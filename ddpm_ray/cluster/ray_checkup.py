@@ -15,8 +15,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from ray.util.state import list_nodes
 
 from ddpm_ray.cluster.checkups import ANSWER_S, INSTALL, Clock, Finding, clock, versions
-from ddpm_ray.cluster.ray_address import require_listener
 from ddpm_ray.config.jobs import DoctorConfig
+from ddpm_ray.distributed.ray_address import require_listener
 from ddpm_ray.redaction import counted
 
 CLOCK_S = 1.0

@@ -18,14 +18,11 @@ from typing import Any
 from ray import tune
 
 from ddpm_ray.assembly import diffusion
-from ddpm_ray.cluster import capacity, group
+from ddpm_ray.cluster import capacity
 from ddpm_ray.cluster.book import Book
 from ddpm_ray.cluster.candidates import Candidates
-from ddpm_ray.cluster.group import RunFailedError
 from ddpm_ray.cluster.identity import claim
-from ddpm_ray.cluster.interrupts import Interrupts
 from ddpm_ray.cluster.ledger import Ledger, Trial
-from ddpm_ray.cluster.placement import HEAD
 from ddpm_ray.cluster.sweep_tracking import SweepPlace
 from ddpm_ray.cluster.training_run import check_model, located, packed_data
 from ddpm_ray.cluster.trial import Board, run_trial
@@ -35,6 +32,10 @@ from ddpm_ray.config.sweep import SweepConfig
 from ddpm_ray.data.shards import Dataset
 from ddpm_ray.data.transforms import mean_square
 from ddpm_ray.diffusion.schedule_diagnostics import Appraisal, appraise
+from ddpm_ray.distributed import worker_group
+from ddpm_ray.distributed.placement_groups import HEAD
+from ddpm_ray.distributed.signals import Interrupts
+from ddpm_ray.distributed.worker_group import RunFailedError
 from ddpm_ray.redaction import counted
 from ddpm_ray.storage import object_store
 
@@ -89,7 +90,7 @@ def sweep(
     )
     cluster = config.run.cluster
     workers = cluster.num_workers * max(1, config.trials_at_once)
-    group.connect(cluster.address, workers * cluster.cpus_per_worker,
+    worker_group.connect(cluster.address, workers * cluster.cpus_per_worker,
                   workers * cluster.gpus_per_worker)  # fmt: skip
     at_once = capacity.trials_at_once(cluster, config.trials_at_once)
     place = SweepPlace.find_or_create(config, folder, identity, dataset)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from ddpm_ray.assembly import diffusion, training_run
-from ddpm_ray.cluster import evaluation_run, group
+from ddpm_ray.cluster import evaluation_run
 from ddpm_ray.cluster.identity import claim
 from ddpm_ray.cluster.packing import pack
 from ddpm_ray.cluster.worker import train_worker
@@ -27,6 +27,7 @@ from ddpm_ray.config.loading import ConfigError, flat, to_dict, to_yaml
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.packing import builtin_datasets
 from ddpm_ray.data.shards import MANIFEST, Dataset, open_dataset
+from ddpm_ray.distributed import worker_group
 from ddpm_ray.redaction import counted
 from ddpm_ray.reporting import Progress
 from ddpm_ray.storage import object_store
@@ -108,7 +109,7 @@ def train(
             "tracked": vars(tracked) if tracked else None,
             "environment": determinism.environment(config.training.deterministic),
         }  # fmt: skip
-        ended = group.run(
+        ended = worker_group.run(
             train_worker, settings, config.cluster, show, on_start, config.worker_counts
         )
         finished = ended["step"] >= config.training.steps

@@ -15,11 +15,12 @@ from typing import Any
 import ray
 from ray import tune
 
-from ddpm_ray.cluster import placement, training_run
-from ddpm_ray.cluster.control import ControlLostError
+from ddpm_ray.cluster import training_run
 from ddpm_ray.cluster.training_run import Outcome, PartOf
 from ddpm_ray.config.loading import from_dict
 from ddpm_ray.config.run import RunConfig
+from ddpm_ray.distributed import placement_groups
+from ddpm_ray.distributed.control_actor import ControlLostError
 from ddpm_ray.reporting import Progress
 from ddpm_ray.storage.object_store import StorageError
 from ddpm_ray.tracking import mlflow_settings
@@ -56,7 +57,7 @@ class Board:
     """A handle on that actor; the driver and the trials hold one."""
 
     def __init__(self) -> None:
-        beside = placement.beside_me()
+        beside = placement_groups.beside_me()
         self._actor: Any = ray.remote(num_cpus=0, scheduling_strategy=beside)(_Board).remote()
 
     def stop(self, number: int) -> None:

@@ -14,13 +14,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ddpm_ray import fault_injection
 from ddpm_ray.assembly import diffusion, training_run
-from ddpm_ray.cluster import fatal, placement, startup
-from ddpm_ray.cluster.control import Desk
-from ddpm_ray.cluster.watch import Pulse
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.loading import from_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.shards import Dataset, DatasetError, open_dataset
+from ddpm_ray.distributed import fatal_errors, placement_groups, startup
+from ddpm_ray.distributed.control_actor import Desk
+from ddpm_ray.distributed.heartbeat import Pulse
 from ddpm_ray.evaluation import sample_quality
 from ddpm_ray.evaluation.features.feature_extractor import FeatureNet
 from ddpm_ray.evaluation.reference_statistics import Reference, reference
@@ -54,12 +54,12 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     if desk.look().fatal is not None:  # an earlier attempt found that to go on is of no use
         startup.leave(desk)
         return {}
-    with fatal.ending_the_run(desk):
+    with fatal_errors.ending_the_run(desk):
         return _train(from_dict(RunConfig, settings["config"]), settings, desk)
 
 
 def _train(config: RunConfig, settings: dict[str, Any], desk: Desk) -> dict[str, Any]:
-    workers, group, undelivered = place(), placement.of_this_worker(), 0
+    workers, group, undelivered = place(), placement_groups.of_this_worker(), 0
     fault_injection.stand(workers.rank, 0, "open")
     pulse = Pulse(workers.rank, partial(desk.beat, group=group), workers.count)
     pulse.start()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ddpm_ray.assembly import checkpoint_loading, training_run
-from ddpm_ray.cluster import averaging, evaluation_run, group
+from ddpm_ray.cluster import averaging, evaluation_run
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.diffusion import SamplingConfig
 from ddpm_ray.config.ema_search import AverageConfig
@@ -26,6 +26,7 @@ from ddpm_ray.config.jobs import EvaluateConfig
 from ddpm_ray.config.loading import ConfigError, from_dict, load, to_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.shards import DatasetError
+from ddpm_ray.distributed import worker_group
 from ddpm_ray.evaluation import sample_quality
 from ddpm_ray.evaluation.sample_quality import Scores
 from ddpm_ray.models.unet import UNet
@@ -126,7 +127,7 @@ def alone(patch: pytest.MonkeyPatch) -> list[Desk]:
         desks.append(Desk())
         return worker(json.loads(json.dumps(settings)) | {"desk": desks[-1]})
 
-    patch.setattr(group, "run", run)
+    patch.setattr(worker_group, "run", run)
     patch.setattr(averaging, "place", Workers)
     return desks
 
@@ -265,11 +266,11 @@ def test_a_worker_is_given_places_below_home(
 
     def begin(_: Any, settings: dict[str, Any], *__: Any) -> Any:
         given.append(settings["config"]["evaluation"])
-        raise group.RunFailedError("enough")
+        raise worker_group.RunFailedError("enough")
 
-    monkeypatch.setattr(group, "run", begin)
+    monkeypatch.setattr(worker_group, "run", begin)
     wanted = replace(DIGITS.evaluation, weights="w.npz", held_out_url="data")
-    with pytest.raises(group.RunFailedError, match="enough"):
+    with pytest.raises(worker_group.RunFailedError, match="enough"):
         started(job, run, wanted)
     (found,) = given
     assert found["weights"] == str(tmp_path / "w.npz")
@@ -280,7 +281,7 @@ def test_a_worker_is_given_places_below_home(
 def test_a_held_out_set_that_is_not_there_is_told_before_ray_starts(
     job: str, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(group, "run", lambda *_: pytest.fail("Ray was started"))
+    monkeypatch.setattr(worker_group, "run", lambda *_: pytest.fail("Ray was started"))
     wanted = replace(DIGITS.evaluation, held_out_url="nowhere")
     with pytest.raises(DatasetError, match=r"nowhere: there is no manifest\.json"):
         started(job, run, wanted)

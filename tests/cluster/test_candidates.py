@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 from ray.tune.search import Searcher
 
-from ddpm_ray.cluster import placement
 from ddpm_ray.cluster.book import Book
 from ddpm_ray.cluster.candidates import Candidates
 from ddpm_ray.cluster.ledger import Ledger
 from ddpm_ray.cluster.trial import EVENT
 from ddpm_ray.config.sweep import SweepConfig
 from ddpm_ray.diffusion.schedule_diagnostics import Appraisal
+from ddpm_ray.distributed import placement_groups
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Ray's and MLflow's
 
@@ -27,8 +27,8 @@ class Cluster:
         self.book = Book(config, Ledger(str(folder)), lambda _: sound, lambda _: None)
         self.tune = Candidates(self.book, lambda trial: {"number": trial.number}, at_once=2)
         self.places: set[str] = set()
-        patch.setattr(placement, "of_workers", lambda: set(self.places))
-        patch.setattr(placement, "free", self.places.discard)
+        patch.setattr(placement_groups, "of_workers", lambda: set(self.places))
+        patch.setattr(placement_groups, "free", self.places.discard)
 
     def begin(self, trial_id: str, place: str = "") -> int:
         """The number of the trial that Tune begins under this id, whose workers take `place`."""

@@ -17,10 +17,10 @@ from mlflow import MlflowClient
 from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError, RayActorError
 
 from ddpm_ray import command_line
-from ddpm_ray.cluster import group, interrupts
-from ddpm_ray.cluster.control import ControlLostError, Desk
-from ddpm_ray.cluster.group import RunFailedError
 from ddpm_ray.config.run import RunConfig
+from ddpm_ray.distributed import signals, worker_group
+from ddpm_ray.distributed.control_actor import ControlLostError, Desk
+from ddpm_ray.distributed.worker_group import RunFailedError
 from ddpm_ray.tracking import mlflow_runs, model_registry
 from ddpm_ray.training.checkpoints import CHECKPOINTS
 from ddpm_ray.training.writer_lease import Lease, LeaseLostError
@@ -64,7 +64,7 @@ def place(tmp_path: Path, mlflow_database: str, monkeypatch: pytest.MonkeyPatch)
     pack_noise(str(tmp_path / "data"), images=8, side=4)
     made = Place(tmp_path, mlflow_database)
     monkeypatch.setattr(sys, "argv", made.arguments)
-    monkeypatch.setattr(interrupts, "_last", 2)  # no signal has come yet
+    monkeypatch.setattr(signals, "_last", 2)  # no signal has come yet
     monkeypatch.setattr(model_registry, "log_model", lambda *_: None)
     return made
 
@@ -127,7 +127,7 @@ def test_how_the_workers_end_is_what_mlflow_and_the_caller_learn(
     capsys: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(group, "run", lambda _, settings, *more: workers(place, settings))
+    monkeypatch.setattr(worker_group, "run", lambda _, settings, *more: workers(place, settings))
     assert run_job() == code
     assert place.statuses() == [status]
     output = capsys.readouterr()
@@ -158,7 +158,7 @@ def test_an_mlflow_that_is_away_costs_the_run_nothing_at_the_start(
         return ENDED
 
     monkeypatch.setattr(mlflow_runs, "open_run", open_run)
-    monkeypatch.setattr(group, "run", workers)
+    monkeypatch.setattr(worker_group, "run", workers)
     code = run_job()
     assert [settings["tracked"] for settings in seen] == [None]  # they find it later
     assert place.statuses() == ([] if code else ["FINISHED"])
@@ -242,4 +242,4 @@ def test_a_ray_that_does_not_start_is_one_line(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(ray, "init", init)
     says = r"^Ray did not start on this machine \(The node timed out during startup.\); free CPU .*"
     with pytest.raises(RunFailedError, match=says):
-        group.connect("")
+        worker_group.connect("")

@@ -13,11 +13,12 @@ import torch
 from mlflow import MlflowClient
 
 from ddpm_ray.assembly import training_run
-from ddpm_ray.cluster import evaluation_run, group, trained
+from ddpm_ray.cluster import evaluation_run, trained
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.jobs import EvaluateConfig
 from ddpm_ray.config.loading import ConfigError, from_dict, load, to_dict
 from ddpm_ray.config.run import RunConfig
+from ddpm_ray.distributed import worker_group
 from ddpm_ray.tracking import mlflow_runs
 from ddpm_ray.training.checkpoints import CheckpointError, CheckpointStore
 from tests.noise import pack_noise
@@ -93,7 +94,7 @@ def test_the_driver_of_an_evaluation_and_its_worker_download_once_each(
         assert not left(tmp_path)
         return evaluation_run._scores(from_dict(EvaluateConfig, settings["config"]), settings)
 
-    monkeypatch.setattr(group, "run", run)
+    monkeypatch.setattr(worker_group, "run", run)
     monkeypatch.setattr(evaluation_run, "place", lambda: Workers(0, 1, torch.device("cpu")))
     config = trained.as_trained(config, model, given, tmp_path)
     evaluation_run.evaluate(model, config, tmp_path)

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddpm_ray.cluster import group
 from ddpm_ray.config.run import ClusterConfig
+from ddpm_ray.distributed import worker_group
 from ddpm_ray.evaluation import sample_quality
 from ddpm_ray.evaluation.features.feature_extractor import FeatureNet, float32_backends, in_float32
 from ddpm_ray.tracking import model_registry
@@ -110,12 +110,12 @@ def test_a_worker_starts_with_the_variables_that_make_its_bits_repeat(
     """CUDA and NCCL read them once, before any of our code could set them."""
     made: list[dict[str, str]] = []
     monkeypatch.setattr(
-        group, "_Trainer",
+        worker_group, "_Trainer",
         lambda *_, run_config, **__: made.append(run_config.worker_runtime_env["env_vars"]),
     )  # fmt: skip
     for deterministic in (False, True):
         settings = {"environment": determinism.environment(deterministic)}
-        group._trainer(lambda _: None, settings, ClusterConfig(), [1], str(tmp_path))
+        worker_group._trainer(lambda _: None, settings, ClusterConfig(), [1], str(tmp_path))
     assert "CUBLAS_WORKSPACE_CONFIG" not in made[0]
     assert made[1] == made[0] | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_ALGO": "Ring"}
 

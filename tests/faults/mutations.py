@@ -118,9 +118,9 @@ MUTATIONS = (
              '["token"] != self.token', '["token"] == ""', LEASE),
     Mutation("two jobs take a run back and forth", "ddpm_ray/training/writer_lease.py",
              "_next(refuse_others=True)", "_next(refuse_others=False)", LEASE),
-    Mutation("a frozen worker is not missed", "ddpm_ray/cluster/watch.py",
+    Mutation("a frozen worker is not missed", "ddpm_ray/distributed/heartbeat.py",
              "silent = [beat for beat in beats if beat.silent_s > limit_s]",
-             "silent: list[Beat] = []", "tests/cluster/test_watch.py"),
+             "silent: list[Beat] = []", "tests/distributed/test_heartbeat.py"),
 )  # fmt: skip
 
 

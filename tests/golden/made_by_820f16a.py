@@ -30,7 +30,7 @@ import torch
 from PIL import Image
 from ray.tune.search import Searcher
 
-from ddpm_ray.cluster import capacity, group, sweep, training_run
+from ddpm_ray.cluster import capacity, sweep, training_run
 from ddpm_ray.cluster.ledger import Trial
 from ddpm_ray.cluster.trial import run_trial
 from ddpm_ray.config.loading import load
@@ -40,6 +40,7 @@ from ddpm_ray.data.loader import ShardStream
 from ddpm_ray.data.packing import packer
 from ddpm_ray.data.packing.pack_options import PackOptions
 from ddpm_ray.data.shards import open_dataset
+from ddpm_ray.distributed import worker_group
 from ddpm_ray.reporting import Progress, Wish
 from ddpm_ray.storage import object_store
 from ddpm_ray.tracking import model_registry
@@ -171,7 +172,7 @@ def _without_tune(stops: Callable[[], bool]) -> Iterator[None]:
         mock.patch.object(sweep, "_run_tune", run_all),
         mock.patch.object(sweep, "Board", board),
         mock.patch("ray.tune.with_parameters", partial),
-        mock.patch.object(group, "connect"),
+        mock.patch.object(worker_group, "connect"),
         mock.patch.object(capacity, "trials_at_once", return_value=1),
         mock.patch.object(model_registry, "crown", return_value=None),
     ):

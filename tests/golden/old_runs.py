@@ -19,10 +19,11 @@ from unittest import mock
 import torch
 from safetensors import torch as safetensors
 
-from ddpm_ray.cluster import group, placement, training_run, worker
+from ddpm_ray.cluster import training_run, worker
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.loading import load
 from ddpm_ray.config.run import RunConfig
+from ddpm_ray.distributed import placement_groups, worker_group
 from ddpm_ray.reporting import Progress, Wish
 from ddpm_ray.tracking import model_registry
 from ddpm_ray.training import checkpoints
@@ -88,9 +89,9 @@ def without_ray(wish: Callable[[Progress], Wish] = lambda _: Wish.NOTHING) -> It
         return work(settings | {"desk": control})
 
     with (
-        mock.patch.object(group, "run", run),
+        mock.patch.object(worker_group, "run", run),
         mock.patch.object(worker, "place", return_value=Workers(0, 1)),
-        mock.patch.object(placement, "of_this_worker", return_value="none"),
+        mock.patch.object(placement_groups, "of_this_worker", return_value="none"),
         mock.patch("socket.gethostname", return_value="host"),
         mock.patch.object(model_registry, "log_model"),
     ):

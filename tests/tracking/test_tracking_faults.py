@@ -14,7 +14,8 @@ import pytest
 from mlflow import MlflowClient
 from PIL import Image
 
-from ddpm_ray.cluster import group, training_run
+from ddpm_ray.cluster import training_run
+from ddpm_ray.distributed import worker_group
 from ddpm_ray.reporting import Row
 from ddpm_ray.tracking import async_logger, mlflow_client, mlflow_runs, model_registry
 from ddpm_ray.tracking.async_logger import Tracker
@@ -383,7 +384,7 @@ def test_a_run_does_not_finish_before_all_its_rows_are_there(
 
     pack_noise(str(tmp_path / "data"), images=8, side=4)
     ended = {"step": 20, "checkpoint": "x", "scores": {}, "undelivered": undelivered}
-    monkeypatch.setattr(group, "run", lambda *_, **__: ended)
+    monkeypatch.setattr(worker_group, "run", lambda *_, **__: ended)
     monkeypatch.setattr(model_registry, "log_model", lambda *_: None)
     config = load(RunConfig, None, [
         "name=a", "data.url=data", "training.steps=20", "training.global_batch_size=8",

@@ -8,7 +8,7 @@ import pytest
 import ray
 from ray import cloudpickle
 
-from ddpm_ray.cluster import rendezvous
+from ddpm_ray.distributed import rendezvous
 from tests.limits import ENDS_S
 
 # Two workers of one group, with what Ray sets for them; the first serves the store.

@@ -17,8 +17,8 @@ from ray.train.v2._internal.execution.failure_handling import (
 )
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
-from ddpm_ray.cluster import control, failures, group
 from ddpm_ray.config.run import ClusterConfig
+from ddpm_ray.distributed import control_actor, failures, worker_group
 from ddpm_ray.storage.object_store import StorageError
 
 DIED = "The actor died unexpectedly before finishing this task.\n\tclass_name: RayTrainWorker\n"
@@ -30,7 +30,7 @@ IS_FULL = "/runs/a: the disk is full; free some space or choose another place"
 @pytest.fixture
 def desk() -> Any:
     """The actor itself, in this process."""
-    return control._Desk()
+    return control_actor._Desk()
 
 
 @pytest.mark.parametrize(
@@ -89,14 +89,14 @@ def test_a_restart_says_why_in_the_log(desk: Any, caplog: pytest.LogCaptureFixtu
     desk.report_restart("resized to 3 workers")  # as elastic.py does
     desk.start(20, "third", 3)
     desk.start(20, "fourth", 1)
-    starts = group._Starts(ClusterConfig(), lambda *_: None)
+    starts = worker_group._Starts(ClusterConfig(), lambda *_: None)
     with caplog.at_level(logging.WARNING, "ddpm_ray"):
-        starts.note(control.Notes.of(desk.look()))
+        starts.note(control_actor.Notes.of(desk.look()))
         starts.stall = "worker 1 gives no sign of life for 30 s, last at step 25; worker 0 waits"
         desk.report_restart("worker 0 died (killed, or a crash of its own)")  # to end the stall
         desk.start(25, "fifth", 1)
-        starts.note(control.Notes.of(desk.look()))
-    ours = (record for record in caplog.records if record.name == group.__name__)
+        starts.note(control_actor.Notes.of(desk.look()))
+    ours = (record for record in caplog.records if record.name == worker_group.__name__)
     assert [record.getMessage() for record in ours] == [
         f"worker group restarted at step 10 with 2 workers (worker 1: {IS_FULL})",
         "worker group restarted at step 20 with 3 workers (resized to 3 workers)",
@@ -112,7 +112,7 @@ def test_ray_is_given_the_policy_that_reports(monkeypatch: pytest.MonkeyPatch) -
         "ray.train.torch.TorchTrainer._initialize_and_run_controller",
         lambda self, **settings: given.update(settings),
     )
-    trainer = group._Trainer.__new__(group._Trainer)
+    trainer = worker_group._Trainer.__new__(worker_group._Trainer)
     trainer.desk = SimpleNamespace()  # type: ignore[assignment]
     policy = create_failure_policy(FailureConfig(max_failures=3))
     trainer._initialize_and_run_controller(failure_policy=policy, scaling_policy="Ray's own")

@@ -15,7 +15,7 @@ from ray.train.v2._internal.execution.scaling_policy import (
     ScalingDecision,
 )
 
-from ddpm_ray.cluster.control import Desk
+from ddpm_ray.distributed.control_actor import Desk
 from ddpm_ray.redaction import counted
 from ddpm_ray.reporting import Wish
 

@@ -11,9 +11,9 @@ from typing import Any
 import ray.train
 
 from ddpm_ray import fault_injection
-from ddpm_ray.cluster import placement
-from ddpm_ray.cluster.control import Desk
-from ddpm_ray.cluster.watch import Pulse
+from ddpm_ray.distributed import placement_groups
+from ddpm_ray.distributed.control_actor import Desk
+from ddpm_ray.distributed.heartbeat import Pulse
 
 _pulse: Pulse | None = None  # of this process, until its training function has begun
 
@@ -34,7 +34,7 @@ def expect(desk: Desk, workers: Any) -> None:
 def begin(desk: Desk) -> None:
     """Beat from now on; run in each worker before the process group is made."""
     global _pulse
-    context, group = ray.train.get_context(), placement.of_this_worker()
+    context, group = ray.train.get_context(), placement_groups.of_this_worker()
     rank, workers = context.get_world_rank(), context.get_world_size()
     fault_injection.stand(rank, 0, "join")
     _pulse = Pulse(rank, partial(desk.beat, group=group), workers)
@@ -55,4 +55,4 @@ def leave(desk: Desk) -> None:
     if _pulse is not None:
         end()
         context = ray.train.get_context()
-        desk.rest(context.get_world_rank(), placement.of_this_worker())
+        desk.rest(context.get_world_rank(), placement_groups.of_this_worker())

@@ -9,8 +9,8 @@ from ray.train.v2._internal.execution.scaling_policy import (
     ResizeDecision,
 )
 
-from ddpm_ray.cluster.control import Notes
-from ddpm_ray.cluster.elastic import SAVE_S, ElasticPolicy
+from ddpm_ray.distributed.control_actor import Notes
+from ddpm_ray.distributed.elastic_scaling import SAVE_S, ElasticPolicy
 from ddpm_ray.reporting import Progress, Wish
 
 

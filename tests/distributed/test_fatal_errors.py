@@ -15,8 +15,9 @@ import torch.distributed as dist
 from torch import nn
 
 from ddpm_ray import fault_injection
-from ddpm_ray.cluster import averaging, evaluation_run, fatal, worker
+from ddpm_ray.cluster import averaging, evaluation_run, worker
 from ddpm_ray.collectives import Workers
+from ddpm_ray.distributed import fatal_errors
 from ddpm_ray.storage.object_store import StorageError
 from ddpm_ray.training.checkpoints import CheckpointError
 from ddpm_ray.training.divergence_guard import DivergedError
@@ -50,7 +51,7 @@ MISTAKES: dict[str, Callable[[], Any]] = {  # as torch and Python themselves rai
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_of_the_program_comes_again(name: str) -> None:
-    assert not fatal.passes(raised(MISTAKES[name]))
+    assert not fatal_errors.passes(raised(MISTAKES[name]))
 
 
 @pytest.mark.parametrize(
@@ -66,7 +67,7 @@ def test_a_mistake_of_the_program_comes_again(name: str) -> None:
     ],
 )
 def test_a_mistake_on_a_gpu_comes_again(text: str) -> None:
-    assert not fatal.passes(RuntimeError(text))
+    assert not fatal_errors.passes(RuntimeError(text))
 
 
 @pytest.mark.parametrize(
@@ -87,7 +88,7 @@ def test_a_mistake_on_a_gpu_comes_again(text: str) -> None:
     ids=lambda error: f"{type(error).__name__} {error}"[:50],
 )
 def test_what_passes_has_the_workers_started_again(error: Exception) -> None:
-    assert fatal.passes(error)
+    assert fatal_errors.passes(error)
 
 
 @pytest.mark.parametrize(
@@ -103,14 +104,14 @@ def test_what_passes_has_the_workers_started_again(error: Exception) -> None:
     ids=lambda error: type(error).__name__,
 )
 def test_our_own_errors_end_the_run_in_their_own_words(error: Exception) -> None:
-    assert not fatal.passes(error)
-    assert fatal.reason(error) == (str(error) or "MemoryError")
+    assert not fatal_errors.passes(error)
+    assert fatal_errors.reason(error) == (str(error) or "MemoryError")
 
 
 def test_an_error_of_the_program_is_told_with_its_class_and_place() -> None:
     error = raised(lambda: Workers().share(None))  # type: ignore[arg-type]
-    assert fatal.reason(error).startswith("TypeError: unsupported operand type(s)")
-    assert "ddpm_ray/collectives.py:" in fatal.reason(error)
+    assert fatal_errors.reason(error).startswith("TypeError: unsupported operand type(s)")
+    assert "ddpm_ray/collectives.py:" in fatal_errors.reason(error)
 
 
 @pytest.mark.parametrize(
@@ -152,7 +153,7 @@ def test_workers_tell_what_ends_the_run(
 @pytest.mark.timeout(360)
 def test_the_loss_of_a_peer_passes(tmp_path: Path) -> None:
     """What gloo really raises, in each kind of exchange."""
-    command = [sys.executable, "-m", "tests.cluster.lost_peer", str(tmp_path / "meet")]
+    command = [sys.executable, "-m", "tests.distributed.lost_peer", str(tmp_path / "meet")]
     told = subprocess.run(
         command, cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=300, check=True
     ).stdout
@@ -161,4 +162,4 @@ def test_the_loss_of_a_peer_passes(tmp_path: Path) -> None:
         for exchange, pickled in map(str.split, told.splitlines())
     }
     assert sorted(errors) == ["gather", "gradient", "pairs", "sum"]
-    assert all(fatal.passes(error) for error in errors.values()), errors
+    assert all(fatal_errors.passes(error) for error in errors.values()), errors

@@ -2,10 +2,10 @@
 
 import pytest
 
-from tests.cluster.demo import show, training
 from tests.cluster.job import shown
-from tests.cluster.node import lacking
-from tests.cluster.nodes import HEAD, Nodes
+from tests.distributed.demo import show, training
+from tests.distributed.node import lacking
+from tests.distributed.nodes import HEAD, Nodes
 
 SECOND = "10.77.0.2"
 
@@ -36,7 +36,10 @@ def test_two_workers_on_two_nodes_share_a_run() -> None:
         assert list(nodes.bucket.glob("runs/digits/checkpoints/step-00000060-*/*.safetensors"))
         kinds = {actor.kind for actor in nodes.actors()}
         assert kinds >= {"TrainController", "RayTrainWorker"}
-        assert not kinds & {"PlacementGroupCleaner", "DatasetManager"}  # see cluster/group.py
+        assert not kinds & {
+            "PlacementGroupCleaner",
+            "DatasetManager",
+        }  # see distributed/worker_group.py
 
 
 def test_a_run_outlives_a_node() -> None:

@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from ddpm_ray import fault_injection
-from ddpm_ray.cluster import control, watch, worker
-from ddpm_ray.cluster.watch import Beat, stalled
+from ddpm_ray.cluster import worker
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.loading import from_dict, load, to_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.shards import DatasetError, open_dataset
+from ddpm_ray.distributed import control_actor, heartbeat
+from ddpm_ray.distributed.heartbeat import Beat, stalled
 from ddpm_ray.reporting import Wish
 from ddpm_ray.training.state import Snapshot
 from tests.faults.lives import TINY
@@ -36,22 +37,22 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
-    monkeypatch.setattr(control, "time", made)
+    monkeypatch.setattr(control_actor, "time", made)
     return made
 
 
-def beats_of(desk: control._Desk) -> list[Beat]:
-    return control.Notes.of(desk.look()).beats
+def beats_of(desk: control_actor._Desk) -> list[Beat]:
+    return control_actor.Notes.of(desk.look()).beats
 
 
 def test_a_worker_frozen_before_its_first_beat_is_named(clock: Clock) -> None:
     """On commit c58b265 nothing was said for 170 s: no beat came before the first step."""
-    desk = control._Desk()
+    desk = control_actor._Desk()
     desk.beat(asdict(OPENS), "group")
     assert not stalled(beats_of(desk), LIMIT_S, STORAGE_S)
     clock.now_s = LIMIT_S + 1
     desk.beat(asdict(replace(OPENS, point="restore", stood_s=20.0)), "group")
-    assert control.Notes.of(desk.look()).group == "group"
+    assert control_actor.Notes.of(desk.look()).group == "group"
     assert stalled(beats_of(desk), LIMIT_S, STORAGE_S).startswith(
         "worker 1 gives no sign of life for 26 s, last at step 0, as it starts, before its process "
         "group is made; worker 0 waits at step 0, as it starts, before its checkpoint is looked for"
@@ -63,10 +64,10 @@ def test_a_process_that_never_answers_is_named_though_no_worker_beats(clock: Clo
 
     Imports on a cold disk are no stall: a first beat may take FIRST_BEAT times as long.
     """
-    desk = control._Desk()
+    desk = control_actor._Desk()
     desk.expect({0: "process 41 on a", 1: "process 42 on b"}, "group")
-    assert control.Notes.of(desk.look()).group == "group"
-    clock.now_s = watch.FIRST_BEAT * LIMIT_S - 1
+    assert control_actor.Notes.of(desk.look()).group == "group"
+    clock.now_s = heartbeat.FIRST_BEAT * LIMIT_S - 1
     desk.beat(asdict(replace(OPENS, point="join")), "group")
     assert not stalled(beats_of(desk), LIMIT_S, STORAGE_S)
     clock.now_s += 2
@@ -74,9 +75,9 @@ def test_a_process_that_never_answers_is_named_though_no_worker_beats(clock: Clo
         "worker 1 (process 42 on b) has not started: it gives no sign of life for 101 s; "
         "worker 0 waits at step 0, as it starts, before its process group is made"
     )
-    alone = control._Desk()
+    alone = control_actor._Desk()
     alone.expect({0: "process 43 on c"}, "group")
-    clock.now_s += watch.FIRST_BEAT * LIMIT_S + 1
+    clock.now_s += heartbeat.FIRST_BEAT * LIMIT_S + 1
     assert "worker 0 (process 43 on c) has not started" in stalled(
         beats_of(alone), LIMIT_S, STORAGE_S
     )
@@ -84,7 +85,7 @@ def test_a_process_that_never_answers_is_named_though_no_worker_beats(clock: Clo
 
 def test_a_slow_start_is_no_stall(clock: Clock) -> None:
     """Beats come from a thread: an index or a checkpoint may take as long as it takes."""
-    desk = control._Desk()
+    desk = control_actor._Desk()
     for clock.now_s in range(0, 3600, 2):
         for rank in range(2):
             desk.beat(asdict(replace(OPENS, rank=rank, stood_s=clock.now_s)), "group")
@@ -92,7 +93,7 @@ def test_a_slow_start_is_no_stall(clock: Clock) -> None:
 
 
 def test_beats_of_a_group_that_is_gone_count_no_more(clock: Clock) -> None:
-    desk = control._Desk()
+    desk = control_actor._Desk()
     desk.beat(asdict(replace(OPENS, workers=3)), "first")
     desk.beat(asdict(OPENS), "second")
     desk.beat(asdict(replace(OPENS, rank=2, workers=3, step=9)), "first")  # on its way since then
@@ -146,4 +147,6 @@ def test_a_data_set_that_the_checkpoint_was_not_trained_on_is_refused(
 def test_the_places_of_a_start_come_before_those_of_a_step() -> None:
     places = [replace(OPENS, point=point).place for point in fault_injection.PLACES]
     assert places == sorted(places)
-    assert set(watch.WAITS_FOR_OTHERS + watch.WAITS_FOR_STORAGE) <= set(fault_injection.POINTS)
+    assert set(heartbeat.WAITS_FOR_OTHERS + heartbeat.WAITS_FOR_STORAGE) <= set(
+        fault_injection.POINTS
+    )

@@ -1,6 +1,6 @@
 """`make cluster-demo`: data, a training and a sweep go through a real cluster's job server.
 
-    python -m tests.cluster.demo
+    python -m tests.distributed.demo
 
 Each Ray node has one CPU and a network of its own on this machine, so that the two workers of the
 training, and trials that run at once, must lie on different nodes. Prints what ran where and checks
@@ -16,8 +16,8 @@ import time
 from collections import Counter
 
 from tests.cluster.job import TINY_RUN
-from tests.cluster.node import NodeError, lacking
-from tests.cluster.nodes import Nodes, TrackedRun
+from tests.distributed.node import NodeError, lacking
+from tests.distributed.nodes import Nodes, TrackedRun
 
 AS_ROOT = "unshare", "--user", "--map-root-user"
 STEPS, TRIAL_STEPS, TRIALS = 150, 60, 4
@@ -125,7 +125,7 @@ def main() -> int:
     """The exit code of the demo."""
     if why := lacking():
         if os.geteuid() and _may_be_root():
-            os.execvp(AS_ROOT[0], [*AS_ROOT, sys.executable, "-m", "tests.cluster.demo"])
+            os.execvp(AS_ROOT[0], [*AS_ROOT, sys.executable, "-m", "tests.distributed.demo"])
         print(f"error: this machine cannot hold several nodes: {why}", file=sys.stderr)
         return 2
     began = time.monotonic()

@@ -15,7 +15,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_IMAGES
 from ray._common.constants import HEAD_NODE_RESOURCE_NAME
 from ray._raylet import PlacementGroupID
 
-from ddpm_ray.cluster import placement
+from ddpm_ray.distributed import placement_groups
 
 # Where it is, the parameters that our call needs, and what goes wrong if it changes.
 CALLED: list[tuple[str, tuple[str, ...], str]] = [
@@ -103,12 +103,12 @@ def test_it_is_there_and_takes_what_we_give_it(
 def test_a_placement_group_ends_with_the_job_that_made_it() -> None:
     """placement.py tells the groups of this job by it; else another job's places are freed."""
     job = ray.JobID.from_int(7)
-    assert PlacementGroupID.of(job).hex()[-placement.JOB_DIGITS :] == job.hex()
+    assert PlacementGroupID.of(job).hex()[-placement_groups.JOB_DIGITS :] == job.hex()
 
 
 def test_the_head_node_s_own_resource_has_the_name_that_we_use() -> None:
     """placement.py: else trials' drivers hold places, and groups of workers do not."""
-    assert placement.HEAD == HEAD_NODE_RESOURCE_NAME
+    assert placement_groups.HEAD == HEAD_NODE_RESOURCE_NAME
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_ray_still_names_it_so(text: str, degrades: str) -> None:
 
 def test_ray_still_names_its_head_node_so() -> None:
     degrades = "placement.py: trials' drivers hold places, and groups of workers do not"
-    assert placement.HEAD == HEAD_NODE_RESOURCE_NAME, degrades
+    assert placement_groups.HEAD == HEAD_NODE_RESOURCE_NAME, degrades
 
 
 def test_mlflow_still_names_images_as_it_did() -> None:

@@ -17,7 +17,7 @@ import ray.exceptions
 import torch
 import torch.distributed as dist
 
-from ddpm_ray.cluster.control import Desk
+from ddpm_ray.distributed.control_actor import Desk
 from ddpm_ray.fault_injection import InjectedFaultError
 from ddpm_ray.storage.object_store import StorageError
 from ddpm_ray.training.writer_lease import LeaseLostError, SupersededError

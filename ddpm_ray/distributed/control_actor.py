@@ -12,8 +12,8 @@ from typing import Any, NamedTuple, TypeAlias
 import ray
 from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayError
 
-from ddpm_ray.cluster import placement
-from ddpm_ray.cluster.watch import Beat
+from ddpm_ray.distributed import placement_groups
+from ddpm_ray.distributed.heartbeat import Beat
 from ddpm_ray.fault_injection import PLACES
 from ddpm_ray.reporting import Progress, Wish
 
@@ -129,7 +129,7 @@ class Desk:
     """A handle on the actor; both sides hold one."""
 
     def __init__(self) -> None:
-        beside = placement.beside_me()
+        beside = placement_groups.beside_me()
         self._actor: Any = ray.remote(num_cpus=0, scheduling_strategy=beside)(_Desk).remote()
         self._notes: list[Any] = []  # whose answers are on their way
         self._reply: Any = None  # on its way, to the last glance

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from ddpm_ray.cluster import interrupts
-from ddpm_ray.cluster.interrupts import SIGNALS, Interrupts, while_ray_starts
+from ddpm_ray.distributed import signals
+from ddpm_ray.distributed.signals import SIGNALS, Interrupts, while_ray_starts
 from tests.limits import ENDS_S
 
 # Says `ready`, waits for the first signal, says what it is told to say, and for the second.
@@ -112,7 +112,7 @@ def test_a_signal_that_comes_twice_at_once_is_one(bounded: list[subprocess.Popen
     assert process.wait(LIMIT_S) == 128 + signal.SIGINT
 
 
-@pytest.mark.parametrize("ignored", interrupts.FROM_TERMINAL, ids=lambda number: number.name)
+@pytest.mark.parametrize("ignored", signals.FROM_TERMINAL, ids=lambda number: number.name)
 def test_what_nohup_ignores_stays_ignored(
     ignored: signal.Signals, bounded: list[subprocess.Popen[str]]
 ) -> None:
@@ -150,20 +150,20 @@ def test_what_ray_starts_does_not_hear_the_terminal_and_sets_no_handler() -> Non
         status = subprocess.check_output(["/bin/cat", "/proc/self/status"], text=True)
     (blocked,) = (line for line in status.splitlines() if line.startswith("SigBlk"))
     held = int(blocked.split()[1], 16)
-    assert all(held >> number - 1 & 1 for number in interrupts.FROM_TERMINAL)
+    assert all(held >> number - 1 & 1 for number in signals.FROM_TERMINAL)
     assert signal.getsignal(signal.SIGTERM) == before
     assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == mask
 
 
 def test_before_the_workers_start_the_first_signal_ends() -> None:
     def job() -> None:
-        with interrupts.at_once():
+        with signals.at_once():
             os.kill(os.getpid(), signal.SIGTERM)
             threading.Event().wait(LIMIT_S)
 
     with pytest.raises(KeyboardInterrupt, match="SIGTERM"):
         job()
-    assert interrupts.exit_code() == 128 + signal.SIGTERM
+    assert signals.exit_code() == 128 + signal.SIGTERM
 
 
 def test_another_thread_counts_nothing_and_changes_nothing() -> None:

@@ -6,8 +6,8 @@ from ray.exceptions import RayActorError
 from ray.train.v2._internal.execution.failure_handling import FailureDecision, FailurePolicy
 from ray.train.v2.api.exceptions import TrainingFailedError
 
-from ddpm_ray.cluster import fatal
-from ddpm_ray.cluster.control import Desk, death
+from ddpm_ray.distributed import fatal_errors
+from ddpm_ray.distributed.control_actor import Desk, death
 
 
 class ReportedFailures(FailurePolicy):  # type: ignore[misc]  # Ray's types are not followed
@@ -46,7 +46,7 @@ def _of_worker(failures: Mapping[int, Exception]) -> str:
         rank, error = entry
         if isinstance(error, RayActorError):
             return 1, rank
-        return (2 if fatal.is_lost_peer(error) else 0), rank
+        return (2 if fatal_errors.is_lost_peer(error) else 0), rank
 
     # A dead worker is an error of the poll that found it so, around the actor's.
     bare = {rank: getattr(one, "health_check_failure", one) for rank, one in failures.items()}

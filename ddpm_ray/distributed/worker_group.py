@@ -20,14 +20,14 @@ from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
 from ddpm_ray import fault_injection
-from ddpm_ray.cluster import failures, placement, startup
-from ddpm_ray.cluster.control import Desk, Notes
-from ddpm_ray.cluster.elastic import ElasticPolicy
-from ddpm_ray.cluster.interrupts import Interrupts, while_ray_starts
-from ddpm_ray.cluster.ray_address import require_listener
-from ddpm_ray.cluster.rendezvous import OwnAddress
-from ddpm_ray.cluster.watch import stalled
 from ddpm_ray.config.run import ClusterConfig
+from ddpm_ray.distributed import failures, placement_groups, startup
+from ddpm_ray.distributed.control_actor import Desk, Notes
+from ddpm_ray.distributed.elastic_scaling import ElasticPolicy
+from ddpm_ray.distributed.heartbeat import stalled
+from ddpm_ray.distributed.ray_address import require_listener
+from ddpm_ray.distributed.rendezvous import OwnAddress
+from ddpm_ray.distributed.signals import Interrupts, while_ray_starts
 from ddpm_ray.redaction import counted
 from ddpm_ray.reporting import Progress, Wish
 from ddpm_ray.storage import object_store
@@ -151,7 +151,7 @@ def run(
             show(notes.progress)
     finally:  # where Ray's controller died, or `show` failed, nobody else gives them back
         for place in {*starts.places, starts.group} - {""}:
-            placement.free(place)
+            placement_groups.free(place)
         shutil.rmtree(scratch, ignore_errors=True)
     if notes.fatal is not None:
         raise RunFailedError(notes.fatal)
@@ -194,9 +194,9 @@ class _Starts:
             return
         told = stalled(notes.beats, self.config.stall_timeout_s, self.config.storage_timeout_s)
         # Workers that have died are silent too, but their place has gone back.
-        if told and self.group in placement.of_workers():
+        if told and self.group in placement_groups.of_workers():
             log.warning("%s; all are started again", told)
-            placement.free(self.group)
+            placement_groups.free(self.group)
             self.stall, self.freed = told, self.group
 
     def look_out(self, desk: Desk) -> None:
@@ -204,8 +204,8 @@ class _Starts:
         if not self.places or time.monotonic() - self.looked_s < LEAVING_S:
             return
         self.looked_s = time.monotonic()
-        told = placement.leaving_nodes() - self.leaving
-        if told and (ours := told & placement.nodes_of(self.places[-1])):
+        told = placement_groups.leaving_nodes() - self.leaving
+        if told and (ours := told & placement_groups.nodes_of(self.places[-1])):
             self.leaving |= ours
             log.warning(
                 "%s of the workers will be taken away; saving now", counted(len(ours), "node")

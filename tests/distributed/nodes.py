@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.cluster.node import BOOT_S, CARD, ROOT, Node, NodeError, end
+from tests.distributed.node import BOOT_S, CARD, ROOT, Node, NodeError, end
 
 HEAD = "10.77.0.1"
 S3_PORT, MLFLOW_PORT = 9000, 5000

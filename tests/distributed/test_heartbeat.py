@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from ddpm_ray import fault_injection
-from ddpm_ray.cluster.watch import FIRST_STEP, SLOW_STEPS, Beat, Pulse, stalled
+from ddpm_ray.distributed.heartbeat import FIRST_STEP, SLOW_STEPS, Beat, Pulse, stalled
 from tests.limits import ENDS_S
 
 LIMIT_S, STORAGE_S = 25.0, 180.0

@@ -9,10 +9,11 @@ import psutil
 import pytest
 import ray
 
-from ddpm_ray.cluster import capacity, group, placement
-from ddpm_ray.cluster.group import RunFailedError
+from ddpm_ray.cluster import capacity
 from ddpm_ray.config.loading import ConfigError
 from ddpm_ray.config.run import ClusterConfig
+from ddpm_ray.distributed import placement_groups, worker_group
+from ddpm_ray.distributed.worker_group import RunFailedError
 from ddpm_ray.reporting import Progress
 from tests.cluster.job import command_of
 
@@ -37,19 +38,19 @@ def run(show: Callable[[Progress], bool | None], places: list[str]) -> Any:
     """A group of one worker that works until it is asked to stop."""
 
     def worker(settings: dict[str, Any]) -> str:  # nested, so that it travels by value
-        desk, place = settings["desk"], placement.of_this_worker()
+        desk, place = settings["desk"], placement_groups.of_this_worker()
         desk.start(0, place, 1)
         while not desk.show(Progress(1, 2, 0.0, 0.0)):
             threading.Event().wait(0.05)
         return place
 
-    return group.run(worker, {}, ONE, show, lambda _, place: places.append(place))
+    return worker_group.run(worker, {}, ONE, show, lambda _, place: places.append(place))
 
 
 def come_back() -> bool:
     """Whether all CPUs are free, and no place is held, within ten seconds."""
     until = time.monotonic() + FREE_WITHIN_S
-    while ray.available_resources().get("CPU", 0.0) < CPUS or placement.of_workers():
+    while ray.available_resources().get("CPU", 0.0) < CPUS or placement_groups.of_workers():
         if time.monotonic() > until:
             return False
         threading.Event().wait(0.1)
@@ -61,7 +62,7 @@ def test_who_is_stopped_leaves_nothing_behind() -> None:
     held: list[set[str]] = []
 
     def show(_: Progress) -> bool:
-        held.append(placement.of_workers())
+        held.append(placement_groups.of_workers())
         return True
 
     places: list[str] = []
