@@ -41,12 +41,12 @@ from benchmarks.struck.plain import KEY, plain_worker
 from benchmarks.struck.stores import corrupt, refused
 from benchmarks.struck.table import Line, shown
 from ddpm_ray import fault_injection
-from ddpm_ray.cluster import training_run
-from ddpm_ray.cluster.worker import train_worker
 from ddpm_ray.config.loading import load
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.shards import fetch_shard
 from ddpm_ray.distributed import worker_group
+from ddpm_ray.runs import train
+from ddpm_ray.runs.train_worker import train_worker
 from ddpm_ray.storage import object_store
 from ddpm_ray.tracking import mlflow_runs
 from ddpm_ray.training import loop
@@ -82,12 +82,12 @@ def noting_worker(settings: dict[str, Any]) -> dict[str, Any]:
 
 def ours(home: Path, steps: int, every: int, failures: int) -> Struck:
     """A run of ours to its end, as jobs/train.py starts it."""
-    training_run.train_worker = noting_worker  # type: ignore[attr-defined]  # the driver's name of it
+    train.train_worker = noting_worker  # type: ignore[attr-defined]  # the driver's name of it
     config = configured(
         home, f"training.steps={steps}", f"training.checkpoint_every_steps={every}",
         f"cluster.max_failures={failures}",
     )  # fmt: skip
-    report = training_run.train(config, home, lambda _: None).report
+    report = train.train(config, home, lambda _: None).report
     rows = mlflow_runs.history(report["run_id"], report["tracking_uri"], "train/loss")
     checkpoints = home / config.name / CHECKPOINTS
     known = CheckpointStore(str(checkpoints)).pointer().references
@@ -99,7 +99,7 @@ def plain(home: Path, steps: int, every: int, failures: int) -> Struck:
     config = configured(home)
     client = MlflowClient(tracking_uri=config.tracking.uri)
     run_id = client.create_run(client.create_experiment("plain")).info.run_id
-    dataset = training_run.packed_data(config)
+    dataset = train.packed_data(config)
     shards = [fetch_shard(dataset, number) for number in range(dataset.manifest.shards)]
     images = np.concatenate([shard.images for shard in shards])
     np.save(home / "images.npy", images.transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1)

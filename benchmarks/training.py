@@ -25,7 +25,6 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from ddpm_ray.assembly import training_run
-from ddpm_ray.cluster.worker import assemble, place
 from ddpm_ray.config.loading import from_dict, load, to_dict
 from ddpm_ray.config.run import ClusterConfig, RunConfig
 from ddpm_ray.counter_rng import Purpose, normal, uniform_int
@@ -33,6 +32,7 @@ from ddpm_ray.data.packing import packer
 from ddpm_ray.data.packing.pack_options import PackOptions
 from ddpm_ray.distributed import worker_group
 from ddpm_ray.reporting import Wish
+from ddpm_ray.runs.train_worker import assemble, place
 from ddpm_ray.tracking import mlflow_runs
 from ddpm_ray.training.loop import Run, report, save, take_step
 from ddpm_ray.training.writer_lease import Lease

@@ -27,7 +27,7 @@ def load(uri: "str | PathLike[str]", device: str | None = None) -> "TrainedModel
             f"models:/<name>@<alias>"
         )
     if where.startswith(("runs:/", "models:/")):
-        from ddpm_ray.cluster.trained import load as load_from_mlflow
+        from ddpm_ray.runs.load_model import load as load_from_mlflow
 
         return load_from_mlflow(where, device)
     from ddpm_ray.assembly.checkpoint_loading import trained_model

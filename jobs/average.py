@@ -25,14 +25,14 @@ def prepare(config: AverageConfig, arguments: Namespace) -> AverageConfig:
     arguments.run = model_place(arguments.run, home)
     if arguments.out and "://" not in arguments.out:
         arguments.out = output_folder("--out", arguments.out, home)
-    from ddpm_ray.cluster import trained  # heavy: after the paths are checked
+    from ddpm_ray.runs import load_model  # heavy: after the paths are checked
 
-    return trained.as_trained(config, arguments.run, arguments.given, home)
+    return load_model.as_trained(config, arguments.run, arguments.given, home)
 
 
 def average(config: AverageConfig, arguments: Namespace) -> dict[str, Any]:
     """Scores by width, and the best of them."""
-    from ddpm_ray.cluster.averaging import sweep  # heavy: after the config is read
+    from ddpm_ray.runs.ema_search import sweep  # heavy: after the config is read
 
     return sweep(arguments.run, config, home_folder(), arguments.out)
 

@@ -18,7 +18,11 @@ from ddpm_ray.config.jobs import DoctorConfig
 
 def doctor(config: DoctorConfig, _: Namespace) -> dict[str, Any]:
     """Each finding; raises UnhealthyError, with the findings told, where one is a failure."""
-    from ddpm_ray.cluster.doctor import UnhealthyError, examine, show  # after the config is read
+    from ddpm_ray.runs.doctor.doctor import (  # after the config is read
+        UnhealthyError,
+        examine,
+        show,
+    )
 
     findings = examine(config, home_folder())
     show(findings)

@@ -17,8 +17,8 @@ from ddpm_ray.config.fault_drill import DrillConfig
 
 def drill(config: DrillConfig, _: Namespace) -> dict[str, Any]:
     """Each fault with what it cost; the table is told on stderr."""
-    from ddpm_ray.cluster.drill import drill as run  # heavy: after the config is read
-    from ddpm_ray.cluster.drill import show_table
+    from ddpm_ray.runs.fault_drill import drill as run  # heavy: after the config is read
+    from ddpm_ray.runs.fault_drill import show_table
 
     done = run(config, home_folder(), ProgressLine("runs"))
     clean, *struck = done

@@ -32,21 +32,21 @@ def prepare(config: EditConfig, arguments: Namespace) -> EditConfig:
     from ddpm_ray.tracking.model_uri import model_place  # fsspec: after the config is read
 
     arguments.model_uri = model_place(arguments.model_uri, home)
-    from ddpm_ray.cluster import trained  # heavy: after the paths are checked
+    from ddpm_ray.runs import load_model  # heavy: after the paths are checked
 
-    return trained.as_trained(config, arguments.model_uri, arguments.given, home)
+    return load_model.as_trained(config, arguments.model_uri, arguments.given, home)
 
 
 def edit(config: EditConfig, arguments: Namespace) -> dict[str, Any]:
     """Where the picture is, how well what is new fits, and what it was painted by."""
     made_ready(arguments.out)
     from ddpm_ray.assembly import edit as build_edit
-    from ddpm_ray.cluster import trained
     from ddpm_ray.data.packing.image_files import from_pixels
+    from ddpm_ray.runs import load_model
     from ddpm_ray.sampling.image_grid import grid
     from ddpm_ray.sampling.image_io import write_picture
 
-    model = trained.load(arguments.model_uri, home=home_folder())
+    model = load_model.load(arguments.model_uri, home=home_folder())
     started = time.perf_counter()
     images, measured = build_edit.edited_files(config, model, arguments.image, arguments.mask)
     write_picture(arguments.out, grid(images) if len(images) > 1 else from_pixels(images[0], 0))

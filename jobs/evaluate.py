@@ -21,14 +21,14 @@ def prepare(config: EvaluateConfig, arguments: Namespace) -> EvaluateConfig:
     from ddpm_ray.tracking.model_uri import model_place  # fsspec: after the config is read
 
     arguments.model_uri = model_place(arguments.model_uri, home)
-    from ddpm_ray.cluster import trained  # heavy: after the paths are checked
+    from ddpm_ray.runs import load_model  # heavy: after the paths are checked
 
-    return trained.as_trained(config, arguments.model_uri, arguments.given, home)
+    return load_model.as_trained(config, arguments.model_uri, arguments.given, home)
 
 
 def evaluate(config: EvaluateConfig, arguments: Namespace) -> dict[str, Any]:
     """Metrics, and their certificate."""
-    from ddpm_ray.cluster.evaluation_run import evaluate as run  # heavy: after the config is read
+    from ddpm_ray.runs.evaluate import evaluate as run  # heavy: after the config is read
 
     return run(arguments.model_uri, config, home_folder())
 

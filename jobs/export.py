@@ -25,17 +25,17 @@ def prepare(config: ExportConfig, arguments: Namespace) -> ExportConfig:
     from ddpm_ray.tracking.model_uri import model_place  # fsspec: after the config is read
 
     arguments.model_uri = model_place(arguments.model_uri, home)
-    from ddpm_ray.cluster import trained  # heavy: after the paths are checked
+    from ddpm_ray.runs import load_model  # heavy: after the paths are checked
 
-    return trained.as_trained(config, arguments.model_uri, arguments.given, home)
+    return load_model.as_trained(config, arguments.model_uri, arguments.given, home)
 
 
 def export_model(config: ExportConfig, arguments: Namespace) -> dict[str, Any]:
     """Where the folder is, how diffusers samples from it, and which weights are in it."""
     from ddpm_ray.assembly import checkpoint_loading  # heavy: after the config is checked
-    from ddpm_ray.cluster import trained
+    from ddpm_ray.runs import load_model
 
-    model = trained.load(arguments.model_uri, home=home_folder())
+    model = load_model.load(arguments.model_uri, home=home_folder())
     export = checkpoint_loading.write_diffusers(model, config.sampling, Path(arguments.out))
     missing = "; ".join(export.no_equivalent) or "nothing"
     print(f"without an equivalent in diffusers: {missing}", file=sys.stderr)

@@ -22,8 +22,8 @@ from ddpm_ray.config.jobs import PackConfig
 
 def pack(config: PackConfig, arguments: Namespace) -> dict[str, Any]:
     """What the data set is, and what became of every file of its source."""
-    from ddpm_ray.cluster import packing  # heavy: after the config is checked
     from ddpm_ray.data.packing import pack_report
+    from ddpm_ray.runs import pack as packing  # heavy: after the config is checked
     from ddpm_ray.storage import object_store
 
     destination = object_store.absolute(arguments.destination, home_folder())

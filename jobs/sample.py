@@ -26,18 +26,20 @@ def prepare(config: SampleConfig, arguments: Namespace) -> SampleConfig:
     from ddpm_ray.tracking.model_uri import model_place  # fsspec: after the config is read
 
     uri = arguments.model_uri = model_place(arguments.model_uri, home)
-    from ddpm_ray.cluster import trained  # heavy: after the paths are checked
+    from ddpm_ray.runs import load_model  # heavy: after the paths are checked
 
-    return trained.as_trained(replace(config, film=film), uri, arguments.given, home)
+    return load_model.as_trained(replace(config, film=film), uri, arguments.given, home)
 
 
 def sample(config: SampleConfig, arguments: Namespace) -> dict[str, Any]:
     """Where the picture is, and what it was drawn from."""
     made_ready(arguments.out, config.film)
-    from ddpm_ray.cluster import trained
+    from ddpm_ray.runs import load_model
     from ddpm_ray.sampling import gif, image_grid, image_io
 
-    model, plan = trained.planned(arguments.model_uri, config.sampling, config.lead, home_folder())
+    model, plan = load_model.planned(
+        arguments.model_uri, config.sampling, config.lead, home_folder()
+    )
     size = config.sampling.batch_size
     calls = -(-config.num_images // size) * (len(plan.steps) - 1)
     line, film, seen = ProgressLine(f"step of {plan.sampler}"), gif.Film(), itertools.count(1)

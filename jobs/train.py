@@ -18,7 +18,7 @@ from ddpm_ray.config.run import RunConfig
 
 def train(config: RunConfig, _: Namespace) -> dict[str, Any]:
     """The run's report; what people want to know is told on stderr."""
-    from ddpm_ray.cluster.training_run import train as run  # heavy: after the config is checked
+    from ddpm_ray.runs.train import train as run  # heavy: after the config is checked
 
     line = ProgressLine("step")
     outcome = run(

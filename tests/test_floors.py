@@ -200,8 +200,12 @@ def test_files_and_functions_are_short_and_named_by_their_idea() -> None:
         ("ddpm_ray.sampling.sampling", "import ddpm_ray", "floor 2 to floor 5"),
         ("ddpm_ray.training.loop", "if TYPE_CHECKING:\n    import ray.train", "ddpm_ray.cluster"),
         ("ddpm_ray.training.loop", "from ray import train", "ddpm_ray.cluster"),
-        ("ddpm_ray.cluster.worker", "import mlflow.pyfunc as p", "cluster.registry only"),
-        ("ddpm_ray.cluster.worker", "from ddpm_ray.command_line import run", "floor 4 to floor 5"),
+        ("ddpm_ray.runs.train_worker", "import mlflow.pyfunc as p", "cluster.registry only"),
+        (
+            "ddpm_ray.runs.train_worker",
+            "from ddpm_ray.command_line import run",
+            "floor 4 to floor 5",
+        ),
         (
             "ddpm_ray.assembly.training_run",
             "from omegaconf import OmegaConf",

@@ -30,12 +30,12 @@ from mlflow import MlflowClient
 from benchmarks.streaming import BUCKET
 from benchmarks.struck.stores import store, use
 from benchmarks.struck.table import Line, seconds, shown
-from ddpm_ray.cluster.training_run import packed_data
-from ddpm_ray.cluster.worker import assemble
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.loading import from_dict, load, to_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.reporting import Progress, Wish
+from ddpm_ray.runs.train import packed_data
+from ddpm_ray.runs.train_worker import assemble
 from ddpm_ray.storage import object_store
 from ddpm_ray.tracking import mlflow_runs
 from ddpm_ray.training import loop

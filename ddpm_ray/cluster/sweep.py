@@ -21,10 +21,8 @@ from ddpm_ray.assembly import diffusion
 from ddpm_ray.cluster import capacity
 from ddpm_ray.cluster.book import Book
 from ddpm_ray.cluster.candidates import Candidates
-from ddpm_ray.cluster.identity import claim
 from ddpm_ray.cluster.ledger import Ledger, Trial
 from ddpm_ray.cluster.sweep_tracking import SweepPlace
-from ddpm_ray.cluster.training_run import check_model, located, packed_data
 from ddpm_ray.cluster.trial import Board, run_trial
 from ddpm_ray.config.loading import flat, from_dict, to_dict, with_values
 from ddpm_ray.config.run import RunConfig
@@ -37,6 +35,8 @@ from ddpm_ray.distributed.placement_groups import HEAD
 from ddpm_ray.distributed.signals import Interrupts
 from ddpm_ray.distributed.worker_group import RunFailedError
 from ddpm_ray.redaction import counted
+from ddpm_ray.runs.run_identity import claim
+from ddpm_ray.runs.train import check_model, located, packed_data
 from ddpm_ray.storage import object_store
 
 log = logging.getLogger(__name__)

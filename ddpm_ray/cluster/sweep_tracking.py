@@ -11,15 +11,15 @@ import torch
 from PIL import Image
 
 from ddpm_ray.cluster import charts, leaderboard
-from ddpm_ray.cluster.identity import IDENTITY
 from ddpm_ray.cluster.leaderboard import Row
 from ddpm_ray.cluster.ledger import Ledger, Trial
-from ddpm_ray.cluster.training_run import artifacts_beside, tags_of
 from ddpm_ray.config.loading import flat, to_yaml
 from ddpm_ray.config.sweep import SweepConfig
 from ddpm_ray.data.shards import Dataset
 from ddpm_ray.data.transforms import pixel_variance
 from ddpm_ray.evaluation.loss_by_snr import linear_guess
+from ddpm_ray.runs.run_identity import IDENTITY
+from ddpm_ray.runs.train import artifacts_beside, tags_of
 from ddpm_ray.storage import checksummed_json, object_store
 from ddpm_ray.storage.object_store import StorageError
 from ddpm_ray.tracking import mlflow_runs, model_registry

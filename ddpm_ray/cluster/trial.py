@@ -15,13 +15,13 @@ from typing import Any
 import ray
 from ray import tune
 
-from ddpm_ray.cluster import training_run
-from ddpm_ray.cluster.training_run import Outcome, PartOf
 from ddpm_ray.config.loading import from_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.distributed import placement_groups
 from ddpm_ray.distributed.control_actor import ControlLostError
 from ddpm_ray.reporting import Progress
+from ddpm_ray.runs import train as training_run
+from ddpm_ray.runs.train import Outcome, PartOf
 from ddpm_ray.storage.object_store import StorageError
 from ddpm_ray.tracking import mlflow_settings
 from ddpm_ray.tracking.mlflow_runs import TrackingError

@@ -12,8 +12,8 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from ddpm_ray.storage import checksummed_json
-from tests.cluster.job import ROOT, TINY_RUN, Job, command_of
 from tests.limits import JOB_S
+from tests.runs.job import ROOT, TINY_RUN, Job, command_of
 
 STEPS = 120
 TINY = (

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from ddpm_ray.cluster import trial
-from ddpm_ray.cluster.training_run import Outcome
 from ddpm_ray.distributed.worker_group import RunFailedError
+from ddpm_ray.runs.train import Outcome
 from ddpm_ray.storage.object_store import StorageError
 from ddpm_ray.tracking.mlflow_runs import TrackingError
 

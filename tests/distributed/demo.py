@@ -15,9 +15,9 @@ import sys
 import time
 from collections import Counter
 
-from tests.cluster.job import TINY_RUN
 from tests.distributed.node import NodeError, lacking
 from tests.distributed.nodes import Nodes, TrackedRun
+from tests.runs.job import TINY_RUN
 
 AS_ROOT = "unshare", "--user", "--map-root-user"
 STEPS, TRIAL_STEPS, TRIALS = 150, 60, 4

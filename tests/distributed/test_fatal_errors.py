@@ -15,9 +15,9 @@ import torch.distributed as dist
 from torch import nn
 
 from ddpm_ray import fault_injection
-from ddpm_ray.cluster import averaging, evaluation_run, worker
 from ddpm_ray.collectives import Workers
 from ddpm_ray.distributed import fatal_errors
+from ddpm_ray.runs import ema_search, evaluate, train_worker
 from ddpm_ray.storage.object_store import StorageError
 from ddpm_ray.training.checkpoints import CheckpointError
 from ddpm_ray.training.divergence_guard import DivergedError
@@ -117,9 +117,9 @@ def test_an_error_of_the_program_is_told_with_its_class_and_place() -> None:
 @pytest.mark.parametrize(
     "work, part",
     [
-        (worker.train_worker, "worker._train"),
-        (evaluation_run.evaluate_worker, "evaluation_run._scores"),
-        (averaging.average_worker, "averaging.scored"),
+        (train_worker.train_worker, "worker._train"),
+        (evaluate.evaluate_worker, "evaluation_run._scores"),
+        (ema_search.average_worker, "averaging.scored"),
     ],
 )
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_workers_tell_what_ends_the_run(
         raise error
 
     monkeypatch.setattr(f"ddpm_ray.cluster.{part}", fails)
-    monkeypatch.setattr(averaging, "place", Workers)
+    monkeypatch.setattr(ema_search, "place", Workers)
     reasons: list[str] = []
     desk = SimpleNamespace(look=lambda: SimpleNamespace(fatal=None), give_up=reasons.append)
     settings = {"desk": desk, "config": {}, "run": "", "step": 0}

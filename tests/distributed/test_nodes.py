@@ -2,10 +2,10 @@
 
 import pytest
 
-from tests.cluster.job import shown
 from tests.distributed.demo import show, training
 from tests.distributed.node import lacking
 from tests.distributed.nodes import HEAD, Nodes
+from tests.runs.job import shown
 
 SECOND = "10.77.0.2"
 

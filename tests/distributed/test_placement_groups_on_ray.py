@@ -15,7 +15,7 @@ from ddpm_ray.config.run import ClusterConfig
 from ddpm_ray.distributed import placement_groups, worker_group
 from ddpm_ray.distributed.worker_group import RunFailedError
 from ddpm_ray.reporting import Progress
-from tests.cluster.job import command_of
+from tests.runs.job import command_of
 
 CPUS = 2.0
 FREE_WITHIN_S = 10.0

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from ddpm_ray import fault_injection
-from ddpm_ray.cluster import worker
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.loading import from_dict, load, to_dict
 from ddpm_ray.config.run import RunConfig
@@ -16,6 +15,7 @@ from ddpm_ray.data.shards import DatasetError, open_dataset
 from ddpm_ray.distributed import control_actor, heartbeat
 from ddpm_ray.distributed.heartbeat import Beat, stalled
 from ddpm_ray.reporting import Wish
+from ddpm_ray.runs import train_worker
 from ddpm_ray.training.state import Snapshot
 from tests.faults.lives import TINY
 from tests.noise import pack_noise
@@ -121,7 +121,7 @@ def settings(tmp_path: Path) -> dict[str, Any]:
 def assemble(settings: dict[str, Any]) -> None:
     config = from_dict(RunConfig, settings["config"])
     alone = Workers(1, 2, torch.device("cpu"))  # not the leader
-    worker.assemble(config, settings, lambda _: Wish.NOTHING, alone)
+    train_worker.assemble(config, settings, lambda _: Wish.NOTHING, alone)
 
 
 @pytest.mark.parametrize("name", ["data", "held-out"])
@@ -139,7 +139,7 @@ def test_a_data_set_that_the_checkpoint_was_not_trained_on_is_refused(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = Snapshot({}, {"data_fingerprint": "0" * 64})
-    monkeypatch.setattr(worker, "_newest", lambda *_: ("checkpoints/step-1", other))
+    monkeypatch.setattr(train_worker, "_newest", lambda *_: ("checkpoints/step-1", other))
     with pytest.raises(DatasetError, match="and the checkpoint was trained on 000000000000"):
         assemble(settings)
 

@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ddpm_ray.cluster import evaluation_run, trained
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.evaluation import EvaluationConfig
 from ddpm_ray.config.jobs import EvaluateConfig
@@ -22,6 +21,7 @@ from ddpm_ray.diffusion import NoiseSchedule, schedules
 from ddpm_ray.evaluation import nearest_neighbours
 from ddpm_ray.evaluation.features.feature_extractor import FeatureNet
 from ddpm_ray.evaluation.memorisation import NEIGHBOURS, SHOWN, Neighbours, nearest, spread
+from ddpm_ray.runs import evaluate, load_model
 from ddpm_ray.sampling.denoiser import Denoiser
 from ddpm_ray.sampling.image_grid import GUTTER_PIXELS, LEGIBLE_PIXELS, MARGIN_PIXELS
 from ddpm_ray.sampling.pipeline import TrainedModel
@@ -233,8 +233,8 @@ def test_the_job_tells_of_a_model_that_recites(
 
     provenance = {"config": to_dict(RunConfig())}
     model = TrainedModel(Denoiser.of_noise(recite, schedule), (3, 6, 6), provenance)
-    monkeypatch.setattr(trained, "load", lambda *_: model)
-    monkeypatch.setattr(evaluation_run, "place", Workers)
+    monkeypatch.setattr(load_model, "load", lambda *_: model)
+    monkeypatch.setattr(evaluate, "place", Workers)
     pack(tmp_path / "held-out", FRESH, [4, 2])
     picture = tmp_path / "nearest.png"
     wanted = EvaluationConfig(
@@ -245,7 +245,7 @@ def test_the_job_tells_of_a_model_that_recites(
     config = EvaluateConfig(data_url=dataset.url, evaluation=wanted)
     desk = SimpleNamespace(look=lambda: SimpleNamespace(fatal=None), give_up=pytest.fail)
     settings = {"model_uri": "", "tracking_uri": "", "config": to_dict(config), "desk": desk}
-    found = evaluation_run.evaluate_worker(settings)
+    found = evaluate.evaluate_worker(settings)
     assert found["metrics"] == {
         "eval/memorised_share": 1,
         "eval/nearest_ratio": 0,

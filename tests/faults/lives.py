@@ -23,13 +23,13 @@ import torch.distributed as dist
 from mlflow import MlflowClient
 
 from ddpm_ray import counter_rng, fault_injection
-from ddpm_ray.cluster import training_run
-from ddpm_ray.cluster.worker import assemble
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.loading import from_dict, load, to_dict, to_yaml
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.counter_rng import Purpose
 from ddpm_ray.reporting import RATES, Progress, Wish
+from ddpm_ray.runs import train as training_run
+from ddpm_ray.runs.train_worker import assemble
 from ddpm_ray.tracking import mlflow_runs
 from ddpm_ray.tracking.run_info import RunCard, TrackedRun
 from ddpm_ray.training.checkpoints import CHECKPOINTS, CheckpointStore

@@ -73,7 +73,7 @@ MUTATIONS = (
              "    state.step += 1\n    run.log.record_skipped()", LOOP),
     Mutation("the norms before are forgotten", "ddpm_ray/training/divergence_guard.py",
              'list(facts["norms"])', "[]", "tests/training/test_divergence_guard.py"),
-    Mutation("bands of half a window are forgotten", "ddpm_ray/cluster/worker.py",
+    Mutation("bands of half a window are forgotten", "ddpm_ray/runs/train_worker.py",
              'log.resume(snapshot.facts["bands"])', "pass", ENDS),
     Mutation("rows that MLflow lacks are forgotten", "ddpm_ray/training/loop.py",
              "for row in run.sink.unsent()", "for row in []", ENDS),

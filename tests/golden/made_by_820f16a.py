@@ -30,7 +30,7 @@ import torch
 from PIL import Image
 from ray.tune.search import Searcher
 
-from ddpm_ray.cluster import capacity, sweep, training_run
+from ddpm_ray.cluster import capacity, sweep
 from ddpm_ray.cluster.ledger import Trial
 from ddpm_ray.cluster.trial import run_trial
 from ddpm_ray.config.loading import load
@@ -42,6 +42,7 @@ from ddpm_ray.data.packing.pack_options import PackOptions
 from ddpm_ray.data.shards import open_dataset
 from ddpm_ray.distributed import worker_group
 from ddpm_ray.reporting import Progress, Wish
+from ddpm_ray.runs import train as training_run
 from ddpm_ray.storage import object_store
 from ddpm_ray.tracking import model_registry
 from ddpm_ray.training import checkpoints

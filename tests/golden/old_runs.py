@@ -19,12 +19,13 @@ from unittest import mock
 import torch
 from safetensors import torch as safetensors
 
-from ddpm_ray.cluster import training_run, worker
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.loading import load
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.distributed import placement_groups, worker_group
 from ddpm_ray.reporting import Progress, Wish
+from ddpm_ray.runs import train as training_run
+from ddpm_ray.runs import train_worker
 from ddpm_ray.tracking import model_registry
 from ddpm_ray.training import checkpoints
 from tests.noise import pack_noise
@@ -90,7 +91,7 @@ def without_ray(wish: Callable[[Progress], Wish] = lambda _: Wish.NOTHING) -> It
 
     with (
         mock.patch.object(worker_group, "run", run),
-        mock.patch.object(worker, "place", return_value=Workers(0, 1)),
+        mock.patch.object(train_worker, "place", return_value=Workers(0, 1)),
         mock.patch.object(placement_groups, "of_this_worker", return_value="none"),
         mock.patch("socket.gethostname", return_value="host"),
         mock.patch.object(model_registry, "log_model"),

@@ -12,12 +12,12 @@ import torch
 import ddpm_ray
 from ddpm_ray.assembly import training_run
 from ddpm_ray.cluster import sweep
-from ddpm_ray.cluster.identity import IDENTITY, claim
 from ddpm_ray.cluster.ledger import Ledger
 from ddpm_ray.config.loading import ConfigError, load, to_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.sweep import SweepConfig
 from ddpm_ray.data.shards import open_dataset
+from ddpm_ray.runs.run_identity import IDENTITY, claim
 from ddpm_ray.storage import checksummed_json
 from ddpm_ray.storage.file_formats import NewerFormatError, package_version
 from ddpm_ray.training import checkpoints

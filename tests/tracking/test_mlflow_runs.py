@@ -23,10 +23,10 @@ from PIL import Image
 from ddpm_ray import fault_injection
 from ddpm_ray.assembly import checkpoint_loading
 from ddpm_ray.assembly import training_run as build
-from ddpm_ray.cluster import training_run
 from ddpm_ray.config.loading import load, to_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.reporting import RATES, Row
+from ddpm_ray.runs import train
 from ddpm_ray.tracking import async_logger, mlflow_runs, model_registry
 from ddpm_ray.tracking.async_logger import Tracker
 from ddpm_ray.tracking.mlflow_runs import TrackingError, TrackingOutageError
@@ -345,7 +345,7 @@ def test_a_server_that_is_away_when_a_run_starts_misses_nothing(
         dataset_url="/shards/digits", dataset_fingerprint="f" * 64,
     )  # fmt: skip
     line.cut()
-    assert training_run._tracked(card) is None
+    assert train._tracked(card) is None
     assert "Training goes on; its rows are kept" in caplog.text
     tracker = Tracker(partial(mlflow_runs.open_run, card), 0.01, [])
     tracker.rows(rows(range(1, 8)))

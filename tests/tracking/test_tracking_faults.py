@@ -14,9 +14,9 @@ import pytest
 from mlflow import MlflowClient
 from PIL import Image
 
-from ddpm_ray.cluster import training_run
 from ddpm_ray.distributed import worker_group
 from ddpm_ray.reporting import Row
+from ddpm_ray.runs import train
 from ddpm_ray.tracking import async_logger, mlflow_client, mlflow_runs, model_registry
 from ddpm_ray.tracking.async_logger import Tracker
 from ddpm_ray.tracking.mlflow_runs import TrackingError, TrackingOutageError, TrackingServerError
@@ -394,9 +394,9 @@ def test_a_run_does_not_finish_before_all_its_rows_are_there(
     if undelivered:
         said = "5 metric rows undelivered, stored in the checkpoint; the same command"
         with pytest.raises(TrackingOutageError, match=said):
-            training_run.train(config, tmp_path, lambda _: None)
+            train.train(config, tmp_path, lambda _: None)
     else:
-        assert training_run.train(config, tmp_path, lambda _: None).finished
+        assert train.train(config, tmp_path, lambda _: None).finished
     client = MlflowClient(f"sqlite:///{tmp_path / 'my.db'}")
     experiment = client.get_experiment_by_name("ddpm-ray")
     (run,) = client.search_runs([experiment.experiment_id])

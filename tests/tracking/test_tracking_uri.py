@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from mlflow.tracking._tracking_service.utils import _tracking_store_registry
 
-from ddpm_ray.cluster.training_run import artifacts_beside, located
 from ddpm_ray.config.loading import ConfigError, load
 from ddpm_ray.config.run import RunConfig
+from ddpm_ray.runs.train import artifacts_beside, located
 from ddpm_ray.tracking import tracking_uri as tracking_place_module
 from ddpm_ray.tracking.tracking_uri import (
     NAMES,
@@ -131,7 +131,7 @@ def test_a_notebook_keeps_its_own_settings_of_mlflow() -> None:
     """Loading a model neither sets MLflow's variables nor silences its loggers; a job does."""
     code = """
 import logging, os
-import ddpm_ray, ddpm_ray.cluster.trained, ddpm_ray.tracking.mlflow_runs, ddpm_ray.tracking.model_registry
+import ddpm_ray, ddpm_ray.runs.load_model, ddpm_ray.tracking.mlflow_runs, ddpm_ray.tracking.model_registry
 print(sorted(key for key in os.environ if key.startswith("MLFLOW_")))
 print(logging.getLogger("urllib3").level)
 from ddpm_ray.tracking import mlflow_settings

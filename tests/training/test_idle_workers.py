@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from ddpm_ray.assembly import training_run
-from ddpm_ray.cluster import evaluation_run, trained
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.evaluation import EvaluationConfig
 from ddpm_ray.config.jobs import EvaluateConfig
@@ -23,6 +22,7 @@ from ddpm_ray.diffusion import schedules
 from ddpm_ray.diffusion.process import NoiseSchedule
 from ddpm_ray.evaluation.memorisation import nearest, spread
 from ddpm_ray.evaluation.reference_statistics import reference
+from ddpm_ray.runs import evaluate, load_model
 from ddpm_ray.sampling.denoiser import Denoiser
 from ddpm_ray.sampling.pipeline import TrainedModel
 from ddpm_ray.sampling.sampling import SamplingPlan, draw_uint8
@@ -85,13 +85,13 @@ def test_a_model_is_scored_the_same_by_more_workers_than_images(
     config = EvaluateConfig(data_url=packed(tmp_path / "data", 8), evaluation=wanted)
     config = replace(config, sampling=replace(config.sampling, steps=2))
     here = threading.local()
-    monkeypatch.setattr(trained, "load", lambda *_: model)
-    monkeypatch.setattr(evaluation_run, "place", lambda: here.workers)
+    monkeypatch.setattr(load_model, "load", lambda *_: model)
+    monkeypatch.setattr(evaluate, "place", lambda: here.workers)
 
     def metrics(workers: Workers) -> dict[str, float]:
         here.workers = workers
         settings = {"model_uri": "", "tracking_uri": ""}
-        found: dict[str, float] = evaluation_run._scores(config, settings)["metrics"]
+        found: dict[str, float] = evaluate._scores(config, settings)["metrics"]
         return found
 
     alone = metrics(Workers())

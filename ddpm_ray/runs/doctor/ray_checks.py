@@ -14,10 +14,10 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from ray.util.state import list_nodes
 
-from ddpm_ray.cluster.checkups import ANSWER_S, INSTALL, Clock, Finding, clock, versions
 from ddpm_ray.config.jobs import DoctorConfig
 from ddpm_ray.distributed.ray_address import require_listener
 from ddpm_ray.redaction import counted
+from ddpm_ray.runs.doctor.checks import ANSWER_S, INSTALL, Clock, Finding, clock, versions
 
 CLOCK_S = 1.0
 MOST_NAMED = 3  # nodes that a line names before it counts the rest

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import ray
 
-from ddpm_ray.cluster import evaluation_run
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.loading import given_keys, load
-from tests.cluster.job import ROOT
-from tests.cluster.test_averaging import KEPT, alone, wandering
+from ddpm_ray.runs import evaluate
+from tests.runs.job import ROOT
+from tests.runs.test_ema_search import KEPT, alone, wandering
 
 OWN = {"sampler": "ancestral", "steps": 3, "seed": 7}  # what the run is sampled with
 SCORED = (
@@ -64,7 +64,7 @@ def test_a_worker_on_ray_scores_a_run_by_its_own_sampling(
     wandering(run, *KEPT, *(f"sampling.{key}={value}" for key, value in OWN.items()))
     found = result_of(name, run)
     alone(monkeypatch)
-    monkeypatch.setattr(evaluation_run, "place", Workers)
+    monkeypatch.setattr(evaluate, "place", Workers)
     known = result_of(name, run)
     numbers = {"evaluate": ("metrics",), "average": ("scores", "misfits")}[name]
     for key in numbers:

@@ -12,9 +12,9 @@ import torch
 from mlflow import MlflowClient
 
 from ddpm_ray.assembly import checkpoint_loading, training_run
-from ddpm_ray.cluster import trained
 from ddpm_ray.config.loading import load, to_dict
 from ddpm_ray.config.run import RunConfig
+from ddpm_ray.runs import load_model
 from ddpm_ray.tracking import mlflow_runs
 from ddpm_ray.tracking.mlflow_runs import TrackingError
 from ddpm_ray.training.checkpoints import CheckpointStore
@@ -75,7 +75,7 @@ def test_code_beside_the_weights_is_not_run(
         mlflow_database, "hostile", "a", "a", str(tmp_path / "art")
     )
     MlflowClient(tracking_uri=mlflow_database).log_artifacts(run.run_id, str(model), "model")
-    read = trained.load(f"runs:/{run.run_id}/model", "cpu", mlflow_database)
+    read = load_model.load(f"runs:/{run.run_id}/model", "cpu", mlflow_database)
     expected = checkpoint_loading.trained_model(checkpoint).sample(2, steps=3)
     assert (read.sample(2, steps=3) == expected).all()
     assert not ran.exists()
@@ -92,5 +92,5 @@ def test_a_model_that_is_code_alone_is_none_of_ours(mlflow_database: str, tmp_pa
     )
     MlflowClient(tracking_uri=mlflow_database).log_artifacts(run.run_id, str(model), "model")
     with pytest.raises(TrackingError, match="this model holds no checkpoint of ours"):
-        trained.load(f"runs:/{run.run_id}/model", "cpu", mlflow_database)
+        load_model.load(f"runs:/{run.run_id}/model", "cpu", mlflow_database)
     assert not ran.exists()

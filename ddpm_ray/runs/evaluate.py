@@ -12,8 +12,6 @@ import torch
 from torch import Tensor
 
 from ddpm_ray.assembly import diffusion, training_run
-from ddpm_ray.cluster import trained
-from ddpm_ray.cluster.worker import place
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.evaluation import EvaluationConfig
 from ddpm_ray.config.jobs import EvaluateConfig
@@ -28,6 +26,8 @@ from ddpm_ray.evaluation.memorisation import Neighbours, nearest, spread
 from ddpm_ray.evaluation.reference_statistics import reference
 from ddpm_ray.evaluation.sample_quality import Scores
 from ddpm_ray.evaluation.vlb_over_dataset import BitsPerDim, bits_per_dim
+from ddpm_ray.runs import load_model
+from ddpm_ray.runs.train_worker import place
 from ddpm_ray.sampling.pipeline import TrainedModel
 from ddpm_ray.sampling.sampling import SamplingPlan, draw_uint8
 from ddpm_ray.storage import object_store
@@ -46,12 +46,12 @@ def evaluate(model_uri: str, config: EvaluateConfig, home: Path) -> dict[str, An
     tracking_uri = tracking_place(home)
     if not model_uri.startswith(IN_MLFLOW):
         model_uri = object_store.absolute(model_uri, home)
-    model = trained.load(model_uri, tracking_uri=tracking_uri)
+    model = load_model.load(model_uri, tracking_uri=tracking_uri)
     begun = from_dict(RunConfig, model.provenance["config"])
     lead = config.lead
     knows = bool(lead.classifier)
     plan = diffusion.checked_plan(config.sampling, begun, model.denoiser.schedule, led=knows)
-    trained.led(model, lead, plan, tracking_uri)  # before Ray starts: whether the two fit
+    load_model.led(model, lead, plan, tracking_uri)  # before Ray starts: whether the two fit
     wanted, most = config.evaluation, begun.schedule.num_steps
     for key, value, asked in (
         ("bits_per_dim_terms", wanted.bits_per_dim_terms, wanted.bits_per_dim_images),
@@ -118,9 +118,9 @@ def _scores(config: EvaluateConfig, settings: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
     object_store.be_patient(config.cluster.storage_timeout_s)
     workers = place()
-    model = trained.load(settings["model_uri"], workers.device, settings["tracking_uri"])
+    model = load_model.load(settings["model_uri"], workers.device, settings["tracking_uri"])
     plan = diffusion.sampling_plan(config.sampling, model.denoiser.schedule)
-    model = trained.led(model, config.lead, plan, settings["tracking_uri"])
+    model = load_model.led(model, config.lead, plan, settings["tracking_uri"])
     begun, dataset = from_dict(RunConfig, model.provenance["config"]), open_dataset(config.data_url)
     drawn = max(config.evaluation.num_images, config.evaluation.memorisation_images, 1)
     count = min(drawn, int(dataset.counts.sum()))

@@ -13,12 +13,12 @@ import torch
 from mlflow import MlflowClient
 
 from ddpm_ray.assembly import training_run
-from ddpm_ray.cluster import evaluation_run, trained
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.jobs import EvaluateConfig
 from ddpm_ray.config.loading import ConfigError, from_dict, load, to_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.distributed import worker_group
+from ddpm_ray.runs import evaluate, load_model
 from ddpm_ray.tracking import mlflow_runs
 from ddpm_ray.training.checkpoints import CheckpointError, CheckpointStore
 from tests.noise import pack_noise
@@ -92,12 +92,12 @@ def test_the_driver_of_an_evaluation_and_its_worker_download_once_each(
     def run(worker: Callable[..., Any], settings: dict[str, Any], *_: Any) -> Any:
         assert downloads == [model]
         assert not left(tmp_path)
-        return evaluation_run._scores(from_dict(EvaluateConfig, settings["config"]), settings)
+        return evaluate._scores(from_dict(EvaluateConfig, settings["config"]), settings)
 
     monkeypatch.setattr(worker_group, "run", run)
-    monkeypatch.setattr(evaluation_run, "place", lambda: Workers(0, 1, torch.device("cpu")))
-    config = trained.as_trained(config, model, given, tmp_path)
-    evaluation_run.evaluate(model, config, tmp_path)
+    monkeypatch.setattr(evaluate, "place", lambda: Workers(0, 1, torch.device("cpu")))
+    config = load_model.as_trained(config, model, given, tmp_path)
+    evaluate.evaluate(model, config, tmp_path)
     assert downloads == [model, model]
     assert not left(tmp_path)
 
@@ -106,7 +106,7 @@ def test_each_load_of_a_notebook_asks_anew(
     model: str, downloads: list[str], tmp_path: Path
 ) -> None:
     """An alias may have gone to another version."""
-    first, second = (trained.load(model, "cpu") for _ in range(2))
+    first, second = (load_model.load(model, "cpu") for _ in range(2))
     assert downloads == [model, model]
     assert (first.sample(1) == second.sample(1)).all()
     assert not left(tmp_path)
@@ -140,10 +140,10 @@ def test_a_uri_that_lacks_a_part_says_which(
     monkeypatch.setattr(mlflow.artifacts, "download_artifacts", lambda uri, **_: 1 / 0)
     if says:
         with pytest.raises(ConfigError, match=says):
-            trained.load(uri, "cpu")
+            load_model.load(uri, "cpu")
     else:  # it is asked for
         with pytest.raises(ZeroDivisionError, match="by zero"):
-            trained.load(uri, "cpu")
+            load_model.load(uri, "cpu")
 
 
 @pytest.mark.parametrize(
@@ -155,4 +155,4 @@ def test_a_missing_folder_is_no_folder_without_a_checkpoint(
 ) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match=f"{name}: {says}; name a run's folder"):
-        trained.load(str(tmp_path / name), "cpu")
+        load_model.load(str(tmp_path / name), "cpu")

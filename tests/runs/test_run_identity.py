@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from ddpm_ray.assembly import training_run
-from ddpm_ray.cluster import identity
-from ddpm_ray.cluster.identity import CLAIMS, IDENTITY, claim
 from ddpm_ray.cluster.ledger import Ledger
 from ddpm_ray.config.loading import ConfigError, load, to_dict
 from ddpm_ray.config.run import RunConfig
+from ddpm_ray.runs import run_identity
+from ddpm_ray.runs.run_identity import CLAIMS, IDENTITY, claim
 from ddpm_ray.storage import checksummed_json, object_store
 from ddpm_ray.training.checkpoints import CHECKPOINTS, CheckpointStore
 from ddpm_ray.training.state import Snapshot
@@ -81,14 +81,14 @@ def test_a_claim_whose_driver_died_long_ago_counts_no_more(
         object_store.join(folder, CLAIMS, "0" * 32 + ".json"), begun(identity="0" * 32)
     )
     threading.Event().wait(1.1)  # buckets count in seconds
-    monkeypatch.setattr(identity, "FORGOTTEN_S", 0.5)
+    monkeypatch.setattr(run_identity, "FORGOTTEN_S", 0.5)
     assert claim(folder, begun(), nothing) != "0" * 32
 
 
 def test_a_storage_that_is_slow_holds_no_start_up_for_ever(
     s3: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(identity, "SETTLE_S", 0.0)  # no answer is as fast
+    monkeypatch.setattr(run_identity, "SETTLE_S", 0.0)  # no answer is as fast
     folder = object_store.join(s3, "slow")
     found = claim(folder, begun(), nothing)
     assert checksummed_json.read(object_store.join(folder, IDENTITY))["identity"] == found

@@ -12,8 +12,8 @@ import pytest
 from mlflow import MlflowClient
 
 from ddpm_ray.storage import checksummed_json
-from tests.cluster.job import ROOT, TINY_RUN, Job
 from tests.limits import JOB_S
+from tests.runs.job import ROOT, TINY_RUN, Job
 
 STEPS = 4000  # more than it comes to
 LONG = (

@@ -17,9 +17,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ddpm_ray.cluster import checkups, doctor
-from ddpm_ray.cluster.checkups import Finding, clock
 from ddpm_ray.config.jobs import DoctorConfig
+from ddpm_ray.runs.doctor import checks, doctor
+from ddpm_ray.runs.doctor.checks import Finding, clock
 from ddpm_ray.storage import object_store
 from ddpm_ray.tracking.tracking_uri import tracking_place
 
@@ -191,7 +191,7 @@ def test_a_clock_that_is_off_is_a_failure(stub: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stub", [(401, 0), (404, 0)], indirect=True)
 def test_a_server_that_refuses_is_told_with_the_way_in(stub: str, tmp_path: Path) -> None:
-    (finding,) = checkups.mlflow_answers(DoctorConfig(tracking_uri=stub), tmp_path)
+    (finding,) = checks.mlflow_answers(DoctorConfig(tracking_uri=stub), tmp_path)
     assert isinstance(finding, Finding)
     assert finding.verdict == "fail"
     assert ("MLFLOW_TRACKING_PASSWORD" in finding.remedy) == ("401" in finding.found)
@@ -201,7 +201,7 @@ def test_a_password_in_the_address_is_refused_as_a_run_would_be(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:hush@mlflow.example.com")
-    (finding,) = checkups.mlflow_answers(DoctorConfig(), tmp_path)
+    (finding,) = checks.mlflow_answers(DoctorConfig(), tmp_path)
     assert isinstance(finding, Finding)
     assert finding.verdict == "fail"
     assert "MLFLOW_TRACKING_PASSWORD" in finding.remedy
@@ -209,12 +209,12 @@ def test_a_password_in_the_address_is_refused_as_a_run_would_be(
 
 
 def test_a_database_is_tried_where_runs_would_make_it(tmp_path: Path, mlflow_database: str) -> None:
-    (finding,) = checkups.mlflow_answers(DoctorConfig(), tmp_path)
+    (finding,) = checks.mlflow_answers(DoctorConfig(), tmp_path)
     assert isinstance(finding, Finding)
     assert tracking_place(tmp_path).endswith(finding.found.partition(":")[0])
     broken = tmp_path / "mlflow.db"
     broken.write_bytes(b"not a database, and long enough to be seen as none" * 10)
-    (finding,) = checkups.mlflow_answers(DoctorConfig(), tmp_path)
+    (finding,) = checks.mlflow_answers(DoctorConfig(), tmp_path)
     assert isinstance(finding, Finding)
     assert finding.verdict == "fail"
     assert "not a database" in finding.found
@@ -227,8 +227,8 @@ def test_a_database_is_tried_where_runs_would_make_it(tmp_path: Path, mlflow_dat
 def test_packages_are_held_against_pyproject(
     name: str, number: str, verdict: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkups, "version", lambda n: number if n == name else version(n))
-    (finding,) = checkups.packages()
+    monkeypatch.setattr(checks, "version", lambda n: number if n == name else version(n))
+    (finding,) = checks.packages()
     assert finding.verdict == verdict, finding
     assert f"{name} {number.partition('+')[0]}" in finding.found
 

@@ -18,10 +18,6 @@ from typing import Any
 import torch
 
 from ddpm_ray.assembly import diffusion, training_run
-from ddpm_ray.cluster import evaluation_run
-from ddpm_ray.cluster.identity import claim
-from ddpm_ray.cluster.packing import pack
-from ddpm_ray.cluster.worker import train_worker
 from ddpm_ray.config.jobs import PackConfig
 from ddpm_ray.config.loading import ConfigError, flat, to_dict, to_yaml
 from ddpm_ray.config.run import RunConfig
@@ -30,6 +26,10 @@ from ddpm_ray.data.shards import MANIFEST, Dataset, open_dataset
 from ddpm_ray.distributed import worker_group
 from ddpm_ray.redaction import counted
 from ddpm_ray.reporting import Progress
+from ddpm_ray.runs import evaluate
+from ddpm_ray.runs.pack import pack
+from ddpm_ray.runs.run_identity import claim
+from ddpm_ray.runs.train_worker import train_worker
 from ddpm_ray.storage import object_store
 from ddpm_ray.storage.object_store import StorageError
 from ddpm_ray.tracking import mlflow_runs, model_registry
@@ -202,7 +202,7 @@ def located(config: RunConfig, home: Path) -> RunConfig:
         config,
         storage=object_store.absolute(config.storage, home),
         data=dataclasses.replace(config.data, url=object_store.absolute(config.data.url, home)),
-        evaluation=evaluation_run.located(config.evaluation, home),
+        evaluation=evaluate.located(config.evaluation, home),
         tracking=dataclasses.replace(
             config.tracking, uri=tracking_place(home, config.tracking.uri)
         ),

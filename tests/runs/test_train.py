@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from ddpm_ray.cluster.training_run import git_commit, packed_data, user_name
 from ddpm_ray.config.loading import ConfigError, load
 from ddpm_ray.config.run import RunConfig
+from ddpm_ray.runs.train import git_commit, packed_data, user_name
 from tests.noise import pack_noise
 
 

@@ -17,11 +17,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from ddpm_ray import fault_injection
-from ddpm_ray.cluster.training_run import train
 from ddpm_ray.config.fault_drill import DrillConfig
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.redaction import told
 from ddpm_ray.reporting import Progress
+from ddpm_ray.runs.train import train
 from ddpm_ray.tracking import mlflow_runs
 from ddpm_ray.training.checkpoints import GROUPS, weights_sha256
 

@@ -11,8 +11,6 @@ from typing import Any
 import torch
 
 from ddpm_ray.assembly import checkpoint_loading, diffusion, training_run
-from ddpm_ray.cluster.evaluation_run import located
-from ddpm_ray.cluster.worker import place
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.ema_search import AverageConfig
 from ddpm_ray.config.loading import ConfigError, from_dict, to_dict
@@ -22,6 +20,8 @@ from ddpm_ray.distributed.control_actor import Desk
 from ddpm_ray.evaluation import sample_quality
 from ddpm_ray.evaluation.reference_statistics import reference
 from ddpm_ray.models.unet import UNet
+from ddpm_ray.runs.evaluate import located
+from ddpm_ray.runs.train_worker import place
 from ddpm_ray.storage import object_store
 from ddpm_ray.storage.file_formats import package_version
 from ddpm_ray.training import checkpoints

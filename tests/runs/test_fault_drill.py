@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from ddpm_ray.cluster.drill import Drilled
 from ddpm_ray.config.fault_drill import DrillConfig
 from ddpm_ray.config.loading import ConfigError, load
-from tests.cluster.job import ROOT, Job
+from ddpm_ray.runs.fault_drill import Drilled
 from tests.faults.schedules import kills
+from tests.runs.job import ROOT, Job
 
 CONFIG = str(ROOT / "conf/drill/digits.yaml")
 

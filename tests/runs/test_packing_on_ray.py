@@ -8,11 +8,11 @@ import pytest
 import ray
 from PIL import Image
 
-from ddpm_ray.cluster.packing import pack
 from ddpm_ray.config.jobs import PackConfig
 from ddpm_ray.data.packing import packer
 from ddpm_ray.data.packing.image_files import BadImageError
 from ddpm_ray.data.packing.pack_options import PackOptions
+from ddpm_ray.runs.pack import pack
 
 SHARD_BYTES = 2 << 20  # 32 of the pictures below
 

@@ -14,9 +14,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from ddpm_ray.cluster import checkups
-from ddpm_ray.cluster.checkups import SET_CLOCK, Clock, Finding
 from ddpm_ray.config.jobs import DoctorConfig
+from ddpm_ray.runs.doctor import checks
+from ddpm_ray.runs.doctor.checks import SET_CLOCK, Clock, Finding
 
 SLOW = {  # what is tried by a process of its own, and what to do where that does not end
     "storage": "check AWS_ENDPOINT_URL, the network, and that the store is up",
@@ -39,7 +39,7 @@ def examine(config: DoctorConfig, home: Path) -> list[Finding]:
     until = time.monotonic() + config.timeout_s
     spawn = multiprocessing.get_context("spawn")  # fsspec's and Ray's threads do not survive a fork
     watched: dict[Connection, tuple[str, BaseProcess]] = {}
-    found: dict[str, list[Found]] = {"packages": list(checkups.packages())}
+    found: dict[str, list[Found]] = {"packages": list(checks.packages())}
     for check in SLOW:
         receiver, sender = spawn.Pipe(duplex=False)
         process: BaseProcess = spawn.Process(
@@ -108,11 +108,11 @@ def _try(check: str, config: DoctorConfig, home: Path, until: float, found: Conn
 def _look(check: str, config: DoctorConfig, home: Path, until: float) -> Iterator[Found]:
     match check:
         case "storage":
-            return checkups.storage_keeps(config, home)
+            return checks.storage_keeps(config, home)
         case "MLflow":
-            return checkups.mlflow_answers(config, home)
+            return checks.mlflow_answers(config, home)
         case _:
-            from ddpm_ray.cluster.ray_checkup import ray_answers  # heavy, and needed here alone
+            from ddpm_ray.runs.doctor.ray_checks import ray_answers  # heavy, and needed here alone
 
             return ray_answers(config, until - SPARE_S)
 

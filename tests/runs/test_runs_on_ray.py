@@ -12,9 +12,9 @@ from mlflow import MlflowClient
 
 from ddpm_ray.reporting import RATES
 from ddpm_ray.storage import checksummed_json
-from tests.cluster.job import ROOT, TINY_RUN, Job, command_of, rows
 from tests.faults.lives import Ended, Life, hashes
 from tests.limits import JOB_S
+from tests.runs.job import ROOT, TINY_RUN, Job, command_of, rows
 
 STEPS = 240  # some seconds: progress is told once a second
 TINY = (
