@@ -37,16 +37,16 @@ from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 from PIL import Image
 from ray.train.torch import TorchTrainer
 
-from ddpm_ray.cluster.book import Book
-from ddpm_ray.cluster.candidates import Candidates
-from ddpm_ray.cluster.ledger import Ledger
-from ddpm_ray.cluster.sweep import sweep, worth
-from ddpm_ray.cluster.sweep_tracking import SweepPlace
-from ddpm_ray.cluster.trial import EVENT
 from ddpm_ray.config.loading import load
 from ddpm_ray.config.sweep import SweepConfig
 from ddpm_ray.distributed import worker_group
 from ddpm_ray.runs.train import packed_data
+from ddpm_ray.sweep.driver import sweep, worth
+from ddpm_ray.sweep.mlflow_report import SweepPlace
+from ddpm_ray.sweep.trial import EVENT
+from ddpm_ray.sweep.trial_scheduler import Book
+from ddpm_ray.sweep.trial_store import Ledger
+from ddpm_ray.sweep.tune_searcher import Candidates
 from ddpm_ray.tracking import mlflow_runs
 from ddpm_ray.training.validation_loss import LEVELS
 

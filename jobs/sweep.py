@@ -27,8 +27,8 @@ from ddpm_ray.config.sweep import SweepConfig
 
 def sweep(config: SweepConfig, _: Namespace) -> dict[str, Any]:
     """The sweep's report; the table of its trials is told on stderr."""
-    from ddpm_ray.cluster.leaderboard import as_text, standings  # heavy: after the config is read
-    from ddpm_ray.cluster.sweep import sweep as run
+    from ddpm_ray.sweep.driver import sweep as run
+    from ddpm_ray.sweep.leaderboard import as_text, standings  # heavy: after the config is read
 
     outcome = run(config, home_folder(), ProgressLine("trials"))
     report, score = outcome.report, config.score

@@ -58,7 +58,7 @@ DOORS = {  # outside package: where alone it may be imported
     "botocore": (),
     "fsspec": ("ddpm_ray.storage.object_store",),
     "s3fs": ("ddpm_ray.storage.object_store",),
-    "matplotlib": ("ddpm_ray.cluster.charts",),
+    "matplotlib": ("ddpm_ray.sweep.charts",),
     "mlflow": tuple(
         f"ddpm_ray.cluster.{name}" for name in ("tracking", "mlflow_client", "registry")
     ),
@@ -66,7 +66,7 @@ DOORS = {  # outside package: where alone it may be imported
     "sklearn": ("ddpm_ray.data.packing.builtin_datasets",),
     "omegaconf": ("ddpm_ray.config.loading",),
     "yaml": ("ddpm_ray.config.yaml_text",),
-    "optuna": ("ddpm_ray.cluster.search",),
+    "optuna": ("ddpm_ray.sweep.search",),
     "torchmetrics": (),  # their compiled halves tie us to one torch build
     "torchvision": (),
 }

@@ -9,12 +9,12 @@ import psutil
 import pytest
 import ray
 
-from ddpm_ray.cluster import capacity
 from ddpm_ray.config.loading import ConfigError
 from ddpm_ray.config.run import ClusterConfig
 from ddpm_ray.distributed import placement_groups, worker_group
 from ddpm_ray.distributed.worker_group import RunFailedError
 from ddpm_ray.reporting import Progress
+from ddpm_ray.sweep import capacity
 from tests.runs.job import command_of
 
 CPUS = 2.0

@@ -30,9 +30,6 @@ import torch
 from PIL import Image
 from ray.tune.search import Searcher
 
-from ddpm_ray.cluster import capacity, sweep
-from ddpm_ray.cluster.ledger import Trial
-from ddpm_ray.cluster.trial import run_trial
 from ddpm_ray.config.loading import load
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.sweep import SweepConfig
@@ -44,6 +41,9 @@ from ddpm_ray.distributed import worker_group
 from ddpm_ray.reporting import Progress, Wish
 from ddpm_ray.runs import train as training_run
 from ddpm_ray.storage import object_store
+from ddpm_ray.sweep import capacity, driver
+from ddpm_ray.sweep.trial import run_trial
+from ddpm_ray.sweep.trial_store import Trial
 from ddpm_ray.tracking import model_registry
 from ddpm_ray.training import checkpoints
 from tests.golden.old_runs import cpu_model, without_ray
@@ -97,7 +97,7 @@ def run_sweep(home: Path, interrupted: int | None = None) -> tuple[list[int], li
         run_trial(told, **settings)
 
     with _without_tune(lambda: begun[-1:] == [interrupted]), without_ray(wish):
-        outcome = sweep.sweep(config, home, lambda *_: None, work)
+        outcome = driver.sweep(config, home, lambda *_: None, work)
     assert outcome.finished == (interrupted is None)
     return begun, outcome.trials
 
@@ -170,8 +170,8 @@ def _without_tune(stops: Callable[[], bool]) -> Iterator[None]:
     board = mock.MagicMock()
     board.return_value.is_to_stop.return_value = False
     with (
-        mock.patch.object(sweep, "_run_tune", run_all),
-        mock.patch.object(sweep, "Board", board),
+        mock.patch.object(driver, "_run_tune", run_all),
+        mock.patch.object(driver, "Board", board),
         mock.patch("ray.tune.with_parameters", partial),
         mock.patch.object(worker_group, "connect"),
         mock.patch.object(capacity, "trials_at_once", return_value=1),

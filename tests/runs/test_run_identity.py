@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from ddpm_ray.assembly import training_run
-from ddpm_ray.cluster.ledger import Ledger
 from ddpm_ray.config.loading import ConfigError, load, to_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.runs import run_identity
 from ddpm_ray.runs.run_identity import CLAIMS, IDENTITY, claim
 from ddpm_ray.storage import checksummed_json, object_store
+from ddpm_ray.sweep.trial_store import Ledger
 from ddpm_ray.training.checkpoints import CHECKPOINTS, CheckpointStore
 from ddpm_ray.training.state import Snapshot
 from tests.limits import ENDS_S

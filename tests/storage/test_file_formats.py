@@ -11,8 +11,6 @@ import torch
 
 import ddpm_ray
 from ddpm_ray.assembly import training_run
-from ddpm_ray.cluster import sweep
-from ddpm_ray.cluster.ledger import Ledger
 from ddpm_ray.config.loading import ConfigError, load, to_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.sweep import SweepConfig
@@ -20,6 +18,8 @@ from ddpm_ray.data.shards import open_dataset
 from ddpm_ray.runs.run_identity import IDENTITY, claim
 from ddpm_ray.storage import checksummed_json
 from ddpm_ray.storage.file_formats import NewerFormatError, package_version
+from ddpm_ray.sweep import driver
+from ddpm_ray.sweep.trial_store import Ledger
 from ddpm_ray.training import checkpoints
 from ddpm_ray.training.checkpoints import CheckpointStore
 from ddpm_ray.training.ema_snapshots import SnapshotStore
@@ -173,7 +173,7 @@ def test_a_key_of_a_later_version_names_that_version(tmp_path: Path) -> None:
 
     found = {"sweep": with_a_new_key(SweepConfig()), "version": LATER, "folder": "there"}
     with pytest.raises(ConfigError, match=rf"^there: a saved config has run\.{NEW_KEY}"):
-        sweep._differing(SweepConfig(), found)
+        driver._differing(SweepConfig(), found)
 
     facts = {"config": with_a_new_key(load(RunConfig, None, GIVEN)), "version": LATER}
     CheckpointStore(str(tmp_path / "trained/checkpoints")).save(snapshot(1, **facts))

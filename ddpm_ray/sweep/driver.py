@@ -1,7 +1,7 @@
 """A sweep seen from its driver: check, find where it stands, run trials on Ray Tune, tell.
 
 Tune starts the trials' drivers and carries their reports; what is to be done stands in the book
-(cluster/book.py), which outlives any crash. Tune's own snapshots are not used: they are taken every
+(sweep/trial_scheduler.py), which outlives any crash. Tune's own snapshots are not used: they are taken every
 ten seconds, and start trials that were at work from their beginning.
 """
 
@@ -18,12 +18,6 @@ from typing import Any
 from ray import tune
 
 from ddpm_ray.assembly import diffusion
-from ddpm_ray.cluster import capacity
-from ddpm_ray.cluster.book import Book
-from ddpm_ray.cluster.candidates import Candidates
-from ddpm_ray.cluster.ledger import Ledger, Trial
-from ddpm_ray.cluster.sweep_tracking import SweepPlace
-from ddpm_ray.cluster.trial import Board, run_trial
 from ddpm_ray.config.loading import flat, from_dict, to_dict, with_values
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.sweep import SweepConfig
@@ -38,6 +32,12 @@ from ddpm_ray.redaction import counted
 from ddpm_ray.runs.run_identity import claim
 from ddpm_ray.runs.train import check_model, located, packed_data
 from ddpm_ray.storage import object_store
+from ddpm_ray.sweep import capacity
+from ddpm_ray.sweep.mlflow_report import SweepPlace
+from ddpm_ray.sweep.trial import Board, run_trial
+from ddpm_ray.sweep.trial_scheduler import Book
+from ddpm_ray.sweep.trial_store import Ledger, Trial
+from ddpm_ray.sweep.tune_searcher import Candidates
 
 log = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 from html import escape
 from typing import Any, get_args
 
-from ddpm_ray.cluster.ledger import Status, Trial
 from ddpm_ray.redaction import counted
+from ddpm_ray.sweep.trial_store import Status, Trial
 
 STATUSES: tuple[Status, ...] = ("finished", "running", "stopped", "pruned", "failed")  # as ordered
 assert set(STATUSES) == set(get_args(Status))

@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 
-from ddpm_ray.cluster import trial
 from ddpm_ray.distributed.worker_group import RunFailedError
 from ddpm_ray.runs.train import Outcome
 from ddpm_ray.storage.object_store import StorageError
+from ddpm_ray.sweep import trial
 from ddpm_ray.tracking.mlflow_runs import TrackingError
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Ray's and MLflow's

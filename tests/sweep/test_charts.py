@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageChops
 
-from ddpm_ray.cluster import charts
-from ddpm_ray.cluster.leaderboard import STATUSES, standings
-from ddpm_ray.cluster.ledger import Status, Trial
 from ddpm_ray.sampling.image_grid import GUTTER_PIXELS, grid
+from ddpm_ray.sweep import charts
+from ddpm_ray.sweep.leaderboard import STATUSES, standings
+from ddpm_ray.sweep.trial_store import Status, Trial
 
 pytestmark = pytest.mark.xdist_group("charts")  # a minute that needs neither Ray nor MLflow
 
@@ -258,5 +258,5 @@ def test_a_contact_sheet_stays_of_a_size_to_open() -> None:
 
 def test_nothing_shares_pyplot() -> None:
     """Its figures live until someone closes them, and a driver draws for days."""
-    script = "import sys, ddpm_ray.cluster.charts; sys.exit('matplotlib.pyplot' in sys.modules)"
+    script = "import sys, ddpm_ray.sweep.charts; sys.exit('matplotlib.pyplot' in sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True)

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ddpm_ray.cluster.stopping import EarlyStopping
 from ddpm_ray.config.sweep import StoppingConfig
+from ddpm_ray.sweep.early_stopping import EarlyStopping
 
 Kind = Literal["asha", "median", "none", "pbt"]
 Report = tuple[int, int, float]  # trial, step, common loss

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ddpm_ray.cluster.ledger import Ledger, Trial
-from ddpm_ray.cluster.search import Proposal, propose, total_trials
 from ddpm_ray.config.sweep import Branch, SearchConfig, is_range
+from ddpm_ray.sweep.search import Proposal, propose, total_trials
+from ddpm_ray.sweep.trial_store import Ledger, Trial
 
 FID = "eval/fid"
 GRID: list[Branch] = [

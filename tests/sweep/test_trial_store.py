@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ddpm_ray.cluster.ledger import Ledger, Status, Trial
 from ddpm_ray.storage.checksummed_json import read, sealed
 from ddpm_ray.storage.object_store import StorageError
+from ddpm_ray.sweep.trial_store import Ledger, Status, Trial
 from tests.limits import ENDS_S
 
 Operation = tuple[str, int, Any]  # what is done, to which trial (modulo their number), with what
@@ -192,13 +192,13 @@ def test_a_trial_does_not_change_while_it_is_written(
     noted = threading.Thread(target=ledger.probe, args=(trial, {"step": 1, "loss": 0.5}))
 
     def interrupted(of: Trial) -> dict[str, Any]:
-        monkeypatch.setattr("ddpm_ray.cluster.ledger.asdict", asdict)  # once
+        monkeypatch.setattr("ddpm_ray.sweep.trial_store.asdict", asdict)  # once
         noted.start()
         noted.join(0.2)  # ends within it, were it let
         assert not of.probes
         return asdict(of)
 
-    monkeypatch.setattr("ddpm_ray.cluster.ledger.asdict", interrupted)
+    monkeypatch.setattr("ddpm_ray.sweep.trial_store.asdict", interrupted)
     ledger.write(trial)
     noted.join(ENDS_S)
     assert [probe["step"] for probe in trial.probes] == [1]

@@ -8,13 +8,13 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from ddpm_ray.cluster.ledger import Ledger, Trial
-from ddpm_ray.cluster.search import propose, total_trials
-from ddpm_ray.cluster.stopping import EarlyStopping
 from ddpm_ray.config.loading import ConfigError
 from ddpm_ray.config.sweep import PruningConfig, SweepConfig
 from ddpm_ray.diffusion.schedule_diagnostics import Appraisal
 from ddpm_ray.redaction import counted
+from ddpm_ray.sweep.early_stopping import EarlyStopping
+from ddpm_ray.sweep.search import propose, total_trials
+from ddpm_ray.sweep.trial_store import Ledger, Trial
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class Book:
         return trial
 
     def heard(self, event: dict[str, Any]) -> None:
-        """Act on an event of cluster/trial.py; one that comes twice is taken once."""
+        """Act on an event of sweep/trial.py; one that comes twice is taken once."""
         trial = self.ledger.trials[event["number"]]
         if trial.status != "running":
             return

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from ddpm_ray.cluster.book import Book
-from ddpm_ray.cluster.ledger import Ledger
 from ddpm_ray.config.loading import ConfigError
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.sweep import StoppingConfig, SweepConfig
 from ddpm_ray.diffusion.schedule_diagnostics import Appraisal
 from ddpm_ray.storage import object_store
+from ddpm_ray.sweep.trial_scheduler import Book
+from ddpm_ray.sweep.trial_store import Ledger
 
 KEY = "schedule.num_steps"
 IMPOSSIBLE, BLIND, USELESS = 1, 3, 4  # values of KEY

@@ -20,10 +20,10 @@ from optuna.distributions import (
 )
 from optuna.trial import FrozenTrial, TrialState
 
-from ddpm_ray.cluster.ledger import Trial
 from ddpm_ray.config.loading import flat
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.sweep import Branch, SearchConfig, is_range
+from ddpm_ray.sweep.trial_store import Trial
 
 Proposal: TypeAlias = tuple[int, dict[str, Any]]
 """The mapping of the space that a trial is drawn from, and its values by dotted key."""

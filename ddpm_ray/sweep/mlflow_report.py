@@ -10,9 +10,6 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ddpm_ray.cluster import charts, leaderboard
-from ddpm_ray.cluster.leaderboard import Row
-from ddpm_ray.cluster.ledger import Ledger, Trial
 from ddpm_ray.config.loading import flat, to_yaml
 from ddpm_ray.config.sweep import SweepConfig
 from ddpm_ray.data.shards import Dataset
@@ -22,6 +19,9 @@ from ddpm_ray.runs.run_identity import IDENTITY
 from ddpm_ray.runs.train import artifacts_beside, tags_of
 from ddpm_ray.storage import checksummed_json, object_store
 from ddpm_ray.storage.object_store import StorageError
+from ddpm_ray.sweep import charts, leaderboard
+from ddpm_ray.sweep.leaderboard import Row
+from ddpm_ray.sweep.trial_store import Ledger, Trial
 from ddpm_ray.tracking import mlflow_runs, model_registry
 from ddpm_ray.tracking.mlflow_runs import TrackingError
 from ddpm_ray.tracking.run_info import TrackedRun

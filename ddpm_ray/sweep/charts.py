@@ -21,10 +21,10 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, NullLocator
 from PIL import Image, ImageDraw, ImageFont
 
-from ddpm_ray.cluster import leaderboard as board
-from ddpm_ray.cluster.leaderboard import MOST, STATUSES, Row, cut, standings, told
-from ddpm_ray.cluster.ledger import Trial
 from ddpm_ray.sampling.image_grid import GUTTER_PIXELS
+from ddpm_ray.sweep import leaderboard as board
+from ddpm_ray.sweep.leaderboard import MOST, STATUSES, Row, cut, standings, told
+from ddpm_ray.sweep.trial_store import Trial
 from ddpm_ray.training.sample_grids import GRID_IMAGES
 
 Look: TypeAlias = dict[str, Any]  # what matplotlib takes as a style

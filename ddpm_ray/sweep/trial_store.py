@@ -39,7 +39,7 @@ class Trial:
     probes: list[dict[str, Any]] = field(default_factory=list)  # order, step, loss, spectrum
     appraisal: dict[str, float] = field(default_factory=dict)  # of its schedule, before training
     ended_order: int = -1  # when it ended, on the same count as the probes' order
-    outcome: dict[str, Any] = field(default_factory=dict)  # see cluster/trial.py
+    outcome: dict[str, Any] = field(default_factory=dict)  # see sweep/trial.py
     earlier: dict[str, float] = field(default_factory=dict)  # costs of lives before the last one
     closed: bool = False  # MLflow knows how it ended
 

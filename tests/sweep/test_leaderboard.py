@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ddpm_ray.cluster.leaderboard import (
+from ddpm_ray.sweep.leaderboard import (
     STATUSES,
     TEXT_COLUMNS,
     Row,
@@ -18,7 +18,7 @@ from ddpm_ray.cluster.leaderboard import (
     census,
     standings,
 )
-from ddpm_ray.cluster.ledger import Status, Trial
+from ddpm_ray.sweep.trial_store import Status, Trial
 
 METRIC = "eval/fid"
 SCORES = st.none() | st.floats() | st.integers(0, 5).map(float)

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 from ray.tune.search import Searcher
 
-from ddpm_ray.cluster.book import Book
-from ddpm_ray.cluster.candidates import Candidates
-from ddpm_ray.cluster.ledger import Ledger
-from ddpm_ray.cluster.trial import EVENT
 from ddpm_ray.config.sweep import SweepConfig
 from ddpm_ray.diffusion.schedule_diagnostics import Appraisal
 from ddpm_ray.distributed import placement_groups
+from ddpm_ray.sweep.trial import EVENT
+from ddpm_ray.sweep.trial_scheduler import Book
+from ddpm_ray.sweep.trial_store import Ledger
+from ddpm_ray.sweep.tune_searcher import Candidates
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Ray's and MLflow's
 

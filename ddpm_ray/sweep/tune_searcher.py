@@ -7,10 +7,10 @@ from typing import Any
 
 from ray.tune.search import Searcher
 
-from ddpm_ray.cluster.book import Book
-from ddpm_ray.cluster.ledger import Trial
-from ddpm_ray.cluster.trial import EVENT
 from ddpm_ray.distributed import placement_groups
+from ddpm_ray.sweep.trial import EVENT
+from ddpm_ray.sweep.trial_scheduler import Book
+from ddpm_ray.sweep.trial_store import Trial
 
 log = logging.getLogger(__name__)
 
