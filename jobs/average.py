@@ -12,7 +12,7 @@ import sys
 from argparse import Namespace
 from typing import Any
 
-from ddpm_ray.command_line import home_folder, main
+from ddpm_ray.cli import home_folder, main
 from ddpm_ray.config.ema_search import AverageConfig
 from ddpm_ray.output_files import output_folder
 

@@ -12,7 +12,7 @@ import sys
 from argparse import Namespace
 from typing import Any
 
-from ddpm_ray.command_line import home_folder, main
+from ddpm_ray.cli import home_folder, main
 from ddpm_ray.config.jobs import DoctorConfig
 
 

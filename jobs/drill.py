@@ -11,7 +11,7 @@ import sys
 from argparse import Namespace
 from typing import Any
 
-from ddpm_ray.command_line import PartlyFailedError, ProgressLine, home_folder, main
+from ddpm_ray.cli import PartlyFailedError, ProgressLine, home_folder, main
 from ddpm_ray.config.fault_drill import DrillConfig
 
 

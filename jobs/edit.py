@@ -15,7 +15,7 @@ import time
 from argparse import Namespace
 from typing import Any
 
-from ddpm_ray.command_line import home_folder, main
+from ddpm_ray.cli import home_folder, main
 from ddpm_ray.config.edit import EditConfig
 from ddpm_ray.config.loading import ConfigError
 from ddpm_ray.output_files import input_file, made_ready, output_file

@@ -16,7 +16,7 @@ import sys
 from argparse import Namespace
 from typing import Any
 
-from ddpm_ray.command_line import ProgressLine, home_folder, main
+from ddpm_ray.cli import ProgressLine, home_folder, main
 from ddpm_ray.config.jobs import PackConfig
 
 

@@ -13,7 +13,7 @@ from argparse import Namespace
 from dataclasses import replace
 from typing import Any
 
-from ddpm_ray.command_line import ProgressLine, home_folder, main
+from ddpm_ray.cli import ProgressLine, home_folder, main
 from ddpm_ray.config.jobs import SampleConfig
 from ddpm_ray.output_files import PICTURES, made_ready, output_file
 

@@ -14,7 +14,7 @@ import sys
 from argparse import Namespace
 from typing import Any
 
-from ddpm_ray.command_line import (
+from ddpm_ray.cli import (
     InterruptedRunError,
     PartlyFailedError,
     ProgressLine,

@@ -12,7 +12,7 @@ import sys
 from argparse import Namespace
 from typing import Any
 
-from ddpm_ray.command_line import InterruptedRunError, ProgressLine, home_folder, main, way_to_see
+from ddpm_ray.cli import InterruptedRunError, ProgressLine, home_folder, main, way_to_see
 from ddpm_ray.config.run import RunConfig
 
 

@@ -160,7 +160,7 @@ def test_storage_does_not_ask_with_a_password_in_the_address() -> None:
 
 def test_a_log_line_of_a_job_is_one_line() -> None:
     script = (
-        "import logging, sys\nfrom ddpm_ray import command_line\n"
+        "import logging, sys\nfrom ddpm_ray import cli as command_line\n"
         "from ddpm_ray.config.jobs import SampleConfig\n"
         "evil = sys.argv.pop()\n"
         "def job(*_):\n"

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from ddpm_ray.command_line import WRONG_CONFIG, main
+from ddpm_ray.cli import WRONG_CONFIG, main
 from ddpm_ray.config.job_files import JOBS, job_of_file
 
 ROOT = Path(__file__).parents[1]

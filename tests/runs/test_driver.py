@@ -16,7 +16,7 @@ import ray
 from mlflow import MlflowClient
 from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError, RayActorError
 
-from ddpm_ray import command_line
+from ddpm_ray import cli
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.distributed import signals, worker_group
 from ddpm_ray.distributed.control_actor import ControlLostError, Desk
@@ -173,7 +173,7 @@ def run_job() -> int:
     def job(config: RunConfig, arguments: Namespace) -> dict[str, Any]:
         return train(config, arguments)
 
-    return command_line.main("", RunConfig, job)
+    return cli.main("", RunConfig, job)
 
 
 class Actor:

@@ -42,7 +42,7 @@ FLOORS = {
     "ddpm_ray.assembly.checkpoint_loading": 4,
     "ddpm_ray.assembly.edit": 4,
     "ddpm_ray.cluster": 4,
-    "ddpm_ray.command_line": 5,
+    "ddpm_ray.cli": 5,
     "ddpm_ray.config.job_files": 5,
     "ddpm_ray.output_files": 5,
     "ddpm_ray": 5,  # the notebook face: ddpm_ray/__init__.py
@@ -203,7 +203,7 @@ def test_files_and_functions_are_short_and_named_by_their_idea() -> None:
         ("ddpm_ray.runs.train_worker", "import mlflow.pyfunc as p", "cluster.registry only"),
         (
             "ddpm_ray.runs.train_worker",
-            "from ddpm_ray.command_line import run",
+            "from ddpm_ray.cli import run",
             "floor 4 to floor 5",
         ),
         (
@@ -235,7 +235,7 @@ def test_a_forbidden_import_is_caught(module: str, source: str, reason: str) -> 
         ("ddpm_ray", "from ddpm_ray.sampling.sampling import load"),
         (
             "jobs.train",
-            "from ddpm_ray import command_line; from ddpm_ray.config import run as config",
+            "from ddpm_ray import cli as command_line; from ddpm_ray.config import run as config",
         ),
     ],
 )
@@ -262,7 +262,7 @@ def test_a_long_or_nameless_file_is_caught(file: str, source: str, reason: str) 
 
 
 @pytest.mark.parametrize(
-    "module", ["ddpm_ray", "ddpm_ray.config.run", "ddpm_ray.config.sweep", "ddpm_ray.command_line"]
+    "module", ["ddpm_ray", "ddpm_ray.config.run", "ddpm_ray.config.sweep", "ddpm_ray.cli"]
 )
 def test_a_wrong_config_can_end_before_anything_heavy_loads(module: str) -> None:
     """Torch alone takes longer to import than the two seconds in which a wrong config must end."""
