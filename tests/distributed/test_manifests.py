@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -78,10 +79,39 @@ def test_ray_up_takes_the_cluster_file(cluster: dict[str, Any]) -> None:
     validate(cluster)
 
 
-def test_ray_up_takes_the_cluster_file_of_the_page() -> None:
+def page_cluster() -> dict[str, Any]:
+    """The cluster of machines of one's own, in docs/cluster.md."""
     blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/cluster.md").read_text(), re.DOTALL)
-    (on_premises,) = map(yaml.safe_load, blocks)
-    validate(on_premises)
+    (found,) = map(yaml.safe_load, blocks)
+    return dict(found)
+
+
+def test_ray_up_takes_the_cluster_file_of_the_page() -> None:
+    validate(page_cluster())
+
+
+def left_out(path: str, patterns: list[str]) -> bool:
+    """Whether `rsync --exclude` of these patterns skips `path`: /x at the top, x at any depth."""
+    parts = path.split("/")
+    return any(
+        fnmatch(parts[0], pattern[1:])
+        if pattern.startswith("/")
+        else any(fnmatch(part, pattern) for part in parts)
+        for pattern in patterns
+    )
+
+
+def test_all_that_a_node_installs_is_copied_to_it(cluster: dict[str, Any]) -> None:
+    """An exclude of `data` would leave out ddpm_ray/data as well."""
+    needed = [
+        str(path.relative_to(ROOT))
+        for folder in ("ddpm_ray", "jobs", "conf")
+        for path in (ROOT / folder).rglob("*.*")
+        if "__pycache__" not in path.parts
+    ]
+    assert needed
+    for content in (cluster, page_cluster()):
+        assert not [path for path in needed if left_out(path, content["rsync_exclude"])]
 
 
 def test_a_misspelt_key_is_refused(cluster: dict[str, Any]) -> None:
