@@ -37,9 +37,8 @@ def sample(config: SampleConfig, arguments: Namespace) -> dict[str, Any]:
     from ddpm_ray.runs import load_model
     from ddpm_ray.sampling import gif, image_grid, image_io
 
-    model, plan = load_model.planned(
-        arguments.model_uri, config.sampling, config.lead, home_folder()
-    )
+    uri, home = arguments.model_uri, home_folder()
+    model, plan = load_model.planned(uri, config.sampling, config.lead, home)
     size = config.sampling.batch_size
     calls = -(-config.num_images // size) * (len(plan.steps) - 1)
     line, film, seen = ProgressLine(f"step of {plan.sampler}"), gif.Film(), itertools.count(1)

@@ -16,6 +16,8 @@ from hypothesis import settings
 
 from ddpm_ray.storage import object_store
 from ddpm_ray.tracking import mlflow_settings
+from tests.fixtures.mlflow_server import line, mlflow_database, mlflow_server  # noqa: F401
+from tests.fixtures.threaded_workers import on_workers  # noqa: F401
 from tests.limits import ENDS_S
 
 # Before torch, Ray or MLflow load, and inherited by every process that a test starts.
@@ -31,12 +33,17 @@ settings.register_profile("explore", deadline=None, max_examples=1000)
 settings.load_profile("repeatable")
 
 
+STARTS_SERVERS = {"distributed", "runs", "sweep", "tracking"}  # folders below tests/
+
+
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Of two processes one takes all that needs Ray or MLflow: one cluster at a time."""
     for item in items:
         if not item.get_closest_marker("xdist_group"):
-            item.add_marker(pytest.mark.xdist_group(item.path.parent.name))
+            folder = item.path.parent.name
+            group = "Ray or MLflow" if folder in STARTS_SERVERS else folder
+            item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(autouse=True)

@@ -119,7 +119,8 @@ import sys
 from pathlib import Path
 import numpy as np, torch
 from safetensors.torch import load_file
-from ddpm_ray.assembly import training_run as build; from ddpm_ray.assembly import checkpoint_loading as build_trained
+from ddpm_ray.assembly import training_run as build
+from ddpm_ray.assembly import checkpoint_loading as build_trained
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.shards import fetch_shard, open_dataset
 from ddpm_ray.data.loader import ShardStream

@@ -21,7 +21,8 @@ from ddpm_ray.data import shards
 from ddpm_ray.data.shards import Dataset, Recipe, ShardRow
 from ddpm_ray.reporting import Progress, Row, Wish
 from ddpm_ray.sampling.denoiser import Denoiser
-from ddpm_ray.training.checkpoints import CheckpointStore, CheckpointWriter
+from ddpm_ray.training.checkpoint_writer import CheckpointWriter
+from ddpm_ray.training.checkpoints import CheckpointStore
 from ddpm_ray.training.divergence_guard import Guard
 from ddpm_ray.training.loop import Run
 from ddpm_ray.training.metrics_buffer import StepLog

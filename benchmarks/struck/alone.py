@@ -41,8 +41,9 @@ from ddpm_ray.tracking import mlflow_runs
 from ddpm_ray.training import loop
 from ddpm_ray.training.checkpoints import CHECKPOINTS
 from ddpm_ray.training.writer_lease import Lease
-from tests.cluster import conftest
 from tests.faults.proxy import Weather, through
+from tests.fixtures.mlflow_server import Line as Cable
+from tests.fixtures.mlflow_server import free_port, healthy
 
 CONFIG = str(Path(__file__).parents[2] / "conf/train/digits.yaml")
 KEYS = "name=alone", "training.steps=1000000", "training.grid_every_steps=0"
@@ -103,8 +104,8 @@ def trained_alone(home: Path, uri: str, url: str, *keys: str) -> Iterator[Path]:
     folder = object_store.join(url, config.name)
     settings = {
         "config": to_dict(config), "folder": folder, "identity": "alone", "tracked": vars(tracked),
-        "lease": vars(Lease.first(object_store.join(folder, CHECKPOINTS))), "out": f"{home}/steps.json",
-        "plain_save": "://" in url,
+        "lease": vars(Lease.first(object_store.join(folder, CHECKPOINTS))),
+        "out": f"{home}/steps.json", "plain_save": "://" in url,
     }  # fmt: skip
     worker = multiprocessing.get_context("spawn").Process(target=train_alone, args=(settings,))
     worker.start()
@@ -121,7 +122,7 @@ def outage(folder: Path, options: argparse.Namespace) -> list[Line]:
     """What a minute without MLflow does to the time of a step."""
     home = folder / "outage"
     with mlflow_server(home) as port:
-        line = conftest.Line(port)
+        line = Cable(port)
         client = MlflowClient(tracking_uri=line.uri)
         run_id = client.create_run("0").info.run_id
         with ThreadPoolExecutor() as pool, trained_alone(home, line.uri, str(home)) as out:
@@ -152,7 +153,7 @@ def outage(folder: Path, options: argparse.Namespace) -> list[Line]:
 def mlflow_server(home: Path) -> Iterator[int]:
     """The port of a server of MLflow's, once it answers."""
     home.mkdir(parents=True)
-    port, database = conftest.free_port(), f"sqlite:///{home}/mlflow.db"
+    port, database = free_port(), f"sqlite:///{home}/mlflow.db"
     command = ["-m", "mlflow", "server", "--workers", "1", "--backend-store-uri", database]
     with (home / "log").open("w") as log:
         server = subprocess.Popen(
@@ -162,7 +163,7 @@ def mlflow_server(home: Path) -> Iterator[int]:
         )  # fmt: skip
     try:
         deadline = time.monotonic() + 90
-        while not conftest.healthy(port):
+        while not healthy(port):
             if time.monotonic() > deadline:
                 raise TimeoutError((home / "log").read_text())
             threading.Event().wait(0.2)

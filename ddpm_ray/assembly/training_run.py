@@ -32,7 +32,7 @@ from ddpm_ray.models.unet import Sizes, UNet
 from ddpm_ray.sampling.denoiser import Denoiser
 from ddpm_ray.storage import checksummed, object_store
 from ddpm_ray.training import validation_loss
-from ddpm_ray.training.checkpoints import CheckpointWriter
+from ddpm_ray.training.checkpoint_writer import CheckpointWriter
 from ddpm_ray.training.ema import (
     EMA,
     Averages,

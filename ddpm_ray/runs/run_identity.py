@@ -19,13 +19,13 @@ from ddpm_ray.config.loading import ConfigError
 from ddpm_ray.storage import checksummed_json, object_store
 from ddpm_ray.storage.file_formats import package_version
 from ddpm_ray.storage.object_store import StorageError
-from ddpm_ray.sweep.trial_store import TRIALS, trial_file
 from ddpm_ray.training.checkpoints import CHECKPOINTS, CheckpointStore
 
 log = logging.getLogger(__name__)
 
 IDENTITY = "run.json"  # in the run's folder
 CLAIMS = "claims"
+TRIALS = "trials"  # below a sweep's folder
 SETTLE_S = 1.0  # see _settled
 SETTLE_TRIES = 10  # then a run begins all the same: few names are begun twice at one moment
 FORGOTTEN_S = 60.0  # a claim so much older than ours is of a driver that died of something
@@ -66,6 +66,11 @@ def claim(
         found = _settled(folder, found)
     log.info("continuing %s", folder)
     return str(found["identity"])
+
+
+def trial_file(number: int) -> str:
+    """Name of the file of trial `number`, below TRIALS in a sweep's folder."""
+    return f"{number:05d}.json"
 
 
 def _of_checkpoints(folder: str) -> dict[str, Any] | None:

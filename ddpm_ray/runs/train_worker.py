@@ -31,10 +31,10 @@ from ddpm_ray.tracking import mlflow_settings
 from ddpm_ray.tracking.async_logger import Tracker
 from ddpm_ray.tracking.run_info import RunCard, TrackedRun
 from ddpm_ray.training import determinism
+from ddpm_ray.training.checkpoint_writer import CheckpointWriter
 from ddpm_ray.training.checkpoints import (
     CHECKPOINTS,
     CheckpointStore,
-    CheckpointWriter,
     read,
 )
 from ddpm_ray.training.divergence_guard import Guard

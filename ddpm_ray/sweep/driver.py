@@ -1,8 +1,8 @@
 """A sweep seen from its driver: check, find where it stands, run trials on Ray Tune, tell.
 
 Tune starts the trials' drivers and carries their reports; what is to be done stands in the book
-(sweep/trial_scheduler.py), which outlives any crash. Tune's own snapshots are not used: they are taken every
-ten seconds, and start trials that were at work from their beginning.
+(sweep/trial_scheduler.py), which outlives any crash. Tune's own snapshots are not used: they are
+taken every ten seconds, and start trials that were at work from their beginning.
 """
 
 import logging

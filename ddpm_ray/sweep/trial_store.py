@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeAlias
 
 from ddpm_ray.config.loading import current_values
 from ddpm_ray.config.run import RunConfig
+from ddpm_ray.runs.run_identity import TRIALS, trial_file
 from ddpm_ray.storage import checksummed_json, object_store
 from ddpm_ray.storage.checksummed_json import SealError
 from ddpm_ray.storage.object_store import StorageError
@@ -22,7 +23,6 @@ Status: TypeAlias = Literal["running", "finished", "stopped", "pruned", "failed"
 """running: not over, also while nobody works on it; stopped: early, by comparison with others;
 pruned: its schedule was hopeless before it took a worker."""
 
-TRIALS = "trials"  # below a sweep's folder
 COSTS = "worker_s", "busy_s"  # of an outcome
 
 
@@ -134,11 +134,6 @@ class Ledger:
 
     def _url(self, number: int) -> str:
         return object_store.join(self._folder, trial_file(number))
-
-
-def trial_file(number: int) -> str:
-    """Name of the file of trial `number`, below TRIALS in a sweep's folder."""
-    return f"{number:05d}.json"
 
 
 def _read(url: str) -> Trial:

@@ -16,9 +16,7 @@ import json
 import logging
 import re
 import secrets
-import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 from safetensors import SafetensorError
@@ -31,7 +29,6 @@ from ddpm_ray.storage.checksummed import DamagedError
 from ddpm_ray.storage.file_formats import FORMAT, require_readable
 from ddpm_ray.storage.object_store import StorageError
 from ddpm_ray.training import checkpoint_pointers
-from ddpm_ray.training.background_writer import Background
 from ddpm_ray.training.checkpoint_pointers import (
     FOLDER,
     POINTERS,
@@ -362,26 +359,6 @@ def weights_sha256(url: str, group: str = "ema") -> str:
     """sha256 of the weights file of the checkpoint folder `url`, as its manifest records it."""
     manifest = json.loads(object_store.read_bytes(object_store.join(url, MANIFEST)))
     return str(manifest[f"{group}{TENSORS}"]["sha256"])
-
-
-class CheckpointWriter(Background):
-    """Saves snapshots in a background thread, one at a time, off the step path."""
-
-    def __init__(self, store: CheckpointStore) -> None:
-        super().__init__("checkpoint")
-        self.store = store
-        self.committed: str | None = None  # URL of the newest committed folder
-        self._newest: threading.Thread | None = None  # that saves
-
-    def submit(self, snapshot: Snapshot) -> None:
-        """Start saving; waits for the save before it, and raises what that one raised."""
-        if self._thread is self._newest:  # else averages are on their way: it only follows them
-            self.wait()
-        self.follow(partial(self._save, snapshot))
-        self._newest = self._thread
-
-    def _save(self, snapshot: Snapshot) -> None:
-        self.committed = self.store.save(snapshot)
 
 
 def _verified(url: str, name: str, entry: dict[str, Any]) -> bytes:

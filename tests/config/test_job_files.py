@@ -9,7 +9,7 @@ import pytest
 from ddpm_ray.cli import WRONG_CONFIG, main
 from ddpm_ray.config.job_files import JOBS, job_of_file
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FILES = sorted(ROOT.glob("conf/*/*.yaml"))
 
 

@@ -40,7 +40,7 @@ from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.sweep import SweepConfig
 from tests.limits import ENDS_S
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "conf").rglob("*.yaml"))
 KINDS: dict[str, type[Any]] = {
     "train": RunConfig,

@@ -15,7 +15,7 @@ from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.sweep import SweepConfig
 from ddpm_ray.tracking.tracking_uri import tracking_place
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 WHOLE = ("name=a", "data.url=shards")
 SWEEP = ("name=a", "run.data.url=shards", "run.evaluation.num_images=8")
 SECRETS = ("AWS_SECRET_ACCESS_KEY", "MLFLOW_TRACKING_PASSWORD", "RAY_AUTH_TOKEN", "HF_TOKEN")

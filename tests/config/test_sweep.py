@@ -13,7 +13,7 @@ from ddpm_ray.config.sweep import FIXED, SweepConfig, is_range, reported_metrics
 from ddpm_ray.evaluation.feature_metrics import metric_names
 from ddpm_ray.evaluation.features.feature_extractor import FeatureNet
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "conf/sweep").glob("*.yaml"))
 SPACE = "{schedule.num_steps: [100, 200]}"
 SET = ["name=a", "run.data.url=shards", "run.evaluation.num_images=50", "run.training.steps=9000"]

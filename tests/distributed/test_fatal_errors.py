@@ -117,9 +117,9 @@ def test_an_error_of_the_program_is_told_with_its_class_and_place() -> None:
 @pytest.mark.parametrize(
     "work, part",
     [
-        (train_worker.train_worker, "worker._train"),
-        (evaluate.evaluate_worker, "evaluation_run._scores"),
-        (ema_search.average_worker, "averaging.scored"),
+        (train_worker.train_worker, "train_worker._train"),
+        (evaluate.evaluate_worker, "evaluate._scores"),
+        (ema_search.average_worker, "ema_search.scored"),
     ],
 )
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_workers_tell_what_ends_the_run(
     def fails(*_: Any) -> None:
         raise error
 
-    monkeypatch.setattr(f"ddpm_ray.cluster.{part}", fails)
+    monkeypatch.setattr(f"ddpm_ray.runs.{part}", fails)
     monkeypatch.setattr(ema_search, "place", Workers)
     reasons: list[str] = []
     desk = SimpleNamespace(look=lambda: SimpleNamespace(fatal=None), give_up=reasons.append)

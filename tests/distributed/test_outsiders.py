@@ -22,7 +22,7 @@ import pytest
 import ray
 import yaml
 
-from tests.cluster.conftest import free_port
+from tests.fixtures.mlflow_server import free_port
 from tests.limits import ENDS_S
 
 ROOT = Path(__file__).parents[2]

@@ -19,10 +19,10 @@ from tests.limits import ENDS_S
 # The module alone: the package would load torch.
 PROGRAM = """
 import sys, threading
-sys.path.insert(0, "ddpm_ray/cluster")
-import interrupts
-from interrupts import Interrupts, exit_code
-interrupts.SENT_TWICE_S = 60  # the machine may be slow
+sys.path.insert(0, "ddpm_ray/distributed")
+import signals
+from signals import Interrupts, exit_code
+signals.SENT_TWICE_S = 60  # the machine may be slow
 with Interrupts() as came:
     print("ready", file=sys.stderr, flush=True)
     while not came.count:

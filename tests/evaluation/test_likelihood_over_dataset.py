@@ -22,7 +22,7 @@ from ddpm_ray.evaluation.vlb_over_dataset import bits_per_dim
 from ddpm_ray.sampling import guidance_models
 from ddpm_ray.sampling.denoiser import Denoiser
 from tests.diffusion.test_prediction import KINDS
-from tests.training.conftest import OnWorkers
+from tests.fixtures.threaded_workers import OnWorkers
 
 SCHEDULE = NoiseSchedule(schedules.cosine(1000))
 MEAN, DEVIATION = 0.1, 0.3

@@ -25,8 +25,8 @@ from ddpm_ray.runs import evaluate, load_model
 from ddpm_ray.sampling.denoiser import Denoiser
 from ddpm_ray.sampling.image_grid import GUTTER_PIXELS, LEGIBLE_PIXELS, MARGIN_PIXELS
 from ddpm_ray.sampling.pipeline import TrainedModel
+from tests.fixtures.threaded_workers import OnWorkers
 from tests.noise import pack
-from tests.training.conftest import OnWorkers
 
 DICE = np.random.default_rng(5)
 DATA = DICE.integers(0, 256, (200, 6, 6, 3)).astype(np.uint8)

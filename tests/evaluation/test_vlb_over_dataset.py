@@ -16,7 +16,7 @@ from ddpm_ray.diffusion import NoiseSchedule, Prediction, posterior, schedules
 from ddpm_ray.diffusion.samplers import Variance
 from ddpm_ray.evaluation.vlb_over_dataset import BitsPerDim, bits_per_dim
 from ddpm_ray.sampling.denoiser import Denoiser
-from tests.training.conftest import OnWorkers
+from tests.fixtures.threaded_workers import OnWorkers
 
 T = 30
 SCHEDULE = NoiseSchedule(schedules.linear(T, rescale=True))

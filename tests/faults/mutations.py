@@ -36,7 +36,8 @@ ENDS, LEASE = "tests/faults/test_same_end.py", "tests/training/test_writer_lease
 CHECKPOINTS, STATE = "ddpm_ray/training/checkpoints.py", "ddpm_ray/training/state.py"
 OBJECTIVES = "ddpm_ray/training/objective.py"
 EXAMPLES = "ddpm_ray/training/noising.py"
-DAMAGE, FENCING = "tests/training/test_damaged_checkpoints.py", "tests/training/test_fencing.py"
+DAMAGE = "tests/training/test_damaged_checkpoints.py"
+FENCING = "tests/training/test_fencing.py"
 
 MUTATIONS = (
     Mutation("noise is not keyed by the step", EXAMPLES,
@@ -49,7 +50,8 @@ MUTATIONS = (
              "Purpose.DROPOUT, step, slot)", "Purpose.DROPOUT, step, workers.rank)",
              "tests/faults/test_resized.py"),
     Mutation("slots are added one after the other", "ddpm_ray/training/deterministic_allreduce.py",
-             "while pairs % 2 == 0:", "while self._sums:", "tests/training/test_deterministic_allreduce.py"),
+             "while pairs % 2 == 0:", "while self._sums:",
+             "tests/training/test_deterministic_allreduce.py"),
     Mutation("losses are added as they come", "ddpm_ray/training/metrics_buffer.py",
              "(losses.double() * 2.0**40).round_() * 2.0**-40", "losses.double()",
              "tests/training/test_metrics_buffer.py"),
@@ -160,8 +162,8 @@ def main() -> int:
         tree = Path(folder) / "tree"
         ignored = shutil.ignore_patterns(".venv", ".git", "runs", "data", ".*_cache", "mlflow.db")
         shutil.copytree(ROOT, tree, ignore=ignored)
-        shutil.copytree(ROOT / "ddpm_ray/data", tree / "ddpm_ray/data")
-        shutil.copytree(ROOT / "tests/data", tree / "tests/data")
+        for name in ("ddpm_ray/data", "tests/data", "ddpm_ray/runs", "tests/runs"):
+            shutil.copytree(ROOT / name, tree / name)
         for tests in sorted({mutation.tests for mutation in wanted}):
             if not pass_in(tree, tests):
                 raise SystemExit(f"{tests} fails with nothing broken; mend it first")

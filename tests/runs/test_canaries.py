@@ -29,7 +29,8 @@ SCRIPT = """
 import os, sys
 from pathlib import Path
 from ddpm_ray import cli as command_line
-from ddpm_ray.distributed import worker_group as group; from ddpm_ray.runs import train as training_run
+from ddpm_ray.distributed import worker_group as group
+from ddpm_ray.runs import train as training_run
 from ddpm_ray.distributed.worker_group import RunFailedError
 from ddpm_ray.runs.train_worker import assemble
 from ddpm_ray.config.run import RunConfig

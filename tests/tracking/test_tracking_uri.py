@@ -131,7 +131,8 @@ def test_a_notebook_keeps_its_own_settings_of_mlflow() -> None:
     """Loading a model neither sets MLflow's variables nor silences its loggers; a job does."""
     code = """
 import logging, os
-import ddpm_ray, ddpm_ray.runs.load_model, ddpm_ray.tracking.mlflow_runs, ddpm_ray.tracking.model_registry
+import ddpm_ray.runs.load_model, ddpm_ray.tracking.mlflow_runs
+import ddpm_ray.tracking.model_registry
 print(sorted(key for key in os.environ if key.startswith("MLFLOW_")))
 print(logging.getLogger("urllib3").level)
 from ddpm_ray.tracking import mlflow_settings

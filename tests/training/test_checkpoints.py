@@ -19,7 +19,8 @@ from torch import Tensor
 from ddpm_ray.storage import object_store
 from ddpm_ray.storage.object_store import StorageError
 from ddpm_ray.training import checkpoints
-from ddpm_ray.training.checkpoints import CheckpointError, CheckpointStore, CheckpointWriter
+from ddpm_ray.training.checkpoint_writer import CheckpointWriter
+from ddpm_ray.training.checkpoints import CheckpointError, CheckpointStore
 from ddpm_ray.training.state import Snapshot
 from tests.limits import ENDS_S
 

@@ -16,7 +16,8 @@ from ddpm_ray.assembly import training_run
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.storage import object_store
 from ddpm_ray.training.background_writer import Background
-from ddpm_ray.training.checkpoints import CheckpointError, CheckpointStore, CheckpointWriter
+from ddpm_ray.training.checkpoint_writer import CheckpointWriter
+from ddpm_ray.training.checkpoints import CheckpointError, CheckpointStore
 from ddpm_ray.training.ema import EMA, Averages, width_group
 from ddpm_ray.training.ema_snapshots import SNAPSHOTS, Keeper, SnapshotStore, averaged
 from ddpm_ray.training.loop import Run, train

@@ -34,7 +34,8 @@ from ddpm_ray.fault_injection import InjectedFaultError
 from ddpm_ray.reporting import RATES, Progress, Row, Wish
 from ddpm_ray.storage import object_store
 from ddpm_ray.training import loop
-from ddpm_ray.training.checkpoints import CheckpointStore, CheckpointWriter
+from ddpm_ray.training.checkpoint_writer import CheckpointWriter
+from ddpm_ray.training.checkpoints import CheckpointStore
 from ddpm_ray.training.divergence_guard import DivergedError, Guard
 from ddpm_ray.training.loop import Run, train
 from ddpm_ray.training.metrics_buffer import StepLog

@@ -16,7 +16,7 @@ from ddpm_ray.sampling.denoiser import Denoiser
 from ddpm_ray.training.ema import EMA
 from ddpm_ray.training.state import TrainingState
 from ddpm_ray.training.validation_loss import LEVELS, Probe
-from tests.training.conftest import OnWorkers
+from tests.fixtures.threaded_workers import OnWorkers
 
 GROUPS = 6  # images per level
 IMAGES = torch.randint(

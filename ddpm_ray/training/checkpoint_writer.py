@@ -1,0 +1,28 @@
+"""Checkpoints saved in the background, one at a time."""
+
+import threading
+from functools import partial
+
+from ddpm_ray.training.background_writer import Background
+from ddpm_ray.training.checkpoints import CheckpointStore
+from ddpm_ray.training.state import Snapshot
+
+
+class CheckpointWriter(Background):
+    """Saves snapshots in a background thread, one at a time, off the step path."""
+
+    def __init__(self, store: CheckpointStore) -> None:
+        super().__init__("checkpoint")
+        self.store = store
+        self.committed: str | None = None  # URL of the newest committed folder
+        self._newest: threading.Thread | None = None  # that saves
+
+    def submit(self, snapshot: Snapshot) -> None:
+        """Start saving; waits for the save before it, and raises what that one raised."""
+        if self._thread is self._newest:  # else averages are on their way: it only follows them
+            self.wait()
+        self.follow(partial(self._save, snapshot))
+        self._newest = self._thread
+
+    def _save(self, snapshot: Snapshot) -> None:
+        self.committed = self.store.save(snapshot)
