@@ -1,4 +1,4 @@
-"""Train ddpm_ray/models/digits_classifier.safetensors and record what came out.
+"""Train ddpm_ray/evaluation/features/digits_classifier.safetensors and record what came out.
 
     python tests/golden/make_digits_classifier.py      (a minute on one core)
 
