@@ -155,9 +155,13 @@ def test_the_printed_config_is_the_runs_with_what_was_given(
     name: str, tmp_path: Path, job: Job
 ) -> None:
     saved_run(tmp_path / "runs/a", *OTHER, "sampling.labels=[dog]")
+    for given in ("im.png", "m.png"):
+        Image.new("L", (4, 4)).save(tmp_path / "runs" / given)
     words = {
         "sample": ["--out", "x.png"], "evaluate": [], "export": ["--out", "x"],
-        "edit": ["im.png", "--mask", "m.png", "--out", "x.png", "method=replacement"],
+        "edit": [
+            "runs/im.png", "--mask", "runs/m.png", "--out", "x.png", "method=replacement",
+        ],
     }[name]  # fmt: skip
     code, out, err = job(name, "runs/a", *words, "sampling.seed=9", "--print-config")
     assert code == 0, err

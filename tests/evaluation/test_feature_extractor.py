@@ -5,6 +5,8 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -109,12 +111,14 @@ def test_a_worker_starts_with_the_variables_that_make_its_bits_repeat(
 ) -> None:
     """CUDA and NCCL read them once, before any of our code could set them."""
     made: list[dict[str, str]] = []
-    monkeypatch.setattr(
-        worker_group, "_Trainer",
-        lambda *_, run_config, **__: made.append(run_config.worker_runtime_env["env_vars"]),
-    )  # fmt: skip
+
+    def trainer(*_: Any, run_config: Any, **__: Any) -> SimpleNamespace:
+        made.append(run_config.worker_runtime_env["env_vars"])
+        return SimpleNamespace()
+
+    monkeypatch.setattr(worker_group, "_Trainer", trainer)
     for deterministic in (False, True):
-        settings = {"environment": determinism.environment(deterministic)}
+        settings = {"environment": determinism.environment(deterministic), "desk": None}
         worker_group._trainer(lambda _: None, settings, ClusterConfig(), [1], str(tmp_path))
     assert "CUBLAS_WORKSPACE_CONFIG" not in made[0]
     assert made[1] == made[0] | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_ALGO": "Ring"}
