@@ -31,6 +31,7 @@ LAYERS = {
     "ddpm_ray.tracking": 7,
     "ddpm_ray.distributed": 7,
     "ddpm_ray.runs": 8,
+    "ddpm_ray.cluster": 8,  # a former name, kept for models in MLflow
     "ddpm_ray.sweep": 9,
     "ddpm_ray.cli": 10,
     "ddpm_ray.output_files": 10,

@@ -468,6 +468,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 LOADER = "ddpm_ray.tracking.pyfunc_model"
+FORMER_LOADER = "ddpm_ray.cluster.served_model"  # of models that are in MLflow already
 MLFLOWS = [  # warnings that MLflow's own code meets as it logs and loads a model
     "ignore::DeprecationWarning:mlflow",
     "ignore::FutureWarning:mlflow",
@@ -476,18 +477,19 @@ MLFLOWS = [  # warnings that MLflow's own code meets as it logs and loads a mode
 ]
 
 
-@pytest.mark.parametrize("wanted", [
-    {"num_images": 5, "steps": 3, "seed": 2},
-    pd.DataFrame({"num_images": [5], "seed": [2], "steps": [3]}),
+@pytest.mark.parametrize("loader, wanted", [
+    (LOADER, {"num_images": 5, "steps": 3, "seed": 2}),
+    (FORMER_LOADER, pd.DataFrame({"num_images": [5], "seed": [2], "steps": [3]})),
 ], ids=["dict", "table"])  # fmt: skip
 @pytest.mark.filterwarnings(*MLFLOWS)
 def test_a_logged_model_samples_what_its_checkpoint_samples(
-    wanted: Any, uri: str, new_run: NewRun, checkpoint: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    loader: str, wanted: Any, uri: str, new_run: NewRun, checkpoint: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     """Without pickle; as any MLflow user loads it."""
     monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
     run = new_run(uri)
-    model_registry.log_model(run, checkpoint, LOADER)
+    model_registry.log_model(run, checkpoint, loader)
     mlflow.set_tracking_uri(uri)
     served = mlflow.pyfunc.load_model(f"runs:/{run.run_id}/model")
     expected = checkpoint_loading.trained_model(checkpoint).sample(5, steps=3, seed=2)
