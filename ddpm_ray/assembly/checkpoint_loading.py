@@ -45,7 +45,7 @@ def usable_device(device: torch.device | str | None = None) -> torch.device:
             torch.empty(1, device=found)
             return found
     except (RuntimeError, TypeError, AssertionError, NotImplementedError):
-        pass
+        pass  # torch raises one of four types, by the kind of device; the error below replaces them
     gpus = [f"cuda:{n}" for n in range(torch.cuda.device_count())]
     raise ValueError(
         f"device is {shown(device)}, which is not usable here; choose from "

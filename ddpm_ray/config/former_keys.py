@@ -127,6 +127,7 @@ def _with_current_references(kind: Any, name: str, value: Any) -> Any:
     moved = current_key(kind, name) != name
 
     def current(match: re.Match[str], at: list[str]) -> str:
+        """The reference `match`, found in the value at the key `at`, with its current key."""
         key = match[1].lstrip(".")
         if dots := len(match[1]) - len(key):  # counts from what holds the value, as it was given
             key = ".".join([*at[:-dots], key])

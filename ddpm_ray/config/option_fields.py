@@ -148,6 +148,7 @@ def checks_arguments(function: Callable[P, T]) -> Callable[P, T]:
 
     @wraps(function)
     def checked(*args: P.args, **kwargs: P.kwargs) -> T:
+        """Check and convert the arguments, then call `function`."""
         try:
             bound = signature.bind(*args, **kwargs)
         except TypeError as error:

@@ -98,6 +98,7 @@ def _kept(root: Any, key: str, kind: Any, value: Any, node: yaml.Node) -> Any:
             nodes = dict(_pairs(node))
 
             def kept(name: Any, inner: Any) -> Any:
+                """`_kept` of the entry `name` of this mapping, whose parsed value is `inner`."""
                 below = f"{key}.{name}" if key else str(name)
                 groups = kind is None or is_dataclass(kind)  # None: a group that is no more
                 there = type_at(root, below) if groups else _type_inside(kind)

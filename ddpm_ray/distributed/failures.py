@@ -43,6 +43,7 @@ def _of_worker(failures: Mapping[int, Exception]) -> str:
     """The cause among the errors of workers by rank: who lost a peer only says that one is gone."""
 
     def order(entry: tuple[int, Exception]) -> tuple[int, int]:
+        """Sort key: own errors first, then dead workers, then lost peers; each by rank."""
         rank, error = entry
         if isinstance(error, RayActorError):
             return 1, rank

@@ -53,6 +53,7 @@ def within(seconds: float, uri: str, call: Callable[[], Any]) -> Any:
     done = threading.Event()
 
     def work() -> None:
+        """Run `call` and keep its value or error for the waiting thread."""
         try:
             ended["value"] = call()
         except BaseException as error:  # noqa: BLE001 - raised again in the calling thread
