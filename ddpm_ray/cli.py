@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ddpm_ray.config.job_files import job_of_file
 from ddpm_ray.config.loading import Config, ConfigError, given_keys, help_lines, load, to_yaml
 from ddpm_ray.distributed.signals import at_once, exit_code
-from ddpm_ray.redaction import NO_SECRET, has_secret, told
+from ddpm_ray.redaction import NO_SECRET, has_secret, sanitize
 from ddpm_ray.tracking import mlflow_settings
 
 DONE, FAILED, WRONG_CONFIG, PARTLY_FAILED = 0, 1, 2, 3
@@ -100,7 +100,7 @@ class _Formatter(logging.Formatter):
     """Names that come with the data cannot forge a line of the log."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - the library's name
-        return told(super().formatMessage(record))
+        return sanitize(super().formatMessage(record))
 
 
 def _refuse_secrets(arguments: argparse.Namespace, names: tuple[str, ...]) -> None:
@@ -211,7 +211,7 @@ def _parser(usage: str, kind: type[Config], names: tuple[str, ...]) -> _Parser:
 
 def _say(message: object, code: int) -> int:
     start = "" if code > 128 else "error: "
-    lines = [f"{start}{told(line)}" for line in str(message).split("\n")]
+    lines = [f"{start}{sanitize(line)}" for line in str(message).split("\n")]
     print(*lines, sep="\n", file=sys.stderr, flush=True)
     return code
 

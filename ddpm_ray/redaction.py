@@ -77,7 +77,7 @@ def printable(text: str) -> str:
     )
 
 
-def told(text: str) -> str:
+def sanitize(text: str) -> str:
     """`text` as it may stand in a terminal or a log: one line, no secret, no control character."""
     return printable(redacted(text))
 
@@ -89,5 +89,5 @@ def counted(number: float, noun: str, plural: str = "") -> str:
 
 def brief(error: Exception) -> str:
     """The error as one line of at most 200 characters."""
-    text = told(" ".join(str(error).split()))
+    text = sanitize(" ".join(str(error).split()))
     return text if len(text) <= 200 else f"{text[:197]}..."

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from ddpm_ray.data.packing.image_files import BadImageError
 from ddpm_ray.data.shards import DatasetError, ShardCorruptError
-from ddpm_ray.redaction import counted, has_secret, printable, redacted, told
+from ddpm_ray.redaction import counted, has_secret, printable, redacted, sanitize
 from ddpm_ray.storage.checksummed import DamagedError
 from ddpm_ray.storage.object_store import StorageError, read_bytes
 from ddpm_ray.tracking.mlflow_runs import TrackingError
@@ -31,7 +31,7 @@ WORDS = st.text("abcXYZ019-_+=.", min_size=1, max_size=12)
 def test_no_password_of_a_url_is_told(scheme: str, user: str, password: str, host: str) -> None:
     secret = f"PASS{password}WORD"
     for url in (f"{scheme}://{user}:{secret}@{host}/a", f"{scheme}://:{secret}@{host}:5000"):
-        shown = told(f"no answer from '{url}', tried twice")
+        shown = sanitize(f"no answer from '{url}', tried twice")
         assert secret not in shown
         assert host in shown
         assert has_secret(url)
@@ -112,7 +112,7 @@ def test_a_parameter_that_only_resembles_one_stays(name: str, value: str) -> Non
     ],
 )  # fmt: skip
 def test_what_holds_no_secret_stays_as_it_is(harmless: str) -> None:
-    assert told(harmless) == harmless
+    assert sanitize(harmless) == harmless
     assert not has_secret([harmless, 1, None, {"a": 2.5}])
 
 

@@ -25,7 +25,7 @@ import pyarrow as pa
 from ddpm_ray.data import arrow_io, shard_index
 from ddpm_ray.data.arrow_io import ArrowFileError
 from ddpm_ray.data.shard_cache import ShardCache
-from ddpm_ray.redaction import counted, told
+from ddpm_ray.redaction import counted, sanitize
 from ddpm_ray.storage import checksummed, object_store
 from ddpm_ray.storage.file_formats import require_readable
 
@@ -44,7 +44,7 @@ class DatasetError(RuntimeError):
 
     def __str__(self) -> str:
         url, problem, remedy = self.args
-        return told(f"{url}: {problem}; {remedy}")
+        return sanitize(f"{url}: {problem}; {remedy}")
 
 
 class ShardCorruptError(RuntimeError):
@@ -52,7 +52,7 @@ class ShardCorruptError(RuntimeError):
 
     def __str__(self) -> str:
         url, expected, found, attempts = self.args
-        return told(
+        return sanitize(
             f"{url}: sha256 is {found[:12]}, the index says {expected[:12]} after "
             f"{counted(attempts, 'download')}; write it again with jobs/pack_shards.py"
         )

@@ -19,7 +19,7 @@ from rich.table import Table
 from ddpm_ray import fault_injection
 from ddpm_ray.config.fault_drill import DrillConfig
 from ddpm_ray.config.run import RunConfig
-from ddpm_ray.redaction import told
+from ddpm_ray.redaction import sanitize
 from ddpm_ray.reporting import Progress
 from ddpm_ray.runs.train import train
 from ddpm_ray.tracking import mlflow_runs
@@ -103,7 +103,7 @@ def show_table(done: list[Drilled]) -> None:
     clean, *struck = done
     table = Table("fault", "starts", "steps lost", "seconds lost", "end", box=None, pad_edge=False)
     for one in struck:
-        verdict = "equal" if one.equals(clean) else escape(told(one.reason)) or "DIFFERENT"
+        verdict = "equal" if one.equals(clean) else escape(sanitize(one.reason)) or "DIFFERENT"
         table.add_row(
             one.fault, str(len(one.starts)), str(one.repeated_steps),
             f"{one.seconds - clean.seconds:.1f}", verdict,

@@ -7,7 +7,7 @@ all), so whatever is used is hashed here, and read again where the way changed i
 import hashlib
 from pathlib import Path
 
-from ddpm_ray.redaction import told
+from ddpm_ray.redaction import sanitize
 from ddpm_ray.storage import object_store
 from ddpm_ray.storage.object_store import StorageError
 
@@ -19,7 +19,7 @@ class DamagedError(StorageError):
 
     def __str__(self) -> str:
         url, expected, found = self.args
-        return told(
+        return sanitize(
             f"{url}: sha256 is {found[:12]}, expected {expected[:12]}, in each of {READS} "
             "readings; put a whole copy of it back"
         )

@@ -9,7 +9,7 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from ddpm_ray.redaction import told
+from ddpm_ray.redaction import sanitize
 
 FORMAT = "format"  # the key
 
@@ -22,7 +22,7 @@ class NewerFormatError(RuntimeError):
 
     def __str__(self) -> str:
         url, reason, remedy = self.args
-        return told(f"{url}: {reason}; {remedy}")
+        return sanitize(f"{url}: {reason}; {remedy}")
 
 
 @cache

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 import fsspec
 import fsspec.asyn
 
-from ddpm_ray.redaction import NO_SECRET, has_secret, redacted, told
+from ddpm_ray.redaction import NO_SECRET, has_secret, redacted, sanitize
 from ddpm_ray.storage.retry import persistently
 
 Act = TypeVar("Act", bound=Callable[..., Any])
@@ -42,7 +42,7 @@ class StorageError(RuntimeError):
 
     def __str__(self) -> str:
         url, reason, remedy = self.args
-        return told(f"{url}: {reason}; {remedy}")
+        return sanitize(f"{url}: {reason}; {remedy}")
 
 
 class ObjectState(NamedTuple):

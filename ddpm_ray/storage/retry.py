@@ -13,7 +13,7 @@ from collections.abc import Callable
 from itertools import count
 from typing import TypeVar
 
-from ddpm_ray.redaction import told
+from ddpm_ray.redaction import sanitize
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ def persistently(act: Callable[[], Result], what: str, patience_s: float) -> Res
             if not passes(error) or gone_s + pause_s > patience_s:
                 raise
             if gone_s > TELL_AFTER_S and not warned:
-                place = told(f"{what}: {error}")
+                place = sanitize(f"{what}: {error}")
                 log.warning("%s; tried again for up to %.0f s", place, patience_s)
                 warned = True
         time.sleep(pause_s)

@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ddpm_ray.sampling.image_grid import GUTTER_PIXELS
 from ddpm_ray.sweep import leaderboard as board
-from ddpm_ray.sweep.leaderboard import MOST, STATUSES, Row, cut, standings, told
+from ddpm_ray.sweep.leaderboard import MOST, STATUSES, Row, cut, score_text, standings
 from ddpm_ray.sweep.trial_store import Trial
 from ddpm_ray.training.sample_grids import GRID_IMAGES
 
@@ -57,7 +57,7 @@ def fid_against_T(trials: Sequence[Trial], metric: str) -> Image.Image | None:  
     lines: dict[str, list[Row]] = defaultdict(list)  # the best schedule first, as the rows stand
     for row in rows[: len(rows) - len(unscored)]:
         lines[schedules[row.number]].append(row)
-    note = f"best: trial {rows[0].number}, T={steps[rows[0].number]}, {told(rows[0], metric)}"
+    note = f"best: trial {rows[0].number}, T={steps[rows[0].number]}, {score_text(rows[0], metric)}"
     figure, axes = _canvas(f"{metric} against T, lower is better", note)
     handles: list[Artist] = []
     for i, (name, members) in enumerate(lines.items()):
@@ -185,7 +185,7 @@ def contact_sheet(
     for row, strip, height in zip(rows, strips, heights, strict=False):
         place = row.status if row.place is None else f"place {row.place}"
         place += " (like the best)" if row.like_best else ""
-        lines = f"{place}, trial {row.number}", names[row.number], told(row, metric)
+        lines = f"{place}, trial {row.number}", names[row.number], score_text(row, metric)
         for i, line in enumerate(lines):
             ink, y = DARK if i else "black", top + i * LINE_PIXELS + 4
             pen.text((8, y), cut(line, NAME_LETTERS), fill=ink, font=font)

@@ -100,7 +100,7 @@ def interval(row: Row) -> str:
     return f"[{digits(row.low)}, {digits(row.high)}]" if known else ""
 
 
-def told(row: Row, metric: str) -> str:
+def score_text(row: Row, metric: str) -> str:
     """Its score under that name, or else its last loss."""
     loss = f"loss {digits(row.loss)}"
     return loss if row.score is None else f"{metric} {digits(row.score)} {interval(row)}"

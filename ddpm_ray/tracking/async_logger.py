@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from ddpm_ray import fault_injection
-from ddpm_ray.redaction import brief, counted, told
+from ddpm_ray.redaction import brief, counted, sanitize
 from ddpm_ray.reporting import Row
 from ddpm_ray.tracking.row_queue import RowQueue
 from ddpm_ray.tracking.run_info import TrackedRun
@@ -131,7 +131,7 @@ class Tracker:
                     log.warning("no more goes to MLflow from this process: %s", error)
                 return
             except Exception as error:  # noqa: BLE001 - whatever it is, all is kept and retried
-                self._say(what, f"{what} for MLflow: {told(str(error))}; kept, tried again")
+                self._say(what, f"{what} for MLflow: {sanitize(str(error))}; kept, tried again")
                 pause_s = RETRY_S
             if self._given_up.wait(pause_s):
                 return

@@ -4,7 +4,7 @@ import contextlib
 import re
 from collections.abc import Iterator
 
-from ddpm_ray.redaction import brief, told
+from ddpm_ray.redaction import brief, sanitize
 
 # What errors on the way to MLflow come from, beside this package and the operating system.
 LIBRARIES = {
@@ -38,7 +38,7 @@ class TrackingError(RuntimeError):
 
     def __str__(self) -> str:
         place, reason, remedy = self.args
-        return told(f"{place}: {reason}; {remedy}")
+        return sanitize(f"{place}: {reason}; {remedy}")
 
 
 class TrackingOutageError(TrackingError):
@@ -145,10 +145,10 @@ def _cause(error: Exception) -> str:
     """What went wrong at the bottom, as one short line: requests tells the whole way to it."""
     text = " ".join(str(error).split())
     if found := re.search(r"\[Errno -?\d+\] [^'\")]+", text):
-        return told(found[0])
+        return sanitize(found[0])
     quoted = re.findall(r"['\"]([^'\"]{4,})['\"]", text.partition("(Caused by ")[2])
     if quoted:  # the innermost of errors within errors
-        return told(quoted[-1])
+        return sanitize(quoted[-1])
     return brief(error)
 
 

@@ -29,7 +29,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_IMAGES, MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NOTE
 from PIL import Image
 
-from ddpm_ray.redaction import told
+from ddpm_ray.redaction import sanitize
 from ddpm_ray.storage import object_store
 from ddpm_ray.tracking.errors import (
     TrackingError,
@@ -284,7 +284,7 @@ def finish(run: TrackedRun, status: str, reason: str = "") -> None:
             log.warning("MLflow run %s: another driver has taken it over; not closed", run.run_id)
             return
         if reason:
-            text = told(reason)[:MAX_TAG]
+            text = sanitize(reason)[:MAX_TAG]
             tags = [RunTag("reason", text), RunTag(MLFLOW_RUN_NOTE, text)]
             client.log_batch(run.run_id, tags=tags)
         client.set_terminated(run.run_id, status)

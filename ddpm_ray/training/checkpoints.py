@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors import torch as safetensors
 
 from ddpm_ray import fault_injection
-from ddpm_ray.redaction import counted, told
+from ddpm_ray.redaction import counted, sanitize
 from ddpm_ray.storage import checksummed, object_store
 from ddpm_ray.storage.checksummed import DamagedError
 from ddpm_ray.storage.file_formats import FORMAT, require_readable
@@ -56,7 +56,7 @@ class CheckpointError(RuntimeError):
 
     def __str__(self) -> str:
         url, reason, remedy = self.args
-        return told(f"{url}: {reason}; {remedy}")
+        return sanitize(f"{url}: {reason}; {remedy}")
 
 
 class CheckpointStore:
@@ -236,7 +236,7 @@ class CheckpointStore:
         reason = f"{found.damaged[0]} is damaged" if found.damaged else "no pointer is there"
         newest = object_store.join(self.url, known[0].folder)
         count = counted(len(known), "checkpoint")
-        log.warning("%s; recovered %s, the newest %s", told(reason), count, newest)
+        log.warning("%s; recovered %s, the newest %s", sanitize(reason), count, newest)
 
     def _commit(self, references: list[Reference]) -> None:
         """Write the next pointer; of those before it the newest stays, in case it is damaged."""

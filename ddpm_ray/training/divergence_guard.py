@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from ddpm_ray.collectives import Workers
-from ddpm_ray.redaction import counted, told
+from ddpm_ray.redaction import counted, sanitize
 
 WINDOW_STEPS = 128  # whose norms a spike is compared with
 FEWEST_STEPS = 16  # before there is a median worth a name: the first steps are the wildest
@@ -28,7 +28,7 @@ class DivergedError(RuntimeError):
         step, norm, limit, keys = self.args
         names = ", ".join(keys[:SHOWN_KEYS]) + (" ..." if len(keys) > SHOWN_KEYS else "")
         over = f", over {limit:.3g}" if math.isfinite(norm) else ""
-        return told(
+        return sanitize(
             f"step {step}: the gradient's norm is {norm:.4g}{over}, from "
             f"{counted(len(keys), 'sample')}: {names}; nothing was updated. Look at "
             "these images; lower training.learning_rate and go back to an older checkpoint; or "

@@ -33,7 +33,7 @@ from PIL import (  # each registers its format in Image.OPEN
     WebPImagePlugin,
 )
 
-from ddpm_ray.redaction import told
+from ddpm_ray.redaction import sanitize
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # that are ever opened
 SUFFIXES = (
@@ -75,7 +75,7 @@ class BadImageError(RuntimeError):
 
     def __str__(self) -> str:
         file, problem, remedy = self.args
-        return told(f"{file}: {problem}; {remedy}")
+        return sanitize(f"{file}: {problem}; {remedy}")
 
 
 class DecodedImage(NamedTuple):

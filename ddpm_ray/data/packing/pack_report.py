@@ -13,7 +13,7 @@ from typing import Any
 
 from ddpm_ray.data.samples import EXAMPLES, NamedGroup
 from ddpm_ray.data.shards import Dataset, DatasetError
-from ddpm_ray.redaction import counted, told
+from ddpm_ray.redaction import counted, sanitize
 from ddpm_ray.storage import checksummed_json, object_store
 from ddpm_ray.storage.object_store import StorageError
 
@@ -131,11 +131,11 @@ def lines(dataset: Dataset, report: PackReport | None) -> Iterator[str]:
         yield "packed before by a version that kept no list of what it skipped, changed or left out"
     else:
         counts = list(report.class_samples)
-        yield from (f"skipped: {told(line)}" for line in report.skipped_files[:MOST_SHOWN])
+        yield from (f"skipped: {sanitize(line)}" for line in report.skipped_files[:MOST_SHOWN])
         if report.skipped > MOST_SHOWN:
             yield f"skipped: {report.skipped} files in all; {RECORD} names {MOST_NAMED} of them"
-        yield from (f"not packed: {told(str(group))}" for group in report.left_out)
-        yield from (f"changed: {told(str(group))}" for group in report.changed)
+        yield from (f"not packed: {sanitize(str(group))}" for group in report.left_out)
+        yield from (f"changed: {sanitize(str(group))}" for group in report.changed)
     height, width, channels = manifest.image_shape
     colours = "RGB" if channels == 3 else "grey"
     skipped = f", {report.skipped} skipped" if report else ""
@@ -146,7 +146,7 @@ def lines(dataset: Dataset, report: PackReport | None) -> Iterator[str]:
         yield "classes: none"
         return
     shown = [
-        f"{n} = {told(name)}" + (f" ({counts[n]}{' samples' * (n == 0)})" if counts else "")
+        f"{n} = {sanitize(name)}" + (f" ({counts[n]}{' samples' * (n == 0)})" if counts else "")
         for n, name in enumerate(names[:MOST_CLASSES_SHOWN])
     ]
     more = f", ... {len(names)} in all" if len(names) > MOST_CLASSES_SHOWN else ""

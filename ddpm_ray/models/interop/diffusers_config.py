@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 from ddpm_ray.models.layers import Variant
 from ddpm_ray.models.unet import Sizes
-from ddpm_ray.redaction import told
+from ddpm_ray.redaction import sanitize
 
 Config: TypeAlias = Mapping[str, Any]  # of a JSON file
 Facts: TypeAlias = Mapping[str, Mapping[str, Any]]
@@ -67,7 +67,7 @@ class ForeignModelError(ValueError):
 
     def __str__(self) -> str:
         where, problem = self.args
-        return told(f"{where}: {problem}")
+        return sanitize(f"{where}: {problem}")
 
 
 def form_of(config: Config) -> Form:
