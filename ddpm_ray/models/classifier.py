@@ -19,8 +19,8 @@ from ddpm_ray.models.layers import (
     dense,
     heads,
     in_heads,
-    silence,
-    spread,
+    xavier_init,
+    zero_init,
 )
 from ddpm_ray.models.unet import Parts, check_sizes, down_path, pyramid
 
@@ -66,7 +66,7 @@ class NoisyClassifier(nn.Module):
         self.norm_out = nn.GroupNorm(groups, channels, eps=variant.norm_eps)
         self.pool = AttentionPool(channels, (image_size >> (len(widths) - 1)) ** 2, variant)
         self.out = dense(channels, num_classes)
-        silence(self.out)
+        zero_init(self.out)
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
         """log p(y | x_t) up to a constant, [B, K]."""
@@ -90,7 +90,7 @@ class AttentionPool(nn.Module):
         self.num_heads = heads(channels, variant)
         self.position = nn.Parameter(torch.randn(pixels + 1, channels) / math.sqrt(channels))
         self.query_key_value = nn.Linear(channels, 3 * channels)
-        spread(self.query_key_value, fused=3)
+        xavier_init(self.query_key_value, fused=3)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C]; the mean pixel is itself one of those attended to."""

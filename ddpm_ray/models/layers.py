@@ -27,7 +27,7 @@ class Variant:
     num_heads: int = 1  # of each attention
     head_channels: int = 0  # above 0: a head for each so many channels, whatever num_heads is
     scale_shift: bool = False  # t scales and shifts what norm_2 gives; otherwise adds to its input
-    resampling_blocks: bool = False  # residual blocks halve and double sides, not convolutions
+    resampling_blocks: bool = False  # residual blocks resample, not convolutions
     pads_both_sides: bool = False  # before a strided convolution; otherwise the end alone
     cosines_first: bool = False  # in the embedding of t
     frequency_shift: int = 1  # 1: its lowest frequency is 1/10,000; 0: just above
@@ -56,20 +56,20 @@ def sinusoidal_embedding(t: Tensor, width: int, variant: Variant = HO) -> Tensor
 
 
 def conv(channels_in: int, channels_out: int, kernel: int = 3) -> nn.Conv2d:
-    """A convolution that keeps [H, W], initialised by `spread`."""
+    """A convolution that keeps [H, W], initialised by `xavier_init`."""
     layer = nn.Conv2d(channels_in, channels_out, kernel, padding=kernel // 2)
-    spread(layer)
+    xavier_init(layer)
     return layer
 
 
 def dense(width_in: int, width_out: int) -> nn.Linear:
-    """A dense layer, initialised by `spread`."""
+    """A dense layer, initialised by `xavier_init`."""
     layer = nn.Linear(width_in, width_out)
-    spread(layer)
+    xavier_init(layer)
     return layer
 
 
-def spread(layer: nn.Conv2d | nn.Linear, fused: int = 1) -> None:
+def xavier_init(layer: nn.Conv2d | nn.Linear, fused: int = 1) -> None:
     """Fill the weight with U(-a, a), a^2 = 6 / (fan_in + fan_out), and the bias with 0.
 
     A layer that fuses several of equal width counts the fan_out of one. (Glorot and Bengio 2010;
@@ -81,7 +81,7 @@ def spread(layer: nn.Conv2d | nn.Linear, fused: int = 1) -> None:
     nn.init.zeros_(layer.bias)
 
 
-def silence(layer: nn.Conv2d | nn.Linear) -> None:
+def zero_init(layer: nn.Conv2d | nn.Linear) -> None:
     """Set a layer to 0: what it ends starts as the identity (Ho et al.'s code, init_scale=0)."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
@@ -108,12 +108,12 @@ class TimeEmbedding(nn.Module):
         return F.silu(embedding if label is None else embedding + label)
 
 
-def halve(x: Tensor) -> Tensor:
+def downsample_2x(x: Tensor) -> Tensor:
     """[B, C, H, W] -> [B, C, H/2, W/2]: the mean of each 2x2."""
     return F.avg_pool2d(x, 2)
 
 
-def double(x: Tensor) -> Tensor:
+def upsample_2x(x: Tensor) -> Tensor:
     """[B, C, H, W] -> [B, C, 2H, 2W]: each pixel becomes four."""
     return F.interpolate(x, scale_factor=2.0, mode="nearest")
 
@@ -121,7 +121,7 @@ def double(x: Tensor) -> Tensor:
 class ResBlock(nn.Module):
     """[B, C_in, H, W], [B, E] -> [B, C_out, H, W]; starts as its own skip connection.
 
-    With `resample`, halve or double, it also changes the sides (Brock et al. 2019,
+    With `resample`, downsample_2x or upsample_2x, it also changes the sides (Brock et al. 2019,
     arXiv:1809.11096, figure 15).
     """
 
@@ -143,7 +143,7 @@ class ResBlock(nn.Module):
         self.norm_2 = nn.GroupNorm(groups, channels_out, eps=variant.norm_eps)
         self.dropout = nn.Dropout(dropout)
         self.conv_2 = conv(channels_out, channels_out)
-        silence(self.conv_2)
+        zero_init(self.conv_2)
         self.skip: nn.Module = nn.Identity()
         if channels_in != channels_out:
             self.skip = conv(channels_in, channels_out, kernel=1)
@@ -177,9 +177,9 @@ class Attention(nn.Module):
         self.num_heads = heads(channels, variant)
         self.norm = nn.GroupNorm(groups, channels, eps=variant.norm_eps)
         self.query_key_value = nn.Linear(channels, 3 * channels)  # rows: query, key, value
-        spread(self.query_key_value, fused=3)
+        xavier_init(self.query_key_value, fused=3)
         self.out = dense(channels, channels)
-        silence(self.out)
+        zero_init(self.out)
 
     def forward(self, x: Tensor) -> Tensor:
         """x + what each pixel takes from all of them, [B, C, H, W]."""
@@ -231,7 +231,7 @@ class Downsample(nn.Module):
         # TensorFlow's SAME at stride 2 pads an even side at its end only.
         self.padding = (1, 1, 1, 1) if variant.pads_both_sides else (0, 1, 0, 1)
         self.conv = nn.Conv2d(channels, channels, kernel_size=3, stride=2)
-        spread(self.conv)
+        xavier_init(self.conv)
 
     def forward(self, x: Tensor) -> Tensor:
         result: Tensor = self.conv(F.pad(x, self.padding))
@@ -246,5 +246,5 @@ class Upsample(nn.Module):
         self.conv = conv(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.conv(double(x))
+        result: Tensor = self.conv(upsample_2x(x))
         return result

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from ddpm_ray.models.layers import silence, sinusoidal_embedding
+from ddpm_ray.models.layers import sinusoidal_embedding, zero_init
 
 
 class LogVariance(nn.Module):
@@ -17,7 +17,7 @@ class LogVariance(nn.Module):
         super().__init__()
         self.width = width  # of the embedding of t
         self.dense = nn.Linear(width, 1)
-        silence(self.dense)
+        zero_init(self.dense)
 
     def forward(self, t: Tensor) -> Tensor:
         """u [B], in the type of the weights even under autocast, for t [B] int64 in 1..T."""

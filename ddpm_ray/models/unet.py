@@ -24,9 +24,9 @@ from ddpm_ray.models.layers import (
     Upsample,
     Variant,
     conv,
-    double,
-    halve,
-    silence,
+    downsample_2x,
+    upsample_2x,
+    zero_init,
 )
 from ddpm_ray.models.loss_uncertainty import LogVariance
 
@@ -61,13 +61,13 @@ class Parts:
     def downsample(self, channels: int) -> Downsample | ResBlock:
         """What halves the sides."""
         if self.variant.resampling_blocks:
-            return self._block(channels, channels, halve)
+            return self._block(channels, channels, downsample_2x)
         return Downsample(channels, self.variant)
 
     def upsample(self, channels: int) -> Upsample | ResBlock:
         """What doubles the sides."""
         if self.variant.resampling_blocks:
-            return self._block(channels, channels, double)
+            return self._block(channels, channels, upsample_2x)
         return Upsample(channels)
 
     def _block(self, c_in: int, c_out: int, resample: Resample | None = None) -> ResBlock:
@@ -163,7 +163,7 @@ class UNet(nn.Module):
                 self.up.append(parts.upsample(channels))
         self.norm_out = nn.GroupNorm(groups, channels, eps=variant.norm_eps)
         self.conv_out = conv(channels, image_channels * (2 if learns_variance else 1))
-        silence(self.conv_out)
+        zero_init(self.conv_out)
         self.label = nn.Embedding(num_classes + 1, parts.time_width) if num_classes else None
         self.uncertainty = LogVariance() if learns_uncertainty else None
 
