@@ -18,7 +18,7 @@ from ddpm_ray.config.run import ModelConfig, RunConfig
 from ddpm_ray.data.shards import DatasetError, open_dataset
 from ddpm_ray.models.classifier import NoisyClassifier
 from ddpm_ray.models.interop import convert
-from ddpm_ray.models.interop.diffusers_config import ForeignModelError, Form
+from ddpm_ray.models.interop.diffusers_config import UNetSpec, UnsupportedModelError
 from ddpm_ray.models.interop.diffusers_schedulers import Export
 from ddpm_ray.models.unet import UNet
 from ddpm_ray.sampling.pipeline import TrainedModel
@@ -60,7 +60,7 @@ def trained_model(
 
     Its weights are the average `ema`, one of the checkpoint's groups. A local folder of diffusers,
     a UNet2DModel with its scheduler, is taken as well. Raises CheckpointError where nothing there
-    verifies, ConfigError for a classifier, ForeignModelError for what our U-Net cannot be and
+    verifies, ConfigError for a classifier, UnsupportedModelError for what our U-Net cannot be and
     ValueError for a device that is not there.
     """
     device = usable_device(device)
@@ -98,7 +98,7 @@ def trained_model(
 def run_facts(url: str) -> tuple[RunConfig, dict[str, Any]]:
     """Config and facts of the checkpoint that `trained_model` would load; reads no weights.
 
-    Raises CheckpointError and ForeignModelError as that does.
+    Raises CheckpointError and UnsupportedModelError as that does.
     """
     if Path(url, OF_DIFFUSERS).is_file():
         return from_dict(RunConfig, _of_diffusers(Path(url), "cpu").provenance["config"]), {}
@@ -141,13 +141,13 @@ def trained_classifier(url: str, device: torch.device | str = "cpu") -> NoisyCla
 def write_diffusers(model: TrainedModel, sampling: SamplingConfig, folder: Path) -> Export:
     """Write `model` as a folder that diffusers' own `from_pretrained` reads; return how it samples.
 
-    Raises ForeignModelError for what diffusers has no name for, and StorageError.
+    Raises UnsupportedModelError for what diffusers has no name for, and StorageError.
     """
     network = model.denoiser.network
     assert isinstance(network, UNet)
     config = from_dict(RunConfig, model.provenance["config"])
     channels, side, _ = model.image_shape
-    form: Form = {
+    spec: UNetSpec = {
         **training_run.sizes(config.model, side, channels),
         "num_classes": config.model.num_classes,
         "condition_channels": network.condition_channels,
@@ -165,7 +165,7 @@ def write_diffusers(model: TrainedModel, sampling: SamplingConfig, folder: Path)
         "sampling": to_dict(sampling),
     }
     tensors = {k: v for k, v in network.state_dict().items() if not k.startswith("uncertainty.")}
-    return convert.write_folder(folder, form, tensors, facts, object_store.write_bytes)
+    return convert.write_folder(folder, spec, tensors, facts, object_store.write_bytes)
 
 
 def _checkpoint(url: str, *groups: str) -> tuple[str, Snapshot]:
@@ -191,26 +191,26 @@ def _newest(url: str, groups: Sequence[str]) -> tuple[str, Snapshot]:
 
 
 def _of_diffusers(folder: Path, device: torch.device | str) -> TrainedModel:
-    form, tensors, facts = convert.read_folder(folder)
-    network = UNet(**form)
+    spec, tensors, facts = convert.read_folder(folder)
+    network = UNet(**spec)
     network.load_state_dict(tensors)
     try:
         sampling = SamplingConfig().overridden(facts["sampling"])
     except (TypeError, ValueError) as error:
-        raise ForeignModelError(str(folder), f"scheduler: {error}") from error
+        raise UnsupportedModelError(str(folder), f"scheduler: {error}") from error
     config = RunConfig(
         name=folder.name,
         schedule=ScheduleConfig(**facts["schedule"]),
         objective=ObjectiveConfig(**facts["objective"]),
         sampling=sampling,
         model=ModelConfig(
-            base_channels=form["base_channels"],
-            channel_mults=form["channel_mults"],
-            blocks_per_level=form["blocks_per_level"],
-            attention_resolutions=form["attention_resolutions"],
-            dropout=form["dropout"],
-            groups=form["groups"],
-            num_classes=form["num_classes"],
+            base_channels=spec["base_channels"],
+            channel_mults=spec["channel_mults"],
+            blocks_per_level=spec["blocks_per_level"],
+            attention_resolutions=spec["attention_resolutions"],
+            dropout=spec["dropout"],
+            groups=spec["groups"],
+            num_classes=spec["num_classes"],
         ),
     )
     provenance = {
@@ -220,10 +220,10 @@ def _of_diffusers(folder: Path, device: torch.device | str) -> TrainedModel:
         "config": to_dict(config),
         "data_fingerprint": "",
     }
-    side = form["image_size"]
+    side = spec["image_size"]
     return TrainedModel(
         denoiser(config, network.to(device).eval().requires_grad_(False), device),
-        (form["image_channels"], side, side),
+        (spec["image_channels"], side, side),
         provenance,
         device=device,
         settings=config.sampling,

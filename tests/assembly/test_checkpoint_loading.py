@@ -18,7 +18,7 @@ from ddpm_ray.assembly import checkpoint_loading, diffusion, training_run
 from ddpm_ray.config.diffusion import SamplingConfig
 from ddpm_ray.config.loading import ConfigError, load, to_dict
 from ddpm_ray.config.run import RunConfig
-from ddpm_ray.models.interop.diffusers_config import ForeignModelError
+from ddpm_ray.models.interop.diffusers_config import UnsupportedModelError
 from ddpm_ray.sampling.pipeline import TrainedModel
 from ddpm_ray.storage import object_store
 from ddpm_ray.storage.object_store import StorageError
@@ -129,7 +129,7 @@ def test_a_runs_sampling_settings_go_to_diffusers_and_come_back(
     text = json.loads(config.read_text())
     for wrong in ({"steps": "many"}, {"no_such_key": 1}, {"eta": 7}):
         config.write_text(json.dumps(text | {"_ddpm_ray_sampling": wrong}))
-        with pytest.raises(ForeignModelError, match="|".join(wrong)):
+        with pytest.raises(UnsupportedModelError, match="|".join(wrong)):
             checkpoint_loading.trained_model(str(tmp_path / "given"))
 
 
@@ -150,7 +150,7 @@ def test_the_pipeline_that_an_export_names_draws(sampler: Any, tmp_path: Path) -
 
 def test_what_diffusers_has_no_name_for_is_refused_with_nothing_written(tmp_path: Path) -> None:
     model = trained(configured("objective.prediction=edm"))
-    with pytest.raises(ForeignModelError, match="prediction"):
+    with pytest.raises(UnsupportedModelError, match="prediction"):
         checkpoint_loading.write_diffusers(model, SamplingConfig(), tmp_path / "given")
     assert not (tmp_path / "given").exists()
 

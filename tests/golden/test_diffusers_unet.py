@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ddpm_ray.diffusion import NoiseSchedule, samplers, schedules
 from ddpm_ray.models.interop import convert
-from ddpm_ray.models.interop.diffusers_config import UNET, VARIANCES, Form, to_scheduler
+from ddpm_ray.models.interop.diffusers_config import UNET, VARIANCES, UNetSpec, to_scheduler
 from ddpm_ray.models.layers import GUIDED, HO
 from ddpm_ray.models.unet import UNet
 from ddpm_ray.storage.object_store import write_bytes
@@ -95,11 +95,11 @@ def require_alike(ours: UNet, model: Any, config: dict[str, Any]) -> None:
 def test_theirs_answers_as_ours_and_comes_back_as_it_was(name: str) -> None:
     config = CONFIGS[name]
     model = theirs(config)
-    form, tensors = convert.from_diffusers(dict(model.config), model.state_dict())
-    ours = UNet(**form).eval()
+    spec, tensors = convert.from_diffusers(dict(model.config), model.state_dict())
+    ours = UNet(**spec).eval()
     ours.load_state_dict(tensors)
     require_alike(ours, model, config)
-    back, weights = convert.to_diffusers(form, tensors)
+    back, weights = convert.to_diffusers(spec, tensors)
     assert back == {**UNET, **config, "_class_name": "UNet2DModel"}
     assert weights.keys() == model.state_dict().keys()
     assert all(torch.equal(weights[key], value) for key, value in model.state_dict().items())
@@ -109,19 +109,19 @@ def test_theirs_answers_as_ours_and_comes_back_as_it_was(name: str) -> None:
 def test_a_saved_network_of_ours_is_loaded_by_their_own_pipeline(
     variant: Any, tmp_path: Path
 ) -> None:
-    form = Form(
+    spec = UNetSpec(
         image_size=8, image_channels=3, base_channels=8, channel_mults=(1, 2), blocks_per_level=1,
         attention_resolutions=(4,), dropout=0.0, groups=4, num_classes=0, condition_channels=0,
         learns_variance=False, variant=variant,
     )  # fmt: skip
-    ours = UNet(**form).eval()
+    ours = UNet(**spec).eval()
     disturb(ours)
     facts: dict[str, dict[str, Any]] = {
         "schedule": {"kind": "cosine", "num_steps": 100, "zero_terminal_snr": True},
         "objective": {"prediction": "v", "variance": "fixed"},
         "sampling": {"variance": "fixed_large", "clip": False},
     }
-    convert.write_folder(tmp_path, form, ours.state_dict(), facts, write_bytes)
+    convert.write_folder(tmp_path, spec, ours.state_dict(), facts, write_bytes)
     pipeline = diffusers.DDPMPipeline.from_pretrained(tmp_path)
     require_alike(ours, pipeline.unet.eval(), {"sample_size": 8})
     scheduler = pipeline.scheduler
@@ -131,7 +131,7 @@ def test_a_saved_network_of_ours_is_loaded_by_their_own_pipeline(
     assert scheduler.config.variance_type == "fixed_large"
     assert not scheduler.config.clip_sample
     read = convert.read_folder(tmp_path)
-    assert read[0] == form
+    assert read[0] == spec
     assert all(torch.equal(read[1][key], value) for key, value in ours.state_dict().items())
     for group, values in facts.items():
         assert read[2][group].items() >= values.items()
@@ -175,8 +175,8 @@ def test_what_their_pipeline_saves_is_read(safe: bool, tmp_path: Path) -> None:
     pipeline = diffusers.DDPMPipeline(unet=model, scheduler=scheduler)
     pipeline.save_pretrained(tmp_path, safe_serialization=safe)
     assert (tmp_path / "unet/diffusion_pytorch_model.bin").exists() != safe
-    form, tensors, facts = convert.read_folder(tmp_path)
-    ours = UNet(**form).eval()
+    spec, tensors, facts = convert.read_folder(tmp_path)
+    ours = UNet(**spec).eval()
     ours.load_state_dict(tensors)
     require_alike(ours, model, CIFAR10)
     assert facts["schedule"]["kind"] == "linear"
@@ -191,7 +191,7 @@ def test_weights_under_the_old_names_of_attention_layers_are_read() -> None:
     for new, name in old.items():
         renamed = {key.replace(f".{new}.", f".{name}."): value for key, value in renamed.items()}
     assert "mid_block.attentions.0.proj_attn.bias" in renamed
-    form, tensors = convert.from_diffusers(dict(model.config), renamed)
-    ours = UNet(**form).eval()
+    spec, tensors = convert.from_diffusers(dict(model.config), renamed)
+    ours = UNet(**spec).eval()
     ours.load_state_dict(tensors)
     require_alike(ours, model, CIFAR10)

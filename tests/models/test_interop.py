@@ -16,8 +16,8 @@ from torch import Tensor
 from ddpm_ray.models.interop import convert
 from ddpm_ray.models.interop.diffusers_config import (
     SCHEDULER,
-    ForeignModelError,
-    Form,
+    UNetSpec,
+    UnsupportedModelError,
     from_scheduler,
     to_scheduler,
 )
@@ -29,9 +29,9 @@ TWO_HEADS = replace(GUIDED, num_heads=2)
 IMPROVED = replace(TWO_HEADS, resampling_blocks=False)
 
 
-def form(variant: Variant = HO, **changes: Any) -> Form:
+def spec(variant: Variant = HO, **changes: Any) -> UNetSpec:
     """Two levels of 8 and 4 pixels, attention at the second."""
-    made = Form(
+    made = UNetSpec(
         image_size=8, image_channels=1, base_channels=4, channel_mults=(1, 2), blocks_per_level=1,
         attention_resolutions=(4,), dropout=0.0, groups=2, num_classes=0, condition_channels=0,
         learns_variance=False, variant=variant,
@@ -40,9 +40,9 @@ def form(variant: Variant = HO, **changes: Any) -> Form:
     return made
 
 
-def numbered(form: Form) -> dict[str, Tensor]:
+def numbered(spec: UNetSpec) -> dict[str, Tensor]:
     """Every parameter of the network, no two numbers alike."""
-    network, first, tensors = UNet(**form), 0, {}
+    network, first, tensors = UNet(**spec), 0, {}
     for name, parameter in network.state_dict().items():
         tensors[name] = torch.arange(first, first + parameter.numel()).float().view_as(parameter)
         first += parameter.numel()
@@ -127,40 +127,40 @@ def require_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 def test_guided_diffusions_names_are_those_of_the_table(
     variant: Variant, resamplers: dict[str, str]
 ) -> None:
-    ours = numbered(form(variant))
+    ours = numbered(spec(variant))
     homes = {**GUIDED_BLOCKS, **GUIDED_ATTENTIONS, **GUIDED_PLAIN, **resamplers}
     theirs = by_hand(ours, homes, GUIDED_PARTS, ones=1)
     assert theirs["middle_block.1.qkv.weight"].shape == (24, 8, 1)
-    taken = convert.from_guided_diffusion(theirs, form(variant), new_attention_order=True)
+    taken = convert.from_guided_diffusion(theirs, spec(variant), new_attention_order=True)
     require_same(taken, ours)
-    back = convert.to_guided_diffusion(form(variant), taken, new_attention_order=True)
+    back = convert.to_guided_diffusion(spec(variant), taken, new_attention_order=True)
     require_same(back, theirs)
 
 
 def test_hos_names_are_those_of_the_table() -> None:
-    ours = numbered(form())
+    ours = numbered(spec())
     theirs = by_hand(ours, {**HO_BLOCKS, **HO_ATTENTIONS, **HO_PLAIN}, HO_PARTS, ones=2)
     assert theirs["mid.attn_1.q.weight"].shape == (8, 8, 1, 1)
-    taken = convert.from_ho(theirs, form())
+    taken = convert.from_ho(theirs, spec())
     require_same(taken, ours)
-    require_same(convert.to_ho(form(), taken), theirs)
+    require_same(convert.to_ho(spec(), taken), theirs)
 
 
 def test_rows_that_lie_head_by_head_find_their_place() -> None:
     """Two heads of 4 of 8 channels: row 12 h + 4 p + c is channel c of part p of head h."""
-    ours = numbered(form(TWO_HEADS))
-    theirs = convert.to_guided_diffusion(form(TWO_HEADS), ours)
+    ours = numbered(spec(TWO_HEADS))
+    theirs = convert.to_guided_diffusion(spec(TWO_HEADS), ours)
     for h, p, c in ((h, p, c) for h in range(2) for p in range(3) for c in range(4)):
         row = theirs["middle_block.1.qkv.bias"][12 * h + 4 * p + c]
         assert row == ours["middle_1.attention.query_key_value.bias"][8 * p + 4 * h + c]
-    require_same(convert.from_guided_diffusion(theirs, form(TWO_HEADS)), ours)
+    require_same(convert.from_guided_diffusion(theirs, spec(TWO_HEADS)), ours)
 
 
 @pytest.mark.parametrize("knows_null", [False, True])
 def test_a_network_of_three_classes_comes_with_a_null_label_or_gets_none_added(
     knows_null: bool,
 ) -> None:
-    asked = form(TWO_HEADS, num_classes=3)
+    asked = spec(TWO_HEADS, num_classes=3)
     ours = numbered(asked)
     if not knows_null:
         ours["label.weight"][3] = 0
@@ -170,18 +170,20 @@ def test_a_network_of_three_classes_comes_with_a_null_label_or_gets_none_added(
 
 
 def test_tensors_that_do_not_fit_are_refused_by_name() -> None:
-    theirs = convert.to_ho(form(), numbered(form()))
-    with pytest.raises(ForeignModelError, match=r"lacks conv_in\.weight$"):
-        convert.from_ho({k: v for k, v in theirs.items() if k != "conv_in.weight"}, form())
+    theirs = convert.to_ho(spec(), numbered(spec()))
+    with pytest.raises(UnsupportedModelError, match=r"lacks conv_in\.weight$"):
+        convert.from_ho({k: v for k, v in theirs.items() if k != "conv_in.weight"}, spec())
     extra = {f"ema.{i}": torch.zeros(1) for i in range(5)}
-    with pytest.raises(ForeignModelError, match=r"no place for ema\.0, ema\.1, ema\.2 and 2 more"):
-        convert.from_ho(theirs | extra, form())
-    with pytest.raises(ForeignModelError, match=r"conv_in\.bias makes \[5\] where .* \[4\]"):
-        convert.from_ho(theirs | {"conv_in.bias": torch.zeros(5)}, form())
-    with pytest.raises(ForeignModelError, match=r"lacks \(no place for label\)"):
-        convert.from_ho(theirs, form(num_classes=3))
-    with pytest.raises(ForeignModelError, match="makes no network: groups is 3"):
-        convert.from_ho(theirs, form(groups=3))
+    with pytest.raises(
+        UnsupportedModelError, match=r"no place for ema\.0, ema\.1, ema\.2 and 2 more"
+    ):
+        convert.from_ho(theirs | extra, spec())
+    with pytest.raises(UnsupportedModelError, match=r"conv_in\.bias makes \[5\] where .* \[4\]"):
+        convert.from_ho(theirs | {"conv_in.bias": torch.zeros(5)}, spec())
+    with pytest.raises(UnsupportedModelError, match=r"lacks \(no place for label\)"):
+        convert.from_ho(theirs, spec(num_classes=3))
+    with pytest.raises(UnsupportedModelError, match="does not build a network: groups is 3"):
+        convert.from_ho(theirs, spec(groups=3))
 
 
 @pytest.mark.parametrize(
@@ -198,28 +200,28 @@ def test_tensors_that_do_not_fit_are_refused_by_name() -> None:
         ({"downsample_padding": 2}, "downsample_padding is 2"),
         ({"new_key": "a\x1b[2J"}, r"new_key is 'a\\x1b\[2J', a key that is not supported"),
         ({"_class_name": "UNet3DModel"}, "it is 'UNet3DModel'; supported is UNet2DModel"),
-        ({"block_out_channels": "wide"}, "its config makes no sense"),
-        ({"block_out_channels": [0, 4]}, "its config makes no sense"),
+        ({"block_out_channels": "wide"}, "its config is invalid"),
+        ({"block_out_channels": [0, 4]}, "its config is invalid"),
         ({"attention_head_dim": 3}, "head_channels 3; an attention over 8 channels"),
     ],
 )
 def test_configs_that_this_network_cannot_be_are_refused_by_key(
     changes: dict[str, Any], message: str
 ) -> None:
-    config, tensors = convert.to_diffusers(form(), numbered(form()))
-    with pytest.raises(ForeignModelError, match=message):
+    config, tensors = convert.to_diffusers(spec(), numbered(spec()))
+    with pytest.raises(UnsupportedModelError, match=message):
         convert.from_diffusers(config | changes, tensors)
 
 
 @pytest.mark.parametrize(
     "asked, message",
     [
-        (form(TWO_HEADS), "variant is"),
-        (form(learns_variance=True, condition_channels=1), "image_channels is 1"),
+        (spec(TWO_HEADS), "variant is"),
+        (spec(learns_variance=True, condition_channels=1), "image_channels is 1"),
     ],
 )
-def test_networks_that_theirs_cannot_be_are_refused(asked: Form, message: str) -> None:
-    with pytest.raises(ForeignModelError, match=message):
+def test_networks_that_theirs_cannot_be_are_refused(asked: UNetSpec, message: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=message):
         convert.to_diffusers(asked, numbered(asked))
 
 
@@ -261,7 +263,7 @@ def test_a_schedulers_facts_are_a_runs_keys() -> None:
         ({"thresholding": True}, "thresholding is True; .* only False"),
         ({"clip_sample_range": 2.0}, "clip_sample_range is 2.0; .* only 1.0"),
         ({"trained_betas": [0.1]}, "num_train_timesteps is 1000; .* only 1 is"),
-        ({"trained_betas": ["a"]}, "trained_betas is no list of numbers"),
+        ({"trained_betas": ["a"]}, "trained_betas is not a list of numbers"),
         ({"solver_order": 2}, "solver_order is 2, a key that is not supported"),
         ({"_class_name": "PNDMScheduler"}, "it is 'PNDMScheduler'; supported is DDPMScheduler or"),
     ],
@@ -269,7 +271,7 @@ def test_a_schedulers_facts_are_a_runs_keys() -> None:
 def test_schedulers_that_ours_cannot_be_are_refused_by_key(
     config: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(ForeignModelError, match=message):
+    with pytest.raises(UnsupportedModelError, match=message):
         from_scheduler(config)
 
 
@@ -288,12 +290,12 @@ def test_runs_that_their_scheduler_cannot_be_are_refused(
 ) -> None:
     facts = from_scheduler({})
     facts[group] |= changes
-    with pytest.raises(ForeignModelError, match=message):
+    with pytest.raises(UnsupportedModelError, match=message):
         to_scheduler(facts)
 
 
 def saved(folder: Path) -> Path:
-    convert.write_folder(folder, form(), numbered(form()), from_scheduler({}), write_bytes)
+    convert.write_folder(folder, spec(), numbered(spec()), from_scheduler({}), write_bytes)
     return folder
 
 
@@ -305,27 +307,27 @@ def test_a_folder_without_folders_in_it_is_read_too(tmp_path: Path) -> None:
     for path in (tmp_path / "unet", tmp_path / "scheduler"):
         path.rmdir()
     found, tensors, _ = convert.read_folder(tmp_path)
-    assert found == form()
-    require_same(tensors, numbered(form()))
+    assert found == spec()
+    require_same(tensors, numbered(spec()))
 
 
 def test_files_that_are_no_such_model_are_refused_by_path(tmp_path: Path) -> None:
     config = saved(tmp_path) / "unet/config.json"
     weights = tmp_path / "unet/diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
-    with pytest.raises(ForeignModelError, match=r"model\.safetensors: cannot be read"):
+    with pytest.raises(UnsupportedModelError, match=r"model\.safetensors: cannot be read"):
         convert.read_folder(tmp_path)
     weights.unlink()
-    with pytest.raises(ForeignModelError, match=r"model\.bin: cannot be read: .*No such file"):
+    with pytest.raises(UnsupportedModelError, match=r"model\.bin: cannot be read: .*No such file"):
         convert.read_folder(tmp_path)
     torch.save([torch.zeros(1)], weights.with_suffix(".bin"))
-    with pytest.raises(ForeignModelError, match="something else than tensors by name"):
+    with pytest.raises(UnsupportedModelError, match="something other than tensors by name"):
         convert.read_folder(tmp_path)
     config.write_text(json.dumps([]))
-    with pytest.raises(ForeignModelError, match=r"config\.json: is no JSON object"):
+    with pytest.raises(UnsupportedModelError, match=r"config\.json: is no JSON object"):
         convert.read_folder(tmp_path)
     config.unlink()
-    with pytest.raises(ForeignModelError, match=r"config\.json: cannot be read"):
+    with pytest.raises(UnsupportedModelError, match=r"config\.json: cannot be read"):
         convert.read_folder(tmp_path)
 
 
@@ -341,6 +343,6 @@ def test_a_pickle_that_runs_code_is_not_run(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "unet/diffusion_pytorch_model.safetensors").unlink()
     torch.save({"a": Harm()}, tmp_path / "unet/diffusion_pytorch_model.bin")
-    with pytest.raises(ForeignModelError, match=r"model\.bin: cannot be read"):
+    with pytest.raises(UnsupportedModelError, match=r"model\.bin: cannot be read"):
         convert.read_folder(tmp_path)
     assert not (tmp_path / "harm").exists()

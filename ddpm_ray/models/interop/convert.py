@@ -1,8 +1,8 @@
-"""U-Nets and schedules of others, and ours as others read them: diffusers, guided-diffusion, Ho.
+"""Import and export of U-Nets and schedules: diffusers, guided-diffusion, Ho et al.'s weights.
 
-A `Form` holds the arguments of UNet, tensors are its state_dict, facts are values under the names
-of a run's config: {"schedule": ..., "objective": ..., "sampling": ...}. What this U-Net or these
-samplers cannot be is refused, never bent. Their steps count from 0: their t is ours minus 1.
+A `UNetSpec` holds the arguments of UNet; `tensors` is a state_dict; `facts` are settings under the
+keys of a run's config: {"schedule": ..., "objective": ..., "sampling": ...}. A model that cannot be
+converted exactly is refused. The other libraries count steps from 0: their t is ours minus 1.
 """
 
 import json
@@ -20,11 +20,11 @@ from ddpm_ray.models.interop import state_dict_names
 from ddpm_ray.models.interop.diffusers_config import (
     Config,
     Facts,
-    ForeignModelError,
-    Form,
-    config_of,
-    form_of,
+    UNetSpec,
+    UnsupportedModelError,
+    config_from_spec,
     from_scheduler,
+    spec_from_config,
 )
 from ddpm_ray.models.interop.diffusers_schedulers import Export, to_pipeline
 from ddpm_ray.models.layers import heads
@@ -37,11 +37,11 @@ OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "
 
 
 class Layout(NamedTuple):
-    """How a code base keeps a U-Net."""
+    """How another code base names and shapes the tensors of a U-Net."""
 
     name: str
     table: Callable[[UNet], state_dict_names.Table]
-    attention_axes: int  # of length 1, behind the two of a dense layer: their 1x1 convolutions
+    attention_axes: int  # trailing axes of length 1 where attention layers are 1x1 convolutions
 
 
 DIFFUSERS = Layout("UNet2DModel", state_dict_names.diffusers, 0)
@@ -49,77 +49,82 @@ GUIDED_DIFFUSION = Layout("guided-diffusion", state_dict_names.guided, 1)
 HO_IN_PYTORCH = Layout("Ho et al.'s weights", state_dict_names.ho, 2)
 
 
-def from_diffusers(config: Config, tensors: Tensors) -> tuple[Form, dict[str, Tensor]]:
-    """A `UNet2DModel` as UNet's arguments and state_dict; raises ForeignModelError, one line.
+def from_diffusers(config: Config, tensors: Tensors) -> tuple[UNetSpec, dict[str, Tensor]]:
+    """UNet's arguments and state_dict from those of a `UNet2DModel`; raises UnsupportedModelError.
 
-    `num_class_embeds` counts the null label: the last row is taken for it. More input than output
-    channels are a condition; twice as many outputs as inputs, a learned variance.
+    `num_class_embeds` includes the null label, whose embedding is the last row. Input channels
+    beyond the output channels are read as conditioning, twice as many output as input channels as
+    a learned variance.
     """
-    form = form_of(config)
+    spec = spec_from_config(config)
     renamed = {}
     for name, tensor in tensors.items():
         *path, layer, part = name.split(".")
         if "attentions" in path:  # files from before diffusers 0.15
             layer = OLD_ATTENTION.get(layer, layer)
         renamed[".".join([*path, layer, part])] = tensor
-    return form, _gathered(DIFFUSERS, form, renamed)
+    return spec, _gathered(DIFFUSERS, spec, renamed)
 
 
-def to_diffusers(form: Form, tensors: Tensors) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def to_diffusers(spec: UNetSpec, tensors: Tensors) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The config.json and tensors that `UNet2DModel.from_pretrained` reads as this network.
 
-    Raises ForeignModelError for a form that it cannot be: heads by number, not by channels.
+    Raises UnsupportedModelError for a spec without an equivalent, as num_heads above 1.
     """
-    return config_of(form), _scattered(DIFFUSERS, form, tensors)
+    return config_from_spec(spec), _scattered(DIFFUSERS, spec, tensors)
 
 
-def from_ho(tensors: Tensors, form: Form) -> dict[str, Tensor]:
+def from_ho(tensors: Tensors, spec: UNetSpec) -> dict[str, Tensor]:
     """UNet's state_dict from Ho et al.'s weights under their PyTorch names (`down.0.block.0...`).
 
-    The published networks' form has the defaults. Raises ForeignModelError for names that are
-    missing or left over, and for shapes that are not the form's.
+    The published networks use the default spec. Raises UnsupportedModelError for missing or extra
+    names and for shapes that differ from the spec's.
     """
-    return _gathered(HO_IN_PYTORCH, form, tensors)
+    return _gathered(HO_IN_PYTORCH, spec, tensors)
 
 
-def to_ho(form: Form, tensors: Tensors) -> dict[str, Tensor]:
+def to_ho(spec: UNetSpec, tensors: Tensors) -> dict[str, Tensor]:
     """The inverse of `from_ho`, with the attention's layers as 1x1 convolutions [C, C, 1, 1]."""
-    return _scattered(HO_IN_PYTORCH, form, tensors)
+    return _scattered(HO_IN_PYTORCH, spec, tensors)
 
 
 def from_guided_diffusion(
-    tensors: Tensors, form: Form, *, new_attention_order: bool = False
+    tensors: Tensors, spec: UNetSpec, *, new_attention_order: bool = False
 ) -> dict[str, Tensor]:
     """UNet's state_dict from guided-diffusion's or improved-diffusion's (`input_blocks.0.0...`).
 
-    Their U-Nets have GUIDED as `variant`, with the published heads and switches. Where they know
-    K classes and no null label, that becomes a row of zeros: no class is added to the embedding.
-    `new_attention_order` is their flag; without it rows lie head by head. Raises ForeignModelError.
+    These U-Nets use the variant GUIDED with the published numbers of heads. A network of K classes
+    without a null label gets a row of zeros for it, which leaves the time embedding as it is.
+    `new_attention_order` is their flag; without it, query, key and value rows are stored head by
+    head. Raises UnsupportedModelError.
     """
     tensors, label = dict(tensors), tensors.get("label_emb.weight")
-    if label is not None and len(label) == form["num_classes"]:
+    if label is not None and len(label) == spec["num_classes"]:
         tensors["label_emb.weight"] = torch.cat([label, label.new_zeros(1, label.shape[1])])
-    ours = _gathered(GUIDED_DIFFUSION, form, tensors)
-    return ours if new_attention_order else _reordered(ours, form, by_head=False)
+    ours = _gathered(GUIDED_DIFFUSION, spec, tensors)
+    return ours if new_attention_order else _reordered(ours, spec, by_head=False)
 
 
 def to_guided_diffusion(
-    form: Form, tensors: Tensors, *, new_attention_order: bool = False
+    spec: UNetSpec, tensors: Tensors, *, new_attention_order: bool = False
 ) -> dict[str, Tensor]:
-    """The inverse of `from_guided_diffusion`; a null label of zeros is left out again."""
-    ours = tensors if new_attention_order else _reordered(tensors, form, by_head=True)
-    theirs = _scattered(GUIDED_DIFFUSION, form, ours)
+    """The inverse of `from_guided_diffusion`; a null label of zeros is omitted."""
+    ours = tensors if new_attention_order else _reordered(tensors, spec, by_head=True)
+    theirs = _scattered(GUIDED_DIFFUSION, spec, ours)
     label = theirs.get("label_emb.weight")
     if label is not None and not label[-1].any():
         theirs["label_emb.weight"] = label[:-1].clone()
     return theirs
 
 
-def read_folder(folder: str | Path) -> tuple[Form, dict[str, Tensor], dict[str, dict[str, Any]]]:
-    """Form, state_dict and facts of a model that diffusers saved; raises ForeignModelError.
+def read_folder(
+    folder: str | Path,
+) -> tuple[UNetSpec, dict[str, Tensor], dict[str, dict[str, Any]]]:
+    """Read UNetSpec, state_dict and facts from a folder that diffusers saved.
 
-    The U-Net lies in unet/ or in the folder itself, so does the scheduler; weights are safetensors
-    or, where there are none, a .bin that is read with weights_only: no code in it is run.
+    The U-Net is in unet/ and the scheduler in scheduler/, or both in the folder itself. Weights are
+    read from safetensors or else from a .bin file with weights_only, so that no code in it is run.
+    Raises UnsupportedModelError.
     """
     unet = _home(Path(folder), "unet")
     path = unet / f"{WEIGHTS}.safetensors"
@@ -134,26 +139,26 @@ def read_folder(folder: str | Path) -> tuple[Form, dict[str, Tensor], dict[str, 
     except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError,
             SafetensorError) as error:  # fmt: skip
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ForeignModelError(str(path), f"cannot be read: {reason}") from error
+        raise UnsupportedModelError(str(path), f"cannot be read: {reason}") from error
     if not isinstance(stored, dict) or not all(isinstance(t, Tensor) for t in stored.values()):
-        raise ForeignModelError(str(path), "holds something else than tensors by name")
+        raise UnsupportedModelError(str(path), "holds something other than tensors by name")
     return *from_diffusers(config, stored), facts
 
 
 def write_folder(
     folder: str | Path,
-    form: Form,
+    spec: UNetSpec,
     tensors: Tensors,
     facts: Facts,
     write: Callable[[str, bytes], object],
 ) -> Export:
-    """Save for `DiffusionPipeline.from_pretrained(folder)`, and return how that samples.
+    """Save for `DiffusionPipeline.from_pretrained(folder)`; return the exported sampling settings.
 
-    `write` puts bytes at a path, whole or not at all. The largest file comes first, which is the
-    one that a full disk refuses, and the index last: without it the folder is no model. Raises
-    ForeignModelError for what it cannot be, with nothing written.
+    `write` stores bytes at a path atomically. The weights come first, since a full disk fails
+    on the largest file, and model_index.json last: without it the folder is not a model. Raises
+    UnsupportedModelError, before anything is written, for a model that cannot be exported.
     """
-    config, theirs = to_diffusers(form, tensors)
+    config, theirs = to_diffusers(spec, tensors)
     export = to_pipeline(facts)
     write(f"{folder}/unet/{WEIGHTS}.safetensors", save(theirs, {"format": "pt"}))
     files = {"unet/config.json": config, "scheduler/scheduler_config.json": export.scheduler,
@@ -164,9 +169,9 @@ def write_folder(
     return export
 
 
-def _gathered(layout: Layout, form: Form, tensors: Tensors) -> dict[str, Tensor]:
-    """Ours of theirs, every one of which must have its place."""
-    network, left = _network(form), dict(tensors)
+def _gathered(layout: Layout, spec: UNetSpec, tensors: Tensors) -> dict[str, Tensor]:
+    """UNet's state_dict from tensors in `layout`; every tensor must be used."""
+    network, left = _network(spec), dict(tensors)
     table, ours, missing = layout.table(network), {}, []
     for name, expected in network.state_dict().items():
         module, _, part = name.rpartition(".")
@@ -176,25 +181,25 @@ def _gathered(layout: Layout, form: Form, tensors: Tensors) -> dict[str, Tensor]
             continue
         joined = torch.cat([left.pop(name) for name in names])
         if _without_ones(joined.shape) != _without_ones(expected.shape):
-            raise ForeignModelError(
+            raise UnsupportedModelError(
                 layout.name,
-                f"{names[0]} makes {list(joined.shape)} where this form has {list(expected.shape)}",
+                f"{names[0]} makes {list(joined.shape)} where this spec has {list(expected.shape)}",
             )
         ours[name] = joined.reshape(expected.shape)
     for problem, names in (("the file lacks", missing), ("there is no place for", [*left])):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise ForeignModelError(layout.name, f"{problem} {', '.join(names[:3])}{more}")
+            raise UnsupportedModelError(layout.name, f"{problem} {', '.join(names[:3])}{more}")
     return ours
 
 
-def _scattered(layout: Layout, form: Form, tensors: Tensors) -> dict[str, Tensor]:
-    """Theirs of ours."""
-    table, theirs = layout.table(_network(form)), {}
+def _scattered(layout: Layout, spec: UNetSpec, tensors: Tensors) -> dict[str, Tensor]:
+    """Tensors in `layout` from UNet's state_dict."""
+    table, theirs = layout.table(_network(spec)), {}
     for name, tensor in tensors.items():
         module, _, part = name.rpartition(".")
         if module not in table:
-            raise ForeignModelError(layout.name, f"there is no place for {name}")
+            raise UnsupportedModelError(layout.name, f"there is no place for {name}")
         if tensor.ndim == 2 and ".attention." in name:
             tensor = tensor.reshape(*tensor.shape, *[1] * layout.attention_axes)
         for other, piece in zip(table[module], tensor.chunk(len(table[module])), strict=True):
@@ -202,29 +207,29 @@ def _scattered(layout: Layout, form: Form, tensors: Tensors) -> dict[str, Tensor
     return theirs
 
 
-def _reordered(tensors: Tensors, form: Form, *, by_head: bool) -> dict[str, Tensor]:
-    """Query, key and value rows head by head, or all heads' queries, then keys, then values."""
+def _reordered(tensors: Tensors, spec: UNetSpec, *, by_head: bool) -> dict[str, Tensor]:
+    """Order the query, key and value rows by head, or as all queries, all keys, all values."""
     moved = dict(tensors)
     for name, tensor in tensors.items():
         if name.rpartition(".")[0].endswith("query_key_value"):
-            count = heads(len(tensor) // 3, form["variant"])
+            count = heads(len(tensor) // 3, spec["variant"])
             lengths = (3, count) if by_head else (count, 3)
             rows = tensor.reshape(*lengths, -1, *tensor.shape[1:])
             moved[name] = rows.transpose(0, 1).reshape(tensor.shape)
     return moved
 
 
-def _network(form: Form) -> UNet:
-    """The network without its numbers."""
+def _network(spec: UNetSpec) -> UNet:
+    """The network on the meta device: shapes without values."""
     try:
         with torch.device("meta"):
-            return UNet(**form)
+            return UNet(**spec)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ForeignModelError("this form", f"makes no network: {error}") from error
+        raise UnsupportedModelError("this spec", f"does not build a network: {error}") from error
 
 
 def _without_ones(shape: torch.Size) -> list[int]:
-    """The shape up to the 1s at its end."""
+    """The shape without its trailing 1s."""
     return [*shape[: max((i for i, n in enumerate(shape, 1) if n != 1), default=0)]]
 
 
@@ -236,7 +241,7 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
-        raise ForeignModelError(str(path), f"cannot be read: {error}") from error
+        raise UnsupportedModelError(str(path), f"cannot be read: {error}") from error
     if not isinstance(value, dict):
-        raise ForeignModelError(str(path), "is no JSON object")
+        raise UnsupportedModelError(str(path), "is no JSON object")
     return value

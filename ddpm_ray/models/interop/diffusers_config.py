@@ -1,7 +1,7 @@
-"""Configs of diffusers as the arguments of our UNet and the facts of our runs, and back.
+"""Convert diffusers configs to UNet's arguments and a run's settings, and back.
 
-Each way has one function; whether a config can be ours is asked by going there and back: a key
-that comes back with another value is one that is not supported.
+Each direction is one function. A config is supported if the round trip returns it unchanged; the
+first key with another value is named in the error.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from ddpm_ray.redaction import sanitize
 Config: TypeAlias = Mapping[str, Any]  # of a JSON file
 Facts: TypeAlias = Mapping[str, Mapping[str, Any]]
 
-UNET: Config = {  # UNet2DModel's own defaults, for keys that a file leaves out
+UNET: Config = {  # defaults of UNet2DModel, for keys that a file omits
     "sample_size": None, "in_channels": 3, "out_channels": 3, "center_input_sample": False,
     "time_embedding_type": "positional", "time_embedding_dim": None, "freq_shift": 0,
     "flip_sin_to_cos": True, "mid_block_type": "UNetMidBlock2D", "mid_block_scale_factor": 1,
@@ -26,13 +26,13 @@ UNET: Config = {  # UNet2DModel's own defaults, for keys that a file leaves out
     "norm_eps": 1e-5, "resnet_time_scale_shift": "default", "add_attention": True,
     "class_embed_type": None, "num_class_embeds": None, "num_train_timesteps": None,
 }  # fmt: skip
-SCHEDULER: Config = {  # DDPMScheduler's
+SCHEDULER: Config = {  # defaults of DDPMScheduler
     "num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear",
     "trained_betas": None, "variance_type": "fixed_small", "clip_sample": True,
     "clip_sample_range": 1.0, "prediction_type": "epsilon", "thresholding": False,
     "rescale_betas_zero_snr": False,
 }  # fmt: skip
-OF_A_CALL = {  # what one call of a sampler may choose anew, and of what is refused above
+OF_A_CALL = {  # keys of one sampling call, or of options that are refused above
     "timestep_spacing", "steps_offset", "set_alpha_to_one", "dynamic_thresholding_ratio",
     "sample_max_value", "timestep_values", "tensor_format",
 }  # fmt: skip
@@ -40,21 +40,23 @@ OF_SAMPLING = {"variance_type", "clip_sample", "clip_sample_range", "thresholdin
 KINDS = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}
 PREDICTIONS = {"epsilon": "epsilon", "sample": "x_0", "v_prediction": "v"}
 COSINE = {"offset": 0.008, "max_beta": 0.999}
-VARIANCES = {  # theirs: what is trained, what is sampled with
+VARIANCES = {  # variance_type: (objective.variance, sampling.variance)
     "fixed_small": ("fixed", "fixed_small"), "fixed_large": ("fixed", "fixed_large"),
     "learned_range": ("learned_range", "learned"),
 }  # fmt: skip
 LEARNED = (
-    "'learned'; diffusers takes the network's answer for the variance itself, this project for its "
-    "logarithm: train with learned_range, which means the same in both"
+    "'learned'; diffusers reads the model output as the variance, ddpm-ray as its logarithm: train "
+    "with learned_range, which means the same in both"
 )
 
 
-SAMPLING = "_ddpm_ray_sampling"  # note in a scheduler's config: the settings of a run
+SAMPLING = (
+    "_ddpm_ray_sampling"  # extra key of a scheduler's config: the sampling settings of the run
+)
 
 
-class Form(Sizes):
-    """The arguments of UNet that decide what its tensors are and mean."""
+class UNetSpec(Sizes):
+    """The arguments of UNet that determine its tensors and what they mean."""
 
     num_classes: int
     condition_channels: int
@@ -62,46 +64,47 @@ class Form(Sizes):
     variant: Variant
 
 
-class ForeignModelError(ValueError):
-    """A model that cannot be taken or given as it stands; args are (where, problem)."""
+class UnsupportedModelError(ValueError):
+    """The model cannot be imported or exported exactly; args are (where, problem)."""
 
     def __str__(self) -> str:
         where, problem = self.args
         return sanitize(f"{where}: {problem}")
 
 
-def form_of(config: Config) -> Form:
-    """UNet's arguments from a config.json of `UNet2DModel`; raises ForeignModelError."""
+def spec_from_config(config: Config) -> UNetSpec:
+    """UNet's arguments from a config.json of `UNet2DModel`; raises UnsupportedModelError."""
     full = _full(config, UNET, "UNet2DModel")
     if not isinstance(side := full["sample_size"], int):
-        raise ForeignModelError(
+        raise UnsupportedModelError(
             "UNet2DModel", f"sample_size is {side!r}; supported is one side of square images"
         )
     try:
-        form = _form(full)
-        back = _unet_config(form)
+        spec = _spec(full)
+        back = _unet_config(spec)
     except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
-        raise ForeignModelError("UNet2DModel", f"its config makes no sense ({error!r})") from error
+        raise UnsupportedModelError("UNet2DModel", f"its config is invalid ({error!r})") from error
     _require_equal(full, back, "UNet2DModel")
-    return form
+    return spec
 
 
-def config_of(form: Form) -> dict[str, Any]:
-    """The config.json of the `UNet2DModel` that is this network; raises ForeignModelError."""
-    config = _unet_config(form)
-    sides = sorted(form["attention_resolutions"], reverse=True)
-    _require_equal({**form, "attention_resolutions": sides}, _form(config), "UNet2DModel")
+def config_from_spec(spec: UNetSpec) -> dict[str, Any]:
+    """The config.json of the equivalent `UNet2DModel`; raises UnsupportedModelError."""
+    config = _unet_config(spec)
+    sides = sorted(spec["attention_resolutions"], reverse=True)
+    _require_equal({**spec, "attention_resolutions": sides}, _spec(config), "UNet2DModel")
     return {"_class_name": "UNet2DModel", **config}
 
 
 def from_scheduler(config: Config) -> dict[str, dict[str, Any]]:
-    """Facts of a scheduler_config.json (DDPM or DDIM); raises ForeignModelError, one line.
+    """Settings from a scheduler_config.json (DDPM or DDIM); raises UnsupportedModelError.
 
-    Of one that this project wrote, whatever its class, the sampling settings are those of its note.
+    A file written by ddpm-ray, of any scheduler class, holds the run's sampling settings in an
+    extra key, which is read instead.
     """
     if (noted := config.get(SAMPLING)) is not None:
         if not isinstance(noted, Mapping):
-            raise ForeignModelError("scheduler", f"{SAMPLING} is {noted!r}; it holds settings")
+            raise UnsupportedModelError("scheduler", f"{SAMPLING} is {noted!r}; it holds settings")
         learned = config.get("variance_type") == "learned_range"
         trained = {
             key: config[key] for key in SCHEDULER if key in config and key not in OF_SAMPLING
@@ -113,9 +116,11 @@ def from_scheduler(config: Config) -> dict[str, dict[str, Any]]:
     try:
         betas = full["trained_betas"] and tuple(float(beta) for beta in full["trained_betas"])
     except (TypeError, ValueError) as error:
-        raise ForeignModelError("scheduler", "trained_betas is no list of numbers") from error
+        raise UnsupportedModelError(
+            "scheduler", "trained_betas is not a list of numbers"
+        ) from error
     if full["variance_type"] == "learned":
-        raise ForeignModelError("scheduler", f"variance_type is {LEARNED}")
+        raise UnsupportedModelError("scheduler", f"variance_type is {LEARNED}")
     kind = "betas" if betas is not None else _one_of(KINDS, full, "beta_schedule")
     trained, sampled = _one_of(VARIANCES, full, "variance_type")
     schedule = {"kind": kind, "num_steps": full["num_train_timesteps"],
@@ -135,19 +140,19 @@ def from_scheduler(config: Config) -> dict[str, dict[str, Any]]:
 
 
 def to_scheduler(facts: Facts) -> dict[str, Any]:
-    """The scheduler_config.json of a DDPMScheduler; raises ForeignModelError where it has none."""
+    """The scheduler_config.json of a DDPMScheduler; raises UnsupportedModelError."""
     return {"_class_name": "DDPMScheduler", **_scheduler_config(facts)}
 
 
-def _form(config: Config) -> Form:
-    """The form that a full config asks for, or one that is nearest to it."""
+def _spec(config: Config) -> UNetSpec:
+    """The spec that matches the full config most closely; the caller checks the round trip."""
     widths, inputs, outputs = (
         config[key] for key in ("block_out_channels", "in_channels", "out_channels")
     )
     learns_variance = outputs == 2 * inputs
     channels = inputs if learns_variance else min(inputs, outputs)
     attends = [kind.startswith("Attn") for kind in config["down_block_types"]]
-    return Form(
+    return UNetSpec(
         image_size=config["sample_size"],
         image_channels=channels,
         base_channels=widths[0],
@@ -173,43 +178,43 @@ def _form(config: Config) -> Form:
     )
 
 
-def _unet_config(form: Form) -> dict[str, Any]:
-    """The full config of a form."""
-    variant, size = form["variant"], form["image_size"]
-    mults = form["channel_mults"]
+def _unet_config(spec: UNetSpec) -> dict[str, Any]:
+    """The full config of a spec."""
+    variant, size = spec["variant"], spec["image_size"]
+    mults = spec["channel_mults"]
     plain = "Resnet{}sampleBlock2D" if variant.resampling_blocks else "{}Block2D"
     kinds = [
-        "Attn{}Block2D" if size >> level in form["attention_resolutions"] else plain
+        "Attn{}Block2D" if size >> level in spec["attention_resolutions"] else plain
         for level in range(len(mults))
     ]
     resampling = "resnet" if variant.resampling_blocks else "conv"
     return {
         **UNET,
         "sample_size": size,
-        "in_channels": form["image_channels"] + form["condition_channels"],
-        "out_channels": form["image_channels"] * (2 if form["learns_variance"] else 1),
+        "in_channels": spec["image_channels"] + spec["condition_channels"],
+        "out_channels": spec["image_channels"] * (2 if spec["learns_variance"] else 1),
         "freq_shift": variant.frequency_shift,
         "flip_sin_to_cos": variant.cosines_first,
         "down_block_types": [kind.format("Down") for kind in kinds],
         "up_block_types": [kind.format("Up") for kind in reversed(kinds)],
-        "block_out_channels": [form["base_channels"] * mult for mult in mults],
-        "layers_per_block": form["blocks_per_level"],
+        "block_out_channels": [spec["base_channels"] * mult for mult in mults],
+        "layers_per_block": spec["blocks_per_level"],
         "downsample_padding": int(variant.pads_both_sides),
         "downsample_type": resampling,
         "upsample_type": resampling,
-        "dropout": form["dropout"],
+        "dropout": spec["dropout"],
         "attention_head_dim": variant.head_channels or None,
-        "norm_num_groups": form["groups"],
-        # With scale and shift their middle attention has no norm unless this says how many groups.
-        "attn_norm_num_groups": form["groups"] if variant.scale_shift else None,
+        "norm_num_groups": spec["groups"],
+        # With scale_shift, diffusers builds the middle attention without a norm unless this is set.
+        "attn_norm_num_groups": spec["groups"] if variant.scale_shift else None,
         "norm_eps": variant.norm_eps,
         "resnet_time_scale_shift": "scale_shift" if variant.scale_shift else "default",
-        "num_class_embeds": form["num_classes"] + 1 if form["num_classes"] else None,
+        "num_class_embeds": spec["num_classes"] + 1 if spec["num_classes"] else None,
     }
 
 
 def _scheduler_config(facts: Facts) -> dict[str, Any]:
-    """The full config of a run's facts, of which those that none has a key for must be plain."""
+    """The full config of a run's settings; those without a diffusers key must have the default."""
     schedule, objective, sampling = (facts[key] for key in ("schedule", "objective", "sampling"))
     kind, betas = schedule["kind"], schedule.get("betas") or None
     plain: dict[str, Any] = {"rescale": False} | (COSINE if kind == "cosine" else {})
@@ -217,7 +222,7 @@ def _scheduler_config(facts: Facts) -> dict[str, Any]:
                    "DDPMScheduler")  # fmt: skip
     trained = objective.get("variance", "fixed")
     if trained == "learned":
-        raise ForeignModelError("DDPMScheduler", f"objective.variance is {LEARNED}")
+        raise UnsupportedModelError("DDPMScheduler", f"objective.variance is {LEARNED}")
     sampled = sampling["variance"] if trained == "fixed" else "learned"
     return {
         **SCHEDULER,
@@ -234,23 +239,23 @@ def _scheduler_config(facts: Facts) -> dict[str, Any]:
 
 
 def _full(config: Config, defaults: Config, *classes: str) -> dict[str, Any]:
-    """The config with the keys that it leaves out, less notes (`_...`)."""
+    """The config with defaults for missing keys and without private keys (`_...`)."""
     kind = config.get("_class_name", classes[0])
     if kind not in classes:
-        raise ForeignModelError(
+        raise UnsupportedModelError(
             "_class_name", f"it is {kind!r}; supported is {' or '.join(classes)}"
         )
     return {**defaults, **{key: value for key, value in config.items() if key[0] != "_"}}
 
 
 def _require_equal(asked: Config, got: Config, where: str) -> None:
-    """Refuse the first key whose value would be another one."""
+    """Raises UnsupportedModelError for the first key whose values differ."""
     for key, value in asked.items():
         if key not in got:
-            raise ForeignModelError(where, f"{key} is {value!r}, a key that is not supported")
+            raise UnsupportedModelError(where, f"{key} is {value!r}, a key that is not supported")
         if _plain(value) != _plain(got[key]):
-            raise ForeignModelError(
-                where, f"{key} is {value!r}; beside the other keys only {got[key]!r} is supported"
+            raise UnsupportedModelError(
+                where, f"{key} is {value!r}; with the other keys only {got[key]!r} is supported"
             )
 
 
@@ -260,7 +265,7 @@ def _plain(value: Any) -> Any:
 
 def _one_of(table: Mapping[str, Any], config: Config, key: str) -> Any:
     if config[key] not in list(table):
-        raise ForeignModelError(
+        raise UnsupportedModelError(
             "scheduler", f"{key} is {config[key]!r}; supported is {', '.join(table)}"
         )
     return table[config[key]]
@@ -271,4 +276,4 @@ def _key_of(table: Mapping[str, Any], value: Any, name: str) -> str:
         if ours == value:
             return theirs
     known = ", ".join(map(str, table.values()))
-    raise ForeignModelError("DDPMScheduler", f"{name} is {value!r}; it knows {known}")
+    raise UnsupportedModelError("DDPMScheduler", f"{name} is {value!r}; it knows {known}")

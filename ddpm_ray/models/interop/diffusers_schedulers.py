@@ -1,4 +1,4 @@
-"""How a run samples, as diffusers has it: a scheduler, a pipeline, the arguments of its call."""
+"""Export a run's sampling settings to diffusers: scheduler, pipeline and call arguments."""
 
 from typing import Any, NamedTuple
 
@@ -8,17 +8,17 @@ OF_TRAINING = (
     "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas",
     "prediction_type", "rescale_betas_zero_snr",
 )  # fmt: skip
-NO_LIMIT = 1e6  # of a pixel that dynamic thresholding scales; theirs cannot be without
+NO_LIMIT = 1e6  # sample_max_value for dynamic thresholding: diffusers requires an upper bound
 DPM_SOLVER = {"dpm_solver_pp": "dpmsolver++", "dpm_solver_pp_sde": "sde-dpmsolver++"}
 
 
 class Export(NamedTuple):
-    """What diffusers samples with, and what of the run's settings it cannot hold."""
+    """What diffusers samples with, and which of the run's settings it cannot represent."""
 
     scheduler: dict[str, Any]  # scheduler_config.json
-    pipeline: str  # the class that calls it
-    call: dict[str, Any]  # arguments of the pipeline's call
-    no_equivalent: tuple[str, ...]  # key=value, and what happens instead
+    pipeline: str  # class name of the pipeline
+    call: dict[str, Any]  # keyword arguments of the pipeline call
+    no_equivalent: tuple[str, ...]  # "key=value (what diffusers does instead)"
 
     @property
     def model_index(self) -> dict[str, Any]:
@@ -31,10 +31,10 @@ class Export(NamedTuple):
 
 
 def to_pipeline(facts: Facts) -> Export:
-    """The scheduler that walks as the run samples; DDPM's where diffusers has no such sampler.
+    """The scheduler equivalent to the run's sampler; DDPMScheduler where diffusers has none.
 
-    The settings themselves stand in its config as a note, which diffusers skips and our reader
-    takes. Raises ForeignModelError for a model that no scheduler fits.
+    The run's settings are also stored in its config under an extra key, which diffusers ignores and
+    `from_scheduler` reads. Raises UnsupportedModelError for a model that no scheduler fits.
     """
     sampling, trained = facts["sampling"], to_scheduler(facts)
     sampler, clip = sampling.get("sampler", "ancestral"), sampling["clip"]
@@ -53,7 +53,7 @@ def to_pipeline(facts: Facts) -> Export:
         pipeline = "DDIMPipeline"
         call = {"eta": sampling.get("eta", 0.0), "use_clipped_model_output": bool(clip)}
     elif sampler in DPM_SOLVER:
-        # Its thresholding with a quantile of at most sample_max_value = 1 is a clip to [-1, 1].
+        # Thresholding with sample_max_value = 1 is a clip to [-1, 1].
         scheduler = {"_class_name": "DPMSolverMultistepScheduler", **of_training, **threshold,
                      "thresholding": bool(clip), "algorithm_type": DPM_SOLVER[sampler],
                      "solver_order": 2, "solver_type": "midpoint", "lower_order_final": True,
@@ -66,7 +66,7 @@ def to_pipeline(facts: Facts) -> Export:
 
 
 def _no_equivalent(facts: Facts, scheduler: dict[str, Any]) -> list[str]:
-    """Settings of the run that the scheduler of this class does not follow."""
+    """Settings of the run that this scheduler class cannot represent."""
     sampling, name, found = facts["sampling"], scheduler["_class_name"], list[str]()
     sampler = sampling.get("sampler", "ancestral")
     if name == "DDPMScheduler" and sampler != "ancestral":

@@ -1,7 +1,8 @@
-"""What others call the modules of this U-Net: diffusers, guided-diffusion, Ho et al.'s in PyTorch.
+"""Module names of this U-Net in diffusers, guided-diffusion and Ho et al.'s weights in PyTorch.
 
-A table's key is a module of ours, its value the modules that it is made of, one after the other:
-three where query, key and value are apart. Weight and bias are called so everywhere.
+A table maps the name of a module of UNet to the names of the modules whose tensors, concatenated,
+are its tensors: three names where query, key and value are separate. All call the tensors weight
+and bias.
 """
 
 from collections.abc import Iterator, Mapping
@@ -16,14 +17,14 @@ Table: TypeAlias = dict[str, tuple[str, ...]]
 Parts: TypeAlias = Mapping[str, tuple[str, ...]]
 
 
-class Spot(NamedTuple):
-    """Where a stage, or what halves or doubles the sides behind it, stands."""
+class ModuleLocation(NamedTuple):
+    """The position of a stage, or of the layer that resamples after it, in the U-Net."""
 
-    ours: str  # its name
+    ours: str  # its name in UNet
     module: nn.Module
     level: int  # 0 has the largest sides
-    number: int  # of the stage within its level; one that resamples counts on
-    order: int  # within its side; on the way up one that resamples has its stage's
+    number: int  # index within its level; a resampling layer takes the next index
+    order: int  # index within its path; in the up path a resampling layer shares its stage's
 
 
 def diffusers(network: UNet) -> Table:
@@ -38,16 +39,21 @@ def diffusers(network: UNet) -> Table:
     for number in (0, 1):
         _add(table, f"middle_{number + 1}.block", f"mid_block.resnets.{number}", block)
     _add(table, "middle_1.attention", "mid_block.attentions.0", attention)
-    top = max(spot.level for spot in down(network))
-    for side, spots in (("down", down(network)), ("up", up(network))):
-        for spot in spots:
-            level = spot.level if side == "down" else top - spot.level
+    top = max(entry.level for entry in down(network))
+    for side, entries in (("down", down(network)), ("up", up(network))):
+        for entry in entries:
+            level = entry.level if side == "down" else top - entry.level
             home = f"{side}_blocks.{level}"
-            if isinstance(spot.module, Stage):
-                _add(table, f"{spot.ours}.block", f"{home}.resnets.{spot.number}", block)
-                _add(table, f"{spot.ours}.attention", f"{home}.attentions.{spot.number}", attention)
+            if isinstance(entry.module, Stage):
+                _add(table, f"{entry.ours}.block", f"{home}.resnets.{entry.number}", block)
+                _add(
+                    table,
+                    f"{entry.ours}.attention",
+                    f"{home}.attentions.{entry.number}",
+                    attention,
+                )
             else:
-                _resampler(table, spot, f"{home}.{side}samplers.0", block, "conv")
+                _resampler(table, entry, f"{home}.{side}samplers.0", block, "conv")
     return _present(table, network)
 
 
@@ -63,18 +69,18 @@ def guided(network: UNet) -> Table:
     _add(table, "middle_1.block", "middle_block.0", block)
     _add(table, "middle_1.attention", "middle_block.1", attention)
     _add(table, "middle_2.block", "middle_block.2", block)
-    for side, spots in (("input", down(network)), ("output", up(network))):
-        behind = 0  # parts of the stage before
-        for spot in spots:
-            home = f"{side}_blocks.{spot.order + (side == 'input')}"
-            if isinstance(spot.module, Stage):
-                behind = 1 if spot.module.attention is None else 2
-                _add(table, f"{spot.ours}.block", f"{home}.0", block)
-                _add(table, f"{spot.ours}.attention", f"{home}.1", attention)
+    for side, entries in (("input", down(network)), ("output", up(network))):
+        behind = 0  # number of modules in the stage before
+        for entry in entries:
+            home = f"{side}_blocks.{entry.order + (side == 'input')}"
+            if isinstance(entry.module, Stage):
+                behind = 1 if entry.module.attention is None else 2
+                _add(table, f"{entry.ours}.block", f"{home}.0", block)
+                _add(table, f"{entry.ours}.attention", f"{home}.1", attention)
             elif side == "input":
-                _resampler(table, spot, f"{home}.0", block, "op")
+                _resampler(table, entry, f"{home}.0", block, "op")
             else:
-                _resampler(table, spot, f"{home}.{behind}", block, "conv")
+                _resampler(table, entry, f"{home}.{behind}", block, "conv")
     return _present(table, network)
 
 
@@ -88,34 +94,34 @@ def ho(network: UNet) -> Table:
     _add(table, "middle_1.block", "mid.block_1", block)
     _add(table, "middle_1.attention", "mid.attn_1", attention)
     _add(table, "middle_2.block", "mid.block_2", block)
-    for side, spots in (("down", down(network)), ("up", up(network))):
-        for spot in spots:
-            home = f"{side}.{spot.level}"
-            if isinstance(spot.module, Stage):
-                _add(table, f"{spot.ours}.block", f"{home}.block.{spot.number}", block)
-                _add(table, f"{spot.ours}.attention", f"{home}.attn.{spot.number}", attention)
+    for side, entries in (("down", down(network)), ("up", up(network))):
+        for entry in entries:
+            home = f"{side}.{entry.level}"
+            if isinstance(entry.module, Stage):
+                _add(table, f"{entry.ours}.block", f"{home}.block.{entry.number}", block)
+                _add(table, f"{entry.ours}.attention", f"{home}.attn.{entry.number}", attention)
             else:
-                _resampler(table, spot, f"{home}.{side}sample", block, "conv")
+                _resampler(table, entry, f"{home}.{side}sample", block, "conv")
     return _present(table, network)
 
 
-def down(network: UNet) -> Iterator[Spot]:
-    """The spots of the way down, in order."""
+def down(network: UNet) -> Iterator[ModuleLocation]:
+    """The modules of the down path, in order."""
     level = number = 0
     for order, module in enumerate(network.down):
-        yield Spot(f"down.{order}", module, level, number, order)
+        yield ModuleLocation(f"down.{order}", module, level, number, order)
         number += 1
         if not isinstance(module, Stage):
             level, number = level + 1, 0
 
 
-def up(network: UNet) -> Iterator[Spot]:
-    """The spots of the way up, in order, which starts at the smallest level."""
+def up(network: UNet) -> Iterator[ModuleLocation]:
+    """The modules of the up path, in order, from the smallest level."""
     level = sum(not isinstance(module, Stage) for module in network.up)
     number, order = 0, -1
     for i, module in enumerate(network.up):
         order += isinstance(module, Stage)
-        yield Spot(f"up.{i}", module, level, number, order)
+        yield ModuleLocation(f"up.{i}", module, level, number, order)
         number += 1
         if not isinstance(module, Stage):
             level, number = level - 1, 0
@@ -126,20 +132,22 @@ def _single(**names: str) -> Table:
 
 
 def _add(table: Table, ours: str, theirs: str, parts: Parts) -> None:
-    """Enter the parts of a module under their names."""
+    """Add the parts of a module to the table."""
     for part, names in parts.items():
         table[f"{ours}.{part}"] = tuple(f"{theirs}.{name}" for name in names)
 
 
-def _resampler(table: Table, spot: Spot, theirs: str, block: Parts, convolution: str) -> None:
-    """Enter what halves or doubles the sides: a residual block or a convolution."""
-    if isinstance(spot.module, ResBlock):
-        _add(table, spot.ours, theirs, block)
+def _resampler(
+    table: Table, entry: ModuleLocation, theirs: str, block: Parts, convolution: str
+) -> None:
+    """Add a resampling layer: a residual block or a convolution."""
+    if isinstance(entry.module, ResBlock):
+        _add(table, entry.ours, theirs, block)
     else:
-        table[f"{spot.ours}.conv"] = (f"{theirs}.{convolution}",)
+        table[f"{entry.ours}.conv"] = (f"{theirs}.{convolution}",)
 
 
 def _present(table: Table, network: UNet) -> Table:
-    """The entries of modules that `network` has, in the order of its parameters."""
+    """The entries whose modules exist in `network`, in the order of its parameters."""
     modules = dict.fromkeys(name.rpartition(".")[0] for name in network.state_dict())
     return {ours: table[ours] for ours in modules if ours in table}
