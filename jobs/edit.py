@@ -23,7 +23,7 @@ from ddpm_ray.output_files import input_file, made_ready, output_file
 
 def prepare(config: EditConfig, arguments: Namespace) -> EditConfig:
     """The config as the run has it where nothing else was given; absolute paths."""
-    if problems := list(config.misgiven(arguments.mask, arguments.out)):
+    if problems := list(config.argument_errors(arguments.mask, arguments.out)):
         raise ConfigError("\n".join(problems))
     home = home_folder()
     arguments.out = output_file("--out", arguments.out, home, (".png",))

@@ -1,4 +1,4 @@
-"""From knobs of the diffusion to its objects: one `match` per choice."""
+"""Build the diffusion objects from the options: one `match` per choice."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -92,7 +92,7 @@ def checked_plan(
     """
     problems = [
         *config.problems("sampling", schedule.num_steps),
-        *config.misfits("sampling", trained.conditioned, led=led),
+        *config.incompatibilities("sampling", trained.conditioned, led=led),
     ]
     if problems:
         raise ConfigError("\n".join(problems))

@@ -1,4 +1,4 @@
-"""From the knobs of an edit to the edited image."""
+"""Edit an image as the options say."""
 
 from typing import assert_never
 
@@ -54,7 +54,7 @@ def edited(
                 images, config.top, config.bottom, config.left, config.right
             )
         case "inpaint":
-            assert mask is not None  # misgiven() has seen to it
+            assert mask is not None  # argument_errors() has seen to it
         case _:
             assert_never(config.kind)
     painting = Painting(config.method, config.resamples, config.jump_length)

@@ -299,7 +299,7 @@ def saved_config(facts: Mapping[str, Any], where: str = "") -> RunConfig:
     return from_dict(RunConfig, facts["config"], facts.get("version", ""), where)
 
 
-def differing_keys(config: RunConfig, saved: Mapping[str, Any]) -> list[str]:
+def changed_keys(config: RunConfig, saved: Mapping[str, Any]) -> list[str]:
     """One line for each defining key whose value is not the one that the run began with.
 
     `saved` is what `saved_config` takes.

@@ -1,6 +1,6 @@
-"""Every knob of the diffusion itself: schedule, objective, sampling. See config.py for the rest.
+"""Options of the diffusion process: noise schedule and training objective.
 
-Those of sampling are owned by config/sampling.py, because a notebook's calls take them too.
+The sampling options are in config/sampling.py, because the Python API uses them too.
 """
 
 import math
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from ddpm_ray.config.loading import knob
+from ddpm_ray.config.loading import option
 from ddpm_ray.config.sampling import SamplingConfig as SamplingConfig
 from ddpm_ray.redaction import counted
 
@@ -18,39 +18,41 @@ class ScheduleConfig:
     kind: Literal[
         "linear", "scaled_linear", "constant", "one_over_t", "warmup",
         "cosine", "sigmoid", "laplace", "edm", "betas",
-    ] = knob(
+    ] = option(
         "linear", "how beta grows with t; scaled_linear: its root linearly", defines_run=True
     )  # fmt: skip
-    num_steps: int = knob(1000, "T, the diffusion steps", at_least=1, defines_run=True)
-    beta_start: float = knob(
+    num_steps: int = option(1000, "T, the diffusion steps", at_least=1, defines_run=True)
+    beta_start: float = option(
         1e-4, "both linear, warmup: beta_1", above=0, below=1, defines_run=True
     )
-    beta_end: float = knob(
+    beta_end: float = option(
         0.02, "these and constant: beta_T", above=0, below=1, defines_run=True
     )  # fmt: skip
-    rescale: bool = knob(
+    rescale: bool = option(
         False, "both linear: multiply beta by 1000/T, so that alpha_bar_T hardly depends on T",
         defines_run=True,
     )  # fmt: skip
-    warmup_share: float = knob(
+    warmup_share: float = option(
         0.1, "warmup: share of steps in which beta rises", above=0, at_most=1, defines_run=True
     )
-    offset: float = knob(0.008, "cosine: s", at_least=0, defines_run=True)
-    max_beta: float = knob(
+    offset: float = option(0.008, "cosine: s", at_least=0, defines_run=True)
+    max_beta: float = option(
         0.999, "cosine, sigmoid and laplace: cap of beta", above=0, below=1, defines_run=True
     )
-    sigmoid_start: float = knob(-3.0, "sigmoid: where it is seen from, t = 0", defines_run=True)
-    sigmoid_end: float = knob(3.0, "sigmoid: up to where, t = T", defines_run=True)
-    sigmoid_tau: float = knob(1.0, "sigmoid: larger is straighter", above=0, defines_run=True)
-    laplace_mean: float = knob(0.0, "laplace: log-SNR that is seen most", defines_run=True)
-    laplace_scale: float = knob(0.5, "laplace: spread around it", above=0, defines_run=True)
-    sigma_min: float = knob(0.002, "edm: noise over signal at t = 1", above=0, defines_run=True)
-    sigma_max: float = knob(80.0, "edm: the same at t = T", above=0, defines_run=True)
-    rho: float = knob(7.0, "edm: larger has more steps of little noise", above=0, defines_run=True)
-    betas: tuple[float, ...] = knob(
+    sigmoid_start: float = option(-3.0, "sigmoid: where it is seen from, t = 0", defines_run=True)
+    sigmoid_end: float = option(3.0, "sigmoid: up to where, t = T", defines_run=True)
+    sigmoid_tau: float = option(1.0, "sigmoid: larger is straighter", above=0, defines_run=True)
+    laplace_mean: float = option(0.0, "laplace: log-SNR that is seen most", defines_run=True)
+    laplace_scale: float = option(0.5, "laplace: spread around it", above=0, defines_run=True)
+    sigma_min: float = option(0.002, "edm: noise over signal at t = 1", above=0, defines_run=True)
+    sigma_max: float = option(80.0, "edm: the same at t = T", above=0, defines_run=True)
+    rho: float = option(
+        7.0, "edm: larger has more steps of little noise", above=0, defines_run=True
+    )
+    betas: tuple[float, ...] = option(
         (), "betas: beta_1 to beta_T, of a YAML file for example", defines_run=True
     )
-    zero_terminal_snr: bool = knob(
+    zero_terminal_snr: bool = option(
         False, "shift and scale the roots of alpha_bar so that x_T is pure noise", defines_run=True
     )
 
@@ -98,60 +100,60 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    prediction: Literal["epsilon", "x_0", "v", "mean", "score", "edm"] = knob(
+    prediction: Literal["epsilon", "x_0", "v", "mean", "score", "edm"] = option(
         "epsilon", "what the network answers; edm: F of Karras et al. 2022", defines_run=True
     )
-    sigma_data: float = knob(
+    sigma_data: float = option(
         0.5, "edm, both: standard deviation of pixels in [-1, 1]", above=0, defines_run=True
     )
-    variance: Literal["fixed", "learned", "learned_range"] = knob(
+    variance: Literal["fixed", "learned", "learned_range"] = option(
         "fixed", "of the reverse steps; learned: the network answers it too", defines_run=True
     )
-    loss: Literal["simple", "hybrid", "vlb"] = knob(
+    loss: Literal["simple", "hybrid", "vlb"] = option(
         "simple", "squared error; plus vlb_weight times the bound; the bound", defines_run=True
     )
-    vlb_weight: float = knob(
+    vlb_weight: float = option(
         0.001, "hybrid: of the bound beside the squared error", above=0, defines_run=True
     )
-    weighting: Literal["unit", "min_snr", "soft_min_snr", "p2", "edm", "uncertainty"] = knob(
+    weighting: Literal["unit", "min_snr", "soft_min_snr", "p2", "edm", "uncertainty"] = option(
         "unit", "of the squared error by t; edm: by sigma_data; uncertainty: learned beside",
         defines_run=True,
     )  # fmt: skip
-    gamma: float = knob(
+    gamma: float = option(
         5.0, "min_snr and soft_min_snr: the SNR up to which steps weigh alike", above=0,
         defines_run=True,
     )  # fmt: skip
-    p2_gamma: float = knob(1.0, "p2: how much steps of little noise lose", defines_run=True)
-    p2_k: float = knob(1.0, "p2: keeps the weight finite", above=0, defines_run=True)
+    p2_gamma: float = option(1.0, "p2: how much steps of little noise lose", defines_run=True)
+    p2_k: float = option(1.0, "p2: keeps the weight finite", above=0, defines_run=True)
     timesteps: Literal[
         "uniform", "low_discrepancy", "antithetic", "second_moment", "log_normal"
-    ] = knob(
+    ] = option(
         "uniform",
         "how t is drawn; second_moment: by the losses seen; train/loss is a mean over these t",
         defines_run=True,
     )
-    log_sigma_mean: float = knob(-1.2, "log_normal: mean of log sigma", defines_run=True)
-    log_sigma_deviation: float = knob(1.2, "log_normal: its spread", above=0, defines_run=True)
-    offset_noise: float = knob(
+    log_sigma_mean: float = option(-1.2, "log_normal: mean of log sigma", defines_run=True)
+    log_sigma_deviation: float = option(1.2, "log_normal: its spread", above=0, defines_run=True)
+    offset_noise: float = option(
         0.0, "strength of noise that is one number per image and channel", at_least=0,
         defines_run=True,
     )  # fmt: skip
-    input_perturbation: float = knob(
+    input_perturbation: float = option(
         0.0, "extra noise on the input, not in the target, over its own", at_least=0,
         defines_run=True,
     )  # fmt: skip
-    label_dropout: float = knob(
+    label_dropout: float = option(
         0.1, "with model.num_classes: share of images trained without their label",
         at_least=0, at_most=1, defines_run=True,
     )  # fmt: skip
-    self_conditioning: bool = knob(
+    self_conditioning: bool = option(
         False, "the network sees its own last estimate of x_0", defines_run=True
     )
-    low_resolution_pixels: int = knob(
+    low_resolution_pixels: int = option(
         0, "it sees the image at this size: super-resolution for a cascade; 0: not",
         at_least=0, defines_run=True,
     )  # fmt: skip
-    low_resolution_noise: float = knob(
+    low_resolution_noise: float = option(
         0.0, "standard deviation of noise on that image", at_least=0, defines_run=True
     )
 

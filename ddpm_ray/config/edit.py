@@ -1,11 +1,11 @@
-"""Every knob of an edit: what becomes of an image, and how the rest is painted."""
+"""Options of image editing: the kind of edit and its method."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
 from ddpm_ray.config.diffusion import SamplingConfig
-from ddpm_ray.config.loading import knob
+from ddpm_ray.config.loading import option
 
 MARGINS = ("top", "bottom", "left", "right")
 
@@ -14,22 +14,22 @@ MARGINS = ("top", "bottom", "left", "right")
 class EditConfig:
     """An image edited by a trained model: `jobs/edit.py MODEL_URI IMAGE`."""
 
-    kind: Literal["inpaint", "outpaint", "image_to_image", "enlarge"] = knob(
+    kind: Literal["inpaint", "outpaint", "image_to_image", "enlarge"] = option(
         "inpaint", "repaint where the mask is white; add margins; vary all of it; super-resolution"
     )
-    num_images: int = knob(1, "variants; more than one are shown as a grid", at_least=1)
-    method: Literal["repaint", "replacement"] = knob(
+    num_images: int = option(1, "variants; more than one are shown as a grid", at_least=1)
+    method: Literal["repaint", "replacement"] = option(
         "repaint", "of inpaint and outpaint; replacement: faster, fits the known pixels less"
     )
-    resamples: int = knob(10, "repaint: times that each jump is sampled", at_least=1)
-    jump_length: int = knob(10, "repaint: steps per jump", at_least=1)
-    strength: float = knob(
+    resamples: int = option(10, "repaint: times that each jump is sampled", at_least=1)
+    jump_length: int = option(10, "repaint: steps per jump", at_least=1)
+    strength: float = option(
         0.5, "image_to_image: share of T that is noised and drawn again", above=0, at_most=1
     )
-    top: int = knob(0, "outpaint: pixels above the image", at_least=0)
-    bottom: int = knob(0, "outpaint: pixels below it", at_least=0)
-    left: int = knob(0, "outpaint: pixels on its left", at_least=0)
-    right: int = knob(0, "outpaint: pixels on its right", at_least=0)
+    top: int = option(0, "outpaint: pixels above the image", at_least=0)
+    bottom: int = option(0, "outpaint: pixels below it", at_least=0)
+    left: int = option(0, "outpaint: pixels on its left", at_least=0)
+    right: int = option(0, "outpaint: pixels on its right", at_least=0)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
     def problems(self) -> Iterator[str]:
@@ -63,7 +63,7 @@ class EditConfig:
                 )
         yield from self.sampling.problems("sampling")
 
-    def misgiven(self, mask: str, out: str) -> Iterator[str]:
+    def argument_errors(self, mask: str, out: str) -> Iterator[str]:
         """What is wrong with the files of a command line, before any is read."""
         if self.kind == "inpaint" and not mask:
             yield (

@@ -1,4 +1,4 @@
-"""Every knob of the search for the width of a run's average: `jobs/average.py`."""
+"""Options of the search for the best EMA width of a run: `jobs/average.py`."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from ddpm_ray.config.diffusion import SamplingConfig
 from ddpm_ray.config.ema_search_rules import wrong_widths
 from ddpm_ray.config.evaluation import EvaluationConfig
-from ddpm_ray.config.loading import knob
+from ddpm_ray.config.loading import option
 from ddpm_ray.config.run import ClusterConfig
 
 
@@ -14,11 +14,11 @@ from ddpm_ray.config.run import ClusterConfig
 class AverageConfig:
     """Averages of one run, each of another width, scored as jobs/evaluate.py does."""
 
-    widths: tuple[float, ...] = knob(
+    widths: tuple[float, ...] = option(
         (0.03, 0.05, 0.075, 0.1, 0.15, 0.2), "relative widths (sigma_rel) to be scored"
     )
-    step: int = knob(0, "that they end at, one whose averages were kept; 0: the last", at_least=0)
-    data_url: str = knob("", "reference shards; empty: what the model was trained on")
+    step: int = option(0, "that they end at, one whose averages were kept; 0: the last", at_least=0)
+    data_url: str = option("", "reference shards; empty: what the model was trained on")
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     evaluation: EvaluationConfig = field(
         default_factory=lambda: EvaluationConfig(num_images=10_000)

@@ -1,11 +1,11 @@
-"""Every knob of a model's scores: how many samples, seen by which network, compared how."""
+"""Options of evaluation: number of samples, feature network, and metrics."""
 
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from ddpm_ray.config.loading import knob
+from ddpm_ray.config.loading import option
 from ddpm_ray.redaction import counted
 
 INCEPTION_URL = (
@@ -17,52 +17,52 @@ INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb91
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    num_images: int = knob(0, "EMA samples that are scored; 0: no evaluation", at_least=0)
-    every_steps: int = knob(0, "steps between evaluations; 0: only at the end", at_least=0)
-    features: Literal["inception", "digits"] = knob(
+    num_images: int = option(0, "EMA samples that are scored; 0: no evaluation", at_least=0)
+    every_steps: int = option(0, "steps between evaluations; 0: only at the end", at_least=0)
+    features: Literal["inception", "digits"] = option(
         "inception", "inception: eval/fid; digits: eval/fd_digits, by the bundled classifier"
     )
-    widths: tuple[int, ...] = knob(
+    widths: tuple[int, ...] = option(
         (2048,),
         "inception features: 2048 eval/fid, 768 eval/fid768, 192 eval/fid192, 2023 eval/sfid",
     )
-    resize: Literal["original", "pytorch-fid"] = knob(
+    resize: Literal["original", "pytorch-fid"] = option(
         "original", "to 299 pixels: TensorFlow 1 bilinear as in the papers, or torch bilinear"
     )
-    weights: str = knob(INCEPTION_URL, "inception: release .pth or folded .npz, path or URL")
-    weights_sha256: str = knob(INCEPTION_SHA256, "of that file")
-    kernel_distance: bool = knob(True, "also the kernel inception distance (KID)")
-    kernel_distance_images: int = knob(5000, "images of each side that KID compares", at_least=2)
-    precision_recall: bool = knob(False, "also precision and recall (Kynkaanniemi et al. 2019)")
-    extrapolate: bool = knob(
+    weights: str = option(INCEPTION_URL, "inception: release .pth or folded .npz, path or URL")
+    weights_sha256: str = option(INCEPTION_SHA256, "of that file")
+    kernel_distance: bool = option(True, "also the kernel inception distance (KID)")
+    kernel_distance_images: int = option(5000, "images of each side that KID compares", at_least=2)
+    precision_recall: bool = option(False, "also precision and recall (Kynkaanniemi et al. 2019)")
+    extrapolate: bool = option(
         False, "also the distance extrapolated to infinitely many samples; needs 4 per feature"
     )
-    held_out_url: str = knob(
+    held_out_url: str = option(
         "", "held-out shards: the distance to them is reported too; empty: none"
     )
-    memorisation_images: int = knob(
+    memorisation_images: int = option(
         0, "samples that are compared with the training images nearest to them; 0: none",
         at_least=0,
     )  # fmt: skip
-    memorisation_picture: str = knob(
+    memorisation_picture: str = option(
         "", "PNG file of the most suspicious of them beside these; empty: none"
     )
-    spectrum_every_steps: int = knob(
+    spectrum_every_steps: int = option(
         0, "steps between losses by log-SNR, on one axis for all schedules; 0: none", at_least=0
     )
-    spectrum_images: int = knob(512, "images for these losses, always the same", at_least=16)
+    spectrum_images: int = option(512, "images for these losses, always the same", at_least=16)
 
-    bits_per_dim_images: int = knob(
+    bits_per_dim_images: int = option(
         0, "images for the bound on bits per dimension (lead is not used); 0: none",
         at_least=0,
     )  # fmt: skip
-    bits_per_dim_terms: int = knob(
+    bits_per_dim_terms: int = option(
         0, "terms of that bound to evaluate per image; 0: all T", at_least=0
     )
-    likelihood_images: int = knob(
+    likelihood_images: int = option(
         0, "images for the probability flow's likelihood (lead is not used); 0: none", at_least=0
     )  # fmt: skip
-    likelihood_steps: int = knob(100, "Heun steps of that flow, 2 to T", at_least=1)
+    likelihood_steps: int = option(100, "Heun steps of that flow, 2 to T", at_least=1)
 
     def problems(self) -> Iterator[str]:
         """What leaves a score without meaning."""

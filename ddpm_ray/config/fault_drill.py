@@ -1,9 +1,9 @@
-"""Every knob of a drill: the short run that it repeats, and the faults that strike it."""
+"""Options of the fault-injection drill: a short run to repeat, and the faults to inject."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ddpm_ray.config.loading import group, knob
+from ddpm_ray.config.loading import group, option
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.fault_injection import FaultSyntaxError, planned
 from ddpm_ray.redaction import counted
@@ -13,7 +13,7 @@ from ddpm_ray.redaction import counted
 class DrillConfig:
     """What a cluster survives: `jobs/drill.py`."""
 
-    faults: tuple[str, ...] = knob(
+    faults: tuple[str, ...] = option(
         (),
         "each strikes one repetition: ACTION@POINT[:STEP][/RANK], several apart by spaces",
     )

@@ -1,8 +1,8 @@
-"""Former names of options: what an earlier version wrote is read as what this one calls it.
+"""Former names of options: keys and choices of earlier versions, translated to current names.
 
-A field of a config names its former keys in its metadata (`option_fields.knob(formerly=...)`). Each
-road into a config, YAML, command line, a sweep's space and saved configs, passes its dotted keys
-through `translated`; nothing behind it knows a former name.
+An option lists its former keys in its metadata (`option_fields.option(formerly=...)`). Every source
+of a config (YAML, command line, search space of a sweep, saved config) passes its dotted keys
+through `translated`; all other code sees current names only.
 """
 
 import re
@@ -16,59 +16,59 @@ OTHER_KEY = re.compile(r"(?<!\\)\$\{([\w.]+)\}")  # in a value: the value of ano
 
 @dataclass(frozen=True)
 class Former:
-    """A former key of an option, and what its choices are called now.
+    """A former key of an option, and the current names of its choices.
 
-    A key without a dot stood in the option's own group. One with a dot counts from the config of
-    the job, as `model.kind`; `.film` stood there without a group. Options that name the same former
-    key share it: each takes its part of the value.
+    A key without a dot is in the option's own group. A key with a dot starts at the job's config:
+    `model.kind`, or `.film` for a key outside all groups. Several options may have the same former
+    key: each translates the value with its own `choices`.
     """
 
     key: str
-    choices: Mapping[Any, Any] = field(default_factory=dict)  # former value -> value; others stay
+    choices: Mapping[Any, Any] = field(default_factory=dict)  # former -> current; others unchanged
 
 
 @dataclass(frozen=True)
 class Given:
-    """One option that was given a value."""
+    """One option that was set."""
 
-    key: str  # dotted, as it is called now
+    key: str  # dotted, current name
     value: Any
-    name: str  # the key as it was given
-    problem: str = ""  # why it cannot be translated; begins with the key
+    name: str  # the key as written by the user
+    problem: str = ""  # why it cannot be translated; starts with the key
 
 
 @dataclass
 class _Names:
-    """The names of a config's options, now and before."""
+    """Current and former names of a config's options."""
 
     keys: set[str] = field(default_factory=set)
     groups: set[str] = field(default_factory=set)
     former: dict[str, list[tuple[str, Mapping[Any, Any]]]] = field(default_factory=dict)
     former_groups: dict[str, str] = field(default_factory=dict)
     former_choices: dict[str, Mapping[Any, Any]] = field(default_factory=dict)  # of current keys
-    key_kinds: dict[str, Any] = field(default_factory=dict)  # of options that hold keys themselves
+    key_kinds: dict[str, Any] = field(default_factory=dict)  # options whose values contain keys
 
 
 def current_key(kind: Any, name: str) -> str:
-    """What the dotted key or group `name` of the config class `kind` is called now."""
+    """Return the current name of the dotted key or group `name` of the config class `kind`."""
     return _targets(kind, name)[0][0]
 
 
 def former_keys(kind: Any) -> dict[str, str]:
-    """Each former key of the config class `kind`, with the key that it became."""
+    """Return {former key: current key} of the config class `kind`."""
     return {name: targets[0][0] for name, targets in _names(kind).former.items()}
 
 
 def translated(kind: Any, given: Iterable[tuple[str, Any]]) -> list[Given]:
-    """The dotted keys and values `given` to the config class `kind`, by the names of today.
+    """Translate dotted keys and values `given` to the config class `kind` to current names.
 
-    Unknown keys stay as they are.
+    Unknown keys are returned unchanged.
     """
     return [one for name, value in given for one in _translated(kind, name, value)]
 
 
 def named_twice(given: Iterable[Given]) -> dict[str, str]:
-    """A line for each option, by its key, that was given by a former name and by another one."""
+    """Return {key: error line} for each option that was set under two different names."""
     names: dict[str, list[str]] = {}
     for one in given:
         known = names.setdefault(one.key, [])
@@ -81,7 +81,7 @@ def named_twice(given: Iterable[Given]) -> dict[str, str]:
 
 
 def require_new_names(kind: Any) -> None:
-    """Raise ValueError where a former key of `kind` is the name of an option or group of today."""
+    """Raise ValueError if a former key of `kind` is also a current option or group."""
     names = _names(kind)
     reused = {*names.former, *names.former_groups} & (names.keys | names.groups)
     if reused:

@@ -1,4 +1,4 @@
-"""Every knob of the jobs around a run: packing, sampling, scoring, and the doctor."""
+"""Options of the jobs other than training: pack, sample, export, evaluate and doctor."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -6,7 +6,7 @@ from typing import Literal
 
 from ddpm_ray.config.diffusion import SamplingConfig
 from ddpm_ray.config.evaluation import EvaluationConfig
-from ddpm_ray.config.loading import knob
+from ddpm_ray.config.loading import option
 from ddpm_ray.config.run import MIB, ClusterConfig
 
 
@@ -14,31 +14,31 @@ from ddpm_ray.config.run import MIB, ClusterConfig
 class PackConfig:
     """One data set to be packed: `jobs/pack_shards.py SOURCE DESTINATION`."""
 
-    image_size: int = knob(0, "pixels of the square images; 0: as they are", at_least=0)
-    resize: Literal["none", "centre-crop-box-bicubic"] = knob(
+    image_size: int = option(0, "pixels of the square images; 0: as they are", at_least=0)
+    resize: Literal["none", "centre-crop-box-bicubic"] = option(
         "none", "recipe, recorded in the manifest; the second is guided-diffusion's"
     )
-    channels: int = knob(0, "1 grey, 3 RGB; 0: as the first image has it", at_least=0, at_most=3)
-    encoding: Literal["raw", "png", "jpeg", "webp"] = knob("raw", "of images inside a shard")
-    shard_bytes: int = knob(
+    channels: int = option(0, "1 grey, 3 RGB; 0: as the first image has it", at_least=0, at_most=3)
+    encoding: Literal["raw", "png", "jpeg", "webp"] = option("raw", "of images inside a shard")
+    shard_bytes: int = option(
         32 * MIB, "decoded bytes per shard", at_least=3 * MIB // 2, at_most=1024 * MIB
     )
-    split: Literal["train", "test"] = knob("train", "half of mnist, fashion-mnist and cifar10")
-    url: str = knob("", "where mnist, fashion-mnist or cifar10 lie; empty: their public address")
-    sha256: str = knob(
+    split: Literal["train", "test"] = option("train", "half of mnist, fashion-mnist and cifar10")
+    url: str = option("", "where mnist, fashion-mnist or cifar10 lie; empty: their public address")
+    sha256: str = option(
         "", "of the files at url, comma-separated: images, labels; of cifar10 the archive"
     )
-    image_key: str = knob(
+    image_key: str = option(
         "", "image of a sample that has several: suffix in a tar (left.png), or column of a table"
     )
-    label_key: str = knob(
+    label_key: str = option(
         "", "column of a table or metadata file, or key of .json files; empty: label"
     )
-    on_bad_image: Literal["stop", "skip"] = knob("stop", "skip counts and names what it skips")
-    max_pixels: int = knob(64_000_000, "larger images are refused before decoding", at_least=1)
-    max_file_bytes: int = knob(256 * MIB, "larger files are refused before reading", at_least=1)
-    num_workers: int = knob(0, "Ray tasks at once; 0: one per CPU of the cluster", at_least=0)
-    address: str = knob("", "Ray cluster to join; empty: $RAY_ADDRESS or a local Ray")
+    on_bad_image: Literal["stop", "skip"] = option("stop", "skip counts and names what it skips")
+    max_pixels: int = option(64_000_000, "larger images are refused before decoding", at_least=1)
+    max_file_bytes: int = option(256 * MIB, "larger files are refused before reading", at_least=1)
+    num_workers: int = option(0, "Ray tasks at once; 0: one per CPU of the cluster", at_least=0)
+    address: str = option("", "Ray cluster to join; empty: $RAY_ADDRESS or a local Ray")
 
     def problems(self) -> Iterator[str]:
         """A size without a recipe or the other way round, and channels that are no picture."""
@@ -55,15 +55,15 @@ class PackConfig:
 class LeadConfig:
     """Another network that leads samples."""
 
-    weak_model: str = knob(
+    weak_model: str = option(
         "", "autoguidance: a worse model of the same data, to be led away from; empty: none"
     )
-    weak_scale: float = knob(2.0, "how far: 1 not at all", at_least=0)
-    classifier: str = knob(
+    weak_scale: float = option(2.0, "how far: 1 not at all", at_least=0)
+    classifier: str = option(
         "", "folder of a run of model.kind=classifier that leads to sampling.labels; empty: none"
     )
-    classifier_scale: float = knob(1.0, "how strongly: 0 not at all", at_least=0)
-    classifier_form: Literal["score", "mean"] = knob(
+    classifier_scale: float = option(1.0, "how strongly: 0 not at all", at_least=0)
+    classifier_form: Literal["score", "mean"] = option(
         "score", "its slope moves the noise, with any sampler, or ancestral's mean"
     )
 
@@ -87,8 +87,8 @@ class LeadConfig:
 class SampleConfig:
     """Images from a trained model: `jobs/sample.py MODEL_URI`."""
 
-    num_images: int = knob(64, "images to draw", at_least=1)
-    film: str = knob("", "GIF file of the estimates of x_0, a frame per step; empty: none")
+    num_images: int = option(64, "images to draw", at_least=1)
+    film: str = option("", "GIF file of the estimates of x_0, a frame per step; empty: none")
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     lead: LeadConfig = field(default_factory=LeadConfig)
 
@@ -122,7 +122,7 @@ class ExportConfig:
 class EvaluateConfig:
     """A trained model's score against a data set: `jobs/evaluate.py MODEL_URI`."""
 
-    data_url: str = knob("", "reference shards; empty: what the model was trained on")
+    data_url: str = option("", "reference shards; empty: what the model was trained on")
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     lead: LeadConfig = field(default_factory=LeadConfig)
     evaluation: EvaluationConfig = field(
@@ -153,12 +153,12 @@ class EvaluateConfig:
 class DoctorConfig:
     """What a run would lean on, to be tried before it: `jobs/doctor.py`."""
 
-    storage: str = knob("runs", "folder for runs, on any fsspec URL; tried with a small object")
-    tracking_uri: str = knob(
+    storage: str = option("runs", "folder for runs, on any fsspec URL; tried with a small object")
+    tracking_uri: str = option(
         "", "MLflow server or database; empty: $MLFLOW_TRACKING_URI or ./mlflow.db"
     )
-    address: str = knob("", "Ray cluster to join; empty: $RAY_ADDRESS or a local Ray")
-    timeout_s: float = knob(
+    address: str = option("", "Ray cluster to join; empty: $RAY_ADDRESS or a local Ray")
+    timeout_s: float = option(
         12, "seconds after which a check that has not ended is a failure", at_least=1, at_most=600
     )
 

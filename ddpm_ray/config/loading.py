@@ -1,8 +1,8 @@
-"""Documented, checked config fields, and how they are read from YAML and `key=value` arguments.
+"""Read configs from YAML files and `key=value` arguments, and check them.
 
-The only importer of OmegaConf. A knob's metadata carries its meaning and its range, so `--help`,
-the checks and the rule that a run keeps its defining values for life all read from one place. Keys
-of earlier versions are translated before anything else looks at them: see former_keys.py.
+The only importer of OmegaConf. An option's metadata holds its help text, its range, and whether a
+continued run must keep its value. Keys of earlier versions are translated first; see
+former_keys.py.
 """
 
 import copy
@@ -21,15 +21,15 @@ from omegaconf.errors import OmegaConfBaseException
 from ddpm_ray.config.former_keys import Former as Former
 from ddpm_ray.config.former_keys import Given, former_keys, named_twice, translated
 from ddpm_ray.config.option_fields import group as group
-from ddpm_ray.config.option_fields import knob as knob
+from ddpm_ray.config.option_fields import option as option
 from ddpm_ray.config.option_fields import out_of_range, walk
 from ddpm_ray.config.yaml_text import read_scalar, read_text, require_shallow, type_at, with_texts
 from ddpm_ray.redaction import NO_SECRET, has_secret, redacted, texts
 from ddpm_ray.storage.file_formats import not_of_this_version
 
-UNREADABLE = OmegaConfBaseException, TypeError  # the latter for keys below one that is a list
-# A config is written into every checkpoint and into MLflow. Of the environment it may hold these,
-# none of which is a secret; and a reference to another key, but no other resolver of OmegaConf.
+UNREADABLE = OmegaConfBaseException, TypeError  # TypeError: a key below an option that is a list
+# Configs are written to checkpoints and to MLflow, so only these environment variables, none of
+# them secret, may be referenced. References to other keys are allowed, other resolvers are not.
 ENVIRONMENT = ("HOME", "USER", "TMPDIR", "DDPM_RAY_HOME", "MLFLOW_TRACKING_URI", "RAY_ADDRESS")
 REFERENCE = re.compile(
     rf"(?<!\\)\$\{{(?:oc\.env:(?:{'|'.join(ENVIRONMENT)})(?:,[^${{}}]*)?|[\w.]+)\}}"
@@ -37,51 +37,51 @@ REFERENCE = re.compile(
 
 
 class Checked(Protocol):
-    """A dataclass of knobs that also knows what cannot go together: lines that begin with a key."""
+    """A dataclass of options that checks its own values."""
 
     def problems(self) -> Iterator[str]:
-        """A line for each; none, and the config can be run."""
+        """Yield one line, starting with a key, for each error; none if the config is valid."""
         ...
 
 
 Config = TypeVar("Config", bound=Checked)
 COMMAND_LINE = "command line"
-Layer = tuple[str, list[Given]]  # where it was given, and what
+Layer = tuple[str, list[Given]]  # source (file name or command line), and the options set there
 
 
 class ConfigError(ValueError):
-    """A config that cannot be run; one line for each bad key."""
+    """An invalid config; one line for each bad key."""
 
 
 def load(kind: type[Config], path: str | None, overrides: list[str]) -> Config:
-    """A checked config from a YAML file (or defaults alone) and `key=value` overrides.
+    """Load a config from a YAML file (None: defaults) and `key=value` overrides, and check it.
 
-    Raises ConfigError with one line for each bad key: its path, its value, the rule, and the
-    nearest valid name.
+    Raises ConfigError with one line for each bad key: source, key, value, rule, and the nearest
+    valid name.
     """
     layers = [_layer(kind, path, _yaml(kind, path))] if path else []
     layers += [_layer(kind, COMMAND_LINE, _override(kind, text)) for text in overrides]
-    layers = [*_filling(kind, layers), *layers]
+    layers = [*_loaded_groups(kind, layers), *layers]
     return _checked(kind, _defaults(kind), layers, path or COMMAND_LINE)
 
 
 def given_keys(kind: type[Any], overrides: list[str]) -> frozenset[str]:
-    """The dotted keys that `key=value` overrides set."""
+    """Return the dotted keys that `key=value` overrides set."""
     given = (_layer(kind, COMMAND_LINE, _override(kind, text))[1] for text in overrides)
     return frozenset(one.key for layer in given for one in layer)
 
 
 def with_values(config: Config, values: Mapping[str, Any], where: str) -> Config:
-    """`config` with every dotted key of `values` set, checked as a whole.
+    """Return `config` with the dotted keys of `values` set, and check the result.
 
-    Raises ConfigError with one line, which begins with `where`, for each bad key.
+    Raises ConfigError with one line, starting with `where`, for each bad key.
     """
     layer = _layer(type(config), where, values)
     return _checked(type(config), OmegaConf.structured(config), [layer], where)
 
 
 def current_values(kind: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """`values`, which an earlier version may have saved by dotted key, by the names of today."""
+    """Return `values`, saved by this or an earlier version, under the current dotted keys."""
     return {one.key: one.value for one in translated(kind, values.items())}
 
 
@@ -91,17 +91,17 @@ def _layer(kind: type[Any], where: str, values: Mapping[str, Any]) -> Layer:
 
 @cache
 def _structure(kind: type[Any]) -> Any:
-    """What the config `kind` looks like, not to be changed: to read it off takes 0.1 s."""
+    """The OmegaConf structure of the config `kind`, cached (0.1 s); do not modify it."""
     return OmegaConf.structured(kind)
 
 
 def _defaults(kind: type[Any]) -> Any:
-    """A structure of one's own."""
+    """A copy of the structure of `kind` that may be modified."""
     return copy.deepcopy(_structure(kind))  # type: ignore[arg-type]  # a class is hashable
 
 
 def _checked(kind: type[Config], merged: Any, layers: list[Layer], fallback: str) -> Config:
-    """`merged` with the layers laid over it, each key of each told if it is wrong."""
+    """Merge the layers into `merged`, later ones over earlier ones, and check the result."""
     set_by: dict[str, str] = {}
     wrong = _named_twice(layers)  # one line for each key
     for where, layer in layers:
@@ -111,7 +111,7 @@ def _checked(kind: type[Config], merged: Any, layers: list[Layer], fallback: str
             set_by[key] = where
             if key in wrong:
                 continue
-            if key in seen:  # once in its group, once by its dotted name
+            if key in seen:  # set in its group and by its dotted name
                 wrong[key] = f"{where}: {key} is set twice; leave one of the two out"
                 continue
             seen.add(key)
@@ -136,7 +136,7 @@ def _checked(kind: type[Config], merged: Any, layers: list[Layer], fallback: str
     for key, value, _ in walk(config):
         if has_secret(value):
             wrong[key] = f"{set_by.get(key, fallback)}: {key}={value!r}: {NO_SECRET}"
-    # What keys are together is told once each of them could be read.
+    # Rules about several keys are checked only if each key could be read.
     for line in [*out_of_range(config), *([] if wrong else config.problems())]:
         key = line.partition(" ")[0]
         wrong.setdefault(key, f"{set_by.get(key, fallback)}: {line}")
@@ -146,7 +146,7 @@ def _checked(kind: type[Config], merged: Any, layers: list[Layer], fallback: str
 
 
 def _named_twice(layers: list[Layer]) -> dict[str, str]:
-    """A line for each key that one place gives by a former name and by another one."""
+    """Return {key: error line} for each key that one source sets under two names."""
     places: dict[str, list[Given]] = {}
     for where, layer in layers:
         places.setdefault(where, []).extend(layer)
@@ -158,7 +158,7 @@ def _named_twice(layers: list[Layer]) -> dict[str, str]:
 
 
 def _integers(value: Any) -> Iterator[int]:
-    """Those in a value of YAML: one with thousands of digits cannot even be shown."""
+    """Yield the integers in a YAML value: one with thousands of digits cannot be printed."""
     if isinstance(value, int):
         yield value
     elif isinstance(value, list):
@@ -169,7 +169,7 @@ def _integers(value: Any) -> Iterator[int]:
 
 
 def _strange_reference(value: Any) -> str:
-    """Why a `${...}` in `value` is not followed, or an empty string."""
+    """Return why a `${...}` in `value` is not allowed, or an empty string."""
     if all(text.count("${") == len(REFERENCE.findall(text)) for text in texts(value)):
         return ""
     return (
@@ -181,11 +181,11 @@ def _strange_reference(value: Any) -> str:
 def from_dict(
     kind: type[Config], values: Mapping[str, Any], saved_by: str = "", where: str = ""
 ) -> Config:
-    """The config that `to_dict` was given, here or in an earlier version.
+    """Restore a config from the values that `to_dict` returned in this or an earlier version.
 
-    Raises ConfigError for what this version cannot read; `saved_by` is the version of ddpm_ray that
-    saved it, and `where` it lies. What was saved has no references left: one in it was put there by
-    whoever can write the storage.
+    `saved_by`: version of ddpm_ray that saved it; `where`: its location. Both are used in errors.
+    Raises ConfigError if this version cannot read it. `to_dict` resolves all references, so a
+    `${...}` in saved values was inserted by somebody with write access to the storage: an error.
     """
     place = f"{where}: " if where else ""
     edited = f"{place}a saved config %s: it was edited; put a whole copy of it back"
@@ -211,30 +211,30 @@ def from_dict(
 
 
 def to_dict(config: object) -> dict[str, Any]:
-    """Plain nested values, ready for JSON."""
+    """Return the config as nested plain values for JSON."""
     return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.structured(config)))
 
 
 def to_yaml(config: object) -> str:
-    """The whole resolved config as YAML: what `--print-config` shows."""
+    """Return the resolved config as YAML, for `--print-config`."""
     text: str = OmegaConf.to_yaml(OmegaConf.structured(config))
     return text
 
 
 def flat(config: object) -> dict[str, Any]:
-    """Every leaf under its dotted key, as in `{"schedule.num_steps": 1000, ...}`."""
+    """Return all options by dotted key, as in `{"schedule.num_steps": 1000, ...}`."""
     return {key: value for key, value, _ in walk(config)}
 
 
 def defining(config: object) -> dict[str, Any]:
-    """The leaves that a run keeps for life: a checkpoint continues only under equal ones."""
+    """Return the options whose values a continued run must keep, by dotted key."""
     return {key: value for key, value, meta in walk(config) if meta["defines_run"]}
 
 
 def complaint(kind: type[Any], key: str, value: Any) -> str:
-    """What is wrong with giving the dotted `key` of `kind` this value, or an empty string.
+    """Return the error of setting the dotted `key` of `kind` to `value`, or an empty string.
 
-    Its name and its type alone; ranges and what keys are together is seen by `with_values`.
+    Checks name and type only; `with_values` checks ranges and rules about several keys.
     """
     try:
         OmegaConf.unsafe_merge(_defaults(kind), _nested(key, value))
@@ -244,7 +244,7 @@ def complaint(kind: type[Any], key: str, value: Any) -> str:
 
 
 def help_lines(kind: type[Any]) -> list[str]:
-    """One line per knob: dotted key, default, meaning with its unit and range."""
+    """Return one line per option for `--help`: dotted key, default, description with range."""
     of_a_trained_run = hasattr(kind, "sampling_problems")
     rows = [
         (
@@ -288,7 +288,7 @@ def _yaml(kind: type[Any], path: str) -> dict[str, Any]:
 
 
 def unknown_keys(kind: type[Any], path: str) -> list[str]:
-    """The dotted keys in the YAML file `path` that `kind` lacks; raises ConfigError as `load`."""
+    """Return the dotted keys in the YAML file `path` that `kind` lacks. Raises ConfigError."""
     known = {name for name, _, _ in walk(kind())}
     groups = {name.rpartition(".")[0] for name in known}
     return [
@@ -299,12 +299,12 @@ def unknown_keys(kind: type[Any], path: str) -> list[str]:
     ]
 
 
-def _filling(kind: type[Any], layers: list[Layer]) -> list[Layer]:
-    """What the files hold that `fills` knobs name, each under its group."""
+def _loaded_groups(kind: type[Any], layers: list[Layer]) -> list[Layer]:
+    """Read the files named by `loads_group` options, each as a layer below its group."""
     named = {
-        item.metadata["fills"]: one.value
+        item.metadata["loads_group"]: one.value
         for item in fields(kind)
-        if item.metadata.get("fills")
+        if item.metadata.get("loads_group")
         for _, layer in layers
         for one in layer
         if one.key == item.name and one.value

@@ -1,6 +1,6 @@
-"""Dataclass fields that carry a meaning and a range, and the values that do not fit them.
+"""Dataclass fields with a description and a range, and the checks of their values.
 
-On the lowest floor, so that a class may be a group of a config and the arguments of a function.
+Imports nothing heavy, so that one dataclass can be a config group and a function's arguments.
 """
 
 import difflib
@@ -29,7 +29,7 @@ T = TypeVar("T")
 FormerKeys: TypeAlias = str | Former | tuple[str | Former, ...]
 P = ParamSpec("P")
 Limits: TypeAlias = Mapping[str, tuple[float | None, Callable[[Any, float], bool]]]
-"""By the words of the rule: the limit, None for no limit, and whether a value keeps to it."""
+"""Rule in words -> (limit or None for no limit, test that a value satisfies it)."""
 
 
 def limits(
@@ -39,7 +39,7 @@ def limits(
     at_most: float | None = None,
     below: float | None = None,
 ) -> Limits:
-    """The range of a number: metadata of a field, or of a parameter, `Annotated[int, limits()]`."""
+    """Return the range of a number, as metadata of a field or in `Annotated[int, limits()]`."""
     return {
         "at least": (at_least, operator.ge),
         "above": (above, operator.gt),
@@ -48,7 +48,7 @@ def limits(
     }
 
 
-def knob(
+def option(
     default: T,
     doc: str,
     *,
@@ -57,22 +57,22 @@ def knob(
     at_most: float | None = None,
     below: float | None = None,
     defines_run: bool = False,
-    fills: str = "",
+    loads_group: str = "",
     keys_of: str = "",
     formerly: FormerKeys = (),
     former_choices: Mapping[str, str] | None = None,
 ) -> T:
-    """A documented field with its range; `defines_run`: a run keeps the value for life.
+    """Return a dataclass field with help text `doc` and a range.
 
-    `fills`: the value names a YAML file whose keys go into the group of that name, below all that
-    is set for it elsewhere. `keys_of`: the value is a list of mappings, whose keys are those of the
-    group of that name. `formerly`: keys that the field had in earlier versions (see
-    `former_keys.Former`), and `former_choices` what its choices were called: {former: now}. They
-    stay valid wherever a config is read.
+    `defines_run`: a continued run must have the same value. `loads_group`: the value is a YAML file
+    whose keys set the group of that name; keys set elsewhere override them. `keys_of`: the value is
+    a list of mappings whose keys are the options of that group. `formerly`: keys of this option in
+    earlier versions (see `former_keys.Former`); `former_choices`: earlier names of its choices,
+    {former: current}. Former names are accepted wherever a config is read.
     """
     within = limits(at_least=at_least, above=above, at_most=at_most, below=below)
     metadata = {
-        "doc": doc, "limits": within, "defines_run": defines_run, "fills": fills,
+        "doc": doc, "limits": within, "defines_run": defines_run, "loads_group": loads_group,
         "keys_of": keys_of, "formerly": _former(formerly), "former_choices": former_choices or {},
     }  # fmt: skip
     value: T = field(default=default, metadata=metadata)
@@ -80,10 +80,10 @@ def knob(
 
 
 def group(default: Callable[[], T], *, formerly: FormerKeys = (), whole_config: bool = False) -> T:
-    """A field that is a group of fields, with what `default` returns.
+    """Return a dataclass field that holds a group of options; `default` makes its value.
 
-    `formerly`: names that the group had; all its keys stay valid below them. `whole_config`: it is
-    the config of another job, from which its own former keys count.
+    `formerly`: earlier names of the group, below which all its keys are accepted. `whole_config`:
+    the group is the config of another job; former keys inside it are relative to it.
     """
     metadata = {"formerly": _former(formerly), "whole_config": whole_config}
     value: T = field(default_factory=default, metadata=metadata)
@@ -96,7 +96,7 @@ def _former(keys: FormerKeys) -> tuple[Former, ...]:
 
 
 def walk(config: object, prefix: str = "") -> Iterator[tuple[str, Any, Mapping[str, Any]]]:
-    """Dotted key, value and metadata of each field, those of groups in their place."""
+    """Yield dotted key, value and metadata of each option; groups are flattened in order."""
     for item in fields(cast(Any, config)):
         value = getattr(config, item.name)
         if is_dataclass(value):
@@ -106,7 +106,7 @@ def walk(config: object, prefix: str = "") -> Iterator[tuple[str, Any, Mapping[s
 
 
 def out_of_range(config: object) -> Iterator[str]:
-    """One line, which begins with its key, for each value that is not finite or breaks a limit."""
+    """Yield one line, starting with the key, for each value that is not finite or out of range."""
     for key, value, meta in walk(config):
         yield from _broken(key, value, meta["limits"])
 
@@ -121,10 +121,10 @@ def _broken(key: str, value: Any, within: Limits) -> Iterator[str]:
 
 
 def arguments(kind: Any, values: Mapping[str, Any]) -> dict[str, Any]:
-    """`values` as the types that the dataclass `kind` declares, without those that are None.
+    """Convert `values` to the types declared by the dataclass `kind`; None values are dropped.
 
-    Raises TypeError for a name that it lacks, as any function does, and ValueError for a value of
-    another type. Former names are taken for those of today.
+    Former names are translated. Raises TypeError for an unknown name and ValueError for a value of
+    the wrong type.
     """
     types, given = _types(kind), translated(kind, values.items())
     for one in given:
@@ -139,10 +139,10 @@ def arguments(kind: Any, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def checks_arguments(function: Callable[P, T]) -> Callable[P, T]:
-    """`function`, with its arguments as the types that it declares, within their `limits`.
+    """Decorate `function` to convert its arguments to the declared types and check their `limits`.
 
-    Parameters of other types than int, float, bool and Literal pass as they are, and so do keywords
-    without a name in the signature. Raises ValueError for a value of another type or out of range.
+    Checks parameters of type int, float, bool and Literal; all others, and `**kwargs`, are passed
+    unchanged. The wrapper raises ValueError for a value of the wrong type or out of range.
     """
     signature = inspect.signature(function)
 
@@ -193,7 +193,7 @@ def _as_type(name: str, kind: Any, value: Any) -> Any:
 
 
 def shown(value: object) -> str:
-    """The value as it may stand in a message: one line of at most 80 characters."""
+    """Return repr(value) as one line of at most 80 characters, for error messages."""
     text = " ".join(repr(value).split())
     return text if len(text) <= 80 else f"{text[:77]}..."
 
@@ -217,7 +217,7 @@ def _truth(value: Any) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """Python's number of one of numpy or torch, which this module does not load."""
+    """Convert a NumPy or torch scalar to a Python number, without importing either library."""
     return value.item() if hasattr(value, "item") else value
 
 

@@ -1,7 +1,7 @@
-"""Every knob of a run, typed, documented, checked; the diffusion's and the scores' lie beside.
+"""Options of a training run. Those of diffusion, sampling and evaluation are in their own files.
 
-Nothing heavy is imported here: a wrong config ends in under two seconds, before torch or Ray are
-loaded. How knobs are read stands in knobs.py.
+Imports nothing heavy: an invalid config is reported within two seconds, before torch or Ray load.
+Configs are read by loading.py.
 """
 
 import math
@@ -12,7 +12,7 @@ from typing import Literal
 from ddpm_ray.config.diffusion import ObjectiveConfig, SamplingConfig, ScheduleConfig
 from ddpm_ray.config.ema_search_rules import wrong_decays, wrong_widths
 from ddpm_ray.config.evaluation import EvaluationConfig
-from ddpm_ray.config.loading import knob
+from ddpm_ray.config.loading import option
 from ddpm_ray.config.sampling import Conditioned
 
 MIB = 2**20
@@ -20,39 +20,41 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class DataConfig:
-    url: str = knob("", "folder with the packed shards, on any fsspec URL")
-    source: Literal["", "digits"] = knob(
+    url: str = option("", "folder with the packed shards, on any fsspec URL")
+    source: Literal["", "digits"] = option(
         "", "a built-in set to pack into data.url first, where it holds no shards yet"
     )
-    flip: bool = knob(False, "mirror each image left-right with probability 1/2", defines_run=True)
-    lanes: int = knob(
+    flip: bool = option(
+        False, "mirror each image left-right with probability 1/2", defines_run=True
+    )
+    lanes: int = option(
         8, "canonical lanes that the shards are dealt to; divides the batch",
         at_least=1, defines_run=True,
     )  # fmt: skip
-    shuffle_window_bytes: int = knob(
+    shuffle_window_bytes: int = option(
         16 * MIB, "decoded bytes within which samples mix, all lanes together",
         at_least=MIB, defines_run=True,
     )  # fmt: skip
-    cache_bytes: int = knob(8192 * MIB, "node-local cache of remote shards; 0: none", at_least=0)
-    cache_dir: str = knob("", "where that cache lies; empty: ~/.cache/ddpm-ray")
+    cache_bytes: int = option(8192 * MIB, "node-local cache of remote shards; 0: none", at_least=0)
+    cache_dir: str = option("", "where that cache lies; empty: ~/.cache/ddpm-ray")
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    kind: Literal["unet", "classifier"] = knob(
+    kind: Literal["unet", "classifier"] = option(
         "unet", "a denoiser, or a classifier of noisy images to guide one", defines_run=True
     )
-    base_channels: int = knob(128, "channels of the first level", at_least=1, defines_run=True)
-    channel_mults: tuple[int, ...] = knob(
+    base_channels: int = option(128, "channels of the first level", at_least=1, defines_run=True)
+    channel_mults: tuple[int, ...] = option(
         (1, 2, 2, 2), "channels of each level over base_channels", defines_run=True
     )
-    blocks_per_level: int = knob(2, "residual blocks", at_least=1, defines_run=True)
-    attention_resolutions: tuple[int, ...] = knob(
+    blocks_per_level: int = option(2, "residual blocks", at_least=1, defines_run=True)
+    attention_resolutions: tuple[int, ...] = option(
         (16,), "image sizes in pixels at which blocks attend", defines_run=True
     )
-    dropout: float = knob(0.0, "inside residual blocks", at_least=0, below=1, defines_run=True)
-    groups: int = knob(32, "of each group norm", at_least=1, defines_run=True)
-    num_classes: int = knob(
+    dropout: float = option(0.0, "inside residual blocks", at_least=0, below=1, defines_run=True)
+    groups: int = option(32, "of each group norm", at_least=1, defines_run=True)
+    num_classes: int = option(
         0, "labels 0 to num_classes - 1 that the network knows; 0: none", at_least=0,
         defines_run=True,
     )  # fmt: skip
@@ -77,78 +79,78 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    steps: int = knob(800_000, "optimiser steps of the whole run", at_least=1)
-    global_batch_size: int = knob(
+    steps: int = option(800_000, "optimiser steps of the whole run", at_least=1)
+    global_batch_size: int = option(
         128, "images per optimiser step, all workers together", at_least=1, defines_run=True
     )
-    micro_batch_size: int = knob(
+    micro_batch_size: int = option(
         0, "most images of one worker in one forward pass; 0: its whole share", at_least=0
     )
-    learning_rate: float = knob(2e-4, "of Adam, after the warm-up", above=0, defines_run=True)
-    adam_beta1: float = knob(0.9, "decay of Adam's mean", at_least=0, below=1, defines_run=True)
-    adam_beta2: float = knob(0.999, "decay of its square", at_least=0, below=1, defines_run=True)
-    warmup_steps: int = knob(
+    learning_rate: float = option(2e-4, "of Adam, after the warm-up", above=0, defines_run=True)
+    adam_beta1: float = option(0.9, "decay of Adam's mean", at_least=0, below=1, defines_run=True)
+    adam_beta2: float = option(0.999, "decay of its square", at_least=0, below=1, defines_run=True)
+    warmup_steps: int = option(
         0, "steps in which the rate rises linearly from 0", at_least=0, defines_run=True
     )
-    warmup_images: int = knob(
+    warmup_images: int = option(
         0, "the same counted in images; set one of the two", at_least=0, defines_run=True
     )
-    max_grad_norm: float = knob(
+    max_grad_norm: float = option(
         1.0, "global norm that gradients are clipped to", above=0, defines_run=True
     )
-    reduction: Literal["mean", "elastic"] = knob(
+    reduction: Literal["mean", "elastic"] = option(
         "mean", "of workers' gradients; elastic: the same bits on any number of workers, slower",
         defines_run=True,
     )  # fmt: skip
-    reduction_slots: int = knob(
+    reduction_slots: int = option(
         8, "elastic: equal parts of a batch, and most workers; a power of 2",
         at_least=1, defines_run=True,
     )  # fmt: skip
-    on_divergence: Literal["stop", "skip", "rewind"] = knob(
+    on_divergence: Literal["stop", "skip", "rewind"] = option(
         "stop",
         "on a gradient that is not finite, or a spike: end; no update; back to the last weights",
     )
-    spike_factor: float = knob(
+    spike_factor: float = option(
         0.0, "times the median norm of the last 128 steps that is a spike; 0: none is", at_least=0
     )
-    ema_decay_per_step: float = knob(
+    ema_decay_per_step: float = option(
         0.9999, "of the weights that samples come from; 0: see the next key",
         at_least=0, below=1, defines_run=True,
     )  # fmt: skip
-    ema_half_life_images: int = knob(
+    ema_half_life_images: int = option(
         0, "images after which a weight's share has halved; set one of the two",
         at_least=0, defines_run=True,
     )  # fmt: skip
-    ema_ramp: bool = knob(
+    ema_ramp: bool = option(
         True, "average over less while the run is young: decay <= (1 + step) / (10 + step)",
         defines_run=True,
     )  # fmt: skip
-    ema_more_decays: tuple[float, ...] = knob(
+    ema_more_decays: tuple[float, ...] = option(
         (), "per step, of further averages in checkpoints, each as ema-<decay>", defines_run=True
     )
-    ema_snapshot_widths: tuple[float, ...] = knob(
+    ema_snapshot_widths: tuple[float, ...] = option(
         (), "sigma_rel of power-function averages that jobs/average.py makes others of: [0.05,0.1]",
         defines_run=True,
     )  # fmt: skip
-    ema_snapshot_every_steps: int = knob(
+    ema_snapshot_every_steps: int = option(
         0, "steps between those that are kept below snapshots/; 0: none", at_least=0
     )
-    precision: Literal["fp32", "bf16"] = knob(
+    precision: Literal["fp32", "bf16"] = option(
         "fp32", "of the network's arithmetic (bf16: autocast); weights stay fp32", defines_run=True
     )
-    channels_last: bool = knob(False, "NHWC layout; pays on GPUs with bf16")
-    deterministic: bool = knob(
+    channels_last: bool = option(False, "NHWC layout; pays on GPUs with bf16")
+    deterministic: bool = option(
         False,
         "deterministic algorithms of torch, cuDNN and NCCL, for bit-equal GPU runs; slower",
     )
-    compile: bool = knob(False, "torch.compile; pays on GPUs after minutes of warm-up")
-    gradient_checkpointing: bool = knob(False, "recompute blocks backwards: less memory, slower")
-    log_every_steps: int = knob(50, "steps that one row of rates and bands covers", at_least=1)
-    grid_every_steps: int = knob(
+    compile: bool = option(False, "torch.compile; pays on GPUs after minutes of warm-up")
+    gradient_checkpointing: bool = option(False, "recompute blocks backwards: less memory, slower")
+    log_every_steps: int = option(50, "steps that one row of rates and bands covers", at_least=1)
+    grid_every_steps: int = option(
         5000, "steps between sample grids; 0: no grid, not even at the end", at_least=0
     )
-    checkpoint_every_steps: int = knob(1000, "steps between checkpoints", at_least=1)
-    keep_checkpoints: int = knob(
+    checkpoint_every_steps: int = option(1000, "steps between checkpoints", at_least=1)
+    keep_checkpoints: int = option(
         3, "newest checkpoints kept, beside the one that was continued from", at_least=2
     )
 
@@ -186,15 +188,15 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class TrackingConfig:
-    uri: str = knob(
+    uri: str = option(
         "", "MLflow server or database file; empty: $MLFLOW_TRACKING_URI or sqlite:///mlflow.db"
     )
-    experiment: str = knob("ddpm-ray", "MLflow experiment that holds the run")
-    every_steps: int = knob(
+    experiment: str = option("ddpm-ray", "MLflow experiment that holds the run")
+    every_steps: int = option(
         1, "steps averaged into one row of loss, gradient norm and learning rate", at_least=1
     )
-    flush_every_s: float = knob(2.0, "seconds between batches of rows", above=0)
-    last_rows_s: float = knob(
+    flush_every_s: float = option(2.0, "seconds between batches of rows", above=0)
+    last_rows_s: float = option(
         60, "seconds that a run's end waits for MLflow; what it did not take, the next start sends",
         above=0,
     )  # fmt: skip
@@ -202,27 +204,27 @@ class TrackingConfig:
 
 @dataclass(frozen=True)
 class ClusterConfig:
-    num_workers: int = knob(1, "Ray Train workers, one process each", at_least=1)
-    min_workers: int = knob(
+    num_workers: int = option(1, "Ray Train workers, one process each", at_least=1)
+    min_workers: int = option(
         0, "fewest workers to go on with while nodes are lost; 0: num_workers, it waits", at_least=0
     )
-    resize_every_s: float = knob(
+    resize_every_s: float = option(
         60, "min_workers: seconds between looks for places for more of them", above=0
     )
-    cpus_per_worker: float = knob(1, "CPUs, and threads of torch, of each worker", above=0)
-    gpus_per_worker: float = knob(0, "GPUs of each worker; above 0: CUDA and NCCL", at_least=0)
-    address: str = knob("", "Ray cluster to join; empty: $RAY_ADDRESS or a local Ray")
-    max_failures: int = knob(3, "times that lost workers are started again", at_least=0)
-    timeout_s: float = knob(300, "seconds a collective may take before it is an error", above=0)
-    stall_timeout_s: float = knob(
+    cpus_per_worker: float = option(1, "CPUs, and threads of torch, of each worker", above=0)
+    gpus_per_worker: float = option(0, "GPUs of each worker; above 0: CUDA and NCCL", at_least=0)
+    address: str = option("", "Ray cluster to join; empty: $RAY_ADDRESS or a local Ray")
+    max_failures: int = option(3, "times that lost workers are started again", at_least=0)
+    timeout_s: float = option(300, "seconds a collective may take before it is an error", above=0)
+    stall_timeout_s: float = option(
         25, "seconds that a worker may stand still in a step, or be silent; then all start again",
         at_least=5,
     )  # fmt: skip
-    storage_timeout_s: float = knob(
+    storage_timeout_s: float = option(
         180, "seconds that workers try again where the storage fails, before it is an error",
         above=0,
     )  # fmt: skip
-    start_timeout_s: float = knob(
+    start_timeout_s: float = option(
         600, "seconds to wait for the workers' places while nodes boot or others hold them", above=0
     )
 
@@ -231,9 +233,9 @@ class ClusterConfig:
 class RunConfig:
     """One training run: `jobs/train.py`."""
 
-    name: str = knob("", "of the run; the same name in the same storage continues it")
-    storage: str = knob("runs", "folder that holds the runs' checkpoints, on any fsspec URL")
-    seed: int = knob(0, "of weights, order, t and noise", at_least=0, defines_run=True)
+    name: str = option("", "of the run; the same name in the same storage continues it")
+    storage: str = option("runs", "folder that holds the runs' checkpoints, on any fsspec URL")
+    seed: int = option(0, "of weights, order, t and noise", at_least=0, defines_run=True)
     data: DataConfig = field(default_factory=DataConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
@@ -272,7 +274,7 @@ class RunConfig:
         yield from self.model.problems()
         yield from self.training.problems()
         yield from self.sampling.problems("sampling", self.schedule.num_steps)
-        yield from self.sampling.misfits("sampling", self.conditioned)
+        yield from self.sampling.incompatibilities("sampling", self.conditioned)
         yield from self.evaluation.problems()
         yield from self._classifier_problems()
         batch, workers, lanes = (

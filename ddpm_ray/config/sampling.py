@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias, TypedDict
 
-from ddpm_ray.config.option_fields import arguments, knob, out_of_range
+from ddpm_ray.config.option_fields import arguments, option, out_of_range
 
 Sampler: TypeAlias = Literal[
     "ddim", "ancestral", "dpm_solver_pp", "dpm_solver_pp_sde", "unipc", "heun", "plms"
@@ -35,31 +35,31 @@ class SamplingArguments(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    sampler: Sampler = knob("ddim", "how images are drawn")
-    steps: int = knob(50, "steps per image, at most T; heun calls the network twice", at_least=1)
-    spacing: Spacing = knob("uniform", "of these steps over 0..T; log_snr: evenly in log-SNR")
-    eta: float = knob(0.0, "ddim: fresh noise, 0 none, 1 as ancestral", at_least=0, at_most=1)
-    variance: Variance = knob(
+    sampler: Sampler = option("ddim", "how images are drawn")
+    steps: int = option(50, "steps per image, at most T; heun calls the network twice", at_least=1)
+    spacing: Spacing = option("uniform", "of these steps over 0..T; log_snr: evenly in log-SNR")
+    eta: float = option(0.0, "ddim: fresh noise, 0 none, 1 as ancestral", at_least=0, at_most=1)
+    variance: Variance = option(
         "fixed_small", "of the fresh noise; learned: as the network answers it"
     )
-    clip: bool = knob(True, "clip each estimate of x_0 to [-1, 1] and derive epsilon again")
-    dynamic_quantile: float = knob(
+    clip: bool = option(True, "clip each estimate of x_0 to [-1, 1] and derive epsilon again")
+    dynamic_quantile: float = option(
         0.0, "clip each image to this quantile of its own |x_0| and rescale; 0: to [-1, 1]",
         at_least=0, at_most=1,
     )  # fmt: skip
-    seed: int = knob(0, "with the image's index it fixes an image", at_least=0)
-    batch_size: int = knob(64, "images in one network call", at_least=1, at_most=2**32)
-    labels: tuple[int | str, ...] = knob(
+    seed: int = option(0, "with the image's index it fixes an image", at_least=0)
+    batch_size: int = option(64, "images in one network call", at_least=1, at_most=2**32)
+    labels: tuple[int | str, ...] = option(
         (), "classes to draw in turn, by number or name; empty: all, of a model that knows them"
     )
-    guidance_scale: float = knob(
+    guidance_scale: float = option(
         1.0, "classifier-free guidance: 1 the class alone, above 1 more of it", at_least=0
     )
-    guidance_rescale: float = knob(
+    guidance_rescale: float = option(
         0.0, "share of guided contrast that is taken back", at_least=0, at_most=1
     )
-    guidance_above_sigma: float = knob(0.0, "guide only at noise above this sigma", at_least=0)
-    guidance_below_sigma: float = knob(
+    guidance_above_sigma: float = option(0.0, "guide only at noise above this sigma", at_least=0)
+    guidance_below_sigma: float = option(
         0.0, "and below this one (sigma^2 = 1/alpha_bar - 1); 0: no end", at_least=0
     )
 
@@ -105,7 +105,7 @@ class SamplingConfig:
                 f"variance to learn: use {at}sampler=ancestral or fixed_small"
             )
 
-    def misfits(
+    def incompatibilities(
         self, prefix: str, model: "Conditioned", *, led: bool = False, led_classes: int = 0
     ) -> Iterator[str]:
         """What a model that was trained so cannot do: guide without labels, answer a variance.

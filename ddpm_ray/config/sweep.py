@@ -1,6 +1,6 @@
-"""Every knob of a sweep: the run that is varied, what is varied, and how trials are compared.
+"""Options of a sweep: the base run, the search space, and how trials are compared.
 
-Beside config.py, whose RunConfig it holds whole: a sweep's trials are runs like any other.
+Holds a complete RunConfig: each trial is an ordinary training run.
 """
 
 import dataclasses
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ddpm_ray.config.evaluation import EvaluationConfig
-from ddpm_ray.config.loading import complaint, group, knob
+from ddpm_ray.config.loading import complaint, group, option
 from ddpm_ray.config.run import RunConfig
 
 Branch = Mapping[str, Any]  # dotted key of the run -> a list of choices, or a range
@@ -33,26 +33,26 @@ FIXED = {
 
 @dataclass(frozen=True)
 class SearchConfig:
-    kind: Literal["grid", "random", "tpe"] = knob(
+    kind: Literal["grid", "random", "tpe"] = option(
         "grid", "grid: every combination; tpe: Optuna's, which learns from the trials so far"
     )
-    trials: int = knob(0, "trials in all; 0, for a grid: every combination", at_least=0)
-    seed: int = knob(0, "of random and tpe", at_least=0)
+    trials: int = option(0, "trials in all; 0, for a grid: every combination", at_least=0)
+    seed: int = option(0, "of random and tpe", at_least=0)
 
 
 @dataclass(frozen=True)
 class StoppingConfig:
-    kind: Literal["asha", "median", "none", "pbt"] = knob(
+    kind: Literal["asha", "median", "none", "pbt"] = option(
         "asha",
         "asha: the best 1/reduction_factor of each rung go on; "
         "median: whose best beats the others' median mean",
     )
-    every_steps: int = knob(
+    every_steps: int = option(
         1000, "optimiser steps between looks at a trial's common loss", at_least=1
     )
-    first_step: int = knob(0, "no trial is stopped before it; 0: every_steps", at_least=0)
-    reduction_factor: float = knob(3, "asha: a rung is so many times the one before", above=1)
-    min_trials: int = knob(3, "median: trials that must have come as far", at_least=1)
+    first_step: int = option(0, "no trial is stopped before it; 0: every_steps", at_least=0)
+    reduction_factor: float = option(3, "asha: a rung is so many times the one before", above=1)
+    min_trials: int = option(3, "median: trials that must have come as far", at_least=1)
 
     @property
     def grace_steps(self) -> int:
@@ -62,10 +62,10 @@ class StoppingConfig:
 
 @dataclass(frozen=True)
 class PruningConfig:
-    max_prior_bits_per_dim: float = knob(
+    max_prior_bits_per_dim: float = option(
         0.01, "of information on the image that x_T may keep: samples start without it", above=0
     )
-    max_useless_share: float = knob(
+    max_useless_share: float = option(
         0.6, "of steps at noise levels where nothing can be learnt", above=0, at_most=1
     )
 
@@ -74,16 +74,22 @@ class PruningConfig:
 class SweepConfig:
     """Many runs that differ in a few keys, compared: `jobs/sweep.py`."""
 
-    name: str = knob("", "of the sweep; the same name in the same storage continues it")
-    run_from: str = knob("", "YAML file of the run that is varied, as conf/train/*", fills="run")
-    space: tuple[dict[str, Any], ...] = knob(
+    name: str = option("", "of the sweep; the same name in the same storage continues it")
+    run_from: str = option(
+        "", "YAML file of the run that is varied, as conf/train/*", loads_group="run"
+    )
+    space: tuple[dict[str, Any], ...] = option(
         (), "one mapping or more of a run's keys to choices [a, b] or {low:, high:, log:, step:}",
         keys_of="run",
     )  # fmt: skip
-    metric: str = knob("", "final score, lower is better; empty: the first that trials report")
-    trials_at_once: int = knob(0, "trials that run side by side; 0: as many as fit", at_least=0)
-    max_starts: int = knob(3, "times that a trial whose driver dies is started in all", at_least=1)
-    register_as: str = knob("", "MLflow model whose `champion` the winner may become; empty: name")
+    metric: str = option("", "final score, lower is better; empty: the first that trials report")
+    trials_at_once: int = option(0, "trials that run side by side; 0: as many as fit", at_least=0)
+    max_starts: int = option(
+        3, "times that a trial whose driver dies is started in all", at_least=1
+    )
+    register_as: str = option(
+        "", "MLflow model whose `champion` the winner may become; empty: name"
+    )
     search: SearchConfig = field(default_factory=SearchConfig)
     stopping: StoppingConfig = field(default_factory=StoppingConfig)
     pruning: PruningConfig = field(default_factory=PruningConfig)

@@ -32,11 +32,11 @@ FORGOTTEN_S = 60.0  # a claim so much older than ours is of a driver that died o
 
 
 def claim(
-    folder: str, begun: dict[str, Any], differing: Callable[[dict[str, Any]], list[str]]
+    folder: str, begun: dict[str, Any], changed_keys: Callable[[dict[str, Any]], list[str]]
 ) -> str:
     """The id of the run or sweep in `folder`: a new one in a new folder, else the one found there.
 
-    `begun` is written down with a new one; `differing` compares with what was found, a line for
+    `begun` is written down with a new one; `changed_keys` compares with what was found, a line for
     each key that is kept for life and differs now. Drivers that begin at the same time get one id.
     A copy of a folder gets an id of its own. Raises ConfigError with these lines, CheckpointError
     where what was begun can no longer be known, and StorageError.
@@ -52,7 +52,7 @@ def claim(
         found = _settled(folder, mine)
         if found["identity"] == mine["identity"]:
             return str(found["identity"])
-    lines = differing(found)
+    lines = changed_keys(found)
     if begun["data_fingerprint"] != found["data_fingerprint"]:
         lines.append(
             f"data.url holds data set {begun['data_fingerprint'][:12]}, but the run began with "

@@ -173,7 +173,7 @@ def _tracked(card: RunCard) -> TrackedRun | None:
 def _differing(config: RunConfig, begun: dict[str, Any]) -> list[str]:
     if "config" not in begun:
         return [f"name is {config.name!r}, and a sweep of that name is there"]
-    return training_run.differing_keys(config, begun)
+    return training_run.changed_keys(config, begun)
 
 
 def _lease(folder: str) -> Lease:

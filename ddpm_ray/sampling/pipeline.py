@@ -229,7 +229,7 @@ class TrainedModel:
         led = of.lead is not None
         problems = [
             *settings.problems("", of.schedule.num_steps),
-            *settings.misfits("", model, led=led, led_classes=of.lead_classes),
+            *settings.incompatibilities("", model, led=led, led_classes=of.lead_classes),
         ]
         if problems:
             raise ValueError("; ".join(problems))

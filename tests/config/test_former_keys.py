@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 
 from ddpm_ray.config import loading
 from ddpm_ray.config.former_keys import require_new_names
-from ddpm_ray.config.loading import ConfigError, Former, group, knob
+from ddpm_ray.config.loading import ConfigError, Former, group, option
 from ddpm_ray.config.option_fields import arguments
 from tests.config.test_options import KINDS
 
@@ -32,66 +32,68 @@ class Whole:
 
 @dataclass(frozen=True)
 class ModelBefore:
-    kind: Literal["unet", "classifier"] = knob("unet", "a")
-    width: int = knob(8, "b", at_least=1)
-    note: str = knob("", "c")
+    kind: Literal["unet", "classifier"] = option("unet", "a")
+    width: int = option(8, "b", at_least=1)
+    note: str = option("", "c")
 
 
 @dataclass(frozen=True)
 class LeadBefore:
-    weak: str = knob("", "d")
-    form: Literal["score", "mean"] = knob("score", "e")
-    forms: tuple[str, ...] = knob((), "f")
+    weak: str = option("", "d")
+    form: Literal["score", "mean"] = option("score", "e")
+    forms: tuple[str, ...] = option((), "f")
 
 
 @dataclass(frozen=True)
 class Before(Whole):
-    film: str = knob("", "g")
-    rate: float = knob(0.5, "h", at_least=0)
-    seed: int = knob(0, "i", defines_run=True)
+    film: str = option("", "g")
+    rate: float = option(0.5, "h", at_least=0)
+    seed: int = option(0, "i", defines_run=True)
     model: ModelBefore = group(ModelBefore)
     lead: LeadBefore = group(LeadBefore)
 
 
 @dataclass(frozen=True)
 class Network:
-    architecture: Literal["unet", "half_unet"] = knob(
+    architecture: Literal["unet", "half_unet"] = option(
         "unet", "a", formerly=Former("model.kind", {"classifier": "half_unet"})
     )
-    base_width: int = knob(8, "b", at_least=1, formerly=("wide", "model.width"))
-    remark: str = knob("", "c", formerly="model.note")
+    base_width: int = option(8, "b", at_least=1, formerly=("wide", "model.width"))
+    remark: str = option("", "c", formerly="model.note")
 
 
 @dataclass(frozen=True)
 class Guidance:
-    weak_model: str = knob("", "d", formerly="weak")
-    form: Literal["gradient", "mean"] = knob("gradient", "e", former_choices={"score": "gradient"})
-    forms: tuple[str, ...] = knob((), "f", former_choices={"score": "gradient"})
-    learning_rate: float = knob(0.5, "h", at_least=0, formerly=".rate")
+    weak_model: str = option("", "d", formerly="weak")
+    form: Literal["gradient", "mean"] = option(
+        "gradient", "e", former_choices={"score": "gradient"}
+    )
+    forms: tuple[str, ...] = option((), "f", former_choices={"score": "gradient"})
+    learning_rate: float = option(0.5, "h", at_least=0, formerly=".rate")
 
 
 @dataclass(frozen=True)
 class Now(Whole):
-    task: Literal["denoiser", "classifier"] = knob(
+    task: Literal["denoiser", "classifier"] = option(
         "denoiser", "a", formerly=Former("model.kind", {"unet": "denoiser"})
     )
-    gif: str = knob("", "g", formerly="film")
-    seed: int = knob(0, "i", defines_run=True)
+    gif: str = option("", "g", formerly="film")
+    seed: int = option(0, "i", defines_run=True)
     network: Network = group(Network)
     guidance: Guidance = group(Guidance, formerly="lead")
 
 
 @dataclass(frozen=True)
 class ManyBefore(Whole):
-    space: tuple[dict[str, Any], ...] = knob((), "s", keys_of="run")
-    run_from: str = knob("", "r", fills="run")
+    space: tuple[dict[str, Any], ...] = option((), "s", keys_of="run")
+    run_from: str = option("", "r", loads_group="run")
     run: Before = group(Before, whole_config=True)
 
 
 @dataclass(frozen=True)
 class Many(Whole):
-    space: tuple[dict[str, Any], ...] = knob((), "s", keys_of="run")
-    base: str = knob("", "r", fills="run", formerly="run_from")
+    space: tuple[dict[str, Any], ...] = option((), "s", keys_of="run")
+    base: str = option("", "r", loads_group="run", formerly="run_from")
     run: Now = group(Now, whole_config=True)
 
 
@@ -333,7 +335,7 @@ def test_no_former_key_is_the_name_of_another_option(kind: type[Any]) -> None:
 
 def test_a_former_key_that_is_used_again_is_caught() -> None:
     reused = dataclasses.make_dataclass(
-        "Reused", [("a", int, knob(0, "a")), ("b", int, knob(0, "b", formerly="a"))]
+        "Reused", [("a", int, option(0, "a")), ("b", int, option(0, "b", formerly="a"))]
     )
     with pytest.raises(ValueError, match="Reused: a cannot be a former key too"):
         require_new_names(reused)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ddpm_ray.config.loading import ConfigError, from_dict, knob, load, to_dict, to_yaml
+from ddpm_ray.config.loading import ConfigError, from_dict, load, option, to_dict, to_yaml
 from ddpm_ray.config.run import RunConfig
 
 WORDS = (
@@ -23,16 +23,16 @@ NUMERIC = st.from_regex(r"[0-9+.][0-9a-f_.+:eExT-]{0,9}[0-9a-f]", fullmatch=True
 
 @dataclass(frozen=True)
 class Inner:
-    choice: Literal["on", "off", "1.10"] = knob("off", "a choice")
-    texts: tuple[str, ...] = knob((), "texts in a list")
+    choice: Literal["on", "off", "1.10"] = option("off", "a choice")
+    texts: tuple[str, ...] = option((), "texts in a list")
 
 
 @dataclass(frozen=True)
 class Outer:
-    name: str = knob("", "a text")
-    number: float = knob(0.0, "a number")
-    mixed: tuple[int | str, ...] = knob((), "numbers or names")
-    by_name: tuple[dict[str, str], ...] = knob((), "texts by name")
+    name: str = option("", "a text")
+    number: float = option(0.0, "a number")
+    mixed: tuple[int | str, ...] = option((), "numbers or names")
+    by_name: tuple[dict[str, str], ...] = option((), "texts by name")
     inner: Inner = field(default_factory=Inner)
 
     def problems(self) -> Iterator[str]:

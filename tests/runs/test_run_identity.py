@@ -104,7 +104,7 @@ def config(tmp_path: Path, *more: str) -> RunConfig:
 
 def begin(config: RunConfig, folder: str) -> str:
     facts = {"config": to_dict(config), "data_fingerprint": "the data"}
-    return claim(folder, facts, lambda found: training_run.differing_keys(config, found))
+    return claim(folder, facts, lambda found: training_run.changed_keys(config, found))
 
 
 def commit(config: RunConfig, folder: str, **facts: Any) -> None:

@@ -203,8 +203,8 @@ def assert_same_bits(one: Snapshot, other: Snapshot) -> None:
     assert one.facts["probes"] == other.facts["probes"]
     for group, tensors in one.tensors.items():
         assert tensors.keys() == other.tensors[group].keys()
-        differing = [k for k, v in tensors.items() if not torch.equal(v, other.tensors[group][k])]
-        assert not differing, f"{group}: {differing}"
+        unequal = [k for k, v in tensors.items() if not torch.equal(v, other.tensors[group][k])]
+        assert not unequal, f"{group}: {unequal}"
 
 
 def finished(config: RunConfig, folder: Path) -> tuple[Snapshot, Ledger]:

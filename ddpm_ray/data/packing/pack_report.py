@@ -77,13 +77,13 @@ def require_same(dataset: Dataset, record: Record | None, options: Mapping[str, 
     """Raise DatasetError where the set was packed with other options than these."""
     if record is None:
         return
-    differing = [
+    changed = [
         f"{key}={record.options.get(key)!r}, now {options[key]!r}"
         for key in sorted(options)
         if record.options.get(key) != options[key]
     ]
-    if differing:
-        raise another(dataset.url, f"packed with {'; '.join(differing)}")
+    if changed:
+        raise another(dataset.url, f"packed with {'; '.join(changed)}")
 
 
 def another(destination: str, how: str) -> DatasetError:

@@ -125,10 +125,10 @@ def _nodes(
         except Exception as error:  # noqa: BLE001 - the node's own: whatever keeps ours from running
             wrong.append(f"{name}: {_brief(error)}")
             continue
-        differing = [
+        mismatches = [
             f"{key} {theirs[key]} for {mine[key]}" for key in mine if theirs[key] != mine[key]
         ]
-        wrong += [f"{name} has {', '.join(differing)}"] if differing else []
+        wrong += [f"{name} has {', '.join(mismatches)}"] if mismatches else []
         gpus.append((name, seen, int(nodes[node]["Resources"].get("GPU", 0))))
         before = time.time()
         asked = _on(node, _now)  # by the process that is there by now: some milliseconds
