@@ -50,7 +50,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _patience() -> Iterator[None]:
     """A process is as patient with the storage as people are; a worker run in it waits minutes."""
     yield
-    object_store.be_patient(10)
+    object_store.set_retry_timeout(10)
 
 
 @pytest.fixture(scope="session")

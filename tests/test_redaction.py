@@ -154,7 +154,7 @@ def test_each_error_that_names_data_or_a_place_is_one_harmless_line(error: Excep
 
 
 def test_storage_does_not_ask_with_a_password_in_the_address() -> None:
-    with pytest.raises(StorageError, match=r"s3://\*\*\*@bucket.*: not asked; a password or"):
+    with pytest.raises(StorageError, match=r"s3://\*\*\*@bucket.*: refused; a password or"):
         read_bytes(PLACE)
 
 

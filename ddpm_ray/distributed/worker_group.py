@@ -123,7 +123,7 @@ def run(
     workers = config.num_workers
     log.info("starting %s on Ray ...", counted(workers, "worker"))
     connect(config.address, workers * config.cpus_per_worker, workers * config.gpus_per_worker)
-    object_store.be_patient(config.storage_timeout_s)  # hours of work hang on it from here on
+    object_store.set_retry_timeout(config.storage_timeout_s)
     desk, scratch = Desk(), tempfile.mkdtemp(prefix="ddpm-ray-train-")  # of this user alone
     trainer = _trainer(worker, settings | {"desk": desk}, config, counts, scratch)
     outcome: dict[str, Any] = {}

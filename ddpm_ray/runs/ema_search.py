@@ -117,7 +117,7 @@ def average_worker(settings: dict[str, Any]) -> list[dict[str, Any]]:
     if desk.look().fatal is not None:
         return []
     torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
-    object_store.be_patient(config.cluster.storage_timeout_s)
+    object_store.set_retry_timeout(config.cluster.storage_timeout_s)
     with fatal_errors.ending_the_run(desk):
         return list(scored(settings["run"], settings["step"], config, place()))
 

@@ -116,7 +116,7 @@ def evaluate_worker(settings: dict[str, Any]) -> dict[str, Any]:
 
 def _scores(config: EvaluateConfig, settings: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
-    object_store.be_patient(config.cluster.storage_timeout_s)
+    object_store.set_retry_timeout(config.cluster.storage_timeout_s)
     workers = place()
     model = load_model.load(settings["model_uri"], workers.device, settings["tracking_uri"])
     plan = diffusion.sampling_plan(config.sampling, model.denoiser.schedule)

@@ -140,7 +140,7 @@ def assemble(
 def _configure_process(config: RunConfig) -> None:
     """Threads, patience with the storage, and the kind of algorithms."""
     torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
-    object_store.be_patient(config.cluster.storage_timeout_s)
+    object_store.set_retry_timeout(config.cluster.storage_timeout_s)
     if config.training.deterministic:
         determinism.configure()
 

@@ -1,7 +1,7 @@
-"""Objects whose sha256 is known: their bytes, or an error, never other bytes.
+"""Objects of known sha256: their exact bytes, or an error.
 
-A client takes flipped bits and short bodies in silence (of six damaged range reads s3fs accepted
-all), so whatever is used is hashed here, and read again where the way changed it.
+Clients do not notice flipped bits and short bodies (s3fs accepted all of six damaged range reads).
+Every object is therefore hashed here, and read again where the hash does not match.
 """
 
 import hashlib
@@ -11,24 +11,25 @@ from ddpm_ray.redaction import sanitize
 from ddpm_ray.storage import object_store
 from ddpm_ray.storage.object_store import StorageError
 
-READS = 5  # of an object that does not match, before it is called damaged
+READS = 5  # attempts before an object that does not match counts as damaged
 
 
 class DamagedError(StorageError):
-    """An object whose bytes are not those that were put there; args are (url, expected, found)."""
+    """An object with other bytes than were written; args are (url, expected, found)."""
 
     def __str__(self) -> str:
         url, expected, found = self.args
         return sanitize(
             f"{url}: sha256 is {found[:12]}, expected {expected[:12]}, in each of {READS} "
-            "readings; put a whole copy of it back"
+            "reads; restore a complete copy"
         )
 
 
 def read(url: str, sha256: str, size_bytes: int = object_store.UNKNOWN_BYTES) -> bytes:
-    """The whole object, whose sha256 is as told: read again where the way here changed it.
+    """Read the whole object of that sha256; a reading that does not match is repeated.
 
-    Raises DamagedError after READS readings that all differ, and StorageError.
+    `size_bytes`, where known, sets the time limit. Raises DamagedError after READS readings that
+    do not match, and StorageError.
     """
     found = ""
     for _ in range(READS):
@@ -40,10 +41,10 @@ def read(url: str, sha256: str, size_bytes: int = object_store.UNKNOWN_BYTES) ->
 
 
 def fetch(url: str, sha256: str, cache_dir: str | Path) -> Path:
-    """A local path of the file at `url` whose sha256 is as told; raises StorageError otherwise.
+    """Return a local path of the file of that sha256 at `url`. Raises StorageError.
 
-    A local file is checked where it is. Another is downloaded once into `cache_dir`, under a name
-    that holds its hash, and is checked again at each call.
+    A local file stays where it is. A remote one is downloaded once into `cache_dir`, under a name
+    that holds its hash. Either is hashed at each call.
     """
     if object_store.is_local(url):
         path, found = (

@@ -1,8 +1,7 @@
-"""Which version wrote a file, and whether this one can read it.
+"""Format numbers of stored files, and whether this version can read them.
 
-Each kind of file that runs leave behind carries the number of its format; a file without one is of
-format 1. A number rises when an earlier version would misread the new content, never for a new key
-that earlier versions can ignore.
+Each kind of stored file carries its format number; a file without one is of format 1. The number
+rises when an earlier version would misread the new content, not for a key that it can ignore.
 """
 
 from functools import cache
@@ -17,7 +16,7 @@ FORMAT = "format"  # the key
 class NewerFormatError(RuntimeError):
     """A file in a format of a later version; args are (url, reason, remedy).
 
-    No damage and no outage: to fall back to an earlier file, or to try again, would be wrong.
+    The file is neither damaged nor out of reach: do not retry, nor fall back to an earlier file.
     """
 
     def __str__(self) -> str:
@@ -27,7 +26,7 @@ class NewerFormatError(RuntimeError):
 
 @cache
 def package_version() -> str:
-    """The version of ddpm_ray; `unknown` where it runs from files that were not installed."""
+    """Return the version of ddpm_ray; `unknown` where the package is not installed."""
     try:
         return version("ddpm-ray")
     except PackageNotFoundError:
@@ -35,9 +34,9 @@ def package_version() -> str:
 
 
 def require_readable(url: str, found: Any, newest: int) -> None:
-    """Check the format number `found` in the file at `url`; None, an earlier version's, is 1.
+    """Check the format number `found` in the file at `url`; None, as in early files, is 1.
 
-    Raises NewerFormatError above `newest`, and ValueError for what is no number of a format.
+    Raises NewerFormatError above `newest`, and ValueError for anything but a positive integer.
     """
     if found is None:
         return
@@ -49,7 +48,7 @@ def require_readable(url: str, found: Any, newest: int) -> None:
 
 
 def not_of_this_version(saved_by: str) -> str:
-    """The end of a line about what a saved config holds: unknown here, and what to do."""
+    """Return the end of an error line: this version does not know a key, and the remedy."""
     here = f"ddpm_ray {package_version()} does not know"
     if saved_by in ("", package_version()):
         return f"{here}; a later version saved it: upgrade ddpm_ray"

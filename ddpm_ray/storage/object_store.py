@@ -1,8 +1,8 @@
-"""Bytes in and out of any fsspec URL: a local path, s3://, gs://, https:// ...
+"""Read and write objects at any fsspec URL: a local path, s3://, gs://, https:// ...
 
-The only module that imports fsspec. Every failure is a StorageError of one line. Buckets are set
-by the environment as for any S3 tool (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, ...). Nothing is cached
-here and nothing is listed but by `list_files`, so an object that another process wrote is seen.
+The only module that imports fsspec. Every failure is a StorageError of one line. S3 is configured
+by the usual environment variables (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, ...). Nothing is cached, so
+a reader always sees what another process wrote.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ import fsspec
 import fsspec.asyn
 
 from ddpm_ray.redaction import NO_SECRET, has_secret, redacted, sanitize
-from ddpm_ray.storage.retry import persistently
+from ddpm_ray.storage.retry import retry
 
 Act = TypeVar("Act", bound=Callable[..., Any])
 
 CONNECT_TIMEOUT_S = 4
-READ_TIMEOUT_S = 8  # without a byte: a request that hangs is cut off, and tried again
-# For a whole request, whose bytes may come one by one: it is cut off as well, and tried again.
+READ_TIMEOUT_S = 8  # without a byte; the request is then cancelled and retried
+# Limit of a whole request, whose bytes may trickle in, plus size / LEAST_BYTES_PER_S.
 REQUEST_S = 60.0
-LEAST_BYTES_PER_S = 2**20  # what bodies add to it; of an object of unknown size 256 MiB are taken
-UNKNOWN_BYTES = 256 * 2**20
-NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EINVAL)  # hard ones
-_patience_s = 10.0  # see be_patient
+LEAST_BYTES_PER_S = 2**20
+UNKNOWN_BYTES = 256 * 2**20  # size assumed where none is given
+NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EINVAL)  # no hard links
+_retry_timeout_s = 10.0  # see set_retry_timeout
 
 
 class StorageError(RuntimeError):
-    """A storage that does not do what it should; args are (url, reason, remedy), all plain."""
+    """A failed storage operation; args are the strings (url, reason, remedy)."""
 
     def __str__(self) -> str:
         url, reason, remedy = self.args
@@ -46,23 +46,23 @@ class StorageError(RuntimeError):
 
 
 class ObjectState(NamedTuple):
-    """What a store says of an object."""
+    """Size and version of an object."""
 
     size: int  # in bytes
-    version: str  # its ETag or the time of its last write; empty where the store tells neither
+    version: str  # its ETag or modification time; empty where the store gives neither
 
 
 class NotAnObjectError(StorageError):
-    """A folder that stands where an object should be; args are (url, reason, remedy)."""
+    """A folder where an object is expected; args are (url, reason, remedy)."""
 
 
-def be_patient(seconds: float) -> None:
-    """How long this process tries again what fails for a while, before it is a StorageError.
+def set_retry_timeout(seconds: float) -> None:
+    """Set for how long this process retries transient errors before it raises StorageError.
 
-    At first 10 s, for people who wait for an answer; workers in mid-run wait out an outage.
+    The default of 10 s suits a person who waits; training workers set it to outlast an outage.
     """
-    global _patience_s
-    _patience_s = seconds
+    global _retry_timeout_s
+    _retry_timeout_s = seconds
 
 
 def is_local(url: str) -> bool:
@@ -71,59 +71,59 @@ def is_local(url: str) -> bool:
 
 
 def local_path(url: str) -> Path:
-    """The path of a local URL."""
+    """Return the path of a local URL."""
     return Path(url.removeprefix("file://")).expanduser()
 
 
 def join(url: str, *parts: str) -> str:
-    """`url` with `parts` appended, one slash between each two."""
+    """Append `parts` to `url`, separated by single slashes."""
     return posixpath.join(url.rstrip("/") or "/", *(part.strip("/") for part in parts))
 
 
 def absolute(url: str, home: Path) -> str:
-    """`url` itself, also an empty one, or the absolute path of what is relative to `home`."""
+    """Resolve a relative path against `home`; other URLs, and "", are returned unchanged."""
     return url if not url or "://" in url else str((home / Path(url).expanduser()).resolve())
 
 
 def name_of(url: str) -> str:
-    """The last part of a URL, without query: the file's name."""
+    """Return the file name of a URL: its last part, without the query."""
     return posixpath.basename(url.split("?")[0].rstrip("/"))
 
 
-def _reliably(act: Act) -> Act:
-    """`act` on a URL, tried again where that may help; what goes wrong is one line."""
+def _with_retries(act: Act) -> Act:
+    """Decorate `act(url, ...)`: transient errors are retried, every error becomes StorageError."""
 
     @wraps(act)
     def acting(url: str, *args: Any, **kwargs: Any) -> Any:
-        """`act`; a local disk is asked once: what it refuses it refuses again."""
+        """Call `act`; without retries on a local disk, whose errors are permanent."""
         if not is_local(url) and has_secret(url):
-            raise StorageError(redacted(url), "not asked", NO_SECRET)
-        patience_s = 0.0 if is_local(url) else _patience_s
+            raise StorageError(redacted(url), "refused", NO_SECRET)
+        timeout_s = 0.0 if is_local(url) else _retry_timeout_s
         try:
-            return persistently(lambda: act(url, *args, **kwargs), url, patience_s)
+            return retry(lambda: act(url, *args, **kwargs), url, timeout_s)
         except Exception as error:  # noqa: BLE001 - each back end has its own exceptions
-            raise _explained(url, error) from None  # without pages of asyncio's traces
+            raise _storage_error(url, error) from None  # without asyncio's long traces
 
     return cast(Act, acting)
 
 
-@_reliably
+@_with_retries
 def read_bytes(url: str, size_bytes: int = UNKNOWN_BYTES) -> bytes:
-    """The whole object, whose size a caller that knows it should tell. Raises StorageError."""
+    """Read the whole object; `size_bytes`, where known, sets the time limit. StorageError."""
     if is_local(url):
         return local_path(url).read_bytes()
     filesystem, path = _filesystem(url)
-    # s3fs would send a HEAD, then 50 MB ranges that it does not check; one GET costs 20 % less
-    # CPU at 1.5 MB, and callers check the sha256 of the whole and read several at a time.
+    # By default s3fs sends a HEAD, then 50 MB range requests that it does not check. One GET costs
+    # 20 % less CPU at 1.5 MB; callers check the sha256 and read several objects at a time.
     whole = {"max_concurrency": 1} if url.startswith(("s3://", "s3a://")) else {}
     return bytes(_ask(filesystem, "cat_file", path, body_bytes=size_bytes, **whole))
 
 
-@_reliably
+@_with_retries
 def write_bytes(url: str, data: bytes) -> None:
-    """Write the whole object or nothing: temporary file and rename locally, one PUT elsewhere.
+    """Write an object atomically: temporary file and rename locally, one PUT elsewhere.
 
-    Safe to repeat and to race: the last complete writer wins. Raises StorageError.
+    May be repeated and called concurrently: the last complete write wins. Raises StorageError.
     """
     if not is_local(url):
         filesystem, path = _filesystem(url)
@@ -142,13 +142,13 @@ def write_bytes(url: str, data: bytes) -> None:
         partial.unlink(missing_ok=True)
 
 
-@_reliably
+@_with_retries
 def write_new(url: str, data: bytes) -> bool:
-    """Write the object where there is none; False, and nothing written, where another is.
+    """Write the object if there is none; False, and nothing written, where another exists.
 
-    One of the same bytes counts as this one: the answer to a first try may have been lost.
-    A store that does not know the condition (`If-None-Match: *`) writes over it and this says True:
-    most S3-compatible servers, so nothing may rest on it. Raises StorageError.
+    An object of the same bytes counts as written: the answer to a first try may have been lost.
+    Stores without conditional writes (`If-None-Match: *`), as most S3-compatible servers are,
+    overwrite and return True, so do not rely on this for correctness. Raises StorageError.
     """
     try:
         if is_local(url):
@@ -162,36 +162,36 @@ def write_new(url: str, data: bytes) -> bool:
 
 
 def _write_new_file(url: str, data: bytes) -> None:
-    """Write a local file where there is none; raises FileExistsError."""
-    whole = f"{url}.{uuid.uuid4().hex[:12]}.partial"
-    write_bytes(whole, data)
+    """Write a local file that must not exist yet; raises FileExistsError."""
+    complete = f"{url}.{uuid.uuid4().hex[:12]}.partial"
+    write_bytes(complete, data)
     try:
-        os.link(local_path(whole), local_path(url))
+        os.link(local_path(complete), local_path(url))
     except FileExistsError:
         raise
     except OSError as error:
         if error.errno not in NO_LINKS:
             raise
-        # A mounted bucket, exFAT: created and then filled, so that a crash may leave it short.
+        # No hard links (mounted bucket, exFAT): create, then fill; a crash may leave it short.
         with local_path(url).open("xb") as file:
             file.write(data)
     finally:
-        local_path(whole).unlink()
+        local_path(complete).unlink()
 
 
-@_reliably
+@_with_retries
 def modified_s(url: str) -> float:
-    """Unix time of the object's last write, by the clock of its store. Raises StorageError."""
+    """Return the Unix time of the object's last write, by the store's clock. StorageError."""
     if is_local(url):
         return local_path(url).stat().st_mtime
     filesystem, path = _filesystem(url)
-    info = _ask(filesystem, "info", path)  # where S3 says it; elsewhere its file system does
+    info = _ask(filesystem, "info", path)  # S3 has LastModified; others answer `modified`
     return float((info.get("LastModified") or filesystem.modified(path)).timestamp())
 
 
-@_reliably
+@_with_retries
 def state(url: str) -> ObjectState:
-    """Size and version of one object. Raises StorageError."""
+    """Return size and version of one object. Raises StorageError."""
     if is_local(url):
         status = local_path(url).stat()
         return ObjectState(status.st_size, str(status.st_mtime_ns))
@@ -199,11 +199,12 @@ def state(url: str) -> ObjectState:
     return _state(_ask(filesystem, "info", path))
 
 
-@_reliably
+@_with_retries
 def states(url: str) -> dict[str, ObjectState]:
-    """Size and version of every object below a remote `url`, hidden ones too, by relative name.
+    """Return size and version of every object below a remote `url`, hidden ones too, by path.
 
-    Raises StorageError where there is nothing. (A local folder: data/packing/source_files.py.)
+    Paths are relative. Raises StorageError where there is nothing. For local folders see
+    data/packing/source_files.py.
     """
     filesystem, path = _filesystem(url)
     prefix = path.rstrip("/") + "/"
@@ -214,9 +215,9 @@ def states(url: str) -> dict[str, ObjectState]:
     return {name: _state(names[name]) for name in sorted(names) if not name.endswith("/")}
 
 
-@_reliably
+@_with_retries
 def exists(url: str) -> bool:
-    """True if there is an object or a folder at `url`. Raises StorageError if nobody can say."""
+    """Return whether there is an object or a folder at `url`. Raises StorageError."""
     if is_local(url):
         return local_path(url).exists()
     filesystem, path = _filesystem(url)
@@ -227,9 +228,9 @@ def exists(url: str) -> bool:
     return True
 
 
-@_reliably
+@_with_retries
 def delete(url: str) -> None:
-    """Remove one object; one that is not there is fine. Raises StorageError."""
+    """Delete one object, if it exists. Raises StorageError."""
     if is_local(url):
         local_path(url).unlink(missing_ok=True)
         return
@@ -240,22 +241,22 @@ def delete(url: str) -> None:
         return
 
 
-@_reliably
+@_with_retries
 def delete_empty_folder(url: str) -> None:
-    """Remove a local folder that holds nothing; a bucket has no folders: nothing to do."""
+    """Delete an empty local folder; does nothing in a bucket, which has no folders."""
     if is_local(url):
         local_path(url).rmdir()
 
 
-@_reliably
+@_with_retries
 def folders(url: str) -> list[str]:
-    """Names of the folders right below `url`, sorted; none where there is nothing."""
+    """Return the names of the folders directly below `url`, sorted; empty if it does not exist."""
     return _entries(url, folders=True)
 
 
-@_reliably
+@_with_retries
 def file_names(url: str) -> list[str]:
-    """Names of the objects right below `url`, sorted; none where there is nothing."""
+    """Return the names of the objects directly below `url`, sorted; empty if it does not exist."""
     return _entries(url, folders=False)
 
 
@@ -274,9 +275,9 @@ def _entries(url: str, folders: bool) -> list[str]:
     )
 
 
-@_reliably
+@_with_retries
 def delete_folder(url: str) -> None:
-    """Remove a folder and all that it holds; one that is not there is fine."""
+    """Delete a folder and its content, if it exists."""
     if is_local(url):
         with contextlib.suppress(FileNotFoundError):
             shutil.rmtree(local_path(url))
@@ -286,11 +287,11 @@ def delete_folder(url: str) -> None:
         _ask(filesystem, "rm_file", name)
 
 
-@_reliably
+@_with_retries
 def list_files(url: str) -> dict[str, int]:
-    """Paths below the folder `url`, relative to it, with their bytes, sorted; no hidden files.
+    """Return the size in bytes of each file below the folder `url`, by relative path, sorted.
 
-    Empty for a folder without files; StorageError where there is no such folder.
+    Hidden files are left out. Raises StorageError where there is no such folder.
     """
     if is_local(url):
         root = local_path(url)
@@ -310,11 +311,10 @@ def list_files(url: str) -> dict[str, int]:
 
 
 def _ask(filesystem: Any, request: str, *args: Any, body_bytes: int = 0, **kwargs: Any) -> Any:
-    """What the file system's method `request` returns; FSTimeoutError after the whole deadline.
+    """Call the file system's method `request`; raises FSTimeoutError after the deadline.
 
-    The time-outs below us count silence alone: a server that sent one byte a second held a reader
-    for ever. Only file systems that run in fsspec's own loop, all remote ones that we know, can be
-    cut off.
+    The client's own time-outs only limit silence: a server that sent one byte a second held a
+    reader for ever. Only asynchronous file systems, which all remote ones are, can be cancelled.
     """
     method = getattr(filesystem, f"_{request}", None)
     if not getattr(filesystem, "async_impl", False) or not iscoroutinefunction(method):
@@ -330,29 +330,29 @@ def _state(info: dict[str, Any]) -> ObjectState:
 
 
 def _filesystem(url: str) -> tuple[Any, str]:
-    """fsspec's file system for `url` (it keeps one per process and options) and the path in it."""
+    """Return fsspec's file system for `url` (one per process and options) and the path in it."""
     options: dict[str, Any] = {"use_listings_cache": False}
     if url.startswith(("s3://", "s3a://")):
         options["config_kwargs"] = {
             "connect_timeout": CONNECT_TIMEOUT_S,
             "read_timeout": READ_TIMEOUT_S,
-            "retries": {"mode": "standard", "total_max_attempts": 1},  # retrying.py does it
-            # Every byte that matters is checked by sha256 on our side; a second checksum costs CPU.
+            "retries": {"mode": "standard", "total_max_attempts": 1},  # retry.py does it
+            # checksummed.py compares sha256; a second checksum would only cost CPU.
             "response_checksum_validation": "when_required",
         }
     filesystem, path = fsspec.core.url_to_fs(url, **options)
-    filesystem.retries = 1  # s3fs's own: its pauses grow to seconds
+    filesystem.retries = 1  # s3fs's own retries pause for seconds
     if "config_kwargs" in options:
         filesystem._call_s3 = partial(_call_once, filesystem)
     return filesystem, path
 
 
 async def _call_once(filesystem: Any, method: str, *options: Any, **more: Any) -> Any:
-    """What s3fs's `_call_s3` does, but for its loop, which pauses 0.1 s after the last try too.
+    """Do what s3fs's `_call_s3` does without its retry loop, which pauses 0.1 s after each error.
 
     With 5 % of answers 503 that pause alone cost a quarter of the throughput.
     """
-    from s3fs.errors import translate_boto_error  # half a second, for those with a bucket alone
+    from s3fs.errors import translate_boto_error  # takes half a second: only where S3 is used
 
     await filesystem.set_session()
     act = getattr(await filesystem.get_s3(more.get("Bucket")), method)
@@ -362,29 +362,29 @@ async def _call_once(filesystem: Any, method: str, *options: Any, **more: Any) -
         raise translate_boto_error(error) from error
 
 
-def _explained(url: str, error: Exception) -> StorageError:
-    """The error as one line: what failed, and what to do about it."""
+def _storage_error(url: str, error: Exception) -> StorageError:
+    """Return the error with its reason and remedy in one line."""
     if isinstance(error, StorageError):
         return error
     text = " ".join((str(error) or type(error).__name__).split())
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return StorageError(url, "the disk is full", "free some space or choose another place")
+        return StorageError(url, "the disk is full", "free some space or choose another path")
     if isinstance(error, IsADirectoryError):
-        remedy = "move it away, and put the object there if you have a copy"
-        return NotAnObjectError(url, "a folder stands where an object should be", remedy)
+        remedy = "move the folder away, and restore the object if you have a copy"
+        return NotAnObjectError(url, "a folder is where an object should be", remedy)
     if isinstance(error, FileNotFoundError):
-        return StorageError(url, "there is nothing at this place", "check the name and the bucket")
+        return StorageError(url, "no such file or object", "check the name and the bucket")
     if isinstance(error, OSError) and error.errno == errno.EROFS:
-        remedy = "choose another place, or have it mounted for writing"
+        remedy = "choose another path, or mount it for writing"
         return StorageError(url, "this file system is read-only", remedy)
     if is_local(url) and isinstance(error, PermissionError):
-        remedy = "check its owner and rights, and whether its file system allows this"
+        remedy = "check its owner and permissions, and whether its file system allows this"
         return StorageError(url, f"not permitted ({text})", remedy)
     if isinstance(error, PermissionError) or "Credentials" in type(error).__name__:
         remedy = "check the credentials (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY)"
         return StorageError(url, f"access denied ({text})", remedy)
     if isinstance(error, (ImportError, ValueError)) and "rotocol" in text:
-        return StorageError(url, text, "use a local path, s3://, https:// or what fsspec knows")
+        return StorageError(url, text, "use a local path, s3://, https:// or another fsspec URL")
     names = " ".join(kind.__name__ for kind in type(error).__mro__)
     if isinstance(error, (ConnectionError, TimeoutError)) or "Connect" in names or "Time" in names:
         remedy = "check that the endpoint is up and that its address (AWS_ENDPOINT_URL) is right"

@@ -108,7 +108,7 @@ def sweep(
     candidates = Candidates(book, brief, at_once)
     function = tune.with_parameters(trial, board=board, sweep_run_id=place.run.run_id)
     began = time.monotonic()
-    object_store.be_patient(cluster.storage_timeout_s)
+    object_store.set_retry_timeout(cluster.storage_timeout_s)
     try:
         _watch(lambda: _run_tune(function, candidates), book, board, place, show)
     except BaseException as error:

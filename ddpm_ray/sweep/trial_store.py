@@ -16,7 +16,7 @@ from ddpm_ray.config.loading import current_values
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.runs.run_identity import TRIALS, trial_file
 from ddpm_ray.storage import checksummed_json, object_store
-from ddpm_ray.storage.checksummed_json import SealError
+from ddpm_ray.storage.checksummed_json import ChecksumError
 from ddpm_ray.storage.object_store import StorageError
 
 Status: TypeAlias = Literal["running", "finished", "stopped", "pruned", "failed"]
@@ -141,8 +141,8 @@ def _read(url: str) -> Trial:
         trial = Trial(**checksummed_json.read(url))
         trial.values = current_values(RunConfig, trial.values)
         return trial
-    except (SealError, TypeError, AttributeError) as error:  # also keys too few or too many
-        told = error.args[1] if isinstance(error, SealError) else str(error)
+    except (ChecksumError, TypeError, AttributeError) as error:  # also keys too few or too many
+        told = error.args[1] if isinstance(error, ChecksumError) else str(error)
         reason = told.removeprefix("Trial.__init__() ").splitlines()[0]
         remedy = "put a whole copy of it back, or begin the sweep under another name"
         raise StorageError(

@@ -159,7 +159,7 @@ def _read(where: str) -> Pointer | None:
     try:
         return Pointer.of(checksummed_json.read(where))
     except (
-        checksummed_json.SealError,
+        checksummed_json.ChecksumError,
         object_store.NotAnObjectError,
         ValueError,
         TypeError,

@@ -2,7 +2,7 @@
 
     <run>/snapshots/step-00000500/
         ema-width-0.05.safetensors ema-width-0.1.safetensors
-        manifest.json       sealed: the step, sizes and sha256 of these, written after them
+        manifest.json       checksummed JSON: step, sizes and sha256 of these, written last
 
 A step's objects have fixed names and, made again from a checkpoint, the same bytes, so a run that
 was killed writes over its own. Which steps belong to the run is said by its checkpoints, which are
@@ -19,7 +19,7 @@ from safetensors import torch as safetensors
 from ddpm_ray import fault_injection
 from ddpm_ray.storage import checksummed, checksummed_json, object_store
 from ddpm_ray.storage.checksummed import DamagedError
-from ddpm_ray.storage.checksummed_json import SealError
+from ddpm_ray.storage.checksummed_json import ChecksumError
 from ddpm_ray.training.background_writer import Background
 from ddpm_ray.training.checkpoint_pointers import PREFIX
 from ddpm_ray.training.checkpoints import MANIFEST, TENSORS, CheckpointError, described
@@ -59,7 +59,7 @@ class SnapshotStore:
                 "sha256"
             ]
             return safetensors.load(checksummed.read(object_store.join(where, name), sha256))
-        except (DamagedError, SealError, SafetensorError) as error:
+        except (DamagedError, ChecksumError, SafetensorError) as error:
             raise CheckpointError(object_store.join(where, name), "is damaged", remedy) from error
         except (KeyError, TypeError) as error:
             raise CheckpointError(object_store.join(where, name), "was not kept", remedy) from error

@@ -145,7 +145,7 @@ def test_a_folder_in_a_files_place_is_one_line(name: str, tmp_path: Path) -> Non
     url = publish(tmp_path, GOOD)
     (tmp_path / name).unlink()
     (tmp_path / name).mkdir()
-    with pytest.raises(StorageError, match=rf"{name}: a folder stands where an object should be"):
+    with pytest.raises(StorageError, match=rf"{name}: a folder is where an object should be"):
         fetch_shard(open_dataset(url), 0)
 
 

@@ -23,8 +23,8 @@ from ddpm_ray.storage.object_store import StorageError
 
 DIED = "The actor died unexpectedly before finishing this task.\n\tclass_name: RayTrainWorker\n"
 LOST_PEER = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [::1]:4711")
-FULL = StorageError("/runs/a", "the disk is full", "free some space or choose another place")
-IS_FULL = "/runs/a: the disk is full; free some space or choose another place"
+FULL = StorageError("/runs/a", "the disk is full", "free some space or choose another path")
+IS_FULL = "/runs/a: the disk is full; free some space or choose another path"
 
 
 @pytest.fixture

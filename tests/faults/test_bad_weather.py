@@ -75,7 +75,7 @@ def test_a_request_that_hangs_is_cut_off(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(object_store, "READ_TIMEOUT_S", 2)
-    object_store.be_patient(60)
+    object_store.set_retry_timeout(60)
     with through(s3_server, Weather(hang=method)) as endpoint:
         url = f"{use_s3(endpoint, 'secret')}/hangs"
         began_s = time.monotonic()
@@ -93,10 +93,10 @@ def test_an_outage_is_waited_out_and_one_that_lasts_is_told(
     weather = Weather(down=True)
     with through(s3_server, weather) as endpoint:
         url = f"{use_s3(endpoint, 'secret')}/outage"
-        object_store.be_patient(0.3)
+        object_store.set_retry_timeout(0.3)
         with pytest.raises(StorageError, match=r"no answer .*check that the endpoint is up"):
             object_store.write_bytes(url, b"1")
-        object_store.be_patient(60)
+        object_store.set_retry_timeout(60)
         ends = threading.Timer(1, setattr, (weather, "down", False))
         ends.start()
         object_store.write_bytes(url, b"2")

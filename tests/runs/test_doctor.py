@@ -97,7 +97,7 @@ def test_a_healthy_set_up_passes_and_nothing_is_left(
     assert f"server {version('mlflow')}" in found["MLflow"]["found"]
     assert "nothing here relies on it" in found["conditional put"]["found"]  # rclone ignores it
     assert all(place in found["clocks"]["found"] for place in ("bucket", "MLflow"))
-    with pytest.raises(object_store.StorageError, match="there is nothing at this place"):
+    with pytest.raises(object_store.StorageError, match="no such file or object"):
         object_store.list_files(place)
     assert list(tmp_path.iterdir()) == []
 

@@ -34,7 +34,7 @@ def test_a_full_disk_is_told_in_one_line_and_keeps_the_picture_before(
 
     (file := tmp_path / name).write_bytes(b"before")
     monkeypatch.setattr("ddpm_ray.storage.object_store.os.fsync", full)
-    said = rf"{name}: the disk is full; free some space or choose another place"
+    said = rf"{name}: the disk is full; free some space or choose another path"
     save = Film().save if file.suffix == ".gif" else lambda path, _: write_picture(path, PICTURE)
     with pytest.raises(StorageError, match=said):
         save(file, np.zeros((2, 8, 8, 1), np.uint8))

@@ -1,4 +1,4 @@
-"""A sealed object is the one that was written, or an error."""
+"""Checksummed JSON is the value that was written, or an error."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ddpm_ray.storage import checksummed_json, object_store
-from ddpm_ray.storage.checksummed_json import SealError
+from ddpm_ray.storage.checksummed_json import ChecksumError
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
@@ -22,7 +22,7 @@ VALUES = st.recursive(
 def test_a_flipped_bit_is_an_error_or_changes_nothing(
     value: object, bit: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    url = tmp_path_factory.getbasetemp() / "sealed.json"
+    url = tmp_path_factory.getbasetemp() / "value.json"
     checksummed_json.write(str(url), value)
     assert checksummed_json.read(str(url)) == value
     data = bytearray(url.read_bytes())
@@ -31,7 +31,7 @@ def test_a_flipped_bit_is_an_error_or_changes_nothing(
     url.write_bytes(data)
     try:
         found = checksummed_json.read(str(url))
-    except SealError:
+    except ChecksumError:
         return
     assert found == value  # the bit was in the layout
 
@@ -45,7 +45,9 @@ def test_a_person_may_reformat_it_but_not_change_it(tmp_path: Path) -> None:
     assert checksummed_json.read(str(url)) == {"b": 1, "a": [2.5]}
     held["value"]["b"] = 2
     url.write_text(json.dumps(held))
-    with pytest.raises(SealError, match=r"run.json: its sha256 is not that of its value; put a"):
+    with pytest.raises(
+        ChecksumError, match=r"run.json: its sha256 is not that of its value; restore"
+    ):
         checksummed_json.read(str(url))
 
 

@@ -82,7 +82,7 @@ def renumbered(file: Path, number: int | None) -> None:
     """The same content as of format `number`; None: as what an earlier version wrote."""
     held = json.loads(file.read_text())
     if "value" in held:
-        held = json.loads(checksummed_json.sealed(held["value"], number or 1))
+        held = json.loads(checksummed_json.encode(held["value"], number or 1))
     if isinstance(held["format"], str):
         held["format"] = f"ddpm-ray shards {number or 1}"
     elif number is None:

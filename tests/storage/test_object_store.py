@@ -91,9 +91,9 @@ def test_folders_are_named_and_go_with_all_they_hold(root: str) -> None:
 
 def test_what_is_not_there_is_named(root: str) -> None:
     url = object_store.join(root, "nothing")
-    with pytest.raises(StorageError, match=r"nothing: there is nothing at this place; check"):
+    with pytest.raises(StorageError, match=r"nothing: no such file or object; check"):
         object_store.read_bytes(url)
-    with pytest.raises(StorageError, match=r"nothing: there is nothing at this place; check"):
+    with pytest.raises(StorageError, match=r"nothing: no such file or object; check"):
         object_store.list_files(url)
 
 
@@ -162,7 +162,7 @@ def test_a_server_that_drips_is_cut_off(
     """It is never silent for long, so that time-outs of silence wait for ever."""
     bucket = use_s3(dripping, "secret")
     monkeypatch.setattr(object_store, "REQUEST_S", 1.0)
-    object_store.be_patient(0)
+    object_store.set_retry_timeout(0)
     acts: dict[str, Callable[[], object]] = {
         "GET": lambda: object_store.read_bytes(f"{bucket}/x", 10),
         "HEAD": lambda: object_store.exists(f"{bucket}/x"),
@@ -194,9 +194,12 @@ def test_a_file_system_without_hard_links_takes_each_new_object_once(
 @pytest.mark.parametrize(
     "number, told",
     [
-        (errno.EROFS, "this file system is read-only; choose another place, or have it mounted"),
-        (errno.EACCES, r"not permitted \(.*\); check its owner and rights"),
-        (errno.EPERM, r"not permitted \(.*\); check its owner and rights"),
+        (
+            errno.EROFS,
+            "this file system is read-only; choose another path, or mount it",
+        ),
+        (errno.EACCES, r"not permitted \(.*\); check its owner and permissions"),
+        (errno.EPERM, r"not permitted \(.*\); check its owner and permissions"),
         (errno.EIO, "Input/output error.*; check the disk and the path"),
     ],
 )

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ddpm_ray.storage.checksummed_json import read, sealed
+from ddpm_ray.storage.checksummed_json import encode, read
 from ddpm_ray.storage.object_store import StorageError
 from ddpm_ray.sweep.trial_store import Ledger, Status, Trial
 from tests.limits import ENDS_S
@@ -135,18 +135,18 @@ def test_only_a_finished_trial_has_scores() -> None:
 @pytest.mark.parametrize(
     "content, says",
     [
-        (b"", "no sealed object"),
-        (sealed({"number": 1, "values": {}})[:-9], "no sealed object"),
-        (b"{\xc3", "no sealed object"),
-        (b'{"number": 1, "values": {}}', "no sealed object"),
+        (b"", "not checksummed JSON"),
+        (encode({"number": 1, "values": {}})[:-9], "not checksummed JSON"),
+        (b"{\xc3", "not checksummed JSON"),
+        (b'{"number": 1, "values": {}}', "not checksummed JSON"),
         (
-            sealed({"number": 1, "values": {}}).replace(b"1", b"7"),
+            encode({"number": 1, "values": {}}).replace(b"1", b"7"),
             "its sha256 is not that",
         ),
-        (sealed([1, 2]), "must be a mapping"),
-        (sealed({}), r"missing 2 required positional arguments: 'number' and 'values'"),
-        (sealed({"number": 1}), r"missing 1 required positional argument: 'values'"),
-        (sealed({"number": 1, "values": {}, "valeus": {}}), "unexpected keyword .* 'valeus'"),
+        (encode([1, 2]), "must be a mapping"),
+        (encode({}), r"missing 2 required positional arguments: 'number' and 'values'"),
+        (encode({"number": 1}), r"missing 1 required positional argument: 'values'"),
+        (encode({"number": 1, "values": {}, "valeus": {}}), "unexpected keyword .* 'valeus'"),
     ],
 )
 def test_a_file_that_holds_no_trial_is_told_in_a_line(
