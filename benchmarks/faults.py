@@ -209,7 +209,7 @@ def frozen(folder: Path, options: argparse.Namespace) -> list[Line]:
     named_s: list[float] = []
     handler = logging.Handler()
     handler.emit = lambda record: (  # type: ignore[method-assign]
-        named_s.append(record.created) if "sign of life" in record.getMessage() else None
+        named_s.append(record.created) if "no heartbeat" in record.getMessage() else None
     )
     worker_group.log.addHandler(handler)
     with planned(folder / "frozen-ours", FREEZE):

@@ -31,8 +31,8 @@ from ddpm_ray.counter_rng import Purpose, normal, uniform_int
 from ddpm_ray.data.packing import packer
 from ddpm_ray.data.packing.pack_options import PackOptions
 from ddpm_ray.distributed import worker_group
-from ddpm_ray.reporting import Wish
-from ddpm_ray.runs.train_worker import assemble, place
+from ddpm_ray.reporting import Command
+from ddpm_ray.runs.train_worker import assemble, distributed_context
 from ddpm_ray.tracking import mlflow_runs
 from ddpm_ray.training.loop import Run, report, save, take_step
 from ddpm_ray.training.writer_lease import Lease
@@ -95,7 +95,7 @@ def beside_network(run: Run) -> Callable[[], None]:
 def worker(settings: dict[str, Any]) -> dict[str, Any]:
     """Seconds per step of each contestant, round by round."""
     config = from_dict(RunConfig, settings["config"])
-    run = assemble(config, settings, lambda progress: Wish.NOTHING, place())
+    run = assemble(config, settings, lambda progress: Command.NONE, distributed_context())
     contestants = {
         "bare": bare_step(run),
         "ours": lambda: take_step(run),

@@ -1,6 +1,7 @@
-"""The workers of one run as each of them sees the others: its rank, its share, sums over all.
+"""Rank, data share and collectives of one worker.
 
-Outside a process group (a notebook, a unit test) there is one worker and every sum is its own.
+Without a process group (a notebook, a unit test) there is one worker, and collectives return its
+own values.
 """
 
 from dataclasses import dataclass, field
@@ -15,34 +16,35 @@ from ddpm_ray import fault_injection
 
 @dataclass(frozen=True)
 class Workers:
-    """One worker's place among `count`; `rank` 0 also writes and reports for all."""
+    """One of `count` workers; rank 0, the main worker, also writes and reports for all."""
 
     rank: int = 0
     count: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @property
-    def leads(self) -> bool:
-        """Whether this worker writes checkpoints, pictures and metrics for all."""
+    def is_main(self) -> bool:
+        """Whether this worker (rank 0) writes checkpoints, images and metrics for all."""
         return self.rank == 0
 
     def share(self, items: int) -> range:
-        """This worker's contiguous part of 0..items-1; parts differ in length by at most one."""
+        """Contiguous share of 0..items-1 of this worker; shares differ by at most one in length."""
         return range(self.rank * items // self.count, (self.rank + 1) * items // self.count)
 
     def sum_(self, tensor: Tensor) -> Tensor:
-        """`tensor` summed over all workers, in place, equal on each; all must call it."""
+        """All-reduce: sum `tensor` over all workers, in place. All workers must call it."""
         with fault_injection.during("reduce"):
             if self.count > 1:
-                on_device = tensor.to(self.device)  # NCCL sums only what lies on its GPU
+                on_device = tensor.to(self.device)  # NCCL reduces tensors on its GPU alone
                 dist.all_reduce(on_device)
                 tensor.copy_(on_device)
         return tensor
 
     def add_in_pairs_(self, tensor: Tensor) -> Tensor:
-        """`tensor` summed over all workers, in place, in the same order for any 2^j of them.
+        """All-reduce by recursive doubling: sum `tensor` over all workers, in place.
 
-        It lies on the workers' device; all must call it.
+        The order of additions does not depend on the number of workers, a power of 2. `tensor` is
+        on the worker's device. All workers must call it.
         """
         other = torch.empty_like(tensor)
         for distance in (1 << level for level in range(self.count.bit_length() - 1)):
@@ -54,7 +56,7 @@ class Workers:
         return tensor
 
     def gather(self, value: Any) -> list[Any]:
-        """Every worker's `value` in rank order, on each of them; all must call it."""
+        """All-gather: the `value` of each worker, in rank order. All workers must call it."""
         if self.count == 1:
             return [value]
         values: list[Any] = [None] * self.count

@@ -1,12 +1,12 @@
-"""Marked points: where a worker is, and, for tests and drills, faults that strike there.
+"""Named points that training code passes: positions for heartbeats, and fault injection.
 
-    DDPM_RAY_FAULTS="/tmp/struck kill@gradient:120/1 freeze@reduce:300/0"
+    DDPM_RAY_FAULTS="/tmp/faults kill@gradient:120/1 freeze@reduce:300/0"
 
-The first word is a folder on this machine; each other one is ACTION@POINT[:STEP][/RANK] and strikes
-once, at the first passage of POINT at training step STEP or later, in the worker RANK (any, if it
-is left out). What has struck is noted in the folder before it does, so that a process which is
-started again does not die of it again; on a cluster, a worker that comes to lie on another node
-does, once. Without the variable a point costs a note of the time.
+The first word is a folder on this machine. Each other word is ACTION@POINT[:STEP][/RANK]: the fault
+fires once, when the worker RANK (default: any) first passes POINT at training step STEP or later.
+Before it fires, a marker file is created in the folder, so that a restarted process does not fire
+it again. The folder is local to a node: a worker that moves to another node may fire a fault once
+more. Without the variable, passing a point only records the time.
 """
 
 import os
@@ -24,74 +24,74 @@ from typing import NoReturn
 
 VARIABLE = "DDPM_RAY_FAULTS"
 STARTUP = {  # before the first step, at step 0
-    "join": "as it starts, before its process group is made",
-    "open": "as it starts, before its data set is opened",
-    "restore": "as it starts, before its checkpoint is looked for",
-    "begin": "as it starts, before its first step",
+    "join": "at start-up, before the process group is created",
+    "open": "at start-up, before the data set is opened",
+    "restore": "at start-up, before the checkpoint is looked up",
+    "begin": "at start-up, before the first step",
 }
 POINTS = {  # in the order in which a step passes them
-    "batch": "before the images of a step are asked for",
-    "gradient": "after a worker's own loss, before its gradients meet those of the others",
-    "update": "after the gradients were summed, before the weights change",
-    "reduce": "before workers sum what they have to tell",
-    "between": "after a step, and before the first one: grids, scores, checkpoints",
+    "batch": "before the batch of a step is read",
+    "gradient": "after a worker's own loss, before gradients are summed over the workers",
+    "update": "after gradients are summed over the workers, before the weights change",
+    "reduce": "before a sum of metrics over the workers",
+    "between": "between steps: sample grids, scores, checkpoints",
     "snapshot": "before the state is copied for a checkpoint",
     "object": "before an object of a checkpoint is written",
     "manifest": "before a checkpoint's manifest is written",
-    "commit": "before the pointer that makes it the newest",
-    "retire": "after that, before old checkpoints go",
-    "flush": "before rows are sent to MLflow",
-    "sent": "after MLflow took them, before they are forgotten here",
+    "commit": "before the pointer to the new checkpoint is written",
+    "retire": "after the commit, before old checkpoints are deleted",
+    "flush": "before metric rows are sent to MLflow",
+    "sent": "after MLflow acknowledged rows, before they are removed from the queue",
 }
-PLACES = STARTUP | POINTS  # in the order in which they are passed
+ALL_POINTS = STARTUP | POINTS  # in the order in which they are passed
 ACTIONS = {
-    "kill": "SIGKILL to itself",
-    "term": "SIGTERM to itself, as a node sends that is taken away",
-    "freeze": "SIGSTOP to itself",
-    "hang": "this thread alone stands still",
-    "fail": "an InjectedFaultError",
+    "kill": "SIGKILL to the process",
+    "term": "SIGTERM to the process, as a node sends that is about to be removed",
+    "freeze": "SIGSTOP to the process",
+    "hang": "block the calling thread for ever",
+    "fail": "raise InjectedFaultError",
 }
 
 
 class InjectedFaultError(RuntimeError):
-    """What the action `fail` raises."""
+    """Raised by the action `fail`."""
 
 
 class FaultSyntaxError(ValueError):
-    """A DDPM_RAY_FAULTS that cannot be understood."""
+    """DDPM_RAY_FAULTS is malformed."""
 
 
 @dataclass(frozen=True)
 class Fault:
-    """One word of the variable."""
+    """One fault of DDPM_RAY_FAULTS."""
 
     action: str
     point: str
     step: int
     rank: int | None
-    mark: Path  # the file that says it has struck
+    marker: Path  # exists once the fault has fired
 
 
 @dataclass
 class Position:
-    """Where the training thread of this process is."""
+    """Position of this process's training thread."""
 
     rank: int = 0
-    step: int = 0  # that it works on, from 1; 0: it has not begun
-    point: str = "open"  # the last one that it passed
-    since_s: float = field(default_factory=time.monotonic)  # when
-    steps_s: deque[float] = field(default_factory=lambda: deque(maxlen=5))  # the last steps took
-    begun_s: float = 0.0  # the step that it works on
+    step: int = 0  # in progress, from 1; 0: none has begun
+    point: str = "open"  # the last one that was passed
+    since_s: float = field(default_factory=time.monotonic)  # when it was passed
+    steps_s: deque[float] = field(default_factory=lambda: deque(maxlen=5))  # times of last steps
+    begun_s: float = 0.0  # when `step` began
     thread: int = 0
 
 
 _here = Position()
 
 
-def stand(rank: int, step: int, point: str = "") -> None:
-    """Tell that this thread is the training thread, which rank it is, and that `step` begins.
+def set_position(rank: int, step: int, point: str = "") -> None:
+    """Declare the calling thread the training thread of `rank`, at the start of `step`.
 
-    `point`, where it is given, is where it stands before it passes any.
+    `point`, if given, replaces the last point that was passed.
     """
     now = time.monotonic()
     if step == _here.step + 1 and _here.begun_s:
@@ -102,24 +102,24 @@ def stand(rank: int, step: int, point: str = "") -> None:
 
 
 def position() -> Position:
-    """Where the training thread is now; read only."""
+    """Return the training thread's position; read only."""
     return _here
 
 
 def at(point: str) -> None:
-    """Pass a marked point."""
-    if threading.get_ident() == _here.thread:  # uploads and MLflow have threads of their own
+    """Pass a point: record it, and fire the faults that are due there."""
+    if threading.get_ident() == _here.thread:  # uploads and MLflow run in other threads
         _here.point, _here.since_s = point, time.monotonic()
     if VARIABLE in os.environ:
-        for fault in planned(os.environ[VARIABLE]):
+        for fault in parse_faults(os.environ[VARIABLE]):
             due = fault.point == point and _here.step >= fault.step
-            if due and fault.rank in (None, _here.rank) and _first(fault):
-                _strike(fault)
+            if due and fault.rank in (None, _here.rank) and _claim(fault):
+                _fire(fault)
 
 
 @contextmanager
 def during(point: str) -> Iterator[None]:
-    """Pass a marked point for as long as the body lasts; then this thread is where it was."""
+    """Pass a point, and return to the previous one after the body."""
     before = _here.point
     at(point)
     yield
@@ -128,49 +128,53 @@ def during(point: str) -> Iterator[None]:
 
 
 @cache
-def planned(text: str) -> tuple[Fault, ...]:
-    """The faults that `text`, a value of the variable, asks for; raises FaultSyntaxError."""
+def parse_faults(text: str) -> tuple[Fault, ...]:
+    """Parse `text`, a value of DDPM_RAY_FAULTS. Raises FaultSyntaxError."""
     folder, *words = text.split() or [""]
     if not Path(folder).is_absolute():
-        raise FaultSyntaxError(f"{VARIABLE} begins with {folder!r}; begin with an absolute folder")
-    return tuple(_parsed(word, Path(folder, str(i))) for i, word in enumerate(words))
+        raise FaultSyntaxError(
+            f"{VARIABLE} starts with {folder!r}; start it with an absolute folder"
+        )
+    return tuple(_parse_fault(word, Path(folder, str(i))) for i, word in enumerate(words))
 
 
-def _parsed(word: str, mark: Path) -> Fault:
+def _parse_fault(word: str, marker: Path) -> Fault:
     found = re.fullmatch(r"(\w+)@(\w+)(?::(\d+))?(?:/(\d+))?", word)
-    if not found or found[1] not in ACTIONS or found[2] not in PLACES:
+    if not found or found[1] not in ACTIONS or found[2] not in ALL_POINTS:
         raise FaultSyntaxError(
             f"{VARIABLE}: {word!r} is not ACTION@POINT[:STEP][/RANK]; actions: "
-            f"{', '.join(ACTIONS)}; points: {', '.join(PLACES)}"
+            f"{', '.join(ACTIONS)}; points: {', '.join(ALL_POINTS)}"
         )
-    return Fault(found[1], found[2], int(found[3] or 0), int(found[4]) if found[4] else None, mark)
+    return Fault(
+        found[1], found[2], int(found[3] or 0), int(found[4]) if found[4] else None, marker
+    )
 
 
-def _first(fault: Fault) -> bool:
-    """Whether this is the first process to come here; noted on disk before it is answered."""
+def _claim(fault: Fault) -> bool:
+    """Create the marker file of `fault`; False if it exists: the fault has fired already."""
     try:
-        fault.mark.parent.mkdir(parents=True, exist_ok=True)
-        fault.mark.touch(exist_ok=False)
+        fault.marker.parent.mkdir(parents=True, exist_ok=True)
+        fault.marker.touch(exist_ok=False)
     except FileExistsError:
         return False
     return True
 
 
-def _strike(fault: Fault) -> None:
+def _fire(fault: Fault) -> None:
     match fault.action:
         case "kill":
             os.kill(os.getpid(), signal.SIGKILL)
-            _stand_still()  # the signal may come a moment later
+            _block()  # the signal may arrive a moment later
         case "term":
             os.kill(os.getpid(), signal.SIGTERM)
         case "freeze":
             os.kill(os.getpid(), signal.SIGSTOP)
         case "hang":
-            _stand_still()
+            _block()
         case "fail":
-            raise InjectedFaultError(f"fault at {fault.point}, step {_here.step}: as asked for")
+            raise InjectedFaultError(f"injected fault at {fault.point}, step {_here.step}")
 
 
-def _stand_still() -> NoReturn:
+def _block() -> NoReturn:
     while True:
         threading.Event().wait()

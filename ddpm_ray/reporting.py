@@ -1,6 +1,6 @@
-"""What a worker tells: rows of metrics, progress, and the sink that takes them. Without torch.
+"""What a worker reports: metric rows, progress and documents, and the sink interface for them.
 
-Torch takes 2 s to import, which the actor between driver and workers has no other use for.
+Without torch, which takes 2 s to import and which the control actor does not need.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from PIL import Image
 
-RATES = ("train/images_per_s", "train/data_wait_share")  # the keys that a replay does not repeat
+RATES = ("train/images_per_s", "train/data_wait_share")  # metrics that differ when a step is redone
 
 
 @dataclass(frozen=True)
@@ -25,26 +25,26 @@ class Row:
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands, for a person who watches."""
+    """Progress of a run, for display."""
 
     step: int
     steps: int
     loss: float
     images_per_s: float
     probes: list[dict[str, Any]] = field(default_factory=list)  # see training/validation_loss.py
-    checkpoint: str = ""  # URL of the newest that is committed
+    checkpoint: str = ""  # URL of the newest committed one
 
 
-class Wish(IntEnum):
-    """What a driver asks of its workers; met at their next report."""
+class Command(IntEnum):
+    """Command of a driver to its workers; they obey at their next report."""
 
-    NOTHING = 0
-    SAVE = 1  # commit a checkpoint and go on
-    STOP = 2  # commit one and return
+    NONE = 0
+    CHECKPOINT = 1  # commit a checkpoint and continue
+    STOP = 2  # commit a checkpoint and return
 
 
 class Sink(Protocol):
-    """Where the leader's rows, pictures and documents go; must not block the step path."""
+    """Destination of the main worker's rows, images and documents; calls must not block."""
 
     def rows(self, rows: list[Row]) -> None: ...
 
@@ -53,9 +53,9 @@ class Sink(Protocol):
     def document(self, path: str, content: dict[str, Any]) -> None: ...
 
     def unsent(self) -> list[Row]:
-        """Rows that are not safely stored yet: they travel in the next checkpoint."""
+        """Return the rows that are not acknowledged yet; the next checkpoint stores them."""
         ...
 
     def close(self, patience_s: float) -> int:
-        """How many rows remain undelivered after `patience_s` at most: they are sent on resume."""
+        """Send what is left for at most `patience_s`; return the number of undelivered rows."""
         ...

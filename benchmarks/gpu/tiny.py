@@ -19,7 +19,7 @@ from ddpm_ray.config.loading import load, to_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data import shards
 from ddpm_ray.data.shards import Dataset, Recipe, ShardRow
-from ddpm_ray.reporting import Progress, Row, Wish
+from ddpm_ray.reporting import Command, Progress, Row
 from ddpm_ray.sampling.denoiser import Denoiser
 from ddpm_ray.training.checkpoint_writer import CheckpointWriter
 from ddpm_ray.training.checkpoints import CheckpointStore
@@ -148,5 +148,5 @@ def packed(folder: str) -> Dataset:
     return shards.write_index(folder, recipe, rows)
 
 
-def _watch(progress: Progress) -> Wish:
-    return Wish.NOTHING
+def _watch(progress: Progress) -> Command:
+    return Command.NONE

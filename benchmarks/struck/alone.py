@@ -33,7 +33,7 @@ from benchmarks.struck.table import Line, seconds, shown
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.loading import from_dict, load, to_dict
 from ddpm_ray.config.run import RunConfig
-from ddpm_ray.reporting import Progress, Wish
+from ddpm_ray.reporting import Command, Progress
 from ddpm_ray.runs.train import packed_data
 from ddpm_ray.runs.train_worker import assemble
 from ddpm_ray.storage import object_store
@@ -60,10 +60,10 @@ def train_alone(settings: dict[str, Any]) -> None:
     out, step = Path(settings["out"]), loop.take_step
     config, end = from_dict(RunConfig, settings["config"]), out.with_name("end")
 
-    def wish(_: Progress) -> Wish:
-        return Wish.STOP if end.exists() else Wish.NOTHING
+    def command(_: Progress) -> Command:
+        return Command.STOP if end.exists() else Command.NONE
 
-    run = assemble(config, settings, wish, Workers())
+    run = assemble(config, settings, command, Workers())
     found: dict[str, list[float]] = {"took_s": [], "ended": [], "plain_s": []}
     last_s = time.perf_counter()
 

@@ -49,7 +49,7 @@ def plain_worker(settings: dict[str, Any]) -> None:
         mlflow.start_run(run_id=settings["run_id"])
     durable = begins
     for step in range(begins + 1, settings["steps"] + 1):
-        fault_injection.stand(rank, step)
+        fault_injection.set_position(rank, step)
         x_0 = next(batches)
         t, noise = torch.randint(len(a), (len(x_0),)), torch.randn_like(x_0)
         a_t = a[t].view(-1, 1, 1, 1)

@@ -172,7 +172,7 @@ def keeper(
     """What keeps power-function averages below the run's `folder`, as often as configured."""
     training = config.training
     groups = [width_group(width) for width in training.ema_snapshot_widths]
-    store = SnapshotStore(object_store.join(folder, SNAPSHOTS)) if workers.leads else None
+    store = SnapshotStore(object_store.join(folder, SNAPSHOTS)) if workers.is_main else None
     every, last = training.ema_snapshot_every_steps, training.steps
     return Keeper(state, groups, every, last, store, writer).keep
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from ddpm_ray.config.loading import group, option
 from ddpm_ray.config.run import RunConfig
-from ddpm_ray.fault_injection import FaultSyntaxError, planned
+from ddpm_ray.fault_injection import FaultSyntaxError, parse_faults
 from ddpm_ray.redaction import counted
 
 
@@ -25,7 +25,7 @@ class DrillConfig:
             yield "faults is empty; name some, as in faults='[kill@gradient:30/1,kill@commit:20]'"
         for entry in self.faults:
             try:
-                faults = planned(f"/ {entry}")
+                faults = parse_faults(f"/ {entry}")
             except FaultSyntaxError as error:
                 yield f"faults: {error}"
                 continue

@@ -1,7 +1,7 @@
-"""The desk between a run's driver and its workers: progress one way, wishes the other.
+"""The run's control actor: progress and heartbeats from its workers, commands from its driver.
 
-An actor of its own because Ray Train's report() is a barrier that waits for the controller's next
-poll, up to 2 s; a note left here costs the worker nothing.
+A separate actor because Ray Train's report() is a barrier: it waits up to 2 s for the controller's
+next poll. A call to this actor returns at once.
 """
 
 import contextlib
@@ -13,193 +13,210 @@ import ray
 from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayError
 
 from ddpm_ray.distributed import placement_groups
-from ddpm_ray.distributed.heartbeat import Beat
-from ddpm_ray.fault_injection import PLACES
-from ddpm_ray.reporting import Progress, Wish
+from ddpm_ray.distributed.heartbeat import Heartbeat
+from ddpm_ray.fault_injection import ALL_POINTS
+from ddpm_ray.reporting import Command, Progress
 
-ANSWER_S = 120.0  # a loaded machine took 10 s to start the actor
+ANSWER_S = 120.0  # time-out of a call; a loaded machine took 10 s to start the actor
 RETRY_S = 1.0
 
 
 class ControlLostError(RuntimeError):
-    """The actor between driver and workers is gone; args are (reason,)."""
+    """The control actor is gone or does not answer; args are (reason,)."""
 
     def __str__(self) -> str:
         return (
-            f"the process that carries progress and wishes between the driver and its workers "
+            f"the control actor (progress and commands between the driver and its workers) "
             f"{self.args[0]}; the same command continues from the newest checkpoint"
         )
 
 
-_Lying: TypeAlias = tuple[
+_StatusValues: TypeAlias = tuple[
     dict[str, Any] | None, str | None, list["Start"], list[dict[str, Any]], str
 ]
 
 
 class Start(NamedTuple):
-    """One start of the workers."""
+    """One start of the worker group."""
 
-    step: int  # that they began at
-    group: str  # their placement group
+    step: int  # the first one to train, less 1
+    group: str  # id of the placement group
     workers: int
-    reason: str = ""  # why those before them ended, as far as it is known
+    reason: str = ""  # why the group before it ended, where it is known
 
 
-class _Desk:
+class _RunControlActor:
+    """The actor; it takes and returns plain values."""
+
     def __init__(self) -> None:
         self.progress: dict[str, Any] | None = None
-        self.wish = Wish.NOTHING
+        self.command = Command.NONE
         self.fatal: str | None = None
         self.starts: list[Start] = []
-        self.restart_reason = ""  # for which the workers of the newest start have ended
-        self.beats: dict[int, tuple[float, dict[str, Any]]] = {}  # when it came, by rank
-        self.groups: list[str] = []  # whose workers were heard of; the beats are of the last
+        self.restart_reason = ""  # why the newest group ended, until the next one starts
+        # Time of arrival and heartbeat by rank, of the newest group.
+        self.heartbeats: dict[int, tuple[float, dict[str, Any]]] = {}
+        self.groups: list[str] = []  # placement groups that sent heartbeats, oldest first
 
-    def leave(self, progress: dict[str, Any]) -> Wish:
-        """What the driver asks for, in return for where the workers are."""
-        self.progress, wish = progress, self.wish
-        if wish is Wish.SAVE:  # once
-            self.wish = Wish.NOTHING
-        return wish
+    def report(self, progress: dict[str, Any]) -> Command:
+        """Store the progress and return the pending command."""
+        self.progress, command = progress, self.command
+        if command is Command.CHECKPOINT:  # once
+            self.command = Command.NONE
+        return command
 
-    def look(self) -> _Lying:
+    def status(self) -> _StatusValues:
+        """Return the values of a RunStatus."""
         now = time.monotonic()
-        beats = [beat | {"silent_s": now - came} for came, beat in self.beats.values()]
-        return self.progress, self.fatal, self.starts, beats, (self.groups or [""])[-1]
+        heartbeats = [one | {"silent_s": now - came} for came, one in self.heartbeats.values()]
+        return self.progress, self.fatal, self.starts, heartbeats, (self.groups or [""])[-1]
 
-    def start(self, step: int, group: str, workers: int) -> None:
+    def record_start(self, step: int, group: str, workers: int) -> None:
+        """Append a start of the worker group."""
         self.starts.append(Start(step, group, workers, self.restart_reason))
         self.restart_reason = ""
 
     def report_restart(self, reason: str) -> None:
-        # Of several until a start succeeds the first is the cause: a group that finds no place for
-        # itself afterwards fails too.
+        """Store why the group ends."""
+        # The first reason before a start is the cause: a new group that finds no free resources
+        # fails as well.
         self.restart_reason = self.restart_reason or reason
 
     def expect(self, processes: dict[int, str], group: str) -> None:
-        """Miss these workers of `group`, by rank, from now on until they beat."""
+        """Count the silence of these workers of `group`, by rank, from now on."""
         now, count = time.monotonic(), len(processes)
         self.groups.append(group)
-        self.beats = {
-            rank: (now, asdict(Beat(rank, 0, "join", 0.0, 0.0, workers=count, process=process)))
+        self.heartbeats = {
+            rank: (
+                now,
+                asdict(Heartbeat(rank, 0, "join", 0.0, 0.0, workers=count, process=process)),
+            )
             for rank, process in processes.items()
         }
 
-    def beat(self, beat: dict[str, Any], group: str) -> None:
-        """Keep a worker's heartbeat; one of a group before the newest counts no more."""
+    def heartbeat(self, heartbeat: dict[str, Any], group: str) -> None:
+        """Store a worker's heartbeat; ignore it where `group` is older than the newest."""
         now = time.monotonic()
-        if group not in self.groups:  # those before are of workers that are gone
+        if group not in self.groups:  # those of earlier groups are of workers that are gone
             self.groups.append(group)
-            first = beat | {"step": 0, "point": next(iter(PLACES)), "stood_s": 0.0, "step_s": 0.0}
-            # Who never beats is missed: all workers of a group begin at the same time.
-            self.beats = {rank: (now, first | {"rank": rank}) for rank in range(beat["workers"])}
+            point = next(iter(ALL_POINTS))
+            first = heartbeat | {"step": 0, "point": point, "stalled_s": 0.0, "step_s": 0.0}
+            # All workers of a group start together, so a worker that sends nothing is missing.
+            count = heartbeat["workers"]
+            self.heartbeats = {rank: (now, first | {"rank": rank}) for rank in range(count)}
         if group == self.groups[-1]:
-            self.beats[beat["rank"]] = now, beat
+            self.heartbeats[heartbeat["rank"]] = now, heartbeat
 
-    def rest(self, rank: int, group: str) -> None:
+    def mark_done(self, rank: int, group: str) -> None:
+        """Expect no more heartbeats of this worker."""
         if group in self.groups[-1:]:
-            self.beats.pop(rank, None)
+            self.heartbeats.pop(rank, None)
 
-    def ask(self, wish: Wish) -> None:
-        self.wish = max(self.wish, wish)
+    def request(self, command: Command) -> None:
+        """Set the pending command; STOP outranks CHECKPOINT."""
+        self.command = max(self.command, command)
 
-    def give_up(self, reason: str) -> None:
+    def report_fatal(self, reason: str) -> None:
+        """Store the first fatal error."""
         self.fatal = self.fatal or reason
 
 
 @dataclass(frozen=True)
-class Notes:
-    """What lies on the desk."""
+class RunStatus:
+    """What the control actor knows of the run."""
 
     progress: Progress | None  # the newest
-    fatal: str | None  # why to go on is of no use, if it is not
+    fatal: str | None  # an error that a restart would meet again
     starts: list[Start]
-    beats: list[Beat]  # of each worker of the newest group, the last that came
-    group: str = ""  # the placement group of these, as soon as one of them lives
+    heartbeats: list[Heartbeat]  # the last one of each worker of the newest group
+    group: str = ""  # its placement group; empty before its first heartbeat
 
     @classmethod
-    def of(cls, notes: _Lying) -> "Notes":
-        """From the actor's plain values."""
-        progress, fatal, starts, beats, group = notes
+    def of(cls, values: _StatusValues) -> "RunStatus":
+        """Build it from the actor's plain values."""
+        progress, fatal, starts, heartbeats, group = values
         shown = Progress(**progress) if progress else None
-        return cls(shown, fatal, starts, [Beat(**beat) for beat in beats], group)
+        return cls(shown, fatal, starts, [Heartbeat(**one) for one in heartbeats], group)
 
 
-class Desk:
-    """A handle on the actor; both sides hold one."""
+class RunControl:
+    """Handle of the control actor, for the driver and the workers."""
 
     def __init__(self) -> None:
-        beside = placement_groups.beside_me()
-        self._actor: Any = ray.remote(num_cpus=0, scheduling_strategy=beside)(_Desk).remote()
-        self._notes: list[Any] = []  # whose answers are on their way
-        self._reply: Any = None  # on its way, to the last glance
+        here = placement_groups.same_node_strategy()
+        actor = ray.remote(num_cpus=0, scheduling_strategy=here)(_RunControlActor)
+        self._actor: Any = actor.remote()
+        self._reports: list[Any] = []  # replies that are pending
+        self._status: Any = None  # the reply to the last poll
 
-    def show(self, progress: Progress) -> Wish:
-        """Leave `progress` without waiting; what was asked for when notes before it were left."""
+    def report(self, progress: Progress) -> Command:
+        """Send `progress` without waiting; return the command in the replies to earlier reports."""
         answered: list[Any] = []
-        if self._notes:
-            answered, self._notes = ray.wait(self._notes, num_returns=len(self._notes), timeout=0)
-        self._notes.append(self._actor.leave.remote(asdict(progress)))
-        wishes = [_answer(one) for one in answered]
-        return max([Wish.NOTHING, *(Wish(wish) for wish in wishes if wish is not None)])
+        if self._reports:
+            answered, self._reports = ray.wait(
+                self._reports, num_returns=len(self._reports), timeout=0
+            )
+        self._reports.append(self._actor.report.remote(asdict(progress)))
+        commands = [_answer(one) for one in answered]
+        return max([Command.NONE, *(Command(one) for one in commands if one is not None)])
 
-    def start(self, step: int, group: str, workers: int) -> None:
-        """Tell the driver at which step the `workers` of placement group `group` begin."""
-        self._actor.start.remote(step, group, workers)
+    def record_start(self, step: int, group: str, workers: int) -> None:
+        """Tell the driver that the `workers` of placement group `group` start at `step`."""
+        self._actor.record_start.remote(step, group, workers)
 
     def report_restart(self, reason: str) -> None:
-        """Tell the driver why the workers end and others will be started; never waits or fails."""
-        with contextlib.suppress(RayError):  # of a dead actor the driver knows by itself
+        """Tell the driver why the group ends and another starts; never waits or fails."""
+        with contextlib.suppress(RayError):  # the driver finds out itself that the actor is dead
             self._actor.report_restart.remote(reason)
 
     def expect(self, processes: dict[int, str], group: str) -> None:
-        """Tell the driver which processes, by rank, are the workers of the placement group."""
+        """Tell the driver which processes, by rank, are the workers of placement group `group`."""
         self._actor.expect.remote(processes, group)
 
-    def beat(self, beat: Beat, group: str) -> None:
-        """Tell the driver where this worker, of the placement group `group`, stands."""
-        self._actor.beat.remote(asdict(beat), group)
+    def heartbeat(self, heartbeat: Heartbeat, group: str) -> None:
+        """Send the heartbeat of a worker of placement group `group`; never waits."""
+        self._actor.heartbeat.remote(asdict(heartbeat), group)
 
-    def rest(self, rank: int, group: str) -> None:
-        """Tell the driver that this worker, of the placement group `group`, has done its steps."""
-        self._actor.rest.remote(rank, group)
+    def mark_done(self, rank: int, group: str) -> None:
+        """Tell the driver that this worker of placement group `group` sends no more heartbeats."""
+        self._actor.mark_done.remote(rank, group)
 
-    def glance(self) -> Notes | None:
-        """What lies on the desk, if the actor has answered since the last glance; never waits.
+    def poll(self) -> RunStatus | None:
+        """Return the reply to the previous poll and ask again; None where none came. Never waits.
 
         Raises ControlLostError.
         """
-        if self._reply is not None and not self._answered():
+        if self._status is not None and not self._answered():
             return None
-        found = _answer(self._reply) if self._reply is not None else None
-        self._reply = self._actor.look.remote()
-        return Notes.of(found) if found is not None else None
+        found = _answer(self._status) if self._status is not None else None
+        self._status = self._actor.status.remote()
+        return RunStatus.of(found) if found is not None else None
 
-    def look(self) -> Notes:
-        """What lies on the desk now. Raises ControlLostError."""
+    def status(self) -> RunStatus:
+        """Return the status as of now; waits. Raises ControlLostError."""
         until_s = time.monotonic() + ANSWER_S
-        while (found := _answer(self._actor.look.remote(), ANSWER_S)) is None:
+        while (found := _answer(self._actor.status.remote(), ANSWER_S)) is None:
             if time.monotonic() > until_s:
                 raise ControlLostError(f"cannot be reached for {ANSWER_S:.0f} s")
             time.sleep(RETRY_S)
-        return Notes.of(found)
+        return RunStatus.of(found)
 
-    def ask(self, wish: Wish) -> None:
-        """Leave a wish, for the workers' next report but one (a second or two)."""
-        self._actor.ask.remote(wish)
+    def request(self, command: Command) -> None:
+        """Send `command` to the workers; they see it one or two reports later (1 to 2 s)."""
+        self._actor.request.remote(command)
 
-    def give_up(self, reason: str) -> None:
-        """Tell the driver, and workers that are started again, that to go on is of no use."""
-        _answer(self._actor.give_up.remote(reason), ANSWER_S)
+    def report_fatal(self, reason: str) -> None:
+        """Tell the driver, and workers that are started again, of an error that would recur."""
+        _answer(self._actor.report_fatal.remote(reason), ANSWER_S)
 
     def _answered(self) -> bool:
-        return self._reply is not None and bool(ray.wait([self._reply], timeout=0)[0])
+        return self._status is not None and bool(ray.wait([self._status], timeout=0)[0])
 
 
 def _answer(reply: Any, timeout_s: float | None = None) -> Any:
-    """What the actor answered; None where it cannot be reached now, but lives.
+    """Return the actor's reply, or None while the actor lives but cannot be reached.
 
-    Raises ControlLostError where it is gone, or says nothing for `timeout_s`.
+    Raises ControlLostError where it is dead or does not answer within `timeout_s`.
     """
     try:
         return ray.get(reply, timeout=timeout_s)
@@ -212,7 +229,7 @@ def _answer(reply: Any, timeout_s: float | None = None) -> Any:
 
 
 def death(error: RayActorError) -> str:
-    """How the process of an actor ended, out of Ray's page on it: `died (...)`."""
+    """Shorten Ray's report on a dead actor to `died (...)`."""
     text = str(error)
     if "low on memory" in text:
         return "died (killed by Ray: its node ran out of memory)"

@@ -15,9 +15,9 @@ from ray.train.v2._internal.execution.scaling_policy import (
     ScalingDecision,
 )
 
-from ddpm_ray.distributed.control_actor import Desk
+from ddpm_ray.distributed.control_actor import RunControl
 from ddpm_ray.redaction import counted
-from ddpm_ray.reporting import Wish
+from ddpm_ray.reporting import Command
 
 log = logging.getLogger(__name__)
 
@@ -29,9 +29,9 @@ class ElasticPolicy(ElasticScalingPolicy):  # type: ignore[misc]  # Ray's types 
     change: Ray ends the workers where they stand.
     """
 
-    def __init__(self, config: ScalingConfig, counts: Sequence[int], desk: Desk) -> None:
+    def __init__(self, config: ScalingConfig, counts: Sequence[int], control: RunControl) -> None:
         super().__init__(config)
-        self._counts, self._desk = list(counts), desk
+        self._counts, self._control = list(counts), control
         self._wanted: ResizeDecision | None = None
         self._asked_s, self._saved = 0.0, ""  # when, and what was the newest checkpoint then
         self._known = ""  # the newest checkpoint, as of the last answer
@@ -48,13 +48,13 @@ class ElasticPolicy(ElasticScalingPolicy):  # type: ignore[misc]  # Ray's types 
             if isinstance(decision, ResizeDecision):
                 self._wanted, self._asked_s = decision, time.monotonic()
                 self._saved = newest
-                self._desk.ask(Wish.SAVE)
+                self._control.request(Command.CHECKPOINT)
                 return NoopDecision()
             return decision
         if newest == self._saved and time.monotonic() - self._asked_s < SAVE_S:
             return NoopDecision()
         decision, self._wanted = self._wanted, None
-        self._desk.report_restart(f"resized to {counted(decision.num_workers, 'worker')}")
+        self._control.report_restart(f"resized to {counted(decision.num_workers, 'worker')}")
         return decision
 
     def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
@@ -69,7 +69,7 @@ class ElasticPolicy(ElasticScalingPolicy):  # type: ignore[misc]  # Ray's types 
         machine, would hold that up.
         """
         with contextlib.suppress(RayError):  # the driver, which sees that too, ends the run
-            notes = self._desk.glance()
-            if notes is not None and notes.progress is not None:
-                self._known = notes.progress.checkpoint
+            status = self._control.poll()
+            if status is not None and status.progress is not None:
+                self._known = status.progress.checkpoint
         return self._known

@@ -7,7 +7,7 @@ from ray.train.v2._internal.execution.failure_handling import FailureDecision, F
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from ddpm_ray.distributed import fatal_errors
-from ddpm_ray.distributed.control_actor import Desk, death
+from ddpm_ray.distributed.control_actor import RunControl, death
 
 
 class ReportedFailures(FailurePolicy):  # type: ignore[misc]  # Ray's types are not followed
@@ -16,13 +16,13 @@ class ReportedFailures(FailurePolicy):  # type: ignore[misc]  # Ray's types are 
     Ray itself logs them with a page of traces for each worker, or not at all.
     """
 
-    def __init__(self, policy: FailurePolicy, desk: Desk) -> None:
+    def __init__(self, policy: FailurePolicy, control: RunControl) -> None:
         super().__init__(policy.failure_config)
-        self._policy, self._desk = policy, desk
+        self._policy, self._control = policy, control
 
     def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
         """Ray's own."""
-        self._desk.report_restart(reason(training_failed_error))
+        self._control.report_restart(reason(training_failed_error))
         return self._policy.make_decision(training_failed_error)
 
 

@@ -17,7 +17,7 @@ import ray.exceptions
 import torch
 import torch.distributed as dist
 
-from ddpm_ray.distributed.control_actor import Desk
+from ddpm_ray.distributed.control_actor import RunControl
 from ddpm_ray.fault_injection import InjectedFaultError
 from ddpm_ray.storage.object_store import StorageError
 from ddpm_ray.training.writer_lease import LeaseLostError, SupersededError
@@ -65,13 +65,13 @@ def is_lost_peer(error: BaseException) -> bool:
 
 
 @contextmanager
-def ending_the_run(desk: Desk) -> Iterator[None]:
+def ending_the_run(control: RunControl) -> Iterator[None]:
     """Tell the driver, and the workers of another start, of an error that would come again."""
     try:
         yield
     except Exception as error:
         if not passes(error):
-            desk.give_up(reason(error))
+            control.report_fatal(reason(error))
         raise
 
 

@@ -1,8 +1,8 @@
-"""The places on the cluster that a group of workers holds, and their way back.
+"""Placement groups of the workers: which ones this job holds, on which nodes, and their removal.
 
-Ray keeps a placement group until the job ends, however its workers end; Ray Train's controller
-gives it back unless it is killed itself. In a sweep, which is one long job, such places would be
-lost one by one.
+Ray keeps a placement group until the job ends, however its workers end. Ray Train's controller
+removes it unless the controller itself is killed. A sweep is one long job, in which groups that are
+left over would use up the cluster.
 """
 
 import contextlib
@@ -17,29 +17,29 @@ from ray.util.placement_group import (
 )
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-HEAD = "node:__internal_head__"  # part of the head node alone: what the trials' drivers hold
-JOB_DIGITS = 8  # of a group's id, the last ones: the job that made it
+HEAD = "node:__internal_head__"  # a resource of the head node alone, held by the trials' drivers
+JOB_DIGITS = 8  # the last hex digits of a group's id are the id of the job that created it
 
 
-def beside_me() -> NodeAffinitySchedulingStrategy:
-    """On the node of this process, with which it would be lost anyway.
+def same_node_strategy() -> NodeAffinitySchedulingStrategy:
+    """Schedule an actor on the node of this process; without that node both are lost anyway.
 
-    Ray puts an actor that asks for nothing on any node, a spot worker's as well.
+    By default Ray puts an actor that needs no resources on any node, also on a spot instance.
     """
     here = ray.get_runtime_context().get_node_id()
     return NodeAffinitySchedulingStrategy(here, soft=False)
 
 
-def of_this_worker() -> str:
-    """The id of the placement group that this process works in, in hex."""
+def current_group() -> str:
+    """Id (hex) of the placement group that this process runs in; empty if none."""
     group = get_current_placement_group()
     return group.id.hex() if group is not None else ""
 
 
-def of_workers() -> set[str]:
-    """Ids of the groups of workers that this job holds or waits for; asks the head alone.
+def worker_groups() -> set[str]:
+    """Ids of the worker groups' placement groups of this job, created or pending.
 
-    Not those of other jobs, and not those that Ray Tune makes for the trials' drivers.
+    Without the groups that Ray Tune creates for the trials' drivers. Queries the head node alone.
     """
     job = ray.get_runtime_context().get_job_id()
     return {
@@ -52,19 +52,19 @@ def of_workers() -> set[str]:
 
 
 def nodes_of(group: str) -> set[str]:
-    """Ids of the nodes on which the group `group` has its places."""
-    with contextlib.suppress(ValueError, KeyError):  # not the id of a group, or it is gone
+    """Ids of the nodes that hold the bundles of placement group `group`; empty if it is gone."""
+    with contextlib.suppress(ValueError, KeyError):  # not an id, or a removed group
         facts = placement_group_table(PlacementGroup(PlacementGroupID(bytes.fromhex(group))))
         return set(facts["bundles_to_node_id"].values())
     return set()
 
 
-def leaving_nodes() -> set[str]:
-    """Ids of the nodes that Ray was told will be taken away: spot instances, scaling down."""
+def draining_nodes() -> set[str]:
+    """Ids of the nodes that Ray is told will be removed: spot instances, scaling down."""
     return set(ray._private.state.state.get_draining_nodes())
 
 
-def free(group: str) -> None:
-    """Give the place back; one that was given back already is fine. Its workers end with it."""
-    with contextlib.suppress(ValueError):  # not the id of a group
+def remove(group: str) -> None:
+    """Remove placement group `group`, and with it its workers; a no-op if it is removed already."""
+    with contextlib.suppress(ValueError):  # not an id
         remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(group))))

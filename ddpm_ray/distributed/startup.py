@@ -1,8 +1,8 @@
-"""A worker's signs of life before its training function, which Ray starts last of all.
+"""Heartbeats of a worker before its training function, which Ray calls last.
 
-Before it Ray makes the process group: a worker that is frozen by then holds up all others, and
-their error names nobody. So the driver learns of each process as soon as Ray has made the actors,
-and each beats as soon as Ray lets us run something in it.
+Before that, Ray creates the process group, in which one frozen worker holds up all others, and
+their error does not name it. So the driver is told of each process as soon as Ray has created the
+actors, and each worker sends heartbeats as soon as Ray lets us run code in it.
 """
 
 from functools import partial
@@ -12,14 +12,14 @@ import ray.train
 
 from ddpm_ray import fault_injection
 from ddpm_ray.distributed import placement_groups
-from ddpm_ray.distributed.control_actor import Desk
-from ddpm_ray.distributed.heartbeat import Pulse
+from ddpm_ray.distributed.control_actor import RunControl
+from ddpm_ray.distributed.heartbeat import HeartbeatSender
 
-_pulse: Pulse | None = None  # of this process, until its training function has begun
+_sender: HeartbeatSender | None = None  # of this process, until its training function starts
 
 
-def expect(desk: Desk, workers: Any) -> None:
-    """Tell the driver which processes Ray has made, and have each beat; run in Ray's controller."""
+def expect_workers(control: RunControl, workers: Any) -> None:
+    """Tell the driver of the processes, and start their heartbeats; runs in Ray's controller."""
     handle = workers.get_worker_group_state().placement_group_handle
     processes = {
         worker.distributed_context.world_rank: (
@@ -27,32 +27,32 @@ def expect(desk: Desk, workers: Any) -> None:
         )
         for worker in workers.get_workers()
     }
-    desk.expect(processes, handle.placement_group.id.hex())
-    workers.execute(begin, desk)
+    control.expect(processes, handle.placement_group.id.hex())
+    workers.execute(start_heartbeat, control)
 
 
-def begin(desk: Desk) -> None:
-    """Beat from now on; run in each worker before the process group is made."""
-    global _pulse
-    context, group = ray.train.get_context(), placement_groups.of_this_worker()
+def start_heartbeat(control: RunControl) -> None:
+    """Start heartbeats; runs in each worker before the process group is created."""
+    global _sender
+    context, group = ray.train.get_context(), placement_groups.current_group()
     rank, workers = context.get_world_rank(), context.get_world_size()
-    fault_injection.stand(rank, 0, "join")
-    _pulse = Pulse(rank, partial(desk.beat, group=group), workers)
-    _pulse.start()
+    fault_injection.set_position(rank, 0, "join")
+    _sender = HeartbeatSender(rank, partial(control.heartbeat, group=group), workers)
+    _sender.start()
     fault_injection.at("join")
 
 
-def end() -> None:
-    """No more beats from here: the training function has its own pulse."""
-    global _pulse
-    if _pulse is not None:
-        _pulse.stop()
-        _pulse = None
+def stop_heartbeat() -> None:
+    """Stop the heartbeats of this module; the training function sends its own."""
+    global _sender
+    if _sender is not None:
+        _sender.stop()
+        _sender = None
 
 
-def leave(desk: Desk) -> None:
-    """No more beats, and none that is missed: of a worker whose function sends none."""
-    if _pulse is not None:
-        end()
+def mark_done(control: RunControl) -> None:
+    """Stop heartbeats and have none expected, for a worker function that sends none."""
+    if _sender is not None:
+        stop_heartbeat()
         context = ray.train.get_context()
-        desk.rest(context.get_world_rank(), placement_groups.of_this_worker())
+        control.mark_done(context.get_world_rank(), placement_groups.current_group())

@@ -79,7 +79,7 @@ def reference(
     cached_everywhere = all(workers.gather(tensors is not None))
     if tensors is None or not cached_everywhere:
         tensors = _compute(dataset, net, workers, identity["kernel_images"], batch_size)
-        if workers.leads:
+        if workers.is_main:
             _write_cache(url, identity, tensors)
     height, width, channels = dataset.manifest.image_shape
     here = {name: tensor.to(workers.device) for name, tensor in tensors.items()}

@@ -74,7 +74,7 @@ def evaluate(
     groups = groups_of(num_images, _cycle(denoiser, plan))
     seen = feature_metrics.see(net, batches, keep, workers, groups)
     metrics = (
-        feature_metrics.metrics(net, reference, seen, extras, held_out) if workers.leads else {}
+        feature_metrics.metrics(net, reference, seen, extras, held_out) if workers.is_main else {}
     )
     certificate = _certificate(denoiser.schedule, plan, net, reference, num_images, provenance)
     certificate["arithmetic"] = arithmetic(workers.device)
@@ -83,7 +83,7 @@ def evaluate(
     if extras.extrapolate:
         certificate["infinity"] = {f"{w}": _infinity(w, num_images) for w in net.widths}
         for reason in certificate["infinity"].values():
-            if workers.leads and reason.startswith("none"):
+            if workers.is_main and reason.startswith("none"):
                 log.warning("no distance of infinitely many samples is given: %s", reason)
     return Scores(metrics=workers.gather(metrics)[0], certificate=certificate)
 

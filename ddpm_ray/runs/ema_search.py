@@ -16,12 +16,12 @@ from ddpm_ray.config.ema_search import AverageConfig
 from ddpm_ray.config.loading import ConfigError, from_dict, to_dict
 from ddpm_ray.data.shards import open_dataset
 from ddpm_ray.distributed import fatal_errors, startup, worker_group
-from ddpm_ray.distributed.control_actor import Desk
+from ddpm_ray.distributed.control_actor import RunControl
 from ddpm_ray.evaluation import sample_quality
 from ddpm_ray.evaluation.reference_statistics import reference
 from ddpm_ray.models.unet import UNet
 from ddpm_ray.runs.evaluate import located
-from ddpm_ray.runs.train_worker import place
+from ddpm_ray.runs.train_worker import distributed_context
 from ddpm_ray.storage import object_store
 from ddpm_ray.storage.file_formats import package_version
 from ddpm_ray.training import checkpoints
@@ -112,14 +112,14 @@ def sweep(run: str, config: AverageConfig, home: Path, out: str = "") -> dict[st
 def average_worker(settings: dict[str, Any]) -> list[dict[str, Any]]:
     """One worker's part; the same on every worker: metrics, certificate and misfit by width."""
     config = from_dict(AverageConfig, settings["config"])
-    desk: Desk = settings["desk"]
-    startup.leave(desk)
-    if desk.look().fatal is not None:
+    control: RunControl = settings["control"]
+    startup.mark_done(control)
+    if control.status().fatal is not None:
         return []
     torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
     object_store.set_retry_timeout(config.cluster.storage_timeout_s)
-    with fatal_errors.ending_the_run(desk):
-        return list(scored(settings["run"], settings["step"], config, place()))
+    with fatal_errors.ending_the_run(control):
+        return list(scored(settings["run"], settings["step"], config, distributed_context()))
 
 
 def scored(

@@ -19,7 +19,7 @@ from ddpm_ray.config.loading import ConfigError, from_dict, to_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.shards import Dataset, open_dataset
 from ddpm_ray.distributed import fatal_errors, startup, worker_group
-from ddpm_ray.distributed.control_actor import Desk
+from ddpm_ray.distributed.control_actor import RunControl
 from ddpm_ray.evaluation import sample_quality
 from ddpm_ray.evaluation.likelihood_over_dataset import Likelihood, flow_likelihood
 from ddpm_ray.evaluation.memorisation import Neighbours, nearest, spread
@@ -27,7 +27,7 @@ from ddpm_ray.evaluation.reference_statistics import reference
 from ddpm_ray.evaluation.sample_quality import Scores
 from ddpm_ray.evaluation.vlb_over_dataset import BitsPerDim, bits_per_dim
 from ddpm_ray.runs import load_model
-from ddpm_ray.runs.train_worker import place
+from ddpm_ray.runs.train_worker import distributed_context
 from ddpm_ray.sampling.pipeline import TrainedModel
 from ddpm_ray.sampling.sampling import SamplingPlan, draw_uint8
 from ddpm_ray.storage import object_store
@@ -106,18 +106,18 @@ def located(wanted: EvaluationConfig, home: Path) -> EvaluationConfig:
 def evaluate_worker(settings: dict[str, Any]) -> dict[str, Any]:
     """One worker's part; the same scores on every worker."""
     config = from_dict(EvaluateConfig, settings["config"])
-    desk: Desk = settings["desk"]
-    startup.leave(desk)
-    if desk.look().fatal is not None:
+    control: RunControl = settings["control"]
+    startup.mark_done(control)
+    if control.status().fatal is not None:
         return {}
-    with fatal_errors.ending_the_run(desk):
+    with fatal_errors.ending_the_run(control):
         return _scores(config, settings)
 
 
 def _scores(config: EvaluateConfig, settings: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
     object_store.set_retry_timeout(config.cluster.storage_timeout_s)
-    workers = place()
+    workers = distributed_context()
     model = load_model.load(settings["model_uri"], workers.device, settings["tracking_uri"])
     plan = diffusion.sampling_plan(config.sampling, model.denoiser.schedule)
     model = load_model.led(model, config.lead, plan, settings["tracking_uri"])
@@ -145,7 +145,7 @@ def _scores(config: EvaluateConfig, settings: dict[str, Any]) -> dict[str, Any]:
             others = spread(open_dataset(held_out), count, workers)
             beside = near.beside(nearest(others, dataset, workers))
             found["metrics"] = found["metrics"] | beside
-        if workers.leads and (path := config.evaluation.memorisation_picture):
+        if workers.is_main and (path := config.evaluation.memorisation_picture):
             png = io.BytesIO()
             near.picture().save(png, format="PNG")
             object_store.write_bytes(path, png.getvalue())

@@ -19,12 +19,12 @@ from ddpm_ray.config.loading import from_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.shards import Dataset, DatasetError, open_dataset
 from ddpm_ray.distributed import fatal_errors, placement_groups, startup
-from ddpm_ray.distributed.control_actor import Desk
-from ddpm_ray.distributed.heartbeat import Pulse
+from ddpm_ray.distributed.control_actor import RunControl
+from ddpm_ray.distributed.heartbeat import HeartbeatSender
 from ddpm_ray.evaluation import sample_quality
 from ddpm_ray.evaluation.features.feature_extractor import FeatureNet
 from ddpm_ray.evaluation.reference_statistics import Reference, reference
-from ddpm_ray.reporting import Progress, Row, Wish
+from ddpm_ray.reporting import Command, Progress, Row
 from ddpm_ray.storage import object_store
 from ddpm_ray.storage.file_formats import package_version
 from ddpm_ray.tracking import mlflow_settings
@@ -50,24 +50,24 @@ log = logging.getLogger(__name__)
 def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     """Rank 0's report: the step reached, the committed checkpoint's URL, scores, Unix times."""
     mlflow_settings.apply()
-    desk: Desk = settings["desk"]
-    if desk.look().fatal is not None:  # an earlier attempt found that to go on is of no use
-        startup.leave(desk)
+    control: RunControl = settings["control"]
+    if control.status().fatal is not None:  # an earlier attempt found that to go on is of no use
+        startup.mark_done(control)
         return {}
-    with fatal_errors.ending_the_run(desk):
-        return _train(from_dict(RunConfig, settings["config"]), settings, desk)
+    with fatal_errors.ending_the_run(control):
+        return _train(from_dict(RunConfig, settings["config"]), settings, control)
 
 
-def _train(config: RunConfig, settings: dict[str, Any], desk: Desk) -> dict[str, Any]:
-    workers, group, undelivered = place(), placement_groups.of_this_worker(), 0
-    fault_injection.stand(workers.rank, 0, "open")
-    pulse = Pulse(workers.rank, partial(desk.beat, group=group), workers.count)
-    pulse.start()
-    startup.end()
+def _train(config: RunConfig, settings: dict[str, Any], control: RunControl) -> dict[str, Any]:
+    workers, group, undelivered = distributed_context(), placement_groups.current_group(), 0
+    fault_injection.set_position(workers.rank, 0, "open")
+    sender = HeartbeatSender(workers.rank, partial(control.heartbeat, group=group), workers.count)
+    sender.start()
+    startup.stop_heartbeat()
     try:
-        run = assemble(config, settings, desk.show, workers)
-        if workers.leads:
-            desk.start(run.state.step, group, workers.count)
+        run = assemble(config, settings, control.report, workers)
+        if workers.is_main:
+            control.record_start(run.state.step, group, workers.count)
         began = time.time()
         fault_injection.at("begin")
         try:
@@ -77,8 +77,8 @@ def _train(config: RunConfig, settings: dict[str, Any], desk: Desk) -> dict[str,
             if run.sink is not None:
                 undelivered = run.sink.close(config.tracking.last_rows_s)
     finally:
-        pulse.stop()
-        desk.rest(workers.rank, group)
+        sender.stop()
+        control.mark_done(workers.rank, group)
     return {
         "step": run.state.step,
         "checkpoint": run.checkpoints.committed,
@@ -93,7 +93,7 @@ def _train(config: RunConfig, settings: dict[str, Any], desk: Desk) -> dict[str,
 def assemble(
     config: RunConfig,
     settings: dict[str, Any],
-    show_progress: Callable[[Progress], Wish],
+    show_progress: Callable[[Progress], Command],
     workers: Workers,
 ) -> Run:
     """This worker's part of the run, at the step of its newest good checkpoint."""
@@ -114,7 +114,7 @@ def assemble(
         guard.resume(snapshot.facts["guard"])
         unsent = [Row(**row) for row in snapshot.facts["unsent_rows"]]
     check = writer.store.check_lease
-    sink = _tracker(config, settings, unsent, check) if workers.leads else None
+    sink = _tracker(config, settings, unsent, check) if workers.is_main else None
     gallery = _gallery(config, settings["folder"], dataset, state, workers, sink)
     draws = config.model.kind == "unet"
     return Run(
@@ -236,8 +236,8 @@ def _writer(config: RunConfig, settings: dict[str, Any], workers: Workers) -> Ch
     store = CheckpointStore(
         checkpoints, training.keep_checkpoints, planned_every=training.checkpoint_every_steps
     )
-    if workers.leads:
-        store.lead(Lease(**settings["lease"]).renewed())
+    if workers.is_main:
+        store.acquire_lease(Lease(**settings["lease"]).renewed())
     return CheckpointWriter(store)
 
 
@@ -254,7 +254,7 @@ def _nothing(step: int) -> None:
     """What is not wanted of a run, at each step."""
 
 
-def place() -> Workers:
+def distributed_context() -> Workers:
     """This process's place in its Ray Train worker group."""
     context = ray.train.get_context()
     device = ray.train.torch.get_device()
@@ -265,9 +265,9 @@ def place() -> Workers:
 
 def _newest(store: CheckpointStore, workers: Workers) -> tuple[str, Snapshot] | None:
     """The checkpoint that the leader found, read by each worker for itself, and its URL."""
-    found = store.load() if workers.leads else None
+    found = store.load() if workers.is_main else None
     where: str | None = workers.gather(found[0] if found else None)[0]
-    return found if workers.leads or where is None else (where, read(where))
+    return found if workers.is_main or where is None else (where, read(where))
 
 
 def _wrapped(model: nn.Module, config: RunConfig, workers: Workers) -> nn.Module:

@@ -57,7 +57,7 @@ class Board:
     """A handle on that actor; the driver and the trials hold one."""
 
     def __init__(self) -> None:
-        beside = placement_groups.beside_me()
+        beside = placement_groups.same_node_strategy()
         self._actor: Any = ray.remote(num_cpus=0, scheduling_strategy=beside)(_Board).remote()
 
     def stop(self, number: int) -> None:

@@ -59,7 +59,7 @@ class Candidates(Searcher):  # type: ignore[misc]  # Ray's types are not followe
         place = self._places.pop(number, None)
         self._book.left(number, DIED if error else "")
         if error and place is not None:
-            placement_groups.free(place)
+            placement_groups.remove(place)
         self._died = self._died or (error and place is None)
         self._free_lost_places()
 
@@ -72,7 +72,7 @@ class Candidates(Searcher):  # type: ignore[misc]  # Ray's types are not followe
     def _free_lost_places(self) -> None:
         """Once each trial at work has told its place, those of this job that are left are lost."""
         if self._died and self._places.keys() >= self._book.active:
-            for group in placement_groups.of_workers() - set(self._places.values()):
+            for group in placement_groups.worker_groups() - set(self._places.values()):
                 log.warning("a place of workers whose driver died is given back")
-                placement_groups.free(group)
+                placement_groups.remove(group)
             self._died = False

@@ -62,19 +62,19 @@ class CheckpointError(RuntimeError):
 class CheckpointStore:
     """The checkpoints below `url` of one run; one writer at a time, any number of readers.
 
-    A writer leads by a lease; without one (tests, tools) nobody stands in its way.
+    A writer holds a lease; without one (tests, tools) writes are not fenced.
     """
 
     def __init__(self, url: str, keep: int = 3, planned_every: int = 0) -> None:
         self.url, self.keep = url, keep  # the newest steps that are kept
         self.planned_every = planned_every  # steps; the newest multiple of it is kept as well
         self.lease: Lease | None = None
-        self._own: Pointer | None = None  # what this writer's next commit follows; set by `lead`
+        self._own: Pointer | None = None  # before this writer's next commit; see acquire_lease
         self._written: list[str] = []  # names of pointers that this writer may delete, oldest first
-        self._taken_over: list[Reference] = []  # which no pointer named; set by `lead`
+        self._taken_over: list[Reference] = []  # which no pointer named; see acquire_lease
         self._verified: Reference | None = None  # the newest that was read back whole
 
-    def lead(self, lease: Lease) -> None:
+    def acquire_lease(self, lease: Lease) -> None:
         """Commit by this lease from now on. Raises StorageError.
 
         A whole checkpoint that no pointer names (its writer died, or the pointers were lost) is
@@ -103,7 +103,7 @@ class CheckpointStore:
     def save(self, snapshot: Snapshot) -> str:
         """URL of the committed checkpoint folder; raises StorageError, and then commits nothing."""
         files = objects(snapshot)
-        # A writer that leads knows its commits: what it read now might be a later writer's.
+        # A writer with a lease knows its commits: the storage might hold a later writer's.
         newest = self._own or self.pointer()
         folder = f"{PREFIX}{snapshot.step:08d}-{newest.epoch:08d}-{secrets.token_hex(4)}"
         where, before = object_store.join(self.url, folder), newest.references
@@ -134,7 +134,7 @@ class CheckpointStore:
         Of its tensors all are read, or these `groups` alone; one that it lacks is left out.
         Falls back, with a warning, past damaged ones. Raises CheckpointError if all are: to start
         a month's run again from nothing in silence would be worse; and StorageError in an outage.
-        A writer that leads saves what it took over once more, and may find itself superseded.
+        A writer with a lease saves what it took over once more, and may find itself superseded.
         """
         references = self._own.references if self._own else self._known()
         reasons = []

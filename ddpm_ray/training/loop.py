@@ -13,7 +13,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from ddpm_ray import fault_injection
 from ddpm_ray.collectives import Workers
-from ddpm_ray.reporting import Progress, Row, Sink, Wish
+from ddpm_ray.reporting import Command, Progress, Row, Sink
 from ddpm_ray.training.checkpoint_writer import CheckpointWriter
 from ddpm_ray.training.checkpoints import read
 from ddpm_ray.training.divergence_guard import DivergedError, Guard, diverged
@@ -82,7 +82,7 @@ class Run:
     log: StepLog
     checkpoints: CheckpointWriter
     sink: Sink | None  # on the leader
-    show_progress: Callable[[Progress], Wish]  # on the leader
+    show_progress: Callable[[Progress], Command]  # on the leader
     draw_grid: Callable[[int], None]
     draw_strip: Callable[[int], None]
     evaluate: Callable[[int], None]  # leaves its scores in state.scores
@@ -100,14 +100,14 @@ def train(run: Run) -> bool:
     """
     state, plan = run.state, run.plan
     run.reported = (state.step, time.perf_counter())
-    wish = Wish.NOTHING
+    command = Command.NONE
     if state.step == 0 and plan.grid_every_steps:
         run.draw_grid(0)  # what the same noise gave before the first step
     if state.step > 0:
         show(run)  # an earlier start may have ended between its checkpoint and these
-    while state.step < plan.steps and wish is not Wish.STOP:
+    while state.step < plan.steps and command is not Command.STOP:
         rewound = take_step(run)
-        wish = Wish.NOTHING
+        command = Command.NONE
         fault_injection.at("between")
         step = state.step
         last = step == plan.steps
@@ -117,10 +117,10 @@ def train(run: Run) -> bool:
         if probes:
             run.probe(step)
         if saves or probes or step - run.reported[0] >= run.report_every_steps:
-            wish = report(run)
+            command = report(run)
             fault_injection.at("between")
         run.keep_averages(step)  # before the checkpoint that will name them
-        if saves or wish is not Wish.NOTHING:
+        if saves or command is not Command.NONE:
             save(run)
         show(run)
     run.checkpoints.wait()
@@ -162,7 +162,7 @@ def settle(run: Run) -> None:
 def take_step(run: Run) -> bool:
     """One optimiser step on all workers together; True where it led back to earlier weights."""
     state, plan = run.state, run.plan
-    fault_injection.stand(run.workers.rank, state.step + 1)
+    fault_injection.set_position(run.workers.rank, state.step + 1)
     fault_injection.at("batch")
     batch = run.stream.batch(state.step)
     losses, t = run.objective.backward(
@@ -229,7 +229,7 @@ def rewind(run: Run, error: DivergedError) -> None:
     run.checkpoints.wait()
     store = run.checkpoints.store
     (where, *_) = run.workers.gather(
-        store.at((step - 1) // every * every) if run.workers.leads else None
+        store.at((step - 1) // every * every) if run.workers.is_main else None
     )
     if where is None:
         raise error
@@ -250,7 +250,7 @@ def hand_on_rows(run: Run) -> list[Row]:
     return rows
 
 
-def report(run: Run) -> Wish:
+def report(run: Run) -> Command:
     """Hand on the rows since the last report; what the driver asks for, the same on all workers."""
     step, (last_step, last_time) = run.state.step, run.reported
     rows = hand_on_rows(run)
@@ -267,7 +267,7 @@ def report(run: Run) -> Wish:
     run.workers.sum_(agreed)  # the leader's word: all report, and stop, at the same steps
     run.report_every_steps = int(agreed[1])
     run.reported = (step, time.perf_counter())
-    return Wish(int(agreed[0]))
+    return Command(int(agreed[0]))
 
 
 def save(run: Run) -> None:

@@ -9,74 +9,74 @@ from ray.train.v2._internal.execution.scaling_policy import (
     ResizeDecision,
 )
 
-from ddpm_ray.distributed.control_actor import Notes
+from ddpm_ray.distributed.control_actor import RunStatus
 from ddpm_ray.distributed.elastic_scaling import SAVE_S, ElasticPolicy
-from ddpm_ray.reporting import Progress, Wish
+from ddpm_ray.reporting import Command, Progress
 
 
-class SlowDesk:
+class SlowControl:
     """Answers when the test says so; whoever waits for it would wait for ever."""
 
     def __init__(self) -> None:
-        self.answer: Notes | Exception | None = None
-        self.asked: list[Wish] = []
+        self.answer: RunStatus | Exception | None = None
+        self.asked: list[Command] = []
         self.restart_reasons: list[str] = []
 
-    def look(self) -> Notes:
+    def status(self) -> RunStatus:
         raise AssertionError("the controller waits for the actor")
 
-    def glance(self) -> Notes | None:
+    def poll(self) -> RunStatus | None:
         if isinstance(self.answer, Exception):
             raise self.answer
         answer, self.answer = self.answer, None
         return answer
 
-    def ask(self, wish: Wish) -> None:
-        self.asked.append(wish)
+    def request(self, command: Command) -> None:
+        self.asked.append(command)
 
     def report_restart(self, reason: str) -> None:
         self.restart_reasons.append(reason)
 
 
 @pytest.fixture
-def desk() -> SlowDesk:
-    return SlowDesk()
+def control() -> SlowControl:
+    return SlowControl()
 
 
 @pytest.fixture
-def policy(desk: SlowDesk, monkeypatch: pytest.MonkeyPatch) -> ElasticPolicy:
+def policy(control: SlowControl, monkeypatch: pytest.MonkeyPatch) -> ElasticPolicy:
     """With Ray's own decision to resize to one worker, again and again."""
     resize = ResizeDecision(num_workers=1, resources_per_worker={})
     monkeypatch.setattr(
         ElasticScalingPolicy, "make_decision_for_running_worker_group", lambda self, **_: resize
     )
-    return ElasticPolicy(ScalingConfig(num_workers=(1, 2)), [1, 2], desk)  # type: ignore[arg-type]
+    return ElasticPolicy(ScalingConfig(num_workers=(1, 2)), [1, 2], control)  # type: ignore[arg-type]
 
 
-def saved(checkpoint: str) -> Notes:
-    return Notes(Progress(1, 2, 0.0, 0.0, checkpoint=checkpoint), None, [], [])
+def saved(checkpoint: str) -> RunStatus:
+    return RunStatus(Progress(1, 2, 0.0, 0.0, checkpoint=checkpoint), None, [], [])
 
 
 def test_a_resize_waits_for_a_newer_checkpoint_and_never_for_the_actor(
-    policy: ElasticPolicy, desk: SlowDesk
+    policy: ElasticPolicy, control: SlowControl
 ) -> None:
-    desk.answer = saved("step-10")
+    control.answer = saved("step-10")
     decide = policy.make_decision_for_running_worker_group
     assert isinstance(decide(), NoopDecision)
-    assert desk.asked == [Wish.SAVE]
+    assert control.asked == [Command.CHECKPOINT]
     assert isinstance(decide(), NoopDecision)  # the actor is slow
-    desk.answer = saved("step-10")
+    control.answer = saved("step-10")
     assert isinstance(decide(), NoopDecision)
-    desk.answer = saved("step-20")
-    assert desk.restart_reasons == []
+    control.answer = saved("step-20")
+    assert control.restart_reasons == []
     assert isinstance(decide(), ResizeDecision)
-    assert desk.restart_reasons == ["resized to 1 worker"]
+    assert control.restart_reasons == ["resized to 1 worker"]
 
 
 def test_a_dead_actor_holds_no_resize_up_for_ever(
-    policy: ElasticPolicy, desk: SlowDesk, monkeypatch: pytest.MonkeyPatch
+    policy: ElasticPolicy, control: SlowControl, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    desk.answer = RayActorError()
+    control.answer = RayActorError()
     assert isinstance(policy.make_decision_for_running_worker_group(), NoopDecision)
     monkeypatch.setattr("time.monotonic", lambda now=policy._asked_s: now + SAVE_S)
     assert isinstance(policy.make_decision_for_running_worker_group(), ResizeDecision)

@@ -28,9 +28,9 @@ IS_FULL = "/runs/a: the disk is full; free some space or choose another path"
 
 
 @pytest.fixture
-def desk() -> Any:
+def control() -> Any:
     """The actor itself, in this process."""
-    return control_actor._Desk()
+    return control_actor._RunControlActor()
 
 
 @pytest.mark.parametrize(
@@ -78,31 +78,33 @@ def test_a_failure_of_the_controller_is_one_line(error: Exception, says: str) ->
     assert failures.reason(error).startswith(says)
 
 
-def test_a_restart_says_why_in_the_log(desk: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_restart_says_why_in_the_log(control: Any, caplog: pytest.LogCaptureFixture) -> None:
     """On commit d926ba0 each said "a worker was lost, or more have a place"."""
-    policy = failures.ReportedFailures(create_failure_policy(FailureConfig(max_failures=3)), desk)
+    policy = failures.ReportedFailures(
+        create_failure_policy(FailureConfig(max_failures=3)), control
+    )
     timeout = ControllerError(WorkerGroupStartupTimeoutError(2))
-    desk.start(0, "first", 2)
+    control.record_start(0, "first", 2)
     assert policy.make_decision(WorkerGroupError("", {1: FULL})) is FailureDecision.RETRY
     policy.make_decision(timeout)  # the cause is the failure before it
-    desk.start(10, "second", 2)
-    desk.report_restart("resized to 3 workers")  # as elastic.py does
-    desk.start(20, "third", 3)
-    desk.start(20, "fourth", 1)
-    starts = worker_group._Starts(ClusterConfig(), lambda *_: None)
+    control.record_start(10, "second", 2)
+    control.report_restart("resized to 3 workers")  # as elastic.py does
+    control.record_start(20, "third", 3)
+    control.record_start(20, "fourth", 1)
+    monitor = worker_group._GroupMonitor(ClusterConfig(), lambda *_: None)
     with caplog.at_level(logging.WARNING, "ddpm_ray"):
-        starts.note(control_actor.Notes.of(desk.look()))
-        starts.stall = "worker 1 gives no sign of life for 30 s, last at step 25; worker 0 waits"
-        desk.report_restart("worker 0 died (killed, or a crash of its own)")  # to end the stall
-        desk.start(25, "fifth", 1)
-        starts.note(control_actor.Notes.of(desk.look()))
+        monitor.report_starts(control_actor.RunStatus.of(control.status()))
+        monitor.stall = "worker 1 sent no heartbeat for 30 s, last seen at step 25; worker 0 waits"
+        control.report_restart("worker 0 died (killed, or a crash of its own)")  # to end the stall
+        control.record_start(25, "fifth", 1)
+        monitor.report_starts(control_actor.RunStatus.of(control.status()))
     ours = (record for record in caplog.records if record.name == worker_group.__name__)
     assert [record.getMessage() for record in ours] == [
         f"worker group restarted at step 10 with 2 workers (worker 1: {IS_FULL})",
         "worker group restarted at step 20 with 3 workers (resized to 3 workers)",
         "worker group restarted at step 20 with 1 worker (a worker was lost)",
-        "worker group restarted at step 25 with 1 worker (worker 1 gives no sign of life for 30 s, "
-        "last at step 25)",
+        "worker group restarted at step 25 with 1 worker (worker 1 sent no heartbeat for 30 s, "
+        "last seen at step 25)",
     ]
 
 
@@ -113,7 +115,7 @@ def test_ray_is_given_the_policy_that_reports(monkeypatch: pytest.MonkeyPatch) -
         lambda self, **settings: given.update(settings),
     )
     trainer = worker_group._Trainer.__new__(worker_group._Trainer)
-    trainer.desk = SimpleNamespace()  # type: ignore[assignment]
+    trainer.control = SimpleNamespace()  # type: ignore[assignment]
     policy = create_failure_policy(FailureConfig(max_failures=3))
     trainer._initialize_and_run_controller(failure_policy=policy, scaling_policy="Ray's own")
     assert isinstance(given["failure_policy"], failures.ReportedFailures)

@@ -82,7 +82,7 @@ def test_a_mistake_on_a_gpu_comes_again(text: str) -> None:
         ray.exceptions.ActorDiedError(),
         ConnectionResetError(104, "Connection reset by peer"),
         StorageError("s3://bucket/a", "no answer in 180 s", "check the endpoint"),
-        fault_injection.InjectedFaultError("fault at batch, step 3: as asked for"),
+        fault_injection.InjectedFaultError("injected fault at batch, step 3"),
         SupersededError("s3://bucket/run", 8),
     ],
     ids=lambda error: f"{type(error).__name__} {error}"[:50],
@@ -140,10 +140,12 @@ def test_workers_tell_what_ends_the_run(
         raise error
 
     monkeypatch.setattr(f"ddpm_ray.runs.{part}", fails)
-    monkeypatch.setattr(ema_search, "place", Workers)
+    monkeypatch.setattr(ema_search, "distributed_context", Workers)
     reasons: list[str] = []
-    desk = SimpleNamespace(look=lambda: SimpleNamespace(fatal=None), give_up=reasons.append)
-    settings = {"desk": desk, "config": {}, "run": "", "step": 0}
+    control = SimpleNamespace(
+        status=lambda: SimpleNamespace(fatal=None), report_fatal=reasons.append
+    )
+    settings = {"control": control, "config": {}, "run": "", "step": 0}
     with pytest.raises(type(error), match=r"no step|closed by peer"):
         work(settings)
     assert [reason.partition(" (")[0] for reason in reasons] == told

@@ -6,16 +6,22 @@ from dataclasses import replace
 import pytest
 
 from ddpm_ray import fault_injection
-from ddpm_ray.distributed.heartbeat import FIRST_STEP, SLOW_STEPS, Beat, Pulse, stalled
+from ddpm_ray.distributed.heartbeat import (
+    FIRST_STEP,
+    SLOW_STEPS,
+    Heartbeat,
+    HeartbeatSender,
+    describe_stall,
+)
 from tests.limits import ENDS_S
 
 LIMIT_S, STORAGE_S = 25.0, 180.0
-MOVING = Beat(rank=0, step=40, point="gradient", stood_s=0.3, step_s=0.5)
-WAITING = replace(MOVING, stood_s=30.0)
+MOVING = Heartbeat(rank=0, step=40, point="gradient", stalled_s=0.3, step_s=0.5)
+WAITING = replace(MOVING, stalled_s=30.0)
 
 
-def told(*beats: Beat) -> str:
-    return stalled(list(beats), LIMIT_S, STORAGE_S)
+def told(*heartbeats: Heartbeat) -> str:
+    return describe_stall(list(heartbeats), LIMIT_S, STORAGE_S)
 
 
 def test_workers_that_move_are_left_alone() -> None:
@@ -26,20 +32,20 @@ def test_workers_that_move_are_left_alone() -> None:
 def test_a_frozen_worker_is_named_and_not_those_that_wait_for_it() -> None:
     frozen = replace(MOVING, rank=1, silent_s=26.0)
     assert told(replace(WAITING, step=41, point="batch"), frozen) == (
-        "worker 1 gives no sign of life for 26 s, last at step 40, "
-        "after a worker's own loss, before its gradients meet those of the others; worker 0 waits "
-        "at step 41, before the images of a step are asked for"
+        "worker 1 sent no heartbeat for 26 s, last seen at step 40, "
+        "after a worker's own loss, before gradients are summed over the workers; worker 0 waits "
+        "at step 41, before the batch of a step is read"
     )
 
 
 def test_the_one_furthest_behind_is_named() -> None:
     behind = replace(WAITING, rank=2, point="update")
     ahead = replace(WAITING, step=41)
-    assert told(ahead, behind).startswith("worker 2 stands still for 30 s at step 40, after the")
+    assert told(ahead, behind).startswith("worker 2 stalled for 30 s at step 40, after")
 
 
 def test_where_all_wait_at_one_place_all_are_named() -> None:
-    assert told(replace(WAITING, rank=1), WAITING).count("stands still") == 2
+    assert told(replace(WAITING, rank=1), WAITING).count("stalled") == 2
 
 
 @pytest.mark.parametrize("point", ["between", "snapshot", "batch"])
@@ -55,7 +61,7 @@ def test_who_waits_for_one_that_draws_samples_is_not_to_blame() -> None:
 
 
 def test_a_sum_that_is_done_leaves_the_thread_where_it_was() -> None:
-    fault_injection.stand(0, 8)
+    fault_injection.set_position(0, 8)
     fault_injection.at("between")
     with fault_injection.during("reduce"):
         assert fault_injection.position().point == "reduce"
@@ -66,42 +72,42 @@ def test_a_sum_that_is_done_leaves_the_thread_where_it_was() -> None:
 
 
 def test_storage_that_never_comes_back_is_told_in_the_end() -> None:
-    waits = replace(WAITING, point="batch", stood_s=LIMIT_S + STORAGE_S + 1)
-    assert "before the images" in told(waits)
+    waits = replace(WAITING, point="batch", stalled_s=LIMIT_S + STORAGE_S + 1)
+    assert "before the batch" in told(waits)
 
 
 def test_slow_steps_and_the_first_one_have_longer() -> None:
     slow = replace(WAITING, step_s=10.0)
-    assert not told(replace(slow, stood_s=SLOW_STEPS * 10.0 - 1))
-    assert told(replace(slow, stood_s=SLOW_STEPS * 10.0 + 1))
+    assert not told(replace(slow, stalled_s=SLOW_STEPS * 10.0 - 1))
+    assert told(replace(slow, stalled_s=SLOW_STEPS * 10.0 + 1))
     first = replace(WAITING, step_s=0.0)
-    assert not told(replace(first, stood_s=LIMIT_S * FIRST_STEP - 1))
-    assert told(replace(first, stood_s=LIMIT_S * FIRST_STEP + 1))
+    assert not told(replace(first, stalled_s=LIMIT_S * FIRST_STEP - 1))
+    assert told(replace(first, stalled_s=LIMIT_S * FIRST_STEP + 1))
 
 
 def test_a_pulse_tells_where_the_training_thread_is_not_other_threads() -> None:
-    beats: list[Beat] = []
+    heartbeats: list[Heartbeat] = []
     told, enough = threading.Event(), threading.Event()
 
-    def tell(beat: Beat) -> None:
-        beats.append(beat)
+    def tell(heartbeat: Heartbeat) -> None:
+        heartbeats.append(heartbeat)
         told.set()
-        if len(beats) == 2:
+        if len(heartbeats) == 2:
             enough.set()
 
-    fault_injection.stand(3, 8)
+    fault_injection.set_position(3, 8)
     fault_injection.at("update")
     upload = threading.Thread(target=fault_injection.at, args=("object",))
     upload.start()
     upload.join()
-    pulse = Pulse(3, tell)
-    pulse.start()
+    sender = HeartbeatSender(3, tell)
+    sender.start()
     assert told.wait(ENDS_S)
     fault_injection.at("reduce")
     assert enough.wait(ENDS_S)
-    pulse.stop()
-    assert [(beat.rank, beat.step, beat.point) for beat in beats[:2]] == [
+    sender.stop()
+    assert [(heartbeat.rank, heartbeat.step, heartbeat.point) for heartbeat in heartbeats[:2]] == [
         (3, 8, "update"),
         (3, 8, "reduce"),
     ]
-    assert all(0 <= beat.stood_s < 60 for beat in beats)
+    assert all(0 <= heartbeat.stalled_s < 60 for heartbeat in heartbeats)

@@ -38,9 +38,9 @@ def run(show: Callable[[Progress], bool | None], places: list[str]) -> Any:
     """A group of one worker that works until it is asked to stop."""
 
     def worker(settings: dict[str, Any]) -> str:  # nested, so that it travels by value
-        desk, place = settings["desk"], placement_groups.of_this_worker()
-        desk.start(0, place, 1)
-        while not desk.show(Progress(1, 2, 0.0, 0.0)):
+        control, place = settings["control"], placement_groups.current_group()
+        control.record_start(0, place, 1)
+        while not control.report(Progress(1, 2, 0.0, 0.0)):
             threading.Event().wait(0.05)
         return place
 
@@ -50,7 +50,7 @@ def run(show: Callable[[Progress], bool | None], places: list[str]) -> Any:
 def come_back() -> bool:
     """Whether all CPUs are free, and no place is held, within ten seconds."""
     until = time.monotonic() + FREE_WITHIN_S
-    while ray.available_resources().get("CPU", 0.0) < CPUS or placement_groups.of_workers():
+    while ray.available_resources().get("CPU", 0.0) < CPUS or placement_groups.worker_groups():
         if time.monotonic() > until:
             return False
         threading.Event().wait(0.1)
@@ -62,7 +62,7 @@ def test_who_is_stopped_leaves_nothing_behind() -> None:
     held: list[set[str]] = []
 
     def show(_: Progress) -> bool:
-        held.append(placement_groups.of_workers())
+        held.append(placement_groups.worker_groups())
         return True
 
     places: list[str] = []

@@ -1,4 +1,4 @@
-"""A worker before its first step: its signs of life, and that it opens what the driver checked."""
+"""A worker before its first step: its heartbeats, and that it opens what the driver checked."""
 
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -13,15 +13,15 @@ from ddpm_ray.config.loading import from_dict, load, to_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.shards import DatasetError, open_dataset
 from ddpm_ray.distributed import control_actor, heartbeat
-from ddpm_ray.distributed.heartbeat import Beat, stalled
-from ddpm_ray.reporting import Wish
+from ddpm_ray.distributed.heartbeat import Heartbeat, describe_stall
+from ddpm_ray.reporting import Command
 from ddpm_ray.runs import train_worker
 from ddpm_ray.training.state import Snapshot
 from tests.faults.lives import TINY
 from tests.noise import pack_noise
 
 LIMIT_S, STORAGE_S = 25.0, 180.0
-OPENS = Beat(rank=0, step=0, point="open", stood_s=0.0, step_s=0.0, workers=2)
+OPENS = Heartbeat(rank=0, step=0, point="open", stalled_s=0.0, step_s=0.0, workers=2)
 
 
 class Clock:
@@ -41,67 +41,71 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return made
 
 
-def beats_of(desk: control_actor._Desk) -> list[Beat]:
-    return control_actor.Notes.of(desk.look()).beats
+def heartbeats_of(control: control_actor._RunControlActor) -> list[Heartbeat]:
+    return control_actor.RunStatus.of(control.status()).heartbeats
 
 
 def test_a_worker_frozen_before_its_first_beat_is_named(clock: Clock) -> None:
-    """On commit c58b265 nothing was said for 170 s: no beat came before the first step."""
-    desk = control_actor._Desk()
-    desk.beat(asdict(OPENS), "group")
-    assert not stalled(beats_of(desk), LIMIT_S, STORAGE_S)
+    """On commit c58b265 nothing was said for 170 s: no heartbeat came before the first step."""
+    control = control_actor._RunControlActor()
+    control.heartbeat(asdict(OPENS), "group")
+    assert not describe_stall(heartbeats_of(control), LIMIT_S, STORAGE_S)
     clock.now_s = LIMIT_S + 1
-    desk.beat(asdict(replace(OPENS, point="restore", stood_s=20.0)), "group")
-    assert control_actor.Notes.of(desk.look()).group == "group"
-    assert stalled(beats_of(desk), LIMIT_S, STORAGE_S).startswith(
-        "worker 1 gives no sign of life for 26 s, last at step 0, as it starts, before its process "
-        "group is made; worker 0 waits at step 0, as it starts, before its checkpoint is looked for"
+    control.heartbeat(asdict(replace(OPENS, point="restore", stalled_s=20.0)), "group")
+    assert control_actor.RunStatus.of(control.status()).group == "group"
+    assert describe_stall(heartbeats_of(control), LIMIT_S, STORAGE_S).startswith(
+        "worker 1 sent no heartbeat for 26 s, last seen at step 0, at start-up, before the "
+        "process group is created; worker 0 waits at step 0, at start-up, before the checkpoint is "
+        "looked up"
     )
 
 
 def test_a_process_that_never_answers_is_named_though_no_worker_beats(clock: Clock) -> None:
     """It froze before the process group was made, in which the others wait for it, or is alone.
 
-    Imports on a cold disk are no stall: a first beat may take FIRST_BEAT times as long.
+    Imports on a cold disk are no stall: a first heartbeat may take FIRST_HEARTBEAT times as long.
     """
-    desk = control_actor._Desk()
-    desk.expect({0: "process 41 on a", 1: "process 42 on b"}, "group")
-    assert control_actor.Notes.of(desk.look()).group == "group"
-    clock.now_s = heartbeat.FIRST_BEAT * LIMIT_S - 1
-    desk.beat(asdict(replace(OPENS, point="join")), "group")
-    assert not stalled(beats_of(desk), LIMIT_S, STORAGE_S)
+    control = control_actor._RunControlActor()
+    control.expect({0: "process 41 on a", 1: "process 42 on b"}, "group")
+    assert control_actor.RunStatus.of(control.status()).group == "group"
+    clock.now_s = heartbeat.FIRST_HEARTBEAT * LIMIT_S - 1
+    control.heartbeat(asdict(replace(OPENS, point="join")), "group")
+    assert not describe_stall(heartbeats_of(control), LIMIT_S, STORAGE_S)
     clock.now_s += 2
-    assert stalled(beats_of(desk), LIMIT_S, STORAGE_S) == (
-        "worker 1 (process 42 on b) has not started: it gives no sign of life for 101 s; "
-        "worker 0 waits at step 0, as it starts, before its process group is made"
+    assert describe_stall(heartbeats_of(control), LIMIT_S, STORAGE_S) == (
+        "worker 1 (process 42 on b) has not started: no heartbeat for 101 s; "
+        "worker 0 waits at step 0, at start-up, before the process group is created"
     )
-    alone = control_actor._Desk()
+    alone = control_actor._RunControlActor()
     alone.expect({0: "process 43 on c"}, "group")
-    clock.now_s += heartbeat.FIRST_BEAT * LIMIT_S + 1
-    assert "worker 0 (process 43 on c) has not started" in stalled(
-        beats_of(alone), LIMIT_S, STORAGE_S
+    clock.now_s += heartbeat.FIRST_HEARTBEAT * LIMIT_S + 1
+    assert "worker 0 (process 43 on c) has not started" in describe_stall(
+        heartbeats_of(alone), LIMIT_S, STORAGE_S
     )
 
 
 def test_a_slow_start_is_no_stall(clock: Clock) -> None:
     """Beats come from a thread: an index or a checkpoint may take as long as it takes."""
-    desk = control_actor._Desk()
+    control = control_actor._RunControlActor()
     for clock.now_s in range(0, 3600, 2):
         for rank in range(2):
-            desk.beat(asdict(replace(OPENS, rank=rank, stood_s=clock.now_s)), "group")
-        assert not stalled(beats_of(desk), LIMIT_S, STORAGE_S)
+            control.heartbeat(asdict(replace(OPENS, rank=rank, stalled_s=clock.now_s)), "group")
+        assert not describe_stall(heartbeats_of(control), LIMIT_S, STORAGE_S)
 
 
 def test_beats_of_a_group_that_is_gone_count_no_more(clock: Clock) -> None:
-    desk = control_actor._Desk()
-    desk.beat(asdict(replace(OPENS, workers=3)), "first")
-    desk.beat(asdict(OPENS), "second")
-    desk.beat(asdict(replace(OPENS, rank=2, workers=3, step=9)), "first")  # on its way since then
-    assert [(beat.rank, beat.step) for beat in beats_of(desk)] == [(0, 0), (1, 0)]
-    desk.start(5, "second", 2)
-    desk.rest(0, "first")  # it woke up, and ends
-    desk.rest(1, "second")
-    assert [beat.rank for beat in beats_of(desk)] == [0]
+    control = control_actor._RunControlActor()
+    control.heartbeat(asdict(replace(OPENS, workers=3)), "first")
+    control.heartbeat(asdict(OPENS), "second")
+    control.heartbeat(asdict(replace(OPENS, rank=2, workers=3, step=9)), "first")  # late
+    assert [(one.rank, one.step) for one in heartbeats_of(control)] == [
+        (0, 0),
+        (1, 0),
+    ]
+    control.record_start(5, "second", 2)
+    control.mark_done(0, "first")  # it woke up, and ends
+    control.mark_done(1, "second")
+    assert [one.rank for one in heartbeats_of(control)] == [0]
 
 
 @pytest.fixture
@@ -121,7 +125,7 @@ def settings(tmp_path: Path) -> dict[str, Any]:
 def assemble(settings: dict[str, Any]) -> None:
     config = from_dict(RunConfig, settings["config"])
     alone = Workers(1, 2, torch.device("cpu"))  # not the leader
-    train_worker.assemble(config, settings, lambda _: Wish.NOTHING, alone)
+    train_worker.assemble(config, settings, lambda _: Command.NONE, alone)
 
 
 @pytest.mark.parametrize("name", ["data", "held-out"])
@@ -145,7 +149,7 @@ def test_a_data_set_that_the_checkpoint_was_not_trained_on_is_refused(
 
 
 def test_the_places_of_a_start_come_before_those_of_a_step() -> None:
-    places = [replace(OPENS, point=point).place for point in fault_injection.PLACES]
+    places = [replace(OPENS, point=point).position for point in fault_injection.ALL_POINTS]
     assert places == sorted(places)
     assert set(heartbeat.WAITS_FOR_OTHERS + heartbeat.WAITS_FOR_STORAGE) <= set(
         fault_injection.POINTS

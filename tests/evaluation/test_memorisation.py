@@ -234,7 +234,7 @@ def test_the_job_tells_of_a_model_that_recites(
     provenance = {"config": to_dict(RunConfig())}
     model = TrainedModel(Denoiser.of_noise(recite, schedule), (3, 6, 6), provenance)
     monkeypatch.setattr(load_model, "load", lambda *_: model)
-    monkeypatch.setattr(evaluate, "place", Workers)
+    monkeypatch.setattr(evaluate, "distributed_context", Workers)
     pack(tmp_path / "held-out", FRESH, [4, 2])
     picture = tmp_path / "nearest.png"
     wanted = EvaluationConfig(
@@ -243,8 +243,8 @@ def test_the_job_tells_of_a_model_that_recites(
         held_out_url=str(tmp_path / "held-out"),
     )
     config = EvaluateConfig(data_url=dataset.url, evaluation=wanted)
-    desk = SimpleNamespace(look=lambda: SimpleNamespace(fatal=None), give_up=pytest.fail)
-    settings = {"model_uri": "", "tracking_uri": "", "config": to_dict(config), "desk": desk}
+    control = SimpleNamespace(status=lambda: SimpleNamespace(fatal=None), report_fatal=pytest.fail)
+    settings = {"model_uri": "", "tracking_uri": "", "config": to_dict(config), "control": control}
     found = evaluate.evaluate_worker(settings)
     assert found["metrics"] == {
         "eval/memorised_share": 1,

@@ -27,7 +27,7 @@ from ddpm_ray.collectives import Workers
 from ddpm_ray.config.loading import from_dict, load, to_dict, to_yaml
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.counter_rng import Purpose
-from ddpm_ray.reporting import RATES, Progress, Wish
+from ddpm_ray.reporting import RATES, Command, Progress
 from ddpm_ray.runs import train as training_run
 from ddpm_ray.runs.train_worker import assemble
 from ddpm_ray.tracking import mlflow_runs
@@ -205,12 +205,12 @@ def _work(rank: int, count: int, meeting: str, settings: dict[str, Any], planned
         assert run.sink.close(LIFE_S) == 0
 
 
-def _show(meter: str, progress: Progress) -> Wish:
+def _show(meter: str, progress: Progress) -> Command:
     if meter:
         process = psutil.Process()
         with Path(meter).open("a") as lines:
             lines.write(f"{progress.step} {process.memory_info().rss} {process.num_fds()}\n")
-    return Wish.NOTHING
+    return Command.NONE
 
 
 def _keep_ledger(run: Run, file: Path) -> None:

@@ -109,8 +109,8 @@ MUTATIONS = (
     Mutation("half a checkpoint stays", CHECKPOINTS,
              "for folder in unfinished:", "for folder in list[str]():", LEASE),
     Mutation("no fence", CHECKPOINTS,
-             'faults.at("commit")\n        if self.lease is not None:\n'
-             "            self.lease.check()", 'faults.at("commit")', LEASE),
+             'fault_injection.at("commit")\n        if self.lease is not None:\n'
+             "            self.lease.check()", 'fault_injection.at("commit")', LEASE),
     Mutation("what was taken over is not copied", CHECKPOINTS,
              "taken_over = reference in self._taken_over", "taken_over = False", FENCING),
     Mutation("the pointer that was written last counts", "ddpm_ray/training/checkpoint_pointers.py",
@@ -121,8 +121,8 @@ MUTATIONS = (
     Mutation("two jobs take a run back and forth", "ddpm_ray/training/writer_lease.py",
              "_next(refuse_others=True)", "_next(refuse_others=False)", LEASE),
     Mutation("a frozen worker is not missed", "ddpm_ray/distributed/heartbeat.py",
-             "silent = [beat for beat in beats if beat.silent_s > limit_s]",
-             "silent: list[Beat] = []", "tests/distributed/test_heartbeat.py"),
+             "silent = [one for one in heartbeats if one.is_silent(limit_s)]",
+             "silent: list[Heartbeat] = []", "tests/distributed/test_heartbeat.py"),
 )  # fmt: skip
 
 

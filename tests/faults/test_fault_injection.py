@@ -23,9 +23,9 @@ def test_it_strikes_once_at_its_point_step_and_rank(
 ) -> None:
     plan(monkeypatch, tmp_path, "fail@commit:5/1")
     for rank, step, point in [(1, 4, "commit"), (0, 5, "commit"), (1, 5, "update")]:
-        fault_injection.stand(rank, step)
+        fault_injection.set_position(rank, step)
         fault_injection.at(point)
-    fault_injection.stand(1, 6)  # step 5 did not pass there
+    fault_injection.set_position(1, 6)  # step 5 did not pass there
     with pytest.raises(InjectedFaultError, match="fault at commit, step 6"):
         fault_injection.at("commit")
     fault_injection.at("commit")
@@ -33,7 +33,7 @@ def test_it_strikes_once_at_its_point_step_and_rank(
 
 def test_each_of_several_strikes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     plan(monkeypatch, tmp_path / "new", "fail@batch", "fail@batch")
-    fault_injection.stand(3, 1)
+    fault_injection.set_position(3, 1)
     for _ in range(2):
         with pytest.raises(InjectedFaultError, match="fault at batch"):
             fault_injection.at("batch")
@@ -43,8 +43,8 @@ def test_each_of_several_strikes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 @pytest.mark.parametrize(
     "text, says",
     [
-        ("", "begin with an absolute folder"),
-        ("kill@batch", "begins with 'kill@batch'"),
+        ("", "start it with an absolute folder"),
+        ("kill@batch", "starts with 'kill@batch'"),
         ("/tmp/x maim@batch", r"'maim@batch' is not ACTION@POINT.*actions: kill, term"),
         ("/tmp/x kill@lunch", r"points: join, open, restore, begin, batch"),
         ("/tmp/x kill@batch:soon", r"is not ACTION@POINT\[:STEP\]\[/RANK\]"),
@@ -52,4 +52,4 @@ def test_each_of_several_strikes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 )
 def test_what_cannot_be_understood_is_told(text: str, says: str) -> None:
     with pytest.raises(FaultSyntaxError, match=says):
-        fault_injection.planned(text)
+        fault_injection.parse_faults(text)

@@ -38,7 +38,7 @@ from ddpm_ray.data.packing import packer
 from ddpm_ray.data.packing.pack_options import PackOptions
 from ddpm_ray.data.shards import open_dataset
 from ddpm_ray.distributed import worker_group
-from ddpm_ray.reporting import Progress, Wish
+from ddpm_ray.reporting import Command, Progress
 from ddpm_ray.runs import train as training_run
 from ddpm_ray.storage import object_store
 from ddpm_ray.sweep import capacity, driver
@@ -88,15 +88,15 @@ def run_sweep(home: Path, interrupted: int | None = None) -> tuple[list[int], li
     overrides = [*SWEEP, *(f"run.{key}" for key in _places(home))]
     config, begun = load(SweepConfig, None, overrides), list[int]()
 
-    def wish(progress: Progress) -> Wish:
+    def command(progress: Progress) -> Command:
         stops = begun[-1] == interrupted and progress.step >= HALF
-        return Wish.STOP if stops else Wish.NOTHING
+        return Command.STOP if stops else Command.NONE
 
     def work(told: dict[str, Any], **settings: Any) -> None:
         begun.append(told["number"])
         run_trial(told, **settings)
 
-    with _without_tune(lambda: begun[-1:] == [interrupted]), without_ray(wish):
+    with _without_tune(lambda: begun[-1:] == [interrupted]), without_ray(command):
         outcome = driver.sweep(config, home, lambda *_: None, work)
     assert outcome.finished == (interrupted is None)
     return begun, outcome.trials

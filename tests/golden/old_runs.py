@@ -23,7 +23,7 @@ from ddpm_ray.collectives import Workers
 from ddpm_ray.config.loading import load
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.distributed import placement_groups, worker_group
-from ddpm_ray.reporting import Progress, Wish
+from ddpm_ray.reporting import Command, Progress
 from ddpm_ray.runs import train as training_run
 from ddpm_ray.runs import train_worker
 from ddpm_ray.tracking import model_registry
@@ -80,19 +80,19 @@ def cpu_model() -> str:
 
 
 @contextmanager
-def without_ray(wish: Callable[[Progress], Wish] = lambda _: Wish.NOTHING) -> Iterator[None]:
-    """Runs train in this process; `wish(progress)` is what their driver asks of them."""
+def without_ray(command: Callable[[Progress], Command] = lambda _: Command.NONE) -> Iterator[None]:
+    """Runs train in this process; `command(progress)` is what their driver asks of them."""
 
     def run(work: Any, settings: dict[str, Any], *_: Any) -> Any:
         control = mock.MagicMock()
-        control.look.return_value.fatal = None
-        control.show.side_effect = wish
-        return work(settings | {"desk": control})
+        control.status.return_value.fatal = None
+        control.report.side_effect = command
+        return work(settings | {"control": control})
 
     with (
         mock.patch.object(worker_group, "run", run),
-        mock.patch.object(train_worker, "place", return_value=Workers(0, 1)),
-        mock.patch.object(placement_groups, "of_this_worker", return_value="none"),
+        mock.patch.object(train_worker, "distributed_context", return_value=Workers(0, 1)),
+        mock.patch.object(placement_groups, "current_group", return_value="none"),
         mock.patch("socket.gethostname", return_value="host"),
         mock.patch.object(model_registry, "log_model"),
     ):

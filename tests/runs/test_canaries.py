@@ -36,12 +36,12 @@ from ddpm_ray.runs.train_worker import assemble
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.loading import from_dict
 from ddpm_ray.training.loop import train
-from ddpm_ray.reporting import Wish
+from ddpm_ray.reporting import Command
 from ddpm_ray.collectives import Workers
 
 def alone(worker, settings, *_):
     config = from_dict(RunConfig, settings["config"])
-    run = assemble(config, settings, lambda _: Wish.NOTHING, Workers())
+    run = assemble(config, settings, lambda _: Command.NONE, Workers())
     try:
         train(run)
     finally:

@@ -19,7 +19,7 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutErro
 from ddpm_ray import cli
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.distributed import signals, worker_group
-from ddpm_ray.distributed.control_actor import ControlLostError, Desk
+from ddpm_ray.distributed.control_actor import ControlLostError, RunControl
 from ddpm_ray.distributed.worker_group import RunFailedError
 from ddpm_ray.tracking import mlflow_runs, model_registry
 from ddpm_ray.training.checkpoints import CHECKPOINTS
@@ -184,15 +184,18 @@ class Actor:
 
 
 @pytest.fixture
-def desk(monkeypatch: pytest.MonkeyPatch) -> Desk:
+def control(monkeypatch: pytest.MonkeyPatch) -> RunControl:
     """With an actor that is not there; ray.wait says that each reply has come."""
-    made = Desk.__new__(Desk)
-    made._actor, made._notes, made._reply = Actor(), [], None
+    made = RunControl.__new__(RunControl)
+    made._actor, made._reports, made._status = Actor(), [], None
     monkeypatch.setattr(ray, "wait", lambda replies, **_: (replies, []))
     return made
 
 
-DEATH = "The actor died unexpectedly before finishing this task.\n\tclass_name: _Desk\n\tpid: 7\n"
+DEATH = (
+    "The actor died unexpectedly before finishing this task.\n\tclass_name: _RunControlActor"
+    "\n\tpid: 7\n"
+)
 
 
 @pytest.mark.parametrize(
@@ -206,19 +209,19 @@ DEATH = "The actor died unexpectedly before finishing this task.\n\tclass_name: 
     ],
 )
 def test_an_actor_that_is_gone_is_one_line(
-    error: Exception, says: str, desk: Desk, monkeypatch: pytest.MonkeyPatch
+    error: Exception, says: str, control: RunControl, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def get(*_: Any, **__: Any) -> Any:
         raise error
 
     monkeypatch.setattr(ray, "get", get)
     with pytest.raises(ControlLostError, match=says + r".*the same command continues") as lost:
-        desk.look()
+        control.status()
     assert "\n" not in str(lost.value)
 
 
 def test_an_actor_that_cannot_be_reached_for_a_while_ends_nothing(
-    desk: Desk, monkeypatch: pytest.MonkeyPatch
+    control: RunControl, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     replies: list[Any] = [ActorUnavailableError("x", b"0" * 16), (None, None, [], [], "")]
 
@@ -228,9 +231,9 @@ def test_an_actor_that_cannot_be_reached_for_a_while_ends_nothing(
         return replies[0]
 
     monkeypatch.setattr(ray, "get", get)
-    assert desk.glance() is None
-    assert desk.glance() is None  # the one that was lost
-    assert (found := desk.glance()) is not None
+    assert control.poll() is None
+    assert control.poll() is None  # the one that was lost
+    assert (found := control.poll()) is not None
     assert found.fatal is None
 
 

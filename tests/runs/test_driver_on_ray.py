@@ -70,10 +70,10 @@ def test_a_closed_terminal_commits_a_checkpoint_and_leaves_nothing(tmp_path: Pat
 @pytest.mark.parametrize(
     "point, said",
     [  # in the process group's making the others wait, for cluster.timeout_s
-        ("join", r"worker 1 \(process \d+ on \S+\) has not started: it gives no sign of life for "),
+        ("join", r"worker 1 \(process \d+ on \S+\) has not started: no heartbeat for "),
         (
             "open",
-            r"worker 1 gives no sign of life for .* as it starts, before its data set is open",
+            r"worker 1 sent no heartbeat for .* at start-up, before the data set is open",
         ),
     ],
 )
@@ -84,5 +84,5 @@ def test_a_worker_frozen_as_it_starts_is_named_and_the_run_goes_on(
     short = ("training.steps=20", "training.checkpoint_every_steps=20")
     job = Job(tmp_path, (*LONG, *short, "cluster.stall_timeout_s=10")).run()
     assert job.code == 0, job.told
-    (line,) = [line for line in job.lines if "all are started again" in line]
+    (line,) = [line for line in job.lines if "restarting the worker group" in line]
     assert re.search(said, line)

@@ -109,29 +109,29 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @dataclass
-class Desk:
+class RunControl:
     """What a worker tells its driver."""
 
     fatal: str | None = None
 
-    def look(self) -> "Desk":
+    def status(self) -> "RunControl":
         return self
 
-    def give_up(self, reason: str) -> None:
+    def report_fatal(self, reason: str) -> None:
         self.fatal = reason
 
 
-def alone(patch: pytest.MonkeyPatch) -> list[Desk]:
-    """Have groups be one worker in this process, without Ray; their desks, as they come."""
-    desks: list[Desk] = []
+def alone(patch: pytest.MonkeyPatch) -> list[RunControl]:
+    """Have groups be one worker in this process, without Ray; their controls, as they come."""
+    controls: list[RunControl] = []
 
     def run(worker: Callable[[dict[str, Any]], Any], settings: dict[str, Any], *_: Any) -> Any:
-        desks.append(Desk())
-        return worker(json.loads(json.dumps(settings)) | {"desk": desks[-1]})
+        controls.append(RunControl())
+        return worker(json.loads(json.dumps(settings)) | {"control": controls[-1]})
 
     patch.setattr(worker_group, "run", run)
-    patch.setattr(ema_search, "place", Workers)
-    return desks
+    patch.setattr(ema_search, "distributed_context", Workers)
+    return controls
 
 
 def test_the_best_width_is_found_and_left_as_a_model(
@@ -213,12 +213,12 @@ def test_scores_are_those_of_jobs_evaluate_for_the_model_that_is_left(
     alone(monkeypatch)
     result = ema_search.sweep("run", replace(DIGITS, widths=(0.1, 0.25)), tmp_path, "best")
     assert len(set(result["scores"])) == 2
-    monkeypatch.setattr(evaluation_run, "place", Workers)
+    monkeypatch.setattr(evaluation_run, "distributed_context", Workers)
     config = EvaluateConfig(
         data_url=str(tmp_path / "data"), sampling=DIGITS.sampling, evaluation=DIGITS.evaluation
     )
     settings = {"model_uri": str(tmp_path / "best"), "tracking_uri": "", "config": to_dict(config)}
-    known = evaluation_run.evaluate_worker(settings | {"desk": Desk()})
+    known = evaluation_run.evaluate_worker(settings | {"control": RunControl()})
     best = result["scores"].index(min(result["scores"]))
     assert known["metrics"]["eval/fd_digits"] == result["scores"][best]
     assert known["metrics"]["eval/fd_digits_low"] == result["intervals"][best][0]
@@ -231,14 +231,14 @@ def test_workers_give_up_where_another_attempt_would_fail_too(
 ) -> None:
     wandering(tmp_path / "run", *KEPT)
     pack_noise(str(tmp_path / "large"), 30, 12)
-    desks = alone(monkeypatch)
+    controls = alone(monkeypatch)
     with pytest.raises(ValueError, match=r"12, 12, 1\]; the digits classifier reads"):
         ema_search.sweep("run", replace(DIGITS, data_url="large"), tmp_path)
-    assert "the digits classifier reads" in str(desks[0].fatal)
+    assert "the digits classifier reads" in str(controls[0].fatal)
     (tmp_path / "run/snapshots/step-00000035/manifest.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"step-00000035/ema-width-0\.1\S+ is damaged"):
         ema_search.sweep("run", DIGITS, tmp_path)
-    assert "is damaged" in str(desks[1].fatal)
+    assert "is damaged" in str(controls[1].fatal)
 
 
 def test_what_cannot_be_averaged_is_refused(run: Path, tmp_path: Path) -> None:

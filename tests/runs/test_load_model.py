@@ -95,7 +95,7 @@ def test_the_driver_of_an_evaluation_and_its_worker_download_once_each(
         return evaluate._scores(from_dict(EvaluateConfig, settings["config"]), settings)
 
     monkeypatch.setattr(worker_group, "run", run)
-    monkeypatch.setattr(evaluate, "place", lambda: Workers(0, 1, torch.device("cpu")))
+    monkeypatch.setattr(evaluate, "distributed_context", lambda: Workers(0, 1, torch.device("cpu")))
     config = load_model.as_trained(config, model, given, tmp_path)
     evaluate.evaluate(model, config, tmp_path)
     assert downloads == [model, model]

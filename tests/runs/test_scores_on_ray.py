@@ -64,7 +64,7 @@ def test_a_worker_on_ray_scores_a_run_by_its_own_sampling(
     wandering(run, *KEPT, *(f"sampling.{key}={value}" for key, value in OWN.items()))
     found = result_of(name, run)
     alone(monkeypatch)
-    monkeypatch.setattr(evaluate, "place", Workers)
+    monkeypatch.setattr(evaluate, "distributed_context", Workers)
     known = result_of(name, run)
     numbers = {"evaluate": ("metrics",), "average": ("scores", "misfits")}[name]
     for key in numbers:

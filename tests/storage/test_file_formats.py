@@ -144,7 +144,7 @@ def test_a_run_does_not_fall_back_past_a_checkpoint_of_a_later_version(
     for pointer in (*tmp_path.glob("pointers/*"), tmp_path / "latest.json"):
         pointer.unlink()
     again = CheckpointStore(str(tmp_path))
-    again.lead(Lease.first(str(tmp_path), 1))
+    again.acquire_lease(Lease.first(str(tmp_path), 1))
     with pytest.raises(NewerFormatError, match="its format is 2"):
         again.load()
     assert (newest / "manifest.json").exists()

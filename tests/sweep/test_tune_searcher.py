@@ -27,8 +27,8 @@ class Cluster:
         self.book = Book(config, Ledger(str(folder)), lambda _: sound, lambda _: None)
         self.tune = Candidates(self.book, lambda trial: {"number": trial.number}, at_once=2)
         self.places: set[str] = set()
-        patch.setattr(placement_groups, "of_workers", lambda: set(self.places))
-        patch.setattr(placement_groups, "free", self.places.discard)
+        patch.setattr(placement_groups, "worker_groups", lambda: set(self.places))
+        patch.setattr(placement_groups, "remove", self.places.discard)
 
     def begin(self, trial_id: str, place: str = "") -> int:
         """The number of the trial that Tune begins under this id, whose workers take `place`."""

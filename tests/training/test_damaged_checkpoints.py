@@ -27,7 +27,7 @@ def _no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
 def run_of(folder: Path, steps: tuple[int, ...] = STEPS) -> None:
     """A run that has committed these steps and keeps three of them."""
     store = CheckpointStore(str(folder), keep=3)
-    store.lead(Lease.first(str(folder)).renewed())
+    store.acquire_lease(Lease.first(str(folder)).renewed())
     for step in steps:
         store.save(snapshot(step))
 
@@ -88,7 +88,7 @@ def test_pointers_that_are_lost_or_damaged_cost_nothing(
     chosen = {"newest": paths[:1], "latest.json": paths[-1:], "all": paths}
     each(SPOIL[how], chosen.get(which, paths[:-1]))
     store = CheckpointStore(str(tmp_path), keep=3)
-    store.lead(Lease.first(str(tmp_path), store.pointer().epoch).renewed())
+    store.acquire_lease(Lease.first(str(tmp_path), store.pointer().epoch).renewed())
     assert {path.name for path in tmp_path.glob("step-*")} == kept
     found = store.load()
     assert found is not None
@@ -103,13 +103,13 @@ def test_pointers_that_are_lost_or_damaged_cost_nothing(
 def test_checkpoint_folders_alone_are_enough(lost: list[str], tmp_path: Path) -> None:
     """As somebody restores them from a backup: the next start takes a number above theirs."""
     for _ in range(3):  # starts, so that the folders hold a number above the first
-        CheckpointStore(str(tmp_path)).lead(Lease.first(str(tmp_path)))
+        CheckpointStore(str(tmp_path)).acquire_lease(Lease.first(str(tmp_path)))
     run_of(tmp_path)
     for name in lost:
         shutil.rmtree(tmp_path / name)
     (tmp_path / "latest.json").unlink()
     store = CheckpointStore(str(tmp_path), keep=3)
-    store.lead(Lease.first(str(tmp_path), store.pointer().epoch).renewed())
+    store.acquire_lease(Lease.first(str(tmp_path), store.pointer().epoch).renewed())
     found = store.load()
     assert found is not None
     assert found[1].step == STEPS[-1]
@@ -127,7 +127,7 @@ def test_a_damaged_checkpoint_makes_way_for_the_one_before(
     run_of(tmp_path)
     SPOIL[how](newest(tmp_path) / name)
     store = CheckpointStore(str(tmp_path), keep=3)
-    store.lead(Lease.first(str(tmp_path), store.pointer().epoch).renewed())
+    store.acquire_lease(Lease.first(str(tmp_path), store.pointer().epoch).renewed())
     found = store.load()
     assert found is not None
     assert found[1].step == 75
@@ -144,7 +144,7 @@ def test_a_start_beside_damaged_pointers_deletes_nothing(
         SPOIL[how](pointer)
     SPOIL["cut"](newest(tmp_path) / "manifest.json")
     store = CheckpointStore(str(tmp_path), keep=3)
-    store.lead(Lease.first(str(tmp_path), 0).renewed())
+    store.acquire_lease(Lease.first(str(tmp_path), 0).renewed())
     assert len(list(tmp_path.glob("step-*"))) == 3
     assert f"recovered 2 checkpoints, the newest {tmp_path}/step-00000075-" in caplog.text
 
@@ -155,7 +155,7 @@ def test_where_no_checkpoint_verifies_a_line_says_so(what: str, tmp_path: Path) 
     for folder in tmp_path.glob("step-*"):
         shutil.rmtree(folder) if what == "gone" else flip(folder / what)
     store = CheckpointStore(str(tmp_path), keep=3)
-    store.lead(Lease.first(str(tmp_path), store.pointer().epoch).renewed())
+    store.acquire_lease(Lease.first(str(tmp_path), store.pointer().epoch).renewed())
     with pytest.raises(CheckpointError, match=re.escape(f"{tmp_path}: no checkpoint verifies (")):
         store.load()
 
@@ -166,7 +166,7 @@ def test_damaged_writers_cost_nothing(how: str, tmp_path: Path) -> None:
     run_of(tmp_path)
     SPOIL[how](max(tmp_path.glob("writers/*")))
     store = CheckpointStore(str(tmp_path), keep=3)
-    store.lead(Lease.first(str(tmp_path), store.pointer().epoch).renewed())
+    store.acquire_lease(Lease.first(str(tmp_path), store.pointer().epoch).renewed())
     store.save(snapshot(125))
     found = CheckpointStore(str(tmp_path)).load()
     assert found is not None
@@ -180,5 +180,5 @@ def test_a_whole_checkpoint_that_no_pointer_names_is_taken_over(tmp_path: Path) 
     shutil.copytree(newest(tmp_path), unnamed)
     assert CheckpointStore(str(tmp_path)).pointer().references[0].step == 100  # for readers
     store = CheckpointStore(str(tmp_path), keep=3)
-    store.lead(Lease.first(str(tmp_path), store.pointer().epoch).renewed())
+    store.acquire_lease(Lease.first(str(tmp_path), store.pointer().epoch).renewed())
     assert CheckpointStore(str(tmp_path)).pointer().references[0].folder == unnamed.name

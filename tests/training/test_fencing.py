@@ -62,7 +62,7 @@ def snapshot(step: int) -> Snapshot:
 def begin(url: str, driver: Lease) -> CheckpointStore:
     """A writer that leads, as a worker group's first worker makes it."""
     store = CheckpointStore(url, keep=2)
-    store.lead(driver.renewed())
+    store.acquire_lease(driver.renewed())
     return store
 
 
@@ -174,7 +174,7 @@ def test_a_start_stopped_at_any_request_cannot_undo_a_later_one(
         stopped = CheckpointStore(url, keep=2)
         lease = driver.renewed()
         watch.stop(at, take_over)
-        stopped.lead(lease)
+        stopped.acquire_lease(lease)
         if not watch.stopped:
             break
         found = CheckpointStore(url).load()

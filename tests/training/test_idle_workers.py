@@ -62,9 +62,9 @@ def test_a_grid_is_the_same_by_more_workers_than_it_has_images(
         wall = Wall()
         Gallery(
             Denoiser.of_noise(blind, SCHEDULE), PLAN, (1, 4, 4), workers,
-            str(tmp_path / str(workers.rank)), wall if workers.leads else None,
+            str(tmp_path / str(workers.rank)), wall if workers.is_main else None,
         ).show_grid(0)  # fmt: skip
-        return wall.pictures["samples", 0].tobytes() if workers.leads else b""
+        return wall.pictures["samples", 0].tobytes() if workers.is_main else b""
 
     assert on_workers(GRID_IMAGES + 1, picture)[0] == picture(Workers())
 
@@ -86,7 +86,7 @@ def test_a_model_is_scored_the_same_by_more_workers_than_images(
     config = replace(config, sampling=replace(config.sampling, steps=2))
     here = threading.local()
     monkeypatch.setattr(load_model, "load", lambda *_: model)
-    monkeypatch.setattr(evaluate, "place", lambda: here.workers)
+    monkeypatch.setattr(evaluate, "distributed_context", lambda: here.workers)
 
     def metrics(workers: Workers) -> dict[str, float]:
         here.workers = workers

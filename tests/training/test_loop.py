@@ -31,7 +31,7 @@ from ddpm_ray.data.loader import Batch, ShardStream
 from ddpm_ray.data.shards import open_dataset
 from ddpm_ray.diffusion import add_noise
 from ddpm_ray.fault_injection import InjectedFaultError
-from ddpm_ray.reporting import RATES, Progress, Row, Wish
+from ddpm_ray.reporting import RATES, Command, Progress, Row
 from ddpm_ray.storage import object_store
 from ddpm_ray.training import loop
 from ddpm_ray.training.checkpoint_writer import CheckpointWriter
@@ -165,7 +165,7 @@ def begin(
     network: nn.Module = state.model
     if workers.count > 1:
         network = DistributedDataParallel(network, broadcast_buffers=False)
-    sink = (ledger or Ledger()) if workers.leads else None
+    sink = (ledger or Ledger()) if workers.is_main else None
     denoiser = diffusion.denoiser(config, state.ema.model, CPU)
     gallery = Gallery(
         denoiser,
@@ -186,7 +186,7 @@ def begin(
         log=log,
         checkpoints=CheckpointWriter(store),
         sink=sink,
-        show_progress=lambda progress: Wish.NOTHING,
+        show_progress=lambda progress: Command.NONE,
         draw_grid=lambda step: None,
         draw_strip=lambda step: None,
         evaluate=lambda step: None,
@@ -394,9 +394,9 @@ def test_each_probe_is_there_once_whatever_died(
     again = begin(config, tmp_path, ledger)
     told: list[list[int]] = []
 
-    def show(progress: Progress) -> Wish:
+    def show(progress: Progress) -> Command:
         told.append([probe["step"] for probe in progress.probes])
-        return Wish.NOTHING
+        return Command.NONE
 
     again.show_progress = show
     assert train(again)
@@ -415,9 +415,9 @@ def test_a_probe_is_told_at_once_however_rare_reports_are(
     run = begin(configured(data), tmp_path)
     newest: list[tuple[int, int]] = []
 
-    def show(progress: Progress) -> Wish:
+    def show(progress: Progress) -> Command:
         newest.append((progress.step, progress.probes[-1]["step"] if progress.probes else 0))
-        return Wish.STOP if progress.step == 4 else Wish.NOTHING
+        return Command.STOP if progress.step == 4 else Command.NONE
 
     run.show_progress = show
     assert not train(run)
@@ -477,7 +477,7 @@ def test_a_run_that_is_asked_to_stop_commits_and_can_go_on(
 ) -> None:
     config, ledger = configured(data), Ledger()
     run = begin(config, tmp_path, ledger)
-    run.show_progress = lambda progress: Wish.STOP if progress.step >= at else Wish.NOTHING
+    run.show_progress = lambda progress: Command.STOP if progress.step >= at else Command.NONE
     assert train(run) == (at == STEPS)
     found = CheckpointStore(str(tmp_path)).load()
     assert found is not None
@@ -495,10 +495,10 @@ def test_a_run_that_is_asked_to_save_commits_and_goes_on(
 ) -> None:
     run, told = begin(configured(data), tmp_path), []
 
-    def show(progress: Progress) -> Wish:
+    def show(progress: Progress) -> Command:
         told.append(progress.checkpoint)
         run.checkpoints.wait()  # what was committed is told at the next report
-        return Wish.SAVE if progress.step == 3 else Wish.NOTHING
+        return Command.CHECKPOINT if progress.step == 3 else Command.NONE
 
     run.show_progress = show
     assert train(run)
@@ -521,10 +521,10 @@ def test_each_thing_is_done_at_its_steps(data: str, tmp_path: Path) -> None:
     run.draw_strip = lambda step: told.append(("strip", step))
     run.evaluate = lambda step: told.append(("evaluate", step))
 
-    def show(progress: Progress) -> Wish:
+    def show(progress: Progress) -> Command:
         told.append(("progress", progress.step))
         assert (progress.steps, progress.images_per_s > 0) == (STEPS, True)
-        return Wish.NOTHING
+        return Command.NONE
 
     run.show_progress = show
     assert train(run)
@@ -639,7 +639,7 @@ def test_a_rewound_run_has_the_weights_of_its_checkpoint_and_is_the_same_on_repl
         for dies in (True, False):
             run = begin(config, folder, died)
             spoil(run, 5, position=2)
-            death = pytest.raises(InjectedFaultError, match="as asked for")
+            death = pytest.raises(InjectedFaultError, match="injected fault at")
             with death if dies else contextlib.nullcontext():
                 train(run)
             run.checkpoints.wait()
@@ -729,9 +729,9 @@ def test_a_run_that_diverges_again_and_again_goes_back_to_the_same_checkpoint(
     shows(run)
     weights_at: dict[int, list[Tensor]] = {}
 
-    def show(progress: Progress) -> Wish:
+    def show(progress: Progress) -> Command:
         weights_at[progress.step] = weights(run)
-        return Wish.NOTHING
+        return Command.NONE
 
     run.show_progress = show
     assert train(run)

@@ -71,7 +71,7 @@ def gallery(
     plan = SamplingPlan(uniform_steps(10, 3), seed=4)
     made = Gallery(
         denoiser, plan, (channels, 4, 4), workers, str(folder),
-        wall if workers.leads else None, batch,
+        wall if workers.is_main else None, batch,
     )  # fmt: skip
     return made, wall
 

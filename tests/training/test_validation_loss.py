@@ -136,7 +136,7 @@ def test_only_the_leader_tells(on_workers: OnWorkers) -> None:
     """The others have no sink; all of them know the result."""
     sink = Notebook()
     found = on_workers(
-        2, lambda workers: looked(probe(workers, 0.4, sink=sink if workers.leads else None))
+        2, lambda workers: looked(probe(workers, 0.4, sink=sink if workers.is_main else None))
     )
     assert found[0] == found[1]
     assert len(sink.kept) == 1

@@ -61,9 +61,9 @@ def test_where_two_thought_they_had_it_the_last_writer_keeps_it(tmp_path: Path) 
 def test_a_worker_that_comes_back_from_the_dead_commits_nothing(tmp_path: Path) -> None:
     old, new = CheckpointStore(str(tmp_path)), CheckpointStore(str(tmp_path))
     driver = Lease.first(str(tmp_path))
-    old.lead(driver.renewed())
+    old.acquire_lease(driver.renewed())
     old.save(snapshot(5))
-    new.lead(driver.renewed())
+    new.acquire_lease(driver.renewed())
     with pytest.raises(SupersededError, match="commits no more"):
         old.save(snapshot(10))
     found = new.load()
@@ -81,7 +81,7 @@ def test_what_an_earlier_start_left_half_done_is_swept(tmp_path: Path) -> None:
     orphan.mkdir()
     (orphan / "model.safetensors").write_bytes(b"half")
     assert folders(tmp_path) == [10, 15, 20]
-    store.lead(driver.renewed())
+    store.acquire_lease(driver.renewed())
     assert folders(tmp_path) == [10, 15]
     assert (tmp_path / "writers").is_dir()
 
