@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ddpm_ray.counter_rng import Purpose, normal
-from ddpm_ray.diffusion import Denoise, NoiseSchedule, Prediction, schedules, solvers
+from ddpm_ray.diffusion import Denoise, NoiseSchedule, Parameterization, schedules, solvers
 from ddpm_ray.diffusion.guidance import classifier_free
 from ddpm_ray.diffusion.samplers import ancestral, ddim
 from ddpm_ray.diffusion.timestep_spacing import uniform_steps
@@ -45,14 +45,14 @@ def walks() -> dict[str, Walk]:
     schedule, steps = NoiseSchedule(schedules.linear(1000)), uniform_steps(1000, STEPS)
     index, labels = torch.arange(BATCH), torch.zeros(BATCH, dtype=torch.int64)
     x_T = normal(0, Purpose.SAMPLE_START, 0, index, SHAPE)
-    epsilon = Prediction.of("epsilon", schedule)
+    epsilon = Parameterization.of("epsilon", schedule)
 
     def noise(t: int) -> Tensor:
         return normal(0, Purpose.SAMPLE_STEP, t, index, SHAPE)
 
     def guided(denoise: Denoise) -> object:
         led = classifier_free(
-            lambda x, t, _: denoise(x, t), labels, 1, 3.0, rescale=0.7, predicts=epsilon
+            lambda x, t, _: denoise(x, t), labels, 1, 3.0, rescale=0.7, parameterization=epsilon
         )
         return ddim(schedule, led, x_T, steps)
 

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
 from ddpm_ray.collectives import Workers
-from ddpm_ray.diffusion import NoiseSchedule, Prediction, schedules
+from ddpm_ray.diffusion import NoiseSchedule, Parameterization, schedules
 from ddpm_ray.diffusion.timestep_spacing import uniform_steps
 from ddpm_ray.evaluation.features.feature_extractor import FeatureNet
 from ddpm_ray.evaluation.features.inception import Inception
@@ -46,7 +46,7 @@ def works() -> dict[str, Callable[[Workers], object]]:
         blocks_per_level=1, attention_resolutions=(8,), groups=8,
     ).eval()  # fmt: skip
     schedule = NoiseSchedule(schedules.cosine(100))
-    denoiser = Denoiser(network, Prediction.of("epsilon", schedule))
+    denoiser = Denoiser(network, Parameterization.of("epsilon", schedule))
     plan = SamplingPlan(uniform_steps(100, STEPS))
     inception = Inception([192])
     net = FeatureNet("inception", (192,), inception.features, {})

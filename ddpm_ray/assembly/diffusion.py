@@ -11,7 +11,7 @@ from ddpm_ray.config.diffusion import ObjectiveConfig, SamplingConfig, ScheduleC
 from ddpm_ray.config.loading import ConfigError
 from ddpm_ray.config.run import RunConfig, TrainingConfig
 from ddpm_ray.diffusion import loss_weighting, schedules, timestep_sampling
-from ddpm_ray.diffusion.prediction import Prediction
+from ddpm_ray.diffusion.parameterization import Parameterization
 from ddpm_ray.diffusion.process import NoiseSchedule
 from ddpm_ray.models.unet import UNet
 from ddpm_ray.sampling.denoiser import Denoiser, Network
@@ -61,16 +61,16 @@ def _alpha_bar(config: ScheduleConfig) -> Tensor:
             assert_never(config.kind)
 
 
-def prediction(config: ObjectiveConfig, schedule: NoiseSchedule) -> Prediction:
+def model_parameterization(config: ObjectiveConfig, schedule: NoiseSchedule) -> Parameterization:
     """What the network's answers mean."""
-    return Prediction.of(config.prediction, schedule, config.sigma_data)
+    return Parameterization.of(config.prediction, schedule, config.sigma_data)
 
 
 def denoiser(config: RunConfig, network: Network, device: torch.device | str) -> Denoiser:
     """The network as samplers use it; `network` lies on `device`."""
     return Denoiser(
         network,
-        prediction(config.objective, noise_schedule(config.schedule).to(device)),
+        model_parameterization(config.objective, noise_schedule(config.schedule).to(device)),
         config.objective.variance,
         config.model.num_classes,
         config.objective.self_conditioning,
@@ -110,14 +110,14 @@ def memory_format(config: TrainingConfig) -> torch.memory_format:
 def objective(config: RunConfig, state: TrainingState, device: torch.device) -> Objective:
     """The loss of `state`'s network, drawn and computed as configured."""
     wanted, training = config.objective, config.training
-    predicts = prediction(wanted, noise_schedule(config.schedule).to(device))
+    parameterization = model_parameterization(wanted, noise_schedule(config.schedule).to(device))
     return Objective(
-        showing(config, predicts, state),
-        predicts,
+        showing(config, parameterization, state),
+        parameterization,
         loss=wanted.loss,
         variance=wanted.variance,
         vlb_weight=wanted.vlb_weight,
-        weight=weight(wanted, predicts),
+        weight=weight(wanted, parameterization),
         uncertainty=uncertainty(state.model) if wanted.weighting == "uncertainty" else None,
         classifies=config.model.kind == "classifier",
         self_conditioning=wanted.self_conditioning,
@@ -134,12 +134,12 @@ def uncertainty(network: nn.Module) -> nn.Module:
     return network.uncertainty
 
 
-def showing(config: RunConfig, predicts: Prediction, state: TrainingState) -> Showing:
+def showing(config: RunConfig, parameterization: Parameterization, state: TrainingState) -> Showing:
     """What the network is shown of each image."""
     wanted = config.objective
     return Showing(
         config.seed,
-        choice_of_steps(config, predicts.schedule, state),
+        choice_of_steps(config, parameterization.schedule, state),
         flip=config.data.flip,
         memory_format=memory_format(config.training),
         num_classes=config.model.num_classes,
@@ -180,18 +180,18 @@ def choice_of_steps(
     return lambda step, at: (spread(seed, step, at), None)
 
 
-def weight(config: ObjectiveConfig, predicts: Prediction) -> Tensor | None:
+def weight(config: ObjectiveConfig, parameterization: Parameterization) -> Tensor | None:
     """Of each step's squared error, [T+1] on the predictions' device; None: 1 for all."""
     match config.weighting:
         case "unit" | "uncertainty":
             return None
         case "min_snr":
-            return loss_weighting.min_snr(predicts, config.gamma)
+            return loss_weighting.min_snr(parameterization, config.gamma)
         case "soft_min_snr":
-            return loss_weighting.soft_min_snr(predicts, config.gamma)
+            return loss_weighting.soft_min_snr(parameterization, config.gamma)
         case "p2":
-            return loss_weighting.p2(predicts, config.p2_k, config.p2_gamma)
+            return loss_weighting.p2(parameterization, config.p2_k, config.p2_gamma)
         case "edm":
-            return loss_weighting.edm(predicts, config.sigma_data)
+            return loss_weighting.edm(parameterization, config.sigma_data)
         case _:
             assert_never(config.weighting)

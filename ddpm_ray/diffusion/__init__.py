@@ -5,7 +5,7 @@ Steps are the paper's, t = 1..T; step 0 is the clean image. Start with `process.
 
 from ddpm_ray.diffusion import samplers, schedules, timestep_spacing
 from ddpm_ray.diffusion.losses import simple_loss
-from ddpm_ray.diffusion.prediction import Prediction, score
+from ddpm_ray.diffusion.parameterization import Parameterization, score
 from ddpm_ray.diffusion.process import (
     Denoise,
     NoiseSchedule,
@@ -16,7 +16,7 @@ from ddpm_ray.diffusion.process import (
 __all__ = [
     "Denoise",
     "NoiseSchedule",
-    "Prediction",
+    "Parameterization",
     "add_noise",
     "posterior",
     "samplers",

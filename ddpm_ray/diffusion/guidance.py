@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ddpm_ray.counter_rng import Purpose, uniform_int
-from ddpm_ray.diffusion.prediction import Prediction
+from ddpm_ray.diffusion.parameterization import Parameterization
 from ddpm_ray.diffusion.process import Denoise
 from ddpm_ray.diffusion.timestep_spacing import require_falling
 from ddpm_ray.redaction import counted
@@ -30,7 +30,7 @@ def classifier_free(
     *,
     rescale: float = 0.0,
     interval: tuple[float, float] | None = None,
-    predicts: Prediction | None = None,
+    parameterization: Parameterization | None = None,
 ) -> Denoise:
     """unconditional + scale (conditional - unconditional), for a batch with these `labels` [B].
 
@@ -41,13 +41,13 @@ def classifier_free(
     `rescale` in [0, 1] leads each guided answer back to the conditional one's standard deviation,
     against over-exposure (phi of Lin et al. 2023, arXiv:2305.08891, section 3.4). `interval` (low,
     high) guides where low < sigma <= high only, sigma = sqrt((1 - a) / a) in the schedule of
-    `predicts`, and leaves the conditional answer elsewhere (Kynkaanniemi et al. 2024,
+    `parameterization`, and leaves the conditional answer elsewhere (Kynkaanniemi et al. 2024,
     arXiv:2404.07724); the host then waits for t, once a call. Raises ValueError for other values,
     and the denoiser does for another number of images than labels.
     """
     if not 0 <= rescale <= 1:
         raise ValueError(f"rescale is {rescale:g}; it lies from 0 (off) to 1 (all the way)")
-    by_step = None if interval is None else _scale_by_step(scale, interval, predicts)
+    by_step = None if interval is None else _scale_by_step(scale, interval, parameterization)
     none = torch.full_like(labels, null)
     twice, again, both = _Twice(), _Twice(), torch.cat([labels, none])
 
@@ -82,7 +82,7 @@ def autoguided(network: Denoise, weak: Denoise, scale: float) -> Denoise:
 def classifier_guided(
     denoise: Denoise,
     log_probability: Callable[[Tensor, Tensor], Tensor],
-    predicts: Prediction,
+    parameterization: Parameterization,
     scale: float,
     *,
     steps: Sequence[int] | None = None,
@@ -101,15 +101,15 @@ def classifier_guided(
 
     Raises ValueError for steps that do not fall, and the denoiser unless log p is [B].
     """
-    a = predicts.schedule.alpha_bar
+    a = parameterization.schedule.alpha_bar
     if steps is None:
         move = torch.where(a > 0, (1 - a) / a.sqrt(), 0)
     else:
-        require_falling(steps, predicts.schedule.num_steps)
+        require_falling(steps, parameterization.schedule.num_steps)
         move = torch.full_like(a, torch.nan)
         for t, s in pairwise(steps):
             move[t] = (1 - a[s if variance == "fixed_small" else t]) / a[s].sqrt()
-    column = scale * move / predicts.to_x_0()[1]  # the answer's move, for that of x_0
+    column = scale * move / parameterization.to_x_0()[1]  # the answer's move, for that of x_0
 
     def guided(x_t: Tensor, t: Tensor) -> Tensor:
         """`denoise`'s answer, moved along the slope; ValueError unless log p is [B]."""
@@ -148,15 +148,16 @@ def dropped(
 
 
 def _scale_by_step(
-    scale: float, interval: tuple[float, float], predicts: Prediction | None
+    scale: float, interval: tuple[float, float], parameterization: Parameterization | None
 ) -> list[float]:
     low, high = interval
-    if not 0 <= low < high or predicts is None:
+    if not 0 <= low < high or parameterization is None:
         raise ValueError(
-            f"interval is {interval} and predicts {predicts}; take two sigmas, 0 <= low < high, "
-            "and pass predicts=, whose schedule has them"
+            f"interval is {interval} and parameterization "
+            f"{parameterization}; give two sigmas, 0 <= low < high, "
+            "and the parameterization, whose schedule maps t to sigma"
         )
-    a = predicts.schedule.alpha_bar
+    a = parameterization.schedule.alpha_bar
     sigma: list[float] = ((1 - a) / a).sqrt().tolist()
     return [scale if low < s <= high else 1.0 for s in sigma]
 

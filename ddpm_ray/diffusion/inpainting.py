@@ -11,7 +11,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ddpm_ray.diffusion.prediction import Prediction
+from ddpm_ray.diffusion.parameterization import Parameterization
 from ddpm_ray.diffusion.process import Denoise, NoiseSchedule, add_noise
 from ddpm_ray.diffusion.timestep_spacing import require_falling
 from ddpm_ray.diffusion.x0_estimator import Clip, Estimator, clip_to_range
@@ -29,17 +29,17 @@ def repaint(
     jump_length: int = 10,
     resamples: int = 10,
     eta: float = 1.0,
-    predicts: Prediction | None = None,
+    parameterization: Parameterization | None = None,
     clip: Clip | None = clip_to_range,
 ) -> Tensor:
     """Images like x_T [B, ...] that are `known` [B, ...] exactly where `mask` is 1, painted to fit.
 
-    (Lugmayr et al. 2022, arXiv:2201.09865, algorithm 1.) Each transition down is DDIM's of `eta`,
-    1 being the paper's DDPM with `fixed_small`; its known pixels are drawn from q(x_s | known). The
+    (Lugmayr et al. 2022, arXiv:2201.09865, algorithm 1.) Each transition down is DDIM's of `eta`, 1
+    being the paper's DDPM with `fixed_small`; its known pixels are drawn from q(x_s | known). The
     way is that of `jump_schedule`. noise(n), of x_T's shape, is for transition n of it, counted
     from 0, so an image is a function of (seed, its index) where the noise is; the last asks none. A
-    learned variance is not read. `steps`, `predicts` and `clip` are as in `ddim`. Raises ValueError
-    for other `steps`, `eta`, jumps and for a mask that is not of 0 and 1.
+    learned variance is not read. `steps`, `parameterization` and `clip` are as in `ddim`. Raises
+    ValueError for other `steps`, `eta`, jumps and for a mask that is not of 0 and 1.
 
     It finds the mode that the known part settles. Of modes that it leaves open the shares are not
     the posterior's, with many resamples less so: in a mixture 0.72 of one, where Bayes has 0.575.
@@ -51,7 +51,9 @@ def repaint(
     alpha_bar: list[float] = schedule.alpha_bar.tolist()
     x = x_T.detach().clone()
     x_0, at_s = torch.empty_like(x), torch.empty_like(x)
-    estimate = Estimator(denoise, predicts or Prediction.of("epsilon", schedule), x, clip)
+    estimate = Estimator(
+        denoise, parameterization or Parameterization.of("epsilon", schedule), x, clip
+    )
     with torch.inference_mode():
         for n, (t, s) in enumerate(pairwise(jump_schedule(steps, jump_length, resamples))):
             a, a_s = alpha_bar[t], alpha_bar[s]
@@ -93,7 +95,9 @@ def jump_schedule(steps: Sequence[int], jump_length: int, resamples: int) -> tup
     return tuple(way)
 
 
-def replacement(denoise: Denoise, predicts: Prediction, known: Tensor, mask: Tensor) -> Denoise:
+def replacement(
+    denoise: Denoise, parameterization: Parameterization, known: Tensor, mask: Tensor
+) -> Denoise:
     """`denoise` that answers, where `mask` is 1, with what stands for `known` [B, ...].
 
     In any sampler the known pixels then run from x_T to `known` as its own transitions from x_t
@@ -106,7 +110,7 @@ def replacement(denoise: Denoise, predicts: Prediction, known: Tensor, mask: Ten
 
     def replaced(x_t: Tensor, t: Tensor) -> Tensor:
         answer, count = denoise(x_t, t), x_t.shape[1]
-        image = torch.where(keep, predicts.output(x_t, t, known), answer[:, :count])
+        image = torch.where(keep, parameterization.output(x_t, t, known), answer[:, :count])
         return torch.cat([image, answer[:, count:]], 1)
 
     return replaced

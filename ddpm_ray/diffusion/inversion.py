@@ -6,7 +6,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ddpm_ray.diffusion.prediction import Prediction
+from ddpm_ray.diffusion.parameterization import Parameterization
 from ddpm_ray.diffusion.process import Denoise, NoiseSchedule
 from ddpm_ray.diffusion.timestep_spacing import require_falling
 from ddpm_ray.diffusion.x0_estimator import Clip, Estimator
@@ -19,7 +19,7 @@ def ddim_inversion(
     steps: Sequence[int],
     *,
     iterations: int = 1,
-    predicts: Prediction | None = None,
+    parameterization: Parameterization | None = None,
     clip: Clip | None = None,
 ) -> Tensor:
     """The noise x_T [B, ...] from which `samplers.ddim` with the same `steps` makes images x_0.
@@ -45,7 +45,9 @@ def ddim_inversion(
         )
     x_s = x_0.detach().clone()
     x_t, image, ahead = (torch.empty_like(x_s) for _ in range(3))
-    estimate = Estimator(denoise, predicts or Prediction.of("epsilon", schedule), x_s, clip)
+    estimate = Estimator(
+        denoise, parameterization or Parameterization.of("epsilon", schedule), x_s, clip
+    )
     with torch.inference_mode():
         for s, t in pairwise(reversed(steps)):
             kept = sigma[s] / sigma[t]

@@ -4,9 +4,9 @@ Papers state their weight for the error of x_0 or of epsilon. As
 
     x_0 - its estimate = sqrt(1 - a) / D (target - answer)
 
-with a = alpha_bar at t and D = `Prediction.determinant()`, each is carried over to the answer at
-hand: one rule is one loss, whatever is predicted. A step without any signal, alpha_bar = 0, is not
-learned under min_snr, soft_min_snr and p2. At t = 0, where nothing is asked, all are 0. SNR is
+with a = alpha_bar at t and D = `Parameterization.determinant()`, each is carried over to the answer
+at hand: one rule is one loss, whatever is predicted. A step without any signal, alpha_bar = 0, is
+not learned under min_snr, soft_min_snr and p2. At t = 0, where nothing is asked, all are 0. SNR is
 a / (1 - a), as for data of unit variance. Tables lie where the prediction's do.
 """
 
@@ -15,46 +15,46 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ddpm_ray.diffusion.prediction import Prediction
+from ddpm_ray.diffusion.parameterization import Parameterization
 
 
-def min_snr(predicts: Prediction, gamma: float = 5.0) -> Tensor:
+def min_snr(parameterization: Parameterization, gamma: float = 5.0) -> Tensor:
     """min(SNR, gamma) on the error of x_0: clean steps weigh no more than gamma.
 
     (Hang et al. 2023, arXiv:2303.09556, section 3.4.) Raises ValueError unless gamma is above 0.
     """
     _require_positive("gamma", gamma)
-    return _on_x_0(predicts, lambda snr: snr.clamp(max=gamma))
+    return _on_x_0(parameterization, lambda snr: snr.clamp(max=gamma))
 
 
-def soft_min_snr(predicts: Prediction, gamma: float = 5.0) -> Tensor:
+def soft_min_snr(parameterization: Parameterization, gamma: float = 5.0) -> Tensor:
     """1 / (1 / SNR + 1 / gamma) on the error of x_0: `min_snr` without the corner.
 
     (Crowson et al. 2024, arXiv:2401.11605: 1 / (sigma^2 + 1 / gamma), their gamma being 4.) Raises
     ValueError unless gamma is above 0.
     """
     _require_positive("gamma", gamma)
-    return _on_x_0(predicts, lambda snr: snr * gamma / (snr + gamma))
+    return _on_x_0(parameterization, lambda snr: snr * gamma / (snr + gamma))
 
 
-def p2(predicts: Prediction, k: float = 1.0, gamma: float = 1.0) -> Tensor:
+def p2(parameterization: Parameterization, k: float = 1.0, gamma: float = 1.0) -> Tensor:
     """1 / (k + SNR)^gamma on the error of epsilon: less for clean steps, whose detail is unseen.
 
     (Choi et al. 2022, arXiv:2204.00227, section 3.) gamma = 0 is L_simple of epsilon. Raises
     ValueError unless k is above 0.
     """
     _require_positive("k", k)
-    return _on_x_0(predicts, lambda snr: snr / (k + snr) ** gamma)
+    return _on_x_0(parameterization, lambda snr: snr / (k + snr) ** gamma)
 
 
-def edm(predicts: Prediction, sigma_data: float = 0.5) -> Tensor:
+def edm(parameterization: Parameterization, sigma_data: float = 0.5) -> Tensor:
     """1 / sigma^2 + 1 / sigma_data^2 on the error of x_0, which is 1 on that of `edm`'s answer.
 
     (lambda of Karras et al. 2022, arXiv:2206.00364, table 1, with 1 / sigma^2 = SNR.) Raises
     ValueError unless sigma_data is above 0.
     """
     _require_positive("sigma_data", sigma_data)
-    return _on_x_0(predicts, lambda snr: snr + sigma_data**-2)
+    return _on_x_0(parameterization, lambda snr: snr + sigma_data**-2)
 
 
 def uncertain(loss: Tensor, log_variance: Tensor) -> Tensor:
@@ -67,10 +67,10 @@ def uncertain(loss: Tensor, log_variance: Tensor) -> Tensor:
     return loss * (-log_variance).exp() + log_variance
 
 
-def _on_x_0(predicts: Prediction, rule: Callable[[Tensor], Tensor]) -> Tensor:
+def _on_x_0(parameterization: Parameterization, rule: Callable[[Tensor], Tensor]) -> Tensor:
     """The table for a weight of the error of x_0 that `rule` makes of the SNR at t = 1..T."""
-    a, d = predicts.schedule.alpha_bar[1:], predicts.determinant()[1:]
-    weight = torch.zeros_like(predicts.schedule.alpha_bar)
+    a, d = parameterization.schedule.alpha_bar[1:], parameterization.determinant()[1:]
+    weight = torch.zeros_like(parameterization.schedule.alpha_bar)
     weight[1:] = rule(a / (1 - a)) * (1 - a) / d.square()
     return weight
 

@@ -1,8 +1,8 @@
 """Training losses per image; the caller averages, weights or bands them.
 
 Where the network learns the variance of the reverse steps too, it answers [B, 2C, ...] to x_t [B,
-C, ...]: first what its `Prediction` says, then the variance as `samplers.learned_log_variance`
-reads it.
+C, ...]: first what its `Parameterization` says, then the variance as
+`samplers.learned_log_variance` reads it.
 """
 
 from typing import Literal, TypeAlias
@@ -10,7 +10,7 @@ from typing import Literal, TypeAlias
 from torch import Tensor
 
 from ddpm_ray.diffusion import vlb as bound
-from ddpm_ray.diffusion.prediction import Prediction
+from ddpm_ray.diffusion.parameterization import Parameterization
 from ddpm_ray.diffusion.process import Denoise, NoiseSchedule, add_noise
 
 LearnedVariance: TypeAlias = Literal["learned", "learned_range"]
@@ -18,21 +18,21 @@ LearnedVariance: TypeAlias = Literal["learned", "learned_range"]
 
 def simple_loss(
     denoise: Denoise, schedule: NoiseSchedule, x_0: Tensor, t: Tensor, noise: Tensor,
-    *, predicts: Prediction | None = None,
+    *, parameterization: Parameterization | None = None,
 ) -> Tensor:  # fmt: skip
     """Mean squared error [B] of the answers at steps t [B] in 1..T; the noise is their target.
 
     L_simple of Ho et al. 2020 (arXiv:2006.11239, eq. 14), a mean over all but the first dimension:
-    1 for a guess of 0. `predicts` names another target and then has `schedule` for its own. The
-    loss has the type of `noise`, float32 in training, even where autocast makes `denoise` answer
-    in bfloat16.
+    1 for a guess of 0. `parameterization` names another target and then has `schedule` for its own.
+    The loss has the type of `noise`, float32 in training, even where autocast makes `denoise`
+    answer in bfloat16.
     """
-    target = noise if predicts is None else predicts.target(x_0, t, noise)
+    target = noise if parameterization is None else parameterization.target(x_0, t, noise)
     return _mean_square(target - denoise(add_noise(schedule, x_0, t, noise), t))
 
 
 def vlb_loss(
-    denoise: Denoise, predicts: Prediction, x_0: Tensor, t: Tensor, noise: Tensor,
+    denoise: Denoise, parameterization: Parameterization, x_0: Tensor, t: Tensor, noise: Tensor,
     *, variance: LearnedVariance,
 ) -> Tensor:  # fmt: skip
     """T times the bound's term at t, [B] in bits per dimension; trains mean and variance.
@@ -41,11 +41,11 @@ def vlb_loss(
     Dhariwal 2021, arXiv:2102.09672, eq. 4 to 7). Raises ValueError unless the answer has twice the
     channels of x_0.
     """
-    return _learned(denoise, predicts, x_0, t, noise, variance, mean_too=True)[1]
+    return _learned(denoise, parameterization, x_0, t, noise, variance, mean_too=True)[1]
 
 
 def hybrid_loss(
-    denoise: Denoise, predicts: Prediction, x_0: Tensor, t: Tensor, noise: Tensor,
+    denoise: Denoise, parameterization: Parameterization, x_0: Tensor, t: Tensor, noise: Tensor,
     *, variance: LearnedVariance, vlb_weight: float = 0.001,
 ) -> Tensor:  # fmt: skip
     """L_simple + vlb_weight L_vlb, [B]: the first trains the mean, the second the variance alone.
@@ -55,16 +55,16 @@ def hybrid_loss(
     dimensions, over D log 2). In these units the authors' code has its weight of 0.001: there the
     term counts T / 1000. Raises ValueError as `vlb_loss` does.
     """
-    answer, vlb = _learned(denoise, predicts, x_0, t, noise, variance, mean_too=False)
-    return _mean_square(predicts.target(x_0, t, noise) - answer) + vlb_weight * vlb
+    answer, vlb = _learned(denoise, parameterization, x_0, t, noise, variance, mean_too=False)
+    return _mean_square(parameterization.target(x_0, t, noise) - answer) + vlb_weight * vlb
 
 
 def _learned(
-    denoise: Denoise, predicts: Prediction, x_0: Tensor, t: Tensor, noise: Tensor,
+    denoise: Denoise, parameterization: Parameterization, x_0: Tensor, t: Tensor, noise: Tensor,
     variance: LearnedVariance, *, mean_too: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The network's answer [B, C, ...] but for the variance, and L_vlb [B] as `vlb_loss` has it."""
-    schedule = predicts.schedule
+    schedule = parameterization.schedule
     x_t = add_noise(schedule, x_0, t, noise)
     both = denoise(x_t, t).to(x_t)  # in bfloat16 the logarithm of a variance has 2 digits
     if both.shape[1] != 2 * x_0.shape[1]:
@@ -75,7 +75,9 @@ def _learned(
     answer, raw = both.chunk(2, dim=1)
     log_variance = bound.reverse_log_variance(schedule, t, variance, x_0, raw)
     mean = answer if mean_too else answer.detach()
-    return answer, schedule.num_steps * bound.term(predicts, x_0, x_t, t, mean, log_variance)
+    return answer, schedule.num_steps * bound.term(
+        parameterization, x_0, x_t, t, mean, log_variance
+    )
 
 
 def _mean_square(error: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 Denoise: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """(x_t [B, ...], t [B] int64 in 1..T) -> what the network predicts, [B, ...].
 
-epsilon_theta of eq. 11, the noise in x_t, unless a `prediction.Prediction` says what else.
+epsilon_theta of eq. 11, the noise in x_t, unless a `prediction.Parameterization` says what else.
 """
 
 

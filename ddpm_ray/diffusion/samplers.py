@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from ddpm_ray.diffusion.prediction import Prediction
+from ddpm_ray.diffusion.parameterization import Parameterization
 from ddpm_ray.diffusion.process import Denoise, NoiseSchedule
 from ddpm_ray.diffusion.timestep_spacing import require_falling
 from ddpm_ray.diffusion.x0_estimator import Clip, Estimator, clip_to_range
@@ -37,7 +37,7 @@ def ancestral(
     *,
     noise: Noise,
     variance: Variance = "fixed_large",
-    predicts: Prediction | None = None,
+    parameterization: Parameterization | None = None,
     clip: Clip | None = clip_to_range,
     on_step: OnStep | None = None,
 ) -> Tensor:
@@ -51,8 +51,8 @@ def ancestral(
     et al. 2021, arXiv:2010.02502, table 1). Where the variance is learned, `denoise` answers
     [B, 2C, ...], the second half as `learned_log_variance` reads it. The last transition adds none.
 
-    `predicts` says what `denoise` answers, the noise by default. `clip` keeps the estimate of x_0
-    where images are and thereby re-derives the noise. Raises ValueError for other `steps`.
+    `parameterization` says what `denoise` answers, the noise by default. `clip` keeps the estimate
+    of x_0 where images are and thereby re-derives the noise. Raises ValueError for other `steps`.
     """
     require_falling(steps, schedule.num_steps)
     if variance == "learned" and len(steps) - 1 < schedule.num_steps:
@@ -77,8 +77,8 @@ def ancestral(
             )
         )
     learned = variance if variance in ("learned", "learned_range") else None
-    predicts = predicts or Prediction.of("epsilon", schedule)
-    return _walk(transitions, denoise, x_T, noise, predicts, clip, on_step, learned)
+    parameterization = parameterization or Parameterization.of("epsilon", schedule)
+    return _walk(transitions, denoise, x_T, noise, parameterization, clip, on_step, learned)
 
 
 def ddim(
@@ -90,7 +90,7 @@ def ddim(
     eta: float = 0.0,
     noise: Noise | None = None,
     variance: Variance = "fixed_small",
-    predicts: Prediction | None = None,
+    parameterization: Parameterization | None = None,
     clip: Clip | None = clip_to_range,
     on_step: OnStep | None = None,
 ) -> Tensor:
@@ -100,8 +100,9 @@ def ddim(
     sigma; eta = 1 is `ancestral` with `fixed_small`. `fixed_large` is their sigma-hat: more noise
     than eq. 16 at eta = 1, and only where every step from T is taken.
 
-    `steps`, `predicts`, `clip` and the last transition are as in `ancestral`. Raises ValueError for
-    other `steps` or eta, for eta > 0 without `noise` and for `fixed_large` elsewhere.
+    `steps`, `parameterization`, `clip` and the last transition are as in `ancestral`. Raises
+    ValueError for other `steps` or eta, for eta > 0 without `noise` and for `fixed_large`
+    elsewhere.
     """
     require_falling(steps, schedule.num_steps)
     if not 0 <= eta <= 1:
@@ -128,8 +129,8 @@ def ddim(
                 noise=sigma if s > 0 else 0.0,
             )
         )
-    predicts = predicts or Prediction.of("epsilon", schedule)
-    return _walk(transitions, denoise, x_T, noise, predicts, clip, on_step)
+    parameterization = parameterization or Parameterization.of("epsilon", schedule)
+    return _walk(transitions, denoise, x_T, noise, parameterization, clip, on_step)
 
 
 def learned_log_variance(
@@ -162,7 +163,7 @@ def _walk(
     denoise: Denoise,
     x_T: Tensor,
     noise: Noise | None,
-    predicts: Prediction,
+    parameterization: Parameterization,
     clip: Clip | None,
     on_step: OnStep | None,
     learned: Literal["learned", "learned_range"] | None = None,
@@ -170,7 +171,7 @@ def _walk(
     """x at the end of `transitions`, in buffers of its own that all of them share."""
     x = x_T.detach().clone()
     x_0 = torch.empty_like(x)
-    estimate = Estimator(denoise, predicts, x, clip)
+    estimate = Estimator(denoise, parameterization, x, clip)
     with torch.inference_mode():
         for step in transitions:
             answer = estimate.answer(x, step.t)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ddpm_ray.diffusion.prediction import Prediction
+from ddpm_ray.diffusion.parameterization import Parameterization
 from ddpm_ray.diffusion.process import Denoise, NoiseSchedule
 from ddpm_ray.diffusion.samplers import Noise, OnStep
 from ddpm_ray.diffusion.timestep_spacing import require_falling
@@ -37,7 +37,7 @@ def dpm_solver_pp(
     *,
     order: int = 2,
     noise: Noise | None = None,
-    predicts: Prediction | None = None,
+    parameterization: Parameterization | None = None,
     clip: Clip | None = clip_to_range,
     on_step: OnStep | None = None,
 ) -> Tensor:
@@ -48,12 +48,12 @@ def dpm_solver_pp(
     second after an alpha_bar of 0. With `noise` it solves the SDE of the same marginals instead
     (their SDE-DPM-Solver++), of which order 1 is `ancestral` with `fixed_small`.
 
-    `steps`, `predicts`, `clip` and `noise` are as in `samplers.ancestral`. Raises ValueError for
-    other `steps` or another order.
+    `steps`, `parameterization`, `clip` and `noise` are as in `samplers.ancestral`. Raises
+    ValueError for other `steps` or another order.
     """
     _require_order(order, 2, "DPM-Solver++")
     plan = _multistep(schedule, steps, order, corrected=False, stochastic=noise is not None)
-    return _walk(schedule, plan, denoise, x_T, noise, predicts, clip, on_step)
+    return _walk(schedule, plan, denoise, x_T, noise, parameterization, clip, on_step)
 
 
 def unipc(
@@ -63,7 +63,7 @@ def unipc(
     steps: Sequence[int],
     *,
     order: int = 2,
-    predicts: Prediction | None = None,
+    parameterization: Parameterization | None = None,
     clip: Clip | None = clip_to_range,
     on_step: OnStep | None = None,
 ) -> Tensor:
@@ -74,12 +74,12 @@ def unipc(
     one, and to predict on. `order` is the predictor's, 1 to 3, less at the start, where fewer
     estimates are known, and towards the end; the last transition has order 1.
 
-    `steps`, `predicts` and `clip` are as in `samplers.ancestral`; `on_step` sees the prediction of
-    x_t that the network saw. Raises ValueError for other `steps` or another order.
+    `steps`, `parameterization` and `clip` are as in `samplers.ancestral`; `on_step` sees the
+    prediction of x_t that the network saw. Raises ValueError for other `steps` or another order.
     """
     _require_order(order, 3, "UniPC")
     plan = _multistep(schedule, steps, order, corrected=True, stochastic=False)
-    return _walk(schedule, plan, denoise, x_T, None, predicts, clip, on_step)
+    return _walk(schedule, plan, denoise, x_T, None, parameterization, clip, on_step)
 
 
 def heun(
@@ -88,7 +88,7 @@ def heun(
     x_T: Tensor,
     steps: Sequence[int],
     *,
-    predicts: Prediction | None = None,
+    parameterization: Parameterization | None = None,
     clip: Clip | None = clip_to_range,
     on_step: OnStep | None = None,
 ) -> Tensor:
@@ -100,8 +100,8 @@ def heun(
     the cosine schedule, and few evenly spaced steps overshoot from there: start lower, or take
     another method.
 
-    `steps`, `predicts` and `clip` are as in `samplers.ancestral`. Raises ValueError for other
-    `steps` and for a start where alpha_bar is 0.
+    `steps`, `parameterization` and `clip` are as in `samplers.ancestral`. Raises ValueError for
+    other `steps` and for a start where alpha_bar is 0.
     """
     plan = []
     for t, s, kept, gain in _legs(schedule, steps, "heun"):
@@ -110,7 +110,7 @@ def heun(
         else:
             plan.append(_Call(t, advance=_Blend(kept, (gain,)), as_noise=True))
             plan.append(_Call(s, correct=_Blend(kept, (gain / 2, gain / 2)), as_noise=True))
-    return _walk(schedule, plan, denoise, x_T, None, predicts, clip, on_step)
+    return _walk(schedule, plan, denoise, x_T, None, parameterization, clip, on_step)
 
 
 def plms(
@@ -119,7 +119,7 @@ def plms(
     x_T: Tensor,
     steps: Sequence[int],
     *,
-    predicts: Prediction | None = None,
+    parameterization: Parameterization | None = None,
     clip: Clip | None = clip_to_range,
     on_step: OnStep | None = None,
 ) -> Tensor:
@@ -131,14 +131,14 @@ def plms(
     paper spends four calls on each; the method keeps its order, 2. The last transition is no
     exception, so images can leave the range of `clip`: by a factor of 2 to 4 at 10 or 20 steps.
 
-    `steps`, `predicts` and `clip` are as in `samplers.ancestral`. Raises ValueError for other
-    `steps` and for a start where alpha_bar is 0.
+    `steps`, `parameterization` and `clip` are as in `samplers.ancestral`. Raises ValueError for
+    other `steps` and for a start where alpha_bar is 0.
     """
     plan = []
     for i, (t, _, kept, gain) in enumerate(_legs(schedule, steps, "plms")):
         weights = tuple(gain * w for w in _ADAMS_BASHFORTH[min(i, 3)])
         plan.append(_Call(t, advance=_Blend(kept, weights), as_noise=True))
-    return _walk(schedule, plan, denoise, x_T, None, predicts, clip, on_step)
+    return _walk(schedule, plan, denoise, x_T, None, parameterization, clip, on_step)
 
 
 class _Blend(NamedTuple):
@@ -249,7 +249,7 @@ def _walk(
     denoise: Denoise,
     x_T: Tensor,
     noise: Noise | None,
-    predicts: Prediction | None,
+    parameterization: Parameterization | None,
     clip: Clip | None,
     on_step: OnStep | None,
 ) -> Tensor:
@@ -259,7 +259,9 @@ def _walk(
     blends = [blend for call in plan for blend in (call.correct, call.advance) if blend is not None]
     estimates = [torch.empty_like(x) for _ in range(max(len(b.weights) for b in blends))]
     alpha_bar: list[float] = schedule.alpha_bar.tolist()
-    estimate = Estimator(denoise, predicts or Prediction.of("epsilon", schedule), x, clip)
+    estimate = Estimator(
+        denoise, parameterization or Parameterization.of("epsilon", schedule), x, clip
+    )
     with torch.inference_mode():
         for call in plan:
             estimates.insert(0, estimates.pop())  # the oldest makes room

@@ -12,7 +12,7 @@ from typing import assert_never
 import torch
 from torch import Tensor
 
-from ddpm_ray.diffusion.prediction import Prediction
+from ddpm_ray.diffusion.parameterization import Parameterization
 from ddpm_ray.diffusion.process import NoiseSchedule, posterior
 from ddpm_ray.diffusion.samplers import Variance, learned_log_variance
 from ddpm_ray.diffusion.x0_estimator import Clip
@@ -55,7 +55,7 @@ def reverse_log_variance(
 
 
 def term(
-    predicts: Prediction,
+    parameterization: Parameterization,
     x_0: Tensor,
     x_t: Tensor,
     t: Tensor,
@@ -68,16 +68,16 @@ def term(
 
     KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) for t > 1 and L_0 = -log p(x_0 | x_1) of 8-bit
     images for t = 1 (Ho et al. 2020, eq. 5 and 13). `answer` is the network's to x_t [B, ...], as
-    `predicts` says, `log_variance` is `reverse_log_variance`. `clip` bounds the estimate of x_0.
-    Finite, with finite gradients, as long as the squared error over the variance is.
+    `parameterization` says, `log_variance` is `reverse_log_variance`. `clip` bounds the estimate of
+    x_0. Finite, with finite gradients, as long as the squared error over the variance is.
     """
-    estimate = predicts.x_0(x_t, t, answer)
+    estimate = parameterization.x_0(x_t, t, answer)
     if clip is not None:
         clip(estimate)
     first = (t == 1).view(-1, *[1] * (x_0.ndim - 1))
     # x_t has the same part in both means, so only the images' difference counts.
-    offset, _ = posterior(predicts.schedule, x_0 - estimate, torch.zeros_like(x_t), t)
-    ratio = reverse_log_variance(predicts.schedule, t, "fixed_small", x_0) - log_variance
+    offset, _ = posterior(parameterization.schedule, x_0 - estimate, torch.zeros_like(x_t), t)
+    ratio = reverse_log_variance(parameterization.schedule, t, "fixed_small", x_0) - log_variance
     # expm1, since ratio is near 0 where small and large variance hardly differ: almost everywhere
     nats = (torch.expm1(ratio) - ratio + offset.square() * (-log_variance).exp()) / 2
     decoded = decoder_log_probability(x_0, estimate, log_variance)

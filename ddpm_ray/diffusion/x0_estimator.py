@@ -6,7 +6,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from ddpm_ray.diffusion.prediction import Prediction
+from ddpm_ray.diffusion.parameterization import Parameterization
 from ddpm_ray.diffusion.process import Denoise
 
 Clip: TypeAlias = Callable[[Tensor], object]
@@ -44,7 +44,7 @@ class Estimator:
     """Calls the network and turns its answer into x_0, in buffers that are made once."""
 
     def __init__(
-        self, denoise: Denoise, prediction: Prediction, x_T: Tensor, clip: Clip | None
+        self, denoise: Denoise, prediction: Parameterization, x_T: Tensor, clip: Clip | None
     ) -> None:
         self._denoise, self._clip = denoise, clip
         self._of_x_t, self._of_output = (c.tolist() for c in prediction.to_x_0())

@@ -58,7 +58,12 @@ def flow_likelihood(
         )
         denoise = denoiser.mean_of(denoiser.unguided(labels.to(device)))
         bits, _ = probability_flow_likelihood.bits_per_dim(
-            schedule, denoise, math.sqrt(a_1) * x_0, way, predicts=denoiser.predicts, probe=signs
+            schedule,
+            denoise,
+            math.sqrt(a_1) * x_0,
+            way,
+            parameterization=denoiser.parameterization,
+            probe=signs,
         )
         bits = (bits - math.log2(a_1) / 2 + probability_flow_likelihood.GREY_LEVEL_BITS).cpu()
         totals += torch.stack([torch.ones_like(bits), bits, bits.square()]).sum(1)

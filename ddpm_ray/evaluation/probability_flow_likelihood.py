@@ -12,7 +12,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ddpm_ray.diffusion.prediction import Prediction
+from ddpm_ray.diffusion.parameterization import Parameterization
 from ddpm_ray.diffusion.process import Denoise, NoiseSchedule
 
 GREY_LEVEL_BITS = math.log2(127.5)  # a grey level, 1 of 0..255, is 1 / 127.5 in [-1, 1]
@@ -33,7 +33,7 @@ def bits_per_dim(
     x_1: Tensor,
     steps: Sequence[int],
     *,
-    predicts: Prediction | None = None,
+    parameterization: Parameterization | None = None,
     probe: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """-log2 of the density at x_1 [B, ...] over its dimensions, [B] float64, and the latent x_T.
@@ -51,9 +51,9 @@ def bits_per_dim(
         raise ValueError(
             f"steps are {list(steps)}; they must rise from 1 to T = {schedule.num_steps}"
         )
-    predicts = predicts or Prediction.of("epsilon", schedule)
+    parameterization = parameterization or Parameterization.of("epsilon", schedule)
     a = schedule.alpha_bar
-    of_x_t, of_output = predicts.to_x_0()
+    of_x_t, of_output = parameterization.to_x_0()
     # v = (cos x_t - x_0) / sin; at t = 0, never asked, it divides by 0
     columns = torch.stack([(a.sqrt() - of_x_t), -of_output]) / (1 - a).sqrt()
     angle: list[float] = torch.atan2((1 - a).sqrt(), a.sqrt()).tolist()

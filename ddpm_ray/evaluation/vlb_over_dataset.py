@@ -16,7 +16,7 @@ from ddpm_ray.collectives import Workers
 from ddpm_ray.counter_rng import Purpose
 from ddpm_ray.data.transforms import to_model_range
 from ddpm_ray.diffusion import vlb
-from ddpm_ray.diffusion.prediction import Prediction
+from ddpm_ray.diffusion.parameterization import Parameterization
 from ddpm_ray.diffusion.process import add_noise
 from ddpm_ray.diffusion.samplers import Variance
 from ddpm_ray.diffusion.x0_estimator import clip_to_range
@@ -132,11 +132,11 @@ class _Look:
             answer, raw = answer.chunk(2, 1)
             raw = raw.double()
         x_0, x_t = x_0.double(), x_t.double()
-        estimate = of.predicts.x_0(x_t, t, answer.double())
+        estimate = of.parameterization.x_0(x_t, t, answer.double())
         if self.clip:
             clip_to_range(estimate)
         log_variance = vlb.reverse_log_variance(schedule, t, self.variance, x_0, raw)
-        image = Prediction.of("x_0", schedule)
+        image = Parameterization.of("x_0", schedule)
         bits = vlb.term(image, x_0, x_t, t, estimate, log_variance)
         return bits, (x_0 - estimate).square().flatten(1).mean(1)
 

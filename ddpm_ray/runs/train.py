@@ -230,7 +230,7 @@ def check_model(config: RunConfig, dataset: Dataset) -> None:
     """Schedule, network and data must fit: found out here, without memory and before Ray starts."""
     try:
         schedule = diffusion.noise_schedule(config.schedule)
-        diffusion.prediction(config.objective, schedule)
+        diffusion.model_parameterization(config.objective, schedule)
     except ValueError as error:
         raise ConfigError(f"schedule: {error}") from error
     try:

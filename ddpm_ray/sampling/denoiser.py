@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ddpm_ray.diffusion.guidance import classifier_free, or_null
-from ddpm_ray.diffusion.prediction import Prediction
+from ddpm_ray.diffusion.parameterization import Parameterization
 from ddpm_ray.diffusion.process import Denoise, NoiseSchedule
 
 Network: TypeAlias = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
@@ -47,7 +47,7 @@ class Denoiser:
     """A trained network, what it predicts, and what it must be told."""
 
     network: Network
-    predicts: Prediction
+    parameterization: Parameterization
     variance: Literal["fixed", "learned", "learned_range"] = "fixed"  # what it answers beside
     num_classes: int = 0
     self_conditioned: bool = False
@@ -60,13 +60,14 @@ class Denoiser:
     def of_noise(cls, denoise: Denoise, schedule: NoiseSchedule) -> "Denoiser":
         """Of a callable that predicts the noise and wants x_t and t alone."""
         return cls(
-            lambda x_t, t, labels, condition: denoise(x_t, t), Prediction.of("epsilon", schedule)
+            lambda x_t, t, labels, condition: denoise(x_t, t),
+            Parameterization.of("epsilon", schedule),
         )
 
     @property
     def schedule(self) -> NoiseSchedule:
         """That of what it predicts."""
-        return self.predicts.schedule
+        return self.parameterization.schedule
 
     def bound(
         self,
@@ -99,9 +100,14 @@ class Denoiser:
             denoise: Denoise = lambda x_t, t: network(x_t, t, None)  # noqa: E731
         else:
             denoise = classifier_free(
-                network, or_null(known, self.num_classes), self.num_classes, guidance.scale,
-                rescale=guidance.rescale, interval=guidance.interval, predicts=self.predicts,
-            )  # fmt: skip
+                network,
+                or_null(known, self.num_classes),
+                self.num_classes,
+                guidance.scale,
+                rescale=guidance.rescale,
+                interval=guidance.interval,
+                parameterization=self.parameterization,
+            )
         return denoise if lead is None else lead(denoise, labels)
 
     def unguided(self, labels: Tensor | None = None) -> Denoise:
@@ -121,7 +127,7 @@ class Denoiser:
     def noise(self, labels: Tensor | None = None, low_resolution: Tensor | None = None) -> Denoise:
         """What it thinks of the noise in x_t [B, ...], whatever it predicts."""
         denoise = self.mean_of(self.bound(labels, UNGUIDED, low_resolution))
-        return lambda x_t, t: self.predicts.noise(x_t, t, denoise(x_t, t))
+        return lambda x_t, t: self.parameterization.noise(x_t, t, denoise(x_t, t))
 
     def mean_of(self, denoise: Denoise) -> Denoise:
         """`denoise` without the learned variance that this network answers behind."""
@@ -142,10 +148,10 @@ class _Beside:
         if self._low_resolution is not None:
             beside.append(_as_many(self._low_resolution, len(x_t)))
         condition = torch.cat(beside, 1) if beside else None
-        answer = of.network(of.predicts.scaled(x_t, t), t, labels, condition)
+        answer = of.network(of.parameterization.scaled(x_t, t), t, labels, condition)
         if of.self_conditioned:
             mean = answer if of.variance == "fixed" else answer.chunk(2, 1)[0]
-            self._estimate = of.predicts.x_0(x_t, t, mean).detach().clamp_(-1, 1)
+            self._estimate = of.parameterization.x_0(x_t, t, mean).detach().clamp_(-1, 1)
         return answer
 
     def _last(self, x_t: Tensor) -> Tensor:

@@ -54,7 +54,7 @@ def inpaint(
     if painting.method == "replacement":
         start = torch.full_like(index, plan.steps[0])
         x_T = torch.where(mask, add_noise(denoiser.schedule, known, start, x_T), x_T)
-        seeing = inpainting.replacement(denoise, denoiser.predicts, known, mask)
+        seeing = inpainting.replacement(denoise, denoiser.parameterization, known, mask)
         return inpainting.paste(walk(denoiser, seeing, plan, x_T, noise), known, mask)
     if plan.sampler not in ("ancestral", "ddim") or plan.variance != "fixed_small":
         raise ValueError(
@@ -65,7 +65,7 @@ def inpaint(
         denoiser.schedule, denoise, x_T, plan.steps, known=known, mask=mask, noise=noise,
         jump_length=painting.jump_length, resamples=painting.resamples,
         eta=1.0 if plan.sampler == "ancestral" else plan.eta,
-        predicts=denoiser.predicts, clip=plan.clipping(),
+        parameterization=denoiser.parameterization, clip=plan.clipping(),
     )  # fmt: skip
 
 
@@ -109,9 +109,14 @@ def interpolate(
     )
     labels = plan.labels_of(index[:1].expand(len(shares)), denoiser.num_classes)
     denoise = denoiser.mean_of(denoiser.bound(labels, plan.guidance))
-    predicts = denoiser.predicts
+    parameterization = denoiser.parameterization
     return samplers.ddim(
-        denoiser.schedule, denoise, x_T, plan.steps, predicts=predicts, clip=plan.clipping()
+        denoiser.schedule,
+        denoise,
+        x_T,
+        plan.steps,
+        parameterization=parameterization,
+        clip=plan.clipping(),
     )
 
 
@@ -128,15 +133,22 @@ def reconstruct(
     How far from them says how well the plan's steps follow the flow. See `ddim_inversion`, also
     for `iterations`. `size` is S.
     """
-    schedule, predicts = denoiser.schedule, denoiser.predicts
+    schedule, parameterization = denoiser.schedule, denoiser.parameterization
 
     def fresh() -> Denoise:  # a self-conditioned network remembers a walk
         return denoiser.mean_of(_bound(denoiser, plan, index, images, size))
 
     x_T = inversion.ddim_inversion(
-        schedule, fresh(), images, plan.steps, iterations=iterations, predicts=predicts
+        schedule,
+        fresh(),
+        images,
+        plan.steps,
+        iterations=iterations,
+        parameterization=parameterization,
     )
-    return samplers.ddim(schedule, fresh(), x_T, plan.steps, predicts=predicts, clip=None)
+    return samplers.ddim(
+        schedule, fresh(), x_T, plan.steps, parameterization=parameterization, clip=None
+    )
 
 
 def on_canvas(images: Images, top: int, bottom: int, left: int, right: int) -> tuple[Images, Mask]:

@@ -17,7 +17,7 @@ def by_weaker(strong: Denoiser, weak: Denoiser, scale: float) -> Lead:
     Raises ValueError where the two do not answer alike: predict the same under the same schedule.
     """
     same = torch.equal(strong.schedule.alpha_bar, weak.schedule.alpha_bar) and torch.equal(
-        strong.predicts.u, weak.predicts.u
+        strong.parameterization.u, weak.parameterization.u
     )
     if not same:
         raise ValueError(
@@ -57,7 +57,12 @@ def by_classifier(
             return classifier(x_t, t).log_softmax(1).gather(1, labels[:, None]).squeeze(1)
 
         return classifier_guided(
-            denoise, log_probability, denoiser.predicts, scale, steps=steps, variance=variance
+            denoise,
+            log_probability,
+            denoiser.parameterization,
+            scale,
+            steps=steps,
+            variance=variance,
         )
 
     return lead

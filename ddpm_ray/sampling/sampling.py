@@ -130,7 +130,7 @@ def walk(
     on_step: OnStep | None = None,
 ) -> Tensor:
     """From x_T down plan.steps by plan.sampler, with `denoise` that `denoiser` has bound."""
-    schedule, predicts, clip = denoiser.schedule, denoiser.predicts, plan.clipping()
+    schedule, parameterization, clip = denoiser.schedule, denoiser.parameterization, plan.clipping()
     if plan.sampler == "ancestral":
         variance = denoiser.variance if plan.variance == "learned" else plan.variance
         if variance == "fixed":
@@ -139,7 +139,7 @@ def walk(
             denoise = denoiser.mean_of(denoise)
         return samplers.ancestral(
             schedule, denoise, x_T, plan.steps, noise=noise, variance=variance,
-            predicts=predicts, clip=clip, on_step=on_step,
+            parameterization=parameterization, clip=clip, on_step=on_step,
         )  # fmt: skip
     if plan.variance == "learned":
         raise ValueError(f"variance is 'learned'; {plan.sampler} has none: use fixed_small")
@@ -147,14 +147,28 @@ def walk(
     match plan.sampler:
         case "ddim":
             return samplers.ddim(
-                schedule, denoise, x_T, plan.steps, eta=plan.eta, noise=noise,
-                variance=plan.variance, predicts=predicts, clip=clip, on_step=on_step,
-            )  # fmt: skip
+                schedule,
+                denoise,
+                x_T,
+                plan.steps,
+                eta=plan.eta,
+                noise=noise,
+                variance=plan.variance,
+                parameterization=parameterization,
+                clip=clip,
+                on_step=on_step,
+            )
         case "dpm_solver_pp" | "dpm_solver_pp_sde":
             return solvers.dpm_solver_pp(
-                schedule, denoise, x_T, plan.steps, predicts=predicts, clip=clip, on_step=on_step,
+                schedule,
+                denoise,
+                x_T,
+                plan.steps,
+                parameterization=parameterization,
+                clip=clip,
+                on_step=on_step,
                 noise=noise if plan.sampler == "dpm_solver_pp_sde" else None,
-            )  # fmt: skip
+            )
         case "unipc":
             solver: Callable[..., Tensor] = solvers.unipc
         case "heun":
@@ -163,7 +177,15 @@ def walk(
             solver = solvers.plms
         case _:
             assert_never(plan.sampler)
-    return solver(schedule, denoise, x_T, plan.steps, predicts=predicts, clip=clip, on_step=on_step)
+    return solver(
+        schedule,
+        denoise,
+        x_T,
+        plan.steps,
+        parameterization=parameterization,
+        clip=clip,
+        on_step=on_step,
+    )
 
 
 def draw_uint8(

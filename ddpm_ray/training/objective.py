@@ -15,7 +15,7 @@ from ddpm_ray import counter_rng, fault_injection
 from ddpm_ray.collectives import Workers
 from ddpm_ray.counter_rng import Purpose
 from ddpm_ray.diffusion import loss_weighting, losses
-from ddpm_ray.diffusion.prediction import Prediction
+from ddpm_ray.diffusion.parameterization import Parameterization
 from ddpm_ray.diffusion.process import Denoise, NoiseSchedule, add_noise
 from ddpm_ray.training.deterministic_allreduce import SlotSum
 from ddpm_ray.training.noising import Examples, Showing
@@ -33,7 +33,7 @@ class Objective:
     """A loss on images, as configured."""
 
     showing: Showing
-    predicts: Prediction
+    parameterization: Parameterization
     loss: Literal["simple", "hybrid", "vlb"] = "simple"
     variance: Literal["fixed", "learned", "learned_range"] = "fixed"
     vlb_weight: float = 0.001
@@ -48,7 +48,7 @@ class Objective:
     @property
     def schedule(self) -> NoiseSchedule:
         """That of what is predicted."""
-        return self.predicts.schedule
+        return self.parameterization.schedule
 
     def backward(
         self,
@@ -126,11 +126,15 @@ class Objective:
             )
         denoise = self._denoise(network, examples, step)
         if self.loss == "simple" or self.variance == "fixed":
-            return losses.simple_loss(denoise, self.schedule, x_0, t, noise, predicts=self.predicts)
+            return losses.simple_loss(
+                denoise, self.schedule, x_0, t, noise, parameterization=self.parameterization
+            )
         if self.loss == "vlb":
-            return losses.vlb_loss(denoise, self.predicts, x_0, t, noise, variance=self.variance)
+            return losses.vlb_loss(
+                denoise, self.parameterization, x_0, t, noise, variance=self.variance
+            )
         return losses.hybrid_loss(
-            denoise, self.predicts, x_0, t, noise,
+            denoise, self.parameterization, x_0, t, noise,
             variance=self.variance, vlb_weight=self.vlb_weight,
         )  # fmt: skip
 
@@ -154,7 +158,9 @@ class Objective:
             """The network's answer to x_t, perturbed and scaled as it is shown it."""
             if more is not None:
                 x_t = x_t + (1 - schedule.at(t, x_t)).sqrt().to(x_t) * more
-            answer: Tensor = network(self.predicts.scaled(x_t, t), t, examples.labels, condition)
+            answer: Tensor = network(
+                self.parameterization.scaled(x_t, t), t, examples.labels, condition
+            )
             return answer
 
         return denoise
@@ -174,11 +180,11 @@ class Objective:
         x_t = add_noise(self.schedule, examples.x_0, examples.t, examples.noise)
         with torch.no_grad():
             answer = inner(
-                self.predicts.scaled(x_t, examples.t), examples.t, examples.labels,
+                self.parameterization.scaled(x_t, examples.t), examples.t, examples.labels,
                 torch.cat([nothing, *beside], 1),
             )  # fmt: skip
             mean = answer if self.variance == "fixed" else answer.chunk(2, 1)[0]
-            return self.predicts.x_0(x_t, examples.t, mean).clamp_(-1, 1)
+            return self.parameterization.x_0(x_t, examples.t, mean).clamp_(-1, 1)
 
     def _autocast(self, device: torch.device) -> contextlib.AbstractContextManager[object]:
         return torch.autocast(device.type, torch.bfloat16, enabled=self.bf16)

@@ -15,25 +15,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ddpm_ray.diffusion import NoiseSchedule, Prediction, posterior, schedules, score
+from ddpm_ray.diffusion import NoiseSchedule, Parameterization, posterior, schedules, score
 from ddpm_ray.diffusion.guidance import autoguided, classifier_free, classifier_guided, dropped
-from ddpm_ray.diffusion.prediction import Kind
+from ddpm_ray.diffusion.parameterization import Kind
 from ddpm_ray.diffusion.samplers import Variance, ancestral, ddim
 from ddpm_ray.diffusion.timestep_spacing import uniform_steps
-from tests.diffusion.test_prediction import KINDS
+from tests.diffusion.test_parameterization import KINDS
 from tests.truth import LINE, SCHEDULE, THREE, Mixture, standard
 
 PARTS = [Mixture(torch.ones(1), THREE.mean[k : k + 1], THREE.variance[k : k + 1]) for k in range(3)]
-EPSILON = Prediction.of("epsilon", SCHEDULE)
+EPSILON = Parameterization.of("epsilon", SCHEDULE)
 LEVELS = NoiseSchedule(torch.tensor([1, 0.8, 0.5, 0.2], dtype=torch.float64))  # sigma 1/2, 1, 2
 T_4, LABELS = torch.tensor([30, 300, 700, 950]), torch.tensor([2, 0, 1, 1])
 X_4 = torch.tensor([[0.3, -0.5], [-1.5, 0.7], [2.0, 2.5], [0.1, -1.2]], dtype=torch.float64)
 
 
-def by_label(predicts: Prediction, x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+def by_label(parameterization: Parameterization, x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
     """The best network for THREE with its components as classes, and 3 for none."""
     images = torch.stack([law.expected_image(x_t, t) for law in (*PARTS, THREE)])
-    return predicts.output(x_t, t, images[labels, torch.arange(len(labels))])
+    return parameterization.output(x_t, t, images[labels, torch.arange(len(labels))])
 
 
 def log_class(k: int, x_t: Tensor, t: Tensor) -> Tensor:
@@ -64,12 +64,12 @@ def images(count: int) -> Tensor:
 @pytest.mark.parametrize("scale", [-0.5, 0, 0.4, 1, 3])
 def test_classifier_free_guidance_adds_scores(kind: Kind, scale: float) -> None:
     """For mixtures the score behind the answer is closed form (Ho and Salimans 2022, eq. 6)."""
-    predicts = Prediction.of(kind, SCHEDULE)
-    denoise = classifier_free(partial(by_label, predicts), LABELS, 3, scale)
+    parameterization = Parameterization.of(kind, SCHEDULE)
+    denoise = classifier_free(partial(by_label, parameterization), LABELS, 3, scale)
     a = SCHEDULE.alpha_bar[T_4].view(-1, 1, 1)
     free = THREE.score(X_4, a)
     own = torch.stack([PARTS[k].score(X_4, a)[i] for i, k in enumerate(LABELS)])
-    guided = score(predicts, denoise, X_4, T_4)
+    guided = score(parameterization, denoise, X_4, T_4)
     torch.testing.assert_close(guided, free + scale * (own - free), rtol=1e-8, atol=1e-8)
 
 
@@ -114,11 +114,17 @@ def test_the_wide_batch_keeps_the_memory_format() -> None:
 
 def test_guidance_stays_within_its_interval_of_sigma() -> None:
     """By hand: steps 1, 2, 3 have sigma 1/2, 1, 2; the upper end belongs, the lower does not."""
-    x, labels, predicts = images(3), torch.tensor([0, 2, 1]), Prediction.of("v", LEVELS)
+    x, labels, parameterization = (
+        images(3),
+        torch.tensor([0, 2, 1]),
+        Parameterization.of("v", LEVELS),
+    )
     for interval, guided in (((0.6, 1.0), {2}), ((1.0, 3.0), {3}), ((0.0, 9.0), {1, 2, 3})):
         for t in (1, 2, 3):
             network = Recorder()
-            denoise = classifier_free(network, labels, 4, 3.0, interval=interval, predicts=predicts)
+            denoise = classifier_free(
+                network, labels, 4, 3.0, interval=interval, parameterization=parameterization
+            )
             denoise(x, torch.full((3,), t))
             assert [len(asked) for asked in network.labels] == [6 if t in guided else 3]
 
@@ -126,8 +132,10 @@ def test_guidance_stays_within_its_interval_of_sigma() -> None:
 def test_images_at_different_steps_are_guided_each_by_its_own() -> None:
     x, t, labels = images(3), torch.tensor([1, 2, 3]), torch.tensor([0, 2, 1])
     options: dict[str, Any] = {
-        "interval": (0.6, 1.0), "predicts": Prediction.of("v", LEVELS), "rescale": 0.5,
-    }  # fmt: skip
+        "interval": (0.6, 1.0),
+        "parameterization": Parameterization.of("v", LEVELS),
+        "rescale": 0.5,
+    }
     together = classifier_free(Recorder(), labels, 4, 3.0, **options)(x, t)
     for i in range(3):
         one = slice(i, i + 1)
@@ -167,7 +175,7 @@ def test_a_learned_variance_stays_the_conditional_one() -> None:
     def slope_1(x_t: Tensor, t: Tensor) -> Tensor:
         return x_t.sum((1, 2, 3))
 
-    pushed = classifier_guided(own, slope_1, Prediction.of("epsilon", LEVELS), 2.0)(x, t)
+    pushed = classifier_guided(own, slope_1, Parameterization.of("epsilon", LEVELS), 2.0)(x, t)
     size = (1 - LEVELS.alpha_bar[t]).sqrt().view(-1, 1, 1, 1)
     torch.testing.assert_close(pushed[:, :2], own(x, t)[:, :2] - 2 * size)
     assert torch.equal(pushed[:, 2:], own(x, t)[:, 2:])
@@ -203,10 +211,10 @@ def test_rescale_leaves_an_answer_without_contrast_as_it_is(constant: float) -> 
 @pytest.mark.parametrize("k", [0, 1, 2])
 def test_the_true_classifier_leads_to_the_conditional_answer(kind: Kind, k: int) -> None:
     """Bayes: slope of log p(x_t | k) = slope of log p(x_t) + slope of log p(k | x_t)."""
-    predicts = Prediction.of(kind, SCHEDULE)
-    free = partial(by_label, predicts, labels=torch.full((4,), 3))
-    guided = classifier_guided(free, partial(log_class, k), predicts, 1.0)(X_4, T_4)
-    expected = by_label(predicts, X_4, T_4, torch.full((4,), k))
+    parameterization = Parameterization.of(kind, SCHEDULE)
+    free = partial(by_label, parameterization, labels=torch.full((4,), 3))
+    guided = classifier_guided(free, partial(log_class, k), parameterization, 1.0)(X_4, T_4)
+    expected = by_label(parameterization, X_4, T_4, torch.full((4,), k))
     torch.testing.assert_close(guided, expected, rtol=1e-8, atol=1e-8)
 
 
@@ -259,7 +267,7 @@ def test_a_linear_gaussian_label_leads_to_its_posterior(kind: Kind, way: str) ->
     each source of noise adds: no chance in it, only 400 steps for infinitely many.
     """
     steps, v, r, y = uniform_steps(1000, 400), 0.5, 0.25, 0.9
-    predicts = Prediction.of(kind, SCHEDULE)
+    parameterization = Parameterization.of(kind, SCHEDULE)
 
     def image(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         a = SCHEDULE.at(t, x)
@@ -270,24 +278,30 @@ def test_a_linear_gaussian_label_leads_to_its_posterior(kind: Kind, way: str) ->
         return (-(y - mean).square() / (2 * (variance + r))).squeeze(1)
 
     def answer(x: Tensor, t: Tensor) -> Tensor:
-        return predicts.output(x, t, image(x, t)[0])
+        return parameterization.output(x, t, image(x, t)[0])
 
     sources = torch.zeros(402, 1, dtype=torch.float64)  # none, x_T, then each step's noise
     x_T = sources.clone()
     x_T[1] = 1
     row = {t: 2 + i for i, t in enumerate(steps)}
     if way == "score":
-        guided = classifier_guided(answer, log_label, predicts, 1.0)
-        end = ddim(SCHEDULE, guided, x_T, steps, predicts=predicts, clip=None)
+        guided = classifier_guided(answer, log_label, parameterization, 1.0)
+        end = ddim(SCHEDULE, guided, x_T, steps, parameterization=parameterization, clip=None)
     else:
         variance: Any = way
         guided = classifier_guided(
-            answer, log_label, predicts, 1.0, steps=steps, variance=variance
+            answer, log_label, parameterization, 1.0, steps=steps, variance=variance
         )  # fmt: skip
         end = ancestral(
-            SCHEDULE, guided, x_T, steps, variance=variance, predicts=predicts, clip=None,
+            SCHEDULE,
+            guided,
+            x_T,
+            steps,
+            variance=variance,
+            parameterization=parameterization,
+            clip=None,
             noise=lambda t: sources.index_fill(0, torch.tensor([row[t]]), 1.0),
-        )  # fmt: skip
+        )
     assert float(end[0]) == pytest.approx(0.6, abs=0.01)
     assert float((end[1:] - end[0]).square().sum()) == pytest.approx(1 / 6, rel=0.03)
 
@@ -298,7 +312,7 @@ def test_a_mean_is_shifted_by_sigma_times_the_slope(kind: Kind, variance: Varian
     """With a slope of 1 everywhere the shift at step s is 2 Sigma, in a coarser chain too."""
     assert variance in ("fixed_small", "fixed_large")
     schedule, steps = NoiseSchedule(schedules.linear(40, 1e-3, 0.3)), (40, 17, 0)
-    predicts = Prediction.of(kind, schedule)
+    parameterization = Parameterization.of(kind, schedule)
     seen: list[Tensor] = []
 
     def free(x_t: Tensor, t: Tensor) -> Tensor:
@@ -306,14 +320,21 @@ def test_a_mean_is_shifted_by_sigma_times_the_slope(kind: Kind, variance: Varian
 
     def run(denoise: Callable[[Tensor, Tensor], Tensor]) -> None:
         ancestral(
-            schedule, denoise, X_4, steps, noise=lambda t: 0 * X_4, predicts=predicts,
-            variance=variance, clip=None, on_step=lambda t, x_t, x_0: seen.append(x_t.clone()),
-        )  # fmt: skip
+            schedule,
+            denoise,
+            X_4,
+            steps,
+            noise=lambda t: 0 * X_4,
+            parameterization=parameterization,
+            variance=variance,
+            clip=None,
+            on_step=lambda t, x_t, x_0: seen.append(x_t.clone()),
+        )
 
     run(free)
     run(
         classifier_guided(
-            free, lambda x_t, t: x_t.sum(1), predicts, 2.0, steps=steps, variance=variance
+            free, lambda x_t, t: x_t.sum(1), parameterization, 2.0, steps=steps, variance=variance
         )
     )
     respaced = NoiseSchedule(schedule.alpha_bar[[0, 17, 40]])
@@ -325,8 +346,8 @@ def test_a_mean_is_shifted_by_sigma_times_the_slope(kind: Kind, variance: Varian
 
 def test_a_classifier_moves_nothing_where_there_is_no_signal() -> None:
     schedule = NoiseSchedule(torch.tensor([1, 0.5, 0.0], dtype=torch.float64))
-    predicts = Prediction.of("v", schedule)
-    denoise = classifier_guided(lambda x, t: 2 * x, lambda x, t: x.sum(1), predicts, 3.0)
+    parameterization = Parameterization.of("v", schedule)
+    denoise = classifier_guided(lambda x, t: 2 * x, lambda x, t: x.sum(1), parameterization, 3.0)
     moved = denoise(X_4, torch.tensor([2, 2, 1, 1])) - 2 * X_4
     # by hand at a = 1/2: x_0 moves by 3 (1 / 2) / sqrt(1 / 2), and v by -1 / sqrt(1 / 2) of that
     torch.testing.assert_close(moved[:, 0], torch.tensor([0, 0, -3, -3], dtype=torch.float64))
@@ -364,9 +385,12 @@ def test_dropped_labels_are_a_function_of_seed_step_and_position() -> None:
     "options, complaint",
     [
         ({"rescale": 1.5}, r"rescale is 1\.5; it lies from 0 \(off\) to 1"),
-        ({"interval": (0.3, 2.0)}, r"predicts None; take two sigmas, .* and pass predicts="),
-        ({"interval": (2.0, 0.3), "predicts": EPSILON}, r"interval is \(2\.0, 0\.3\)"),
-        ({"interval": (-1.0, 0.3), "predicts": EPSILON}, r"interval is \(-1\.0, 0\.3\)"),
+        (
+            {"interval": (0.3, 2.0)},
+            r"parameterization None; give two sigmas, .* and the parameterization",
+        ),
+        ({"interval": (2.0, 0.3), "parameterization": EPSILON}, r"interval is \(2\.0, 0\.3\)"),
+        ({"interval": (-1.0, 0.3), "parameterization": EPSILON}, r"interval is \(-1\.0, 0\.3\)"),
     ],
 )
 def test_guidance_refuses(options: dict[str, Any], complaint: str) -> None:

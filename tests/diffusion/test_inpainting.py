@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ddpm_ray import counter_rng
-from ddpm_ray.diffusion import NoiseSchedule, Prediction, add_noise, schedules
+from ddpm_ray.diffusion import NoiseSchedule, Parameterization, add_noise, schedules
 from ddpm_ray.diffusion.guidance import classifier_free
 from ddpm_ray.diffusion.inpainting import (
     jump_schedule,
@@ -28,11 +28,11 @@ from ddpm_ray.diffusion.inpainting import (
     seam,
     windowed,
 )
-from ddpm_ray.diffusion.prediction import Kind
+from ddpm_ray.diffusion.parameterization import Kind
 from ddpm_ray.diffusion.process import Denoise
 from ddpm_ray.diffusion.samplers import ancestral, ddim
 from ddpm_ray.diffusion.timestep_spacing import uniform_steps
-from tests.diffusion.test_prediction import KINDS
+from tests.diffusion.test_parameterization import KINDS
 from tests.truth import ONE, SCHEDULE, THREE, mixture, standard
 
 SHORT = NoiseSchedule(schedules.linear(40, 1e-3, 0.3))
@@ -156,7 +156,7 @@ def painted(
         return standard(count, generator, THREE)
 
     if resamples is None:
-        replaced = replacement(denoise, Prediction.of("epsilon", SCHEDULE), known, mask)
+        replaced = replacement(denoise, Parameterization.of("epsilon", SCHEDULE), known, mask)
         end = ancestral(
             SCHEDULE, replaced, x_T, steps, noise=noise, variance="fixed_small", clip=None
         )
@@ -209,17 +209,27 @@ def test_shares_of_components_that_stay_open_are_not_the_posteriors() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_replacement_takes_the_known_pixels_along_their_own_noise(kind: Kind) -> None:
     """Under DDIM at eta = 0 that of x_T, at every step (Song et al. 2021, arXiv:2010.02502)."""
-    predicts, known, t = Prediction.of(kind, SHORT), noise_at(98), torch.full((3,), 40)
+    parameterization, known, t = (
+        Parameterization.of(kind, SHORT),
+        noise_at(98),
+        torch.full((3,), 40),
+    )
     seen = []
     end = ddim(
-        SHORT, replacement(shrinking, predicts, known, HALF),
-        add_noise(SHORT, known, t, noise_at(99)), (40, 30, 7, 0), predicts=predicts, clip=None,
+        SHORT,
+        replacement(shrinking, parameterization, known, HALF),
+        add_noise(SHORT, known, t, noise_at(99)),
+        (40, 30, 7, 0),
+        parameterization=parameterization,
+        clip=None,
         on_step=lambda t, x_t, x_0: seen.append((t, x_t.clone(), x_0.clone())),
-    )  # fmt: skip
+    )
     for step, x_t, x_0 in seen:
         at_t = add_noise(SHORT, known, torch.full((3,), step), noise_at(99))
         torch.testing.assert_close(x_t[..., :2], at_t[..., :2])
-        free = predicts.x_0(x_t, torch.full((3,), step), shrinking(x_t, torch.full((3,), step)))
+        free = parameterization.x_0(
+            x_t, torch.full((3,), step), shrinking(x_t, torch.full((3,), step))
+        )
         torch.testing.assert_close(x_0[..., 2:], free[..., 2:])
     assert known_error(end, known, HALF) < 1e-9
 
@@ -229,9 +239,9 @@ def test_a_learned_variance_passes_and_is_not_read() -> None:
         return torch.cat([shrinking(x_t, t), 0.3 * x_t], 1)
 
     x, t, known = noise_at(1), torch.full((3,), 20), noise_at(98)
-    predicts = Prediction.of("epsilon", SHORT)
-    answer = replacement(wide, predicts, known, HALF)(x, t)
-    assert torch.equal(answer[:, :2], replacement(shrinking, predicts, known, HALF)(x, t))
+    parameterization = Parameterization.of("epsilon", SHORT)
+    answer = replacement(wide, parameterization, known, HALF)(x, t)
+    assert torch.equal(answer[:, :2], replacement(shrinking, parameterization, known, HALF)(x, t))
     assert torch.equal(answer[:, 2:], 0.3 * x)
 
     def end(denoise: Denoise) -> Tensor:

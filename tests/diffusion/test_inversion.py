@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ddpm_ray.diffusion import NoiseSchedule, Prediction, add_noise
+from ddpm_ray.diffusion import NoiseSchedule, Parameterization, add_noise
 from ddpm_ray.diffusion.inversion import ddim_inversion, interpolate
-from ddpm_ray.diffusion.prediction import Kind
+from ddpm_ray.diffusion.parameterization import Kind
 from ddpm_ray.diffusion.samplers import ddim
 from ddpm_ray.diffusion.timestep_spacing import uniform_steps
 from tests.truth import ONE, SCHEDULE, THREE
@@ -39,17 +39,19 @@ def test_ddim_gives_back_the_inverted_image(
     schedule: NoiseSchedule, kind: Kind, steps: tuple[int, ...]
 ) -> None:
     """To rounding, whatever the network says and the steps: here the optimum for one Gaussian."""
-    predicts = Prediction.of(kind, schedule)
+    parameterization = Parameterization.of(kind, schedule)
 
     def denoise(x_t: Tensor, t: Tensor) -> Tensor:
-        return predicts.output(x_t, t, ONE.expected_image(x_t, t, schedule))
+        return parameterization.output(x_t, t, ONE.expected_image(x_t, t, schedule))
 
     x_0 = ONE.sample(50, torch.Generator().manual_seed(0))
-    x_T = ddim_inversion(schedule, denoise, x_0, steps, iterations=60, predicts=predicts)
-    again = ddim(schedule, denoise, x_T, steps, predicts=predicts, clip=None)
+    x_T = ddim_inversion(
+        schedule, denoise, x_0, steps, iterations=60, parameterization=parameterization
+    )
+    again = ddim(schedule, denoise, x_T, steps, parameterization=parameterization, clip=None)
     torch.testing.assert_close(again, x_0, rtol=1e-10, atol=1e-10)
-    once = ddim_inversion(schedule, denoise, x_0, steps, predicts=predicts)
-    off = ddim(schedule, denoise, once, steps, predicts=predicts, clip=None) - x_0
+    once = ddim_inversion(schedule, denoise, x_0, steps, parameterization=parameterization)
+    off = ddim(schedule, denoise, once, steps, parameterization=parameterization, clip=None) - x_0
     assert off.abs().max() > 0.01
 
 
@@ -114,7 +116,7 @@ def test_inversion_refuses_what_it_cannot_undo(
     with pytest.raises(ValueError, match=complaint):
         ddim_inversion(
             NO_SIGNAL, ONE.expected_noise, drawn(0, 1, 1), steps,
-            iterations=iterations, predicts=Prediction.of("v", NO_SIGNAL),
+            iterations=iterations, parameterization=Parameterization.of("v", NO_SIGNAL),
         )  # fmt: skip
 
 

@@ -10,11 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ddpm_ray.diffusion import NoiseSchedule, Prediction, add_noise, loss_weighting, simple_loss
-from ddpm_ray.diffusion.prediction import Kind
+from ddpm_ray.diffusion import (
+    NoiseSchedule,
+    Parameterization,
+    add_noise,
+    loss_weighting,
+    simple_loss,
+)
+from ddpm_ray.diffusion.parameterization import Kind
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
-RULES: list[Callable[[Prediction], Tensor]] = [
+RULES: list[Callable[[Parameterization], Tensor]] = [
     loss_weighting.min_snr,
     loss_weighting.soft_min_snr,
     loss_weighting.p2,
@@ -27,7 +33,7 @@ SILENT = NoiseSchedule(torch.tensor([1, 0.5, 0], dtype=torch.float64))  # and no
 @pytest.mark.parametrize("rule", RULES)
 @given(beta=st.lists(st.floats(1e-3, 0.9), min_size=1, max_size=12))
 def test_a_rule_is_one_loss_whatever_is_predicted(
-    rule: Callable[[Prediction], Tensor], beta: list[float]
+    rule: Callable[[Parameterization], Tensor], beta: list[float]
 ) -> None:
     """The same wrong guess of x_0, put as each kind's answer, costs the same, image by image."""
     kept = torch.tensor([1, *(1 - b for b in beta)], dtype=torch.float64)
@@ -38,10 +44,12 @@ def test_a_rule_is_one_loss_whatever_is_predicted(
     x_t = add_noise(schedule, x_0, t, noise)
     costs = []
     for kind in KINDS:
-        predicts = Prediction.of(kind, schedule)
-        answer = predicts.output(x_t, t, guess)
-        loss = simple_loss(lambda x, t, a=answer: a, schedule, x_0, t, noise, predicts=predicts)  # type: ignore[misc]
-        costs.append(rule(predicts)[t] * loss)
+        parameterization = Parameterization.of(kind, schedule)
+        answer = parameterization.output(x_t, t, guess)
+        loss = simple_loss(
+            lambda x, t, a=answer: a, schedule, x_0, t, noise, parameterization=parameterization
+        )  # type: ignore[misc]
+        costs.append(rule(parameterization)[t] * loss)
     for other in costs[1:]:
         torch.testing.assert_close(other, costs[0], rtol=1e-7, atol=0)
 
@@ -64,15 +72,15 @@ def test_a_rule_is_one_loss_whatever_is_predicted(
     ],
 )
 def test_weights_are_what_the_papers_say(
-    rule: Callable[[Prediction], Tensor], kind: Kind, at_nine: float, at_a_ninth: float
+    rule: Callable[[Parameterization], Tensor], kind: Kind, at_nine: float, at_a_ninth: float
 ) -> None:
-    weight = rule(Prediction.of(kind, NINE))
+    weight = rule(Parameterization.of(kind, NINE))
     assert weight.dtype == torch.float64
     assert weight.tolist() == pytest.approx([0, at_nine, at_a_ninth])
 
 
 def test_settings_reach_the_rules() -> None:
-    image, noise = Prediction.of("x_0", NINE), Prediction.of("epsilon", NINE)
+    image, noise = Parameterization.of("x_0", NINE), Parameterization.of("epsilon", NINE)
     assert loss_weighting.min_snr(image, gamma=8)[1].item() == pytest.approx(8)
     assert loss_weighting.soft_min_snr(image, gamma=9)[1].item() == pytest.approx(9 / 2)
     assert loss_weighting.p2(noise, k=7, gamma=0.5)[1].item() == pytest.approx(1 / 4)
@@ -82,10 +90,10 @@ def test_settings_reach_the_rules() -> None:
 
 @pytest.mark.parametrize("kind", ["v", "x_0", "mean", "edm"])
 def test_a_step_without_signal_has_the_weight_of_no_snr(kind: Kind) -> None:
-    predicts = Prediction.of(kind, SILENT)
+    parameterization = Parameterization.of(kind, SILENT)
     for rule in (loss_weighting.min_snr, loss_weighting.soft_min_snr, loss_weighting.p2):
-        assert rule(predicts)[2] == 0
-    assert loss_weighting.edm(Prediction.of("x_0", SILENT))[2] == 4
+        assert rule(parameterization)[2] == 0
+    assert loss_weighting.edm(Parameterization.of("x_0", SILENT))[2] == 4
 
 
 @pytest.mark.parametrize(
@@ -98,10 +106,10 @@ def test_a_step_without_signal_has_the_weight_of_no_snr(kind: Kind) -> None:
     ],
 )
 def test_a_number_that_makes_no_weight_is_named(
-    make: Callable[[Prediction], Tensor], name: str
+    make: Callable[[Parameterization], Tensor], name: str
 ) -> None:
     with pytest.raises(ValueError, match=f"^{name}; it must be above 0$"):
-        make(Prediction.of("v", NINE))
+        make(Parameterization.of("v", NINE))
 
 
 @given(st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=9))

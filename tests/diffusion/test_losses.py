@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddpm_ray.diffusion import NoiseSchedule, Prediction, add_noise, schedules, simple_loss
+from ddpm_ray.diffusion import NoiseSchedule, Parameterization, add_noise, schedules, simple_loss
 from ddpm_ray.diffusion.losses import LearnedVariance, hybrid_loss, vlb_loss
-from ddpm_ray.diffusion.prediction import Kind
+from ddpm_ray.diffusion.parameterization import Kind
 from tests.truth import LINE, ONE
 from tests.truth import SCHEDULE as COSINE
 
@@ -51,7 +51,7 @@ def test_the_expected_image_is_the_optimum_of_every_prediction(kind: Kind, t: in
 
     The density is the mixture's own, integrated on a fine line; 4 standard errors at a fixed seed.
     """
-    predicts = Prediction.of(kind, COSINE)
+    parameterization = Parameterization.of(kind, COSINE)
     generator, count = torch.Generator().manual_seed(t), 20_000
     x_0, steps = LINE.sample(count, generator), torch.full((count,), t)
     noise = torch.randn(count, 1, dtype=torch.float64, generator=generator)
@@ -60,13 +60,16 @@ def test_the_expected_image_is_the_optimum_of_every_prediction(kind: Kind, t: in
 
     def loss(wave: float) -> Tensor:
         def denoise(x_t: Tensor, t: Tensor) -> Tensor:
-            return predicts.output(x_t, t, LINE.expected_image(x_t, t)) + 0.3 * (wave * x_t).cos()
+            return (
+                parameterization.output(x_t, t, LINE.expected_image(x_t, t))
+                + 0.3 * (wave * x_t).cos()
+            )
 
-        return simple_loss(denoise, COSINE, x_0, steps, noise, predicts=predicts)
+        return simple_loss(denoise, COSINE, x_0, steps, noise, parameterization=parameterization)
 
     best = simple_loss(
-        lambda x_t, t: predicts.output(x_t, t, LINE.expected_image(x_t, t)),
-        COSINE, x_0, steps, noise, predicts=predicts,
+        lambda x_t, t: parameterization.output(x_t, t, LINE.expected_image(x_t, t)),
+        COSINE, x_0, steps, noise, parameterization=parameterization,
     )  # fmt: skip
     for wave in (0.0, 1.0, 2.5):
         excess = loss(wave) - best
@@ -77,7 +80,7 @@ def test_the_expected_image_is_the_optimum_of_every_prediction(kind: Kind, t: in
 
 
 VARIANCES: tuple[LearnedVariance, ...] = ("learned", "learned_range")
-V = Prediction.of("v", SCHEDULE)
+V = Parameterization.of("v", SCHEDULE)
 EVERY_T = torch.arange(1, 11)
 
 
@@ -103,7 +106,9 @@ def test_the_hybrid_trains_the_mean_as_the_simple_loss_and_the_variance_as_the_b
     hybrid = hybrid_loss(
         lambda x_t, t: both, V, x_0, EVERY_T, noise, variance=variance, vlb_weight=0.03
     )
-    simple = simple_loss(lambda x_t, t: both[:, :2], SCHEDULE, x_0, EVERY_T, noise, predicts=V)
+    simple = simple_loss(
+        lambda x_t, t: both[:, :2], SCHEDULE, x_0, EVERY_T, noise, parameterization=V
+    )
     vlb = vlb_loss(lambda x_t, t: both, V, x_0, EVERY_T, noise, variance=variance)
     torch.testing.assert_close(hybrid, simple + 0.03 * vlb)
     mean, log_variance = gradient(hybrid)
@@ -123,7 +128,7 @@ def test_the_bound_is_least_at_the_true_variance_of_the_step_back(
     The loss is then T / 2 log2 of it over the posterior's variance. Means are exact: where a loss
     is quadratic in x_0 and noise, two points to either side of the mean stand for each.
     """
-    predicts, a = Prediction.of("epsilon", SCHEDULE), SCHEDULE.alpha_bar
+    parameterization, a = Parameterization.of("epsilon", SCHEDULE), SCHEDULE.alpha_bar
     spread = a * ONE.variance.item() + 1 - a
     beta = 1 - a[2:] / a[1:-1]
     truth, small = beta * spread[1:-1] / spread[2:], beta * (1 - a[1:-1]) / (1 - a[2:])
@@ -141,7 +146,9 @@ def test_the_bound_is_least_at_the_true_variance_of_the_step_back(
             noise = ONE.expected_noise(x_t, t, SCHEDULE)
             return torch.cat([noise, raw.repeat_interleave(4)[:, None]], 1)
 
-        each = vlb_loss(denoise, predicts, x_0, t, signs[:, 1:].repeat(9, 1), variance=variance)
+        each = vlb_loss(
+            denoise, parameterization, x_0, t, signs[:, 1:].repeat(9, 1), variance=variance
+        )
         return each.view(9, 4).mean(1)
 
     best.requires_grad_()

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ddpm_ray.diffusion import NoiseSchedule, Prediction, add_noise, posterior, schedules
+from ddpm_ray.diffusion import NoiseSchedule, Parameterization, add_noise, posterior, schedules
 from ddpm_ray.diffusion.samplers import ancestral, ddim
 from ddpm_ray.diffusion.timestep_spacing import (
     log_snr_steps,
@@ -153,7 +153,7 @@ def test_each_ddim_step_lands_on_the_clipped_image_with_its_own_noise(
     for (t, x_t, x_0), (s, x_s) in zip(
         seen, [(s, x_s) for s, x_s, _ in seen[1:]] + [(0, end)], strict=True
     ):
-        noise = Prediction.of("epsilon", SCHEDULE).output(x_t, torch.full((3,), t), x_0)
+        noise = Parameterization.of("epsilon", SCHEDULE).output(x_t, torch.full((3,), t), x_0)
         torch.testing.assert_close(x_s, add_noise(SCHEDULE, x_0, torch.full((3,), s), noise))
 
 

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ddpm_ray.diffusion import NoiseSchedule, Prediction
-from ddpm_ray.diffusion.prediction import Kind
+from ddpm_ray.diffusion import NoiseSchedule, Parameterization
+from ddpm_ray.diffusion.parameterization import Kind
 from ddpm_ray.diffusion.samplers import ancestral, ddim
 from ddpm_ray.diffusion.solvers import _weights, dpm_solver_pp, heun, plms, unipc
 from ddpm_ray.diffusion.timestep_spacing import uniform_steps
@@ -50,11 +50,15 @@ def flow(schedule: NoiseSchedule, x: Tensor) -> Tensor:
     return ONE.mean + ONE.variance.sqrt() * kept
 
 
-def answering(truth: Mixture, predicts: Prediction) -> Callable[[Tensor, Tensor], Tensor]:
-    """The optimal denoiser of a mixture, in the words of `predicts`."""
+def answering(
+    truth: Mixture, parameterization: Parameterization
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """The optimal denoiser of a mixture, in the words of `parameterization`."""
 
     def denoise(x_t: Tensor, t: Tensor) -> Tensor:
-        return predicts.output(x_t, t, truth.expected_image(x_t, t, predicts.schedule))
+        return parameterization.output(
+            x_t, t, truth.expected_image(x_t, t, parameterization.schedule)
+        )
 
     return denoise
 
@@ -160,12 +164,12 @@ def test_its_sde_of_order_1_is_ancestral_sampling(steps: tuple[int, ...]) -> Non
 @pytest.mark.parametrize("solver", [dpm_solver_pp, unipc])
 def test_the_first_step_from_no_signal_is_ddims(solver: Callable[..., Tensor]) -> None:
     """So is the second of DPM-Solver++, as what lies at log-SNR minus infinity says no slope."""
-    predicts = Prediction.of("v", NO_SIGNAL)
+    parameterization = Parameterization.of("v", NO_SIGNAL)
     seen: list[list[Tensor]] = []
     for way in (ddim, solver):
         seen.append([])
         way(
-            NO_SIGNAL, rough, noise_at(0), (1000, 800, 500, 0), predicts=predicts,
+            NO_SIGNAL, rough, noise_at(0), (1000, 800, 500, 0), parameterization=parameterization,
             on_step=lambda t, x_t, x_0: seen[-1].append(x_t.clone()),
         )  # fmt: skip
     same = 3 if solver is dpm_solver_pp else 2
@@ -204,10 +208,10 @@ def test_a_schedule_that_ends_in_no_signal_is_no_special_case(
     solver: Callable[..., Tensor],
 ) -> None:
     x_T = standard(10_000, torch.Generator().manual_seed(5), THREE)
-    predicts = Prediction.of("v", NO_SIGNAL)
+    parameterization = Parameterization.of("v", NO_SIGNAL)
     samples = solver(
-        NO_SIGNAL, answering(THREE, predicts), x_T, uniform_steps(1000, 40),
-        predicts=predicts, clip=None,
+        NO_SIGNAL, answering(THREE, parameterization), x_T, uniform_steps(1000, 40),
+        parameterization=parameterization, clip=None,
     )  # fmt: skip
     assert_drawn_from_the_mixture(samples)
 
@@ -217,11 +221,11 @@ def test_every_kind_of_prediction_gives_the_same_images(solver: Callable[..., Te
     x_T = standard(100, torch.Generator().manual_seed(4), THREE)
     images = []
     for kind in get_args(Kind):
-        predicts = Prediction.of(kind, SCHEDULE)
+        parameterization = Parameterization.of(kind, SCHEDULE)
         images.append(
             solver(
-                SCHEDULE, answering(THREE, predicts), x_T, (990, 600, 300, 100, 30, 0),
-                predicts=predicts,
+                SCHEDULE, answering(THREE, parameterization), x_T, (990, 600, 300, 100, 30, 0),
+                parameterization=parameterization,
             )
         )  # fmt: skip
     for other in images[1:]:
@@ -292,11 +296,11 @@ def test_steps_that_do_not_fall_to_0_are_refused(solver: Callable[..., Tensor]) 
 
 @pytest.mark.parametrize("solver", [heun, plms])
 def test_methods_in_noise_refuse_to_start_without_signal(solver: Callable[..., Tensor]) -> None:
-    predicts = Prediction.of("v", NO_SIGNAL)
+    parameterization = Parameterization.of("v", NO_SIGNAL)
     complaint = "start at 1000, where alpha_bar is 0, .* start at 999 or below, or take dpm_solver"
     with pytest.raises(ValueError, match=complaint):
-        solver(NO_SIGNAL, rough, noise_at(0), (1000, 500, 0), predicts=predicts)
-    end = solver(NO_SIGNAL, rough, noise_at(0), (999, 500, 0), predicts=predicts)
+        solver(NO_SIGNAL, rough, noise_at(0), (1000, 500, 0), parameterization=parameterization)
+    end = solver(NO_SIGNAL, rough, noise_at(0), (999, 500, 0), parameterization=parameterization)
     assert end.isfinite().all()
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
-from ddpm_ray.diffusion import NoiseSchedule, Prediction, add_noise, posterior, schedules
+from ddpm_ray.diffusion import NoiseSchedule, Parameterization, add_noise, posterior, schedules
 from ddpm_ray.diffusion.samplers import Variance
 from ddpm_ray.diffusion.schedule_diagnostics import appraise
 from ddpm_ray.diffusion.vlb import (
@@ -24,7 +24,7 @@ from ddpm_ray.diffusion.x0_estimator import clip_to_range
 from tests.truth import LINE
 
 LINEAR = NoiseSchedule(schedules.linear(1000))
-IMAGE = Prediction.of("x_0", LINEAR)
+IMAGE = Parameterization.of("x_0", LINEAR)
 LEVELS = torch.arange(256, dtype=torch.float64) / 127.5 - 1
 
 
@@ -137,15 +137,22 @@ def test_a_term_is_torchs_divergence(
 
 @pytest.mark.parametrize("kind", ["epsilon", "v", "score"])
 def test_a_term_knows_what_the_network_predicts(kind: str) -> None:
-    predicts = Prediction.of(kind, LINEAR)  # type: ignore[arg-type]
+    parameterization = Parameterization.of(kind, LINEAR)  # type: ignore[arg-type]
     t = torch.tensor([1, 2, 500, 1000])
     x_0, x_t, estimate = torch.rand(3, 4, 5, dtype=torch.float64) * 2 - 1
     log_variance = reverse_log_variance(LINEAR, t, "fixed_large", x_0)
-    answer = predicts.output(x_t, t, estimate)
-    found = term(predicts, x_0, x_t, t, answer, log_variance)
+    answer = parameterization.output(x_t, t, estimate)
+    found = term(parameterization, x_0, x_t, t, answer, log_variance)
     torch.testing.assert_close(found, term(IMAGE, x_0, x_t, t, estimate, log_variance))
-    outside = term(predicts, x_0, x_t, t, predicts.output(x_t, t, 3 + 0 * x_0), log_variance,
-                   clip=clip_to_range)  # fmt: skip
+    outside = term(
+        parameterization,
+        x_0,
+        x_t,
+        t,
+        parameterization.output(x_t, t, 3 + 0 * x_0),
+        log_variance,
+        clip=clip_to_range,
+    )
     torch.testing.assert_close(
         outside, term(IMAGE, x_0, x_t, t, torch.ones_like(x_0), log_variance)
     )
@@ -260,7 +267,7 @@ def bound_bits(num_steps: int, levels: Tensor, probability: Tensor) -> float:
     The denoiser is the expectation of x_0 over the levels themselves, the best that there is.
     """
     schedule = NoiseSchedule(schedules.cosine(num_steps))
-    predicts = Prediction.of("x_0", schedule)
+    parameterization = Parameterization.of("x_0", schedule)
     noise = torch.linspace(-6, 6, 31, dtype=torch.float64)
     weight = torch.softmax(-noise.square() / 2, 0)
     x_0 = levels.repeat_interleave(len(noise))[:, None]
@@ -272,7 +279,7 @@ def bound_bits(num_steps: int, levels: Tensor, probability: Tensor) -> float:
         square = (x_t - a.sqrt() * levels).square() / (1 - a)
         estimate = (torch.softmax(probability.log() - square / 2, 1) @ levels)[:, None]
         log_variance = reverse_log_variance(schedule, t, "fixed_small", x_0)
-        total += share @ term(predicts, x_0, x_t, t, estimate, log_variance)
+        total += share @ term(parameterization, x_0, x_t, t, estimate, log_variance)
     return float(total)
 
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ddpm_ray.diffusion import NoiseSchedule, Prediction, schedules
+from ddpm_ray.diffusion import NoiseSchedule, Parameterization, schedules
 from ddpm_ray.diffusion.samplers import ancestral, learned_log_variance
 from ddpm_ray.diffusion.timestep_spacing import uniform_steps
 from ddpm_ray.diffusion.x0_estimator import Estimator, clip_to_quantile, clip_to_range
@@ -49,8 +49,8 @@ def test_in_range_both_clips_leave_all_as_it_is(pixels: list[float]) -> None:
 
 def test_an_estimate_is_written_where_it_was_asked_to_be() -> None:
     x_t, out = torch.randn(2, 3), torch.empty(2, 3)
-    predicts = Prediction.of("x_0", LINEAR)
-    estimate = Estimator(lambda x, t: 3 * x + t[:, None], predicts, x_t, None)
+    parameterization = Parameterization.of("x_0", LINEAR)
+    estimate = Estimator(lambda x, t: 3 * x + t[:, None], parameterization, x_t, None)
     assert estimate(x_t, 7, out) is out
     torch.testing.assert_close(out, 3 * x_t + 7)
 
@@ -65,7 +65,7 @@ def test_a_learned_variance_is_the_one_that_is_added() -> None:
     seen: dict[int, float] = {}
     ancestral(
         LINEAR, denoise, torch.zeros(1, 1, 4), (40, 20, 0), noise=lambda t: torch.ones(1, 1, 4),
-        variance="learned_range", predicts=Prediction.of("x_0", LINEAR),
+        variance="learned_range", parameterization=Parameterization.of("x_0", LINEAR),
         on_step=lambda t, x_t, x_0: seen.update({t: x_t[0, 0, 0].item()}),
     )  # fmt: skip
     a, a_s = (float(LINEAR.alpha_bar[t]) for t in (40, 20))
@@ -90,7 +90,7 @@ def test_a_learned_logarithm_is_taken_as_it_is() -> None:
     ancestral(
         LINEAR, lambda x, t: torch.cat([0 * x, 0 * x - 3], 1), torch.zeros(1, 1, 4),
         uniform_steps(40, 40), noise=lambda t: torch.ones(1, 1, 4), variance="learned",
-        predicts=Prediction.of("x_0", LINEAR),
+        parameterization=Parameterization.of("x_0", LINEAR),
         on_step=lambda t, x_t, x_0: seen.append(x_t[0, 0, 0].item()),
     )  # fmt: skip
     assert seen[1] == pytest.approx(math.exp(-1.5))

@@ -13,22 +13,22 @@ from torch.distributions import Normal
 from ddpm_ray import counter_rng
 from ddpm_ray.collectives import Workers
 from ddpm_ray.counter_rng import Purpose
-from ddpm_ray.diffusion import NoiseSchedule, Prediction, schedules
-from ddpm_ray.diffusion.prediction import Kind
+from ddpm_ray.diffusion import NoiseSchedule, Parameterization, schedules
+from ddpm_ray.diffusion.parameterization import Kind
 from ddpm_ray.diffusion.process import Denoise
 from ddpm_ray.evaluation import probability_flow_likelihood
 from ddpm_ray.evaluation.likelihood_over_dataset import Likelihood, flow_likelihood
 from ddpm_ray.evaluation.vlb_over_dataset import bits_per_dim
 from ddpm_ray.sampling import guidance_models
 from ddpm_ray.sampling.denoiser import Denoiser
-from tests.diffusion.test_prediction import KINDS
+from tests.diffusion.test_parameterization import KINDS
 from tests.fixtures.threaded_workers import OnWorkers
 
 SCHEDULE = NoiseSchedule(schedules.cosine(1000))
 MEAN, DEVIATION = 0.1, 0.3
 PIXELS = torch.randn(24, 4, 4, 3, generator=torch.Generator().manual_seed(4)) * DEVIATION + MEAN
 IMAGES = ((PIXELS + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-V = Prediction.of("v", SCHEDULE)
+V = Parameterization.of("v", SCHEDULE)
 
 
 def optimum(x_t: Tensor, t: Tensor, labels: None, condition: None) -> Tensor:
@@ -82,17 +82,17 @@ SHORT = NoiseSchedule(schedules.linear(200, 1e-3, 0.1))
 
 def every(kind: Kind, learned: bool = False, **traits: Any) -> Denoiser:
     """Uses all that it is told: x_t, t, the label, its own last estimate."""
-    predicts = Prediction.of(kind, SHORT)
+    parameterization = Parameterization.of(kind, SHORT)
 
     def network(x_t: Tensor, t: Tensor, labels: Tensor | None, condition: Tensor | None) -> Tensor:
-        a, x_t = SHORT.at(t, x_t), x_t / predicts.scaled(torch.ones_like(x_t), t)
+        a, x_t = SHORT.at(t, x_t), x_t / parameterization.scaled(torch.ones_like(x_t), t)
         image = a.sqrt() * 0.3 * x_t / (a * 0.3 + 1 - a) + 0.1 * torch.sin(2 * x_t)
         image = image if labels is None else image + 0.2 * (labels.view(-1, 1, 1, 1) - 1)
         image = image if condition is None else image + 0.3 * condition
-        answer = predicts.output(x_t, t, image)
+        answer = parameterization.output(x_t, t, image)
         return torch.cat([answer, torch.tanh(x_t)], 1) if learned else answer
 
-    return Denoiser(network, predicts, **traits)
+    return Denoiser(network, parameterization, **traits)
 
 
 def logits(x_t: Tensor, t: Tensor) -> Tensor:
@@ -123,7 +123,7 @@ def test_the_density_of_every_kind_of_denoiser_has_mass_one(
     flows: list[tuple[Denoise, dict[str, Any]]] = []
 
     def seen(schedule: NoiseSchedule, denoise: Denoise, x: Tensor, way: Any, **more: Any) -> Any:
-        flows.append((denoise, {"predicts": more["predicts"]}))
+        flows.append((denoise, {"parameterization": more["parameterization"]}))
         return torch.ones(len(x), dtype=torch.float64), x
 
     true_bits = probability_flow_likelihood.bits_per_dim

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ddpm_ray.diffusion import NoiseSchedule, Prediction, schedules
+from ddpm_ray.diffusion import NoiseSchedule, Parameterization, schedules
 from ddpm_ray.diffusion.process import Denoise
 from ddpm_ray.evaluation.probability_flow_likelihood import (
     GREY_LEVEL_BITS,
@@ -22,7 +22,7 @@ ANGLE = torch.linspace(0.05, math.pi / 2, 257, dtype=torch.float64)
 ALPHA_BAR = torch.cat([torch.ones(1, dtype=torch.float64), ANGLE.cos().square()])
 ALPHA_BAR[-1] = 0
 TO_NOISE = NoiseSchedule(ALPHA_BAR)
-V = Prediction.of("v", TO_NOISE)
+V = Parameterization.of("v", TO_NOISE)
 POINTS = torch.tensor([[-2.5], [-1.2], [0.1], [0.9], [1.6]], dtype=torch.float64)
 FULL = range(1, 258)
 
@@ -41,7 +41,7 @@ def test_it_converges_to_the_mixtures_density_with_order_two() -> None:
     truth, errors = true_bits(LINE, POINTS), []
     for stride in (8, 4, 2, 1):
         steps = range(1, 258, stride)
-        found, _ = bits_per_dim(TO_NOISE, optimum(LINE), POINTS, steps, predicts=V)
+        found, _ = bits_per_dim(TO_NOISE, optimum(LINE), POINTS, steps, parameterization=V)
         assert found.shape == (5,)
         errors.append(float((found - truth).abs().max()))
     orders = [math.log2(coarse / fine) for coarse, fine in pairwise(errors)]
@@ -53,7 +53,7 @@ def test_a_gaussian_keeps_its_place_and_its_density() -> None:
     """Its flow only moves and scales: the latent is (x - mean) / deviation (Song et al. 2021)."""
     a = TO_NOISE.alpha_bar[1]
     latent = (POINTS - a.sqrt() * ONE.mean) / (a * ONE.variance + 1 - a).sqrt()
-    found, x_T = bits_per_dim(TO_NOISE, optimum(ONE), POINTS, FULL, predicts=V)
+    found, x_T = bits_per_dim(TO_NOISE, optimum(ONE), POINTS, FULL, parameterization=V)
     torch.testing.assert_close(x_T, latent, rtol=2e-4, atol=2e-4)
     torch.testing.assert_close(found, true_bits(ONE, POINTS), rtol=2e-3, atol=2e-3)
 
@@ -76,7 +76,7 @@ def test_the_density_of_any_network_has_mass_one() -> None:
     def denoise(x: Tensor, t: Tensor) -> Tensor:
         return 0.5 * torch.sin(2 * x) - t[:, None] / 500
 
-    found, _ = bits_per_dim(TO_NOISE, denoise, x_1, FULL, predicts=V)
+    found, _ = bits_per_dim(TO_NOISE, denoise, x_1, FULL, parameterization=V)
     density = torch.exp2(-found)
     assert float(torch.trapezoid(density, x_1[:, 0])) == pytest.approx(1, abs=1e-4)
     assert density.max() > 1.2 * torch.distributions.Normal(0, 1).log_prob(torch.zeros(())).exp()
@@ -86,12 +86,12 @@ def test_probes_of_all_signs_average_to_the_exact_trace() -> None:
     """In two dimensions (1, 1) and (1, -1) are all: what they see off the diagonal cancels."""
     x_1 = torch.tensor([[-1.5, 0.3], [1.0, 1.0], [0.2, -1.1]], dtype=torch.float64)
     denoise = optimum(THREE)
-    exact, x_T = bits_per_dim(TO_NOISE, denoise, x_1, FULL, predicts=V)
+    exact, x_T = bits_per_dim(TO_NOISE, denoise, x_1, FULL, parameterization=V)
     torch.testing.assert_close(exact, true_bits(THREE, x_1), rtol=1e-2, atol=1e-2)
     estimates = []
     for second in (1.0, -1.0):
         probe = torch.tensor([[1.0, second]], dtype=torch.float64).expand(3, 2)
-        bits, same = bits_per_dim(TO_NOISE, denoise, x_1, FULL, predicts=V, probe=probe)
+        bits, same = bits_per_dim(TO_NOISE, denoise, x_1, FULL, parameterization=V, probe=probe)
         assert same.equal(x_T)
         estimates.append(bits)
     assert (estimates[0] - estimates[1]).abs().min() > 1e-3  # each alone is off
@@ -110,7 +110,7 @@ def test_the_network_is_asked_at_the_given_steps_alone_and_left_as_it_was() -> N
     with torch.inference_mode():
         x_1 = torch.randn(2, 1, 3, 3)
         kept = x_1.clone()
-        found, x_T = bits_per_dim(TO_NOISE, denoise, x_1, [1, 9, 100, 257], predicts=V)
+        found, x_T = bits_per_dim(TO_NOISE, denoise, x_1, [1, 9, 100, 257], parameterization=V)
     assert asked == [{1}, {9}, {9}, {100}, {100}, {257}]
     assert x_1.equal(kept)
     assert (x_T.dtype, x_T.shape) == (torch.float32, x_1.shape)
@@ -131,7 +131,7 @@ def test_the_network_is_asked_at_the_given_steps_alone_and_left_as_it_was() -> N
 )
 def test_other_steps_are_refused(steps: list[int], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
-        bits_per_dim(TO_NOISE, optimum(ONE), POINTS, steps, predicts=V)
+        bits_per_dim(TO_NOISE, optimum(ONE), POINTS, steps, parameterization=V)
 
 
 def test_dequantised_images_fill_the_bins_of_their_grey_levels() -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ddpm_ray.collectives import Workers
 from ddpm_ray.diffusion import schedules
-from ddpm_ray.diffusion.prediction import Prediction
+from ddpm_ray.diffusion.parameterization import Parameterization
 from ddpm_ray.diffusion.process import Denoise, NoiseSchedule
 from ddpm_ray.diffusion.timestep_spacing import quadratic_steps, uniform_steps
 from ddpm_ray.evaluation.feature_metrics import Extras, metric_names
@@ -297,7 +297,7 @@ def knows(images: Images) -> Denoise:
     x_0 = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
 
     def denoise(x_t: Tensor, t: Tensor) -> Tensor:
-        return Prediction.of("epsilon", SCHEDULE).output(x_t, t, x_0)
+        return Parameterization.of("epsilon", SCHEDULE).output(x_t, t, x_0)
 
     return denoise
 
@@ -382,7 +382,7 @@ def test_the_interval_of_ten_classes_in_turn_is_that_of_each_class_thinned(tmp_p
         assert labels is not None
         return 0.6 * x_t + (labels.view(-1, 1, 1, 1) - 4.5) / 3
 
-    denoiser = Denoiser(network, Prediction.of("epsilon", SCHEDULE), num_classes=10)
+    denoiser = Denoiser(network, Parameterization.of("epsilon", SCHEDULE), num_classes=10)
     images, feature_net = random_images(300), net(4)
     drawn = to_uint8(draw(denoiser, PLAN, torch.arange(200), SHAPE, "cpu"))
     truth = reference(pack(tmp_path, images, [300]), feature_net, Workers())

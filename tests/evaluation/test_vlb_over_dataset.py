@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
 from ddpm_ray.collectives import Workers
-from ddpm_ray.diffusion import NoiseSchedule, Prediction, posterior, schedules
+from ddpm_ray.diffusion import NoiseSchedule, Parameterization, posterior, schedules
 from ddpm_ray.diffusion.samplers import Variance
 from ddpm_ray.evaluation.vlb_over_dataset import BitsPerDim, bits_per_dim
 from ddpm_ray.sampling.denoiser import Denoiser
@@ -36,8 +36,8 @@ def some_noise(x_t: Tensor, t: Tensor, labels: Tensor | None, condition: Tensor 
     return 0.7 * x_t
 
 
-GREY = Denoiser(grey, Prediction.of("x_0", SCHEDULE))
-NOISE = Denoiser(some_noise, Prediction.of("epsilon", SCHEDULE))
+GREY = Denoiser(grey, Parameterization.of("x_0", SCHEDULE))
+NOISE = Denoiser(some_noise, Parameterization.of("epsilon", SCHEDULE))
 
 
 def found(
@@ -202,7 +202,8 @@ def test_the_interval_of_two_images_holds_the_mean_as_often_as_it_says() -> None
     shape, generator = (600, 6, 6, 1), torch.Generator().manual_seed(2)
     images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
     short = replace(
-        GREY, predicts=Prediction.of("x_0", NoiseSchedule(schedules.linear(2, 0.1, 0.9)))
+        GREY,
+        parameterization=Parameterization.of("x_0", NoiseSchedule(schedules.linear(2, 0.1, 0.9))),
     )
     truth = found(Workers(), short, images, 600).metrics["eval/bits_per_dim"]
     pairs = [found(Workers(), short, pair).metrics for pair in images.split(2)]

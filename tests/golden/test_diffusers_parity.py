@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ddpm_ray.config.loading import to_dict
 from ddpm_ray.config.sampling import SamplingConfig
-from ddpm_ray.diffusion import NoiseSchedule, Prediction, schedules
-from ddpm_ray.diffusion.prediction import Kind
+from ddpm_ray.diffusion import NoiseSchedule, Parameterization, schedules
+from ddpm_ray.diffusion.parameterization import Kind
 from ddpm_ray.diffusion.samplers import Variance, ancestral, ddim
 from ddpm_ray.diffusion.solvers import dpm_solver_pp, unipc
 from ddpm_ray.diffusion.timestep_spacing import uniform_steps
@@ -79,9 +79,14 @@ def test_ancestral_is_their_ddpm(diffusers: Any, kind: Kind, variance: Variance)
     images = theirs(scheduler, scheduler.timesteps, generator=generator)
     fresh = noises(1)
     ours = ancestral(
-        SCHEDULE, network, next(noises(0)), UNEVEN,
-        noise=lambda t: next(fresh), variance=variance, predicts=Prediction.of(kind, SCHEDULE),
-    )  # fmt: skip
+        SCHEDULE,
+        network,
+        next(noises(0)),
+        UNEVEN,
+        noise=lambda t: next(fresh),
+        variance=variance,
+        parameterization=Parameterization.of(kind, SCHEDULE),
+    )
     assert_equal_images(ours, images)
 
 
@@ -98,7 +103,7 @@ def test_ddim_is_theirs(diffusers: Any, kind: Kind, eta: float) -> None:
     fresh = noises(1)
     ours = ddim(
         SCHEDULE, network, next(noises(0)), STEPS,
-        eta=eta, noise=lambda t: next(fresh), predicts=Prediction.of(kind, SCHEDULE),
+        eta=eta, noise=lambda t: next(fresh), parameterization=Parameterization.of(kind, SCHEDULE),
     )  # fmt: skip
     assert_equal_images(ours, images)
 
@@ -115,7 +120,7 @@ def test_dpm_solver_pp_is_theirs(diffusers: Any, kind: Kind, steps: tuple[int, .
     images = theirs(scheduler, scheduler.timesteps)
     ours = dpm_solver_pp(
         SCHEDULE, network, next(noises(0)), steps,
-        predicts=Prediction.of(kind, SCHEDULE), clip=None,
+        parameterization=Parameterization.of(kind, SCHEDULE), clip=None,
     )  # fmt: skip
     assert_equal_images(ours, images)
 
@@ -147,7 +152,7 @@ def test_unipc_is_theirs(diffusers: Any, kind: Kind, order: int, count: int) -> 
     images = theirs(scheduler, scheduler.timesteps)
     ours = unipc(
         SCHEDULE, network, next(noises(0)), uniform_steps(1000, count),
-        order=order, predicts=Prediction.of(kind, SCHEDULE), clip=None,
+        order=order, parameterization=Parameterization.of(kind, SCHEDULE), clip=None,
     )  # fmt: skip
     assert_equal_images(ours, images)
 
@@ -189,7 +194,7 @@ def test_an_exported_scheduler_walks_as_the_run_samples(
     )
     fresh = noises(1)
     denoiser = Denoiser(
-        lambda x, t, labels, condition: network(x, t), Prediction.of("epsilon", SCHEDULE)
+        lambda x, t, labels, condition: network(x, t), Parameterization.of("epsilon", SCHEDULE)
     )
     denoise = denoiser.bound(None, plan.guidance)
     ours = walk(denoiser, denoise, plan, next(noises(0)), lambda t: next(fresh))

@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddpm_ray.diffusion import NoiseSchedule, Prediction, schedules
+from ddpm_ray.diffusion import NoiseSchedule, Parameterization, schedules
 from ddpm_ray.sampling.denoiser import Denoiser, Guidance
 from ddpm_ray.sampling.sampling import SamplingPlan, draw
 from tests.truth import LINE, SCHEDULE
 
 SHAPE = (1, 2, 2)
 LINEAR = NoiseSchedule(schedules.linear(40, 1e-3, 0.3))
-EPSILON = Prediction.of("epsilon", LINEAR)
+EPSILON = Parameterization.of("epsilon", LINEAR)
 T = torch.tensor([7, 7])
 
 
@@ -121,7 +121,7 @@ def test_low_resolution_is_shown_to_those_who_want_it_alone(pixels: int, says: s
 def test_edm_shows_its_input_with_unit_variance() -> None:
     """Data of deviation 0.5 at sigma: x_t has the variance a 0.25 + 1 - a."""
     network = Seen()
-    denoiser = Denoiser(network, Prediction.of("edm", LINEAR, sigma_data=0.5))
+    denoiser = Denoiser(network, Parameterization.of("edm", LINEAR, sigma_data=0.5))
     a = LINEAR.alpha_bar[7]
     x_t = (a * 0.25 + 1 - a).sqrt().float() * torch.randn(2, 1, 100, 100)
     denoiser.bound()(x_t, T)
@@ -150,16 +150,20 @@ def test_a_learned_variance_reaches_the_sampler_that_reads_it_alone() -> None:
 @pytest.mark.parametrize("kind", ["epsilon", "x_0", "v", "mean", "score", "edm"])
 def test_its_noise_is_the_expected_noise_whatever_it_predicts(kind: str) -> None:
     """The mixture's optimum in every form is one and the same estimate of the noise."""
-    predicts = Prediction.of(kind, SCHEDULE)  # type: ignore[arg-type]
-    scale = torch.ones_like(SCHEDULE.alpha_bar) if predicts.c_in is None else predicts.c_in
+    parameterization = Parameterization.of(kind, SCHEDULE)  # type: ignore[arg-type]
+    scale = (
+        torch.ones_like(SCHEDULE.alpha_bar)
+        if parameterization.c_in is None
+        else parameterization.c_in
+    )
 
     def network(x: Tensor, t: Tensor, labels: None, condition: None) -> Tensor:
         x_t = x / scale[t].view(-1, 1)
-        return predicts.output(x_t, t, LINE.expected_image(x_t, t))
+        return parameterization.output(x_t, t, LINE.expected_image(x_t, t))
 
     x_t = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
     t = torch.full((9,), 600)
-    found = Denoiser(network, predicts).noise()(x_t, t)  # type: ignore[arg-type]
+    found = Denoiser(network, parameterization).noise()(x_t, t)  # type: ignore[arg-type]
     torch.testing.assert_close(found, LINE.expected_noise(x_t, t))
 
 
@@ -173,7 +177,7 @@ def test_an_own_estimate_carries_no_gradient_from_call_to_call() -> None:
         return 0.5 * x_t + 0.1 * condition
 
     schedule = NoiseSchedule(schedules.linear(40, 1e-3, 0.3))
-    of = Denoiser(network, Prediction.of("epsilon", schedule), self_conditioned=True)
+    of = Denoiser(network, Parameterization.of("epsilon", schedule), self_conditioned=True)
     x, t = torch.full((2, 1, 2, 2), 0.5, requires_grad=True), torch.tensor([9, 9])
     walk, alone = of.bound(), of.unguided()
     for denoise, remembered in ((walk, True), (alone, False)):
@@ -194,7 +198,7 @@ def test_an_image_without_a_label_is_shown_the_null_label() -> None:
         return x_t
 
     schedule = NoiseSchedule(schedules.linear(40, 1e-3, 0.3))
-    of = Denoiser(network, Prediction.of("epsilon", schedule), num_classes=3)
+    of = Denoiser(network, Parameterization.of("epsilon", schedule), num_classes=3)
     x, t, labels = torch.zeros(3, 1, 2, 2), torch.tensor([9, 9, 9]), torch.tensor([2, -1, 0])
     of.bound(labels)(x, t)
     of.unguided(labels)(x, t)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ddpm_ray.counter_rng import Purpose, normal
-from ddpm_ray.diffusion.prediction import Prediction
+from ddpm_ray.diffusion.parameterization import Parameterization
 from ddpm_ray.diffusion.timestep_spacing import uniform_steps
 from ddpm_ray.sampling import editing
 from ddpm_ray.sampling.denoiser import Denoiser, Guidance
@@ -144,7 +144,7 @@ def of_class(x_t: Tensor, t: Tensor, labels: Tensor | None, condition: Tensor | 
 @pytest.mark.parametrize("edit", ["repaint", "replacement", "image_to_image", "reconstruct"])
 def test_windows_of_a_local_network_are_the_canvas(edit: str) -> None:
     """Of guided labels too, which each window needs: windows of any size give the same."""
-    denoiser = Denoiser(of_class, Prediction.of("epsilon", SCHEDULE), num_classes=3)
+    denoiser = Denoiser(of_class, Parameterization.of("epsilon", SCHEDULE), num_classes=3)
     plan = replace(PLAN, steps=(800, 400, 100, 0), guidance=Guidance(2.0), labels=(2, 0))
     images, index = pictures(3, 11, 18), torch.arange(3)
     mask = (torch.arange(11 * 18) % 2 < 1).view(1, 1, 11, 18)

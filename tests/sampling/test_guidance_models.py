@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddpm_ray.diffusion import Denoise, NoiseSchedule, Prediction, schedules
+from ddpm_ray.diffusion import Denoise, NoiseSchedule, Parameterization, schedules
 from ddpm_ray.sampling import guidance_models
 from ddpm_ray.sampling.denoiser import Denoiser, Lead
 from ddpm_ray.sampling.sampling import SamplingPlan, draw
 
 LINEAR = NoiseSchedule(schedules.linear(40, 1e-3, 0.3))
-EPSILON = Prediction.of("epsilon", LINEAR)
+EPSILON = Parameterization.of("epsilon", LINEAR)
 X, T = torch.randn(4, 1, 2, 2, generator=torch.Generator().manual_seed(0)), torch.full((4,), 9)
 
 
@@ -26,7 +26,7 @@ def by_label(share: float, num_classes: int = 3) -> Denoiser:
 
 def led(denoiser: Denoiser, lead: Lead, labels: Tensor | None) -> Tensor:
     return Denoiser(
-        denoiser.network, denoiser.predicts, num_classes=denoiser.num_classes, lead=lead
+        denoiser.network, denoiser.parameterization, num_classes=denoiser.num_classes, lead=lead
     ).bound(labels)(X, T)
 
 
@@ -43,12 +43,14 @@ def test_a_weaker_model_may_know_no_labels() -> None:
     torch.testing.assert_close(found, 1.1 * X + 3.0 * labels.view(-1, 1, 1, 1))
 
 
-@pytest.mark.parametrize("other", [Prediction.of("v", LINEAR), Prediction.of("epsilon", LINEAR)])
-def test_two_that_answer_differently_are_refused(other: Prediction) -> None:
+@pytest.mark.parametrize(
+    "other", [Parameterization.of("v", LINEAR), Parameterization.of("epsilon", LINEAR)]
+)
+def test_two_that_answer_differently_are_refused(other: Parameterization) -> None:
     strong = by_label(0.5)
     if other.w.equal(EPSILON.w):
         cosine = NoiseSchedule(schedules.cosine(40))
-        other = Prediction.of("epsilon", cosine)
+        other = Parameterization.of("epsilon", cosine)
     weak = Denoiser(strong.network, other)
     with pytest.raises(ValueError, match="predicts something else or has another schedule"):
         guidance_models.by_weaker(strong, weak, 2)
@@ -87,6 +89,6 @@ def test_labels_of_a_plan_reach_the_classifier_of_a_network_without_classes() ->
         seen.append(labels)
         return denoise
 
-    denoiser = Denoiser(plain.network, plain.predicts, lead=lead)
+    denoiser = Denoiser(plain.network, plain.parameterization, lead=lead)
     draw(denoiser, SamplingPlan((40, 0), labels=(5, 6)), torch.arange(3), (1, 2, 2), "cpu")
     assert [labels.tolist() for labels in seen] == [[5, 6, 5]]

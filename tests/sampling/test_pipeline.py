@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ddpm_ray.diffusion import schedules
-from ddpm_ray.diffusion.prediction import Prediction
+from ddpm_ray.diffusion.parameterization import Parameterization
 from ddpm_ray.diffusion.process import Denoise, NoiseSchedule
 from ddpm_ray.models.unet import UNet
 from ddpm_ray.sampling import editing
@@ -34,7 +34,7 @@ def digits_model() -> TrainedModel:
         blocks_per_level=1, attention_resolutions=(4,), groups=4,
     )  # fmt: skip
     nn.init.normal_(network.conv_out.weight, std=0.1)
-    denoiser = Denoiser(network.eval(), Prediction.of("epsilon", SCHEDULE))
+    denoiser = Denoiser(network.eval(), Parameterization.of("epsilon", SCHEDULE))
     return TrainedModel(denoiser, SHAPE, provenance={})
 
 
@@ -196,8 +196,8 @@ class OfLabels:
 def test_labels_reach_every_way_to_edit() -> None:
     """Of image i labels[i % n], all in turn by default; between two images, one."""
     network = OfLabels()
-    predicts = Prediction.of("epsilon", SCHEDULE)
-    model = TrainedModel(Denoiser(network, predicts, num_classes=3), SHAPE, provenance={})
+    parameterization = Parameterization.of("epsilon", SCHEDULE)
+    model = TrainedModel(Denoiser(network, parameterization, num_classes=3), SHAPE, provenance={})
     edits = [
         lambda labels: model.inpaint(KNOWN, MASK, steps=2, resamples=1, labels=labels),
         lambda labels: model.inpaint(KNOWN, MASK, steps=2, method="replacement", labels=labels),
@@ -306,8 +306,8 @@ def test_an_image_is_enlarged_by_a_network_that_sees_it() -> None:
     def network(x_t: Tensor, t: Tensor, labels: None, condition: Tensor) -> Tensor:
         return condition
 
-    predicts = Prediction.of("x_0", SCHEDULE)
-    denoiser = Denoiser(network, predicts, low_resolution_pixels=2)  # type: ignore[arg-type]
+    parameterization = Parameterization.of("x_0", SCHEDULE)
+    denoiser = Denoiser(network, parameterization, low_resolution_pixels=2)  # type: ignore[arg-type]
     model = TrainedModel(denoiser, SHAPE, provenance={})
     levels = np.array([0, 100, 255], np.uint8)
     small = np.broadcast_to(levels.reshape(3, 1, 1, 1), (3, 2, 2, 1))

@@ -16,7 +16,7 @@ from ddpm_ray.collectives import Workers
 from ddpm_ray.config.loading import load
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.transforms import lowered
-from ddpm_ray.diffusion import Prediction, add_noise
+from ddpm_ray.diffusion import Parameterization, add_noise
 from ddpm_ray.training.noising import Examples
 from ddpm_ray.training.objective import Objective
 
@@ -144,8 +144,8 @@ def test_input_perturbation_is_noise_that_the_target_does_not_know() -> None:
 def test_the_target_is_that_of_the_prediction(kind: str) -> None:
     made = objective(f"objective.prediction={kind}", "objective.sigma_data=0.6")
     examples = shown(made)
-    predicts = Prediction.of(kind, made.schedule, 0.6)  # type: ignore[arg-type]
-    target = predicts.target(examples.x_0, examples.t, examples.noise)
+    parameterization = Parameterization.of(kind, made.schedule, 0.6)  # type: ignore[arg-type]
+    target = parameterization.target(examples.x_0, examples.t, examples.noise)
     loss = made.losses(Remembering(), examples, 3)
     torch.testing.assert_close(loss, target.square().flatten(1).mean(1))
 

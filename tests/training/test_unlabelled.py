@@ -14,7 +14,7 @@ from ddpm_ray.assembly import diffusion, training_run
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.loading import load
 from ddpm_ray.config.run import RunConfig
-from ddpm_ray.diffusion import Prediction
+from ddpm_ray.diffusion import Parameterization
 from ddpm_ray.evaluation.likelihood_over_dataset import flow_likelihood
 from ddpm_ray.evaluation.vlb_over_dataset import bits_per_dim
 from ddpm_ray.sampling.denoiser import Denoiser
@@ -65,7 +65,9 @@ def trained(labels: Tensor, *more: str) -> list[float]:
 def denoiser() -> Denoiser:
     torch.manual_seed(0)
     schedule = diffusion.noise_schedule(configured().schedule)
-    return Denoiser(Table(CLASSES + 1), Prediction.of("epsilon", schedule), num_classes=CLASSES)
+    return Denoiser(
+        Table(CLASSES + 1), Parameterization.of("epsilon", schedule), num_classes=CLASSES
+    )
 
 
 def probed(labels: Tensor) -> list[float]:

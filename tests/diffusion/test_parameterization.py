@@ -9,8 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ddpm_ray.diffusion import NoiseSchedule, Prediction, add_noise, posterior, schedules, score
-from ddpm_ray.diffusion.prediction import Kind
+from ddpm_ray.diffusion import (
+    NoiseSchedule,
+    Parameterization,
+    add_noise,
+    posterior,
+    schedules,
+    score,
+)
+from ddpm_ray.diffusion.parameterization import Kind
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 betas = st.lists(st.floats(1e-4, 0.9), min_size=1, max_size=12)
@@ -39,19 +46,23 @@ def test_the_right_answer_gives_back_image_and_noise(
 ) -> None:
     schedule = from_beta(beta)
     x_0, noise, t, x_t = drawn(schedule, *shape)
-    predicts = Prediction.of(kind, schedule)
-    answer = predicts.target(x_0, t, noise)
-    torch.testing.assert_close(predicts.x_0(x_t, t, answer), x_0, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(predicts.output(x_t, t, x_0), answer, rtol=1e-6, atol=1e-6)
+    parameterization = Parameterization.of(kind, schedule)
+    answer = parameterization.target(x_0, t, noise)
+    torch.testing.assert_close(parameterization.x_0(x_t, t, answer), x_0, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(parameterization.output(x_t, t, x_0), answer, rtol=1e-6, atol=1e-6)
     if kind != "x_0":  # at t = 1 an image says little of a faint noise, and float64 less
-        torch.testing.assert_close(predicts.noise(x_t, t, answer), noise, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(
+            parameterization.noise(x_t, t, answer), noise, rtol=1e-6, atol=1e-6
+        )
 
 
 def test_targets_are_what_the_papers_say() -> None:
     """At one step, in numbers by hand: alpha_bar = 0.64, so x_t = 0.8 x_0 + 0.6 epsilon."""
     schedule = NoiseSchedule(torch.tensor([1, 0.64], dtype=torch.float64))
     x_0, noise, t = torch.tensor([[2.0]]), torch.tensor([[-1.0]]), torch.tensor([1])
-    targets = {kind: Prediction.of(kind, schedule).target(x_0, t, noise).item() for kind in KINDS}
+    targets = {
+        kind: Parameterization.of(kind, schedule).target(x_0, t, noise).item() for kind in KINDS
+    }
     assert targets["epsilon"] == -1
     assert targets["x_0"] == 2
     assert targets["v"] == pytest.approx(0.8 * -1 - 0.6 * 2)
@@ -67,22 +78,22 @@ def test_targets_are_what_the_papers_say() -> None:
 def test_the_mean_is_that_of_the_posterior(beta: list[float]) -> None:
     schedule = from_beta(beta)
     x_0, noise, t, x_t = drawn(schedule, 2)
-    target = Prediction.of("mean", schedule).target(x_0, t, noise)
+    target = Parameterization.of("mean", schedule).target(x_0, t, noise)
     torch.testing.assert_close(target, posterior(schedule, x_0, x_t, t)[0])
 
 
 def test_edm_at_unit_deviation_is_minus_v() -> None:
     """Its network input is then x_t itself, too: Karras et al. 2022 and Salimans and Ho agree."""
     x_0, noise, t, _ = drawn(LINEAR, 3)
-    edm, v = Prediction.of("edm", LINEAR, sigma_data=1), Prediction.of("v", LINEAR)
+    edm, v = Parameterization.of("edm", LINEAR, sigma_data=1), Parameterization.of("v", LINEAR)
     torch.testing.assert_close(edm.target(x_0, t, noise), -v.target(x_0, t, noise))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_target_of_unit_data_has_the_size_that_its_paper_names(kind: Kind) -> None:
     """For independent x_0 and noise of variance 1, that of the target is u^2 + w^2."""
-    predicts = Prediction.of(kind, LINEAR, sigma_data=1)
-    size = (predicts.u.square() + predicts.w.square())[1:]
+    parameterization = Parameterization.of(kind, LINEAR, sigma_data=1)
+    size = (parameterization.u.square() + parameterization.w.square())[1:]
     if kind in ("epsilon", "x_0", "v", "edm"):
         torch.testing.assert_close(size, torch.ones_like(size))
     if kind == "score":
@@ -97,32 +108,37 @@ def test_the_score_of_a_gaussian_is_exact(kind: Kind) -> None:
     x_t = torch.linspace(-2, 2, 20, dtype=torch.float64)[:, None].requires_grad_()
     law = torch.distributions.Normal(0.6 * a.sqrt(), (0.09 * a + 1 - a).sqrt())
     (slope,) = torch.autograd.grad(law.log_prob(x_t).sum(), x_t)
-    predicts = Prediction.of(kind, LINEAR)
+    parameterization = Parameterization.of(kind, LINEAR)
 
     def optimum(x: Tensor, t: Tensor) -> Tensor:
         """The expected image of a Gaussian by the regression of x_0 on x_t, as an answer."""
         gain = 0.09 * a.sqrt() / (0.09 * a + 1 - a)
-        return predicts.output(x, t, 0.6 + gain * (x - 0.6 * a.sqrt()))
+        return parameterization.output(x, t, 0.6 + gain * (x - 0.6 * a.sqrt()))
 
-    torch.testing.assert_close(score(predicts, optimum, x_t.detach(), t), slope)
+    torch.testing.assert_close(score(parameterization, optimum, x_t.detach(), t), slope)
 
 
 def test_v_and_x_0_say_what_the_image_is_where_no_signal_is_left() -> None:
     schedule = NoiseSchedule(torch.tensor([1, 0.5, 0.0], dtype=torch.float64))
     x_0, noise, t, x_t = drawn(schedule, 3)
     for kind in ("v", "x_0", "mean", "edm"):
-        predicts = Prediction.of(kind, schedule)
-        answer = predicts.target(x_0, t, noise)
-        torch.testing.assert_close(predicts.x_0(x_t, t, answer), x_0)
+        parameterization = Parameterization.of(kind, schedule)
+        answer = parameterization.target(x_0, t, noise)
+        torch.testing.assert_close(parameterization.x_0(x_t, t, answer), x_0)
     for kind in ("epsilon", "score"):
         with pytest.raises(ValueError, match=f"{kind!r}, which says nothing .* predict v or x_0"):
-            Prediction.of(kind, schedule)  # type: ignore[arg-type]
+            Parameterization.of(kind, schedule)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_float32_images_stay_float32(kind: Kind) -> None:
-    predicts = Prediction.of(kind, LINEAR)
+    parameterization = Parameterization.of(kind, LINEAR)
     x, t = torch.randn(2, 3), torch.tensor([1, 20])
-    for way in (predicts.target, predicts.x_0, predicts.noise, predicts.output):
-        if not (kind == "x_0" and way == predicts.noise):
+    for way in (
+        parameterization.target,
+        parameterization.x_0,
+        parameterization.noise,
+        parameterization.output,
+    ):
+        if not (kind == "x_0" and way == parameterization.noise):
             assert way(x, t, x).dtype == torch.float32

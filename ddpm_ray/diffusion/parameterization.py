@@ -23,7 +23,7 @@ Kind: TypeAlias = Literal["epsilon", "x_0", "v", "mean", "score", "edm"]
 
 
 @dataclass(frozen=True, eq=False)
-class Prediction:
+class Parameterization:
     """The target u x_0 + w epsilon under `schedule`."""
 
     schedule: NoiseSchedule
@@ -32,7 +32,7 @@ class Prediction:
     c_in: Tensor | None = None  # [T+1] float64: what the network's input is multiplied by
 
     @classmethod
-    def of(cls, kind: Kind, schedule: NoiseSchedule, sigma_data: float = 0.5) -> "Prediction":
+    def of(cls, kind: Kind, schedule: NoiseSchedule, sigma_data: float = 0.5) -> "Parameterization":
         """The columns of a kind; raises ValueError where they say nothing of x_0 at a step.
 
         epsilon: the noise (Ho et al. 2020, arXiv:2006.11239, eq. 12). x_0: the image. v: sqrt(a)
@@ -110,14 +110,14 @@ class Prediction:
         return self.u * (1 - a).sqrt() - self.w * a.sqrt()
 
 
-def score(predicts: Prediction, denoise: Denoise, x_t: Tensor, t: Tensor) -> Tensor:
+def score(parameterization: Parameterization, denoise: Denoise, x_t: Tensor, t: Tensor) -> Tensor:
     """The gradient of log q(x_t), [B, ...], by the network: -epsilon / sqrt(1 - alpha_bar).
 
     (Song et al. 2021, arXiv:2011.13456, section 3.2 and appendix C; Vincent 2011.) Exact where the
     network answers with the expectation of its target, as training seeks.
     """
-    noise = predicts.noise(x_t, t, denoise(x_t, t))
-    return noise / -(1 - predicts.schedule.at(t, x_t)).sqrt().to(x_t)
+    noise = parameterization.noise(x_t, t, denoise(x_t, t))
+    return noise / -(1 - parameterization.schedule.at(t, x_t)).sqrt().to(x_t)
 
 
 def _over(column: Tensor, like: Tensor) -> Tensor:
