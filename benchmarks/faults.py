@@ -99,7 +99,7 @@ def plain(home: Path, steps: int, every: int, failures: int) -> Struck:
     config = configured(home)
     client = MlflowClient(tracking_uri=config.tracking.uri)
     run_id = client.create_run(client.create_experiment("plain")).info.run_id
-    dataset = train.packed_data(config)
+    dataset = train.open_or_pack(config)
     shards = [fetch_shard(dataset, number) for number in range(dataset.manifest.shards)]
     images = np.concatenate([shard.images for shard in shards])
     np.save(home / "images.npy", images.transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1)

@@ -40,7 +40,7 @@ from ray.train.torch import TorchTrainer
 from ddpm_ray.config.loading import load
 from ddpm_ray.config.sweep import SweepConfig
 from ddpm_ray.distributed import worker_group
-from ddpm_ray.runs.train import packed_data
+from ddpm_ray.runs.train import open_or_pack
 from ddpm_ray.sweep.driver import sweep, worth
 from ddpm_ray.sweep.mlflow_report import SweepPlace
 from ddpm_ray.sweep.trial import EVENT
@@ -113,7 +113,7 @@ def compare_starts(folder: Path, rounds: int) -> None:
 def simulate(folder: Path, search: str, trials: int) -> None:
     """Pass so many made-up trials through all that the driver does, and print what each cost."""
     config = configured(folder, *space_of(search, trials))
-    dataset = packed_data(config.run)
+    dataset = open_or_pack(config.run)
     place = SweepPlace.find_or_create(config, f"{folder}/{config.name}", config.name, dataset)
     stopped: set[int] = set()
     ledger = Ledger(place.folder)

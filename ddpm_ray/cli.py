@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ddpm_ray.config.job_files import job_of_file
 from ddpm_ray.config.loading import Config, ConfigError, given_keys, help_lines, load, to_yaml
-from ddpm_ray.distributed.signals import at_once, exit_code
+from ddpm_ray.distributed.signals import exit_code, interrupt_on_first
 from ddpm_ray.redaction import NO_SECRET, has_secret, sanitize
 from ddpm_ray.tracking import mlflow_settings
 
@@ -54,7 +54,9 @@ def main(
     logging.getLogger("aiobotocore").setLevel(logging.WARNING)  # not where it found credentials
     mlflow_settings.apply()
     try:
-        with at_once():  # a SIGTERM before the workers start is told to MLflow as a Ctrl-C is
+        with (
+            interrupt_on_first()
+        ):  # before the workers start, SIGTERM acts as Ctrl-C
             try:
                 config = config if prepare is None else prepare(config, arguments)
                 if arguments.print_config:

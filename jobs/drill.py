@@ -1,10 +1,10 @@
-"""Try what this cluster survives: a short training, once without and once with each of some faults.
+"""Fault-injection drill: train a short run without faults, then once with each fault.
 
     python jobs/drill.py conf/drill/digits.yaml [key=value ...]
     ray job submit --working-dir . -- python jobs/drill.py conf/drill/digits.yaml run.storage=s3://a/b
 
 Options: --help, --print-config. The last line of stdout is a JSON object with the results. Exit
-code 0: every run ended with the same bytes and rows as the one without a fault; 3: some did not.
+code 0: each run ended with the same weights and loss rows as the one without a fault; 3: not all.
 """
 
 import sys
@@ -16,12 +16,11 @@ from ddpm_ray.config.fault_drill import DrillConfig
 
 
 def drill(config: DrillConfig, _: Namespace) -> dict[str, Any]:
-    """Each fault with what it cost; the table is told on stderr."""
-    from ddpm_ray.runs.fault_drill import drill as run  # heavy: after the config is read
-    from ddpm_ray.runs.fault_drill import show_table
+    """Run the drill, print a table on stderr, and return the results."""
+    from ddpm_ray.runs.fault_drill import run_drill, show_table  # heavy: after the config is read
 
-    done = run(config, home_folder(), ProgressLine("runs"))
-    clean, *struck = done
+    done = run_drill(config, home_folder(), ProgressLine("runs"))
+    clean, *faulted = done
     show_table(done)
     report = {
         "seconds": clean.seconds,
@@ -31,12 +30,12 @@ def drill(config: DrillConfig, _: Namespace) -> dict[str, Any]:
                 "seconds_lost": one.seconds - clean.seconds, "equal": one.equals(clean),
                 "reason": one.reason,
             }
-            for one in struck
+            for one in faulted
         ],
     }  # fmt: skip
-    if different := [one.fault for one in struck if not one.equals(clean)]:
-        told = f"{len(different)} of {len(struck)} ended otherwise: {', '.join(different)}"
-        raise PartlyFailedError(told, report)
+    if different := [one.fault for one in faulted if not one.equals(clean)]:
+        message = f"{len(different)} of {len(faulted)} ended differently: {', '.join(different)}"
+        raise PartlyFailedError(message, report)
     return report
 
 

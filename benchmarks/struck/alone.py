@@ -34,7 +34,7 @@ from ddpm_ray.collectives import Workers
 from ddpm_ray.config.loading import from_dict, load, to_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.reporting import Command, Progress
-from ddpm_ray.runs.train import packed_data
+from ddpm_ray.runs.train import open_or_pack
 from ddpm_ray.runs.train_worker import assemble
 from ddpm_ray.storage import object_store
 from ddpm_ray.tracking import mlflow_runs
@@ -99,7 +99,7 @@ def trained_alone(home: Path, uri: str, url: str, *keys: str) -> Iterator[Path]:
     """A process that trains meanwhile; what it leaves is in the file of this path afterwards."""
     home.mkdir(parents=True, exist_ok=True)
     config = load(RunConfig, CONFIG, [*KEYS, f"data.url={home}/digits", f"storage={url}", *keys])
-    packed_data(config)
+    open_or_pack(config)
     tracked = mlflow_runs.find_or_create_run(uri, "alone", "alone", "alone", f"{home}/artifacts")
     folder = object_store.join(url, config.name)
     settings = {

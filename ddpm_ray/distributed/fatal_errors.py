@@ -24,7 +24,7 @@ from ddpm_ray.training.writer_lease import LeaseLostError, SupersededError
 
 log = logging.getLogger(__name__)
 
-PASSING = (
+TRANSIENT = (
     StorageError,  # an outage that was longer than cluster.storage_timeout_s
     OSError,  # a connection, or this node's own disk: the next start may be on another
     ray.exceptions.RayError,  # an actor or a node died
@@ -45,11 +45,11 @@ DEVICE_MISUSE = re.compile(
 SELF_EXPLANATORY = ValueError, MemoryError, torch.OutOfMemoryError  # their text needs no place
 
 
-def passes(error: Exception) -> bool:
+def is_transient(error: Exception) -> bool:
     """Whether workers that are started again need not meet `error` again."""
     if isinstance(error, (torch.OutOfMemoryError, LeaseLostError)):
         return False
-    if isinstance(error, PASSING):
+    if isinstance(error, TRANSIENT):
         return True
     if type(error) not in (RuntimeError, torch.AcceleratorError):
         return False
@@ -65,12 +65,12 @@ def is_lost_peer(error: BaseException) -> bool:
 
 
 @contextmanager
-def ending_the_run(control: RunControl) -> Iterator[None]:
+def report_fatal_errors(control: RunControl) -> Iterator[None]:
     """Tell the driver, and the workers of another start, of an error that would come again."""
     try:
         yield
     except Exception as error:
-        if not passes(error):
+        if not is_transient(error):
             control.report_fatal(reason(error))
         raise
 

@@ -48,7 +48,7 @@ def use_served_store() -> None:
 class _Backend(ray_torch._TorchBackend):  # type: ignore[misc]  # Ray's types are not followed
     """As Ray's, which asks rank 0 for a free port; ours is taken already."""
 
-    def on_start(self, worker_group: Any, backend_config: "OwnAddress") -> None:
+    def on_start(self, worker_group: Any, backend_config: "NodeAddressConfig") -> None:
         """Set the process group up."""
         if backend_config.on_group is not None:
             backend_config.on_group(worker_group)
@@ -61,7 +61,7 @@ class _Backend(ray_torch._TorchBackend):  # type: ignore[misc]  # Ray's types ar
 
 
 @dataclass
-class OwnAddress(TorchConfig):  # type: ignore[misc]
+class NodeAddressConfig(TorchConfig):  # type: ignore[misc]
     """Ray's settings of torch's process group, whose store listens at one address.
 
     `on_group` is called with Ray's group of workers before their process group is made.

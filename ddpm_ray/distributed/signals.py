@@ -62,18 +62,18 @@ class Interrupts:
             return
         self.count, _last = self.count + 1, number
         if number == signal.SIGHUP:
-            _silence(self._terminals)
+            _redirect_to_null(self._terminals)
         if self.count > self._most:
             raise KeyboardInterrupt(signal.Signals(number).name)
 
 
-def at_once() -> Interrupts:
+def interrupt_on_first() -> Interrupts:
     """A context in which the first signal raises KeyboardInterrupt, as Ctrl-C does everywhere."""
     return Interrupts(most=0)
 
 
 @contextlib.contextmanager
-def while_ray_starts() -> Iterator[None]:
+def block_terminal_signals() -> Iterator[None]:
     """Keeps the signals of a terminal from the processes that the body starts, and our handlers.
 
     The mask is inherited; a signal that comes meanwhile reaches this process after the body. Ray
@@ -97,7 +97,7 @@ def _is_terminal(fd: int) -> bool:
         return False
 
 
-def _silence(terminals: list[int]) -> None:
+def _redirect_to_null(terminals: list[int]) -> None:
     """Send to /dev/null what is written to a terminal that is gone: it would be an error (EIO)."""
     if not terminals:
         return

@@ -26,8 +26,8 @@ from ddpm_ray.distributed.control_actor import RunControl, RunStatus
 from ddpm_ray.distributed.elastic_scaling import ElasticPolicy
 from ddpm_ray.distributed.heartbeat import describe_stall
 from ddpm_ray.distributed.ray_address import require_listener
-from ddpm_ray.distributed.rendezvous import OwnAddress
-from ddpm_ray.distributed.signals import Interrupts, while_ray_starts
+from ddpm_ray.distributed.rendezvous import NodeAddressConfig
+from ddpm_ray.distributed.signals import Interrupts, block_terminal_signals
 from ddpm_ray.redaction import counted
 from ddpm_ray.reporting import Command, Progress
 from ddpm_ray.storage import object_store
@@ -73,7 +73,7 @@ def connect(address: str, cpus: float = 0, gpus: float = 0) -> None:
     if address := address or os.environ.get("RAY_ADDRESS", ""):
         try:
             require_listener(address, CONNECT_S, CONNECT_S)
-            with while_ray_starts():
+            with block_terminal_signals():
                 ray.init(address=address, logging_level=logging.WARNING)
         except ConnectionError as error:
             raise RunFailedError(
@@ -86,7 +86,7 @@ def connect(address: str, cpus: float = 0, gpus: float = 0) -> None:
     # address="local": ray.init() alone joins any Ray that runs on this host.
     here = max(os.cpu_count() or 1, math.ceil(cpus))
     try:
-        with while_ray_starts():  # a closed terminal must not end Ray before a checkpoint
+        with block_terminal_signals():  # a closed terminal must not end Ray before a checkpoint
             ray.init(address="local", num_cpus=here, logging_level=logging.WARNING)
     except Exception as error:  # Ray raises no class of its own
         text = " ".join(str(error).split()) or type(error).__name__
@@ -123,7 +123,7 @@ def run(
     workers = config.num_workers
     log.info("starting %s on Ray ...", counted(workers, "worker"))
     connect(config.address, workers * config.cpus_per_worker, workers * config.gpus_per_worker)
-    object_store.set_retry_timeout(config.storage_timeout_s)  # an outage must not end hours of training
+    object_store.set_retry_timeout(config.storage_timeout_s)  # outlast a storage outage
     control, scratch = RunControl(), tempfile.mkdtemp(prefix="ddpm-ray-train-")  # mode 0700
     trainer = _trainer(worker, settings | {"control": control}, config, counts, scratch)
     outcome: dict[str, Any] = {}
@@ -229,7 +229,7 @@ def _trainer(
     trainer = _Trainer(
         worker,
         train_loop_config=settings,
-        torch_config=OwnAddress(
+        torch_config=NodeAddressConfig(
             backend="nccl" if config.gpus_per_worker else "gloo",
             timeout_s=int(config.timeout_s),
             on_group=partial(startup.expect_workers, settings["control"]),

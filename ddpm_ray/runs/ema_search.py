@@ -20,7 +20,7 @@ from ddpm_ray.distributed.control_actor import RunControl
 from ddpm_ray.evaluation import sample_quality
 from ddpm_ray.evaluation.reference_statistics import reference
 from ddpm_ray.models.unet import UNet
-from ddpm_ray.runs.evaluate import located
+from ddpm_ray.runs.evaluate import with_absolute_paths
 from ddpm_ray.runs.train_worker import distributed_context
 from ddpm_ray.storage import object_store
 from ddpm_ray.storage.file_formats import package_version
@@ -35,7 +35,7 @@ POOR = 0.1  # misfit from which an average is hardly the one that was asked for
 
 
 @dataclass(frozen=True)
-class KeptAverages:
+class EmaSnapshots:
     """The averages that a run kept, as its newest checkpoint vouches for them."""
 
     run: str  # its folder's URL
@@ -44,7 +44,7 @@ class KeptAverages:
     steps: list[int]
 
     @classmethod
-    def of(cls, run: str) -> "KeptAverages":
+    def of(cls, run: str) -> "EmaSnapshots":
         """Those of the run in the folder `run`; raises CheckpointError where it kept none."""
         found = CheckpointStore(object_store.join(run, CHECKPOINTS)).load(groups=())
         facts = found[1].facts if found else {}
@@ -81,7 +81,7 @@ def sweep(run: str, config: AverageConfig, home: Path, out: str = "") -> dict[st
     below `home`.
     """
     run = object_store.absolute(run, home)
-    kept = KeptAverages.of(run)
+    kept = EmaSnapshots.of(run)
     step = config.step or kept.steps[-1]
     if step not in kept.steps:
         near = min(kept.steps, key=lambda at: abs(at - step))
@@ -92,12 +92,12 @@ def sweep(run: str, config: AverageConfig, home: Path, out: str = "") -> dict[st
     config = dataclasses.replace(
         config,
         data_url=object_store.absolute(config.data_url or begun.data.url, home),
-        evaluation=located(config.evaluation, home),
+        evaluation=with_absolute_paths(config.evaluation, home),
     )
     for url in filter(None, (config.data_url, config.evaluation.held_out_url)):
         open_dataset(url)  # before Ray starts
     settings = {"run": run, "step": step, "config": to_dict(config)}
-    found = worker_group.run(average_worker, settings, config.cluster, lambda _: None)
+    found = worker_group.run(ema_search_worker, settings, config.cluster, lambda _: None)
     result = _result(found, list(config.widths)) | {"run": run, "step": step}
     if out:
         result["checkpoint"] = object_store.absolute(out, home)
@@ -109,7 +109,7 @@ def sweep(run: str, config: AverageConfig, home: Path, out: str = "") -> dict[st
     return result
 
 
-def average_worker(settings: dict[str, Any]) -> list[dict[str, Any]]:
+def ema_search_worker(settings: dict[str, Any]) -> list[dict[str, Any]]:
     """One worker's part; the same on every worker: metrics, certificate and misfit by width."""
     config = from_dict(AverageConfig, settings["config"])
     control: RunControl = settings["control"]
@@ -118,7 +118,7 @@ def average_worker(settings: dict[str, Any]) -> list[dict[str, Any]]:
         return []
     torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
     object_store.set_retry_timeout(config.cluster.storage_timeout_s)
-    with fatal_errors.ending_the_run(control):
+    with fatal_errors.report_fatal_errors(control):
         return list(scored(settings["run"], settings["step"], config, distributed_context()))
 
 
@@ -129,7 +129,7 @@ def scored(
 
     All workers must take them all; every width draws the same noise.
     """
-    kept, wanted = KeptAverages.of(run), config.evaluation
+    kept, wanted = EmaSnapshots.of(run), config.evaluation
     begun, dataset = training_run.saved_config(kept.facts), open_dataset(config.data_url)
     model = checkpoint_loading.trained_model(run, workers.device)
     count = min(wanted.num_images, int(dataset.counts.sum()))

@@ -64,7 +64,7 @@ def evaluate(model_uri: str, config: EvaluateConfig, home: Path) -> dict[str, An
     config = dataclasses.replace(
         config,
         data_url=object_store.absolute(config.data_url or begun.data.url, home),
-        evaluation=located(wanted, home),
+        evaluation=with_absolute_paths(wanted, home),
     )
     for url in filter(None, (config.data_url, config.evaluation.held_out_url)):
         open_dataset(url)  # before Ray starts
@@ -93,7 +93,7 @@ def score_lines(metrics: dict[str, float]) -> list[str]:
     return lines
 
 
-def located(wanted: EvaluationConfig, home: Path) -> EvaluationConfig:
+def with_absolute_paths(wanted: EvaluationConfig, home: Path) -> EvaluationConfig:
     """`wanted` with each relative place laid below `home`: workers run in folders of their own."""
     return dataclasses.replace(
         wanted,
@@ -110,7 +110,7 @@ def evaluate_worker(settings: dict[str, Any]) -> dict[str, Any]:
     startup.mark_done(control)
     if control.status().fatal is not None:
         return {}
-    with fatal_errors.ending_the_run(control):
+    with fatal_errors.report_fatal_errors(control):
         return _scores(config, settings)
 
 

@@ -1,7 +1,7 @@
-"""A short run again and again, each time with another fault, compared with one without.
+"""Fault-injection drill: repeat a short run with one fault each, and compare it with a clean run.
 
-Equal means equal: the same bytes in weights, their average and the optimiser's moments, and the
-same rows of the loss in MLflow, each once.
+Runs are equal if weights, EMA and optimiser state have the same bytes, and MLflow holds the same
+loss rows, each once.
 """
 
 import os
@@ -27,82 +27,85 @@ from ddpm_ray.training.checkpoints import GROUPS, weights_sha256
 
 
 @dataclass(frozen=True)
-class Drilled:
-    """What one repetition came to."""
+class FaultResult:
+    """Result of one repetition of the run."""
 
-    fault: str  # empty: the one without
-    seconds: float  # of all of it, the start of the workers too
-    starts: list[int]  # the steps at which workers started; the first is 0
-    seen_steps: int  # the newest that was told before the last start
-    end: list[str]  # sha256 of weights, average and moments
+    fault: str  # empty: the clean run
+    seconds: float  # wall-clock time, the start of the workers included
+    starts: list[int]  # step of each start of the worker group; the first is 0
+    seen_steps: int  # progress that the driver saw before the last start
+    end: list[str]  # sha256 of weights, EMA and optimiser state
     losses: list[tuple[int, float]]
-    reason: str = ""  # why it did not end
+    reason: str = ""  # why the run failed
 
     @property
     def repeated_steps(self) -> int:
-        """Steps that were done twice, by what the driver saw of them: told once a second."""
+        """Steps that were trained twice; a lower bound, because progress is seen once a second."""
         return max(0, self.seen_steps - self.starts[-1]) if len(self.starts) > 1 else 0
 
-    def equals(self, other: "Drilled") -> bool:
-        """Whether both ended alike."""
+    def equals(self, other: "FaultResult") -> bool:
+        """Whether both runs finished with equal state and loss rows."""
         return not self.reason and (self.end, self.losses) == (other.end, other.losses)
 
 
-def drill(config: DrillConfig, home: Path, show: Callable[[int, int, str], None]) -> list[Drilled]:
-    """The run without a fault, then with each of them; `show` is told how many are done.
+def run_drill(
+    config: DrillConfig, home: Path, on_progress: Callable[[int, int, str], None]
+) -> list[FaultResult]:
+    """Run without a fault, then once with each fault; results in that order.
 
-    Runs are named after `run.name`, a token of this drill and a number, and stay where they are.
-    Raises what a run without a fault raises.
+    `on_progress` gets the number of runs done, the number of runs, and the fault of the next one.
+    The runs are named `run.name`, a random token and a number, and are not deleted. Raises what the
+    clean run raises.
     """
     token = secrets.token_hex(3)
-    marks = Path(tempfile.gettempdir(), f"ddpm-ray-drill-{token}")
-    done: list[Drilled] = []
+    markers = Path(tempfile.gettempdir(), f"ddpm-ray-drill-{token}")
+    done: list[FaultResult] = []
     for number, fault in enumerate(["", *config.faults]):
-        show(number, len(config.faults) + 1, fault or "without a fault")
+        on_progress(number, len(config.faults) + 1, fault or "without a fault")
         run = replace(config.run, name=f"{config.run.name}-{token}-{number}")
         os.environ.pop(fault_injection.VARIABLE, None)
         if fault:
-            os.environ[fault_injection.VARIABLE] = f"{marks / str(number)} {fault}"
+            os.environ[fault_injection.VARIABLE] = f"{markers / str(number)} {fault}"
         try:
-            done.append(_once(run, home, fault))
+            done.append(_run_once(run, home, fault))
         finally:
             os.environ.pop(fault_injection.VARIABLE, None)
-    show(len(done), len(done), "done")
+    on_progress(len(done), len(done), "done")
     return done
 
 
-def _once(config: RunConfig, home: Path, fault: str) -> Drilled:
+def _run_once(config: RunConfig, home: Path, fault: str) -> FaultResult:
     starts: list[int] = []
     newest, seen, began_s = 0, 0, time.monotonic()
 
-    def note(progress: Progress) -> None:
-        """How far the run is."""
+    def on_progress(progress: Progress) -> None:
+        """Store the progress."""
         nonlocal newest
         newest = progress.step
 
-    def started(step: int, _: str) -> None:
-        """Where workers begin, and how far those before them were seen to be."""
+    def on_start(step: int, _: str) -> None:
+        """Store the step of the start, and the progress before it."""
         nonlocal seen
         starts.append(step)
         seen = newest
 
     try:
-        report = train(config, home, note, on_start=started).report
+        report = train(config, home, on_progress, on_start=on_start).report
     except Exception as error:
         if not fault:
             raise
         reason = " ".join(str(error).split())
-        return Drilled(fault, time.monotonic() - began_s, starts, seen, [], [], reason)
+        return FaultResult(fault, time.monotonic() - began_s, starts, seen, [], [], reason)
     losses = mlflow_runs.history(report["run_id"], report["tracking_uri"], "train/loss")
     end = [weights_sha256(report["checkpoint"], group) for group in GROUPS]
-    return Drilled(fault, time.monotonic() - began_s, starts, seen, end, losses)
+    return FaultResult(fault, time.monotonic() - began_s, starts, seen, end, losses)
 
 
-def show_table(done: list[Drilled]) -> None:
-    """A table on stderr: a line for each fault."""
-    clean, *struck = done
+def show_table(done: list[FaultResult]) -> None:
+    """Print a table on stderr, a row for each fault."""
+    clean, *faulted = done
     table = Table("fault", "starts", "steps lost", "seconds lost", "end", box=None, pad_edge=False)
-    for one in struck:
+    for one in faulted:
         verdict = "equal" if one.equals(clean) else escape(sanitize(one.reason)) or "DIFFERENT"
         table.add_row(
             one.fault, str(len(one.starts)), str(one.repeated_steps),

@@ -64,7 +64,7 @@ class Outcome:
 
 
 @dataclasses.dataclass(frozen=True)
-class PartOf:
+class ParentSweep:
     """The sweep that a run is a trial of, as MLflow shows it."""
 
     run_id: str  # of the sweep
@@ -76,7 +76,7 @@ def train(
     config: RunConfig,
     home: Path,
     show: Callable[[Progress], bool | None],
-    part_of: PartOf | None = None,
+    parent: ParentSweep | None = None,
     on_start: Callable[[int, str], None] = lambda *_: None,
 ) -> Outcome:
     """Train, or continue, the run `config.name`; relative paths lie below `home`.
@@ -85,9 +85,9 @@ def train(
     config does not fit the data or the run of that name, and RunFailedError, StorageError,
     DatasetError, CheckpointError or TrackingError.
     """
-    config = located(config, home)
+    config = with_absolute_paths(config, home)
     warn_of_another_host(config.tracking.uri)
-    dataset = packed_data(config)
+    dataset = open_or_pack(config)
     check_model(config, dataset)
     opened = [dataset, *map(open_dataset, filter(None, [config.evaluation.held_out_url]))]
     fingerprints = {one.url: one.fingerprint for one in opened}
@@ -97,7 +97,7 @@ def train(
         {"config": to_dict(config), "data_fingerprint": dataset.fingerprint},
         lambda begun: _differing(config, begun),
     )
-    card = _card(config, dataset, folder, identity, part_of)
+    card = _card(config, dataset, folder, identity, parent)
     tracked, lease = _tracked(card), None
     try:
         lease = _lease(folder)
@@ -125,26 +125,26 @@ def train(
     except BaseException as error:
         status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
         with contextlib.suppress(mlflow_runs.TrackingError):  # `error` is what matters
-            if not _goes_on_elsewhere(lease):
+            if not _is_taken_over(lease):
                 mlflow_runs.finish(tracked or mlflow_runs.known_run(card), status, str(error))
         raise
-    if not _goes_on_elsewhere(lease):
+    if not _is_taken_over(lease):
         mlflow_runs.finish(tracked, "FINISHED" if finished else "KILLED")
     return Outcome(finished, _report(config, folder, tracked, ended), ended)
 
 
 def _card(
-    config: RunConfig, dataset: Dataset, folder: str, identity: str, part_of: PartOf | None
+    config: RunConfig, dataset: Dataset, folder: str, identity: str, parent: ParentSweep | None
 ) -> RunCard:
     return RunCard(
         config.tracking.uri,
         config.tracking.experiment,
-        part_of.label if part_of else config.name,
+        parent.label if parent else config.name,
         identity,
-        artifacts_beside(config.tracking.uri),
-        part_of.run_id if part_of else "",
-        params={key: flat(config)[key] for key in PARAMS} | (part_of.values if part_of else {}),
-        tags=tags_of(dataset),
+        artifact_root(config.tracking.uri),
+        parent.run_id if parent else "",
+        params={key: flat(config)[key] for key in PARAMS} | (parent.values if parent else {}),
+        tags=run_tags(dataset),
         config_yaml=to_yaml(config),
         dataset_url=config.data.url,
         dataset_fingerprint=dataset.fingerprint,
@@ -182,7 +182,7 @@ def _lease(folder: str) -> Lease:
     return Lease.first(checkpoints, CheckpointStore(checkpoints).pointer().epoch)
 
 
-def _goes_on_elsewhere(lease: Lease | None) -> bool:
+def _is_taken_over(lease: Lease | None) -> bool:
     """Whether another job has taken the run over, whose MLflow run it is now; told in a line.
 
     This driver may have been frozen, or cut off, for as long as the other one took to finish.
@@ -196,20 +196,20 @@ def _goes_on_elsewhere(lease: Lease | None) -> bool:
     return bool(other)
 
 
-def located(config: RunConfig, home: Path) -> RunConfig:
+def with_absolute_paths(config: RunConfig, home: Path) -> RunConfig:
     """The config with each relative place made absolute: workers run in folders of their own."""
     return dataclasses.replace(
         config,
         storage=object_store.absolute(config.storage, home),
         data=dataclasses.replace(config.data, url=object_store.absolute(config.data.url, home)),
-        evaluation=evaluate.located(config.evaluation, home),
+        evaluation=evaluate.with_absolute_paths(config.evaluation, home),
         tracking=dataclasses.replace(
             config.tracking, uri=tracking_place(home, config.tracking.uri)
         ),
     )
 
 
-def packed_data(config: RunConfig) -> Dataset:
+def open_or_pack(config: RunConfig) -> Dataset:
     """The data set at data.url; a built-in data.source is packed there where there is none yet.
 
     Raises ConfigError where another set is there than data.source.
@@ -250,13 +250,13 @@ def check_model(config: RunConfig, dataset: Dataset) -> None:
         raise ConfigError(f"sampling.{error}") from error
 
 
-def artifacts_beside(tracking_uri: str) -> str | None:
+def artifact_root(tracking_uri: str) -> str | None:
     """Where a new experiment's files lie: beside a database; a server knows its own place."""
     file = database_file(tracking_uri)
     return None if file is None else str(file.parent / "mlartifacts")
 
 
-def tags_of(dataset: Dataset) -> dict[str, str]:
+def run_tags(dataset: Dataset) -> dict[str, str]:
     """Who started this, with what, on which data."""
     # Set by Ray in a submitted job's driver, there alone.
     submitted = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("metadata", {})

@@ -54,7 +54,7 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     if control.status().fatal is not None:  # an earlier attempt found that to go on is of no use
         startup.mark_done(control)
         return {}
-    with fatal_errors.ending_the_run(control):
+    with fatal_errors.report_fatal_errors(control):
         return _train(from_dict(RunConfig, settings["config"]), settings, control)
 
 
@@ -131,7 +131,7 @@ def assemble(
         show_progress=show_progress,
         draw_grid=gallery.show_grid if draws else _nothing,
         draw_strip=gallery.show_strip if draws else _nothing,
-        evaluate=_Judge(config, dataset, state, gallery).evaluate,
+        evaluate=PeriodicEvaluator(config, dataset, state, gallery).evaluate,
         probe=_prober(config, dataset, state, gallery),
         keep_averages=training_run.keeper(config, state, writer, settings["folder"], workers),
     )
@@ -281,7 +281,7 @@ def _wrapped(model: nn.Module, config: RunConfig, workers: Workers) -> nn.Module
     return network
 
 
-class _Judge:
+class PeriodicEvaluator:
     """Scores the EMA weights; its feature network and reference are made at the first use."""
 
     def __init__(

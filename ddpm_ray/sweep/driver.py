@@ -30,7 +30,7 @@ from ddpm_ray.distributed.signals import Interrupts
 from ddpm_ray.distributed.worker_group import RunFailedError
 from ddpm_ray.redaction import counted
 from ddpm_ray.runs.run_identity import claim
-from ddpm_ray.runs.train import check_model, located, packed_data
+from ddpm_ray.runs.train import check_model, open_or_pack, with_absolute_paths
 from ddpm_ray.storage import object_store
 from ddpm_ray.sweep import capacity
 from ddpm_ray.sweep.mlflow_report import SweepPlace
@@ -79,8 +79,8 @@ def sweep(
     The first Ctrl-C lets trials commit a checkpoint, and the same command continues. Raises
     ConfigError before a trial starts, RunFailedError, StorageError, DatasetError, TrackingError.
     """
-    config = replace(config, run=located(config.run, home))
-    dataset = packed_data(config.run)
+    config = replace(config, run=with_absolute_paths(config.run, home))
+    dataset = open_or_pack(config.run)
     check_model(config.run, dataset)
     folder = object_store.join(config.run.storage, config.name)
     identity = claim(

@@ -16,7 +16,7 @@ from ddpm_ray.data.shards import Dataset
 from ddpm_ray.data.transforms import pixel_variance
 from ddpm_ray.evaluation.loss_by_snr import linear_guess
 from ddpm_ray.runs.run_identity import IDENTITY
-from ddpm_ray.runs.train import artifacts_beside, tags_of
+from ddpm_ray.runs.train import artifact_root, run_tags
 from ddpm_ray.storage import checksummed_json, object_store
 from ddpm_ray.storage.object_store import StorageError
 from ddpm_ray.sweep import charts, leaderboard
@@ -50,12 +50,12 @@ class SweepPlace:
         """The place of the sweep `identity`, set to RUNNING; raises TrackingError."""
         tracked = config.run.tracking
         run = mlflow_runs.find_or_create_run(
-            tracked.uri, tracked.experiment, config.name, identity, artifacts_beside(tracked.uri)
+            tracked.uri, tracked.experiment, config.name, identity, artifact_root(tracked.uri)
         )
         mlflow_runs.describe(
             run,
             params={key: flat(config)[key] for key in PARAMS} | {"metric": config.score},
-            tags=tags_of(dataset),
+            tags=run_tags(dataset),
             config_yaml=to_yaml(config),
             dataset_url=config.run.data.url,
             dataset_fingerprint=dataset.fingerprint,

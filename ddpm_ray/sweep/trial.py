@@ -21,7 +21,7 @@ from ddpm_ray.distributed import placement_groups
 from ddpm_ray.distributed.control_actor import ControlLostError
 from ddpm_ray.reporting import Progress
 from ddpm_ray.runs import train as training_run
-from ddpm_ray.runs.train import Outcome, PartOf
+from ddpm_ray.runs.train import Outcome, ParentSweep
 from ddpm_ray.storage.object_store import StorageError
 from ddpm_ray.tracking import mlflow_settings
 from ddpm_ray.tracking.mlflow_runs import TrackingError
@@ -119,7 +119,7 @@ def run_trial(told: dict[str, Any], *, board: Board, sweep_run_id: str) -> None:
         config,
         Path("/"),  # every place in a trial's config is absolute
         show,
-        PartOf(sweep_run_id, told["label"], told["values"]),
+        ParentSweep(sweep_run_id, told["label"], told["values"]),
         lambda _, group: tell(number, "group", group=group),
     )
     try:

@@ -51,7 +51,7 @@ MISTAKES: dict[str, Callable[[], Any]] = {  # as torch and Python themselves rai
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_of_the_program_comes_again(name: str) -> None:
-    assert not fatal_errors.passes(raised(MISTAKES[name]))
+    assert not fatal_errors.is_transient(raised(MISTAKES[name]))
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_a_mistake_of_the_program_comes_again(name: str) -> None:
     ],
 )
 def test_a_mistake_on_a_gpu_comes_again(text: str) -> None:
-    assert not fatal_errors.passes(RuntimeError(text))
+    assert not fatal_errors.is_transient(RuntimeError(text))
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_a_mistake_on_a_gpu_comes_again(text: str) -> None:
     ids=lambda error: f"{type(error).__name__} {error}"[:50],
 )
 def test_what_passes_has_the_workers_started_again(error: Exception) -> None:
-    assert fatal_errors.passes(error)
+    assert fatal_errors.is_transient(error)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_what_passes_has_the_workers_started_again(error: Exception) -> None:
     ids=lambda error: type(error).__name__,
 )
 def test_our_own_errors_end_the_run_in_their_own_words(error: Exception) -> None:
-    assert not fatal_errors.passes(error)
+    assert not fatal_errors.is_transient(error)
     assert fatal_errors.reason(error) == (str(error) or "MemoryError")
 
 
@@ -119,7 +119,7 @@ def test_an_error_of_the_program_is_told_with_its_class_and_place() -> None:
     [
         (train_worker.train_worker, "train_worker._train"),
         (evaluate.evaluate_worker, "evaluate._scores"),
-        (ema_search.average_worker, "ema_search.scored"),
+        (ema_search.ema_search_worker, "ema_search.scored"),
     ],
 )
 @pytest.mark.parametrize(
@@ -164,4 +164,4 @@ def test_the_loss_of_a_peer_passes(tmp_path: Path) -> None:
         for exchange, pickled in map(str.split, told.splitlines())
     }
     assert sorted(errors) == ["gather", "gradient", "pairs", "sum"]
-    assert all(fatal_errors.passes(error) for error in errors.values()), errors
+    assert all(fatal_errors.is_transient(error) for error in errors.values()), errors

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from ddpm_ray.distributed import signals
-from ddpm_ray.distributed.signals import SIGNALS, Interrupts, while_ray_starts
+from ddpm_ray.distributed.signals import SIGNALS, Interrupts, block_terminal_signals
 from tests.limits import ENDS_S
 
 # Says `ready`, waits for the first signal, says what it is told to say, and for the second.
@@ -145,7 +145,7 @@ def test_what_is_told_to_a_closed_terminal_is_no_error(
 
 def test_what_ray_starts_does_not_hear_the_terminal_and_sets_no_handler() -> None:
     before, mask = signal.getsignal(signal.SIGTERM), signal.pthread_sigmask(signal.SIG_BLOCK, ())
-    with while_ray_starts():
+    with block_terminal_signals():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         status = subprocess.check_output(["/bin/cat", "/proc/self/status"], text=True)
     (blocked,) = (line for line in status.splitlines() if line.startswith("SigBlk"))
@@ -157,7 +157,7 @@ def test_what_ray_starts_does_not_hear_the_terminal_and_sets_no_handler() -> Non
 
 def test_before_the_workers_start_the_first_signal_ends() -> None:
     def job() -> None:
-        with signals.at_once():
+        with signals.interrupt_on_first():
             os.kill(os.getpid(), signal.SIGTERM)
             threading.Event().wait(LIMIT_S)
 

@@ -8,7 +8,7 @@ import pytest
 
 from ddpm_ray.config.fault_drill import DrillConfig
 from ddpm_ray.config.loading import ConfigError, load
-from ddpm_ray.runs.fault_drill import Drilled
+from ddpm_ray.runs.fault_drill import FaultResult
 from tests.faults.schedules import kills
 from tests.runs.job import ROOT, Job
 
@@ -35,25 +35,25 @@ def test_a_drill_without_faults_is_refused() -> None:
         load(DrillConfig, CONFIG, ["faults=[]"])
 
 
-def drilled(**changes: Any) -> Drilled:
+def result(**changes: Any) -> FaultResult:
     whole: dict[str, Any] = {
         "fault": "", "seconds": 60.0, "starts": [0], "seen_steps": 0, "end": ["a", "b", "c"],
         "losses": [(1, 0.5), (2, 0.25)],
     }  # fmt: skip
-    return Drilled(**whole | changes)
+    return FaultResult(**whole | changes)
 
 
 def test_equal_is_the_same_bytes_and_the_same_rows_each_once() -> None:
-    assert drilled().equals(drilled(fault="kill@commit", starts=[0, 50], seconds=99.0))
-    assert not drilled(end=["a", "b", "d"]).equals(drilled())
-    assert not drilled(losses=[(1, 0.5), (1, 0.5), (2, 0.25)]).equals(drilled())
-    assert not drilled(reason="worker 0: gone").equals(drilled())
+    assert result().equals(result(fault="kill@commit", starts=[0, 50], seconds=99.0))
+    assert not result(end=["a", "b", "d"]).equals(result())
+    assert not result(losses=[(1, 0.5), (1, 0.5), (2, 0.25)]).equals(result())
+    assert not result(reason="worker 0: gone").equals(result())
 
 
 def test_steps_are_lost_from_the_newest_start_on() -> None:
-    assert drilled().repeated_steps == 0
-    assert drilled(starts=[0, 100], seen_steps=130).repeated_steps == 30
-    assert drilled(starts=[0, 100], seen_steps=97).repeated_steps == 0  # told once a second
+    assert result().repeated_steps == 0
+    assert result(starts=[0, 100], seen_steps=130).repeated_steps == 30
+    assert result(starts=[0, 100], seen_steps=97).repeated_steps == 0  # told once a second
 
 
 @pytest.mark.ray

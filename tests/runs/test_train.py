@@ -9,7 +9,7 @@ import pytest
 
 from ddpm_ray.config.loading import ConfigError, load
 from ddpm_ray.config.run import RunConfig
-from ddpm_ray.runs.train import git_commit, packed_data, user_name
+from ddpm_ray.runs.train import git_commit, open_or_pack, user_name
 from tests.noise import pack_noise
 
 
@@ -46,13 +46,13 @@ def test_a_built_in_set_is_packed_once_and_another_set_is_not_taken_for_it(tmp_p
         url = tmp_path / folder
         return load(RunConfig, None, ["name=a", f"data.url={url}", f"data.source={source}"])
 
-    packed = packed_data(config("digits", "digits"))
+    packed = open_or_pack(config("digits", "digits"))
     assert packed.manifest.samples == 1797
-    assert packed_data(config("digits", "digits")).fingerprint == packed.fingerprint
+    assert open_or_pack(config("digits", "digits")).fingerprint == packed.fingerprint
     pack_noise(str(tmp_path / "noise"), images=9, side=4)
     with pytest.raises(ConfigError, match=r"data.source is 'digits', and another data set is in"):
-        packed_data(config("noise", "digits"))
-    assert packed_data(config("noise", "")).manifest.samples == 9
+        open_or_pack(config("noise", "digits"))
+    assert open_or_pack(config("noise", "")).manifest.samples == 9
 
 
 @pytest.mark.parametrize("error", [KeyError("getpwuid(): uid not found"), OSError("no user")])

@@ -13,7 +13,7 @@ from mlflow.tracking._tracking_service.utils import _tracking_store_registry
 
 from ddpm_ray.config.loading import ConfigError, load
 from ddpm_ray.config.run import RunConfig
-from ddpm_ray.runs.train import artifacts_beside, located
+from ddpm_ray.runs.train import artifact_root, with_absolute_paths
 from ddpm_ray.tracking import tracking_uri as tracking_place_module
 from ddpm_ray.tracking.tracking_uri import (
     NAMES,
@@ -83,10 +83,10 @@ def test_the_run_s_config_holds_the_absolute_place(monkeypatch: pytest.MonkeyPat
     """It is what the workers read, and experiments keep their files beside the database."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     for given in ([], ["tracking.uri=sqlite:///mlflow.db"]):
-        config = located(load(RunConfig, None, ["name=a", "data.url=b", *given]), HOME)
+        config = with_absolute_paths(load(RunConfig, None, ["name=a", "data.url=b", *given]), HOME)
         assert config.tracking.uri == "sqlite:////the/home/mlflow.db"
-        assert artifacts_beside(config.tracking.uri) == "/the/home/mlartifacts"
-    assert artifacts_beside("http://host") is None
+        assert artifact_root(config.tracking.uri) == "/the/home/mlartifacts"
+    assert artifact_root("http://host") is None
     assert database_file("sqlite:////a/b.db?timeout=3") == Path("/a/b.db")
 
 
