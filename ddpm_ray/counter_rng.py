@@ -27,7 +27,7 @@ class Purpose(IntEnum):
     SAMPLE_START = 3
     SAMPLE_STEP = 4
     DROPOUT = 5
-    PROBE = 6
+    VALIDATION = 6
     BOUND = 7
     LABEL_DROP = 8
     OFFSET_NOISE = 9

@@ -31,7 +31,9 @@ class Progress:
     steps: int
     loss: float
     images_per_s: float
-    probes: list[dict[str, Any]] = field(default_factory=list)  # see training/validation_loss.py
+    validation_losses: list[dict[str, Any]] = field(
+        default_factory=list
+    )  # see training/validation_loss.py
     checkpoint: str = ""  # URL of the newest committed one
 
 

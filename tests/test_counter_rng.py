@@ -157,8 +157,8 @@ def test_keys_beyond_32_bits_are_refused_and_not_wrapped() -> None:
 def test_purposes_keep_their_numbers() -> None:
     """They are part of what a seed means: runs that go on draw as they began."""
     names = (
-        "TIMESTEP NOISE FLIP SAMPLE_START SAMPLE_STEP DROPOUT PROBE BOUND LABEL_DROP OFFSET_NOISE "
-        "PERTURBATION SELF_CONDITIONING LOW_RESOLUTION LIKELIHOOD"
+        "TIMESTEP NOISE FLIP SAMPLE_START SAMPLE_STEP DROPOUT VALIDATION BOUND LABEL_DROP "
+        "OFFSET_NOISE PERTURBATION SELF_CONDITIONING LOW_RESOLUTION LIKELIHOOD"
     )
     assert [purpose.name for purpose in Purpose][:14] == names.split()
     assert [int(purpose) for purpose in Purpose] == list(range(len(Purpose)))

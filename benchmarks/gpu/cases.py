@@ -319,10 +319,10 @@ def _probe(device: torch.device) -> None:
     count = 2 * len(validation_loss.LEVELS)
     labels = torch.zeros(count, dtype=torch.int64)
     workers = Workers(0, 1, device)
-    validation_loss.Probe(state, denoiser, pixels(count), labels, 0, 0.25, workers, None, 32).look(
-        5
-    )
-    _require(math.isfinite(state.probes[0]["loss"]), "the common loss is not finite")
+    validation_loss.Validator(
+        state, denoiser, pixels(count), labels, 0, 0.25, workers, None, 32
+    ).validate(5)
+    _require(math.isfinite(state.validation_losses[0]["loss"]), "the common loss is not finite")
 
 
 def _strip(device: torch.device) -> None:
@@ -361,13 +361,13 @@ def _averaged(device: torch.device) -> None:
     config = config_of(keys)
     with tempfile.TemporaryDirectory() as folder:
         run = run_of(config, device, url=f"{folder}/checkpoints")
-        keep = training_run.keeper(config, run.state, run.checkpoints, folder, run.workers)
+        keep = training_run.ema_snapshotter(config, run.state, run.checkpoints, folder, run.workers)
         for _ in range(2):
             take_step(run)
             keep(run.state.step)
         run.checkpoints.wait()
         store = SnapshotStore(f"{folder}/{SNAPSHOTS}")
-        tensors, _ = averaged(store, run.state.kept_at, [0.05, 0.1], 0.07, 2)
+        tensors, _ = averaged(store, run.state.ema_snapshot_steps, [0.05, 0.1], 0.07, 2)
     run.state.ema.load_state_dict(tensors)
 
 

@@ -118,7 +118,7 @@ def run_of(
         draw_grid=nothing,
         draw_strip=nothing,
         evaluate=nothing,
-        probe=nothing,
+        validate=nothing,
     )
 
 

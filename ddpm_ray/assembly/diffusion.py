@@ -17,7 +17,7 @@ from ddpm_ray.models.unet import UNet
 from ddpm_ray.sampling.denoiser import Denoiser, Network
 from ddpm_ray.sampling.sampling import SamplingPlan
 from ddpm_ray.sampling.sampling import sampling_plan as sampling_plan
-from ddpm_ray.training.noising import ChooseSteps, Showing
+from ddpm_ray.training.noising import ChooseSteps, NoisingRecipe
 from ddpm_ray.training.objective import Objective
 from ddpm_ray.training.state import TrainingState
 
@@ -112,7 +112,7 @@ def objective(config: RunConfig, state: TrainingState, device: torch.device) -> 
     wanted, training = config.objective, config.training
     parameterization = model_parameterization(wanted, noise_schedule(config.schedule).to(device))
     return Objective(
-        showing(config, parameterization, state),
+        noising_recipe(config, parameterization, state),
         parameterization,
         loss=wanted.loss,
         variance=wanted.variance,
@@ -134,10 +134,12 @@ def uncertainty(network: nn.Module) -> nn.Module:
     return network.uncertainty
 
 
-def showing(config: RunConfig, parameterization: Parameterization, state: TrainingState) -> Showing:
-    """What the network is shown of each image."""
+def noising_recipe(
+    config: RunConfig, parameterization: Parameterization, state: TrainingState
+) -> NoisingRecipe:
+    """How training batches are made from images, as configured."""
     wanted = config.objective
-    return Showing(
+    return NoisingRecipe(
         config.seed,
         choice_of_steps(config, parameterization.schedule, state),
         flip=config.data.flip,

@@ -41,12 +41,12 @@ from ddpm_ray.training.ema import (
     ramped,
     width_group,
 )
-from ddpm_ray.training.ema_snapshots import SNAPSHOTS, Keeper, SnapshotStore
+from ddpm_ray.training.ema_snapshots import SNAPSHOTS, EmaSnapshotter, SnapshotStore
 from ddpm_ray.training.loop import Plan
 from ddpm_ray.training.post_hoc_ema import gamma_of, power_decay
 from ddpm_ray.training.sample_grids import Gallery
 from ddpm_ray.training.state import TrainingState
-from ddpm_ray.training.validation_loss import LEVELS, Probe
+from ddpm_ray.training.validation_loss import LEVELS, Validator
 
 DEFAULT_CACHE = "~/.cache/ddpm-ray"
 
@@ -129,7 +129,7 @@ def plan(config: RunConfig, workers: int) -> Plan:
         checkpoint_every_steps=training.checkpoint_every_steps,
         grid_every_steps=training.grid_every_steps,
         evaluate_every_steps=config.evaluation.every_steps if config.evaluation.num_images else 0,
-        probe_every_steps=config.evaluation.spectrum_every_steps,
+        validate_every_steps=config.evaluation.spectrum_every_steps,
     )
 
 
@@ -166,7 +166,7 @@ def _with_ramp(decay: float, config: TrainingConfig) -> Callable[[int], float]:
     return (lambda step: ramped(decay, step)) if config.ema_ramp else (lambda step: decay)
 
 
-def keeper(
+def ema_snapshotter(
     config: RunConfig, state: TrainingState, writer: CheckpointWriter, folder: str, workers: Workers
 ) -> Callable[[int], None]:
     """What keeps power-function averages below the run's `folder`, as often as configured."""
@@ -174,7 +174,7 @@ def keeper(
     groups = [width_group(width) for width in training.ema_snapshot_widths]
     store = SnapshotStore(object_store.join(folder, SNAPSHOTS)) if workers.is_main else None
     every, last = training.ema_snapshot_every_steps, training.steps
-    return Keeper(state, groups, every, last, store, writer).keep
+    return EmaSnapshotter(state, groups, every, last, store, writer).snapshot
 
 
 def stream(config: RunConfig, dataset: Dataset, workers: Workers) -> ShardStream:
@@ -191,13 +191,15 @@ def stream(config: RunConfig, dataset: Dataset, workers: Workers) -> ShardStream
     )
 
 
-def probe(config: RunConfig, dataset: Dataset, state: TrainingState, gallery: Gallery) -> Probe:
+def validator(
+    config: RunConfig, dataset: Dataset, state: TrainingState, gallery: Gallery
+) -> Validator:
     """What looks at the loss by log-SNR; this worker's part of its images is read here, once."""
     workers, groups = gallery.workers, config.evaluation.spectrum_images // len(LEVELS)
     share, total = workers.share(groups), groups * len(LEVELS)
     positions = range(share.start * len(LEVELS), share.stop * len(LEVELS))
     images, labels = fixed_images(config.data, dataset, positions, total)
-    return Probe(
+    return Validator(
         state,
         gallery.denoiser,
         images,

@@ -20,42 +20,55 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class DataConfig:
-    url: str = option("", "folder with the packed shards, on any fsspec URL")
+    url: str = option("", "folder or fsspec URL of the packed shards")
     source: Literal["", "digits"] = option(
-        "", "a built-in set to pack into data.url first, where it holds no shards yet"
+        "", "built-in data set to pack into data.url if it holds no shards yet; empty: none"
     )
     flip: bool = option(
         False, "mirror each image left-right with probability 1/2", defines_run=True
     )
     lanes: int = option(
-        8, "canonical lanes that the shards are dealt to; divides the batch",
+        8, "fixed number of shard streams that form the batch; must divide it",
         at_least=1, defines_run=True,
     )  # fmt: skip
     shuffle_window_bytes: int = option(
-        16 * MIB, "decoded bytes within which samples mix, all lanes together",
+        16 * MIB, "size of the shuffle buffer in decoded bytes, all lanes together",
         at_least=MIB, defines_run=True,
     )  # fmt: skip
-    cache_bytes: int = option(8192 * MIB, "node-local cache of remote shards; 0: none", at_least=0)
-    cache_dir: str = option("", "where that cache lies; empty: ~/.cache/ddpm-ray")
+    cache_bytes: int = option(
+        8192 * MIB,
+        "size in bytes of the node-local cache of remote shards; 0: no cache",
+        at_least=0,
+    )
+    cache_dir: str = option("", "folder of that cache; empty: ~/.cache/ddpm-ray")
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     kind: Literal["unet", "classifier"] = option(
-        "unet", "a denoiser, or a classifier of noisy images to guide one", defines_run=True
+        "unet", "unet: a denoiser; classifier: of noisy images, for guidance", defines_run=True
     )
-    base_channels: int = option(128, "channels of the first level", at_least=1, defines_run=True)
+    base_channels: int = option(
+        128, "channels of the first resolution level", at_least=1, defines_run=True
+    )
     channel_mults: tuple[int, ...] = option(
-        (1, 2, 2, 2), "channels of each level over base_channels", defines_run=True
+        (1, 2, 2, 2), "channels of each level as a multiple of base_channels", defines_run=True
     )
-    blocks_per_level: int = option(2, "residual blocks", at_least=1, defines_run=True)
+    blocks_per_level: int = option(2, "residual blocks per level", at_least=1, defines_run=True)
     attention_resolutions: tuple[int, ...] = option(
-        (16,), "image sizes in pixels at which blocks attend", defines_run=True
+        (16,), "image sizes in pixels of the levels with self-attention", defines_run=True
     )
-    dropout: float = option(0.0, "inside residual blocks", at_least=0, below=1, defines_run=True)
-    groups: int = option(32, "of each group norm", at_least=1, defines_run=True)
+    dropout: float = option(
+        0.0, "dropout probability in residual blocks", at_least=0, below=1, defines_run=True
+    )
+    groups: int = option(
+        32,
+        "groups of each group normalization; must divide all channel counts",
+        at_least=1,
+        defines_run=True,
+    )
     num_classes: int = option(
-        0, "labels 0 to num_classes - 1 that the network knows; 0: none", at_least=0,
+        0, "class-conditional model of labels 0 to num_classes - 1; 0: unconditional", at_least=0,
         defines_run=True,
     )  # fmt: skip
 
@@ -84,74 +97,86 @@ class TrainingConfig:
         128, "images per optimiser step, all workers together", at_least=1, defines_run=True
     )
     micro_batch_size: int = option(
-        0, "most images of one worker in one forward pass; 0: its whole share", at_least=0
+        0,
+        "images per forward pass of a worker (gradient accumulation); 0: its whole share",
+        at_least=0,
     )
-    learning_rate: float = option(2e-4, "of Adam, after the warm-up", above=0, defines_run=True)
-    adam_beta1: float = option(0.9, "decay of Adam's mean", at_least=0, below=1, defines_run=True)
-    adam_beta2: float = option(0.999, "decay of its square", at_least=0, below=1, defines_run=True)
+    learning_rate: float = option(
+        2e-4, "learning rate of Adam after the warm-up", above=0, defines_run=True
+    )
+    adam_beta1: float = option(
+        0.9, "Adam: decay of the mean of gradients", at_least=0, below=1, defines_run=True
+    )
+    adam_beta2: float = option(
+        0.999, "Adam: decay of the mean of squared gradients", at_least=0, below=1, defines_run=True
+    )
     warmup_steps: int = option(
-        0, "steps in which the rate rises linearly from 0", at_least=0, defines_run=True
+        0, "steps of linear warm-up of the learning rate from 0", at_least=0, defines_run=True
     )
     warmup_images: int = option(
-        0, "the same counted in images; set one of the two", at_least=0, defines_run=True
+        0, "images of linear warm-up; set this or warmup_steps", at_least=0, defines_run=True
     )
-    max_grad_norm: float = option(
-        1.0, "global norm that gradients are clipped to", above=0, defines_run=True
-    )
+    max_grad_norm: float = option(1.0, "global gradient norm to clip to", above=0, defines_run=True)
     reduction: Literal["mean", "elastic"] = option(
-        "mean", "of workers' gradients; elastic: the same bits on any number of workers, slower",
+        "mean", "how gradients are averaged; elastic: bit-equal on any number of workers, slower",
         defines_run=True,
     )  # fmt: skip
     reduction_slots: int = option(
-        8, "elastic: equal parts of a batch, and most workers; a power of 2",
+        8, "elastic: slots the batch is split into, also the most workers; power of 2",
         at_least=1, defines_run=True,
     )  # fmt: skip
     on_divergence: Literal["stop", "skip", "rewind"] = option(
         "stop",
-        "on a gradient that is not finite, or a spike: end; no update; back to the last weights",
+        "on a gradient spike or NaN: stop the run, skip the step, or rewind to the checkpoint",
     )
     spike_factor: float = option(
-        0.0, "times the median norm of the last 128 steps that is a spike; 0: none is", at_least=0
+        0.0,
+        "a gradient norm above this multiple of the median of 128 steps is a spike; 0: off",
+        at_least=0,
     )
     ema_decay_per_step: float = option(
-        0.9999, "of the weights that samples come from; 0: see the next key",
+        0.9999, "EMA decay per step of the sampling weights; 0: use ema_half_life_images",
         at_least=0, below=1, defines_run=True,
     )  # fmt: skip
     ema_half_life_images: int = option(
-        0, "images after which a weight's share has halved; set one of the two",
+        0, "EMA half-life in images; set this or ema_decay_per_step",
         at_least=0, defines_run=True,
     )  # fmt: skip
     ema_ramp: bool = option(
-        True, "average over less while the run is young: decay <= (1 + step) / (10 + step)",
+        True, "limit the EMA decay of early steps to (1 + step) / (10 + step)",
         defines_run=True,
     )  # fmt: skip
     ema_more_decays: tuple[float, ...] = option(
-        (), "per step, of further averages in checkpoints, each as ema-<decay>", defines_run=True
+        (),
+        "decays per step of additional EMAs, saved in checkpoints as ema-<decay>",
+        defines_run=True,
     )
     ema_snapshot_widths: tuple[float, ...] = option(
-        (), "sigma_rel of power-function averages that jobs/average.py makes others of: [0.05,0.1]",
+        (), "sigma_rel of the EMA snapshots for post-hoc EMA (jobs/average.py): [0.05,0.1]",
         defines_run=True,
     )  # fmt: skip
-    ema_snapshot_every_steps: int = option(
-        0, "steps between those that are kept below snapshots/; 0: none", at_least=0
-    )
+    ema_snapshot_every_steps: int = option(0, "steps between EMA snapshots; 0: none", at_least=0)
     precision: Literal["fp32", "bf16"] = option(
-        "fp32", "of the network's arithmetic (bf16: autocast); weights stay fp32", defines_run=True
+        "fp32", "arithmetic of the network (bf16: autocast); weights stay fp32", defines_run=True
     )
-    channels_last: bool = option(False, "NHWC layout; pays on GPUs with bf16")
+    channels_last: bool = option(False, "NHWC memory layout; faster on GPUs with bf16")
     deterministic: bool = option(
         False,
         "deterministic algorithms of torch, cuDNN and NCCL, for bit-equal GPU runs; slower",
     )
-    compile: bool = option(False, "torch.compile; pays on GPUs after minutes of warm-up")
-    gradient_checkpointing: bool = option(False, "recompute blocks backwards: less memory, slower")
-    log_every_steps: int = option(50, "steps that one row of rates and bands covers", at_least=1)
+    compile: bool = option(False, "use torch.compile; faster on GPUs after minutes of compilation")
+    gradient_checkpointing: bool = option(
+        False, "recompute activations in the backward pass: less memory, slower"
+    )
+    log_every_steps: int = option(
+        50, "steps per logged row of throughput and of loss by log-SNR band", at_least=1
+    )
     grid_every_steps: int = option(
         5000, "steps between sample grids; 0: no grid, not even at the end", at_least=0
     )
     checkpoint_every_steps: int = option(1000, "steps between checkpoints", at_least=1)
     keep_checkpoints: int = option(
-        3, "newest checkpoints kept, beside the one that was continued from", at_least=2
+        3, "newest checkpoints to keep, and the one the run continued from", at_least=2
     )
 
     def problems(self) -> Iterator[str]:
@@ -193,11 +218,11 @@ class TrackingConfig:
     )
     experiment: str = option("ddpm-ray", "MLflow experiment that holds the run")
     every_steps: int = option(
-        1, "steps averaged into one row of loss, gradient norm and learning rate", at_least=1
+        1, "steps averaged into one logged row of loss, gradient norm and learning rate", at_least=1
     )
-    flush_every_s: float = option(2.0, "seconds between batches of rows", above=0)
+    flush_every_s: float = option(2.0, "seconds between uploads of rows", above=0)
     last_rows_s: float = option(
-        60, "seconds that a run's end waits for MLflow; what it did not take, the next start sends",
+        60, "seconds to wait for MLflow at the end; undelivered rows are sent when the run continues",
         above=0,
     )  # fmt: skip
 
@@ -206,26 +231,26 @@ class TrackingConfig:
 class ClusterConfig:
     num_workers: int = option(1, "Ray Train workers, one process each", at_least=1)
     min_workers: int = option(
-        0, "fewest workers to go on with while nodes are lost; 0: num_workers, it waits", at_least=0
+        0, "continue with this many workers if nodes are lost; 0: wait for num_workers", at_least=0
     )
     resize_every_s: float = option(
-        60, "min_workers: seconds between looks for places for more of them", above=0
+        60, "min_workers: seconds between attempts to scale back up to num_workers", above=0
     )
-    cpus_per_worker: float = option(1, "CPUs, and threads of torch, of each worker", above=0)
+    cpus_per_worker: float = option(1, "CPUs and torch threads of each worker", above=0)
     gpus_per_worker: float = option(0, "GPUs of each worker; above 0: CUDA and NCCL", at_least=0)
     address: str = option("", "Ray cluster to join; empty: $RAY_ADDRESS or a local Ray")
-    max_failures: int = option(3, "times that lost workers are started again", at_least=0)
-    timeout_s: float = option(300, "seconds a collective may take before it is an error", above=0)
+    max_failures: int = option(3, "restarts of the worker group after lost workers", at_least=0)
+    timeout_s: float = option(300, "timeout of a collective operation in seconds", above=0)
     stall_timeout_s: float = option(
-        25, "seconds that a worker may stand still in a step, or be silent; then all start again",
+        25, "seconds without progress or heartbeat of a worker until all workers are restarted",
         at_least=5,
     )  # fmt: skip
     storage_timeout_s: float = option(
-        180, "seconds that workers try again where the storage fails, before it is an error",
+        180, "seconds for which failed storage requests are retried",
         above=0,
     )  # fmt: skip
     start_timeout_s: float = option(
-        600, "seconds to wait for the workers' places while nodes boot or others hold them", above=0
+        600, "seconds to wait for the workers' resources while nodes boot or are occupied", above=0
     )
 
 
@@ -233,9 +258,11 @@ class ClusterConfig:
 class RunConfig:
     """One training run: `jobs/train.py`."""
 
-    name: str = option("", "of the run; the same name in the same storage continues it")
-    storage: str = option("runs", "folder that holds the runs' checkpoints, on any fsspec URL")
-    seed: int = option(0, "of weights, order, t and noise", at_least=0, defines_run=True)
+    name: str = option("", "name of the run; the same name in the same storage continues it")
+    storage: str = option("runs", "folder or fsspec URL of the runs and their checkpoints")
+    seed: int = option(
+        0, "random seed of weights, data order, timesteps and noise", at_least=0, defines_run=True
+    )
     data: DataConfig = field(default_factory=DataConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)

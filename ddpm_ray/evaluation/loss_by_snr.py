@@ -12,7 +12,7 @@ from ddpm_ray.diffusion.process import Denoise, NoiseSchedule
 from ddpm_ray.redaction import counted
 
 
-def loss_spectrum(
+def loss_by_log_snr(
     denoise: Denoise,
     schedule: NoiseSchedule,
     x_0: Tensor,
@@ -71,7 +71,7 @@ def linear_guess(log_snr: Tensor, variance: float) -> Tensor:
     return a * variance / (a * variance + 1 - a)
 
 
-def common_loss(spectrum: Tensor, log_snr: Tensor) -> float:
+def validation_loss(spectrum: Tensor, log_snr: Tensor) -> float:
     """One number for a spectrum [K], its mean with the weight sigmoid(2 - log_snr).
 
     Evenly spread over log-SNR, the squared error of the noise is the variational bound (Kingma et

@@ -181,7 +181,7 @@ class UNet(nn.Module):
         Raises ValueError for one that the network was not built for.
         """
         embedding = self.time(t, self._label(labels, t))
-        h = self.conv_in(self._beside(x_t, condition))
+        h = self.conv_in(self._with_condition(x_t, condition))
         skips = [h]
         for module in self.down:
             h = module(h) if isinstance(module, Downsample) else self._run(module, h, embedding)
@@ -209,7 +209,7 @@ class UNet(nn.Module):
         )
         return embedding
 
-    def _beside(self, x_t: Tensor, condition: Tensor | None) -> Tensor:
+    def _with_condition(self, x_t: Tensor, condition: Tensor | None) -> Tensor:
         """x_t with the condition's channels behind its own."""
         if condition is None and self.condition_channels == 0:
             return x_t

@@ -83,7 +83,7 @@ def _train(config: RunConfig, settings: dict[str, Any], control: RunControl) -> 
         "step": run.state.step,
         "checkpoint": run.checkpoints.committed,
         "scores": run.state.scores,
-        "probes": run.state.probes,
+        "probes": run.state.validation_losses,
         "undelivered": undelivered,  # metric rows that MLflow did not take
         "trained_from": began,
         "trained_to": time.time(),
@@ -132,8 +132,10 @@ def assemble(
         draw_grid=gallery.show_grid if draws else _nothing,
         draw_strip=gallery.show_strip if draws else _nothing,
         evaluate=PeriodicEvaluator(config, dataset, state, gallery).evaluate,
-        probe=_prober(config, dataset, state, gallery),
-        keep_averages=training_run.keeper(config, state, writer, settings["folder"], workers),
+        validate=_validate_callback(config, dataset, state, gallery),
+        snapshot_ema=training_run.ema_snapshotter(
+            config, state, writer, settings["folder"], workers
+        ),
     )
 
 
@@ -241,13 +243,13 @@ def _writer(config: RunConfig, settings: dict[str, Any], workers: Workers) -> Ch
     return CheckpointWriter(store)
 
 
-def _prober(
+def _validate_callback(
     config: RunConfig, dataset: Dataset, state: TrainingState, gallery: Gallery
 ) -> Callable[[int], None]:
-    """The look at the loss by log-SNR; its images are read only where it is wanted."""
+    """The callback that computes the validation loss; reads its images only if it is enabled."""
     if not config.evaluation.spectrum_every_steps:
         return _nothing
-    return training_run.probe(config, dataset, state, gallery).look
+    return training_run.validator(config, dataset, state, gallery).validate
 
 
 def _nothing(step: int) -> None:

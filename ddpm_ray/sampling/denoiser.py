@@ -95,7 +95,7 @@ class Denoiser:
                 f"labels and guidance_scale {guidance.scale:g} are for models trained with labels; "
                 "this one was not: leave both out"
             )
-        network = _Beside(self, low_resolution)
+        network = _ConditionedNetwork(self, low_resolution)
         if known is None:
             denoise: Denoise = lambda x_t, t: network(x_t, t, None)  # noqa: E731
         else:
@@ -134,20 +134,20 @@ class Denoiser:
         return denoise if self.variance == "fixed" else lambda x, t: denoise(x, t).chunk(2, 1)[0]
 
 
-class _Beside:
-    """The network with everything beside x_t, t and labels in its place."""
+class _ConditionedNetwork:
+    """The network with its conditioning inputs bound: a function of (x_t, t, labels)."""
 
     def __init__(self, denoiser: Denoiser, low_resolution: Tensor | None) -> None:
         self._denoiser, self._low_resolution = denoiser, low_resolution
         self._estimate: Tensor | None = None
 
     def __call__(self, x_t: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
-        of, beside = self._denoiser, []
+        of, conditioning = self._denoiser, []
         if of.self_conditioned:
-            beside.append(self._last(x_t))
+            conditioning.append(self._last(x_t))
         if self._low_resolution is not None:
-            beside.append(_as_many(self._low_resolution, len(x_t)))
-        condition = torch.cat(beside, 1) if beside else None
+            conditioning.append(_as_many(self._low_resolution, len(x_t)))
+        condition = torch.cat(conditioning, 1) if conditioning else None
         answer = of.network(of.parameterization.scaled(x_t, t), t, labels, condition)
         if of.self_conditioned:
             mean = answer if of.variance == "fixed" else answer.chunk(2, 1)[0]

@@ -103,7 +103,7 @@ def run_trial(told: dict[str, Any], *, board: Board, sweep_run_id: str) -> None:
     def show(progress: Progress) -> bool:
         """Pass on probes that are new; whether the trial shall stop."""
         nonlocal steps_told
-        for probe in progress.probes:
+        for probe in progress.validation_losses:
             if probe["step"] > steps_told:
                 tell(number, "probe", probe=probe)
                 steps_told = probe["step"]

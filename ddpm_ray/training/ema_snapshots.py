@@ -1,12 +1,12 @@
-"""Averages that a run keeps on its way, for others to be made of them (training/post_hoc_ema.py).
+"""EMA snapshots: power-function averages saved during training for post-hoc EMA (post_hoc_ema.py).
 
     <run>/snapshots/step-00000500/
         ema-width-0.05.safetensors ema-width-0.1.safetensors
         manifest.json       checksummed JSON: step, sizes and sha256 of these, written last
 
-A step's objects have fixed names and, made again from a checkpoint, the same bytes, so a run that
-was killed writes over its own. Which steps belong to the run is said by its checkpoints, which are
-committed after them: readers never list, and what a crash left half written is not read.
+File names and contents depend on the step alone, so a restarted run overwrites its own snapshots.
+The list of snapshot steps is stored in the checkpoints, which are committed after the snapshots:
+readers never list folders, and files that a crash left incomplete are not read.
 """
 
 from collections.abc import Sequence
@@ -32,12 +32,12 @@ SNAPSHOTS = "snapshots"  # below a run's folder
 
 @dataclass(frozen=True)
 class SnapshotStore:
-    """The kept averages below `url`."""
+    """The EMA snapshots below `url`."""
 
     url: str
 
     def save(self, step: int, groups: dict[str, Tensors]) -> None:
-        """Write the averages of `step`, over an earlier attempt's; raises StorageError."""
+        """Write the averages of `step`, overwriting an earlier attempt. Raises StorageError."""
         where = self._folder(step)
         files = {f"{name}{TENSORS}": safetensors.save(group) for name, group in groups.items()}
         for name, data in files.items():
@@ -48,9 +48,9 @@ class SnapshotStore:
         checksummed_json.write(object_store.join(where, MANIFEST), manifest)
 
     def read(self, step: int, group: str) -> Tensors:
-        """One average of `step`, every byte verified.
+        """Read and verify one average of `step`.
 
-        Raises CheckpointError where it is damaged or was not kept, and StorageError.
+        Raises CheckpointError if it is damaged or was not saved, and StorageError.
         """
         where, name = self._folder(step), f"{group}{TENSORS}"
         remedy = "leave its step or its width out, or restore it from a backup"
@@ -71,14 +71,15 @@ class SnapshotStore:
 def averaged(
     store: SnapshotStore, steps: Sequence[int], widths: Sequence[float], sigma_rel: float, step: int
 ) -> tuple[Tensors, float]:
-    """The average of relative width `sigma_rel` at `step`, and how far its profile is off (0: not).
+    """Reconstruct the average of relative width `sigma_rel` at `step`; also return its misfit.
 
-    Made of those of `widths` that were kept at `steps`, none of them later; one is in memory at a
-    time. Raises ValueError where `step` is not one of them, and CheckpointError or StorageError.
+    Combines the snapshots of `widths` at those of `steps` that are not after `step`, one in memory
+    at a time. The misfit is the relative error of the profile, 0 for an exact match. Raises
+    ValueError if `step` is not one of `steps`, and CheckpointError or StorageError.
     """
     if step not in steps:
         raise ValueError(
-            f"step is {step}; averages were kept at {', '.join(map(str, steps)) or 'none'}"
+            f"step is {step}; EMA snapshots exist at {', '.join(map(str, steps)) or 'none'}"
         )
     kept = [(at, width) for width in widths for at in steps if at <= step]
     ts, gammas, gamma = [at for at, _ in kept], [gamma_of(w) for _, w in kept], gamma_of(sigma_rel)
@@ -90,24 +91,24 @@ def averaged(
 
 
 @dataclass(frozen=True)
-class Keeper:
-    """Keeps some of a run's averages every so many steps, and those of its last one."""
+class EmaSnapshotter:
+    """Saves EMA snapshots every `every_steps` steps and at the last step."""
 
     state: TrainingState
     groups: Sequence[str]  # of state.averages
-    every_steps: int  # 0: none are kept
+    every_steps: int  # 0: no snapshots
     last_step: int
-    store: SnapshotStore | None  # on the leader
-    writer: Background  # the checkpoints': an average is whole before a checkpoint names it
+    store: SnapshotStore | None  # on rank 0 only
+    writer: Background  # the one of the checkpoints: a snapshot is complete before it is referenced
 
-    def keep(self, step: int) -> None:
-        """Note the averages of `step`, where they are due; they are written in the background.
+    def snapshot(self, step: int) -> None:
+        """Copy the averages of `step` if due; a background thread writes them.
 
-        All workers must call it. Raises what writing earlier ones raised.
+        All workers must call it. Raises the error of an earlier write.
         """
         if not self.every_steps or (step % self.every_steps and step != self.last_step):
             return
-        self.state.kept_at.append(step)
+        self.state.ema_snapshot_steps.append(step)
         if self.store is not None:
             means = self.state.averages.means
             now = copied({name: means[name].state_dict() for name in self.groups})

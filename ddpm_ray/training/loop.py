@@ -61,7 +61,7 @@ class Plan:
     checkpoint_every_steps: int
     grid_every_steps: int = 0
     evaluate_every_steps: int = 0
-    probe_every_steps: int = 0
+    validate_every_steps: int = 0
 
     def is_due(self, every_steps: int, step: int) -> bool:
         """Whether something that is done every so many steps (0: never) is done after `step`."""
@@ -86,8 +86,8 @@ class Run:
     draw_grid: Callable[[int], None]
     draw_strip: Callable[[int], None]
     evaluate: Callable[[int], None]  # leaves its scores in state.scores
-    probe: Callable[[int], None]  # adds its losses to state.probes
-    keep_averages: Callable[[int], None] = lambda step: None  # see snapshots.py
+    validate: Callable[[int], None]  # adds its losses to state.validation_losses
+    snapshot_ema: Callable[[int], None] = lambda step: None  # see snapshots.py
     report_every_steps: int = 1
     reported: tuple[int, float] = field(default_factory=lambda: (0, time.perf_counter()))
 
@@ -113,13 +113,14 @@ def train(run: Run) -> bool:
         last = step == plan.steps
         scores = last or plan.is_due(plan.evaluate_every_steps, step)
         saves = scores or rewound or plan.is_due(plan.checkpoint_every_steps, step)
-        probes = plan.is_due(plan.probe_every_steps, plan.probe_every_steps if last else step)
-        if probes:
-            run.probe(step)
-        if saves or probes or step - run.reported[0] >= run.report_every_steps:
+        every = plan.validate_every_steps
+        validates = plan.is_due(every, every if last else step)
+        if validates:
+            run.validate(step)
+        if saves or validates or step - run.reported[0] >= run.report_every_steps:
             command = report(run)
             fault_injection.at("between")
-        run.keep_averages(step)  # before the checkpoint that will name them
+        run.snapshot_ema(step)  # before the checkpoint that will reference them
         if saves or command is not Command.NONE:
             save(run)
         show(run)
@@ -224,7 +225,7 @@ def rewind(run: Run, error: DivergedError) -> None:
     would lead a run that was interrupted elsewhere than one that was not.
     """
     state, every = run.state, run.plan.checkpoint_every_steps
-    step, scores, probes, shown = state.step, state.scores, state.probes, state.shown
+    step, scores, losses, shown = state.step, state.scores, state.validation_losses, state.shown
     hand_on_rows(run)  # of steps that are given up, as they were
     run.checkpoints.wait()
     store = run.checkpoints.store
@@ -235,7 +236,7 @@ def rewind(run: Run, error: DivergedError) -> None:
         raise error
     snapshot, skipped = read(where), run.guard.skipped
     state.restore(snapshot)
-    state.step, state.scores, state.probes = step, scores, probes
+    state.step, state.scores, state.validation_losses = step, scores, losses
     state.shown = shown
     run.log.resume(snapshot.facts["bands"])
     run.guard.resume(snapshot.facts["guard"] | {"skipped": skipped})
@@ -261,7 +262,7 @@ def report(run: Run) -> Command:
         rate = steps_per_s * run.plan.global_batch_size
         loss = rows[-1].metrics.get("train/loss", math.nan) if rows else math.nan  # NaN: skipped
         saved = run.checkpoints.committed or ""
-        progress = Progress(step, run.plan.steps, loss, rate, run.state.probes, saved)
+        progress = Progress(step, run.plan.steps, loss, rate, run.state.validation_losses, saved)
         agreed[0] = run.show_progress(progress)
         agreed[1] = max(1, round(steps_per_s * REPORT_EVERY_S))
     run.workers.sum_(agreed)  # the leader's word: all report, and stop, at the same steps

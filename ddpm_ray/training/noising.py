@@ -1,7 +1,7 @@
-"""What a network is shown of a batch of images: noisy, at which t, with which labels beside.
+"""Prepare training batches: timesteps, noise, flips, label dropout and conditioning images.
 
-Everything random about an image is drawn from (seed, step, its position in the global batch), so
-that any number of workers, and any restart, show it in the same way.
+All random numbers are keyed by (seed, step, position in the global batch), so any number of workers
+and any restart produce the same batch.
 """
 
 from collections.abc import Callable
@@ -17,26 +17,26 @@ from ddpm_ray.data.transforms import lowered, to_model_range
 from ddpm_ray.diffusion.guidance import dropped, or_null
 
 ChooseSteps: TypeAlias = Callable[[int, Tensor], tuple[Tensor, Tensor | None]]
-"""(training step, positions [b]) -> t [b] in 1..T, and what each loss weighs for having been drawn
-so often, or None where all are alike."""
+"""(training step, positions [b]) -> t [b] in 1..T and the importance weights [b] of the losses, or
+None if t is uniform."""
 
 
 @dataclass(frozen=True, eq=False)
-class Examples:
-    """Of b images, in the order of their positions."""
+class NoisyBatch:
+    """Inputs of the loss for b images, in the order of their positions."""
 
     x_0: Tensor  # float32 [b, C, H, W] in [-1, 1]
     t: Tensor  # int64 [b]
-    importance: Tensor | None  # float [b], of mean 1 over many draws
+    importance: Tensor | None  # float [b], importance weights with expectation 1
     noise: Tensor  # [b, C, H, W]
-    perturbation: Tensor | None  # noise on x_t that the target knows nothing of, as a multiple
-    labels: Tensor | None  # int64 [b], num_classes where it was dropped
-    low_resolution: Tensor | None  # [b, C, H, W]
+    perturbation: Tensor | None  # [b, C, H, W], extra noise in x_t that is not in the target
+    labels: Tensor | None  # int64 [b], num_classes where dropped
+    low_resolution: Tensor | None  # [b, C, H, W], upsampled to full size
 
 
 @dataclass(frozen=True)
-class Showing:
-    """How images become examples, as configured."""
+class NoisingRecipe:
+    """Settings of the noising of images: everything that is drawn for a training batch."""
 
     seed: int
     steps: ChooseSteps
@@ -49,10 +49,10 @@ class Showing:
     low_resolution_pixels: int = 0
     low_resolution_noise: float = 0.0
 
-    def examples(
+    def noisy_batch(
         self, images: Tensor, labels: Tensor, step: int, positions: Tensor, device: torch.device
-    ) -> Examples:
-        """Of images [b, H, W, C] uint8 and labels [b] at global positions [b] of batch `step`."""
+    ) -> NoisyBatch:
+        """Prepare images [b, H, W, C] uint8 and labels [b] at global positions [b] of `step`."""
         seed = self.seed
         flips = counter_rng.coin(seed, Purpose.FLIP, step, positions) if self.flip else None
         x_0 = to_model_range(images.to(device, non_blocking=True), flips)
@@ -70,7 +70,7 @@ class Showing:
         if self.input_perturbation:  # (Ning et al. 2023, arXiv:2301.11706, algorithm 1)
             more = counter_rng.normal(seed, Purpose.PERTURBATION, step, positions, shape)
             perturbation = self.input_perturbation * more
-        return Examples(
+        return NoisyBatch(
             x_0, t, importance, noise, perturbation,
             labels=self._labels(labels, step, positions, device),
             low_resolution=self._low_resolution(x_0, step, positions),
@@ -90,8 +90,8 @@ class Showing:
         small = lowered(x_0, self.low_resolution_pixels)
         if not self.low_resolution_noise:
             return small
-        # Noise on it makes a cascade forgive what the model before it draws (Ho et al. 2022,
-        # arXiv:2106.15282, section 4).
+        # Conditioning augmentation: makes a cascade robust to errors of the model before it
+        # (Ho et al. 2022, arXiv:2106.15282, section 4).
         more = counter_rng.normal(
             self.seed, Purpose.LOW_RESOLUTION, step, positions, tuple(small.shape[1:])
         )

@@ -43,8 +43,12 @@ class TrainingState:
     averages: Averages = field(default_factory=Averages)  # beside `ema`, which samples come from
     step: int = 0
     scores: dict[str, Any] = field(default_factory=dict)  # the newest evaluation
-    probes: list[dict[str, Any]] = field(default_factory=list)  # all looks at the common loss
-    kept_at: list[int] = field(default_factory=list)  # steps whose averages lie in snapshots/
+    validation_losses: list[dict[str, Any]] = field(
+        default_factory=list
+    )  # all looks at the common loss
+    ema_snapshot_steps: list[int] = field(
+        default_factory=list
+    )  # steps whose averages lie in snapshots/
     shown: int = 0  # the newest step whose pictures and scores are all done
 
     def snapshot(self, unsent_rows: list[Any]) -> Snapshot:
@@ -60,8 +64,8 @@ class TrainingState:
         facts = self.facts | {
             "step": self.step,
             "scores": self.scores,
-            "probes": list(self.probes),  # grows while this is written
-            "kept_at": list(self.kept_at),
+            "probes": list(self.validation_losses),  # grows while this is written
+            "kept_at": list(self.ema_snapshot_steps),
             "shown": self.shown,
             "unsent_rows": unsent_rows,
         }
@@ -78,8 +82,10 @@ class TrainingState:
             mean.load_state_dict(snapshot.tensors[name])
         self.step = snapshot.step
         self.scores = snapshot.facts["scores"]
-        self.probes = snapshot.facts["probes"]
-        self.kept_at = snapshot.facts.get("kept_at", [])  # older checkpoints know of none
+        self.validation_losses = snapshot.facts["probes"]
+        self.ema_snapshot_steps = snapshot.facts.get(
+            "kept_at", []
+        )  # older checkpoints know of none
         self.shown = snapshot.facts.get("shown", self.step)  # older ones were saved after these
 
     def _moments(self) -> Tensors:

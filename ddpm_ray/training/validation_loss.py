@@ -14,7 +14,7 @@ from ddpm_ray import counter_rng
 from ddpm_ray.collectives import Workers
 from ddpm_ray.counter_rng import Purpose
 from ddpm_ray.data.transforms import lowered, to_model_range
-from ddpm_ray.evaluation.loss_by_snr import common_loss, loss_spectrum
+from ddpm_ray.evaluation.loss_by_snr import loss_by_log_snr, validation_loss
 from ddpm_ray.reporting import Row, Sink
 from ddpm_ray.sampling.denoiser import Denoiser
 from ddpm_ray.training.state import TrainingState
@@ -26,7 +26,7 @@ SEED = 0  # of images and noise: the same in every run on a data set
 
 
 @dataclass(frozen=True)
-class Probe:
+class Validator:
     """Looks with the EMA weights, on all workers; each sees its share of the images."""
 
     state: TrainingState
@@ -39,7 +39,7 @@ class Probe:
     sink: Sink | None  # on the leader
     batch_size: int = 64
 
-    def look(self, step: int) -> None:
+    def validate(self, step: int) -> None:
         """Adds the losses of `step` to the state and hands them on; all workers must call it."""
         levels = torch.tensor(LEVELS, dtype=torch.float64)
         chunk = max(1, self.batch_size // (2 * len(LEVELS))) * len(LEVELS)  # seen at two steps each
@@ -50,8 +50,10 @@ class Probe:
             total[groups] += len(part) // groups
         self.workers.sum_(total)
         spectrum = total[:groups] / total[groups]
-        loss = common_loss(spectrum, levels)
-        self.state.probes.append({"step": step, "loss": loss, "spectrum": spectrum.tolist()})
+        loss = validation_loss(spectrum, levels)
+        self.state.validation_losses.append(
+            {"step": step, "loss": loss, "spectrum": spectrum.tolist()}
+        )
         if self.sink is not None:
             by_level = {f"eval/loss_logsnr/{level:g}": float(value)
                         for level, value in zip(LEVELS, spectrum, strict=True)}  # fmt: skip
@@ -61,13 +63,13 @@ class Probe:
         device = self.workers.device
         x_0 = to_model_range(images.to(device), None)
         index = torch.arange(len(images), device=device) + self.first_index + start
-        noise = counter_rng.normal(SEED, Purpose.PROBE, 0, index, tuple(x_0.shape[1:]))
+        noise = counter_rng.normal(SEED, Purpose.VALIDATION, 0, index, tuple(x_0.shape[1:]))
         labels = self.labels[start : start + len(images)].to(device)
         seen_twice = labels.repeat(2) if self.denoiser.num_classes else None
         low = None
         if pixels := self.denoiser.low_resolution_pixels:
             low = lowered(x_0, pixels).repeat(2, 1, 1, 1)
-        return loss_spectrum(
+        return loss_by_log_snr(
             self.denoiser.noise(seen_twice, low),
             self.denoiser.schedule, x_0, noise, levels.to(device), self.variance,
         )  # fmt: skip

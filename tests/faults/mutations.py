@@ -35,14 +35,14 @@ LOOP, SAVES = "tests/training/test_loop.py", "tests/training/test_checkpoints.py
 ENDS, LEASE = "tests/faults/test_same_end.py", "tests/training/test_writer_lease.py"
 CHECKPOINTS, STATE = "ddpm_ray/training/checkpoints.py", "ddpm_ray/training/state.py"
 OBJECTIVES = "ddpm_ray/training/objective.py"
-EXAMPLES = "ddpm_ray/training/noising.py"
+NOISING = "ddpm_ray/training/noising.py"
 DAMAGE = "tests/training/test_damaged_checkpoints.py"
 FENCING = "tests/training/test_fencing.py"
 
 MUTATIONS = (
-    Mutation("noise is not keyed by the step", EXAMPLES,
+    Mutation("noise is not keyed by the step", NOISING,
              "Purpose.NOISE, step,", "Purpose.NOISE, 0,", LOOP),
-    Mutation("t is not keyed by the position", EXAMPLES,
+    Mutation("t is not keyed by the position", NOISING,
              "self.steps(step, positions)", "self.steps(step, positions * 0)", LOOP),
     Mutation("dropout goes on from wherever it is", OBJECTIVES,
              "if self.reseed_dropout:", "if False:", LOOP),
@@ -56,8 +56,8 @@ MUTATIONS = (
              "(losses.double() * 2.0**40).round_() * 2.0**-40", "losses.double()",
              "tests/training/test_metrics_buffer.py"),
     Mutation("a rewound run takes the same samples again", "ddpm_ray/training/loop.py",
-             "state.step, state.scores, state.probes = step, scores, probes",
-             "state.scores, state.probes = scores, probes", LOOP),
+             "state.step, state.scores, state.validation_losses = step, scores, losses",
+             "state.scores, state.validation_losses = scores, losses", LOOP),
     Mutation("rewinding takes what was saved in between", "ddpm_ray/training/loop.py",
              "store.at((step - 1) // every * every)", "store.at(step - 1)", LOOP),
     Mutation("a run that a lost answer made twice stays twice", "ddpm_ray/tracking/mlflow_runs.py",

@@ -58,7 +58,7 @@ def test_forty_steps_of_training_are_those_of_diffusers() -> None:
         generator = torch.Generator().manual_seed(step)
         images = torch.randint(0, 256, (BATCH, 8, 8, 1), generator=generator).to(torch.uint8)
         none, at = torch.full((BATCH,), -1), torch.arange(BATCH)
-        drawn = objective.showing.examples(images, none, step, at, CPU)
+        drawn = objective.noising.noisy_batch(images, none, step, at, CPU)
         loss = objective.backward(ours, images, none, step, Workers(), BATCH).loss.mean()
         norm = clip_grad_norm_(ours.parameters(), 1.0)
         state.optimizer.step()

@@ -48,7 +48,8 @@ def alone(worker, settings, *_):
         run.stream.close()
     assert run.sink.close(60) == 0
     return {"step": run.state.step, "checkpoint": run.checkpoints.committed, "scores": {},
-            "probes": run.state.probes, "undelivered": 0, "trained_from": 0, "trained_to": 1}
+            "probes": run.state.validation_losses, "undelivered": 0,
+            "trained_from": 0, "trained_to": 1}
 
 def fails(*_):
     raise RunFailedError(f"worker 0: no answer from {os.environ['PLANTED_URL']}")

@@ -61,7 +61,7 @@ def wandering(folder: Path, *overrides: str) -> dict[str, Tensor]:
     facts = {"config": to_dict(config), "image_shape": [8, 8, 1], "data_fingerprint": ""}
     state = training_run.training_state(config, (8, 8, 1), torch.device("cpu"), facts)
     writer = CheckpointWriter(CheckpointStore(str(folder / "checkpoints")))
-    keep = training_run.keeper(config, state, writer, str(folder), Workers())
+    keep = training_run.ema_snapshotter(config, state, writer, str(folder), Workers())
     name = width_group(TRUTH)
     truth = Averages.of(state.model, {name: partial(power_decay, gamma_of(TRUTH))})
     for _ in range(STEPS):

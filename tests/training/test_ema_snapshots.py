@@ -19,7 +19,7 @@ from ddpm_ray.training.background_writer import Background
 from ddpm_ray.training.checkpoint_writer import CheckpointWriter
 from ddpm_ray.training.checkpoints import CheckpointError, CheckpointStore
 from ddpm_ray.training.ema import EMA, Averages, width_group
-from ddpm_ray.training.ema_snapshots import SNAPSHOTS, Keeper, SnapshotStore, averaged
+from ddpm_ray.training.ema_snapshots import SNAPSHOTS, EmaSnapshotter, SnapshotStore, averaged
 from ddpm_ray.training.loop import Run, train
 from ddpm_ray.training.post_hoc_ema import gamma_of, power_decay
 from ddpm_ray.training.state import Snapshot, TrainingState
@@ -117,9 +117,9 @@ def test_averages_are_kept_when_due_and_at_the_end(
     """Every worker notes it, as each may save the state; the leader alone writes."""
     state, writer = toy(WIDTHS), Background("test")
     store = SnapshotStore(str(tmp_path)) if leads else None
-    wander(state, 10, Keeper(state, GROUPS, every, 10, store, writer).keep)
+    wander(state, 10, EmaSnapshotter(state, GROUPS, every, 10, store, writer).snapshot)
     writer.wait()
-    assert state.kept_at == steps
+    assert state.ema_snapshot_steps == steps
     folders = {f"step-{step:08d}" for step in steps} if leads else set()
     assert {path.name for path in tmp_path.iterdir()} == folders
 
@@ -130,10 +130,10 @@ def test_what_is_kept_is_of_its_step_whatever_comes_after(tmp_path: Path) -> Non
     after: dict[int, Tensor] = {}
 
     def keep(step: int) -> None:
-        keeper.keep(step)
+        snapshotter.snapshot(step)
         after[step] = state.averages.means[GROUPS[1]].state_dict()["weight"].clone()
 
-    keeper = Keeper(state, GROUPS, 2, 8, store, writer)
+    snapshotter = EmaSnapshotter(state, GROUPS, 2, 8, store, writer)
     wander(state, 8, keep)
     writer.wait()
     for step in (2, 4, 6, 8):
@@ -155,7 +155,7 @@ def test_a_save_follows_averages_on_their_way_without_waiting_for_them(
     state = toy(WIDTHS)
     writer = CheckpointWriter(CheckpointStore(str(tmp_path / "checkpoints")))
     store = SnapshotStore(str(tmp_path / SNAPSHOTS))
-    Keeper(state, GROUPS, 1, 9, store, writer).keep(1)
+    EmaSnapshotter(state, GROUPS, 1, 9, store, writer).snapshot(1)
     writer.submit(state.snapshot([]))
     assert not written
     gate.set()
@@ -180,7 +180,9 @@ def test_no_checkpoint_names_averages_that_could_not_be_written(
     state = toy(WIDTHS)
     checkpoints = CheckpointStore(str(tmp_path / "checkpoints"))
     writer = CheckpointWriter(checkpoints)
-    Keeper(state, GROUPS, 1, 9, SnapshotStore(str(tmp_path / SNAPSHOTS)), writer).keep(1)
+    EmaSnapshotter(state, GROUPS, 1, 9, SnapshotStore(str(tmp_path / SNAPSHOTS)), writer).snapshot(
+        1
+    )
     writer.submit(state.snapshot([]))
     gate.set()
     with pytest.raises(object_store.StorageError, match=r"snapshots/.* the disk is full"):
@@ -195,22 +197,22 @@ def test_another_width_is_made_of_what_was_kept(tmp_path: Path) -> None:
     wanted: dict[int, Tensor] = {}
 
     def keep(step: int) -> None:
-        keeper.keep(step)
+        snapshotter.snapshot(step)
         wanted[step] = state.averages.means[width_group(0.15)].state_dict()["weight"].clone()
 
-    keeper = Keeper(state, GROUPS, 10, 320, store, writer)
+    snapshotter = EmaSnapshotter(state, GROUPS, 10, 320, store, writer)
     wander(state, 320, keep)
     writer.wait()
     for step in (320, 200):
-        made, misfit = averaged(store, state.kept_at, WIDTHS, 0.15, step)
+        made, misfit = averaged(store, state.ema_snapshot_steps, WIDTHS, 0.15, step)
         assert made.keys() == state.model.state_dict().keys()
         assert (made["weight"] - wanted[step]).norm() < 2e-3 * wanted[step].norm()
         assert 0 < misfit < 5e-3
-    same, misfit = averaged(store, state.kept_at, WIDTHS, 0.2, 320)
+    same, misfit = averaged(store, state.ema_snapshot_steps, WIDTHS, 0.2, 320)
     torch.testing.assert_close(same["weight"], store.read(320, GROUPS[1])["weight"])
     assert misfit < 1e-6
-    with pytest.raises(ValueError, match=r"step is 33; averages were kept at 10, 20, .* 320"):
-        averaged(store, state.kept_at, WIDTHS, 0.15, 33)
+    with pytest.raises(ValueError, match=r"step is 33; EMA snapshots exist at 10, 20, .* 320"):
+        averaged(store, state.ema_snapshot_steps, WIDTHS, 0.15, 33)
 
 
 OVERRIDES = (
@@ -229,7 +231,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
 
 def begun(config: RunConfig, folder: Path) -> Run:
     run = begin(config, folder / "checkpoints")
-    run.keep_averages = training_run.keeper(
+    run.snapshot_ema = training_run.ema_snapshotter(
         config, run.state, run.checkpoints, str(folder), run.workers
     )
     return run
@@ -277,10 +279,10 @@ def test_a_killed_run_keeps_the_averages_of_an_unbroken_one(
             run.checkpoints.wait()
     again = begun(config, tmp_path)
     store = SnapshotStore(str(tmp_path / SNAPSHOTS))
-    for step in again.state.kept_at:
+    for step in again.state.ema_snapshot_steps:
         assert all(store.read(step, group) for group in GROUPS)
     assert train(again)
-    assert again.state.kept_at == [2, 4, 6, 8]
+    assert again.state.ema_snapshot_steps == [2, 4, 6, 8]
     assert {"ema-0.5", *GROUPS} < wanted.tensors.keys()
     assert_same_bits(bits(again), wanted)
     assert hashes(tmp_path / SNAPSHOTS) == hashes(kept)
@@ -305,6 +307,6 @@ def test_a_checkpoint_from_before_averages_were_kept_is_taken(
     state = begun(plain, tmp_path).state
     old = state.snapshot([])
     del old.facts["kept_at"]
-    state.kept_at = [99]
+    state.ema_snapshot_steps = [99]
     state.restore(old)
-    assert state.kept_at == []
+    assert state.ema_snapshot_steps == []

@@ -27,7 +27,7 @@ from ddpm_ray.sampling.denoiser import Denoiser
 from ddpm_ray.sampling.pipeline import TrainedModel
 from ddpm_ray.sampling.sampling import SamplingPlan, draw_uint8
 from ddpm_ray.training.sample_grids import GRID_IMAGES, Gallery
-from ddpm_ray.training.validation_loss import Probe
+from ddpm_ray.training.validation_loss import Validator
 from tests.evaluation.test_sample_quality import net
 from tests.noise import pack
 from tests.training.test_sample_grids import Wall
@@ -130,10 +130,10 @@ def test_a_probe_is_the_same_by_more_workers_than_groups(
         gallery = Gallery(
             Denoiser.of_noise(blind, SCHEDULE), PLAN, (1, 4, 4), workers, str(tmp_path), None
         )
-        own = replace(state, probes=[])
-        probe: Probe = training_run.probe(config, dataset, own, gallery)
-        probe.look(1)
-        return float(own.probes[0]["loss"])
+        own = replace(state, validation_losses=[])
+        validator: Validator = training_run.validator(config, dataset, own, gallery)
+        validator.validate(1)
+        return float(own.validation_losses[0]["loss"])
 
     alone = look(Workers())
     assert on_workers(MANY, look) == pytest.approx([alone] * MANY, rel=1e-6)

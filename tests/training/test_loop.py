@@ -39,7 +39,7 @@ from ddpm_ray.training.checkpoints import CheckpointStore
 from ddpm_ray.training.divergence_guard import DivergedError, Guard
 from ddpm_ray.training.loop import Run, train
 from ddpm_ray.training.metrics_buffer import StepLog
-from ddpm_ray.training.noising import Examples
+from ddpm_ray.training.noising import NoisyBatch
 from ddpm_ray.training.objective import Objective
 from ddpm_ray.training.sample_grids import Gallery
 from ddpm_ray.training.state import Snapshot
@@ -190,7 +190,7 @@ def begin(
         draw_grid=lambda step: None,
         draw_strip=lambda step: None,
         evaluate=lambda step: None,
-        probe=training_run.probe(config, dataset, state, gallery).look,
+        validate=training_run.validator(config, dataset, state, gallery).validate,
     )
 
 
@@ -395,13 +395,13 @@ def test_each_probe_is_there_once_whatever_died(
     told: list[list[int]] = []
 
     def show(progress: Progress) -> Command:
-        told.append([probe["step"] for probe in progress.probes])
+        told.append([probe["step"] for probe in progress.validation_losses])
         return Command.NONE
 
     again.show_progress = show
     assert train(again)
-    assert again.state.probes == wanted.facts["probes"]
-    assert [probe["step"] for probe in again.state.probes] == steps
+    assert again.state.validation_losses == wanted.facts["probes"]
+    assert [probe["step"] for probe in again.state.validation_losses] == steps
     assert [step for key, step in ledger.values if key == "eval/loss_common"] == steps
     assert ledger.timeless() == rows.timeless()
     assert told[-1] == steps  # the last one too, before the run ends
@@ -416,7 +416,12 @@ def test_a_probe_is_told_at_once_however_rare_reports_are(
     newest: list[tuple[int, int]] = []
 
     def show(progress: Progress) -> Command:
-        newest.append((progress.step, progress.probes[-1]["step"] if progress.probes else 0))
+        newest.append(
+            (
+                progress.step,
+                progress.validation_losses[-1]["step"] if progress.validation_losses else 0,
+            )
+        )
         return Command.STOP if progress.step == 4 else Command.NONE
 
     run.show_progress = show
@@ -428,10 +433,10 @@ def test_a_checkpoint_keeps_the_probes_of_its_step(data: str, tmp_path: Path) ->
     """It is written in the background, while the run takes more of them."""
     run = begin(configured(data), tmp_path)
     for _ in range(2):
-        run.probe(run.state.step)
+        run.validate(run.state.step)
         taken = bits(run)
         run.state.step += 2
-    run.probe(run.state.step)
+    run.validate(run.state.step)
     assert [probe["step"] for probe in taken.facts["probes"]] == [0, 2]
 
 
@@ -700,7 +705,7 @@ def test_a_run_goes_back_at_any_step_and_is_the_same_on_replay(
     assert done == [("grid", 0), ("grid", STEPS), ("strip", STEPS), ("scores", STEPS)]
     assert wanted.state.scores["step"] == STEPS
     due = [at for at in range(1, STEPS + 1) if probes and (at % probes == 0 or at == STEPS)]
-    assert [probe["step"] for probe in wanted.state.probes] == due
+    assert [probe["step"] for probe in wanted.state.validation_losses] == due
 
     monkeypatch.setenv(fault_injection.VARIABLE, f"{tmp_path / 'struck'} fail@snapshot:{step}")
     for dies in (True, False):
@@ -911,7 +916,7 @@ def test_what_is_drawn_is_a_function_of_step_and_position(data: str) -> None:
     seen: list[Tensor] = []
     for step, positions in ((3, range(8)), (3, range(4, 8)), (4, range(8))):
         part = images[positions.start : positions.stop]
-        shown = examples(objective, part, step, positions.start)
+        shown = noisy_batch(objective, part, step, positions.start)
         x_t = add_noise(objective.schedule, shown.x_0, shown.t, shown.noise)
         seen.append(torch.cat([x_t.flatten(1), shown.t[:, None]], 1))
     assert torch.equal(seen[1], seen[0][4:])
@@ -929,11 +934,11 @@ def objective_of(config: RunConfig) -> Objective:
     )
 
 
-def examples(objective: Objective, images: Tensor, step: int = 0, first: int = 0) -> Examples:
+def noisy_batch(objective: Objective, images: Tensor, step: int = 0, first: int = 0) -> NoisyBatch:
     """Of images without labels at positions `first` ... of batch `step`."""
     count = len(images)
     positions, labels = torch.arange(first, first + count), torch.full((count,), -1)
-    return objective.showing.examples(images, labels, step, positions, CPU)
+    return objective.noising.noisy_batch(images, labels, step, positions, CPU)
 
 
 class Probe(nn.Module):
@@ -973,14 +978,14 @@ def test_the_loss_of_a_silent_network_is_the_noise_power(data: str) -> None:
     """Predicting 0 costs E[epsilon^2] = 1 per pixel: over 4096 images to 4 standard errors."""
     objective = objective_of(configured(data))
     images = torch.zeros(4096, SIDE, SIDE, 1, dtype=torch.uint8)
-    losses = objective.losses(Probe(0.0), examples(objective, images), 0)
+    losses = objective.losses(Probe(0.0), noisy_batch(objective, images), 0)
     assert losses.mean().item() == pytest.approx(1, abs=4 * math.sqrt(2 / (4096 * 16)))
 
 
 def test_each_image_of_a_batch_has_its_own_step_of_noise(data: str) -> None:
     objective = objective_of(configured(data))
     images = torch.zeros(60, SIDE, SIDE, 1, dtype=torch.uint8)
-    t = examples(objective, images).t
+    t = noisy_batch(objective, images).t
     assert 1 <= int(t.min()) <= int(t.max()) <= 60
     assert len(t.unique()) > 25  # of 60 draws from 60 steps 38 are expected to differ
 
@@ -988,7 +993,7 @@ def test_each_image_of_a_batch_has_its_own_step_of_noise(data: str) -> None:
 def test_half_of_the_images_are_mirrored(data: str) -> None:
     objective = objective_of(configured(data, "data.flip=true"))
     image = torch.arange(16, dtype=torch.uint8).view(1, SIDE, SIDE, 1)
-    shown = examples(objective, image.expand(1000, -1, -1, -1)).x_0
+    shown = noisy_batch(objective, image.expand(1000, -1, -1, -1)).x_0
     mirrored = shown[:, 0, 0, 0] > shown[:, 0, 0, 1]  # the rows rise
     assert 437 <= int(mirrored.sum()) <= 563  # 4 standard deviations
 

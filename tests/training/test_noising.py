@@ -17,7 +17,7 @@ from ddpm_ray.config.loading import load
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.transforms import lowered
 from ddpm_ray.diffusion import Parameterization, add_noise
-from ddpm_ray.training.noising import Examples
+from ddpm_ray.training.noising import NoisyBatch
 from ddpm_ray.training.objective import Objective
 
 CPU, SIDE = torch.device("cpu"), 4
@@ -47,13 +47,13 @@ def objective(*overrides: str) -> Objective:
     return diffusion.objective(config, state, CPU)
 
 
-def shown(made: Objective, step: int = 3, part: slice = slice(None)) -> Examples:
+def shown(made: Objective, step: int = 3, part: slice = slice(None)) -> NoisyBatch:
     positions = torch.arange(400)[part]
-    return made.showing.examples(IMAGES[part], LABELS[part], step, positions, CPU)
+    return made.noising.noisy_batch(IMAGES[part], LABELS[part], step, positions, CPU)
 
 
-def columns(examples: Examples) -> dict[str, Tensor]:
-    return {name: value for name, value in vars(examples).items() if value is not None}
+def columns(noisy: NoisyBatch) -> dict[str, Tensor]:
+    return {name: value for name, value in vars(noisy).items() if value is not None}
 
 
 @functools.cache  # once for all examples
@@ -86,8 +86,8 @@ def test_labels_are_dropped_by_their_share_and_missing_ones_are_the_null_label()
     dropped = found == 5
     assert torch.equal(found[~dropped], LABELS[~dropped])
     assert abs(int(dropped.sum()) - 100) < 4 * math.sqrt(400 * 0.25 * 0.75)
-    showing = objective("model.num_classes=5", "objective.label_dropout=0").showing
-    none = showing.examples(IMAGES, torch.full((400,), -1), 0, torch.arange(400), CPU)
+    recipe = objective("model.num_classes=5", "objective.label_dropout=0").noising
+    none = recipe.noisy_batch(IMAGES, torch.full((400,), -1), 0, torch.arange(400), CPU)
     assert none.labels is not None
     assert (none.labels == 5).all()
     assert shown(objective()).labels is None
@@ -130,23 +130,23 @@ class Remembering(nn.Module):
 def test_input_perturbation_is_noise_that_the_target_does_not_know() -> None:
     """On top of x_t's own, in its measure; the loss of a silent network stays the target's."""
     made, network = objective("objective.input_perturbation=0.5"), Remembering()
-    examples = shown(made)
-    loss = made.losses(network, examples, 3)
-    torch.testing.assert_close(loss, examples.noise.square().flatten(1).mean(1))
-    x_t = add_noise(made.schedule, examples.x_0, examples.t, examples.noise)
-    spread = (1 - made.schedule.at(examples.t, x_t)).sqrt()
+    noisy = shown(made)
+    loss = made.losses(network, noisy, 3)
+    torch.testing.assert_close(loss, noisy.noise.square().flatten(1).mean(1))
+    x_t = add_noise(made.schedule, noisy.x_0, noisy.t, noisy.noise)
+    spread = (1 - made.schedule.at(noisy.t, x_t)).sqrt()
     more = (network.asked[0][0] - x_t) / spread
     assert more.std().item() == pytest.approx(0.5, abs=4 * 0.5 / math.sqrt(2 * more.numel()))
-    assert abs(torch.corrcoef(torch.stack([more.flatten(), examples.noise.flatten()]))[0, 1]) < 0.03
+    assert abs(torch.corrcoef(torch.stack([more.flatten(), noisy.noise.flatten()]))[0, 1]) < 0.03
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "x_0", "v", "mean", "edm"])
 def test_the_target_is_that_of_the_prediction(kind: str) -> None:
     made = objective(f"objective.prediction={kind}", "objective.sigma_data=0.6")
-    examples = shown(made)
+    noisy = shown(made)
     parameterization = Parameterization.of(kind, made.schedule, 0.6)  # type: ignore[arg-type]
-    target = parameterization.target(examples.x_0, examples.t, examples.noise)
-    loss = made.losses(Remembering(), examples, 3)
+    target = parameterization.target(noisy.x_0, noisy.t, noisy.noise)
+    loss = made.losses(Remembering(), noisy, 3)
     torch.testing.assert_close(loss, target.square().flatten(1).mean(1))
 
 
@@ -156,8 +156,8 @@ def test_self_conditioning_shows_its_own_estimate_in_half_of_the_steps() -> None
     network, twice = Remembering(), 0
     for step in range(200):
         network.asked.clear()
-        examples = shown(made, step, slice(0, 2))
-        made.losses(network, examples, step)
+        noisy = shown(made, step, slice(0, 2))
+        made.losses(network, noisy, step)
         condition = network.asked[-1][3]
         assert condition is not None
         if len(network.asked) == 2:
@@ -165,8 +165,8 @@ def test_self_conditioning_shows_its_own_estimate_in_half_of_the_steps() -> None
             first = network.asked[0][3]
             assert first is not None
             assert not first.any()
-            a = made.schedule.at(examples.t, examples.x_0)
-            x_t = add_noise(made.schedule, examples.x_0, examples.t, examples.noise)
+            a = made.schedule.at(noisy.t, noisy.x_0)
+            x_t = add_noise(made.schedule, noisy.x_0, noisy.t, noisy.noise)
             torch.testing.assert_close(condition, (x_t / a.sqrt()).float().clamp(-1, 1))
         else:
             assert not condition.any()
@@ -188,10 +188,10 @@ def test_weights_reach_the_gradient_and_not_what_is_told() -> None:
     assert torch.equal(told, told_too)
     assert weighted != plain
     made = objective("objective.weighting=min_snr")
-    examples = shown(made, 0)
+    noisy = shown(made, 0)
     assert made.weight is not None
-    slope = 2 * (0.5 - examples.noise).flatten(1).mean(1)
-    expected = (made.weight[examples.t] * slope).mean()
+    slope = 2 * (0.5 - noisy.noise).flatten(1).mean(1)
+    expected = (made.weight[noisy.t] * slope).mean()
     assert weighted == pytest.approx(float(expected), rel=1e-4)
 
 
@@ -221,13 +221,13 @@ def test_a_classifier_is_asked_for_the_label_of_what_it_sees() -> None:
         "model.kind=classifier", "model.num_classes=5", "training.grid_every_steps=0",
         "model.attention_resolutions=[4]",
     )  # fmt: skip
-    examples = shown(made)
+    noisy = shown(made)
 
     def answering(size: float) -> Callable[[Tensor, Tensor], Tensor]:
         return lambda x_t, t: size * nn.functional.one_hot(LABELS, 5).float()
 
     for size, cost in ((0.0, math.log(5)), (50.0, 0.0)):
-        loss = made.losses(answering(size), examples, 3)  # type: ignore[arg-type]
+        loss = made.losses(answering(size), noisy, 3)  # type: ignore[arg-type]
         torch.testing.assert_close(loss, torch.full((400,), cost))
 
 

@@ -20,7 +20,7 @@ from ddpm_ray.evaluation.vlb_over_dataset import bits_per_dim
 from ddpm_ray.sampling.denoiser import Denoiser
 from ddpm_ray.training.ema import EMA
 from ddpm_ray.training.state import TrainingState
-from ddpm_ray.training.validation_loss import LEVELS, Probe
+from ddpm_ray.training.validation_loss import LEVELS, Validator
 
 CPU, COUNT, CLASSES = torch.device("cpu"), len(LEVELS), 3
 IMAGES = torch.randint(
@@ -73,8 +73,8 @@ def denoiser() -> Denoiser:
 def probed(labels: Tensor) -> list[float]:
     network, of = Table(CLASSES + 1), denoiser()
     state = TrainingState(network, EMA(network), torch.optim.Adam(network.parameters()), {})
-    Probe(state, of, IMAGES, labels, 0, 0.3, Workers(), None).look(1)
-    (found,) = state.probes
+    Validator(state, of, IMAGES, labels, 0, 0.3, Workers(), None).validate(1)
+    (found,) = state.validation_losses
     return list(found["spectrum"])
 
 
