@@ -54,9 +54,7 @@ def main(
     logging.getLogger("aiobotocore").setLevel(logging.WARNING)  # not where it found credentials
     mlflow_settings.apply()
     try:
-        with (
-            interrupt_on_first()
-        ):  # before the workers start, SIGTERM acts as Ctrl-C
+        with interrupt_on_first():  # before the workers start, SIGTERM acts as Ctrl-C
             try:
                 config = config if prepare is None else prepare(config, arguments)
                 if arguments.print_config:

@@ -1,4 +1,4 @@
-"""How many workers a run goes on with, as nodes come and go; asked by Ray Train's controller."""
+"""Elastic scaling policy: resize the worker group as nodes join and leave the cluster."""
 
 import contextlib
 import logging
@@ -21,54 +21,57 @@ from ddpm_ray.reporting import Command
 
 log = logging.getLogger(__name__)
 
-SAVE_S = 30.0  # for which a change waits for a checkpoint, so that next to no step is done twice
+CHECKPOINT_S = 30.0  # how long a resize waits for a checkpoint, which saves repeated steps
 
 
 class ElasticPolicy(ElasticScalingPolicy):  # type: ignore[misc]  # Ray's types are not followed
-    """As Ray's, but with numbers of workers that can share a batch, and a checkpoint before each
-    change: Ray ends the workers where they stand.
+    """Ray's policy, with two changes.
+
+    It allows only worker counts that divide the batch, and delays each resize until a checkpoint is
+    committed, because Ray kills the workers.
     """
 
     def __init__(self, config: ScalingConfig, counts: Sequence[int], control: RunControl) -> None:
         super().__init__(config)
         self._counts, self._control = list(counts), control
-        self._wanted: ResizeDecision | None = None
-        self._asked_s, self._saved = 0.0, ""  # when, and what was the newest checkpoint then
-        self._known = ""  # the newest checkpoint, as of the last answer
+        self._resize: ResizeDecision | None = None
+        self._requested_s = 0.0  # when the checkpoint was requested
+        self._checkpoint_before = ""  # the newest one at that time
+        self._known = ""  # the newest checkpoint in the last status
 
     def _count_possible_workers(self, reserved_resources: Any) -> int:
         possible = super()._count_possible_workers(reserved_resources)
         return max((count for count in self._counts if count <= possible), default=0)
 
     def make_decision_for_running_worker_group(self, **state: Any) -> ScalingDecision:
-        """Ray's own, once a checkpoint was committed since it was made."""
-        newest = self._newest()  # at each poll: what it says is as old as the one before
-        if self._wanted is None:
+        """Delay Ray's resize until a newer checkpoint is committed, or CHECKPOINT_S have passed."""
+        newest = self._newest()  # at each call: a poll returns the reply to the one before
+        if self._resize is None:
             decision = super().make_decision_for_running_worker_group(**state)
             if isinstance(decision, ResizeDecision):
-                self._wanted, self._asked_s = decision, time.monotonic()
-                self._saved = newest
+                self._resize, self._requested_s = decision, time.monotonic()
+                self._checkpoint_before = newest
                 self._control.request(Command.CHECKPOINT)
                 return NoopDecision()
             return decision
-        if newest == self._saved and time.monotonic() - self._asked_s < SAVE_S:
+        waited_s = time.monotonic() - self._requested_s
+        if newest == self._checkpoint_before and waited_s < CHECKPOINT_S:
             return NoopDecision()
-        decision, self._wanted = self._wanted, None
+        decision, self._resize = self._resize, None
         self._control.report_restart(f"resized to {counted(decision.num_workers, 'worker')}")
         return decision
 
     def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
-        """Ray's own; a change that was wanted before the workers were lost is forgotten."""
-        self._wanted = None
+        """Return Ray's decision, and drop a resize that was pending when the workers were lost."""
+        self._resize = None
         return super().make_decision_for_non_running_worker_group()
 
     def _newest(self) -> str:
-        """URL of the newest committed checkpoint that is known; never waits for the actor.
+        """URL of the newest committed checkpoint, as far as known; never waits for the actor.
 
-        Ray's controller polls its workers in this thread: an actor that answers late, on a loaded
-        machine, would hold that up.
+        Ray's controller polls its workers in this thread, so a slow actor must not block it.
         """
-        with contextlib.suppress(RayError):  # the driver, which sees that too, ends the run
+        with contextlib.suppress(RayError):  # the driver sees it as well, and ends the run
             status = self._control.poll()
             if status is not None and status.progress is not None:
                 self._known = status.progress.checkpoint

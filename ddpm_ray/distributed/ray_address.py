@@ -1,4 +1,4 @@
-"""Whether anything listens at a Ray address; Ray's own client takes 14 minutes to say no."""
+"""Check that something listens at a Ray address; Ray's client takes 14 minutes to give up."""
 
 import socket
 import time
@@ -9,11 +9,11 @@ RETRY_S = 1.0
 def require_listener(address: str, timeout_s: float, patience_s: float = 0.0) -> None:
     """Raise ConnectionError unless a connection to `address` opens within `timeout_s`.
 
-    Tried again for `patience_s`: a head may be about to start. Addresses without a port, as `auto`,
-    are left to Ray.
+    Retries for `patience_s`, in case the head is about to start. Addresses without a port, such as
+    `auto`, are not checked.
     """
     if address.startswith("http"):
-        raise ConnectionError("this is the dashboard's address, give the head's host:6379")
+        raise ConnectionError("this is the dashboard's address; use the head's host:6379")
     host, colon, port = address.rpartition("://")[2].rpartition(":")
     if not (colon and port.isdigit()):
         return

@@ -1,7 +1,7 @@
-"""Where the workers of a group meet: torch's store, on the address of rank 0's node alone.
+"""Rendezvous of the workers: a TCPStore that listens on rank 0's node address alone.
 
-Torch's own default listens on every interface, and whoever reaches it may read and write its keys
-without a token. What stays open is in SECURITY.md.
+By default torch's store listens on every interface, and anyone who reaches it may read and write
+its keys without a token. SECURITY.md lists what stays open.
 """
 
 import ipaddress
@@ -16,14 +16,14 @@ from ray.train.torch import TorchConfig
 from ray.train.torch import config as ray_torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, but not re-exported
 
-# With it torch takes a store that is there already, as `torchrun` has it, and starts none.
+# Makes torch join an existing store, as under `torchrun`, instead of starting one.
 ENVIRONMENT = {"TORCHELASTIC_USE_AGENT_STORE": "True"}
 
-_store: TCPStore | None = None  # of this process, for as long as it lives
+_store: TCPStore | None = None  # kept alive until the process ends
 
 
 def serve_store() -> tuple[str, int]:
-    """The address and port of a store that this process now serves, at its node's own address."""
+    """Start a store at this node's address; return its address and port."""
     global _store
     address = ray.util.get_node_ip_address()
     version = ipaddress.ip_address(address).version
@@ -37,19 +37,19 @@ def serve_store() -> tuple[str, int]:
 
 
 def use_served_store() -> None:
-    """Have this process's process group join a store that is served, and start none.
+    """Make the process group of this process join the store of rank 0 instead of starting one.
 
-    A function of a module, so that a worker runs it on its own environment: a method of os.environ
-    would be sent with a copy of the sender's.
+    A module-level function, so that a worker changes its own environment: os.environ.update would
+    be pickled with a copy of the sender's.
     """
     os.environ.update(ENVIRONMENT)
 
 
 class _Backend(ray_torch._TorchBackend):  # type: ignore[misc]  # Ray's types are not followed
-    """As Ray's, which asks rank 0 for a free port; ours is taken already."""
+    """Ray's backend, with our store in place of the free port that it asks rank 0 for."""
 
     def on_start(self, worker_group: Any, backend_config: "NodeAddressConfig") -> None:
-        """Set the process group up."""
+        """Create the process group."""
         if backend_config.on_group is not None:
             backend_config.on_group(worker_group)
         worker_group.execute(use_served_store)
@@ -62,14 +62,14 @@ class _Backend(ray_torch._TorchBackend):  # type: ignore[misc]  # Ray's types ar
 
 @dataclass
 class NodeAddressConfig(TorchConfig):  # type: ignore[misc]
-    """Ray's settings of torch's process group, whose store listens at one address.
+    """TorchConfig whose rendezvous store listens on rank 0's node address alone.
 
-    `on_group` is called with Ray's group of workers before their process group is made.
+    `on_group` is called with Ray's worker group before the process group is created.
     """
 
     on_group: Callable[[Any], None] | None = None
 
     @property
     def backend_cls(self) -> type[_Backend]:
-        """What Ray sets the process group up with."""
+        """Ray's hook for the backend class."""
         return _Backend

@@ -1,4 +1,4 @@
-"""Signals that end a job: the first asks it to stop, the second ends it at once."""
+"""Signal handling: the first signal stops a job cleanly, the second ends it at once."""
 
 import contextlib
 import math
@@ -11,34 +11,34 @@ from collections.abc import Iterator
 from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
-# Ctrl-C, Ctrl-\ and a closed terminal reach each process of the terminal, local Ray's servers too.
-FROM_TERMINAL = (signal.SIGHUP, signal.SIGQUIT)  # SIGINT: Ray blocks it in its servers itself
+# A terminal sends Ctrl-C, Ctrl-\ and its closing to all its processes, a local Ray's servers too.
+FROM_TERMINAL = (signal.SIGHUP, signal.SIGQUIT)  # not SIGINT, which Ray blocks in its servers
 STANDARD_STREAMS = (0, 1, 2)
-# `timeout` signals the process and then its group; people press Ctrl-C twice on purpose.
+# `timeout` signals the process and then its group. Ctrl-C is counted twice: it is deliberate.
 SENT_TWICE_S = 1.0
 
-_last: int = signal.SIGINT  # that came
+_last: int = signal.SIGINT  # the last signal that was counted
 
 
 def exit_code() -> int:
-    """The exit code of a process that was asked to stop: 128 + the number of the signal."""
+    """Exit code of a process stopped by a signal: 128 + the number of the last one."""
     return 128 + _last
 
 
 class Interrupts:
-    """Counts the SIGNALS that come instead of dying of the first; the second ends at once.
+    """Count SIGNALS instead of ending at the first one; the second raises KeyboardInterrupt.
 
-    One that was ignored at the start stays so: `nohup` has SIGHUP ignored. SIGINT and SIGTERM are
-    always counted, because a shell without job control starts what runs behind it with SIGINT
-    ignored, and they are sent on purpose.
+    SIGHUP and SIGQUIT stay ignored if they were, as SIGHUP under `nohup`. SIGINT and SIGTERM are
+    always counted: they are sent on purpose, and a shell without job control starts background jobs
+    with SIGINT ignored.
     """
 
     def __init__(self, most: int = 1) -> None:
-        """`most`: signals that are counted; the next one raises KeyboardInterrupt."""
+        """`most`: number of signals to count; the next one raises KeyboardInterrupt."""
         self.count = 0
         self._most = most
         self._old: dict[int, Any] = {}
-        self._came_s: dict[int, float] = {}  # when each last came
+        self._came_s: dict[int, float] = {}  # when each last arrived
         self._terminals: list[int] = []
 
     def __enter__(self) -> "Interrupts":
@@ -68,16 +68,16 @@ class Interrupts:
 
 
 def interrupt_on_first() -> Interrupts:
-    """A context in which the first signal raises KeyboardInterrupt, as Ctrl-C does everywhere."""
+    """Return a context in which the first signal raises KeyboardInterrupt."""
     return Interrupts(most=0)
 
 
 @contextlib.contextmanager
 def block_terminal_signals() -> Iterator[None]:
-    """Keeps the signals of a terminal from the processes that the body starts, and our handlers.
+    """Block SIGHUP and SIGQUIT in processes that the body starts, and restore our SIGTERM handler.
 
-    The mask is inherited; a signal that comes meanwhile reaches this process after the body. Ray
-    sets a handler of its own for SIGTERM, which would end the job with exit code 15.
+    Child processes inherit the mask; this process receives a blocked signal after the body. Ray
+    installs a SIGTERM handler that would end the job with exit code 15.
     """
     main = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGTERM)
@@ -98,10 +98,10 @@ def _is_terminal(fd: int) -> bool:
 
 
 def _redirect_to_null(terminals: list[int]) -> None:
-    """Send to /dev/null what is written to a terminal that is gone: it would be an error (EIO)."""
+    """Redirect writes to a closed terminal to /dev/null; they would fail with EIO."""
     if not terminals:
         return
-    nowhere = os.open(os.devnull, os.O_RDWR)
+    null = os.open(os.devnull, os.O_RDWR)
     for fd in terminals:
-        os.dup2(nowhere, fd)
-    os.close(nowhere)
+        os.dup2(null, fd)
+    os.close(null)

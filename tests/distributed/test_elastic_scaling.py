@@ -10,7 +10,7 @@ from ray.train.v2._internal.execution.scaling_policy import (
 )
 
 from ddpm_ray.distributed.control_actor import RunStatus
-from ddpm_ray.distributed.elastic_scaling import SAVE_S, ElasticPolicy
+from ddpm_ray.distributed.elastic_scaling import CHECKPOINT_S, ElasticPolicy
 from ddpm_ray.reporting import Command, Progress
 
 
@@ -78,5 +78,5 @@ def test_a_dead_actor_holds_no_resize_up_for_ever(
 ) -> None:
     control.answer = RayActorError()
     assert isinstance(policy.make_decision_for_running_worker_group(), NoopDecision)
-    monkeypatch.setattr("time.monotonic", lambda now=policy._asked_s: now + SAVE_S)
+    monkeypatch.setattr("time.monotonic", lambda now=policy._requested_s: now + CHECKPOINT_S)
     assert isinstance(policy.make_decision_for_running_worker_group(), ResizeDecision)

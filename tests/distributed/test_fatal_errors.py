@@ -1,4 +1,4 @@
-"""An error that would come again ends the run; the loss of a peer, a device, a storage does not."""
+"""An error that would recur ends the run; a lost peer, device or storage does not."""
 
 import pickle
 import subprocess

@@ -38,7 +38,7 @@ def test_an_address_where_nothing_listens_never_reaches_ray(
 
 
 def test_the_address_of_the_dashboard_is_refused_without_a_wait() -> None:
-    with pytest.raises(ConnectionError, match=r"dashboard's address, give the head's host:6379"):
+    with pytest.raises(ConnectionError, match=r"dashboard's address; use the head's host:6379"):
         require_listener("http://127.0.0.1:8265", 1.0, patience_s=60.0)
 
 
