@@ -4,7 +4,7 @@
 
 `start`: from the end of a trial to the first optimiser step of the next, against a TorchTrainer
 on the same cluster, from fit() to torch imported and to the first step of Adam; they take turns.
-`simulated`: trials that report a made-up curve and train nothing, through searcher, ASHA, ledger
+`simulated`: trials that report a made-up curve and train nothing, through searcher, ASHA, store
 and tracker, as the driver calls them. Costs are CPU seconds and the wall clock per trial, in the
 last hundred over those at the 100th. A request is a call of MLflow's store, one HTTP request where
 that is a server; artifacts are not counted. --rounds 0 and --trials 0 leave a part out.
@@ -41,12 +41,12 @@ from ddpm_ray.config.loading import load
 from ddpm_ray.config.sweep import SweepConfig
 from ddpm_ray.distributed import worker_group
 from ddpm_ray.runs.train import open_or_pack
-from ddpm_ray.sweep.driver import sweep, worth
-from ddpm_ray.sweep.mlflow_report import SweepPlace
+from ddpm_ray.sweep.driver import schedule_diagnostics, sweep
+from ddpm_ray.sweep.mlflow_report import SweepRun
 from ddpm_ray.sweep.trial import EVENT
-from ddpm_ray.sweep.trial_scheduler import Book
-from ddpm_ray.sweep.trial_store import Ledger
-from ddpm_ray.sweep.tune_searcher import Candidates
+from ddpm_ray.sweep.trial_scheduler import TrialScheduler
+from ddpm_ray.sweep.trial_store import TrialStore
+from ddpm_ray.sweep.tune_searcher import TuneSearcher
 from ddpm_ray.tracking import mlflow_runs
 from ddpm_ray.training.validation_loss import LEVELS
 
@@ -114,19 +114,23 @@ def simulate(folder: Path, search: str, trials: int) -> None:
     """Pass so many made-up trials through all that the driver does, and print what each cost."""
     config = configured(folder, *space_of(search, trials))
     dataset = open_or_pack(config.run)
-    place = SweepPlace.find_or_create(config, f"{folder}/{config.name}", config.name, dataset)
+    sweep_run = SweepRun.find_or_create(config, f"{folder}/{config.name}", config.name, dataset)
     stopped: set[int] = set()
-    ledger = Ledger(place.folder)
-    book = Book(config, ledger, lambda values: worth(config, values, dataset), stopped.add)
-    tune = Candidates(book, lambda trial: {"number": trial.number} | trial.values, AT_ONCE)
+    store = TrialStore(sweep_run.folder)
+    scheduler = TrialScheduler(
+        config, store, lambda values: schedule_diagnostics(config, values, dataset), stopped.add
+    )
+    tune = TuneSearcher(scheduler, lambda trial: {"number": trial.number} | trial.values, AT_ONCE)
     active: dict[str, Stub] = {}
     clocks: dict[int, tuple[float, float]] = {}  # CPU and wall clock by trials that are over
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
     requests, not_ours = requests_so_far(), np.zeros(3)
     while True:
-        while isinstance(told := tune.suggest(f"{len(ledger.trials)}"), dict):
+        while isinstance(assignment := tune.suggest(f"{len(store.trials)}"), dict):
             before = requests_so_far(), time.process_time(), time.perf_counter()
-            active[f"{told['number']}"] = Stub(told, place, f"{config.run.data.url}/{PICTURE}")
+            active[f"{assignment['number']}"] = Stub(
+                assignment, sweep_run, f"{config.run.data.url}/{PICTURE}"
+            )
             after = requests_so_far(), time.process_time(), time.perf_counter()
             not_ours += np.subtract(after, before)  # what the trial itself would do
         if not active:
@@ -137,33 +141,33 @@ def simulate(folder: Path, search: str, trials: int) -> None:
                 tune.on_trial_result(name, {EVENT: json.dumps(stub.ended())})
                 tune.on_trial_complete(name)
                 del active[name]
-        place.close_trials(ledger)
-        over = len(book.ended)
+        sweep_run.close_trials(store)
+        over = len(scheduler.ended)
         if over % PUBLISH_EVERY == 0 and over not in clocks:
-            place.publish(ledger)
+            sweep_run.publish(store)
         clock = time.process_time() - not_ours[1], time.perf_counter() - not_ours[2]
         clocks.setdefault(over, clock)
-    place.conclude(ledger, True, 1.0)
+    sweep_run.conclude(store, True, 1.0)
     requests = requests_so_far() - requests - int(not_ours[0])
     costs = [cost_of(clock, [*clocks]) for clock in zip(*clocks.values(), strict=True)]
-    census = Counter(trial.status for trial in ledger.trials)
-    ends = f"{census['stopped']}/{census['finished']}"
+    status_counts = Counter(trial.status for trial in store.trials)
+    ends = f"{status_counts['stopped']}/{status_counts['finished']}"
     calls, peak = f"{requests / trials:.1f}", f"{peak_gb():.2f}"
     print(COLUMNS.format(search, trials, *costs, calls, peak, ends))
 
 
 class Stub:
-    """A trial that reports a curve, which falls towards what its values are worth."""
+    """A trial that reports a curve, which falls to a level given by its values."""
 
-    def __init__(self, told: dict[str, Any], place: SweepPlace, picture: str) -> None:
-        self.number, self.step, self._picture = told["number"], 0, picture
-        rate, num_steps = told["training.learning_rate"], told["schedule.num_steps"]
+    def __init__(self, assignment: dict[str, Any], sweep_run: SweepRun, picture: str) -> None:
+        self.number, self.step, self._picture = assignment["number"], 0, picture
+        rate, num_steps = assignment["training.learning_rate"], assignment["schedule.num_steps"]
         self._loss = abs(math.log10(rate) + 3) + 100 / num_steps
         self._loss += float(np.random.default_rng(self.number).normal()) / 10
-        self._num_steps, run = num_steps, place.run
+        self._num_steps, run = num_steps, sweep_run.run
         of = f"{run.run_id} {self.number}"
         self._run = mlflow_runs.find_or_create_run(
-            run.uri, place.config.run.tracking.experiment, f"{told}", of, None, run.run_id
+            run.uri, sweep_run.config.run.tracking.experiment, f"{assignment}", of, None, run.run_id
         )
         client = MlflowClient(tracking_uri=run.uri)
         model = client.create_logged_model(run.experiment_id, "model", self._run.run_id)

@@ -111,7 +111,7 @@ def cut(text: str, most: int) -> str:
     return text if len(text) <= most else text[: most - 3].rstrip() + "..."
 
 
-def census(rows: Sequence[Row]) -> str:
+def status_counts(rows: Sequence[Row]) -> str:
     """How many stand where, as `12 finished, 3 failed`."""
     counts = Counter(row.status for row in rows)
     return ", ".join(f"{counts[status]:,} {status}" for status in STATUSES if counts[status])
@@ -127,7 +127,7 @@ def summary(rows: Sequence[Row]) -> str:
     """All of them in one sentence: how they ended and what they cost."""
     spent = whole(sum(row.worker_s or 0.0 for row in rows))
     return (
-        f"{counted(len(rows), 'trial')}: {census(rows) or 'none'}; {spent} worker-seconds, "
+        f"{counted(len(rows), 'trial')}: {status_counts(rows) or 'none'}; {spent} worker-seconds, "
         f"overhead {overhead(rows)}."
     )
 
@@ -143,7 +143,7 @@ def as_text(rows: Sequence[Row], metric: str = "score", most: int = 100) -> str:
         label = cut(row.label, width)
         lines.append(f"{facts} {whole(row.worker_s):>8}  {label:{width}}  {_result(row)}")
     if rest := rows[most:]:
-        lines.append(f"... and {len(rest):,} more: {census(rest)}")
+        lines.append(f"... and {len(rest):,} more: {status_counts(rest)}")
     if any(row.like_best for row in rows[:most]):
         lines.append(f"~ {ALIKE}")
     lines = [cut(line, TEXT_COLUMNS) for line in lines]

@@ -1,4 +1,4 @@
-"""A sweep in MLflow: its own run, how each trial ended, tables and pictures, the champion."""
+"""A sweep in MLflow: its run, the ends of its trials, tables, pictures and the champion model."""
 
 import contextlib
 import io
@@ -21,7 +21,7 @@ from ddpm_ray.storage import checksummed_json, object_store
 from ddpm_ray.storage.object_store import StorageError
 from ddpm_ray.sweep import charts, leaderboard
 from ddpm_ray.sweep.leaderboard import Row
-from ddpm_ray.sweep.trial_store import Ledger, Trial
+from ddpm_ray.sweep.trial_store import Trial, TrialStore
 from ddpm_ray.tracking import mlflow_runs, model_registry
 from ddpm_ray.tracking.mlflow_runs import TrackingError
 from ddpm_ray.tracking.run_info import TrackedRun
@@ -34,20 +34,20 @@ PARAMS = ("search.kind", "stopping.kind", "run.training.steps", "run.evaluation.
 
 
 @dataclass
-class SweepPlace:
-    """Where a sweep is shown: its MLflow run, above those of its trials."""
+class SweepRun:
+    """The MLflow run of a sweep, the parent of its trials' runs."""
 
     config: SweepConfig
     folder: str
     identity: str
     run: TrackedRun
-    pixel_variance: float  # of the data, in [-1, 1]
+    pixel_variance: float  # of the data scaled to [-1, 1]
 
     @classmethod
     def find_or_create(
         cls, config: SweepConfig, folder: str, identity: str, dataset: Dataset
-    ) -> "SweepPlace":
-        """The place of the sweep `identity`, set to RUNNING; raises TrackingError."""
+    ) -> "SweepRun":
+        """Find or create the run of the sweep `identity`, set to RUNNING. Raises TrackingError."""
         tracked = config.run.tracking
         run = mlflow_runs.find_or_create_run(
             tracked.uri, tracked.experiment, config.name, identity, artifact_root(tracked.uri)
@@ -64,31 +64,30 @@ class SweepPlace:
 
     @property
     def runs(self) -> str:
-        """The folder of the trials' own runs."""
+        """Storage folder of the trials' training runs."""
         return object_store.join(self.folder, "runs")
 
-    def close_trials(self, ledger: Ledger) -> bool:
-        """Bring MLflow to what the ledger says of trials that are over; False in an outage.
+    def close_trials(self, store: TrialStore) -> bool:
+        """Log in MLflow how trials ended; returns False in an outage.
 
-        What could not be told is told at the next call: no trial waits for MLflow to hear of
-        another one's end.
+        The next call sends what is left: running trials never wait for MLflow.
         """
-        for trial in list(ledger.trials):
-            if trial.status == "running" or trial.closed:
+        for trial in list(store.trials):
+            if trial.status == "running" or trial.logged:
                 continue
             try:
                 self._close(trial)
             except (TrackingError, StorageError) as error:
-                log.warning("%s; tried again", error)
+                log.warning("%s; retrying", error)
                 return False
-            trial.closed = True
-            ledger.write(trial)
+            trial.logged = True
+            store.write(trial)
         return True
 
-    def publish(self, ledger: Ledger) -> None:
-        """Draw tables and pictures of all trials into the sweep's run; an outage is only told."""
-        # As they stand now: Tune's thread goes on to write down what it hears.
-        trials = [replace(t, probes=list(t.probes), outcome=dict(t.outcome)) for t in ledger.trials]
+    def publish(self, store: TrialStore) -> None:
+        """Log tables and pictures of all trials in the sweep's run; logs an outage as a warning."""
+        # Copies: Tune's thread changes the trials meanwhile.
+        trials = [replace(t, probes=list(t.probes), outcome=dict(t.outcome)) for t in store.trials]
         score = self.config.score
         rows = leaderboard.standings(trials, score)
         levels = torch.tensor(LEVELS, dtype=torch.float64)
@@ -110,23 +109,23 @@ class SweepPlace:
                 pictures={key: picture for key, picture in drawn.items() if picture is not None},
                 texts={
                     "leaderboard.html": leaderboard.as_html(rows, score, self.config.name),
-                    "trials.json": json.dumps([vars(trial) for trial in trials], indent=1),
+                    "trials.json": json.dumps([trial.to_json() for trial in trials], indent=1),
                 },
                 metrics=metrics,
                 step=sum(counts.values()),
                 note=leaderboard.as_markdown(rows, score),
             )
         except TrackingError as error:
-            log.warning("%s; the pictures of the sweep are not up to date", error)
+            log.warning("%s; the sweep's tables and pictures in MLflow are out of date", error)
 
-    def conclude(self, ledger: Ledger, finished: bool, slot_s: float) -> dict[str, Any]:
-        """Close the sweep's run and tell what came of it, as plain JSON.
+    def conclude(self, store: TrialStore, finished: bool, slot_s: float) -> dict[str, Any]:
+        """Close the sweep's run and return its report as plain JSON.
 
-        `slot_s`: worker-seconds that this driver's trials could have had, all slots together.
+        `slot_s`: worker-seconds that were available to trials, all slots together.
         """
-        self.close_trials(ledger)
-        self.publish(ledger)
-        trials = ledger.trials
+        self.close_trials(store)
+        self.publish(store)
+        trials = store.trials
         best = leaderboard.standings(trials, self.config.score)[:1]
         winner = trials[best[0].number] if best and best[0].place == 1 else None
         busy_s, worker_s = (
@@ -153,20 +152,20 @@ class SweepPlace:
                 "metrics": winner.metrics,
             }
         if winner is not None and finished:
-            report["champion"] = self._crown(winner)
+            report["champion"] = self._promote(winner)
         self.finish("FINISHED" if finished else "KILLED")
         return report
 
     def finish(self, status: str, reason: str = "") -> None:
-        """Close the sweep's run; an outage is only told."""
+        """Close the sweep's run; logs an outage as a warning."""
         try:
             mlflow_runs.finish(self.run, status, reason)
         except TrackingError as error:
-            log.warning("%s; the run %s stays open", error, self.run.run_id)
+            log.warning("%s; the MLflow run %s stays open", error, self.run.run_id)
 
-    def _crown(self, winner: Trial) -> dict[str, Any] | None:
+    def _promote(self, winner: Trial) -> dict[str, Any] | None:
         try:
-            return model_registry.crown(
+            return model_registry.promote(
                 self.run.uri,
                 self.config.register_as or self.config.name,
                 winner.outcome["run_id"],
@@ -175,7 +174,7 @@ class SweepPlace:
                 winner.outcome["certificate"],
             )
         except TrackingError as error:
-            log.warning("%s; the winner is not registered", error)
+            log.warning("%s; the best model is not registered", error)
             return None
 
     def _close(self, trial: Trial) -> None:
@@ -187,7 +186,7 @@ class SweepPlace:
             return
         known = object_store.join(self.runs, trial.name, IDENTITY)
         own = f"{self.identity}/{trial.name}"
-        if object_store.exists(known):  # it began to run, and did not live to tell its run's id
+        if object_store.exists(known):  # it started, and failed before it reported its run id
             own = str(checksummed_json.read(known)["identity"])
         trial.outcome["run_id"] = mlflow_runs.log_ended(
             self.run, f"{trial.name} {trial.label}", own, trial.values, status, trial.reason
@@ -195,12 +194,12 @@ class SweepPlace:
 
 
 def _grids(trials: list[Trial], rows: list[Row]) -> dict[int, Image.Image]:
-    """The newest grids of samples, of the best trials that have one: as many as a sheet holds."""
+    """Return the newest sample grids of the best trials, as many as fit on the sheet."""
     found: dict[int, Image.Image] = {}
     for row in rows:
         if len(found) == charts.SHEET_ROWS:
             break
         if url := trials[row.number].outcome.get("samples"):
-            with contextlib.suppress(StorageError, OSError):  # a picture less, no sweep less
+            with contextlib.suppress(StorageError, OSError):  # only its picture is missing
                 found[row.number] = Image.open(io.BytesIO(object_store.read_bytes(url)))
     return found

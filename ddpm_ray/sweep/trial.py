@@ -1,7 +1,7 @@
-"""One trial of a sweep: the function that Ray Tune runs, around the main job's own run.
+"""One trial of a sweep: the function that Ray Tune runs around a normal training run.
 
-It takes no CPU: it starts the trial's workers, passes on what they report, and asks them to stop
-when the sweep's driver wants that. Each report is one event in JSON, which names the trial.
+It takes no CPU: it starts the trial's workers, forwards what they report, and stops them when the
+sweep's driver asks for it. Each report to the driver is one event in JSON that names the trial.
 """
 
 import json
@@ -30,84 +30,88 @@ from ddpm_ray.training.sample_grids import picture_url
 log = logging.getLogger(__name__)
 
 OUTAGES = TrackingError, StorageError, ControlLostError
-RETRY_S = 10.0, 60.0, 300.0  # after these: an outage costs time, not the trial
-ASK_EVERY_S = 1.0  # the board, while a trial waits out an outage
-ANSWER_S = 60.0  # of the board, an actor beside the sweep's driver
+RETRY_S = 10.0, 60.0, 300.0  # pauses before a trial is started again after an outage
+POLL_EVERY_S = 1.0  # how often a paused trial reads its stop signal
+ANSWER_S = 60.0  # limit for an answer of the StopSignals actor
 EVENT = "event"  # the key of Tune's report that holds ours
 
 
-class _Board:
-    """What the sweep's driver wants of the trials that run."""
+class _StopSignals:
+    """The actor's state: which trials shall stop."""
 
     def __init__(self) -> None:
-        self.stopped: set[int] = set()
-        self.closed = False
+        self.numbers: set[int] = set()
+        self.all = False
 
-    def stop(self, number: int) -> None:
-        self.stopped.add(number)
+    def set(self, number: int) -> None:
+        self.numbers.add(number)
 
-    def close(self) -> None:
-        self.closed = True
+    def set_all(self) -> None:
+        self.all = True
 
-    def is_to_stop(self, number: int) -> bool:
-        return self.closed or number in self.stopped
+    def is_set(self, number: int) -> bool:
+        return self.all or number in self.numbers
 
 
-class Board:
-    """A handle on that actor; the driver and the trials hold one."""
+class StopSignals:
+    """Handle of an actor that holds one stop signal for each trial.
+
+    The sweep's driver sets a signal, the trial reads it, commits a checkpoint and ends.
+    """
 
     def __init__(self) -> None:
         beside = placement_groups.same_node_strategy()
-        self._actor: Any = ray.remote(num_cpus=0, scheduling_strategy=beside)(_Board).remote()
+        self._actor: Any = ray.remote(num_cpus=0, scheduling_strategy=beside)(_StopSignals).remote()
 
-    def stop(self, number: int) -> None:
-        """Trial `number` shall commit its checkpoint and end."""
-        self._actor.stop.remote(number)
+    def set(self, number: int) -> None:
+        """Ask trial `number` to commit a checkpoint and end."""
+        self._actor.set.remote(number)
 
-    def close(self) -> None:
-        """All trials shall."""
-        self._actor.close.remote()
+    def set_all(self) -> None:
+        """Ask every trial, also those not started yet."""
+        self._actor.set_all.remote()
 
-    def is_to_stop(self, number: int) -> bool:
-        """Whether trial `number` shall."""
-        return bool(ray.get(self._actor.is_to_stop.remote(number), timeout=ANSWER_S))
+    def is_set(self, number: int) -> bool:
+        """Return whether trial `number` shall stop."""
+        return bool(ray.get(self._actor.is_set.remote(number), timeout=ANSWER_S))
 
-    def lets_wait(self, number: int, wait_s: float) -> bool:
-        """True after `wait_s`; False as soon as trial `number` shall stop."""
-        until = time.monotonic() + wait_s
-        while not self.is_to_stop(number):
+    def sleep_unless_set(self, number: int, seconds: float) -> bool:
+        """Return True after `seconds`; False as soon as trial `number` shall stop."""
+        until = time.monotonic() + seconds
+        while not self.is_set(number):
             if time.monotonic() >= until:
                 return True
-            time.sleep(ASK_EVERY_S)
+            time.sleep(POLL_EVERY_S)
         return False
 
 
-def tell(number: int, kind: str, **facts: Any) -> None:
-    """Report an event of trial `number` to the sweep's driver; returns once it was taken note of.
+def report_event(number: int, kind: str, **facts: Any) -> None:
+    """Report an event of trial `number` to the sweep's driver; returns once it is handled.
 
-    Kinds: `group` (the placement group its workers hold), `probe`, `ended`, `failed`.
+    Kinds: `group` (the placement group of its workers), `probe` (a validation loss), `ended`,
+    `failed`.
     """
     tune.report({EVENT: json.dumps({"number": number, "kind": kind} | facts)})
 
 
-def run_trial(told: dict[str, Any], *, board: Board, sweep_run_id: str) -> None:
-    """Run, or continue, one trial: `told` holds its number, label, values and whole run config.
+def run_trial(assignment: dict[str, Any], *, stop_signals: StopSignals, sweep_run_id: str) -> None:
+    """Run, or continue, the trial whose number, label, values and run config are in `assignment`.
 
-    Never raises: how the run failed is an event as well, so that Tune takes no other road.
+    Never raises: a failed run is reported as an event, so that Tune has no failure to handle.
     """
     mlflow_settings.apply()
-    number, began = told["number"], time.time()
-    config = from_dict(RunConfig, told["config"])
-    steps_told = -1
+    number, began = assignment["number"], time.time()
+    config = from_dict(RunConfig, assignment["config"])
+    newest_step = -1
 
     def show(progress: Progress) -> bool:
-        """Pass on probes that are new; whether the trial shall stop."""
-        nonlocal steps_told
-        for probe in progress.validation_losses:
-            if probe["step"] > steps_told:
-                tell(number, "probe", probe=probe)
-                steps_told = probe["step"]
-        return board.is_to_stop(number)
+        """Report validation losses that are new; returns whether the trial shall stop."""
+        nonlocal newest_step
+        for probe in progress.probes:
+            if probe["step"] > newest_step:
+                report_event(number, "probe", probe=probe)
+                newest_step = probe["step"]
+        return stop_signals.is_set(number)
 
     def cost() -> dict[str, float]:
         ended = time.time()
@@ -117,21 +121,21 @@ def run_trial(told: dict[str, Any], *, board: Board, sweep_run_id: str) -> None:
     train = partial(
         training_run.train,
         config,
-        Path("/"),  # every place in a trial's config is absolute
+        Path("/"),  # every path in a trial's config is absolute
         show,
-        ParentSweep(sweep_run_id, told["label"], told["values"]),
-        lambda _, group: tell(number, "group", group=group),
+        ParentSweep(sweep_run_id, assignment["label"], assignment["values"]),
+        lambda _, group: report_event(number, "group", group=group),
     )
     try:
-        outcome = patiently(train, partial(board.lets_wait, number))
-    except Exception as error:  # noqa: BLE001 - a trial fails alone, whatever it was
-        if isinstance(error, OUTAGES) and board.is_to_stop(number):
-            return  # not over: the same command goes on with it
+        outcome = retry_outages(train, partial(stop_signals.sleep_unless_set, number))
+    except Exception as error:  # noqa: BLE001 - whatever it was, the other trials go on
+        if isinstance(error, OUTAGES) and stop_signals.is_set(number):
+            return  # still "running": the same command continues it
         reason = " ".join(str(error).split()) or type(error).__name__
-        tell(number, "failed", reason=reason, outcome=cost())
+        report_event(number, "failed", reason=reason, outcome=cost())
         return
-    show_last(outcome, show)
-    tell(
+    report_last_probes(outcome, show)
+    report_event(
         number,
         "ended",
         finished=outcome.finished,
@@ -139,26 +143,29 @@ def run_trial(told: dict[str, Any], *, board: Board, sweep_run_id: str) -> None:
     )
 
 
-def patiently(train: Callable[[], Outcome], lets_wait: Callable[[float], bool]) -> Outcome:
-    """What `train` returns; tried again after an outage, as long as `lets_wait(seconds)`."""
+def retry_outages(train: Callable[[], Outcome], sleep: Callable[[float], bool]) -> Outcome:
+    """Return `train()`; call it again after an outage and a pause, while `sleep(seconds)` is True.
+
+    Raises the outage's error after the last attempt, or when `sleep` returns False.
+    """
     for wait_s in RETRY_S:
         try:
             return train()
         except OUTAGES as error:
-            log.warning("%s; tried again in %.0f s", error, wait_s)
-            if not lets_wait(wait_s):
+            log.warning("%s; retrying in %.0f s", error, wait_s)
+            if not sleep(wait_s):
                 raise
     return train()
 
 
-def show_last(outcome: Outcome, show: Callable[[Progress], bool]) -> None:
-    """Pass on probes that were taken after the last glance at the workers' progress."""
+def report_last_probes(outcome: Outcome, show: Callable[[Progress], bool]) -> None:
+    """Report validation losses that were measured after the last poll of the workers."""
     step, steps = outcome.report["step"], outcome.report["steps"]
     show(Progress(step, steps, 0.0, 0.0, outcome.ended["probes"]))
 
 
 def _outcome(outcome: Outcome, config: RunConfig) -> dict[str, Any]:
-    """What the sweep keeps of a run that ended, or stopped, by itself."""
+    """Return what the sweep stores of a run that finished or was stopped."""
     report, ended = outcome.report, outcome.ended
     step, every = report["step"], config.training.grid_every_steps
     newest_grid = step if outcome.finished else step - step % max(every, 1)

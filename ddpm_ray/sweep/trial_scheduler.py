@@ -1,7 +1,7 @@
-"""What a sweep does next: which trial begins, which one stops, how each ended. Without Tune.
+"""Scheduling of a sweep's trials, without Ray Tune: which starts, which is stopped, how each ended.
 
-It acts on events alone, and each is written down before anything follows from it. A sweep that is
-started again after a crash reads them and stands where it stood.
+Events alone change its state, and each is stored before it has an effect. After a crash the sweep
+replays the stored events and has the state it had.
 """
 
 import logging
@@ -14,54 +14,54 @@ from ddpm_ray.diffusion.schedule_diagnostics import Appraisal
 from ddpm_ray.redaction import counted
 from ddpm_ray.sweep.early_stopping import EarlyStopping
 from ddpm_ray.sweep.search import propose, total_trials
-from ddpm_ray.sweep.trial_store import Ledger, Trial
+from ddpm_ray.sweep.trial_store import Trial, TrialStore
 
 log = logging.getLogger(__name__)
 
 
-class Book:
-    """The trials of one sweep and what becomes of them.
+class TrialScheduler:
+    """Decides which trial of a sweep runs next and which one stops early.
 
-    `appraise` says what the schedule of a trial's values is worth, or raises ConfigError; `stop`
-    asks the trial of that number to stop.
+    `appraise(values)` returns the diagnostics of a trial's schedule, or raises ConfigError;
+    `stop(number)` asks a running trial to stop.
     """
 
     def __init__(
         self,
         config: SweepConfig,
-        ledger: Ledger,
+        store: TrialStore,
         appraise: Callable[[dict[str, Any]], Appraisal],
         stop: Callable[[int], None],
     ) -> None:
-        self.ledger = ledger
-        self.closing = False  # nothing new is begun
-        self.active: set[int] = set()  # numbers of the trials at work
+        self.store = store
+        self.closing = False  # start no more trials
+        self.active: set[int] = set()  # numbers of the trials that run now
         self._config, self._appraise, self._stop = config, appraise, stop
         self._reasons: dict[int, str] = {}  # why a trial was asked to stop
         self._rule = EarlyStopping(config.stopping, config.run.training.steps)
-        for _, trial, probe in ledger.events():
+        for _, trial, probe in store.events():
             if probe is not None:
-                self._judge(trial, probe)
+                self._apply_early_stopping(trial, probe)
 
     @property
     def total(self) -> int:
-        """Trials that the sweep has in all."""
+        """Number of trials of the whole sweep."""
         return total_trials(self._config.space, self._config.search)
 
     @property
     def ended(self) -> list[Trial]:
-        """Trials that are over, however."""
-        return [trial for trial in self.ledger.trials if trial.status != "running"]
+        """Trials that have ended, for any reason."""
+        return [trial for trial in self.store.trials if trial.status != "running"]
 
     def next(self) -> Trial | None:
-        """The trial that is to be worked on now; None while, or for ever if, there is none.
+        """Return the next trial, or None: none for now, or the sweep is complete.
 
-        One that an earlier driver left behind comes before new ones. Those that cannot be run, or
-        whose schedule is hopeless, end here, without a worker.
+        Trials that an earlier driver did not finish come first. Trials with an invalid config are
+        stored as failed, those with a rejected schedule as pruned; neither takes a worker.
         """
         if self.closing:
             return None
-        waiting = (t for t in self.ledger.trials if t.status == "running")
+        waiting = (t for t in self.store.trials if t.status == "running")
         trial = next((t for t in waiting if t.number not in self.active), None) or self._new()
         if trial is not None:
             self.active.add(trial.number)
@@ -69,54 +69,56 @@ class Book:
                 self._stop(trial.number)
         return trial
 
-    def heard(self, event: dict[str, Any]) -> None:
-        """Act on an event of sweep/trial.py; one that comes twice is taken once."""
-        trial = self.ledger.trials[event["number"]]
+    def on_event(self, event: dict[str, Any]) -> None:
+        """Handle an event of sweep/trial.py; a repeated one has no effect."""
+        trial = self.store.trials[event["number"]]
         if trial.status != "running":
             return
         match event["kind"]:
             case "probe":
-                if self.ledger.probe(trial, event["probe"]):
-                    self._judge(trial, event["probe"])
+                if self.store.add_probe(trial, event["probe"]):
+                    self._apply_early_stopping(trial, event["probe"])
             case "failed":
-                self.ledger.end(trial, "failed", event["reason"], **event["outcome"])
+                self.store.record_end(trial, "failed", event["reason"], **event["outcome"])
             case "ended":
                 self._end(trial, event["finished"], event["outcome"])
 
-    def left(self, number: int, error: str = "") -> None:
-        """Trial `number` is no longer worked on; `error`: its driver died, in a line."""
+    def on_exit(self, number: int, error: str = "") -> None:
+        """Handle the exit of the driver of trial `number`; `error` says in a line why it died."""
         self.active.discard(number)
-        trial = self.ledger.trials[number]
+        trial = self.store.trials[number]
         if not error or trial.status != "running":
             return
-        trial.losses += 1
-        if trial.losses < self._config.max_starts:
-            log.warning("%s: its driver died (%s); it is started again", trial.name, error)
-            self.ledger.write(trial)
+        trial.driver_failures += 1
+        if trial.driver_failures < self._config.max_starts:
+            log.warning("%s: its driver died (%s); the trial is restarted", trial.name, error)
+            self.store.write(trial)
         else:
-            self.ledger.end(
-                trial, "failed", f"its driver died {counted(trial.losses, 'time')}: {error}"
+            self.store.record_end(
+                trial,
+                "failed",
+                f"its driver died {counted(trial.driver_failures, 'time')}: {error}",
             )
 
     def _new(self) -> Trial | None:
         while proposal := propose(
-            self._config.space, self._config.search, self.ledger.trials, self._config.score
+            self._config.space, self._config.search, self.store.trials, self._config.score
         ):
             branch, values = proposal
             try:
-                worth = self._appraise(values)
+                diagnostics = self._appraise(values)
             except ConfigError as error:
                 reason = " ".join(str(error).split())
-                self.ledger.add(values, branch, status="failed", reason=reason)
+                self.store.add(values, branch, status="failed", reason=reason)
                 continue
-            appraisal = vars(worth)
-            if reason := hopeless(worth, self._config.pruning):
-                self.ledger.add(values, branch, status="pruned", reason=reason, appraisal=appraisal)
+            appraisal = vars(diagnostics)
+            if reason := rejection_reason(diagnostics, self._config.pruning):
+                self.store.add(values, branch, status="pruned", reason=reason, appraisal=appraisal)
                 continue
-            return self.ledger.add(values, branch, appraisal=appraisal)
+            return self.store.add(values, branch, appraisal=appraisal)
         return None
 
-    def _judge(self, trial: Trial, probe: dict[str, Any]) -> None:
+    def _apply_early_stopping(self, trial: Trial, probe: dict[str, Any]) -> None:
         reason = self._rule.decide(trial.number, probe["step"], probe["loss"])
         if reason and trial.status == "running":
             self._reasons[trial.number] = reason
@@ -127,26 +129,28 @@ class Book:
         score, reason = self._config.score, self._reasons.get(trial.number, "")
         if finished and score not in outcome["metrics"]:
             known = ", ".join(outcome["metrics"]) or "nothing"
-            self.ledger.end(trial, "failed", f"it reported {known}, but no {score}", **outcome)
+            self.store.record_end(
+                trial, "failed", f"it reported {known}, but not {score}", **outcome
+            )
         elif finished:
-            self.ledger.end(trial, "finished", **outcome)
+            self.store.record_end(trial, "finished", **outcome)
         elif reason:
-            self.ledger.end(trial, "stopped", reason, **outcome)
-        else:  # it stopped because the sweep did: the same command goes on with it
-            self.ledger.interrupted(trial, outcome)
+            self.store.record_end(trial, "stopped", reason, **outcome)
+        else:  # the whole sweep was stopped: the same command continues the trial
+            self.store.record_interruption(trial, outcome)
 
 
-def hopeless(worth: Appraisal, limits: PruningConfig) -> str:
-    """Why no training could make samples of this schedule good, in a line; empty: it could."""
-    if worth.prior_bits_per_dim > limits.max_prior_bits_per_dim:
+def rejection_reason(diagnostics: Appraisal, limits: PruningConfig) -> str:
+    """Return why this schedule cannot give good samples, in a line; "" if it can."""
+    if diagnostics.prior_bits_per_dim > limits.max_prior_bits_per_dim:
         return (
-            f"x_T keeps {worth.prior_bits_per_dim:.3g} bits/dim of the image (alpha_bar_T "
-            f"{worth.alpha_bar_T:.3g}) that samples start without, above "
+            f"x_T keeps {diagnostics.prior_bits_per_dim:.3g} bits/dim of the image (alpha_bar_T "
+            f"{diagnostics.alpha_bar_T:.3g}) that samples start without, above "
             f"pruning.max_prior_bits_per_dim={limits.max_prior_bits_per_dim:g}"
         )
-    if worth.useless_share > limits.max_useless_share:
+    if diagnostics.useless_share > limits.max_useless_share:
         return (
-            f"{worth.useless_share:.0%} of its steps are at noise levels where nothing can be "
-            f"learnt, above pruning.max_useless_share={limits.max_useless_share:g}"
+            f"{diagnostics.useless_share:.0%} of its steps are at noise levels where nothing can "
+            f"be learnt, above pruning.max_useless_share={limits.max_useless_share:g}"
         )
     return ""

@@ -1,10 +1,10 @@
-"""All that a sweep knows of its trials, one small JSON object each, safe in storage before it acts.
+"""Storage of a sweep's trials: one small JSON object each, written before the sweep acts on it.
 
     <folder>/trials/00007.json      trial 7: its values, what it reported and when, how it ended
 
-The driver alone writes. Killed at any time and started again it reads the trials back in the order
-in which things happened, and so brings searcher and early stopping to where they were: neither
-keeps a state of its own. Trials are numbered without gaps, so nothing is ever listed.
+Only the driver writes. After a crash it reads the trials and replays their events in order, which
+restores search and early stopping: neither has a state of its own. Trials are numbered without
+gaps, so nothing is ever listed.
 """
 
 import threading
@@ -20,37 +20,40 @@ from ddpm_ray.storage.checksummed_json import ChecksumError
 from ddpm_ray.storage.object_store import StorageError
 
 Status: TypeAlias = Literal["running", "finished", "stopped", "pruned", "failed"]
-"""running: not over, also while nobody works on it; stopped: early, by comparison with others;
-pruned: its schedule was hopeless before it took a worker."""
+"""running: not ended, also while no process runs it; stopped: early, by comparison with others;
+pruned: rejected for its schedule before it took a worker."""
 
 COSTS = "worker_s", "busy_s"  # of an outcome
+# Names in the stored JSON that differ from those of the fields.
+STORED_NAMES = {"driver_failures": "losses", "earlier_costs": "earlier", "logged": "closed"}
+FIELD_NAMES = {stored: field for field, stored in STORED_NAMES.items()}
 
 
 @dataclass
 class Trial:
-    """One trial: what it varies, how far it came, what it cost, how it ended."""
+    """One trial: the values it varies, its progress, its cost and how it ended."""
 
     number: int
     values: dict[str, Any]  # dotted keys of the run, as {"schedule.num_steps": 1000}
-    branch: int = 0  # the mapping of the sweep's space that they were drawn from
+    branch: int = 0  # index of the mapping of the sweep's space that they were drawn from
     status: Status = "running"
     reason: str = ""  # why it was stopped or pruned, or how it failed; one line
-    losses: int = 0  # times that its driver died under it
+    driver_failures: int = 0  # how often its driver died
     probes: list[dict[str, Any]] = field(default_factory=list)  # order, step, loss, spectrum
-    appraisal: dict[str, float] = field(default_factory=dict)  # of its schedule, before training
-    ended_order: int = -1  # when it ended, on the same count as the probes' order
+    appraisal: dict[str, float] = field(default_factory=dict)  # schedule diagnostics
+    ended_order: int = -1  # when it ended, in the numbering of the probes' order
     outcome: dict[str, Any] = field(default_factory=dict)  # see sweep/trial.py
-    earlier: dict[str, float] = field(default_factory=dict)  # costs of lives before the last one
-    closed: bool = False  # MLflow knows how it ended
+    earlier_costs: dict[str, float] = field(default_factory=dict)  # before it was interrupted
+    logged: bool = False  # its end is in MLflow
 
     @property
     def name(self) -> str:
-        """Of its training run, so of its folder."""
+        """Name of its training run and folder."""
         return f"trial-{self.number:05d}"
 
     @property
     def label(self) -> str:
-        """Its values for a person, as `kind=cosine num_steps=1000`."""
+        """Its values to read, as `kind=cosine num_steps=1000`."""
         return " ".join(f"{key.rpartition('.')[2]}={_text(v)}" for key, v in self.values.items())
 
     @property
@@ -58,13 +61,17 @@ class Trial:
         """Its final scores; empty unless it finished."""
         return dict(self.outcome.get("metrics", {})) if self.status == "finished" else {}
 
+    def to_json(self) -> dict[str, Any]:
+        """Return the trial as plain JSON, under its stored names."""
+        return {STORED_NAMES.get(name, name): value for name, value in asdict(self).items()}
 
-class Ledger:
+
+class TrialStore:
     """The trials of one sweep, in memory and below `folder`; one process writes.
 
-    Within it Tune's thread notes what happens to trials while the main thread tells MLflow of those
-    that are over: a trial's status is set after all that belongs to it, and a lock keeps its object
-    from changing while it is written. Raises StorageError where a file of theirs holds no trial.
+    Tune's thread records events while the main thread sends ended trials to MLflow. So a trial's
+    status is set after the fields that belong to it, and a lock is held while a trial is written.
+    Raises StorageError where a stored file is not a trial.
     """
 
     def __init__(self, folder: str) -> None:
@@ -76,7 +83,7 @@ class Ledger:
         self._order = 1 + max((order for order, _, _ in self.events()), default=-1)
 
     def add(self, values: dict[str, Any], branch: int = 0, **facts: Any) -> Trial:
-        """A new trial, written down before anything is done about it."""
+        """Create and store a new trial."""
         with self._lock:
             trial = Trial(len(self.trials), values, branch, **facts)
             status, trial.status = trial.status, "running"
@@ -84,11 +91,11 @@ class Ledger:
             if status == "running":
                 self.write(trial)
             else:
-                self.end(trial, status, trial.reason)
+                self.record_end(trial, status, trial.reason)
             return trial
 
-    def probe(self, trial: Trial, probe: dict[str, Any]) -> bool:
-        """Note a loss at a step; False for a step that it has reported before."""
+    def add_probe(self, trial: Trial, probe: dict[str, Any]) -> bool:
+        """Record a validation loss; returns False for a step that was reported before."""
         with self._lock:
             if trial.probes and probe["step"] <= trial.probes[-1]["step"]:
                 return False
@@ -96,34 +103,34 @@ class Ledger:
             self.write(trial)
             return True
 
-    def end(self, trial: Trial, status: Status, reason: str = "", **outcome: Any) -> None:
-        """Note how the trial ended; once ended it stays so."""
+    def record_end(self, trial: Trial, status: Status, reason: str = "", **outcome: Any) -> None:
+        """Record how the trial ended; only the first end counts."""
         with self._lock:
             if trial.ended_order >= 0:
                 return
-            earlier = trial.earlier
+            earlier = trial.earlier_costs
             costs = {key: outcome[key] + earlier.get(key, 0.0) for key in COSTS if key in outcome}
             trial.outcome |= outcome | costs
             trial.reason, trial.ended_order = reason, self._tick()
-            trial.status = status  # last: whoever sees it may read the rest
+            trial.status = status  # last: other threads read the rest once they see it
             self.write(trial)
 
-    def interrupted(self, trial: Trial, outcome: dict[str, Any]) -> None:
-        """Note, once, what a life cost whose trial goes on; one that is killed tells nothing."""
+    def record_interruption(self, trial: Trial, outcome: dict[str, Any]) -> None:
+        """Record, once, the cost of a trial that was stopped and will continue."""
         ended = outcome.get("ended", 0.0)
         with self._lock:
-            if ended > trial.earlier.get("ended", -1.0):
-                costs = {k: outcome.get(k, 0.0) + trial.earlier.get(k, 0.0) for k in COSTS}
-                trial.earlier = costs | {"ended": ended}
+            if ended > trial.earlier_costs.get("ended", -1.0):
+                costs = {k: outcome.get(k, 0.0) + trial.earlier_costs.get(k, 0.0) for k in COSTS}
+                trial.earlier_costs = costs | {"ended": ended}
                 self.write(trial)
 
     def write(self, trial: Trial) -> None:
-        """Make what is known of `trial` durable; raises StorageError."""
+        """Write `trial` to storage. Raises StorageError."""
         with self._lock:
-            checksummed_json.write(self._url(trial.number), asdict(trial))
+            checksummed_json.write(self._url(trial.number), trial.to_json())
 
     def events(self) -> Iterator[tuple[int, Trial, dict[str, Any] | None]]:
-        """Probes and ends (None) of all trials, in the order in which they happened."""
+        """Yield (order, trial, probe) of all trials in order of time; probe is None for an end."""
         probes = [(p["order"], trial, p) for trial in self.trials for p in trial.probes]
         ends = [(t.ended_order, t, None) for t in self.trials if t.ended_order >= 0]
         yield from sorted([*probes, *ends], key=lambda event: event[0])
@@ -138,15 +145,16 @@ class Ledger:
 
 def _read(url: str) -> Trial:
     try:
-        trial = Trial(**checksummed_json.read(url))
+        stored = dict(**checksummed_json.read(url))
+        trial = Trial(**{FIELD_NAMES.get(name, name): value for name, value in stored.items()})
         trial.values = current_values(RunConfig, trial.values)
         return trial
-    except (ChecksumError, TypeError, AttributeError) as error:  # also keys too few or too many
-        told = error.args[1] if isinstance(error, ChecksumError) else str(error)
-        reason = told.removeprefix("Trial.__init__() ").splitlines()[0]
-        remedy = "put a whole copy of it back, or begin the sweep under another name"
+    except (ChecksumError, TypeError, AttributeError) as error:  # also missing or unknown keys
+        text = error.args[1] if isinstance(error, ChecksumError) else str(error)
+        reason = text.removeprefix("Trial.__init__() ").splitlines()[0]
+        remedy = "restore a complete copy, or start the sweep under another name"
         raise StorageError(
-            url, f"this file holds no trial of a sweep ({reason})", remedy
+            url, f"this file is not a trial of a sweep ({reason})", remedy
         ) from error
 
 

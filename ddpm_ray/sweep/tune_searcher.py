@@ -1,4 +1,4 @@
-"""The book of a sweep as Ray Tune's searcher: what Tune asks and hears, and places left behind."""
+"""Adapter from TrialScheduler to Ray Tune's Searcher; releases resources of dead trial drivers."""
 
 import json
 import logging
@@ -9,70 +9,72 @@ from ray.tune.search import Searcher
 
 from ddpm_ray.distributed import placement_groups
 from ddpm_ray.sweep.trial import EVENT
-from ddpm_ray.sweep.trial_scheduler import Book
+from ddpm_ray.sweep.trial_scheduler import TrialScheduler
 from ddpm_ray.sweep.trial_store import Trial
 
 log = logging.getLogger(__name__)
 
-DIED = "killed, or its node was lost; Ray's logs say more"
+DIED = "killed, or its node was lost; see Ray's logs"
 
 
-class Candidates(Searcher):  # type: ignore[misc]  # Ray's types are not followed
-    """Gives Tune at most `at_once` trials of the book side by side, and the book Tune's reports.
+class TuneSearcher(Searcher):  # type: ignore[misc]  # Ray's types are not followed
+    """Gives Tune at most `at_once` concurrent trials, and passes their reports to the scheduler.
 
-    `brief` is what a trial's driver is told. Where such a driver dies it cannot give back the place
-    of its workers; Ray would keep it until the sweep's end.
+    `assign(trial)` returns the arguments of a trial's driver. A driver that dies cannot remove the
+    placement group of its workers, and Ray would reserve it until the sweep ends: see below.
     """
 
-    def __init__(self, book: Book, brief: Callable[[Trial], dict[str, Any]], at_once: int) -> None:
+    def __init__(
+        self, scheduler: TrialScheduler, assign: Callable[[Trial], dict[str, Any]], at_once: int
+    ) -> None:
         super().__init__(metric=EVENT, mode="min")
-        self._book, self._brief, self._at_once = book, brief, at_once
+        self._scheduler, self._assign, self._at_once = scheduler, assign, at_once
         self._numbers: dict[str, int] = {}  # by Tune's trial id
-        self._places: dict[int, str] = {}  # placement groups of the trials at work
-        self._died = False  # a driver did, and nobody knows yet which place its workers had
+        self._groups: dict[int, str] = {}  # placement groups of the running trials, by number
+        self._died = False  # a driver died before its placement group was known
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        """What the next trial's driver is told; None for the moment, FINISHED for good."""
-        if self._died or len(self._book.active) >= self._at_once:
-            return None  # also until it is known which place was lost: it may be the last one
-        trial = self._book.next()
+        """Return the arguments of the next trial's driver; None: none now; FINISHED: no more."""
+        if self._died or len(self._scheduler.active) >= self._at_once:
+            return None  # also until the lost placement group is found: it may hold the last CPUs
+        trial = self._scheduler.next()
         if trial is None:
             finished: str = Searcher.FINISHED
-            return None if self._book.active else finished
+            return None if self._scheduler.active else finished
         self._numbers[trial_id] = trial.number
-        return self._brief(trial)
+        return self._assign(trial)
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """Pass an event on to the book."""
+        """Pass an event on to the scheduler."""
         event = json.loads(result[EVENT])
         if event["kind"] == "group":
-            self._places[event["number"]] = event["group"]
-            self._free_lost_places()
+            self._groups[event["number"]] = event["group"]
+            self._remove_lost_groups()
         else:
-            self._book.heard(event)
+            self._scheduler.on_event(event)
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        """A trial's driver returned, or died."""
+        """Handle the exit of a trial's driver: it returned, or died."""
         number = self._numbers.pop(trial_id)
-        place = self._places.pop(number, None)
-        self._book.left(number, DIED if error else "")
-        if error and place is not None:
-            placement_groups.remove(place)
-        self._died = self._died or (error and place is None)
-        self._free_lost_places()
+        group = self._groups.pop(number, None)
+        self._scheduler.on_exit(number, DIED if error else "")
+        if error and group is not None:
+            placement_groups.remove(group)
+        self._died = self._died or (error and group is None)
+        self._remove_lost_groups()
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing: the ledger holds all that outlives a driver."""
+        """Do nothing: TrialStore stores all that must outlast a driver."""
 
     def restore(self, checkpoint_path: str) -> None:
-        """Nothing."""
+        """Do nothing."""
 
-    def _free_lost_places(self) -> None:
-        """Once each trial at work has told its place, those of this job that are left are lost."""
-        if self._died and self._places.keys() >= self._book.active:
-            for group in placement_groups.worker_groups() - set(self._places.values()):
-                log.warning("a place of workers whose driver died is given back")
+    def _remove_lost_groups(self) -> None:
+        """Remove placement groups that no running trial claims, once each has reported its own."""
+        if self._died and self._groups.keys() >= self._scheduler.active:
+            for group in placement_groups.worker_groups() - set(self._groups.values()):
+                log.warning("a trial's driver died; its workers' placement group is removed")
                 placement_groups.remove(group)
             self._died = False

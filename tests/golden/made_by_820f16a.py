@@ -92,9 +92,9 @@ def run_sweep(home: Path, interrupted: int | None = None) -> tuple[list[int], li
         stops = begun[-1] == interrupted and progress.step >= HALF
         return Command.STOP if stops else Command.NONE
 
-    def work(told: dict[str, Any], **settings: Any) -> None:
-        begun.append(told["number"])
-        run_trial(told, **settings)
+    def work(assignment: dict[str, Any], **settings: Any) -> None:
+        begun.append(assignment["number"])
+        run_trial(assignment, **settings)
 
     with _without_tune(lambda: begun[-1:] == [interrupted]), without_ray(command):
         outcome = driver.sweep(config, home, lambda *_: None, work)
@@ -156,22 +156,22 @@ def _sha256(data: bytes) -> str:
 def _without_tune(stops: Callable[[], bool]) -> Iterator[None]:
     """A sweep's trials run one after the other in this process, until `stops()`."""
 
-    def run_all(function: Callable[[Any], None], candidates: Any) -> None:
+    def run_all(function: Callable[[Any], None], searcher: Any) -> None:
         for trial_id in map(str, itertools.count()):
-            told = candidates.suggest(trial_id)
-            if told is None or told == Searcher.FINISHED:
+            assignment = searcher.suggest(trial_id)
+            if assignment is None or assignment == Searcher.FINISHED:
                 return
-            report = partial(candidates.on_trial_result, trial_id)
+            report = partial(searcher.on_trial_result, trial_id)
             with mock.patch("ray.tune.report", report):
-                function(told)
-            candidates.on_trial_complete(trial_id)
-            candidates._book.closing = stops()
+                function(assignment)
+            searcher.on_trial_complete(trial_id)
+            searcher._scheduler.closing = stops()
 
-    board = mock.MagicMock()
-    board.return_value.is_to_stop.return_value = False
+    stop_signals = mock.MagicMock()
+    stop_signals.return_value.is_set.return_value = False
     with (
         mock.patch.object(driver, "_run_tune", run_all),
-        mock.patch.object(driver, "Board", board),
+        mock.patch.object(driver, "StopSignals", stop_signals),
         mock.patch("ray.tune.with_parameters", partial),
         mock.patch.object(worker_group, "connect"),
         mock.patch.object(capacity, "trials_at_once", return_value=1),

@@ -15,7 +15,7 @@ from ddpm_ray.config.run import RunConfig
 from ddpm_ray.runs import run_identity
 from ddpm_ray.runs.run_identity import CLAIMS, IDENTITY, claim
 from ddpm_ray.storage import checksummed_json, object_store
-from ddpm_ray.sweep.trial_store import Ledger
+from ddpm_ray.sweep.trial_store import TrialStore
 from ddpm_ray.training.checkpoints import CHECKPOINTS, CheckpointStore
 from ddpm_ray.training.state import Snapshot
 from tests.limits import ENDS_S
@@ -139,7 +139,7 @@ def test_a_checkpoint_of_another_data_set_is_told(tmp_path: Path) -> None:
 
 
 def test_a_sweep_whose_identity_is_lost_is_not_begun_over_its_trials(tmp_path: Path) -> None:
-    Ledger(str(tmp_path)).add({"seed": 1})
+    TrialStore(str(tmp_path)).add({"seed": 1})
     with pytest.raises(ConfigError, match=r"trials of a sweep, but its run\.json is lost; put it"):
         claim(str(tmp_path), begun(sweep={}), nothing)
 

@@ -19,7 +19,7 @@ from ddpm_ray.runs.run_identity import IDENTITY, claim
 from ddpm_ray.storage import checksummed_json
 from ddpm_ray.storage.file_formats import NewerFormatError, package_version
 from ddpm_ray.sweep import driver
-from ddpm_ray.sweep.trial_store import Ledger
+from ddpm_ray.sweep.trial_store import TrialStore
 from ddpm_ray.training import checkpoints
 from ddpm_ray.training.checkpoints import CheckpointStore
 from ddpm_ray.training.ema_snapshots import SnapshotStore
@@ -60,8 +60,8 @@ def a_run(folder: Path) -> tuple[Path, Callable[[], Any]]:
 
 
 def a_trial(folder: Path) -> tuple[Path, Callable[[], Any]]:
-    Ledger(str(folder)).add({"seed": 1})
-    return folder / "trials/00000.json", lambda: Ledger(str(folder))
+    TrialStore(str(folder)).add({"seed": 1})
+    return folder / "trials/00000.json", lambda: TrialStore(str(folder))
 
 
 def an_ema_snapshot(folder: Path) -> tuple[Path, Callable[[], Any]]:
@@ -173,7 +173,7 @@ def test_a_key_of_a_later_version_names_that_version(tmp_path: Path) -> None:
 
     found = {"sweep": with_a_new_key(SweepConfig()), "version": LATER, "folder": "there"}
     with pytest.raises(ConfigError, match=rf"^there: a saved config has run\.{NEW_KEY}"):
-        driver._differing(SweepConfig(), found)
+        driver._changed_keys(SweepConfig(), found)
 
     facts = {"config": with_a_new_key(load(RunConfig, None, GIVEN)), "version": LATER}
     CheckpointStore(str(tmp_path / "trained/checkpoints")).save(snapshot(1, **facts))

@@ -15,8 +15,8 @@ from ddpm_ray.sweep.leaderboard import (
     as_html,
     as_markdown,
     as_text,
-    census,
     standings,
+    status_counts,
 )
 from ddpm_ray.sweep.trial_store import Status, Trial
 
@@ -122,7 +122,7 @@ def test_ends_stand_in_order_and_stopped_ones_by_the_loss_at_which_they_stopped(
     rows = standings(trials, METRIC)
     assert [row.number for row in rows] == [7, 5, 4, 8, 6, 3, 2, 1, 0]
     assert [row.loss for row in rows if row.status == "stopped"] == [0.2, 0.9]
-    assert census(rows) == "4 finished, 1 running, 2 stopped, 1 pruned, 1 failed"
+    assert status_counts(rows) == "4 finished, 1 running, 2 stopped, 1 pruned, 1 failed"
 
 
 @pytest.mark.parametrize(

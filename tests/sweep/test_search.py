@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from ddpm_ray.config.sweep import Branch, SearchConfig, is_range
 from ddpm_ray.sweep.search import Proposal, propose, total_trials
-from ddpm_ray.sweep.trial_store import Ledger, Trial
+from ddpm_ray.sweep.trial_store import Trial, TrialStore
 
 FID = "eval/fid"
 GRID: list[Branch] = [
@@ -209,19 +209,19 @@ def test_what_tpe_proposes_lies_in_the_space_whatever_became_of_the_trials(
 
 def test_tpe_goes_on_after_a_crash_as_if_there_had_been_none(tmp_path: Path) -> None:
     """From the files alone; and it changes nothing in what it is told."""
-    search, ledger = SearchConfig(kind="tpe", trials=16, seed=4), Ledger(str(tmp_path))
-    while proposal := propose(MIXED, search, ledger.trials, FID):
-        before = copy.deepcopy(ledger.trials)
-        assert propose(MIXED, search, Ledger(str(tmp_path)).trials, FID) == proposal
-        assert ledger.trials == before
-        number = len(ledger.trials)
-        trial = ledger.add(proposal[1], proposal[0])
-        ledger.probe(trial, {"step": 10, "loss": 0.1 * (number % 7)})
+    search, store = SearchConfig(kind="tpe", trials=16, seed=4), TrialStore(str(tmp_path))
+    while proposal := propose(MIXED, search, store.trials, FID):
+        before = copy.deepcopy(store.trials)
+        assert propose(MIXED, search, TrialStore(str(tmp_path)).trials, FID) == proposal
+        assert store.trials == before
+        number = len(store.trials)
+        trial = store.add(proposal[1], proposal[0])
+        store.add_probe(trial, {"step": 10, "loss": 0.1 * (number % 7)})
         if number % 3:
-            ledger.end(trial, "finished", metrics={FID: float(number % 5)})
+            store.record_end(trial, "finished", metrics={FID: float(number % 5)})
         elif number % 2:
-            ledger.end(trial, "stopped", "asha")
-    assert len(ledger.trials) == 16
+            store.record_end(trial, "stopped", "asha")
+    assert len(store.trials) == 16
 
 
 def test_tpe_finds_the_better_half_more_often_than_random() -> None:

@@ -29,7 +29,7 @@ class Weather:
         assert isinstance(met, Outcome)
         return met
 
-    def lets_wait(self, wait_s: float) -> bool:
+    def sleep(self, wait_s: float) -> bool:
         self.waited_s.append(wait_s)
         return True
 
@@ -37,7 +37,7 @@ class Weather:
 @pytest.mark.parametrize("outages", [0, 1, 2, 3])
 def test_it_goes_on_when_the_outage_is_over(outages: int) -> None:
     weather = Weather(*[OUT, FULL, OUT][:outages], DONE)
-    assert trial.patiently(weather.train, weather.lets_wait) is DONE
+    assert trial.retry_outages(weather.train, weather.sleep) is DONE
     assert weather.waited_s == list(trial.RETRY_S[:outages])
     assert weather.waited_s == sorted(weather.waited_s), "each time longer"
 
@@ -45,17 +45,17 @@ def test_it_goes_on_when_the_outage_is_over(outages: int) -> None:
 def test_it_fails_where_the_outage_does_not_end() -> None:
     weather = Weather(OUT, FULL, OUT, FULL)
     with pytest.raises(StorageError, match="s3://bucket: no answer; try again"):
-        trial.patiently(weather.train, weather.lets_wait)
+        trial.retry_outages(weather.train, weather.sleep)
 
 
 def test_a_trial_that_fails_by_itself_is_not_tried_again() -> None:
     weather = Weather(RunFailedError("the loss is nan"), DONE)
     with pytest.raises(RunFailedError, match="the loss is nan"):
-        trial.patiently(weather.train, weather.lets_wait)
+        trial.retry_outages(weather.train, weather.sleep)
     assert not weather.waited_s
 
 
 def test_who_is_to_stop_does_not_wait() -> None:
     weather = Weather(OUT, DONE)
     with pytest.raises(TrackingError, match="MLflow does not answer"):
-        trial.patiently(weather.train, lambda _: False)
+        trial.retry_outages(weather.train, lambda _: False)

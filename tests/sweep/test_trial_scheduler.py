@@ -12,8 +12,8 @@ from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.sweep import StoppingConfig, SweepConfig
 from ddpm_ray.diffusion.schedule_diagnostics import Appraisal
 from ddpm_ray.storage import object_store
-from ddpm_ray.sweep.trial_scheduler import Book
-from ddpm_ray.sweep.trial_store import Ledger
+from ddpm_ray.sweep.trial_scheduler import TrialScheduler
+from ddpm_ray.sweep.trial_store import TrialStore
 
 KEY = "schedule.num_steps"
 IMPOSSIBLE, BLIND, USELESS = 1, 3, 4  # values of KEY
@@ -32,11 +32,13 @@ def config(*choices: int) -> SweepConfig:
 
 
 class Driver:
-    """A book, and what it asked of the world."""
+    """A scheduler, and what it asked of the world."""
 
     def __init__(self, folder: Path, sweep: SweepConfig) -> None:
         self.asked, self.stopped, self.begun = list[int](), list[int](), list[int]()
-        self.book = Book(sweep, Ledger(str(folder)), self._appraise, self.stopped.append)
+        self.scheduler = TrialScheduler(
+            sweep, TrialStore(str(folder)), self._appraise, self.stopped.append
+        )
 
     def _appraise(self, values: dict[str, Any]) -> Appraisal:
         self.asked.append(values[KEY])
@@ -46,7 +48,7 @@ class Driver:
 
     def fill(self) -> None:
         """Begin trials as long as there are any and one of two slots is free."""
-        while len(busy := set(self.book.active)) < 2 and (trial := self.book.next()):
+        while len(busy := set(self.scheduler.active)) < 2 and (trial := self.scheduler.next()):
             assert trial.number not in busy
             self.begun.append(trial.number)
 
@@ -83,7 +85,7 @@ ENDS = [
      "without, above pruning.max_prior_bits_per_dim=0.01"),
     ("failed", "schedule.num_steps is 1; give it 2"),
     ("stopped", "its common loss is nan at step 10"),
-    ("failed", "it reported eval/kid, but no eval/fid"),
+    ("failed", "it reported eval/kid, but not eval/fid"),
     ("pruned", "75% of its steps are at noise levels where nothing can be learnt, above "
      "pruning.max_useless_share=0.6"),
 ]  # fmt: skip
@@ -94,10 +96,10 @@ def take(driver: Driver, event: dict[str, Any]) -> None:
     driver.fill()
     number = event["number"]
     if event["kind"] == "left":
-        return driver.book.left(number, event["error"])
-    if event["kind"] == "ended" and driver.book.ledger.trials[number].status == "running":
+        return driver.scheduler.on_exit(number, event["error"])
+    if event["kind"] == "ended" and driver.scheduler.store.trials[number].status == "running":
         assert (number in driver.stopped) == (number in (1, 5)), "else it would not end so"
-    return driver.book.heard(event)
+    return driver.scheduler.on_event(event)
 
 
 def files(folder: Path) -> dict[str, str]:
@@ -110,7 +112,7 @@ def unbroken(folder: Path, times: int = 1) -> Driver:
     for event in SCRIPT:
         take(driver, event)
         for _ in range(times - 1 if event["kind"] != "left" else 0):
-            driver.book.heard(event)
+            driver.scheduler.on_event(event)
     return driver
 
 
@@ -121,17 +123,17 @@ def test_a_trial_costs_what_all_its_lives_cost(tmp_path: Path) -> None:
         driver.fill()
         event = ended(0, finished, fid=7.0)
         event["outcome"] |= {"ended": float(life), "worker_s": worker_s}
-        driver.book.heard(event)
-        driver.book.left(0)
-    (trial,) = driver.book.ended
+        driver.scheduler.on_event(event)
+        driver.scheduler.on_exit(0)
+    (trial,) = driver.scheduler.ended
     assert trial.outcome["worker_s"] == 14.0
 
 
 def test_each_end_has_its_reason_and_no_doomed_schedule_is_begun(tmp_path: Path) -> None:
     driver = unbroken(tmp_path)
-    assert [(trial.status, trial.reason) for trial in driver.book.ended] == ENDS
-    assert driver.book.total == len(ENDS)
-    assert driver.book.next() is None
+    assert [(trial.status, trial.reason) for trial in driver.scheduler.ended] == ENDS
+    assert driver.scheduler.total == len(ENDS)
+    assert driver.scheduler.next() is None
     assert driver.begun == [0, 1, 2, 2, 5, 6, 6]
     assert driver.stopped == [1, 5]
 
@@ -143,7 +145,7 @@ def test_a_crash_at_any_event_changes_no_end_and_repeats_nothing(
     whole, first = unbroken(tmp_path / "unbroken"), Driver(tmp_path / "broken", SWEEP)
     for event in SCRIPT[:crash]:
         take(first, event)
-    over = {trial.number for trial in first.book.ended}
+    over = {trial.number for trial in first.scheduler.ended}
     second = Driver(tmp_path / "broken", SWEEP)
     for event in SCRIPT[crash:]:
         take(second, event)
@@ -178,7 +180,9 @@ def test_a_crash_at_any_write_changes_no_end(
                 take(driver, event)
             except Killed:
                 driver = Driver(folder, SWEEP)
-                if event != left(2, "died") or not any(t.losses for t in driver.book.ledger.trials):
+                if event != left(2, "died") or not any(
+                    t.driver_failures for t in driver.scheduler.store.trials
+                ):
                     take(driver, event)
         assert files(folder) == files(tmp_path / "unbroken")
 
@@ -188,23 +192,23 @@ def test_a_trial_fails_whose_driver_dies_each_time(tmp_path: Path) -> None:
     for losses in range(3):
         driver = Driver(tmp_path, config(10, 20))
         driver.fill()
-        assert driver.book.ledger.trials[0].losses == losses
-        driver.book.left(0, "node lost")
-    (trial,) = driver.book.ended
+        assert driver.scheduler.store.trials[0].driver_failures == losses
+        driver.scheduler.on_exit(0, "node lost")
+    (trial,) = driver.scheduler.ended
     assert (trial.number, trial.status) == (0, "failed")
     assert trial.reason == "its driver died 3 times: node lost"
     driver.fill()
-    assert driver.book.active == {1}
+    assert driver.scheduler.active == {1}
 
 
 def test_closing_begins_nothing(tmp_path: Path) -> None:
     driver = Driver(tmp_path, config(10, 20, 30))
     driver.fill()
-    driver.book.closing = True
-    driver.book.left(0, "died")
-    assert driver.book.next() is None
-    driver.book.heard(ended(1, fid=1.0))
-    assert [trial.status for trial in driver.book.ledger.trials] == ["running", "finished"]
+    driver.scheduler.closing = True
+    driver.scheduler.on_exit(0, "died")
+    assert driver.scheduler.next() is None
+    driver.scheduler.on_event(ended(1, fid=1.0))
+    assert [trial.status for trial in driver.scheduler.store.trials] == ["running", "finished"]
 
 
 def test_an_event_that_comes_twice_is_taken_once(tmp_path: Path) -> None:

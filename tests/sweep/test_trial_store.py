@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from ddpm_ray.storage.checksummed_json import encode, read
 from ddpm_ray.storage.object_store import StorageError
-from ddpm_ray.sweep.trial_store import Ledger, Status, Trial
+from ddpm_ray.sweep.trial_store import Status, Trial, TrialStore
 from tests.limits import ENDS_S
 
 Operation = tuple[str, int, Any]  # what is done, to which trial (modulo their number), with what
@@ -32,21 +32,21 @@ OPERATIONS: st.SearchStrategy[Operation] = st.one_of(
 )
 
 
-def do(ledger: Ledger, operation: Operation) -> None:
+def do(store: TrialStore, operation: Operation) -> None:
     kind, number, what = operation
     if kind == "add":
-        ledger.add(what, branch=number)
+        store.add(what, branch=number)
     elif kind == "add ended":
-        ledger.add({"seed": 1}, number, status=what, reason="so", appraisal={"useless_share": 0.7})
-    elif ledger.trials:
-        trial = ledger.trials[number % len(ledger.trials)]
+        store.add({"seed": 1}, number, status=what, reason="so", appraisal={"useless_share": 0.7})
+    elif store.trials:
+        trial = store.trials[number % len(store.trials)]
         if kind == "probe":
-            ledger.probe(trial, {"step": what[0], "loss": what[1], "spectrum": [what[1], 0.5]})
+            store.add_probe(trial, {"step": what[0], "loss": what[1], "spectrum": [what[1], 0.5]})
         elif kind == "end":
-            ledger.end(trial, what, "because", metrics={"eval/fid": 3.5}, step=what)
+            store.record_end(trial, what, "because", metrics={"eval/fid": 3.5}, step=what)
         else:
-            trial.losses += 1
-            ledger.write(trial)
+            trial.driver_failures += 1
+            store.write(trial)
 
 
 def told(trials: list[Trial]) -> list[str]:
@@ -59,12 +59,12 @@ def told(trials: list[Trial]) -> list[str]:
 def test_what_is_read_back_is_what_was_written_at_any_cut(operations: list[Operation]) -> None:
     """A driver that is another one before each operation comes as far as one that lives on."""
     with tempfile.TemporaryDirectory() as unbroken, tempfile.TemporaryDirectory() as broken:
-        whole = Ledger(unbroken)
+        whole = TrialStore(unbroken)
         for operation in operations:
             do(whole, operation)
-            do(Ledger(broken), operation)
-            assert told(Ledger(unbroken).trials) == told(whole.trials)
-            assert told(Ledger(broken).trials) == told(whole.trials)
+            do(TrialStore(broken), operation)
+            assert told(TrialStore(unbroken).trials) == told(whole.trials)
+            assert told(TrialStore(broken).trials) == told(whole.trials)
 
 
 @given(st.lists(OPERATIONS, max_size=12))
@@ -72,11 +72,11 @@ def test_what_is_read_back_is_what_was_written_at_any_cut(operations: list[Opera
 def test_events_come_in_the_order_in_which_they_happened(operations: list[Operation]) -> None:
     """Counted from 0 without gaps; each operation adds one at the end, or none."""
     with tempfile.TemporaryDirectory() as folder:
-        ledger = Ledger(folder)
+        store = TrialStore(folder)
         before: list[tuple[int, int, bool]] = []
         for operation in operations:
-            do(ledger, operation)
-            events = [(order, trial.number, p is None) for order, trial, p in ledger.events()]
+            do(store, operation)
+            events = [(order, trial.number, p is None) for order, trial, p in store.events()]
             assert events[: len(before)] == before
             assert len(events) - len(before) in (0, 1)
             before = events
@@ -84,9 +84,9 @@ def test_events_come_in_the_order_in_which_they_happened(operations: list[Operat
 
 
 def test_trials_are_numbered_in_files_as_told(tmp_path: Path) -> None:
-    ledger = Ledger(str(tmp_path))
+    store = TrialStore(str(tmp_path))
     for number in range(3):
-        assert ledger.add({"seed": number}).number == number
+        assert store.add({"seed": number}).number == number
     names = ["00000.json", "00001.json", "00002.json"]
     assert sorted(path.name for path in (tmp_path / "trials").iterdir()) == names
     assert read(str(tmp_path / "trials/00002.json"))["values"] == {"seed": 2}
@@ -94,35 +94,35 @@ def test_trials_are_numbered_in_files_as_told(tmp_path: Path) -> None:
 
 def test_a_step_that_was_reported_is_not_noted_again(tmp_path: Path) -> None:
     """Also by a driver that has it from the file: a trial replays steps after a crash."""
-    trial = Ledger(str(tmp_path)).add({"seed": 1})
+    trial = TrialStore(str(tmp_path)).add({"seed": 1})
     for step, loss, new in [(10, 0.5, True), (10, 0.4, False), (5, 0.3, False), (20, 0.2, True)]:
-        ledger = Ledger(str(tmp_path))
-        assert ledger.probe(ledger.trials[trial.number], {"step": step, "loss": loss}) == new
-    assert [(p["step"], p["loss"]) for p in ledger.trials[0].probes] == [(10, 0.5), (20, 0.2)]
+        store = TrialStore(str(tmp_path))
+        assert store.add_probe(store.trials[trial.number], {"step": step, "loss": loss}) == new
+    assert [(p["step"], p["loss"]) for p in store.trials[0].probes] == [(10, 0.5), (20, 0.2)]
 
 
 def test_what_its_lives_cost_is_added_up(tmp_path: Path) -> None:
     """Each life once, also where its end is told twice, to another driver."""
-    trial = Ledger(str(tmp_path)).add({"seed": 1})
+    trial = TrialStore(str(tmp_path)).add({"seed": 1})
     for ended, worker_s, busy_s in [(5.0, 10.0, 6.0), (5.0, 10.0, 6.0), (9.0, 4.0, 1.0)]:
-        ledger = Ledger(str(tmp_path))
+        store = TrialStore(str(tmp_path))
         life = {"ended": ended, "worker_s": worker_s, "busy_s": busy_s, "metrics": {}}
-        ledger.interrupted(ledger.trials[trial.number], life)
-    ledger = Ledger(str(tmp_path))
-    assert ledger.trials[0].status == "running"
-    ledger.end(ledger.trials[0], "finished", worker_s=100.0, busy_s=50.0, step=40)
-    assert ledger.trials[0].outcome == {"worker_s": 114.0, "busy_s": 57.0, "step": 40}
+        store.record_interruption(store.trials[trial.number], life)
+    store = TrialStore(str(tmp_path))
+    assert store.trials[0].status == "running"
+    store.record_end(store.trials[0], "finished", worker_s=100.0, busy_s=50.0, step=40)
+    assert store.trials[0].outcome == {"worker_s": 114.0, "busy_s": 57.0, "step": 40}
 
 
 @pytest.mark.parametrize("first", ENDED)
 def test_once_ended_it_stays_so(first: Status, tmp_path: Path) -> None:
-    ledger = Ledger(str(tmp_path))
-    trial = ledger.add({"seed": 1})
-    ledger.end(trial, first, "the first reason", step=5)
+    store = TrialStore(str(tmp_path))
+    trial = store.add({"seed": 1})
+    store.record_end(trial, first, "the first reason", step=5)
     once = told([trial])
     for status in ENDED:
-        ledger.end(trial, status, "another", step=6)
-    assert told([trial]) == told(Ledger(str(tmp_path)).trials) == once
+        store.record_end(trial, status, "another", step=6)
+    assert told([trial]) == told(TrialStore(str(tmp_path)).trials) == once
 
 
 def test_only_a_finished_trial_has_scores() -> None:
@@ -153,16 +153,16 @@ def test_a_file_that_holds_no_trial_is_told_in_a_line(
     content: bytes, says: str, tmp_path: Path
 ) -> None:
     """Passed over, it would be a trial that is tried again while those after it are lost."""
-    ledger = Ledger(str(tmp_path))
+    store = TrialStore(str(tmp_path))
     for number in range(3):
-        ledger.add({"seed": number})
+        store.add({"seed": number})
     file = tmp_path / "trials/00001.json"
     file.write_bytes(content)
-    with pytest.raises(StorageError, match=rf"holds no trial of a sweep \(.*{says}") as error:
-        Ledger(str(tmp_path))
+    with pytest.raises(StorageError, match=rf"is not a trial of a sweep \(.*{says}") as error:
+        TrialStore(str(tmp_path))
     (line,) = str(error.value).splitlines()
     assert line.startswith(f"{file}: ")
-    assert line.endswith("; put a whole copy of it back, or begin the sweep under another name")
+    assert line.endswith("; restore a complete copy, or start the sweep under another name")
 
 
 def test_who_sees_that_a_trial_ended_sees_how(
@@ -176,10 +176,10 @@ def test_who_sees_that_a_trial_ended_sees_how(
         if trial.__dict__.get("status", "running") != "running":
             seen.append((trial.status, trial.reason, dict(trial.outcome), trial.ended_order))
 
-    ledger = Ledger(str(tmp_path))
-    trial = ledger.add({"seed": 1})
+    store = TrialStore(str(tmp_path))
+    trial = store.add({"seed": 1})
     monkeypatch.setattr(Trial, "__setattr__", set_and_look)
-    ledger.end(trial, "stopped", "because", worker_s=3.0)
+    store.record_end(trial, "stopped", "because", worker_s=3.0)
     assert set(map(str, seen)) == {str(("stopped", "because", {"worker_s": 3.0}, 0))}
 
 
@@ -187,9 +187,9 @@ def test_a_trial_does_not_change_while_it_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A probe that comes while the main thread writes waits until that is done."""
-    ledger = Ledger(str(tmp_path))
-    trial = ledger.add({"seed": 1})
-    noted = threading.Thread(target=ledger.probe, args=(trial, {"step": 1, "loss": 0.5}))
+    store = TrialStore(str(tmp_path))
+    trial = store.add({"seed": 1})
+    noted = threading.Thread(target=store.add_probe, args=(trial, {"step": 1, "loss": 0.5}))
 
     def interrupted(of: Trial) -> dict[str, Any]:
         monkeypatch.setattr("ddpm_ray.sweep.trial_store.asdict", asdict)  # once
@@ -199,6 +199,6 @@ def test_a_trial_does_not_change_while_it_is_written(
         return asdict(of)
 
     monkeypatch.setattr("ddpm_ray.sweep.trial_store.asdict", interrupted)
-    ledger.write(trial)
+    store.write(trial)
     noted.join(ENDS_S)
     assert [probe["step"] for probe in trial.probes] == [1]

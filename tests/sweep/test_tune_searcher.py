@@ -11,21 +11,23 @@ from ddpm_ray.config.sweep import SweepConfig
 from ddpm_ray.diffusion.schedule_diagnostics import Appraisal
 from ddpm_ray.distributed import placement_groups
 from ddpm_ray.sweep.trial import EVENT
-from ddpm_ray.sweep.trial_scheduler import Book
-from ddpm_ray.sweep.trial_store import Ledger
-from ddpm_ray.sweep.tune_searcher import Candidates
+from ddpm_ray.sweep.trial_scheduler import TrialScheduler
+from ddpm_ray.sweep.trial_store import TrialStore
+from ddpm_ray.sweep.tune_searcher import TuneSearcher
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Ray's and MLflow's
 
 
 class Cluster:
-    """Candidates of four trials, two at once, and the places that Ray keeps for their workers."""
+    """TuneSearcher of four trials, two at once, and the places that Ray keeps for their workers."""
 
     def __init__(self, folder: Path, patch: pytest.MonkeyPatch) -> None:
         config = SweepConfig(space=({"seed": [1, 2, 3, 4]},), metric="eval/fid")
         sound = Appraisal(1e-4, 0.0, 0.0)
-        self.book = Book(config, Ledger(str(folder)), lambda _: sound, lambda _: None)
-        self.tune = Candidates(self.book, lambda trial: {"number": trial.number}, at_once=2)
+        self.scheduler = TrialScheduler(
+            config, TrialStore(str(folder)), lambda _: sound, lambda _: None
+        )
+        self.tune = TuneSearcher(self.scheduler, lambda trial: {"number": trial.number}, at_once=2)
         self.places: set[str] = set()
         patch.setattr(placement_groups, "worker_groups", lambda: set(self.places))
         patch.setattr(placement_groups, "remove", self.places.discard)
@@ -64,7 +66,7 @@ def test_so_many_are_at_work_and_then_it_is_over(cluster: Cluster) -> None:
     assert cluster.tune.suggest("e") is None, "the last one may die and begin again"
     cluster.finish("d", 3)
     assert cluster.tune.suggest("e") == Searcher.FINISHED
-    assert [trial.status for trial in cluster.book.ended] == ["finished"] * 4
+    assert [trial.status for trial in cluster.scheduler.ended] == ["finished"] * 4
 
 
 def test_the_place_of_a_dead_driver_is_given_back(cluster: Cluster) -> None:
@@ -100,5 +102,5 @@ def test_a_driver_that_dies_again_and_again_is_given_up(cluster: Cluster) -> Non
         cluster.hear(f"{attempt}", "group", 1, group="place")
         cluster.tune.on_trial_complete(f"{attempt}", error=True)
     assert cluster.begin("next") == 2
-    assert cluster.book.ledger.trials[1].status == "failed"
-    assert cluster.book.ledger.trials[1].reason.startswith("its driver died 3 times: killed")
+    assert cluster.scheduler.store.trials[1].status == "failed"
+    assert cluster.scheduler.store.trials[1].reason.startswith("its driver died 3 times: killed")
