@@ -51,10 +51,10 @@ def walks() -> dict[str, Walk]:
         return normal(0, Purpose.SAMPLE_STEP, t, index, SHAPE)
 
     def guided(denoise: Denoise) -> object:
-        led = classifier_free(
+        guided = classifier_free(
             lambda x, t, _: denoise(x, t), labels, 1, 3.0, rescale=0.7, parameterization=epsilon
         )
-        return ddim(schedule, led, x_T, steps)
+        return ddim(schedule, guided, x_T, steps)
 
     return {
         "ancestral": Walk(lambda d: ancestral(schedule, d, x_T, steps, noise=noise)),

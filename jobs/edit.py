@@ -40,7 +40,7 @@ def prepare(config: EditConfig, arguments: Namespace) -> EditConfig:
 def edit(config: EditConfig, arguments: Namespace) -> dict[str, Any]:
     """Where the picture is, how well what is new fits, and what it was painted by."""
     made_ready(arguments.out)
-    from ddpm_ray.assembly import edit as build_edit
+    from ddpm_ray.assembly.edit import edited_files
     from ddpm_ray.data.packing.image_files import from_pixels
     from ddpm_ray.runs import load_model
     from ddpm_ray.sampling.image_grid import grid
@@ -48,7 +48,7 @@ def edit(config: EditConfig, arguments: Namespace) -> dict[str, Any]:
 
     model = load_model.load(arguments.model_uri, home=home_folder())
     started = time.perf_counter()
-    images, measured = build_edit.edited_files(config, model, arguments.image, arguments.mask)
+    images, measured = edited_files(config, model, arguments.image, arguments.mask)
     write_picture(arguments.out, grid(images) if len(images) > 1 else from_pixels(images[0], 0))
     provenance = {key: model.provenance[key] for key in ("checkpoint", "step", "weights_sha256")}
     seconds = round(time.perf_counter() - started, 3)

@@ -119,7 +119,7 @@ import sys
 from pathlib import Path
 import numpy as np, torch
 from safetensors.torch import load_file
-from ddpm_ray.assembly import training_run as build
+from ddpm_ray.assembly.training_run import training_state
 from ddpm_ray.assembly import checkpoint_loading as build_trained
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.shards import fetch_shard, open_dataset
@@ -141,7 +141,7 @@ tiny = ["name=a", "sampling.steps=2", "schedule.num_steps=9", "model.base_channe
         "model.attention_resolutions=[]"]
 config = load(RunConfig, None, [*tiny, f"data.url={data}"])
 facts = {"config": to_dict(config), "image_shape": [4, 4, 1], "data_fingerprint": "f"}
-state = build.training_state(config, (4, 4, 1), torch.device("cpu"), facts)
+state = training_state(config, (4, 4, 1), torch.device("cpu"), facts)
 CheckpointStore(str(folder / "run/checkpoints")).save(state.snapshot([]))
 model, bin = build_trained.trained_model(str(folder / "run")), "diffusion_pytorch_model.bin"
 build_trained.write_diffusers(model, SamplingConfig(), folder / "theirs")

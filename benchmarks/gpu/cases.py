@@ -193,11 +193,13 @@ def _classifier_guidance(steps: bool, device: torch.device) -> None:
     network.eval().requires_grad_(False)
     plan = diffusion.sampling_plan(config.sampling, denoiser.schedule)
     plan = replace(plan, labels=(1, 2), sampler="ancestral")
-    lead = guidance_models.by_classifier(
+    guidance_model = guidance_models.classifier_guidance(
         network, denoiser, 2.0, steps=plan.steps if steps else None
     )
     with torch.inference_mode():
-        images = draw(replace(denoiser, lead=lead), plan, torch.arange(3), SHAPE, device)
+        images = draw(
+            replace(denoiser, guidance_model=guidance_model), plan, torch.arange(3), SHAPE, device
+        )
     _require(bool(images.isfinite().all()), "images are not finite")
 
 
@@ -205,8 +207,8 @@ def _autoguidance(device: torch.device) -> None:
     config = config_of(LABELS)
     (_, strong), (_, weak) = denoiser_of(config, device), denoiser_of(config, device)
     plan = diffusion.sampling_plan(config.sampling, strong.schedule)
-    lead = guidance_models.by_weaker(strong, weak, 2.0)
-    draw(replace(strong, lead=lead), plan, torch.arange(3), SHAPE, device)
+    guidance_model = guidance_models.autoguidance(strong, weak, 2.0)
+    draw(replace(strong, guidance_model=guidance_model), plan, torch.arange(3), SHAPE, device)
 
 
 def _model(keys: list[str], device: torch.device) -> TrainedModel:
@@ -340,7 +342,7 @@ def _grid(device: torch.device) -> None:
     plan = diffusion.sampling_plan(config.sampling, denoiser.schedule)
     with tempfile.TemporaryDirectory() as folder:
         data = replace(config.data, cache_dir=folder)
-        shown = training_run.shown_low(denoiser, data, packed(folder), 4, device)
+        shown = training_run.with_low_resolution(denoiser, data, packed(folder), 4, device)
         Gallery(shown, plan, SHAPE, Workers(0, 1, device), folder, Notes()).show_grid(0)
 
 

@@ -84,15 +84,15 @@ def checked_plan(
     schedule: NoiseSchedule,
     label_names: Sequence[str] | None = None,
     *,
-    led: bool = False,
+    guided_by_model: bool = False,
 ) -> SamplingPlan:
     """As `sampling_plan`; raises ConfigError, a line for each key that such a model cannot do.
 
-    `led`: another network knows the labels.
+    `guided_by_model`: another network knows the labels.
     """
     problems = [
         *config.problems("sampling", schedule.num_steps),
-        *config.incompatibilities("sampling", trained.conditioned, led=led),
+        *config.incompatibilities("sampling", trained.conditioned, guided_by_model=guided_by_model),
     ]
     if problems:
         raise ConfigError("\n".join(problems))

@@ -48,7 +48,7 @@ def edited(
         case "image_to_image":
             return model.vary(plan, images, config.strength, sampling.batch_size), {}
         case "enlarge":
-            return model.magnify(plan, images, sampling.batch_size), {}
+            return model.upscale(plan, images, sampling.batch_size), {}
         case "outpaint":
             images, mask = editing.on_canvas(
                 images, config.top, config.bottom, config.left, config.right

@@ -212,15 +212,15 @@ def validator(
     )
 
 
-def shown_low(
+def with_low_resolution(
     denoiser: Denoiser, config: DataConfig, dataset: Dataset, count: int, device: torch.device
 ) -> Denoiser:
     """`denoiser`, where it is for super-resolution with images of the data to enlarge."""
     if not (pixels := denoiser.low_resolution_pixels):
         return denoiser
     images = fixed_images(config, dataset, range(count), count).images
-    low = transforms.lowered(transforms.to_model_range(images.to(device)), pixels)
-    return replace(denoiser, low=low)
+    low = transforms.downscaled(transforms.to_model_range(images.to(device)), pixels)
+    return replace(denoiser, low_resolution_images=low)
 
 
 def fixed_images(config: DataConfig, dataset: Dataset, positions: range, total: int) -> Batch:

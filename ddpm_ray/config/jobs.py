@@ -52,7 +52,7 @@ class PackConfig:
 
 
 @dataclass(frozen=True)
-class LeadConfig:
+class GuidanceModelConfig:
     """Another network that leads samples."""
 
     weak_model: str = option(
@@ -74,8 +74,8 @@ class LeadConfig:
                 f"lead.classifier is {self.classifier!r} and lead.weak_model {self.weak_model!r}; "
                 f"one network leads: leave one of them empty"
             )
-        mean_of = sampling.sampler == "ancestral" and sampling.variance != "learned"
-        if self.classifier and self.classifier_form == "mean" and not mean_of:
+        has_mean = sampling.sampler == "ancestral" and sampling.variance != "learned"
+        if self.classifier and self.classifier_form == "mean" and not has_mean:
             yield (
                 f"lead.classifier_form is 'mean', that of ancestral's fixed variances, and "
                 f"sampling.sampler {sampling.sampler!r} with variance {sampling.variance!r}: use "
@@ -90,7 +90,7 @@ class SampleConfig:
     num_images: int = option(64, "images to draw", at_least=1)
     film: str = option("", "GIF file of the estimates of x_0, a frame per step; empty: none")
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    lead: LeadConfig = field(default_factory=LeadConfig)
+    lead: GuidanceModelConfig = field(default_factory=GuidanceModelConfig)
 
     def problems(self) -> Iterator[str]:
         """A film that is none; what sampling rules out is known once the run's own is read."""
@@ -124,7 +124,7 @@ class EvaluateConfig:
 
     data_url: str = option("", "reference shards; empty: what the model was trained on")
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    lead: LeadConfig = field(default_factory=LeadConfig)
+    lead: GuidanceModelConfig = field(default_factory=GuidanceModelConfig)
     evaluation: EvaluationConfig = field(
         default_factory=lambda: EvaluationConfig(num_images=10_000)
     )

@@ -106,11 +106,17 @@ class SamplingConfig:
             )
 
     def incompatibilities(
-        self, prefix: str, model: "Conditioned", *, led: bool = False, led_classes: int = 0
+        self,
+        prefix: str,
+        model: "Conditioned",
+        *,
+        guided_by_model: bool = False,
+        guidance_classes: int = 0,
     ) -> Iterator[str]:
         """What a model that was trained so cannot do: guide without labels, answer a variance.
 
-        `led`: another network knows the labels, 0 to `led_classes` - 1 unless that is 0.
+        `guided_by_model`: another network knows the labels, 0 to `guidance_classes` - 1 unless that
+        is 0.
         """
         at, classes = prefix and f"{prefix}.", model.num_classes
         if self.variance == "learned" and not model.learns_variance:
@@ -118,7 +124,7 @@ class SamplingConfig:
                 f"{at}variance is 'learned', and the network answers none "
                 f"(objective.variance=fixed): use {at}variance=fixed_small"
             )
-        if not classes and (self.guidance_scale != 1 or (self.labels and not led)):
+        if not classes and (self.guidance_scale != 1 or (self.labels and not guided_by_model)):
             yield (
                 f"{at}guidance_scale is {self.guidance_scale:g} and {at}labels "
                 f"{list(self.labels)}, but the model is trained without labels "
@@ -129,7 +135,7 @@ class SamplingConfig:
                 f"{at}guidance_scale is {self.guidance_scale:g}, but no image was trained "
                 f"without its label (objective.label_dropout=0): use {at}guidance_scale=1"
             )
-        if classes := classes or led_classes:
+        if classes := classes or guidance_classes:
             numbers = [k for k in self.labels if isinstance(k, int)]
             if wrong := [k for k in numbers if not 0 <= k < classes]:
                 yield (

@@ -19,7 +19,7 @@ def to_model_range(images: Tensor, flip: Tensor | None = None) -> Tensor:
     return x if flip is None else torch.where(flip.view(-1, 1, 1, 1), x.flip(-1), x)
 
 
-def lowered(x_0: Tensor, pixels: int) -> Tensor:
+def downscaled(x_0: Tensor, pixels: int) -> Tensor:
     """Images [B, C, H, W] that show no more than pixels x pixels: averaged, and blown up again."""
     return enlarged(F.adaptive_avg_pool2d(x_0, pixels), x_0.shape[2:])
 

@@ -113,7 +113,7 @@ def classifier_guided(
 
     def guided(x_t: Tensor, t: Tensor) -> Tensor:
         """`denoise`'s answer, moved along the slope; ValueError unless log p is [B]."""
-        answer = denoise(x_t, t)
+        model_output = denoise(x_t, t)
         with torch.inference_mode(False), torch.enable_grad():
             x = x_t.detach().clone().requires_grad_()
             log_p = log_probability(x, t.clone())  # autograd keeps no inference tensor
@@ -124,7 +124,7 @@ def classifier_guided(
                 )
             (slope,) = torch.autograd.grad(log_p.sum(), x)
         along = column[t].view(-1, *[1] * (x_t.ndim - 1)).to(x_t)
-        return _with_variance_of(answer, answer[:, : x_t.shape[1]] + along * slope)
+        return _with_variance_of(model_output, model_output[:, : x_t.shape[1]] + along * slope)
 
     return guided
 
@@ -172,14 +172,16 @@ def _mixed(
     mixed = torch.lerp(weak[:, :channels], towards, each)
     if rescale > 0:
         pixels = tuple(range(1, towards.ndim))
-        wanted, found = (answer.std(pixels, keepdim=True) for answer in (towards, mixed))
+        wanted, found = (
+            model_output.std(pixels, keepdim=True) for model_output in (towards, mixed)
+        )
         back = torch.where(found > 0, wanted / found, 1)  # eq. 15; without contrast there is none
         mixed *= rescale * back + 1 - rescale  # eq. 16
     return _with_variance_of(strong, mixed)
 
 
-def _with_variance_of(answer: Tensor, guided: Tensor) -> Tensor:
-    variance = answer[:, guided.shape[1] :]
+def _with_variance_of(model_output: Tensor, guided: Tensor) -> Tensor:
+    variance = model_output[:, guided.shape[1] :]
     return torch.cat([guided, variance], 1) if variance.shape[1] else guided
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from ddpm_ray.diffusion.parameterization import Parameterization
 from ddpm_ray.diffusion.process import Denoise, NoiseSchedule, add_noise
 from ddpm_ray.diffusion.timestep_spacing import require_falling
-from ddpm_ray.diffusion.x0_estimator import Clip, Estimator, clip_to_range
+from ddpm_ray.diffusion.x0_estimator import Clip, X0Estimator, clip_to_range
 
 
 def repaint(
@@ -51,7 +51,7 @@ def repaint(
     alpha_bar: list[float] = schedule.alpha_bar.tolist()
     x = x_T.detach().clone()
     x_0, at_s = torch.empty_like(x), torch.empty_like(x)
-    estimate = Estimator(
+    estimate = X0Estimator(
         denoise, parameterization or Parameterization.of("epsilon", schedule), x, clip
     )
     with torch.inference_mode():
@@ -60,7 +60,7 @@ def repaint(
             if s > t:  # q(x_s | x_t): all the jump's steps at once
                 x.mul_(math.sqrt(a_s / a)).add_(noise(n), alpha=math.sqrt(1 - a_s / a))
                 continue
-            estimate.x_0(x, t, estimate.answer(x, t)[:, : x.shape[1]], out=x_0)
+            estimate.x_0(x, t, estimate.model_output(x, t)[:, : x.shape[1]], out=x_0)
             sigma = eta * math.sqrt((1 - a / a_s) * (1 - a_s) / (1 - a))
             direction = math.sqrt(1 - a_s - sigma**2) / math.sqrt(1 - a)
             x.mul_(direction).add_(x_0, alpha=math.sqrt(a_s) - direction * math.sqrt(a))
@@ -109,9 +109,11 @@ def replacement(
     keep = _kept(mask)
 
     def replaced(x_t: Tensor, t: Tensor) -> Tensor:
-        answer, count = denoise(x_t, t), x_t.shape[1]
-        image = torch.where(keep, parameterization.output(x_t, t, known), answer[:, :count])
-        return torch.cat([image, answer[:, count:]], 1)
+        model_output, count = denoise(x_t, t), x_t.shape[1]
+        image = torch.where(
+            keep, parameterization.output_from_x0(x_t, t, known), model_output[:, :count]
+        )
+        return torch.cat([image, model_output[:, count:]], 1)
 
     return replaced
 
@@ -156,8 +158,8 @@ def windowed(denoise: Denoise, size: int, overlap: int) -> Denoise:
         answers = denoise(torch.cat([x_t[cut] for cut in cuts]), t.repeat(len(cuts)))
         total = answers.new_zeros(len(x_t), answers.shape[1], *x_t.shape[-2:])
         seen = answers.new_zeros(x_t.shape[-2:])
-        for cut, answer in zip(cuts, answers.chunk(len(cuts)), strict=True):
-            total[cut] += answer
+        for cut, model_output in zip(cuts, answers.chunk(len(cuts)), strict=True):
+            total[cut] += model_output
             seen[cut] += 1
         return total.div_(seen)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from ddpm_ray.diffusion.parameterization import Parameterization
 from ddpm_ray.diffusion.process import Denoise, NoiseSchedule
 from ddpm_ray.diffusion.timestep_spacing import require_falling
-from ddpm_ray.diffusion.x0_estimator import Clip, Estimator
+from ddpm_ray.diffusion.x0_estimator import Clip, X0Estimator
 
 
 def ddim_inversion(
@@ -45,7 +45,7 @@ def ddim_inversion(
         )
     x_s = x_0.detach().clone()
     x_t, image, ahead = (torch.empty_like(x_s) for _ in range(3))
-    estimate = Estimator(
+    estimate = X0Estimator(
         denoise, parameterization or Parameterization.of("epsilon", schedule), x_s, clip
     )
     with torch.inference_mode():

@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias
 
 from torch import Tensor
 
-from ddpm_ray.diffusion import vlb as bound
+from ddpm_ray.diffusion import vlb
 from ddpm_ray.diffusion.parameterization import Parameterization
 from ddpm_ray.diffusion.process import Denoise, NoiseSchedule, add_noise
 
@@ -55,8 +55,10 @@ def hybrid_loss(
     dimensions, over D log 2). In these units the authors' code has its weight of 0.001: there the
     term counts T / 1000. Raises ValueError as `vlb_loss` does.
     """
-    answer, vlb = _learned(denoise, parameterization, x_0, t, noise, variance, mean_too=False)
-    return _mean_square(parameterization.target(x_0, t, noise) - answer) + vlb_weight * vlb
+    model_output, l_vlb = _learned(
+        denoise, parameterization, x_0, t, noise, variance, mean_too=False
+    )
+    return _mean_square(parameterization.target(x_0, t, noise) - model_output) + vlb_weight * l_vlb
 
 
 def _learned(
@@ -72,10 +74,10 @@ def _learned(
             f"denoise answers {both.shape[1]} channels to {x_0.shape[1]}; a learned variance takes "
             f"as many again, {2 * x_0.shape[1]}: widen the network's output or use simple_loss"
         )
-    answer, raw = both.chunk(2, dim=1)
-    log_variance = bound.reverse_log_variance(schedule, t, variance, x_0, raw)
-    mean = answer if mean_too else answer.detach()
-    return answer, schedule.num_steps * bound.term(
+    model_output, raw = both.chunk(2, dim=1)
+    log_variance = vlb.reverse_log_variance(schedule, t, variance, x_0, raw)
+    mean = model_output if mean_too else model_output.detach()
+    return model_output, schedule.num_steps * vlb.term(
         parameterization, x_0, x_t, t, mean, log_variance
     )
 

@@ -94,7 +94,7 @@ class Parameterization:
         of_x_t, of_output = _over(self.u[t] / d, x_t), _over(-a.sqrt() / d, x_t)
         return of_x_t * x_t + of_output * output
 
-    def output(self, x_t: Tensor, t: Tensor, x_0: Tensor) -> Tensor:
+    def output_from_x0(self, x_t: Tensor, t: Tensor, x_0: Tensor) -> Tensor:
         """The answer [B, ...] that stands for the image x_0: the inverse of `x_0`."""
         of_x_t, of_output = self.to_x_0()
         return (x_0 - _over(of_x_t[t], x_t) * x_t) / _over(of_output[t], x_t)

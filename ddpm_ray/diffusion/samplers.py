@@ -20,7 +20,7 @@ from torch import Tensor
 from ddpm_ray.diffusion.parameterization import Parameterization
 from ddpm_ray.diffusion.process import Denoise, NoiseSchedule
 from ddpm_ray.diffusion.timestep_spacing import require_falling
-from ddpm_ray.diffusion.x0_estimator import Clip, Estimator, clip_to_range
+from ddpm_ray.diffusion.x0_estimator import Clip, X0Estimator, clip_to_range
 
 Variance: TypeAlias = Literal["fixed_small", "fixed_large", "learned", "learned_range"]
 Noise: TypeAlias = Callable[[int], Tensor]
@@ -171,13 +171,13 @@ def _walk(
     """x at the end of `transitions`, in buffers of its own that all of them share."""
     x = x_T.detach().clone()
     x_0 = torch.empty_like(x)
-    estimate = Estimator(denoise, parameterization, x, clip)
+    estimate = X0Estimator(denoise, parameterization, x, clip)
     with torch.inference_mode():
         for step in transitions:
-            answer = estimate.answer(x, step.t)
+            model_output = estimate.model_output(x, step.t)
             if learned is not None:
-                answer, raw = answer.chunk(2, dim=1)
-            estimate.x_0(x, step.t, answer, out=x_0)
+                model_output, raw = model_output.chunk(2, dim=1)
+            estimate.x_0(x, step.t, model_output, out=x_0)
             if on_step is not None:
                 on_step(step.t, x, x_0)
             x.mul_(step.x_t).add_(x_0, alpha=step.x_0)

@@ -19,7 +19,7 @@ from ddpm_ray.diffusion.parameterization import Parameterization
 from ddpm_ray.diffusion.process import Denoise, NoiseSchedule
 from ddpm_ray.diffusion.samplers import Noise, OnStep
 from ddpm_ray.diffusion.timestep_spacing import require_falling
-from ddpm_ray.diffusion.x0_estimator import Clip, Estimator, clip_to_range
+from ddpm_ray.diffusion.x0_estimator import Clip, X0Estimator, clip_to_range
 
 _ADAMS_BASHFORTH = (
     (1.0,),
@@ -259,7 +259,7 @@ def _walk(
     blends = [blend for call in plan for blend in (call.correct, call.advance) if blend is not None]
     estimates = [torch.empty_like(x) for _ in range(max(len(b.weights) for b in blends))]
     alpha_bar: list[float] = schedule.alpha_bar.tolist()
-    estimate = Estimator(
+    estimate = X0Estimator(
         denoise, parameterization or Parameterization.of("epsilon", schedule), x, clip
     )
     with torch.inference_mode():

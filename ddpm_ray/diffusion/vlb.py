@@ -59,7 +59,7 @@ def term(
     x_0: Tensor,
     x_t: Tensor,
     t: Tensor,
-    answer: Tensor,
+    model_output: Tensor,
     log_variance: Tensor,
     *,
     clip: Clip | None = None,
@@ -67,11 +67,12 @@ def term(
     """L_{t-1} [B] in bits per dimension at steps t [B] in 1..T, a mean over all other dimensions.
 
     KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) for t > 1 and L_0 = -log p(x_0 | x_1) of 8-bit
-    images for t = 1 (Ho et al. 2020, eq. 5 and 13). `answer` is the network's to x_t [B, ...], as
-    `parameterization` says, `log_variance` is `reverse_log_variance`. `clip` bounds the estimate of
-    x_0. Finite, with finite gradients, as long as the squared error over the variance is.
+    images for t = 1 (Ho et al. 2020, eq. 5 and 13). `model_output` is the network's to x_t [B,
+    ...], as `parameterization` says, `log_variance` is `reverse_log_variance`. `clip` bounds the
+    estimate of x_0. Finite, with finite gradients, as long as the squared error over the variance
+    is.
     """
-    estimate = parameterization.x_0(x_t, t, answer)
+    estimate = parameterization.x_0(x_t, t, model_output)
     if clip is not None:
         clip(estimate)
     first = (t == 1).view(-1, *[1] * (x_0.ndim - 1))
@@ -101,7 +102,7 @@ def decoder_log_probability(x_0: Tensor, mean: Tensor, log_variance: Tensor) -> 
 def prior_term(schedule: NoiseSchedule, x_0: Tensor) -> Tensor:
     """L_T [B], KL(q(x_T | x_0) || N(0, I)) in bits per dimension; nothing is learned in it.
 
-    (Ho et al. 2020, eq. 5.) `appraisal.appraise` has its mean over data from their mean square.
+    (Ho et al. 2020, eq. 5.) `schedule_diagnostics` has its mean over a data set.
     """
     a = float(schedule.alpha_bar[-1])
     return (a * x_0.square().flatten(1).mean(1) - (a + math.log1p(-a))) / (2 * math.log(2))

@@ -40,7 +40,7 @@ def clip_to_quantile(share: float) -> Clip:
     return clip
 
 
-class Estimator:
+class X0Estimator:
     """Calls the network and turns its answer into x_0, in buffers that are made once."""
 
     def __init__(
@@ -50,17 +50,17 @@ class Estimator:
         self._of_x_t, self._of_output = (c.tolist() for c in prediction.to_x_0())
         self._t = torch.empty(len(x_T), dtype=torch.int64, device=x_T.device)
 
-    def answer(self, x_t: Tensor, t: int) -> Tensor:
+    def model_output(self, x_t: Tensor, t: int) -> Tensor:
         """What the network predicts, all images at step t."""
         return self._denoise(x_t, self._t.fill_(t))
 
-    def x_0(self, x_t: Tensor, t: int, answer: Tensor, out: Tensor) -> Tensor:
-        """The clipped estimate of the images behind `answer`, in `out`, which is not x_t."""
-        torch.mul(x_t, self._of_x_t[t], out=out).add_(answer, alpha=self._of_output[t])
+    def x_0(self, x_t: Tensor, t: int, model_output: Tensor, out: Tensor) -> Tensor:
+        """The clipped estimate of the images behind `model_output`, in `out`, which is not x_t."""
+        torch.mul(x_t, self._of_x_t[t], out=out).add_(model_output, alpha=self._of_output[t])
         if self._clip is not None:
             self._clip(out)
         return out
 
     def __call__(self, x_t: Tensor, t: int, out: Tensor) -> Tensor:
-        """`x_0` of `answer`."""
-        return self.x_0(x_t, t, self.answer(x_t, t), out)
+        """`x_0` of `model_output`."""
+        return self.x_0(x_t, t, self.model_output(x_t, t), out)

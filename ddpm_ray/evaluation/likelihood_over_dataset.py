@@ -56,7 +56,7 @@ def flow_likelihood(
             probability_flow_likelihood.dequantised(x, within),
             torch.where(side < 0.5, -1.0, 1.0),
         )
-        denoise = denoiser.mean_of(denoiser.unguided(labels.to(device)))
+        denoise = denoiser.without_variance(denoiser.unguided(labels.to(device)))
         bits, _ = probability_flow_likelihood.bits_per_dim(
             schedule,
             denoise,

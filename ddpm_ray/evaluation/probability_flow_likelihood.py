@@ -60,11 +60,11 @@ def bits_per_dim(
 
     def flow(x: Tensor, t: int) -> tuple[Tensor, Tensor]:
         """v [B, ...] and its divergence [B] at step t."""
-        of_x, of_answer = columns[:, t].tolist()
+        of_x, of_output = columns[:, t].tolist()
         x = x.detach().requires_grad_()
-        answer = denoise(x, torch.full((len(x),), t, device=x.device))
-        divergence = of_x * x[0].numel() + of_answer * _trace(answer, x, probe)
-        return (of_x * x + of_answer * answer).detach(), divergence
+        model_output = denoise(x, torch.full((len(x),), t, device=x.device))
+        divergence = of_x * x[0].numel() + of_output * _trace(model_output, x, probe)
+        return (of_x * x + of_output * model_output).detach(), divergence
 
     with torch.inference_mode(False), torch.enable_grad():
         x, expansion = x_1.clone(), torch.zeros(len(x_1), dtype=torch.float64, device=x_1.device)
@@ -80,13 +80,13 @@ def bits_per_dim(
     return (log_prior + expansion) / (-math.log(2) * x[0].numel()), x
 
 
-def _trace(answer: Tensor, x: Tensor, probe: Tensor | None) -> Tensor:
+def _trace(model_output: Tensor, x: Tensor, probe: Tensor | None) -> Tensor:
     """Of each image's Jacobian of answer by x, [B] float64: exact, or as `probe` sees it."""
     if probe is not None:
-        (seen,) = torch.autograd.grad(answer, x, probe)
+        (seen,) = torch.autograd.grad(model_output, x, probe)
         return (seen * probe).flatten(1).double().sum(1)
     trace = torch.zeros(len(x), dtype=torch.float64, device=x.device)
-    for i, row in enumerate(answer.flatten(1).unbind(1)):
+    for i, row in enumerate(model_output.flatten(1).unbind(1)):
         (slope,) = torch.autograd.grad(row.sum(), x, retain_graph=True)
         trace += slope.flatten(1)[:, i]
     return trace

@@ -124,7 +124,11 @@ def _require_comparable(
 def _cycle(denoiser: Denoiser, plan: SamplingPlan) -> int:
     """After how many samples what they are told, a label or a small image, comes again."""
     labels = len(plan.labels) or denoiser.num_classes or 1
-    return labels if denoiser.low is None else math.lcm(labels, len(denoiser.low))
+    return (
+        labels
+        if denoiser.low_resolution_images is None
+        else math.lcm(labels, len(denoiser.low_resolution_images))
+    )
 
 
 def _drawn(

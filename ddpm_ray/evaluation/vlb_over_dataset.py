@@ -126,13 +126,13 @@ class _Look:
         of, schedule = self.denoiser, self.denoiser.schedule
         noise = counter_rng.normal(self.seed, Purpose.BOUND, 1 + k, index, tuple(x_0.shape[1:]))
         x_t = add_noise(schedule, x_0, t, noise)
-        answer = of.unguided(labels)(x_t, t)
+        model_output = of.unguided(labels)(x_t, t)
         raw = None
         if of.variance != "fixed":
-            answer, raw = answer.chunk(2, 1)
+            model_output, raw = model_output.chunk(2, 1)
             raw = raw.double()
         x_0, x_t = x_0.double(), x_t.double()
-        estimate = of.parameterization.x_0(x_t, t, answer.double())
+        estimate = of.parameterization.x_0(x_t, t, model_output.double())
         if self.clip:
             clip_to_range(estimate)
         log_variance = vlb.reverse_log_variance(schedule, t, self.variance, x_0, raw)

@@ -133,7 +133,9 @@ def scored(
     begun, dataset = training_run.saved_config(kept.facts), open_dataset(config.data_url)
     model = checkpoint_loading.trained_model(run, workers.device)
     count = min(wanted.num_images, int(dataset.counts.sum()))
-    denoiser = training_run.shown_low(model.denoiser, begun.data, dataset, count, workers.device)
+    denoiser = training_run.with_low_resolution(
+        model.denoiser, begun.data, dataset, count, workers.device
+    )
     net = training_run.feature_net(
         wanted, training_run.cache_dir(begun.data, "weights"), workers.device
     )

@@ -50,8 +50,12 @@ def evaluate(model_uri: str, config: EvaluateConfig, home: Path) -> dict[str, An
     begun = from_dict(RunConfig, model.provenance["config"])
     lead = config.lead
     knows = bool(lead.classifier)
-    plan = diffusion.checked_plan(config.sampling, begun, model.denoiser.schedule, led=knows)
-    load_model.led(model, lead, plan, tracking_uri)  # before Ray starts: whether the two fit
+    plan = diffusion.checked_plan(
+        config.sampling, begun, model.denoiser.schedule, guided_by_model=knows
+    )
+    load_model.with_guidance_model(
+        model, lead, plan, tracking_uri
+    )  # before Ray starts: whether the two fit
     wanted, most = config.evaluation, begun.schedule.num_steps
     for key, value, asked in (
         ("bits_per_dim_terms", wanted.bits_per_dim_terms, wanted.bits_per_dim_images),
@@ -120,11 +124,13 @@ def _scores(config: EvaluateConfig, settings: dict[str, Any]) -> dict[str, Any]:
     workers = distributed_context()
     model = load_model.load(settings["model_uri"], workers.device, settings["tracking_uri"])
     plan = diffusion.sampling_plan(config.sampling, model.denoiser.schedule)
-    model = load_model.led(model, config.lead, plan, settings["tracking_uri"])
+    model = load_model.with_guidance_model(model, config.lead, plan, settings["tracking_uri"])
     begun, dataset = from_dict(RunConfig, model.provenance["config"]), open_dataset(config.data_url)
     drawn = max(config.evaluation.num_images, config.evaluation.memorisation_images, 1)
     count = min(drawn, int(dataset.counts.sum()))
-    shown = training_run.shown_low(model.denoiser, begun.data, dataset, count, workers.device)
+    shown = training_run.with_low_resolution(
+        model.denoiser, begun.data, dataset, count, workers.device
+    )
     model = dataclasses.replace(model, denoiser=shown)
     found: dict[str, Any] = {"metrics": {}}
     if config.evaluation.num_images:

@@ -13,7 +13,7 @@ import torch
 from ddpm_ray.assembly import checkpoint_loading
 from ddpm_ray.assembly.diffusion import checked_plan
 from ddpm_ray.config.diffusion import SamplingConfig
-from ddpm_ray.config.jobs import LeadConfig
+from ddpm_ray.config.jobs import GuidanceModelConfig
 from ddpm_ray.config.loading import Checked, ConfigError, from_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.sampling import guidance_models
@@ -121,39 +121,41 @@ def _download(where: str, uri: str) -> tuple[tempfile.TemporaryDirectory[str], s
     return scratch, str(model_registry.download_model(where, uri, Path(scratch.name)))
 
 
-def led(
-    model: TrainedModel, config: LeadConfig, plan: SamplingPlan, tracking_uri: str = ""
+def with_guidance_model(
+    model: TrainedModel, config: GuidanceModelConfig, plan: SamplingPlan, tracking_uri: str = ""
 ) -> TrainedModel:
-    """`model` with what leads its samples; raises ConfigError where the two do not fit."""
+    """`model` guided by the configured network; raises ConfigError where the two do not fit."""
     of, device, classes = model.denoiser, model.device, 0
     if config.weak_model:
         weak = load(config.weak_model, device, tracking_uri)
         try:
-            lead = guidance_models.by_weaker(of, weak.denoiser, config.weak_scale)
+            guide = guidance_models.autoguidance(of, weak.denoiser, config.weak_scale)
         except ValueError as error:
             raise ConfigError(f"lead.weak_model is {config.weak_model!r}: {error}") from error
     elif config.classifier:
         classifier = checkpoint_loading.trained_classifier(config.classifier, device)
         classes = classifier.num_classes
         means = config.classifier_form == "mean"
-        lead = guidance_models.by_classifier(
+        guide = guidance_models.classifier_guidance(
             classifier, of, config.classifier_scale,
             steps=plan.steps if means else None,
             variance="fixed_large" if plan.variance == "fixed_large" else "fixed_small",
         )  # fmt: skip
     else:
         return model
-    return replace(model, denoiser=replace(of, lead=lead, lead_classes=classes))
+    return replace(model, denoiser=replace(of, guidance_model=guide, guidance_classes=classes))
 
 
 def planned(
-    uri: str, sampling: SamplingConfig, lead: LeadConfig, home: Path
+    uri: str, sampling: SamplingConfig, guidance: GuidanceModelConfig, home: Path
 ) -> tuple[TrainedModel, SamplingPlan]:
-    """The model at `uri` with what leads it, and the steps of `sampling`; raises ConfigError."""
+    """The model at `uri` with its guidance model, and the sampling plan; raises ConfigError."""
     model = load(uri, home=home)
     run = from_dict(RunConfig, model.provenance["config"])
-    plan = checked_plan(sampling, run, model.denoiser.schedule, led=bool(lead.classifier))
-    model = led(model, lead, plan, tracking_place(home))
+    plan = checked_plan(
+        sampling, run, model.denoiser.schedule, guided_by_model=bool(guidance.classifier)
+    )
+    model = with_guidance_model(model, guidance, plan, tracking_place(home))
     try:
         return model, model.plan_of(sampling)
     except ValueError as error:

@@ -157,7 +157,9 @@ def _gallery(
 ) -> Gallery:
     """Samples of the EMA weights, drawn on all workers."""
     denoiser = diffusion.denoiser(config, state.ema.model, workers.device)
-    denoiser = training_run.shown_low(denoiser, config.data, dataset, GRID_IMAGES, workers.device)
+    denoiser = training_run.with_low_resolution(
+        denoiser, config.data, dataset, GRID_IMAGES, workers.device
+    )
     height, width, channels = dataset.manifest.image_shape
     names = dataset.manifest.label_names
     return Gallery(

@@ -18,7 +18,7 @@ from ddpm_ray.diffusion.process import Denoise, NoiseSchedule
 
 Network: TypeAlias = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
 """(x_t [B, C, H, W], t [B], labels [B] or None, condition [B, ., H, W] or None) -> the answer."""
-Lead: TypeAlias = Callable[[Denoise, Tensor | None], Denoise]
+GuidanceModel: TypeAlias = Callable[[Denoise, Tensor | None], Denoise]
 """(denoise, labels [B] or None) -> denoise as another network bends it; see leading.py."""
 
 
@@ -52,9 +52,11 @@ class Denoiser:
     num_classes: int = 0
     self_conditioned: bool = False
     low_resolution_pixels: int = 0  # of what a network for super-resolution sees; 0: it sees none
-    low: Tensor | None = None  # [M, C, H, W]: that of image i is the one at i % M
-    lead: Lead | None = None
-    lead_classes: int = 0  # labels that `lead` knows, of a network that knows none; 0: not said
+    low_resolution_images: Tensor | None = None  # [M, C, H, W]: that of image i is the one at i % M
+    guidance_model: GuidanceModel | None = None
+    guidance_classes: int = (
+        0  # labels that `guidance_model` knows, of a network that knows none; 0: not said
+    )
 
     @classmethod
     def of_noise(cls, denoise: Denoise, schedule: NoiseSchedule) -> "Denoiser":
@@ -69,7 +71,7 @@ class Denoiser:
         """That of what it predicts."""
         return self.parameterization.schedule
 
-    def bound(
+    def bind_conditioning(
         self,
         labels: Tensor | None = None,
         guidance: Guidance = UNGUIDED,
@@ -88,8 +90,8 @@ class Denoiser:
                 "(objective.low_resolution_pixels): give images of low resolution to such models, "
                 "and to them alone"
             )
-        lead, known = self.lead, labels if self.num_classes else None
-        stray = labels is not None and known is None and lead is None
+        guidance_model, known = self.guidance_model, labels if self.num_classes else None
+        stray = labels is not None and known is None and guidance_model is None
         if stray or (self.num_classes == 0 and guidance.scale != 1):
             raise ValueError(
                 f"labels and guidance_scale {guidance.scale:g} are for models trained with labels; "
@@ -108,28 +110,34 @@ class Denoiser:
                 interval=guidance.interval,
                 parameterization=self.parameterization,
             )
-        return denoise if lead is None else lead(denoise, labels)
+        return denoise if guidance_model is None else guidance_model(denoise, labels)
 
     def unguided(self, labels: Tensor | None = None) -> Denoise:
         """denoise(x_t, t), a function of (x_t, t) and `labels` [B] alone, of the network itself.
 
-        What bits and likelihoods are taken of. `lead` is left out, and `labels` where the network
-        knows none. A self-conditioned network is shown the estimate 0 in every call: the one of the
-        call before would make the answer depend on the way to x_t, or give x_0 away.
+        What bits and likelihoods are taken of. `guidance_model` is left out, and `labels` where the
+        network knows none. A self-conditioned network is shown the estimate 0 in every call: the
+        one of the call before would make the answer depend on the way to x_t, or give x_0 away.
         """
-        own, known = replace(self, lead=None), labels if self.num_classes else None
-        return lambda x_t, t: own.bound(known)(x_t, t)
+        own, known = replace(self, guidance_model=None), labels if self.num_classes else None
+        return lambda x_t, t: own.bind_conditioning(known)(x_t, t)
 
-    def low_of(self, index: Tensor) -> Tensor | None:
+    def low_resolution_of(self, index: Tensor) -> Tensor | None:
         """What it is shown at low resolution for the images `index` [B]."""
-        return None if self.low is None else self.low[index.to(self.low.device) % len(self.low)]
+        return (
+            None
+            if self.low_resolution_images is None
+            else self.low_resolution_images[
+                index.to(self.low_resolution_images.device) % len(self.low_resolution_images)
+            ]
+        )
 
     def noise(self, labels: Tensor | None = None, low_resolution: Tensor | None = None) -> Denoise:
         """What it thinks of the noise in x_t [B, ...], whatever it predicts."""
-        denoise = self.mean_of(self.bound(labels, UNGUIDED, low_resolution))
+        denoise = self.without_variance(self.bind_conditioning(labels, UNGUIDED, low_resolution))
         return lambda x_t, t: self.parameterization.noise(x_t, t, denoise(x_t, t))
 
-    def mean_of(self, denoise: Denoise) -> Denoise:
+    def without_variance(self, denoise: Denoise) -> Denoise:
         """`denoise` without the learned variance that this network answers behind."""
         return denoise if self.variance == "fixed" else lambda x, t: denoise(x, t).chunk(2, 1)[0]
 
@@ -148,11 +156,11 @@ class _ConditionedNetwork:
         if self._low_resolution is not None:
             conditioning.append(_as_many(self._low_resolution, len(x_t)))
         condition = torch.cat(conditioning, 1) if conditioning else None
-        answer = of.network(of.parameterization.scaled(x_t, t), t, labels, condition)
+        model_output = of.network(of.parameterization.scaled(x_t, t), t, labels, condition)
         if of.self_conditioned:
-            mean = answer if of.variance == "fixed" else answer.chunk(2, 1)[0]
+            mean = model_output if of.variance == "fixed" else model_output.chunk(2, 1)[0]
             self._estimate = of.parameterization.x_0(x_t, t, mean).detach().clamp_(-1, 1)
-        return answer
+        return model_output
 
     def _last(self, x_t: Tensor) -> Tensor:
         if self._estimate is None:

@@ -50,7 +50,10 @@ def inpaint(
     `repaint` is asked for another walk than the two that it knows.
     """
     x_T = normal(plan.seed, Purpose.SAMPLE_START, 0, index, known.shape[1:])
-    noise, denoise = _noise(plan, index, known), _bound(denoiser, plan, index, known, size)
+    noise, denoise = (
+        _noise(plan, index, known),
+        _windowed_denoiser(denoiser, plan, index, known, size),
+    )
     if painting.method == "replacement":
         start = torch.full_like(index, plan.steps[0])
         x_T = torch.where(mask, add_noise(denoiser.schedule, known, start, x_T), x_T)
@@ -84,7 +87,7 @@ def image_to_image(
     """
     noise = normal(plan.seed, Purpose.SAMPLE_START, 0, index, images.shape[1:])
     x_t, left = inpainting.sdedit(denoiser.schedule, images, plan.steps, strength, noise)
-    denoise = _bound(denoiser, plan, index, images, size)
+    denoise = _windowed_denoiser(denoiser, plan, index, images, size)
     rest = replace(plan, steps=left)
     return walk(denoiser, denoise, rest, x_t, _noise(plan, index, images))
 
@@ -108,7 +111,7 @@ def interpolate(
         [inversion.interpolate(first, last, share) for share in shares.tolist()]
     )
     labels = plan.labels_of(index[:1].expand(len(shares)), denoiser.num_classes)
-    denoise = denoiser.mean_of(denoiser.bound(labels, plan.guidance))
+    denoise = denoiser.without_variance(denoiser.bind_conditioning(labels, plan.guidance))
     parameterization = denoiser.parameterization
     return samplers.ddim(
         denoiser.schedule,
@@ -136,7 +139,7 @@ def reconstruct(
     schedule, parameterization = denoiser.schedule, denoiser.parameterization
 
     def fresh() -> Denoise:  # a self-conditioned network remembers a walk
-        return denoiser.mean_of(_bound(denoiser, plan, index, images, size))
+        return denoiser.without_variance(_windowed_denoiser(denoiser, plan, index, images, size))
 
     x_T = inversion.ddim_inversion(
         schedule,
@@ -182,13 +185,13 @@ def windows(height: int, width: int, size: int) -> int:
     return math.prod(1 + math.ceil((length - size) / stride) for length in (height, width))
 
 
-def _bound(
+def _windowed_denoiser(
     denoiser: Denoiser, plan: SamplingPlan, index: Tensor, images: Tensor, size: int
 ) -> Denoise:
     """The denoiser of images like these, of the labels that go by `index`."""
     count = windows(images.shape[2], images.shape[3], size)
     labels = plan.labels_of(index.repeat(count), denoiser.num_classes)
-    denoise = denoiser.bound(labels, plan.guidance)
+    denoise = denoiser.bind_conditioning(labels, plan.guidance)
     return denoise if count == 1 else inpainting.windowed(denoise, size, overlap=size // 2)
 
 

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from ddpm_ray.diffusion.guidance import autoguided, classifier_guided
 from ddpm_ray.diffusion.process import Denoise
-from ddpm_ray.sampling.denoiser import Denoiser, Lead
+from ddpm_ray.sampling.denoiser import Denoiser, GuidanceModel
 
 
-def by_weaker(strong: Denoiser, weak: Denoiser, scale: float) -> Lead:
+def autoguidance(strong: Denoiser, weak: Denoiser, scale: float) -> GuidanceModel:
     """Away from `weak`, a worse model of the same data (Karras et al. 2024, arXiv:2406.02507).
 
     Raises ValueError where the two do not answer alike: predict the same under the same schedule.
@@ -25,29 +25,29 @@ def by_weaker(strong: Denoiser, weak: Denoiser, scale: float) -> Lead:
             "differs in size or in training alone"
         )
 
-    def lead(denoise: Denoise, labels: Tensor | None) -> Denoise:
+    def guidance_model(denoise: Denoise, labels: Tensor | None) -> Denoise:
         """`denoise` away from the weaker one, which is told the same labels if it knows any."""
         known = labels if weak.num_classes else None
-        return autoguided(denoise, weak.mean_of(weak.bound(known)), scale)
+        return autoguided(denoise, weak.without_variance(weak.bind_conditioning(known)), scale)
 
-    return lead
+    return guidance_model
 
 
-def by_classifier(
+def classifier_guidance(
     classifier: Callable[[Tensor, Tensor], Tensor],
     denoiser: Denoiser,
     scale: float,
     *,
     steps: Sequence[int] | None = None,
     variance: Literal["fixed_small", "fixed_large"] = "fixed_small",
-) -> Lead:
+) -> GuidanceModel:
     """Towards each image's label, by `classifier` (x_t, t) -> logits [B, K].
 
     As `guidance.classifier_guided`, whose algorithm 1 the ancestral sampler's `steps` and
     `variance` choose (Dhariwal and Nichol 2021, arXiv:2105.05233).
     """
 
-    def lead(denoise: Denoise, labels: Tensor | None) -> Denoise:
+    def guidance_model(denoise: Denoise, labels: Tensor | None) -> Denoise:
         """`denoise` towards these labels; raises ValueError without any."""
         if labels is None:
             raise ValueError("a classifier leads to labels; give labels=[...] for it to lead to")
@@ -65,4 +65,4 @@ def by_classifier(
             variance=variance,
         )
 
-    return lead
+    return guidance_model

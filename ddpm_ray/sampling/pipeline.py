@@ -153,10 +153,10 @@ class TrainedModel:
         last of a cascade (Ho et al. 2022, arXiv:2106.15282).
         """
         chosen = self._chosen(settings)
-        return self.magnify(self.plan_of(chosen), images, chosen.batch_size)
+        return self.upscale(self.plan_of(chosen), images, chosen.batch_size)
 
     @checks_arguments
-    def magnify(self, plan: SamplingPlan, images: Images, batch_size: Count) -> Images:
+    def upscale(self, plan: SamplingPlan, images: Images, batch_size: Count) -> Images:
         """`enlarge` by a plan."""
         found = as_images(images, self.image_shape[0])
         pixels, size = self.denoiser.low_resolution_pixels, self.image_shape[1:]
@@ -166,7 +166,7 @@ class TrainedModel:
                 f"{pixels} x {pixels} (0: none; objective.low_resolution_pixels)"
             )
         small = to_model_range(torch.from_numpy(found).to(self.device))
-        denoiser = replace(self.denoiser, low=enlarged(small, size))
+        denoiser = replace(self.denoiser, low_resolution_images=enlarged(small, size))
         return replace(self, denoiser=denoiser).draw(plan, len(found), batch_size)
 
     @checks_arguments
@@ -226,10 +226,12 @@ class TrainedModel:
         """The steps of these settings; raises ValueError for what this model cannot do."""
         of = self.denoiser
         model = Conditioned(of.num_classes, self.drops_labels, of.variance != "fixed")
-        led = of.lead is not None
+        guided = of.guidance_model is not None
         problems = [
             *settings.problems("", of.schedule.num_steps),
-            *settings.incompatibilities("", model, led=led, led_classes=of.lead_classes),
+            *settings.incompatibilities(
+                "", model, guided_by_model=guided, guidance_classes=of.guidance_classes
+            ),
         ]
         if problems:
             raise ValueError("; ".join(problems))

@@ -117,7 +117,7 @@ def draw(
     index = index.to(device)
     x_T = normal(plan.seed, Purpose.SAMPLE_START, 0, index, image_shape)
     labels = plan.labels_of(index, denoiser.num_classes)
-    denoise = denoiser.bound(labels, plan.guidance, denoiser.low_of(index))
+    denoise = denoiser.bind_conditioning(labels, plan.guidance, denoiser.low_resolution_of(index))
     return walk(denoiser, denoise, plan, x_T, noise, on_step)
 
 
@@ -136,14 +136,14 @@ def walk(
         if variance == "fixed":
             raise ValueError("variance is 'learned', but the network answers none; use fixed_small")
         if plan.variance != "learned":
-            denoise = denoiser.mean_of(denoise)
+            denoise = denoiser.without_variance(denoise)
         return samplers.ancestral(
             schedule, denoise, x_T, plan.steps, noise=noise, variance=variance,
             parameterization=parameterization, clip=clip, on_step=on_step,
         )  # fmt: skip
     if plan.variance == "learned":
         raise ValueError(f"variance is 'learned'; {plan.sampler} has none: use fixed_small")
-    denoise = denoiser.mean_of(denoise)
+    denoise = denoiser.without_variance(denoise)
     match plan.sampler:
         case "ddim":
             return samplers.ddim(

@@ -23,7 +23,7 @@ from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.sweep import SweepConfig
 from ddpm_ray.data.shards import Dataset
 from ddpm_ray.data.transforms import mean_square
-from ddpm_ray.diffusion.schedule_diagnostics import Appraisal, appraise
+from ddpm_ray.diffusion.schedule_diagnostics import ScheduleDiagnostics, diagnose_schedule
 from ddpm_ray.distributed import worker_group
 from ddpm_ray.distributed.placement_groups import HEAD
 from ddpm_ray.distributed.signals import Interrupts
@@ -198,7 +198,7 @@ def _run_tune(function: Any, searcher: TuneSearcher) -> None:
 
 def schedule_diagnostics(
     config: SweepConfig, values: dict[str, Any], dataset: Dataset
-) -> Appraisal:
+) -> ScheduleDiagnostics:
     """Return the diagnostics of these values' schedule. Raises ConfigError for an invalid run."""
     run = _run_config(config, values, "trial")
     check_model(run, dataset)
@@ -206,7 +206,7 @@ def schedule_diagnostics(
     manifest = dataset.manifest
     height, width, _ = manifest.image_shape
     squares = mean_square(manifest.pixel_mean, manifest.pixel_std)
-    return appraise(schedule, squares, height * width)
+    return diagnose_schedule(schedule, squares, height * width)
 
 
 def _run_config(config: SweepConfig, values: dict[str, Any], where: str) -> RunConfig:

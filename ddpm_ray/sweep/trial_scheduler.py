@@ -10,7 +10,7 @@ from typing import Any
 
 from ddpm_ray.config.loading import ConfigError
 from ddpm_ray.config.sweep import PruningConfig, SweepConfig
-from ddpm_ray.diffusion.schedule_diagnostics import Appraisal
+from ddpm_ray.diffusion.schedule_diagnostics import ScheduleDiagnostics
 from ddpm_ray.redaction import counted
 from ddpm_ray.sweep.early_stopping import EarlyStopping
 from ddpm_ray.sweep.search import propose, total_trials
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 class TrialScheduler:
     """Decides which trial of a sweep runs next and which one stops early.
 
-    `appraise(values)` returns the diagnostics of a trial's schedule, or raises ConfigError;
+    `diagnose_schedule(values)` measures the noise schedule of a trial, or raises ConfigError;
     `stop(number)` asks a running trial to stop.
     """
 
@@ -30,13 +30,13 @@ class TrialScheduler:
         self,
         config: SweepConfig,
         store: TrialStore,
-        appraise: Callable[[dict[str, Any]], Appraisal],
+        diagnose_schedule: Callable[[dict[str, Any]], ScheduleDiagnostics],
         stop: Callable[[int], None],
     ) -> None:
         self.store = store
         self.closing = False  # start no more trials
         self.active: set[int] = set()  # numbers of the trials that run now
-        self._config, self._appraise, self._stop = config, appraise, stop
+        self._config, self._diagnose_schedule, self._stop = config, diagnose_schedule, stop
         self._reasons: dict[int, str] = {}  # why a trial was asked to stop
         self._rule = EarlyStopping(config.stopping, config.run.training.steps)
         for _, trial, probe in store.events():
@@ -106,12 +106,12 @@ class TrialScheduler:
         ):
             branch, values = proposal
             try:
-                diagnostics = self._appraise(values)
+                diagnostics = self._diagnose_schedule(values)
             except ConfigError as error:
                 reason = " ".join(str(error).split())
                 self.store.add(values, branch, status="failed", reason=reason)
                 continue
-            appraisal = vars(diagnostics)
+            appraisal = diagnostics.stored()
             if reason := rejection_reason(diagnostics, self._config.pruning):
                 self.store.add(values, branch, status="pruned", reason=reason, appraisal=appraisal)
                 continue
@@ -140,7 +140,7 @@ class TrialScheduler:
             self.store.record_interruption(trial, outcome)
 
 
-def rejection_reason(diagnostics: Appraisal, limits: PruningConfig) -> str:
+def rejection_reason(diagnostics: ScheduleDiagnostics, limits: PruningConfig) -> str:
     """Return why this schedule cannot give good samples, in a line; "" if it can."""
     if diagnostics.prior_bits_per_dim > limits.max_prior_bits_per_dim:
         return (
@@ -148,9 +148,9 @@ def rejection_reason(diagnostics: Appraisal, limits: PruningConfig) -> str:
             f"{diagnostics.alpha_bar_T:.3g}) that samples start without, above "
             f"pruning.max_prior_bits_per_dim={limits.max_prior_bits_per_dim:g}"
         )
-    if diagnostics.useless_share > limits.max_useless_share:
+    if diagnostics.wasted_step_fraction > limits.max_useless_share:
         return (
-            f"{diagnostics.useless_share:.0%} of its steps are at noise levels where nothing can "
-            f"be learnt, above pruning.max_useless_share={limits.max_useless_share:g}"
+            f"{diagnostics.wasted_step_fraction:.0%} of its steps are at noise levels where nothing "
+            f"can be learnt, above pruning.max_useless_share={limits.max_useless_share:g}"
         )
     return ""

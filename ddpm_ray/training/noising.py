@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ddpm_ray import counter_rng
 from ddpm_ray.counter_rng import Purpose
-from ddpm_ray.data.transforms import lowered, to_model_range
+from ddpm_ray.data.transforms import downscaled, to_model_range
 from ddpm_ray.diffusion.guidance import dropped, or_null
 
 ChooseSteps: TypeAlias = Callable[[int, Tensor], tuple[Tensor, Tensor | None]]
@@ -87,7 +87,7 @@ class NoisingRecipe:
     def _low_resolution(self, x_0: Tensor, step: int, positions: Tensor) -> Tensor | None:
         if not self.low_resolution_pixels:
             return None
-        small = lowered(x_0, self.low_resolution_pixels)
+        small = downscaled(x_0, self.low_resolution_pixels)
         if not self.low_resolution_noise:
             return small
         # Conditioning augmentation: makes a cascade robust to errors of the model before it

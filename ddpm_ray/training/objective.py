@@ -158,10 +158,10 @@ class Objective:
             """Model output for x_t, after input perturbation and input scaling."""
             if more is not None:
                 x_t = x_t + (1 - schedule.at(t, x_t)).sqrt().to(x_t) * more
-            answer: Tensor = network(
+            model_output: Tensor = network(
                 self.parameterization.scaled(x_t, t), t, noisy.labels, condition
             )
-            return answer
+            return model_output
 
         return denoise
 
@@ -179,11 +179,11 @@ class Objective:
         inner = network.module if isinstance(network, DistributedDataParallel) else network
         x_t = add_noise(self.schedule, noisy.x_0, noisy.t, noisy.noise)
         with torch.no_grad():
-            answer = inner(
+            model_output = inner(
                 self.parameterization.scaled(x_t, noisy.t), noisy.t, noisy.labels,
                 torch.cat([zeros, *conditioning], 1),
             )  # fmt: skip
-            mean = answer if self.variance == "fixed" else answer.chunk(2, 1)[0]
+            mean = model_output if self.variance == "fixed" else model_output.chunk(2, 1)[0]
             return self.parameterization.x_0(x_t, noisy.t, mean).clamp_(-1, 1)
 
     def _autocast(self, device: torch.device) -> contextlib.AbstractContextManager[object]:

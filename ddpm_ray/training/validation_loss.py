@@ -13,7 +13,7 @@ from torch import Tensor
 from ddpm_ray import counter_rng
 from ddpm_ray.collectives import Workers
 from ddpm_ray.counter_rng import Purpose
-from ddpm_ray.data.transforms import lowered, to_model_range
+from ddpm_ray.data.transforms import downscaled, to_model_range
 from ddpm_ray.evaluation.loss_by_snr import loss_by_log_snr, validation_loss
 from ddpm_ray.reporting import Row, Sink
 from ddpm_ray.sampling.denoiser import Denoiser
@@ -68,7 +68,7 @@ class Validator:
         seen_twice = labels.repeat(2) if self.denoiser.num_classes else None
         low = None
         if pixels := self.denoiser.low_resolution_pixels:
-            low = lowered(x_0, pixels).repeat(2, 1, 1, 1)
+            low = downscaled(x_0, pixels).repeat(2, 1, 1, 1)
         return loss_by_log_snr(
             self.denoiser.noise(seen_twice, low),
             self.denoiser.schedule, x_0, noise, levels.to(device), self.variance,

@@ -33,7 +33,7 @@ X_4 = torch.tensor([[0.3, -0.5], [-1.5, 0.7], [2.0, 2.5], [0.1, -1.2]], dtype=to
 def by_label(parameterization: Parameterization, x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
     """The best network for THREE with its components as classes, and 3 for none."""
     images = torch.stack([law.expected_image(x_t, t) for law in (*PARTS, THREE)])
-    return parameterization.output(x_t, t, images[labels, torch.arange(len(labels))])
+    return parameterization.output_from_x0(x_t, t, images[labels, torch.arange(len(labels))])
 
 
 def log_class(k: int, x_t: Tensor, t: Tensor) -> Tensor:
@@ -277,20 +277,20 @@ def test_a_linear_gaussian_label_leads_to_its_posterior(kind: Kind, way: str) ->
         mean, variance = image(x, t)
         return (-(y - mean).square() / (2 * (variance + r))).squeeze(1)
 
-    def answer(x: Tensor, t: Tensor) -> Tensor:
-        return parameterization.output(x, t, image(x, t)[0])
+    def model_output(x: Tensor, t: Tensor) -> Tensor:
+        return parameterization.output_from_x0(x, t, image(x, t)[0])
 
     sources = torch.zeros(402, 1, dtype=torch.float64)  # none, x_T, then each step's noise
     x_T = sources.clone()
     x_T[1] = 1
     row = {t: 2 + i for i, t in enumerate(steps)}
     if way == "score":
-        guided = classifier_guided(answer, log_label, parameterization, 1.0)
+        guided = classifier_guided(model_output, log_label, parameterization, 1.0)
         end = ddim(SCHEDULE, guided, x_T, steps, parameterization=parameterization, clip=None)
     else:
         variance: Any = way
         guided = classifier_guided(
-            answer, log_label, parameterization, 1.0, steps=steps, variance=variance
+            model_output, log_label, parameterization, 1.0, steps=steps, variance=variance
         )  # fmt: skip
         end = ancestral(
             SCHEDULE,

@@ -240,9 +240,11 @@ def test_a_learned_variance_passes_and_is_not_read() -> None:
 
     x, t, known = noise_at(1), torch.full((3,), 20), noise_at(98)
     parameterization = Parameterization.of("epsilon", SHORT)
-    answer = replacement(wide, parameterization, known, HALF)(x, t)
-    assert torch.equal(answer[:, :2], replacement(shrinking, parameterization, known, HALF)(x, t))
-    assert torch.equal(answer[:, 2:], 0.3 * x)
+    model_output = replacement(wide, parameterization, known, HALF)(x, t)
+    assert torch.equal(
+        model_output[:, :2], replacement(shrinking, parameterization, known, HALF)(x, t)
+    )
+    assert torch.equal(model_output[:, 2:], 0.3 * x)
 
     def end(denoise: Denoise) -> Tensor:
         return repaint(SHORT, denoise, x, (40, 20, 0), known=known, mask=HALF, noise=noise_at)
@@ -268,9 +270,9 @@ def test_a_canvas_pixel_gets_the_mean_of_the_windows_that_show_it(
     calls = []
 
     def denoise(x_t: Tensor, t: Tensor) -> Tensor:
-        answer = x_t.mean((1, 2, 3), keepdim=True) + 0.1 * torch.cat([x_t, x_t**2], 1)
-        calls.append((x_t, t, answer))
-        return answer
+        model_output = x_t.mean((1, 2, 3), keepdim=True) + 0.1 * torch.cat([x_t, x_t**2], 1)
+        calls.append((x_t, t, model_output))
+        return model_output
 
     x = torch.randn(2, 1, height, width, generator=torch.Generator().manual_seed(1)).double()
     place = torch.arange(height * width).view(height, width)

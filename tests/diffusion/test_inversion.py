@@ -42,7 +42,7 @@ def test_ddim_gives_back_the_inverted_image(
     parameterization = Parameterization.of(kind, schedule)
 
     def denoise(x_t: Tensor, t: Tensor) -> Tensor:
-        return parameterization.output(x_t, t, ONE.expected_image(x_t, t, schedule))
+        return parameterization.output_from_x0(x_t, t, ONE.expected_image(x_t, t, schedule))
 
     x_0 = ONE.sample(50, torch.Generator().manual_seed(0))
     x_T = ddim_inversion(

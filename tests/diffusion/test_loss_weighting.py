@@ -45,9 +45,14 @@ def test_a_rule_is_one_loss_whatever_is_predicted(
     costs = []
     for kind in KINDS:
         parameterization = Parameterization.of(kind, schedule)
-        answer = parameterization.output(x_t, t, guess)
+        model_output = parameterization.output_from_x0(x_t, t, guess)
         loss = simple_loss(
-            lambda x, t, a=answer: a, schedule, x_0, t, noise, parameterization=parameterization
+            lambda x, t, a=model_output: a,
+            schedule,
+            x_0,
+            t,
+            noise,
+            parameterization=parameterization,
         )  # type: ignore[misc]
         costs.append(rule(parameterization)[t] * loss)
     for other in costs[1:]:

@@ -61,14 +61,14 @@ def test_the_expected_image_is_the_optimum_of_every_prediction(kind: Kind, t: in
     def loss(wave: float) -> Tensor:
         def denoise(x_t: Tensor, t: Tensor) -> Tensor:
             return (
-                parameterization.output(x_t, t, LINE.expected_image(x_t, t))
+                parameterization.output_from_x0(x_t, t, LINE.expected_image(x_t, t))
                 + 0.3 * (wave * x_t).cos()
             )
 
         return simple_loss(denoise, COSINE, x_0, steps, noise, parameterization=parameterization)
 
     best = simple_loss(
-        lambda x_t, t: parameterization.output(x_t, t, LINE.expected_image(x_t, t)),
+        lambda x_t, t: parameterization.output_from_x0(x_t, t, LINE.expected_image(x_t, t)),
         COSINE, x_0, steps, noise, parameterization=parameterization,
     )  # fmt: skip
     for wave in (0.0, 1.0, 2.5):
@@ -89,8 +89,8 @@ def pictures() -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(3)
     levels = torch.randint(256, (10, 2, 4, 4), generator=generator).double()
     noise = torch.randn(10, 2, 4, 4, dtype=torch.float64, generator=generator)
-    answer = torch.randn(10, 4, 4, 4, dtype=torch.float64, generator=generator) / 2
-    return levels / 127.5 - 1, noise, answer.requires_grad_()
+    model_output = torch.randn(10, 4, 4, 4, dtype=torch.float64, generator=generator) / 2
+    return levels / 127.5 - 1, noise, model_output.requires_grad_()
 
 
 @pytest.mark.parametrize("variance", VARIANCES)
@@ -165,8 +165,10 @@ def test_a_learned_variance_in_bfloat16_is_worked_with_in_float32() -> None:
     x_0, noise, both = (x.detach().float() for x in pictures())
     rounded = both.bfloat16()
     ways = [
-        hybrid_loss(lambda x_t, t, a=answer: a, V, x_0, EVERY_T, noise, variance="learned_range")  # type: ignore[misc]
-        for answer in (rounded, rounded.float())
+        hybrid_loss(
+            lambda x_t, t, a=model_output: a, V, x_0, EVERY_T, noise, variance="learned_range"
+        )  # type: ignore[misc]
+        for model_output in (rounded, rounded.float())
     ]
     assert ways[0].dtype == torch.float32
     assert torch.equal(*ways)

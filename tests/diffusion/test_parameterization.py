@@ -47,12 +47,16 @@ def test_the_right_answer_gives_back_image_and_noise(
     schedule = from_beta(beta)
     x_0, noise, t, x_t = drawn(schedule, *shape)
     parameterization = Parameterization.of(kind, schedule)
-    answer = parameterization.target(x_0, t, noise)
-    torch.testing.assert_close(parameterization.x_0(x_t, t, answer), x_0, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(parameterization.output(x_t, t, x_0), answer, rtol=1e-6, atol=1e-6)
+    model_output = parameterization.target(x_0, t, noise)
+    torch.testing.assert_close(
+        parameterization.x_0(x_t, t, model_output), x_0, rtol=1e-6, atol=1e-6
+    )
+    torch.testing.assert_close(
+        parameterization.output_from_x0(x_t, t, x_0), model_output, rtol=1e-6, atol=1e-6
+    )
     if kind != "x_0":  # at t = 1 an image says little of a faint noise, and float64 less
         torch.testing.assert_close(
-            parameterization.noise(x_t, t, answer), noise, rtol=1e-6, atol=1e-6
+            parameterization.noise(x_t, t, model_output), noise, rtol=1e-6, atol=1e-6
         )
 
 
@@ -113,7 +117,7 @@ def test_the_score_of_a_gaussian_is_exact(kind: Kind) -> None:
     def optimum(x: Tensor, t: Tensor) -> Tensor:
         """The expected image of a Gaussian by the regression of x_0 on x_t, as an answer."""
         gain = 0.09 * a.sqrt() / (0.09 * a + 1 - a)
-        return parameterization.output(x, t, 0.6 + gain * (x - 0.6 * a.sqrt()))
+        return parameterization.output_from_x0(x, t, 0.6 + gain * (x - 0.6 * a.sqrt()))
 
     torch.testing.assert_close(score(parameterization, optimum, x_t.detach(), t), slope)
 
@@ -123,8 +127,8 @@ def test_v_and_x_0_say_what_the_image_is_where_no_signal_is_left() -> None:
     x_0, noise, t, x_t = drawn(schedule, 3)
     for kind in ("v", "x_0", "mean", "edm"):
         parameterization = Parameterization.of(kind, schedule)
-        answer = parameterization.target(x_0, t, noise)
-        torch.testing.assert_close(parameterization.x_0(x_t, t, answer), x_0)
+        model_output = parameterization.target(x_0, t, noise)
+        torch.testing.assert_close(parameterization.x_0(x_t, t, model_output), x_0)
     for kind in ("epsilon", "score"):
         with pytest.raises(ValueError, match=f"{kind!r}, which says nothing .* predict v or x_0"):
             Parameterization.of(kind, schedule)  # type: ignore[arg-type]
@@ -138,7 +142,7 @@ def test_float32_images_stay_float32(kind: Kind) -> None:
         parameterization.target,
         parameterization.x_0,
         parameterization.noise,
-        parameterization.output,
+        parameterization.output_from_x0,
     ):
         if not (kind == "x_0" and way == parameterization.noise):
             assert way(x, t, x).dtype == torch.float32

@@ -153,7 +153,9 @@ def test_each_ddim_step_lands_on_the_clipped_image_with_its_own_noise(
     for (t, x_t, x_0), (s, x_s) in zip(
         seen, [(s, x_s) for s, x_s, _ in seen[1:]] + [(0, end)], strict=True
     ):
-        noise = Parameterization.of("epsilon", SCHEDULE).output(x_t, torch.full((3,), t), x_0)
+        noise = Parameterization.of("epsilon", SCHEDULE).output_from_x0(
+            x_t, torch.full((3,), t), x_0
+        )
         torch.testing.assert_close(x_s, add_noise(SCHEDULE, x_0, torch.full((3,), s), noise))
 
 

@@ -56,7 +56,7 @@ def answering(
     """The optimal denoiser of a mixture, in the words of `parameterization`."""
 
     def denoise(x_t: Tensor, t: Tensor) -> Tensor:
-        return parameterization.output(
+        return parameterization.output_from_x0(
             x_t, t, truth.expected_image(x_t, t, parameterization.schedule)
         )
 

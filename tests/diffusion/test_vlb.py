@@ -13,7 +13,7 @@ from torch.distributions import Normal, kl_divergence
 
 from ddpm_ray.diffusion import NoiseSchedule, Parameterization, add_noise, posterior, schedules
 from ddpm_ray.diffusion.samplers import Variance
-from ddpm_ray.diffusion.schedule_diagnostics import appraise
+from ddpm_ray.diffusion.schedule_diagnostics import diagnose_schedule
 from ddpm_ray.diffusion.vlb import (
     decoder_log_probability,
     prior_term,
@@ -141,15 +141,15 @@ def test_a_term_knows_what_the_network_predicts(kind: str) -> None:
     t = torch.tensor([1, 2, 500, 1000])
     x_0, x_t, estimate = torch.rand(3, 4, 5, dtype=torch.float64) * 2 - 1
     log_variance = reverse_log_variance(LINEAR, t, "fixed_large", x_0)
-    answer = parameterization.output(x_t, t, estimate)
-    found = term(parameterization, x_0, x_t, t, answer, log_variance)
+    model_output = parameterization.output_from_x0(x_t, t, estimate)
+    found = term(parameterization, x_0, x_t, t, model_output, log_variance)
     torch.testing.assert_close(found, term(IMAGE, x_0, x_t, t, estimate, log_variance))
     outside = term(
         parameterization,
         x_0,
         x_t,
         t,
-        parameterization.output(x_t, t, 3 + 0 * x_0),
+        parameterization.output_from_x0(x_t, t, 3 + 0 * x_0),
         log_variance,
         clip=clip_to_range,
     )
@@ -242,8 +242,10 @@ def test_the_prior_term_is_torchs_divergence(x: list[float], num_steps: int) -> 
     found = prior_term(schedule, x_0[None])
     assert found.shape == (1,)
     assert found.item() * math.log(2) == pytest.approx(truth.item(), rel=1e-9, abs=1e-12)
-    worth = appraise(schedule, max(x_0.square().mean().item(), 1e-12), 1).prior_bits_per_dim
-    assert found.item() == pytest.approx(worth, rel=1e-9, abs=1e-12)
+    expected = diagnose_schedule(
+        schedule, max(x_0.square().mean().item(), 1e-12), 1
+    ).prior_bits_per_dim
+    assert found.item() == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
 
 def test_the_published_schedule_begins_with_next_to_no_bits() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ddpm_ray.diffusion import NoiseSchedule, Parameterization, schedules
 from ddpm_ray.diffusion.samplers import ancestral, learned_log_variance
 from ddpm_ray.diffusion.timestep_spacing import uniform_steps
-from ddpm_ray.diffusion.x0_estimator import Estimator, clip_to_quantile, clip_to_range
+from ddpm_ray.diffusion.x0_estimator import X0Estimator, clip_to_quantile, clip_to_range
 
 LINEAR = NoiseSchedule(schedules.linear(40, 1e-3, 0.3))
 
@@ -50,7 +50,7 @@ def test_in_range_both_clips_leave_all_as_it_is(pixels: list[float]) -> None:
 def test_an_estimate_is_written_where_it_was_asked_to_be() -> None:
     x_t, out = torch.randn(2, 3), torch.empty(2, 3)
     parameterization = Parameterization.of("x_0", LINEAR)
-    estimate = Estimator(lambda x, t: 3 * x + t[:, None], parameterization, x_t, None)
+    estimate = X0Estimator(lambda x, t: 3 * x + t[:, None], parameterization, x_t, None)
     assert estimate(x_t, 7, out) is out
     torch.testing.assert_close(out, 3 * x_t + 7)
 

@@ -35,7 +35,7 @@ def optimum(x_t: Tensor, t: Tensor, labels: None, condition: None) -> Tensor:
     """v of the regression of x_0 on x_t, for independent pixels of N(0.1, 0.3^2)."""
     a = SCHEDULE.at(t, x_t)
     gain = a.sqrt() * DEVIATION**2 / (a * DEVIATION**2 + 1 - a)
-    return V.output(x_t, t, MEAN + gain.to(x_t) * (x_t - a.sqrt().to(x_t) * MEAN))
+    return V.output_from_x0(x_t, t, MEAN + gain.to(x_t) * (x_t - a.sqrt().to(x_t) * MEAN))
 
 
 def found(workers: Workers, steps: int = 120, seed: int = 0) -> Likelihood:
@@ -89,8 +89,8 @@ def every(kind: Kind, learned: bool = False, **traits: Any) -> Denoiser:
         image = a.sqrt() * 0.3 * x_t / (a * 0.3 + 1 - a) + 0.1 * torch.sin(2 * x_t)
         image = image if labels is None else image + 0.2 * (labels.view(-1, 1, 1, 1) - 1)
         image = image if condition is None else image + 0.3 * condition
-        answer = parameterization.output(x_t, t, image)
-        return torch.cat([answer, torch.tanh(x_t)], 1) if learned else answer
+        model_output = parameterization.output_from_x0(x_t, t, image)
+        return torch.cat([model_output, torch.tanh(x_t)], 1) if learned else model_output
 
     return Denoiser(network, parameterization, **traits)
 
@@ -106,11 +106,13 @@ DENOISERS = {kind: every(kind) for kind in KINDS} | {
     "self-conditioned": every("epsilon", self_conditioned=True),
     "self-conditioned, labels": every("v", self_conditioned=True, num_classes=3),
     "autoguided": replace(
-        PLAIN, lead=guidance_models.by_weaker(PLAIN, every("v", num_classes=3), 2.5)
+        PLAIN, guidance_model=guidance_models.autoguidance(PLAIN, every("v", num_classes=3), 2.5)
     ),
-    "led by a classifier": replace(PLAIN, lead=guidance_models.by_classifier(logits, PLAIN, 3.0)),
-    "labels, led by a classifier": replace(
-        LABELLED, lead=guidance_models.by_classifier(logits, LABELLED, 3.0)
+    "guided by a classifier": replace(
+        PLAIN, guidance_model=guidance_models.classifier_guidance(logits, PLAIN, 3.0)
+    ),
+    "labels, guided by a classifier": replace(
+        LABELLED, guidance_model=guidance_models.classifier_guidance(logits, LABELLED, 3.0)
     ),
 }
 
@@ -138,11 +140,11 @@ def test_the_density_of_every_kind_of_denoiser_has_mass_one(
 
 def test_what_leads_samples_changes_neither_the_likelihood_nor_its_provenance() -> None:
     batch = torch.arange(2), LEVEL + 100, torch.tensor([0, 1])
-    one, led = (
+    one, guided = (
         flow_likelihood(DENOISERS[name], [batch], steps=5, workers=Workers())
-        for name in ("labels", "labels, led by a classifier")
+        for name in ("labels", "labels, guided by a classifier")
     )
-    assert (one.metrics, one.certificate) == (led.metrics, led.certificate)
+    assert (one.metrics, one.certificate) == (guided.metrics, guided.certificate)
     assert one.certificate["guidance"] == "none"
 
 

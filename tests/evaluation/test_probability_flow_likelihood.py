@@ -29,7 +29,7 @@ FULL = range(1, 258)
 
 def optimum(truth: Mixture) -> Denoise:
     """The expected image, as an answer of v."""
-    return lambda x, t: V.output(x, t, truth.expected_image(x, t, TO_NOISE))
+    return lambda x, t: V.output_from_x0(x, t, truth.expected_image(x, t, TO_NOISE))
 
 
 def true_bits(truth: Mixture, x_1: Tensor) -> Tensor:
@@ -104,8 +104,8 @@ def test_the_network_is_asked_at_the_given_steps_alone_and_left_as_it_was() -> N
 
     def denoise(x: Tensor, t: Tensor) -> Tensor:
         asked.append(set(t.tolist()))
-        answer: Tensor = network(x)
-        return answer
+        model_output: Tensor = network(x)
+        return model_output
 
     with torch.inference_mode():
         x_1 = torch.randn(2, 1, 3, 3)

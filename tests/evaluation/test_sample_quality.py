@@ -297,7 +297,7 @@ def knows(images: Images) -> Denoise:
     x_0 = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
 
     def denoise(x_t: Tensor, t: Tensor) -> Tensor:
-        return Parameterization.of("epsilon", SCHEDULE).output(x_t, t, x_0)
+        return Parameterization.of("epsilon", SCHEDULE).output_from_x0(x_t, t, x_0)
 
     return denoise
 

@@ -212,9 +212,11 @@ def test_the_interval_of_two_images_holds_the_mean_as_often_as_it_says() -> None
 
 
 def test_what_leads_samples_is_left_out() -> None:
-    led = replace(NOISE, lead=lambda denoise, labels: lambda x_t, t: 9 + denoise(x_t, t))
-    assert asdict(found(Workers(), led)) == asdict(found(Workers()))
-    assert found(Workers(), led).certificate["guidance"] == "none"
+    guided = replace(
+        NOISE, guidance_model=lambda denoise, labels: lambda x_t, t: 9 + denoise(x_t, t)
+    )
+    assert asdict(found(Workers(), guided)) == asdict(found(Workers()))
+    assert found(Workers(), guided).certificate["guidance"] == "none"
 
 
 @pytest.mark.parametrize(

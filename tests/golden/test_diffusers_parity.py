@@ -56,8 +56,12 @@ def theirs(scheduler: Any, timesteps: Tensor, **choices: Any) -> Tensor:
     """The images of a diffusers scheduler, its network told t as ours is."""
     x = next(noises(0))
     for t in timesteps:
-        answer = network(x, torch.full((8,), int(t) + 1))
-        pictures = (answer[..., None, None], t, x[..., None, None])  # thresholding reads four axes
+        model_output = network(x, torch.full((8,), int(t) + 1))
+        pictures = (
+            model_output[..., None, None],
+            t,
+            x[..., None, None],
+        )  # thresholding reads four axes
         x = scheduler.step(*pictures, **choices).prev_sample[..., 0, 0]
     return x
 
@@ -196,6 +200,6 @@ def test_an_exported_scheduler_walks_as_the_run_samples(
     denoiser = Denoiser(
         lambda x, t, labels, condition: network(x, t), Parameterization.of("epsilon", SCHEDULE)
     )
-    denoise = denoiser.bound(None, plan.guidance)
+    denoise = denoiser.bind_conditioning(None, plan.guidance)
     ours = walk(denoiser, denoise, plan, next(noises(0)), lambda t: next(fresh))
     assert_equal_images(ours, images)

@@ -33,8 +33,8 @@ class InDouble(nn.Module):
         self.network = network
 
     def forward(self, x_t: Tensor, t: Tensor, *others: Any) -> Tensor:
-        answer: Tensor = self.network(x_t.double(), t, *others)
-        return answer
+        model_output: Tensor = self.network(x_t.double(), t, *others)
+        return model_output
 
 
 def test_forty_steps_of_training_are_those_of_diffusers() -> None:

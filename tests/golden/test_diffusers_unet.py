@@ -141,7 +141,7 @@ def test_a_saved_network_of_ours_is_loaded_by_their_own_pipeline(
 def test_their_scheduler_draws_the_transition_that_ours_does(trained: str, sampled: str) -> None:
     """Of every kind of variance that is exported, from one answer and the same noise."""
     table, t = NoiseSchedule(schedules.linear(1000)), 400
-    answer = torch.randn(4, 2 if trained != "fixed" else 1, 3, 3, generator=seeded(1))
+    model_output = torch.randn(4, 2 if trained != "fixed" else 1, 3, 3, generator=seeded(1))
     x_t, fresh = (
         torch.randn(4, 1, 3, 3, generator=seeded(2)),
         torch.randn(4, 1, 3, 3, generator=seeded(3)),
@@ -153,10 +153,10 @@ def test_their_scheduler_draws_the_transition_that_ours_does(trained: str, sampl
     })  # fmt: skip
     scheduler = diffusers.DDPMScheduler.from_config(config)
     scheduler.set_timesteps(1000)
-    expected = scheduler.step(answer, t - 1, x_t, generator=seeded(3)).prev_sample
+    expected = scheduler.step(model_output, t - 1, x_t, generator=seeded(3)).prev_sample
     seen: dict[int, Tensor] = {}
     samplers.ancestral(
-        table, lambda x, t: answer, x_t, (t, t - 1, 0), noise=lambda t: fresh,
+        table, lambda x, t: model_output, x_t, (t, t - 1, 0), noise=lambda t: fresh,
         variance=cast(samplers.Variance, sampled if trained == "fixed" else trained),
         on_step=lambda t, x, x_0: seen.update({t: x.clone()}),
     )  # fmt: skip

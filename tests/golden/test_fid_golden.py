@@ -40,7 +40,7 @@ def test_fid192_of_two_real_sets_is_the_golden_one(assets: Path, tmp_path: Path)
 
     def knows_the_test_set(x_t: Tensor, t: Tensor) -> Tensor:
         """The noise that leads to the next 50 images: one network call draws them exactly."""
-        return Parameterization.of("epsilon", SCHEDULE).output(x_t, t, next(batches))
+        return Parameterization.of("epsilon", SCHEDULE).output_from_x0(x_t, t, next(batches))
 
     scores = evaluate(
         Denoiser.of_noise(knows_the_test_set, SCHEDULE), SamplingPlan((10, 0)), net, truth,

@@ -47,7 +47,7 @@ def test_labels_go_by_the_index_in_turn_or_as_wished() -> None:
 def test_guidance_shows_each_image_with_its_label_and_without() -> None:
     network = Seen()
     denoiser = Denoiser(network, EPSILON, num_classes=3)
-    denoise = denoiser.bound(torch.tensor([1, 2]), Guidance(scale=2))
+    denoise = denoiser.bind_conditioning(torch.tensor([1, 2]), Guidance(scale=2))
     denoise(torch.ones(2, *SHAPE), T)
     (labels,) = network.labels
     assert labels is not None
@@ -58,16 +58,16 @@ def test_guidance_shows_each_image_with_its_label_and_without() -> None:
 def test_a_model_without_labels_refuses_them() -> None:
     denoiser = Denoiser(Seen(), EPSILON)
     with pytest.raises(ValueError, match="guidance_scale 1 are for models trained with labels"):
-        denoiser.bound(torch.tensor([0]))
+        denoiser.bind_conditioning(torch.tensor([0]))
     with pytest.raises(ValueError, match="guidance_scale 3 are for models trained with labels"):
-        denoiser.bound(None, Guidance(scale=3))
+        denoiser.bind_conditioning(None, Guidance(scale=3))
 
 
 def test_a_self_conditioned_network_sees_its_last_estimate_clipped() -> None:
     """First nothing; then x_0 as its own answer, a tenth of x_t, had it."""
     network = Seen()
     denoiser = Denoiser(network, EPSILON, self_conditioned=True)
-    denoise = denoiser.bound()
+    denoise = denoiser.bind_conditioning()
     x = torch.tensor([0.3, 5.0]).view(2, 1, 1, 1).expand(2, *SHAPE)
     for _ in range(2):
         denoise(x, T)
@@ -79,7 +79,7 @@ def test_a_self_conditioned_network_sees_its_last_estimate_clipped() -> None:
     expected = (0.3 - math.sqrt(1 - a) * 0.03) / math.sqrt(a)
     assert second[0].flatten().tolist() == pytest.approx([expected] * 4)
     assert (second[1] == 1).all()
-    denoiser.bound()(x, T)
+    denoiser.bind_conditioning()(x, T)
     assert network.condition[2] is not None
     assert not network.condition[2].any(), "a new walk remembers the one before"
 
@@ -87,7 +87,7 @@ def test_a_self_conditioned_network_sees_its_last_estimate_clipped() -> None:
 def test_guided_and_self_conditioned_it_keeps_the_two_estimates_apart() -> None:
     network = Seen()
     denoiser = Denoiser(network, EPSILON, num_classes=2, self_conditioned=True)
-    denoise = denoiser.bound(torch.tensor([0, 1]), Guidance(scale=2))
+    denoise = denoiser.bind_conditioning(torch.tensor([0, 1]), Guidance(scale=2))
     for _ in range(2):
         denoise(torch.randn(2, *SHAPE), T)
     assert [c.shape for c in network.condition if c is not None] == [(4, *SHAPE)] * 2
@@ -96,7 +96,7 @@ def test_guided_and_self_conditioned_it_keeps_the_two_estimates_apart() -> None:
 def test_the_low_resolution_image_lies_behind_the_estimate() -> None:
     network, small = Seen(), torch.full((2, *SHAPE), 0.5)
     denoiser = Denoiser(network, EPSILON, self_conditioned=True, low_resolution_pixels=1)
-    denoiser.bound(low_resolution=small)(torch.ones(2, *SHAPE), T)
+    denoiser.bind_conditioning(low_resolution=small)(torch.ones(2, *SHAPE), T)
     (condition,) = network.condition
     assert condition is not None
     assert torch.equal(condition, torch.cat([torch.zeros_like(small), small], 1))
@@ -104,7 +104,7 @@ def test_the_low_resolution_image_lies_behind_the_estimate() -> None:
 
 def test_each_image_is_shown_its_own_low_resolution_by_its_index() -> None:
     network, bank = Seen(), torch.arange(3.0).view(3, 1, 1, 1).expand(3, *SHAPE)
-    denoiser = Denoiser(network, EPSILON, low_resolution_pixels=1, low=bank)
+    denoiser = Denoiser(network, EPSILON, low_resolution_pixels=1, low_resolution_images=bank)
     draw(denoiser, SamplingPlan((40, 0)), torch.tensor([5, 0, 4]), SHAPE, "cpu")
     (condition,) = network.condition
     assert condition is not None
@@ -115,7 +115,9 @@ def test_each_image_is_shown_its_own_low_resolution_by_its_index() -> None:
 def test_low_resolution_is_shown_to_those_who_want_it_alone(pixels: int, says: str) -> None:
     given = None if pixels else torch.zeros(2, *SHAPE)
     with pytest.raises(ValueError, match=f"{says} super-resolution .* to them alone"):
-        Denoiser(Seen(), EPSILON, low_resolution_pixels=pixels).bound(low_resolution=given)
+        Denoiser(Seen(), EPSILON, low_resolution_pixels=pixels).bind_conditioning(
+            low_resolution=given
+        )
 
 
 def test_edm_shows_its_input_with_unit_variance() -> None:
@@ -124,7 +126,7 @@ def test_edm_shows_its_input_with_unit_variance() -> None:
     denoiser = Denoiser(network, Parameterization.of("edm", LINEAR, sigma_data=0.5))
     a = LINEAR.alpha_bar[7]
     x_t = (a * 0.25 + 1 - a).sqrt().float() * torch.randn(2, 1, 100, 100)
-    denoiser.bound()(x_t, T)
+    denoiser.bind_conditioning()(x_t, T)
     assert network.x_t[0].std().item() == pytest.approx(1, abs=0.03)
 
 
@@ -159,7 +161,7 @@ def test_its_noise_is_the_expected_noise_whatever_it_predicts(kind: str) -> None
 
     def network(x: Tensor, t: Tensor, labels: None, condition: None) -> Tensor:
         x_t = x / scale[t].view(-1, 1)
-        return parameterization.output(x_t, t, LINE.expected_image(x_t, t))
+        return parameterization.output_from_x0(x_t, t, LINE.expected_image(x_t, t))
 
     x_t = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
     t = torch.full((9,), 600)
@@ -179,7 +181,7 @@ def test_an_own_estimate_carries_no_gradient_from_call_to_call() -> None:
     schedule = NoiseSchedule(schedules.linear(40, 1e-3, 0.3))
     of = Denoiser(network, Parameterization.of("epsilon", schedule), self_conditioned=True)
     x, t = torch.full((2, 1, 2, 2), 0.5, requires_grad=True), torch.tensor([9, 9])
-    walk, alone = of.bound(), of.unguided()
+    walk, alone = of.bind_conditioning(), of.unguided()
     for denoise, remembered in ((walk, True), (alone, False)):
         conditions.clear()
         first, second = denoise(x, t), denoise(x, t)
@@ -200,8 +202,8 @@ def test_an_image_without_a_label_is_shown_the_null_label() -> None:
     schedule = NoiseSchedule(schedules.linear(40, 1e-3, 0.3))
     of = Denoiser(network, Parameterization.of("epsilon", schedule), num_classes=3)
     x, t, labels = torch.zeros(3, 1, 2, 2), torch.tensor([9, 9, 9]), torch.tensor([2, -1, 0])
-    of.bound(labels)(x, t)
+    of.bind_conditioning(labels)(x, t)
     of.unguided(labels)(x, t)
     of.noise(labels)(x, t)
-    of.bound(labels, Guidance(2.0))(x, t)
+    of.bind_conditioning(labels, Guidance(2.0))(x, t)
     assert seen == [[2, 3, 0]] * 3 + [[2, 3, 0, 3, 3, 3]]

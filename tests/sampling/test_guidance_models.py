@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ddpm_ray.diffusion import Denoise, NoiseSchedule, Parameterization, schedules
 from ddpm_ray.sampling import guidance_models
-from ddpm_ray.sampling.denoiser import Denoiser, Lead
+from ddpm_ray.sampling.denoiser import Denoiser, GuidanceModel
 from ddpm_ray.sampling.sampling import SamplingPlan, draw
 
 LINEAR = NoiseSchedule(schedules.linear(40, 1e-3, 0.3))
@@ -24,22 +24,25 @@ def by_label(share: float, num_classes: int = 3) -> Denoiser:
     return Denoiser(network, EPSILON, num_classes=num_classes)
 
 
-def led(denoiser: Denoiser, lead: Lead, labels: Tensor | None) -> Tensor:
+def guided(denoiser: Denoiser, guidance_model: GuidanceModel, labels: Tensor | None) -> Tensor:
     return Denoiser(
-        denoiser.network, denoiser.parameterization, num_classes=denoiser.num_classes, lead=lead
-    ).bound(labels)(X, T)
+        denoiser.network,
+        denoiser.parameterization,
+        num_classes=denoiser.num_classes,
+        guidance_model=guidance_model,
+    ).bind_conditioning(labels)(X, T)
 
 
 def test_a_weaker_model_is_kept_away_from_with_the_same_labels() -> None:
     """weak + 3 (strong - weak) for shares 0.5 and 0.2; the label's number is in both."""
     strong, weak, labels = by_label(0.5), by_label(0.2), torch.tensor([0, 1, 2, 0])
-    found = led(strong, guidance_models.by_weaker(strong, weak, 3), labels)
+    found = guided(strong, guidance_models.autoguidance(strong, weak, 3), labels)
     torch.testing.assert_close(found, 1.1 * X + labels.view(-1, 1, 1, 1))
 
 
 def test_a_weaker_model_may_know_no_labels() -> None:
     strong, weak, labels = by_label(0.5), by_label(0.2, 0), torch.tensor([0, 1, 2, 0])
-    found = led(strong, guidance_models.by_weaker(strong, weak, 3), labels)
+    found = guided(strong, guidance_models.autoguidance(strong, weak, 3), labels)
     torch.testing.assert_close(found, 1.1 * X + 3.0 * labels.view(-1, 1, 1, 1))
 
 
@@ -53,7 +56,7 @@ def test_two_that_answer_differently_are_refused(other: Parameterization) -> Non
         other = Parameterization.of("epsilon", cosine)
     weak = Denoiser(strong.network, other)
     with pytest.raises(ValueError, match="predicts something else or has another schedule"):
-        guidance_models.by_weaker(strong, weak, 2)
+        guidance_models.autoguidance(strong, weak, 2)
 
 
 def test_a_classifier_leads_each_image_to_its_own_label_even_without_a_class_network() -> None:
@@ -65,7 +68,9 @@ def test_a_classifier_leads_each_image_to_its_own_label_even_without_a_class_net
 
     labels = torch.tensor([0, 1, 0, 1])
     plain = by_label(0.5, 0)
-    moved = led(plain, guidance_models.by_classifier(classifier, plain, 2.0), labels) - 0.5 * X
+    moved = (
+        guided(plain, guidance_models.classifier_guidance(classifier, plain, 2.0), labels) - 0.5 * X
+    )
     p = torch.sigmoid(2 * X[:, 0, 0, 0])
     slope = torch.where(labels == 0, 2 * (1 - p), -2 * p)
     sigma = (1 - LINEAR.alpha_bar[9]).sqrt()
@@ -75,20 +80,20 @@ def test_a_classifier_leads_each_image_to_its_own_label_even_without_a_class_net
 
 def test_a_classifier_needs_labels() -> None:
     plain = by_label(0.5, 0)
-    lead = guidance_models.by_classifier(lambda x, t: x.flatten(1), plain, 1.0)
+    guidance_model = guidance_models.classifier_guidance(lambda x, t: x.flatten(1), plain, 1.0)
     with pytest.raises(ValueError, match=r"leads to labels; give labels=\[...\]"):
-        led(plain, lead, None)
+        guided(plain, guidance_model, None)
 
 
 def test_labels_of_a_plan_reach_the_classifier_of_a_network_without_classes() -> None:
     seen: list[Tensor] = []
     plain = by_label(0.5, 0)
 
-    def lead(denoise: Denoise, labels: Tensor | None) -> Denoise:
+    def guidance_model(denoise: Denoise, labels: Tensor | None) -> Denoise:
         assert labels is not None
         seen.append(labels)
         return denoise
 
-    denoiser = Denoiser(plain.network, plain.parameterization, lead=lead)
+    denoiser = Denoiser(plain.network, plain.parameterization, guidance_model=guidance_model)
     draw(denoiser, SamplingPlan((40, 0), labels=(5, 6)), torch.arange(3), (1, 2, 2), "cpu")
     assert [labels.tolist() for labels in seen] == [[5, 6, 5]]

@@ -320,16 +320,18 @@ def test_an_image_is_enlarged_by_a_network_that_sees_it() -> None:
         digits_model().enlarge(small.copy(), steps=3)
 
 
-def test_a_model_without_labels_takes_those_that_its_classifier_leads_to() -> None:
-    """Through `lead`, in every call; without it, and beyond the classes that it knows, it tells."""
+def test_a_model_without_labels_takes_those_of_its_guidance_classifier() -> None:
+    """Every call takes labels; ValueError without a guidance model and for unknown classes."""
     asked: list[list[int]] = []
 
-    def lead(denoise: Denoise, labels: Tensor | None) -> Denoise:
+    def guidance_model(denoise: Denoise, labels: Tensor | None) -> Denoise:
         asked.append([] if labels is None else labels.tolist())
         return denoise
 
     plain = digits_model()
-    guided = replace(plain, denoiser=replace(plain.denoiser, lead=lead, lead_classes=10))
+    guided = replace(
+        plain, denoiser=replace(plain.denoiser, guidance_model=guidance_model, guidance_classes=10)
+    )
     guided.sample(3, steps=2, labels=[7, 1])
     guided.inpaint(KNOWN[:2], MASK, steps=2, resamples=1, labels=[7])
     assert asked == [[7, 1, 7], [7, 7]]

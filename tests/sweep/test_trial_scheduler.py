@@ -10,7 +10,7 @@ import pytest
 from ddpm_ray.config.loading import ConfigError
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.sweep import StoppingConfig, SweepConfig
-from ddpm_ray.diffusion.schedule_diagnostics import Appraisal
+from ddpm_ray.diffusion.schedule_diagnostics import ScheduleDiagnostics
 from ddpm_ray.storage import object_store
 from ddpm_ray.sweep.trial_scheduler import TrialScheduler
 from ddpm_ray.sweep.trial_store import TrialStore
@@ -37,14 +37,16 @@ class Driver:
     def __init__(self, folder: Path, sweep: SweepConfig) -> None:
         self.asked, self.stopped, self.begun = list[int](), list[int](), list[int]()
         self.scheduler = TrialScheduler(
-            sweep, TrialStore(str(folder)), self._appraise, self.stopped.append
+            sweep, TrialStore(str(folder)), self._diagnose_schedule, self.stopped.append
         )
 
-    def _appraise(self, values: dict[str, Any]) -> Appraisal:
+    def _diagnose_schedule(self, values: dict[str, Any]) -> ScheduleDiagnostics:
         self.asked.append(values[KEY])
         if values[KEY] == IMPOSSIBLE:
             raise ConfigError("schedule.num_steps is 1;\n  give it 2")
-        return Appraisal(3.9e-4, 0.5 * (values[KEY] == BLIND), 0.75 * (values[KEY] == USELESS))
+        return ScheduleDiagnostics(
+            3.9e-4, 0.5 * (values[KEY] == BLIND), 0.75 * (values[KEY] == USELESS)
+        )
 
     def fill(self) -> None:
         """Begin trials as long as there are any and one of two slots is free."""

@@ -8,7 +8,7 @@ import pytest
 from ray.tune.search import Searcher
 
 from ddpm_ray.config.sweep import SweepConfig
-from ddpm_ray.diffusion.schedule_diagnostics import Appraisal
+from ddpm_ray.diffusion.schedule_diagnostics import ScheduleDiagnostics
 from ddpm_ray.distributed import placement_groups
 from ddpm_ray.sweep.trial import EVENT
 from ddpm_ray.sweep.trial_scheduler import TrialScheduler
@@ -23,7 +23,7 @@ class Cluster:
 
     def __init__(self, folder: Path, patch: pytest.MonkeyPatch) -> None:
         config = SweepConfig(space=({"seed": [1, 2, 3, 4]},), metric="eval/fid")
-        sound = Appraisal(1e-4, 0.0, 0.0)
+        sound = ScheduleDiagnostics(1e-4, 0.0, 0.0)
         self.scheduler = TrialScheduler(
             config, TrialStore(str(folder)), lambda _: sound, lambda _: None
         )

@@ -22,7 +22,7 @@ from PIL import Image
 
 from ddpm_ray import fault_injection
 from ddpm_ray.assembly import checkpoint_loading
-from ddpm_ray.assembly import training_run as build
+from ddpm_ray.assembly.training_run import training_state
 from ddpm_ray.config.loading import load, to_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.reporting import RATES, Row
@@ -460,7 +460,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
         ],
     )  # fmt: skip
     facts = {"config": to_dict(config), "image_shape": [4, 4, 3], "data_fingerprint": "f" * 64}
-    state = build.training_state(config, (4, 4, 3), torch.device("cpu"), facts)
+    state = training_state(config, (4, 4, 3), torch.device("cpu"), facts)
     for parameter in state.ema.model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     store = CheckpointStore(str(tmp_path_factory.mktemp("run") / "checkpoints"))

@@ -15,7 +15,7 @@ from ddpm_ray.assembly import diffusion, training_run
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.loading import load
 from ddpm_ray.config.run import RunConfig
-from ddpm_ray.data.transforms import lowered
+from ddpm_ray.data.transforms import downscaled
 from ddpm_ray.diffusion import Parameterization, add_noise
 from ddpm_ray.training.noising import NoisyBatch
 from ddpm_ray.training.objective import Objective
@@ -105,13 +105,13 @@ def test_offset_noise_is_one_number_per_image_and_channel() -> None:
 def test_the_low_resolution_image_has_no_more_than_its_pixels() -> None:
     """Of one colour per quarter it is itself but for the blur between them; its mean stays."""
     quarters = torch.randn(3, 1, 2, 2).repeat_interleave(8, 2).repeat_interleave(8, 3)
-    small = lowered(quarters, 2)
+    small = downscaled(quarters, 2)
     assert small.shape == quarters.shape
     torch.testing.assert_close(small[:, :, 0, 0], quarters[:, :, 0, 0])
     torch.testing.assert_close(small.mean((2, 3)), quarters.mean((2, 3)))
     detail = torch.randn(3, 1, 16, 16)
-    checks = detail - lowered(detail, 2)
-    assert lowered(checks, 2).abs().max() < 0.5 * checks.abs().max()
+    checks = detail - downscaled(detail, 2)
+    assert downscaled(checks, 2).abs().max() < 0.5 * checks.abs().max()
 
 
 class Remembering(nn.Module):
