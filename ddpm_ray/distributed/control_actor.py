@@ -26,8 +26,8 @@ class ControlLostError(RuntimeError):
 
     def __str__(self) -> str:
         return (
-            f"the control actor (progress and commands between the driver and its workers) "
-            f"{self.args[0]}; the same command continues from the newest checkpoint"
+            f"the control actor between driver and workers {self.args[0]}; the same command "
+            f"continues from the newest checkpoint"
         )
 
 

@@ -1,10 +1,10 @@
-"""Who a run or sweep is: the id that its folder keeps, and what it began with.
+"""Identity of a run or sweep: a random id and its first config, stored in its folder.
 
     <folder>/run.json            {"identity", "folder", "config" or "sweep", "data_fingerprint",
                                  "version": of ddpm_ray}
-    <folder>/claims/<id>.json    in a bucket: what each driver that began it at the same time wants
+    <folder>/claims/<id>.json    in a bucket: the proposal of each driver that started it at once
 
-MLflow's run is found by the identity, so that two drivers of one new name must get the same one.
+The MLflow run is found by the identity, so drivers that start a new name at once must agree on one.
 """
 
 import logging
@@ -26,30 +26,30 @@ log = logging.getLogger(__name__)
 IDENTITY = "run.json"  # in the run's folder
 CLAIMS = "claims"
 TRIALS = "trials"  # below a sweep's folder
-SETTLE_S = 1.0  # see _settled
-SETTLE_TRIES = 10  # then a run begins all the same: few names are begun twice at one moment
-FORGOTTEN_S = 60.0  # a claim so much older than ours is of a driver that died of something
+SETTLE_S = 1.0  # see _agree
+SETTLE_TRIES = 10  # then the run starts anyway: simultaneous starts of one name are rare
+STALE_S = 60.0  # a claim that is this much older than ours is of a driver that died
 
 
 def claim(
     folder: str, begun: dict[str, Any], changed_keys: Callable[[dict[str, Any]], list[str]]
 ) -> str:
-    """The id of the run or sweep in `folder`: a new one in a new folder, else the one found there.
+    """Return the id of the run or sweep in `folder`; create one in a new folder.
 
-    `begun` is written down with a new one; `changed_keys` compares with what was found, a line for
-    each key that is kept for life and differs now. Drivers that begin at the same time get one id.
-    A copy of a folder gets an id of its own. Raises ConfigError with these lines, CheckpointError
-    where what was begun can no longer be known, and StorageError.
+    A new id is stored with `begun`. `changed_keys(stored)` returns a line for each option that must
+    not change but differs from the stored one. Drivers that start at once get the same id; a copy
+    of a folder gets its own. Raises ConfigError with these lines, CheckpointError if the stored
+    config cannot be recovered, and StorageError.
     """
     where, lost = object_store.join(folder, IDENTITY), None
     if object_store.exists(where):
         found = _read(where)
-    elif lost := _of_checkpoints(folder):
+    elif lost := _from_checkpoints(folder):
         found = lost
     else:
         mine = {"identity": uuid.uuid4().hex, "folder": folder} | begun
         mine["version"] = package_version()
-        found = _settled(folder, mine)
+        found = _agree(folder, mine)
         if found["identity"] == mine["identity"]:
             return str(found["identity"])
     lines = changed_keys(found)
@@ -59,11 +59,11 @@ def claim(
             f"{found['data_fingerprint'][:12]}"
         )
     if lines:
-        remedy = f"{folder} holds another run; choose another name=, or go back to its values"
+        remedy = f"{folder} holds another run; choose another name=, or restore these values"
         raise ConfigError("\n".join([*lines, remedy]))
-    found = _placed(found, folder)
+    found = _relocate(found, folder)
     if lost:
-        found = _settled(folder, found)
+        found = _agree(folder, found)
     log.info("continuing %s", folder)
     return str(found["identity"])
 
@@ -73,8 +73,8 @@ def trial_file(number: int) -> str:
     return f"{number:05d}.json"
 
 
-def _of_checkpoints(folder: str) -> dict[str, Any] | None:
-    """What the newest checkpoint says of a run whose IDENTITY is lost; None where none is there."""
+def _from_checkpoints(folder: str) -> dict[str, Any] | None:
+    """Recover a lost IDENTITY from the newest checkpoint; None if there is no checkpoint."""
     if object_store.exists(object_store.join(folder, TRIALS, trial_file(0))):
         raise ConfigError(
             f"{folder} holds trials of a sweep, but its {IDENTITY} is lost; put it back, or choose "
@@ -84,7 +84,7 @@ def _of_checkpoints(folder: str) -> dict[str, Any] | None:
     if loaded is None:
         return None
     where, facts = loaded[0], loaded[1].facts
-    log.warning("%s/%s is lost; taking what %s says of the run", folder, IDENTITY, where)
+    log.warning("%s/%s is lost; restoring it from %s", folder, IDENTITY, where)
     config = saved_config(facts, where)
     return {
         "identity": facts.get("identity") or uuid.uuid4().hex,
@@ -95,14 +95,13 @@ def _of_checkpoints(folder: str) -> dict[str, Any] | None:
     }
 
 
-def _settled(folder: str, mine: dict[str, Any]) -> dict[str, Any]:
-    """What IDENTITY holds from now on: `mine`, or that of a driver that began at the same time.
+def _agree(folder: str, mine: dict[str, Any]) -> dict[str, Any]:
+    """Agree on the content of IDENTITY with drivers that start at once: `mine` or theirs.
 
-    A local disk creates a file once. Most buckets do not: they write over, whatever condition they
-    are asked to keep. There each driver writes its claim under a name of its own, and all take the
-    lowest of those that are there. One that comes after that list was made also looks SETTLE_S
-    after its own claim, and by then IDENTITY is written: a driver for which that took longer begins
-    again with the list, a few times.
+    A local disk creates a file exclusively. Most buckets do not: they overwrite, whatever condition
+    a request has. There each driver writes a claim under its own name, and all choose the lowest
+    one. A driver whose claim comes after that choice checks for IDENTITY SETTLE_S later, when it is
+    written; a driver that took longer to write it lists the claims again, a few times.
     """
     where, claims = object_store.join(folder, IDENTITY), object_store.join(folder, CLAIMS)
     if object_store.is_local(folder):
@@ -116,13 +115,13 @@ def _settled(folder: str, mine: dict[str, Any]) -> dict[str, Any]:
             return _read(where)
         listed_s = time.monotonic()
         urls = [object_store.join(claims, name) for name in sorted(object_store.list_files(claims))]
-        lowest = next(url for url in urls if written_s - object_store.modified_s(url) < FORGOTTEN_S)
+        lowest = next(url for url in urls if written_s - object_store.modified_s(url) < STALE_S)
         chosen = _read(lowest)
         tries, took_s = tries + 1, time.monotonic() - listed_s
         if tries == SETTLE_TRIES:
             log.warning(
-                "%s: the storage takes %.1f s to read the claims of this name; another driver that "
-                "began it at the same moment may go on as another run",
+                "%s: the storage takes %.1f s to read the claims on this name; another driver that "
+                "started it at once may continue as a separate run",
                 folder,
                 took_s,
             )
@@ -131,10 +130,10 @@ def _settled(folder: str, mine: dict[str, Any]) -> dict[str, Any]:
             return chosen
 
 
-def _placed(found: dict[str, Any], folder: str) -> dict[str, Any]:
-    """`found` as it is for the folder in which it lies: moved with it, or a copy's own.
+def _relocate(found: dict[str, Any], folder: str) -> dict[str, Any]:
+    """Adapt `found` if its folder was moved or copied; a copy gets an identity of its own.
 
-    What earlier versions wrote names no folder, and stays as it is.
+    Files of earlier versions have no "folder" and stay as they are.
     """
     before = found.get("folder", folder)
     if before == folder:
@@ -142,31 +141,31 @@ def _placed(found: dict[str, Any], folder: str) -> dict[str, Any]:
     original, identity = object_store.join(before, IDENTITY), found["identity"]
     try:
         if not object_store.exists(original) or _read(original)["identity"] != identity:
-            log.info("%s was moved there from %s", folder, before)
+            log.info("%s was moved from %s", folder, before)
             placed = found | {"folder": folder}
-        elif _same_place(before, folder):  # by another name
+        elif _same_folder(before, folder):  # under another name
             return found
         else:
             log.warning(
-                "%s is a copy of the run in %s, which is still there: it goes on as a run of its "
-                "own, in an MLflow run of its own",
+                "%s is a copy of the run in %s, which still exists: it continues as a separate run "
+                "with its own MLflow run",
                 folder,
                 before,
             )
-            # The same for each driver that finds the copy at the same time.
+            # Equal for all drivers that find the copy at once.
             own = uuid.uuid5(uuid.NAMESPACE_URL, f"{identity} {folder}").hex
             placed = found | {"identity": own, "copied_from": before, "folder": folder}
     except StorageError as error:
-        log.warning("%s: whether it is a copy is not known (%s); it goes on as the run that it is "
-                    "called", folder, error)  # fmt: skip
+        log.warning("%s: cannot check whether it is a copy (%s); it continues as the same run",
+                    folder, error)  # fmt: skip
         return found
     checksummed_json.write(object_store.join(folder, IDENTITY), placed)
     return placed
 
 
-def _same_place(one: str, other: str) -> bool:
-    """Whether both URLs lead to one folder: by links, mounts, or a bucket under two schemes."""
-    name = f"place-{secrets.token_hex(8)}"
+def _same_folder(one: str, other: str) -> bool:
+    """Whether both URLs name one folder: links, mounts, or a bucket under two schemes."""
+    name = f"probe-{secrets.token_hex(8)}"
     probe = object_store.join(other, name)
     object_store.write_bytes(probe, b"")
     try:

@@ -1,4 +1,4 @@
-"""One training run seen from its driver: check, find where it stands, run the workers, tell."""
+"""Driver of one training run: check the config, claim the run, run the workers, report."""
 
 import contextlib
 import dataclasses
@@ -42,8 +42,8 @@ from ddpm_ray.training.writer_lease import Lease
 
 log = logging.getLogger(__name__)
 
-# MLflow writes a run's parameters above each of its pictures, so that more of them than these push
-# the pictures out of sight; the whole config is the artifact config.yaml.
+# MLflow shows a run's parameters above its images, so more than these push the images out of sight.
+# The whole config is the artifact config.yaml.
 PARAMS = (
     "schedule.kind",
     "schedule.num_steps",
@@ -56,34 +56,34 @@ PACKAGES = ("ddpm-ray", "torch", "ray", "mlflow", "numpy", "pyarrow", "fsspec")
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What a training run leaves behind, or how far it came."""
+    """Result of a training run, finished or stopped."""
 
     finished: bool
-    report: dict[str, Any]  # plain JSON, with URLs of everything
-    ended: dict[str, Any]  # what the workers say of it: see worker.train_worker
+    report: dict[str, Any]  # plain JSON; URLs of checkpoint, images and run page
+    ended: dict[str, Any]  # rank 0's report: see train_worker.train_worker
 
 
 @dataclasses.dataclass(frozen=True)
 class ParentSweep:
-    """The sweep that a run is a trial of, as MLflow shows it."""
+    """The sweep of which a run is a trial, for MLflow."""
 
-    run_id: str  # of the sweep
-    label: str  # of the trial
-    values: dict[str, Any]  # what it varies, by dotted key
+    run_id: str  # MLflow run of the sweep
+    label: str  # name of the trial
+    values: dict[str, Any]  # values of the searched options, by dotted key
 
 
 def train(
     config: RunConfig,
     home: Path,
-    show: Callable[[Progress], bool | None],
+    on_progress: Callable[[Progress], bool | None],
     parent: ParentSweep | None = None,
     on_start: Callable[[int, str], None] = lambda *_: None,
 ) -> Outcome:
-    """Train, or continue, the run `config.name`; relative paths lie below `home`.
+    """Train or continue the run `config.name`. Relative paths are relative to `home`.
 
-    `show` and `on_start` are as in `group.run`. Raises ConfigError before anything starts where the
-    config does not fit the data or the run of that name, and RunFailedError, StorageError,
-    DatasetError, CheckpointError or TrackingError.
+    `on_progress` and `on_start`: see `worker_group.run`. Raises ConfigError, before Ray starts, if
+    the config does not fit the data or the existing run of that name; later RunFailedError,
+    StorageError, DatasetError, CheckpointError or TrackingError.
     """
     config = with_absolute_paths(config, home)
     warn_of_another_host(config.tracking.uri)
@@ -110,21 +110,21 @@ def train(
             "environment": determinism.environment(config.training.deterministic),
         }  # fmt: skip
         ended = worker_group.run(
-            train_worker, settings, config.cluster, show, on_start, config.worker_counts
+            train_worker, settings, config.cluster, on_progress, on_start, config.worker_counts
         )
         finished = ended["step"] >= config.training.steps
         if finished and (count := ended["undelivered"]):
             raise mlflow_runs.TrackingOutageError(
                 config.tracking.uri,
-                f"{counted(count, 'metric row')} undelivered, stored in the checkpoint",
-                "the same command sends the rest, once MLflow takes it, and ends the run",
+                f"{counted(count, 'metric row')} undelivered; stored in the checkpoint",
+                "run the same command once MLflow answers: it sends them and finishes the run",
             )
         tracked = tracked or mlflow_runs.open_run(card)
         if finished and config.model.kind == "unet":
             model_registry.log_model(tracked, ended["checkpoint"], "ddpm_ray.tracking.pyfunc_model")
     except BaseException as error:
         status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
-        with contextlib.suppress(mlflow_runs.TrackingError):  # `error` is what matters
+        with contextlib.suppress(mlflow_runs.TrackingError):  # `error` matters more
             if not _is_taken_over(lease):
                 mlflow_runs.finish(tracked or mlflow_runs.known_run(card), status, str(error))
         raise
@@ -154,17 +154,19 @@ def _card(
 
 
 def _newest_step(folder: str) -> int:
-    """Of the run's newest checkpoint; 0 where there is none."""
+    """Step of the run's newest checkpoint; 0 if none."""
     references = CheckpointStore(object_store.join(folder, CHECKPOINTS)).pointer().references
     return references[0].step if references else 0
 
 
 def _tracked(card: RunCard) -> TrackedRun | None:
-    """The run in MLflow; None, with a warning, where a server does not answer: it may later."""
+    """Open the run in MLflow; None, with a warning, if the server does not answer now."""
     try:
         found = mlflow_runs.open_run(card)
     except mlflow_runs.TrackingOutageError as error:
-        log.warning("%s. Training goes on; its rows are kept, and sent once it answers", error)
+        log.warning(
+            "%s. Training continues; metric rows are kept and sent once MLflow answers", error
+        )
         return None
     log.info("MLflow run %s", found.run_id)
     return found
@@ -177,27 +179,27 @@ def _differing(config: RunConfig, begun: dict[str, Any]) -> list[str]:
 
 
 def _lease(folder: str) -> Lease:
-    """This driver's; the workers that it starts renew it."""
+    """Take the run's lease for this driver; its workers renew it."""
     checkpoints = object_store.join(folder, CHECKPOINTS)
     return Lease.first(checkpoints, CheckpointStore(checkpoints).pointer().epoch)
 
 
 def _is_taken_over(lease: Lease | None) -> bool:
-    """Whether another job has taken the run over, whose MLflow run it is now; told in a line.
+    """Whether another job has taken over the run, and with it the MLflow run; logs a warning.
 
-    This driver may have been frozen, or cut off, for as long as the other one took to finish.
+    This driver may have been frozen or cut off while the other one finished.
     """
     other = ""
     if lease is not None:
-        with contextlib.suppress(StorageError):  # MLflow is told what is known
+        with contextlib.suppress(StorageError):  # then this driver reports to MLflow
             other = lease.other_owner()
             if other:
-                log.warning("%s goes on with this run; its MLflow run is left as it is", other)
+                log.warning("%s has taken over this run; its MLflow run is not changed", other)
     return bool(other)
 
 
 def with_absolute_paths(config: RunConfig, home: Path) -> RunConfig:
-    """The config with each relative place made absolute: workers run in folders of their own."""
+    """Make relative paths and URLs absolute: workers have other working directories."""
     return dataclasses.replace(
         config,
         storage=object_store.absolute(config.storage, home),
@@ -210,9 +212,9 @@ def with_absolute_paths(config: RunConfig, home: Path) -> RunConfig:
 
 
 def open_or_pack(config: RunConfig) -> Dataset:
-    """The data set at data.url; a built-in data.source is packed there where there is none yet.
+    """Open the data set at data.url; pack the built-in data.source there if there is none.
 
-    Raises ConfigError where another set is there than data.source.
+    Raises ConfigError if data.url holds another data set than data.source.
     """
     source, url = config.data.source, config.data.url
     if source and not object_store.exists(object_store.join(url, MANIFEST)):
@@ -220,14 +222,14 @@ def open_or_pack(config: RunConfig) -> Dataset:
     dataset = open_dataset(url)
     if source and dataset.manifest.source_sha256 != builtin_datasets.SOURCE_SHA256[source]:
         raise ConfigError(
-            f"data.source is {source!r}, and another data set is in data.url {url!r}; set "
+            f"data.source is {source!r}, but data.url {url!r} holds another data set; set "
             f"data.source= to train on that one, or choose another data.url"
         )
     return dataset
 
 
 def check_model(config: RunConfig, dataset: Dataset) -> None:
-    """Schedule, network and data must fit: found out here, without memory and before Ray starts."""
+    """Check that schedule, network and data fit, on the meta device. Raises ConfigError."""
     try:
         schedule = diffusion.noise_schedule(config.schedule)
         diffusion.model_parameterization(config.objective, schedule)
@@ -241,7 +243,7 @@ def check_model(config: RunConfig, dataset: Dataset) -> None:
     known = len(dataset.manifest.label_names)
     if config.model.num_classes not in (0, known):
         raise ConfigError(
-            f"model.num_classes is {config.model.num_classes}, and the data in {config.data.url} "
+            f"model.num_classes is {config.model.num_classes}, but the data in {config.data.url} "
             f"has {counted(known, 'label')}; set model.num_classes={known}"
         )
     try:
@@ -251,14 +253,14 @@ def check_model(config: RunConfig, dataset: Dataset) -> None:
 
 
 def artifact_root(tracking_uri: str) -> str | None:
-    """Where a new experiment's files lie: beside a database; a server knows its own place."""
+    """Artifact folder of a new experiment: beside a database; None: the server decides."""
     file = database_file(tracking_uri)
     return None if file is None else str(file.parent / "mlartifacts")
 
 
 def run_tags(dataset: Dataset) -> dict[str, str]:
-    """Who started this, with what, on which data."""
-    # Set by Ray in a submitted job's driver, there alone.
+    """MLflow tags: user, versions, commit, job, data set."""
+    # Ray sets it in the driver of a submitted job only.
     submitted = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("metadata", {})
     return {
         "mlflow.source.name": Path(sys.argv[0]).name,
@@ -273,7 +275,7 @@ def run_tags(dataset: Dataset) -> dict[str, str]:
 
 
 def user_name() -> str:
-    """Who runs this; `uid 1000710000` where the system knows no name, as in some containers."""
+    """Name of the user; `uid 1000710000` if the system has none, as in some containers."""
     try:
         return getpass.getuser()
     except (KeyError, OSError):  # OSError: Python 3.13 and later
@@ -300,9 +302,9 @@ def _report(
 
 
 def git_commit(folder: Path) -> str:
-    """The commit checked out at `folder`, `-dirty` where files differ; else $GIT_COMMIT, `unknown`.
+    """Commit checked out at `folder`, with `-dirty` if files differ; else $GIT_COMMIT or `unknown`.
 
-    A submitted job's copy of the working directory has no .git.
+    The working directory of a submitted Ray job has no .git.
     """
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]  # no tags
     try:

@@ -1,4 +1,4 @@
-"""What one Ray Train worker does: take its place, find where the run stands, train, evaluate."""
+"""One Ray Train worker of a run: restore the newest checkpoint, train, evaluate."""
 
 import logging
 import time
@@ -48,10 +48,10 @@ log = logging.getLogger(__name__)
 
 
 def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
-    """Rank 0's report: the step reached, the committed checkpoint's URL, scores, Unix times."""
+    """Train as one worker; return the step, the checkpoint's URL, scores and Unix times."""
     mlflow_settings.apply()
     control: RunControl = settings["control"]
-    if control.status().fatal is not None:  # an earlier attempt found that to go on is of no use
+    if control.status().fatal is not None:  # an earlier group met an error that would recur
         startup.mark_done(control)
         return {}
     with fatal_errors.report_fatal_errors(control):
@@ -84,7 +84,7 @@ def _train(config: RunConfig, settings: dict[str, Any], control: RunControl) -> 
         "checkpoint": run.checkpoints.committed,
         "scores": run.state.scores,
         "probes": run.state.validation_losses,
-        "undelivered": undelivered,  # metric rows that MLflow did not take
+        "undelivered": undelivered,  # metric rows that MLflow has not acknowledged
         "trained_from": began,
         "trained_to": time.time(),
     }
@@ -96,7 +96,7 @@ def assemble(
     show_progress: Callable[[Progress], Command],
     workers: Workers,
 ) -> Run:
-    """This worker's part of the run, at the step of its newest good checkpoint."""
+    """Build this worker's part of the run, restored from the newest intact checkpoint."""
     _configure_process(config)
     dataset = _opened(config, settings)
     state = training_run.training_state(
@@ -140,7 +140,7 @@ def assemble(
 
 
 def _configure_process(config: RunConfig) -> None:
-    """Threads, patience with the storage, and the kind of algorithms."""
+    """Set the number of threads, the storage time-out and deterministic algorithms."""
     torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
     object_store.set_retry_timeout(config.cluster.storage_timeout_s)
     if config.training.deterministic:
@@ -155,7 +155,7 @@ def _gallery(
     workers: Workers,
     sink: Tracker | None,
 ) -> Gallery:
-    """Samples of the EMA weights, drawn on all workers."""
+    """Build the sampler of the EMA weights; all workers draw."""
     denoiser = diffusion.denoiser(config, state.ema.model, workers.device)
     denoiser = training_run.with_low_resolution(
         denoiser, config.data, dataset, GRID_IMAGES, workers.device
@@ -176,7 +176,7 @@ def _gallery(
 def _tracker(
     config: RunConfig, settings: dict[str, Any], unsent: list[Row], check: Callable[[], None]
 ) -> Tracker:
-    """The way of the run's rows and pictures to MLflow, for as long as `check` does not raise."""
+    """Build the MLflow logger of rows and images; `check` raises once the lease is lost."""
     return Tracker(
         partial(_tracked_run, settings),
         config.tracking.flush_every_s,
@@ -188,7 +188,7 @@ def _tracker(
 
 
 def _opened(config: RunConfig, settings: dict[str, Any]) -> Dataset:
-    """The data set of the run; that and the held-out one are those that the driver saw."""
+    """Open the data set; check that it and the held-out one are those that the driver opened."""
     fault_injection.at("open")
     dataset = open_dataset(config.data.url)
     held_out = filter(None, [config.evaluation.held_out_url])
@@ -199,7 +199,7 @@ def _opened(config: RunConfig, settings: dict[str, Any]) -> Dataset:
 
 
 def _require_same_data(dataset: Dataset, wanted: str, whose: str) -> None:
-    """Raises DatasetError where the data set is not the one with the fingerprint `wanted`.
+    """Raise DatasetError unless the fingerprint of the data set is `wanted`.
 
     It may have been packed again since the driver opened it, or since the run began.
     """
@@ -207,12 +207,12 @@ def _require_same_data(dataset: Dataset, wanted: str, whose: str) -> None:
         raise DatasetError(
             dataset.url,
             f"this is data set {dataset.fingerprint[:12]}, and the {whose} {wanted[:12]}",
-            "put that back, or begin a run under another name=",
+            "put that one back, or start a run with another name=",
         )
 
 
 def _facts(settings: dict[str, Any], dataset: Dataset) -> dict[str, Any]:
-    """What every checkpoint of the run says of it."""
+    """Facts on the run that each checkpoint stores."""
     return {
         "config": settings["config"],
         "version": package_version(),
@@ -224,16 +224,16 @@ def _facts(settings: dict[str, Any], dataset: Dataset) -> dict[str, Any]:
 
 
 def _tracked_run(settings: dict[str, Any]) -> TrackedRun:
-    """The run as the driver has found it, or as MLflow has it where it was away then."""
+    """MLflow run that the driver opened; open it now if MLflow did not answer then."""
     if settings["tracked"] is not None:
         return TrackedRun(**settings["tracked"])
-    from ddpm_ray.tracking import mlflow_runs  # a second, in the thread that asks
+    from ddpm_ray.tracking import mlflow_runs  # takes 1 s to import, here in the logger's thread
 
     return mlflow_runs.open_run(RunCard(**settings["card"]))
 
 
 def _writer(config: RunConfig, settings: dict[str, Any], workers: Workers) -> CheckpointWriter:
-    """Of the run's checkpoints; the leader's commits from now on, and no earlier start's."""
+    """Build the checkpoint writer; the main worker acquires the lease from earlier starts."""
     checkpoints = object_store.join(settings["folder"], CHECKPOINTS)
     fault_injection.at("restore")
     training = config.training
@@ -255,27 +255,27 @@ def _validate_callback(
 
 
 def _nothing(step: int) -> None:
-    """What is not wanted of a run, at each step."""
+    """Do nothing; stands for disabled outputs."""
 
 
 def distributed_context() -> Workers:
-    """This process's place in its Ray Train worker group."""
+    """Rank, number of workers and device of this process in its Ray Train worker group."""
     context = ray.train.get_context()
     device = ray.train.torch.get_device()
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # NCCL gathers plain objects on the current device
+        torch.cuda.set_device(device)  # all_gather_object with NCCL uses the current device
     return Workers(context.get_world_rank(), context.get_world_size(), device)
 
 
 def _newest(store: CheckpointStore, workers: Workers) -> tuple[str, Snapshot] | None:
-    """The checkpoint that the leader found, read by each worker for itself, and its URL."""
+    """URL and content of the newest checkpoint: the main worker finds it, each worker reads it."""
     found = store.load() if workers.is_main else None
     where: str | None = workers.gather(found[0] if found else None)[0]
     return found if workers.is_main or where is None else (where, read(where))
 
 
 def _wrapped(model: nn.Module, config: RunConfig, workers: Workers) -> nn.Module:
-    """The network that gradients pass through: compiled and data-parallel as configured."""
+    """Wrap the network for training: torch.compile and DDP, as configured."""
     network = model
     if config.training.compile:
         network = torch.compile(network)  # type: ignore[assignment]
@@ -286,7 +286,7 @@ def _wrapped(model: nn.Module, config: RunConfig, workers: Workers) -> nn.Module
 
 
 class PeriodicEvaluator:
-    """Scores the EMA weights; its feature network and reference are made at the first use."""
+    """Scores the EMA weights; builds feature network and reference statistics at first use."""
 
     def __init__(
         self, config: RunConfig, dataset: Dataset, state: TrainingState, gallery: Gallery
@@ -295,7 +295,7 @@ class PeriodicEvaluator:
         self._tools: tuple[FeatureNet, Reference] | None = None
 
     def evaluate(self, step: int) -> None:
-        """Leaves the scores of `step` in the state and hands them to the sink."""
+        """Evaluate, store the scores of `step` in the state and pass them to the sink."""
         wanted, gallery = self._config.evaluation, self._gallery
         if not wanted.num_images:
             return

@@ -134,7 +134,7 @@ def test_a_data_set_that_was_packed_again_since_the_driver_looked_is_refused(
 ) -> None:
     """On commit c58b265 the workers trained on whatever lay there by then."""
     pack_noise(str(tmp_path / name), images=29, side=4)
-    says = rf"{name}: this is data set \w{{12}}, and the driver saw \w{{12}}; put that back"
+    says = rf"{name}: this is data set \w{{12}}, and the driver saw \w{{12}}; put that one back"
     with pytest.raises(DatasetError, match=says):
         assemble(settings)
 

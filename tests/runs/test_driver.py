@@ -110,11 +110,11 @@ CONTROL_LOST = ControlLostError("died (killed, or a crash of its own)")
         (finish, "FINISHED", 0, "MLflow run"),
         (stop_half_way, "KILLED", 130, f"stopped at step {STEPS // 2} of {STEPS}"),
         (raising(RunFailedError("worker 1: no")), "FAILED", 1, "error: worker 1: no"),
-        (raising(CONTROL_LOST), "FAILED", 1, "error: the process that carries progress"),
+        (raising(CONTROL_LOST), "FAILED", 1, "error: the control actor between"),
         (raising(KeyboardInterrupt("SIGINT")), "KILLED", 130, "interrupted; the same command"),
         (raising(LEASE_LOST), "FAILED", 1, "error: runs/driven/checkpoints: start 2 of this run"),
-        (superseded(raising(LEASE_LOST)), "FINISHED", 1, "goes on with this run; its MLflow run"),
-        (superseded(stop_half_way), "FINISHED", 130, "goes on with this run; its MLflow run"),
+        (superseded(raising(LEASE_LOST)), "FINISHED", 1, "has taken over this run; its MLflow run"),
+        (superseded(stop_half_way), "FINISHED", 130, "has taken over this run; its MLflow run"),
     ],
 )
 def test_how_the_workers_end_is_what_mlflow_and_the_caller_learn(

@@ -81,7 +81,7 @@ def test_a_claim_whose_driver_died_long_ago_counts_no_more(
         object_store.join(folder, CLAIMS, "0" * 32 + ".json"), begun(identity="0" * 32)
     )
     threading.Event().wait(1.1)  # buckets count in seconds
-    monkeypatch.setattr(run_identity, "FORGOTTEN_S", 0.5)
+    monkeypatch.setattr(run_identity, "STALE_S", 0.5)
     assert claim(folder, begun(), nothing) != "0" * 32
 
 
@@ -92,7 +92,7 @@ def test_a_storage_that_is_slow_holds_no_start_up_for_ever(
     folder = object_store.join(s3, "slow")
     found = claim(folder, begun(), nothing)
     assert checksummed_json.read(object_store.join(folder, IDENTITY))["identity"] == found
-    assert "another driver that began it at the same moment may go on as another" in caplog.text
+    assert "another driver that started it at once may continue as a separate run" in caplog.text
 
 
 CONFIG = "name=kept", "data.url=somewhere", "training.learning_rate=0.001"
@@ -127,7 +127,7 @@ def test_a_lost_identity_comes_out_of_the_newest_checkpoint(
     assert "seed is 7, but the run began with 0" in str(error.value)
     assert not (tmp_path / "kept" / IDENTITY).exists()
     assert begin(config(tmp_path), folder) == before
-    assert "run.json is lost; taking what" in caplog.text
+    assert "run.json is lost; restoring it from" in caplog.text
     assert begin(config(tmp_path), folder) == before  # written down again
 
 
@@ -212,4 +212,4 @@ def test_an_original_that_cannot_be_read_is_told(
     found = begun(identity="mine", folder=str(tmp_path / "before"))
     checksummed_json.write(str(tmp_path / "now" / IDENTITY), found)
     assert claim(str(tmp_path / "now"), begun(), nothing) == "mine"
-    assert "whether it is a copy is not known" in caplog.text
+    assert "cannot check whether it is a copy" in caplog.text

@@ -50,7 +50,7 @@ def test_a_built_in_set_is_packed_once_and_another_set_is_not_taken_for_it(tmp_p
     assert packed.manifest.samples == 1797
     assert open_or_pack(config("digits", "digits")).fingerprint == packed.fingerprint
     pack_noise(str(tmp_path / "noise"), images=9, side=4)
-    with pytest.raises(ConfigError, match=r"data.source is 'digits', and another data set is in"):
+    with pytest.raises(ConfigError, match=r"data.source is 'digits', but data.url"):
         open_or_pack(config("noise", "digits"))
     assert open_or_pack(config("noise", "")).manifest.samples == 9
 

@@ -346,7 +346,7 @@ def test_a_server_that_is_away_when_a_run_starts_misses_nothing(
     )  # fmt: skip
     line.cut()
     assert train._tracked(card) is None
-    assert "Training goes on; its rows are kept" in caplog.text
+    assert "Training continues; metric rows are kept" in caplog.text
     tracker = Tracker(partial(mlflow_runs.open_run, card), 0.01, [])
     tracker.rows(rows(range(1, 8)))
     until(lambda: "kept, tried again" in caplog.text)

@@ -392,7 +392,7 @@ def test_a_run_does_not_finish_before_all_its_rows_are_there(
         "model.attention_resolutions=[]", "tracking.uri=sqlite:///my.db", "evaluation.num_images=0",
     ])  # fmt: skip
     if undelivered:
-        said = "5 metric rows undelivered, stored in the checkpoint; the same command"
+        said = "5 metric rows undelivered; stored in the checkpoint; run the same command"
         with pytest.raises(TrackingOutageError, match=said):
             train.train(config, tmp_path, lambda _: None)
     else:
