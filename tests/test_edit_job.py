@@ -147,8 +147,8 @@ def test_a_transparent_mask_and_a_grey_one_are_read_as_white_from_the_middle(edi
 @pytest.mark.parametrize(
     "arguments, image, says",
     [
-        ([], "image.png", "--mask is left out and kind is 'inpaint'"),
-        (["--mask", "mask.png", "kind=outpaint", "top=1"], "image.png", "which reads none"),
+        ([], "image.png", "--mask is missing and kind is 'inpaint'"),
+        (["--mask", "mask.png", "kind=outpaint", "top=1"], "image.png", "which uses no mask"),
         (["--mask", "wide.png"], "image.png", "mask is 8 x 16 and the images 8 x 8"),
         (["--mask", "none.png"], "image.png", "--mask is none.png: there is no such file"),
         (["--mask", "mask.png"], "small.png", "mask is 8 x 8 and the images 4 x 4"),
@@ -159,11 +159,11 @@ def test_a_transparent_mask_and_a_grey_one_are_read_as_white_from_the_middle(edi
         (["--mask", "ones.png"], "image.png", "multiply a mask of 0 and 1 by 255"),
         (["--mask", "white.png"], "image.png", "white.png: white everywhere, so nothing of the"),
         (["--mask", "mixed.png"], "image.png", "other pixels are partly white, partly dark; save"),
-        (["kind=outpaint", "top=1", "sampling.sampler=unipc"], "image.png", "repaint walks as anc"),
+        (["kind=outpaint", "top=1", "sampling.sampler=unipc"], "image.png", "repaint needs anc"),
         (
             ["kind=outpaint", "top=1", "sampling.variance=learned"],
             "image.png",
-            "sampling.variance is 'learned'; repaint walks with fixed_small",
+            "sampling.variance is 'learned'; repaint needs fixed_small",
         ),
         (["kind=outpaint"], "image.png", "top is 0, and so are bottom, left and right"),
         (["--mask", "mask.png", "left=2"], "image.png", "left is 2 and kind 'inpaint'"),

@@ -12,13 +12,13 @@ from ddpm_ray.config.run import ClusterConfig
 
 @dataclass(frozen=True)
 class AverageConfig:
-    """Averages of one run, each of another width, scored as jobs/evaluate.py does."""
+    """Post-hoc EMAs of one run at several widths, scored as by jobs/evaluate.py."""
 
     widths: tuple[float, ...] = option(
-        (0.03, 0.05, 0.075, 0.1, 0.15, 0.2), "relative widths (sigma_rel) to be scored"
+        (0.03, 0.05, 0.075, 0.1, 0.15, 0.2), "relative EMA widths (sigma_rel) to score"
     )
-    step: int = option(0, "that they end at, one whose averages were kept; 0: the last", at_least=0)
-    data_url: str = option("", "reference shards; empty: what the model was trained on")
+    step: int = option(0, "training step of the EMA snapshot; 0: the last", at_least=0)
+    data_url: str = option("", "folder or URL of the reference shards; empty: the training data")
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     evaluation: EvaluationConfig = field(
         default_factory=lambda: EvaluationConfig(num_images=10_000)
@@ -26,7 +26,7 @@ class AverageConfig:
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
     def problems(self) -> Iterator[str]:
-        """Widths that no average has, and what scoring says."""
+        """Yield a line for invalid widths, and the problems of evaluation."""
         if self.evaluation.num_images < 2:
             yield (
                 f"evaluation.num_images is {self.evaluation.num_images}; widths are compared by "
@@ -44,5 +44,5 @@ class AverageConfig:
         yield from self.evaluation.problems()
 
     def sampling_problems(self) -> Iterator[str]:
-        """What the whole of `sampling` rules out."""
+        """Yield the problems of the complete `sampling` group."""
         yield from self.sampling.problems("sampling")

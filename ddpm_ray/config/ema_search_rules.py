@@ -1,19 +1,19 @@
-"""Averages of weights that there cannot be, for the configs that name some."""
+"""Checks of EMA decays and widths, for the configs that have them."""
 
 from collections.abc import Iterator
 
-PLAIN_MEAN = 0.2886  # relative width from which a power profile would weigh the start most
+PLAIN_MEAN = 0.2886  # relative width of the plain mean; wider power profiles favour the start
 
 
 def wrong_decays(key: str, decays: tuple[float, ...]) -> Iterator[str]:
-    """A line for each thing that is wrong with `decays`, the value of `key`."""
+    """Yield a line for each error in `decays`, the value of `key`."""
     if wrong := [decay for decay in decays if not 0 < decay < 1]:
         yield f"{key} holds {wrong[0]}; a decay per step is above 0 and below 1: try 0.999"
     yield from _doubled(key, decays)
 
 
 def wrong_widths(key: str, widths: tuple[float, ...]) -> Iterator[str]:
-    """A line for each thing that is wrong with `widths`, the value of `key`."""
+    """Yield a line for each error in `widths`, the value of `key`."""
     if wrong := [width for width in widths if not 0 < width < PLAIN_MEAN]:
         yield (
             f"{key} holds {wrong[0]}; a relative width is above 0 and below {PLAIN_MEAN}, that of "

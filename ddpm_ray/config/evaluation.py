@@ -17,55 +17,65 @@ INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb91
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    num_images: int = option(0, "EMA samples that are scored; 0: no evaluation", at_least=0)
+    num_images: int = option(0, "samples of the EMA weights to score; 0: no evaluation", at_least=0)
     every_steps: int = option(0, "steps between evaluations; 0: only at the end", at_least=0)
     features: Literal["inception", "digits"] = option(
-        "inception", "inception: eval/fid; digits: eval/fd_digits, by the bundled classifier"
+        "inception",
+        "feature network; inception: eval/fid; digits: eval/fd_digits, bundled classifier",
     )
     widths: tuple[int, ...] = option(
         (2048,),
-        "inception features: 2048 eval/fid, 768 eval/fid768, 192 eval/fid192, 2023 eval/sfid",
+        "Inception layers: 2048: eval/fid, 768: eval/fid768, 192: eval/fid192, 2023: eval/sfid",
     )
     resize: Literal["original", "pytorch-fid"] = option(
-        "original", "to 299 pixels: TensorFlow 1 bilinear as in the papers, or torch bilinear"
+        "original",
+        "resize to 299 pixels; original: TensorFlow 1 bilinear; pytorch-fid: torch bilinear",
     )
-    weights: str = option(INCEPTION_URL, "inception: release .pth or folded .npz, path or URL")
-    weights_sha256: str = option(INCEPTION_SHA256, "of that file")
-    kernel_distance: bool = option(True, "also the kernel inception distance (KID)")
-    kernel_distance_images: int = option(5000, "images of each side that KID compares", at_least=2)
-    precision_recall: bool = option(False, "also precision and recall (Kynkaanniemi et al. 2019)")
+    weights: str = option(
+        INCEPTION_URL, "path or URL of the Inception weights (.pth of pytorch-fid, or folded .npz)"
+    )
+    weights_sha256: str = option(INCEPTION_SHA256, "sha256 of that file")
+    kernel_distance: bool = option(True, "also compute the kernel inception distance (KID)")
+    kernel_distance_images: int = option(
+        5000, "generated and real images each, for KID", at_least=2
+    )
+    precision_recall: bool = option(False, "also compute precision and recall (Kynkaanniemi 2019)")
     extrapolate: bool = option(
-        False, "also the distance extrapolated to infinitely many samples; needs 4 per feature"
+        False, "also extrapolate to infinitely many samples; needs 4 samples per feature"
     )
     held_out_url: str = option(
-        "", "held-out shards: the distance to them is reported too; empty: none"
+        "", "shards of held-out data, to report the distance to them too; empty: none"
     )
     memorisation_images: int = option(
-        0, "samples that are compared with the training images nearest to them; 0: none",
+        0, "samples to compare with their nearest training images; 0: none",
         at_least=0,
     )  # fmt: skip
     memorisation_picture: str = option(
-        "", "PNG file of the most suspicious of them beside these; empty: none"
+        "", "PNG file of the likeliest copies with their nearest images; empty: none"
     )
     spectrum_every_steps: int = option(
-        0, "steps between losses by log-SNR, on one axis for all schedules; 0: none", at_least=0
+        0,
+        "steps between validation losses by log-SNR; comparable across schedules; 0: none",
+        at_least=0,
     )
-    spectrum_images: int = option(512, "images for these losses, always the same", at_least=16)
+    spectrum_images: int = option(512, "fixed images for the validation losses", at_least=16)
 
     bits_per_dim_images: int = option(
-        0, "images for the bound on bits per dimension (lead is not used); 0: none",
+        0, "images for the variational bound in bits/dim, without guidance; 0: none",
         at_least=0,
     )  # fmt: skip
     bits_per_dim_terms: int = option(
-        0, "terms of that bound to evaluate per image; 0: all T", at_least=0
+        0, "terms of the bound to evaluate per image; 0: all T", at_least=0
     )
     likelihood_images: int = option(
-        0, "images for the probability flow's likelihood (lead is not used); 0: none", at_least=0
+        0, "images for the probability-flow likelihood, without guidance; 0: none", at_least=0
     )  # fmt: skip
-    likelihood_steps: int = option(100, "Heun steps of that flow, 2 to T", at_least=1)
+    likelihood_steps: int = option(
+        100, "Heun steps of the probability-flow ODE, 2 to T", at_least=1
+    )
 
     def problems(self) -> Iterator[str]:
-        """What leaves a score without meaning."""
+        """Yield a line for each setting that makes a score meaningless."""
         known = (192, 768, 2023, 2048)
         if not self.widths or any(width not in known for width in self.widths):
             yield f"evaluation.widths is {list(self.widths)}; choose from {list(known)}"

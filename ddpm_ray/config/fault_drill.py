@@ -11,16 +11,16 @@ from ddpm_ray.redaction import counted
 
 @dataclass(frozen=True)
 class DrillConfig:
-    """What a cluster survives: `jobs/drill.py`."""
+    """Fault-injection drill: repeat a short run under faults. `jobs/drill.py`."""
 
     faults: tuple[str, ...] = option(
         (),
-        "each strikes one repetition: ACTION@POINT[:STEP][/RANK], several apart by spaces",
+        "one repetition per entry: ACTION@POINT[:STEP][/RANK], several faults separated by spaces",
     )
     run: RunConfig = group(RunConfig, whole_config=True)
 
     def problems(self) -> Iterator[str]:
-        """Faults that cannot be understood or never strike, and what the run says."""
+        """Yield a line for faults that are invalid or can never occur, and the run's problems."""
         if not self.faults:
             yield "faults is empty; name some, as in faults='[kill@gradient:30/1,kill@commit:20]'"
         for entry in self.faults:
@@ -32,12 +32,12 @@ class DrillConfig:
             steps, workers = self.run.training.steps, self.run.cluster.num_workers
             for fault in faults:
                 if fault.step > steps:
-                    yield f"faults: {entry!r} strikes at step {fault.step}, the run has {steps}"
+                    yield f"faults: {entry!r} is at step {fault.step}, the run has {steps}"
                 if (fault.rank or 0) >= workers:
-                    yield f"faults: {entry!r} strikes worker {fault.rank}, the run has {workers}"
+                    yield f"faults: {entry!r} is for worker {fault.rank}, the run has {workers}"
             if len(faults) > (most := self.run.cluster.max_failures):
                 yield (
-                    f"faults: {entry!r} strikes {counted(len(faults), 'time')}, "
+                    f"faults: {entry!r} has {counted(len(faults), 'fault')}, "
                     f"run.cluster.max_failures is {most}; raise it"
                 )
         for problem in self.run.problems():

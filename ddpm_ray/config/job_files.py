@@ -1,4 +1,4 @@
-"""Which job takes a config file: told to whoever gives it to another."""
+"""Find the job that a config file belongs to, for the error of a wrong job."""
 
 from typing import Any
 
@@ -13,9 +13,9 @@ JOBS: dict[str, type[Any]] = {
 
 
 def job_of_file(kind: type[Any], path: str) -> str:
-    """The script of jobs/ whose config the file `path` is, where that of `kind` has other keys.
+    """Return the script in jobs/ whose config the file `path` fits better than `kind`.
 
-    Empty where `kind` knows most of its keys, or no job does: then it is a file with mistakes.
+    Empty if `kind` has most of its keys, or if no job does: then the file contains errors.
     """
     lacks = {script: len(unknown_keys(other, path)) for script, other in JOBS.items()}
     nearest = min(lacks, key=lambda script: lacks[script])

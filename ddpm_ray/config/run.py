@@ -73,7 +73,7 @@ class ModelConfig:
     )  # fmt: skip
 
     def problems(self) -> Iterator[str]:
-        """Widths, groups and levels that make no network."""
+        """Yield a line for sizes that do not fit together."""
         if not self.channel_mults or min(self.channel_mults) < 1:
             yield (
                 f"model.channel_mults is {list(self.channel_mults)}; it needs one factor of at "
@@ -180,7 +180,7 @@ class TrainingConfig:
     )
 
     def problems(self) -> Iterator[str]:
-        """Pairs of keys of which one alone may be set, and parts of a batch."""
+        """Yield a line for keys that exclude each other, and for invalid slots and EMA widths."""
         if self.warmup_steps and self.warmup_images:
             yield (
                 f"training.warmup_images is {self.warmup_images} and training.warmup_steps "
@@ -222,7 +222,7 @@ class TrackingConfig:
     )
     flush_every_s: float = option(2.0, "seconds between uploads of rows", above=0)
     last_rows_s: float = option(
-        60, "seconds to wait for MLflow at the end; undelivered rows are sent when the run continues",
+        60, "seconds to wait for MLflow at the end; a continued run sends undelivered rows",
         above=0,
     )  # fmt: skip
 
@@ -242,7 +242,7 @@ class ClusterConfig:
     max_failures: int = option(3, "restarts of the worker group after lost workers", at_least=0)
     timeout_s: float = option(300, "timeout of a collective operation in seconds", above=0)
     stall_timeout_s: float = option(
-        25, "seconds without progress or heartbeat of a worker until all workers are restarted",
+        25, "seconds without progress or heartbeat of a worker before all are restarted",
         at_least=5,
     )  # fmt: skip
     storage_timeout_s: float = option(
@@ -275,14 +275,14 @@ class RunConfig:
 
     @property
     def conditioned(self) -> Conditioned:
-        """What the model is given beside x_t and t, and answers beside its mean."""
+        """What the model is trained with: labels, label dropout, learned variance."""
         objective = self.objective
         learns, drops = objective.variance != "fixed", objective.label_dropout > 0
         return Conditioned(self.model.num_classes, drops, learns)
 
     @property
     def worker_counts(self) -> list[int]:
-        """How many workers the run may have, rising: those that can share its batch evenly."""
+        """Allowed numbers of workers, ascending: those that divide the batch evenly."""
         most = self.cluster.num_workers
         elastic = self.training.reduction == "elastic"
         parts = self.training.reduction_slots if elastic else self.training.global_batch_size
@@ -290,7 +290,7 @@ class RunConfig:
         return [count for count in range(fewest, most + 1) if parts % count == 0]
 
     def problems(self) -> Iterator[str]:
-        """What the groups say, and what they are together: names, and the shares of a batch."""
+        """Yield the problems of all groups, and of rules about several groups."""
         for key, value in (("name", self.name), ("data.url", self.data.url)):
             if not value:
                 yield f"{key} is empty; give it a value, as in {key}=..."

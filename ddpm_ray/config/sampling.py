@@ -1,4 +1,4 @@
-"""How images are drawn: one group of options, of a run's config, a job's and a notebook's calls."""
+"""Sampling options, shared by the configs of runs and jobs and by the Python API."""
 
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +15,7 @@ Variance: TypeAlias = Literal["fixed_small", "fixed_large", "learned"]
 
 
 class SamplingArguments(TypedDict, total=False):
-    """Keyword arguments in place of the settings of these names; None leaves one as it is."""
+    """Keyword arguments that override the settings of the same name; None: no change."""
 
     sampler: Sampler | None
     steps: int | None
@@ -35,38 +35,47 @@ class SamplingArguments(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    sampler: Sampler = option("ddim", "how images are drawn")
-    steps: int = option(50, "steps per image, at most T; heun calls the network twice", at_least=1)
-    spacing: Spacing = option("uniform", "of these steps over 0..T; log_snr: evenly in log-SNR")
-    eta: float = option(0.0, "ddim: fresh noise, 0 none, 1 as ancestral", at_least=0, at_most=1)
-    variance: Variance = option(
-        "fixed_small", "of the fresh noise; learned: as the network answers it"
+    sampler: Sampler = option("ddim", "sampling algorithm")
+    steps: int = option(
+        50, "sampling steps, at most T; heun: two network calls per step", at_least=1
     )
-    clip: bool = option(True, "clip each estimate of x_0 to [-1, 1] and derive epsilon again")
+    spacing: Spacing = option(
+        "uniform", "spacing of these steps in 0..T; log_snr: uniform in log-SNR"
+    )
+    eta: float = option(
+        0.0, "ddim: noise per step; 0: deterministic, 1: as ancestral", at_least=0, at_most=1
+    )
+    variance: Variance = option(
+        "fixed_small", "variance of the noise per step; learned: predicted by the network"
+    )
+    clip: bool = option(True, "clip each estimate of x_0 to [-1, 1] and recompute epsilon")
     dynamic_quantile: float = option(
-        0.0, "clip each image to this quantile of its own |x_0| and rescale; 0: to [-1, 1]",
+        0.0, "dynamic thresholding: clip to this quantile of |x_0|, then rescale; 0: off",
         at_least=0, at_most=1,
     )  # fmt: skip
-    seed: int = option(0, "with the image's index it fixes an image", at_least=0)
-    batch_size: int = option(64, "images in one network call", at_least=1, at_most=2**32)
+    seed: int = option(0, "random seed; (seed, image index) determines an image", at_least=0)
+    batch_size: int = option(64, "images per network call", at_least=1, at_most=2**32)
     labels: tuple[int | str, ...] = option(
-        (), "classes to draw in turn, by number or name; empty: all, of a model that knows them"
+        (), "classes to sample in turn, by number or name; empty: all classes of the model"
     )
     guidance_scale: float = option(
-        1.0, "classifier-free guidance: 1 the class alone, above 1 more of it", at_least=0
+        1.0, "classifier-free guidance scale; 1: no guidance", at_least=0
     )
     guidance_rescale: float = option(
-        0.0, "share of guided contrast that is taken back", at_least=0, at_most=1
+        0.0,
+        "guidance rescale factor phi against overexposure (Lin et al. 2023)",
+        at_least=0,
+        at_most=1,
     )
-    guidance_above_sigma: float = option(0.0, "guide only at noise above this sigma", at_least=0)
+    guidance_above_sigma: float = option(0.0, "guidance interval: lower end in sigma", at_least=0)
     guidance_below_sigma: float = option(
-        0.0, "and below this one (sigma^2 = 1/alpha_bar - 1); 0: no end", at_least=0
+        0.0, "upper end in sigma (sigma^2 = 1/alpha_bar - 1); 0: no limit", at_least=0
     )
 
     def problems(self, prefix: str = "", num_steps: int | None = None) -> Iterator[str]:
-        """Steps and variance that do not fit a model of T = `num_steps`, if that is known.
+        """Yield a line for each invalid setting, for a model of T = `num_steps` if it is given.
 
-        `prefix` is what stands before each key: `sampling.` in a config, nothing in a call.
+        `prefix` is the group of the keys: "sampling" in a config, "" for function arguments.
         """
         at = prefix and f"{prefix}."
         if num_steps is not None and 0 < num_steps < self.steps:
@@ -113,15 +122,15 @@ class SamplingConfig:
         guided_by_model: bool = False,
         guidance_classes: int = 0,
     ) -> Iterator[str]:
-        """What a model that was trained so cannot do: guide without labels, answer a variance.
+        """Yield a line for each setting that `model` does not support: labels, guidance, variance.
 
-        `guided_by_model`: another network knows the labels, 0 to `guidance_classes` - 1 unless that
-        is 0.
+        `guided_by_model`: a guidance model takes the labels, 0 to `guidance_classes` - 1; with 0
+        classes their range is not checked.
         """
         at, classes = prefix and f"{prefix}.", model.num_classes
         if self.variance == "learned" and not model.learns_variance:
             yield (
-                f"{at}variance is 'learned', and the network answers none "
+                f"{at}variance is 'learned', and the network predicts none "
                 f"(objective.variance=fixed): use {at}variance=fixed_small"
             )
         if not classes and (self.guidance_scale != 1 or (self.labels and not guided_by_model)):
@@ -145,13 +154,13 @@ class SamplingConfig:
 
     @property
     def has_names(self) -> bool:
-        """Whether a label is a name, to be looked up among those of the model's classes."""
+        """Whether some label is a class name and not a number."""
         return any(isinstance(label, str) for label in self.labels)
 
     def numbered(self, names: Sequence[str] | None) -> tuple[int, ...]:
-        """`labels` with the number of each name in `names`, those of classes 0, 1, ... if known.
+        """Return `labels` as class numbers; `names` are the names of classes 0, 1, ..., if known.
 
-        Raises ValueError for one that is not there.
+        Raises ValueError for an unknown name.
         """
         for label in self.labels:
             if isinstance(label, int) or label in (names or ()):
@@ -169,11 +178,11 @@ class SamplingConfig:
     def overridden(
         self, values: Mapping[str, Any], num_steps: int | None = None
     ) -> "SamplingConfig":
-        """These settings with `values` in place of those of their names; None leaves one as it is.
+        """Return these settings with `values` replaced; a value of None is ignored.
 
-        A variance that was set for another sampler, or for all T steps, gives way to fixed_small
-        where the new ones leave it no meaning, and so does a way to clip where `clip` is false;
-        unless they are among `values`. Raises ValueError for values out of range.
+        A variance that the new sampler or number of steps does not support becomes fixed_small, and
+        dynamic_quantile becomes 0 if `clip` is false, unless they are in `values` themselves.
+        Raises ValueError for values out of range.
         """
         given = arguments(SamplingConfig, values)
         chosen = replace(self, **given)
@@ -186,14 +195,14 @@ class SamplingConfig:
         return chosen
 
     def for_repaint(self) -> "SamplingConfig":
-        """The settings that RePaint takes where it is told nothing else: it walks as ancestral."""
+        """Return these settings with RePaint's defaults: ancestral sampler, fixed_small."""
         return replace(self, sampler="ancestral", variance="fixed_small")
 
 
 @dataclass(frozen=True)
 class Conditioned:
-    """What a model was trained to be given beside x_t and t, and to answer beside its mean."""
+    """What a model was trained with: labels, label dropout, learned variance."""
 
     num_classes: int = 0
-    drops_labels: bool = True  # some images were shown without theirs, as guidance needs it
+    drops_labels: bool = True  # label dropout, needed for classifier-free guidance
     learns_variance: bool = False

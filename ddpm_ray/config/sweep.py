@@ -15,15 +15,15 @@ from ddpm_ray.config.run import RunConfig
 
 Branch = Mapping[str, Any]  # dotted key of the run -> a list of choices, or a range
 
-# What must be the same in all trials, or their scores could not be compared. The first prefix that
-# fits gives the reason.
+# Keys that must be equal in all trials, or their scores are not comparable. The first matching
+# prefix gives the reason.
 FIXED = {
     "name": "the sweep names its trials",
     "storage": "the sweep's folder holds its trials",
-    "tracking.": "the sweep's runs stand together in MLflow",
+    "tracking.": "all runs of a sweep are in one MLflow experiment",
     "cluster.": "every trial's workers are checked against the cluster before the first starts",
     "evaluation.": "scores are comparable under one protocol only",
-    "sampling.seed": "all trials draw their samples from the same noise",
+    "sampling.seed": "all trials sample from the same noise",
     "sampling.steps": "trials are compared at an equal number of network calls",
     "training.steps": "trials are compared after an equal number of optimiser steps",
     "data.url": "scores against different data cannot be compared",
@@ -34,25 +34,27 @@ FIXED = {
 @dataclass(frozen=True)
 class SearchConfig:
     kind: Literal["grid", "random", "tpe"] = option(
-        "grid", "grid: every combination; tpe: Optuna's, which learns from the trials so far"
+        "grid", "search method; grid: all combinations; tpe: Optuna's, uses earlier results"
     )
-    trials: int = option(0, "trials in all; 0, for a grid: every combination", at_least=0)
-    seed: int = option(0, "of random and tpe", at_least=0)
+    trials: int = option(0, "number of trials; 0 (grid only): all combinations", at_least=0)
+    seed: int = option(0, "random seed of random and tpe", at_least=0)
 
 
 @dataclass(frozen=True)
 class StoppingConfig:
     kind: Literal["asha", "median", "none", "pbt"] = option(
         "asha",
-        "asha: the best 1/reduction_factor of each rung go on; "
-        "median: whose best beats the others' median mean",
+        "early stopping; asha: keep the best 1/reduction_factor of a rung; "
+        "median: stop if worse than the median",
     )
     every_steps: int = option(
-        1000, "optimiser steps between looks at a trial's common loss", at_least=1
+        1000, "optimiser steps between early-stopping decisions, by eval/loss_common", at_least=1
     )
-    first_step: int = option(0, "no trial is stopped before it; 0: every_steps", at_least=0)
-    reduction_factor: float = option(3, "asha: a rung is so many times the one before", above=1)
-    min_trials: int = option(3, "median: trials that must have come as far", at_least=1)
+    first_step: int = option(0, "step of the first decision; 0: every_steps", at_least=0)
+    reduction_factor: float = option(3, "asha: ratio of successive rungs", above=1)
+    min_trials: int = option(
+        3, "median: number of other trials that must have reached the step", at_least=1
+    )
 
     @property
     def grace_steps(self) -> int:
@@ -63,32 +65,35 @@ class StoppingConfig:
 @dataclass(frozen=True)
 class PruningConfig:
     max_prior_bits_per_dim: float = option(
-        0.01, "of information on the image that x_T may keep: samples start without it", above=0
+        0.01,
+        "reject a schedule if x_T keeps more information on the image (prior KL, bits/dim)",
+        above=0,
     )
     max_useless_share: float = option(
-        0.6, "of steps at noise levels where nothing can be learnt", above=0, at_most=1
+        0.6,
+        "reject a schedule with a larger fraction of wasted steps (nothing to learn)",
+        above=0,
+        at_most=1,
     )
 
 
 @dataclass(frozen=True)
 class SweepConfig:
-    """Many runs that differ in a few keys, compared: `jobs/sweep.py`."""
+    """Runs that differ in some options, compared by a final score: `jobs/sweep.py`."""
 
-    name: str = option("", "of the sweep; the same name in the same storage continues it")
+    name: str = option("", "name of the sweep; the same name in the same storage continues it")
     run_from: str = option(
-        "", "YAML file of the run that is varied, as conf/train/*", loads_group="run"
+        "", "YAML file of the base run, as conf/train/*; run.* keys override it", loads_group="run"
     )
     space: tuple[dict[str, Any], ...] = option(
-        (), "one mapping or more of a run's keys to choices [a, b] or {low:, high:, log:, step:}",
+        (), "mappings of run keys to choices [a, b] or ranges {low:, high:, log:, step:}",
         keys_of="run",
     )  # fmt: skip
-    metric: str = option("", "final score, lower is better; empty: the first that trials report")
-    trials_at_once: int = option(0, "trials that run side by side; 0: as many as fit", at_least=0)
-    max_starts: int = option(
-        3, "times that a trial whose driver dies is started in all", at_least=1
-    )
+    metric: str = option("", "final score to minimise; empty: the first that trials report")
+    trials_at_once: int = option(0, "parallel trials; 0: as many as fit the cluster", at_least=0)
+    max_starts: int = option(3, "attempts per trial in total if its driver dies", at_least=1)
     register_as: str = option(
-        "", "MLflow model whose `champion` the winner may become; empty: name"
+        "", "MLflow model name to register the winner as `champion`; empty: name"
     )
     search: SearchConfig = field(default_factory=SearchConfig)
     stopping: StoppingConfig = field(default_factory=StoppingConfig)
@@ -97,11 +102,11 @@ class SweepConfig:
 
     @property
     def score(self) -> str:
-        """The metric that decides."""
+        """The metric that trials are compared by."""
         return self.metric or reported_metrics(self.run.evaluation)[0]
 
     def problems(self) -> Iterator[str]:
-        """What the run says, and what no sweep can search, stop by or compare."""
+        """Yield the problems of the run, the search space, the metric and early stopping."""
         if not self.name:
             yield "name is empty; give it a value, as in name=..."
         if "/" in self.name or self.name.startswith("."):
@@ -111,7 +116,7 @@ class SweepConfig:
         if self.run.cluster.min_workers:
             yield (
                 f"run.cluster.min_workers is {self.run.cluster.min_workers}; trials would take "
-                f"each other's places: leave it 0"
+                f"each other's resources: leave it 0"
             )
         yield from self._metric_problems()
         yield from space_problems(self.space, self.search.kind)
@@ -152,7 +157,7 @@ class SweepConfig:
 
 
 def reported_metrics(config: EvaluationConfig) -> list[str]:
-    """Names of the final scores, lower is better, that a trial of this config reports."""
+    """Return the names of the final scores (lower is better) that a trial reports."""
     if config.features == "digits":
         names = ["eval/fd_digits"]
         kernel = ["eval/kd_digits"]
@@ -164,12 +169,12 @@ def reported_metrics(config: EvaluationConfig) -> list[str]:
 
 
 def is_range(candidates: Any) -> bool:
-    """Whether a key's entry in the space is a range and not a list of choices."""
+    """Whether the candidates of a key are a range, not a list of choices."""
     return isinstance(candidates, Mapping)
 
 
 def space_problems(space: tuple[Branch, ...], search: str) -> Iterator[str]:
-    """One line for each key that cannot be searched."""
+    """Yield one line for each key that cannot be searched."""
     if not space or not all(space):
         yield "space is empty; give it at least one key of the run with choices to try"
     told = set()

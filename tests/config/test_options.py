@@ -165,15 +165,15 @@ def test_a_bad_value_is_told_in_one_line(override: str, says: str) -> None:
                 "objective.prediction=v",
                 "objective.weighting=min_snr",
             ],
-            "which it would never train: use objective.weighting=unit",
+            "whose loss weight would be 0: use objective.weighting=unit",
         ),
         (["objective.variance=learned_range"], "use objective.loss=hybrid"),
         (["objective.loss=vlb"], "use objective.variance=learned_range or objective.loss=simple"),
         (
             ["objective.loss=hybrid", "objective.variance=learned", "objective.weighting=p2"],
-            "weights are those of the squared error alone",
+            "weights apply to the squared error only",
         ),
-        (["objective.timesteps=second_moment"], "evens out the terms of the bound"),
+        (["objective.timesteps=second_moment"], "balances the terms of the bound"),
         (["sampling.guidance_scale=3"], "trained without labels (model.num_classes=0)"),
         (["sampling.labels=[1]"], "trained without labels (model.num_classes=0)"),
         (
@@ -185,7 +185,7 @@ def test_a_bad_value_is_told_in_one_line(override: str, says: str) -> None:
             "sampling.labels has 9; the model knows 0",
         ),
         (["sampling.variance=learned"], "use sampling.sampler=ancestral"),
-        (["sampling.variance=learned", "sampling.sampler=ancestral"], "the network answers none"),
+        (["sampling.variance=learned", "sampling.sampler=ancestral"], "the network predicts none"),
         (["sampling.dynamic_quantile=0.9", "sampling.clip=false"], "it is a way to clip"),
         (
             ["sampling.guidance_below_sigma=1", "sampling.guidance_above_sigma=2"],

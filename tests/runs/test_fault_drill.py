@@ -19,10 +19,10 @@ CONFIG = str(ROOT / "conf/drill/digits.yaml")
     "fault, says",
     [
         ("kill@lunch", r"faults: .*'kill@lunch' is not ACTION@POINT"),
-        ("kill@commit:201", "strikes at step 201, the run has 200"),
-        ("kill@batch:5/2", "strikes worker 2, the run has 2"),
-        ("kill@batch:5 kill@commit:201", "strikes at step 201, the run has 200"),
-        (" ".join(["kill@batch"] * 4), "strikes 4 times, run.cluster.max_failures is 3; raise it"),
+        ("kill@commit:201", "is at step 201, the run has 200"),
+        ("kill@batch:5/2", "is for worker 2, the run has 2"),
+        ("kill@batch:5 kill@commit:201", "is at step 201, the run has 200"),
+        (" ".join(["kill@batch"] * 4), "has 4 faults, run.cluster.max_failures is 3; raise it"),
     ],
 )
 def test_a_fault_that_would_never_strike_is_refused(fault: str, says: str) -> None:

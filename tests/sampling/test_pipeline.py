@@ -82,7 +82,7 @@ def test_eta_and_sampler_reach_the_sampler() -> None:
         ({"eta": "much"}, "eta is 'much'; give a number"),
         ({"steps": 2.5}, "steps is 2.5; give a whole number"),
         ({"seed": float("nan")}, "seed is nan; give a whole number"),
-        ({"variance": "learned", "sampler": "ancestral"}, "the network answers none"),
+        ({"variance": "learned", "sampler": "ancestral"}, "the network predicts none"),
         ({"variance": "learned"}, "variance is 'learned' and sampler 'ddim', which has no"),
         ({"variance": "fixed_large"}, "variance is 'fixed_large', which at 2 of 20 steps adds"),
         ({"clip": False, "dynamic_quantile": 0.9}, "it is a way to clip"),
