@@ -32,9 +32,9 @@ def prepare(config: AverageConfig, arguments: Namespace) -> AverageConfig:
 
 def average(config: AverageConfig, arguments: Namespace) -> dict[str, Any]:
     """Scores by width, and the best of them."""
-    from ddpm_ray.runs.ema_search import sweep  # heavy: after the config is read
+    from ddpm_ray.runs.ema_search import search  # heavy: after the config is read
 
-    return sweep(arguments.run, config, home_folder(), arguments.out)
+    return search(arguments.run, config, home_folder(), arguments.out)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Which width of average is best: made of what a run kept, all scored by one group of workers."""
+"""Post-hoc EMA search: build EMAs of several widths from a run's snapshots and score each."""
 
 import dataclasses
 import logging
@@ -31,21 +31,21 @@ from ddpm_ray.training.state import Snapshot
 
 log = logging.getLogger(__name__)
 
-POOR = 0.1  # misfit from which an average is hardly the one that was asked for
+POOR = 0.1  # misfit above which the EMA is not a good approximation of the requested width
 
 
 @dataclass(frozen=True)
 class EmaSnapshots:
-    """The averages that a run kept, as its newest checkpoint vouches for them."""
+    """The EMA snapshots of a run that its newest checkpoint lists."""
 
-    run: str  # its folder's URL
+    run: str  # URL of the run's folder
     facts: dict[str, Any]  # of that checkpoint
     widths: tuple[float, ...]
     steps: list[int]
 
     @classmethod
     def of(cls, run: str) -> "EmaSnapshots":
-        """Those of the run in the folder `run`; raises CheckpointError where it kept none."""
+        """Read the list of the run in the folder `run`. Raises CheckpointError if it is empty."""
         found = CheckpointStore(object_store.join(run, CHECKPOINTS)).load(groups=())
         facts = found[1].facts if found else {}
         if not facts.get("kept_at"):
@@ -53,14 +53,14 @@ class EmaSnapshots:
                 "train with training.ema_snapshot_widths=[0.05,0.1] and "
                 "training.ema_snapshot_every_steps=..., then name the run's folder"
             )
-            raise CheckpointError(run, "no averages were kept here", remedy)
+            raise CheckpointError(run, "no EMA snapshots in this run", remedy)
         widths = training_run.saved_config(facts, run).training.ema_snapshot_widths
         return cls(run, facts, widths, [int(step) for step in facts["kept_at"]])
 
-    def made(self, sigma_rel: float, step: int) -> Snapshot:
-        """The average of that width at `step`, as a checkpoint to be sampled from, not trained on.
+    def build(self, sigma_rel: float, step: int) -> Snapshot:
+        """Build the EMA of width `sigma_rel` at `step`, as a checkpoint for sampling only.
 
-        Its facts say under "average" what it was made of and how far off its profile is (misfit).
+        facts["average"] records the snapshots it is built from and the misfit of its profile.
         """
         store = SnapshotStore(object_store.join(self.run, SNAPSHOTS))
         tensors, misfit = averaged(store, self.steps, self.widths, sigma_rel, step)
@@ -73,20 +73,20 @@ class EmaSnapshots:
         return Snapshot({"ema": tensors}, facts)
 
 
-def sweep(run: str, config: AverageConfig, home: Path, out: str = "") -> dict[str, Any]:
-    """Scores by width and the best of them, which is left in the folder `out` where one is named.
+def search(run: str, config: AverageConfig, home: Path, out: str = "") -> dict[str, Any]:
+    """Score the EMA of each width; write the best one to the folder `out`, if given.
 
-    Raises CheckpointError where the run kept no averages or they are damaged, ConfigError where
-    run and config do not fit, and RunFailedError, DatasetError or StorageError. Relative paths lie
-    below `home`.
+    Returns the scores as plain JSON. Relative paths are relative to `home`. Raises CheckpointError
+    if snapshots are missing or damaged, ConfigError if run and config do not fit, and
+    RunFailedError, DatasetError or StorageError.
     """
     run = object_store.absolute(run, home)
-    kept = EmaSnapshots.of(run)
-    step = config.step or kept.steps[-1]
-    if step not in kept.steps:
-        near = min(kept.steps, key=lambda at: abs(at - step))
-        raise ConfigError(f"step is {step}; no averages were kept then: try step={near}")
-    begun = training_run.saved_config(kept.facts)
+    snapshots = EmaSnapshots.of(run)
+    step = config.step or snapshots.steps[-1]
+    if step not in snapshots.steps:
+        near = min(snapshots.steps, key=lambda at: abs(at - step))
+        raise ConfigError(f"step is {step}; no EMA snapshots at that step: try step={near}")
+    begun = training_run.saved_config(snapshots.facts)
     schedule = diffusion.noise_schedule(begun.schedule)
     diffusion.checked_plan(config.sampling, begun, schedule)
     config = dataclasses.replace(
@@ -101,16 +101,16 @@ def sweep(run: str, config: AverageConfig, home: Path, out: str = "") -> dict[st
     result = _result(found, list(config.widths)) | {"run": run, "step": step}
     if out:
         result["checkpoint"] = object_store.absolute(out, home)
-        for name, data in checkpoints.objects(kept.made(result["best"], step)).items():
+        for name, data in checkpoints.objects(snapshots.build(result["best"], step)).items():
             object_store.write_bytes(object_store.join(result["checkpoint"], name), data)
     where = f"written to {result['checkpoint']}" if out else "not written; --out FOLDER writes it"
     best, metric = result["best"], result["metric"]
-    log.info("the average of width %g has the lowest %s; it is %s", best, metric, where)
+    log.info("the EMA of width %g has the lowest %s; it is %s", best, metric, where)
     return result
 
 
 def ema_search_worker(settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """One worker's part; the same on every worker: metrics, certificate and misfit by width."""
+    """Search as one worker; return metrics, provenance and misfit of each width, on all alike."""
     config = from_dict(AverageConfig, settings["config"])
     control: RunControl = settings["control"]
     startup.mark_done(control)
@@ -119,18 +119,18 @@ def ema_search_worker(settings: dict[str, Any]) -> list[dict[str, Any]]:
     torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
     object_store.set_retry_timeout(config.cluster.storage_timeout_s)
     with fatal_errors.report_fatal_errors(control):
-        return list(scored(settings["run"], settings["step"], config, distributed_context()))
+        return list(score_widths(settings["run"], settings["step"], config, distributed_context()))
 
 
-def scored(
+def score_widths(
     run: str, step: int, config: AverageConfig, workers: Workers
 ) -> Iterator[dict[str, Any]]:
-    """Metrics, certificate and misfit of the average of each width, made at `step` of `run`.
+    """Yield metrics, provenance and misfit of the EMA of each width at `step` of `run`.
 
-    All workers must take them all; every width draws the same noise.
+    All workers must iterate to the end. The noise is the same for each width.
     """
-    kept, wanted = EmaSnapshots.of(run), config.evaluation
-    begun, dataset = training_run.saved_config(kept.facts), open_dataset(config.data_url)
+    snapshots, wanted = EmaSnapshots.of(run), config.evaluation
+    begun, dataset = training_run.saved_config(snapshots.facts), open_dataset(config.data_url)
     model = checkpoint_loading.trained_model(run, workers.device)
     count = min(wanted.num_images, int(dataset.counts.sum()))
     denoiser = training_run.with_low_resolution(
@@ -143,10 +143,10 @@ def scored(
     known = reference(dataset, net, workers, kernel_images=kernel_images)
     held_out = training_run.held_out(wanted, net, workers)
     plan = diffusion.sampling_plan(config.sampling, denoiser.schedule)
-    network = model.denoiser.network  # which `denoiser` runs too
+    network = model.denoiser.network  # `denoiser` runs the same module
     assert isinstance(network, UNet)
     for width in config.widths:
-        average = kept.made(width, step)
+        average = snapshots.build(width, step)
         network.load_state_dict(average.tensors["ema"])
         sha256 = checkpoints.described(checkpoints.objects(average))["ema.safetensors"]["sha256"]
         scores = sample_quality.evaluate(
@@ -167,7 +167,7 @@ def scored(
 
 
 def _result(found: list[dict[str, Any]], widths: list[float]) -> dict[str, Any]:
-    """The scores as plain JSON, the best of them named; a table of them is logged."""
+    """Log a table of the scores; return them and the best width as plain JSON."""
     metric = next(name for name in found[0]["metrics"] if name.startswith(("eval/fid", "eval/fd_")))
     scores = [one["metrics"][metric] for one in found]
     ends = [[one["metrics"].get(f"{metric}_{end}") for end in ("low", "high")] for one in found]
@@ -178,9 +178,9 @@ def _result(found: list[dict[str, Any]], widths: list[float]) -> dict[str, Any]:
         log.info("%7.4g  %14.5g  %20s  %6.2g", width, score, interval, misfit)
         if misfit > POOR:
             log.warning(
-                "the average of width %g can only be approached from the averages that the run "
-                "kept (misfit %.2f); keep widths nearer to it (training.ema_snapshot_widths), or "
-                "more often (training.ema_snapshot_every_steps)", width, misfit,
+                "the EMA of width %g is only approximated by the run's snapshots (misfit %.2f); "
+                "save snapshots of closer widths (training.ema_snapshot_widths) or more often "
+                "(training.ema_snapshot_every_steps)", width, misfit,
             )  # fmt: skip
     best = scores.index(min(scores, key=lambda score: (math.isnan(score), score)))
     return {

@@ -1,4 +1,4 @@
-"""The score of a trained model against a data set, computed by a group of workers."""
+"""Evaluate a trained model against a data set on a group of workers."""
 
 import dataclasses
 import io
@@ -38,9 +38,9 @@ log = logging.getLogger(__name__)
 
 
 def evaluate(model_uri: str, config: EvaluateConfig, home: Path) -> dict[str, Any]:
-    """Metrics and their certificate; relative paths lie below `home`.
+    """Return the metrics and their provenance. Relative paths are relative to `home`.
 
-    Raises ConfigError where model and config do not fit, and RunFailedError, CheckpointError,
+    Raises ConfigError if model and config do not fit, and RunFailedError, CheckpointError,
     DatasetError, StorageError or TrackingError.
     """
     tracking_uri = tracking_place(home)
@@ -55,7 +55,7 @@ def evaluate(model_uri: str, config: EvaluateConfig, home: Path) -> dict[str, An
     )
     load_model.with_guidance_model(
         model, lead, plan, tracking_uri
-    )  # before Ray starts: whether the two fit
+    )  # before Ray starts: raises if they do not fit
     wanted, most = config.evaluation, begun.schedule.num_steps
     for key, value, asked in (
         ("bits_per_dim_terms", wanted.bits_per_dim_terms, wanted.bits_per_dim_images),
@@ -86,7 +86,7 @@ def evaluate(model_uri: str, config: EvaluateConfig, home: Path) -> dict[str, An
 
 
 def score_lines(metrics: dict[str, float]) -> list[str]:
-    """Each score with its 95 % interval, if it has one, in a line of a table."""
+    """Format each score in a line, with its 95 % interval if it has one."""
     names = [name for name in metrics if not name.endswith(("_low", "_high"))]
     width = max(map(len, names), default=0)
     lines = []
@@ -98,7 +98,7 @@ def score_lines(metrics: dict[str, float]) -> list[str]:
 
 
 def with_absolute_paths(wanted: EvaluationConfig, home: Path) -> EvaluationConfig:
-    """`wanted` with each relative place laid below `home`: workers run in folders of their own."""
+    """Make relative paths in `wanted` absolute: workers have other working directories."""
     return dataclasses.replace(
         wanted,
         weights=object_store.absolute(wanted.weights, home),
@@ -108,7 +108,7 @@ def with_absolute_paths(wanted: EvaluationConfig, home: Path) -> EvaluationConfi
 
 
 def evaluate_worker(settings: dict[str, Any]) -> dict[str, Any]:
-    """One worker's part; the same scores on every worker."""
+    """Evaluate as one worker; return the same scores on each worker."""
     config = from_dict(EvaluateConfig, settings["config"])
     control: RunControl = settings["control"]
     startup.mark_done(control)
@@ -161,7 +161,7 @@ def _scores(config: EvaluateConfig, settings: dict[str, Any]) -> dict[str, Any]:
 def _sample_scores(
     config: EvaluateConfig, model: TrainedModel, plan: SamplingPlan, workers: Workers
 ) -> Scores:
-    """How far its samples are from the data."""
+    """Score samples against the data: FID and the other feature metrics."""
     begun = from_dict(RunConfig, model.provenance["config"])
     wanted = config.evaluation
     net = training_run.feature_net(
@@ -184,7 +184,7 @@ def _sample_scores(
 
 
 def _weights(model: TrainedModel) -> dict[str, Any]:
-    """What a certificate says of the weights."""
+    """Provenance of the weights: step, EMA, sha256."""
     begun, origin = from_dict(RunConfig, model.provenance["config"]), model.provenance
     return training_run.ema_provenance(begun, origin["step"], origin.get("average")) | {
         "model_sha256": origin["weights_sha256"]
@@ -192,7 +192,7 @@ def _weights(model: TrainedModel) -> dict[str, Any]:
 
 
 def _with_origin(found: dict[str, Any], model: TrainedModel, dataset: Dataset) -> dict[str, Any]:
-    """`found` with the weights, the data and the choice of its images in the certificate."""
+    """Add weights, data set and choice of images to the provenance in `found`."""
     begun = from_dict(RunConfig, model.provenance["config"])
     origin = {
         "model": _weights(model),
@@ -207,7 +207,7 @@ def _with_origin(found: dict[str, Any], model: TrainedModel, dataset: Dataset) -
 
 
 def _bits_per_dim(config: EvaluateConfig, model: TrainedModel, workers: Workers) -> BitsPerDim:
-    """How well it compresses images of the data."""
+    """Variational bound in bits per dimension on images of the data set."""
     wanted, sampling = config.evaluation, config.sampling
     variance = model.denoiser.variance if sampling.variance == "learned" else sampling.variance
     return bits_per_dim(
@@ -223,7 +223,7 @@ def _bits_per_dim(config: EvaluateConfig, model: TrainedModel, workers: Workers)
 def _neighbours(
     config: EvaluateConfig, model: TrainedModel, plan: SamplingPlan, count: int, workers: Workers
 ) -> Neighbours:
-    """The first `count` samples beside the images of the data that are nearest to them."""
+    """Nearest images of the data set to the first `count` samples."""
     mine, size = workers.share(count), config.sampling.batch_size
     shape, device = model.image_shape, workers.device
     drawn = draw_uint8(model.denoiser, plan, mine, shape, device, size)
@@ -232,7 +232,7 @@ def _neighbours(
 
 
 def _likelihood(config: EvaluateConfig, model: TrainedModel, workers: Workers) -> Likelihood:
-    """What images of the data are worth to its probability flow."""
+    """Likelihood of images of the data set under the probability flow ODE."""
     wanted = config.evaluation
     batches = _images(config, wanted.likelihood_images, model, workers)
     return flow_likelihood(model.denoiser, batches, steps=wanted.likelihood_steps, workers=workers)
@@ -241,12 +241,12 @@ def _likelihood(config: EvaluateConfig, model: TrainedModel, workers: Workers) -
 def _images(
     config: EvaluateConfig, count: int, model: TrainedModel, workers: Workers
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """This worker's share of `count` images that are always the same: index, image, label."""
+    """This worker's share of a fixed choice of `count` images: batches of index, image, label."""
     begun, dataset = from_dict(RunConfig, model.provenance["config"]), open_dataset(config.data_url)
     total = min(count, int(dataset.counts.sum()))
     mine = workers.share(total)
     images, labels = training_run.fixed_images(begun.data, dataset, mine, total)
-    if not mine:  # more workers than images leave some without
+    if not mine:  # fewer images than workers
         return iter(())
     index = torch.arange(mine.start, mine.stop)
     size = config.sampling.batch_size

@@ -1,4 +1,4 @@
-"""Trained models by name: from a checkpoint folder, or out of MLflow."""
+"""Load trained models from a checkpoint folder or from MLflow."""
 
 import atexit
 import tempfile
@@ -22,8 +22,8 @@ from ddpm_ray.sampling.sampling import SamplingPlan
 from ddpm_ray.tracking.model_uri import IN_MLFLOW, model_place, require_whole_name
 from ddpm_ray.tracking.tracking_uri import tracking_place
 
-# What `as_trained` downloaded, for the `load` of that model which follows in a job: by MLflow's
-# place and the model's URI its temporary folder, and where the checkpoint lies in it.
+# Downloads of `as_trained`, reused by the next `load` of the same model. Key: tracking URI and
+# model URI; value: temporary folder, and path of the checkpoint in it.
 _downloads: dict[tuple[str, str], tuple[tempfile.TemporaryDirectory[str], str]] = {}
 
 
@@ -33,24 +33,25 @@ def load(
     tracking_uri: str = "",
     home: Path | None = None,
 ) -> TrainedModel:
-    """The model at a folder's URL, `runs:/<run id>/model` or `models:/<name>@<alias>`.
+    """Load the model at a folder's URL, `runs:/<run id>/model` or `models:/<name>@<alias>`.
 
-    The latter two are looked up at `tracking_uri`, or where `tracking_place` says, of `home` or of
-    this folder. Raises CheckpointError, StorageError or TrackingError.
+    The latter two are looked up at `tracking_uri`; if it is empty, at the default of
+    `tracking_place` for `home` or the working directory. Raises CheckpointError, StorageError or
+    TrackingError.
     """
-    device = checkpoint_loading.usable_device(device)  # before a model is copied out of MLflow
+    device = checkpoint_loading.usable_device(device)  # fail before a download
     with _local(uri, home or Path.cwd(), tracking_uri) as folder:
         return checkpoint_loading.trained_model(folder, device)
 
 
 class SamplingJob(Checked, Protocol):
-    """The config of a job that samples from a trained run."""
+    """Config of a job that samples from a trained run."""
 
     @property
     def sampling(self) -> SamplingConfig: ...
 
     def sampling_problems(self) -> Iterator[str]:
-        """What the whole of `sampling` rules out, a line for each."""
+        """Yield a line for each invalid combination in `sampling`."""
         ...
 
 
@@ -58,11 +59,11 @@ Job = TypeVar("Job", bound=SamplingJob)
 
 
 def as_trained(config: Job, uri: str, given: Collection[str], home: Path) -> Job:
-    """`config` with the sampling settings of the run at `uri`, but for the `given` dotted keys.
+    """Return `config` with the sampling settings of the run at `uri`, except the `given` keys.
 
-    RePaint walks as ancestral unless it is told otherwise, and labels are numbers. The folders of
-    models that lead are looked for below `home`. What is downloaded from MLflow serves the first
-    `load` after this as well. Raises ConfigError for what cannot go together, and as `load` does.
+    RePaint uses the ancestral sampler unless `given` says otherwise. Label names become numbers.
+    Folders of guidance models are relative to `home`. The next `load` reuses a download from
+    MLflow. Raises ConfigError for invalid combinations, and what `load` raises.
     """
     with _local(uri, home, keep=True) as folder:
         run, facts = checkpoint_loading.run_facts(folder)
@@ -91,9 +92,9 @@ def as_trained(config: Job, uri: str, given: Collection[str], home: Path) -> Job
 
 @contextmanager
 def _local(uri: str, home: Path, tracking_uri: str = "", *, keep: bool = False) -> Iterator[str]:
-    """Where the checkpoint of `uri` can be read: of a model in MLflow, a copy for a while.
+    """Yield the folder of the checkpoint of `uri`; a model in MLflow is downloaded.
 
-    With `keep` that stays until the next call for it, or until this process ends.
+    With `keep` the download stays until the next call for it, or until the process ends.
     """
     if not uri.startswith(IN_MLFLOW):
         yield uri
@@ -113,8 +114,8 @@ def _local(uri: str, home: Path, tracking_uri: str = "", *, keep: bool = False) 
 
 
 def _download(where: str, uri: str) -> tuple[tempfile.TemporaryDirectory[str], str]:
-    """A temporary folder, and where in it the checkpoint of the model `uri` of that MLflow lies."""
-    from ddpm_ray.tracking import model_registry  # MLflow takes seconds, and a folder needs none
+    """Download model `uri` from MLflow at `where`; return a temporary folder and its checkpoint."""
+    from ddpm_ray.tracking import model_registry  # imports MLflow, which takes seconds
 
     scratch = tempfile.TemporaryDirectory(prefix="ddpm-ray-model-")
     atexit.register(scratch.cleanup)

@@ -1,4 +1,4 @@
-"""Packing a data set as Ray tasks, one for each shard that is not there yet."""
+"""Pack a data set with Ray tasks, one for each missing shard."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from ddpm_ray.data.shards import Dataset
 if TYPE_CHECKING:
     import ray
 
-Progress = Callable[[int, int], None]  # shards done, shards in all
+Progress = Callable[[int, int], None]  # shards done, shards in total
 
 
 class PackResult(NamedTuple):
-    """A whole data set, and what became of its source; None: packed by an earlier version."""
+    """A packed data set and the report on its source; None: an earlier version packed it."""
 
     dataset: Dataset
     report: PackReport | None
@@ -30,11 +30,12 @@ class PackResult(NamedTuple):
 def pack(
     source: str, destination: str, config: PackConfig, on_progress: Progress | None = None
 ) -> PackResult:
-    """Pack `source` to `destination`, or find that it was done already.
+    """Pack `source` to `destination`; a no-op if it is packed already.
 
-    The bytes do not depend on the number of tasks. A run that was killed goes on with what is
-    there. One shard is packed here, more of them by tasks of the cluster at config.address. Raises
-    DatasetError, BadImageError, RunFailedError or StorageError, and leaves no manifest.
+    The bytes do not depend on the number of tasks. A packing that was interrupted continues with
+    the shards that exist. A single shard is packed in this process, several by Ray tasks at
+    config.address. Raises DatasetError, BadImageError, RunFailedError or StorageError, and then
+    writes no manifest.
     """
     plan = packer.plan(source, destination, _options(config))
     if (dataset := packer.finished(plan)) is not None:
@@ -75,8 +76,8 @@ def _here(plan: Plan) -> Iterator[Packed]:
 
 
 def _on_ray(plan: Plan, config: PackConfig) -> Iterator[Packed]:
-    """Shards as they get done, at most `num_workers` at once (0: one per CPU)."""
-    import ray  # seconds, and the source is looked at before that
+    """Yield shards as they are packed, at most `num_workers` at once (0: one per CPU)."""
+    import ray  # takes seconds; the source is checked before
 
     from ddpm_ray.distributed import worker_group
 
@@ -90,14 +91,14 @@ def _on_ray(plan: Plan, config: PackConfig) -> Iterator[Packed]:
             (first,), running = ray.wait(running)
             yield _result(first)
             running += [task.remote(shared, number) for number in islice(numbers, 1)]
-    finally:  # an error or Ctrl-C: whatever was finished stays for the next run
+    finally:  # after an error or Ctrl-C; finished shards stay for the next run
         for reference in running:
             with contextlib.suppress(ray.exceptions.RayError):
                 ray.cancel(reference)
 
 
 def _result(reference: ray.ObjectRef[Packed]) -> Packed:
-    """A task's result; its own error, not Ray's wrapping of it."""
+    """Return a task's result, or raise its own error without Ray's wrapper."""
     import ray
 
     try:

@@ -119,7 +119,7 @@ def test_an_error_of_the_program_is_told_with_its_class_and_place() -> None:
     [
         (train_worker.train_worker, "train_worker._train"),
         (evaluate.evaluate_worker, "evaluate._scores"),
-        (ema_search.ema_search_worker, "ema_search.scored"),
+        (ema_search.ema_search_worker, "ema_search.score_widths"),
     ],
 )
 @pytest.mark.parametrize(

@@ -139,7 +139,7 @@ def test_the_best_width_is_found_and_left_as_a_model(
 ) -> None:
     config = replace(DIGITS, widths=(0.05, 0.15, 0.2, 0.25))
     with caplog.at_level(logging.INFO):
-        result = ema_search.sweep("run", config, tmp_path, "best")
+        result = ema_search.search("run", config, tmp_path, "best")
     assert json.loads(json.dumps(result)) == result
     assert result["widths"] == [0.05, 0.15, 0.2, 0.25]
     assert result["best"] == TRUTH
@@ -167,7 +167,7 @@ def test_the_best_width_is_found_and_left_as_a_model(
 
 def test_a_certificate_says_which_average_was_scored(run: Path, tmp_path: Path) -> None:
     """The decay of the main average is not claimed for another one."""
-    ema_search.sweep("run", replace(DIGITS, widths=(0.15,)), tmp_path, "best")
+    ema_search.search("run", replace(DIGITS, widths=(0.15,)), tmp_path, "best")
     told = {}
     for name, url, ema in (
         ("main", run, "ema"), ("tracked", run, "ema-width-0.1"), ("made", tmp_path / "best", "ema"),
@@ -187,7 +187,7 @@ def test_a_certificate_says_which_average_was_scored(run: Path, tmp_path: Path) 
 def test_an_average_can_end_earlier(run: Path, tmp_path: Path) -> None:
     """Nothing that was kept later is asked for; it is the tracked width of that step."""
     shutil.rmtree(run / "snapshots/step-00000025")
-    ema_search.sweep("run", replace(DIGITS, widths=(0.1,), step=20), tmp_path, "early")
+    ema_search.search("run", replace(DIGITS, widths=(0.1,), step=20), tmp_path, "early")
     made = checkpoint_loading.trained_model(str(tmp_path / "early"))
     store = SnapshotStore(str(run / "snapshots"))
     kept = store.read(20, width_group(0.1))
@@ -198,11 +198,8 @@ def test_an_average_can_end_earlier(run: Path, tmp_path: Path) -> None:
 def test_a_width_out_of_reach_is_told(
     run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    ema_search.sweep("run", replace(DIGITS, widths=(0.011,)), tmp_path)
-    assert (
-        "width 0.011 can only be approached from the averages that the run kept (misfit 0."
-        in caplog.text
-    )
+    ema_search.search("run", replace(DIGITS, widths=(0.011,)), tmp_path)
+    assert "width 0.011 is only approximated by the run's snapshots (misfit 0." in caplog.text
 
 
 def test_scores_are_those_of_jobs_evaluate_for_the_model_that_is_left(
@@ -211,7 +208,7 @@ def test_scores_are_those_of_jobs_evaluate_for_the_model_that_is_left(
     """Of each width, by its own network and reference: the numbers of evaluation_run's worker."""
     wandering(tmp_path / "run", *KEPT)
     alone(monkeypatch)
-    result = ema_search.sweep("run", replace(DIGITS, widths=(0.1, 0.25)), tmp_path, "best")
+    result = ema_search.search("run", replace(DIGITS, widths=(0.1, 0.25)), tmp_path, "best")
     assert len(set(result["scores"])) == 2
     monkeypatch.setattr(evaluation_run, "distributed_context", Workers)
     config = EvaluateConfig(
@@ -233,27 +230,27 @@ def test_workers_give_up_where_another_attempt_would_fail_too(
     pack_noise(str(tmp_path / "large"), 30, 12)
     controls = alone(monkeypatch)
     with pytest.raises(ValueError, match=r"12, 12, 1\]; the digits classifier reads"):
-        ema_search.sweep("run", replace(DIGITS, data_url="large"), tmp_path)
+        ema_search.search("run", replace(DIGITS, data_url="large"), tmp_path)
     assert "the digits classifier reads" in str(controls[0].fatal)
     (tmp_path / "run/snapshots/step-00000035/manifest.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"step-00000035/ema-width-0\.1\S+ is damaged"):
-        ema_search.sweep("run", DIGITS, tmp_path)
+        ema_search.search("run", DIGITS, tmp_path)
     assert "is damaged" in str(controls[1].fatal)
 
 
 def test_what_cannot_be_averaged_is_refused(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"step is 33; no averages .* try step=35"):
-        ema_search.sweep("run", replace(DIGITS, step=33), tmp_path)
+    with pytest.raises(ConfigError, match=r"step is 33; no EMA snapshots .* try step=35"):
+        ema_search.search("run", replace(DIGITS, step=33), tmp_path)
     wandering(tmp_path / "plain")
     for name in ("plain", "nowhere"):
-        with pytest.raises(CheckpointError, match=rf"{name}: no averages were kept here; train"):
-            ema_search.sweep(name, DIGITS, tmp_path)
+        with pytest.raises(CheckpointError, match=rf"{name}: no EMA snapshots in this run; train"):
+            ema_search.search(name, DIGITS, tmp_path)
 
 
 def started(job: str, run: Path, wanted: EvaluationConfig) -> None:
     """The job of that name, on `run`, from the folder above it."""
     if job == "average":
-        ema_search.sweep(run.name, replace(DIGITS, evaluation=wanted), run.parent)
+        ema_search.search(run.name, replace(DIGITS, evaluation=wanted), run.parent)
     else:
         config = EvaluateConfig(sampling=DIGITS.sampling, evaluation=wanted)
         evaluation_run.evaluate(run.name, config, run.parent)
@@ -317,7 +314,7 @@ def test_two_workers_on_ray_find_what_one_finds(
     assert ended.returncode == 0, ended.stderr
     found = json.loads(ended.stdout.splitlines()[-1])
     alone(monkeypatch)
-    known = ema_search.sweep("run", replace(DIGITS, widths=(0.1, 0.25)), tmp_path, "known")
+    known = ema_search.search("run", replace(DIGITS, widths=(0.1, 0.25)), tmp_path, "known")
     assert found["scores"] == pytest.approx(known["scores"], rel=1e-6)
     assert (found["widths"], found["best"]) == (known["widths"], known["best"])
     best = [checkpoint_loading.trained_model(str(tmp_path / name)) for name in ("best", "known")]
