@@ -27,7 +27,7 @@ def prepare(config: EvaluateConfig, arguments: Namespace) -> EvaluateConfig:
 
 
 def evaluate(config: EvaluateConfig, arguments: Namespace) -> dict[str, Any]:
-    """Metrics, and their certificate."""
+    """Metrics and their provenance."""
     from ddpm_ray.runs.evaluate import evaluate as run  # heavy: after the config is read
 
     return run(arguments.model_uri, config, home_folder())

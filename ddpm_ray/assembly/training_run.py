@@ -278,7 +278,7 @@ def held_out(config: EvaluationConfig, net: FeatureNet, workers: Workers) -> Ref
 def ema_provenance(
     config: RunConfig, step: int, average: str | dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """What a score's certificate says of the weights: the main average, or `average`."""
+    """Provenance of the weights that are scored: the main EMA, or `average`."""
     training = config.training
     main = {
         "weights": "ema",

@@ -148,7 +148,7 @@ def nearest(
             f"{dataset.url} holds {counted(dataset.manifest.samples, 'image')}; the search for "
             f"nearest neighbours needs at least {SHOWN + 1}: name a larger data set"
         )
-    look, space, unit = _eyes(net, workers.device)
+    look, space, unit = _feature_space(net, workers.device)
     asked, found = look(samples), _Nearest(samples)
     shards = workers.share(dataset.manifest.shards)
     position = int(dataset.counts[: shards.start].sum())
@@ -183,7 +183,7 @@ def spread(dataset: Dataset, count: int, workers: Workers) -> Tensor:
     return torch.from_numpy(np.concatenate(parts))
 
 
-def _eyes(
+def _feature_space(
     net: FeatureNet | None, device: torch.device
 ) -> tuple[Callable[[Tensor], Tensor], str, float]:
     """uint8 images [N, H, W, C] -> vectors [N, D] on `device`; its space, and their unit."""

@@ -50,7 +50,7 @@ class Reference:
 
     @property
     def sha256(self) -> str:
-        """Of the identity: the name of the cache, and of the reference in a score's certificate."""
+        """sha256 of the identity: name of the cache file and of the reference in a provenance."""
         return _sha256(self.identity)
 
 

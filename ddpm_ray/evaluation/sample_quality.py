@@ -1,7 +1,7 @@
-"""How far a model's samples are from a data set: FID, KID, and the certificate of each score.
+"""Sample quality: FID, KID and other metrics of a model's samples, with evaluation provenance.
 
-Samples, like everything random, are keyed by their index, so any number of workers draws the same
-images; sums are merged in float64.
+Samples are keyed by their index, so any number of workers draws the same images; sums are merged
+in float64.
 """
 
 import logging
@@ -35,10 +35,14 @@ NO_CLASSES = "the weights' last layer, fc.weight, was not read; take the release
 
 @dataclass(frozen=True)
 class Scores:
-    """What one evaluation found, and all that the numbers depend on; equal on every worker."""
+    """Metrics of one evaluation and their provenance; equal on every worker."""
 
     metrics: dict[str, float]
-    certificate: dict[str, Any]  # plain JSON
+    provenance: dict[str, Any]  # plain JSON: all that the metrics depend on
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the stored form; the key of the provenance is "certificate" there."""
+        return {"metrics": self.metrics, "certificate": self.provenance}
 
 
 def evaluate(
@@ -55,13 +59,13 @@ def evaluate(
     extras: Extras = PLAIN,
     held_out: Reference | None = None,
 ) -> Scores:
-    """Scores of the samples 0..num_images-1 against `reference`, lower is nearer.
+    """Draw samples 0..num_images-1 and compute their metrics against `reference`.
 
-    Beside a Frechet distance stand `_low` and `_high`, the ends of its interval (interval.py), and
-    `_held_out`, that to images which were not trained on, where these are given.
-    `image_shape` is (C, H, W); `provenance` is what the caller knows of the weights (EMA decay,
-    step, sha256) and goes into the certificate. All workers must call it, on all of them the result
-    is the same. Raises ValueError where images, features or numbers cannot be compared.
+    A Frechet distance comes with `_low` and `_high`, the ends of its 95 % confidence interval, and
+    with `_held_out`, the distance to `held_out`, if given. `image_shape` is (C, H, W). `provenance`
+    describes the weights (EMA decay, step, sha256) and is stored in the result. All workers must
+    call it and get the same result. Raises ValueError if images, features or their numbers are not
+    comparable.
     """
     if num_images < 2:
         raise ValueError(f"num_images is {num_images}; a covariance needs at least 2 images")
@@ -72,26 +76,28 @@ def evaluate(
     )
     keep = {w: feature_metrics.kept_images(w, reference, num_images) for w in net.widths}
     groups = groups_of(num_images, _cycle(denoiser, plan))
-    seen = feature_metrics.see(net, batches, keep, workers, groups)
+    statistics = feature_metrics.extract_features(net, batches, keep, workers, groups)
     metrics = (
-        feature_metrics.metrics(net, reference, seen, extras, held_out) if workers.is_main else {}
+        feature_metrics.metrics(net, reference, statistics, extras, held_out)
+        if workers.is_main
+        else {}
     )
-    certificate = _certificate(denoiser.schedule, plan, net, reference, num_images, provenance)
-    certificate["arithmetic"] = arithmetic(workers.device)
+    found = _provenance(denoiser.schedule, plan, net, reference, num_images, provenance)
+    found["arithmetic"] = arithmetic(workers.device)
     if held_out is not None:
-        certificate["held_out"] = _facts(held_out)
+        found["held_out"] = _facts(held_out)
     if extras.extrapolate:
-        certificate["infinity"] = {f"{w}": _infinity(w, num_images) for w in net.widths}
-        for reason in certificate["infinity"].values():
+        found["infinity"] = {f"{w}": _infinity(w, num_images) for w in net.widths}
+        for reason in found["infinity"].values():
             if workers.is_main and reason.startswith("none"):
-                log.warning("no distance of infinitely many samples is given: %s", reason)
-    return Scores(metrics=workers.gather(metrics)[0], certificate=certificate)
+                log.warning("no extrapolation to infinitely many samples: %s", reason)
+    return Scores(metrics=workers.gather(metrics)[0], provenance=found)
 
 
 def arithmetic(device: torch.device) -> dict[str, Any]:
-    """What the samples and their features were computed on and with, plain JSON.
+    """Device and arithmetic of samples and features, as plain JSON.
 
-    It is told beside the scores and does not part them: a run is scored where it was trained.
+    Recorded for information: scores from different devices still count as comparable.
     """
     cuda = device.type == "cuda"
     return {
@@ -112,8 +118,8 @@ def _require_comparable(
         )
     if (known := reference.identity["features"]) != net.facts:
         raise ValueError(
-            f"the reference was made with other features, {known}, than {net.facts}; make it with "
-            "the network that looks at the samples"
+            f"the reference was made with features {known}, the samples with {net.facts}; make the "
+            "reference with the same network"
         )
     if reference.count < 2:
         raise ValueError(
@@ -122,7 +128,7 @@ def _require_comparable(
 
 
 def _cycle(denoiser: Denoiser, plan: SamplingPlan) -> int:
-    """After how many samples what they are told, a label or a small image, comes again."""
+    """Period, in samples, of the conditioning inputs (labels and low-resolution images)."""
     labels = len(plan.labels) or denoiser.num_classes or 1
     return (
         labels
@@ -139,14 +145,14 @@ def _drawn(
     image_shape: tuple[int, int, int],
     device: torch.device,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of indices [n] from `share` and their images, uint8 [n, H, W, C] on `device`."""
+    """Yield batches: indices [n] from `share` and images uint8 [n, H, W, C] on `device`."""
     for start in range(share.start, share.stop, batch_size):
         index = torch.arange(start, min(start + batch_size, share.stop))
         images = to_uint8(draw(denoiser, plan, index, image_shape, device))
         yield index, torch.from_numpy(images).to(device)
 
 
-def _certificate(
+def _provenance(
     schedule: NoiseSchedule,
     plan: SamplingPlan,
     net: FeatureNet,
@@ -154,7 +160,7 @@ def _certificate(
     num_images: int,
     provenance: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Everything that the scores depend on, as plain JSON: two equal ones are comparable."""
+    """Return all that the scores depend on, as plain JSON; equal ones are comparable."""
     return {
         "model": dict(provenance),
         "samples": {
@@ -188,7 +194,7 @@ def _certificate(
 def _version(package: str) -> str:
     try:
         return version(package)
-    except PackageNotFoundError:  # a checkout that only lies on the path
+    except PackageNotFoundError:  # a checkout on PYTHONPATH
         return "not installed"
 
 
@@ -202,14 +208,14 @@ def _facts(reference: Reference) -> dict[str, Any]:
 
 
 def _infinity(width: int, num_images: int) -> str:
-    """How the distance of infinitely many samples is taken, or after "none" why it is not."""
+    """Describe the extrapolation to infinitely many samples, or "none: " and the reason."""
     if num_images < (enough := enough_for_infinity(width)):
         return f"none: {num_images} images are too few for {width} features; draw {enough}"
     return f"bias correction and standard error of the jackknife over {GROUPS} groups of samples"
 
 
 def _inception_score(net: FeatureNet, num_images: int) -> str:
-    """How it is taken, or why there is none."""
+    """Describe the Inception score, or "none: " and the reason."""
     if net.classify is None:
         return f"none: {NO_CLASSES}"
     if num_images < GROUPS:
@@ -218,7 +224,7 @@ def _inception_score(net: FeatureNet, num_images: int) -> str:
 
 
 def _spacing(schedule: NoiseSchedule, steps: tuple[int, ...]) -> str:
-    """The name of the rule that gives these steps: found out, so that it cannot be mislabelled."""
+    """Name of the spacing that gives these steps, found by comparison, or "custom"."""
     first, count = steps[0], min(len(steps) - 1, steps[0])
     for name, found in (
         ("uniform", uniform_steps(first, count)),

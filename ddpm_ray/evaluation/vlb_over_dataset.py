@@ -33,7 +33,12 @@ class BitsPerDim:
     steps: list[int]  # those that were seen
     rate: list[float]  # at each of `steps`: bits that a receiver of x_t has been sent
     distortion: list[float]  # at each of `steps`: RMSE of its estimate of x_0, in grey levels
-    certificate: dict[str, Any]  # plain JSON: what the numbers depend on beside model and data
+    provenance: dict[str, Any]  # plain JSON: what the metrics depend on
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the stored form; the key of the provenance is "certificate" there."""
+        plain = dict(vars(self))
+        return plain | {"certificate": plain.pop("provenance")}
 
 
 def bits_per_dim(
@@ -171,5 +176,5 @@ def _found(by_step: Tensor, totals: Tensor, facts: dict[str, Any]) -> BitsPerDim
         steps=(1 + seen.nonzero().flatten()).tolist(),
         rate=(prior / images + above)[seen].tolist(),
         distortion=error.tolist(),
-        certificate={"images": int(images), **facts},
+        provenance={"images": int(images), **facts},
     )

@@ -163,7 +163,7 @@ def score_widths(
             provenance=training_run.ema_provenance(begun, step, average.facts["average"])
             | {"model_sha256": sha256},
         )
-        yield vars(scores) | {"misfit": average.facts["average"]["misfit"]}
+        yield scores.to_json() | {"misfit": average.facts["average"]["misfit"]}
 
 
 def _result(found: list[dict[str, Any]], widths: list[float]) -> dict[str, Any]:

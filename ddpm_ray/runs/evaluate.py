@@ -134,13 +134,13 @@ def _scores(config: EvaluateConfig, settings: dict[str, Any]) -> dict[str, Any]:
     model = dataclasses.replace(model, denoiser=shown)
     found: dict[str, Any] = {"metrics": {}}
     if config.evaluation.num_images:
-        found |= vars(_sample_scores(config, model, plan, workers))
+        found |= _sample_scores(config, model, plan, workers).to_json()
     if config.evaluation.bits_per_dim_images:
-        bits = vars(_bits_per_dim(config, model, workers))
+        bits = _bits_per_dim(config, model, workers).to_json()
         found["metrics"] = found["metrics"] | bits.pop("metrics")
         found["bits_per_dim"] = _with_origin(bits, model, dataset)
     if config.evaluation.likelihood_images:
-        of = vars(_likelihood(config, model, workers))
+        of = _likelihood(config, model, workers).to_json()
         found["metrics"] = found["metrics"] | of.pop("metrics")
         found["likelihood"] = _with_origin(of, model, dataset)
     if count := config.evaluation.memorisation_images:

@@ -323,7 +323,7 @@ class PeriodicEvaluator:
             extras=training_run.extras(wanted),
             held_out=training_run.held_out(wanted, net, gallery.workers),
         )
-        self._state.scores = {"step": step, **vars(scores)}
+        self._state.scores = {"step": step, **scores.to_json()}
         if gallery.sink is not None:
             gallery.sink.rows([Row(step, scores.metrics)])
             gallery.sink.document(f"evaluation/step-{step:08d}.json", self._state.scores)

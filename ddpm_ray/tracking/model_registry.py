@@ -68,13 +68,13 @@ def crown(
     run_id: str,
     metric: str,
     metrics: Mapping[str, float],
-    certificate: Mapping[str, Any],
+    provenance: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Make the run's model the `champion` of `name` if its score beats the present one's.
 
     It does where its interval lies below the present champion's, under the same protocol, or where
-    there is none yet. `certificate` is of the score. The result says which version is the champion
-    now, and why. Raises TrackingError.
+    there is none yet. `provenance` is that of the score. The result says which version is the
+    champion now, and why. Raises TrackingError.
     """
     own = {
         "run_id": run_id,
@@ -82,7 +82,7 @@ def crown(
         "score": repr(metrics[metric]),
         "low": repr(metrics.get(f"{metric}_low")),
         "high": repr(metrics.get(f"{metric}_high")),
-        "protocol": _protocol(certificate),
+        "protocol": _protocol(provenance),
     }
     with answering(uri):
         mlflow.set_tracking_uri(uri)  # create_model_version looks there, whatever the client has
@@ -130,13 +130,13 @@ def _why_not(own: Mapping[str, str], present: Mapping[str, str]) -> str:
     return ""
 
 
-# Of a certificate. What a model was computed on and with came later than the first champions.
+# Keys of the provenance. What a model was computed on and with came later than the first champions.
 OF_THE_MODEL = "model", "versions", "arithmetic"
 
 
-def _protocol(certificate: Mapping[str, Any]) -> str:
+def _protocol(provenance: Mapping[str, Any]) -> str:
     """sha256 of all that a score depends on beside the model, the software and the device."""
-    same = {key: value for key, value in certificate.items() if key not in OF_THE_MODEL}
+    same = {key: value for key, value in provenance.items() if key not in OF_THE_MODEL}
     samples = {k: v for k, v in same.get("samples", {}).items() if k != "num_steps"}
     text = json.dumps(same | {"samples": samples}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()

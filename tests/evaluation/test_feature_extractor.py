@@ -85,7 +85,7 @@ def test_the_flags_are_put_back_though_two_threads_look_at_images() -> None:
     assert flags() == ["tf32"] * 3
 
 
-def test_a_certificate_says_on_what_and_how(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_provenance_says_on_what_and_how(monkeypatch: pytest.MonkeyPatch) -> None:
     told = sample_quality.arithmetic(torch.device("cpu"))
     assert told == {
         "device": "cpu", "samples_tf32": False, "features": "float32 without TF32",
@@ -97,7 +97,7 @@ def test_a_certificate_says_on_what_and_how(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_scores_of_earlier_versions_still_compare() -> None:
-    """A champion was crowned before certificates told of devices."""
+    """A champion from before the provenance recorded devices."""
     before = {"samples": {"seed": 1}, "features": {"network": "inception"}}
     now = before | {"arithmetic": sample_quality.arithmetic(torch.device("cpu"))}
     assert model_registry._protocol(now) == model_registry._protocol(before)

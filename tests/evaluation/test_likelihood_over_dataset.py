@@ -61,7 +61,7 @@ def test_gaussian_pixels_cost_their_density() -> None:
 def test_any_number_of_workers_finds_what_one_finds(count: int, on_workers: OnWorkers) -> None:
     one = found(Workers(), 8)
     for other in on_workers(count, lambda workers: found(workers, 8)):
-        assert other.certificate == one.certificate
+        assert other.provenance == one.provenance
         assert other.metrics == pytest.approx(one.metrics, rel=1e-6)
     assert found(Workers(), 8, seed=1).metrics != one.metrics
 
@@ -144,8 +144,8 @@ def test_what_leads_samples_changes_neither_the_likelihood_nor_its_provenance() 
         flow_likelihood(DENOISERS[name], [batch], steps=5, workers=Workers())
         for name in ("labels", "labels, guided by a classifier")
     )
-    assert (one.metrics, one.certificate) == (guided.metrics, guided.certificate)
-    assert one.certificate["guidance"] == "none"
+    assert (one.metrics, one.provenance) == (guided.metrics, guided.provenance)
+    assert one.provenance["guidance"] == "none"
 
 
 def test_images_of_any_index_have_noise_of_their_own() -> None:

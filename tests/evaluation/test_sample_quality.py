@@ -196,7 +196,7 @@ def test_scores_do_not_depend_on_the_number_of_workers(
     together = on_workers(workers, lambda w: score(feature_net, truth, w, batch_size=5, **wanted))
     for one in together:
         assert one.metrics == pytest.approx(alone.metrics, rel=1e-11)
-        assert one.certificate == alone.certificate
+        assert one.provenance == alone.provenance
 
 
 def test_a_reference_is_computed_once(tmp_path: Path) -> None:
@@ -341,18 +341,18 @@ def test_fid_is_only_ever_the_standard_network(
     assert metric_names(net(width, name=name), width)[:2] == expected
 
 
-def test_the_certificate_names_all_that_the_score_depends_on(tmp_path: Path) -> None:
+def test_the_provenance_names_all_that_the_score_depends_on(tmp_path: Path) -> None:
     feature_net = net(4, 8)
     truth = reference(
         pack(tmp_path, random_images(30), [30]), feature_net, Workers(), kernel_images=6
     )
 
-    def certificate(**changes: Any) -> dict[str, Any]:
-        found = score(feature_net, truth, **changes).certificate
+    def provenance(**changes: Any) -> dict[str, Any]:
+        found = score(feature_net, truth, **changes).provenance
         assert json.loads(json.dumps(found)) == found, "plain JSON"
         return found
 
-    found = certificate()
+    found = provenance()
     assert found["model"] == {"step": 7, "ema_decay_per_step": 0.99}
     assert found["samples"] | {"images": 40, "indices": [0, 39], "seed": 5} == found["samples"]
     assert found["samples"]["spacing"] == "uniform"
@@ -371,8 +371,8 @@ def test_the_certificate_names_all_that_the_score_depends_on(tmp_path: Path) -> 
         "steps": replace(PLAN, steps=uniform_steps(20, 4)),
     }
     for key, plan in plans.items():
-        assert certificate(plan=plan)["samples"][key] != found["samples"][key]
-    assert certificate(plan=replace(PLAN, steps=(20, 3, 0)))["samples"]["spacing"] == "custom"
+        assert provenance(plan=plan)["samples"][key] != found["samples"][key]
+    assert provenance(plan=replace(PLAN, steps=(20, 3, 0)))["samples"]["spacing"] == "custom"
 
 
 def test_the_interval_of_ten_classes_in_turn_is_that_of_each_class_thinned(tmp_path: Path) -> None:
@@ -402,20 +402,20 @@ def test_the_interval_of_ten_classes_in_turn_is_that_of_each_class_thinned(tmp_p
 
 
 def test_the_inception_score_is_of_a_network_that_knows_classes(tmp_path: Path) -> None:
-    """Of an Inception without its last layer there is none, and the certificate says why."""
+    """Of an Inception without its last layer there is none, and the provenance says why."""
     truth = reference(pack(tmp_path, random_images(30), [30]), net(4), Workers())
     without = score(net(4), truth)
     assert not any(name.startswith("eval/is") for name in without.metrics)
-    assert without.certificate["inception_score"].startswith("none: the weights' last layer")
+    assert without.provenance["inception_score"].startswith("none: the weights' last layer")
     sure = replace(net(4), classify=lambda features: 1e3 * torch.eye(2)[torch.arange(40) % 2])
     found = score(sure, truth, batch_size=40)
     assert found.metrics["eval/is"] == pytest.approx(2)
     assert found.metrics["eval/is_deviation"] == pytest.approx(0)
-    assert found.certificate["inception_score"] == "10 splits in order of index"
+    assert found.provenance["inception_score"] == "10 splits in order of index"
     assert "eval/recognised" not in found.metrics  # the classes are not the data's
     few = score(replace(net(4), classify=lambda features: torch.eye(9)), truth, num_images=9)
     assert "eval/is" not in few.metrics
-    assert few.certificate["inception_score"].startswith("none: 9 images cannot fill 10 splits")
+    assert few.provenance["inception_score"].startswith("none: 9 images cannot fill 10 splits")
 
 
 @pytest.mark.parametrize(
@@ -475,7 +475,7 @@ def test_inception_scores_carry_the_hash_and_the_resize_of_the_network(
     scores = score(nets[0], truths[0], num_images=2)
     assert scores.metrics.keys() == {"eval/fid192"}
     sha256 = hashlib.sha256(weights.read_bytes()).hexdigest()
-    assert scores.certificate["features"] == {
+    assert scores.provenance["features"] == {
         "network": "inception",
         "widths": [192],
         "weights_sha256": sha256,
@@ -485,7 +485,7 @@ def test_inception_scores_carry_the_hash_and_the_resize_of_the_network(
 
 def test_scores_are_not_measured_with_another_network_than_the_reference(tmp_path: Path) -> None:
     truth = reference(pack(tmp_path, random_images(30), [30]), net(4), Workers())
-    with pytest.raises(ValueError, match="reference was made with other features"):
+    with pytest.raises(ValueError, match="reference was made with features"):
         score(net(4, sha256="b" * 64), truth)
 
 
@@ -510,8 +510,8 @@ def test_more_samples_are_extrapolated_to_and_others_compared_with(tmp_path: Pat
     assert metrics["eval/fid8_infinity"] == pytest.approx(value, rel=1e-4)
     error = 9 * (without.variance / 10) ** 0.5  # of the mean of ten pseudo-values (Tukey 1958)
     assert metrics["eval/fid8_infinity_error"] == pytest.approx(error, rel=1e-2)
-    assert found.certificate["held_out"]["images"] == 50
-    assert found.certificate["infinity"] == {
+    assert found.provenance["held_out"]["images"] == 50
+    assert found.provenance["infinity"] == {
         "8": "bias correction and standard error of the jackknife over 10 groups of samples"
     }
 
@@ -527,9 +527,9 @@ def test_too_few_samples_are_not_extrapolated_and_the_provenance_says_so(
     assert "eval/fid16_infinity" not in found.metrics
     assert "eval/fid16_infinity_error" not in found.metrics
     reason = "none: 60 images are too few for 16 features; draw 64"
-    assert found.certificate["infinity"]["16"] == reason
+    assert found.provenance["infinity"]["16"] == reason
     assert reason in caplog.text
-    assert "infinity" not in score(feature_net, truth, num_images=60).certificate
+    assert "infinity" not in score(feature_net, truth, num_images=60).provenance
 
 
 def test_spatial_features_are_scored_by_their_distance_alone(tmp_path: Path) -> None:

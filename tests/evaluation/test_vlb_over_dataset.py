@@ -118,7 +118,7 @@ def test_any_number_of_workers_finds_what_one_finds(
     one = asdict(found(Workers(), terms=terms, batch_size=11))
     others = on_workers(count, lambda workers: found(workers, terms=terms, batch_size=3))
     for other in map(asdict, others):
-        assert other["certificate"] == one["certificate"]
+        assert other["provenance"] == one["provenance"]
         assert other["metrics"] == pytest.approx(one["metrics"], rel=1e-12)
         for name in ("terms", "steps", "rate", "distortion"):
             assert other[name] == pytest.approx(one[name], rel=1e-12)
@@ -137,8 +137,8 @@ def test_few_terms_estimate_the_whole_bound_without_bias(terms: int) -> None:
     images = IMAGES[:1].expand(3000, -1, -1, -1)
     whole, part = found(Workers(), GREY), found(Workers(), GREY, images, 3000, terms=terms)
     truth = found(Workers(), GREY, IMAGES[:1].expand(2, -1, -1, -1))
-    assert whole.certificate["terms"] == T
-    assert part.certificate["terms"] == terms
+    assert whole.provenance["terms"] == T
+    assert part.provenance["terms"] == terms
     assert part.steps == list(range(1, T + 1))  # each has its turn
     bits = part.metrics["eval/bits_per_dim"]
     error = (part.metrics["eval/bits_per_dim_high"] - bits) / scipy.stats.t.ppf(0.975, 2999)
@@ -216,7 +216,7 @@ def test_what_leads_samples_is_left_out() -> None:
         NOISE, guidance_model=lambda denoise, labels: lambda x_t, t: 9 + denoise(x_t, t)
     )
     assert asdict(found(Workers(), guided)) == asdict(found(Workers()))
-    assert found(Workers(), guided).certificate["guidance"] == "none"
+    assert found(Workers(), guided).provenance["guidance"] == "none"
 
 
 @pytest.mark.parametrize(

@@ -165,7 +165,7 @@ def test_the_best_width_is_found_and_left_as_a_model(
     assert [row[0] for row in table[1:5]] == ["0.05", "0.15", "0.2", "0.25"]
 
 
-def test_a_certificate_says_which_average_was_scored(run: Path, tmp_path: Path) -> None:
+def test_the_provenance_says_which_average_was_scored(run: Path, tmp_path: Path) -> None:
     """The decay of the main average is not claimed for another one."""
     ema_search.search("run", replace(DIGITS, widths=(0.15,)), tmp_path, "best")
     told = {}
