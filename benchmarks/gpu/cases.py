@@ -18,7 +18,7 @@ from benchmarks.gpu.tiny import SHAPE, SIDE, Notes, config_of, denoiser_of, pack
 from ddpm_ray.assembly import checkpoint_loading, diffusion, training_run
 from ddpm_ray.collectives import Workers
 from ddpm_ray.evaluation import memorisation, probability_flow_likelihood, sample_quality
-from ddpm_ray.evaluation.feature_metrics import Extras
+from ddpm_ray.evaluation.feature_metrics import OptionalMetrics
 from ddpm_ray.evaluation.features.feature_extractor import FeatureNet
 from ddpm_ray.evaluation.likelihood_over_dataset import flow_likelihood
 from ddpm_ray.evaluation.reference_statistics import reference
@@ -272,7 +272,7 @@ def _evaluation(num_images: int, device: torch.device) -> None:
         denoiser, diffusion.sampling_plan(config.sampling, denoiser.schedule), net, known,
         num_images=num_images, batch_size=10, image_shape=SHAPE, workers=workers,
         provenance=training_run.ema_provenance(config, 0),
-        extras=Extras(precision_recall=num_images > 4, extrapolate=num_images > 4),
+        optional_metrics=OptionalMetrics(precision_recall=num_images > 4, extrapolate=num_images > 4),
         held_out=known,
     )  # fmt: skip
     _require(all(map(math.isfinite, scores.metrics.values())), f"scores are {scores.metrics}")

@@ -23,7 +23,7 @@ from ddpm_ray.data import transforms
 from ddpm_ray.data.loader import Batch, ShardStream
 from ddpm_ray.data.shards import Dataset, open_dataset
 from ddpm_ray.diffusion.timestep_sampling import SecondMoments
-from ddpm_ray.evaluation.feature_metrics import Extras
+from ddpm_ray.evaluation.feature_metrics import OptionalMetrics
 from ddpm_ray.evaluation.features import feature_extractor
 from ddpm_ray.evaluation.features.feature_extractor import FeatureNet
 from ddpm_ray.evaluation.reference_statistics import Reference, reference
@@ -263,9 +263,9 @@ def feature_net(config: EvaluationConfig, cache: Path, device: torch.device) -> 
             assert_never(config.features)
 
 
-def extras(config: EvaluationConfig) -> Extras:
-    """Which of the scores that cost more are wanted."""
-    return Extras(config.precision_recall, config.extrapolate)
+def optional_metrics(config: EvaluationConfig) -> OptionalMetrics:
+    """The optional metrics, as configured."""
+    return OptionalMetrics(config.precision_recall, config.extrapolate)
 
 
 def held_out(config: EvaluationConfig, net: FeatureNet, workers: Workers) -> Reference | None:

@@ -30,7 +30,7 @@ ALL = range(GROUPS)
 
 
 @dataclass(frozen=True)
-class Extras:
+class OptionalMetrics:
     """Optional metrics, which cost more than the others."""
 
     precision_recall: bool = False
@@ -113,7 +113,7 @@ def metrics(
     net: FeatureNet,
     reference: Reference,
     statistics: FeatureStatistics,
-    extras: Extras,
+    optional_metrics: OptionalMetrics,
     held_out: Reference | None,
 ) -> dict[str, float]:
     """Return the metrics of the samples against `reference`, by name.
@@ -129,7 +129,7 @@ def metrics(
             without = [_distance(w, reference, statistics, {*ALL} - {g}) for g in ALL]
             low, high = jackknife_interval(score, without)
             found |= {f"{frechet}_low": low, f"{frechet}_high": high}
-            if extras.extrapolate and statistics.count >= enough_for_infinity(w):
+            if optional_metrics.extrapolate and statistics.count >= enough_for_infinity(w):
                 value, error = at_infinity(score, without)
                 found |= {f"{frechet}_infinity": value, f"{frechet}_infinity_error": error}
         if held_out is not None:
@@ -138,7 +138,7 @@ def metrics(
             data, samples = reference.kept[w], statistics.kept[w].to(reference.kept[w].device)
             samples = samples[: reference.kernel_images]
             found[kernel] = kernel_distance(data, samples)
-            if extras.precision_recall:
+            if optional_metrics.precision_recall:
                 found[precision], found[recall] = precision_recall(data, samples)
     return found | _of_classes(net, statistics)
 

@@ -20,7 +20,7 @@ from ddpm_ray.diffusion.process import NoiseSchedule
 from ddpm_ray.diffusion.timestep_spacing import log_snr_steps, quadratic_steps, uniform_steps
 from ddpm_ray.evaluation import feature_metrics
 from ddpm_ray.evaluation.confidence_interval import GROUPS, enough_for_infinity, groups_of
-from ddpm_ray.evaluation.feature_metrics import Extras
+from ddpm_ray.evaluation.feature_metrics import OptionalMetrics
 from ddpm_ray.evaluation.features.feature_extractor import FeatureNet, float32_backends
 from ddpm_ray.evaluation.reference_statistics import Reference
 from ddpm_ray.redaction import counted
@@ -29,7 +29,7 @@ from ddpm_ray.sampling.sampling import SamplingPlan, draw, to_uint8
 
 log = logging.getLogger(__name__)
 
-PLAIN = Extras()
+PLAIN = OptionalMetrics()
 NO_CLASSES = "the weights' last layer, fc.weight, was not read; take the release file, width 2048"
 
 
@@ -56,7 +56,7 @@ def evaluate(
     image_shape: tuple[int, int, int],
     workers: Workers,
     provenance: Mapping[str, Any],
-    extras: Extras = PLAIN,
+    optional_metrics: OptionalMetrics = PLAIN,
     held_out: Reference | None = None,
 ) -> Scores:
     """Draw samples 0..num_images-1 and compute their metrics against `reference`.
@@ -78,7 +78,7 @@ def evaluate(
     groups = groups_of(num_images, _cycle(denoiser, plan))
     statistics = feature_metrics.extract_features(net, batches, keep, workers, groups)
     metrics = (
-        feature_metrics.metrics(net, reference, statistics, extras, held_out)
+        feature_metrics.metrics(net, reference, statistics, optional_metrics, held_out)
         if workers.is_main
         else {}
     )
@@ -86,7 +86,7 @@ def evaluate(
     found["arithmetic"] = arithmetic(workers.device)
     if held_out is not None:
         found["held_out"] = _facts(held_out)
-    if extras.extrapolate:
+    if optional_metrics.extrapolate:
         found["infinity"] = {f"{w}": _infinity(w, num_images) for w in net.widths}
         for reason in found["infinity"].values():
             if workers.is_main and reason.startswith("none"):

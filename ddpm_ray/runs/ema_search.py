@@ -154,7 +154,7 @@ def score_widths(
             plan,
             net,
             known,
-            extras=training_run.extras(wanted),
+            optional_metrics=training_run.optional_metrics(wanted),
             held_out=held_out,
             num_images=wanted.num_images,
             batch_size=config.sampling.batch_size,

@@ -173,7 +173,7 @@ def _sample_scores(
         plan,
         net,
         reference(open_dataset(config.data_url), net, workers, kernel_images=kept),
-        extras=training_run.extras(wanted),
+        optional_metrics=training_run.optional_metrics(wanted),
         held_out=training_run.held_out(wanted, net, workers),
         num_images=wanted.num_images,
         batch_size=config.sampling.batch_size,

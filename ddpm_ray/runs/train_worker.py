@@ -320,7 +320,7 @@ class PeriodicEvaluator:
             image_shape=gallery.image_shape,
             workers=gallery.workers,
             provenance=training_run.ema_provenance(self._config, step),
-            extras=training_run.extras(wanted),
+            optional_metrics=training_run.optional_metrics(wanted),
             held_out=training_run.held_out(wanted, net, gallery.workers),
         )
         self._state.scores = {"step": step, **scores.to_json()}

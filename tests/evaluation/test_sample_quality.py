@@ -22,7 +22,7 @@ from ddpm_ray.diffusion import schedules
 from ddpm_ray.diffusion.parameterization import Parameterization
 from ddpm_ray.diffusion.process import Denoise, NoiseSchedule
 from ddpm_ray.diffusion.timestep_spacing import quadratic_steps, uniform_steps
-from ddpm_ray.evaluation.feature_metrics import Extras, metric_names
+from ddpm_ray.evaluation.feature_metrics import OptionalMetrics, metric_names
 from ddpm_ray.evaluation.features.feature_extractor import FeatureNet, digits_net, inception_net
 from ddpm_ray.evaluation.features.inception import Inception, Resize
 from ddpm_ray.evaluation.frechet import frechet_distance_of_features
@@ -187,7 +187,7 @@ def test_scores_do_not_depend_on_the_number_of_workers(
     others = reference(pack(tmp_path / "b", random_images(50, 1), [50]), feature_net, Workers())
     wanted: dict[str, Any] = {
         "num_images": num_images,
-        "extras": Extras(precision_recall=True, extrapolate=num_images >= 40),
+        "optional_metrics": OptionalMetrics(precision_recall=True, extrapolate=num_images >= 40),
         "held_out": others,
     }
     alone = score(feature_net, truth, **wanted)
@@ -494,7 +494,13 @@ def test_more_samples_are_extrapolated_to_and_others_compared_with(tmp_path: Pat
     images, feature_net = random_images(90), net(8)
     truth = reference(pack(tmp_path / "a", images, [90]), feature_net, Workers(), kernel_images=60)
     others = reference(pack(tmp_path / "b", images[:50], [50]), feature_net, Workers())
-    found = score(feature_net, truth, num_images=60, extras=Extras(True, True), held_out=others)
+    found = score(
+        feature_net,
+        truth,
+        num_images=60,
+        optional_metrics=OptionalMetrics(True, True),
+        held_out=others,
+    )
     drawn = to_uint8(draw(Denoiser.of_noise(blind, SCHEDULE), PLAN, torch.arange(60), SHAPE, "cpu"))
     data, samples = features_of(images, 8), features_of(drawn, 8)
     metrics = found.metrics
@@ -522,7 +528,9 @@ def test_too_few_samples_are_not_extrapolated_and_the_provenance_says_so(
     """Of 60 samples and 16 features what is left of the bias is more than the error told."""
     feature_net = net(8, 16)
     truth = reference(pack(tmp_path, random_images(90), [90]), feature_net, Workers())
-    found = score(feature_net, truth, num_images=60, extras=Extras(extrapolate=True))
+    found = score(
+        feature_net, truth, num_images=60, optional_metrics=OptionalMetrics(extrapolate=True)
+    )
     assert "eval/fid8_infinity" in found.metrics
     assert "eval/fid16_infinity" not in found.metrics
     assert "eval/fid16_infinity_error" not in found.metrics
@@ -542,7 +550,9 @@ def test_spatial_features_are_scored_by_their_distance_alone(tmp_path: Path) -> 
 
     feature_net, images = replace(base, widths=(2023,), extract=extract), random_images(60)
     truth = reference(pack(tmp_path, images, [60]), feature_net, Workers(), kernel_images=40)
-    found = score(feature_net, truth, num_images=10, extras=Extras(precision_recall=True)).metrics
+    found = score(
+        feature_net, truth, num_images=10, optional_metrics=OptionalMetrics(precision_recall=True)
+    ).metrics
     assert found.keys() == {"eval/sfid"}  # 10 samples are too few for an interval
     drawn = to_uint8(draw(Denoiser.of_noise(blind, SCHEDULE), PLAN, torch.arange(10), SHAPE, "cpu"))
     # An isometry of what `spread` spans: the same distance in 8 numbers, where scipy's root is good
