@@ -1,6 +1,6 @@
-"""What a run leans on, tried without Ray: packages, the storage, MLflow.
+"""Checks that need no Ray: packages, storage, MLflow.
 
-Light on purpose, without torch and MLflow: a doctor who takes a minute to come is not called.
+Without torch and MLflow, so that the doctor starts quickly.
 """
 
 import base64
@@ -35,14 +35,14 @@ from ddpm_ray.tracking.tracking_uri import database_file, tracking_place
 
 PACKAGES = ("ddpm-ray", "ray", "torch", "mlflow", "numpy", "pyarrow", "fsspec")
 MISSING = "none"
-ANSWER_S = 5.0  # for one answer over HTTP
+ANSWER_S = 5.0  # time-out of an HTTP request
 INSTALL = "pip install --constraint constraints.txt ."
 SET_CLOCK = "let chrony or ntp set the clocks (`chronyc tracking` shows how far one is off)"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report: what was tried, how it went, what to do about it."""
+    """One line of the report: check, verdict, what was found, and the remedy."""
 
     check: str
     verdict: Literal["ok", "warn", "fail"]
@@ -52,19 +52,19 @@ class Finding:
 
 @dataclass(frozen=True)
 class Clock:
-    """Seconds by which a clock elsewhere is ahead of this machine's, as far as can be told."""
+    """Offset of another clock from this machine's, in seconds, as far as it can be measured."""
 
     place: str
     ahead_s: float
 
 
 def clock(place: str, shown: float, before: float, after: float, resolution_s: float = 0) -> Clock:
-    """A clock that showed `shown`, rounded down, at some moment between `before` and `after`."""
+    """Compare a clock that showed `shown`, rounded down, at a time between `before` and `after`."""
     return Clock(place, max(0.0, shown - after) - max(0.0, before - shown - resolution_s))
 
 
 def versions() -> dict[str, str]:
-    """What this Python has of what must be equal everywhere; `+cpu` and the like do not count."""
+    """Versions of Python and the packages that must be equal on all nodes, without `+cpu` etc."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -75,7 +75,7 @@ def versions() -> dict[str, str]:
 
 
 def packages() -> Iterator[Finding]:
-    """This Python against what pyproject.toml wants, as it was installed."""
+    """Compare the installed packages with the requirements of ddpm-ray."""
     found = versions()
     if found["ddpm-ray"] == MISSING:
         remedy = f"{sys.executable} -m {INSTALL}"
@@ -96,7 +96,7 @@ def packages() -> Iterator[Finding]:
 
 
 def storage_keeps(config: DoctorConfig, home: Path) -> Iterator[Finding | Clock]:
-    """Write, read back, compare, delete one small object where runs would lie."""
+    """Write, read back, compare and delete a small object in the storage."""
     url = object_store.absolute(config.storage, home)
     local, probe = (
         object_store.is_local(url),
@@ -126,10 +126,10 @@ def storage_keeps(config: DoctorConfig, home: Path) -> Iterator[Finding | Clock]
         yield Finding("storage", "fail", f"{place}: {reason}", remedy)
         return
     if hashlib.sha256(back).digest() != hashlib.sha256(data).digest():
-        remedy = "use another storage: this one changes what it is given"
-        yield Finding("storage", "fail", f"{place}: read back other bytes than written", remedy)
+        remedy = "use another storage: this one alters data"
+        yield Finding("storage", "fail", f"{place}: returns other bytes than were written", remedy)
     elif local and _joins_a_cluster(config):
-        found = f"{place}: works, but is a folder of this machine"
+        found = f"{place}: works, but is a folder of this machine only"
         remedy = "give a bucket, as in storage=s3://bucket/runs, or a folder that all nodes mount"
         yield Finding("storage", "warn", found, remedy)
     else:
@@ -138,10 +138,10 @@ def storage_keeps(config: DoctorConfig, home: Path) -> Iterator[Finding | Clock]
 
 
 def mlflow_answers(config: DoctorConfig, home: Path) -> Iterator[Finding | Clock]:
-    """Whether MLflow takes this user's calls; nothing is written to it."""
+    """Check that MLflow answers this user; writes nothing."""
     try:
         uri = tracking_place(home, config.tracking_uri)
-    except ConfigError as error:  # a run is refused with it
+    except ConfigError as error:  # a run would fail with it
         what, _, remedy = str(error).partition(": ")
         yield Finding("MLflow", "fail", what, remedy)
         return
@@ -151,13 +151,13 @@ def mlflow_answers(config: DoctorConfig, home: Path) -> Iterator[Finding | Clock
     elif file := database_file(uri):
         finding = _database(file)
         if finding.verdict == "ok" and _joins_a_cluster(config):
-            found = f"{finding.found}, but on this machine alone"
+            found = f"{finding.found}, but on this machine only"
             remedy = "start a server that all nodes reach and give tracking_uri=http://..."
             finding = Finding("MLflow", "warn", found, remedy)
         yield finding
     else:
-        remedy = "give an http(s):// server or a sqlite:/// file; nothing else is tried here"
-        yield Finding("MLflow", "warn", f"{shown}: not tried", remedy)
+        remedy = "give an http(s):// server or a sqlite:/// file; no other kind is checked"
+        yield Finding("MLflow", "warn", f"{shown}: not checked", remedy)
 
 
 def _joins_a_cluster(config: DoctorConfig) -> bool:
@@ -165,12 +165,12 @@ def _joins_a_cluster(config: DoctorConfig) -> bool:
 
 
 def _conditional_put(probe: str) -> Finding:
-    """Told for information: a commit never rests on it, because most servers ignore it."""
+    """Report on conditional writes, for information: most servers ignore them; none is needed."""
     try:
         kept = not object_store.write_new(probe, b"second")
-        found = "honoured" if kept else "ignored by this store; nothing here relies on it"
+        found = "honoured" if kept else "ignored by this store; ddpm-ray does not need it"
     except object_store.StorageError as error:
-        found = f"refused ({error.args[1]}); nothing here relies on it"
+        found = f"refused ({error.args[1]}); ddpm-ray does not need it"
     return Finding("conditional put", "ok", found)
 
 
@@ -200,11 +200,11 @@ def _server(uri: str, shown: str) -> Iterator[Finding | Clock]:
         found = f"{shown}: server {theirs}, client {mine}"
         yield Finding("MLflow", "warn", found, f"run the server with mlflow {mine}")
     else:
-        yield Finding("MLflow", "ok", f"{shown}: server {theirs} takes our calls")
+        yield Finding("MLflow", "ok", f"{shown}: server {theirs} answers")
 
 
 def _call(uri: str, path: str) -> tuple[Mapping[str, str], bytes]:
-    """Headers and body, as MLflow's own client would be answered; an API call's body is JSON."""
+    """Send a request as MLflow's client does; return headers and body. An API body must be JSON."""
     user = os.environ.get("MLFLOW_TRACKING_USERNAME", "")
     password = os.environ.get("MLFLOW_TRACKING_PASSWORD", "")
     headers = {}
@@ -229,20 +229,20 @@ def _call(uri: str, path: str) -> tuple[Mapping[str, str], bytes]:
 
 
 def _database(file: Path) -> Finding:
-    """An SQLite file, or the folder that it would be made in."""
+    """Check an SQLite file, or the folder in which it will be created."""
     if not file.exists():
         if file.parent.is_dir() and os.access(file.parent, os.W_OK):
-            return Finding("MLflow", "ok", f"{file}: will be made by the first run")
-        remedy = "make the folder, or correct tracking_uri"
-        return Finding("MLflow", "fail", f"{file}: its folder is not there or is read-only", remedy)
+            return Finding("MLflow", "ok", f"{file}: the first run will create it")
+        remedy = "create the folder, or correct tracking_uri"
+        return Finding(
+            "MLflow", "fail", f"{file}: its folder does not exist or is read-only", remedy
+        )
     try:
         with contextlib.closing(sqlite3.connect(file, timeout=ANSWER_S)) as database:
-            database.execute("BEGIN IMMEDIATE")  # takes the right to write, and gives it back
+            database.execute("BEGIN IMMEDIATE")  # takes the write lock; the rollback releases it
             runs = database.execute("SELECT count(*) FROM runs").fetchone()[0]
             database.rollback()
     except sqlite3.Error as error:
-        remedy = "end what holds it, or name another file in tracking_uri"
+        remedy = "end the process that locks it, or name another file in tracking_uri"
         return Finding("MLflow", "fail", f"{file}: {error}", remedy)
-    return Finding(
-        "MLflow", "ok", f"{file}: a database of {counted(runs, 'run')} that can be written"
-    )
+    return Finding("MLflow", "ok", f"{file}: a writable database of {counted(runs, 'run')}")

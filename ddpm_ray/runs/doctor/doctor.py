@@ -1,6 +1,6 @@
-"""The doctor: what a run leans on, all tried at once, each thing by a process of its own.
+"""Doctor: run all checks of a set-up at once, each in its own process.
 
-A process and not a thread: what hangs in Ray's C++ half or in a name server can only be killed.
+Processes rather than threads: a hang in Ray's C++ code or in a DNS look-up can only be killed.
 """
 
 import multiprocessing
@@ -18,24 +18,24 @@ from ddpm_ray.config.jobs import DoctorConfig
 from ddpm_ray.runs.doctor import checks
 from ddpm_ray.runs.doctor.checks import SET_CLOCK, Clock, Finding
 
-SLOW = {  # what is tried by a process of its own, and what to do where that does not end
+SLOW = {  # checks that run in a process, and the remedy if one times out
     "storage": "check AWS_ENDPOINT_URL, the network, and that the store is up",
     "MLflow": "check that the server is up and that nothing else took its port",
     "Ray": "see `ray status` on the head; where it wants a token, set RAY_AUTH_MODE=token",
 }
-WORST_SKEW_S = 5.0  # signatures, time stamps of rows and Ray's own clocks stand that much
+WORST_SKEW_S = 5.0  # tolerated by request signatures, metric time stamps and Ray
 GOODBYE_S = 1.0
-SPARE_S = 3.0  # left of the time to ask the clocks and tell which node did not answer
+SPARE_S = 3.0  # reserved to query clocks and report silent nodes
 
 Found = Finding | Clock
 
 
 class UnhealthyError(RuntimeError):
-    """A set-up that a run would fail on; one line that names the failed checks."""
+    """A run would fail on this set-up; the message names the failed checks."""
 
 
 def examine(config: DoctorConfig, home: Path) -> list[Finding]:
-    """Every finding, in a fixed order; ends about a second after config.timeout_s at most."""
+    """Run all checks; return the findings in a fixed order, within about timeout_s + 1 s."""
     until = time.monotonic() + config.timeout_s
     spawn = multiprocessing.get_context("spawn")  # fsspec's and Ray's threads do not survive a fork
     watched: dict[Connection, tuple[str, BaseProcess]] = {}
@@ -59,14 +59,14 @@ def examine(config: DoctorConfig, home: Path) -> list[Finding]:
                 del watched[ready]
                 process.join(GOODBYE_S)
                 if process.exitcode is None:
-                    process.kill()  # it has told all: what is left of Ray in it may take its time
+                    process.kill()  # all findings are here; Ray may take long to shut down
                 elif process.exitcode:
-                    text = f"the check itself died with code {process.exitcode}"
+                    text = f"the check crashed with exit code {process.exitcode}"
                     found[check].append(Finding(check, "fail", text, SLOW[check]))
     for check, process in watched.values():
         process.kill()
         place = {"storage": config.storage, "MLflow": config.tracking_uri, "Ray": config.address}
-        text = f"{place[check]}: no end after timeout_s={config.timeout_s:g}".removeprefix(": ")
+        text = f"{place[check]}: timed out after timeout_s={config.timeout_s:g}".removeprefix(": ")
         found[check].append(Finding(check, "fail", text, SLOW[check]))
     everything = [one for findings in found.values() for one in findings]
     clocks = [one for one in everything if isinstance(one, Clock)]
@@ -75,11 +75,11 @@ def examine(config: DoctorConfig, home: Path) -> list[Finding]:
 
 
 def show(findings: list[Finding]) -> None:
-    """A table on stderr: each check, what was found, and below it what to do."""
+    """Print a table on stderr: each check, its finding and remedy."""
     table = Table("check", "", "found", show_lines=False, pad_edge=False, box=None)
     colours = {"ok": "green", "warn": "yellow", "fail": "bold red"}
     for one in findings:
-        # Text, not markup: an IPv6 address or an error message may hold brackets.
+        # Escape brackets, which IPv6 addresses and messages contain.
         cell = f"{one.found}\n-> {one.remedy}" if one.remedy else one.found
         colour = colours[one.verdict]
         table.add_row(one.check, f"[{colour}]{one.verdict}[/]", _plain(cell))
@@ -91,15 +91,15 @@ def _plain(text: str) -> str:
 
 
 def _try(check: str, config: DoctorConfig, home: Path, until: float, found: Connection) -> None:
-    """What the process of one check does: send each finding as it is made."""
-    if not os.environ.get("DDPM_RAY_TRACEBACK"):  # Ray's C++ half writes to stderr what we tell
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, 1)
-        os.dup2(nowhere, 2)
+    """Run one check in this process; send each finding."""
+    if not os.environ.get("DDPM_RAY_TRACEBACK"):  # Ray's C++ code writes to stderr as well
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1)
+        os.dup2(null, 2)
     try:
         for one in _look(check, config, home, until):
             found.send(one)
-    except Exception as error:  # noqa: BLE001 - whatever it is, the report says so
+    except Exception as error:  # noqa: BLE001 - any error becomes a finding
         text = " ".join(str(error).split()) or type(error).__name__
         found.send(Finding(check, "fail", text[:200], "DDPM_RAY_TRACEBACK=1 shows more"))
     found.close()
@@ -112,7 +112,7 @@ def _look(check: str, config: DoctorConfig, home: Path, until: float) -> Iterato
         case "MLflow":
             return checks.mlflow_answers(config, home)
         case _:
-            from ddpm_ray.runs.doctor.ray_checks import ray_answers  # heavy, and needed here alone
+            from ddpm_ray.runs.doctor.ray_checks import ray_answers  # heavy: imports Ray
 
             return ray_answers(config, until - SPARE_S)
 

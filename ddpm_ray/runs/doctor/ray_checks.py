@@ -1,4 +1,4 @@
-"""The cluster, tried as a run would use it: its nodes, State API, authentication, GPUs, clocks."""
+"""Checks of the Ray cluster: nodes, State API, authentication, GPUs, clocks."""
 
 import contextlib
 import http.client
@@ -20,11 +20,11 @@ from ddpm_ray.redaction import counted
 from ddpm_ray.runs.doctor.checks import ANSWER_S, INSTALL, Clock, Finding, clock, versions
 
 CLOCK_S = 1.0
-MOST_NAMED = 3  # nodes that a line names before it counts the rest
+MOST_NAMED = 3  # nodes that a line names; the rest are counted
 
 
 def ray_answers(config: DoctorConfig, until: float) -> Iterator[Finding | Clock]:
-    """What is found by joining as a driver; nodes may answer until `until`, monotonic."""
+    """Join the cluster as a driver and check it; nodes may answer until `until` (monotonic)."""
     address = config.address or os.environ.get("RAY_ADDRESS", "")
     if address in ("", "local"):
         cpus = counted(os.cpu_count() or 1, "CPU")
@@ -36,34 +36,35 @@ def ray_answers(config: DoctorConfig, until: float) -> Iterator[Finding | Clock]
     try:
         require_listener(address, ANSWER_S)
         context = ray.init(address=address, logging_level="ERROR", log_to_driver=False)
-    except Exception as error:  # noqa: BLE001 - Ray's own are of many kinds, from both its halves
-        yield Finding("Ray", "fail", f"{address}: {_brief(error)}", _way_in(error))
+    except Exception as error:  # noqa: BLE001 - Ray raises many kinds
+        yield Finding("Ray", "fail", f"{address}: {_brief(error)}", _remedy(error))
         return
     nodes = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
     total = ray.cluster_resources()
     have = f"nodes {len(nodes)}, CPUs {total.get('CPU', 0):g}, GPUs {total.get('GPU', 0):g}"
     yield Finding("Ray", "ok", f"{address}: {have}")
-    tasks = {node: _on(node, _report) for node in nodes}  # while they start, the rest is asked
+    tasks = {node: _on(node, _report) for node in nodes}  # they run during the next checks
     yield _state_api(set(nodes), context.dashboard_url)
     addresses = [node["NodeManagerAddress"] for node in nodes.values()]
     yield _authentication(context.dashboard_url, addresses)
     yield from _nodes(nodes, tasks, until)
 
 
-def _way_in(error: Exception) -> str:
+def _remedy(error: Exception) -> str:
+    """Remedy for an error of ray.init."""
     if "dashboard" in str(error):
         return "submit this job there (`ray job submit`), or give the head's host:6379"
     if "oken" in str(error):
         return "set RAY_AUTH_MODE=token and copy the head's ~/.ray/auth_token (or RAY_AUTH_TOKEN)"
     if "ersion mismatch" in str(error):
-        return f"install what the cluster has: {INSTALL}"
+        return f"install the cluster's versions: {INSTALL}"
     return (
         "start it with `ray start --head`, correct the address, or leave it empty for a local Ray"
     )
 
 
 def _state_api(nodes: set[str], dashboard: str) -> Finding:
-    """Whether the State API that Ray Train finds answers, and for this cluster."""
+    """Check that the State API that Ray Train finds answers, and belongs to this cluster."""
     remedy = "pip install 'ray[default]' on the head"
     if dashboard:
         remedy += f", and set RAY_API_SERVER_ADDRESS=http://{dashboard}"
@@ -76,13 +77,13 @@ def _state_api(nodes: set[str], dashboard: str) -> Finding:
     except Exception as error:  # noqa: BLE001 - requests', Ray's and RuntimeError
         return Finding("State API", "fail", f"{_brief(error)}: {consequence}", remedy)
     if not listed & nodes:
-        found = f"the one that is found belongs to another cluster: {consequence}"
+        found = f"it belongs to another cluster: {consequence}"
         return Finding("State API", "fail", found, remedy)
     return Finding("State API", "ok", f"answers at http://{dashboard}")
 
 
 def _authentication(dashboard: str, addresses: list[str]) -> Finding:
-    """Whether the cluster takes calls without a token; a warning where others can reach it."""
+    """Check that calls need a token; warn if they do not and others can reach the cluster."""
     needed = own_mode = os.environ.get("RAY_AUTH_MODE") == "token"
     if dashboard:
         connection = http.client.HTTPConnection(dashboard, timeout=ANSWER_S)
@@ -90,15 +91,17 @@ def _authentication(dashboard: str, addresses: list[str]) -> Finding:
             connection.request("GET", "/api/v0/nodes?limit=1")
             needed = connection.getresponse().status in (401, 403)
         except (OSError, http.client.HTTPException):
-            needed = own_mode  # it listens on another node's loopback; a cluster has one mode
+            needed = (
+                own_mode  # it listens on another node's loopback; assume one mode for the cluster
+            )
         finally:
             connection.close()
     open_to = sorted({one for one in addresses if not ipaddress.ip_address(one).is_loopback})
     if needed:
-        return Finding("authentication", "ok", "a token is needed")
+        return Finding("authentication", "ok", "a token is required")
     if not open_to:
-        return Finding("authentication", "ok", "none, and none needed: all on loopback")
-    found = f"none: whoever reaches {_named(open_to)} runs code there"
+        return Finding("authentication", "ok", "none, and none required: all nodes are on loopback")
+    found = f"none: anyone who reaches {_named(open_to)} can run code there"
     remedy = (
         "`ray get-auth-token --generate` on the head, copy ~/.ray/auth_token to every node, and "
         "set RAY_AUTH_MODE=token before each `ray start`"
@@ -109,7 +112,7 @@ def _authentication(dashboard: str, addresses: list[str]) -> Finding:
 def _nodes(
     nodes: dict[str, dict[str, Any]], tasks: dict[str, Any], until: float
 ) -> Iterator[Finding | Clock]:
-    """Each node's own word on its packages, GPUs and clock."""
+    """Compare packages, GPUs and clock of each node."""
     ray.wait(
         list(tasks.values()), num_returns=len(tasks), timeout=max(0.0, until - time.monotonic())
     )
@@ -122,7 +125,7 @@ def _nodes(
         except ray.exceptions.GetTimeoutError:
             silent.append(name)
             continue
-        except Exception as error:  # noqa: BLE001 - the node's own: whatever keeps ours from running
+        except Exception as error:  # noqa: BLE001 - any error of the node
             wrong.append(f"{name}: {_brief(error)}")
             continue
         mismatches = [
@@ -131,31 +134,31 @@ def _nodes(
         wrong += [f"{name} has {', '.join(mismatches)}"] if mismatches else []
         gpus.append((name, seen, int(nodes[node]["Resources"].get("GPU", 0))))
         before = time.time()
-        asked = _on(node, _now)  # by the process that is there by now: some milliseconds
-        with contextlib.suppress(ray.exceptions.RayError):  # it has answered once
+        asked = _on(node, _now)  # in a worker process that exists by now: a few ms
+        with contextlib.suppress(ray.exceptions.RayError):  # it answered before
             yield clock(name, ray.get(asked, timeout=CLOCK_S), before, time.time())
     if silent:
-        found = f"no answer from {_named(silent)} in time"
+        found = f"{_named(silent)} did not answer in time"
         remedy = "see `ray status`; busy nodes may need longer: timeout_s=60"
         yield Finding("nodes", "fail", found, remedy)
     if wrong:
-        yield Finding("nodes", "fail", _named(wrong, "; "), f"there: {INSTALL}")
+        yield Finding("nodes", "fail", _named(wrong, "; "), f"on these nodes: {INSTALL}")
     if not (silent or wrong):
-        yield Finding("nodes", "ok", "each has this machine's packages")
+        yield Finding("nodes", "ok", "all have this machine's packages")
     if gpus:
         yield _gpus(gpus)
 
 
 def _on(node: str, function: Any) -> Any:
-    """`function()` as a task of that node, which takes none of its CPUs."""
-    place = NodeAffinitySchedulingStrategy(node_id=node, soft=False)
+    """Run `function()` as a task on `node`, without a CPU resource."""
+    strategy = NodeAffinitySchedulingStrategy(node_id=node, soft=False)
     task = ray.remote(num_cpus=0, max_retries=0)(function)
-    return task.options(scheduling_strategy=place).remote()
+    return task.options(scheduling_strategy=strategy).remote()
 
 
 def _report() -> tuple[dict[str, str], int]:
-    """A node's versions, and the GPUs that torch sees there."""
-    os.environ.pop("CUDA_VISIBLE_DEVICES", None)  # Ray hides them from a task that asked for none
+    """Versions on this node, and the number of GPUs that torch sees."""
+    os.environ.pop("CUDA_VISIBLE_DEVICES", None)  # Ray hides GPUs from a task without GPU resources
     return versions(), _torch_gpus()
 
 
@@ -164,13 +167,13 @@ def _now() -> float:
 
 
 def _torch_gpus() -> int:
-    import torch  # seconds: on the nodes, while the driver asks other things
+    import torch  # takes seconds; only nodes import it
 
     return torch.cuda.device_count()
 
 
 def _gpus(found: list[tuple[str, int, int]]) -> Finding:
-    """torch's count against Ray's, by node."""
+    """Compare torch's and Ray's number of GPUs on each node."""
     fewer = [f"{name}: torch sees {a}, Ray {b}" for name, a, b in found if a < b]
     more = [f"{name}: torch sees {a}, Ray {b}" for name, a, b in found if a > b]
     if fewer:
@@ -179,11 +182,11 @@ def _gpus(found: list[tuple[str, int, int]]) -> Finding:
         )
         return Finding("GPUs", "fail", _named(fewer, "; "), remedy)
     if more:
-        remedy = "start that node with `ray start --num-gpus=N`, or leave the rest to others"
+        remedy = "start that node with `ray start --num-gpus=N` to use all"
         return Finding("GPUs", "warn", _named(more, "; "), remedy)
     total = sum(seen for _, seen, _ in found)
     return Finding(
-        "GPUs", "ok", f"{total}, as torch and Ray agree" if total else "none: training on CPUs"
+        "GPUs", "ok", f"{total}; torch and Ray agree" if total else "none: training on CPUs"
     )
 
 
@@ -193,7 +196,7 @@ def _named(names: list[str], separator: str = ", ") -> str:
 
 
 def _brief(error: Exception) -> str:
-    """The last line that says something, without Ray's colours and traces."""
+    """The informative line of Ray's message, without colours and traces."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     line = lines[-1 if isinstance(error, ray.exceptions.RayTaskError) else 0] if lines else ""
