@@ -21,6 +21,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -117,9 +118,8 @@ def simulate(folder: Path, search: str, trials: int) -> None:
     sweep_run = SweepRun.find_or_create(config, f"{folder}/{config.name}", config.name, dataset)
     stopped: set[int] = set()
     store = TrialStore(sweep_run.folder)
-    scheduler = TrialScheduler(
-        config, store, lambda values: schedule_diagnostics(config, values, dataset), stopped.add
-    )
+    appraise = partial(schedule_diagnostics, config, dataset)
+    scheduler = TrialScheduler(config, store, appraise, stopped.add)
     tune = TuneSearcher(scheduler, lambda trial: {"number": trial.number} | trial.values, AT_ONCE)
     active: dict[str, Stub] = {}
     clocks: dict[int, tuple[float, float]] = {}  # CPU and wall clock by trials that are over

@@ -272,7 +272,7 @@ def _evaluation(num_images: int, device: torch.device) -> None:
         denoiser, diffusion.sampling_plan(config.sampling, denoiser.schedule), net, known,
         num_images=num_images, batch_size=10, image_shape=SHAPE, workers=workers,
         provenance=training_run.ema_provenance(config, 0),
-        optional_metrics=OptionalMetrics(precision_recall=num_images > 4, extrapolate=num_images > 4),
+        optional_metrics=OptionalMetrics(num_images > 4, num_images > 4),
         held_out=known,
     )  # fmt: skip
     _require(all(map(math.isfinite, scores.metrics.values())), f"scores are {scores.metrics}")

@@ -33,7 +33,7 @@ from ddpm_ray.runs.train_worker import train_worker
 from ddpm_ray.storage import object_store
 from ddpm_ray.storage.object_store import StorageError
 from ddpm_ray.tracking import mlflow_runs, model_registry
-from ddpm_ray.tracking.run_info import RunCard, TrackedRun
+from ddpm_ray.tracking.run_info import RunMetadata, TrackedRun
 from ddpm_ray.tracking.tracking_uri import database_file, tracking_place, warn_of_another_host
 from ddpm_ray.training import determinism
 from ddpm_ray.training.checkpoints import CHECKPOINTS, CheckpointStore
@@ -97,15 +97,15 @@ def train(
         {"config": to_dict(config), "data_fingerprint": dataset.fingerprint},
         lambda begun: _differing(config, begun),
     )
-    card = _card(config, dataset, folder, identity, parent)
-    tracked, lease = _tracked(card), None
+    metadata = _metadata(config, dataset, folder, identity, parent)
+    tracked, lease = _tracked(metadata), None
     try:
         lease = _lease(folder)
         settings = {
             "config": to_dict(config), "folder": folder, "identity": identity,
             "fingerprints": fingerprints,
             "lease": vars(lease),
-            "card": vars(card),
+            "metadata": vars(metadata),
             "tracked": vars(tracked) if tracked else None,
             "environment": determinism.environment(config.training.deterministic),
         }  # fmt: skip
@@ -119,24 +119,24 @@ def train(
                 f"{counted(count, 'metric row')} undelivered; stored in the checkpoint",
                 "run the same command once MLflow answers: it sends them and finishes the run",
             )
-        tracked = tracked or mlflow_runs.open_run(card)
+        tracked = tracked or mlflow_runs.open_run(metadata)
         if finished and config.model.kind == "unet":
             model_registry.log_model(tracked, ended["checkpoint"], "ddpm_ray.tracking.pyfunc_model")
     except BaseException as error:
         status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
         with contextlib.suppress(mlflow_runs.TrackingError):  # `error` matters more
             if not _is_taken_over(lease):
-                mlflow_runs.finish(tracked or mlflow_runs.known_run(card), status, str(error))
+                mlflow_runs.finish(tracked or mlflow_runs.known_run(metadata), status, str(error))
         raise
     if not _is_taken_over(lease):
         mlflow_runs.finish(tracked, "FINISHED" if finished else "KILLED")
     return Outcome(finished, _report(config, folder, tracked, ended), ended)
 
 
-def _card(
+def _metadata(
     config: RunConfig, dataset: Dataset, folder: str, identity: str, parent: ParentSweep | None
-) -> RunCard:
-    return RunCard(
+) -> RunMetadata:
+    return RunMetadata(
         config.tracking.uri,
         config.tracking.experiment,
         parent.label if parent else config.name,
@@ -159,10 +159,10 @@ def _newest_step(folder: str) -> int:
     return references[0].step if references else 0
 
 
-def _tracked(card: RunCard) -> TrackedRun | None:
+def _tracked(metadata: RunMetadata) -> TrackedRun | None:
     """Open the run in MLflow; None, with a warning, if the server does not answer now."""
     try:
-        found = mlflow_runs.open_run(card)
+        found = mlflow_runs.open_run(metadata)
     except mlflow_runs.TrackingOutageError as error:
         log.warning(
             "%s. Training continues; metric rows are kept and sent once MLflow answers", error

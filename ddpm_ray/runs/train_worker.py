@@ -29,7 +29,7 @@ from ddpm_ray.storage import object_store
 from ddpm_ray.storage.file_formats import package_version
 from ddpm_ray.tracking import mlflow_settings
 from ddpm_ray.tracking.async_logger import Tracker
-from ddpm_ray.tracking.run_info import RunCard, TrackedRun
+from ddpm_ray.tracking.run_info import RunMetadata, TrackedRun
 from ddpm_ray.training import determinism
 from ddpm_ray.training.checkpoint_writer import CheckpointWriter
 from ddpm_ray.training.checkpoints import (
@@ -229,7 +229,7 @@ def _tracked_run(settings: dict[str, Any]) -> TrackedRun:
         return TrackedRun(**settings["tracked"])
     from ddpm_ray.tracking import mlflow_runs  # takes 1 s to import, here in the logger's thread
 
-    return mlflow_runs.open_run(RunCard(**settings["card"]))
+    return mlflow_runs.open_run(RunMetadata(**settings["metadata"]))
 
 
 def _writer(config: RunConfig, settings: dict[str, Any], workers: Workers) -> CheckpointWriter:

@@ -22,7 +22,7 @@ from matplotlib.ticker import FixedLocator, NullLocator
 from PIL import Image, ImageDraw, ImageFont
 
 from ddpm_ray.sampling.image_grid import GUTTER_PIXELS
-from ddpm_ray.sweep import leaderboard as board
+from ddpm_ray.sweep import leaderboard
 from ddpm_ray.sweep.leaderboard import MOST, STATUSES, Row, cut, score_text, standings
 from ddpm_ray.sweep.trial_store import Trial
 from ddpm_ray.training.sample_grids import GRID_IMAGES
@@ -137,7 +137,7 @@ def cost_bars(trials: Sequence[Trial]) -> Image.Image | None:
     if not rows:
         return None
     rows.sort(key=lambda row: (STATUSES.index(row.status), -(row.worker_s or 0)))
-    note = f"{board.summary(rows)} Left out, cost unknown: {len(trials) - len(rows):,}."
+    note = f"{leaderboard.summary(rows)} Left out, cost unknown: {len(trials) - len(rows):,}."
     height = min(9.0, max(3.0, 1.6 + 0.2 * len(rows)))
     figure, axes = _canvas("Cost of each trial, shorter is cheaper", note, height)
     places, thick = np.arange(len(rows)), 0.8 if len(rows) < CROWD else 1.0
@@ -155,7 +155,7 @@ def cost_bars(trials: Sequence[Trial]) -> Image.Image | None:
     handles: list[Artist] = []
     for status, colour in STATUS_COLOURS.items():
         if members := [row for row in rows if row.status == status]:
-            spent = board.whole(sum(row.worker_s or 0 for row in members))
+            spent = leaderboard.integer(sum(row.worker_s or 0 for row in members))
             handles.append(Patch(color=colour, label=f"{status} ({len(members):,}): {spent} s"))
     handles.append(Patch(color=DARK, alpha=0.4, lw=0, label="overhead: starting, saving, waiting"))
     return _picture(figure, handles, "how trials ended")

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -99,12 +100,8 @@ def sweep(
         "MLflow run %s of the sweep; %s at once", sweep_run.run.run_id, counted(at_once, "trial")
     )
     stop_signals, store = StopSignals(), TrialStore(folder)
-    scheduler = TrialScheduler(
-        config,
-        store,
-        lambda values: schedule_diagnostics(config, values, dataset),
-        stop_signals.set,
-    )
+    appraise = partial(schedule_diagnostics, config, dataset)
+    scheduler = TrialScheduler(config, store, appraise, stop_signals.set)
 
     def assignment(of: Trial) -> dict[str, Any]:
         """Return the arguments of that trial's driver."""
@@ -197,7 +194,7 @@ def _run_tune(function: Any, searcher: TuneSearcher) -> None:
 
 
 def schedule_diagnostics(
-    config: SweepConfig, values: dict[str, Any], dataset: Dataset
+    config: SweepConfig, dataset: Dataset, values: dict[str, Any]
 ) -> ScheduleDiagnostics:
     """Return the diagnostics of these values' schedule. Raises ConfigError for an invalid run."""
     run = _run_config(config, values, "trial")

@@ -89,7 +89,7 @@ def digits(value: float | None) -> str:
     return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:#.4g}".removesuffix(".")
 
 
-def whole(value: float | None) -> str:
+def integer(value: float | None) -> str:
     """`value` as 12,345; a dash for None."""
     return "-" if value is None else f"{value:,.0f}"
 
@@ -125,7 +125,7 @@ def overhead(rows: Sequence[Row]) -> str:
 
 def summary(rows: Sequence[Row]) -> str:
     """All of them in one sentence: how they ended and what they cost."""
-    spent = whole(sum(row.worker_s or 0.0 for row in rows))
+    spent = integer(sum(row.worker_s or 0.0 for row in rows))
     return (
         f"{counted(len(rows), 'trial')}: {status_counts(rows) or 'none'}; {spent} worker-seconds, "
         f"overhead {overhead(rows)}."
@@ -141,7 +141,7 @@ def as_text(rows: Sequence[Row], metric: str = "score", most: int = 100) -> str:
         place = "" if row.place is None else f"{row.place}{'~' if row.like_best else ' '}"
         facts = f"{place:>5} {row.number:>6} {row.status:8}"
         label = cut(row.label, width)
-        lines.append(f"{facts} {whole(row.worker_s):>8}  {label:{width}}  {_result(row)}")
+        lines.append(f"{facts} {integer(row.worker_s):>8}  {label:{width}}  {_result(row)}")
     if rest := rows[most:]:
         lines.append(f"... and {len(rest):,} more: {status_counts(rest)}")
     if any(row.like_best for row in rows[:most]):
@@ -163,7 +163,7 @@ def as_markdown(rows: Sequence[Row], metric: str, top: int = 10) -> str:
     for row in rows[:top]:
         place = row.status if row.place is None else f"{row.place}{' ≈' if row.like_best else ''}"
         cells = place, f"{row.number}", cut(row.label, 80), digits(row.score), interval(row)
-        lines.append(f"| {' | '.join(map(_plain, cells))} | {whole(row.worker_s)} |")
+        lines.append(f"| {' | '.join(map(_plain, cells))} | {integer(row.worker_s)} |")
     alike = f" ≈ {ALIKE}" if any(row.like_best for row in rows[:top]) else ""
     return "\n".join([*lines, "", f"{summary(rows)} Lower is better.{alike}"]) + "\n"
 
@@ -172,7 +172,7 @@ def as_html(rows: Sequence[Row], metric: str, title: str) -> str:
     """One page with every row; it loads nothing from elsewhere and runs no script."""
     ends = [end for row in rows for end in (row.low, row.score, row.high) if end is not None]
     scale = (min(ends), max(ends)) if ends else (0.0, 1.0)
-    spent = whole(sum(row.worker_s or 0.0 for row in rows))
+    spent = integer(sum(row.worker_s or 0.0 for row in rows))
     body = "\n".join(_html_row(row, scale) for row in rows)
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">
@@ -213,8 +213,8 @@ def _html_row(row: Row, scale: tuple[float, float]) -> str:
         f'<tr class="{kind}"><td>{place}</td><td class="trial">{row.number}</td>'
         f'<td class="l w">{escape(row.label)}</td><td class="l s">{row.status}</td>'
         f'<td>{digits(row.score)}</td><td class="l">{interval(row)}</td>'
-        f"<td>{_strip(row, scale)}</td><td>{digits(row.loss)}</td><td>{whole(row.step)}</td>"
-        f"<td>{whole(row.worker_s)}</td><td>{overhead([row])}</td>"
+        f"<td>{_strip(row, scale)}</td><td>{digits(row.loss)}</td><td>{integer(row.step)}</td>"
+        f"<td>{integer(row.worker_s)}</td><td>{overhead([row])}</td>"
         f'<td class="l w">{escape(row.reason)}</td></tr>'
     )
 

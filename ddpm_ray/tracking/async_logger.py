@@ -1,6 +1,6 @@
-"""One run's rows, pictures and documents on their way to MLflow, from threads of their own.
+"""Background threads that send one run's rows, pictures and documents to MLflow.
 
-Those threads import MLflow too, so that no step waits for those 1.2 s.
+They import MLflow too, which takes 1.2 s, so that no training step waits for it.
 """
 
 import logging
@@ -26,13 +26,13 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 RETRY_S = 5.0
-FILE_TRIES = 3  # of a picture or document that fails while rows arrive
-SAY_AGAIN_S = 300.0  # until a line that was logged already is logged once more
+FILE_TRIES = 3  # attempts to send a file that MLflow refuses while it accepts rows
+REPEAT_S = 300.0  # after this time the same warning is logged again
 
 
 @dataclass
 class _File:
-    """A picture or document that is to be sent."""
+    """A picture or document to send."""
 
     name: str
     send: Callable[["RunLog"], None]
@@ -40,17 +40,16 @@ class _File:
 
 
 class Tracker:
-    """A Sink that sends rows, pictures and documents to MLflow from threads of its own.
+    """A Sink that sends rows, pictures and documents to MLflow from background threads.
 
-    While MLflow is away nothing is lost and no step waits: rows stay in `unsent`, which goes into
-    every checkpoint, and are tried again every few seconds. Files have a thread to themselves,
-    because an artifact store that refuses them, or is slow, must not hold up the rows.
+    In an outage of MLflow nothing is lost and no step waits: rows stay in `unsent`, which is saved
+    in every checkpoint, and are sent again every few seconds. Files have a thread of their own, so
+    that a slow or refusing artifact store does not delay the rows.
 
     `check_lease` is called directly before each send. Once it raises SupersededError nothing more
-    is sent: rows of this process would stand between those of the one that goes on with the run. A
-    takeover cannot stop the send whose check came just before it, one batch at most; MLflow has
-    no conditional write. The rows of that batch have the keys of a replay: MLflow stores equal
-    ones once, and only values that differ, as rates do, come twice.
+    is sent, because another process continues the run. One batch at most, checked just before the
+    takeover, is still sent: MLflow has no conditional write. Its rows have the keys of a replay, so
+    MLflow stores equal rows once; only values that differ, such as rates, are stored twice.
     """
 
     def __init__(
@@ -69,10 +68,10 @@ class Tracker:
         self._files: deque[_File] = deque()
         self._left_out: list[str] = []
         self._found: RunLog | None = None
-        self._is_current = False  # whether the queue knows what MLflow holds
-        self._said: dict[str, tuple[str, float]] = {}  # the line of each thread, and when
+        self._is_current = False  # whether the queue knows the rows in MLflow
+        self._warned: dict[str, tuple[str, float]] = {}  # last warning of each thread, and its time
         self._closing, self._given_up = Event(), Event()
-        self._superseded = Event()  # another process goes on with the run, and sends its rows
+        self._superseded = Event()  # another process continues the run and sends its rows
         self._threads = [
             Thread(target=self._work, args=work, name=f"mlflow {work[0]}", daemon=True)
             for work in (
@@ -88,20 +87,20 @@ class Tracker:
         self._rows.add(rows)
 
     def image(self, key: str, step: int, image: Image.Image) -> None:
-        """Queue a stepped picture."""
+        """Queue a picture of a step."""
         name = f"{key} of step {step}"
         self._files.append(_File(name, lambda run: run.image(key, step, image)))
 
     def document(self, path: str, content: dict[str, Any]) -> None:
-        """Queue a JSON file below the run's artifacts."""
+        """Queue a JSON file for the run's artifacts."""
         self._files.append(_File(path, lambda run: run.document(path, content)))
 
     def unsent(self) -> list[Row]:
-        """Rows that MLflow has not acknowledged."""
+        """Return the rows that MLflow has not acknowledged."""
         return self._rows.rows()
 
     def close(self, patience_s: float) -> int:
-        """How many rows are undelivered after `patience_s` at most: those are sent on resume."""
+        """Wait up to `patience_s`; returns how many rows are undelivered, to be sent on resume."""
         deadline = time.monotonic() + patience_s
         self._closing.set()
         for thread in self._threads:
@@ -113,7 +112,7 @@ class Tracker:
             log.warning("%s undelivered; stored in the checkpoint, sent on resume", rows)
         if names := [file.name for file in list(self._files)] + self._left_out:
             shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
-            log.warning("not in MLflow, and not sent again: %s", shown)
+            log.warning("not sent to MLflow: %s", shown)
         return undelivered
 
     def _work(self, what: str, send: Callable[[], None], left: Callable[[], int]) -> None:
@@ -121,17 +120,19 @@ class Tracker:
             closing = self._closing.wait(self._flush_every_s)
             try:
                 send()
-                self._said.pop(what, None)
+                self._warned.pop(what, None)
                 if closing and not left():
                     return
-                pause_s = self._flush_every_s if closing else 0.0  # no run yet to send files to
+                pause_s = (
+                    self._flush_every_s if closing else 0.0
+                )  # files wait until the run is open
             except SupersededError as error:
                 if not self._superseded.is_set():
                     self._superseded.set()
-                    log.warning("no more goes to MLflow from this process: %s", error)
+                    log.warning("this process sends no more to MLflow: %s", error)
                 return
             except Exception as error:  # noqa: BLE001 - whatever it is, all is kept and retried
-                self._say(what, f"{what} for MLflow: {sanitize(str(error))}; kept, tried again")
+                self._warn(what, f"{what} for MLflow: {sanitize(str(error))}; kept, retrying")
                 pause_s = RETRY_S
             if self._given_up.wait(pause_s):
                 return
@@ -153,7 +154,7 @@ class Tracker:
                     self._found.rows(batch)
                 except BaseException:
                     self._rows.doubt(count)
-                    self._is_current = False  # what that call stored is left out the next time
+                    self._is_current = False  # reads what that call stored before the next batch
                     raise
             fault_injection.at("sent")
             self._rows.acknowledge(count)
@@ -178,15 +179,15 @@ class Tracker:
                 final = isinstance(error, TrackingError) and not doubtful
                 if not final and file.failures < FILE_TRIES:
                     raise
-                if not self._left_out:  # the others are counted at the end
-                    log.warning("MLflow does not take %s; left out: %s", file.name, brief(error))
+                if not self._left_out:  # close() lists all
+                    log.warning("MLflow does not accept %s; skipped: %s", file.name, brief(error))
                 self._left_out.append(file.name)
             self._files.popleft()
 
-    def _say(self, what: str, line: str) -> None:
-        """Log a warning, but not the same one at every try."""
+    def _warn(self, what: str, line: str) -> None:
+        """Log a warning, but not the same one at every attempt."""
         now = time.monotonic()
-        before, then = self._said.get(what, ("", 0.0))
-        if line != before or now - then >= SAY_AGAIN_S:
-            self._said[what] = line, now
+        before, then = self._warned.get(what, ("", 0.0))
+        if line != before or now - then >= REPEAT_S:
+            self._warned[what] = line, now
             log.warning("%s", line)

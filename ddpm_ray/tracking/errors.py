@@ -1,4 +1,4 @@
-"""What went wrong between here and MLflow, in one line that says what to do about it."""
+"""Errors of MLflow, its libraries and the network as one line with a remedy."""
 
 import contextlib
 import re
@@ -6,12 +6,12 @@ from collections.abc import Iterator
 
 from ddpm_ray.redaction import brief, sanitize
 
-# What errors on the way to MLflow come from, beside this package and the operating system.
+# Libraries whose exceptions a call to MLflow may raise.
 LIBRARIES = {
     "mlflow", "sqlalchemy", "alembic", "sqlite3", "psycopg2", "requests", "urllib3",
     "botocore", "boto3", "google", "azure",
 }  # fmt: skip
-DRIVERS = {  # what SQLAlchemy imports for a database's URI: what to do where that is not there
+DRIVERS = {  # remedies where SQLAlchemy's driver of a database is not installed
     "psycopg": "pip install psycopg2-binary, and write the URI as postgresql+psycopg2://...",
     "psycopg2": "pip install psycopg2-binary",
     "MySQLdb": "pip install mysqlclient, or pymysql with a URI as mysql+pymysql://...",
@@ -28,13 +28,13 @@ _REFUSED_FILES = re.compile(
 )
 _SILENT = re.compile(
     r"timed? ?out|timeout|connection|Max retries|resolve|refused|unreachable|EndpointConnection"
-    r"|RemoteDisconnected|no whole answer",
+    r"|RemoteDisconnected|no complete answer",
     re.IGNORECASE,
 )
 
 
 class TrackingError(RuntimeError):
-    """An MLflow that does not do what it should; args are (place, reason, remedy)."""
+    """A failed call to MLflow; args are (place, reason, remedy)."""
 
     def __str__(self) -> str:
         place, reason, remedy = self.args
@@ -42,22 +42,22 @@ class TrackingError(RuntimeError):
 
 
 class TrackingOutageError(TrackingError):
-    """A server that does not answer now: it may later."""
+    """A server that does not answer; a later call may succeed."""
 
 
 class TrackingServerError(TrackingOutageError):
-    """A server that answers with an error of its own: it may pass, or be there for good."""
+    """A server that answers with an internal error, which may be transient or permanent."""
 
 
 def restore(kind: str, identifier: str, uri: str) -> str:
-    """The command that brings back a deleted run or experiment."""
+    """Return the command that restores a deleted run or experiment."""
     option = "--run-id" if kind == "run" else "--experiment-id"
     return f"MLFLOW_TRACKING_URI={uri} mlflow {kind}s restore {option} {identifier}"
 
 
 @contextlib.contextmanager
 def answering(uri: str) -> Iterator[None]:
-    """MLflow's errors, and those of the way to it, as a TrackingError of one line."""
+    """Convert errors of MLflow, its libraries and the network into a TrackingError of one line."""
     try:
         yield
     except TrackingError:
@@ -66,11 +66,11 @@ def answering(uri: str) -> Iterator[None]:
         library = type(error).__module__.partition(".")[0]
         if library not in LIBRARIES and not isinstance(error, OSError | ImportError):
             raise
-        raise explained(uri, error) from error
+        raise tracking_error(uri, error) from error
 
 
-def explained(uri: str, error: Exception) -> TrackingError:
-    """What `error`, of a call to the MLflow at `uri`, means: an outage, or something that stays."""
+def tracking_error(uri: str, error: Exception) -> TrackingError:
+    """Classify an error of a call to the MLflow at `uri`: an outage, or a permanent error."""
     text = " ".join(str(error).split())
     code = str(getattr(error, "error_code", ""))
     status = _status(error, text)
@@ -84,13 +84,13 @@ def explained(uri: str, error: Exception) -> TrackingError:
         return TrackingError(uri, f"the Python package {name} is not installed", remedy)
     if found := _DELETED.search(text):
         kind, identifier = found[1].lower(), found[2]
-        remedy = f"bring it back by `{restore(kind, identifier, uri)}`"
+        remedy = f"restore it with `{restore(kind, identifier, uri)}`"
         if kind == "experiment":
-            remedy += ", or give another tracking.experiment"
+            remedy += ", or set another tracking.experiment"
         return TrackingError(uri, f"the {kind} {identifier} was deleted in MLflow", remedy)
     if "Invalid Host header" in text:
         return final("MLflow refuses the host name in this address",
-                     "start it with --allowed-hosts and that name")  # fmt: skip
+                     "start MLflow with --allowed-hosts and that name")  # fmt: skip
     if status == 401 or code in ("UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED"):
         remedy = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or _TOKEN"
         return final("MLflow does not accept this user or password (401)", remedy)
@@ -98,62 +98,64 @@ def explained(uri: str, error: Exception) -> TrackingError:
         remedy = "give this user EDIT on the experiment, or name another tracking.experiment"
         return final("MLflow forbids this to this user (403)", remedy)
     if code == "RESOURCE_DOES_NOT_EXIST":
-        return final("MLflow has no such thing", "check the run's id or the model's name")
+        return final("not found in MLflow", "check the run's id or the model's name")
     if "CERTIFICATE_VERIFY_FAILED" in text:
-        remedy = "name the authority's file in MLFLOW_TRACKING_SERVER_CERT_PATH"
+        remedy = "set MLFLOW_TRACKING_SERVER_CERT_PATH to the file of its certificate authority"
         return final("its TLS certificate is not trusted", remedy)
     if "out-of-date database schema" in text or "locate revision" in text:
-        remedy = f"back it up and run `mlflow db upgrade {uri}`, or use the MLflow that made it"
-        return final("the database was made by another version of MLflow", remedy)
+        remedy = f"back it up and run `mlflow db upgrade {uri}`, or use its version of MLflow"
+        return final("the database was created by another version of MLflow", remedy)
     return _by_place(uri, error, text, code, status)
 
 
 def _by_place(
     uri: str, error: Exception, text: str, code: str, status: int | None
 ) -> TrackingError:
-    """What errors mean that a server, a database and an artifact store each have."""
+    """Classify errors that mean different things for server, database and artifact store."""
     if type(error).__module__.partition(".")[0] in ("botocore", "boto3"):
         place = f"{uri} (its artifact store)"
         if _REFUSED_FILES.search(text) or "Credentials" in type(error).__name__:
-            remedy = "give this process the store's credentials, or serve artifacts by MLflow"
-            return TrackingError(place, f"files are refused ({_cause(error)})", remedy)
+            remedy = "set the store's credentials for this process, or let MLflow serve artifacts"
+            return TrackingError(place, f"it refuses files ({_cause(error)})", remedy)
         kind = TrackingOutageError if _SILENT.search(text) else TrackingServerError
-        return kind(place, f"files do not arrive ({_cause(error)})", "it is tried again")
+        return kind(place, f"it does not accept files ({_cause(error)})", "retrying")
     http = uri.startswith("http")
     if http and _FOREIGN.search(text):
         remedy = "correct tracking.uri: host, port, and a path where a proxy has one"
-        return TrackingError(uri, f"what answers here is no MLflow ({_cause(error)})", remedy)
+        return TrackingError(
+            uri, f"the server that answers is not MLflow ({_cause(error)})", remedy
+        )
     if status is not None and 400 <= status < 500 and status not in (408, 429):
         return TrackingError(uri, f"MLflow refuses it ({_cause(error)})", "see MLflow's log")
     if status is not None and status not in (408, 429, 502, 503, 504):
-        reason = f"MLflow answers with an error of its own, {status} ({_cause(error)})"
+        reason = f"MLflow answers with an internal error {status} ({_cause(error)})"
         return TrackingServerError(uri, reason, "see MLflow's log")
     passing = not code or code in PASSING
     if passing and (http or (_is_remote(uri) and _SILENT.search(text))):
         reason, remedy = "MLflow does not answer", "start it, or correct tracking.uri"
         return TrackingOutageError(uri, f"{reason} ({_cause(error)})", remedy)
     if passing and isinstance(error, OSError):
-        remedy = "check path, permissions and the disk's room, or correct tracking.uri"
+        remedy = "check path, permissions and free disk space, or correct tracking.uri"
         return TrackingError(uri, f"it cannot be written ({_cause(error)})", remedy)
     if passing:
-        remedy = "check path, permissions and the disk's room, or correct tracking.uri"
+        remedy = "check path, permissions and free disk space, or correct tracking.uri"
         return TrackingError(uri, f"MLflow's database cannot be used ({_cause(error)})", remedy)
     return TrackingError(uri, f"MLflow refuses it ({_cause(error)})", "correct tracking.*")
 
 
 def _cause(error: Exception) -> str:
-    """What went wrong at the bottom, as one short line: requests tells the whole way to it."""
+    """Return the innermost cause in one short line; requests quotes every layer above it."""
     text = " ".join(str(error).split())
     if found := re.search(r"\[Errno -?\d+\] [^'\")]+", text):
         return sanitize(found[0])
     quoted = re.findall(r"['\"]([^'\"]{4,})['\"]", text.partition("(Caused by ")[2])
-    if quoted:  # the innermost of errors within errors
+    if quoted:  # the innermost error
         return sanitize(quoted[-1])
     return brief(error)
 
 
 def _status(error: Exception, text: str) -> int | None:
-    """The HTTP status that `error` tells of; 500 of MLflow's own kind is told by its text alone."""
+    """Return the HTTP status of `error`; MLflow's own 500 stands only in its text."""
     response = getattr(error, "response", None)
     if isinstance(known := getattr(response, "status_code", None), int):
         return known
@@ -162,5 +164,5 @@ def _status(error: Exception, text: str) -> int | None:
 
 
 def _is_remote(uri: str) -> bool:
-    """Whether it is a database with a server."""
+    """Return whether `uri` is a database on a server."""
     return "://" in uri and not uri.startswith(("sqlite", "file"))

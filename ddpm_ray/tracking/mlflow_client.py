@@ -1,4 +1,4 @@
-"""Clients of MLflow whose calls end in time, on databases whose tables are made by one process."""
+"""MLflow clients with a time limit for each call; one process at a time creates a database."""
 
 import contextlib
 import fcntl
@@ -16,23 +16,23 @@ from ddpm_ray.tracking.tracking_uri import database_file
 
 log = logging.getLogger(__name__)
 
-CALL_S = 40.0  # most seconds of one call with all its tries; an answer of a server takes 0.01 to 1
-FILE_S = 300.0  # of a call that sends a file
-LATE_S = 5.0  # after which a line says that an answer is late
-_late: set[str] = set()  # servers of which that was said
+CALL_S = 40.0  # limit of one call with its retries; usual answers take 0.01 to 1 s
+FILE_S = 300.0  # limit of a call that sends a file
+LATE_S = 5.0  # a warning is logged after this time without an answer
+_late: set[str] = set()  # servers that were warned of
 
 
 class BoundedClient:
-    """An MlflowClient whose every call ends within `call_s`, or raises TimeoutError.
+    """An MlflowClient whose calls raise TimeoutError after `call_s` seconds.
 
-    MLflow's own time-outs are of the silence between two bytes: an answer of one byte a second
-    would never end. The call that is given up goes on in a daemon thread.
+    MLflow's own time-outs limit the silence between two bytes: an answer of one byte a second would
+    never end. A call that times out goes on in a daemon thread.
     """
 
     def __init__(self, uri: str, call_s: float | None = None) -> None:
         self._uri = uri
         self._call_s = call_s = CALL_S if call_s is None else call_s
-        self._is_file = uri.startswith("sqlite")  # which answers, or fails, by itself
+        self._is_file = uri.startswith("sqlite")  # needs no limit
         self._client = _opened(uri) if self._is_file else within(call_s, uri, lambda: _opened(uri))
 
     def __getattr__(self, name: str) -> Any:
@@ -48,7 +48,7 @@ class BoundedClient:
 
 
 def within(seconds: float, uri: str, call: Callable[[], Any]) -> Any:
-    """What `call` returns or raises; TimeoutError where it does not end within `seconds`."""
+    """Return `call()`; raises its error, or TimeoutError after `seconds`."""
     ended: dict[str, Any] = {}
     done = threading.Event()
 
@@ -66,7 +66,7 @@ def within(seconds: float, uri: str, call: Callable[[], Any]) -> Any:
         _late.add(uri)
         log.warning("%s: MLflow has not answered for %.0f s; waiting", uri, LATE_S)
     if not done.wait(max(0.0, began + seconds - time.monotonic())):
-        raise TimeoutError(f"no whole answer within {seconds:.0f} s")
+        raise TimeoutError(f"no complete answer within {seconds:.0f} s")
     if "error" in ended:
         raise ended["error"]
     _late.discard(uri)
@@ -74,14 +74,14 @@ def within(seconds: float, uri: str, call: Callable[[], Any]) -> Any:
 
 
 def _opened(uri: str) -> MlflowClient:
-    """A client of `uri`; the tables of a new database are made by one process, others wait."""
-    with _alone(uri):
+    """Return a client of `uri`; other processes wait while one creates a new database's tables."""
+    with _database_lock(uri):
         return MlflowClient(tracking_uri=uri)
 
 
 @contextlib.contextmanager
-def _alone(uri: str) -> Iterator[None]:
-    """Hold the lock beside the SQLite database at `uri`, for what MLflow does as it opens it."""
+def _database_lock(uri: str) -> Iterator[None]:
+    """Hold a lock file beside the SQLite database at `uri`; no lock for other databases."""
     file = database_file(uri)
     if file is None or not file.parent.is_dir():
         yield
@@ -89,7 +89,7 @@ def _alone(uri: str) -> Iterator[None]:
     lock = file.with_name(f".{file.name}.lock")
     try:
         held = os.open(lock, os.O_CREAT | os.O_RDWR, 0o600)
-    except OSError:  # a folder that is read-only: MLflow will say so
+    except OSError:  # a read-only folder: MLflow raises its own error
         yield
         return
     try:
@@ -97,4 +97,4 @@ def _alone(uri: str) -> Iterator[None]:
             fcntl.flock(held, fcntl.LOCK_EX)
         yield
     finally:
-        os.close(held)  # and with it the lock
+        os.close(held)  # releases the lock

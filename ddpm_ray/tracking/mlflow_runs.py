@@ -1,8 +1,8 @@
-"""MLflow runs: one per training run, each row once, never on the step path.
+"""MLflow runs: one per training run, each metric row stored once, never on the step path.
 
-A metric row's primary key in MLflow holds its time stamp and its value. Ours are a function of
-(run start, step), so a step that is replayed after a crash writes the row that is already there.
-Rates are clocks and would differ: of those the first stays, and later ones are dropped.
+MLflow's key of a metric row includes its time stamp and value. Time stamps here are a function of
+(run start, step), so a step that is replayed after a crash writes the row that is already stored.
+Rates depend on the clock and would differ: the first value is kept, later ones are dropped.
 """
 
 import logging
@@ -39,18 +39,18 @@ from ddpm_ray.tracking.errors import (
     restore,
 )
 from ddpm_ray.tracking.mlflow_client import FILE_S, BoundedClient
-from ddpm_ray.tracking.run_info import MetricRow, RunCard, TrackedRun
+from ddpm_ray.tracking.run_info import MetricRow, RunMetadata, TrackedRun
 from ddpm_ray.tracking.tracking_uri import database_file
 
 __all__ = ["TrackingError", "TrackingOutageError", "TrackingServerError", "answering"]
 
 log = logging.getLogger(__name__)
 
-RUN_TAG = "ddpm_ray.run"  # identity of the run's folder: what a restarted job finds its run by
-OWNER_TAG = "ddpm_ray.driver"  # who opened the run last: only that driver ends it
-TWIN_TAG = "ddpm_ray.twin_of"  # of a run that a lost answer made twice, and that is deleted
-MAX_PARAMS, MAX_TAG = 100, 5000  # that the server takes in one call
-MAX_EXPERIMENTS = 500  # that are searched in one call
+RUN_TAG = "ddpm_ray.run"  # identity of the run's folder, by which a restarted job finds its run
+OWNER_TAG = "ddpm_ray.driver"  # driver that opened the run last: it alone may end the run
+TWIN_TAG = "ddpm_ray.twin_of"  # marks a duplicate, created after a lost answer and then deleted
+MAX_PARAMS, MAX_TAG = 100, 5000  # limits of the server: parameters in one call, letters of a tag
+MAX_EXPERIMENTS = 500  # experiments searched in one call
 
 
 class RunLog:
@@ -63,25 +63,25 @@ class RunLog:
             self._files = BoundedClient(run.uri, FILE_S)
 
     def newest_steps(self) -> dict[str, int]:
-        """The newest step of each metric that has a row; one call, however long the run is."""
+        """Return the newest stored step of each metric, in one call."""
         with answering(self._run.uri):
             found: Run = self._client.get_run(self._run.run_id)
             return {metric.key: int(metric.step) for metric in found.data.to_proto().metrics}
 
     def rows(self, rows: Iterable[MetricRow]) -> None:
-        """At most MAX_METRICS of them."""
+        """Log metric rows, at most MAX_METRICS."""
         start_ms = self._run.start_ms
         metrics = [Metric(key, value, start_ms + step, step) for key, value, step in rows]
         with answering(self._run.uri):
             self._client.log_batch(self._run.run_id, metrics=metrics)
 
     def image(self, key: str, step: int, image: Image.Image) -> None:
-        """As MlflowClient.log_image, under names that a step which is replayed writes over."""
+        """Log an image as MlflowClient.log_image does; a replayed step overwrites its own files."""
         run_id = self._run.run_id
         number = uuid.uuid5(uuid.NAMESPACE_OID, f"{run_id} {key} {step}")
         stem = f"{key}+step+{step}+timestamp+{self._run.start_ms + step}+{number}"
         preview = image.copy()
-        preview.thumbnail((256, 256))  # what the UI shows before a click
+        preview.thumbnail((256, 256))  # the UI's preview
         with tempfile.TemporaryDirectory() as scratch:
             image.save(Path(scratch) / f"{stem}.png")
             preview.save(Path(scratch) / f"{stem}+compressed.webp")
@@ -90,45 +90,56 @@ class RunLog:
                 self._files.set_tag(run_id, MLFLOW_LOGGED_IMAGES, True)
 
     def document(self, path: str, content: dict[str, Any]) -> None:
-        """A JSON file below the run's artifacts."""
+        """Log a JSON file as an artifact of the run."""
         with answering(self._run.uri):
             self._files.log_dict(self._run.run_id, content, path)
 
 
-def open_run(card: RunCard) -> TrackedRun:
-    """The MLflow run that `card` tells of: found or created, described, RUNNING. TrackingError."""
+def open_run(metadata: RunMetadata) -> TrackedRun:
+    """Find or create the MLflow run of `metadata`, log its description, set it to RUNNING.
+
+    Raises TrackingError.
+    """
     run = find_or_create_run(
-        card.uri, card.experiment, card.name, card.identity, card.artifacts, card.parent, card.owner
+        metadata.uri,
+        metadata.experiment,
+        metadata.name,
+        metadata.identity,
+        metadata.artifacts,
+        metadata.parent,
+        metadata.owner,
     )
-    if run.is_new and card.begun_step:
+    if run.is_new and metadata.begun_step:
         log.warning(
-            "%s: there is no MLflow run of this training run, which is at step %d; a new one, %s, "
-            "begins here, and metrics up to that step are not in it",
-            run.uri, card.begun_step, run.run_id,
+            "%s: the MLflow run of this training run, which is at step %d, does not exist; created "
+            "a new one, %s, without the metrics up to that step",
+            run.uri, metadata.begun_step, run.run_id,
         )  # fmt: skip
     describe(
         run,
-        params=card.params,
-        tags=card.tags,
-        config_yaml=card.config_yaml,
-        dataset_url=card.dataset_url,
-        dataset_fingerprint=card.dataset_fingerprint,
+        params=metadata.params,
+        tags=metadata.tags,
+        config_yaml=metadata.config_yaml,
+        dataset_url=metadata.dataset_url,
+        dataset_fingerprint=metadata.dataset_fingerprint,
     )
     return run
 
 
-def known_run(card: RunCard) -> TrackedRun:
-    """The run that `card` tells of, as whoever opened it last left it; opened where there is none.
+def known_run(metadata: RunMetadata) -> TrackedRun:
+    """Return the MLflow run of `metadata` unchanged; open it if it does not exist.
 
-    For a driver that could not ask before: its workers may have opened the run for it, or another
-    driver for itself. Raises TrackingError.
+    For a driver that could not reach MLflow at its start: since then its workers, or another
+    driver, may have opened the run. Raises TrackingError.
     """
-    with answering(card.uri):
-        hits = _runs_of(BoundedClient(card.uri), card.identity, card.experiment)
+    with answering(metadata.uri):
+        hits = _runs_of(BoundedClient(metadata.uri), metadata.identity, metadata.experiment)
     if not hits:
-        return open_run(card)
+        return open_run(metadata)
     info = min(hits, key=lambda hit: str(hit.info.run_id)).info
-    return TrackedRun(card.uri, info.run_id, info.experiment_id, info.start_time, card.owner)
+    return TrackedRun(
+        metadata.uri, info.run_id, info.experiment_id, info.start_time, metadata.owner
+    )
 
 
 def find_or_create_run(
@@ -140,11 +151,11 @@ def find_or_create_run(
     parent: str = "",
     owner: str = "",
 ) -> TrackedRun:
-    """The MLflow run of the training run `identity`, set to RUNNING; created where there is none.
+    """Find or create the MLflow run of the training run `identity`, and set it to RUNNING.
 
-    It is looked for in all experiments, because people rename them. `artifacts`, `parent` and
-    `owner` are as in RunCard. Raises TrackingError, also where the run was deleted: a second one
-    would hold a part of its rows.
+    All experiments are searched, because users rename them. `artifacts`, `parent` and `owner` are
+    as in RunMetadata. Raises TrackingError, also where the run was deleted: a second one would hold
+    only some of its rows.
     """
     with answering(uri):
         client = BoundedClient(uri)
@@ -155,11 +166,13 @@ def find_or_create_run(
             tags = {RUN_TAG: identity} | ({MLFLOW_PARENT_RUN_ID: parent} if parent else {})
             client.create_run(experiment_id, None, tags, name)
             hits, is_new = _runs_with(client, identity, [experiment_id]), True
-        # Where the answer to a creation is lost, the client below asks for another one.
+        # MLflow's client repeats a creation whose answer was lost: keep one run, delete the others.
         run, *twins = sorted(hits, key=lambda hit: str(hit.info.run_id))
         for twin in twins:
             client.set_tag(twin.info.run_id, TWIN_TAG, run.info.run_id)
-            client.delete_tag(twin.info.run_id, RUN_TAG)  # not taken for the run if it is deleted
+            client.delete_tag(
+                twin.info.run_id, RUN_TAG
+            )  # else a deleted twin would look like the deleted run
             client.delete_run(twin.info.run_id)
         if owner:
             client.set_tag(run.info.run_id, OWNER_TAG, owner)
@@ -169,7 +182,7 @@ def find_or_create_run(
 
 
 def _runs_of(client: BoundedClient, identity: str, experiment: str) -> list[Run]:
-    """Runs with that identity: of the experiment of that name, else of any other."""
+    """Return the runs with that identity in the named experiment, else in any other."""
     found = client.get_experiment_by_name(experiment)
     if found is not None and (hits := _runs_with(client, identity, [found.experiment_id])):
         return hits
@@ -186,7 +199,7 @@ def _runs_with(
 
 
 def _experiments(client: BoundedClient, view: int) -> list[str]:
-    """The ids of all experiments."""
+    """Return the ids of all experiments."""
     ids, token = [], None
     while True:
         page = client.search_experiments(view, MAX_EXPERIMENTS, page_token=token)
@@ -196,7 +209,7 @@ def _experiments(client: BoundedClient, view: int) -> list[str]:
 
 
 def _refuse_deleted(client: BoundedClient, uri: str, identity: str) -> None:
-    """Raise TrackingError where a deleted run, or one of a deleted experiment, has `identity`."""
+    """Raise TrackingError if the run `identity`, or its experiment, was deleted."""
     everywhere = _experiments(client, ViewType.ALL)
     deleted = _runs_with(client, identity, everywhere, ViewType.DELETED_ONLY)
     if not deleted:
@@ -204,30 +217,30 @@ def _refuse_deleted(client: BoundedClient, uri: str, identity: str) -> None:
     run_id, of = deleted[0].info.run_id, deleted[0].info.experiment_id
     if client.get_experiment(of).lifecycle_stage == LifecycleStage.DELETED:
         reason = f"the experiment {of}, with the MLflow run of this training run, was deleted"
-        raise TrackingError(uri, reason, f"bring it back by `{restore('experiment', of, uri)}`")
+        raise TrackingError(uri, reason, f"restore it with `{restore('experiment', of, uri)}`")
     raise TrackingError(
         uri,
         f"the MLflow run {run_id} of this training run was deleted",
-        f"bring it back by `{restore('run', run_id, uri)}`; or, to do without its rows, remove it "
-        f"for good by `mlflow gc --run-ids {run_id}` beside MLflow's database",
+        f"restore it with `{restore('run', run_id, uri)}`; or, to continue without its rows, "
+        f"delete it with `mlflow gc --run-ids {run_id}` on the host of MLflow's database",
     )
 
 
 def _experiment(client: BoundedClient, uri: str, name: str, artifacts: str | None) -> str:
-    """Its id; created where there is none."""
+    """Return the id of the experiment `name`; create it if it does not exist."""
     found = client.get_experiment_by_name(name)
     if found is None:
         try:
             return str(client.create_experiment(name, artifacts))
-        except MlflowException as error:  # by another run, or by us, and the answer was lost
+        except MlflowException as error:  # by another process, or by a call whose answer was lost
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
             found = client.get_experiment_by_name(name)
-    if not found.experiment_id:  # some server that answers {} to everything
+    if not found.experiment_id:  # a server that is not MLflow and answers {}
         raise MlflowException("not an MLflow answer: an experiment without an id")
     if found.lifecycle_stage == LifecycleStage.DELETED:
         command = restore("experiment", found.experiment_id, uri)
-        remedy = f"bring it back by `{command}`, or give another tracking.experiment"
+        remedy = f"restore it with `{command}`, or set another tracking.experiment"
         raise TrackingError(uri, f"the experiment {name!r} was deleted in MLflow", remedy)
     return str(found.experiment_id)
 
@@ -241,7 +254,7 @@ def describe(
     dataset_url: str,
     dataset_fingerprint: str,
 ) -> None:
-    """Log what the run is: new parameters, tags, the whole config as a file, and its data set."""
+    """Log the run's new parameters, tags, config file and data set."""
     with answering(run.uri):
         client = BoundedClient(run.uri)
         known = client.get_run(run.run_id)
@@ -251,7 +264,7 @@ def describe(
         client.log_batch(run.run_id, tags=[RunTag(key, value) for key, value in tags.items()])
         client.log_text(run.run_id, config_yaml, "config.yaml")
         if not (known.inputs and known.inputs.dataset_inputs):
-            with warnings.catch_warnings():  # two of its sources claim a local path; either will do
+            with warnings.catch_warnings():  # MLflow warns where two kinds of source match a path
                 warnings.simplefilter("ignore", UserWarning)
                 source = resolve_dataset_source(dataset_url)
             dataset = MetaDataset(
@@ -263,25 +276,25 @@ def describe(
             entity = DatasetInput(dataset._to_mlflow_entity(), tags=[training])
             try:
                 client.log_inputs(run.run_id, [entity])
-            except MlflowException:  # a driver that began at once logged the same between the two
+            except MlflowException:  # another driver may have logged it just now
                 if not client.get_run(run.run_id).inputs.dataset_inputs:
                     raise
 
 
 def finish(run: TrackedRun, status: str, reason: str = "") -> None:
-    """Close the run as FINISHED, FAILED or KILLED; the reason becomes a tag and its description.
+    """Close the run as FINISHED, FAILED or KILLED; `reason` becomes a tag and its description.
 
-    A driver that another one has followed leaves the run alone: it is that one's to end.
+    Does nothing if another driver has opened the run since: that driver ends it.
     """
     with answering(run.uri):
         file = database_file(run.uri)
-        if file is not None and not file.exists():  # SQLite would write on to a file without a name
-            remedy = "put it back, or run the same command again, for a run without those metrics"
-            raise TrackingError(run.uri, "the database was deleted while the run went on", remedy)
+        if file is not None and not file.exists():  # SQLite would go on writing to it
+            remedy = "restore it, or run the same command again, for a run without those metrics"
+            raise TrackingError(run.uri, "the database was deleted during the run", remedy)
         client = BoundedClient(run.uri)
         owner = client.get_run(run.run_id).data.tags.get(OWNER_TAG, "")
         if run.owner and owner != run.owner:
-            log.warning("MLflow run %s: another driver has taken it over; not closed", run.run_id)
+            log.warning("MLflow run %s: another driver has taken it over; left open", run.run_id)
             return
         if reason:
             text = sanitize(reason)[:MAX_TAG]
@@ -291,7 +304,7 @@ def finish(run: TrackedRun, status: str, reason: str = "") -> None:
 
 
 def history(run_id: str, uri: str, key: str) -> list[tuple[int, float]]:
-    """Step and value of each row of `key`, by step. Raises TrackingError."""
+    """Return (step, value) of each row of `key`, by step. Raises TrackingError."""
     with answering(uri):
         rows = BoundedClient(uri).get_metric_history(run_id, key)
         return sorted((row.step, row.value) for row in rows)
@@ -300,7 +313,7 @@ def history(run_id: str, uri: str, key: str) -> list[tuple[int, float]]:
 def log_ended(
     parent: TrackedRun, name: str, identity: str, params: dict[str, Any], status: str, reason: str
 ) -> str:
-    """The id of a run below `parent` that ended before it began: its parameters and the reason."""
+    """Log a trial that ended without a training run, below `parent`; returns its run id."""
     with answering(parent.uri):
         client = BoundedClient(parent.uri)
         query = f"tags.`{RUN_TAG}` = '{identity}'"
@@ -323,7 +336,7 @@ def publish(
     step: int,
     note: str,
 ) -> None:
-    """Put these in the run: pictures and texts over what stood there, metrics at `step`, a note."""
+    """Log pictures and texts, replacing earlier ones, metrics at `step`, and the description."""
     with answering(run.uri):
         client = BoundedClient(run.uri)
         for key, picture in pictures.items():

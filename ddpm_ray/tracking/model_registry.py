@@ -1,4 +1,4 @@
-"""Trained models in MLflow: logged beside their run, fetched by name, the champion of a name."""
+"""Trained models in MLflow: log them with their run, download them, promote the best one."""
 
 import contextlib
 import hashlib
@@ -19,14 +19,14 @@ from ddpm_ray.tracking.mlflow_runs import TrackingError, answering
 from ddpm_ray.tracking.run_info import TrackedRun
 from ddpm_ray.training.checkpoints import MANIFEST, file_names
 
-CHAMPION = "champion"  # the alias of the best model of a name
+CHAMPION = "champion"  # alias of the best version of a registered model
 
 
 def log_model(run: TrackedRun, checkpoint_url: str, loader_module: str) -> None:
-    """Log the checkpoint folder as the run's model `model`: no pickle, no code, just its files.
+    """Log the checkpoint folder as the run's model `model`: its files, without pickle or code.
 
-    `loader_module` is the module of this package whose `_load_pyfunc(folder)` reads it. Does
-    nothing where the run has that model already.
+    `loader_module` is the module of this package whose `_load_pyfunc(folder)` loads it. Does
+    nothing if the run has a model already.
     """
     with answering(run.uri), tempfile.TemporaryDirectory() as scratch:
         mlflow.set_tracking_uri(run.uri)
@@ -35,7 +35,7 @@ def log_model(run: TrackedRun, checkpoint_url: str, loader_module: str) -> None:
         if known.outputs and known.outputs.model_outputs:
             return
         folder = Path(scratch) / "checkpoint"
-        for name in (MANIFEST, *file_names(("ema",))):  # all that sampling needs
+        for name in (MANIFEST, *file_names(("ema",))):  # what sampling needs
             data = object_store.read_bytes(object_store.join(checkpoint_url, name))
             object_store.write_bytes(str(folder / name), data)
         with mlflow.start_run(run_id=run.run_id):
@@ -48,7 +48,7 @@ def log_model(run: TrackedRun, checkpoint_url: str, loader_module: str) -> None:
 
 
 def download_model(uri: str, model_uri: str, destination: Path) -> Path:
-    """The checkpoint folder inside the MLflow model at runs:/... or models:/..., downloaded."""
+    """Download the MLflow model at runs:/... or models:/...; returns its checkpoint folder."""
     with answering(uri):
         root = Path(
             mlflow.artifacts.download_artifacts(
@@ -57,12 +57,12 @@ def download_model(uri: str, model_uri: str, destination: Path) -> Path:
         )
     found = sorted(root.rglob(MANIFEST))
     if not found:
-        remedy = "name one that jobs/train.py logged"
-        raise TrackingError(model_uri, "this model holds no checkpoint of ours", remedy)
+        remedy = "name a model that jobs/train.py logged"
+        raise TrackingError(model_uri, "this model has no ddpm_ray checkpoint", remedy)
     return found[0].parent
 
 
-def crown(
+def promote(
     uri: str,
     name: str,
     run_id: str,
@@ -70,11 +70,11 @@ def crown(
     metrics: Mapping[str, float],
     provenance: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Make the run's model the `champion` of `name` if its score beats the present one's.
+    """Give the run's model the alias `champion` of `name` if its score beats the champion's.
 
-    It does where its interval lies below the present champion's, under the same protocol, or where
-    there is none yet. `provenance` is that of the score. The result says which version is the
-    champion now, and why. Raises TrackingError.
+    It does if its interval is below the champion's under the same protocol, or if there is no
+    champion. `provenance` is that of the score. Returns the champion's version and the
+    reason. Raises TrackingError.
     """
     own = {
         "run_id": run_id,
@@ -85,17 +85,17 @@ def crown(
         "protocol": _protocol(provenance),
     }
     with answering(uri):
-        mlflow.set_tracking_uri(uri)  # create_model_version looks there, whatever the client has
+        mlflow.set_tracking_uri(uri)  # create_model_version ignores the client's URI
         client = BoundedClient(uri)
         present = _champion(client, name)
         if present is not None:
-            told = {"name": name, "version": str(present.version), "crowned": False}
+            unchanged = {"name": name, "version": str(present.version), "crowned": False}
             if present.tags.get("run_id") == run_id:
-                return told | {"reason": "it is the champion already"}
+                return unchanged | {"reason": "it is the champion already"}
             if reason := _why_not(own, present.tags):
-                return told | {"reason": reason}
+                return unchanged | {"reason": reason}
         logged = client.get_run(run_id).outputs.model_outputs[0].model_id
-        with contextlib.suppress(MlflowException):  # the name is there already
+        with contextlib.suppress(MlflowException):  # the name exists
             client.create_registered_model(name)
         made = client.create_model_version(name, f"models:/{logged}", run_id, own, model_id=logged)
         version = str(made.version)  # a number from a database, text from a server
@@ -114,7 +114,7 @@ def _champion(client: BoundedClient, name: str) -> ModelVersion | None:
 
 
 def _why_not(own: Mapping[str, str], present: Mapping[str, str]) -> str:
-    """Why the winner does not take the champion's place; empty: it does."""
+    """Return why the new model does not replace the champion; "" if it does."""
     if (own["metric"], own["protocol"]) != (present.get("metric"), present.get("protocol")):
         return (
             "the champion was scored under another protocol; score it under this one with "
@@ -130,12 +130,12 @@ def _why_not(own: Mapping[str, str], present: Mapping[str, str]) -> str:
     return ""
 
 
-# Keys of the provenance. What a model was computed on and with came later than the first champions.
+# Keys of the provenance that do not affect the protocol; early champions lack some of them.
 OF_THE_MODEL = "model", "versions", "arithmetic"
 
 
 def _protocol(provenance: Mapping[str, Any]) -> str:
-    """sha256 of all that a score depends on beside the model, the software and the device."""
+    """Return the sha256 of what a score depends on, without model, software and device."""
     same = {key: value for key, value in provenance.items() if key not in OF_THE_MODEL}
     samples = {k: v for k, v in same.get("samples", {}).items() if k != "num_steps"}
     text = json.dumps(same | {"samples": samples}, sort_keys=True)

@@ -1,4 +1,4 @@
-"""URIs of trained models as a person writes them, checked before torch and MLflow are loaded."""
+"""Checks of model URIs given by the user, without importing torch or MLflow."""
 
 import re
 from pathlib import Path
@@ -10,9 +10,9 @@ IN_MLFLOW = ("runs:/", "models:/")
 
 
 def model_place(uri: str, home: Path) -> str:
-    """`uri` with a relative folder laid below `home`.
+    """Return `uri`, a relative folder resolved against `home`.
 
-    Raises ConfigError where it lacks a part, or where a folder of this machine is not there.
+    Raises ConfigError where a part is missing, or a local folder does not exist.
     """
     if uri.startswith(IN_MLFLOW):
         require_whole_name(uri)
@@ -27,9 +27,9 @@ def model_place(uri: str, home: Path) -> str:
 
 
 def require_whole_name(uri: str) -> None:
-    """Raise ConfigError where the URI of a model in MLflow lacks a part: MLflow says no such thing.
+    """Raise ConfigError where a part of an MLflow model URI is missing.
 
-    Some it takes for another URI, and of others it tells an error of its database.
+    MLflow would read another URI, or show an error of its database.
     """
     form = r"runs:/+([^/]+)/(.*[^/])/*" if uri.startswith("runs:") else r"models:/+([^/@]+)(.*)"
     name, part = match.groups() if (match := re.fullmatch(form, uri)) else ("", "")
@@ -37,7 +37,9 @@ def require_whole_name(uri: str) -> None:
         missing = "a run's id" if uri.strip("/") == "runs:" else "the model's name in that run"
         raise ConfigError(f"{uri} lacks {missing}; write runs:/<run id>/model")
     if uri.startswith("models:") and not re.fullmatch("[@/][^/@]+(/.*)?", part):
-        if re.fullmatch("m-[0-9a-f]{8,}", name) and not part:  # a logged model's id says all
+        if (
+            re.fullmatch("m-[0-9a-f]{8,}", name) and not part
+        ):  # the id of a logged model is complete
             return
         missing = "an alias or a version" if name else "a name"
         raise ConfigError(

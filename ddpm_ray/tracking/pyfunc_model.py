@@ -1,4 +1,4 @@
-"""The loader of a model that MLflow holds: a checkpoint folder in, an object that samples out."""
+"""Loader of a model that was logged in MLflow: from its checkpoint folder to a sampler."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from ddpm_ray.sampling.pipeline import TrainedModel
 
 
 class ServedModel:
-    """`predict` for mlflow.pyfunc: images instead of predictions."""
+    """Model for mlflow.pyfunc whose `predict` draws samples."""
 
     def __init__(self, model: TrainedModel) -> None:
         self.model = model
@@ -18,15 +18,15 @@ class ServedModel:
     def predict(
         self, model_input: Any, params: dict[str, Any] | None = None
     ) -> npt.NDArray[np.uint8]:
-        """uint8 images [N, H, W, C]: `model_input` holds the arguments of TrainedModel.sample.
+        """Draw uint8 images [N, H, W, C]; `model_input` has the arguments of TrainedModel.sample.
 
-        As in {"num_images": 16, "steps": 50, "seed": 3}, or a table of one such row, which is what
-        MLflow's server makes of a request. Raises ValueError as `sample` does.
+        For example {"num_images": 16, "steps": 50, "seed": 3}, or a table with one such row, as
+        MLflow's server passes a request. Raises ValueError as `sample` does.
         """
         wanted = model_input if isinstance(model_input, dict) else model_input.to_dict("records")[0]
         return self.model.sample(**wanted, **(params or {}))
 
 
 def _load_pyfunc(path: str) -> ServedModel:
-    """What MLflow calls with the folder that was logged."""
+    """Load the logged folder; called by MLflow."""
     return ServedModel(checkpoint_loading.trained_model(path))

@@ -1,4 +1,4 @@
-"""A run's metric rows on their way to MLflow: averaged over windows, each sent once, in order."""
+"""Queue of metric rows for MLflow: averaged over windows, each row sent once, in order."""
 
 from collections import deque
 from collections.abc import Iterable, Mapping
@@ -9,19 +9,18 @@ from ddpm_ray.reporting import Row
 from ddpm_ray.tracking.run_info import MAX_METRICS, MetricRow
 
 AVERAGED = ("train/loss", "train/grad_norm", "train/lr")  # one value a step
-COUNTED = "train/skipped"  # 1 for each step that was not taken
-# MLflow on SQLite looks for each metric that it holds already by a scan of the run: a batch of 999
-# of them took 12 s at 200,000 steps, longer than the client waits; fresh ones take 0.3 s.
+COUNTED = "train/skipped"  # 1 for each skipped step; summed
+# For each duplicate metric MLflow on SQLite scans the run: a batch of 999 duplicates took 12 s at
+# 200,000 steps, longer than the client's time-out; new metrics take 0.3 s.
 MAX_DUPLICATES = 50
 
 
 class RowQueue:
-    """Rows that MLflow has not acknowledged, oldest first; threads may share it.
+    """Rows that MLflow has not acknowledged, oldest first; thread-safe.
 
-    With `every_steps` above 1 what each step logs is averaged over windows that end at its
-    multiples and at `last_step`. A window is keyed by its steps, and rows of one that is not
-    complete stay as they are, in `rows` and so in every checkpoint: a run that is killed and
-    continued averages over the same steps as one that is not.
+    With `every_steps` above 1 the metrics of single steps are averaged over windows that end at its
+    multiples and at `last_step`. Rows of an incomplete window are part of `rows()` and so of every
+    checkpoint: a resumed run averages over the same steps as an uninterrupted one.
     """
 
     def __init__(self, rows: Iterable[Row], every_steps: int = 1, last_step: int = 0) -> None:
@@ -29,37 +28,37 @@ class RowQueue:
         self._complete: deque[Row] = deque()
         self._window: list[Row] = []
         self._stored: Mapping[str, int] = {}
-        self._doubtful = 0  # oldest rows that a failed call may have stored
+        self._doubtful = 0  # number of oldest rows that a failed call may have stored
         self._lock = Lock()
         self.add(rows)
 
     def add(self, rows: Iterable[Row]) -> None:
-        """Queue rows; the steps of a key do not fall."""
+        """Queue rows, for each key in order of steps."""
         with self._lock:
             for row in rows:
                 self._add(row)
 
     def rows(self) -> list[Row]:
-        """All that are not acknowledged."""
+        """Return all rows that are not acknowledged."""
         with self._lock:
             return [*self._complete, *self._window]
 
     def __len__(self) -> int:
-        """How many wait to be sent: without those of a window that is not complete."""
+        """Return how many rows can be sent: those of an incomplete window do not count."""
         with self._lock:
             return len(self._complete)
 
     def skip_stored(self, newest: Mapping[str, int]) -> None:
-        """Leave out what MLflow holds: of each key, rows up to the newest step there.
+        """Skip rows that MLflow stores: for each key, those up to its newest step.
 
-        Rows of a key are sent in the order of their steps, also by a run that goes on from a
-        checkpoint, which has all that was not acknowledged: no earlier one can be missing.
+        This loses no row: rows of a key are sent in order of steps, and a run that is resumed has
+        all unacknowledged rows in its checkpoint.
         """
         with self._lock:
             self._stored = newest
 
     def batch(self) -> tuple[list[MetricRow], int]:
-        """Metrics of the oldest rows, as many as one call should take, and how many rows."""
+        """Return the metrics of the oldest rows for one call, and the number of those rows."""
         metrics: list[MetricRow] = []
         count = 0
         with self._lock:
@@ -77,14 +76,14 @@ class RowQueue:
         return metrics, count
 
     def acknowledge(self, count: int) -> None:
-        """The oldest `count` rows are stored."""
+        """Remove the oldest `count` rows: MLflow stores them."""
         with self._lock:
             for _ in range(count):
                 self._complete.popleft()
             self._doubtful = max(0, self._doubtful - count)
 
     def doubt(self, count: int) -> None:
-        """A call with the oldest `count` rows failed: it may have stored them all the same."""
+        """Mark the oldest `count` rows as possibly stored: their call failed."""
         with self._lock:
             self._doubtful = max(self._doubtful, count)
 
@@ -103,7 +102,7 @@ class RowQueue:
             self._close_window()
 
     def _end(self, step: int) -> int:
-        """The last step of the window that `step` is in."""
+        """Return the last step of the window of `step`."""
         end = -(-step // self._every_steps) * self._every_steps
         return min(end, self._last_step) if step <= self._last_step else end
 
@@ -121,9 +120,9 @@ class RowQueue:
 
 
 def _small(row: Row) -> list[Row]:
-    """`row`, as rows of no more metrics than one call takes."""
+    """Split `row` into rows of at most MAX_METRICS metrics."""
     if len(row.metrics) <= MAX_METRICS:
         return [row]
-    left = iter(row.metrics.items())
-    parts = iter(lambda: dict(islice(left, MAX_METRICS)), {})
+    remaining = iter(row.metrics.items())
+    parts = iter(lambda: dict(islice(remaining, MAX_METRICS)), {})
     return [Row(row.step, part) for part in parts]

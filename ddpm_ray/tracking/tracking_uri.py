@@ -1,4 +1,4 @@
-"""Where a job's MLflow is: one absolute URI, resolved in the driver for all of its processes."""
+"""The MLflow tracking URI of a job: resolved once, by the driver, for all its processes."""
 
 import logging
 import os
@@ -15,17 +15,16 @@ log = logging.getLogger(__name__)
 
 VARIABLE = "MLFLOW_TRACKING_URI"
 SECRETS = "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN"
-NAMES = "databricks", "databricks-uc", "uc"  # URIs of MLflow's that look like a folder's name
-SCHEMES = "http", "https", "postgresql", "mysql", "mssql"  # but for those that have rules here
+NAMES = "databricks", "databricks-uc", "uc"  # MLflow URIs without a scheme
+SCHEMES = "http", "https", "postgresql", "mysql", "mssql"  # besides sqlite and file, handled below
 _SQLITE = re.compile(r"(sqlite(?:\+\w+)?)://(.*)", re.DOTALL)
 
 
 def tracking_place(home: Path, uri: str = "") -> str:
-    """`uri`, or $MLFLOW_TRACKING_URI, or the database in `home`; relative ones lie below `home`.
+    """Return `uri`, else $MLFLOW_TRACKING_URI, else the database in `home`, as an absolute URI.
 
-    Ray's workers run in folders of their own, where a relative place would be another one. Raises
-    ConfigError where the variable holds a password (runs save where they are tracked), or where
-    only one process could see the place.
+    Relative paths are below `home`: Ray's workers run in other folders. Raises ConfigError where
+    the URI has a password, because runs save it, or where other processes could not open it.
     """
     key = "tracking.uri"
     if not uri:
@@ -44,27 +43,27 @@ def tracking_place(home: Path, uri: str = "") -> str:
 
 
 def _require_known_scheme(key: str, uri: str) -> None:
-    """Raise ConfigError for a URI of a scheme that MLflow, with its plugins, does not know."""
+    """Raise ConfigError for a scheme that neither MLflow nor a plugin supports."""
     scheme, mark, _ = uri.partition("://")
     if not mark or scheme.partition("+")[0] in SCHEMES:
         return
     if scheme not in {plugin.name for plugin in entry_points(group="mlflow.tracking_store")}:
         raise ConfigError(
-            f"{key} is {uri!r}, and MLflow knows no {scheme}://; name a server (http://, https://),"
+            f"{key} is {uri!r}, and MLflow does not support {scheme}://; name a server (http://, https://),"
             f" a database (sqlite:///, postgresql://, mysql://, mssql://) or a folder"
         )
 
 
 def database_file(uri: str) -> Path | None:
-    """The file of the SQLite database at `uri`; None where `uri` is something else."""
+    """Return the file of the SQLite database at `uri`; None for other URIs."""
     found = _SQLITE.fullmatch(uri)
     return Path(found[2].removeprefix("/").partition("?")[0]) if found else None
 
 
 def warn_of_another_host(uri: str) -> None:
-    """Warn where the environment's MLflow password would go to a host that it does not name.
+    """Warn if the environment's MLflow password would be sent to a host it does not name.
 
-    A config that somebody else wrote may name a server of theirs.
+    The config may come from somebody else, and name their server.
     """
     known = urlsplit(os.environ.get(VARIABLE, "")).hostname
     host = urlsplit(uri).hostname if uri.startswith("http") else None
@@ -77,7 +76,7 @@ def warn_of_another_host(uri: str) -> None:
 
 
 def _database(key: str, uri: str, rest: str, home: Path) -> str:
-    """The absolute path, with its query, of `sqlite://{rest}`."""
+    """Return the absolute path, with its query, of `sqlite://{rest}`."""
     path, mark, query = rest.partition("?")
     if path and not path.startswith("/"):
         raise ConfigError(f"{key} is {uri!r}; a database file has three slashes: sqlite:///{rest}")

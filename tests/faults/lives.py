@@ -31,7 +31,7 @@ from ddpm_ray.reporting import RATES, Command, Progress
 from ddpm_ray.runs import train as training_run
 from ddpm_ray.runs.train_worker import assemble
 from ddpm_ray.tracking import mlflow_runs
-from ddpm_ray.tracking.run_info import RunCard, TrackedRun
+from ddpm_ray.tracking.run_info import RunMetadata, TrackedRun
 from ddpm_ray.training.checkpoints import CHECKPOINTS, CheckpointStore
 from ddpm_ray.training.loop import Run, train
 from ddpm_ray.training.writer_lease import Lease
@@ -96,15 +96,15 @@ class Life:
         self.config = load(RunConfig, self.config_file, [*self.overrides, *where])
 
     @property
-    def card(self) -> RunCard:
-        return RunCard(
+    def metadata(self) -> RunMetadata:
+        return RunMetadata(
             self.config.tracking.uri, "faults", "tiny", "identity", str(self.folder / "artifacts"),
             "", {}, {}, to_yaml(self.config), self.data, "fingerprint",
         )  # fmt: skip
 
     def drive(self) -> None:
         """What the driver does before it starts workers: find the MLflow run, take its lease."""
-        self.tracked = training_run._tracked(self.card)
+        self.tracked = training_run._tracked(self.metadata)
         checkpoints = str(self.folder / "tiny" / CHECKPOINTS)
         self.lease = Lease.first(checkpoints, CheckpointStore(checkpoints).pointer().epoch)
 
@@ -117,7 +117,7 @@ class Life:
         self.lives += 1
         settings = {
             "config": to_dict(self.config), "folder": str(self.folder / "tiny"),
-            "identity": "identity", "lease": vars(self.lease), "card": vars(self.card),
+            "identity": "identity", "lease": vars(self.lease), "metadata": vars(self.metadata),
             "tracked": vars(self.tracked) if self.tracked else None,
             "ledger": str(self.folder / f"ledger-{self.lives}-") if self.ledger else "",
             "meter": str(self.folder / "meter") if self.meter else "",
@@ -141,7 +141,7 @@ class Life:
 
     def end(self) -> Ended:
         """Close the MLflow run and look at all there is."""
-        self.tracked = self.tracked or mlflow_runs.open_run(self.card)
+        self.tracked = self.tracked or mlflow_runs.open_run(self.metadata)
         mlflow_runs.finish(self.tracked, "FINISHED")
         client = MlflowClient(tracking_uri=self.config.tracking.uri)
         run = client.get_run(self.tracked.run_id)

@@ -175,7 +175,7 @@ def _without_tune(stops: Callable[[], bool]) -> Iterator[None]:
         mock.patch("ray.tune.with_parameters", partial),
         mock.patch.object(worker_group, "connect"),
         mock.patch.object(capacity, "trials_at_once", return_value=1),
-        mock.patch.object(model_registry, "crown", return_value=None),
+        mock.patch.object(model_registry, "promote", return_value=None),
     ):
         yield
 

@@ -144,12 +144,14 @@ def test_an_mlflow_that_is_away_costs_the_run_nothing_at_the_start(
 ) -> None:
     opened, asked = mlflow_runs.open_run, 0
 
-    def open_run(card: Any) -> Any:
+    def open_run(metadata: Any) -> Any:
         nonlocal asked
         asked += 1
         if away == "all the time" or asked == 1:
-            raise mlflow_runs.TrackingOutageError(card.uri, "MLflow does not answer", "start it")
-        return opened(card)
+            raise mlflow_runs.TrackingOutageError(
+                metadata.uri, "MLflow does not answer", "start it"
+            )
+        return opened(metadata)
 
     seen: list[dict[str, Any]] = []
 

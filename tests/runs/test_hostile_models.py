@@ -91,6 +91,6 @@ def test_a_model_that_is_code_alone_is_none_of_ours(mlflow_database: str, tmp_pa
         mlflow_database, "hostile", "b", "b", str(tmp_path / "art")
     )
     MlflowClient(tracking_uri=mlflow_database).log_artifacts(run.run_id, str(model), "model")
-    with pytest.raises(TrackingError, match="this model holds no checkpoint of ours"):
+    with pytest.raises(TrackingError, match="this model has no ddpm_ray checkpoint"):
         load_model.load(f"runs:/{run.run_id}/model", "cpu", mlflow_database)
     assert not ran.exists()

@@ -30,7 +30,7 @@ from ddpm_ray.runs import train
 from ddpm_ray.tracking import async_logger, mlflow_runs, model_registry
 from ddpm_ray.tracking.async_logger import Tracker
 from ddpm_ray.tracking.mlflow_runs import TrackingError, TrackingOutageError
-from ddpm_ray.tracking.run_info import MAX_METRICS, RunCard, TrackedRun
+from ddpm_ray.tracking.run_info import MAX_METRICS, RunMetadata, TrackedRun
 from ddpm_ray.training.checkpoints import CheckpointStore
 from ddpm_ray.training.writer_lease import Lease
 from tests.limits import ENDS_S
@@ -339,21 +339,21 @@ def test_a_server_that_is_away_when_a_run_starts_misses_nothing(
     line: Line, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The driver goes on without a run; the worker's tracker makes it once it can."""
-    card = RunCard(
+    metadata = RunMetadata(
         line.uri, f"away {tmp_path}", "tiny", f"one {tmp_path}", None, "",
         params={"seed": 1}, tags={"a": "b"}, config_yaml="seed: 1\n",
         dataset_url="/shards/digits", dataset_fingerprint="f" * 64,
     )  # fmt: skip
     line.cut()
-    assert train._tracked(card) is None
+    assert train._tracked(metadata) is None
     assert "Training continues; metric rows are kept" in caplog.text
-    tracker = Tracker(partial(mlflow_runs.open_run, card), 0.01, [])
+    tracker = Tracker(partial(mlflow_runs.open_run, metadata), 0.01, [])
     tracker.rows(rows(range(1, 8)))
-    until(lambda: "kept, tried again" in caplog.text)
+    until(lambda: "kept, retrying" in caplog.text)
     assert tracker.unsent() == rows(range(1, 8))
     line.up = True
     assert tracker.close(PATIENCE_S) == 0
-    run = mlflow_runs.open_run(card)
+    run = mlflow_runs.open_run(metadata)
     (found,) = MlflowClient(run.uri).search_runs([run.experiment_id])
     assert (found.data.params, found.data.tags["a"]) == ({"seed": "1"}, "b")
     assert history(run, "train/loss") == [(step, 1 / step) for step in range(1, 8)]
@@ -402,7 +402,7 @@ def test_an_outage_loses_nothing_and_stops_no_step(
     line.cut()
     tracker.rows(rows(range(8, 12)))
     tracker.image("samples", 10, Image.new("L", (4, 4)))
-    until(lambda: "kept, tried again" in caplog.text)
+    until(lambda: "kept, retrying" in caplog.text)
     assert tracker.unsent() == rows(range(8, 12))
     line.up = True
     until(lambda: not tracker.unsent())
@@ -421,7 +421,7 @@ def test_a_server_that_was_away_at_the_start_still_has_no_rate_twice(
     line.cut()
     tracker = Tracker(lambda: run, 0.01, [])
     tracker.rows(rows(range(4, 16), rate=9.0))
-    until(lambda: "kept, tried again" in caplog.text)
+    until(lambda: "kept, retrying" in caplog.text)
     line.up = True
     assert tracker.close(PATIENCE_S) == 0
     assert history(run, RATES[0]) == [(5, 6.0), (10, 11.0), (15, 24.0)]

@@ -19,7 +19,7 @@ CERTIFICATE: dict[str, Any] = {
     "model": {"run_id": "0" * 32},
     "versions": {"torch": "2.13.0"},
 }
-Crown = Callable[..., dict[str, Any]]
+Promote = Callable[..., dict[str, Any]]
 
 
 def scores(low: float, high: float) -> dict[str, float]:
@@ -52,10 +52,10 @@ def new_run(mlflow_database: str, tmp_path_factory: pytest.TempPathFactory) -> C
 
 
 @pytest.fixture
-def crown(
+def promote(
     mlflow_database: str, new_run: Callable[[], str], request: pytest.FixtureRequest
-) -> Crown:
-    """Crown a run, a new one by default, under this test's own name."""
+) -> Promote:
+    """Promote a run, a new one by default, under this test's own name."""
 
     def make(
         metrics: dict[str, float],
@@ -65,7 +65,7 @@ def crown(
         name: str = request.node.name.partition("[")[0],
     ) -> dict[str, Any]:
         run_id = run_id or new_run()
-        return model_registry.crown(mlflow_database, name, run_id, metric, metrics, certificate)
+        return model_registry.promote(mlflow_database, name, run_id, metric, metrics, certificate)
 
     return make
 
@@ -77,14 +77,14 @@ def champion(client: MlflowClient, name: str) -> tuple[str, str]:
 
 
 def test_the_first_is_champion_of_a_new_name(
-    crown: Crown, client: MlflowClient, new_run: Callable[[], str]
+    promote: Promote, client: MlflowClient, new_run: Callable[[], str]
 ) -> None:
     run_id = new_run()
-    told = crown(scores(3, 4), run_id=run_id)
-    assert told["crowned"]
-    assert told["reason"] == "there was none"
-    assert champion(client, told["name"]) == (told["version"], run_id)
-    source = client.get_model_version(told["name"], told["version"])
+    result = promote(scores(3, 4), run_id=run_id)
+    assert result["crowned"]
+    assert result["reason"] == "there was none"
+    assert champion(client, result["name"]) == (result["version"], run_id)
+    source = client.get_model_version(result["name"], result["version"])
     (logged,) = client.get_run(run_id).outputs.model_outputs
     assert logged.model_id in source.source
     assert float(source.tags["score"]) == 3.5
@@ -98,7 +98,7 @@ def test_it_is_beaten_by_a_wholly_lower_interval_alone(
     (low, high), (own_low, own_high) = sorted(ends[:2]), sorted(ends[2:])
     name = f"duel {new_run()}"
     first, second = (
-        model_registry.crown(mlflow_database, name, new_run(), METRIC, metrics, CERTIFICATE)
+        model_registry.promote(mlflow_database, name, new_run(), METRIC, metrics, CERTIFICATE)
         for metrics in (scores(low, high), scores(own_low, own_high))
     )
     assert first["crowned"]
@@ -106,13 +106,13 @@ def test_it_is_beaten_by_a_wholly_lower_interval_alone(
     assert champion(client, name)[0] == ("2" if own_high < low else "1")
 
 
-def test_an_overlap_is_told_with_both_ends(crown: Crown, client: MlflowClient) -> None:
-    first = crown(scores(3, 4))
-    told = crown(scores(2, 3.25))
-    assert not told["crowned"]
-    assert told["version"] == first["version"]
-    assert told["reason"] == "its interval reaches 3.25, and the champion's begins at 3"
-    assert len(client.search_model_versions(f"name='{told['name']}'")) == 1
+def test_an_overlap_is_told_with_both_ends(promote: Promote, client: MlflowClient) -> None:
+    first = promote(scores(3, 4))
+    result = promote(scores(2, 3.25))
+    assert not result["crowned"]
+    assert result["version"] == first["version"]
+    assert result["reason"] == "its interval reaches 3.25, and the champion's begins at 3"
+    assert len(client.search_model_versions(f"name='{result['name']}'")) == 1
 
 
 @pytest.mark.parametrize(
@@ -124,64 +124,66 @@ def test_an_overlap_is_told_with_both_ends(crown: Crown, client: MlflowClient) -
     ],
     ids=["reference", "count", "noise"],
 )
-def test_scores_of_two_protocols_are_not_compared(crown: Crown, change: dict[str, Any]) -> None:
-    crown(scores(30, 40))
-    told = crown(scores(1, 2), CERTIFICATE | change)
-    assert not told["crowned"]
-    assert "under another protocol" in told["reason"]
-    assert "jobs/evaluate.py" in told["reason"]
+def test_scores_of_two_protocols_are_not_compared(promote: Promote, change: dict[str, Any]) -> None:
+    promote(scores(30, 40))
+    result = promote(scores(1, 2), CERTIFICATE | change)
+    assert not result["crowned"]
+    assert "under another protocol" in result["reason"]
+    assert "jobs/evaluate.py" in result["reason"]
 
 
-def test_scores_by_two_metrics_are_not_compared(crown: Crown) -> None:
-    crown(scores(30, 40))
+def test_scores_by_two_metrics_are_not_compared(promote: Promote) -> None:
+    promote(scores(30, 40))
     other = {"eval/kid": 1.0, "eval/kid_low": 0.5, "eval/kid_high": 1.5}
-    told = crown(other, metric="eval/kid")
-    assert not told["crowned"]
-    assert "under another protocol" in told["reason"]
+    result = promote(other, metric="eval/kid")
+    assert not result["crowned"]
+    assert "under another protocol" in result["reason"]
 
 
-def test_the_model_its_t_and_the_software_are_no_part_of_the_protocol(crown: Crown) -> None:
+def test_the_model_its_t_and_the_software_are_no_part_of_the_protocol(promote: Promote) -> None:
     """They are what is compared, or what changes while a project lives."""
-    crown(scores(30, 40))
+    promote(scores(30, 40))
     other = {
         "samples": CERTIFICATE["samples"] | {"num_steps": 250},
         "model": {"run_id": "1" * 32},
         "versions": {"torch": "3.0.0"},
     }
-    assert crown(scores(1, 2), CERTIFICATE | other)["crowned"]
+    assert promote(scores(1, 2), CERTIFICATE | other)["crowned"]
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_without_an_interval_nobody_is_beaten(crown: Crown, first: bool) -> None:
+def test_without_an_interval_nobody_is_beaten(promote: Promote, first: bool) -> None:
     bare, whole = {METRIC: 1.0 + 30 * first}, scores(1 + 30 * (not first), 2 + 30 * (not first))
     name = f"bare {first}"
-    crown(bare if first else whole, name=name)
-    told = crown(whole if first else bare, name=name)
-    assert not told["crowned"]
-    assert told["reason"] == "a score has no interval; draw at least 20 images"
+    promote(bare if first else whole, name=name)
+    result = promote(whole if first else bare, name=name)
+    assert not result["crowned"]
+    assert result["reason"] == "a score has no interval; draw at least 20 images"
 
 
 def test_a_run_that_is_champion_stays_so(
-    crown: Crown, client: MlflowClient, new_run: Callable[[], str]
+    promote: Promote, client: MlflowClient, new_run: Callable[[], str]
 ) -> None:
     """As where a sweep that is over is run again."""
     run_id = new_run()
-    first = crown(scores(3, 4), run_id=run_id)
-    again = crown(scores(3, 4), run_id=run_id)
+    first = promote(scores(3, 4), run_id=run_id)
+    again = promote(scores(3, 4), run_id=run_id)
     assert again == first | {"crowned": False, "reason": "it is the champion already"}
     assert len(client.search_model_versions(f"name='{first['name']}'")) == 1
 
 
-def test_a_name_without_a_champion_gets_one(crown: Crown, client: MlflowClient) -> None:
+def test_a_name_without_a_champion_gets_one(promote: Promote, client: MlflowClient) -> None:
     """Somebody made the name by hand, or took the alias away."""
     client.create_registered_model("by hand")
-    first = crown(scores(3, 4), name="by hand")
+    first = promote(scores(3, 4), name="by hand")
     assert first["crowned"]
     client.delete_registered_model_alias("by hand", model_registry.CHAMPION)
-    assert crown(scores(5, 6), name="by hand")["reason"] == "there was none"
+    assert promote(scores(5, 6), name="by hand")["reason"] == "there was none"
 
 
 def test_no_answer_is_told_in_a_line() -> None:
-    with pytest.raises(TrackingError, match=r"http://127\.0\.0\.1:9") as told:
-        model_registry.crown("http://127.0.0.1:9", "x", "0" * 32, METRIC, scores(1, 2), CERTIFICATE)
-    assert len(str(told.value).splitlines()) == 1
+    with pytest.raises(TrackingError, match=r"http://127\.0\.0\.1:9") as result:
+        model_registry.promote(
+            "http://127.0.0.1:9", "x", "0" * 32, METRIC, scores(1, 2), CERTIFICATE
+        )
+    assert len(str(result.value).splitlines()) == 1

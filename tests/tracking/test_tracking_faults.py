@@ -20,7 +20,7 @@ from ddpm_ray.runs import train
 from ddpm_ray.tracking import async_logger, mlflow_client, mlflow_runs, model_registry
 from ddpm_ray.tracking.async_logger import Tracker
 from ddpm_ray.tracking.mlflow_runs import TrackingError, TrackingOutageError, TrackingServerError
-from ddpm_ray.tracking.run_info import RunCard, TrackedRun
+from ddpm_ray.tracking.run_info import RunMetadata, TrackedRun
 from tests.limits import ENDS_S
 
 PATIENCE_S = ENDS_S
@@ -78,17 +78,17 @@ def whole(status: int, body: bytes) -> Answer:
 @pytest.mark.parametrize(
     "status, body, kind, said",
     [
-        (200, b"<html>hello</html>", TrackingError, "is no MLflow .*correct tracking.uri"),
-        (200, b"{}", TrackingError, "is no MLflow .*correct tracking.uri"),
-        (200, b'{"status": "ok"}', TrackingError, "is no MLflow .*correct tracking.uri"),
-        (404, b"<html>nothing</html>", TrackingError, "is no MLflow .*correct tracking.uri"),
-        (404, b'{"detail": "Not Found"}', TrackingError, "is no MLflow .*correct tracking.uri"),
-        (405, b"<html>not so</html>", TrackingError, "is no MLflow .*correct tracking.uri"),
+        (200, b"<html>hello</html>", TrackingError, "is not MLflow .*correct tracking.uri"),
+        (200, b"{}", TrackingError, "is not MLflow .*correct tracking.uri"),
+        (200, b'{"status": "ok"}', TrackingError, "is not MLflow .*correct tracking.uri"),
+        (404, b"<html>nothing</html>", TrackingError, "is not MLflow .*correct tracking.uri"),
+        (404, b'{"detail": "Not Found"}', TrackingError, "is not MLflow .*correct tracking.uri"),
+        (405, b"<html>not so</html>", TrackingError, "is not MLflow .*correct tracking.uri"),
         (401, b"who are you", TrackingError, "password .401. .*MLFLOW_TRACKING_USERNAME"),
         (403, b"not you", TrackingError, "forbids this .*403.* EDIT on the experiment"),
         (403, b"Invalid Host header", TrackingError, "host name .*--allowed-hosts"),
         (418, b"teapot", TrackingError, "MLflow refuses it .*see MLflow's log"),
-        (500, b"oh", TrackingServerError, "an error of its own, 500 .*see MLflow's log"),
+        (500, b"oh", TrackingServerError, "an internal error 500 .*see MLflow's log"),
         (502, b"<html>bad gateway</html>", TrackingOutageError, "does not answer .*start it"),
         (503, b"busy", TrackingOutageError, "does not answer .*too many 503 .*start it"),
     ],
@@ -139,7 +139,7 @@ def test_an_answer_that_does_not_end_is_given_up(
     uri = answering_with(answer)
     mine = mlflow_runs.find_or_create_run
     began = time.monotonic()
-    with pytest.raises(TrackingOutageError, match="no whole answer within 2 s"):
+    with pytest.raises(TrackingOutageError, match="no complete answer within 2 s"):
         mine(uri, "e", "n", "i", None)
     assert time.monotonic() - began < ANSWER_S
     assert f"{uri}: MLflow has not answered for 0 s; waiting" in caplog.text
@@ -155,8 +155,8 @@ def test_an_answer_that_does_not_end_is_given_up(
 
 
 @pytest.fixture
-def card(mlflow_database: str, tmp_path: Path) -> RunCard:
-    return RunCard(
+def metadata(mlflow_database: str, tmp_path: Path) -> RunMetadata:
+    return RunMetadata(
         mlflow_database, f"of {tmp_path}", "tiny", f"id {tmp_path}", str(tmp_path / "artifacts"),
         "", {}, {}, "a: 1\n", "/shards", "f" * 64,
     )  # fmt: skip
@@ -174,52 +174,52 @@ def until(condition: Callable[[], bool]) -> None:
         threading.Event().wait(0.02)
 
 
-def test_a_run_is_found_where_its_experiment_went(card: RunCard) -> None:
+def test_a_run_is_found_where_its_experiment_went(metadata: RunMetadata) -> None:
     """README: one training run is one MLflow run. Renamed, or another one is configured."""
-    first, client = mlflow_runs.open_run(card), MlflowClient(card.uri)
-    client.rename_experiment(first.experiment_id, f"renamed {card.experiment}")
-    assert mlflow_runs.open_run(card) == first
-    assert client.get_experiment_by_name(card.experiment) is None
-    other = dataclasses.replace(card, experiment=f"other {card.experiment}")
+    first, client = mlflow_runs.open_run(metadata), MlflowClient(metadata.uri)
+    client.rename_experiment(first.experiment_id, f"renamed {metadata.experiment}")
+    assert mlflow_runs.open_run(metadata) == first
+    assert client.get_experiment_by_name(metadata.experiment) is None
+    other = dataclasses.replace(metadata, experiment=f"other {metadata.experiment}")
     client.create_experiment(other.experiment)
     assert mlflow_runs.open_run(other) == first
 
 
-def test_a_deleted_experiment_is_told_with_both_remedies(card: RunCard) -> None:
+def test_a_deleted_experiment_is_told_with_both_remedies(metadata: RunMetadata) -> None:
     """With its run in it, and where it was empty."""
-    first, client = mlflow_runs.open_run(card), MlflowClient(card.uri)
+    first, client = mlflow_runs.open_run(metadata), MlflowClient(metadata.uri)
     client.delete_experiment(first.experiment_id)
     command = f"mlflow experiments restore --experiment-id {first.experiment_id}"
     with pytest.raises(TrackingError, match=f"run of this training run, was deleted.*{command}"):
-        mlflow_runs.open_run(card)
-    another = dataclasses.replace(card, identity=f"another {card.identity}")
-    with pytest.raises(TrackingError, match=f"{command}`, or give another tracking.experiment"):
+        mlflow_runs.open_run(metadata)
+    another = dataclasses.replace(metadata, identity=f"another {metadata.identity}")
+    with pytest.raises(TrackingError, match=f"{command}`, or set another tracking.experiment"):
         mlflow_runs.open_run(another)
     client.restore_experiment(first.experiment_id)
-    assert mlflow_runs.open_run(card) == first
+    assert mlflow_runs.open_run(metadata) == first
 
 
-def test_a_deleted_run_is_not_replaced_by_one_without_its_rows(card: RunCard) -> None:
-    first, client = mlflow_runs.open_run(card), MlflowClient(card.uri)
+def test_a_deleted_run_is_not_replaced_by_one_without_its_rows(metadata: RunMetadata) -> None:
+    first, client = mlflow_runs.open_run(metadata), MlflowClient(metadata.uri)
     client.delete_run(first.run_id)
     with pytest.raises(TrackingError, match=f"mlflow runs restore --run-id {first.run_id}") as told:
-        mlflow_runs.open_run(card)
+        mlflow_runs.open_run(metadata)
     assert not isinstance(told.value, TrackingOutageError)
     client.restore_run(first.run_id)
-    assert mlflow_runs.open_run(card) == first
+    assert mlflow_runs.open_run(metadata) == first
 
 
 def test_a_run_deleted_while_it_trains_keeps_its_rows(
-    card: RunCard, caplog: pytest.LogCaptureFixture
+    metadata: RunMetadata, caplog: pytest.LogCaptureFixture
 ) -> None:
     """One line says so and how it comes back; then the rows arrive."""
-    run, client = mlflow_runs.open_run(card), MlflowClient(card.uri)
+    run, client = mlflow_runs.open_run(metadata), MlflowClient(metadata.uri)
     sink = Tracker(lambda: run, 0.01, [])
     sink.rows(ROWS[:3])
     until(lambda: not sink.unsent())
     client.delete_run(run.run_id)
     sink.rows(ROWS[3:])
-    said = f"the run {run.run_id} was deleted in MLflow; bring it back by"
+    said = f"the run {run.run_id} was deleted in MLflow; restore it with"
     until(lambda: said in caplog.text)
     until(lambda: sink.unsent() == ROWS[3:])
     assert caplog.text.count(said) == 1  # not at each of its tries
@@ -229,44 +229,50 @@ def test_a_run_deleted_while_it_trains_keeps_its_rows(
 
 
 def test_a_lost_database_is_told_when_the_run_goes_on(
-    card: RunCard, caplog: pytest.LogCaptureFixture
+    metadata: RunMetadata, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A new MLflow run in the middle of a training run: earlier metrics are not in it."""
-    mlflow_runs.open_run(card)
-    mlflow_runs.open_run(dataclasses.replace(card, begun_step=20))
-    assert "a new one" not in caplog.text
-    gone = dataclasses.replace(card, identity=f"gone {card.identity}", begun_step=20)
+    mlflow_runs.open_run(metadata)
+    mlflow_runs.open_run(dataclasses.replace(metadata, begun_step=20))
+    assert "created a new one" not in caplog.text
+    gone = dataclasses.replace(metadata, identity=f"gone {metadata.identity}", begun_step=20)
     run = mlflow_runs.open_run(gone)
-    assert f"at step 20; a new one, {run.run_id}, begins here" in caplog.text
+    assert f"at step 20, does not exist; created a new one, {run.run_id}" in caplog.text
 
 
-def test_a_database_deleted_under_a_run_is_told_at_its_end(card: RunCard, tmp_path: Path) -> None:
+def test_a_database_deleted_under_a_run_is_told_at_its_end(
+    metadata: RunMetadata, tmp_path: Path
+) -> None:
     file = tmp_path / "own.db"
-    run = mlflow_runs.open_run(dataclasses.replace(card, uri=f"sqlite:///{file}"))
+    run = mlflow_runs.open_run(dataclasses.replace(metadata, uri=f"sqlite:///{file}"))
     file.unlink()
-    with pytest.raises(TrackingError, match="the database was deleted while the run went on"):
+    with pytest.raises(TrackingError, match="the database was deleted during the run"):
         mlflow_runs.finish(run, "FINISHED")
 
 
 @pytest.mark.parametrize("status", ["FINISHED", "RUNNING"])
-def test_a_driver_that_was_followed_leaves_the_run_alone(status: str, card: RunCard) -> None:
+def test_a_driver_that_was_followed_leaves_the_run_alone(
+    status: str, metadata: RunMetadata
+) -> None:
     """The first was frozen; the second took the run over, and finished it or is at it."""
-    first = mlflow_runs.open_run(dataclasses.replace(card, owner="first"))
-    second = mlflow_runs.open_run(dataclasses.replace(card, owner="second"))
+    first = mlflow_runs.open_run(dataclasses.replace(metadata, owner="first"))
+    second = mlflow_runs.open_run(dataclasses.replace(metadata, owner="second"))
     if status == "FINISHED":
         mlflow_runs.finish(second, "FINISHED")
     mlflow_runs.finish(first, "FAILED", "lost its lease")
-    mlflow_runs.finish(mlflow_runs.known_run(dataclasses.replace(card, owner="first")), "FAILED")
-    found = MlflowClient(card.uri).get_run(first.run_id)
+    mlflow_runs.finish(
+        mlflow_runs.known_run(dataclasses.replace(metadata, owner="first")), "FAILED"
+    )
+    found = MlflowClient(metadata.uri).get_run(first.run_id)
     assert (found.info.status, "reason" in found.data.tags) == (status, False)
 
 
 def test_pictures_that_are_refused_hold_up_nothing(
-    card: RunCard, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    metadata: RunMetadata, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Their folder cannot be made. Rows, documents and the run's end go on; one line names it."""
-    run = mlflow_runs.open_run(card)
-    root = MlflowClient(card.uri).get_run(run.run_id).info.artifact_uri
+    run = mlflow_runs.open_run(metadata)
+    root = MlflowClient(metadata.uri).get_run(run.run_id).info.artifact_uri
     Path(root.removeprefix("file://"), "images").write_text("in the way")
     sink = Tracker(lambda: run, 0.01, [])
     for step in (5, 10):
@@ -277,14 +283,17 @@ def test_pictures_that_are_refused_hold_up_nothing(
     assert sink.close(PATIENCE_S) == 0
     assert time.monotonic() - began < PATIENCE_S / 2
     assert losses(run) == list(range(1, 8))
-    assert [one.path for one in MlflowClient(card.uri).list_artifacts(run.run_id, "evaluation")]
-    assert caplog.text.count("MLflow does not take samples of step 5; left out") == 1
-    assert "not in MLflow, and not sent again: samples of step 5, samples of step 10" in caplog.text
+    assert [one.path for one in MlflowClient(metadata.uri).list_artifacts(run.run_id, "evaluation")]
+    assert caplog.text.count("MLflow does not accept samples of step 5; skipped") == 1
+    assert "not sent to MLflow: samples of step 5, samples of step 10" in caplog.text
     assert "undelivered" not in caplog.text
 
 
 def test_an_artifact_store_without_credentials_holds_up_nothing(
-    card: RunCard, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+    metadata: RunMetadata,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
 ) -> None:
     """As a worker meets it whose MLflow hands out places in a bucket."""
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
@@ -292,13 +301,13 @@ def test_an_artifact_store_without_credentials_holds_up_nothing(
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
     run = mlflow_runs.find_or_create_run(
-        card.uri, card.experiment, "tiny", card.identity, "s3://bucket/folder"
+        metadata.uri, metadata.experiment, "tiny", metadata.identity, "s3://bucket/folder"
     )
     sink = Tracker(lambda: run, 0.01, [])
     sink.document("a.json", {})
     sink.rows(ROWS)
     assert sink.close(PATIENCE_S) == 0
-    assert "its artifact store): files are refused (Unable to locate credentials)" in caplog.text
+    assert "its artifact store): it refuses files (Unable to locate credentials)" in caplog.text
     assert losses(run) == list(range(1, 8))
 
 
@@ -308,7 +317,7 @@ def test_an_artifact_store_without_credentials_holds_up_nothing(
 )
 def test_files_wait_out_an_outage_but_not_a_store_that_always_fails(
     kind: type[TrackingError], fails: int, tried: int, arrives: bool,
-    card: RunCard, monkeypatch: pytest.MonkeyPatch,
+    metadata: RunMetadata, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """A server that cannot reach its bucket answers 500 each time; one that is away comes back."""
     tries: list[str] = []
@@ -322,13 +331,13 @@ def test_files_wait_out_an_outage_but_not_a_store_that_always_fails(
         send(self, path, content)
 
     monkeypatch.setattr(mlflow_runs.RunLog, "document", document)
-    run = mlflow_runs.open_run(card)
+    run = mlflow_runs.open_run(metadata)
     sink = Tracker(lambda: run, 0.01, [])
     sink.document("first.json", {})
     sink.document("second.json", {})
     assert sink.close(PATIENCE_S) == 0
     assert len(tries) == tried
-    there = {one.path for one in MlflowClient(card.uri).list_artifacts(run.run_id)}
+    there = {one.path for one in MlflowClient(metadata.uri).list_artifacts(run.run_id)}
     assert ("first.json" in there) is arrives
     assert "second.json" in there
 
@@ -376,7 +385,11 @@ def test_processes_that_open_a_new_database_at_once_all_find_its_tables(tmp_path
 
 @pytest.mark.parametrize("undelivered, status", [(5, "FAILED"), (0, "FINISHED")])
 def test_a_run_does_not_finish_before_all_its_rows_are_there(
-    undelivered: int, status: str, card: RunCard, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    undelivered: int,
+    status: str,
+    metadata: RunMetadata,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     from ddpm_ray.config.loading import load
     from ddpm_ray.config.run import RunConfig

@@ -66,7 +66,9 @@ def test_a_scheme_that_mlflow_does_not_know_is_refused(
 ) -> None:
     """On commit d926ba0 MLflow's own list was cut off, and the remedy "correct tracking.*"."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "htp://x")
-    says = re.escape(f"{by} is 'htp://x', and MLflow knows no htp://; name a server (http://, ")
+    says = re.escape(
+        f"{by} is 'htp://x', and MLflow does not support htp://; name a server (http://, "
+    )
     with pytest.raises(ConfigError, match=says):
         tracking_place(HOME, "htp://x" if by == "tracking.uri" else "")
 
