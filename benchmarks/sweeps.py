@@ -118,8 +118,8 @@ def simulate(folder: Path, search: str, trials: int) -> None:
     sweep_run = SweepRun.find_or_create(config, f"{folder}/{config.name}", config.name, dataset)
     stopped: set[int] = set()
     store = TrialStore(sweep_run.folder)
-    appraise = partial(schedule_diagnostics, config, dataset)
-    scheduler = TrialScheduler(config, store, appraise, stopped.add)
+    diagnose = partial(schedule_diagnostics, config, dataset)
+    scheduler = TrialScheduler(config, store, diagnose, stopped.add)
     tune = TuneSearcher(scheduler, lambda trial: {"number": trial.number} | trial.values, AT_ONCE)
     active: dict[str, Stub] = {}
     clocks: dict[int, tuple[float, float]] = {}  # CPU and wall clock by trials that are over

@@ -100,8 +100,8 @@ def sweep(
         "MLflow run %s of the sweep; %s at once", sweep_run.run.run_id, counted(at_once, "trial")
     )
     stop_signals, store = StopSignals(), TrialStore(folder)
-    appraise = partial(schedule_diagnostics, config, dataset)
-    scheduler = TrialScheduler(config, store, appraise, stop_signals.set)
+    diagnose = partial(schedule_diagnostics, config, dataset)
+    scheduler = TrialScheduler(config, store, diagnose, stop_signals.set)
 
     def assignment(of: Trial) -> dict[str, Any]:
         """Return the arguments of that trial's driver."""

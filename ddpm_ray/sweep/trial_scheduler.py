@@ -111,11 +111,11 @@ class TrialScheduler:
                 reason = " ".join(str(error).split())
                 self.store.add(values, branch, status="failed", reason=reason)
                 continue
-            appraisal = diagnostics.stored()
+            facts = diagnostics.stored()
             if reason := rejection_reason(diagnostics, self._config.pruning):
-                self.store.add(values, branch, status="pruned", reason=reason, appraisal=appraisal)
+                self.store.add(values, branch, status="pruned", reason=reason, diagnostics=facts)
                 continue
-            return self.store.add(values, branch, appraisal=appraisal)
+            return self.store.add(values, branch, diagnostics=facts)
         return None
 
     def _apply_early_stopping(self, trial: Trial, probe: dict[str, Any]) -> None:
@@ -150,7 +150,7 @@ def rejection_reason(diagnostics: ScheduleDiagnostics, limits: PruningConfig) ->
         )
     if diagnostics.wasted_step_fraction > limits.max_useless_share:
         return (
-            f"{diagnostics.wasted_step_fraction:.0%} of its steps are at noise levels where nothing "
-            f"can be learnt, above pruning.max_useless_share={limits.max_useless_share:g}"
+            f"{diagnostics.wasted_step_fraction:.0%} of its steps are at noise levels where "
+            f"nothing can be learnt, above pruning.max_useless_share={limits.max_useless_share:g}"
         )
     return ""

@@ -25,7 +25,12 @@ pruned: rejected for its schedule before it took a worker."""
 
 COSTS = "worker_s", "busy_s"  # of an outcome
 # Names in the stored JSON that differ from those of the fields.
-STORED_NAMES = {"driver_failures": "losses", "earlier_costs": "earlier", "logged": "closed"}
+STORED_NAMES = {
+    "driver_failures": "losses",
+    "earlier_costs": "earlier",
+    "logged": "closed",
+    "diagnostics": "appraisal",
+}
 FIELD_NAMES = {stored: field for field, stored in STORED_NAMES.items()}
 
 
@@ -40,7 +45,7 @@ class Trial:
     reason: str = ""  # why it was stopped or pruned, or how it failed; one line
     driver_failures: int = 0  # how often its driver died
     probes: list[dict[str, Any]] = field(default_factory=list)  # order, step, loss, spectrum
-    appraisal: dict[str, float] = field(default_factory=dict)  # schedule diagnostics
+    diagnostics: dict[str, float] = field(default_factory=dict)  # schedule diagnostics
     ended_order: int = -1  # when it ended, in the numbering of the probes' order
     outcome: dict[str, Any] = field(default_factory=dict)  # see sweep/trial.py
     earlier_costs: dict[str, float] = field(default_factory=dict)  # before it was interrupted

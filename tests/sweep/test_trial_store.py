@@ -37,7 +37,7 @@ def do(store: TrialStore, operation: Operation) -> None:
     if kind == "add":
         store.add(what, branch=number)
     elif kind == "add ended":
-        store.add({"seed": 1}, number, status=what, reason="so", appraisal={"useless_share": 0.7})
+        store.add({"seed": 1}, number, status=what, reason="so", diagnostics={"useless_share": 0.7})
     elif store.trials:
         trial = store.trials[number % len(store.trials)]
         if kind == "probe":
