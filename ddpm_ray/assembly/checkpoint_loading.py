@@ -1,4 +1,4 @@
-"""From what a run left behind, or another library, to a model that samples."""
+"""Load a trained model from a checkpoint or a diffusers folder."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -28,20 +28,20 @@ from ddpm_ray.training import checkpoints
 from ddpm_ray.training.checkpoints import CheckpointError
 from ddpm_ray.training.state import Snapshot
 
-OF_DIFFUSERS = "model_index.json"  # what a pipeline's folder has
-NAMED_BY_DIFFUSERS = "linear", "scaled_linear", "cosine"  # schedules; others go as their betas
+OF_DIFFUSERS = "model_index.json"  # present in the folder of a diffusers pipeline
+NAMED_BY_DIFFUSERS = "linear", "scaled_linear", "cosine"  # schedules; others are exported as betas
 
 
 def usable_device(device: torch.device | str | None = None) -> torch.device:
-    """`device`; where it is empty or None, the GPU if there is one, else the CPU.
+    """Return `device`, or if it is empty or None, the GPU if there is one, else the CPU.
 
-    Raises ValueError for a device on which this process can compute nothing.
+    Raises ValueError for a device that this process cannot use.
     """
     if device is None or device == "":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         found = torch.device(device)
-        if found.type != "meta":  # it holds shapes and no values
+        if found.type != "meta":  # has shapes but no values
             torch.empty(1, device=found)
             return found
     except (RuntimeError, TypeError, AssertionError, NotImplementedError):
@@ -56,12 +56,12 @@ def usable_device(device: torch.device | str | None = None) -> torch.device:
 def trained_model(
     url: str, device: torch.device | str | None = "cpu", ema: str = "ema"
 ) -> TrainedModel:
-    """The network of the checkpoint in the folder `url`, or of the newest one of a run's.
+    """Load the model of the checkpoint at `url`, or of the newest checkpoint of a run's folder.
 
-    Its weights are the average `ema`, one of the checkpoint's groups. A local folder of diffusers,
-    a UNet2DModel with its scheduler, is taken as well. Raises CheckpointError where nothing there
-    verifies, ConfigError for a classifier, UnsupportedModelError for what our U-Net cannot be and
-    ValueError for a device that is not there.
+    The weights are the EMA group `ema` of the checkpoint. `url` may also be a local diffusers
+    folder of a UNet2DModel with its scheduler. Raises CheckpointError if no checkpoint passes
+    verification, ConfigError for a classifier, UnsupportedModelError for a diffusers model that
+    UNet cannot represent, and ValueError for an unusable device.
     """
     device = usable_device(device)
     if Path(url, OF_DIFFUSERS).is_file():
@@ -70,7 +70,7 @@ def trained_model(
     config = training_run.saved_config(snapshot.facts, url)
     if config.model.kind == "classifier":
         raise ConfigError(
-            f"{url} holds a classifier, which draws nothing: use it as lead.classifier"
+            f"{url} holds a classifier, which draws no images: use it as lead.classifier"
         )
     height, width, channels = snapshot.facts["image_shape"]
     model = training_run.network(config, (height, width, channels))
@@ -82,7 +82,7 @@ def trained_model(
         "weights_sha256": checkpoints.weights_sha256(where, ema),
         "config": to_dict(config),
         "data_fingerprint": snapshot.facts["data_fingerprint"],
-        "average": ema if ema != "ema" else snapshot.facts.get("average"),  # None: the main one
+        "average": ema if ema != "ema" else snapshot.facts.get("average"),  # None: the main EMA
     }
     return TrainedModel(
         denoiser(config, model, device),
@@ -96,9 +96,9 @@ def trained_model(
 
 
 def run_facts(url: str) -> tuple[RunConfig, dict[str, Any]]:
-    """Config and facts of the checkpoint that `trained_model` would load; reads no weights.
+    """Config and facts of the checkpoint that `trained_model` would load, without its weights.
 
-    Raises CheckpointError and UnsupportedModelError as that does.
+    Raises CheckpointError and UnsupportedModelError as `trained_model` does.
     """
     if Path(url, OF_DIFFUSERS).is_file():
         return from_dict(RunConfig, _of_diffusers(Path(url), "cpu").provenance["config"]), {}
@@ -107,9 +107,10 @@ def run_facts(url: str) -> tuple[RunConfig, dict[str, Any]]:
 
 
 def label_names(config: RunConfig, facts: Mapping[str, Any]) -> tuple[str, ...] | None:
-    """Names of classes 0, 1, ..., as the checkpoint holds them; None where nobody knows them.
+    """Names of classes 0, 1, ... from the checkpoint; None if unknown.
 
-    Those of earlier versions do not: then the data set's manifest is asked, if it can be read.
+    Checkpoints of earlier versions lack them: then they are read from the data set's manifest, if
+    it is still readable and the same data set.
     """
     if not config.model.num_classes:
         return None
@@ -124,9 +125,9 @@ def label_names(config: RunConfig, facts: Mapping[str, Any]) -> tuple[str, ...] 
 
 
 def trained_classifier(url: str, device: torch.device | str = "cpu") -> NoisyClassifier:
-    """The classifier of noisy images that a run of model.kind=classifier trained.
+    """Load the noisy-image classifier of a run with model.kind=classifier.
 
-    Raises CheckpointError, and ConfigError where the run trained something else.
+    Raises CheckpointError, and ConfigError for a run that trained another kind of model.
     """
     _, snapshot = _checkpoint(url, "ema")
     config = training_run.saved_config(snapshot.facts, url)
@@ -139,9 +140,9 @@ def trained_classifier(url: str, device: torch.device | str = "cpu") -> NoisyCla
 
 
 def write_diffusers(model: TrainedModel, sampling: SamplingConfig, folder: Path) -> Export:
-    """Write `model` as a folder that diffusers' own `from_pretrained` reads; return how it samples.
+    """Write `model` for diffusers' `from_pretrained`; return the exported sampling settings.
 
-    Raises UnsupportedModelError for what diffusers has no name for, and StorageError.
+    Raises UnsupportedModelError for a model without an equivalent in diffusers, and StorageError.
     """
     network = model.denoiser.network
     assert isinstance(network, UNet)
@@ -169,7 +170,7 @@ def write_diffusers(model: TrainedModel, sampling: SamplingConfig, folder: Path)
 
 
 def _checkpoint(url: str, *groups: str) -> tuple[str, Snapshot]:
-    """URL, facts and these groups of the checkpoint that `url` names, or the newest found there."""
+    """URL and contents (only `groups`) of the checkpoint at `url`, or of the newest below it."""
     where, snapshot = _newest(url, groups)
     if missing := [group for group in groups if group not in snapshot.tensors]:
         known = ", ".join(name for name in checkpoints.group_names(where) if "ema" in name)
@@ -184,7 +185,7 @@ def _newest(url: str, groups: Sequence[str]) -> tuple[str, Snapshot]:
         if found := checkpoints.CheckpointStore(candidate).load(groups):
             return found
     remedy = "name a run's folder, its checkpoints folder, or one checkpoint in it"
-    # A web server knows no folders, and a bucket none without an object in it.
+    # HTTP has no folders, and a bucket only those that contain an object.
     gone = not url.startswith(("http://", "https://")) and not object_store.exists(url)
     reason = "there is no such folder" if gone else "there is no committed checkpoint here"
     raise CheckpointError(url, reason, remedy)

@@ -23,7 +23,7 @@ from ddpm_ray.training.state import TrainingState
 
 
 def noise_schedule(config: ScheduleConfig) -> NoiseSchedule:
-    """The forward process's alpha_bar."""
+    """The noise schedule of the forward process."""
     alpha_bar = _alpha_bar(config)
     if config.zero_terminal_snr:
         alpha_bar = schedules.zero_terminal_snr(alpha_bar)
@@ -62,12 +62,12 @@ def _alpha_bar(config: ScheduleConfig) -> Tensor:
 
 
 def model_parameterization(config: ObjectiveConfig, schedule: NoiseSchedule) -> Parameterization:
-    """What the network's answers mean."""
+    """The parameterization of the model output."""
     return Parameterization.of(config.prediction, schedule, config.sigma_data)
 
 
 def denoiser(config: RunConfig, network: Network, device: torch.device | str) -> Denoiser:
-    """The network as samplers use it; `network` lies on `device`."""
+    """The denoiser of `network`, which must be on `device`."""
     return Denoiser(
         network,
         model_parameterization(config.objective, noise_schedule(config.schedule).to(device)),
@@ -86,9 +86,9 @@ def checked_plan(
     *,
     guided_by_model: bool = False,
 ) -> SamplingPlan:
-    """As `sampling_plan`; raises ConfigError, a line for each key that such a model cannot do.
+    """As `sampling_plan`; raises ConfigError with one line for each unsupported setting.
 
-    `guided_by_model`: another network knows the labels.
+    `guided_by_model`: a classifier guides the samples, so labels are allowed for any model.
     """
     problems = [
         *config.problems("sampling", schedule.num_steps),
@@ -103,12 +103,12 @@ def checked_plan(
 
 
 def memory_format(config: TrainingConfig) -> torch.memory_format:
-    """Layout of images and convolution weights."""
+    """Memory format of images and convolution weights."""
     return torch.channels_last if config.channels_last else torch.contiguous_format
 
 
 def objective(config: RunConfig, state: TrainingState, device: torch.device) -> Objective:
-    """The loss of `state`'s network, drawn and computed as configured."""
+    """The training objective of `state`'s network."""
     wanted, training = config.objective, config.training
     parameterization = model_parameterization(wanted, noise_schedule(config.schedule).to(device))
     return Objective(
@@ -128,7 +128,7 @@ def objective(config: RunConfig, state: TrainingState, device: torch.device) -> 
 
 
 def uncertainty(network: nn.Module) -> nn.Module:
-    """The part of a U-Net that learns which loss is to be expected at each t."""
+    """The module of a U-Net that learns the expected loss at each t."""
     assert isinstance(network, UNet)
     assert network.uncertainty is not None  # built with it
     return network.uncertainty
@@ -137,7 +137,7 @@ def uncertainty(network: nn.Module) -> nn.Module:
 def noising_recipe(
     config: RunConfig, parameterization: Parameterization, state: TrainingState
 ) -> NoisingRecipe:
-    """How training batches are made from images, as configured."""
+    """How noisy training batches are made from images."""
     wanted = config.objective
     return NoisingRecipe(
         config.seed,
@@ -183,7 +183,7 @@ def choice_of_steps(
 
 
 def weight(config: ObjectiveConfig, parameterization: Parameterization) -> Tensor | None:
-    """Of each step's squared error, [T+1] on the predictions' device; None: 1 for all."""
+    """The loss weight of each t, [T+1] on the schedule's device; None: 1 everywhere."""
     match config.weighting:
         case "unit" | "uncertainty":
             return None

@@ -1,4 +1,4 @@
-"""Edit an image as the options say."""
+"""Edit an image according to the options of jobs/edit.py."""
 
 from typing import assert_never
 
@@ -20,9 +20,9 @@ from ddpm_ray.sampling.sampling import Images
 def edited_files(
     config: EditConfig, model: TrainedModel, image: str, mask: str
 ) -> tuple[Images, dict[str, float | None]]:
-    """As `edited`, of the picture in the file `image` and the mask in `mask`, or none if it is "".
+    """As `edited`, with the image and the mask read from files; no mask if `mask` is "".
 
-    Raises ConfigError for all that is wrong with them, too.
+    Raises ConfigError also for files that cannot be used.
     """
     try:
         pixels = read_image(image, model.image_shape[0])
@@ -35,10 +35,11 @@ def edited_files(
 def edited(
     config: EditConfig, model: TrainedModel, image: npt.NDArray[np.uint8], mask: Mask | None
 ) -> tuple[Images, dict[str, float | None]]:
-    """uint8 [N, H, W, C], the wished variants of `image` [H, W, C], and what `fit` says of them.
+    """Return `num_images` edits of `image` [H, W, C], uint8 [N, H, W, C], and their measures.
 
-    Variant i has the noise of image i of the seed. `mask` is for inpaint. Raises ConfigError for
-    sampling that this model cannot do, and ValueError as the model's methods do.
+    The measures are those of `fit`. Edit i uses the noise of image i of the seed. `mask` is for
+    inpainting. Raises ConfigError for unsupported sampling settings, and ValueError as the model's
+    methods do.
     """
     trained = from_dict(RunConfig, model.provenance["config"])
     sampling, schedule = config.sampling, model.denoiser.schedule

@@ -1,4 +1,4 @@
-"""From config to objects: one `match` per choice; no registry, no import by string."""
+"""Build the objects of a training run from its config: one `match` per choice."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -54,7 +54,7 @@ DEFAULT_CACHE = "~/.cache/ddpm-ray"
 def network(
     config: RunConfig, image_shape: tuple[int, int, int], *, gradient_checkpointing: bool = False
 ) -> UNet | NoisyClassifier:
-    """The network for images [H, W, C]; raises ValueError where the levels do not divide them."""
+    """The network for images [H, W, C]; raises ValueError if the levels do not divide H and W."""
     height, width, channels = image_shape
     model, objective = config.model, config.objective
     if height != width:
@@ -77,7 +77,7 @@ def network(
 
 
 def sizes(config: ModelConfig, image_size: int, image_channels: int) -> Sizes:
-    """What decides a network's sizes, for square images."""
+    """The size arguments of a network for square images."""
     return {
         "image_size": image_size,
         "image_channels": image_channels,
@@ -96,7 +96,7 @@ def training_state(
     device: torch.device,
     facts: dict[str, Any],
 ) -> TrainingState:
-    """A run's state before its first step, the same for the same seed on any machine."""
+    """The initial training state; it depends on the config only, not on the machine."""
     torch.manual_seed(config.seed)
     training = config.training
     model = network(config, image_shape, gradient_checkpointing=training.gradient_checkpointing).to(
@@ -116,7 +116,7 @@ def training_state(
 
 
 def plan(config: RunConfig, workers: int) -> Plan:
-    """How long, how large and how often, for one of so many workers."""
+    """Loop settings of one of `workers` workers."""
     training = config.training
     share = training.global_batch_size // workers
     return Plan(
@@ -134,7 +134,7 @@ def plan(config: RunConfig, workers: int) -> Plan:
 
 
 def learning_rate(config: TrainingConfig) -> Callable[[int], float]:
-    """The rate of update s (from 0): linear up to the configured one, then constant."""
+    """Learning rate of update s (from 0): linear warmup to the configured rate, then constant."""
     images = config.warmup_images or config.warmup_steps * config.global_batch_size
 
     def rate(step: int) -> float:
@@ -145,7 +145,7 @@ def learning_rate(config: TrainingConfig) -> Callable[[int], float]:
 
 
 def ema_decay(config: TrainingConfig) -> Callable[[int], float]:
-    """The decay of update s (from 0), with its ramp where configured."""
+    """EMA decay of update s (from 0), with the ramp if configured."""
     decay = config.ema_decay_per_step or decay_from_half_life(
         config.ema_half_life_images, config.global_batch_size
     )
@@ -153,7 +153,7 @@ def ema_decay(config: TrainingConfig) -> Callable[[int], float]:
 
 
 def more_decays(config: TrainingConfig) -> dict[str, Callable[[int], float]]:
-    """The decays of update s (from 0) of the averages beside the main one, by their names."""
+    """Decays of the additional EMAs at update s (from 0), by group name."""
     decays = {decay_group(decay): _with_ramp(decay, config) for decay in config.ema_more_decays}
     powers = {
         width_group(width): partial(power_decay, gamma_of(width))
@@ -169,7 +169,7 @@ def _with_ramp(decay: float, config: TrainingConfig) -> Callable[[int], float]:
 def ema_snapshotter(
     config: RunConfig, state: TrainingState, writer: CheckpointWriter, folder: str, workers: Workers
 ) -> Callable[[int], None]:
-    """What keeps power-function averages below the run's `folder`, as often as configured."""
+    """The function that stores EMA snapshots in the run's `folder` at the configured steps."""
     training = config.training
     groups = [width_group(width) for width in training.ema_snapshot_widths]
     store = SnapshotStore(object_store.join(folder, SNAPSHOTS)) if workers.is_main else None
@@ -178,7 +178,7 @@ def ema_snapshotter(
 
 
 def stream(config: RunConfig, dataset: Dataset, workers: Workers) -> ShardStream:
-    """This worker's share of every global batch."""
+    """The data loader of this worker's share of each global batch."""
     return ShardStream(
         dataset,
         seed=config.seed,
@@ -194,7 +194,7 @@ def stream(config: RunConfig, dataset: Dataset, workers: Workers) -> ShardStream
 def validator(
     config: RunConfig, dataset: Dataset, state: TrainingState, gallery: Gallery
 ) -> Validator:
-    """What looks at the loss by log-SNR; this worker's part of its images is read here, once."""
+    """The validator of the loss by log-SNR; reads this worker's share of its images once."""
     workers, groups = gallery.workers, config.evaluation.spectrum_images // len(LEVELS)
     share, total = workers.share(groups), groups * len(LEVELS)
     positions = range(share.start * len(LEVELS), share.stop * len(LEVELS))
@@ -215,7 +215,7 @@ def validator(
 def with_low_resolution(
     denoiser: Denoiser, config: DataConfig, dataset: Dataset, count: int, device: torch.device
 ) -> Denoiser:
-    """`denoiser`, where it is for super-resolution with images of the data to enlarge."""
+    """`denoiser`; for super-resolution with low-resolution inputs from the data set."""
     if not (pixels := denoiser.low_resolution_pixels):
         return denoiser
     images = fixed_images(config, dataset, range(count), count).images
@@ -224,11 +224,11 @@ def with_low_resolution(
 
 
 def fixed_images(config: DataConfig, dataset: Dataset, positions: range, total: int) -> Batch:
-    """The images at `positions` among `total` that are always the same, out of few shards.
+    """The images at `positions` of a fixed set of `total` images, read from few shards.
 
-    Which they are depends on the data set and `total` alone: a fixed seed's first ones.
+    The set depends only on the data set and `total`: it is the first batch for a fixed seed.
     """
-    if not positions:  # more workers than images leave some without
+    if not positions:  # with more workers than images, some get none
         nothing = torch.empty(0, *dataset.manifest.image_shape, dtype=torch.uint8)
         return Batch(nothing, torch.empty(0, dtype=torch.int64))
     found = ShardStream(
@@ -247,12 +247,12 @@ def fixed_images(config: DataConfig, dataset: Dataset, positions: range, total: 
 
 
 def cache_dir(config: DataConfig, kind: str) -> Path:
-    """Where this node keeps what it fetched."""
+    """Folder of this node's cache of one kind."""
     return Path(config.cache_dir or DEFAULT_CACHE).expanduser() / kind
 
 
 def feature_net(config: EvaluationConfig, cache: Path, device: torch.device) -> FeatureNet:
-    """The network through which samples and data are compared."""
+    """The feature extractor of the image scores."""
     match config.features:
         case "inception":
             path = checksummed.fetch(config.weights, config.weights_sha256, cache)
@@ -269,7 +269,7 @@ def optional_metrics(config: EvaluationConfig) -> OptionalMetrics:
 
 
 def held_out(config: EvaluationConfig, net: FeatureNet, workers: Workers) -> Reference | None:
-    """Statistics of the images that were not trained on, where there are such."""
+    """Feature statistics of the held-out data set; None without one."""
     if not config.held_out_url:
         return None
     return reference(open_dataset(config.held_out_url), net, workers)
@@ -292,19 +292,19 @@ def ema_provenance(
 
 
 def saved_config(facts: Mapping[str, Any], where: str = "") -> RunConfig:
-    """The config of the run that a checkpoint's facts, or a run's identity, tell of.
+    """The run config stored in a checkpoint's facts or in a run's identity.
 
-    Raises ConfigError, which names the version that saved it, where this one cannot read it.
-    `where` it lies; an identity knows its folder.
+    `where` is its URL, for errors; an identity contains it. Raises ConfigError, which names the
+    version that stored the config, if this version cannot read it.
     """
     where = where or facts.get("folder", "")
     return from_dict(RunConfig, facts["config"], facts.get("version", ""), where)
 
 
 def changed_keys(config: RunConfig, saved: Mapping[str, Any]) -> list[str]:
-    """One line for each defining key whose value is not the one that the run began with.
+    """One line for each defining key whose value differs from that of the saved config.
 
-    `saved` is what `saved_config` takes.
+    `saved` is as in `saved_config`.
     """
     now, then = defining(config), defining(saved_config(saved))
     return [

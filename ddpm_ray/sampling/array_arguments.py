@@ -1,4 +1,4 @@
-"""Images and masks of a notebook's calls as arrays, or a ValueError that says what to give."""
+"""Convert the images and masks of a notebook call to arrays; raises ValueError."""
 
 import os
 import sys
@@ -14,9 +14,9 @@ from ddpm_ray.sampling.sampling import Images
 
 
 def as_images(images: Any, channels: int) -> Images:
-    """uint8 [N, H, W, channels] of such an array or tensor, or of a list of images.
+    """Return uint8 [N, H, W, channels] from an array, a tensor or a list of images.
 
-    Pictures of PIL are taken in the modes L and RGB, alone or in a list.
+    Accepts PIL images of mode L or RGB, also in a list. Raises ValueError for anything else.
     """
     if isinstance(images, str | os.PathLike):
         raise ValueError(
@@ -46,7 +46,7 @@ def as_images(images: Any, channels: int) -> Images:
 
 
 def as_mask(mask: Any, images: Images) -> npt.NDArray[np.bool_]:
-    """The mask as bool [N or 1, 1, H, W], True where a pixel of `images` is known."""
+    """Return the mask as bool [N or 1, 1, H, W], True where a pixel of `images` is known."""
     whole = _numbers("mask", mask)
     if whole.shape not in (images.shape[1:3], images.shape[:3]):
         sizes = whole.shape or ("one number",), images.shape[1:3]
@@ -71,7 +71,7 @@ def as_mask(mask: Any, images: Images) -> npt.NDArray[np.bool_]:
 
 
 def _pixels(image: Any) -> npt.NDArray[Any]:
-    """[H, W, C] of a picture of PIL; anything else as the array that it is."""
+    """Return [H, W, C] for a PIL image, and the array for anything else."""
     if not _is_picture(image):
         return _array(image)
     if image.mode not in ("L", "RGB"):
@@ -84,7 +84,7 @@ def _pixels(image: Any) -> npt.NDArray[Any]:
 
 
 def _is_picture(value: Any) -> bool:
-    """Whether it is one of PIL's; whoever has one has loaded PIL, which sampling does without."""
+    """Whether `value` is a PIL image. Does not import PIL: a caller that has one did already."""
     pillow = sys.modules.get("PIL.Image")
     return pillow is not None and isinstance(value, pillow.Image)
 

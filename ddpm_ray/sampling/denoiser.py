@@ -1,8 +1,7 @@
-"""A network together with what its answers mean, and the denoiser it is for images of given labels.
+"""A trained network with its parameterization, and its conditioning inputs.
 
-Samplers and losses know one callable, denoise(x_t, t). Whatever else a network wants beside x_t is
-bound here: labels and their guidance, its own last estimate, an image of lower resolution, the
-scale of its input.
+Samplers and losses call denoise(x_t, t). `Denoiser` binds all other inputs of the network: labels
+with guidance, the last estimate of x_0 (self-conditioning), a low-resolution image, input scaling.
 """
 
 from collections.abc import Callable
@@ -17,23 +16,23 @@ from ddpm_ray.diffusion.parameterization import Parameterization
 from ddpm_ray.diffusion.process import Denoise, NoiseSchedule
 
 Network: TypeAlias = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
-"""(x_t [B, C, H, W], t [B], labels [B] or None, condition [B, ., H, W] or None) -> the answer."""
+"""(x_t [B, C, H, W], t [B], labels [B] or None, condition [B, ., H, W] or None) -> model output."""
 GuidanceModel: TypeAlias = Callable[[Denoise, Tensor | None], Denoise]
-"""(denoise, labels [B] or None) -> denoise as another network bends it; see leading.py."""
+"""(denoise, labels [B] or None) -> denoise guided by another network; see guidance_models.py."""
 
 
 @dataclass(frozen=True)
 class Guidance:
-    """How strongly samples are drawn towards their labels; see guidance.classifier_free."""
+    """Settings of classifier-free guidance; see guidance.classifier_free."""
 
     scale: float = 1.0
     rescale: float = 0.0
     above_sigma: float = 0.0
-    below_sigma: float = 0.0  # 0: no end
+    below_sigma: float = 0.0  # 0: no upper limit
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """The noise levels at which it is felt; None: at all of them."""
+        """The sigmas (low, high) between which guidance is applied; None: everywhere."""
         if not (self.above_sigma or self.below_sigma):
             return None
         return self.above_sigma, self.below_sigma or float("inf")
@@ -44,23 +43,21 @@ UNGUIDED = Guidance()
 
 @dataclass(frozen=True, eq=False)
 class Denoiser:
-    """A trained network, what it predicts, and what it must be told."""
+    """A trained network, its parameterization and the conditioning inputs that it takes."""
 
     network: Network
     parameterization: Parameterization
-    variance: Literal["fixed", "learned", "learned_range"] = "fixed"  # what it answers beside
+    variance: Literal["fixed", "learned", "learned_range"] = "fixed"  # of the model output
     num_classes: int = 0
     self_conditioned: bool = False
-    low_resolution_pixels: int = 0  # of what a network for super-resolution sees; 0: it sees none
-    low_resolution_images: Tensor | None = None  # [M, C, H, W]: that of image i is the one at i % M
+    low_resolution_pixels: int = 0  # side of the low-resolution input; 0: no super-resolution
+    low_resolution_images: Tensor | None = None  # [M, C, H, W]: image i takes i % M
     guidance_model: GuidanceModel | None = None
-    guidance_classes: int = (
-        0  # labels that `guidance_model` knows, of a network that knows none; 0: not said
-    )
+    guidance_classes: int = 0  # number of labels that the guidance classifier knows; 0: unknown
 
     @classmethod
     def of_noise(cls, denoise: Denoise, schedule: NoiseSchedule) -> "Denoiser":
-        """Of a callable that predicts the noise and wants x_t and t alone."""
+        """The denoiser of a callable that predicts the noise from x_t and t alone."""
         return cls(
             lambda x_t, t, labels, condition: denoise(x_t, t),
             Parameterization.of("epsilon", schedule),
@@ -68,7 +65,7 @@ class Denoiser:
 
     @property
     def schedule(self) -> NoiseSchedule:
-        """That of what it predicts."""
+        """The noise schedule of the parameterization."""
         return self.parameterization.schedule
 
     def bind_conditioning(
@@ -77,18 +74,18 @@ class Denoiser:
         guidance: Guidance = UNGUIDED,
         low_resolution: Tensor | None = None,
     ) -> Denoise:
-        """denoise(x_t, t) for images of these `labels` [B], where the network knows labels.
+        """Return denoise(x_t, t) with `labels` [B] and `low_resolution` [B, C, H, W] bound.
 
-        A label of -1 is none: the network is told its null label, as in training.
-        `low_resolution` [B, C, H, W] is what a network for super-resolution sees. It answers with
-        the variance behind where one is learned. Made for one walk: a self-conditioned network
-        remembers its last estimate. Raises ValueError for labels that it was not trained with.
+        A label of -1 means no label and becomes the null label, as in training. With a learned
+        variance the output is [B, 2C, H, W]. Use the result for one sampling run only: with
+        self-conditioning it remembers the last estimate of x_0. Raises ValueError for inputs that
+        the network was not trained with.
         """
         if bool(self.low_resolution_pixels) != (low_resolution is not None):
             raise ValueError(
                 f"this model is {'' if self.low_resolution_pixels else 'not '}for super-resolution "
-                "(objective.low_resolution_pixels): give images of low resolution to such models, "
-                "and to them alone"
+                "(objective.low_resolution_pixels): give low-resolution images to such models, "
+                "and only to them"
             )
         guidance_model, known = self.guidance_model, labels if self.num_classes else None
         stray = labels is not None and known is None and guidance_model is None
@@ -113,32 +110,27 @@ class Denoiser:
         return denoise if guidance_model is None else guidance_model(denoise, labels)
 
     def unguided(self, labels: Tensor | None = None) -> Denoise:
-        """denoise(x_t, t), a function of (x_t, t) and `labels` [B] alone, of the network itself.
+        """Return denoise(x_t, t) of the network itself, for bits per dimension and likelihoods.
 
-        What bits and likelihoods are taken of. `guidance_model` is left out, and `labels` where the
-        network knows none. A self-conditioned network is shown the estimate 0 in every call: the
-        one of the call before would make the answer depend on the way to x_t, or give x_0 away.
+        It depends on x_t, t and `labels` [B] only. `guidance_model` is ignored, and so are `labels`
+        if the network has no classes. The self-conditioning input is 0 in every call: an estimate
+        from an earlier call would make the output depend on the path to x_t, or reveal x_0.
         """
         own, known = replace(self, guidance_model=None), labels if self.num_classes else None
         return lambda x_t, t: own.bind_conditioning(known)(x_t, t)
 
     def low_resolution_of(self, index: Tensor) -> Tensor | None:
-        """What it is shown at low resolution for the images `index` [B]."""
-        return (
-            None
-            if self.low_resolution_images is None
-            else self.low_resolution_images[
-                index.to(self.low_resolution_images.device) % len(self.low_resolution_images)
-            ]
-        )
+        """The low-resolution inputs [B, C, H, W] of the images `index` [B]; None without any."""
+        images = self.low_resolution_images
+        return None if images is None else images[index.to(images.device) % len(images)]
 
     def noise(self, labels: Tensor | None = None, low_resolution: Tensor | None = None) -> Denoise:
-        """What it thinks of the noise in x_t [B, ...], whatever it predicts."""
+        """Return denoise(x_t, t) that predicts the noise, whatever the parameterization."""
         denoise = self.without_variance(self.bind_conditioning(labels, UNGUIDED, low_resolution))
         return lambda x_t, t: self.parameterization.noise(x_t, t, denoise(x_t, t))
 
     def without_variance(self, denoise: Denoise) -> Denoise:
-        """`denoise` without the learned variance that this network answers behind."""
+        """`denoise` without the channels of a learned variance."""
         return denoise if self.variance == "fixed" else lambda x, t: denoise(x, t).chunk(2, 1)[0]
 
 
@@ -169,5 +161,5 @@ class _ConditionedNetwork:
 
 
 def _as_many(images: Tensor, count: int) -> Tensor:
-    """The images, repeated or cut to `count`: guidance shows each of them twice."""
+    """Repeat or cut images to `count`: classifier-free guidance passes each image twice."""
     return images[:count] if len(images) >= count else images.repeat(count // len(images), 1, 1, 1)

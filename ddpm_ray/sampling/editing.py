@@ -1,7 +1,7 @@
-"""Images edited by a denoiser: a part painted anew, the whole varied, two blended.
+"""Edit images with a denoiser: inpainting, image-to-image, interpolation, reconstruction.
 
-Which noise an image meets is a function of (seed, its index), as in sample.py. Images may be larger
-than those of the network, S x S: it then sees windows of S x S that overlap by half. A mask
+The noise of image i depends on (seed, i) only, as in sampling.py. Images may be larger than the
+network's size S x S: they are then denoised in windows of S x S that overlap by half. A mask
 [N or 1, 1, H, W] is True where a pixel is known.
 """
 
@@ -22,17 +22,17 @@ from ddpm_ray.sampling.denoiser import Denoiser
 from ddpm_ray.sampling.sampling import Images, SamplingPlan, walk
 
 Mask: TypeAlias = npt.NDArray[np.bool_]
-"""[H, W] for all images or [N, H, W]: True where a pixel is known and stays."""
+"""[H, W] for all images or [N, H, W]: True where a pixel is known and kept."""
 Method: TypeAlias = Literal["repaint", "replacement"]
 
 
 @dataclass(frozen=True)
 class Painting:
-    """How what is missing is painted; see `repaint` and `replacement` in diffusion/inpainting."""
+    """Inpainting method; see `repaint` and `replacement` in diffusion/inpainting.py."""
 
     method: Method = "repaint"
-    resamples: int = 10  # repaint: how often each stretch of the way is walked
-    jump_length: int = 10  # repaint: how many of the plan's steps a stretch has
+    resamples: int = 10  # repaint: how often each section of the steps is repeated
+    jump_length: int = 10  # repaint: number of steps of a section
 
 
 def inpaint(
@@ -44,10 +44,10 @@ def inpaint(
     index: Tensor,
     size: int,
 ) -> Tensor:
-    """Images like `known` [N, C, H, W], equal to it to the bit where `mask` is True.
+    """Repaint `known` [N, C, H, W] where `mask` is False; elsewhere the result is bit-identical.
 
-    The rest is painted to fit, by the noise of `index` [N]. `size` is S. Raises ValueError where
-    `repaint` is asked for another walk than the two that it knows.
+    The noise is that of the images `index` [N]; `size` is S. Raises ValueError if the method
+    `repaint` is combined with a sampler or variance that it does not support.
     """
     x_T = normal(plan.seed, Purpose.SAMPLE_START, 0, index, known.shape[1:])
     noise, denoise = (
@@ -61,8 +61,8 @@ def inpaint(
         return inpainting.paste(walk(denoiser, seeing, plan, x_T, noise), known, mask)
     if plan.sampler not in ("ancestral", "ddim") or plan.variance != "fixed_small":
         raise ValueError(
-            f"sampler is {plan.sampler!r} and variance {plan.variance!r}; repaint walks as "
-            "ancestral or ddim, with fixed_small: take these, or method replacement"
+            f"sampler is {plan.sampler!r} and variance {plan.variance!r}; repaint supports "
+            "ancestral and ddim with fixed_small: use one of these, or method=replacement"
         )
     return inpainting.repaint(
         denoiser.schedule, denoise, x_T, plan.steps, known=known, mask=mask, noise=noise,
@@ -80,7 +80,7 @@ def image_to_image(
     index: Tensor,
     size: int,
 ) -> Tensor:
-    """Variations of `images` [N, C, H, W]: noise up to step `strength` T, and the way back.
+    """Vary `images` [N, C, H, W]: add noise up to step `strength` T, then denoise.
 
     (SDEdit, Meng et al. 2022, arXiv:2108.01073.) `size` is S. Raises ValueError for a strength
     outside (0, 1], or below the plan's last step.
@@ -100,10 +100,10 @@ def interpolate(
     image_shape: tuple[int, int, int],
     device: torch.device | str,
 ) -> Tensor:
-    """Images [len(shares), C, H, W] between those that DDIM draws for the two indices `ends`.
+    """Interpolate between the images of the two indices `ends`: [len(shares), C, H, W].
 
-    Each at its share, from 0 to 1, of the arc between the two noises (Song et al. 2021,
-    arXiv:2010.02502, appendix D.5). All have the label of the first end.
+    Image i is DDIM's for the noise at shares[i], 0 to 1, on the arc between the noises of the ends
+    (Song et al. 2021, arXiv:2010.02502, appendix D.5). All have the label of the first end.
     """
     index = torch.tensor(ends, device=device)
     first, last = normal(plan.seed, Purpose.SAMPLE_START, 0, index, image_shape).chunk(2)
@@ -131,14 +131,14 @@ def reconstruct(
     index: Tensor,
     size: int,
 ) -> Tensor:
-    """What DDIM makes of the noise that its inversion finds behind `images` [N, C, H, W].
+    """Invert `images` [N, C, H, W] to noise by DDIM and sample from that noise again.
 
-    How far from them says how well the plan's steps follow the flow. See `ddim_inversion`, also
-    for `iterations`. `size` is S.
+    The error measures how well the plan's steps follow the probability flow. `iterations` is as in
+    `inversion.ddim_inversion`; `size` is S.
     """
     schedule, parameterization = denoiser.schedule, denoiser.parameterization
 
-    def fresh() -> Denoise:  # a self-conditioned network remembers a walk
+    def fresh() -> Denoise:  # with self-conditioning it keeps state of one sampling run
         return denoiser.without_variance(_windowed_denoiser(denoiser, plan, index, images, size))
 
     x_T = inversion.ddim_inversion(
@@ -155,9 +155,9 @@ def reconstruct(
 
 
 def on_canvas(images: Images, top: int, bottom: int, left: int, right: int) -> tuple[Images, Mask]:
-    """uint8 images [N, H, W, C] with so many pixels more on each side, and where they are known.
+    """Add margins to uint8 images [N, H, W, C]; return them and the mask of known pixels [H, W].
 
-    Raises ValueError where all margins are 0.
+    Raises ValueError if all margins are 0.
     """
     if not any((top, bottom, left, right)):
         raise ValueError("top, bottom, left and right are 0; outpainting adds pixels: set one")
@@ -168,9 +168,9 @@ def on_canvas(images: Images, top: int, bottom: int, left: int, right: int) -> t
 
 
 def fit(result: Images, known: Images, mask: Mask) -> dict[str, float | None]:
-    """`known_error` in grey levels, which is to be 0, and `seam`, 1 where none is to be seen.
+    """Measure an inpainting: `known_error` in grey levels (0 if exact) and `seam` (1: invisible).
 
-    See diffusion/inpainting; the seam is the mean over images and None where there is no measure.
+    See diffusion/inpainting.py. The seam is a mean over images, None if it is undefined.
     """
     painted, given = (torch.tensor(x).permute(0, 3, 1, 2).float() for x in (result, known))
     keep = torch.tensor(mask).view(-1, 1, *mask.shape[-2:])
@@ -180,7 +180,7 @@ def fit(result: Images, known: Images, mask: Mask) -> dict[str, float | None]:
 
 
 def windows(height: int, width: int, size: int) -> int:
-    """How many windows of size x size the network sees of an image of height x width."""
+    """Number of windows of size x size that cover an image of height x width."""
     stride = size - size // 2
     return math.prod(1 + math.ceil((length - size) / stride) for length in (height, width))
 
@@ -188,7 +188,7 @@ def windows(height: int, width: int, size: int) -> int:
 def _windowed_denoiser(
     denoiser: Denoiser, plan: SamplingPlan, index: Tensor, images: Tensor, size: int
 ) -> Denoise:
-    """The denoiser of images like these, of the labels that go by `index`."""
+    """The denoiser for `images` with its labels bound, in windows if they exceed `size`."""
     count = windows(images.shape[2], images.shape[3], size)
     labels = plan.labels_of(index.repeat(count), denoiser.num_classes)
     denoise = denoiser.bind_conditioning(labels, plan.guidance)

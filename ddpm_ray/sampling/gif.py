@@ -1,4 +1,4 @@
-"""A film of images coming out of noise: at each step the estimate of what they will be."""
+"""Animated GIF of sampling: the estimate of x_0 at each step."""
 
 from pathlib import Path
 
@@ -11,11 +11,11 @@ from ddpm_ray.sampling.sampling import Images, to_uint8
 
 FRAME_MS = 60
 SHOWN_IMAGES = 16
-LAST_MS = 1500  # the images themselves, to be looked at
+LAST_MS = 1500  # duration of the last frame: the final images
 
 
 class Film:
-    """Frames of the first images drawn; its `add` is a sampler's on_step."""
+    """Collects the frames of a GIF; pass `add` as a sampler's on_step."""
 
     def __init__(self) -> None:
         self._frames: list[Image.Image] = []
@@ -23,14 +23,14 @@ class Film:
         self._rolls = True
 
     def add(self, t: int, x_t: Tensor, x_0: Tensor) -> None:
-        """Keep the estimates x_0 [N, C, H, W] of step t; those of a second batch are not shown."""
+        """Add the estimates x_0 [N, C, H, W] of step t; batches after the first are ignored."""
         self._rolls = self._rolls and (self._last_t is None or t < self._last_t)
         self._last_t = t
         if self._rolls:
             self._frames.append(grid(to_uint8(x_0[:SHOWN_IMAGES])))
 
     def save(self, path: str | Path, images: Images) -> None:
-        """A GIF: the frames, then the first of `images` for a while, again and again."""
+        """Write a looping GIF: the frames, then the first of `images` for longer."""
         first, *others = [*self._frames, grid(images[:SHOWN_IMAGES])]
         times = [FRAME_MS] * len(self._frames) + [LAST_MS]
         write_picture(path, first, save_all=True, append_images=others, duration=times, loop=0)

@@ -1,4 +1,4 @@
-"""Other networks that lead samples: a weaker model to keep away from, a classifier to please."""
+"""Guidance by another network: autoguidance by a weaker model, classifier guidance."""
 
 from collections.abc import Callable, Sequence
 from typing import Literal
@@ -12,21 +12,22 @@ from ddpm_ray.sampling.denoiser import Denoiser, GuidanceModel
 
 
 def autoguidance(strong: Denoiser, weak: Denoiser, scale: float) -> GuidanceModel:
-    """Away from `weak`, a worse model of the same data (Karras et al. 2024, arXiv:2406.02507).
+    """Guide `strong` away from `weak`, a worse model of the same data.
 
-    Raises ValueError where the two do not answer alike: predict the same under the same schedule.
+    (Karras et al. 2024, arXiv:2406.02507.) Raises ValueError unless both have the same
+    parameterization and noise schedule.
     """
     same = torch.equal(strong.schedule.alpha_bar, weak.schedule.alpha_bar) and torch.equal(
         strong.parameterization.u, weak.parameterization.u
     )
     if not same:
         raise ValueError(
-            "the weaker model predicts something else or has another schedule; take one that "
-            "differs in size or in training alone"
+            "the weaker model has another parameterization or noise schedule; take one that "
+            "differs only in size or training"
         )
 
     def guidance_model(denoise: Denoise, labels: Tensor | None) -> Denoise:
-        """`denoise` away from the weaker one, which is told the same labels if it knows any."""
+        """Autoguided `denoise`; the weaker model gets the same labels if it has classes."""
         known = labels if weak.num_classes else None
         return autoguided(denoise, weak.without_variance(weak.bind_conditioning(known)), scale)
 
@@ -41,16 +42,16 @@ def classifier_guidance(
     steps: Sequence[int] | None = None,
     variance: Literal["fixed_small", "fixed_large"] = "fixed_small",
 ) -> GuidanceModel:
-    """Towards each image's label, by `classifier` (x_t, t) -> logits [B, K].
+    """Guide each image towards its label with `classifier`: (x_t, t) -> logits [B, K].
 
-    As `guidance.classifier_guided`, whose algorithm 1 the ancestral sampler's `steps` and
-    `variance` choose (Dhariwal and Nichol 2021, arXiv:2105.05233).
+    (Dhariwal and Nichol 2021, arXiv:2105.05233.) With `steps` and `variance` of the ancestral
+    sampler it is their algorithm 1, otherwise algorithm 2; see `guidance.classifier_guided`.
     """
 
     def guidance_model(denoise: Denoise, labels: Tensor | None) -> Denoise:
-        """`denoise` towards these labels; raises ValueError without any."""
+        """`denoise` guided towards `labels`; raises ValueError for None."""
         if labels is None:
-            raise ValueError("a classifier leads to labels; give labels=[...] for it to lead to")
+            raise ValueError("classifier guidance needs labels; give labels=[...]")
 
         def log_probability(x_t: Tensor, t: Tensor) -> Tensor:
             """log p(label | x_t) of each image, [B]."""

@@ -1,4 +1,4 @@
-"""Pictures of pictures: a grid of samples, and a strip that shows noise becoming images."""
+"""Draw grids of images, and strips that show the steps from noise to image."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ if TYPE_CHECKING:
     from PIL import Image
 
 GUTTER_PIXELS = 2
-GUTTER_GREY = 128  # set off from the black ground of digits and from white ground alike
-MARGIN_PIXELS = 28  # beside a picture, for its captions; more where they are longer
-LEGIBLE_PIXELS = 64  # an image smaller than this is enlarged, by a whole factor
+GUTTER_GREY = 128  # contrasts with both black and white backgrounds
+MARGIN_PIXELS = 28  # margin for captions; wider if a caption is longer
+LEGIBLE_PIXELS = 64  # smaller images are enlarged by an integer factor
 
 
 def grid(
     images: Images, columns: int | None = None, *, min_pixels: int = LEGIBLE_PIXELS
 ) -> Image.Image:
-    """One picture of uint8 images [N, H, W, C], row by row, C 1 (grey) or 3 (RGB), N >= 1.
+    """Arrange uint8 images [N, H, W, C], C 1 (grey) or 3 (RGB), N >= 1, row by row in one picture.
 
-    `columns` makes it about square by default. Images whose shorter side is below `min_pixels`
-    are enlarged by the whole factor that gets them there; each pixel stays a sharp square.
+    Without `columns` the grid is about square. Images with a side below `min_pixels` are enlarged
+    by the smallest sufficient integer factor, without interpolation.
     """
-    from PIL import Image  # only who looks at pictures needs Pillow
+    from PIL import Image  # so that sampling does not need Pillow
 
     if images.ndim != 4 or not len(images) or images.shape[3] not in (1, 3):
         raise ValueError(f"images have shape {list(images.shape)}; a grid shows [N, H, W, 1 or 3]")
@@ -57,10 +57,10 @@ def denoising_strip(
     *,
     columns: int = 10,
 ) -> Image.Image:
-    """A picture of the images `index` [N] being drawn: a column per shown step, T first, 0 last.
+    """Draw the images `index` [N] and show their steps: one column per step, from T to 0.
 
-    Each image has two rows: x_t, and below it the estimate of x_0 that the network makes of it
-    (at t = 0 both are the image). About `columns` steps are shown, evenly spaced over the plan's.
+    Each image has two rows: x_t, and below it the estimate of x_0 at that step (at t = 0 both are
+    the image). About `columns` steps are shown, evenly spaced over the plan's.
     """
     places = np.linspace(0, len(plan.steps) - 1, max(2, min(columns, len(plan.steps)))).round()
     shown = [plan.steps[int(place)] for place in places]
@@ -80,7 +80,7 @@ def denoising_strip(
 
 
 def captioned(picture: Image.Image, above: Sequence[str], beside: Sequence[str]) -> Image.Image:
-    """`picture` with a margin of captions: `above` equal columns, and left of equal rows."""
+    """Add captions to `picture`: `above` its equal columns, and left of its equal rows."""
     from PIL import Image, ImageDraw, ImageFont
 
     font = ImageFont.load_default(size=14)

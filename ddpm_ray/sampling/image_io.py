@@ -1,4 +1,4 @@
-"""Picture files that a person names: images and masks as a model takes them, and results."""
+"""Read image and mask files for editing, and write results."""
 
 import io
 from pathlib import Path
@@ -18,14 +18,14 @@ from ddpm_ray.data.packing.image_files import (
 from ddpm_ray.sampling.editing import Mask
 from ddpm_ray.storage import object_store
 
-WHITE = 128  # of 255: pixels of a mask from here on are white, or opaque
-MOST_PIXELS = 64_000_000  # more are refused before they are decoded
+WHITE = 128  # mask pixels and alpha values from here to 255 count as white, as opaque
+MOST_PIXELS = 64_000_000  # larger images are refused before they are decoded
 
 
 def read_image(file: str, channels: int) -> npt.NDArray[np.uint8]:
-    """uint8 [H, W, C] of a picture file; C is 1 for `channels` 1, else 3. See data/image_files.
+    """Read an image file as uint8 [H, W, C]; C is 1 for `channels` 1, else 3.
 
-    Raises BadImageError.
+    Raises BadImageError; see data/packing/image_files.py for the accepted formats.
     """
     remedy = "name a picture of one frame, of 8 bits grey or RGB"
     try:
@@ -37,11 +37,11 @@ def read_image(file: str, channels: int) -> npt.NDArray[np.uint8]:
 
 
 def read_mask(file: str) -> Mask:
-    """[H, W], False where the picture is white (128 of 255 and above), which is painted anew.
+    """Read a mask file as bool [H, W]: False where it is white (128 and above), to be repainted.
 
-    Of a picture with transparent pixels the opaque ones must be all white, as a layer that was
-    painted on, whose transparent pixels stay; or all dark, as one in which a hole was erased, which
-    is painted. Raises BadImageError for any other, and where all is painted or nothing.
+    A file with transparent pixels is accepted in two forms: its opaque pixels are all white (a
+    painted layer: white is repainted), or all dark (erased holes: transparent is repainted). Raises
+    BadImageError for other files, and if all or no pixels would be repainted.
     """
     grey = read_image(file, channels=1)[..., 0]
     white = grey >= WHITE
@@ -70,7 +70,7 @@ def read_mask(file: str) -> Mask:
 
 
 def _opaque(file: str) -> npt.NDArray[np.bool_] | None:
-    """[H, W], where a readable picture is opaque; None where it is so everywhere."""
+    """bool [H, W], True where the picture is opaque; None if it has no transparent pixel."""
     with Image.open(io.BytesIO(Path(file).read_bytes()), formats=FORMATS) as image:
         if not image.has_transparency_data:
             return None
@@ -83,9 +83,9 @@ def _opaque(file: str) -> npt.NDArray[np.bool_] | None:
 
 
 def write_picture(file: str | Path, image: Image.Image, **options: Any) -> None:
-    """Write `image` whole, in the format of the file's suffix; `options` are that format's.
+    """Write `image` atomically in the format of the file's suffix; `options` go to Pillow's save.
 
-    Raises StorageError, and leaves what was there, where the disk is full or forbids it.
+    Raises StorageError and keeps the old file if the disk is full or not writable.
     """
     encoded = io.BytesIO()
     image.save(encoded, Image.registered_extensions()[Path(file).suffix.lower()], **options)

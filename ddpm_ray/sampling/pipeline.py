@@ -1,4 +1,4 @@
-"""What a notebook holds of a trained network: images in and out as uint8, arguments checked."""
+"""The notebook interface to a trained model: uint8 images in and out, checked arguments."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,61 +27,62 @@ Share: TypeAlias = Annotated[float, limits(above=0, at_most=1)]
 
 
 def _unknown() -> None:
-    """No names."""
+    """The label names of a model that has none."""
 
 
 @dataclass(frozen=True, eq=False)
 class TrainedModel:
-    """A trained network and all that sampling from it needs; what `ddpm_ray.load` returns.
+    """A trained model ready for sampling; returned by `ddpm_ray.load`.
 
-    Samples are drawn as the run was configured: by `settings`, its `sampling` group, which also
-    says how many steps one image takes (`settings.steps`, the T of a run that names all of them).
-    Every method takes these settings as keyword arguments, for one call and each on its own:
+    `settings`, the `sampling` group of the run's config, holds the defaults; `settings.steps` is
+    the number of steps per image (T for a run that samples with all steps). Every method accepts
+    these settings as keyword arguments for one call:
     `sampler`, `steps`, `spacing`, `eta`, `variance`, `clip`, `dynamic_quantile`, `seed`,
     `batch_size`, `labels`, `guidance_scale`, `guidance_rescale`, `guidance_above_sigma` and
-    `guidance_below_sigma`; None leaves the run's own. `with_settings` sets them for all calls.
+    `guidance_below_sigma`; None keeps the run's value. `with_settings` sets them for all calls.
 
-    Of one `seed`, image i of a call is the same in any call. Of a model trained with labels, it has
-    labels[i % len(labels)], numbers or names of classes, all in turn where there are none. Up to
-    rounding (one grey level in few pixels) `batch_size`, the images in one network call, changes
-    only speed and memory. All raise ValueError for what cannot be.
+    Image i is determined by `seed` and i. If the model has classes, image i has the label
+    labels[i % len(labels)], given by number or name; without `labels`, all classes in turn.
+    `batch_size` is the number of images per network call: it changes speed and memory, and results
+    only by rounding (one grey level in few pixels). All methods raise ValueError for invalid
+    arguments.
 
-    Images to be edited may be larger than the model's: it then sees windows that overlap by half.
-    They are uint8 arrays, torch tensors, or lists of such images or of PIL's.
+    Images to edit are uint8 arrays, torch tensors, or lists of these or of PIL images. They may be
+    larger than the model's images, which are then denoised in windows that overlap by half.
     """
 
-    denoiser: Denoiser  # its network is in eval mode, on `device`
+    denoiser: Denoiser  # network in eval mode on `device`
     image_shape: tuple[int, int, int]  # (C, H, W)
     provenance: dict[str, Any]  # config, step and sha256 of the weights
     device: torch.device | str = "cpu"
 
     def __repr__(self) -> str:
-        """One line: a notebook shows what a cell ends with."""
+        """Checkpoint, step, image shape and device, in one line."""
         where, step = (self.provenance.get(key) for key in ("checkpoint", "step"))
         channels, height, width = self.image_shape
         return f"TrainedModel({where}, step {step}, {height}x{width}x{channels}, {self.device})"
 
-    settings: SamplingConfig = field(default_factory=SamplingConfig)  # the run's own
-    find_label_names: Callable[[], Sequence[str] | None] = _unknown  # old runs ask their data set
-    drops_labels: bool = True  # trained with some labels left out, as guidance needs it
+    settings: SamplingConfig = field(default_factory=SamplingConfig)  # of the run
+    find_label_names: Callable[[], Sequence[str] | None] = _unknown  # lazy: may read the data set
+    drops_labels: bool = True  # trained with label dropout, which guidance needs
 
     @property
     def label_names(self) -> Sequence[str] | None:
-        """Names of classes 0, 1, ...; None where there are no classes, or nobody knows."""
+        """Names of classes 0, 1, ...; None without classes or if their names are unknown."""
         return self.find_label_names()
 
     def with_settings(self, **settings: Unpack[SamplingArguments]) -> "TrainedModel":
-        """The model with these settings in place of the run's own, for all calls."""
+        """A copy of the model with these settings as defaults for all calls."""
         chosen = self._chosen(settings)
-        self.plan_of(chosen)  # tell now what the model cannot do
+        self.plan_of(chosen)  # raises for settings that this model does not support
         return replace(self, settings=chosen)
 
     @checks_arguments
     def sample(self, num_images: NumImages, **settings: Unpack[SamplingArguments]) -> Images:
-        """uint8 images [num_images, H, W, C], drawn from noise as the run draws its own.
+        """Draw uint8 images [num_images, H, W, C] with the run's settings.
 
-        That takes `settings.steps` network calls per batch, 1,000 for many a run: a smaller
-        `steps`, with a `sampler` as unipc, is an order of magnitude faster.
+        Each batch takes about `settings.steps` network calls, 1,000 for many runs; fewer `steps`
+        with a sampler such as unipc are an order of magnitude faster.
         """
         chosen = self._chosen(settings)
         return self.draw(self.plan_of(chosen), num_images, chosen.batch_size)
@@ -97,14 +98,15 @@ class TrainedModel:
         jump_length: Count = 10,
         **settings: Unpack[SamplingArguments],
     ) -> Images:
-        """uint8 [N, H, W, C]: `images` with all that `mask` does not keep painted anew.
+        """Repaint the pixels of `images` where `mask` is False; returns uint8 [N, H, W, C].
 
-        `mask` [H, W], or [N, H, W], is True (or 1) where a pixel is known, and there it comes back
-        exactly; image editors and diffusers, whose white is what is painted, mean the opposite: ~
-        turns one into the other. `repaint` walks each stretch of `jump_length` steps `resamples`
-        times, so that what is painted agrees with what is known: about `resamples` times the
-        network calls of `replacement`, which walks once. (Lugmayr et al. 2022, arXiv:2201.09865.)
-        `repaint` takes the run's settings but for the sampler, ancestral with fixed_small.
+        `mask` [H, W] or [N, H, W] is True (or 1) where a pixel is known; known pixels are returned
+        unchanged. diffusers and image editors use the opposite convention: invert with ~.
+
+        `repaint` (Lugmayr et al. 2022, arXiv:2201.09865) repeats each section of `jump_length`
+        steps `resamples` times to make the result consistent with the known pixels, which takes
+        about `resamples` times the network calls of `replacement`. By default it uses the run's
+        settings with the sampler ancestral and fixed_small.
         """
         chosen = self._chosen(settings, repaint=method == "repaint")
         painting = Painting(method, resamples, jump_length)
@@ -124,9 +126,10 @@ class TrainedModel:
         jump_length: Count = 10,
         **settings: Unpack[SamplingArguments],
     ) -> Images:
-        """uint8 [N, top + H + bottom, left + W + right, C]: `images`, exactly, and what surrounds.
+        """Extend `images` by margins; returns uint8 [N, top + H + bottom, left + W + right, C].
 
-        The rest is as in `inpaint`. The whole must be at least as large as the model's images.
+        Other arguments are as in `inpaint`. The result must be at least as large as the model's
+        images.
         """
         chosen = self._chosen(settings, repaint=method == "repaint")
         painting = Painting(method, resamples, jump_length)
@@ -138,26 +141,26 @@ class TrainedModel:
     def image_to_image(
         self, images: Images, strength: Share, **settings: Unpack[SamplingArguments]
     ) -> Images:
-        """uint8 [N, H, W, C]: `images` noised up to step `strength` T and drawn again from there.
+        """Vary `images` by SDEdit: add noise up to step `strength` T and denoise from there.
 
-        At a `strength` near 0 they stay as they are, at 1 hardly anything is left of them; it takes
-        about strength times `steps`. (SDEdit, Meng et al. 2022, arXiv:2108.01073.)
+        Returns uint8 [N, H, W, C]. A `strength` near 0 keeps the images, 1 keeps almost nothing of
+        them. Takes about strength times `steps` steps. (Meng et al. 2022, arXiv:2108.01073.)
         """
         chosen = self._chosen(settings)
         return self.vary(self.plan_of(chosen), images, strength, chosen.batch_size)
 
     def enlarge(self, images: Images, **settings: Unpack[SamplingArguments]) -> Images:
-        """uint8 [N, H, W, C]: `images` [N, h, w, C] at the size of the model's, details invented.
+        """Upscale `images` [N, h, w, C] to the model's size; returns uint8 [N, H, W, C].
 
-        Of a model trained for super-resolution (Saharia et al. 2021, arXiv:2104.07636), as the
-        last of a cascade (Ho et al. 2022, arXiv:2106.15282).
+        For models trained for super-resolution (Saharia et al. 2021, arXiv:2104.07636), such as
+        the last stage of a cascade (Ho et al. 2022, arXiv:2106.15282).
         """
         chosen = self._chosen(settings)
         return self.upscale(self.plan_of(chosen), images, chosen.batch_size)
 
     @checks_arguments
     def upscale(self, plan: SamplingPlan, images: Images, batch_size: Count) -> Images:
-        """`enlarge` by a plan."""
+        """As `enlarge`, with a sampling plan."""
         found = as_images(images, self.image_shape[0])
         pixels, size = self.denoiser.low_resolution_pixels, self.image_shape[1:]
         if found.shape[1:3] != (pixels, pixels):
@@ -179,11 +182,11 @@ class TrainedModel:
         label: int | str | None = None,
         **settings: Unpack[SamplingArguments],
     ) -> Images:
-        """uint8 [num_images, H, W, C]: from image `first` of `seed` to image `last`, by DDIM.
+        """Interpolate between images `first` and `last` of `seed`: uint8 [num_images, H, W, C].
 
-        Evenly along the arc between their noises, ends included. All have one `label`, by default
-        that of `first`; DDIM adds no noise here, whatever the run's own sampler and `eta` are.
-        (Song et al. 2021, arXiv:2010.02502, appendix D.5.)
+        Their noises are interpolated spherically in equal steps, ends included, and denoised by
+        deterministic DDIM, whatever the run's sampler. All images have one `label`, by default
+        that of `first`. (Song et al. 2021, arXiv:2010.02502, appendix D.5.)
         """
         if label is not None:
             if settings.get("labels") is not None:
@@ -204,10 +207,10 @@ class TrainedModel:
     def reconstruct(
         self, images: Images, *, iterations: Count = 1, **settings: Unpack[SamplingArguments]
     ) -> Images:
-        """uint8 [N, H, W, C]: `images` taken to their noise by DDIM's inversion, and back again.
+        """Encode `images` to noise by DDIM inversion and decode them; returns uint8 [N, H, W, C].
 
-        More `steps` or `iterations` bring back more of them; guidance does not, and the run's own
-        is left out. (Song et al. 2021, section 4.3.)
+        More `steps` or `iterations` reduce the error. Guidance increases it, so the run's guidance
+        is not used unless given. (Song et al. 2021, section 4.3.)
         """
         settings.setdefault("guidance_scale", 1.0)
         chosen = self._deterministic(settings)
@@ -219,11 +222,11 @@ class TrainedModel:
         return self._edited(edit, images, chosen.batch_size)
 
     def plan(self, **settings: Unpack[SamplingArguments]) -> SamplingPlan:
-        """The steps of the run's own settings with these in their place."""
+        """The sampling plan of the run's settings with these overrides."""
         return self.plan_of(self._chosen(settings))
 
     def plan_of(self, settings: SamplingConfig) -> SamplingPlan:
-        """The steps of these settings; raises ValueError for what this model cannot do."""
+        """The sampling plan of `settings`; raises ValueError for unsupported ones."""
         of = self.denoiser
         model = Conditioned(of.num_classes, self.drops_labels, of.variance != "fixed")
         guided = of.guidance_model is not None
@@ -254,9 +257,10 @@ class TrainedModel:
         batch_size: Count,
         on_step: OnStep | None = None,
     ) -> Images:
-        """The images 0..num_images-1 of `plan`, uint8 [num_images, H, W, C].
+        """Draw images 0..num_images-1 with `plan`: uint8 [num_images, H, W, C].
 
-        `on_step(t, x_t, x_0_estimate)` sees each step of each batch, and copies what it keeps.
+        `on_step(t, x_t, x_0_estimate)` is called at each step of each batch and must copy tensors
+        that it keeps.
         """
         indices, shape = range(num_images), self.image_shape
         return draw_uint8(self.denoiser, plan, indices, shape, self.device, batch_size, on_step)
@@ -265,7 +269,7 @@ class TrainedModel:
     def paint(
         self, plan: SamplingPlan, painting: Painting, images: Images, mask: Mask, batch_size: Count
     ) -> Images:
-        """`inpaint` by a plan; `repaint` takes those of ancestral and ddim alone."""
+        """As `inpaint`, with a sampling plan; `repaint` supports ancestral and ddim only."""
         known, size = as_images(images, self.image_shape[0]), self.image_shape[1]
         keep = torch.from_numpy(as_mask(mask, known)).to(self.device)
 
@@ -279,7 +283,7 @@ class TrainedModel:
     def vary(
         self, plan: SamplingPlan, images: Images, strength: Share, batch_size: Count
     ) -> Images:
-        """`image_to_image` by a plan."""
+        """As `image_to_image`, with a sampling plan."""
         size = self.image_shape[1]
 
         def edit(x: Tensor, index: Tensor) -> Tensor:
@@ -290,13 +294,13 @@ class TrainedModel:
     def _edited(
         self, edit: Callable[[Tensor, Tensor], Tensor], images: Images, batch_size: int
     ) -> Images:
-        """All images by `edit(x [b, C, H, W], their indices [b])`."""
+        """Apply `edit(x [b, C, H, W], indices [b])` to all images in batches."""
         found = as_images(images, self.image_shape[0])
         (_, size, _), (count, height, width, _) = self.image_shape, found.shape
         if min(height, width) < size:
             raise ValueError(
-                f"images are {height} x {width} and those of the model {size} x {size}; it edits "
-                "none that are smaller: enlarge them, or outpaint with margins"
+                f"images are {height} x {width}; the model edits images of at least {size} x "
+                f"{size}: enlarge them, or outpaint with margins"
             )
         at_once = max(1, batch_size // editing.windows(height, width, size))
         parts = []

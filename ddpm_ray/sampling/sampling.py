@@ -1,8 +1,8 @@
-"""Images from a denoiser: which image is a function of (seed, its index), and of nothing else.
+"""Draw images from a denoiser; image i depends on (seed, i) only.
 
-Whether an index is drawn alone, in a batch of 64 or on another worker, its start noise and its
-fresh noise are the same. What a network makes of them may differ in the last bits between batch
-sizes, because its matrix products then sum in another order.
+The noise of image i is the same whether it is drawn alone, in a batch of 64 or on another worker.
+Images may still differ in the last bits between batch sizes, because matrix products then sum in
+another order.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,33 +28,33 @@ Images: TypeAlias = npt.NDArray[np.uint8]  # [N, H, W, C]
 
 @dataclass(frozen=True)
 class SamplingPlan:
-    """All that fixes an image beside the denoiser and the image's index."""
+    """Sampling settings: with the denoiser and an index they determine an image."""
 
-    steps: tuple[int, ...]  # falls from T to 0
+    steps: tuple[int, ...]  # strictly decreasing from T to 0
     sampler: Sampler = "ddim"
-    eta: float = 0.0  # ddim only: 0 adds no fresh noise, 1 as much as ancestral
+    eta: float = 0.0  # ddim only: 0 is deterministic, 1 adds as much noise as ancestral
     variance: Variance = "fixed_small"
     clip: bool = True
-    dynamic_quantile: float = 0.0  # clip by each image's own quantile of |x_0|; 0: to [-1, 1]
+    dynamic_quantile: float = 0.0  # dynamic thresholding quantile of |x_0|; 0: clip to [-1, 1]
     seed: int = 0
-    labels: tuple[int, ...] = ()  # image i has labels[i % their number]; empty: all in turn
+    labels: tuple[int, ...] = ()  # image i has labels[i % len]; empty: i % num_classes
     guidance: Guidance = UNGUIDED
 
     def labels_of(self, index: Tensor, num_classes: int) -> Tensor | None:
-        """The labels int64 [N] of the images `index` [N], of a model that knows so many."""
+        """The labels int64 [N] of the images `index` [N]; None without classes."""
         if self.labels:
             return torch.tensor(self.labels, device=index.device)[index % len(self.labels)]
         return index % num_classes if num_classes else None
 
     def clipping(self) -> Clip | None:
-        """What becomes of each estimate of x_0."""
+        """How estimates of x_0 are clipped; None: not at all."""
         if not self.clip:
             return None
         return clip_to_quantile(self.dynamic_quantile) if self.dynamic_quantile else clip_to_range
 
 
 def first_step(schedule: NoiseSchedule, sampler: Sampler) -> int:
-    """Where a walk begins: at T, but for those that divide by alpha_bar, where noise is enough."""
+    """The first step: T, or the noisiest usable step for samplers that divide by alpha_bar."""
     if sampler in ("heun", "plms"):
         return timestep_spacing.noisiest_step(schedule)
     return schedule.num_steps
@@ -63,9 +63,9 @@ def first_step(schedule: NoiseSchedule, sampler: Sampler) -> int:
 def sampling_plan(
     settings: SamplingConfig, schedule: NoiseSchedule, label_names: Sequence[str] | None = None
 ) -> SamplingPlan:
-    """The steps of these settings for a model of this schedule; names of labels by their numbers.
+    """The plan of `settings` for a model with this schedule; label names become numbers.
 
-    Raises ValueError for a label that `label_names` lacks.
+    Raises ValueError for a label that is not in `label_names`.
     """
     first = first_step(schedule, settings.sampler)
     count = min(settings.steps, first)
@@ -105,10 +105,10 @@ def draw(
     *,
     on_step: OnStep | None = None,
 ) -> Tensor:
-    """Images float32 [N, C, H, W], in about [-1, 1], of the indices `index` [N] int64.
+    """Draw the images `index` [N] int64: float32 [N, C, H, W], about in [-1, 1].
 
-    `image_shape` is (C, H, W). `on_step(t, x_t, x_0_estimate)` sees each step; it copies what it
-    wants to keep. Raises ValueError for steps that the sampler cannot take.
+    `image_shape` is (C, H, W). `on_step(t, x_t, x_0_estimate)` is called at each step and must copy
+    tensors that it keeps. Raises ValueError for steps that the sampler does not support.
     """
 
     def noise(t: int) -> Tensor:
@@ -129,12 +129,14 @@ def walk(
     noise: Noise,
     on_step: OnStep | None = None,
 ) -> Tensor:
-    """From x_T down plan.steps by plan.sampler, with `denoise` that `denoiser` has bound."""
+    """Run plan.sampler from x_T over plan.steps; `denoise` is `denoiser` with its inputs bound."""
     schedule, parameterization, clip = denoiser.schedule, denoiser.parameterization, plan.clipping()
     if plan.sampler == "ancestral":
         variance = denoiser.variance if plan.variance == "learned" else plan.variance
         if variance == "fixed":
-            raise ValueError("variance is 'learned', but the network answers none; use fixed_small")
+            raise ValueError(
+                "variance is 'learned', but the network predicts none; use fixed_small"
+            )
         if plan.variance != "learned":
             denoise = denoiser.without_variance(denoise)
         return samplers.ancestral(

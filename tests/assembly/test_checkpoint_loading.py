@@ -171,7 +171,7 @@ CLASSIFIER = (
 def test_a_classifier_and_a_model_are_not_taken_for_each_other(tmp_path: Path) -> None:
     classifier = committed(configured(*CLASSIFIER), tmp_path / "classifier")
     unet = committed(configured(), tmp_path / "unet")
-    with pytest.raises(ConfigError, match=r"holds a classifier, which draws nothing"):
+    with pytest.raises(ConfigError, match=r"holds a classifier, which draws no images"):
         checkpoint_loading.trained_model(classifier)
     with pytest.raises(ConfigError, match=r"holds no classifier: train one with model\.kind="):
         checkpoint_loading.trained_classifier(unet)

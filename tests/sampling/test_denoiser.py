@@ -114,7 +114,7 @@ def test_each_image_is_shown_its_own_low_resolution_by_its_index() -> None:
 @pytest.mark.parametrize("pixels, says", [(0, "is not for"), (1, "is for")])
 def test_low_resolution_is_shown_to_those_who_want_it_alone(pixels: int, says: str) -> None:
     given = None if pixels else torch.zeros(2, *SHAPE)
-    with pytest.raises(ValueError, match=f"{says} super-resolution .* to them alone"):
+    with pytest.raises(ValueError, match=f"{says} super-resolution .* and only to them"):
         Denoiser(Seen(), EPSILON, low_resolution_pixels=pixels).bind_conditioning(
             low_resolution=given
         )
@@ -145,7 +145,7 @@ def test_a_learned_variance_reaches_the_sampler_that_reads_it_alone() -> None:
             denoiser, SamplingPlan((40, 0), "unipc", variance="learned"),
             torch.arange(2), SHAPE, "cpu",
         )  # fmt: skip
-    with pytest.raises(ValueError, match="the network answers none; use fixed_small"):
+    with pytest.raises(ValueError, match="the network predicts none; use fixed_small"):
         draw(Denoiser(Seen(), EPSILON), plan, torch.arange(2), SHAPE, "cpu")
 
 

@@ -130,7 +130,7 @@ def test_repaint_takes_the_eta_of_ddim_and_of_ancestral_1() -> None:
     assert torch.equal(painted(), painted(sampler="ddim", eta=1.0))
     assert not torch.equal(painted(), painted(sampler="ddim", eta=0.5))
     for changes in ({"sampler": "unipc"}, {"variance": "fixed_large"}):
-        with pytest.raises(ValueError, match=r"repaint walks as ancestral or ddim, with fixed"):
+        with pytest.raises(ValueError, match=r"repaint supports ancestral and ddim with fixed"):
             painted(**changes)
 
 

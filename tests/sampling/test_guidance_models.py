@@ -55,7 +55,7 @@ def test_two_that_answer_differently_are_refused(other: Parameterization) -> Non
         cosine = NoiseSchedule(schedules.cosine(40))
         other = Parameterization.of("epsilon", cosine)
     weak = Denoiser(strong.network, other)
-    with pytest.raises(ValueError, match="predicts something else or has another schedule"):
+    with pytest.raises(ValueError, match="another parameterization or noise schedule"):
         guidance_models.autoguidance(strong, weak, 2)
 
 
@@ -81,7 +81,7 @@ def test_a_classifier_leads_each_image_to_its_own_label_even_without_a_class_net
 def test_a_classifier_needs_labels() -> None:
     plain = by_label(0.5, 0)
     guidance_model = guidance_models.classifier_guidance(lambda x, t: x.flatten(1), plain, 1.0)
-    with pytest.raises(ValueError, match=r"leads to labels; give labels=\[...\]"):
+    with pytest.raises(ValueError, match=r"classifier guidance needs labels; give labels=\[...\]"):
         guided(plain, guidance_model, None)
 
 
