@@ -1,6 +1,7 @@
-"""A classifier of noisy images, for guidance (Dhariwal and Nichol 2021, arXiv:2105.05233).
+"""Classifier of noisy images for classifier guidance.
 
-Section 4 and appendix H: the half of the U-Net that halves the sides, then an attention pool.
+(Dhariwal and Nichol 2021, arXiv:2105.05233, section 4 and appendix H.) It is the down path of the
+U-Net followed by attention pooling.
 """
 
 import math
@@ -28,9 +29,9 @@ from ddpm_ray.models.unet import Parts, check_sizes, down_path, pyramid
 class NoisyClassifier(nn.Module):
     """x_t [B, C, H, W], t [B] int64 in 1..T -> logits [B, K] of the classes 0..K-1.
 
-    The arguments are UNet's. Before training all logits are exactly 0. To guide, take the gradient
-    of log_softmax(logits)[y] with respect to x_t (algorithm 1). GUIDED as `variant` gives the
-    paper's blocks. Raises ValueError where the sizes do not fit together.
+    The arguments are those of UNet. Before training all logits are exactly 0. Guidance uses the
+    gradient of log_softmax(logits)[y] with respect to x_t (algorithm 1). The variant GUIDED gives
+    the paper's blocks. Raises ValueError for inconsistent sizes.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class NoisyClassifier(nn.Module):
         zero_init(self.out)
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """log p(y | x_t) up to a constant, [B, K]."""
+        """Logits [B, K]: log p(y | x_t) up to a constant."""
         embedding = self.time(t)
         h = self.conv_in(x_t)
         for module in self.down:
@@ -80,9 +81,10 @@ class NoisyClassifier(nn.Module):
 
 
 class AttentionPool(nn.Module):
-    """[B, C, H, W] of so many pixels -> [B, C]: what their mean, as the query, attends to.
+    """Attention pooling: [B, C, H, W] -> [B, C], with the mean over the pixels as the query.
 
-    (Radford et al. 2021, arXiv:2103.00020, section 2.3.) Of `variant`, the heads count.
+    (Radford et al. 2021, arXiv:2103.00020, section 2.3.) `pixels` is H W. Uses the number of heads
+    of `variant`.
     """
 
     def __init__(self, channels: int, pixels: int, variant: Variant = HO) -> None:
@@ -93,7 +95,7 @@ class AttentionPool(nn.Module):
         xavier_init(self.query_key_value, fused=3)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C]; the mean pixel is itself one of those attended to."""
+        """Return [B, C]; keys and values are those of the mean and of all pixels."""
         pixels = x.flatten(2).transpose(1, 2)  # [B, H*W, C]
         tokens = torch.cat([pixels.mean(dim=1, keepdim=True), pixels], dim=1) + self.position
         query, key, value = in_heads(self.query_key_value(tokens), self.num_heads)

@@ -1,4 +1,4 @@
-"""The parts of the U-Net of Ho et al. 2020 (arXiv:2006.11239, appendix B), each one idea.
+"""Layers of the U-Net of Ho et al. 2020 (arXiv:2006.11239, appendix B).
 
 B: batch; C: channels; H, W: height and width; E: width of the time embedding.
 """
@@ -17,35 +17,41 @@ Resample: TypeAlias = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Variant:
-    """Where published U-Nets part ways; the defaults are Ho et al.'s.
+    """Options in which published U-Nets differ; the defaults are Ho et al.'s.
 
-    GUIDED is Dhariwal and Nichol's (2021, arXiv:2105.05233, section 3 and appendix G), up to the
-    number of heads.
+    GUIDED is Dhariwal and Nichol's (2021, arXiv:2105.05233, section 3 and appendix G) except for
+    the number of heads.
     """
 
     norm_eps: float = 1e-6
-    num_heads: int = 1  # of each attention
-    head_channels: int = 0  # above 0: a head for each so many channels, whatever num_heads is
-    scale_shift: bool = False  # t scales and shifts what norm_2 gives; otherwise adds to its input
-    resampling_blocks: bool = False  # residual blocks resample, not convolutions
-    pads_both_sides: bool = False  # before a strided convolution; otherwise the end alone
-    cosines_first: bool = False  # in the embedding of t
-    frequency_shift: int = 1  # 1: its lowest frequency is 1/10,000; 0: just above
+    num_heads: int = 1  # heads per attention
+    head_channels: int = 0  # channels per head; above 0 it overrides num_heads
+    scale_shift: bool = (
+        False  # t scales and shifts the output of norm_2; else is added to its input
+    )
+    resampling_blocks: bool = False  # residual blocks resample instead of convolutions
+    pads_both_sides: bool = False  # padding of strided convolutions; else at the end only
+    cosines_first: bool = False  # order in the embedding of t
+    frequency_shift: int = 1  # 1: the lowest frequency is 1/10,000; 0: slightly higher
 
 
 HO = Variant()
 GUIDED = Variant(
-    norm_eps=1e-5, scale_shift=True, resampling_blocks=True, pads_both_sides=True,
-    cosines_first=True, frequency_shift=0,
-)  # fmt: skip
+    norm_eps=1e-5,
+    scale_shift=True,
+    resampling_blocks=True,
+    pads_both_sides=True,
+    cosines_first=True,
+    frequency_shift=0,
+)
 
 
 def sinusoidal_embedding(t: Tensor, width: int, variant: Variant = HO) -> Tensor:
-    """[B, width] float32 for counts t [B] from 0: all sines, then all cosines; width is even.
+    """Embed t [B], counted from 0, as [B, width] float32: all sines, then all cosines.
 
-    Angular frequencies fall geometrically from 1 to 1/10,000, both included (Vaswani et al. 2017,
-    arXiv:1706.03762, section 3.5, with the ends as Ho et al.'s code has them). Of `variant`,
-    cosines_first and frequency_shift count.
+    Angular frequencies decrease geometrically from 1 to 1/10,000, both included (Vaswani et al.
+    2017, arXiv:1706.03762, section 3.5, with the end points of Ho et al.'s code). `width` is even.
+    Uses cosines_first and frequency_shift of `variant`.
     """
     half = width // 2
     spacing = math.log(10_000) / max(half - variant.frequency_shift, 1)
@@ -56,24 +62,24 @@ def sinusoidal_embedding(t: Tensor, width: int, variant: Variant = HO) -> Tensor
 
 
 def conv(channels_in: int, channels_out: int, kernel: int = 3) -> nn.Conv2d:
-    """A convolution that keeps [H, W], initialised by `xavier_init`."""
+    """A convolution that preserves [H, W], with `xavier_init`."""
     layer = nn.Conv2d(channels_in, channels_out, kernel, padding=kernel // 2)
     xavier_init(layer)
     return layer
 
 
 def dense(width_in: int, width_out: int) -> nn.Linear:
-    """A dense layer, initialised by `xavier_init`."""
+    """A dense layer with `xavier_init`."""
     layer = nn.Linear(width_in, width_out)
     xavier_init(layer)
     return layer
 
 
 def xavier_init(layer: nn.Conv2d | nn.Linear, fused: int = 1) -> None:
-    """Fill the weight with U(-a, a), a^2 = 6 / (fan_in + fan_out), and the bias with 0.
+    """Initialise the weight from U(-a, a), a^2 = 6 / (fan_in + fan_out), and the bias to 0.
 
-    A layer that fuses several of equal width counts the fan_out of one. (Glorot and Bengio 2010;
-    Ho et al.'s code: variance scaling, scale 1, average fan, uniform.)
+    `fused` is the number of equal layers that the layer combines; fan_out is that of one of them.
+    (Glorot and Bengio 2010; Ho et al.'s code: variance scaling, scale 1, average fan, uniform.)
     """
     for part in layer.weight.chunk(fused):
         nn.init.xavier_uniform_(part)
@@ -82,13 +88,13 @@ def xavier_init(layer: nn.Conv2d | nn.Linear, fused: int = 1) -> None:
 
 
 def zero_init(layer: nn.Conv2d | nn.Linear) -> None:
-    """Set a layer to 0: what it ends starts as the identity (Ho et al.'s code, init_scale=0)."""
+    """Set all parameters to 0: a residual branch starts at 0 (Ho et al.'s init_scale=0)."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
 
 
 class TimeEmbedding(nn.Module):
-    """Steps t [B] in 1..T -> [B, E], swish already applied, as each block's projection wants it."""
+    """Steps t [B] in 1..T -> [B, E], including the swish before each block's projection."""
 
     def __init__(self, base_channels: int, width: int, variant: Variant = HO) -> None:
         super().__init__()
@@ -97,11 +103,11 @@ class TimeEmbedding(nn.Module):
         self.dense_2 = dense(width, width)
 
     def forward(self, t: Tensor, label: Tensor | None = None) -> Tensor:
-        """[B, E] float for t [B] int64 and, where there are classes, their embedding [B, E].
+        """Return [B, E] for t [B] int64 and the class embedding `label` [B, E], if there is one.
 
         The two are added before the last swish (Dhariwal and Nichol 2021, arXiv:2105.05233, 2.2).
         """
-        # Ho et al.'s code counts from 0.
+        # Ho et al.'s code counts steps from 0.
         counted_from_0 = sinusoidal_embedding(t - 1, self.base_channels, self.variant)
         hidden = self.dense_1(counted_from_0.to(self.dense_1.weight.dtype))
         embedding: Tensor = self.dense_2(F.silu(hidden))
@@ -109,19 +115,19 @@ class TimeEmbedding(nn.Module):
 
 
 def downsample_2x(x: Tensor) -> Tensor:
-    """[B, C, H, W] -> [B, C, H/2, W/2]: the mean of each 2x2."""
+    """[B, C, H, W] -> [B, C, H/2, W/2]: 2x2 average pooling."""
     return F.avg_pool2d(x, 2)
 
 
 def upsample_2x(x: Tensor) -> Tensor:
-    """[B, C, H, W] -> [B, C, 2H, 2W]: each pixel becomes four."""
+    """[B, C, H, W] -> [B, C, 2H, 2W]: nearest-neighbour interpolation."""
     return F.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
 class ResBlock(nn.Module):
-    """[B, C_in, H, W], [B, E] -> [B, C_out, H, W]; starts as its own skip connection.
+    """Residual block: [B, C_in, H, W], [B, E] -> [B, C_out, H, W]; its branch is 0 at first.
 
-    With `resample`, downsample_2x or upsample_2x, it also changes the sides (Brock et al. 2019,
+    With `resample` = downsample_2x or upsample_2x it also changes H and W (Brock et al. 2019,
     arXiv:1809.11096, figure 15).
     """
 
@@ -149,7 +155,7 @@ class ResBlock(nn.Module):
             self.skip = conv(channels_in, channels_out, kernel=1)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """x + f(x, t) [B, C_out, H, W]; where the channels change, x goes through a 1x1."""
+        """x + f(x, t) [B, C_out, H, W]; if the channels change, x passes a 1x1 convolution."""
         h = F.silu(self.norm_1(x))
         if self.resample is not None:
             h, x = self.resample(h), self.resample(x)
@@ -166,10 +172,10 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """[B, C, H, W] -> the same shape: each pixel attends to all; starts as the identity.
+    """Self-attention over all pixels: [B, C, H, W] -> [B, C, H, W]; the identity at first.
 
-    Of `variant`, norm_eps and the heads count: one in Ho et al.'s. Raises ValueError where the
-    channels do not divide by them.
+    Uses norm_eps and the number of heads of `variant`. Raises ValueError unless the channels are a
+    multiple of the heads.
     """
 
     def __init__(self, channels: int, groups: int, variant: Variant = HO) -> None:
@@ -182,7 +188,7 @@ class Attention(nn.Module):
         zero_init(self.out)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x + what each pixel takes from all of them, [B, C, H, W]."""
+        """x plus the projected attention output, [B, C, H, W]."""
         pixels = self.norm(x).flatten(2).transpose(1, 2)  # [B, H*W, C]
         query, key, value = in_heads(self.query_key_value(pixels), self.num_heads)
         mixed = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
@@ -191,7 +197,7 @@ class Attention(nn.Module):
 
 
 def heads(channels: int, variant: Variant) -> int:
-    """Heads of an attention over so many channels; raises ValueError where they do not divide."""
+    """Number of heads for `channels`; raises ValueError unless they divide evenly."""
     count, rest = variant.num_heads, 0
     if variant.head_channels:
         count, rest = divmod(channels, variant.head_channels)
@@ -204,14 +210,14 @@ def heads(channels: int, variant: Variant) -> int:
 
 
 def in_heads(query_key_value: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, key and value, each [B, heads, N, C / heads], of all three in one [B, N, 3C]."""
+    """Split [B, N, 3C] into query, key and value, each [B, heads, N, C / heads]."""
     parts = query_key_value.reshape(*query_key_value.shape[:2], 3 * count, -1).transpose(1, 2)
     query, key, value = parts.chunk(3, dim=1)
     return query, key, value
 
 
 class Stage(nn.Module):
-    """A residual block and, where it has one, the attention after it."""
+    """A residual block with optional attention after it."""
 
     def __init__(self, block: ResBlock, attention: Attention | None) -> None:
         super().__init__()
@@ -239,7 +245,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """[B, C, H, W] -> [B, C, 2H, 2W]: each pixel becomes four, then a convolution."""
+    """[B, C, H, W] -> [B, C, 2H, 2W]: nearest-neighbour interpolation, then a convolution."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()

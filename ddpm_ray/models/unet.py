@@ -32,7 +32,7 @@ from ddpm_ray.models.loss_uncertainty import LogVariance
 
 
 class Sizes(TypedDict):
-    """Arguments that a U-Net shares with the classifier built of its first half."""
+    """The size arguments that UNet and NoisyClassifier share."""
 
     image_size: int
     image_channels: int
@@ -46,7 +46,7 @@ class Sizes(TypedDict):
 
 @dataclass(frozen=True)
 class Parts:
-    """Makes the stages of one network, which differ in their channels alone."""
+    """Builds the stages of one network, which differ only in their channels."""
 
     time_width: int
     groups: int
@@ -54,18 +54,18 @@ class Parts:
     variant: Variant
 
     def stage(self, channels_in: int, channels_out: int, attends: bool) -> Stage:
-        """A residual block and, where it attends, an attention."""
+        """A residual block, with attention if `attends`."""
         block = self._block(channels_in, channels_out)
         return Stage(block, Attention(channels_out, self.groups, self.variant) if attends else None)
 
     def downsample(self, channels: int) -> Downsample | ResBlock:
-        """What halves the sides."""
+        """The layer that halves H and W."""
         if self.variant.resampling_blocks:
             return self._block(channels, channels, downsample_2x)
         return Downsample(channels, self.variant)
 
     def upsample(self, channels: int) -> Upsample | ResBlock:
-        """What doubles the sides."""
+        """The layer that doubles H and W."""
         if self.variant.resampling_blocks:
             return self._block(channels, channels, upsample_2x)
         return Upsample(channels)
@@ -79,7 +79,7 @@ class Parts:
 def pyramid(
     image_size: int, widths: Sequence[int], attention_resolutions: Sequence[int]
 ) -> list[tuple[int, bool]]:
-    """For each level, from the largest, its channels and whether its stages attend."""
+    """(channels, whether its stages have attention) of each level, largest resolution first."""
     return [
         (width, image_size >> level in attention_resolutions) for level, width in enumerate(widths)
     ]
@@ -88,7 +88,7 @@ def pyramid(
 def down_path(
     channels: int, levels: Sequence[tuple[int, bool]], blocks_per_level: int, parts: Parts
 ) -> tuple[nn.ModuleList, list[int]]:
-    """The encoder's stages, and the channels of its input and of what each of them gives."""
+    """The stages of the down path, and the channels of its input and of each stage's output."""
     path, skips = nn.ModuleList(), [channels]
     for level, (width, attends) in enumerate(levels):
         if level > 0:
@@ -103,21 +103,21 @@ def down_path(
 class UNet(nn.Module):
     """A denoiser: x_t [B, C, H, W], t [B] int64 in 1..T -> predicted noise [B, C, H, W].
 
-    What else it may be given or answer: with `num_classes` K > 0, labels [B] int64 in 0..K, where K
-    is the null label, for images of no known class (Ho and Salimans 2022, arXiv:2207.12598); with
-    `condition_channels`, images that it sees beside x_t: an earlier estimate, one of lower
-    resolution, a mask; with `learns_variance`, [B, 2C, H, W], the second half for the variance
-    (Nichol and Dhariwal 2021, arXiv:2102.09672, section 3.1). With `learns_uncertainty` it holds
-    the loss that is to be expected at each t, for training alone.
+    With `num_classes` K > 0 it takes labels [B] int64 in 0..K, where K is the null label for images
+    without a label (Ho and Salimans 2022, arXiv:2207.12598). With `condition_channels` it takes
+    conditioning images, concatenated to x_t: an earlier estimate of x_0, a low-resolution image, a
+    mask. With `learns_variance` the output is [B, 2C, H, W], the second half for the variance
+    (Nichol and Dhariwal 2021, arXiv:2102.09672, section 3.1). With `learns_uncertainty` it holds a
+    module that learns the expected loss at each t, for training only.
 
-    Level i of the pyramid has base_channels * channel_mults[i] channels at side
-    image_size / 2**i. It has attention where that side is one of `attention_resolutions`, and
-    always in the middle. Before training the prediction is exactly 0. Dropout draws from torch's
-    default generator. `gradient_checkpointing` keeps each stage's input alone and computes the
-    stage again in the backward pass: the same numbers for less memory and more time. `variant` says
-    where the network follows another published one.
+    Level i has base_channels * channel_mults[i] channels at the resolution image_size / 2**i. It
+    has attention if that resolution is one of `attention_resolutions`; the middle always has.
+    Before training the output is exactly 0. Dropout draws from torch's default generator.
+    `gradient_checkpointing` stores only each stage's input and recomputes the stage in the backward
+    pass: same numbers, less memory, more time. `variant` selects details of other published
+    networks.
 
-    Raises ValueError where the sizes do not fit together.
+    Raises ValueError for inconsistent sizes.
     """
 
     def __init__(
@@ -151,7 +151,7 @@ class UNet(nn.Module):
         self.time = TimeEmbedding(base_channels, parts.time_width, variant)
         self.conv_in = conv(image_channels + condition_channels, base_channels)
         self.down, skips = down_path(base_channels, levels, blocks_per_level, parts)
-        self.up = nn.ModuleList()  # here, as parameters are numbered in this order
+        self.up = nn.ModuleList()  # registered here, since parameters are numbered in this order
         channels = skips[-1]
         self.middle_1 = parts.stage(channels, channels, attends=True)
         self.middle_2 = parts.stage(channels, channels, attends=False)
@@ -174,11 +174,11 @@ class UNet(nn.Module):
         labels: Tensor | None = None,
         condition: Tensor | None = None,
     ) -> Tensor:
-        """epsilon_theta(x_t, t), shaped like x_t, or with the variance's channels behind it.
+        """epsilon_theta(x_t, t), shaped like x_t, or [B, 2C, H, W] with a learned variance.
 
-        Without `labels` [B] every image has the null label; without `condition`
-        [B, condition_channels, H, W] it is 0. Either way each parameter takes part in each pass.
-        Raises ValueError for one that the network was not built for.
+        `labels` [B] default to the null label, `condition` [B, condition_channels, H, W] to 0, so
+        that all parameters take part in each pass. Raises ValueError for inputs that the network
+        was not built for.
         """
         embedding = self.time(t, self._label(labels, t))
         h = self.conv_in(self._with_condition(x_t, condition))
@@ -210,21 +210,21 @@ class UNet(nn.Module):
         return embedding
 
     def _with_condition(self, x_t: Tensor, condition: Tensor | None) -> Tensor:
-        """x_t with the condition's channels behind its own."""
+        """x_t concatenated with the conditioning channels."""
         if condition is None and self.condition_channels == 0:
             return x_t
         if condition is None:
             return F.pad(x_t, (0, 0, 0, 0, 0, self.condition_channels))
         if condition.shape != (len(x_t), self.condition_channels, *x_t.shape[2:]):
             raise ValueError(
-                f"condition is {list(condition.shape)} beside x_t {list(x_t.shape)}; the network "
+                f"condition is {list(condition.shape)} for x_t {list(x_t.shape)}; the network "
                 f"takes condition_channels {self.condition_channels} of x_t's height and width"
             )
         return torch.cat([x_t, condition], dim=1)
 
     def _run(self, stage: nn.Module, h: Tensor, embedding: Tensor) -> Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            # The generator's state is kept and restored, so that dropout repeats its mask.
+            # checkpoint() restores the generator's state, so that dropout repeats its mask.
             h = checkpoint(stage, h, embedding, use_reentrant=False)
         else:
             h = stage(h, embedding)
@@ -239,7 +239,7 @@ def check_sizes(
     attention_resolutions: Sequence[int],
     groups: int,
 ) -> None:
-    """Nothing; raises ValueError where sizes, channels and levels do not fit together."""
+    """Validate sizes, channels and levels. Raises ValueError."""
     if not widths or min(widths) < 1 or base_channels % 2 or blocks_per_level < 1:
         raise ValueError(
             f"base_channels is {base_channels}, the levels' channels are {list(widths)} and "

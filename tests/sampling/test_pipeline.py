@@ -230,7 +230,7 @@ def test_labels_reach_every_way_to_edit() -> None:
         ({"images": KNOWN.repeat(3, -1)}, r"images are uint8 \[5, 8, 8, 3\]"),
         (
             {"images": KNOWN[:, :6], "mask": MASK[:6]},
-            "images are 6 x 8 and those of the model",
+            "images are 6 x 8; the model edits",
         ),
         ({"labels": [1]}, r"labels \[1.*\], but the model is trained without labels"),
         ({"steps": 21}, "steps is 21"),
