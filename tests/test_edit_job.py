@@ -152,7 +152,11 @@ def test_a_transparent_mask_and_a_grey_one_are_read_as_white_from_the_middle(edi
         (["--mask", "wide.png"], "image.png", "mask is 8 x 16 and the images 8 x 8"),
         (["--mask", "none.png"], "image.png", "--mask is none.png: there is no such file"),
         (["--mask", "mask.png"], "small.png", "mask is 8 x 8 and the images 4 x 4"),
-        (["--mask", "small.png"], "small.png", "images are 4 x 4 and those of the model 8 x 8"),
+        (
+            ["--mask", "small.png"],
+            "small.png",
+            "images are 4 x 4; the model edits images of at least 8 x 8",
+        ),
         (["--mask", "mask.png"], "words.png", "words.png: not a readable image (it is none of PNG"),
         (["--mask", "black.png"], "image.png", "black.png: dark everywhere (its largest value"),
         (["--mask", "ones.png"], "image.png", "largest value is 1 of 255), so nothing is painted"),

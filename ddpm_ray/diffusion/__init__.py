@@ -1,4 +1,4 @@
-"""The paper, and nothing else: pure functions over tensors, with torch and the standard library.
+"""The mathematics of diffusion models: pure functions over tensors, with torch only.
 
 Steps are the paper's, t = 1..T; step 0 is the clean image. Start with `process.py`.
 """

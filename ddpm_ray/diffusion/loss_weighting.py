@@ -1,12 +1,12 @@
-"""How much each step counts: weights [T+1] float64 of the squared error of a network's answer.
+"""Loss weights [T+1] float64 of the squared error of the model output at each step.
 
-Papers state their weight for the error of x_0 or of epsilon. As
+Papers state their weight for the error of x_0 or of epsilon. Since
 
-    x_0 - its estimate = sqrt(1 - a) / D (target - answer)
+    x_0 - estimate of x_0 = sqrt(1 - a) / D (target - model_output)
 
 with a = alpha_bar at t and D = `Parameterization.determinant()`, each is carried over to the answer
 at hand: one rule is one loss, whatever is predicted. A step without any signal, alpha_bar = 0, is
-not learned under min_snr, soft_min_snr and p2. At t = 0, where nothing is asked, all are 0. SNR is
+not learned under min_snr, soft_min_snr and p2. All weights are 0 at t = 0. SNR is
 a / (1 - a), as for data of unit variance. Tables lie where the prediction's do.
 """
 
@@ -19,7 +19,7 @@ from ddpm_ray.diffusion.parameterization import Parameterization
 
 
 def min_snr(parameterization: Parameterization, gamma: float = 5.0) -> Tensor:
-    """min(SNR, gamma) on the error of x_0: clean steps weigh no more than gamma.
+    """min(SNR, gamma) on the error of x_0: limits the weight of steps with little noise.
 
     (Hang et al. 2023, arXiv:2303.09556, section 3.4.) Raises ValueError unless gamma is above 0.
     """
@@ -28,9 +28,9 @@ def min_snr(parameterization: Parameterization, gamma: float = 5.0) -> Tensor:
 
 
 def soft_min_snr(parameterization: Parameterization, gamma: float = 5.0) -> Tensor:
-    """1 / (1 / SNR + 1 / gamma) on the error of x_0: `min_snr` without the corner.
+    """1 / (1 / SNR + 1 / gamma) on the error of x_0: a smooth `min_snr`.
 
-    (Crowson et al. 2024, arXiv:2401.11605: 1 / (sigma^2 + 1 / gamma), their gamma being 4.) Raises
+    (Crowson et al. 2024, arXiv:2401.11605: 1 / (sigma^2 + 1 / gamma) with gamma = 4.) Raises
     ValueError unless gamma is above 0.
     """
     _require_positive("gamma", gamma)
@@ -38,7 +38,7 @@ def soft_min_snr(parameterization: Parameterization, gamma: float = 5.0) -> Tens
 
 
 def p2(parameterization: Parameterization, k: float = 1.0, gamma: float = 1.0) -> Tensor:
-    """1 / (k + SNR)^gamma on the error of epsilon: less for clean steps, whose detail is unseen.
+    """1 / (k + SNR)^gamma on the error of epsilon: lower weight for imperceptible detail.
 
     (Choi et al. 2022, arXiv:2204.00227, section 3.) gamma = 0 is L_simple of epsilon. Raises
     ValueError unless k is above 0.
@@ -48,7 +48,7 @@ def p2(parameterization: Parameterization, k: float = 1.0, gamma: float = 1.0) -
 
 
 def edm(parameterization: Parameterization, sigma_data: float = 0.5) -> Tensor:
-    """1 / sigma^2 + 1 / sigma_data^2 on the error of x_0, which is 1 on that of `edm`'s answer.
+    """1 / sigma^2 + 1 / sigma_data^2 on the error of x_0, a weight of 1 for the edm output.
 
     (lambda of Karras et al. 2022, arXiv:2206.00364, table 1, with 1 / sigma^2 = SNR.) Raises
     ValueError unless sigma_data is above 0.
@@ -58,17 +58,17 @@ def edm(parameterization: Parameterization, sigma_data: float = 0.5) -> Tensor:
 
 
 def uncertain(loss: Tensor, log_variance: Tensor) -> Tensor:
-    """loss / exp(u) + u, [B], smallest where u is the log of the loss to be expected at its t.
+    """loss / exp(u) + u, [B]: minimal where u is the log of the expected loss at its t.
 
-    There every step's gradient has the same size. `log_variance` [B] is u, learned beside the
-    network and then left (Karras et al. 2024, arXiv:2312.02696, eq. 14 and 15; Kendall et al.
-    2018, arXiv:1705.07115).
+    The gradients of all steps then have the same size. `log_variance` [B] is u, trained with the
+    network and discarded afterwards (Karras et al. 2024, arXiv:2312.02696, eq. 14 and 15; Kendall
+    et al. 2018, arXiv:1705.07115).
     """
     return loss * (-log_variance).exp() + log_variance
 
 
 def _on_x_0(parameterization: Parameterization, rule: Callable[[Tensor], Tensor]) -> Tensor:
-    """The table for a weight of the error of x_0 that `rule` makes of the SNR at t = 1..T."""
+    """Weights [T+1] of the model output from a weight of the error of x_0, `rule(SNR)`."""
     a, d = parameterization.schedule.alpha_bar[1:], parameterization.determinant()[1:]
     weight = torch.zeros_like(parameterization.schedule.alpha_bar)
     weight[1:] = rule(a / (1 - a)) * (1 - a) / d.square()

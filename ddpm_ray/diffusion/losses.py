@@ -1,4 +1,4 @@
-"""Training losses per image; the caller averages, weights or bands them.
+"""Training losses per image; the caller averages and weights them.
 
 Where the network learns the variance of the reverse steps too, it answers [B, 2C, ...] to x_t [B,
 C, ...]: first what its `Parameterization` says, then the variance as
@@ -20,7 +20,7 @@ def simple_loss(
     denoise: Denoise, schedule: NoiseSchedule, x_0: Tensor, t: Tensor, noise: Tensor,
     *, parameterization: Parameterization | None = None,
 ) -> Tensor:  # fmt: skip
-    """Mean squared error [B] of the answers at steps t [B] in 1..T; the noise is their target.
+    """L_simple: mean squared error [B] of the model output at steps t [B] in 1..T.
 
     L_simple of Ho et al. 2020 (arXiv:2006.11239, eq. 14), a mean over all but the first dimension:
     1 for a guess of 0. `parameterization` names another target and then has `schedule` for its own.
@@ -35,10 +35,10 @@ def vlb_loss(
     denoise: Denoise, parameterization: Parameterization, x_0: Tensor, t: Tensor, noise: Tensor,
     *, variance: LearnedVariance,
 ) -> Tensor:  # fmt: skip
-    """T times the bound's term at t, [B] in bits per dimension; trains mean and variance.
+    """L_vlb: T times the VLB term at t, [B] in bits per dimension; trains mean and variance.
 
-    Its mean over t uniform in 1..T is L_vlb without L_T, of which nothing is learned (Nichol and
-    Dhariwal 2021, arXiv:2102.09672, eq. 4 to 7). Raises ValueError unless the answer has twice the
+    Its mean over t uniform in 1..T is L_vlb without the constant L_T (Nichol and
+    Dhariwal 2021, arXiv:2102.09672, eq. 4 to 7). Raises ValueError unless the output has twice the
     channels of x_0.
     """
     return _learned(denoise, parameterization, x_0, t, noise, variance, mean_too=True)[1]
@@ -52,8 +52,8 @@ def hybrid_loss(
 
     (Nichol and Dhariwal 2021, arXiv:2102.09672, eq. 16 and section 3.1.) L_simple is a mean over
     dimensions; L_vlb is `vlb_loss`, T times one term in bits per dimension (nats, summed over D
-    dimensions, over D log 2). In these units the authors' code has its weight of 0.001: there the
-    term counts T / 1000. Raises ValueError as `vlb_loss` does.
+    dimensions, over D log 2). In these units the weight of the authors' code is 0.001, where the
+    term is multiplied by T / 1000. Raises ValueError as `vlb_loss` does.
     """
     model_output, l_vlb = _learned(
         denoise, parameterization, x_0, t, noise, variance, mean_too=False
@@ -65,10 +65,10 @@ def _learned(
     denoise: Denoise, parameterization: Parameterization, x_0: Tensor, t: Tensor, noise: Tensor,
     variance: LearnedVariance, *, mean_too: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The network's answer [B, C, ...] but for the variance, and L_vlb [B] as `vlb_loss` has it."""
+    """The model output [B, C, ...] without the variance, and L_vlb [B] as in `vlb_loss`."""
     schedule = parameterization.schedule
     x_t = add_noise(schedule, x_0, t, noise)
-    both = denoise(x_t, t).to(x_t)  # in bfloat16 the logarithm of a variance has 2 digits
+    both = denoise(x_t, t).to(x_t)  # bfloat16 gives a log-variance only 2 digits
     if both.shape[1] != 2 * x_0.shape[1]:
         raise ValueError(
             f"denoise answers {both.shape[1]} channels to {x_0.shape[1]}; a learned variance takes "

@@ -3,7 +3,7 @@
 Steps are the paper's, t = 1..T. alpha_bar has T+1 entries and alpha_bar[0] = 1, so t - 1 is always
 an index and the last denoising step is no special case. B: batch; `...`: image, latent or clip.
 
-Coefficients are worked out in float64 and rounded once, to the type of the images: in float32 the
+Coefficients are computed in float64 and rounded once, to the dtype of the images: in float32 the
 first beta, 1 - alpha_bar[1] = 1e-4, would be wrong in its fourth digit.
 """
 
@@ -15,20 +15,17 @@ import torch
 from torch import Tensor
 
 Denoise: TypeAlias = Callable[[Tensor, Tensor], Tensor]
-"""(x_t [B, ...], t [B] int64 in 1..T) -> what the network predicts, [B, ...].
+"""(x_t [B, ...], t [B] int64 in 1..T) -> model output [B, ...].
 
-epsilon_theta of eq. 11, the noise in x_t, unless a `prediction.Parameterization` says what else.
+By default epsilon_theta of eq. 11, the noise in x_t; a `Parameterization` defines other targets.
 """
 
 
 @dataclass(frozen=True, eq=False)
 class NoiseSchedule:
-    """A schedule that every function here can index by step; raises ValueError for any other table.
+    """A noise schedule, indexed by step. Raises ValueError for an invalid table."""
 
-    log_snr reads it as the paper's successors do; `at` lays it over a batch.
-    """
-
-    alpha_bar: Tensor  # [T+1] float64, strictly falling from 1; 0 at T at the most
+    alpha_bar: Tensor  # [T+1] float64, strictly decreasing from 1; only alpha_bar[T] may be 0
 
     def __post_init__(self) -> None:
         a = self.alpha_bar
@@ -55,14 +52,14 @@ class NoiseSchedule:
         return self.alpha_bar[t].view(-1, *[1] * (like.ndim - 1))
 
     def log_snr(self, t: Tensor) -> Tensor:
-        """log(alpha_bar / (1 - alpha_bar)) at steps t, float64 of t's shape; infinite at t = 0.
+        """log(alpha_bar / (1 - alpha_bar)) at steps t, float64, shaped like t; infinite at t = 0.
 
-        (Kingma et al. 2021, arXiv:2107.00630, eq. 4, of which this is the logarithm.)
+        (The logarithm of Kingma et al. 2021, arXiv:2107.00630, eq. 4.)
         """
         return torch.logit(self.alpha_bar[t])
 
     def to(self, device: torch.device | str) -> "NoiseSchedule":
-        """The same schedule with its table on `device`; steps t must then be there as well."""
+        """Copy the schedule to `device`; steps t must be on the same device."""
         return NoiseSchedule(self.alpha_bar.to(device))
 
 

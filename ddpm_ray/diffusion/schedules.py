@@ -1,7 +1,7 @@
-"""Noise schedules: how much of the image is left after each step.
+"""Noise schedules: the signal left after each step.
 
-Each returns alpha_bar [T+1] in float64, the paper's cumulative product with alpha_bar[0] = 1 put in
-front, ready for `process.NoiseSchedule`.
+Each function returns alpha_bar [T+1] in float64, the paper's cumulative product with alpha_bar[0] =
+1 prepended, for `process.NoiseSchedule`.
 """
 
 import math
@@ -18,7 +18,7 @@ def linear(
 ) -> Tensor:
     """alpha_bar [T+1] of T = num_steps variances beta evenly spaced from beta_start to beta_end.
 
-    The defaults are made for T = 1000 (Ho et al. 2020, arXiv:2006.11239, section 4). With fewer
+    The defaults are for T = 1000 (Ho et al. 2020, arXiv:2006.11239, section 4). With fewer
     steps x_T keeps part of the image, unless `rescale` multiplies each beta by 1000 / T.
     """
     scale = _scale(num_steps, beta_start, beta_end, rescale)
@@ -28,11 +28,11 @@ def linear(
 def scaled_linear(
     num_steps: int, beta_start: float = 0.00085, beta_end: float = 0.012, *, rescale: bool = False
 ) -> Tensor:
-    """alpha_bar [T+1] of T = num_steps variances beta whose roots are evenly spaced.
+    """alpha_bar [T+1] of T = num_steps variances beta whose square roots are evenly spaced.
 
-    Slower than `linear` at first. The defaults are those of latent diffusion at T = 1000 (Rombach
-    et al. 2022, arXiv:2112.10752, their published configs). With `linear`'s ends it is the 'quad'
-    of Ho et al.'s published code. `rescale` is as in `linear`.
+    Adds less noise than `linear` at first. The defaults are those of latent diffusion at T = 1000
+    (Rombach et al. 2022, arXiv:2112.10752, their published configs). With `linear`'s ends it is the
+    'quad' of Ho et al.'s published code. `rescale` is as in `linear`.
     """
     scale = _scale(num_steps, beta_start, beta_end, rescale)
     root = torch.linspace(beta_start**0.5, beta_end**0.5, num_steps, dtype=torch.float64)
@@ -51,7 +51,7 @@ def constant(num_steps: int, beta: float) -> Tensor:
 
 
 def warmup(num_steps: int, beta_start: float, beta_end: float, share: float) -> Tensor:
-    """alpha_bar [T+1] of variances that rise evenly for a share of the T steps, then stay.
+    """alpha_bar [T+1] of variances that rise linearly for a share of the steps, then stay.
 
     The first int(share T) go from beta_start to beta_end: at share 1 it is `linear`, at 0
     `constant`. (Ho et al. 2020, arXiv:2006.11239, 'warmup10' and 'warmup50' of their published
@@ -67,7 +67,7 @@ def warmup(num_steps: int, beta_start: float, beta_end: float, share: float) -> 
 
 
 def one_over_t(num_steps: int) -> Tensor:
-    """alpha_bar [T+1] that falls evenly, 1 - t/T, to exactly 0: x_T is noise alone.
+    """alpha_bar [T+1] = 1 - t/T, which ends at exactly 0: x_T is pure noise.
 
     Its beta_t is 1 / (T - t + 1) (Sohl-Dickstein et al. 2015, arXiv:1503.03585, section 2.4.1;
     'jsd' of Ho et al.'s published code).
@@ -77,10 +77,10 @@ def one_over_t(num_steps: int) -> Tensor:
 
 
 def cosine(num_steps: int, offset: float = 0.008, max_beta: float = 0.999) -> Tensor:
-    """alpha_bar [T+1] that falls as cos^2 of (t/T + offset) / (1 + offset) of a right angle.
+    """alpha_bar [T+1] proportional to cos^2(pi / 2 (t/T + offset) / (1 + offset)).
 
-    The offset keeps the first steps from being too small to matter; no beta exceeds max_beta, which
-    binds at t = T only (Nichol and Dhariwal 2021, arXiv:2102.09672, eq. 17).
+    The offset keeps the first betas from being too small. Betas are clipped to max_beta, which has
+    an effect at t = T only (Nichol and Dhariwal 2021, arXiv:2102.09672, eq. 17).
     """
     _require_steps(num_steps)
     if offset < 0:
@@ -94,10 +94,10 @@ def cosine(num_steps: int, offset: float = 0.008, max_beta: float = 0.999) -> Te
 def sigmoid(
     num_steps: int, start: float = -3.0, end: float = 3.0, tau: float = 1.0, max_beta: float = 0.999
 ) -> Tensor:
-    """alpha_bar [T+1] that falls as a sigmoid seen from `start` to `end`, stretched to 1..0.
+    """alpha_bar [T+1] from a sigmoid on [start, end], rescaled to fall from 1 to 0.
 
-    A larger `tau` makes it straighter. No beta exceeds max_beta, which binds at t = T only (Jabri
-    et al. 2022, arXiv:2212.11972, section 3 and its algorithm for gamma).
+    A larger `tau` makes it straighter. Betas are clipped to max_beta, which has an effect at t = T
+    only (Jabri et al. 2022, arXiv:2212.11972, section 3 and its algorithm for gamma).
     """
     _require_steps(num_steps)
     if start >= end:
@@ -105,7 +105,7 @@ def sigmoid(
     _require_above_0("tau", tau)
     _require_variance("max_beta", max_beta)
     at = torch.linspace(start, end, num_steps + 1, dtype=torch.float64) / tau
-    # Differences of sigmoid(-at), which falls: near 1 those of sigmoid(at) would lose their digits.
+    # Differences of sigmoid(-at), since those of sigmoid(at) near 1 would lose digits.
     f = torch.sigmoid(-at) - torch.sigmoid(-at[-1])
     return _alpha_bar((1 - f[1:] / f[:-1]).clamp(max=max_beta))
 
@@ -113,11 +113,11 @@ def sigmoid(
 def laplace(
     num_steps: int, mean: float = 0.0, scale: float = 0.5, max_beta: float = 0.999
 ) -> Tensor:
-    """alpha_bar [T+1] whose log-SNRs are Laplace distributed over the steps, most near `mean`.
+    """alpha_bar [T+1] whose log-SNRs have a Laplace distribution over the steps, centred on `mean`.
 
-    Step t has the log-SNR that a share t/T of the distribution lies above, so the steps of a T are
-    also steps of 2T. That log-SNR is infinite at t = 0, the clean image, and minus infinite at
-    t = T, where beta is max_beta instead, as `cosine` ends. (Hang et al. 2024, arXiv:2407.03297,
+    A share t/T of the distribution lies above the log-SNR of step t, so a schedule of 2T steps
+    contains the steps of one with T. The log-SNR is infinite at t = 0 and would be minus infinity
+    at t = T, where beta is max_beta instead, as in `cosine`. (Hang et al. 2024, arXiv:2407.03297,
     table 1, mu and b; they take a scale of 0.75 at 512 x 512.)
     """
     _require_steps(num_steps)
@@ -139,7 +139,7 @@ def edm(
 
     sigma^(1/rho) is evenly spaced; a larger rho puts more steps at low noise (Karras et al. 2022,
     arXiv:2206.00364, eq. 5, where i = T - t). sigma is relative to the image, so alpha_bar is
-    1 / (1 + sigma^2). A single step is sigma_max.
+    1 / (1 + sigma^2). With T = 1 the step has sigma_max.
     """
     _require_steps(num_steps)
     for name, value in (("sigma_min", sigma_min), ("sigma_max", sigma_max), ("rho", rho)):
@@ -154,11 +154,11 @@ def edm(
 
 
 def zero_terminal_snr(alpha_bar: Tensor) -> Tensor:
-    """The same schedule [T+1] shifted and stretched to end in noise alone, alpha_bar_T = 0.
+    """Rescale a schedule [T+1] to zero terminal SNR, alpha_bar_T = 0.
 
-    sqrt(alpha_bar) is mapped by the straight line that keeps t = 1 and takes t = T to 0 (Lin et al.
+    sqrt(alpha_bar) is mapped linearly so that t = 1 is unchanged and t = T becomes 0 (Lin et al.
     2023, arXiv:2305.08891, algorithm 1). A network must then predict v or x_0. Raises ValueError
-    for what is no noise schedule and for one of a single step.
+    for an invalid schedule and for T = 1.
     """
     if NoiseSchedule(alpha_bar).num_steps < 2:
         raise ValueError("alpha_bar has 1 step; the first is kept and the last is 0, so give 2")
@@ -170,7 +170,7 @@ def zero_terminal_snr(alpha_bar: Tensor) -> Tensor:
 def from_betas(betas: Sequence[float] | Tensor) -> Tensor:
     """alpha_bar [T+1] of the T variances given, beta_1 first.
 
-    Raises ValueError unless each is in (0, 1); the last may be 1, which leaves noise alone.
+    Raises ValueError unless each is in (0, 1); the last may be 1, which leaves pure noise.
     """
     beta = torch.as_tensor(betas, dtype=torch.float64)
     if beta.ndim != 1 or len(beta) == 0:
@@ -186,7 +186,7 @@ def from_betas(betas: Sequence[float] | Tensor) -> Tensor:
 
 
 def _scale(num_steps: int, beta_start: float, beta_end: float, rescale: bool) -> float:
-    """What each beta is multiplied by; raises ValueError where one would not be a variance."""
+    """The factor of each beta; raises ValueError unless all results are in (0, 1)."""
     _require_steps(num_steps)
     scale = 1000 / num_steps if rescale else 1.0
     for name, beta in (("beta_start", beta_start), ("beta_end", beta_end)):
@@ -201,7 +201,7 @@ def _scale(num_steps: int, beta_start: float, beta_end: float, rescale: bool) ->
 
 
 def _alpha_bar(beta: Tensor) -> Tensor:
-    """The products of 1 - beta [T] up to each step, as [T+1] from alpha_bar[0] = 1 (eq. 4)."""
+    """Cumulative products of 1 - beta [T], with alpha_bar[0] = 1 prepended: [T+1] (eq. 4)."""
     return torch.cat([beta.new_ones(1), (1 - beta).cumprod(0)])
 
 

@@ -1,9 +1,8 @@
-"""Which step t each image of a batch is trained at.
+"""Draw the step t at which each image of a batch is trained.
 
-A choice is a pure function of (seed, step, position in the global batch), so any division of the
-batch among workers, and any restart, gives an image the same t. `positions` is int64 [B']; t is
-int64 of the same shape and on the same device, in 1..T = num_steps. Tables of probabilities are
-float64 [T+1] on the CPU, 0 at t = 0.
+t is a pure function of (seed, step, position in the global batch), so it does not depend on the
+number of workers or on restarts. `positions` is int64 [B']; t is int64 of the same shape, on the
+same device, in 1..T = num_steps. Probability tables are float64 [T+1] on the CPU, 0 at t = 0.
 """
 
 from dataclasses import dataclass
@@ -15,39 +14,39 @@ from ddpm_ray import counter_rng
 from ddpm_ray.counter_rng import Purpose
 from ddpm_ray.diffusion.process import NoiseSchedule
 
-_GRID = 2**31  # values of a uniform draw
+_GRID = 2**31  # number of values of a uniform draw
 
 
 def uniform(seed: int, step: int, positions: Tensor, num_steps: int) -> Tensor:
-    """Each t as likely as any other, all independent (Ho et al. 2020, algorithm 1)."""
+    """Uniform and independent t (Ho et al. 2020, algorithm 1)."""
     return 1 + counter_rng.uniform_int(seed, Purpose.TIMESTEP, step, positions, num_steps)
 
 
 def low_discrepancy(seed: int, step: int, positions: Tensor, num_steps: int, batch: int) -> Tensor:
-    """Evenly spread over 1..T: the offset alone is drawn, once for a batch of `batch` positions.
+    """Low-discrepancy t: evenly spaced over 1..T with one random offset u per global batch.
 
-    Position i has the step in which frac(u + i / batch) falls (Kingma et al. 2021,
-    arXiv:2107.00630, appendix I.1); alone, it has each t alike. T times `batch` is at most 2^31.
+    Position i gets the step that contains frac(u + i / batch) (Kingma et al. 2021,
+    arXiv:2107.00630, appendix I.1), so each t alone is uniform. T times `batch` is at most 2^31.
     """
-    cells = num_steps * batch  # u in units of 1 / cells: where it lies within one changes no t
+    cells = num_steps * batch  # u in units of 1 / cells; its position within a cell changes no t
     offset = counter_rng.uniform_int(seed, Purpose.TIMESTEP, step, positions.new_zeros(()), cells)
     return 1 + (offset + positions * num_steps) % cells // batch
 
 
 def antithetic(seed: int, step: int, positions: Tensor, num_steps: int) -> Tensor:
-    """Positions 2 i and 2 i + 1 have t and T + 1 - t: a clean and a noisy look, each t alike.
+    """Antithetic pairs: positions 2 i and 2 i + 1 get t and T + 1 - t; each t alone is uniform.
 
-    (As the authors' code of Song et al. 2021, arXiv:2010.02502, pairs them.)
+    (As in the authors' code of Song et al. 2021, arXiv:2010.02502.)
     """
     t = uniform(seed, step, positions // 2, num_steps)
     return torch.where(positions % 2 == 0, t, num_steps + 1 - t)
 
 
 def weighted(seed: int, step: int, positions: Tensor, probability: Tensor) -> tuple[Tensor, Tensor]:
-    """t from a table of `probability`, and 1 / (T p_t), float64: what makes a mean unbiased.
+    """Draw t by `probability`; also return the importance weights 1 / (T p_t), float64.
 
-    The mean over draws of that weight times a loss is the uniform mean over all t that can be
-    drawn. The table has no negative entry and need not sum to 1.
+    The expectation of weight times loss is the uniform mean of the loss over all t with p_t > 0.
+    The table has no negative entry and need not sum to 1.
     """
     below = probability[1:].cumsum(0)
     draws = counter_rng.uniform_int(seed, Purpose.TIMESTEP, step, positions, _GRID)
@@ -58,11 +57,11 @@ def weighted(seed: int, step: int, positions: Tensor, probability: Tensor) -> tu
 
 
 def log_normal(schedule: NoiseSchedule, mean: float = -1.2, deviation: float = 1.2) -> Tensor:
-    """A table that gives log sigma the normal law of that mean and deviation, cut at both ends.
+    """The table that makes log sigma normally distributed, truncated to the range of the schedule.
 
-    sigma = sqrt((1 - a) / a) (Karras et al. 2022, arXiv:2206.00364, table 1: P_mean and P_std); a
-    step has the density at its log sigma times its share of the axis. One without any signal is
-    at no finite place on it, so it has none.
+    sigma = sqrt((1 - a) / a) (Karras et al. 2022, arXiv:2206.00364, table 1: P_mean and P_std). The
+    probability of a step is the density at its log sigma times the spacing of log sigma there. A
+    step with a = 0 has an infinite log sigma and probability 0.
     """
     log_sigma = schedule.log_snr(torch.arange(1, schedule.num_steps + 1)).cpu() / -2
     log_sigma = log_sigma[log_sigma.isfinite()]
@@ -74,41 +73,42 @@ def log_normal(schedule: NoiseSchedule, mean: float = -1.2, deviation: float = 1
     return table
 
 
-HISTORY = 10  # losses kept of each step
-UNIFORM_SHARE = 0.001  # of the probability, so that no step is forgotten
+HISTORY = 10  # number of losses stored for each step
+UNIFORM_SHARE = 0.001  # share of the probability that stays uniform, so that no p_t is 0
 
 
 @dataclass
 class SecondMoments:
-    """Draws t by the size of its losses: p_t as sqrt(E[L_t^2]), over the last 10 of each step.
+    """Loss-aware sampling of t: p_t proportional to sqrt(E[L_t^2]) of the last 10 losses at t.
 
-    (Nichol and Dhariwal 2021, arXiv:2102.09672, eq. 18 and section 3.3: least variance of the
-    estimated sum.) The workers' copies stay equal if all are told of the whole global batch.
+    (Nichol and Dhariwal 2021, arXiv:2102.09672, eq. 18 and section 3.3: this minimises the variance
+    of the estimated loss.) The copies of all workers stay equal if each is updated with the whole
+    global batch.
     """
 
-    losses: Tensor  # [T, 10] float64: a ring for each step, t = 1 first
-    counts: Tensor  # [T] int64: losses seen of each step
+    losses: Tensor  # [T, 10] float64: a ring buffer for each step, t = 1 first
+    counts: Tensor  # [T] int64: number of losses so far
 
     @classmethod
     def empty(cls, num_steps: int) -> "SecondMoments":
-        """Nothing seen yet."""
+        """The state before the first update."""
         losses = torch.zeros(num_steps, HISTORY, dtype=torch.float64)
         return cls(losses, torch.zeros(num_steps, dtype=torch.int64))
 
     def update(self, t: Tensor, losses: Tensor) -> None:
-        """Losses [B] seen at steps t [B], in the order of their positions; both on the CPU."""
-        row, order = torch.sort(t - 1, stable=True)  # a step's losses together, in their order
+        """Add losses [B] at steps t [B], in the order of their positions; both on the CPU."""
+        row, order = torch.sort(t - 1, stable=True)  # group by step and keep the order
         seen = torch.bincount(row, minlength=len(self.counts))
-        rank = torch.arange(len(row)) - (seen.cumsum(0) - seen)[row]  # among those of its step
+        rank = torch.arange(len(row)) - (seen.cumsum(0) - seen)[row]  # index within its step
         kept = rank >= seen[row] - HISTORY  # so that each slot is written once
         slot = (self.counts[row] + rank) % HISTORY
         self.losses[row[kept], slot[kept]] = losses.double()[order][kept]
         self.counts += seen
 
     def probability(self) -> Tensor:
-        """The table [T+1] for `weighted`: uniform until each step has been seen 10 times.
+        """The table [T+1] for `weighted`: uniform until every step has 10 losses.
 
-        A thousandth of it stays uniform, as in the authors' code.
+        UNIFORM_SHARE of it always stays uniform, as in the authors' code.
         """
         size = self.losses.square().mean(1).sqrt()
         if (self.counts < HISTORY).any() or not size.any():
@@ -117,10 +117,10 @@ class SecondMoments:
         return torch.cat([p.new_zeros(1), p])
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Both tables, no copies, for a checkpoint."""
+        """Both tables for a checkpoint, without copying."""
         return {"losses": self.losses, "counts": self.counts}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on from tables that `state_dict` gave, in place; RuntimeError for another T."""
+        """Restore the tables of `state_dict` in place. Raises RuntimeError for another T."""
         for name, table in self.state_dict().items():
             table.copy_(state[name])

@@ -1,4 +1,4 @@
-"""Which steps a sampler visits on its way from T to 0."""
+"""The steps from T to 0 at which a sampler calls the network."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -28,39 +28,37 @@ def quadratic_steps(num_steps: int, count: int) -> tuple[int, ...]:
 
 
 def noisiest_step(schedule: NoiseSchedule, sigma: float = 80.0) -> int:
-    """The last step of a sigma = sqrt(1 / alpha_bar - 1) of at most that; 1 where none is.
+    """The last step with sqrt(1 / alpha_bar - 1) of at most `sigma`; 1 if there is none.
 
-    x there is as good as noise, and what divides by alpha_bar goes on from it (sigma_max of Karras
-    et al. 2022, arXiv:2206.00364, table 1): the cosine schedule's own end is 20,000.
+    x_t is nearly pure noise there. Samplers that divide by alpha_bar start at this step (sigma_max
+    of Karras et al. 2022, arXiv:2206.00364, table 1), since the cosine schedule ends at 20,000.
     """
     enough = 1 / (1 + sigma**2)
     return max(1, int((schedule.alpha_bar >= enough).sum()) - 1)
 
 
 def log_snr_steps(schedule: NoiseSchedule, count: int, first: int | None = None) -> tuple[int, ...]:
-    """count + 1 steps from T to 0 whose log-SNRs are about evenly spaced from t = T to t = 1.
+    """count + 1 steps from T (or `first`) to 0, about evenly spaced in log-SNR down to t = 1.
 
-    From `first` instead of T, where that is given.
-
-    (Lu et al. 2022, arXiv:2206.00927, section 3.3: even in lambda, half the log-SNR.) Where two
-    would be the same step, its neighbour is taken; steps noisier than a log-SNR of -20, which no
-    image survives, count as that. Raises ValueError unless count is in 1..T.
+    (Lu et al. 2022, arXiv:2206.00927, section 3.3, where lambda is half the log-SNR.) Steps that
+    would coincide are moved to a neighbour. A log-SNR below -20, where x_t is pure noise, counts as
+    -20. Raises ValueError unless count is in 1..T.
     """
     num_steps = first or schedule.num_steps
     _require_count(num_steps, count)
-    # On the CPU, wherever the schedule is: a rounding there must not choose another step.
-    table = schedule.to("cpu").log_snr(torch.arange(1, num_steps + 1)).clamp(min=-20)  # falls
+    # On the CPU for any device of the schedule: rounding must not change the steps.
+    table = schedule.to("cpu").log_snr(torch.arange(1, num_steps + 1)).clamp(min=-20)  # decreasing
     wanted = torch.linspace(float(table[0]), float(table[-1]), count, dtype=torch.float64)
     nearest = (table[:, None] - wanted).abs().argmin(0).add(1).tolist()
     rising = [0]
-    for i, t in enumerate(nearest, 1):  # at least one step apart, and room for those to come
+    for i, t in enumerate(nearest, 1):  # keep the steps distinct and leave room for the rest
         rising.append(min(max(t, rising[-1] + 1), num_steps - (count - i)))
     rising[-1] = num_steps
     return tuple(reversed(rising))
 
 
 def require_falling(steps: Sequence[int], num_steps: int) -> None:
-    """Raises ValueError unless `steps` falls strictly from at most T = num_steps to 0."""
+    """Raises ValueError unless `steps` decreases strictly from at most T = num_steps to 0."""
     if len(steps) < 2 or steps[-1] != 0:
         raise ValueError(f"steps are {_brief(steps)}; they must fall from at most T to 0")
     if steps[0] > num_steps:

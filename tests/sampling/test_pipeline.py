@@ -251,7 +251,9 @@ def test_what_else_cannot_be_edited_says_why() -> None:
         model.outpaint(KNOWN, steps=2)
     with pytest.raises(ValueError, match="left is -1; it must be at least 0"):
         model.outpaint(KNOWN, top=3, left=-1, steps=2)
-    with pytest.raises(ValueError, match="images are 7 x 4 and those of the model 8 x 8"):
+    with pytest.raises(
+        ValueError, match="images are 7 x 4; the model edits images of at least 8 x 8"
+    ):
         model.outpaint(KNOWN[:, :4, :4], top=3, steps=2)
     for strength in (0, 1.5):
         with pytest.raises(ValueError, match=f"strength is {strength}"):
