@@ -34,7 +34,7 @@ faults: $(READY)  ## the long tests: killed workers, dead servers, full training
 cluster-demo: $(READY)  ## train and sweep on 2 Ray nodes of this machine
 	$(BIN)/python -m tests.distributed.demo
 
-drill: $(READY)  ## a short run struck by faults: what this machine survives
+drill: $(READY)  ## a short run under injected faults, on this machine
 	$(BIN)/python jobs/drill.py conf/drill/digits.yaml
 
 doctor: $(READY)  ## is all there that a run leans on

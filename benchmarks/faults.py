@@ -1,14 +1,14 @@
-"""What faults cost, ours beside what a user has without us, struck alike on the same machine.
+"""What faults cost, ours and a plain TorchTrainer's, with the same faults on the same machine.
 
     python -m benchmarks.faults [--only kills frozen ...] [--rounds 1]
 
-`kills`: 40 steps of two workers, a checkpoint every 5, a SIGKILL at three marked steps, against an
-ordinary TorchTrainer function (struck/plain.py) on the same cluster, network and images. Steps are
-counted from a file to which the workers append. The least that can be repeated are the steps since
-the last multiple of 5. `frozen`: a SIGSTOP, from then until a line names the worker; the plain run
-is watched for --patience seconds and then let go on. `useful`: a SIGKILL each minute; the time
-spent in steps that are new, over the time between the first and the last kill. The other rows need
-no Ray: struck/stores.py, struck/alone.py.
+`kills`: 40 steps of two workers, a checkpoint every 5 steps, a SIGKILL at three steps, against an
+ordinary TorchTrainer function (injected_faults/plain.py) on the same cluster, network and images.
+Workers append their steps to a file, which is counted; at least the steps since the last multiple
+of 5 are repeated. `frozen`: time from a SIGSTOP until a log line names the worker; the plain run is
+watched for --patience seconds and then resumed. `useful`: with a SIGKILL each minute, the time
+spent in new steps, over the time between the first and the last kill. The other rows need no Ray:
+injected_faults/stores.py, injected_faults/alone.py.
 """
 
 import argparse
@@ -35,11 +35,11 @@ from ray.train import FailureConfig, LoggingConfig, ScalingConfig
 from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchTrainer
 
-from benchmarks.struck.alone import checkpoint, outage
-from benchmarks.struck.notes import Struck, marks, note, noted
-from benchmarks.struck.plain import KEY, plain_worker
-from benchmarks.struck.stores import corrupt, refused
-from benchmarks.struck.table import Line, shown
+from benchmarks.injected_faults.alone import checkpoint, outage
+from benchmarks.injected_faults.notes import FaultedRun, marks, note, noted
+from benchmarks.injected_faults.plain import KEY, plain_worker
+from benchmarks.injected_faults.stores import corrupt, refused
+from benchmarks.injected_faults.table import Line, shown
 from ddpm_ray import fault_injection
 from ddpm_ray.config.loading import load
 from ddpm_ray.config.run import RunConfig
@@ -80,7 +80,7 @@ def noting_worker(settings: dict[str, Any]) -> dict[str, Any]:
     return train_worker(settings)
 
 
-def ours(home: Path, steps: int, every: int, failures: int) -> Struck:
+def ours(home: Path, steps: int, every: int, failures: int) -> FaultedRun:
     """A run of ours to its end, as jobs/train.py starts it."""
     train.train_worker = noting_worker  # type: ignore[attr-defined]  # the driver's name of it
     config = configured(
@@ -91,10 +91,10 @@ def ours(home: Path, steps: int, every: int, failures: int) -> Struck:
     rows = mlflow_runs.history(report["run_id"], report["tracking_uri"], "train/loss")
     checkpoints = home / config.name / CHECKPOINTS
     known = CheckpointStore(str(checkpoints)).pointer().references
-    return Struck(home, every, len(rows), len(list(checkpoints.glob("step-*"))) - len(known))
+    return FaultedRun(home, every, len(rows), len(list(checkpoints.glob("step-*"))) - len(known))
 
 
-def plain(home: Path, steps: int, every: int, failures: int) -> Struck:
+def plain(home: Path, steps: int, every: int, failures: int) -> FaultedRun:
     """A run of the plain trainer to its end, by Ray's own defaults but for its failures."""
     config = configured(home)
     client = MlflowClient(tracking_uri=config.tracking.uri)
@@ -130,10 +130,10 @@ def plain(home: Path, steps: int, every: int, failures: int) -> Struck:
     known = (home / "plain/checkpoint_manager_snapshot.json").read_text()
     orphans = [one for one in (home / "plain").glob("checkpoint_*/") if one.name not in known]
     rows = mlflow_runs.history(run_id, config.tracking.uri, KEY)
-    return Struck(home, every, len(rows), len(orphans))
+    return FaultedRun(home, every, len(rows), len(orphans))
 
 
-Contestant = Callable[[Path, int, int, int], Struck]
+Contestant = Callable[[Path, int, int, int], FaultedRun]
 CONTESTANTS: dict[str, Contestant] = {"ours": ours, "plain": plain}
 
 
@@ -167,7 +167,7 @@ def planned(home: Path, words: str) -> Iterator[None]:
 
 def kills(folder: Path, options: argparse.Namespace) -> list[Line]:
     """Three kills by marked steps."""
-    done: dict[str, list[Struck]] = {name: [] for name in CONTESTANTS}
+    done: dict[str, list[FaultedRun]] = {name: [] for name in CONTESTANTS}
     for number in range(options.rounds):
         for name, contestant in CONTESTANTS.items():
             home = folder / f"kills-{number}-{name}"
@@ -205,7 +205,7 @@ def kills(folder: Path, options: argparse.Namespace) -> list[Line]:
 
 
 def frozen(folder: Path, options: argparse.Namespace) -> list[Line]:
-    """How long until somebody says that a worker stands still."""
+    """Time until a log line names the frozen worker."""
     named_s: list[float] = []
     handler = logging.Handler()
     handler.emit = lambda record: (  # type: ignore[method-assign]
@@ -215,7 +215,7 @@ def frozen(folder: Path, options: argparse.Namespace) -> list[Line]:
     with planned(folder / "frozen-ours", FREEZE):
         mine = ours(folder / "frozen-ours", 2 * EVERY, EVERY, 1)
     worker_group.log.removeHandler(handler)
-    took_s = named_s[0] - mine.struck_s()[0]
+    took_s = named_s[0] - mine.fault_times_s()[0]
 
     home = folder / "frozen-plain"
     with planned(home, FREEZE):
@@ -235,15 +235,15 @@ def useful(folder: Path, options: argparse.Namespace) -> list[Line]:
     """A kill each minute, at no particular step; the last one ends the run."""
     found: dict[str, tuple[float, int]] = {}
     for name, contestant in CONTESTANTS.items():
-        struck = Struck(folder / f"useful-{name}")
-        struck.home.mkdir()
-        killer = threading.Thread(target=kill_each_minute, args=(struck, options.minutes))
+        faulted = FaultedRun(folder / f"useful-{name}")
+        faulted.home.mkdir()
+        killer = threading.Thread(target=kill_each_minute, args=(faulted, options.minutes))
         killer.start()
         # Of whichever kind it is: the notes tell whether it went as planned.
         with contextlib.suppress(worker_group.RunFailedError, ray.train.TrainingFailedError):
-            contestant(struck.home, FOREVER, SELDOM, options.minutes)
+            contestant(faulted.home, FOREVER, SELDOM, options.minutes)
         killer.join()
-        found[name] = struck.useful()
+        found[name] = faulted.useful()
     shares = {name: f"{share:.0%}" for name, (share, _) in found.items()}
     steps = {name: f"{count}" for name, (_, count) in found.items()}
     ratio = f"x{found['ours'][1] / found['plain'][1]:.2f}"
@@ -253,12 +253,12 @@ def useful(folder: Path, options: argparse.Namespace) -> list[Line]:
     ]
 
 
-def kill_each_minute(struck: Struck, minutes: int) -> None:
-    wait_for(lambda: bool(notes := noted(struck.home)) and notes[-1].step >= SETTLED)
+def kill_each_minute(faulted: FaultedRun, minutes: int) -> None:
+    wait_for(lambda: bool(notes := noted(faulted.home)) and notes[-1].step >= SETTLED)
     for number in range(minutes + 1):
         threading.Event().wait(PERIOD_S if number else 0)
-        victim = [one for one in noted(struck.home) if one.rank > 0][-1]
-        struck.hits_s.append(time.time())
+        victim = [one for one in noted(faulted.home) if one.rank > 0][-1]
+        faulted.hits_s.append(time.time())
         with contextlib.suppress(ProcessLookupError):  # not yet up again since the last one
             os.kill(victim.pid, signal.SIGKILL)
 

@@ -118,6 +118,6 @@ def test_a_drill_of_two_nodes_finds_equal_ends() -> None:
         assert code == 0
         found = nodes.result("drill")["faults"]
         assert all(one["equal"] for one in found)
-        # What has struck is noted on its node: a worker that moves may be struck there again.
+        # Markers of fired faults are local to a node: a worker that moves may meet a fault again.
         assert all(len(one["starts"]) in (2, 3) for one in found)
         assert set(addresses(nodes, alive=False)) == {HEAD, SECOND}

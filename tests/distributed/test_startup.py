@@ -124,7 +124,7 @@ def settings(tmp_path: Path) -> dict[str, Any]:
 
 def assemble(settings: dict[str, Any]) -> None:
     config = from_dict(RunConfig, settings["config"])
-    alone = Workers(1, 2, torch.device("cpu"))  # not the leader
+    alone = Workers(1, 2, torch.device("cpu"))  # not the main worker
     train_worker.assemble(config, settings, lambda _: Command.NONE, alone)
 
 

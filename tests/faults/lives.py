@@ -83,7 +83,7 @@ class Life:
     config_file: str | None = None
     ledger: bool = False  # what each worker draws is written down: see `drawn`
     uri: str = ""  # MLflow's; empty: a database in the folder
-    meter: bool = False  # the leader's memory and open files are written down: see `metered`
+    meter: bool = False  # the main worker's memory and open files are written down: see `metered`
     lives: int = 0
     tracked: TrackedRun | None = None
     lease: Lease | None = None
@@ -170,7 +170,7 @@ class Life:
         return found
 
     def metered(self) -> list[tuple[int, int, int]]:
-        """(step, resident bytes, open files) of the leaders, told a few times a second."""
+        """(step, resident bytes, open files) of the main workers, told a few times a second."""
         lines = (self.folder / "meter").read_text().splitlines()
         return [(int(step), int(size), int(files)) for step, size, files in map(str.split, lines)]
 

@@ -4,7 +4,7 @@ import random
 
 from ddpm_ray.fault_injection import POINTS
 
-# The leader alone passes the others.
+# The main worker alone passes the others.
 OF_ALL = {"batch", "gradient", "update", "reduce", "between", "snapshot"}
 
 

@@ -21,7 +21,7 @@ def lived(folder: Path, data: str, overrides: tuple[str, ...], counts: list[int]
     life.drive()
     for number, count in enumerate(counts[:-1]):
         at = (number + 1) * STEPS // len(counts)
-        assert not life.live(count, f"{folder / f'struck-{number}'} kill@between:{at}")
+        assert not life.live(count, f"{folder / f'fired-{number}'} kill@between:{at}")
     assert life.live(counts[-1])
     return life.end()
 
@@ -64,7 +64,7 @@ def test_each_sample_comes_once_an_epoch_whatever_happened(tmp_path: Path) -> No
     counts, kills = [2, 4, 1, 2, 4, 2], 20
     for kill in range(kills):
         at = 1 + kill * epochs * steps // kills
-        planned = f"{tmp_path / f'struck-{kill}'} kill@gradient:{at}"
+        planned = f"{tmp_path / f'fired-{kill}'} kill@gradient:{at}"
         assert not life.live(counts[kill * len(counts) // kills], planned)
     assert life.live(counts[-1])
 

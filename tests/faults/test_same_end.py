@@ -28,11 +28,11 @@ def test_a_kill_at_each_point_is_survived(
     unbroken: Ended, noise_shards: str, tmp_path: Path
 ) -> None:
     each = [f"kill@{point}:{step}/0" for step, point in enumerate(POINTS, 4)]
-    planned, life = " ".join([str(tmp_path / "struck"), *each]), Life(tmp_path, noise_shards)
+    planned, life = " ".join([str(tmp_path / "fired"), *each]), Life(tmp_path, noise_shards)
     life.drive()
     while not life.live(WORKERS, planned):
         assert life.lives <= len(each)
-    assert len(list((tmp_path / "struck").iterdir())) == len(each)  # each was met
+    assert len(list((tmp_path / "fired").iterdir())) == len(each)  # each was met
     ended = life.end()
     assert ended.hashes == unbroken.hashes
     assert ended.same_rows() == unbroken.same_rows()
@@ -45,7 +45,7 @@ def test_rows_that_mlflow_has_not_yet_come_out_of_the_checkpoint(
     """Nothing is sent before a life's end, and the first has none."""
     life = Life(tmp_path, noise_shards, (*TINY, "tracking.flush_every_s=3600"))
     life.drive()
-    assert not life.live(WORKERS, f"{tmp_path / 'struck'} kill@between:{EVERY + 2}")
+    assert not life.live(WORKERS, f"{tmp_path / 'fired'} kill@between:{EVERY + 2}")
     assert life.live(WORKERS)
     assert life.end().same_rows() == unbroken.same_rows()
 
@@ -56,7 +56,7 @@ def test_any_kills_leave_the_same_run(
     seed: int, unbroken: Ended, noise_shards: str, tmp_path: Path
 ) -> None:
     draw = random.Random(seed)
-    planned = " ".join([str(tmp_path / "struck"), *kills(draw, 10, STEPS, WORKERS)])
+    planned = " ".join([str(tmp_path / "fired"), *kills(draw, 10, STEPS, WORKERS)])
     life = Life(tmp_path / "run", noise_shards)
     life.drive()
     while not life.live(WORKERS, planned):

@@ -29,20 +29,20 @@ def test_a_hundred_deaths_leave_the_run_and_the_machine_as_they_were(
     unbroken.drive()
     assert unbroken.live(WORKERS)
 
-    struck = Life(tmp_path / "struck", noise_shards, LONG, meter=True)
-    struck.drive()
+    faulted = Life(tmp_path / "fired", noise_shards, LONG, meter=True)
+    faulted.drive()
     draw = random.Random(0)
     for number in range(KILLS):  # one in each hundredth of the run
         at = number * STEPS // KILLS + draw.randint(1, STEPS // KILLS)
         planned = kill(draw, at, WORKERS)
-        assert not struck.live(WORKERS, f"{tmp_path / f'mark-{number}'} {planned}"), planned
-    assert struck.live(WORKERS)
+        assert not faulted.live(WORKERS, f"{tmp_path / f'mark-{number}'} {planned}"), planned
+    assert faulted.live(WORKERS)
 
-    one, other = unbroken.end(), struck.end()
+    one, other = unbroken.end(), faulted.end()
     assert other.hashes == one.hashes
     assert other.same_rows() == one.same_rows()
     assert (other.runs, other.status, other.orphans) == (1, "FINISHED", 0)
-    for life in (unbroken, struck):
+    for life in (unbroken, faulted):
         told = life.metered()
         early = [line for line in told if 50 < line[0] <= STEPS // 4]
         late = [line for line in told if line[0] > STEPS * 3 // 4]

@@ -25,14 +25,14 @@ def test_a_killed_run_averages_over_the_same_steps(tmp_path: Path) -> None:
     assert [step for step, _ in whole.rows["train/loss"]] == [7, 14, 21, STEPS]
     assert [step for step, _ in whole.rows["train/images_per_s"]] == list(range(4, STEPS + 1, 4))
 
-    struck = Life(tmp_path / "struck", data, overrides)
+    faulted = Life(tmp_path / "fired", data, overrides)
     for planned in (
         f"{tmp_path / 'first'} kill@sent:9/0",
         f"{tmp_path / 'second'} kill@between:18/0",
         "",
     ):
-        struck.drive()
-        assert struck.live(1, planned) is (not planned)
-    ended = struck.end()
+        faulted.drive()
+        assert faulted.live(1, planned) is (not planned)
+    ended = faulted.end()
     assert ended.same_rows() == whole.same_rows()
     assert ended.hashes == whole.hashes

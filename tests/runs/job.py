@@ -72,7 +72,7 @@ class Job:
                 process.wait()
             process.stderr.close()
             process.stdout.close()
-        assert strike is None, "the job ended before it was to be struck"
+        assert strike is None, "the job ended before its fault was injected"
         if self.code in (DONE, PARTLY_FAILED):  # else stdout has at most what Ray's workers print
             self.result = json.loads(output.splitlines()[-1])
         return self

@@ -80,7 +80,7 @@ def test_a_closed_terminal_commits_a_checkpoint_and_leaves_nothing(tmp_path: Pat
 def test_a_worker_frozen_as_it_starts_is_named_and_the_run_goes_on(
     point: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("DDPM_RAY_FAULTS", f"{tmp_path / 'struck'} freeze@{point}:0/1")
+    monkeypatch.setenv("DDPM_RAY_FAULTS", f"{tmp_path / 'fired'} freeze@{point}:0/1")
     short = ("training.steps=20", "training.checkpoint_every_steps=20")
     job = Job(tmp_path, (*LONG, *short, "cluster.stall_timeout_s=10")).run()
     assert job.code == 0, job.told

@@ -105,7 +105,7 @@ def test_a_worker_that_stands_still_is_named_and_the_run_goes_on(
     fault: str, says: str, unbroken: Ended, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Frozen, or in a collective that the others left: told within the limit, then the same end."""
-    monkeypatch.setenv("DDPM_RAY_FAULTS", f"{tmp_path / 'struck'} {fault}")
+    monkeypatch.setenv("DDPM_RAY_FAULTS", f"{tmp_path / 'fired'} {fault}")
     job = Job(tmp_path, (*TINY, "cluster.stall_timeout_s=10")).run()
     assert job.code == 0, job.told
     (line,) = [line for line in job.lines if "restarting the worker group" in line]

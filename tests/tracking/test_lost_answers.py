@@ -29,7 +29,7 @@ def test_the_table_of_metrics_is_that_of_a_clean_run(mlflow_server: int, tmp_pat
 
     weather = Weather(reset=0.2)
     with through(f"http://127.0.0.1:{mlflow_server}", weather) as uri:
-        life = Life(tmp_path / "struck", data, uri=uri)
+        life = Life(tmp_path / "fired", data, uri=uri)
         life.drive()
         assert not life.live(2, f"{tmp_path / 'first'} kill@sent:8/0")
         weather.down = True

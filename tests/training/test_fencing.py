@@ -60,7 +60,7 @@ def snapshot(step: int) -> Snapshot:
 
 
 def begin(url: str, driver: Lease) -> CheckpointStore:
-    """A writer that leads, as a worker group's first worker makes it."""
+    """A writer with a lease, as the main worker makes it."""
     store = CheckpointStore(url, keep=2)
     store.acquire_lease(driver.renewed())
     return store

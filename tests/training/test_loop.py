@@ -593,7 +593,7 @@ def test_a_skipped_step_changes_nothing_and_is_the_same_on_replay(
     spoil(wanted, 5, position=2)
     assert train(wanted)
 
-    monkeypatch.setenv(fault_injection.VARIABLE, f"{tmp_path / 'struck'} fail@batch:6")
+    monkeypatch.setenv(fault_injection.VARIABLE, f"{tmp_path / 'fired'} fail@batch:6")
     for dies in (True, False):
         run = begin(config, tmp_path / "died", died)
         spoil(run, 5, position=2)
@@ -640,7 +640,7 @@ def test_a_rewound_run_has_the_weights_of_its_checkpoint_and_is_the_same_on_repl
 
     for number, at in enumerate(("snapshot:5", "batch:6", "batch:7")):
         folder, died = tmp_path / f"died-{number}", Ledger()
-        monkeypatch.setenv(fault_injection.VARIABLE, f"{folder}-struck fail@{at}")
+        monkeypatch.setenv(fault_injection.VARIABLE, f"{folder}-fired fail@{at}")
         for dies in (True, False):
             run = begin(config, folder, died)
             spoil(run, 5, position=2)
@@ -707,7 +707,7 @@ def test_a_run_goes_back_at_any_step_and_is_the_same_on_replay(
     due = [at for at in range(1, STEPS + 1) if probes and (at % probes == 0 or at == STEPS)]
     assert [probe["step"] for probe in wanted.state.validation_losses] == due
 
-    monkeypatch.setenv(fault_injection.VARIABLE, f"{tmp_path / 'struck'} fail@snapshot:{step}")
+    monkeypatch.setenv(fault_injection.VARIABLE, f"{tmp_path / 'fired'} fail@snapshot:{step}")
     for dies in (True, False):
         run = begin(config, tmp_path / "died", died)
         spoil(run, step, position=2)
@@ -1103,7 +1103,7 @@ def test_two_processes_train_as_one_and_stop_together(
         values = unbroken(*overrides)[1].values
         alone = [values["train/loss", step] for step in range(1, STEPS + 1)]
         assert leader[name] == pytest.approx(alone, rel=1e-5)
-    assert other["losses"] == []  # the leader alone reports
+    assert other["losses"] == []  # the main worker alone reports
     for told in (leader, other):
         assert (told["step"], told["moved"], told["same"]) == (2, True, True)
         assert told["named"] == [other["last_key"]]

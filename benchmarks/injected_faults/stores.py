@@ -19,8 +19,8 @@ from statistics import median
 import numpy as np
 import s3fs
 
+from benchmarks.injected_faults.table import Line, seconds, shown
 from benchmarks.streaming import BUCKET, serve
-from benchmarks.struck.table import Line, seconds, shown
 from ddpm_ray.storage import checksummed, object_store
 from tests.faults.proxy import Weather, through
 

@@ -27,9 +27,9 @@ import s3fs
 import torch
 from mlflow import MlflowClient
 
+from benchmarks.injected_faults.stores import store, use
+from benchmarks.injected_faults.table import Line, seconds, shown
 from benchmarks.streaming import BUCKET
-from benchmarks.struck.stores import store, use
-from benchmarks.struck.table import Line, seconds, shown
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.loading import from_dict, load, to_dict
 from ddpm_ray.config.run import RunConfig

@@ -17,7 +17,7 @@ import torch
 from ray.train import Checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks.struck.notes import note
+from benchmarks.injected_faults.notes import note
 from ddpm_ray import fault_injection
 from ddpm_ray.models.unet import UNet
 

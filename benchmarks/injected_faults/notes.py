@@ -8,7 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 
 NOTES = "notes"
-SLACK_S = 0.5  # after a fault the leader may still end the step before
+SLACK_S = 0.5  # after a fault the main worker may still end the step before
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ def note(home: Path, rank: int, step: int, durable: int) -> None:
 
 
 @dataclass
-class Struck:
-    """A run that faults struck: `home` holds its notes, and the marks of faults at points."""
+class FaultedRun:
+    """A run with injected faults: `home` holds its notes, and the marks of faults at points."""
 
     home: Path
     every: int = 0  # steps from checkpoint to checkpoint
@@ -40,20 +40,20 @@ class Struck:
     hits_s: list[float] = field(default_factory=list)  # by the clock instead of at points
 
     def notes(self) -> list[Note]:
-        """Of the leader, in time."""
+        """Of the main worker, by time."""
         return [one for one in noted(self.home) if one.rank == 0]
 
-    def struck_s(self) -> list[float]:
-        """When each fault struck."""
+    def fault_times_s(self) -> list[float]:
+        """Time of each fault."""
         return self.hits_s or sorted(mark.stat().st_mtime for mark in marks(self.home).iterdir())
 
-    def before(self, struck_s: float) -> list[Note]:
-        """The leader's notes up to then."""
-        return [one for one in self.notes() if one.at_s <= struck_s + SLACK_S]
+    def before(self, fault_s: float) -> list[Note]:
+        """The main worker's notes up to then."""
+        return [one for one in self.notes() if one.at_s <= fault_s + SLACK_S]
 
-    def after(self, struck_s: float) -> list[Note]:
+    def after(self, fault_s: float) -> list[Note]:
         """And since then."""
-        return [one for one in self.notes() if one.at_s > struck_s + SLACK_S]
+        return [one for one in self.notes() if one.at_s > fault_s + SLACK_S]
 
     @property
     def repeated(self) -> int:
@@ -63,32 +63,33 @@ class Struck:
     @property
     def least(self) -> int:
         """Steps that no checkpoint can save: since the last that was due."""
-        return sum(self.before(at_s)[-1].step % self.every for at_s in self.struck_s())
+        return sum(self.before(at_s)[-1].step % self.every for at_s in self.fault_times_s())
 
     @property
     def ignored(self) -> int:
         """Kills after which a whole checkpoint was passed over for an older one."""
         return sum(
-            self.after(at_s)[0].step - 1 < self.before(at_s)[-1].durable for at_s in self.struck_s()
+            self.after(at_s)[0].step - 1 < self.before(at_s)[-1].durable
+            for at_s in self.fault_times_s()
         )
 
     def to_new_step_s(self) -> list[float]:
         """From each fault to the end of the first step that nobody had done before."""
         took_s = []
-        for at_s in self.struck_s():
+        for at_s in self.fault_times_s():
             newest = max(one.step for one in self.before(at_s))
             took_s.append(next(o.at_s for o in self.after(at_s) if o.step > newest) - at_s)
         return took_s
 
     def useful(self) -> tuple[float, int]:
         """Of the time between the first and the last fault: the share in new steps, and these."""
-        first_s, *_, last_s = times_s = self.struck_s()
+        first_s, *_, last_s = times_s = self.fault_times_s()
         useful_s, count, newest = 0.0, 0, 0
         for last, one in pairwise(self.notes()):
-            struck = any(last.at_s < at_s <= one.at_s for at_s in times_s)
+            hit = any(last.at_s < at_s <= one.at_s for at_s in times_s)
             newest = max(newest, last.step)
             inside = one.at_s > first_s and last.at_s < last_s
-            if one.pid == last.pid and one.step > newest and inside and not struck:
+            if one.pid == last.pid and one.step > newest and inside and not hit:
                 useful_s += one.at_s - last.at_s
                 count += 1
         return useful_s / (last_s - first_s), count
@@ -102,5 +103,5 @@ def noted(home: Path) -> list[Note]:
 
 
 def marks(home: Path) -> Path:
-    """The folder in which faults note that they struck."""
+    """Folder of the marker files of fired faults."""
     return home / "marks"
