@@ -1,7 +1,7 @@
-"""The loss by log-SNR: one axis on which models of any schedule and any T can be compared.
+"""Loss by log-SNR, which compares models of any schedule and any T.
 
-What noise a step t stands for differs from schedule to schedule; at one log-SNR all denoisers face
-the same task. K: levels of log-SNR, float64; a = sigmoid(log-SNR) is alpha_bar there.
+The noise level of a step t depends on the schedule; at a fixed log-SNR the denoising task is the
+same. K: number of log-SNR levels, float64; a = sigmoid(log-SNR) is alpha_bar at a level.
 """
 
 import torch
@@ -22,10 +22,10 @@ def loss_by_log_snr(
 ) -> Tensor:
     """Mean squared error [K] float64 of the predicted noise at the levels log_snr [K].
 
-    Image i of x_0 [N, ...] is seen at level i % K with noise[i], at the two steps whose log-SNRs
-    enclose the level; between their losses lies a straight line. A level that the schedule does not
-    reach was never trained and is charged `linear_guess` with the data's `variance`. Raises
-    ValueError unless K divides N.
+    Image i of x_0 [N, ...] is used at level i % K with noise[i], at the two steps whose log-SNRs
+    enclose the level; their losses are interpolated linearly. A level outside the schedule's range
+    is not trained and gets the loss `linear_guess` of the data's `variance`. Raises ValueError
+    unless K divides N.
     """
     levels = len(log_snr)
     if not len(x_0) or len(x_0) % levels:
@@ -44,14 +44,14 @@ def loss_by_log_snr(
 
 
 def steps_at(schedule: NoiseSchedule, log_snr: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The steps around each level: cleaner t [K], noisier t [K], the cleaner's share, if reached.
+    """Find the steps that enclose each level: cleaner t [K], noisier t [K], share [K], reached [K].
 
-    The share [K] float64 in 0..1 interpolates in log-SNR. A level beyond the schedule's ends is not
-    reached, and has the step at that end for both.
+    `share` float64 in 0..1 is the cleaner step's weight in the interpolation over log-SNR.
+    `reached` is False for levels outside the schedule's range, which get that end's step twice.
     """
     steps = torch.arange(1, schedule.num_steps + 1, device=log_snr.device)
     table = schedule.log_snr(steps)  # falls
-    table = table[table.isfinite()]  # up to a step without signal there is nothing in between
+    table = table[table.isfinite()]  # no interpolation to a step without signal
     after = torch.searchsorted(-table, -log_snr)  # the first step at least as noisy
     noisier = (after + 1).clamp(1, len(table))
     cleaner = torch.where(table[noisier - 1] == log_snr, noisier, after.clamp(min=1))
@@ -62,22 +62,22 @@ def steps_at(schedule: NoiseSchedule, log_snr: Tensor) -> tuple[Tensor, Tensor, 
 
 
 def linear_guess(log_snr: Tensor, variance: float) -> Tensor:
-    """The loss [K] of the best linear denoiser of pixels of that variance, each by itself.
+    """Loss [K] of the best linear denoiser of independent pixels of that variance v.
 
-    Var(epsilon | x_t) = a v / (a v + 1 - a), for Gaussian pixels the best of all: near 0 in strong
-    noise, which is then all that is seen, and near 1 where there is hardly any.
+    Var(epsilon | x_t) = a v / (a v + 1 - a), optimal for Gaussian pixels: near 0 at high noise and
+    near 1 at low noise.
     """
     a = torch.sigmoid(log_snr)
     return a * variance / (a * variance + 1 - a)
 
 
-def validation_loss(spectrum: Tensor, log_snr: Tensor) -> float:
-    """One number for a spectrum [K], its mean with the weight sigmoid(2 - log_snr).
+def validation_loss(losses: Tensor, log_snr: Tensor) -> float:
+    """Weighted mean of the losses [K] with weights sigmoid(2 - log_snr).
 
-    Evenly spread over log-SNR, the squared error of the noise is the variational bound (Kingma et
-    al. 2021, arXiv:2107.00630, section 5). The weight, which falls as the noise fades, takes from
-    it the finest details that nobody sees: a bound on slightly noised images (Kingma and Gao 2023,
-    arXiv:2303.00848; a sigmoid of this kind: Hoogeboom et al. 2024, arXiv:2410.19324).
+    Uniform in log-SNR, the squared error of the noise is the variational bound (Kingma et al. 2021,
+    arXiv:2107.00630, section 5). The weight falls with log-SNR and so reduces the influence of
+    imperceptible detail: a bound on slightly noised images (Kingma and Gao 2023, arXiv:2303.00848;
+    a similar sigmoid: Hoogeboom et al. 2024, arXiv:2410.19324).
     """
     weight = torch.sigmoid(2 - log_snr)
-    return float((weight * spectrum).sum() / weight.sum())
+    return float((weight * losses).sum() / weight.sum())

@@ -1,4 +1,4 @@
-"""The training loop: one worker's work, in plain torch, the same alone and among many."""
+"""The training loop of one worker, in plain torch; the same for one worker and for many."""
 
 import logging
 import math
@@ -50,7 +50,7 @@ class ImageStream(Protocol):
 
 @dataclass(frozen=True)
 class Plan:
-    """How long, how large, how often; steps are optimiser steps."""
+    """Settings of the training loop; steps are optimiser steps."""
 
     steps: int
     global_batch_size: int
@@ -64,17 +64,17 @@ class Plan:
     validate_every_steps: int = 0
 
     def is_due(self, every_steps: int, step: int) -> bool:
-        """Whether something that is done every so many steps (0: never) is done after `step`."""
+        """Whether an action with period `every_steps` (0: never) is due after `step`."""
         return every_steps > 0 and step % every_steps == 0
 
 
 @dataclass
 class Run:
-    """All that one worker holds: the state, and everything that acts on it."""
+    """Everything one worker needs to train: its state and all that acts on it."""
 
     plan: Plan
     state: TrainingState
-    network: nn.Module  # what the gradient passes through: state.model, wrapped
+    network: nn.Module  # state.model, wrapped by DDP and torch.compile as configured
     objective: Objective
     guard: Guard
     stream: ImageStream
@@ -93,18 +93,18 @@ class Run:
 
 
 def train(run: Run) -> bool:
-    """Take `run` from the step it stands at to its last; False if it was asked to stop before.
+    """Train `run` from its current step to the last. Return False if asked to stop before.
 
-    Either way the state is in a committed checkpoint on return. Raises DivergedError before the
-    update that would have spoilt the weights, and StorageError where checkpoints cannot be written.
+    On return the state is in a committed checkpoint. Raises DivergedError instead of applying a
+    gradient that is not finite or a spike, and StorageError if checkpoints cannot be written.
     """
     state, plan = run.state, run.plan
     run.reported = (state.step, time.perf_counter())
     command = Command.NONE
     if state.step == 0 and plan.grid_every_steps:
-        run.draw_grid(0)  # what the same noise gave before the first step
+        run.draw_grid(0)  # samples of the untrained network
     if state.step > 0:
-        show(run)  # an earlier start may have ended between its checkpoint and these
+        show(run)  # an earlier start may have ended before it drew and scored this step
     while state.step < plan.steps and command is not Command.STOP:
         rewound = take_step(run)
         command = Command.NONE
@@ -129,10 +129,10 @@ def train(run: Run) -> bool:
 
 
 def show(run: Run) -> None:
-    """Draw and score the weights of this step, as far as that is due and was not done before.
+    """Draw sample grids and evaluate at this step, if due and not done before.
 
-    It comes after the step's checkpoint, so that an error in it loses no training; scores are saved
-    with a second checkpoint of the step. A run that ends in between is shown when it is continued.
+    Runs after the step's checkpoint, so that an error here loses no training. Scores are saved by a
+    second checkpoint of the step. If the run ends in between, a continued run does this first.
     """
     state, plan = run.state, run.plan
     step, last, scores_before = state.step, state.step == plan.steps, state.scores
@@ -152,16 +152,16 @@ def show(run: Run) -> None:
 
 
 def settle(run: Run) -> None:
-    """Return, on all workers, once what was saved is committed; all must call it.
+    """Wait on all workers until the last checkpoint is committed; all must call it.
 
-    The first worker that fails takes the others with it, and the leader's upload with them.
+    An error of one worker ends all of them, and would abort an upload of rank 0.
     """
     run.checkpoints.wait()
     run.workers.gather(None)
 
 
 def take_step(run: Run) -> bool:
-    """One optimiser step on all workers together; True where it led back to earlier weights."""
+    """Take one optimiser step on all workers. Return True if it rewound to earlier weights."""
     state, plan = run.state, run.plan
     fault_injection.set_position(run.workers.rank, state.step + 1)
     fault_injection.at("batch")
@@ -170,7 +170,7 @@ def take_step(run: Run) -> bool:
         run.network, batch.images, batch.labels, state.step, run.workers, plan.micro_batch_size
     )
     norm = clip_grad_norm_(run.network.parameters(), plan.max_grad_norm, foreach=True)
-    grad_norm = float(norm)  # waits for the device; without it a NaN would reach the weights
+    grad_norm = float(norm)  # waits for the device: a NaN must not reach the weights
     if not run.guard.passes(grad_norm):
         return skip_step(run, grad_norm, losses)
     fault_injection.at("update")
@@ -182,7 +182,7 @@ def take_step(run: Run) -> bool:
     state.ema.update(state.model, plan.ema_decay(state.step))
     state.averages.update(state.model, state.step)
     state.step += 1
-    if state.moments is not None:  # all workers' losses, in the order of their positions
+    if state.moments is not None:  # losses of all workers, in order of position
         seen = run.workers.gather((t.cpu(), losses.cpu()))
         state.moments.update(*(torch.cat(column) for column in zip(*seen, strict=True)))
     log_snr = run.objective.schedule.log_snr(t)
@@ -191,9 +191,9 @@ def take_step(run: Run) -> bool:
 
 
 def skip_step(run: Run, grad_norm: float, losses: Tensor) -> bool:
-    """Count the step as done and leave the weights as they are, or take earlier ones (True).
+    """Count the step without an update, or rewind to earlier weights. Return True if rewound.
 
-    Raises DivergedError where training.on_divergence does not let the run go on.
+    Raises DivergedError if training.on_divergence=stop, or after too many skipped steps.
     """
     fault_injection.at(
         "between"
@@ -210,19 +210,19 @@ def skip_step(run: Run, grad_norm: float, losses: Tensor) -> bool:
         _, norm, limit, named = error.args
         told = {"step": state.step, "grad_norm": str(norm), "limit": str(limit), "keys": named}
         run.sink.document(f"skipped/step-{state.step:08d}.json", told)
-        log.warning("%s. Skipped, as training.on_divergence says", str(error).partition(";")[0])
+        log.warning("%s. Skipped (training.on_divergence)", str(error).partition(";")[0])
     if run.guard.rewinds:
         rewind(run, error)
     return run.guard.rewinds
 
 
 def rewind(run: Run, error: DivergedError) -> None:
-    """Restore weights, average and moments of the planned checkpoint before, for the caller to
-    save; raises `error` where none is kept.
+    """Restore weights, EMA and optimiser moments of the last scheduled checkpoint.
 
-    The count of steps goes on, so that the samples since then are not used again: with them the
-    run would go the same way. The planned one, because one that somebody asked for in between
-    would lead a run that was interrupted elsewhere than one that was not.
+    The caller saves the result. Raises `error` if that checkpoint no longer exists. The step count
+    continues, so that the batches since then are not repeated: they would diverge again. Only a
+    scheduled checkpoint is used: one saved on request would make an interrupted run differ from an
+    uninterrupted one.
     """
     state, every = run.state, run.plan.checkpoint_every_steps
     step, scores, losses, shown = state.step, state.scores, state.validation_losses, state.shown
@@ -240,11 +240,11 @@ def rewind(run: Run, error: DivergedError) -> None:
     state.shown = shown
     run.log.resume(snapshot.facts["bands"])
     run.guard.resume(snapshot.facts["guard"] | {"skipped": skipped})
-    log.warning("step %d goes on from the weights of %s", step + 1, where)
+    log.warning("rewound: step %d continues from the weights of %s", step + 1, where)
 
 
 def hand_on_rows(run: Run) -> list[Row]:
-    """The rows of the steps since the last call, handed to the sink; none right after a rewind."""
+    """Send the rows of the steps since the last call to the sink; none right after a rewind."""
     rows = run.log.collect(run.state.step, run.stream.waited_s)
     if run.sink is not None:
         run.sink.rows(rows)
@@ -252,7 +252,7 @@ def hand_on_rows(run: Run) -> list[Row]:
 
 
 def report(run: Run) -> Command:
-    """Hand on the rows since the last report; what the driver asks for, the same on all workers."""
+    """Report rows and progress. Return the driver's command, the same on all workers."""
     step, (last_step, last_time) = run.state.step, run.reported
     rows = hand_on_rows(run)
     elapsed_s = max(time.perf_counter() - last_time, 1e-9)
@@ -265,14 +265,14 @@ def report(run: Run) -> Command:
         progress = Progress(step, run.plan.steps, loss, rate, run.state.validation_losses, saved)
         agreed[0] = run.show_progress(progress)
         agreed[1] = max(1, round(steps_per_s * REPORT_EVERY_S))
-    run.workers.sum_(agreed)  # the leader's word: all report, and stop, at the same steps
+    run.workers.sum_(agreed)  # only rank 0's is not 0: all workers report and stop together
     run.report_every_steps = int(agreed[1])
     run.reported = (step, time.perf_counter())
     return Command(int(agreed[0]))
 
 
 def save(run: Run) -> None:
-    """Copy the state now; the leader's background thread writes it."""
+    """Copy the state; the background thread of rank 0 writes the checkpoint."""
     fault_injection.at("snapshot")
     run.state.facts["bands"] = run.log.window()
     run.state.facts["guard"] = run.guard.facts()

@@ -1,7 +1,7 @@
-"""Whatever must outlive a crash, in one object, and its snapshot for a checkpoint.
+"""The training state that a checkpoint saves, and its snapshot on the CPU.
 
-Weights, their averages and Adam's moments are tensors under the network's parameter names; all
-else (step, seed, data fingerprint, config, MLflow run, scores, rows not yet sent) is plain JSON.
+Weights, EMAs and Adam's moments are tensors, stored under the network's parameter names. All other
+values (step, seed, data fingerprint, config, MLflow run, scores, unsent rows) are plain JSON.
 """
 
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ Tensors = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A state on the CPU that later steps do not change: tensors by file, facts as JSON."""
+    """A copy of the state on the CPU: tensors by file name, other values as JSON."""
 
     # "model", "ema", "optimizer"; "moments" and further averages where there are any
     tensors: dict[str, Tensors]
@@ -27,7 +27,7 @@ class Snapshot:
 
     @property
     def step(self) -> int:
-        """Optimiser steps that the state has taken."""
+        """Number of optimiser steps taken."""
         return int(self.facts["step"])
 
 
@@ -38,18 +38,14 @@ class TrainingState:
     model: nn.Module  # unwrapped: no DDP, not compiled
     ema: EMA
     optimizer: torch.optim.Optimizer
-    facts: dict[str, Any]  # who this run is: config, seed, data fingerprint, MLflow run
-    moments: SecondMoments | None = None  # of the losses by t, where t is drawn by them
-    averages: Averages = field(default_factory=Averages)  # beside `ema`, which samples come from
+    facts: dict[str, Any]  # identity of the run: config, seed, data fingerprint, MLflow run
+    moments: SecondMoments | None = None  # of losses by t, for objective.timesteps=second_moment
+    averages: Averages = field(default_factory=Averages)  # additional EMAs; sampling uses `ema`
     step: int = 0
     scores: dict[str, Any] = field(default_factory=dict)  # the newest evaluation
-    validation_losses: list[dict[str, Any]] = field(
-        default_factory=list
-    )  # all looks at the common loss
-    ema_snapshot_steps: list[int] = field(
-        default_factory=list
-    )  # steps whose averages lie in snapshots/
-    shown: int = 0  # the newest step whose pictures and scores are all done
+    validation_losses: list[dict[str, Any]] = field(default_factory=list)
+    ema_snapshot_steps: list[int] = field(default_factory=list)
+    shown: int = 0  # newest step whose sample grids and scores are complete
 
     def snapshot(self, unsent_rows: list[Any]) -> Snapshot:
         """A copy on the CPU; 0.1 s for the 572 MB of a 35.7 M-parameter run."""
@@ -72,7 +68,7 @@ class TrainingState:
         return Snapshot(copied(tensors), facts)
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Go on from `snapshot`; RuntimeError names the tensors that differ."""
+        """Continue from `snapshot`. Raises RuntimeError that names tensors that do not match."""
         self.model.load_state_dict(snapshot.tensors["model"])
         self.ema.load_state_dict(snapshot.tensors["ema"])
         self._set_moments(snapshot.tensors["optimizer"])
@@ -83,10 +79,8 @@ class TrainingState:
         self.step = snapshot.step
         self.scores = snapshot.facts["scores"]
         self.validation_losses = snapshot.facts["probes"]
-        self.ema_snapshot_steps = snapshot.facts.get(
-            "kept_at", []
-        )  # older checkpoints know of none
-        self.shown = snapshot.facts.get("shown", self.step)  # older ones were saved after these
+        self.ema_snapshot_steps = snapshot.facts.get("kept_at", [])  # not in older checkpoints
+        self.shown = snapshot.facts.get("shown", self.step)  # older versions saved after drawing
 
     def _moments(self) -> Tensors:
         names = self._optimised_names()
@@ -112,10 +106,10 @@ class TrainingState:
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
 
     def _optimised_names(self) -> list[str]:
-        """Names of the optimiser's parameters in its own order: group after group.
+        """Parameter names in the optimiser's order, one parameter group after the other.
 
-        torch's state_dict numbers parameters by this order, which is the model's only where there
-        is one group of all parameters.
+        torch's state_dict numbers parameters in this order. It equals the model's order only if
+        there is a single parameter group.
         """
         names = {id(value): name for name, value in self.model.named_parameters()}
         return [
@@ -124,7 +118,7 @@ class TrainingState:
 
 
 def copied(groups: Mapping[str, Tensors]) -> dict[str, Tensors]:
-    """The groups as they are now, on the CPU, for a file."""
+    """Copy the tensors of all groups to the CPU, for writing."""
     return {
         name: {key: _plain_copy(value) for key, value in group.items()}
         for name, group in groups.items()
@@ -132,5 +126,5 @@ def copied(groups: Mapping[str, Tensors]) -> dict[str, Tensors]:
 
 
 def _plain_copy(tensor: Tensor) -> Tensor:
-    """On the CPU and contiguous: a file knows nothing of channels_last."""
+    """Copy to the CPU as a contiguous tensor: files do not store channels_last."""
     return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)

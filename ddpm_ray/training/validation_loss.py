@@ -1,8 +1,8 @@
-"""A look at a model on an axis that is the same for every schedule: its loss by log-SNR.
+"""Validation loss by log-SNR, which is comparable across noise schedules.
 
-The loss that training minimises is a mean over t, and what noise a t stands for depends on the
-schedule and on T. At one log-SNR all of them do the same task, so there their losses compare: on
-the same images, with the same noise, by the EMA weights that samples come from.
+The training loss is a mean over t, and the noise level of a t depends on the schedule and on T. At
+a fixed log-SNR the denoising task is the same for all schedules. The loss is measured on fixed
+images with fixed noise, with the EMA weights.
 """
 
 from dataclasses import dataclass
@@ -22,54 +22,54 @@ from ddpm_ray.training.state import TrainingState
 # The linear schedule of Ho et al. spans -10.1 to 9.2 at T = 1000. Beyond these levels a denoiser
 # of small images does hardly better or worse than a guess.
 LEVELS = tuple(level + 0.5 for level in range(-8, 8))
-SEED = 0  # of images and noise: the same in every run on a data set
+SEED = 0  # of images and noise: equal in all runs on a data set
 
 
 @dataclass(frozen=True)
 class Validator:
-    """Looks with the EMA weights, on all workers; each sees its share of the images."""
+    """Computes the validation loss of the EMA weights; each worker takes a share of images."""
 
     state: TrainingState
     denoiser: Denoiser  # of the EMA weights
     images: Tensor  # uint8 [n, H, W, C]: this worker's, whole groups of one image per level
     labels: Tensor  # int64 [n]
-    first_index: int  # of the first of them among all workers' images
-    variance: float  # of the data's pixels in [-1, 1]: what a level never trained is charged with
+    first_index: int  # index of the first of them among all workers' images
+    variance: float  # of pixels in [-1, 1], for the levels outside the schedule's range
     workers: Workers
     sink: Sink | None  # on the leader
     batch_size: int = 64
 
     def validate(self, step: int) -> None:
-        """Adds the losses of `step` to the state and hands them on; all workers must call it."""
+        """Add the losses of `step` to the state and to the metrics; all workers must call it."""
         levels = torch.tensor(LEVELS, dtype=torch.float64)
-        chunk = max(1, self.batch_size // (2 * len(LEVELS))) * len(LEVELS)  # seen at two steps each
+        chunk = max(1, self.batch_size // (2 * len(LEVELS))) * len(LEVELS)  # two timesteps each
         total, groups = torch.zeros(len(LEVELS) + 1, dtype=torch.float64), len(LEVELS)
         for start in range(0, len(self.images), chunk):
             part = self.images[start : start + chunk]
-            total[:groups] += len(part) // groups * self._spectrum(part, start, levels).cpu()
+            total[:groups] += len(part) // groups * self._losses_by_level(part, start, levels).cpu()
             total[groups] += len(part) // groups
         self.workers.sum_(total)
-        spectrum = total[:groups] / total[groups]
-        loss = validation_loss(spectrum, levels)
+        losses = total[:groups] / total[groups]
+        loss = validation_loss(losses, levels)
         self.state.validation_losses.append(
-            {"step": step, "loss": loss, "spectrum": spectrum.tolist()}
+            {"step": step, "loss": loss, "spectrum": losses.tolist()}
         )
         if self.sink is not None:
             by_level = {f"eval/loss_logsnr/{level:g}": float(value)
-                        for level, value in zip(LEVELS, spectrum, strict=True)}  # fmt: skip
+                        for level, value in zip(LEVELS, losses, strict=True)}  # fmt: skip
             self.sink.rows([Row(step, {"eval/loss_common": loss} | by_level)])
 
-    def _spectrum(self, images: Tensor, start: int, levels: Tensor) -> Tensor:
+    def _losses_by_level(self, images: Tensor, start: int, levels: Tensor) -> Tensor:
         device = self.workers.device
         x_0 = to_model_range(images.to(device), None)
         index = torch.arange(len(images), device=device) + self.first_index + start
         noise = counter_rng.normal(SEED, Purpose.VALIDATION, 0, index, tuple(x_0.shape[1:]))
         labels = self.labels[start : start + len(images)].to(device)
-        seen_twice = labels.repeat(2) if self.denoiser.num_classes else None
+        repeated_labels = labels.repeat(2) if self.denoiser.num_classes else None
         low = None
         if pixels := self.denoiser.low_resolution_pixels:
             low = downscaled(x_0, pixels).repeat(2, 1, 1, 1)
         return loss_by_log_snr(
-            self.denoiser.noise(seen_twice, low),
+            self.denoiser.noise(repeated_labels, low),
             self.denoiser.schedule, x_0, noise, levels.to(device), self.variance,
         )  # fmt: skip
