@@ -1,7 +1,7 @@
-"""Text that may be told, logged and saved: no secret in a URL, no control character of a stranger.
+"""Removes secrets in URLs and control characters from text before it is logged, shown or saved.
 
-Sample keys, file names and label names come with the data. Printed as they are, one with a newline
-or an escape sequence would forge a line of the log or change what a terminal shows.
+Sample keys, file names and label names come with the data: a newline or an escape sequence in one
+could forge a log line or change what a terminal shows.
 """
 
 import re
@@ -9,25 +9,26 @@ from collections.abc import Iterator, Mapping
 from urllib.parse import unquote
 
 NO_SECRET = (
-    "a password or token in a URL would be saved with it; take it out, and set AWS_ACCESS_KEY_ID "
+    "a password or token in a URL would be saved with it; remove it, and set AWS_ACCESS_KEY_ID "
     "and AWS_SECRET_ACCESS_KEY, or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
 )
 _HIDDEN = "***"
-# `user:password@` behind `://`, where secret keys of S3 may hold a slash; a number before the next
-# slash is a port. A name alone is a secret over HTTP only: elsewhere it is a user or a container.
+# `user:password@` after `://`; S3's secret keys may contain a slash. A number before the next slash
+# is a port. A user name alone is a token over HTTP; elsewhere it is a user or a container.
 _USER = re.compile(r"(?<=://)[^/?#@\s]*:(?!\d{1,5}(?:[/?#\s]|$))\S*@")
 _TOKEN = re.compile(r"(?i)\b(https?://)[^/?#@\s:]+@")
 # A parameter of a URL's query or fragment: the separator and the name, then the value.
 _PARAMETER = re.compile(r"([?&#;](?:amp;)?)([^?&#;=\s]+)=([^?&#;\s]+)(\?[^&#;\s]*)?")
-# Names that end in one of these words hold a secret, in any case and with any separators between
-# words: sslpassword, X-Goog-Signature, refresh_token, AWSAccessKeyId; not `tokenizer`, `keyframes`.
+# Parameters whose names end in one of these words hold a secret, in any case and with any
+# separators between words: sslpassword, X-Goog-Signature, refresh_token, AWSAccessKeyId; but not
+# tokenizer or keyframes.
 _SECRET_NAME = re.compile(
     r"(?:password|passwd|passphrase|pwd|secrets?|token|credentials?|signature|jwt|bearer|assertion|"
     r"authorization|sessionid|^(?:sig|sas|pass|auth|hmac|creds?)|"
     r"(?:api|app|auth|access|account|private|secret|shared|master|subscription|encryption|signing|"
     r"storage)key(?:id)?)$"
 )
-# Values that are a secret under any name: a signed JSON web token, keys of Google, GitHub, Hugging
+# Values that are secrets under any name: signed JSON web tokens, keys of Google, GitHub, Hugging
 # Face and GitLab.
 _SECRET_VALUE = re.compile(
     r"eyJ[\w-]{8,}\.[\w-]+\.|AIza[\w-]{20,}|gh[opsu]_\w{20,}|hf_\w{20,}|glpat-[\w-]{16,}"
@@ -35,7 +36,7 @@ _SECRET_VALUE = re.compile(
 
 
 def _is_secret(name: str, value: str) -> bool:
-    """Whether a URL's parameter holds a secret, by its name or by the form of its value."""
+    """Return whether a URL parameter is a secret, by its name or by the form of its value."""
     word = re.sub(r"[\W_]+", "", unquote(name)).lower()
     return bool(_SECRET_NAME.search(word) or _SECRET_VALUE.match(value))
 
@@ -48,18 +49,18 @@ def _hide(match: re.Match[str]) -> str:
 
 
 def redacted(text: str) -> str:
-    """`text` with `***` for each password, token or signature that stands in a URL."""
+    """Replace each password, token or signature in a URL in `text` by `***`."""
     text = _USER.sub(f"{_HIDDEN}@", text)
     return _PARAMETER.sub(_hide, _TOKEN.sub(rf"\1{_HIDDEN}@", text))
 
 
 def has_secret(value: object) -> bool:
-    """Whether a URL somewhere in `value` holds a password, a token or a signature."""
+    """Return whether a URL anywhere in `value` contains a password, token or signature."""
     return any(redacted(text) != text for text in texts(value))
 
 
 def texts(value: object) -> Iterator[str]:
-    """Every text in a value of JSON, however deep, its keys too."""
+    """Yield every string in a JSON value, at any depth, including keys."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
@@ -71,23 +72,23 @@ def texts(value: object) -> Iterator[str]:
 
 
 def printable(text: str) -> str:
-    """One line: `text` with control characters, line ends and text direction marks spelt out."""
+    """Escape control characters, line ends and text direction marks: the result is one line."""
     return "".join(
         c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text
     )
 
 
 def sanitize(text: str) -> str:
-    """`text` as it may stand in a terminal or a log: one line, no secret, no control character."""
+    """Make `text` safe for a terminal or a log: one line, no secret, no control character."""
     return printable(redacted(text))
 
 
 def counted(number: float, noun: str, plural: str = "") -> str:
-    """The number and what it counts: 1 worker, 2 workers, 0 rows; `plural` if not with an s."""
+    """Format a count with its noun: 1 worker, 2 workers; `plural` if it does not end with s."""
     return f"{number:.12g} {noun if number == 1 else plural or f'{noun}s'}"
 
 
 def brief(error: Exception) -> str:
-    """The error as one line of at most 200 characters."""
+    """Return the error as one line of at most 200 characters."""
     text = sanitize(" ".join(str(error).split()))
     return text if len(text) <= 200 else f"{text[:197]}..."

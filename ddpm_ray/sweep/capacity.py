@@ -1,4 +1,4 @@
-"""How many trials a cluster can run at once, said before the first starts."""
+"""The number of trials that fit on the cluster at once, checked before the first starts."""
 
 import math
 from typing import Any
@@ -11,10 +11,10 @@ from ddpm_ray.redaction import counted
 
 
 def trials_at_once(config: ClusterConfig, wanted: int) -> int:
-    """`wanted` trials side by side, or for 0 as many as fit on the cluster that is connected.
+    """Return how many trials run at once: `wanted`, or for 0 as many as fit on the cluster.
 
-    Counts what an autoscaler may still add. Raises ConfigError, with the arithmetic, where not one
-    trial fits, or fewer than wanted.
+    Counts nodes that an autoscaler may add. Raises ConfigError, with the calculation, if fewer than
+    `wanted`, or none, fit.
     """
     need = {"CPU": config.cpus_per_worker, "GPU": config.gpus_per_worker}
     need = {resource: amount for resource, amount in need.items() if amount}
@@ -36,11 +36,11 @@ def trials_at_once(config: ClusterConfig, wanted: int) -> int:
 
 
 def _workers_on(resources: dict[str, float], need: dict[str, float]) -> int:
-    """Workers that a node, or a sum of nodes, holds; 1e-9 against rounding of shares of a CPU."""
+    """Return how many workers fit; 1e-9 compensates rounding of fractional CPUs."""
     return min(math.floor(resources.get(name, 0) / amount + 1e-9) for name, amount in need.items())
 
 
 def _autoscaler_limit() -> dict[str, float] | None:
-    """The most that the autoscaler may bring the cluster to; None without one."""
+    """Return the resources up to which the autoscaler may grow the cluster; None without one."""
     from_config: Any = ray._private.state.state.get_max_resources_from_cluster_config()
     return dict(from_config) if from_config else None

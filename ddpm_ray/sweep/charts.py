@@ -1,8 +1,8 @@
-"""Pictures of a sweep, from its trials: scores, losses, cost, and samples side by side.
+"""Pictures of a sweep: scores, losses, cost, and samples of its trials side by side.
 
-Each is None where there is nothing to show, and stays readable with a thousand trials: the best
-few have a colour and a name, the others are a grey crowd. Figures are objects of their own, not
-pyplot's, so charts share nothing and may be drawn in any thread.
+Each function returns None if there is nothing to draw. Charts stay readable with a thousand trials:
+the best few have a colour and a name, the others are grey. They use matplotlib's Figure without
+pyplot, so they may be drawn in any thread.
 """
 
 import io
@@ -27,34 +27,34 @@ from ddpm_ray.sweep.leaderboard import MOST, STATUSES, Row, cut, score_text, sta
 from ddpm_ray.sweep.trial_store import Trial
 from ddpm_ray.training.sample_grids import GRID_IMAGES
 
-Look: TypeAlias = dict[str, Any]  # what matplotlib takes as a style
+Look: TypeAlias = dict[str, Any]  # matplotlib's style arguments
 Curve: TypeAlias = tuple[Trial, np.ndarray[Any, np.dtype[np.float64]]]  # its points [n, 2]
 
-# Okabe and Ito's colours without their yellow, which white paper swallows; markers say it again.
+# Okabe and Ito's colours without yellow, which is invisible on white; markers repeat the code.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7A5C00")
 MARKERS = "osD^vPX*"
-NAMED = len(COLOURS)  # so many have a colour and a line in the legend
+NAMED = len(COLOURS)  # trials with a colour and a line in the legend
 PALE, GREY, DARK = "#8FB8D8", "#BBBBBB", "#595959"
 STATUS_COLOURS: dict[str, str] = dict(
     zip(STATUSES, ("#0072B2", "#009E73", "#8C8C8C", "#E69F00", "#8B1A1A"), strict=True)
 )
 TITLE_POINTS, TEXT_POINTS, SMALL_POINTS = 13, 11, 9.5
-WIDE = 12.0  # values that spread over this factor stand on a log axis
-CROWD = 100  # from so many trials on, marks are small and lines thin
+WIDE = 12.0  # a range above this factor is drawn on a log axis
+CROWD = 100  # from this number of trials on, marks are small and lines thin
 NAME_LETTERS = 44
 T_KEY = "schedule.num_steps"
 SHEET_ROWS, CELL_PIXELS, CAPTION_PIXELS, LINE_PIXELS = 40, 128, 340, 18
 
 
 def fid_against_T(trials: Sequence[Trial], metric: str) -> Image.Image | None:  # noqa: N802
-    """The score of each finished trial over its T, with its interval; a line for each schedule."""
+    """Plot final score with interval against T, one line for each schedule."""
     steps = {t.number: int(t.values.get(T_KEY, t.outcome.get("num_steps")) or 0) for t in trials}
     schedules = {trial.number: _name(trial, but=T_KEY) for trial in trials}
     rows = [row for row in standings(trials, metric) if steps[row.number] > 0]
     unscored = [row for row in rows if row.score is None]
     if len(unscored) == len(rows):
         return None
-    lines: dict[str, list[Row]] = defaultdict(list)  # the best schedule first, as the rows stand
+    lines: dict[str, list[Row]] = defaultdict(list)  # the best schedule first, as in `rows`
     for row in rows[: len(rows) - len(unscored)]:
         lines[schedules[row.number]].append(row)
     note = f"best: trial {rows[0].number}, T={steps[rows[0].number]}, {score_text(rows[0], metric)}"
@@ -62,11 +62,11 @@ def fid_against_T(trials: Sequence[Trial], metric: str) -> Image.Image | None:  
     handles: list[Artist] = []
     for i, (name, members) in enumerate(lines.items()):
         members.sort(key=lambda row: steps[row.number])
-        shift = 1 + 0.012 * (i - min(len(lines), NAMED) // 2) * (i < NAMED)  # bars side by side
+        shift = 1 + 0.012 * (i - min(len(lines), NAMED) // 2) * (i < NAMED)  # no overlapping bars
         x = np.array([steps[row.number] for row in members]) * shift
         y, low, high = np.array([(r.score, r.low, r.high) for r in members], float).T
         look = _look(i) if i < NAMED else {"color": GREY, "marker": ".", "lw": 0.6, "zorder": 1.5}
-        _, lowest = np.unique(x, return_index=True)  # a line is drawn through the best at each T
+        _, lowest = np.unique(x, return_index=True)  # the line joins the best score at each T
         handles += axes.plot(x[lowest], y[lowest], ms=5, label=name, **look)[: i < NAMED]
         axes.plot(x, y, ms=5, **look | {"ls": ""})
         axes.vlines(x, low, high, color=look["color"], zorder=look["zorder"])
@@ -85,7 +85,7 @@ def fid_against_T(trials: Sequence[Trial], metric: str) -> Image.Image | None:  
 
 
 def score_curves(trials: Sequence[Trial]) -> Image.Image | None:
-    """The common loss of every trial over its steps, and where it was stopped or failed."""
+    """Plot the common loss against steps, and mark where trials were stopped or failed."""
     points = [(t, [(one["step"], one.get("loss")) for one in t.probes]) for t in _ranked(trials)]
     curves = _finite((trial, np.array(pairs, float)) for trial, pairs in points)
     if not curves:
@@ -106,15 +106,15 @@ def score_curves(trials: Sequence[Trial]) -> Image.Image | None:
 def loss_spectra(
     trials: Sequence[Trial], levels: Sequence[float], guess: Sequence[float] | None = None
 ) -> Image.Image | None:
-    """The loss of every trial at its last probe over log-SNR, as a share of `guess` if it is given.
+    """Plot each trial's newest validation loss against log-SNR, divided by `guess` if given.
 
-    Losses span decades along log-SNR, trials differ by percents at each level: over the loss of
-    the linear guess, `guess`, both show.
+    `guess` is the loss of the best linear predictor. Losses span decades along log-SNR while trials
+    differ by percents at each level; the ratio shows both.
     """
     x, unit = np.array(levels, float), np.array(1.0 if guess is None else guess, float)
     spectra = [(trial, trial.probes[-1].get("spectrum") or ()) for trial in _ranked(trials)]
     known = [(trial, np.array(loss, float)) for trial, loss in spectra if len(loss) == len(x)]
-    with np.errstate(all="ignore"):  # what comes out infinite is left out
+    with np.errstate(all="ignore"):  # infinite values are dropped
         curves = _finite([(trial, np.c_[x, loss / unit]) for trial, loss in known])
     if not curves:
         return None
@@ -132,7 +132,7 @@ def loss_spectra(
 
 
 def cost_bars(trials: Sequence[Trial]) -> Image.Image | None:
-    """Worker-seconds of each trial, dearest first within its status; overhead is the pale end."""
+    """Plot worker-seconds by trial, most expensive first; the pale end is overhead."""
     rows = [row for row in standings(trials, "") if row.worker_s]
     if not rows:
         return None
@@ -140,17 +140,18 @@ def cost_bars(trials: Sequence[Trial]) -> Image.Image | None:
     note = f"{leaderboard.summary(rows)} Left out, cost unknown: {len(trials) - len(rows):,}."
     height = min(9.0, max(3.0, 1.6 + 0.2 * len(rows)))
     figure, axes = _canvas("Cost of each trial, shorter is cheaper", note, height)
-    places, thick = np.arange(len(rows)), 0.8 if len(rows) < CROWD else 1.0
-    held, idle = np.array([(row.worker_s, row.overhead_s or 0) for row in rows], float).T
+    heights, thick = np.arange(len(rows)), 0.8 if len(rows) < CROWD else 1.0
+    reserved, idle = np.array([(row.worker_s, row.overhead_s or 0) for row in rows], float).T
+    busy = reserved - idle
     colours = [STATUS_COLOURS[row.status] for row in rows]
-    axes.barh(places, held - idle, thick, color=colours, lw=0)
-    axes.barh(places, idle, thick, left=held - idle, color=colours, lw=0, alpha=0.4)
+    axes.barh(heights, busy, thick, color=colours, lw=0)
+    axes.barh(heights, idle, thick, left=busy, color=colours, lw=0, alpha=0.4)
     names = {t.number: _shown(cut(f"{t.number}: {_name(t)}", NAME_LETTERS)) for t in trials}
     labels = [names[row.number] for row in rows] if len(rows) <= SHEET_ROWS else []
-    axes.set_yticks(places[: len(labels)], labels)
+    axes.set_yticks(heights[: len(labels)], labels)
     axes.set(ylim=(len(rows) - 0.5, -0.5), ylabel="trials")
     axes.yaxis.grid(False)
-    _scale(axes, "x", [0, *held], "worker-seconds")
+    _scale(axes, "x", [0, *reserved], "worker-seconds")
     axes.set_xlim(left=0)
     handles: list[Artist] = []
     for status, colour in STATUS_COLOURS.items():
@@ -164,10 +165,10 @@ def cost_bars(trials: Sequence[Trial]) -> Image.Image | None:
 def contact_sheet(
     trials: Sequence[Trial], grids: Mapping[int, Image.Image], metric: str, columns: int = 8
 ) -> Image.Image | None:
-    """Samples of each trial from the same noise, a row each, the best trial first.
+    """Draw a row of samples for each trial, all from the same noise, the best trial first.
 
     `grids` are the trials' square grids of 64 samples, by trial number; a row shows the first
-    `columns` of them, pixel by pixel where they are at most 128 pixels wide.
+    `columns` samples, reduced if wider than 128 pixels.
     """
     rows = [row for row in standings(trials, metric) if row.number in grids]
     if not rows:
@@ -195,7 +196,7 @@ def contact_sheet(
 
 
 def _first_images(grid: Image.Image, count: int) -> Image.Image:
-    """The first `count` images of a square grid of 64 (grids.grid), side by side."""
+    """Return the first `count` images of a square grid of 64 (image_grid.py), side by side."""
     across = round(GRID_IMAGES**0.5)
     width, height = ((side - GUTTER_PIXELS) // across for side in grid.size)
     strip = Image.new("RGB", (count * width + GUTTER_PIXELS, height + GUTTER_PIXELS), "white")
@@ -207,20 +208,20 @@ def _first_images(grid: Image.Image, count: int) -> Image.Image:
 
 
 def _finite(curves: Iterable[Curve]) -> list[Curve]:
-    """`curves` less the points that are no numbers, or none to draw, and those without others."""
+    """Drop points that are not finite or too large, and curves without points."""
     known = [(trial, points[(np.abs(points) < MOST).all(axis=1)]) for trial, points in curves]
     return [(trial, points) for trial, points in known if len(points)]
 
 
 def _draw(axes: Axes, curves: Sequence[Curve]) -> list[Artist]:
-    """Draw all, the first ones in colour on top; returns what the legend shows of them."""
-    leaders = [curve for curve in curves if curve[0].status in ("finished", "running")]
-    fallen = [points for trial, points in curves if trial.status not in ("finished", "running")]
+    """Draw all curves, the first in colour and on top; returns the legend's handles."""
+    active = [curve for curve in curves if curve[0].status in ("finished", "running")]
+    ended = [points for trial, points in curves if trial.status not in ("finished", "running")]
     handles: list[Artist] = []
-    for i, (trial, points) in enumerate(leaders[:NAMED]):
+    for i, (trial, points) in enumerate(active[:NAMED]):
         handles += axes.plot(*points.T, ms=4, label=f"{trial.number}: {_name(trial)}", **_look(i))
-    others = [points for _, points in leaders[NAMED:]]
-    for crowd, colour, word in ((others, PALE, "others"), (fallen, GREY, "given up")):
+    others = [points for _, points in active[NAMED:]]
+    for crowd, colour, word in ((others, PALE, "others"), (ended, GREY, "stopped or failed")):
         if crowd:
             look: Look = {"colors": colour, "linewidths": 0.9 if len(curves) < CROWD else 0.4}
             axes.add_collection(LineCollection(crowd, zorder=1.8 - len(handles) / 100, **look))
@@ -247,7 +248,7 @@ def _canvas(title: str, note: str, height: float = 5.8) -> tuple[Figure, Axes]:
 def _scale(
     axes: Axes, side: str, values: Iterable[float | None], title: str, wide: float = WIDE
 ) -> None:
-    """Fit an axis to `values`: a log axis with round ticks if their ends are `wide` apart."""
+    """Fit an axis to `values`; a log axis if their range exceeds the factor `wide`."""
     known = [value for value in values if value is not None]
     low, high = min(known), max(known)
     axis = axes.xaxis if side == "x" else axes.yaxis
@@ -273,7 +274,7 @@ def _scale(
 
 
 def _picture(figure: Figure, handles: Sequence[Artist], title: str) -> Image.Image:
-    """`figure` as an image, with its legend."""
+    """Render `figure`, with its legend, as an image."""
     labels = [_shown(cut(str(handle.get_label()), NAME_LETTERS)) for handle in handles]
     look: Look = {"alignment": "left", "frameon": False, "fontsize": SMALL_POINTS}
     figure.legend(handles, labels, loc="outside right upper", title=title, **look)
@@ -283,18 +284,18 @@ def _picture(figure: Figure, handles: Sequence[Artist], title: str) -> Image.Ima
 
 
 def _name(trial: Trial, but: str = "") -> str:
-    """Its values for a legend, as `cosine T=1000 rescale=True`, less the key `but`."""
+    """Return the trial's values for a legend, as `cosine T=1000 rescale=True`, without key `but`."""
     values = {key: value for key, value in trial.values.items() if key != but}
     label = replace(trial, values=values).label or "all trials"
     return label.replace("kind=", "").replace("num_steps=", "T=")
 
 
 def _shown(text: str) -> str:
-    """`text` as matplotlib prints it letter by letter: no formula, only letters its font has."""
+    """Escape `text` for matplotlib: no formula, only letters of its font."""
     return "".join(c if c < "\u0530" and c.isprintable() else "?" for c in text).replace("$", r"\$")
 
 
 def _ranked(trials: Sequence[Trial]) -> list[Trial]:
-    """Those ever probed: finished ones first, each status by its last common loss."""
+    """Return the trials with a validation loss: finished first, then by last common loss."""
     probed = {trial.number: trial for trial in trials if trial.probes}
     return [probed[row.number] for row in standings([*probed.values()], "")]

@@ -1,9 +1,8 @@
-"""Which trials are stopped early: Ray Tune's own rules, told of one loss after the other.
+"""Early stopping of trials by Ray Tune's own rules, called outside Tune's loop.
 
-The rules run beside Tune's loop instead of inside it. Inside, a decision makes Tune kill the trial
-in the middle of a step: its last rows are lost, its MLflow run stays open, and its workers' place
-is given back only where Ray's State API can be reached. Here the trial is asked to stop, commits
-its checkpoint and ends by itself.
+Inside its loop Tune kills a stopped trial in the middle of a step: its last rows are lost, its
+MLflow run stays open, and its placement group is removed only if Ray's State API can be reached.
+Here the trial is asked to stop, commits a checkpoint and ends by itself.
 """
 
 import math
@@ -18,23 +17,23 @@ STEP, LOSS = "step", "loss"
 
 
 class EarlyStopping:
-    """A rule over the common losses of a sweep's trials, by optimiser step, not by report.
+    """A stopping rule that compares the common losses of trials at equal optimiser steps.
 
-    Its decisions depend on what it is told and on the order alone: told again in that order, after
-    a crash, it stands where it stood.
+    Its decisions depend only on the losses and their order, so a replay after a crash restores its
+    state. Common loss: validation loss over the log-SNR range that all trials share.
     """
 
     def __init__(self, config: StoppingConfig, total_steps: int) -> None:
         self._kind, self._total_steps = config.kind, total_steps
         self._rule: Any = _rule(config, total_steps)
-        self._known: dict[int, _Known] = {}
+        self._trials: dict[int, _TuneTrial] = {}
         self._stopped: set[int] = set()
         self._losses: dict[int, list[float]] = defaultdict(list)  # by step
 
     def decide(self, number: int, step: int, loss: float) -> str:
-        """Why trial `number` is to be stopped after `step`, in a line; empty: it goes on.
+        """Return why trial `number` should stop after `step`, in a line; "" if it continues.
 
-        A trial is stopped once; at the last step there is nothing left to stop.
+        A trial is stopped once, and never at its last step.
         """
         if self._rule is None or number in self._stopped or step >= self._total_steps:
             return ""
@@ -42,11 +41,11 @@ class EarlyStopping:
             self._stopped.add(number)
             return f"its common loss is {loss} at step {step}"
         self._losses[step].append(loss)
-        if number not in self._known:
-            self._known[number] = _Known(number)
-            self._rule.on_trial_add(None, self._known[number])
-        trial, told = self._known[number], {STEP: step, LOSS: loss}
-        decision = self._rule.on_trial_result(_Controller(), trial, told)
+        if number not in self._trials:
+            self._trials[number] = _TuneTrial(number)
+            self._rule.on_trial_add(None, self._trials[number])
+        trial, result = self._trials[number], {STEP: step, LOSS: loss}
+        decision = self._rule.on_trial_result(_Controller(), trial, result)
         if decision != TrialScheduler.STOP:
             return ""
         self._stopped.add(number)
@@ -55,18 +54,18 @@ class EarlyStopping:
         return f"{self._kind}: common loss {loss:.4g} at step {step}, {rank} of {len(losses)}"
 
 
-class _Known:
-    """What the rules ask of one of Tune's trials: an identity."""
+class _TuneTrial:
+    """Stands for a trial of Tune: the rules use its id alone."""
 
     def __init__(self, number: int) -> None:
         self.trial_id = f"{number:05d}"
 
 
 class _Controller:
-    """What the median rule asks of Tune's loop before it would make a trial wait for others."""
+    """Stands for Tune's loop: the median rule asks it for paused trials."""
 
-    def get_live_trials(self) -> list[_Known]:
-        """None that waits: trials never pause here."""
+    def get_live_trials(self) -> list[_TuneTrial]:
+        """Return no trial: trials never pause here."""
         return []
 
 
@@ -82,7 +81,7 @@ def _rule(config: StoppingConfig, total_steps: int) -> TrialScheduler | None:
                 time_attr=STEP, metric=LOSS, mode="min", grace_period=config.grace_steps,
                 min_samples_required=config.min_trials,
             )  # fmt: skip
-        case "none" | "pbt":  # the config refuses the latter
+        case "none" | "pbt":  # the config rejects "pbt"
             return None
         case _:
             assert_never(config.kind)

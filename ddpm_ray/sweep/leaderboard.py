@@ -1,8 +1,7 @@
-"""Who leads a sweep, and whether by more than chance: a page, Markdown or text made of its trials.
+"""Leaderboard of a sweep's trials with 95 % intervals, as HTML, Markdown or text.
 
-Lower is better throughout. Intervals are the 95 % ones that trials report as `<metric>_low` and
-`<metric>_high`. What a trial lacks is None, shown as a dash: one that failed early has reported
-nothing at all, and a score that is not finite is no score.
+Lower is better throughout. Trials report intervals as `<metric>_low` and `<metric>_high`. Missing
+values are None, shown as a dash; a score that is not finite counts as missing.
 """
 
 import math
@@ -18,32 +17,38 @@ from typing import Any, get_args
 from ddpm_ray.redaction import counted
 from ddpm_ray.sweep.trial_store import Status, Trial
 
-STATUSES: tuple[Status, ...] = ("finished", "running", "stopped", "pruned", "failed")  # as ordered
+STATUSES: tuple[Status, ...] = (
+    "finished",
+    "running",
+    "stopped",
+    "pruned",
+    "failed",
+)  # in the order of rows
 assert set(STATUSES) == set(get_args(Status))
 TEXT_COLUMNS = 110
-WHOLE_REASONS = 10  # of failed trials, below the table
-LABEL_COLUMNS = 36  # of them; what a trial varies is cut there, so that its score stays in view
-STRIP_PIXELS = 150  # the drawn interval
-MOST = 1e99  # what is larger, in a run that went astray, is no number: sums would overflow
-COLOURING = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")  # of terminals; Ray's errors are full of it
+FULL_REASONS = 10  # failed trials whose full reason is printed below the table
+LABEL_COLUMNS = 36  # longer labels are cut, so that the score fits
+STRIP_PIXELS = 150  # width of the drawn interval
+MOST = 1e99  # larger values, of diverged runs, count as missing: sums would overflow
+COLOURING = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")  # terminal colours, as in Ray's errors
 
 COVERS = (
-    "The 95 % interval covers the drawing of the samples, not the training seed: trained again "
-    "from another seed, the same trial may land outside it."
+    "The 95 % interval covers the randomness of sampling, not of training: with another training "
+    "seed the same trial may score outside it."
 )
-ALIKE = "cannot be told from the best: the intervals overlap."
+ALIKE = "not significantly worse than the best: the intervals overlap."
 NO_SCORE = (
-    "Trials that were stopped early have no final score; they stand in the order of the loss at "
-    "which they were stopped."
+    "Trials that were stopped early have no final score; they are ordered by the loss at which "
+    "they were stopped."
 )
 OVERHEAD = (
-    "Overhead is the share of worker-seconds that trained nothing: starting, saving, waiting."
+    "Overhead is the share of worker-seconds not spent on training: starting, saving, waiting."
 )
 
 
 @dataclass(frozen=True)
 class Row:
-    """One trial on the board; None is what it did not report."""
+    """One trial of the leaderboard; None: not reported."""
 
     number: int
     label: str
@@ -52,24 +57,24 @@ class Row:
     score: float | None
     low: float | None
     high: float | None
-    loss: float | None  # the common loss at its last probe
+    loss: float | None  # its last common loss (early_stopping.py)
     step: int | None
-    worker_s: float | None  # worker-seconds held
-    busy_s: float | None  # of them, spent on training
+    worker_s: float | None  # worker-seconds reserved
+    busy_s: float | None  # worker-seconds spent on training
     run_id: str
-    place: int | None = None  # among the scored, from 1; equal scores share one
-    like_best: bool = False  # not the best, and not to be told from it
+    place: int | None = None  # rank among scored trials, from 1; equal scores share one
+    like_best: bool = False  # not the best, but its interval overlaps the best one's
 
     @property
     def overhead_s(self) -> float | None:
-        """Worker-seconds that trained nothing: starting, saving, waiting."""
+        """Worker-seconds not spent on training: starting, saving, waiting."""
         if self.worker_s is None or self.busy_s is None:
             return None
         return max(0.0, self.worker_s - self.busy_s)
 
 
 def standings(trials: Sequence[Trial], metric: str) -> list[Row]:
-    """One row for each trial, best first: finished by score, running, stopped by loss, the rest."""
+    """Return one row per trial, best first: by status, then score, then loss."""
     rows = sorted((_row(trial, metric) for trial in trials), key=_rank)
     scores = [row.score for row in rows if row.score is not None]
     return [
@@ -83,48 +88,50 @@ def standings(trials: Sequence[Trial], metric: str) -> list[Row]:
 
 
 def digits(value: float | None) -> str:
-    """`value` to four digits with its zeros kept, so that scores line up; a dash for None."""
+    """Format `value` to four significant digits, trailing zeros kept; a dash for None."""
     if value is None:
         return "-"
     return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:#.4g}".removesuffix(".")
 
 
 def integer(value: float | None) -> str:
-    """`value` as 12,345; a dash for None."""
+    """Format `value` as 12,345; a dash for None."""
     return "-" if value is None else f"{value:,.0f}"
 
 
 def interval(row: Row) -> str:
-    """`[low, high]`, or nothing if it is not known."""
+    """Format the interval as `[low, high]`; "" if unknown."""
     known = row.low is not None and row.high is not None
     return f"[{digits(row.low)}, {digits(row.high)}]" if known else ""
 
 
 def score_text(row: Row, metric: str) -> str:
-    """Its score under that name, or else its last loss."""
+    """Format the score with its interval, or else the last loss."""
     loss = f"loss {digits(row.loss)}"
     return loss if row.score is None else f"{metric} {digits(row.score)} {interval(row)}"
 
 
 def cut(text: str, most: int) -> str:
-    """`text` in at most `most` characters; what is cut off shows as `...`."""
+    """Shorten `text` to at most `most` characters, ending with `...`."""
     return text if len(text) <= most else text[: most - 3].rstrip() + "..."
 
 
 def status_counts(rows: Sequence[Row]) -> str:
-    """How many stand where, as `12 finished, 3 failed`."""
+    """Return the number of trials by status, as `12 finished, 3 failed`."""
     counts = Counter(row.status for row in rows)
     return ", ".join(f"{counts[status]:,} {status}" for status in STATUSES if counts[status])
 
 
 def overhead(rows: Sequence[Row]) -> str:
-    """The share of their worker-seconds that trained nothing, over those that report both."""
-    held = sum(row.worker_s or 0.0 for row in rows if row.overhead_s is not None)
-    return f"{100 * sum(row.overhead_s or 0.0 for row in rows) / held:.0f} %" if held else "-"
+    """Return the share of worker-seconds not spent on training, over rows that report both."""
+    reserved = sum(row.worker_s or 0.0 for row in rows if row.overhead_s is not None)
+    return (
+        f"{100 * sum(row.overhead_s or 0.0 for row in rows) / reserved:.0f} %" if reserved else "-"
+    )
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """All of them in one sentence: how they ended and what they cost."""
+    """Return one sentence: how the trials ended and what they cost."""
     spent = integer(sum(row.worker_s or 0.0 for row in rows))
     return (
         f"{counted(len(rows), 'trial')}: {status_counts(rows) or 'none'}; {spent} worker-seconds, "
@@ -133,7 +140,7 @@ def summary(rows: Sequence[Row]) -> str:
 
 
 def as_text(rows: Sequence[Row], metric: str = "score", most: int = 100) -> str:
-    """The first `most` rows as a table of at most 110 columns; below it why trials failed."""
+    """Return a table of the first `most` rows, 110 columns wide, and why trials failed."""
     width = max([min(LABEL_COLUMNS, len(row.label)) for row in rows] + [len("values")])
     head = f"place  trial status   worker-s  {'values':{width}}  "
     lines = [head + f"{metric} [95 % interval], or why none"]
@@ -148,14 +155,14 @@ def as_text(rows: Sequence[Row], metric: str = "score", most: int = 100) -> str:
         lines.append(f"~ {ALIKE}")
     lines = [cut(line, TEXT_COLUMNS) for line in lines]
     failed = [row for row in rows if row.status == "failed"]
-    for row in failed[:WHOLE_REASONS]:  # the table has room for their beginning at best
+    for row in failed[:FULL_REASONS]:  # the table shows only their beginning
         why = f"trial {row.number} failed: {row.reason}"
         lines += textwrap.wrap(why, TEXT_COLUMNS, subsequent_indent="    ")
     return "\n".join([*lines, cut(summary(rows), TEXT_COLUMNS)]) + "\n"
 
 
 def as_markdown(rows: Sequence[Row], metric: str, top: int = 10) -> str:
-    """The first `top` rows as a Markdown table, and a line on all of them."""
+    """Return the first `top` rows as a Markdown table, and a summary line."""
     lines = [
         f"| place | trial | values | {_plain(metric)} | 95 % interval | worker-s |",
         "| ---: | ---: | --- | ---: | :---: | ---: |",
@@ -169,7 +176,7 @@ def as_markdown(rows: Sequence[Row], metric: str, top: int = 10) -> str:
 
 
 def as_html(rows: Sequence[Row], metric: str, title: str) -> str:
-    """One page with every row; it loads nothing from elsewhere and runs no script."""
+    """Return an HTML page with all rows, without scripts and external files."""
     ends = [end for row in rows for end in (row.low, row.score, row.high) if end is not None]
     scale = (min(ends), max(ends)) if ends else (0.0, 1.0)
     spent = integer(sum(row.worker_s or 0.0 for row in rows))
@@ -220,9 +227,10 @@ def _html_row(row: Row, scale: tuple[float, float]) -> str:
 
 
 def _strip(row: Row, scale: tuple[float, float]) -> str:
-    """The interval as a line and the score as a dot, all rows on one scale; log where it is wide.
+    """Draw the interval as a line and the score as a dot, all rows on one scale.
 
-    One hopeless trial would otherwise push the others, which are to be compared, into one dot.
+    A range above a factor of 10 is drawn on a log scale: on a linear one a single bad trial would
+    hide the differences between all others.
     """
     if row.score is None:
         return ""
@@ -274,23 +282,23 @@ def _rank(row: Row) -> tuple[int, float, float, int]:
 
 
 def _overlap(row: Row, best: Row) -> bool:
-    """Whether both have an interval and share a point of it; never so for the best itself."""
+    """Return whether the intervals of both overlap; False for the best row itself."""
     if row is best or row.low is None or row.high is None or best.low is None or best.high is None:
         return False
     return row.low <= best.high and best.low <= row.high
 
 
 def _number(value: Any) -> float | None:
-    """A number, or None for anything else."""
+    """Return `value` if it is a number of usable size, else None."""
     usable = isinstance(value, int | float) and abs(value) < MOST
     return float(value) if usable else None
 
 
 def _line(text: str) -> str:
-    """`text` as one line that a terminal only prints."""
+    """Return `text` as one line without control characters."""
     return "".join(c for c in " ".join(COLOURING.sub("", text).split()) if c.isprintable())
 
 
 def _plain(text: str) -> str:
-    """`text` as Markdown that shows it letter by letter, inside a table's cell as well."""
+    """Escape `text` for Markdown, also inside a table cell."""
     return "".join(f"\\{c}" if c in "\\`*_[]|~" else c for c in escape(text, quote=False))

@@ -1,7 +1,7 @@
-"""Which values the next trial gets: a function of the sweep's seed and of the trials so far.
+"""Search: the next trial's values as a function of the sweep's seed and of the trials so far.
 
-Nothing here has a state of its own, so a sweep that is started again goes on with the values that
-it would have tried. The only importer of Optuna.
+Nothing here has state, so a resumed sweep proposes the values that it would have proposed without
+the interruption. The only importer of Optuna.
 """
 
 import itertools
@@ -26,22 +26,22 @@ from ddpm_ray.config.sweep import Branch, SearchConfig, is_range
 from ddpm_ray.sweep.trial_store import Trial
 
 Proposal: TypeAlias = tuple[int, dict[str, Any]]
-"""The mapping of the space that a trial is drawn from, and its values by dotted key."""
+"""Index of the mapping of the space that a trial is drawn from, and its values by dotted key."""
 
-BRANCH = "branch"  # Optuna's name for that mapping's number; its keys are named <number>.<key>
+BRANCH = "branch"  # Optuna's parameter for that index; keys of a mapping are <index>.<key>
 STATES = {
     "running": TrialState.RUNNING,
     "finished": TrialState.COMPLETE,
     "stopped": TrialState.PRUNED,
     "pruned": TrialState.PRUNED,
-    "failed": TrialState.FAIL,  # says nothing of its values: TPE leaves it out
+    "failed": TrialState.FAIL,  # TPE ignores failed trials: the cause need not be their values
 }
 DEFAULTS = flat(RunConfig())
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
 def total_trials(space: Sequence[Branch], search: SearchConfig) -> int:
-    """How many trials the sweep has in all."""
+    """Return the number of trials of the whole sweep."""
     if search.kind != "grid":
         return search.trials
     every = sum(math.prod(len(choices) for choices in branch.values()) for branch in space)
@@ -51,10 +51,10 @@ def total_trials(space: Sequence[Branch], search: SearchConfig) -> int:
 def propose(
     space: Sequence[Branch], search: SearchConfig, trials: Sequence[Trial], score: str
 ) -> Proposal | None:
-    """What trial number len(trials) is to try; None where the sweep has no more.
+    """Return the values of trial number len(trials); None if the sweep has no more trials.
 
-    `score` is the final metric, lower is better. What TPE proposes depends on which trials had
-    ended by then, so on their timing, unless they run one at a time.
+    `score` is the final metric, lower is better. TPE's proposals depend on which trials have ended,
+    so on timing unless trials run one at a time.
     """
     number = len(trials)
     if number >= total_trials(space, search):
@@ -66,28 +66,28 @@ def propose(
             generator = np.random.Generator(np.random.Philox(key=(search.seed, number)))
             branch = int(generator.integers(len(space)))
             candidates = space[branch].items()
-            return branch, {key: _drawn(key, among, generator) for key, among in candidates}
+            return branch, {key: _draw(key, among, generator) for key, among in candidates}
         case "tpe":
-            return _learnt(space, search.seed, trials, score)
+            return _propose_by_tpe(space, search.seed, trials, score)
         case _:
             assert_never(search.kind)
 
 
 def _combinations(space: Sequence[Branch]) -> Iterator[Proposal]:
-    """Every combination of every branch, the last key fastest."""
+    """Yield every combination of each mapping's choices; the last key varies fastest."""
     for number, branch in enumerate(space):
         for values in itertools.product(*branch.values()):
             yield number, dict(zip(branch, values, strict=True))
 
 
-def _drawn(key: str, candidates: Any, generator: np.random.Generator) -> Any:
-    """One of the candidates, each alike: on a logarithmic scale where the range says so."""
+def _draw(key: str, candidates: Any, generator: np.random.Generator) -> Any:
+    """Draw one candidate uniformly, on a logarithmic scale if the range has `log`."""
     match _distribution(key, candidates):
         case CategoricalDistribution(choices=choices):
             return candidates[int(generator.integers(len(choices)))]
         case IntDistribution(low=low, high=high, log=False, step=step):
             return int(low + step * generator.integers((high - low) // step + 1))
-        case IntDistribution(low=low, high=high):  # each whole number has its share of the scale
+        case IntDistribution(low=low, high=high):  # each integer covers +-0.5 of the scale
             ends = math.log(low - 0.5), math.log(high + 0.5)
             return min(high, max(low, round(math.exp(generator.uniform(*ends)))))
         case FloatDistribution(low=low, high=high, log=True):
@@ -101,15 +101,17 @@ def _drawn(key: str, candidates: Any, generator: np.random.Generator) -> Any:
             raise AssertionError(other)
 
 
-def _learnt(space: Sequence[Branch], seed: int, trials: Sequence[Trial], score: str) -> Proposal:
-    """What Optuna's tree-structured Parzen estimator proposes after `trials`."""
-    drawn_by = int(np.random.SeedSequence((seed, len(trials))).generate_state(1)[0])
+def _propose_by_tpe(
+    space: Sequence[Branch], seed: int, trials: Sequence[Trial], score: str
+) -> Proposal:
+    """Return what Optuna's tree-structured Parzen estimator proposes after `trials`."""
+    trial_seed = int(np.random.SeedSequence((seed, len(trials))).generate_state(1)[0])
     sampler = optuna.samplers.TPESampler(
-        seed=drawn_by,
-        constant_liar=True,  # a trial that still runs is not proposed again
+        seed=trial_seed,
+        constant_liar=True,  # do not propose the values of running trials again
     )
     study = optuna.create_study(sampler=sampler)
-    study.add_trials([_known(space, trial, score) for trial in trials])
+    study.add_trials([_optuna_trial(space, trial, score) for trial in trials])
     asked = study.ask()
     chosen: Any = asked.suggest_categorical(BRANCH, range(len(space)))
     branch = int(chosen)
@@ -130,8 +132,8 @@ def _learnt(space: Sequence[Branch], seed: int, trials: Sequence[Trial], score: 
     return branch, values
 
 
-def _known(space: Sequence[Branch], trial: Trial, score: str) -> FrozenTrial:
-    """A trial as Optuna knows it."""
+def _optuna_trial(space: Sequence[Branch], trial: Trial, score: str) -> FrozenTrial:
+    """Convert a trial to Optuna's form."""
     parameters: dict[str, Any] = {BRANCH: trial.branch}
     distributions: dict[str, BaseDistribution] = {
         BRANCH: CategoricalDistribution(range(len(space)))
@@ -152,15 +154,15 @@ def _known(space: Sequence[Branch], trial: Trial, score: str) -> FrozenTrial:
 def _distribution(
     key: str, candidates: Any
 ) -> CategoricalDistribution | IntDistribution | FloatDistribution:
-    """The candidates of a key in Optuna's terms; choices go by their number, whatever they are."""
+    """Convert a key's candidates to an Optuna distribution; choices become their indices."""
     if not is_range(candidates):
         return CategoricalDistribution(range(len(candidates)))
     low, high, log = candidates["low"], candidates["high"], bool(candidates.get("log"))
     step = candidates.get("step")
-    if step:  # end on a step: Optuna warns of a range that does not; in decimals, as 0.1 is one
+    if step:  # end on a step, else Optuna warns; Decimal, because 0.1 is no exact float
         first, by = Decimal(str(low)), Decimal(str(step))
         last = first + (Decimal(str(high)) - first) // by * by
-        high = type(DEFAULTS[key])(last)  # 0 may well be the low end of a range of floats
+        high = type(DEFAULTS[key])(last)  # a range of floats may start at the integer 0
     if isinstance(DEFAULTS[key], int):
         return IntDistribution(low, high, log, step or 1)
     return FloatDistribution(low, high, log, step)

@@ -208,5 +208,5 @@ def test_cost_and_overhead_are_summed_over_what_is_known() -> None:
 def test_the_page_says_what_an_interval_covers() -> None:
     rows: list[Row] = standings([finished(0, 1.0, 0.1), lost(1, "stopped", 0.3)], METRIC)
     page = as_html(rows, METRIC, "A sweep")
-    assert "covers the drawing of the samples, not the training seed" in page
+    assert "covers the randomness of sampling, not of training" in page
     assert "stopped early have no final score" in page
