@@ -52,7 +52,7 @@ TRAIN_ENVIRONMENT = {
 # A local Ray would serve metrics on every interface without a token, and nobody reads them.
 LOCAL_ENVIRONMENT = {
     "RAY_enable_metrics_collection": "0",
-    "AUTOSCALER_METRIC_PORT": "-1",  # an invalid port: the autoscaler goes on without metrics
+    "AUTOSCALER_METRIC_PORT": "-1",  # an invalid port: the autoscaler runs without metrics
 }
 
 

@@ -255,7 +255,7 @@ def _validate_callback(
 
 
 def _nothing(step: int) -> None:
-    """Do nothing; stands for disabled outputs."""
+    """Do nothing, for disabled outputs."""
 
 
 def distributed_context() -> Workers:

@@ -1,4 +1,4 @@
-"""How the number of workers changes, without Ray's controller."""
+"""Elastic scaling policy, without Ray's controller."""
 
 import pytest
 from ray.exceptions import RayActorError
@@ -15,7 +15,7 @@ from ddpm_ray.reporting import Command, Progress
 
 
 class SlowControl:
-    """Answers when the test says so; whoever waits for it would wait for ever."""
+    """A control handle that replies when the test sets an answer; blocking calls fail."""
 
     def __init__(self) -> None:
         self.answer: RunStatus | Exception | None = None

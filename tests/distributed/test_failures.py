@@ -1,4 +1,4 @@
-"""Why workers are started again: the cause, not what it brought about, and in the driver's log."""
+"""Reasons for restarts: the cause, not its consequences, logged by the driver."""
 
 import logging
 from types import SimpleNamespace
@@ -88,7 +88,7 @@ def test_a_restart_says_why_in_the_log(control: Any, caplog: pytest.LogCaptureFi
     assert policy.make_decision(WorkerGroupError("", {1: FULL})) is FailureDecision.RETRY
     policy.make_decision(timeout)  # the cause is the failure before it
     control.record_start(10, "second", 2)
-    control.report_restart("resized to 3 workers")  # as elastic.py does
+    control.report_restart("resized to 3 workers")  # as elastic_scaling.py does
     control.record_start(20, "third", 3)
     control.record_start(20, "fourth", 1)
     monitor = worker_group._GroupMonitor(ClusterConfig(), lambda *_: None)

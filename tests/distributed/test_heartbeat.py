@@ -1,4 +1,4 @@
-"""Who is to blame when the workers stand still; and who is not, though nothing moves."""
+"""Stall detection: which worker is blamed, and which waits are no stall."""
 
 import threading
 from dataclasses import replace
@@ -20,18 +20,18 @@ MOVING = Heartbeat(rank=0, step=40, point="gradient", stalled_s=0.3, step_s=0.5)
 WAITING = replace(MOVING, stalled_s=30.0)
 
 
-def told(*heartbeats: Heartbeat) -> str:
+def stall(*heartbeats: Heartbeat) -> str:
     return describe_stall(list(heartbeats), LIMIT_S, STORAGE_S)
 
 
-def test_workers_that_move_are_left_alone() -> None:
-    assert not told()
-    assert not told(MOVING, replace(MOVING, rank=1, step=41, point="batch"))
+def test_moving_workers_are_no_stall() -> None:
+    assert not stall()
+    assert not stall(MOVING, replace(MOVING, rank=1, step=41, point="batch"))
 
 
 def test_a_frozen_worker_is_named_and_not_those_that_wait_for_it() -> None:
     frozen = replace(MOVING, rank=1, silent_s=26.0)
-    assert told(replace(WAITING, step=41, point="batch"), frozen) == (
+    assert stall(replace(WAITING, step=41, point="batch"), frozen) == (
         "worker 1 sent no heartbeat for 26 s, last seen at step 40, "
         "after a worker's own loss, before gradients are summed over the workers; worker 0 waits "
         "at step 41, before the batch of a step is read"
@@ -41,26 +41,26 @@ def test_a_frozen_worker_is_named_and_not_those_that_wait_for_it() -> None:
 def test_the_one_furthest_behind_is_named() -> None:
     behind = replace(WAITING, rank=2, point="update")
     ahead = replace(WAITING, step=41)
-    assert told(ahead, behind).startswith("worker 2 stalled for 30 s at step 40, after")
+    assert stall(ahead, behind).startswith("worker 2 stalled for 30 s at step 40, after")
 
 
-def test_where_all_wait_at_one_place_all_are_named() -> None:
-    assert told(replace(WAITING, rank=1), WAITING).count("stalled") == 2
+def test_workers_that_stall_at_one_point_are_all_named() -> None:
+    assert stall(replace(WAITING, rank=1), WAITING).count("stalled") == 2
 
 
 @pytest.mark.parametrize("point", ["between", "snapshot", "batch"])
-def test_grids_and_outages_of_the_storage_hold_others_up_rightly(point: str) -> None:
+def test_sample_grids_and_storage_outages_are_no_stall(point: str) -> None:
     busy = replace(WAITING, rank=1, step=39 if point != "batch" else 40, point=point)
-    assert not told(replace(WAITING, step=40, point="gradient"), busy)
+    assert not stall(replace(WAITING, step=40, point="gradient"), busy)
 
 
-def test_who_waits_for_one_that_draws_samples_is_not_to_blame() -> None:
+def test_waiting_for_a_worker_that_samples_is_no_stall() -> None:
     """Seen at the end of the demo: scores are summed once the slower worker has its samples."""
     waits, draws = replace(WAITING, point="reduce"), replace(WAITING, rank=1, point="between")
-    assert not told(waits, draws)
+    assert not stall(waits, draws)
 
 
-def test_a_sum_that_is_done_leaves_the_thread_where_it_was() -> None:
+def test_a_completed_sum_restores_the_position() -> None:
     fault_injection.set_position(0, 8)
     fault_injection.at("between")
     with fault_injection.during("reduce"):
@@ -71,27 +71,27 @@ def test_a_sum_that_is_done_leaves_the_thread_where_it_was() -> None:
     assert fault_injection.position().point == "between"
 
 
-def test_storage_that_never_comes_back_is_told_in_the_end() -> None:
+def test_an_endless_storage_outage_is_a_stall() -> None:
     waits = replace(WAITING, point="batch", stalled_s=LIMIT_S + STORAGE_S + 1)
-    assert "before the batch" in told(waits)
+    assert "before the batch" in stall(waits)
 
 
-def test_slow_steps_and_the_first_one_have_longer() -> None:
+def test_slow_steps_and_the_first_step_have_longer_limits() -> None:
     slow = replace(WAITING, step_s=10.0)
-    assert not told(replace(slow, stalled_s=SLOW_STEPS * 10.0 - 1))
-    assert told(replace(slow, stalled_s=SLOW_STEPS * 10.0 + 1))
+    assert not stall(replace(slow, stalled_s=SLOW_STEPS * 10.0 - 1))
+    assert stall(replace(slow, stalled_s=SLOW_STEPS * 10.0 + 1))
     first = replace(WAITING, step_s=0.0)
-    assert not told(replace(first, stalled_s=LIMIT_S * FIRST_STEP - 1))
-    assert told(replace(first, stalled_s=LIMIT_S * FIRST_STEP + 1))
+    assert not stall(replace(first, stalled_s=LIMIT_S * FIRST_STEP - 1))
+    assert stall(replace(first, stalled_s=LIMIT_S * FIRST_STEP + 1))
 
 
-def test_a_pulse_tells_where_the_training_thread_is_not_other_threads() -> None:
+def test_heartbeats_hold_the_position_of_the_training_thread_alone() -> None:
     heartbeats: list[Heartbeat] = []
-    told, enough = threading.Event(), threading.Event()
+    first, enough = threading.Event(), threading.Event()
 
-    def tell(heartbeat: Heartbeat) -> None:
+    def send(heartbeat: Heartbeat) -> None:
         heartbeats.append(heartbeat)
-        told.set()
+        first.set()
         if len(heartbeats) == 2:
             enough.set()
 
@@ -100,9 +100,9 @@ def test_a_pulse_tells_where_the_training_thread_is_not_other_threads() -> None:
     upload = threading.Thread(target=fault_injection.at, args=("object",))
     upload.start()
     upload.join()
-    sender = HeartbeatSender(3, tell)
+    sender = HeartbeatSender(3, send)
     sender.start()
-    assert told.wait(ENDS_S)
+    assert first.wait(ENDS_S)
     fault_injection.at("reduce")
     assert enough.wait(ENDS_S)
     sender.stop()

@@ -1,4 +1,4 @@
-"""What a group of workers holds on the cluster comes back, however it ends; no State API here."""
+"""Placement groups of workers are removed, however the group ends; without the State API."""
 
 import threading
 import time
@@ -34,21 +34,21 @@ def _cluster() -> Iterator[None]:
     ray.shutdown()
 
 
-def run(show: Callable[[Progress], bool | None], places: list[str]) -> Any:
-    """A group of one worker that works until it is asked to stop."""
+def run(show: Callable[[Progress], bool | None], groups: list[str]) -> Any:
+    """Run a group of one worker that stops on command."""
 
     def worker(settings: dict[str, Any]) -> str:  # nested, so that it travels by value
-        control, place = settings["control"], placement_groups.current_group()
-        control.record_start(0, place, 1)
+        control, group = settings["control"], placement_groups.current_group()
+        control.record_start(0, group, 1)
         while not control.report(Progress(1, 2, 0.0, 0.0)):
             threading.Event().wait(0.05)
-        return place
+        return group
 
-    return worker_group.run(worker, {}, ONE, show, lambda _, place: places.append(place))
+    return worker_group.run(worker, {}, ONE, show, lambda _, group: groups.append(group))
 
 
-def come_back() -> bool:
-    """Whether all CPUs are free, and no place is held, within ten seconds."""
+def all_free() -> bool:
+    """Whether all CPUs are free and no placement group is left, within ten seconds."""
     until = time.monotonic() + FREE_WITHIN_S
     while ray.available_resources().get("CPU", 0.0) < CPUS or placement_groups.worker_groups():
         if time.monotonic() > until:
@@ -58,23 +58,23 @@ def come_back() -> bool:
 
 
 @pytest.mark.slow
-def test_who_is_stopped_leaves_nothing_behind() -> None:
+def test_a_stopped_group_is_removed() -> None:
     held: list[set[str]] = []
 
     def show(_: Progress) -> bool:
         held.append(placement_groups.worker_groups())
         return True
 
-    places: list[str] = []
-    returned = run(show, places)
-    assert places == [returned]
+    groups: list[str] = []
+    returned = run(show, groups)
+    assert groups == [returned]
     assert held[0] == {returned}
-    assert come_back()
+    assert all_free()
 
 
 @pytest.mark.slow
-def test_a_killed_controller_leaves_nothing_behind() -> None:
-    """Ray would keep the place until the job's end, which of a sweep is that of the last trial."""
+def test_the_group_of_a_killed_controller_is_removed() -> None:
+    """Ray would keep the group until the job ends; in a sweep, after the last trial."""
 
     def show(_: Progress) -> None:
         for process in psutil.Process().children(recursive=True):
@@ -83,7 +83,7 @@ def test_a_killed_controller_leaves_nothing_behind() -> None:
 
     with pytest.raises(RunFailedError, match="TrainController"):
         run(show, [])
-    assert come_back()
+    assert all_free()
 
 
 def test_a_sweep_that_cannot_fit_is_refused_with_the_arithmetic() -> None:

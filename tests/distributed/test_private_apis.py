@@ -101,13 +101,13 @@ def test_it_is_there_and_takes_what_we_give_it(
 
 
 def test_a_placement_group_ends_with_the_job_that_made_it() -> None:
-    """placement.py tells the groups of this job by it; else another job's places are freed."""
+    """placement_groups.py finds this job's groups by it; else it removes those of other jobs."""
     job = ray.JobID.from_int(7)
     assert PlacementGroupID.of(job).hex()[-placement_groups.JOB_DIGITS :] == job.hex()
 
 
 def test_the_head_node_s_own_resource_has_the_name_that_we_use() -> None:
-    """placement.py: else trials' drivers hold places, and groups of workers do not."""
+    """placement_groups.py: else it takes the trials' drivers' groups for worker groups."""
     assert placement_groups.HEAD == HEAD_NODE_RESOURCE_NAME
 
 

@@ -1,4 +1,4 @@
-"""The store at which workers meet: at one address, and good for torch's process group."""
+"""The rendezvous store: it listens at one address, and torch's process group works with it."""
 
 import subprocess
 import sys

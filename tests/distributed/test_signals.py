@@ -1,4 +1,4 @@
-"""Signals in a process of its own: the first asks, the second ends, a closed terminal is one."""
+"""Signals, tested in a subprocess: the first stops, the second ends; a closed terminal counts."""
 
 import os
 import pty

@@ -45,8 +45,8 @@ def heartbeats_of(control: control_actor._RunControlActor) -> list[Heartbeat]:
     return control_actor.RunStatus.of(control.status()).heartbeats
 
 
-def test_a_worker_frozen_before_its_first_beat_is_named(clock: Clock) -> None:
-    """On commit c58b265 nothing was said for 170 s: no heartbeat came before the first step."""
+def test_a_worker_frozen_before_its_first_heartbeat_is_named(clock: Clock) -> None:
+    """On commit c58b265 nothing was logged for 170 s: heartbeats began with the first step."""
     control = control_actor._RunControlActor()
     control.heartbeat(asdict(OPENS), "group")
     assert not describe_stall(heartbeats_of(control), LIMIT_S, STORAGE_S)
@@ -60,10 +60,10 @@ def test_a_worker_frozen_before_its_first_beat_is_named(clock: Clock) -> None:
     )
 
 
-def test_a_process_that_never_answers_is_named_though_no_worker_beats(clock: Clock) -> None:
-    """It froze before the process group was made, in which the others wait for it, or is alone.
+def test_a_process_without_any_heartbeat_is_named(clock: Clock) -> None:
+    """It froze before the process group was created, which others wait for, or it is alone.
 
-    Imports on a cold disk are no stall: a first heartbeat may take FIRST_HEARTBEAT times as long.
+    Imports from a cold disk are no stall: the first heartbeat has FIRST_HEARTBEAT times the limit.
     """
     control = control_actor._RunControlActor()
     control.expect({0: "process 41 on a", 1: "process 42 on b"}, "group")
@@ -85,7 +85,7 @@ def test_a_process_that_never_answers_is_named_though_no_worker_beats(clock: Clo
 
 
 def test_a_slow_start_is_no_stall(clock: Clock) -> None:
-    """Beats come from a thread: an index or a checkpoint may take as long as it takes."""
+    """Heartbeats come from a thread: loading an index or a checkpoint may take long."""
     control = control_actor._RunControlActor()
     for clock.now_s in range(0, 3600, 2):
         for rank in range(2):
@@ -93,7 +93,7 @@ def test_a_slow_start_is_no_stall(clock: Clock) -> None:
         assert not describe_stall(heartbeats_of(control), LIMIT_S, STORAGE_S)
 
 
-def test_beats_of_a_group_that_is_gone_count_no_more(clock: Clock) -> None:
+def test_heartbeats_of_earlier_groups_are_ignored(clock: Clock) -> None:
     control = control_actor._RunControlActor()
     control.heartbeat(asdict(replace(OPENS, workers=3)), "first")
     control.heartbeat(asdict(OPENS), "second")
@@ -110,7 +110,7 @@ def test_beats_of_a_group_that_is_gone_count_no_more(clock: Clock) -> None:
 
 @pytest.fixture
 def settings(tmp_path: Path) -> dict[str, Any]:
-    """What the driver tells its workers of a run on a data set of noise."""
+    """The driver's settings for the workers of a run on a data set of noise."""
     pack_noise(str(tmp_path / "data"), images=45, side=4)
     pack_noise(str(tmp_path / "held-out"), images=30, side=4)
     urls = [str(tmp_path / "data"), str(tmp_path / "held-out")]
@@ -132,7 +132,7 @@ def assemble(settings: dict[str, Any]) -> None:
 def test_a_data_set_that_was_packed_again_since_the_driver_looked_is_refused(
     name: str, settings: dict[str, Any], tmp_path: Path
 ) -> None:
-    """On commit c58b265 the workers trained on whatever lay there by then."""
+    """On commit c58b265 the workers trained on the new data set."""
     pack_noise(str(tmp_path / name), images=29, side=4)
     says = rf"{name}: this is data set \w{{12}}, and the driver saw \w{{12}}; put that one back"
     with pytest.raises(DatasetError, match=says):
@@ -148,9 +148,9 @@ def test_a_data_set_that_the_checkpoint_was_not_trained_on_is_refused(
         assemble(settings)
 
 
-def test_the_places_of_a_start_come_before_those_of_a_step() -> None:
-    places = [replace(OPENS, point=point).position for point in fault_injection.ALL_POINTS]
-    assert places == sorted(places)
+def test_startup_points_come_before_the_points_of_a_step() -> None:
+    positions = [replace(OPENS, point=point).position for point in fault_injection.ALL_POINTS]
+    assert positions == sorted(positions)
     assert set(heartbeat.WAITS_FOR_OTHERS + heartbeat.WAITS_FOR_STORAGE) <= set(
         fault_injection.POINTS
     )

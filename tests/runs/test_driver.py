@@ -179,7 +179,7 @@ def run_job() -> int:
 
 
 class Actor:
-    """An actor's methods, each of which gives its own name as the reply to wait for."""
+    """An actor whose methods return their own names as replies."""
 
     def __getattr__(self, name: str) -> Any:
         return Namespace(remote=lambda *_: name)
@@ -187,7 +187,7 @@ class Actor:
 
 @pytest.fixture
 def control(monkeypatch: pytest.MonkeyPatch) -> RunControl:
-    """With an actor that is not there; ray.wait says that each reply has come."""
+    """A handle without an actor; ray.wait returns each reply as ready."""
     made = RunControl.__new__(RunControl)
     made._actor, made._reports, made._status = Actor(), [], None
     monkeypatch.setattr(ray, "wait", lambda replies, **_: (replies, []))

@@ -1,4 +1,4 @@
-"""A real driver whose terminal is closed, and one whose worker freezes as it starts."""
+"""A real driver: its terminal is closed, or a worker freezes at start-up."""
 
 import os
 import pty

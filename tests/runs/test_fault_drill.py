@@ -1,4 +1,4 @@
-"""A drill: what it asks for is checked before anything starts, and what it says of a run is so."""
+"""Fault-injection drill: faults are validated before a start, and results are compared."""
 
 import json
 import random
