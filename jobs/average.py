@@ -20,9 +20,9 @@ from ddpm_ray.output_files import output_folder
 def prepare(config: AverageConfig, arguments: Namespace) -> AverageConfig:
     """The config as the run has it where nothing else was given; absolute paths."""
     home = home_folder()
-    from ddpm_ray.tracking.model_uri import model_place  # fsspec: after the config is read
+    from ddpm_ray.tracking.model_uri import resolve_model_uri  # fsspec: after the config is read
 
-    arguments.run = model_place(arguments.run, home)
+    arguments.run = resolve_model_uri(arguments.run, home)
     if arguments.out and "://" not in arguments.out:
         arguments.out = output_folder("--out", arguments.out, home)
     from ddpm_ray.runs import load_model  # heavy: after the paths are checked

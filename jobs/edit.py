@@ -29,9 +29,9 @@ def prepare(config: EditConfig, arguments: Namespace) -> EditConfig:
     arguments.out = output_file("--out", arguments.out, home, (".png",))
     arguments.image = input_file("image", arguments.image, home)
     arguments.mask = arguments.mask and input_file("--mask", arguments.mask, home)
-    from ddpm_ray.tracking.model_uri import model_place  # fsspec: after the config is read
+    from ddpm_ray.tracking.model_uri import resolve_model_uri  # fsspec: after the config is read
 
-    arguments.model_uri = model_place(arguments.model_uri, home)
+    arguments.model_uri = resolve_model_uri(arguments.model_uri, home)
     from ddpm_ray.runs import load_model  # heavy: after the paths are checked
 
     return load_model.as_trained(config, arguments.model_uri, arguments.given, home)

@@ -18,9 +18,9 @@ from ddpm_ray.config.jobs import EvaluateConfig
 def prepare(config: EvaluateConfig, arguments: Namespace) -> EvaluateConfig:
     """The config as the run has it where nothing else was given; absolute paths."""
     home = home_folder()
-    from ddpm_ray.tracking.model_uri import model_place  # fsspec: after the config is read
+    from ddpm_ray.tracking.model_uri import resolve_model_uri  # fsspec: after the config is read
 
-    arguments.model_uri = model_place(arguments.model_uri, home)
+    arguments.model_uri = resolve_model_uri(arguments.model_uri, home)
     from ddpm_ray.runs import load_model  # heavy: after the paths are checked
 
     return load_model.as_trained(config, arguments.model_uri, arguments.given, home)

@@ -23,9 +23,9 @@ def prepare(config: SampleConfig, arguments: Namespace) -> SampleConfig:
     home = home_folder()
     arguments.out = output_file("--out", arguments.out, home, PICTURES)
     film = config.film and output_file("film", config.film, home, (".gif",))
-    from ddpm_ray.tracking.model_uri import model_place  # fsspec: after the config is read
+    from ddpm_ray.tracking.model_uri import resolve_model_uri  # fsspec: after the config is read
 
-    uri = arguments.model_uri = model_place(arguments.model_uri, home)
+    uri = arguments.model_uri = resolve_model_uri(arguments.model_uri, home)
     from ddpm_ray.runs import load_model  # heavy: after the paths are checked
 
     return load_model.as_trained(replace(config, film=film), uri, arguments.given, home)

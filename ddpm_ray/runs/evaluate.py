@@ -32,7 +32,7 @@ from ddpm_ray.sampling.pipeline import TrainedModel
 from ddpm_ray.sampling.sampling import SamplingPlan, draw_uint8
 from ddpm_ray.storage import object_store
 from ddpm_ray.tracking.model_uri import IN_MLFLOW
-from ddpm_ray.tracking.tracking_uri import tracking_place
+from ddpm_ray.tracking.tracking_uri import resolve_tracking_uri
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ def evaluate(model_uri: str, config: EvaluateConfig, home: Path) -> dict[str, An
     Raises ConfigError if model and config do not fit, and RunFailedError, CheckpointError,
     DatasetError, StorageError or TrackingError.
     """
-    tracking_uri = tracking_place(home)
+    tracking_uri = resolve_tracking_uri(home)
     if not model_uri.startswith(IN_MLFLOW):
         model_uri = object_store.absolute(model_uri, home)
     model = load_model.load(model_uri, tracking_uri=tracking_uri)

@@ -19,8 +19,8 @@ from ddpm_ray.config.run import RunConfig
 from ddpm_ray.sampling import guidance_models
 from ddpm_ray.sampling.pipeline import TrainedModel
 from ddpm_ray.sampling.sampling import SamplingPlan
-from ddpm_ray.tracking.model_uri import IN_MLFLOW, model_place, require_whole_name
-from ddpm_ray.tracking.tracking_uri import tracking_place
+from ddpm_ray.tracking.model_uri import IN_MLFLOW, require_whole_name, resolve_model_uri
+from ddpm_ray.tracking.tracking_uri import resolve_tracking_uri
 
 # Downloads of `as_trained`, reused by the next `load` of the same model. Key: tracking URI and
 # model URI; value: temporary folder, and path of the checkpoint in it.
@@ -36,8 +36,8 @@ def load(
     """Load the model at a folder's URL, `runs:/<run id>/model` or `models:/<name>@<alias>`.
 
     The latter two are looked up at `tracking_uri`; if it is empty, at the default of
-    `tracking_place` for `home` or the working directory. Raises CheckpointError, StorageError or
-    TrackingError.
+    `resolve_tracking_uri` for `home` or the working directory. Raises CheckpointError,
+    StorageError, TrackingError.
     """
     device = checkpoint_loading.usable_device(device)  # fail before a download
     with _local(uri, home or Path.cwd(), tracking_uri) as folder:
@@ -80,7 +80,7 @@ def as_trained(config: Job, uri: str, given: Collection[str], home: Path) -> Job
     changes: dict[str, Any] = {"sampling": sampling}
     if (lead := getattr(config, "lead", None)) is not None:
         weak, classifier = (
-            model_place(place, home) if place else ""
+            resolve_model_uri(place, home) if place else ""
             for place in (lead.weak_model, lead.classifier)
         )
         changes["lead"] = replace(lead, weak_model=weak, classifier=classifier)
@@ -100,7 +100,7 @@ def _local(uri: str, home: Path, tracking_uri: str = "", *, keep: bool = False) 
         yield uri
         return
     require_whole_name(uri)
-    key = tracking_place(home, tracking_uri), uri
+    key = resolve_tracking_uri(home, tracking_uri), uri
     scratch, folder = _downloads.pop(key) if key in _downloads else _download(*key)
     try:
         yield folder
@@ -156,7 +156,7 @@ def planned(
     plan = checked_plan(
         sampling, run, model.denoiser.schedule, guided_by_model=bool(guidance.classifier)
     )
-    model = with_guidance_model(model, guidance, plan, tracking_place(home))
+    model = with_guidance_model(model, guidance, plan, resolve_tracking_uri(home))
     try:
         return model, model.plan_of(sampling)
     except ValueError as error:

@@ -34,7 +34,7 @@ from ddpm_ray.storage import object_store
 from ddpm_ray.storage.object_store import StorageError
 from ddpm_ray.tracking import mlflow_runs, model_registry
 from ddpm_ray.tracking.run_info import RunMetadata, TrackedRun
-from ddpm_ray.tracking.tracking_uri import database_file, tracking_place, warn_of_another_host
+from ddpm_ray.tracking.tracking_uri import database_file, resolve_tracking_uri, warn_of_another_host
 from ddpm_ray.training import determinism
 from ddpm_ray.training.checkpoints import CHECKPOINTS, CheckpointStore
 from ddpm_ray.training.sample_grids import picture_url
@@ -206,7 +206,7 @@ def with_absolute_paths(config: RunConfig, home: Path) -> RunConfig:
         data=dataclasses.replace(config.data, url=object_store.absolute(config.data.url, home)),
         evaluation=evaluate.with_absolute_paths(config.evaluation, home),
         tracking=dataclasses.replace(
-            config.tracking, uri=tracking_place(home, config.tracking.uri)
+            config.tracking, uri=resolve_tracking_uri(home, config.tracking.uri)
         ),
     )
 

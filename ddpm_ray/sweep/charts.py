@@ -284,7 +284,7 @@ def _picture(figure: Figure, handles: Sequence[Artist], title: str) -> Image.Ima
 
 
 def _name(trial: Trial, but: str = "") -> str:
-    """Return the trial's values for a legend, as `cosine T=1000 rescale=True`, without key `but`."""
+    """Return the trial's values for a legend, as `cosine T=1000 rescale=True`, less key `but`."""
     values = {key: value for key, value in trial.values.items() if key != but}
     label = replace(trial, values=values).label or "all trials"
     return label.replace("kind=", "").replace("num_steps=", "T=")

@@ -36,7 +36,7 @@ COVERS = (
     "The 95 % interval covers the randomness of sampling, not of training: with another training "
     "seed the same trial may score outside it."
 )
-ALIKE = "not significantly worse than the best: the intervals overlap."
+ALIKE = "not distinguishable from the best: the intervals overlap."
 NO_SCORE = (
     "Trials that were stopped early have no final score; they are ordered by the loss at which "
     "they were stopped."

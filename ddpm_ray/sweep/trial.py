@@ -107,7 +107,7 @@ def run_trial(assignment: dict[str, Any], *, stop_signals: StopSignals, sweep_ru
     def show(progress: Progress) -> bool:
         """Report validation losses that are new; returns whether the trial shall stop."""
         nonlocal newest_step
-        for probe in progress.probes:
+        for probe in progress.validation_losses:
             if probe["step"] > newest_step:
                 report_event(number, "probe", probe=probe)
                 newest_step = probe["step"]

@@ -34,11 +34,11 @@ _SILENT = re.compile(
 
 
 class TrackingError(RuntimeError):
-    """A failed call to MLflow; args are (place, reason, remedy)."""
+    """A failed call to MLflow; args are (location, reason, remedy)."""
 
     def __str__(self) -> str:
-        place, reason, remedy = self.args
-        return sanitize(f"{place}: {reason}; {remedy}")
+        location, reason, remedy = self.args
+        return sanitize(f"{location}: {reason}; {remedy}")
 
 
 class TrackingOutageError(TrackingError):
@@ -113,12 +113,12 @@ def _by_place(
 ) -> TrackingError:
     """Classify errors that mean different things for server, database and artifact store."""
     if type(error).__module__.partition(".")[0] in ("botocore", "boto3"):
-        place = f"{uri} (its artifact store)"
+        location = f"{uri} (its artifact store)"
         if _REFUSED_FILES.search(text) or "Credentials" in type(error).__name__:
             remedy = "set the store's credentials for this process, or let MLflow serve artifacts"
-            return TrackingError(place, f"it refuses files ({_cause(error)})", remedy)
+            return TrackingError(location, f"it refuses files ({_cause(error)})", remedy)
         kind = TrackingOutageError if _SILENT.search(text) else TrackingServerError
-        return kind(place, f"it does not accept files ({_cause(error)})", "retrying")
+        return kind(location, f"it does not accept files ({_cause(error)})", "retrying")
     http = uri.startswith("http")
     if http and _FOREIGN.search(text):
         remedy = "correct tracking.uri: host, port, and a path where a proxy has one"

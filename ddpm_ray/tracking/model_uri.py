@@ -9,7 +9,7 @@ from ddpm_ray.storage import object_store
 IN_MLFLOW = ("runs:/", "models:/")
 
 
-def model_place(uri: str, home: Path) -> str:
+def resolve_model_uri(uri: str, home: Path) -> str:
     """Return `uri`, a relative folder resolved against `home`.
 
     Raises ConfigError where a part is missing, or a local folder does not exist.
@@ -17,13 +17,13 @@ def model_place(uri: str, home: Path) -> str:
     if uri.startswith(IN_MLFLOW):
         require_whole_name(uri)
         return uri
-    place = object_store.absolute(uri, home)
-    if object_store.is_local(place) and not object_store.local_path(place).exists():
+    location = object_store.absolute(uri, home)
+    if object_store.is_local(location) and not object_store.local_path(location).exists():
         raise ConfigError(
-            f"{place}: there is no such folder; name a run's folder, its checkpoints folder, one "
-            f"checkpoint in it, runs:/<run id>/model or models:/<name>@<alias>"
+            f"{location}: there is no such folder; name a run's folder, its checkpoints folder, "
+            f"one checkpoint in it, runs:/<run id>/model or models:/<name>@<alias>"
         )
-    return place
+    return location
 
 
 def require_whole_name(uri: str) -> None:

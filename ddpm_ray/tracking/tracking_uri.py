@@ -20,7 +20,7 @@ SCHEMES = "http", "https", "postgresql", "mysql", "mssql"  # besides sqlite and 
 _SQLITE = re.compile(r"(sqlite(?:\+\w+)?)://(.*)", re.DOTALL)
 
 
-def tracking_place(home: Path, uri: str = "") -> str:
+def resolve_tracking_uri(home: Path, uri: str = "") -> str:
     """Return `uri`, else $MLFLOW_TRACKING_URI, else the database in `home`, as an absolute URI.
 
     Relative paths are below `home`: Ray's workers run in other folders. Raises ConfigError where

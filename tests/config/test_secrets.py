@@ -13,7 +13,7 @@ from ddpm_ray.config.jobs import DoctorConfig, EvaluateConfig, PackConfig, Sampl
 from ddpm_ray.config.loading import ENVIRONMENT, ConfigError, from_dict, load, to_yaml, with_values
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.sweep import SweepConfig
-from ddpm_ray.tracking.tracking_uri import tracking_place
+from ddpm_ray.tracking.tracking_uri import resolve_tracking_uri
 
 ROOT = Path(__file__).parents[2]
 WHOLE = ("name=a", "data.url=shards")
@@ -158,7 +158,7 @@ def test_neither_is_one_in_the_variable_that_runs_are_tracked_by(
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", PASSWORD)
     with pytest.raises(ConfigError, match=r"\$MLFLOW_TRACKING_URI is http://\*\*\*@mlflow"):
-        tracking_place(tmp_path)
+        resolve_tracking_uri(tmp_path)
 
 
 def job(*words: str, **environment: str) -> tuple[int, str]:

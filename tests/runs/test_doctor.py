@@ -21,7 +21,7 @@ from ddpm_ray.config.jobs import DoctorConfig
 from ddpm_ray.runs.doctor import checks, doctor
 from ddpm_ray.runs.doctor.checks import Finding, clock
 from ddpm_ray.storage import object_store
-from ddpm_ray.tracking.tracking_uri import tracking_place
+from ddpm_ray.tracking.tracking_uri import resolve_tracking_uri
 
 ROOT = Path(__file__).parents[2]
 UseS3 = Callable[[str, str], str]
@@ -211,7 +211,7 @@ def test_a_password_in_the_address_is_refused_as_a_run_would_be(
 def test_a_database_is_tried_where_runs_would_make_it(tmp_path: Path, mlflow_database: str) -> None:
     (finding,) = checks.mlflow_answers(DoctorConfig(), tmp_path)
     assert isinstance(finding, Finding)
-    assert tracking_place(tmp_path).endswith(finding.found.partition(":")[0])
+    assert resolve_tracking_uri(tmp_path).endswith(finding.found.partition(":")[0])
     broken = tmp_path / "mlflow.db"
     broken.write_bytes(b"not a database, and long enough to be seen as none" * 10)
     (finding,) = checks.mlflow_answers(DoctorConfig(), tmp_path)

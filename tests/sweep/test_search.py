@@ -208,7 +208,7 @@ def test_what_tpe_proposes_lies_in_the_space_whatever_became_of_the_trials(
 
 
 def test_tpe_goes_on_after_a_crash_as_if_there_had_been_none(tmp_path: Path) -> None:
-    """From the files alone; and it changes nothing in what it is told."""
+    """It depends on the stored trials alone and does not change them."""
     search, store = SearchConfig(kind="tpe", trials=16, seed=4), TrialStore(str(tmp_path))
     while proposal := propose(MIXED, search, store.trials, FID):
         before = copy.deepcopy(store.trials)

@@ -1,4 +1,4 @@
-"""A sweep's book comes to the same end however often its driver dies, and tells why of each end."""
+"""A sweep's scheduler reaches the same end however often its driver dies, with a reason for each."""
 
 import dataclasses
 import math
@@ -109,7 +109,7 @@ def files(folder: Path) -> dict[str, str]:
 
 
 def unbroken(folder: Path, times: int = 1) -> Driver:
-    """The whole script, each event of a trial told so many times."""
+    """The whole script, with each event of a trial delivered `times` times."""
     driver = Driver(folder, SWEEP)
     for event in SCRIPT:
         take(driver, event)

@@ -1,4 +1,4 @@
-"""What a ledger knows is what its files say, at whatever operation its driver dies."""
+"""The store's trials equal its files, at whatever operation its driver dies."""
 
 import json
 import tempfile
@@ -49,7 +49,7 @@ def do(store: TrialStore, operation: Operation) -> None:
             store.write(trial)
 
 
-def told(trials: list[Trial]) -> list[str]:
+def dumped(trials: list[Trial]) -> list[str]:
     """As text, in which a nan equals itself."""
     return [json.dumps(asdict(trial)) for trial in trials]
 
@@ -63,8 +63,8 @@ def test_what_is_read_back_is_what_was_written_at_any_cut(operations: list[Opera
         for operation in operations:
             do(whole, operation)
             do(TrialStore(broken), operation)
-            assert told(TrialStore(unbroken).trials) == told(whole.trials)
-            assert told(TrialStore(broken).trials) == told(whole.trials)
+            assert dumped(TrialStore(unbroken).trials) == dumped(whole.trials)
+            assert dumped(TrialStore(broken).trials) == dumped(whole.trials)
 
 
 @given(st.lists(OPERATIONS, max_size=12))
@@ -102,7 +102,7 @@ def test_a_step_that_was_reported_is_not_noted_again(tmp_path: Path) -> None:
 
 
 def test_what_its_lives_cost_is_added_up(tmp_path: Path) -> None:
-    """Each life once, also where its end is told twice, to another driver."""
+    """Each interruption counts once, also if it is reported twice, to another driver."""
     trial = TrialStore(str(tmp_path)).add({"seed": 1})
     for ended, worker_s, busy_s in [(5.0, 10.0, 6.0), (5.0, 10.0, 6.0), (9.0, 4.0, 1.0)]:
         store = TrialStore(str(tmp_path))
@@ -119,10 +119,10 @@ def test_once_ended_it_stays_so(first: Status, tmp_path: Path) -> None:
     store = TrialStore(str(tmp_path))
     trial = store.add({"seed": 1})
     store.record_end(trial, first, "the first reason", step=5)
-    once = told([trial])
+    once = dumped([trial])
     for status in ENDED:
         store.record_end(trial, status, "another", step=6)
-    assert told([trial]) == told(TrialStore(str(tmp_path)).trials) == once
+    assert dumped([trial]) == dumped(TrialStore(str(tmp_path)).trials) == once
 
 
 def test_only_a_finished_trial_has_scores() -> None:

@@ -1,4 +1,4 @@
-"""The book as Tune's searcher: so many trials side by side, and places whose driver died."""
+"""Tune's searcher: the number of concurrent trials, and placement groups of dead drivers."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Ray's a
 
 
 class Cluster:
-    """TuneSearcher of four trials, two at once, and the places that Ray keeps for their workers."""
+    """A TuneSearcher of four trials, two at once, and the placement groups of their workers."""
 
     def __init__(self, folder: Path, patch: pytest.MonkeyPatch) -> None:
         config = SweepConfig(space=({"seed": [1, 2, 3, 4]},), metric="eval/fid")
@@ -28,25 +28,25 @@ class Cluster:
             config, TrialStore(str(folder)), lambda _: sound, lambda _: None
         )
         self.tune = TuneSearcher(self.scheduler, lambda trial: {"number": trial.number}, at_once=2)
-        self.places: set[str] = set()
-        patch.setattr(placement_groups, "worker_groups", lambda: set(self.places))
-        patch.setattr(placement_groups, "remove", self.places.discard)
+        self.groups: set[str] = set()
+        patch.setattr(placement_groups, "worker_groups", lambda: set(self.groups))
+        patch.setattr(placement_groups, "remove", self.groups.discard)
 
-    def begin(self, trial_id: str, place: str = "") -> int:
-        """The number of the trial that Tune begins under this id, whose workers take `place`."""
-        told = self.tune.suggest(trial_id)
-        assert isinstance(told, dict)
-        self.places |= {place} if place else set()
-        return int(told["number"])
+    def begin(self, trial_id: str, group: str = "") -> int:
+        """The number of the trial that Tune begins under this id, whose workers take `group`."""
+        arguments = self.tune.suggest(trial_id)
+        assert isinstance(arguments, dict)
+        self.groups |= {group} if group else set()
+        return int(arguments["number"])
 
-    def hear(self, trial_id: str, kind: str, number: int, **facts: Any) -> None:
+    def report(self, trial_id: str, kind: str, number: int, **facts: Any) -> None:
         event = {"kind": kind, "number": number} | facts
         self.tune.on_trial_result(trial_id, {EVENT: json.dumps(event)})
 
-    def finish(self, trial_id: str, number: int, place: str = "") -> None:
+    def finish(self, trial_id: str, number: int, group: str = "") -> None:
         outcome = {"metrics": {"eval/fid": 1.0}}
-        self.hear(trial_id, "ended", number, finished=True, outcome=outcome)
-        self.places.discard(place)
+        self.report(trial_id, "ended", number, finished=True, outcome=outcome)
+        self.groups.discard(group)
         self.tune.on_trial_complete(trial_id)
 
 
@@ -69,37 +69,35 @@ def test_so_many_are_at_work_and_then_it_is_over(cluster: Cluster) -> None:
     assert [trial.status for trial in cluster.scheduler.ended] == ["finished"] * 4
 
 
-def test_the_place_of_a_dead_driver_is_given_back(cluster: Cluster) -> None:
-    number = cluster.begin("a", "place-a")
-    cluster.hear("a", "group", number, group="place-a")
+def test_the_placement_group_of_a_dead_driver_is_removed(cluster: Cluster) -> None:
+    number = cluster.begin("a", "group-a")
+    cluster.report("a", "group", number, group="group-a")
     cluster.tune.on_trial_complete("a", error=True)
-    assert not cluster.places
+    assert not cluster.groups
     assert cluster.begin("b") == number, "and its trial begins again"
 
 
-@pytest.mark.parametrize("other", ["tells", "ends"])
-def test_a_place_that_nobody_told_of_is_found_by_those_that_are_known(
-    cluster: Cluster, other: str
-) -> None:
-    """Meanwhile nothing begins: it would wait for that place, and never tell its own."""
-    cluster.begin("a", "place-a")
-    number = cluster.begin("b", "place-b")
+@pytest.mark.parametrize("other", ["reports", "ends"])
+def test_an_unreported_group_is_found_by_the_reported_ones(cluster: Cluster, other: str) -> None:
+    """Until then no trial starts: it would wait for those resources and never report its group."""
+    cluster.begin("a", "group-a")
+    number = cluster.begin("b", "group-b")
     cluster.tune.on_trial_complete("a", error=True)
-    assert cluster.places == {"place-a", "place-b"}
+    assert cluster.groups == {"group-a", "group-b"}
     assert cluster.tune.suggest("c") is None
-    if other == "tells":
-        cluster.hear("b", "group", number, group="place-b")
+    if other == "reports":
+        cluster.report("b", "group", number, group="group-b")
     else:
-        cluster.finish("b", number, "place-b")
-    assert cluster.places == ({"place-b"} if other == "tells" else set())
+        cluster.finish("b", number, "group-b")
+    assert cluster.groups == ({"group-b"} if other == "reports" else set())
     assert cluster.begin("c") == 0
 
 
 def test_a_driver_that_dies_again_and_again_is_given_up(cluster: Cluster) -> None:
     cluster.begin("other")
     for attempt in range(3):
-        assert cluster.begin(f"{attempt}", "place") == 1
-        cluster.hear(f"{attempt}", "group", 1, group="place")
+        assert cluster.begin(f"{attempt}", "group") == 1
+        cluster.report(f"{attempt}", "group", 1, group="group")
         cluster.tune.on_trial_complete(f"{attempt}", error=True)
     assert cluster.begin("next") == 2
     assert cluster.scheduler.store.trials[1].status == "failed"

@@ -19,7 +19,7 @@ from ddpm_ray.tracking.tracking_uri import (
     NAMES,
     SCHEMES,
     database_file,
-    tracking_place,
+    resolve_tracking_uri,
     warn_of_another_host,
 )
 from tests.limits import ENDS_S
@@ -55,9 +55,9 @@ def test_a_relative_place_lies_below_home(
     """Told in the config or the environment; what was resolved once stays as it is."""
     monkeypatch.setenv("HOME", "/users/me")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", written if by == "variable" else "http://other")
-    place = tracking_place(HOME, written if by == "config" else "")
+    place = resolve_tracking_uri(HOME, written if by == "config" else "")
     assert place == meant
-    assert tracking_place(Path("/elsewhere"), place) == meant
+    assert resolve_tracking_uri(Path("/elsewhere"), place) == meant
 
 
 @pytest.mark.parametrize("by", ["tracking.uri", "$MLFLOW_TRACKING_URI"])
@@ -70,7 +70,7 @@ def test_a_scheme_that_mlflow_does_not_know_is_refused(
         f"{by} is 'htp://x', and MLflow does not support htp://; name a server (http://, "
     )
     with pytest.raises(ConfigError, match=says):
-        tracking_place(HOME, "htp://x" if by == "tracking.uri" else "")
+        resolve_tracking_uri(HOME, "htp://x" if by == "tracking.uri" else "")
 
 
 def test_the_schemes_are_those_of_mlflow_and_its_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,7 +78,7 @@ def test_the_schemes_are_those_of_mlflow_and_its_plugins(monkeypatch: pytest.Mon
     assert known == set(_tracking_store_registry._registry)
     plugin = EntryPoint("ours", "a_package:store", "mlflow.tracking_store")
     monkeypatch.setattr(tracking_place_module, "entry_points", lambda group: (plugin,))
-    assert tracking_place(HOME, "ours://x") == "ours://x"
+    assert resolve_tracking_uri(HOME, "ours://x") == "ours://x"
 
 
 def test_the_run_s_config_holds_the_absolute_place(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,7 +103,7 @@ def test_the_run_s_config_holds_the_absolute_place(monkeypatch: pytest.MonkeyPat
 )
 def test_a_place_that_workers_cannot_see_is_refused(uri: str, said: str) -> None:
     with pytest.raises(ConfigError, match=rf"^tracking\.uri is .*{said}"):
-        tracking_place(HOME, uri)
+        resolve_tracking_uri(HOME, uri)
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ from ddpm_ray.config.jobs import DoctorConfig
 from ddpm_ray.config.loading import ConfigError
 from ddpm_ray.redaction import counted, redacted
 from ddpm_ray.storage import object_store
-from ddpm_ray.tracking.tracking_uri import database_file, tracking_place
+from ddpm_ray.tracking.tracking_uri import database_file, resolve_tracking_uri
 
 PACKAGES = ("ddpm-ray", "ray", "torch", "mlflow", "numpy", "pyarrow", "fsspec")
 MISSING = "none"
@@ -140,7 +140,7 @@ def storage_keeps(config: DoctorConfig, home: Path) -> Iterator[Finding | Clock]
 def mlflow_answers(config: DoctorConfig, home: Path) -> Iterator[Finding | Clock]:
     """Check that MLflow answers this user; writes nothing."""
     try:
-        uri = tracking_place(home, config.tracking_uri)
+        uri = resolve_tracking_uri(home, config.tracking_uri)
     except ConfigError as error:  # a run would fail with it
         what, _, remedy = str(error).partition(": ")
         yield Finding("MLflow", "fail", what, remedy)
