@@ -23,7 +23,7 @@ from ddpm_ray.reporting import Command, Progress, Row
 from ddpm_ray.sampling.denoiser import Denoiser
 from ddpm_ray.training.checkpoint_writer import CheckpointWriter
 from ddpm_ray.training.checkpoints import CheckpointStore
-from ddpm_ray.training.divergence_guard import Guard
+from ddpm_ray.training.divergence_guard import DivergenceGuard
 from ddpm_ray.training.loop import Run
 from ddpm_ray.training.metrics_buffer import StepLog
 from ddpm_ray.training.state import TrainingState
@@ -108,7 +108,7 @@ def run_of(
         state=state,
         network=state.model,
         objective=diffusion.objective(config, state, device),
-        guard=Guard.of(config.training.on_divergence, config.training.spike_factor),
+        guard=DivergenceGuard.of(config.training.on_divergence, config.training.spike_factor),
         stream=SameImages(count, side),
         workers=workers,
         log=StepLog(workers, config.training.log_every_steps),

@@ -37,7 +37,7 @@ from ddpm_ray.training.checkpoints import (
     CheckpointStore,
     read,
 )
-from ddpm_ray.training.divergence_guard import Guard
+from ddpm_ray.training.divergence_guard import DivergenceGuard
 from ddpm_ray.training.loop import Run, train
 from ddpm_ray.training.metrics_buffer import StepLog
 from ddpm_ray.training.sample_grids import GRID_IMAGES, Gallery
@@ -103,7 +103,7 @@ def assemble(
         config, dataset.manifest.image_shape, workers.device, _facts(settings, dataset)
     )
     log = StepLog(workers, config.training.log_every_steps)
-    guard = Guard.of(config.training.on_divergence, config.training.spike_factor)
+    guard = DivergenceGuard.of(config.training.on_divergence, config.training.spike_factor)
     writer = _writer(config, settings, workers)
     unsent: list[Row] = []
     if found := _newest(writer.store, workers):

@@ -1,11 +1,11 @@
-"""Writing off the step path: a thread, one thing at a time, whose errors are the caller's."""
+"""A background thread that runs tasks one at a time and raises their errors in the caller."""
 
 import threading
 from collections.abc import Callable
 
 
 class Background:
-    """Does what it is given in the order in which it is given."""
+    """Runs tasks in order, one at a time."""
 
     def __init__(self, name: str) -> None:
         self._name = name  # of the threads
@@ -13,21 +13,21 @@ class Background:
         self._error: Exception | None = None
 
     def start(self, act: Callable[[], None]) -> None:
-        """Begin `act()`, once what was begun before is done; raises what that one raised."""
+        """Wait for earlier tasks, raise their error if any, then start `act()`."""
         self.wait()
         self.follow(act)
 
     def follow(self, act: Callable[[], None]) -> None:
-        """Begin `act()` once what was begun before is done, without waiting for that.
+        """Queue `act()` after the earlier tasks, without waiting.
 
-        It is left out where that raises: what comes after may rest on what came before.
+        It is not run if an earlier task raised, because it may depend on that task.
         """
         before = self._thread
         self._thread = threading.Thread(target=self._do, args=(act, before), name=self._name)
         self._thread.start()
 
     def wait(self) -> None:
-        """Return once all that was begun is done; raises what the last of it raised."""
+        """Wait for all tasks. Raises the error of the task that failed."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -42,5 +42,5 @@ class Background:
             return
         try:
             act()
-        except Exception as error:  # noqa: BLE001 - handed to the caller's thread, whole
+        except Exception as error:  # noqa: BLE001 - raised in the caller's thread
             self._error = error

@@ -1,16 +1,16 @@
-"""Which checkpoints of a run are committed: each commit is one small object, written once.
+"""Pointers to a run's committed checkpoints: each commit writes one small object, once.
 
     <url>/pointers/00000007-00000012.json   commit 12 of start 7: folders and manifest hashes,
                                             newest first
     <url>/latest.json                       a copy of the newest, for readers that cannot list
                                             (https)
 
-A start of a run (lease.py) writes pointers under its own number alone. A writer that was frozen,
-and wakes up after a later start has taken over, can therefore not move what that one committed:
-readers take the pointer with the highest number that verifies. No conditional write is needed. A
-listing that lags behind shows an earlier commit, from which a run continues to the same end.
+Each start of a run (writer_lease.py) writes pointers under its own number. A writer that was frozen
+and resumes after a later start has taken over therefore cannot change the later commits: readers
+use the highest-numbered pointer that verifies. No conditional write is needed. A stale listing
+shows an earlier commit, from which a run continues to the same result.
 
-Earlier versions wrote latest.json and previous.json alone; their runs are read and continued.
+Earlier versions wrote only latest.json and previous.json; their runs can be read and continued.
 """
 
 import logging
@@ -24,7 +24,7 @@ from ddpm_ray.storage.object_store import StorageError
 log = logging.getLogger(__name__)
 
 POINTERS = "pointers"  # below a run's checkpoints
-LATEST, PREVIOUS = "latest.json", "previous.json"  # earlier versions had these two alone
+LATEST, PREVIOUS = "latest.json", "previous.json"  # earlier versions had only these two
 PREFIX = "step-"  # of a checkpoint's folder
 FOLDER = re.compile(PREFIX + "([0-9]{8,})-(?:([0-9]{8,})-)?[0-9a-f]{8}")  # step, epoch
 NAME = re.compile(r"([0-9]{8,})-([0-9]{8,})\.json")
@@ -32,21 +32,21 @@ NAME = re.compile(r"([0-9]{8,})-([0-9]{8,})\.json")
 
 @dataclass(frozen=True)
 class Reference:
-    """One committed checkpoint, as a pointer names it."""
+    """Reference of a pointer to one committed checkpoint."""
 
     folder: str
     manifest_sha256: str
 
     @property
     def step(self) -> int:
-        """The optimiser steps that its state has taken."""
+        """Training step of the checkpoint."""
         return folder_step_epoch(self.folder)[0]
 
 
 def folder_step_epoch(folder: str) -> tuple[int, int]:
-    """The step in a checkpoint folder's name, and the start that wrote it.
+    """Return step and epoch (number of the start) from the name of a checkpoint folder.
 
-    The start is 0 in a name of an earlier version, which has none. Raises ValueError for others.
+    The epoch is 0 for names of earlier versions. Raises ValueError for any other name.
     """
     match = FOLDER.fullmatch(folder)
     if match is None:
@@ -56,58 +56,58 @@ def folder_step_epoch(folder: str) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Pointer:
-    """The checkpoints that one commit names."""
+    """One commit: the list of committed checkpoints."""
 
-    epoch: int = 0  # the lease of who wrote it
-    number: int = 0  # of the commit among those of its epoch; 0: of an earlier version
+    epoch: int = 0  # lease epoch of the writer
+    number: int = 0  # number of the commit within its epoch; 0: earlier version
     references: list[Reference] = field(default_factory=list)  # newest first
 
     @classmethod
     def of(cls, value: Any) -> "Pointer":
-        """From JSON; raises TypeError, KeyError or ValueError for anything else."""
-        if not value["checkpoints"]:  # a save never writes that; to take it would start anew
+        """Create a pointer from JSON. Raises TypeError, KeyError or ValueError."""
+        if not value["checkpoints"]:  # never written; accepting it would restart the run
             raise ValueError
         references = [Reference(**entry) for entry in value["checkpoints"]]
-        # Folders are read and, once they are old, deleted: a name that leads out of here is none.
+        # Old folders are deleted: a name that leads outside the run's folder is invalid.
         if not all(FOLDER.fullmatch(reference.folder) for reference in references):
             raise ValueError
         return cls(int(value["epoch"]), int(value.get("number", 0)), references)
 
     @property
     def name(self) -> str:
-        """Of its object, below `pointers/`."""
+        """Object name below `pointers/`."""
         return f"{self.epoch:08d}-{self.number:08d}.json"
 
     @property
     def rank(self) -> tuple[int, int]:
-        """Grows from commit to commit, and from start to start."""
+        """Sort key: increases with each commit and each start."""
         return self.epoch, self.number
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return plain JSON values."""
         checkpoints = [vars(one) for one in self.references]
         return {"epoch": self.epoch, "number": self.number, "checkpoints": checkpoints}
 
 
 @dataclass(frozen=True)
 class Found:
-    """What is known of a run's commits."""
+    """The commits found in a run's folder."""
 
     pointer: Pointer | None  # the newest that verifies
-    names: list[str]  # of all objects below `pointers/`, oldest first, damaged ones too
-    damaged: list[str]  # URLs of pointers that may be newer than `pointer` and do not verify
+    names: list[str]  # all objects below `pointers/`, oldest first, including damaged ones
+    damaged: list[str]  # URLs of damaged pointers that may be newer than `pointer`
 
     @property
     def epoch(self) -> int:
-        """The highest start that committed anything, also where its pointer is damaged."""
+        """Highest epoch that committed anything, also if its pointer is damaged."""
         named = [int(name.partition("-")[0]) for name in self.names]
         return max([0, *named, *([self.pointer.epoch] if self.pointer else [])])
 
 
 def find(url: str, below: int | None = None) -> Found:
-    """The commits below `url`: of all starts, or of those with a number lower than `below`.
+    """Find the commits below `url`, of all epochs or of those less than `below`.
 
-    Raises StorageError where the storage is away; what is damaged is named in the result.
+    Raises StorageError in an outage; damaged pointers are listed in the result.
     """
     listed = filter(NAME.fullmatch, object_store.file_names(object_store.join(url, POINTERS)))
     names = sorted((name for name in listed if below is None or _rank(name)[0] < below), key=_rank)
@@ -117,13 +117,13 @@ def find(url: str, below: int | None = None) -> Found:
         found = _read(where)
         if found is not None and found.name == name:
             break
-        if not object_store.exists(where):  # a writer has made a newer one since they were listed
+        if not object_store.exists(where):  # replaced by a newer commit since the listing
             return find(url, below)
         found = None
         damaged.append(where)
     latest = _legacy(url, LATEST, below)
     if isinstance(latest, str):
-        damaged += [] if names else [latest]  # else a damaged copy, which nothing rests on
+        damaged += [] if names else [latest]  # with pointers, latest.json is only a copy
     elif latest is not None and (found is None or latest.rank > found.rank):
         found, damaged = (
             latest,
@@ -135,16 +135,16 @@ def find(url: str, below: int | None = None) -> Found:
 
 
 def write(url: str, pointer: Pointer) -> None:
-    """Commit what `pointer` names. Raises StorageError, and then nothing is committed."""
+    """Commit `pointer`. Raises StorageError, and then nothing is committed."""
     checksummed_json.write(object_store.join(url, POINTERS, pointer.name), pointer.to_json())
     try:
         checksummed_json.write(object_store.join(url, LATEST), pointer.to_json())
     except StorageError as error:
-        log.warning("the copy of the newest pointer is not up to date: %s", error)
+        log.warning("latest.json was not updated: %s", error)
 
 
 def _legacy(url: str, name: str, below: int | None) -> Pointer | str | None:
-    """The pointer at a fixed name; its URL where it is damaged, None where there is none."""
+    """Read the pointer `name`; return its URL if it is damaged, None if there is none."""
     where = object_store.join(url, name)
     if not object_store.exists(where):
         return None
@@ -155,7 +155,7 @@ def _legacy(url: str, name: str, below: int | None) -> Pointer | str | None:
 
 
 def _read(where: str) -> Pointer | None:
-    """The pointer at `where`, None where it is damaged; raises StorageError in an outage."""
+    """Read the pointer at `where`; None if it is damaged. Raises StorageError in an outage."""
     try:
         return Pointer.of(checksummed_json.read(where))
     except (
@@ -173,6 +173,6 @@ def _read(where: str) -> Pointer | None:
 
 
 def _rank(name: str) -> tuple[int, int]:
-    """Of a pointer's name; (0, 0) for LATEST, PREVIOUS and whatever else lies there."""
+    """Sort key of a pointer's name; (0, 0) for LATEST, PREVIOUS and any other name."""
     match = NAME.fullmatch(name)
     return (int(match[1]), int(match[2])) if match else (0, 0)

@@ -1,4 +1,4 @@
-"""Checkpoints saved in the background, one at a time."""
+"""Saves checkpoints in a background thread."""
 
 import threading
 from functools import partial
@@ -9,7 +9,7 @@ from ddpm_ray.training.state import Snapshot
 
 
 class CheckpointWriter(Background):
-    """Saves snapshots in a background thread, one at a time, off the step path."""
+    """Saves checkpoints in a background thread, one at a time."""
 
     def __init__(self, store: CheckpointStore) -> None:
         super().__init__("checkpoint")
@@ -18,7 +18,7 @@ class CheckpointWriter(Background):
         self._newest: threading.Thread | None = None  # that saves
 
     def submit(self, snapshot: Snapshot) -> None:
-        """Start saving; waits for the save before it, and raises what that one raised."""
+        """Start saving. Waits for the previous checkpoint and raises its error."""
         if self._thread is self._newest:  # else averages are on their way: it only follows them
             self.wait()
         self.follow(partial(self._save, snapshot))

@@ -1,14 +1,14 @@
-"""Checkpoints that a crash at any point leaves whole: data first, then manifest, then pointer.
+"""Crash-safe checkpoints: data files are written first, then the manifest, then the pointer.
 
-    <url>/pointers/                         which checkpoints are committed: see pointers.py
+    <url>/pointers/                         committed checkpoints, see checkpoint_pointers.py
     <url>/step-00000500-00000007-3f2a91c4/  one attempt of start 7: a folder is never written twice
         model.safetensors ema.safetensors optimizer.safetensors state.json
         manifest.json                       format, sizes and sha256 of the four, written after them
 
-Readers follow the newest pointer, verify every byte and fall back to the checkpoint before. Where
-pointers are lost or damaged, the whole folders beside them stand for themselves: a run never begins
-anew beside a checkpoint that verifies, and a folder with a manifest is deleted only once newer ones
-have taken its place. There is no pickle anywhere. Who may commit is lease.py's.
+Readers follow the newest pointer, verify every byte and fall back to the previous checkpoint. If
+pointers are lost or damaged, complete folders count as checkpoints: a run never restarts from step
+0 next to a valid checkpoint, and a folder with a manifest is deleted only after newer ones have
+replaced it. No file is a pickle. writer_lease.py decides who may commit.
 """
 
 import hashlib
@@ -52,7 +52,7 @@ TENSOR_FILE = re.compile(r"([a-z][a-z0-9.-]*)\.safetensors")
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be trusted or found; args are (url, reason, remedy)."""
+    """A checkpoint that is damaged or missing; args are (url, reason, remedy)."""
 
     def __str__(self) -> str:
         url, reason, remedy = self.args
@@ -75,10 +75,10 @@ class CheckpointStore:
         self._verified: Reference | None = None  # the newest that was read back whole
 
     def acquire_lease(self, lease: Lease) -> None:
-        """Commit by this lease from now on. Raises StorageError.
+        """Commit under this lease from now on. Raises StorageError.
 
-        A whole checkpoint that no pointer names (its writer died, or the pointers were lost) is
-        taken over and committed; folders that earlier starts left half written are deleted.
+        Complete checkpoints without a pointer (the writer died, or pointers were lost) are taken
+        over and committed; incomplete checkpoints of superseded writers are deleted.
         """
         self.lease = lease
         found = checkpoint_pointers.find(self.url, below=lease.epoch)
@@ -96,12 +96,12 @@ class CheckpointStore:
             self._commit(known)
 
     def check_lease(self) -> None:
-        """Raises SupersededError once a later start goes on with the run, and StorageError."""
+        """Raise SupersededError if a later start has taken over the run. Raises StorageError."""
         if self.lease is not None:
             self.lease.check()
 
     def save(self, snapshot: Snapshot) -> str:
-        """URL of the committed checkpoint folder; raises StorageError, and then commits nothing."""
+        """Save a checkpoint; return its folder's URL. Raises StorageError without committing."""
         files = objects(snapshot)
         # A writer with a lease knows its commits: the storage might hold a later writer's.
         newest = self._own or self.pointer()
@@ -115,26 +115,26 @@ class CheckpointStore:
                 object_store.write_bytes(object_store.join(where, name), data)
         except StorageError:
             if not self._superseded():  # a later start may have taken it over by its manifest
-                self._delete(folder)  # half of it on a full disk would only be in the way
+                self._delete(folder)  # an incomplete folder only fills the disk
             raise
         fault_injection.at("commit")
         self.check_lease()
         self._commit(kept)
         fault_injection.at("retire")
         retired = [old for old in before if old not in kept]
-        # Looked up after the commit: a start that was not there yet finds a pointer without them.
+        # Checked after the commit: any later start then reads a pointer without these folders.
         if retired and not self._superseded():
             for old in retired:
                 self._delete(old.folder)
         return where
 
     def load(self, groups: Sequence[str] | None = None) -> tuple[str, Snapshot] | None:
-        """The newest checkpoint that verifies and its folder's URL; None where none was committed.
+        """Load the newest valid checkpoint; return its folder's URL and it, or None if none exists.
 
-        Of its tensors all are read, or these `groups` alone; one that it lacks is left out.
-        Falls back, with a warning, past damaged ones. Raises CheckpointError if all are: to start
-        a month's run again from nothing in silence would be worse; and StorageError in an outage.
-        A writer with a lease saves what it took over once more, and may find itself superseded.
+        `groups`: tensor groups to read (None: all); missing ones are left out. Damaged checkpoints
+        are skipped with a warning. Raises CheckpointError if all are damaged, because the run must
+        not restart from step 0 silently, and StorageError in an outage. A writer with a lease saves
+        a checkpoint that it took over again, which may raise SupersededError.
         """
         references = self._own.references if self._own else self._known()
         reasons = []
@@ -161,17 +161,17 @@ class CheckpointStore:
         return None
 
     def at(self, step: int) -> str | None:
-        """URL of the committed checkpoint of `step`; None where it is not kept."""
+        """Return the URL of the committed checkpoint of `step`, or None if it was not kept."""
         references = (self._own or self.pointer()).references
         found = next((one.folder for one in references if one.step == step), None)
         return None if found is None else object_store.join(self.url, found)
 
     def pointer(self) -> Pointer:
-        """What is committed; where the newest commits are damaged, with a warning, those before.
+        """Return the committed checkpoints; if the newest pointers are damaged, an older commit.
 
-        Its epoch is the highest of all commits and checkpoints, so that a start with a higher one
-        finds each of them. Raises CheckpointError where nothing is left, neither a pointer nor a
-        whole checkpoint, and StorageError.
+        Its epoch is the highest of all commits and checkpoints, so that a start with a higher epoch
+        finds each of them. Warns about damage. Raises CheckpointError if neither a valid pointer
+        nor a complete checkpoint is left, and StorageError.
         """
         found = checkpoint_pointers.find(self.url)
         known = self._known(found)
@@ -179,7 +179,7 @@ class CheckpointStore:
         return Pointer(max([found.epoch, *epochs]), 0, known)
 
     def _known(self, found: Found | None = None) -> list[Reference]:
-        """Checkpoints as a reader finds them, newest first."""
+        """Checkpoints that a reader may use, newest first."""
         found = found or checkpoint_pointers.find(self.url)
         named = found.pointer.references if found.pointer else []
         if named and not found.damaged:
@@ -192,10 +192,10 @@ class CheckpointStore:
     def _unnamed(
         self, named: Sequence[Reference], below: int | None = None
     ) -> tuple[list[Reference], list[str]]:
-        """The whole checkpoints that are not among `named`, and the folders that are not whole.
+        """Find complete checkpoints that are not among `named`, and incomplete folders.
 
-        Of all starts, or of those with a number lower than `below`: what a later start is writing
-        at this moment must be neither taken over nor deleted.
+        Of all epochs, or of those less than `below`: a folder that a later start is writing must be
+        neither taken over nor deleted.
         """
         known = {one.folder for one in named}
         whole, unfinished = [], []
@@ -212,12 +212,13 @@ class CheckpointStore:
         return whole, unfinished
 
     def _kept(self, known: Sequence[Reference]) -> list[Reference]:
-        """Those of `known`, newest first, that stay: the newest of each of the last `keep` steps,
-        the newest planned one, to which a run that diverges goes back, and the one of which we
-        know that it can be read."""
-        # That one is what this start continued from, however old: what was committed since was
-        # never read back, and may be damaged all alike. It is one more than `keep`, until the next
-        # start has read a newer one back.
+        """Select the checkpoints to keep from `known`, newest first.
+
+        Keeps the newest of each of the last `keep` steps, the newest scheduled one (for rewinding),
+        and the one that this start was read from.
+        """
+        # The latter, however old, is the only one known to be readable: later ones were never read
+        # back and may all be damaged. It is kept until a later start has read a newer one.
         newest = {one.step: one for one in reversed(known)}
         of_steps = [one for one in known if newest[one.step] is one]
         every = self.planned_every
@@ -239,7 +240,7 @@ class CheckpointStore:
         log.warning("%s; recovered %s, the newest %s", sanitize(reason), count, newest)
 
     def _commit(self, references: list[Reference]) -> None:
-        """Write the next pointer; of those before it the newest stays, in case it is damaged."""
+        """Write the next pointer and delete old ones; keeps the previous as fallback."""
         if self._own is None:
             found = checkpoint_pointers.find(self.url)
             number = found.pointer.number if found.pointer else 0
@@ -258,7 +259,7 @@ class CheckpointStore:
             log.warning("old pointer stays: %s", error)
 
     def _superseded(self) -> bool:
-        """Whether a later start goes on with the run; true also where the storage cannot say."""
+        """Whether a later start has taken over the run; also True in a storage outage."""
         try:
             self.check_lease()
         except (SupersededError, StorageError):
@@ -266,14 +267,14 @@ class CheckpointStore:
         return False
 
     def _is_away(self, error: StorageError, reference: Reference) -> bool:
-        """Whether it was the storage that failed, not the checkpoint."""
+        """Whether the storage failed, and not the checkpoint."""
         where, names = object_store.join(self.url, reference.folder), (MANIFEST, *file_names())
         return not isinstance(error, object_store.NotAnObjectError) and all(
             object_store.exists(object_store.join(where, name)) for name in names
         )
 
     def _delete(self, folder: str) -> None:
-        """Best effort: what stays behind costs space and nothing else."""
+        """Delete a folder, best effort: a folder that remains only takes space."""
         try:
             object_store.delete_folder(object_store.join(self.url, folder))
         except StorageError as error:
@@ -281,12 +282,12 @@ class CheckpointStore:
 
 
 def _by_step(references: Sequence[Reference]) -> list[Reference]:
-    """Newest first; of one step, in the order given."""
+    """Sort by step, newest first; keeps the order within a step."""
     return sorted(references, key=lambda one: -one.step)
 
 
 def _manifest(where: str) -> bytes | None:
-    """The manifest of the folder `where`; None where a save did not come to its end."""
+    """Read the manifest of the folder `where`; None if the save did not complete."""
     place = object_store.join(where, MANIFEST)
     try:
         data = object_store.read_bytes(place) if object_store.exists(place) else b""
@@ -298,12 +299,12 @@ def _manifest(where: str) -> bytes | None:
 def read(
     url: str, manifest_sha256: str | None = None, groups: Sequence[str] | None = None
 ) -> Snapshot:
-    """The checkpoint in the folder `url`, every byte that is read verified.
+    """Read and verify the checkpoint in the folder `url`.
 
-    Without `manifest_sha256` (a folder that a person named) the manifest vouches for itself. All
-    groups of tensors are read, or those named that it has: to sample, `groups=("ema",)` is enough,
-    and `groups=()` reads the facts alone. Raises CheckpointError, StorageError, and
-    NewerFormatError, past which no reader falls back: the newest steps would be lost.
+    Without `manifest_sha256` (a folder given by the user) the manifest itself is not verified.
+    `groups`: tensor groups to read, of those it has (None: all); sampling needs `("ema",)`, and
+    `()` reads only the JSON. Raises CheckpointError, StorageError, and NewerFormatError, for which
+    readers must not fall back to an older checkpoint: the newest steps would be lost.
     """
     try:
         where = object_store.join(url, MANIFEST)
@@ -328,7 +329,7 @@ def read(
 
 
 def objects(snapshot: Snapshot) -> dict[str, bytes]:
-    """A checkpoint folder's files by name, in the order of writing: the manifest comes last."""
+    """Return the files of a checkpoint folder by name, in writing order: the manifest is last."""
     files = {f"{group}{TENSORS}": safetensors.save(tensors)
              for group, tensors in snapshot.tensors.items()}  # fmt: skip
     files[STATE] = _json(snapshot.facts)
@@ -336,27 +337,27 @@ def objects(snapshot: Snapshot) -> dict[str, bytes]:
 
 
 def described(files: Mapping[str, bytes]) -> dict[str, dict[str, Any]]:
-    """What a manifest says of each file: its size in bytes and its sha256."""
+    """Return the manifest entry of each file: size in bytes and sha256."""
     return {name: {"bytes": len(data), "sha256": _sha256(data)} for name, data in files.items()}
 
 
 def file_names(groups: Sequence[str] = GROUPS) -> list[str]:
-    """Names of the files that the manifest vouches for: these groups' tensors and the facts."""
+    """Names of the files in the manifest: the tensors of these groups, and the JSON."""
     return [*(f"{group}{TENSORS}" for group in groups), STATE]
 
 
 def _groups(names: Iterable[str]) -> Iterator[str]:
-    """Of the files that a manifest names, as far as they lie in its own folder."""
+    """Groups of the tensor files named in a manifest, of its own folder only."""
     return (match[1] for match in map(TENSOR_FILE.fullmatch, names) if match)
 
 
 def group_names(url: str) -> list[str]:
-    """The groups of tensors in the checkpoint folder `url`, as its manifest names them."""
+    """Tensor groups of the checkpoint folder `url`, according to its manifest."""
     return sorted(_groups(json.loads(object_store.read_bytes(object_store.join(url, MANIFEST)))))
 
 
 def weights_sha256(url: str, group: str = "ema") -> str:
-    """sha256 of the weights file of the checkpoint folder `url`, as its manifest records it."""
+    """sha256 of the weights file of the checkpoint folder `url`, according to its manifest."""
     manifest = json.loads(object_store.read_bytes(object_store.join(url, MANIFEST)))
     return str(manifest[f"{group}{TENSORS}"]["sha256"])
 

@@ -1,27 +1,27 @@
-"""The same bits from the same GPU work: what training.deterministic sets.
+"""Bit-reproducible GPU runs: the settings of training.deterministic.
 
-On a CPU the default algorithms repeat their bits. On a GPU some of cuDNN's and cuBLAS's do not, and
-cuDNN's search for the fastest may choose another one in another process.
+On CPUs the default algorithms are deterministic. On GPUs some of cuDNN and cuBLAS are not, and
+cuDNN's benchmark mode may choose a different algorithm in each process.
 """
 
 import torch
 
-# Read once, when a process first uses CUDA or NCCL: set before a worker starts.
+# Read when a process first uses CUDA or NCCL, so set before a worker starts.
 ENVIRONMENT = {
-    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # one of the two that make cuBLAS repeat its bits
-    "NCCL_ALGO": "Ring",  # else chosen by measured times, and another one adds in another order
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # one of two values that make cuBLAS deterministic
+    "NCCL_ALGO": "Ring",  # the default depends on measured times; algorithms differ in sum order
 }
 
 
 def environment(deterministic: bool) -> dict[str, str]:
-    """The variables of a worker's environment."""
+    """Return the environment variables of a worker."""
     return dict(ENVIRONMENT) if deterministic else {}
 
 
 def configure() -> None:
-    """Choose, in this process, algorithms that repeat their bits.
+    """Select deterministic algorithms in this process.
 
-    An operation that has none then raises RuntimeError with its name, which ends the run.
+    An operation without one then raises RuntimeError with its name, which ends the run.
     """
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.deterministic = True

@@ -1,8 +1,8 @@
-"""Gradients that must not reach the weights: not finite, or a spike among those before them.
+"""Divergence guard: rejects gradients that are not finite or whose norm is a spike.
 
-Judged by the norm of the summed gradient, which is equal on all workers, and by the norms of the
-steps before, which travel in the checkpoint: all workers decide alike in the same step, and a step
-that is replayed after a crash is judged as it was the first time.
+The decision uses the norm of the all-reduced gradient, which is equal on all workers, and the norms
+of previous steps, which are saved in checkpoints: all workers decide alike, and a replayed step is
+decided as before.
 """
 
 import math
@@ -16,9 +16,9 @@ from ddpm_ray.collectives import Workers
 from ddpm_ray.redaction import counted, sanitize
 
 WINDOW_STEPS = 128  # whose norms a spike is compared with
-FEWEST_STEPS = 16  # before there is a median worth a name: the first steps are the wildest
-MOST_SKIPS = 10  # in a row; then it is not a bad batch but a bad run
-SHOWN_KEYS = 8  # of an error that could name a whole batch
+FEWEST_STEPS = 16  # norms needed before spikes are detected: the first steps vary most
+MOST_SKIPS = 10  # consecutive skipped steps after which the run ends
+SHOWN_KEYS = 8  # sample keys shown in an error
 
 
 class DivergedError(RuntimeError):
@@ -37,24 +37,24 @@ class DivergedError(RuntimeError):
 
 
 @dataclass
-class Guard:
-    """What a gradient's norm must be, and what happens to one that is not so."""
+class DivergenceGuard:
+    """The limit of the gradient norm, and what to do with a step that exceeds it."""
 
-    spike_factor: float = 0.0  # times the median; 0: any finite norm passes
-    skips: bool = False  # leave out the step and go on
-    rewinds: bool = False  # with the weights of the checkpoint before it
+    spike_factor: float = 0.0  # limit as a multiple of the median; 0: accept any finite norm
+    skips: bool = False  # skip the step and continue
+    rewinds: bool = False  # also restore the weights of the previous checkpoint
     norms: list[float] = field(default_factory=list)  # of the newest WINDOW_STEPS steps taken
     skipped: int = 0  # in a row
 
     @property
     def limit(self) -> float:
-        """The largest norm that passes."""
+        """The largest accepted norm."""
         if not self.spike_factor or len(self.norms) < FEWEST_STEPS:
             return math.inf
         return self.spike_factor * median(self.norms)
 
-    def passes(self, norm: float) -> bool:
-        """Whether this step may be taken; what it says is remembered."""
+    def accept(self, norm: float) -> bool:
+        """Decide whether to take the step, and record its norm."""
         if math.isfinite(norm) and norm <= self.limit:
             self.norms = [*self.norms[1 - WINDOW_STEPS :], norm]
             self.skipped = 0
@@ -63,31 +63,31 @@ class Guard:
         return False
 
     @property
-    def gives_up(self) -> bool:
-        """Whether the step that did not pass ends the run."""
+    def exhausted(self) -> bool:
+        """Whether the rejected step ends the run."""
         return not self.skips or self.skipped > MOST_SKIPS
 
     @classmethod
-    def of(cls, policy: str, spike_factor: float) -> "Guard":
-        """As training.on_divergence and training.spike_factor have it."""
+    def of(cls, policy: str, spike_factor: float) -> "DivergenceGuard":
+        """Create a guard from training.on_divergence and training.spike_factor."""
         return cls(spike_factor, skips=policy != "stop", rewinds=policy == "rewind")
 
     def facts(self) -> dict[str, Any]:
-        """What a checkpoint keeps of it, plain JSON."""
+        """Return the state for a checkpoint, plain JSON."""
         return {"norms": list(self.norms), "skipped": self.skipped}
 
     def resume(self, facts: dict[str, Any]) -> None:
-        """Go on with the memory of a checkpoint."""
+        """Continue with the state of a checkpoint."""
         self.norms, self.skipped = list(facts["norms"]), int(facts["skipped"])
 
 
 def diverged(
     step: int, norm: float, limit: float, losses: Tensor, keys: list[str], workers: Workers
 ) -> DivergedError:
-    """The error for step `step` (from 1), the same on all workers; all must call it.
+    """Create the error of step `step` (from 1), the same on all workers; all must call it.
 
-    `keys` name the images of losses [b]. It names those whose own loss is not finite, or all of the
-    batch's if there is none.
+    `keys`: sample keys of the losses [b]. The error lists those with a loss that is not finite, or
+    the whole batch if all losses are finite.
     """
     guilty = [key for key, bad in zip(keys, ~losses.isfinite().cpu(), strict=True) if bad]
     everyone = workers.gather((guilty, keys))

@@ -16,7 +16,7 @@ from ddpm_ray.collectives import Workers
 from ddpm_ray.reporting import Command, Progress, Row, Sink
 from ddpm_ray.training.checkpoint_writer import CheckpointWriter
 from ddpm_ray.training.checkpoints import read
-from ddpm_ray.training.divergence_guard import DivergedError, Guard, diverged
+from ddpm_ray.training.divergence_guard import DivergedError, DivergenceGuard, diverged
 from ddpm_ray.training.metrics_buffer import StepLog
 from ddpm_ray.training.objective import Objective
 from ddpm_ray.training.state import TrainingState
@@ -76,7 +76,7 @@ class Run:
     state: TrainingState
     network: nn.Module  # state.model, wrapped by DDP and torch.compile as configured
     objective: Objective
-    guard: Guard
+    guard: DivergenceGuard
     stream: ImageStream
     workers: Workers
     log: StepLog
@@ -171,7 +171,7 @@ def take_step(run: Run) -> bool:
     )
     norm = clip_grad_norm_(run.network.parameters(), plan.max_grad_norm, foreach=True)
     grad_norm = float(norm)  # waits for the device: a NaN must not reach the weights
-    if not run.guard.passes(grad_norm):
+    if not run.guard.accept(grad_norm):
         return skip_step(run, grad_norm, losses)
     fault_injection.at("update")
     learning_rate = plan.learning_rate(state.step)
@@ -200,7 +200,7 @@ def skip_step(run: Run, grad_norm: float, losses: Tensor) -> bool:
     )  # to wait for uploads, or to read a checkpoint, is no stall of the step
     state, keys = run.state, run.stream.keys(run.state.step)
     error = diverged(state.step + 1, grad_norm, run.guard.limit, losses, keys, run.workers)
-    if run.guard.gives_up:
+    if run.guard.exhausted:
         settle(run)
         raise error
     state.optimizer.zero_grad()

@@ -1,7 +1,7 @@
-"""What a step did, kept on the device, summed over workers about once a second, handed on as rows.
+"""Buffer of per-step metrics on the device, summed over workers about once a second into rows.
 
-A row is a pure function of the steps that it covers, so that a replayed step gives the same row
-again; only the rates (`train/images_per_s`, `train/data_wait_share`) are clocks.
+A row is a pure function of the steps it covers, so a replayed step gives the same row. Only the
+rates (`train/images_per_s`, `train/data_wait_share`) depend on the clock.
 """
 
 import math
@@ -14,14 +14,14 @@ from torch import Tensor
 from ddpm_ray.collectives import Workers
 from ddpm_ray.reporting import RATES, Row
 
-# Log-SNR of a band's edges. The linear schedule of Ho et al. spans -10.1 to 9.2 at T = 1000.
+# Band edges in log-SNR. The linear schedule of Ho et al. spans -10.1 to 9.2 at T = 1000.
 BAND_EDGES = (-8.0, -6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0, 8.0)
 BANDS = ("below_-8", "-8_to_-6", "-6_to_-4", "-4_to_-2", "-2_to_0",
          "0_to_2", "2_to_4", "4_to_6", "6_to_8", "above_8")  # fmt: skip
 
 
 class StepLog:
-    """Losses of the steps since the last `collect`, on the device, one line of sums per step."""
+    """Sums of losses by band since the last `collect`, on the device, one row per step."""
 
     def __init__(self, workers: Workers, rows_every_steps: int) -> None:
         self._workers, self._window_steps = workers, rows_every_steps
@@ -36,7 +36,7 @@ class StepLog:
     def record(
         self, losses: Tensor, log_snr: Tensor, *, grad_norm: float, learning_rate: float
     ) -> None:
-        """Keep one step: losses [b] float32 and log-SNR [b] float64 of this worker's images."""
+        """Record one step: losses [b] float32 and log-SNR [b] float64 of this worker's images."""
         band = torch.bucketize(log_snr, self._edges)
         line = torch.zeros(2, len(BANDS), dtype=torch.float64, device=losses.device)
         line[0].index_add_(0, band, _to_grid(losses))
@@ -46,7 +46,7 @@ class StepLog:
         self._rates.append(learning_rate)
 
     def record_skipped(self) -> None:
-        """Keep one step that was not taken: its losses, which may be no numbers, count nowhere."""
+        """Record one skipped step, without its losses, which may be NaN."""
         self._lines.append(
             torch.zeros(2, len(BANDS), dtype=torch.float64, device=self._edges.device)
         )
@@ -54,12 +54,12 @@ class StepLog:
         self._rates.append(math.nan)
 
     def collect(self, step: int, waited_s: float) -> list[Row]:
-        """Rows of the recorded steps, which end at `step`, the same on all workers; all call it.
+        """Return the rows of the recorded steps, which end at `step`, the same on all workers.
 
-        `waited_s`: seconds that this worker has waited for data since its start. Without a step
-        since the last call there are none.
+        All workers must call it. `waited_s`: seconds this worker has waited for data since its
+        start. Returns no rows if no step was recorded since the last call.
         """
-        if not self._lines:  # on all workers alike
+        if not self._lines:  # the same on all workers
             return []
         lines = self._workers.sum_(torch.stack(self._lines).cpu())  # [steps, 2, bands]
         now, first = time.perf_counter(), step - len(self._lines) + 1
@@ -83,12 +83,12 @@ class StepLog:
         return rows
 
     def window(self) -> list[list[float]]:
-        """Sums and counts per band of the window that is not full yet: part of a checkpoint."""
+        """Return sums and counts per band of the incomplete window, for a checkpoint."""
         sums: list[list[float]] = self._bands.tolist()
         return sums
 
     def resume(self, window: list[list[float]]) -> None:
-        """Go on with the window of a checkpoint."""
+        """Continue with the window of a checkpoint."""
         self._bands = torch.tensor(window, dtype=torch.float64)
 
     def _of_window(self, now: float, waited_s: float) -> Iterator[tuple[str, float]]:
@@ -104,8 +104,8 @@ class StepLog:
 
 
 def _to_grid(losses: Tensor) -> Tensor:
-    """As float64, rounded to multiples of 2^-40, so that sums below 2^13 are exact.
+    """Round to float64 multiples of 2^-40, so that sums below 2^13 are exact.
 
-    What is exact does not depend on which worker adds what: rows of equal losses have equal bits.
+    Exact sums do not depend on the order of summation, hence not on the number of workers.
     """
     return (losses.double() * 2.0**40).round_() * 2.0**-40

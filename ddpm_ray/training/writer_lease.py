@@ -1,12 +1,12 @@
-"""Who may commit: each start of a run takes the next number, and ends the starts before it.
+"""Writer leases (fencing): each start of a run takes the next number and supersedes earlier starts.
 
-    <url>/writers/00000007.json     the seventh start: whose, where, when
+    <url>/writers/00000007.json     start 7: owner, host, time
 
-A driver takes a number, and so does each group of workers that it starts. A worker that was frozen,
-or cut off from the cluster, and comes back while others go on finds the next number taken and
-commits nothing more; so does a second job that was given the same name by mistake. Where the store
-knows `If-None-Match` (AWS, a local disk) a number has one owner. Where it does not, two that start
-in the same moment may both think so: who wrote last keeps it, the other learns it in time.
+A driver takes a number, and so does each worker group that it starts. A worker that was frozen or
+partitioned finds the next number taken when it resumes, and commits nothing more; so does a second
+job that was given the same name by mistake. With conditional writes (`If-None-Match`: AWS, local
+disk) each number has one owner. Without them, two simultaneous starts may both take a number: the
+last writer owns it, and the other one finds out when it checks before its next commit.
 """
 
 import os
@@ -19,7 +19,7 @@ from ddpm_ray.storage import checksummed_json, object_store
 
 
 class SupersededError(RuntimeError):
-    """A later group of workers of the same driver goes on; args are (url, its number)."""
+    """A later worker group of the same driver has taken over; args are (url, its number)."""
 
     def __str__(self) -> str:
         url, epoch = self.args
@@ -27,7 +27,7 @@ class SupersededError(RuntimeError):
 
 
 class LeaseLostError(SupersededError):
-    """Another driver goes on with the run."""
+    """Another driver has taken over the run."""
 
     def __str__(self) -> str:
         return f"{super().__str__()}. Another job has the same name=: give one of the two another"
@@ -39,27 +39,27 @@ def _token() -> str:
 
 @dataclass(frozen=True)
 class Lease:
-    """The right to commit below `url` until somebody takes the next number; plain values."""
+    """The right to commit below `url` until a later start takes the next number."""
 
     url: str
     epoch: int = 0
-    owner: str = field(default_factory=_token)  # of the driver and of all workers that it starts
-    token: str = field(default_factory=_token)  # of this start
+    owner: str = field(default_factory=_token)  # a driver and all workers it starts
+    token: str = field(default_factory=_token)  # one start
 
     @classmethod
     def first(cls, url: str, after: int = 0) -> "Lease":
-        """A driver's: the first free number beyond `after`, whoever had that. StorageError."""
+        """Take a driver's lease: the first free number above `after`. Raises StorageError."""
         return cls(url, after)._next(refuse_others=False)
 
     def renewed(self) -> "Lease":
-        """The next free number, for workers of the same owner.
+        """Take the next free number for a new worker group of the same owner.
 
-        Raises LeaseLostError where one after this has another owner, and StorageError.
+        Raises LeaseLostError if a later number has another owner, and StorageError.
         """
         return self._next(refuse_others=True)
 
     def check(self) -> None:
-        """Raises SupersededError once somebody else goes on, LeaseLostError if with another job."""
+        """Raise SupersededError if a later start took over, LeaseLostError if of another job."""
         if object_store.exists(self._place(1)):
             self._refuse_others(self.epoch + 1)
             raise SupersededError(self.url, self.epoch + 1)
@@ -68,7 +68,7 @@ class Lease:
             raise SupersededError(self.url, self.epoch)
 
     def other_owner(self) -> str:
-        """Host and process of another job that goes on with the run; empty where none does."""
+        """Return host and process of another job that has taken over the run, or ""."""
         later = 0
         while object_store.exists(self._place(later)):
             holder = checksummed_json.read(self._place(later))
@@ -83,7 +83,7 @@ class Lease:
         while True:
             lease = replace(lease, epoch=lease.epoch + 1)
             claim = {"owner": lease.owner, "token": lease.token} | who
-            # Asked first, because most stores would write over what is there.
+            # Checked first, because most stores would overwrite it.
             if not object_store.exists(lease._place()) and checksummed_json.write_new(
                 lease._place(), claim
             ):

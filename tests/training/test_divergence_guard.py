@@ -13,7 +13,7 @@ from ddpm_ray.training.divergence_guard import (
     MOST_SKIPS,
     WINDOW_STEPS,
     DivergedError,
-    Guard,
+    DivergenceGuard,
 )
 
 NORMS = st.floats(0.01, 100)
@@ -23,12 +23,12 @@ NORMS = st.floats(0.01, 100)
 def test_what_passes_is_within_the_factor_of_the_median_before_it(
     norms: list[float], factor: float
 ) -> None:
-    guard = Guard(factor)
+    guard = DivergenceGuard(factor)
     passed: list[float] = []
     for norm in norms:
         window = passed[-WINDOW_STEPS:]
         wanted = len(window) < FEWEST_STEPS or norm <= factor * median(window)
-        assert guard.passes(norm) == wanted
+        assert guard.accept(norm) == wanted
         if wanted:
             passed.append(norm)
     assert guard.norms == passed[-WINDOW_STEPS:]
@@ -37,31 +37,31 @@ def test_what_passes_is_within_the_factor_of_the_median_before_it(
 @pytest.mark.parametrize("norm", [math.nan, math.inf])
 @pytest.mark.parametrize("factor", [0.0, 5.0])
 def test_what_is_no_number_never_passes(norm: float, factor: float) -> None:
-    guard = Guard(factor)
-    assert not guard.passes(norm)
-    assert guard.passes(1e30)  # without a factor, or a history, any finite one does
+    guard = DivergenceGuard(factor)
+    assert not guard.accept(norm)
+    assert guard.accept(1e30)  # without a factor, or a history, any finite one does
 
 
 @given(norms=st.lists(NORMS | st.just(math.nan), max_size=60), cut=st.integers(0, 60))
 def test_a_guard_that_is_restored_judges_alike(norms: list[float], cut: int) -> None:
-    whole, first, second = Guard(2.0, skips=True), Guard(2.0, skips=True), Guard(2.0, skips=True)
-    wanted = [whole.passes(norm) for norm in norms]
-    found = [first.passes(norm) for norm in norms[:cut]]
+    whole, first, second = (DivergenceGuard(2.0, skips=True) for _ in range(3))
+    wanted = [whole.accept(norm) for norm in norms]
+    found = [first.accept(norm) for norm in norms[:cut]]
     second.resume(json.loads(json.dumps(first.facts())))
-    assert found + [second.passes(norm) for norm in norms[cut:]] == wanted
-    assert (second.gives_up, second.norms) == (whole.gives_up, whole.norms)
+    assert found + [second.accept(norm) for norm in norms[cut:]] == wanted
+    assert (second.exhausted, second.norms) == (whole.exhausted, whole.norms)
 
 
-def test_it_gives_up_at_once_or_after_many_in_a_row() -> None:
-    assert Guard(skips=False).gives_up
-    guard = Guard(skips=True)
+def test_it_is_exhausted_at_once_or_after_many_in_a_row() -> None:
+    assert DivergenceGuard(skips=False).exhausted
+    guard = DivergenceGuard(skips=True)
     for _ in range(MOST_SKIPS):
-        guard.passes(math.nan)
-        assert not guard.gives_up
-    guard.passes(math.nan)
-    assert guard.gives_up
-    guard.passes(1.0)
-    assert not guard.gives_up
+        guard.accept(math.nan)
+        assert not guard.exhausted
+    guard.accept(math.nan)
+    assert guard.exhausted
+    guard.accept(1.0)
+    assert not guard.exhausted
 
 
 def test_a_spike_tells_its_limit() -> None:

@@ -36,7 +36,7 @@ from ddpm_ray.storage import object_store
 from ddpm_ray.training import loop
 from ddpm_ray.training.checkpoint_writer import CheckpointWriter
 from ddpm_ray.training.checkpoints import CheckpointStore
-from ddpm_ray.training.divergence_guard import DivergedError, Guard
+from ddpm_ray.training.divergence_guard import DivergedError, DivergenceGuard
 from ddpm_ray.training.loop import Run, train
 from ddpm_ray.training.metrics_buffer import StepLog
 from ddpm_ray.training.noising import NoisyBatch
@@ -157,7 +157,7 @@ def begin(
     state = training_run.training_state(config, dataset.manifest.image_shape, CPU, facts)
     store = CheckpointStore(str(folder), config.training.keep_checkpoints, planned_every=EVERY)
     log = StepLog(workers, config.training.log_every_steps)
-    guard = Guard.of(config.training.on_divergence, config.training.spike_factor)
+    guard = DivergenceGuard.of(config.training.on_divergence, config.training.spike_factor)
     if found := store.load():
         state.restore(found[1])
         log.resume(found[1].facts["bands"])
