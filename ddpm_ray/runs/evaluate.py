@@ -53,9 +53,8 @@ def evaluate(model_uri: str, config: EvaluateConfig, home: Path) -> dict[str, An
     plan = diffusion.checked_plan(
         config.sampling, begun, model.denoiser.schedule, guided_by_model=knows
     )
-    load_model.with_guidance_model(
-        model, lead, plan, tracking_uri
-    )  # before Ray starts: raises if they do not fit
+    # Before Ray starts: raises ConfigError if the guidance model does not fit.
+    load_model.with_guidance_model(model, lead, plan, tracking_uri)
     wanted, most = config.evaluation, begun.schedule.num_steps
     for key, value, asked in (
         ("bits_per_dim_terms", wanted.bits_per_dim_terms, wanted.bits_per_dim_images),

@@ -7,7 +7,7 @@ another order.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias, assert_never
+from typing import Any, TypeAlias, assert_never
 
 import numpy as np
 import numpy.typing as npt
@@ -130,7 +130,10 @@ def walk(
     on_step: OnStep | None = None,
 ) -> Tensor:
     """Run plan.sampler from x_T over plan.steps; `denoise` is `denoiser` with its inputs bound."""
-    schedule, parameterization, clip = denoiser.schedule, denoiser.parameterization, plan.clipping()
+    schedule = denoiser.schedule
+    common: dict[str, Any] = {
+        "parameterization": denoiser.parameterization, "clip": plan.clipping(), "on_step": on_step,
+    }  # fmt: skip
     if plan.sampler == "ancestral":
         variance = denoiser.variance if plan.variance == "learned" else plan.variance
         if variance == "fixed":
@@ -140,9 +143,8 @@ def walk(
         if plan.variance != "learned":
             denoise = denoiser.without_variance(denoise)
         return samplers.ancestral(
-            schedule, denoise, x_T, plan.steps, noise=noise, variance=variance,
-            parameterization=parameterization, clip=clip, on_step=on_step,
-        )  # fmt: skip
+            schedule, denoise, x_T, plan.steps, noise=noise, variance=variance, **common
+        )
     if plan.variance == "learned":
         raise ValueError(f"variance is 'learned'; {plan.sampler} has none: use fixed_small")
     denoise = denoiser.without_variance(denoise)
@@ -156,9 +158,7 @@ def walk(
                 eta=plan.eta,
                 noise=noise,
                 variance=plan.variance,
-                parameterization=parameterization,
-                clip=clip,
-                on_step=on_step,
+                **common,
             )
         case "dpm_solver_pp" | "dpm_solver_pp_sde":
             return solvers.dpm_solver_pp(
@@ -166,10 +166,8 @@ def walk(
                 denoise,
                 x_T,
                 plan.steps,
-                parameterization=parameterization,
-                clip=clip,
-                on_step=on_step,
                 noise=noise if plan.sampler == "dpm_solver_pp_sde" else None,
+                **common,
             )
         case "unipc":
             solver: Callable[..., Tensor] = solvers.unipc
@@ -179,15 +177,7 @@ def walk(
             solver = solvers.plms
         case _:
             assert_never(plan.sampler)
-    return solver(
-        schedule,
-        denoise,
-        x_T,
-        plan.steps,
-        parameterization=parameterization,
-        clip=clip,
-        on_step=on_step,
-    )
+    return solver(schedule, denoise, x_T, plan.steps, **common)
 
 
 def draw_uint8(
