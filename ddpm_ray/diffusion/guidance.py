@@ -1,8 +1,9 @@
-"""Guidance: what draws samples towards a label, as a `denoise` made of others.
+"""Guidance: combine calls of denoisers into a guided `denoise`.
 
-At a fixed x_t every kind of answer is affine in x_0. Answers mixed with weights that sum to 1
-therefore stand for the images mixed so, whatever the network predicts. Where a network answers
-[B, 2C, ...], the first half is guided and the second, its variance, stays the stronger answer's.
+At a fixed x_t the model output is affine in x_0 for every parameterization. A combination of
+outputs with weights that sum to 1 is therefore the same combination of estimates of x_0. If the
+output is [B, 2C, ...], only its first half is guided; the variance stays that of the stronger
+denoiser.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +20,7 @@ from ddpm_ray.diffusion.timestep_spacing import require_falling
 from ddpm_ray.redaction import counted
 
 Conditional: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(x_t [B, ...], t [B], labels [B] int64 in 0..K, where K is no label) -> the answer [B, ...]."""
+"""(x_t [B, ...], t [B], labels [B] int64 in 0..K, K for no label) -> model output [B, ...]."""
 
 
 def classifier_free(
@@ -32,18 +33,19 @@ def classifier_free(
     interval: tuple[float, float] | None = None,
     parameterization: Parameterization | None = None,
 ) -> Denoise:
-    """unconditional + scale (conditional - unconditional), for a batch with these `labels` [B].
+    """Classifier-free guidance: unconditional + scale (conditional - unconditional).
 
-    (Ho and Salimans 2022, arXiv:2207.12598, eq. 6 with w = scale - 1.) `null` is the label for
-    none. Scale 1 is the conditional answer and 0 the other, each one call of B images; any other
-    is one of 2 B, in buffers that are reused, so autograd refuses to go through it.
+    (Ho and Salimans 2022, arXiv:2207.12598, eq. 6 with w = scale - 1.) The result denoises a batch
+    with `labels` [B]; `null` is the null label. Scale 1 (conditional) and 0 (unconditional) take
+    one call of B images; other scales one call of 2 B images, in reused buffers, so the result does
+    not support autograd.
 
-    `rescale` in [0, 1] leads each guided answer back to the conditional one's standard deviation,
-    against over-exposure (phi of Lin et al. 2023, arXiv:2305.08891, section 3.4). `interval` (low,
-    high) guides where low < sigma <= high only, sigma = sqrt((1 - a) / a) in the schedule of
-    `parameterization`, and leaves the conditional answer elsewhere (Kynkaanniemi et al. 2024,
-    arXiv:2404.07724); the host then waits for t, once a call. Raises ValueError for other values,
-    and the denoiser does for another number of images than labels.
+    `rescale` in [0, 1] restores the standard deviation of the conditional output, against
+    over-exposure (phi of Lin et al. 2023, arXiv:2305.08891, section 3.4). `interval` (low, high)
+    applies guidance only where low < sigma <= high, with sigma = sqrt((1 - a) / a) in the schedule
+    of `parameterization` (Kynkaanniemi et al. 2024, arXiv:2404.07724); it synchronises with the
+    device once per call. Raises ValueError for invalid values; the result raises ValueError unless
+    there are as many images as labels.
     """
     if not 0 <= rescale <= 1:
         raise ValueError(f"rescale is {rescale:g}; it lies from 0 (off) to 1 (all the way)")
@@ -52,11 +54,11 @@ def classifier_free(
     twice, again, both = _Twice(), _Twice(), torch.cat([labels, none])
 
     def denoise(x_t: Tensor, t: Tensor) -> Tensor:
-        """The guided answer; ValueError for another number of images than labels."""
+        """The guided output. Raises ValueError unless there are as many images as labels."""
         if len(x_t) != len(labels):
             raise ValueError(
                 f"labels are {len(labels)} and images {len(x_t)}; give each image its label, and "
-                "where a canvas is seen in windows, repeat the labels once for each window"
+                "with a windowed denoiser repeat the labels once for each window"
             )
         each = [scale] if by_step is None else [by_step[step] for step in t.tolist()]
         scales = each[:1] if len(set(each)) == 1 else each
@@ -71,10 +73,10 @@ def classifier_free(
 
 
 def autoguided(network: Denoise, weak: Denoise, scale: float) -> Denoise:
-    """weak + scale (network - weak): away from the errors of a smaller or less trained network.
+    """Autoguidance: weak + scale (network - weak), with a smaller or less trained `weak`.
 
-    (Karras et al. 2024, arXiv:2406.02507, section 3.) Both predict the same kind; where they need
-    labels, make each a denoiser by `classifier_free` at scale 1.
+    (Karras et al. 2024, arXiv:2406.02507, section 3.) Both need the same parameterization.
+    Bind labels with `classifier_free` at scale 1.
     """
     return lambda x_t, t: _mixed(weak(x_t, t), network(x_t, t), [scale], 0.0, x_t.shape[1])
 
@@ -88,18 +90,19 @@ def classifier_guided(
     steps: Sequence[int] | None = None,
     variance: Literal["fixed_small", "fixed_large"] = "fixed_large",
 ) -> Denoise:
-    """Draws towards large log p(y | x_t) = log_probability(x_t, t) [B], by its slope in x_t.
+    """Classifier guidance by the gradient of log p(y | x_t) = log_probability(x_t, t) [B].
 
     (Dhariwal and Nichol 2021, arXiv:2105.05233.) Without `steps` it is their algorithm 2, for any
-    sampler: epsilon - sqrt(1 - a) scale slope, which moves the estimate of x_0 by (1 - a) / sqrt(a)
-    scale slope; not at all at a step without signal, a = 0, where x_t says nothing of y.
+    sampler: epsilon - sqrt(1 - a) scale g with the gradient g, which changes the estimate of x_0 by
+    (1 - a) / sqrt(a) scale g; no change at a step with a = 0, where x_t is independent of y.
 
     With the `steps` and `variance` of `ancestral` it is algorithm 1, which shifts the mean of each
-    transition by Sigma scale slope. From t to s that mean is c x_0 + ..., c = sqrt(a_s) beta /
-    (1 - a): the estimate moves by Sigma / c, (1 - a_s) / sqrt(a_s) where Sigma is `fixed_small` and
-    (1 - a) / sqrt(a_s) where `fixed_large`, and the sampler's clip bounds it; NaN at other steps.
+    transition by Sigma scale g. From t to s that mean is c x_0 + ..., c = sqrt(a_s) beta / (1 - a),
+    so the estimate of x_0 changes by Sigma / c scale g: Sigma / c is (1 - a_s) / sqrt(a_s) for
+    `fixed_small` and (1 - a) / sqrt(a_s) for `fixed_large`. The sampler's clip applies after it.
+    The output is NaN at steps that are not in `steps`.
 
-    Raises ValueError for steps that do not fall, and the denoiser unless log p is [B].
+    Raises ValueError unless `steps` decrease; the result raises ValueError unless log p is [B].
     """
     a = parameterization.schedule.alpha_bar
     if steps is None:
@@ -109,18 +112,18 @@ def classifier_guided(
         move = torch.full_like(a, torch.nan)
         for t, s in pairwise(steps):
             move[t] = (1 - a[s if variance == "fixed_small" else t]) / a[s].sqrt()
-    column = scale * move / parameterization.to_x_0()[1]  # the answer's move, for that of x_0
+    column = scale * move / parameterization.to_x_0()[1]  # converted to the model output
 
     def guided(x_t: Tensor, t: Tensor) -> Tensor:
-        """`denoise`'s answer, moved along the slope; ValueError unless log p is [B]."""
+        """The shifted output of `denoise`. Raises ValueError unless log p is [B]."""
         model_output = denoise(x_t, t)
         with torch.inference_mode(False), torch.enable_grad():
             x = x_t.detach().clone().requires_grad_()
-            log_p = log_probability(x, t.clone())  # autograd keeps no inference tensor
+            log_p = log_probability(x, t.clone())  # autograd cannot save inference tensors
             if log_p.shape != t.shape:
                 raise ValueError(
                     f"log p is {list(log_p.shape)} for {counted(len(t), 'image')}; it must be "
-                    "one number an image: that of the class you want"
+                    "one number per image: that of its label"
                 )
             (slope,) = torch.autograd.grad(log_p.sum(), x)
         along = column[t].view(-1, *[1] * (x_t.ndim - 1)).to(x_t)
@@ -130,14 +133,14 @@ def classifier_guided(
 
 
 def or_null(labels: Tensor, null: int) -> Tensor:
-    """`labels` [B], `null` in place of -1: an image without a label has the label for none."""
+    """`labels` [B] with -1 (no label) replaced by the null label."""
     return torch.where(labels < 0, null, labels)
 
 
 def dropped(
     labels: Tensor, null: int, share: float, seed: int, step: int, positions: Tensor
 ) -> Tensor:
-    """`labels` [B], about `share` of them set to `null`: a function of (seed, step, position).
+    """Label dropout: set about `share` of `labels` [B] to `null`, by (seed, step, position).
 
     (Ho and Salimans 2022, algorithm 1.) Raises ValueError for a share outside [0, 1].
     """
@@ -165,9 +168,9 @@ def _scale_by_step(
 def _mixed(
     weak: Tensor, strong: Tensor, scales: list[float], rescale: float, channels: int
 ) -> Tensor:
-    """weak + scale (strong - weak) in the first `channels`; one scale for all images, or each's."""
+    """weak + scale (strong - weak) in the first `channels`; one scale, or one per image."""
     towards = strong[:, :channels]
-    one = scales[0] if len(scales) == 1 else None  # as a tensor it would have to reach the device
+    one = scales[0] if len(scales) == 1 else None  # a tensor would be copied to the device
     each = one or towards.new_tensor(scales).view(-1, *[1] * (towards.ndim - 1))
     mixed = torch.lerp(weak[:, :channels], towards, each)
     if rescale > 0:
@@ -175,7 +178,7 @@ def _mixed(
         wanted, found = (
             model_output.std(pixels, keepdim=True) for model_output in (towards, mixed)
         )
-        back = torch.where(found > 0, wanted / found, 1)  # eq. 15; without contrast there is none
+        back = torch.where(found > 0, wanted / found, 1)  # eq. 15; 1 for a constant output
         mixed *= rescale * back + 1 - rescale  # eq. 16
     return _with_variance_of(strong, mixed)
 
@@ -186,7 +189,7 @@ def _with_variance_of(model_output: Tensor, guided: Tensor) -> Tensor:
 
 
 class _Twice:
-    """A batch followed by itself, in a buffer made once."""
+    """Concatenates a batch with itself, in a reused buffer."""
 
     def __init__(self) -> None:
         self._buffer = torch.empty(0)
@@ -194,6 +197,6 @@ class _Twice:
     def __call__(self, x: Tensor) -> Tensor:
         made, shape = self._buffer, (2 * len(x), *x.shape[1:])
         if (made.shape, made.dtype, made.device) != (shape, x.dtype, x.device):
-            with torch.inference_mode(False):  # else only that mode could write to it
+            with torch.inference_mode(False):  # else it could be written in inference mode only
                 self._buffer = torch.cat([x.detach()] * 2)  # in x's memory format
         return torch.cat([x, x], out=self._buffer)

@@ -1,7 +1,7 @@
-"""Images of which a part is given. The mask [B or 1, C or 1, ...] is 1 where a pixel is known.
+"""Inpainting, outpainting and SDEdit. The mask [B or 1, C or 1, ...] is 1 where a pixel is known.
 
-`replacement` and `windowed` wrap a denoiser for any sampler. `repaint` is a sampler of its own: it
-walks up as well, so that what it paints can still agree with what is known.
+`replacement` and `windowed` wrap a denoiser for any sampler. `repaint` is a sampler that also jumps
+back to noisier steps, so that the repainted part becomes consistent with the known part.
 """
 
 import math
@@ -32,17 +32,18 @@ def repaint(
     parameterization: Parameterization | None = None,
     clip: Clip | None = clip_to_range,
 ) -> Tensor:
-    """Images like x_T [B, ...] that are `known` [B, ...] exactly where `mask` is 1, painted to fit.
+    """RePaint: images like x_T [B, ...], equal to `known` [B, ...] where `mask` is 1.
 
-    (Lugmayr et al. 2022, arXiv:2201.09865, algorithm 1.) Each transition down is DDIM's of `eta`, 1
-    being the paper's DDPM with `fixed_small`; its known pixels are drawn from q(x_s | known). The
-    way is that of `jump_schedule`. noise(n), of x_T's shape, is for transition n of it, counted
-    from 0, so an image is a function of (seed, its index) where the noise is; the last asks none. A
-    learned variance is not read. `steps`, `parameterization` and `clip` are as in `ddim`. Raises
-    ValueError for other `steps`, `eta`, jumps and for a mask that is not of 0 and 1.
+    (Lugmayr et al. 2022, arXiv:2201.09865, algorithm 1.) Each denoising transition is DDIM's with
+    `eta`, where 1 is the paper's DDPM with `fixed_small`; known pixels are drawn from q(x_s |
+    known). The sequence of steps is that of `jump_schedule`. noise(n), shaped like x_T, is the
+    noise of transition n, counted from 0; the last one needs none. A learned variance is ignored.
+    `steps`, `parameterization` and `clip` are as in `ddim`. Raises ValueError for invalid `steps`,
+    `eta` or jumps and for mask values other than 0 and 1.
 
-    It finds the mode that the known part settles. Of modes that it leaves open the shares are not
-    the posterior's, with many resamples less so: in a mixture 0.72 of one, where Bayes has 0.575.
+    If the known part determines the mode, it is found. If several modes remain, their frequencies
+    differ from the posterior's, the more so with many resamples: 0.72 for one mode of a mixture in
+    which its posterior probability is 0.575.
     """
     require_falling(steps, schedule.num_steps)
     if not 0 <= eta <= 1:
@@ -74,9 +75,9 @@ def repaint(
 
 
 def jump_schedule(steps: Sequence[int], jump_length: int, resamples: int) -> tuple[int, ...]:
-    """The way down `steps` that jumps back up by `jump_length` of them, as 3, 2, 1, 2, 1, 0.
+    """The sequence of `steps` with jumps back by `jump_length` of them, as 3, 2, 1, 2, 1, 0.
 
-    From the last step above 0 and every `jump_length`-th before, if there is room, it jumps
+    At the last step above 0 and every `jump_length`-th before it, if there is room, it jumps back
     resamples - 1 times (Lugmayr et al. 2022, appendix B). Raises ValueError for either below 1.
     """
     if jump_length < 1 or resamples < 1:
@@ -84,7 +85,7 @@ def jump_schedule(steps: Sequence[int], jump_length: int, resamples: int) -> tup
             f"jump_length is {jump_length} and resamples {resamples}; both are at least 1, and "
             "resamples=1 never jumps"
         )
-    place, way = len(steps) - 1, [steps[0]]  # place: how many transitions from the image
+    place, way = len(steps) - 1, [steps[0]]  # place: number of transitions left
     left = dict.fromkeys(range(1, place - jump_length + 1, jump_length), resamples - 1)
     while place > 0:
         up = left.get(place, 0) > 0
@@ -98,13 +99,13 @@ def jump_schedule(steps: Sequence[int], jump_length: int, resamples: int) -> tup
 def replacement(
     denoise: Denoise, parameterization: Parameterization, known: Tensor, mask: Tensor
 ) -> Denoise:
-    """`denoise` that answers, where `mask` is 1, with what stands for `known` [B, ...].
+    """Replace the output of `denoise` where `mask` is 1 by the one that corresponds to `known`.
 
-    In any sampler the known pixels then run from x_T to `known` as its own transitions from x_t
-    to q(x_s | x_t, known) do; with DDIM or `fixed_small` they are draws of q(x_t | known) where
-    x_T's are. The rest sees them, but they never wait for it: cheap, and worse than `repaint` (Song
-    et al. 2021, arXiv:2011.13456, appendix I.2). Give the result to `paste`: rounding and clip.
-    A clip to a quantile scales the whole image, so that the rest sees the known pixels nearer to 0.
+    In any sampler the known pixels then end at `known` [B, ...]; with DDIM or `fixed_small` they
+    are draws of q(x_t | known) at each step if those of x_T are. The repainted part adapts to the
+    known part but not the other way round: cheaper and worse than `repaint` (Song et al. 2021,
+    arXiv:2011.13456, appendix I.2). Pass the final images to `paste`, which removes the effects of
+    rounding and clip. A clip to a quantile scales known pixels as well, towards 0.
     """
     keep = _kept(mask)
 
@@ -119,14 +120,14 @@ def replacement(
 
 
 def paste(result: Tensor, known: Tensor, mask: Tensor) -> Tensor:
-    """`known` where `mask` is 1, to the bit, and `result` elsewhere, [B, ...]."""
+    """`known` (bit-identical) where `mask` is 1 and `result` elsewhere, [B, ...]."""
     return torch.where(_kept(mask), known, result)
 
 
 def on_canvas(image: Tensor, height: int, width: int, top: int, left: int) -> tuple[Tensor, Tensor]:
-    """Canvas [B, C, height, width] with `image` [B, C, h, w] at (top, left), and its mask, bool.
+    """Place `image` [B, C, h, w] at (top, left) of a canvas [B, C, height, width], for outpainting.
 
-    For outpainting. Raises ValueError unless the image lies on the canvas.
+    Also returns the bool mask of known pixels. Raises ValueError unless the image fits.
     """
     h, w = image.shape[-2:]
     if not (0 <= top <= height - h and 0 <= left <= width - w):
@@ -142,17 +143,18 @@ def on_canvas(image: Tensor, height: int, width: int, top: int, left: int) -> tu
 
 
 def windowed(denoise: Denoise, size: int, overlap: int) -> Denoise:
-    """A denoiser of canvases: the mean of its answers to all windows of size x size, in one call.
+    """Denoise larger images in windows of size x size: the mean of the outputs, in one call.
 
     (MultiDiffusion, Bar-Tal et al. 2023, arXiv:2302.08113, eq. 5 with equal weights.) Window k of
-    image b is row k B + b of the call, so labels are repeated whole. Neighbours share at least
-    `overlap` pixels. Raises ValueError unless 0 <= overlap < size, and for a smaller canvas.
+    image b is row k B + b of the call, so repeat the whole label batch. Neighbouring windows share
+    at least `overlap` pixels. Raises ValueError unless 0 <= overlap < size, and for a smaller
+    canvas.
     """
     if not 0 <= overlap < size:
         raise ValueError(f"overlap is {overlap} for windows of {size}; it lies from 0 to size - 1")
 
     def denoise_canvas(x_t: Tensor, t: Tensor) -> Tensor:
-        """The mean answer [B, ..., H, W] to a canvas; ValueError where a window is larger."""
+        """The mean output [B, ..., H, W]. Raises ValueError for an image smaller than a window."""
         rows, columns = (_starts(length, size, overlap) for length in x_t.shape[-2:])
         cuts = [(..., slice(i, i + size), slice(j, j + size)) for i in rows for j in columns]
         answers = denoise(torch.cat([x_t[cut] for cut in cuts]), t.repeat(len(cuts)))
@@ -169,9 +171,9 @@ def windowed(denoise: Denoise, size: int, overlap: int) -> Denoise:
 def sdedit(
     schedule: NoiseSchedule, image: Tensor, steps: Sequence[int], strength: float, noise: Tensor
 ) -> tuple[Tensor, tuple[int, ...]]:
-    """x_t of `image` [B, ...] and the `steps` left from there, t the last one at most strength T.
+    """SDEdit: noise `image` [B, ...] to t, the first of `steps` of at most strength T.
 
-    A sampler that starts there repaints an image or a sketch; at strength 1 little of it is left
+    Returns x_t and the remaining steps, for a sampler. At strength 1 little of the image is left
     (Meng et al. 2022, arXiv:2108.01073, algorithm 1). Raises ValueError where no step is left.
     """
     left = tuple(t for t in steps if t <= round(strength * schedule.num_steps))
@@ -184,14 +186,15 @@ def sdedit(
 
 
 def known_error(result: Tensor, known: Tensor, mask: Tensor) -> float:
-    """The largest |result - known| where `mask` is 1; 0 where nothing is known."""
+    """The largest |result - known| where `mask` is 1; 0 if no pixel is known."""
     return float(torch.where(_kept(mask), (result - known).abs(), 0).max())
 
 
 def seam(result: Tensor, mask: Tensor) -> Tensor:
-    """How much neighbours [B, C, H, W] across the mask's edge differ, over those elsewhere, [B].
+    """Visibility of the mask's edge [B]: differences across it relative to those elsewhere.
 
-    Mean absolute differences; 1: no seam to be seen. NaN where there is no edge or nothing else.
+    Mean absolute differences of neighbouring pixels [B, C, H, W]; 1: invisible. NaN if there are no
+    pixel pairs across the edge, or none elsewhere.
     """
     keep = _kept(mask).expand_as(result)
     step = torch.cat([result.diff(dim=axis).abs().flatten(1) for axis in (2, 3)], 1)

@@ -1,4 +1,4 @@
-"""From images back to their noise, and between two noises (Song et al. 2021, arXiv:2010.02502)."""
+"""DDIM inversion and spherical interpolation of noise (Song et al. 2021, arXiv:2010.02502)."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -22,16 +22,16 @@ def ddim_inversion(
     parameterization: Parameterization | None = None,
     clip: Clip | None = None,
 ) -> Tensor:
-    """The noise x_T [B, ...] from which `samplers.ddim` with the same `steps` makes images x_0.
+    """DDIM inversion: the noise x_T [B, ...] from which `samplers.ddim` reproduces images x_0.
 
-    (Song et al. 2021, section 4.3.) Each transition from t to s is undone: sought is the x_t that
-    it takes to x_s. Where the network answers to x_t, x_s stands in for x_t at first; more
-    `iterations` put the last result in its place, one network call each, until `ddim` gives back
-    the image to rounding. They converge where the network changes slowly with x_t against the
-    length of a step. A `clip` that acts loses what it cuts off, so none is made by default.
+    (Song et al. 2021, section 4.3.) For each transition from t to s it solves for the x_t that DDIM
+    maps to x_s. The first iteration calls the network on x_s in place of x_t; more `iterations`, of
+    one network call each, are fixed-point iterations on x_t until `ddim` reproduces the image to
+    rounding. They converge if the model output changes slowly with x_t compared to the step. The
+    default is no `clip`, since clipped values cannot be recovered.
 
-    `steps` falls, as in `ddim`. Raises ValueError for other `steps`, for fewer than 1 iteration and
-    for a single step from an alpha_bar of 0, whose noise says nothing of the image.
+    `steps` decreases, as in `ddim`. Raises ValueError for other `steps`, for fewer than 1 iteration
+    and for a single step from an alpha_bar of 0, where x_T is independent of the image.
     """
     require_falling(steps, schedule.num_steps)
     if iterations < 1:
@@ -52,8 +52,8 @@ def ddim_inversion(
         for s, t in pairwise(reversed(steps)):
             kept = sigma[s] / sigma[t]
             fresh = alpha[s] - kept * alpha[t]
-            # Solved for x_t with the noise that the network sees held still where there is more
-            # image than noise, else with its image: what is held then changes x_t the least.
+            # Solve for x_t with the estimated noise held fixed if there is more image than
+            # noise, else with the estimate of x_0 fixed: the fixed part then has less influence.
             mostly_image = alpha[t] * alpha[s] > sigma[t] * sigma[s]
             gain = alpha[t] / alpha[s] if mostly_image else sigma[t] / sigma[s]
             x_t.copy_(x_s)
@@ -65,19 +65,19 @@ def ddim_inversion(
 
 
 def interpolate(x_a: Tensor, x_b: Tensor, share: float) -> Tensor:
-    """The noise [B, ...] at `share` of the way on the arc from x_a to x_b, each image on its own.
+    """Spherical interpolation of noises [B, ...]: the point at `share` on the arc from x_a to x_b.
 
-    Spherical: independent standard normal noises of many pixels stay so, which a straight line
-    would make too small (Song et al. 2021, appendix D.5, eq. 67). The ends, at 0 and 1, are exact.
-    Noises within 1e-6 of the same or of opposite directions have no arc that rounding would leave;
-    between them the way is straight. Raises ValueError for a share outside [0, 1] or other shapes.
+    It preserves the norm of Gaussian noise, which a linear interpolation would reduce (Song et al.
+    2021, appendix D.5, eq. 67). The ends, at 0 and 1, are exact. Noises within 1e-6 of the same or
+    of opposite directions, where the arc is ill-conditioned, are interpolated linearly. Raises
+    ValueError for a share outside [0, 1] or other shapes.
     """
     if not 0 <= share <= 1:
         raise ValueError(f"share is {share:g}; it lies between 0 (x_a) and 1 (x_b)")
     if x_a.shape != x_b.shape:
         raise ValueError(f"x_a is {list(x_a.shape)} and x_b {list(x_b.shape)}; they must agree")
     a, b = (torch.nn.functional.normalize(x.flatten(1).double(), dim=1) for x in (x_a, x_b))
-    angle = 2 * torch.atan2((a - b).norm(dim=1), (a + b).norm(dim=1))  # acos is blind near 0
+    angle = 2 * torch.atan2((a - b).norm(dim=1), (a + b).norm(dim=1))  # acos is inaccurate near 0
     sine = angle.sin()
     shares = torch.tensor([1 - share, share], dtype=torch.float64, device=x_a.device)[:, None]
     weights = torch.where(sine > 1e-6, (shares * angle).sin() / sine, shares)  # [2, B]

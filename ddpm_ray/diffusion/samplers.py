@@ -1,12 +1,11 @@
-"""From noise to images: free functions over any `denoise` callable.
+"""Ancestral (DDPM) and DDIM sampling, for any `denoise` callable.
 
-Both samplers here are the same walk down `steps`: estimate x_0 from what the network predicts, then
-take a fixed blend of that estimate, x_t and fresh noise. They differ in the three weights of the
-blend, which are worked out beforehand in float64. Guidance and inpainting wrap `denoise` or `noise`
-and so need no sampler of their own; solvers.py has those that remember earlier estimates.
+Both samplers run the same loop over `steps`: estimate x_0 from the model output, then combine that
+estimate, x_t and new noise linearly. They differ in the three coefficients, computed beforehand in
+float64. Guidance and inpainting wrap `denoise` or `noise`. Multistep solvers are in solvers.py.
 
-Samplers run in inference mode: nothing is recorded for gradients. What they hand out are ordinary
-tensors all the same, so a `denoise` that needs a gradient with respect to x_t can leave the mode.
+Samplers run in inference mode, without gradients. `denoise` gets ordinary tensors, so that it can
+leave the mode for a gradient with respect to x_t.
 """
 
 import math
@@ -24,9 +23,9 @@ from ddpm_ray.diffusion.x0_estimator import Clip, X0Estimator, clip_to_range
 
 Variance: TypeAlias = Literal["fixed_small", "fixed_large", "learned", "learned_range"]
 Noise: TypeAlias = Callable[[int], Tensor]
-"""t -> the fresh noise, of x_T's shape, of the transition that leaves step t."""
+"""t -> noise, shaped like x_T, for the transition that starts at step t."""
 OnStep: TypeAlias = Callable[[int, Tensor, Tensor], object]
-"""(t, x_t, estimate of x_0); both tensors are overwritten afterwards, so clone what you keep."""
+"""(t, x_t, estimate of x_0); both are overwritten afterwards: clone what you keep."""
 
 
 def ancestral(
@@ -41,24 +40,25 @@ def ancestral(
     clip: Clip | None = clip_to_range,
     on_step: OnStep | None = None,
 ) -> Tensor:
-    """Images like x_T [B, ...], drawn step by step from the learned reverse chain.
+    """Ancestral sampling: draw images like x_T [B, ...] from the learned reverse process.
 
-    (Ho et al. 2020, arXiv:2006.11239, algorithm 2 and eq. 7.) `steps` falls strictly from at most
-    T to 0. Where it skips, the chain is the coarser one with beta = 1 - alpha_bar_t / alpha_bar_s
-    from t to the next step s (Nichol and Dhariwal 2021, arXiv:2102.09672, section 4). The added
-    noise has `variance` beta (`fixed_large`) or the posterior's (`fixed_small`). With few steps
-    take `fixed_small`; the other leaves noise in the images (FID 367 against 41 at 10 steps: Song
-    et al. 2021, arXiv:2010.02502, table 1). Where the variance is learned, `denoise` answers
-    [B, 2C, ...], the second half as `learned_log_variance` reads it. The last transition adds none.
+    (Ho et al. 2020, arXiv:2006.11239, algorithm 2 and eq. 7.) `steps` decreases strictly from at
+    most T to 0. If it skips steps, the process is the coarser one with beta = 1 - alpha_bar_t /
+    alpha_bar_s from t to the next step s (Nichol and Dhariwal 2021, arXiv:2102.09672, section 4).
+    The `variance` of the added noise is beta (`fixed_large`) or the posterior's (`fixed_small`).
+    Use `fixed_small` with few steps: `fixed_large` leaves noise in the images (FID 367 against 41
+    at 10 steps: Song et al. 2021, arXiv:2010.02502, table 1). With a learned variance the output of
+    `denoise` is [B, 2C, ...], the second half as in `learned_log_variance`. The last transition
+    adds no noise.
 
-    `parameterization` says what `denoise` answers, the noise by default. `clip` keeps the estimate
-    of x_0 where images are and thereby re-derives the noise. Raises ValueError for other `steps`.
+    `parameterization` defines the output of `denoise`, the noise by default. `clip` applies to the
+    estimate of x_0, from which the noise is then recomputed. Raises ValueError for other `steps`.
     """
     require_falling(steps, schedule.num_steps)
     if variance == "learned" and len(steps) - 1 < schedule.num_steps:
         raise ValueError(
             f"variance is learned with {len(steps) - 1} of {schedule.num_steps} steps; the network "
-            "knows it of every step alone: take every step, or train learned_range"
+            "learned it for single steps only: take every step, or train learned_range"
         )
     alpha_bar: list[float] = schedule.alpha_bar.tolist()
     transitions = []
@@ -94,15 +94,15 @@ def ddim(
     clip: Clip | None = clip_to_range,
     on_step: OnStep | None = None,
 ) -> Tensor:
-    """Images like x_T [B, ...] in few steps; at eta = 0 a function of x_T alone, without `noise`.
+    """DDIM: images like x_T [B, ...] in few steps; deterministic, without `noise`, at eta = 0.
 
     (Song et al. 2021, arXiv:2010.02502, eq. 12 with the sigma of eq. 16.) eta in [0, 1] scales
     sigma; eta = 1 is `ancestral` with `fixed_small`. `fixed_large` is their sigma-hat: more noise
-    than eq. 16 at eta = 1, and only where every step from T is taken.
+    than eq. 16, for eta = 1 and `steps` with every step from T only.
 
     `steps`, `parameterization`, `clip` and the last transition are as in `ancestral`. Raises
-    ValueError for other `steps` or eta, for eta > 0 without `noise` and for `fixed_large`
-    elsewhere.
+    ValueError for other `steps` or eta, for eta > 0 without `noise` and for an
+    unsupported `fixed_large`.
     """
     require_falling(steps, schedule.num_steps)
     if not 0 <= eta <= 1:
@@ -136,10 +136,10 @@ def ddim(
 def learned_log_variance(
     raw: Tensor, variance: Literal["learned", "learned_range"], small: Tensor, large: Tensor
 ) -> Tensor:
-    """The logarithm of the reverse variance that a network answered with, shaped like `raw`.
+    """The logarithm of the learned reverse variance, shaped like the model output `raw`.
 
-    learned: `raw` itself. learned_range: between the logarithms of the posterior's variance
-    `small`, at raw = -1, and of beta, `large`, at raw = 1 (Nichol and Dhariwal 2021,
+    learned: `raw` itself. learned_range: interpolated between the logarithms of the posterior
+    variance `small`, at raw = -1, and of beta, `large`, at raw = 1 (Nichol and Dhariwal 2021,
     arXiv:2102.09672, eq. 15, with v = (raw + 1) / 2).
     """
     if variance == "learned":
@@ -149,13 +149,13 @@ def learned_log_variance(
 
 
 class _Transition(NamedTuple):
-    """From step t to the next: a blend of the estimate of x_0, x_t and fresh noise."""
+    """Coefficients of the transition from step t to the next."""
 
     t: int
     x_0: float
     x_t: float
-    noise: float  # sigma; at 0 no noise is asked for
-    bounds: tuple[float, float] = (0.0, 0.0)  # of a variance that is learned: the two fixed ones
+    noise: float  # sigma; at 0 no noise is drawn
+    bounds: tuple[float, float] = (0.0, 0.0)  # of a learned variance: small and large
 
 
 def _walk(
@@ -168,7 +168,7 @@ def _walk(
     on_step: OnStep | None,
     learned: Literal["learned", "learned_range"] | None = None,
 ) -> Tensor:
-    """x at the end of `transitions`, in buffers of its own that all of them share."""
+    """Apply `transitions` to x_T in preallocated buffers; return the final x."""
     x = x_T.detach().clone()
     x_0 = torch.empty_like(x)
     estimate = X0Estimator(denoise, parameterization, x, clip)
@@ -182,7 +182,7 @@ def _walk(
                 on_step(step.t, x, x_0)
             x.mul_(step.x_t).add_(x_0, alpha=step.x_0)
             if step.noise > 0:
-                assert noise is not None  # `ddim` has checked it, `ancestral` always has it
+                assert noise is not None  # checked by `ddim`, required by `ancestral`
                 fresh = noise(step.t)
                 if learned is None:
                     x.add_(fresh, alpha=step.noise)

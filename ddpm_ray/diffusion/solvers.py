@@ -1,10 +1,10 @@
-"""Fast samplers: solvers of the flow from noise to images that remember or correct.
+"""Fast samplers: multistep and predictor-corrector solvers of the probability flow ODE.
 
-Each method is a plan of network calls, worked out beforehand in float64. A call at step t may first
-correct the guess x_t by what the network now says, and may then advance to the next step; both are
-fixed blends of an x and of the latest estimates. One walk runs every plan, with one buffer for each
-estimate that is remembered. lambda is half the log-SNR, and h its rise from a step to the next: it
-is infinite at t = 0, and at T where a schedule leaves no signal, but the blends never are.
+Each method is a plan of network calls with coefficients computed beforehand in float64. A call at
+step t may first correct the predicted x_t, and may then advance to the next step; both are linear
+combinations of an x and of the latest estimates. One loop runs every plan, with one buffer for each
+stored estimate. lambda is half the log-SNR, and h its increase from a step to the next: it is
+infinite at t = 0, and at T if alpha_bar is 0 there, but the coefficients are always finite.
 """
 
 import math
@@ -41,10 +41,10 @@ def dpm_solver_pp(
     clip: Clip | None = clip_to_range,
     on_step: OnStep | None = None,
 ) -> Tensor:
-    """Images like x_T [B, ...] by multistep DPM-Solver++: one network call a step.
+    """Multistep DPM-Solver++: images like x_T [B, ...] with one network call per step.
 
     (Lu et al. 2022, arXiv:2211.01095, algorithm 2.) Order 1 is `ddim` at eta = 0. Order 2 also
-    looks at the estimate before; the first and the last transition are of order 1, and so is the
+    uses the previous estimate; the first and the last transition are of order 1, and so is the
     second after an alpha_bar of 0. With `noise` it solves the SDE of the same marginals instead
     (their SDE-DPM-Solver++), of which order 1 is `ancestral` with `fixed_small`.
 
@@ -67,15 +67,15 @@ def unipc(
     clip: Clip | None = clip_to_range,
     on_step: OnStep | None = None,
 ) -> Tensor:
-    """Images like x_T [B, ...] by UniPC with B(h) = expm1(h): one network call a step.
+    """UniPC with B(h) = expm1(h): images like x_T [B, ...] with one network call per step.
 
-    (Zhao et al. 2023, arXiv:2302.04867, multistep, x_0 prediction.) The predictor, at order 2 the
-    one of `dpm_solver_pp`, gives x_t; the call there serves to correct x_t, raising the order by
-    one, and to predict on. `order` is the predictor's, 1 to 3, less at the start, where fewer
-    estimates are known, and towards the end; the last transition has order 1.
+    (Zhao et al. 2023, arXiv:2302.04867, multistep, x_0 prediction.) The predictor, at order 2 that
+    of `dpm_solver_pp`, gives x_t; one network call there serves both to correct x_t, which raises
+    the order by one, and to predict the next. `order` is the predictor's, 1 to 3; it is lower in
+    the first transitions, which have fewer estimates, and in the last ones, down to 1.
 
-    `steps`, `parameterization` and `clip` are as in `samplers.ancestral`; `on_step` sees the
-    prediction of x_t that the network saw. Raises ValueError for other `steps` or another order.
+    `steps`, `parameterization` and `clip` are as in `samplers.ancestral`; `on_step` gets the
+    predicted x_t, before the correction. Raises ValueError for other `steps` or another order.
     """
     _require_order(order, 3, "UniPC")
     plan = _multistep(schedule, steps, order, corrected=True, stochastic=False)
@@ -92,13 +92,13 @@ def heun(
     clip: Clip | None = clip_to_range,
     on_step: OnStep | None = None,
 ) -> Tensor:
-    """Images like x_T [B, ...] by Heun's method: two network calls a step, one for the last.
+    """Heun's method: images like x_T [B, ...] with two network calls per step, one for the last.
 
     (Karras et al. 2022, arXiv:2206.00364, algorithm 1, in x / sqrt(alpha_bar) as a function of
-    sigma = sqrt((1 - alpha_bar) / alpha_bar), whose slope is the noise.) The last transition is
-    Euler's, to sigma = 0. `on_step` sees the first call of each step. sigma is 20,000 at the end of
-    the cosine schedule, and few evenly spaced steps overshoot from there: start lower, or take
-    another method.
+    sigma = sqrt((1 - alpha_bar) / alpha_bar), whose derivative is the noise.) The last transition
+    is Euler's, to sigma = 0. `on_step` is called at the first call of each step. sigma is 20,000 at
+    the end of the cosine schedule, where a few evenly spaced steps overshoot: start at a lower
+    sigma or use another method.
 
     `steps`, `parameterization` and `clip` are as in `samplers.ancestral`. Raises ValueError for
     other `steps` and for a start where alpha_bar is 0.
@@ -123,13 +123,13 @@ def plms(
     clip: Clip | None = clip_to_range,
     on_step: OnStep | None = None,
 ) -> Tensor:
-    """Images like x_T [B, ...] by the pseudo linear multistep method: one network call a step.
+    """PLMS (pseudo linear multistep): images like x_T [B, ...] with one network call per step.
 
-    (Liu et al. 2022, arXiv:2202.09778, eq. 12.) Each transition is DDIM's with a blend of the last
-    four predictions of the noise, that of the fourth-order Adams-Bashforth method. The first three
-    take the formulas of order 1, 2 and 3, which need no more predictions than there are, where the
-    paper spends four calls on each; the method keeps its order, 2. The last transition is no
-    exception, so images can leave the range of `clip`: by a factor of 2 to 4 at 10 or 20 steps.
+    (Liu et al. 2022, arXiv:2202.09778, eq. 12.) Each transition is DDIM's with the fourth-order
+    Adams-Bashforth combination of the last four noise predictions. The first three use the formulas
+    of order 1, 2 and 3, where the paper spends four calls on each; the order of the method stays 2.
+    The last transition does so too, so images can exceed the range of `clip`: by a factor of 2 to 4
+    at 10 or 20 steps.
 
     `steps`, `parameterization` and `clip` are as in `samplers.ancestral`. Raises ValueError for
     other `steps` and for a start where alpha_bar is 0.
@@ -142,7 +142,7 @@ def plms(
 
 
 class _Blend(NamedTuple):
-    """kept times an x, plus each estimate, newest first, times its weight, plus fresh noise."""
+    """A linear combination: kept x + sum of weights times estimates (newest first) + noise."""
 
     kept: float
     weights: tuple[float, ...]
@@ -150,18 +150,18 @@ class _Blend(NamedTuple):
 
 
 class _Call(NamedTuple):
-    """One network call at step t and what follows from it."""
+    """One network call at step t and the updates that follow it."""
 
     t: int
-    correct: _Blend | None = None  # of the x that was advanced last
-    advance: _Blend | None = None  # of x_t
-    as_noise: bool = False  # remember the noise that belongs to the clipped x_0, not x_0
+    correct: _Blend | None = None  # applied to the x before the last advance
+    advance: _Blend | None = None  # applied to x_t
+    as_noise: bool = False  # store the noise that corresponds to the clipped x_0 instead of x_0
 
 
 def _legs(
     schedule: NoiseSchedule, steps: Sequence[int], method: str
 ) -> Iterator[tuple[int, int, float, float]]:
-    """Each t, s and the two weights of DDIM's way between them, of x_t and of the noise in it."""
+    """Each t, s and DDIM's two coefficients of that transition: of x_t and of the noise."""
     require_falling(steps, schedule.num_steps)
     alpha: list[float] = schedule.alpha_bar.sqrt().tolist()
     sigma: list[float] = (1 - schedule.alpha_bar).sqrt().tolist()
@@ -193,7 +193,7 @@ def _multistep(
         if stochastic:
             kept, lost = kept * shrink, 1 - shrink**2
             spread = sigma[s] * math.sqrt(lost)
-        most = min(order, len(steps) - 1 - i) - 1  # none for the last transition
+        most = min(order, len(steps) - 1 - i) - 1  # 0 for the last transition
         known = [k for k in reversed(steps[max(0, i - most) : i]) if half_log_snr[k] > -math.inf]
         behind = [(half_log_snr[k] - half_log_snr[t]) / h for k in known]  # in units of h, below 0
         weights = _weights(behind, h)
@@ -206,11 +206,11 @@ def _multistep(
 
 
 def _weights(nodes: Sequence[float], h: float) -> tuple[float, ...]:
-    """Of the estimate at the step and of those at `nodes`, in units of h from it; they sum to 1.
+    """Weights, of sum 1, of the estimate at the step and those at `nodes` (offsets over h).
 
-    The mean over [0, 1] under the density of exp(h r) of the polynomial in r through them all: what
-    the exact solution asks for (Zhao et al. 2023, theorem 3.1: R rho = phi / B). A single node has
-    the share 1/2 that h = 0 gives, as theirs.
+    They integrate the interpolating polynomial over [0, 1] with a density proportional to exp(h r),
+    as in the exact solution (Zhao et al. 2023, theorem 3.1: R rho = phi / B). A single node has the
+    share 1/2 of h = 0, as in the paper.
     """
     p = len(nodes)
     if p < 2:
@@ -228,8 +228,9 @@ def _weights(nodes: Sequence[float], h: float) -> tuple[float, ...]:
 def _moments(h: float, most: int) -> list[float]:
     """h times the integral of exp(-h (1 - r)) r^n over [0, 1], for n = 0 to `most`.
 
-    By parts each follows from the one before, which below h = 1 would lose digits: a factor of
-    n / h at each n (8e-3 of the weights of order 3 at h = 3e-4). There the series in h is summed.
+    Integration by parts gives each from the one before, but loses digits below h = 1, by a factor
+    of n / h at each n (an error of 8e-3 in the weights of order 3 at h = 3e-4). There the series in
+    h is summed.
     """
     if h < 1:
         terms = range(20)  # the last is below 1e-18 of the first
@@ -253,7 +254,7 @@ def _walk(
     clip: Clip | None,
     on_step: OnStep | None,
 ) -> Tensor:
-    """x at the end of `plan`, in one of the buffers that all calls share."""
+    """Run `plan` from x_T in preallocated buffers; return the final x."""
     x = x_T.detach().clone()
     before = torch.empty_like(x)
     blends = [blend for call in plan for blend in (call.correct, call.advance) if blend is not None]
@@ -264,7 +265,7 @@ def _walk(
     )
     with torch.inference_mode():
         for call in plan:
-            estimates.insert(0, estimates.pop())  # the oldest makes room
+            estimates.insert(0, estimates.pop())  # reuse the buffer of the oldest
             newest = estimate(x, call.t, out=estimates[0])
             if on_step is not None and call.advance is not None:
                 on_step(call.t, x, newest)
@@ -277,7 +278,7 @@ def _walk(
                 x, before = before, x
                 _blend(call.advance, before, estimates, out=x)
                 if call.advance.noise > 0:
-                    assert noise is not None  # only `dpm_solver_pp` plans any, where it has it
+                    assert noise is not None  # `dpm_solver_pp` plans noise only if it is given
                     x.add_(noise(call.t), alpha=call.advance.noise)
     return x
 

@@ -17,8 +17,8 @@ from ddpm_ray.diffusion.process import NoiseSchedule, posterior
 from ddpm_ray.diffusion.samplers import Variance, learned_log_variance
 from ddpm_ray.diffusion.x0_estimator import Clip
 
-HALF_BIN = 1 / 255  # of an 8-bit grey level in [-1, 1]
-_RULE = (  # Gauss-Legendre, 6 points: a node stands for its mirror image too, weights sum to 1
+HALF_BIN = 1 / 255  # half the width of an 8-bit grey level in [-1, 1]
+_RULE = (  # Gauss-Legendre, 6 points: (node, weight) of each mirrored pair, weights sum to 1
     (0.2386191860831969, 0.4679139345726910),
     (0.6612093864662645, 0.3607615730481386),
     (0.9324695142031521, 0.1713244923791704),
@@ -31,9 +31,9 @@ def reverse_log_variance(
     """log of the reverse step's variance at t [B] in 1..T, to broadcast over `like` [B, ...].
 
     `fixed_small` is the posterior's (Ho et al. 2020, eq. 7), `fixed_large` beta. At t = 1, where
-    the posterior has none, both are its variance at t = 2, as in the authors' code (beta if T = 1).
-    A learned one is read from `raw`, shaped like `like`, by `samplers.learned_log_variance`. Raises
-    ValueError where that is missing.
+    the posterior variance is 0, both are that of t = 2, as in the authors' code (beta if T = 1). A
+    learned variance is computed from `raw`, shaped like `like`, by `samplers.learned_log_variance`.
+    Raises ValueError if `raw` is missing.
     """
     a = schedule.alpha_bar
     beta = 1 - a[1:] / a[:-1]
@@ -48,7 +48,7 @@ def reverse_log_variance(
             return large.log().to(like)
         case "learned" | "learned_range":
             if raw is None:
-                raise ValueError(f"variance is {variance}; pass raw=, the network's answer to it")
+                raise ValueError(f"variance is {variance}; pass raw=, the model output for it")
             return learned_log_variance(raw, variance, small, large)
         case _:
             assert_never(variance)
@@ -67,29 +67,28 @@ def term(
     """L_{t-1} [B] in bits per dimension at steps t [B] in 1..T, a mean over all other dimensions.
 
     KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) for t > 1 and L_0 = -log p(x_0 | x_1) of 8-bit
-    images for t = 1 (Ho et al. 2020, eq. 5 and 13). `model_output` is the network's to x_t [B,
-    ...], as `parameterization` says, `log_variance` is `reverse_log_variance`. `clip` bounds the
-    estimate of x_0. Finite, with finite gradients, as long as the squared error over the variance
-    is.
+    images for t = 1 (Ho et al. 2020, eq. 5 and 13). `model_output` [B, ...] is without the
+    variance, `log_variance` is that of `reverse_log_variance`, and `clip` applies to the estimate
+    of x_0. Finite, with finite gradients, if the squared error over the variance is finite.
     """
     estimate = parameterization.x_0(x_t, t, model_output)
     if clip is not None:
         clip(estimate)
     first = (t == 1).view(-1, *[1] * (x_0.ndim - 1))
-    # x_t has the same part in both means, so only the images' difference counts.
+    # x_t cancels in the difference of the means; only the difference of x_0 remains.
     offset, _ = posterior(parameterization.schedule, x_0 - estimate, torch.zeros_like(x_t), t)
     ratio = reverse_log_variance(parameterization.schedule, t, "fixed_small", x_0) - log_variance
-    # expm1, since ratio is near 0 where small and large variance hardly differ: almost everywhere
+    # expm1, since ratio is near 0 at most steps, where small and large variance hardly differ
     nats = (torch.expm1(ratio) - ratio + offset.square() * (-log_variance).exp()) / 2
     decoded = decoder_log_probability(x_0, estimate, log_variance)
     return torch.where(first, -decoded, nats).flatten(1).mean(1) / math.log(2)
 
 
 def decoder_log_probability(x_0: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
-    """log of the mass [B, ...] that a Gaussian gives to the grey level x_0, in nats.
+    """Log of the probability [B, ...] of the grey level x_0 under a Gaussian, in nats.
 
-    Levels are -1 + 2 k / 255, k = 0..255; each takes 1/255 to either side, the first and the last
-    all that lies beyond (Ho et al. 2020, eq. 13). Accurate to the type's rounding, far out as well.
+    Levels are -1 + 2 k / 255, k = 0..255, with bins of 1/255 to either side; the first and the last
+    bin are unbounded (Ho et al. 2020, eq. 13). Accurate to rounding, in the tails as well.
     """
     inverse = (-log_variance / 2).exp()
     centre, half = (x_0 - mean) * inverse, HALF_BIN * inverse
@@ -100,7 +99,7 @@ def decoder_log_probability(x_0: Tensor, mean: Tensor, log_variance: Tensor) -> 
 
 
 def prior_term(schedule: NoiseSchedule, x_0: Tensor) -> Tensor:
-    """L_T [B], KL(q(x_T | x_0) || N(0, I)) in bits per dimension; nothing is learned in it.
+    """L_T [B], KL(q(x_T | x_0) || N(0, I)) in bits per dimension; independent of the network.
 
     (Ho et al. 2020, eq. 5.) `schedule_diagnostics` has its mean over a data set.
     """
@@ -109,15 +108,15 @@ def prior_term(schedule: NoiseSchedule, x_0: Tensor) -> Tensor:
 
 
 def _log_mass(centre: Tensor, half: Tensor) -> Tensor:
-    """log(Phi(centre + half) - Phi(centre - half)) for a centre >= 0, digits kept everywhere.
+    """log(Phi(centre + half) - Phi(centre - half)) for centre >= 0, without cancellation.
 
-    Where the density hardly changes over the bin, the difference would cancel: there it is the
-    density at the centre times the bin times a mean over it, a quadrature exact to 1e-15. Elsewhere
-    the two logarithms are apart, and the upper tail is taken from below, where it is small.
+    Where the density hardly changes over the bin, the difference would cancel: there it is computed
+    by quadrature over the bin, exact to 1e-15. Elsewhere it is the difference of two
+    log-probabilities in the lower tail, where both are small.
     """
     slope = centre * half
     near = (half < 0.25) & (slope < 0.5)
-    # Each branch gets harmless numbers where the other is taken: no NaN in anyone's gradient.
+    # Each branch gets harmless values where the other is used, so that no gradient is NaN.
     s, h = torch.where(near, slope, 0), torch.where(near, half, 0.25)
     parts = [g * torch.cosh(s * x) * torch.exp(-(h * x).square() / 2) for x, g in _RULE]
     c = torch.where(near, centre, 0)
@@ -125,13 +124,13 @@ def _log_mass(centre: Tensor, half: Tensor) -> Tensor:
 
     c, h = torch.where(near, 0, centre), torch.where(near, 0.25, half)
     upper, lower = _log_ndtr(h - c), _log_ndtr(-h - c)
-    # The slope of log Phi is above -z, so the gap is at least this: all that is left far out.
+    # The slope of log Phi is above -z, so the gap is at least this; far out it equals this.
     gap = torch.maximum(upper - lower, 2 * h * (c - h))
     return torch.where(near, within, upper + torch.log(-torch.expm1(-gap)))
 
 
 def _log_ndtr(z: Tensor) -> Tensor:
-    """log Phi(z). The slope of torch's own is 0 or wrong far below 0: it divides tail by tail."""
+    """log Phi(z). torch.special.log_ndtr has a wrong or zero gradient far below 0."""
     below = torch.where(z < 0, -z, 0) / math.sqrt(2)
     above = torch.where(z < 0, 0, z) / math.sqrt(2)
     tail = torch.log(torch.special.erfcx(below) / 2) - below.square()
