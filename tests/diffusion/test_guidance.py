@@ -402,7 +402,7 @@ def test_guidance_refuses_what_would_silently_be_another_law() -> None:
     with pytest.raises(ValueError, match="labels are 4 and images 3; give each image its label"):
         classifier_free(Recorder(), LABELS, 4, 2.0)(X_4[:3], T_4[:3])
     every = classifier_guided(lambda x, t: x, lambda x, t: x, EPSILON, 1.0)
-    with pytest.raises(ValueError, match=r"log p is \[4, 2\] for 4 images; .* class you want"):
+    with pytest.raises(ValueError, match=r"log p is \[4, 2\] for 4 images; .* that of its label"):
         every(X_4, T_4)
     with pytest.raises(ValueError, match="steps go from 10 to 20; they must fall strictly"):
         classifier_guided(THREE.expected_noise, log_class, EPSILON, 1.0, steps=(10, 20, 0))  # type: ignore[arg-type]

@@ -130,7 +130,9 @@ def test_v_and_x_0_say_what_the_image_is_where_no_signal_is_left() -> None:
         model_output = parameterization.target(x_0, t, noise)
         torch.testing.assert_close(parameterization.x_0(x_t, t, model_output), x_0)
     for kind in ("epsilon", "score"):
-        with pytest.raises(ValueError, match=f"{kind!r}, which says nothing .* predict v or x_0"):
+        with pytest.raises(
+            ValueError, match=f"{kind!r}, which does not determine .* predict v or x_0"
+        ):
             Parameterization.of(kind, schedule)  # type: ignore[arg-type]
 
 
