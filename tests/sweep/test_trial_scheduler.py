@@ -1,4 +1,4 @@
-"""A sweep's scheduler reaches the same end however often its driver dies, with a reason for each."""
+"""A sweep's scheduler reaches the same end however often its driver dies, with the reasons."""
 
 import dataclasses
 import math
