@@ -1,4 +1,4 @@
-"""What all jobs share: arguments, help, progress, one line per error, one JSON object."""
+"""Command line of all jobs: arguments, --help, progress, one-line errors, JSON result."""
 
 import argparse
 import json
@@ -23,7 +23,7 @@ DONE, FAILED, WRONG_CONFIG, PARTLY_FAILED = 0, 1, 2, 3
 
 
 class InterruptedRunError(Exception):
-    """A run that was asked to stop and did so cleanly; the message says how to continue."""
+    """A run that was stopped on request; the message says how to continue it."""
 
 
 def main(
@@ -33,12 +33,12 @@ def main(
     *names: str,
     prepare: Callable[[Config, argparse.Namespace], Config] | None = None,
 ) -> int:
-    """The exit code of a job, which prints its result as the last line of stdout.
+    """Run a job and return its exit code; the result is the last line of stdout, as JSON.
 
-    `names` are the arguments before `key=value`, as `model_uri` or `--out`; one called `config` is
-    the YAML file, and one as `--mask?` is "" where it is left out. The config is checked before
-    `job` imports what is heavy. `prepare` checks what `job` will write and lays what was given over
-    the settings of a trained run (`arguments.given` names the keys); `--print-config` shows that.
+    `names`: the arguments before `key=value`, as `model_uri` or `--out`; `config` is the YAML file,
+    and `--mask?` is optional (default ""). The config is checked before `job` imports heavy
+    modules. `prepare` checks output paths and merges the given keys (`arguments.given`) into the
+    settings of a trained run; `--print-config` shows its result.
     """
     try:
         arguments = _parser(usage, kind, names).parse_intermixed_args()
@@ -72,7 +72,7 @@ def main(
     except InterruptedRunError as error:
         return _say(error, exit_code())
     except KeyboardInterrupt:
-        return _say("interrupted; the same command goes on from what is committed", exit_code())
+        return _say("interrupted; the same command continues from the last commit", exit_code())
     except Exception as error:
         if os.environ.get("DDPM_RAY_TRACEBACK"):
             raise
@@ -85,7 +85,7 @@ def main(
 
 
 def _loaded(kind: type[Config], path: str | None, overrides: list[str]) -> Config:
-    """The config; where the file is one of another job, a ConfigError that names that job."""
+    """Load the config. If the file belongs to another job, the ConfigError names that job."""
     try:
         return load(kind, path, overrides)
     except ConfigError:
@@ -97,7 +97,7 @@ def _loaded(kind: type[Config], path: str | None, overrides: list[str]) -> Confi
 
 
 class _Formatter(logging.Formatter):
-    """Names that come with the data cannot forge a line of the log."""
+    """Sanitizes log lines, so that names in the data cannot forge one."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - the library's name
         return sanitize(super().formatMessage(record))
@@ -110,15 +110,15 @@ def _refuse_secrets(arguments: argparse.Namespace, names: tuple[str, ...]) -> No
 
 
 def _leave_ray() -> None:
-    """End what prints the workers' lines: some came after the result, which is to be the last."""
+    """Shut Ray down, so that no worker output follows the result, which must be the last line."""
     if (ray := sys.modules.get("ray")) is not None:
         ray.shutdown()
 
 
 def home_folder() -> Path:
-    """Where relative paths lie: this folder; for a submitted job $DDPM_RAY_HOME or ~/ddpm-ray.
+    """Base of relative paths: the working directory; $DDPM_RAY_HOME or ~/ddpm-ray if submitted.
 
-    A submitted job runs in a copy of the working directory, which Ray deletes after it.
+    A submitted job runs in a copy of the working directory, which Ray deletes afterwards.
     """
     here = Path.cwd()
     if "working_dir_files" not in here.parts:
@@ -129,7 +129,7 @@ def home_folder() -> Path:
 
 
 def way_to_see(tracking_uri: str, page: str) -> str:
-    """What to type or open to see `page` of the MLflow at `tracking_uri`."""
+    """Return the command or URL that shows `page` of the MLflow at `tracking_uri`."""
     if tracking_uri.startswith("http"):
         return tracking_uri.rstrip("/") + page
     command = f"mlflow ui --backend-store-uri {tracking_uri}"
@@ -137,11 +137,11 @@ def way_to_see(tracking_uri: str, page: str) -> str:
 
 
 class PartlyFailedError(Exception):
-    """A job that did what it could while parts of it failed: args are (message, result)."""
+    """A job of which some parts failed; args are (message, result)."""
 
 
 class ProgressLine:
-    """Progress on stderr: a live bar on a terminal, else plain lines, fewer as time goes on."""
+    """Progress on stderr: a live bar on a terminal, else plain lines at growing intervals."""
 
     def __init__(self, unit: str) -> None:
         self._unit = unit
@@ -162,7 +162,7 @@ class ProgressLine:
         )
 
     def __call__(self, done: int, total: int, note: str = "") -> None:
-        """Show that `done` of `total` units are done; the last one ends the line."""
+        """Show that `done` of `total` units are done."""
         now = time.monotonic()
         since, start = self._first = self._first or (now, done)
         if done == self._told[1]:
@@ -192,7 +192,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser(usage: str, kind: type[Config], names: tuple[str, ...]) -> _Parser:
     parser = _Parser(
         description=usage,
-        epilog="\n".join(["Keys, with their defaults:", *help_lines(kind)]),
+        epilog="\n".join(["Options, their defaults, and their meaning:", *help_lines(kind)]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -204,7 +204,7 @@ def _parser(usage: str, kind: type[Config], names: tuple[str, ...]) -> _Parser:
             parser.add_argument(name, metavar=name.upper())
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value")
     parser.add_argument(
-        "--print-config", action="store_true", help="show the whole config, do nothing"
+        "--print-config", action="store_true", help="print the complete config and exit"
     )
     return parser
 

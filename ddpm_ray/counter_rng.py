@@ -1,12 +1,12 @@
-"""Random numbers as a pure function of what they are for, never of what was drawn before.
+"""Counter-based random numbers: a pure function of (seed, purpose, step, index), without state.
 
-A draw is named by (seed, purpose, step, index). Any worker, after any restart, in a batch of any
-size, draws the same numbers for the same image. The generator is Philox4x32-10 (Salmon et al.
-2011, "Parallel random numbers: as easy as 1, 2, 3"): ten rounds of multiply and mix turn a counter
-of four 32-bit words into four random words, under a 64-bit key.
+Any worker, after any restart, in a batch of any size, draws the same numbers for the same image.
+The generator is Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"):
+ten rounds of multiply and mix turn a counter of four 32-bit words into four random words, under a
+64-bit key.
 
-The integers are the same on every device. Normals pass through its logarithm, cosine and square
-root, so between kinds of devices they may differ in the last bits.
+The integers are the same on every device. Normals use the device's logarithm, cosine and square
+root, so they may differ in the last bits between kinds of devices.
 """
 
 import math
@@ -19,7 +19,7 @@ _WORD = 0xFFFFFFFF  # the low 32 bits
 
 
 class Purpose(IntEnum):
-    """What a draw is for. The numbers are part of what a seed means: append, never renumber."""
+    """Purpose of a draw. The numbers determine what a seed draws: append, never renumber."""
 
     TIMESTEP = 0
     NOISE = 1
@@ -109,8 +109,8 @@ def _words(
     """Four words for each (index, block), which broadcast; the counter reads block to purpose."""
     if not 0 <= step <= _WORD:
         raise ValueError(f"step is {step}; random numbers are keyed by steps of 0..2^32-1")
-    # The indices of a GPU are not looked at, which would make the host wait for them; nor are those
-    # of a fake tensor, which has none.
+    # Indices on a GPU are not checked, because the host would wait for them; a fake tensor has no
+    # values to check.
     if type(index) is Tensor and index.is_cpu and index.numel():
         low, high = (int(end) for end in index.aminmax())
         if low < 0 or high > _WORD:

@@ -1,13 +1,13 @@
-"""Power-function averages of a network's weights, and others made of them after training.
+"""Post-hoc EMA: power-function averages of the weights, and others reconstructed from them.
 
-After update t such an average weighs what stood at times 0..t by the profile
+After update t, a power-function average weights the parameters at times 0..t by the profile
 
     p(tau) = (gamma + 1) tau^gamma / t^(gamma + 1),
 
-so it forgets the start at any length of a run, with a width that is a constant share of it:
-sigma_rel = sqrt(gamma + 1) / ((gamma + 2) sqrt(gamma + 3)) of t. Averages kept at several t and
-gamma, added up so that their profiles come nearest to another one, give that one's average without
-training again. (Karras et al. 2024, arXiv:2312.02696, sections 3.1 and 3.2, appendix C.)
+whose width relative to t is constant: sigma_rel = sqrt(gamma + 1) / ((gamma + 2) sqrt(gamma + 3)).
+A linear combination of snapshots at several t and gamma, whose profiles approximate another one in
+the least-squares sense, gives that average without further training. (Karras et al. 2024,
+arXiv:2312.02696, sections 3.1 and 3.2, appendix C.)
 """
 
 import math
@@ -47,10 +47,10 @@ def power_decay(gamma: float, step: int) -> float:
 def weights(
     ts: Sequence[int], gammas: Sequence[float], target_t: int, target_gamma: float
 ) -> Tensor:
-    """What to multiply n kept averages by, [n] float64: their sum is nearest to the target.
+    """Coefficients [n] float64 of n snapshots whose sum best approximates the target profile.
 
-    Average i was kept after update ts[i] >= 1 under gammas[i]. Nearest in the mean square over
-    profiles (algorithm 3). Raises ValueError where there are none, or none reaches to `target_t`.
+    Snapshot i was taken after update ts[i] >= 1 with exponent gammas[i]. Least squares over
+    profiles (algorithm 3). Raises ValueError without snapshots, or if `target_t` > max(ts).
     """
     times, exponents = _checked(ts, gammas, target_t)
     known = _inner_products(times[:, None], exponents[:, None], times, exponents)
@@ -63,9 +63,9 @@ def weights(
 
 
 def misfit(ts: Sequence[int], gammas: Sequence[float], target_t: int, target_gamma: float) -> float:
-    """How far the profile made by `weights` is from the wanted one, as a share of its length.
+    """Relative L2 error of the profile that `weights` reconstructs: 0: exact, 1: orthogonal.
 
-    0: the same; 1: nothing in common. It takes what `weights` takes and raises what that raises.
+    Same arguments and errors as `weights`.
     """
     times, exponents = _checked(ts, gammas, target_t)
     x = weights(ts, gammas, target_t, target_gamma)
@@ -78,10 +78,10 @@ def misfit(ts: Sequence[int], gammas: Sequence[float], target_t: int, target_gam
 
 
 def reconstruct(snapshots: Iterable[dict[str, Tensor]], weights: Tensor) -> dict[str, Tensor]:
-    """The sum of `snapshots`, each times its entry of `weights` [n], in the snapshots' types.
+    """Sum of `snapshots` weighted by `weights` [n], in the snapshots' dtypes.
 
-    Added up in float64 with one snapshot in memory at a time; whole numbers are the last one's.
-    Raises ValueError where there are not n snapshots, or one of them names other tensors.
+    Summed in float64 with one snapshot in memory at a time; integer tensors are taken from the last
+    snapshot. Raises ValueError if there are not n snapshots, or if their tensor names differ.
     """
     total: dict[str, Tensor] = {}
     types: dict[str, torch.dtype] = {}

@@ -1,4 +1,4 @@
-"""What a person looks at while a run trains: samples of the same noise, step after step."""
+"""Sample grids drawn during training, always from the same noise."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ STRIP_IMAGES = 4
 
 @dataclass(frozen=True)
 class Gallery:
-    """Draws on all workers; the leader hangs the pictures up."""
+    """Draws sample grids on all workers; rank 0 logs them."""
 
     denoiser: Denoiser  # of the EMA weights
     plan: SamplingPlan
@@ -36,7 +36,7 @@ class Gallery:
     batch_size: int = 64
 
     def show_grid(self, step: int) -> None:
-        """Samples 0..63 of the plan's seed, as `samples` at `step`; all workers must call it."""
+        """Draw samples 0..63 and log them as `samples` at `step`; all workers must call it."""
         mine = draw_uint8(
             self.denoiser,
             self.plan,
@@ -47,10 +47,10 @@ class Gallery:
         )
         images = self.workers.gather(mine)
         if self.sink is not None:
-            self._hang("samples", step, image_grid.grid(np.concatenate(images)))
+            self._log("samples", step, image_grid.grid(np.concatenate(images)))
 
     def show_strip(self, step: int) -> None:
-        """How samples 0..3 come out of noise from T to 0; the leader alone draws them."""
+        """Log the denoising of samples 0..3 from t = T to 0; drawn by rank 0 only."""
         if self.sink is not None:
             strip = image_grid.denoising_strip(
                 self.denoiser,
@@ -59,9 +59,9 @@ class Gallery:
                 self.image_shape,
                 self.workers.device,
             )
-            self._hang("denoising", step, strip)
+            self._log("denoising", step, strip)
 
-    def _hang(self, key: str, step: int, picture: Image.Image) -> None:
+    def _log(self, key: str, step: int, picture: Image.Image) -> None:
         assert self.sink is not None
         self.sink.image(key, step, picture)
         png = io.BytesIO()
@@ -70,5 +70,5 @@ class Gallery:
 
 
 def picture_url(folder: str, key: str, step: int) -> str:
-    """Where the picture `key` of `step` lies below a run's folder of pictures."""
+    """URL of the picture `key` of `step` below a run's folder of pictures."""
     return object_store.join(folder, f"{key}-step-{step:08d}.png")
