@@ -1,4 +1,4 @@
-"""What a source of images gives: samples in a fixed order, and what it holds beside them."""
+"""Samples of a data source in a fixed order, and a summary of its other contents."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True)
 class NamedGroup:
-    """How many things of one kind there are, and the names of the first few."""
+    """Count of items of one kind, and the names of the first few."""
 
     kind: str
     count: int
@@ -46,14 +46,14 @@ class NamedGroup:
 
 
 class Source(Protocol):
-    """Samples in an order that depends on nothing but the source."""
+    """Samples in an order that depends only on the source."""
 
     @property
     def label_names(self) -> tuple[str, ...]: ...
 
     @property
     def left_out(self) -> tuple[NamedGroup, ...]:
-        """Whatever the source holds and its samples do not."""
+        """Contents of the source that are not packed."""
         ...
 
     @property

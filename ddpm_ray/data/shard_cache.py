@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ShardCache:
-    """At most `max_bytes` of files in `folder`; what was used longest ago leaves first.
+    """LRU cache of at most `max_bytes` of files in `folder`.
 
     No lock: files appear by rename and leave by unlink, and to lose a race costs one download.
     A full or broken disk turns the cache off for that file; it never stops a run.
@@ -27,7 +27,7 @@ class ShardCache:
     max_bytes: int
 
     def get(self, sha256: str) -> bytes | None:
-        """The bytes kept under this name, not yet checked, or None; marks them as used now."""
+        """Return the unverified bytes of this name, or None; marks them as used now."""
         path = self.folder / sha256
         try:
             data = path.read_bytes()
@@ -50,7 +50,7 @@ class ShardCache:
             self._forget(partial)
 
     def evict(self, sha256: str) -> None:
-        """Forget the file of this name, if there is one."""
+        """Delete the file of this name, if there is one."""
         self._forget(self.folder / sha256)
 
     def _make_room(self, wanted_bytes: int) -> None:

@@ -20,12 +20,12 @@ def to_model_range(images: Tensor, flip: Tensor | None = None) -> Tensor:
 
 
 def downscaled(x_0: Tensor, pixels: int) -> Tensor:
-    """Images [B, C, H, W] that show no more than pixels x pixels: averaged, and blown up again."""
+    """Downsample images [B, C, H, W] to pixels x pixels by averaging, and upsample to full size."""
     return enlarged(F.adaptive_avg_pool2d(x_0, pixels), x_0.shape[2:])
 
 
 def enlarged(images: Tensor, size: Sequence[int]) -> Tensor:
-    """Images [B, C, h, w] blown up to `size` (H, W), bilinearly: no detail is added."""
+    """Upsample images [B, C, h, w] to `size` (H, W) bilinearly."""
     return F.interpolate(images, size=tuple(size), mode="bilinear")
 
 

@@ -511,7 +511,7 @@ def test_wrong_arguments_are_told(
     [
         (ConfigError("name is x\nseed is y"), 2, "error: name is x\nerror: seed is y\n"),
         (cli.InterruptedRunError("stopped at step 3"), 130, "stopped at step 3\n"),
-        (KeyboardInterrupt(), 130, "interrupted; the same command goes on"),
+        (KeyboardInterrupt(), 130, "interrupted; the same command continues"),
         (
             RuntimeError("two\nlines"),
             1,
