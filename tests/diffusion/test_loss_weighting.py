@@ -47,13 +47,13 @@ def test_a_rule_is_one_loss_whatever_is_predicted(
         parameterization = Parameterization.of(kind, schedule)
         model_output = parameterization.output_from_x0(x_t, t, guess)
         loss = simple_loss(
-            lambda x, t, a=model_output: a,
+            lambda x, t, a=model_output: a,  # type: ignore[misc]
             schedule,
             x_0,
             t,
             noise,
             parameterization=parameterization,
-        )  # type: ignore[misc]
+        )
         costs.append(rule(parameterization)[t] * loss)
     for other in costs[1:]:
         torch.testing.assert_close(other, costs[0], rtol=1e-7, atol=0)

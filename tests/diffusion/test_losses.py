@@ -166,8 +166,13 @@ def test_a_learned_variance_in_bfloat16_is_worked_with_in_float32() -> None:
     rounded = both.bfloat16()
     ways = [
         hybrid_loss(
-            lambda x_t, t, a=model_output: a, V, x_0, EVERY_T, noise, variance="learned_range"
-        )  # type: ignore[misc]
+            lambda x_t, t, a=model_output: a,  # type: ignore[misc]
+            V,
+            x_0,
+            EVERY_T,
+            noise,
+            variance="learned_range",
+        )
         for model_output in (rounded, rounded.float())
     ]
     assert ways[0].dtype == torch.float32
