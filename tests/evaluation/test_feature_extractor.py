@@ -118,7 +118,7 @@ def test_a_worker_starts_with_the_variables_that_make_its_bits_repeat(
 
     monkeypatch.setattr(worker_group, "_Trainer", trainer)
     for deterministic in (False, True):
-        settings = {"environment": determinism.environment(deterministic), "desk": None}
+        settings = {"environment": determinism.environment(deterministic), "control": None}
         worker_group._trainer(lambda _: None, settings, ClusterConfig(), [1], str(tmp_path))
     assert "CUBLAS_WORKSPACE_CONFIG" not in made[0]
     assert made[1] == made[0] | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_ALGO": "Ring"}
