@@ -25,8 +25,9 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from ddpm_ray.assembly import training_run
+from ddpm_ray.config.cluster import ClusterConfig
 from ddpm_ray.config.loading import from_dict, load, to_dict
-from ddpm_ray.config.run import ClusterConfig, RunConfig
+from ddpm_ray.config.run import RunConfig
 from ddpm_ray.counter_rng import Purpose, normal, uniform_int
 from ddpm_ray.data.packing import packer
 from ddpm_ray.data.packing.pack_options import PackOptions

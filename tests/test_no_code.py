@@ -124,7 +124,7 @@ from ddpm_ray.assembly import checkpoint_loading as build_trained
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.shards import fetch_shard, open_dataset
 from ddpm_ray.data.loader import ShardStream
-from ddpm_ray.config.diffusion import SamplingConfig
+from ddpm_ray.config.sampling import SamplingConfig
 from ddpm_ray.config.loading import load, to_dict
 from ddpm_ray.evaluation.features.inception import Inception
 from ddpm_ray.evaluation.features.inception_weights import load_inception

@@ -29,7 +29,8 @@ from benchmarks.gpu.measured import busy, deterministic, flops, matmul_rate, rep
 from benchmarks.gpu.tiny import BATCH, SIDE, config_of, run_of
 from ddpm_ray.assembly import training_run
 from ddpm_ray.config.loading import load
-from ddpm_ray.config.run import RunConfig, TrainingConfig
+from ddpm_ray.config.run import RunConfig
+from ddpm_ray.config.training import TrainingConfig
 from ddpm_ray.counter_rng import Purpose, derived_seed, normal
 from ddpm_ray.evaluation.features.inception import Inception, Unit
 from ddpm_ray.training.loop import Run, save, take_step

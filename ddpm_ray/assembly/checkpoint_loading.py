@@ -11,10 +11,13 @@ from safetensors import torch as safetensors
 
 from ddpm_ray.assembly import training_run
 from ddpm_ray.assembly.diffusion import denoiser
-from ddpm_ray.config.diffusion import ObjectiveConfig, SamplingConfig, ScheduleConfig
 from ddpm_ray.config.loading import ConfigError, from_dict, to_dict
+from ddpm_ray.config.model import ModelConfig
+from ddpm_ray.config.objective import ObjectiveConfig
 from ddpm_ray.config.option_fields import shown
-from ddpm_ray.config.run import ModelConfig, RunConfig
+from ddpm_ray.config.run import RunConfig
+from ddpm_ray.config.sampling import SamplingConfig
+from ddpm_ray.config.schedule import ScheduleConfig
 from ddpm_ray.data.shards import DatasetError, open_dataset
 from ddpm_ray.models.classifier import NoisyClassifier
 from ddpm_ray.models.interop import convert

@@ -7,9 +7,12 @@ from typing import assert_never
 import torch
 from torch import Tensor, nn
 
-from ddpm_ray.config.diffusion import ObjectiveConfig, SamplingConfig, ScheduleConfig
 from ddpm_ray.config.loading import ConfigError
-from ddpm_ray.config.run import RunConfig, TrainingConfig
+from ddpm_ray.config.objective import ObjectiveConfig
+from ddpm_ray.config.run import RunConfig
+from ddpm_ray.config.sampling import SamplingConfig
+from ddpm_ray.config.schedule import ScheduleConfig
+from ddpm_ray.config.training import TrainingConfig
 from ddpm_ray.diffusion import loss_weighting, schedules, timestep_sampling
 from ddpm_ray.diffusion.parameterization import Parameterization
 from ddpm_ray.diffusion.process import NoiseSchedule

@@ -11,14 +11,12 @@ import torch
 
 from ddpm_ray.assembly.diffusion import memory_format
 from ddpm_ray.collectives import Workers
+from ddpm_ray.config.data import DataConfig
 from ddpm_ray.config.evaluation import EvaluationConfig
 from ddpm_ray.config.loading import defining, from_dict
-from ddpm_ray.config.run import (
-    DataConfig,
-    ModelConfig,
-    RunConfig,
-    TrainingConfig,
-)
+from ddpm_ray.config.model import ModelConfig
+from ddpm_ray.config.run import RunConfig
+from ddpm_ray.config.training import TrainingConfig
 from ddpm_ray.data import transforms
 from ddpm_ray.data.loader import Batch, ShardStream
 from ddpm_ray.data.shards import Dataset, open_dataset

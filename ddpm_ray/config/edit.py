@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ddpm_ray.config.diffusion import SamplingConfig
 from ddpm_ray.config.loading import option
+from ddpm_ray.config.sampling import SamplingConfig
 
 MARGINS = ("top", "bottom", "left", "right")
 

@@ -3,11 +3,11 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from ddpm_ray.config.diffusion import SamplingConfig
-from ddpm_ray.config.ema_search_rules import wrong_widths
+from ddpm_ray.config.cluster import ClusterConfig
 from ddpm_ray.config.evaluation import EvaluationConfig
 from ddpm_ray.config.loading import option
-from ddpm_ray.config.run import ClusterConfig
+from ddpm_ray.config.sampling import SamplingConfig
+from ddpm_ray.config.training import wrong_widths
 
 
 @dataclass(frozen=True)

@@ -47,9 +47,10 @@ class EvaluationConfig:
         "", "shards of held-out data, to report the distance to them too; empty: none"
     )
     memorisation_images: int = option(
-        0, "samples to compare with their nearest training images; 0: none",
+        0,
+        "samples to compare with their nearest training images; 0: none",
         at_least=0,
-    )  # fmt: skip
+    )
     memorisation_picture: str = option(
         "", "PNG file of the likeliest copies with their nearest images; empty: none"
     )
@@ -61,15 +62,16 @@ class EvaluationConfig:
     spectrum_images: int = option(512, "fixed images for the validation losses", at_least=16)
 
     bits_per_dim_images: int = option(
-        0, "images for the variational bound in bits/dim, without guidance; 0: none",
+        0,
+        "images for the variational bound in bits/dim, without guidance; 0: none",
         at_least=0,
-    )  # fmt: skip
+    )
     bits_per_dim_terms: int = option(
         0, "terms of the bound to evaluate per image; 0: all T", at_least=0
     )
     likelihood_images: int = option(
         0, "images for the probability-flow likelihood, without guidance; 0: none", at_least=0
-    )  # fmt: skip
+    )
     likelihood_steps: int = option(
         100, "Heun steps of the probability-flow ODE, 2 to T", at_least=1
     )

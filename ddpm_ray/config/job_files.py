@@ -8,8 +8,10 @@ from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.sweep import SweepConfig
 
 JOBS: dict[str, type[Any]] = {
-    "train.py": RunConfig, "sweep.py": SweepConfig, "drill.py": DrillConfig,
-}  # fmt: skip
+    "train.py": RunConfig,
+    "sweep.py": SweepConfig,
+    "drill.py": DrillConfig,
+}
 
 
 def job_of_file(kind: type[Any], path: str) -> str:

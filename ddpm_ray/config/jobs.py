@@ -4,10 +4,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ddpm_ray.config.diffusion import SamplingConfig
+from ddpm_ray.config.cluster import ClusterConfig
+from ddpm_ray.config.data import MIB
 from ddpm_ray.config.evaluation import EvaluationConfig
 from ddpm_ray.config.loading import option
-from ddpm_ray.config.run import MIB, ClusterConfig
+from ddpm_ray.config.sampling import SamplingConfig
 
 
 @dataclass(frozen=True)
@@ -140,9 +141,7 @@ class EvaluateConfig:
         """Yield the problems of evaluation, and a line if nothing is to be scored."""
         yield from self.evaluation.problems()
         wanted = self.evaluation
-        others = (
-            wanted.bits_per_dim_images, wanted.likelihood_images, wanted.memorisation_images
-        )  # fmt: skip
+        others = (wanted.bits_per_dim_images, wanted.likelihood_images, wanted.memorisation_images)
         if wanted.num_images < 2 and not any(others):
             yield (
                 f"evaluation.num_images is {wanted.num_images}; score at least 2, or set one of "

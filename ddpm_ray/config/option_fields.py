@@ -72,9 +72,14 @@ def option(
     """
     within = limits(at_least=at_least, above=above, at_most=at_most, below=below)
     metadata = {
-        "doc": doc, "limits": within, "defines_run": defines_run, "loads_group": loads_group,
-        "keys_of": keys_of, "formerly": _former(formerly), "former_choices": former_choices or {},
-    }  # fmt: skip
+        "doc": doc,
+        "limits": within,
+        "defines_run": defines_run,
+        "loads_group": loads_group,
+        "keys_of": keys_of,
+        "formerly": _former(formerly),
+        "former_choices": former_choices or {},
+    }
     value: T = field(default=default, metadata=metadata)
     return value
 

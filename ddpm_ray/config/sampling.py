@@ -50,9 +50,11 @@ class SamplingConfig:
     )
     clip: bool = option(True, "clip each estimate of x_0 to [-1, 1] and recompute epsilon")
     dynamic_quantile: float = option(
-        0.0, "dynamic thresholding: clip to this quantile of |x_0|, then rescale; 0: off",
-        at_least=0, at_most=1,
-    )  # fmt: skip
+        0.0,
+        "dynamic thresholding: clip to this quantile of |x_0|, then rescale; 0: off",
+        at_least=0,
+        at_most=1,
+    )
     seed: int = option(0, "random seed; (seed, image index) determines an image", at_least=0)
     batch_size: int = option(64, "images per network call", at_least=1, at_most=2**32)
     labels: tuple[int | str, ...] = option(

@@ -86,9 +86,10 @@ class SweepConfig:
         "", "YAML file of the base run, as conf/train/*; run.* keys override it", loads_group="run"
     )
     space: tuple[dict[str, Any], ...] = option(
-        (), "mappings of run keys to choices [a, b] or ranges {low:, high:, log:, step:}",
+        (),
+        "mappings of run keys to choices [a, b] or ranges {low:, high:, log:, step:}",
         keys_of="run",
-    )  # fmt: skip
+    )
     metric: str = option("", "final score to minimise; empty: the first that trials report")
     trials_at_once: int = option(0, "parallel trials; 0: as many as fit the cluster", at_least=0)
     max_starts: int = option(3, "attempts per trial in total if its driver dies", at_least=1)

@@ -20,7 +20,7 @@ from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
 from ddpm_ray import fault_injection
-from ddpm_ray.config.run import ClusterConfig
+from ddpm_ray.config.cluster import ClusterConfig
 from ddpm_ray.distributed import failures, placement_groups, startup
 from ddpm_ray.distributed.control_actor import RunControl, RunStatus
 from ddpm_ray.distributed.elastic_scaling import ElasticPolicy

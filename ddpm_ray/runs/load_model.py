@@ -12,10 +12,10 @@ import torch
 
 from ddpm_ray.assembly import checkpoint_loading
 from ddpm_ray.assembly.diffusion import checked_plan
-from ddpm_ray.config.diffusion import SamplingConfig
 from ddpm_ray.config.jobs import GuidanceModelConfig
 from ddpm_ray.config.loading import Checked, ConfigError, from_dict
 from ddpm_ray.config.run import RunConfig
+from ddpm_ray.config.sampling import SamplingConfig
 from ddpm_ray.sampling import guidance_models
 from ddpm_ray.sampling.pipeline import TrainedModel
 from ddpm_ray.sampling.sampling import SamplingPlan

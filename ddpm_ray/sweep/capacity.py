@@ -5,8 +5,8 @@ from typing import Any
 
 import ray
 
+from ddpm_ray.config.cluster import ClusterConfig
 from ddpm_ray.config.loading import ConfigError
-from ddpm_ray.config.run import ClusterConfig
 from ddpm_ray.redaction import counted
 
 

@@ -15,9 +15,9 @@ from torch import nn
 
 import ddpm_ray
 from ddpm_ray.assembly import checkpoint_loading, diffusion, training_run
-from ddpm_ray.config.diffusion import SamplingConfig
 from ddpm_ray.config.loading import ConfigError, load, to_dict
 from ddpm_ray.config.run import RunConfig
+from ddpm_ray.config.sampling import SamplingConfig
 from ddpm_ray.models.interop.diffusers_config import UnsupportedModelError
 from ddpm_ray.sampling.pipeline import TrainedModel
 from ddpm_ray.storage import object_store

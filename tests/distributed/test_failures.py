@@ -17,7 +17,7 @@ from ray.train.v2._internal.execution.failure_handling import (
 )
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
-from ddpm_ray.config.run import ClusterConfig
+from ddpm_ray.config.cluster import ClusterConfig
 from ddpm_ray.distributed import control_actor, failures, worker_group
 from ddpm_ray.storage.object_store import StorageError
 

@@ -9,8 +9,8 @@ import psutil
 import pytest
 import ray
 
+from ddpm_ray.config.cluster import ClusterConfig
 from ddpm_ray.config.loading import ConfigError
-from ddpm_ray.config.run import ClusterConfig
 from ddpm_ray.distributed import placement_groups, worker_group
 from ddpm_ray.distributed.worker_group import RunFailedError
 from ddpm_ray.reporting import Progress

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddpm_ray.config.run import ClusterConfig
+from ddpm_ray.config.cluster import ClusterConfig
 from ddpm_ray.distributed import worker_group
 from ddpm_ray.evaluation import sample_quality
 from ddpm_ray.evaluation.features.feature_extractor import FeatureNet, float32_backends, in_float32

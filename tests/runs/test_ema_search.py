@@ -18,12 +18,12 @@ from torch import Tensor
 
 from ddpm_ray.assembly import checkpoint_loading, training_run
 from ddpm_ray.collectives import Workers
-from ddpm_ray.config.diffusion import SamplingConfig
 from ddpm_ray.config.ema_search import AverageConfig
 from ddpm_ray.config.evaluation import EvaluationConfig
 from ddpm_ray.config.jobs import EvaluateConfig
 from ddpm_ray.config.loading import ConfigError, from_dict, load, to_dict
 from ddpm_ray.config.run import RunConfig
+from ddpm_ray.config.sampling import SamplingConfig
 from ddpm_ray.data.shards import DatasetError
 from ddpm_ray.distributed import worker_group
 from ddpm_ray.evaluation import sample_quality

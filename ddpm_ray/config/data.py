@@ -1,0 +1,37 @@
+"""Options of the training data."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ddpm_ray.config.loading import option
+
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    url: str = option("", "folder or fsspec URL of the packed shards")
+    source: Literal["", "digits"] = option(
+        "", "built-in data set to pack into data.url if it holds no shards yet; empty: none"
+    )
+    flip: bool = option(
+        False, "mirror each image left-right with probability 1/2", defines_run=True
+    )
+    lanes: int = option(
+        8,
+        "fixed number of shard streams that form the batch; must divide it",
+        at_least=1,
+        defines_run=True,
+    )
+    shuffle_window_bytes: int = option(
+        16 * MIB,
+        "size of the shuffle buffer in decoded bytes, all lanes together",
+        at_least=MIB,
+        defines_run=True,
+    )
+    cache_bytes: int = option(
+        8192 * MIB,
+        "size in bytes of the node-local cache of remote shards; 0: no cache",
+        at_least=0,
+    )
+    cache_dir: str = option("", "folder of that cache; empty: ~/.cache/ddpm-ray")

@@ -1,0 +1,57 @@
+"""Options of the network."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from ddpm_ray.config.loading import option
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    kind: Literal["unet", "classifier"] = option(
+        "unet", "unet: a denoiser; classifier: of noisy images, for guidance", defines_run=True
+    )
+    base_channels: int = option(
+        128, "channels of the first resolution level", at_least=1, defines_run=True
+    )
+    channel_mults: tuple[int, ...] = option(
+        (1, 2, 2, 2), "channels of each level as a multiple of base_channels", defines_run=True
+    )
+    blocks_per_level: int = option(2, "residual blocks per level", at_least=1, defines_run=True)
+    attention_resolutions: tuple[int, ...] = option(
+        (16,), "image sizes in pixels of the levels with self-attention", defines_run=True
+    )
+    dropout: float = option(
+        0.0, "dropout probability in residual blocks", at_least=0, below=1, defines_run=True
+    )
+    groups: int = option(
+        32,
+        "groups of each group normalization; must divide all channel counts",
+        at_least=1,
+        defines_run=True,
+    )
+    num_classes: int = option(
+        0,
+        "class-conditional model of labels 0 to num_classes - 1; 0: unconditional",
+        at_least=0,
+        defines_run=True,
+    )
+
+    def problems(self) -> Iterator[str]:
+        """Yield a line for sizes that do not fit together."""
+        if not self.channel_mults or min(self.channel_mults) < 1:
+            yield (
+                f"model.channel_mults is {list(self.channel_mults)}; it needs one factor of at "
+                f"least 1 per level, as in [1,2,2,2]"
+            )
+            return
+        for mult in sorted(set(self.channel_mults)) if self.groups > 0 else ():
+            if rest := (self.base_channels * mult) % self.groups:
+                yield (
+                    f"model.groups is {self.groups}; it must divide every level's channels, and "
+                    f"{self.base_channels * mult} leaves {rest}: "
+                    f"try {math.gcd(self.groups, self.base_channels)}"
+                )
+                return

@@ -1,0 +1,22 @@
+"""Options of tracking in MLflow."""
+
+from dataclasses import dataclass
+
+from ddpm_ray.config.loading import option
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    uri: str = option(
+        "", "MLflow server or database file; empty: $MLFLOW_TRACKING_URI or sqlite:///mlflow.db"
+    )
+    experiment: str = option("ddpm-ray", "MLflow experiment that holds the run")
+    every_steps: int = option(
+        1, "steps averaged into one logged row of loss, gradient norm and learning rate", at_least=1
+    )
+    flush_every_s: float = option(2.0, "seconds between uploads of rows", above=0)
+    last_rows_s: float = option(
+        60,
+        "seconds to wait for MLflow at the end; a continued run sends undelivered rows",
+        above=0,
+    )

@@ -1,0 +1,163 @@
+"""Options of optimisation: batches, Adam, EMA, precision, checkpoints."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from ddpm_ray.config.loading import option
+
+PLAIN_MEAN = 0.2886  # relative width of the plain mean; wider power profiles favour the start
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    steps: int = option(800_000, "optimiser steps of the whole run", at_least=1)
+    global_batch_size: int = option(
+        128, "images per optimiser step, all workers together", at_least=1, defines_run=True
+    )
+    micro_batch_size: int = option(
+        0,
+        "images per forward pass of a worker (gradient accumulation); 0: its whole share",
+        at_least=0,
+    )
+    learning_rate: float = option(
+        2e-4, "learning rate of Adam after the warm-up", above=0, defines_run=True
+    )
+    adam_beta1: float = option(
+        0.9, "Adam: decay of the mean of gradients", at_least=0, below=1, defines_run=True
+    )
+    adam_beta2: float = option(
+        0.999, "Adam: decay of the mean of squared gradients", at_least=0, below=1, defines_run=True
+    )
+    warmup_steps: int = option(
+        0, "steps of linear warm-up of the learning rate from 0", at_least=0, defines_run=True
+    )
+    warmup_images: int = option(
+        0, "images of linear warm-up; set this or warmup_steps", at_least=0, defines_run=True
+    )
+    max_grad_norm: float = option(1.0, "global gradient norm to clip to", above=0, defines_run=True)
+    reduction: Literal["mean", "elastic"] = option(
+        "mean",
+        "how gradients are averaged; elastic: bit-equal on any number of workers, slower",
+        defines_run=True,
+    )
+    reduction_slots: int = option(
+        8,
+        "elastic: slots the batch is split into, also the most workers; power of 2",
+        at_least=1,
+        defines_run=True,
+    )
+    on_divergence: Literal["stop", "skip", "rewind"] = option(
+        "stop",
+        "on a gradient spike or NaN: stop the run, skip the step, or rewind to the checkpoint",
+    )
+    spike_factor: float = option(
+        0.0,
+        "a gradient norm above this multiple of the median of 128 steps is a spike; 0: off",
+        at_least=0,
+    )
+    ema_decay_per_step: float = option(
+        0.9999,
+        "EMA decay per step of the sampling weights; 0: use ema_half_life_images",
+        at_least=0,
+        below=1,
+        defines_run=True,
+    )
+    ema_half_life_images: int = option(
+        0,
+        "EMA half-life in images; set this or ema_decay_per_step",
+        at_least=0,
+        defines_run=True,
+    )
+    ema_ramp: bool = option(
+        True,
+        "limit the EMA decay of early steps to (1 + step) / (10 + step)",
+        defines_run=True,
+    )
+    ema_more_decays: tuple[float, ...] = option(
+        (),
+        "decays per step of additional EMAs, saved in checkpoints as ema-<decay>",
+        defines_run=True,
+    )
+    ema_snapshot_widths: tuple[float, ...] = option(
+        (),
+        "sigma_rel of the EMA snapshots for post-hoc EMA (jobs/average.py): [0.05,0.1]",
+        defines_run=True,
+    )
+    ema_snapshot_every_steps: int = option(0, "steps between EMA snapshots; 0: none", at_least=0)
+    precision: Literal["fp32", "bf16"] = option(
+        "fp32", "arithmetic of the network (bf16: autocast); weights stay fp32", defines_run=True
+    )
+    channels_last: bool = option(False, "NHWC memory layout; faster on GPUs with bf16")
+    deterministic: bool = option(
+        False,
+        "deterministic algorithms of torch, cuDNN and NCCL, for bit-equal GPU runs; slower",
+    )
+    compile: bool = option(False, "use torch.compile; faster on GPUs after minutes of compilation")
+    gradient_checkpointing: bool = option(
+        False, "recompute activations in the backward pass: less memory, slower"
+    )
+    log_every_steps: int = option(
+        50, "steps per logged row of throughput and of loss by log-SNR band", at_least=1
+    )
+    grid_every_steps: int = option(
+        5000, "steps between sample grids; 0: no grid, not even at the end", at_least=0
+    )
+    checkpoint_every_steps: int = option(1000, "steps between checkpoints", at_least=1)
+    keep_checkpoints: int = option(
+        3, "newest checkpoints to keep, and the one the run continued from", at_least=2
+    )
+
+    def problems(self) -> Iterator[str]:
+        """Yield a line for keys that exclude each other, and for invalid slots and EMA widths."""
+        if self.warmup_steps and self.warmup_images:
+            yield (
+                f"training.warmup_images is {self.warmup_images} and training.warmup_steps "
+                f"{self.warmup_steps}; set one of the two and leave the other 0"
+            )
+        if bool(self.ema_decay_per_step) == bool(self.ema_half_life_images):
+            yield (
+                f"training.ema_half_life_images is {self.ema_half_life_images} and "
+                f"training.ema_decay_per_step {self.ema_decay_per_step}; set exactly one of the "
+                f"two and the other to 0"
+            )
+        yield from self._average_problems()
+        if self.reduction == "elastic" and self.reduction_slots > 0:
+            slots, batch = self.reduction_slots, self.global_batch_size
+            if slots & (slots - 1) or batch % slots:
+                yield (
+                    f"training.reduction_slots is {slots}; it must be a power of 2 that divides "
+                    f"training.global_batch_size {batch}: try {math.gcd(batch, 2**30)}"
+                )
+
+    def _average_problems(self) -> Iterator[str]:
+        yield from wrong_decays("training.ema_more_decays", self.ema_more_decays)
+        yield from wrong_widths("training.ema_snapshot_widths", self.ema_snapshot_widths)
+        if self.ema_snapshot_every_steps and not self.ema_snapshot_widths:
+            yield (
+                f"training.ema_snapshot_every_steps is {self.ema_snapshot_every_steps} and "
+                f"training.ema_snapshot_widths is empty; name two widths: try [0.05,0.1]"
+            )
+
+
+def wrong_decays(key: str, decays: tuple[float, ...]) -> Iterator[str]:
+    """Yield a line for each error in `decays`, the value of `key`."""
+    if wrong := [decay for decay in decays if not 0 < decay < 1]:
+        yield f"{key} holds {wrong[0]}; a decay per step is above 0 and below 1: try 0.999"
+    yield from _doubled(key, decays)
+
+
+def wrong_widths(key: str, widths: tuple[float, ...]) -> Iterator[str]:
+    """Yield a line for each error in `widths`, the value of `key`."""
+    if wrong := [width for width in widths if not 0 < width < PLAIN_MEAN]:
+        yield (
+            f"{key} holds {wrong[0]}; a relative width is above 0 and below {PLAIN_MEAN}, that of "
+            f"the plain mean: try 0.1"
+        )
+    yield from _doubled(key, widths)
+
+
+def _doubled(key: str, values: tuple[float, ...]) -> Iterator[str]:
+    if twice := [value for i, value in enumerate(values) if value in values[:i]]:
+        yield f"{key} holds {twice[0]} twice; each has one name in a checkpoint: leave one out"
