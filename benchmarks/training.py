@@ -27,10 +27,10 @@ from torch.nn.utils import clip_grad_norm_
 from ddpm_ray.assembly import training_run
 from ddpm_ray.config.cluster import ClusterConfig
 from ddpm_ray.config.loading import from_dict, load, to_dict
+from ddpm_ray.config.pack import PackConfig
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.counter_rng import Purpose, normal, uniform_int
 from ddpm_ray.data.packing import packer
-from ddpm_ray.data.packing.pack_options import PackOptions
 from ddpm_ray.distributed import worker_group
 from ddpm_ray.reporting import Command
 from ddpm_ray.runs.train_worker import assemble, distributed_context
@@ -135,7 +135,7 @@ def packed(folder: Path) -> str:
     (folder / "png").mkdir()
     for i, image in enumerate(images):
         Image.fromarray(image).save(folder / "png" / f"{i:05}.png", compress_level=0)
-    plan = packer.plan(str(folder / "png"), str(folder / "shards"), PackOptions())
+    plan = packer.plan(str(folder / "png"), str(folder / "shards"), PackConfig())
     packer.finish(plan, [packer.pack_shard(plan, n) for n in range(plan.shards)])
     return str(folder / "shards")
 

@@ -17,7 +17,7 @@ from argparse import Namespace
 from typing import Any
 
 from ddpm_ray.cli import ProgressLine, home_folder, main
-from ddpm_ray.config.jobs import PackConfig
+from ddpm_ray.config.pack import PackConfig
 
 
 def pack(config: PackConfig, arguments: Namespace) -> dict[str, Any]:

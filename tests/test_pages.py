@@ -16,9 +16,9 @@ from ddpm_ray.config.jobs import (
     DoctorConfig,
     EvaluateConfig,
     ExportConfig,
-    PackConfig,
     SampleConfig,
 )
+from ddpm_ray.config.pack import PackConfig
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.sweep import SweepConfig
 

@@ -21,10 +21,10 @@ import ddpm_ray
 from ddpm_ray.assembly import diffusion, training_run
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.loading import load, to_dict
+from ddpm_ray.config.pack import PackConfig
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.sampling import SamplingConfig
 from ddpm_ray.data.packing import packer
-from ddpm_ray.data.packing.pack_options import PackOptions
 from ddpm_ray.sampling.image_grid import grid
 from ddpm_ray.storage import object_store
 from ddpm_ray.tracking.pyfunc_model import _load_pyfunc
@@ -209,7 +209,7 @@ def test_an_older_run_asks_its_data_set_for_the_names(tmp_path: Path) -> None:
         (tmp_path / "images" / name).mkdir(parents=True)
         Image.new("L", (4, 4)).save(tmp_path / "images" / name / "a.png")
     url = str(tmp_path / "set")
-    plan = packer.plan(str(tmp_path / "images"), url, PackOptions())
+    plan = packer.plan(str(tmp_path / "images"), url, PackConfig())
     dataset = packer.finish(plan, [packer.pack_shard(plan, i) for i in range(plan.shards)])
     run, _ = saved_run(tmp_path / "run", f"data.url={url}", data_fingerprint=dataset.fingerprint)
     for file in Path(run).rglob("state.json"):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal, assert_never
+from typing import assert_never
 
 from PIL import Image
 
-Resize = Literal["none", "centre-crop-box-bicubic"]
+from ddpm_ray.config.pack import Resize
 
 
 def resized(image: Image.Image, recipe: Resize, image_size: int) -> Image.Image:

@@ -16,12 +16,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from ddpm_ray.config.pack import Encoding
 from ddpm_ray.data import arrow_io, shard_index
 from ddpm_ray.data.arrow_io import ArrowFileError
 from ddpm_ray.data.shard_cache import ShardCache
@@ -29,7 +30,6 @@ from ddpm_ray.redaction import counted, sanitize
 from ddpm_ray.storage import checksummed, object_store
 from ddpm_ray.storage.file_formats import require_readable
 
-Encoding = Literal["raw", "png", "jpeg", "webp"]
 UInt8s = npt.NDArray[np.uint8]
 Int64s = npt.NDArray[np.int64]
 

@@ -7,9 +7,8 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
-from ddpm_ray.config.jobs import PackConfig
+from ddpm_ray.config.pack import PackConfig
 from ddpm_ray.data.packing import pack_report, packer
-from ddpm_ray.data.packing.pack_options import PackOptions
 from ddpm_ray.data.packing.pack_report import PackReport
 from ddpm_ray.data.packing.packer import Packed, Plan
 from ddpm_ray.data.shards import Dataset
@@ -37,7 +36,7 @@ def pack(
     config.address. Raises DatasetError, BadImageError, RunFailedError or StorageError, and then
     writes no manifest.
     """
-    plan = packer.plan(source, destination, _options(config))
+    plan = packer.plan(source, destination, config)
     if (dataset := packer.finished(plan)) is not None:
         return _result_of(dataset)
     done: list[Packed] = []
@@ -51,24 +50,6 @@ def pack(
 def _result_of(dataset: Dataset) -> PackResult:
     record = pack_report.read(dataset)
     return PackResult(dataset, record.report if record else None)
-
-
-def _options(config: PackConfig) -> PackOptions:
-    return PackOptions(
-        image_size=config.image_size,
-        resize=config.resize,
-        channels=config.channels,
-        encoding=config.encoding,
-        shard_bytes=config.shard_bytes,
-        split=config.split,
-        url=config.url,
-        sha256=tuple(filter(None, config.sha256.replace(" ", "").split(","))),
-        image_key=config.image_key,
-        label_key=config.label_key,
-        on_bad_image=config.on_bad_image,
-        max_pixels=config.max_pixels,
-        max_file_bytes=config.max_file_bytes,
-    )
 
 
 def _here(plan: Plan) -> Iterator[Packed]:

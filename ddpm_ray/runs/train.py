@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from ddpm_ray.assembly import diffusion, training_run
-from ddpm_ray.config.jobs import PackConfig
 from ddpm_ray.config.loading import ConfigError, flat, to_dict, to_yaml
+from ddpm_ray.config.pack import PackConfig
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.packing import builtin_datasets
 from ddpm_ray.data.shards import MANIFEST, Dataset, open_dataset

@@ -23,7 +23,6 @@ from ddpm_ray.config.jobs import (
     DoctorConfig,
     EvaluateConfig,
     ExportConfig,
-    PackConfig,
     SampleConfig,
 )
 from ddpm_ray.config.loading import (
@@ -36,6 +35,7 @@ from ddpm_ray.config.loading import (
     to_dict,
     to_yaml,
 )
+from ddpm_ray.config.pack import PackConfig
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.sweep import SweepConfig
 from tests.limits import ENDS_S

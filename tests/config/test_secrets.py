@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from ddpm_ray.config.fault_drill import DrillConfig
-from ddpm_ray.config.jobs import DoctorConfig, EvaluateConfig, PackConfig, SampleConfig
+from ddpm_ray.config.jobs import DoctorConfig, EvaluateConfig, SampleConfig
 from ddpm_ray.config.loading import ENVIRONMENT, ConfigError, from_dict, load, to_yaml, with_values
+from ddpm_ray.config.pack import PackConfig
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.sweep import SweepConfig
 from ddpm_ray.tracking.tracking_uri import resolve_tracking_uri

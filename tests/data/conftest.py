@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
+from ddpm_ray.config.pack import Encoding, PackConfig
 from ddpm_ray.data import shards
 from ddpm_ray.data.packing import packer
-from ddpm_ray.data.packing.pack_options import PackOptions
 from ddpm_ray.data.packing.sources import ArraySource
-from ddpm_ray.data.shards import Dataset, Encoding
+from ddpm_ray.data.shards import Dataset
 
 MakeDataset = Callable[..., Dataset]
 
@@ -33,7 +33,7 @@ def make_dataset(tmp_path: Path) -> MakeDataset:
         recipe = shards.Recipe((2, 3, 1), encoding, "none", source.label_names, source.digest)
         count = -(-samples // shard_samples)
         place = url or str(tmp_path / "set")
-        plan = packer.Plan(source, place, PackOptions(), recipe, count, shard_samples)
+        plan = packer.Plan(source, place, PackConfig(), recipe, count, shard_samples)
         return packer.finish(plan, [packer.pack_shard(plan, n) for n in range(count)])
 
     return make

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from ddpm_ray.config.pack import PackConfig
 from ddpm_ray.data.packing import packer
 from ddpm_ray.data.packing.image_files import FORMATS, SUFFIXES, BadImageError, open_image
-from ddpm_ray.data.packing.pack_options import PackOptions
 from ddpm_ray.data.packing.sources import open_source
 from ddpm_ray.data.shards import DatasetError, fetch_shard
 from tests.data.test_image_files import bomb, saved
@@ -81,13 +81,13 @@ def test_a_bomb_costs_no_memory(tmp_path: Path) -> None:
     """A header that promises 10^12 pixels is refused where the first of them would be decoded."""
     (tmp_path / "a.png").write_bytes(bomb(10**6, 10**6))
     with pytest.raises(BadImageError, match="1000000 x 1000000 pixels, and max_pixels is 64000000"):
-        packer.plan(str(tmp_path), str(tmp_path / "set"), PackOptions())
+        packer.plan(str(tmp_path), str(tmp_path / "set"), PackConfig())
 
 
 def test_a_file_that_is_too_large_is_not_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source, options = tmp_path / "images", PackOptions(max_file_bytes=2**20)
+    source, options = tmp_path / "images", PackConfig(max_file_bytes=2**20)
     source.mkdir()
     (source / "b.png").write_bytes(png(7))
     with (source / "a.png").open("wb") as huge:
@@ -105,7 +105,7 @@ def test_a_file_that_is_too_large_is_not_read(
 
 def test_one_inside_a_tar_is_not_decoded(tar: Callable[..., Path]) -> None:
     path = tar({"a.png": bytes(2**21), "b.png": png(1)})
-    source = open_source(str(path), PackOptions(max_file_bytes=2**20))
+    source = open_source(str(path), PackConfig(max_file_bytes=2**20))
     assert [sample.image is None for sample in source.read(range(2))] == [True, False]
 
 
@@ -113,7 +113,7 @@ def test_names_are_no_paths_and_are_spelt_out(tar: Callable[..., Path], tmp_path
     """Members called ../../x and /etc/x are samples like others: nothing is ever unpacked."""
     before = set(tmp_path.rglob("*"))
     path = tar({f"{EVIL}.png": png(1), "/etc/cron.d/x.png": png(2), "ok.png": b"broken"})
-    options = PackOptions(on_bad_image="skip", encoding="png")
+    options = PackConfig(on_bad_image="skip", encoding="png")
     plan = packer.plan(str(path), str(tmp_path / "set"), options)
     packed = packer.pack_shard(plan, 0)
     dataset = packer.finish(plan, [packed])
@@ -130,7 +130,7 @@ def test_names_are_no_paths_and_are_spelt_out(tar: Callable[..., Path], tmp_path
 def test_an_error_that_names_one_stays_a_line(tar: Callable[..., Path], tmp_path: Path) -> None:
     path = tar({f"{EVIL}.png": POSTSCRIPT})
     with pytest.raises(BadImageError, match="not a readable image") as refused:
-        packer.plan(str(path), str(tmp_path / "set"), PackOptions())
+        packer.plan(str(path), str(tmp_path / "set"), PackConfig())
     assert SPELT in str(refused.value)
     assert str(refused.value).isprintable()
     path = tar({f"{EVIL}.png": png(1), "b.png": png(1), "b.cls": b"1"}, name="b.tar")
@@ -146,7 +146,7 @@ def test_a_name_that_is_no_text_is_packed_all_the_same(
     folder.mkdir()
     Path(os.fsdecode(os.fsencode(folder) + b"/a\xff.png")).write_bytes(png(3))
     for place in (str(folder), str(tar({"a\udcff.png": png(3)}))):
-        plan = packer.plan(place, str(tmp_path / f"set{len(place)}"), PackOptions())
+        plan = packer.plan(place, str(tmp_path / f"set{len(place)}"), PackConfig())
         dataset = packer.finish(plan, [packer.pack_shard(plan, 0)])
         (key,) = fetch_shard(dataset, 0).keys.to_pylist()
         assert key.removesuffix(".png") == r"a\xff"

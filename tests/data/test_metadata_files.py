@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ddpm_ray.data.packing.pack_options import PackOptions
+from ddpm_ray.config.pack import PackConfig
 from ddpm_ray.data.packing.sources import open_source
 from ddpm_ray.data.samples import Source
 from ddpm_ray.data.shards import DatasetError
@@ -20,7 +20,7 @@ def opened(
 ) -> Source:
     data = metadata if isinstance(metadata, bytes) else metadata.encode()
     (folder / name).write_bytes(data)
-    return open_source(str(folder), PackOptions(**options))  # type: ignore[arg-type]
+    return open_source(str(folder), PackConfig(**options))  # type: ignore[arg-type]
 
 
 def jsonl(*rows: object) -> str:
@@ -144,4 +144,4 @@ def test_a_metadata_file_that_is_too_large_is_not_read(tmp_path: Path) -> None:
 def test_a_key_that_chooses_nothing_in_a_folder_is_refused(key: str, tmp_path: Path) -> None:
     write(tmp_path, "a.png")
     with pytest.raises(DatasetError, match=f"{key} is 'x', and .* leave {key} empty"):
-        open_source(str(tmp_path), PackOptions(**{key: "x"}))  # type: ignore[arg-type]
+        open_source(str(tmp_path), PackConfig(**{key: "x"}))  # type: ignore[arg-type]

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ddpm_ray.config.pack import PackConfig
 from ddpm_ray.data.loader import read_images
 from ddpm_ray.data.packing import pack_report, packer
 from ddpm_ray.data.packing.image_files import BadImageError
-from ddpm_ray.data.packing.pack_options import PackOptions
 from ddpm_ray.data.packing.pack_report import PackReport
 from ddpm_ray.data.samples import NamedGroup
 from ddpm_ray.data.shards import Dataset, DatasetError, fetch_shard, open_dataset
@@ -26,7 +26,7 @@ from tests.limits import ENDS_S
 
 
 def pack(source: str, destination: Path, **options: object) -> Dataset:
-    plan = packer.plan(source, str(destination), PackOptions(**options))  # type: ignore[arg-type]
+    plan = packer.plan(source, str(destination), PackConfig(**options))  # type: ignore[arg-type]
     return packer.finish(plan, [packer.pack_shard(plan, n) for n in range(plan.shards)])
 
 
@@ -62,7 +62,7 @@ def test_the_digits_are_one_shard_with_known_pixels(tmp_path: Path) -> None:
 
 def test_the_order_of_the_tasks_does_not_matter(pictures: Path, tmp_path: Path) -> None:
     first = pack(str(pictures), tmp_path / "a", shard_bytes=2 * 12 * 9 * 3)
-    plan = packer.plan(str(pictures), str(tmp_path / "b"), PackOptions(shard_bytes=2 * 12 * 9 * 3))
+    plan = packer.plan(str(pictures), str(tmp_path / "b"), PackConfig(shard_bytes=2 * 12 * 9 * 3))
     assert plan.shards == 4
     second = packer.finish(plan, [packer.pack_shard(plan, n) for n in (3, 0, 2, 1)])
     assert files(tmp_path / "a") == files(tmp_path / "b")
@@ -71,13 +71,13 @@ def test_the_order_of_the_tasks_does_not_matter(pictures: Path, tmp_path: Path) 
 
 def test_a_killed_packer_goes_on_where_it_was(pictures: Path, tmp_path: Path) -> None:
     whole = pack(str(pictures), tmp_path / "whole", shard_bytes=700)
-    plan = packer.plan(str(pictures), str(tmp_path / "set"), PackOptions(shard_bytes=700))
+    plan = packer.plan(str(pictures), str(tmp_path / "set"), PackConfig(shard_bytes=700))
     for n in (0, 2):
         packer.pack_shard(plan, n)
     with pytest.raises(DatasetError, match=r"there is no manifest\.json"):
         open_dataset(plan.destination)
     with mock.patch.object(object_store, "write_bytes", wraps=object_store.write_bytes) as write:
-        again = packer.plan(str(pictures), plan.destination, PackOptions(shard_bytes=700))
+        again = packer.plan(str(pictures), plan.destination, PackConfig(shard_bytes=700))
         done = [packer.pack_shard(again, n) for n in range(again.shards)]
         written = sorted(Path(call.args[0]).name for call in write.call_args_list)
     missing = [f"shard-0000{n}.arrow" for n in (1, 3)]
@@ -87,7 +87,7 @@ def test_a_killed_packer_goes_on_where_it_was(pictures: Path, tmp_path: Path) ->
 
 
 def test_parts_of_another_source_are_not_used(pictures: Path, tmp_path: Path) -> None:
-    plan = packer.plan("digits", str(tmp_path / "set"), PackOptions())
+    plan = packer.plan("digits", str(tmp_path / "set"), PackConfig())
     packer.pack_shard(plan, 0)
     dataset = pack(str(pictures), tmp_path / "set")
     assert dataset.manifest.image_shape == (9, 12, 3)
@@ -99,13 +99,13 @@ def test_a_finished_set_is_found_and_another_is_not_overwritten(
 ) -> None:
     dataset = pack(str(pictures), tmp_path / "set")
     before = files(tmp_path / "set")
-    found = packer.finished(packer.plan(str(pictures), dataset.url, PackOptions()))
+    found = packer.finished(packer.plan(str(pictures), dataset.url, PackConfig()))
     assert found is not None
     assert found.fingerprint == dataset.fingerprint
     with pytest.raises(
         DatasetError, match=r"here already \(image_shape, label_names, .* differ\); remove it, or"
     ):
-        packer.finished(packer.plan("digits", dataset.url, PackOptions()))
+        packer.finished(packer.plan("digits", dataset.url, PackConfig()))
     assert files(tmp_path / "set") == before
 
 
@@ -150,7 +150,7 @@ def test_images_of_other_sizes_are_named_with_the_remedy(pictures: Path, tmp_pat
 def test_bad_images_are_skipped_and_counted_where_wished(pictures: Path, tmp_path: Path) -> None:
     (pictures / "even/0.png").write_bytes(b"broken")  # the first one, too
     (pictures / "odd/3.png").write_bytes(b"broken")
-    options = PackOptions(shard_bytes=1, on_bad_image="skip")  # an image to a shard
+    options = PackConfig(shard_bytes=1, on_bad_image="skip")  # an image to a shard
     plan = packer.plan(str(pictures), str(tmp_path / "set"), options)
     done = [packer.pack_shard(plan, n) for n in range(plan.shards)]
     dataset = packer.finish(plan, done)
@@ -164,7 +164,7 @@ def test_bad_images_are_skipped_and_counted_where_wished(pictures: Path, tmp_pat
 def test_nothing_but_bad_images_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"broken")
     with pytest.raises(DatasetError, match=rf"^{tmp_path}.*: it has no good image"):
-        packer.plan(str(tmp_path), "x", PackOptions(on_bad_image="skip"))
+        packer.plan(str(tmp_path), "x", PackConfig(on_bad_image="skip"))
 
 
 def test_a_full_disk_leaves_no_manifest_and_can_be_gone_on_from(
@@ -285,7 +285,7 @@ def test_a_set_of_other_options_is_not_taken_as_done(
 ) -> None:
     dataset = pack(str(pictures), tmp_path / "set")
     before = files(tmp_path / "set")
-    options = PackOptions(**changed)  # type: ignore[arg-type]
+    options = PackConfig(**changed)  # type: ignore[arg-type]
     with pytest.raises(DatasetError, match=rf"already \({message}\); remove it, or choose"):
         packer.finished(packer.plan(str(pictures), dataset.url, options))
     assert files(tmp_path / "set") == before
@@ -301,11 +301,11 @@ def test_a_source_that_was_edited_is_not_taken_as_done_and_one_that_was_copied_i
     dataset = pack(str(pictures), tmp_path / "set", shard_bytes=700)
     for path in pictures.rglob("*.bmp"):
         os.utime(path, ns=(1, 1))
-    found = packer.finished(packer.plan(str(pictures), dataset.url, PackOptions(shard_bytes=700)))
+    found = packer.finished(packer.plan(str(pictures), dataset.url, PackConfig(shard_bytes=700)))
     assert found is not None
     edited = pictures / "odd/5.bmp"
     edited.write_bytes(edited.read_bytes()[:-1] + b"\0")
-    plan = packer.plan(str(pictures), dataset.url, PackOptions(shard_bytes=700))
+    plan = packer.plan(str(pictures), dataset.url, PackConfig(shard_bytes=700))
     assert plan.recipe == dataset.recipe
     with pytest.raises(DatasetError, match=r"already \(the source's files differ\); remove it"):
         packer.finished(plan)
@@ -314,7 +314,7 @@ def test_a_source_that_was_edited_is_not_taken_as_done_and_one_that_was_copied_i
 def test_shards_of_a_source_that_was_edited_meanwhile_are_packed_again(
     pictures: Path, tmp_path: Path
 ) -> None:
-    options = PackOptions(shard_bytes=700)
+    options = PackConfig(shard_bytes=700)
     first = pictures / "even/0.png"
     Image.open(first).save(first, "bmp")
     plan = packer.plan(str(pictures), str(tmp_path / "set"), options)
@@ -333,7 +333,7 @@ def test_a_set_of_an_earlier_version_is_found_and_has_no_report(
     dataset = pack("digits", tmp_path / "digits")
     assert dataset.fingerprint == "89d7628e765bb622e3d4e4753904f8eb966ef511fd60335451c3dbdefb60feb0"
     (tmp_path / "digits/packing.json").unlink()
-    found = packer.finished(packer.plan("digits", dataset.url, PackOptions(max_pixels=99)))
+    found = packer.finished(packer.plan("digits", dataset.url, PackConfig(max_pixels=99)))
     assert found is not None
     assert found.fingerprint == dataset.fingerprint
     assert pack_report.read(found) is None

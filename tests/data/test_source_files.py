@@ -6,7 +6,7 @@ from unittest import mock
 
 import pytest
 
-from ddpm_ray.data.packing.pack_options import PackOptions
+from ddpm_ray.config.pack import PackConfig
 from ddpm_ray.data.packing.source_files import is_hidden
 from ddpm_ray.data.packing.sources import open_source
 from ddpm_ray.data.samples import Source
@@ -189,9 +189,9 @@ def test_the_version_tells_a_file_that_was_written_anew_and_the_digest_does_not(
     tmp_path: Path,
 ) -> None:
     write(tmp_path, "a.png")
-    before = open_source(str(tmp_path), PackOptions())
+    before = open_source(str(tmp_path), PackConfig())
     os.utime(tmp_path / "a.png", ns=(1, 1))
-    after = open_source(str(tmp_path), PackOptions())
+    after = open_source(str(tmp_path), PackConfig())
     assert after.digest == before.digest
     assert after.version != before.version
 

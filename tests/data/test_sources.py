@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ddpm_ray.config.pack import PackConfig
 from ddpm_ray.data.packing import builtin_datasets
-from ddpm_ray.data.packing.pack_options import PackOptions
 from ddpm_ray.data.packing.sources import open_source
 from ddpm_ray.data.samples import Source
 from ddpm_ray.data.shards import DatasetError
@@ -128,7 +128,7 @@ def test_idx_files_from_a_folder(name: str, first_label: str, tmp_path: Path) ->
     (tmp_path / "t10k-images-idx3-ubyte.gz").write_bytes(images)
     (tmp_path / "t10k-labels-idx1-ubyte.gz").write_bytes(labels)
     source = open_source(
-        name, PackOptions(split="test", url=str(tmp_path), sha256=(sha(images), sha(labels)))
+        name, PackConfig(split="test", url=str(tmp_path), sha256=f"{sha(images)}, {sha(labels)}")
     )
     samples = list(source.read(range(3)))
     assert np.array_equal(np.stack([np.asarray(s.image) for s in samples])[..., 0], pixels)
@@ -144,7 +144,7 @@ def test_the_binary_cifar10_archive(tmp_path: Path) -> None:
              for n in range(5)}  # fmt: skip
     write_tar(tmp_path / "cifar-10-binary.tar.gz", files)
     path = tmp_path / "cifar-10-binary.tar.gz"
-    options = PackOptions(url=str(path), sha256=(sha(path.read_bytes()),))
+    options = PackConfig(url=str(path), sha256=sha(path.read_bytes()))
     source = open_source("cifar10", options)
     images = np.stack([np.asarray(s.image) for s in source.read(range(10))])
     assert np.array_equal(images, pixels.transpose(0, 2, 3, 1))
@@ -157,7 +157,7 @@ def test_the_published_hash_is_asked_for_wherever_the_files_come_from(tmp_path: 
     for kind in ("images-idx3", "labels-idx1"):
         (tmp_path / f"train-{kind}-ubyte.gz").write_bytes(b"not it")
     with pytest.raises(StorageError, match=r"train-images.* expected 440fcabf73cc546f"):
-        open_source("mnist", PackOptions(url=str(tmp_path)))
+        open_source("mnist", PackConfig(url=str(tmp_path)))
     assert all(len(h) == 64 for hashes in builtin_datasets.SHA256.values() for h in hashes)
 
 

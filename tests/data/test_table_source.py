@@ -9,9 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from ddpm_ray.config.pack import PackConfig
 from ddpm_ray.data.packing import packer
 from ddpm_ray.data.packing.image_files import BadImageError
-from ddpm_ray.data.packing.pack_options import PackOptions
 from ddpm_ray.data.packing.sources import open_source
 from ddpm_ray.data.samples import Source
 from ddpm_ray.data.shards import DatasetError, fetch_shard
@@ -85,7 +85,7 @@ def test_the_tables_of_a_folder_are_packed_in_order(
         path = save(tmp_path / "made" / name, table(rows, label=pa.array([number] * rows)))
         object_store.write_bytes(object_store.join(root, name), Path(path).read_bytes())
     object_store.write_bytes(object_store.join(root, "README.md"), b"a card")
-    plan = packer.plan(root, str(tmp_path / "set"), PackOptions(shard_bytes=16 * 3))
+    plan = packer.plan(root, str(tmp_path / "set"), PackConfig(shard_bytes=16 * 3))
     dataset = packer.finish(plan, [packer.pack_shard(plan, n) for n in range(plan.shards)])
     assert dataset.manifest.shards == 4
     assert dataset.manifest.label_names == ("0", "1", "2")
@@ -102,7 +102,7 @@ def test_texts_and_categories_are_classes_in_order(tmp_path: Path) -> None:
     plain, coded = pa.array(texts), pa.array(texts).dictionary_encode()
     for name, column in (("a.parquet", plain), ("b.parquet", coded), ("c.arrow", plain)):
         source = open_source(
-            save(tmp_path / name, table(4, kind=column)), PackOptions(label_key="kind")
+            save(tmp_path / name, table(4, kind=column)), PackConfig(label_key="kind")
         )
         assert (source.label_names, labels(source)) == (("10", "ant", "dog"), [2, 1, 2, 0])
 
@@ -118,7 +118,7 @@ def test_a_plain_column_of_files_is_found_by_its_name_or_chosen(tmp_path: Path) 
     found = open_source(save(tmp_path / "a.parquet", pa.table({"jpg": files, "id": [1, 2]})))
     assert images(found) == [png(1), png(2)]
     both = save(tmp_path / "b.parquet", pa.table({"x": files, "mask": files.take([1, 0])}))
-    chosen = open_source(both, PackOptions(image_key="mask"))
+    chosen = open_source(both, PackConfig(image_key="mask"))
     assert images(chosen) == [png(2), png(1)]
     assert left_out(chosen) == {"columns of tables without a place in a shard": (1, ("x",))}
 
@@ -150,7 +150,7 @@ def test_what_cannot_be_told_ends_with_a_line(
 ) -> None:
     path = save(tmp_path / "a.parquet", what)
     with pytest.raises(DatasetError, match=message):
-        open_source(path, PackOptions(**options))  # type: ignore[arg-type]
+        open_source(path, PackConfig(**options))  # type: ignore[arg-type]
 
 
 def test_splits_and_tables_of_two_kinds_are_not_mixed(tmp_path: Path) -> None:
@@ -172,11 +172,11 @@ def test_splits_and_tables_of_two_kinds_are_not_mixed(tmp_path: Path) -> None:
 def test_a_row_without_a_file_is_a_bad_image(tmp_path: Path) -> None:
     rows = [{"bytes": png(1), "path": None}, {"bytes": None, "path": "x.png"}, None]
     path = save(tmp_path / "a.parquet", pa.table({"image": pa.array(rows, STRUCT)}))
-    plan = packer.plan(path, str(tmp_path / "set"), PackOptions())
+    plan = packer.plan(path, str(tmp_path / "set"), PackConfig())
     message = r"row 1 of column 'image': not a readable image \(the file is empty\)"
     with pytest.raises(BadImageError, match=message):
         packer.pack_shard(plan, 0)
-    options = PackOptions(on_bad_image="skip", max_file_bytes=len(png(1)))
+    options = PackConfig(on_bad_image="skip", max_file_bytes=len(png(1)))
     plan = packer.plan(path, str(tmp_path / "set"), options)
     packed = packer.pack_shard(plan, 0)
     assert packed.row is not None
@@ -185,7 +185,7 @@ def test_a_row_without_a_file_is_a_bad_image(tmp_path: Path) -> None:
 
 def test_a_file_in_a_cell_that_is_too_large_is_refused(tmp_path: Path) -> None:
     what = pa.table({"image": [bytes(2**20), png(1)]})
-    source = open_source(save(tmp_path / "a.parquet", what), PackOptions(max_file_bytes=2**19))
+    source = open_source(save(tmp_path / "a.parquet", what), PackConfig(max_file_bytes=2**19))
     assert images(source) == [None, png(1)]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ddpm_ray.data.packing.pack_options import PackOptions
+from ddpm_ray.config.pack import PackConfig
 from ddpm_ray.data.packing.sources import open_source
 from ddpm_ray.data.samples import Source
 from ddpm_ray.data.shards import DatasetError
@@ -23,7 +23,7 @@ def labels(source: Source) -> list[int]:
 
 def opened(path: Path, files: dict[str, bytes], **options: str) -> Source:
     write_tar(path / "a.tar", files)
-    return open_source(str(path / "a.tar"), PackOptions(**options))  # type: ignore[arg-type]
+    return open_source(str(path / "a.tar"), PackConfig(**options))  # type: ignore[arg-type]
 
 
 def test_what_is_no_image_and_no_label_is_named(tmp_path: Path) -> None:

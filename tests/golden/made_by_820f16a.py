@@ -31,11 +31,11 @@ from PIL import Image
 from ray.tune.search import Searcher
 
 from ddpm_ray.config.loading import load
+from ddpm_ray.config.pack import PackConfig
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.sweep import SweepConfig
 from ddpm_ray.data.loader import ShardStream
 from ddpm_ray.data.packing import packer
-from ddpm_ray.data.packing.pack_options import PackOptions
 from ddpm_ray.data.shards import open_dataset
 from ddpm_ray.distributed import worker_group
 from ddpm_ray.reporting import Command, Progress
@@ -187,7 +187,7 @@ def _pack(home: Path) -> None:
         folder = home / "source" / CLASSES[number % len(CLASSES)]
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(folder / f"{number:03d}.png")
-    options = PackOptions(encoding="png", shard_bytes=SHARD_SAMPLES * SIDE * SIDE)
+    options = PackConfig(encoding="png", shard_bytes=SHARD_SAMPLES * SIDE * SIDE)
     plan = packer.plan(str(home / "source"), str(home / "data"), options)
     packer.finish(plan, [packer.pack_shard(plan, number) for number in range(plan.shards)])
 

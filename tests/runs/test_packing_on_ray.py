@@ -8,10 +8,9 @@ import pytest
 import ray
 from PIL import Image
 
-from ddpm_ray.config.jobs import PackConfig
+from ddpm_ray.config.pack import PackConfig
 from ddpm_ray.data.packing import packer
 from ddpm_ray.data.packing.image_files import BadImageError
-from ddpm_ray.data.packing.pack_options import PackOptions
 from ddpm_ray.runs.pack import pack
 
 SHARD_BYTES = 2 << 20  # 32 of the pictures below
@@ -39,7 +38,7 @@ def test_tasks_write_what_one_process_writes(cluster: None, pictures: Path, tmp_
     done: list[tuple[int, int]] = []
     config = PackConfig(shard_bytes=SHARD_BYTES, num_workers=2)
     result = pack(str(pictures), str(tmp_path / "ray"), config, lambda *count: done.append(count))
-    plan = packer.plan(str(pictures), str(tmp_path / "here"), PackOptions(shard_bytes=SHARD_BYTES))
+    plan = packer.plan(str(pictures), str(tmp_path / "here"), PackConfig(shard_bytes=SHARD_BYTES))
     here = packer.finish(plan, [packer.pack_shard(plan, n) for n in range(plan.shards)])
     assert done == [(1, 4), (2, 4), (3, 4), (4, 4)]
     assert result.report is not None

@@ -11,12 +11,12 @@ from typing import Literal, NamedTuple, get_args
 import numpy as np
 import numpy.typing as npt
 
+from ddpm_ray.config.pack import Split
 from ddpm_ray.data.shards import DatasetError
 from ddpm_ray.redaction import counted
 from ddpm_ray.storage import checksummed, object_store
 
 BuiltIn = Literal["digits", "mnist", "fashion-mnist", "cifar10"]
-Split = Literal["train", "test"]
 NAMES: tuple[str, ...] = get_args(BuiltIn)
 DOWNLOADS = "~/.cache/ddpm-ray/downloads"
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from ddpm_ray.config.pack import PackConfig
 from ddpm_ray.data.packing import class_names, metadata_files
 from ddpm_ray.data.packing.file_source import FileSource, Member, version_of
 from ddpm_ray.data.packing.metadata_files import Metadata
-from ddpm_ray.data.packing.pack_options import PackOptions
 from ddpm_ray.data.packing.source_files import SPLITS, SourceFiles
 from ddpm_ray.data.samples import groups, printable_name
 from ddpm_ray.data.shards import DatasetError
@@ -16,7 +16,7 @@ BELOW = "names of folders below the folders of the classes"
 UNUSED = "names of folders, which are no classes beside a metadata file"
 
 
-def folder_source(url: str, files: SourceFiles, options: PackOptions) -> FileSource:
+def folder_source(url: str, files: SourceFiles, options: PackConfig) -> FileSource:
     """The images of a folder. Raises DatasetError where they cannot be told apart.
 
     Without metadata a flat folder has no labels, and one with sub-folders has a class for each,
@@ -51,7 +51,7 @@ def folder_source(url: str, files: SourceFiles, options: PackOptions) -> FileSou
     )
 
 
-def _refuse_unused(url: str, files: SourceFiles, options: PackOptions) -> None:
+def _refuse_unused(url: str, files: SourceFiles, options: PackConfig) -> None:
     """Raise DatasetError for a key that chooses nothing in a folder of images."""
     if options.image_key:
         problem = f"image_key is {options.image_key!r}, and each image of a folder is a sample"

@@ -13,9 +13,9 @@ import posixpath
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from ddpm_ray.config.pack import PackConfig
 from ddpm_ray.data.packing import class_names
 from ddpm_ray.data.packing.class_names import Label
-from ddpm_ray.data.packing.pack_options import PackOptions
 from ddpm_ray.data.packing.source_files import SourceFiles
 from ddpm_ray.data.samples import NamedGroup, groups
 from ddpm_ray.data.shards import DatasetError
@@ -35,7 +35,7 @@ class Metadata:
     left_out: tuple[NamedGroup, ...] = ()
 
 
-def read(url: str, files: SourceFiles, options: PackOptions) -> Metadata:
+def read(url: str, files: SourceFiles, options: PackConfig) -> Metadata:
     """What the metadata files below `url` say. Raises DatasetError, naming file and line."""
     found = Metadata(list(files.metadata))
     named: set[str] = set()

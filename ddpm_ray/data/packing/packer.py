@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from ddpm_ray.config.pack import PackConfig
 from ddpm_ray.data import shards
 from ddpm_ray.data.packing import pack_report
 from ddpm_ray.data.packing.image_files import (
@@ -29,7 +30,6 @@ from ddpm_ray.data.packing.image_files import (
     from_pixels,
     pixels,
 )
-from ddpm_ray.data.packing.pack_options import PackOptions
 from ddpm_ray.data.packing.pack_report import PackReport, Record
 from ddpm_ray.data.packing.sources import open_source
 from ddpm_ray.data.resizing import resized
@@ -49,7 +49,7 @@ class Plan:
 
     source: Source
     destination: str
-    options: PackOptions
+    options: PackConfig
     recipe: Recipe
     shards: int
     shard_samples: int
@@ -77,7 +77,7 @@ class Fitted(NamedTuple):
     content_sha256: str
 
 
-def plan(source: str, destination: str, options: PackOptions) -> Plan:
+def plan(source: str, destination: str, options: PackConfig) -> Plan:
     """What is to be done; reads the source's list and its first good image.
 
     Raises DatasetError for an empty source or a destination that holds something else,
@@ -243,7 +243,7 @@ def _or_skip(error: BadImageError) -> BadImageError:
     return BadImageError(file, problem, f"{remedy}, or use on_bad_image=skip")
 
 
-def _first_image(name: str, source: Source, options: PackOptions) -> UInt8s:
+def _first_image(name: str, source: Source, options: PackConfig) -> UInt8s:
     """The first good image, which sets the channels and, without a resize, the size."""
     for sample in source.read(range(len(source))):
         try:
@@ -255,7 +255,7 @@ def _first_image(name: str, source: Source, options: PackOptions) -> UInt8s:
 
 
 def _fitted(
-    sample: Sample, options: PackOptions, image_shape: tuple[int, int, int] | None
+    sample: Sample, options: PackConfig, image_shape: tuple[int, int, int] | None
 ) -> tuple[UInt8s, tuple[str, ...]]:
     """uint8 [H, W, C] of the shape of all others, or any shape for the first, and its changes.
 

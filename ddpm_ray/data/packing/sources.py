@@ -16,11 +16,11 @@ from typing import cast
 import numpy as np
 import numpy.typing as npt
 
+from ddpm_ray.config.pack import PackConfig
 from ddpm_ray.data.packing import builtin_datasets
 from ddpm_ray.data.packing.builtin_datasets import BuiltIn
 from ddpm_ray.data.packing.folder_source import folder_source
 from ddpm_ray.data.packing.image_files import is_image
-from ddpm_ray.data.packing.pack_options import DEFAULTS, PackOptions
 from ddpm_ray.data.packing.source_files import (
     ARCHIVES,
     OTHER,
@@ -37,15 +37,16 @@ from ddpm_ray.data.shards import INDEX, MANIFEST, DatasetError
 from ddpm_ray.storage import object_store
 
 
-def open_source(source: str, options: PackOptions = DEFAULTS) -> Source:
+def open_source(source: str, options: PackConfig | None = None) -> Source:
     """The source of that name, folder, tar or table.
 
     An image file of more than `options.max_file_bytes` is named, but not read.
     Raises DatasetError where there is nothing to pack, StorageError where it cannot be read.
     """
+    options = options or PackConfig()
     if source in builtin_datasets.NAMES:
         name = cast(BuiltIn, source)
-        arrays = builtin_datasets.load(name, options.split, options.url, options.sha256)
+        arrays = builtin_datasets.load(name, options.split, options.url, options.file_hashes)
         return ArraySource(source, *arrays)
     source = object_store.absolute(source, Path.cwd())  # tasks run in folders of their own
     if "://" not in source:

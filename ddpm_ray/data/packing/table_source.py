@@ -15,10 +15,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from ddpm_ray.config.pack import PackConfig
 from ddpm_ray.data.packing import class_names, table_files
 from ddpm_ray.data.packing.class_names import Label
 from ddpm_ray.data.packing.file_source import version_of
-from ddpm_ray.data.packing.pack_options import PackOptions
 from ddpm_ray.data.packing.table_files import TableFile
 from ddpm_ray.data.samples import NamedGroup, Sample, groups, printable_name
 from ddpm_ray.data.shards import DatasetError
@@ -74,7 +74,7 @@ class TableSource:
 def table_source(
     folder: str,
     tables: Mapping[str, ObjectState],
-    options: PackOptions,
+    options: PackConfig,
     left_out: tuple[NamedGroup, ...] = (),
 ) -> TableSource:
     """The rows of these tables. Raises DatasetError where image or label cannot be told."""

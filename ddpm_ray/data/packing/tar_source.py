@@ -11,11 +11,11 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from ddpm_ray.config.pack import PackConfig
 from ddpm_ray.data.packing import class_names
 from ddpm_ray.data.packing.class_names import Label
 from ddpm_ray.data.packing.file_source import FileSource, Member, opened, version_of
 from ddpm_ray.data.packing.image_files import is_image
-from ddpm_ray.data.packing.pack_options import PackOptions
 from ddpm_ray.data.packing.source_files import HIDDEN, is_hidden
 from ddpm_ray.data.packing.tar_members import members
 from ddpm_ray.data.samples import NamedGroup, groups, printable_name
@@ -45,7 +45,7 @@ class Contents:
 def tar_source(
     folder: str,
     tars: Mapping[str, ObjectState],
-    options: PackOptions,
+    options: PackConfig,
     left_out: tuple[NamedGroup, ...] = (),
 ) -> FileSource:
     """The samples of these tars, in the order of tars and then keys. Raises DatasetError."""
@@ -88,7 +88,7 @@ def tar_source(
 
 
 def _contents(
-    url: str, options: PackOptions, others: dict[str, list[str]], json_keys: set[str]
+    url: str, options: PackConfig, others: dict[str, list[str]], json_keys: set[str]
 ) -> Contents:
     """What the tar at `url` holds; what is no part of a sample goes to `others`."""
     contents = Contents()
@@ -130,7 +130,7 @@ def _image(
     url: str,
     key: str,
     images: dict[str, tuple[int, int]],
-    options: PackOptions,
+    options: PackConfig,
     others: dict[str, list[str]],
 ) -> tuple[int, int] | None:
     """Offset and size of the sample's image; None where it lacks the one that was chosen."""
@@ -164,7 +164,7 @@ def _number(url: str, name: str, data: bytes) -> Label:
     return _checked(url, name, int(text))
 
 
-def _stated(url: str, name: str, data: bytes, options: PackOptions, json_keys: set[str]) -> Label:
+def _stated(url: str, name: str, data: bytes, options: PackConfig, json_keys: set[str]) -> Label:
     """The label in a .json file, or None; its other keys go to `json_keys`."""
     if len(data) > MOST_LABEL_BYTES:
         problem = f"{name} has more than {MOST_LABEL_BYTES} bytes"
