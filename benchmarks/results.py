@@ -2,7 +2,7 @@
 
     python benchmarks/results.py RUN CLASSIFIER DATA INCEPTION FOLDER [images]
 
-RUN is a run's folder, CLASSIFIER that of a run of model.kind=classifier on the same data, DATA the
+RUN is a run's folder, CLASSIFIER that of a run of task=classifier on the same data, DATA the
 shards of its held-out half, INCEPTION the file of evaluation.weights (folded .npz: 192 features are
 enough), FOLDER where tables.md and the pictures go. One process, no Ray; `images` samples for each
 score, 500 by default.

@@ -33,8 +33,8 @@ def train(config: RunConfig, _: Namespace) -> dict[str, Any]:
             f"{report['checkpoint']}; the same command continues"
         )
     no_pictures = "none: training.grid_every_steps is 0"
-    if config.model.kind == "classifier":
-        no_pictures = "none: a classifier draws no images"
+    if not config.traits.draws_images:
+        no_pictures = f"none: a {config.task} draws no images"
     scores = "  ".join(f"{key} {value:.4g}" for key, value in report["metrics"].items())
     print(
         f"checkpoint   {report['checkpoint']}",

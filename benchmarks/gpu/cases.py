@@ -69,7 +69,7 @@ OBJECTIVES: dict[str, list[str]] = {
     "micro batches": ["training.micro_batch_size=4"],
     "gradient_checkpointing": ["training.gradient_checkpointing=true"],
     "classifier": [
-        "model.kind=classifier", *LABELS, "training.grid_every_steps=0", "evaluation.num_images=0",
+        "task=classifier", *LABELS, "training.grid_every_steps=0", "evaluation.num_images=0",
         "evaluation.spectrum_every_steps=0",
     ],
     "three averages": ["training.ema_more_decays=[0.999,0.99]"],

@@ -71,9 +71,9 @@ def trained_model(
         return _of_diffusers(Path(url), device)
     where, snapshot = _checkpoint(url, ema)
     config = training_run.saved_config(snapshot.facts, url)
-    if config.model.kind == "classifier":
+    if not config.traits.draws_images:
         raise ConfigError(
-            f"{url} holds a classifier, which draws no images: use it as lead.classifier"
+            f"{url} holds a {config.task}, which draws no images: use it as lead.classifier"
         )
     height, width, channels = snapshot.facts["image_shape"]
     model = training_run.network(config, (height, width, channels))
@@ -128,14 +128,14 @@ def label_names(config: RunConfig, facts: Mapping[str, Any]) -> tuple[str, ...] 
 
 
 def trained_classifier(url: str, device: torch.device | str = "cpu") -> NoisyClassifier:
-    """Load the noisy-image classifier of a run with model.kind=classifier.
+    """Load the noisy-image classifier of a run with task=classifier.
 
     Raises CheckpointError, and ConfigError for a run that trained another kind of model.
     """
     _, snapshot = _checkpoint(url, "ema")
     config = training_run.saved_config(snapshot.facts, url)
-    if config.model.kind != "classifier":
-        raise ConfigError(f"{url} holds no classifier: train one with model.kind=classifier")
+    if not config.traits.predicts_labels:
+        raise ConfigError(f"{url} holds no classifier: train one with task=classifier")
     network = training_run.network(config, tuple(snapshot.facts["image_shape"]))
     assert isinstance(network, NoisyClassifier)
     network.load_state_dict(snapshot.tensors["ema"])

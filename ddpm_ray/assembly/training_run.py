@@ -61,17 +61,21 @@ def network(
             f"resize=centre-crop-box-bicubic image_size={min(height, width)}"
         )
     shared = sizes(model, height, channels)
-    if model.kind == "classifier":
-        return NoisyClassifier(**shared, num_classes=model.num_classes)
-    return UNet(
-        **shared,
-        gradient_checkpointing=gradient_checkpointing,
-        num_classes=model.num_classes,
-        condition_channels=channels
-        * (objective.self_conditioning + bool(objective.low_resolution_pixels)),
-        learns_variance=objective.variance != "fixed",
-        learns_uncertainty=objective.weighting == "uncertainty",
-    )
+    match config.task, model.network:
+        case "classifier", "unet":
+            return NoisyClassifier(**shared, num_classes=model.num_classes)
+        case "denoiser", "unet":
+            return UNet(
+                **shared,
+                gradient_checkpointing=gradient_checkpointing,
+                num_classes=model.num_classes,
+                condition_channels=channels
+                * (objective.self_conditioning + bool(objective.low_resolution_pixels)),
+                learns_variance=objective.variance != "fixed",
+                learns_uncertainty=objective.weighting == "uncertainty",
+            )
+        case never:
+            assert_never(never)
 
 
 def sizes(config: ModelConfig, image_size: int, image_channels: int) -> Sizes:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ddpm_ray.config.loading import option
+from ddpm_ray.config.option_fields import option
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from ddpm_ray.config.loading import option
+from ddpm_ray.config.option_fields import option
 
 MIB = 2**20
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ddpm_ray.config.loading import option
+from ddpm_ray.config.option_fields import option
 from ddpm_ray.config.sampling import SamplingConfig
 
 MARGINS = ("top", "bottom", "left", "right")

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from ddpm_ray.config.cluster import ClusterConfig
 from ddpm_ray.config.evaluation import EvaluationConfig
-from ddpm_ray.config.loading import option
+from ddpm_ray.config.option_fields import option
 from ddpm_ray.config.sampling import SamplingConfig
 from ddpm_ray.config.training import wrong_widths
 

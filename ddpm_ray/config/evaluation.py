@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from ddpm_ray.config.loading import option
+from ddpm_ray.config.option_fields import option
 from ddpm_ray.redaction import counted
 
 INCEPTION_URL = (

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ddpm_ray.config.loading import group, option
+from ddpm_ray.config.option_fields import group, option
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.fault_injection import FaultSyntaxError, parse_faults
 from ddpm_ray.redaction import counted

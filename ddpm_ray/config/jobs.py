@@ -6,7 +6,7 @@ from typing import Literal
 
 from ddpm_ray.config.cluster import ClusterConfig
 from ddpm_ray.config.evaluation import EvaluationConfig
-from ddpm_ray.config.loading import option
+from ddpm_ray.config.option_fields import option
 from ddpm_ray.config.sampling import SamplingConfig
 
 
@@ -17,7 +17,7 @@ class GuidanceModelConfig:
     weak_model: str = option("", "autoguidance: URI of a weaker model of the same data; empty: off")
     weak_scale: float = option(2.0, "autoguidance scale; 1: no effect", at_least=0)
     classifier: str = option(
-        "", "classifier guidance to sampling.labels: run folder, model.kind=classifier; empty: off"
+        "", "classifier guidance to sampling.labels: run folder, task=classifier; empty: off"
     )
     classifier_scale: float = option(1.0, "classifier guidance scale; 0: no effect", at_least=0)
     classifier_form: Literal["score", "mean"] = option(

@@ -5,13 +5,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from ddpm_ray.config.loading import option
+from ddpm_ray.config.former_keys import Former
+from ddpm_ray.config.option_fields import option
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    kind: Literal["unet", "classifier"] = option(
-        "unet", "unet: a denoiser; classifier: of noisy images, for guidance", defines_run=True
+    network: Literal["unet"] = option(
+        "unet",
+        "architecture; unet: Ho et al. 2020, of a classifier its downsampling half",
+        defines_run=True,
+        formerly=Former("model.kind", {"classifier": "unet"}),
     )
     base_channels: int = option(
         128, "channels of the first resolution level", at_least=1, defines_run=True

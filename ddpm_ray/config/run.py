@@ -11,11 +11,13 @@ from dataclasses import dataclass, field
 from ddpm_ray.config.cluster import ClusterConfig
 from ddpm_ray.config.data import DataConfig
 from ddpm_ray.config.evaluation import EvaluationConfig
-from ddpm_ray.config.loading import option
+from ddpm_ray.config.former_keys import Former
 from ddpm_ray.config.model import ModelConfig
 from ddpm_ray.config.objective import ObjectiveConfig
+from ddpm_ray.config.option_fields import option
 from ddpm_ray.config.sampling import Conditioned, SamplingConfig
 from ddpm_ray.config.schedule import ScheduleConfig
+from ddpm_ray.config.task import TRAITS, Task, TaskTraits
 from ddpm_ray.config.tracking import TrackingConfig
 from ddpm_ray.config.training import TrainingConfig
 
@@ -26,6 +28,12 @@ class RunConfig:
 
     name: str = option("", "name of the run; the same name in the same storage continues it")
     storage: str = option("runs", "folder or fsspec URL of the runs and their checkpoints")
+    task: Task = option(
+        "denoiser",
+        "what is trained: a denoiser, or a classifier of noisy images for guidance",
+        defines_run=True,
+        formerly=Former("model.kind", {"unet": "denoiser"}),
+    )
     seed: int = option(
         0, "random seed of weights, data order, timesteps and noise", at_least=0, defines_run=True
     )
@@ -38,6 +46,11 @@ class RunConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+
+    @property
+    def traits(self) -> TaskTraits:
+        """What the trained model can do."""
+        return TRAITS[self.task]
 
     @property
     def conditioned(self) -> Conditioned:
@@ -69,7 +82,7 @@ class RunConfig:
         yield from self.sampling.problems("sampling", self.schedule.num_steps)
         yield from self.sampling.incompatibilities("sampling", self.conditioned)
         yield from self.evaluation.problems()
-        yield from self._classifier_problems()
+        yield from self._task_problems()
         batch, workers, lanes = (
             self.training.global_batch_size,
             self.cluster.num_workers,
@@ -92,18 +105,18 @@ class RunConfig:
                 f"data.lanes={lanes} must divide it: try {batch - rest or unit}"
             )
 
-    def _classifier_problems(self) -> Iterator[str]:
-        if self.model.kind != "classifier":
-            return
-        if self.model.num_classes < 2:
+    def _task_problems(self) -> Iterator[str]:
+        if self.traits.predicts_labels and self.model.num_classes < 2:
             yield (
-                f"model.num_classes is {self.model.num_classes}; a classifier needs the number of "
+                f"model.num_classes is {self.model.num_classes}; a {self.task} needs the number of "
                 f"labels in the data, at least 2"
             )
+        if self.traits.draws_images:
+            return
         for key, value in (
             ("evaluation.num_images", self.evaluation.num_images),
             ("evaluation.spectrum_every_steps", self.evaluation.spectrum_every_steps),
             ("training.grid_every_steps", self.training.grid_every_steps),
         ):
             if value:
-                yield f"{key} is {value}; a classifier draws no samples: set it to 0"
+                yield f"{key} is {value}; a {self.task} draws no images: set it to 0"

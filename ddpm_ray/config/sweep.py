@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ddpm_ray.config.evaluation import EvaluationConfig
-from ddpm_ray.config.loading import complaint, group, option
+from ddpm_ray.config.loading import complaint
+from ddpm_ray.config.option_fields import group, option
 from ddpm_ray.config.run import RunConfig
 
 Branch = Mapping[str, Any]  # dotted key of the run -> a list of choices, or a range

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from ddpm_ray.config.loading import option
+from ddpm_ray.config.option_fields import option
 
 PLAIN_MEAN = 0.2886  # relative width of the plain mean; wider power profiles favour the start
 

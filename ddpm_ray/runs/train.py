@@ -120,7 +120,7 @@ def train(
                 "run the same command once MLflow answers: it sends them and finishes the run",
             )
         tracked = tracked or mlflow_runs.open_run(metadata)
-        if finished and config.model.kind == "unet":
+        if finished and config.traits.draws_images:
             model_registry.log_model(tracked, ended["checkpoint"], "ddpm_ray.tracking.pyfunc_model")
     except BaseException as error:
         status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
@@ -286,7 +286,7 @@ def _report(
     config: RunConfig, folder: str, tracked: TrackedRun, ended: dict[str, Any]
 ) -> dict[str, Any]:
     folder, step = object_store.join(folder, "pictures"), ended["step"]
-    draws = config.model.kind == "unet" and config.training.grid_every_steps > 0
+    draws = config.traits.draws_images and config.training.grid_every_steps > 0
     return {
         "name": config.name,
         "run_id": tracked.run_id,

@@ -116,7 +116,7 @@ def assemble(
     check = writer.store.check_lease
     sink = _tracker(config, settings, unsent, check) if workers.is_main else None
     gallery = _gallery(config, settings["folder"], dataset, state, workers, sink)
-    draws = config.model.kind == "unet"
+    draws = config.traits.draws_images
     return Run(
         plan=training_run.plan(config, workers.count),
         state=state,

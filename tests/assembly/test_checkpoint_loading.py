@@ -164,7 +164,7 @@ def committed(config: RunConfig, folder: Path) -> str:
 
 
 CLASSIFIER = (
-    "model.kind=classifier", "model.num_classes=3", "training.grid_every_steps=0",
+    "task=classifier", "model.num_classes=3", "training.grid_every_steps=0",
 )  # fmt: skip
 
 
@@ -173,7 +173,7 @@ def test_a_classifier_and_a_model_are_not_taken_for_each_other(tmp_path: Path) -
     unet = committed(configured(), tmp_path / "unet")
     with pytest.raises(ConfigError, match=r"holds a classifier, which draws no images"):
         checkpoint_loading.trained_model(classifier)
-    with pytest.raises(ConfigError, match=r"holds no classifier: train one with model\.kind="):
+    with pytest.raises(ConfigError, match=r"holds no classifier: train one with task=classifier"):
         checkpoint_loading.trained_classifier(unet)
     logits = checkpoint_loading.trained_classifier(classifier)(
         torch.zeros(2, 3, 8, 8), torch.tensor([1, 30])

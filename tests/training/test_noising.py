@@ -218,7 +218,7 @@ def test_loss_moments_steer_t_and_what_each_loss_weighs_evens_it_out() -> None:
 def test_a_classifier_is_asked_for_the_label_of_what_it_sees() -> None:
     """Logits of 0 cost log K nats; those of the truth, large, nothing."""
     made = objective(
-        "model.kind=classifier", "model.num_classes=5", "training.grid_every_steps=0",
+        "task=classifier", "model.num_classes=5", "training.grid_every_steps=0",
         "model.attention_resolutions=[4]",
     )  # fmt: skip
     noisy = shown(made)
@@ -241,7 +241,7 @@ def test_a_classifier_is_asked_for_the_label_of_what_it_sees() -> None:
         ("objective.self_conditioning=true", "objective.low_resolution_pixels=2"),
         ("model.num_classes=5", "objective.prediction=v", "schedule.zero_terminal_snr=true"),
         (
-            "model.kind=classifier", "model.num_classes=5", "training.grid_every_steps=0",
+            "task=classifier", "model.num_classes=5", "training.grid_every_steps=0",
             "model.attention_resolutions=[4]",
         ),
     ],

@@ -109,7 +109,7 @@ def test_an_image_without_a_label_counts_as_one_of_the_null_label(name: str) -> 
 
 
 def test_a_classifier_learns_nothing_of_an_image_without_a_label() -> None:
-    losses = torch.tensor(trained(SOME, "model.kind=classifier", "training.grid_every_steps=0"))
+    losses = torch.tensor(trained(SOME, "task=classifier", "training.grid_every_steps=0"))
     labelled = SOME >= 0
     assert not losses[~labelled].any()
     assert (losses[labelled] > 0).all()
