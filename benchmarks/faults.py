@@ -174,33 +174,33 @@ def kills(folder: Path, options: argparse.Namespace) -> list[Line]:
             with planned(home, KILLS):
                 done[name].append(contestant(home, STEPS, EVERY, len(KILLS.split())))
     waits = {name: [s for one in runs for s in one.to_new_step_s()] for name, runs in done.items()}
-    told = {
+    results = {
         name: {what: " ".join(f"{getattr(one, what)}" for one in runs) for what in COUNTS}
         for name, runs in done.items()
     }
     mine, ratio = done["ours"], median(waits["ours"]) / median(waits["plain"])
     quick = median(waits["ours"]) <= 12 and ratio <= 0.5
-    told_s = {name: shown(took_s) for name, took_s in waits.items()}
+    results_s = {name: shown(took_s) for name, took_s in waits.items()}
     return [
         Line(
             "repeated steps (the least possible)",
-            {name: f"{t['repeated']} ({t['least']})" for name, t in told.items()},
+            {name: f"{t['repeated']} ({t['least']})" for name, t in results.items()},
             "the least",
             all(one.repeated == one.least for one in mine),
         ),
         Line(
             "newest checkpoints ignored, orphans",
-            {name: f"{t['ignored']}, {t['orphans']}" for name, t in told.items()},
+            {name: f"{t['ignored']}, {t['orphans']}" for name, t in results.items()},
             "0, 0",
             not any(one.ignored or one.orphans for one in mine),
         ),
         Line(
             f"rows in MLflow for {STEPS} steps",
-            {name: t["rows"] for name, t in told.items()},
+            {name: t["rows"] for name, t in results.items()},
             f"{STEPS}",
             all(one.rows == STEPS for one in mine),
         ),
-        Line("kill to next new step, s", told_s, "12, x0.5", quick, f"x{ratio:.2f}"),
+        Line("kill to next new step, s", results_s, "12, x0.5", quick, f"x{ratio:.2f}"),
     ]
 
 
@@ -226,8 +226,8 @@ def frozen(folder: Path, options: argparse.Namespace) -> list[Line]:
         silent = run.is_alive()
         os.kill(next(one.pid for one in noted(home) if one.rank == 1), signal.SIGCONT)
         run.join()
-    told = f"{'>' if silent else '<'} {options.patience:.0f}"
-    both = {"ours": f"{took_s:.1f}", "plain": told}
+    results = f"{'>' if silent else '<'} {options.patience:.0f}"
+    both = {"ours": f"{took_s:.1f}", "plain": results}
     return [Line("frozen worker: until named, s", both, "30", took_s <= 30)]
 
 
@@ -239,7 +239,7 @@ def useful(folder: Path, options: argparse.Namespace) -> list[Line]:
         faulted.home.mkdir()
         killer = threading.Thread(target=kill_each_minute, args=(faulted, options.minutes))
         killer.start()
-        # Of whichever kind it is: the notes tell whether it went as planned.
+        # Of whichever kind it is: the notes show whether it went as planned.
         with contextlib.suppress(worker_group.RunFailedError, ray.train.TrainingFailedError):
             contestant(faulted.home, FOREVER, SELDOM, options.minutes)
         killer.join()

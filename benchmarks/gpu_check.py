@@ -74,7 +74,7 @@ def machine(toy: bool) -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """Of the checkout, where git tells."""
+    """The commit of the checkout, where git knows it."""
     command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         done = subprocess.run(command, capture_output=True, text=True, timeout=10)

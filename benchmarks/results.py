@@ -42,7 +42,7 @@ SCALES = 0.0, 1.0, 1.5, 2.0, 3.0, 5.0, 8.0
 BATCH, NAME = 100, "eval/fid192"
 
 
-class Judge:
+class Scorer:
     """Scores plans of one model, and says which images a classifier takes for their label."""
 
     def __init__(
@@ -69,7 +69,7 @@ class Judge:
 
 
 def table(head: list[str], rows: Iterator[list[str]]) -> Iterator[str]:
-    """Lines of Markdown, told as they come."""
+    """Yield the lines of a Markdown table; print each row as it is computed."""
     for cells in (head, ["---"] * len(head)):
         yield "| " + " | ".join(cells) + " |"
     for cells in rows:
@@ -77,7 +77,7 @@ def table(head: list[str], rows: Iterator[list[str]]) -> Iterator[str]:
         yield "| " + " | ".join(cells) + " |"
 
 
-def by_sampler(model: TrainedModel, judge: Judge) -> Iterator[list[str]]:
+def by_sampler(model: TrainedModel, scorer: Scorer) -> Iterator[list[str]]:
     """Each sampler at each number of steps, evenly spaced in t or, as solvers want, in log-SNR."""
     schedule = model.denoiser.schedule
     for sampler in SAMPLERS:
@@ -90,32 +90,32 @@ def by_sampler(model: TrainedModel, judge: Judge) -> Iterator[list[str]]:
             )
             for n in STEPS
         ]
-        yield [sampler, *(judge.score(model, plan) for plan in plans)]
+        yield [sampler, *(scorer.score(model, plan) for plan in plans)]
 
 
-def by_scale(model: TrainedModel, judge: Judge) -> Iterator[list[str]]:
+def by_scale(model: TrainedModel, scorer: Scorer) -> Iterator[list[str]]:
     """Guidance: distance, and how many samples are taken for their label."""
-    labels = torch.arange(judge.images) % model.denoiser.num_classes
+    labels = torch.arange(scorer.images) % model.denoiser.num_classes
     for scale in SCALES:
         plan = replace(model.plan(steps=20, sampler="unipc"), guidance=Guidance(scale))
-        images = model.draw(plan, judge.images, BATCH)
-        right = 100 * judge.accuracy(images, labels)
-        yield [f"{scale:g}", judge.score(model, plan), f"{right:.1f} %"]
+        images = model.draw(plan, scorer.images, BATCH)
+        right = 100 * scorer.accuracy(images, labels)
+        yield [f"{scale:g}", scorer.score(model, plan), f"{right:.1f} %"]
 
 
-def by_average(run: str, judge: Judge) -> Iterator[list[str]]:
+def by_average(run: str, scorer: Scorer) -> Iterator[list[str]]:
     """Samples of the averaged weights beside those of the last step's."""
     for name, group in (("EMA", "ema"), ("last step's", "model")):
         model = loaded(run, group)
         plans = [model.plan(steps=50, sampler=sampler) for sampler in AVERAGED]
-        yield [name, *(judge.score(model, plan) for plan in plans)]
+        yield [name, *(scorer.score(model, plan) for plan in plans)]
 
 
 def sheet(rows: dict[str, list[Images]], above: list[str]) -> Image.Image:
     """A picture with a row of equal groups of images for each name."""
     images = np.concatenate([group for row in rows.values() for group in row])
     wide = sum(len(group) for group in next(iter(rows.values())))
-    return captioned(grid(images, wide), above=above, beside=[*rows])
+    return captioned(grid(images, wide), above=above, row_captions=[*rows])
 
 
 def pictures(model: TrainedModel, data: str, folder: Path) -> None:
@@ -163,16 +163,18 @@ def main() -> None:
     images, folder = int(sys.argv[6]) if len(sys.argv) > 6 else 500, Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     model = loaded(run)
-    judge = Judge(data, Path(inception), checkpoint_loading.trained_classifier(classifier), images)
+    scorer = Scorer(
+        data, Path(inception), checkpoint_loading.trained_classifier(classifier), images
+    )
     pictures(model, data, folder)
     held_out = next(iter(read_images(open_dataset(data), [0])))
     some = torch.arange(2000) * len(held_out.images) // 2000  # packed by class
-    known = judge.accuracy(held_out.images[some].numpy(), held_out.labels[some])
+    known = scorer.accuracy(held_out.images[some].numpy(), held_out.labels[some])
     lines = [
         f"The classifier takes {100 * known:.1f} % of held-out images for their label.", "",
-        *table(["sampler", *(f"{n} steps" for n in STEPS)], by_sampler(model, judge)), "",
-        *table(["guidance scale", NAME, "taken for their label"], by_scale(model, judge)), "",
-        *table(["weights", *(f"{name}, 50 steps" for name in AVERAGED)], by_average(run, judge)),
+        *table(["sampler", *(f"{n} steps" for n in STEPS)], by_sampler(model, scorer)), "",
+        *table(["guidance scale", NAME, "taken for their label"], by_scale(model, scorer)), "",
+        *table(["weights", *(f"{name}, 50 steps" for name in AVERAGED)], by_average(run, scorer)),
     ]  # fmt: skip
     (folder / "tables.md").write_text("\n".join(lines) + "\n")
 

@@ -55,7 +55,7 @@ CONF = Path(__file__).parents[1] / "conf"
 STARTS = 4  # trials of a round, and so many bare starts less one
 AT_ONCE = 4  # simulated trials side by side
 PUBLISH_EVERY = 100  # trials that are over
-STEPS, EVERY = 240, 40  # of a simulated trial, and between its probes
+STEPS, EVERY = 240, 40  # of a simulated trial, and between its validation losses
 SCORE, PICTURE = "eval/fd_digits", "samples.png"
 TINY = (
     "run.model.base_channels=16", "run.model.channel_mults=[1,2]", "run.model.groups=4",
@@ -136,7 +136,7 @@ def simulate(folder: Path, search: str, trials: int) -> None:
         if not active:
             break
         for name, stub in [*active.items()]:
-            tune.on_trial_result(name, {EVENT: json.dumps(stub.probe())})
+            tune.on_trial_result(name, {EVENT: json.dumps(stub.validation_loss())})
             if stub.number in stopped or stub.step >= STEPS:
                 tune.on_trial_result(name, {EVENT: json.dumps(stub.ended())})
                 tune.on_trial_complete(name)
@@ -173,11 +173,11 @@ class Stub:
         model = client.create_logged_model(run.experiment_id, "model", self._run.run_id)
         client.log_outputs(self._run.run_id, [LoggedModelOutput(model.model_id, 0)])
 
-    def probe(self) -> dict[str, Any]:
+    def validation_loss(self) -> dict[str, Any]:
         self.step += EVERY
         spectrum = [(self._loss + EVERY / self.step) / (1 + math.exp(level)) for level in LEVELS]
-        probe = {"step": self.step, "loss": sum(spectrum), "spectrum": spectrum}
-        return {"number": self.number, "kind": "probe", "probe": probe}
+        loss = {"step": self.step, "loss": sum(spectrum), "spectrum": spectrum}
+        return {"number": self.number, "kind": "validation_loss", "validation_loss": loss}
 
     def ended(self) -> dict[str, Any]:
         finished, loss = self.step >= STEPS, self._loss

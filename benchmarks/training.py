@@ -73,8 +73,8 @@ def bare_step(run: Run) -> Callable[[], None]:
     return step
 
 
-def beside_network(run: Run) -> Callable[[], None]:
-    """What our step does beside the network: t, noise, clip, Adam, EMA, and keeping the losses."""
+def besidess_network(run: Run) -> Callable[[], None]:
+    """What our step does besides the network: t, noise, clip, Adam, EMA, and keeping the losses."""
     objective, state, plan = run.objective, run.state, run.plan
     positions, losses = torch.arange(BATCH), torch.rand(BATCH)
     labels = torch.full((BATCH,), -1)
@@ -117,8 +117,8 @@ def worker(settings: dict[str, Any]) -> dict[str, Any]:
         "grid": timed(lambda: run.draw_grid(run.state.step)),
     }
     run.checkpoints.wait()
-    parts = beside_network(run)
-    times["beside"] = [timed(parts) for _ in range(5 * settings["rounds"])]
+    parts = besidess_network(run)
+    times["besides"] = [timed(parts) for _ in range(5 * settings["rounds"])]
     wait_share = (run.stream.waited_s - waited_s) / own_wall_s
     run.stream.close()
     if run.sink is not None:
@@ -167,12 +167,12 @@ def main() -> None:
     for name, seconds in times.items():
         print(f"{name:<44} {median(seconds) * 1e3:8.1f} ms CPU")
     print(f"{'ours / bare, images per CPU s':<44} {shown(ratios)}")
-    beside = median(times["beside"]) / step_s
-    print(f"{'noise, clip, Adam, EMA, log: share of step':<44} {beside:8.4f}")
+    besides = median(times["besides"]) / step_s
+    print(f"{'noise, clip, Adam, EMA, log: share of step':<44} {besides:8.4f}")
     print(f"{'ours: waiting for data, share of wall':<44} {found['wait_share']:8.4f}")
     print(f"{'rows, checkpoint copy, grid: share of step':<44} {per_step / step_s:8.4f}"
           f"   (grid {around['grid']:.1f} s, copy {around['save']:.2f} s)")  # fmt: skip
-    print(json.dumps({"ours_over_bare": median(ratios), "beside_network": beside}))
+    print(json.dumps({"ours_over_bare": median(ratios), "besides_network": besides}))
 
 
 def shown(values: list[float]) -> str:

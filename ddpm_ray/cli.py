@@ -146,7 +146,7 @@ class ProgressLine:
     def __init__(self, unit: str) -> None:
         self._unit = unit
         self._first: tuple[float, int] | None = None  # when, and how far it was then
-        self._told = (float("-inf"), -1)
+        self._logged = (float("-inf"), -1)
         console = Console(stderr=True)
         self._bar = (
             Progress(
@@ -165,7 +165,7 @@ class ProgressLine:
         """Show that `done` of `total` units are done."""
         now = time.monotonic()
         since, start = self._first = self._first or (now, done)
-        if done == self._told[1]:
+        if done == self._logged[1]:
             return
         if self._bar is not None:
             if not self._bar.tasks:
@@ -174,14 +174,14 @@ class ProgressLine:
             self._bar.update(self._bar.task_ids[0], completed=done, description=note)
             if done == total:
                 self._bar.stop()
-        elif done == total or now - self._told[0] >= min(30.0, max(1.0, (now - since) / 10)):
+        elif done == total or now - self._logged[0] >= min(30.0, max(1.0, (now - since) / 10)):
             left = (now - since) / (done - start) * (total - done) if done > start else None
             ahead = f"  {_duration(left)} left" if left is not None and done < total else ""
             text = f"{self._unit} {done}/{total}  {note}".rstrip() + ahead
             print(text, file=sys.stderr, flush=True)
         else:
             return
-        self._told = (now, done)
+        self._logged = (now, done)
 
 
 class _Parser(argparse.ArgumentParser):

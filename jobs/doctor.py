@@ -17,7 +17,7 @@ from ddpm_ray.config.jobs import DoctorConfig
 
 
 def doctor(config: DoctorConfig, _: Namespace) -> dict[str, Any]:
-    """Each finding; raises UnhealthyError, with the findings told, where one is a failure."""
+    """Print each finding. Raises UnhealthyError with all findings where one is a failure."""
     from ddpm_ray.runs.doctor.doctor import (  # after the config is read
         UnhealthyError,
         examine,
@@ -29,7 +29,7 @@ def doctor(config: DoctorConfig, _: Namespace) -> dict[str, Any]:
     failed = [one.check for one in findings if one.verdict == "fail"]
     report = {"failed": failed, "findings": [vars(one) for one in findings]}
     if failed:
-        print(json.dumps(report), flush=True)  # main() tells results of jobs that end well
+        print(json.dumps(report), flush=True)  # main() prints the results of jobs that succeed
         raise UnhealthyError(f"{len(failed)} of {len(findings)} checks failed: {', '.join(failed)}")
     return report
 

@@ -26,7 +26,7 @@ from ddpm_ray.config.sweep import SweepConfig
 
 
 def sweep(config: SweepConfig, _: Namespace) -> dict[str, Any]:
-    """The sweep's report; the table of its trials is told on stderr."""
+    """Return the sweep's report; print the table of its trials to stderr."""
     from ddpm_ray.sweep.driver import sweep as run
     from ddpm_ray.sweep.leaderboard import as_text, standings  # heavy: after the config is read
 
@@ -37,7 +37,7 @@ def sweep(config: SweepConfig, _: Namespace) -> dict[str, Any]:
         as_text(standings(outcome.trials, score), score),
         f"winner       {winner['values'] if winner else 'none: no trial finished'}",
         f"checkpoint   {winner['checkpoint'] if winner else '-'}",
-        f"champion     {_told(champion) if champion else '-'}",
+        f"champion     {_champion_text(champion) if champion else '-'}",
         f"MLflow run   {report['run_id']} in {report['tracking_uri']}",
         f"to see it    {way_to_see(report['tracking_uri'], report['page'])}",
         sep="\n",
@@ -50,7 +50,7 @@ def sweep(config: SweepConfig, _: Namespace) -> dict[str, Any]:
     return report
 
 
-def _told(champion: dict[str, Any]) -> str:
+def _champion_text(champion: dict[str, Any]) -> str:
     name = f"models:/{champion['name']}@champion"
     return f"{name}, version {champion['version']}: {champion['reason']}"
 

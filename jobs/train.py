@@ -17,7 +17,7 @@ from ddpm_ray.config.run import RunConfig
 
 
 def train(config: RunConfig, _: Namespace) -> dict[str, Any]:
-    """The run's report; what people want to know is told on stderr."""
+    """Return the run's report; print a summary to stderr."""
     from ddpm_ray.runs.train import train as run  # heavy: after the config is checked
 
     line = ProgressLine("step")

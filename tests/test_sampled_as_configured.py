@@ -29,7 +29,7 @@ from ddpm_ray.sampling.image_grid import grid
 from ddpm_ray.storage import object_store
 from ddpm_ray.tracking.pyfunc_model import _load_pyfunc
 from ddpm_ray.training.checkpoints import CheckpointStore
-from ddpm_ray.training.sample_grids import GRID_IMAGES, Gallery
+from ddpm_ray.training.sample_grids import GRID_IMAGES, SampleGridLogger
 from tests.limits import ENDS_S
 from tests.training.test_sample_grids import Wall
 
@@ -83,7 +83,7 @@ def saved_run(folder: Path, *overrides: str, **facts: Any) -> tuple[str, Pixels]
     wall, workers = Wall(), Workers(0, 1, CPU)
     place, size = str(folder / "pictures"), config.sampling.batch_size
     with torch.inference_mode():
-        Gallery(denoiser, plan, (1, 4, 4), workers, place, wall, size).show_grid(0)
+        SampleGridLogger(denoiser, plan, (1, 4, 4), workers, place, wall, size).show_grid(0)
     return str(folder), np.asarray(wall.pictures["samples", 0])
 
 

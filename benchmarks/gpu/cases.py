@@ -32,7 +32,7 @@ from ddpm_ray.training import validation_loss
 from ddpm_ray.training.checkpoints import CheckpointStore
 from ddpm_ray.training.ema_snapshots import SNAPSHOTS, SnapshotStore, averaged
 from ddpm_ray.training.loop import report, save, take_step
-from ddpm_ray.training.sample_grids import Gallery
+from ddpm_ray.training.sample_grids import SampleGridLogger
 
 LABELS = ["model.num_classes=4"]
 LEARNED = ["objective.variance=learned_range", "objective.loss=hybrid"]
@@ -130,9 +130,9 @@ def cases() -> dict[str, Case]:
         "score: bits per dimension, learned": partial(_bits_per_dim, LEARNED),
         "score: flow likelihood": _flow_likelihood,
         "score: flow likelihood, exact": _exact_likelihood,
-        "look: probe": _probe,
-        "look: denoising strip": _strip,
-        "look: grid of enlarged images": _grid,
+        "picture: validation loss": _validation_loss,
+        "picture: denoising strip": _strip,
+        "picture: grid of enlarged images": _grid,
         "checkpoint: loaded to sample": _loaded,
         "checkpoint: averages of another width": _averaged,
         "checkpoint: save and restore": partial(_checkpoint, []),
@@ -251,7 +251,7 @@ def _enlarge(device: torch.device) -> None:
     model.enlarge(_known(2, 4), steps=3)
 
 
-def _judge(device: torch.device) -> FeatureNet:
+def _feature_net(device: torch.device) -> FeatureNet:
     """Six features of an image, and three classes: a fixed network of a few numbers."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(3 * SIDE * SIDE, 6, generator=generator).to(device)
@@ -264,7 +264,7 @@ def _judge(device: torch.device) -> FeatureNet:
 
 def _evaluation(num_images: int, device: torch.device) -> None:
     """Every score of samples against data, and what the numbers depend on."""
-    config, workers, net = config_of([]), Workers(0, 1, device), _judge(device)
+    config, workers, net = config_of([]), Workers(0, 1, device), _feature_net(device)
     _, denoiser = denoiser_of(config, device)
     with tempfile.TemporaryDirectory() as folder:
         known = reference(packed(folder), net, workers, kernel_images=8, batch_size=10)
@@ -279,12 +279,12 @@ def _evaluation(num_images: int, device: torch.device) -> None:
 
 
 def _nearest(device: torch.device) -> None:
-    workers, net = Workers(0, 1, device), _judge(device)
+    workers, net = Workers(0, 1, device), _feature_net(device)
     with tempfile.TemporaryDirectory() as folder:
         dataset = packed(folder)
         samples = memorisation.spread(dataset, 4, workers)
-        for eyes in (None, net):
-            found = memorisation.nearest(samples, dataset, workers, eyes)
+        for feature_net in (None, net):
+            found = memorisation.nearest(samples, dataset, workers, feature_net)
             own = torch.arange(4) * 24 // 4
             _require(torch.equal(found.position[:, 0], own), "an image is not its own nearest")
 
@@ -316,7 +316,7 @@ def _exact_likelihood(device: torch.device) -> None:
     _require(bool(bits.isfinite().all()), "bits are not finite")
 
 
-def _probe(device: torch.device) -> None:
+def _validation_loss(device: torch.device) -> None:
     state, denoiser = denoiser_of(config_of([]), device)
     count = 2 * len(validation_loss.LEVELS)
     labels = torch.zeros(count, dtype=torch.int64)
@@ -343,7 +343,7 @@ def _grid(device: torch.device) -> None:
     with tempfile.TemporaryDirectory() as folder:
         data = replace(config.data, cache_dir=folder)
         shown = training_run.with_low_resolution(denoiser, data, packed(folder), 4, device)
-        Gallery(shown, plan, SHAPE, Workers(0, 1, device), folder, Notes()).show_grid(0)
+        SampleGridLogger(shown, plan, SHAPE, Workers(0, 1, device), folder, Notes()).show_grid(0)
 
 
 def _loaded(device: torch.device) -> None:

@@ -50,12 +50,12 @@ def outcomes(only: str) -> dict[str, str | None]:
     from benchmarks.gpu.fake_cuda import fake_cuda
     from benchmarks.gpu.measured import deterministic
 
-    told: dict[str, str | None] = {}
+    results: dict[str, str | None] = {}
     for name, case in cases().items():
         if only in name:
             with fake_cuda() as device, deterministic():
-                told[name] = outcome(lambda: case(device))  # noqa: B023  # called here
-    return told
+                results[name] = outcome(lambda: case(device))  # noqa: B023  # called here
+    return results
 
 
 def outcome(action: Callable[[], None]) -> str | None:
@@ -79,18 +79,18 @@ def syncs() -> dict[str, list[str]]:
     from benchmarks.gpu.tiny import config_of, run_of
     from ddpm_ray.training.loop import take_step
 
-    told = {}
+    results = {}
     for name, keys in SETTINGS.items():
         with fake_cuda() as device:
             run = run_of(config_of(keys), device)
             take_step(run)
             SYNCS.clear()
             take_step(run)
-        told[name] = [
+        results[name] = [
             f"{count} x {sync.kind}: {sync.module} {sync.function}: {sync.expression}"
             for sync, count in sorted(SYNCS.counts.items())
         ]
-    return told
+    return results
 
 
 def main() -> None:

@@ -108,22 +108,22 @@ Section: TypeAlias = Callable[[Place], Iterator[Row]]
 def cases(place: Place) -> Iterator[Row]:
     """Everything that a run does on its device, small: the cases of the tests."""
     try:
-        told = _on_cuda(place) if place.device.type == "cuda" else _on_fake_cuda(place)
+        results = _on_cuda(place) if place.device.type == "cuda" else _on_fake_cuda(place)
     except NoFakeCudaError as error:
         yield Row("cases", {}, f"not run: {error}")
         return
-    broken = {name: problem for name, problem in told.items() if problem is not None}
-    yield Row("cases", {"work": len(told) - len(broken), "fail": len(broken)})
+    broken = {name: problem for name, problem in results.items() if problem is not None}
+    yield Row("cases", {"work": len(results) - len(broken), "fail": len(broken)})
     yield from (Row(name, {"works": False}, problem) for name, problem in broken.items())
     if place.device.type == "cuda":
         yield Row("waits for the device", {"a step": _waits(place.device)})
     if broken:
-        raise RuntimeError(f"{len(broken)} of {len(told)} cases fail")
+        raise RuntimeError(f"{len(broken)} of {len(results)} cases fail")
 
 
 def _on_fake_cuda(place: Place) -> dict[str, str | None]:
-    told: dict[str, str | None] = on_fake_cuda.found(limit_s=max(1.0, place.left_s))["cases"]
-    return _with_pillow(told)
+    results: dict[str, str | None] = on_fake_cuda.found(limit_s=max(1.0, place.left_s))["cases"]
+    return _with_pillow(results)
 
 
 def _on_cuda(place: Place) -> dict[str, str | None]:
@@ -133,16 +133,18 @@ def _on_cuda(place: Place) -> dict[str, str | None]:
 
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first product
     acts = {name: partial(whole, case) for name, case in all_cases().items()}
-    told = {name: on_fake_cuda.outcome(act) for name, act in acts.items()}
+    results = {name: on_fake_cuda.outcome(act) for name, act in acts.items()}
     with deterministic():
-        told |= {f"deterministic, {name}": on_fake_cuda.outcome(act) for name, act in acts.items()}
-    return _with_pillow(told)
+        results |= {
+            f"deterministic, {name}": on_fake_cuda.outcome(act) for name, act in acts.items()
+        }
+    return _with_pillow(results)
 
 
-def _with_pillow(told: dict[str, str | None]) -> dict[str, str | None]:
+def _with_pillow(results: dict[str, str | None]) -> dict[str, str | None]:
     """Without what only failed because pictures need Pillow, where that is not installed."""
     missing = "No module named 'PIL'"
-    return {name: problem for name, problem in told.items() if missing not in (problem or "")}
+    return {name: problem for name, problem in results.items() if missing not in (problem or "")}
 
 
 def _waits(device: torch.device) -> int:
@@ -150,14 +152,14 @@ def _waits(device: torch.device) -> int:
     run = run_of(config_of([]), device)
     take_step(run)
     wait(device)
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as results:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         try:
             take_step(run)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    return sum("synchroniz" in str(one.message) for one in told)
+    return sum("synchroniz" in str(one.message) for one in results)
 
 
 def steps(place: Place) -> Iterator[Row]:
@@ -278,12 +280,12 @@ def checkpoint(place: Place) -> Iterator[Row]:
         alone = repeated(partial(take_step, run), place.device, place.round_s).ms
         begun = time.perf_counter()
         save(run)
-        stall_s, beside = time.perf_counter() - begun, 0
-        while (run.checkpoints.committed is None and place.left_s > 3) or not beside:
+        stall_s, steps_meanwhile = time.perf_counter() - begun, 0
+        while (run.checkpoints.committed is None and place.left_s > 3) or not steps_meanwhile:
             take_step(run)
             wait(place.device)
-            beside += 1
-        while_written = (time.perf_counter() - begun - stall_s) / beside
+            steps_meanwhile += 1
+        while_written = (time.perf_counter() - begun - stall_s) / steps_meanwhile
         run.checkpoints.wait()
         whole_s = time.perf_counter() - begun
         size = sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())

@@ -1,7 +1,7 @@
 """The anchor: a training function as Ray Train's documentation has it, on the same network.
 
 It imports what such a function needs and no more, because a start of it is timed. Of ours it passes
-the marked points, so that faults strike it as they strike our workers, and notes its steps.
+the marked points, so that the same faults are injected as into our workers, and notes its steps.
 """
 
 import os

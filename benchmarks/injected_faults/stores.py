@@ -76,8 +76,8 @@ def corrupt(folder: Path, options: argparse.Namespace) -> list[Line]:
                 with contextlib.suppress(checksummed.DamagedError):  # five in a row
                     accepted[reader] += readers[reader](name) != made[name]
                 met[reader] += weather.done["flip"] - before
-    told = {reader: f"{accepted[reader]:,} of {met[reader]:,}" for reader in readers}
-    return [Line("corrupt reads accepted", told, "0 of 10,000", not accepted["ours"])]
+    results = {reader: f"{accepted[reader]:,} of {met[reader]:,}" for reader in readers}
+    return [Line("corrupt reads accepted", results, "0 of 10,000", not accepted["ours"])]
 
 
 def refused(folder: Path, options: argparse.Namespace) -> list[Line]:
@@ -97,6 +97,6 @@ def refused(folder: Path, options: argparse.Namespace) -> list[Line]:
             for reader, found in shares.items():
                 found.append(took_s[reader, 0.0] / took_s[reader, REFUSED])
     ratio = median(shares["ours"]) / median(shares["plain"])
-    told = {reader: shown(found, ".0%") for reader, found in shares.items()}
+    results = {reader: shown(found, ".0%") for reader, found in shares.items()}
     what, met = "speed with 5 % 503, share of clean", median(shares["ours"]) >= 0.7
-    return [Line(what, told, "70%", met, f"x{ratio:.2f}")]
+    return [Line(what, results, "70%", met, f"x{ratio:.2f}")]

@@ -12,7 +12,7 @@ class Line:
     """One row of the table."""
 
     measure: str
-    told: dict[str, str]  # what ours and plain came to
+    results: dict[str, str]  # what ours and plain came to
     goal: str
     met: bool
     ratio: str = ""  # ours to plain
@@ -20,7 +20,7 @@ class Line:
     HEAD: ClassVar[str] = FORM.format("", "ours", "plain", "ratio", "goal", "met")
 
     def __str__(self) -> str:
-        ours, plain, met = self.told["ours"], self.told["plain"], "yes" if self.met else "NO"
+        ours, plain, met = self.results["ours"], self.results["plain"], "yes" if self.met else "NO"
         return self.FORM.format(self.measure, ours, plain, self.ratio, self.goal, met)
 
 

@@ -42,7 +42,7 @@ from ddpm_ray.training.ema import (
 from ddpm_ray.training.ema_snapshots import SNAPSHOTS, EmaSnapshotter, SnapshotStore
 from ddpm_ray.training.loop import Plan
 from ddpm_ray.training.post_hoc_ema import gamma_of, power_decay
-from ddpm_ray.training.sample_grids import Gallery
+from ddpm_ray.training.sample_grids import SampleGridLogger
 from ddpm_ray.training.state import TrainingState
 from ddpm_ray.training.validation_loss import LEVELS, Validator
 
@@ -194,22 +194,22 @@ def stream(config: RunConfig, dataset: Dataset, workers: Workers) -> ShardStream
 
 
 def validator(
-    config: RunConfig, dataset: Dataset, state: TrainingState, gallery: Gallery
+    config: RunConfig, dataset: Dataset, state: TrainingState, grid_logger: SampleGridLogger
 ) -> Validator:
     """The validator of the loss by log-SNR; reads this worker's share of its images once."""
-    workers, groups = gallery.workers, config.evaluation.spectrum_images // len(LEVELS)
+    workers, groups = grid_logger.workers, config.evaluation.spectrum_images // len(LEVELS)
     share, total = workers.share(groups), groups * len(LEVELS)
     positions = range(share.start * len(LEVELS), share.stop * len(LEVELS))
     images, labels = fixed_images(config.data, dataset, positions, total)
     return Validator(
         state,
-        gallery.denoiser,
+        grid_logger.denoiser,
         images,
         labels,
         positions.start,
         transforms.pixel_variance(dataset.manifest.pixel_std),
         workers,
-        gallery.sink,
+        grid_logger.sink,
         config.sampling.batch_size,
     )
 

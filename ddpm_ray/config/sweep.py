@@ -179,13 +179,13 @@ def space_problems(space: tuple[Branch, ...], search: str) -> Iterator[str]:
     """Yield one line for each key that cannot be searched."""
     if not space or not all(space):
         yield "space is empty; give it at least one key of the run with choices to try"
-    told = set()
+    reported = set()
     for branch in space:
         for key, candidates in branch.items():
             for line in _key_problems(key, candidates, search):
-                if line not in told:
+                if line not in reported:
                     yield f"space.{line}"
-                told.add(line)
+                reported.add(line)
 
 
 def _key_problems(key: str, candidates: Any, search: str) -> Iterator[str]:

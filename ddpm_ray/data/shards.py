@@ -60,7 +60,7 @@ class ShardCorruptError(RuntimeError):
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the images of a data set came about: what a packer is told, and every reader knows."""
+    """How the images of a data set were made: set by the packer, known to every reader."""
 
     image_shape: tuple[int, int, int]  # H, W, C
     encoding: Encoding

@@ -161,16 +161,16 @@ class RunControl:
         return max([Command.NONE, *(Command(one) for one in commands if one is not None)])
 
     def record_start(self, step: int, group: str, workers: int) -> None:
-        """Tell the driver that the `workers` of placement group `group` start at `step`."""
+        """Report that the `workers` of placement group `group` start at `step`."""
         self._actor.record_start.remote(step, group, workers)
 
     def report_restart(self, reason: str) -> None:
-        """Tell the driver why the group ends and another starts; never waits or fails."""
+        """Report why the group ends and another starts; never waits or fails."""
         with contextlib.suppress(RayError):  # the driver finds out itself that the actor is dead
             self._actor.report_restart.remote(reason)
 
     def expect(self, processes: dict[int, str], group: str) -> None:
-        """Tell the driver which processes, by rank, are the workers of placement group `group`."""
+        """Report which processes, by rank, are the workers of placement group `group`."""
         self._actor.expect.remote(processes, group)
 
     def heartbeat(self, heartbeat: Heartbeat, group: str) -> None:
@@ -178,7 +178,7 @@ class RunControl:
         self._actor.heartbeat.remote(asdict(heartbeat), group)
 
     def mark_done(self, rank: int, group: str) -> None:
-        """Tell the driver that this worker of placement group `group` sends no more heartbeats."""
+        """Report that this worker of placement group `group` sends no more heartbeats."""
         self._actor.mark_done.remote(rank, group)
 
     def poll(self) -> RunStatus | None:
@@ -206,7 +206,7 @@ class RunControl:
         self._actor.request.remote(command)
 
     def report_fatal(self, reason: str) -> None:
-        """Tell the driver, and workers that are started again, of an error that would recur."""
+        """Report an error that would recur, to the driver and to restarted workers."""
         _answer(self._actor.report_fatal.remote(reason), ANSWER_S)
 
     def _answered(self) -> bool:

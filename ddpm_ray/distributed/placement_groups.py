@@ -60,7 +60,7 @@ def nodes_of(group: str) -> set[str]:
 
 
 def draining_nodes() -> set[str]:
-    """Ids of the nodes that Ray is told will be removed: spot instances, scaling down."""
+    """Ids of the nodes whose removal was announced to Ray: spot instances, scaling down."""
     return set(ray._private.state.state.get_draining_nodes())
 
 

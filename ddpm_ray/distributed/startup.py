@@ -1,8 +1,8 @@
 """Heartbeats of a worker before its training function, which Ray calls last.
 
 Before that, Ray creates the process group, in which one frozen worker holds up all others, and
-their error does not name it. So the driver is told of each process as soon as Ray has created the
-actors, and each worker sends heartbeats as soon as Ray lets us run code in it.
+their error does not name it. So each process is reported to the driver as soon as Ray has created
+the actors, and each worker sends heartbeats as soon as Ray lets us run code in it.
 """
 
 from functools import partial
@@ -19,7 +19,7 @@ _sender: HeartbeatSender | None = None  # of this process, until its training fu
 
 
 def expect_workers(control: RunControl, workers: Any) -> None:
-    """Tell the driver of the processes, and start their heartbeats; runs in Ray's controller."""
+    """Report the processes and start their heartbeats; runs in Ray's controller."""
     handle = workers.get_worker_group_state().placement_group_handle
     processes = {
         worker.distributed_context.world_rank: (

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 NEIGHBOURS = 50  # of a sample, whose mean distance says how crowded its surroundings are
 COPY_RATIO = 0.5  # a sample nearer than this share of that mean counts as a copy
 SHOWN = 5  # nearest images that are kept whole
-SUSPECTS = 16  # samples that are told of one by one
+SUSPECTS = 16  # samples that are listed one by one
 BATCH = 64  # images that a network looks at, at once
 GREY_LEVEL = 2 / 255  # of a pixel, in [-1, 1]
 
@@ -58,14 +58,14 @@ class Neighbours:
         """`eval/memorised_share`, of samples that count as copies, and the ratios' median.
 
         By chance, of images that were not trained on, 0.4 % count on MNIST and 1 % on CIFAR-10,
-        which holds near-duplicates; see `beside`.
+        which holds near-duplicates; see `compared_with`.
         """
         return {
             f"eval/memorised_share{self.space}": self._share,
             f"eval/nearest_ratio{self.space}": float(self.ratio.median()),
         }
 
-    def beside(self, held_out: Neighbours) -> dict[str, float]:
+    def compared_with(self, held_out: Neighbours) -> dict[str, float]:
         """The same of images that were not trained on, in the same space, and how they compare.
 
         `eval/nearest_to_held_out` is the samples' median distance to the data over theirs: about 1
@@ -148,12 +148,12 @@ def nearest(
             f"{dataset.url} holds {counted(dataset.manifest.samples, 'image')}; the search for "
             f"nearest neighbours needs at least {SHOWN + 1}: name a larger data set"
         )
-    look, space, unit = _feature_space(net, workers.device)
-    asked, found = look(samples), _Nearest(samples)
+    features_of, space, unit = _feature_space(net, workers.device)
+    vectors, found = features_of(samples), _Nearest(samples)
     shards = workers.share(dataset.manifest.shards)
     position = int(dataset.counts[: shards.start].sum())
     for images, _ in read_images(dataset, shards):
-        near = nearest_squares(asked, look(images), NEIGHBOURS)
+        near = nearest_squares(vectors, features_of(images), NEIGHBOURS)
         square, place = (part.cpu() for part in near)
         found.merge(square, place + position, images[place[:, :SHOWN]])
         position += len(images)

@@ -79,7 +79,7 @@ def bits_per_dim(
         raise ValueError(
             f"variance is {variance}, but the network answers {denoiser.variance}; take fixed_small"
         )
-    look = _Look(denoiser, variance, clip, seed, count)
+    terms_of = _Terms(denoiser, variance, clip, seed, count)
     device = workers.device
     # Of each step: bits times what they stand for, squared error, images seen at it. Of all:
     # images, their bits, the squares of these, L_T.
@@ -88,12 +88,12 @@ def bits_per_dim(
     with torch.inference_mode():
         for index, images, labels in batches:
             index, x_0 = index.to(device), to_model_range(images.to(device), None)
-            look.at(index, x_0, labels.to(device), by_step, totals)
-    return _found(workers.sum_(by_step).cpu(), workers.sum_(totals).cpu(), look.facts())
+            terms_of.add(index, x_0, labels.to(device), by_step, totals)
+    return _found(workers.sum_(by_step).cpu(), workers.sum_(totals).cpu(), terms_of.facts())
 
 
 @dataclass(frozen=True, eq=False)
-class _Look:
+class _Terms:
     """How the terms of one batch are found."""
 
     denoiser: Denoiser
@@ -102,7 +102,7 @@ class _Look:
     seed: int
     count: int  # terms per image
 
-    def at(
+    def add(
         self, index: Tensor, x_0: Tensor, labels: Tensor, by_step: Tensor, totals: Tensor
     ) -> None:
         """Adds a batch to the sums."""

@@ -31,7 +31,7 @@ from ddpm_ray.training.state import Snapshot
 
 log = logging.getLogger(__name__)
 
-POOR = 0.1  # misfit above which the EMA is not a good approximation of the requested width
+POOR = 0.1  # profile error above which the EMA is not a good approximation of the requested width
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,11 @@ class EmaSnapshots:
     def build(self, sigma_rel: float, step: int) -> Snapshot:
         """Build the EMA of width `sigma_rel` at `step`, as a checkpoint for sampling only.
 
-        facts["average"] records the snapshots it is built from and the misfit of its profile.
+        facts["average"] records the snapshots it is built from and the error of its profile.
         """
         store = SnapshotStore(object_store.join(self.run, SNAPSHOTS))
-        tensors, misfit = averaged(store, self.steps, self.widths, sigma_rel, step)
-        made_of = {"sigma_rel": sigma_rel, "misfit": misfit, "widths": list(self.widths)}
+        tensors, profile_error = averaged(store, self.steps, self.widths, sigma_rel, step)
+        made_of = {"sigma_rel": sigma_rel, "misfit": profile_error, "widths": list(self.widths)}
         made_of["steps"] = [at for at in self.steps if at <= step]
         facts = self.facts | {
             "config": to_dict(training_run.saved_config(self.facts)), "version": package_version(),
@@ -110,7 +110,7 @@ def search(run: str, config: AverageConfig, home: Path, out: str = "") -> dict[s
 
 
 def ema_search_worker(settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """Search as one worker; return metrics, provenance and misfit of each width, on all alike."""
+    """Search as one worker; return metrics, provenance and profile error of each width."""
     config = from_dict(AverageConfig, settings["config"])
     control: RunControl = settings["control"]
     startup.mark_done(control)
@@ -125,7 +125,7 @@ def ema_search_worker(settings: dict[str, Any]) -> list[dict[str, Any]]:
 def score_widths(
     run: str, step: int, config: AverageConfig, workers: Workers
 ) -> Iterator[dict[str, Any]]:
-    """Yield metrics, provenance and misfit of the EMA of each width at `step` of `run`.
+    """Yield metrics, provenance and profile error of the EMA of each width at `step` of `run`.
 
     All workers must iterate to the end. The noise is the same for each width.
     """
@@ -171,19 +171,23 @@ def _result(found: list[dict[str, Any]], widths: list[float]) -> dict[str, Any]:
     metric = next(name for name in found[0]["metrics"] if name.startswith(("eval/fid", "eval/fd_")))
     scores = [one["metrics"][metric] for one in found]
     ends = [[one["metrics"].get(f"{metric}_{end}") for end in ("low", "high")] for one in found]
-    misfits = [one["misfit"] for one in found]
-    log.info("  width  %14s  %20s  misfit", metric, "95 % interval")
-    for width, score, (low, high), misfit in zip(widths, scores, ends, misfits, strict=True):
+    profile_errors = [one["misfit"] for one in found]
+    log.info("  width  %14s  %20s  profile error", metric, "95 % interval")
+    for width, score, (low, high), profile_error in zip(
+        widths, scores, ends, profile_errors, strict=True
+    ):
         interval = "-" if low is None else f"{low:.5g} .. {high:.5g}"
-        log.info("%7.4g  %14.5g  %20s  %6.2g", width, score, interval, misfit)
-        if misfit > POOR:
+        log.info("%7.4g  %14.5g  %20s  %13.2g", width, score, interval, profile_error)
+        if profile_error > POOR:
             log.warning(
-                "the EMA of width %g is only approximated by the run's snapshots (misfit %.2f); "
-                "save snapshots of closer widths (training.ema_snapshot_widths) or more often "
-                "(training.ema_snapshot_every_steps)", width, misfit,
-            )  # fmt: skip
+                "the EMA of width %g is only approximated by the run's snapshots (profile error "
+                "%.2f); save snapshots of closer widths (training.ema_snapshot_widths) or more "
+                "often (training.ema_snapshot_every_steps)",
+                width,
+                profile_error,
+            )
     best = scores.index(min(scores, key=lambda score: (math.isnan(score), score)))
     return {
         "metric": metric, "widths": widths, "scores": scores, "intervals": ends,
-        "misfits": misfits, "best": widths[best], "certificate": found[best]["certificate"],
+        "misfits": profile_errors, "best": widths[best], "certificate": found[best]["certificate"],
     }  # fmt: skip

@@ -148,8 +148,8 @@ def _scores(config: EvaluateConfig, settings: dict[str, Any]) -> dict[str, Any]:
         found["memorisation"] = near.facts
         if held_out := config.evaluation.held_out_url:
             others = spread(open_dataset(held_out), count, workers)
-            beside = near.beside(nearest(others, dataset, workers))
-            found["metrics"] = found["metrics"] | beside
+            compared_with = near.compared_with(nearest(others, dataset, workers))
+            found["metrics"] = found["metrics"] | compared_with
         if workers.is_main and (path := config.evaluation.memorisation_picture):
             png = io.BytesIO()
             near.picture().save(png, format="PNG")

@@ -165,13 +165,13 @@ def _relocate(found: dict[str, Any], folder: str) -> dict[str, Any]:
 
 def _same_folder(one: str, other: str) -> bool:
     """Whether both URLs name one folder: links, mounts, or a bucket under two schemes."""
-    name = f"probe-{secrets.token_hex(8)}"
-    probe = object_store.join(other, name)
-    object_store.write_bytes(probe, b"")
+    name = f"test-{secrets.token_hex(8)}"
+    test_object = object_store.join(other, name)
+    object_store.write_bytes(test_object, b"")
     try:
         return object_store.exists(object_store.join(one, name))
     finally:
-        object_store.delete(probe)
+        object_store.delete(test_object)
 
 
 def _read(url: str) -> dict[str, Any]:

@@ -95,7 +95,7 @@ def train(
     identity = claim(
         folder,
         {"config": to_dict(config), "data_fingerprint": dataset.fingerprint},
-        lambda begun: _differing(config, begun),
+        lambda begun: _changed_keys(config, begun),
     )
     metadata = _metadata(config, dataset, folder, identity, parent)
     tracked, lease = _tracked(metadata), None
@@ -172,7 +172,7 @@ def _tracked(metadata: RunMetadata) -> TrackedRun | None:
     return found
 
 
-def _differing(config: RunConfig, begun: dict[str, Any]) -> list[str]:
+def _changed_keys(config: RunConfig, begun: dict[str, Any]) -> list[str]:
     if "config" not in begun:
         return [f"name is {config.name!r}, and a sweep of that name is there"]
     return training_run.changed_keys(config, begun)

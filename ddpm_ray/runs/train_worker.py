@@ -40,7 +40,7 @@ from ddpm_ray.training.checkpoints import (
 from ddpm_ray.training.divergence_guard import DivergenceGuard
 from ddpm_ray.training.loop import Run, train
 from ddpm_ray.training.metrics_buffer import StepLog
-from ddpm_ray.training.sample_grids import GRID_IMAGES, Gallery
+from ddpm_ray.training.sample_grids import GRID_IMAGES, SampleGridLogger
 from ddpm_ray.training.state import Snapshot, TrainingState
 from ddpm_ray.training.writer_lease import Lease
 
@@ -83,7 +83,7 @@ def _train(config: RunConfig, settings: dict[str, Any], control: RunControl) -> 
         "step": run.state.step,
         "checkpoint": run.checkpoints.committed,
         "scores": run.state.scores,
-        "probes": run.state.validation_losses,
+        "validation_losses": run.state.validation_losses,
         "undelivered": undelivered,  # metric rows that MLflow has not acknowledged
         "trained_from": began,
         "trained_to": time.time(),
@@ -115,7 +115,7 @@ def assemble(
         unsent = [Row(**row) for row in snapshot.facts["unsent_rows"]]
     check = writer.store.check_lease
     sink = _tracker(config, settings, unsent, check) if workers.is_main else None
-    gallery = _gallery(config, settings["folder"], dataset, state, workers, sink)
+    grid_logger = _grid_logger(config, settings["folder"], dataset, state, workers, sink)
     draws = config.traits.draws_images
     return Run(
         plan=training_run.plan(config, workers.count),
@@ -129,10 +129,10 @@ def assemble(
         checkpoints=writer,
         sink=sink,
         show_progress=show_progress,
-        draw_grid=gallery.show_grid if draws else _nothing,
-        draw_strip=gallery.show_strip if draws else _nothing,
-        evaluate=PeriodicEvaluator(config, dataset, state, gallery).evaluate,
-        validate=_validate_callback(config, dataset, state, gallery),
+        draw_grid=grid_logger.show_grid if draws else _nothing,
+        draw_strip=grid_logger.show_strip if draws else _nothing,
+        evaluate=PeriodicEvaluator(config, dataset, state, grid_logger).evaluate,
+        validate=_validate_callback(config, dataset, state, grid_logger),
         snapshot_ema=training_run.ema_snapshotter(
             config, state, writer, settings["folder"], workers
         ),
@@ -147,14 +147,14 @@ def _configure_process(config: RunConfig) -> None:
         determinism.configure()
 
 
-def _gallery(
+def _grid_logger(
     config: RunConfig,
     folder: str,
     dataset: Dataset,
     state: TrainingState,
     workers: Workers,
     sink: Tracker | None,
-) -> Gallery:
+) -> SampleGridLogger:
     """Build the sampler of the EMA weights; all workers draw."""
     denoiser = diffusion.denoiser(config, state.ema.model, workers.device)
     denoiser = training_run.with_low_resolution(
@@ -162,7 +162,7 @@ def _gallery(
     )
     height, width, channels = dataset.manifest.image_shape
     names = dataset.manifest.label_names
-    return Gallery(
+    return SampleGridLogger(
         denoiser,
         diffusion.sampling_plan(config.sampling, denoiser.schedule, names),
         (channels, height, width),
@@ -246,12 +246,12 @@ def _writer(config: RunConfig, settings: dict[str, Any], workers: Workers) -> Ch
 
 
 def _validate_callback(
-    config: RunConfig, dataset: Dataset, state: TrainingState, gallery: Gallery
+    config: RunConfig, dataset: Dataset, state: TrainingState, grid_logger: SampleGridLogger
 ) -> Callable[[int], None]:
     """The callback that computes the validation loss; reads its images only if it is enabled."""
     if not config.evaluation.spectrum_every_steps:
         return _nothing
-    return training_run.validator(config, dataset, state, gallery).validate
+    return training_run.validator(config, dataset, state, grid_logger).validate
 
 
 def _nothing(step: int) -> None:
@@ -289,41 +289,53 @@ class PeriodicEvaluator:
     """Scores the EMA weights; builds feature network and reference statistics at first use."""
 
     def __init__(
-        self, config: RunConfig, dataset: Dataset, state: TrainingState, gallery: Gallery
+        self,
+        config: RunConfig,
+        dataset: Dataset,
+        state: TrainingState,
+        grid_logger: SampleGridLogger,
     ) -> None:
-        self._config, self._dataset, self._state, self._gallery = config, dataset, state, gallery
+        self._config, self._dataset, self._state, self._grid_logger = (
+            config,
+            dataset,
+            state,
+            grid_logger,
+        )
         self._tools: tuple[FeatureNet, Reference] | None = None
 
     def evaluate(self, step: int) -> None:
         """Evaluate, store the scores of `step` in the state and pass them to the sink."""
-        wanted, gallery = self._config.evaluation, self._gallery
+        wanted, grid_logger = self._config.evaluation, self._grid_logger
         if not wanted.num_images:
             return
         if self._tools is None:
             cache = training_run.cache_dir(self._config.data, "weights")
-            net = training_run.feature_net(wanted, cache, gallery.workers.device)
+            net = training_run.feature_net(wanted, cache, grid_logger.workers.device)
             kept = wanted.kernel_distance_images if wanted.kernel_distance else 0
             self._tools = (
                 net,
                 reference(
-                    self._dataset, net, gallery.workers, kernel_images=min(kept, wanted.num_images)
+                    self._dataset,
+                    net,
+                    grid_logger.workers,
+                    kernel_images=min(kept, wanted.num_images),
                 ),
             )
         net, known = self._tools
         scores = sample_quality.evaluate(
-            gallery.denoiser,
-            gallery.plan,
+            grid_logger.denoiser,
+            grid_logger.plan,
             net,
             known,
             num_images=wanted.num_images,
-            batch_size=gallery.batch_size,
-            image_shape=gallery.image_shape,
-            workers=gallery.workers,
+            batch_size=grid_logger.batch_size,
+            image_shape=grid_logger.image_shape,
+            workers=grid_logger.workers,
             provenance=training_run.ema_provenance(self._config, step),
             optional_metrics=training_run.optional_metrics(wanted),
-            held_out=training_run.held_out(wanted, net, gallery.workers),
+            held_out=training_run.held_out(wanted, net, grid_logger.workers),
         )
         self._state.scores = {"step": step, **scores.to_json()}
-        if gallery.sink is not None:
-            gallery.sink.rows([Row(step, scores.metrics)])
-            gallery.sink.document(f"evaluation/step-{step:08d}.json", self._state.scores)
+        if grid_logger.sink is not None:
+            grid_logger.sink.rows([Row(step, scores.metrics)])
+            grid_logger.sink.document(f"evaluation/step-{step:08d}.json", self._state.scores)

@@ -76,22 +76,26 @@ def denoising_strip(
     rows = torch.stack([noisy, clean], dim=1)  # [N, 2, columns, C, H, W]
     picture = grid(to_uint8(rows.flatten(0, 2)), columns=len(shown))
     captions = [f"t = {shown[0]}", *map(str, shown[1:])]
-    return captioned(picture, above=captions, beside=["x_t", "x_0"] * len(index))
+    return captioned(picture, above=captions, row_captions=["x_t", "x_0"] * len(index))
 
 
-def captioned(picture: Image.Image, above: Sequence[str], beside: Sequence[str]) -> Image.Image:
+def captioned(
+    picture: Image.Image, above: Sequence[str], row_captions: Sequence[str]
+) -> Image.Image:
     """Add captions to `picture`: `above` its equal columns, and left of its equal rows."""
     from PIL import Image, ImageDraw, ImageFont
 
     font = ImageFont.load_default(size=14)
-    left = max([MARGIN_PIXELS, *(math.ceil(font.getlength(caption)) + 6 for caption in beside)])
+    left = max(
+        [MARGIN_PIXELS, *(math.ceil(font.getlength(caption)) + 6 for caption in row_captions)]
+    )
     whole = Image.new(picture.mode, (picture.width + left, picture.height + MARGIN_PIXELS), "white")
     whole.paste(picture, (left, MARGIN_PIXELS))
     pen = ImageDraw.Draw(whole)
     for i, caption in enumerate(above):
         x = left + (i + 0.5) * picture.width / len(above)
         pen.text((x, MARGIN_PIXELS / 2), caption, fill="black", font=font, anchor="mm")
-    for i, caption in enumerate(beside):
-        y = MARGIN_PIXELS + (i + 0.5) * picture.height / len(beside)
+    for i, caption in enumerate(row_captions):
+        y = MARGIN_PIXELS + (i + 0.5) * picture.height / len(row_captions)
         pen.text((left / 2, y), caption, fill="black", font=font, anchor="mm")
     return whole

@@ -27,7 +27,7 @@ from ddpm_ray.sweep.leaderboard import MOST, STATUSES, Row, cut, score_text, sta
 from ddpm_ray.sweep.trial_store import Trial
 from ddpm_ray.training.sample_grids import GRID_IMAGES
 
-Look: TypeAlias = dict[str, Any]  # matplotlib's style arguments
+Style: TypeAlias = dict[str, Any]  # matplotlib's style arguments
 Curve: TypeAlias = tuple[Trial, np.ndarray[Any, np.dtype[np.float64]]]  # its points [n, 2]
 
 # Okabe and Ito's colours without yellow, which is invisible on white; markers repeat the code.
@@ -65,16 +65,16 @@ def fid_against_T(trials: Sequence[Trial], metric: str) -> Image.Image | None:  
         shift = 1 + 0.012 * (i - min(len(lines), NAMED) // 2) * (i < NAMED)  # no overlapping bars
         x = np.array([steps[row.number] for row in members]) * shift
         y, low, high = np.array([(r.score, r.low, r.high) for r in members], float).T
-        look = _look(i) if i < NAMED else {"color": GREY, "marker": ".", "lw": 0.6, "zorder": 1.5}
+        style = _style(i) if i < NAMED else {"color": GREY, "marker": ".", "lw": 0.6, "zorder": 1.5}
         _, lowest = np.unique(x, return_index=True)  # the line joins the best score at each T
-        handles += axes.plot(x[lowest], y[lowest], ms=5, label=name, **look)[: i < NAMED]
-        axes.plot(x, y, ms=5, **look | {"ls": ""})
-        axes.vlines(x, low, high, color=look["color"], zorder=look["zorder"])
+        handles += axes.plot(x[lowest], y[lowest], ms=5, label=name, **style)[: i < NAMED]
+        axes.plot(x, y, ms=5, **style | {"ls": ""})
+        axes.vlines(x, low, high, color=style["color"], zorder=style["zorder"])
     if others := len(lines) - len(handles):
         handles.append(Line2D([], [], color=GREY, marker=".", label=f"others ({others:,})"))
     if unscored:
         x, bottom = np.array([steps[row.number] for row in unscored]), axes.get_xaxis_transform()
-        marks: Look = {"color": STATUS_COLOURS["stopped"], "ms": 5, "transform": bottom}
+        marks: Style = {"color": STATUS_COLOURS["stopped"], "ms": 5, "transform": bottom}
         handles += axes.plot(x, 0 * x + 0.015, "x", label=f"without score ({len(x):,})", **marks)
     ends = [end for row in rows for end in (row.score, row.low, row.high)]
     _scale(axes, "y", ends, f"{metric}, bars: 95 % interval")
@@ -86,7 +86,10 @@ def fid_against_T(trials: Sequence[Trial], metric: str) -> Image.Image | None:  
 
 def score_curves(trials: Sequence[Trial]) -> Image.Image | None:
     """Plot the common loss against steps, and mark where trials were stopped or failed."""
-    points = [(t, [(one["step"], one.get("loss")) for one in t.probes]) for t in _ranked(trials)]
+    points = [
+        (trial, [(one["step"], one.get("loss")) for one in trial.validation_losses])
+        for trial in _ranked(trials)
+    ]
     curves = _finite((trial, np.array(pairs, float)) for trial, pairs in points)
     if not curves:
         return None
@@ -95,15 +98,20 @@ def score_curves(trials: Sequence[Trial]) -> Image.Image | None:
     for status, marker in (("stopped", "x"), ("failed", "v")):
         ends = np.array([curve[-1] for trial, curve in curves if trial.status == status])
         if len(ends):
-            look: Look = {"ls": "", "marker": marker, "color": STATUS_COLOURS[status], "zorder": 3}
-            handles += axes.plot(*ends.T, ms=5, label=f"{status} here ({len(ends):,})", **look)
+            style: Style = {
+                "ls": "",
+                "marker": marker,
+                "color": STATUS_COLOURS[status],
+                "zorder": 3,
+            }
+            handles += axes.plot(*ends.T, ms=5, label=f"{status} here ({len(ends):,})", **style)
     steps, losses = np.concatenate([curve for _, curve in curves]).T
     _scale(axes, "y", losses, "common loss")
     _scale(axes, "x", steps, "optimiser steps")
     return _picture(figure, handles, "trials, lowest last loss first")
 
 
-def loss_spectra(
+def loss_by_log_snr(
     trials: Sequence[Trial], levels: Sequence[float], guess: Sequence[float] | None = None
 ) -> Image.Image | None:
     """Plot each trial's newest validation loss against log-SNR, divided by `guess` if given.
@@ -112,14 +120,16 @@ def loss_spectra(
     differ by percents at each level; the ratio shows both.
     """
     x, unit = np.array(levels, float), np.array(1.0 if guess is None else guess, float)
-    spectra = [(trial, trial.probes[-1].get("spectrum") or ()) for trial in _ranked(trials)]
-    known = [(trial, np.array(loss, float)) for trial, loss in spectra if len(loss) == len(x)]
+    newest = [
+        (trial, trial.validation_losses[-1].get("spectrum") or ()) for trial in _ranked(trials)
+    ]
+    known = [(trial, np.array(loss, float)) for trial, loss in newest if len(loss) == len(x)]
     with np.errstate(all="ignore"):  # infinite values are dropped
         curves = _finite([(trial, np.c_[x, loss / unit]) for trial, loss in known])
     if not curves:
         return None
     note = "left: almost pure noise; right: almost clean images"
-    figure, axes = _canvas("Loss by noise level at the last probe, lower is better", note)
+    figure, axes = _canvas("Validation loss by noise level, last measured, lower is better", note)
     handles = _draw(axes, curves)
     losses = np.concatenate([curve[:, 1] for _, curve in curves])
     if guess is not None:
@@ -219,17 +229,17 @@ def _draw(axes: Axes, curves: Sequence[Curve]) -> list[Artist]:
     ended = [points for trial, points in curves if trial.status not in ("finished", "running")]
     handles: list[Artist] = []
     for i, (trial, points) in enumerate(active[:NAMED]):
-        handles += axes.plot(*points.T, ms=4, label=f"{trial.number}: {_name(trial)}", **_look(i))
+        handles += axes.plot(*points.T, ms=4, label=f"{trial.number}: {_name(trial)}", **_style(i))
     others = [points for _, points in active[NAMED:]]
     for crowd, colour, word in ((others, PALE, "others"), (ended, GREY, "stopped or failed")):
         if crowd:
-            look: Look = {"colors": colour, "linewidths": 0.9 if len(curves) < CROWD else 0.4}
-            axes.add_collection(LineCollection(crowd, zorder=1.8 - len(handles) / 100, **look))
+            style: Style = {"colors": colour, "linewidths": 0.9 if len(curves) < CROWD else 0.4}
+            axes.add_collection(LineCollection(crowd, zorder=1.8 - len(handles) / 100, **style))
             handles.append(Line2D([], [], color=colour, label=f"{word} ({len(crowd):,})"))
     return handles
 
 
-def _look(i: int) -> Look:
+def _style(i: int) -> Style:
     return {"color": COLOURS[i], "marker": MARKERS[i], "lw": 1.7, "zorder": 3 - i / NAMED}
 
 
@@ -276,8 +286,8 @@ def _scale(
 def _picture(figure: Figure, handles: Sequence[Artist], title: str) -> Image.Image:
     """Render `figure`, with its legend, as an image."""
     labels = [_shown(cut(str(handle.get_label()), NAME_LETTERS)) for handle in handles]
-    look: Look = {"alignment": "left", "frameon": False, "fontsize": SMALL_POINTS}
-    figure.legend(handles, labels, loc="outside right upper", title=title, **look)
+    style: Style = {"alignment": "left", "frameon": False, "fontsize": SMALL_POINTS}
+    figure.legend(handles, labels, loc="outside right upper", title=title, **style)
     png = io.BytesIO()
     figure.savefig(png, format="png")
     return Image.open(png).convert("RGB")
@@ -297,5 +307,5 @@ def _shown(text: str) -> str:
 
 def _ranked(trials: Sequence[Trial]) -> list[Trial]:
     """Return the trials with a validation loss: finished first, then by last common loss."""
-    probed = {trial.number: trial for trial in trials if trial.probes}
-    return [probed[row.number] for row in standings([*probed.values()], "")]
+    compared = {trial.number: trial for trial in trials if trial.validation_losses}
+    return [compared[row.number] for row in standings([*compared.values()], "")]

@@ -209,8 +209,8 @@ def schedule_diagnostics(
 def _run_config(config: SweepConfig, values: dict[str, Any], where: str) -> RunConfig:
     """Return the run config of a trial with these values, without its name and storage."""
     run = replace(config.run, name=config.run.name or where)
-    probed = {"evaluation.spectrum_every_steps": config.stopping.every_steps, "data.source": ""}
-    return with_values(run, values | probed, where)
+    compared = {"evaluation.spectrum_every_steps": config.stopping.every_steps, "data.source": ""}
+    return with_values(run, values | compared, where)
 
 
 def _changed_keys(config: SweepConfig, begun: dict[str, Any]) -> list[str]:

@@ -257,8 +257,8 @@ def _result(row: Row) -> str:
 
 def _row(trial: Trial, metric: str) -> Row:
     metrics, outcome = trial.metrics, trial.outcome
-    probe = trial.probes[-1] if trial.probes else {}
-    step = _number(outcome.get("step", probe.get("step")))
+    newest = trial.validation_losses[-1] if trial.validation_losses else {}
+    step = _number(outcome.get("step", newest.get("step")))
     return Row(
         number=trial.number,
         label=_line(trial.label),
@@ -267,7 +267,7 @@ def _row(trial: Trial, metric: str) -> Row:
         score=_number(metrics.get(metric)),
         low=_number(metrics.get(f"{metric}_low")),
         high=_number(metrics.get(f"{metric}_high")),
-        loss=_number(probe.get("loss")),
+        loss=_number(newest.get("loss")),
         step=None if step is None else int(step),
         worker_s=_number(outcome.get("worker_s")),
         busy_s=_number(outcome.get("busy_s")),

@@ -87,7 +87,10 @@ class SweepRun:
     def publish(self, store: TrialStore) -> None:
         """Log tables and pictures of all trials in the sweep's run; logs an outage as a warning."""
         # Copies: Tune's thread changes the trials meanwhile.
-        trials = [replace(t, probes=list(t.probes), outcome=dict(t.outcome)) for t in store.trials]
+        trials = [
+            replace(t, validation_losses=[*t.validation_losses], outcome=dict(t.outcome))
+            for t in store.trials
+        ]
         score = self.config.score
         rows = leaderboard.standings(trials, score)
         levels = torch.tensor(LEVELS, dtype=torch.float64)
@@ -95,7 +98,7 @@ class SweepRun:
         drawn = {
             "1_score_against_T": charts.fid_against_T(trials, score),
             "2_samples": charts.contact_sheet(trials, _grids(trials, rows), score),
-            "3_loss_by_log_snr": charts.loss_spectra(trials, LEVELS, guess),
+            "3_loss_by_log_snr": charts.loss_by_log_snr(trials, LEVELS, guess),
             "4_common_loss": charts.score_curves(trials),
             "5_cost": charts.cost_bars(trials),
         }

@@ -147,7 +147,7 @@ def _optuna_trial(space: Sequence[Branch], trial: Trial, score: str) -> FrozenTr
         distributions=distributions,
         state=STATES[trial.status],
         value=trial.metrics.get(score),
-        intermediate_values={probe["step"]: probe["loss"] for probe in trial.probes},
+        intermediate_values={one["step"]: one["loss"] for one in trial.validation_losses},
     )
 
 

@@ -60,8 +60,10 @@ class StopSignals:
     """
 
     def __init__(self) -> None:
-        beside = placement_groups.same_node_strategy()
-        self._actor: Any = ray.remote(num_cpus=0, scheduling_strategy=beside)(_StopSignals).remote()
+        next_to_driver = placement_groups.same_node_strategy()
+        self._actor: Any = ray.remote(num_cpus=0, scheduling_strategy=next_to_driver)(
+            _StopSignals
+        ).remote()
 
     def set(self, number: int) -> None:
         """Ask trial `number` to commit a checkpoint and end."""
@@ -88,8 +90,7 @@ class StopSignals:
 def report_event(number: int, kind: str, **facts: Any) -> None:
     """Report an event of trial `number` to the sweep's driver; returns once it is handled.
 
-    Kinds: `group` (the placement group of its workers), `probe` (a validation loss), `ended`,
-    `failed`.
+    Kinds: `group` (the placement group of its workers), `validation_loss`, `ended`, `failed`.
     """
     tune.report({EVENT: json.dumps({"number": number, "kind": kind} | facts)})
 
@@ -107,10 +108,10 @@ def run_trial(assignment: dict[str, Any], *, stop_signals: StopSignals, sweep_ru
     def show(progress: Progress) -> bool:
         """Report validation losses that are new; returns whether the trial shall stop."""
         nonlocal newest_step
-        for probe in progress.validation_losses:
-            if probe["step"] > newest_step:
-                report_event(number, "probe", probe=probe)
-                newest_step = probe["step"]
+        for loss in progress.validation_losses:
+            if loss["step"] > newest_step:
+                report_event(number, "validation_loss", validation_loss=loss)
+                newest_step = loss["step"]
         return stop_signals.is_set(number)
 
     def cost() -> dict[str, float]:
@@ -134,7 +135,7 @@ def run_trial(assignment: dict[str, Any], *, stop_signals: StopSignals, sweep_ru
         reason = " ".join(str(error).split()) or type(error).__name__
         report_event(number, "failed", reason=reason, outcome=cost())
         return
-    report_last_probes(outcome, show)
+    report_last_validation_losses(outcome, show)
     report_event(
         number,
         "ended",
@@ -158,10 +159,10 @@ def retry_outages(train: Callable[[], Outcome], sleep: Callable[[float], bool]) 
     return train()
 
 
-def report_last_probes(outcome: Outcome, show: Callable[[Progress], bool]) -> None:
+def report_last_validation_losses(outcome: Outcome, show: Callable[[Progress], bool]) -> None:
     """Report validation losses that were measured after the last poll of the workers."""
     step, steps = outcome.report["step"], outcome.report["steps"]
-    show(Progress(step, steps, 0.0, 0.0, outcome.ended["probes"]))
+    show(Progress(step, steps, 0.0, 0.0, outcome.ended["validation_losses"]))
 
 
 def _outcome(outcome: Outcome, config: RunConfig) -> dict[str, Any]:

@@ -39,9 +39,9 @@ class TrialScheduler:
         self._config, self._diagnose_schedule, self._stop = config, diagnose_schedule, stop
         self._reasons: dict[int, str] = {}  # why a trial was asked to stop
         self._rule = EarlyStopping(config.stopping, config.run.training.steps)
-        for _, trial, probe in store.events():
-            if probe is not None:
-                self._apply_early_stopping(trial, probe)
+        for _, trial, loss in store.events():
+            if loss is not None:
+                self._apply_early_stopping(trial, loss)
 
     @property
     def total(self) -> int:
@@ -75,9 +75,9 @@ class TrialScheduler:
         if trial.status != "running":
             return
         match event["kind"]:
-            case "probe":
-                if self.store.add_probe(trial, event["probe"]):
-                    self._apply_early_stopping(trial, event["probe"])
+            case "validation_loss":
+                if self.store.add_validation_loss(trial, event["validation_loss"]):
+                    self._apply_early_stopping(trial, event["validation_loss"])
             case "failed":
                 self.store.record_end(trial, "failed", event["reason"], **event["outcome"])
             case "ended":
@@ -118,8 +118,8 @@ class TrialScheduler:
             return self.store.add(values, branch, diagnostics=facts)
         return None
 
-    def _apply_early_stopping(self, trial: Trial, probe: dict[str, Any]) -> None:
-        reason = self._rule.decide(trial.number, probe["step"], probe["loss"])
+    def _apply_early_stopping(self, trial: Trial, validation_loss: dict[str, Any]) -> None:
+        reason = self._rule.decide(trial.number, validation_loss["step"], validation_loss["loss"])
         if reason and trial.status == "running":
             self._reasons[trial.number] = reason
             if trial.number in self.active:

@@ -30,6 +30,7 @@ STORED_NAMES = {
     "earlier_costs": "earlier",
     "logged": "closed",
     "diagnostics": "appraisal",
+    "validation_losses": "probes",
 }
 FIELD_NAMES = {stored: field for field, stored in STORED_NAMES.items()}
 
@@ -44,9 +45,10 @@ class Trial:
     status: Status = "running"
     reason: str = ""  # why it was stopped or pruned, or how it failed; one line
     driver_failures: int = 0  # how often its driver died
-    probes: list[dict[str, Any]] = field(default_factory=list)  # order, step, loss, spectrum
+    # Each has order, step, loss, and the loss by log-SNR as "spectrum".
+    validation_losses: list[dict[str, Any]] = field(default_factory=list)
     diagnostics: dict[str, float] = field(default_factory=dict)  # schedule diagnostics
-    ended_order: int = -1  # when it ended, in the numbering of the probes' order
+    ended_order: int = -1  # when it ended, in the numbering of the losses' order
     outcome: dict[str, Any] = field(default_factory=dict)  # see sweep/trial.py
     earlier_costs: dict[str, float] = field(default_factory=dict)  # before it was interrupted
     logged: bool = False  # its end is in MLflow
@@ -99,12 +101,13 @@ class TrialStore:
                 self.record_end(trial, status, trial.reason)
             return trial
 
-    def add_probe(self, trial: Trial, probe: dict[str, Any]) -> bool:
+    def add_validation_loss(self, trial: Trial, loss: dict[str, Any]) -> bool:
         """Record a validation loss; returns False for a step that was reported before."""
         with self._lock:
-            if trial.probes and probe["step"] <= trial.probes[-1]["step"]:
+            known = trial.validation_losses
+            if known and loss["step"] <= known[-1]["step"]:
                 return False
-            trial.probes.append({"order": self._tick()} | probe)
+            known.append({"order": self._tick()} | loss)
             self.write(trial)
             return True
 
@@ -135,10 +138,10 @@ class TrialStore:
             checksummed_json.write(self._url(trial.number), trial.to_json())
 
     def events(self) -> Iterator[tuple[int, Trial, dict[str, Any] | None]]:
-        """Yield (order, trial, probe) of all trials in order of time; probe is None for an end."""
-        probes = [(p["order"], trial, p) for trial in self.trials for p in trial.probes]
+        """Yield (order, trial, loss) of all trials in order of time; loss is None for an end."""
+        losses = [(p["order"], t, p) for t in self.trials for p in t.validation_losses]
         ends = [(t.ended_order, t, None) for t in self.trials if t.ended_order >= 0]
-        yield from sorted([*probes, *ends], key=lambda event: event[0])
+        yield from sorted([*losses, *ends], key=lambda event: event[0])
 
     def _tick(self) -> int:
         self._order += 1

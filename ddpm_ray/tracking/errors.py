@@ -19,7 +19,7 @@ DRIVERS = {  # remedies where SQLAlchemy's driver of a database is not installed
 PASSING = "INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "DEADLINE_EXCEEDED"
 _DELETED = re.compile(r"(run|experiment) '?(\w+)'? must be in the 'active' state", re.IGNORECASE)
 _STATUS = re.compile(r"(?:error code|too many|status code:?) (\d{3})\b|^(\d{3}) (?:Client|Server)")
-_FOREIGN = re.compile(
+_NOT_MLFLOW = re.compile(
     r"not in a valid JSON format|Response body: '\s*<|error code 40[45]\b|^\w+: Response: \{"
     r"|Method Not Allowed|BadStatusLine|Failed to parse|not an MLflow answer"
 )
@@ -120,7 +120,7 @@ def _by_place(
         kind = TrackingOutageError if _SILENT.search(text) else TrackingServerError
         return kind(location, f"it does not accept files ({_cause(error)})", "retrying")
     http = uri.startswith("http")
-    if http and _FOREIGN.search(text):
+    if http and _NOT_MLFLOW.search(text):
         remedy = "correct tracking.uri: host, port, and a path where a proxy has one"
         return TrackingError(
             uri, f"the server that answers is not MLflow ({_cause(error)})", remedy

@@ -89,7 +89,7 @@ def promote(
         client = BoundedClient(uri)
         present = _champion(client, name)
         if present is not None:
-            unchanged = {"name": name, "version": str(present.version), "crowned": False}
+            unchanged = {"name": name, "version": str(present.version), "promoted": False}
             if present.tags.get("run_id") == run_id:
                 return unchanged | {"reason": "it is the champion already"}
             if reason := _why_not(own, present.tags):
@@ -101,7 +101,7 @@ def promote(
         version = str(made.version)  # a number from a database, text from a server
         client.set_registered_model_alias(name, CHAMPION, version)
     reason = "there was none" if present is None else f"it beats version {present.version}"
-    return {"name": name, "version": version, "crowned": True, "reason": reason}
+    return {"name": name, "version": version, "promoted": True, "reason": reason}
 
 
 def _champion(client: BoundedClient, name: str) -> ModelVersion | None:

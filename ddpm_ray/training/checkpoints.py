@@ -88,7 +88,7 @@ class CheckpointStore:
         self._own, self._written = Pointer(lease.epoch, 0, known), found.names
         self._taken_over = unnamed
         if found.damaged or (known and not named):
-            self._tell_recovery(found, known)
+            self._log_recovery(found, known)
         else:
             for folder in unfinished:  # of earlier starts, which can commit no more
                 self._delete(folder)
@@ -186,7 +186,7 @@ class CheckpointStore:
             return named
         known = _by_step([*named, *self._unnamed(named)[0]])
         if found.damaged or known:
-            self._tell_recovery(found, known)
+            self._log_recovery(found, known)
         return known
 
     def _unnamed(
@@ -226,7 +226,7 @@ class CheckpointStore:
         wanted = [*of_steps[: self.keep], *planned[:1], self._verified]
         return [one for one in known if one in wanted]
 
-    def _tell_recovery(self, found: Found, known: Sequence[Reference]) -> None:
+    def _log_recovery(self, found: Found, known: Sequence[Reference]) -> None:
         """Log what is taken in place of lost pointers; raises CheckpointError where it is nothing.
 
         Nothing is deleted then: what is damaged may be all that a person has to mend it by.

@@ -24,7 +24,7 @@ from ddpm_ray.training.background_writer import Background
 from ddpm_ray.training.checkpoint_pointers import PREFIX
 from ddpm_ray.training.checkpoints import MANIFEST, TENSORS, CheckpointError, described
 from ddpm_ray.training.ema import width_group
-from ddpm_ray.training.post_hoc_ema import gamma_of, misfit, reconstruct, weights
+from ddpm_ray.training.post_hoc_ema import gamma_of, profile_error, reconstruct, weights
 from ddpm_ray.training.state import Tensors, TrainingState, copied
 
 SNAPSHOTS = "snapshots"  # below a run's folder
@@ -71,10 +71,10 @@ class SnapshotStore:
 def averaged(
     store: SnapshotStore, steps: Sequence[int], widths: Sequence[float], sigma_rel: float, step: int
 ) -> tuple[Tensors, float]:
-    """Reconstruct the average of relative width `sigma_rel` at `step`; also return its misfit.
+    """Return the average of relative width `sigma_rel` at `step`, and its profile error.
 
     Combines the snapshots of `widths` at those of `steps` that are not after `step`, one in memory
-    at a time. The misfit is the relative error of the profile, 0 for an exact match. Raises
+    at a time. The profile error is relative, 0 for an exact match. Raises
     ValueError if `step` is not one of `steps`, and CheckpointError or StorageError.
     """
     if step not in steps:
@@ -87,7 +87,7 @@ def averaged(
         (store.read(at, width_group(width)) for at, width in kept),
         weights(ts, gammas, step, gamma),
     )
-    return tensors, misfit(ts, gammas, step, gamma)
+    return tensors, profile_error(ts, gammas, step, gamma)
 
 
 @dataclass(frozen=True)

@@ -81,8 +81,8 @@ class Run:
     workers: Workers
     log: StepLog
     checkpoints: CheckpointWriter
-    sink: Sink | None  # on the leader
-    show_progress: Callable[[Progress], Command]  # on the leader
+    sink: Sink | None  # on the main worker
+    show_progress: Callable[[Progress], Command]  # on the main worker
     draw_grid: Callable[[int], None]
     draw_strip: Callable[[int], None]
     evaluate: Callable[[int], None]  # leaves its scores in state.scores
@@ -208,8 +208,8 @@ def skip_step(run: Run, grad_norm: float, losses: Tensor) -> bool:
     run.log.record_skipped()
     if run.sink is not None:
         _, norm, limit, named = error.args
-        told = {"step": state.step, "grad_norm": str(norm), "limit": str(limit), "keys": named}
-        run.sink.document(f"skipped/step-{state.step:08d}.json", told)
+        facts = {"step": state.step, "grad_norm": str(norm), "limit": str(limit), "keys": named}
+        run.sink.document(f"skipped/step-{state.step:08d}.json", facts)
         log.warning("%s. Skipped (training.on_divergence)", str(error).partition(";")[0])
     if run.guard.rewinds:
         rewind(run, error)

@@ -62,7 +62,9 @@ def weights(
     return size * found[:, 0]
 
 
-def misfit(ts: Sequence[int], gammas: Sequence[float], target_t: int, target_gamma: float) -> float:
+def profile_error(
+    ts: Sequence[int], gammas: Sequence[float], target_t: int, target_gamma: float
+) -> float:
     """Relative L2 error of the profile that `weights` reconstructs: 0: exact, 1: orthogonal.
 
     Same arguments and errors as `weights`.

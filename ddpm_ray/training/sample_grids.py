@@ -24,7 +24,7 @@ STRIP_IMAGES = 4
 
 
 @dataclass(frozen=True)
-class Gallery:
+class SampleGridLogger:
     """Draws sample grids on all workers; rank 0 logs them."""
 
     denoiser: Denoiser  # of the EMA weights
@@ -32,7 +32,7 @@ class Gallery:
     image_shape: tuple[int, int, int]  # (C, H, W)
     workers: Workers
     url: str  # folder of the PNG files
-    sink: Sink | None  # on the leader
+    sink: Sink | None  # on the main worker
     batch_size: int = 64
 
     def show_grid(self, step: int) -> None:

@@ -36,7 +36,7 @@ class Validator:
     first_index: int  # index of the first of them among all workers' images
     variance: float  # of pixels in [-1, 1], for the levels outside the schedule's range
     workers: Workers
-    sink: Sink | None  # on the leader
+    sink: Sink | None  # on the main worker
     batch_size: int = 64
 
     def validate(self, step: int) -> None:

@@ -150,10 +150,10 @@ def test_beside_images_that_were_not_trained_on(
         assert (some.numpy() == fresh[::3]).all()
     assert len(spread(held_out, 500, Workers())) == 90
     unseen = nearest(spread(held_out, 30, Workers()), dataset, Workers())
-    new = nearest(torch.from_numpy(fresh[1::3]), dataset, Workers()).beside(unseen)
+    new = nearest(torch.from_numpy(fresh[1::3]), dataset, Workers()).compared_with(unseen)
     assert new["eval/nearest_to_held_out"] == pytest.approx(1, abs=0.05)
     assert new["eval/memorised_share_held_out"] == 0
-    copies = nearest(torch.from_numpy(DATA[::9]), dataset, Workers()).beside(unseen)
+    copies = nearest(torch.from_numpy(DATA[::9]), dataset, Workers()).compared_with(unseen)
     assert copies["eval/nearest_to_held_out"] == 0
 
 
@@ -196,8 +196,8 @@ def test_captions_are_the_ratio_and_the_distances(
     """Of the paler image: its row is the fourth, after the three copies."""
     told: list[tuple[list[str], list[str]]] = []
 
-    def captioned(picture: Image.Image, above: list[str], beside: list[str]) -> Image.Image:
-        told.append((above, beside))
+    def captioned(picture: Image.Image, above: list[str], row_captions: list[str]) -> Image.Image:
+        told.append((above, row_captions))
         return picture
 
     monkeypatch.setattr("ddpm_ray.evaluation.memorisation.captioned", captioned)

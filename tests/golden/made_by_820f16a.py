@@ -108,7 +108,7 @@ def trial_ends(trials: list[Trial]) -> list[dict[str, Any]]:
         {
             "values": trial.values,
             "status": trial.status,
-            "losses": [[probe["step"], probe["loss"]] for probe in trial.probes],
+            "losses": [[one["step"], one["loss"]] for one in trial.validation_losses],
             "metrics": trial.metrics,
         }
         for trial in trials

@@ -48,7 +48,7 @@ def alone(worker, settings, *_):
         run.stream.close()
     assert run.sink.close(60) == 0
     return {"step": run.state.step, "checkpoint": run.checkpoints.committed, "scores": {},
-            "probes": run.state.validation_losses, "undelivered": 0,
+            "validation_losses": run.state.validation_losses, "undelivered": 0,
             "trained_from": 0, "trained_to": 1}
 
 def fails(*_):

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # MLflow'
 
 STEPS = 8
 ENDED: dict[str, Any] = {
-    "step": STEPS, "checkpoint": "", "scores": {}, "probes": [], "undelivered": 0,
+    "step": STEPS, "checkpoint": "", "scores": {}, "validation_losses": [], "undelivered": 0,
 }  # fmt: skip
 
 

@@ -161,7 +161,7 @@ def test_the_best_width_is_found_and_left_as_a_model(
     assert best.provenance["step"] == STEPS
     assert best.sample(2, steps=2).shape == (2, 8, 8, 1)
     table = [record.getMessage().split() for record in caplog.records]
-    assert table[0] == ["width", "eval/fd_digits", "95", "%", "interval", "misfit"]
+    assert table[0] == ["width", "eval/fd_digits", "95", "%", "interval", "profile", "error"]
     assert [row[0] for row in table[1:5]] == ["0.05", "0.15", "0.2", "0.25"]
 
 
@@ -199,7 +199,8 @@ def test_a_width_out_of_reach_is_told(
     run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     ema_search.search("run", replace(DIGITS, widths=(0.011,)), tmp_path)
-    assert "width 0.011 is only approximated by the run's snapshots (misfit 0." in caplog.text
+    line = "width 0.011 is only approximated by the run's snapshots (profile error 0."
+    assert line in caplog.text
 
 
 def test_scores_are_those_of_jobs_evaluate_for_the_model_that_is_left(

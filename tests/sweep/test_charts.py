@@ -25,7 +25,7 @@ Chart = Callable[[list[Trial]], Image.Image | None]
 CHARTS: dict[str, Chart] = {
     "fid_against_T": lambda trials: charts.fid_against_T(trials, METRIC),
     "score_curves": charts.score_curves,
-    "loss_spectra": lambda trials: charts.loss_spectra(trials, LEVELS, [0.5, 0.4, 0.3, 0.2]),
+    "loss_by_log_snr": lambda trials: charts.loss_by_log_snr(trials, LEVELS, [0.5, 0.4, 0.3, 0.2]),
     "cost_bars": charts.cost_bars,
 }
 every_chart = pytest.mark.parametrize("chart", CHARTS.values(), ids=CHARTS)
@@ -46,7 +46,7 @@ def sweep(count: int, seed: int = 0) -> list[Trial]:
         )
         looks = {"finished": 4, "stopped": 2}.get(status, 1)
         quality = float(draw.uniform(1, 3))
-        probes = [
+        validation_losses = [
             {"order": i, "step": 3**i * 100, "loss": quality / (i + 1), "spectrum": [quality] * 4}
             for i in range(looks)
         ]
@@ -57,7 +57,11 @@ def sweep(count: int, seed: int = 0) -> list[Trial]:
                 f"{METRIC}_low": 0.9 * quality,
                 f"{METRIC}_high": 1.1 * quality,
             }
-        trials.append(Trial(number, values, status=status, probes=probes, outcome=outcome))
+        trials.append(
+            Trial(
+                number, values, status=status, validation_losses=validation_losses, outcome=outcome
+            )
+        )
     return trials
 
 
@@ -114,9 +118,12 @@ def test_what_a_trial_lacks_breaks_no_chart(chart: Chart, data: st.DataObject) -
         scores = {f"{METRIC}{end}": data.draw(NUMBERS) for end in ("", "_low", "_high")}
         if data.draw(st.booleans()):
             trial.outcome["metrics"] = scores
-        trial.probes = trial.probes[: data.draw(st.integers(0, 2))]
-        for probe in trial.probes:
-            probe |= {"loss": data.draw(NUMBERS), "spectrum": data.draw(st.lists(NUMBERS))}
+        trial.validation_losses = trial.validation_losses[: data.draw(st.integers(0, 2))]
+        for validation_loss in trial.validation_losses:
+            validation_loss |= {
+                "loss": data.draw(NUMBERS),
+                "spectrum": data.draw(st.lists(NUMBERS)),
+            }
         trial.values["optimizer.name"] = data.draw(st.text(max_size=60) | st.just("$x_{$ _y"))
         if data.draw(st.booleans()):
             del trial.values["schedule.num_steps"]
@@ -195,9 +202,9 @@ def test_t_may_come_from_what_the_trial_reported() -> None:
 
 
 def test_a_spectrum_is_drawn_with_and_without_the_linear_guess() -> None:
-    plain = charts.loss_spectra(sweep(4), LEVELS)
-    assert not alike(plain, charts.loss_spectra(sweep(4), LEVELS, [0.5, 0.4, 0.3, 0.2]))
-    assert charts.loss_spectra(sweep(4), LEVELS[1:]) is None, "probes had other levels"
+    plain = charts.loss_by_log_snr(sweep(4), LEVELS)
+    assert not alike(plain, charts.loss_by_log_snr(sweep(4), LEVELS, [0.5, 0.4, 0.3, 0.2]))
+    assert charts.loss_by_log_snr(sweep(4), LEVELS[1:]) is None, "the losses are of other levels"
 
 
 def test_charts_may_be_drawn_in_threads() -> None:

@@ -33,8 +33,12 @@ def finished(number: int, score: float, half_width: float | None = None, **value
 
 
 def lost(number: int, status: Status, *losses: float, reason: str = "") -> Trial:
-    probes = [{"order": 0, "step": 10 * i, "loss": loss} for i, loss in enumerate(losses, 1)]
-    return Trial(number, {"lr": 0.1}, status=status, reason=reason, probes=probes)
+    validation_losses = [
+        {"order": 0, "step": 10 * i, "loss": loss} for i, loss in enumerate(losses, 1)
+    ]
+    return Trial(
+        number, {"lr": 0.1}, status=status, reason=reason, validation_losses=validation_losses
+    )
 
 
 @st.composite

@@ -200,10 +200,17 @@ def test_what_tpe_proposes_lies_in_the_space_whatever_became_of_the_trials(
         proposal = propose(space, search, trials, FID)
         require_in(space, proposal)
         assert proposal is not None
-        probes = [{"order": number, "step": 10, "loss": 1 / (1 + number)}] * (number % 2)
+        validation_losses = [{"order": number, "step": 10, "loss": 1 / (1 + number)}] * (number % 2)
         outcome = {"metrics": {FID: float(number)}}
         trials.append(
-            Trial(number, proposal[1], proposal[0], status, probes=probes, outcome=outcome)
+            Trial(
+                number,
+                proposal[1],
+                proposal[0],
+                status,
+                validation_losses=validation_losses,
+                outcome=outcome,
+            )
         )
 
 
@@ -216,7 +223,7 @@ def test_tpe_goes_on_after_a_crash_as_if_there_had_been_none(tmp_path: Path) -> 
         assert store.trials == before
         number = len(store.trials)
         trial = store.add(proposal[1], proposal[0])
-        store.add_probe(trial, {"step": 10, "loss": 0.1 * (number % 7)})
+        store.add_validation_loss(trial, {"step": 10, "loss": 0.1 * (number % 7)})
         if number % 3:
             store.record_end(trial, "finished", metrics={FID: float(number % 5)})
         elif number % 2:

@@ -55,8 +55,12 @@ class Driver:
             self.begun.append(trial.number)
 
 
-def probe(number: int, step: int, loss: float) -> dict[str, Any]:
-    return {"number": number, "kind": "probe", "probe": {"step": step, "loss": loss}}
+def measured(number: int, step: int, loss: float) -> dict[str, Any]:
+    return {
+        "number": number,
+        "kind": "validation_loss",
+        "validation_loss": {"step": step, "loss": loss},
+    }
 
 
 def ended(number: int, finished: bool = True, **metrics: float) -> dict[str, Any]:
@@ -70,12 +74,12 @@ def left(number: int, error: str = "") -> dict[str, Any]:
 
 SWEEP = config(10, 20, 30, BLIND, IMPOSSIBLE, 40, 50, USELESS)
 SCRIPT = [
-    probe(0, 10, 0.1), probe(1, 10, 0.5), probe(0, 10, 0.1),  # 1 is stopped, 0 tells again
+    measured(0, 10, 0.1), measured(1, 10, 0.5), measured(0, 10, 0.1),  # 1 is stopped, 0 repeats
     ended(1, finished=False), left(1),  # 2 begins
     left(2, "died"),  # and begins again
-    probe(2, 10, 0.05), ended(0, fid=7.0), left(0),  # 3 and 4 end at once, 5 begins
+    measured(2, 10, 0.05), ended(0, fid=7.0), left(0),  # 3 and 4 end at once, 5 begins
     {"number": 2, "kind": "failed", "reason": "no memory", "outcome": {}}, left(2),  # 6 begins
-    probe(5, 10, math.nan), ended(5, finished=False), left(5),  # is stopped
+    measured(5, 10, math.nan), ended(5, finished=False), left(5),  # is stopped
     ended(6, finished=False), left(6),  # nobody asked it to stop: it begins again
     ended(6, kid=1.0), left(6),
 ]  # fmt: skip

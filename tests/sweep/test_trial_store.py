@@ -26,7 +26,9 @@ VALUES: st.SearchStrategy[dict[str, Any]] = st.dictionaries(
 OPERATIONS: st.SearchStrategy[Operation] = st.one_of(
     st.tuples(st.just("add"), st.integers(0, 2), VALUES),
     st.tuples(st.just("add ended"), st.integers(0, 2), st.sampled_from(ENDED)),
-    st.tuples(st.just("probe"), st.integers(0, 9), st.tuples(st.integers(1, 5), st.floats())),
+    st.tuples(
+        st.just("validation_loss"), st.integers(0, 9), st.tuples(st.integers(1, 5), st.floats())
+    ),
     st.tuples(st.just("end"), st.integers(0, 9), st.sampled_from(ENDED)),
     st.tuples(st.just("die"), st.integers(0, 9), st.none()),
 )
@@ -40,8 +42,10 @@ def do(store: TrialStore, operation: Operation) -> None:
         store.add({"seed": 1}, number, status=what, reason="so", diagnostics={"useless_share": 0.7})
     elif store.trials:
         trial = store.trials[number % len(store.trials)]
-        if kind == "probe":
-            store.add_probe(trial, {"step": what[0], "loss": what[1], "spectrum": [what[1], 0.5]})
+        if kind == "validation_loss":
+            store.add_validation_loss(
+                trial, {"step": what[0], "loss": what[1], "spectrum": [what[1], 0.5]}
+            )
         elif kind == "end":
             store.record_end(trial, what, "because", metrics={"eval/fid": 3.5}, step=what)
         else:
@@ -97,8 +101,14 @@ def test_a_step_that_was_reported_is_not_noted_again(tmp_path: Path) -> None:
     trial = TrialStore(str(tmp_path)).add({"seed": 1})
     for step, loss, new in [(10, 0.5, True), (10, 0.4, False), (5, 0.3, False), (20, 0.2, True)]:
         store = TrialStore(str(tmp_path))
-        assert store.add_probe(store.trials[trial.number], {"step": step, "loss": loss}) == new
-    assert [(p["step"], p["loss"]) for p in store.trials[0].probes] == [(10, 0.5), (20, 0.2)]
+        assert (
+            store.add_validation_loss(store.trials[trial.number], {"step": step, "loss": loss})
+            == new
+        )
+    assert [(p["step"], p["loss"]) for p in store.trials[0].validation_losses] == [
+        (10, 0.5),
+        (20, 0.2),
+    ]
 
 
 def test_what_its_lives_cost_is_added_up(tmp_path: Path) -> None:
@@ -189,16 +199,18 @@ def test_a_trial_does_not_change_while_it_is_written(
     """A probe that comes while the main thread writes waits until that is done."""
     store = TrialStore(str(tmp_path))
     trial = store.add({"seed": 1})
-    noted = threading.Thread(target=store.add_probe, args=(trial, {"step": 1, "loss": 0.5}))
+    noted = threading.Thread(
+        target=store.add_validation_loss, args=(trial, {"step": 1, "loss": 0.5})
+    )
 
     def interrupted(of: Trial) -> dict[str, Any]:
         monkeypatch.setattr("ddpm_ray.sweep.trial_store.asdict", asdict)  # once
         noted.start()
         noted.join(0.2)  # ends within it, were it let
-        assert not of.probes
+        assert not of.validation_losses
         return asdict(of)
 
     monkeypatch.setattr("ddpm_ray.sweep.trial_store.asdict", interrupted)
     store.write(trial)
     noted.join(ENDS_S)
-    assert [probe["step"] for probe in trial.probes] == [1]
+    assert [validation_loss["step"] for validation_loss in trial.validation_losses] == [1]

@@ -81,7 +81,7 @@ def test_the_first_is_champion_of_a_new_name(
 ) -> None:
     run_id = new_run()
     result = promote(scores(3, 4), run_id=run_id)
-    assert result["crowned"]
+    assert result["promoted"]
     assert result["reason"] == "there was none"
     assert champion(client, result["name"]) == (result["version"], run_id)
     source = client.get_model_version(result["name"], result["version"])
@@ -101,15 +101,15 @@ def test_it_is_beaten_by_a_wholly_lower_interval_alone(
         model_registry.promote(mlflow_database, name, new_run(), METRIC, metrics, CERTIFICATE)
         for metrics in (scores(low, high), scores(own_low, own_high))
     )
-    assert first["crowned"]
-    assert second["crowned"] == (own_high < low)
+    assert first["promoted"]
+    assert second["promoted"] == (own_high < low)
     assert champion(client, name)[0] == ("2" if own_high < low else "1")
 
 
 def test_an_overlap_is_told_with_both_ends(promote: Promote, client: MlflowClient) -> None:
     first = promote(scores(3, 4))
     result = promote(scores(2, 3.25))
-    assert not result["crowned"]
+    assert not result["promoted"]
     assert result["version"] == first["version"]
     assert result["reason"] == "its interval reaches 3.25, and the champion's begins at 3"
     assert len(client.search_model_versions(f"name='{result['name']}'")) == 1
@@ -127,7 +127,7 @@ def test_an_overlap_is_told_with_both_ends(promote: Promote, client: MlflowClien
 def test_scores_of_two_protocols_are_not_compared(promote: Promote, change: dict[str, Any]) -> None:
     promote(scores(30, 40))
     result = promote(scores(1, 2), CERTIFICATE | change)
-    assert not result["crowned"]
+    assert not result["promoted"]
     assert "under another protocol" in result["reason"]
     assert "jobs/evaluate.py" in result["reason"]
 
@@ -136,7 +136,7 @@ def test_scores_by_two_metrics_are_not_compared(promote: Promote) -> None:
     promote(scores(30, 40))
     other = {"eval/kid": 1.0, "eval/kid_low": 0.5, "eval/kid_high": 1.5}
     result = promote(other, metric="eval/kid")
-    assert not result["crowned"]
+    assert not result["promoted"]
     assert "under another protocol" in result["reason"]
 
 
@@ -148,7 +148,7 @@ def test_the_model_its_t_and_the_software_are_no_part_of_the_protocol(promote: P
         "model": {"run_id": "1" * 32},
         "versions": {"torch": "3.0.0"},
     }
-    assert promote(scores(1, 2), CERTIFICATE | other)["crowned"]
+    assert promote(scores(1, 2), CERTIFICATE | other)["promoted"]
 
 
 @pytest.mark.parametrize("first", [True, False])
@@ -157,7 +157,7 @@ def test_without_an_interval_nobody_is_beaten(promote: Promote, first: bool) -> 
     name = f"bare {first}"
     promote(bare if first else whole, name=name)
     result = promote(whole if first else bare, name=name)
-    assert not result["crowned"]
+    assert not result["promoted"]
     assert result["reason"] == "a score has no interval; draw at least 20 images"
 
 
@@ -168,7 +168,7 @@ def test_a_run_that_is_champion_stays_so(
     run_id = new_run()
     first = promote(scores(3, 4), run_id=run_id)
     again = promote(scores(3, 4), run_id=run_id)
-    assert again == first | {"crowned": False, "reason": "it is the champion already"}
+    assert again == first | {"promoted": False, "reason": "it is the champion already"}
     assert len(client.search_model_versions(f"name='{first['name']}'")) == 1
 
 
@@ -176,7 +176,7 @@ def test_a_name_without_a_champion_gets_one(promote: Promote, client: MlflowClie
     """Somebody made the name by hand, or took the alias away."""
     client.create_registered_model("by hand")
     first = promote(scores(3, 4), name="by hand")
-    assert first["crowned"]
+    assert first["promoted"]
     client.delete_registered_model_alias("by hand", model_registry.CHAMPION)
     assert promote(scores(5, 6), name="by hand")["reason"] == "there was none"
 

@@ -204,13 +204,13 @@ def test_another_width_is_made_of_what_was_kept(tmp_path: Path) -> None:
     wander(state, 320, keep)
     writer.wait()
     for step in (320, 200):
-        made, misfit = averaged(store, state.ema_snapshot_steps, WIDTHS, 0.15, step)
+        made, profile_error = averaged(store, state.ema_snapshot_steps, WIDTHS, 0.15, step)
         assert made.keys() == state.model.state_dict().keys()
         assert (made["weight"] - wanted[step]).norm() < 2e-3 * wanted[step].norm()
-        assert 0 < misfit < 5e-3
-    same, misfit = averaged(store, state.ema_snapshot_steps, WIDTHS, 0.2, 320)
+        assert 0 < profile_error < 5e-3
+    same, profile_error = averaged(store, state.ema_snapshot_steps, WIDTHS, 0.2, 320)
     torch.testing.assert_close(same["weight"], store.read(320, GROUPS[1])["weight"])
-    assert misfit < 1e-6
+    assert profile_error < 1e-6
     with pytest.raises(ValueError, match=r"step is 33; EMA snapshots exist at 10, 20, .* 320"):
         averaged(store, state.ema_snapshot_steps, WIDTHS, 0.15, 33)
 

@@ -26,7 +26,7 @@ from ddpm_ray.runs import evaluate, load_model
 from ddpm_ray.sampling.denoiser import Denoiser
 from ddpm_ray.sampling.pipeline import TrainedModel
 from ddpm_ray.sampling.sampling import SamplingPlan, draw_uint8
-from ddpm_ray.training.sample_grids import GRID_IMAGES, Gallery
+from ddpm_ray.training.sample_grids import GRID_IMAGES, SampleGridLogger
 from ddpm_ray.training.validation_loss import Validator
 from tests.evaluation.test_sample_quality import net
 from tests.noise import pack
@@ -60,7 +60,7 @@ def test_a_grid_is_the_same_by_more_workers_than_it_has_images(
 ) -> None:
     def picture(workers: Workers) -> bytes:
         wall = Wall()
-        Gallery(
+        SampleGridLogger(
             Denoiser.of_noise(blind, SCHEDULE), PLAN, (1, 4, 4), workers,
             str(tmp_path / str(workers.rank)), wall if workers.is_main else None,
         ).show_grid(0)  # fmt: skip
@@ -127,11 +127,11 @@ def test_a_probe_is_the_same_by_more_workers_than_groups(
     state = training_run.training_state(config, (4, 4, 1), torch.device("cpu"), {})
 
     def look(workers: Workers) -> float:
-        gallery = Gallery(
+        grid_logger = SampleGridLogger(
             Denoiser.of_noise(blind, SCHEDULE), PLAN, (1, 4, 4), workers, str(tmp_path), None
         )
         own = replace(state, validation_losses=[])
-        validator: Validator = training_run.validator(config, dataset, own, gallery)
+        validator: Validator = training_run.validator(config, dataset, own, grid_logger)
         validator.validate(1)
         return float(own.validation_losses[0]["loss"])
 

@@ -41,7 +41,7 @@ from ddpm_ray.training.loop import Run, train
 from ddpm_ray.training.metrics_buffer import StepLog
 from ddpm_ray.training.noising import NoisyBatch
 from ddpm_ray.training.objective import Objective
-from ddpm_ray.training.sample_grids import Gallery
+from ddpm_ray.training.sample_grids import SampleGridLogger
 from ddpm_ray.training.state import Snapshot
 from tests.noise import pack_noise
 
@@ -167,7 +167,7 @@ def begin(
         network = DistributedDataParallel(network, broadcast_buffers=False)
     sink = (ledger or Ledger()) if workers.is_main else None
     denoiser = diffusion.denoiser(config, state.ema.model, CPU)
-    gallery = Gallery(
+    grid_logger = SampleGridLogger(
         denoiser,
         diffusion.sampling_plan(config.sampling, denoiser.schedule),
         (1, SIDE, SIDE),
@@ -190,7 +190,7 @@ def begin(
         draw_grid=lambda step: None,
         draw_strip=lambda step: None,
         evaluate=lambda step: None,
-        validate=training_run.validator(config, dataset, state, gallery).validate,
+        validate=training_run.validator(config, dataset, state, grid_logger).validate,
     )
 
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from ddpm_ray.training.post_hoc_ema import (
     WIDEST,
     gamma_of,
-    misfit,
     power_decay,
+    profile_error,
     reconstruct,
     weights,
 )
@@ -128,7 +128,7 @@ def test_two_profiles_are_fitted_to_a_line_by_hand() -> None:
     [1/4, 1/2] have the solution w = (-1/2, 3/2), which leaves 1/24 of the target's square, 2/3.
     """
     assert weights([1, 2], [0, 0], 2, 1).tolist() == pytest.approx([-0.5, 1.5])
-    assert misfit([1, 2], [0, 0], 2, 1) == pytest.approx((1 / 24 / (2 / 3)) ** 0.5)
+    assert profile_error([1, 2], [0, 0], 2, 1) == pytest.approx((1 / 24 / (2 / 3)) ** 0.5)
 
 
 @pytest.mark.parametrize("count", [4, 32])
@@ -140,7 +140,7 @@ def test_a_width_that_was_tracked_comes_back(sigma_rel: float, count: int) -> No
         w = weights(ts, gammas, t, gamma_of(sigma_rel))
         made = reconstruct(({"w": each} for each in averages), w)["w"]
         torch.testing.assert_close(made, tracked(sigma_rel)[t - 1].float(), rtol=1e-5, atol=1e-5)
-        assert misfit(ts, gammas, t, gamma_of(sigma_rel)) < 1e-6
+        assert profile_error(ts, gammas, t, gamma_of(sigma_rel)) < 1e-6
 
 
 @pytest.mark.parametrize("sigma_rel", [0.03, 0.075, 0.15, 0.2, 0.25])
@@ -151,9 +151,9 @@ def test_another_width_comes_near_the_one_that_is_tracked(sigma_rel: float) -> N
     assert many < few / 20
 
 
-def test_the_misfit_says_which_width_cannot_be_made() -> None:
+def test_the_profile_error_says_which_width_cannot_be_made() -> None:
     ts, gammas, _ = kept([0.05, 0.1], 4)
-    near, far = (misfit(ts, gammas, STEPS, gamma_of(sigma)) for sigma in (0.075, 0.01))
+    near, far = (profile_error(ts, gammas, STEPS, gamma_of(sigma)) for sigma in (0.075, 0.01))
     assert near < 0.05 < 0.5 < far < 1
 
 
@@ -178,7 +178,7 @@ def test_a_long_run_and_narrow_profiles_stay_finite() -> None:
 def test_what_cannot_be_made_is_refused(
     ts: list[int], gammas: list[float], target_t: int, reason: str
 ) -> None:
-    for ask in (weights, misfit):
+    for ask in (weights, profile_error):
         with pytest.raises(ValueError, match=reason):
             ask(ts, gammas, target_t, 1.0)
 

@@ -22,7 +22,7 @@ from ddpm_ray.reporting import Row
 from ddpm_ray.sampling.denoiser import Denoiser
 from ddpm_ray.sampling.sampling import SamplingPlan
 from ddpm_ray.storage import object_store
-from ddpm_ray.training.sample_grids import Gallery, picture_url
+from ddpm_ray.training.sample_grids import SampleGridLogger, picture_url
 
 COSINE = NoiseSchedule(schedules.cosine(10))
 OnWorkers = Callable[[int, Callable[[Workers], Any]], list[Any]]
@@ -61,15 +61,15 @@ def network(channels: int) -> UNet:
     return model
 
 
-def gallery(
+def grid_logger(
     folder: Path, workers: Workers, channels: int = 1, batch: int = 64
-) -> tuple[Gallery, Wall]:
+) -> tuple[SampleGridLogger, Wall]:
     """A gallery, and the wall of its leader."""
     model = copy.deepcopy(network(channels))
     denoiser = Denoiser.of_noise(model.eval(), COSINE)
     wall = Wall()
     plan = SamplingPlan(uniform_steps(10, 3), seed=4)
-    made = Gallery(
+    made = SampleGridLogger(
         denoiser, plan, (channels, 4, 4), workers, str(folder),
         wall if workers.is_main else None, batch,
     )  # fmt: skip
@@ -81,14 +81,14 @@ def pixels(image: Image.Image) -> Any:
 
 
 def grid_by(workers: Workers, folder: Path, batch: int = 64, channels: int = 1) -> Wall:
-    made, wall = gallery(folder, workers, channels, batch)
+    made, wall = grid_logger(folder, workers, channels, batch)
     made.show_grid(30)
     return wall
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_pictures_hang_in_the_sink_and_lie_in_the_folder(channels: int, tmp_path: Path) -> None:
-    made, wall = gallery(tmp_path, Workers(), channels)
+    made, wall = grid_logger(tmp_path, Workers(), channels)
     made.show_grid(30)
     made.show_strip(30)
     assert set(wall.pictures) == {("samples", 30), ("denoising", 30)}
@@ -121,7 +121,7 @@ def test_the_grid_is_the_same_in_batches_of_any_size(tmp_path: Path) -> None:
 
 
 def test_the_noise_is_the_same_at_each_step_and_the_weights_those_of_now(tmp_path: Path) -> None:
-    made, wall = gallery(tmp_path, Workers())
+    made, wall = grid_logger(tmp_path, Workers())
     made.show_grid(1)
     made.show_grid(2)
     assert (pixels(wall.pictures["samples", 1]) == pixels(wall.pictures["samples", 2])).all()

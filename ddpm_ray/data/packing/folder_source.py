@@ -17,7 +17,7 @@ UNUSED = "names of folders, which are no classes beside a metadata file"
 
 
 def folder_source(url: str, files: SourceFiles, options: PackConfig) -> FileSource:
-    """The images of a folder. Raises DatasetError where they cannot be told apart.
+    """The images of a folder. Raises DatasetError where two have the same name or class.
 
     Without metadata a flat folder has no labels, and one with sub-folders has a class for each,
     whatever lies below it. Labels of a metadata file take the place of folders.
@@ -30,13 +30,13 @@ def folder_source(url: str, files: SourceFiles, options: PackConfig) -> FileSour
         raise DatasetError(url, problem, f"give one of them: {object_store.join(url, min(tops))}")
     if metadata.labels:
         label_names, numbers = _of_metadata(url, names, metadata)
-        beside = [(UNUSED, tops)]
+        others = [(UNUSED, tops)]
     elif metadata.files and len(tops) == 1:  # images/1.png beside metadata.csv
-        label_names, numbers, beside = (), [-1] * len(names), [(UNUSED, tops)]
+        label_names, numbers, others = (), [-1] * len(names), [(UNUSED, tops)]
     else:
         label_names, numbers = _of_folders(url, names, tops)
         below = {"/".join(name.split("/")[:2]) for name in names if name.count("/") > 1}
-        beside = [(EMPTY, files.folders - tops if tops else set()), (BELOW, below)]
+        others = [(EMPTY, files.folders - tops if tops else set()), (BELOW, below)]
     states = {**files.images, **files.metadata}
     return FileSource(
         url,
@@ -46,7 +46,7 @@ def folder_source(url: str, files: SourceFiles, options: PackConfig) -> FileSour
         ),
         label_names,
         options.max_file_bytes,
-        files.left_out + metadata.left_out + groups(beside),
+        files.left_out + metadata.left_out + groups(others),
         version_of(states),
     )
 

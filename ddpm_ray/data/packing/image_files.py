@@ -203,7 +203,7 @@ def _refuse_unfit(image: ImageFile.ImageFile, name: str, max_pixels: int) -> Non
 
 
 def _has_16_bits(image: ImageFile.ImageFile) -> bool:
-    """Whether Pillow would cut 16 bits to 8: its mode of a colour image does not tell."""
+    """Whether Pillow would cut 16 bits to 8: its mode of a colour image does not show it."""
     arguments = image.tile[0].args if image.tile else ""
     first, *rest = arguments if isinstance(arguments, list | tuple) else (arguments,)
     largest_value = rest[0] if image.format == "PPM" and rest else 255

@@ -73,10 +73,10 @@ def read(url: str, files: SourceFiles, options: PackConfig) -> Metadata:
     elif any(isinstance(label, str) for label in found.labels.values()):
         found.labels = _as_numbers(found.labels)
     unknown = set(files.images) - named if found.files and not found.labels else set()
-    beside = [
+    others = [
         (f"columns of {file} without a place in a shard", names) for file, names in columns.items()
     ]
-    found.left_out = groups([*beside, (MISSING, missing), (UNKNOWN, unknown)])
+    found.left_out = groups([*others, (MISSING, missing), (UNKNOWN, unknown)])
     return found
 
 

@@ -42,7 +42,7 @@ class Record:
     source_sha256: str
     version: str  # of the source's files
     content_sha256: str  # of their bytes
-    options: Mapping[str, Any]  # those that the manifest does not tell
+    options: Mapping[str, Any]  # those that the manifest does not hold
     report: PackReport
 
 

@@ -39,7 +39,7 @@ SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation", 
 HIDDEN = "hidden or system files"
 ODD = "pipes, devices and links to nothing"
 SEEN = "links to folders that are taken already"
-FOREIGN = "images of formats that are not read (convert them to PNG)"
+UNREADABLE = "images of formats that are not read (convert them to PNG)"
 ARCHIVED = "compressed archives (unpack them)"
 OTHER = "other files"
 
@@ -110,7 +110,7 @@ def is_hidden(name: str) -> bool:
 
 def _kind_of_other(lower: str) -> str:
     if lower.endswith(OTHER_PICTURES):
-        return FOREIGN
+        return UNREADABLE
     return ARCHIVED if lower.endswith(ARCHIVES) else OTHER
 
 

@@ -66,7 +66,7 @@ def open_source(source: str, options: PackConfig | None = None) -> Source:
     }  # fmt: skip
     held = [f"{kind} ({next(iter(found))})" for kind, found in kinds.items() if found]
     if len(held) > 1:
-        problem = f"it holds {' beside '.join(held)}, and one kind is packed"
+        problem = f"it holds {' contents_text '.join(held)}, and one kind is packed"
         raise DatasetError(source, problem, "give the .tar or table itself, or move it elsewhere")
     for kind in ("tars", "tables"):
         refuse_splits(source, kind, kinds[kind])
@@ -75,9 +75,11 @@ def open_source(source: str, options: PackConfig | None = None) -> Source:
     if files.tables:
         return table_source(source, files.tables, options, files.left_out)
     if not files.images:
-        beside = f" (it holds {'; '.join(map(str, files.left_out))})" if files.left_out else ""
+        contents_text = (
+            f" (it holds {'; '.join(map(str, files.left_out))})" if files.left_out else ""
+        )
         remedy = "give a folder of images or .tar files"
-        raise DatasetError(source, f"there is no image in it{beside}", remedy)
+        raise DatasetError(source, f"there is no image in it{contents_text}", remedy)
     return folder_source(source, files, options)
 
 

@@ -77,7 +77,7 @@ def table_source(
     options: PackConfig,
     left_out: tuple[NamedGroup, ...] = (),
 ) -> TableSource:
-    """The rows of these tables. Raises DatasetError where image or label cannot be told."""
+    """The rows of these tables. Raises DatasetError where image or label is ambiguous."""
     files: list[TableFile] = []
     labels: list[Label] = []
     others: set[str] = set()

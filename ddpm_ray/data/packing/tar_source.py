@@ -30,7 +30,7 @@ ODD = "links, devices and sparse files in tars"
 FURTHER = "further images of samples, not chosen by image_key"
 IMAGELESS = "samples of tars without an image"
 KEYS = "keys of .json files without a place in a shard"
-MOST_KINDS = 50  # suffixes of other members that are told apart
+MOST_KINDS = 50  # suffixes of other members that are counted separately
 
 
 @dataclass
@@ -64,9 +64,9 @@ def tar_source(
         others[IMAGELESS] += sorted(bare)
     left = left_out + groups([*others.items(), (KEYS, json_keys)])
     if not found:
-        beside = f" (it holds {'; '.join(map(str, left))})" if left else ""
+        contents_text = f" (it holds {'; '.join(map(str, left))})" if left else ""
         remedy = "give tars with image files"
-        raise DatasetError(folder, f"there is no image in its tars{beside}", remedy)
+        raise DatasetError(folder, f"there is no image in its tars{contents_text}", remedy)
     labels = [label for _, label in found]
     if options.label_key and not any(label is not None for label in labels):
         problem = f"no .json file has a value in {options.label_key!r} (label_key)"

@@ -1,4 +1,4 @@
-"""A small judge of 8x8 digits: which digit an image shows, and how sure that is.
+"""A small classifier of 8x8 digits: which digit an image shows, and with what confidence.
 
 Its weights lie beside this file; tests/golden/make_digits_classifier.py made them. It was shown
 noise, blends and scrambled scans too, and taught to be sure of none, so that a confident answer

@@ -102,7 +102,7 @@ def inception_net(
 
 
 def digits_net(device: torch.device | str) -> FeatureNet:
-    """The bundled judge of 8x8 digits, which also says which of them it recognises."""
+    """The bundled classifier of 8x8 digits, as a feature network with class probabilities."""
     classifier = digits_classifier.load_digits_classifier().to(device)
     width = classifier.dense_1.out_features
     return FeatureNet(

@@ -82,7 +82,7 @@ def _folded(stored: dict[str, Tensor], layer: str, path: str) -> dict[str, Tenso
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
-    """Everything in the file by its name; told apart by content, as a cache may drop the suffix."""
+    """All tensors of the file by name; the format is recognised by content, not by suffix."""
     try:
         if zipfile.is_zipfile(path) and any(
             name.endswith(".npy") for name in zipfile.ZipFile(path).namelist()

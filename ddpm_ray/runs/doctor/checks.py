@@ -98,7 +98,7 @@ def packages() -> Iterator[Finding]:
 def storage_keeps(config: DoctorConfig, home: Path) -> Iterator[Finding | Clock]:
     """Write, read back, compare and delete a small object in the storage."""
     url = object_store.absolute(config.storage, home)
-    local, probe = (
+    local, test_object = (
         object_store.is_local(url),
         object_store.join(url, f"doctor-{uuid.uuid4().hex[:12]}"),
     )
@@ -110,14 +110,16 @@ def storage_keeps(config: DoctorConfig, home: Path) -> Iterator[Finding | Clock]
     aside: list[Finding] = []
     try:
         try:
-            object_store.write_bytes(probe, data)
+            object_store.write_bytes(test_object, data)
             after = time.time()
-            back = object_store.read_bytes(probe)
+            back = object_store.read_bytes(test_object)
             if not local:
-                yield clock("bucket", object_store.modified_s(probe), before, after, resolution_s=1)
-            aside.append(_conditional_put(probe))
+                yield clock(
+                    "bucket", object_store.modified_s(test_object), before, after, resolution_s=1
+                )
+            aside.append(_conditional_put(test_object))
         finally:
-            object_store.delete(probe)
+            object_store.delete(test_object)
             if made:
                 object_store.delete_empty_folder(url)
     except object_store.StorageError as error:
@@ -164,10 +166,10 @@ def _joins_a_cluster(config: DoctorConfig) -> bool:
     return bool(config.address or os.environ.get("RAY_ADDRESS"))
 
 
-def _conditional_put(probe: str) -> Finding:
+def _conditional_put(test_object: str) -> Finding:
     """Report on conditional writes, for information: most servers ignore them; none is needed."""
     try:
-        kept = not object_store.write_new(probe, b"second")
+        kept = not object_store.write_new(test_object, b"second")
         found = "honoured" if kept else "ignored by this store; ddpm-ray does not need it"
     except object_store.StorageError as error:
         found = f"refused ({error.args[1]}); ddpm-ray does not need it"

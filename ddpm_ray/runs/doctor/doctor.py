@@ -97,7 +97,7 @@ def _try(check: str, config: DoctorConfig, home: Path, until: float, found: Conn
         os.dup2(null, 1)
         os.dup2(null, 2)
     try:
-        for one in _look(check, config, home, until):
+        for one in _findings(check, config, home, until):
             found.send(one)
     except Exception as error:  # noqa: BLE001 - any error becomes a finding
         text = " ".join(str(error).split()) or type(error).__name__
@@ -105,7 +105,7 @@ def _try(check: str, config: DoctorConfig, home: Path, until: float, found: Conn
     found.close()
 
 
-def _look(check: str, config: DoctorConfig, home: Path, until: float) -> Iterator[Found]:
+def _findings(check: str, config: DoctorConfig, home: Path, until: float) -> Iterator[Found]:
     match check:
         case "storage":
             return checks.storage_keeps(config, home)
