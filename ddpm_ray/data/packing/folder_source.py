@@ -17,7 +17,7 @@ UNUSED = "names of folders, which are no classes beside a metadata file"
 
 
 def folder_source(url: str, files: SourceFiles, options: PackConfig) -> FileSource:
-    """The images of a folder. Raises DatasetError where two have the same name or class.
+    """The images of a folder. Raises DatasetError where its labels are ambiguous.
 
     Without metadata a flat folder has no labels, and one with sub-folders has a class for each,
     whatever lies below it. Labels of a metadata file take the place of folders.
