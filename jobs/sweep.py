@@ -27,8 +27,9 @@ from ddpm_ray.config.sweep import SweepConfig
 
 def sweep(config: SweepConfig, _: Namespace) -> dict[str, Any]:
     """Return the sweep's report; print the table of its trials to stderr."""
-    from ddpm_ray.sweep.driver import sweep as run
-    from ddpm_ray.sweep.leaderboard import as_text, standings  # heavy: after the config is read
+    from ddpm_ray.sweep.driver import sweep as run  # heavy: after the config is read
+    from ddpm_ray.sweep.leaderboard import as_text
+    from ddpm_ray.sweep.standings import standings
 
     outcome = run(config, home_folder(), ProgressLine("trials"))
     report, score = outcome.report, config.score

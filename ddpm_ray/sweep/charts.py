@@ -8,7 +8,6 @@ pyplot, so they may be drawn in any thread.
 import io
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -22,8 +21,9 @@ from matplotlib.ticker import FixedLocator, NullLocator
 from PIL import Image, ImageDraw, ImageFont
 
 from ddpm_ray.sampling.image_grid import GUTTER_PIXELS
-from ddpm_ray.sweep import leaderboard
-from ddpm_ray.sweep.leaderboard import MOST, STATUSES, Row, cut, score_text, standings
+from ddpm_ray.sweep.leaderboard import cut
+from ddpm_ray.sweep.standings import MOST, STATUSES, Row, integer, score_text, standings, summary
+from ddpm_ray.sweep.trial_names import T_KEY, short_name
 from ddpm_ray.sweep.trial_store import Trial
 from ddpm_ray.training.sample_grids import GRID_IMAGES
 
@@ -42,14 +42,15 @@ TITLE_POINTS, TEXT_POINTS, SMALL_POINTS = 13, 11, 9.5
 WIDE = 12.0  # a range above this factor is drawn on a log axis
 CROWD = 100  # from this number of trials on, marks are small and lines thin
 NAME_LETTERS = 44
-T_KEY = "schedule.num_steps"
 SHEET_ROWS, CELL_PIXELS, CAPTION_PIXELS, LINE_PIXELS = 40, 128, 340, 18
 
 
 def fid_against_T(trials: Sequence[Trial], metric: str) -> Image.Image | None:  # noqa: N802
     """Plot final score with interval against T, one line for each schedule."""
     steps = {t.number: int(t.values.get(T_KEY, t.outcome.get("num_steps")) or 0) for t in trials}
-    schedules = {trial.number: _name(trial, but=T_KEY) for trial in trials}
+    schedules = {
+        trial.number: short_name(trial.values, without=T_KEY) or "all trials" for trial in trials
+    }
     rows = [row for row in standings(trials, metric) if steps[row.number] > 0]
     unscored = [row for row in rows if row.score is None]
     if len(unscored) == len(rows):
@@ -147,7 +148,7 @@ def cost_bars(trials: Sequence[Trial]) -> Image.Image | None:
     if not rows:
         return None
     rows.sort(key=lambda row: (STATUSES.index(row.status), -(row.worker_s or 0)))
-    note = f"{leaderboard.summary(rows)} Left out, cost unknown: {len(trials) - len(rows):,}."
+    note = f"{summary(rows)} Left out, cost unknown: {len(trials) - len(rows):,}."
     height = min(9.0, max(3.0, 1.6 + 0.2 * len(rows)))
     figure, axes = _canvas("Cost of each trial, shorter is cheaper", note, height)
     heights, thick = np.arange(len(rows)), 0.8 if len(rows) < CROWD else 1.0
@@ -156,7 +157,7 @@ def cost_bars(trials: Sequence[Trial]) -> Image.Image | None:
     colours = [STATUS_COLOURS[row.status] for row in rows]
     axes.barh(heights, busy, thick, color=colours, lw=0)
     axes.barh(heights, idle, thick, left=busy, color=colours, lw=0, alpha=0.4)
-    names = {t.number: _shown(cut(f"{t.number}: {_name(t)}", NAME_LETTERS)) for t in trials}
+    names = {t.number: _shown(cut(f"{t.number}: {t.label}", NAME_LETTERS)) for t in trials}
     labels = [names[row.number] for row in rows] if len(rows) <= SHEET_ROWS else []
     axes.set_yticks(heights[: len(labels)], labels)
     axes.set(ylim=(len(rows) - 0.5, -0.5), ylabel="trials")
@@ -166,7 +167,7 @@ def cost_bars(trials: Sequence[Trial]) -> Image.Image | None:
     handles: list[Artist] = []
     for status, colour in STATUS_COLOURS.items():
         if members := [row for row in rows if row.status == status]:
-            spent = leaderboard.integer(sum(row.worker_s or 0 for row in members))
+            spent = integer(sum(row.worker_s or 0 for row in members))
             handles.append(Patch(color=colour, label=f"{status} ({len(members):,}): {spent} s"))
     handles.append(Patch(color=DARK, alpha=0.4, lw=0, label="overhead: starting, saving, waiting"))
     return _picture(figure, handles, "how trials ended")
@@ -183,7 +184,7 @@ def contact_sheet(
     rows = [row for row in standings(trials, metric) if row.number in grids]
     if not rows:
         return None
-    names = {trial.number: _name(trial) for trial in trials}
+    names = {trial.number: trial.label for trial in trials}
     strips = [_first_images(grids[row.number], columns) for row in rows[:SHEET_ROWS]]
     heights = [max(strip.height, 3 * LINE_PIXELS + 4) for strip in strips]
     width, top = CAPTION_PIXELS + max(strip.width for strip in strips), 3 * LINE_PIXELS
@@ -229,7 +230,7 @@ def _draw(axes: Axes, curves: Sequence[Curve]) -> list[Artist]:
     ended = [points for trial, points in curves if trial.status not in ("finished", "running")]
     handles: list[Artist] = []
     for i, (trial, points) in enumerate(active[:NAMED]):
-        handles += axes.plot(*points.T, ms=4, label=f"{trial.number}: {_name(trial)}", **_style(i))
+        handles += axes.plot(*points.T, ms=4, label=f"{trial.number}: {trial.label}", **_style(i))
     others = [points for _, points in active[NAMED:]]
     for crowd, colour, word in ((others, PALE, "others"), (ended, GREY, "stopped or failed")):
         if crowd:
@@ -291,13 +292,6 @@ def _picture(figure: Figure, handles: Sequence[Artist], title: str) -> Image.Ima
     png = io.BytesIO()
     figure.savefig(png, format="png")
     return Image.open(png).convert("RGB")
-
-
-def _name(trial: Trial, but: str = "") -> str:
-    """Return the trial's values for a legend, as `cosine T=1000 rescale=True`, less key `but`."""
-    values = {key: value for key, value in trial.values.items() if key != but}
-    label = replace(trial, values=values).label or "all trials"
-    return label.replace("kind=", "").replace("num_steps=", "T=")
 
 
 def _shown(text: str) -> str:

@@ -46,10 +46,19 @@ POLL_S = 0.5
 PUBLISH_EVERY_S = 60.0  # while trials run; drawing all pictures takes seconds
 # Keys that may change when a sweep is continued: resources, tracking, number of trials.
 FREE = (
-    "trials_at_once", "max_starts", "register_as", "run_from", "search.trials", "run.name",
-    "run.cluster.", "run.tracking.", "run.storage", "run.data.url", "run.data.cache",
+    "trials_at_once",
+    "max_starts",
+    "register_as",
+    "run_from",
+    "search.trials",
+    "run.name",
+    "run.cluster.",
+    "run.tracking.",
+    "run.storage",
+    "run.data.url",
+    "run.data.cache",
     "run.evaluation.weights",
-)  # fmt: skip
+)
 TUNE_ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # no CSV, JSON and TensorBoard files
     "TUNE_GLOBAL_CHECKPOINT_S": "1000000000",  # no snapshots of all trials
@@ -92,8 +101,9 @@ def sweep(
     )
     cluster = config.run.cluster
     workers = cluster.num_workers * max(1, config.trials_at_once)
-    worker_group.connect(cluster.address, workers * cluster.cpus_per_worker,
-                  workers * cluster.gpus_per_worker)  # fmt: skip
+    worker_group.connect(
+        cluster.address, workers * cluster.cpus_per_worker, workers * cluster.gpus_per_worker
+    )
     at_once = capacity.trials_at_once(cluster, config.trials_at_once)
     sweep_run = SweepRun.find_or_create(config, folder, identity, dataset)
     log.info(
@@ -107,8 +117,8 @@ def sweep(
         """Return the arguments of that trial's driver."""
         run = _run_config(config, of.values, of.name)
         run = replace(run, name=of.name, storage=sweep_run.runs)
-        label = f"{of.name} {of.label}"
-        return {"number": of.number, "label": label, "values": of.values, "config": to_dict(run)}
+        facts = {"number": of.number, "label": of.title, "values": of.values}
+        return facts | {"config": to_dict(run)}
 
     searcher = TuneSearcher(scheduler, assignment, at_once)
     function = tune.with_parameters(

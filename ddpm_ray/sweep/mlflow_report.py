@@ -19,8 +19,10 @@ from ddpm_ray.runs.run_identity import IDENTITY
 from ddpm_ray.runs.train import artifact_root, run_tags
 from ddpm_ray.storage import checksummed_json, object_store
 from ddpm_ray.storage.object_store import StorageError
-from ddpm_ray.sweep import charts, leaderboard
-from ddpm_ray.sweep.leaderboard import Row
+from ddpm_ray.sweep import charts
+from ddpm_ray.sweep.leaderboard import as_markdown
+from ddpm_ray.sweep.leaderboard_html import as_html
+from ddpm_ray.sweep.standings import Row, standings
 from ddpm_ray.sweep.trial_store import Trial, TrialStore
 from ddpm_ray.tracking import mlflow_runs, model_registry
 from ddpm_ray.tracking.mlflow_runs import TrackingError
@@ -92,7 +94,7 @@ class SweepRun:
             for t in store.trials
         ]
         score = self.config.score
-        rows = leaderboard.standings(trials, score)
+        rows = standings(trials, score)
         levels = torch.tensor(LEVELS, dtype=torch.float64)
         guess = linear_guess(levels, self.pixel_variance).tolist()
         drawn = {
@@ -111,12 +113,12 @@ class SweepRun:
                 self.run,
                 pictures={key: picture for key, picture in drawn.items() if picture is not None},
                 texts={
-                    "leaderboard.html": leaderboard.as_html(rows, score, self.config.name),
+                    "leaderboard.html": as_html(rows, score, self.config.name),
                     "trials.json": json.dumps([trial.to_json() for trial in trials], indent=1),
                 },
                 metrics=metrics,
                 step=sum(counts.values()),
-                note=leaderboard.as_markdown(rows, score),
+                note=as_markdown(rows, score),
             )
         except TrackingError as error:
             log.warning("%s; the sweep's tables and pictures in MLflow are out of date", error)
@@ -129,7 +131,7 @@ class SweepRun:
         self.close_trials(store)
         self.publish(store)
         trials = store.trials
-        best = leaderboard.standings(trials, self.config.score)[:1]
+        best = standings(trials, self.config.score)[:1]
         winner = trials[best[0].number] if best and best[0].place == 1 else None
         busy_s, worker_s = (
             sum(trial.outcome.get(key, 0.0) for trial in trials) for key in ("busy_s", "worker_s")
@@ -192,7 +194,7 @@ class SweepRun:
         if object_store.exists(known):  # it started, and failed before it reported its run id
             own = str(checksummed_json.read(known)["identity"])
         trial.outcome["run_id"] = mlflow_runs.log_ended(
-            self.run, f"{trial.name} {trial.label}", own, trial.values, status, trial.reason
+            self.run, trial.title, own, trial.values, status, trial.reason
         )
 
 

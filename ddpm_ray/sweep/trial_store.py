@@ -18,6 +18,7 @@ from ddpm_ray.runs.run_identity import TRIALS, trial_file
 from ddpm_ray.storage import checksummed_json, object_store
 from ddpm_ray.storage.checksummed_json import ChecksumError
 from ddpm_ray.storage.object_store import StorageError
+from ddpm_ray.sweep.trial_names import short_name
 
 Status: TypeAlias = Literal["running", "finished", "stopped", "pruned", "failed"]
 """running: not ended, also while no process runs it; stopped: early, by comparison with others;
@@ -60,8 +61,13 @@ class Trial:
 
     @property
     def label(self) -> str:
-        """Its values to read, as `kind=cosine num_steps=1000`."""
-        return " ".join(f"{key.rpartition('.')[2]}={_text(v)}" for key, v in self.values.items())
+        """The values it varies, as `T=1000 linear rescaled`."""
+        return short_name(self.values)
+
+    @property
+    def title(self) -> str:
+        """Its number and values: the name of its MLflow run."""
+        return f"{self.number}: {self.label}"
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -164,7 +170,3 @@ def _read(url: str) -> Trial:
         raise StorageError(
             url, f"this file is not a trial of a sweep ({reason})", remedy
         ) from error
-
-
-def _text(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

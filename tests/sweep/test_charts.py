@@ -14,7 +14,7 @@ from PIL import Image, ImageChops
 
 from ddpm_ray.sampling.image_grid import GUTTER_PIXELS, grid
 from ddpm_ray.sweep import charts
-from ddpm_ray.sweep.leaderboard import STATUSES, standings
+from ddpm_ray.sweep.standings import STATUSES, standings
 from ddpm_ray.sweep.trial_store import Status, Trial
 
 pytestmark = pytest.mark.xdist_group("charts")  # a minute that needs neither Ray nor MLflow

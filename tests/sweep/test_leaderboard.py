@@ -2,22 +2,16 @@
 
 import html.parser
 import math
+import re
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ddpm_ray.sweep.leaderboard import (
-    STATUSES,
-    TEXT_COLUMNS,
-    Row,
-    as_html,
-    as_markdown,
-    as_text,
-    standings,
-    status_counts,
-)
+from ddpm_ray.sweep.leaderboard import TEXT_COLUMNS, as_markdown, as_text
+from ddpm_ray.sweep.leaderboard_html import as_html
+from ddpm_ray.sweep.standings import STATUSES, Row, standings, status_counts
 from ddpm_ray.sweep.trial_store import Status, Trial
 
 METRIC = "eval/fid"
@@ -90,8 +84,8 @@ def test_every_trial_has_one_row_wherever_it_is_shown(trials: list[Trial]) -> No
     numbers = [str(row.number) for row in rows]
     assert sorted(numbers, key=int) == [str(trial.number) for trial in trials]
     assert Page(as_html(rows, METRIC, "A sweep")).column("trial") == numbers
-    lines = as_text(rows, METRIC).splitlines()
-    assert [line[6:12].strip() for line in lines[1 : 1 + len(rows)]] == numbers
+    row = re.compile(rf"[ \d~]{{6}} *(\d+) (?:{'|'.join(STATUSES)})", re.M)
+    assert row.findall(as_text(rows, METRIC)) == numbers
     table = as_markdown(rows, METRIC, top=99).splitlines()[2 : 2 + len(rows)]
     assert [line.split(" | ")[1] for line in table] == numbers
 
@@ -174,6 +168,15 @@ def test_a_terminal_gets_short_plain_lines(trials: list[Trial]) -> None:
     text = as_text(standings(trials, METRIC), METRIC)
     assert max(map(len, text.splitlines())) <= TEXT_COLUMNS
     assert all(line.isprintable() for line in text.split("\n"))
+
+
+def test_values_that_differ_are_never_cut() -> None:
+    """Two trials that differ in the last of many values: nobody could tell which one is best."""
+    same: dict[str, Any] = {f"model.option_{i}": "x" * 9 for i in range(6)}
+    trials = [finished(i, i, **same, **{"training.learning_rate": i / 64}) for i in (1, 2)]
+    for shown in (as_text, lambda rows: as_markdown(rows, METRIC).replace("\\", "")):
+        words = shown(standings(trials, METRIC)).split()
+        assert {"learning_rate=0.01562", "learning_rate=0.03125"} <= set(words)
 
 
 def test_a_long_reason_is_cut_and_loses_its_colours() -> None:
