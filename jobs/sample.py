@@ -22,36 +22,36 @@ def prepare(config: SampleConfig, arguments: Namespace) -> SampleConfig:
     """The config as the run has it where nothing else was given; absolute paths."""
     home = home_folder()
     arguments.out = output_file("--out", arguments.out, home, PICTURES)
-    film = config.film and output_file("film", config.film, home, (".gif",))
+    gif = config.gif and output_file("gif", config.gif, home, (".gif",))
     from ddpm_ray.tracking.model_uri import resolve_model_uri  # fsspec: after the config is read
 
     uri = arguments.model_uri = resolve_model_uri(arguments.model_uri, home)
     from ddpm_ray.runs import load_model  # heavy: after the paths are checked
 
-    return load_model.as_trained(replace(config, film=film), uri, arguments.given, home)
+    return load_model.as_trained(replace(config, gif=gif), uri, arguments.given, home)
 
 
 def sample(config: SampleConfig, arguments: Namespace) -> dict[str, Any]:
     """Where the picture is, and what it was drawn from."""
-    made_ready(arguments.out, config.film)
+    made_ready(arguments.out, config.gif)
     from ddpm_ray.runs import load_model
     from ddpm_ray.sampling import gif, image_grid, image_io
 
     uri, home = arguments.model_uri, home_folder()
-    model, plan = load_model.planned(uri, config.sampling, config.lead, home)
+    model, plan = load_model.planned(uri, config.sampling, config.guidance, home)
     size = config.sampling.batch_size
     calls = -(-config.num_images // size) * (len(plan.steps) - 1)
     line, film, seen = ProgressLine(f"step of {plan.sampler}"), gif.Film(), itertools.count(1)
 
     def show(t: int, x_t: Any, x_0: Any) -> None:
         line(next(seen), calls)
-        if config.film:
+        if config.gif:
             film.add(t, x_t, x_0)
 
     images = model.draw(plan, config.num_images, size, show)
     image_io.write_picture(arguments.out, image_grid.grid(images))
-    if config.film:
-        film.save(config.film, images)
+    if config.gif:
+        film.save(config.gif, images)
     provenance = {key: model.provenance[key] for key in ("checkpoint", "step", "weights_sha256")}
     return {"picture": arguments.out, "num_images": config.num_images, **provenance}
 

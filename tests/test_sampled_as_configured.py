@@ -139,7 +139,7 @@ OTHER = ("sampling.sampler=ancestral", "sampling.variance=learned", "sampling.gu
 
 def test_the_job_draws_so_too_but_for_what_it_is_given(tmp_path: Path, job: Job) -> None:
     _, own = saved_run(tmp_path / "runs/a", *OTHER)
-    code, out, err = job("sample", "runs/a", "--out", "deep/er/grid.png", "film=films/a.gif")
+    code, out, err = job("sample", "runs/a", "--out", "deep/er/grid.png", "gif=films/a.gif")
     assert code == 0, err
     assert "step of ancestral 6/6" in err
     assert json.loads(out.splitlines()[-1])["picture"] == str(tmp_path / "deep/er/grid.png")
@@ -264,8 +264,8 @@ def test_a_folder_is_loaded_without_mlflow_and_ray_and_leaves_the_process_alone(
         ("sample", ["--out", "file/grid.png"], "--out is file/grid.png, but"),
         ("sample", ["--out", "folder.png"], "--out is folder.png, which is a folder"),
         ("sample", ["--out", "s3://b/x.png"], "it is written to this machine"),
-        ("sample", ["--out", "a.png", "film=file/a.gif"], "film is file/a.gif, but"),
-        ("sample", ["--out", "a.png", "film=a.mp4"], "film is 'a.mp4'; it is a GIF"),
+        ("sample", ["--out", "a.png", "gif=file/a.gif"], "gif is file/a.gif, but"),
+        ("sample", ["--out", "a.png", "gif=a.mp4"], "gif is 'a.mp4'; end it in .gif"),
         ("edit", ["i.png", "--mask", "m.png", "--out", "file/o.png"], "--out is file/o.png, but"),
         ("export", ["--out", "file"], "is a file; name another folder"),
     ],
@@ -294,7 +294,7 @@ def test_a_submitted_job_looks_and_writes_below_its_home(
     Image.new("L", (4, 4)).save("brought.png")
     Image.fromarray(np.eye(4, dtype=np.uint8) * 255).save(home / "mask.png")
     words = {
-        "sample": ["--out", "o.png", "film=film.gif", "num_images=2"],
+        "sample": ["--out", "o.png", "gif=film.gif", "num_images=2"],
         "edit": ["brought.png", "--mask", "mask.png", "--out", "o.png", "resamples=1"],
         "export": ["--out", "o.png"],
     }[name]

@@ -73,7 +73,7 @@ def trained_model(
     config = training_run.saved_config(snapshot.facts, url)
     if not config.traits.draws_images:
         raise ConfigError(
-            f"{url} holds a {config.task}, which draws no images: use it as lead.classifier"
+            f"{url} holds a {config.task}, which draws no images: use it as guidance.classifier"
         )
     height, width, channels = snapshot.facts["image_shape"]
     model = training_run.network(config, (height, width, channels))

@@ -131,7 +131,7 @@ def plan(config: RunConfig, workers: int) -> Plan:
         checkpoint_every_steps=training.checkpoint_every_steps,
         grid_every_steps=training.grid_every_steps,
         evaluate_every_steps=config.evaluation.every_steps if config.evaluation.num_images else 0,
-        validate_every_steps=config.evaluation.spectrum_every_steps,
+        validate_every_steps=config.evaluation.validation_every_steps,
     )
 
 
@@ -197,7 +197,7 @@ def validator(
     config: RunConfig, dataset: Dataset, state: TrainingState, grid_logger: SampleGridLogger
 ) -> Validator:
     """The validator of the loss by log-SNR; reads this worker's share of its images once."""
-    workers, groups = grid_logger.workers, config.evaluation.spectrum_images // len(LEVELS)
+    workers, groups = grid_logger.workers, config.evaluation.validation_images // len(LEVELS)
     share, total = workers.share(groups), groups * len(LEVELS)
     positions = range(share.start * len(LEVELS), share.stop * len(LEVELS))
     images, labels = fixed_images(config.data, dataset, positions, total)

@@ -54,12 +54,15 @@ class EvaluationConfig:
     memorisation_picture: str = option(
         "", "PNG file of the likeliest copies with their nearest images; empty: none"
     )
-    spectrum_every_steps: int = option(
+    validation_every_steps: int = option(
         0,
-        "steps between validation losses by log-SNR; comparable across schedules; 0: none",
+        "steps between validation losses by log-SNR, comparable across schedules; 0: none",
         at_least=0,
+        formerly="spectrum_every_steps",
     )
-    spectrum_images: int = option(512, "fixed images for the validation losses", at_least=16)
+    validation_images: int = option(
+        512, "fixed images of the validation losses", at_least=16, formerly="spectrum_images"
+    )
 
     bits_per_dim_images: int = option(
         0,

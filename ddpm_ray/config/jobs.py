@@ -2,42 +2,12 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal
 
 from ddpm_ray.config.cluster import ClusterConfig
 from ddpm_ray.config.evaluation import EvaluationConfig
-from ddpm_ray.config.option_fields import option
+from ddpm_ray.config.guidance import GuidanceConfig
+from ddpm_ray.config.option_fields import group, option
 from ddpm_ray.config.sampling import SamplingConfig
-
-
-@dataclass(frozen=True)
-class GuidanceModelConfig:
-    """Guidance by a second network."""
-
-    weak_model: str = option("", "autoguidance: URI of a weaker model of the same data; empty: off")
-    weak_scale: float = option(2.0, "autoguidance scale; 1: no effect", at_least=0)
-    classifier: str = option(
-        "", "classifier guidance to sampling.labels: run folder, task=classifier; empty: off"
-    )
-    classifier_scale: float = option(1.0, "classifier guidance scale; 0: no effect", at_least=0)
-    classifier_form: Literal["score", "mean"] = option(
-        "score", "apply its gradient to the score (any sampler) or to the mean (ancestral)"
-    )
-
-    def problems(self, sampling: SamplingConfig) -> Iterator[str]:
-        """Yield a line if two networks are given, or if the sampler lacks the form."""
-        if self.weak_model and self.classifier:
-            yield (
-                f"lead.classifier is {self.classifier!r} and lead.weak_model {self.weak_model!r}; "
-                f"only one can guide: leave one of them empty"
-            )
-        has_mean = sampling.sampler == "ancestral" and sampling.variance != "learned"
-        if self.classifier and self.classifier_form == "mean" and not has_mean:
-            yield (
-                f"lead.classifier_form is 'mean', that of ancestral's fixed variances, and "
-                f"sampling.sampler {sampling.sampler!r} with variance {sampling.variance!r}: use "
-                f"lead.classifier_form=score"
-            )
 
 
 @dataclass(frozen=True)
@@ -45,19 +15,21 @@ class SampleConfig:
     """Images from a trained model: `jobs/sample.py MODEL_URI`."""
 
     num_images: int = option(64, "images to draw", at_least=1)
-    film: str = option("", "GIF file of the x_0 estimates, one frame per step; empty: none")
+    gif: str = option(
+        "", "GIF file of the x_0 estimates, one frame per step; empty: none", formerly="film"
+    )
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    lead: GuidanceModelConfig = field(default_factory=GuidanceModelConfig)
+    guidance: GuidanceConfig = group(GuidanceConfig, formerly="lead")
 
     def problems(self) -> Iterator[str]:
         """Yield a line for a wrong file name; sampling is checked after the run's own is read."""
-        if self.film and not self.film.lower().endswith(".gif"):
-            yield f"film is {self.film!r}; it is a GIF: call it {self.film}.gif"
+        if self.gif and not self.gif.lower().endswith(".gif"):
+            yield f"gif is {self.gif!r}; end it in .gif, as {self.gif}.gif"
 
     def sampling_problems(self) -> Iterator[str]:
         """Yield the problems of the complete `sampling` group."""
         yield from self.sampling.problems("sampling")
-        yield from self.lead.problems(self.sampling)
+        yield from self.guidance.problems(self.sampling)
 
 
 @dataclass(frozen=True)
@@ -81,7 +53,7 @@ class EvaluateConfig:
 
     data_url: str = option("", "folder or URL of the reference shards; empty: the training data")
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    lead: GuidanceModelConfig = field(default_factory=GuidanceModelConfig)
+    guidance: GuidanceConfig = group(GuidanceConfig, formerly="lead")
     evaluation: EvaluationConfig = field(
         default_factory=lambda: EvaluationConfig(num_images=10_000)
     )
@@ -101,7 +73,7 @@ class EvaluateConfig:
     def sampling_problems(self) -> Iterator[str]:
         """Yield the problems of the complete `sampling` group."""
         yield from self.sampling.problems("sampling")
-        yield from self.lead.problems(self.sampling)
+        yield from self.guidance.problems(self.sampling)
 
 
 @dataclass(frozen=True)

@@ -115,7 +115,7 @@ class RunConfig:
             return
         for key, value in (
             ("evaluation.num_images", self.evaluation.num_images),
-            ("evaluation.spectrum_every_steps", self.evaluation.spectrum_every_steps),
+            ("evaluation.validation_every_steps", self.evaluation.validation_every_steps),
             ("training.grid_every_steps", self.training.grid_every_steps),
         ):
             if value:

@@ -70,11 +70,12 @@ class PruningConfig:
         "reject a schedule if x_T keeps more information on the image (prior KL, bits/dim)",
         above=0,
     )
-    max_useless_share: float = option(
+    max_wasted_fraction: float = option(
         0.6,
         "reject a schedule with a larger fraction of wasted steps (nothing to learn)",
         above=0,
         at_most=1,
+        formerly="max_useless_share",
     )
 
 

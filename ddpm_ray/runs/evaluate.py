@@ -48,13 +48,15 @@ def evaluate(model_uri: str, config: EvaluateConfig, home: Path) -> dict[str, An
         model_uri = object_store.absolute(model_uri, home)
     model = load_model.load(model_uri, tracking_uri=tracking_uri)
     begun = from_dict(RunConfig, model.provenance["config"])
-    lead = config.lead
-    knows = bool(lead.classifier)
+    knows = bool(config.guidance.classifier)
     plan = diffusion.checked_plan(
-        config.sampling, begun, model.denoiser.schedule, guided_by_model=knows
+        config.sampling,
+        begun,
+        model.denoiser.schedule,
+        guided_by_model=knows,
     )
     # Before Ray starts: raises ConfigError if the guidance model does not fit.
-    load_model.with_guidance_model(model, lead, plan, tracking_uri)
+    load_model.with_guidance_model(model, config.guidance, plan, tracking_uri)
     wanted, most = config.evaluation, begun.schedule.num_steps
     for key, value, asked in (
         ("bits_per_dim_terms", wanted.bits_per_dim_terms, wanted.bits_per_dim_images),
@@ -123,7 +125,7 @@ def _scores(config: EvaluateConfig, settings: dict[str, Any]) -> dict[str, Any]:
     workers = distributed_context()
     model = load_model.load(settings["model_uri"], workers.device, settings["tracking_uri"])
     plan = diffusion.sampling_plan(config.sampling, model.denoiser.schedule)
-    model = load_model.with_guidance_model(model, config.lead, plan, settings["tracking_uri"])
+    model = load_model.with_guidance_model(model, config.guidance, plan, settings["tracking_uri"])
     begun, dataset = from_dict(RunConfig, model.provenance["config"]), open_dataset(config.data_url)
     drawn = max(config.evaluation.num_images, config.evaluation.memorisation_images, 1)
     count = min(drawn, int(dataset.counts.sum()))
@@ -178,7 +180,7 @@ def _sample_scores(
         batch_size=config.sampling.batch_size,
         image_shape=model.image_shape,
         workers=workers,
-        provenance=_weights(model) | {"lead": vars(config.lead)},
+        provenance=_weights(model) | {"guidance": vars(config.guidance)},
     )
 
 

@@ -12,7 +12,7 @@ import torch
 
 from ddpm_ray.assembly import checkpoint_loading
 from ddpm_ray.assembly.diffusion import checked_plan
-from ddpm_ray.config.jobs import GuidanceModelConfig
+from ddpm_ray.config.guidance import GuidanceConfig
 from ddpm_ray.config.loading import Checked, ConfigError, from_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.sampling import SamplingConfig
@@ -78,12 +78,12 @@ def as_trained(config: Job, uri: str, given: Collection[str], home: Path) -> Job
     except ValueError as error:
         raise ConfigError(f"sampling.{error}") from error
     changes: dict[str, Any] = {"sampling": sampling}
-    if (lead := getattr(config, "lead", None)) is not None:
+    if (guidance := getattr(config, "guidance", None)) is not None:
         weak, classifier = (
             resolve_model_uri(place, home) if place else ""
-            for place in (lead.weak_model, lead.classifier)
+            for place in (guidance.autoguidance_model, guidance.classifier)
         )
-        changes["lead"] = replace(lead, weak_model=weak, classifier=classifier)
+        changes["guidance"] = replace(guidance, autoguidance_model=weak, classifier=classifier)
     config = replace(cast(Any, config), **changes)
     if problems := [*config.problems(), *config.sampling_problems()]:
         raise ConfigError("\n".join(problems))
@@ -123,16 +123,18 @@ def _download(where: str, uri: str) -> tuple[tempfile.TemporaryDirectory[str], s
 
 
 def with_guidance_model(
-    model: TrainedModel, config: GuidanceModelConfig, plan: SamplingPlan, tracking_uri: str = ""
+    model: TrainedModel, config: GuidanceConfig, plan: SamplingPlan, tracking_uri: str = ""
 ) -> TrainedModel:
     """`model` guided by the configured network; raises ConfigError where the two do not fit."""
     of, device, classes = model.denoiser, model.device, 0
-    if config.weak_model:
-        weak = load(config.weak_model, device, tracking_uri)
+    if config.autoguidance_model:
+        weak = load(config.autoguidance_model, device, tracking_uri)
         try:
-            guide = guidance_models.autoguidance(of, weak.denoiser, config.weak_scale)
+            guide = guidance_models.autoguidance(of, weak.denoiser, config.autoguidance_scale)
         except ValueError as error:
-            raise ConfigError(f"lead.weak_model is {config.weak_model!r}: {error}") from error
+            raise ConfigError(
+                f"guidance.autoguidance_model is {config.autoguidance_model!r}: {error}"
+            ) from error
     elif config.classifier:
         classifier = checkpoint_loading.trained_classifier(config.classifier, device)
         classes = classifier.num_classes
@@ -148,7 +150,7 @@ def with_guidance_model(
 
 
 def planned(
-    uri: str, sampling: SamplingConfig, guidance: GuidanceModelConfig, home: Path
+    uri: str, sampling: SamplingConfig, guidance: GuidanceConfig, home: Path
 ) -> tuple[TrainedModel, SamplingPlan]:
     """The model at `uri` with its guidance model, and the sampling plan; raises ConfigError."""
     model = load(uri, home=home)

@@ -249,7 +249,7 @@ def _validate_callback(
     config: RunConfig, dataset: Dataset, state: TrainingState, grid_logger: SampleGridLogger
 ) -> Callable[[int], None]:
     """The callback that computes the validation loss; reads its images only if it is enabled."""
-    if not config.evaluation.spectrum_every_steps:
+    if not config.evaluation.validation_every_steps:
         return _nothing
     return training_run.validator(config, dataset, state, grid_logger).validate
 

@@ -219,7 +219,7 @@ def schedule_diagnostics(
 def _run_config(config: SweepConfig, values: dict[str, Any], where: str) -> RunConfig:
     """Return the run config of a trial with these values, without its name and storage."""
     run = replace(config.run, name=config.run.name or where)
-    compared = {"evaluation.spectrum_every_steps": config.stopping.every_steps, "data.source": ""}
+    compared = {"evaluation.validation_every_steps": config.stopping.every_steps, "data.source": ""}
     return with_values(run, values | compared, where)
 
 

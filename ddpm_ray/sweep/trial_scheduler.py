@@ -148,9 +148,10 @@ def rejection_reason(diagnostics: ScheduleDiagnostics, limits: PruningConfig) ->
             f"{diagnostics.alpha_bar_T:.3g}) that samples start without, above "
             f"pruning.max_prior_bits_per_dim={limits.max_prior_bits_per_dim:g}"
         )
-    if diagnostics.wasted_step_fraction > limits.max_useless_share:
+    if diagnostics.wasted_step_fraction > limits.max_wasted_fraction:
         return (
             f"{diagnostics.wasted_step_fraction:.0%} of its steps are at noise levels where "
-            f"nothing can be learnt, above pruning.max_useless_share={limits.max_useless_share:g}"
+            f"nothing can be learnt, above pruning.max_wasted_fraction="
+            f"{limits.max_wasted_fraction:g}"
         )
     return ""

@@ -6,11 +6,20 @@ from typing import Any, get_args
 import pytest
 
 from ddpm_ray.config import loading
+from ddpm_ray.config.jobs import EvaluateConfig, SampleConfig
 from ddpm_ray.config.run import RunConfig
+from ddpm_ray.config.sweep import SweepConfig
 from ddpm_ray.config.task import TRAITS, Task
 
 RUN = {"name": "a", "data.url": "data"}
 OFF = {"training.grid_every_steps": 0, "model.num_classes": 2}  # a classifier draws no images
+SWEEP = {
+    "name": "s",
+    "run.data.url": "data",
+    "run.evaluation.num_images": 9,
+    "space": [{"seed": [1, 2]}],
+    "stopping.kind": "none",
+}
 RENAMED: list[tuple[type[Any], dict[str, Any], dict[str, Any], dict[str, Any]]] = [
     (RunConfig, RUN, {"model.kind": "unet"}, {"task": "denoiser", "model.network": "unet"}),
     (
@@ -18,6 +27,37 @@ RENAMED: list[tuple[type[Any], dict[str, Any], dict[str, Any], dict[str, Any]]] 
         RUN | OFF,
         {"model.kind": "classifier"},
         {"task": "classifier", "model.network": "unet"},
+    ),
+    (
+        RunConfig,
+        RUN,
+        {"evaluation.spectrum_every_steps": 2, "evaluation.spectrum_images": 32},
+        {"evaluation.validation_every_steps": 2, "evaluation.validation_images": 32},
+    ),
+    (SweepConfig, SWEEP, {"pruning.max_useless_share": 0.3}, {"pruning.max_wasted_fraction": 0.3}),
+    (
+        SampleConfig,
+        {},
+        {"lead.weak_model": "runs/b", "lead.weak_scale": 3.0, "film": "a.gif"},
+        {
+            "guidance.autoguidance_model": "runs/b",
+            "guidance.autoguidance_scale": 3.0,
+            "gif": "a.gif",
+        },
+    ),
+    (
+        EvaluateConfig,
+        {},
+        {
+            "lead.classifier": "runs/b",
+            "lead.classifier_scale": 3.0,
+            "lead.classifier_form": "score",
+        },
+        {
+            "guidance.classifier": "runs/b",
+            "guidance.classifier_scale": 3.0,
+            "guidance.classifier_form": "score",
+        },
     ),
 ]
 

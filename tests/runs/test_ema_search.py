@@ -220,7 +220,9 @@ def test_scores_are_those_of_jobs_evaluate_for_the_model_that_is_left(
     best = result["scores"].index(min(result["scores"]))
     assert known["metrics"]["eval/fd_digits"] == result["scores"][best]
     assert known["metrics"]["eval/fd_digits_low"] == result["intervals"][best][0]
-    assert known["certificate"]["model"].pop("lead") == vars(config.lead)  # of no other network
+    assert known["certificate"]["model"].pop("guidance") == vars(
+        config.guidance
+    )  # of no other network
     assert known["certificate"] == result["certificate"]
 
 

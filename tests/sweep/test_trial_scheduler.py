@@ -93,7 +93,7 @@ ENDS = [
     ("stopped", "its common loss is nan at step 10"),
     ("failed", "it reported eval/kid, but not eval/fid"),
     ("pruned", "75% of its steps are at noise levels where nothing can be learnt, above "
-     "pruning.max_useless_share=0.6"),
+     "pruning.max_wasted_fraction=0.6"),
 ]  # fmt: skip
 
 

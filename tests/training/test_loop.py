@@ -122,8 +122,8 @@ def configured(data: str, *overrides: str) -> RunConfig:
             f"training.steps={STEPS}", f"training.checkpoint_every_steps={EVERY}",
             "training.global_batch_size=4", "training.log_every_steps=4",
             "training.learning_rate=3e-3", "training.warmup_steps=4",
-            "training.ema_decay_per_step=0.8", "evaluation.spectrum_every_steps=2",
-            "evaluation.spectrum_images=16", *overrides,
+            "training.ema_decay_per_step=0.8", "evaluation.validation_every_steps=2",
+            "evaluation.validation_images=16", *overrides,
         ],
     )  # fmt: skip
 
@@ -383,7 +383,7 @@ def test_each_probe_is_there_once_whatever_died(
     tmp_path: Path,
 ) -> None:
     """Step 7 is taken up from 6, and the last save, of step 8, is made twice."""
-    override = f"evaluation.spectrum_every_steps={every}"
+    override = f"evaluation.validation_every_steps={every}"
     config, ledger = configured(data, override), Ledger()
     wanted, rows = unbroken(override)
     run = begin(config, tmp_path, ledger)
@@ -695,7 +695,7 @@ def test_a_run_goes_back_at_any_step_and_is_the_same_on_replay(
     """Whatever else is due at the step that diverged: a checkpoint, a probe, the end of the run."""
     config = configured(
         data, "training.on_divergence=rewind", f"training.checkpoint_every_steps={checkpoints}",
-        f"evaluation.spectrum_every_steps={probes}", "evaluation.num_images=2",
+        f"evaluation.validation_every_steps={probes}", "evaluation.num_images=2",
     )  # fmt: skip
     ledger, died = Ledger(), Ledger()
     wanted = begin(config, tmp_path / "unbroken", ledger)
