@@ -70,7 +70,7 @@ OBJECTIVES: dict[str, list[str]] = {
     "gradient_checkpointing": ["training.gradient_checkpointing=true"],
     "classifier": [
         "task=classifier", *LABELS, "training.grid_every_steps=0", "evaluation.num_images=0",
-        "evaluation.spectrum_every_steps=0",
+        "evaluation.validation_every_steps=0",
     ],
     "three averages": ["training.ema_more_decays=[0.999,0.99]"],
 }  # fmt: skip
