@@ -80,13 +80,13 @@ def test_what_is_white_in_the_mask_is_painted_and_what_is_black_stays(
     assert shown().shape == (8, 8)
     assert np.array_equal(shown()[~WHITE], PIXELS[~WHITE])
     assert (shown()[WHITE] != PIXELS[WHITE]).mean() > 0.8
-    told = json.loads(out.splitlines()[-1])
-    assert told["picture"] == str(Path("out.png").absolute())
-    assert told["known_error"] == 0
-    assert told["seam"] > 0
-    assert told["seconds"] > 0
-    assert told["checkpoint"].startswith(model)
-    assert (told["step"], len(told["weights_sha256"])) == (0, 64)
+    reported = json.loads(out.splitlines()[-1])
+    assert reported["picture"] == str(Path("out.png").absolute())
+    assert reported["known_error"] == 0
+    assert reported["seam"] > 0
+    assert reported["seconds"] > 0
+    assert reported["checkpoint"].startswith(model)
+    assert (reported["step"], len(reported["weights_sha256"])) == (0, 64)
 
 
 def test_variants_are_a_grid_of_the_images_of_one_seed(edit: Edit) -> None:
@@ -207,7 +207,9 @@ def test_what_cannot_be_edited_ends_with_2_and_one_line(
         (["kind=paint"], "kind='paint'"),
     ],
 )
-def test_a_config_that_cannot_be_run_is_told_by_its_key(overrides: list[str], says: str) -> None:
+def test_a_config_that_cannot_be_run_is_reported_by_its_key(
+    overrides: list[str], says: str
+) -> None:
     with pytest.raises(ConfigError, match=r"^command line: ") as refused:
         load(EditConfig, None, overrides)
     (line,) = str(refused.value).splitlines()

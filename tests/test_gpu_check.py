@@ -94,7 +94,7 @@ def test_a_section_that_takes_too_long_is_cut_off() -> None:
     assert section["error"] == "its 0.5 s were over"
 
 
-def test_a_section_that_fails_is_told_with_its_exit_code() -> None:
+def test_a_section_that_fails_is_reported_with_its_exit_code() -> None:
     section = gpu_check.ran("nonsense", 60, toy=True)
     assert section["status"] == "failed"
     assert section["error"] == "it ended with 2"

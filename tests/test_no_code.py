@@ -179,7 +179,7 @@ def test_reading_shards_weights_and_checkpoints_unpickles_and_runs_nothing(tmp_p
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    *told, last = done.stdout.splitlines()
+    *reported, last = done.stdout.splitlines()
     assert last == "pickle.find_class 'os' 'system'"  # what the script does to be seen
     late = "marshal.loads", "exec <code object <module>"
-    assert not [line for line in told if not line.startswith(late)], done.stdout
+    assert not [line for line in reported if not line.startswith(late)], done.stdout

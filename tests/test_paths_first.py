@@ -50,7 +50,7 @@ def run(folder: Path, without: str, job: str, *arguments: str) -> subprocess.Com
         ("train.py", ("none.yaml",), WRONG_CONFIG, "none.yaml: no such file"),
     ],
 )  # fmt: skip
-def test_a_wrong_path_is_told_before_anything_heavy_is_loaded(
+def test_a_wrong_path_is_reported_before_anything_heavy_is_loaded(
     job: str, arguments: tuple[str, ...], code: int, says: str, tmp_path: Path
 ) -> None:
     """On commit d926ba0 all of Ray, MLflow and torch came first: half a minute under load."""

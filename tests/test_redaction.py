@@ -28,7 +28,7 @@ WORDS = st.text("abcXYZ019-_+=.", min_size=1, max_size=12)
 
 
 @given(st.sampled_from(["s3", "http", "https", "postgresql+psycopg2"]), WORDS, WORDS, WORDS)
-def test_no_password_of_a_url_is_told(scheme: str, user: str, password: str, host: str) -> None:
+def test_no_password_of_a_url_is_shown(scheme: str, user: str, password: str, host: str) -> None:
     secret = f"PASS{password}WORD"
     for url in (f"{scheme}://{user}:{secret}@{host}/a", f"{scheme}://:{secret}@{host}:5000"):
         shown = sanitize(f"no answer from '{url}', tried twice")
@@ -78,7 +78,7 @@ SECRET_NAMES = (
     st.sampled_from(["_", "-", ".", "%5F", "%2D", ""]), st.sampled_from("?&#;"),
     st.sampled_from(["s3", "https", "postgresql", "abfs"]), WORDS,
 )  # fmt: skip
-def test_no_parameter_that_is_named_as_a_secret_is_told(
+def test_no_parameter_that_is_named_as_a_secret_is_shown(
     name: str, case: Callable[[str], str], separator: str, before: str, scheme: str, word: str
 ) -> None:
     """Whatever its case and separators, and wherever in the URL it stands."""

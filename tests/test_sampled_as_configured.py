@@ -87,13 +87,13 @@ def saved_run(folder: Path, *overrides: str, **facts: Any) -> tuple[str, Pixels]
     return str(folder), np.asarray(wall.pictures["samples", 0])
 
 
-@pytest.mark.parametrize("option, beside", OPTIONS, ids=str)
+@pytest.mark.parametrize("option, next_to", OPTIONS, ids=str)
 def test_a_notebook_draws_what_the_runs_own_grid_shows(
-    option: str, beside: tuple[str, ...], tmp_path: Path
+    option: str, next_to: tuple[str, ...], tmp_path: Path
 ) -> None:
     """For each option of the group; without it the images are others."""
-    run, own = saved_run(tmp_path / "run", *beside, option)
-    _, without = saved_run(tmp_path / "without", *beside)
+    run, own = saved_run(tmp_path / "run", *next_to, option)
+    _, without = saved_run(tmp_path / "without", *next_to)
     assert (own != without).any()
     model = ddpm_ray.load(Path(run))
     assert np.array_equal(np.asarray(grid(model.sample(GRID_IMAGES))), own)
@@ -101,7 +101,7 @@ def test_a_notebook_draws_what_the_runs_own_grid_shows(
     assert np.array_equal(np.asarray(grid(served.predict({"num_images": GRID_IMAGES}))), own)
     name, _, value = option.removeprefix("sampling.").partition("=")
     other = ddpm_ray.load(tmp_path / "without")
-    given: Any = load(RunConfig, None, [*TINY, *beside, option]).sampling
+    given: Any = load(RunConfig, None, [*TINY, *next_to, option]).sampling
     drawn = other.sample(GRID_IMAGES, **{name: getattr(given, name)})
     assert np.array_equal(np.asarray(grid(drawn)), own), value
 
@@ -270,7 +270,7 @@ def test_a_folder_is_loaded_without_mlflow_and_ray_and_leaves_the_process_alone(
         ("export", ["--out", "file"], "is a file; name another folder"),
     ],
 )
-def test_what_cannot_be_written_is_told_before_a_model_is_looked_for(
+def test_what_cannot_be_written_is_reported_before_a_model_is_looked_for(
     name: str, words: list[str], says: str, tmp_path: Path, job: Job
 ) -> None:
     (tmp_path / "file").write_text("")
@@ -300,15 +300,15 @@ def test_a_submitted_job_looks_and_writes_below_its_home(
     }[name]
     code, out, err = job(name, "runs/a", *words)
     assert code == 0, err
-    told = json.loads(out.splitlines()[-1])
-    assert told["folder" if name == "export" else "picture"] == str(home / "o.png")
+    reported = json.loads(out.splitlines()[-1])
+    assert reported["folder" if name == "export" else "picture"] == str(home / "o.png")
     assert (home / "o.png").exists()
     assert [path.name for path in copy.iterdir()] == ["brought.png"]
     assert (home / "film.gif").exists() == (name == "sample")
 
 
 @pytest.mark.parametrize("folder", ["empty", "other", "begun"])
-def test_a_folder_without_a_checkpoint_is_told_in_one_line(
+def test_a_folder_without_a_checkpoint_is_reported_in_one_line(
     folder: str, tmp_path: Path, job: Job
 ) -> None:
     (tmp_path / "empty").mkdir()

@@ -225,21 +225,21 @@ def test_an_export_to_a_full_disk_leaves_whole_files_and_no_index(
     assert not (begun / checkpoint_loading.OF_DIFFUSERS).exists()
 
 
-def test_an_average_that_is_not_there_is_told_with_those_that_are(tmp_path: Path) -> None:
+def test_an_average_that_is_not_there_is_reported_with_those_that_are(tmp_path: Path) -> None:
     unet = committed(configured(), tmp_path / "unet")
     with pytest.raises(CheckpointError, match=r"it has no average 'ema-0\.5'; it has ema$"):
         checkpoint_loading.trained_model(unet, ema="ema-0.5")
 
 
 @pytest.mark.parametrize("uri", ["", " ", 3, None, b"runs/a"])
-def test_a_name_that_can_be_no_models_is_told(uri: object) -> None:
+def test_a_name_that_can_be_no_models_is_reported(uri: object) -> None:
     with pytest.raises(ValueError, match=r"^uri is .*; name a run's folder"):
         ddpm_ray.load(uri)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("uri", ["runs/none", "runs:/none/model"])
 @pytest.mark.parametrize("device", ["cuda:99", "nonsense", "meta", 99, 2.5, "cuda:-1", torch])
-def test_a_device_that_is_not_there_is_told_before_anything_is_read(
+def test_a_device_that_is_not_there_is_reported_before_anything_is_read(
     uri: str, device: object
 ) -> None:
     with pytest.raises(ValueError, match=r"^device is .*, which is not usable here; choose .*cpu"):

@@ -259,7 +259,7 @@ def test_the_keys_and_choices_of_a_space_are_those_of_the_run() -> None:
         ("{}", ["modle.note=a"], r"modle\.note='a': no such key; did you mean network\.remark"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_is_told_by_the_new_name(file: str, typed: list[str], says: str) -> None:
+def test_what_is_wrong_is_reported_by_the_new_name(file: str, typed: list[str], says: str) -> None:
     with written(file) as path, pytest.raises(ConfigError, match=says) as refused:
         loading.load(Now, path, typed)
     assert len(str(refused.value).splitlines()) == 1 + ("vae" in says)

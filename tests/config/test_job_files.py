@@ -46,7 +46,7 @@ def test_a_file_of_another_job_is_one_line(
     )
 
 
-def test_mistakes_in_a_file_of_this_job_are_told_each(
+def test_mistakes_in_a_file_of_this_job_are_reported_each(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "mistaken.yaml"

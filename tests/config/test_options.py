@@ -79,7 +79,7 @@ def complaints(*overrides: str) -> list[str]:
         ("nam=digits", "name"),
     ],
 )
-def test_an_unknown_key_is_told_with_the_nearest_one(mistyped: str, meant: str) -> None:
+def test_an_unknown_key_is_reported_with_the_nearest_one(mistyped: str, meant: str) -> None:
     (line,) = complaints(mistyped)
     assert line.startswith(mistyped.split("=")[0])
     assert line.endswith(f"no such key; did you mean {meant}?")
@@ -132,7 +132,7 @@ def test_an_unknown_key_is_told_with_the_nearest_one(mistyped: str, meant: str) 
         ("data.url=[1", "data.url=[1: while parsing"),
     ],
 )
-def test_a_bad_value_is_told_in_one_line(override: str, says: str) -> None:
+def test_a_bad_value_is_reported_in_one_line(override: str, says: str) -> None:
     (line,) = complaints(override)
     assert line.startswith(override.split("=")[0])
     assert says in line
@@ -222,7 +222,9 @@ def test_a_bad_value_is_told_in_one_line(override: str, says: str) -> None:
         (["training.global_batch_size=4", "cluster.num_workers=3", "data.lanes=2"], "try 6"),
     ],
 )
-def test_what_cannot_go_together_is_told_with_the_remedy(overrides: list[str], says: str) -> None:
+def test_what_cannot_go_together_is_reported_with_the_remedy(
+    overrides: list[str], says: str
+) -> None:
     (line,) = complaints("sampling.steps=9", *overrides)
     assert says in line
 
@@ -259,14 +261,14 @@ def test_what_goes_together_is_taken(overrides: list[str]) -> None:
     assert run_config("sampling.steps=9", *overrides).name == "a"
 
 
-def test_every_bad_key_is_told_at_once(tmp_path: Path) -> None:
+def test_every_bad_key_is_reported_at_once(tmp_path: Path) -> None:
     """One line each, with the place where it was set; YAML and command line together."""
     path = tmp_path / "run.yaml"
     path.write_text("name: a\nschedule: {kind: cosin, beta_end: 2}\nmodle: {dropout: 0.1}\n")
     with pytest.raises(ConfigError, match="schedule") as refused:
         load(RunConfig, str(path), ["training.steps=x", "schedule.num_steps=0", "seed=-4"])
-    told = {tuple(line.split(" ")[:3])[:-1] for line in str(refused.value).splitlines()}
-    assert {" ".join(place) for place in told} == {
+    reported = {tuple(line.split(" ")[:3])[:-1] for line in str(refused.value).splitlines()}
+    assert {" ".join(place) for place in reported} == {
         f"{path}: schedule.kind='cosin':",
         f"{path}: schedule.beta_end",
         f"{path}: modle.dropout=0.1:",
@@ -292,7 +294,7 @@ def test_several_rules_at_once_give_one_line_per_key() -> None:
         ("name: \x00\n", "run.yaml: "),
     ],
 )
-def test_a_broken_file_is_told_with_its_place(text: str, says: str, tmp_path: Path) -> None:
+def test_a_broken_file_is_reported_with_its_place(text: str, says: str, tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(text)
     with pytest.raises(ConfigError, match=says) as refused:
@@ -301,7 +303,7 @@ def test_a_broken_file_is_told_with_its_place(text: str, says: str, tmp_path: Pa
     assert len(str(refused.value).splitlines()) == 1
 
 
-def test_a_file_that_is_not_there_is_told_with_those_that_are(tmp_path: Path) -> None:
+def test_a_file_that_is_not_there_is_reported_with_those_that_are(tmp_path: Path) -> None:
     (tmp_path / "digits.yaml").write_text("name: a\n")
     with pytest.raises(ConfigError, match=r"digit\.yaml: no such file; here are: .*digits\.yaml"):
         load(RunConfig, str(tmp_path / "digit.yaml"), [])
@@ -398,8 +400,8 @@ def test_each_config_of_ours_loads_and_says_what_it_is_for(path: Path) -> None:
 def test_help_names_every_key(job: str) -> None:
     shown = in_a_process(job, "--help")
     assert (shown.returncode, shown.stderr) == (0, "")
-    told = [line.split()[0] for line in shown.stdout.splitlines() if line.startswith("  ")]
-    assert set(flat(KINDS[job]())) <= set(told)
+    reported = [line.split()[0] for line in shown.stdout.splitlines() if line.startswith("  ")]
+    assert set(flat(KINDS[job]())) <= set(reported)
     assert f"python jobs/{job}.py" in shown.stdout
 
 
@@ -495,7 +497,7 @@ def test_the_last_line_of_stdout_is_the_result(
         (["a", "--verbose"], "unrecognized arguments: --verbose"),
     ],
 )
-def test_wrong_arguments_are_told(
+def test_wrong_arguments_are_reported(
     arguments: list[str],
     says: str,
     monkeypatch: pytest.MonkeyPatch,

@@ -145,7 +145,7 @@ KEYS = f"s3://AKIA:{CANARY}/{CANARY}@bucket/x"
         (SampleConfig, [f"sampling.sampler={PASSWORD}"]),
     ],
 )  # fmt: skip
-def test_a_password_in_a_url_is_refused_and_not_told(
+def test_a_password_in_a_url_is_refused_and_not_shown(
     kind: type[Any], given: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", PASSWORD)

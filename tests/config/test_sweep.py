@@ -51,7 +51,7 @@ def complaints(*overrides: str, space: str = SPACE) -> list[str]:
         ("{seed: {low: 1, high: 5}}", "seed is a range, and a grid needs choices; list them, or"),
     ],
 )
-def test_what_cannot_be_searched_is_told_in_one_line(space: str, says: str) -> None:
+def test_what_cannot_be_searched_is_reported_in_one_line(space: str, says: str) -> None:
     (line,) = complaints(space=space)
     assert line.startswith(f"space.{says}")
 
@@ -70,13 +70,13 @@ def test_what_cannot_be_searched_is_told_in_one_line(space: str, says: str) -> N
         ("low: 1.5, high: 3", "seed=1.5: Value '1.5' of type 'float' could not be converted to"),
     ],
 )
-def test_a_range_that_is_none_is_told_in_one_line(bounds: str, says: str) -> None:
+def test_a_range_that_is_none_is_reported_in_one_line(bounds: str, says: str) -> None:
     (line,) = complaints("search.kind=tpe", "search.trials=5", space=f"{{seed: {{{bounds}}}}}")
     assert line.startswith(f"space.{says}")
 
 
 @pytest.mark.parametrize("step", ["0.5", "-2", "x", "[1]"])
-def test_a_step_that_leads_nowhere_is_told(step: str) -> None:
+def test_a_step_that_leads_nowhere_is_reported(step: str) -> None:
     """Else it is the searcher that fails, when the first trial is already paid for."""
     space = f"{{seed: {{low: 1, high: 9, step: {step}}}}}"
     (line,) = complaints("search.kind=random", "search.trials=5", space=space)
@@ -85,20 +85,20 @@ def test_a_step_that_leads_nowhere_is_told(step: str) -> None:
 
 
 @pytest.mark.parametrize("space", ["", "{}", "{seed: [1]}, {}"])
-def test_an_empty_space_is_told(space: str) -> None:
+def test_an_empty_space_is_reported(space: str) -> None:
     (line,) = complaints(space=space)
     assert line.startswith("space is empty; give it at least one key of the run with choices")
 
 
 @pytest.mark.parametrize("space", ["3", "[3]", "null", "{seed: [1, 2]}"])
-def test_a_space_that_is_no_list_of_mappings_is_told(space: str) -> None:
+def test_a_space_that_is_no_list_of_mappings_is_reported(space: str) -> None:
     """The last is a mapping alone: a dash was forgotten."""
     with pytest.raises(ConfigError, match=r"^command line: space") as refused:
         load(SweepConfig, None, [*SET, f"space={space}"])
     assert len(str(refused.value).splitlines()) == 1
 
 
-def test_the_keys_of_all_branches_are_told_each_mistake_once() -> None:
+def test_the_keys_of_all_branches_are_reported_each_mistake_once() -> None:
     lines = complaints(space="{seed: [1, x], training.steps: [5]}, {seed: [x, y]}")
     assert [line.split(":")[0].split(" ")[0] for line in lines] == [
         "space.seed='x'", "space.training.steps", "space.seed='y'",
@@ -161,7 +161,7 @@ def test_each_fixed_key_is_a_key_of_the_run() -> None:
         (["search.kind=gird"], "search.kind='gird': Invalid value 'gird', expected one of"),
     ],
 )
-def test_a_bad_value_is_told_in_one_line(overrides: list[str], says: str) -> None:
+def test_a_bad_value_is_reported_in_one_line(overrides: list[str], says: str) -> None:
     (line,) = complaints(*overrides)
     assert line.startswith(says)
 
@@ -172,7 +172,7 @@ def test_the_refusal_of_pbt_says_why_and_what_to_use_instead() -> None:
     assert line.endswith("use asha or median")
 
 
-def test_a_metric_that_no_trial_reports_is_told_with_those_they_do() -> None:
+def test_a_metric_that_no_trial_reports_is_reported_with_those_they_do() -> None:
     (line,) = complaints("metric=eval/fd_digits", "run.evaluation.widths=[192,2048]")
     assert line.endswith("they report eval/fid192, eval/fid, eval/kid192, eval/kid")
 
@@ -273,7 +273,7 @@ def test_of_three_places_the_nearest_to_the_user_wins(
     assert load(SweepConfig, str(sweep), ["run.seed=3"] * on_line).run.seed == nearest
 
 
-def test_a_run_file_that_is_not_there_is_told_with_those_that_are(
+def test_a_run_file_that_is_not_there_is_reported_with_those_that_are(
     files: tuple[Path, Path], tmp_path: Path
 ) -> None:
     files[1].rename(tmp_path / "moved.yaml")
@@ -281,7 +281,7 @@ def test_a_run_file_that_is_not_there_is_told_with_those_that_are(
         load(SweepConfig, str(files[0]), [])
 
 
-def test_what_is_wrong_in_a_run_file_is_told_with_its_place(files: tuple[Path, Path]) -> None:
+def test_what_is_wrong_in_a_run_file_is_reported_with_its_place(files: tuple[Path, Path]) -> None:
     files[1].write_text(RUN_FILE + "training: {stpes: 4, learning_rate: -1}\n")
     with pytest.raises(ConfigError, match="stpes") as refused:
         load(SweepConfig, str(files[0]), [])
@@ -299,5 +299,5 @@ def test_each_sweep_of_ours_loads(path: Path, monkeypatch: pytest.MonkeyPatch) -
     for key, candidates in (item for branch in config.space for item in branch.items()):
         ends = [candidates[end] for end in ("low", "high")] if is_range(candidates) else candidates
         for value in ends:
-            told = flat(with_values(config.run, {key: value}, "trial"))[key]
-            assert told == (tuple(value) if isinstance(value, list) else value)
+            reported = flat(with_values(config.run, {key: value}, "trial"))[key]
+            assert reported == (tuple(value) if isinstance(value, list) else value)

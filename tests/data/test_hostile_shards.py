@@ -189,8 +189,12 @@ def test_an_extension_type_runs_nothing(name: str, tmp_path: Path) -> None:
     """Ray Data registers types of its own, which once unpickled what a file said."""
     pytest.importorskip("ray.data")
     kind, payload = pa.list_(pa.uint8(), 6), pickle.dumps(Bomb(tmp_path / "run"))
-    told = {"ARROW:extension:name": name, "ARROW:extension:metadata": payload}
-    fields = [pa.field("image", kind, metadata=told), SCHEMA.field("label"), SCHEMA.field("key")]
+    reported = {"ARROW:extension:name": name, "ARROW:extension:metadata": payload}
+    fields = [
+        pa.field("image", kind, metadata=reported),
+        SCHEMA.field("label"),
+        SCHEMA.field("key"),
+    ]
     images = pa.array(IMAGES.reshape(4, 6).tolist(), kind)
     columns, schema = [images, pa.array(range(4)), pa.array(list("abcd"))], pa.schema(fields)
     data = arrow_io.write(pa.Table.from_arrays(columns, schema=schema))

@@ -129,7 +129,7 @@ def test_a_bad_image_is_named_with_reason_and_remedy(which: str) -> None:
 
 
 @pytest.mark.parametrize("mode, channels", [("1", 1), ("L", 1), ("LA", 1), ("P", 3), ("RGBA", 3)])
-def test_channels_follow_the_file_unless_told(mode: str, channels: int) -> None:
+def test_channels_follow_the_file_unless_set(mode: str, channels: int) -> None:
     file = saved(Image.new("RGB", (5, 3), (255, 255, 255)).convert(mode))
     assert pixels(open_image(file, "x", 0, 100)).shape == (3, 5, channels)
     assert (pixels(open_image(file, "x", 3, 100)) == np.full((3, 5, 3), 255)).all()
@@ -190,20 +190,20 @@ def test_a_camera_jpeg_with_a_preview_is_its_first_picture() -> None:
     assert changes == (FIRST_ONLY,)
 
 
-def test_what_is_done_to_an_image_is_told_and_only_that() -> None:
+def test_what_is_done_to_an_image_is_reported_and_only_that() -> None:
     half = Image.new("RGBA", (2, 2), (0, 0, 0, 128))
     opaque = Image.new("RGBA", (2, 2), (0, 0, 0, 255))
     palette = opaque.convert("P")
     wide = b"\0" * 40 + "Display P3".encode("utf-16-be")
     srgb = b"\0" * 40 + "sRGB IEC61966-2.1".encode("utf-16-be")
-    told = {
+    reported = {
         "half": decode_image(saved(half), "x", 0, 10).changes,
         "opaque": decode_image(saved(opaque), "x", 0, 10).changes,
         "palette": decode_image(saved(palette, transparency=0), "x", 0, 10).changes,
         "wide": decode_image(saved(opaque, icc_profile=wide), "x", 0, 10).changes,
         "srgb": decode_image(saved(opaque, icc_profile=srgb), "x", 0, 10).changes,
     }
-    assert told == {
+    assert reported == {
         "half": (ON_WHITE,), "opaque": (), "palette": (ON_WHITE,), "wide": (PROFILE,), "srgb": (),
     }  # fmt: skip
 

@@ -246,9 +246,13 @@ def test_every_image_is_counted_as_packed_skipped_changed_or_left_out(
     assert report.left_out == (NamedGroup("other files", 1, ("odd/notes.txt",)),)
     on_white = NamedGroup("transparent pixels laid on white", 2, ("odd/1.png", "odd/9.png"))
     assert report.changed == (on_white,)
-    told = pack_report.summary(dataset, report)
-    assert (told["classes"], told["channels"], told["samples"]) == (["even", "odd"], 3, 7)
-    assert json.loads(json.dumps(told))["changed"][0]["count"] == 2
+    reported = pack_report.summary(dataset, report)
+    assert (reported["classes"], reported["channels"], reported["samples"]) == (
+        ["even", "odd"],
+        3,
+        7,
+    )
+    assert json.loads(json.dumps(reported))["changed"][0]["count"] == 2
     assert list(pack_report.lines(dataset, report))[1:] == [
         "not packed: other files: 1 (odd/notes.txt)",
         "changed: transparent pixels laid on white: 2 (odd/1.png, odd/9.png)",
@@ -337,8 +341,8 @@ def test_a_set_of_an_earlier_version_is_found_and_has_no_report(
     assert found is not None
     assert found.fingerprint == dataset.fingerprint
     assert pack_report.read(found) is None
-    told = pack_report.summary(found, None)
-    assert (told["samples"], told["skipped"]) == (1797, None)
+    reported = pack_report.summary(found, None)
+    assert (reported["samples"], reported["skipped"]) == (1797, None)
     first, *_ = pack_report.lines(found, None)
     assert first.startswith("packed before by a version that kept no list")
 
@@ -354,20 +358,20 @@ def test_a_record_of_another_set_or_none_at_all_is_no_record(tmp_path: Path) -> 
         pack_report.read(dataset)
 
 
-def test_the_job_tells_the_same_when_it_packs_and_when_it_finds(
+def test_the_job_shows_the_same_when_it_packs_and_when_it_finds(
     pictures: Path, tmp_path: Path
 ) -> None:
     (pictures / "odd/notes.txt").write_text("a note")
     (pictures / "odd/3.png").write_bytes(b"broken")
     job = Path(__file__).parents[2] / "jobs/pack_shards.py"
     command = [sys.executable, str(job), "pictures", "set", "on_bad_image=skip"]
-    told = []
+    reported = []
     for _ in range(2):
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=ENDS_S)
         assert done.returncode == 0, done.stderr
-        told.append((json.loads(done.stdout.splitlines()[-1]), done.stderr.splitlines()[-4:]))
-    assert told[0] == told[1]
-    result, lines = told[0]
+        reported.append((json.loads(done.stdout.splitlines()[-1]), done.stderr.splitlines()[-4:]))
+    assert reported[0] == reported[1]
+    result, lines = reported[0]
     assert (result["samples"], result["skipped"], result["channels"]) == (6, 1, 3)
     assert (result["classes"], result["class_samples"]) == (["even", "odd"], [4, 2])
     assert [group["kind"] for group in result["not_packed"]] == ["other files"]

@@ -53,15 +53,15 @@ def test_every_file_is_a_sample_or_is_named(
     source = open_source(root)
     assert keys(source) == samples
     assert source.label_names == ("cat", "dog")
-    told = left_out(source)
-    assert {kind: count for kind, (count, _) in told.items()} == {
+    reported = left_out(source)
+    assert {kind: count for kind, (count, _) in reported.items()} == {
         kind: len(names) for kind, names in STRAY.items()
     }
     # A hidden folder is named by itself, and no list grows without bound.
-    assert told["hidden or system files"][1] == (
+    assert reported["hidden or system files"][1] == (
         ".DS_Store", ".git", "Thumbs.db", "__MACOSX", "cat/._1.png",
     )  # fmt: skip
-    assert told["other files"][1] == ("LICENSE", "cat/notes.txt", "labels.csv")
+    assert reported["other files"][1] == ("LICENSE", "cat/notes.txt", "labels.csv")
 
 
 def test_a_class_folder_that_is_a_link_is_a_class(tmp_path: Path) -> None:
@@ -130,10 +130,10 @@ def test_folders_that_give_no_label_are_named(tmp_path: Path) -> None:
     (tmp_path / "ant").mkdir()
     source = open_source(str(tmp_path))
     assert source.label_names == ("cat", "dog")
-    told = left_out(source)
-    assert told["folders without an image, which are no classes"] == (2, ("ant", "bird"))
+    reported = left_out(source)
+    assert reported["folders without an image, which are no classes"] == (2, ("ant", "bird"))
     below = "names of folders below the folders of the classes"
-    assert told[below] == (1, ("cat/siamese",))
+    assert reported[below] == (1, ("cat/siamese",))
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ def test_folders_that_give_no_label_are_named(tmp_path: Path) -> None:
     ],
     ids=["tar", "table", "tables", "splits", "packed", "compressed"],
 )
-def test_two_kinds_in_one_folder_are_told_apart_by_nobody(
+def test_two_kinds_in_one_folder_are_ambiguous(
     names: list[str], message: str, tmp_path: Path
 ) -> None:
     for name in names:
@@ -185,7 +185,7 @@ def test_class_folders_that_are_whole_numbers_are_ordered_as_numbers(tmp_path: P
     assert open_source(str(tmp_path / "padded")).label_names == ("01", "1", "002")
 
 
-def test_the_version_tells_a_file_that_was_written_anew_and_the_digest_does_not(
+def test_the_version_shows_a_file_that_was_written_anew_and_the_digest_does_not(
     tmp_path: Path,
 ) -> None:
     write(tmp_path, "a.png")

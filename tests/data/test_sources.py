@@ -102,7 +102,7 @@ def test_webdataset_tars_in_the_order_of_their_names(tmp_path: Path) -> None:
     assert len(open_source(str(tmp_path / "00001.tar"))) == 2
 
 
-def test_the_digest_tells_sources_apart(tmp_path: Path) -> None:
+def test_the_digest_differs_between_sources(tmp_path: Path) -> None:
     (tmp_path / "0.png").write_bytes(png(0))
     first = open_source(str(tmp_path)).digest
     assert open_source(str(tmp_path)).digest == first

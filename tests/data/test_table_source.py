@@ -30,8 +30,8 @@ def table(rows: int, names: list[str] | None = None, **columns: Any) -> pa.Table
     features: dict[str, object] = {"image": {"_type": "Image"}}
     if names is not None:
         features["label"] = {"names": names, "_type": "ClassLabel"}
-    told = json.dumps({"info": {"features": features}})
-    return pa.table(held).replace_schema_metadata({"huggingface": told})
+    reported = json.dumps({"info": {"features": features}})
+    return pa.table(held).replace_schema_metadata({"huggingface": reported})
 
 
 def save(path: Path, what: pa.Table, **options: Any) -> str:
@@ -145,7 +145,7 @@ FILES = pa.array([png(1), png(2)])
     ],
     ids=range(12),
 )  # fmt: skip
-def test_what_cannot_be_told_ends_with_a_line(
+def test_what_is_ambiguous_ends_with_a_line(
     what: pa.Table, options: dict[str, str], message: str, tmp_path: Path
 ) -> None:
     path = save(tmp_path / "a.parquet", what)
@@ -200,7 +200,7 @@ def test_compressed_arrow_files_are_refused(compression: str, tmp_path: Path) ->
 @pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
 def test_a_damaged_or_cut_table_is_one_line(name: str, tmp_path: Path) -> None:
     path = Path(save(tmp_path / name, table(6, label=pa.array(range(6)))))
-    data, told = path.read_bytes(), list[str]()
+    data, reported = path.read_bytes(), list[str]()
     rng = np.random.default_rng(0)
     for trial in range(120):
         broken = bytearray(data[: rng.integers(len(data))] if trial % 2 else data)
@@ -210,9 +210,9 @@ def test_a_damaged_or_cut_table_is_one_line(name: str, tmp_path: Path) -> None:
         try:
             assert len(images(open_source(str(path)))) <= 6
         except DatasetError as error:
-            told.append(str(error))
-    assert len(told) > 60
-    assert all(line.isprintable() and len(line) < 1000 for line in told)
+            reported.append(str(error))
+    assert len(reported) > 60
+    assert all(line.isprintable() and len(line) < 1000 for line in reported)
 
 
 def test_a_page_that_names_one_image_many_times_costs_one_image(tmp_path: Path) -> None:

@@ -184,7 +184,7 @@ NEGATIVE = """
 import io
 from ddpm_ray.data.packing.tar_members import members
 
-def told(data):
+def refused(data):
     try:
         print(len(list(members(io.BytesIO(data), "a.tar"))))
     except Exception as error:
@@ -208,9 +208,9 @@ first = header(b"a.png", b"00000001000\\0", b"0") + b"x" * 512
 sizes = [b"\\xff" + (256**11 - n).to_bytes(11, "big") for n in (512, 1024, 10**9)]
 for kind in (b"0", b"7", b"L", b"K", b"x", b"g", b"S", b"5", b"2", b"Z"):
     for size in sizes:
-        told(first + header(b"b.png", size, kind) + bytes(1024))
+        refused(first + header(b"b.png", size, kind) + bytes(1024))
 for text in (b"-512", b"-1024", b"-99999999"):
-    told(first + pax(text) + header(b"b.png", b"00000001000\\0", b"0") + bytes(2048))
+    refused(first + pax(text) + header(b"b.png", b"00000001000\\0", b"0") + bytes(2048))
 """
 
 

@@ -72,8 +72,8 @@ class Demo:
         """Report and check on which nodes the job's workers were, at least so many of them."""
         actors = [actor for actor in self.nodes.actors() if actor.job == job]
         places = Counter(str(a.address) for a in actors if a.kind == "RayTrainWorker")
-        told = ", ".join(f"{count} on {address}" for address, count in sorted(places.items()))
-        self.report.append(f"        {places.total()} workers: {told}")
+        reported = ", ".join(f"{count} on {address}" for address, count in sorted(places.items()))
+        self.report.append(f"        {places.total()} workers: {reported}")
         self.expect(places.total() >= workers, f"{job} had {places.total()} workers, not {workers}")
         self.expect(len(places) == 2, f"the workers of {job} were on {len(places)} nodes, not on 2")
 
@@ -84,8 +84,10 @@ class Demo:
         self.expect(found, f"{job} left no run in MLflow")
         for run in found:
             rows, whole = len(run.steps), run.steps == list(range(1, len(run.steps) + 1))
-            told = f"{rows} rows of train/loss" if rows else ""
-            self.report.append(f"        {run.id}  {run.status:<8}  {run.name}  {told}".rstrip())
+            reported = f"{rows} rows of train/loss" if rows else ""
+            self.report.append(
+                f"        {run.id}  {run.status:<8}  {run.name}  {reported}".rstrip()
+            )
             self.expect(whole, f"{run.name}: a row of train/loss is missing, or is there twice")
         return found
 

@@ -156,13 +156,13 @@ class Nodes:
             limit.cancel()
             end(process)
 
-    def told(self, job: str) -> list[str]:
+    def reported(self, job: str) -> list[str]:
         """What that job told, by lines."""
         return self.head.log(f"job-{job}").read_text().splitlines()
 
     def result(self, job: str) -> dict[str, Any]:
         """The JSON object that the job told last; empty if there is none."""
-        objects = [line for line in self.told(job) if line.startswith("{")]
+        objects = [line for line in self.reported(job) if line.startswith("{")]
         return dict(json.loads(objects[-1])) if objects else {}
 
     def actors(self) -> list[Actor]:

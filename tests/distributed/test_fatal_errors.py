@@ -108,7 +108,7 @@ def test_our_own_errors_end_the_run_in_their_own_words(error: Exception) -> None
     assert fatal_errors.reason(error) == (str(error) or "MemoryError")
 
 
-def test_an_error_of_the_program_is_told_with_its_class_and_place() -> None:
+def test_an_error_of_the_program_is_reported_with_its_class_and_place() -> None:
     error = raised(lambda: Workers().share(None))  # type: ignore[arg-type]
     assert fatal_errors.reason(error).startswith("TypeError: unsupported operand type(s)")
     assert "ddpm_ray/collectives.py:" in fatal_errors.reason(error)
@@ -123,17 +123,17 @@ def test_an_error_of_the_program_is_told_with_its_class_and_place() -> None:
     ],
 )
 @pytest.mark.parametrize(
-    "error, told",
+    "error, reported",
     [
         (TypeError("3 is no step"), ["TypeError: 3 is no step"]),
         (RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer"), []),
     ],
 )
-def test_workers_tell_what_ends_the_run(
+def test_workers_report_what_ends_the_run(
     work: Callable[[dict[str, Any]], Any],
     part: str,
     error: Exception,
-    told: list[str],
+    reported: list[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def fails(*_: Any) -> None:
@@ -148,7 +148,7 @@ def test_workers_tell_what_ends_the_run(
     settings = {"control": control, "config": {}, "run": "", "step": 0}
     with pytest.raises(type(error), match=r"no step|closed by peer"):
         work(settings)
-    assert [reason.partition(" (")[0] for reason in reasons] == told
+    assert [reason.partition(" (")[0] for reason in reasons] == reported
 
 
 @pytest.mark.slow  # nine processes import torch's compiler, as DDP does
@@ -156,12 +156,12 @@ def test_workers_tell_what_ends_the_run(
 def test_the_loss_of_a_peer_passes(tmp_path: Path) -> None:
     """What gloo really raises, in each kind of exchange."""
     command = [sys.executable, "-m", "tests.distributed.lost_peer", str(tmp_path / "meet")]
-    told = subprocess.run(
+    reported = subprocess.run(
         command, cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=300, check=True
     ).stdout
     errors = {
         exchange: pickle.loads(bytes.fromhex(pickled))
-        for exchange, pickled in map(str.split, told.splitlines())
+        for exchange, pickled in map(str.split, reported.splitlines())
     }
     assert sorted(errors) == ["gather", "gradient", "pairs", "sum"]
     assert all(fatal_errors.is_transient(error) for error in errors.values()), errors

@@ -27,7 +27,7 @@ def addresses(nodes: Nodes, *, alive: bool) -> list[str]:
 def test_two_workers_on_two_nodes_share_a_run() -> None:
     """One CPU a node, so neither could train alone; they meet in Gloo, the bucket and MLflow."""
     with Nodes(cpus=(1, 1)) as nodes:
-        assert nodes.submit("train", *training(60, 30)) == 0, nodes.told("train")
+        assert nodes.submit("train", *training(60, 30)) == 0, nodes.reported("train")
         assert addresses(nodes, alive=False) == [node.address for node in nodes]
         (run,) = nodes.runs()
         assert run.status == "FINISHED"
@@ -56,8 +56,8 @@ def test_a_run_outlives_a_node() -> None:
 
     with Nodes(cpus=(1, 1, 1)) as nodes:
         code = nodes.submit("train", *training(600, 50), watch=strike)
-        assert killed, nodes.told("train")
-        assert code == 0, nodes.told("train")
+        assert killed, nodes.reported("train")
+        assert code == 0, nodes.reported("train")
         (run,) = nodes.runs()
         assert run.status == "FINISHED"
         assert run.steps == list(range(1, 601))
@@ -87,13 +87,13 @@ def test_a_run_goes_on_with_fewer_workers_and_again_with_more() -> None:
     elastic = "cluster.min_workers=1", "cluster.resize_every_s=5", "training.reduction=elastic"
     with Nodes(cpus=(1, 1)) as nodes:
         code = nodes.submit("train", *training(1000, 500), *elastic, watch=strike, timeout_s=650)
-        assert code == 0, nodes.told("train")
+        assert code == 0, nodes.reported("train")
         (run,) = nodes.runs()
         assert run.status == "FINISHED"
         assert run.steps == list(range(1, 1001))
         assert addresses(nodes, alive=False) == [HEAD] * 3 + [SECOND] * 2  # 2, then 1, then 2
         lost, resized = (
-            line for line in nodes.told("train") if "worker group restarted at step" in line
+            line for line in nodes.reported("train") if "worker group restarted at step" in line
         )
         began = int(lost.partition("at step ")[2].split()[0])
         assert "with 1 worker (worker " in lost
@@ -114,7 +114,7 @@ def test_a_drill_of_two_nodes_finds_equal_ends() -> None:
     command = ("python", "jobs/drill.py", "conf/drill/digits.yaml", *places)
     with Nodes(cpus=(1, 1)) as nodes:
         code = nodes.submit("drill", *command, timeout_s=900)
-        print(*nodes.told("drill"), sep="\n")
+        print(*nodes.reported("drill"), sep="\n")
         assert code == 0
         found = nodes.result("drill")["faults"]
         assert all(one["equal"] for one in found)

@@ -49,7 +49,7 @@ def test_the_store_listens_at_the_nodes_own_address_and_workers_meet_there(
         monkeypatch.setattr(rendezvous, "_store", None)
 
 
-def test_a_worker_that_is_told_to_joins_what_is_served() -> None:
+def test_a_worker_with_an_address_joins_what_is_served() -> None:
     """As Ray sends it: pickled, to a process with an environment of its own."""
     sent = cloudpickle.dumps(rendezvous.use_served_store)
     script = (

@@ -123,7 +123,7 @@ def test_what_nohup_ignores_stays_ignored(
     assert process.wait(LIMIT_S) == 128 + signal.SIGTERM  # not the second one
 
 
-def test_what_is_told_to_a_closed_terminal_is_no_error(
+def test_output_to_a_closed_terminal_is_no_error(
     bounded: list[subprocess.Popen[str]],
 ) -> None:
     """The kernel sends SIGHUP, and each write from then on would raise OSError (EIO)."""

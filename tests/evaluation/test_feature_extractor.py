@@ -86,14 +86,17 @@ def test_the_flags_are_put_back_though_two_threads_look_at_images() -> None:
 
 
 def test_the_provenance_says_on_what_and_how(monkeypatch: pytest.MonkeyPatch) -> None:
-    told = sample_quality.arithmetic(torch.device("cpu"))
-    assert told == {
+    reported = sample_quality.arithmetic(torch.device("cpu"))
+    assert reported == {
         "device": "cpu", "samples_tf32": False, "features": "float32 without TF32",
         "deterministic": False,
     }  # fmt: skip
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
-    told = sample_quality.arithmetic(torch.device("cuda:1"))
-    assert (told["device"], told["samples_tf32"]) == ("NVIDIA H100", True)  # cuDNN's default
+    reported = sample_quality.arithmetic(torch.device("cuda:1"))
+    assert (reported["device"], reported["samples_tf32"]) == (
+        "NVIDIA H100",
+        True,
+    )  # cuDNN's default
 
 
 def test_scores_of_earlier_versions_still_compare() -> None:
@@ -132,11 +135,11 @@ determinism.configure()
 print(torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.deterministic,
       torch.backends.cudnn.benchmark)
 """
-    told = subprocess.run(
+    reported = subprocess.run(
         [sys.executable, "-c", program],
         stdout=subprocess.PIPE,
         text=True,
         check=True,
         timeout=ENDS_S,
     ).stdout
-    assert told.split() == ["True", "True", "False"]
+    assert reported.split() == ["True", "True", "False"]

@@ -218,7 +218,7 @@ def test_distance_of_two_real_sets_is_the_golden_one(resize: Any, assets: Path) 
             assert distance == pytest.approx(golden, rel=1e-3)
 
 
-def test_real_weights_tell_noise_from_photographs(assets: Path) -> None:
+def test_real_weights_separate_noise_from_photographs(assets: Path) -> None:
     """A fast look at the real file; the golden distances need 2,000 images."""
     network = load_inception(assets / WEIGHTS, (192, 768))
     photographs = next(cifar10(assets, range(24)))

@@ -133,8 +133,8 @@ def test_the_density_of_every_kind_of_denoiser_has_mass_one(
     labels = torch.full((len(GRID),), 1)
     batch = torch.arange(len(GRID)), LEVEL[:1].expand(len(GRID), 1, 1, 1), labels
     flow_likelihood(DENOISERS[name], [batch], steps=100, workers=Workers())
-    (denoise, told), *_ = flows
-    bits, _ = true_bits(SHORT, denoise, GRID, range(1, 201), **told)
+    (denoise, reported), *_ = flows
+    bits, _ = true_bits(SHORT, denoise, GRID, range(1, 201), **reported)
     assert float(torch.trapezoid(torch.exp2(-bits), GRID.flatten())) == pytest.approx(1, abs=2e-3)
 
 

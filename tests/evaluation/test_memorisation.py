@@ -57,7 +57,7 @@ def test_it_is_what_brute_force_finds(dataset: Dataset, monkeypatch: pytest.Monk
     assert (found.images.numpy() == DATA[order[:, :SHOWN]]).all()
 
 
-def test_copies_are_told_from_new_images(dataset: Dataset) -> None:
+def test_copies_are_distinguished_from_new_images(dataset: Dataset) -> None:
     found = nearest(SAMPLES, dataset, Workers())
     assert found.position[6:9, 0].tolist() == list(COPIES)
     assert (found.distance[6:9, 0] == 0).all()
@@ -109,7 +109,7 @@ def test_memory_is_bounded_by_the_block(dataset: Dataset, monkeypatch: pytest.Mo
     assert 7 * 108 <= largest.numbers <= len(SAMPLES) * 2 * NEIGHBOURS
 
 
-def test_near_duplicates_are_told_apart_by_one_grey_level(tmp_path: Path) -> None:
+def test_near_duplicates_differ_by_one_grey_level(tmp_path: Path) -> None:
     """A hundred images of 3,072 numbers, each a step from the one before: exact, not to 5e-4."""
     image = DICE.integers(100, 156, (32, 32, 3)).astype(np.uint8)
     steps = np.repeat(image[None], 100, 0)
@@ -194,19 +194,19 @@ def test_captions_are_the_ratio_and_the_distances(
     dataset: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of the paler image: its row is the fourth, after the three copies."""
-    told: list[tuple[list[str], list[str]]] = []
+    reported: list[tuple[list[str], list[str]]] = []
 
     def captioned(picture: Image.Image, above: list[str], row_captions: list[str]) -> Image.Image:
-        told.append((above, row_captions))
+        reported.append((above, row_captions))
         return picture
 
     monkeypatch.setattr("ddpm_ray.evaluation.memorisation.captioned", captioned)
     nearest(SAMPLES, dataset, Workers()).picture(4)
     away = np.linalg.norm((SAMPLES[9].numpy() / 127.5 - DATA / 127.5).reshape(200, -1), axis=1)
     away = np.sort(away)[:NEIGHBOURS]
-    assert told[3][0] == ["sample", *(f"{d:.3g}" for d in away[:SHOWN])]
-    assert told[3][1] == [f"{away[0] / away.mean():.2f}"]
-    assert told[0][0][:2] == ["sample", "0"]
+    assert reported[3][0] == ["sample", *(f"{d:.3g}" for d in away[:SHOWN])]
+    assert reported[3][1] == [f"{away[0] / away.mean():.2f}"]
+    assert reported[0][0][:2] == ["sample", "0"]
 
 
 def test_facts_name_the_most_suspicious_samples_and_are_plain_json(dataset: Dataset) -> None:
@@ -220,7 +220,7 @@ def test_facts_name_the_most_suspicious_samples_and_are_plain_json(dataset: Data
     assert ratios == sorted(ratios)
 
 
-def test_the_job_tells_of_a_model_that_recites(
+def test_the_job_reports_a_model_that_recites(
     dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its noise estimate leads every walk to training image 90; fresh images are held out."""

@@ -304,15 +304,15 @@ def knows(images: Images) -> Denoise:
 
 def test_digits_are_recognised_and_noise_is_not(tmp_path: Path) -> None:
     digits = (load_digits().images[:300, :, :, None] * 255 / 16).astype(np.uint8)
-    judge = digits_net("cpu")
-    truth = reference(pack(tmp_path, digits, [300]), judge, Workers(), kernel_images=300)
+    classifier = digits_net("cpu")
+    truth = reference(pack(tmp_path, digits, [300]), classifier, Workers(), kernel_images=300)
     arguments: dict[str, Any] = {
         "image_shape": (1, 8, 8),
         "num_images": 300,
         "batch_size": 300,
     }
-    real = score(judge, truth, denoise=knows(digits), **arguments).metrics
-    noise = score(judge, truth, denoise=lambda x_t, t: x_t * 0, **arguments).metrics
+    real = score(classifier, truth, denoise=knows(digits), **arguments).metrics
+    noise = score(classifier, truth, denoise=lambda x_t, t: x_t * 0, **arguments).metrics
     assert real.keys() == {
         "eval/fd_digits", "eval/fd_digits_low", "eval/fd_digits_high", "eval/kd_digits",
         "eval/recognised", "eval/classes", "eval/is_digits", "eval/is_digits_deviation",

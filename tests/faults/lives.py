@@ -81,7 +81,7 @@ class Life:
     data: str
     overrides: tuple[str, ...] = TINY
     config_file: str | None = None
-    ledger: bool = False  # what each worker draws is written down: see `drawn`
+    record_draws: bool = False  # what each worker draws is written down: see `drawn`
     uri: str = ""  # MLflow's; empty: a database in the folder
     meter: bool = False  # the main worker's memory and open files are written down: see `metered`
     lives: int = 0
@@ -119,7 +119,7 @@ class Life:
             "config": to_dict(self.config), "folder": str(self.folder / "tiny"),
             "identity": "identity", "lease": vars(self.lease), "metadata": vars(self.metadata),
             "tracked": vars(self.tracked) if self.tracked else None,
-            "ledger": str(self.folder / f"ledger-{self.lives}-") if self.ledger else "",
+            "draws": str(self.folder / f"draws-{self.lives}-") if self.record_draws else "",
             "meter": str(self.folder / "meter") if self.meter else "",
         }  # fmt: skip
         meeting = self.folder / f"meeting-{self.lives}"
@@ -163,7 +163,7 @@ class Life:
     def drawn(self, what: str) -> dict[tuple[int, int], set[str]]:
         """By step and position: the "sample" or the "noise" (a hash) that any life drew there."""
         found: dict[tuple[int, int], set[str]] = {}
-        for file in self.folder.glob("ledger-*"):
+        for file in self.folder.glob("draws-*"):
             for kind, step, position, drawn in map(str.split, file.read_text().splitlines()):
                 if kind == what:
                     found.setdefault((int(step), int(position)), set()).add(drawn)
@@ -195,8 +195,8 @@ def _work(rank: int, count: int, meeting: str, settings: dict[str, Any], planned
     config = from_dict(RunConfig, settings["config"])
     show = partial(_show, settings["meter"])
     run = assemble(config, settings, show, Workers(rank, count))
-    if settings["ledger"]:
-        _keep_ledger(run, Path(f"{settings['ledger']}{rank}"))
+    if settings["draws"]:
+        _record_draws(run, Path(f"{settings['draws']}{rank}"))
     try:
         train(run)
     finally:
@@ -213,15 +213,15 @@ def _show(meter: str, progress: Progress) -> Command:
     return Command.NONE
 
 
-def _keep_ledger(run: Run, file: Path) -> None:
+def _record_draws(run: Run, file: Path) -> None:
     """Write down which sample and which noise each position of each step is given."""
     batch, normal = run.stream.batch, counter_rng.normal
     first = run.workers.share(run.plan.global_batch_size).start
 
     def note(kind: str, step: int, positions: Iterable[int], drawn: Iterable[str]) -> None:
-        with file.open("a") as ledger:
+        with file.open("a") as draws:
             for position, one in zip(positions, drawn, strict=True):
-                ledger.write(f"{kind} {step} {position} {one}\n")
+                draws.write(f"{kind} {step} {position} {one}\n")
 
     def noted_batch(step: int) -> Any:
         keys = run.stream.keys(step)

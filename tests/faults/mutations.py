@@ -83,7 +83,7 @@ MUTATIONS = (
              "start_ms + step, step) for key, value, step",
              '__import__("time").time_ns() // 10**6, step) for key, value, step',
              "tests/tracking/test_mlflow_runs.py"),
-    Mutation("rates are told again on replay", "ddpm_ray/tracking/row_queue.py",
+    Mutation("rates are sent again on replay", "ddpm_ray/tracking/row_queue.py",
              "if row.step > self._stored.get(key, -1)", "if True", ENDS),
     Mutation("bytes are not compared with their sha256", "ddpm_ray/storage/checksummed.py",
              "if found == sha256:\n            return data", "if True:\n            return data",
@@ -186,8 +186,10 @@ def table(alive: set[str]) -> str:
         for one in MUTATIONS
     ]
     head = "| breakage | in | tests asked | result |\n| --- | --- | --- | --- |"
-    told = "What `python -m tests.faults.mutations` must find; it tries all and writes this page."
-    return "\n".join(["# Breakages, and whether tests see them", "", told, "", head, *rows, ""])
+    reported = (
+        "What `python -m tests.faults.mutations` must find; it tries all and writes this page."
+    )
+    return "\n".join(["# Breakages, and whether tests see them", "", reported, "", head, *rows, ""])
 
 
 if __name__ == "__main__":

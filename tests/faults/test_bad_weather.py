@@ -87,7 +87,7 @@ def test_a_request_that_hangs_is_cut_off(
     )  # the answer never comes: only the cut ends the wait
 
 
-def test_an_outage_is_waited_out_and_one_that_lasts_is_told(
+def test_an_outage_is_waited_out_and_one_that_lasts_is_reported(
     s3_server: str, use_s3: Callable[[str, str], str]
 ) -> None:
     weather = Weather(down=True)

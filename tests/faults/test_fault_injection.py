@@ -50,6 +50,6 @@ def test_each_of_several_strikes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         ("/tmp/x kill@batch:soon", r"is not ACTION@POINT\[:STEP\]\[/RANK\]"),
     ],
 )
-def test_what_cannot_be_understood_is_told(text: str, says: str) -> None:
+def test_what_cannot_be_understood_is_reported(text: str, says: str) -> None:
     with pytest.raises(FaultSyntaxError, match=says):
         fault_injection.parse_faults(text)

@@ -59,7 +59,7 @@ def test_each_sample_comes_once_an_epoch_whatever_happened(tmp_path: Path) -> No
     data, epochs, steps = str(tmp_path / "data"), 3, 5
     pack_noise(data, images=8 * steps, side=4)  # 8 lanes give 1 sample to each batch
     short = (f"training.steps={epochs * steps}", "training.checkpoint_every_steps=2")
-    life = Life(tmp_path / "run", data, (*TINY, *short), ledger=True)
+    life = Life(tmp_path / "run", data, (*TINY, *short), record_draws=True)
     life.drive()
     counts, kills = [2, 4, 1, 2, 4, 2], 20
     for kill in range(kills):

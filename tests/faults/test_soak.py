@@ -43,9 +43,9 @@ def test_a_hundred_deaths_leave_the_run_and_the_machine_as_they_were(
     assert other.same_rows() == one.same_rows()
     assert (other.runs, other.status, other.orphans) == (1, "FINISHED", 0)
     for life in (unbroken, faulted):
-        told = life.metered()
-        early = [line for line in told if 50 < line[0] <= STEPS // 4]
-        late = [line for line in told if line[0] > STEPS * 3 // 4]
+        reported = life.metered()
+        early = [line for line in reported if 50 < line[0] <= STEPS // 4]
+        late = [line for line in reported if line[0] > STEPS * 3 // 4]
         size, files = ((median(x[i] for x in early), median(x[i] for x in late)) for i in (1, 2))
         print(f"resident {size[0] / 2**20:.0f} -> {size[1] / 2**20:.0f} MiB, files {files}")
         assert size[1] <= size[0] + 16 * 2**20

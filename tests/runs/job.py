@@ -78,7 +78,7 @@ class Job:
         return self
 
     @property
-    def told(self) -> str:
+    def reported(self) -> str:
         return "\n".join(self.lines)
 
 

@@ -87,10 +87,10 @@ def test_a_healthy_set_up_passes_and_nothing_is_left(
     tmp_path: Path, s3: str, mlflow_server: int
 ) -> None:
     place, uri = f"{s3}/{tmp_path.name}", f"http://127.0.0.1:{mlflow_server}"
-    code, report, told = job(
+    code, report, reported = job(
         tmp_path, f"storage={place}", f"tracking_uri={uri}", "timeout_s=60"
     )  # fmt: skip
-    assert code == 0, told
+    assert code == 0, reported
     assert report["failed"] == []
     found = {one["check"]: one for one in report["findings"]}
     assert {one["verdict"] for check, one in found.items() if check != "GPUs"} == {"ok"}
@@ -108,7 +108,7 @@ def test_each_broken_part_is_one_line_with_its_remedy(
 ) -> None:
     bucket = use_s3(s3_server, "wrong")
     dead = free_port()
-    code, report, told = job(
+    code, report, reported = job(
         tmp_path, f"storage={bucket}/runs", f"tracking_uri=http://127.0.0.1:{dead}",
         f"address=127.0.0.1:{dead}", "timeout_s=60",
     )  # fmt: skip
@@ -121,21 +121,21 @@ def test_each_broken_part_is_one_line_with_its_remedy(
     assert "start it" in found["MLflow"]["remedy"]
     assert "refused" in found["Ray"]["found"]
     assert "ray start --head" in found["Ray"]["remedy"]
-    assert told.splitlines()[-1].startswith("error: 3 of ")
-    assert "Traceback" not in told
+    assert reported.splitlines()[-1].startswith("error: 3 of ")
+    assert "Traceback" not in reported
 
 
 @pytest.mark.timeout(60)
-def test_servers_that_never_answer_are_told_in_time(
+def test_servers_that_never_answer_are_reported_in_time(
     tmp_path: Path, silent: int, use_s3: UseS3
 ) -> None:
     bucket, begun = use_s3(f"http://127.0.0.1:{silent}", "secret"), time.monotonic()
-    code, report, told = job(
+    code, report, reported = job(
         tmp_path, f"storage={bucket}/runs", f"tracking_uri=http://127.0.0.1:{silent}",
         f"address=127.0.0.1:{silent}", "timeout_s=12",  # 5 s of it are MLflow's, the rest its start
     )  # fmt: skip
     assert time.monotonic() - begun < 20  # that the S3 client alone tries for a minute
-    assert code == 1, told
+    assert code == 1, reported
     assert report["failed"] == ["storage", "MLflow", "Ray"]
     found = {one["check"]: one["found"] for one in report["findings"]}
     assert found["storage"] == f"{bucket}/runs: timed out after timeout_s=12"
@@ -190,7 +190,7 @@ def test_a_clock_that_is_off_is_a_failure(stub: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stub", [(401, 0), (404, 0)], indirect=True)
-def test_a_server_that_refuses_is_told_with_the_way_in(stub: str, tmp_path: Path) -> None:
+def test_a_server_that_refuses_is_reported_with_the_way_in(stub: str, tmp_path: Path) -> None:
     (finding,) = checks.mlflow_answers(DoctorConfig(tracking_uri=stub), tmp_path)
     assert isinstance(finding, Finding)
     assert finding.verdict == "fail"
@@ -241,6 +241,6 @@ def test_a_clock_is_never_blamed_for_the_way(
     after, true = before + way_s, before + share * way_s
     assert clock("a", true, before, after).ahead_s == pytest.approx(0, abs=1e-6)
     assert clock("a", float(int(true)), before, after, 1).ahead_s == pytest.approx(0, abs=1e-6)
-    told = clock("a", true + ahead_s, before, after).ahead_s
-    assert told * ahead_s >= 0 or told == pytest.approx(0, abs=1e-6)
-    assert abs(ahead_s) - way_s - 1e-6 <= abs(told) <= abs(ahead_s) + 1e-6
+    reported = clock("a", true + ahead_s, before, after).ahead_s
+    assert reported * ahead_s >= 0 or reported == pytest.approx(0, abs=1e-6)
+    assert abs(ahead_s) - way_s - 1e-6 <= abs(reported) <= abs(ahead_s) + 1e-6

@@ -83,6 +83,6 @@ def test_a_worker_frozen_as_it_starts_is_named_and_the_run_goes_on(
     monkeypatch.setenv("DDPM_RAY_FAULTS", f"{tmp_path / 'fired'} freeze@{point}:0/1")
     short = ("training.steps=20", "training.checkpoint_every_steps=20")
     job = Job(tmp_path, (*LONG, *short, "cluster.stall_timeout_s=10")).run()
-    assert job.code == 0, job.told
+    assert job.code == 0, job.reported
     (line,) = [line for line in job.lines if "restarting the worker group" in line]
     assert re.search(said, line)

@@ -143,8 +143,8 @@ def test_the_best_width_is_found_and_left_as_a_model(
     assert json.loads(json.dumps(result)) == result
     assert result["widths"] == [0.05, 0.15, 0.2, 0.25]
     assert result["best"] == TRUTH
-    told = f"width 0.15 has the lowest eval/fd_digits; it is written to {tmp_path / 'best'}"
-    assert told in caplog.text
+    reported = f"width 0.15 has the lowest eval/fd_digits; it is written to {tmp_path / 'best'}"
+    assert reported in caplog.text
     assert result["step"] == STEPS
     assert result["metric"] == "eval/fd_digits"
     others = [score for score in result["scores"] if score != min(result["scores"])]
@@ -168,20 +168,20 @@ def test_the_best_width_is_found_and_left_as_a_model(
 def test_the_provenance_says_which_average_was_scored(run: Path, tmp_path: Path) -> None:
     """The decay of the main average is not claimed for another one."""
     ema_search.search("run", replace(DIGITS, widths=(0.15,)), tmp_path, "best")
-    told = {}
+    reported = {}
     for name, url, ema in (
         ("main", run, "ema"), ("tracked", run, "ema-width-0.1"), ("made", tmp_path / "best", "ema"),
     ):  # fmt: skip
         known = checkpoint_loading.trained_model(str(url), ema=ema).provenance
         config = from_dict(RunConfig, known["config"])
-        told[name] = training_run.ema_provenance(config, known["step"], known["average"])
-    assert told["main"]["weights"] == "ema"
-    assert told["main"]["ema_decay_per_step"] == pytest.approx(61 / 70)  # still on its ramp
-    assert told["tracked"] == {
+        reported[name] = training_run.ema_provenance(config, known["step"], known["average"])
+    assert reported["main"]["weights"] == "ema"
+    assert reported["main"]["ema_decay_per_step"] == pytest.approx(61 / 70)  # still on its ramp
+    assert reported["tracked"] == {
         "weights": "ema-width-0.1", "step": STEPS, "training_seed": 0, "precision": "fp32"
     }  # fmt: skip
-    assert told["made"]["weights"]["sigma_rel"] == TRUTH
-    assert "ema_decay_per_step" not in told["made"]
+    assert reported["made"]["weights"]["sigma_rel"] == TRUTH
+    assert "ema_decay_per_step" not in reported["made"]
 
 
 def test_an_average_can_end_earlier(run: Path, tmp_path: Path) -> None:
@@ -195,7 +195,7 @@ def test_an_average_can_end_earlier(run: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(weights_of(made), kept, rtol=1e-5, atol=1e-5)
 
 
-def test_a_width_out_of_reach_is_told(
+def test_a_width_out_of_reach_is_reported(
     run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     ema_search.search("run", replace(DIGITS, widths=(0.011,)), tmp_path)
@@ -280,7 +280,7 @@ def test_a_worker_is_given_places_below_home(
 
 
 @pytest.mark.parametrize("job", ["average", "evaluate"])
-def test_a_held_out_set_that_is_not_there_is_told_before_ray_starts(
+def test_a_held_out_set_that_is_not_there_is_reported_before_ray_starts(
     job: str, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(worker_group, "run", lambda *_: pytest.fail("Ray was started"))

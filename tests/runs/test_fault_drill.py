@@ -63,10 +63,10 @@ def test_steps_are_lost_from_the_newest_start_on() -> None:
 def test_a_killed_and_a_frozen_worker_leave_equal_runs(tmp_path: Any) -> None:
     faults = "faults=[kill@gradient:130/1,freeze@update:60/0]"
     job = Job(tmp_path, (faults,), script="drill.py", config="drill/digits.yaml").run()
-    assert job.code == 0, job.told
+    assert job.code == 0, job.reported
     assert [one["equal"] for one in job.result["faults"]] == [True, True]
     assert [one["starts"] for one in job.result["faults"]] == [[0, 100], [0, 50]]
-    assert "kill@gradient:130/1  2" in job.told
+    assert "kill@gradient:130/1  2" in job.reported
 
 
 @pytest.mark.ray
@@ -78,6 +78,6 @@ def test_ten_schedules_of_kills_leave_equal_runs(tmp_path: Any) -> None:
     schedules = [" ".join(kills(random.Random(seed), 3, 200, 2)) for seed in range(10)]
     faults = f"faults={json.dumps(schedules)}"
     drill = Job(tmp_path, (faults,), "drill.py", "drill/digits.yaml", limit_s=1400).run()
-    assert drill.code == 0, drill.told
+    assert drill.code == 0, drill.reported
     assert [one["equal"] for one in drill.result["faults"]] == [True] * len(schedules)
     assert all(len(one["starts"]) > 1 for one in drill.result["faults"])

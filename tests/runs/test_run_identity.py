@@ -131,7 +131,7 @@ def test_a_lost_identity_comes_out_of_the_newest_checkpoint(
     assert begin(config(tmp_path), folder) == before  # written down again
 
 
-def test_a_checkpoint_of_another_data_set_is_told(tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_data_set_is_reported(tmp_path: Path) -> None:
     folder = str(tmp_path / "kept")
     commit(config(tmp_path), folder, identity="a", data_fingerprint="other data")
     with pytest.raises(ConfigError, match="holds data set the data, but the run began with other"):
@@ -203,7 +203,7 @@ def test_what_names_no_folder_goes_on_as_it_is(tmp_path: Path) -> None:
     assert checksummed_json.read(str(tmp_path / IDENTITY)) == old
 
 
-def test_an_original_that_cannot_be_read_is_told(
+def test_an_original_that_cannot_be_read_is_reported(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING)

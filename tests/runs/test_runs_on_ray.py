@@ -46,7 +46,7 @@ def load_artifact(result: dict[str, Any], path: str) -> str:
 def killed(tmp_path_factory: pytest.TempPathFactory) -> Job:
     """A run of which a worker was killed once; that it ended well anyway is the first thing."""
     job = Job(tmp_path_factory.mktemp("killed"), TINY).run(at=50, strike=kill_a_worker)
-    assert job.code == 0, job.told
+    assert job.code == 0, job.reported
     return job
 
 
@@ -107,7 +107,7 @@ def test_a_worker_that_stands_still_is_named_and_the_run_goes_on(
     """Frozen, or in a collective that the others left: told within the limit, then the same end."""
     monkeypatch.setenv("DDPM_RAY_FAULTS", f"{tmp_path / 'fired'} {fault}")
     job = Job(tmp_path, (*TINY, "cluster.stall_timeout_s=10")).run()
-    assert job.code == 0, job.told
+    assert job.code == 0, job.reported
     (line,) = [line for line in job.lines if "restarting the worker group" in line]
     assert says in line
     assert "at step 100, " in line
@@ -120,7 +120,7 @@ def test_ctrl_c_commits_a_checkpoint_and_the_same_command_continues(
     number: signal.Signals, code: int, unbroken: Ended, tmp_path: Path
 ) -> None:
     stopped = Job(tmp_path, TINY).run(at=50, strike=lambda pid: os.kill(pid, number))
-    assert stopped.code == code, stopped.told
+    assert stopped.code == code, stopped.reported
     assert "the same command continues" in stopped.lines[-1]
     assert not stopped.result
     pointer = checksummed_json.read(str(tmp_path / "runs/digits/checkpoints/latest.json"))
@@ -128,7 +128,7 @@ def test_ctrl_c_commits_a_checkpoint_and_the_same_command_continues(
     assert 50 <= reached < STEPS
 
     finished = Job(tmp_path, TINY).run()
-    assert finished.code == 0, finished.told
+    assert finished.code == 0, finished.reported
     assert hashes(finished.result["checkpoint"]) == unbroken.hashes
     assert rows(finished.result, "train/loss") == unbroken.rows["train/loss"]
 
@@ -146,5 +146,5 @@ def test_another_model_under_the_same_name_is_refused(
 ) -> None:
     refused = Job(killed.folder, (*TINY, *arguments)).run()
     assert refused.code == 2
-    assert says in refused.told
-    assert "starting" not in refused.told  # before Ray
+    assert says in refused.reported
+    assert "starting" not in refused.reported  # before Ray

@@ -26,8 +26,8 @@ def test_the_commit_is_named_and_whether_files_differ(
     monkeypatch.delenv("GIT_COMMIT", raising=False)
     assert git_commit(tmp_path) == "unknown"
     assert git_commit(tmp_path / "nowhere") == "unknown"
-    monkeypatch.setenv("GIT_COMMIT", "told")  # a submitted job has no .git
-    assert git_commit(tmp_path) == "told"
+    monkeypatch.setenv("GIT_COMMIT", "set")  # a submitted job has no .git
+    assert git_commit(tmp_path) == "set"
     git(tmp_path, "init", "-q")
     (tmp_path / "file").write_text("a")
     git(tmp_path, "add", "file")
@@ -56,7 +56,7 @@ def test_a_built_in_set_is_packed_once_and_another_set_is_not_taken_for_it(tmp_p
 
 
 @pytest.mark.parametrize("error", [KeyError("getpwuid(): uid not found"), OSError("no user")])
-def test_a_user_without_a_name_is_told_by_number(
+def test_a_user_without_a_name_is_named_by_number(
     error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As in a container that is given any uid."""

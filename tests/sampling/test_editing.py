@@ -95,7 +95,7 @@ def test_what_is_painted_is_distributed_as_the_data(painting: Painting) -> None:
     assert float(new.std()) == pytest.approx(DEVIATION, rel=4 * error / math.sqrt(2) + 0.01)
 
 
-def test_repaint_walks_as_often_as_it_is_told() -> None:
+def test_repaint_walks_as_often_as_configured() -> None:
     """3 steps, each stretch of 1 walked twice, by hand: 3, 2, 3, 2, 1, 2, 1, 0."""
     watched, plan = Watched(), replace(PLAN, steps=(3, 2, 1, 0))
     known = pictures(1, 8, 8)

@@ -102,7 +102,7 @@ def test_captions_beside_a_picture_have_the_room_that_they_need() -> None:
     plain = Image.new("L", (100, 64), 0)
     short, long = (captioned(plain, ["a"], [name]) for name in ("x_t", "dpm_solver_pp_sde"))
     assert short.size == (100 + MARGIN_PIXELS, 64 + MARGIN_PIXELS)
-    beside = np.asarray(long)[MARGIN_PIXELS:, : long.width - 100]
-    assert (beside[:, :2] == 255).all(), "it is cut off"
-    assert (beside[:, -2:] == 255).all(), "it runs into the picture"
-    assert (beside < 100).any()
+    next_to = np.asarray(long)[MARGIN_PIXELS:, : long.width - 100]
+    assert (next_to[:, :2] == 255).all(), "it is cut off"
+    assert (next_to[:, -2:] == 255).all(), "it runs into the picture"
+    assert (next_to < 100).any()

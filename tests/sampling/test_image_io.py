@@ -24,7 +24,7 @@ def test_a_picture_is_written_in_the_format_of_its_suffix(tmp_path: Path, suffix
 
 
 @pytest.mark.parametrize("name", ["grid.png", "film.gif"])
-def test_a_full_disk_is_told_in_one_line_and_keeps_the_picture_before(
+def test_a_full_disk_is_reported_in_one_line_and_keeps_the_picture_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     """On commit 820f16a: `[Errno 28] No space left on device (OSError; ...)`, without the place."""

@@ -112,7 +112,7 @@ def test_a_failed_write_leaves_the_old_object_and_no_rest(
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"]
 
 
-def test_a_dead_endpoint_is_told_within_seconds(use_s3: UseS3) -> None:
+def test_a_dead_endpoint_is_reported_within_seconds(use_s3: UseS3) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     bucket = use_s3(f"http://127.0.0.1:{port}", "secret")
@@ -192,7 +192,7 @@ def test_a_file_system_without_hard_links_takes_each_new_object_once(
 
 
 @pytest.mark.parametrize(
-    "number, told",
+    "number, reported",
     [
         (
             errno.EROFS,
@@ -203,31 +203,31 @@ def test_a_file_system_without_hard_links_takes_each_new_object_once(
         (errno.EIO, "Input/output error.*; check the disk and the path"),
     ],
 )
-def test_what_a_local_disk_refuses_is_told_without_talk_of_buckets(
-    number: int, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_what_a_local_disk_refuses_is_reported_without_talk_of_buckets(
+    number: int, reported: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(_: int) -> None:
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, "fsync", refuse)
-    with pytest.raises(StorageError, match=told) as refused:
+    with pytest.raises(StorageError, match=reported) as refused:
         object_store.write_bytes(str(tmp_path / "file"), b"new")
     assert "AWS" not in str(refused.value)
 
 
-def test_wrong_credentials_are_told(s3_server: str, use_s3: UseS3) -> None:
+def test_wrong_credentials_are_reported(s3_server: str, use_s3: UseS3) -> None:
     bucket = use_s3(s3_server, "wrong")
     for act in (object_store.read_bytes, object_store.exists):
         with pytest.raises(StorageError, match=r"access denied .*AWS_SECRET_ACCESS_KEY"):
             act(f"{bucket}/x")
 
 
-def test_a_missing_bucket_is_told(s3: str) -> None:
+def test_a_missing_bucket_is_reported(s3: str) -> None:
     with pytest.raises(StorageError, match=r"s3://elsewhere/x: .*check the name and the bucket"):
         object_store.read_bytes("s3://elsewhere/x")
 
 
-def test_an_unknown_protocol_is_told() -> None:
+def test_an_unknown_protocol_is_reported() -> None:
     with pytest.raises(StorageError, match=r"ftq://x/y: .*use a local path, s3://"):
         object_store.read_bytes("ftq://x/y")
 

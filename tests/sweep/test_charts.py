@@ -195,10 +195,10 @@ def test_t_may_come_from_what_the_trial_reported() -> None:
     trials = sweep(4)
     for trial in trials:
         trial.outcome["num_steps"] = trial.values["schedule.num_steps"]
-    told = charts.fid_against_T(trials, METRIC)
+    reported = charts.fid_against_T(trials, METRIC)
     for trial in trials:
         del trial.values["schedule.num_steps"]
-    assert alike(charts.fid_against_T(trials, METRIC), told)
+    assert alike(charts.fid_against_T(trials, METRIC), reported)
 
 
 def test_a_spectrum_is_drawn_with_and_without_the_linear_guess() -> None:

@@ -130,17 +130,17 @@ def test_the_same_reports_in_order_give_the_same_decisions(
 @given(reports=report_lists(ANY))
 def test_a_trial_is_stopped_once(kind: Kind, reports: list[Report]) -> None:
     """And what it reports later counts for nobody: the others fare as if it had been silent."""
-    stopping, stopped, told, expected = rule(kind), set[int](), list[Report](), list[str]()
+    stopping, stopped, reported, expected = rule(kind), set[int](), list[Report](), list[str]()
     for report in reports:
         reason = stopping.decide(*report)
         if report[0] in stopped:
             assert reason == ""
             continue
-        told.append(report)
+        reported.append(report)
         expected.append(reason)
         if reason:
             stopped.add(report[0])
-    assert decisions(rule(kind), told) == expected
+    assert decisions(rule(kind), reported) == expected
 
 
 @pytest.mark.parametrize("kind", COMPARING)

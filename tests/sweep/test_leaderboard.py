@@ -186,7 +186,7 @@ def test_a_long_reason_is_cut_and_loses_its_colours() -> None:
     assert "RayTaskError: out of memory" in line
 
 
-def test_all_of_why_a_trial_failed_is_told() -> None:
+def test_all_of_why_a_trial_failed_is_reported() -> None:
     """Below the table, also of one that has no row in it any more."""
     why = "step 1: the gradient's norm is nan, from " + " ".join(f"layer{i}" for i in range(30))
     rows = standings([finished(i, i) for i in range(30)] + [lost(30, "failed", reason=why)], METRIC)

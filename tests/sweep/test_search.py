@@ -148,10 +148,12 @@ def test_a_random_trial_is_the_same_whatever_the_others_are(seed: int, seeds: li
     others = [Trial(i, {"seed": s}, i % 2, status="failed") for i, s in enumerate(seeds)]
     blank = [Trial(i, {}) for i in range(4)]
     space: list[Branch] = [{"model.dropout": {"low": 0.0, "high": 1.0}}]
-    told = propose(space, search, others, FID)
-    assert told == propose(space, search, blank, FID)
-    assert told != propose(space, search, blank[:3], FID)
-    assert told != propose(space, SearchConfig(kind="random", trials=99, seed=seed + 1), blank, FID)
+    reported = propose(space, search, others, FID)
+    assert reported == propose(space, search, blank, FID)
+    assert reported != propose(space, search, blank[:3], FID)
+    assert reported != propose(
+        space, SearchConfig(kind="random", trials=99, seed=seed + 1), blank, FID
+    )
 
 
 @pytest.mark.parametrize(

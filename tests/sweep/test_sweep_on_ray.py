@@ -68,14 +68,14 @@ def sweep(folder: Path, *arguments: str) -> Job:
 
 def test_a_trial_that_diverges_fails_alone(tmp_path: Path) -> None:
     job = sweep(tmp_path, MIXED, "stopping.kind=none").run()
-    assert job.code == 3, job.told
+    assert job.code == 3, job.reported
     found = left(tmp_path)
     statuses = [trial["status"] for trial in found.trials]
     assert statuses == ["finished", "finished", "failed", "pruned"]
     reason = found.trials[2]["reason"]
     assert "the gradient's norm is" in reason
     assert "1 of 4 trials failed" in job.lines[-1]
-    assert "\n           2 failed" in job.told  # its row of the table
+    assert "\n           2 failed" in job.reported  # its row of the table
     assert job.result["trials"]["failed"] == 1
     statuses = sorted(run.info.status for run in found.children)
     assert statuses == ["FAILED", "FINISHED", "FINISHED", "KILLED"]  # the last one: pruned
@@ -88,7 +88,7 @@ def test_a_trial_that_diverges_fails_alone(tmp_path: Path) -> None:
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Left:
     folder = tmp_path_factory.mktemp("unbroken")
     job = sweep(folder, FOUR, "stopping.kind=none").run()
-    assert job.code == 0, job.told
+    assert job.code == 0, job.reported
     return left(folder)
 
 
@@ -113,7 +113,7 @@ def test_a_killed_sweep_ends_like_an_unbroken_one(
     broken.run(at=over, strike=lambda pid: os.kill(pid, signal.SIGKILL))
     assert broken.code == -signal.SIGKILL
     again = sweep(tmp_path, FOUR, "stopping.kind=none").run()
-    assert again.code == 0, again.told
+    assert again.code == 0, again.reported
     same(left(tmp_path), unbroken)
 
 
@@ -129,7 +129,7 @@ def kill_a_trial(driver: int) -> None:
 def test_a_killed_trial_is_started_again_in_the_same_sweep(unbroken: Left, tmp_path: Path) -> None:
     """The sweep would hang at its end if the dead one's workers kept their place."""
     job = sweep(tmp_path, FOUR, "stopping.kind=none").run(at=1, strike=kill_a_trial)
-    assert job.code == 0, job.told
+    assert job.code == 0, job.reported
     found = left(tmp_path)
     assert sum(trial["losses"] for trial in found.trials) in (1, 2)
     same(found, unbroken)
@@ -140,9 +140,9 @@ def test_ctrl_c_commits_checkpoints_and_the_same_command_continues(
 ) -> None:
     stopped = sweep(tmp_path, FOUR, "stopping.kind=none")
     stopped.run(at=1, strike=lambda pid: os.kill(pid, signal.SIGINT))
-    assert stopped.code == 130, stopped.told
+    assert stopped.code == 130, stopped.reported
     assert "the same command continues" in stopped.lines[-1]
     assert {run.info.status for run in left(tmp_path).children} <= {"FINISHED", "KILLED"}
     again = sweep(tmp_path, FOUR, "stopping.kind=none").run()
-    assert again.code == 0, again.told
+    assert again.code == 0, again.reported
     same(left(tmp_path), unbroken)

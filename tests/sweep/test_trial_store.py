@@ -87,7 +87,7 @@ def test_events_come_in_the_order_in_which_they_happened(operations: list[Operat
         assert [order for order, _, _ in before] == list(range(len(before)))
 
 
-def test_trials_are_numbered_in_files_as_told(tmp_path: Path) -> None:
+def test_trials_are_numbered_in_files_as_documented(tmp_path: Path) -> None:
     store = TrialStore(str(tmp_path))
     for number in range(3):
         assert store.add({"seed": number}).number == number
@@ -159,7 +159,7 @@ def test_only_a_finished_trial_has_scores() -> None:
         (encode({"number": 1, "values": {}, "valeus": {}}), "unexpected keyword .* 'valeus'"),
     ],
 )
-def test_a_file_that_holds_no_trial_is_told_in_a_line(
+def test_a_file_that_holds_no_trial_is_reported_in_a_line(
     content: bytes, says: str, tmp_path: Path
 ) -> None:
     """Passed over, it would be a trial that is tried again while those after it are lost."""

@@ -123,7 +123,9 @@ def test_a_run_is_found_again_by_its_identity(uri: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("status", ["FINISHED", "FAILED", "KILLED"])
-def test_a_run_ends_as_told(status: str, mlflow_database: str, new_run: NewRun) -> None:
+def test_a_run_ends_with_the_given_status(
+    status: str, mlflow_database: str, new_run: NewRun
+) -> None:
     run = new_run(mlflow_database)
     mlflow_runs.finish(run, status)
     assert MlflowClient(run.uri).get_run(run.run_id).info.status == status
@@ -276,17 +278,17 @@ def test_pictures_are_named_as_mlflow_names_them(
 
 
 def described(run: TrackedRun, **changes: Any) -> None:
-    told: dict[str, Any] = {
+    reported: dict[str, Any] = {
         "params": {f"key.{i}": i for i in range(150)},  # MLflow takes 100 a call
         "tags": {"git_commit": "abc"},
         "config_yaml": "name: a\n",
         "dataset_url": "/shards/digits",
         "dataset_fingerprint": "f" * 64,
     }
-    mlflow_runs.describe(run, **told | changes)
+    mlflow_runs.describe(run, **reported | changes)
 
 
-def test_what_a_run_is_stands_in_it_and_may_be_told_again(uri: str, new_run: NewRun) -> None:
+def test_what_a_run_is_stands_in_it_and_may_be_sent_again(uri: str, new_run: NewRun) -> None:
     """Resumed with another value of a key that may change: MLflow refuses a changed parameter."""
     run = new_run(uri)
     described(run)
@@ -361,12 +363,12 @@ def test_a_server_that_is_away_when_a_run_starts_misses_nothing(
 
 def test_what_will_not_pass_is_no_outage(uri: str, tmp_path: Path) -> None:
     """A name that MLflow refuses stays refused: the run ends at once, with the line."""
-    with pytest.raises(TrackingError, match="MLflow refuses it") as told:
+    with pytest.raises(TrackingError, match="MLflow refuses it") as reported:
         mlflow_runs.find_or_create_run(uri, "", "tiny", f"one {tmp_path}", str(tmp_path))
-    assert not isinstance(told.value, TrackingOutageError)
+    assert not isinstance(reported.value, TrackingOutageError)
 
 
-def test_a_dead_server_is_told_in_a_line_within_seconds() -> None:
+def test_a_dead_server_is_reported_in_a_line_within_seconds() -> None:
     """Nobody listens on port 9 of this host; MLflow's own defaults would try for two minutes."""
     begun_s = time.monotonic()
     with pytest.raises(TrackingError, match=r"does not answer .* correct tracking\.uri") as e:
@@ -377,11 +379,11 @@ def test_a_dead_server_is_told_in_a_line_within_seconds() -> None:
 
 
 @pytest.mark.usefixtures("mlflow_database")
-def test_a_database_that_cannot_be_is_told_in_a_line(tmp_path: Path) -> None:
+def test_a_database_that_cannot_be_is_reported_in_a_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(TrackingError, match="cannot be written") as told:
+    with pytest.raises(TrackingError, match="cannot be written") as reported:
         mlflow_runs.find_or_create_run(f"sqlite:///{tmp_path}/file/x.db", "e", "n", "i", None)
-    assert len(str(told.value).splitlines()) == 1
+    assert len(str(reported.value).splitlines()) == 1
 
 
 @pytest.fixture
@@ -517,10 +519,12 @@ def test_a_model_is_logged_once_and_found_by_its_alias(
 
 
 @pytest.mark.parametrize("place", ["models:/nobody@best", "runs:/0123456789abcdef/model"])
-def test_a_model_that_is_not_there_is_told_in_a_line(place: str, uri: str, tmp_path: Path) -> None:
-    with pytest.raises(TrackingError, match="check the run's id or the model's name") as told:
+def test_a_model_that_is_not_there_is_reported_in_a_line(
+    place: str, uri: str, tmp_path: Path
+) -> None:
+    with pytest.raises(TrackingError, match="check the run's id or the model's name") as reported:
         model_registry.download_model(uri, place, tmp_path)
-    assert len(str(told.value).splitlines()) == 1
+    assert len(str(reported.value).splitlines()) == 1
 
 
 def test_an_error_keeps_its_text_through_a_pickle() -> None:

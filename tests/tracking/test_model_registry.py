@@ -13,7 +13,7 @@ from ddpm_ray.tracking import mlflow_runs, model_registry
 from ddpm_ray.tracking.mlflow_runs import TrackingError
 
 METRIC = "eval/fid"
-CERTIFICATE: dict[str, Any] = {
+PROVENANCE: dict[str, Any] = {
     "samples": {"count": 2000, "seed": 7, "steps": 50, "num_steps": 1000},
     "reference": {"sha256": "ab" * 32},
     "model": {"run_id": "0" * 32},
@@ -59,13 +59,13 @@ def promote(
 
     def make(
         metrics: dict[str, float],
-        certificate: dict[str, Any] = CERTIFICATE,
+        provenance: dict[str, Any] = PROVENANCE,
         metric: str = METRIC,
         run_id: str = "",
         name: str = request.node.name.partition("[")[0],
     ) -> dict[str, Any]:
         run_id = run_id or new_run()
-        return model_registry.promote(mlflow_database, name, run_id, metric, metrics, certificate)
+        return model_registry.promote(mlflow_database, name, run_id, metric, metrics, provenance)
 
     return make
 
@@ -98,7 +98,7 @@ def test_it_is_beaten_by_a_wholly_lower_interval_alone(
     (low, high), (own_low, own_high) = sorted(ends[:2]), sorted(ends[2:])
     name = f"duel {new_run()}"
     first, second = (
-        model_registry.promote(mlflow_database, name, new_run(), METRIC, metrics, CERTIFICATE)
+        model_registry.promote(mlflow_database, name, new_run(), METRIC, metrics, PROVENANCE)
         for metrics in (scores(low, high), scores(own_low, own_high))
     )
     assert first["promoted"]
@@ -106,7 +106,7 @@ def test_it_is_beaten_by_a_wholly_lower_interval_alone(
     assert champion(client, name)[0] == ("2" if own_high < low else "1")
 
 
-def test_an_overlap_is_told_with_both_ends(promote: Promote, client: MlflowClient) -> None:
+def test_an_overlap_is_reported_with_both_ends(promote: Promote, client: MlflowClient) -> None:
     first = promote(scores(3, 4))
     result = promote(scores(2, 3.25))
     assert not result["promoted"]
@@ -119,14 +119,14 @@ def test_an_overlap_is_told_with_both_ends(promote: Promote, client: MlflowClien
     "change",
     [
         {"reference": {"sha256": "cd" * 32}},
-        {"samples": CERTIFICATE["samples"] | {"count": 5000}},
-        {"samples": CERTIFICATE["samples"] | {"seed": 8}},
+        {"samples": PROVENANCE["samples"] | {"count": 5000}},
+        {"samples": PROVENANCE["samples"] | {"seed": 8}},
     ],
     ids=["reference", "count", "noise"],
 )
 def test_scores_of_two_protocols_are_not_compared(promote: Promote, change: dict[str, Any]) -> None:
     promote(scores(30, 40))
-    result = promote(scores(1, 2), CERTIFICATE | change)
+    result = promote(scores(1, 2), PROVENANCE | change)
     assert not result["promoted"]
     assert "under another protocol" in result["reason"]
     assert "jobs/evaluate.py" in result["reason"]
@@ -144,11 +144,11 @@ def test_the_model_its_t_and_the_software_are_no_part_of_the_protocol(promote: P
     """They are what is compared, or what changes while a project lives."""
     promote(scores(30, 40))
     other = {
-        "samples": CERTIFICATE["samples"] | {"num_steps": 250},
+        "samples": PROVENANCE["samples"] | {"num_steps": 250},
         "model": {"run_id": "1" * 32},
         "versions": {"torch": "3.0.0"},
     }
-    assert promote(scores(1, 2), CERTIFICATE | other)["promoted"]
+    assert promote(scores(1, 2), PROVENANCE | other)["promoted"]
 
 
 @pytest.mark.parametrize("first", [True, False])
@@ -181,9 +181,9 @@ def test_a_name_without_a_champion_gets_one(promote: Promote, client: MlflowClie
     assert promote(scores(5, 6), name="by hand")["reason"] == "there was none"
 
 
-def test_no_answer_is_told_in_a_line() -> None:
+def test_no_answer_is_reported_in_a_line() -> None:
     with pytest.raises(TrackingError, match=r"http://127\.0\.0\.1:9") as result:
         model_registry.promote(
-            "http://127.0.0.1:9", "x", "0" * 32, METRIC, scores(1, 2), CERTIFICATE
+            "http://127.0.0.1:9", "x", "0" * 32, METRIC, scores(1, 2), PROVENANCE
         )
     assert len(str(result.value).splitlines()) == 1

@@ -98,10 +98,10 @@ def test_each_answer_has_its_own_line(
     answering_with: Callable[[Answer], str],
 ) -> None:  # fmt: skip
     uri = answering_with(whole(status, body))
-    with pytest.raises(TrackingError, match=said) as told:
+    with pytest.raises(TrackingError, match=said) as reported:
         mlflow_runs.find_or_create_run(uri, "e", "n", "i", None)
-    assert type(told.value) is kind
-    assert len(str(told.value).splitlines()) == 1
+    assert type(reported.value) is kind
+    assert len(str(reported.value).splitlines()) == 1
 
 
 @pytest.mark.usefixtures("mlflow_database")  # imports MLflow's store, whose warnings are no errors
@@ -113,9 +113,9 @@ def test_each_answer_has_its_own_line(
     ],
 )
 def test_a_missing_driver_is_named(uri: str, said: str) -> None:
-    with pytest.raises(TrackingError, match=said) as told:
+    with pytest.raises(TrackingError, match=said) as reported:
         mlflow_runs.find_or_create_run(uri, "e", "n", "i", None)
-    assert not isinstance(told.value, TrackingOutageError)
+    assert not isinstance(reported.value, TrackingOutageError)
 
 
 def drop_by_drop(handler: http.server.BaseHTTPRequestHandler) -> None:
@@ -185,7 +185,7 @@ def test_a_run_is_found_where_its_experiment_went(metadata: RunMetadata) -> None
     assert mlflow_runs.open_run(other) == first
 
 
-def test_a_deleted_experiment_is_told_with_both_remedies(metadata: RunMetadata) -> None:
+def test_a_deleted_experiment_is_reported_with_both_remedies(metadata: RunMetadata) -> None:
     """With its run in it, and where it was empty."""
     first, client = mlflow_runs.open_run(metadata), MlflowClient(metadata.uri)
     client.delete_experiment(first.experiment_id)
@@ -202,9 +202,11 @@ def test_a_deleted_experiment_is_told_with_both_remedies(metadata: RunMetadata) 
 def test_a_deleted_run_is_not_replaced_by_one_without_its_rows(metadata: RunMetadata) -> None:
     first, client = mlflow_runs.open_run(metadata), MlflowClient(metadata.uri)
     client.delete_run(first.run_id)
-    with pytest.raises(TrackingError, match=f"mlflow runs restore --run-id {first.run_id}") as told:
+    with pytest.raises(
+        TrackingError, match=f"mlflow runs restore --run-id {first.run_id}"
+    ) as reported:
         mlflow_runs.open_run(metadata)
-    assert not isinstance(told.value, TrackingOutageError)
+    assert not isinstance(reported.value, TrackingOutageError)
     client.restore_run(first.run_id)
     assert mlflow_runs.open_run(metadata) == first
 
@@ -228,7 +230,7 @@ def test_a_run_deleted_while_it_trains_keeps_its_rows(
     assert losses(run) == list(range(1, 8))
 
 
-def test_a_lost_database_is_told_when_the_run_goes_on(
+def test_a_lost_database_is_reported_when_the_run_goes_on(
     metadata: RunMetadata, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A new MLflow run in the middle of a training run: earlier metrics are not in it."""
@@ -240,7 +242,7 @@ def test_a_lost_database_is_told_when_the_run_goes_on(
     assert f"at step 20, does not exist; created a new one, {run.run_id}" in caplog.text
 
 
-def test_a_database_deleted_under_a_run_is_told_at_its_end(
+def test_a_database_deleted_under_a_run_is_reported_at_its_end(
     metadata: RunMetadata, tmp_path: Path
 ) -> None:
     file = tmp_path / "own.db"

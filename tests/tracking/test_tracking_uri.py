@@ -116,7 +116,7 @@ def test_a_place_that_workers_cannot_see_is_refused(uri: str, said: str) -> None
         ("sqlite:////a/b.db", "http://ours:5000", "hush", False),
     ],
 )
-def test_a_password_for_another_host_is_told(
+def test_a_password_for_another_host_is_reported(
     uri: str, variable: str, password: str, warns: bool,
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip

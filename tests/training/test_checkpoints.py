@@ -352,7 +352,7 @@ def test_the_newest_are_kept_and_no_more(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("pointers/*"))) == 2  # the newest, and one in case it is damaged
 
 
-def test_what_cannot_be_deleted_stays_and_is_told(
+def test_what_cannot_be_deleted_stays_and_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     store = CheckpointStore(str(tmp_path), keep=1)

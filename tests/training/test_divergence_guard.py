@@ -64,6 +64,6 @@ def test_it_is_exhausted_at_once_or_after_many_in_a_row() -> None:
     assert not guard.exhausted
 
 
-def test_a_spike_tells_its_limit() -> None:
+def test_a_spike_shows_its_limit() -> None:
     error = DivergedError(7, 12.5, 3.25, ["a", "b"])
     assert "step 7: the gradient's norm is 12.5, over 3.25, from 2 samples: a, b;" in str(error)

@@ -68,7 +68,9 @@ def test_an_average_comes_back_bit_by_bit(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("place", [0.0, 0.3, 0.99])
-def test_a_flipped_bit_or_a_cut_off_file_is_told(name: str, place: float, tmp_path: Path) -> None:
+def test_a_flipped_bit_or_a_cut_off_file_is_reported(
+    name: str, place: float, tmp_path: Path
+) -> None:
     store = SnapshotStore(str(tmp_path))
     store.save(1, tensors(0))
     file = tmp_path / "step-00000001" / name
@@ -77,12 +79,12 @@ def test_a_flipped_bit_or_a_cut_off_file_is_told(name: str, place: float, tmp_pa
     damages: tuple[bytes, ...] = (whole[:at], whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
     for damaged in damages:
         file.write_bytes(damaged)
-        told = r"step-00000001/ema-width-0\.[12]\.safetensors: is damaged; leave its step"
-        with pytest.raises(CheckpointError, match=told):
+        reported = r"step-00000001/ema-width-0\.[12]\.safetensors: is damaged; leave its step"
+        with pytest.raises(CheckpointError, match=reported):
             print([store.read(1, group) for group in GROUPS])
 
 
-def test_what_was_not_kept_is_told(tmp_path: Path) -> None:
+def test_what_was_not_kept_is_reported(tmp_path: Path) -> None:
     store = SnapshotStore(str(tmp_path))
     store.save(1, tensors(0))
     with pytest.raises(CheckpointError, match=r"ema-width-0\.3\.safetensors: was not kept; leave"):
@@ -109,18 +111,18 @@ def wander(state: TrainingState, steps: int, keep: Callable[[int], None]) -> Non
         keep(step + 1)
 
 
-@pytest.mark.parametrize("leads", [True, False])
+@pytest.mark.parametrize("is_main", [True, False])
 @pytest.mark.parametrize("every, steps", [(4, [4, 8, 10]), (5, [5, 10]), (20, [10]), (0, [])])
 def test_averages_are_kept_when_due_and_at_the_end(
-    every: int, steps: list[int], leads: bool, tmp_path: Path
+    every: int, steps: list[int], is_main: bool, tmp_path: Path
 ) -> None:
     """Every worker notes it, as each may save the state; the leader alone writes."""
     state, writer = toy(WIDTHS), Background("test")
-    store = SnapshotStore(str(tmp_path)) if leads else None
+    store = SnapshotStore(str(tmp_path)) if is_main else None
     wander(state, 10, EmaSnapshotter(state, GROUPS, every, 10, store, writer).snapshot)
     writer.wait()
     assert state.ema_snapshot_steps == steps
-    folders = {f"step-{step:08d}" for step in steps} if leads else set()
+    folders = {f"step-{step:08d}" for step in steps} if is_main else set()
     assert {path.name for path in tmp_path.iterdir()} == folders
 
 

@@ -56,7 +56,7 @@ class Killed(Exception):
 
 
 @dataclass
-class Ledger:
+class RecordingSink:
     """A sink like MLflow: the first value of a (key, step) stays, and all others must equal it."""
 
     values: dict[tuple[str, int], float] = field(default_factory=dict)
@@ -149,7 +149,10 @@ def streamed(config: RunConfig, workers: Workers) -> ShardStream:
 
 
 def begin(
-    config: RunConfig, folder: Path, ledger: Ledger | None = None, workers: Workers | None = None
+    config: RunConfig,
+    folder: Path,
+    recorder: RecordingSink | None = None,
+    workers: Workers | None = None,
 ) -> Run:
     """All that a process makes of its config before it trains, and what it finds in `folder`."""
     workers, dataset = workers or Workers(), open_dataset(config.data.url)
@@ -165,7 +168,7 @@ def begin(
     network: nn.Module = state.model
     if workers.count > 1:
         network = DistributedDataParallel(network, broadcast_buffers=False)
-    sink = (ledger or Ledger()) if workers.is_main else None
+    sink = (recorder or RecordingSink()) if workers.is_main else None
     denoiser = diffusion.denoiser(config, state.ema.model, CPU)
     grid_logger = SampleGridLogger(
         denoiser,
@@ -207,12 +210,12 @@ def assert_same_bits(one: Snapshot, other: Snapshot) -> None:
         assert not unequal, f"{group}: {unequal}"
 
 
-def finished(config: RunConfig, folder: Path) -> tuple[Snapshot, Ledger]:
+def finished(config: RunConfig, folder: Path) -> tuple[Snapshot, RecordingSink]:
     """The end of a run that nobody disturbs."""
-    ledger = Ledger()
-    run = begin(config, folder, ledger)
+    recorder = RecordingSink()
+    run = begin(config, folder, recorder)
     assert train(run)
-    return bits(run), ledger
+    return bits(run), recorder
 
 
 def dies_before_update(run: Run, step: int, patch: pytest.MonkeyPatch) -> None:
@@ -277,11 +280,11 @@ MARKS = [
 @pytest.fixture(scope="module")
 def unbroken(
     data: str, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[..., tuple[Snapshot, Ledger]]:
+) -> Callable[..., tuple[Snapshot, RecordingSink]]:
     """The undisturbed run under some overrides, trained once for all tests."""
-    made: dict[tuple[str, ...], tuple[Snapshot, Ledger]] = {}
+    made: dict[tuple[str, ...], tuple[Snapshot, RecordingSink]] = {}
 
-    def run(*overrides: str) -> tuple[Snapshot, Ledger]:
+    def run(*overrides: str) -> tuple[Snapshot, RecordingSink]:
         if overrides not in made:
             made[overrides] = finished(
                 configured(data, *overrides), tmp_path_factory.mktemp("whole")
@@ -302,24 +305,24 @@ def test_a_killed_run_ends_like_an_unbroken_one(
     dies: Callable[..., None],
     step: int,
     data: str,
-    unbroken: Callable[..., tuple[Snapshot, Ledger]],
+    unbroken: Callable[..., tuple[Snapshot, RecordingSink]],
     tmp_path: Path,
 ) -> None:
     """Bit by bit, and each row of it is the row of an unbroken run, bands and probes too."""
-    config, ledger = configured(data), Ledger()
+    config, recorder = configured(data), RecordingSink()
     wanted, rows = unbroken()
-    run = begin(config, tmp_path, ledger)
+    run = begin(config, tmp_path, recorder)
     with pytest.MonkeyPatch.context() as patch:
         dies(run, step, patch)
         with pytest.raises(Killed, match=f"step {step}"):
             train(run)
         with contextlib.suppress(Killed):  # of the thread that was saving
             run.checkpoints.wait()
-    again = begin(config, tmp_path, ledger)
+    again = begin(config, tmp_path, recorder)
     assert again.state.step % EVERY == 0 or again.state.step == STEPS
     assert train(again)
     assert_same_bits(bits(again), wanted)
-    assert ledger.timeless() == rows.timeless()
+    assert recorder.timeless() == rows.timeless()
 
 
 @pytest.mark.usefixtures("_reports_at_each_step")
@@ -341,24 +344,24 @@ def test_a_killed_run_ends_like_an_unbroken_one(
 def test_any_kind_of_run_survives_its_death(
     overrides: list[str],
     data: str,
-    unbroken: Callable[..., tuple[Snapshot, Ledger]],
+    unbroken: Callable[..., tuple[Snapshot, RecordingSink]],
     tmp_path: Path,
 ) -> None:
-    config, ledger = configured(data, *overrides), Ledger()
+    config, recorder = configured(data, *overrides), RecordingSink()
     wanted, rows = unbroken(*overrides)
-    run = begin(config, tmp_path, ledger)
+    run = begin(config, tmp_path, recorder)
     with pytest.MonkeyPatch.context() as patch:
         dies_before_update(run, 5, patch)
         with pytest.raises(Killed, match="step 5"):
             train(run)
     run.checkpoints.wait()
     torch.manual_seed(99)  # another process: its generator stands elsewhere
-    again = begin(config, tmp_path, ledger)
+    again = begin(config, tmp_path, recorder)
     assert again.state.step == 3
     assert train(again)
     assert_same_bits(bits(again), wanted)
-    assert ledger.timeless() == rows.timeless()
-    assert all(math.isfinite(value) for value in ledger.values.values())
+    assert recorder.timeless() == rows.timeless()
+    assert all(math.isfinite(value) for value in recorder.values.values())
 
 
 @pytest.mark.usefixtures("_reports_at_each_step")
@@ -379,35 +382,35 @@ def test_each_probe_is_there_once_whatever_died(
     every: int,
     steps: list[int],
     data: str,
-    unbroken: Callable[..., tuple[Snapshot, Ledger]],
+    unbroken: Callable[..., tuple[Snapshot, RecordingSink]],
     tmp_path: Path,
 ) -> None:
     """Step 7 is taken up from 6, and the last save, of step 8, is made twice."""
     override = f"evaluation.validation_every_steps={every}"
-    config, ledger = configured(data, override), Ledger()
+    config, recorder = configured(data, override), RecordingSink()
     wanted, rows = unbroken(override)
-    run = begin(config, tmp_path, ledger)
+    run = begin(config, tmp_path, recorder)
     with pytest.MonkeyPatch.context() as patch:
         dies(run, step, patch)
         with pytest.raises(Killed, match=f"step {step}"):
             train(run)
-    again = begin(config, tmp_path, ledger)
-    told: list[list[int]] = []
+    again = begin(config, tmp_path, recorder)
+    reported: list[list[int]] = []
 
     def show(progress: Progress) -> Command:
-        told.append([probe["step"] for probe in progress.validation_losses])
+        reported.append([probe["step"] for probe in progress.validation_losses])
         return Command.NONE
 
     again.show_progress = show
     assert train(again)
     assert again.state.validation_losses == wanted.facts["probes"]
     assert [probe["step"] for probe in again.state.validation_losses] == steps
-    assert [step for key, step in ledger.values if key == "eval/loss_common"] == steps
-    assert ledger.timeless() == rows.timeless()
-    assert told[-1] == steps  # the last one too, before the run ends
+    assert [step for key, step in recorder.values if key == "eval/loss_common"] == steps
+    assert recorder.timeless() == rows.timeless()
+    assert reported[-1] == steps  # the last one too, before the run ends
 
 
-def test_a_probe_is_told_at_once_however_rare_reports_are(
+def test_a_probe_is_reported_at_once_however_rare_reports_are(
     data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever compares runs stops this one by it."""
@@ -441,7 +444,7 @@ def test_a_checkpoint_keeps_the_probes_of_its_step(data: str, tmp_path: Path) ->
 
 
 def test_runs_of_another_seed_or_dropout_are_other_runs(
-    unbroken: Callable[..., tuple[Snapshot, Ledger]],
+    unbroken: Callable[..., tuple[Snapshot, RecordingSink]],
 ) -> None:
     """The equalities above are not those of networks that never move."""
     ends = [unbroken(*o)[0] for o in ([], ["seed=1"], ["model.dropout=0.3"], ["data.flip=true"])]
@@ -450,7 +453,7 @@ def test_runs_of_another_seed_or_dropout_are_other_runs(
 
 
 def test_gradient_checkpointing_changes_memory_alone(
-    unbroken: Callable[..., tuple[Snapshot, Ledger]],
+    unbroken: Callable[..., tuple[Snapshot, RecordingSink]],
 ) -> None:
     dropout = "model.dropout=0.3"
     plain, recomputed = unbroken(dropout), unbroken(dropout, "training.gradient_checkpointing=true")
@@ -458,7 +461,7 @@ def test_gradient_checkpointing_changes_memory_alone(
 
 
 def test_a_checkpoint_holds_what_the_next_life_needs(
-    data: str, unbroken: Callable[..., tuple[Snapshot, Ledger]], tmp_path: Path
+    data: str, unbroken: Callable[..., tuple[Snapshot, RecordingSink]], tmp_path: Path
 ) -> None:
     wanted, _ = finished(configured(data), tmp_path)
     found = CheckpointStore(str(tmp_path)).load()
@@ -478,43 +481,43 @@ def test_a_finished_run_run_again_does_nothing(data: str, tmp_path: Path) -> Non
 @pytest.mark.usefixtures("_reports_at_each_step")
 @pytest.mark.parametrize("at", [2, 6, 8])
 def test_a_run_that_is_asked_to_stop_commits_and_can_go_on(
-    at: int, data: str, unbroken: Callable[..., tuple[Snapshot, Ledger]], tmp_path: Path
+    at: int, data: str, unbroken: Callable[..., tuple[Snapshot, RecordingSink]], tmp_path: Path
 ) -> None:
-    config, ledger = configured(data), Ledger()
-    run = begin(config, tmp_path, ledger)
+    config, recorder = configured(data), RecordingSink()
+    run = begin(config, tmp_path, recorder)
     run.show_progress = lambda progress: Command.STOP if progress.step >= at else Command.NONE
     assert train(run) == (at == STEPS)
     found = CheckpointStore(str(tmp_path)).load()
     assert found is not None
     assert found[1].step == at
     assert_same_bits(found[1], bits(run))
-    again = begin(config, tmp_path, ledger)
+    again = begin(config, tmp_path, recorder)
     assert train(again)
     assert_same_bits(bits(again), unbroken()[0])
-    assert ledger.timeless() == unbroken()[1].timeless()
+    assert recorder.timeless() == unbroken()[1].timeless()
 
 
 @pytest.mark.usefixtures("_reports_at_each_step")
 def test_a_run_that_is_asked_to_save_commits_and_goes_on(
-    data: str, unbroken: Callable[..., tuple[Snapshot, Ledger]], tmp_path: Path
+    data: str, unbroken: Callable[..., tuple[Snapshot, RecordingSink]], tmp_path: Path
 ) -> None:
-    run, told = begin(configured(data), tmp_path), []
+    run, reported = begin(configured(data), tmp_path), []
 
     def show(progress: Progress) -> Command:
-        told.append(progress.checkpoint)
+        reported.append(progress.checkpoint)
         run.checkpoints.wait()  # what was committed is told at the next report
         return Command.CHECKPOINT if progress.step == 3 else Command.NONE
 
     run.show_progress = show
     assert train(run)
-    assert not any("step-00000003" in checkpoint for checkpoint in told[:3])
-    assert "step-00000003" in told[4]
+    assert not any("step-00000003" in checkpoint for checkpoint in reported[:3])
+    assert "step-00000003" in reported[4]
     assert_same_bits(bits(run), unbroken()[0])
 
 
 @pytest.mark.usefixtures("_reports_at_each_step")
 def test_each_thing_is_done_at_its_steps(data: str, tmp_path: Path) -> None:
-    told: list[tuple[str, int]] = []
+    reported: list[tuple[str, int]] = []
     run = begin(
         configured(
             data, "training.grid_every_steps=3", "evaluation.every_steps=4",
@@ -522,18 +525,18 @@ def test_each_thing_is_done_at_its_steps(data: str, tmp_path: Path) -> None:
         ),
         tmp_path,
     )  # fmt: skip
-    run.draw_grid = lambda step: told.append(("grid", step))
-    run.draw_strip = lambda step: told.append(("strip", step))
-    run.evaluate = lambda step: told.append(("evaluate", step))
+    run.draw_grid = lambda step: reported.append(("grid", step))
+    run.draw_strip = lambda step: reported.append(("strip", step))
+    run.evaluate = lambda step: reported.append(("evaluate", step))
 
     def show(progress: Progress) -> Command:
-        told.append(("progress", progress.step))
+        reported.append(("progress", progress.step))
         assert (progress.steps, progress.images_per_s > 0) == (STEPS, True)
         return Command.NONE
 
     run.show_progress = show
     assert train(run)
-    at = {what: [step for name, step in told if name == what] for what, _ in told}
+    at = {what: [step for name, step in reported if name == what] for what, _ in reported}
     assert at == {
         "grid": [0, 3, 6, 8],
         "strip": [8],
@@ -588,7 +591,7 @@ def test_a_skipped_step_changes_nothing_and_is_the_same_on_replay(
 ) -> None:
     """Step 5 is NaN; the run dies in step 6 and goes on from the checkpoint after step 3."""
     config = configured(data, "training.on_divergence=skip")
-    unbroken, died = Ledger(), Ledger()
+    unbroken, died = RecordingSink(), RecordingSink()
     wanted = begin(config, tmp_path / "unbroken", unbroken)
     spoil(wanted, 5, position=2)
     assert train(wanted)
@@ -614,7 +617,7 @@ def test_a_rewound_run_has_the_weights_of_its_checkpoint_and_is_the_same_on_repl
     """Step 5 is NaN, and the checkpoint before it that of step 3: steps 4 and 5 leave no trace in
     the weights. Killed before or after that is committed, the run ends alike."""
     config = configured(data, "training.on_divergence=rewind")
-    unbroken = Ledger()
+    unbroken = RecordingSink()
     before = begin(replace(config, training=replace(config.training, steps=3)), tmp_path / "three")
     assert train(before)
     wanted = begin(config, tmp_path / "unbroken", unbroken)
@@ -639,7 +642,7 @@ def test_a_rewound_run_has_the_weights_of_its_checkpoint_and_is_the_same_on_repl
     ]  # fmt: skip
 
     for number, at in enumerate(("snapshot:5", "batch:6", "batch:7")):
-        folder, died = tmp_path / f"died-{number}", Ledger()
+        folder, died = tmp_path / f"died-{number}", RecordingSink()
         monkeypatch.setenv(fault_injection.VARIABLE, f"{folder}-fired fail@{at}")
         for dies in (True, False):
             run = begin(config, folder, died)
@@ -697,8 +700,8 @@ def test_a_run_goes_back_at_any_step_and_is_the_same_on_replay(
         data, "training.on_divergence=rewind", f"training.checkpoint_every_steps={checkpoints}",
         f"evaluation.validation_every_steps={probes}", "evaluation.num_images=2",
     )  # fmt: skip
-    ledger, died = Ledger(), Ledger()
-    wanted = begin(config, tmp_path / "unbroken", ledger)
+    recorder, died = RecordingSink(), RecordingSink()
+    wanted = begin(config, tmp_path / "unbroken", recorder)
     spoil(wanted, step, position=2)
     done = shows(wanted)
     assert train(wanted)
@@ -718,7 +721,7 @@ def test_a_run_goes_back_at_any_step_and_is_the_same_on_replay(
         run.checkpoints.wait()
     assert_same_bits(bits(run), bits(wanted))
     assert run.state.scores == wanted.state.scores
-    assert died.timeless() == ledger.timeless()
+    assert died.timeless() == recorder.timeless()
 
 
 def test_a_run_that_diverges_again_and_again_goes_back_to_the_same_checkpoint(
@@ -776,8 +779,8 @@ def test_scoring_comes_after_the_checkpoint_and_is_made_up_for(
     """Step 4 is no step of a planned checkpoint, 8 is the last. No step is trained twice, and rows
     and scores are those of a run that nobody disturbed."""
     config = configured(data, "evaluation.every_steps=4", "evaluation.num_images=2")
-    ledger, died = Ledger(), Ledger()
-    wanted = begin(config, tmp_path / "unbroken", ledger)
+    recorder, died = RecordingSink(), RecordingSink()
+    wanted = begin(config, tmp_path / "unbroken", recorder)
     shows(wanted)
     assert train(wanted)
     run = begin(config, tmp_path / "died", died)
@@ -810,7 +813,7 @@ def test_scoring_comes_after_the_checkpoint_and_is_made_up_for(
     assert train(again)
     assert [at for what, at in done if what == "scores"] == list(range(step, STEPS + 1, 4))
     assert_same_bits(bits(again), bits(wanted))
-    assert died.timeless() == ledger.timeless()
+    assert died.timeless() == recorder.timeless()
     found = CheckpointStore(str(tmp_path / "died")).load()
     assert found is not None
     assert found[1].facts["scores"] == wanted.state.scores != {}
@@ -825,12 +828,12 @@ def test_a_finished_run_without_scores_is_scored_when_it_is_continued(
 ) -> None:
     """As the checkpoints of earlier versions may be, which went back at their last step."""
     finished(configured(data), tmp_path)
-    ledger = Ledger()
-    run = begin(configured(data, "evaluation.num_images=2"), tmp_path, ledger)
+    recorder = RecordingSink()
+    run = begin(configured(data, "evaluation.num_images=2"), tmp_path, recorder)
     done = shows(run)
     assert train(run)
     assert done == [("scores", STEPS)]
-    assert ("eval/fd", STEPS) in ledger.values
+    assert ("eval/fd", STEPS) in recorder.values
 
 
 def test_without_grids_nothing_is_drawn(data: str, tmp_path: Path) -> None:
@@ -1025,11 +1028,11 @@ def test_an_average_in_steps_and_in_images_agree(data: str) -> None:
     assert ramped(10**6) == plain(0)
 
 
-def test_rows_tell_the_rate_that_was_used(
-    data: str, unbroken: Callable[..., tuple[Snapshot, Ledger]]
+def test_rows_hold_the_rate_that_was_used(
+    data: str, unbroken: Callable[..., tuple[Snapshot, RecordingSink]]
 ) -> None:
-    told = [unbroken()[1].values["train/lr", step] for step in range(1, STEPS + 1)]
-    assert told == rates(data)[:STEPS]
+    reported = [unbroken()[1].values["train/lr", step] for step in range(1, STEPS + 1)]
+    assert reported == rates(data)[:STEPS]
 
 
 def test_gradients_are_clipped_to_the_configured_norm(data: str, tmp_path: Path) -> None:
@@ -1051,10 +1054,10 @@ def gloo_worker(rank: int, folder: Path, data: str) -> dict[str, Any]:
     dist.init_process_group(
         "gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=2
     )
-    workers, ledger, config = Workers(rank, 2), Ledger(), configured(data)
-    run = begin(config, folder / "run", ledger, workers)
+    workers, recorder, config = Workers(rank, 2), RecordingSink(), configured(data)
+    run = begin(config, folder / "run", recorder, workers)
     train(run)
-    by_losses = Ledger()
+    by_losses = RecordingSink()
     train(begin(configured(data, *BY_LOSSES), folder / "by_losses", by_losses, workers))
     run = begin(config, folder / "spoilt", None, workers)
     spoil(run, 2, position=3)
@@ -1065,22 +1068,22 @@ def gloo_worker(rank: int, folder: Path, data: str) -> dict[str, Any]:
     try:
         loop.take_step(run)
     except DivergedError as error:
-        told = list(error.args)
+        reported = list(error.args)
     same = all(map(torch.equal, weights(run), after))
     dist.destroy_process_group()
     losses, weighed = (
         [value for (key, _), value in sorted(of.values.items()) if key == "train/loss"]
-        for of in (ledger, by_losses)
+        for of in (recorder, by_losses)
     )
     return {
-        "losses": losses, "weighed": weighed, "step": told[0], "named": told[3], "same": same,
-        "moved": moved, "last_key": guilty[-1],
+        "losses": losses, "weighed": weighed, "step": reported[0], "named": reported[3],
+        "same": same, "moved": moved, "last_key": guilty[-1],
     }  # fmt: skip
 
 
 @pytest.mark.timeout(400)  # both import torch anew
 def test_two_processes_train_as_one_and_stop_together(
-    data: str, unbroken: Callable[..., tuple[Snapshot, Ledger]], tmp_path: Path
+    data: str, unbroken: Callable[..., tuple[Snapshot, RecordingSink]], tmp_path: Path
 ) -> None:
     commands = [
         [sys.executable, "-m", "tests.training.test_loop", str(rank), str(tmp_path), data]
@@ -1098,15 +1101,15 @@ def test_two_processes_train_as_one_and_stop_together(
         for worker in workers:
             worker.kill()
     assert [worker.returncode for worker in workers] == [0, 0], ended[0][1] + ended[1][1]
-    leader, other = (json.loads(out.splitlines()[-1]) for out, _ in ended)
+    main_worker, other = (json.loads(out.splitlines()[-1]) for out, _ in ended)
     for name, overrides in (("losses", ()), ("weighed", BY_LOSSES)):
         values = unbroken(*overrides)[1].values
         alone = [values["train/loss", step] for step in range(1, STEPS + 1)]
-        assert leader[name] == pytest.approx(alone, rel=1e-5)
+        assert main_worker[name] == pytest.approx(alone, rel=1e-5)
     assert other["losses"] == []  # the main worker alone reports
-    for told in (leader, other):
-        assert (told["step"], told["moved"], told["same"]) == (2, True, True)
-        assert told["named"] == [other["last_key"]]
+    for reported in (main_worker, other):
+        assert (reported["step"], reported["moved"], reported["same"]) == (2, True, True)
+        assert reported["named"] == [other["last_key"]]
 
 
 if __name__ == "__main__":

@@ -176,16 +176,16 @@ def test_self_conditioning_shows_its_own_estimate_in_half_of_the_steps() -> None
 def gradient(overrides: tuple[str, ...], step: int = 0) -> tuple[float, Tensor]:
     """Of the batch's loss by a network's one number, and the losses as they are told."""
     made, network = objective(*overrides), Remembering(0.5)
-    told = made.backward(network, IMAGES, LABELS, step, Workers(), 400)
+    reported = made.backward(network, IMAGES, LABELS, step, Workers(), 400)
     assert network.answer.grad is not None
-    return float(network.answer.grad), told.loss
+    return float(network.answer.grad), reported.loss
 
 
-def test_weights_reach_the_gradient_and_not_what_is_told() -> None:
+def test_weights_reach_the_gradient_and_not_what_is_reported() -> None:
     """Where the answer is one number, the gradient is the weighted mean of 2 (answer - target)."""
-    plain, told = gradient(())
-    weighted, told_too = gradient(("objective.weighting=min_snr",))
-    assert torch.equal(told, told_too)
+    plain, reported = gradient(())
+    weighted, reported_too = gradient(("objective.weighting=min_snr",))
+    assert torch.equal(reported, reported_too)
     assert weighted != plain
     made = objective("objective.weighting=min_snr")
     noisy = shown(made, 0)
@@ -254,7 +254,7 @@ def test_each_kind_of_objective_trains_its_network(overrides: tuple[str, ...]) -
     made = diffusion.objective(config, state, CPU)
     losses = []
     for number in range(30):
-        told = made.backward(state.model, IMAGES[:64], LABELS[:64], 1, Workers(), 64)
+        reported = made.backward(state.model, IMAGES[:64], LABELS[:64], 1, Workers(), 64)
         missing = [name for name, p in state.model.named_parameters() if p.grad is None]
         assert not missing
         for group in state.optimizer.param_groups:
@@ -262,5 +262,5 @@ def test_each_kind_of_objective_trains_its_network(overrides: tuple[str, ...]) -
         state.optimizer.step()
         state.optimizer.zero_grad()
         if number in (0, 29):
-            losses.append(told.loss.mean().item())
+            losses.append(reported.loss.mean().item())
     assert losses[1] < 0.97 * losses[0]

@@ -86,13 +86,13 @@ from benchmarks.gpu.on_fake_cuda import outcome
 def deterministically(action):
     with deterministic():
         return action()
-told = {}
+reported = {}
 for name, expression in json.loads(sys.argv[1]).items():
     with fake_cuda() as device, torch.autocast("cuda", torch.bfloat16):
         x = torch.ones(3, device=device)
         w = torch.ones(3, 3, device=device, requires_grad=True)
-        told[name] = outcome(lambda: eval(expression))
-print(json.dumps(told))
+        reported[name] = outcome(lambda: eval(expression))
+print(json.dumps(reported))
 end_process()
 """
 
@@ -109,8 +109,8 @@ def judged() -> dict[str, Any]:
         [sys.executable, "-c", SCRIPT, expressions], env=environment, cwd=ROOT, text=True,
         stdout=subprocess.PIPE, timeout=300, check=True,
     )  # fmt: skip
-    told: dict[str, Any] = json.loads(done.stdout)
-    return told
+    reported: dict[str, Any] = json.loads(done.stdout)
+    return reported
 
 
 @pytest.mark.parametrize("name", REFUSED)

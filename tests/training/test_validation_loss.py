@@ -117,7 +117,7 @@ def test_the_weights_are_those_that_samples_come_from() -> None:
     assert looked(made) == expected
 
 
-def test_a_look_is_told_as_metrics_of_its_step() -> None:
+def test_a_validation_loss_is_reported_as_metrics_of_its_step() -> None:
     sink = Notebook()
     found = looked(validator(Workers(), 0.4, sink=sink), step=7)
     (row,) = sink.kept
@@ -127,12 +127,12 @@ def test_a_look_is_told_as_metrics_of_its_step() -> None:
     assert found["loss"] == validation_loss(
         torch.tensor(found["spectrum"], dtype=torch.float64), levels
     )
-    told = [row.metrics[f"eval/loss_logsnr/{level}"] for level in LEVELS]
-    assert told == found["spectrum"]
+    reported = [row.metrics[f"eval/loss_logsnr/{level}"] for level in LEVELS]
+    assert reported == found["spectrum"]
     assert len(row.metrics) == 1 + len(LEVELS)
 
 
-def test_only_the_leader_tells(on_workers: OnWorkers) -> None:
+def test_only_the_main_worker_reports(on_workers: OnWorkers) -> None:
     """The others have no sink; all of them know the result."""
     sink = Notebook()
     found = on_workers(
