@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from ddpm_ray.config.option_fields import option
 from ddpm_ray.config.sampling import SamplingConfig
 
+InpaintingMethod: TypeAlias = Literal["repaint", "replacement"]
 MARGINS = ("top", "bottom", "left", "right")
 
 
@@ -19,7 +20,7 @@ class EditConfig:
         "repaint where the mask is white; extend the image; vary the whole image; super-resolution",
     )
     num_images: int = option(1, "variants to draw; several are saved as one grid", at_least=1)
-    method: Literal["repaint", "replacement"] = option(
+    method: InpaintingMethod = option(
         "repaint",
         "inpaint, outpaint: method; replacement: faster, less consistent with known pixels",
     )

@@ -3,11 +3,12 @@
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from ddpm_ray.config.option_fields import option
 from ddpm_ray.redaction import counted
 
+InceptionResize: TypeAlias = Literal["original", "pytorch-fid"]
 INCEPTION_URL = (
     "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
     "pt_inception-2015-12-05-6726825d.pth"
@@ -27,7 +28,7 @@ class EvaluationConfig:
         (2048,),
         "Inception layers: 2048: eval/fid, 768: eval/fid768, 192: eval/fid192, 2023: eval/sfid",
     )
-    resize: Literal["original", "pytorch-fid"] = option(
+    resize: InceptionResize = option(
         "original",
         "resize to 299 pixels; original: TensorFlow 1 bilinear; pytorch-fid: torch bilinear",
     )

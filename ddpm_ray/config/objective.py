@@ -2,15 +2,18 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
+from ddpm_ray.choices import ModelVariance, Prediction
 from ddpm_ray.config.option_fields import option
 from ddpm_ray.config.schedule import ScheduleConfig
+
+Loss: TypeAlias = Literal["simple", "hybrid", "vlb"]
 
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    prediction: Literal["epsilon", "x_0", "v", "mean", "score", "edm"] = option(
+    prediction: Prediction = option(
         "epsilon",
         "prediction target of the network; edm: F of Karras et al. 2022",
         defines_run=True,
@@ -21,10 +24,10 @@ class ObjectiveConfig:
         above=0,
         defines_run=True,
     )
-    variance: Literal["fixed", "learned", "learned_range"] = option(
+    variance: ModelVariance = option(
         "fixed", "reverse-process variance; learned: predicted by the network", defines_run=True
     )
-    loss: Literal["simple", "hybrid", "vlb"] = option(
+    loss: Loss = option(
         "simple",
         "simple: squared error; vlb: variational bound; hybrid: simple + vlb_weight * vlb",
         defines_run=True,

@@ -5,13 +5,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias, TypedDict
 
+from ddpm_ray.choices import SamplingVariance
 from ddpm_ray.config.option_fields import arguments, option, out_of_range
 
 Sampler: TypeAlias = Literal[
     "ddim", "ancestral", "dpm_solver_pp", "dpm_solver_pp_sde", "unipc", "heun", "plms"
 ]
 Spacing: TypeAlias = Literal["uniform", "quadratic", "log_snr"]
-Variance: TypeAlias = Literal["fixed_small", "fixed_large", "learned"]
 
 
 class SamplingArguments(TypedDict, total=False):
@@ -21,7 +21,7 @@ class SamplingArguments(TypedDict, total=False):
     steps: int | None
     spacing: Spacing | None
     eta: float | None
-    variance: Variance | None
+    variance: SamplingVariance | None
     clip: bool | None
     dynamic_quantile: float | None
     seed: int | None
@@ -45,7 +45,7 @@ class SamplingConfig:
     eta: float = option(
         0.0, "ddim: noise per step; 0: deterministic, 1: as ancestral", at_least=0, at_most=1
     )
-    variance: Variance = option(
+    variance: SamplingVariance = option(
         "fixed_small", "variance of the noise per step; learned: predicted by the network"
     )
     clip: bool = option(True, "clip each estimate of x_0 to [-1, 1] and recompute epsilon")

@@ -8,11 +8,12 @@ denoiser.
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+from ddpm_ray.choices import FixedVariance
 from ddpm_ray.counter_rng import Purpose, uniform_int
 from ddpm_ray.diffusion.parameterization import Parameterization
 from ddpm_ray.diffusion.process import Denoise
@@ -88,7 +89,7 @@ def classifier_guided(
     scale: float,
     *,
     steps: Sequence[int] | None = None,
-    variance: Literal["fixed_small", "fixed_large"] = "fixed_large",
+    variance: FixedVariance = "fixed_large",
 ) -> Denoise:
     """Classifier guidance by the gradient of log p(y | x_t) = log_probability(x_t, t) [B].
 

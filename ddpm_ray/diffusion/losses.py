@@ -5,15 +5,12 @@ C, ...]: first what its `Parameterization` says, then the variance as
 `samplers.learned_log_variance` reads it.
 """
 
-from typing import Literal, TypeAlias
-
 from torch import Tensor
 
+from ddpm_ray.choices import LearnedVariance
 from ddpm_ray.diffusion import vlb
 from ddpm_ray.diffusion.parameterization import Parameterization
 from ddpm_ray.diffusion.process import Denoise, NoiseSchedule, add_noise
-
-LearnedVariance: TypeAlias = Literal["learned", "learned_range"]
 
 
 def simple_loss(

@@ -12,14 +12,13 @@ score at a step with alpha_bar = 0.
 """
 
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, assert_never
+from typing import assert_never
 
 import torch
 from torch import Tensor
 
+from ddpm_ray.choices import Prediction
 from ddpm_ray.diffusion.process import Denoise, NoiseSchedule
-
-Kind: TypeAlias = Literal["epsilon", "x_0", "v", "mean", "score", "edm"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +31,9 @@ class Parameterization:
     c_in: Tensor | None = None  # [T+1] float64: scale of the network's input
 
     @classmethod
-    def of(cls, kind: Kind, schedule: NoiseSchedule, sigma_data: float = 0.5) -> "Parameterization":
+    def of(
+        cls, kind: Prediction, schedule: NoiseSchedule, sigma_data: float = 0.5
+    ) -> "Parameterization":
         """The parameterization `kind`; raises ValueError if it does not determine x_0 at t = T.
 
         epsilon: the noise (Ho et al. 2020, arXiv:2006.11239, eq. 12). x_0: the image. v: sqrt(a)

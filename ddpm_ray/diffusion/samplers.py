@@ -11,17 +11,17 @@ leave the mode for a gradient with respect to x_t.
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Literal, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
+from ddpm_ray.choices import LearnedVariance, ReverseVariance
 from ddpm_ray.diffusion.parameterization import Parameterization
 from ddpm_ray.diffusion.process import Denoise, NoiseSchedule
 from ddpm_ray.diffusion.timestep_spacing import require_falling
 from ddpm_ray.diffusion.x0_estimator import Clip, X0Estimator, clip_to_range
 
-Variance: TypeAlias = Literal["fixed_small", "fixed_large", "learned", "learned_range"]
 Noise: TypeAlias = Callable[[int], Tensor]
 """t -> noise, shaped like x_T, for the transition that starts at step t."""
 OnStep: TypeAlias = Callable[[int, Tensor, Tensor], object]
@@ -35,7 +35,7 @@ def ancestral(
     steps: Sequence[int],
     *,
     noise: Noise,
-    variance: Variance = "fixed_large",
+    variance: ReverseVariance = "fixed_large",
     parameterization: Parameterization | None = None,
     clip: Clip | None = clip_to_range,
     on_step: OnStep | None = None,
@@ -89,7 +89,7 @@ def ddim(
     *,
     eta: float = 0.0,
     noise: Noise | None = None,
-    variance: Variance = "fixed_small",
+    variance: ReverseVariance = "fixed_small",
     parameterization: Parameterization | None = None,
     clip: Clip | None = clip_to_range,
     on_step: OnStep | None = None,
@@ -134,7 +134,7 @@ def ddim(
 
 
 def learned_log_variance(
-    raw: Tensor, variance: Literal["learned", "learned_range"], small: Tensor, large: Tensor
+    raw: Tensor, variance: LearnedVariance, small: Tensor, large: Tensor
 ) -> Tensor:
     """The logarithm of the learned reverse variance, shaped like the model output `raw`.
 
@@ -166,7 +166,7 @@ def _walk(
     parameterization: Parameterization,
     clip: Clip | None,
     on_step: OnStep | None,
-    learned: Literal["learned", "learned_range"] | None = None,
+    learned: LearnedVariance | None = None,
 ) -> Tensor:
     """Apply `transitions` to x_T in preallocated buffers; return the final x."""
     x = x_T.detach().clone()

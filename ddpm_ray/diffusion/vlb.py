@@ -12,9 +12,10 @@ from typing import assert_never
 import torch
 from torch import Tensor
 
+from ddpm_ray.choices import ReverseVariance
 from ddpm_ray.diffusion.parameterization import Parameterization
 from ddpm_ray.diffusion.process import NoiseSchedule, posterior
-from ddpm_ray.diffusion.samplers import Variance, learned_log_variance
+from ddpm_ray.diffusion.samplers import learned_log_variance
 from ddpm_ray.diffusion.x0_estimator import Clip
 
 HALF_BIN = 1 / 255  # half the width of an 8-bit grey level in [-1, 1]
@@ -26,7 +27,11 @@ _RULE = (  # Gauss-Legendre, 6 points: (node, weight) of each mirrored pair, wei
 
 
 def reverse_log_variance(
-    schedule: NoiseSchedule, t: Tensor, variance: Variance, like: Tensor, raw: Tensor | None = None
+    schedule: NoiseSchedule,
+    t: Tensor,
+    variance: ReverseVariance,
+    like: Tensor,
+    raw: Tensor | None = None,
 ) -> Tensor:
     """log of the reverse step's variance at t [B] in 1..T, to broadcast over `like` [B, ...].
 

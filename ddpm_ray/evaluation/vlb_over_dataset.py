@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from ddpm_ray import counter_rng
+from ddpm_ray.choices import ReverseVariance
 from ddpm_ray.collectives import Workers
 from ddpm_ray.counter_rng import Purpose
 from ddpm_ray.data.transforms import to_model_range
 from ddpm_ray.diffusion import vlb
 from ddpm_ray.diffusion.parameterization import Parameterization
 from ddpm_ray.diffusion.process import add_noise
-from ddpm_ray.diffusion.samplers import Variance
 from ddpm_ray.diffusion.x0_estimator import clip_to_range
 from ddpm_ray.evaluation.confidence_interval import interval_of_mean
 from ddpm_ray.sampling.denoiser import Denoiser
@@ -45,7 +45,7 @@ def bits_per_dim(
     denoiser: Denoiser,
     batches: Iterable[tuple[Tensor, Tensor, Tensor]],
     *,
-    variance: Variance,
+    variance: ReverseVariance,
     workers: Workers,
     terms: int | None = None,
     clip: bool = True,
@@ -97,7 +97,7 @@ class _Terms:
     """How the terms of one batch are found."""
 
     denoiser: Denoiser
-    variance: Variance
+    variance: ReverseVariance
     clip: bool
     seed: int
     count: int  # terms per image

@@ -6,11 +6,12 @@ with guidance, the last estimate of x_0 (self-conditioning), a low-resolution im
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+from ddpm_ray.choices import ModelVariance
 from ddpm_ray.diffusion.guidance import classifier_free, or_null
 from ddpm_ray.diffusion.parameterization import Parameterization
 from ddpm_ray.diffusion.process import Denoise, NoiseSchedule
@@ -47,7 +48,7 @@ class Denoiser:
 
     network: Network
     parameterization: Parameterization
-    variance: Literal["fixed", "learned", "learned_range"] = "fixed"  # of the model output
+    variance: ModelVariance = "fixed"  # of the model output
     num_classes: int = 0
     self_conditioned: bool = False
     low_resolution_pixels: int = 0  # side of the low-resolution input; 0: no super-resolution

@@ -7,13 +7,14 @@ network's size S x S: they are then denoised in windows of S x S that overlap by
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ddpm_ray.config.edit import InpaintingMethod
 from ddpm_ray.counter_rng import Purpose, normal
 from ddpm_ray.diffusion import inpainting, inversion, samplers
 from ddpm_ray.diffusion.process import Denoise, add_noise
@@ -23,14 +24,13 @@ from ddpm_ray.sampling.sampling import Images, SamplingPlan, walk
 
 Mask: TypeAlias = npt.NDArray[np.bool_]
 """[H, W] for all images or [N, H, W]: True where a pixel is known and kept."""
-Method: TypeAlias = Literal["repaint", "replacement"]
 
 
 @dataclass(frozen=True)
 class Painting:
     """Inpainting method; see `repaint` and `replacement` in diffusion/inpainting.py."""
 
-    method: Method = "repaint"
+    method: InpaintingMethod = "repaint"
     resamples: int = 10  # repaint: how often each section of the steps is repeated
     jump_length: int = 10  # repaint: number of steps of a section
 

@@ -1,11 +1,11 @@
 """Guidance by another network: autoguidance by a weaker model, classifier guidance."""
 
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from ddpm_ray.choices import FixedVariance
 from ddpm_ray.diffusion.guidance import autoguided, classifier_guided
 from ddpm_ray.diffusion.process import Denoise
 from ddpm_ray.sampling.denoiser import Denoiser, GuidanceModel
@@ -40,7 +40,7 @@ def classifier_guidance(
     scale: float,
     *,
     steps: Sequence[int] | None = None,
-    variance: Literal["fixed_small", "fixed_large"] = "fixed_small",
+    variance: FixedVariance = "fixed_small",
 ) -> GuidanceModel:
     """Guide each image towards its label with `classifier`: (x_t, t) -> logits [B, K].
 

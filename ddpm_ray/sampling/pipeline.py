@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ddpm_ray.config.edit import InpaintingMethod
 from ddpm_ray.config.option_fields import checks_arguments, limits
 from ddpm_ray.config.sampling import Conditioned, SamplingArguments, SamplingConfig
 from ddpm_ray.data.transforms import enlarged, to_model_range
@@ -15,7 +16,7 @@ from ddpm_ray.diffusion.samplers import OnStep
 from ddpm_ray.sampling import editing
 from ddpm_ray.sampling.array_arguments import as_images, as_mask
 from ddpm_ray.sampling.denoiser import Denoiser
-from ddpm_ray.sampling.editing import Mask, Method, Painting
+from ddpm_ray.sampling.editing import Mask, Painting
 from ddpm_ray.sampling.sampling import Images, SamplingPlan, draw_uint8, sampling_plan, to_uint8
 
 # Random numbers are keyed by 2^32 indices.
@@ -93,7 +94,7 @@ class TrainedModel:
         images: Images,
         mask: Mask,
         *,
-        method: Method = "repaint",
+        method: InpaintingMethod = "repaint",
         resamples: Count = 10,
         jump_length: Count = 10,
         **settings: Unpack[SamplingArguments],
@@ -121,7 +122,7 @@ class TrainedModel:
         bottom: Margin = 0,
         left: Margin = 0,
         right: Margin = 0,
-        method: Method = "repaint",
+        method: InpaintingMethod = "repaint",
         resamples: Count = 10,
         jump_length: Count = 10,
         **settings: Unpack[SamplingArguments],

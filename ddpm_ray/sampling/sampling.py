@@ -14,7 +14,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ddpm_ray.config.sampling import Sampler, SamplingConfig, Variance
+from ddpm_ray.choices import SamplingVariance
+from ddpm_ray.config.sampling import Sampler, SamplingConfig
 from ddpm_ray.counter_rng import Purpose, normal
 from ddpm_ray.diffusion import samplers, solvers, timestep_spacing
 from ddpm_ray.diffusion.process import Denoise, NoiseSchedule
@@ -33,7 +34,7 @@ class SamplingPlan:
     steps: tuple[int, ...]  # strictly decreasing from T to 0
     sampler: Sampler = "ddim"
     eta: float = 0.0  # ddim only: 0 is deterministic, 1 adds as much noise as ancestral
-    variance: Variance = "fixed_small"
+    variance: SamplingVariance = "fixed_small"
     clip: bool = True
     dynamic_quantile: float = 0.0  # dynamic thresholding quantile of |x_0|; 0: clip to [-1, 1]
     seed: int = 0

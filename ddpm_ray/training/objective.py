@@ -4,7 +4,7 @@ import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,9 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from ddpm_ray import counter_rng, fault_injection
+from ddpm_ray.choices import ModelVariance
 from ddpm_ray.collectives import Workers
+from ddpm_ray.config.objective import Loss
 from ddpm_ray.counter_rng import Purpose
 from ddpm_ray.diffusion import loss_weighting, losses
 from ddpm_ray.diffusion.parameterization import Parameterization
@@ -34,8 +36,8 @@ class Objective:
 
     noising: NoisingRecipe
     parameterization: Parameterization
-    loss: Literal["simple", "hybrid", "vlb"] = "simple"
-    variance: Literal["fixed", "learned", "learned_range"] = "fixed"
+    loss: Loss = "simple"
+    variance: ModelVariance = "fixed"
     vlb_weight: float = 0.001
     weight: Tensor | None = None  # [T+1] of the squared error; None: 1
     uncertainty: Callable[[Tensor], Tensor] | None = None  # t -> log of the loss expected there

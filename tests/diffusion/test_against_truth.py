@@ -13,8 +13,9 @@ import scipy.stats
 import torch
 from torch import Tensor
 
+from ddpm_ray.choices import ReverseVariance
 from ddpm_ray.diffusion import simple_loss
-from ddpm_ray.diffusion.samplers import Variance, ancestral, ddim
+from ddpm_ray.diffusion.samplers import ancestral, ddim
 from ddpm_ray.diffusion.timestep_spacing import uniform_steps
 from tests.truth import CLEAN, LINE, ONE, SCHEDULE, THREE, standard
 
@@ -87,7 +88,7 @@ def cumulative(weight: Tensor, mean: Tensor, deviation: Tensor, x: object) -> ob
 
 
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
-def test_ancestral_sampling_draws_from_the_data(variance: Variance) -> None:
+def test_ancestral_sampling_draws_from_the_data(variance: ReverseVariance) -> None:
     generator = torch.Generator().manual_seed(1)
     x_T = standard(10_000, generator, THREE)
     samples = ancestral(

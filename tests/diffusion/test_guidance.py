@@ -15,10 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from ddpm_ray.choices import Prediction, ReverseVariance
 from ddpm_ray.diffusion import NoiseSchedule, Parameterization, posterior, schedules, score
 from ddpm_ray.diffusion.guidance import autoguided, classifier_free, classifier_guided, dropped
-from ddpm_ray.diffusion.parameterization import Kind
-from ddpm_ray.diffusion.samplers import Variance, ancestral, ddim
+from ddpm_ray.diffusion.samplers import ancestral, ddim
 from ddpm_ray.diffusion.timestep_spacing import uniform_steps
 from tests.diffusion.test_parameterization import KINDS
 from tests.truth import LINE, SCHEDULE, THREE, Mixture, standard
@@ -62,7 +62,7 @@ def images(count: int) -> Tensor:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("scale", [-0.5, 0, 0.4, 1, 3])
-def test_classifier_free_guidance_adds_scores(kind: Kind, scale: float) -> None:
+def test_classifier_free_guidance_adds_scores(kind: Prediction, scale: float) -> None:
     """For mixtures the score behind the answer is closed form (Ho and Salimans 2022, eq. 6)."""
     parameterization = Parameterization.of(kind, SCHEDULE)
     denoise = classifier_free(partial(by_label, parameterization), LABELS, 3, scale)
@@ -209,7 +209,7 @@ def test_rescale_leaves_an_answer_without_contrast_as_it_is(constant: float) -> 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("k", [0, 1, 2])
-def test_the_true_classifier_leads_to_the_conditional_answer(kind: Kind, k: int) -> None:
+def test_the_true_classifier_leads_to_the_conditional_answer(kind: Prediction, k: int) -> None:
     """Bayes: slope of log p(x_t | k) = slope of log p(x_t) + slope of log p(k | x_t)."""
     parameterization = Parameterization.of(kind, SCHEDULE)
     free = partial(by_label, parameterization, labels=torch.full((4,), 3))
@@ -244,7 +244,7 @@ def test_guided_at_scale_1_ddim_draws_from_the_class(way: str, k: int) -> None:
 
 
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
-def test_shifted_means_draw_from_the_class(variance: Variance) -> None:
+def test_shifted_means_draw_from_the_class(variance: ReverseVariance) -> None:
     """Algorithm 1 of Dhariwal and Nichol 2021 with every step."""
     assert variance in ("fixed_small", "fixed_large")
     generator, steps = torch.Generator().manual_seed(3), uniform_steps(1000, 1000)
@@ -260,7 +260,7 @@ def test_shifted_means_draw_from_the_class(variance: Variance) -> None:
 
 @pytest.mark.parametrize("way", ["score", "fixed_small", "fixed_large"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_linear_gaussian_label_leads_to_its_posterior(kind: Kind, way: str) -> None:
+def test_a_linear_gaussian_label_leads_to_its_posterior(kind: Prediction, way: str) -> None:
     """x ~ N(0, 1/2), label y = x + N(0, 1/4): of y = 0.9, x is N(0.6, 1/6). Algorithms 2 and 1.
 
     All is affine, so the mean is where no noise leads, and the variance the sum of squares of what
@@ -308,7 +308,9 @@ def test_a_linear_gaussian_label_leads_to_its_posterior(kind: Kind, way: str) ->
 
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_mean_is_shifted_by_sigma_times_the_slope(kind: Kind, variance: Variance) -> None:
+def test_a_mean_is_shifted_by_sigma_times_the_slope(
+    kind: Prediction, variance: ReverseVariance
+) -> None:
     """With a slope of 1 everywhere the shift at step s is 2 Sigma, in a coarser chain too."""
     assert variance in ("fixed_small", "fixed_large")
     schedule, steps = NoiseSchedule(schedules.linear(40, 1e-3, 0.3)), (40, 17, 0)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ddpm_ray import counter_rng
+from ddpm_ray.choices import Prediction
 from ddpm_ray.diffusion import NoiseSchedule, Parameterization, add_noise, schedules
 from ddpm_ray.diffusion.guidance import classifier_free
 from ddpm_ray.diffusion.inpainting import (
@@ -28,7 +29,6 @@ from ddpm_ray.diffusion.inpainting import (
     seam,
     windowed,
 )
-from ddpm_ray.diffusion.parameterization import Kind
 from ddpm_ray.diffusion.process import Denoise
 from ddpm_ray.diffusion.samplers import ancestral, ddim
 from ddpm_ray.diffusion.timestep_spacing import uniform_steps
@@ -207,7 +207,7 @@ def test_shares_of_components_that_stay_open_are_not_the_posteriors() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_replacement_takes_the_known_pixels_along_their_own_noise(kind: Kind) -> None:
+def test_replacement_takes_the_known_pixels_along_their_own_noise(kind: Prediction) -> None:
     """Under DDIM at eta = 0 that of x_T, at every step (Song et al. 2021, arXiv:2010.02502)."""
     parameterization, known, t = (
         Parameterization.of(kind, SHORT),

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from ddpm_ray.choices import Prediction
 from ddpm_ray.diffusion import NoiseSchedule, Parameterization, add_noise
 from ddpm_ray.diffusion.inversion import ddim_inversion, interpolate
-from ddpm_ray.diffusion.parameterization import Kind
 from ddpm_ray.diffusion.samplers import ddim
 from ddpm_ray.diffusion.timestep_spacing import uniform_steps
 from tests.truth import ONE, SCHEDULE, THREE
@@ -36,7 +36,7 @@ def rough(x_t: Tensor, t: Tensor) -> Tensor:
 )
 @pytest.mark.parametrize("steps", [uniform_steps(1000, 20), (1000, 900, 150, 149, 20, 0)])
 def test_ddim_gives_back_the_inverted_image(
-    schedule: NoiseSchedule, kind: Kind, steps: tuple[int, ...]
+    schedule: NoiseSchedule, kind: Prediction, steps: tuple[int, ...]
 ) -> None:
     """To rounding, whatever the network says and the steps: here the optimum for one Gaussian."""
     parameterization = Parameterization.of(kind, schedule)

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from ddpm_ray.choices import Prediction
 from ddpm_ray.diffusion import (
     NoiseSchedule,
     Parameterization,
@@ -17,9 +18,8 @@ from ddpm_ray.diffusion import (
     loss_weighting,
     simple_loss,
 )
-from ddpm_ray.diffusion.parameterization import Kind
 
-KINDS: tuple[Kind, ...] = get_args(Kind)
+KINDS: tuple[Prediction, ...] = get_args(Prediction)
 RULES: list[Callable[[Parameterization], Tensor]] = [
     loss_weighting.min_snr,
     loss_weighting.soft_min_snr,
@@ -77,7 +77,7 @@ def test_a_rule_is_one_loss_whatever_is_predicted(
     ],
 )
 def test_weights_are_what_the_papers_say(
-    rule: Callable[[Parameterization], Tensor], kind: Kind, at_nine: float, at_a_ninth: float
+    rule: Callable[[Parameterization], Tensor], kind: Prediction, at_nine: float, at_a_ninth: float
 ) -> None:
     weight = rule(Parameterization.of(kind, NINE))
     assert weight.dtype == torch.float64
@@ -94,7 +94,7 @@ def test_settings_reach_the_rules() -> None:
 
 
 @pytest.mark.parametrize("kind", ["v", "x_0", "mean", "edm"])
-def test_a_step_without_signal_has_the_weight_of_no_snr(kind: Kind) -> None:
+def test_a_step_without_signal_has_the_weight_of_no_snr(kind: Prediction) -> None:
     parameterization = Parameterization.of(kind, SILENT)
     for rule in (loss_weighting.min_snr, loss_weighting.soft_min_snr, loss_weighting.p2):
         assert rule(parameterization)[2] == 0

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from ddpm_ray.choices import LearnedVariance, Prediction
 from ddpm_ray.diffusion import NoiseSchedule, Parameterization, add_noise, schedules, simple_loss
-from ddpm_ray.diffusion.losses import LearnedVariance, hybrid_loss, vlb_loss
-from ddpm_ray.diffusion.parameterization import Kind
+from ddpm_ray.diffusion.losses import hybrid_loss, vlb_loss
 from tests.truth import LINE, ONE
 from tests.truth import SCHEDULE as COSINE
 
@@ -46,7 +46,7 @@ def test_an_answer_in_bfloat16_still_gives_a_loss_in_float32() -> None:
 
 @pytest.mark.parametrize("t", [50, 300, 800])
 @pytest.mark.parametrize("kind", ["epsilon", "x_0", "v", "edm"])
-def test_the_expected_image_is_the_optimum_of_every_prediction(kind: Kind, t: int) -> None:
+def test_the_expected_image_is_the_optimum_of_every_prediction(kind: Prediction, t: int) -> None:
     """Whatever is added to its answer costs the mean square of that, weighed by the density of x_t.
 
     The density is the mixture's own, integrated on a fine line; 4 standard errors at a fixed seed.

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from ddpm_ray.choices import Prediction
 from ddpm_ray.diffusion import (
     NoiseSchedule,
     Parameterization,
@@ -17,9 +18,8 @@ from ddpm_ray.diffusion import (
     schedules,
     score,
 )
-from ddpm_ray.diffusion.parameterization import Kind
 
-KINDS: tuple[Kind, ...] = get_args(Kind)
+KINDS: tuple[Prediction, ...] = get_args(Prediction)
 betas = st.lists(st.floats(1e-4, 0.9), min_size=1, max_size=12)
 LINEAR = NoiseSchedule(schedules.linear(20, 1e-3, 0.3))
 
@@ -42,7 +42,7 @@ def drawn(schedule: NoiseSchedule, *shape: int) -> tuple[Tensor, Tensor, Tensor,
 @pytest.mark.parametrize("kind", KINDS)
 @given(beta=betas, shape=st.sampled_from([(2,), (3, 4, 4), (2, 3, 4, 4)]))
 def test_the_right_answer_gives_back_image_and_noise(
-    kind: Kind, beta: list[float], shape: tuple[int, ...]
+    kind: Prediction, beta: list[float], shape: tuple[int, ...]
 ) -> None:
     schedule = from_beta(beta)
     x_0, noise, t, x_t = drawn(schedule, *shape)
@@ -94,7 +94,7 @@ def test_edm_at_unit_deviation_is_minus_v() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_target_of_unit_data_has_the_size_that_its_paper_names(kind: Kind) -> None:
+def test_the_target_of_unit_data_has_the_size_that_its_paper_names(kind: Prediction) -> None:
     """For independent x_0 and noise of variance 1, that of the target is u^2 + w^2."""
     parameterization = Parameterization.of(kind, LINEAR, sigma_data=1)
     size = (parameterization.u.square() + parameterization.w.square())[1:]
@@ -105,7 +105,7 @@ def test_the_target_of_unit_data_has_the_size_that_its_paper_names(kind: Kind) -
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_score_of_a_gaussian_is_exact(kind: Kind) -> None:
+def test_the_score_of_a_gaussian_is_exact(kind: Prediction) -> None:
     """x_0 from N(0.6, 0.3^2) makes x_t Gaussian, whose log density has a known slope."""
     a = LINEAR.alpha_bar[1:, None]
     t = torch.arange(1, 21)
@@ -137,7 +137,7 @@ def test_v_and_x_0_say_what_the_image_is_where_no_signal_is_left() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_float32_images_stay_float32(kind: Kind) -> None:
+def test_float32_images_stay_float32(kind: Prediction) -> None:
     parameterization = Parameterization.of(kind, LINEAR)
     x, t = torch.randn(2, 3), torch.tensor([1, 20])
     for way in (

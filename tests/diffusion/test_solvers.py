@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from ddpm_ray.choices import Prediction
 from ddpm_ray.diffusion import NoiseSchedule, Parameterization
-from ddpm_ray.diffusion.parameterization import Kind
 from ddpm_ray.diffusion.samplers import ancestral, ddim
 from ddpm_ray.diffusion.solvers import _weights, dpm_solver_pp, heun, plms, unipc
 from ddpm_ray.diffusion.timestep_spacing import uniform_steps
@@ -220,7 +220,7 @@ def test_a_schedule_that_ends_in_no_signal_is_no_special_case(
 def test_every_kind_of_prediction_gives_the_same_images(solver: Callable[..., Tensor]) -> None:
     x_T = standard(100, torch.Generator().manual_seed(4), THREE)
     images = []
-    for kind in get_args(Kind):
+    for kind in get_args(Prediction):
         parameterization = Parameterization.of(kind, SCHEDULE)
         images.append(
             solver(

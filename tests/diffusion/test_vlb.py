@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
+from ddpm_ray.choices import ReverseVariance
 from ddpm_ray.diffusion import NoiseSchedule, Parameterization, add_noise, posterior, schedules
-from ddpm_ray.diffusion.samplers import Variance
 from ddpm_ray.diffusion.schedule_diagnostics import diagnose_schedule
 from ddpm_ray.diffusion.vlb import (
     decoder_log_probability,
@@ -119,7 +119,7 @@ def test_the_decoders_slopes_are_right_on_both_sides_of_its_seams(
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
 @given(t=st.integers(2, 1000), x_0=st.floats(-1, 1), x_t=st.floats(-4, 4), guess=st.floats(-2, 2))
 def test_a_term_is_torchs_divergence(
-    variance: Variance, t: int, x_0: float, x_t: float, guess: float
+    variance: ReverseVariance, t: int, x_0: float, x_t: float, guess: float
 ) -> None:
     """From the posterior, its variance as it stands, to the Gaussian about the guess's mean."""
     x, steps = column([[x_0]]), torch.tensor([t])  # type: ignore[list-item]

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.distributions import Normal
 
 from ddpm_ray import counter_rng
+from ddpm_ray.choices import Prediction
 from ddpm_ray.collectives import Workers
 from ddpm_ray.counter_rng import Purpose
 from ddpm_ray.diffusion import NoiseSchedule, Parameterization, schedules
-from ddpm_ray.diffusion.parameterization import Kind
 from ddpm_ray.diffusion.process import Denoise
 from ddpm_ray.evaluation import probability_flow_likelihood
 from ddpm_ray.evaluation.likelihood_over_dataset import Likelihood, flow_likelihood
@@ -80,7 +80,7 @@ GRID = torch.linspace(-7, 7, 701, dtype=torch.float64).view(-1, 1, 1, 1)
 SHORT = NoiseSchedule(schedules.linear(200, 1e-3, 0.1))
 
 
-def every(kind: Kind, learned: bool = False, **traits: Any) -> Denoiser:
+def every(kind: Prediction, learned: bool = False, **traits: Any) -> Denoiser:
     """Uses all that it is told: x_t, t, the label, its own last estimate."""
     parameterization = Parameterization.of(kind, SHORT)
 

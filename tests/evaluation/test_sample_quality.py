@@ -18,13 +18,14 @@ from sklearn.metrics.pairwise import polynomial_kernel
 from torch import Tensor
 
 from ddpm_ray.collectives import Workers
+from ddpm_ray.config.evaluation import InceptionResize
 from ddpm_ray.diffusion import schedules
 from ddpm_ray.diffusion.parameterization import Parameterization
 from ddpm_ray.diffusion.process import Denoise, NoiseSchedule
 from ddpm_ray.diffusion.timestep_spacing import quadratic_steps, uniform_steps
 from ddpm_ray.evaluation.feature_metrics import OptionalMetrics, metric_names
 from ddpm_ray.evaluation.features.feature_extractor import FeatureNet, digits_net, inception_net
-from ddpm_ray.evaluation.features.inception import Inception, Resize
+from ddpm_ray.evaluation.features.inception import Inception
 from ddpm_ray.evaluation.frechet import frechet_distance_of_features
 from ddpm_ray.evaluation.precision_recall import precision_recall
 from ddpm_ray.evaluation.reference_statistics import Reference, reference
@@ -467,7 +468,7 @@ def weights(tmp_path: Path) -> Path:
 def test_inception_scores_carry_the_hash_and_the_resize_of_the_network(
     weights: Path, tmp_path: Path
 ) -> None:
-    recipes: list[Resize] = ["original", "pytorch-fid"]
+    recipes: list[InceptionResize] = ["original", "pytorch-fid"]
     nets = [inception_net(weights, [192], resize, "cpu") for resize in recipes]
     dataset = pack(tmp_path / "data", random_images(3), [3])
     truths = [reference(dataset, one, Workers()) for one in nets]

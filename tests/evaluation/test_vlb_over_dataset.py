@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
+from ddpm_ray.choices import ReverseVariance
 from ddpm_ray.collectives import Workers
 from ddpm_ray.diffusion import NoiseSchedule, Parameterization, posterior, schedules
-from ddpm_ray.diffusion.samplers import Variance
 from ddpm_ray.evaluation.vlb_over_dataset import BitsPerDim, bits_per_dim
 from ddpm_ray.sampling.denoiser import Denoiser
 from tests.fixtures.threaded_workers import OnWorkers
@@ -45,7 +45,7 @@ def found(
     denoiser: Denoiser = NOISE,
     images: Tensor = IMAGES,
     batch_size: int = 4,
-    variance: Variance = "fixed_small",
+    variance: ReverseVariance = "fixed_small",
     **chosen: Any,
 ) -> BitsPerDim:
     share = workers.share(len(images))

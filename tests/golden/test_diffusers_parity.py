@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from ddpm_ray.choices import Prediction, ReverseVariance
 from ddpm_ray.config.loading import to_dict
 from ddpm_ray.config.sampling import SamplingConfig
 from ddpm_ray.diffusion import NoiseSchedule, Parameterization, schedules
-from ddpm_ray.diffusion.parameterization import Kind
-from ddpm_ray.diffusion.samplers import Variance, ancestral, ddim
+from ddpm_ray.diffusion.samplers import ancestral, ddim
 from ddpm_ray.diffusion.solvers import dpm_solver_pp, unipc
 from ddpm_ray.diffusion.timestep_spacing import uniform_steps
 from ddpm_ray.models.interop.diffusers_schedulers import to_pipeline
@@ -23,7 +23,7 @@ from ddpm_ray.sampling.denoiser import Denoiser
 from ddpm_ray.sampling.sampling import sampling_plan, walk
 
 SCHEDULE = NoiseSchedule(schedules.linear(1000))
-KINDS: dict[Kind, str] = {"epsilon": "epsilon", "x_0": "sample", "v": "v_prediction"}
+KINDS: dict[Prediction, str] = {"epsilon": "epsilon", "x_0": "sample", "v": "v_prediction"}
 STEPS = uniform_steps(1000, 10)
 UNEVEN = (1000, 850, 700, 480, 300, 170, 60, 20, 3, 1, 0)  # 1: else theirs ends in noise
 
@@ -76,7 +76,9 @@ def assert_equal_images(one: Tensor, other: Tensor) -> None:
 
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_ancestral_is_their_ddpm(diffusers: Any, kind: Kind, variance: Variance) -> None:
+def test_ancestral_is_their_ddpm(
+    diffusers: Any, kind: Prediction, variance: ReverseVariance
+) -> None:
     scheduler = made(diffusers.DDPMScheduler, prediction_type=KINDS[kind], variance_type=variance)
     scheduler.set_timesteps(timesteps=[t - 1 for t in UNEVEN[:-1]])
     generator = torch.Generator().manual_seed(1)
@@ -96,7 +98,7 @@ def test_ancestral_is_their_ddpm(diffusers: Any, kind: Kind, variance: Variance)
 
 @pytest.mark.parametrize("eta", [0.0, 0.7])
 @pytest.mark.parametrize("kind", KINDS)
-def test_ddim_is_theirs(diffusers: Any, kind: Kind, eta: float) -> None:
+def test_ddim_is_theirs(diffusers: Any, kind: Prediction, eta: float) -> None:
     scheduler = made(
         diffusers.DDIMScheduler, prediction_type=KINDS[kind], timestep_spacing="trailing"
     )
@@ -114,7 +116,7 @@ def test_ddim_is_theirs(diffusers: Any, kind: Kind, eta: float) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("steps", [STEPS, UNEVEN, uniform_steps(1000, 25)])
-def test_dpm_solver_pp_is_theirs(diffusers: Any, kind: Kind, steps: tuple[int, ...]) -> None:
+def test_dpm_solver_pp_is_theirs(diffusers: Any, kind: Prediction, steps: tuple[int, ...]) -> None:
     scheduler = made(
         diffusers.DPMSolverMultistepScheduler, prediction_type=KINDS[kind],
         algorithm_type="dpmsolver++", solver_order=2, solver_type="midpoint",
@@ -146,7 +148,7 @@ def test_the_sde_of_dpm_solver_pp_is_theirs(diffusers: Any) -> None:
 @pytest.mark.parametrize("order", [1, 2, 3])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("count", [10, 25])
-def test_unipc_is_theirs(diffusers: Any, kind: Kind, order: int, count: int) -> None:
+def test_unipc_is_theirs(diffusers: Any, kind: Prediction, order: int, count: int) -> None:
     scheduler = made(
         diffusers.UniPCMultistepScheduler, prediction_type=KINDS[kind], solver_order=order,
         solver_type="bh2", predict_x0=True, lower_order_final=True,

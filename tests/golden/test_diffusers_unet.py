@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ddpm_ray.choices import ReverseVariance
 from ddpm_ray.diffusion import NoiseSchedule, samplers, schedules
 from ddpm_ray.models.interop import convert
 from ddpm_ray.models.interop.diffusers_config import UNET, VARIANCES, UNetSpec, to_scheduler
@@ -157,7 +158,7 @@ def test_their_scheduler_draws_the_transition_that_ours_does(trained: str, sampl
     seen: dict[int, Tensor] = {}
     samplers.ancestral(
         table, lambda x, t: model_output, x_t, (t, t - 1, 0), noise=lambda t: fresh,
-        variance=cast(samplers.Variance, sampled if trained == "fixed" else trained),
+        variance=cast(ReverseVariance, sampled if trained == "fixed" else trained),
         on_step=lambda t, x, x_0: seen.update({t: x.clone()}),
     )  # fmt: skip
     assert expected.isfinite().all()

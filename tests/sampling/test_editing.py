@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from ddpm_ray.config.edit import InpaintingMethod
 from ddpm_ray.counter_rng import Purpose, normal
 from ddpm_ray.diffusion.parameterization import Parameterization
 from ddpm_ray.diffusion.timestep_spacing import uniform_steps
@@ -63,7 +64,7 @@ class Watched:
     st.integers(8, 13),
 )
 def test_what_is_known_stays_and_the_rest_is_a_function_of_seed_and_index(
-    method: editing.Method, index: list[int], width: int
+    method: InpaintingMethod, index: list[int], width: int
 ) -> None:
     """Bit by bit, in any company, also where an image is seen in windows."""
     known, mask = pictures(len(index), 8, width), torch.arange(width).view(1, 1, 1, -1) % 3 < 1

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ddpm_ray.config.edit import InpaintingMethod
 from ddpm_ray.diffusion import schedules
 from ddpm_ray.diffusion.parameterization import Parameterization
 from ddpm_ray.diffusion.process import Denoise, NoiseSchedule
@@ -112,7 +113,7 @@ def near(one: Images, other: Images) -> bool:
 @pytest.mark.parametrize("method", ["repaint", "replacement"])
 @pytest.mark.parametrize("masks", [MASK, np.stack([MASK, ~MASK, MASK, ~MASK, MASK])])
 def test_known_pixels_come_back_to_the_grey_level_whatever_the_batch(
-    method: editing.Method, masks: editing.Mask
+    method: InpaintingMethod, masks: editing.Mask
 ) -> None:
     """And are never touched by a network that answers anything at all."""
     model = digits_model()

@@ -11,8 +11,8 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from ddpm_ray.config.evaluation import InceptionResize
 from ddpm_ray.evaluation.features import digits_classifier
-from ddpm_ray.evaluation.features.inception import Resize
 from ddpm_ray.evaluation.features.inception_weights import load_inception
 
 Extract: TypeAlias = Callable[[Tensor], Mapping[int, Tensor]]
@@ -85,7 +85,7 @@ def in_float32(device_type: str) -> Iterator[None]:
 
 
 def inception_net(
-    path: Path, widths: Iterable[int], resize: Resize, device: torch.device | str
+    path: Path, widths: Iterable[int], resize: InceptionResize, device: torch.device | str
 ) -> FeatureNet:
     """The FID network with the weights of the local file `path`; one pass gives all `widths`.
 

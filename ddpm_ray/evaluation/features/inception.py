@@ -9,13 +9,12 @@ Layers keep the names of the release file.
 
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Set
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-Resize = Literal["original", "pytorch-fid"]
+from ddpm_ray.config.evaluation import InceptionResize
 
 SIDE = 299  # pixels
 SPATIAL = 2023  # numbers in 7 channels of 17 x 17, which no mean is taken of
@@ -36,7 +35,9 @@ class Inception(nn.Module):
     `class_weight` [1008, 2048], where the file has it and 2048 is a width, makes class_logits.
     """
 
-    def __init__(self, widths: Iterable[int] = (2048,), resize: Resize = "original") -> None:
+    def __init__(
+        self, widths: Iterable[int] = (2048,), resize: InceptionResize = "original"
+    ) -> None:
         super().__init__()
         self.widths, self.resize = frozenset(widths), resize
         if not self.widths or not self.widths <= {*WIDTH_AFTER.values()}:

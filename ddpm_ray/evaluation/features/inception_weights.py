@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddpm_ray.evaluation.features.inception import Inception, Resize
+from ddpm_ray.config.evaluation import InceptionResize
+from ddpm_ray.evaluation.features.inception import Inception
 
 NORM_EPS = 1e-3  # of the graph's batch norms
 CLASSES = 1008  # of the graph
@@ -32,7 +33,7 @@ class InceptionWeightsError(ValueError):
 
 
 def load_inception(
-    path: str | Path, widths: Iterable[int] = (2048,), resize: Resize = "original"
+    path: str | Path, widths: Iterable[int] = (2048,), resize: InceptionResize = "original"
 ) -> Inception:
     """The network with the weights of the local file `path`, on the CPU, ready to run.
 
