@@ -1,53 +1,9 @@
-"""Train a diffusion model on Ray, or continue the run of that name.
-
-    python jobs/train.py conf/train/digits.yaml [key=value ...]
-    ray job submit --working-dir . -- python jobs/train.py conf/train/digits.yaml
-
-Options: --help, --print-config. The last line of stdout is a JSON object with the results.
-Ctrl-C once commits a checkpoint and exits; twice exits now. The same command continues.
-SIGTERM and a closed terminal (SIGHUP) count as Ctrl-C.
-"""
+"""Run the job train, as `ddpm-ray train` does, from a clone or by `ray job submit`."""
 
 import sys
-from argparse import Namespace
-from typing import Any
 
-from ddpm_ray.cli import InterruptedRunError, ProgressLine, home_folder, main, way_to_see
-from ddpm_ray.config.run import RunConfig
-
-
-def train(config: RunConfig, _: Namespace) -> dict[str, Any]:
-    """Return the run's report; print a summary to stderr."""
-    from ddpm_ray.runs.train import train as run  # heavy: after the config is checked
-
-    line = ProgressLine("step")
-    outcome = run(
-        config,
-        home_folder(),
-        lambda p: line(p.step, p.steps, f"loss {p.loss:.4f}  {p.images_per_s:.0f} images/s"),
-    )
-    report = outcome.report
-    if not outcome.finished:
-        raise InterruptedRunError(
-            f"stopped at step {report['step']} of {report['steps']}, checkpoint committed in "
-            f"{report['checkpoint']}; the same command continues"
-        )
-    no_pictures = "none: training.grid_every_steps is 0"
-    if not config.traits.draws_images:
-        no_pictures = f"none: a {config.task} draws no images"
-    scores = "  ".join(f"{key} {value:.4g}" for key, value in report["metrics"].items())
-    print(
-        f"checkpoint   {report['checkpoint']}",
-        f"samples      {report['samples'] or no_pictures}",
-        f"denoising    {report['denoising'] or 'none'}",
-        f"scores       {scores or 'none: evaluation.num_images is 0'}",
-        f"MLflow run   {report['run_id']} in {report['tracking_uri']}",
-        f"to see it    {way_to_see(report['tracking_uri'], report['page'])}",
-        sep="\n",
-        file=sys.stderr,
-    )
-    return report
-
+from ddpm_ray.cli.main import main
+from ddpm_ray.jobs.train import JOB
 
 if __name__ == "__main__":
-    sys.exit(main(__doc__ or "", RunConfig, train, "config"))
+    sys.exit(main(JOB))

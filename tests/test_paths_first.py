@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from ddpm_ray.cli import DONE, FAILED, WRONG_CONFIG
+from ddpm_ray.cli.job import DONE, FAILED, WRONG_CONFIG
 from tests.limits import ENDS_S
 
 ROOT = Path(__file__).parents[1]

@@ -160,13 +160,14 @@ def test_storage_does_not_ask_with_a_password_in_the_address() -> None:
 
 def test_a_log_line_of_a_job_is_one_line() -> None:
     script = (
-        "import logging, sys\nfrom ddpm_ray import cli as command_line\n"
+        "import logging, sys\nfrom ddpm_ray.cli.job import Job\n"
+        "from ddpm_ray.cli.main import main\n"
         "from ddpm_ray.config.jobs import SampleConfig\n"
         "evil = sys.argv.pop()\n"
         "def job(*_):\n"
         "    logging.getLogger('ddpm_ray.x').warning('read %s', evil)\n"
         "    raise RuntimeError(evil)\n"
-        "sys.exit(command_line.main('', SampleConfig, job))"
+        "sys.exit(main(Job('sample', '', SampleConfig, job)))"
     )
     done = subprocess.run(
         [sys.executable, "-c", script, PLACE], cwd=ROOT, capture_output=True, text=True

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ddpm_ray.config.option_fields import group, option
 from ddpm_ray.config.run import RunConfig
@@ -12,6 +13,8 @@ from ddpm_ray.redaction import counted
 @dataclass(frozen=True)
 class DrillConfig:
     """Fault-injection drill: repeat a short run under faults. `jobs/drill.py`."""
+
+    shipped_in: ClassVar = "drill"  # folder of conf/
 
     faults: tuple[str, ...] = option(
         (),

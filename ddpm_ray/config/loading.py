@@ -12,17 +12,18 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from functools import cache, reduce
-from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ddpm_ray.config.errors import ConfigError as ConfigError
 from ddpm_ray.config.former_keys import Former as Former
 from ddpm_ray.config.former_keys import Given, former_keys, named_twice, translated
 from ddpm_ray.config.option_fields import group as group
 from ddpm_ray.config.option_fields import option as option
 from ddpm_ray.config.option_fields import out_of_range, walk
+from ddpm_ray.config.shipped import config_file
 from ddpm_ray.config.yaml_text import read_scalar, read_text, require_shallow, type_at, with_texts
 from ddpm_ray.redaction import NO_SECRET, has_secret, redacted, texts
 from ddpm_ray.storage.file_formats import not_of_this_version
@@ -49,12 +50,10 @@ COMMAND_LINE = "command line"
 Layer = tuple[str, list[Given]]  # source (file name or command line), and the options set there
 
 
-class ConfigError(ValueError):
-    """An invalid config; one line for each bad key."""
-
-
 def load(kind: type[Config], path: str | None, overrides: list[str]) -> Config:
     """Load a config from a YAML file (None: defaults) and `key=value` overrides, and check it.
+
+    `path` may be the name of a config that the package ships.
 
     Raises ConfigError with one line for each bad key: source, key, value, rule, and the nearest
     valid name.
@@ -269,15 +268,9 @@ def _shown(value: Any) -> str:
 
 
 def _yaml(kind: type[Any], path: str) -> dict[str, Any]:
-    if not Path(path).is_file():
-        folder = Path(path) if Path(path).is_dir() else Path(path).parent
-        near = ", ".join(sorted(str(p) for p in folder.glob("*.yaml"))) or "no *.yaml"
-        if "=" in path:
-            raise ConfigError(f"{path}: the config file comes first, then key=value")
-        reason = "is a folder, not a file" if folder == Path(path) else "no such file"
-        raise ConfigError(f"{path}: {reason}; here are: {near}")
+    file = config_file(kind, path)
     try:
-        text = read_text(path)
+        text = read_text(file)
         require_shallow(text)
         values = with_texts(kind, OmegaConf.to_container(OmegaConf.load(io.StringIO(text))), text)
     except Exception as error:  # the YAML reader's own errors name line and column

@@ -7,6 +7,7 @@ Configs are read by loading.py.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from ddpm_ray.config.cluster import ClusterConfig
 from ddpm_ray.config.data import DataConfig
@@ -25,6 +26,8 @@ from ddpm_ray.config.training import TrainingConfig
 @dataclass(frozen=True)
 class RunConfig:
     """One training run: `jobs/train.py`."""
+
+    shipped_in: ClassVar = "train"  # folder of conf/
 
     name: str = option("", "name of the run; the same name in the same storage continues it")
     storage: str = option("runs", "folder or fsspec URL of the runs and their checkpoints")

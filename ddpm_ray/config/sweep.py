@@ -7,7 +7,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from ddpm_ray.config.evaluation import EvaluationConfig
 from ddpm_ray.config.loading import complaint
@@ -82,6 +82,8 @@ class PruningConfig:
 @dataclass(frozen=True)
 class SweepConfig:
     """Runs that differ in some options, compared by a final score: `jobs/sweep.py`."""
+
+    shipped_in: ClassVar = "sweep"  # folder of conf/
 
     name: str = option("", "name of the sweep; the same name in the same storage continues it")
     run_from: str = option(

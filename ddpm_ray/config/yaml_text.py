@@ -22,9 +22,9 @@ A_CONFIG = "a config is a YAML file of keys and values"
 NULLS = ("null", "Null", "NULL", "~")  # no text: quoted, it is one
 
 
-def read_text(path: str) -> str:
+def read_text(path: Path) -> str:
     """The text of the file of a config; raises ValueError for one that is no text, and OSError."""
-    with Path(path).open("rb") as file:
+    with path.open("rb") as file:
         data = file.read(MOST_BYTES + 1)
     if len(data) > MOST_BYTES:
         raise ValueError(f"is larger than {MOST_BYTES >> 20} MiB; {A_CONFIG}")

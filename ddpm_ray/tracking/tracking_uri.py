@@ -75,6 +75,14 @@ def warn_of_another_host(uri: str) -> None:
         )  # fmt: skip
 
 
+def way_to_see(uri: str, page: str) -> str:
+    """Return the command or URL that shows `page` of the MLflow at `uri`."""
+    if uri.startswith("http"):
+        return uri.rstrip("/") + page
+    command = f"mlflow ui --backend-store-uri {uri}"
+    return f"make ui   (elsewhere: {command}), then http://127.0.0.1:5000{page}"
+
+
 def _database(key: str, uri: str, rest: str, home: Path) -> str:
     """Return the absolute path, with its query, of `sqlite://{rest}`."""
     path, mark, query = rest.partition("?")

@@ -6,11 +6,14 @@ from typing import Any
 
 import pytest
 
-from ddpm_ray.cli import WRONG_CONFIG, main
-from ddpm_ray.config.job_files import JOBS, job_of_file
+from ddpm_ray.cli.job import CONFIG, WRONG_CONFIG, Job
+from ddpm_ray.cli.main import main
+from ddpm_ray.config.job_files import KINDS, job_of_file
+from ddpm_ray.config.shipped import folder_of
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted(ROOT.glob("conf/*/*.yaml"))
+JOBS = {folder_of(kind): kind for kind in KINDS}
 
 
 def refused(kind: type[Any], path: Path, *overrides: str, patch: pytest.MonkeyPatch) -> None:
@@ -19,15 +22,16 @@ def refused(kind: type[Any], path: Path, *overrides: str, patch: pytest.MonkeyPa
     def job(*_: Any) -> dict[str, Any]:
         raise AssertionError("the config was accepted")
 
-    patch.setattr(sys, "argv", ["jobs/a_job.py", str(path), *overrides])
-    assert main("a job", kind, job, "config") == WRONG_CONFIG
+    name = folder_of(kind)
+    patch.setattr(sys, "argv", [f"jobs/{name}.py", str(path), *overrides])
+    assert main(Job(name, "a job", kind, job, (CONFIG,))) == WRONG_CONFIG
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}/{file.stem}")
 def test_each_file_of_conf_is_known_as_that_of_its_job(file: Path) -> None:
-    own = f"{file.parent.name}.py"
-    for script, kind in JOBS.items():
-        assert job_of_file(kind, str(file)) == ("" if script == own else own)
+    own = file.parent.name
+    for job, kind in JOBS.items():
+        assert job_of_file(kind, str(file)) == ("" if job == own else own)
 
 
 @pytest.mark.parametrize("given", JOBS)
@@ -38,11 +42,11 @@ def test_a_file_of_another_job_is_one_line(
     """On commit d926ba0 up to twenty lines, with hints as "space: did you mean storage?"."""
     if given == taken:
         pytest.skip("its own")
-    file = next(file for file in FILES if file.parent.name == given.removesuffix(".py"))
+    file = next(file for file in FILES if file.parent.name == given)
     refused(JOBS[taken], file, patch=monkeypatch)
     said = capsys.readouterr().err
     assert said == (
-        f"error: {file}: this is a config of jobs/{given}; run `python jobs/{given} {file}`\n"
+        f"error: {file}: this is a config of {given}; run `python jobs/{given}.py {file}`\n"
     )
 
 
@@ -51,7 +55,7 @@ def test_mistakes_in_a_file_of_this_job_are_reported_each(
 ) -> None:
     file = tmp_path / "mistaken.yaml"
     file.write_text("name: a\ndata:\n  url: b\ntrainin:\n  steps: 3\nsed: 1\n")
-    refused(JOBS["train.py"], file, patch=monkeypatch)
+    refused(JOBS["train"], file, patch=monkeypatch)
     assert [line.partition(";")[2] for line in capsys.readouterr().err.splitlines()] == [
         " did you mean training.steps?", " did you mean seed?",
     ]  # fmt: skip

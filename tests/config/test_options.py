@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from ddpm_ray import cli
+from ddpm_ray.cli.job import Argument, InterruptedRunError, Job
+from ddpm_ray.cli.main import main
 from ddpm_ray.config.edit import EditConfig
 from ddpm_ray.config.ema_search import AverageConfig
 from ddpm_ray.config.fault_drill import DrillConfig
@@ -475,7 +476,8 @@ def test_a_wrong_config_ends_before_anything_heavy_loads(job: str) -> None:
 
 def job_of(arguments: list[str], monkeypatch: pytest.MonkeyPatch, work: Any = None) -> int:
     monkeypatch.setattr(sys, "argv", ["job.py", *arguments])
-    return cli.main("Usage.", SampleConfig, work or done, "model_uri")
+    uri = Argument("model_uri", "a model")
+    return main(Job("sample", "Usage.", SampleConfig, work or done, (uri,)))
 
 
 def done(config: SampleConfig, arguments: Namespace) -> dict[str, Any]:
@@ -512,7 +514,7 @@ def test_wrong_arguments_are_reported(
     "error, code, says",
     [
         (ConfigError("name is x\nseed is y"), 2, "error: name is x\nerror: seed is y\n"),
-        (cli.InterruptedRunError("stopped at step 3"), 130, "stopped at step 3\n"),
+        (InterruptedRunError("stopped at step 3"), 130, "stopped at step 3\n"),
         (KeyboardInterrupt(), 130, "interrupted; the same command continues"),
         (
             RuntimeError("two\nlines"),

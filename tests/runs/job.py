@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 from mlflow import MlflowClient
 
-from ddpm_ray.cli import DONE, PARTLY_FAILED
+from ddpm_ray.cli.job import DONE, PARTLY_FAILED
 from tests.limits import JOB_S
 
 ROOT = Path(__file__).parents[2]

@@ -28,7 +28,8 @@ SECRETS = (
 SCRIPT = """
 import os, sys
 from pathlib import Path
-from ddpm_ray import cli as command_line
+from ddpm_ray.cli.job import Job
+from ddpm_ray.cli.main import main
 from ddpm_ray.distributed import worker_group as group
 from ddpm_ray.runs import train as training_run
 from ddpm_ray.distributed.worker_group import RunFailedError
@@ -61,7 +62,7 @@ def job(config, _):
 keys = sys.argv[1:]
 for name, expected in (("public-runs", 0), ("fails", 1)):
     sys.argv[1:] = [f"name={name}", *keys]
-    assert command_line.main("", RunConfig, job) == expected
+    assert main(Job("train", "", RunConfig, job)) == expected
 """
 TINY = (
     "schedule.num_steps=20", "model.base_channels=4", "model.groups=2", "model.channel_mults=[1]",

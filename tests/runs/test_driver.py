@@ -16,15 +16,16 @@ import ray
 from mlflow import MlflowClient
 from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError, RayActorError
 
-from ddpm_ray import cli
+from ddpm_ray.cli.job import Job
+from ddpm_ray.cli.main import main
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.distributed import signals, worker_group
 from ddpm_ray.distributed.control_actor import ControlLostError, RunControl
 from ddpm_ray.distributed.worker_group import RunFailedError
+from ddpm_ray.jobs.train import train
 from ddpm_ray.tracking import mlflow_runs, model_registry
 from ddpm_ray.training.checkpoints import CHECKPOINTS
 from ddpm_ray.training.writer_lease import Lease, LeaseLostError
-from jobs.train import train
 from tests.noise import pack_noise
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # MLflow's, as it imports
@@ -175,7 +176,7 @@ def run_job() -> int:
     def job(config: RunConfig, arguments: Namespace) -> dict[str, Any]:
         return train(config, arguments)
 
-    return cli.main("", RunConfig, job)
+    return main(Job("train", "", RunConfig, job))
 
 
 class Actor:

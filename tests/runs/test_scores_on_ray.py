@@ -1,7 +1,6 @@
 """jobs/evaluate.py and jobs/average.py whole, on a local Ray, to the scores."""
 
 import json
-import runpy
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,8 +11,8 @@ import ray
 
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.loading import given_keys, load
+from ddpm_ray.jobs.command import JOBS as COMMANDS
 from ddpm_ray.runs import evaluate
-from tests.runs.job import ROOT
 from tests.runs.test_ema_search import KEPT, alone, wandering
 
 OWN = {"sampler": "ancestral", "steps": 3, "seed": 7}  # what the run is sampled with
@@ -47,11 +46,12 @@ def _cluster() -> Iterator[None]:
 
 def result_of(name: str, run: Path) -> Any:
     """What the job prints, in plain JSON, for the model in `run`, from the folder above it."""
-    job = runpy.run_path(str(ROOT / "jobs" / f"{name}.py"))
-    kind, keys = job[f"{name.capitalize()}Config"], list(JOBS[name])
-    place = Namespace(run=run.name, model_uri=run.name, out="", given=given_keys(kind, keys))
-    config = job["prepare"](load(kind, None, keys), place)
-    return json.loads(json.dumps(job[name](config, place)))
+    job, keys = COMMANDS[name], list(JOBS[name])
+    given = given_keys(job.config, keys)
+    place = Namespace(run=run.name, model_uri=run.name, out="", given=given)
+    assert job.prepare is not None
+    config = job.prepare(load(job.config, None, keys), place)
+    return json.loads(json.dumps(job.run(config, place)))
 
 
 @pytest.mark.parametrize("name", JOBS)

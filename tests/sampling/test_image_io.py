@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm_ray.output_files import PICTURES
+from ddpm_ray.cli.paths import PICTURES
 from ddpm_ray.sampling.gif import Film
 from ddpm_ray.sampling.image_io import write_picture
 from ddpm_ray.storage.object_store import StorageError

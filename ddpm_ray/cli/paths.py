@@ -9,6 +9,19 @@ from ddpm_ray.config.loading import ConfigError
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
+def home_folder() -> Path:
+    """Base of relative paths: the working directory; $DDPM_RAY_HOME or ~/ddpm-ray if submitted.
+
+    A submitted job runs in a copy of the working directory, which Ray deletes afterwards.
+    """
+    here = Path.cwd()
+    if "working_dir_files" not in here.parts:
+        return here
+    home = Path(os.environ.get("DDPM_RAY_HOME", "~/ddpm-ray")).expanduser()
+    home.mkdir(parents=True, exist_ok=True)
+    return home
+
+
 def input_file(option: str, path: str, home: Path) -> str:
     """The path of a file that a submitted job brings along, or finds at `home`.
 

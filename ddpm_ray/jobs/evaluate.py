@@ -1,0 +1,25 @@
+"""Score a trained model against a data set: FID, KID and others, each with its protocol.
+
+    ddpm-ray evaluate MODEL_URI [key=value ...]
+    python jobs/evaluate.py MODEL_URI [key=value ...]
+
+Options of the group `sampling` default to those that the model was trained with.
+"""
+
+from argparse import Namespace
+from typing import Any
+
+from ddpm_ray.cli.job import Job
+from ddpm_ray.cli.paths import home_folder
+from ddpm_ray.config.jobs import EvaluateConfig
+from ddpm_ray.jobs.model_argument import MODEL_URI, with_settings_of_model
+
+
+def evaluate(config: EvaluateConfig, arguments: Namespace) -> dict[str, Any]:
+    """Return the scores and their provenance."""
+    from ddpm_ray.runs.evaluate import evaluate as run  # heavy: after the config is checked
+
+    return run(arguments.model_uri, config, home_folder())
+
+
+JOB = Job("evaluate", __doc__ or "", EvaluateConfig, evaluate, (MODEL_URI,), with_settings_of_model)

@@ -1,0 +1,31 @@
+"""The argument MODEL_URI of the jobs that load a trained model."""
+
+from argparse import Namespace
+from typing import Any, TypeVar
+
+from ddpm_ray.cli.job import Argument
+from ddpm_ray.cli.paths import home_folder
+
+T = TypeVar("T")
+
+MODEL_URI = Argument(
+    "model_uri",
+    "folder or fsspec URL of a run or of one checkpoint, runs:/<run id>/model or "
+    "models:/<name>@<alias>",
+)
+
+
+def with_settings_of_model(config: T, arguments: Namespace, name: str = "model_uri") -> T:
+    """Return `config` with the model's own sampling settings, except the keys that were given.
+
+    Makes the URI in the argument `name` absolute. Raises ConfigError.
+    """
+    home = home_folder()
+    from ddpm_ray.tracking.model_uri import resolve_model_uri  # fsspec: after the config is read
+
+    uri = resolve_model_uri(getattr(arguments, name), home)
+    setattr(arguments, name, uri)
+    from ddpm_ray.runs import load_model  # heavy: after the paths are checked
+
+    loaded: Any = load_model.as_trained(config, uri, arguments.given, home)  # type: ignore[type-var]
+    return loaded  # type: ignore[no-any-return]

@@ -1,0 +1,40 @@
+"""Pack images into the shards that training reads.
+
+    ddpm-ray pack SOURCE DESTINATION [key=value ...]
+    python jobs/pack_shards.py SOURCE DESTINATION [key=value ...]
+
+SOURCE is a folder of images (flat, one sub-folder per class, or with a metadata.csv), WebDataset
+tars or Parquet or Arrow files with a column of images (a folder or one file), or one of digits,
+mnist, fashion-mnist and cifar10. docs/packing.md says which files are packed, left out or refused.
+The last lines on stderr and the result list every file that was not packed, the number of samples
+and the classes. The same command continues after an interruption: finished shards are kept.
+"""
+
+import sys
+from argparse import Namespace
+from typing import Any
+
+from ddpm_ray.cli.job import Argument, Job
+from ddpm_ray.cli.paths import home_folder
+from ddpm_ray.config.pack import PackConfig
+
+
+def pack(config: PackConfig, arguments: Namespace) -> dict[str, Any]:
+    """Pack the source, and return what the data set is and which files are not in it."""
+    from ddpm_ray.cli.progress import ProgressLine
+    from ddpm_ray.data.packing import pack_report
+    from ddpm_ray.runs import pack as packing  # heavy: after the config is checked
+    from ddpm_ray.storage import object_store
+
+    destination = object_store.absolute(arguments.destination, home_folder())
+    packed = packing.pack(arguments.source, destination, config, ProgressLine("shards"))
+    for line in pack_report.lines(*packed):
+        print(line, file=sys.stderr)
+    return pack_report.summary(*packed)
+
+
+ARGUMENTS = (
+    Argument("source", "images to pack: a folder, a file, or the name of a data set"),
+    Argument("destination", "folder or fsspec URL of the shards"),
+)
+JOB = Job("pack", __doc__ or "", PackConfig, pack, ARGUMENTS)

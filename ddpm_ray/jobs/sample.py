@@ -1,0 +1,55 @@
+"""Draw images from a trained model and save them as one grid.
+
+    ddpm-ray sample MODEL_URI --out grid.png [key=value ...]
+    python jobs/sample.py MODEL_URI --out grid.png [key=value ...]
+
+Options of the group `sampling` default to those that the model was trained with.
+"""
+
+import itertools
+from argparse import Namespace
+from dataclasses import replace
+from typing import Any
+
+from ddpm_ray.cli.job import Argument, Job
+from ddpm_ray.cli.paths import PICTURES, home_folder, made_ready, output_file
+from ddpm_ray.config.jobs import SampleConfig
+from ddpm_ray.jobs.model_argument import MODEL_URI, with_settings_of_model
+
+
+def prepare(config: SampleConfig, arguments: Namespace) -> SampleConfig:
+    """Return `config` with absolute paths and the model's own sampling settings."""
+    home = home_folder()
+    arguments.out = output_file("--out", arguments.out, home, PICTURES)
+    gif = config.gif and output_file("gif", config.gif, home, (".gif",))
+    return with_settings_of_model(replace(config, gif=gif), arguments)
+
+
+def sample(config: SampleConfig, arguments: Namespace) -> dict[str, Any]:
+    """Draw the images, write the grid and the GIF, and return where they are."""
+    made_ready(arguments.out, config.gif)
+    from ddpm_ray.cli.progress import ProgressLine
+    from ddpm_ray.runs import load_model
+    from ddpm_ray.sampling import gif, image_grid, image_io
+
+    uri, home = arguments.model_uri, home_folder()
+    model, plan = load_model.planned(uri, config.sampling, config.guidance, home)
+    size = config.sampling.batch_size
+    calls = -(-config.num_images // size) * (len(plan.steps) - 1)
+    line, film, seen = ProgressLine(f"step of {plan.sampler}"), gif.Film(), itertools.count(1)
+
+    def show(t: int, x_t: Any, x_0: Any) -> None:
+        line(next(seen), calls)
+        if config.gif:
+            film.add(t, x_t, x_0)
+
+    images = model.draw(plan, config.num_images, size, show)
+    image_io.write_picture(arguments.out, image_grid.grid(images))
+    if config.gif:
+        film.save(config.gif, images)
+    provenance = {key: model.provenance[key] for key in ("checkpoint", "step", "weights_sha256")}
+    return {"picture": arguments.out, "num_images": config.num_images, **provenance}
+
+
+OUT = Argument("--out", f"image file to write: {', '.join(PICTURES)}")
+JOB = Job("sample", __doc__ or "", SampleConfig, sample, (MODEL_URI, OUT), prepare)

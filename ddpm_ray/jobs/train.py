@@ -1,0 +1,55 @@
+"""Train a diffusion model on Ray, or continue the run of that name.
+
+    ddpm-ray train digits [key=value ...]
+    python jobs/train.py conf/train/digits.yaml [key=value ...]
+    ray job submit --working-dir . -- python jobs/train.py conf/train/digits.yaml
+
+The same command continues an interrupted run from its last checkpoint. Ctrl-C once commits a
+checkpoint and exits; twice exits at once. SIGTERM and SIGHUP (a closed terminal) count as Ctrl-C.
+"""
+
+import sys
+from argparse import Namespace
+from typing import Any
+
+from ddpm_ray.cli.job import CONFIG, InterruptedRunError, Job
+from ddpm_ray.cli.paths import home_folder
+from ddpm_ray.config.run import RunConfig
+
+
+def train(config: RunConfig, _: Namespace) -> dict[str, Any]:
+    """Train, print where the results are on stderr, and return the report."""
+    from ddpm_ray.cli.progress import ProgressLine
+    from ddpm_ray.runs.train import train as run  # heavy: after the config is checked
+    from ddpm_ray.tracking.tracking_uri import way_to_see
+
+    line = ProgressLine("step")
+    outcome = run(
+        config,
+        home_folder(),
+        lambda p: line(p.step, p.steps, f"loss {p.loss:.4f}  {p.images_per_s:.0f} images/s"),
+    )
+    report = outcome.report
+    if not outcome.finished:
+        raise InterruptedRunError(
+            f"stopped at step {report['step']} of {report['steps']}, checkpoint committed in "
+            f"{report['checkpoint']}; the same command continues"
+        )
+    no_pictures = "none: training.grid_every_steps is 0"
+    if not config.traits.draws_images:
+        no_pictures = f"none: a {config.task} draws no images"
+    scores = "  ".join(f"{key} {value:.4g}" for key, value in report["metrics"].items())
+    print(
+        f"checkpoint   {report['checkpoint']}",
+        f"samples      {report['samples'] or no_pictures}",
+        f"denoising    {report['denoising'] or 'none'}",
+        f"scores       {scores or 'none: evaluation.num_images is 0'}",
+        f"MLflow run   {report['run_id']} in {report['tracking_uri']}",
+        f"to see it    {way_to_see(report['tracking_uri'], report['page'])}",
+        sep="\n",
+        file=sys.stderr,
+    )
+    return report
+
+
+JOB = Job("train", __doc__ or "", RunConfig, train, (CONFIG,))
