@@ -22,8 +22,8 @@ from PIL import Image
 from ddpm_ray.assembly import checkpoint_loading
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.sampling import Sampler, SamplingConfig
+from ddpm_ray.data.dataset import open_dataset
 from ddpm_ray.data.loader import read_images
-from ddpm_ray.data.shards import open_dataset
 from ddpm_ray.data.transforms import to_model_range
 from ddpm_ray.diffusion.timestep_spacing import log_snr_steps, uniform_steps
 from ddpm_ray.evaluation.features.feature_extractor import inception_net

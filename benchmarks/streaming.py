@@ -32,6 +32,7 @@ from typing import Any
 import numpy as np
 
 from ddpm_ray.data import shards
+from ddpm_ray.data.dataset import MANIFEST, Recipe, ShardRow, UInt8s, open_dataset, write_index
 from ddpm_ray.data.loader import ShardStream
 from ddpm_ray.storage import object_store
 
@@ -43,7 +44,7 @@ COLUMNS = "{:<12} {:>7} {:>12} {:>9} {:>22} {:>8} {:>10}"
 def write_sets(folder: Path, images: int, counts: list[int]) -> None:
     """Our shards for each count, and tars for webdataset for the count 100."""
     pixels = np.random.default_rng(0).integers(0, 256, (images, *SHAPE), dtype=np.uint8)
-    recipe = shards.Recipe(SHAPE, "raw", "none", (), "random pixels of seed 0")
+    recipe = Recipe(SHAPE, "raw", "none", (), "random pixels of seed 0")
     for count in counts:
         rows = []
         url = str(folder / f"{count}")
@@ -53,13 +54,13 @@ def write_sets(folder: Path, images: int, counts: list[int]) -> None:
             name, sha = shards.shard_name(n), hashlib.sha256(data).hexdigest()
             object_store.write_bytes(f"{url}/{name}", data)
             sums = shards.pixel_sums(pixels[numbers])
-            rows.append(shards.ShardRow(name, len(keys), len(data), sha, *sums))
+            rows.append(ShardRow(name, len(keys), len(data), sha, *sums))
             if count == 100:
                 write_tar(folder / f"tar/{n:05d}.tar", keys, pixels[numbers])
-        shards.write_index(url, recipe, rows)
+        write_index(url, recipe, rows)
 
 
-def write_tar(path: Path, keys: list[str], pixels: shards.UInt8s) -> None:
+def write_tar(path: Path, keys: list[str], pixels: UInt8s) -> None:
     path.parent.mkdir(exist_ok=True)
     with tarfile.open(path, "w") as tar:
         for key, image in zip(keys, pixels, strict=True):
@@ -71,7 +72,7 @@ def write_tar(path: Path, keys: list[str], pixels: shards.UInt8s) -> None:
 
 def ours(count: int, images: int) -> Iterator[int]:
     """Images of each batch, after the data set was opened (which connects)."""
-    dataset = shards.open_dataset(f"s3://{BUCKET}/{count}")
+    dataset = open_dataset(f"s3://{BUCKET}/{count}")
     yield 0
     stream = ShardStream(
         dataset,
@@ -90,7 +91,7 @@ def bare_s3fs(count: int, images: int) -> Iterator[int]:
     """The same files in runs of 16, as bytes."""
     filesystem: Any = importlib.import_module("s3fs").S3FileSystem()
     names = [f"{BUCKET}/{count}/{shards.shard_name(n)}" for n in range(count)]
-    filesystem.cat_file(f"{BUCKET}/{count}/{shards.MANIFEST}")
+    filesystem.cat_file(f"{BUCKET}/{count}/{MANIFEST}")
     yield 0
     for at in range(0, count, 16):
         files = filesystem.cat(names[at : at + 16])

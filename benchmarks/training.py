@@ -135,7 +135,7 @@ def packed(folder: Path) -> str:
     (folder / "png").mkdir()
     for i, image in enumerate(images):
         Image.fromarray(image).save(folder / "png" / f"{i:05}.png", compress_level=0)
-    plan = packer.plan(str(folder / "png"), str(folder / "shards"), PackConfig())
+    plan = packer.make_plan(str(folder / "png"), str(folder / "shards"), PackConfig())
     packer.finish(plan, [packer.pack_shard(plan, n) for n in range(plan.shards)])
     return str(folder / "shards")
 

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ddpm_ray.data import shards
-from ddpm_ray.data.shards import Dataset, Recipe, ShardRow
+from ddpm_ray.data.dataset import Dataset, Recipe, ShardRow, write_index
 from ddpm_ray.storage import object_store
 
 
@@ -23,7 +23,7 @@ def pack(folder: str | Path, images: npt.NDArray[np.uint8], sizes: Sequence[int]
         rows.append(ShardRow(name, len(part), len(packed), sha256, *sums))
     height, width, channels = images.shape[1:]
     recipe = Recipe((height, width, channels), "raw", "none", (), "0" * 64)
-    return shards.write_index(str(folder), recipe, rows)
+    return write_index(str(folder), recipe, rows)
 
 
 def pack_noise(folder: str, images: int, side: int) -> None:

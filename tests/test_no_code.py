@@ -122,7 +122,8 @@ from safetensors.torch import load_file
 from ddpm_ray.assembly.training_run import training_state
 from ddpm_ray.assembly import checkpoint_loading as build_trained
 from ddpm_ray.config.run import RunConfig
-from ddpm_ray.data.shards import fetch_shard, open_dataset
+from ddpm_ray.data.dataset import open_dataset
+from ddpm_ray.data.shards import fetch_shard
 from ddpm_ray.data.loader import ShardStream
 from ddpm_ray.config.sampling import SamplingConfig
 from ddpm_ray.config.loading import load, to_dict

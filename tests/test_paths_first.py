@@ -36,7 +36,7 @@ def run(folder: Path, without: str, job: str, *arguments: str) -> subprocess.Com
 @pytest.mark.parametrize(
     "job, arguments, code, says",
     [
-        ("pack_shards.py", ("none", "out"), FAILED, "{}/none: there is no such source; give a"),
+        ("pack_shards.py", ("none", "out"), FAILED, "{}/none: no such file or folder; give a"),
         ("sample.py", ("none", "--out", "a.png"), WRONG_CONFIG, "{}/none: there is no such folder"),
         ("sample.py", ("models:/", "--out", "a.png"), WRONG_CONFIG, "models:/ lacks a name; write"),
         ("export.py", ("none", "--out", "b"), WRONG_CONFIG, "{}/none: there is no such folder"),

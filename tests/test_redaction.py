@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ddpm_ray.data.dataset import DatasetError
 from ddpm_ray.data.packing.image_files import BadImageError
-from ddpm_ray.data.shards import DatasetError, ShardCorruptError
+from ddpm_ray.data.shards import ShardCorruptError
 from ddpm_ray.redaction import counted, has_secret, printable, redacted, sanitize
 from ddpm_ray.storage.checksummed import DamagedError
 from ddpm_ray.storage.object_store import StorageError, read_bytes

@@ -209,7 +209,7 @@ def test_an_older_run_asks_its_data_set_for_the_names(tmp_path: Path) -> None:
         (tmp_path / "images" / name).mkdir(parents=True)
         Image.new("L", (4, 4)).save(tmp_path / "images" / name / "a.png")
     url = str(tmp_path / "set")
-    plan = packer.plan(str(tmp_path / "images"), url, PackConfig())
+    plan = packer.make_plan(str(tmp_path / "images"), url, PackConfig())
     dataset = packer.finish(plan, [packer.pack_shard(plan, i) for i in range(plan.shards)])
     run, _ = saved_run(tmp_path / "run", f"data.url={url}", data_fingerprint=dataset.fingerprint)
     for file in Path(run).rglob("state.json"):

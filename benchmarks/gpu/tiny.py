@@ -18,7 +18,7 @@ from ddpm_ray.collectives import Workers
 from ddpm_ray.config.loading import load, to_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data import shards
-from ddpm_ray.data.shards import Dataset, Recipe, ShardRow
+from ddpm_ray.data.dataset import Dataset, Recipe, ShardRow, write_index
 from ddpm_ray.reporting import Command, Progress, Row
 from ddpm_ray.sampling.denoiser import Denoiser
 from ddpm_ray.training.checkpoint_writer import CheckpointWriter
@@ -145,7 +145,7 @@ def packed(folder: str) -> Dataset:
         image_shape=(SIDE, SIDE, 3), encoding="raw", resize="none", label_names=(),
         source_sha256="",
     )  # fmt: skip
-    return shards.write_index(folder, recipe, rows)
+    return write_index(folder, recipe, rows)
 
 
 def _watch(progress: Progress) -> Command:

@@ -18,7 +18,7 @@ from ddpm_ray.config.option_fields import shown
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.sampling import SamplingConfig
 from ddpm_ray.config.schedule import ScheduleConfig
-from ddpm_ray.data.shards import DatasetError, open_dataset
+from ddpm_ray.data.dataset import DatasetError, open_dataset
 from ddpm_ray.models.classifier import NoisyClassifier
 from ddpm_ray.models.interop import convert
 from ddpm_ray.models.interop.diffusers_config import UNetSpec, UnsupportedModelError

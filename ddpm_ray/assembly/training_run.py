@@ -18,8 +18,8 @@ from ddpm_ray.config.model import ModelConfig
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.training import TrainingConfig
 from ddpm_ray.data import transforms
+from ddpm_ray.data.dataset import Dataset, open_dataset
 from ddpm_ray.data.loader import Batch, ShardStream
-from ddpm_ray.data.shards import Dataset, open_dataset
 from ddpm_ray.diffusion.timestep_sampling import SecondMoments
 from ddpm_ray.evaluation.feature_metrics import OptionalMetrics
 from ddpm_ray.evaluation.features import feature_extractor

@@ -1,8 +1,8 @@
-"""Arrow files of one batch: the same bytes every time, and read as what strangers wrote.
+"""Write Arrow files of one batch deterministically; read them as untrusted input.
 
-Arrow believes a file: an offset that leads out of its buffer, the size that a compressed buffer
-will have, an extension type that some package in this process registered. So a file is one
-uncompressed batch of exactly the columns expected, every offset in range, in memory, or an error.
+Arrow trusts a file: offsets that point outside their buffer, the size that a compressed buffer
+claims, extension types that any package in this process registered. `read` therefore accepts only
+one uncompressed batch of exactly the expected columns with every offset in range.
 """
 
 from __future__ import annotations
@@ -11,17 +11,18 @@ import struct
 
 import pyarrow as pa
 
-OPENING = 8  # bytes before the first message: ARROW1 and two of padding
-COMPRESSION = 3  # the field of a RecordBatch in format/Message.fbs that says how, if at all
-HEADER = 2  # the field of a Message that is the batch itself
+PREFIX_BYTES = 8  # before the first message: ARROW1 and two bytes of padding
+# Field numbers in Arrow's format/Message.fbs:
+COMPRESSION = 3  # of a RecordBatch: its compression, unset if there is none
+HEADER = 2  # of a Message: the RecordBatch
 
 
 class ArrowFileError(ValueError):
-    """Bytes that are no such file; one line that says why."""
+    """Bytes that are not a valid file; the message is one line with the reason."""
 
 
 def write(table: pa.Table) -> bytes:
-    """The file of a table that has at least one row."""
+    """Serialize a table of at least one row."""
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table, max_chunksize=max(1, table.num_rows))
@@ -29,16 +30,19 @@ def write(table: pa.Table) -> bytes:
 
 
 def read(data: bytes, schema: pa.Schema) -> pa.RecordBatch:
-    """The batch in `data`, of this schema but for its metadata, without a copy. ArrowFileError."""
+    """Return the batch in `data` without a copy; its schema must equal `schema` except metadata.
+
+    Raises ArrowFileError.
+    """
     try:
-        stream = pa.py_buffer(data)[OPENING:]
+        stream = pa.py_buffer(data)[PREFIX_BYTES:]
         messages = pa.ipc.MessageReader.open_stream(stream)
-        opening = [messages.read_next_message() for _ in range(2)]
-        kinds = [message.type for message in opening]
+        first_two = [messages.read_next_message() for _ in range(2)]
+        kinds = [message.type for message in first_two]
         if kinds != ["schema", "record batch"]:
-            raise ArrowFileError(f"it opens with {' and '.join(kinds)}")
-        if is_compressed(opening[1]):
-            raise ArrowFileError("it is compressed, and nobody knows how large it would become")
+            raise ArrowFileError(f"it starts with {' and '.join(kinds)}")
+        if is_compressed(first_two[1]):
+            raise ArrowFileError("it is compressed, so its size in memory is unknown")
         reader = pa.ipc.open_stream(stream)
         if not reader.schema.equals(schema):
             raise ArrowFileError(
@@ -48,16 +52,16 @@ def read(data: bytes, schema: pa.Schema) -> pa.RecordBatch:
         batch.validate(full=True)
     except ArrowFileError:
         raise
-    except Exception as error:  # Arrow's own, and whatever a registered extension type raises
+    except Exception as error:  # Arrow's own, and anything a registered extension type raises
         text = " ".join(str(error).split()) or type(error).__name__
         raise ArrowFileError(f"not an Arrow file ({text})") from error
     if any(column.null_count for column in batch.columns):
-        raise ArrowFileError("it has empty cells")
+        raise ArrowFileError("it has null values")
     return batch
 
 
 def is_compressed(message: pa.Message) -> bool:
-    """Whether the buffers of a record batch are compressed."""
+    """Return whether the buffers of a record batch are compressed."""
     return _field(message.metadata, HEADER, COMPRESSION) != 0
 
 
@@ -66,15 +70,15 @@ def _columns(schema: pa.Schema) -> str:
 
 
 def _field(message: pa.Buffer, *numbers: int) -> int:
-    """Where the field lies that these numbers lead to in a flatbuffer, table by table; 0: unset.
+    """Return the offset of a flatbuffer field, given its number in each nested table; 0: unset.
 
-    Arrow has checked the buffer, but shows nothing of it.
+    Arrow has verified the buffer but has no API for these fields.
     """
     at = 0
     for number in numbers:
         table = at + struct.unpack_from("<I", message, at)[0]
         fields = table - struct.unpack_from("<i", message, table)[0]
-        slot = 4 + 2 * number  # behind the sizes of the list of fields and of the table
+        slot = 4 + 2 * number  # after the sizes of the vtable and of the table
         size = struct.unpack_from("<H", message, fields)[0]
         offset = struct.unpack_from("<H", message, fields + slot)[0] if slot < size else 0
         if not offset:

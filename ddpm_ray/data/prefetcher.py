@@ -1,7 +1,7 @@
-"""The background half of stream.py: blocks of some lanes, read ahead from shards, bounded.
+"""Prefetch the shuffle blocks of some lanes from shards in background threads.
 
-Memory: two windows of decoded samples for these lanes, a batch, one shard for each of the lanes
-(the one that its next block goes on with) and the FETCHES on their way.
+Memory is bounded by two shuffle windows of decoded samples for these lanes, one batch, one shard
+per lane (the one in which its next block begins) and FETCHES shards in flight.
 """
 
 from __future__ import annotations
@@ -18,16 +18,17 @@ from weakref import WeakValueDictionary
 import numpy as np
 import torch
 
+from ddpm_ray.data.dataset import Dataset, DatasetError, UInt8s
 from ddpm_ray.data.shard_cache import ShardCache
-from ddpm_ray.data.shards import Dataset, DatasetError, Shard, UInt8s, fetch_shard
+from ddpm_ray.data.shards import Shard, fetch_shard
 from ddpm_ray.data.shuffle_order import Block, Int64s, Order
 
-FETCHES = 4  # shards on their way at a time
+FETCHES = 4  # shards in flight at a time
 
 
 @dataclass(frozen=True)
-class Share:
-    """The part of one lane that this worker draws: samples `low` to `high` of its `lane_batch`."""
+class LaneShare:
+    """This worker's part of one lane: samples `low` to `high` - 1 of every `lane_batch`."""
 
     lane: int
     low: int
@@ -35,39 +36,39 @@ class Share:
     lane_batch: int
 
     def samples(self, step: int) -> range:
-        """Numbers of the lane's samples at `step`."""
+        """Return the numbers of the lane's samples at `step`."""
         return range(step * self.lane_batch + self.low, step * self.lane_batch + self.high)
 
 
 @dataclass
-class Loaded:
-    """A block in memory, its samples in the order in which they were gathered."""
+class LoadedBlock:
+    """A block in memory; its samples are stored in the order of their shards."""
 
     block: Block
-    place: Int64s  # [samples]: the row below of each sample in the block's order
+    row_of: Int64s  # [samples]: for each sample in the block's order, its row in `images`
     images: UInt8s  # [samples, sample_bytes]
     labels: Int64s  # [samples]
 
 
 @dataclass(frozen=True)
-class Part:
-    """What one shard gives to a block: its `rows` go to `loaded`'s rows from `at` on."""
+class ShardPart:
+    """The samples that a block takes from one shard; they fill rows `at`... of `loaded`."""
 
-    loaded: Loaded
+    loaded: LoadedBlock
     at: int
-    rows: Int64s
+    rows: Int64s  # in the shard
     shard: Future[Shard]
-    is_last: bool  # of its block
+    is_last: bool  # part of its block
 
 
-class Reader:
-    """Reads the blocks of some lanes from `step` on, in the order in which batches need them."""
+class Prefetcher:
+    """Read the blocks of some lanes from `step` on, in the order in which batches need them."""
 
     def __init__(
         self,
         dataset: Dataset,
         order: Order,
-        shares: list[Share],
+        shares: list[LaneShare],
         step: int,
         cache: ShardCache | None,
     ) -> None:
@@ -75,25 +76,25 @@ class Reader:
         self._shares, self._step = shares, step
         self._changed = threading.Condition()
         # Guarded by `_changed`:
-        self._ready: dict[int, deque[Loaded]] = {share.lane: deque() for share in shares}
-        self._held_samples = 0  # in blocks that were begun and not yet released
+        self._ready: dict[int, deque[LoadedBlock]] = {share.lane: deque() for share in shares}
+        self._held_samples = 0  # in blocks that are being read or not yet released
         self._failure: BaseException | None = None
         self._closed = False
-        self._spare: list[UInt8s] = []  # memory of released blocks
-        # A small set does not fill its blocks; to read hundreds of its epochs ahead is no use.
+        self._free_buffers: list[UInt8s] = []  # of released blocks
+        # A small data set does not fill its blocks, and hundreds of its epochs need no prefetching.
         self._block_samples = min(order.block_samples, -(-order.samples // order.lanes))
-        # Two blocks a lane, one in use and one ahead; and a batch, which may span many small blocks
-        # (without it a batch larger than the window would wait for ever).
-        self._most_samples = len(shares) * (2 * self._block_samples + order.lane_batch)
-        # A shard that some lane still holds is not fetched again.
-        self._alive: WeakValueDictionary[int, Future[Shard]] = WeakValueDictionary()
+        # Two blocks per lane, one in use and one prefetched, and one batch, which may span many
+        # small blocks: without it a batch larger than the window would never be complete.
+        self._max_samples = len(shares) * (2 * self._block_samples + order.lane_batch)
+        # A shard that a lane still holds is not fetched again.
+        self._held_shards: WeakValueDictionary[int, Future[Shard]] = WeakValueDictionary()
         self._fetchers = ThreadPoolExecutor(FETCHES, "shard-fetch")
-        # A worker's share of its node, cluster.cpus_per_worker; in a notebook, the cores.
+        # torch's threads: cluster.cpus_per_worker in a run, all cores in a notebook.
         self._decoders = ThreadPoolExecutor(torch.get_num_threads(), "image-decode")
         threading.Thread(target=self._run, name="shard-stream", daemon=True).start()
 
-    def wait_for(self, share: Share, step: int) -> list[tuple[Loaded, slice]]:
-        """The loaded blocks that hold the share's samples at `step`, and where in each."""
+    def wait_for(self, share: LaneShare, step: int) -> list[tuple[LoadedBlock, slice]]:
+        """Wait for the blocks with the share's samples at `step`; return them with the slices."""
         wanted, ready = share.samples(step), self._ready[share.lane]
 
         def arrived() -> bool:
@@ -103,22 +104,22 @@ class Reader:
 
         with self._changed:
             self._changed.wait_for(arrived)
-            held = [(loaded, inside(loaded.block, wanted)) for loaded in ready]
+            held = [(loaded, overlap(loaded.block, wanted)) for loaded in ready]
         return [(loaded, here) for loaded, here in held if here.start < here.stop]
 
-    def release(self, share: Share, step: int) -> None:
-        """Let go of blocks that hold no sample of the share after `step`."""
+    def release(self, share: LaneShare, step: int) -> None:
+        """Release the blocks that hold no sample of the share after `step`."""
         ready = self._ready[share.lane]
         with self._changed:
             while ready and _end(ready[0].block) <= share.samples(step + 1).start:
                 loaded = ready.popleft()
                 self._held_samples -= loaded.block.samples
                 if loaded.block.samples == self._block_samples:
-                    self._spare.append(loaded.images)
+                    self._free_buffers.append(loaded.images)
             self._changed.notify_all()
 
     def close(self) -> None:
-        """End the threads and let go of what they read."""
+        """Stop the threads and release their shards."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -128,70 +129,71 @@ class Reader:
     def _run(self) -> None:
         try:
             self._read()
-        except BaseException as error:  # noqa: BLE001 - wait_for raises it where it is seen
+        except BaseException as error:  # noqa: BLE001 - wait_for raises it in the main thread
             with self._changed:
                 self._failure = error
                 self._changed.notify_all()
 
     def _read(self) -> None:
-        waiting: deque[Part] = deque()  # parts whose shards are on their way
-        cut: dict[int, Future[Shard]] = {}  # lane: its last shard, which its next block may go on
+        waiting: deque[ShardPart] = deque()  # parts whose shards are in flight
+        # The last shard of each lane, held because the lane's next block may begin in it.
+        last_shards: dict[int, Future[Shard]] = {}
         for block in self._blocks():
             if not self._has_room(block):
                 while waiting:
                     self._fill(waiting.popleft())
             with self._changed:
-                self._changed.wait_for(partial(self._may_go_on, block))
+                self._changed.wait_for(partial(self._can_start, block))
                 if self._closed:
                     return
                 self._held_samples += block.samples
             for part in self._parts(block):
-                cut[block.lane] = part.shard
+                last_shards[block.lane] = part.shard
                 waiting.append(part)
                 if len(waiting) > FETCHES:
                     self._fill(waiting.popleft())
 
     def _blocks(self) -> Iterator[Block]:
-        """Blocks of all lanes, first needed first."""
+        """Yield the blocks of all lanes, ordered by the step that first needs them."""
         lanes = []
         for share in self._shares:
             blocks = self._order.blocks(share.lane, share.samples(self._step).start)
             lanes.append((b.first // share.lane_batch, b.lane, b.first, b) for b in blocks)
         return (block for *_, block in heapq.merge(*lanes))
 
-    def _may_go_on(self, block: Block) -> bool:
+    def _can_start(self, block: Block) -> bool:
         return self._closed or self._has_room(block)
 
     def _has_room(self, block: Block) -> bool:
-        return self._held_samples + block.samples <= self._most_samples
+        return self._held_samples + block.samples <= self._max_samples
 
-    def _parts(self, block: Block) -> Iterator[Part]:
-        """A new block in memory, as its parts by shard; their downloads begin here."""
+    def _parts(self, block: Block) -> Iterator[ShardPart]:
+        """Start the downloads of a block's shards; yield the part that each one fills."""
         shard_of, row_of = self._order.rows(block)
-        gathered = np.argsort(shard_of, kind="stable")
-        place = np.empty_like(gathered)
-        place[gathered] = np.arange(block.samples)
-        images = self._memory(block.samples)
-        loaded = Loaded(block, place, images, np.empty(block.samples, dtype=np.int64))
-        shard_of, row_of = shard_of[gathered], row_of[gathered]
+        by_shard = np.argsort(shard_of, kind="stable")
+        position = np.empty_like(by_shard)  # of each sample after sorting by shard
+        position[by_shard] = np.arange(block.samples)
+        images = self._buffer(block.samples)
+        loaded = LoadedBlock(block, position, images, np.empty(block.samples, dtype=np.int64))
+        shard_of, row_of = shard_of[by_shard], row_of[by_shard]
         numbers = self._order.shards(block).tolist()
         for number in numbers:
-            shard = self._alive.get(number)
+            shard = self._held_shards.get(number)
             if shard is None:
                 shard = self._fetchers.submit(fetch_shard, self._dataset, number, self._cache)
-                self._alive[number] = shard
+                self._held_shards[number] = shard
             at, end = np.searchsorted(shard_of, [number, number + 1])
-            yield Part(loaded, int(at), row_of[at:end], shard, number == numbers[-1])
+            yield ShardPart(loaded, int(at), row_of[at:end], shard, number == numbers[-1])
 
-    def _memory(self, samples: int) -> UInt8s:
-        """Room for a block, [samples, sample_bytes]: a released one's, as new pages cost more."""
+    def _buffer(self, samples: int) -> UInt8s:
+        """Return memory for a block, [samples, sample_bytes], reused if a free one has its size."""
         with self._changed:
-            if samples == self._block_samples and self._spare:
-                return self._spare.pop()
+            if samples == self._block_samples and self._free_buffers:
+                return self._free_buffers.pop()
         return np.empty((samples, self._dataset.manifest.sample_bytes), dtype=np.uint8)
 
-    def _fill(self, part: Part) -> None:
-        """Copy a part's samples into its block, and hand the block over where it is the last."""
+    def _fill(self, part: ShardPart) -> None:
+        """Copy a part's samples into its block; publish the block after its last part."""
         shard, loaded = part.shard.result(), part.loaded
         out = slice(part.at, part.at + len(part.rows))
         gather(shard, part.rows, loaded.images[out], self._dataset, self._decoders)
@@ -205,37 +207,37 @@ class Reader:
 def gather(
     shard: Shard, rows: Int64s, out: UInt8s, dataset: Dataset, decoders: ThreadPoolExecutor
 ) -> None:
-    """Put the images of these rows of a shard into `out` [rows, sample_bytes]."""
+    """Copy the images of these rows of a shard into `out` [rows, sample_bytes]."""
     if isinstance(shard.images, np.ndarray):
-        # mode="clip": the default copies through a buffer. The rows are in range.
+        # The rows are in range; mode="clip" avoids the buffer of the default mode.
         flat = shard.images.reshape(len(shard), -1)
         np.take(flat, rows, axis=0, out=out, mode="clip")
         return
-    from ddpm_ray.data.packing.image_files import (  # Pillow, for encoded images alone
+    from ddpm_ray.data.packing.image_files import (  # imports Pillow, for encoded images only
         BadImageError,
-        decoded,
+        decode_stored,
     )
 
     manifest = dataset.manifest
 
     def image(row: int) -> UInt8s:
-        """The pixels of one encoded image."""
-        file, place = shard.images[row].as_buffer(), f"{dataset.url}: {shard.keys[row]}"
+        """Decode one image."""
+        file, where = shard.images[row].as_buffer(), f"{dataset.url}: {shard.keys[row]}"
         try:
-            return decoded(file, manifest.encoding, manifest.image_shape, place)
-        except BadImageError as error:  # a restarted worker would meet it again
+            return decode_stored(file, manifest.encoding, manifest.image_shape, where)
+        except BadImageError as error:  # permanent: a restarted worker would fail again
             raise DatasetError(*error.args) from None
 
     for at, pixels in enumerate(decoders.map(image, rows.tolist())):
         out[at] = pixels.reshape(-1)
 
 
-def shares(order: Order, positions: range) -> list[Share]:
-    """The lanes that a run of positions of the global batch touches, and which part of each."""
+def lane_shares(order: Order, positions: range) -> list[LaneShare]:
+    """Return the part of each lane that `positions` of the global batch cover."""
     size = order.lane_batch
     lanes = range(positions.start // size, (positions.stop - 1) // size + 1)
     return [
-        Share(
+        LaneShare(
             lane,
             max(positions.start - lane * size, 0),
             min(positions.stop - lane * size, size),
@@ -245,8 +247,8 @@ def shares(order: Order, positions: range) -> list[Share]:
     ]
 
 
-def inside(block: Block, samples: range) -> slice:
-    """Where in a block these numbers of its lane's samples are; may be empty."""
+def overlap(block: Block, samples: range) -> slice:
+    """Return the slice of a block with these numbers of its lane's samples; may be empty."""
     low, high = samples.start - block.first, samples.stop - block.first
     return slice(max(low, 0), min(max(high, 0), block.samples))
 

@@ -1,4 +1,4 @@
-"""Resize recipes for packing, named in the manifest; torch is not needed for them."""
+"""Resize recipes for packing; the manifest stores the name of the recipe. Needs no torch."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from PIL import Image
 from ddpm_ray.config.pack import Resize
 
 
-def resized(image: Image.Image, recipe: Resize, image_size: int) -> Image.Image:
-    """The image as the recipe makes it; all but `none` give image_size x image_size pixels."""
+def resize(image: Image.Image, recipe: Resize, image_size: int) -> Image.Image:
+    """Resize an image; all recipes but `none` return image_size x image_size pixels."""
     match recipe:
         case "none":
             return image
@@ -21,10 +21,10 @@ def resized(image: Image.Image, recipe: Resize, image_size: int) -> Image.Image:
 
 
 def _centre_crop_box_bicubic(image: Image.Image, size: int) -> Image.Image:
-    """Halve by box filter while the short side stays >= `size`, bicubic to it, crop the centre.
+    """Halve with a box filter while the short side is >= 2 `size`, resize it bicubically, crop.
 
-    The recipe of guided-diffusion (Dhariwal and Nichol 2021, arXiv:2105.05233), whose ImageNet and
-    LSUN numbers rest on it.
+    The recipe of guided-diffusion for ImageNet and LSUN (Dhariwal and Nichol 2021,
+    arXiv:2105.05233).
     """
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)

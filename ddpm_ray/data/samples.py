@@ -9,35 +9,35 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-EXAMPLES = 5  # names in a group
+MAX_EXAMPLES = 5  # names stored per group
 
 
 class Sample(NamedTuple):
-    """One image of a source."""
+    """One image of a source with its label."""
 
     key: str
     label: int  # -1: none
-    image: npt.NDArray[np.uint8] | bytes | None  # [H, W, C]; a file; one too large to be read
-    place: str  # for messages
+    image: npt.NDArray[np.uint8] | bytes | None  # [H, W, C]; a file; None: file too large
+    location: str  # for error messages
 
 
 @dataclass(frozen=True)
 class NamedGroup:
-    """Count of items of one kind, and the names of the first few."""
+    """Count of items of one kind, with the names of the first few."""
 
     kind: str
     count: int
-    examples: tuple[str, ...]  # the first EXAMPLES by name
+    examples: tuple[str, ...]  # the first MAX_EXAMPLES by name
 
     @classmethod
     def of(cls, kind: str, names: Iterable[str]) -> NamedGroup:
-        """The group of all `names`."""
+        """Summarize `names`."""
         ordered = sorted(names)
-        return cls(kind, len(ordered), tuple(ordered[:EXAMPLES]))
+        return cls(kind, len(ordered), tuple(ordered[:MAX_EXAMPLES]))
 
     @classmethod
     def from_json(cls, held: Mapping[str, Any]) -> NamedGroup:
-        """The group that `dataclasses.asdict` gave."""
+        """Inverse of `dataclasses.asdict`."""
         return cls(held["kind"], held["count"], tuple(held["examples"]))
 
     def __str__(self) -> str:
@@ -58,12 +58,12 @@ class Source(Protocol):
 
     @property
     def digest(self) -> str:
-        """Names the samples: changes if a key, a label, a file's size or a pixel array does."""
+        """Hash of keys, labels, file sizes and pixel arrays: identifies the samples."""
         ...
 
     @property
     def version(self) -> str:
-        """Names the state of the files: changes with the time or the ETag of any, too."""
+        """Hash that also changes with the modification time or ETag of any file."""
         ...
 
     def __len__(self) -> int: ...
@@ -72,11 +72,11 @@ class Source(Protocol):
 
 
 def groups(named: Iterable[tuple[str, Iterable[str]]]) -> tuple[NamedGroup, ...]:
-    """A group for each kind that has names."""
+    """Return one group for each kind that has names."""
     found = (NamedGroup.of(kind, names) for kind, names in named)
     return tuple(group for group in found if group.count)
 
 
 def printable_name(name: str) -> str:
-    """A name as it can be stored: bytes of it that are no UTF-8 are spelt out."""
+    """Return a name that can be stored as UTF-8: other bytes are written as backslash escapes."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

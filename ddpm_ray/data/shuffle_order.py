@@ -1,20 +1,20 @@
-"""Which sample stands at which position of which batch: a pure function of the seed and the index.
+"""The sample at each position of each batch: a pure function of the seed and the index.
 
-In epoch e the shards are shuffled, the samples inside each shard are shuffled, and both are laid
-end to end: N samples. That line is cut into L lanes; every lane gives B / L samples to each global
-batch of B, lane l those at positions l * B / L to (l + 1) * B / L - 1, so that position p belongs
-to lane p * L // B. A lane is cut into blocks of `window_samples / L` samples, and a block is
-shuffled once more: it is what a reader holds in memory.
+In epoch e the shards are shuffled, the samples inside each shard are shuffled, and the shards are
+concatenated: a sequence of N samples. The sequence is split into L lanes. Each lane supplies B / L
+samples of every global batch of B: lane l supplies positions l * B / L to (l + 1) * B / L - 1, so
+position p belongs to lane p * L // B. A lane is split into blocks of `window_samples / L` samples,
+and each block is shuffled again; a worker holds whole blocks in memory.
 
-No sample is dropped, none is padded and each batch is full: epochs flow into one another, lane by
-lane, so the batch at an epoch's end may hold samples of two epochs (of more, where N < B). Each
-epoch is an exact permutation of the data set. Of N samples lane l gets N // L in epoch e, and one
-more if (l + e * m) % L < m with m = N % L: the extra ones rotate, so no two lanes are ever more
-than one sample apart, and the sum over epochs telescopes (`_lane_length_before`). So any step finds
-its samples without a look at the steps before.
+No sample is dropped or padded and every batch is full: each lane continues with the next epoch
+where the last one ended, so a batch may hold samples of two epochs (of more, if N < B). Each epoch
+is an exact permutation of the data set. In epoch e lane l has N // L samples, and one more if
+(l + e * m) % L < m with m = N % L: the extra samples rotate over the lanes, so that two lanes
+never differ by more than one sample, and the sum over epochs has a closed form
+(`_lane_length_before`). Any step therefore finds its samples without computing earlier steps.
 
-Random words are the raw stream of Philox4x64, keyed by (seed, epoch) with the purpose and two
-numbers in its counter. NumPy keeps raw streams for ever; Generator.permutation may change.
+Random words are the raw stream of Philox4x64, keyed by (seed, epoch), with the purpose and two
+numbers in its counter. NumPy guarantees raw streams across versions, but not Generator.permutation.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Int64s = npt.NDArray[np.int64]
 
 
 class Shuffle(IntEnum):
-    """What a permutation is for; part of the counter, so that no two share random words."""
+    """Purpose of a permutation; part of the counter, so that no two share random words."""
 
     SHARDS = 1
     ROWS = 2  # of one shard
@@ -41,12 +41,12 @@ class Shuffle(IntEnum):
 def permutation(
     count: int, seed: int, epoch: int, purpose: Shuffle, first: int = 0, second: int = 0
 ) -> Int64s:
-    """A permutation of 0..count-1, the same for the same numbers on every machine; seed < 2^64."""
+    """Return a permutation of 0..count-1 that is equal on every machine; seed < 2^64."""
     key = np.array([seed, epoch], dtype=np.uint64)  # a list of ints would go through float64
     counter = np.array([0, purpose, first, second], dtype=np.uint64)
     words = np.random.Philox(key=key, counter=counter).random_raw(count)
-    # The low bits become the index: keys are unique then, so that any sort gives the same answer,
-    # and sorting the words themselves is 4 x faster than argsort.
+    # The low bits are replaced by the index: keys are then unique, so that every sorting algorithm
+    # gives the same result, and sorting the words themselves is 4 x faster than argsort.
     bits = np.uint64(count.bit_length())
     keys = (words >> bits << bits) | np.arange(count, dtype=np.uint64)
     keys.sort()
@@ -55,19 +55,19 @@ def permutation(
 
 @dataclass(frozen=True)
 class Block:
-    """A run of one lane's samples that are shuffled together."""
+    """Consecutive samples of one lane that are shuffled together."""
 
     lane: int
     epoch: int
     number: int  # within the lane's part of the epoch
-    first: int  # the lane's sample count before it, all epochs together
-    start: int  # where it begins on the epoch's line
+    first: int  # number of its first sample in the lane, counted over all epochs
+    start: int  # its first index in the epoch's sequence
     samples: int
 
 
 @dataclass(frozen=True, eq=False)
 class Order:
-    """The order of a data set with `counts` samples per shard, for ever and for all workers."""
+    """The order of a data set with `counts` samples per shard, for all steps and workers."""
 
     counts: tuple[int, ...]  # samples in each shard, in the order of the index
     seed: int
@@ -79,30 +79,30 @@ class Order:
         if self.lanes < 1 or self.global_batch_size % self.lanes != 0:
             raise ValueError(
                 f"lanes is {self.lanes} and global_batch_size is {self.global_batch_size}; "
-                "the batch must be a multiple of the lanes"
+                "global_batch_size must be a multiple of lanes"
             )
         if self.samples < 1:
-            raise ValueError("counts adds up to 0 samples; there must be at least 1")
+            raise ValueError("counts has 0 samples in total; there must be at least 1")
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"seed is {self.seed}; it must be in 0..2^64-1")
 
     @cached_property
     def samples(self) -> int:
-        """N, the samples of one epoch."""
+        """Samples in one epoch, N."""
         return sum(self.counts)
 
     @property
     def lane_batch(self) -> int:
-        """Samples that each lane gives to each batch, B / L."""
+        """Samples of each batch that one lane supplies, B / L."""
         return self.global_batch_size // self.lanes
 
     @property
     def block_samples(self) -> int:
-        """Samples of a whole block."""
+        """Samples of a full block."""
         return max(1, self.window_samples // self.lanes)
 
     def blocks(self, lane: int, sample: int) -> Iterator[Block]:
-        """The blocks of `lane`, without end, from the one that holds its sample number `sample`."""
+        """Yield the blocks of `lane` without end, from the one with its sample `sample` on."""
         epoch = self._epoch_of(lane, sample)
         inside = sample - self._lane_length_before(lane, epoch)
         while True:
@@ -115,25 +115,25 @@ class Order:
             epoch, inside = epoch + 1, 0
 
     def shards(self, block: Block) -> Int64s:
-        """The shards that a block needs, as they stand on the epoch's line."""
-        shards, ends = _line(self, block.epoch)
+        """Return the shards of a block, in the order of the epoch's sequence."""
+        shards, ends = _sequence(self, block.epoch)
         first, last = np.searchsorted(
             ends, [block.start, block.start + block.samples - 1], side="right"
         )
         return shards[first : last + 1]
 
     def rows(self, block: Block) -> tuple[Int64s, Int64s]:
-        """The shard and the row in it of each sample of a block, both [block.samples], in order."""
-        shards, ends = _line(self, block.epoch)
+        """Return the shard and row of each sample of a block, both [block.samples], in order."""
+        shards, ends = _sequence(self, block.epoch)
         stop, parts = block.start + block.samples, []
-        place, at = int(np.searchsorted(ends, block.start, side="right")), block.start
+        index, at = int(np.searchsorted(ends, block.start, side="right")), block.start
         while at < stop:
-            shard, end = int(shards[place]), int(ends[place])
+            shard, end = int(shards[index]), int(ends[index])
             count = self.counts[shard]
             rows = permutation(count, self.seed, block.epoch, Shuffle.ROWS, shard)
             rows = rows[at - (end - count) : stop - (end - count)]
             parts.append((np.full(len(rows), shard), rows))
-            place, at = place + 1, max(at, end)
+            index, at = index + 1, max(at, end)
         mixed = permutation(
             block.samples, self.seed, block.epoch, Shuffle.BLOCK, block.lane, block.number
         )
@@ -141,32 +141,32 @@ class Order:
         return shard_of[mixed], row_of[mixed]
 
     def _lane_length_before(self, lane: int, epoch: int) -> int:
-        """Samples of `lane` in epochs 0..epoch-1: the extras are the times that l + e * m wraps."""
+        """Samples of `lane` in epochs 0..epoch-1; one extra each time l + e * m wraps mod L."""
         whole, m = divmod(self.samples, self.lanes)
         wraps = (lane + (epoch - 1) * m) // self.lanes - (lane - m) // self.lanes
         return epoch * whole + wraps
 
     def _lane_start(self, lane: int, epoch: int) -> int:
-        """Where `lane` begins on the epoch's line: the lengths of the lanes before it."""
+        """First index of `lane` in the epoch's sequence: the total length of lanes 0..lane-1."""
         whole, m = divmod(self.samples, self.lanes)
-        turn = epoch * m % self.lanes
+        offset = epoch * m % self.lanes
 
         def extras(stop: int) -> int:  # numbers x in 0..stop-1 with x % L < m
             return stop // self.lanes * m + min(stop % self.lanes, m)
 
-        return lane * whole + extras(turn + lane) - extras(turn)
+        return lane * whole + extras(offset + lane) - extras(offset)
 
     def _epoch_of(self, lane: int, sample: int) -> int:
         """The epoch that holds the sample number `sample` of `lane`."""
-        # A lane is never a whole sample away from epoch * N / L, so this is at most 2 too late.
+        # A lane's length differs from epoch * N / L by less than 1, so this is at most 2 too large.
         epoch = (sample + 1) * self.lanes // self.samples + 1
         while self._lane_length_before(lane, epoch) > sample:
             epoch -= 1
         return epoch
 
 
-@lru_cache(maxsize=4)  # every block of an epoch asks; a million shards take 0.1 s
-def _line(order: Order, epoch: int) -> tuple[Int64s, Int64s]:
-    """The shuffled shards of an epoch, and where each one ends."""
+@lru_cache(maxsize=4)  # used by every block of an epoch; takes 0.1 s for a million shards
+def _sequence(order: Order, epoch: int) -> tuple[Int64s, Int64s]:
+    """Return the shuffled shards of an epoch, and the end of each in the epoch's sequence."""
     shards = permutation(len(order.counts), order.seed, epoch, Shuffle.SHARDS)
     return shards, np.cumsum(np.asarray(order.counts, dtype=np.int64)[shards])

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ddpm_ray.collectives import Workers
+from ddpm_ray.data.dataset import Dataset
 from ddpm_ray.data.loader import read_images
-from ddpm_ray.data.shards import Dataset
 from ddpm_ray.evaluation.features.feature_extractor import FeatureNet
 from ddpm_ray.evaluation.features.inception import SPATIAL
 from ddpm_ray.evaluation.nearest_neighbours import first_by, nearest_squares

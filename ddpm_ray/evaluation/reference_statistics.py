@@ -17,8 +17,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ddpm_ray.collectives import Workers
+from ddpm_ray.data.dataset import Dataset
 from ddpm_ray.data.loader import read_images
-from ddpm_ray.data.shards import Dataset
 from ddpm_ray.evaluation.features.feature_extractor import FeatureNet
 from ddpm_ray.evaluation.frechet import Moments
 from ddpm_ray.storage import object_store

@@ -14,7 +14,7 @@ from ddpm_ray.assembly import checkpoint_loading, diffusion, training_run
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.ema_search import AverageConfig
 from ddpm_ray.config.loading import ConfigError, from_dict, to_dict
-from ddpm_ray.data.shards import open_dataset
+from ddpm_ray.data.dataset import open_dataset
 from ddpm_ray.distributed import fatal_errors, startup, worker_group
 from ddpm_ray.distributed.control_actor import RunControl
 from ddpm_ray.evaluation import sample_quality

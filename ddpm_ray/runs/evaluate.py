@@ -17,7 +17,7 @@ from ddpm_ray.config.evaluation import EvaluationConfig
 from ddpm_ray.config.jobs import EvaluateConfig
 from ddpm_ray.config.loading import ConfigError, from_dict, to_dict
 from ddpm_ray.config.run import RunConfig
-from ddpm_ray.data.shards import Dataset, open_dataset
+from ddpm_ray.data.dataset import Dataset, open_dataset
 from ddpm_ray.distributed import fatal_errors, startup, worker_group
 from ddpm_ray.distributed.control_actor import RunControl
 from ddpm_ray.evaluation import sample_quality

@@ -8,10 +8,10 @@ from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
 from ddpm_ray.config.pack import PackConfig
+from ddpm_ray.data.dataset import Dataset
 from ddpm_ray.data.packing import pack_report, packer
 from ddpm_ray.data.packing.pack_report import PackReport
-from ddpm_ray.data.packing.packer import Packed, Plan
-from ddpm_ray.data.shards import Dataset
+from ddpm_ray.data.packing.packer import PackedShard, PackPlan
 
 if TYPE_CHECKING:
     import ray
@@ -36,10 +36,10 @@ def pack(
     config.address. Raises DatasetError, BadImageError, RunFailedError or StorageError, and then
     writes no manifest.
     """
-    plan = packer.plan(source, destination, config)
-    if (dataset := packer.finished(plan)) is not None:
+    plan = packer.make_plan(source, destination, config)
+    if (dataset := packer.find_finished(plan)) is not None:
         return _result_of(dataset)
-    done: list[Packed] = []
+    done: list[PackedShard] = []
     for shard in _here(plan) if plan.shards == 1 else _on_ray(plan, config):
         done.append(shard)
         if on_progress is not None:
@@ -52,11 +52,11 @@ def _result_of(dataset: Dataset) -> PackResult:
     return PackResult(dataset, record.report if record else None)
 
 
-def _here(plan: Plan) -> Iterator[Packed]:
+def _here(plan: PackPlan) -> Iterator[PackedShard]:
     return (packer.pack_shard(plan, number) for number in range(plan.shards))
 
 
-def _on_ray(plan: Plan, config: PackConfig) -> Iterator[Packed]:
+def _on_ray(plan: PackPlan, config: PackConfig) -> Iterator[PackedShard]:
     """Yield shards as they are packed, at most `num_workers` at once (0: one per CPU)."""
     import ray  # takes seconds; the source is checked before
 
@@ -78,12 +78,12 @@ def _on_ray(plan: Plan, config: PackConfig) -> Iterator[Packed]:
                 ray.cancel(reference)
 
 
-def _result(reference: ray.ObjectRef[Packed]) -> Packed:
+def _result(reference: ray.ObjectRef[PackedShard]) -> PackedShard:
     """Return a task's result, or raise its own error without Ray's wrapper."""
     import ray
 
     try:
-        packed: Packed = ray.get(reference)
+        packed: PackedShard = ray.get(reference)
     except ray.exceptions.RayTaskError as error:
         raise error.cause from None
     return packed

@@ -21,8 +21,8 @@ from ddpm_ray.assembly import diffusion, training_run
 from ddpm_ray.config.loading import ConfigError, flat, to_dict, to_yaml
 from ddpm_ray.config.pack import PackConfig
 from ddpm_ray.config.run import RunConfig
+from ddpm_ray.data.dataset import MANIFEST, Dataset, open_dataset
 from ddpm_ray.data.packing import builtin_datasets
-from ddpm_ray.data.shards import MANIFEST, Dataset, open_dataset
 from ddpm_ray.distributed import worker_group
 from ddpm_ray.redaction import counted
 from ddpm_ray.reporting import Progress

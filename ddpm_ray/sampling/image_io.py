@@ -13,7 +13,7 @@ from ddpm_ray.data.packing.image_files import (
     ORIENTATION,
     BadImageError,
     open_image,
-    pixels,
+    to_pixels,
 )
 from ddpm_ray.sampling.editing import Mask
 from ddpm_ray.storage import object_store
@@ -29,7 +29,7 @@ def read_image(file: str, channels: int) -> npt.NDArray[np.uint8]:
     """
     remedy = "name a picture of one frame, of 8 bits grey or RGB"
     try:
-        return pixels(open_image(Path(file).read_bytes(), file, channels, MOST_PIXELS))
+        return to_pixels(open_image(Path(file).read_bytes(), file, channels, MOST_PIXELS))
     except OSError as error:
         raise BadImageError(file, error.strerror or "cannot be read", remedy) from error
     except BadImageError as error:

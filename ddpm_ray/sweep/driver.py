@@ -22,7 +22,7 @@ from ddpm_ray.assembly import diffusion
 from ddpm_ray.config.loading import flat, from_dict, to_dict, with_values
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.sweep import SweepConfig
-from ddpm_ray.data.shards import Dataset
+from ddpm_ray.data.dataset import Dataset
 from ddpm_ray.data.transforms import mean_square
 from ddpm_ray.diffusion.schedule_diagnostics import ScheduleDiagnostics, diagnose_schedule
 from ddpm_ray.distributed import worker_group

@@ -12,7 +12,7 @@ from PIL import Image
 
 from ddpm_ray.config.loading import flat, to_yaml
 from ddpm_ray.config.sweep import SweepConfig
-from ddpm_ray.data.shards import Dataset
+from ddpm_ray.data.dataset import Dataset
 from ddpm_ray.data.transforms import pixel_variance
 from ddpm_ray.evaluation.loss_by_snr import linear_guess
 from ddpm_ray.runs.run_identity import IDENTITY

@@ -1,4 +1,4 @@
-"""Real data sets in folders, small enough to tell each image by its number."""
+"""Fixtures: small packed data sets in which each image encodes its number."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,17 +8,16 @@ import pytest
 import torch
 
 from ddpm_ray.config.pack import Encoding, PackConfig
-from ddpm_ray.data import shards
+from ddpm_ray.data.dataset import Dataset, Recipe
 from ddpm_ray.data.packing import packer
 from ddpm_ray.data.packing.sources import ArraySource
-from ddpm_ray.data.shards import Dataset
 
 MakeDataset = Callable[..., Dataset]
 
 
 @pytest.fixture
 def make_dataset(tmp_path: Path) -> MakeDataset:
-    """A data set of `samples` random images of 2x3 grey pixels, `shard_samples` to a shard.
+    """Pack `samples` grey images of 2 x 3 pixels, `shard_samples` per shard.
 
     Image n holds the digits of n to base 250, so that an image tells which one it is.
     """
@@ -30,10 +29,10 @@ def make_dataset(tmp_path: Path) -> MakeDataset:
         images = np.zeros((samples, 2, 3, 1), np.uint8)
         images[:, 0, 0, 0], images[:, 1, 2, 0] = numbers // 250, numbers % 250
         source = ArraySource("n", images, numbers % 7, tuple("abcdefg"))
-        recipe = shards.Recipe((2, 3, 1), encoding, "none", source.label_names, source.digest)
+        recipe = Recipe((2, 3, 1), encoding, "none", source.label_names, source.digest)
         count = -(-samples // shard_samples)
         place = url or str(tmp_path / "set")
-        plan = packer.Plan(source, place, PackConfig(), recipe, count, shard_samples)
+        plan = packer.PackPlan(source, place, PackConfig(), recipe, count, shard_samples)
         return packer.finish(plan, [packer.pack_shard(plan, n) for n in range(count)])
 
     return make
@@ -41,7 +40,7 @@ def make_dataset(tmp_path: Path) -> MakeDataset:
 
 @pytest.fixture
 def numbers_of() -> Callable[[torch.Tensor], list[int]]:
-    """Which images of `make_dataset` these [n, 2, 3, 1] are."""
+    """Return the numbers of images [n, 2, 3, 1] of `make_dataset`."""
 
     def find(images: torch.Tensor) -> list[int]:
         wide = images.to(torch.int64)

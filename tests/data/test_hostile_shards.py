@@ -1,4 +1,4 @@
-"""Shards of somebody who means harm: an error of one line, and nothing run, deleted or filled."""
+"""Malicious shards raise one-line errors; no code runs, no file is deleted, no memory is filled."""
 
 import contextlib
 import dataclasses
@@ -20,10 +20,19 @@ from hypothesis import strategies as st
 
 from ddpm_ray.data import arrow_io, shard_index, shards
 from ddpm_ray.data.arrow_io import ArrowFileError
+from ddpm_ray.data.dataset import (
+    FORMAT,
+    Dataset,
+    DatasetError,
+    Recipe,
+    ShardRow,
+    manifest_of,
+    open_dataset,
+)
 from ddpm_ray.data.loader import ShardStream
-from ddpm_ray.data.packing.image_files import encoded
+from ddpm_ray.data.packing.image_files import encode_image
 from ddpm_ray.data.shard_cache import ShardCache
-from ddpm_ray.data.shards import Dataset, DatasetError, Recipe, ShardRow, fetch_shard, open_dataset
+from ddpm_ray.data.shards import fetch_shard
 from ddpm_ray.storage.object_store import StorageError
 from tests.data.test_image_files import bomb
 
@@ -37,14 +46,14 @@ GOOD = shards.shard_bytes(IMAGES, [0, 1, 2, 3], list("abcd"))
 
 
 def row(data: bytes, samples: int = 4, **changes: Any) -> ShardRow:
-    """A true row of the index for the shard `data`, but for `changes`."""
+    """Return a correct index row for the shard `data`, with `changes` applied."""
     sha256 = hashlib.sha256(data).hexdigest()
     true = ShardRow("shard-00000.arrow", samples, len(data), sha256, [9], [9])
     return dataclasses.replace(true, **changes)
 
 
 def publish(folder: Path, data: bytes, recipe: Recipe = RECIPE, **changes: Any) -> str:
-    """A data set whose hashes all agree, as its owner can make it of anything."""
+    """Write a data set with consistent hashes and arbitrary contents."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "shard-00000.arrow").write_bytes(data)
     table = pa.Table.from_pylist(
@@ -54,23 +63,23 @@ def publish(folder: Path, data: bytes, recipe: Recipe = RECIPE, **changes: Any) 
     index = arrow_io.write(table)
     (folder / "index.arrow").write_bytes(index)
     digest = hashlib.sha256(index).hexdigest()
-    manifest = {"format": shards.FORMAT, "index_sha256": digest}
-    # Of some indexes no totals can be taken: no samples, no numbers. They have this bare manifest,
-    # as they are refused before one looks further.
+    manifest = {"format": FORMAT, "index_sha256": digest}
+    # Some indexes have no totals (no samples, no numbers). They get this minimal manifest and are
+    # refused before the rest of it is compared.
     with contextlib.suppress(ValueError, TypeError, ZeroDivisionError):
-        manifest = json.loads(shards._manifest(table, digest).to_json())
+        manifest = json.loads(manifest_of(table, digest).to_json())
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return str(folder)
 
 
 def with_recipe(folder: Path, text: str) -> str:
-    """A data set whose index holds `text` as its recipe, and whose manifest fits the index."""
+    """Write a data set whose index has `text` as its recipe, with a matching manifest."""
     url = publish(folder, GOOD)
     rows = [dataclasses.asdict(row(GOOD))]
     schema = shard_index.SCHEMA.with_metadata({"recipe": text})
     index = arrow_io.write(pa.Table.from_pylist(rows, schema=schema))
     (folder / "index.arrow").write_bytes(index)
-    manifest = {"format": shards.FORMAT, "index_sha256": hashlib.sha256(index).hexdigest()}
+    manifest = {"format": FORMAT, "index_sha256": hashlib.sha256(index).hexdigest()}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return url
 
@@ -90,12 +99,12 @@ def test_a_true_one_is_read(tmp_path: Path) -> None:
         ({"sha256": "/home/me/thesis.tex"}, r"sha256 is '/home/me/thesis.tex'; it must match"),
         ({"sha256": "../" * 21 + "x"}, r"sha256 is '../../"),
         ({"sha256": "A" * 64}, r"sha256 is 'AAAA"),
-        ({"samples": 0}, r"samples goes from 0 to 0; it must lie in 1.."),
-        ({"samples": -(2**62)}, r"samples goes from -4611"),
-        ({"stored_bytes": 2**50}, r"stored_bytes goes from 1125899906842624"),
-        ({"pixel_sum": [1, 2, 3]}, r"pixel_sum has not 1 numbers for each shard"),
+        ({"samples": 0}, r"samples ranges from 0 to 0; it must be in 1.."),
+        ({"samples": -(2**62)}, r"samples ranges from -4611"),
+        ({"stored_bytes": 2**50}, r"stored_bytes ranges from 1125899906842624"),
+        ({"pixel_sum": [1, 2, 3]}, r"pixel_sum does not have 1 numbers for each shard"),
     ],
-)  # fmt: skip
+)
 def test_an_index_names_nothing_but_shards(
     changes: dict[str, Any], problem: str, tmp_path: Path
 ) -> None:
@@ -108,12 +117,21 @@ def test_an_index_names_nothing_but_shards(
 @pytest.mark.parametrize(
     "changes",
     [
-        {"image_shape": (2**20, 2**20, 3)}, {"image_shape": (2, 3, 2)}, {"image_shape": (0, 3, 1)},
-        {"image_shape": (2, 3)}, {"image_shape": "233"}, {"encoding": "eps"}, {"encoding": ["raw"]},
-        {"image_shape": ("2", 3, 1)}, {"image_shape": (2.0, 3, 1)}, {"label_names": 3},
-        {"label_names": (3,)}, {"resize": None}, {"source_sha256": ["0"]},
+        {"image_shape": (2**20, 2**20, 3)},
+        {"image_shape": (2, 3, 2)},
+        {"image_shape": (0, 3, 1)},
+        {"image_shape": (2, 3)},
+        {"image_shape": "233"},
+        {"encoding": "eps"},
+        {"encoding": ["raw"]},
+        {"image_shape": ("2", 3, 1)},
+        {"image_shape": (2.0, 3, 1)},
+        {"label_names": 3},
+        {"label_names": (3,)},
+        {"resize": None},
+        {"source_sha256": ["0"]},
     ],
-)  # fmt: skip
+)
 def test_a_recipe_of_no_picture_is_refused(changes: dict[str, Any], tmp_path: Path) -> None:
     url = publish(tmp_path, GOOD, dataclasses.replace(RECIPE, **changes))
     named = "|".join((*changes, "its recipe"))
@@ -150,7 +168,7 @@ def test_a_folder_in_a_files_place_is_one_line(name: str, tmp_path: Path) -> Non
 
 
 def test_a_folder_in_the_cache_is_passed_over(tmp_path: Path) -> None:
-    """As a copied cache may hold one: the shard is read from where it is stored."""
+    """A copied cache may contain one; the shard is then read from the object store."""
     cache = ShardCache(tmp_path / "cache", 10**6)
     (cache.folder / hashlib.sha256(GOOD).hexdigest()).mkdir(parents=True)
     dataset = open_dataset(publish(tmp_path / "set", GOOD))
@@ -158,7 +176,7 @@ def test_a_folder_in_the_cache_is_passed_over(tmp_path: Path) -> None:
 
 
 def test_no_file_but_a_shard_of_the_cache_is_ever_deleted(tmp_path: Path) -> None:
-    """The cache drops a copy whose hash is wrong, under the name that the index gave it."""
+    """The cache deletes a damaged copy under the name that the index gives."""
     precious = tmp_path / "thesis.tex"
     precious.write_text("three years")
     url = publish(tmp_path / "set", GOOD, sha256=str(precious))
@@ -168,7 +186,7 @@ def test_no_file_but_a_shard_of_the_cache_is_ever_deleted(tmp_path: Path) -> Non
 
 
 class Bomb:
-    """A pickle that, once believed, makes a folder."""
+    """A pickle that creates a folder when it is loaded."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = str(folder)
@@ -180,13 +198,18 @@ class Bomb:
 @pytest.mark.parametrize(
     "name",
     [
-        "arrow.py_extension_type", "ray.data.arrow_tensor", "ray.data.arrow_tensor_v2",
-        "ray.data.arrow_variable_shaped_tensor", "ray.data.arrow_pickled_object",
-        "arrow.fixed_shape_tensor", "arrow.opaque", "nobody.knows",
+        "arrow.py_extension_type",
+        "ray.data.arrow_tensor",
+        "ray.data.arrow_tensor_v2",
+        "ray.data.arrow_variable_shaped_tensor",
+        "ray.data.arrow_pickled_object",
+        "arrow.fixed_shape_tensor",
+        "arrow.opaque",
+        "nobody.knows",
     ],
-)  # fmt: skip
+)
 def test_an_extension_type_runs_nothing(name: str, tmp_path: Path) -> None:
-    """Ray Data registers types of its own, which once unpickled what a file said."""
+    """Ray Data registers extension types, which used to unpickle metadata of the file."""
     pytest.importorskip("ray.data")
     kind, payload = pa.list_(pa.uint8(), 6), pickle.dumps(Bomb(tmp_path / "run"))
     reported = {"ARROW:extension:name": name, "ARROW:extension:metadata": payload}
@@ -226,15 +249,16 @@ HOSTILE = {
     "a pickle": (lambda: pickle.dumps([1] * 100), "not an Arrow file"),
     "no key": (lambda: with_columns(key=pa.array(range(4))), "its columns are .*key int64, not"),
     "more": (lambda: with_columns(more=pa.array(range(4))), "its columns are .*more int64, not"),
-    "no label": (lambda: with_columns(label=pa.array([1, None, 2, 3])), "it has empty cells"),
+    "no label": (lambda: with_columns(label=pa.array([1, None, 2, 3])), "it has null values"),
     "fewer": (
-        lambda: shards.shard_bytes(IMAGES[:2], [0, 1], ["a", "b"]), "its bytes and samples are"
+        lambda: shards.shard_bytes(IMAGES[:2], [0, 1], ["a", "b"]),
+        "its bytes and samples are",
     ),
     "larger images": (
         lambda: shards.shard_bytes(np.zeros((4, 9, 9, 1), np.uint8), [0] * 4, list("abcd")),
         r"its columns are image extension.*shape=\[9,9,1\]",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("which", HOSTILE)
@@ -247,7 +271,7 @@ def test_a_shard_is_its_columns_uncompressed_and_whole(which: str, tmp_path: Pat
 
 
 def test_an_offset_that_leads_out_of_its_buffer_is_seen() -> None:
-    """Arrow reads where an offset points to, in the memory of this process, unless it is asked."""
+    """Without validation Arrow reads at any offset in the memory of this process."""
     keys = pa.array(["abcdefgh"] * 4).buffers()[1].to_pybytes()
     wild = bytearray(keys)
     wild[4:8] = (2**30).to_bytes(4, "little")
@@ -279,11 +303,13 @@ print(read, refused)
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_damage_is_an_error_or_other_values_never_a_crash(seed: int) -> None:
-    """In a process of its own, because a wild read would end this one."""
+    """Runs in a subprocess, because an invalid read would kill this one."""
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(seed)], capture_output=True, text=True,
+        [sys.executable, "-c", SCRIPT, str(seed)],
+        capture_output=True,
+        text=True,
         cwd=Path(__file__).parents[2],
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     read, refused = map(int, done.stdout.split())
     assert read > 100
@@ -293,7 +319,7 @@ def test_damage_is_an_error_or_other_values_never_a_crash(seed: int) -> None:
 def test_shards_are_parsed_from_memory_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A mapped file that somebody cuts short ends the process with SIGBUS."""
+    """Truncating a memory-mapped file would kill the process with SIGBUS."""
     for name in ("memory_map", "OSFile", "input_stream"):
         monkeypatch.delattr(pa, name, raising=False)
     monkeypatch.setattr(np, "memmap", None)
@@ -307,9 +333,12 @@ def test_shards_are_parsed_from_memory_alone(
 @pytest.mark.parametrize(
     "file, problem",
     [
-        (bomb(30_000, 30_000), "30000 x 30000 pixels, and the manifest says 3 x 2"),
-        (encoded(np.zeros((3, 2, 1), np.uint8), "png"), "2 x 3 pixels, and the manifest says 3 x"),
-        (encoded(IMAGES[0], "webp"), "not a readable png image"),
+        (bomb(30_000, 30_000), "30000 x 30000 pixels, but the manifest says 3 x 2"),
+        (
+            encode_image(np.zeros((3, 2, 1), np.uint8), "png"),
+            "2 x 3 pixels, but the manifest says 3 x",
+        ),
+        (encode_image(IMAGES[0], "webp"), "not a readable png image"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 3 2\n", "not a readable png image"),
         (b"", "not a readable png image"),
     ],
@@ -317,13 +346,17 @@ def test_shards_are_parsed_from_memory_alone(
 def test_an_encoded_image_is_of_the_manifests_format_and_size(
     file: bytes, problem: str, tmp_path: Path
 ) -> None:
-    """Seen in its header: the first is 2.7 GB of pixels."""
+    """Refused by the header: the first would decode to 2.7 GB of pixels."""
     data = shards.shard_bytes([file] * 4, [0] * 4, ["a\x1b[2J\n"] * 4)
     url = publish(tmp_path, data, dataclasses.replace(RECIPE, encoding="png"))
     stream = ShardStream(
-        open_dataset(url), seed=0, global_batch_size=4, positions=range(4), lanes=1,
+        open_dataset(url),
+        seed=0,
+        global_batch_size=4,
+        positions=range(4),
+        lanes=1,
         window_bytes=2**20,
-    )  # fmt: skip
+    )
     with pytest.raises(DatasetError, match=problem) as refused:
         stream.batch(0)
     assert r"a\x1b[2J\n" in str(refused.value)
@@ -333,7 +366,7 @@ def test_an_encoded_image_is_of_the_manifests_format_and_size(
 @given(st.lists(st.text(max_size=8), min_size=4, max_size=4))
 @settings(max_examples=50)
 def test_any_key_is_kept_as_it_is(keys: list[str]) -> None:
-    """It is data; what is told of it is spelt out (tests/test_redaction.py)."""
+    """They are data; messages escape them (tests/test_redaction.py)."""
     clean = [key.encode("utf-8", "replace").decode() for key in keys]
     found = arrow_io.read(shards.shard_bytes(IMAGES, [0] * 4, clean), SCHEMA)
     assert found["key"].to_pylist() == clean

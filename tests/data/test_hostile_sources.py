@@ -1,4 +1,4 @@
-"""Images and tars of somebody who means harm: one line that says which, and nothing is spent."""
+"""Malicious images and tars raise one-line errors before memory or time is spent."""
 
 import dataclasses
 import io
@@ -11,10 +11,11 @@ import pytest
 from PIL import Image
 
 from ddpm_ray.config.pack import PackConfig
+from ddpm_ray.data.dataset import DatasetError
 from ddpm_ray.data.packing import packer
 from ddpm_ray.data.packing.image_files import FORMATS, SUFFIXES, BadImageError, open_image
 from ddpm_ray.data.packing.sources import open_source
-from ddpm_ray.data.shards import DatasetError, fetch_shard
+from ddpm_ray.data.shards import fetch_shard
 from tests.data.test_image_files import bomb, saved
 from tests.data.test_sources import png
 
@@ -32,7 +33,7 @@ def add(archive: tarfile.TarFile, name: str, data: bytes, **changes: object) -> 
 
 @pytest.fixture
 def tar(tmp_path: Path) -> Callable[[dict[str, bytes]], Path]:
-    """A tar with files of these names, as they stand."""
+    """Write a tar with members of exactly these names."""
 
     def make(files: dict[str, bytes], mode: str = "w", name: str = "a.tar") -> Path:
         path = tmp_path / "tars" / name
@@ -78,10 +79,10 @@ def test_listed_ones_are_opened(kind: str) -> None:
 
 
 def test_a_bomb_costs_no_memory(tmp_path: Path) -> None:
-    """A header that promises 10^12 pixels is refused where the first of them would be decoded."""
+    """A header that claims 10^12 pixels is refused before decoding."""
     (tmp_path / "a.png").write_bytes(bomb(10**6, 10**6))
     with pytest.raises(BadImageError, match="1000000 x 1000000 pixels, and max_pixels is 64000000"):
-        packer.plan(str(tmp_path), str(tmp_path / "set"), PackConfig())
+        packer.make_plan(str(tmp_path), str(tmp_path / "set"), PackConfig())
 
 
 def test_a_file_that_is_too_large_is_not_read(
@@ -93,8 +94,8 @@ def test_a_file_that_is_too_large_is_not_read(
     with (source / "a.png").open("wb") as huge:
         huge.truncate(2**40)  # no blocks: a terabyte on paper
     with pytest.raises(BadImageError, match=r"a.png: a file of more than 1048576 bytes \(max_file"):
-        packer.plan(str(source), str(tmp_path / "set"), options)
-    plan = packer.plan(
+        packer.make_plan(str(source), str(tmp_path / "set"), options)
+    plan = packer.make_plan(
         str(source), str(tmp_path / "set"), dataclasses.replace(options, on_bad_image="skip")
     )
     packed = packer.pack_shard(plan, 0)
@@ -110,19 +111,24 @@ def test_one_inside_a_tar_is_not_decoded(tar: Callable[..., Path]) -> None:
 
 
 def test_names_are_no_paths_and_are_spelt_out(tar: Callable[..., Path], tmp_path: Path) -> None:
-    """Members called ../../x and /etc/x are samples like others: nothing is ever unpacked."""
+    """Members named ../../x and /etc/x are ordinary samples: tars are never unpacked."""
     before = set(tmp_path.rglob("*"))
     path = tar({f"{EVIL}.png": png(1), "/etc/cron.d/x.png": png(2), "ok.png": b"broken"})
     options = PackConfig(on_bad_image="skip", encoding="png")
-    plan = packer.plan(str(path), str(tmp_path / "set"), options)
+    plan = packer.make_plan(str(path), str(tmp_path / "set"), options)
     packed = packer.pack_shard(plan, 0)
     dataset = packer.finish(plan, [packed])
     assert fetch_shard(dataset, 0).keys.to_pylist() == [EVIL, "etc/cron.d/x"]
     made = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")} - set(map(str, before))
     assert made == {
-        "tars", "tars/a.tar", "set", "set/index.arrow", "set/manifest.json",
-        "set/packing.json", "set/shard-00000.arrow",
-    }  # fmt: skip
+        "tars",
+        "tars/a.tar",
+        "set",
+        "set/index.arrow",
+        "set/manifest.json",
+        "set/packing.json",
+        "set/shard-00000.arrow",
+    }
     (line,) = packed.skipped
     assert line.isprintable()
 
@@ -130,11 +136,11 @@ def test_names_are_no_paths_and_are_spelt_out(tar: Callable[..., Path], tmp_path
 def test_an_error_that_names_one_stays_a_line(tar: Callable[..., Path], tmp_path: Path) -> None:
     path = tar({f"{EVIL}.png": POSTSCRIPT})
     with pytest.raises(BadImageError, match="not a readable image") as refused:
-        packer.plan(str(path), str(tmp_path / "set"), PackConfig())
+        packer.make_plan(str(path), str(tmp_path / "set"), PackConfig())
     assert SPELT in str(refused.value)
     assert str(refused.value).isprintable()
     path = tar({f"{EVIL}.png": png(1), "b.png": png(1), "b.cls": b"1"}, name="b.tar")
-    with pytest.raises(DatasetError, match=r"and .* has none; give every sample") as half:
+    with pytest.raises(DatasetError, match=r"but .* has none; give every sample") as half:
         open_source(str(path))
     assert str(half.value).isprintable()
 
@@ -146,7 +152,7 @@ def test_a_name_that_is_no_text_is_packed_all_the_same(
     folder.mkdir()
     Path(os.fsdecode(os.fsencode(folder) + b"/a\xff.png")).write_bytes(png(3))
     for place in (str(folder), str(tar({"a\udcff.png": png(3)}))):
-        plan = packer.plan(place, str(tmp_path / f"set{len(place)}"), PackConfig())
+        plan = packer.make_plan(place, str(tmp_path / f"set{len(place)}"), PackConfig())
         dataset = packer.finish(plan, [packer.pack_shard(plan, 0)])
         (key,) = fetch_shard(dataset, 0).keys.to_pylist()
         assert key.removesuffix(".png") == r"a\xff"
@@ -154,14 +160,14 @@ def test_a_name_that_is_no_text_is_packed_all_the_same(
 
 @pytest.mark.parametrize("mode", ["w:gz", "w:bz2", "w:xz"])
 def test_a_compressed_tar_is_no_tar(mode: str, tar: Callable[..., Path]) -> None:
-    """A megabyte of it could be a terabyte; and its offsets are those of what it unpacks to."""
+    """A megabyte could decompress to a terabyte, and offsets refer to the decompressed data."""
     path = tar({"a.png": bytes(10**6)}, mode=mode)
     with pytest.raises(DatasetError, match=r"a.tar: not a readable tar \("):
         open_source(str(path))
 
 
 def test_a_sparse_member_is_left_alone(tmp_path: Path, tar: Callable[..., Path]) -> None:
-    """Its header claims any size, and whoever reads it fills that with zeros."""
+    """Its header may claim any size, and reading it would fill that with zeros."""
     path = tar({"b.png": png(1)})
     with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as archive:
         for name in ("a.png", "a.cls"):
@@ -182,10 +188,18 @@ def test_a_sparse_member_is_left_alone(tmp_path: Path, tar: Callable[..., Path])
 @pytest.mark.parametrize(
     "name, content, problem",
     [
-        ("a.cls", b"999999999999", r"a.cls: label 999999999999 is not below 1048576"),
-        ("a.cls", b"9" * 5000, "a.cls holds '9{40}', which is no label"),
-        ("a.json", b"[" * 200_000, r"a.json is no JSON \(maximum recursion depth exceeded"),
-        ("a.json", b'{"label": 4294967296}', "a.json: label 4294967296 is not below"),
+        (
+            "a.cls",
+            b"999999999999",
+            r"a.cls: label 999999999999 is too large; it must be below 1048576",
+        ),
+        ("a.cls", b"9" * 5000, "a.cls holds '9{40}', which is not a label"),
+        ("a.json", b"[" * 200_000, r"a.json is not JSON \(maximum recursion depth exceeded"),
+        (
+            "a.json",
+            b'{"label": 4294967296}',
+            "a.json: label 4294967296 is too large; it must be below",
+        ),
         ("a.json", b'{"label": "' + b"x" * 5000 + b'"}', "the label in a.json has 5000 char"),
         ("a.json", b" " * 2**20 + b'{"label": 1}', "a.json has more than 1048576 bytes"),
     ],
@@ -200,10 +214,10 @@ def test_a_label_costs_no_more_than_it_says(
 
 
 def test_other_kinds_of_members_are_no_files(tmp_path: Path, tar: Callable[..., Path]) -> None:
-    """A link's target would be read with the rights of whoever packs."""
+    """The link's target would be read with the permissions of the packing user."""
     path = tar({})
     with tarfile.open(path, "w") as archive:
         for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE):
             add(archive, f"{kind!r}.png", b"", type=kind, linkname="/etc/passwd")
-    with pytest.raises(DatasetError, match="there is no image in its tars"):
+    with pytest.raises(DatasetError, match="its tars have no image"):
         open_source(str(path))

@@ -1,4 +1,4 @@
-"""What the workers get: the same global batches however they are divided, and clear errors."""
+"""Global batches do not depend on how they are divided over workers; errors are clear."""
 
 import os
 import threading
@@ -14,9 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ddpm_ray.data import prefetcher
+from ddpm_ray.data.dataset import Dataset
 from ddpm_ray.data.loader import ShardStream, read_images
 from ddpm_ray.data.packing import image_files
-from ddpm_ray.data.shards import Dataset, ShardCorruptError, fetch_shard
+from ddpm_ray.data.shards import ShardCorruptError, fetch_shard
 from ddpm_ray.data.shuffle_order import Block
 from ddpm_ray.storage import object_store
 from ddpm_ray.storage.object_store import StorageError
@@ -47,7 +48,7 @@ def open_stream(
 def test_any_division_and_any_start_give_the_same_batches(
     make_dataset: MakeDataset, numbers_of: NumbersOf, data: st.DataObject
 ) -> None:
-    """The same for tiny sets (epochs within a batch) and windows of a sample or of everything."""
+    """Also for tiny sets (epochs within a batch) and windows of one sample or the whole set."""
     samples = data.draw(st.integers(1, 60))
     dataset = make_dataset(samples, data.draw(st.integers(1, 20)))
     window_bytes = data.draw(st.sampled_from([1, 40, 200, 100_000]))
@@ -102,7 +103,7 @@ def test_a_jump_gives_what_a_straight_way_gives(
 
 
 def test_a_batch_stays_as_it_was_given(make_dataset: MakeDataset, numbers_of: NumbersOf) -> None:
-    """It must not lie in memory that the reader goes on with."""
+    """A batch must not share memory with the prefetcher's buffers."""
     stream = open_stream(make_dataset(60, 7))
     first = stream.batch(0)
     numbers = numbers_of(first.images)
@@ -127,13 +128,13 @@ def test_each_shard_is_fetched_once_an_epoch_but_at_the_cuts(make_dataset: MakeD
 
 def test_memory_is_bounded_by_two_windows_and_a_batch(make_dataset: MakeDataset) -> None:
     dataset, held_bytes = make_dataset(600, 20), set()
-    has_room = prefetcher.Reader._has_room
+    has_room = prefetcher.Prefetcher._has_room
 
-    def watched(self: prefetcher.Reader, block: Block) -> bool:
+    def watched(self: prefetcher.Prefetcher, block: Block) -> bool:
         held_bytes.add(6 * self._held_samples)
         return has_room(self, block)
 
-    with mock.patch.object(prefetcher.Reader, "_has_room", watched):
+    with mock.patch.object(prefetcher.Prefetcher, "_has_room", watched):
         stream = open_stream(dataset, window_bytes=600)
         for step in range(100):
             stream.batch(step)
@@ -209,7 +210,7 @@ def test_a_closed_stream_says_so(make_dataset: MakeDataset) -> None:
     stream = open_stream(make_dataset(60, 7))
     stream.batch(0)
     stream.close()
-    with pytest.raises(RuntimeError, match="this stream is closed"):
+    with pytest.raises(RuntimeError, match="this ShardStream is closed"):
         stream.batch(1)
 
 
@@ -219,14 +220,14 @@ def test_a_closed_stream_says_so(make_dataset: MakeDataset) -> None:
 def test_positions_outside_the_batch_are_refused(
     make_dataset: MakeDataset, positions: range
 ) -> None:
-    with pytest.raises(ValueError, match=r"positions is range\(.*numbers below 12"):
+    with pytest.raises(ValueError, match=r"positions is range\(.*within 0..12"):
         open_stream(make_dataset(60, 7), positions)
 
 
 def test_from_a_bucket_through_the_cache(
     make_dataset: MakeDataset, numbers_of: NumbersOf, s3: str, tmp_path: Path
 ) -> None:
-    """A second epoch reads no shard from the bucket; a rotten cached file is fetched again."""
+    """A second epoch reads no shard from the bucket; a damaged cached file is fetched again."""
     dataset = make_dataset(60, 7, f"{s3}/streamed")
     cache = tmp_path / "cache"
     options = {"seed": 7, "global_batch_size": 12, "lanes": 3, "window_bytes": 30}
@@ -251,7 +252,7 @@ def test_from_a_bucket_through_the_cache(
 
 @pytest.fixture(params=[1, 3, 5])
 def torch_threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    """As many threads as a worker of that many CPUs sets."""
+    """Set torch's threads as a worker with that many CPUs does."""
     before, count = torch.get_num_threads(), int(request.param)
     torch.set_num_threads(count)
     yield count
@@ -266,10 +267,10 @@ def test_a_worker_decodes_on_its_own_cpus_alone_on_any_system(
     way: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """As many images at once as torch has threads; macOS does not know a process' set of CPUs."""
+    """Images are decoded in as many threads as torch uses; macOS has no CPU affinity to ask."""
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     dataset = make_dataset(60, 60, encoding="png")
-    all_busy, decode = threading.Barrier(torch_threads, timeout=60), image_files.decoded
+    all_busy, decode = threading.Barrier(torch_threads, timeout=60), image_files.decode_stored
     lock, busy, most = threading.Lock(), 0, 0
 
     def decoded(*args: Any) -> Any:
@@ -282,7 +283,7 @@ def test_a_worker_decodes_on_its_own_cpus_alone_on_any_system(
             busy -= 1
         return decode(*args)
 
-    monkeypatch.setattr(image_files, "decoded", decoded)
+    monkeypatch.setattr(image_files, "decode_stored", decoded)
     if way == "all":
         found = [n for batch in read_images(dataset, [0]) for n in numbers_of(batch.images)]
     else:

@@ -1,4 +1,4 @@
-"""Labels beside images, in metadata.csv and metadata.jsonl; what else these hold is named."""
+"""Labels from metadata.csv and metadata.jsonl; other columns are listed as not packed."""
 
 import json
 from pathlib import Path
@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 
 from ddpm_ray.config.pack import PackConfig
+from ddpm_ray.data.dataset import DatasetError
 from ddpm_ray.data.packing.sources import open_source
 from ddpm_ray.data.samples import Source
-from ddpm_ray.data.shards import DatasetError
 from tests.data.test_source_files import keys, left_out, write
 from tests.data.test_tar_source import labels
 
-TEXT = "columns of metadata.csv without a place in a shard"
+TEXT = "columns of metadata.csv not supported in shards"
 
 
 def opened(
@@ -43,9 +43,12 @@ def test_names_are_classes_and_folders_are_not(tmp_path: Path) -> None:
     source = opened(tmp_path, metadata, "metadata.jsonl")
     assert source.label_names == ("ant", "cow", "fox")
     assert dict(zip(keys(source), labels(source), strict=True)) == {
-        "d.png": 1, "x/a.png": 2, "x/b.png": 0, "y/c.png": 2,
-    }  # fmt: skip
-    unused = "names of folders, which are no classes beside a metadata file"
+        "d.png": 1,
+        "x/a.png": 2,
+        "x/b.png": 0,
+        "y/c.png": 2,
+    }
+    unused = "names of folders, not used as classes because a metadata file has the labels"
     assert left_out(source) == {unused: (2, ("x", "y"))}
 
 
@@ -63,7 +66,7 @@ def test_one_folder_beside_a_metadata_file_is_no_class(tmp_path: Path) -> None:
     write(tmp_path, "images/1.png", "images/2.png")
     source = opened(tmp_path, "file_name,text\nimages/1.png,x\n")
     assert (source.label_names, labels(source)) == ((), [-1, -1])
-    unknown = "images that no metadata file names (packed all the same)"
+    unknown = "images that no metadata file names (packed as well)"
     assert left_out(source)[unknown] == (1, ("images/2.png",))
 
 
@@ -90,13 +93,13 @@ def row(name: str, label: object) -> str:
     "name, metadata, message",
     [
         (CSV, "file,label\na.png,1\n", "its columns are file, label: none is file_name"),
-        (CSV, HEAD + "a.png,1\n", "b.png has no label in it, as 1 of 2 images"),
-        (CSV, HEAD + "a.png,1\nb.png,\n", "b.png has no label in it"),
+        (CSV, HEAD + "a.png,1\n", "1 of 2 images have no label; the first is b.png"),
+        (CSV, HEAD + "a.png,1\nb.png,\n", "1 of 2 images have no label; the first is b.png"),
         (CSV, HEAD + "a.png,1\nb.png,x\nc.png,2\n", "line 4 names 'c.png', and"),
         (CSV, HEAD + "../a.png,1\n", "line 2 names '../a.png', and there is no"),
         (CSV, HEAD + "a.png,1\na.png,1\n", "line 3 names 'a.png' a second time"),
-        (CSV, HEAD + "a.png,1,2\n", "line 2: it has not 2 cells"),
-        (CSV, HEAD + "a.png\n", "line 2: it has not 2 cells"),
+        (CSV, HEAD + "a.png,1,2\n", "line 2: it does not have 2 cells"),
+        (CSV, HEAD + "a.png\n", "line 2: it does not have 2 cells"),
         (CSV, "file_name,x,x\na.png,1,2\n", "two columns have the same name"),
         (CSV, HEAD + '"a.png,1\n', "line 1: unexpected end of data"),
         (CSV, HEAD.encode() + b"\xff.png,1\n", "'utf-8' codec can't decode"),
@@ -107,12 +110,15 @@ def row(name: str, label: object) -> str:
         (JSONL, jsonl({"label": 1}), "line 1 has no file_name"),
         (JSONL, row("a.png", -1), "line 1: label -1 is negative"),
         (JSONL, row("a.png", [1]), "label in line 1 is"),
-        (JSONL, row("a.png", 10**12), "is not below 1048576"),
-        (JSONL, row("a.png", 1) + row("b.png", "x"),
-         r"some labels are numbers \(1\) and some are names \('x'\)"),
+        (JSONL, row("a.png", 10**12), "is too large; it must be below 1048576"),
+        (
+            JSONL,
+            row("a.png", 1) + row("b.png", "x"),
+            r"some labels are numbers \(1\) and some are names \('x'\)",
+        ),
     ],
     ids=range(20),
-)  # fmt: skip
+)
 def test_what_would_be_lost_ends_with_a_line(
     name: str, metadata: str | bytes, message: str, tmp_path: Path
 ) -> None:
@@ -126,7 +132,7 @@ def test_rows_of_images_that_are_missing_are_named_where_wished(tmp_path: Path) 
     rows = "file_name,label\na.png,1\nb.png,0\n"
     source = opened(tmp_path, rows, on_bad_image="skip")
     assert labels(source) == [1]
-    missing = "images that a metadata file names and that are not there"
+    missing = "images that a metadata file names but that do not exist"
     assert left_out(source) == {missing: (1, ("b.png",))}
 
 
@@ -143,5 +149,5 @@ def test_a_metadata_file_that_is_too_large_is_not_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize("key", ["image_key", "label_key"])
 def test_a_key_that_chooses_nothing_in_a_folder_is_refused(key: str, tmp_path: Path) -> None:
     write(tmp_path, "a.png")
-    with pytest.raises(DatasetError, match=f"{key} is 'x', and .* leave {key} empty"):
+    with pytest.raises(DatasetError, match=f"{key} is 'x', but .* leave {key} empty"):
         open_source(str(tmp_path), PackConfig(**{key: "x"}))  # type: ignore[arg-type]

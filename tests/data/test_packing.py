@@ -1,4 +1,4 @@
-"""From a source to a whole data set: same bytes from any tasks, resumable, never half."""
+"""Packing: equal bytes from any tasks, resumable, and no manifest before all shards exist."""
 
 import dataclasses
 import errno
@@ -14,19 +14,20 @@ import pytest
 from PIL import Image
 
 from ddpm_ray.config.pack import PackConfig
+from ddpm_ray.data.dataset import Dataset, DatasetError, open_dataset
 from ddpm_ray.data.loader import read_images
 from ddpm_ray.data.packing import pack_report, packer
 from ddpm_ray.data.packing.image_files import BadImageError
 from ddpm_ray.data.packing.pack_report import PackReport
 from ddpm_ray.data.samples import NamedGroup
-from ddpm_ray.data.shards import Dataset, DatasetError, fetch_shard, open_dataset
+from ddpm_ray.data.shards import fetch_shard
 from ddpm_ray.storage import checksummed_json, object_store
 from ddpm_ray.storage.object_store import StorageError
 from tests.limits import ENDS_S
 
 
 def pack(source: str, destination: Path, **options: object) -> Dataset:
-    plan = packer.plan(source, str(destination), PackConfig(**options))  # type: ignore[arg-type]
+    plan = packer.make_plan(source, str(destination), PackConfig(**options))  # type: ignore[arg-type]
     return packer.finish(plan, [packer.pack_shard(plan, n) for n in range(plan.shards)])
 
 
@@ -62,7 +63,9 @@ def test_the_digits_are_one_shard_with_known_pixels(tmp_path: Path) -> None:
 
 def test_the_order_of_the_tasks_does_not_matter(pictures: Path, tmp_path: Path) -> None:
     first = pack(str(pictures), tmp_path / "a", shard_bytes=2 * 12 * 9 * 3)
-    plan = packer.plan(str(pictures), str(tmp_path / "b"), PackConfig(shard_bytes=2 * 12 * 9 * 3))
+    plan = packer.make_plan(
+        str(pictures), str(tmp_path / "b"), PackConfig(shard_bytes=2 * 12 * 9 * 3)
+    )
     assert plan.shards == 4
     second = packer.finish(plan, [packer.pack_shard(plan, n) for n in (3, 0, 2, 1)])
     assert files(tmp_path / "a") == files(tmp_path / "b")
@@ -71,13 +74,13 @@ def test_the_order_of_the_tasks_does_not_matter(pictures: Path, tmp_path: Path) 
 
 def test_a_killed_packer_goes_on_where_it_was(pictures: Path, tmp_path: Path) -> None:
     whole = pack(str(pictures), tmp_path / "whole", shard_bytes=700)
-    plan = packer.plan(str(pictures), str(tmp_path / "set"), PackConfig(shard_bytes=700))
+    plan = packer.make_plan(str(pictures), str(tmp_path / "set"), PackConfig(shard_bytes=700))
     for n in (0, 2):
         packer.pack_shard(plan, n)
-    with pytest.raises(DatasetError, match=r"there is no manifest\.json"):
+    with pytest.raises(DatasetError, match=r"no manifest\.json"):
         open_dataset(plan.destination)
     with mock.patch.object(object_store, "write_bytes", wraps=object_store.write_bytes) as write:
-        again = packer.plan(str(pictures), plan.destination, PackConfig(shard_bytes=700))
+        again = packer.make_plan(str(pictures), plan.destination, PackConfig(shard_bytes=700))
         done = [packer.pack_shard(again, n) for n in range(again.shards)]
         written = sorted(Path(call.args[0]).name for call in write.call_args_list)
     missing = [f"shard-0000{n}.arrow" for n in (1, 3)]
@@ -87,7 +90,7 @@ def test_a_killed_packer_goes_on_where_it_was(pictures: Path, tmp_path: Path) ->
 
 
 def test_parts_of_another_source_are_not_used(pictures: Path, tmp_path: Path) -> None:
-    plan = packer.plan("digits", str(tmp_path / "set"), PackConfig())
+    plan = packer.make_plan("digits", str(tmp_path / "set"), PackConfig())
     packer.pack_shard(plan, 0)
     dataset = pack(str(pictures), tmp_path / "set")
     assert dataset.manifest.image_shape == (9, 12, 3)
@@ -99,13 +102,13 @@ def test_a_finished_set_is_found_and_another_is_not_overwritten(
 ) -> None:
     dataset = pack(str(pictures), tmp_path / "set")
     before = files(tmp_path / "set")
-    found = packer.finished(packer.plan(str(pictures), dataset.url, PackConfig()))
+    found = packer.find_finished(packer.make_plan(str(pictures), dataset.url, PackConfig()))
     assert found is not None
     assert found.fingerprint == dataset.fingerprint
     with pytest.raises(
-        DatasetError, match=r"here already \(image_shape, label_names, .* differ\); remove it, or"
+        DatasetError, match=r"already here \(image_shape, label_names, .* differ\); delete it, or"
     ):
-        packer.finished(packer.plan("digits", dataset.url, PackConfig()))
+        packer.find_finished(packer.make_plan("digits", dataset.url, PackConfig()))
     assert files(tmp_path / "set") == before
 
 
@@ -151,7 +154,7 @@ def test_bad_images_are_skipped_and_counted_where_wished(pictures: Path, tmp_pat
     (pictures / "even/0.png").write_bytes(b"broken")  # the first one, too
     (pictures / "odd/3.png").write_bytes(b"broken")
     options = PackConfig(shard_bytes=1, on_bad_image="skip")  # an image to a shard
-    plan = packer.plan(str(pictures), str(tmp_path / "set"), options)
+    plan = packer.make_plan(str(pictures), str(tmp_path / "set"), options)
     done = [packer.pack_shard(plan, n) for n in range(plan.shards)]
     dataset = packer.finish(plan, done)
     assert dataset.manifest.samples == dataset.manifest.shards == 5
@@ -163,8 +166,8 @@ def test_bad_images_are_skipped_and_counted_where_wished(pictures: Path, tmp_pat
 
 def test_nothing_but_bad_images_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"broken")
-    with pytest.raises(DatasetError, match=rf"^{tmp_path}.*: it has no good image"):
-        packer.plan(str(tmp_path), "x", PackConfig(on_bad_image="skip"))
+    with pytest.raises(DatasetError, match=rf"^{tmp_path}.*: none of its images can be packed"):
+        packer.make_plan(str(tmp_path), "x", PackConfig(on_bad_image="skip"))
 
 
 def test_a_full_disk_leaves_no_manifest_and_can_be_gone_on_from(
@@ -203,7 +206,7 @@ def test_colours_are_not_lost_because_the_first_image_is_grey(
     pictures: Path, tmp_path: Path
 ) -> None:
     Image.new("L", (12, 9), 100).save(pictures / "even/0.png")
-    message = r"even/2.png: it has colours, and the first image is grey; give channels=3 to keep"
+    message = r"even/2.png: a colour image, and the first image is grey; give channels=3 to keep"
     for policy in ("stop", "skip"):
         with pytest.raises(DatasetError, match=message):
             pack(str(pictures), tmp_path / "set", on_bad_image=policy)
@@ -240,11 +243,11 @@ def test_every_image_is_counted_as_packed_skipped_changed_or_left_out(
     assert (report.skipped, report.class_samples) == (1, (3, 4))
     (line,) = report.skipped_files
     assert "even/0.png: not a readable image (it is none of" in line
-    assert line.endswith("; repair it or remove it")
-    with pytest.raises(BadImageError, match=r"; repair it or remove it, or use on_bad_image=skip$"):
+    assert line.endswith("; repair it or delete it")
+    with pytest.raises(BadImageError, match=r"; repair it or delete it, or use on_bad_image=skip$"):
         pack(str(pictures), tmp_path / "stopped")
     assert report.left_out == (NamedGroup("other files", 1, ("odd/notes.txt",)),)
-    on_white = NamedGroup("transparent pixels laid on white", 2, ("odd/1.png", "odd/9.png"))
+    on_white = NamedGroup("transparent pixels composited on white", 2, ("odd/1.png", "odd/9.png"))
     assert report.changed == (on_white,)
     reported = pack_report.summary(dataset, report)
     assert (reported["classes"], reported["channels"], reported["samples"]) == (
@@ -255,7 +258,7 @@ def test_every_image_is_counted_as_packed_skipped_changed_or_left_out(
     assert json.loads(json.dumps(reported))["changed"][0]["count"] == 2
     assert list(pack_report.lines(dataset, report))[1:] == [
         "not packed: other files: 1 (odd/notes.txt)",
-        "changed: transparent pixels laid on white: 2 (odd/1.png, odd/9.png)",
+        "changed: transparent pixels composited on white: 2 (odd/1.png, odd/9.png)",
         "packed: 7 samples, 1 skipped, 12 x 9 pixels, 3 channels (RGB)",
         "classes: 0 = even (3 samples), 1 = odd (4)",
     ]
@@ -270,7 +273,7 @@ def test_a_thousand_skipped_files_are_counted_and_some_are_named(tmp_path: Path)
     assert (report.skipped, len(report.skipped_files)) == (1003, 1000)
     lines = list(pack_report.lines(dataset, report))
     assert len(lines) == 10 + 3
-    assert lines[10] == "skipped: 1003 files in all; packing.json names 1000 of them"
+    assert lines[10] == "skipped: 1003 files in total; packing.json lists 1000 of them"
 
 
 @pytest.mark.parametrize(
@@ -283,36 +286,40 @@ def test_a_thousand_skipped_files_are_counted_and_some_are_named(tmp_path: Path)
         ({"encoding": "png"}, "encoding differ"),
         ({"channels": 1}, "image_shape differ"),
     ],
-)  # fmt: skip
+)
 def test_a_set_of_other_options_is_not_taken_as_done(
     changed: dict[str, object], message: str, pictures: Path, tmp_path: Path
 ) -> None:
     dataset = pack(str(pictures), tmp_path / "set")
     before = files(tmp_path / "set")
     options = PackConfig(**changed)  # type: ignore[arg-type]
-    with pytest.raises(DatasetError, match=rf"already \({message}\); remove it, or choose"):
-        packer.finished(packer.plan(str(pictures), dataset.url, options))
+    with pytest.raises(DatasetError, match=rf"already here \({message}\); delete it, or choose"):
+        packer.find_finished(packer.make_plan(str(pictures), dataset.url, options))
     assert files(tmp_path / "set") == before
 
 
 def test_a_source_that_was_edited_is_not_taken_as_done_and_one_that_was_copied_is(
     pictures: Path, tmp_path: Path
 ) -> None:
-    """Files of the same names and sizes: nothing but time and bytes tells them apart."""
+    """The edited files have the same names and sizes; only dates and contents differ."""
     for path in pictures.rglob("*.png"):
         Image.open(path).save(path.with_suffix(".bmp"))
         path.unlink()
     dataset = pack(str(pictures), tmp_path / "set", shard_bytes=700)
     for path in pictures.rglob("*.bmp"):
         os.utime(path, ns=(1, 1))
-    found = packer.finished(packer.plan(str(pictures), dataset.url, PackConfig(shard_bytes=700)))
+    found = packer.find_finished(
+        packer.make_plan(str(pictures), dataset.url, PackConfig(shard_bytes=700))
+    )
     assert found is not None
     edited = pictures / "odd/5.bmp"
     edited.write_bytes(edited.read_bytes()[:-1] + b"\0")
-    plan = packer.plan(str(pictures), dataset.url, PackConfig(shard_bytes=700))
+    plan = packer.make_plan(str(pictures), dataset.url, PackConfig(shard_bytes=700))
     assert plan.recipe == dataset.recipe
-    with pytest.raises(DatasetError, match=r"already \(the source's files differ\); remove it"):
-        packer.finished(plan)
+    with pytest.raises(
+        DatasetError, match=r"already here \(the source's files differ\); delete it"
+    ):
+        packer.find_finished(plan)
 
 
 def test_shards_of_a_source_that_was_edited_meanwhile_are_packed_again(
@@ -321,7 +328,7 @@ def test_shards_of_a_source_that_was_edited_meanwhile_are_packed_again(
     options = PackConfig(shard_bytes=700)
     first = pictures / "even/0.png"
     Image.open(first).save(first, "bmp")
-    plan = packer.plan(str(pictures), str(tmp_path / "set"), options)
+    plan = packer.make_plan(str(pictures), str(tmp_path / "set"), options)
     packer.pack_shard(plan, 0)
     first.write_bytes(first.read_bytes()[:-1] + b"\7")
     os.utime(first, ns=(1, 1))
@@ -333,18 +340,18 @@ def test_shards_of_a_source_that_was_edited_meanwhile_are_packed_again(
 def test_a_set_of_an_earlier_version_is_found_and_has_no_report(
     pictures: Path, tmp_path: Path
 ) -> None:
-    """Commit c58b265 wrote no packing.json, and this fingerprint for these pixels."""
+    """Commit c58b265 wrote this fingerprint for these pixels and no packing.json."""
     dataset = pack("digits", tmp_path / "digits")
     assert dataset.fingerprint == "89d7628e765bb622e3d4e4753904f8eb966ef511fd60335451c3dbdefb60feb0"
     (tmp_path / "digits/packing.json").unlink()
-    found = packer.finished(packer.plan("digits", dataset.url, PackConfig(max_pixels=99)))
+    found = packer.find_finished(packer.make_plan("digits", dataset.url, PackConfig(max_pixels=99)))
     assert found is not None
     assert found.fingerprint == dataset.fingerprint
     assert pack_report.read(found) is None
     reported = pack_report.summary(found, None)
     assert (reported["samples"], reported["skipped"]) == (1797, None)
     first, *_ = pack_report.lines(found, None)
-    assert first.startswith("packed before by a version that kept no list")
+    assert first.startswith("packed by an earlier version, which stored no report")
 
 
 def test_a_record_of_another_set_or_none_at_all_is_no_record(tmp_path: Path) -> None:
@@ -354,7 +361,7 @@ def test_a_record_of_another_set_or_none_at_all_is_no_record(tmp_path: Path) -> 
     pack_report.write(dataset.url, dataclasses.replace(record, source_sha256="0" * 64))
     assert pack_report.read(dataset) is None
     checksummed_json.write(f"{dataset.url}/packing.json", {"source": "x"})
-    with pytest.raises(StorageError, match=r"packing.json: not a record of packing.*; remove this"):
+    with pytest.raises(StorageError, match=r"packing.json: not a packing record.*; delete this"):
         pack_report.read(dataset)
 
 

@@ -1,4 +1,4 @@
-"""The node's cache: bounded, last used stays, never a reason to stop."""
+"""The shard cache: bounded, least recently used is evicted first, disk errors are not raised."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The format: readable without us, checked against itself, the same bytes every time."""
+"""The shard format: readable with Arrow alone, self-checking, deterministic."""
 
 import json
 import pickle
@@ -11,7 +11,8 @@ import pyarrow as pa
 import pytest
 
 from ddpm_ray.data import shards
-from ddpm_ray.data.shards import Dataset, DatasetError, ShardCorruptError, fetch_shard, open_dataset
+from ddpm_ray.data.dataset import Dataset, DatasetError, Manifest, open_dataset
+from ddpm_ray.data.shards import ShardCorruptError, fetch_shard
 
 MakeDataset = Callable[..., Dataset]
 
@@ -39,9 +40,7 @@ def test_the_index_holds_what_numpy_finds_in_the_images(make_dataset: MakeDatase
 def test_a_parsed_shard_is_a_view_of_the_files_bytes() -> None:
     images = np.arange(48, dtype=np.uint8).reshape(2, 2, 4, 3)
     data = shards.shard_bytes(images, [5, -1], ["a", "b"])
-    manifest = shards.Manifest(
-        "", (2, 4, 3), "raw", "none", (), "", 2, 1, len(data), (0.0,), (0.0,), ""
-    )
+    manifest = Manifest("", (2, 4, 3), "raw", "none", (), "", 2, 1, len(data), (0.0,), (0.0,), "")
     shard = shards.parse_shard(data, manifest)
     assert isinstance(shard.images, np.ndarray)
     assert np.array_equal(shard.images, images)
@@ -110,7 +109,7 @@ def test_an_index_that_changed_is_refused(make_dataset: MakeDataset) -> None:
     dataset = make_dataset(10, 4)
     path = Path(dataset.url) / "index.arrow"
     path.write_bytes(path.read_bytes() + b"x")
-    with pytest.raises(DatasetError, match=r"index_sha256 is .* but index.arrow has"):
+    with pytest.raises(DatasetError, match=r"index_sha256 is .* but the sha256 of index.arrow is"):
         open_dataset(dataset.url)
 
 
@@ -125,7 +124,7 @@ def test_a_manifest_that_is_no_json_is_refused(make_dataset: MakeDataset, text: 
 def test_a_half_packed_folder_is_no_data_set(make_dataset: MakeDataset) -> None:
     dataset = make_dataset(10, 4)
     (Path(dataset.url) / "manifest.json").unlink()
-    with pytest.raises(DatasetError, match=r"no manifest.json, so this is not a whole data set"):
+    with pytest.raises(DatasetError, match=r"no manifest.json, so this is not a complete data set"):
         open_dataset(dataset.url)
 
 

@@ -1,4 +1,4 @@
-"""The order of samples: an exact permutation per epoch, the same from anywhere."""
+"""The shuffle order: an exact permutation per epoch, equal from any starting step."""
 
 import itertools
 from collections import Counter
@@ -26,7 +26,7 @@ def orders(draw: st.DrawFn) -> Order:
 
 
 def lane_samples(order: Order, lane: int, count: int, start: int = 0) -> list[tuple[int, Sample]]:
-    """The (epoch, sample)s of a lane from its sample number `start` on."""
+    """Return the (epoch, sample) pairs of a lane from its sample number `start` on."""
     found: list[tuple[int, Sample]] = []
     for block in order.blocks(lane, start):
         shards, rows = order.rows(block)
@@ -69,7 +69,7 @@ def test_blocks_follow_each_other_and_none_is_larger_than_the_window(order: Orde
 
 @given(orders())
 def test_no_two_lanes_are_ever_more_than_a_sample_apart(order: Order) -> None:
-    """So the batches stay full without padding: after e epochs each lane gave e * N / L, +- 1."""
+    """Batches stay full without padding: after e epochs each lane has e * N / L samples, +- 1."""
     ends = []
     for lane in range(order.lanes):
         blocks = itertools.takewhile(lambda b: b.epoch < 40, order.blocks(lane, 0))
@@ -95,7 +95,7 @@ def test_a_far_step_is_found_at_once() -> None:
 
 
 def test_neither_shards_nor_classes_show_in_the_order() -> None:
-    """A set sorted by class must come mixed: place in the batch order against place on disk."""
+    """A set sorted by class is mixed: position in the batch order is uncorrelated with disk."""
     order = Order((100,) * 50, seed=3, global_batch_size=64, lanes=8, window_samples=400)
     epoch = [sample for lane in range(8) for _, sample in lane_samples(order, lane, 625)]
     place = np.array([shard * 100 + row for shard, row in epoch])
@@ -124,7 +124,7 @@ def test_each_of_the_six_orders_of_three_is_as_likely() -> None:
 
 
 def test_the_permutation_sorts_the_words_of_the_published_generator() -> None:
-    """Philox4x64-10 written out from Salmon et al. 2011: a later version must see the same order.
+    """Philox4x64-10 as in Salmon et al. 2011: later versions must keep the same order.
 
     Counter words: block of four (from 1), purpose, first, second.
     """
@@ -148,14 +148,18 @@ def philox(counter: list[int], key: list[int]) -> list[int]:
     [
         ({"lanes": 5}, "lanes is 5 and global_batch_size is 12"),
         ({"lanes": 0}, "lanes is 0"),
-        ({"counts": (0,)}, "counts adds up to 0"),
+        ({"counts": (0,)}, "counts has 0 samples in total"),
         ({"seed": -1}, "seed is -1"),
         ({"seed": 2**64}, "it must be in 0"),
     ],
 )
 def test_an_impossible_order_is_refused(change: dict[str, object], message: str) -> None:
     good: dict[str, object] = {
-        "counts": (3, 4), "seed": 0, "global_batch_size": 12, "lanes": 4, "window_samples": 8,
-    }  # fmt: skip
+        "counts": (3, 4),
+        "seed": 0,
+        "global_batch_size": 12,
+        "lanes": 4,
+        "window_samples": 8,
+    }
     with pytest.raises(ValueError, match=message):
         Order(**{**good, **change})  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""What a source folder holds beside images is named, and links neither lose nor loop."""
+"""Listing of source folders: other files are reported, links are followed without loops."""
 
 import os
 from pathlib import Path
@@ -7,10 +7,10 @@ from unittest import mock
 import pytest
 
 from ddpm_ray.config.pack import PackConfig
+from ddpm_ray.data.dataset import DatasetError
 from ddpm_ray.data.packing.source_files import is_hidden
 from ddpm_ray.data.packing.sources import open_source
 from ddpm_ray.data.samples import Source
-from ddpm_ray.data.shards import DatasetError
 from ddpm_ray.storage import object_store
 from ddpm_ray.storage.object_store import StorageError
 from tests.data.test_sources import png, write_tar
@@ -33,13 +33,19 @@ def keys(source: Source) -> list[str]:
 
 STRAY = {
     "hidden or system files": [
-        ".DS_Store", ".git/a.png", "Thumbs.db", "__MACOSX/._a.png", "cat/.ipynb_checkpoints/1.png",
-        "cat/._1.png", "cat/@eaDir/1.png/SYNOPHOTO_THUMB_XL.jpg", "dog/desktop.ini",
+        ".DS_Store",
+        ".git/a.png",
+        "Thumbs.db",
+        "__MACOSX/._a.png",
+        "cat/.ipynb_checkpoints/1.png",
+        "cat/._1.png",
+        "cat/@eaDir/1.png/SYNOPHOTO_THUMB_XL.jpg",
+        "dog/desktop.ini",
     ],
-    "images of formats that are not read (convert them to PNG)": ["cat/1.HEIC", "cat/2.avif"],
+    "images of unsupported formats (convert them to PNG)": ["cat/1.HEIC", "cat/2.avif"],
     "compressed archives (unpack them)": ["cat.tar.gz", "cat.zip"],
     "other files": ["LICENSE", "cat/notes.txt", "labels.csv"],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("remote", [False, True])
@@ -59,8 +65,12 @@ def test_every_file_is_a_sample_or_is_named(
     }
     # A hidden folder is named by itself, and no list grows without bound.
     assert reported["hidden or system files"][1] == (
-        ".DS_Store", ".git", "Thumbs.db", "__MACOSX", "cat/._1.png",
-    )  # fmt: skip
+        ".DS_Store",
+        ".git",
+        "Thumbs.db",
+        "__MACOSX",
+        "cat/._1.png",
+    )
     assert reported["other files"][1] == ("LICENSE", "cat/notes.txt", "labels.csv")
 
 
@@ -87,7 +97,7 @@ def test_loops_of_links_end_and_an_own_folder_goes_before_a_link_to_it(tmp_path:
                 (tmp_path / f"dog/sub/level{n - 1}/{side}").symlink_to(level)
     source = open_source(str(tmp_path))
     assert keys(source) == ["dog/1.png", "dog/sub/2.png"]
-    count, examples = left_out(source)["links to folders that are taken already"]
+    count, examples = left_out(source)["links to folders that are listed already"]
     assert count == 2 + 2 * 39
     assert examples[0] == "a-link"
 
@@ -101,7 +111,7 @@ def test_what_would_block_or_never_end_is_named_and_not_read(tmp_path: Path) -> 
     source = open_source(str(tmp_path))
     assert keys(source) == ["a.png"]
     named = (4, ("gone.png", "pipe.png", "self.png", "zero.png"))
-    assert left_out(source) == {"pipes, devices and links to nothing": named}
+    assert left_out(source) == {"pipes, devices and broken links": named}
     os.mkfifo(tmp_path / "pipe.tar")
     for stray in (tmp_path / "pipe.tar", Path("/dev/zero")):
         with pytest.raises(DatasetError, match=f"{stray}: it is a pipe or a device; give a folder"):
@@ -109,7 +119,7 @@ def test_what_would_block_or_never_end_is_named_and_not_read(tmp_path: Path) -> 
 
 
 def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path: Path) -> None:
-    """Path.rglob passes over it, and its images would be missing."""
+    """Path.rglob skips such a folder, which would lose its images."""
     write(tmp_path, "cat/1.png", "dog/1.png")
     scandir = os.scandir
 
@@ -131,20 +141,23 @@ def test_folders_that_give_no_label_are_named(tmp_path: Path) -> None:
     source = open_source(str(tmp_path))
     assert source.label_names == ("cat", "dog")
     reported = left_out(source)
-    assert reported["folders without an image, which are no classes"] == (2, ("ant", "bird"))
-    below = "names of folders below the folders of the classes"
+    assert reported["folders without an image, which are not used as classes"] == (
+        2,
+        ("ant", "bird"),
+    )
+    below = "names of folders inside the class folders"
     assert reported[below] == (1, ("cat/siamese",))
 
 
 @pytest.mark.parametrize(
     "names, message",
     [
-        (["a.tar", "b.png"], r"it holds images \(b.png\) beside tars \(a.tar\).* give the .tar"),
-        (["a.parquet", "b.png"], r"it holds images \(b.png\) beside tables \(a.parquet\)"),
-        (["a.arrow", "b.tar"], r"it holds tars \(b.tar\) beside tables \(a.arrow\)"),
+        (["a.tar", "b.png"], r"it holds images \(b.png\) and tars \(a.tar\).* give the .tar"),
+        (["a.parquet", "b.png"], r"it holds images \(b.png\) and tables \(a.parquet\)"),
+        (["a.arrow", "b.tar"], r"it holds tars \(b.tar\) and tables \(a.arrow\)"),
         (["train/cat/1.png", "test/cat/1.png"], r"\(test, train\) are splits, .* give one of them"),
-        (["index.arrow", "manifest.json"], "it is a packed data set already; train on it"),
-        (["a.tar.gz"], r"no image in it \(it holds compressed archives .*a.tar.gz"),
+        (["index.arrow", "manifest.json"], "it is already a packed data set; train on it"),
+        (["a.tar.gz"], r"it has no image \(it holds compressed archives .*a.tar.gz"),
     ],
     ids=["tar", "table", "tables", "splits", "packed", "compressed"],
 )
@@ -164,8 +177,8 @@ def test_two_kinds_in_one_folder_are_ambiguous(
     "name, message",
     [
         ("a.tar.gz", r"a.tar.gz: it is compressed; unpack it first"),
-        ("a.png", r"a.png: it is one image; give a folder"),
-        ("a.csv", r"a.csv: it is a file of another kind; give a folder"),
+        ("a.png", r"a.png: it is a single image; give a folder"),
+        ("a.csv", r"a.csv: it is a file of an unknown type; give a folder"),
     ],
 )
 def test_a_file_that_is_no_source_says_what_to_give(

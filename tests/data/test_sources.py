@@ -1,4 +1,4 @@
-"""What can be packed, and in which order; real formats written by the standard library."""
+"""Sources and the order of their samples, in formats written by the standard library."""
 
 import dataclasses
 import gzip
@@ -16,10 +16,10 @@ import pytest
 from PIL import Image
 
 from ddpm_ray.config.pack import PackConfig
+from ddpm_ray.data.dataset import DatasetError
 from ddpm_ray.data.packing import builtin_datasets
 from ddpm_ray.data.packing.sources import open_source
 from ddpm_ray.data.samples import Source
-from ddpm_ray.data.shards import DatasetError
 from ddpm_ray.storage import object_store
 from ddpm_ray.storage.object_store import StorageError
 
@@ -140,8 +140,10 @@ def test_idx_files_from_a_folder(name: str, first_label: str, tmp_path: Path) ->
 def test_the_binary_cifar10_archive(tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (10, 3, 32, 32), dtype=np.uint8)
     records = [bytes([n]) + pixels[n].tobytes() for n in range(10)]
-    files = {f"cifar-10-batches-bin/data_batch_{n + 1}.bin": b"".join(records[2 * n : 2 * n + 2])
-             for n in range(5)}  # fmt: skip
+    files = {
+        f"cifar-10-batches-bin/data_batch_{n + 1}.bin": b"".join(records[2 * n : 2 * n + 2])
+        for n in range(5)
+    }
     write_tar(tmp_path / "cifar-10-binary.tar.gz", files)
     path = tmp_path / "cifar-10-binary.tar.gz"
     options = PackConfig(url=str(path), sha256=sha(path.read_bytes()))
@@ -190,14 +192,14 @@ def broken(folder: Path, how: str) -> str:
 @pytest.mark.parametrize(
     "how, message",
     [
-        ("empty", r"no image in it \(it holds other files: 1 \(readme.txt\)\); give a folder"),
-        ("mixed", r"images of its own \(2.png\) beside sub-folders \(cat\); put each image"),
-        ("half labelled", r"some samples have a label and b has none; give every sample"),
+        ("empty", r"it has no image \(it holds other files: 1 \(readme.txt\)\); give a folder"),
+        ("mixed", r"it has both images \(2.png\) and sub-folders \(cat\); put each image"),
+        ("half labelled", r"some samples have a label, but b has none; give every sample"),
         ("negative", r"a.tar: a.cls: label -1 is negative; write a whole number"),
-        ("words", r"a.tar: a.cls holds 'x', which is no label; write a whole number"),
-        ("empty tar", r"there is no image in its tars"),
+        ("words", r"a.tar: a.cls holds 'x', which is not a label; write a whole number"),
+        ("empty tar", r"its tars have no image"),
         ("no tar", r"a.tar: not a readable tar"),
-        ("nowhere", r"nowhere: there is no such source; give a folder .* digits, mnist"),
+        ("nowhere", r"nowhere: no such file or folder; give a folder .* digits, mnist"),
     ],
 )
 def test_a_source_that_cannot_be_packed_says_why(how: str, message: str, tmp_path: Path) -> None:

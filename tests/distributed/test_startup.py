@@ -11,7 +11,7 @@ from ddpm_ray import fault_injection
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.loading import from_dict, load, to_dict
 from ddpm_ray.config.run import RunConfig
-from ddpm_ray.data.shards import DatasetError, open_dataset
+from ddpm_ray.data.dataset import DatasetError, open_dataset
 from ddpm_ray.distributed import control_actor, heartbeat
 from ddpm_ray.distributed.heartbeat import Heartbeat, describe_stall
 from ddpm_ray.reporting import Command

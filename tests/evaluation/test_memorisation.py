@@ -16,7 +16,7 @@ from ddpm_ray.config.evaluation import EvaluationConfig
 from ddpm_ray.config.jobs import EvaluateConfig
 from ddpm_ray.config.loading import to_dict
 from ddpm_ray.config.run import RunConfig
-from ddpm_ray.data.shards import Dataset
+from ddpm_ray.data.dataset import Dataset
 from ddpm_ray.diffusion import NoiseSchedule, schedules
 from ddpm_ray.evaluation import nearest_neighbours
 from ddpm_ray.evaluation.features.feature_extractor import FeatureNet

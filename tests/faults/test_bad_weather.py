@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from ddpm_ray.data import shards
-from ddpm_ray.data.shards import ShardCorruptError, fetch_shard, open_dataset
+from ddpm_ray.data.dataset import open_dataset
+from ddpm_ray.data.shards import ShardCorruptError, fetch_shard
 from ddpm_ray.storage import checksummed, object_store
 from ddpm_ray.storage.object_store import StorageError
 from tests.faults.proxy import Weather, through

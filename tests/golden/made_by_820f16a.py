@@ -34,9 +34,9 @@ from ddpm_ray.config.loading import load
 from ddpm_ray.config.pack import PackConfig
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.sweep import SweepConfig
+from ddpm_ray.data.dataset import open_dataset
 from ddpm_ray.data.loader import ShardStream
 from ddpm_ray.data.packing import packer
-from ddpm_ray.data.shards import open_dataset
 from ddpm_ray.distributed import worker_group
 from ddpm_ray.reporting import Command, Progress
 from ddpm_ray.runs import train as training_run
@@ -188,7 +188,7 @@ def _pack(home: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(folder / f"{number:03d}.png")
     options = PackConfig(encoding="png", shard_bytes=SHARD_SAMPLES * SIDE * SIDE)
-    plan = packer.plan(str(home / "source"), str(home / "data"), options)
+    plan = packer.make_plan(str(home / "source"), str(home / "data"), options)
     packer.finish(plan, [packer.pack_shard(plan, number) for number in range(plan.shards)])
 
 

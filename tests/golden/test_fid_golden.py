@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ddpm_ray.collectives import Workers
 from ddpm_ray.data import shards
+from ddpm_ray.data.dataset import Dataset, Recipe, ShardRow, UInt8s, write_index
 from ddpm_ray.diffusion import schedules
 from ddpm_ray.diffusion.parameterization import Parameterization
 from ddpm_ray.diffusion.process import NoiseSchedule
@@ -51,20 +52,16 @@ def test_fid192_of_two_real_sets_is_the_golden_one(assets: Path, tmp_path: Path)
     assert low < fid < high
 
 
-def cifar10(assets: Path, first: int) -> shards.UInt8s:
+def cifar10(assets: Path, first: int) -> UInt8s:
     with np.load(assets / "cifar10_test_jpeg.npz", allow_pickle=False) as file:
         data, ends = file["data"], file["offsets"]
     files = [io.BytesIO(data[ends[i] : ends[i + 1]].tobytes()) for i in range(first, 10_000, 10)]
     return np.stack([np.asarray(Image.open(file).convert("RGB")) for file in files])
 
 
-def packed(folder: Path, images: shards.UInt8s) -> shards.Dataset:
+def packed(folder: Path, images: UInt8s) -> Dataset:
     data = shards.shard_bytes(images, [-1] * len(images), [str(i) for i in range(len(images))])
     object_store.write_bytes(object_store.join(str(folder), shards.shard_name(0)), data)
     digest = hashlib.sha256(data).hexdigest()
-    row = shards.ShardRow(
-        shards.shard_name(0), len(images), len(data), digest, *shards.pixel_sums(images)
-    )
-    return shards.write_index(
-        str(folder), shards.Recipe((32, 32, 3), "raw", "none", (), "0" * 64), [row]
-    )
+    row = ShardRow(shards.shard_name(0), len(images), len(data), digest, *shards.pixel_sums(images))
+    return write_index(str(folder), Recipe((32, 32, 3), "raw", "none", (), "0" * 64), [row])

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from ddpm_ray.data.dataset import open_dataset
 from ddpm_ray.data.packing import pack_report
-from ddpm_ray.data.shards import open_dataset
 from tests.golden import made_by_820f16a as made
 from tests.golden.old_runs import cpu_model
 

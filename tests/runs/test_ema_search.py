@@ -24,7 +24,7 @@ from ddpm_ray.config.jobs import EvaluateConfig
 from ddpm_ray.config.loading import ConfigError, from_dict, load, to_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.sampling import SamplingConfig
-from ddpm_ray.data.shards import DatasetError
+from ddpm_ray.data.dataset import DatasetError
 from ddpm_ray.distributed import worker_group
 from ddpm_ray.evaluation import sample_quality
 from ddpm_ray.evaluation.sample_quality import Scores
@@ -285,7 +285,7 @@ def test_a_held_out_set_that_is_not_there_is_reported_before_ray_starts(
 ) -> None:
     monkeypatch.setattr(worker_group, "run", lambda *_: pytest.fail("Ray was started"))
     wanted = replace(DIGITS.evaluation, held_out_url="nowhere")
-    with pytest.raises(DatasetError, match=r"nowhere: there is no manifest\.json"):
+    with pytest.raises(DatasetError, match=r"nowhere: no manifest\.json"):
         started(job, run, wanted)
 
 

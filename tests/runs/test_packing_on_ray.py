@@ -38,7 +38,9 @@ def test_tasks_write_what_one_process_writes(cluster: None, pictures: Path, tmp_
     done: list[tuple[int, int]] = []
     config = PackConfig(shard_bytes=SHARD_BYTES, num_workers=2)
     result = pack(str(pictures), str(tmp_path / "ray"), config, lambda *count: done.append(count))
-    plan = packer.plan(str(pictures), str(tmp_path / "here"), PackConfig(shard_bytes=SHARD_BYTES))
+    plan = packer.make_plan(
+        str(pictures), str(tmp_path / "here"), PackConfig(shard_bytes=SHARD_BYTES)
+    )
     here = packer.finish(plan, [packer.pack_shard(plan, n) for n in range(plan.shards)])
     assert done == [(1, 4), (2, 4), (3, 4), (4, 4)]
     assert result.report is not None

@@ -14,7 +14,7 @@ from ddpm_ray.assembly import training_run
 from ddpm_ray.config.loading import ConfigError, load, to_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.sweep import SweepConfig
-from ddpm_ray.data.shards import open_dataset
+from ddpm_ray.data.dataset import open_dataset
 from ddpm_ray.runs.run_identity import IDENTITY, claim
 from ddpm_ray.storage import checksummed_json
 from ddpm_ray.storage.file_formats import NewerFormatError, package_version

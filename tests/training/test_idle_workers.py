@@ -17,7 +17,7 @@ from ddpm_ray.config.evaluation import EvaluationConfig
 from ddpm_ray.config.jobs import EvaluateConfig
 from ddpm_ray.config.loading import load, to_dict
 from ddpm_ray.config.run import RunConfig
-from ddpm_ray.data.shards import open_dataset
+from ddpm_ray.data.dataset import open_dataset
 from ddpm_ray.diffusion import schedules
 from ddpm_ray.diffusion.process import NoiseSchedule
 from ddpm_ray.evaluation.memorisation import nearest, spread

@@ -27,8 +27,8 @@ from ddpm_ray.assembly import diffusion, training_run
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.loading import load, to_dict
 from ddpm_ray.config.run import RunConfig
+from ddpm_ray.data.dataset import open_dataset
 from ddpm_ray.data.loader import Batch, ShardStream
-from ddpm_ray.data.shards import open_dataset
 from ddpm_ray.diffusion import add_noise
 from ddpm_ray.fault_injection import InjectedFaultError
 from ddpm_ray.reporting import RATES, Command, Progress, Row

@@ -1,4 +1,4 @@
-"""The image sets that packing knows by name: digits, mnist, fashion-mnist and cifar10."""
+"""Built-in data sets: digits, mnist, fashion-mnist and cifar10."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ddpm_ray.config.pack import Split
-from ddpm_ray.data.shards import DatasetError
+from ddpm_ray.data.dataset import DatasetError
 from ddpm_ray.redaction import counted
 from ddpm_ray.storage import checksummed, object_store
 
@@ -22,20 +22,20 @@ DOWNLOADS = "~/.cache/ddpm-ray/downloads"
 
 
 class Arrays(NamedTuple):
-    """A whole image set in memory."""
+    """A complete data set in memory."""
 
     images: npt.NDArray[np.uint8]  # [N, H, W, C]
     labels: npt.NDArray[np.int64]  # [N]
     label_names: tuple[str, ...]
 
 
-# Addresses and hashes as tensorflow/datasets lists them (tensorflow_datasets/url_checksums).
+# Addresses and hashes are those of tensorflow/datasets (tensorflow_datasets/url_checksums).
 URLS = {
     "mnist": "https://storage.googleapis.com/cvdf-datasets/mnist/",
     "fashion-mnist": "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
     "cifar10": "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
 }
-SHA256 = {  # of the images and the labels; of the archive
+SHA256 = {  # of the images file and the labels file; of the archive
     ("mnist", "train"): (
         "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
         "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
@@ -55,66 +55,64 @@ SHA256 = {  # of the images and the labels; of the archive
     ("cifar10", "train"): ("c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",),
     ("cifar10", "test"): ("c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",),
 }
-SOURCE_SHA256 = {  # of the sets that training packs by itself: what their manifests name
+SOURCE_SHA256 = {  # Source.digest of the sets that training packs itself, as in their manifests
     "digits": "d738977514bfa44bb4552aca2d07d68da3a0530c35aafa4b46d71f4df18824f0",
 }
-FASHION_LABELS = (
-    "t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot",
-)  # fmt: skip
-CIFAR10_LABELS = (
-    "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
-)  # fmt: skip
+FASHION_LABELS: tuple[str, ...] = ("t-shirt", "trouser", "pullover", "dress", "coat")
+FASHION_LABELS += ("sandal", "shirt", "sneaker", "bag", "boot")
+CIFAR10_LABELS: tuple[str, ...] = ("airplane", "automobile", "bird", "cat", "deer")
+CIFAR10_LABELS += ("dog", "frog", "horse", "ship", "truck")
 
 
 def load(name: BuiltIn, split: Split, url: str = "", sha256: Sequence[str] = ()) -> Arrays:
-    """The set `name`; `url` is where its files lie, by default their public address.
+    """Load the data set `name` from `url`, by default its public address.
 
-    For mnist and fashion-mnist `url` is the folder of the .gz files and `sha256` has the hashes of
-    images and labels; for cifar10 they are those of the archive. Raises StorageError if a file
-    cannot be had or has another hash, DatasetError if it is not what it should be.
+    For mnist and fashion-mnist `url` is the folder of the .gz files, and `sha256` holds the hashes
+    of the images and the labels; for cifar10 both refer to the archive. Raises StorageError if a
+    file cannot be read or has another hash, DatasetError if its contents are invalid.
     """
     if name == "digits":
         return _digits()
-    place, hashes = url or URLS[name], tuple(sha256) or SHA256[name, split]
+    address, hashes = url or URLS[name], tuple(sha256) or SHA256[name, split]
     if len(hashes) != len(SHA256[name, split]):
         wanted = counted(len(SHA256[name, split]), "file")
         problem = f"sha256 has {counted(len(hashes), 'hash', 'hashes')} for {wanted}"
         raise DatasetError(name, problem, "give one for each file, or none for the published ones")
     if name == "cifar10":
-        return _cifar10(place, split, hashes[0])
+        return _cifar10(address, split, hashes[0])
     prefix = "train" if split == "train" else "t10k"
     files = (f"{prefix}-images-idx3-ubyte.gz", f"{prefix}-labels-idx1-ubyte.gz")
     images, labels = (
-        _idx(object_store.join(place, file), sha) for file, sha in zip(files, hashes, strict=True)
+        _idx(object_store.join(address, file), sha) for file, sha in zip(files, hashes, strict=True)
     )
     label_names = FASHION_LABELS if name == "fashion-mnist" else tuple("0123456789")
     return Arrays(images[..., None], labels.astype(np.int64), label_names)
 
 
 def _digits() -> Arrays:
-    """1,797 scans of 8 x 8 pixels, of scikit-learn (Alpaydin and Kaynak 1998, UCI)."""
+    """1,797 scans of 8 x 8 pixels from scikit-learn (Alpaydin and Kaynak 1998, UCI)."""
     try:
-        from sklearn.datasets import load_digits  # here: an optional dependency
+        from sklearn.datasets import load_digits  # optional dependency
     except ImportError as error:
-        problem = "the set comes with scikit-learn, which is not installed"
+        problem = "this data set is part of scikit-learn, which is not installed"
         raise DatasetError("digits", problem, "pip install 'ddpm-ray[digits]'") from error
     bunch = load_digits()
-    images = np.rint(bunch.images * (255 / 16)).astype(np.uint8)[..., None]  # 0..16 there
+    images = np.rint(bunch.images * (255 / 16)).astype(np.uint8)[..., None]  # from 0..16
     return Arrays(images, bunch.target.astype(np.int64), tuple("0123456789"))
 
 
 def _idx(url: str, sha256: str) -> npt.NDArray[np.uint8]:
-    """The array of a gzipped IDX file: two zero bytes, type 8 (uint8), rank, sizes, data."""
+    """Read a gzipped IDX file: two zero bytes, type 8 (uint8), rank, sizes, data."""
     data = gzip.decompress(checksummed.fetch(url, sha256, DOWNLOADS).read_bytes())
     rank = data[3] if data[:3] == b"\x00\x00\x08" else 0
     shape = np.frombuffer(data, ">u4", rank, offset=4).astype(int) if rank else np.zeros(0, int)
     if rank not in (1, 3) or len(data) != 4 + 4 * rank + shape.prod():
-        raise DatasetError(url, "not a whole IDX file of uint8", "fetch the original file")
+        raise DatasetError(url, "not a complete IDX file of uint8", "download the original file")
     return np.frombuffer(data, np.uint8, offset=4 + 4 * rank).reshape(shape)
 
 
 def _cifar10(url: str, split: Split, sha256: str) -> Arrays:
-    """Records of a label byte and 3 x 32 x 32 pixels, from the official binary archive."""
+    """Read the official binary archive: records of a label byte and 3 x 32 x 32 pixels."""
     names = [f"data_batch_{n}.bin" for n in range(1, 6)] if split == "train" else ["test_batch.bin"]
     data = checksummed.fetch(url, sha256, DOWNLOADS).read_bytes()
     try:
@@ -124,6 +122,6 @@ def _cifar10(url: str, split: Split, sha256: str) -> Arrays:
         records = records.reshape(-1, 1 + 3 * 32 * 32)
     except (tarfile.TarError, KeyError, ValueError) as error:
         problem = f"not the binary archive of CIFAR-10 ({error})"
-        raise DatasetError(url, problem, "fetch cifar-10-binary.tar.gz") from error
+        raise DatasetError(url, problem, "download cifar-10-binary.tar.gz") from error
     images = np.ascontiguousarray(records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
     return Arrays(images, records[:, 0].astype(np.int64), CIFAR10_LABELS)

@@ -1,4 +1,4 @@
-"""Samples that are files of their own, or parts of uncompressed tars."""
+"""Source whose samples are single files or members of uncompressed tars."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ddpm_ray.data.samples import NamedGroup, Sample
 from ddpm_ray.storage import object_store
 from ddpm_ray.storage.object_store import ObjectState, StorageError
 
-READERS = 16  # small remote files at a time: each is mostly waiting
+READERS = 16  # parallel reads of small remote files, which mostly wait for the network
 
 
 class Member(NamedTuple):
@@ -24,13 +24,13 @@ class Member(NamedTuple):
     file: str
     key: str
     label: int
-    offset: int  # in the file; -1: the file is the image
+    offset: int  # in the tar; -1: the file itself is the image
     size: int  # in bytes
 
 
 @dataclass(frozen=True)
 class FileSource:
-    """Images as files of their own, or as parts of tars."""
+    """Images in single files or in tars."""
 
     url: str
     members: tuple[Member, ...]
@@ -48,17 +48,17 @@ class FileSource:
         return len(self.members)
 
     def read(self, samples: range) -> Iterator[Sample]:
-        """These samples in order, files fetched a run ahead."""
+        """Yield the samples in order; remote files are read ahead in parallel."""
         members = self.members[samples.start : samples.stop]
         with ThreadPoolExecutor(1 if object_store.is_local(self.url) else READERS) as pool:
-            # In runs, so that no more than a run of files is in memory ahead of the reader.
+            # In runs, so that at most one run of files is in memory ahead of the reader.
             for at in range(0, len(members), 4 * READERS):
                 run = members[at : at + 4 * READERS]
                 for member, data in zip(run, pool.map(self._bytes, run), strict=True):
-                    place = object_store.join(self.url, member.file)
+                    location = object_store.join(self.url, member.file)
                     if member.offset >= 0:
-                        place = f"{place}: {member.key}"
-                    yield Sample(member.key, member.label, data, place)
+                        location = f"{location}: {member.key}"
+                    yield Sample(member.key, member.label, data, location)
 
     def _bytes(self, member: Member) -> bytes | None:
         if member.size > self.max_file_bytes:
@@ -66,20 +66,21 @@ class FileSource:
         url = object_store.join(self.url, member.file)
         if member.offset < 0:
             return object_store.read_bytes(url)
-        with opened(url) as file:
+        with open_object(url) as file:
             file.seek(member.offset)
             return file.read(member.size)
 
 
 def version_of(files: Mapping[str, ObjectState]) -> str:
-    """One sha256 for the names, sizes and versions of these files."""
+    """Return one sha256 of the names, sizes and versions of these files."""
     return hashlib.sha256(json.dumps(sorted(files.items())).encode()).hexdigest()
 
 
-def opened(url: str) -> BinaryIO:
-    """The object, to be read anywhere: a local file as it lies there, a remote one in memory.
+def open_object(url: str) -> BinaryIO:
+    """Open an object for random access: a local file on disk, a remote one in memory.
 
-    Remote ones are read whole: clients take damaged ranges in silence. Raises StorageError.
+    Remote objects are read whole, as object-store clients do not detect damage in range reads.
+    Raises StorageError.
     """
     if not object_store.is_local(url):
         return io.BytesIO(_remote(url))
@@ -87,9 +88,9 @@ def opened(url: str) -> BinaryIO:
         return object_store.local_path(url).open("rb")
     except OSError as error:
         reason = error.strerror or type(error).__name__
-        raise StorageError(url, reason, "check the file and its rights") from None
+        raise StorageError(url, reason, "check the file and its permissions") from None
 
 
-@lru_cache(maxsize=1)  # neighbours in the order lie in the same file
+@lru_cache(maxsize=1)  # consecutive samples are in the same file
 def _remote(url: str) -> bytes:
     return object_store.read_bytes(url)

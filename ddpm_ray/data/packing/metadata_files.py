@@ -1,7 +1,7 @@
-"""Labels from `metadata.csv` and `metadata.jsonl`, as Hugging Face's image folders have them.
+"""Read labels from `metadata.csv` and `metadata.jsonl`, the format of Hugging Face's ImageFolder.
 
-Each row names an image by `file_name`, relative to the metadata file. Columns beside it and the
-label, captions among them, have no place in a shard yet: they are named.
+Each row names an image by `file_name`, relative to the metadata file. Shards cannot store other
+columns, such as captions, yet; they are listed as not packed.
 """
 
 from __future__ import annotations
@@ -14,29 +14,29 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from ddpm_ray.config.pack import PackConfig
+from ddpm_ray.data.dataset import DatasetError
 from ddpm_ray.data.packing import class_names
 from ddpm_ray.data.packing.class_names import Label
 from ddpm_ray.data.packing.source_files import SourceFiles
 from ddpm_ray.data.samples import NamedGroup, groups
-from ddpm_ray.data.shards import DatasetError
 from ddpm_ray.storage import object_store
 
 FILE_NAME, LABEL = "file_name", "label"
-MISSING = "images that a metadata file names and that are not there"
-UNKNOWN = "images that no metadata file names (packed all the same)"
+MISSING = "images that a metadata file names but that do not exist"
+UNLISTED = "images that no metadata file names (packed as well)"
 
 
 @dataclass
 class Metadata:
-    """What the metadata files of a folder say."""
+    """The contents of a folder's metadata files."""
 
     files: list[str] = field(default_factory=list)
-    labels: dict[str, Label] = field(default_factory=dict)  # of images; empty: none has a label
+    labels: dict[str, Label] = field(default_factory=dict)  # by image; empty: none has a label
     left_out: tuple[NamedGroup, ...] = ()
 
 
 def read(url: str, files: SourceFiles, options: PackConfig) -> Metadata:
-    """What the metadata files below `url` say. Raises DatasetError, naming file and line."""
+    """Read all metadata files below `url`. Raises DatasetError, which names file and line."""
     found = Metadata(list(files.metadata))
     named: set[str] = set()
     missing: list[str] = []
@@ -57,11 +57,11 @@ def read(url: str, files: SourceFiles, options: PackConfig) -> Metadata:
                 missing.append(image)
                 if options.on_bad_image == "stop":
                     problem = f"line {line} names {name!r}, and there is no such image"
-                    remedy = "put it there, take the line out, or use on_bad_image=skip"
+                    remedy = "add the image, delete the line, or use on_bad_image=skip"
                     raise DatasetError(where, problem, remedy)
             elif image in named:
                 problem = f"line {line} names {name!r} a second time"
-                raise DatasetError(where, problem, "take one of the two out")
+                raise DatasetError(where, problem, "delete one of the two")
             else:
                 named.add(image)
                 found.labels[image] = _label(row.get(label_key), where, line)
@@ -72,11 +72,11 @@ def read(url: str, files: SourceFiles, options: PackConfig) -> Metadata:
         found.labels = {}
     elif any(isinstance(label, str) for label in found.labels.values()):
         found.labels = _as_numbers(found.labels)
-    unknown = set(files.images) - named if found.files and not found.labels else set()
+    unlisted = set(files.images) - named if found.files and not found.labels else set()
     others = [
-        (f"columns of {file} without a place in a shard", names) for file, names in columns.items()
+        (f"columns of {file} not supported in shards", names) for file, names in columns.items()
     ]
-    found.left_out = groups([*others, (MISSING, missing), (UNKNOWN, unknown)])
+    found.left_out = groups([*others, (MISSING, missing), (UNLISTED, unlisted)])
     return found
 
 
@@ -85,7 +85,7 @@ def _known(labels: dict[str, Label]) -> Iterator[bool]:
 
 
 def _as_numbers(labels: dict[str, Label]) -> dict[str, Label]:
-    """CSV knows text alone: labels that are all whole numbers are meant as such."""
+    """Convert text labels of a CSV to numbers if all of them are whole numbers."""
     texts = [label for label in labels.values() if label is not None]
     if all(isinstance(text, str) and str(_number(text)) == text for text in texts):
         return {name: text and _number(str(text)) for name, text in labels.items()}
@@ -94,21 +94,21 @@ def _as_numbers(labels: dict[str, Label]) -> dict[str, Label]:
 
 def _number(text: str) -> int:
     number = int(text) if class_names.is_whole_number(text) else -1
-    return number if number < class_names.MOST_CLASSES else -1
+    return number if number < class_names.MAX_CLASSES else -1
 
 
 def _label(value: object, where: str, line: int) -> Label:
     if value == "":  # an empty cell of a CSV
         return None
     try:
-        return class_names.checked(value, f"line {line}")
+        return class_names.check_label(value, f"line {line}")
     except ValueError as error:
-        remedy = "write a whole number from 0 or a class's name"
+        remedy = "write a whole number from 0, or a class name"
         raise DatasetError(where, f"line {line}: {error}", remedy) from None
 
 
 def _rows(where: str, data: bytes) -> Iterator[tuple[int, dict[str, object]]]:
-    """Line number and columns of each row."""
+    """Yield the line number and columns of each row."""
     lines = 1
     try:
         text = data.decode("utf-8-sig")
@@ -121,7 +121,7 @@ def _rows(where: str, data: bytes) -> Iterator[tuple[int, dict[str, object]]]:
             for row in reader:
                 lines = reader.line_num
                 if "" in row or None in row.values():
-                    raise ValueError(f"it has not {len(names)} cells")
+                    raise ValueError(f"it does not have {len(names)} cells")
                 yield lines, dict(row)
         else:
             for lines, line in enumerate(text.split("\n"), 1):
@@ -132,4 +132,4 @@ def _rows(where: str, data: bytes) -> Iterator[tuple[int, dict[str, object]]]:
                     yield lines, row
     except (ValueError, RecursionError, csv.Error) as error:
         text = " ".join(str(error).split())
-        raise DatasetError(where, f"line {lines}: {text}", "mend it, or take it away") from None
+        raise DatasetError(where, f"line {lines}: {text}", "correct or delete it") from None

@@ -1,7 +1,7 @@
-"""What became of every file of a source: packed, changed, skipped or left out.
+"""Report on every file of a packed source: packed, changed, skipped or not packed.
 
-It is kept beside the shards as `packing.json`, outside the data set's fingerprint. A later job uses
-it to recognise a set that is packed already, and to report the same again.
+It is stored beside the shards as `packing.json` and is not part of the data set's fingerprint. A
+later job reads it to recognise a finished data set and to print the same report.
 """
 
 from __future__ import annotations
@@ -11,48 +11,48 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ddpm_ray.data.samples import EXAMPLES, NamedGroup
-from ddpm_ray.data.shards import Dataset, DatasetError
+from ddpm_ray.data.dataset import Dataset, DatasetError
+from ddpm_ray.data.samples import MAX_EXAMPLES, NamedGroup
 from ddpm_ray.redaction import counted, sanitize
 from ddpm_ray.storage import checksummed_json, object_store
 from ddpm_ray.storage.object_store import StorageError
 
 RECORD = "packing.json"
-MOST_NAMED = 1000  # lines of skipped files that are kept; all are counted
-MOST_SHOWN = 10  # of them on a terminal
-MOST_CLASSES_SHOWN = 40
+MAX_NAMED = 1000  # skipped files that are stored by name; all are counted
+MAX_SHOWN = 10  # of these, printed on the terminal
+MAX_CLASSES_SHOWN = 40
 
 
 @dataclass(frozen=True)
 class PackReport:
-    """What was skipped, left out or changed, and the packed samples of each class."""
+    """Skipped files, contents not packed, changed images, and packed samples per class."""
 
     skipped: int
-    skipped_files: tuple[str, ...]  # a line for each of the first MOST_NAMED
-    left_out: tuple[NamedGroup, ...]  # what the source holds beside images
-    changed: tuple[NamedGroup, ...]  # what was done to images beside decoding
+    skipped_files: tuple[str, ...]  # one line for each of the first MAX_NAMED
+    left_out: tuple[NamedGroup, ...]  # contents of the source that were not packed
+    changed: tuple[NamedGroup, ...]  # changes made to images beside decoding
     class_samples: tuple[int, ...]  # packed samples of each class
 
 
 @dataclass(frozen=True)
-class Record:
-    """How a data set was packed; what it says of the data is in the manifest."""
+class PackRecord:
+    """How a data set was packed: its source and the options that the manifest does not hold."""
 
-    source: str  # as it was given, without a secret
+    source: str  # as the user gave it, without secrets
     source_sha256: str
-    version: str  # of the source's files
-    content_sha256: str  # of their bytes
-    options: Mapping[str, Any]  # those that the manifest does not hold
+    version: str  # Source.version
+    content_sha256: str  # of the bytes of its files
+    options: Mapping[str, Any]
     report: PackReport
 
 
-def write(destination: str, record: Record) -> None:
-    """Put the record beside the shards. Raises StorageError."""
+def write(destination: str, record: PackRecord) -> None:
+    """Store the record beside the shards. Raises StorageError."""
     checksummed_json.write(object_store.join(destination, RECORD), asdict(record))
 
 
-def read(dataset: Dataset) -> Record | None:
-    """The record of a data set; None for one that was packed without. Raises StorageError."""
+def read(dataset: Dataset) -> PackRecord | None:
+    """Return the record of a data set; None if it has none. Raises StorageError."""
     where = object_store.join(dataset.url, RECORD)
     if not object_store.exists(where):
         return None
@@ -66,15 +66,15 @@ def read(dataset: Dataset) -> Record | None:
             tuple(map(NamedGroup.from_json, fields["changed"])),
             tuple(fields["class_samples"]),
         )
-        record = Record(**held, report=report)
+        record = PackRecord(**held, report=report)
     except (KeyError, TypeError, AttributeError) as error:
-        problem = f"not a record of packing ({type(error).__name__})"
-        raise StorageError(where, problem, "remove this file") from None
+        problem = f"not a packing record ({type(error).__name__})"
+        raise StorageError(where, problem, "delete this file") from None
     return record if record.source_sha256 == dataset.manifest.source_sha256 else None
 
 
-def require_same(dataset: Dataset, record: Record | None, options: Mapping[str, Any]) -> None:
-    """Raise DatasetError where the set was packed with other options than these."""
+def require_same(dataset: Dataset, record: PackRecord | None, options: Mapping[str, Any]) -> None:
+    """Raise DatasetError if the data set was packed with other options."""
     if record is None:
         return
     changed = [
@@ -83,30 +83,31 @@ def require_same(dataset: Dataset, record: Record | None, options: Mapping[str, 
         if record.options.get(key) != options[key]
     ]
     if changed:
-        raise another(dataset.url, f"packed with {'; '.join(changed)}")
+        raise other_dataset(dataset.url, f"packed with {'; '.join(changed)}")
 
 
-def another(destination: str, how: str) -> DatasetError:
-    """The error of a destination that holds another data set than what is to be packed."""
-    problem = f"another data set is here already ({how})"
-    remedy = "remove it, or choose another destination for this one"
+def other_dataset(destination: str, how: str) -> DatasetError:
+    """Return the error for a destination that already holds a different data set."""
+    problem = f"a different data set is already here ({how})"
+    remedy = "delete it, or choose another destination"
     return DatasetError(destination, problem, remedy)
 
 
-def merged(parts: Iterable[NamedGroup]) -> tuple[NamedGroup, ...]:
-    """One group for each kind, of groups that come in the order of their names."""
+def merge_groups(parts: Iterable[NamedGroup]) -> tuple[NamedGroup, ...]:
+    """Merge groups of the same kind; `parts` must be in the order of their names."""
     counts: dict[str, int] = defaultdict(int)
     examples: dict[str, list[str]] = defaultdict(list)
     for group in parts:
         counts[group.kind] += group.count
         examples[group.kind] += group.examples
     return tuple(
-        NamedGroup(kind, counts[kind], tuple(examples[kind][:EXAMPLES])) for kind in sorted(counts)
+        NamedGroup(kind, counts[kind], tuple(examples[kind][:MAX_EXAMPLES]))
+        for kind in sorted(counts)
     )
 
 
 def summary(dataset: Dataset, report: PackReport | None) -> dict[str, Any]:
-    """The result of a packing job, for JSON; null is what an earlier version did not keep."""
+    """Return the result of a packing job for JSON; null: packed by a version without a report."""
     manifest = dataset.manifest
     return {
         "destination": dataset.url,
@@ -125,15 +126,15 @@ def summary(dataset: Dataset, report: PackReport | None) -> dict[str, Any]:
 
 
 def lines(dataset: Dataset, report: PackReport | None) -> Iterator[str]:
-    """The last lines of a packing job, for people; names of strangers are spelt out."""
+    """Yield the last lines that a packing job prints; control characters in names are escaped."""
     manifest, counts = dataset.manifest, list[int]()
     if report is None:
-        yield "packed before by a version that kept no list of what it skipped, changed or left out"
+        yield "packed by an earlier version, which stored no report on skipped or changed files"
     else:
         counts = list(report.class_samples)
-        yield from (f"skipped: {sanitize(line)}" for line in report.skipped_files[:MOST_SHOWN])
-        if report.skipped > MOST_SHOWN:
-            yield f"skipped: {report.skipped} files in all; {RECORD} names {MOST_NAMED} of them"
+        yield from (f"skipped: {sanitize(line)}" for line in report.skipped_files[:MAX_SHOWN])
+        if report.skipped > MAX_SHOWN:
+            yield f"skipped: {report.skipped} files in total; {RECORD} lists {MAX_NAMED} of them"
         yield from (f"not packed: {sanitize(str(group))}" for group in report.left_out)
         yield from (f"changed: {sanitize(str(group))}" for group in report.changed)
     height, width, channels = manifest.image_shape
@@ -147,7 +148,7 @@ def lines(dataset: Dataset, report: PackReport | None) -> Iterator[str]:
         return
     shown = [
         f"{n} = {sanitize(name)}" + (f" ({counts[n]}{' samples' * (n == 0)})" if counts else "")
-        for n, name in enumerate(names[:MOST_CLASSES_SHOWN])
+        for n, name in enumerate(names[:MAX_CLASSES_SHOWN])
     ]
-    more = f", ... {len(names)} in all" if len(names) > MOST_CLASSES_SHOWN else ""
+    more = f", ... {len(names)} in total" if len(names) > MAX_CLASSES_SHOWN else ""
     yield f"classes: {', '.join(shown)}{more}"

@@ -1,8 +1,9 @@
-"""From a source to a data set: a plan, its shards in any order and anywhere, and the end.
+"""Pack a source into a data set: plan, write shards in any order on any machine, then finish.
 
-Shard n holds the source's samples n * k to (n + 1) * k - 1 for a fixed k, so its bytes do not
-depend on who writes it. Beside each finished shard lies a small part file with its row of the
-index; a packer that was killed finds them and goes on. They go when the manifest is written.
+Shard n holds samples n * k to (n + 1) * k - 1 of the source for a fixed k, so its bytes do not
+depend on who writes it. Each finished shard has a small part file beside it with its row of the
+index; a packing job that continues after a kill reuses these shards. The part files are deleted
+once the manifest is written.
 """
 
 from __future__ import annotations
@@ -17,35 +18,36 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from ddpm_ray.config.pack import PackConfig
 from ddpm_ray.data import shards
-from ddpm_ray.data.packing import pack_report
-from ddpm_ray.data.packing.image_files import (
-    BadImageError,
-    decode_image,
-    decoded,
-    encoded,
-    from_pixels,
-    pixels,
+from ddpm_ray.data.dataset import (
+    MANIFEST,
+    Dataset,
+    DatasetError,
+    Recipe,
+    ShardRow,
+    UInt8s,
+    open_dataset,
+    write_index,
 )
-from ddpm_ray.data.packing.pack_report import PackReport, Record
+from ddpm_ray.data.packing import pack_report
+from ddpm_ray.data.packing.image_files import BadImageError, decode_stored, encode_image
+from ddpm_ray.data.packing.image_fitting import first_image, fit_image, suggest_skip
+from ddpm_ray.data.packing.pack_report import PackRecord, PackReport
 from ddpm_ray.data.packing.sources import open_source
-from ddpm_ray.data.resizing import resized
 from ddpm_ray.data.samples import NamedGroup, Sample, Source, groups
-from ddpm_ray.data.shards import Dataset, DatasetError, Recipe, ShardRow, UInt8s
 from ddpm_ray.redaction import redacted
 from ddpm_ray.storage import object_store
 
 log = logging.getLogger(__name__)
 
-PARTS = "parts"
+PARTS = "parts"  # folder of the part files
 
 
 @dataclass(frozen=True)
-class Plan:
-    """All that a task needs to write any shard."""
+class PackPlan:
+    """Everything that a task needs to write any shard."""
 
     source: Source
     destination: str
@@ -53,40 +55,39 @@ class Plan:
     recipe: Recipe
     shards: int
     shard_samples: int
-    name: str = ""  # of the source, as it was given
+    name: str = ""  # the source as the user gave it, without secrets
 
 
-class Packed(NamedTuple):
-    """A finished shard; `row` is None where every image of it was skipped."""
+class PackedShard(NamedTuple):
+    """A finished shard; `row` is None if all its images were skipped."""
 
     number: int
     row: ShardRow | None
-    skipped: tuple[str, ...]  # a line for each bad image
-    changed: tuple[NamedGroup, ...]  # what was done to images beside decoding
+    skipped: tuple[str, ...]  # one line for each bad image
+    changed: tuple[NamedGroup, ...]  # changes made to images beside decoding
     class_samples: tuple[int, ...]  # packed samples of each class
-    content_sha256: str  # of the bytes that the source gave
+    content_sha256: str  # of the bytes read from the source
 
 
-class Fitted(NamedTuple):
-    """The samples of a shard that are packed, and what became of all of them."""
+class FittedSamples(NamedTuple):
+    """The samples of one shard that can be packed, and a record of all that were read."""
 
     samples: list[Sample]
     images: list[UInt8s]
     skipped: list[str]
-    changes: dict[str, list[str]]  # keys of samples, by what was done to them
+    changes: dict[str, list[str]]  # keys of the changed samples, by kind of change
     content_sha256: str
 
 
-def plan(source: str, destination: str, options: PackConfig) -> Plan:
-    """What is to be done; reads the source's list and its first good image.
+def make_plan(source: str, destination: str, options: PackConfig) -> PackPlan:
+    """List the source, read its first good image, and decide shape and number of shards.
 
-    Raises DatasetError for an empty source or a destination that holds something else,
-    BadImageError, StorageError.
+    Raises DatasetError for an empty source, BadImageError, StorageError.
     """
     opened = open_source(source, options)
-    first = _first_image(source, opened, options)
+    height, width, channels = first_image(source, opened, options).shape
     recipe = Recipe(
-        image_shape=(first.shape[0], first.shape[1], first.shape[2]),
+        image_shape=(height, width, channels),
         encoding=options.encoding,
         resize=options.resize,
         label_names=opened.label_names,
@@ -94,100 +95,104 @@ def plan(source: str, destination: str, options: PackConfig) -> Plan:
     )
     shard_samples = max(1, options.shard_bytes // math.prod(recipe.image_shape))
     count = math.ceil(len(opened) / shard_samples)
-    return Plan(opened, destination, options, recipe, count, shard_samples, redacted(source))
+    return PackPlan(opened, destination, options, recipe, count, shard_samples, redacted(source))
 
 
-def finished(wanted: Plan) -> Dataset | None:
-    """The data set at the destination if it is already what is wanted, None if there is none.
+def find_finished(plan: PackPlan) -> Dataset | None:
+    """Return the finished data set at the destination, or None if there is none.
 
-    Raises DatasetError where another data set is there, or one of other options or of files that
-    were changed since: it is never overwritten.
+    Raises DatasetError if the data set there differs in its samples, its options or the contents
+    of its source files; it is never overwritten.
     """
-    if not object_store.exists(object_store.join(wanted.destination, shards.MANIFEST)):
+    if not object_store.exists(object_store.join(plan.destination, MANIFEST)):
         return None
-    dataset = shards.open_dataset(wanted.destination)
-    if dataset.recipe != wanted.recipe:
-        there, here = asdict(dataset.recipe), asdict(wanted.recipe)
+    dataset = open_dataset(plan.destination)
+    if dataset.recipe != plan.recipe:
+        there, here = asdict(dataset.recipe), asdict(plan.recipe)
         keys = [key for key in there if there[key] != here[key]]
-        raise pack_report.another(wanted.destination, f"{', '.join(keys)} differ")
+        raise pack_report.other_dataset(plan.destination, f"{', '.join(keys)} differ")
     record = pack_report.read(dataset)
-    pack_report.require_same(dataset, record, _options(wanted))
-    if record is not None and record.version != wanted.source.version:
-        log.info("files of %s were written anew since; comparing their bytes", wanted.name)
-        if record.content_sha256 != _content(wanted):
-            raise pack_report.another(wanted.destination, "the source's files differ")
+    pack_report.require_same(dataset, record, _options(plan))
+    if record is not None and record.version != plan.source.version:
+        log.info("files of %s have a newer date; comparing their contents", plan.name)
+        if record.content_sha256 != _hash_source(plan):
+            raise pack_report.other_dataset(plan.destination, "the source's files differ")
     return dataset
 
 
-def pack_shard(wanted: Plan, number: int) -> Packed:
-    """Write shard `number` and its part file, or take what an earlier run left.
+def pack_shard(plan: PackPlan, number: int) -> PackedShard:
+    """Write shard `number` and its part file, or reuse those of an interrupted job.
 
     Raises BadImageError (on_bad_image "stop"), DatasetError and StorageError.
     """
-    part = _part(wanted, number)
-    where = object_store.join(wanted.destination, shards.shard_name(number))
-    identity = json.dumps([asdict(wanted.recipe), wanted.source.version, _options(wanted)])
-    if object_store.exists(part):
-        left = json.loads(object_store.read_bytes(part))
-        if left["identity"] == identity and (left["row"] is None or object_store.exists(where)):
-            return _packed(number, left)
-    fitted = _fitted_samples(wanted, number)
-    row = None
-    if samples := fitted.samples:
-        files, images = list[bytes](), fitted.images
-        if (encoding := wanted.recipe.encoding) != "raw":
-            files = [encoded(image, encoding) for image in images]
-            shape = wanted.recipe.image_shape
-            images = [decoded(file, encoding, shape) for file in files]  # what a reader will see
-        stacked = np.stack(images)
-        labels = [sample.label for sample in samples]
-        keys = [sample.key for sample in samples]
-        data = shards.shard_bytes(files or stacked, labels, keys)
-        object_store.write_bytes(where, data)
-        digest = hashlib.sha256(data).hexdigest()
-        sums = shards.pixel_sums(stacked)
-        row = ShardRow(shards.shard_name(number), len(samples), len(data), digest, *sums)
-    counts = Counter(sample.label for sample in samples)
-    left = {
+    part_url = _part_url(plan, number)
+    shard_url = object_store.join(plan.destination, shards.shard_name(number))
+    identity = json.dumps([asdict(plan.recipe), plan.source.version, _options(plan)])
+    if object_store.exists(part_url):
+        part = json.loads(object_store.read_bytes(part_url))
+        if part["identity"] == identity and (part["row"] is None or object_store.exists(shard_url)):
+            return _packed_shard(number, part)
+    fitted = _fit_samples(plan, number)
+    row = _write_shard(plan, number, shard_url, fitted) if fitted.samples else None
+    counts = Counter(sample.label for sample in fitted.samples)
+    part = {
         "identity": identity,
         "row": row and asdict(row),
         "skipped": fitted.skipped,
         "changed": [asdict(group) for group in groups(fitted.changes.items())],
-        "class_samples": [counts[label] for label in range(len(wanted.recipe.label_names))],
+        "class_samples": [counts[label] for label in range(len(plan.recipe.label_names))],
         "content_sha256": fitted.content_sha256,
     }
-    object_store.write_bytes(part, json.dumps(left).encode())
-    return _packed(number, left)
+    object_store.write_bytes(part_url, json.dumps(part).encode())
+    return _packed_shard(number, part)
 
 
-def finish(wanted: Plan, packed: Iterable[Packed]) -> Dataset:
-    """Write record, index and, last, the manifest; then the part files go."""
+def finish(plan: PackPlan, packed: Iterable[PackedShard]) -> Dataset:
+    """Write the packing record, the index and, last, the manifest; delete the part files.
+
+    Raises DatasetError if every image was skipped, StorageError.
+    """
     done = sorted(packed, key=lambda shard: shard.number)
     rows = [shard.row for shard in done if shard.row is not None]
     if not rows:
-        raise DatasetError(wanted.destination, "every image was skipped", "mend the source")
+        raise DatasetError(plan.destination, "every image was skipped", "repair the source")
     skipped = [line for shard in done for line in shard.skipped]
     report = PackReport(
         len(skipped),
-        tuple(skipped[: pack_report.MOST_NAMED]),
-        wanted.source.left_out,
-        pack_report.merged(group for shard in done for group in shard.changed),
+        tuple(skipped[: pack_report.MAX_NAMED]),
+        plan.source.left_out,
+        pack_report.merge_groups(group for shard in done for group in shard.changed),
         tuple(map(sum, zip(*(shard.class_samples for shard in done), strict=True))),
     )
-    content = _joined(shard.content_sha256 for shard in done)
-    source = wanted.name, wanted.source.digest, wanted.source.version
-    record = Record(*source, content, _options(wanted), report)
-    pack_report.write(wanted.destination, record)
-    dataset = shards.write_index(wanted.destination, wanted.recipe, rows)
-    object_store.delete_folder(object_store.join(wanted.destination, PARTS))
+    content = _join_digests(shard.content_sha256 for shard in done)
+    source = plan.name, plan.source.digest, plan.source.version
+    pack_report.write(plan.destination, PackRecord(*source, content, _options(plan), report))
+    dataset = write_index(plan.destination, plan.recipe, rows)
+    object_store.delete_folder(object_store.join(plan.destination, PARTS))
     return dataset
 
 
-def _options(wanted: Plan) -> dict[str, Any]:
-    """What the shards depend on beside the recipe."""
-    options = wanted.options
+def _write_shard(plan: PackPlan, number: int, url: str, fitted: FittedSamples) -> ShardRow:
+    files, images = list[bytes](), fitted.images
+    if (encoding := plan.recipe.encoding) != "raw":
+        files = [encode_image(image, encoding) for image in images]
+        # JPEG is lossy: the sums below are of the pixels that a reader will decode.
+        images = [decode_stored(file, encoding, plan.recipe.image_shape) for file in files]
+    stacked = np.stack(images)
+    labels = [sample.label for sample in fitted.samples]
+    keys = [sample.key for sample in fitted.samples]
+    data = shards.shard_bytes(files or stacked, labels, keys)
+    object_store.write_bytes(url, data)
+    digest = hashlib.sha256(data).hexdigest()
+    sums = shards.pixel_sums(stacked)
+    return ShardRow(shards.shard_name(number), len(labels), len(data), digest, *sums)
+
+
+def _options(plan: PackPlan) -> dict[str, Any]:
+    """Return the options beside the recipe on which the shards depend."""
+    options = plan.options
     return {
-        "shard_samples": wanted.shard_samples,
+        "shard_samples": plan.shard_samples,
         "image_key": options.image_key,
         "label_key": options.label_key,
         "on_bad_image": options.on_bad_image,
@@ -196,15 +201,15 @@ def _options(wanted: Plan) -> dict[str, Any]:
     }
 
 
-def _content(wanted: Plan) -> str:
-    """sha256 of all bytes of the source, read anew."""
-    return _joined(
-        _joined(_sha256(sample) for sample in wanted.source.read(_range(wanted, number)))
-        for number in range(wanted.shards)
+def _hash_source(plan: PackPlan) -> str:
+    """Read the whole source; return the same hash as PackRecord.content_sha256."""
+    return _join_digests(
+        _join_digests(_sha256(sample) for sample in plan.source.read(_samples_of(plan, number)))
+        for number in range(plan.shards)
     )
 
 
-def _joined(digests: Iterable[str]) -> str:
+def _join_digests(digests: Iterable[str]) -> str:
     return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
@@ -213,90 +218,38 @@ def _sha256(sample: Sample) -> str:
     return hashlib.sha256(data if sample.image is not None else b"too large").hexdigest()
 
 
-def _range(wanted: Plan, number: int) -> range:
-    start = number * wanted.shard_samples
-    return range(start, min(start + wanted.shard_samples, len(wanted.source)))
+def _samples_of(plan: PackPlan, number: int) -> range:
+    """Return the numbers of the source's samples in shard `number`."""
+    start = number * plan.shard_samples
+    return range(start, min(start + plan.shard_samples, len(plan.source)))
 
 
-def _fitted_samples(wanted: Plan, number: int) -> Fitted:
-    """The samples of shard `number` with their fitted images, and a line for each bad one."""
-    fitted, digests = Fitted([], [], [], defaultdict(list), ""), []
-    for sample in wanted.source.read(_range(wanted, number)):
+def _fit_samples(plan: PackPlan, number: int) -> FittedSamples:
+    """Read the samples of shard `number` and fit their images; bad ones are listed in `skipped`."""
+    fitted, digests = FittedSamples([], [], [], defaultdict(list), ""), []
+    for sample in plan.source.read(_samples_of(plan, number)):
         digests.append(_sha256(sample))
         try:
-            image, changes = _fitted(sample, wanted.options, wanted.recipe.image_shape)
+            image, changes = fit_image(sample, plan.options, plan.recipe.image_shape)
         except BadImageError as error:
-            if wanted.options.on_bad_image == "stop":
-                raise _or_skip(error) from error
+            if plan.options.on_bad_image == "stop":
+                raise suggest_skip(error) from error
             fitted.skipped.append(str(error))
             continue
         fitted.samples.append(sample)
         fitted.images.append(image)
         for change in changes:
             fitted.changes[change].append(sample.key)
-    return fitted._replace(content_sha256=_joined(digests))
+    return fitted._replace(content_sha256=_join_digests(digests))
 
 
-def _or_skip(error: BadImageError) -> BadImageError:
-    """The error of a job that stops at it, with that way out, which one that skips has taken."""
-    file, problem, remedy = error.args
-    return BadImageError(file, problem, f"{remedy}, or use on_bad_image=skip")
+def _part_url(plan: PackPlan, number: int) -> str:
+    return object_store.join(plan.destination, PARTS, f"{shards.shard_name(number)}.json")
 
 
-def _first_image(name: str, source: Source, options: PackConfig) -> UInt8s:
-    """The first good image, which sets the channels and, without a resize, the size."""
-    for sample in source.read(range(len(source))):
-        try:
-            return _fitted(sample, options, None)[0]
-        except BadImageError as error:
-            if options.on_bad_image == "stop":
-                raise _or_skip(error) from error
-    raise DatasetError(redacted(name), "it has no good image", "give a source with images")
-
-
-def _fitted(
-    sample: Sample, options: PackConfig, image_shape: tuple[int, int, int] | None
-) -> tuple[UInt8s, tuple[str, ...]]:
-    """uint8 [H, W, C] of the shape of all others, or any shape for the first, and its changes.
-
-    Raises BadImageError, and DatasetError where a colour image would become grey unasked.
-    """
-    if sample.image is None:
-        problem = f"a file of more than {options.max_file_bytes} bytes (max_file_bytes)"
-        remedy = "make it smaller, raise max_file_bytes if you trust it"
-        raise BadImageError(sample.place, problem, remedy)
-    changes: tuple[str, ...] = ()
-    channels = options.channels
-    if isinstance(sample.image, bytes):
-        image, changes = decode_image(sample.image, sample.place, channels, options.max_pixels)
-    else:
-        image = from_pixels(sample.image, channels)
-    if image_shape and len(image.getbands()) != image_shape[-1]:
-        if image.mode == "RGB" and _has_colour(image):
-            problem = "it has colours, and the first image is grey"
-            remedy = "give channels=3 to keep them, or channels=1 to make all images grey"
-            raise DatasetError(sample.place, problem, remedy)
-        image = image.convert("RGB" if image_shape[-1] == 3 else "L")  # no value is lost
-    fitted = pixels(resized(image, options.resize, options.image_size))
-    if image_shape and fitted.shape != image_shape:
-        height, width, _ = fitted.shape
-        problem = f"{width} x {height} pixels, and the first image has {image_shape[1]} x "
-        remedy = "give resize=centre-crop-box-bicubic and an image_size"
-        raise BadImageError(sample.place, f"{problem}{image_shape[0]}", remedy)
-    return fitted, changes
-
-
-def _has_colour(image: Image.Image) -> bool:
-    red, green, blue = np.moveaxis(pixels(image), -1, 0)
-    return bool((red != green).any() or (red != blue).any())
-
-
-def _part(wanted: Plan, number: int) -> str:
-    return object_store.join(wanted.destination, PARTS, f"{shards.shard_name(number)}.json")
-
-
-def _packed(number: int, left: dict[str, Any]) -> Packed:
-    row = ShardRow(**left["row"]) if left["row"] else None
-    skipped, counts = tuple(left["skipped"]), tuple(left["class_samples"])
-    changed = tuple(map(NamedGroup.from_json, left["changed"]))
-    return Packed(number, row, skipped, changed, counts, left["content_sha256"])
+def _packed_shard(number: int, part: dict[str, Any]) -> PackedShard:
+    """Return the shard that a part file describes."""
+    row = ShardRow(**part["row"]) if part["row"] else None
+    skipped, counts = tuple(part["skipped"]), tuple(part["class_samples"])
+    changed = tuple(map(NamedGroup.from_json, part["changed"]))
+    return PackedShard(number, row, skipped, changed, counts, part["content_sha256"])

@@ -1,8 +1,8 @@
-"""Every file of a source folder, sorted by what it is; what is no image is named, never dropped.
+"""List every file of a source folder by kind; files that cannot be packed are listed too.
 
-Links are followed, as data sets lie on other disks: each folder is taken once, so a loop ends, and
-a folder reached by its own path goes before one reached by a link. Pipes, devices, sockets and
-links to nothing are named; nothing of theirs is read.
+Symbolic links are followed, as data sets often lie on other disks. Each folder is listed once, so
+loops end; a folder's own path is preferred to a link to it. Pipes, devices, sockets and broken
+links are listed by name and never opened.
 """
 
 from __future__ import annotations
@@ -15,32 +15,41 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ddpm_ray.data.dataset import DatasetError
 from ddpm_ray.data.packing.image_files import is_image
 from ddpm_ray.data.samples import NamedGroup, groups
-from ddpm_ray.data.shards import DatasetError
 from ddpm_ray.storage import object_store
 from ddpm_ray.storage.object_store import ObjectState, StorageError
 
 TAR, TABLES = ".tar", (".parquet", ".arrow")
 METADATA = ("metadata.csv", "metadata.jsonl")
-SYSTEM = {  # files and folders that operating systems and storage devices leave behind
-    "thumbs.db", "desktop.ini", "__macosx", "@eadir", "lost+found", "$recycle.bin",
-    "system volume information",
-}  # fmt: skip
-OTHER_PICTURES = (
-    ".heic", ".heif", ".hif", ".avif", ".jp2", ".j2k", ".jpx", ".jxl", ".jxr", ".ico", ".tga",
-    ".psd", ".xcf", ".svg", ".eps", ".exr", ".hdr", ".pfm", ".pcx", ".sgi", ".dds", ".dng", ".cr2",
-    ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2", ".dcm",
-)  # fmt: skip
+# Files and folders that operating systems and storage devices create.
+SYSTEM_NAMES = {"thumbs.db", "desktop.ini", "__macosx", "@eadir", "lost+found", "$recycle.bin"}
+SYSTEM_NAMES |= {"system volume information"}
+# Suffixes of image formats that are not supported: of cameras, and of programs.
+OTHER_IMAGES: tuple[str, ...] = (
+    ".heic",
+    ".heif",
+    ".hif",
+    ".avif",
+    ".jp2",
+    ".j2k",
+    ".jpx",
+    ".jxl",
+    ".jxr",
+)
+OTHER_IMAGES += (".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2", ".dcm")
+OTHER_IMAGES += (".ico", ".tga", ".psd", ".xcf", ".svg", ".eps", ".exr", ".hdr", ".pfm")
+OTHER_IMAGES += (".pcx", ".sgi", ".dds")
 ARCHIVES = (".zip", ".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz", ".zst", ".7z", ".rar")
 
 SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval"}
 
 HIDDEN = "hidden or system files"
-ODD = "pipes, devices and links to nothing"
-SEEN = "links to folders that are taken already"
-UNREADABLE = "images of formats that are not read (convert them to PNG)"
-ARCHIVED = "compressed archives (unpack them)"
+SPECIAL = "pipes, devices and broken links"
+REPEATED = "links to folders that are listed already"
+OTHER_FORMATS = "images of unsupported formats (convert them to PNG)"
+COMPRESSED = "compressed archives (unpack them)"
 OTHER = "other files"
 
 
@@ -52,16 +61,16 @@ class SourceFiles:
     tars: dict[str, ObjectState] = field(default_factory=dict)
     tables: dict[str, ObjectState] = field(default_factory=dict)
     metadata: dict[str, ObjectState] = field(default_factory=dict)
-    folders: set[str] = field(default_factory=set)  # at the top; known of a local source only
+    folders: set[str] = field(default_factory=set)  # top-level folders; local sources only
     others: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
 
     @property
     def left_out(self) -> tuple[NamedGroup, ...]:
-        """What is neither an image, a tar, a table nor their metadata."""
+        """Files that are no image, tar, table or metadata file."""
         return groups(self.others.items())
 
     def add(self, name: str, state: ObjectState) -> None:
-        """Put one regular file where it belongs."""
+        """Add a regular file to the group of its kind."""
         lower = name.lower()
         if is_image(lower):
             self.images[name] = state
@@ -76,7 +85,7 @@ class SourceFiles:
 
 
 def list_source(url: str) -> SourceFiles:
-    """What lies below the folder `url`. Raises StorageError."""
+    """List all files below the folder `url`. Raises StorageError."""
     files = SourceFiles()
     if object_store.is_local(url):
         found = dict(_walk(object_store.local_path(url), files))
@@ -96,26 +105,26 @@ def list_source(url: str) -> SourceFiles:
 
 
 def refuse_splits(url: str, kind: str, names: Iterable[str]) -> None:
-    """Raise DatasetError where files are of several splits, as `train-000.tar`, `val/0.parquet`."""
+    """Raise DatasetError if names mix splits, as in `train-000.tar` and `val/0.parquet`."""
     found = {frozenset(SPLITS & set(re.split(r"[/._-]", name.lower()))) for name in names}
     if len(found - {frozenset()}) > 1:
-        problem = f"its {kind} are of the splits {', '.join(sorted(frozenset().union(*found)))}"
+        problem = f"its {kind} belong to the splits {', '.join(sorted(frozenset().union(*found)))}"
         raise DatasetError(url, problem, "give one file, or a folder with the files of one split")
 
 
 def is_hidden(name: str) -> bool:
-    """True for the name of a hidden file or folder, or one that a system leaves behind."""
-    return name.startswith(".") or name.lower() in SYSTEM
+    """Return whether a file or folder is hidden or created by an operating system."""
+    return name.startswith(".") or name.lower() in SYSTEM_NAMES
 
 
 def _kind_of_other(lower: str) -> str:
-    if lower.endswith(OTHER_PICTURES):
-        return UNREADABLE
-    return ARCHIVED if lower.endswith(ARCHIVES) else OTHER
+    if lower.endswith(OTHER_IMAGES):
+        return OTHER_FORMATS
+    return COMPRESSED if lower.endswith(ARCHIVES) else OTHER
 
 
 def _walk(root: Path, files: SourceFiles) -> Iterator[tuple[str, ObjectState]]:
-    """Every regular file below `root`; what else is there goes to `files`."""
+    """Yield every regular file below `root`; add all other entries to `files`."""
     own, linked = deque([("", root)]), deque[tuple[str, Path]]()
     seen: set[tuple[int, int]] = set()
     while own or linked:
@@ -123,22 +132,22 @@ def _walk(root: Path, files: SourceFiles) -> Iterator[tuple[str, ObjectState]]:
         try:
             status = folder.stat()
             if (status.st_dev, status.st_ino) in seen:
-                files.others[SEEN].append(prefix.rstrip("/"))
+                files.others[REPEATED].append(prefix.rstrip("/"))
                 continue
             seen.add((status.st_dev, status.st_ino))
             entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
         except OSError as error:
             reason = error.strerror or type(error).__name__
-            raise StorageError(str(folder), f"cannot be listed ({reason})", "mend it") from None
+            raise StorageError(str(folder), f"cannot be listed ({reason})", "check it") from None
         for entry in entries:
             name = prefix + entry.name
             if is_hidden(entry.name):
                 files.others[HIDDEN].append(name)
                 continue
             try:
-                status = entry.stat()  # of what a link leads to
-            except OSError:  # to nothing, or to itself
-                files.others[ODD].append(name)
+                status = entry.stat()  # follows links
+            except OSError:  # a broken link, or one to itself
+                files.others[SPECIAL].append(name)
                 continue
             if stat.S_ISDIR(status.st_mode):
                 (linked if entry.is_symlink() else own).append((f"{name}/", folder / entry.name))
@@ -146,4 +155,4 @@ def _walk(root: Path, files: SourceFiles) -> Iterator[tuple[str, ObjectState]]:
             elif stat.S_ISREG(status.st_mode):
                 yield name, ObjectState(status.st_size, str(status.st_mtime_ns))
             else:
-                files.others[ODD].append(name)
+                files.others[SPECIAL].append(name)

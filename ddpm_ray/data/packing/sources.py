@@ -1,7 +1,7 @@
-"""What can be packed: a built-in set, a folder of images, WebDataset tars, Parquet and Arrow files.
+"""Open a source: a built-in set, a folder of images, WebDataset tars, Parquet or Arrow files.
 
-All in a fixed order. A source is small or shared, goes to Ray tasks whole, and gives any range of
-its samples; what it holds beside them it names.
+Its samples have a fixed order. A source is small enough to send to every Ray task, and each task
+reads any range of its samples. Contents that are not packed are listed in `left_out`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ddpm_ray.config.pack import PackConfig
+from ddpm_ray.data.dataset import INDEX, MANIFEST, DatasetError
 from ddpm_ray.data.packing import builtin_datasets
 from ddpm_ray.data.packing.builtin_datasets import BuiltIn
 from ddpm_ray.data.packing.folder_source import folder_source
@@ -33,15 +34,14 @@ from ddpm_ray.data.packing.source_files import (
 from ddpm_ray.data.packing.table_source import table_source
 from ddpm_ray.data.packing.tar_source import tar_source
 from ddpm_ray.data.samples import NamedGroup, Sample, Source
-from ddpm_ray.data.shards import INDEX, MANIFEST, DatasetError
 from ddpm_ray.storage import object_store
 
 
 def open_source(source: str, options: PackConfig | None = None) -> Source:
-    """The source of that name, folder, tar or table.
+    """Open a built-in set by name, or a folder, tar or table by path or URL.
 
-    An image file of more than `options.max_file_bytes` is named, but not read.
-    Raises DatasetError where there is nothing to pack, StorageError where it cannot be read.
+    An image file of more than `options.max_file_bytes` is listed but not read. Raises DatasetError
+    if there is nothing to pack, StorageError if the source cannot be read.
     """
     options = options or PackConfig()
     if source in builtin_datasets.NAMES:
@@ -59,14 +59,12 @@ def open_source(source: str, options: PackConfig | None = None) -> Source:
     else:
         files = list_source(source)
     if INDEX in files.tables and MANIFEST in files.others[OTHER]:
-        remedy = "train on it as data.url, or give what it was packed from"
-        raise DatasetError(source, "it is a packed data set already", remedy)
-    kinds = {
-        "images": files.images, "tars": files.tars, "tables": files.tables,
-    }  # fmt: skip
+        remedy = "train on it with data.url, or give the source it was packed from"
+        raise DatasetError(source, "it is already a packed data set", remedy)
+    kinds = {"images": files.images, "tars": files.tars, "tables": files.tables}
     held = [f"{kind} ({next(iter(found))})" for kind, found in kinds.items() if found]
     if len(held) > 1:
-        problem = f"it holds {' contents_text '.join(held)}, and one kind is packed"
+        problem = f"it holds {' and '.join(held)}, and only one kind can be packed"
         raise DatasetError(source, problem, "give the .tar or table itself, or move it elsewhere")
     for kind in ("tars", "tables"):
         refuse_splits(source, kind, kinds[kind])
@@ -75,17 +73,15 @@ def open_source(source: str, options: PackConfig | None = None) -> Source:
     if files.tables:
         return table_source(source, files.tables, options, files.left_out)
     if not files.images:
-        contents_text = (
-            f" (it holds {'; '.join(map(str, files.left_out))})" if files.left_out else ""
-        )
+        others = f" (it holds {'; '.join(map(str, files.left_out))})" if files.left_out else ""
         remedy = "give a folder of images or .tar files"
-        raise DatasetError(source, f"there is no image in it{contents_text}", remedy)
+        raise DatasetError(source, f"it has no image{others}", remedy)
     return folder_source(source, files, options)
 
 
 @dataclass(frozen=True)
 class ArraySource:
-    """A set that is in memory."""
+    """A data set in memory."""
 
     name: str
     images: npt.NDArray[np.uint8]  # [N, H, W, C]
@@ -95,7 +91,7 @@ class ArraySource:
 
     @property
     def digest(self) -> str:
-        """sha256 of name, pixels and labels."""
+        """sha256 of the name, pixels and labels."""
         digest = hashlib.sha256(repr((self.name, self.images.shape, self.label_names)).encode())
         digest.update(self.images.tobytes())
         digest.update(self.labels.tobytes())
@@ -119,7 +115,7 @@ def _is_folder(source: str) -> bool:
 
 
 def _refuse_other_than_folder(source: str) -> None:
-    """Raise DatasetError unless the local `source` is a folder, a tar or a table."""
+    """Raise DatasetError unless the local `source` is a folder, tar or table."""
     known = ", ".join(builtin_datasets.NAMES)
     remedy = (
         f"give a folder of images, tars or tables, a .tar, .parquet or .arrow, or one of {known}"
@@ -127,7 +123,7 @@ def _refuse_other_than_folder(source: str) -> None:
     try:
         mode = Path(source).stat().st_mode
     except OSError as error:
-        problem = "there is no such source"
+        problem = "no such file or folder"
         if not isinstance(error, FileNotFoundError | NotADirectoryError):
             problem = f"it cannot be read ({error.strerror})"
         raise DatasetError(source, problem, remedy) from None
@@ -139,7 +135,7 @@ def _refuse_other_than_folder(source: str) -> None:
     elif lower.endswith(ARCHIVES):
         problem, remedy = "it is compressed", "unpack it first (a .tar.gz: gunzip it)"
     elif is_image(source):
-        problem = "it is one image"
+        problem = "it is a single image"
     else:
-        problem = "it is a file of another kind"
+        problem = "it is a file of an unknown type"
     raise DatasetError(source, problem, remedy)

@@ -1,8 +1,8 @@
-"""Rows of one Parquet or Arrow file of a stranger, a few at a time.
+"""Read rows of one untrusted Parquet or Arrow file, a few at a time.
 
-Arrow files are read batch by batch from where each lies; one that is compressed, or whose columns
-are dictionaries, is refused, as nobody knows how large it would become. Of a Parquet file no more
-than a page and an image are unpacked at once.
+Arrow files are read batch by batch at their offsets; compressed files and dictionary columns are
+refused, as their size in memory is unknown. Of a Parquet file at most one page and one image are
+decompressed at a time.
 """
 
 from __future__ import annotations
@@ -17,32 +17,32 @@ import pyarrow.parquet as pq
 
 from ddpm_ray.data import arrow_io
 from ddpm_ray.data.arrow_io import ArrowFileError
+from ddpm_ray.data.dataset import DatasetError
 from ddpm_ray.data.packing import class_names, file_source
 from ddpm_ray.data.packing.class_names import Label
-from ddpm_ray.data.shards import DatasetError
 from ddpm_ray.redaction import counted
 from ddpm_ray.storage.object_store import StorageError
 
-LEAST_ROW_BYTES = 8  # no image file is smaller: a file that claims more rows lies
+MIN_ROW_BYTES = 8  # no image file is smaller, so a file that claims more rows is invalid
 LABELS_AT_ONCE = 2**16
-MAGIC = b"ARROW1\0\0"  # of Arrow's file format; its stream format has none
+MAGIC = b"ARROW1\0\0"  # start of Arrow's file format; the stream format has none
 
 
 @dataclass(frozen=True)
 class TableFile:
-    """One table, opened and checked."""
+    """A checked table."""
 
     name: str
     size: int  # in bytes
     rows: int
     schema: pa.Schema
-    parts: tuple[tuple[int, int], ...]  # first row, and number of a row group or place of a batch
+    parts: tuple[tuple[int, int], ...]  # (first row, row group number or batch offset)
 
 
-def opened(url: str, name: str, size: int) -> TableFile:
-    """The table at `url`, without its images. Raises DatasetError."""
+def open_table(url: str, name: str, size: int) -> TableFile:
+    """Read the schema and row counts of the table at `url`. Raises DatasetError."""
     parts, rows = list[tuple[int, int]](), 0
-    with _one_line(url), file_source.opened(url) as stream:
+    with _one_line(url), file_source.open_object(url) as stream:
         if _is_parquet(name):
             file = _parquet(stream)
             schema, groups = file.schema_arrow, file.metadata.num_row_groups
@@ -51,21 +51,21 @@ def opened(url: str, name: str, size: int) -> TableFile:
                 rows += file.metadata.row_group(number).num_rows
         else:
             schema = _arrow_schema(stream)
-            for place, batch in _arrow_batches(stream, schema):
-                parts.append((rows, place))
+            for offset, batch in _arrow_batches(stream, schema):
+                parts.append((rows, offset))
                 rows += batch.num_rows
-        if rows < 0 or rows * LEAST_ROW_BYTES > size:
+        if rows < 0 or rows * MIN_ROW_BYTES > size:
             raise ArrowFileError(f"it claims {counted(rows, 'row')} in {counted(size, 'byte')}")
         if len(set(schema.names)) < len(schema.names):
             raise ArrowFileError("two columns have the same name")
     return TableFile(name, size, rows, schema, tuple(parts))
 
 
-def labels(url: str, file: TableFile, column: str) -> list[Label]:
-    """The label of each row. Raises DatasetError."""
+def read_labels(url: str, file: TableFile, column: str) -> list[Label]:
+    """Return the label of each row. Raises DatasetError."""
     found: list[Label] = []
     where = f"column {column!r}"
-    with _one_line(url), file_source.opened(url) as stream:
+    with _one_line(url), file_source.open_object(url) as stream:
         if _is_parquet(file.name):
             text = pa.types.is_string(file.schema.field(column).type)
             table = _parquet(stream, [column] if text else None)
@@ -75,13 +75,13 @@ def labels(url: str, file: TableFile, column: str) -> list[Label]:
             for _, batch in _arrow_batches(stream, _arrow_schema(stream)):
                 found += _labels(batch.column(column), where)
         if len(found) != file.rows:
-            raise ArrowFileError(f"{where} has {counted(len(found), 'row')} of {file.rows}")
+            raise ArrowFileError(f"{where} has {counted(len(found), 'row')}, the file {file.rows}")
     return found
 
 
-def images(url: str, file: TableFile, column: str, rows: range) -> Iterator[bytes]:
-    """The image file of each of these rows, b"" where there is none. Raises DatasetError."""
-    with file_source.opened(url) as stream:
+def read_image_files(url: str, file: TableFile, column: str, rows: range) -> Iterator[bytes]:
+    """Yield the image file of each of these rows, b"" if it is null. Raises DatasetError."""
+    with file_source.open_object(url) as stream:
         found = _images(stream, file, column, rows)
         for row in rows:
             with _one_line(url):
@@ -92,7 +92,7 @@ def images(url: str, file: TableFile, column: str, rows: range) -> Iterator[byte
 
 
 def holds_files(kind: pa.DataType) -> bool:
-    """Whether a column of this type may hold image files."""
+    """Return whether a column of this type can hold image files."""
     if pa.types.is_struct(kind):
         at = kind.get_field_index("bytes")
         return at >= 0 and holds_files(kind.field(at).type)
@@ -100,7 +100,7 @@ def holds_files(kind: pa.DataType) -> bool:
 
 
 def holds_labels(kind: pa.DataType) -> bool:
-    """Whether a column of this type may hold labels."""
+    """Return whether a column of this type can hold labels."""
     if pa.types.is_dictionary(kind):
         return holds_labels(kind.value_type)
     text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
@@ -117,7 +117,7 @@ def _images(stream: BinaryIO, file: TableFile, column: str, rows: range) -> Iter
 def _batches(
     stream: BinaryIO, file: TableFile, column: str, rows: range
 ) -> Iterator[tuple[int, Any]]:
-    """First row and values of runs that hold these rows."""
+    """Yield the first row and the values of each run of rows that overlaps `rows`."""
     ends = [first for first, _ in file.parts[1:]] + [file.rows]
     held = [
         (first, part)
@@ -128,7 +128,7 @@ def _batches(
         nested = pa.types.is_struct(file.schema.field(column).type)
         leaf = f"{column}.bytes" if nested else column
         row, groups = held[0][0], [number for _, number in held]
-        # One row at a time: a page of one image may name it a million times.
+        # One row at a time: a dictionary page with one image may refer to it a million times.
         for batch in _parquet(stream).iter_batches(1, row_groups=groups, columns=[leaf]):
             yield row, batch.column(0)
             row += batch.num_rows
@@ -136,8 +136,8 @@ def _batches(
                 return
     else:
         schema = _arrow_schema(stream)
-        for first, place in held:
-            _, batch = next(_arrow_batches(stream, schema, place))
+        for first, offset in held:
+            _, batch = next(_arrow_batches(stream, schema, offset))
             yield first, batch.column(column)
 
 
@@ -153,43 +153,43 @@ def _arrow_schema(stream: BinaryIO) -> pa.Schema:
     stream.seek(len(MAGIC) if stream.read(len(MAGIC)) == MAGIC else 0)
     message = pa.ipc.read_message(stream)
     if message.type != "schema":
-        raise ArrowFileError(f"it opens with a {message.type}")
+        raise ArrowFileError(f"it starts with a {message.type}, not with a schema")
     return pa.ipc.read_schema(message)
 
 
 def _arrow_batches(
-    stream: BinaryIO, schema: pa.Schema, place: int | None = None
+    stream: BinaryIO, schema: pa.Schema, offset: int | None = None
 ) -> Iterator[tuple[int, pa.RecordBatch]]:
-    """Each batch from `place` on, or from where the stream stands, and its own place."""
-    stream.seek(stream.tell() if place is None else place)
+    """Yield each batch with its offset, from `offset` or the stream's current position on."""
+    stream.seek(stream.tell() if offset is None else offset)
     while True:
-        place = stream.tell()
+        offset = stream.tell()
         try:
             message = pa.ipc.read_message(stream)
-        except EOFError:  # the end mark, or the end of a file that has none
+        except EOFError:  # end-of-stream marker, or end of a file without one
             return
         if message.type != "record batch":
-            raise ArrowFileError(f"it holds a {message.type}, which is not read")
+            raise ArrowFileError(f"it holds a {message.type}, which is not supported")
         if arrow_io.is_compressed(message):
-            raise ArrowFileError("it is compressed, and nobody knows how large it would become")
+            raise ArrowFileError("it is compressed, so its size in memory is unknown")
         batch = pa.ipc.read_record_batch(message, schema)
         batch.validate(full=True)
-        yield place, batch
+        yield offset, batch
 
 
 def _labels(values: Any, where: str) -> Iterator[Label]:
-    """Labels of one column, each text once in memory; -1 is how some write that there is none."""
+    """Yield the labels of one column; -1 and null mean no label."""
     if pa.types.is_dictionary(values.type):
-        known = [class_names.checked(value, where) for value in values.dictionary.to_pylist()]
+        known = [class_names.check_label(value, where) for value in values.dictionary.to_pylist()]
         yield from (None if at is None else known[at] for at in values.indices.to_pylist())
         return
     for value in values.to_pylist():
-        yield None if value == -1 else class_names.checked(value, where)
+        yield None if value == -1 else class_names.check_label(value, where)
 
 
 @contextlib.contextmanager
 def _one_line(url: str) -> Iterator[None]:
-    """Make one line of whatever Arrow raises."""
+    """Convert any exception of Arrow to a DatasetError of one line."""
     try:
         yield
     except (DatasetError, StorageError):

@@ -1,7 +1,8 @@
-"""Images in a column of Parquet or Arrow files, as Hugging Face's datasets are stored.
+"""Source for images in a column of Parquet or Arrow files, the format of Hugging Face Datasets.
 
 The column holds encoded image files: binary, or a struct of `bytes` and `path`. A label column may
-hold numbers, names, or numbers whose names are in the schema (ClassLabel). All else is named.
+hold numbers, names, or numbers whose names are in the schema (ClassLabel). Other columns are listed
+as not packed.
 """
 
 from __future__ import annotations
@@ -16,23 +17,23 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from ddpm_ray.config.pack import PackConfig
+from ddpm_ray.data.dataset import DatasetError
 from ddpm_ray.data.packing import class_names, table_files
 from ddpm_ray.data.packing.class_names import Label
 from ddpm_ray.data.packing.file_source import version_of
 from ddpm_ray.data.packing.table_files import TableFile
 from ddpm_ray.data.samples import NamedGroup, Sample, groups, printable_name
-from ddpm_ray.data.shards import DatasetError
 from ddpm_ray.redaction import counted
 from ddpm_ray.storage import object_store
 from ddpm_ray.storage.object_store import ObjectState
 
 IMAGES, LABEL = ("image", "img", "jpg", "jpeg", "png", "webp"), "label"
-COLUMNS = "columns of tables without a place in a shard"
+COLUMNS = "columns of tables not supported in shards"
 
 
 @dataclass(frozen=True)
 class TableSource:
-    """The rows of tables, in the order of files and then rows."""
+    """The rows of tables, ordered by file and row."""
 
     url: str
     files: tuple[TableFile, ...]
@@ -45,7 +46,7 @@ class TableSource:
 
     @property
     def digest(self) -> str:
-        """sha256 of names, sizes and rows of the files, of the column and of all labels."""
+        """sha256 of the files' names, sizes and row counts, the column and all labels."""
         files = [[file.name, file.size, file.rows] for file in self.files]
         digest = hashlib.sha256(json.dumps([self.label_names, self.column, files]).encode())
         digest.update(self.labels.tobytes())
@@ -55,19 +56,19 @@ class TableSource:
         return len(self.labels)
 
     def read(self, samples: range) -> Iterator[Sample]:
-        """These samples in order; the rows of a file are read from its nearest row group on."""
+        """Yield the samples in order, reading each file from the nearest row group on."""
         start = 0
         for file in self.files:
             rows = range(max(samples.start - start, 0), min(samples.stop - start, file.rows))
             if rows:
                 name = printable_name(file.name)
                 url = object_store.join(self.url, file.name)
-                images = table_files.images(url, file, self.column, rows)
+                images = table_files.read_image_files(url, file, self.column, rows)
                 for row, image in zip(rows, images, strict=True):
                     fits = len(image) <= self.max_file_bytes
                     label = int(self.labels[start + row])
-                    place = f"{url}: row {row} of column {self.column!r}"
-                    yield Sample(f"{name}:{row:06d}", label, image if fits else None, place)
+                    location = f"{url}: row {row} of column {self.column!r}"
+                    yield Sample(f"{name}:{row:06d}", label, image if fits else None, location)
             start += file.rows
 
 
@@ -77,7 +78,7 @@ def table_source(
     options: PackConfig,
     left_out: tuple[NamedGroup, ...] = (),
 ) -> TableSource:
-    """The rows of these tables. Raises DatasetError where image or label is ambiguous."""
+    """Return the rows of these tables. Raises DatasetError if a column cannot be determined."""
     files: list[TableFile] = []
     labels: list[Label] = []
     others: set[str] = set()
@@ -85,17 +86,17 @@ def table_source(
     column = ""
     for table, state in tables.items():
         url = object_store.join(folder, table)
-        file = table_files.opened(url, table, state.size)
+        file = table_files.open_table(url, table, state.size)
         chosen = _image_column(url, file.schema, options.image_key)
         label = _label_column(url, file.schema, options.label_key)
         stated = _class_names(file.schema, label)
         if files and (chosen, stated) != (column, names):
-            problem = f"its image column or its class names are not those of {files[0].name}"
-            raise DatasetError(url, problem, "pack tables of one kind at a time")
+            problem = f"its image column or its class names differ from those of {files[0].name}"
+            raise DatasetError(url, problem, "pack tables with equal columns")
         column, names = chosen, stated
         others |= set(file.schema.names) - {column, label}
         files.append(file)
-        labels += table_files.labels(url, file, label) if label else [None] * file.rows
+        labels += table_files.read_labels(url, file, label) if label else [None] * file.rows
     if not labels:
         raise DatasetError(folder, "its tables have no rows", "give tables with images")
     label_names, numbers = _numbered(folder, labels, names)
@@ -117,7 +118,7 @@ def _image_column(url: str, schema: pa.Schema, image_key: str) -> str:
         if image_key in fitting:
             return image_key
         shown = ", ".join(f"{field.name} {field.type}" for field in schema)[:300]
-        problem = f"{image_key!r} (image_key) is no column of image files; it has {shown}"
+        problem = f"{image_key!r} (image_key) is not a column of image files; it has {shown}"
         raise DatasetError(url, problem, "name a column of binary, or of bytes and path")
     stated = [name for name, kind in _features(schema).items() if kind.get("_type") == "Image"]
     named = [name for name in fitting if name in stated] or [
@@ -129,24 +130,24 @@ def _image_column(url: str, schema: pa.Schema, image_key: str) -> str:
         problem = f"it has {len(named)} columns of images ({', '.join(named)})"
         raise DatasetError(url, problem, f"choose one, as in image_key={named[0]}")
     shown = ", ".join(f"{field.name} {field.type}" for field in schema)[:300]
-    problem = f"no column called {', '.join(IMAGES)} holds image files; it has {shown}"
-    raise DatasetError(url, problem, "choose a column of binary, or of bytes and path: image_key=")
+    problem = f"no column named {', '.join(IMAGES)} holds image files; it has {shown}"
+    raise DatasetError(url, problem, "name a column of binary, or of bytes and path: image_key=")
 
 
 def _label_column(url: str, schema: pa.Schema, label_key: str) -> str:
-    """The label's column; empty where there is none."""
+    """Return the name of the label column; empty if there is none."""
     if label_key and label_key not in schema.names:
         problem = f"it has no column {label_key!r} (label_key)"
         raise DatasetError(url, problem, f"choose one of {', '.join(schema.names)[:300]}")
     label = label_key or (LABEL if LABEL in schema.names else "")
     if label and not table_files.holds_labels(schema.field(label).type):
-        problem = f"column {label!r} is {schema.field(label).type}, which is no label"
-        raise DatasetError(url, problem, "choose one of whole numbers or names: label_key=")
+        problem = f"column {label!r} is {schema.field(label).type}, which cannot hold labels"
+        raise DatasetError(url, problem, "choose a column of whole numbers or names: label_key=")
     return label
 
 
 def _features(schema: pa.Schema) -> dict[str, dict[str, object]]:
-    """What Hugging Face's datasets say of the columns; empty where they say nothing."""
+    """Return the column features that Hugging Face Datasets stores in the schema, if any."""
     try:
         held = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
         features = held["info"]["features"]
@@ -159,28 +160,28 @@ def _class_names(schema: pa.Schema, label: str) -> tuple[str, ...] | None:
     names = _features(schema).get(label, {}).get("names")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         return None
-    return tuple(names[: class_names.MOST_CLASSES])
+    return tuple(names[: class_names.MAX_CLASSES])
 
 
 def _numbered(
     folder: str, labels: list[Label], names: tuple[str, ...] | None
 ) -> tuple[tuple[str, ...], list[int]]:
-    bare = sum(label is None for label in labels)
-    if 0 < bare < len(labels):
-        problem = f"there is no label in {bare} of {len(labels)} rows, the first row "
-        problem += str(labels.index(None))
+    unlabelled = sum(label is None for label in labels)
+    if 0 < unlabelled < len(labels):
+        first = labels.index(None)
+        problem = f"{unlabelled} of {len(labels)} rows have no label; the first is row {first}"
         raise DatasetError(folder, problem, "give every row a label, or none")
     try:
-        label_names, numbers = class_names.numbered(labels)
+        label_names, numbers = class_names.number_labels(labels)
     except ValueError as error:
         remedy = "write all labels as numbers or all as names"
         raise DatasetError(folder, str(error), remedy) from None
-    if names is None or bare:
+    if names is None or unlabelled:
         return label_names, numbers
     if len(label_names) > len(names):
         problem = (
-            f"label {len(label_names) - 1} is there, and the schema names "
+            f"label {len(label_names) - 1} occurs, but the schema names only "
             f"{counted(len(names), 'class', 'classes')}"
         )
-        raise DatasetError(folder, problem, "write the tables again with all names")
+        raise DatasetError(folder, problem, "write the tables again with all class names")
     return names, numbers

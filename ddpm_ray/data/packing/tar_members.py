@@ -1,7 +1,7 @@
-"""The members of an uncompressed tar, every one of them or an error.
+"""Iterate over all members of an uncompressed tar, or raise an error.
 
-Python's tarfile ends at a damaged header as if the archive ended there, so what follows would be
-lost in silence, and before 3.11.14 it reads a member of negative size for ever (CVE-2025-8194).
+Python's tarfile stops at a damaged header as if the archive ended there, which silently loses the
+members after it, and before 3.11.14 a member of negative size is an endless loop (CVE-2025-8194).
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ import tarfile
 from collections.abc import Iterator
 from typing import BinaryIO
 
-from ddpm_ray.data.shards import DatasetError
+from ddpm_ray.data.dataset import DatasetError
 from ddpm_ray.storage.object_store import StorageError
 
 CHUNK = 1 << 20
 
 
 def members(stream: BinaryIO, url: str) -> Iterator[tarfile.TarInfo]:
-    """Each member in turn. Raises DatasetError where the tar is damaged or goes on behind its end.
+    """Yield each member. Raises DatasetError if the tar is damaged or data follows its end.
 
-    Nothing is unpacked, and no compressed tar is read: its offsets are those of what it unpacks to.
+    Compressed tars are refused: members are read by their offset in the file.
     """
     try:
         with tarfile.open(fileobj=stream, mode="r:") as archive:
@@ -32,14 +32,14 @@ def members(stream: BinaryIO, url: str) -> Iterator[tarfile.TarInfo]:
             _check_end(stream, archive.offset)
     except (DatasetError, StorageError):
         raise
-    except Exception as error:  # tarfile raises IndexError and others at damaged headers
+    except Exception as error:  # tarfile raises IndexError and others for damaged headers
         text = " ".join(str(error).split()) or type(error).__name__
         remedy = "write it again, without compression"
         raise DatasetError(url, f"not a readable tar ({text})", remedy) from error
 
 
 def _check_end(stream: BinaryIO, end: int) -> None:
-    """Raise ReadError unless nothing but zeros lies at `end`, where reading stopped."""
+    """Raise ReadError unless only zeros follow `end`, where reading stopped."""
     stream.seek(end)
     where, first = end, True
     while chunk := stream.read(CHUNK):
@@ -47,6 +47,6 @@ def _check_end(stream: BinaryIO, end: int) -> None:
             where += len(chunk) - rest
             if first and where - end < tarfile.BLOCKSIZE:
                 raise tarfile.ReadError(f"its header at byte {end} is damaged")
-            problem = f"at byte {end} it ends, and more follows at byte {where}"
-            raise tarfile.ReadError(f"{problem}, as where two tars were joined")
+            problem = f"it ends at byte {end}, but data follows at byte {where}"
+            raise tarfile.ReadError(f"{problem}, as in two concatenated tars")
         where, first = where + len(chunk), False
