@@ -133,6 +133,25 @@ def test_the_tree_shows_every_module() -> None:
     assert not modules - shown
 
 
+def rows_of(section: str) -> list[list[str]]:
+    """The cells of each table row, headings left out, of a section of ARCHITECTURE.md."""
+    text = text_of("ARCHITECTURE.md").split(f"{section}\n", 1)[1].split("\n## ", 1)[0]
+    rows = [line.strip("|").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    return [row for row in rows if row[0].strip() not in ("---", "to find", "to add")]
+
+
+def test_where_is_names_files_that_exist() -> None:
+    """Each row names paths from the root; a function or class after a path is in that file."""
+    rows = rows_of("## 5 Where is ...?")
+    assert len(rows) > 20
+    for what, place in rows:
+        found = [path for path in SPAN.findall(place) if re.search(r"/|\.md$", path)]
+        assert found or place.startswith("nothing"), f"{what}: no path"
+        assert not [path for path in found if not (ROOT / path).exists()], what
+        named = re.findall(r"`(ddpm_ray/\S+\.py)`, (?:and )?`(\w+)`", place)
+        assert not [name for path, name in named if name not in (ROOT / path).read_text()], what
+
+
 @pytest.mark.parametrize("page", PAGES + CONFIGS)
 def test_every_make_target_exists(page: str) -> None:
     known = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
