@@ -95,7 +95,7 @@ def by_sampler(model: TrainedModel, scorer: Scorer) -> Iterator[list[str]]:
 
 def by_scale(model: TrainedModel, scorer: Scorer) -> Iterator[list[str]]:
     """Guidance: distance, and how many samples are taken for their label."""
-    labels = torch.arange(scorer.images) % model.denoiser.num_classes
+    labels = torch.arange(scorer.images) % model.denoiser.takes.num_classes
     for scale in SCALES:
         plan = replace(model.plan(steps=20, sampler="unipc"), guidance=Guidance(scale))
         images = model.draw(plan, scorer.images, BATCH)
@@ -121,7 +121,7 @@ def sheet(rows: dict[str, list[Images]], above: list[str]) -> Image.Image:
 def pictures(model: TrainedModel, data: str, folder: Path) -> None:
     """Samplers by steps, guidance, inpainting, outpainting, interpolation."""
     draw: Callable[..., Images] = model.sample
-    digits = list(range(model.denoiser.num_classes))
+    digits = list(range(model.denoiser.takes.num_classes))
     sheet(
         {name: [draw(4, steps=n, sampler=name, labels=digits[2:]) for n in STEPS]
          for name in SAMPLERS},

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ddpm_ray.counter_rng import Purpose, normal
 from ddpm_ray.diffusion import Denoise, NoiseSchedule, Parameterization, schedules, solvers
+from ddpm_ray.diffusion.conditioning import Conditioning
 from ddpm_ray.diffusion.guidance import classifier_free
 from ddpm_ray.diffusion.samplers import ancestral, ddim
 from ddpm_ray.diffusion.timestep_spacing import uniform_steps
@@ -52,7 +53,11 @@ def walks() -> dict[str, Walk]:
 
     def guided(denoise: Denoise) -> object:
         guided = classifier_free(
-            lambda x, t, _: denoise(x, t), labels, 1, 3.0, rescale=0.7, parameterization=epsilon
+            lambda x, t, _: denoise(x, t),
+            Conditioning(labels),
+            3.0,
+            rescale=0.7,
+            parameterization=epsilon,
         )
         return ddim(schedule, guided, x_T, steps)
 

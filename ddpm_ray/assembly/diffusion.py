@@ -14,10 +14,12 @@ from ddpm_ray.config.sampling import SamplingConfig
 from ddpm_ray.config.schedule import ScheduleConfig
 from ddpm_ray.config.training import TrainingConfig
 from ddpm_ray.diffusion import loss_weighting, schedules, timestep_sampling
+from ddpm_ray.diffusion.conditioning import Network
 from ddpm_ray.diffusion.parameterization import Parameterization
 from ddpm_ray.diffusion.process import NoiseSchedule
 from ddpm_ray.models.unet import UNet
-from ddpm_ray.sampling.denoiser import Denoiser, Network
+from ddpm_ray.sampling.conditioning import ConditioningSpec
+from ddpm_ray.sampling.denoiser import Denoiser
 from ddpm_ray.sampling.sampling import SamplingPlan
 from ddpm_ray.sampling.sampling import sampling_plan as sampling_plan
 from ddpm_ray.training.noising import ChooseSteps, NoisingRecipe
@@ -75,6 +77,13 @@ def denoiser(config: RunConfig, network: Network, device: torch.device | str) ->
         network,
         model_parameterization(config.objective, noise_schedule(config.schedule).to(device)),
         config.objective.variance,
+        conditioning_spec(config),
+    )
+
+
+def conditioning_spec(config: RunConfig) -> ConditioningSpec:
+    """The conditioning that the network takes."""
+    return ConditioningSpec(
         config.model.num_classes,
         config.objective.self_conditioning,
         config.objective.low_resolution_pixels,
@@ -123,7 +132,6 @@ def objective(config: RunConfig, state: TrainingState, device: torch.device) -> 
         weight=weight(wanted, parameterization),
         uncertainty=uncertainty(state.model) if wanted.weighting == "uncertainty" else None,
         classifies=config.traits.predicts_labels,
-        self_conditioning=wanted.self_conditioning,
         reseed_dropout=config.model.dropout > 0,
         bf16=training.precision == "bf16",
         slots=training.reduction_slots if training.reduction == "elastic" else 0,
@@ -145,13 +153,12 @@ def noising_recipe(
     return NoisingRecipe(
         config.seed,
         choice_of_steps(config, parameterization.schedule, state),
+        conditioning_spec(config),
         flip=config.data.flip,
         memory_format=memory_format(config.training),
-        num_classes=config.model.num_classes,
         label_dropout=0.0 if config.traits.predicts_labels else wanted.label_dropout,
         offset_noise=wanted.offset_noise,
         input_perturbation=wanted.input_perturbation,
-        low_resolution_pixels=wanted.low_resolution_pixels,
         low_resolution_noise=wanted.low_resolution_noise,
     )
 

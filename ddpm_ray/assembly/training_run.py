@@ -218,11 +218,11 @@ def with_low_resolution(
     denoiser: Denoiser, config: DataConfig, dataset: Dataset, count: int, device: torch.device
 ) -> Denoiser:
     """`denoiser`; for super-resolution with low-resolution inputs from the data set."""
-    if not (pixels := denoiser.low_resolution_pixels):
+    if not denoiser.takes.low_resolution_pixels:
         return denoiser
-    images = fixed_images(config, dataset, range(count), count).images
-    low = transforms.downscaled(transforms.to_model_range(images.to(device)), pixels)
-    return replace(denoiser, low_resolution_images=low)
+    images, labels = fixed_images(config, dataset, range(count), count)
+    shown = denoiser.takes.of_data(transforms.to_model_range(images.to(device)), labels.to(device))
+    return replace(denoiser, low_resolution_images=shown.low_resolution)
 
 
 def fixed_images(config: DataConfig, dataset: Dataset, positions: range, total: int) -> Batch:

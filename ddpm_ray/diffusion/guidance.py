@@ -8,26 +8,21 @@ denoiser.
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from ddpm_ray.choices import FixedVariance
-from ddpm_ray.counter_rng import Purpose, uniform_int
+from ddpm_ray.diffusion.conditioning import Conditioning, Network
 from ddpm_ray.diffusion.parameterization import Parameterization
 from ddpm_ray.diffusion.process import Denoise
 from ddpm_ray.diffusion.timestep_spacing import require_falling
 from ddpm_ray.redaction import counted
 
-Conditional: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(x_t [B, ...], t [B], labels [B] int64 in 0..K, K for no label) -> model output [B, ...]."""
-
 
 def classifier_free(
-    network: Conditional,
-    labels: Tensor,
-    null: int,
+    network: Network,
+    conditioning: Conditioning,
     scale: float,
     *,
     rescale: float = 0.0,
@@ -37,36 +32,41 @@ def classifier_free(
     """Classifier-free guidance: unconditional + scale (conditional - unconditional).
 
     (Ho and Salimans 2022, arXiv:2207.12598, eq. 6 with w = scale - 1.) The result denoises a batch
-    with `labels` [B]; `null` is the null label. Scale 1 (conditional) and 0 (unconditional) take
-    one call of B images; other scales one call of 2 B images, in reused buffers, so the result does
-    not support autograd.
+    with `conditioning`; unconditional is conditioning.null(). Scale 1 (conditional) and 0
+    (unconditional) take one call of B images; other scales one call of 2 B images, in reused
+    buffers, so the result does not support autograd.
 
     `rescale` in [0, 1] restores the standard deviation of the conditional output, against
     over-exposure (phi of Lin et al. 2023, arXiv:2305.08891, section 3.4). `interval` (low, high)
     applies guidance only where low < sigma <= high, with sigma = sqrt((1 - a) / a) in the schedule
     of `parameterization` (Kynkaanniemi et al. 2024, arXiv:2404.07724); it synchronises with the
-    device once per call. Raises ValueError for invalid values; the result raises ValueError unless
-    there are as many images as labels.
+    device once per call, except at scale 1. Raises ValueError for invalid values; the result raises
+    ValueError for another number of images than `conditioning` has.
     """
     if not 0 <= rescale <= 1:
         raise ValueError(f"rescale is {rescale:g}; it lies from 0 (off) to 1 (all the way)")
     by_step = None if interval is None else _scale_by_step(scale, interval, parameterization)
-    none = torch.full_like(labels, null)
-    twice, again, both = _Twice(), _Twice(), torch.cat([labels, none])
+    null, both = conditioning.null(), conditioning
+    if scale == 1:  # the same inside the interval as outside it
+        by_step = None
+    else:
+        both = conditioning.concat(null)
+    twice, again = _Twice(), _Twice()
 
     def denoise(x_t: Tensor, t: Tensor) -> Tensor:
-        """The guided output. Raises ValueError unless there are as many images as labels."""
-        if len(x_t) != len(labels):
+        """The guided output. Raises ValueError for another number of images."""
+        if conditioning.batch_size not in (None, len(x_t)):
             raise ValueError(
-                f"labels are {len(labels)} and images {len(x_t)}; give each image its label, and "
-                "with a windowed denoiser repeat the labels once for each window"
+                f"the conditioning is for {counted(conditioning.batch_size or 0, 'image')} and x_t "
+                f"has {len(x_t)}; give each image its own, and with a windowed denoiser use "
+                "conditioning.repeat(windows)"
             )
         each = [scale] if by_step is None else [by_step[step] for step in t.tolist()]
         scales = each[:1] if len(set(each)) == 1 else each
         if scales == [1]:
-            return network(x_t, t, labels)
+            return network(x_t, t, conditioning)
         if scales == [0]:
-            return network(x_t, t, none)
+            return network(x_t, t, null)
         strong, weak = network(twice(x_t), again(t), both).chunk(2)
         return _mixed(weak, strong, scales, rescale, channels=x_t.shape[1])
 
@@ -77,7 +77,7 @@ def autoguided(network: Denoise, weak: Denoise, scale: float) -> Denoise:
     """Autoguidance: weak + scale (network - weak), with a smaller or less trained `weak`.
 
     (Karras et al. 2024, arXiv:2406.02507, section 3.) Both need the same parameterization.
-    Bind labels with `classifier_free` at scale 1.
+    Bind conditioning with `classifier_free` at scale 1.
     """
     return lambda x_t, t: _mixed(weak(x_t, t), network(x_t, t), [scale], 0.0, x_t.shape[1])
 
@@ -131,24 +131,6 @@ def classifier_guided(
         return _with_variance_of(model_output, model_output[:, : x_t.shape[1]] + along * slope)
 
     return guided
-
-
-def or_null(labels: Tensor, null: int) -> Tensor:
-    """`labels` [B] with -1 (no label) replaced by the null label."""
-    return torch.where(labels < 0, null, labels)
-
-
-def dropped(
-    labels: Tensor, null: int, share: float, seed: int, step: int, positions: Tensor
-) -> Tensor:
-    """Label dropout: set about `share` of `labels` [B] to `null`, by (seed, step, position).
-
-    (Ho and Salimans 2022, algorithm 1.) Raises ValueError for a share outside [0, 1].
-    """
-    if not 0 <= share <= 1:
-        raise ValueError(f"share is {share:g}; the share of labels to drop lies from 0 to 1")
-    draw = uniform_int(seed, Purpose.LABEL_DROP, step, positions, 2**31)
-    return torch.where(draw < share * 2**31, null, labels)
 
 
 def _scale_by_step(

@@ -11,6 +11,7 @@ from torch import Tensor
 from ddpm_ray import counter_rng
 from ddpm_ray.collectives import Workers
 from ddpm_ray.counter_rng import Purpose
+from ddpm_ray.diffusion.conditioning import Conditioning
 from ddpm_ray.diffusion.timestep_spacing import log_snr_steps
 from ddpm_ray.evaluation import probability_flow_likelihood
 from ddpm_ray.evaluation.confidence_interval import interval_of_mean
@@ -60,7 +61,7 @@ def flow_likelihood(
             probability_flow_likelihood.dequantised(x, within),
             torch.where(side < 0.5, -1.0, 1.0),
         )
-        denoise = denoiser.without_variance(denoiser.unguided(labels.to(device)))
+        denoise = denoiser.without_variance(denoiser.unguided(Conditioning(labels.to(device))))
         bits, _ = probability_flow_likelihood.bits_per_dim(
             schedule,
             denoise,

@@ -129,7 +129,7 @@ def _require_comparable(
 
 def _cycle(denoiser: Denoiser, plan: SamplingPlan) -> int:
     """Period, in samples, of the conditioning inputs (labels and low-resolution images)."""
-    labels = len(plan.labels) or denoiser.num_classes or 1
+    labels = len(plan.labels) or denoiser.takes.num_classes or 1
     return (
         labels
         if denoiser.low_resolution_images is None

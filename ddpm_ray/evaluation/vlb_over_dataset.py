@@ -17,6 +17,7 @@ from ddpm_ray.collectives import Workers
 from ddpm_ray.counter_rng import Purpose
 from ddpm_ray.data.transforms import to_model_range
 from ddpm_ray.diffusion import vlb
+from ddpm_ray.diffusion.conditioning import Conditioning
 from ddpm_ray.diffusion.parameterization import Parameterization
 from ddpm_ray.diffusion.process import add_noise
 from ddpm_ray.diffusion.x0_estimator import clip_to_range
@@ -131,7 +132,7 @@ class _Terms:
         of, schedule = self.denoiser, self.denoiser.schedule
         noise = counter_rng.normal(self.seed, Purpose.BOUND, 1 + k, index, tuple(x_0.shape[1:]))
         x_t = add_noise(schedule, x_0, t, noise)
-        model_output = of.unguided(labels)(x_t, t)
+        model_output = of.unguided(Conditioning(labels))(x_t, t)
         raw = None
         if of.variance != "fixed":
             model_output, raw = model_output.chunk(2, 1)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from ddpm_ray.diffusion.conditioning import UNCONDITIONAL, Conditioning
 from ddpm_ray.models.layers import (
     HO,
     Attention,
@@ -103,12 +104,12 @@ def down_path(
 class UNet(nn.Module):
     """A denoiser: x_t [B, C, H, W], t [B] int64 in 1..T -> predicted noise [B, C, H, W].
 
-    With `num_classes` K > 0 it takes labels [B] int64 in 0..K, where K is the null label for images
-    without a label (Ho and Salimans 2022, arXiv:2207.12598). With `condition_channels` it takes
-    conditioning images, concatenated to x_t: an earlier estimate of x_0, a low-resolution image, a
-    mask. With `learns_variance` the output is [B, 2C, H, W], the second half for the variance
-    (Nichol and Dhariwal 2021, arXiv:2102.09672, section 3.1). With `learns_uncertainty` it holds a
-    module that learns the expected loss at each t, for training only.
+    With `num_classes` K > 0 it takes labels 0..K-1 and learns an embedding for images without a
+    label (Ho and Salimans 2022, arXiv:2207.12598). With `condition_channels` it takes conditioning
+    images of that many channels in all, concatenated to x_t. With `learns_variance` the output is
+    [B, 2C, H, W], the second half for the variance (Nichol and Dhariwal 2021, arXiv:2102.09672,
+    section 3.1). With `learns_uncertainty` it holds a module that learns the expected loss at each
+    t, for training only.
 
     Level i has base_channels * channel_mults[i] channels at the resolution image_size / 2**i. It
     has attention if that resolution is one of `attention_resolutions`; the middle always has.
@@ -171,17 +172,15 @@ class UNet(nn.Module):
         self,
         x_t: Tensor,
         t: Tensor,
-        labels: Tensor | None = None,
-        condition: Tensor | None = None,
+        conditioning: Conditioning = UNCONDITIONAL,
     ) -> Tensor:
         """epsilon_theta(x_t, t), shaped like x_t, or [B, 2C, H, W] with a learned variance.
 
-        `labels` [B] default to the null label, `condition` [B, condition_channels, H, W] to 0, so
-        that all parameters take part in each pass. Raises ValueError for inputs that the network
-        was not built for.
+        Labels default to none and conditioning images to 0, so that all parameters take part in
+        each pass. Raises ValueError for conditioning that the network was not built for.
         """
-        embedding = self.time(t, self._label(labels, t))
-        h = self.conv_in(self._with_condition(x_t, condition))
+        embedding = self.time(t, self._label(conditioning.labels, t))
+        h = self.conv_in(self._with_images(x_t, conditioning.images))
         skips = [h]
         for module in self.down:
             h = module(h) if isinstance(module, Downsample) else self._run(module, h, embedding)
@@ -204,23 +203,27 @@ class UNet(nn.Module):
                     "with num_classes, or leave labels out"
                 )
             return None
+        null = self.num_classes  # the last embedding is that of NO_LABEL
         embedding: Tensor = self.label(
-            torch.full_like(t, self.num_classes, dtype=torch.int64) if labels is None else labels
+            torch.full_like(t, null, dtype=torch.int64)
+            if labels is None
+            else torch.where(labels < 0, null, labels)
         )
         return embedding
 
-    def _with_condition(self, x_t: Tensor, condition: Tensor | None) -> Tensor:
-        """x_t concatenated with the conditioning channels."""
-        if condition is None and self.condition_channels == 0:
-            return x_t
-        if condition is None:
-            return F.pad(x_t, (0, 0, 0, 0, 0, self.condition_channels))
-        if condition.shape != (len(x_t), self.condition_channels, *x_t.shape[2:]):
+    def _with_images(self, x_t: Tensor, images: list[Tensor]) -> Tensor:
+        """x_t concatenated with the conditioning images, 0 if there are none."""
+        if not images:
+            missing = self.condition_channels
+            return F.pad(x_t, (0, 0, 0, 0, 0, missing)) if missing else x_t
+        fits = sum(image.shape[1] for image in images) == self.condition_channels
+        if not fits or any(image.shape[2:] != x_t.shape[2:] for image in images):
+            found = " and ".join(str(list(image.shape)) for image in images)
             raise ValueError(
-                f"condition is {list(condition.shape)} for x_t {list(x_t.shape)}; the network "
-                f"takes condition_channels {self.condition_channels} of x_t's height and width"
+                f"conditioning images are {found} for x_t {list(x_t.shape)}; the network takes "
+                f"condition_channels {self.condition_channels} in all, of x_t's height and width"
             )
-        return torch.cat([x_t, condition], dim=1)
+        return torch.cat([x_t, *images], dim=1)
 
     def _run(self, stage: nn.Module, h: Tensor, embedding: Tensor) -> Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():

@@ -202,7 +202,7 @@ def _with_origin(found: dict[str, Any], model: TrainedModel, dataset: Dataset) -
             "lanes": begun.data.lanes,
             "shuffle_window_bytes": begun.data.shuffle_window_bytes,
         },
-        "labels": "of the images" if model.denoiser.num_classes else "none",
+        "labels": "of the images" if model.denoiser.takes.num_classes else "none",
     }
     return found | {"certificate": found["certificate"] | origin}
 

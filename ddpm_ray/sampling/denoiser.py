@@ -1,10 +1,10 @@
 """A trained network with its parameterization, and its conditioning inputs.
 
-Samplers and losses call denoise(x_t, t). `Denoiser` binds all other inputs of the network: labels
-with guidance, the last estimate of x_0 (self-conditioning), a low-resolution image, input scaling.
+Samplers and losses call denoise(x_t, t). `Denoiser` binds the conditioning, with guidance, the last
+estimate of x_0 (self-conditioning) and input scaling.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from ddpm_ray.choices import ModelVariance
-from ddpm_ray.diffusion.guidance import classifier_free, or_null
+from ddpm_ray.diffusion.conditioning import UNCONDITIONAL, Conditioning, Network
+from ddpm_ray.diffusion.guidance import classifier_free
 from ddpm_ray.diffusion.parameterization import Parameterization
 from ddpm_ray.diffusion.process import Denoise, NoiseSchedule
+from ddpm_ray.sampling.conditioning import NO_CONDITIONING, ConditioningSpec
 
-Network: TypeAlias = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
-"""(x_t [B, C, H, W], t [B], labels [B] or None, condition [B, ., H, W] or None) -> model output."""
-GuidanceModel: TypeAlias = Callable[[Denoise, Tensor | None], Denoise]
-"""(denoise, labels [B] or None) -> denoise guided by another network; see guidance_models.py."""
+GuidanceModel: TypeAlias = Callable[[Denoise, Conditioning], Denoise]
+"""(denoise, conditioning) -> denoise guided by another network; see guidance_models.py."""
 
 
 @dataclass(frozen=True)
@@ -44,14 +44,12 @@ UNGUIDED = Guidance()
 
 @dataclass(frozen=True, eq=False)
 class Denoiser:
-    """A trained network, its parameterization and the conditioning inputs that it takes."""
+    """A trained network, its parameterization and the conditioning that it takes."""
 
     network: Network
     parameterization: Parameterization
     variance: ModelVariance = "fixed"  # of the model output
-    num_classes: int = 0
-    self_conditioned: bool = False
-    low_resolution_pixels: int = 0  # side of the low-resolution input; 0: no super-resolution
+    takes: ConditioningSpec = NO_CONDITIONING
     low_resolution_images: Tensor | None = None  # [M, C, H, W]: image i takes i % M
     guidance_model: GuidanceModel | None = None
     guidance_classes: int = 0  # number of labels that the guidance classifier knows; 0: unknown
@@ -60,7 +58,7 @@ class Denoiser:
     def of_noise(cls, denoise: Denoise, schedule: NoiseSchedule) -> "Denoiser":
         """The denoiser of a callable that predicts the noise from x_t and t alone."""
         return cls(
-            lambda x_t, t, labels, condition: denoise(x_t, t),
+            lambda x_t, t, conditioning: denoise(x_t, t),
             Parameterization.of("epsilon", schedule),
         )
 
@@ -69,65 +67,61 @@ class Denoiser:
         """The noise schedule of the parameterization."""
         return self.parameterization.schedule
 
+    def conditioning(self, index: Tensor, labels: Sequence[int] = ()) -> Conditioning:
+        """The conditioning of the samples `index` [B]; see ConditioningSpec.of_samples."""
+        return self.takes.of_samples(index, labels, self.low_resolution_images)
+
+    def model_output(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        """The output of the network for x_t, after input scaling."""
+        return self.network(self.parameterization.scaled(x_t, t), t, conditioning)
+
     def bind_conditioning(
         self,
-        labels: Tensor | None = None,
+        conditioning: Conditioning = UNCONDITIONAL,
         guidance: Guidance = UNGUIDED,
-        low_resolution: Tensor | None = None,
     ) -> Denoise:
-        """Return denoise(x_t, t) with `labels` [B] and `low_resolution` [B, C, H, W] bound.
+        """Return denoise(x_t, t) with `conditioning` bound, for its batch of images.
 
-        A label of -1 means no label and becomes the null label, as in training. With a learned
-        variance the output is [B, 2C, H, W]. Use the result for one sampling run only: with
-        self-conditioning it remembers the last estimate of x_0. Raises ValueError for inputs that
-        the network was not trained with.
+        With a learned variance the output is [B, 2C, H, W]. Use the result for one sampling run
+        only: with self-conditioning it remembers the last estimate of x_0. Raises ValueError for
+        conditioning that the network was not trained with.
         """
-        if bool(self.low_resolution_pixels) != (low_resolution is not None):
+        takes, guidance_model = self.takes, self.guidance_model
+        if bool(takes.low_resolution_pixels) != (conditioning.low_resolution is not None):
             raise ValueError(
-                f"this model is {'' if self.low_resolution_pixels else 'not '}for super-resolution "
-                "(objective.low_resolution_pixels): give low-resolution images to such models, "
-                "and only to them"
+                f"this model is {'' if takes.low_resolution_pixels else 'not '}for "
+                "super-resolution (objective.low_resolution_pixels): give low-resolution images to "
+                "such models, and only to them"
             )
-        guidance_model, known = self.guidance_model, labels if self.num_classes else None
-        stray = labels is not None and known is None and guidance_model is None
-        if stray or (self.num_classes == 0 and guidance.scale != 1):
+        stray = conditioning.labels is not None and guidance_model is None
+        if takes.num_classes == 0 and (stray or guidance.scale != 1):
             raise ValueError(
                 f"labels and guidance_scale {guidance.scale:g} are for models trained with labels; "
                 "this one was not: leave both out"
             )
-        network = _ConditionedNetwork(self, low_resolution)
-        if known is None:
-            denoise: Denoise = lambda x_t, t: network(x_t, t, None)  # noqa: E731
-        else:
-            denoise = classifier_free(
-                network,
-                or_null(known, self.num_classes),
-                self.num_classes,
-                guidance.scale,
-                rescale=guidance.rescale,
-                interval=guidance.interval,
-                parameterization=self.parameterization,
-            )
-        return denoise if guidance_model is None else guidance_model(denoise, labels)
+        denoise = classifier_free(
+            _SelfConditioned(self) if takes.self_conditioning else self.model_output,
+            takes.taken(conditioning),
+            guidance.scale,
+            rescale=guidance.rescale,
+            interval=guidance.interval,
+            parameterization=self.parameterization,
+        )
+        return denoise if guidance_model is None else guidance_model(denoise, conditioning)
 
-    def unguided(self, labels: Tensor | None = None) -> Denoise:
+    def unguided(self, conditioning: Conditioning = UNCONDITIONAL) -> Denoise:
         """Return denoise(x_t, t) of the network itself, for bits per dimension and likelihoods.
 
-        It depends on x_t, t and `labels` [B] only. `guidance_model` is ignored, and so are `labels`
-        if the network has no classes. The self-conditioning input is 0 in every call: an estimate
-        from an earlier call would make the output depend on the path to x_t, or reveal x_0.
+        It depends on x_t, t and the part of `conditioning` that the network takes. There is no
+        `guidance_model`. The self-conditioning input is 0 in every call: an estimate from an
+        earlier call would make the output depend on the path to x_t, or reveal x_0.
         """
-        own, known = replace(self, guidance_model=None), labels if self.num_classes else None
-        return lambda x_t, t: own.bind_conditioning(known)(x_t, t)
+        own, taken = replace(self, guidance_model=None), self.takes.taken(conditioning)
+        return lambda x_t, t: own.bind_conditioning(taken)(x_t, t)
 
-    def low_resolution_of(self, index: Tensor) -> Tensor | None:
-        """The low-resolution inputs [B, C, H, W] of the images `index` [B]; None without any."""
-        images = self.low_resolution_images
-        return None if images is None else images[index.to(images.device) % len(images)]
-
-    def noise(self, labels: Tensor | None = None, low_resolution: Tensor | None = None) -> Denoise:
+    def noise(self, conditioning: Conditioning = UNCONDITIONAL) -> Denoise:
         """Return denoise(x_t, t) that predicts the noise, whatever the parameterization."""
-        denoise = self.without_variance(self.bind_conditioning(labels, UNGUIDED, low_resolution))
+        denoise = self.without_variance(self.bind_conditioning(conditioning))
         return lambda x_t, t: self.parameterization.noise(x_t, t, denoise(x_t, t))
 
     def without_variance(self, denoise: Denoise) -> Denoise:
@@ -135,32 +129,27 @@ class Denoiser:
         return denoise if self.variance == "fixed" else lambda x, t: denoise(x, t).chunk(2, 1)[0]
 
 
-class _ConditionedNetwork:
-    """The network with its conditioning inputs bound: a function of (x_t, t, labels)."""
+class _SelfConditioned:
+    """The network with its estimate of x_0 from the previous call as an input, 0 at first.
 
-    def __init__(self, denoiser: Denoiser, low_resolution: Tensor | None) -> None:
-        self._denoiser, self._low_resolution = denoiser, low_resolution
+    Classifier-free guidance passes each image twice; each of the two keeps its own estimate.
+    """
+
+    def __init__(self, denoiser: Denoiser) -> None:
+        self._denoiser = denoiser
         self._estimate: Tensor | None = None
 
-    def __call__(self, x_t: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
-        of, conditioning = self._denoiser, []
-        if of.self_conditioned:
-            conditioning.append(self._last(x_t))
-        if self._low_resolution is not None:
-            conditioning.append(_as_many(self._low_resolution, len(x_t)))
-        condition = torch.cat(conditioning, 1) if conditioning else None
-        model_output = of.network(of.parameterization.scaled(x_t, t), t, labels, condition)
-        if of.self_conditioned:
-            mean = model_output if of.variance == "fixed" else model_output.chunk(2, 1)[0]
-            self._estimate = of.parameterization.x_0(x_t, t, mean).detach().clamp_(-1, 1)
+    def __call__(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        of, estimate = self._denoiser, self._estimate
+        if estimate is None:
+            estimate = torch.zeros_like(x_t)
+        conditioning = replace(conditioning, estimate=_as_many(estimate, len(x_t)))
+        model_output = of.model_output(x_t, t, conditioning)
+        mean = model_output if of.variance == "fixed" else model_output.chunk(2, 1)[0]
+        self._estimate = of.parameterization.x_0(x_t, t, mean).detach().clamp_(-1, 1)
         return model_output
-
-    def _last(self, x_t: Tensor) -> Tensor:
-        if self._estimate is None:
-            self._estimate = torch.zeros_like(x_t)
-        return _as_many(self._estimate, len(x_t))
 
 
 def _as_many(images: Tensor, count: int) -> Tensor:
-    """Repeat or cut images to `count`: classifier-free guidance passes each image twice."""
+    """Repeat or cut images to `count`: outside its interval guidance passes each image once."""
     return images[:count] if len(images) >= count else images.repeat(count // len(images), 1, 1, 1)

@@ -110,8 +110,8 @@ def interpolate(
     x_T: Tensor = torch.cat(
         [inversion.interpolate(first, last, share) for share in shares.tolist()]
     )
-    labels = plan.labels_of(index[:1].expand(len(shares)), denoiser.num_classes)
-    denoise = denoiser.without_variance(denoiser.bind_conditioning(labels, plan.guidance))
+    conditioning = denoiser.conditioning(index[:1].expand(len(shares)), plan.labels)
+    denoise = denoiser.without_variance(denoiser.bind_conditioning(conditioning, plan.guidance))
     parameterization = denoiser.parameterization
     return samplers.ddim(
         denoiser.schedule,
@@ -188,10 +188,10 @@ def windows(height: int, width: int, size: int) -> int:
 def _windowed_denoiser(
     denoiser: Denoiser, plan: SamplingPlan, index: Tensor, images: Tensor, size: int
 ) -> Denoise:
-    """The denoiser for `images` with its labels bound, in windows if they exceed `size`."""
+    """The denoiser for `images` with conditioning bound, in windows if they exceed `size`."""
     count = windows(images.shape[2], images.shape[3], size)
-    labels = plan.labels_of(index.repeat(count), denoiser.num_classes)
-    denoise = denoiser.bind_conditioning(labels, plan.guidance)
+    conditioning = denoiser.conditioning(index, plan.labels).repeat(count)
+    denoise = denoiser.bind_conditioning(conditioning, plan.guidance)
     return denoise if count == 1 else inpainting.windowed(denoise, size, overlap=size // 2)
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ddpm_ray.choices import FixedVariance
+from ddpm_ray.diffusion.conditioning import Conditioning
 from ddpm_ray.diffusion.guidance import autoguided, classifier_guided
 from ddpm_ray.diffusion.process import Denoise
 from ddpm_ray.sampling.denoiser import Denoiser, GuidanceModel
@@ -26,10 +27,10 @@ def autoguidance(strong: Denoiser, weak: Denoiser, scale: float) -> GuidanceMode
             "differs only in size or training"
         )
 
-    def guidance_model(denoise: Denoise, labels: Tensor | None) -> Denoise:
-        """Autoguided `denoise`; the weaker model gets the same labels if it has classes."""
-        known = labels if weak.num_classes else None
-        return autoguided(denoise, weak.without_variance(weak.bind_conditioning(known)), scale)
+    def guidance_model(denoise: Denoise, conditioning: Conditioning) -> Denoise:
+        """Autoguided `denoise`; the weaker model gets what it takes of the same conditioning."""
+        bound = weak.bind_conditioning(weak.takes.taken(conditioning))
+        return autoguided(denoise, weak.without_variance(bound), scale)
 
     return guidance_model
 
@@ -48,9 +49,9 @@ def classifier_guidance(
     sampler it is their algorithm 1, otherwise algorithm 2; see `guidance.classifier_guided`.
     """
 
-    def guidance_model(denoise: Denoise, labels: Tensor | None) -> Denoise:
-        """`denoise` guided towards `labels`; raises ValueError for None."""
-        if labels is None:
+    def guidance_model(denoise: Denoise, conditioning: Conditioning) -> Denoise:
+        """`denoise` guided towards the labels of `conditioning`; raises ValueError without any."""
+        if (labels := conditioning.labels) is None:
             raise ValueError("classifier guidance needs labels; give labels=[...]")
 
         def log_probability(x_t: Tensor, t: Tensor) -> Tensor:

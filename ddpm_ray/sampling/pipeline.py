@@ -163,7 +163,7 @@ class TrainedModel:
     def upscale(self, plan: SamplingPlan, images: Images, batch_size: Count) -> Images:
         """As `enlarge`, with a sampling plan."""
         found = as_images(images, self.image_shape[0])
-        pixels, size = self.denoiser.low_resolution_pixels, self.image_shape[1:]
+        pixels, size = self.denoiser.takes.low_resolution_pixels, self.image_shape[1:]
         if found.shape[1:3] != (pixels, pixels):
             raise ValueError(
                 f"images are {found.shape[1]} x {found.shape[2]}; this model enlarges those of "
@@ -229,7 +229,7 @@ class TrainedModel:
     def plan_of(self, settings: SamplingConfig) -> SamplingPlan:
         """The sampling plan of `settings`; raises ValueError for unsupported ones."""
         of = self.denoiser
-        model = Conditioned(of.num_classes, self.drops_labels, of.variance != "fixed")
+        model = Conditioned(of.takes.num_classes, self.drops_labels, of.variance != "fixed")
         guided = of.guidance_model is not None
         problems = [
             *settings.problems("", of.schedule.num_steps),

@@ -38,14 +38,8 @@ class SamplingPlan:
     clip: bool = True
     dynamic_quantile: float = 0.0  # dynamic thresholding quantile of |x_0|; 0: clip to [-1, 1]
     seed: int = 0
-    labels: tuple[int, ...] = ()  # image i has labels[i % len]; empty: i % num_classes
+    labels: tuple[int, ...] = ()  # see ConditioningSpec.of_samples
     guidance: Guidance = UNGUIDED
-
-    def labels_of(self, index: Tensor, num_classes: int) -> Tensor | None:
-        """The labels int64 [N] of the images `index` [N]; None without classes."""
-        if self.labels:
-            return torch.tensor(self.labels, device=index.device)[index % len(self.labels)]
-        return index % num_classes if num_classes else None
 
     def clipping(self) -> Clip | None:
         """How estimates of x_0 are clipped; None: not at all."""
@@ -117,8 +111,8 @@ def draw(
 
     index = index.to(device)
     x_T = normal(plan.seed, Purpose.SAMPLE_START, 0, index, image_shape)
-    labels = plan.labels_of(index, denoiser.num_classes)
-    denoise = denoiser.bind_conditioning(labels, plan.guidance, denoiser.low_resolution_of(index))
+    conditioning = denoiser.conditioning(index, plan.labels)
+    denoise = denoiser.bind_conditioning(conditioning, plan.guidance)
     return walk(denoiser, denoise, plan, x_T, noise, on_step)
 
 

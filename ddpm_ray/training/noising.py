@@ -5,7 +5,7 @@ and any restart produce the same batch.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import torch
@@ -13,8 +13,9 @@ from torch import Tensor
 
 from ddpm_ray import counter_rng
 from ddpm_ray.counter_rng import Purpose
-from ddpm_ray.data.transforms import downscaled, to_model_range
-from ddpm_ray.diffusion.guidance import dropped, or_null
+from ddpm_ray.data.transforms import to_model_range
+from ddpm_ray.diffusion.conditioning import Conditioning
+from ddpm_ray.sampling.conditioning import ConditioningSpec
 
 ChooseSteps: TypeAlias = Callable[[int, Tensor], tuple[Tensor, Tensor | None]]
 """(training step, positions [b]) -> t [b] in 1..T and the importance weights [b] of the losses, or
@@ -30,8 +31,7 @@ class NoisyBatch:
     importance: Tensor | None  # float [b], importance weights with expectation 1
     noise: Tensor  # [b, C, H, W]
     perturbation: Tensor | None  # [b, C, H, W], extra noise in x_t that is not in the target
-    labels: Tensor | None  # int64 [b], num_classes where dropped
-    low_resolution: Tensor | None  # [b, C, H, W], upsampled to full size
+    conditioning: Conditioning  # without the network's own estimate
 
 
 @dataclass(frozen=True)
@@ -40,13 +40,12 @@ class NoisingRecipe:
 
     seed: int
     steps: ChooseSteps
+    takes: ConditioningSpec
     flip: bool = False
     memory_format: torch.memory_format = torch.contiguous_format
-    num_classes: int = 0
     label_dropout: float = 0.0
     offset_noise: float = 0.0
     input_perturbation: float = 0.0
-    low_resolution_pixels: int = 0
     low_resolution_noise: float = 0.0
 
     def noisy_batch(
@@ -71,28 +70,28 @@ class NoisingRecipe:
             more = counter_rng.normal(seed, Purpose.PERTURBATION, step, positions, shape)
             perturbation = self.input_perturbation * more
         return NoisyBatch(
-            x_0, t, importance, noise, perturbation,
-            labels=self._labels(labels, step, positions, device),
-            low_resolution=self._low_resolution(x_0, step, positions),
-        )  # fmt: skip
-
-    def _labels(
-        self, labels: Tensor, step: int, positions: Tensor, device: torch.device
-    ) -> Tensor | None:
-        if not self.num_classes:
-            return None
-        known = or_null(labels.to(device, non_blocking=True), self.num_classes)
-        return dropped(known, self.num_classes, self.label_dropout, self.seed, step, positions)
-
-    def _low_resolution(self, x_0: Tensor, step: int, positions: Tensor) -> Tensor | None:
-        if not self.low_resolution_pixels:
-            return None
-        small = downscaled(x_0, self.low_resolution_pixels)
-        if not self.low_resolution_noise:
-            return small
-        # Conditioning augmentation: makes a cascade robust to errors of the model before it
-        # (Ho et al. 2022, arXiv:2106.15282, section 4).
-        more = counter_rng.normal(
-            self.seed, Purpose.LOW_RESOLUTION, step, positions, tuple(small.shape[1:])
+            x_0,
+            t,
+            importance,
+            noise,
+            perturbation,
+            self._conditioning(x_0, labels, step, positions),
         )
-        return small + self.low_resolution_noise * more
+
+    def _conditioning(
+        self, x_0: Tensor, labels: Tensor, step: int, positions: Tensor
+    ) -> Conditioning:
+        """The conditioning of x_0, with label dropout and conditioning augmentation."""
+        conditioning = self.takes.of_data(x_0, labels).to(x_0.device, non_blocking=True)
+        if self.label_dropout:  # (Ho and Salimans 2022, arXiv:2207.12598, algorithm 1)
+            draw = counter_rng.uniform_int(self.seed, Purpose.LABEL_DROP, step, positions, 2**31)
+            conditioning = conditioning.drop(draw < self.label_dropout * 2**31)
+        if (low := conditioning.low_resolution) is not None and self.low_resolution_noise:
+            # Makes a cascade robust to errors of the model before it (Ho et al. 2022,
+            # arXiv:2106.15282, section 4).
+            noise = counter_rng.normal(
+                self.seed, Purpose.LOW_RESOLUTION, step, positions, tuple(low.shape[1:])
+            )
+            low = low + self.low_resolution_noise * noise
+            conditioning = replace(conditioning, low_resolution=low)
+        return conditioning

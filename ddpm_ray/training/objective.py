@@ -3,7 +3,7 @@
 import contextlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from ddpm_ray.collectives import Workers
 from ddpm_ray.config.objective import Loss
 from ddpm_ray.counter_rng import Purpose
 from ddpm_ray.diffusion import loss_weighting, losses
+from ddpm_ray.diffusion.conditioning import NO_LABEL
 from ddpm_ray.diffusion.parameterization import Parameterization
 from ddpm_ray.diffusion.process import Denoise, NoiseSchedule, add_noise
 from ddpm_ray.training.deterministic_allreduce import SlotSum
@@ -42,7 +43,6 @@ class Objective:
     weight: Tensor | None = None  # [T+1] of the squared error; None: 1
     uncertainty: Callable[[Tensor], Tensor] | None = None  # t -> log of the loss expected there
     classifies: bool = False  # the network is a classifier: cross entropy of its logits
-    self_conditioning: bool = False
     reseed_dropout: bool = False
     bf16: bool = False
     slots: int = 0  # slots of a global batch, see deterministic_allreduce.py; 0: mean over workers
@@ -119,12 +119,11 @@ class Objective:
         """Unweighted losses [b] float32 of the images of batch `step`."""
         x_0, t, noise = noisy.x_0, noisy.t, noisy.noise
         if self.classifies:  # (Dhariwal and Nichol 2021, arXiv:2105.05233, section 4)
-            assert noisy.labels is not None  # a classifier's config has classes
+            labels = noisy.conditioning.labels
+            assert labels is not None  # a classifier's config has classes
             logits = network(add_noise(self.schedule, x_0, t, noise), t)
-            # Unlabelled images have the null label num_classes, and loss 0.
-            null = logits.shape[1]
-            return F.cross_entropy(
-                logits.float(), noisy.labels, reduction="none", ignore_index=null
+            return F.cross_entropy(  # 0 for an image without a label
+                logits.float(), labels, reduction="none", ignore_index=NO_LABEL
             )
         denoise = self._denoise(network, noisy, step)
         if self.loss == "simple" or self.variance == "fixed":
@@ -136,9 +135,14 @@ class Objective:
                 denoise, self.parameterization, x_0, t, noise, variance=self.variance
             )
         return losses.hybrid_loss(
-            denoise, self.parameterization, x_0, t, noise,
-            variance=self.variance, vlb_weight=self.vlb_weight,
-        )  # fmt: skip
+            denoise,
+            self.parameterization,
+            x_0,
+            t,
+            noise,
+            variance=self.variance,
+            vlb_weight=self.vlb_weight,
+        )
 
     def weighted(self, loss: Tensor, noisy: NoisyBatch) -> Tensor:
         """Losses [b] times their loss weights and importance weights: what is minimised."""
@@ -149,27 +153,23 @@ class Objective:
         return loss if noisy.importance is None else loss * noisy.importance.to(loss)
 
     def _denoise(self, network: nn.Module, noisy: NoisyBatch, step: int) -> Denoise:
-        """denoise(x_t, t): the network with its labels and conditioning channels bound."""
-        conditioning = [] if noisy.low_resolution is None else [noisy.low_resolution]
-        if self.self_conditioning:
-            conditioning.insert(0, self._estimate(network, noisy, conditioning, step))
-        condition = torch.cat(conditioning, 1) if conditioning else None
+        """denoise(x_t, t): the network with its conditioning bound."""
+        conditioning = noisy.conditioning
+        if self.noising.takes.self_conditioning:
+            estimate = self._estimate(network, noisy, step)
+            conditioning = replace(conditioning, estimate=estimate)
         schedule, more = self.schedule, noisy.perturbation
 
         def denoise(x_t: Tensor, t: Tensor) -> Tensor:
             """Model output for x_t, after input perturbation and input scaling."""
             if more is not None:
                 x_t = x_t + (1 - schedule.at(t, x_t)).sqrt().to(x_t) * more
-            model_output: Tensor = network(
-                self.parameterization.scaled(x_t, t), t, noisy.labels, condition
-            )
+            model_output: Tensor = network(self.parameterization.scaled(x_t, t), t, conditioning)
             return model_output
 
         return denoise
 
-    def _estimate(
-        self, network: nn.Module, noisy: NoisyBatch, conditioning: list[Tensor], step: int
-    ) -> Tensor:
+    def _estimate(self, network: nn.Module, noisy: NoisyBatch, step: int) -> Tensor:
         """Self-conditioning input: an estimate of x_0 in half of the steps (no gradient), else 0.
 
         (Chen et al. 2022, arXiv:2208.04202, section 3.2 and algorithm 1.) The choice is per step,
@@ -182,9 +182,10 @@ class Objective:
         x_t = add_noise(self.schedule, noisy.x_0, noisy.t, noisy.noise)
         with torch.no_grad():
             model_output = inner(
-                self.parameterization.scaled(x_t, noisy.t), noisy.t, noisy.labels,
-                torch.cat([zeros, *conditioning], 1),
-            )  # fmt: skip
+                self.parameterization.scaled(x_t, noisy.t),
+                noisy.t,
+                replace(noisy.conditioning, estimate=zeros),
+            )
             mean = model_output if self.variance == "fixed" else model_output.chunk(2, 1)[0]
             return self.parameterization.x_0(x_t, noisy.t, mean).clamp_(-1, 1)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from ddpm_ray import counter_rng
 from ddpm_ray.collectives import Workers
 from ddpm_ray.counter_rng import Purpose
-from ddpm_ray.data.transforms import downscaled, to_model_range
+from ddpm_ray.data.transforms import to_model_range
 from ddpm_ray.evaluation.loss_by_snr import loss_by_log_snr, validation_loss
 from ddpm_ray.reporting import Row, Sink
 from ddpm_ray.sampling.denoiser import Denoiser
@@ -55,8 +55,10 @@ class Validator:
             {"step": step, "loss": loss, "spectrum": losses.tolist()}
         )
         if self.sink is not None:
-            by_level = {f"eval/loss_logsnr/{level:g}": float(value)
-                        for level, value in zip(LEVELS, losses, strict=True)}  # fmt: skip
+            by_level = {
+                f"eval/loss_logsnr/{level:g}": float(value)
+                for level, value in zip(LEVELS, losses, strict=True)
+            }
             self.sink.rows([Row(step, {"eval/loss_common": loss} | by_level)])
 
     def _losses_by_level(self, images: Tensor, start: int, levels: Tensor) -> Tensor:
@@ -65,11 +67,12 @@ class Validator:
         index = torch.arange(len(images), device=device) + self.first_index + start
         noise = counter_rng.normal(SEED, Purpose.VALIDATION, 0, index, tuple(x_0.shape[1:]))
         labels = self.labels[start : start + len(images)].to(device)
-        repeated_labels = labels.repeat(2) if self.denoiser.num_classes else None
-        low = None
-        if pixels := self.denoiser.low_resolution_pixels:
-            low = downscaled(x_0, pixels).repeat(2, 1, 1, 1)
+        conditioning = self.denoiser.takes.of_data(x_0, labels).repeat(2)  # two timesteps each
         return loss_by_log_snr(
-            self.denoiser.noise(repeated_labels, low),
-            self.denoiser.schedule, x_0, noise, levels.to(device), self.variance,
-        )  # fmt: skip
+            self.denoiser.noise(conditioning),
+            self.denoiser.schedule,
+            x_0,
+            noise,
+            levels.to(device),
+            self.variance,
+        )

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from ddpm_ray.choices import Prediction, ReverseVariance
 from ddpm_ray.diffusion import NoiseSchedule, Parameterization, posterior, schedules, score
-from ddpm_ray.diffusion.guidance import autoguided, classifier_free, classifier_guided, dropped
+from ddpm_ray.diffusion.conditioning import Conditioning
+from ddpm_ray.diffusion.guidance import autoguided, classifier_free, classifier_guided
 from ddpm_ray.diffusion.samplers import ancestral, ddim
 from ddpm_ray.diffusion.timestep_spacing import uniform_steps
 from tests.diffusion.test_parameterization import KINDS
@@ -30,8 +31,12 @@ T_4, LABELS = torch.tensor([30, 300, 700, 950]), torch.tensor([2, 0, 1, 1])
 X_4 = torch.tensor([[0.3, -0.5], [-1.5, 0.7], [2.0, 2.5], [0.1, -1.2]], dtype=torch.float64)
 
 
-def by_label(parameterization: Parameterization, x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-    """The best network for THREE with its components as classes, and 3 for none."""
+def by_label(
+    parameterization: Parameterization, x_t: Tensor, t: Tensor, conditioning: Conditioning
+) -> Tensor:
+    """The best network for THREE with its components as classes, and -1 for none."""
+    labels = conditioning.labels
+    assert labels is not None
     images = torch.stack([law.expected_image(x_t, t) for law in (*PARTS, THREE)])
     return parameterization.output_from_x0(x_t, t, images[labels, torch.arange(len(labels))])
 
@@ -47,12 +52,14 @@ class Recorder:
         self.labels: list[list[int]] = []
         self.places: set[int] = set()
 
-    def __call__(self, x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+    def __call__(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        labels = conditioning.labels
+        assert labels is not None
         assert len(x_t) == len(t) == len(labels)
         self.labels.append(labels.tolist())
         self.places.add(x_t.data_ptr())
         shape = (-1, *[1] * (x_t.ndim - 1))
-        return torch.tanh(x_t * (1 + labels.view(shape)) + t.view(shape) / 9)
+        return torch.tanh(x_t * (1 + labels.view(shape) % 5) + t.view(shape) / 9)
 
 
 def images(count: int) -> Tensor:
@@ -65,7 +72,7 @@ def images(count: int) -> Tensor:
 def test_classifier_free_guidance_adds_scores(kind: Prediction, scale: float) -> None:
     """For mixtures the score behind the answer is closed form (Ho and Salimans 2022, eq. 6)."""
     parameterization = Parameterization.of(kind, SCHEDULE)
-    denoise = classifier_free(partial(by_label, parameterization), LABELS, 3, scale)
+    denoise = classifier_free(partial(by_label, parameterization), Conditioning(LABELS), scale)
     a = SCHEDULE.alpha_bar[T_4].view(-1, 1, 1)
     free = THREE.score(X_4, a)
     own = torch.stack([PARTS[k].score(X_4, a)[i] for i, k in enumerate(LABELS)])
@@ -75,9 +82,9 @@ def test_classifier_free_guidance_adds_scores(kind: Prediction, scale: float) ->
 
 def test_the_network_is_called_once_and_twice_as_wide_only_where_it_must_be() -> None:
     t, labels = torch.tensor([2, 2, 2]), torch.tensor([0, 2, 1])
-    for scale, expected in ((1.0, [0, 2, 1]), (0.0, [4, 4, 4]), (2.0, [0, 2, 1, 4, 4, 4])):
+    for scale, expected in ((1.0, [0, 2, 1]), (0.0, [-1, -1, -1]), (2.0, [0, 2, 1, -1, -1, -1])):
         network = Recorder()
-        denoise = classifier_free(network, labels, 4, scale)
+        denoise = classifier_free(network, Conditioning(labels), scale)
         for _ in range(3):
             denoise(images(3), t)
         assert network.labels == [expected] * 3
@@ -85,7 +92,7 @@ def test_the_network_is_called_once_and_twice_as_wide_only_where_it_must_be() ->
 
 def test_the_wide_batch_has_one_buffer_that_serves_in_any_mode_and_shape() -> None:
     network, t = Recorder(), torch.tensor([2, 2, 2])
-    denoise = classifier_free(network, torch.tensor([0, 2, 1]), 4, 2.0)
+    denoise = classifier_free(network, Conditioning(torch.tensor([0, 2, 1])), 2.0)
     x = images(3)
     with torch.inference_mode():
         inside = denoise(x, t)
@@ -101,12 +108,12 @@ def test_the_wide_batch_has_one_buffer_that_serves_in_any_mode_and_shape() -> No
 def test_the_wide_batch_keeps_the_memory_format() -> None:
     seen = []
 
-    def network(x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+    def network(x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         seen.append(x_t.is_contiguous(memory_format=torch.channels_last))
         return x_t
 
     x = images(3).contiguous(memory_format=torch.channels_last)
-    denoise = classifier_free(network, torch.tensor([0, 2, 1]), 4, 2.0)
+    denoise = classifier_free(network, Conditioning(torch.tensor([0, 2, 1])), 2.0)
     for _ in range(2):
         denoise(x, torch.tensor([2, 2, 2]))
     assert seen == [True, True]
@@ -123,7 +130,11 @@ def test_guidance_stays_within_its_interval_of_sigma() -> None:
         for t in (1, 2, 3):
             network = Recorder()
             denoise = classifier_free(
-                network, labels, 4, 3.0, interval=interval, parameterization=parameterization
+                network,
+                Conditioning(labels),
+                3.0,
+                interval=interval,
+                parameterization=parameterization,
             )
             denoise(x, torch.full((3,), t))
             assert [len(asked) for asked in network.labels] == [6 if t in guided else 3]
@@ -136,10 +147,12 @@ def test_images_at_different_steps_are_guided_each_by_its_own() -> None:
         "parameterization": Parameterization.of("v", LEVELS),
         "rescale": 0.5,
     }
-    together = classifier_free(Recorder(), labels, 4, 3.0, **options)(x, t)
+    together = classifier_free(Recorder(), Conditioning(labels), 3.0, **options)(x, t)
     for i in range(3):
         one = slice(i, i + 1)
-        alone = classifier_free(Recorder(), labels[one], 4, 3.0, **options)(x[one], t[one])
+        alone = classifier_free(Recorder(), Conditioning(labels[one]), 3.0, **options)(
+            x[one], t[one]
+        )
         torch.testing.assert_close(together[one], alone)
 
 
@@ -149,7 +162,7 @@ def test_rescale_leads_back_to_the_conditional_deviation(scale: float, phi: floa
     x, t, labels = images(3), torch.tensor([1, 2, 3]), torch.tensor([0, 2, 1])
 
     def guided(scale: float, phi: float) -> Tensor:
-        return classifier_free(Recorder(), labels, 4, scale, rescale=phi)(x, t)
+        return classifier_free(Recorder(), Conditioning(labels), scale, rescale=phi)(x, t)
 
     plain, full = guided(scale, 0), guided(scale, 1)
     torch.testing.assert_close(full.flatten(1).std(1), guided(1, 0).flatten(1).std(1))
@@ -159,18 +172,19 @@ def test_rescale_leads_back_to_the_conditional_deviation(scale: float, phi: floa
 
 
 def test_a_learned_variance_stays_the_conditional_one() -> None:
-    def network(x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        raw = (labels / 5).view(-1, 1, 1, 1).expand_as(x_t)
-        return torch.cat([Recorder()(x_t, t, labels), raw], 1)
+    def network(x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        assert conditioning.labels is not None
+        raw = (conditioning.labels / 5).view(-1, 1, 1, 1).expand_as(x_t)
+        return torch.cat([Recorder()(x_t, t, conditioning), raw], 1)
 
     x, t, labels = images(3), torch.tensor([1, 2, 3]), torch.tensor([0, 2, 1])
-    denoise = classifier_free(network, labels, 4, 3.0, rescale=0.3)
-    mean = classifier_free(Recorder(), labels, 4, 3.0, rescale=0.3)(x, t)
+    denoise = classifier_free(network, Conditioning(labels), 3.0, rescale=0.3)
+    mean = classifier_free(Recorder(), Conditioning(labels), 3.0, rescale=0.3)(x, t)
     torch.testing.assert_close(denoise(x, t)[:, :2], mean)
-    assert torch.equal(denoise(x, t)[:, 2:], network(x, t, labels)[:, 2:])
+    assert torch.equal(denoise(x, t)[:, 2:], network(x, t, Conditioning(labels))[:, 2:])
 
     def own(x_t: Tensor, t: Tensor) -> Tensor:
-        return network(x_t, t, labels)
+        return network(x_t, t, Conditioning(labels))
 
     def slope_1(x_t: Tensor, t: Tensor) -> Tensor:
         return x_t.sum((1, 2, 3))
@@ -200,10 +214,10 @@ def test_rescale_leaves_an_answer_without_contrast_as_it_is(constant: float) -> 
     """As that of a network before its first step, whose last layer is 0: a deviation over 0."""
     x, t = images(2), torch.tensor([1, 2])
 
-    def flat(x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+    def flat(x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         return torch.full_like(x_t, constant)
 
-    guided = classifier_free(flat, torch.tensor([1, 2]), 4, 3.0, rescale=0.7)(x, t)
+    guided = classifier_free(flat, Conditioning(torch.tensor([1, 2])), 3.0, rescale=0.7)(x, t)
     assert torch.equal(guided, torch.full_like(x, constant))
 
 
@@ -212,9 +226,9 @@ def test_rescale_leaves_an_answer_without_contrast_as_it_is(constant: float) -> 
 def test_the_true_classifier_leads_to_the_conditional_answer(kind: Prediction, k: int) -> None:
     """Bayes: slope of log p(x_t | k) = slope of log p(x_t) + slope of log p(k | x_t)."""
     parameterization = Parameterization.of(kind, SCHEDULE)
-    free = partial(by_label, parameterization, labels=torch.full((4,), 3))
+    free = partial(by_label, parameterization, conditioning=Conditioning(torch.full((4,), -1)))
     guided = classifier_guided(free, partial(log_class, k), parameterization, 1.0)(X_4, T_4)
-    expected = by_label(parameterization, X_4, T_4, torch.full((4,), k))
+    expected = by_label(parameterization, X_4, T_4, Conditioning(torch.full((4,), k)))
     torch.testing.assert_close(guided, expected, rtol=1e-8, atol=1e-8)
 
 
@@ -237,7 +251,7 @@ def test_guided_at_scale_1_ddim_draws_from_the_class(way: str, k: int) -> None:
     denoise = (
         classifier_guided(THREE.expected_noise, partial(log_class, k), EPSILON, 1.0)
         if way == "classifier"
-        else classifier_free(partial(by_label, EPSILON), torch.full((count,), k), 3, 1.0)
+        else classifier_free(partial(by_label, EPSILON), Conditioning(torch.full((count,), k)), 1.0)
     )
     samples = ddim(SCHEDULE, denoise, x_T, uniform_steps(1000, 200), clip=None)
     assert_drawn_from_component(samples, k)
@@ -369,20 +383,6 @@ def test_a_classifier_may_look_up_its_steps_within_a_sampler() -> None:
     assert table.weight.grad is None
 
 
-def test_dropped_labels_are_a_function_of_seed_step_and_position() -> None:
-    labels, positions = torch.arange(20_000) % 10, torch.arange(20_000)
-    drop = partial(dropped, null=10, share=0.2, seed=7)
-    some = drop(labels, step=3, positions=positions)
-    count = int((some == 10).sum())
-    assert abs(count - 4000) < 4 * math.sqrt(20_000 * 0.2 * 0.8)
-    assert torch.equal(some[some != 10], labels[some != 10])
-    backwards = drop(labels.flip(0), step=3, positions=positions.flip(0))
-    assert torch.equal(backwards.flip(0), some)
-    assert not torch.equal(drop(labels, step=4, positions=positions), some)
-    assert torch.equal(dropped(labels, 10, 0.0, 7, 3, positions), labels)
-    assert (dropped(labels, 10, 1.0, 7, 3, positions) == 10).all()
-
-
 @pytest.mark.parametrize(
     "options, complaint",
     [
@@ -397,16 +397,14 @@ def test_dropped_labels_are_a_function_of_seed_step_and_position() -> None:
 )
 def test_guidance_refuses(options: dict[str, Any], complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
-        classifier_free(Recorder(), LABELS, 4, 2.0, **options)
+        classifier_free(Recorder(), Conditioning(LABELS), 2.0, **options)
 
 
 def test_guidance_refuses_what_would_silently_be_another_law() -> None:
-    with pytest.raises(ValueError, match="labels are 4 and images 3; give each image its label"):
-        classifier_free(Recorder(), LABELS, 4, 2.0)(X_4[:3], T_4[:3])
+    with pytest.raises(ValueError, match=r"conditioning is for 4 images and x_t has 3; .*repeat"):
+        classifier_free(Recorder(), Conditioning(LABELS), 2.0)(X_4[:3], T_4[:3])
     every = classifier_guided(lambda x, t: x, lambda x, t: x, EPSILON, 1.0)
     with pytest.raises(ValueError, match=r"log p is \[4, 2\] for 4 images; .* that of its label"):
         every(X_4, T_4)
     with pytest.raises(ValueError, match="steps go from 10 to 20; they must fall strictly"):
         classifier_guided(THREE.expected_noise, log_class, EPSILON, 1.0, steps=(10, 20, 0))  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"share is 1\.5; the share of labels"):
-        dropped(LABELS, 4, 1.5, 0, 0, LABELS)

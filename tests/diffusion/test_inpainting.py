@@ -17,6 +17,7 @@ from torch import Tensor
 from ddpm_ray import counter_rng
 from ddpm_ray.choices import Prediction
 from ddpm_ray.diffusion import NoiseSchedule, Parameterization, add_noise, schedules
+from ddpm_ray.diffusion.conditioning import Conditioning
 from ddpm_ray.diffusion.guidance import classifier_free
 from ddpm_ray.diffusion.inpainting import (
     jump_schedule,
@@ -291,12 +292,14 @@ def test_a_canvas_pixel_gets_the_mean_of_the_windows_that_show_it(
 
 
 def test_windows_of_a_local_network_are_the_canvas_and_take_labels_once_each() -> None:
-    def network(x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        return shrinking(x_t, t + labels)
+    def network(x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        assert conditioning.labels is not None
+        return shrinking(x_t, t + conditioning.labels % 6)
 
     x, t, labels = noise_at(3), torch.tensor([3, 9, 20]), torch.tensor([0, 2, 1])
-    whole = classifier_free(network, labels, 5, 2.0)(x, t)
-    cut = windowed(classifier_free(network, labels.repeat(4), 5, 2.0), 3, 1)(x, t)
+    conditioning = Conditioning(labels)
+    whole = classifier_free(network, conditioning, 2.0)(x, t)
+    cut = windowed(classifier_free(network, conditioning.repeat(4), 2.0), 3, 1)(x, t)
     torch.testing.assert_close(cut, whole)
 
 

@@ -15,11 +15,13 @@ from ddpm_ray.choices import Prediction
 from ddpm_ray.collectives import Workers
 from ddpm_ray.counter_rng import Purpose
 from ddpm_ray.diffusion import NoiseSchedule, Parameterization, schedules
+from ddpm_ray.diffusion.conditioning import Conditioning
 from ddpm_ray.diffusion.process import Denoise
 from ddpm_ray.evaluation import probability_flow_likelihood
 from ddpm_ray.evaluation.likelihood_over_dataset import Likelihood, flow_likelihood
 from ddpm_ray.evaluation.vlb_over_dataset import bits_per_dim
 from ddpm_ray.sampling import guidance_models
+from ddpm_ray.sampling.conditioning import ConditioningSpec
 from ddpm_ray.sampling.denoiser import Denoiser
 from tests.diffusion.test_parameterization import KINDS
 from tests.fixtures.threaded_workers import OnWorkers
@@ -31,7 +33,7 @@ IMAGES = ((PIXELS + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 V = Parameterization.of("v", SCHEDULE)
 
 
-def optimum(x_t: Tensor, t: Tensor, labels: None, condition: None) -> Tensor:
+def optimum(x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
     """v of the regression of x_0 on x_t, for independent pixels of N(0.1, 0.3^2)."""
     a = SCHEDULE.at(t, x_t)
     gain = a.sqrt() * DEVIATION**2 / (a * DEVIATION**2 + 1 - a)
@@ -41,7 +43,7 @@ def optimum(x_t: Tensor, t: Tensor, labels: None, condition: None) -> Tensor:
 def found(workers: Workers, steps: int = 120, seed: int = 0) -> Likelihood:
     index = torch.arange(len(IMAGES))[workers.share(len(IMAGES))]
     batches = [(part, IMAGES[part], torch.full_like(part, -1)) for part in index.split(7)]
-    denoiser = Denoiser(optimum, V)  # type: ignore[arg-type]
+    denoiser = Denoiser(optimum, V)
     return flow_likelihood(denoiser, batches, steps=steps, workers=workers, seed=seed)
 
 
@@ -70,7 +72,7 @@ def test_a_single_image_has_no_interval() -> None:
     one = torch.zeros(1, dtype=torch.int64)
     with pytest.raises(ValueError, match="1 image; an interval needs at least 2"):
         flow_likelihood(
-            Denoiser(optimum, V),  # type: ignore[arg-type]
+            Denoiser(optimum, V),
             [(one, IMAGES[:1], one)], steps=4, workers=Workers(),
         )  # fmt: skip
 
@@ -84,11 +86,12 @@ def every(kind: Prediction, learned: bool = False, **traits: Any) -> Denoiser:
     """Uses all that it is told: x_t, t, the label, its own last estimate."""
     parameterization = Parameterization.of(kind, SHORT)
 
-    def network(x_t: Tensor, t: Tensor, labels: Tensor | None, condition: Tensor | None) -> Tensor:
+    def network(x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        labels, images = conditioning.labels, conditioning.images
         a, x_t = SHORT.at(t, x_t), x_t / parameterization.scaled(torch.ones_like(x_t), t)
         image = a.sqrt() * 0.3 * x_t / (a * 0.3 + 1 - a) + 0.1 * torch.sin(2 * x_t)
         image = image if labels is None else image + 0.2 * (labels.view(-1, 1, 1, 1) - 1)
-        image = image if condition is None else image + 0.3 * condition
+        image = image + 0.3 * images[0] if images else image
         model_output = parameterization.output_from_x0(x_t, t, image)
         return torch.cat([model_output, torch.tanh(x_t)], 1) if learned else model_output
 
@@ -99,14 +102,17 @@ def logits(x_t: Tensor, t: Tensor) -> Tensor:
     return torch.cat([-(x_t.flatten(1) - 1).square(), -(x_t.flatten(1) + 1).square()], 1)
 
 
-PLAIN, LABELLED = every("v"), every("v", num_classes=3)
+PLAIN, LABELLED = every("v"), every("v", takes=ConditioningSpec(3))
 DENOISERS = {kind: every(kind) for kind in KINDS} | {
     "learned variance": every("epsilon", learned=True, variance="learned_range"),
     "labels": LABELLED,
-    "self-conditioned": every("epsilon", self_conditioned=True),
-    "self-conditioned, labels": every("v", self_conditioned=True, num_classes=3),
+    "self-conditioned": every("epsilon", takes=ConditioningSpec(self_conditioning=True)),
+    "self-conditioned, labels": every("v", takes=ConditioningSpec(3, self_conditioning=True)),
     "autoguided": replace(
-        PLAIN, guidance_model=guidance_models.autoguidance(PLAIN, every("v", num_classes=3), 2.5)
+        PLAIN,
+        guidance_model=guidance_models.autoguidance(
+            PLAIN, every("v", takes=ConditioningSpec(3)), 2.5
+        ),
     ),
     "guided by a classifier": replace(
         PLAIN, guidance_model=guidance_models.classifier_guidance(logits, PLAIN, 3.0)
@@ -156,7 +162,7 @@ def test_images_of_any_index_have_noise_of_their_own() -> None:
     def bits(first: int, second: int) -> float:
         index = torch.tensor([first, second])
         found = flow_likelihood(
-            Denoiser(optimum, V), [(index, batch, labels)], steps=4, workers=Workers()  # type: ignore[arg-type]
+            Denoiser(optimum, V), [(index, batch, labels)], steps=4, workers=Workers()
         ).metrics  # fmt: skip
         return found["eval/likelihood_bits_per_dim_high"] - found["eval/likelihood_bits_per_dim"]
 
@@ -176,7 +182,7 @@ def test_the_bound_and_the_likelihood_of_an_image_share_no_noise(
 
     monkeypatch.setattr(counter_rng, "_words", noted)
     batch = torch.arange(2), IMAGES[:2], torch.zeros(2, dtype=torch.int64)
-    denoiser = Denoiser(optimum, V)  # type: ignore[arg-type]
+    denoiser = Denoiser(optimum, V)
     flow_likelihood(denoiser, [batch], steps=2, workers=Workers())
     of_likelihood = {*drawn}
     drawn.clear()
@@ -192,7 +198,7 @@ def test_the_interval_of_two_images_holds_the_mean_as_often_as_it_says() -> None
     pixels = torch.randn(800, 3, 3, 1, generator=generator) * DEVIATION + MEAN
     images = ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
     index, labels = torch.arange(800), torch.full((800,), -1)
-    denoiser = Denoiser(optimum, V)  # type: ignore[arg-type]
+    denoiser = Denoiser(optimum, V)
     name = "eval/likelihood_bits_per_dim"
 
     def of(part: slice) -> dict[str, float]:

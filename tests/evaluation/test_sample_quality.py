@@ -20,6 +20,7 @@ from torch import Tensor
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.evaluation import InceptionResize
 from ddpm_ray.diffusion import schedules
+from ddpm_ray.diffusion.conditioning import Conditioning
 from ddpm_ray.diffusion.parameterization import Parameterization
 from ddpm_ray.diffusion.process import Denoise, NoiseSchedule
 from ddpm_ray.diffusion.timestep_spacing import quadratic_steps, uniform_steps
@@ -30,6 +31,7 @@ from ddpm_ray.evaluation.frechet import frechet_distance_of_features
 from ddpm_ray.evaluation.precision_recall import precision_recall
 from ddpm_ray.evaluation.reference_statistics import Reference, reference
 from ddpm_ray.evaluation.sample_quality import Scores, evaluate
+from ddpm_ray.sampling.conditioning import ConditioningSpec
 from ddpm_ray.sampling.denoiser import Denoiser
 from ddpm_ray.sampling.sampling import Images, SamplingPlan, draw, to_uint8
 from ddpm_ray.storage import object_store
@@ -379,11 +381,14 @@ def test_the_provenance_names_all_that_the_score_depends_on(tmp_path: Path) -> N
 def test_the_interval_of_ten_classes_in_turn_is_that_of_each_class_thinned(tmp_path: Path) -> None:
     """Images 0, 10, 20, ... are of one class; without class 0 the distance is of another model."""
 
-    def network(x_t: Tensor, t: Tensor, labels: Tensor | None, condition: Tensor | None) -> Tensor:
+    def network(x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        labels = conditioning.labels
         assert labels is not None
         return 0.6 * x_t + (labels.view(-1, 1, 1, 1) - 4.5) / 3
 
-    denoiser = Denoiser(network, Parameterization.of("epsilon", SCHEDULE), num_classes=10)
+    denoiser = Denoiser(
+        network, Parameterization.of("epsilon", SCHEDULE), takes=ConditioningSpec(10)
+    )
     images, feature_net = random_images(300), net(4)
     drawn = to_uint8(draw(denoiser, PLAN, torch.arange(200), SHAPE, "cpu"))
     truth = reference(pack(tmp_path, images, [300]), feature_net, Workers())

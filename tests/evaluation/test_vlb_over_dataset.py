@@ -14,7 +14,9 @@ from torch.distributions import Normal, kl_divergence
 from ddpm_ray.choices import ReverseVariance
 from ddpm_ray.collectives import Workers
 from ddpm_ray.diffusion import NoiseSchedule, Parameterization, posterior, schedules
+from ddpm_ray.diffusion.conditioning import Conditioning
 from ddpm_ray.evaluation.vlb_over_dataset import BitsPerDim, bits_per_dim
+from ddpm_ray.sampling.conditioning import ConditioningSpec
 from ddpm_ray.sampling.denoiser import Denoiser
 from tests.fixtures.threaded_workers import OnWorkers
 
@@ -27,12 +29,12 @@ IMAGES[0, 0, 0, 0], IMAGES[1, 0, 0, 0] = 0, 255  # the open ends
 X_0 = IMAGES.double() / 127.5 - 1
 
 
-def grey(x_t: Tensor, t: Tensor, labels: Tensor | None, condition: Tensor | None) -> Tensor:
+def grey(x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
     """Takes every image for the same grey: what it costs depends on no noise."""
     return torch.full_like(x_t, 0.1)
 
 
-def some_noise(x_t: Tensor, t: Tensor, labels: Tensor | None, condition: Tensor | None) -> Tensor:
+def some_noise(x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
     return 0.7 * x_t
 
 
@@ -104,8 +106,8 @@ def test_who_sees_only_grey_costs_what_the_closed_form_says() -> None:
 
 
 def test_the_estimate_is_clipped_where_images_are() -> None:
-    far = replace(GREY, network=lambda x_t, t, labels, condition: torch.full_like(x_t, 7.0))
-    near = replace(GREY, network=lambda x_t, t, labels, condition: torch.full_like(x_t, 1.0))
+    far = replace(GREY, network=lambda x_t, t, _: torch.full_like(x_t, 7.0))
+    near = replace(GREY, network=lambda x_t, t, _: torch.full_like(x_t, 1.0))
     assert found(Workers(), far).terms == found(Workers(), near).terms
     assert found(Workers(), far, clip=False).terms[0] > found(Workers(), near).terms[0]
 
@@ -165,9 +167,7 @@ def test_steps_that_none_was_seen_at_are_left_out_of_the_curve() -> None:
 def test_a_learned_variance_is_read_from_behind_the_answer() -> None:
     """At its ends it is one of the fixed ones, but for beta at t = 1."""
 
-    def network(
-        raw: float, x_t: Tensor, t: Tensor, labels: Tensor | None, condition: Tensor | None
-    ) -> Tensor:
+    def network(raw: float, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         return torch.cat([0.7 * x_t, torch.full_like(x_t, raw)], 1)
 
     learned = replace(NOISE, variance="learned_range")
@@ -186,13 +186,13 @@ def test_labels_reach_the_network_and_its_own_estimates_do_not() -> None:
     """An estimate from other noise on the same image would say more than x_t does."""
     seen: list[tuple[list[int], float]] = []
 
-    def network(x_t: Tensor, t: Tensor, labels: Tensor | None, condition: Tensor | None) -> Tensor:
+    def network(x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        labels, (condition,) = conditioning.labels, conditioning.images
         assert labels is not None
-        assert condition is not None
         seen.append((labels.tolist(), float(condition.abs().max())))
         return 0.7 * x_t
 
-    of = replace(NOISE, network=network, num_classes=3, self_conditioned=True)
+    of = replace(NOISE, network=network, takes=ConditioningSpec(3, self_conditioning=True))
     found(Workers(), of, IMAGES[:5])
     assert seen == [([0, 1, 2, 0], 0.0)] * T + [([1], 0.0)] * T
 

@@ -200,8 +200,8 @@ def test_an_exported_scheduler_walks_as_the_run_samples(
     )
     fresh = noises(1)
     denoiser = Denoiser(
-        lambda x, t, labels, condition: network(x, t), Parameterization.of("epsilon", SCHEDULE)
+        lambda x, t, conditioning: network(x, t), Parameterization.of("epsilon", SCHEDULE)
     )
-    denoise = denoiser.bind_conditioning(None, plan.guidance)
+    denoise = denoiser.bind_conditioning(guidance=plan.guidance)
     ours = walk(denoiser, denoise, plan, next(noises(0)), lambda t: next(fresh))
     assert_equal_images(ours, images)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ddpm_ray.choices import ReverseVariance
 from ddpm_ray.diffusion import NoiseSchedule, samplers, schedules
+from ddpm_ray.diffusion.conditioning import Conditioning
 from ddpm_ray.models.interop import convert
 from ddpm_ray.models.interop.diffusers_config import UNET, VARIANCES, UNetSpec, to_scheduler
 from ddpm_ray.models.layers import GUIDED, HO
@@ -85,9 +86,12 @@ def batch(config: dict[str, Any]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
 def require_alike(ours: UNet, model: Any, config: dict[str, Any]) -> None:
     x_t, t, labels = batch(config)
     image, condition = x_t.tensor_split([x_t.shape[1] - ours.condition_channels], dim=1)
+    conditioning = Conditioning(
+        labels.get("class_labels"), low_resolution=condition if condition.numel() else None
+    )
     with torch.no_grad():
         expected = model(x_t, t - 1, **labels).sample
-        found = ours(image, t, labels.get("class_labels"), condition if condition.numel() else None)
+        found = ours(image, t, conditioning)
     scale = expected.abs().max().item()
     torch.testing.assert_close(found, expected, atol=1e-5 * scale, rtol=0)
 

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from ddpm_ray.diffusion.conditioning import Conditioning
 from ddpm_ray.models.layers import (
     GUIDED,
     Attention,
@@ -43,6 +44,14 @@ def disturbed(network: UNet) -> UNet:
         for parameter in network.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
     return network
+
+
+def labelled(labels: list[int]) -> Conditioning:
+    return Conditioning(torch.tensor(labels))
+
+
+def shown(image: Tensor) -> Conditioning:
+    return Conditioning(low_resolution=image)
 
 
 def batch(side: int = 8, channels: int = 1, count: int = 3) -> tuple[Tensor, Tensor]:
@@ -257,11 +266,11 @@ def test_without_options_nothing_is_drawn_or_named_otherwise() -> None:
 def test_no_label_is_the_null_label_and_another_label_is_another_image() -> None:
     network, (x_t, t) = small(num_classes=3), batch()
     null = network(x_t, t)
-    assert torch.equal(network(x_t, t, torch.full((3,), 3)), null)
-    answers = [network(x_t, t, torch.full((3,), label)) for label in range(3)]
+    assert torch.equal(network(x_t, t, labelled([-1] * 3)), null)
+    answers = [network(x_t, t, labelled([label] * 3)) for label in range(3)]
     for a, b in itertools.combinations([null, *answers], 2):
         assert (a - b).abs().max() > 1e-3
-    mixed = network(x_t, t, torch.tensor([2, 3, 0]))
+    mixed = network(x_t, t, labelled([2, -1, 0]))
     expected = torch.stack([answers[2][0], null[1], answers[0][2]])
     torch.testing.assert_close(mixed, expected)
 
@@ -271,15 +280,15 @@ def test_a_condition_is_seen_beside_the_image_and_is_zero_where_it_is_missing() 
     condition = torch.randn(3, 2, 8, 8)
     missing = network(x_t, t)
     assert missing.shape == x_t.shape
-    assert torch.equal(network(x_t, t, condition=torch.zeros(3, 2, 8, 8)), missing)
-    assert (network(x_t, t, condition=condition) - missing).abs().max() > 1e-3
+    assert torch.equal(network(x_t, t, shown(torch.zeros(3, 2, 8, 8))), missing)
+    assert (network(x_t, t, shown(condition)) - missing).abs().max() > 1e-3
     # The kernel that reads a channel is all that tells it from x_t's.
     swapped = small(condition_channels=2)
     with torch.no_grad():
         swapped.conv_in.weight.copy_(network.conv_in.weight[:, [1, 0, 2]])
     torch.testing.assert_close(
-        swapped(condition[:, :1], t, condition=torch.cat([x_t, condition[:, 1:]], dim=1)),
-        network(x_t, t, condition=condition),
+        swapped(condition[:, :1], t, shown(torch.cat([x_t, condition[:, 1:]], dim=1))),
+        network(x_t, t, shown(condition)),
     )
 
 
@@ -297,18 +306,18 @@ def test_a_learned_variance_has_the_channels_behind_the_prediction() -> None:
 def test_each_parameter_has_a_gradient_whatever_is_given(labels: Tensor | None) -> None:
     """DistributedDataParallel waits for each of them in each step."""
     network, (x_t, t) = small(num_classes=3, condition_channels=1, learns_variance=True), batch()
-    network(x_t, t, labels).square().mean().backward()
+    network(x_t, t, Conditioning(labels)).square().mean().backward()
     assert all(parameter.grad is not None for parameter in network.parameters())
 
 
 def test_what_a_network_was_not_built_for_is_refused() -> None:
     x_t, t = batch()
     with pytest.raises(ValueError, match=r"num_classes is 0: .* build it with num_classes"):
-        small()(x_t, t, torch.tensor([0, 1, 2]))
-    with pytest.raises(ValueError, match=r"condition is \[3, 1, 8, 8\] .* condition_channels 0"):
-        small()(x_t, t, condition=x_t)
-    with pytest.raises(ValueError, match=r"condition is \[3, 2, 4, 4\] .* condition_channels 2"):
-        small(condition_channels=2)(x_t, t, condition=torch.zeros(3, 2, 4, 4))
+        small()(x_t, t, labelled([0, 1, 2]))
+    with pytest.raises(ValueError, match=r"images are \[3, 1, 8, 8\] .* condition_channels 0"):
+        small()(x_t, t, shown(x_t))
+    with pytest.raises(ValueError, match=r"images are \[3, 2, 4, 4\] .* condition_channels 2"):
+        small(condition_channels=2)(x_t, t, shown(torch.zeros(3, 2, 4, 4)))
     with pytest.raises(ValueError, match=r"num_heads is 3 and head_channels 0; .* 16 channels"):
         small(variant=Variant(num_heads=3))
     with pytest.raises(ValueError, match=r"head_channels 5; .* 16 channels"):
@@ -341,7 +350,7 @@ def test_the_guided_variant_starts_at_zero_learns_everywhere_and_compiles() -> N
     assert plain(x_t, t).abs().max() == 0
     compiled: Any = torch.compile(network, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x_t, t), network(x_t, t))
-    network(x_t, t, torch.tensor([0, 1, 2])).square().mean().backward()
+    network(x_t, t, labelled([0, 1, 2])).square().mean().backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in network.parameters())
 
 

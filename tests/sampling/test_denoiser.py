@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from ddpm_ray.diffusion import NoiseSchedule, Parameterization, schedules
+from ddpm_ray.diffusion.conditioning import Conditioning
+from ddpm_ray.sampling.conditioning import ConditioningSpec
 from ddpm_ray.sampling.denoiser import Denoiser, Guidance
 from ddpm_ray.sampling.sampling import SamplingPlan, draw
 from tests.truth import LINE, SCHEDULE
@@ -26,19 +28,18 @@ class Seen:
         self.labels: list[Tensor | None] = []
         self.condition: list[Tensor | None] = []
 
-    def __call__(
-        self, x_t: Tensor, t: Tensor, labels: Tensor | None, condition: Tensor | None
-    ) -> Tensor:
+    def __call__(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        labels, images = conditioning.labels, conditioning.images
         self.x_t.append(x_t.clone())
         self.labels.append(None if labels is None else labels.clone())
-        self.condition.append(None if condition is None else condition.clone())
+        self.condition.append(torch.cat(images, 1) if images else None)
         return 0.1 * x_t.repeat(1, self.channels, 1, 1)
 
 
 def test_labels_go_by_the_index_in_turn_or_as_wished() -> None:
     for wished, expected in (((), [0, 1, 2, 0, 1]), ((2, 0), [2, 0, 2, 0, 2])):
         network = Seen()
-        denoiser = Denoiser(network, EPSILON, num_classes=3)
+        denoiser = Denoiser(network, EPSILON, takes=ConditioningSpec(num_classes=3))
         plan = SamplingPlan((40, 0), labels=wished)
         draw(denoiser, plan, torch.arange(5), SHAPE, "cpu")
         assert [labels.tolist() for labels in network.labels if labels is not None] == [expected]
@@ -46,27 +47,27 @@ def test_labels_go_by_the_index_in_turn_or_as_wished() -> None:
 
 def test_guidance_shows_each_image_with_its_label_and_without() -> None:
     network = Seen()
-    denoiser = Denoiser(network, EPSILON, num_classes=3)
-    denoise = denoiser.bind_conditioning(torch.tensor([1, 2]), Guidance(scale=2))
+    denoiser = Denoiser(network, EPSILON, takes=ConditioningSpec(num_classes=3))
+    denoise = denoiser.bind_conditioning(Conditioning(torch.tensor([1, 2])), Guidance(scale=2))
     denoise(torch.ones(2, *SHAPE), T)
     (labels,) = network.labels
     assert labels is not None
-    assert labels.tolist() == [1, 2, 3, 3]
+    assert labels.tolist() == [1, 2, -1, -1]
     assert network.x_t[0].shape == (4, *SHAPE)
 
 
 def test_a_model_without_labels_refuses_them() -> None:
     denoiser = Denoiser(Seen(), EPSILON)
     with pytest.raises(ValueError, match="guidance_scale 1 are for models trained with labels"):
-        denoiser.bind_conditioning(torch.tensor([0]))
+        denoiser.bind_conditioning(Conditioning(torch.tensor([0])))
     with pytest.raises(ValueError, match="guidance_scale 3 are for models trained with labels"):
-        denoiser.bind_conditioning(None, Guidance(scale=3))
+        denoiser.bind_conditioning(guidance=Guidance(scale=3))
 
 
 def test_a_self_conditioned_network_sees_its_last_estimate_clipped() -> None:
     """First nothing; then x_0 as its own answer, a tenth of x_t, had it."""
     network = Seen()
-    denoiser = Denoiser(network, EPSILON, self_conditioned=True)
+    denoiser = Denoiser(network, EPSILON, takes=ConditioningSpec(self_conditioning=True))
     denoise = denoiser.bind_conditioning()
     x = torch.tensor([0.3, 5.0]).view(2, 1, 1, 1).expand(2, *SHAPE)
     for _ in range(2):
@@ -86,8 +87,8 @@ def test_a_self_conditioned_network_sees_its_last_estimate_clipped() -> None:
 
 def test_guided_and_self_conditioned_it_keeps_the_two_estimates_apart() -> None:
     network = Seen()
-    denoiser = Denoiser(network, EPSILON, num_classes=2, self_conditioned=True)
-    denoise = denoiser.bind_conditioning(torch.tensor([0, 1]), Guidance(scale=2))
+    denoiser = Denoiser(network, EPSILON, takes=ConditioningSpec(2, True))
+    denoise = denoiser.bind_conditioning(Conditioning(torch.tensor([0, 1])), Guidance(scale=2))
     for _ in range(2):
         denoise(torch.randn(2, *SHAPE), T)
     assert [c.shape for c in network.condition if c is not None] == [(4, *SHAPE)] * 2
@@ -95,8 +96,8 @@ def test_guided_and_self_conditioned_it_keeps_the_two_estimates_apart() -> None:
 
 def test_the_low_resolution_image_lies_behind_the_estimate() -> None:
     network, small = Seen(), torch.full((2, *SHAPE), 0.5)
-    denoiser = Denoiser(network, EPSILON, self_conditioned=True, low_resolution_pixels=1)
-    denoiser.bind_conditioning(low_resolution=small)(torch.ones(2, *SHAPE), T)
+    denoiser = Denoiser(network, EPSILON, takes=ConditioningSpec(0, True, 1))
+    denoiser.bind_conditioning(Conditioning(low_resolution=small))(torch.ones(2, *SHAPE), T)
     (condition,) = network.condition
     assert condition is not None
     assert torch.equal(condition, torch.cat([torch.zeros_like(small), small], 1))
@@ -104,7 +105,9 @@ def test_the_low_resolution_image_lies_behind_the_estimate() -> None:
 
 def test_each_image_is_shown_its_own_low_resolution_by_its_index() -> None:
     network, bank = Seen(), torch.arange(3.0).view(3, 1, 1, 1).expand(3, *SHAPE)
-    denoiser = Denoiser(network, EPSILON, low_resolution_pixels=1, low_resolution_images=bank)
+    denoiser = Denoiser(
+        network, EPSILON, takes=ConditioningSpec(0, False, 1), low_resolution_images=bank
+    )
     draw(denoiser, SamplingPlan((40, 0)), torch.tensor([5, 0, 4]), SHAPE, "cpu")
     (condition,) = network.condition
     assert condition is not None
@@ -115,8 +118,8 @@ def test_each_image_is_shown_its_own_low_resolution_by_its_index() -> None:
 def test_low_resolution_is_shown_to_those_who_want_it_alone(pixels: int, says: str) -> None:
     given = None if pixels else torch.zeros(2, *SHAPE)
     with pytest.raises(ValueError, match=f"{says} super-resolution .* and only to them"):
-        Denoiser(Seen(), EPSILON, low_resolution_pixels=pixels).bind_conditioning(
-            low_resolution=given
+        Denoiser(Seen(), EPSILON, takes=ConditioningSpec(0, False, pixels)).bind_conditioning(
+            Conditioning(low_resolution=given)
         )
 
 
@@ -159,13 +162,13 @@ def test_its_noise_is_the_expected_noise_whatever_it_predicts(kind: str) -> None
         else parameterization.c_in
     )
 
-    def network(x: Tensor, t: Tensor, labels: None, condition: None) -> Tensor:
+    def network(x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         x_t = x / scale[t].view(-1, 1)
         return parameterization.output_from_x0(x_t, t, LINE.expected_image(x_t, t))
 
     x_t = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
     t = torch.full((9,), 600)
-    found = Denoiser(network, parameterization).noise()(x_t, t)  # type: ignore[arg-type]
+    found = Denoiser(network, parameterization).noise()(x_t, t)
     torch.testing.assert_close(found, LINE.expected_noise(x_t, t))
 
 
@@ -173,13 +176,17 @@ def test_an_own_estimate_carries_no_gradient_from_call_to_call() -> None:
     """Else each call would keep the graphs of all before it."""
     conditions: list[Tensor] = []
 
-    def network(x_t: Tensor, t: Tensor, labels: Tensor | None, condition: Tensor | None) -> Tensor:
-        assert condition is not None
+    def network(x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        (condition,) = conditioning.images
         conditions.append(condition)
         return 0.5 * x_t + 0.1 * condition
 
     schedule = NoiseSchedule(schedules.linear(40, 1e-3, 0.3))
-    of = Denoiser(network, Parameterization.of("epsilon", schedule), self_conditioned=True)
+    of = Denoiser(
+        network,
+        Parameterization.of("epsilon", schedule),
+        takes=ConditioningSpec(self_conditioning=True),
+    )
     x, t = torch.full((2, 1, 2, 2), 0.5, requires_grad=True), torch.tensor([9, 9])
     walk, alone = of.bind_conditioning(), of.unguided()
     for denoise, remembered in ((walk, True), (alone, False)):
@@ -191,19 +198,22 @@ def test_an_own_estimate_carries_no_gradient_from_call_to_call() -> None:
         assert bool(conditions[1].any()) == remembered
 
 
-def test_an_image_without_a_label_is_shown_the_null_label() -> None:
+def test_labels_reach_the_network_by_every_way() -> None:
     seen: list[list[int]] = []
 
-    def network(x_t: Tensor, t: Tensor, labels: Tensor | None, condition: Tensor | None) -> Tensor:
-        assert labels is not None
-        seen.append(labels.tolist())
+    def network(x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        assert conditioning.labels is not None
+        seen.append(conditioning.labels.tolist())
         return x_t
 
     schedule = NoiseSchedule(schedules.linear(40, 1e-3, 0.3))
-    of = Denoiser(network, Parameterization.of("epsilon", schedule), num_classes=3)
-    x, t, labels = torch.zeros(3, 1, 2, 2), torch.tensor([9, 9, 9]), torch.tensor([2, -1, 0])
-    of.bind_conditioning(labels)(x, t)
-    of.unguided(labels)(x, t)
-    of.noise(labels)(x, t)
-    of.bind_conditioning(labels, Guidance(2.0))(x, t)
-    assert seen == [[2, 3, 0]] * 3 + [[2, 3, 0, 3, 3, 3]]
+    of = Denoiser(
+        network, Parameterization.of("epsilon", schedule), takes=ConditioningSpec(num_classes=3)
+    )
+    x, t = torch.zeros(3, 1, 2, 2), torch.tensor([9, 9, 9])
+    conditioning = Conditioning(torch.tensor([2, -1, 0]))
+    of.bind_conditioning(conditioning)(x, t)
+    of.unguided(conditioning)(x, t)
+    of.noise(conditioning)(x, t)
+    of.bind_conditioning(conditioning, Guidance(2.0))(x, t)
+    assert seen == [[2, -1, 0]] * 3 + [[2, -1, 0, -1, -1, -1]]

@@ -16,9 +16,11 @@ from torch import Tensor
 
 from ddpm_ray.config.edit import InpaintingMethod
 from ddpm_ray.counter_rng import Purpose, normal
+from ddpm_ray.diffusion.conditioning import Conditioning
 from ddpm_ray.diffusion.parameterization import Parameterization
 from ddpm_ray.diffusion.timestep_spacing import uniform_steps
 from ddpm_ray.sampling import editing
+from ddpm_ray.sampling.conditioning import ConditioningSpec
 from ddpm_ray.sampling.denoiser import Denoiser, Guidance
 from ddpm_ray.sampling.editing import Painting
 from ddpm_ray.sampling.sampling import SamplingPlan
@@ -135,17 +137,19 @@ def test_repaint_takes_the_eta_of_ddim_and_of_ancestral_1() -> None:
             painted(**changes)
 
 
-def of_class(x_t: Tensor, t: Tensor, labels: Tensor | None, condition: Tensor | None) -> Tensor:
+def of_class(x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
     """A local network: a pixel's noise as if the data were one number for each label."""
-    assert labels is not None
-    shift = labels.view(-1, 1, 1, 1) / 4
+    assert conditioning.labels is not None
+    shift = conditioning.labels.view(-1, 1, 1, 1) / 4
     return (x_t - shift) * 0.9 * (0.5 + t.view(-1, 1, 1, 1) / 2000)
 
 
 @pytest.mark.parametrize("edit", ["repaint", "replacement", "image_to_image", "reconstruct"])
 def test_windows_of_a_local_network_are_the_canvas(edit: str) -> None:
     """Of guided labels too, which each window needs: windows of any size give the same."""
-    denoiser = Denoiser(of_class, Parameterization.of("epsilon", SCHEDULE), num_classes=3)
+    denoiser = Denoiser(
+        of_class, Parameterization.of("epsilon", SCHEDULE), takes=ConditioningSpec(3)
+    )
     plan = replace(PLAN, steps=(800, 400, 100, 0), guidance=Guidance(2.0), labels=(2, 0))
     images, index = pictures(3, 11, 18), torch.arange(3)
     mask = (torch.arange(11 * 18) % 2 < 1).view(1, 1, 11, 18)

@@ -1,11 +1,15 @@
 """What leads a denoiser sees the images' labels, and bends the answer as its paper says."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from ddpm_ray.diffusion import Denoise, NoiseSchedule, Parameterization, schedules
+from ddpm_ray.diffusion.conditioning import Conditioning
 from ddpm_ray.sampling import guidance_models
+from ddpm_ray.sampling.conditioning import ConditioningSpec
 from ddpm_ray.sampling.denoiser import Denoiser, GuidanceModel
 from ddpm_ray.sampling.sampling import SamplingPlan, draw
 
@@ -17,20 +21,17 @@ X, T = torch.randn(4, 1, 2, 2, generator=torch.Generator().manual_seed(0)), torc
 def by_label(share: float, num_classes: int = 3) -> Denoiser:
     """Answers with that share of x_t, plus the label's number (0 for none)."""
 
-    def network(x_t: Tensor, t: Tensor, labels: Tensor | None, condition: Tensor | None) -> Tensor:
+    def network(x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        labels = conditioning.labels
         number = 0 if labels is None else labels.view(-1, 1, 1, 1)
         return share * x_t + number
 
-    return Denoiser(network, EPSILON, num_classes=num_classes)
+    return Denoiser(network, EPSILON, takes=ConditioningSpec(num_classes))
 
 
 def guided(denoiser: Denoiser, guidance_model: GuidanceModel, labels: Tensor | None) -> Tensor:
-    return Denoiser(
-        denoiser.network,
-        denoiser.parameterization,
-        num_classes=denoiser.num_classes,
-        guidance_model=guidance_model,
-    ).bind_conditioning(labels)(X, T)
+    of = replace(denoiser, guidance_model=guidance_model)
+    return of.bind_conditioning(Conditioning(labels))(X, T)
 
 
 def test_a_weaker_model_is_kept_away_from_with_the_same_labels() -> None:
@@ -89,9 +90,9 @@ def test_labels_of_a_plan_reach_the_classifier_of_a_network_without_classes() ->
     seen: list[Tensor] = []
     plain = by_label(0.5, 0)
 
-    def guidance_model(denoise: Denoise, labels: Tensor | None) -> Denoise:
-        assert labels is not None
-        seen.append(labels)
+    def guidance_model(denoise: Denoise, conditioning: Conditioning) -> Denoise:
+        assert conditioning.labels is not None
+        seen.append(conditioning.labels)
         return denoise
 
     denoiser = Denoiser(plain.network, plain.parameterization, guidance_model=guidance_model)

@@ -14,10 +14,12 @@ from torch import Tensor, nn
 
 from ddpm_ray.config.edit import InpaintingMethod
 from ddpm_ray.diffusion import schedules
+from ddpm_ray.diffusion.conditioning import Conditioning
 from ddpm_ray.diffusion.parameterization import Parameterization
 from ddpm_ray.diffusion.process import Denoise, NoiseSchedule
 from ddpm_ray.models.unet import UNet
 from ddpm_ray.sampling import editing
+from ddpm_ray.sampling.conditioning import ConditioningSpec
 from ddpm_ray.sampling.denoiser import Denoiser
 from ddpm_ray.sampling.pipeline import TrainedModel
 from ddpm_ray.sampling.sampling import Images
@@ -186,11 +188,9 @@ class OfLabels:
     def __init__(self) -> None:
         self.asked: list[list[int]] = []
 
-    def __call__(
-        self, x_t: Tensor, t: Tensor, labels: Tensor | None, condition: Tensor | None
-    ) -> Tensor:
-        assert labels is not None
-        self.asked.append(labels.tolist())
+    def __call__(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        assert conditioning.labels is not None
+        self.asked.append(conditioning.labels.tolist())
         return x_t * 0.5
 
 
@@ -198,7 +198,9 @@ def test_labels_reach_every_way_to_edit() -> None:
     """Of image i labels[i % n], all in turn by default; between two images, one."""
     network = OfLabels()
     parameterization = Parameterization.of("epsilon", SCHEDULE)
-    model = TrainedModel(Denoiser(network, parameterization, num_classes=3), SHAPE, provenance={})
+    model = TrainedModel(
+        Denoiser(network, parameterization, takes=ConditioningSpec(3)), SHAPE, provenance={}
+    )
     edits = [
         lambda labels: model.inpaint(KNOWN, MASK, steps=2, resamples=1, labels=labels),
         lambda labels: model.inpaint(KNOWN, MASK, steps=2, method="replacement", labels=labels),
@@ -306,11 +308,12 @@ def test_every_argument_of_any_value_is_taken_or_named_in_one_line(method: str) 
 def test_an_image_is_enlarged_by_a_network_that_sees_it() -> None:
     """One that answers with what it is shown: each image comes back large, of its own grey."""
 
-    def network(x_t: Tensor, t: Tensor, labels: None, condition: Tensor) -> Tensor:
-        return condition
+    def network(x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        assert conditioning.low_resolution is not None
+        return conditioning.low_resolution
 
     parameterization = Parameterization.of("x_0", SCHEDULE)
-    denoiser = Denoiser(network, parameterization, low_resolution_pixels=2)  # type: ignore[arg-type]
+    denoiser = Denoiser(network, parameterization, takes=ConditioningSpec(low_resolution_pixels=2))
     model = TrainedModel(denoiser, SHAPE, provenance={})
     levels = np.array([0, 100, 255], np.uint8)
     small = np.broadcast_to(levels.reshape(3, 1, 1, 1), (3, 2, 2, 1))
@@ -327,7 +330,8 @@ def test_a_model_without_labels_takes_those_of_its_guidance_classifier() -> None
     """Every call takes labels; ValueError without a guidance model and for unknown classes."""
     asked: list[list[int]] = []
 
-    def guidance_model(denoise: Denoise, labels: Tensor | None) -> Denoise:
+    def guidance_model(denoise: Denoise, conditioning: Conditioning) -> Denoise:
+        labels = conditioning.labels
         asked.append([] if labels is None else labels.tolist())
         return denoise
 

@@ -30,6 +30,7 @@ from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.dataset import open_dataset
 from ddpm_ray.data.loader import Batch, ShardStream
 from ddpm_ray.diffusion import add_noise
+from ddpm_ray.diffusion.conditioning import Conditioning
 from ddpm_ray.fault_injection import InjectedFaultError
 from ddpm_ray.reporting import RATES, Command, Progress, Row
 from ddpm_ray.storage import object_store
@@ -952,7 +953,7 @@ class Probe(nn.Module):
         self.number = nn.Parameter(torch.tensor(number))
         self.drawn: list[Tensor] = []
 
-    def forward(self, x_t: Tensor, t: Tensor, labels: None, condition: None) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         self.drawn.append(torch.rand(4))
         return self.number.expand(x_t.shape)
 

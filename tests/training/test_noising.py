@@ -3,7 +3,6 @@
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -17,6 +16,7 @@ from ddpm_ray.config.loading import load
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.transforms import downscaled
 from ddpm_ray.diffusion import Parameterization, add_noise
+from ddpm_ray.diffusion.conditioning import NO_LABEL, Conditioning
 from ddpm_ray.training.noising import NoisyBatch
 from ddpm_ray.training.objective import Objective
 
@@ -53,7 +53,8 @@ def shown(made: Objective, step: int = 3, part: slice = slice(None)) -> NoisyBat
 
 
 def columns(noisy: NoisyBatch) -> dict[str, Tensor]:
-    return {name: value for name, value in vars(noisy).items() if value is not None}
+    found = vars(noisy) | vars(noisy.conditioning)
+    return {name: value for name, value in found.items() if isinstance(value, Tensor)}
 
 
 @functools.cache  # once for all examples
@@ -80,17 +81,19 @@ def test_another_step_shows_everything_anew() -> None:
         assert not torch.equal(one[name], other[name]), name
 
 
-def test_labels_are_dropped_by_their_share_and_missing_ones_are_the_null_label() -> None:
-    found = shown(objective("model.num_classes=5", "objective.label_dropout=0.25")).labels
+def test_labels_are_dropped_by_their_share() -> None:
+    found = shown(
+        objective("model.num_classes=5", "objective.label_dropout=0.25")
+    ).conditioning.labels
     assert found is not None
-    dropped = found == 5
+    dropped = found == NO_LABEL
     assert torch.equal(found[~dropped], LABELS[~dropped])
     assert abs(int(dropped.sum()) - 100) < 4 * math.sqrt(400 * 0.25 * 0.75)
     recipe = objective("model.num_classes=5", "objective.label_dropout=0").noising
     none = recipe.noisy_batch(IMAGES, torch.full((400,), -1), 0, torch.arange(400), CPU)
-    assert none.labels is not None
-    assert (none.labels == 5).all()
-    assert shown(objective()).labels is None
+    assert none.conditioning.labels is not None
+    assert (none.conditioning.labels == NO_LABEL).all()
+    assert shown(objective()).conditioning.labels is None
 
 
 def test_offset_noise_is_one_number_per_image_and_channel() -> None:
@@ -120,10 +123,10 @@ class Remembering(nn.Module):
     def __init__(self, answer: float = 0.0, channels: int = 1) -> None:
         super().__init__()
         self.answer, self.channels = nn.Parameter(torch.tensor(answer)), channels
-        self.asked: list[tuple[Tensor, Tensor, Tensor | None, Tensor | None]] = []
+        self.asked: list[tuple[Tensor, Conditioning]] = []
 
-    def forward(self, x_t: Tensor, t: Tensor, labels: Any = None, condition: Any = None) -> Tensor:
-        self.asked.append((x_t.detach().clone(), t, labels, condition))
+    def forward(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        self.asked.append((x_t.detach().clone(), conditioning))
         return self.answer.expand(len(x_t), self.channels * x_t.shape[1], *x_t.shape[2:])
 
 
@@ -158,11 +161,11 @@ def test_self_conditioning_shows_its_own_estimate_in_half_of_the_steps() -> None
         network.asked.clear()
         noisy = shown(made, step, slice(0, 2))
         made.losses(network, noisy, step)
-        condition = network.asked[-1][3]
+        condition = network.asked[-1][1].estimate
         assert condition is not None
         if len(network.asked) == 2:
             twice += 1
-            first = network.asked[0][3]
+            first = network.asked[0][1].estimate
             assert first is not None
             assert not first.any()
             a = made.schedule.at(noisy.t, noisy.x_0)

@@ -15,6 +15,7 @@ from PIL import Image
 
 from ddpm_ray.collectives import Workers
 from ddpm_ray.diffusion import schedules
+from ddpm_ray.diffusion.conditioning import UNCONDITIONAL
 from ddpm_ray.diffusion.process import NoiseSchedule
 from ddpm_ray.diffusion.timestep_spacing import uniform_steps
 from ddpm_ray.models.unet import UNet
@@ -127,7 +128,7 @@ def test_the_noise_is_the_same_at_each_step_and_the_weights_those_of_now(tmp_pat
     assert (pixels(wall.pictures["samples", 1]) == pixels(wall.pictures["samples", 2])).all()
     network = made.denoiser.network
     made = replace(
-        made, denoiser=Denoiser.of_noise(lambda x, t: network(x / 2, t, None, None), COSINE)
+        made, denoiser=Denoiser.of_noise(lambda x, t: network(x / 2, t, UNCONDITIONAL), COSINE)
     )
     made.show_grid(3)
     assert (pixels(wall.pictures["samples", 3]) != pixels(wall.pictures["samples", 2])).any()

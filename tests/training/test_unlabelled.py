@@ -15,8 +15,10 @@ from ddpm_ray.collectives import Workers
 from ddpm_ray.config.loading import load
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.diffusion import Parameterization
+from ddpm_ray.diffusion.conditioning import Conditioning
 from ddpm_ray.evaluation.likelihood_over_dataset import flow_likelihood
 from ddpm_ray.evaluation.vlb_over_dataset import bits_per_dim
+from ddpm_ray.sampling.conditioning import ConditioningSpec
 from ddpm_ray.sampling.denoiser import Denoiser
 from ddpm_ray.training.ema import EMA
 from ddpm_ray.training.state import TrainingState
@@ -37,10 +39,11 @@ class Table(nn.Module):
         super().__init__()
         self.rows, self.channels = nn.Embedding(rows, channels), channels
 
-    def forward(
-        self, x_t: Tensor, t: Tensor, labels: Tensor, condition: Tensor | None = None
-    ) -> Tensor:
-        scale: Tensor = self.rows(labels).view(-1, self.channels, 1, 1)
+    def forward(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        assert conditioning.labels is not None
+        scale: Tensor = self.rows(conditioning.labels % self.rows.num_embeddings).view(
+            -1, self.channels, 1, 1
+        )
         return x_t * scale
 
 
@@ -66,7 +69,9 @@ def denoiser() -> Denoiser:
     torch.manual_seed(0)
     schedule = diffusion.noise_schedule(configured().schedule)
     return Denoiser(
-        Table(CLASSES + 1), Parameterization.of("epsilon", schedule), num_classes=CLASSES
+        Table(CLASSES + 1),
+        Parameterization.of("epsilon", schedule),
+        takes=ConditioningSpec(CLASSES),
     )
 
 

@@ -1,0 +1,85 @@
+"""The conditioning of a network: all that it is given beside (x_t, t)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+NO_LABEL = -1  # the label of an image without a label
+
+
+@dataclass(frozen=True, eq=False)
+class Conditioning:
+    """What a network is given beside (x_t, t), one row per image; None: not given.
+
+    `null` and `drop` remove what classifier-free guidance amplifies: the labels. The images stay:
+    without them the network would solve another task. Raises ValueError if the inputs are for
+    different numbers of images.
+    """
+
+    labels: Tensor | None = None  # int64 [B], NO_LABEL for an image without one
+    estimate: Tensor | None = None  # [B, C, H, W], an earlier estimate of x_0 (self-conditioning)
+    low_resolution: Tensor | None = None  # [B, C, H, W], upsampled to the size of x_t
+
+    def __post_init__(self) -> None:
+        counts = {name: len(tensor) for name, tensor in self._given().items()}
+        if len(set(counts.values())) > 1:
+            found = ", ".join(f"{name}: {count}" for name, count in counts.items())
+            raise ValueError(f"inputs for different numbers of images ({found}); give B of each")
+
+    @property
+    def batch_size(self) -> int | None:
+        """B; None if nothing is given, which fits any batch."""
+        return next((len(tensor) for tensor in self._given().values()), None)
+
+    @property
+    def images(self) -> list[Tensor]:
+        """The given images [B, ., H, W], in the order in which networks concatenate them to x_t."""
+        return [image for image in (self.estimate, self.low_resolution) if image is not None]
+
+    def null(self) -> Conditioning:
+        """The same images without labels: the unconditional input of classifier-free guidance."""
+        if self.labels is None:
+            return self
+        return replace(self, labels=torch.full_like(self.labels, NO_LABEL))
+
+    def drop(self, chosen: Tensor) -> Conditioning:
+        """As `null` where `chosen` [B] is True; the other images keep their labels."""
+        if self.labels is None:
+            return self
+        return replace(self, labels=torch.where(chosen, NO_LABEL, self.labels))
+
+    def concat(self, other: Conditioning) -> Conditioning:
+        """The conditioning of this batch followed by `other`.
+
+        Raises ValueError for an input that only one of them has.
+        """
+        mine, theirs = self._given(), other._given()
+        if alone := sorted(mine.keys() ^ theirs.keys()):
+            raise ValueError(
+                f"{alone[0]} is given for one of two batches; give it for both or for neither"
+            )
+        return Conditioning(**{name: torch.cat([mine[name], theirs[name]]) for name in mine})
+
+    def repeat(self, count: int) -> Conditioning:
+        """The conditioning of the batch repeated `count` times, as a whole."""
+        return self._map(lambda tensor: torch.cat([tensor] * count))
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Conditioning:
+        """Copy to `device`; `non_blocking` is that of `Tensor.to`."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def _given(self) -> dict[str, Tensor]:
+        return {name: tensor for name, tensor in vars(self).items() if tensor is not None}
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Conditioning:
+        return Conditioning(**{name: change(tensor) for name, tensor in self._given().items()})
+
+
+UNCONDITIONAL = Conditioning()
+Network: TypeAlias = Callable[[Tensor, Tensor, Conditioning], Tensor]
+"""(x_t [B, C, ...], t [B], conditioning of B images) -> model output [B, C or 2C, ...]."""
