@@ -39,7 +39,7 @@ class Walk:
 
 
 def small_unet() -> UNet:
-    return UNet(image_size=32, image_channels=3, base_channels=32, groups=8).eval()
+    return UNet(image_channels=3, base_channels=32, groups=8).eval()
 
 
 def walks() -> dict[str, Walk]:

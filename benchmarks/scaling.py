@@ -42,8 +42,8 @@ def works() -> dict[str, Callable[[Workers], object]]:
     """Each takes all IMAGES, shared among the workers."""
     torch.manual_seed(0)
     network = UNet(
-        image_size=SIDE, image_channels=1, base_channels=32, channel_mults=(1, 2),
-        blocks_per_level=1, attention_resolutions=(8,), groups=8,
+        image_channels=1, base_channels=32, channel_mults=(1, 2),
+        blocks_per_level=1, attention_factors=(2,), groups=8,
     ).eval()  # fmt: skip
     schedule = NoiseSchedule(schedules.cosine(100))
     denoiser = Denoiser(network, Parameterization.of("epsilon", schedule))

@@ -26,7 +26,7 @@ Predict = Callable[[Tensor, Tensor], Tensor]
 
 
 def ours(base_channels: int, groups: int) -> tuple[nn.Module, Predict]:
-    network = UNet(image_size=32, image_channels=3, base_channels=base_channels, groups=groups)
+    network = UNet(image_channels=3, base_channels=base_channels, groups=groups)
     return network, network
 
 

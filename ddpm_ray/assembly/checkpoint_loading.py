@@ -150,9 +150,9 @@ def write_diffusers(model: TrainedModel, sampling: SamplingConfig, folder: Path)
     network = model.denoiser.network
     assert isinstance(network, UNet)
     config = from_dict(RunConfig, model.provenance["config"])
-    channels, side, _ = model.image_shape
+    channels, height, width = model.image_shape
     spec: UNetSpec = {
-        **training_run.sizes(config.model, side, channels),
+        **training_run.sizes(config.model, (height, width, channels)),
         "num_classes": config.model.num_classes,
         "condition_channels": network.condition_channels,
         "learns_variance": config.objective.variance != "fixed",
@@ -169,7 +169,8 @@ def write_diffusers(model: TrainedModel, sampling: SamplingConfig, folder: Path)
         "sampling": to_dict(sampling),
     }
     tensors = {k: v for k, v in network.state_dict().items() if not k.startswith("uncertainty.")}
-    return convert.write_folder(folder, spec, tensors, facts, object_store.write_bytes)
+    write = object_store.write_bytes
+    return convert.write_folder(folder, spec, tensors, facts, (height, width), write)
 
 
 def _checkpoint(url: str, *groups: str) -> tuple[str, Snapshot]:
@@ -195,7 +196,7 @@ def _newest(url: str, groups: Sequence[str]) -> tuple[str, Snapshot]:
 
 
 def _of_diffusers(folder: Path, device: torch.device | str) -> TrainedModel:
-    spec, tensors, facts = convert.read_folder(folder)
+    spec, tensors, facts, (height, width) = convert.read_folder(folder)
     network = UNet(**spec)
     network.load_state_dict(tensors)
     try:
@@ -211,7 +212,7 @@ def _of_diffusers(folder: Path, device: torch.device | str) -> TrainedModel:
             base_channels=spec["base_channels"],
             channel_mults=spec["channel_mults"],
             blocks_per_level=spec["blocks_per_level"],
-            attention_resolutions=spec["attention_resolutions"],
+            attention_factors=spec["attention_factors"],
             dropout=spec["dropout"],
             groups=spec["groups"],
             num_classes=spec["num_classes"],
@@ -224,10 +225,9 @@ def _of_diffusers(folder: Path, device: torch.device | str) -> TrainedModel:
         "config": to_dict(config),
         "data_fingerprint": "",
     }
-    side = spec["image_size"]
     return TrainedModel(
         denoiser(config, network.to(device).eval().requires_grad_(False), device),
-        (spec["image_channels"], side, side),
+        (spec["image_channels"], height, width),
         provenance,
         device=device,
         settings=config.sampling,

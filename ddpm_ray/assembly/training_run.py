@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +27,7 @@ from ddpm_ray.evaluation.features import feature_extractor
 from ddpm_ray.evaluation.features.feature_extractor import FeatureNet
 from ddpm_ray.evaluation.reference_statistics import Reference, reference
 from ddpm_ray.models.classifier import NoisyClassifier
-from ddpm_ray.models.unet import Sizes, UNet
+from ddpm_ray.models.unet import Sizes, UNet, require_divisible
 from ddpm_ray.sampling.denoiser import Denoiser
 from ddpm_ray.storage import checksummed, object_store
 from ddpm_ray.training import validation_loss
@@ -53,17 +54,16 @@ def network(
     config: RunConfig, image_shape: tuple[int, int, int], *, gradient_checkpointing: bool = False
 ) -> UNet | NoisyClassifier:
     """The network for images [H, W, C]; raises ValueError if the levels do not divide H and W."""
-    height, width, channels = image_shape
+    *image_size, channels = image_shape
     model, objective = config.model, config.objective
-    if height != width:
-        raise ValueError(
-            f"the images are {height} x {width}; the U-Net takes square ones: pack them with "
-            f"resize=centre-crop-box-bicubic image_size={min(height, width)}"
-        )
-    shared = sizes(model, height, channels)
+    require_divisible(image_size, len(model.channel_mults))
+    shared = sizes(model, image_shape)
     match config.task, model.network:
         case "classifier", "unet":
-            return NoisyClassifier(**shared, num_classes=model.num_classes)
+            height, width = image_size
+            return NoisyClassifier(
+                **shared, image_size=(height, width), num_classes=model.num_classes
+            )
         case "denoiser", "unet":
             return UNet(
                 **shared,
@@ -78,15 +78,17 @@ def network(
             assert_never(never)
 
 
-def sizes(config: ModelConfig, image_size: int, image_channels: int) -> Sizes:
-    """The size arguments of a network for square images."""
+def sizes(config: ModelConfig, image_shape: tuple[int, int, int]) -> Sizes:
+    """The size arguments of a network for images [H, W, C]."""
+    height, width, channels = image_shape
+    factors = config.for_images(height, width).attention_factors
+    assert factors is not None  # for_images sets it
     return {
-        "image_size": image_size,
-        "image_channels": image_channels,
+        "image_channels": channels,
         "base_channels": config.base_channels,
         "channel_mults": config.channel_mults,
         "blocks_per_level": config.blocks_per_level,
-        "attention_resolutions": config.attention_resolutions,
+        "attention_factors": factors,
         "dropout": config.dropout,
         "groups": config.groups,
     }
@@ -289,8 +291,10 @@ def ema_provenance(
     }
     weights = {"weights": average} if average else main
     return weights | {
-        "step": step, "training_seed": config.seed, "precision": training.precision
-    }  # fmt: skip
+        "step": step,
+        "training_seed": config.seed,
+        "precision": training.precision,
+    }
 
 
 def saved_config(facts: Mapping[str, Any], where: str = "") -> RunConfig:
@@ -303,14 +307,28 @@ def saved_config(facts: Mapping[str, Any], where: str = "") -> RunConfig:
     return from_dict(RunConfig, facts["config"], facts.get("version", ""), where)
 
 
-def changed_keys(config: RunConfig, saved: Mapping[str, Any]) -> list[str]:
+def for_images(config: RunConfig, image_shape: tuple[int, int, int]) -> RunConfig:
+    """`config` with attention by downsampling factor, for images [H, W, C].
+
+    Raises ValueError for a resolution in pixels that no level has.
+    """
+    height, width, _ = image_shape
+    return replace(config, model=config.model.for_images(height, width))
+
+
+def changed_keys(
+    config: RunConfig, saved: Mapping[str, Any], image_shape: tuple[int, int, int]
+) -> list[str]:
     """One line for each defining key whose value differs from that of the saved config.
 
-    `saved` is as in `saved_config`.
+    `saved` is as in `saved_config`; the data set holds images [H, W, C].
     """
-    now, then = defining(config), defining(saved_config(saved))
+    now, then = defining(for_images(config, image_shape)), saved_config(saved)
+    with suppress(ValueError):  # the run began with images of another size
+        then = for_images(then, image_shape)
+    begun = defining(then)
     return [
-        f"{key} is {now[key]}, but the run began with {then[key]}"
+        f"{key} is {now[key]}, but the run began with {begun[key]}"
         for key in now
-        if now[key] != then[key]
+        if now[key] != begun[key]
     ]

@@ -85,7 +85,26 @@ def current_values(kind: type[Any], values: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _layer(kind: type[Any], where: str, values: Mapping[str, Any]) -> Layer:
-    return where, translated(kind, _leaves(values))
+    given = translated(kind, _leaves(values))
+    others = _other_forms(kind)  # type: ignore[arg-type]  # a class is hashable
+    empty = {one.key for one in given if one.value is None}
+    given += [
+        Given(other, None, one.name)
+        for one in given
+        if (other := others.get(one.key)) and other not in empty and one.value is not None
+    ]
+    return where, given
+
+
+@cache
+def _other_forms(kind: type[Any]) -> dict[str, str]:
+    """For each of two options with one meaning (`option(instead_of=...)`), the other one."""
+    pairs = {
+        key: f"{key.rpartition('.')[0]}.{other}"
+        for key, _, meta in walk(kind())
+        if (other := meta["instead_of"])
+    }
+    return pairs | {other: key for key, other in pairs.items()}
 
 
 @cache
@@ -149,11 +168,12 @@ def _named_twice(layers: list[Layer]) -> dict[str, str]:
     places: dict[str, list[Given]] = {}
     for where, layer in layers:
         places.setdefault(where, []).extend(layer)
-    return {
-        key: f"{where}: {line}"
+    lines = {
+        f"{where}: {line.partition(';')[0]}": (key, f"{where}: {line}")  # one of each two options
         for where, given in places.items()
-        for key, line in named_twice(given).items()
+        for key, line in reversed(named_twice(given).items())
     }
+    return dict(lines.values())
 
 
 def _integers(value: Any) -> Iterator[int]:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from ddpm_ray.config.former_keys import Former
@@ -24,8 +24,17 @@ class ModelConfig:
         (1, 2, 2, 2), "channels of each level as a multiple of base_channels", defines_run=True
     )
     blocks_per_level: int = option(2, "residual blocks per level", at_least=1, defines_run=True)
-    attention_resolutions: tuple[int, ...] = option(
-        (16,), "image sizes in pixels of the levels with self-attention", defines_run=True
+    attention_factors: tuple[int, ...] | None = option(
+        None,
+        "downsampling factors (1, 2, 4, ...) of the levels with self-attention; null: of the level "
+        "of 16 pixels",
+        defines_run=True,
+    )
+    attention_resolutions: tuple[int, ...] | None = option(
+        None,
+        "the same by the level's shorter side in pixels; set one of the two",
+        defines_run=True,
+        instead_of="attention_factors",
     )
     dropout: float = option(
         0.0, "dropout probability in residual blocks", at_least=0, below=1, defines_run=True
@@ -45,6 +54,11 @@ class ModelConfig:
 
     def problems(self) -> Iterator[str]:
         """Yield a line for sizes that do not fit together."""
+        if self.attention_factors is not None and self.attention_resolutions is not None:
+            yield (
+                f"model.attention_resolutions is {list(self.attention_resolutions)} and "
+                f"model.attention_factors {list(self.attention_factors)}; give one of the two"
+            )
         if not self.channel_mults or min(self.channel_mults) < 1:
             yield (
                 f"model.channel_mults is {list(self.channel_mults)}; it needs one factor of at "
@@ -59,3 +73,23 @@ class ModelConfig:
                     f"try {math.gcd(self.groups, self.base_channels)}"
                 )
                 return
+
+    def for_images(self, height: int, width: int) -> "ModelConfig":
+        """The options with attention by downsampling factor, for images of height x width.
+
+        Raises ValueError for a resolution that no level has.
+        """
+        if self.attention_factors is not None:
+            return self
+        sides = [min(height, width) >> level for level in range(len(self.channel_mults))]
+        wanted = (16,) if self.attention_resolutions is None else self.attention_resolutions
+        for side in wanted:
+            if side not in sides:
+                default = " by default" if self.attention_resolutions is None else ""
+                raise ValueError(
+                    f"attention_resolutions names {side}{default}, but the levels of images of "
+                    f"{height} x {width} have sides {', '.join(map(str, sides))}; set "
+                    "model.attention_factors, as in [2]"
+                )
+        factors = tuple(2**level for level, side in enumerate(sides) if side in wanted)
+        return replace(self, attention_factors=factors, attention_resolutions=None)

@@ -61,6 +61,7 @@ def option(
     keys_of: str = "",
     formerly: FormerKeys = (),
     former_choices: Mapping[str, str] | None = None,
+    instead_of: str = "",
 ) -> T:
     """Return a dataclass field with help text `doc` and a range.
 
@@ -68,7 +69,9 @@ def option(
     whose keys set the group of that name; keys set elsewhere override them. `keys_of`: the value is
     a list of mappings whose keys are the options of that group. `formerly`: keys of this option in
     earlier versions (see `former_keys.Former`); `former_choices`: earlier names of its choices,
-    {former: current}. Former names are accepted wherever a config is read.
+    {former: current}. Former names are accepted wherever a config is read. `instead_of`: the option
+    of this group that has the same meaning in another form; a source that sets one of the two
+    resets the other to None.
     """
     within = limits(at_least=at_least, above=above, at_most=at_most, below=below)
     metadata = {
@@ -79,6 +82,7 @@ def option(
         "keys_of": keys_of,
         "formerly": _former(formerly),
         "former_choices": former_choices or {},
+        "instead_of": instead_of,
     }
     value: T = field(default=default, metadata=metadata)
     return value

@@ -142,21 +142,22 @@ def on_canvas(image: Tensor, height: int, width: int, top: int, left: int) -> tu
     return known, mask
 
 
-def windowed(denoise: Denoise, size: int, overlap: int) -> Denoise:
-    """Denoise larger images in windows of size x size: the mean of the outputs, in one call.
+def windowed(denoise: Denoise, size: tuple[int, int], overlap: tuple[int, int]) -> Denoise:
+    """Denoise larger images in windows of `size` (H, W): the mean of the outputs, in one call.
 
     (MultiDiffusion, Bar-Tal et al. 2023, arXiv:2302.08113, eq. 5 with equal weights.) Window k of
-    image b is row k B + b of the call, so repeat the whole label batch. Neighbouring windows share
-    at least `overlap` pixels. Raises ValueError unless 0 <= overlap < size, and for a smaller
+    image b is row k B + b of the call, so repeat the conditioning as a whole. Neighbouring windows
+    share at least `overlap` pixels. Raises ValueError unless 0 <= overlap < size, and for a smaller
     canvas.
     """
-    if not 0 <= overlap < size:
+    if not all(0 <= shared < side for shared, side in zip(overlap, size, strict=True)):
         raise ValueError(f"overlap is {overlap} for windows of {size}; it lies from 0 to size - 1")
 
     def denoise_canvas(x_t: Tensor, t: Tensor) -> Tensor:
         """The mean output [B, ..., H, W]. Raises ValueError for an image smaller than a window."""
-        rows, columns = (_starts(length, size, overlap) for length in x_t.shape[-2:])
-        cuts = [(..., slice(i, i + size), slice(j, j + size)) for i in rows for j in columns]
+        rows, columns = map(_starts, x_t.shape[-2:], size, overlap)
+        height, width = size
+        cuts = [(..., slice(i, i + height), slice(j, j + width)) for i in rows for j in columns]
         answers = denoise(torch.cat([x_t[cut] for cut in cuts]), t.repeat(len(cuts)))
         total = answers.new_zeros(len(x_t), answers.shape[1], *x_t.shape[-2:])
         seen = answers.new_zeros(x_t.shape[-2:])

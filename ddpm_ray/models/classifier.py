@@ -23,13 +23,14 @@ from ddpm_ray.models.layers import (
     xavier_init,
     zero_init,
 )
-from ddpm_ray.models.unet import Parts, check_sizes, down_path, pyramid
+from ddpm_ray.models.unet import Parts, check_sizes, down_path, pyramid, require_divisible
 
 
 class NoisyClassifier(nn.Module):
     """x_t [B, C, H, W], t [B] int64 in 1..T -> logits [B, K] of the classes 0..K-1.
 
-    The arguments are those of UNet. Before training all logits are exactly 0. Guidance uses the
+    The arguments are those of UNet, and `image_size` (H, W), as the pooling has a position
+    embedding of each pixel. Before training all logits are exactly 0. Guidance uses the
     gradient of log_softmax(logits)[y] with respect to x_t (algorithm 1). The variant GUIDED gives
     the paper's blocks. Raises ValueError for inconsistent sizes.
     """
@@ -37,13 +38,13 @@ class NoisyClassifier(nn.Module):
     def __init__(
         self,
         *,
-        image_size: int,
+        image_size: tuple[int, int],
         image_channels: int,
         num_classes: int,
         base_channels: int = 128,
         channel_mults: Sequence[int] = (1, 2, 2, 2),
         blocks_per_level: int = 2,
-        attention_resolutions: Sequence[int] = (16, 8),
+        attention_factors: Sequence[int] = (2, 4),
         dropout: float = 0.0,
         groups: int = 32,
         variant: Variant = HO,
@@ -53,11 +54,10 @@ class NoisyClassifier(nn.Module):
         if num_classes < 2:
             raise ValueError(f"num_classes is {num_classes}; there must be at least 2")
         widths = [base_channels * mult for mult in channel_mults]
-        check_sizes(
-            image_size, base_channels, widths, blocks_per_level, attention_resolutions, groups
-        )
+        check_sizes(base_channels, widths, blocks_per_level, attention_factors, groups)
+        require_divisible(image_size, len(widths))
         parts = Parts(4 * base_channels, groups, dropout, variant)
-        levels = pyramid(image_size, widths, attention_resolutions)
+        levels = pyramid(widths, attention_factors)
         self.time = TimeEmbedding(base_channels, parts.time_width, variant)
         self.conv_in = conv(image_channels, base_channels)
         self.down, skips = down_path(base_channels, levels, blocks_per_level, parts)
@@ -65,7 +65,8 @@ class NoisyClassifier(nn.Module):
         self.middle_1 = parts.stage(channels, channels, attends=True)
         self.middle_2 = parts.stage(channels, channels, attends=False)
         self.norm_out = nn.GroupNorm(groups, channels, eps=variant.norm_eps)
-        self.pool = AttentionPool(channels, (image_size >> (len(widths) - 1)) ** 2, variant)
+        pixels = math.prod(side >> (len(widths) - 1) for side in image_size)
+        self.pool = AttentionPool(channels, pixels, variant)
         self.out = dense(channels, num_classes)
         zero_init(self.out)
 

@@ -35,12 +35,11 @@ from ddpm_ray.models.loss_uncertainty import LogVariance
 class Sizes(TypedDict):
     """The size arguments that UNet and NoisyClassifier share."""
 
-    image_size: int
     image_channels: int
     base_channels: int
     channel_mults: tuple[int, ...]
     blocks_per_level: int
-    attention_resolutions: tuple[int, ...]
+    attention_factors: tuple[int, ...]
     dropout: float
     groups: int
 
@@ -77,13 +76,9 @@ class Parts:
         )
 
 
-def pyramid(
-    image_size: int, widths: Sequence[int], attention_resolutions: Sequence[int]
-) -> list[tuple[int, bool]]:
+def pyramid(widths: Sequence[int], attention_factors: Sequence[int]) -> list[tuple[int, bool]]:
     """(channels, whether its stages have attention) of each level, largest resolution first."""
-    return [
-        (width, image_size >> level in attention_resolutions) for level, width in enumerate(widths)
-    ]
+    return [(width, 2**level in attention_factors) for level, width in enumerate(widths)]
 
 
 def down_path(
@@ -104,6 +99,8 @@ def down_path(
 class UNet(nn.Module):
     """A denoiser: x_t [B, C, H, W], t [B] int64 in 1..T -> predicted noise [B, C, H, W].
 
+    H and W are any multiples of 2**(levels - 1).
+
     With `num_classes` K > 0 it takes labels 0..K-1 and learns an embedding for images without a
     label (Ho and Salimans 2022, arXiv:2207.12598). With `condition_channels` it takes conditioning
     images of that many channels in all, concatenated to x_t. With `learns_variance` the output is
@@ -111,9 +108,9 @@ class UNet(nn.Module):
     section 3.1). With `learns_uncertainty` it holds a module that learns the expected loss at each
     t, for training only.
 
-    Level i has base_channels * channel_mults[i] channels at the resolution image_size / 2**i. It
-    has attention if that resolution is one of `attention_resolutions`; the middle always has.
-    Before training the output is exactly 0. Dropout draws from torch's default generator.
+    Level i has base_channels * channel_mults[i] channels at H / 2**i x W / 2**i. It has attention
+    if its downsampling factor 2**i is one of `attention_factors`; the middle always has. Before
+    training the output is exactly 0. Dropout draws from torch's default generator.
     `gradient_checkpointing` stores only each stage's input and recomputes the stage in the backward
     pass: same numbers, less memory, more time. `variant` selects details of other published
     networks.
@@ -124,12 +121,11 @@ class UNet(nn.Module):
     def __init__(
         self,
         *,
-        image_size: int,
         image_channels: int,
         base_channels: int = 128,
         channel_mults: Sequence[int] = (1, 2, 2, 2),
         blocks_per_level: int = 2,
-        attention_resolutions: Sequence[int] = (16,),
+        attention_factors: Sequence[int] = (2,),
         dropout: float = 0.0,
         groups: int = 32,
         gradient_checkpointing: bool = False,
@@ -141,14 +137,13 @@ class UNet(nn.Module):
     ) -> None:
         super().__init__()
         widths = [base_channels * mult for mult in channel_mults]
-        check_sizes(
-            image_size, base_channels, widths, blocks_per_level, attention_resolutions, groups
-        )
+        check_sizes(base_channels, widths, blocks_per_level, attention_factors, groups)
         self.gradient_checkpointing = gradient_checkpointing
         self.num_classes, self.condition_channels = num_classes, condition_channels
         self.variant = variant
         parts = Parts(4 * base_channels, groups, dropout, variant)
-        levels = pyramid(image_size, widths, attention_resolutions)
+        levels = pyramid(widths, attention_factors)
+        self.num_levels = len(levels)
         self.time = TimeEmbedding(base_channels, parts.time_width, variant)
         self.conv_in = conv(image_channels + condition_channels, base_channels)
         self.down, skips = down_path(base_channels, levels, blocks_per_level, parts)
@@ -177,8 +172,9 @@ class UNet(nn.Module):
         """epsilon_theta(x_t, t), shaped like x_t, or [B, 2C, H, W] with a learned variance.
 
         Labels default to none and conditioning images to 0, so that all parameters take part in
-        each pass. Raises ValueError for conditioning that the network was not built for.
+        each pass. Raises ValueError for sizes and conditioning that the network was not built for.
         """
+        require_divisible(x_t.shape[-2:], self.num_levels)
         embedding = self.time(t, self._label(conditioning.labels, t))
         h = self.conv_in(self._with_images(x_t, conditioning.images))
         skips = [h]
@@ -234,38 +230,40 @@ class UNet(nn.Module):
         return h
 
 
+def require_divisible(image_size: Sequence[int], num_levels: int) -> None:
+    """Raise ValueError unless H and W of `image_size` can be halved between all levels."""
+    factor, (height, width) = 2 ** (num_levels - 1), image_size
+    if height % factor or width % factor or not height or not width:
+        nearest = " x ".join(str(max(factor, round(n / factor) * factor)) for n in (height, width))
+        raise ValueError(
+            f"images are {height} x {width}, which {num_levels} levels do not halve evenly: both "
+            f"sides must be multiples of {factor}; nearest valid: {nearest}"
+        )
+
+
 def check_sizes(
-    image_size: int,
     base_channels: int,
     widths: Sequence[int],
     blocks_per_level: int,
-    attention_resolutions: Sequence[int],
+    attention_factors: Sequence[int],
     groups: int,
 ) -> None:
-    """Validate sizes, channels and levels. Raises ValueError."""
+    """Validate channels and levels. Raises ValueError."""
     if not widths or min(widths) < 1 or base_channels % 2 or blocks_per_level < 1:
         raise ValueError(
             f"base_channels is {base_channels}, the levels' channels are {list(widths)} and "
             f"blocks_per_level is {blocks_per_level}; there must be a level, every number must be "
             "at least 1 and base_channels even"
         )
-    factor = 2 ** (len(widths) - 1)
-    if image_size < factor or image_size % factor:
-        below = image_size // factor * factor
-        nearest = f"{below} and {below + factor}" if below else f"{factor}"
-        raise ValueError(
-            f"image_size is {image_size}, which {len(widths)} levels do not halve evenly: it must "
-            f"be a multiple of {factor}; nearest valid: {nearest}"
-        )
     for channels in (base_channels, *widths):
         if groups < 1 or channels % groups:
             raise ValueError(
                 f"groups is {groups}, which does not divide a level's {channels} channels"
             )
-    sides = [image_size >> level for level in range(len(widths))]
-    for resolution in attention_resolutions:
-        if resolution not in sides:
+    factors = [2**level for level in range(len(widths))]
+    for factor in attention_factors:
+        if factor not in factors:
             raise ValueError(
-                f"attention_resolutions names {resolution}, but the levels of an image of side "
-                f"{image_size} have sides {', '.join(map(str, sides))}"
+                f"attention_factors names {factor}, but the downsampling factors of the levels are "
+                f"{', '.join(map(str, factors))}"
             )

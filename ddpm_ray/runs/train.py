@@ -89,13 +89,14 @@ def train(
     warn_of_another_host(config.tracking.uri)
     dataset = open_or_pack(config)
     check_model(config, dataset)
+    config = training_run.for_images(config, dataset.manifest.image_shape)
     opened = [dataset, *map(open_dataset, filter(None, [config.evaluation.held_out_url]))]
     fingerprints = {one.url: one.fingerprint for one in opened}
     folder = object_store.join(config.storage, config.name)
     identity = claim(
         folder,
         {"config": to_dict(config), "data_fingerprint": dataset.fingerprint},
-        lambda begun: _changed_keys(config, begun),
+        lambda begun: _changed_keys(config, begun, dataset.manifest.image_shape),
     )
     metadata = _metadata(config, dataset, folder, identity, parent)
     tracked, lease = _tracked(metadata), None
@@ -172,10 +173,12 @@ def _tracked(metadata: RunMetadata) -> TrackedRun | None:
     return found
 
 
-def _changed_keys(config: RunConfig, begun: dict[str, Any]) -> list[str]:
+def _changed_keys(
+    config: RunConfig, begun: dict[str, Any], image_shape: tuple[int, int, int]
+) -> list[str]:
     if "config" not in begun:
         return [f"name is {config.name!r}, and a sweep of that name is there"]
-    return training_run.changed_keys(config, begun)
+    return training_run.changed_keys(config, begun, image_shape)
 
 
 def _lease(folder: str) -> Lease:

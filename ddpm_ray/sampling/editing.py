@@ -1,8 +1,8 @@
 """Edit images with a denoiser: inpainting, image-to-image, interpolation, reconstruction.
 
 The noise of image i depends on (seed, i) only, as in sampling.py. Images may be larger than the
-network's size S x S: they are then denoised in windows of S x S that overlap by half. A mask
-[N or 1, 1, H, W] is True where a pixel is known.
+images that the network was trained on, of size S = (height, width): they are then denoised in
+windows of that size that overlap by half. A mask [N or 1, 1, H, W] is True where a pixel is known.
 """
 
 import math
@@ -22,6 +22,7 @@ from ddpm_ray.diffusion.samplers import Noise
 from ddpm_ray.sampling.denoiser import Denoiser
 from ddpm_ray.sampling.sampling import Images, SamplingPlan, walk
 
+Size: TypeAlias = tuple[int, int]  # (height, width)
 Mask: TypeAlias = npt.NDArray[np.bool_]
 """[H, W] for all images or [N, H, W]: True where a pixel is known and kept."""
 
@@ -42,7 +43,7 @@ def inpaint(
     known: Tensor,
     mask: Tensor,
     index: Tensor,
-    size: int,
+    size: Size,
 ) -> Tensor:
     """Repaint `known` [N, C, H, W] where `mask` is False; elsewhere the result is bit-identical.
 
@@ -50,10 +51,8 @@ def inpaint(
     `repaint` is combined with a sampler or variance that it does not support.
     """
     x_T = normal(plan.seed, Purpose.SAMPLE_START, 0, index, known.shape[1:])
-    noise, denoise = (
-        _noise(plan, index, known),
-        _windowed_denoiser(denoiser, plan, index, known, size),
-    )
+    noise = _noise(plan, index, known)
+    denoise = _windowed_denoiser(denoiser, plan, index, known, size)
     if painting.method == "replacement":
         start = torch.full_like(index, plan.steps[0])
         x_T = torch.where(mask, add_noise(denoiser.schedule, known, start, x_T), x_T)
@@ -65,11 +64,19 @@ def inpaint(
             "ancestral and ddim with fixed_small: use one of these, or method=replacement"
         )
     return inpainting.repaint(
-        denoiser.schedule, denoise, x_T, plan.steps, known=known, mask=mask, noise=noise,
-        jump_length=painting.jump_length, resamples=painting.resamples,
+        denoiser.schedule,
+        denoise,
+        x_T,
+        plan.steps,
+        known=known,
+        mask=mask,
+        noise=noise,
+        jump_length=painting.jump_length,
+        resamples=painting.resamples,
         eta=1.0 if plan.sampler == "ancestral" else plan.eta,
-        parameterization=denoiser.parameterization, clip=plan.clipping(),
-    )  # fmt: skip
+        parameterization=denoiser.parameterization,
+        clip=plan.clipping(),
+    )
 
 
 def image_to_image(
@@ -78,7 +85,7 @@ def image_to_image(
     strength: float,
     images: Tensor,
     index: Tensor,
-    size: int,
+    size: Size,
 ) -> Tensor:
     """Vary `images` [N, C, H, W]: add noise up to step `strength` T, then denoise.
 
@@ -129,7 +136,7 @@ def reconstruct(
     iterations: int,
     images: Tensor,
     index: Tensor,
-    size: int,
+    size: Size,
 ) -> Tensor:
     """Invert `images` [N, C, H, W] to noise by DDIM and sample from that noise again.
 
@@ -179,20 +186,24 @@ def fit(result: Images, known: Images, mask: Mask) -> dict[str, float | None]:
     return {"known_error": error, "seam": seam if math.isfinite(seam) else None}
 
 
-def windows(height: int, width: int, size: int) -> int:
-    """Number of windows of size x size that cover an image of height x width."""
-    stride = size - size // 2
-    return math.prod(1 + math.ceil((length - size) / stride) for length in (height, width))
+def windows(height: int, width: int, size: Size) -> int:
+    """Number of windows of `size` that cover an image of height x width."""
+    return math.prod(
+        1 + math.ceil((length - side) / (side - side // 2))
+        for length, side in zip((height, width), size, strict=True)
+    )
 
 
 def _windowed_denoiser(
-    denoiser: Denoiser, plan: SamplingPlan, index: Tensor, images: Tensor, size: int
+    denoiser: Denoiser, plan: SamplingPlan, index: Tensor, images: Tensor, size: Size
 ) -> Denoise:
     """The denoiser for `images` with conditioning bound, in windows if they exceed `size`."""
     count = windows(images.shape[2], images.shape[3], size)
     conditioning = denoiser.conditioning(index, plan.labels).repeat(count)
     denoise = denoiser.bind_conditioning(conditioning, plan.guidance)
-    return denoise if count == 1 else inpainting.windowed(denoise, size, overlap=size // 2)
+    if count == 1:
+        return denoise
+    return inpainting.windowed(denoise, size, overlap=(size[0] // 2, size[1] // 2))
 
 
 def _noise(plan: SamplingPlan, index: Tensor, images: Tensor) -> Noise:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ddpm_ray.config.edit import InpaintingMethod
 from ddpm_ray.config.option_fields import checks_arguments, limits
 from ddpm_ray.config.sampling import Conditioned, SamplingArguments, SamplingConfig
-from ddpm_ray.data.transforms import enlarged, to_model_range
+from ddpm_ray.data.transforms import enlarged, low_resolution_size, to_model_range
 from ddpm_ray.diffusion.samplers import OnStep
 from ddpm_ray.sampling import editing
 from ddpm_ray.sampling.array_arguments import as_images, as_mask
@@ -66,6 +66,11 @@ class TrainedModel:
     settings: SamplingConfig = field(default_factory=SamplingConfig)  # of the run
     find_label_names: Callable[[], Sequence[str] | None] = _unknown  # lazy: may read the data set
     drops_labels: bool = True  # trained with label dropout, which guidance needs
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(H, W) of the model's images."""
+        return self.image_shape[1:]
 
     @property
     def label_names(self) -> Sequence[str] | None:
@@ -163,14 +168,16 @@ class TrainedModel:
     def upscale(self, plan: SamplingPlan, images: Images, batch_size: Count) -> Images:
         """As `enlarge`, with a sampling plan."""
         found = as_images(images, self.image_shape[0])
-        pixels, size = self.denoiser.takes.low_resolution_pixels, self.image_shape[1:]
-        if found.shape[1:3] != (pixels, pixels):
+        height, width = low_resolution_size(
+            *self.image_size, self.denoiser.takes.low_resolution_pixels
+        )
+        if found.shape[1:3] != (height, width):
             raise ValueError(
                 f"images are {found.shape[1]} x {found.shape[2]}; this model enlarges those of "
-                f"{pixels} x {pixels} (0: none; objective.low_resolution_pixels)"
+                f"{height} x {width} (0: none; objective.low_resolution_pixels)"
             )
         small = to_model_range(torch.from_numpy(found).to(self.device))
-        denoiser = replace(self.denoiser, low_resolution_images=enlarged(small, size))
+        denoiser = replace(self.denoiser, low_resolution_images=enlarged(small, self.image_size))
         return replace(self, denoiser=denoiser).draw(plan, len(found), batch_size)
 
     @checks_arguments
@@ -215,7 +222,7 @@ class TrainedModel:
         """
         settings.setdefault("guidance_scale", 1.0)
         chosen = self._deterministic(settings)
-        plan, size = self.plan_of(chosen), self.image_shape[1]
+        plan, size = self.plan_of(chosen), self.image_size
 
         def edit(x: Tensor, index: Tensor) -> Tensor:
             return editing.reconstruct(self.denoiser, plan, iterations, x, index, size)
@@ -271,7 +278,7 @@ class TrainedModel:
         self, plan: SamplingPlan, painting: Painting, images: Images, mask: Mask, batch_size: Count
     ) -> Images:
         """As `inpaint`, with a sampling plan; `repaint` supports ancestral and ddim only."""
-        known, size = as_images(images, self.image_shape[0]), self.image_shape[1]
+        known, size = as_images(images, self.image_shape[0]), self.image_size
         keep = torch.from_numpy(as_mask(mask, known)).to(self.device)
 
         def edit(x: Tensor, index: Tensor) -> Tensor:
@@ -285,7 +292,7 @@ class TrainedModel:
         self, plan: SamplingPlan, images: Images, strength: Share, batch_size: Count
     ) -> Images:
         """As `image_to_image`, with a sampling plan."""
-        size = self.image_shape[1]
+        size = self.image_size
 
         def edit(x: Tensor, index: Tensor) -> Tensor:
             return editing.image_to_image(self.denoiser, plan, strength, x, index, size)
@@ -297,11 +304,11 @@ class TrainedModel:
     ) -> Images:
         """Apply `edit(x [b, C, H, W], indices [b])` to all images in batches."""
         found = as_images(images, self.image_shape[0])
-        (_, size, _), (count, height, width, _) = self.image_shape, found.shape
-        if min(height, width) < size:
+        size, (count, height, width, _) = self.image_size, found.shape
+        if height < size[0] or width < size[1]:
             raise ValueError(
-                f"images are {height} x {width}; the model edits images of at least {size} x "
-                f"{size}: enlarge them, or outpaint with margins"
+                f"images are {height} x {width}; the model edits images of at least {size[0]} x "
+                f"{size[1]}: enlarge them, or outpaint with margins"
             )
         at_once = max(1, batch_size // editing.windows(height, width, size))
         parts = []

@@ -127,8 +127,10 @@ def walk(
     """Run plan.sampler from x_T over plan.steps; `denoise` is `denoiser` with its inputs bound."""
     schedule = denoiser.schedule
     common: dict[str, Any] = {
-        "parameterization": denoiser.parameterization, "clip": plan.clipping(), "on_step": on_step,
-    }  # fmt: skip
+        "parameterization": denoiser.parameterization,
+        "clip": plan.clipping(),
+        "on_step": on_step,
+    }
     if plan.sampler == "ancestral":
         variance = denoiser.variance if plan.variance == "learned" else plan.variance
         if variance == "fixed":

@@ -321,6 +321,19 @@ def test_the_command_line_wins_over_the_file_and_the_last_over_the_first(tmp_pat
     assert (config.seed, config.schedule.kind, config.schedule.num_steps) == (3, "cosine", 100)
 
 
+def test_of_two_forms_of_one_option_the_later_source_wins(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    for form, other in (("factors", "resolutions"), ("resolutions", "factors")):
+        path.write_text(f"name: a\ndata: {{url: x}}\nmodel: {{attention_{form}: [2]}}\n")
+        model = load(RunConfig, str(path), [f"model.attention_{other}=[]"]).model
+        assert getattr(model, f"attention_{other}") == ()
+        assert getattr(model, f"attention_{form}") is None
+        both = [f"model.attention_{form}=[2]", f"model.attention_{other}=[4]"]
+        with pytest.raises(ConfigError, match="are names of one option; give") as error:
+            load(RunConfig, str(path), both)
+        assert len(str(error.value).splitlines()) == 1
+
+
 def random_config(kind: type[Config], dice: random.Random) -> Config:
     """Some value of its own type under each key of `kind`, in range or not."""
     config = kind()
@@ -335,14 +348,14 @@ def random_config(kind: type[Config], dice: random.Random) -> Config:
         if key in ("space", "faults"):
             texts[tuple] = {"space": ({"a.b": [1, "x"]}, {}), "faults": ("kill@batch", "x y")}[key]
         if key.rpartition(".")[2] not in CHOICES:
-            config = replaced(config, key, texts[type(value)])
+            config = replaced(config, key, texts[tuple if value is None else type(value)])
     return config
 
 
 CHOICES = {
     "source", "kind", "reduction", "on_divergence", "precision", "sampler", "spacing", "variance",
     "features", "resize", "encoding", "split", "on_bad_image", "prediction", "loss", "weighting",
-    "timesteps", "method", "classifier_form",
+    "timesteps", "method", "classifier_form", "task", "network",
 }  # fmt: skip
 
 

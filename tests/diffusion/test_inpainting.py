@@ -263,9 +263,9 @@ def test_an_image_lies_on_its_canvas_where_it_was_put() -> None:
     assert (known * ~mask).abs().sum() == 0
 
 
-@given(st.integers(3, 9), st.integers(3, 9), st.integers(0, 2))
+@given(st.integers(3, 9), st.integers(2, 9), st.integers(0, 2), st.integers(0, 1))
 def test_a_canvas_pixel_gets_the_mean_of_the_windows_that_show_it(
-    height: int, width: int, overlap: int
+    height: int, width: int, down: int, across: int
 ) -> None:
     """Pixel by pixel, from the answers as they were given (Bar-Tal et al. 2023, eq. 5)."""
     calls = []
@@ -278,17 +278,19 @@ def test_a_canvas_pixel_gets_the_mean_of_the_windows_that_show_it(
     x = torch.randn(2, 1, height, width, generator=torch.Generator().manual_seed(1)).double()
     place = torch.arange(height * width).view(height, width)
     x[1] = place  # tells which window a row is
-    whole = windowed(denoise, 3, overlap)(x, torch.tensor([7, 4]))
+    whole = windowed(denoise, (3, 2), (down, across))(x, torch.tensor([7, 4]))
     ((windows, t, answers),) = calls
     assert t.tolist() == [7, 4] * (len(windows) // 2)
     got: dict[int, list[Tensor]] = {}
     for k in range(0, len(windows), 2):
-        for i, j in torch.cartesian_prod(torch.arange(3), torch.arange(3)).tolist():
+        for i, j in torch.cartesian_prod(torch.arange(3), torch.arange(2)).tolist():
             got.setdefault(int(windows[k + 1, 0, i, j]), []).append(answers[k : k + 2, :, i, j])
     expected = torch.stack([torch.stack(got[p]).mean(0) for p in range(height * width)], -1)
     torch.testing.assert_close(whole, expected.view(2, 2, height, width))
     first_rows = sorted({int(w[0, 0, 0]) // width for w in windows[1::2]})
-    assert all(later - first <= 3 - overlap for first, later in pairwise(first_rows))
+    first_columns = sorted({int(w[0, 0, 0]) % width for w in windows[1::2]})
+    assert all(later - first <= 3 - down for first, later in pairwise(first_rows))
+    assert all(later - first <= 2 - across for first, later in pairwise(first_columns))
 
 
 def test_windows_of_a_local_network_are_the_canvas_and_take_labels_once_each() -> None:
@@ -299,7 +301,7 @@ def test_windows_of_a_local_network_are_the_canvas_and_take_labels_once_each() -
     x, t, labels = noise_at(3), torch.tensor([3, 9, 20]), torch.tensor([0, 2, 1])
     conditioning = Conditioning(labels)
     whole = classifier_free(network, conditioning, 2.0)(x, t)
-    cut = windowed(classifier_free(network, conditioning.repeat(4), 2.0), 3, 1)(x, t)
+    cut = windowed(classifier_free(network, conditioning.repeat(4), 2.0), (3, 3), (1, 1))(x, t)
     torch.testing.assert_close(cut, whole)
 
 
@@ -371,9 +373,12 @@ X_T = torch.zeros(3, 2, 4, 4)
         ),
         (lambda: on_canvas(X_T, 6, 6, 3, 0), r"4 x 4 at \(3, 0\) is not within 6 x 6; enlarge"),
         (lambda: on_canvas(X_T, 6, 6, 0, -1), r"4 x 4 at \(0, -1\) is not within 6 x 6; enlarge"),
-        (lambda: windowed(shrinking, 4, 4), "overlap is 4 for windows of 4; it lies from 0"),
         (
-            lambda: windowed(shrinking, 5, 2)(X_T, torch.tensor([1, 1, 1])),
+            lambda: windowed(shrinking, (4, 4), (0, 4)),
+            r"overlap is \(0, 4\) for windows of \(4, 4\); it lies from 0",
+        ),
+        (
+            lambda: windowed(shrinking, (4, 5), (2, 2))(X_T, torch.tensor([1, 1, 1])),
             "canvas is 4 long and a window 5; take smaller windows",
         ),
         (

@@ -19,8 +19,8 @@ from ddpm_ray.models.layers import HO
 diffusers = pytest.importorskip("diffusers", reason="pip install 'ddpm-ray[dev]'")
 CPU, STEPS, BATCH, RATE = torch.device("cpu"), 40, 8, 2e-3
 SPEC = UNetSpec(
-    image_size=8, image_channels=1, base_channels=8, channel_mults=(1, 2), blocks_per_level=1,
-    attention_resolutions=(4,), dropout=0.0, groups=4, num_classes=0, condition_channels=0,
+    image_channels=1, base_channels=8, channel_mults=(1, 2), blocks_per_level=1,
+    attention_factors=(2,), dropout=0.0, groups=4, num_classes=0, condition_channels=0,
     learns_variance=False, variant=HO,
 )  # fmt: skip
 
@@ -47,7 +47,7 @@ def test_forty_steps_of_training_are_those_of_diffusers() -> None:
     ])  # fmt: skip
     torch.manual_seed(0)
     state = training_run.training_state(config, (8, 8, 1), CPU, {})
-    spec, tensors = convert.to_diffusers(SPEC, state.model.state_dict())
+    spec, tensors = convert.to_diffusers(SPEC, state.model.state_dict(), (8, 8))
     theirs = diffusers.UNet2DModel(**{k: v for k, v in spec.items() if k[0] != "_"})
     theirs.load_state_dict(tensors)
     ours, theirs = InDouble(state.model.double()), theirs.double()
@@ -74,6 +74,6 @@ def test_forty_steps_of_training_are_those_of_diffusers() -> None:
         assert float(loss) == pytest.approx(expected.item(), rel=1e-5), step
         assert float(norm) == pytest.approx(float(their_norm), rel=1e-5), step
     assert expected.item() < 0.9  # it has learnt
-    _, found = convert.to_diffusers(SPEC, state.model.state_dict())
+    _, found = convert.to_diffusers(SPEC, state.model.state_dict(), (8, 8))
     for name, tensor in theirs.state_dict().items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-5)

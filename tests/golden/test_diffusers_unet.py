@@ -16,7 +16,13 @@ from ddpm_ray.choices import ReverseVariance
 from ddpm_ray.diffusion import NoiseSchedule, samplers, schedules
 from ddpm_ray.diffusion.conditioning import Conditioning
 from ddpm_ray.models.interop import convert
-from ddpm_ray.models.interop.diffusers_config import UNET, VARIANCES, UNetSpec, to_scheduler
+from ddpm_ray.models.interop.diffusers_config import (
+    UNET,
+    VARIANCES,
+    UNetSpec,
+    image_size_of,
+    to_scheduler,
+)
 from ddpm_ray.models.layers import GUIDED, HO
 from ddpm_ray.models.unet import UNet
 from ddpm_ray.storage.object_store import write_bytes
@@ -46,6 +52,7 @@ CONFIGS = {
         "resnet_time_scale_shift": "scale_shift", "norm_num_groups": 4, "attn_norm_num_groups": 4,
         "out_channels": 6, "num_class_embeds": 5,
     },
+    "not square": {**CIFAR10, "sample_size": [16, 24]},
     "with a condition": {**CIFAR10, "in_channels": 5, "out_channels": 3},
 }  # fmt: skip
 
@@ -76,8 +83,7 @@ def batch(config: dict[str, Any]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """x_t with its condition, t from 1, and labels where the network takes them."""
     generator = torch.Generator().manual_seed(2)
     full = {**UNET, **config}
-    side, channels = full["sample_size"], full["in_channels"]
-    x_t = torch.randn(3, channels, side, side, generator=generator)
+    x_t = torch.randn(3, full["in_channels"], *image_size_of(full), generator=generator)
     classes = full["num_class_embeds"]
     labels = {"class_labels": torch.tensor([0, 1, classes - 1])} if classes else {}
     return x_t, torch.tensor([1, 500, 1000]), labels
@@ -104,7 +110,7 @@ def test_theirs_answers_as_ours_and_comes_back_as_it_was(name: str) -> None:
     ours = UNet(**spec).eval()
     ours.load_state_dict(tensors)
     require_alike(ours, model, config)
-    back, weights = convert.to_diffusers(spec, tensors)
+    back, weights = convert.to_diffusers(spec, tensors, image_size_of(config))
     assert back == {**UNET, **config, "_class_name": "UNet2DModel"}
     assert weights.keys() == model.state_dict().keys()
     assert all(torch.equal(weights[key], value) for key, value in model.state_dict().items())
@@ -115,8 +121,8 @@ def test_a_saved_network_of_ours_is_loaded_by_their_own_pipeline(
     variant: Any, tmp_path: Path
 ) -> None:
     spec = UNetSpec(
-        image_size=8, image_channels=3, base_channels=8, channel_mults=(1, 2), blocks_per_level=1,
-        attention_resolutions=(4,), dropout=0.0, groups=4, num_classes=0, condition_channels=0,
+        image_channels=3, base_channels=8, channel_mults=(1, 2), blocks_per_level=1,
+        attention_factors=(2,), dropout=0.0, groups=4, num_classes=0, condition_channels=0,
         learns_variance=False, variant=variant,
     )  # fmt: skip
     ours = UNet(**spec).eval()
@@ -126,9 +132,9 @@ def test_a_saved_network_of_ours_is_loaded_by_their_own_pipeline(
         "objective": {"prediction": "v", "variance": "fixed"},
         "sampling": {"variance": "fixed_large", "clip": False},
     }
-    convert.write_folder(tmp_path, spec, ours.state_dict(), facts, write_bytes)
+    convert.write_folder(tmp_path, spec, ours.state_dict(), facts, (8, 12), write_bytes)
     pipeline = diffusers.DDPMPipeline.from_pretrained(tmp_path)
-    require_alike(ours, pipeline.unet.eval(), {"sample_size": 8})
+    require_alike(ours, pipeline.unet.eval(), {"sample_size": [8, 12]})
     scheduler = pipeline.scheduler
     alpha_bar = schedules.zero_terminal_snr(schedules.cosine(100))[1:]
     torch.testing.assert_close(scheduler.alphas_cumprod.double(), alpha_bar, atol=1e-5, rtol=0)
@@ -180,10 +186,11 @@ def test_what_their_pipeline_saves_is_read(safe: bool, tmp_path: Path) -> None:
     pipeline = diffusers.DDPMPipeline(unet=model, scheduler=scheduler)
     pipeline.save_pretrained(tmp_path, safe_serialization=safe)
     assert (tmp_path / "unet/diffusion_pytorch_model.bin").exists() != safe
-    spec, tensors, facts = convert.read_folder(tmp_path)
+    spec, tensors, facts, size = convert.read_folder(tmp_path)
     ours = UNet(**spec).eval()
     ours.load_state_dict(tensors)
     require_alike(ours, model, CIFAR10)
+    assert size == (16, 16)
     assert facts["schedule"]["kind"] == "linear"
     assert facts["sampling"] == {"variance": "fixed_large", "clip": True}
 

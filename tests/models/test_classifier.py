@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -18,8 +20,8 @@ from ddpm_ray.models.layers import GUIDED, HO, Variant
 def small(**changes: Any) -> NoisyClassifier:
     torch.manual_seed(0)
     form: dict[str, Any] = {
-        "image_size": 8, "image_channels": 1, "num_classes": 3, "base_channels": 8,
-        "channel_mults": (1, 2), "blocks_per_level": 1, "attention_resolutions": (4,), "groups": 4,
+        "image_size": (8, 8), "image_channels": 1, "num_classes": 3, "base_channels": 8,
+        "channel_mults": (1, 2), "blocks_per_level": 1, "attention_factors": (2,), "groups": 4,
     }  # fmt: skip
     return NoisyClassifier(**(form | changes))
 
@@ -90,7 +92,7 @@ def test_it_learns_the_odds_that_bayes_rule_gives() -> None:
         noise = torch.randn(x_0.shape, generator=generator)
         return add_noise(schedule, x_0, t, noise), t, labels
 
-    network = small(image_size=4, num_classes=2, attention_resolutions=(2,))
+    network = small(image_size=(4, 4), num_classes=2)
     optimizer = torch.optim.Adam(network.parameters(), 3e-3)
     for _ in range(200):
         x_t, t, labels = draw(64)
@@ -115,9 +117,20 @@ def test_it_learns_the_odds_that_bayes_rule_gives() -> None:
     [
         ({"num_classes": 1}, "num_classes is 1; there must be at least 2"),
         ({"groups": 3}, "groups is 3, which does not divide"),
-        ({"image_size": 9}, "image_size is 9, .* nearest valid: 8 and 10"),
+        ({"image_size": (9, 6)}, "images are 9 x 6, .* nearest valid: 8 x 6"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         small(**changes)
+
+
+@given(st.integers(1, 3), st.integers(1, 12), st.integers(1, 12))
+@settings(max_examples=20)
+def test_images_need_not_be_square(levels: int, rows: int, columns: int) -> None:
+    factor = 2 ** (levels - 1)
+    size = rows * factor, columns * factor
+    network = disturbed(small(image_size=size, channel_mults=(1,) * levels, attention_factors=()))
+    logits = network(torch.randn(2, 1, *size), torch.tensor([1, 900]))
+    assert logits.shape == (2, 3)
+    assert logits.isfinite().all()

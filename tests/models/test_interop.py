@@ -26,14 +26,15 @@ from ddpm_ray.models.unet import UNet
 from ddpm_ray.storage.object_store import write_bytes
 
 TWO_HEADS = replace(GUIDED, num_heads=2)
+SIZE = 8, 12  # (H, W)
 IMPROVED = replace(TWO_HEADS, resampling_blocks=False)
 
 
 def spec(variant: Variant = HO, **changes: Any) -> UNetSpec:
     """Two levels of 8 and 4 pixels, attention at the second."""
     made = UNetSpec(
-        image_size=8, image_channels=1, base_channels=4, channel_mults=(1, 2), blocks_per_level=1,
-        attention_resolutions=(4,), dropout=0.0, groups=2, num_classes=0, condition_channels=0,
+        image_channels=1, base_channels=4, channel_mults=(1, 2), blocks_per_level=1,
+        attention_factors=(2,), dropout=0.0, groups=2, num_classes=0, condition_channels=0,
         learns_variance=False, variant=variant,
     )  # fmt: skip
     made.update(changes)  # type: ignore[typeddict-item]
@@ -195,7 +196,7 @@ def test_tensors_that_do_not_fit_are_refused_by_name() -> None:
         ({"block_out_channels": [4, 6]}, r"block_out_channels is \[4, 6\]"),
         ({"down_block_types": ["SkipDownBlock2D", "AttnDownBlock2D"]}, "down_block_types is"),
         ({"up_block_types": ["UpBlock2D", "AttnUpBlock2D"]}, "up_block_types is"),
-        ({"sample_size": None}, "sample_size is None; supported is one side"),
+        ({"sample_size": None}, "sample_size is None; supported is a side"),
         ({"in_channels": 1, "out_channels": 3}, "out_channels is 3; .* only 1"),
         ({"downsample_padding": 2}, "downsample_padding is 2"),
         ({"new_key": "a\x1b[2J"}, r"new_key is 'a\\x1b\[2J', a key that is not supported"),
@@ -208,7 +209,7 @@ def test_tensors_that_do_not_fit_are_refused_by_name() -> None:
 def test_configs_that_this_network_cannot_be_are_refused_by_key(
     changes: dict[str, Any], message: str
 ) -> None:
-    config, tensors = convert.to_diffusers(spec(), numbered(spec()))
+    config, tensors = convert.to_diffusers(spec(), numbered(spec()), SIZE)
     with pytest.raises(UnsupportedModelError, match=message):
         convert.from_diffusers(config | changes, tensors)
 
@@ -222,7 +223,7 @@ def test_configs_that_this_network_cannot_be_are_refused_by_key(
 )
 def test_networks_that_theirs_cannot_be_are_refused(asked: UNetSpec, message: str) -> None:
     with pytest.raises(UnsupportedModelError, match=message):
-        convert.to_diffusers(asked, numbered(asked))
+        convert.to_diffusers(asked, numbered(asked), SIZE)
 
 
 SCHEDULES: list[dict[str, Any]] = [
@@ -295,7 +296,7 @@ def test_runs_that_their_scheduler_cannot_be_are_refused(
 
 
 def saved(folder: Path) -> Path:
-    convert.write_folder(folder, spec(), numbered(spec()), from_scheduler({}), write_bytes)
+    convert.write_folder(folder, spec(), numbered(spec()), from_scheduler({}), SIZE, write_bytes)
     return folder
 
 
@@ -306,7 +307,8 @@ def test_a_folder_without_folders_in_it_is_read_too(tmp_path: Path) -> None:
         path.rename(tmp_path / path.name)
     for path in (tmp_path / "unet", tmp_path / "scheduler"):
         path.rmdir()
-    found, tensors, _ = convert.read_folder(tmp_path)
+    found, tensors, _, size = convert.read_folder(tmp_path)
+    assert size == SIZE
     assert found == spec()
     require_same(tensors, numbered(spec()))
 

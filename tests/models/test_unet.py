@@ -1,6 +1,8 @@
 """The U-Net of Ho et al. 2020: its size, its start, its laws, and an independent reference."""
 
+import copy
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import mpmath
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 from ddpm_ray.diffusion.conditioning import Conditioning
 from ddpm_ray.models.layers import (
     GUIDED,
+    HO,
     Attention,
     Downsample,
     Upsample,
@@ -26,12 +29,11 @@ def small(**changes: Any) -> UNet:
     """A two-level form for 8x8 grey images, with random numbers where training starts from 0."""
     torch.manual_seed(0)
     form: dict[str, Any] = {
-        "image_size": 8,
         "image_channels": 1,
         "base_channels": 8,
         "channel_mults": (1, 2),
         "blocks_per_level": 1,
-        "attention_resolutions": (4,),
+        "attention_factors": (2,),
         "groups": 4,
     }
     return disturbed(UNet(**(form | changes)))
@@ -62,20 +64,20 @@ def batch(side: int = 8, channels: int = 1, count: int = 3) -> tuple[Tensor, Ten
 
 def test_the_papers_cifar10_form_has_its_35_746_307_parameters() -> None:
     with torch.device("meta"):
-        network = UNet(image_size=32, image_channels=3, dropout=0.1)
+        network = UNet(image_channels=3, dropout=0.1)
     assert sum(parameter.numel() for parameter in network.parameters()) == 35_746_307
 
 
 def test_prediction_is_exactly_zero_before_training() -> None:
-    network = UNet(image_size=8, image_channels=1, base_channels=32, channel_mults=(1, 2),
-                   attention_resolutions=(4,))  # fmt: skip
+    network = UNet(image_channels=1, base_channels=32, channel_mults=(1, 2),
+                   attention_factors=(2,))  # fmt: skip
     assert network(*batch()).abs().max() == 0
 
 
 def test_blocks_start_as_identities() -> None:
     x, embedding = torch.randn(2, 32, 8, 8), torch.randn(2, 128)
-    network = UNet(image_size=8, image_channels=1, base_channels=32, channel_mults=(1,),
-                   attention_resolutions=(8,))  # fmt: skip
+    network = UNet(image_channels=1, base_channels=32, channel_mults=(1,),
+                   attention_factors=(1,))  # fmt: skip
     assert torch.equal(network.down[0](x, embedding), x)
     assert torch.equal(network.middle_1(x, embedding), x)
 
@@ -227,19 +229,52 @@ def test_one_graph_compiles_without_a_break() -> None:
     torch.testing.assert_close(compiled(x_t, t), network(x_t, t))
 
 
+@given(st.integers(1, 4), st.integers(1, 40), st.integers(1, 40), st.booleans())
+@settings(max_examples=40)
+def test_every_size_works_that_the_levels_halve_evenly(
+    levels: int, height: int, width: int, guided: bool
+) -> None:
+    """Finite outputs of the input's shape, or one line that names a valid size."""
+    network = small(
+        channel_mults=(1,) * levels,
+        attention_factors=(2 ** (levels - 1),),
+        variant=GUIDED if guided else HO,
+    )
+    x_t, t, factor = torch.randn(1, 1, height, width), torch.tensor([3]), 2 ** (levels - 1)
+    if height % factor == 0 and width % factor == 0:
+        found = network(x_t, t)
+        assert found.shape == x_t.shape
+        assert found.isfinite().all()
+        return
+    with pytest.raises(ValueError, match=f"{height} x {width}, which {levels} levels") as error:
+        network(x_t, t)
+    (line,) = str(error.value).splitlines()
+    nearest = [int(side) for side in line.rpartition(": ")[2].split(" x ")]
+    assert network(torch.randn(1, 1, *nearest), t).shape[2:] == torch.Size(nearest)
+
+
+def test_a_wide_image_is_the_tall_one_turned() -> None:
+    """With its kernels turned too, the network has no preferred side."""
+    network = small(attention_factors=(1, 2), variant=replace(HO, pads_both_sides=True))
+    turned = copy.deepcopy(network)
+    with torch.no_grad():
+        for parameter in turned.parameters():
+            if parameter.ndim == 4:
+                parameter.copy_(parameter.transpose(2, 3).clone())
+    x_t, t = torch.randn(2, 1, 4, 12), torch.tensor([3, 900])
+    torch.testing.assert_close(
+        turned(x_t.transpose(2, 3), t), network(x_t, t).transpose(2, 3), atol=1e-5, rtol=1e-4
+    )
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"image_size": 9}, "image_size is 9, .* 2 levels .* nearest valid: 8 and 10"),
-        (
-            {"image_size": 3, "channel_mults": (1, 1, 1), "attention_resolutions": ()},
-            "image_size is 3, .* 3 levels .* nearest valid: 4$",
-        ),
         ({"groups": 3}, "groups is 3, which does not divide a level's 8 channels"),
         ({"groups": 16}, "groups is 16, which does not divide a level's 8 channels"),
         (
-            {"attention_resolutions": (4, 16)},
-            "attention_resolutions names 16, but .* side 8 have sides 8, 4",
+            {"attention_factors": (2, 3)},
+            "attention_factors names 3, but the downsampling factors of the levels are 1, 2$",
         ),
         ({"channel_mults": ()}, "there must be a level"),
         ({"base_channels": 7, "groups": 1}, "base_channels is 7.* base_channels even"),
@@ -255,8 +290,8 @@ def test_without_options_nothing_is_drawn_or_named_otherwise() -> None:
     """Classes draw last, so that the rest of the network starts as without them."""
     plain = small().state_dict()
     torch.manual_seed(0)
-    known = UNet(image_size=8, image_channels=1, base_channels=8, channel_mults=(1, 2),
-                 blocks_per_level=1, attention_resolutions=(4,), groups=4,
+    known = UNet(image_channels=1, base_channels=8, channel_mults=(1, 2),
+                 blocks_per_level=1, attention_factors=(2,), groups=4,
                  num_classes=3)  # fmt: skip
     state = disturbed(known).state_dict()
     assert [*state] == [*plain, "label.weight"]
@@ -345,8 +380,8 @@ def test_two_heads_are_two_attentions_over_half_the_channels() -> None:
 
 def test_the_guided_variant_starts_at_zero_learns_everywhere_and_compiles() -> None:
     network, (x_t, t) = small(variant=GUIDED, num_classes=2), batch()
-    plain = UNet(image_size=8, image_channels=1, base_channels=8, channel_mults=(1, 2),
-                 attention_resolutions=(4,), groups=4, variant=GUIDED)  # fmt: skip
+    plain = UNet(image_channels=1, base_channels=8, channel_mults=(1, 2),
+                 attention_factors=(2,), groups=4, variant=GUIDED)  # fmt: skip
     assert plain(x_t, t).abs().max() == 0
     compiled: Any = torch.compile(network, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x_t, t), network(x_t, t))
@@ -365,8 +400,8 @@ def test_agrees_with_an_independent_implementation() -> None:
         freq_shift=1, flip_sin_to_cos=False, downsample_padding=0, attention_head_dim=None,
         norm_num_groups=8, norm_eps=1e-6,
     ).eval()  # fmt: skip
-    network = UNet(image_size=16, image_channels=3, base_channels=16, channel_mults=(1, 2, 2),
-                   attention_resolutions=(8,), groups=8)  # fmt: skip
+    network = UNet(image_channels=3, base_channels=16, channel_mults=(1, 2, 2),
+                   attention_factors=(2,), groups=8)  # fmt: skip
     theirs = reference.state_dict()
     ours = {name: torch.cat([theirs[old] for old in olds]) for name, olds in names(network).items()}
     assert sum(map(len, names(network).values())) == len(theirs)

@@ -104,7 +104,7 @@ def config(tmp_path: Path, *more: str) -> RunConfig:
 
 def begin(config: RunConfig, folder: str) -> str:
     facts = {"config": to_dict(config), "data_fingerprint": "the data"}
-    return claim(folder, facts, lambda found: training_run.changed_keys(config, found))
+    return claim(folder, facts, lambda found: training_run.changed_keys(config, found, (32, 32, 3)))
 
 
 def commit(config: RunConfig, folder: str, **facts: Any) -> None:
@@ -129,6 +129,36 @@ def test_a_lost_identity_comes_out_of_the_newest_checkpoint(
     assert begin(config(tmp_path), folder) == before
     assert "run.json is lost; restoring it from" in caplog.text
     assert begin(config(tmp_path), folder) == before  # written down again
+
+
+@pytest.mark.parametrize(
+    "saved, now",
+    [
+        ("attention_resolutions=[8,32]", "attention_factors=[1,4]"),
+        ("attention_resolutions=[32,8]", "attention_resolutions=[8,32]"),
+        ("attention_resolutions=[]", "attention_factors=[]"),
+        ("attention_resolutions=[16]", "attention_factors=null"),  # the default
+        ("attention_resolutions=[16]", "attention_factors=[2]"),
+    ],
+)
+def test_a_run_continues_with_attention_by_factor(saved: str, now: str, tmp_path: Path) -> None:
+    """Saved configs of earlier versions name the sides in pixels; the data has 32 x 32."""
+    folder, levels = str(tmp_path / "kept"), "model.channel_mults=[1,1,1]"
+    before = begin(config(tmp_path, levels, f"model.{saved}"), folder)
+    assert begin(config(tmp_path, levels, f"model.{now}"), folder) == before
+    with pytest.raises(ConfigError, match=r"model.attention_factors is .*, but the run began with"):
+        begin(config(tmp_path, levels, "model.attention_factors=[1,2,4]"), folder)
+
+
+def test_attention_of_a_run_on_images_of_another_size_is_reported(tmp_path: Path) -> None:
+    folder = str(tmp_path / "kept")
+    begin(config(tmp_path, "model.attention_factors=[2]"), folder)
+    there = tmp_path / "kept" / IDENTITY
+    found = checksummed_json.read(str(there))
+    found["config"]["model"] |= {"attention_factors": None, "attention_resolutions": [7]}
+    checksummed_json.write(str(there), found)
+    with pytest.raises(ConfigError, match=r"attention_resolutions is None, but .* with \(7,\)"):
+        begin(config(tmp_path, "model.attention_factors=[2]"), folder)
 
 
 def test_a_checkpoint_of_another_data_set_is_reported(tmp_path: Path) -> None:

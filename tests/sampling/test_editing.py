@@ -28,6 +28,7 @@ from tests.truth import ONE, SCHEDULE
 
 MEAN, DEVIATION = 0.6, 0.3
 PLAN = SamplingPlan(uniform_steps(1000, 20), "ancestral", clip=False, seed=4)
+SIZE = 8, 8
 LEFT = torch.arange(64).view(1, 1, 8, 8) % 8 < 3
 FIRST = torch.tensor([0])
 
@@ -75,14 +76,14 @@ def test_what_is_known_stays_and_the_rest_is_a_function_of_seed_and_index(
 
     def painted(rows: list[int]) -> Tensor:
         i = torch.tensor(index)[rows]
-        return editing.inpaint(GAUSSIAN, plan, painting, known[rows], mask, i, 8)
+        return editing.inpaint(GAUSSIAN, plan, painting, known[rows], mask, i, SIZE)
 
     together = painted(list(range(len(index))))
     assert torch.equal(together[..., ::3], known[..., ::3])
     for row in range(len(index)):
         assert torch.equal(together[row], painted([row])[0])
     reseeded = replace(plan, seed=5)
-    other = editing.inpaint(GAUSSIAN, reseeded, painting, known, mask, torch.tensor(index), 8)
+    other = editing.inpaint(GAUSSIAN, reseeded, painting, known, mask, torch.tensor(index), SIZE)
     assert ((other == together) == mask).all()
 
 
@@ -90,7 +91,7 @@ def test_what_is_known_stays_and_the_rest_is_a_function_of_seed_and_index(
 def test_what_is_painted_is_distributed_as_the_data(painting: Painting) -> None:
     """Its pixels are independent of what is known beside them, here of another law."""
     plan, known = replace(PLAN, steps=uniform_steps(1000, 500)), -pictures(64, 8, 8)
-    painted = editing.inpaint(GAUSSIAN, plan, painting, known, LEFT, torch.arange(64), 8)
+    painted = editing.inpaint(GAUSSIAN, plan, painting, known, LEFT, torch.arange(64), SIZE)
     new = painted[..., 3:].double().flatten()
     error = 1 / math.sqrt(len(new))
     assert float(new.mean()) == pytest.approx(MEAN, abs=4 * error * DEVIATION)
@@ -102,7 +103,7 @@ def test_repaint_walks_as_often_as_configured() -> None:
     """3 steps, each stretch of 1 walked twice, by hand: 3, 2, 3, 2, 1, 2, 1, 0."""
     watched, plan = Watched(), replace(PLAN, steps=(3, 2, 1, 0))
     known = pictures(1, 8, 8)
-    editing.inpaint(watched.denoiser, plan, Painting("repaint", 2, 1), known, LEFT, FIRST, 8)
+    editing.inpaint(watched.denoiser, plan, Painting("repaint", 2, 1), known, LEFT, FIRST, SIZE)
     assert [t for _, t in watched.asked] == [3, 3, 2, 2, 1]
 
 
@@ -111,7 +112,7 @@ def test_replacement_takes_known_pixels_along_one_noise() -> None:
     steps = uniform_steps(600, 20)  # from where there is signal: x_T must hold it as well
     watched, plan = Watched(), replace(PLAN, sampler="ddim", steps=steps)
     known, painting = pictures(2, 8, 8), Painting("replacement")
-    editing.inpaint(watched.denoiser, plan, painting, known, LEFT, torch.arange(2), 8)
+    editing.inpaint(watched.denoiser, plan, painting, known, LEFT, torch.arange(2), SIZE)
     keep = LEFT.expand_as(known)
     noises = []
     for x_t, t in watched.asked:
@@ -128,7 +129,7 @@ def test_repaint_takes_the_eta_of_ddim_and_of_ancestral_1() -> None:
 
     def painted(**changes: object) -> Tensor:
         plan = replace(PLAN, **changes)  # type: ignore[arg-type]
-        return editing.inpaint(GAUSSIAN, plan, Painting(resamples=1), known, LEFT, FIRST, 8)
+        return editing.inpaint(GAUSSIAN, plan, Painting(resamples=1), known, LEFT, FIRST, SIZE)
 
     assert torch.equal(painted(), painted(sampler="ddim", eta=1.0))
     assert not torch.equal(painted(), painted(sampler="ddim", eta=0.5))
@@ -154,7 +155,8 @@ def test_windows_of_a_local_network_are_the_canvas(edit: str) -> None:
     images, index = pictures(3, 11, 18), torch.arange(3)
     mask = (torch.arange(11 * 18) % 2 < 1).view(1, 1, 11, 18)
 
-    def edited(size: int) -> Tensor:
+    def edited(height: int, width: int) -> Tensor:
+        size = height, width
         match edit:
             case "image_to_image":
                 return editing.image_to_image(denoiser, plan, 0.9, images, index, size)
@@ -164,14 +166,16 @@ def test_windows_of_a_local_network_are_the_canvas(edit: str) -> None:
                 painting = Painting(edit, 2, 1)  # type: ignore[arg-type]
                 return editing.inpaint(denoiser, plan, painting, images, mask, index, size)
 
-    small = edited(4)
+    small = edited(4, 4)
     assert small.shape == images.shape
-    torch.testing.assert_close(small, edited(7), rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(small, edited(11), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(small, edited(7, 5), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(small, edited(3, 18), rtol=1e-3, atol=1e-4)
 
 
-@given(st.integers(1, 9), st.integers(0, 20), st.integers(0, 20))
-def test_windows_are_as_many_as_the_network_sees(size: int, more: int, wider: int) -> None:
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 20), st.integers(0, 20))
+def test_windows_are_as_many_as_the_network_sees(
+    tall: int, wide: int, more: int, wider: int
+) -> None:
     seen = []
 
     def network(x_t: Tensor, t: Tensor) -> Tensor:
@@ -179,12 +183,12 @@ def test_windows_are_as_many_as_the_network_sees(size: int, more: int, wider: in
         return x_t * 0
 
     denoiser = Denoiser.of_noise(network, SCHEDULE)
-    images = torch.zeros(2, 1, size + more, size + wider)
+    images, size = torch.zeros(2, 1, tall + more, wide + wider), (tall, wide)
     plan = replace(PLAN, steps=(9, 0))
     editing.image_to_image(denoiser, plan, 1.0, images, torch.arange(2), size)
     ((rows, *_, height, width),) = seen
-    assert rows == 2 * editing.windows(size + more, size + wider, size)
-    assert (height, width) == (size, size)
+    assert rows == 2 * editing.windows(tall + more, wide + wider, size)
+    assert (height, width) == size
 
 
 @pytest.mark.parametrize("strength", [0.05, 0.3, 0.7, 1.0])
@@ -196,7 +200,7 @@ def test_a_variation_keeps_as_much_as_the_flow_of_a_gaussian_does(strength: floa
     """
     plan = replace(PLAN, steps=uniform_steps(1000, 200), sampler="ddim")
     images = pictures(64, 8, 8)
-    end = editing.image_to_image(GAUSSIAN, plan, strength, images, torch.arange(64), 8)
+    end = editing.image_to_image(GAUSSIAN, plan, strength, images, torch.arange(64), SIZE)
     a = float(SCHEDULE.alpha_bar[round(1000 * strength)])
     scale = DEVIATION / math.sqrt(a * DEVIATION**2 + 1 - a)
     x, y = images.double().flatten() - MEAN, end.double().flatten() - MEAN
@@ -226,7 +230,7 @@ def test_more_steps_and_iterations_bring_an_image_back() -> None:
 
     def error(steps: int, iterations: int) -> float:
         plan = replace(PLAN, steps=uniform_steps(1000, steps))
-        back = editing.reconstruct(GAUSSIAN, plan, iterations, images, torch.arange(3), 8)
+        back = editing.reconstruct(GAUSSIAN, plan, iterations, images, torch.arange(3), SIZE)
         return float((back - images).abs().max())
 
     few, many, again = error(20, 1), error(200, 1), error(20, 6)

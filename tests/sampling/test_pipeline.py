@@ -10,9 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from ddpm_ray.config.edit import InpaintingMethod
+from ddpm_ray.data.transforms import low_resolution_size
 from ddpm_ray.diffusion import schedules
 from ddpm_ray.diffusion.conditioning import Conditioning
 from ddpm_ray.diffusion.parameterization import Parameterization
@@ -33,8 +36,8 @@ MASK = np.arange(64).reshape(8, 8) % 3 > 0
 def digits_model() -> TrainedModel:
     torch.manual_seed(0)
     network = UNet(
-        image_size=8, image_channels=1, base_channels=8, channel_mults=(1, 2),
-        blocks_per_level=1, attention_resolutions=(4,), groups=4,
+        image_channels=1, base_channels=8, channel_mults=(1, 2),
+        blocks_per_level=1, attention_factors=(2,), groups=4,
     )  # fmt: skip
     nn.init.normal_(network.conv_out.weight, std=0.1)
     denoiser = Denoiser(network.eval(), Parameterization.of("epsilon", SCHEDULE))
@@ -303,6 +306,47 @@ def test_every_argument_of_any_value_is_taken_or_named_in_one_line(method: str) 
                 assert "\n" not in message, (name, value)
                 assert name.rstrip("s") in message, (name, value)
                 assert "truth value" not in message, (name, value)
+
+
+@given(st.integers(2, 4), st.integers(2, 4), st.integers(0, 5), st.integers(0, 5))
+@settings(max_examples=15)
+def test_every_edit_takes_images_that_are_not_square(
+    tall: int, wide: int, more: int, wider: int
+) -> None:
+    height, width = 2 * tall, 2 * wide
+    model = replace(digits_model(), image_shape=(1, height, width)).with_settings(steps=2)
+    assert model.sample(2).shape == (2, height, width, 1)
+    assert model.interpolate(0, 1, 3).shape == (3, height, width, 1)
+    shape = 2, height + more, width + wider, 1
+    images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    mask = np.arange(shape[1] * shape[2]).reshape(shape[1:3]) % 3 > 0
+    painted = model.inpaint(images, mask, resamples=1)
+    assert (painted == images)[:, mask].all()
+    assert model.image_to_image(images, 1).shape == shape
+    assert model.reconstruct(images).shape == shape
+    larger = model.outpaint(images, left=3, resamples=1)
+    assert (larger[:, :, 3:] == images).all()
+    with pytest.raises(ValueError, match=f"edits images of at least {height} x {width}: enlarge"):
+        model.image_to_image(images[:, : height - 1], 1)
+
+
+@given(st.integers(1, 4), st.integers(4, 9), st.integers(4, 9))
+def test_images_that_are_not_square_are_enlarged_in_their_proportions(
+    pixels: int, height: int, width: int
+) -> None:
+    def network(x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        assert conditioning.low_resolution is not None
+        return conditioning.low_resolution
+
+    takes = ConditioningSpec(low_resolution_pixels=pixels)
+    denoiser = Denoiser(network, Parameterization.of("x_0", SCHEDULE), takes=takes)
+    model = TrainedModel(denoiser, (1, height, width), provenance={})
+    h, w = low_resolution_size(height, width, pixels)
+    assert min(h, w) == pixels
+    assert abs(h / w * width / height - 1) <= 0.5 / pixels
+    grey = np.full((1, h, w, 1), 100, np.uint8)
+    assert (model.enlarge(grey, steps=2) == 100).all()
+    assert model.enlarge(grey, steps=2).shape == (1, height, width, 1)
 
 
 def test_an_image_is_enlarged_by_a_network_that_sees_it() -> None:

@@ -39,7 +39,9 @@ def snapshot(step: int, **facts: Any) -> Snapshot:
 
 def begin(folder: Path, **begun: Any) -> str:
     known = {"config": to_dict(RunConfig()), "data_fingerprint": "f"} | begun
-    return claim(str(folder), known, lambda found: training_run.changed_keys(RunConfig(), found))
+    return claim(
+        str(folder), known, lambda found: training_run.changed_keys(RunConfig(), found, (32, 32, 3))
+    )
 
 
 def a_checkpoint(folder: Path) -> tuple[Path, Callable[[], Any]]:

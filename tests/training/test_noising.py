@@ -31,6 +31,8 @@ EVERYTHING = (
     "objective.low_resolution_noise=0.3", "objective.timesteps=low_discrepancy",
 )  # fmt: skip
 
+CLASSIFIER = ("task=classifier", "model.num_classes=5", "training.grid_every_steps=0")
+
 
 def configured(*overrides: str) -> RunConfig:
     keys = (
@@ -220,10 +222,7 @@ def test_loss_moments_steer_t_and_what_each_loss_weighs_evens_it_out() -> None:
 
 def test_a_classifier_is_asked_for_the_label_of_what_it_sees() -> None:
     """Logits of 0 cost log K nats; those of the truth, large, nothing."""
-    made = objective(
-        "task=classifier", "model.num_classes=5", "training.grid_every_steps=0",
-        "model.attention_resolutions=[4]",
-    )  # fmt: skip
+    made = objective(*CLASSIFIER, "model.attention_resolutions=[4]")
     noisy = shown(made)
 
     def answering(size: float) -> Callable[[Tensor, Tensor], Tensor]:
@@ -243,10 +242,7 @@ def test_a_classifier_is_asked_for_the_label_of_what_it_sees() -> None:
         ("objective.timesteps=log_normal", "objective.prediction=edm", "schedule.kind=edm"),
         ("objective.self_conditioning=true", "objective.low_resolution_pixels=2"),
         ("model.num_classes=5", "objective.prediction=v", "schedule.zero_terminal_snr=true"),
-        (
-            "task=classifier", "model.num_classes=5", "training.grid_every_steps=0",
-            "model.attention_resolutions=[4]",
-        ),
+        (*CLASSIFIER, "model.attention_resolutions=[4]"),
     ],
     ids=str,
 )  # fmt: skip
@@ -267,3 +263,22 @@ def test_each_kind_of_objective_trains_its_network(overrides: tuple[str, ...]) -
         if number in (0, 29):
             losses.append(reported.loss.mean().item())
     assert losses[1] < 0.97 * losses[0]
+
+
+@pytest.mark.parametrize(
+    "overrides", [(*EVERYTHING, "objective.self_conditioning=true"), CLASSIFIER]
+)
+def test_images_need_not_be_square(overrides: tuple[str, ...]) -> None:
+    """Two levels of 4 x 6 and 2 x 3 pixels: the loss is finite, and every weight has a gradient."""
+    more = (
+        "model.channel_mults=[1,1]",
+        "model.attention_resolutions=null",
+        "model.attention_factors=[2]",
+    )
+    config = configured(*overrides, *more)
+    state = training_run.training_state(config, (4, 6, 3), CPU, {})
+    made = diffusion.objective(config, state, CPU)
+    images = IMAGES[:20].repeat_interleave(2, 2)[:, :, :6]
+    losses = made.backward(state.model, images, LABELS[:20], 1, Workers(), 20).loss
+    assert losses.isfinite().all()
+    assert all(parameter.grad is not None for parameter in state.model.parameters())

@@ -54,8 +54,8 @@ def network(channels: int) -> UNet:
     """Weights that are not zero, so that images differ."""
     torch.manual_seed(0)
     model = UNet(
-        image_size=4, image_channels=channels, base_channels=4, channel_mults=(1,),
-        blocks_per_level=1, attention_resolutions=(), groups=2,
+        image_channels=channels, base_channels=4, channel_mults=(1,),
+        blocks_per_level=1, attention_factors=(), groups=2,
     )  # fmt: skip
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.15)

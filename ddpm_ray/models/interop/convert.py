@@ -24,6 +24,7 @@ from ddpm_ray.models.interop.diffusers_config import (
     UnsupportedModelError,
     config_from_spec,
     from_scheduler,
+    image_size_of,
     spec_from_config,
 )
 from ddpm_ray.models.interop.diffusers_schedulers import Export, to_pipeline
@@ -33,6 +34,14 @@ from ddpm_ray.models.unet import UNet
 Tensors: TypeAlias = Mapping[str, Tensor]
 
 WEIGHTS = "diffusion_pytorch_model"
+UNREADABLE = (
+    OSError,
+    EOFError,
+    RuntimeError,
+    ValueError,
+    pickle.UnpicklingError,
+    SafetensorError,
+)
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
@@ -66,12 +75,14 @@ def from_diffusers(config: Config, tensors: Tensors) -> tuple[UNetSpec, dict[str
     return spec, _gathered(DIFFUSERS, spec, renamed)
 
 
-def to_diffusers(spec: UNetSpec, tensors: Tensors) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def to_diffusers(
+    spec: UNetSpec, tensors: Tensors, image_size: tuple[int, int]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The config.json and tensors that `UNet2DModel.from_pretrained` reads as this network.
 
     Raises UnsupportedModelError for a spec without an equivalent, as num_heads above 1.
     """
-    return config_from_spec(spec), _scattered(DIFFUSERS, spec, tensors)
+    return config_from_spec(spec, image_size), _scattered(DIFFUSERS, spec, tensors)
 
 
 def from_ho(tensors: Tensors, spec: UNetSpec) -> dict[str, Tensor]:
@@ -117,10 +128,17 @@ def to_guided_diffusion(
     return theirs
 
 
-def read_folder(
-    folder: str | Path,
-) -> tuple[UNetSpec, dict[str, Tensor], dict[str, dict[str, Any]]]:
-    """Read UNetSpec, state_dict and facts from a folder that diffusers saved.
+class DiffusersModel(NamedTuple):
+    """A U-Net that diffusers saved, by the names of UNet."""
+
+    spec: UNetSpec
+    tensors: dict[str, Tensor]
+    facts: dict[str, dict[str, Any]]
+    image_size: tuple[int, int]  # (H, W)
+
+
+def read_folder(folder: str | Path) -> DiffusersModel:
+    """Read the model in a folder that diffusers saved.
 
     The U-Net is in unet/ and the scheduler in scheduler/, or both in the folder itself. Weights are
     read from safetensors or else from a .bin file with weights_only, so that no code in it is run.
@@ -136,13 +154,13 @@ def read_folder(
         else:
             path = path.with_suffix(".bin")
             stored = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError,
-            SafetensorError) as error:  # fmt: skip
+    except UNREADABLE as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UnsupportedModelError(str(path), f"cannot be read: {reason}") from error
     if not isinstance(stored, dict) or not all(isinstance(t, Tensor) for t in stored.values()):
         raise UnsupportedModelError(str(path), "holds something other than tensors by name")
-    return *from_diffusers(config, stored), facts
+    spec, tensors = from_diffusers(config, stored)
+    return DiffusersModel(spec, tensors, facts, image_size_of(config))
 
 
 def write_folder(
@@ -150,19 +168,24 @@ def write_folder(
     spec: UNetSpec,
     tensors: Tensors,
     facts: Facts,
+    image_size: tuple[int, int],
     write: Callable[[str, bytes], object],
 ) -> Export:
     """Save for `DiffusionPipeline.from_pretrained(folder)`; return the exported sampling settings.
 
-    `write` stores bytes at a path atomically. The weights come first, since a full disk fails
-    on the largest file, and model_index.json last: without it the folder is not a model. Raises
-    UnsupportedModelError, before anything is written, for a model that cannot be exported.
+    `image_size` is (H, W). `write` stores bytes at a path atomically. The weights come first,
+    since a full disk fails on the largest file, and model_index.json last: without it the folder
+    is not a model. Raises UnsupportedModelError, before anything is written, for a model that
+    cannot be exported.
     """
-    config, theirs = to_diffusers(spec, tensors)
+    config, theirs = to_diffusers(spec, tensors, image_size)
     export = to_pipeline(facts)
     write(f"{folder}/unet/{WEIGHTS}.safetensors", save(theirs, {"format": "pt"}))
-    files = {"unet/config.json": config, "scheduler/scheduler_config.json": export.scheduler,
-             "model_index.json": export.model_index}  # fmt: skip
+    files = {
+        "unet/config.json": config,
+        "scheduler/scheduler_config.json": export.scheduler,
+        "model_index.json": export.model_index,
+    }
     for name, value in files.items():
         text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n"
         write(f"{folder}/{name}", text.encode())

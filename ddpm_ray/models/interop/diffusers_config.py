@@ -74,25 +74,34 @@ class UnsupportedModelError(ValueError):
 
 def spec_from_config(config: Config) -> UNetSpec:
     """UNet's arguments from a config.json of `UNet2DModel`; raises UnsupportedModelError."""
-    full = _full(config, UNET, "UNet2DModel")
-    if not isinstance(side := full["sample_size"], int):
-        raise UnsupportedModelError(
-            "UNet2DModel", f"sample_size is {side!r}; supported is one side of square images"
-        )
+    full, image_size = _full(config, UNET, "UNet2DModel"), image_size_of(config)
     try:
         spec = _spec(full)
-        back = _unet_config(spec)
+        back = _unet_config(spec, image_size)
     except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
         raise UnsupportedModelError("UNet2DModel", f"its config is invalid ({error!r})") from error
-    _require_equal(full, back, "UNet2DModel")
+    _require_equal({**full, "sample_size": back["sample_size"]}, back, "UNet2DModel")
     return spec
 
 
-def config_from_spec(spec: UNetSpec) -> dict[str, Any]:
+def image_size_of(config: Config) -> tuple[int, int]:
+    """(H, W) of the images of a `UNet2DModel`; raises UnsupportedModelError."""
+    match config.get("sample_size"):
+        case int(side) if side > 0:
+            return side, side
+        case [int(height), int(width)] if height > 0 and width > 0:
+            return height, width
+        case found:
+            raise UnsupportedModelError(
+                "UNet2DModel", f"sample_size is {found!r}; supported is a side, or height and width"
+            )
+
+
+def config_from_spec(spec: UNetSpec, image_size: tuple[int, int]) -> dict[str, Any]:
     """The config.json of the equivalent `UNet2DModel`; raises UnsupportedModelError."""
-    config = _unet_config(spec)
-    sides = sorted(spec["attention_resolutions"], reverse=True)
-    _require_equal({**spec, "attention_resolutions": sides}, _spec(config), "UNet2DModel")
+    config = _unet_config(spec, image_size)
+    factors = sorted(spec["attention_factors"])
+    _require_equal({**spec, "attention_factors": factors}, _spec(config), "UNet2DModel")
     return {"_class_name": "UNet2DModel", **config}
 
 
@@ -153,14 +162,11 @@ def _spec(config: Config) -> UNetSpec:
     channels = inputs if learns_variance else min(inputs, outputs)
     attends = [kind.startswith("Attn") for kind in config["down_block_types"]]
     return UNetSpec(
-        image_size=config["sample_size"],
         image_channels=channels,
         base_channels=widths[0],
         channel_mults=tuple(width // widths[0] for width in widths),
         blocks_per_level=config["layers_per_block"],
-        attention_resolutions=tuple(
-            config["sample_size"] >> level for level, on in enumerate(attends) if on
-        ),
+        attention_factors=tuple(2**level for level, on in enumerate(attends) if on),
         dropout=config["dropout"],
         groups=config["norm_num_groups"],
         num_classes=(config["num_class_embeds"] or 1) - 1,
@@ -178,19 +184,18 @@ def _spec(config: Config) -> UNetSpec:
     )
 
 
-def _unet_config(spec: UNetSpec) -> dict[str, Any]:
+def _unet_config(spec: UNetSpec, image_size: tuple[int, int]) -> dict[str, Any]:
     """The full config of a spec."""
-    variant, size = spec["variant"], spec["image_size"]
-    mults = spec["channel_mults"]
+    variant, mults, (height, width) = spec["variant"], spec["channel_mults"], image_size
     plain = "Resnet{}sampleBlock2D" if variant.resampling_blocks else "{}Block2D"
     kinds = [
-        "Attn{}Block2D" if size >> level in spec["attention_resolutions"] else plain
+        "Attn{}Block2D" if 2**level in spec["attention_factors"] else plain
         for level in range(len(mults))
     ]
     resampling = "resnet" if variant.resampling_blocks else "conv"
     return {
         **UNET,
-        "sample_size": size,
+        "sample_size": height if height == width else [height, width],
         "in_channels": spec["image_channels"] + spec["condition_channels"],
         "out_channels": spec["image_channels"] * (2 if spec["learns_variance"] else 1),
         "freq_shift": variant.frequency_shift,
