@@ -270,11 +270,7 @@ def test_each_kind_of_objective_trains_its_network(overrides: tuple[str, ...]) -
 )
 def test_images_need_not_be_square(overrides: tuple[str, ...]) -> None:
     """Two levels of 4 x 6 and 2 x 3 pixels: the loss is finite, and every weight has a gradient."""
-    more = (
-        "model.channel_mults=[1,1]",
-        "model.attention_resolutions=null",
-        "model.attention_factors=[2]",
-    )
+    more = "model.channel_mults=[1,1]", "model.attention_resolutions=[2]"
     config = configured(*overrides, *more)
     state = training_run.training_state(config, (4, 6, 3), CPU, {})
     made = diffusion.objective(config, state, CPU)
