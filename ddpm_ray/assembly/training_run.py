@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -323,12 +322,17 @@ def changed_keys(
 
     `saved` is as in `saved_config`; the data set holds images [H, W, C].
     """
-    now, then = defining(for_images(config, image_shape)), saved_config(saved)
-    with suppress(ValueError):  # the run began with images of another size
-        then = for_images(then, image_shape)
-    begun = defining(then)
+    now, then = (defining(comparable(one, image_shape)) for one in (config, saved_config(saved)))
     return [
-        f"{key} is {now[key]}, but the run began with {begun[key]}"
+        f"{key} is {now[key]}, but the run began with {then[key]}"
         for key in now
-        if now[key] != begun[key]
+        if now[key] != then[key]
     ]
+
+
+def comparable(config: RunConfig, image_shape: tuple[int, int, int]) -> RunConfig:
+    """As `for_images`, or `config` unchanged if it is for images of another size."""
+    try:
+        return for_images(config, image_shape)
+    except ValueError:
+        return config

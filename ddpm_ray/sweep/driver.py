@@ -19,6 +19,7 @@ from typing import Any
 from ray import tune
 
 from ddpm_ray.assembly import diffusion
+from ddpm_ray.assembly.training_run import comparable
 from ddpm_ray.config.loading import flat, from_dict, to_dict, with_values
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.sweep import SweepConfig
@@ -97,7 +98,7 @@ def sweep(
     identity = claim(
         folder,
         {"sweep": to_dict(config), "data_fingerprint": dataset.fingerprint},
-        lambda begun: _changed_keys(config, begun),
+        lambda begun: _changed_keys(config, begun, dataset.manifest.image_shape),
     )
     cluster = config.run.cluster
     workers = cluster.num_workers * max(1, config.trials_at_once)
@@ -223,12 +224,17 @@ def _run_config(config: SweepConfig, values: dict[str, Any], where: str) -> RunC
     return with_values(run, values | compared, where)
 
 
-def _changed_keys(config: SweepConfig, begun: dict[str, Any]) -> list[str]:
+def _changed_keys(
+    config: SweepConfig, begun: dict[str, Any], image_shape: tuple[int, int, int]
+) -> list[str]:
     """Return one line for each key that may not change in a sweep and did."""
     if "sweep" not in begun:
         return [f"name is {config.name!r}, and a training run has that name"]
     saved_by, where = begun.get("version", ""), begun.get("folder", "")
-    now, then = flat(config), flat(from_dict(SweepConfig, begun["sweep"], saved_by, where))
+    saved = from_dict(SweepConfig, begun["sweep"], saved_by, where)
+    now, then = (
+        flat(replace(one, run=comparable(one.run, image_shape))) for one in (config, saved)
+    )
     return [
         f"{key} is {now[key]}, but the sweep was started with {then[key]}"
         for key in now

@@ -175,7 +175,7 @@ def test_a_key_of_a_later_version_names_that_version(tmp_path: Path) -> None:
 
     found = {"sweep": with_a_new_key(SweepConfig()), "version": LATER, "folder": "there"}
     with pytest.raises(ConfigError, match=rf"^there: a saved config has run\.{NEW_KEY}"):
-        driver._changed_keys(SweepConfig(), found)
+        driver._changed_keys(SweepConfig(), found, (32, 32, 3))
 
     facts = {"config": with_a_new_key(load(RunConfig, None, GIVEN)), "version": LATER}
     CheckpointStore(str(tmp_path / "trained/checkpoints")).save(snapshot(1, **facts))
