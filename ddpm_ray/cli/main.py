@@ -18,8 +18,8 @@ from ddpm_ray.cli.job import (
     Job,
     PartlyFailedError,
 )
-from ddpm_ray.config.job_files import job_of_file
 from ddpm_ray.config.loading import Config, ConfigError, load, to_yaml
+from ddpm_ray.config.reading.job_files import job_of_file
 from ddpm_ray.distributed.signals import exit_code, interrupt_on_first
 from ddpm_ray.redaction import sanitize
 from ddpm_ray.tracking import mlflow_settings

@@ -7,6 +7,8 @@ from ddpm_ray.config.option_fields import option
 
 @dataclass(frozen=True)
 class ClusterConfig:
+    """Workers on the Ray cluster, and the time-outs after which lost ones are replaced."""
+
     num_workers: int = option(1, "Ray Train workers, one process each", at_least=1)
     min_workers: int = option(
         0, "continue with this many workers if nodes are lost; 0: wait for num_workers", at_least=0

@@ -10,6 +10,8 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class DataConfig:
+    """The training images: where their shards are, and how they are read."""
+
     url: str = option("", "folder or fsspec URL of the packed shards")
     source: Literal["", "digits"] = option(
         "", "built-in data set to pack into data.url if it holds no shards yet; empty: none"

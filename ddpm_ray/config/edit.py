@@ -13,7 +13,7 @@ MARGINS = ("top", "bottom", "left", "right")
 
 @dataclass(frozen=True)
 class EditConfig:
-    """An image edited by a trained model: `jobs/edit.py MODEL_URI IMAGE`."""
+    """One edit of an image by a trained model."""
 
     kind: Literal["inpaint", "outpaint", "image_to_image", "enlarge"] = option(
         "inpaint",

@@ -12,7 +12,7 @@ from ddpm_ray.config.training import wrong_widths
 
 @dataclass(frozen=True)
 class AverageConfig:
-    """Post-hoc EMAs of one run at several widths, scored as by jobs/evaluate.py."""
+    """The EMA widths to compare, of one run."""
 
     widths: tuple[float, ...] = option(
         (0.03, 0.05, 0.075, 0.1, 0.15, 0.2), "relative EMA widths (sigma_rel) to score"

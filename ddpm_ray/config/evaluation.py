@@ -18,6 +18,8 @@ INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb91
 
 @dataclass(frozen=True)
 class EvaluationConfig:
+    """Scores of the model: FID, KID, likelihoods and others."""
+
     num_images: int = option(0, "samples of the EMA weights to score; 0: no evaluation", at_least=0)
     every_steps: int = option(0, "steps between evaluations; 0: only at the end", at_least=0)
     features: Literal["inception", "digits"] = option(

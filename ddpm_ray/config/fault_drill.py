@@ -12,7 +12,7 @@ from ddpm_ray.redaction import counted
 
 @dataclass(frozen=True)
 class DrillConfig:
-    """Fault-injection drill: repeat a short run under faults. `jobs/drill.py`."""
+    """One fault-injection drill: a short run that is repeated under faults."""
 
     shipped_in: ClassVar = "drill"  # folder of conf/
 

@@ -12,7 +12,7 @@ from ddpm_ray.config.sampling import SamplingConfig
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """Images from a trained model: `jobs/sample.py MODEL_URI`."""
+    """The images to draw from a trained model."""
 
     num_images: int = option(64, "images to draw", at_least=1)
     gif: str = option(
@@ -34,7 +34,7 @@ class SampleConfig:
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """A trained model for another library: `jobs/export.py MODEL_URI`."""
+    """A trained model for another library."""
 
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
@@ -49,7 +49,7 @@ class ExportConfig:
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Scores of a trained model against a data set: `jobs/evaluate.py MODEL_URI`."""
+    """The data that a trained model is scored against."""
 
     data_url: str = option("", "folder or URL of the reference shards; empty: the training data")
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
@@ -78,7 +78,7 @@ class EvaluateConfig:
 
 @dataclass(frozen=True)
 class DoctorConfig:
-    """Services that a run needs, to be checked before it starts: `jobs/doctor.py`."""
+    """The services to check."""
 
     storage: str = option(
         "runs", "folder or fsspec URL for runs; checked by writing a small object"

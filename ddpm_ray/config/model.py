@@ -5,12 +5,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from ddpm_ray.config.former_keys import Former
 from ddpm_ray.config.option_fields import option
+from ddpm_ray.config.reading.former_keys import Former
 
 
 @dataclass(frozen=True)
 class ModelConfig:
+    """The network: its width, depth, attention and labels."""
+
     network: Literal["unet"] = option(
         "unet",
         "architecture; unet: Ho et al. 2020, of a classifier its downsampling half",

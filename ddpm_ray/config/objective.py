@@ -13,6 +13,8 @@ Loss: TypeAlias = Literal["simple", "hybrid", "vlb"]
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
+    """Training objective: what the network predicts, the loss, and the inputs."""
+
     prediction: Prediction = option(
         "epsilon",
         "prediction target of the network; edm: F of Karras et al. 2022",

@@ -23,7 +23,7 @@ from typing import (
     get_type_hints,
 )
 
-from ddpm_ray.config.former_keys import Former, named_twice, translated
+from ddpm_ray.config.reading.former_keys import Former, named_twice, translated
 
 T = TypeVar("T")
 FormerKeys: TypeAlias = str | Former | tuple[str | Former, ...]

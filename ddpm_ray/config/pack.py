@@ -14,7 +14,7 @@ Split: TypeAlias = Literal["train", "test"]
 
 @dataclass(frozen=True)
 class PackConfig:
-    """One data set to be packed: `jobs/pack_shards.py SOURCE DESTINATION`."""
+    """One data set to pack into shards."""
 
     image_size: int = option(
         0, "side of the packed square images in pixels; 0: unchanged", at_least=0

@@ -12,10 +12,10 @@ from typing import ClassVar
 from ddpm_ray.config.cluster import ClusterConfig
 from ddpm_ray.config.data import DataConfig
 from ddpm_ray.config.evaluation import EvaluationConfig
-from ddpm_ray.config.former_keys import Former
 from ddpm_ray.config.model import ModelConfig
 from ddpm_ray.config.objective import ObjectiveConfig
 from ddpm_ray.config.option_fields import option
+from ddpm_ray.config.reading.former_keys import Former
 from ddpm_ray.config.sampling import Conditioned, SamplingConfig
 from ddpm_ray.config.schedule import ScheduleConfig
 from ddpm_ray.config.task import TRAITS, Task, TaskTraits
@@ -25,7 +25,7 @@ from ddpm_ray.config.training import TrainingConfig
 
 @dataclass(frozen=True)
 class RunConfig:
-    """One training run: `jobs/train.py`."""
+    """One training run: its name, where it is stored, and what is trained."""
 
     shipped_in: ClassVar = "train"  # folder of conf/
 

@@ -35,6 +35,8 @@ class SamplingArguments(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class SamplingConfig:
+    """How images are drawn from the trained model."""
+
     sampler: Sampler = option("ddim", "sampling algorithm")
     steps: int = option(
         50, "sampling steps, at most T; heun: two network calls per step", at_least=1

@@ -11,6 +11,8 @@ from ddpm_ray.redaction import counted
 
 @dataclass(frozen=True)
 class ScheduleConfig:
+    """Noise schedule: how much noise x_t holds at each of the T steps."""
+
     kind: Literal[
         "linear",
         "scaled_linear",

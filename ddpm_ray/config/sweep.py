@@ -34,6 +34,8 @@ FIXED = {
 
 @dataclass(frozen=True)
 class SearchConfig:
+    """How the values of the trials are chosen."""
+
     kind: Literal["grid", "random", "tpe"] = option(
         "grid", "search method; grid: all combinations; tpe: Optuna's, uses earlier results"
     )
@@ -43,6 +45,8 @@ class SearchConfig:
 
 @dataclass(frozen=True)
 class StoppingConfig:
+    """Early stopping of the trials with a higher loss."""
+
     kind: Literal["asha", "median", "none", "pbt"] = option(
         "asha",
         "early stopping; asha: keep the best 1/reduction_factor of a rung; "
@@ -65,6 +69,8 @@ class StoppingConfig:
 
 @dataclass(frozen=True)
 class PruningConfig:
+    """Schedules that are rejected before any training."""
+
     max_prior_bits_per_dim: float = option(
         0.01,
         "reject a schedule if x_T keeps more information on the image (prior KL, bits/dim)",
@@ -81,7 +87,7 @@ class PruningConfig:
 
 @dataclass(frozen=True)
 class SweepConfig:
-    """Runs that differ in some options, compared by a final score: `jobs/sweep.py`."""
+    """One sweep: its trials, which differ in some options, and the score that compares them."""
 
     shipped_in: ClassVar = "sweep"  # folder of conf/
 

@@ -7,6 +7,8 @@ from ddpm_ray.config.option_fields import option
 
 @dataclass(frozen=True)
 class TrackingConfig:
+    """MLflow: where the run is logged, and how often."""
+
     uri: str = option(
         "", "MLflow server or database file; empty: $MLFLOW_TRACKING_URI or sqlite:///mlflow.db"
     )

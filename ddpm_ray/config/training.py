@@ -12,6 +12,8 @@ PLAIN_MEAN = 0.2886  # relative width of the plain mean; wider power profiles fa
 
 @dataclass(frozen=True)
 class TrainingConfig:
+    """Optimisation: batches, Adam, EMA, precision and checkpoints."""
+
     steps: int = option(800_000, "optimiser steps of the whole run", at_least=1)
     global_batch_size: int = option(
         128, "images per optimiser step, all workers together", at_least=1, defines_run=True

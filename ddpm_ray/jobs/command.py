@@ -1,10 +1,10 @@
 """The command `ddpm-ray`: one sub-command for each job."""
 
-import difflib
 import sys
 
 from ddpm_ray.cli.job import DONE, WRONG_CONFIG
 from ddpm_ray.cli.main import main as run
+from ddpm_ray.config.reading.errors import did_you_mean
 from ddpm_ray.jobs import (
     average,
     doctor,
@@ -33,9 +33,8 @@ def main() -> int:
         print(f"ddpm-ray {package_version()}")
         return DONE
     if name not in JOBS:
-        near = difflib.get_close_matches(name, JOBS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(JOBS)}"
-        print(f"error: command line: no job is called {name!r}; {hint}", file=sys.stderr)
+        hint = did_you_mean(name, JOBS) or f"; there are {', '.join(JOBS)}"
+        print(f"error: command line: no job is called {name!r}{hint}", file=sys.stderr)
         return WRONG_CONFIG
     return run(JOBS[name], words, f"ddpm-ray {name}")
 

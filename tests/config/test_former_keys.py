@@ -18,10 +18,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
+from ddpm_ray.cli.help_text import explained, overview
 from ddpm_ray.config import loading
-from ddpm_ray.config.former_keys import require_new_names
-from ddpm_ray.config.loading import ConfigError, Former, group, option
-from ddpm_ray.config.option_fields import arguments
+from ddpm_ray.config.loading import ConfigError
+from ddpm_ray.config.option_fields import arguments, group, option
+from ddpm_ray.config.reading.former_keys import Former, require_new_names
 from tests.config.test_options import KINDS
 
 
@@ -305,7 +306,7 @@ def test_a_reference_within_a_group_that_is_no_more_leads_to_the_same_option() -
 
 
 def test_help_and_the_whole_config_show_the_new_names_alone() -> None:
-    shown = "\n".join([*loading.help_lines(Many), loading.to_yaml(Many())])
+    shown = "\n".join([overview(Many), explained(Many, "run"), loading.to_yaml(Many())])
     assert not [name for name in ("film", "lead", "weak:", "wide", "kind", "run_from", "score")
                 if name in shown]  # fmt: skip
 

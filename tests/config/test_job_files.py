@@ -8,8 +8,8 @@ import pytest
 
 from ddpm_ray.cli.job import CONFIG, WRONG_CONFIG, Job
 from ddpm_ray.cli.main import main
-from ddpm_ray.config.job_files import KINDS, job_of_file
-from ddpm_ray.config.shipped import folder_of
+from ddpm_ray.config.reading.job_files import KINDS, job_of_file
+from ddpm_ray.config.reading.shipped import folder_of
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted(ROOT.glob("conf/*/*.yaml"))

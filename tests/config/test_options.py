@@ -31,12 +31,13 @@ from ddpm_ray.config.loading import (
     ConfigError,
     flat,
     from_dict,
-    help_lines,
     load,
     to_dict,
     to_yaml,
 )
 from ddpm_ray.config.pack import PackConfig
+from ddpm_ray.config.reading.option_text import choices
+from ddpm_ray.config.reading.yaml_text import type_at
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.sweep import SweepConfig
 from tests.limits import ENDS_S
@@ -121,13 +122,16 @@ def test_an_unknown_key_is_reported_with_the_nearest_one(mistyped: str, meant: s
         ("name=..", "no '/' and no leading '.'"),
         ("name=${nowhere}", "name: Interpolation key 'nowhere' not found"),
         # Of the wrong type:
-        ("training.steps=many", "'many' of type 'str' could not be converted to Integer"),
-        ("training.steps=1.5", "could not be converted to Integer"),
-        ("training.steps=null", "training.steps=None: Incompatible value"),
-        ("seed=true", "could not be converted to Integer"),
-        ("data.flip=perhaps", "is not a valid bool"),
-        ("schedule.kind=cosin", "expected one of ['linear', 'scaled_linear', 'constant', "),
-        ("model.channel_mults=[1,x]", "could not be converted to Integer"),
+        (
+            "training.steps=many",
+            "training.steps='many': give a whole number, at least 1; it means: optimiser",
+        ),
+        ("training.steps=1.5", "give a whole number, at least 1"),
+        ("training.steps=null", "training.steps=None: give a whole number, at least 1"),
+        ("seed=true", "seed=True: give a whole number"),
+        ("data.flip=perhaps", "give true or false"),
+        ("schedule.kind=cosin", "choose from linear, scaled_linear, constant, "),
+        ("model.channel_mults=[1,x]", "give a list of whole numbers, as [a,b]"),
         ("model.channel_mults=2", "model.channel_mults=2"),
         ("schedule=linear", "a group of keys, not a value; set schedule.<key>"),
         ("data.url=[1", "data.url=[1: while parsing"),
@@ -347,16 +351,9 @@ def random_config(kind: type[Config], dice: random.Random) -> Config:
         }
         if key in ("space", "faults"):
             texts[tuple] = {"space": ({"a.b": [1, "x"]}, {}), "faults": ("kill@batch", "x y")}[key]
-        if key.rpartition(".")[2] not in CHOICES:
+        if not choices(type_at(type(config), key)):
             config = replaced(config, key, texts[tuple if value is None else type(value)])
     return config
-
-
-CHOICES = {
-    "source", "kind", "reduction", "on_divergence", "precision", "sampler", "spacing", "variance",
-    "features", "resize", "encoding", "split", "on_bad_image", "prediction", "loss", "weighting",
-    "timesteps", "method", "classifier_form", "task", "network",
-}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", KINDS.values())
@@ -411,20 +408,13 @@ def test_each_config_of_ours_loads_and_says_what_it_is_for(path: Path) -> None:
 
 
 @pytest.mark.parametrize("job", JOBS)
-def test_help_names_every_key(job: str) -> None:
+def test_help_of_a_job_names_every_key(job: str) -> None:
     shown = in_a_process(job, "--help")
     assert (shown.returncode, shown.stderr) == (0, "")
-    reported = [line.split()[0] for line in shown.stdout.splitlines() if line.startswith("  ")]
-    assert set(flat(KINDS[job]())) <= set(reported)
+    found = {line.split()[0].partition("=")[0] for line in shown.stdout.splitlines() if line}
+    below_run = {key for key in flat(KINDS[job]()) if key.startswith("run.")}  # by `--help run`
+    assert set(flat(KINDS[job]())) - below_run <= found
     assert f"python jobs/{job}.py" in shown.stdout
-
-
-@pytest.mark.parametrize("kind", KINDS.values())
-def test_each_key_has_a_meaning_of_its_own_and_fits_the_line(kind: type[Any]) -> None:
-    lines = help_lines(kind)
-    assert len(lines) == len(flat(kind()))
-    assert max(map(len, lines)) <= 170
-    assert all(len(line.split()) > 2 for line in lines)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ddpm_ray.config.loading import ConfigError, from_dict, load, option, to_dict, to_yaml
+from ddpm_ray.config.loading import ConfigError, from_dict, load, to_dict, to_yaml
+from ddpm_ray.config.option_fields import option
 from ddpm_ray.config.run import RunConfig
 
 WORDS = (

@@ -3,9 +3,9 @@
 from typing import Any
 
 from ddpm_ray.config.fault_drill import DrillConfig
-from ddpm_ray.config.loading import unknown_keys
+from ddpm_ray.config.reading.shipped import config_file, folder_of
+from ddpm_ray.config.reading.sources import unknown_keys
 from ddpm_ray.config.run import RunConfig
-from ddpm_ray.config.shipped import config_file, folder_of
 from ddpm_ray.config.sweep import SweepConfig
 
 KINDS: tuple[type[Any], ...] = (RunConfig, SweepConfig, DrillConfig)  # of jobs that read a file

@@ -3,13 +3,12 @@
 `ddpm_ray/conf` is a link to `conf/` in the repository and a folder in the installed package.
 """
 
-import difflib
 from pathlib import Path
 from typing import Any
 
-from ddpm_ray.config.errors import ConfigError
+from ddpm_ray.config.reading.errors import ConfigError, did_you_mean
 
-FOLDER = Path(__file__).parents[1] / "conf"
+FOLDER = Path(__file__).parents[2] / "conf"
 
 
 def folder_of(kind: Any) -> str:
@@ -41,10 +40,8 @@ def config_file(kind: Any, given: str) -> Path:
         reason = "is a folder, not a file" if path.is_dir() else "no such file"
         others = ", ".join(sorted(map(str, folder.glob("*.yaml")))) or "no *.yaml"
         raise ConfigError(f"{given}: {reason}; here are: {others}")
-    near = difflib.get_close_matches(given, names, n=1)
     other = next((found.parent.name for found in FOLDER.glob(f"*/{given}.yaml")), "")
-    hint = f"; did you mean {near[0]}?" if near else ""
-    hint = f"; `ddpm-ray {other}` ships it" if other else hint
+    hint = f"; `ddpm-ray {other}` ships it" if other else did_you_mean(given, names)
     raise ConfigError(
         f"{given}: no such file, and no such config is shipped; there are: {', '.join(names)}{hint}"
     )

@@ -13,13 +13,13 @@ import pytest
 from PIL import Image
 
 from ddpm_ray.cli.job import CONFIG, DONE, WRONG_CONFIG
-from ddpm_ray.config.errors import ConfigError
+from ddpm_ray.config.reading.errors import ConfigError
+from ddpm_ray.config.reading.shipped import config_file, shipped_names
 from ddpm_ray.config.run import RunConfig
-from ddpm_ray.config.shipped import config_file, shipped_names
 from ddpm_ray.jobs.command import JOBS, main
 from tests.limits import ENDS_S
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SCRIPTS = {path.stem: path for path in (ROOT / "jobs").glob("*.py")}
 
 

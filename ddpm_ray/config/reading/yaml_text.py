@@ -13,7 +13,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from ddpm_ray.config.former_keys import current_key
+from ddpm_ray.config.reading.former_keys import current_key
 
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # as OmegaConf has it
 DEEPEST = 50
