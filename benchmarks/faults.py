@@ -56,9 +56,13 @@ from ddpm_ray.training.checkpoints import CHECKPOINTS, CheckpointStore
 CONFIG = str(Path(__file__).parents[1] / "conf/train/digits.yaml")
 WORKERS, BATCH = 2, 32  # a step of about 0.1 s
 KEYS = (
-    "name=ours", f"cluster.num_workers={WORKERS}", f"training.global_batch_size={BATCH}",
-    "training.grid_every_steps=0", "sampling.steps=5", "evaluation.num_images=0",
-)  # fmt: skip
+    "name=ours",
+    f"cluster.num_workers={WORKERS}",
+    f"training.global_batch_size={BATCH}",
+    "training.grid_every_steps=0",
+    "sampling.steps=5",
+    "evaluation.num_images=0",
+)
 STEPS, EVERY = 40, 5
 KILLS = "kill@gradient:9/1 kill@gradient:20/1 kill@gradient:35/1"
 COUNTS = "repeated", "least", "ignored", "orphans", "rows"
@@ -85,9 +89,11 @@ def ours(home: Path, steps: int, every: int, failures: int) -> FaultedRun:
     """A run of ours to its end, as jobs/train.py starts it."""
     train.train_worker = noting_worker  # type: ignore[attr-defined]  # the driver's name of it
     config = configured(
-        home, f"training.steps={steps}", f"training.checkpoint_every_steps={every}",
+        home,
+        f"training.steps={steps}",
+        f"training.checkpoint_every_steps={every}",
         f"cluster.max_failures={failures}",
-    )  # fmt: skip
+    )
     report = train.train(config, home, lambda _: None).report
     rows = mlflow_runs.history(report["run_id"], report["tracking_uri"], "train/loss")
     checkpoints = home / config.name / CHECKPOINTS
@@ -107,10 +113,17 @@ def plain(home: Path, steps: int, every: int, failures: int) -> FaultedRun:
     network = training_run.sizes(config.model, dataset.manifest.image_shape)
     asked = {name: os.environ[name] for name in (fault_injection.VARIABLE,) if name in os.environ}
     settings = {
-        "environment": asked, "home": str(home), "network": network, "steps": steps, "every": every,
-        "images": str(home / "images.npy"), "batch": BATCH // WORKERS, "num_steps": 1000,
-        "uri": config.tracking.uri, "run_id": run_id,
-    }  # fmt: skip
+        "environment": asked,
+        "home": str(home),
+        "network": network,
+        "steps": steps,
+        "every": every,
+        "images": str(home / "images.npy"),
+        "batch": BATCH // WORKERS,
+        "num_steps": 1000,
+        "uri": config.tracking.uri,
+        "run_id": run_id,
+    }
     own = set(worker_group.TRAIN_ENVIRONMENT) | {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"}
     with without(own):
         TorchTrainer(
@@ -118,10 +131,12 @@ def plain(home: Path, steps: int, every: int, failures: int) -> FaultedRun:
             train_loop_config=settings,
             scaling_config=ScalingConfig(num_workers=WORKERS),
             run_config=RayRunConfig(
-                name="plain", storage_path=str(home), logging_config=LoggingConfig("CRITICAL"),
+                name="plain",
+                storage_path=str(home),
+                logging_config=LoggingConfig("CRITICAL"),
                 failure_config=FailureConfig(max_failures=failures),
             ),
-        ).fit()  # fmt: skip
+        ).fit()
     known = (home / "plain/checkpoint_manager_snapshot.json").read_text()
     orphans = [one for one in (home / "plain").glob("checkpoint_*/") if one.name not in known]
     rows = mlflow_runs.history(run_id, config.tracking.uri, KEY)
@@ -268,8 +283,11 @@ def wait_for(done: Callable[[], bool], limit_s: float = 120) -> None:
 
 ON_RAY = {"kills": kills, "frozen": frozen, "useful": useful}
 ROWS = ON_RAY | {
-    "corrupt": corrupt, "refused": refused, "outage": outage, "checkpoint": checkpoint,
-}  # fmt: skip
+    "corrupt": corrupt,
+    "refused": refused,
+    "outage": outage,
+    "checkpoint": checkpoint,
+}
 
 
 def main() -> None:

@@ -42,9 +42,13 @@ def works() -> dict[str, Callable[[Workers], object]]:
     """Each takes all IMAGES, shared among the workers."""
     torch.manual_seed(0)
     network = UNet(
-        image_channels=1, base_channels=32, channel_mults=(1, 2),
-        blocks_per_level=1, attention_factors=(2,), groups=8,
-    ).eval()  # fmt: skip
+        image_channels=1,
+        base_channels=32,
+        channel_mults=(1, 2),
+        blocks_per_level=1,
+        attention_factors=(2,),
+        groups=8,
+    ).eval()
     schedule = NoiseSchedule(schedules.cosine(100))
     denoiser = Denoiser(network, Parameterization.of("epsilon", schedule))
     plan = SamplingPlan(uniform_steps(100, STEPS))
@@ -63,9 +67,16 @@ def works() -> dict[str, Callable[[Workers], object]]:
 
     def distance(workers: Workers) -> object:
         return evaluate(
-            denoiser, plan, net, truth, num_images=IMAGES, batch_size=BATCH,
-            image_shape=(1, SIDE, SIDE), workers=workers, provenance={},
-        )  # fmt: skip
+            denoiser,
+            plan,
+            net,
+            truth,
+            num_images=IMAGES,
+            batch_size=BATCH,
+            image_shape=(1, SIDE, SIDE),
+            workers=workers,
+            provenance={},
+        )
 
     def calls(workers: Workers) -> object:
         x, t = torch.randn(BATCH, 1, SIDE, SIDE), torch.full((BATCH,), 50)

@@ -14,9 +14,14 @@ from ddpm_ray.diffusion.process import Denoise, NoiseSchedule, add_noise
 
 
 def simple_loss(
-    denoise: Denoise, schedule: NoiseSchedule, x_0: Tensor, t: Tensor, noise: Tensor,
-    *, parameterization: Parameterization | None = None,
-) -> Tensor:  # fmt: skip
+    denoise: Denoise,
+    schedule: NoiseSchedule,
+    x_0: Tensor,
+    t: Tensor,
+    noise: Tensor,
+    *,
+    parameterization: Parameterization | None = None,
+) -> Tensor:
     """L_simple: mean squared error [B] of the model output at steps t [B] in 1..T.
 
     L_simple of Ho et al. 2020 (arXiv:2006.11239, eq. 14), a mean over all but the first dimension:
@@ -29,9 +34,14 @@ def simple_loss(
 
 
 def vlb_loss(
-    denoise: Denoise, parameterization: Parameterization, x_0: Tensor, t: Tensor, noise: Tensor,
-    *, variance: LearnedVariance,
-) -> Tensor:  # fmt: skip
+    denoise: Denoise,
+    parameterization: Parameterization,
+    x_0: Tensor,
+    t: Tensor,
+    noise: Tensor,
+    *,
+    variance: LearnedVariance,
+) -> Tensor:
     """L_vlb: T times the VLB term at t, [B] in bits per dimension; trains mean and variance.
 
     Its mean over t uniform in 1..T is L_vlb without the constant L_T (Nichol and
@@ -42,9 +52,15 @@ def vlb_loss(
 
 
 def hybrid_loss(
-    denoise: Denoise, parameterization: Parameterization, x_0: Tensor, t: Tensor, noise: Tensor,
-    *, variance: LearnedVariance, vlb_weight: float = 0.001,
-) -> Tensor:  # fmt: skip
+    denoise: Denoise,
+    parameterization: Parameterization,
+    x_0: Tensor,
+    t: Tensor,
+    noise: Tensor,
+    *,
+    variance: LearnedVariance,
+    vlb_weight: float = 0.001,
+) -> Tensor:
     """L_simple + vlb_weight L_vlb, [B]: the first trains the mean, the second the variance alone.
 
     (Nichol and Dhariwal 2021, arXiv:2102.09672, eq. 16 and section 3.1.) L_simple is a mean over
@@ -59,9 +75,15 @@ def hybrid_loss(
 
 
 def _learned(
-    denoise: Denoise, parameterization: Parameterization, x_0: Tensor, t: Tensor, noise: Tensor,
-    variance: LearnedVariance, *, mean_too: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    denoise: Denoise,
+    parameterization: Parameterization,
+    x_0: Tensor,
+    t: Tensor,
+    noise: Tensor,
+    variance: LearnedVariance,
+    *,
+    mean_too: bool,
+) -> tuple[Tensor, Tensor]:
     """The model output [B, C, ...] without the variance, and L_vlb [B] as in `vlb_loss`."""
     schedule = parameterization.schedule
     x_t = add_noise(schedule, x_0, t, noise)

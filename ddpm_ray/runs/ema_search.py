@@ -67,9 +67,13 @@ class EmaSnapshots:
         made_of = {"sigma_rel": sigma_rel, "misfit": profile_error, "widths": list(self.widths)}
         made_of["steps"] = [at for at in self.steps if at <= step]
         facts = self.facts | {
-            "config": to_dict(training_run.saved_config(self.facts)), "version": package_version(),
-            "step": step, "average": made_of, "kept_at": [], "unsent_rows": [],
-        }  # fmt: skip
+            "config": to_dict(training_run.saved_config(self.facts)),
+            "version": package_version(),
+            "step": step,
+            "average": made_of,
+            "kept_at": [],
+            "unsent_rows": [],
+        }
         return Snapshot({"ema": tensors}, facts)
 
 
@@ -188,6 +192,11 @@ def _result(found: list[dict[str, Any]], widths: list[float]) -> dict[str, Any]:
             )
     best = scores.index(min(scores, key=lambda score: (math.isnan(score), score)))
     return {
-        "metric": metric, "widths": widths, "scores": scores, "intervals": ends,
-        "misfits": profile_errors, "best": widths[best], "certificate": found[best]["certificate"],
-    }  # fmt: skip
+        "metric": metric,
+        "widths": widths,
+        "scores": scores,
+        "intervals": ends,
+        "misfits": profile_errors,
+        "best": widths[best],
+        "certificate": found[best]["certificate"],
+    }

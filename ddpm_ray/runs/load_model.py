@@ -140,10 +140,12 @@ def with_guidance_model(
         classes = classifier.num_classes
         means = config.classifier_form == "mean"
         guide = guidance_models.classifier_guidance(
-            classifier, of, config.classifier_scale,
+            classifier,
+            of,
+            config.classifier_scale,
             steps=plan.steps if means else None,
             variance="fixed_large" if plan.variance == "fixed_large" else "fixed_small",
-        )  # fmt: skip
+        )
     else:
         return model
     return replace(model, denoiser=replace(of, guidance_model=guide, guidance_classes=classes))

@@ -156,8 +156,11 @@ def _relocate(found: dict[str, Any], folder: str) -> dict[str, Any]:
             own = uuid.uuid5(uuid.NAMESPACE_URL, f"{identity} {folder}").hex
             placed = found | {"identity": own, "copied_from": before, "folder": folder}
     except StorageError as error:
-        log.warning("%s: cannot check whether it is a copy (%s); it continues as the same run",
-                    folder, error)  # fmt: skip
+        log.warning(
+            "%s: cannot check whether it is a copy (%s); it continues as the same run",
+            folder,
+            error,
+        )
         return found
     checksummed_json.write(object_store.join(folder, IDENTITY), placed)
     return placed

@@ -93,23 +93,21 @@ def train(
     opened = [dataset, *map(open_dataset, filter(None, [config.evaluation.held_out_url]))]
     fingerprints = {one.url: one.fingerprint for one in opened}
     folder = object_store.join(config.storage, config.name)
-    identity = claim(
-        folder,
-        {"config": to_dict(config), "data_fingerprint": dataset.fingerprint},
-        lambda begun: _changed_keys(config, begun, dataset.manifest.image_shape),
-    )
+    identity = _identity(config, dataset, folder)
     metadata = _metadata(config, dataset, folder, identity, parent)
     tracked, lease = _tracked(metadata), None
     try:
         lease = _lease(folder)
         settings = {
-            "config": to_dict(config), "folder": folder, "identity": identity,
+            "config": to_dict(config),
+            "folder": folder,
+            "identity": identity,
             "fingerprints": fingerprints,
             "lease": vars(lease),
             "metadata": vars(metadata),
             "tracked": vars(tracked) if tracked else None,
             "environment": determinism.environment(config.training.deterministic),
-        }  # fmt: skip
+        }
         ended = worker_group.run(
             train_worker, settings, config.cluster, on_progress, on_start, config.worker_counts
         )
@@ -173,12 +171,17 @@ def _tracked(metadata: RunMetadata) -> TrackedRun | None:
     return found
 
 
-def _changed_keys(
-    config: RunConfig, begun: dict[str, Any], image_shape: tuple[int, int, int]
-) -> list[str]:
-    if "config" not in begun:
-        return [f"name is {config.name!r}, and a sweep of that name is there"]
-    return training_run.changed_keys(config, begun, image_shape)
+def _identity(config: RunConfig, dataset: Dataset, folder: str) -> str:
+    """The id of the run in `folder`; raises ConfigError unless `config` continues that run."""
+
+    def changed_keys(begun: dict[str, Any]) -> list[str]:
+        """One line for each option that may not differ from the stored one and does."""
+        if "config" not in begun:
+            return [f"name is {config.name!r}, and a sweep of that name is there"]
+        return training_run.changed_keys(config, begun, dataset.manifest.image_shape)
+
+    begun = {"config": to_dict(config), "data_fingerprint": dataset.fingerprint}
+    return claim(folder, begun, changed_keys)
 
 
 def _lease(folder: str) -> Lease:

@@ -16,13 +16,8 @@ from ddpm_ray.choices import ReverseVariance
 from ddpm_ray.diffusion import NoiseSchedule, samplers, schedules
 from ddpm_ray.diffusion.conditioning import Conditioning
 from ddpm_ray.models.interop import convert
-from ddpm_ray.models.interop.diffusers_config import (
-    UNET,
-    VARIANCES,
-    UNetSpec,
-    image_size_of,
-    to_scheduler,
-)
+from ddpm_ray.models.interop.diffusers_config import UNET, UNetSpec, image_size_of
+from ddpm_ray.models.interop.diffusers_schedulers import VARIANCES, to_scheduler
 from ddpm_ray.models.layers import GUIDED, HO
 from ddpm_ray.models.unet import UNet
 from ddpm_ray.storage.object_store import write_bytes

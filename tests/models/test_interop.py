@@ -14,13 +14,8 @@ import torch
 from torch import Tensor
 
 from ddpm_ray.models.interop import convert
-from ddpm_ray.models.interop.diffusers_config import (
-    SCHEDULER,
-    UNetSpec,
-    UnsupportedModelError,
-    from_scheduler,
-    to_scheduler,
-)
+from ddpm_ray.models.interop.diffusers_config import UNetSpec, UnsupportedModelError
+from ddpm_ray.models.interop.diffusers_schedulers import SCHEDULER, from_scheduler, to_scheduler
 from ddpm_ray.models.layers import GUIDED, HO, Variant
 from ddpm_ray.models.unet import UNet
 from ddpm_ray.storage.object_store import write_bytes

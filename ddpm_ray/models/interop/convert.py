@@ -19,15 +19,13 @@ from torch import Tensor
 from ddpm_ray.models.interop import state_dict_names
 from ddpm_ray.models.interop.diffusers_config import (
     Config,
-    Facts,
     UNetSpec,
     UnsupportedModelError,
     config_from_spec,
-    from_scheduler,
     image_size_of,
     spec_from_config,
 )
-from ddpm_ray.models.interop.diffusers_schedulers import Export, to_pipeline
+from ddpm_ray.models.interop.diffusers_schedulers import Export, Facts, from_scheduler, to_pipeline
 from ddpm_ray.models.layers import heads
 from ddpm_ray.models.unet import UNet
 

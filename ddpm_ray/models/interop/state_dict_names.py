@@ -29,12 +29,22 @@ class ModuleLocation(NamedTuple):
 
 def diffusers(network: UNet) -> Table:
     """Names in `UNet2DModel`."""
-    block = _single(norm_1="norm1", conv_1="conv1", time="time_emb_proj", norm_2="norm2",
-                    conv_2="conv2", skip="conv_shortcut")  # fmt: skip
-    attention = {"norm": ("group_norm",), "query_key_value": ("to_q", "to_k", "to_v"),
-                 "out": ("to_out.0",)}  # fmt: skip
-    table = _single(conv_in="conv_in", norm_out="conv_norm_out", conv_out="conv_out",
-                    label="class_embedding")  # fmt: skip
+    block = _single(
+        norm_1="norm1",
+        conv_1="conv1",
+        time="time_emb_proj",
+        norm_2="norm2",
+        conv_2="conv2",
+        skip="conv_shortcut",
+    )
+    attention = {
+        "norm": ("group_norm",),
+        "query_key_value": ("to_q", "to_k", "to_v"),
+        "out": ("to_out.0",),
+    }
+    table = _single(
+        conv_in="conv_in", norm_out="conv_norm_out", conv_out="conv_out", label="class_embedding"
+    )
     table |= {f"time.dense_{i}": (f"time_embedding.linear_{i}",) for i in (1, 2)}
     for number in (0, 1):
         _add(table, f"middle_{number + 1}.block", f"mid_block.resnets.{number}", block)
@@ -59,12 +69,18 @@ def diffusers(network: UNet) -> Table:
 
 def guided(network: UNet) -> Table:
     """Names in guided-diffusion, and in improved-diffusion before it."""
-    block = _single(norm_1="in_layers.0", conv_1="in_layers.2", norm_2="out_layers.0",
-                    conv_2="out_layers.3", time="emb_layers.1",
-                    skip="skip_connection")  # fmt: skip
+    block = _single(
+        norm_1="in_layers.0",
+        conv_1="in_layers.2",
+        norm_2="out_layers.0",
+        conv_2="out_layers.3",
+        time="emb_layers.1",
+        skip="skip_connection",
+    )
     attention = _single(norm="norm", query_key_value="qkv", out="proj_out")
-    table = _single(conv_in="input_blocks.0.0", norm_out="out.0", conv_out="out.2",
-                    label="label_emb")  # fmt: skip
+    table = _single(
+        conv_in="input_blocks.0.0", norm_out="out.0", conv_out="out.2", label="label_emb"
+    )
     table |= {"time.dense_1": ("time_embed.0",), "time.dense_2": ("time_embed.2",)}
     _add(table, "middle_1.block", "middle_block.0", block)
     _add(table, "middle_1.attention", "middle_block.1", attention)
@@ -86,8 +102,14 @@ def guided(network: UNet) -> Table:
 
 def ho(network: UNet) -> Table:
     """Names in PyTorch conversions of Ho et al.'s TensorFlow weights."""
-    block = _single(norm_1="norm1", conv_1="conv1", time="temb_proj", norm_2="norm2",
-                    conv_2="conv2", skip="nin_shortcut")  # fmt: skip
+    block = _single(
+        norm_1="norm1",
+        conv_1="conv1",
+        time="temb_proj",
+        norm_2="norm2",
+        conv_2="conv2",
+        skip="nin_shortcut",
+    )
     attention = {"norm": ("norm",), "query_key_value": ("q", "k", "v"), "out": ("proj_out",)}
     table = _single(conv_in="conv_in", norm_out="norm_out", conv_out="conv_out")
     table |= {"time.dense_1": ("temb.dense.0",), "time.dense_2": ("temb.dense.1",)}
