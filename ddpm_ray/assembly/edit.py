@@ -11,7 +11,7 @@ from ddpm_ray.config.loading import ConfigError, from_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.packing.image_files import BadImageError
 from ddpm_ray.sampling import editing
-from ddpm_ray.sampling.editing import Mask, Painting
+from ddpm_ray.sampling.editing import Mask
 from ddpm_ray.sampling.image_io import read_image, read_mask
 from ddpm_ray.sampling.pipeline import TrainedModel
 from ddpm_ray.sampling.sampling import Images
@@ -43,13 +43,14 @@ def edited(
     """
     trained = from_dict(RunConfig, model.provenance["config"])
     sampling, schedule = config.sampling, model.denoiser.schedule
-    plan = checked_plan(sampling, trained, schedule)
+    checked_plan(sampling, trained, schedule)  # raises ConfigError
+    settings = sampling.as_arguments()
     images = np.repeat(image[None], config.num_images, axis=0)
     match config.kind:
         case "image_to_image":
-            return model.vary(plan, images, config.strength, sampling.batch_size), {}
+            return model.image_to_image(images, config.strength, **settings), {}
         case "enlarge":
-            return model.upscale(plan, images, sampling.batch_size), {}
+            return model.enlarge(images, **settings), {}
         case "outpaint":
             images, mask = editing.on_canvas(
                 images, config.top, config.bottom, config.left, config.right
@@ -58,6 +59,12 @@ def edited(
             assert mask is not None  # argument_errors() has seen to it
         case _:
             assert_never(config.kind)
-    painting = Painting(config.method, config.resamples, config.jump_length)
-    painted = model.paint(plan, painting, images, mask, sampling.batch_size)
+    painted = model.inpaint(
+        images,
+        mask,
+        method=config.method,
+        resamples=config.resamples,
+        jump_length=config.jump_length,
+        **settings,
+    )
     return painted, editing.fit(painted, images, mask)

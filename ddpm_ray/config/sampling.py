@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeAlias, TypedDict
+from typing import Any, Literal, TypeAlias, TypedDict, cast
 
 from ddpm_ray.choices import SamplingVariance
 from ddpm_ray.config.option_fields import arguments, option, out_of_range
@@ -197,6 +197,10 @@ class SamplingConfig:
         if wrong := [*out_of_range(chosen)]:
             raise ValueError("; ".join(wrong))
         return chosen
+
+    def as_arguments(self) -> "SamplingArguments":
+        """Return all settings as keyword arguments of one call."""
+        return cast("SamplingArguments", dict(vars(self)))
 
     def for_repaint(self) -> "SamplingConfig":
         """Return these settings with RePaint's defaults: ancestral sampler, fixed_small."""

@@ -115,8 +115,15 @@ class TrainedModel:
         settings with the sampler ancestral and fixed_small.
         """
         chosen = self._chosen(settings, repaint=method == "repaint")
-        painting = Painting(method, resamples, jump_length)
-        return self.paint(self.plan_of(chosen), painting, images, mask, chosen.batch_size)
+        plan, painting = self.plan_of(chosen), Painting(method, resamples, jump_length)
+        known, size = as_images(images, self.image_shape[0]), self.image_size
+        keep = torch.from_numpy(as_mask(mask, known)).to(self.device)
+
+        def edit(x: Tensor, index: Tensor) -> Tensor:
+            rows = keep if len(keep) == 1 else keep[index]
+            return editing.inpaint(self.denoiser, plan, painting, x, rows, index, size)
+
+        return self._edited(edit, known, chosen.batch_size)
 
     @checks_arguments
     def outpaint(
@@ -137,11 +144,11 @@ class TrainedModel:
         Other arguments are as in `inpaint`. The result must be at least as large as the model's
         images.
         """
-        chosen = self._chosen(settings, repaint=method == "repaint")
-        painting = Painting(method, resamples, jump_length)
         known = as_images(images, self.image_shape[0])
         canvas, mask = editing.on_canvas(known, top, bottom, left, right)
-        return self.paint(self.plan_of(chosen), painting, canvas, mask, chosen.batch_size)
+        return self.inpaint(
+            canvas, mask, method=method, resamples=resamples, jump_length=jump_length, **settings
+        )
 
     @checks_arguments
     def image_to_image(
@@ -153,7 +160,12 @@ class TrainedModel:
         them. Takes about strength times `steps` steps. (Meng et al. 2022, arXiv:2108.01073.)
         """
         chosen = self._chosen(settings)
-        return self.vary(self.plan_of(chosen), images, strength, chosen.batch_size)
+        plan, size = self.plan_of(chosen), self.image_size
+
+        def edit(x: Tensor, index: Tensor) -> Tensor:
+            return editing.image_to_image(self.denoiser, plan, strength, x, index, size)
+
+        return self._edited(edit, images, chosen.batch_size)
 
     def enlarge(self, images: Images, **settings: Unpack[SamplingArguments]) -> Images:
         """Upscale `images` [N, h, w, C] to the model's size; returns uint8 [N, H, W, C].
@@ -162,11 +174,6 @@ class TrainedModel:
         the last stage of a cascade (Ho et al. 2022, arXiv:2106.15282).
         """
         chosen = self._chosen(settings)
-        return self.upscale(self.plan_of(chosen), images, chosen.batch_size)
-
-    @checks_arguments
-    def upscale(self, plan: SamplingPlan, images: Images, batch_size: Count) -> Images:
-        """As `enlarge`, with a sampling plan."""
         found = as_images(images, self.image_shape[0])
         height, width = low_resolution_size(
             *self.image_size, self.denoiser.takes.low_resolution_pixels
@@ -178,7 +185,8 @@ class TrainedModel:
             )
         small = to_model_range(torch.from_numpy(found).to(self.device))
         denoiser = replace(self.denoiser, low_resolution_images=enlarged(small, self.image_size))
-        return replace(self, denoiser=denoiser).draw(plan, len(found), batch_size)
+        plan = self.plan_of(chosen)
+        return replace(self, denoiser=denoiser).draw(plan, len(found), chosen.batch_size)
 
     @checks_arguments
     def interpolate(
@@ -272,32 +280,6 @@ class TrainedModel:
         """
         indices, shape = range(num_images), self.image_shape
         return draw_uint8(self.denoiser, plan, indices, shape, self.device, batch_size, on_step)
-
-    @checks_arguments
-    def paint(
-        self, plan: SamplingPlan, painting: Painting, images: Images, mask: Mask, batch_size: Count
-    ) -> Images:
-        """As `inpaint`, with a sampling plan; `repaint` supports ancestral and ddim only."""
-        known, size = as_images(images, self.image_shape[0]), self.image_size
-        keep = torch.from_numpy(as_mask(mask, known)).to(self.device)
-
-        def edit(x: Tensor, index: Tensor) -> Tensor:
-            rows = keep if len(keep) == 1 else keep[index]
-            return editing.inpaint(self.denoiser, plan, painting, x, rows, index, size)
-
-        return self._edited(edit, known, batch_size)
-
-    @checks_arguments
-    def vary(
-        self, plan: SamplingPlan, images: Images, strength: Share, batch_size: Count
-    ) -> Images:
-        """As `image_to_image`, with a sampling plan."""
-        size = self.image_size
-
-        def edit(x: Tensor, index: Tensor) -> Tensor:
-            return editing.image_to_image(self.denoiser, plan, strength, x, index, size)
-
-        return self._edited(edit, images, batch_size)
 
     def _edited(
         self, edit: Callable[[Tensor, Tensor], Tensor], images: Images, batch_size: int
