@@ -4,23 +4,12 @@ import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from ddpm_ray.cli.job import CONFIG
 from ddpm_ray.config import loading
-from ddpm_ray.config.edit import EditConfig
-from ddpm_ray.config.ema_search import AverageConfig
-from ddpm_ray.config.fault_drill import DrillConfig
-from ddpm_ray.config.jobs import (
-    DoctorConfig,
-    EvaluateConfig,
-    ExportConfig,
-    SampleConfig,
-)
-from ddpm_ray.config.pack import PackConfig
-from ddpm_ray.config.run import RunConfig
-from ddpm_ray.config.sweep import SweepConfig
+from ddpm_ray.jobs.command import JOBS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [
@@ -28,18 +17,6 @@ PAGES = [
     "docs/cluster.md", "docs/gpu.md", "docs/packing.md", "docs/toolbox.md", "docs/results.md",
 ]  # fmt: skip
 CONFIGS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "conf").rglob("*.yaml"))
-JOBS: dict[str, type[Any]] = {
-    "jobs/train.py": RunConfig,
-    "jobs/sweep.py": SweepConfig,
-    "jobs/sample.py": SampleConfig,
-    "jobs/evaluate.py": EvaluateConfig,
-    "jobs/pack_shards.py": PackConfig,
-    "jobs/doctor.py": DoctorConfig,
-    "jobs/drill.py": DrillConfig,
-    "jobs/edit.py": EditConfig,
-    "jobs/export.py": ExportConfig,
-    "jobs/average.py": AverageConfig,
-}
 HOSTS = {"127.0.0.1", "arxiv.org", "github.com", "mlflow.example.com"}
 
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -101,11 +78,13 @@ def paths(text: str) -> set[str]:
 
 
 def commands(text: str) -> Iterator[list[str]]:
-    """Words of each `python jobs/...` command, with continued lines joined."""
+    """Job and arguments of each `python jobs/...` or `ddpm-ray ...`; continued lines are joined."""
     for _, block in blocks(text):
         for line in block.replace("\\\n", " ").splitlines():
-            if found := re.search(r"python (jobs/[^)]*)", line):
-                yield shlex.split(found[1], comments=True)
+            if found := re.search(r"python jobs/(\w+)\.py([^)]*)", line) or re.search(
+                r"(?:^|-- |\()ddpm-ray ([a-z_]+)([^)]*)", line
+            ):
+                yield [found[1].removesuffix("_shards"), *shlex.split(found[2], comments=True)]
 
 
 def targets(text: str) -> set[str]:
@@ -168,13 +147,14 @@ def test_no_link_is_dead(page: str) -> None:
 def test_every_command_has_a_valid_config(page: str) -> None:
     for job, *words in commands(text_of(page)):
         overrides = [word for word in words if re.match(r"[\w.]+=", word)]
-        file = next((word for word in words if word.endswith(".yaml")), None)
-        loading.load(JOBS[job], str(ROOT / file) if file else None, overrides)
+        file = words[0] if CONFIG in JOBS[job].arguments else None
+        there = str(ROOT / file) if file and "/" in file else file
+        loading.load(JOBS[job].config, there, overrides)
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_key_in_the_text_exists(page: str) -> None:
-    known = {key for kind in JOBS.values() for key in loading.flat(kind())}
+    known = {key for job in JOBS.values() for key in loading.flat(job.config())}
     groups = {key.partition(".")[0] for key in known if "." in key}
     keys = [span for span in spans(text_of(page)) if re.fullmatch(r"[a-z_]+(\.[a-z0-9_]+)+", span)]
     keys = [key for key in keys if not key.endswith(".json")]  # a file
@@ -206,10 +186,14 @@ def test_the_checks_see_what_is_false() -> None:
     page = (
         "See `data/gone.py`, `schedule.num_stops`, `gone.py` and `make coffee`.\n"
         "```text\nddpm_ray/\n  models/\n    gone.py   lost\n```\n"
-        "```sh\n(python jobs/train.py conf/gone.yaml \\\n    schedule.num_steps=9)\n```\n"
+        "```sh\n(python jobs/train.py conf/gone.yaml \\\n    schedule.num_steps=9)\n"
+        "ray job submit -- ddpm-ray train digits seed=1  # by name\n```\n"
     )
     wrong = {"data/gone.py", "gone.py", "ddpm_ray/models/gone.py", "conf/gone.yaml"}
     assert paths(page) == wrong | {"ddpm_ray/", "ddpm_ray/models/", "jobs/train.py"}
     assert not any(exists(path) for path in wrong)
     assert targets(page) == {"coffee"}
-    assert list(commands(page)) == [["jobs/train.py", "conf/gone.yaml", "schedule.num_steps=9"]]
+    assert list(commands(page)) == [
+        ["train", "conf/gone.yaml", "schedule.num_steps=9"],
+        ["train", "digits", "seed=1"],
+    ]

@@ -1,4 +1,4 @@
-"""Edit an image according to the options of jobs/edit.py."""
+"""Edit an image according to the options of the job edit."""
 
 from typing import assert_never
 

@@ -14,12 +14,14 @@ class ClusterConfig:
         0, "continue with this many workers if nodes are lost; 0: wait for num_workers", at_least=0
     )
     resize_every_s: float = option(
-        60, "min_workers: seconds between attempts to scale back up to num_workers", above=0
+        60, "min_workers > 0: seconds between attempts to scale back up to num_workers", above=0
     )
     cpus_per_worker: float = option(1, "CPUs and torch threads of each worker", above=0)
     gpus_per_worker: float = option(0, "GPUs of each worker; above 0: CUDA and NCCL", at_least=0)
     address: str = option("", "Ray cluster to join; empty: $RAY_ADDRESS or a local Ray")
-    max_failures: int = option(3, "restarts of the worker group after lost workers", at_least=0)
+    max_failures: int = option(
+        3, "restarts of the worker group after lost workers, until the run fails", at_least=0
+    )
     timeout_s: float = option(300, "timeout of a collective operation in seconds", above=0)
     stall_timeout_s: float = option(
         25,

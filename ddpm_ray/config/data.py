@@ -21,7 +21,7 @@ class DataConfig:
     )
     lanes: int = option(
         8,
-        "fixed number of shard streams that form the batch; must divide it",
+        "number of shard streams that a batch is drawn from; must divide the batch size",
         at_least=1,
         defines_run=True,
     )
@@ -36,4 +36,4 @@ class DataConfig:
         "size in bytes of the node-local cache of remote shards; 0: no cache",
         at_least=0,
     )
-    cache_dir: str = option("", "folder of that cache; empty: ~/.cache/ddpm-ray")
+    cache_dir: str = option("", "folder of the cache of remote shards; empty: ~/.cache/ddpm-ray")

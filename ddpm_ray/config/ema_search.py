@@ -1,4 +1,4 @@
-"""Options of the search for the best EMA width of a run: `jobs/average.py`."""
+"""Options of the job average: the search for the best EMA width of a run."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field

@@ -20,7 +20,9 @@ INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb91
 class EvaluationConfig:
     """Scores of the model: FID, KID, likelihoods and others."""
 
-    num_images: int = option(0, "samples of the EMA weights to score; 0: no evaluation", at_least=0)
+    num_images: int = option(
+        0, "images to sample with the EMA weights, to score; 0: none", at_least=0
+    )
     every_steps: int = option(0, "steps between evaluations; 0: only at the end", at_least=0)
     features: Literal["inception", "digits"] = option(
         "inception",
@@ -28,23 +30,26 @@ class EvaluationConfig:
     )
     widths: tuple[int, ...] = option(
         (2048,),
-        "Inception layers: 2048: eval/fid, 768: eval/fid768, 192: eval/fid192, 2023: eval/sfid",
+        "Inception layers by number of features; 2048: eval/fid, 768: eval/fid768, "
+        "192: eval/fid192, 2023: eval/sfid",
     )
     resize: InceptionResize = option(
         "original",
-        "resize to 299 pixels; original: TensorFlow 1 bilinear; pytorch-fid: torch bilinear",
+        "how images are resized to 299 pixels; original: TensorFlow 1 bilinear; pytorch-fid: torch "
+        "bilinear",
     )
     weights: str = option(
         INCEPTION_URL, "path or URL of the Inception weights (.pth of pytorch-fid, or folded .npz)"
     )
-    weights_sha256: str = option(INCEPTION_SHA256, "sha256 of that file")
+    weights_sha256: str = option(INCEPTION_SHA256, "sha256 of the file in evaluation.weights")
     kernel_distance: bool = option(True, "also compute the kernel inception distance (KID)")
     kernel_distance_images: int = option(
-        5000, "generated and real images each, for KID", at_least=2
+        5000, "number of generated images, and of real ones, for KID", at_least=2
     )
     precision_recall: bool = option(False, "also compute precision and recall (Kynkaanniemi 2019)")
     extrapolate: bool = option(
-        False, "also extrapolate to infinitely many samples; needs 4 samples per feature"
+        False,
+        "also extrapolate the Frechet distance to infinitely many samples; needs 4 per feature",
     )
     held_out_url: str = option(
         "", "shards of held-out data, to report the distance to them too; empty: none"
@@ -55,7 +60,7 @@ class EvaluationConfig:
         at_least=0,
     )
     memorisation_picture: str = option(
-        "", "PNG file of the likeliest copies with their nearest images; empty: none"
+        "", "PNG file of the samples most like a training image, beside it; empty: none"
     )
     validation_every_steps: int = option(
         0,

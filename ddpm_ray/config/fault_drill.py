@@ -18,7 +18,7 @@ class DrillConfig:
 
     faults: tuple[str, ...] = option(
         (),
-        "one repetition per entry: ACTION@POINT[:STEP][/RANK], several faults separated by spaces",
+        "one run per entry: faults as ACTION@POINT[:STEP][/RANK], several separated by spaces",
     )
     run: RunConfig = group(RunConfig, whole_config=True)
 

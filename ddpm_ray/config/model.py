@@ -34,7 +34,7 @@ class ModelConfig:
     )
     attention_resolutions: tuple[int, ...] | None = option(
         None,
-        "the same by the level's shorter side in pixels; set one of the two",
+        "as attention_factors, by the shorter side of the level in pixels; set one of the two",
         defines_run=True,
         instead_of="attention_factors",
     )

@@ -27,7 +27,9 @@ class ObjectiveConfig:
         defines_run=True,
     )
     variance: ModelVariance = option(
-        "fixed", "reverse-process variance; learned: predicted by the network", defines_run=True
+        "fixed",
+        "variance of a reverse step; learned: by the network; learned_range: between its bounds",
+        defines_run=True,
     )
     loss: Loss = option(
         "simple",
@@ -56,7 +58,8 @@ class ObjectiveConfig:
         "uniform", "low_discrepancy", "antithetic", "second_moment", "log_normal"
     ] = option(
         "uniform",
-        "distribution of training timesteps; second_moment: by past losses; changes train/loss",
+        "distribution of the training timesteps, which train/loss depends on; second_moment: "
+        "in proportion to past losses",
         defines_run=True,
     )
     log_sigma_mean: float = option(-1.2, "log_normal: mean of log sigma", defines_run=True)
@@ -92,7 +95,10 @@ class ObjectiveConfig:
         defines_run=True,
     )
     low_resolution_noise: float = option(
-        0.0, "standard deviation of noise added to that image", at_least=0, defines_run=True
+        0.0,
+        "low_resolution_pixels > 0: standard deviation of noise added to the low-resolution image",
+        at_least=0,
+        defines_run=True,
     )
 
     def problems(self, schedule: ScheduleConfig) -> Iterator[str]:

@@ -20,8 +20,13 @@ class PackConfig:
         0, "side of the packed square images in pixels; 0: unchanged", at_least=0
     )
     resize: Resize = option("none", "how to resize; centre-crop-box-bicubic: as guided-diffusion")
-    channels: int = option(0, "1: grey, 3: RGB; 0: as the first image", at_least=0, at_most=3)
-    encoding: Encoding = option("raw", "image encoding in the shards")
+    channels: int = option(
+        0,
+        "channels of the packed images; 1: grey, 3: RGB; 0: as the first image",
+        at_least=0,
+        at_most=3,
+    )
+    encoding: Encoding = option("raw", "encoding of the images in the shards; raw: pixels")
     shard_bytes: int = option(
         32 * MIB, "decoded bytes per shard", at_least=3 * MIB // 2, at_most=1024 * MIB
     )

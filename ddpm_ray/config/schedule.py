@@ -62,10 +62,15 @@ class ScheduleConfig:
         0.5, "laplace: scale of the log-SNR distribution", above=0, defines_run=True
     )
     sigma_min: float = option(
-        0.002, "edm: sigma at t = 1 (noise over signal)", above=0, defines_run=True
+        0.002, "edm: sigma at t = 1, the ratio of noise to signal", above=0, defines_run=True
     )
-    sigma_max: float = option(80.0, "edm: sigma at t = T", above=0, defines_run=True)
-    rho: float = option(7.0, "edm: larger: more steps at low noise", above=0, defines_run=True)
+    sigma_max: float = option(80.0, "edm: sigma at t = T, likewise", above=0, defines_run=True)
+    rho: float = option(
+        7.0,
+        "edm: exponent of the steps; a larger one puts more at low noise",
+        above=0,
+        defines_run=True,
+    )
     betas: tuple[float, ...] = option(
         (), "betas: the list of beta_1 to beta_T, usually from a YAML file", defines_run=True
     )

@@ -50,7 +50,7 @@ class StoppingConfig:
     kind: Literal["asha", "median", "none", "pbt"] = option(
         "asha",
         "early stopping; asha: keep the best 1/reduction_factor of a rung; "
-        "median: stop if worse than the median",
+        "median: stop if worse than the median; pbt: refused, weights do not fit another schedule",
     )
     every_steps: int = option(
         1000, "optimiser steps between early-stopping decisions, by eval/loss_common", at_least=1
@@ -73,12 +73,12 @@ class PruningConfig:
 
     max_prior_bits_per_dim: float = option(
         0.01,
-        "reject a schedule if x_T keeps more information on the image (prior KL, bits/dim)",
+        "largest prior KL in bits/dim, the information on the image in x_T; above: rejected",
         above=0,
     )
     max_wasted_fraction: float = option(
         0.6,
-        "reject a schedule with a larger fraction of wasted steps (nothing to learn)",
+        "largest fraction of wasted steps, in which there is nothing to learn; above: rejected",
         above=0,
         at_most=1,
         formerly="max_useless_share",
@@ -93,11 +93,14 @@ class SweepConfig:
 
     name: str = option("", "name of the sweep; the same name in the same storage continues it")
     run_from: str = option(
-        "", "YAML file of the base run, as conf/train/*; run.* keys override it", loads_group="run"
+        "",
+        "base run: a YAML file or the name of a config, as digits; run.* keys override it",
+        loads_group="run",
     )
     space: tuple[dict[str, Any], ...] = option(
         (),
-        "mappings of run keys to choices [a, b] or ranges {low:, high:, log:, step:}",
+        "search space: mappings of keys of the run to choices, [a, b], or a range, {low:, high:, "
+        "log:, step:}",
         keys_of="run",
     )
     metric: str = option("", "final score to minimise; empty: the first that trials report")

@@ -46,7 +46,7 @@ class TrainingConfig:
     )
     reduction_slots: int = option(
         8,
-        "elastic: slots the batch is split into, also the most workers; power of 2",
+        "elastic: number of parts of the batch, and the largest number of workers; power of 2",
         at_least=1,
         defines_run=True,
     )
@@ -84,7 +84,7 @@ class TrainingConfig:
     )
     ema_snapshot_widths: tuple[float, ...] = option(
         (),
-        "sigma_rel of the EMA snapshots for post-hoc EMA (jobs/average.py): [0.05,0.1]",
+        "relative widths (sigma_rel) of the EMA snapshots for the job average, as [0.05,0.1]",
         defines_run=True,
     )
     ema_snapshot_every_steps: int = option(0, "steps between EMA snapshots; 0: none", at_least=0)
@@ -108,7 +108,9 @@ class TrainingConfig:
     )
     checkpoint_every_steps: int = option(1000, "steps between checkpoints", at_least=1)
     keep_checkpoints: int = option(
-        3, "newest checkpoints to keep, and the one the run continued from", at_least=2
+        3,
+        "number of newest checkpoints to keep, beside the one that the run continued from",
+        at_least=2,
     )
 
     def problems(self) -> Iterator[str]:

@@ -129,7 +129,7 @@ def open_dataset(url: str) -> Dataset:
     """
     where = object_store.join(url, MANIFEST)
     if not object_store.exists(where):
-        remedy = "check the address, or pack it with jobs/pack_shards.py (which writes it last)"
+        remedy = "check the address, or pack it with `ddpm-ray pack` (which writes it last)"
         raise DatasetError(url, f"no {MANIFEST}, so this is not a complete data set", remedy)
     found = _read_manifest(where, object_store.read_bytes(where))
     data = object_store.read_bytes(object_store.join(url, INDEX))

@@ -30,7 +30,7 @@ class ShardCorruptError(RuntimeError):
         url, expected, found, attempts = self.args
         return sanitize(
             f"{url}: sha256 is {found[:12]}, the index says {expected[:12]} after "
-            f"{counted(attempts, 'download')}; write it again with jobs/pack_shards.py"
+            f"{counted(attempts, 'download')}; write it again with `ddpm-ray pack`"
         )
 
 

@@ -64,7 +64,7 @@ def read_mask(file: str) -> Mask:
         raise BadImageError(
             file,
             "white everywhere, so nothing of the image would stay",
-            "make dark what is to stay, or draw whole images with jobs/sample.py",
+            "make dark what is to stay, or draw whole images with `ddpm-ray sample`",
         )
     return ~white
 

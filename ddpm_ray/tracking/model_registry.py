@@ -57,7 +57,7 @@ def download_model(uri: str, model_uri: str, destination: Path) -> Path:
         )
     found = sorted(root.rglob(MANIFEST))
     if not found:
-        remedy = "name a model that jobs/train.py logged"
+        remedy = "name a model that `ddpm-ray train` logged"
         raise TrackingError(model_uri, "this model has no ddpm_ray checkpoint", remedy)
     return found[0].parent
 
@@ -118,7 +118,7 @@ def _why_not(own: Mapping[str, str], present: Mapping[str, str]) -> str:
     if (own["metric"], own["protocol"]) != (present.get("metric"), present.get("protocol")):
         return (
             "the champion was scored under another protocol; score it under this one with "
-            "jobs/evaluate.py"
+            "`ddpm-ray evaluate`"
         )
     if "None" in (own["high"], present.get("low", "None")):
         return "a score has no interval; draw at least 20 images"

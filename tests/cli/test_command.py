@@ -65,9 +65,11 @@ def test_the_description_of_a_job_shows_both_of_its_commands(name: str) -> None:
     ],
 )
 def test_a_wrong_command_is_one_line_with_the_remedy(
-    words: tuple[str, ...], says: str,
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    words: tuple[str, ...],
+    says: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     monkeypatch.chdir(ROOT)
     assert command(monkeypatch, *words) == WRONG_CONFIG
     said = capsys.readouterr().err
@@ -131,8 +133,9 @@ def run(folder: Path, *words: str | Path) -> subprocess.CompletedProcess[str]:
 def test_the_wheel_holds_the_package_alone(installed: Path, tmp_path: Path) -> None:
     (site,) = (installed.parent / "lib").glob("python*/site-packages")
     assert {path.name for path in site.iterdir() if path.suffix != ".pth"} == {
-        "ddpm_ray", f"ddpm_ray-{version()}.dist-info",
-    }  # fmt: skip
+        "ddpm_ray",
+        f"ddpm_ray-{version()}.dist-info",
+    }
     found = run(tmp_path, installed / "python", "-c", "import ddpm_ray; print(ddpm_ray.__file__)")
     assert found.stdout.strip() == str(site / "ddpm_ray/__init__.py")
     copies = sorted(str(path.relative_to(site)) for path in site.rglob("*.yaml"))

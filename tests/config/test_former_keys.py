@@ -99,22 +99,31 @@ class Many(Whole):
 
 
 NEW_NAMES = {
-    "film": "gif", "rate": "guidance.learning_rate", "seed": "seed",
-    "model.width": "network.base_width", "model.note": "network.remark",
-    "lead.weak": "guidance.weak_model", "lead.form": "guidance.form",
+    "film": "gif",
+    "rate": "guidance.learning_rate",
+    "seed": "seed",
+    "model.width": "network.base_width",
+    "model.note": "network.remark",
+    "lead.weak": "guidance.weak_model",
+    "lead.form": "guidance.form",
     "lead.forms": "guidance.forms",
-}  # fmt: skip
+}
 TEXTS = st.sampled_from(["", "2026_11_28", "007", "1e3", "on", "a b", "${model.note}x", "${seed}"])
 NAMES = st.sampled_from(["score", "gradient", "mean", "1e3"])
 VALUES = st.fixed_dictionaries(
     {},
     optional={
-        "film": TEXTS, "rate": st.floats(0, 9), "seed": st.integers(0, 9),
-        "model.width": st.integers(1, 9), "model.note": st.sampled_from(["", "007", "1_0", "on"]),
-        "model.kind": st.sampled_from(["unet", "classifier"]), "lead.weak": TEXTS,
-        "lead.form": st.sampled_from(["score", "mean"]), "lead.forms": st.lists(NAMES, max_size=3),
+        "film": TEXTS,
+        "rate": st.floats(0, 9),
+        "seed": st.integers(0, 9),
+        "model.width": st.integers(1, 9),
+        "model.note": st.sampled_from(["", "007", "1_0", "on"]),
+        "model.kind": st.sampled_from(["unet", "classifier"]),
+        "lead.weak": TEXTS,
+        "lead.form": st.sampled_from(["score", "mean"]),
+        "lead.forms": st.lists(NAMES, max_size=3),
     },
-)  # fmt: skip
+)
 
 
 def expected(before: Any) -> Now:
@@ -238,17 +247,22 @@ def test_the_keys_and_choices_of_a_space_are_those_of_the_run() -> None:
         assert [list(branch) for branch in many.space] == [list(branch) for branch in SPACE_NOW]
     values = {"lead.form": "score", "model.kind": "classifier"}  # of a trial
     assert loading.current_values(Now, values) == {
-        "guidance.form": "gradient", "task": "classifier", "network.architecture": "half_unet",
-    }  # fmt: skip
+        "guidance.form": "gradient",
+        "task": "classifier",
+        "network.architecture": "half_unet",
+    }
 
 
 @pytest.mark.parametrize(
     "file, typed, says",
     [
         ("film: a\ngif: b", [], r"a\.yaml: film and gif are names of one option; give gif alone"),
-        ("lead: {weak: a}\nguidance: {weak_model: a}", [],
-         r"a\.yaml: lead\.weak and guidance\.weak_model are names of one option; "
-         r"give guidance\.weak_model alone"),
+        (
+            "lead: {weak: a}\nguidance: {weak_model: a}",
+            [],
+            r"a\.yaml: lead\.weak and guidance\.weak_model are names of one option; "
+            r"give guidance\.weak_model alone",
+        ),
         ("lead.weak: a\nlead: {weak_model: b}", [], r"lead\.weak and lead\.weak_model are names"),
         ("{}", ["gif=a", "film=b"], "command line: gif and film are names of one option; give gif"),
         ("{}", ["model.kind=unet", "task=denoiser"], "model.kind and task are names of one option"),
@@ -259,7 +273,7 @@ def test_the_keys_and_choices_of_a_space_are_those_of_the_run() -> None:
         ("{}", ["lead.waek=a"], r"lead\.waek='a': no such key; did you mean guidance\.weak_model"),
         ("{}", ["modle.note=a"], r"modle\.note='a': no such key; did you mean network\.remark"),
     ],
-)  # fmt: skip
+)
 def test_what_is_wrong_is_reported_by_the_new_name(file: str, typed: list[str], says: str) -> None:
     with written(file) as path, pytest.raises(ConfigError, match=says) as refused:
         loading.load(Now, path, typed)
@@ -299,16 +313,21 @@ def test_a_group_on_the_command_line_is_read_by_either_name() -> None:
 
 
 def test_a_reference_within_a_group_that_is_no_more_leads_to_the_same_option() -> None:
-    with written("model: {note: x, width: 3}\nlead: {weak: '${..model.note}', forms: ['${..weak}']}"
-                 "\nfilm: '${.model.note}'") as path:  # fmt: skip
+    with written(
+        "model: {note: x, width: 3}\nlead: {weak: '${..model.note}', forms: ['${..weak}']}"
+        "\nfilm: '${.model.note}'"
+    ) as path:
         found = loading.load(Now, path, [])
     assert (found.guidance.weak_model, found.guidance.forms, found.gif) == ("x", ("x",), "x")
 
 
 def test_help_and_the_whole_config_show_the_new_names_alone() -> None:
     shown = "\n".join([overview(Many), explained(Many, "run"), loading.to_yaml(Many())])
-    assert not [name for name in ("film", "lead", "weak:", "wide", "kind", "run_from", "score")
-                if name in shown]  # fmt: skip
+    assert not [
+        name
+        for name in ("film", "lead", "weak:", "wide", "kind", "run_from", "score")
+        if name in shown
+    ]
 
 
 def test_a_saved_config_with_both_names_was_edited() -> None:

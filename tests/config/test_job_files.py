@@ -57,8 +57,9 @@ def test_mistakes_in_a_file_of_this_job_are_reported_each(
     file.write_text("name: a\ndata:\n  url: b\ntrainin:\n  steps: 3\nsed: 1\n")
     refused(JOBS["train"], file, patch=monkeypatch)
     assert [line.partition(";")[2] for line in capsys.readouterr().err.splitlines()] == [
-        " did you mean training.steps?", " did you mean seed?",
-    ]  # fmt: skip
+        " did you mean training.steps?",
+        " did you mean seed?",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -71,9 +72,12 @@ def test_mistakes_in_a_file_of_this_job_are_reported_each(
     ],
 )
 def test_a_binary_file_is_one_line(
-    data: bytes, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    data: bytes,
+    says: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     """On commit d926ba0: "'utf-8' codec can't decode byte 0xf0 in position 7", and no remedy."""
     (file := tmp_path / "model.safetensors").write_bytes(data)
     for kind in JOBS.values():

@@ -377,7 +377,8 @@ def replaced(config: Any, key: str, value: Any) -> Any:
     "values, saved_by, says",
     [
         (
-            {"training": {"warmth": 3}}, "9.1.0",
+            {"training": {"warmth": 3}},
+            "9.1.0",
             r"a saved config has training\.warmth, which ddpm_ray [^ ]+ does not know; "
             r"ddpm_ray 9\.1\.0 saved it: upgrade to that version",
         ),
@@ -386,7 +387,7 @@ def replaced(config: Any, key: str, value: Any) -> Any:
         ({"schedule": {"kind": "snake"}}, "9.1.0", r"schedule\.kind: .*'snake'.*9\.1\.0 saved it"),
         ({"schedule": 5}, "9.1.0", r"a saved config has schedule, which"),
     ],
-)  # fmt: skip
+)
 def test_a_config_of_a_later_version_is_refused_with_that_version(
     values: dict[str, Any], saved_by: str, says: str
 ) -> None:
@@ -442,8 +443,12 @@ def in_a_process(
     start = ["-c", program, script] if program else [script]
     return subprocess.run(
         [sys.executable, *start, *arguments],
-        cwd=ROOT, capture_output=True, text=True, timeout=ENDS_S, check=False,
-    )  # fmt: skip
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=ENDS_S,
+        check=False,
+    )
 
 
 POSITIONAL = {

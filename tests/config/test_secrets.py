@@ -69,8 +69,9 @@ def test_listed_names_and_other_keys_are(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("DDPM_RAY_HOME", "/data")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     given = (
-        "storage=${oc.env:DDPM_RAY_HOME}/runs/${name}", "cluster.address=${oc.env:RAY_ADDRESS,auto}"
-    )  # fmt: skip
+        "storage=${oc.env:DDPM_RAY_HOME}/runs/${name}",
+        "cluster.address=${oc.env:RAY_ADDRESS,auto}",
+    )
     config = load(RunConfig, None, [*WHOLE, *given])
     assert (config.storage, config.cluster.address) == ("/data/runs/a", "auto")
 
@@ -135,8 +136,10 @@ KEYS = f"s3://AKIA:{CANARY}/{CANARY}@bucket/x"
         (EvaluateConfig, [f"data_url={KEYS}"]),
         (PackConfig, [f"url={PASSWORD}"]),
         (DoctorConfig, [f"tracking_uri={PASSWORD}"]),
-        (DrillConfig, ["run.name=a", "run.data.url=b", "faults=[kill@commit]",
-                       f"run.storage={KEYS}"]),
+        (
+            DrillConfig,
+            ["run.name=a", "run.data.url=b", "faults=[kill@commit]", f"run.storage={KEYS}"],
+        ),
         # What is wrong anyway is told, and the secret with it if nobody looks.
         (RunConfig, [*WHOLE, f"trackng.uri={PASSWORD}"]),
         (RunConfig, [*WHOLE, f"cluster.num_workers={PASSWORD}"]),
@@ -144,7 +147,7 @@ KEYS = f"s3://AKIA:{CANARY}/{CANARY}@bucket/x"
         (RunConfig, [*WHOLE, f"tracking.uri=[{PASSWORD}"]),
         (SampleConfig, [f"sampling.sampler={PASSWORD}"]),
     ],
-)  # fmt: skip
+)
 def test_a_password_in_a_url_is_refused_and_not_shown(
     kind: type[Any], given: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -165,9 +168,12 @@ def test_neither_is_one_in_the_variable_that_runs_are_tracked_by(
 def job(*words: str, **environment: str) -> tuple[int, str]:
     """Exit code and all that was said, of a job as a person runs it."""
     done = subprocess.run(
-        [sys.executable, *words], cwd=ROOT, env=os.environ | environment, capture_output=True,
+        [sys.executable, *words],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
         text=True,
-    )  # fmt: skip
+    )
     return done.returncode, done.stdout + done.stderr
 
 

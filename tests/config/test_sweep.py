@@ -104,16 +104,23 @@ def test_a_space_that_is_no_list_of_mappings_is_reported(space: str) -> None:
 def test_the_keys_of_all_branches_are_reported_each_mistake_once() -> None:
     lines = complaints(space="{seed: [1, x], training.steps: [5]}, {seed: [x, y]}")
     assert [line.split(":")[0].split(" ")[0] for line in lines] == [
-        "space.seed='x'", "space.training.steps", "space.seed='y'",
-    ]  # fmt: skip
+        "space.seed='x'",
+        "space.training.steps",
+        "space.seed='y'",
+    ]
 
 
 VARIED = ("seed", "schedule.", "model.", "training.", "sampling.", "data.flip")
 FIXED_KEYS = [
-    "name", "storage", "data.url", "data.source", "training.steps", "sampling.steps",
-    "sampling.seed", *(key for key in flat(RunConfig())
-                       if key.startswith(("evaluation.", "tracking.", "cluster."))),
-]  # fmt: skip
+    "name",
+    "storage",
+    "data.url",
+    "data.source",
+    "training.steps",
+    "sampling.steps",
+    "sampling.seed",
+    *(key for key in flat(RunConfig()) if key.startswith(("evaluation.", "tracking.", "cluster."))),
+]
 
 
 @pytest.mark.parametrize("key", FIXED_KEYS)

@@ -13,11 +13,33 @@ from ddpm_ray.config.loading import ConfigError, from_dict, load, to_dict, to_ya
 from ddpm_ray.config.option_fields import option
 from ddpm_ray.config.run import RunConfig
 
-WORDS = (
-    "2026_11_28", "2026-11-28", "2026-11-28 10:00:00", "007", "0x1F", "0b11", "1e3", "1.10", "1.",
-    "12_000", "1:30", "190:20:30", "on", "off", "yes", "No", "true", "TRUE", "y", ".inf", ".nan",
-    "+1", "-0", "1_0.5", "6.8523015e+5",
-)  # fmt: skip
+WORDS = [
+    "2026_11_28",
+    "2026-11-28",
+    "2026-11-28 10:00:00",
+    "007",
+    "0x1F",
+    "0b11",
+    "1e3",
+    "1.10",
+    "1.",
+    "12_000",
+    "1:30",
+    "190:20:30",
+    "on",
+    "off",
+    "yes",
+    "No",
+    "true",
+    "TRUE",
+    "y",
+    ".inf",
+    ".nan",
+    "+1",
+    "-0",
+    "1_0.5",
+    "6.8523015e+5",
+]
 # Numbers, times and dates in YAML's many forms, and what only resembles them.
 NUMERIC = st.from_regex(r"[0-9+.][0-9a-f_.+:eExT-]{0,9}[0-9a-f]", fullmatch=True)
 
@@ -69,8 +91,13 @@ def test_whatever_resembles_a_number_stays_as_it_was_typed(tmp_path: Path, word:
     require_kept(word, tmp_path)
 
 
-@given(st.text(st.characters(codec="utf-8", exclude_categories=["C", "Z"], exclude_characters="$"),
-               min_size=1, max_size=12))  # fmt: skip
+@given(
+    st.text(
+        st.characters(codec="utf-8", exclude_categories=["C", "Z"], exclude_characters="$"),
+        min_size=1,
+        max_size=12,
+    )
+)
 def test_a_text_on_a_command_line_is_all_that_is_typed_after_the_equals_sign(text: str) -> None:
     """Where it begins as no list, quoted text or the like does in YAML."""
     if text[0] not in "'\"[{&*!|>%@`" and text not in ("~", "null", "Null", "NULL"):

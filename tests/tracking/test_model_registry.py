@@ -129,7 +129,7 @@ def test_scores_of_two_protocols_are_not_compared(promote: Promote, change: dict
     result = promote(scores(1, 2), PROVENANCE | change)
     assert not result["promoted"]
     assert "under another protocol" in result["reason"]
-    assert "jobs/evaluate.py" in result["reason"]
+    assert "`ddpm-ray evaluate`" in result["reason"]
 
 
 def test_scores_by_two_metrics_are_not_compared(promote: Promote) -> None:
