@@ -5,6 +5,7 @@ An upgrade that changes one fails here, by name, instead of in a run. Each row s
 
 import importlib
 import inspect
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 import ray
 from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_IMAGES
 from ray._common.constants import HEAD_NODE_RESOURCE_NAME
+from ray._private.runtime_env import packaging
 from ray._raylet import PlacementGroupID
 
 from ddpm_ray.distributed import placement_groups
@@ -142,3 +144,11 @@ def test_mlflow_still_names_images_as_it_did() -> None:
     assert "+timestamp+" in source
     assert "+compressed" in source
     assert MLFLOW_LOGGED_IMAGES == "mlflow.loggedImages"
+
+
+def test_a_submitted_working_directory_holds_the_shipped_configs(tmp_path: Path) -> None:
+    """Ray follows the link ddpm_ray/conf; else a job there finds no config by its name."""
+    root = Path(__file__).parents[2] / "ddpm_ray"
+    packaging._zip_files(str(root), [], str(tmp_path / "a.zip"), include_gitignore=True)
+    with zipfile.ZipFile(tmp_path / "a.zip") as packed:
+        assert "conf/train/digits.yaml" in packed.namelist()
