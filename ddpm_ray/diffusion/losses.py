@@ -1,8 +1,7 @@
 """Training losses per image; the caller averages and weights them.
 
-Where the network learns the variance of the reverse steps too, it answers [B, 2C, ...] to x_t [B,
-C, ...]: first what its `Parameterization` says, then the variance as
-`samplers.learned_log_variance` reads it.
+With a learned variance of the reverse steps the model output for x_t [B, C, ...] is [B, 2C, ...]:
+first the target of the `Parameterization`, then the input of `samplers.learned_log_variance`.
 """
 
 from torch import Tensor
@@ -25,9 +24,8 @@ def simple_loss(
     """L_simple: mean squared error [B] of the model output at steps t [B] in 1..T.
 
     L_simple of Ho et al. 2020 (arXiv:2006.11239, eq. 14), a mean over all but the first dimension:
-    1 for a guess of 0. `parameterization` names another target and then has `schedule` for its own.
-    The loss has the type of `noise`, float32 in training, even where autocast makes `denoise`
-    answer in bfloat16.
+    1 for a guess of 0. `parameterization`, of the same `schedule`, defines another target. The loss
+    has the dtype of `noise`, float32 in training, even if autocast makes the model output bfloat16.
     """
     target = noise if parameterization is None else parameterization.target(x_0, t, noise)
     return _mean_square(target - denoise(add_noise(schedule, x_0, t, noise), t))
@@ -90,8 +88,8 @@ def _learned(
     both = denoise(x_t, t).to(x_t)  # bfloat16 gives a log-variance only 2 digits
     if both.shape[1] != 2 * x_0.shape[1]:
         raise ValueError(
-            f"denoise answers {both.shape[1]} channels to {x_0.shape[1]}; a learned variance takes "
-            f"as many again, {2 * x_0.shape[1]}: widen the network's output or use simple_loss"
+            f"the model output has {both.shape[1]} channels for {x_0.shape[1]} of x_t; with a "
+            f"learned variance it has {2 * x_0.shape[1]}: widen it or use simple_loss"
         )
     model_output, raw = both.chunk(2, dim=1)
     log_variance = vlb.reverse_log_variance(schedule, t, variance, x_0, raw)

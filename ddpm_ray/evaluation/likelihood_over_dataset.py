@@ -38,13 +38,14 @@ def flow_likelihood(
     workers: Workers,
     seed: int = 0,
 ) -> Likelihood:
-    """-log2 p per dimension of the images of all workers' `batches`, as in bits_per_dim.py.
+    """-log2 p per dimension of the images of all workers' `batches`, which all workers must call.
 
-    Of each image one draw of uniform noise within its grey levels, which makes it a bound in
-    expectation, and one random probe of the flow's divergence, along `steps` steps of Heun's method
-    from t = 1 to T (Song et al. 2021, arXiv:2011.13456, section 4.3). The flow is that of the
-    network itself, without what leads samples (`Denoiser.unguided`). The 95 % interval is Student's
-    over images. All must call it. Raises ValueError for fewer than 2 images.
+    A batch is as in `vlb_over_dataset.bits_per_dim`. Each image gets one draw of uniform noise
+    within its grey levels, which makes the result a bound in expectation, and one random probe of
+    the flow's divergence. The flow is integrated by `steps` steps of Heun's method from t = 1 to T
+    (Song et al. 2021, arXiv:2011.13456, section 4.3). It is that of the network itself, without
+    guidance (`Denoiser.unguided`). The 95 % interval is Student's over images. Raises ValueError
+    for fewer than 2 images.
     """
     schedule, device = denoiser.schedule, workers.device
     # Evenly in t the first of 40 steps is from 1 to 25: 28 bits on MNIST instead of 1.5.

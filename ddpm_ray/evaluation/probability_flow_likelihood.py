@@ -38,14 +38,14 @@ def bits_per_dim(
 ) -> tuple[Tensor, Tensor]:
     """-log2 of the density at x_1 [B, ...] over its dimensions, [B] float64, and the latent x_T.
 
-    The flow is followed along `steps`, which rise from 1 to T, by Heun's method: of second order,
-    and the network is asked at these steps alone, twice at each. At T the law is taken to be
-    N(0, I). The trace of the Jacobian is exact, a backward pass per dimension, or with `probe` of
-    x_1's shape, signs -1 or 1, Hutchinson's unbiased estimate at one pass.
+    The flow is integrated along `steps`, which rise from 1 to T, by Heun's method, of second order:
+    two network calls per transition, at these steps only. The density at T is that of N(0, I). The
+    trace of the Jacobian is exact, at one backward pass per dimension, or with `probe`, signs -1 or
+    1 of x_1's shape, Hutchinson's unbiased estimate at one pass.
 
-    The law is that of step 1, of images with noise of variance 1 - alpha_bar_1 in them. Asked of
-    sqrt(alpha_bar_1) x_0, as Song et al. ask, it takes clean images for such; in the units of x_0
-    the bits are then -log2(alpha_bar_1) / 2 more. Raises ValueError for other `steps`.
+    The density is that of x_1, images with noise of variance 1 - alpha_bar_1. For the density of
+    clean images pass sqrt(alpha_bar_1) x_0, as Song et al. do; in the units of x_0 the result is
+    then larger by -log2(alpha_bar_1) / 2. Raises ValueError for other `steps`.
     """
     if len(steps) < 2 or steps[0] != 1 or steps[-1] != schedule.num_steps:
         raise ValueError(
@@ -54,7 +54,7 @@ def bits_per_dim(
     parameterization = parameterization or Parameterization.of("epsilon", schedule)
     a = schedule.alpha_bar
     of_x_t, of_output = parameterization.to_x_0()
-    # v = (cos x_t - x_0) / sin; at t = 0, never asked, it divides by 0
+    # v = (cos x_t - x_0) / sin; at t = 0, which is not used, it divides by 0
     columns = torch.stack([(a.sqrt() - of_x_t), -of_output]) / (1 - a).sqrt()
     angle: list[float] = torch.atan2((1 - a).sqrt(), a.sqrt()).tolist()
 
@@ -81,10 +81,10 @@ def bits_per_dim(
 
 
 def _trace(model_output: Tensor, x: Tensor, probe: Tensor | None) -> Tensor:
-    """Of each image's Jacobian of answer by x, [B] float64: exact, or as `probe` sees it."""
+    """Trace [B] float64 of each image's Jacobian d model_output / d x: exact, or by `probe`."""
     if probe is not None:
-        (seen,) = torch.autograd.grad(model_output, x, probe)
-        return (seen * probe).flatten(1).double().sum(1)
+        (product,) = torch.autograd.grad(model_output, x, probe)
+        return (product * probe).flatten(1).double().sum(1)
     trace = torch.zeros(len(x), dtype=torch.float64, device=x.device)
     for i, row in enumerate(model_output.flatten(1).unbind(1)):
         (slope,) = torch.autograd.grad(row.sum(), x, retain_graph=True)

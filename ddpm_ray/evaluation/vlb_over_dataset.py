@@ -1,7 +1,7 @@
-"""A model's variational bound on a data set, by all workers: how well it compresses, and where.
+"""The variational bound of a model on a data set, in total and per step, by all workers.
 
-Noise is keyed by the image's index, so any number of workers finds the same; sums are merged in
-float64. Per-step results stand in the order of t = 1..T.
+Noise is keyed by the image's index, so the result does not depend on the number of workers. Sums
+are in float64. Per-step results are in the order of t = 1..T.
 """
 
 from collections.abc import Iterable
@@ -27,12 +27,12 @@ from ddpm_ray.sampling.denoiser import Denoiser
 
 @dataclass(frozen=True)
 class BitsPerDim:
-    """What the bound is made of, in bits per dimension; equal on every worker."""
+    """The bound and its terms in bits per dimension; equal on every worker."""
 
     metrics: dict[str, float]  # eval/bits_per_dim, its _low and _high, eval/prior_bits_per_dim
-    terms: list[float]  # [T]: L_{t-1}, a mean over images; 0 at a step that none was seen at
-    steps: list[int]  # those that were seen
-    rate: list[float]  # at each of `steps`: bits that a receiver of x_t has been sent
+    terms: list[float]  # [T]: L_{t-1}, a mean over images; 0 at a step without a sample
+    steps: list[int]  # those with a sample
+    rate: list[float]  # at each of `steps`: bits sent to a receiver of x_t
     distortion: list[float]  # at each of `steps`: RMSE of its estimate of x_0, in grey levels
     provenance: dict[str, Any]  # plain JSON: what the metrics depend on
 
@@ -57,17 +57,15 @@ def bits_per_dim(
     A batch is indices int64 [n] among all workers' images, images uint8 [n, H, W, C] and labels
     int64 [n]; the batches of all workers together hold each image once. All must call it.
 
-    Every term of every image, or of each image as many as `terms`: L_0, by far the largest, and
-    the others at even strides over 2..T from an offset of the image's own, each taken for all of
-    its stride. Every step is then equally likely and the estimate unbiased. The 95 % interval is
-    Student's over images, whatever was drawn of them.
+    By default all T terms of each image are computed. With fewer `terms` they are L_0, by far the
+    largest, and others at even strides over 2..T from an offset per image; each counts for its
+    stride. Every step is then equally likely and the estimate is unbiased. The 95 % interval is
+    Student's over images.
 
-    It is the bound of the network itself, without what leads samples (`Denoiser.unguided`).
-
-    Rate and distortion are those of section 4.3 and figure 5: L_T and the terms above t, and the
-    root of the mean squared error. `clip` keeps estimates of x_0 in [-1, 1]. A network for
-    super-resolution is not bounded here. Raises ValueError for other `terms`, a variance that
-    the network does not answer, and fewer than 2 images.
+    The bound is that of the network itself, without guidance (`Denoiser.unguided`). Rate and
+    distortion are those of section 4.3 and figure 5: L_T plus the terms above t, and the root mean
+    squared error. `clip` clips estimates of x_0 to [-1, 1]. Raises ValueError for other `terms`, a
+    variance that the network does not predict, a super-resolution network, and fewer than 2 images.
     """
     num_steps = denoiser.schedule.num_steps
     count = num_steps if terms is None else terms
@@ -78,12 +76,12 @@ def bits_per_dim(
         )
     if variance in ("learned", "learned_range") and variance != denoiser.variance:
         raise ValueError(
-            f"variance is {variance}, but the network answers {denoiser.variance}; take fixed_small"
+            f"variance is {variance}, but the network predicts {denoiser.variance}; use fixed_small"
         )
     terms_of = _Terms(denoiser, variance, clip, seed, count)
     device = workers.device
-    # Of each step: bits times what they stand for, squared error, images seen at it. Of all:
-    # images, their bits, the squares of these, L_T.
+    # Per step: weighted bits, squared error, number of samples. In total: images, their bits,
+    # squares of these, L_T.
     by_step = torch.zeros(3, num_steps, dtype=torch.float64, device=device)
     totals = torch.zeros(4, dtype=torch.float64, device=device)
     with torch.inference_mode():

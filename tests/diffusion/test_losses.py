@@ -181,5 +181,5 @@ def test_a_learned_variance_in_bfloat16_is_worked_with_in_float32() -> None:
 
 def test_a_network_that_answers_no_variance_is_named() -> None:
     x_0, noise, both = pictures()
-    with pytest.raises(ValueError, match=r"answers 2 channels to 2; .* 4: widen the network"):
+    with pytest.raises(ValueError, match=r"has 2 channels for 2 of x_t; .* 4: widen it"):
         vlb_loss(lambda x_t, t: both[:, :2], V, x_0, EVERY_T, noise, variance="learned")

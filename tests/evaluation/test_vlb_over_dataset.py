@@ -226,7 +226,7 @@ def test_what_leads_samples_is_left_out() -> None:
         ({"terms": 31}, "terms is 31 of T = 30"),
         ({"images": IMAGES[:1]}, "1 image; an interval needs at least 2"),
         ({"images": IMAGES[:0]}, "0 images; an interval needs at least 2"),
-        ({"variance": "learned_range"}, "learned_range, but the network answers fixed; take"),
+        ({"variance": "learned_range"}, "learned_range, but the network predicts fixed; use"),
     ],
 )
 def test_what_cannot_be_bounded_is_refused(chosen: dict[str, Any], reason: str) -> None:

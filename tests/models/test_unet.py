@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 
 from ddpm_ray.diffusion.conditioning import Conditioning
 from ddpm_ray.models.layers import (
@@ -227,6 +228,17 @@ def test_one_graph_compiles_without_a_break() -> None:
     network, (x_t, t) = small(gradient_checkpointing=True), batch()
     compiled: Any = torch.compile(network, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x_t, t), network(x_t, t))
+
+
+def test_conditioning_is_part_of_the_one_graph() -> None:
+    """Other values of the same shapes do not compile it again."""
+    network, (x_t, t) = small(num_classes=3, condition_channels=2), batch()
+    counter = CompileCounter()
+    compiled: Any = torch.compile(network, backend=counter, fullgraph=True)
+    for label in (0, 1, -1):
+        conditioning = Conditioning(torch.full((3,), label), torch.randn_like(x_t), x_t)
+        torch.testing.assert_close(compiled(x_t, t, conditioning), network(x_t, t, conditioning))
+    assert counter.frame_count == 1
 
 
 @given(st.integers(1, 4), st.integers(1, 40), st.integers(1, 40), st.booleans())
