@@ -22,9 +22,9 @@ from PIL import Image
 from ddpm_ray.assembly import checkpoint_loading
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.sampling import Sampler, SamplingConfig
+from ddpm_ray.data.codec import PIXELS
 from ddpm_ray.data.dataset import open_dataset
 from ddpm_ray.data.loader import read_images
-from ddpm_ray.data.transforms import to_model_range
 from ddpm_ray.diffusion.timestep_spacing import log_snr_steps, uniform_steps
 from ddpm_ray.evaluation.features.feature_extractor import inception_net
 from ddpm_ray.evaluation.reference_statistics import Reference, reference
@@ -62,7 +62,7 @@ class Scorer:
 
     def accuracy(self, images: Images, labels: torch.Tensor) -> float:
         """The share of images that the classifier takes for their label, at t = 1."""
-        x = to_model_range(torch.from_numpy(images))
+        x = PIXELS.encode(torch.from_numpy(images))
         with torch.inference_mode():
             logits = self.classifier(x, torch.ones(len(x), dtype=torch.int64))
         return float((logits.argmax(1) == labels).float().mean())

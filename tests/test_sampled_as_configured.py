@@ -24,6 +24,7 @@ from ddpm_ray.config.loading import load, to_dict
 from ddpm_ray.config.pack import PackConfig
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.sampling import SamplingConfig
+from ddpm_ray.data.codec import PIXELS
 from ddpm_ray.data.packing import packer
 from ddpm_ray.sampling.image_grid import grid
 from ddpm_ray.storage import object_store
@@ -179,7 +180,7 @@ def test_what_belongs_to_another_sampler_gives_way_unless_it_is_given(tmp_path: 
     whole = model.with_settings(variance="fixed_large", steps=12)
     assert whole.plan().variance == "fixed_large"
     assert whole.plan(steps=3).variance == "fixed_small"
-    assert model.with_settings(dynamic_quantile=0.9).plan(clip=False).clipping() is None
+    assert model.with_settings(dynamic_quantile=0.9).plan(clip=False).clipping(PIXELS) is None
     with pytest.raises(TypeError, match=r"unexpected argument 'step'; did you mean steps\?"):
         model.plan(step=3)  # type: ignore[call-arg]
     repainted: Pixels = np.zeros((1, 4, 4, 1), np.uint8)

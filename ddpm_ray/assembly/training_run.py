@@ -17,7 +17,7 @@ from ddpm_ray.config.loading import defining, from_dict
 from ddpm_ray.config.model import ModelConfig
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.training import TrainingConfig
-from ddpm_ray.data import transforms
+from ddpm_ray.data.codec import codec_named
 from ddpm_ray.data.dataset import Dataset, open_dataset
 from ddpm_ray.data.loader import Batch, ShardStream
 from ddpm_ray.diffusion.timestep_sampling import SecondMoments
@@ -208,7 +208,7 @@ def validator(
         images,
         labels,
         positions.start,
-        transforms.pixel_variance(dataset.manifest.pixel_std),
+        codec_named(dataset.manifest.codec).variance(dataset.manifest.pixel_std),
         workers,
         grid_logger.sink,
         config.sampling.batch_size,
@@ -222,7 +222,7 @@ def with_low_resolution(
     if not denoiser.takes.low_resolution_pixels:
         return denoiser
     images, labels = fixed_images(config, dataset, range(count), count)
-    shown = denoiser.takes.of_data(transforms.to_model_range(images.to(device)), labels.to(device))
+    shown = denoiser.takes.of_data(denoiser.codec.encode(images.to(device)), labels.to(device))
     return replace(denoiser, low_resolution_images=shown.low_resolution)
 
 

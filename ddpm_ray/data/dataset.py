@@ -23,6 +23,7 @@ import pyarrow as pa
 
 from ddpm_ray.config.pack import Encoding
 from ddpm_ray.data import shard_index
+from ddpm_ray.data.shard_index import CodecName
 from ddpm_ray.redaction import sanitize
 from ddpm_ray.storage import object_store
 from ddpm_ray.storage.file_formats import require_readable
@@ -53,6 +54,11 @@ class Recipe:
     resize: str  # name of a recipe in resizing.py
     label_names: tuple[str, ...]  # name of label 0, 1, ...; empty: images without labels
     source_sha256: str  # identifies the packed samples (Source.digest)
+    codec: CodecName = "pixels"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the stored form."""
+        return _named_codec(asdict(self))
 
 
 @dataclass(frozen=True)
@@ -83,6 +89,7 @@ class Manifest:
     pixel_mean: tuple[float, ...]  # [C], of pixels in 0..255
     pixel_std: tuple[float, ...]  # [C]
     index_sha256: str
+    codec: CodecName = "pixels"
 
     @property
     def sample_bytes(self) -> int:
@@ -91,7 +98,7 @@ class Manifest:
 
     def to_json(self) -> bytes:
         """Return canonical JSON: the fingerprint is the sha256 of exactly these bytes."""
-        return (json.dumps(asdict(self), sort_keys=True, indent=1) + "\n").encode()
+        return (json.dumps(_named_codec(asdict(self)), sort_keys=True, indent=1) + "\n").encode()
 
 
 @dataclass(frozen=True)
@@ -153,7 +160,7 @@ def open_dataset(url: str) -> Dataset:
 
 def write_index(url: str, recipe: Recipe, rows: Sequence[ShardRow]) -> Dataset:
     """Complete the data set at `url`, whose shards exist: write its index, then its manifest."""
-    data = shard_index.write(asdict(recipe), [asdict(row) for row in rows])
+    data = shard_index.write(recipe.to_json(), [asdict(row) for row in rows])
     table = shard_index.read(data)
     manifest = manifest_of(table, hashlib.sha256(data).hexdigest())
     object_store.write_bytes(object_store.join(url, INDEX), data)
@@ -189,7 +196,13 @@ def manifest_of(table: pa.Table, index_sha256: str) -> Manifest:
         pixel_mean=mean,
         pixel_std=tuple(math.sqrt(v) for v in variance),
         index_sha256=index_sha256,
+        codec=recipe["codec"],
     )
+
+
+def _named_codec(stored: dict[str, Any]) -> dict[str, Any]:
+    """Leave out the codec "pixels", the only one of earlier versions: fingerprints stay equal."""
+    return {key: value for key, value in stored.items() if (key, value) != ("codec", "pixels")}
 
 
 def _read_manifest(where: str, data: bytes) -> dict[str, Any]:

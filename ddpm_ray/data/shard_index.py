@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ddpm_ray.config.pack import Encoding
 from ddpm_ray.data import arrow_io
 from ddpm_ray.data.arrow_io import ArrowFileError
 
@@ -29,8 +30,9 @@ SCHEMA = pa.schema(
 PATTERNS = {"name": "^shard-[0-9]{5,}[.]arrow$", "sha256": "^[0-9a-f]{64}$"}
 LIMITS = {"samples": 2**32, "stored_bytes": 2**33}  # per shard; packing writes at most 2**30 bytes
 MAX_PIXELS = 2**28  # of one image
-ENCODINGS = ("raw", "png", "jpeg", "webp")
-STRINGS = ("encoding", "resize", "source_sha256")  # fields of a recipe
+CodecName: TypeAlias = Literal["pixels"]  # see codec.py
+ENCODINGS, CODECS = get_args(Encoding), get_args(CodecName)
+STRINGS = ("encoding", "resize", "source_sha256", "codec")  # fields of a recipe
 
 
 def write(recipe: dict[str, Any], rows: Sequence[dict[str, Any]]) -> bytes:
@@ -76,11 +78,15 @@ def _checked_recipe(batch: pa.RecordBatch) -> dict[str, Any]:
         if not isinstance(text, str):
             raise ArrowFileError(f"{key} is {text!r}; it must be a string")
     if texts["encoding"] not in ENCODINGS:
-        raise ArrowFileError(f"encoding is {texts['encoding']!r}; it must be one of {ENCODINGS}")
+        raise ArrowFileError(
+            f"encoding is {texts['encoding']!r}; it must be one of {', '.join(ENCODINGS)}"
+        )
+    if texts["codec"] not in CODECS:
+        raise ArrowFileError(f"codec is {texts['codec']!r}; this version reads {', '.join(CODECS)}")
     return found
 
 
 def recipe(index: pa.Table | pa.RecordBatch) -> dict[str, Any]:
-    """Return the recipe that was given to `write`."""
+    """Return the recipe that was given to `write`; a recipe without a codec means pixels."""
     found: dict[str, Any] = json.loads((index.schema.metadata or {})[b"recipe"])
-    return found
+    return {"codec": "pixels"} | found

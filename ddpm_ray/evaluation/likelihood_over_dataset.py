@@ -47,21 +47,18 @@ def flow_likelihood(
     guidance (`Denoiser.unguided`). The 95 % interval is Student's over images. Raises ValueError
     for fewer than 2 images.
     """
-    schedule, device = denoiser.schedule, workers.device
+    schedule, codec, device = denoiser.schedule, denoiser.codec, workers.device
     # Evenly in t the first of 40 steps is from 1 to 25: 28 bits on MNIST instead of 1.5.
     way = log_snr_steps(schedule, steps)[-2::-1]
     a_1 = float(schedule.alpha_bar[1])
     totals = torch.zeros(3, dtype=torch.float64)
     for index, images, labels in batches:
-        index, x = index.to(device), images.to(device).permute(0, 3, 1, 2)
+        index, shape = index.to(device), codec.shape(images.shape[1:])
         within, side = (
-            counter_rng.uniform(seed, Purpose.LIKELIHOOD, use, index, tuple(x.shape[1:]))
-            for use in (0, 1)
+            counter_rng.uniform(seed, Purpose.LIKELIHOOD, use, index, shape) for use in (0, 1)
         )
-        x_0, signs = (
-            probability_flow_likelihood.dequantised(x, within),
-            torch.where(side < 0.5, -1.0, 1.0),
-        )
+        x_0 = codec.dequantize(images.to(device), within)
+        signs = torch.where(side < 0.5, -1.0, 1.0)
         denoise = denoiser.without_variance(denoiser.unguided(Conditioning(labels.to(device))))
         bits, _ = probability_flow_likelihood.bits_per_dim(
             schedule,
@@ -71,7 +68,7 @@ def flow_likelihood(
             parameterization=denoiser.parameterization,
             probe=signs,
         )
-        bits = (bits - math.log2(a_1) / 2 + probability_flow_likelihood.GREY_LEVEL_BITS).cpu()
+        bits = (bits - math.log2(a_1) / 2 + math.log2(codec.levels_per_unit)).cpu()
         totals += torch.stack([torch.ones_like(bits), bits, bits.square()]).sum(1)
     count, total, squares = workers.sum_(totals).tolist()
     mean, low, high = interval_of_mean(count, total, squares)

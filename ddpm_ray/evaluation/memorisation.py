@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ddpm_ray.collectives import Workers
+from ddpm_ray.data.codec import PIXELS
 from ddpm_ray.data.dataset import Dataset
 from ddpm_ray.data.loader import read_images
 from ddpm_ray.evaluation.features.feature_extractor import FeatureNet
@@ -32,7 +33,7 @@ COPY_RATIO = 0.5  # a sample nearer than this share of that mean counts as a cop
 SHOWN = 5  # nearest images that are kept whole
 SUSPECTS = 16  # samples that are listed one by one
 BATCH = 64  # images that a network looks at, at once
-GREY_LEVEL = 2 / 255  # of a pixel, in [-1, 1]
+GREY_LEVEL = 1 / PIXELS.levels_per_unit  # in units of x_0
 
 
 @dataclass(frozen=True, eq=False)

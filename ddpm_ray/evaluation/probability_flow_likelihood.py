@@ -15,17 +15,6 @@ from torch import Tensor
 from ddpm_ray.diffusion.parameterization import Parameterization
 from ddpm_ray.diffusion.process import Denoise, NoiseSchedule
 
-GREY_LEVEL_BITS = math.log2(127.5)  # a grey level, 1 of 0..255, is 1 / 127.5 in [-1, 1]
-
-
-def dequantised(images: Tensor, noise: Tensor) -> Tensor:
-    """x_0 [B, ...] about [-1, 1] from uint8 `images` and `noise` of that shape, uniform in [0, 1).
-
-    Each grey level is spread over its bin, so the mean of -log2 density(x_0) per dimension plus
-    GREY_LEVEL_BITS bounds the levels' code length (Theis et al. 2016, arXiv:1511.01844, eq. 3).
-    """
-    return (images.to(noise) + (noise - 0.5)) / 127.5 - 1
-
 
 def bits_per_dim(
     schedule: NoiseSchedule,

@@ -25,7 +25,7 @@ from ddpm_ray.evaluation.features.feature_extractor import FeatureNet, float32_b
 from ddpm_ray.evaluation.reference_statistics import Reference
 from ddpm_ray.redaction import counted
 from ddpm_ray.sampling.denoiser import Denoiser
-from ddpm_ray.sampling.sampling import SamplingPlan, draw, to_uint8
+from ddpm_ray.sampling.sampling import SamplingPlan, draw
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ def evaluate(
         if workers.is_main
         else {}
     )
-    found = _provenance(denoiser.schedule, plan, net, reference, num_images, provenance)
+    found = _provenance(denoiser, plan, net, reference, num_images, provenance)
     found["arithmetic"] = arithmetic(workers.device)
     if held_out is not None:
         found["held_out"] = _facts(held_out)
@@ -148,12 +148,12 @@ def _drawn(
     """Yield batches: indices [n] from `share` and images uint8 [n, H, W, C] on `device`."""
     for start in range(share.start, share.stop, batch_size):
         index = torch.arange(start, min(start + batch_size, share.stop))
-        images = to_uint8(draw(denoiser, plan, index, image_shape, device))
-        yield index, torch.from_numpy(images).to(device)
+        x_0 = draw(denoiser, plan, index, image_shape, device)
+        yield index, torch.from_numpy(denoiser.codec.decode(x_0)).to(device)
 
 
 def _provenance(
-    schedule: NoiseSchedule,
+    denoiser: Denoiser,
     plan: SamplingPlan,
     net: FeatureNet,
     reference: Reference,
@@ -161,6 +161,7 @@ def _provenance(
     provenance: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Return all that the scores depend on, as plain JSON; equal ones are comparable."""
+    schedule = denoiser.schedule
     return {
         "model": dict(provenance),
         "samples": {
@@ -177,7 +178,7 @@ def _provenance(
             "dynamic_quantile": plan.dynamic_quantile,
             "labels": list(plan.labels),
             "guidance": vars(plan.guidance),
-            "rounding": "uint8, (x + 1) * 127.5 half up",
+            "rounding": denoiser.codec.rounding,
         },
         "features": net.facts,
         "reference": _facts(reference),

@@ -15,12 +15,11 @@ from ddpm_ray import counter_rng
 from ddpm_ray.choices import ReverseVariance
 from ddpm_ray.collectives import Workers
 from ddpm_ray.counter_rng import Purpose
-from ddpm_ray.data.transforms import to_model_range
+from ddpm_ray.data.codec import Codec
 from ddpm_ray.diffusion import vlb
 from ddpm_ray.diffusion.conditioning import Conditioning
 from ddpm_ray.diffusion.parameterization import Parameterization
 from ddpm_ray.diffusion.process import add_noise
-from ddpm_ray.diffusion.x0_estimator import clip_to_range
 from ddpm_ray.evaluation.confidence_interval import interval_of_mean
 from ddpm_ray.sampling.denoiser import Denoiser
 
@@ -86,9 +85,10 @@ def bits_per_dim(
     totals = torch.zeros(4, dtype=torch.float64, device=device)
     with torch.inference_mode():
         for index, images, labels in batches:
-            index, x_0 = index.to(device), to_model_range(images.to(device), None)
+            index, x_0 = index.to(device), denoiser.codec.encode(images.to(device))
             terms_of.add(index, x_0, labels.to(device), by_step, totals)
-    return _found(workers.sum_(by_step).cpu(), workers.sum_(totals).cpu(), terms_of.facts())
+    sums = workers.sum_(by_step).cpu(), workers.sum_(totals).cpu()
+    return _found(*sums, terms_of.facts(), denoiser.codec)
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,7 +138,7 @@ class _Terms:
         x_0, x_t = x_0.double(), x_t.double()
         estimate = of.parameterization.x_0(x_t, t, model_output.double())
         if self.clip:
-            clip_to_range(estimate)
+            of.codec.clip()(estimate)
         log_variance = vlb.reverse_log_variance(schedule, t, self.variance, x_0, raw)
         image = Parameterization.of("x_0", schedule)
         bits = vlb.term(image, x_0, x_t, t, estimate, log_variance)
@@ -158,12 +158,12 @@ class _Terms:
         }
 
 
-def _found(by_step: Tensor, totals: Tensor, facts: dict[str, Any]) -> BitsPerDim:
+def _found(by_step: Tensor, totals: Tensor, facts: dict[str, Any], codec: Codec) -> BitsPerDim:
     images, bits, squares, prior = totals.tolist()
     mean, low, high = interval_of_mean(images, bits, squares)
     terms, seen = by_step[0] / images, by_step[2] > 0
     above = terms.flip(0).cumsum(0).flip(0) - terms  # the sum over s > t
-    error = (by_step[1, seen] / by_step[2, seen]).sqrt() * 127.5
+    error = (by_step[1, seen] / by_step[2, seen]).sqrt() * codec.levels_per_unit
     return BitsPerDim(
         metrics={
             "eval/bits_per_dim": mean,

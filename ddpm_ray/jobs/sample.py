@@ -36,7 +36,11 @@ def sample(config: SampleConfig, arguments: Namespace) -> dict[str, Any]:
     model, plan = load_model.planned(uri, config.sampling, config.guidance, home)
     size = config.sampling.batch_size
     calls = -(-config.num_images // size) * (len(plan.steps) - 1)
-    line, film, seen = ProgressLine(f"step of {plan.sampler}"), gif.Film(), itertools.count(1)
+    line, film, seen = (
+        ProgressLine(f"step of {plan.sampler}"),
+        gif.Film(model.denoiser.codec),
+        itertools.count(1),
+    )
 
     def show(t: int, x_t: Any, x_0: Any) -> None:
         line(next(seen), calls)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ddpm_ray.data.transforms import downscaled
+from ddpm_ray.data.low_resolution import downscaled
 from ddpm_ray.diffusion.conditioning import Conditioning
 
 

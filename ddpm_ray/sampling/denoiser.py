@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ddpm_ray.choices import ModelVariance
+from ddpm_ray.data.codec import PIXELS, Codec
 from ddpm_ray.diffusion.conditioning import UNCONDITIONAL, Conditioning, Network
 from ddpm_ray.diffusion.guidance import classifier_free
 from ddpm_ray.diffusion.parameterization import Parameterization
@@ -53,6 +54,7 @@ class Denoiser:
     low_resolution_images: Tensor | None = None  # [M, C, H, W]: image i takes i % M
     guidance_model: GuidanceModel | None = None
     guidance_classes: int = 0  # number of labels that the guidance classifier knows; 0: unknown
+    codec: Codec = PIXELS
 
     @classmethod
     def of_noise(cls, denoise: Denoise, schedule: NoiseSchedule) -> "Denoiser":
@@ -146,7 +148,8 @@ class _SelfConditioned:
         conditioning = replace(conditioning, estimate=_as_many(estimate, len(x_t)))
         model_output = of.model_output(x_t, t, conditioning)
         mean = model_output if of.variance == "fixed" else model_output.chunk(2, 1)[0]
-        self._estimate = of.parameterization.x_0(x_t, t, mean).detach().clamp_(-1, 1)
+        self._estimate = of.parameterization.x_0(x_t, t, mean).detach()
+        of.codec.clip()(self._estimate)
         return model_output
 
 

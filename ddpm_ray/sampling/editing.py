@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ddpm_ray.config.edit import InpaintingMethod
 from ddpm_ray.counter_rng import Purpose, normal
+from ddpm_ray.data.codec import channels_first, channels_last
 from ddpm_ray.diffusion import inpainting, inversion, samplers
 from ddpm_ray.diffusion.process import Denoise, add_noise
 from ddpm_ray.diffusion.samplers import Noise
@@ -75,7 +76,7 @@ def inpaint(
         resamples=painting.resamples,
         eta=1.0 if plan.sampler == "ancestral" else plan.eta,
         parameterization=denoiser.parameterization,
-        clip=plan.clipping(),
+        clip=plan.clipping(denoiser.codec),
     )
 
 
@@ -126,7 +127,7 @@ def interpolate(
         x_T,
         plan.steps,
         parameterization=parameterization,
-        clip=plan.clipping(),
+        clip=plan.clipping(denoiser.codec),
     )
 
 
@@ -169,9 +170,9 @@ def on_canvas(images: Images, top: int, bottom: int, left: int, right: int) -> t
     if not any((top, bottom, left, right)):
         raise ValueError("top, bottom, left and right are 0; outpainting adds pixels: set one")
     height, width = images.shape[1] + top + bottom, images.shape[2] + left + right
-    pixels = torch.tensor(images).permute(0, 3, 1, 2)
+    pixels = channels_first(torch.tensor(images))
     canvas, mask = inpainting.on_canvas(pixels, height, width, top, left)
-    return canvas.permute(0, 2, 3, 1).numpy(), mask[0, 0].numpy()
+    return channels_last(canvas).numpy(), mask[0, 0].numpy()
 
 
 def fit(result: Images, known: Images, mask: Mask) -> dict[str, float | None]:
@@ -179,7 +180,7 @@ def fit(result: Images, known: Images, mask: Mask) -> dict[str, float | None]:
 
     See diffusion/inpainting.py. The seam is a mean over images, None if it is undefined.
     """
-    painted, given = (torch.tensor(x).permute(0, 3, 1, 2).float() for x in (result, known))
+    painted, given = (channels_first(torch.tensor(x)).float() for x in (result, known))
     keep = torch.tensor(mask).view(-1, 1, *mask.shape[-2:])
     seam = float(inpainting.seam(painted, keep).mean())
     error = inpainting.known_error(painted, given, keep)

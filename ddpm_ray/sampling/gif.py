@@ -5,9 +5,10 @@ from pathlib import Path
 from PIL import Image
 from torch import Tensor
 
+from ddpm_ray.data.codec import PIXELS, Codec
 from ddpm_ray.sampling.image_grid import grid
 from ddpm_ray.sampling.image_io import write_picture
-from ddpm_ray.sampling.sampling import Images, to_uint8
+from ddpm_ray.sampling.sampling import Images
 
 FRAME_MS = 60
 SHOWN_IMAGES = 16
@@ -17,7 +18,8 @@ LAST_MS = 1500  # duration of the last frame: the final images
 class Film:
     """Collects the frames of a GIF; pass `add` as a sampler's on_step."""
 
-    def __init__(self) -> None:
+    def __init__(self, codec: Codec = PIXELS) -> None:
+        self._codec = codec
         self._frames: list[Image.Image] = []
         self._last_t: int | None = None
         self._rolls = True
@@ -27,7 +29,7 @@ class Film:
         self._rolls = self._rolls and (self._last_t is None or t < self._last_t)
         self._last_t = t
         if self._rolls:
-            self._frames.append(grid(to_uint8(x_0[:SHOWN_IMAGES])))
+            self._frames.append(grid(self._codec.decode(x_0[:SHOWN_IMAGES])))
 
     def save(self, path: str | Path, images: Images) -> None:
         """Write a looping GIF: the frames, then the first of `images` for longer."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ddpm_ray.sampling.denoiser import Denoiser
-from ddpm_ray.sampling.sampling import Images, SamplingPlan, draw, to_uint8
+from ddpm_ray.sampling.sampling import Images, SamplingPlan, draw
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -74,7 +74,7 @@ def denoising_strip(
     kept[0] = x_0, x_0
     noisy, clean = (torch.stack([kept[t][i] for t in shown], dim=1) for i in (0, 1))
     rows = torch.stack([noisy, clean], dim=1)  # [N, 2, columns, C, H, W]
-    picture = grid(to_uint8(rows.flatten(0, 2)), columns=len(shown))
+    picture = grid(denoiser.codec.decode(rows.flatten(0, 2)), columns=len(shown))
     captions = [f"t = {shown[0]}", *map(str, shown[1:])]
     return captioned(picture, above=captions, row_captions=["x_t", "x_0"] * len(index))
 

@@ -11,13 +11,13 @@ from torch import Tensor
 from ddpm_ray.config.edit import InpaintingMethod
 from ddpm_ray.config.option_fields import checks_arguments, limits
 from ddpm_ray.config.sampling import Conditioned, SamplingArguments, SamplingConfig
-from ddpm_ray.data.transforms import enlarged, low_resolution_size, to_model_range
+from ddpm_ray.data.low_resolution import enlarged, low_resolution_size
 from ddpm_ray.diffusion.samplers import OnStep
 from ddpm_ray.sampling import editing
 from ddpm_ray.sampling.array_arguments import as_images, as_mask
 from ddpm_ray.sampling.denoiser import Denoiser
 from ddpm_ray.sampling.editing import Mask, Painting
-from ddpm_ray.sampling.sampling import Images, SamplingPlan, draw_uint8, sampling_plan, to_uint8
+from ddpm_ray.sampling.sampling import Images, SamplingPlan, draw_uint8, sampling_plan
 
 # Random numbers are keyed by 2^32 indices.
 NumImages: TypeAlias = Annotated[int, limits(at_least=1, at_most=2**32)]
@@ -183,7 +183,7 @@ class TrainedModel:
                 f"images are {found.shape[1]} x {found.shape[2]}; this model enlarges those of "
                 f"{height} x {width} (0: none; objective.low_resolution_pixels)"
             )
-        small = to_model_range(torch.from_numpy(found).to(self.device))
+        small = self.denoiser.codec.encode(torch.from_numpy(found).to(self.device))
         denoiser = replace(self.denoiser, low_resolution_images=enlarged(small, self.image_size))
         plan = self.plan_of(chosen)
         return replace(self, denoiser=denoiser).draw(plan, len(found), chosen.batch_size)
@@ -217,7 +217,7 @@ class TrainedModel:
             editing.interpolate(self.denoiser, plan, ends, part, shape, self.device)
             for part in torch.split(shares, chosen.batch_size)
         )
-        return np.concatenate([to_uint8(part) for part in parts])
+        return np.concatenate([self.denoiser.codec.decode(part) for part in parts])
 
     @checks_arguments
     def reconstruct(
@@ -287,6 +287,7 @@ class TrainedModel:
         """Apply `edit(x [b, C, H, W], indices [b])` to all images in batches."""
         found = as_images(images, self.image_shape[0])
         size, (count, height, width, _) = self.image_size, found.shape
+        codec = self.denoiser.codec
         if height < size[0] or width < size[1]:
             raise ValueError(
                 f"images are {height} x {width}; the model edits images of at least {size[0]} x "
@@ -295,6 +296,6 @@ class TrainedModel:
         at_once = max(1, batch_size // editing.windows(height, width, size))
         parts = []
         for index in torch.split(torch.arange(count), at_once):
-            x = to_model_range(torch.from_numpy(found[index.numpy()]).to(self.device))
-            parts.append(to_uint8(edit(x, index.to(self.device))))
+            x = codec.encode(torch.from_numpy(found[index.numpy()]).to(self.device))
+            parts.append(codec.decode(edit(x, index.to(self.device))))
         return np.concatenate(parts)

@@ -17,11 +17,11 @@ from torch import Tensor
 from ddpm_ray.choices import SamplingVariance
 from ddpm_ray.config.sampling import Sampler, SamplingConfig
 from ddpm_ray.counter_rng import Purpose, normal
+from ddpm_ray.data.codec import Codec
 from ddpm_ray.diffusion import samplers, solvers, timestep_spacing
 from ddpm_ray.diffusion.process import Denoise, NoiseSchedule
 from ddpm_ray.diffusion.samplers import Noise, OnStep
-from ddpm_ray.diffusion.x0_estimator import Clip, clip_to_quantile, clip_to_range
-from ddpm_ray.redaction import counted
+from ddpm_ray.diffusion.x0_estimator import Clip
 from ddpm_ray.sampling.denoiser import UNGUIDED, Denoiser, Guidance
 
 Images: TypeAlias = npt.NDArray[np.uint8]  # [N, H, W, C]
@@ -41,11 +41,11 @@ class SamplingPlan:
     labels: tuple[int, ...] = ()  # see ConditioningSpec.of_samples
     guidance: Guidance = UNGUIDED
 
-    def clipping(self) -> Clip | None:
+    def clipping(self, codec: Codec) -> Clip | None:
         """How estimates of x_0 are clipped; None: not at all."""
         if not self.clip:
             return None
-        return clip_to_quantile(self.dynamic_quantile) if self.dynamic_quantile else clip_to_range
+        return codec.clip(self.dynamic_quantile)
 
 
 def first_step(schedule: NoiseSchedule, sampler: Sampler) -> int:
@@ -128,7 +128,7 @@ def walk(
     schedule = denoiser.schedule
     common: dict[str, Any] = {
         "parameterization": denoiser.parameterization,
-        "clip": plan.clipping(),
+        "clip": plan.clipping(denoiser.codec),
         "on_step": on_step,
     }
     if plan.sampler == "ancestral":
@@ -192,19 +192,4 @@ def draw_uint8(
         return np.empty((0, height, width, channels), np.uint8)
     batches = torch.split(torch.tensor(indices), batch_size)
     drawn = (draw(denoiser, plan, i, image_shape, device, on_step=on_step) for i in batches)
-    return np.concatenate([to_uint8(images) for images in drawn])
-
-
-def to_uint8(images: Tensor) -> Images:
-    """uint8 [N, H, W, C] of images [N, C, H, W] in [-1, 1]: (x + 1) * 127.5, half up, clamped.
-
-    Raises ValueError where a value is not finite: as uint8 it would be a pixel like any other.
-    """
-    if not torch.isfinite(images).all():
-        bad = int((~torch.isfinite(images)).flatten(1).any(1).sum())
-        raise ValueError(
-            f"{bad} of {counted(len(images), 'image')}: values that are not finite; the network's "
-            "weights or its precision are broken: sample from an earlier checkpoint or in float32"
-        )
-    scaled = images.float().add(1).mul_(127.5).add_(0.5).clamp_(0, 255).to(torch.uint8)
-    return scaled.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    return np.concatenate([denoiser.codec.decode(x_0) for x_0 in drawn])

@@ -23,8 +23,8 @@ from ddpm_ray.assembly.training_run import comparable
 from ddpm_ray.config.loading import flat, from_dict, to_dict, with_values
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.sweep import SweepConfig
+from ddpm_ray.data.codec import codec_named
 from ddpm_ray.data.dataset import Dataset
-from ddpm_ray.data.transforms import mean_square
 from ddpm_ray.diffusion.schedule_diagnostics import ScheduleDiagnostics, diagnose_schedule
 from ddpm_ray.distributed import worker_group
 from ddpm_ray.distributed.placement_groups import HEAD
@@ -213,7 +213,7 @@ def schedule_diagnostics(
     schedule = diffusion.noise_schedule(run.schedule)
     manifest = dataset.manifest
     height, width, _ = manifest.image_shape
-    squares = mean_square(manifest.pixel_mean, manifest.pixel_std)
+    squares = codec_named(manifest.codec).mean_square(manifest.pixel_mean, manifest.pixel_std)
     return diagnose_schedule(schedule, squares, height * width)
 
 

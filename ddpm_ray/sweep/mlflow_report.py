@@ -12,8 +12,8 @@ from PIL import Image
 
 from ddpm_ray.config.loading import flat, to_yaml
 from ddpm_ray.config.sweep import SweepConfig
+from ddpm_ray.data.codec import codec_named
 from ddpm_ray.data.dataset import Dataset
-from ddpm_ray.data.transforms import pixel_variance
 from ddpm_ray.evaluation.loss_by_snr import linear_guess
 from ddpm_ray.runs.run_identity import IDENTITY
 from ddpm_ray.runs.train import artifact_root, run_tags
@@ -43,7 +43,7 @@ class SweepRun:
     folder: str
     identity: str
     run: TrackedRun
-    pixel_variance: float  # of the data scaled to [-1, 1]
+    data_variance: float  # of x_0
 
     @classmethod
     def find_or_create(
@@ -62,7 +62,9 @@ class SweepRun:
             dataset_url=config.run.data.url,
             dataset_fingerprint=dataset.fingerprint,
         )
-        return cls(config, folder, identity, run, pixel_variance(dataset.manifest.pixel_std))
+        manifest = dataset.manifest
+        variance = codec_named(manifest.codec).variance(manifest.pixel_std)
+        return cls(config, folder, identity, run, variance)
 
     @property
     def runs(self) -> str:
@@ -96,7 +98,7 @@ class SweepRun:
         score = self.config.score
         rows = standings(trials, score)
         levels = torch.tensor(LEVELS, dtype=torch.float64)
-        guess = linear_guess(levels, self.pixel_variance).tolist()
+        guess = linear_guess(levels, self.data_variance).tolist()
         drawn = {
             "1_score_against_T": charts.fid_against_T(trials, score),
             "2_samples": charts.contact_sheet(trials, _grids(trials, rows), score),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ddpm_ray import counter_rng
 from ddpm_ray.counter_rng import Purpose
-from ddpm_ray.data.transforms import to_model_range
+from ddpm_ray.data.codec import PIXELS, Codec
 from ddpm_ray.diffusion.conditioning import Conditioning
 from ddpm_ray.sampling.conditioning import ConditioningSpec
 
@@ -47,6 +47,7 @@ class NoisingRecipe:
     offset_noise: float = 0.0
     input_perturbation: float = 0.0
     low_resolution_noise: float = 0.0
+    codec: Codec = PIXELS
 
     def noisy_batch(
         self, images: Tensor, labels: Tensor, step: int, positions: Tensor, device: torch.device
@@ -54,7 +55,7 @@ class NoisingRecipe:
         """Prepare images [b, H, W, C] uint8 and labels [b] at global positions [b] of `step`."""
         seed = self.seed
         flips = counter_rng.coin(seed, Purpose.FLIP, step, positions) if self.flip else None
-        x_0 = to_model_range(images.to(device, non_blocking=True), flips)
+        x_0 = self.codec.encode(images.to(device, non_blocking=True), flips)
         x_0 = x_0.contiguous(memory_format=self.memory_format)
         shape = tuple(x_0.shape[1:])
         t, importance = self.steps(step, positions)

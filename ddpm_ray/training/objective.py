@@ -187,7 +187,9 @@ class Objective:
                 replace(noisy.conditioning, estimate=zeros),
             )
             mean = model_output if self.variance == "fixed" else model_output.chunk(2, 1)[0]
-            return self.parameterization.x_0(x_t, noisy.t, mean).clamp_(-1, 1)
+            estimate = self.parameterization.x_0(x_t, noisy.t, mean)
+            self.noising.codec.clip()(estimate)
+            return estimate
 
     def _autocast(self, device: torch.device) -> contextlib.AbstractContextManager[object]:
         return torch.autocast(device.type, torch.bfloat16, enabled=self.bf16)

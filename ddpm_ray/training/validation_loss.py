@@ -13,7 +13,6 @@ from torch import Tensor
 from ddpm_ray import counter_rng
 from ddpm_ray.collectives import Workers
 from ddpm_ray.counter_rng import Purpose
-from ddpm_ray.data.transforms import to_model_range
 from ddpm_ray.evaluation.loss_by_snr import loss_by_log_snr, validation_loss
 from ddpm_ray.reporting import Row, Sink
 from ddpm_ray.sampling.denoiser import Denoiser
@@ -63,7 +62,7 @@ class Validator:
 
     def _losses_by_level(self, images: Tensor, start: int, levels: Tensor) -> Tensor:
         device = self.workers.device
-        x_0 = to_model_range(images.to(device), None)
+        x_0 = self.denoiser.codec.encode(images.to(device))
         index = torch.arange(len(images), device=device) + self.first_index + start
         noise = counter_rng.normal(SEED, Purpose.VALIDATION, 0, index, tuple(x_0.shape[1:]))
         labels = self.labels[start : start + len(images)].to(device)

@@ -139,9 +139,9 @@ def test_a_recipe_of_no_picture_is_refused(changes: dict[str, Any], tmp_path: Pa
         open_dataset(url)
 
 
-@pytest.mark.parametrize("key", [field.name for field in dataclasses.fields(Recipe)])
+@pytest.mark.parametrize("key", RECIPE.to_json())
 def test_a_recipe_that_lacks_a_value_is_refused(key: str, tmp_path: Path) -> None:
-    recipe = dataclasses.asdict(RECIPE)
+    recipe = RECIPE.to_json()
     del recipe[key]
     with pytest.raises(DatasetError, match=rf"index.arrow: its recipe .*KeyError\('{key}'\)"):
         open_dataset(with_recipe(tmp_path, json.dumps(recipe)))

@@ -11,9 +11,7 @@ from torch import Tensor, nn
 from ddpm_ray.diffusion import NoiseSchedule, Parameterization, schedules
 from ddpm_ray.diffusion.process import Denoise
 from ddpm_ray.evaluation.probability_flow_likelihood import (
-    GREY_LEVEL_BITS,
     bits_per_dim,
-    dequantised,
 )
 from tests.truth import LINE, ONE, THREE, Mixture
 
@@ -132,15 +130,3 @@ def test_the_network_is_asked_at_the_given_steps_alone_and_left_as_it_was() -> N
 def test_other_steps_are_refused(steps: list[int], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         bits_per_dim(TO_NOISE, optimum(ONE), POINTS, steps, parameterization=V)
-
-
-def test_dequantised_images_fill_the_bins_of_their_grey_levels() -> None:
-    """All noise rounds back to its level, the levels' bins tile, and uniform ones cost 8 bits."""
-    images = torch.arange(256, dtype=torch.uint8)
-    low = dequantised(images, torch.zeros(256, dtype=torch.float64))
-    high = dequantised(images, torch.full((256,), 1 - 1e-9, dtype=torch.float64))
-    for x_0 in (low + 1e-9, high):
-        assert ((x_0 + 1) * 127.5 + 0.5).floor().to(torch.uint8).equal(images)
-    torch.testing.assert_close(high[:-1], low[1:])
-    width = float(high[-1] - low[0])
-    assert math.log2(width) + GREY_LEVEL_BITS == pytest.approx(8, abs=1e-9)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.evaluation import InceptionResize
+from ddpm_ray.data.codec import PIXELS
 from ddpm_ray.diffusion import schedules
 from ddpm_ray.diffusion.conditioning import Conditioning
 from ddpm_ray.diffusion.parameterization import Parameterization
@@ -33,7 +34,7 @@ from ddpm_ray.evaluation.reference_statistics import Reference, reference
 from ddpm_ray.evaluation.sample_quality import Scores, evaluate
 from ddpm_ray.sampling.conditioning import ConditioningSpec
 from ddpm_ray.sampling.denoiser import Denoiser
-from ddpm_ray.sampling.sampling import Images, SamplingPlan, draw, to_uint8
+from ddpm_ray.sampling.sampling import Images, SamplingPlan, draw
 from ddpm_ray.storage import object_store
 from tests.noise import pack
 
@@ -135,7 +136,7 @@ def test_scores_are_what_scipy_and_sklearn_make_of_the_same_samples(
     images = random_images(60)
     feature_net = net(8)
     truth = reference(pack(tmp_path, images, [60]), feature_net, Workers(), kernel_images=5)
-    drawn = to_uint8(
+    drawn = PIXELS.decode(
         draw(Denoiser.of_noise(blind, SCHEDULE), PLAN, torch.arange(num_images), SHAPE, "cpu")
     )
     samples = features_of(drawn, 8)
@@ -156,7 +157,9 @@ def test_the_interval_is_of_the_scores_without_each_tenth_sample(
     """From the samples themselves: scipy's distance of what is left, ten times."""
     images, feature_net = random_images(90), net(width)
     truth = reference(pack(tmp_path, images, [90]), feature_net, Workers())
-    drawn = to_uint8(draw(Denoiser.of_noise(blind, SCHEDULE), PLAN, torch.arange(40), SHAPE, "cpu"))
+    drawn = PIXELS.decode(
+        draw(Denoiser.of_noise(blind, SCHEDULE), PLAN, torch.arange(40), SHAPE, "cpu")
+    )
     metrics = score(feature_net, truth).metrics
     known, seen = (features_of(each, width) for each in (images, drawn))
     left = [frechet_by_scipy(known, seen[np.arange(40) % 10 != group]) for group in range(10)]
@@ -171,7 +174,9 @@ def test_fewer_samples_than_features_are_scored_to_twelve_digits(tmp_path: Path)
     """Covariances alone would give seven: that of the samples is singular."""
     images, feature_net = random_images(200), net(32)
     truth = reference(pack(tmp_path, images, [200]), feature_net, Workers())
-    drawn = to_uint8(draw(Denoiser.of_noise(blind, SCHEDULE), PLAN, torch.arange(8), SHAPE, "cpu"))
+    drawn = PIXELS.decode(
+        draw(Denoiser.of_noise(blind, SCHEDULE), PLAN, torch.arange(8), SHAPE, "cpu")
+    )
     both = [feature_net(torch.from_numpy(each))[32] for each in (images, drawn)]
     metrics = score(feature_net, truth, num_images=8).metrics
     expected = frechet_distance_of_features(*both)  # from the vectors; no covariance is formed
@@ -390,7 +395,7 @@ def test_the_interval_of_ten_classes_in_turn_is_that_of_each_class_thinned(tmp_p
         network, Parameterization.of("epsilon", SCHEDULE), takes=ConditioningSpec(10)
     )
     images, feature_net = random_images(300), net(4)
-    drawn = to_uint8(draw(denoiser, PLAN, torch.arange(200), SHAPE, "cpu"))
+    drawn = PIXELS.decode(draw(denoiser, PLAN, torch.arange(200), SHAPE, "cpu"))
     truth = reference(pack(tmp_path, images, [300]), feature_net, Workers())
     found = evaluate(
         denoiser, PLAN, feature_net, truth, num_images=200, batch_size=50, image_shape=SHAPE,
@@ -507,7 +512,9 @@ def test_more_samples_are_extrapolated_to_and_others_compared_with(tmp_path: Pat
         optional_metrics=OptionalMetrics(True, True),
         held_out=others,
     )
-    drawn = to_uint8(draw(Denoiser.of_noise(blind, SCHEDULE), PLAN, torch.arange(60), SHAPE, "cpu"))
+    drawn = PIXELS.decode(
+        draw(Denoiser.of_noise(blind, SCHEDULE), PLAN, torch.arange(60), SHAPE, "cpu")
+    )
     data, samples = features_of(images, 8), features_of(drawn, 8)
     metrics = found.metrics
     assert metrics["eval/fid8_held_out"] == pytest.approx(
@@ -560,7 +567,9 @@ def test_spatial_features_are_scored_by_their_distance_alone(tmp_path: Path) -> 
         feature_net, truth, num_images=10, optional_metrics=OptionalMetrics(precision_recall=True)
     ).metrics
     assert found.keys() == {"eval/sfid"}  # 10 samples are too few for an interval
-    drawn = to_uint8(draw(Denoiser.of_noise(blind, SCHEDULE), PLAN, torch.arange(10), SHAPE, "cpu"))
+    drawn = PIXELS.decode(
+        draw(Denoiser.of_noise(blind, SCHEDULE), PLAN, torch.arange(10), SHAPE, "cpu")
+    )
     # An isometry of what `spread` spans: the same distance in 8 numbers, where scipy's root is good
     root = sqrtm(spread @ spread.T).real
     expected = frechet_by_scipy(features_of(images, 8) @ root, features_of(drawn, 8) @ root)

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
+from ddpm_ray.data.codec import PIXELS
 from ddpm_ray.diffusion import schedules
 from ddpm_ray.diffusion.process import NoiseSchedule
 from ddpm_ray.diffusion.timestep_spacing import uniform_steps
@@ -19,7 +20,7 @@ from ddpm_ray.sampling.image_grid import (
     denoising_strip,
     grid,
 )
-from ddpm_ray.sampling.sampling import Images, SamplingPlan, draw, to_uint8
+from ddpm_ray.sampling.sampling import Images, SamplingPlan, draw
 
 
 def noise(*shape: int) -> Images:
@@ -86,7 +87,11 @@ def test_a_strip_goes_from_the_start_noise_to_the_image(count: int) -> None:
     )
     pixels = np.asarray(strip)[MARGIN_PIXELS:, MARGIN_PIXELS:]
     assert (np.asarray(strip)[:MARGIN_PIXELS] < 128).any(), "the steps are written above"
-    first_noisy, first_clean, last = to_uint8(starts[0]), to_uint8(starts[1]), to_uint8(x_0)
+    first_noisy, first_clean, last = (
+        PIXELS.decode(starts[0]),
+        PIXELS.decode(starts[1]),
+        PIXELS.decode(x_0),
+    )
     for i in range(2):
         for column, row, image in (
             (0, 2 * i, first_noisy[i]),

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from ddpm_ray.config.edit import InpaintingMethod
-from ddpm_ray.data.transforms import low_resolution_size
+from ddpm_ray.data.low_resolution import low_resolution_size
 from ddpm_ray.diffusion import schedules
 from ddpm_ray.diffusion.conditioning import Conditioning
 from ddpm_ray.diffusion.parameterization import Parameterization

@@ -2,7 +2,6 @@
 
 from itertools import pairwise
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -13,7 +12,7 @@ from ddpm_ray.diffusion import schedules
 from ddpm_ray.diffusion.process import NoiseSchedule
 from ddpm_ray.diffusion.timestep_spacing import uniform_steps
 from ddpm_ray.sampling.denoiser import Denoiser
-from ddpm_ray.sampling.sampling import SamplingPlan, draw, to_uint8
+from ddpm_ray.sampling.sampling import SamplingPlan, draw
 
 T = 20
 SCHEDULE = NoiseSchedule(schedules.cosine(T))
@@ -74,32 +73,3 @@ def test_noise_of_one_image_at_two_steps_is_not_correlated() -> None:
     correlation = torch.corrcoef(torch.stack([states[0].flatten(), *fresh]))
     off_diagonal = correlation - torch.eye(len(correlation))
     assert off_diagonal.abs().max() < 5 / 16384**0.5  # five standard errors
-
-
-def test_rounding_to_uint8_is_half_up_and_clamped() -> None:
-    pixels = torch.tensor([-7.0, -1.0, -0.9961, -0.996, 0.0, 0.9999, 1.0, 7.0])
-    levels = to_uint8(pixels.view(8, 1, 1, 1))
-    assert levels.shape == (8, 1, 1, 1)
-    assert levels.dtype == np.uint8
-    assert levels.ravel().tolist() == [0, 0, 0, 1, 128, 255, 255, 255]
-
-
-@given(st.integers(0, 255))
-def test_every_grey_level_survives_the_way_through_the_model_range(level: int) -> None:
-    assert to_uint8(torch.full((1, 3, 2, 2), level / 127.5 - 1)).tolist() == [
-        [[[level] * 3] * 2] * 2
-    ]
-
-
-def test_channels_come_last() -> None:
-    image = torch.tensor([-1.0, 0.0, 1.0]).view(1, 3, 1, 1).expand(1, 3, 4, 5)
-    assert to_uint8(image).shape == (1, 4, 5, 3)
-    assert to_uint8(image)[0, 3, 4].tolist() == [0, 128, 255]
-
-
-@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_a_pixel_that_is_not_finite_never_becomes_a_grey_level(poison: float) -> None:
-    images = torch.zeros(3, 1, 2, 2)
-    images[1, 0, 1, 1] = poison
-    with pytest.raises(ValueError, match="1 of 3 images: values that are not finite"):
-        to_uint8(images)

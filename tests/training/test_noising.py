@@ -14,7 +14,7 @@ from ddpm_ray.assembly import diffusion, training_run
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.loading import load
 from ddpm_ray.config.run import RunConfig
-from ddpm_ray.data.transforms import downscaled
+from ddpm_ray.data.low_resolution import downscaled
 from ddpm_ray.diffusion import Parameterization, add_noise
 from ddpm_ray.diffusion.conditioning import NO_LABEL, Conditioning
 from ddpm_ray.training.noising import NoisyBatch

@@ -127,7 +127,7 @@ def pack_shard(plan: PackPlan, number: int) -> PackedShard:
     """
     part_url = _part_url(plan, number)
     shard_url = object_store.join(plan.destination, shards.shard_name(number))
-    identity = json.dumps([asdict(plan.recipe), plan.source.version, _options(plan)])
+    identity = json.dumps([plan.recipe.to_json(), plan.source.version, _options(plan)])
     if object_store.exists(part_url):
         part = json.loads(object_store.read_bytes(part_url))
         if part["identity"] == identity and (part["row"] is None or object_store.exists(shard_url)):

@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ddpm_ray.data.codec import channels_first
+
 WEIGHTS = Path(__file__).with_suffix(".safetensors")
 SIDE = 8  # pixels
 
@@ -42,7 +44,7 @@ class DigitsClassifier(nn.Module):
                 f"images are {images.dtype} {list(images.shape)}; "
                 f"the digits classifier reads uint8 [N, {SIDE}, {SIDE}, 1]"
             )
-        h = images.permute(0, 3, 1, 2).float() / 255
+        h = channels_first(images).float() / 255
         h = F.relu(self.conv_2(F.relu(self.conv_1(h))))
         h = F.relu(self.conv_3(F.max_pool2d(h, 2)))
         return F.relu(self.dense_1(F.max_pool2d(h, 2).flatten(1)))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ddpm_ray.config.evaluation import InceptionResize
+from ddpm_ray.data.codec import channels_first
 
 SIDE = 299  # pixels
 SPATIAL = 2023  # numbers in 7 channels of 17 x 17, which no mean is taken of
@@ -60,7 +61,7 @@ class Inception(nn.Module):
                 f"images are {images.dtype} {list(images.shape)}; "
                 "Inception reads uint8 [N, H, W, 3] or [N, H, W, 1]"
             )
-        h = RESIZE[self.resize](images.permute(0, 3, 1, 2).float())
+        h = RESIZE[self.resize](channels_first(images).float())
         h = h.expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
         found = {}
         for name, layer in self.layers.named_children():

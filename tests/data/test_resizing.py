@@ -1,14 +1,11 @@
-"""Resize recipes and the conversion to the network's range."""
+"""Resize recipes."""
 
 import numpy as np
-import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
 from ddpm_ray.data.resizing import resize
-from ddpm_ray.data.transforms import to_model_range
 
 
 @given(st.integers(1, 200), st.integers(1, 200), st.integers(1, 32))
@@ -31,22 +28,3 @@ def test_the_centre_is_kept_and_averages_are_exact() -> None:
 def test_none_leaves_the_image_alone() -> None:
     image = Image.new("L", (5, 3))
     assert resize(image, "none", 0) is image
-
-
-def test_the_model_range_is_minus_one_to_one() -> None:
-    images = torch.arange(256, dtype=torch.uint8).view(1, 8, 16, 2)
-    x = to_model_range(images)
-    assert (x.shape, x.dtype) == ((1, 2, 8, 16), torch.float32)
-    assert x.is_contiguous()
-    assert (x.min().item(), x.max().item()) == (-1, 1)
-    back = ((x + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
-    assert torch.equal(back, images)
-
-
-@pytest.mark.parametrize("flip", [[False, True], [True, False]])
-def test_only_the_chosen_images_are_mirrored(flip: list[bool]) -> None:
-    images = torch.randint(0, 256, (2, 4, 5, 3), dtype=torch.uint8)
-    plain, flipped = to_model_range(images), to_model_range(images, torch.tensor(flip))
-    for n, mirrored in enumerate(flip):
-        columns = list(range(5))[:: -1 if mirrored else 1]
-        assert torch.equal(flipped[n], plain[n][..., columns])
