@@ -1,6 +1,5 @@
 """The options of a job for `--help`, and one option or group of them for `--help KEY`."""
 
-import inspect
 import shutil
 import sys
 import textwrap
@@ -13,6 +12,7 @@ from ddpm_ray.config.option_fields import walk
 from ddpm_ray.config.reading.errors import ConfigError, groups, nearest_key
 from ddpm_ray.config.reading.former_keys import current_key
 from ddpm_ray.config.reading.option_text import choices, range_text, type_text, value_text
+from ddpm_ray.config.reading.shipped import folder_of
 from ddpm_ray.config.reading.yaml_text import type_at
 
 OF_THE_MODEL = "sampling."  # jobs on a trained model take these options from it
@@ -96,24 +96,27 @@ def _sections(kind: Any, group: str) -> Iterator[str]:
     inside = type_at(kind, group)
     own = [one for one in _options(kind) if one.key.rpartition(".")[0] == group]
     if own:
-        title = [group or "general", inspect.cleandoc(inside.__doc__ or "").partition("\n")[0]]
         model = " Default: as the model was trained." if own[0].of_the_model else ""
-        entries = [_entry(one.setting, one.meaning) for one in own]
-        yield "\n".join([*_wrapped(": ".join(title) + model, ""), *entries])
+        title = _wrapped(_title(group or "general", inside) + model, "")
+        yield "\n".join([*title, *(_entry(one.setting, one.meaning) for one in own)])
     for item in fields(inside):
         name = f"{group}.{item.name}" if group else item.name
         below = type_at(kind, name)
         if not is_dataclass(below):
             continue
         if item.metadata.get("whole_config") and not group:
-            doc = inspect.cleandoc(below.__doc__ or "").partition("\n")[0]
-            job = getattr(below, "shipped_in", "")
             needed = [key for key in required_keys(kind) if key.startswith(f"{name}.")]
-            text = f"the options of the job {job}; --help {name} lists them"
+            text = f"the options of the job {folder_of(below)}; --help {name} lists them"
             more = f"; required: {', '.join(needed)}" if needed else ""
-            yield "\n".join([*_wrapped(f"{name}: {doc}", ""), _entry(f"{name}.*", text + more)])
+            yield "\n".join([*_wrapped(_title(name, below), ""), _entry(f"{name}.*", text + more)])
         else:
             yield from _sections(kind, name)
+
+
+def _title(name: str, kind: Any) -> str:
+    """The name of a group and the first sentence of the docstring of its class."""
+    sentence, *_ = (kind.__doc__ or "").splitlines() or [""]
+    return f"{name}: {sentence}"
 
 
 def _entry(setting: str, meaning: str) -> str:

@@ -44,7 +44,7 @@ def groups(keys: Iterable[str]) -> list[str]:
 
 
 def nearest_key(kind: Any, key: str, more: Iterable[str] = ()) -> str:
-    """Return "; did you mean ...?" with the key nearest to `key`; empty if none is near.
+    """Return "; did you mean ...?" with the key nearest to `key`, or a hint at `--help`.
 
     Searches the options of `kind` and `more` names. A key without its group, and a mistyped former
     key, lead to the current key.
@@ -55,7 +55,7 @@ def nearest_key(kind: Any, key: str, more: Iterable[str] = ()) -> str:
     tail = {name.rpartition(".")[2]: name for name in names}
     if not near and (also := difflib.get_close_matches(key.rpartition(".")[2], tail, n=1)):
         near = [tail[also[0]]]
-    return f"; did you mean {names[near[0]]}?" if near else ""
+    return f"; did you mean {names[near[0]]}?" if near else "; --help lists the keys"
 
 
 def did_you_mean(text: str, names: Iterable[str]) -> str:
