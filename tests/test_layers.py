@@ -45,7 +45,7 @@ IMPORTERS = {  # outside package: the only modules or folders that may import it
     "botocore": (),
     "fsspec": ("ddpm_ray.storage.object_store",),
     "s3fs": ("ddpm_ray.storage.object_store",),
-    "matplotlib": ("ddpm_ray.sweep.charts",),
+    "matplotlib": ("ddpm_ray.sweep.charts", "ddpm_ray.sweep.chart_style"),
     "mlflow": ("ddpm_ray.tracking",),
     "ray": ("ddpm_ray.distributed", "ddpm_ray.runs", "ddpm_ray.sweep"),
     "sklearn": ("ddpm_ray.data.packing.builtin_datasets",),

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 GUTTER_PIXELS = 2
 GUTTER_GREY = 128  # contrasts with both black and white backgrounds
-MARGIN_PIXELS = 28  # margin for captions; wider if a caption is longer
+MARGIN_PIXELS = 28  # margin for captions; wider if a caption needs it
 LEGIBLE_PIXELS = 64  # smaller images are enlarged by an integer factor
 
 
@@ -55,7 +55,7 @@ def denoising_strip(
     image_shape: tuple[int, int, int],
     device: torch.device | str,
     *,
-    columns: int = 10,
+    columns: int = 8,
 ) -> Image.Image:
     """Draw the images `index` [N] and show their steps: one column per step, from T to 0.
 
@@ -75,27 +75,50 @@ def denoising_strip(
     noisy, clean = (torch.stack([kept[t][i] for t in shown], dim=1) for i in (0, 1))
     rows = torch.stack([noisy, clean], dim=1)  # [N, 2, columns, C, H, W]
     picture = grid(denoiser.codec.decode(rows.flatten(0, 2)), columns=len(shown))
-    captions = [f"t = {shown[0]}", *map(str, shown[1:])]
-    return captioned(picture, above=captions, row_captions=["x_t", "x_0"] * len(index))
+    above = [str(t) for t in shown]
+    return captioned(picture, above, row_captions=["x_t", "x_0"] * len(index), corner="t")
 
 
 def captioned(
-    picture: Image.Image, above: Sequence[str], row_captions: Sequence[str]
+    picture: Image.Image, above: Sequence[str], row_captions: Sequence[str], corner: str = ""
 ) -> Image.Image:
-    """Add captions to `picture`: `above` its equal columns, and left of its equal rows."""
+    """Add captions to `picture`: `above` its equal columns, and left of its equal rows.
+
+    `corner` stands left of the captions above.
+    """
     from PIL import Image, ImageDraw, ImageFont
 
-    font = ImageFont.load_default(size=14)
+    size = legible_font_pixels(picture.width)
+    font, top = ImageFont.load_default(size=size), max(MARGIN_PIXELS, round(1.4 * size))
     left = max(
         [MARGIN_PIXELS, *(math.ceil(font.getlength(caption)) + 6 for caption in row_captions)]
     )
-    whole = Image.new(picture.mode, (picture.width + left, picture.height + MARGIN_PIXELS), "white")
-    whole.paste(picture, (left, MARGIN_PIXELS))
+    whole = Image.new(picture.mode, (picture.width + left, picture.height + top), "white")
+    whole.paste(picture, (left, top))
     pen = ImageDraw.Draw(whole)
+    pen.text((left / 2, top / 2), corner, fill="black", font=font, anchor="mm")
     for i, caption in enumerate(above):
         x = left + (i + 0.5) * picture.width / len(above)
-        pen.text((x, MARGIN_PIXELS / 2), caption, fill="black", font=font, anchor="mm")
+        pen.text((x, top / 2), caption, fill="black", font=font, anchor="mm")
     for i, caption in enumerate(row_captions):
-        y = MARGIN_PIXELS + (i + 0.5) * picture.height / len(row_captions)
+        y = top + (i + 0.5) * picture.height / len(row_captions)
         pen.text((left / 2, y), caption, fill="black", font=font, anchor="mm")
     return whole
+
+
+def titled(picture: Image.Image, title: str) -> Image.Image:
+    """Add a line of text above `picture`."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    size = legible_font_pixels(picture.width)
+    top = round(1.4 * size)
+    whole = Image.new(picture.mode, (picture.width, picture.height + top), "white")
+    whole.paste(picture, (0, top))
+    font = ImageFont.load_default(size=size)
+    ImageDraw.Draw(whole).text((2, top / 2), title, fill="black", font=font, anchor="lm")
+    return whole
+
+
+def legible_font_pixels(width: int) -> int:
+    """Return the font size that is 11 pixels where a picture is shown 250 wide, as in MLflow."""
+    return max(14, math.ceil(width / 23))

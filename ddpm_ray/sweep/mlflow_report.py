@@ -20,6 +20,7 @@ from ddpm_ray.runs.train import artifact_root, run_tags
 from ddpm_ray.storage import checksummed_json, object_store
 from ddpm_ray.storage.object_store import StorageError
 from ddpm_ray.sweep import charts
+from ddpm_ray.sweep.contact_sheet import ROWS, contact_sheet
 from ddpm_ray.sweep.leaderboard import as_markdown
 from ddpm_ray.sweep.leaderboard_html import as_html
 from ddpm_ray.sweep.standings import Row, standings
@@ -100,11 +101,12 @@ class SweepRun:
         levels = torch.tensor(LEVELS, dtype=torch.float64)
         guess = linear_guess(levels, self.data_variance).tolist()
         drawn = {
-            "1_score_against_T": charts.fid_against_T(trials, score),
-            "2_samples": charts.contact_sheet(trials, _grids(trials, rows), score),
-            "3_loss_by_log_snr": charts.loss_by_log_snr(trials, LEVELS, guess),
-            "4_common_loss": charts.score_curves(trials),
-            "5_cost": charts.cost_bars(trials),
+            "1_score_against_T": charts.score_against_T(trials, score),
+            "2_loss_against_T": charts.loss_against_T(trials, score),
+            "3_samples": contact_sheet(trials, _grids(trials, rows), score),
+            "4_common_loss": charts.common_loss(trials),
+            "5_loss_by_log_snr": charts.loss_by_log_snr(trials, LEVELS, guess),
+            "6_cost": charts.cost_bars(trials),
         }
         counts = {status: sum(trial.status == status for trial in trials) for status in STATUSES}
         metrics = {f"sweep/{status}": float(count) for status, count in counts.items()}
@@ -201,10 +203,10 @@ class SweepRun:
 
 
 def _grids(trials: list[Trial], rows: list[Row]) -> dict[int, Image.Image]:
-    """Return the newest sample grids of the best trials, as many as fit on the sheet."""
+    """Return the newest sample grids of the best trials, as many as the contact sheet shows."""
     found: dict[int, Image.Image] = {}
     for row in rows:
-        if len(found) == charts.SHEET_ROWS:
+        if len(found) == ROWS:
             break
         if url := trials[row.number].outcome.get("samples"):
             with contextlib.suppress(StorageError, OSError):  # only its picture is missing

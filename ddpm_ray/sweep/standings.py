@@ -81,12 +81,6 @@ def interval(row: Row) -> str:
     return f"[{digits(row.low)}, {digits(row.high)}]" if known else ""
 
 
-def score_text(row: Row, metric: str) -> str:
-    """Format the score with its interval, or else the last loss."""
-    loss = f"loss {digits(row.loss)}"
-    return loss if row.score is None else f"{metric} {digits(row.score)} {interval(row)}"
-
-
 def status_counts(rows: Sequence[Row]) -> str:
     """Return the number of trials by status, as `12 finished, 3 failed`."""
     counts = Counter(row.status for row in rows)

@@ -19,6 +19,7 @@ from ddpm_ray.sampling.image_grid import (
     captioned,
     denoising_strip,
     grid,
+    titled,
 )
 from ddpm_ray.sampling.sampling import Images, SamplingPlan, draw
 
@@ -81,17 +82,12 @@ def test_a_strip_goes_from_the_start_noise_to_the_image(count: int) -> None:
     strip = denoising_strip(shrinking, plan, index, shape, "cpu", columns=5)
     cell = 64 + GUTTER_PIXELS
     columns = min(5, count + 1)
-    assert strip.size == (
-        MARGIN_PIXELS + columns * cell + GUTTER_PIXELS,
-        MARGIN_PIXELS + 4 * cell + GUTTER_PIXELS,
-    )
-    pixels = np.asarray(strip)[MARGIN_PIXELS:, MARGIN_PIXELS:]
-    assert (np.asarray(strip)[:MARGIN_PIXELS] < 128).any(), "the steps are written above"
-    first_noisy, first_clean, last = (
-        PIXELS.decode(starts[0]),
-        PIXELS.decode(starts[1]),
-        PIXELS.decode(x_0),
-    )
+    left = strip.width - columns * cell - GUTTER_PIXELS
+    top = strip.height - 4 * cell - GUTTER_PIXELS
+    assert min(left, top) >= MARGIN_PIXELS
+    pixels = np.asarray(strip)[top:, left:]
+    assert (np.asarray(strip)[:top, left:] < 128).any(), "the steps are written above"
+    first_noisy, first_clean, last = (PIXELS.decode(x) for x in (starts[0], starts[1], x_0))
     for i in range(2):
         for column, row, image in (
             (0, 2 * i, first_noisy[i]),
@@ -111,3 +107,35 @@ def test_captions_beside_a_picture_have_the_room_that_they_need() -> None:
     assert (next_to[:, :2] == 255).all(), "it is cut off"
     assert (next_to[:, -2:] == 255).all(), "it runs into the picture"
     assert (next_to < 100).any()
+
+
+PANEL_PIXELS = 250  # width at which MLflow shows a picture
+
+
+def ink(margin: Image.Image) -> np.ndarray[tuple[int, int], np.dtype[np.bool_]]:
+    return np.asarray(margin.convert("L")) < 128
+
+
+@pytest.mark.parametrize("side", [8, 32, 64, 256])
+def test_text_is_readable_where_mlflow_shows_it(side: int) -> None:
+    """Digits are 6.5 of 250 pixels or more in height, over eight columns with gaps between them."""
+    steps = ["1000", "860", "720", "580", "440", "300", "140", "0"]
+    plain = grid(noise(16, side, side, 3), columns=8)
+    strip = captioned(plain, steps, ["x_t", "x_0"], corner="t")
+    left, top = strip.width - plain.width, strip.height - plain.height
+    text = ink(strip.crop((left, 0, strip.width, top)))
+    rows = np.flatnonzero(text.any(axis=1))
+    assert len(rows) * PANEL_PIXELS / strip.width >= 6.5
+    cells = np.array_split(text.any(axis=0), 8)
+    assert all(cell.any() and not cell[0] and not cell[-1] for cell in cells)
+    whole = titled(plain, "step 4000")
+    rows = np.flatnonzero(ink(whole.crop((0, 0, whole.width, whole.height - plain.height))).any(1))
+    assert len(rows) * PANEL_PIXELS / whole.width >= 6.5
+
+
+def test_a_title_leaves_the_picture_as_it_is() -> None:
+    plain = grid(noise(4, 8, 8, 1))
+    whole = titled(plain, "step 5")
+    below = whole.crop((0, whole.height - plain.height, whole.width, whole.height))
+    assert whole.width == plain.width
+    assert (np.asarray(below) == np.asarray(plain)).all()

@@ -12,19 +12,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageChops
 
-from ddpm_ray.sampling.image_grid import GUTTER_PIXELS, grid
-from ddpm_ray.sweep import charts
-from ddpm_ray.sweep.standings import STATUSES, standings
+from ddpm_ray.sweep import chart_style, charts
+from ddpm_ray.sweep.standings import STATUSES
 from ddpm_ray.sweep.trial_store import Status, Trial
 
 pytestmark = pytest.mark.xdist_group("charts")  # a minute that needs neither Ray nor MLflow
 
 METRIC = "eval/fid"
+PLOT = 860  # below that pixel row is the legend
 LEVELS = [-4.5, -1.5, 1.5, 4.5]
 Chart = Callable[[list[Trial]], Image.Image | None]
 CHARTS: dict[str, Chart] = {
-    "fid_against_T": lambda trials: charts.fid_against_T(trials, METRIC),
-    "score_curves": charts.score_curves,
+    "score_against_T": lambda trials: charts.score_against_T(trials, METRIC),
+    "loss_against_T": lambda trials: charts.loss_against_T(trials, METRIC),
+    "common_loss": charts.common_loss,
     "loss_by_log_snr": lambda trials: charts.loss_by_log_snr(trials, LEVELS, [0.5, 0.4, 0.3, 0.2]),
     "cost_bars": charts.cost_bars,
 }
@@ -80,13 +81,12 @@ def alike(one: Image.Image | None, other: Image.Image | None) -> bool:
 
 @every_chart
 @pytest.mark.parametrize("count", [1, 4, 12, 60, 1000])
-def test_a_chart_is_a_picture_of_one_screen(chart: Chart, count: int) -> None:
+def test_a_chart_is_a_square_picture(chart: Chart, count: int) -> None:
     """Whatever the number of trials; a warning of matplotlib would fail the test."""
     picture = chart(sweep(count))
     assert picture is not None
     assert picture.mode == "RGB"
-    assert picture.width == 1200
-    assert 300 <= picture.height <= 900
+    assert picture.size == (chart_style.PIXELS, chart_style.PIXELS)
 
 
 @every_chart
@@ -131,15 +131,15 @@ def test_what_a_trial_lacks_breaks_no_chart(chart: Chart, data: st.DataObject) -
     assert picture is None or ink(picture, "#FFFFFF") > picture.width
 
 
-@pytest.mark.parametrize("chart", ["score_curves", "cost_bars"])
+@pytest.mark.parametrize("chart", ["common_loss", "cost_bars"])
 def test_a_failed_trial_has_its_own_colour(chart: str) -> None:
     trials = sweep(4)
     for trial in trials:
         trial.status = "finished"
     trials[0].status = "stopped"
-    before = ink(CHARTS[chart](trials), charts.STATUS_COLOURS["failed"])
+    before = ink(CHARTS[chart](trials), chart_style.STATUS_COLOURS["failed"])
     trials[3].status = "failed"
-    assert ink(CHARTS[chart](trials), charts.STATUS_COLOURS["failed"]) > before
+    assert ink(CHARTS[chart](trials), chart_style.STATUS_COLOURS["failed"]) > before
 
 
 def test_cost_bars_are_as_long_as_their_cost_and_split_where_work_ends() -> None:
@@ -148,10 +148,11 @@ def test_cost_bars_are_as_long_as_their_cost_and_split_where_work_ends() -> None
     cheap = Trial(1, {}, status="failed", outcome={"worker_s": 200.0, "busy_s": 200.0})
     picture = charts.cost_bars([dear, cheap])
     assert picture is not None
-    pixels = np.asarray(picture).astype(int)[:, :900]  # left of the legend
+    pixels = np.asarray(picture).astype(int)[:800]  # above the legend
+    colours = (chart_style.STATUS_COLOURS[status] for status in ("finished", "failed"))
     blue, red = (
-        (pixels == [int(charts.STATUS_COLOURS[s][i : i + 2], 16) for i in (1, 3, 5)]).all(axis=2)
-        for s in ("finished", "failed")
+        (pixels == [int(colour[i : i + 2], 16) for i in (1, 3, 5)]).all(axis=2)
+        for colour in colours
     )
     assert blue.any(axis=0).sum() == pytest.approx(red.any(axis=0).sum(), abs=2)
     end = np.flatnonzero(blue.any(axis=0)).max()
@@ -165,14 +166,13 @@ def test_a_better_score_stands_lower_and_a_larger_t_further_right() -> None:
     for trial, T, score in zip(trials, (100, 1000), (9.0, 3.0), strict=True):
         trial.values = {"schedule.kind": f"at {T}", "schedule.num_steps": T}
         trial.outcome = {"metrics": {METRIC: score}}
-    picture = charts.fid_against_T(trials, METRIC)
+    picture = charts.score_against_T(trials, METRIC)
     assert picture is not None
-    best, other = charts.COLOURS[:2]
-    low_right, high_left = (600, 290, 1200, 580), (0, 0, 600, 290)  # the legend is high and right
-    assert ink(picture.crop(low_right), best)
-    assert ink(picture.crop(high_left), other)
-    assert not ink(picture.crop((0, 0, 600, 580)), best)
-    assert not ink(picture.crop((0, 290, 1200, 580)), other)
+    best, other = chart_style.COLOURS[:2]
+    assert ink(picture.crop((500, PLOT // 2, 1000, PLOT)), best)
+    assert ink(picture.crop((0, 0, 500, PLOT // 2)), other)
+    assert not ink(picture.crop((0, 0, 500, PLOT)), best)
+    assert not ink(picture.crop((0, PLOT // 2, 1000, PLOT)), other)
 
 
 def test_intervals_are_drawn_to_scale() -> None:
@@ -181,11 +181,11 @@ def test_intervals_are_drawn_to_scale() -> None:
     for trial, T, half in zip(trials, (100, 1000), (30.0, 3.0), strict=True):
         metrics = {METRIC: 50.0, f"{METRIC}_low": 50 - half, f"{METRIC}_high": 50 + half}
         trial.outcome = {"metrics": metrics, "num_steps": T}
-    picture = charts.fid_against_T(trials, METRIC)
+    picture = charts.score_against_T(trials, METRIC)
     assert picture is not None
     wide, narrow = (
-        [y for y in range(100, 580) if ink(picture.crop((0, y, 1200, y + 1)), colour)]
-        for colour in charts.COLOURS[:2]  # from 100 on: the legend is above
+        [y for y in range(PLOT) if ink(picture.crop((0, y, 1000, y + 1)), colour)]
+        for colour in chart_style.COLOURS[:2]
     )
     score = (narrow[0] + narrow[-1]) / 2
     assert wide[-1] - score == pytest.approx(10 * (narrow[-1] - score), rel=0.1)
@@ -195,10 +195,58 @@ def test_t_may_come_from_what_the_trial_reported() -> None:
     trials = sweep(4)
     for trial in trials:
         trial.outcome["num_steps"] = trial.values["schedule.num_steps"]
-    reported = charts.fid_against_T(trials, METRIC)
+    reported = charts.score_against_T(trials, METRIC)
     for trial in trials:
         del trial.values["schedule.num_steps"]
-    assert alike(charts.fid_against_T(trials, METRIC), reported)
+    assert alike(charts.score_against_T(trials, METRIC), reported)
+
+
+def test_a_sweep_that_stops_all_trials_early_compares_them_by_loss() -> None:
+    """One of each schedule, stopped at step 300 and 100: none has a score, all are drawn."""
+    trials = sweep(12)[::4]
+    for trial in trials:
+        trial.status, trial.outcome = "stopped", {}
+    trials[0].validation_losses = sweep(1)[0].validation_losses
+    picture = charts.loss_against_T(trials, METRIC)
+    assert picture is not None
+    plot = picture.crop((0, 0, 1000, PLOT))
+    assert all(ink(plot, colour) for colour in chart_style.COLOURS[: len(trials)])
+    assert charts.score_against_T(trials, METRIC) is None
+
+
+def test_a_schedule_has_one_colour_in_both_charts_against_t() -> None:
+    """The scored schedule, the only one in the first chart, has not the lowest loss."""
+    trials = [Trial(i, {"schedule.kind": f"k{i}", "schedule.num_steps": 100}) for i in (0, 1)]
+    for trial, loss in zip(trials, (2.0, 1.0), strict=True):
+        trial.validation_losses = [{"order": 0, "step": 50, "loss": loss}]
+    trials[0].status, trials[1].status = "finished", "stopped"
+    trials[0].outcome = {"metrics": {METRIC: 1.0}}
+    score, loss_chart = (
+        chart(trials, METRIC) for chart in (charts.score_against_T, charts.loss_against_T)
+    )
+    assert score is not None
+    assert loss_chart is not None
+    colour = chart_style.COLOURS[0]
+    assert ink(score.crop((0, 0, 1000, PLOT)), colour)
+    assert not ink(score, chart_style.COLOURS[1])
+    assert ink(loss_chart.crop((0, 0, 1000, PLOT // 3)), colour)  # the higher of the two
+
+
+STEPS = st.lists(st.sampled_from([50, 100, 150, 200]), unique=True)
+
+
+@given(st.lists(STEPS, max_size=5))
+def test_the_shared_step_is_the_last_that_all_compared_trials_reached(
+    runs: list[list[int]],
+) -> None:
+    trials = [
+        Trial(i, {}, validation_losses=[{"step": step, "loss": 1.0} for step in steps])
+        for i, steps in enumerate(runs)
+    ]
+    compared = [steps for steps in runs if steps]
+    shared = charts.shared_step(trials)
+    of_all = [step for step in (50, 100, 150, 200) if all(step in steps for steps in compared)]
+    assert shared == (of_all[-1] if compared and of_all else None)
 
 
 def test_a_spectrum_is_drawn_with_and_without_the_linear_guess() -> None:
@@ -220,47 +268,6 @@ def test_charts_may_be_drawn_in_threads() -> None:
     for thread in threads:
         thread.join()
     assert all(alike(alone[name], together[name]) for name in CHARTS)
-
-
-def sample_grids(trials: list[Trial], side: int, channels: int) -> dict[int, Image.Image]:
-    draw = np.random.default_rng(0)
-    shape = 64, side, side, channels
-    return {t.number: grid(draw.integers(0, 256, shape, dtype=np.uint8)) for t in trials}
-
-
-@pytest.mark.parametrize("columns, channels", [(8, 1), (3, 3), (12, 3)])
-def test_a_contact_sheet_holds_the_images_of_the_grids(columns: int, channels: int) -> None:
-    trials = sweep(7)
-    grids = sample_grids(trials[1:], 32, channels)  # trial 0 has none
-    sheet = charts.contact_sheet(trials, grids, METRIC, columns)
-    assert sheet is not None
-    order = [row.number for row in standings(trials, METRIC) if row.number in grids]
-    cell = 64 + GUTTER_PIXELS
-    left, top = charts.CAPTION_PIXELS, sheet.height % (cell + GUTTER_PIXELS)
-    assert sheet.height == top + len(order) * (cell + GUTTER_PIXELS)
-    for row, number in enumerate(order):
-        for i in range(columns):
-            x, y = GUTTER_PIXELS + i % 8 * cell, GUTTER_PIXELS + i // 8 * cell
-            image = grids[number].convert("RGB").crop((x, y, x + 64, y + 64))
-            x = left + GUTTER_PIXELS + i * cell
-            y = top + GUTTER_PIXELS + row * (cell + GUTTER_PIXELS)
-            assert alike(sheet.crop((x, y, x + 64, y + 64)), image)
-
-
-def test_a_contact_sheet_stays_of_a_size_to_open() -> None:
-    trials = sweep(100)
-    small = charts.contact_sheet(trials, sample_grids(trials, 8, 1), METRIC)
-    large = charts.contact_sheet(trials[:9], sample_grids(trials[:9], 256, 3), METRIC)
-    assert small is not None
-    assert large is not None
-    assert small.height < 3000
-    assert large.width < 1600
-    forty = [row.number for row in standings(trials, METRIC)][:40]
-    few = charts.contact_sheet([trials[i] for i in forty], sample_grids(trials, 8, 1), METRIC)
-    assert not alike(few, small), "it says how many are left out"
-    assert few is not None
-    assert few.size == small.size
-    assert charts.contact_sheet(trials, {}, METRIC) is None
 
 
 def test_nothing_shares_pyplot() -> None:
