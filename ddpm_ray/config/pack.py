@@ -8,7 +8,7 @@ from ddpm_ray.config.data import MIB
 from ddpm_ray.config.option_fields import option
 
 Encoding: TypeAlias = Literal["raw", "png", "jpeg", "webp"]
-Resize: TypeAlias = Literal["none", "centre-crop-box-bicubic"]
+Resize: TypeAlias = Literal["none", "centre-crop-box-bicubic", "shorter-side-box-bicubic"]
 Split: TypeAlias = Literal["train", "test"]
 
 
@@ -17,9 +17,18 @@ class PackConfig:
     """One data set to pack into shards."""
 
     image_size: int = option(
-        0, "side of the packed square images in pixels; 0: unchanged", at_least=0
+        0,
+        "centre crop: height, shorter side: length of that side, in pixels; 0: unchanged",
+        at_least=0,
     )
-    resize: Resize = option("none", "how to resize; centre-crop-box-bicubic: as guided-diffusion")
+    image_width: int = option(
+        0, "width of the centre crop in pixels; 0: square, as image_size", at_least=0
+    )
+    resize: Resize = option(
+        "none",
+        "how to resize; centre-crop-box-bicubic: as guided-diffusion; shorter-side-box-bicubic: "
+        "keeps the aspect ratio and crops nothing",
+    )
     channels: int = option(
         0,
         "channels of the packed images; 1: grey, 3: RGB; 0: as the first image",
@@ -54,13 +63,18 @@ class PackConfig:
     address: str = option("", "Ray cluster to join; empty: $RAY_ADDRESS or a local Ray")
 
     def problems(self) -> Iterator[str]:
-        """Yield a line for an invalid channel count, or if only one of size and resize is set."""
+        """Yield a line for an invalid channel count, and for sizes without a recipe for them."""
         if self.channels == 2:
             yield "channels is 2; use 1 (grey) or 3 (RGB)"
         if (self.resize == "none") != (self.image_size == 0):
             yield (
                 f"image_size is {self.image_size} and resize {self.resize!r}; a size needs a "
                 f"recipe: resize=centre-crop-box-bicubic image_size=64, or neither"
+            )
+        if self.image_width and self.resize != "centre-crop-box-bicubic":
+            yield (
+                f"image_width is {self.image_width} and resize {self.resize!r}; only a centre crop "
+                f"has a width: resize=centre-crop-box-bicubic, or leave image_width out"
             )
 
     @property

@@ -9,27 +9,41 @@ from PIL import Image
 from ddpm_ray.config.pack import Resize
 
 
-def resize(image: Image.Image, recipe: Resize, image_size: int) -> Image.Image:
-    """Resize an image; all recipes but `none` return image_size x image_size pixels."""
+def resize(image: Image.Image, recipe: Resize, size: int, width: int = 0) -> Image.Image:
+    """Resize an image by a recipe.
+
+    `none` returns the image, `centre-crop-box-bicubic` one of `size` x `width` pixels (H x W; width
+    0: square), `shorter-side-box-bicubic` one whose shorter side is `size`, uncropped.
+    """
     match recipe:
         case "none":
             return image
         case "centre-crop-box-bicubic":
-            return _centre_crop_box_bicubic(image, image_size)
+            return _centre_crop(image, size, width or size)
+        case "shorter-side-box-bicubic":
+            return _box_bicubic(image, size, size)
         case _:
             assert_never(recipe)
 
 
-def _centre_crop_box_bicubic(image: Image.Image, size: int) -> Image.Image:
-    """Halve with a box filter while the short side is >= 2 `size`, resize it bicubically, crop.
+def _centre_crop(image: Image.Image, height: int, width: int) -> Image.Image:
+    """Resize the image to cover height x width, and crop its centre.
 
     The recipe of guided-diffusion for ImageNet and LSUN (Dhariwal and Nichol 2021,
-    arXiv:2105.05233).
+    arXiv:2105.05233), whose crops are square.
     """
-    while min(image.size) >= 2 * size:
+    image = _box_bicubic(image, height, width)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
+def _box_bicubic(image: Image.Image, height: int, width: int) -> Image.Image:
+    """Resize the image, keeping its aspect ratio, to the smallest that covers height x width.
+
+    It is halved by a box filter while it is at least twice as large, then resized bicubically.
+    """
+    while image.height >= 2 * height and image.width >= 2 * width:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
-    fitted = (round(image.width * scale), round(image.height * scale))
-    image = image.resize(fitted, Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
+    scale = max(height / image.height, width / image.width)
+    covering = (round(image.width * scale), round(image.height * scale))
+    return image.resize(covering, Image.Resampling.BICUBIC)

@@ -140,6 +140,34 @@ def test_channels_and_size_are_as_asked_for(pictures: Path, tmp_path: Path) -> N
     assert pack("digits", tmp_path / "rgb", channels=3).manifest.image_shape == (8, 8, 3)
 
 
+@pytest.mark.parametrize(
+    "config, problem",
+    [
+        (PackConfig(image_size=8), "image_size is 8 and resize 'none'; a size needs a recipe"),
+        (PackConfig(image_width=8), "image_width is 8 and resize 'none'; only a centre crop has"),
+        (
+            PackConfig(image_size=8, image_width=8, resize="shorter-side-box-bicubic"),
+            "image_width is 8 and resize 'shorter-side-box-bicubic'; only a centre crop has",
+        ),
+    ],
+)
+def test_a_size_without_a_recipe_for_it_is_refused(config: PackConfig, problem: str) -> None:
+    (line,) = config.problems()
+    assert line.startswith(problem)
+
+
+def test_packed_images_need_not_be_square(pictures: Path, tmp_path: Path) -> None:
+    """The pictures are 12 x 9, 4 : 3."""
+    whole = pack(str(pictures), tmp_path / "a", resize="shorter-side-box-bicubic", image_size=6)
+    assert whole.manifest.image_shape == (6, 8, 3)
+    crop = pack(
+        str(pictures), tmp_path / "b", resize="centre-crop-box-bicubic", image_size=8, image_width=4
+    )
+    assert crop.manifest.image_shape == (8, 4, 3)
+    (batch,) = read_images(crop, [0])
+    assert batch.images.shape == (7, 8, 4, 3)
+
+
 def test_images_of_other_sizes_are_named_with_the_remedy(pictures: Path, tmp_path: Path) -> None:
     Image.new("RGB", (7, 9)).save(pictures / "odd/9.png")
     with pytest.raises(

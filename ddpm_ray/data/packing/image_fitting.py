@@ -57,11 +57,11 @@ def fit_image(
             remedy = "give channels=3 to keep the colours, or channels=1 to make all images grey"
             raise DatasetError(sample.location, problem, remedy)
         image = image.convert("RGB" if image_shape[-1] == 3 else "L")  # no value is lost
-    fitted = to_pixels(resize(image, options.resize, options.image_size))
+    fitted = to_pixels(resize(image, options.resize, options.image_size, options.image_width))
     if image_shape and fitted.shape != image_shape:
         height, width, _ = fitted.shape
         problem = f"{width} x {height} pixels, and the first image has {image_shape[1]} x "
-        remedy = "give resize=centre-crop-box-bicubic and an image_size"
+        remedy = "give resize=centre-crop-box-bicubic and an image_size, which fits every image"
         raise BadImageError(sample.location, f"{problem}{image_shape[0]}", remedy)
     return fitted, changes
 
