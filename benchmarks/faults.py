@@ -110,7 +110,7 @@ def plain(home: Path, steps: int, every: int, failures: int) -> FaultedRun:
     shards = [fetch_shard(dataset, number) for number in range(dataset.manifest.shards)]
     images = np.concatenate([shard.images for shard in shards])
     np.save(home / "images.npy", images.transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1)
-    network = training_run.sizes(config.model, dataset.manifest.image_shape)
+    network = training_run.unet_spec(config, dataset.manifest.image_shape)
     asked = {name: os.environ[name] for name in (fault_injection.VARIABLE,) if name in os.environ}
     settings = {
         "environment": asked,

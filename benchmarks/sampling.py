@@ -25,6 +25,7 @@ from ddpm_ray.diffusion.guidance import classifier_free
 from ddpm_ray.diffusion.samplers import ancestral, ddim
 from ddpm_ray.diffusion.timestep_spacing import uniform_steps
 from ddpm_ray.models.unet import UNet
+from ddpm_ray.models.unet_spec import UNetSpec
 
 BATCH, SHAPE, STEPS, ROUNDS = 16, (3, 32, 32), 5, 15
 
@@ -39,7 +40,7 @@ class Walk:
 
 
 def small_unet() -> UNet:
-    return UNet(image_channels=3, base_channels=32, groups=8).eval()
+    return UNet(UNetSpec(image_channels=3, base_channels=32, groups=8)).eval()
 
 
 def walks() -> dict[str, Walk]:

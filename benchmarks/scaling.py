@@ -31,6 +31,7 @@ from ddpm_ray.evaluation.reference_statistics import Reference
 from ddpm_ray.evaluation.sample_quality import evaluate
 from ddpm_ray.evaluation.vlb_over_dataset import bits_per_dim
 from ddpm_ray.models.unet import UNet
+from ddpm_ray.models.unet_spec import UNetSpec
 from ddpm_ray.sampling.denoiser import Denoiser
 from ddpm_ray.sampling.sampling import SamplingPlan
 
@@ -42,12 +43,14 @@ def works() -> dict[str, Callable[[Workers], object]]:
     """Each takes all IMAGES, shared among the workers."""
     torch.manual_seed(0)
     network = UNet(
-        image_channels=1,
-        base_channels=32,
-        channel_mults=(1, 2),
-        blocks_per_level=1,
-        attention_factors=(2,),
-        groups=8,
+        UNetSpec(
+            image_channels=1,
+            base_channels=32,
+            channel_mults=(1, 2),
+            blocks_per_level=1,
+            attention_factors=(2,),
+            groups=8,
+        )
     ).eval()
     schedule = NoiseSchedule(schedules.cosine(100))
     denoiser = Denoiser(network, Parameterization.of("epsilon", schedule))

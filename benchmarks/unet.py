@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ddpm_ray.models.unet import UNet
+from ddpm_ray.models.unet_spec import UNetSpec
 
 FORMS = {"35.7 M": (128, 32, 4), "2.2 M": (32, 8, 16)}  # base channels, norm groups, batch
 Predict = Callable[[Tensor, Tensor], Tensor]
 
 
 def ours(base_channels: int, groups: int) -> tuple[nn.Module, Predict]:
-    network = UNet(image_channels=3, base_channels=base_channels, groups=groups)
+    network = UNet(UNetSpec(image_channels=3, base_channels=base_channels, groups=groups))
     return network, network
 
 

@@ -29,7 +29,7 @@ def plain_worker(settings: dict[str, Any]) -> None:
     os.environ.update(settings["environment"])
     home, rank = Path(settings["home"]), ray.train.get_context().get_world_rank()
     torch.manual_seed(0)
-    model = UNet(**settings["network"])
+    model = UNet(settings["network"])
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-4)
     begins = 0
     if checkpoint := ray.train.get_checkpoint():

@@ -21,7 +21,7 @@ from ddpm_ray.config.schedule import ScheduleConfig
 from ddpm_ray.data.dataset import DatasetError, open_dataset
 from ddpm_ray.models.classifier import NoisyClassifier
 from ddpm_ray.models.interop import convert
-from ddpm_ray.models.interop.diffusers_config import UNetSpec, UnsupportedModelError
+from ddpm_ray.models.interop.diffusers_config import UnsupportedModelError
 from ddpm_ray.models.interop.diffusers_schedulers import Export
 from ddpm_ray.models.unet import UNet
 from ddpm_ray.sampling.pipeline import TrainedModel
@@ -150,14 +150,6 @@ def write_diffusers(model: TrainedModel, sampling: SamplingConfig, folder: Path)
     network = model.denoiser.network
     assert isinstance(network, UNet)
     config = from_dict(RunConfig, model.provenance["config"])
-    channels, height, width = model.image_shape
-    spec: UNetSpec = {
-        **training_run.sizes(config.model, (height, width, channels)),
-        "num_classes": config.model.num_classes,
-        "condition_channels": network.condition_channels,
-        "learns_variance": config.objective.variance != "fixed",
-        "variant": network.variant,
-    }
     schedule = config.schedule
     if schedule.kind not in NAMED_BY_DIFFUSERS or schedule.rescale or schedule.zero_terminal_snr:
         a = model.denoiser.schedule.alpha_bar.cpu()
@@ -170,7 +162,7 @@ def write_diffusers(model: TrainedModel, sampling: SamplingConfig, folder: Path)
     }
     tensors = {k: v for k, v in network.state_dict().items() if not k.startswith("uncertainty.")}
     write = object_store.write_bytes
-    return convert.write_folder(folder, spec, tensors, facts, (height, width), write)
+    return convert.write_folder(folder, network.spec, tensors, facts, model.image_size, write)
 
 
 def _checkpoint(url: str, *groups: str) -> tuple[str, Snapshot]:
@@ -197,7 +189,7 @@ def _newest(url: str, groups: Sequence[str]) -> tuple[str, Snapshot]:
 
 def _of_diffusers(folder: Path, device: torch.device | str) -> TrainedModel:
     spec, tensors, facts, (height, width) = convert.read_folder(folder)
-    network = UNet(**spec)
+    network = UNet(spec)
     network.load_state_dict(tensors)
     try:
         sampling = SamplingConfig().overridden(facts["sampling"])
@@ -209,13 +201,13 @@ def _of_diffusers(folder: Path, device: torch.device | str) -> TrainedModel:
         objective=ObjectiveConfig(**facts["objective"]),
         sampling=sampling,
         model=ModelConfig(
-            base_channels=spec["base_channels"],
-            channel_mults=spec["channel_mults"],
-            blocks_per_level=spec["blocks_per_level"],
-            attention_factors=spec["attention_factors"],
-            dropout=spec["dropout"],
-            groups=spec["groups"],
-            num_classes=spec["num_classes"],
+            base_channels=spec.base_channels,
+            channel_mults=spec.channel_mults,
+            blocks_per_level=spec.blocks_per_level,
+            attention_factors=spec.attention_factors,
+            dropout=spec.dropout,
+            groups=spec.groups,
+            num_classes=spec.num_classes,
         ),
     )
     provenance = {
@@ -227,7 +219,7 @@ def _of_diffusers(folder: Path, device: torch.device | str) -> TrainedModel:
     }
     return TrainedModel(
         denoiser(config, network.to(device).eval().requires_grad_(False), device),
-        (spec["image_channels"], height, width),
+        (spec.image_channels, height, width),
         provenance,
         device=device,
         settings=config.sampling,

@@ -14,7 +14,6 @@ from ddpm_ray.collectives import Workers
 from ddpm_ray.config.data import DataConfig
 from ddpm_ray.config.evaluation import EvaluationConfig
 from ddpm_ray.config.loading import defining, from_dict
-from ddpm_ray.config.model import ModelConfig
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.training import TrainingConfig
 from ddpm_ray.data.codec import codec_named
@@ -26,7 +25,8 @@ from ddpm_ray.evaluation.features import feature_extractor
 from ddpm_ray.evaluation.features.feature_extractor import FeatureNet
 from ddpm_ray.evaluation.reference_statistics import Reference, reference
 from ddpm_ray.models.classifier import NoisyClassifier
-from ddpm_ray.models.unet import Sizes, UNet, require_divisible
+from ddpm_ray.models.unet import UNet
+from ddpm_ray.models.unet_spec import UNetSpec
 from ddpm_ray.sampling.denoiser import Denoiser
 from ddpm_ray.storage import checksummed, object_store
 from ddpm_ray.training import validation_loss
@@ -53,44 +53,40 @@ def network(
     config: RunConfig, image_shape: tuple[int, int, int], *, gradient_checkpointing: bool = False
 ) -> UNet | NoisyClassifier:
     """The network for images [H, W, C]; raises ValueError if the levels do not divide H and W."""
-    *image_size, channels = image_shape
-    model, objective = config.model, config.objective
-    require_divisible(image_size, len(model.channel_mults))
-    shared = sizes(model, image_shape)
-    match config.task, model.network:
+    spec, (height, width, _) = unet_spec(config, image_shape), image_shape
+    match config.task, config.model.network:
         case "classifier", "unet":
-            height, width = image_size
-            return NoisyClassifier(
-                **shared, image_size=(height, width), num_classes=model.num_classes
-            )
+            return NoisyClassifier(spec, (height, width))
         case "denoiser", "unet":
             return UNet(
-                **shared,
+                spec,
+                learns_uncertainty=config.objective.weighting == "uncertainty",
                 gradient_checkpointing=gradient_checkpointing,
-                num_classes=model.num_classes,
-                condition_channels=channels
-                * (objective.self_conditioning + bool(objective.low_resolution_pixels)),
-                learns_variance=objective.variance != "fixed",
-                learns_uncertainty=objective.weighting == "uncertainty",
             )
         case never:
             assert_never(never)
 
 
-def sizes(config: ModelConfig, image_shape: tuple[int, int, int]) -> Sizes:
-    """The size arguments of a network for images [H, W, C]."""
+def unet_spec(config: RunConfig, image_shape: tuple[int, int, int]) -> UNetSpec:
+    """The spec of the U-Net for images [H, W, C]; raises ValueError if H and W do not fit it."""
     height, width, channels = image_shape
-    factors = config.for_images(height, width).attention_factors
+    model, objective = config.model, config.objective
+    shown = objective.self_conditioning + bool(objective.low_resolution_pixels)
+    spec = UNetSpec(
+        channels,
+        model.base_channels,
+        model.channel_mults,
+        model.blocks_per_level,
+        dropout=model.dropout,
+        groups=model.groups,
+        num_classes=model.num_classes,
+        condition_channels=channels * shown,
+        learns_variance=objective.variance != "fixed",
+    )
+    spec.require_divisible((height, width))
+    factors = model.for_images(height, width).attention_factors
     assert factors is not None  # for_images sets it
-    return {
-        "image_channels": channels,
-        "base_channels": config.base_channels,
-        "channel_mults": config.channel_mults,
-        "blocks_per_level": config.blocks_per_level,
-        "attention_factors": factors,
-        "dropout": config.dropout,
-        "groups": config.groups,
-    }
+    return replace(spec, attention_factors=factors)
 
 
 def training_state(

@@ -5,7 +5,6 @@ U-Net followed by attention pooling.
 """
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -23,51 +22,37 @@ from ddpm_ray.models.layers import (
     xavier_init,
     zero_init,
 )
-from ddpm_ray.models.unet import Parts, check_sizes, down_path, pyramid, require_divisible
+from ddpm_ray.models.unet import Parts
+from ddpm_ray.models.unet_spec import UNetSpec
 
 
 class NoisyClassifier(nn.Module):
     """x_t [B, C, H, W], t [B] int64 in 1..T -> logits [B, K] of the classes 0..K-1.
 
-    The arguments are those of UNet, and `image_size` (H, W), as the pooling has a position
-    embedding of each pixel. Before training all logits are exactly 0. Guidance uses the
+    `spec` is that of the U-Net; its num_classes is K. `image_size` is (H, W): the pooling has a
+    position embedding for each pixel. Before training all logits are exactly 0. Guidance uses the
     gradient of log_softmax(logits)[y] with respect to x_t (algorithm 1). The variant GUIDED gives
     the paper's blocks. Raises ValueError for inconsistent sizes.
     """
 
-    def __init__(
-        self,
-        *,
-        image_size: tuple[int, int],
-        image_channels: int,
-        num_classes: int,
-        base_channels: int = 128,
-        channel_mults: Sequence[int] = (1, 2, 2, 2),
-        blocks_per_level: int = 2,
-        attention_factors: Sequence[int] = (2, 4),
-        dropout: float = 0.0,
-        groups: int = 32,
-        variant: Variant = HO,
-    ) -> None:
+    def __init__(self, spec: UNetSpec, image_size: tuple[int, int]) -> None:
         super().__init__()
-        self.num_classes = num_classes
-        if num_classes < 2:
-            raise ValueError(f"num_classes is {num_classes}; there must be at least 2")
-        widths = [base_channels * mult for mult in channel_mults]
-        check_sizes(base_channels, widths, blocks_per_level, attention_factors, groups)
-        require_divisible(image_size, len(widths))
-        parts = Parts(4 * base_channels, groups, dropout, variant)
-        levels = pyramid(widths, attention_factors)
-        self.time = TimeEmbedding(base_channels, parts.time_width, variant)
-        self.conv_in = conv(image_channels, base_channels)
-        self.down, skips = down_path(base_channels, levels, blocks_per_level, parts)
+        self.num_classes = spec.num_classes
+        if spec.num_classes < 2:
+            raise ValueError(f"num_classes is {spec.num_classes}; there must be at least 2")
+        spec.require_consistent()
+        spec.require_divisible(image_size)
+        variant, parts = spec.variant, Parts(spec)
+        self.time = TimeEmbedding(spec.base_channels, parts.time_width, variant)
+        self.conv_in = conv(spec.image_channels, spec.base_channels)
+        self.down, skips = parts.down_path()
         channels = skips[-1]
         self.middle_1 = parts.stage(channels, channels, attends=True)
         self.middle_2 = parts.stage(channels, channels, attends=False)
-        self.norm_out = nn.GroupNorm(groups, channels, eps=variant.norm_eps)
-        pixels = math.prod(side >> (len(widths) - 1) for side in image_size)
+        self.norm_out = nn.GroupNorm(spec.groups, channels, eps=variant.norm_eps)
+        pixels = math.prod(side >> (len(spec.channel_mults) - 1) for side in image_size)
         self.pool = AttentionPool(channels, pixels, variant)
-        self.out = dense(channels, num_classes)
+        self.out = dense(channels, spec.num_classes)
         zero_init(self.out)
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:

@@ -13,8 +13,8 @@ from ddpm_ray.collectives import Workers
 from ddpm_ray.config.loading import load
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.models.interop import convert
-from ddpm_ray.models.interop.diffusers_config import UNetSpec
 from ddpm_ray.models.layers import HO
+from ddpm_ray.models.unet_spec import UNetSpec
 
 diffusers = pytest.importorskip("diffusers", reason="pip install 'ddpm-ray[dev]'")
 CPU, STEPS, BATCH, RATE = torch.device("cpu"), 40, 8, 2e-3

@@ -16,10 +16,11 @@ from ddpm_ray.choices import ReverseVariance
 from ddpm_ray.diffusion import NoiseSchedule, samplers, schedules
 from ddpm_ray.diffusion.conditioning import Conditioning
 from ddpm_ray.models.interop import convert
-from ddpm_ray.models.interop.diffusers_config import UNET, UNetSpec, image_size_of
+from ddpm_ray.models.interop.diffusers_config import UNET, image_size_of
 from ddpm_ray.models.interop.diffusers_schedulers import VARIANCES, to_scheduler
 from ddpm_ray.models.layers import GUIDED, HO
 from ddpm_ray.models.unet import UNet
+from ddpm_ray.models.unet_spec import UNetSpec
 from ddpm_ray.storage.object_store import write_bytes
 
 diffusers = pytest.importorskip("diffusers", reason="needs diffusers: no dependency of ours")
@@ -86,7 +87,7 @@ def batch(config: dict[str, Any]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
 
 def require_alike(ours: UNet, model: Any, config: dict[str, Any]) -> None:
     x_t, t, labels = batch(config)
-    image, condition = x_t.tensor_split([x_t.shape[1] - ours.condition_channels], dim=1)
+    image, condition = x_t.tensor_split([x_t.shape[1] - ours.spec.condition_channels], dim=1)
     conditioning = Conditioning(
         labels.get("class_labels"), low_resolution=condition if condition.numel() else None
     )
@@ -102,7 +103,7 @@ def test_theirs_answers_as_ours_and_comes_back_as_it_was(name: str) -> None:
     config = CONFIGS[name]
     model = theirs(config)
     spec, tensors = convert.from_diffusers(dict(model.config), model.state_dict())
-    ours = UNet(**spec).eval()
+    ours = UNet(spec).eval()
     ours.load_state_dict(tensors)
     require_alike(ours, model, config)
     back, weights = convert.to_diffusers(spec, tensors, image_size_of(config))
@@ -120,7 +121,7 @@ def test_a_saved_network_of_ours_is_loaded_by_their_own_pipeline(
         attention_factors=(2,), dropout=0.0, groups=4, num_classes=0, condition_channels=0,
         learns_variance=False, variant=variant,
     )  # fmt: skip
-    ours = UNet(**spec).eval()
+    ours = UNet(spec).eval()
     disturb(ours)
     facts: dict[str, dict[str, Any]] = {
         "schedule": {"kind": "cosine", "num_steps": 100, "zero_terminal_snr": True},
@@ -182,7 +183,7 @@ def test_what_their_pipeline_saves_is_read(safe: bool, tmp_path: Path) -> None:
     pipeline.save_pretrained(tmp_path, safe_serialization=safe)
     assert (tmp_path / "unet/diffusion_pytorch_model.bin").exists() != safe
     spec, tensors, facts, size = convert.read_folder(tmp_path)
-    ours = UNet(**spec).eval()
+    ours = UNet(spec).eval()
     ours.load_state_dict(tensors)
     require_alike(ours, model, CIFAR10)
     assert size == (16, 16)
@@ -199,6 +200,6 @@ def test_weights_under_the_old_names_of_attention_layers_are_read() -> None:
         renamed = {key.replace(f".{new}.", f".{name}."): value for key, value in renamed.items()}
     assert "mid_block.attentions.0.proj_attn.bias" in renamed
     spec, tensors = convert.from_diffusers(dict(model.config), renamed)
-    ours = UNet(**spec).eval()
+    ours = UNet(spec).eval()
     ours.load_state_dict(tensors)
     require_alike(ours, model, CIFAR10)

@@ -15,15 +15,17 @@ from ddpm_ray.diffusion import schedules
 from ddpm_ray.diffusion.process import NoiseSchedule, add_noise
 from ddpm_ray.models.classifier import AttentionPool, NoisyClassifier
 from ddpm_ray.models.layers import GUIDED, HO, Variant
+from ddpm_ray.models.unet_spec import UNetSpec
 
 
 def small(**changes: Any) -> NoisyClassifier:
     torch.manual_seed(0)
     form: dict[str, Any] = {
-        "image_size": (8, 8), "image_channels": 1, "num_classes": 3, "base_channels": 8,
+        "image_channels": 1, "num_classes": 3, "base_channels": 8,
         "channel_mults": (1, 2), "blocks_per_level": 1, "attention_factors": (2,), "groups": 4,
     }  # fmt: skip
-    return NoisyClassifier(**(form | changes))
+    size = changes.pop("image_size", (8, 8))
+    return NoisyClassifier(UNetSpec(**(form | changes)), size)
 
 
 def disturbed(network: NoisyClassifier) -> NoisyClassifier:

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from ddpm_ray.models.interop import convert
-from ddpm_ray.models.interop.diffusers_config import UNetSpec, UnsupportedModelError
+from ddpm_ray.models.interop.diffusers_config import UnsupportedModelError
 from ddpm_ray.models.interop.diffusers_schedulers import SCHEDULER, from_scheduler, to_scheduler
 from ddpm_ray.models.layers import GUIDED, HO, Variant
 from ddpm_ray.models.unet import UNet
+from ddpm_ray.models.unet_spec import UNetSpec
 from ddpm_ray.storage.object_store import write_bytes
 
 TWO_HEADS = replace(GUIDED, num_heads=2)
@@ -32,13 +33,12 @@ def spec(variant: Variant = HO, **changes: Any) -> UNetSpec:
         attention_factors=(2,), dropout=0.0, groups=2, num_classes=0, condition_channels=0,
         learns_variance=False, variant=variant,
     )  # fmt: skip
-    made.update(changes)  # type: ignore[typeddict-item]
-    return made
+    return replace(made, **changes)
 
 
 def numbered(spec: UNetSpec) -> dict[str, Tensor]:
     """Every parameter of the network, no two numbers alike."""
-    network, first, tensors = UNet(**spec), 0, {}
+    network, first, tensors = UNet(spec), 0, {}
     for name, parameter in network.state_dict().items():
         tensors[name] = torch.arange(first, first + parameter.numel()).float().view_as(parameter)
         first += parameter.numel()

@@ -24,6 +24,7 @@ from ddpm_ray.models.layers import (
     sinusoidal_embedding,
 )
 from ddpm_ray.models.unet import UNet
+from ddpm_ray.models.unet_spec import UNetSpec
 
 
 def small(**changes: Any) -> UNet:
@@ -37,7 +38,8 @@ def small(**changes: Any) -> UNet:
         "attention_factors": (2,),
         "groups": 4,
     }
-    return disturbed(UNet(**(form | changes)))
+    checkpoints = changes.pop("gradient_checkpointing", False)
+    return disturbed(UNet(UNetSpec(**(form | changes)), gradient_checkpointing=checkpoints))
 
 
 def disturbed(network: UNet) -> UNet:
@@ -65,20 +67,20 @@ def batch(side: int = 8, channels: int = 1, count: int = 3) -> tuple[Tensor, Ten
 
 def test_the_papers_cifar10_form_has_its_35_746_307_parameters() -> None:
     with torch.device("meta"):
-        network = UNet(image_channels=3, dropout=0.1)
+        network = UNet(UNetSpec(image_channels=3, dropout=0.1))
     assert sum(parameter.numel() for parameter in network.parameters()) == 35_746_307
 
 
 def test_prediction_is_exactly_zero_before_training() -> None:
-    network = UNet(image_channels=1, base_channels=32, channel_mults=(1, 2),
-                   attention_factors=(2,))  # fmt: skip
+    network = UNet(UNetSpec(image_channels=1, base_channels=32, channel_mults=(1, 2),
+                   attention_factors=(2,)))  # fmt: skip
     assert network(*batch()).abs().max() == 0
 
 
 def test_blocks_start_as_identities() -> None:
     x, embedding = torch.randn(2, 32, 8, 8), torch.randn(2, 128)
-    network = UNet(image_channels=1, base_channels=32, channel_mults=(1,),
-                   attention_factors=(1,))  # fmt: skip
+    network = UNet(UNetSpec(image_channels=1, base_channels=32, channel_mults=(1,),
+                   attention_factors=(1,)))  # fmt: skip
     assert torch.equal(network.down[0](x, embedding), x)
     assert torch.equal(network.middle_1(x, embedding), x)
 
@@ -302,9 +304,9 @@ def test_without_options_nothing_is_drawn_or_named_otherwise() -> None:
     """Classes draw last, so that the rest of the network starts as without them."""
     plain = small().state_dict()
     torch.manual_seed(0)
-    known = UNet(image_channels=1, base_channels=8, channel_mults=(1, 2),
+    known = UNet(UNetSpec(image_channels=1, base_channels=8, channel_mults=(1, 2),
                  blocks_per_level=1, attention_factors=(2,), groups=4,
-                 num_classes=3)  # fmt: skip
+                 num_classes=3))  # fmt: skip
     state = disturbed(known).state_dict()
     assert [*state] == [*plain, "label.weight"]
     assert all(torch.equal(state[name], value) for name, value in plain.items())
@@ -392,8 +394,8 @@ def test_two_heads_are_two_attentions_over_half_the_channels() -> None:
 
 def test_the_guided_variant_starts_at_zero_learns_everywhere_and_compiles() -> None:
     network, (x_t, t) = small(variant=GUIDED, num_classes=2), batch()
-    plain = UNet(image_channels=1, base_channels=8, channel_mults=(1, 2),
-                 attention_factors=(2,), groups=4, variant=GUIDED)  # fmt: skip
+    plain = UNet(UNetSpec(image_channels=1, base_channels=8, channel_mults=(1, 2),
+                 attention_factors=(2,), groups=4, variant=GUIDED))  # fmt: skip
     assert plain(x_t, t).abs().max() == 0
     compiled: Any = torch.compile(network, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x_t, t), network(x_t, t))
@@ -412,8 +414,8 @@ def test_agrees_with_an_independent_implementation() -> None:
         freq_shift=1, flip_sin_to_cos=False, downsample_padding=0, attention_head_dim=None,
         norm_num_groups=8, norm_eps=1e-6,
     ).eval()  # fmt: skip
-    network = UNet(image_channels=3, base_channels=16, channel_mults=(1, 2, 2),
-                   attention_factors=(2,), groups=8)  # fmt: skip
+    network = UNet(UNetSpec(image_channels=3, base_channels=16, channel_mults=(1, 2, 2),
+                   attention_factors=(2,), groups=8))  # fmt: skip
     theirs = reference.state_dict()
     ours = {name: torch.cat([theirs[old] for old in olds]) for name, olds in names(network).items()}
     assert sum(map(len, names(network).values())) == len(theirs)

@@ -21,6 +21,7 @@ from ddpm_ray.diffusion.conditioning import Conditioning
 from ddpm_ray.diffusion.parameterization import Parameterization
 from ddpm_ray.diffusion.process import Denoise, NoiseSchedule
 from ddpm_ray.models.unet import UNet
+from ddpm_ray.models.unet_spec import UNetSpec
 from ddpm_ray.sampling import editing
 from ddpm_ray.sampling.conditioning import ConditioningSpec
 from ddpm_ray.sampling.denoiser import Denoiser
@@ -35,10 +36,10 @@ MASK = np.arange(64).reshape(8, 8) % 3 > 0
 
 def digits_model() -> TrainedModel:
     torch.manual_seed(0)
-    network = UNet(
+    network = UNet(UNetSpec(
         image_channels=1, base_channels=8, channel_mults=(1, 2),
         blocks_per_level=1, attention_factors=(2,), groups=4,
-    )  # fmt: skip
+    ))  # fmt: skip
     nn.init.normal_(network.conv_out.weight, std=0.1)
     denoiser = Denoiser(network.eval(), Parameterization.of("epsilon", SCHEDULE))
     return TrainedModel(denoiser, SHAPE, provenance={})

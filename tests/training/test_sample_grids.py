@@ -19,6 +19,7 @@ from ddpm_ray.diffusion.conditioning import UNCONDITIONAL
 from ddpm_ray.diffusion.process import NoiseSchedule
 from ddpm_ray.diffusion.timestep_spacing import uniform_steps
 from ddpm_ray.models.unet import UNet
+from ddpm_ray.models.unet_spec import UNetSpec
 from ddpm_ray.reporting import Row
 from ddpm_ray.sampling.denoiser import Denoiser
 from ddpm_ray.sampling.sampling import SamplingPlan
@@ -53,10 +54,10 @@ class Wall:
 def network(channels: int) -> UNet:
     """Weights that are not zero, so that images differ."""
     torch.manual_seed(0)
-    model = UNet(
+    model = UNet(UNetSpec(
         image_channels=channels, base_channels=4, channel_mults=(1,),
         blocks_per_level=1, attention_factors=(), groups=2,
-    )  # fmt: skip
+    ))  # fmt: skip
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.15)
     return model

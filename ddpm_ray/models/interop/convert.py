@@ -19,7 +19,6 @@ from torch import Tensor
 from ddpm_ray.models.interop import state_dict_names
 from ddpm_ray.models.interop.diffusers_config import (
     Config,
-    UNetSpec,
     UnsupportedModelError,
     config_from_spec,
     image_size_of,
@@ -28,6 +27,7 @@ from ddpm_ray.models.interop.diffusers_config import (
 from ddpm_ray.models.interop.diffusers_schedulers import Export, Facts, from_scheduler, to_pipeline
 from ddpm_ray.models.layers import heads
 from ddpm_ray.models.unet import UNet
+from ddpm_ray.models.unet_spec import UNetSpec
 
 Tensors: TypeAlias = Mapping[str, Tensor]
 
@@ -108,7 +108,7 @@ def from_guided_diffusion(
     head. Raises UnsupportedModelError.
     """
     tensors, label = dict(tensors), tensors.get("label_emb.weight")
-    if label is not None and len(label) == spec["num_classes"]:
+    if label is not None and len(label) == spec.num_classes:
         tensors["label_emb.weight"] = torch.cat([label, label.new_zeros(1, label.shape[1])])
     ours = _gathered(GUIDED_DIFFUSION, spec, tensors)
     return ours if new_attention_order else _reordered(ours, spec, by_head=False)
@@ -233,7 +233,7 @@ def _reordered(tensors: Tensors, spec: UNetSpec, *, by_head: bool) -> dict[str, 
     moved = dict(tensors)
     for name, tensor in tensors.items():
         if name.rpartition(".")[0].endswith("query_key_value"):
-            count = heads(len(tensor) // 3, spec["variant"])
+            count = heads(len(tensor) // 3, spec.variant)
             lengths = (3, count) if by_head else (count, 3)
             rows = tensor.reshape(*lengths, -1, *tensor.shape[1:])
             moved[name] = rows.transpose(0, 1).reshape(tensor.shape)
@@ -244,7 +244,7 @@ def _network(spec: UNetSpec) -> UNet:
     """The network on the meta device: shapes without values."""
     try:
         with torch.device("meta"):
-            return UNet(**spec)
+            return UNet(spec)
     except (TypeError, ValueError, RuntimeError) as error:
         raise UnsupportedModelError("this spec", f"does not build a network: {error}") from error
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 from ddpm_ray.models.layers import Variant
-from ddpm_ray.models.unet import Sizes
+from ddpm_ray.models.unet_spec import UNetSpec
 from ddpm_ray.redaction import sanitize
 
 Config: TypeAlias = Mapping[str, Any]  # of a JSON file
@@ -43,15 +43,6 @@ UNET: Config = {  # defaults of UNet2DModel, for keys that a file omits
     "num_class_embeds": None,
     "num_train_timesteps": None,
 }
-
-
-class UNetSpec(Sizes):
-    """The arguments of UNet that determine its tensors and what they mean."""
-
-    num_classes: int
-    condition_channels: int
-    learns_variance: bool
-    variant: Variant
 
 
 class UnsupportedModelError(ValueError):
@@ -90,8 +81,8 @@ def image_size_of(config: Config) -> tuple[int, int]:
 def config_from_spec(spec: UNetSpec, image_size: tuple[int, int]) -> dict[str, Any]:
     """The config.json of the equivalent `UNet2DModel`; raises UnsupportedModelError."""
     config = _unet_config(spec, image_size)
-    factors = sorted(spec["attention_factors"])
-    require_equal({**spec, "attention_factors": factors}, _spec(config), "UNet2DModel")
+    factors = sorted(spec.attention_factors)
+    require_equal({**vars(spec), "attention_factors": factors}, vars(_spec(config)), "UNet2DModel")
     return {"_class_name": "UNet2DModel", **config}
 
 
@@ -128,35 +119,35 @@ def _spec(config: Config) -> UNetSpec:
 
 def _unet_config(spec: UNetSpec, image_size: tuple[int, int]) -> dict[str, Any]:
     """The full config of a spec."""
-    variant, mults, (height, width) = spec["variant"], spec["channel_mults"], image_size
+    variant, mults, (height, width) = spec.variant, spec.channel_mults, image_size
     plain = "Resnet{}sampleBlock2D" if variant.resampling_blocks else "{}Block2D"
     kinds = [
-        "Attn{}Block2D" if 2**level in spec["attention_factors"] else plain
+        "Attn{}Block2D" if 2**level in spec.attention_factors else plain
         for level in range(len(mults))
     ]
     resampling = "resnet" if variant.resampling_blocks else "conv"
     return {
         **UNET,
         "sample_size": height if height == width else [height, width],
-        "in_channels": spec["image_channels"] + spec["condition_channels"],
-        "out_channels": spec["image_channels"] * (2 if spec["learns_variance"] else 1),
+        "in_channels": spec.image_channels + spec.condition_channels,
+        "out_channels": spec.image_channels * (2 if spec.learns_variance else 1),
         "freq_shift": variant.frequency_shift,
         "flip_sin_to_cos": variant.cosines_first,
         "down_block_types": [kind.format("Down") for kind in kinds],
         "up_block_types": [kind.format("Up") for kind in reversed(kinds)],
-        "block_out_channels": [spec["base_channels"] * mult for mult in mults],
-        "layers_per_block": spec["blocks_per_level"],
+        "block_out_channels": [spec.base_channels * mult for mult in mults],
+        "layers_per_block": spec.blocks_per_level,
         "downsample_padding": int(variant.pads_both_sides),
         "downsample_type": resampling,
         "upsample_type": resampling,
-        "dropout": spec["dropout"],
+        "dropout": spec.dropout,
         "attention_head_dim": variant.head_channels or None,
-        "norm_num_groups": spec["groups"],
+        "norm_num_groups": spec.groups,
         # With scale_shift, diffusers builds the middle attention without a norm unless this is set.
-        "attn_norm_num_groups": spec["groups"] if variant.scale_shift else None,
+        "attn_norm_num_groups": spec.groups if variant.scale_shift else None,
         "norm_eps": variant.norm_eps,
         "resnet_time_scale_shift": "scale_shift" if variant.scale_shift else "default",
-        "num_class_embeds": spec["num_classes"] + 1 if spec["num_classes"] else None,
+        "num_class_embeds": spec.num_classes + 1 if spec.num_classes else None,
     }
 
 
