@@ -48,7 +48,7 @@ from ddpm_ray.sweep.trial import EVENT
 from ddpm_ray.sweep.trial_scheduler import TrialScheduler
 from ddpm_ray.sweep.trial_store import TrialStore
 from ddpm_ray.sweep.tune_searcher import TuneSearcher
-from ddpm_ray.tracking import mlflow_runs
+from ddpm_ray.tracking import run_lookup
 from ddpm_ray.training.validation_loss import LEVELS
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -166,7 +166,7 @@ class Stub:
         self._loss += float(np.random.default_rng(self.number).normal()) / 10
         self._num_steps, run = num_steps, sweep_run.run
         of = f"{run.run_id} {self.number}"
-        self._run = mlflow_runs.find_or_create_run(
+        self._run = run_lookup.find_or_create_run(
             run.uri, sweep_run.config.run.tracking.experiment, f"{assignment}", of, None, run.run_id
         )
         client = MlflowClient(tracking_uri=run.uri)

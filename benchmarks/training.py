@@ -34,7 +34,7 @@ from ddpm_ray.data.packing import packer
 from ddpm_ray.distributed import worker_group
 from ddpm_ray.reporting import Command
 from ddpm_ray.runs.train_worker import assemble, distributed_context
-from ddpm_ray.tracking import mlflow_runs
+from ddpm_ray.tracking import run_lookup
 from ddpm_ray.training.loop import Run, report, save, take_step
 from ddpm_ray.training.writer_lease import Lease
 
@@ -147,7 +147,7 @@ def main() -> None:
         uri = f"sqlite:///{folder / 'mlflow.db'}"
         url = packed(folder)
         config = load(RunConfig, None, [*KEYS, f"data.url={url}", f"tracking.uri={uri}"])
-        tracked = mlflow_runs.find_or_create_run(uri, "bench", "bench", "bench", scratch)
+        tracked = run_lookup.find_or_create_run(uri, "bench", "bench", "bench", scratch)
         settings = {
             "config": to_dict(config), "folder": str(folder / "run"), "identity": "bench",
             "tracked": vars(tracked), "rounds": ROUNDS,

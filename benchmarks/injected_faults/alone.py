@@ -37,7 +37,7 @@ from ddpm_ray.reporting import Command, Progress
 from ddpm_ray.runs.train import open_or_pack
 from ddpm_ray.runs.train_worker import assemble
 from ddpm_ray.storage import object_store
-from ddpm_ray.tracking import mlflow_runs
+from ddpm_ray.tracking import run_lookup
 from ddpm_ray.training import loop
 from ddpm_ray.training.checkpoints import CHECKPOINTS
 from ddpm_ray.training.writer_lease import Lease
@@ -100,7 +100,7 @@ def trained_alone(home: Path, uri: str, url: str, *keys: str) -> Iterator[Path]:
     home.mkdir(parents=True, exist_ok=True)
     config = load(RunConfig, CONFIG, [*KEYS, f"data.url={home}/digits", f"storage={url}", *keys])
     open_or_pack(config)
-    tracked = mlflow_runs.find_or_create_run(uri, "alone", "alone", "alone", f"{home}/artifacts")
+    tracked = run_lookup.find_or_create_run(uri, "alone", "alone", "alone", f"{home}/artifacts")
     folder = object_store.join(url, config.name)
     settings = {
         "config": to_dict(config), "folder": folder, "identity": "alone", "tracked": vars(tracked),

@@ -73,14 +73,21 @@ def _rule(config: StoppingConfig, total_steps: int) -> TrialScheduler | None:
     match config.kind:
         case "asha":
             return AsyncHyperBandScheduler(
-                time_attr=STEP, metric=LOSS, mode="min", max_t=total_steps,
-                grace_period=config.grace_steps, reduction_factor=config.reduction_factor,
-            )  # fmt: skip
+                time_attr=STEP,
+                metric=LOSS,
+                mode="min",
+                max_t=total_steps,
+                grace_period=config.grace_steps,
+                reduction_factor=config.reduction_factor,
+            )
         case "median":
             return MedianStoppingRule(
-                time_attr=STEP, metric=LOSS, mode="min", grace_period=config.grace_steps,
+                time_attr=STEP,
+                metric=LOSS,
+                mode="min",
+                grace_period=config.grace_steps,
                 min_samples_required=config.min_trials,
-            )  # fmt: skip
+            )
         case "none" | "pbt":  # the config rejects "pbt"
             return None
         case _:

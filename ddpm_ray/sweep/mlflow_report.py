@@ -25,7 +25,7 @@ from ddpm_ray.sweep.leaderboard import as_markdown
 from ddpm_ray.sweep.leaderboard_html import as_html
 from ddpm_ray.sweep.standings import Row, standings
 from ddpm_ray.sweep.trial_store import Trial, TrialStore
-from ddpm_ray.tracking import mlflow_runs, model_registry
+from ddpm_ray.tracking import mlflow_runs, model_registry, run_lookup
 from ddpm_ray.tracking.mlflow_runs import TrackingError
 from ddpm_ray.tracking.run_info import TrackedRun
 from ddpm_ray.training.validation_loss import LEVELS
@@ -52,7 +52,7 @@ class SweepRun:
     ) -> "SweepRun":
         """Find or create the run of the sweep `identity`, set to RUNNING. Raises TrackingError."""
         tracked = config.run.tracking
-        run = mlflow_runs.find_or_create_run(
+        run = run_lookup.find_or_create_run(
             tracked.uri, tracked.experiment, config.name, identity, artifact_root(tracked.uri)
         )
         mlflow_runs.describe(

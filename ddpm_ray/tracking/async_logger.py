@@ -21,7 +21,7 @@ from ddpm_ray.tracking.run_info import TrackedRun
 from ddpm_ray.training.writer_lease import SupersededError
 
 if TYPE_CHECKING:
-    from ddpm_ray.tracking.mlflow_runs import RunLog
+    from ddpm_ray.tracking.run_log import RunLog
 
 log = logging.getLogger(__name__)
 
@@ -138,7 +138,7 @@ class Tracker:
                 return
 
     def _send_rows(self) -> None:
-        from ddpm_ray.tracking.mlflow_runs import RunLog
+        from ddpm_ray.tracking.run_log import RunLog
 
         if self._found is None:
             self._found = RunLog(self._find_run())
@@ -160,7 +160,7 @@ class Tracker:
             self._rows.acknowledge(count)
 
     def _send_files(self) -> None:
-        from ddpm_ray.tracking.mlflow_runs import (
+        from ddpm_ray.tracking.errors import (
             TrackingError,
             TrackingOutageError,
             TrackingServerError,

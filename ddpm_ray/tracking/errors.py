@@ -8,9 +8,18 @@ from ddpm_ray.redaction import brief, sanitize
 
 # Libraries whose exceptions a call to MLflow may raise.
 LIBRARIES = {
-    "mlflow", "sqlalchemy", "alembic", "sqlite3", "psycopg2", "requests", "urllib3",
-    "botocore", "boto3", "google", "azure",
-}  # fmt: skip
+    "mlflow",
+    "sqlalchemy",
+    "alembic",
+    "sqlite3",
+    "psycopg2",
+    "requests",
+    "urllib3",
+    "botocore",
+    "boto3",
+    "google",
+    "azure",
+}
 DRIVERS = {  # remedies where SQLAlchemy's driver of a database is not installed
     "psycopg": "pip install psycopg2-binary, and write the URI as postgresql+psycopg2://...",
     "psycopg2": "pip install psycopg2-binary",
@@ -89,8 +98,10 @@ def tracking_error(uri: str, error: Exception) -> TrackingError:
             remedy += ", or set another tracking.experiment"
         return TrackingError(uri, f"the {kind} {identifier} was deleted in MLflow", remedy)
     if "Invalid Host header" in text:
-        return final("MLflow refuses the host name in this address",
-                     "start MLflow with --allowed-hosts and that name")  # fmt: skip
+        return final(
+            "MLflow refuses the host name in this address",
+            "start MLflow with --allowed-hosts and that name",
+        )
     if status == 401 or code in ("UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED"):
         remedy = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or _TOKEN"
         return final("MLflow does not accept this user or password (401)", remedy)

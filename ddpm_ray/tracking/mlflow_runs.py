@@ -1,16 +1,11 @@
-"""MLflow runs: one per training run, each metric row stored once, never on the step path.
+"""MLflow runs of training runs and sweeps: opened, described, published, closed.
 
-MLflow's key of a metric row includes its time stamp and value. Time stamps here are a function of
-(run start, step), so a step that is replayed after a crash writes the row that is already stored.
-Rates depend on the clock and would differ: the first value is kept, later ones are dropped.
+All of it may be repeated: a restarted job leaves one run with each parameter, tag and file once.
 """
 
 import logging
-import tempfile
-import uuid
 import warnings
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 from mlflow.data.dataset_source_registry import resolve_dataset_source
@@ -18,15 +13,12 @@ from mlflow.data.meta_dataset import MetaDataset
 from mlflow.entities import (
     DatasetInput,
     InputTag,
-    LifecycleStage,
     Metric,
     Param,
-    Run,
     RunTag,
-    ViewType,
 )
 from mlflow.exceptions import MlflowException
-from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_IMAGES, MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NOTE
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NOTE
 from PIL import Image
 
 from ddpm_ray.redaction import sanitize
@@ -36,63 +28,18 @@ from ddpm_ray.tracking.errors import (
     TrackingOutageError,
     TrackingServerError,
     answering,
-    restore,
 )
-from ddpm_ray.tracking.mlflow_client import FILE_S, BoundedClient
-from ddpm_ray.tracking.run_info import MetricRow, RunMetadata, TrackedRun
+from ddpm_ray.tracking.mlflow_client import BoundedClient
+from ddpm_ray.tracking.run_info import RunMetadata, TrackedRun
+from ddpm_ray.tracking.run_log import RunLog
+from ddpm_ray.tracking.run_lookup import OWNER_TAG, RUN_TAG, find_or_create_run, runs_of
 from ddpm_ray.tracking.tracking_uri import database_file
 
 __all__ = ["TrackingError", "TrackingOutageError", "TrackingServerError", "answering"]
 
 log = logging.getLogger(__name__)
 
-RUN_TAG = "ddpm_ray.run"  # identity of the run's folder, by which a restarted job finds its run
-OWNER_TAG = "ddpm_ray.driver"  # driver that opened the run last: it alone may end the run
-TWIN_TAG = "ddpm_ray.twin_of"  # marks a duplicate, created after a lost answer and then deleted
 MAX_PARAMS, MAX_TAG = 100, 5000  # limits of the server: parameters in one call, letters of a tag
-MAX_EXPERIMENTS = 500  # experiments searched in one call
-
-
-class RunLog:
-    """Idempotent writer of one run's rows, pictures and documents. Raises TrackingError."""
-
-    def __init__(self, run: TrackedRun) -> None:
-        self._run = run
-        with answering(run.uri):
-            self._client = BoundedClient(run.uri)
-            self._files = BoundedClient(run.uri, FILE_S)
-
-    def newest_steps(self) -> dict[str, int]:
-        """Return the newest stored step of each metric, in one call."""
-        with answering(self._run.uri):
-            found: Run = self._client.get_run(self._run.run_id)
-            return {metric.key: int(metric.step) for metric in found.data.to_proto().metrics}
-
-    def rows(self, rows: Iterable[MetricRow]) -> None:
-        """Log metric rows, at most MAX_METRICS."""
-        start_ms = self._run.start_ms
-        metrics = [Metric(key, value, start_ms + step, step) for key, value, step in rows]
-        with answering(self._run.uri):
-            self._client.log_batch(self._run.run_id, metrics=metrics)
-
-    def image(self, key: str, step: int, image: Image.Image) -> None:
-        """Log an image as MlflowClient.log_image does; a replayed step overwrites its own files."""
-        run_id = self._run.run_id
-        number = uuid.uuid5(uuid.NAMESPACE_OID, f"{run_id} {key} {step}")
-        stem = f"{key}+step+{step}+timestamp+{self._run.start_ms + step}+{number}"
-        preview = image.copy()
-        preview.thumbnail((256, 256))  # the UI's preview
-        with tempfile.TemporaryDirectory() as scratch:
-            image.save(Path(scratch) / f"{stem}.png")
-            preview.save(Path(scratch) / f"{stem}+compressed.webp")
-            with answering(self._run.uri):
-                self._files.log_artifacts(run_id, scratch, "images")
-                self._files.set_tag(run_id, MLFLOW_LOGGED_IMAGES, True)
-
-    def document(self, path: str, content: dict[str, Any]) -> None:
-        """Log a JSON file as an artifact of the run."""
-        with answering(self._run.uri):
-            self._files.log_dict(self._run.run_id, content, path)
 
 
 def open_run(metadata: RunMetadata) -> TrackedRun:
@@ -113,8 +60,10 @@ def open_run(metadata: RunMetadata) -> TrackedRun:
         log.warning(
             "%s: the MLflow run of this training run, which is at step %d, does not exist; created "
             "a new one, %s, without the metrics up to that step",
-            run.uri, metadata.begun_step, run.run_id,
-        )  # fmt: skip
+            run.uri,
+            metadata.begun_step,
+            run.run_id,
+        )
     describe(
         run,
         params=metadata.params,
@@ -133,116 +82,13 @@ def known_run(metadata: RunMetadata) -> TrackedRun:
     driver, may have opened the run. Raises TrackingError.
     """
     with answering(metadata.uri):
-        hits = _runs_of(BoundedClient(metadata.uri), metadata.identity, metadata.experiment)
+        hits = runs_of(BoundedClient(metadata.uri), metadata.identity, metadata.experiment)
     if not hits:
         return open_run(metadata)
     info = min(hits, key=lambda hit: str(hit.info.run_id)).info
     return TrackedRun(
         metadata.uri, info.run_id, info.experiment_id, info.start_time, metadata.owner
     )
-
-
-def find_or_create_run(
-    uri: str,
-    experiment: str,
-    name: str,
-    identity: str,
-    artifacts: str | None,
-    parent: str = "",
-    owner: str = "",
-) -> TrackedRun:
-    """Find or create the MLflow run of the training run `identity`, and set it to RUNNING.
-
-    All experiments are searched, because users rename them. `artifacts`, `parent` and `owner` are
-    as in RunMetadata. Raises TrackingError, also where the run was deleted: a second one would hold
-    only some of its rows.
-    """
-    with answering(uri):
-        client = BoundedClient(uri)
-        hits, is_new = _runs_of(client, identity, experiment), False
-        if not hits:
-            _refuse_deleted(client, uri, identity)
-            experiment_id = _experiment(client, uri, experiment, artifacts)
-            tags = {RUN_TAG: identity} | ({MLFLOW_PARENT_RUN_ID: parent} if parent else {})
-            client.create_run(experiment_id, None, tags, name)
-            hits, is_new = _runs_with(client, identity, [experiment_id]), True
-        # MLflow's client repeats a creation whose answer was lost: keep one run, delete the others.
-        run, *twins = sorted(hits, key=lambda hit: str(hit.info.run_id))
-        for twin in twins:
-            client.set_tag(twin.info.run_id, TWIN_TAG, run.info.run_id)
-            client.delete_tag(
-                twin.info.run_id, RUN_TAG
-            )  # else a deleted twin would look like the deleted run
-            client.delete_run(twin.info.run_id)
-        if owner:
-            client.set_tag(run.info.run_id, OWNER_TAG, owner)
-        client.update_run(run.info.run_id, status="RUNNING")
-        info = run.info
-        return TrackedRun(uri, info.run_id, info.experiment_id, info.start_time, owner, is_new)
-
-
-def _runs_of(client: BoundedClient, identity: str, experiment: str) -> list[Run]:
-    """Return the runs with that identity in the named experiment, else in any other."""
-    found = client.get_experiment_by_name(experiment)
-    if found is not None and (hits := _runs_with(client, identity, [found.experiment_id])):
-        return hits
-    return _runs_with(client, identity, _experiments(client, ViewType.ACTIVE_ONLY))
-
-
-def _runs_with(
-    client: BoundedClient, identity: str, experiments: list[str], view: int = ViewType.ACTIVE_ONLY
-) -> list[Run]:
-    query, hits = f"tags.`{RUN_TAG}` = '{identity}'", []
-    for start in range(0, len(experiments), MAX_EXPERIMENTS):
-        hits += client.search_runs(experiments[start : start + MAX_EXPERIMENTS], query, view)
-    return hits
-
-
-def _experiments(client: BoundedClient, view: int) -> list[str]:
-    """Return the ids of all experiments."""
-    ids, token = [], None
-    while True:
-        page = client.search_experiments(view, MAX_EXPERIMENTS, page_token=token)
-        ids += [str(one.experiment_id) for one in page]
-        if not (token := page.token):
-            return ids
-
-
-def _refuse_deleted(client: BoundedClient, uri: str, identity: str) -> None:
-    """Raise TrackingError if the run `identity`, or its experiment, was deleted."""
-    everywhere = _experiments(client, ViewType.ALL)
-    deleted = _runs_with(client, identity, everywhere, ViewType.DELETED_ONLY)
-    if not deleted:
-        return
-    run_id, of = deleted[0].info.run_id, deleted[0].info.experiment_id
-    if client.get_experiment(of).lifecycle_stage == LifecycleStage.DELETED:
-        reason = f"the experiment {of}, with the MLflow run of this training run, was deleted"
-        raise TrackingError(uri, reason, f"restore it with `{restore('experiment', of, uri)}`")
-    raise TrackingError(
-        uri,
-        f"the MLflow run {run_id} of this training run was deleted",
-        f"restore it with `{restore('run', run_id, uri)}`; or, to continue without its rows, "
-        f"delete it with `mlflow gc --run-ids {run_id}` on the host of MLflow's database",
-    )
-
-
-def _experiment(client: BoundedClient, uri: str, name: str, artifacts: str | None) -> str:
-    """Return the id of the experiment `name`; create it if it does not exist."""
-    found = client.get_experiment_by_name(name)
-    if found is None:
-        try:
-            return str(client.create_experiment(name, artifacts))
-        except MlflowException as error:  # by another process, or by a call whose answer was lost
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
-            found = client.get_experiment_by_name(name)
-    if not found.experiment_id:  # a server that is not MLflow and answers {}
-        raise MlflowException("not an MLflow answer: an experiment without an id")
-    if found.lifecycle_stage == LifecycleStage.DELETED:
-        command = restore("experiment", found.experiment_id, uri)
-        remedy = f"restore it with `{command}`, or set another tracking.experiment"
-        raise TrackingError(uri, f"the experiment {name!r} was deleted in MLflow", remedy)
-    return str(found.experiment_id)
 
 
 def describe(

@@ -71,8 +71,12 @@ def warn_of_another_host(uri: str) -> None:
     if secrets and known and host and host != known:
         log.warning(
             "tracking.uri names the host %s, and $%s names %s: $%s is sent to %s",
-            host, VARIABLE, known, secrets[0], host,
-        )  # fmt: skip
+            host,
+            VARIABLE,
+            known,
+            secrets[0],
+            host,
+        )
 
 
 def way_to_see(uri: str, page: str) -> str:

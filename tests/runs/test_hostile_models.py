@@ -15,7 +15,7 @@ from ddpm_ray.assembly import checkpoint_loading, training_run
 from ddpm_ray.config.loading import load, to_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.runs import load_model
-from ddpm_ray.tracking import mlflow_runs
+from ddpm_ray.tracking import run_lookup
 from ddpm_ray.tracking.mlflow_runs import TrackingError
 from ddpm_ray.training.checkpoints import CheckpointStore
 
@@ -71,7 +71,7 @@ def test_code_beside_the_weights_is_not_run(
     for place in ("python_model.pkl", "data/model.pth", "data/checkpoint/extra.pkl"):
         (model / place).parent.mkdir(exist_ok=True)
         (model / place).write_bytes(pickle.dumps(Bomb(ran)))
-    run = mlflow_runs.find_or_create_run(
+    run = run_lookup.find_or_create_run(
         mlflow_database, "hostile", "a", "a", str(tmp_path / "art")
     )
     MlflowClient(tracking_uri=mlflow_database).log_artifacts(run.run_id, str(model), "model")
@@ -87,7 +87,7 @@ def test_a_model_that_is_code_alone_is_none_of_ours(mlflow_database: str, tmp_pa
     model.mkdir()
     (model / "MLmodel").write_text(MLMODEL)
     (model / "python_model.pkl").write_bytes(pickle.dumps(Bomb(ran)))
-    run = mlflow_runs.find_or_create_run(
+    run = run_lookup.find_or_create_run(
         mlflow_database, "hostile", "b", "b", str(tmp_path / "art")
     )
     MlflowClient(tracking_uri=mlflow_database).log_artifacts(run.run_id, str(model), "model")

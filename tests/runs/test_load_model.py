@@ -19,7 +19,7 @@ from ddpm_ray.config.loading import ConfigError, from_dict, load, to_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.distributed import worker_group
 from ddpm_ray.runs import evaluate, load_model
-from ddpm_ray.tracking import mlflow_runs
+from ddpm_ray.tracking import run_lookup
 from ddpm_ray.training.checkpoints import CheckpointError, CheckpointStore
 from tests.noise import pack_noise
 
@@ -41,7 +41,7 @@ def model(tmp_path: Path, mlflow_database: str, monkeypatch: pytest.MonkeyPatch)
     facts = {"config": to_dict(config), "image_shape": [4, 4, 1], "data_fingerprint": "f" * 64}
     state = training_run.training_state(config, (4, 4, 1), torch.device("cpu"), facts)
     saved = CheckpointStore(str(tmp_path / "run/checkpoints")).save(state.snapshot([]))
-    run = mlflow_runs.find_or_create_run(
+    run = run_lookup.find_or_create_run(
         mlflow_database, "trained", "a", str(tmp_path), str(tmp_path / "artifacts")
     )
     MlflowClient(tracking_uri=mlflow_database).log_artifacts(run.run_id, saved, "model")

@@ -124,9 +124,9 @@ def test_a_grid_is_complete_without_duplicates(lengths: list[list[int]]) -> None
 
 
 @pytest.mark.parametrize(
-    "kind, trials, total", [("grid", 0, 8), ("grid", 5, 5), ("grid", 99, 8), ("random", 99, 99),
-                            ("tpe", 12, 12)],
-)  # fmt: skip
+    "kind, trials, total",
+    [("grid", 0, 8), ("grid", 5, 5), ("grid", 99, 8), ("random", 99, 99), ("tpe", 12, 12)],
+)
 def test_a_sweep_has_as_many_trials_as_it_says(
     kind: Literal["grid", "random", "tpe"], trials: int, total: int
 ) -> None:
@@ -191,8 +191,11 @@ def test_all_branches_and_choices_are_drawn(kind: Literal["random", "tpe"]) -> N
         assert all(one in drawn for one in among)
 
 
-@given(spaces(), st.integers(0, 2**32), st.lists(st.sampled_from(
-    ["running", "finished", "stopped", "pruned", "failed"]), max_size=14))  # fmt: skip
+@given(
+    spaces(),
+    st.integers(0, 2**32),
+    st.lists(st.sampled_from(["running", "finished", "stopped", "pruned", "failed"]), max_size=14),
+)
 @settings(max_examples=15)
 def test_what_tpe_proposes_lies_in_the_space_whatever_became_of_the_trials(
     space: list[Branch], seed: int, statuses: list[Any]

@@ -18,10 +18,13 @@ from tests.runs.job import ROOT, TINY_RUN, Job, command_of
 STEPS = 120
 TINY = (
     f"run_from={ROOT}/conf/train/digits.yaml",
-    *(f"run.{key}" for key in TINY_RUN), f"run.training.steps={STEPS}",
-    "run.training.checkpoint_every_steps=20", "run.training.grid_every_steps=40",
-    "run.training.log_every_steps=20", "stopping.every_steps=40",
-)  # fmt: skip
+    *(f"run.{key}" for key in TINY_RUN),
+    f"run.training.steps={STEPS}",
+    "run.training.checkpoint_every_steps=20",
+    "run.training.grid_every_steps=40",
+    "run.training.log_every_steps=20",
+    "stopping.every_steps=40",
+)
 # Two that can be trained, one whose weights overflow at once, one whose x_T is far from noise.
 MIXED = "space=[{schedule.kind: [cosine, sigmoid]}, {training.learning_rate: [1e30]}, \
 {schedule.kind: [linear], schedule.num_steps: [100]}]"

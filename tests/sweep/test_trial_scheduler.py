@@ -74,27 +74,43 @@ def left(number: int, error: str = "") -> dict[str, Any]:
 
 SWEEP = config(10, 20, 30, BLIND, IMPOSSIBLE, 40, 50, USELESS)
 SCRIPT = [
-    measured(0, 10, 0.1), measured(1, 10, 0.5), measured(0, 10, 0.1),  # 1 is stopped, 0 repeats
-    ended(1, finished=False), left(1),  # 2 begins
+    measured(0, 10, 0.1),
+    measured(1, 10, 0.5),
+    measured(0, 10, 0.1),  # 1 is stopped, 0 repeats
+    ended(1, finished=False),
+    left(1),  # 2 begins
     left(2, "died"),  # and begins again
-    measured(2, 10, 0.05), ended(0, fid=7.0), left(0),  # 3 and 4 end at once, 5 begins
-    {"number": 2, "kind": "failed", "reason": "no memory", "outcome": {}}, left(2),  # 6 begins
-    measured(5, 10, math.nan), ended(5, finished=False), left(5),  # is stopped
-    ended(6, finished=False), left(6),  # nobody asked it to stop: it begins again
-    ended(6, kid=1.0), left(6),
-]  # fmt: skip
+    measured(2, 10, 0.05),
+    ended(0, fid=7.0),
+    left(0),  # 3 and 4 end at once, 5 begins
+    {"number": 2, "kind": "failed", "reason": "no memory", "outcome": {}},
+    left(2),  # 6 begins
+    measured(5, 10, math.nan),
+    ended(5, finished=False),
+    left(5),  # is stopped
+    ended(6, finished=False),
+    left(6),  # nobody asked it to stop: it begins again
+    ended(6, kid=1.0),
+    left(6),
+]
 ENDS = [
     ("finished", ""),
     ("stopped", "asha: common loss 0.5 at step 10, 2 of 2"),
     ("failed", "no memory"),
-    ("pruned", "x_T keeps 0.5 bits/dim of the image (alpha_bar_T 0.00039) that samples start "
-     "without, above pruning.max_prior_bits_per_dim=0.01"),
+    (
+        "pruned",
+        "x_T keeps 0.5 bits/dim of the image (alpha_bar_T 0.00039) that samples start "
+        "without, above pruning.max_prior_bits_per_dim=0.01",
+    ),
     ("failed", "schedule.num_steps is 1; give it 2"),
     ("stopped", "its common loss is nan at step 10"),
     ("failed", "it reported eval/kid, but not eval/fid"),
-    ("pruned", "75% of its steps are at noise levels where nothing can be learnt, above "
-     "pruning.max_wasted_fraction=0.6"),
-]  # fmt: skip
+    (
+        "pruned",
+        "75% of its steps are at noise levels where nothing can be learnt, above "
+        "pruning.max_wasted_fraction=0.6",
+    ),
+]
 
 
 def take(driver: Driver, event: dict[str, Any]) -> None:

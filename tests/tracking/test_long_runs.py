@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ddpm_ray.reporting import RATES, Row
-from ddpm_ray.tracking import mlflow_runs
+from ddpm_ray.tracking import run_lookup
 from ddpm_ray.tracking.async_logger import Tracker
 from ddpm_ray.tracking.run_info import TrackedRun
 
@@ -49,7 +49,7 @@ def stored(run: TrackedRun, file: Path, steps: int) -> None:
 def test_a_restart_at_step_200_000_has_its_rows_accepted(tmp_path: Path) -> None:
     """It replays 1,000 steps that MLflow holds, of which MLflow would take 12 s a batch."""
     file = tmp_path / "mlflow.db"
-    run = mlflow_runs.find_or_create_run(f"sqlite:///{file}", "e", "long", "long", str(tmp_path))
+    run = run_lookup.find_or_create_run(f"sqlite:///{file}", "e", "long", "long", str(tmp_path))
     stored(run, file, STEPS)
     began = time.monotonic()
     sink = Tracker(lambda: run, 0.05, rows(range(STEPS - REPLAYED + 1, STEPS - 900)))

@@ -27,7 +27,7 @@ from ddpm_ray.config.loading import load, to_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.reporting import RATES, Row
 from ddpm_ray.runs import train
-from ddpm_ray.tracking import async_logger, mlflow_runs, model_registry
+from ddpm_ray.tracking import async_logger, mlflow_runs, model_registry, run_log, run_lookup
 from ddpm_ray.tracking.async_logger import Tracker
 from ddpm_ray.tracking.mlflow_runs import TrackingError, TrackingOutageError
 from ddpm_ray.tracking.run_info import MAX_METRICS, RunMetadata, TrackedRun
@@ -64,7 +64,7 @@ def new_run(tmp_path: Path) -> Callable[[str], TrackedRun]:
     def make(uri: str) -> TrackedRun:
         artifacts = None if uri.startswith("http") else str(tmp_path / "artifacts")
         experiment = f"{tmp_path.parent.name}/{tmp_path.name}"
-        return mlflow_runs.find_or_create_run(uri, experiment, "tiny", tmp_path.name, artifacts)
+        return run_lookup.find_or_create_run(uri, experiment, "tiny", tmp_path.name, artifacts)
 
     return make
 
@@ -109,7 +109,7 @@ def until(condition: Callable[[], bool]) -> None:
 def test_a_run_is_found_again_by_its_identity(uri: str, tmp_path: Path) -> None:
     """In its experiment, whatever its name; another identity is another run."""
     artifacts = None if uri.startswith("http") else str(tmp_path)
-    make = mlflow_runs.find_or_create_run
+    make = run_lookup.find_or_create_run
     experiment = f"found {tmp_path}"
     one, two = f"one {tmp_path}", f"two {tmp_path}"
     first = make(uri, experiment, "tiny", one, artifacts)
@@ -144,9 +144,13 @@ def test_a_replay_leaves_each_row_once_and_the_first_rate(uri: str, new_run: New
 
 @pytest.mark.parametrize("stops_at", ["asked", "checked"])
 def test_a_sender_that_wakes_after_a_takeover_adds_no_rows(
-    stops_at: str, uri: str, new_run: NewRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    stops_at: str,
+    uri: str,
+    new_run: NewRun,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
-) -> None:  # fmt: skip
+) -> None:
     """It stops after it asked what is stored, or between its lease check and its send.
 
     The other one goes on from step 10 meanwhile, and ends at step 40. In the second case one batch
@@ -154,14 +158,14 @@ def test_a_sender_that_wakes_after_a_takeover_adds_no_rows(
     """
     run, driver = new_run(uri), Lease.first(str(tmp_path / "checkpoints"))
     old, batches, stopped, go_on = driver.renewed(), 0, threading.Event(), threading.Event()
-    send, at = mlflow_runs.RunLog.rows, {"asked": "flush", "checked": "send"}[stops_at]
+    send, at = run_log.RunLog.rows, {"asked": "flush", "checked": "send"}[stops_at]
 
     def stop(point: str) -> None:
         if point == at and threading.current_thread() is sender and not go_on.is_set():
             stopped.set()
             assert go_on.wait(PATIENCE_S)
 
-    def counted(log: mlflow_runs.RunLog, rows: Any) -> None:
+    def counted(log: run_log.RunLog, rows: Any) -> None:
         nonlocal batches
         stop("send")
         batches += threading.current_thread() is sender
@@ -169,7 +173,7 @@ def test_a_sender_that_wakes_after_a_takeover_adds_no_rows(
 
     sent(run, rows(range(1, 21)))
     monkeypatch.setattr(fault_injection, "at", stop)
-    monkeypatch.setattr(mlflow_runs.RunLog, "rows", counted)
+    monkeypatch.setattr(run_log.RunLog, "rows", counted)
     frozen = Tracker(lambda: run, 0.01, rows(range(21, 1021)), check_lease=old.check)
     sender = frozen._threads[0]
     assert stopped.wait(PATIENCE_S)
@@ -328,10 +332,10 @@ def test_of_two_runs_that_a_lost_answer_left_one_remains(uri: str, tmp_path: Pat
     artifacts = None if uri.startswith("http") else str(tmp_path)
     experiment = f"twins {tmp_path}"
     one = f"one {tmp_path}"
-    first = mlflow_runs.find_or_create_run(uri, experiment, "tiny", one, artifacts)
+    first = run_lookup.find_or_create_run(uri, experiment, "tiny", one, artifacts)
     client = MlflowClient(uri)
-    client.create_run(first.experiment_id, None, {mlflow_runs.RUN_TAG: one}, "tiny")
-    found = mlflow_runs.find_or_create_run(uri, experiment, "tiny", one, artifacts)
+    client.create_run(first.experiment_id, None, {run_lookup.RUN_TAG: one}, "tiny")
+    found = run_lookup.find_or_create_run(uri, experiment, "tiny", one, artifacts)
     (left,) = client.search_runs([first.experiment_id])
     assert left.info.run_id == found.run_id
 
@@ -342,10 +346,18 @@ def test_a_server_that_is_away_when_a_run_starts_misses_nothing(
 ) -> None:
     """The driver goes on without a run; the worker's tracker makes it once it can."""
     metadata = RunMetadata(
-        line.uri, f"away {tmp_path}", "tiny", f"one {tmp_path}", None, "",
-        params={"seed": 1}, tags={"a": "b"}, config_yaml="seed: 1\n",
-        dataset_url="/shards/digits", dataset_fingerprint="f" * 64,
-    )  # fmt: skip
+        line.uri,
+        f"away {tmp_path}",
+        "tiny",
+        f"one {tmp_path}",
+        None,
+        "",
+        params={"seed": 1},
+        tags={"a": "b"},
+        config_yaml="seed: 1\n",
+        dataset_url="/shards/digits",
+        dataset_fingerprint="f" * 64,
+    )
     line.cut()
     assert train._tracked(metadata) is None
     assert "Training continues; metric rows are kept" in caplog.text
@@ -364,7 +376,7 @@ def test_a_server_that_is_away_when_a_run_starts_misses_nothing(
 def test_what_will_not_pass_is_no_outage(uri: str, tmp_path: Path) -> None:
     """A name that MLflow refuses stays refused: the run ends at once, with the line."""
     with pytest.raises(TrackingError, match="MLflow refuses it") as reported:
-        mlflow_runs.find_or_create_run(uri, "", "tiny", f"one {tmp_path}", str(tmp_path))
+        run_lookup.find_or_create_run(uri, "", "tiny", f"one {tmp_path}", str(tmp_path))
     assert not isinstance(reported.value, TrackingOutageError)
 
 
@@ -372,7 +384,7 @@ def test_a_dead_server_is_reported_in_a_line_within_seconds() -> None:
     """Nobody listens on port 9 of this host; MLflow's own defaults would try for two minutes."""
     begun_s = time.monotonic()
     with pytest.raises(TrackingError, match=r"does not answer .* correct tracking\.uri") as e:
-        mlflow_runs.find_or_create_run("http://127.0.0.1:9", "e", "n", "i", None)
+        run_lookup.find_or_create_run("http://127.0.0.1:9", "e", "n", "i", None)
     assert time.monotonic() - begun_s < 30
     assert str(e.value).startswith("http://127.0.0.1:9: ")
     assert len(str(e.value).splitlines()) == 1
@@ -382,7 +394,7 @@ def test_a_dead_server_is_reported_in_a_line_within_seconds() -> None:
 def test_a_database_that_cannot_be_is_reported_in_a_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(TrackingError, match="cannot be written") as reported:
-        mlflow_runs.find_or_create_run(f"sqlite:///{tmp_path}/file/x.db", "e", "n", "i", None)
+        run_lookup.find_or_create_run(f"sqlite:///{tmp_path}/file/x.db", "e", "n", "i", None)
     assert len(str(reported.value).splitlines()) == 1
 
 
@@ -456,11 +468,17 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
         RunConfig,
         None,
         [
-            "name=tiny", "data.url=/shards", "schedule.num_steps=9", "sampling.steps=3",
-            "model.base_channels=4", "model.groups=2", "model.channel_mults=[1]",
-            "model.blocks_per_level=1", "model.attention_resolutions=[]",
+            "name=tiny",
+            "data.url=/shards",
+            "schedule.num_steps=9",
+            "sampling.steps=3",
+            "model.base_channels=4",
+            "model.groups=2",
+            "model.channel_mults=[1]",
+            "model.blocks_per_level=1",
+            "model.attention_resolutions=[]",
         ],
-    )  # fmt: skip
+    )
     facts = {"config": to_dict(config), "image_shape": [4, 4, 3], "data_fingerprint": "f" * 64}
     state = training_state(config, (4, 4, 3), torch.device("cpu"), facts)
     for parameter in state.ema.model.parameters():
@@ -479,15 +497,23 @@ MLFLOWS = [  # warnings that MLflow's own code meets as it logs and loads a mode
 ]
 
 
-@pytest.mark.parametrize("loader, wanted", [
-    (LOADER, {"num_images": 5, "steps": 3, "seed": 2}),
-    (FORMER_LOADER, pd.DataFrame({"num_images": [5], "seed": [2], "steps": [3]})),
-], ids=["dict", "table"])  # fmt: skip
+@pytest.mark.parametrize(
+    "loader, wanted",
+    [
+        (LOADER, {"num_images": 5, "steps": 3, "seed": 2}),
+        (FORMER_LOADER, pd.DataFrame({"num_images": [5], "seed": [2], "steps": [3]})),
+    ],
+    ids=["dict", "table"],
+)
 @pytest.mark.filterwarnings(*MLFLOWS)
 def test_a_logged_model_samples_what_its_checkpoint_samples(
-    loader: str, wanted: Any, uri: str, new_run: NewRun, checkpoint: str,
+    loader: str,
+    wanted: Any,
+    uri: str,
+    new_run: NewRun,
+    checkpoint: str,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     """Without pickle; as any MLflow user loads it."""
     monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
     run = new_run(uri)

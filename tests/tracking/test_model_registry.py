@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModelOutput
 
-from ddpm_ray.tracking import mlflow_runs, model_registry
+from ddpm_ray.tracking import model_registry, run_lookup
 from ddpm_ray.tracking.mlflow_runs import TrackingError
 
 METRIC = "eval/fid"
@@ -40,7 +40,7 @@ def new_run(mlflow_database: str, tmp_path_factory: pytest.TempPathFactory) -> C
     def make() -> str:
         nonlocal made
         made += 1
-        run = mlflow_runs.find_or_create_run(
+        run = run_lookup.find_or_create_run(
             mlflow_database, "registry", "run", f"{folder.name}-{made}", str(folder)
         )
         client = MlflowClient(tracking_uri=mlflow_database)

@@ -7,7 +7,7 @@ import pytest
 from mlflow import MlflowClient
 
 from ddpm_ray.reporting import RATES, Row
-from ddpm_ray.tracking import mlflow_runs
+from ddpm_ray.tracking import mlflow_runs, run_lookup
 from ddpm_ray.tracking.async_logger import Tracker
 from ddpm_ray.tracking.mlflow_runs import RunLog, TrackingOutageError
 from ddpm_ray.tracking.run_info import TrackedRun
@@ -40,7 +40,7 @@ def losses(run: TrackedRun) -> list[tuple[int, float]]:
 
 
 def opened(uri: str, folder: Path) -> TrackedRun:
-    return mlflow_runs.find_or_create_run(uri, "e", "n", f"run {folder}", str(folder / "artifacts"))
+    return run_lookup.find_or_create_run(uri, "e", "n", f"run {folder}", str(folder / "artifacts"))
 
 
 def test_a_replay_leaves_each_row_once_and_the_first_rate(server: str, tmp_path: Path) -> None:
@@ -56,8 +56,10 @@ def test_a_replay_leaves_each_row_once_and_the_first_rate(server: str, tmp_path:
     assert losses(run) == [(step, 1 / step) for step in range(1, 31)]
     rates = MlflowClient(server).get_metric_history(run.run_id, RATES[0])
     assert sorted((row.step, row.value) for row in rates) == [
-        *((step, 1.0) for step in (5, 10, 15, 20)), (25, 7.0), (30, 7.0),
-    ]  # fmt: skip
+        *((step, 1.0) for step in (5, 10, 15, 20)),
+        (25, 7.0),
+        (30, 7.0),
+    ]
     assert opened(server, tmp_path) == run
     mlflow_runs.finish(run, "FINISHED")
     assert MlflowClient(server).get_run(run.run_id).info.status == "FINISHED"
@@ -80,4 +82,4 @@ def test_a_server_that_is_away_is_an_outage(monkeypatch: pytest.MonkeyPatch) -> 
     """
     monkeypatch.setattr("mlflow.store.db.utils.MAX_RETRY_COUNT", 2)
     with pytest.raises(TrackingOutageError, match="MLflow does not answer"):
-        mlflow_runs.find_or_create_run("postgresql+psycopg2://u@127.0.0.1:9/x", "e", "n", "i", None)
+        run_lookup.find_or_create_run("postgresql+psycopg2://u@127.0.0.1:9/x", "e", "n", "i", None)

@@ -52,9 +52,7 @@ def drained(queue: RowQueue, store: Store) -> None:
         store.take(queue)
 
 
-@given(
-    st.integers(1, 9), st.integers(1, 40), st.integers(0, 39), st.integers(0, 39), st.data()
-)  # fmt: skip
+@given(st.integers(1, 9), st.integers(1, 40), st.integers(0, 39), st.integers(0, 39), st.data())
 def test_a_killed_run_s_rows_are_those_of_an_unbroken_one(
     every: int, last: int, killed: int, saved: int, data: st.DataObject
 ) -> None:
@@ -86,9 +84,12 @@ def test_windows_are_means_but_for_what_is_counted_or_rare() -> None:
     queue.add([Row(7, {"eval/fid": 3.0})])
     drained(queue, store)
     assert store.rows == [
-        ("train/loss", (1 + 2 + 5) / 3, 5), ("train/skipped", 3.0, 5),
-        ("train/loss", 6.5, 7), ("train/skipped", 2.0, 7), ("eval/fid", 3.0, 7),
-    ]  # fmt: skip
+        ("train/loss", (1 + 2 + 5) / 3, 5),
+        ("train/skipped", 3.0, 5),
+        ("train/loss", 6.5, 7),
+        ("train/skipped", 2.0, 7),
+        ("eval/fid", 3.0, 7),
+    ]
 
 
 def test_an_incomplete_window_waits_in_the_checkpoint_and_is_not_undelivered() -> None:

@@ -17,7 +17,14 @@ from PIL import Image
 from ddpm_ray.distributed import worker_group
 from ddpm_ray.reporting import Row
 from ddpm_ray.runs import train
-from ddpm_ray.tracking import async_logger, mlflow_client, mlflow_runs, model_registry
+from ddpm_ray.tracking import (
+    async_logger,
+    mlflow_client,
+    mlflow_runs,
+    model_registry,
+    run_log,
+    run_lookup,
+)
 from ddpm_ray.tracking.async_logger import Tracker
 from ddpm_ray.tracking.mlflow_runs import TrackingError, TrackingOutageError, TrackingServerError
 from ddpm_ray.tracking.run_info import RunMetadata, TrackedRun
@@ -94,12 +101,15 @@ def whole(status: int, body: bytes) -> Answer:
     ],
 )
 def test_each_answer_has_its_own_line(
-    status: int, body: bytes, kind: type[TrackingError], said: str,
+    status: int,
+    body: bytes,
+    kind: type[TrackingError],
+    said: str,
     answering_with: Callable[[Answer], str],
-) -> None:  # fmt: skip
+) -> None:
     uri = answering_with(whole(status, body))
     with pytest.raises(TrackingError, match=said) as reported:
-        mlflow_runs.find_or_create_run(uri, "e", "n", "i", None)
+        run_lookup.find_or_create_run(uri, "e", "n", "i", None)
     assert type(reported.value) is kind
     assert len(str(reported.value).splitlines()) == 1
 
@@ -114,7 +124,7 @@ def test_each_answer_has_its_own_line(
 )
 def test_a_missing_driver_is_named(uri: str, said: str) -> None:
     with pytest.raises(TrackingError, match=said) as reported:
-        mlflow_runs.find_or_create_run(uri, "e", "n", "i", None)
+        run_lookup.find_or_create_run(uri, "e", "n", "i", None)
     assert not isinstance(reported.value, TrackingOutageError)
 
 
@@ -130,14 +140,16 @@ def drop_by_drop(handler: http.server.BaseHTTPRequestHandler) -> None:
 
 @pytest.mark.parametrize("answer", [drop_by_drop, lambda _: threading.Event().wait(ANSWER_S)])
 def test_an_answer_that_does_not_end_is_given_up(
-    answer: Answer, answering_with: Callable[[Answer], str],
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
-) -> None:  # fmt: skip
+    answer: Answer,
+    answering_with: Callable[[Answer], str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     """A line says early that it is late; the run's end waits as long as it was asked to."""
     monkeypatch.setattr(mlflow_client, "CALL_S", 1.5)
     monkeypatch.setattr(mlflow_client, "LATE_S", 0.2)
     uri = answering_with(answer)
-    mine = mlflow_runs.find_or_create_run
+    mine = run_lookup.find_or_create_run
     began = time.monotonic()
     with pytest.raises(TrackingOutageError, match="no complete answer within 2 s"):
         mine(uri, "e", "n", "i", None)
@@ -157,9 +169,18 @@ def test_an_answer_that_does_not_end_is_given_up(
 @pytest.fixture
 def metadata(mlflow_database: str, tmp_path: Path) -> RunMetadata:
     return RunMetadata(
-        mlflow_database, f"of {tmp_path}", "tiny", f"id {tmp_path}", str(tmp_path / "artifacts"),
-        "", {}, {}, "a: 1\n", "/shards", "f" * 64,
-    )  # fmt: skip
+        mlflow_database,
+        f"of {tmp_path}",
+        "tiny",
+        f"id {tmp_path}",
+        str(tmp_path / "artifacts"),
+        "",
+        {},
+        {},
+        "a: 1\n",
+        "/shards",
+        "f" * 64,
+    )
 
 
 def losses(run: TrackedRun) -> list[int]:
@@ -302,7 +323,7 @@ def test_an_artifact_store_without_credentials_holds_up_nothing(
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
-    run = mlflow_runs.find_or_create_run(
+    run = run_lookup.find_or_create_run(
         metadata.uri, metadata.experiment, "tiny", metadata.identity, "s3://bucket/folder"
     )
     sink = Tracker(lambda: run, 0.01, [])
@@ -318,21 +339,25 @@ def test_an_artifact_store_without_credentials_holds_up_nothing(
     [(TrackingServerError, 9, 3, False), (TrackingOutageError, 9, 10, True)],
 )
 def test_files_wait_out_an_outage_but_not_a_store_that_always_fails(
-    kind: type[TrackingError], fails: int, tried: int, arrives: bool,
-    metadata: RunMetadata, monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    kind: type[TrackingError],
+    fails: int,
+    tried: int,
+    arrives: bool,
+    metadata: RunMetadata,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """A server that cannot reach its bucket answers 500 each time; one that is away comes back."""
     tries: list[str] = []
-    send = mlflow_runs.RunLog.document
+    send = run_log.RunLog.document
 
-    def document(self: mlflow_runs.RunLog, path: str, content: dict[str, Any]) -> None:
+    def document(self: run_log.RunLog, path: str, content: dict[str, Any]) -> None:
         if path == "first.json" and len(tries) < fails:
             tries.append(path)
             raise kind("http://there", "no", "wait")
         tries.extend([path] if path == "first.json" else [])
         send(self, path, content)
 
-    monkeypatch.setattr(mlflow_runs.RunLog, "document", document)
+    monkeypatch.setattr(run_log.RunLog, "document", document)
     run = mlflow_runs.open_run(metadata)
     sink = Tracker(lambda: run, 0.01, [])
     sink.document("first.json", {})
@@ -377,8 +402,10 @@ def test_processes_that_open_a_new_database_at_once_all_find_its_tables(tmp_path
     """Two drivers of a new home, or a driver and its worker: one of them makes the tables."""
     done = subprocess.run(
         [sys.executable, "-c", OPENER, str(tmp_path), "3", "2"],
-        capture_output=True, text=True, timeout=ENDS_S,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=ENDS_S,
+    )
     assert done.stdout.splitlines()[-1:] == ["failed 0"], done.stdout + done.stderr[-2000:]
 
 
@@ -401,11 +428,22 @@ def test_a_run_does_not_finish_before_all_its_rows_are_there(
     ended = {"step": 20, "checkpoint": "x", "scores": {}, "undelivered": undelivered}
     monkeypatch.setattr(worker_group, "run", lambda *_, **__: ended)
     monkeypatch.setattr(model_registry, "log_model", lambda *_: None)
-    config = load(RunConfig, None, [
-        "name=a", "data.url=data", "training.steps=20", "training.global_batch_size=8",
-        "model.base_channels=8", "model.channel_mults=[1]", "model.groups=4",
-        "model.attention_resolutions=[]", "tracking.uri=sqlite:///my.db", "evaluation.num_images=0",
-    ])  # fmt: skip
+    config = load(
+        RunConfig,
+        None,
+        [
+            "name=a",
+            "data.url=data",
+            "training.steps=20",
+            "training.global_batch_size=8",
+            "model.base_channels=8",
+            "model.channel_mults=[1]",
+            "model.groups=4",
+            "model.attention_resolutions=[]",
+            "tracking.uri=sqlite:///my.db",
+            "evaluation.num_images=0",
+        ],
+    )
     if undelivered:
         said = "5 metric rows undelivered; stored in the checkpoint; run the same command"
         with pytest.raises(TrackingOutageError, match=said):

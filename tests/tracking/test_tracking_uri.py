@@ -117,9 +117,13 @@ def test_a_place_that_workers_cannot_see_is_refused(uri: str, said: str) -> None
     ],
 )
 def test_a_password_for_another_host_is_reported(
-    uri: str, variable: str, password: str, warns: bool,
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
-) -> None:  # fmt: skip
+    uri: str,
+    variable: str,
+    password: str,
+    warns: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     """A config names its own server, and the environment's password would be sent there."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", variable)
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", password)
@@ -143,8 +147,12 @@ print(os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"], logging.getLogger("urllib3").le
 """
     environment = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW_")}
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code], env=environment | {"DO_NOT_TRACK": "true"},
-        capture_output=True, text=True, check=True, timeout=ENDS_S,
-    )  # fmt: skip
+        [sys.executable, "-W", "ignore", "-c", code],
+        env=environment | {"DO_NOT_TRACK": "true"},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=ENDS_S,
+    )
     lines = done.stdout.splitlines()
     assert lines == ["[]", str(logging.NOTSET), f"10 {logging.ERROR}"]
