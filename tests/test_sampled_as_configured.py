@@ -84,7 +84,7 @@ def saved_run(folder: Path, *overrides: str, **facts: Any) -> tuple[str, Pixels]
     wall, workers = Wall(), Workers(0, 1, CPU)
     place, size = str(folder / "pictures"), config.sampling.batch_size
     with torch.inference_mode():
-        SampleGridLogger(denoiser, plan, (1, 4, 4), workers, place, wall, size).show_grid(0)
+        SampleGridLogger(denoiser, plan, (1, 4, 4), workers, place, wall, size).log_grid(0)
     return str(folder), np.asarray(wall.pictures["samples", 0])
 
 

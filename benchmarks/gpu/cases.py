@@ -343,7 +343,7 @@ def _grid(device: torch.device) -> None:
     with tempfile.TemporaryDirectory() as folder:
         data = replace(config.data, cache_dir=folder)
         shown = training_run.with_low_resolution(denoiser, data, packed(folder), 4, device)
-        SampleGridLogger(shown, plan, SHAPE, Workers(0, 1, device), folder, Notes()).show_grid(0)
+        SampleGridLogger(shown, plan, SHAPE, Workers(0, 1, device), folder, Notes()).log_grid(0)
 
 
 def _loaded(device: torch.device) -> None:

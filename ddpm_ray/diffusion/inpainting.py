@@ -158,10 +158,10 @@ def windowed(denoise: Denoise, size: tuple[int, int], overlap: tuple[int, int]) 
         rows, columns = map(_starts, x_t.shape[-2:], size, overlap)
         height, width = size
         cuts = [(..., slice(i, i + height), slice(j, j + width)) for i in rows for j in columns]
-        answers = denoise(torch.cat([x_t[cut] for cut in cuts]), t.repeat(len(cuts)))
-        total = answers.new_zeros(len(x_t), answers.shape[1], *x_t.shape[-2:])
-        seen = answers.new_zeros(x_t.shape[-2:])
-        for cut, model_output in zip(cuts, answers.chunk(len(cuts)), strict=True):
+        outputs = denoise(torch.cat([x_t[cut] for cut in cuts]), t.repeat(len(cuts)))
+        total = outputs.new_zeros(len(x_t), outputs.shape[1], *x_t.shape[-2:])
+        seen = outputs.new_zeros(x_t.shape[-2:])
+        for cut, model_output in zip(cuts, outputs.chunk(len(cuts)), strict=True):
             total[cut] += model_output
             seen[cut] += 1
         return total.div_(seen)

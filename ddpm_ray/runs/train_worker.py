@@ -129,8 +129,8 @@ def assemble(
         checkpoints=writer,
         sink=sink,
         show_progress=show_progress,
-        draw_grid=grid_logger.show_grid if draws else _nothing,
-        draw_strip=grid_logger.show_strip if draws else _nothing,
+        draw_grid=grid_logger.log_grid if draws else _nothing,
+        draw_strip=grid_logger.log_strip if draws else _nothing,
         evaluate=PeriodicEvaluator(config, dataset, state, grid_logger).evaluate,
         validate=_validate_callback(config, dataset, state, grid_logger),
         snapshot_ema=training_run.ema_snapshotter(

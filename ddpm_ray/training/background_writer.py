@@ -4,7 +4,7 @@ import threading
 from collections.abc import Callable
 
 
-class Background:
+class BackgroundWriter:
     """Runs tasks in order, one at a time."""
 
     def __init__(self, name: str) -> None:
@@ -15,9 +15,9 @@ class Background:
     def start(self, act: Callable[[], None]) -> None:
         """Wait for earlier tasks, raise their error if any, then start `act()`."""
         self.wait()
-        self.follow(act)
+        self.enqueue(act)
 
-    def follow(self, act: Callable[[], None]) -> None:
+    def enqueue(self, act: Callable[[], None]) -> None:
         """Queue `act()` after the earlier tasks, without waiting.
 
         It is not run if an earlier task raised, because it may depend on that task.

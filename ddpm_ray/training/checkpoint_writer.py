@@ -3,12 +3,12 @@
 import threading
 from functools import partial
 
-from ddpm_ray.training.background_writer import Background
+from ddpm_ray.training.background_writer import BackgroundWriter
 from ddpm_ray.training.checkpoints import CheckpointStore
 from ddpm_ray.training.state import Snapshot
 
 
-class CheckpointWriter(Background):
+class CheckpointWriter(BackgroundWriter):
     """Saves checkpoints in a background thread, one at a time."""
 
     def __init__(self, store: CheckpointStore) -> None:
@@ -21,7 +21,7 @@ class CheckpointWriter(Background):
         """Start saving. Waits for the previous checkpoint and raises its error."""
         if self._thread is self._newest:  # else averages are on their way: it only follows them
             self.wait()
-        self.follow(partial(self._save, snapshot))
+        self.enqueue(partial(self._save, snapshot))
         self._newest = self._thread
 
     def _save(self, snapshot: Snapshot) -> None:

@@ -16,28 +16,28 @@ from torch import Tensor, nn
 from ddpm_ray.collectives import Workers
 
 
-class SlotSum:
+class DeterministicAllReduce:
     """Gradients of `slots` slots on their way into one mean, left in `network`'s parameters."""
 
     def __init__(self, network: nn.Module, slots: int) -> None:
         self._parameters = [p for p in network.parameters() if p.requires_grad]
         self._slots = slots
         self._sums: list[Tensor] = []  # of 2^i slots each, i falling
-        self._taken = 0
+        self._count = 0
 
-    def take(self) -> None:
+    def accumulate(self) -> None:
         """Move the gradient of one more slot out of the parameters."""
         gradient = torch.cat([_gradient(parameter).flatten() for parameter in self._parameters])
         for parameter in self._parameters:
             parameter.grad = None
-        self._taken += 1
-        pairs = self._taken
+        self._count += 1
+        pairs = self._count
         while pairs % 2 == 0:  # as the carry of a binary counter
             gradient = self._sums.pop().add_(gradient)
             pairs //= 2
         self._sums.append(gradient)
 
-    def share_out(self, workers: Workers) -> None:
+    def all_reduce(self, workers: Workers) -> None:
         """The mean over all workers' slots becomes the parameters' gradient; all must call it."""
         (total,) = self._sums
         workers.add_in_pairs_(total).div_(self._slots)

@@ -20,7 +20,7 @@ from ddpm_ray import fault_injection
 from ddpm_ray.storage import checksummed, checksummed_json, object_store
 from ddpm_ray.storage.checksummed import DamagedError
 from ddpm_ray.storage.checksummed_json import ChecksumError
-from ddpm_ray.training.background_writer import Background
+from ddpm_ray.training.background_writer import BackgroundWriter
 from ddpm_ray.training.checkpoint_pointers import PREFIX
 from ddpm_ray.training.checkpoints import MANIFEST, TENSORS, CheckpointError, described
 from ddpm_ray.training.ema import width_group
@@ -99,7 +99,7 @@ class EmaSnapshotter:
     every_steps: int  # 0: no snapshots
     last_step: int
     store: SnapshotStore | None  # on rank 0 only
-    writer: Background  # the one of the checkpoints: a snapshot is complete before it is referenced
+    writer: BackgroundWriter  # that of checkpoints: a snapshot is complete before it is named
 
     def snapshot(self, step: int) -> None:
         """Copy the averages of `step` if due; a background thread writes them.

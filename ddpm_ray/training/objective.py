@@ -20,7 +20,7 @@ from ddpm_ray.diffusion import loss_weighting, losses
 from ddpm_ray.diffusion.conditioning import NO_LABEL
 from ddpm_ray.diffusion.parameterization import Parameterization
 from ddpm_ray.diffusion.process import Denoise, NoiseSchedule, add_noise
-from ddpm_ray.training.deterministic_allreduce import SlotSum
+from ddpm_ray.training.deterministic_allreduce import DeterministicAllReduce
 from ddpm_ray.training.noising import NoisingRecipe, NoisyBatch
 
 
@@ -70,13 +70,14 @@ class Objective:
         """
         if not self.slots:
             return self._slot(network, images, labels, step, workers, workers.rank, micro_batch)
-        mine, total, parts = workers.share(self.slots), SlotSum(network, self.slots), []
+        mine, parts = workers.share(self.slots), []
+        total = DeterministicAllReduce(network, self.slots)
         pieces = zip(mine, images.chunk(len(mine)), labels.chunk(len(mine)), strict=True)
         for slot, some, their in pieces:
             parts.append(self._slot(network, some, their, step, workers, slot, micro_batch))
-            total.take()
+            total.accumulate()
         fault_injection.at("gradient")
-        total.share_out(workers)
+        total.all_reduce(workers)
         return Losses(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
     def _slot(

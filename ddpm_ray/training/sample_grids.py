@@ -35,7 +35,7 @@ class SampleGridLogger:
     sink: Sink | None  # on the main worker
     batch_size: int = 64
 
-    def show_grid(self, step: int) -> None:
+    def log_grid(self, step: int) -> None:
         """Draw samples 0..63 and log them as `samples` at `step`; all workers must call it."""
         mine = draw_uint8(
             self.denoiser,
@@ -49,7 +49,7 @@ class SampleGridLogger:
         if self.sink is not None:
             self._log("samples", step, image_grid.grid(np.concatenate(images)))
 
-    def show_strip(self, step: int) -> None:
+    def log_strip(self, step: int) -> None:
         """Log the denoising of samples 0..3 from t = T to 0; drawn by rank 0 only."""
         if self.sink is not None:
             strip = image_grid.denoising_strip(

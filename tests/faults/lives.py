@@ -43,7 +43,7 @@ TINY = (
     "model.dropout=0.1", f"training.steps={STEPS}", f"training.checkpoint_every_steps={EVERY}",
     "training.global_batch_size=8", "training.log_every_steps=4", "training.learning_rate=3e-3",
     "training.grid_every_steps=0", "training.ema_decay_per_step=0.8", "sampling.steps=2",
-    "evaluation.spectrum_every_steps=6", "evaluation.spectrum_images=16",
+    "evaluation.validation_every_steps=6", "evaluation.validation_images=16",
     "tracking.flush_every_s=0.02",
 )  # fmt: skip
 LIFE_S = 180  # most seconds of one life; it takes one or two, more while MLflow is away

@@ -1,10 +1,10 @@
-"""What the tests of faults are worth: each of these breakages must turn at least one of them red.
+"""Mutation test of the fault tests: each of these defects must make at least one test fail.
 
     python -m tests.faults.mutations          prints a line for each; exit code 1 if one survives
 
-When all were tried, mutations.md beside this file is written anew: the list and what came of it.
-Works on a copy of the tree, whose tests must pass before anything is broken: else their failure
-would prove nothing. A breakage whose text is no longer in the source is an error.
+A complete run writes mutations.md, next to this file: the list and the results. Works on a copy of
+the tree, whose tests must pass before a defect is injected: otherwise their failure would prove
+nothing. A defect whose text is no longer in the source is an error.
 """
 
 import os
@@ -17,12 +17,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 TABLE = Path(__file__).with_suffix(".md")
-LIMIT_S = 300  # of the tests of one breakage
+LIMIT_S = 300  # of the tests of one defect
 
 
 @dataclass(frozen=True)
 class Mutation:
-    """One breakage: `old` in `file` becomes `new`, and `tests` are asked."""
+    """One defect: `old` in `file` becomes `new`, and `tests` are run."""
 
     what: str
     file: str
@@ -44,42 +44,42 @@ MUTATIONS = (
              "Purpose.NOISE, step,", "Purpose.NOISE, 0,", LOOP),
     Mutation("t is not keyed by the position", NOISING,
              "self.steps(step, positions)", "self.steps(step, positions * 0)", LOOP),
-    Mutation("dropout goes on from wherever it is", OBJECTIVES,
+    Mutation("dropout is not keyed at all", OBJECTIVES,
              "if self.reseed_dropout:", "if False:", LOOP),
     Mutation("dropout is keyed by the worker instead of the slot", OBJECTIVES,
              "Purpose.DROPOUT, step, slot)", "Purpose.DROPOUT, step, workers.rank)",
              "tests/faults/test_resized.py"),
-    Mutation("slots are added one after the other", "ddpm_ray/training/deterministic_allreduce.py",
+    Mutation("slots are summed in sequence", "ddpm_ray/training/deterministic_allreduce.py",
              "while pairs % 2 == 0:", "while self._sums:",
              "tests/training/test_deterministic_allreduce.py"),
-    Mutation("losses are added as they come", "ddpm_ray/training/metrics_buffer.py",
+    Mutation("losses are summed in order of arrival", "ddpm_ray/training/metrics_buffer.py",
              "(losses.double() * 2.0**40).round_() * 2.0**-40", "losses.double()",
              "tests/training/test_metrics_buffer.py"),
-    Mutation("a rewound run takes the same samples again", "ddpm_ray/training/loop.py",
+    Mutation("a rewound run repeats the same samples", "ddpm_ray/training/loop.py",
              "state.step, state.scores, state.validation_losses = step, scores, losses",
              "state.scores, state.validation_losses = scores, losses", LOOP),
-    Mutation("rewinding takes what was saved in between", "ddpm_ray/training/loop.py",
+    Mutation("rewinding restores a later checkpoint", "ddpm_ray/training/loop.py",
              "store.at((step - 1) // every * every)", "store.at(step - 1)", LOOP),
-    Mutation("a run that a lost answer made twice stays twice", "ddpm_ray/tracking/run_lookup.py",
+    Mutation("a run that was created twice stays twice", "ddpm_ray/tracking/run_lookup.py",
              "for twin in twins:", "for twin in []:", "tests/tracking/test_mlflow_runs.py"),
-    Mutation("a NaN stays with its worker", OBJECTIVES,
+    Mutation("a NaN is not seen by the other workers", OBJECTIVES,
              "torch.where(finite, 1.0, math.nan)", "1.0", LOOP),
     Mutation("the EMA is not restored", STATE,
              'self.ema.load_state_dict(snapshot.tensors["ema"])', "pass", LOOP),
     Mutation("Adam's moments are not restored", STATE,
              'self._set_moments(snapshot.tensors["optimizer"])', "pass", LOOP),
-    Mutation("a restored run begins a step too late", STATE,
+    Mutation("a restored run starts one step late", STATE,
              "self.step = snapshot.step", "self.step = snapshot.step + 1", LOOP),
-    Mutation("a skipped step leaves its gradient behind", "ddpm_ray/training/loop.py",
+    Mutation("a skipped step keeps its gradient", "ddpm_ray/training/loop.py",
              "    state.optimizer.zero_grad()\n    state.step += 1\n    run.log.record_skipped()",
              "    state.step += 1\n    run.log.record_skipped()", LOOP),
-    Mutation("the norms before are forgotten", "ddpm_ray/training/divergence_guard.py",
+    Mutation("earlier gradient norms are not restored", "ddpm_ray/training/divergence_guard.py",
              'list(facts["norms"])', "[]", "tests/training/test_divergence_guard.py"),
-    Mutation("bands of half a window are forgotten", "ddpm_ray/runs/train_worker.py",
+    Mutation("loss bands of a window are not restored", "ddpm_ray/runs/train_worker.py",
              'log.resume(snapshot.facts["bands"])', "pass", ENDS),
-    Mutation("rows that MLflow lacks are forgotten", "ddpm_ray/training/loop.py",
+    Mutation("rows that MLflow has not acknowledged are not saved", "ddpm_ray/training/loop.py",
              "for row in run.sink.unsent()", "for row in []", ENDS),
-    Mutation("rows are stamped by the clock", "ddpm_ray/tracking/run_log.py",
+    Mutation("rows have the time of the clock", "ddpm_ray/tracking/run_log.py",
              "start_ms + step, step) for key, value, step",
              '__import__("time").time_ns() // 10**6, step) for key, value, step',
              "tests/tracking/test_mlflow_runs.py"),
@@ -88,39 +88,39 @@ MUTATIONS = (
     Mutation("bytes are not compared with their sha256", "ddpm_ray/storage/checksummed.py",
              "if found == sha256:\n            return data", "if True:\n            return data",
              SAVES),
-    Mutation("what changed on the way is not read again", "ddpm_ray/storage/checksummed.py",
+    Mutation("a changed object is not read again", "ddpm_ray/storage/checksummed.py",
              "READS = 5", "READS = 1", "tests/faults/test_bad_weather.py"),
     Mutation("the checksum of JSON is not compared", "ddpm_ray/storage/checksummed_json.py",
              'if stored["sha256"] == _digest(stored["value"], number):', "if True:",
              "tests/storage/test_checksummed_json.py"),
-    Mutation("nothing is retried", "ddpm_ray/storage/retry.py",
+    Mutation("no request is retried", "ddpm_ray/storage/retry.py",
              "if not is_transient(error) or elapsed_s + pause_s > timeout_s:", "if True:",
              "tests/faults/test_bad_weather.py"),
     Mutation("the manifest is written before its data", CHECKPOINTS,
              "files | {MANIFEST: _json({FORMAT: NEWEST_FORMAT} | described(files))}",
              "{MANIFEST: _json({FORMAT: NEWEST_FORMAT} | described(files))} | files",
              SAVES),
-    Mutation("a lost pointer has no substitute", CHECKPOINTS,
+    Mutation("a lost pointer is not replaced", CHECKPOINTS,
              "known = _by_step([*named, *self._unnamed(named)[0]])", "known = list(named)", DAMAGE),
-    Mutation("whole checkpoints that no pointer names are not taken over", CHECKPOINTS,
+    Mutation("complete checkpoints without a pointer are not recovered", CHECKPOINTS,
              "known = _by_step([*named, *unnamed])", "known = list(named)", DAMAGE),
-    Mutation("the last one that was read whole may go", CHECKPOINTS,
+    Mutation("the last verified checkpoint may be deleted", CHECKPOINTS,
              "planned[:1], self._verified]", "planned[:1]]", LEASE),
-    Mutation("half a checkpoint stays", CHECKPOINTS,
+    Mutation("an incomplete checkpoint is not deleted", CHECKPOINTS,
              "for folder in unfinished:", "for folder in list[str]():", LEASE),
-    Mutation("no fence", CHECKPOINTS,
+    Mutation("the lease is not checked before a commit", CHECKPOINTS,
              'fault_injection.at("commit")\n        self.check_lease()',
              'fault_injection.at("commit")', LEASE),
-    Mutation("what was taken over is not copied", CHECKPOINTS,
+    Mutation("a recovered checkpoint is not copied", CHECKPOINTS,
              "taken_over = reference in self._taken_over", "taken_over = False", FENCING),
-    Mutation("the pointer that was written last counts", "ddpm_ray/training/checkpoint_pointers.py",
+    Mutation("the pointer that was written last is used", "ddpm_ray/training/checkpoint_pointers.py",
              "elif latest is not None and (found is None or latest.rank > found.rank):",
              "elif latest is not None:", FENCING),
-    Mutation("two owners of one number", "ddpm_ray/training/writer_lease.py",
+    Mutation("two owners share one lease number", "ddpm_ray/training/writer_lease.py",
              '["token"] != self.token', '["token"] == ""', LEASE),
-    Mutation("two jobs take a run back and forth", "ddpm_ray/training/writer_lease.py",
+    Mutation("two jobs take over a run from each other", "ddpm_ray/training/writer_lease.py",
              "_next(refuse_others=True)", "_next(refuse_others=False)", LEASE),
-    Mutation("a frozen worker is not missed", "ddpm_ray/distributed/heartbeat.py",
+    Mutation("a frozen worker is not detected", "ddpm_ray/distributed/heartbeat.py",
              "silent = [one for one in heartbeats if one.is_silent(limit_s)]",
              "silent: list[Heartbeat] = []", "tests/distributed/test_heartbeat.py"),
 )  # fmt: skip
@@ -179,17 +179,20 @@ def main() -> int:
 
 
 def table(alive: set[str]) -> str:
-    """The list in Markdown, with what came of each."""
+    """The list in Markdown, with the result of each."""
     rows = [
         f"| {one.what} | `{one.file}` | `{one.tests}` | "
         f"{'**SURVIVES**' if one.what in alive else 'killed'} |"
         for one in MUTATIONS
     ]
-    head = "| breakage | in | tests asked | result |\n| --- | --- | --- | --- |"
+    head = "| defect | file | tests | result |\n| --- | --- | --- | --- |"
     reported = (
-        "What `python -m tests.faults.mutations` must find; it tries all and writes this page."
+        "Each row is a defect that `python -m tests.faults.mutations` puts into a copy of the code, "
+        "and the tests that must fail because of it. A complete run writes this page."
     )
-    return "\n".join(["# Breakages, and whether tests see them", "", reported, "", head, *rows, ""])
+    return "\n".join(
+        ["# Injected defects, and whether tests find them", "", reported, "", head, *rows, ""]
+    )
 
 
 if __name__ == "__main__":

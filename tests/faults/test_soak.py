@@ -12,7 +12,7 @@ from tests.faults.schedules import kill
 STEPS, KILLS, WORKERS = 1000, 100, 2
 LONG = (
     *TINY, f"training.steps={STEPS}", "training.checkpoint_every_steps=20",
-    "evaluation.spectrum_every_steps=250",
+    "evaluation.validation_every_steps=250",
 )  # fmt: skip
 
 pytestmark = [

@@ -70,8 +70,8 @@ TINY = (
     "training.checkpoint_every_steps=2", "training.global_batch_size=8", "sampling.steps=2",
     "training.log_every_steps=2", "training.grid_every_steps=2", "evaluation.num_images=16",
     "evaluation.features=digits", "evaluation.kernel_distance_images=8",
-    "evaluation.spectrum_every_steps=2", "evaluation.spectrum_images=16", "sampling.batch_size=8",
-    "data.url=s3://bucket/noise", "storage=s3://bucket/runs",
+    "evaluation.validation_every_steps=2", "evaluation.validation_images=16",
+    "sampling.batch_size=8", "data.url=s3://bucket/noise", "storage=s3://bucket/runs",
 )  # fmt: skip
 
 

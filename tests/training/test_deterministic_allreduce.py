@@ -6,18 +6,18 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ddpm_ray.collectives import Workers
-from ddpm_ray.training.deterministic_allreduce import SlotSum
+from ddpm_ray.training.deterministic_allreduce import DeterministicAllReduce
 
 
 def summed(gradients: list[list[float]]) -> list[float]:
-    """What SlotSum leaves in the parameters after these slots' gradients."""
+    """What DeterministicAllReduce leaves in the parameters after these slots' gradients."""
     network = nn.Linear(len(gradients[0]), 1, bias=False)
-    total = SlotSum(network, len(gradients))
+    total = DeterministicAllReduce(network, len(gradients))
     for gradient in gradients:
         network.weight.grad = torch.tensor([gradient])
-        total.take()
+        total.accumulate()
         assert network.weight.grad is None
-    total.share_out(Workers())
+    total.all_reduce(Workers())
     assert network.weight.grad is not None
     (row,) = network.weight.grad.tolist()
     return [float(value) for value in row]
@@ -40,10 +40,10 @@ def test_it_is_a_mean() -> None:
 
 def test_a_parameter_without_a_gradient_counts_as_zero() -> None:
     network = nn.Linear(2, 1)
-    total = SlotSum(network, 1)
+    total = DeterministicAllReduce(network, 1)
     network.weight.grad = torch.ones(1, 2)
-    total.take()
-    total.share_out(Workers())
+    total.accumulate()
+    total.all_reduce(Workers())
     assert network.bias.grad is not None
     assert network.bias.grad.tolist() == [0.0]
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ddpm_ray.assembly import training_run
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.storage import object_store
-from ddpm_ray.training.background_writer import Background
+from ddpm_ray.training.background_writer import BackgroundWriter
 from ddpm_ray.training.checkpoint_writer import CheckpointWriter
 from ddpm_ray.training.checkpoints import CheckpointError, CheckpointStore
 from ddpm_ray.training.ema import EMA, Averages, width_group
@@ -117,7 +117,7 @@ def test_averages_are_kept_when_due_and_at_the_end(
     every: int, steps: list[int], is_main: bool, tmp_path: Path
 ) -> None:
     """Every worker notes it, as each may save the state; the leader alone writes."""
-    state, writer = toy(WIDTHS), Background("test")
+    state, writer = toy(WIDTHS), BackgroundWriter("test")
     store = SnapshotStore(str(tmp_path)) if is_main else None
     wander(state, 10, EmaSnapshotter(state, GROUPS, every, 10, store, writer).snapshot)
     writer.wait()
@@ -128,7 +128,7 @@ def test_averages_are_kept_when_due_and_at_the_end(
 
 def test_what_is_kept_is_of_its_step_whatever_comes_after(tmp_path: Path) -> None:
     """It is written in the background, while the averages move on."""
-    state, store, writer = toy(WIDTHS), SnapshotStore(str(tmp_path)), Background("test")
+    state, store, writer = toy(WIDTHS), SnapshotStore(str(tmp_path)), BackgroundWriter("test")
     after: dict[int, Tensor] = {}
 
     def keep(step: int) -> None:
@@ -195,7 +195,11 @@ def test_no_checkpoint_names_averages_that_could_not_be_written(
 
 def test_another_width_is_made_of_what_was_kept(tmp_path: Path) -> None:
     """Near the average that was tracked under that width: by 0.2 % of it, at the end and before."""
-    state, store, writer = toy((*WIDTHS, 0.15)), SnapshotStore(str(tmp_path)), Background("test")
+    state, store, writer = (
+        toy((*WIDTHS, 0.15)),
+        SnapshotStore(str(tmp_path)),
+        BackgroundWriter("test"),
+    )
     wanted: dict[int, Tensor] = {}
 
     def keep(step: int) -> None:
@@ -219,7 +223,7 @@ def test_another_width_is_made_of_what_was_kept(tmp_path: Path) -> None:
 
 OVERRIDES = (
     "training.ema_more_decays=[0.5]", "training.ema_snapshot_widths=[0.1,0.2]",
-    "training.ema_snapshot_every_steps=2", "evaluation.spectrum_every_steps=0",
+    "training.ema_snapshot_every_steps=2", "evaluation.validation_every_steps=0",
 )  # fmt: skip
 
 

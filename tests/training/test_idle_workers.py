@@ -63,7 +63,7 @@ def test_a_grid_is_the_same_by_more_workers_than_it_has_images(
         SampleGridLogger(
             Denoiser.of_noise(blind, SCHEDULE), PLAN, (1, 4, 4), workers,
             str(tmp_path / str(workers.rank)), wall if workers.is_main else None,
-        ).show_grid(0)  # fmt: skip
+        ).log_grid(0)  # fmt: skip
         return wall.pictures["samples", 0].tobytes() if workers.is_main else b""
 
     assert on_workers(GRID_IMAGES + 1, picture)[0] == picture(Workers())
@@ -119,7 +119,7 @@ def test_a_probe_is_the_same_by_more_workers_than_groups(
 ) -> None:
     config = load(
         RunConfig, None,
-        ["name=tiny", f"data.url={packed(tmp_path, 4)}", "evaluation.spectrum_images=32",
+        ["name=tiny", f"data.url={packed(tmp_path, 4)}", "evaluation.validation_images=32",
          "model.base_channels=4", "model.groups=2", "model.channel_mults=[1]",
          "model.blocks_per_level=1", "model.attention_resolutions=[]"],
     )  # fmt: skip

@@ -84,15 +84,15 @@ def pixels(image: Image.Image) -> Any:
 
 def grid_by(workers: Workers, folder: Path, batch: int = 64, channels: int = 1) -> Wall:
     made, wall = grid_logger(folder, workers, channels, batch)
-    made.show_grid(30)
+    made.log_grid(30)
     return wall
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_pictures_hang_in_the_sink_and_lie_in_the_folder(channels: int, tmp_path: Path) -> None:
     made, wall = grid_logger(tmp_path, Workers(), channels)
-    made.show_grid(30)
-    made.show_strip(30)
+    made.log_grid(30)
+    made.log_strip(30)
     assert set(wall.pictures) == {("samples", 30), ("denoising", 30)}
     for (key, step), hung in wall.pictures.items():
         data = object_store.read_bytes(picture_url(str(tmp_path), key, step))
@@ -124,12 +124,12 @@ def test_the_grid_is_the_same_in_batches_of_any_size(tmp_path: Path) -> None:
 
 def test_the_noise_is_the_same_at_each_step_and_the_weights_those_of_now(tmp_path: Path) -> None:
     made, wall = grid_logger(tmp_path, Workers())
-    made.show_grid(1)
-    made.show_grid(2)
+    made.log_grid(1)
+    made.log_grid(2)
     assert (pixels(wall.pictures["samples", 1]) == pixels(wall.pictures["samples", 2])).all()
     network = made.denoiser.network
     made = replace(
         made, denoiser=Denoiser.of_noise(lambda x, t: network(x / 2, t, UNCONDITIONAL), COSINE)
     )
-    made.show_grid(3)
+    made.log_grid(3)
     assert (pixels(wall.pictures["samples", 3]) != pixels(wall.pictures["samples", 2])).any()
