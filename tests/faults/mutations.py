@@ -113,7 +113,8 @@ MUTATIONS = (
              'fault_injection.at("commit")', LEASE),
     Mutation("a recovered checkpoint is not copied", CHECKPOINTS,
              "taken_over = reference in self._taken_over", "taken_over = False", FENCING),
-    Mutation("the pointer that was written last is used", "ddpm_ray/training/checkpoint_pointers.py",
+    Mutation("the pointer that was written last is used",
+             "ddpm_ray/training/checkpoint_pointers.py",
              "elif latest is not None and (found is None or latest.rank > found.rank):",
              "elif latest is not None:", FENCING),
     Mutation("two owners share one lease number", "ddpm_ray/training/writer_lease.py",
@@ -187,8 +188,8 @@ def table(alive: set[str]) -> str:
     ]
     head = "| defect | file | tests | result |\n| --- | --- | --- | --- |"
     reported = (
-        "Each row is a defect that `python -m tests.faults.mutations` puts into a copy of the code, "
-        "and the tests that must fail because of it. A complete run writes this page."
+        "Each row is a defect that `python -m tests.faults.mutations` puts into a copy of the "
+        "code, and the tests that must fail because of it. A complete run writes this page."
     )
     return "\n".join(
         ["# Injected defects, and whether tests find them", "", reported, "", head, *rows, ""]
