@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from ddpm_ray.config.former_keys import former_keys
 
 from ddpm_ray.cli.job import CONFIG
 from ddpm_ray.config import loading
+from ddpm_ray.config.reading.former_keys import former_keys
 from ddpm_ray.jobs.command import JOBS
 
 ROOT = Path(__file__).parent.parent

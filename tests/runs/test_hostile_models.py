@@ -71,9 +71,7 @@ def test_code_beside_the_weights_is_not_run(
     for place in ("python_model.pkl", "data/model.pth", "data/checkpoint/extra.pkl"):
         (model / place).parent.mkdir(exist_ok=True)
         (model / place).write_bytes(pickle.dumps(Bomb(ran)))
-    run = run_lookup.find_or_create_run(
-        mlflow_database, "hostile", "a", "a", str(tmp_path / "art")
-    )
+    run = run_lookup.find_or_create_run(mlflow_database, "hostile", "a", "a", str(tmp_path / "art"))
     MlflowClient(tracking_uri=mlflow_database).log_artifacts(run.run_id, str(model), "model")
     read = load_model.load(f"runs:/{run.run_id}/model", "cpu", mlflow_database)
     expected = checkpoint_loading.trained_model(checkpoint).sample(2, steps=3)
@@ -87,9 +85,7 @@ def test_a_model_that_is_code_alone_is_none_of_ours(mlflow_database: str, tmp_pa
     model.mkdir()
     (model / "MLmodel").write_text(MLMODEL)
     (model / "python_model.pkl").write_bytes(pickle.dumps(Bomb(ran)))
-    run = run_lookup.find_or_create_run(
-        mlflow_database, "hostile", "b", "b", str(tmp_path / "art")
-    )
+    run = run_lookup.find_or_create_run(mlflow_database, "hostile", "b", "b", str(tmp_path / "art"))
     MlflowClient(tracking_uri=mlflow_database).log_artifacts(run.run_id, str(model), "model")
     with pytest.raises(TrackingError, match="this model has no ddpm_ray checkpoint"):
         load_model.load(f"runs:/{run.run_id}/model", "cpu", mlflow_database)
