@@ -3,7 +3,6 @@
 Imports nothing heavy, so that one dataclass can be a config group and a function's arguments.
 """
 
-import difflib
 import inspect
 import math
 import operator
@@ -24,6 +23,7 @@ from typing import (
 )
 
 from ddpm_ray.config.reading.former_keys import Former, named_twice, translated
+from ddpm_ray.config.reading.nearest import did_you_mean
 
 T = TypeVar("T")
 FormerKeys: TypeAlias = str | Former | tuple[str | Former, ...]
@@ -138,8 +138,7 @@ def arguments(kind: Any, values: Mapping[str, Any]) -> dict[str, Any]:
     types, given = _types(kind), translated(kind, values.items())
     for one in given:
         if one.key not in types:
-            near = difflib.get_close_matches(one.key, types, n=1)
-            hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(types)}"
+            hint = did_you_mean(one.key, types) or f"; there are {', '.join(types)}"
             raise TypeError(f"unexpected argument {one.key!r}{hint}")
     given = [one for one in given if one.value is not None]
     if twice := named_twice(given):

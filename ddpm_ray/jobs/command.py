@@ -4,7 +4,7 @@ import sys
 
 from ddpm_ray.cli.job import DONE, WRONG_CONFIG
 from ddpm_ray.cli.main import main as run
-from ddpm_ray.config.reading.errors import did_you_mean
+from ddpm_ray.config.reading.nearest import did_you_mean
 from ddpm_ray.jobs import (
     average,
     doctor,

@@ -1,12 +1,15 @@
 """The argument MODEL_URI of the jobs that load a trained model."""
 
 from argparse import Namespace
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from ddpm_ray.cli.job import Argument
 from ddpm_ray.cli.paths import home_folder
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from ddpm_ray.runs.load_model import SamplingJob
+
+T = TypeVar("T", bound="SamplingJob")
 
 MODEL_URI = Argument(
     "model_uri",
@@ -27,5 +30,4 @@ def with_settings_of_model(config: T, arguments: Namespace, name: str = "model_u
     setattr(arguments, name, uri)
     from ddpm_ray.runs import load_model  # heavy: after the paths are checked
 
-    loaded: Any = load_model.as_trained(config, uri, arguments.given, home)  # type: ignore[type-var]
-    return loaded  # type: ignore[no-any-return]
+    return load_model.as_trained(config, uri, arguments.given, home)

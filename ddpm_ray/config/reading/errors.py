@@ -1,11 +1,11 @@
 """The error of an invalid config, and its lines for wrong keys and values."""
 
-import difflib
 from collections.abc import Iterable
 from typing import Any
 
 from ddpm_ray.config.option_fields import shown, walk
 from ddpm_ray.config.reading.former_keys import former_keys
+from ddpm_ray.config.reading.nearest import did_you_mean, nearest
 from ddpm_ray.config.reading.option_text import choices, range_text, type_text
 from ddpm_ray.config.reading.yaml_text import type_at
 
@@ -51,14 +51,7 @@ def nearest_key(kind: Any, key: str, more: Iterable[str] = ()) -> str:
     """
     names = {name: name for name, _, _ in walk(kind())} | former_keys(kind)
     names |= {name: name for name in more}
-    near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
-    tail = {name.rpartition(".")[2]: name for name in names}
-    if not near and (also := difflib.get_close_matches(key.rpartition(".")[2], tail, n=1)):
-        near = [tail[also[0]]]
-    return f"; did you mean {names[near[0]]}?" if near else "; --help lists the keys"
-
-
-def did_you_mean(text: str, names: Iterable[str]) -> str:
-    """Return "; did you mean ...?" with the name nearest to `text`; empty if none is near."""
-    near = difflib.get_close_matches(text, list(names), n=1)
-    return f"; did you mean {near[0]}?" if near else ""
+    without_group = {name.rpartition(".")[2]: name for name in names}
+    near = nearest(key, names, cutoff=0.5)
+    near = near or without_group.get(nearest(key.rpartition(".")[2], without_group), "")
+    return f"; did you mean {names[near]}?" if near else "; --help lists the keys"

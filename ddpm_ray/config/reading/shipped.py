@@ -6,7 +6,8 @@
 from pathlib import Path
 from typing import Any
 
-from ddpm_ray.config.reading.errors import ConfigError, did_you_mean
+from ddpm_ray.config.reading.errors import ConfigError
+from ddpm_ray.config.reading.nearest import did_you_mean
 
 FOLDER = Path(__file__).parents[2] / "conf"
 
