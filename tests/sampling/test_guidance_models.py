@@ -47,6 +47,22 @@ def test_a_weaker_model_may_know_no_labels() -> None:
     torch.testing.assert_close(found, 1.1 * X + 3.0 * labels.view(-1, 1, 1, 1))
 
 
+def test_a_weaker_model_gets_the_low_resolution_images_that_it_takes() -> None:
+    def of(share: float, pixels: int) -> Denoiser:
+        def network(x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+            return share * x_t + sum(conditioning.images)
+
+        return Denoiser(network, EPSILON, takes=ConditioningSpec(low_resolution_pixels=pixels))
+
+    low = torch.arange(4.0).view(4, 1, 1, 1).expand_as(X)
+    for pixels, expected in ((1, 1.1 * X + low), (0, 1.1 * X + 3 * low)):
+        guidance_model = guidance_models.autoguidance(of(0.5, 1), of(0.2, pixels), 3)
+        denoise = replace(of(0.5, 1), guidance_model=guidance_model).bind_conditioning(
+            Conditioning(low_resolution=low)
+        )
+        torch.testing.assert_close(denoise(X, T), expected)
+
+
 @pytest.mark.parametrize(
     "other", [Parameterization.of("v", LINEAR), Parameterization.of("epsilon", LINEAR)]
 )
