@@ -55,9 +55,16 @@ class Scorer:
     def score(self, model: TrainedModel, plan: SamplingPlan) -> str:
         """The distance with its 95 % interval."""
         found = evaluate(
-            model.denoiser, plan, self.net, self.truth, num_images=self.images, batch_size=BATCH,
-            image_shape=model.image_shape, workers=Workers(), provenance={},
-        ).metrics  # fmt: skip
+            model.denoiser,
+            plan,
+            self.net,
+            self.truth,
+            num_images=self.images,
+            batch_size=BATCH,
+            image_shape=model.image_shape,
+            workers=Workers(),
+            provenance={},
+        ).metrics
         return f"{found[NAME]:.3f} ({found[NAME + '_low']:.3f}-{found[NAME + '_high']:.3f})"
 
     def accuracy(self, images: Images, labels: torch.Tensor) -> float:
@@ -123,15 +130,19 @@ def pictures(model: TrainedModel, data: str, folder: Path) -> None:
     draw: Callable[..., Images] = model.sample
     digits = list(range(model.denoiser.takes.num_classes))
     sheet(
-        {name: [draw(4, steps=n, sampler=name, labels=digits[2:]) for n in STEPS]
-         for name in SAMPLERS},
+        {
+            name: [draw(4, steps=n, sampler=name, labels=digits[2:]) for n in STEPS]
+            for name in SAMPLERS
+        },
         [f"{n} steps" for n in STEPS],
-    ).save(folder / "samplers.png")  # fmt: skip
+    ).save(folder / "samplers.png")
     sheet(
-        {f"{scale:g}": [draw(20, steps=20, sampler="unipc", guidance_scale=scale, seed=3)]
-         for scale in SCALES},
+        {
+            f"{scale:g}": [draw(20, steps=20, sampler="unipc", guidance_scale=scale, seed=3)]
+            for scale in SCALES
+        },
         ["20 labels in turn, by guidance scale"],
-    ).save(folder / "guidance.png")  # fmt: skip
+    ).save(folder / "guidance.png")
     shard = next(iter(read_images(open_dataset(data), [0])))
     spread = torch.arange(10) * len(shard.images) // 10  # packed by class
     known, labels = shard.images[spread].numpy(), shard.labels[spread].tolist()
@@ -143,10 +154,16 @@ def pictures(model: TrainedModel, data: str, folder: Path) -> None:
     mended = [mend(resamples=5, seed=seed) for seed in range(3)]
     cheap = mend(method="replacement")
     sheet(
-        {"image": [known], "seen": [hidden], "1": [mended[0]], "2": [mended[1]], "3": [mended[2]],
-         "replacement": [cheap]},
+        {
+            "image": [known],
+            "seen": [hidden],
+            "1": [mended[0]],
+            "2": [mended[1]],
+            "3": [mended[2]],
+            "replacement": [cheap],
+        },
         ["ten held-out images, what is seen of them, three ways to paint the rest, the cheap form"],
-    ).save(folder / "inpainting.png")  # fmt: skip
+    ).save(folder / "inpainting.png")
     wide = model.outpaint(known[::2], left=height, right=height, steps=50, resamples=5)
     grid(wide, 1).save(folder / "outpainting.png")
     pairs = [model.interpolate(2 * i, 2 * i + 1, 10, label=i) for i in range(0, 10, 2)]
@@ -171,11 +188,14 @@ def main() -> None:
     some = torch.arange(2000) * len(held_out.images) // 2000  # packed by class
     known = scorer.accuracy(held_out.images[some].numpy(), held_out.labels[some])
     lines = [
-        f"The classifier takes {100 * known:.1f} % of held-out images for their label.", "",
-        *table(["sampler", *(f"{n} steps" for n in STEPS)], by_sampler(model, scorer)), "",
-        *table(["guidance scale", NAME, "taken for their label"], by_scale(model, scorer)), "",
+        f"The classifier takes {100 * known:.1f} % of held-out images for their label.",
+        "",
+        *table(["sampler", *(f"{n} steps" for n in STEPS)], by_sampler(model, scorer)),
+        "",
+        *table(["guidance scale", NAME, "taken for their label"], by_scale(model, scorer)),
+        "",
         *table(["weights", *(f"{name}, 50 steps" for name in AVERAGED)], by_average(run, scorer)),
-    ]  # fmt: skip
+    ]
     (folder / "tables.md").write_text("\n".join(lines) + "\n")
 
 

@@ -266,9 +266,14 @@ def test_shifted_means_draw_from_the_class(variance: ReverseVariance) -> None:
         THREE.expected_noise, partial(log_class, 1), EPSILON, 1.0, steps=steps, variance=variance
     )
     samples = ancestral(
-        SCHEDULE, denoise, standard(3000, generator, THREE), steps,
-        noise=lambda t: standard(3000, generator, THREE), variance=variance, clip=None,
-    )  # fmt: skip
+        SCHEDULE,
+        denoise,
+        standard(3000, generator, THREE),
+        steps,
+        noise=lambda t: standard(3000, generator, THREE),
+        variance=variance,
+        clip=None,
+    )
     assert_drawn_from_component(samples, 1)
 
 
@@ -305,7 +310,7 @@ def test_a_linear_gaussian_label_leads_to_its_posterior(kind: Prediction, way: s
         variance: Any = way
         guided = classifier_guided(
             model_output, log_label, parameterization, 1.0, steps=steps, variance=variance
-        )  # fmt: skip
+        )
         end = ancestral(
             SCHEDULE,
             guided,

@@ -84,9 +84,17 @@ def test_repaint_keeps_the_marginals_on_its_way_up_and_down(
         return x_t / (1 - SHORT.at(t, x_t)).sqrt()
 
     end = repaint(
-        SHORT, optimum, x_T, steps, known=torch.zeros_like(x_T), mask=torch.full((1, 1), all_known),
-        noise=noise, jump_length=jump_length, resamples=resamples, eta=eta,
-    )  # fmt: skip
+        SHORT,
+        optimum,
+        x_T,
+        steps,
+        known=torch.zeros_like(x_T),
+        mask=torch.full((1, 1), all_known),
+        noise=noise,
+        jump_length=jump_length,
+        resamples=resamples,
+        eta=eta,
+    )
     assert [t for t, _ in visits] == [t for t, s in pairwise(way) if s < t]
     assert [v for _, v in visits] == pytest.approx(
         [float(1 - SHORT.alpha_bar[t]) for t, _ in visits]
@@ -98,9 +106,16 @@ def test_repaint_keeps_the_marginals_on_its_way_up_and_down(
 @given(falling, st.floats(0, 1))
 def test_repaint_of_nothing_known_without_jumps_is_ddim(steps: tuple[int, ...], eta: float) -> None:
     free = repaint(
-        SHORT, shrinking, noise_at(99), steps, known=noise_at(98), mask=0 * HALF,
-        noise=noise_at, resamples=1, eta=eta,
-    )  # fmt: skip
+        SHORT,
+        shrinking,
+        noise_at(99),
+        steps,
+        known=noise_at(98),
+        mask=0 * HALF,
+        noise=noise_at,
+        resamples=1,
+        eta=eta,
+    )
     other = ddim(
         SHORT, shrinking, noise_at(99), steps, eta=eta, noise=lambda t: noise_at(steps.index(t))
     )
@@ -110,9 +125,16 @@ def test_repaint_of_nothing_known_without_jumps_is_ddim(steps: tuple[int, ...], 
 def test_known_pixels_come_back_to_the_bit_and_the_others_are_no_ones_but_the_samplers() -> None:
     known = 3 * noise_at(98).float()  # beyond the clip
     end = repaint(
-        SHORT, shrinking, noise_at(99).float(), (40, 30, 20, 10, 0), known=known, mask=HALF,
-        noise=lambda n: noise_at(n).float(), jump_length=2, resamples=3,
-    )  # fmt: skip
+        SHORT,
+        shrinking,
+        noise_at(99).float(),
+        (40, 30, 20, 10, 0),
+        known=known,
+        mask=HALF,
+        noise=lambda n: noise_at(n).float(),
+        jump_length=2,
+        resamples=3,
+    )
     assert end.dtype == torch.float32
     assert known_error(end, known, HALF) == 0
     assert known_error(end, known, 1 - HALF) > 1
@@ -128,10 +150,15 @@ def test_a_painted_image_is_a_function_of_seed_and_index() -> None:
         i = torch.tensor(index)
         x_T = counter_rng.normal(1, counter_rng.Purpose.SAMPLE_START, 0, i, (2, 4, 4))
         return repaint(
-            SHORT, shrinking, x_T, (40, 30, 20, 10, 0), known=0 * x_T, mask=HALF,
+            SHORT,
+            shrinking,
+            x_T,
+            (40, 30, 20, 10, 0),
+            known=0 * x_T,
+            mask=HALF,
             noise=lambda n: counter_rng.normal(1, counter_rng.Purpose.SAMPLE_STEP, n, i, (2, 4, 4)),
             jump_length=1,
-        )  # fmt: skip
+        )
 
     torch.testing.assert_close(painted([5, 7, 8])[2:], painted([8]))
 
@@ -164,9 +191,17 @@ def painted(
         assert known_error(end, known, mask) < 1e-9
     else:
         end = repaint(
-            SCHEDULE, denoise, x_T, steps, known=known, mask=mask, noise=noise,
-            jump_length=1, resamples=resamples, clip=None,
-        )  # fmt: skip
+            SCHEDULE,
+            denoise,
+            x_T,
+            steps,
+            known=known,
+            mask=mask,
+            noise=noise,
+            jump_length=1,
+            resamples=resamples,
+            clip=None,
+        )
         assert known_error(end, known, mask) == 0
     return end[:, 0]
 

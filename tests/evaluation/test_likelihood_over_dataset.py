@@ -73,8 +73,10 @@ def test_a_single_image_has_no_interval() -> None:
     with pytest.raises(ValueError, match="1 image; an interval needs at least 2"):
         flow_likelihood(
             Denoiser(optimum, V),
-            [(one, IMAGES[:1], one)], steps=4, workers=Workers(),
-        )  # fmt: skip
+            [(one, IMAGES[:1], one)],
+            steps=4,
+            workers=Workers(),
+        )
 
 
 LEVEL = torch.zeros(2, 1, 1, 1, dtype=torch.uint8)
@@ -163,7 +165,7 @@ def test_images_of_any_index_have_noise_of_their_own() -> None:
         index = torch.tensor([first, second])
         found = flow_likelihood(
             Denoiser(optimum, V), [(index, batch, labels)], steps=4, workers=Workers()
-        ).metrics  # fmt: skip
+        ).metrics
         return found["eval/likelihood_bits_per_dim_high"] - found["eval/likelihood_bits_per_dim"]
 
     assert bits(7, 7 + 2**28) > 0  # 2^28 images of 48 numbers: 3 x 2^32

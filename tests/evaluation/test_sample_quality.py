@@ -322,9 +322,15 @@ def test_digits_are_recognised_and_noise_is_not(tmp_path: Path) -> None:
     real = score(classifier, truth, denoise=knows(digits), **arguments).metrics
     noise = score(classifier, truth, denoise=lambda x_t, t: x_t * 0, **arguments).metrics
     assert real.keys() == {
-        "eval/fd_digits", "eval/fd_digits_low", "eval/fd_digits_high", "eval/kd_digits",
-        "eval/recognised", "eval/classes", "eval/is_digits", "eval/is_digits_deviation",
-    }  # fmt: skip
+        "eval/fd_digits",
+        "eval/fd_digits_low",
+        "eval/fd_digits_high",
+        "eval/kd_digits",
+        "eval/recognised",
+        "eval/classes",
+        "eval/is_digits",
+        "eval/is_digits_deviation",
+    }
     assert real["eval/recognised"] > 0.95
     assert real["eval/classes"] == 10
     assert abs(real["eval/fd_digits"]) < 1e-5
@@ -398,9 +404,16 @@ def test_the_interval_of_ten_classes_in_turn_is_that_of_each_class_thinned(tmp_p
     drawn = PIXELS.decode(draw(denoiser, PLAN, torch.arange(200), SHAPE, "cpu"))
     truth = reference(pack(tmp_path, images, [300]), feature_net, Workers())
     found = evaluate(
-        denoiser, PLAN, feature_net, truth, num_images=200, batch_size=50, image_shape=SHAPE,
-        workers=Workers(), provenance={},
-    ).metrics  # fmt: skip
+        denoiser,
+        PLAN,
+        feature_net,
+        truth,
+        num_images=200,
+        batch_size=50,
+        image_shape=SHAPE,
+        workers=Workers(),
+        provenance={},
+    ).metrics
     known, seen = features_of(images, 4), features_of(drawn, 4)
     scores = [  # the classes' numbers are kept, whoever is left out of each: the i-th draw of each
         frechet_by_scipy(known, np.concatenate([np.delete(seen[c::10], i, 0) for c in range(10)]))

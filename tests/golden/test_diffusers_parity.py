@@ -108,9 +108,14 @@ def test_ddim_is_theirs(diffusers: Any, kind: Prediction, eta: float) -> None:
     images = theirs(scheduler, scheduler.timesteps, generator=generator, **choices)
     fresh = noises(1)
     ours = ddim(
-        SCHEDULE, network, next(noises(0)), STEPS,
-        eta=eta, noise=lambda t: next(fresh), parameterization=Parameterization.of(kind, SCHEDULE),
-    )  # fmt: skip
+        SCHEDULE,
+        network,
+        next(noises(0)),
+        STEPS,
+        eta=eta,
+        noise=lambda t: next(fresh),
+        parameterization=Parameterization.of(kind, SCHEDULE),
+    )
     assert_equal_images(ours, images)
 
 
@@ -118,24 +123,36 @@ def test_ddim_is_theirs(diffusers: Any, kind: Prediction, eta: float) -> None:
 @pytest.mark.parametrize("steps", [STEPS, UNEVEN, uniform_steps(1000, 25)])
 def test_dpm_solver_pp_is_theirs(diffusers: Any, kind: Prediction, steps: tuple[int, ...]) -> None:
     scheduler = made(
-        diffusers.DPMSolverMultistepScheduler, prediction_type=KINDS[kind],
-        algorithm_type="dpmsolver++", solver_order=2, solver_type="midpoint",
-        lower_order_final=True, final_sigmas_type="zero",
-    )  # fmt: skip
+        diffusers.DPMSolverMultistepScheduler,
+        prediction_type=KINDS[kind],
+        algorithm_type="dpmsolver++",
+        solver_order=2,
+        solver_type="midpoint",
+        lower_order_final=True,
+        final_sigmas_type="zero",
+    )
     scheduler.set_timesteps(timesteps=[t - 1 for t in steps[:-1]])
     images = theirs(scheduler, scheduler.timesteps)
     ours = dpm_solver_pp(
-        SCHEDULE, network, next(noises(0)), steps,
-        parameterization=Parameterization.of(kind, SCHEDULE), clip=None,
-    )  # fmt: skip
+        SCHEDULE,
+        network,
+        next(noises(0)),
+        steps,
+        parameterization=Parameterization.of(kind, SCHEDULE),
+        clip=None,
+    )
     assert_equal_images(ours, images)
 
 
 def test_the_sde_of_dpm_solver_pp_is_theirs(diffusers: Any) -> None:
     scheduler = made(
-        diffusers.DPMSolverMultistepScheduler, algorithm_type="sde-dpmsolver++", solver_order=2,
-        solver_type="midpoint", lower_order_final=True, final_sigmas_type="zero",
-    )  # fmt: skip
+        diffusers.DPMSolverMultistepScheduler,
+        algorithm_type="sde-dpmsolver++",
+        solver_order=2,
+        solver_type="midpoint",
+        lower_order_final=True,
+        final_sigmas_type="zero",
+    )
     scheduler.set_timesteps(timesteps=[t - 1 for t in UNEVEN[:-1]])
     images = theirs(scheduler, scheduler.timesteps, generator=torch.Generator().manual_seed(1))
     fresh = noises(1)
@@ -150,16 +167,26 @@ def test_the_sde_of_dpm_solver_pp_is_theirs(diffusers: Any) -> None:
 @pytest.mark.parametrize("count", [10, 25])
 def test_unipc_is_theirs(diffusers: Any, kind: Prediction, order: int, count: int) -> None:
     scheduler = made(
-        diffusers.UniPCMultistepScheduler, prediction_type=KINDS[kind], solver_order=order,
-        solver_type="bh2", predict_x0=True, lower_order_final=True,
-        timestep_spacing="trailing", final_sigmas_type="zero",
-    )  # fmt: skip
+        diffusers.UniPCMultistepScheduler,
+        prediction_type=KINDS[kind],
+        solver_order=order,
+        solver_type="bh2",
+        predict_x0=True,
+        lower_order_final=True,
+        timestep_spacing="trailing",
+        final_sigmas_type="zero",
+    )
     scheduler.set_timesteps(count)
     images = theirs(scheduler, scheduler.timesteps)
     ours = unipc(
-        SCHEDULE, network, next(noises(0)), uniform_steps(1000, count),
-        order=order, parameterization=Parameterization.of(kind, SCHEDULE), clip=None,
-    )  # fmt: skip
+        SCHEDULE,
+        network,
+        next(noises(0)),
+        uniform_steps(1000, count),
+        order=order,
+        parameterization=Parameterization.of(kind, SCHEDULE),
+        clip=None,
+    )
     assert_equal_images(ours, images)
 
 
@@ -181,11 +208,13 @@ def test_an_exported_scheduler_walks_as_the_run_samples(
 ) -> None:
     """From its config alone, with the arguments that the export names: equal images."""
     sampling = SamplingConfig(**{"steps": 10, "clip": clip, **settings})
-    export = to_pipeline({
-        "schedule": {"kind": "linear", "num_steps": 1000},
-        "objective": {"prediction": "epsilon", "variance": "fixed"},
-        "sampling": to_dict(sampling),
-    })  # fmt: skip
+    export = to_pipeline(
+        {
+            "schedule": {"kind": "linear", "num_steps": 1000},
+            "objective": {"prediction": "epsilon", "variance": "fixed"},
+            "sampling": to_dict(sampling),
+        }
+    )
     assert export.no_equivalent == ()
     assert hasattr(diffusers, export.pipeline)
     kind = getattr(diffusers, export.scheduler["_class_name"])

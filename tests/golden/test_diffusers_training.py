@@ -19,10 +19,18 @@ from ddpm_ray.models.unet_spec import UNetSpec
 diffusers = pytest.importorskip("diffusers", reason="pip install 'ddpm-ray[dev]'")
 CPU, STEPS, BATCH, RATE = torch.device("cpu"), 40, 8, 2e-3
 SPEC = UNetSpec(
-    image_channels=1, base_channels=8, channel_mults=(1, 2), blocks_per_level=1,
-    attention_factors=(2,), dropout=0.0, groups=4, num_classes=0, condition_channels=0,
-    learns_variance=False, variant=HO,
-)  # fmt: skip
+    image_channels=1,
+    base_channels=8,
+    channel_mults=(1, 2),
+    blocks_per_level=1,
+    attention_factors=(2,),
+    dropout=0.0,
+    groups=4,
+    num_classes=0,
+    condition_channels=0,
+    learns_variance=False,
+    variant=HO,
+)
 
 
 class InDouble(nn.Module):
@@ -39,12 +47,23 @@ class InDouble(nn.Module):
 
 def test_forty_steps_of_training_are_those_of_diffusers() -> None:
     """Losses and gradient norms at each step, and all weights at the end, to 1e-5."""
-    config = load(RunConfig, None, [
-        "name=a", "data.url=b", "model.base_channels=8", "model.groups=4",
-        "model.channel_mults=[1,2]", "model.blocks_per_level=1",
-        "model.attention_resolutions=[4]", "model.dropout=0", "schedule.kind=linear",
-        f"training.learning_rate={RATE}", f"training.global_batch_size={BATCH}",
-    ])  # fmt: skip
+    config = load(
+        RunConfig,
+        None,
+        [
+            "name=a",
+            "data.url=b",
+            "model.base_channels=8",
+            "model.groups=4",
+            "model.channel_mults=[1,2]",
+            "model.blocks_per_level=1",
+            "model.attention_resolutions=[4]",
+            "model.dropout=0",
+            "schedule.kind=linear",
+            f"training.learning_rate={RATE}",
+            f"training.global_batch_size={BATCH}",
+        ],
+    )
     torch.manual_seed(0)
     state = training_run.training_state(config, (8, 8, 1), CPU, {})
     spec, tensors = convert.to_diffusers(SPEC, state.model.state_dict(), (8, 8))

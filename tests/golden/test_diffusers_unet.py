@@ -26,31 +26,50 @@ from ddpm_ray.storage.object_store import write_bytes
 diffusers = pytest.importorskip("diffusers", reason="needs diffusers: no dependency of ours")
 
 CIFAR10: dict[str, Any] = {  # google/ddpm-cifar10-32, with sides halved and channels an eighth
-    "sample_size": 16, "block_out_channels": [16, 32, 32, 32], "layers_per_block": 2,
+    "sample_size": 16,
+    "block_out_channels": [16, 32, 32, 32],
+    "layers_per_block": 2,
     "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"],
     "up_block_types": ["UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
-    "freq_shift": 1, "flip_sin_to_cos": False, "downsample_padding": 0, "norm_eps": 1e-6,
-    "attention_head_dim": None, "norm_num_groups": 8, "dropout": 0.0,
-}  # fmt: skip
+    "freq_shift": 1,
+    "flip_sin_to_cos": False,
+    "downsample_padding": 0,
+    "norm_eps": 1e-6,
+    "attention_head_dim": None,
+    "norm_num_groups": 8,
+    "dropout": 0.0,
+}
 CONFIGS = {
     "cifar10": CIFAR10,
     "attention at two levels": {
-        "sample_size": 8, "block_out_channels": [8, 24, 16], "layers_per_block": 1,
+        "sample_size": 8,
+        "block_out_channels": [8, 24, 16],
+        "layers_per_block": 1,
         "down_block_types": ["AttnDownBlock2D", "DownBlock2D", "AttnDownBlock2D"],
         "up_block_types": ["AttnUpBlock2D", "UpBlock2D", "AttnUpBlock2D"],
-        "attention_head_dim": 8, "norm_num_groups": 4, "in_channels": 1, "out_channels": 1,
+        "attention_head_dim": 8,
+        "norm_num_groups": 4,
+        "in_channels": 1,
+        "out_channels": 1,
     },
     "as guided-diffusion": {
-        "sample_size": 8, "block_out_channels": [8, 16, 16], "layers_per_block": 2,
+        "sample_size": 8,
+        "block_out_channels": [8, 16, 16],
+        "layers_per_block": 2,
         "down_block_types": ["ResnetDownsampleBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"],
         "up_block_types": ["AttnUpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D"],
-        "downsample_type": "resnet", "upsample_type": "resnet", "attention_head_dim": 4,
-        "resnet_time_scale_shift": "scale_shift", "norm_num_groups": 4, "attn_norm_num_groups": 4,
-        "out_channels": 6, "num_class_embeds": 5,
+        "downsample_type": "resnet",
+        "upsample_type": "resnet",
+        "attention_head_dim": 4,
+        "resnet_time_scale_shift": "scale_shift",
+        "norm_num_groups": 4,
+        "attn_norm_num_groups": 4,
+        "out_channels": 6,
+        "num_class_embeds": 5,
     },
     "not square": {**CIFAR10, "sample_size": [16, 24]},
     "with a condition": {**CIFAR10, "in_channels": 5, "out_channels": 3},
-}  # fmt: skip
+}
 
 
 @pytest.fixture(autouse=True)
@@ -117,10 +136,18 @@ def test_a_saved_network_of_ours_is_loaded_by_their_own_pipeline(
     variant: Any, tmp_path: Path
 ) -> None:
     spec = UNetSpec(
-        image_channels=3, base_channels=8, channel_mults=(1, 2), blocks_per_level=1,
-        attention_factors=(2,), dropout=0.0, groups=4, num_classes=0, condition_channels=0,
-        learns_variance=False, variant=variant,
-    )  # fmt: skip
+        image_channels=3,
+        base_channels=8,
+        channel_mults=(1, 2),
+        blocks_per_level=1,
+        attention_factors=(2,),
+        dropout=0.0,
+        groups=4,
+        num_classes=0,
+        condition_channels=0,
+        learns_variance=False,
+        variant=variant,
+    )
     ours = UNet(spec).eval()
     disturb(ours)
     facts: dict[str, dict[str, Any]] = {
@@ -153,20 +180,26 @@ def test_their_scheduler_draws_the_transition_that_ours_does(trained: str, sampl
         torch.randn(4, 1, 3, 3, generator=seeded(2)),
         torch.randn(4, 1, 3, 3, generator=seeded(3)),
     )
-    config = to_scheduler({
-        "schedule": {"kind": "linear", "num_steps": 1000},
-        "objective": {"prediction": "epsilon", "variance": trained},
-        "sampling": {"variance": sampled, "clip": True},
-    })  # fmt: skip
+    config = to_scheduler(
+        {
+            "schedule": {"kind": "linear", "num_steps": 1000},
+            "objective": {"prediction": "epsilon", "variance": trained},
+            "sampling": {"variance": sampled, "clip": True},
+        }
+    )
     scheduler = diffusers.DDPMScheduler.from_config(config)
     scheduler.set_timesteps(1000)
     expected = scheduler.step(model_output, t - 1, x_t, generator=seeded(3)).prev_sample
     seen: dict[int, Tensor] = {}
     samplers.ancestral(
-        table, lambda x, t: model_output, x_t, (t, t - 1, 0), noise=lambda t: fresh,
+        table,
+        lambda x, t: model_output,
+        x_t,
+        (t, t - 1, 0),
+        noise=lambda t: fresh,
         variance=cast(ReverseVariance, sampled if trained == "fixed" else trained),
         on_step=lambda t, x, x_0: seen.update({t: x.clone()}),
-    )  # fmt: skip
+    )
     assert expected.isfinite().all()
     torch.testing.assert_close(seen[t - 1], expected, rtol=1e-5, atol=1e-5)
 

@@ -21,9 +21,14 @@ from ddpm_ray.models.unet_spec import UNetSpec
 def small(**changes: Any) -> NoisyClassifier:
     torch.manual_seed(0)
     form: dict[str, Any] = {
-        "image_channels": 1, "num_classes": 3, "base_channels": 8,
-        "channel_mults": (1, 2), "blocks_per_level": 1, "attention_factors": (2,), "groups": 4,
-    }  # fmt: skip
+        "image_channels": 1,
+        "num_classes": 3,
+        "base_channels": 8,
+        "channel_mults": (1, 2),
+        "blocks_per_level": 1,
+        "attention_factors": (2,),
+        "groups": 4,
+    }
     size = changes.pop("image_size", (8, 8))
     return NoisyClassifier(UNetSpec(**(form | changes)), size)
 

@@ -29,10 +29,18 @@ IMPROVED = replace(TWO_HEADS, resampling_blocks=False)
 def spec(variant: Variant = HO, **changes: Any) -> UNetSpec:
     """Two levels of 8 and 4 pixels, attention at the second."""
     made = UNetSpec(
-        image_channels=1, base_channels=4, channel_mults=(1, 2), blocks_per_level=1,
-        attention_factors=(2,), dropout=0.0, groups=2, num_classes=0, condition_channels=0,
-        learns_variance=False, variant=variant,
-    )  # fmt: skip
+        image_channels=1,
+        base_channels=4,
+        channel_mults=(1, 2),
+        blocks_per_level=1,
+        attention_factors=(2,),
+        dropout=0.0,
+        groups=2,
+        num_classes=0,
+        condition_channels=0,
+        learns_variance=False,
+        variant=variant,
+    )
     return replace(made, **changes)
 
 
@@ -47,44 +55,77 @@ def numbered(spec: UNetSpec) -> dict[str, Tensor]:
 
 # Ours: theirs. Stages of ours: down 0 and, behind what halves, 2; up 0, 1, what doubles, 3, 4.
 GUIDED_BLOCKS = {
-    "down.0.block": "input_blocks.1.0", "down.2.block": "input_blocks.3.0",
-    "middle_1.block": "middle_block.0", "middle_2.block": "middle_block.2",
-    "up.0.block": "output_blocks.0.0", "up.1.block": "output_blocks.1.0",
-    "up.3.block": "output_blocks.2.0", "up.4.block": "output_blocks.3.0",
-}  # fmt: skip
+    "down.0.block": "input_blocks.1.0",
+    "down.2.block": "input_blocks.3.0",
+    "middle_1.block": "middle_block.0",
+    "middle_2.block": "middle_block.2",
+    "up.0.block": "output_blocks.0.0",
+    "up.1.block": "output_blocks.1.0",
+    "up.3.block": "output_blocks.2.0",
+    "up.4.block": "output_blocks.3.0",
+}
 GUIDED_ATTENTIONS = {
-    "down.2.attention": "input_blocks.3.1", "middle_1.attention": "middle_block.1",
-    "up.0.attention": "output_blocks.0.1", "up.1.attention": "output_blocks.1.1",
-}  # fmt: skip
+    "down.2.attention": "input_blocks.3.1",
+    "middle_1.attention": "middle_block.1",
+    "up.0.attention": "output_blocks.0.1",
+    "up.1.attention": "output_blocks.1.1",
+}
 GUIDED_PLAIN = {
-    "time.dense_1": "time_embed.0", "time.dense_2": "time_embed.2", "conv_in": "input_blocks.0.0",
-    "norm_out": "out.0", "conv_out": "out.2",
-}  # fmt: skip
+    "time.dense_1": "time_embed.0",
+    "time.dense_2": "time_embed.2",
+    "conv_in": "input_blocks.0.0",
+    "norm_out": "out.0",
+    "conv_out": "out.2",
+}
 GUIDED_PARTS = {
-    "norm_1": "in_layers.0", "conv_1": "in_layers.2", "time": "emb_layers.1",
-    "norm_2": "out_layers.0", "conv_2": "out_layers.3", "skip": "skip_connection",
-    "norm": "norm", "query_key_value": "qkv", "out": "proj_out",
-}  # fmt: skip
+    "norm_1": "in_layers.0",
+    "conv_1": "in_layers.2",
+    "time": "emb_layers.1",
+    "norm_2": "out_layers.0",
+    "conv_2": "out_layers.3",
+    "skip": "skip_connection",
+    "norm": "norm",
+    "query_key_value": "qkv",
+    "out": "proj_out",
+}
 HO_BLOCKS = {
-    "down.0.block": "down.0.block.0", "down.2.block": "down.1.block.0",
-    "middle_1.block": "mid.block_1", "middle_2.block": "mid.block_2",
-    "up.0.block": "up.1.block.0", "up.1.block": "up.1.block.1",
-    "up.3.block": "up.0.block.0", "up.4.block": "up.0.block.1",
-}  # fmt: skip
+    "down.0.block": "down.0.block.0",
+    "down.2.block": "down.1.block.0",
+    "middle_1.block": "mid.block_1",
+    "middle_2.block": "mid.block_2",
+    "up.0.block": "up.1.block.0",
+    "up.1.block": "up.1.block.1",
+    "up.3.block": "up.0.block.0",
+    "up.4.block": "up.0.block.1",
+}
 HO_ATTENTIONS = {
-    "down.2.attention": "down.1.attn.0", "middle_1.attention": "mid.attn_1",
-    "up.0.attention": "up.1.attn.0", "up.1.attention": "up.1.attn.1",
-}  # fmt: skip
+    "down.2.attention": "down.1.attn.0",
+    "middle_1.attention": "mid.attn_1",
+    "up.0.attention": "up.1.attn.0",
+    "up.1.attention": "up.1.attn.1",
+}
 HO_PLAIN = {
-    "time.dense_1": "temb.dense.0", "time.dense_2": "temb.dense.1", "conv_in": "conv_in",
-    "norm_out": "norm_out", "conv_out": "conv_out", "down.1.conv": "down.0.downsample.conv",
+    "time.dense_1": "temb.dense.0",
+    "time.dense_2": "temb.dense.1",
+    "conv_in": "conv_in",
+    "norm_out": "norm_out",
+    "conv_out": "conv_out",
+    "down.1.conv": "down.0.downsample.conv",
     "up.2.conv": "up.1.upsample.conv",
-}  # fmt: skip
+}
 HO_PARTS = {
-    "norm_1": "norm1", "conv_1": "conv1", "time": "temb_proj", "norm_2": "norm2",
-    "conv_2": "conv2", "skip": "nin_shortcut", "norm": "norm", "query": "q", "key": "k",
-    "value": "v", "out": "proj_out",
-}  # fmt: skip
+    "norm_1": "norm1",
+    "conv_1": "conv1",
+    "time": "temb_proj",
+    "norm_2": "norm2",
+    "conv_2": "conv2",
+    "skip": "nin_shortcut",
+    "norm": "norm",
+    "query": "q",
+    "key": "k",
+    "value": "v",
+    "out": "proj_out",
+}
 CONVOLVED = {"down.1.conv": "input_blocks.2.0.op", "up.2.conv": "output_blocks.1.2.conv"}
 IN_BLOCKS = {"down.1": "input_blocks.2.0", "up.2": "output_blocks.1.2"}
 
@@ -227,26 +268,34 @@ SCHEDULES: list[dict[str, Any]] = [
     {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction"},
     {"trained_betas": [0.1, 0.2, 0.4], "num_train_timesteps": 3, "clip_sample": False},
     {"rescale_betas_zero_snr": True, "prediction_type": "sample"},
-    {"variance_type": "learned_range"}, {"variance_type": "fixed_large"},
-]  # fmt: skip
+    {"variance_type": "learned_range"},
+    {"variance_type": "fixed_large"},
+]
 
 
 @pytest.mark.parametrize("config", SCHEDULES)
 def test_a_scheduler_comes_back_as_it_was(config: dict[str, Any]) -> None:
     assert to_scheduler(from_scheduler(config)) == {
-        **SCHEDULER, **config, "_class_name": "DDPMScheduler"
-    }  # fmt: skip
+        **SCHEDULER,
+        **config,
+        "_class_name": "DDPMScheduler",
+    }
 
 
 def test_a_schedulers_facts_are_a_runs_keys() -> None:
     """As `schedule.*`, `objective.*` and `sampling.*` stand in a config."""
     config = SCHEDULES[1] | {"variance_type": "learned_range", "num_train_timesteps": 50}
     assert from_scheduler(config) == {
-        "schedule": {"kind": "scaled_linear", "num_steps": 50, "beta_start": 0.00085,
-                     "beta_end": 0.012, "zero_terminal_snr": False},
+        "schedule": {
+            "kind": "scaled_linear",
+            "num_steps": 50,
+            "beta_start": 0.00085,
+            "beta_end": 0.012,
+            "zero_terminal_snr": False,
+        },
         "objective": {"prediction": "epsilon", "variance": "learned_range"},
         "sampling": {"variance": "learned", "clip": True},
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize(

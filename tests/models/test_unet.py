@@ -72,15 +72,17 @@ def test_the_papers_cifar10_form_has_its_35_746_307_parameters() -> None:
 
 
 def test_prediction_is_exactly_zero_before_training() -> None:
-    network = UNet(UNetSpec(image_channels=1, base_channels=32, channel_mults=(1, 2),
-                   attention_factors=(2,)))  # fmt: skip
+    network = UNet(
+        UNetSpec(image_channels=1, base_channels=32, channel_mults=(1, 2), attention_factors=(2,))
+    )
     assert network(*batch()).abs().max() == 0
 
 
 def test_blocks_start_as_identities() -> None:
     x, embedding = torch.randn(2, 32, 8, 8), torch.randn(2, 128)
-    network = UNet(UNetSpec(image_channels=1, base_channels=32, channel_mults=(1,),
-                   attention_factors=(1,)))  # fmt: skip
+    network = UNet(
+        UNetSpec(image_channels=1, base_channels=32, channel_mults=(1,), attention_factors=(1,))
+    )
     assert torch.equal(network.down[0](x, embedding), x)
     assert torch.equal(network.middle_1(x, embedding), x)
 
@@ -304,9 +306,17 @@ def test_without_options_nothing_is_drawn_or_named_otherwise() -> None:
     """Classes draw last, so that the rest of the network starts as without them."""
     plain = small().state_dict()
     torch.manual_seed(0)
-    known = UNet(UNetSpec(image_channels=1, base_channels=8, channel_mults=(1, 2),
-                 blocks_per_level=1, attention_factors=(2,), groups=4,
-                 num_classes=3))  # fmt: skip
+    known = UNet(
+        UNetSpec(
+            image_channels=1,
+            base_channels=8,
+            channel_mults=(1, 2),
+            blocks_per_level=1,
+            attention_factors=(2,),
+            groups=4,
+            num_classes=3,
+        )
+    )
     state = disturbed(known).state_dict()
     assert [*state] == [*plain, "label.weight"]
     assert all(torch.equal(state[name], value) for name, value in plain.items())
@@ -394,8 +404,16 @@ def test_two_heads_are_two_attentions_over_half_the_channels() -> None:
 
 def test_the_guided_variant_starts_at_zero_learns_everywhere_and_compiles() -> None:
     network, (x_t, t) = small(variant=GUIDED, num_classes=2), batch()
-    plain = UNet(UNetSpec(image_channels=1, base_channels=8, channel_mults=(1, 2),
-                 attention_factors=(2,), groups=4, variant=GUIDED))  # fmt: skip
+    plain = UNet(
+        UNetSpec(
+            image_channels=1,
+            base_channels=8,
+            channel_mults=(1, 2),
+            attention_factors=(2,),
+            groups=4,
+            variant=GUIDED,
+        )
+    )
     assert plain(x_t, t).abs().max() == 0
     compiled: Any = torch.compile(network, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x_t, t), network(x_t, t))
@@ -408,14 +426,27 @@ def test_agrees_with_an_independent_implementation() -> None:
     diffusers = pytest.importorskip("diffusers", reason="needs diffusers: no dependency of ours")
     torch.manual_seed(3)
     reference = diffusers.UNet2DModel(
-        sample_size=16, block_out_channels=(16, 32, 32), layers_per_block=2,
+        sample_size=16,
+        block_out_channels=(16, 32, 32),
+        layers_per_block=2,
         down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-        freq_shift=1, flip_sin_to_cos=False, downsample_padding=0, attention_head_dim=None,
-        norm_num_groups=8, norm_eps=1e-6,
-    ).eval()  # fmt: skip
-    network = UNet(UNetSpec(image_channels=3, base_channels=16, channel_mults=(1, 2, 2),
-                   attention_factors=(2,), groups=8))  # fmt: skip
+        freq_shift=1,
+        flip_sin_to_cos=False,
+        downsample_padding=0,
+        attention_head_dim=None,
+        norm_num_groups=8,
+        norm_eps=1e-6,
+    ).eval()
+    network = UNet(
+        UNetSpec(
+            image_channels=3,
+            base_channels=16,
+            channel_mults=(1, 2, 2),
+            attention_factors=(2,),
+            groups=8,
+        )
+    )
     theirs = reference.state_dict()
     ours = {name: torch.cat([theirs[old] for old in olds]) for name, olds in names(network).items()}
     assert sum(map(len, names(network).values())) == len(theirs)
@@ -427,10 +458,19 @@ def test_agrees_with_an_independent_implementation() -> None:
         )
 
 
-BLOCK = {"norm_1": ["norm1"], "conv_1": ["conv1"], "time": ["time_emb_proj"], "norm_2": ["norm2"],
-         "conv_2": ["conv2"], "skip": ["conv_shortcut"]}  # fmt: skip
-ATTENTION = {"norm": ["group_norm"], "query_key_value": ["to_q", "to_k", "to_v"],
-             "out": ["to_out.0"]}  # fmt: skip
+BLOCK = {
+    "norm_1": ["norm1"],
+    "conv_1": ["conv1"],
+    "time": ["time_emb_proj"],
+    "norm_2": ["norm2"],
+    "conv_2": ["conv2"],
+    "skip": ["conv_shortcut"],
+}
+ATTENTION = {
+    "norm": ["group_norm"],
+    "query_key_value": ["to_q", "to_k", "to_v"],
+    "out": ["to_out.0"],
+}
 
 
 def names(network: UNet) -> dict[str, list[str]]:

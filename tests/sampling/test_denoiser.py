@@ -145,9 +145,12 @@ def test_a_learned_variance_reaches_the_sampler_that_reads_it_alone() -> None:
     assert not torch.equal(learned, fixed)
     with pytest.raises(ValueError, match="unipc has none: use fixed_small"):
         draw(
-            denoiser, SamplingPlan((40, 0), "unipc", variance="learned"),
-            torch.arange(2), SHAPE, "cpu",
-        )  # fmt: skip
+            denoiser,
+            SamplingPlan((40, 0), "unipc", variance="learned"),
+            torch.arange(2),
+            SHAPE,
+            "cpu",
+        )
     with pytest.raises(ValueError, match="the network predicts none; use fixed_small"):
         draw(Denoiser(Seen(), EPSILON), plan, torch.arange(2), SHAPE, "cpu")
 

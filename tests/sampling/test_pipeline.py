@@ -36,10 +36,16 @@ MASK = np.arange(64).reshape(8, 8) % 3 > 0
 
 def digits_model() -> TrainedModel:
     torch.manual_seed(0)
-    network = UNet(UNetSpec(
-        image_channels=1, base_channels=8, channel_mults=(1, 2),
-        blocks_per_level=1, attention_factors=(2,), groups=4,
-    ))  # fmt: skip
+    network = UNet(
+        UNetSpec(
+            image_channels=1,
+            base_channels=8,
+            channel_mults=(1, 2),
+            blocks_per_level=1,
+            attention_factors=(2,),
+            groups=4,
+        )
+    )
     nn.init.normal_(network.conv_out.weight, std=0.1)
     denoiser = Denoiser(network.eval(), Parameterization.of("epsilon", SCHEDULE))
     return TrainedModel(denoiser, SHAPE, provenance={})
@@ -125,9 +131,14 @@ def test_known_pixels_come_back_to_the_grey_level_whatever_the_batch(
     model = digits_model()
     whole = model.inpaint(KNOWN, masks, method=method, steps=4, resamples=2, jump_length=1)
     parts = model.inpaint(
-        KNOWN, masks.astype(np.uint8), method=method, steps=4, resamples=2, jump_length=1,
+        KNOWN,
+        masks.astype(np.uint8),
+        method=method,
+        steps=4,
+        resamples=2,
+        jump_length=1,
         batch_size=3,
-    )  # fmt: skip
+    )
     keep = np.broadcast_to(masks, (5, 8, 8))
     assert whole.dtype == np.uint8
     assert np.array_equal(whole[keep], KNOWN[keep])
@@ -150,9 +161,15 @@ def test_outpainting_leaves_the_image_where_it_lies(
 ) -> None:
     top, bottom, left, right = margins
     outside = digits_model().outpaint(
-        KNOWN[:2], top=top, bottom=bottom, left=left, right=right, steps=3, resamples=1,
+        KNOWN[:2],
+        top=top,
+        bottom=bottom,
+        left=left,
+        right=right,
+        steps=3,
+        resamples=1,
         batch_size=batch_size,
-    )  # fmt: skip
+    )
     assert outside.shape == (2, 8 + top + bottom, 8 + left + right, 1)
     inside = outside[:, top : top + 8, left : left + 8]
     assert np.array_equal(inside, KNOWN[:2])
@@ -272,28 +289,68 @@ def test_what_else_cannot_be_edited_says_why() -> None:
 
 
 ODD: tuple[object, ...] = (
-    None, True, -1, 1.5, "a", b"a", "", (), [], [None], [[1], [1, 2]], {}, {"a": 1}, object(),
-    float("nan"), float("inf"), 10**400, 10**30, np.array([1, 2]), np.zeros((2, 3)),
-    np.array("a"), torch.zeros(0), torch.zeros(2, 8, 8, 1).bfloat16(), 1j, len, Path("a.png"),
-)  # fmt: skip
+    None,
+    True,
+    -1,
+    1.5,
+    "a",
+    b"a",
+    "",
+    (),
+    [],
+    [None],
+    [[1], [1, 2]],
+    {},
+    {"a": 1},
+    object(),
+    float("nan"),
+    float("inf"),
+    10**400,
+    10**30,
+    np.array([1, 2]),
+    np.zeros((2, 3)),
+    np.array("a"),
+    torch.zeros(0),
+    torch.zeros(2, 8, 8, 1).bfloat16(),
+    1j,
+    len,
+    Path("a.png"),
+)
 
 
-@pytest.mark.parametrize("method", [
-    "sample", "inpaint", "outpaint", "image_to_image", "interpolate", "reconstruct",
-    "with_settings", "plan",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "method",
+    [
+        "sample",
+        "inpaint",
+        "outpaint",
+        "image_to_image",
+        "interpolate",
+        "reconstruct",
+        "with_settings",
+        "plan",
+    ],
+)
 def test_every_argument_of_any_value_is_taken_or_named_in_one_line(method: str) -> None:
     """No method lets Python's own error through, whichever argument is wrong in whichever way."""
     model = digits_model().with_settings(steps=1, sampler="ddim")
     call = getattr(model, method)
     fitting: dict[str, object] = {
-        "num_images": 2, "images": KNOWN[:1], "mask": MASK, "top": 1, "strength": 1,
-        "first": 0, "last": 1, "resamples": 1, "jump_length": 1,
-    }  # fmt: skip
+        "num_images": 2,
+        "images": KNOWN[:1],
+        "mask": MASK,
+        "top": 1,
+        "strength": 1,
+        "first": 0,
+        "last": 1,
+        "resamples": 1,
+        "jump_length": 1,
+    }
     names = [
-        name for name, parameter in inspect.signature(call).parameters.items()
+        name
+        for name, parameter in inspect.signature(call).parameters.items()
         if parameter.kind is not parameter.VAR_KEYWORD
-    ]  # fmt: skip
+    ]
     given = {name: fitting[name] for name in names if name in fitting}
     settings = [field.name for field in fields(model.settings)]
     for name in [*names, *settings]:

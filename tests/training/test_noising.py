@@ -26,20 +26,30 @@ IMAGES = torch.randint(
 )
 LABELS = torch.arange(400) % 5
 EVERYTHING = (
-    "data.flip=true", "model.num_classes=5", "objective.offset_noise=0.1",
-    "objective.input_perturbation=0.1", "objective.low_resolution_pixels=2",
-    "objective.low_resolution_noise=0.3", "objective.timesteps=low_discrepancy",
-)  # fmt: skip
+    "data.flip=true",
+    "model.num_classes=5",
+    "objective.offset_noise=0.1",
+    "objective.input_perturbation=0.1",
+    "objective.low_resolution_pixels=2",
+    "objective.low_resolution_noise=0.3",
+    "objective.timesteps=low_discrepancy",
+)
 
 CLASSIFIER = ("task=classifier", "model.num_classes=5", "training.grid_every_steps=0")
 
 
 def configured(*overrides: str) -> RunConfig:
     keys = (
-        "name=a", "data.url=b", "schedule.num_steps=60", "model.base_channels=4",
-        "model.groups=2", "model.channel_mults=[1]", "model.blocks_per_level=1",
-        "model.attention_resolutions=[]", "training.global_batch_size=400",
-    )  # fmt: skip
+        "name=a",
+        "data.url=b",
+        "schedule.num_steps=60",
+        "model.base_channels=4",
+        "model.groups=2",
+        "model.channel_mults=[1]",
+        "model.blocks_per_level=1",
+        "model.attention_resolutions=[]",
+        "training.global_batch_size=400",
+    )
     return load(RunConfig, None, [*keys, *overrides])
 
 
@@ -69,9 +79,18 @@ def with_everything() -> tuple[Objective, dict[str, Tensor]]:
 def test_all_that_is_shown_of_an_image_is_its_positions(start: int, count: int) -> None:
     made, whole = with_everything()
     part = columns(shown(made, part=slice(start, start + count)))
-    assert whole.keys() == part.keys() == {
-        "x_0", "t", "noise", "perturbation", "labels", "low_resolution",
-    }  # fmt: skip
+    assert (
+        whole.keys()
+        == part.keys()
+        == {
+            "x_0",
+            "t",
+            "noise",
+            "perturbation",
+            "labels",
+            "low_resolution",
+        }
+    )
     for name, value in part.items():
         assert torch.equal(value, whole[name][start : start + count]), name
 
@@ -202,9 +221,10 @@ def test_weights_reach_the_gradient_and_not_what_is_reported() -> None:
 
 def test_loss_moments_steer_t_and_what_each_loss_weighs_evens_it_out() -> None:
     config = configured(
-        "objective.timesteps=second_moment", "objective.loss=hybrid",
+        "objective.timesteps=second_moment",
+        "objective.loss=hybrid",
         "objective.variance=learned_range",
-    )  # fmt: skip
+    )
     state = training_run.training_state(config, (SIDE, SIDE, 3), CPU, {})
     made = diffusion.objective(config, state, CPU)
     assert state.moments is not None
@@ -245,7 +265,7 @@ def test_a_classifier_is_asked_for_the_label_of_what_it_sees() -> None:
         (*CLASSIFIER, "model.attention_resolutions=[4]"),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_each_kind_of_objective_trains_its_network(overrides: tuple[str, ...]) -> None:
     """Adam on one batch lowers its loss, and every weight takes part."""
     config = configured(*overrides, "training.learning_rate=3e-3")

@@ -54,10 +54,16 @@ class Wall:
 def network(channels: int) -> UNet:
     """Weights that are not zero, so that images differ."""
     torch.manual_seed(0)
-    model = UNet(UNetSpec(
-        image_channels=channels, base_channels=4, channel_mults=(1,),
-        blocks_per_level=1, attention_factors=(), groups=2,
-    ))  # fmt: skip
+    model = UNet(
+        UNetSpec(
+            image_channels=channels,
+            base_channels=4,
+            channel_mults=(1,),
+            blocks_per_level=1,
+            attention_factors=(),
+            groups=2,
+        )
+    )
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.15)
     return model
@@ -72,9 +78,14 @@ def grid_logger(
     wall = Wall()
     plan = SamplingPlan(uniform_steps(10, 3), seed=4)
     made = SampleGridLogger(
-        denoiser, plan, (channels, 4, 4), workers, str(folder),
-        wall if workers.is_main else None, batch,
-    )  # fmt: skip
+        denoiser,
+        plan,
+        (channels, 4, 4),
+        workers,
+        str(folder),
+        wall if workers.is_main else None,
+        batch,
+    )
     return made, wall
 
 

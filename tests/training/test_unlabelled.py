@@ -49,10 +49,16 @@ class Table(nn.Module):
 
 def configured(*more: str) -> RunConfig:
     keys = (
-        "name=a", "data.url=b", "schedule.num_steps=60", f"model.num_classes={CLASSES}",
-        "model.base_channels=4", "model.groups=2", "model.channel_mults=[1]",
-        "model.blocks_per_level=1", "model.attention_resolutions=[]",
-    )  # fmt: skip
+        "name=a",
+        "data.url=b",
+        "schedule.num_steps=60",
+        f"model.num_classes={CLASSES}",
+        "model.base_channels=4",
+        "model.groups=2",
+        "model.channel_mults=[1]",
+        "model.blocks_per_level=1",
+        "model.attention_resolutions=[]",
+    )
     return load(RunConfig, None, [*keys, *more])
 
 
