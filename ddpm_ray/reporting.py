@@ -1,4 +1,4 @@
-"""What a worker reports: metric rows, progress and documents, and the sink interface for them.
+"""Reports of a worker: metric rows, progress and documents, and the sink interface for them.
 
 Without torch, which takes 2 s to import and which the control actor does not need.
 """

@@ -18,8 +18,18 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 CODE = ("ddpm_ray", "jobs", "benchmarks")
-PAGES = ("docs", "conf", "README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md",
-         "SECURITY.md", "Makefile", "cluster.yaml", "rayjob.yaml")  # fmt: skip
+PAGES = (
+    "docs",
+    "conf",
+    "README.md",
+    "ARCHITECTURE.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "SECURITY.md",
+    "Makefile",
+    "cluster.yaml",
+    "rayjob.yaml",
+)
 
 NAMES = {
     "appraisal|appraise|worth": "schedule diagnostics, prior KL",
@@ -83,6 +93,12 @@ PROSE = {
     "tells?|told|telling": "report, log, print, name",
     "appraisals?": "schedule diagnostics",
 }
+# A docstring that starts with one of these needs the code to be understood.
+NO_START = re.compile(
+    r"(and|as|at|because|but|by|else|everything|for|from|how|if|in|it|near|none|not|nothing|of|on|so"
+    r"|they|what|whatever|when|where|with|without)\b",
+    re.IGNORECASE,
+)
 ALLOWED = [  # file, word, reason
     ("ddpm_ray/config/task.py", "predicts", "a trait of classifiers: they predict labels"),
     ("ddpm_ray/config/run.py", "predicts", "a trait of classifiers: they predict labels"),
@@ -154,6 +170,15 @@ def found_prose(file: str, lines: Iterator[tuple[int, str]]) -> Iterator[str]:
                     yield f"{file}:{number}: {match[0]}: say {term}: {line.strip()}"
 
 
+def starts(file: str, source: str) -> Iterator[str]:
+    """One line for each docstring that starts as in `NO_START`."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            text = ast.get_docstring(node) or "-"
+            if NO_START.match(text):
+                yield f"{file}:{getattr(node, 'lineno', 1)}: {text.splitlines()[0]}"
+
+
 def files_of(*places: str) -> Iterator[tuple[str, str]]:
     for place in places:
         path = ROOT / place
@@ -174,6 +199,12 @@ def test_sentences_are_the_fields() -> None:
     assert not [line for file, source in code() for line in found_prose(file, texts(source))]
 
 
+def test_a_docstring_starts_with_a_verb_or_names_the_thing() -> None:
+    ours = ((file, source) for file, source in code() if not file.startswith("benchmarks/"))
+    assert not [line for file, source in ours for line in starts(file, source)]
+    assert [*starts("a.py", 'def f():\n    """Of each image."""\n')]
+
+
 def test_pages_and_configs_are_in_the_fields_words() -> None:
     pages = ((file, enumerate(text.splitlines(), 1)) for file, text in files_of(*PAGES))
     assert not [line for file, lines in pages for line in found_prose(file, iter(lines))]
@@ -190,9 +221,14 @@ def test_each_exception_is_needed() -> None:
     assert not [(place, word) for place, word, _ in ALLOWED if not is_there(place, word)]
 
 
-@pytest.mark.parametrize("source, count", [
-    ("class LeadConfig: ...\n", 1), ("kept_look = told(x)\n", 2), ("overlook = leadership\n", 0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "source, count",
+    [
+        ("class LeadConfig: ...\n", 1),
+        ("kept_look = told(x)\n", 2),
+        ("overlook = leadership\n", 0),
+    ],
+)
 def test_a_name_is_read_word_by_word(source: str, count: int) -> None:
     ast.parse(source)
     assert len([*found_names("ddpm_ray/a.py", source)]) == count

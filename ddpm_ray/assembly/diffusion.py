@@ -98,7 +98,7 @@ def checked_plan(
     *,
     guided_by_model: bool = False,
 ) -> SamplingPlan:
-    """As `sampling_plan`; raises ConfigError with one line for each unsupported setting.
+    """Return `sampling_plan`; raises ConfigError with one line for each unsupported setting.
 
     `guided_by_model`: a classifier guides the samples, so labels are allowed for any model.
     """
@@ -148,7 +148,7 @@ def uncertainty(network: nn.Module) -> nn.Module:
 def noising_recipe(
     config: RunConfig, parameterization: Parameterization, state: TrainingState
 ) -> NoisingRecipe:
-    """How noisy training batches are made from images."""
+    """The recipe that makes noisy training batches from images."""
     wanted = config.objective
     return NoisingRecipe(
         config.seed,
@@ -166,7 +166,7 @@ def noising_recipe(
 def choice_of_steps(
     config: RunConfig, schedule: NoiseSchedule, state: TrainingState
 ) -> ChooseSteps:
-    """How t is drawn for each position of the global batch."""
+    """The distribution from which t is drawn at each position of the global batch."""
     wanted, seed, num_steps = config.objective, config.seed, schedule.num_steps
     batch = config.training.global_batch_size
     match wanted.timesteps:

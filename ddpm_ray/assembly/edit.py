@@ -20,7 +20,7 @@ from ddpm_ray.sampling.sampling import Images
 def edited_files(
     config: EditConfig, model: TrainedModel, image: str, mask: str
 ) -> tuple[Images, dict[str, float | None]]:
-    """As `edited`, with the image and the mask read from files; no mask if `mask` is "".
+    """Return `edited`, with the image and the mask read from files; no mask if `mask` is "".
 
     Raises ConfigError also for files that cannot be used.
     """

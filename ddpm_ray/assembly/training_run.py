@@ -327,7 +327,7 @@ def changed_keys(
 
 
 def comparable(config: RunConfig, image_shape: tuple[int, int, int]) -> RunConfig:
-    """As `for_images`, or `config` unchanged if it is for images of another size."""
+    """Return `for_images`, or `config` unchanged if it is for images of another size."""
     try:
         return for_images(config, image_shape)
     except ValueError:

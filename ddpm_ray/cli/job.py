@@ -1,4 +1,4 @@
-"""What the command line needs to know of a job, and the ways in which a job ends."""
+"""Jobs as the command line sees them, and the ways in which a job ends."""
 
 from argparse import Namespace
 from collections.abc import Callable

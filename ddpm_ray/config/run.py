@@ -52,12 +52,12 @@ class RunConfig:
 
     @property
     def traits(self) -> TaskTraits:
-        """What the trained model can do."""
+        """The abilities of the trained model."""
         return TRAITS[self.task]
 
     @property
     def conditioned(self) -> Conditioned:
-        """What the model is trained with: labels, label dropout, learned variance."""
+        """The conditions of training: labels, label dropout, learned variance."""
         objective = self.objective
         learns, drops = objective.variance != "fixed", objective.label_dropout > 0
         return Conditioned(self.model.num_classes, drops, learns)

@@ -35,7 +35,7 @@ class SamplingArguments(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How images are drawn from the trained model."""
+    """Settings of drawing images from the trained model."""
 
     sampler: Sampler = option("ddim", "sampling algorithm")
     steps: int = option(
@@ -209,7 +209,7 @@ class SamplingConfig:
 
 @dataclass(frozen=True)
 class Conditioned:
-    """What a model was trained with: labels, label dropout, learned variance."""
+    """The conditions of a model's training: labels, label dropout, learned variance."""
 
     num_classes: int = 0
     drops_labels: bool = True  # label dropout, needed for classifier-free guidance

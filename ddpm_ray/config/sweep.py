@@ -34,7 +34,7 @@ FIXED = {
 
 @dataclass(frozen=True)
 class SearchConfig:
-    """How the values of the trials are chosen."""
+    """Choice of the trials' values."""
 
     kind: Literal["grid", "random", "tpe"] = option(
         "grid", "search method; grid: all combinations; tpe: Optuna's, uses earlier results"

@@ -1,4 +1,4 @@
-"""What can be trained, and what the rest of the code asks about it."""
+"""Tasks that can be trained, and their traits."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ Task: TypeAlias = Literal["denoiser", "classifier"]
 
 @dataclass(frozen=True)
 class TaskTraits:
-    """What a model of one task can do. Code asks for these, never for the task's name."""
+    """The abilities of a model of one task. Code asks for these, never for the task's name."""
 
     draws_images: bool = False  # has sample grids, image scores, and a model in MLflow
     predicts_labels: bool = False  # needs the label of each training image

@@ -47,7 +47,7 @@ class DatasetError(RuntimeError):
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the images of a data set were made; stored in the index and in the manifest."""
+    """The processing that made a data set's images; stored in the index and in the manifest."""
 
     image_shape: tuple[int, int, int]  # H, W, C
     encoding: Encoding
@@ -116,7 +116,7 @@ class Dataset:
 
     @property
     def recipe(self) -> Recipe:
-        """How its images were made."""
+        """The processing that made its images."""
         return Recipe(
             **{field.name: getattr(self.manifest, field.name) for field in fields(Recipe)}
         )

@@ -14,7 +14,7 @@ NO_LABEL = -1  # the label of an image without a label
 
 @dataclass(frozen=True, eq=False)
 class Conditioning:
-    """What a network is given beside (x_t, t), one row per image; None: not given.
+    """Inputs of a network in addition to (x_t, t), one row per image; None: not given.
 
     `null` and `drop` remove what classifier-free guidance amplifies: the labels. The images stay:
     without them the network would solve another task. Raises ValueError if the inputs are for
@@ -48,7 +48,7 @@ class Conditioning:
         return replace(self, labels=torch.full_like(self.labels, NO_LABEL))
 
     def drop(self, chosen: Tensor) -> Conditioning:
-        """As `null` where `chosen` [B] is True; the other images keep their labels."""
+        """Return `null` where `chosen` [B] is True; the other images keep their labels."""
         if self.labels is None:
             return self
         return replace(self, labels=torch.where(chosen, NO_LABEL, self.labels))

@@ -1,4 +1,4 @@
-"""What a network predicts (its parameterization), and conversions between the targets.
+"""Parameterizations: the targets of a network, and conversions between them.
 
 Each target is a linear combination of image and noise, u(t) x_0 + w(t) epsilon. So is x_t, and the
 two determine both parts: with D = u sqrt(1 - a) - w sqrt(a) and a = alpha_bar at t,

@@ -123,7 +123,7 @@ class _RunControlActor:
 
 @dataclass(frozen=True)
 class RunStatus:
-    """What the control actor knows of the run."""
+    """The state of the run that the control actor holds."""
 
     progress: Progress | None  # the newest
     fatal: str | None  # an error that a restart would meet again

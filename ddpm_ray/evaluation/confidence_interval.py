@@ -1,4 +1,4 @@
-"""How far a score would move if other samples or images were drawn: 95 % intervals."""
+"""95 % intervals of scores over the choice of samples and images."""
 
 import math
 from collections.abc import Sequence

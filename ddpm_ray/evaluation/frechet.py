@@ -1,4 +1,4 @@
-"""How far two sets of feature vectors lie apart; of Inception features, the first is FID.
+"""Distances of two sets of feature vectors: Frechet (FID, of Inception features) and kernel.
 
 All sums are in float64: the distance is a small difference of large traces. N: vectors in a set,
 D: features in a vector.

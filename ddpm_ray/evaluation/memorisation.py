@@ -85,7 +85,7 @@ class Neighbours:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What the metrics depend on, and the 16 most suspicious samples; plain JSON.
+        """Facts that the metrics depend on, and the 16 most suspicious samples; plain JSON.
 
         A position counts images in the order in which the data was packed, from 0.
         """

@@ -1,4 +1,4 @@
-"""What a data set looks like to a feature network: computed once, kept beside the shards.
+"""Feature statistics of a data set: computed once, stored next to its shards.
 
 The cache's name is the sha256 of everything that its content depends on, so a changed network,
 resize recipe or data set is another file and nothing ever has to be invalidated.

@@ -93,7 +93,7 @@ def bits_per_dim(
 
 @dataclass(frozen=True, eq=False)
 class _Terms:
-    """How the terms of one batch are found."""
+    """Computes the terms of one batch."""
 
     denoiser: Denoiser
     variance: ReverseVariance
@@ -145,7 +145,7 @@ class _Terms:
         return bits, (x_0 - estimate).square().flatten(1).mean(1)
 
     def facts(self) -> dict[str, Any]:
-        """What the terms depend on, plain JSON."""
+        """Facts that the terms depend on, plain JSON."""
         return {
             "terms": self.count,
             "num_steps": self.denoiser.schedule.num_steps,

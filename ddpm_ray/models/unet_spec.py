@@ -1,4 +1,4 @@
-"""What determines the tensors of a U-Net, and which images it takes."""
+"""Sizes that determine the tensors of a U-Net, and the images it takes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -42,7 +42,7 @@ class SamplingPlan:
     guidance: Guidance = UNGUIDED
 
     def clipping(self, codec: Codec) -> Clip | None:
-        """How estimates of x_0 are clipped; None: not at all."""
+        """The function that clips estimates of x_0; None: no clipping."""
         if not self.clip:
             return None
         return codec.clip(self.dynamic_quantile)

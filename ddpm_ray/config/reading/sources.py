@@ -52,7 +52,7 @@ def layer(kind: type[Any], where: str, values: Mapping[str, Any]) -> Layer:
 
 @cache
 def _other_forms(kind: type[Any]) -> dict[str, str]:
-    """For each of two options with one meaning (`option(instead_of=...)`), the other one."""
+    """The other one of two options with one meaning (`option(instead_of=...)`), for each."""
     pairs = {
         key: f"{key.rpartition('.')[0]}.{other}"
         for key, _, meta in walk(kind())

@@ -38,7 +38,7 @@ def read_text(path: Path) -> str:
 
 
 def read_scalar(kind: type[Any], key: str, typed: str) -> str | None:
-    """What was typed for a text `key` of the dataclass `kind` on a command line.
+    """The text that was typed for `key` of the dataclass `kind` on a command line.
 
     None where YAML has to read it: the key is no text, or the value is null, a quoted text, a list
     or a mapping.

@@ -36,7 +36,7 @@ class PackReport:
 
 @dataclass(frozen=True)
 class PackRecord:
-    """How a data set was packed: its source and the options that the manifest does not hold."""
+    """The origin of a data set: its source and the options that the manifest does not hold."""
 
     source: str  # as the user gave it, without secrets
     source_sha256: str

@@ -47,7 +47,7 @@ PARTS = "parts"  # folder of the part files
 
 @dataclass(frozen=True)
 class PackPlan:
-    """Everything that a task needs to write any shard."""
+    """The inputs of a task that writes a shard."""
 
     source: Source
     destination: str

@@ -38,7 +38,7 @@ class DigitsClassifier(nn.Module):
         return result
 
     def features(self, images: Tensor) -> Tensor:
-        """What the last layer decides from: float32 [N, 64], none negative."""
+        """Inputs of the last layer: float32 [N, 64], none negative."""
         if images.dtype != torch.uint8 or images.shape[1:] != (SIDE, SIDE, 1):
             raise ValueError(
                 f"images are {images.dtype} {list(images.shape)}; "

@@ -47,7 +47,7 @@ class FeatureNet:
         return features
 
     def probabilities(self, features: Mapping[int, Tensor]) -> Tensor | None:
-        """Of the classes [N, K], from features; None where the network does not classify."""
+        """Class probabilities [N, K] from features; None where the network does not classify."""
         if self.classify is None:
             return None
         with torch.inference_mode(), in_float32(next(iter(features.values())).device.type):
@@ -58,7 +58,7 @@ _flags = threading.RLock()
 
 
 def float32_backends() -> list[Any]:
-    """What holds the precision, "ieee" or "tf32", of float32 convolutions and products on CUDA."""
+    """The precision setting, "ieee" or "tf32", of float32 convolutions and products on CUDA."""
     cudnn: Any = torch.backends.cudnn  # its stubs lack these
     return [cudnn.conv, cudnn.rnn, torch.backends.cuda.matmul]
 

@@ -44,7 +44,7 @@ OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "
 
 
 class Layout(NamedTuple):
-    """How another code base names and shapes the tensors of a U-Net."""
+    """Names and shapes that another code base gives to the tensors of a U-Net."""
 
     name: str
     table: Callable[[UNet], state_dict_names.Table]

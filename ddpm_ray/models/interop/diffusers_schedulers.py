@@ -64,7 +64,7 @@ DPM_SOLVER = {"dpm_solver_pp": "dpmsolver++", "dpm_solver_pp_sde": "sde-dpmsolve
 
 
 class Export(NamedTuple):
-    """What diffusers samples with, and which of the run's settings it cannot represent."""
+    """The scheduler for diffusers, and the run's settings that it cannot represent."""
 
     scheduler: dict[str, Any]  # scheduler_config.json
     pipeline: str  # class name of the pipeline
