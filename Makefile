@@ -19,46 +19,46 @@ TORCH_PYTHON = $(shell for p in $(BIN)/python python3 python python3.11 python3.
 help:  ## list these targets
 	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## /{printf "make %-12s %s\n", $$1, $$2}' Makefile
 
-train: $(READY)  ## the demo: 8x8 digits, 2 workers; `STEPS=1500`: shorter
+train: $(READY)  ## train the demo: 8x8 digits, 2 workers; `STEPS=1500`: shorter
 	$(BIN)/python jobs/train.py conf/train/digits.yaml $(if $(STEPS),training.steps=$(STEPS))
 
-sweep: $(READY)  ## the demo of a sweep: which schedule, which T; under 10 minutes
+sweep: $(READY)  ## sweep over noise schedules and T, on the digits; under 10 minutes
 	$(BIN)/python jobs/sweep.py conf/sweep/quick.yaml
 
-test: $(READY)  ## all tests but the long ones
+test: $(READY)  ## run all tests except the long ones
 	$(BIN)/pytest -n 2 --dist loadgroup
 
-faults: $(READY)  ## the long tests: killed workers, dead servers, full trainings
+faults: $(READY)  ## run the long tests: killed workers, dead servers, full training runs
 	$(BIN)/pytest -m slow
 
 cluster-demo: $(READY)  ## train and sweep on 2 Ray nodes of this machine
 	$(BIN)/python -m tests.distributed.demo
 
-drill: $(READY)  ## a short run under injected faults, on this machine
+drill: $(READY)  ## a short run with injected faults, on this machine
 	$(BIN)/python jobs/drill.py conf/drill/digits.yaml
 
-doctor: $(READY)  ## is all there that a run leans on
+doctor: $(READY)  ## check packages, storage, MLflow and Ray
 	$(BIN)/python jobs/doctor.py
 
-lint: $(READY)  ## ruff's rules and its format
+lint: $(READY)  ## check style and format with ruff
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 
-types: $(READY)  ## mypy --strict
+types: $(READY)  ## check types with mypy --strict
 	$(BIN)/mypy
 
-bench: $(READY)  ## speed as ratios to what we compare with
+bench: $(READY)  ## measure speed, as ratios to other libraries
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	for script in $(filter-out $(patsubst %,benchmarks/%.py,faults results gpu_check),$(wildcard benchmarks/*.py)); do $(BIN)/python $$script; done
 
-fault-bench: $(READY)  ## what faults cost, ours beside plain Ray Train, s3fs and MLflow; 20 minutes
+fault-bench: $(READY)  ## measure the cost of faults, against plain Ray Train, s3fs, MLflow; 20 minutes
 	$(BIN)/python -m benchmarks.faults
 
-gpu-check:  ## what this machine's GPU does, in 8 minutes; needs torch, no installation
+gpu-check:  ## test and measure this machine's GPU in 8 minutes; needs only torch
 	@test -n "$(TORCH_PYTHON)" || { echo "no Python 3.11 or newer with torch is on the PATH" >&2; exit 1; }
 	$(TORCH_PYTHON) -m benchmarks.gpu_check
 
-ui: $(READY)  ## the local runs in MLflow
+ui: $(READY)  ## open the local runs in MLflow
 	@echo "http://127.0.0.1:5000/#/experiments?workflowType=machine_learning (Ctrl-C ends it)"
 	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow server --workers 1 \
 		--backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port 5000
