@@ -30,6 +30,7 @@ from ddpm_ray.assembly import diffusion, training_run
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.loading import load
 from ddpm_ray.config.run import RunConfig
+from ddpm_ray.data.image_shape import ImageShape
 
 ROUNDS = int(sys.argv[1]) if len(sys.argv) > 1 else 12
 WORKERS, BATCH = 2, 32
@@ -48,7 +49,7 @@ KINDS = {
 def stepping(keys: tuple[str, ...], workers: Workers) -> Callable[[int], None]:
     """A training step of that kind."""
     config = load(RunConfig, None, ["name=bench", "data.url=none", *MODEL, *keys])
-    state = training_run.training_state(config, (32, 32, 3), workers.device, {})
+    state = training_run.training_state(config, ImageShape(32, 32, 3), workers.device, {})
     objective = diffusion.objective(config, state, workers.device)
     network = state.model if objective.slots else DistributedDataParallel(state.model)
     share = BATCH // workers.count

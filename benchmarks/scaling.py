@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
 from ddpm_ray.collectives import Workers
+from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.diffusion import NoiseSchedule, Parameterization, schedules
 from ddpm_ray.diffusion.timestep_spacing import uniform_steps
 from ddpm_ray.evaluation.features.feature_extractor import FeatureNet
@@ -60,7 +61,9 @@ def works() -> dict[str, Callable[[Workers], object]]:
     moments = Moments.zeros(192)
     moments.update(torch.rand(400, 192))
     identity = {"data": "", "features": net.facts}
-    truth = Reference(identity, (1, SIDE, SIDE), {192: moments}, {192: torch.empty(0, 192)})
+    truth = Reference(
+        identity, ImageShape(SIDE, SIDE, 1), {192: moments}, {192: torch.empty(0, 192)}
+    )
     images = torch.randint(0, 256, (IMAGES, SIDE, SIDE, 1), dtype=torch.uint8)
 
     def bits(workers: Workers) -> object:
@@ -76,7 +79,7 @@ def works() -> dict[str, Callable[[Workers], object]]:
             truth,
             num_images=IMAGES,
             batch_size=BATCH,
-            image_shape=(1, SIDE, SIDE),
+            image_shape=ImageShape(SIDE, SIDE, 1),
             workers=workers,
             provenance={},
         )

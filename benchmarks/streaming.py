@@ -33,10 +33,11 @@ import numpy as np
 
 from ddpm_ray.data import shards
 from ddpm_ray.data.dataset import MANIFEST, Recipe, ShardRow, UInt8s, open_dataset, write_index
+from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.data.loader import ShardStream
 from ddpm_ray.storage import object_store
 
-BATCH, SHAPE, BUCKET = 128, (32, 32, 3), "bench"
+BATCH, SHAPE, BUCKET = 128, ImageShape(32, 32, 3), "bench"
 WINDOW_BYTES, LANES = 16 << 20, 8  # the defaults of config.DataConfig
 COLUMNS = "{:<12} {:>7} {:>12} {:>9} {:>22} {:>8} {:>10}"
 

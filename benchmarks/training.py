@@ -30,6 +30,7 @@ from ddpm_ray.config.loading import from_dict, load, to_dict
 from ddpm_ray.config.pack import PackConfig
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.counter_rng import Purpose, normal, uniform_int
+from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.data.packing import packer
 from ddpm_ray.distributed import worker_group
 from ddpm_ray.reporting import Command
@@ -57,7 +58,7 @@ def bare_step(run: Run) -> Callable[[], None]:
     """A step of the same network with torch alone."""
     torch.manual_seed(0)
     config = from_dict(RunConfig, run.state.facts["config"])
-    network = training_run.network(config, (32, 32, 3))
+    network = training_run.network(config, ImageShape(32, 32, 3))
     optimizer = torch.optim.Adam(network.parameters(), lr=2e-4, fused=True)
     x_0 = torch.rand(BATCH, 3, 32, 32) * 2 - 1
     a = run.objective.schedule.alpha_bar.float()

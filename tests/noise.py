@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from ddpm_ray.data import shards
 from ddpm_ray.data.dataset import Dataset, Recipe, ShardRow, write_index
+from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.storage import object_store
 
 
@@ -22,7 +23,7 @@ def pack(folder: str | Path, images: npt.NDArray[np.uint8], sizes: Sequence[int]
         sha256, sums = hashlib.sha256(packed).hexdigest(), shards.pixel_sums(part)
         rows.append(ShardRow(name, len(part), len(packed), sha256, *sums))
     height, width, channels = images.shape[1:]
-    recipe = Recipe((height, width, channels), "raw", "none", (), "0" * 64)
+    recipe = Recipe(ImageShape(height, width, channels), "raw", "none", (), "0" * 64)
     return write_index(str(folder), recipe, rows)
 
 

@@ -16,6 +16,7 @@ from ddpm_ray.assembly import training_run
 from ddpm_ray.config.edit import EditConfig
 from ddpm_ray.config.loading import ConfigError, load, to_dict
 from ddpm_ray.config.run import RunConfig
+from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.sampling import image_grid
 from ddpm_ray.training.checkpoints import CheckpointStore
 from tests.training.test_hostile_checkpoints import TINY
@@ -31,7 +32,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A run's folder with an untrained network for 8 x 8 grey images, T = 9."""
     config = load(RunConfig, None, [*TINY])
     facts = {"config": to_dict(config), "image_shape": [8, 8, 1], "data_fingerprint": "f"}
-    state = training_run.training_state(config, (8, 8, 1), torch.device("cpu"), facts)
+    state = training_run.training_state(config, ImageShape(8, 8, 1), torch.device("cpu"), facts)
     folder = tmp_path_factory.mktemp("run")
     CheckpointStore(str(folder / "checkpoints")).save(state.snapshot([]))
     return str(folder)

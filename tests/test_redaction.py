@@ -196,7 +196,7 @@ PLURALS = re.compile(
     r"numbers|hashes|files|downloads|vectors|runs|times)\b"
 )
 NEVER_ONE = {  # no number of things, or one that is above 1 wherever the line is written
-    "_shape(image_shape)", "suffix", "_named(open_to)", "folder", "num_images", "report.skipped",
+    "image_shape", "suffix", "_named(open_to)", "folder", "num_images", "report.skipped",
     "channels", "len(labels)", "len(images)", "len(names)", "len(trials)", "len(outcome.trials)",
     "len(trials) - len(rows)",
 }  # fmt: skip

@@ -25,6 +25,7 @@ from ddpm_ray.config.pack import PackConfig
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.sampling import SamplingConfig
 from ddpm_ray.data.codec import PIXELS
+from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.data.packing import packer
 from ddpm_ray.sampling.image_grid import grid
 from ddpm_ray.storage import object_store
@@ -71,7 +72,7 @@ Pixels = npt.NDArray[np.uint8]
 def saved_run(folder: Path, *overrides: str, **facts: Any) -> tuple[str, Pixels]:
     """The folder of a run, and the pixels of the grid that its own worker draws."""
     config = load(RunConfig, None, [*TINY, *overrides])
-    shape = (4, 4, 1)
+    shape = ImageShape(4, 4, 1)
     known = {"config": to_dict(config), "image_shape": list(shape), "data_fingerprint": "f"}
     known |= {"label_names": list(NAMES)} | facts
     state = training_run.training_state(config, shape, CPU, known)
@@ -84,7 +85,9 @@ def saved_run(folder: Path, *overrides: str, **facts: Any) -> tuple[str, Pixels]
     wall, workers = Wall(), Workers(0, 1, CPU)
     place, size = str(folder / "pictures"), config.sampling.batch_size
     with torch.inference_mode():
-        SampleGridLogger(denoiser, plan, (1, 4, 4), workers, place, wall, size).log_grid(0)
+        SampleGridLogger(denoiser, plan, ImageShape(4, 4, 1), workers, place, wall, size).log_grid(
+            0
+        )
     return str(folder), np.asarray(wall.pictures["samples", 0])
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from benchmarks.gpu.tiny import SHAPE, SIDE, Notes, config_of, denoiser_of, packed, pixels, run_of
 from ddpm_ray.assembly import checkpoint_loading, diffusion, training_run
 from ddpm_ray.collectives import Workers
+from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.evaluation import memorisation, probability_flow_likelihood, sample_quality
 from ddpm_ray.evaluation.feature_metrics import OptionalMetrics
 from ddpm_ray.evaluation.features.feature_extractor import FeatureNet
@@ -188,7 +189,9 @@ def _spacing(spacing: str, device: torch.device) -> None:
 def _classifier_guidance(steps: bool, device: torch.device) -> None:
     config = config_of([])
     _, denoiser = denoiser_of(config, device)
-    network = training_run.network(config_of(OBJECTIVES["classifier"]), (SIDE, SIDE, 3)).to(device)
+    network = training_run.network(
+        config_of(OBJECTIVES["classifier"]), ImageShape(SIDE, SIDE, 3)
+    ).to(device)
     assert isinstance(network, NoisyClassifier)
     network.eval().requires_grad_(False)
     plan = diffusion.sampling_plan(config.sampling, denoiser.schedule)

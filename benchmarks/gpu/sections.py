@@ -32,6 +32,7 @@ from ddpm_ray.config.loading import load
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.training import TrainingConfig
 from ddpm_ray.counter_rng import Purpose, derived_seed, normal
+from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.evaluation.features.inception import Inception, Unit
 from ddpm_ray.training.loop import Run, save, take_step
 
@@ -210,7 +211,7 @@ def _limits(place: Place, side: int, *keys: str) -> Generator[Row, None, Limits]
     size = 128 if place.toy else 8192
     rate = matmul_rate(torch.bfloat16, place.device, size, place.round_s / 2)
     yield Row(f"bf16 products, {size} x {size}", {"TFLOP/s": round(rate / 1e12, 3)})
-    network = training_run.network(place.config(*keys), (side, side, 3)).to(place.device)
+    network = training_run.network(place.config(*keys), ImageShape(side, side, 3)).to(place.device)
     x_t = torch.randn(1, 3, side, side, device=place.device)
     t = torch.tensor([1], device=place.device)
     work = flops(lambda: network(x_t, t).square().mean())

@@ -19,6 +19,7 @@ from ddpm_ray.config.loading import load, to_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data import shards
 from ddpm_ray.data.dataset import Dataset, Recipe, ShardRow, write_index
+from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.reporting import Command, Progress, Row
 from ddpm_ray.sampling.denoiser import Denoiser
 from ddpm_ray.training.checkpoint_writer import CheckpointWriter
@@ -29,7 +30,7 @@ from ddpm_ray.training.metrics_buffer import StepLog
 from ddpm_ray.training.state import TrainingState
 
 SIDE, BATCH = 8, 8
-SHAPE = (3, SIDE, SIDE)
+SHAPE = ImageShape(SIDE, SIDE, 3)
 TINY = [
     "name=case", "data.url=none", "data.flip=true", "model.base_channels=8", "model.groups=4",
     "model.channel_mults=[1,2]", "model.blocks_per_level=1", "model.attention_resolutions=[4]",
@@ -101,7 +102,7 @@ def run_of(
     workers, count = Workers(0, 1, device), config.training.global_batch_size
     facts = {"config": to_dict(config), "image_shape": [side, side, 3],
              "data_fingerprint": "none"}  # fmt: skip
-    state = training_run.training_state(config, (side, side, 3), device, facts)
+    state = training_run.training_state(config, ImageShape(side, side, 3), device, facts)
     nothing: Callable[[int], None] = lambda step: None  # noqa: E731
     return Run(
         plan=training_run.plan(config, 1),
@@ -124,7 +125,7 @@ def run_of(
 
 def denoiser_of(config: RunConfig, device: torch.device) -> tuple[TrainingState, Denoiser]:
     """A state and its averaged weights, ready to sample: random ones, none of them 0."""
-    state = training_run.training_state(config, (SIDE, SIDE, 3), device, {})
+    state = training_run.training_state(config, ImageShape(SIDE, SIDE, 3), device, {})
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in state.ema.model.parameters():
@@ -142,7 +143,7 @@ def packed(folder: str) -> Dataset:
         sums = shards.pixel_sums(part)
         rows.append(ShardRow(name, 12, len(data), sha256(data).hexdigest(), *sums))
     recipe = Recipe(
-        image_shape=(SIDE, SIDE, 3), encoding="raw", resize="none", label_names=(),
+        image_shape=ImageShape(SIDE, SIDE, 3), encoding="raw", resize="none", label_names=(),
         source_sha256="",
     )  # fmt: skip
     return write_index(folder, recipe, rows)

@@ -19,6 +19,7 @@ from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.sampling import SamplingConfig
 from ddpm_ray.config.schedule import ScheduleConfig
 from ddpm_ray.data.dataset import DatasetError, open_dataset
+from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.models.classifier import NoisyClassifier
 from ddpm_ray.models.interop import convert
 from ddpm_ray.models.interop.diffusers_config import UnsupportedModelError
@@ -75,8 +76,8 @@ def trained_model(
         raise ConfigError(
             f"{url} holds a {config.task}, which draws no images: use it as guidance.classifier"
         )
-    height, width, channels = snapshot.facts["image_shape"]
-    model = training_run.network(config, (height, width, channels))
+    image_shape = ImageShape(*snapshot.facts["image_shape"])
+    model = training_run.network(config, image_shape)
     model.load_state_dict(snapshot.tensors[ema])
     model.to(device).eval().requires_grad_(False)
     provenance = {
@@ -89,7 +90,7 @@ def trained_model(
     }
     return TrainedModel(
         denoiser(config, model, device),
-        (channels, height, width),
+        image_shape,
         provenance,
         device=device,
         settings=config.sampling,
@@ -136,7 +137,7 @@ def trained_classifier(url: str, device: torch.device | str = "cpu") -> NoisyCla
     config = training_run.saved_config(snapshot.facts, url)
     if not config.traits.predicts_labels:
         raise ConfigError(f"{url} holds no classifier: train one with task=classifier")
-    network = training_run.network(config, tuple(snapshot.facts["image_shape"]))
+    network = training_run.network(config, ImageShape(*snapshot.facts["image_shape"]))
     assert isinstance(network, NoisyClassifier)
     network.load_state_dict(snapshot.tensors["ema"])
     return network.to(device).eval().requires_grad_(False)
@@ -219,7 +220,7 @@ def _of_diffusers(folder: Path, device: torch.device | str) -> TrainedModel:
     }
     return TrainedModel(
         denoiser(config, network.to(device).eval().requires_grad_(False), device),
-        (spec.image_channels, height, width),
+        ImageShape(height, width, spec.image_channels),
         provenance,
         device=device,
         settings=config.sampling,

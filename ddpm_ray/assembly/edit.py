@@ -25,7 +25,7 @@ def edited_files(
     Raises ConfigError also for files that cannot be used.
     """
     try:
-        pixels = read_image(image, model.image_shape[0])
+        pixels = read_image(image, model.image_shape.channels)
         keep = read_mask(mask) if mask else None
         return edited(config, model, pixels, keep)
     except (BadImageError, ValueError) as error:

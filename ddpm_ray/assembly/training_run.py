@@ -18,6 +18,7 @@ from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.training import TrainingConfig
 from ddpm_ray.data.codec import codec_named
 from ddpm_ray.data.dataset import Dataset, open_dataset
+from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.data.loader import Batch, ShardStream
 from ddpm_ray.diffusion.timestep_sampling import SecondMoments
 from ddpm_ray.evaluation.feature_metrics import OptionalMetrics
@@ -50,7 +51,7 @@ DEFAULT_CACHE = "~/.cache/ddpm-ray"
 
 
 def network(
-    config: RunConfig, image_shape: tuple[int, int, int], *, gradient_checkpointing: bool = False
+    config: RunConfig, image_shape: ImageShape, *, gradient_checkpointing: bool = False
 ) -> UNet | NoisyClassifier:
     """The network for images [H, W, C]; raises ValueError if the levels do not divide H and W."""
     spec, (height, width, _) = unet_spec(config, image_shape), image_shape
@@ -67,7 +68,7 @@ def network(
             assert_never(never)
 
 
-def unet_spec(config: RunConfig, image_shape: tuple[int, int, int]) -> UNetSpec:
+def unet_spec(config: RunConfig, image_shape: ImageShape) -> UNetSpec:
     """The spec of the U-Net for images [H, W, C]; raises ValueError if H and W do not fit it."""
     height, width, channels = image_shape
     model, objective = config.model, config.objective
@@ -91,7 +92,7 @@ def unet_spec(config: RunConfig, image_shape: tuple[int, int, int]) -> UNetSpec:
 
 def training_state(
     config: RunConfig,
-    image_shape: tuple[int, int, int],
+    image_shape: ImageShape,
     device: torch.device,
     facts: dict[str, Any],
 ) -> TrainingState:
@@ -302,18 +303,16 @@ def saved_config(facts: Mapping[str, Any], where: str = "") -> RunConfig:
     return from_dict(RunConfig, facts["config"], facts.get("version", ""), where)
 
 
-def for_images(config: RunConfig, image_shape: tuple[int, int, int]) -> RunConfig:
+def for_images(config: RunConfig, image_shape: ImageShape) -> RunConfig:
     """`config` with attention by downsampling factor, for images [H, W, C].
 
     Raises ValueError for a resolution in pixels that no level has.
     """
-    height, width, _ = image_shape
-    return replace(config, model=config.model.for_images(height, width))
+    model = config.model.for_images(image_shape.height, image_shape.width)
+    return replace(config, model=model)
 
 
-def changed_keys(
-    config: RunConfig, saved: Mapping[str, Any], image_shape: tuple[int, int, int]
-) -> list[str]:
+def changed_keys(config: RunConfig, saved: Mapping[str, Any], image_shape: ImageShape) -> list[str]:
     """One line for each defining key whose value differs from that of the saved config.
 
     `saved` is as in `saved_config`; the data set holds images [H, W, C].
@@ -326,7 +325,7 @@ def changed_keys(
     ]
 
 
-def comparable(config: RunConfig, image_shape: tuple[int, int, int]) -> RunConfig:
+def comparable(config: RunConfig, image_shape: ImageShape) -> RunConfig:
     """Return `for_images`, or `config` unchanged if it is for images of another size."""
     try:
         return for_images(config, image_shape)

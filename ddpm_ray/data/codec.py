@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ddpm_ray.data.dataset import UInt8s
+from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.data.shard_index import CodecName
 from ddpm_ray.diffusion.x0_estimator import Clip, clip_to_quantile, clip_to_range
 from ddpm_ray.redaction import counted
@@ -26,10 +27,9 @@ class PixelCodec:
     levels_per_unit: ClassVar[float] = 127.5  # grey levels per unit of the diffused tensor
     rounding: ClassVar[str] = "uint8, (x + 1) * 127.5 half up"  # of `decode`, for provenances
 
-    def shape(self, image_shape: Sequence[int]) -> tuple[int, int, int]:
-        """Return the shape (C, H, W) in which images of shape (H, W, C) are diffused."""
-        height, width, channels = image_shape
-        return channels, height, width
+    def shape(self, image_shape: ImageShape) -> tuple[int, int, int]:
+        """Return the shape (C, H, W) in which images of this shape are diffused."""
+        return image_shape.channels, image_shape.height, image_shape.width
 
     def encode(self, images: Tensor, flip: Tensor | None = None) -> Tensor:
         """Convert uint8 images [B, H, W, C] to x_0, float32 [B, C, H, W], on the same device.

@@ -23,6 +23,7 @@ import pyarrow as pa
 
 from ddpm_ray.config.pack import Encoding
 from ddpm_ray.data import shard_index
+from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.data.shard_index import CodecName
 from ddpm_ray.redaction import sanitize
 from ddpm_ray.storage import object_store
@@ -49,7 +50,7 @@ class DatasetError(RuntimeError):
 class Recipe:
     """The processing that made a data set's images; stored in the index and in the manifest."""
 
-    image_shape: tuple[int, int, int]  # H, W, C
+    image_shape: ImageShape
     encoding: Encoding
     resize: str  # name of a recipe in resizing.py
     label_names: tuple[str, ...]  # name of label 0, 1, ...; empty: images without labels
@@ -78,7 +79,7 @@ class Manifest:
     """The contents of manifest.json; all but `index_sha256` can be computed from the index."""
 
     format: str
-    image_shape: tuple[int, int, int]  # H, W, C
+    image_shape: ImageShape
     encoding: Encoding
     resize: str
     label_names: tuple[str, ...]
@@ -185,7 +186,7 @@ def manifest_of(table: pa.Table, index_sha256: str) -> Manifest:
     ]
     return Manifest(
         format=FORMAT,
-        image_shape=(height, width, channels),
+        image_shape=ImageShape(height, width, channels),
         encoding=recipe["encoding"],
         resize=recipe["resize"],
         label_names=tuple(recipe["label_names"]),

@@ -11,6 +11,7 @@ from torch import Tensor
 from ddpm_ray import counter_rng
 from ddpm_ray.collectives import Workers
 from ddpm_ray.counter_rng import Purpose
+from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.diffusion.conditioning import Conditioning
 from ddpm_ray.diffusion.timestep_spacing import log_snr_steps
 from ddpm_ray.evaluation import probability_flow_likelihood
@@ -53,7 +54,7 @@ def flow_likelihood(
     a_1 = float(schedule.alpha_bar[1])
     totals = torch.zeros(3, dtype=torch.float64)
     for index, images, labels in batches:
-        index, shape = index.to(device), codec.shape(images.shape[1:])
+        index, shape = index.to(device), codec.shape(ImageShape(*images.shape[1:]))
         within, side = (
             counter_rng.uniform(seed, Purpose.LIKELIHOOD, use, index, shape) for use in (0, 1)
         )

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ddpm_ray.collectives import Workers
 from ddpm_ray.data.dataset import Dataset
+from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.data.loader import read_images
 from ddpm_ray.evaluation.features.feature_extractor import FeatureNet
 from ddpm_ray.evaluation.frechet import Moments
@@ -34,7 +35,7 @@ class Reference:
     """Statistics of a data set's features, by width; equal on every worker."""
 
     identity: Mapping[str, Any]
-    image_shape: tuple[int, int, int]  # (C, H, W)
+    image_shape: ImageShape
     moments: Mapping[int, Moments]
     kept: Mapping[int, Tensor]  # float32 [K, D]: features of K evenly spaced images; K may be 0
 
@@ -81,11 +82,10 @@ def reference(
         tensors = _compute(dataset, net, workers, identity["kernel_images"], batch_size)
         if workers.is_main:
             _write_cache(url, identity, tensors)
-    height, width, channels = dataset.manifest.image_shape
     here = {name: tensor.to(workers.device) for name, tensor in tensors.items()}
     return Reference(
         identity=identity,
-        image_shape=(channels, height, width),
+        image_shape=dataset.manifest.image_shape,
         moments={w: Moments(*(here[f"{w}.{part}"] for part in PARTS)) for w in net.widths},
         kept={w: here[f"{w}.kept"] for w in net.widths},
     )

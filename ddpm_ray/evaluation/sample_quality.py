@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ddpm_ray.collectives import Workers
+from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.diffusion.process import NoiseSchedule
 from ddpm_ray.diffusion.timestep_spacing import log_snr_steps, quadratic_steps, uniform_steps
 from ddpm_ray.evaluation import feature_metrics
@@ -53,7 +54,7 @@ def evaluate(
     *,
     num_images: int,
     batch_size: int,
-    image_shape: tuple[int, int, int],
+    image_shape: ImageShape,
     workers: Workers,
     provenance: Mapping[str, Any],
     optional_metrics: OptionalMetrics = PLAIN,
@@ -62,7 +63,7 @@ def evaluate(
     """Draw samples 0..num_images-1 and compute their metrics against `reference`.
 
     A Frechet distance comes with `_low` and `_high`, the ends of its 95 % confidence interval, and
-    with `_held_out`, the distance to `held_out`, if given. `image_shape` is (C, H, W). `provenance`
+    with `_held_out`, the distance to `held_out`, if given. `provenance`
     describes the weights (EMA decay, step, sha256) and is stored in the result. All workers must
     call it and get the same result. Raises ValueError if images, features or their numbers are not
     comparable.
@@ -108,13 +109,11 @@ def arithmetic(device: torch.device) -> dict[str, Any]:
     }
 
 
-def _require_comparable(
-    reference: Reference, net: FeatureNet, image_shape: tuple[int, int, int]
-) -> None:
+def _require_comparable(reference: Reference, net: FeatureNet, image_shape: ImageShape) -> None:
     if reference.image_shape != image_shape:
         raise ValueError(
-            f"the model draws {_shape(image_shape)} images and the reference data holds "
-            f"{_shape(reference.image_shape)}; choose a data set of the model's shape"
+            f"the model draws {image_shape} images and the reference data holds "
+            f"{reference.image_shape}; choose a data set of the model's shape"
         )
     if (known := reference.identity["features"]) != net.facts:
         raise ValueError(
@@ -142,7 +141,7 @@ def _drawn(
     plan: SamplingPlan,
     share: range,
     batch_size: int,
-    image_shape: tuple[int, int, int],
+    image_shape: ImageShape,
     device: torch.device,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield batches: indices [n] from `share` and images uint8 [n, H, W, C] on `device`."""
@@ -235,7 +234,3 @@ def _spacing(schedule: NoiseSchedule, steps: tuple[int, ...]) -> str:
         if found == steps:
             return name
     return "custom"
-
-
-def _shape(image_shape: tuple[int, int, int]) -> str:
-    return "x".join(map(str, image_shape))

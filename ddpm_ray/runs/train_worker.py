@@ -160,12 +160,11 @@ def _grid_logger(
     denoiser = training_run.with_low_resolution(
         denoiser, config.data, dataset, GRID_IMAGES, workers.device
     )
-    height, width, channels = dataset.manifest.image_shape
     names = dataset.manifest.label_names
     return SampleGridLogger(
         denoiser,
         diffusion.sampling_plan(config.sampling, denoiser.schedule, names),
-        (channels, height, width),
+        dataset.manifest.image_shape,
         workers,
         object_store.join(folder, "pictures"),
         sink,

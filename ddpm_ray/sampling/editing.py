@@ -17,6 +17,7 @@ from torch import Tensor
 from ddpm_ray.config.edit import InpaintingMethod
 from ddpm_ray.counter_rng import Purpose, normal
 from ddpm_ray.data.codec import channels_first, channels_last
+from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.diffusion import inpainting, inversion, samplers
 from ddpm_ray.diffusion.process import Denoise, add_noise
 from ddpm_ray.diffusion.samplers import Noise
@@ -105,7 +106,7 @@ def interpolate(
     plan: SamplingPlan,
     ends: tuple[int, int],
     shares: Tensor,
-    image_shape: tuple[int, int, int],
+    image_shape: ImageShape,
     device: torch.device | str,
 ) -> Tensor:
     """Interpolate between the images of the two indices `ends`: [len(shares), C, H, W].
@@ -114,7 +115,8 @@ def interpolate(
     (Song et al. 2021, arXiv:2010.02502, appendix D.5). All have the label of the first end.
     """
     index = torch.tensor(ends, device=device)
-    first, last = normal(plan.seed, Purpose.SAMPLE_START, 0, index, image_shape).chunk(2)
+    shape = denoiser.codec.shape(image_shape)
+    first, last = normal(plan.seed, Purpose.SAMPLE_START, 0, index, shape).chunk(2)
     x_T: Tensor = torch.cat(
         [inversion.interpolate(first, last, share) for share in shares.tolist()]
     )

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.sampling.denoiser import Denoiser
 from ddpm_ray.sampling.sampling import Images, SamplingPlan, draw
 
@@ -52,7 +53,7 @@ def denoising_strip(
     denoiser: Denoiser,
     plan: SamplingPlan,
     index: Tensor,
-    image_shape: tuple[int, int, int],
+    image_shape: ImageShape,
     device: torch.device | str,
     *,
     columns: int = 8,

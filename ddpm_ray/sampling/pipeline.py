@@ -11,6 +11,7 @@ from torch import Tensor
 from ddpm_ray.config.edit import InpaintingMethod
 from ddpm_ray.config.option_fields import checks_arguments, limits
 from ddpm_ray.config.sampling import Conditioned, SamplingArguments, SamplingConfig
+from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.data.low_resolution import enlarged, low_resolution_size
 from ddpm_ray.diffusion.samplers import OnStep
 from ddpm_ray.sampling import editing
@@ -53,15 +54,14 @@ class TrainedModel:
     """
 
     denoiser: Denoiser  # network in eval mode on `device`
-    image_shape: tuple[int, int, int]  # (C, H, W)
+    image_shape: ImageShape
     provenance: dict[str, Any]  # config, step and sha256 of the weights
     device: torch.device | str = "cpu"
 
     def __repr__(self) -> str:
         """Checkpoint, step, image shape and device, in one line."""
         where, step = (self.provenance.get(key) for key in ("checkpoint", "step"))
-        channels, height, width = self.image_shape
-        return f"TrainedModel({where}, step {step}, {height}x{width}x{channels}, {self.device})"
+        return f"TrainedModel({where}, step {step}, {self.image_shape}, {self.device})"
 
     settings: SamplingConfig = field(default_factory=SamplingConfig)  # of the run
     find_label_names: Callable[[], Sequence[str] | None] = _unknown  # lazy: may read the data set
@@ -70,7 +70,7 @@ class TrainedModel:
     @property
     def image_size(self) -> tuple[int, int]:
         """(H, W) of the model's images."""
-        return self.image_shape[1:]
+        return self.image_shape[:2]
 
     @property
     def label_names(self) -> Sequence[str] | None:
@@ -116,7 +116,7 @@ class TrainedModel:
         """
         chosen = self._chosen(settings, repaint=method == "repaint")
         plan, painting = self.plan_of(chosen), Painting(method, resamples, jump_length)
-        known, size = as_images(images, self.image_shape[0]), self.image_size
+        known, size = as_images(images, self.image_shape.channels), self.image_size
         keep = torch.from_numpy(as_mask(mask, known)).to(self.device)
 
         def edit(x: Tensor, index: Tensor) -> Tensor:
@@ -144,7 +144,7 @@ class TrainedModel:
         Other arguments are as in `inpaint`. The result must be at least as large as the model's
         images.
         """
-        known = as_images(images, self.image_shape[0])
+        known = as_images(images, self.image_shape.channels)
         canvas, mask = editing.on_canvas(known, top, bottom, left, right)
         return self.inpaint(
             canvas, mask, method=method, resamples=resamples, jump_length=jump_length, **settings
@@ -174,7 +174,7 @@ class TrainedModel:
         the last stage of a cascade (Ho et al. 2022, arXiv:2106.15282).
         """
         chosen = self._chosen(settings)
-        found = as_images(images, self.image_shape[0])
+        found = as_images(images, self.image_shape.channels)
         height, width = low_resolution_size(
             *self.image_size, self.denoiser.takes.low_resolution_pixels
         )
@@ -285,7 +285,7 @@ class TrainedModel:
         self, edit: Callable[[Tensor, Tensor], Tensor], images: Images, batch_size: int
     ) -> Images:
         """Apply `edit(x [b, C, H, W], indices [b])` to all images in batches."""
-        found = as_images(images, self.image_shape[0])
+        found = as_images(images, self.image_shape.channels)
         size, (count, height, width, _) = self.image_size, found.shape
         codec = self.denoiser.codec
         if height < size[0] or width < size[1]:

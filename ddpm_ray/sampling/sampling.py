@@ -18,6 +18,7 @@ from ddpm_ray.choices import SamplingVariance
 from ddpm_ray.config.sampling import Sampler, SamplingConfig
 from ddpm_ray.counter_rng import Purpose, normal
 from ddpm_ray.data.codec import Codec
+from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.diffusion import samplers, solvers, timestep_spacing
 from ddpm_ray.diffusion.process import Denoise, NoiseSchedule
 from ddpm_ray.diffusion.samplers import Noise, OnStep
@@ -95,22 +96,24 @@ def draw(
     denoiser: Denoiser,
     plan: SamplingPlan,
     index: Tensor,
-    image_shape: tuple[int, int, int],
+    image_shape: ImageShape,
     device: torch.device | str,
     *,
     on_step: OnStep | None = None,
 ) -> Tensor:
     """Draw the images `index` [N] int64: float32 [N, C, H, W], about in [-1, 1].
 
-    `image_shape` is (C, H, W). `on_step(t, x_t, x_0_estimate)` is called at each step and must copy
+    `on_step(t, x_t, x_0_estimate)` is called at each step and must copy
     tensors that it keeps. Raises ValueError for steps that the sampler does not support.
     """
 
+    shape = denoiser.codec.shape(image_shape)
+
     def noise(t: int) -> Tensor:
-        return normal(plan.seed, Purpose.SAMPLE_STEP, t, index, image_shape)
+        return normal(plan.seed, Purpose.SAMPLE_STEP, t, index, shape)
 
     index = index.to(device)
-    x_T = normal(plan.seed, Purpose.SAMPLE_START, 0, index, image_shape)
+    x_T = normal(plan.seed, Purpose.SAMPLE_START, 0, index, shape)
     conditioning = denoiser.conditioning(index, plan.labels)
     denoise = denoiser.bind_conditioning(conditioning, plan.guidance)
     return walk(denoiser, denoise, plan, x_T, noise, on_step)
@@ -181,15 +184,14 @@ def draw_uint8(
     denoiser: Denoiser,
     plan: SamplingPlan,
     indices: range,
-    image_shape: tuple[int, int, int],
+    image_shape: ImageShape,
     device: torch.device | str,
     batch_size: int,
     on_step: OnStep | None = None,
 ) -> Images:
     """Images uint8 [N, H, W, C] of the N `indices`, `batch_size` in one network call."""
-    channels, height, width = image_shape
     if not indices:  # of more workers than images, some draw none
-        return np.empty((0, height, width, channels), np.uint8)
+        return np.empty((0, *image_shape), np.uint8)
     batches = torch.split(torch.tensor(indices), batch_size)
     drawn = (draw(denoiser, plan, i, image_shape, device, on_step=on_step) for i in batches)
     return np.concatenate([denoiser.codec.decode(x_0) for x_0 in drawn])

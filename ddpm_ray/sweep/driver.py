@@ -25,6 +25,7 @@ from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.sweep import SweepConfig
 from ddpm_ray.data.codec import codec_named
 from ddpm_ray.data.dataset import Dataset
+from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.diffusion.schedule_diagnostics import ScheduleDiagnostics, diagnose_schedule
 from ddpm_ray.distributed import worker_group
 from ddpm_ray.distributed.placement_groups import HEAD
@@ -212,9 +213,9 @@ def schedule_diagnostics(
     check_model(run, dataset)
     schedule = diffusion.noise_schedule(run.schedule)
     manifest = dataset.manifest
-    height, width, _ = manifest.image_shape
     squares = codec_named(manifest.codec).mean_square(manifest.pixel_mean, manifest.pixel_std)
-    return diagnose_schedule(schedule, squares, height * width)
+    shape = manifest.image_shape
+    return diagnose_schedule(schedule, squares, shape.height * shape.width)
 
 
 def _run_config(config: SweepConfig, values: dict[str, Any], where: str) -> RunConfig:
@@ -224,9 +225,7 @@ def _run_config(config: SweepConfig, values: dict[str, Any], where: str) -> RunC
     return with_values(run, values | compared, where)
 
 
-def _changed_keys(
-    config: SweepConfig, begun: dict[str, Any], image_shape: tuple[int, int, int]
-) -> list[str]:
+def _changed_keys(config: SweepConfig, begun: dict[str, Any], image_shape: ImageShape) -> list[str]:
     """Return one line for each key that may not change in a sweep and did."""
     if "sweep" not in begun:
         return [f"name is {config.name!r}, and a training run has that name"]

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from ddpm_ray.collectives import Workers
+from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.reporting import Sink
 from ddpm_ray.sampling import image_grid
 from ddpm_ray.sampling.denoiser import Denoiser
@@ -29,7 +30,7 @@ class SampleGridLogger:
 
     denoiser: Denoiser  # of the EMA weights
     plan: SamplingPlan
-    image_shape: tuple[int, int, int]  # (C, H, W)
+    image_shape: ImageShape
     workers: Workers
     url: str  # folder of the PNG files
     sink: Sink | None  # on the main worker

@@ -18,6 +18,7 @@ from ddpm_ray.assembly import checkpoint_loading, diffusion, training_run
 from ddpm_ray.config.loading import ConfigError, load, to_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.sampling import SamplingConfig
+from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.models.interop.diffusers_config import UnsupportedModelError
 from ddpm_ray.sampling.pipeline import TrainedModel
 from ddpm_ray.storage import object_store
@@ -39,12 +40,12 @@ def configured(*overrides: str) -> RunConfig:
 def trained(config: RunConfig) -> TrainedModel:
     """As loaded from a checkpoint, with weights that are not zero."""
     torch.manual_seed(3)
-    network = training_run.network(config, (8, 8, 3))
+    network = training_run.network(config, ImageShape(8, 8, 3))
     for parameter in network.parameters():
         nn.init.normal_(parameter, std=0.2)
     denoiser = diffusion.denoiser(config, network.eval().requires_grad_(False), CPU)
     provenance = {"config": to_dict(config), "checkpoint": "", "step": 0, "weights_sha256": ""}
-    return TrainedModel(denoiser, (3, 8, 8), provenance)
+    return TrainedModel(denoiser, ImageShape(8, 8, 3), provenance)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +159,7 @@ def test_what_diffusers_has_no_name_for_is_refused_with_nothing_written(tmp_path
 def committed(config: RunConfig, folder: Path) -> str:
     """The folder of a run that was saved once, at step 0."""
     facts = {"config": to_dict(config), "image_shape": [8, 8, 3], "data_fingerprint": ""}
-    state = training_run.training_state(config, (8, 8, 3), CPU, facts)
+    state = training_run.training_state(config, ImageShape(8, 8, 3), CPU, facts)
     CheckpointStore(str(folder / "checkpoints")).save(state.snapshot([]))
     return str(folder)
 

@@ -9,6 +9,7 @@ import torch
 
 from ddpm_ray.config.pack import Encoding, PackConfig
 from ddpm_ray.data.dataset import Dataset, Recipe
+from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.data.packing import packer
 from ddpm_ray.data.packing.sources import ArraySource
 
@@ -29,7 +30,7 @@ def make_dataset(tmp_path: Path) -> MakeDataset:
         images = np.zeros((samples, 2, 3, 1), np.uint8)
         images[:, 0, 0, 0], images[:, 1, 2, 0] = numbers // 250, numbers % 250
         source = ArraySource("n", images, numbers % 7, tuple("abcdefg"))
-        recipe = Recipe((2, 3, 1), encoding, "none", source.label_names, source.digest)
+        recipe = Recipe(ImageShape(2, 3, 1), encoding, "none", source.label_names, source.digest)
         count = -(-samples // shard_samples)
         place = url or str(tmp_path / "set")
         plan = packer.PackPlan(source, place, PackConfig(), recipe, count, shard_samples)

@@ -18,6 +18,7 @@ from torch import Tensor
 from ddpm_ray.data import shard_index
 from ddpm_ray.data.codec import PIXELS, channels_first, channels_last, codec_named
 from ddpm_ray.data.dataset import Dataset, DatasetError, open_dataset
+from ddpm_ray.data.image_shape import ImageShape
 
 MakeDataset = Callable[..., Dataset]
 
@@ -32,7 +33,7 @@ def test_the_range_is_minus_one_to_one_with_channels_first() -> None:
     images = torch.arange(256, dtype=torch.uint8).view(1, 8, 16, 2)
     x_0 = PIXELS.encode(images)
     assert (x_0.shape, x_0.dtype) == ((1, 2, 8, 16), torch.float32)
-    assert tuple(x_0.shape[1:]) == PIXELS.shape(images.shape[1:])
+    assert tuple(x_0.shape[1:]) == PIXELS.shape(ImageShape(8, 16, 2))
     assert x_0.is_contiguous()
     assert (x_0.min().item(), x_0.max().item()) == (-1, 1)
     assert x_0[0, 1, 0, 3] == x_0.unique()[7]  # row 0, column 3, channel 1: level 7

@@ -29,6 +29,7 @@ from ddpm_ray.data.dataset import (
     manifest_of,
     open_dataset,
 )
+from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.data.loader import ShardStream
 from ddpm_ray.data.packing.image_files import encode_image
 from ddpm_ray.data.shard_cache import ShardCache
@@ -37,7 +38,7 @@ from ddpm_ray.storage.object_store import StorageError
 from tests.data.test_image_files import bomb
 
 SHAPE = (2, 3, 1)
-RECIPE = Recipe(SHAPE, "raw", "none", (), "0" * 64)
+RECIPE = Recipe(ImageShape(*SHAPE), "raw", "none", (), "0" * 64)
 SCHEMA = pa.schema(
     {"image": pa.fixed_shape_tensor(pa.uint8(), SHAPE), "label": pa.int64(), "key": pa.string()}
 )

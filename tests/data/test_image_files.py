@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.data.packing.image_files import (
     BAD_EXIF,
     FIRST_ONLY,
@@ -295,6 +296,6 @@ def test_warnings_of_pillow_are_neither_shown_nor_raised() -> None:
 def test_encoded_images_come_back(encoding: str, off: int, channels: int) -> None:
     ramp = np.add.outer(np.arange(16), np.arange(16)).astype(np.uint8)[..., None] * 8
     image = np.repeat(ramp, channels, axis=-1)
-    back = decode_stored(encode_image(image, encoding), encoding, (16, 16, channels))
+    back = decode_stored(encode_image(image, encoding), encoding, ImageShape(16, 16, channels))
     assert back.shape == image.shape
     assert np.abs(back.astype(int) - image).max() <= off

@@ -12,6 +12,7 @@ import pytest
 
 from ddpm_ray.data import shards
 from ddpm_ray.data.dataset import Dataset, DatasetError, Manifest, open_dataset
+from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.data.shards import ShardCorruptError, fetch_shard
 
 MakeDataset = Callable[..., Dataset]
@@ -40,7 +41,9 @@ def test_the_index_holds_what_numpy_finds_in_the_images(make_dataset: MakeDatase
 def test_a_parsed_shard_is_a_view_of_the_files_bytes() -> None:
     images = np.arange(48, dtype=np.uint8).reshape(2, 2, 4, 3)
     data = shards.shard_bytes(images, [5, -1], ["a", "b"])
-    manifest = Manifest("", (2, 4, 3), "raw", "none", (), "", 2, 1, len(data), (0.0,), (0.0,), "")
+    manifest = Manifest(
+        "", ImageShape(2, 4, 3), "raw", "none", (), "", 2, 1, len(data), (0.0,), (0.0,), ""
+    )
     shard = shards.parse_shard(data, manifest)
     assert isinstance(shard.images, np.ndarray)
     assert np.array_equal(shard.images, images)

@@ -17,6 +17,7 @@ from ddpm_ray.config.jobs import EvaluateConfig
 from ddpm_ray.config.loading import to_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.dataset import Dataset
+from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.diffusion import NoiseSchedule, schedules
 from ddpm_ray.evaluation import nearest_neighbours
 from ddpm_ray.evaluation.features.feature_extractor import FeatureNet
@@ -232,7 +233,7 @@ def test_the_job_reports_a_model_that_recites(
         return (x_t - a.sqrt() * known) / (1 - a).sqrt()
 
     provenance = {"config": to_dict(RunConfig())}
-    model = TrainedModel(Denoiser.of_noise(recite, schedule), (3, 6, 6), provenance)
+    model = TrainedModel(Denoiser.of_noise(recite, schedule), ImageShape(6, 6, 3), provenance)
     monkeypatch.setattr(load_model, "load", lambda *_: model)
     monkeypatch.setattr(evaluate, "distributed_context", Workers)
     pack(tmp_path / "held-out", FRESH, [4, 2])

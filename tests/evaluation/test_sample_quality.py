@@ -20,6 +20,7 @@ from torch import Tensor
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.evaluation import InceptionResize
 from ddpm_ray.data.codec import PIXELS
+from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.diffusion import schedules
 from ddpm_ray.diffusion.conditioning import Conditioning
 from ddpm_ray.diffusion.parameterization import Parameterization
@@ -41,7 +42,7 @@ from tests.noise import pack
 OnWorkers = Callable[[int, Callable[[Workers], Any]], list[Any]]  # see conftest.py
 SCHEDULE = NoiseSchedule(schedules.cosine(20))
 PLAN = SamplingPlan(uniform_steps(20, 3), seed=5)
-SHAPE = (1, 6, 6)
+SHAPE = ImageShape(6, 6, 1)
 
 
 def random_images(count: int, seed: int = 0) -> Images:
@@ -315,7 +316,7 @@ def test_digits_are_recognised_and_noise_is_not(tmp_path: Path) -> None:
     classifier = digits_net("cpu")
     truth = reference(pack(tmp_path, digits, [300]), classifier, Workers(), kernel_images=300)
     arguments: dict[str, Any] = {
-        "image_shape": (1, 8, 8),
+        "image_shape": ImageShape(8, 8, 1),
         "num_images": 300,
         "batch_size": 300,
     }
@@ -442,11 +443,29 @@ def test_the_inception_score_is_of_a_network_that_knows_classes(tmp_path: Path) 
     assert few.provenance["inception_score"].startswith("none: 9 images cannot fill 10 splits")
 
 
+def test_images_need_not_be_square(tmp_path: Path) -> None:
+    """4 x 9 pixels: as many as the 6 x 6 of the other tests."""
+    images, wide = random_images(90).reshape(90, 4, 9, 1), ImageShape(4, 9, 1)
+    truth = reference(pack(tmp_path, images, [90]), net(8), Workers())
+    drawn = PIXELS.decode(
+        draw(Denoiser.of_noise(blind, SCHEDULE), PLAN, torch.arange(40), wide, "cpu")
+    )
+    assert drawn.shape == (40, *wide)
+    found = score(net(8), truth, image_shape=wide).metrics["eval/fid8"]
+    expected = frechet_by_scipy(*(features_of(each, 8) for each in (images, drawn)))
+    assert found == pytest.approx(expected, rel=1e-4)
+    with pytest.raises(ValueError, match="draws 9x4x1 images and the reference data holds 4x9x1"):
+        score(net(8), truth, image_shape=ImageShape(9, 4, 1))
+
+
 @pytest.mark.parametrize(
     "changes, reason",
     [
         ({"num_images": 1}, "num_images is 1; a covariance needs at least 2"),
-        ({"image_shape": (3, 6, 6)}, "draws 3x6x6 images and the reference data holds 1x6x6"),
+        (
+            {"image_shape": ImageShape(6, 6, 3)},
+            "draws 6x6x3 images and the reference data holds 6x6x1",
+        ),
         (
             {"denoise": lambda x_t, t: x_t * float("nan")},
             "16 of 16 images: values .* not finite",

@@ -12,6 +12,7 @@ from ddpm_ray.assembly import diffusion, training_run
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.loading import load
 from ddpm_ray.config.run import RunConfig
+from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.models.interop import convert
 from ddpm_ray.models.layers import HO
 from ddpm_ray.models.unet_spec import UNetSpec
@@ -65,7 +66,7 @@ def test_forty_steps_of_training_are_those_of_diffusers() -> None:
         ],
     )
     torch.manual_seed(0)
-    state = training_run.training_state(config, (8, 8, 1), CPU, {})
+    state = training_run.training_state(config, ImageShape(8, 8, 1), CPU, {})
     spec, tensors = convert.to_diffusers(SPEC, state.model.state_dict(), (8, 8))
     theirs = diffusers.UNet2DModel(**{k: v for k, v in spec.items() if k[0] != "_"})
     theirs.load_state_dict(tensors)

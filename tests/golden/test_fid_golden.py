@@ -17,6 +17,7 @@ from torch import Tensor
 from ddpm_ray.collectives import Workers
 from ddpm_ray.data import shards
 from ddpm_ray.data.dataset import Dataset, Recipe, ShardRow, UInt8s, write_index
+from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.diffusion import schedules
 from ddpm_ray.diffusion.parameterization import Parameterization
 from ddpm_ray.diffusion.process import NoiseSchedule
@@ -44,9 +45,16 @@ def test_fid192_of_two_real_sets_is_the_golden_one(assets: Path, tmp_path: Path)
         return Parameterization.of("epsilon", SCHEDULE).output_from_x0(x_t, t, next(batches))
 
     scores = evaluate(
-        Denoiser.of_noise(knows_the_test_set, SCHEDULE), SamplingPlan((10, 0)), net, truth,
-        num_images=1000, batch_size=50, image_shape=(3, 32, 32), workers=Workers(), provenance={},
-    )  # fmt: skip
+        Denoiser.of_noise(knows_the_test_set, SCHEDULE),
+        SamplingPlan((10, 0)),
+        net,
+        truth,
+        num_images=1000,
+        batch_size=50,
+        image_shape=ImageShape(32, 32, 3),
+        workers=Workers(),
+        provenance={},
+    )
     low, fid, high = (scores.metrics[f"eval/fid192{end}"] for end in ("_low", "", "_high"))
     assert fid == pytest.approx(0.053981019, rel=1e-3)
     assert low < fid < high
@@ -64,4 +72,6 @@ def packed(folder: Path, images: UInt8s) -> Dataset:
     object_store.write_bytes(object_store.join(str(folder), shards.shard_name(0)), data)
     digest = hashlib.sha256(data).hexdigest()
     row = ShardRow(shards.shard_name(0), len(images), len(data), digest, *shards.pixel_sums(images))
-    return write_index(str(folder), Recipe((32, 32, 3), "raw", "none", (), "0" * 64), [row])
+    return write_index(
+        str(folder), Recipe(ImageShape(32, 32, 3), "raw", "none", (), "0" * 64), [row]
+    )

@@ -25,6 +25,7 @@ from ddpm_ray.config.loading import ConfigError, from_dict, load, to_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.sampling import SamplingConfig
 from ddpm_ray.data.dataset import DatasetError
+from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.distributed import worker_group
 from ddpm_ray.evaluation import sample_quality
 from ddpm_ray.evaluation.sample_quality import Scores
@@ -59,7 +60,7 @@ def wandering(folder: Path, *overrides: str) -> dict[str, Tensor]:
         ],
     )  # fmt: skip
     facts = {"config": to_dict(config), "image_shape": [8, 8, 1], "data_fingerprint": ""}
-    state = training_run.training_state(config, (8, 8, 1), torch.device("cpu"), facts)
+    state = training_run.training_state(config, ImageShape(8, 8, 1), torch.device("cpu"), facts)
     writer = CheckpointWriter(CheckpointStore(str(folder / "checkpoints")))
     keep = training_run.ema_snapshotter(config, state, writer, str(folder), Workers())
     name = width_group(TRUTH)

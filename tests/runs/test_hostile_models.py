@@ -14,6 +14,7 @@ from mlflow import MlflowClient
 from ddpm_ray.assembly import checkpoint_loading, training_run
 from ddpm_ray.config.loading import load, to_dict
 from ddpm_ray.config.run import RunConfig
+from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.runs import load_model
 from ddpm_ray.tracking import run_lookup
 from ddpm_ray.tracking.mlflow_runs import TrackingError
@@ -56,7 +57,7 @@ def checkpoint(tmp_path: Path) -> str:
         ],
     )  # fmt: skip
     facts = {"config": to_dict(config), "image_shape": [4, 4, 3], "data_fingerprint": "f" * 64}
-    state = training_run.training_state(config, (4, 4, 3), torch.device("cpu"), facts)
+    state = training_run.training_state(config, ImageShape(4, 4, 3), torch.device("cpu"), facts)
     return CheckpointStore(str(tmp_path / "run/checkpoints")).save(state.snapshot([]))
 
 

@@ -17,6 +17,7 @@ from ddpm_ray.collectives import Workers
 from ddpm_ray.config.jobs import EvaluateConfig
 from ddpm_ray.config.loading import ConfigError, from_dict, load, to_dict
 from ddpm_ray.config.run import RunConfig
+from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.distributed import worker_group
 from ddpm_ray.runs import evaluate, load_model
 from ddpm_ray.tracking import run_lookup
@@ -39,7 +40,7 @@ def model(tmp_path: Path, mlflow_database: str, monkeypatch: pytest.MonkeyPatch)
         "model.blocks_per_level=1", "model.attention_resolutions=[]",
     ])  # fmt: skip
     facts = {"config": to_dict(config), "image_shape": [4, 4, 1], "data_fingerprint": "f" * 64}
-    state = training_run.training_state(config, (4, 4, 1), torch.device("cpu"), facts)
+    state = training_run.training_state(config, ImageShape(4, 4, 1), torch.device("cpu"), facts)
     saved = CheckpointStore(str(tmp_path / "run/checkpoints")).save(state.snapshot([]))
     run = run_lookup.find_or_create_run(
         mlflow_database, "trained", "a", str(tmp_path), str(tmp_path / "artifacts")

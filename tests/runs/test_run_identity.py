@@ -12,6 +12,7 @@ import torch
 from ddpm_ray.assembly import training_run
 from ddpm_ray.config.loading import ConfigError, load, to_dict
 from ddpm_ray.config.run import RunConfig
+from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.runs import run_identity
 from ddpm_ray.runs.run_identity import CLAIMS, IDENTITY, claim
 from ddpm_ray.storage import checksummed_json, object_store
@@ -104,7 +105,9 @@ def config(tmp_path: Path, *more: str) -> RunConfig:
 
 def begin(config: RunConfig, folder: str) -> str:
     facts = {"config": to_dict(config), "data_fingerprint": "the data"}
-    return claim(folder, facts, lambda found: training_run.changed_keys(config, found, (32, 32, 3)))
+    return claim(
+        folder, facts, lambda found: training_run.changed_keys(config, found, ImageShape(32, 32, 3))
+    )
 
 
 def commit(config: RunConfig, folder: str, **facts: Any) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.diffusion import NoiseSchedule, Parameterization, schedules
 from ddpm_ray.diffusion.conditioning import Conditioning
 from ddpm_ray.sampling.conditioning import ConditioningSpec
@@ -13,7 +14,7 @@ from ddpm_ray.sampling.denoiser import Denoiser, Guidance
 from ddpm_ray.sampling.sampling import SamplingPlan, draw
 from tests.truth import LINE, SCHEDULE
 
-SHAPE = (1, 2, 2)
+SHAPE, IMAGE = (1, 2, 2), ImageShape(2, 2, 1)
 LINEAR = NoiseSchedule(schedules.linear(40, 1e-3, 0.3))
 EPSILON = Parameterization.of("epsilon", LINEAR)
 T = torch.tensor([7, 7])
@@ -41,7 +42,7 @@ def test_labels_go_by_the_index_in_turn_or_as_wished() -> None:
         network = Seen()
         denoiser = Denoiser(network, EPSILON, takes=ConditioningSpec(num_classes=3))
         plan = SamplingPlan((40, 0), labels=wished)
-        draw(denoiser, plan, torch.arange(5), SHAPE, "cpu")
+        draw(denoiser, plan, torch.arange(5), IMAGE, "cpu")
         assert [labels.tolist() for labels in network.labels if labels is not None] == [expected]
 
 
@@ -108,7 +109,7 @@ def test_each_image_is_shown_its_own_low_resolution_by_its_index() -> None:
     denoiser = Denoiser(
         network, EPSILON, takes=ConditioningSpec(0, False, 1), low_resolution_images=bank
     )
-    draw(denoiser, SamplingPlan((40, 0)), torch.tensor([5, 0, 4]), SHAPE, "cpu")
+    draw(denoiser, SamplingPlan((40, 0)), torch.tensor([5, 0, 4]), IMAGE, "cpu")
     (condition,) = network.condition
     assert condition is not None
     assert condition[:, 0, 0, 0].tolist() == [2, 0, 1]
@@ -138,21 +139,21 @@ def test_a_learned_variance_reaches_the_sampler_that_reads_it_alone() -> None:
     whole = tuple(range(40, -1, -1))
     for sampler in ("ddim", "ancestral", "unipc"):
         plan = SamplingPlan(whole, sampler)
-        assert draw(denoiser, plan, torch.arange(2), SHAPE, "cpu").shape == (2, *SHAPE)
+        assert draw(denoiser, plan, torch.arange(2), IMAGE, "cpu").shape == (2, *SHAPE)
     plan = SamplingPlan(whole, "ancestral", variance="learned")
-    learned = draw(denoiser, plan, torch.arange(2), SHAPE, "cpu")
-    fixed = draw(denoiser, SamplingPlan(whole, "ancestral"), torch.arange(2), SHAPE, "cpu")
+    learned = draw(denoiser, plan, torch.arange(2), IMAGE, "cpu")
+    fixed = draw(denoiser, SamplingPlan(whole, "ancestral"), torch.arange(2), IMAGE, "cpu")
     assert not torch.equal(learned, fixed)
     with pytest.raises(ValueError, match="unipc has none: use fixed_small"):
         draw(
             denoiser,
             SamplingPlan((40, 0), "unipc", variance="learned"),
             torch.arange(2),
-            SHAPE,
+            IMAGE,
             "cpu",
         )
     with pytest.raises(ValueError, match="the network predicts none; use fixed_small"):
-        draw(Denoiser(Seen(), EPSILON), plan, torch.arange(2), SHAPE, "cpu")
+        draw(Denoiser(Seen(), EPSILON), plan, torch.arange(2), IMAGE, "cpu")
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "x_0", "v", "mean", "score", "edm"])

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ddpm_ray.config.edit import InpaintingMethod
 from ddpm_ray.counter_rng import Purpose, normal
+from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.diffusion.conditioning import Conditioning
 from ddpm_ray.diffusion.parameterization import Parameterization
 from ddpm_ray.diffusion.timestep_spacing import uniform_steps
@@ -214,7 +215,7 @@ def test_images_between_two_have_the_contrast_of_the_data() -> None:
     """On the arc; along a straight line the middle would have 0.71 of it."""
     shares = torch.linspace(0, 1, 5, dtype=torch.float64)
     plan = replace(PLAN, steps=uniform_steps(1000, 100))
-    way = editing.interpolate(GAUSSIAN, plan, (3, 8), shares, (1, 64, 64), "cpu")
+    way = editing.interpolate(GAUSSIAN, plan, (3, 8), shares, ImageShape(64, 64, 1), "cpu")
     assert way.shape == (5, 1, 64, 64)
     for image in way:
         assert float(image.std()) == pytest.approx(DEVIATION, rel=4 / math.sqrt(2 * 4096) + 0.01)

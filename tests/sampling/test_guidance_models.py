@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.diffusion import Denoise, NoiseSchedule, Parameterization, schedules
 from ddpm_ray.diffusion.conditioning import Conditioning
 from ddpm_ray.sampling import guidance_models
@@ -112,5 +113,7 @@ def test_labels_of_a_plan_reach_the_classifier_of_a_network_without_classes() ->
         return denoise
 
     denoiser = Denoiser(plain.network, plain.parameterization, guidance_model=guidance_model)
-    draw(denoiser, SamplingPlan((40, 0), labels=(5, 6)), torch.arange(3), (1, 2, 2), "cpu")
+    draw(
+        denoiser, SamplingPlan((40, 0), labels=(5, 6)), torch.arange(3), ImageShape(2, 2, 1), "cpu"
+    )
     assert [labels.tolist() for labels in seen] == [[5, 6, 5]]

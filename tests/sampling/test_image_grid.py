@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from ddpm_ray.data.codec import PIXELS
+from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.diffusion import schedules
 from ddpm_ray.diffusion.process import NoiseSchedule
 from ddpm_ray.diffusion.timestep_spacing import uniform_steps
@@ -30,23 +31,26 @@ def noise(*shape: int) -> Images:
 
 @given(
     count=st.integers(1, 12),
-    side=st.integers(1, 40),
+    height=st.integers(1, 40),
+    width=st.integers(1, 40),
     channels=st.sampled_from([1, 3]),
     columns=st.none() | st.integers(1, 12),
 )
 def test_each_image_can_be_read_back(
-    count: int, side: int, channels: int, columns: int | None
+    count: int, height: int, width: int, channels: int, columns: int | None
 ) -> None:
-    images = noise(count, side, side, channels)
+    images = noise(count, height, width, channels)
     picture = grid(images, columns, min_pixels=24)
     pixels = np.asarray(picture).reshape(picture.height, picture.width, channels)
-    factor = max(1, -(-24 // side))
-    cell = side * factor + GUTTER_PIXELS
-    across = (picture.width - GUTTER_PIXELS) // cell
+    factor = max(1, -(-24 // min(height, width)))
+    high, wide = height * factor, width * factor
+    across = (picture.width - GUTTER_PIXELS) // (wide + GUTTER_PIXELS)
     assert across == min(count, columns) if columns else across**2 >= count
     for i, image in enumerate(images):
-        top, left = (GUTTER_PIXELS + place * cell for place in divmod(i, across))
-        block = pixels[top : top + side * factor, left : left + side * factor]
+        row, column = divmod(i, across)
+        top = GUTTER_PIXELS + row * (high + GUTTER_PIXELS)
+        left = GUTTER_PIXELS + column * (wide + GUTTER_PIXELS)
+        block = pixels[top : top + high, left : left + wide]
         assert (block[::factor, ::factor] == image).all()
         assert (block[factor - 1 :: factor, factor - 1 :: factor] == image).all()
 
@@ -67,7 +71,11 @@ def test_what_is_no_batch_of_images_is_refused(shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("count", [1, 3, 20])
 def test_a_strip_goes_from_the_start_noise_to_the_image(count: int) -> None:
-    plan, index, shape = SamplingPlan(uniform_steps(20, count)), torch.arange(2), (1, 8, 8)
+    plan, index, shape = (
+        SamplingPlan(uniform_steps(20, count)),
+        torch.arange(2),
+        ImageShape(8, 8, 1),
+    )
 
     def shrink(x_t: Tensor, t: Tensor) -> Tensor:
         return 0.8 * x_t

@@ -10,10 +10,20 @@ from PIL import Image
 
 from ddpm_ray.cli.paths import PICTURES
 from ddpm_ray.sampling.gif import Film
-from ddpm_ray.sampling.image_io import write_picture
+from ddpm_ray.sampling.image_io import read_image, read_mask, write_picture
 from ddpm_ray.storage.object_store import StorageError
 
 PICTURE = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3))
+
+
+def test_images_and_masks_are_read_with_rows_first(tmp_path: Path) -> None:
+    wide = np.arange(2 * 5 * 3, dtype=np.uint8).reshape(2, 5, 3)
+    Image.fromarray(wide).save(tmp_path / "wide.png")
+    assert np.array_equal(read_image(str(tmp_path / "wide.png"), channels=3), wide)
+    Image.fromarray(np.array([[255, 0, 0, 0, 0], [0] * 5], np.uint8)).save(tmp_path / "mask.png")
+    mask = read_mask(str(tmp_path / "mask.png"))
+    assert mask.shape == (2, 5)
+    assert (mask != mask[1, 4]).nonzero() == (0, 0)
 
 
 @pytest.mark.parametrize("suffix", PICTURES)

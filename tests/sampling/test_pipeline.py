@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from ddpm_ray.config.edit import InpaintingMethod
+from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.data.low_resolution import low_resolution_size
 from ddpm_ray.diffusion import schedules
 from ddpm_ray.diffusion.conditioning import Conditioning
@@ -29,7 +30,7 @@ from ddpm_ray.sampling.pipeline import TrainedModel
 from ddpm_ray.sampling.sampling import Images
 
 SCHEDULE = NoiseSchedule(schedules.cosine(20))
-SHAPE = (1, 8, 8)
+SHAPE = ImageShape(8, 8, 1)
 KNOWN = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 1), dtype=np.uint8)
 MASK = np.arange(64).reshape(8, 8) % 3 > 0
 
@@ -372,7 +373,7 @@ def test_every_edit_takes_images_that_are_not_square(
     tall: int, wide: int, more: int, wider: int
 ) -> None:
     height, width = 2 * tall, 2 * wide
-    model = replace(digits_model(), image_shape=(1, height, width)).with_settings(steps=2)
+    model = replace(digits_model(), image_shape=ImageShape(height, width, 1)).with_settings(steps=2)
     assert model.sample(2).shape == (2, height, width, 1)
     assert model.interpolate(0, 1, 3).shape == (3, height, width, 1)
     shape = 2, height + more, width + wider, 1
@@ -398,7 +399,7 @@ def test_images_that_are_not_square_are_enlarged_in_their_proportions(
 
     takes = ConditioningSpec(low_resolution_pixels=pixels)
     denoiser = Denoiser(network, Parameterization.of("x_0", SCHEDULE), takes=takes)
-    model = TrainedModel(denoiser, (1, height, width), provenance={})
+    model = TrainedModel(denoiser, ImageShape(height, width, 1), provenance={})
     h, w = low_resolution_size(height, width, pixels)
     assert min(h, w) == pixels
     assert abs(h / w * width / height - 1) <= 0.5 / pixels

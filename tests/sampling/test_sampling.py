@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.diffusion import schedules
 from ddpm_ray.diffusion.process import NoiseSchedule
 from ddpm_ray.diffusion.timestep_spacing import uniform_steps
@@ -16,7 +17,7 @@ from ddpm_ray.sampling.sampling import SamplingPlan, draw
 
 T = 20
 SCHEDULE = NoiseSchedule(schedules.cosine(T))
-SHAPE = (1, 8, 8)
+SHAPE = ImageShape(8, 8, 1)
 PLANS = {
     "ddim": SamplingPlan(uniform_steps(T, 5)),
     "ddim with noise": SamplingPlan(uniform_steps(T, 5), eta=0.7, seed=3),
@@ -61,7 +62,12 @@ def test_noise_of_one_image_at_two_steps_is_not_correlated() -> None:
 
     plan = SamplingPlan(uniform_steps(T, T), eta=1.0)
     draw(
-        Denoiser.of_noise(blind, SCHEDULE), plan, torch.arange(16), (1, 32, 32), "cpu", on_step=keep
+        Denoiser.of_noise(blind, SCHEDULE),
+        plan,
+        torch.arange(16),
+        ImageShape(32, 32, 1),
+        "cpu",
+        on_step=keep,
     )
     alpha_bar = SCHEDULE.alpha_bar
     fresh = []

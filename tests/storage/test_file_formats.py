@@ -15,6 +15,7 @@ from ddpm_ray.config.loading import ConfigError, load, to_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.sweep import SweepConfig
 from ddpm_ray.data.dataset import open_dataset
+from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.runs.run_identity import IDENTITY, claim
 from ddpm_ray.storage import checksummed_json
 from ddpm_ray.storage.file_formats import NewerFormatError, package_version
@@ -40,7 +41,9 @@ def snapshot(step: int, **facts: Any) -> Snapshot:
 def begin(folder: Path, **begun: Any) -> str:
     known = {"config": to_dict(RunConfig()), "data_fingerprint": "f"} | begun
     return claim(
-        str(folder), known, lambda found: training_run.changed_keys(RunConfig(), found, (32, 32, 3))
+        str(folder),
+        known,
+        lambda found: training_run.changed_keys(RunConfig(), found, ImageShape(32, 32, 3)),
     )
 
 
@@ -175,7 +178,7 @@ def test_a_key_of_a_later_version_names_that_version(tmp_path: Path) -> None:
 
     found = {"sweep": with_a_new_key(SweepConfig()), "version": LATER, "folder": "there"}
     with pytest.raises(ConfigError, match=rf"^there: a saved config has run\.{NEW_KEY}"):
-        driver._changed_keys(SweepConfig(), found, (32, 32, 3))
+        driver._changed_keys(SweepConfig(), found, ImageShape(32, 32, 3))
 
     facts = {"config": with_a_new_key(load(RunConfig, None, GIVEN)), "version": LATER}
     CheckpointStore(str(tmp_path / "trained/checkpoints")).save(snapshot(1, **facts))

@@ -4,6 +4,7 @@ import pytest
 
 from ddpm_ray.config.loading import load, to_dict
 from ddpm_ray.config.sweep import SweepConfig
+from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.sweep import driver
 
 
@@ -31,7 +32,7 @@ def test_a_sweep_of_an_earlier_version_continues_with_the_same_attention(
     saved: str, now: str
 ) -> None:
     begun = {"sweep": to_dict(config(f"run.model.attention_resolutions={saved}"))}
-    assert not driver._changed_keys(config(f"run.model.{now}"), begun, (32, 32, 3))
+    assert not driver._changed_keys(config(f"run.model.{now}"), begun, ImageShape(32, 32, 3))
     other = config("run.model.attention_factors=[1,2,4]")
-    (line,) = driver._changed_keys(other, begun, (32, 32, 3))
+    (line,) = driver._changed_keys(other, begun, ImageShape(32, 32, 3))
     assert line.startswith("run.model.attention_factors is (1, 2, 4), but the sweep was started")

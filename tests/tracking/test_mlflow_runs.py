@@ -25,6 +25,7 @@ from ddpm_ray.assembly import checkpoint_loading
 from ddpm_ray.assembly.training_run import training_state
 from ddpm_ray.config.loading import load, to_dict
 from ddpm_ray.config.run import RunConfig
+from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.reporting import RATES, Row
 from ddpm_ray.runs import train
 from ddpm_ray.tracking import async_logger, mlflow_runs, model_registry, run_log, run_lookup
@@ -480,7 +481,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
         ],
     )
     facts = {"config": to_dict(config), "image_shape": [4, 4, 3], "data_fingerprint": "f" * 64}
-    state = training_state(config, (4, 4, 3), torch.device("cpu"), facts)
+    state = training_state(config, ImageShape(4, 4, 3), torch.device("cpu"), facts)
     for parameter in state.ema.model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     store = CheckpointStore(str(tmp_path_factory.mktemp("run") / "checkpoints"))

@@ -14,6 +14,7 @@ import torch
 from ddpm_ray.assembly import checkpoint_loading, training_run
 from ddpm_ray.config.loading import ConfigError, load, to_dict
 from ddpm_ray.config.run import RunConfig
+from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.storage import checksummed_json
 from ddpm_ray.training import checkpoints
 from ddpm_ray.training.checkpoints import CheckpointError, CheckpointStore
@@ -99,7 +100,7 @@ def test_a_pickle_in_a_checkpoint_is_damage(
 def edited(change: Callable[[dict[str, Any]], None], store: CheckpointStore) -> str:
     config = load(RunConfig, None, [*TINY])
     facts = {"config": to_dict(config), "image_shape": [4, 4, 1], "data_fingerprint": "f"}
-    state = training_run.training_state(config, (4, 4, 1), torch.device("cpu"), facts)
+    state = training_run.training_state(config, ImageShape(4, 4, 1), torch.device("cpu"), facts)
     where = store.save(state.snapshot([]))
     held = json.loads((Path(where) / "state.json").read_text())
     change(held["config"])

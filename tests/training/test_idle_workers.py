@@ -18,6 +18,7 @@ from ddpm_ray.config.jobs import EvaluateConfig
 from ddpm_ray.config.loading import load, to_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.dataset import open_dataset
+from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.diffusion import schedules
 from ddpm_ray.diffusion.process import NoiseSchedule
 from ddpm_ray.evaluation.memorisation import nearest, spread
@@ -50,7 +51,9 @@ def packed(folder: Path, side: int) -> str:
 
 
 def test_no_image_is_an_empty_batch() -> None:
-    drawn = draw_uint8(Denoiser.of_noise(blind, SCHEDULE), PLAN, range(3, 3), (2, 4, 6), "cpu", 8)
+    drawn = draw_uint8(
+        Denoiser.of_noise(blind, SCHEDULE), PLAN, range(3, 3), ImageShape(4, 6, 2), "cpu", 8
+    )
     assert drawn.shape == (0, 4, 6, 2)
     assert drawn.dtype == np.uint8
 
@@ -61,7 +64,7 @@ def test_a_grid_is_the_same_by_more_workers_than_it_has_images(
     def picture(workers: Workers) -> bytes:
         wall = Wall()
         SampleGridLogger(
-            Denoiser.of_noise(blind, SCHEDULE), PLAN, (1, 4, 4), workers,
+            Denoiser.of_noise(blind, SCHEDULE), PLAN, ImageShape(4, 4, 1), workers,
             str(tmp_path / str(workers.rank)), wall if workers.is_main else None,
         ).log_grid(0)  # fmt: skip
         return wall.pictures["samples", 0].tobytes() if workers.is_main else b""
@@ -74,7 +77,7 @@ def test_a_model_is_scored_the_same_by_more_workers_than_images(
 ) -> None:
     """Distances, bits per dimension, likelihood, and the nearest training images."""
     model = TrainedModel(
-        Denoiser.of_noise(blind, SCHEDULE), (1, 8, 8),
+        Denoiser.of_noise(blind, SCHEDULE), ImageShape(8, 8, 1),
         {"config": to_dict(RunConfig()), "step": 3, "weights_sha256": "a" * 64},
     )  # fmt: skip
     wanted = EvaluationConfig(
@@ -124,11 +127,16 @@ def test_a_probe_is_the_same_by_more_workers_than_groups(
          "model.blocks_per_level=1", "model.attention_resolutions=[]"],
     )  # fmt: skip
     dataset = open_dataset(config.data.url)
-    state = training_run.training_state(config, (4, 4, 1), torch.device("cpu"), {})
+    state = training_run.training_state(config, ImageShape(4, 4, 1), torch.device("cpu"), {})
 
     def look(workers: Workers) -> float:
         grid_logger = SampleGridLogger(
-            Denoiser.of_noise(blind, SCHEDULE), PLAN, (1, 4, 4), workers, str(tmp_path), None
+            Denoiser.of_noise(blind, SCHEDULE),
+            PLAN,
+            ImageShape(4, 4, 1),
+            workers,
+            str(tmp_path),
+            None,
         )
         own = replace(state, validation_losses=[])
         validator: Validator = training_run.validator(config, dataset, own, grid_logger)

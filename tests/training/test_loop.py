@@ -28,6 +28,7 @@ from ddpm_ray.collectives import Workers
 from ddpm_ray.config.loading import load, to_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.dataset import open_dataset
+from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.data.loader import Batch, ShardStream
 from ddpm_ray.diffusion import add_noise
 from ddpm_ray.diffusion.conditioning import Conditioning
@@ -174,7 +175,7 @@ def begin(
     grid_logger = SampleGridLogger(
         denoiser,
         diffusion.sampling_plan(config.sampling, denoiser.schedule),
-        (1, SIDE, SIDE),
+        ImageShape(SIDE, SIDE, 1),
         workers,
         str(folder),
         sink,
@@ -877,7 +878,7 @@ def gradient_of(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Losses, t and the gradient of a worker's share of global batch 0."""
     torch.manual_seed(5)
-    state = training_run.training_state(config, (SIDE, SIDE, 1), CPU, {})
+    state = training_run.training_state(config, ImageShape(SIDE, SIDE, 1), CPU, {})
     for parameter in state.model.parameters():
         nn.init.normal_(parameter, std=0.3)
     images, labels = streamed(config, workers).batch(0)
@@ -934,7 +935,7 @@ NO_LABELS = torch.full((2,), -1)
 
 def objective_of(config: RunConfig) -> Objective:
     return diffusion.objective(
-        config, training_run.training_state(config, (SIDE, SIDE, 1), CPU, {}), CPU
+        config, training_run.training_state(config, ImageShape(SIDE, SIDE, 1), CPU, {}), CPU
     )
 
 

@@ -14,6 +14,7 @@ from ddpm_ray.assembly import diffusion, training_run
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.loading import load
 from ddpm_ray.config.run import RunConfig
+from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.data.low_resolution import downscaled
 from ddpm_ray.diffusion import Parameterization, add_noise
 from ddpm_ray.diffusion.conditioning import NO_LABEL, Conditioning
@@ -55,7 +56,7 @@ def configured(*overrides: str) -> RunConfig:
 
 def objective(*overrides: str) -> Objective:
     config = configured(*overrides)
-    state = training_run.training_state(config, (SIDE, SIDE, 3), CPU, {})
+    state = training_run.training_state(config, ImageShape(SIDE, SIDE, 3), CPU, {})
     return diffusion.objective(config, state, CPU)
 
 
@@ -225,7 +226,7 @@ def test_loss_moments_steer_t_and_what_each_loss_weighs_evens_it_out() -> None:
         "objective.loss=hybrid",
         "objective.variance=learned_range",
     )
-    state = training_run.training_state(config, (SIDE, SIDE, 3), CPU, {})
+    state = training_run.training_state(config, ImageShape(SIDE, SIDE, 3), CPU, {})
     made = diffusion.objective(config, state, CPU)
     assert state.moments is not None
     before = shown(made)
@@ -269,7 +270,7 @@ def test_a_classifier_is_asked_for_the_label_of_what_it_sees() -> None:
 def test_each_kind_of_objective_trains_its_network(overrides: tuple[str, ...]) -> None:
     """Adam on one batch lowers its loss, and every weight takes part."""
     config = configured(*overrides, "training.learning_rate=3e-3")
-    state = training_run.training_state(config, (SIDE, SIDE, 3), CPU, {})
+    state = training_run.training_state(config, ImageShape(SIDE, SIDE, 3), CPU, {})
     made = diffusion.objective(config, state, CPU)
     losses = []
     for number in range(30):
@@ -292,7 +293,7 @@ def test_images_need_not_be_square(overrides: tuple[str, ...]) -> None:
     """Two levels of 4 x 6 and 2 x 3 pixels: the loss is finite, and every weight has a gradient."""
     more = "model.channel_mults=[1,1]", "model.attention_resolutions=[2]"
     config = configured(*overrides, *more)
-    state = training_run.training_state(config, (4, 6, 3), CPU, {})
+    state = training_run.training_state(config, ImageShape(4, 6, 3), CPU, {})
     made = diffusion.objective(config, state, CPU)
     images = IMAGES[:20].repeat_interleave(2, 2)[:, :, :6]
     losses = made.backward(state.model, images, LABELS[:20], 1, Workers(), 20).loss

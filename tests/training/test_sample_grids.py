@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from ddpm_ray.collectives import Workers
+from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.diffusion import schedules
 from ddpm_ray.diffusion.conditioning import UNCONDITIONAL
 from ddpm_ray.diffusion.process import NoiseSchedule
@@ -80,7 +81,7 @@ def grid_logger(
     made = SampleGridLogger(
         denoiser,
         plan,
-        (channels, 4, 4),
+        ImageShape(4, 4, channels),
         workers,
         str(folder),
         wall if workers.is_main else None,

@@ -14,6 +14,7 @@ from ddpm_ray.assembly import diffusion, training_run
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.loading import load
 from ddpm_ray.config.run import RunConfig
+from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.diffusion import Parameterization
 from ddpm_ray.diffusion.conditioning import Conditioning
 from ddpm_ray.evaluation.likelihood_over_dataset import flow_likelihood
@@ -66,7 +67,7 @@ def trained(labels: Tensor, *more: str) -> list[float]:
     """Losses of a step of training."""
     torch.manual_seed(0)
     config = configured(*more)
-    state = training_run.training_state(config, (4, 4, 1), CPU, {})
+    state = training_run.training_state(config, ImageShape(4, 4, 1), CPU, {})
     objective = diffusion.objective(config, state, CPU)
     return objective.backward(state.model, IMAGES, labels, 1, Workers(), COUNT).loss.tolist()
 

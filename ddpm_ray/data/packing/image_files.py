@@ -33,6 +33,7 @@ from PIL import (  # each registers its format in Image.OPEN
     WebPImagePlugin,
 )
 
+from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.redaction import sanitize
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # all others are refused
@@ -145,7 +146,7 @@ def encode_image(image: npt.NDArray[np.uint8], encoding: str) -> bytes:
 
 
 def decode_stored(
-    file: object, encoding: str, image_shape: tuple[int, int, int], key: str = ""
+    file: object, encoding: str, image_shape: ImageShape, key: str = ""
 ) -> npt.NDArray[np.uint8]:
     """Decode a file of `encode_image` to uint8 [H, W, C] of the given shape.
 

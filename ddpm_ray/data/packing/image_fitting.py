@@ -7,6 +7,7 @@ from PIL import Image
 
 from ddpm_ray.config.pack import PackConfig
 from ddpm_ray.data.dataset import DatasetError, UInt8s
+from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.data.packing.image_files import (
     BadImageError,
     decode_image,
@@ -34,7 +35,7 @@ def first_image(name: str, source: Source, options: PackConfig) -> UInt8s:
 
 
 def fit_image(
-    sample: Sample, options: PackConfig, image_shape: tuple[int, int, int] | None
+    sample: Sample, options: PackConfig, image_shape: ImageShape | None
 ) -> tuple[UInt8s, tuple[str, ...]]:
     """Decode, convert and resize one image; return it with the list of changes made to it.
 
@@ -51,18 +52,18 @@ def fit_image(
         image, changes = decode_image(sample.image, sample.location, channels, options.max_pixels)
     else:
         image = from_pixels(sample.image, channels)
-    if image_shape and len(image.getbands()) != image_shape[-1]:
+    if image_shape and len(image.getbands()) != image_shape.channels:
         if image.mode == "RGB" and _has_colour(image):
             problem = "a colour image, and the first image is grey"
             remedy = "give channels=3 to keep the colours, or channels=1 to make all images grey"
             raise DatasetError(sample.location, problem, remedy)
-        image = image.convert("RGB" if image_shape[-1] == 3 else "L")  # no value is lost
+        image = image.convert("RGB" if image_shape.channels == 3 else "L")  # no value is lost
     fitted = to_pixels(resize(image, options.resize, options.image_size, options.image_width))
     if image_shape and fitted.shape != image_shape:
         height, width, _ = fitted.shape
-        problem = f"{width} x {height} pixels, and the first image has {image_shape[1]} x "
+        problem = f"{width} x {height} pixels, and the first image has {image_shape.width} x "
         remedy = "give resize=centre-crop-box-bicubic and an image_size, which fits every image"
-        raise BadImageError(sample.location, f"{problem}{image_shape[0]}", remedy)
+        raise BadImageError(sample.location, f"{problem}{image_shape.height}", remedy)
     return fitted, changes
 
 

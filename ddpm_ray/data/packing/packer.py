@@ -31,6 +31,7 @@ from ddpm_ray.data.dataset import (
     open_dataset,
     write_index,
 )
+from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.data.packing import pack_report
 from ddpm_ray.data.packing.image_files import BadImageError, decode_stored, encode_image
 from ddpm_ray.data.packing.image_fitting import first_image, fit_image, suggest_skip
@@ -85,9 +86,8 @@ def make_plan(source: str, destination: str, options: PackConfig) -> PackPlan:
     Raises DatasetError for an empty source, BadImageError, StorageError.
     """
     opened = open_source(source, options)
-    height, width, channels = first_image(source, opened, options).shape
     recipe = Recipe(
-        image_shape=(height, width, channels),
+        image_shape=ImageShape(*first_image(source, opened, options).shape),
         encoding=options.encoding,
         resize=options.resize,
         label_names=opened.label_names,
