@@ -1,4 +1,4 @@
-"""What faults cost, ours and a plain TorchTrainer's, with the same faults on the same machine.
+"""The cost of faults, ours and a plain TorchTrainer's, with the same faults on the same machine.
 
     python -m benchmarks.faults [--only kills frozen ...] [--rounds 1]
 

@@ -1,4 +1,4 @@
-"""What the Frechet distance costs beside scipy.linalg.sqrtm, and how far apart the two are.
+"""Time of the Frechet distance, relative to scipy.linalg.sqrtm, and the difference of the two.
 
     python benchmarks/frechet.py
 
@@ -31,7 +31,7 @@ def by_scipy(mean_1: Tensor, cov_1: Tensor, mean_2: Tensor, cov_2: Tensor) -> fl
 
 
 def features(count: int, seed: int) -> Tensor:
-    """Like Inception's: not negative, correlated, with variances over several decades."""
+    """Features like Inception's: not negative, correlated, with variances over several decades."""
     generator = torch.Generator().manual_seed(seed)
     latent = torch.randn(count, WIDTH, generator=generator) * torch.logspace(0, -2, WIDTH)
     mix = torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(0))

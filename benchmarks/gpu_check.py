@@ -1,4 +1,4 @@
-"""What this machine's GPU does with this code, in at most 8 minutes: one table, one line of JSON.
+"""Test and measure this machine's GPU in at most 8 minutes: one table, one line of JSON.
 
     python -m benchmarks.gpu_check [--toy] [--only steps restart ...]
 
@@ -62,7 +62,7 @@ def main() -> None:
 
 
 def machine(toy: bool) -> dict[str, Any]:
-    """What the figures are of."""
+    """The machine and versions that were measured."""
     device = platform.processor() or platform.machine() if toy else torch.cuda.get_device_name()
     return {
         "gpu": not toy,
@@ -135,7 +135,7 @@ def table(name: str, section: dict[str, Any]) -> Iterator[str]:
 
 
 def shown(value: float | bool | str) -> str:
-    """As a person reads it."""
+    """A value as text, to read."""
     if isinstance(value, bool):
         return "yes" if value else "NO"
     return value if isinstance(value, str) else f"{value:,.6g}"

@@ -1,4 +1,4 @@
-"""What `training.reduction=elastic` costs beside `mean`, at two workers.
+"""The cost of `training.reduction=elastic`, relative to `mean`, with two workers.
 
     python benchmarks/reduction.py [rounds]
 

@@ -1,4 +1,4 @@
-"""What the samplers cost beside the network calls they make.
+"""The cost of the samplers, without the network calls they make.
 
     python benchmarks/sampling.py
 
@@ -76,7 +76,7 @@ def walks() -> dict[str, Walk]:
 
 
 def bare(denoise: Denoise, calls: int, batch: int) -> Callable[[], object]:
-    """Nothing but network calls."""
+    """Network calls alone."""
     x_T, t = torch.randn(batch, *SHAPE), torch.full((batch,), 500)
 
     def run() -> None:

@@ -1,4 +1,4 @@
-"""How bits per dimension and Frechet distances scale from one worker to two.
+"""Scaling of bits per dimension and Frechet distances from one worker to two.
 
     python benchmarks/scaling.py [rounds]
 

@@ -1,4 +1,4 @@
-"""What a sweep costs around its training: from trial to trial, and what the driver pays for each.
+"""The cost of a sweep in addition to training: between trials, and in the driver for each.
 
     python benchmarks/sweeps.py [--rounds 2] [--trials 1000] [--search grid tpe]
 
@@ -70,7 +70,7 @@ COLUMNS = "{:<10} {:>7} {:>21} {:>21} {:>9} {:>8} {:>14}"
 
 
 def first_step(_: dict[str, Any]) -> tuple[float, float]:
-    """When a worker's function began and had torch, and when Adam had taken its first step."""
+    """Times at which a worker's function began, had torch, and had taken Adam's first step."""
     import torch
 
     began, layer = time.time(), torch.nn.Linear(1, 1)
@@ -204,7 +204,7 @@ def space_of(search: str, trials: int) -> list[str]:
 
 
 def cost_of(clock: tuple[float, ...], over: list[int]) -> str:
-    """What a trial cost at the 100th and at the end, in ms, and their ratio."""
+    """Cost of the 100th and the last trial, in ms, and their ratio."""
     per_trial = [
         (np.interp(end, over, clock) - np.interp(end - 100, over, clock)) * 10
         for end in (min(150, over[-1]), over[-1])

@@ -75,7 +75,7 @@ def bare_step(run: Run) -> Callable[[], None]:
 
 
 def besidess_network(run: Run) -> Callable[[], None]:
-    """What our step does besides the network: t, noise, clip, Adam, EMA, and keeping the losses."""
+    """The parts of our step other than the network: noise, clip, Adam, EMA, keeping the losses."""
     objective, state, plan = run.objective, run.state, run.plan
     positions, losses = torch.arange(BATCH), torch.rand(BATCH)
     labels = torch.full((BATCH,), -1)

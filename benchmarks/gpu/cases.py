@@ -1,4 +1,4 @@
-"""What a run does on its device, each thing by itself and small: for a fake GPU and a real one.
+"""The operations of a run on its device, as small separate cases, for a fake and a real GPU.
 
 A case takes a device and raises where something does not work on it.
 """

@@ -46,7 +46,7 @@ NOT_DETERMINISTIC = {  # on CUDA (torch.use_deterministic_algorithms); what of i
 
 @dataclass(frozen=True, order=True)
 class Sync:
-    """Where host and device wait for each other; kept across edits that move lines."""
+    """A place where host and device wait for each other; the same after edits that move lines."""
 
     kind: str
     module: str  # below ddpm_ray/; "" where torch itself calls back, as in a backward pass
@@ -93,7 +93,7 @@ SYNCS = Syncs()
 
 
 class FakeCudaTensor(Tensor):
-    """On cuda:0 for everyone who asks; `host` has its values."""
+    """A tensor that claims to be on cuda:0; `host` has its values."""
 
     host: Tensor
 
@@ -108,7 +108,7 @@ class FakeCudaTensor(Tensor):
         self.host = host
 
     def __tensor_flatten__(self) -> tuple[list[str], None]:
-        """With its inverse, what lets a module move its parameters here."""
+        """Allow a module to move its parameters here, together with its inverse."""
         return ["host"], None
 
     @staticmethod
@@ -119,7 +119,7 @@ class FakeCudaTensor(Tensor):
         return f"FakeCudaTensor({self.host!r})"
 
     def tolist(self) -> Any:
-        """By way of the host, as torch does it, which refuses subclasses."""
+        """Copy through the host, as torch does, which refuses subclasses."""
         return self.cpu().tolist()
 
     def numpy(self, *, force: bool = False) -> Any:
@@ -209,7 +209,7 @@ def _executed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 @dataclass(frozen=True)
 class _Operation:
-    """What has to be known of one; `writes` are the operands, by place and name, of its results."""
+    """Facts about one operation; `writes` are the operands, by place and name, of its results."""
 
     name: str
     is_made_of_others: bool

@@ -1,4 +1,4 @@
-"""How long things take on a device, which works on while the host goes on."""
+"""Timing of operations on a device, which works asynchronously to the host."""
 
 import contextlib
 import time
@@ -15,19 +15,19 @@ WARM_UP = 3  # calls that are not counted: allocations, choices of kernels
 
 
 class Rate(NamedTuple):
-    """Of a call that was repeated."""
+    """Times of a repeated call."""
 
     calls: int
     seconds: float  # of all of them, the device's work included
 
     @property
     def ms(self) -> float:
-        """Of one call."""
+        """Time of one call."""
         return 1e3 * self.seconds / self.calls
 
 
 class Busy(NamedTuple):
-    """How the device spent its time while it was watched."""
+    """Use of the device's time during a measurement."""
 
     idle_share: float  # of the time from the first kernel's begin to the last one's end
     kernels: int

@@ -31,7 +31,7 @@ SETTINGS = {  # of the objective or the training, whose steps wait in ways of th
 
 
 def found(only: str = "", limit_s: float = 600) -> dict[str, Any]:
-    """What this module prints, from a process of its own: {"cases": ..., "syncs": ...}.
+    """The output of this module, from its own process: {"cases": ..., "syncs": ...}.
 
     A case is None where it works, else its error and place. Raises NoFakeCudaError.
     """
@@ -45,7 +45,7 @@ def found(only: str = "", limit_s: float = 600) -> dict[str, Any]:
 
 
 def outcomes(only: str) -> dict[str, str | None]:
-    """Of each case: None, or its error and place. All are held to be deterministic."""
+    """Return None, or the error and place, of each case. All are held to be deterministic."""
     from benchmarks.gpu.cases import cases
     from benchmarks.gpu.fake_cuda import fake_cuda
     from benchmarks.gpu.measured import deterministic
@@ -59,7 +59,7 @@ def outcomes(only: str) -> dict[str, str | None]:
 
 
 def outcome(action: Callable[[], None]) -> str | None:
-    """None, or the error of `action` and the two innermost places in ddpm_ray on its way."""
+    """Return None, or the error of `action` and the two innermost places in ddpm_ray on its way."""
     try:
         action()
     except Exception as error:  # noqa: BLE001  # whatever it is, the other cases are still wanted
@@ -74,7 +74,7 @@ def outcome(action: Callable[[], None]) -> str | None:
 
 
 def syncs() -> dict[str, list[str]]:
-    """By setting, one line for each place where the second step and its device wait."""
+    """Return, by setting, one line for each place where the second step and its device wait."""
     from benchmarks.gpu.fake_cuda import SYNCS, fake_cuda
     from benchmarks.gpu.tiny import config_of, run_of
     from ddpm_ray.training.loop import take_step

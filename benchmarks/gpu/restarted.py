@@ -38,7 +38,7 @@ def compared(keys: list[str], *, toy: bool, limit_s: float) -> dict[str, bool]:
 
 
 def _ran(folder: str, arguments: list[str], toy: bool, limit_s: float) -> str:
-    """What it printed."""
+    """Its output."""
     command = [sys.executable, "-m", __spec__.name, folder, *arguments]
     done = subprocess.run(
         command + (["--toy"] if toy else []), cwd=ROOT, text=True, stdout=subprocess.PIPE,

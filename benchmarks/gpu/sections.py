@@ -52,7 +52,7 @@ Value: TypeAlias = float | bool | str
 
 
 class Row(NamedTuple):
-    """One thing that was looked at, and what was found by unit; nothing where `note` says why."""
+    """One measurement: values by unit; none where `note` says why."""
 
     name: str
     found: dict[str, Value]
@@ -61,7 +61,7 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Place:
-    """Where a section measures, and for how long."""
+    """The device and time limit of a section."""
 
     device: torch.device
     toy: bool  # sizes at which a CPU tries the script: no figure means anything
@@ -74,7 +74,7 @@ class Place:
 
     @property
     def side(self) -> int:
-        """Of the CIFAR-10 form's images."""
+        """Side of the CIFAR-10 images."""
         return SIDE if self.toy else 32
 
     def batches(self, *counts: int) -> tuple[int, ...]:
@@ -83,7 +83,7 @@ class Place:
 
     @property
     def round_s(self) -> float:
-        """How long one thing is repeated."""
+        """The time for which one operation is repeated."""
         return 0.05 if self.toy else 2.0
 
     def run(self, batch: int, side: int, *keys: str, url: str = "memory://none") -> Run:
@@ -107,7 +107,7 @@ Section: TypeAlias = Callable[[Place], Iterator[Row]]
 
 
 def cases(place: Place) -> Iterator[Row]:
-    """Everything that a run does on its device, small: the cases of the tests."""
+    """All operations of a run on its device, small: the cases of the tests."""
     try:
         results = _on_cuda(place) if place.device.type == "cuda" else _on_fake_cuda(place)
     except NoFakeCudaError as error:
@@ -143,13 +143,13 @@ def _on_cuda(place: Place) -> dict[str, str | None]:
 
 
 def _with_pillow(results: dict[str, str | None]) -> dict[str, str | None]:
-    """Without what only failed because pictures need Pillow, where that is not installed."""
+    """Remove failures of pictures where Pillow is not installed."""
     missing = "No module named 'PIL'"
     return {name: problem for name, problem in results.items() if missing not in (problem or "")}
 
 
 def _waits(device: torch.device) -> int:
-    """How often a step makes the host wait, as torch's own debug mode counts it."""
+    """Number of times that a step makes the host wait, as torch's own debug mode counts it."""
     run = run_of(config_of([]), device)
     take_step(run)
     wait(device)
@@ -172,7 +172,7 @@ def steps(place: Place) -> Iterator[Row]:
 
 
 def idle(place: Place) -> Iterator[Row]:
-    """How much of a step the device has nothing to do."""
+    """The share of a step in which the device is idle."""
     for name, keys in PRECISIONS.items():
         for batch in place.batches(16, 128):
             run = place.run(batch, place.side, *keys)
@@ -201,7 +201,7 @@ def large(place: Place) -> Iterator[Row]:
 
 
 class Limits(NamedTuple):
-    """What a step is measured by."""
+    """The limits that a step is compared with."""
 
     bf16_rate: float  # FLOP/s of large products, as measured here
     work: int  # FLOP of an image's training step
@@ -247,7 +247,7 @@ def _stepped(
 
 
 def parts(place: Place) -> Iterator[Row]:
-    """What a step does beside the network."""
+    """The parts of a step other than the network."""
     device = place.device
     shapes = [(4, 3, 8, 8)] if place.toy else [(128, 3, 32, 32), (32, 3, 256, 256)]
     for count, *shape in shapes:
@@ -275,7 +275,7 @@ def _ms(value: float) -> float:
 
 
 def checkpoint(place: Place) -> Iterator[Row]:
-    """How long a checkpoint holds the steps up, and how long it is on its way."""
+    """The time for which a checkpoint blocks the steps, and its total time."""
     with tempfile.TemporaryDirectory() as folder:
         run = place.run(place.batches(128)[0], place.side, "training.precision=bf16", url=folder)
         alone = repeated(partial(take_step, run), place.device, place.round_s).ms

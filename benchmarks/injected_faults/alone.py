@@ -119,7 +119,7 @@ def trained_alone(home: Path, uri: str, url: str, *keys: str) -> Iterator[Path]:
 
 
 def outage(folder: Path, options: argparse.Namespace) -> list[Line]:
-    """What a minute without MLflow does to the time of a step."""
+    """The effect of a minute without MLflow on the time of a step."""
     home = folder / "outage"
     with mlflow_server(home) as port:
         line = Cable(port)
@@ -174,7 +174,7 @@ def mlflow_server(home: Path) -> Iterator[int]:
 
 
 def checkpoint(folder: Path, options: argparse.Namespace) -> list[Line]:
-    """How long the steps stand still for a checkpoint, and what it costs them all in all."""
+    """The time for which a checkpoint blocks the steps, and its total cost."""
     home = folder / "checkpoint"
     with store(home) as origin, through(origin, Weather(latency_s=LATENCY_S)) as endpoint:
         keys = (f"training.checkpoint_every_steps={EVERY}", f"training.steps={EVERY * CYCLES}",

@@ -1,4 +1,4 @@
-"""What workers note of their steps, and what follows from it; light, because they import it."""
+"""Notes of workers about their steps, and numbers from them; light, because workers import it."""
 
 import json
 import os
@@ -40,7 +40,7 @@ class FaultedRun:
     hits_s: list[float] = field(default_factory=list)  # by the clock instead of at points
 
     def notes(self) -> list[Note]:
-        """Of the main worker, by time."""
+        """The main worker's notes, by time."""
         return [one for one in noted(self.home) if one.rank == 0]
 
     def fault_times_s(self) -> list[float]:
@@ -52,7 +52,7 @@ class FaultedRun:
         return [one for one in self.notes() if one.at_s <= fault_s + SLACK_S]
 
     def after(self, fault_s: float) -> list[Note]:
-        """And since then."""
+        """The main worker's notes since then."""
         return [one for one in self.notes() if one.at_s > fault_s + SLACK_S]
 
     @property
@@ -74,7 +74,7 @@ class FaultedRun:
         )
 
     def to_new_step_s(self) -> list[float]:
-        """From each fault to the end of the first step that nobody had done before."""
+        """Seconds from each fault to the end of the first new step."""
         took_s = []
         for at_s in self.fault_times_s():
             newest = max(one.step for one in self.before(at_s))
@@ -82,7 +82,7 @@ class FaultedRun:
         return took_s
 
     def useful(self) -> tuple[float, int]:
-        """Of the time between the first and the last fault: the share in new steps, and these."""
+        """Share of the time between first and last fault spent on new steps, and their number."""
         first_s, *_, last_s = times_s = self.fault_times_s()
         useful_s, count, newest = 0.0, 0, 0
         for last, one in pairwise(self.notes()):

@@ -1,4 +1,4 @@
-"""What a bad line to a store costs, ours and s3fs's.
+"""The cost of a bad connection to a store, ours and s3fs's.
 
 `corrupt`: small objects through a proxy that flips a bit in nine answers of ten, until so many came
 to each reader: ours, and s3fs's range reads. `refused`: shards of 1.5 MB, one after the other, with
@@ -58,7 +58,7 @@ def objects(folder: Path, count: int, size: int) -> dict[str, bytes]:
 
 
 def corrupt(folder: Path, options: argparse.Namespace) -> list[Line]:
-    """How many changed answers are taken for what was put."""
+    """Count the changed answers that are accepted as correct."""
     made, weather = objects(folder / "corrupt", 3, SMALL_BYTES), Weather(flip=FLIPPED)
     sha256 = {name: hashlib.sha256(data).hexdigest() for name, data in made.items()}
     with store(folder / "corrupt") as origin, through(origin, weather) as endpoint:

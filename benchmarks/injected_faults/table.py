@@ -30,7 +30,7 @@ def shown(values: list[float], form: str = ".1f") -> str:
 
 
 def seconds(act: Callable[[], object]) -> float:
-    """What `act` takes."""
+    """Seconds that `act` takes."""
     began_s = time.perf_counter()
     act()
     return time.perf_counter() - began_s
