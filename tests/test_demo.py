@@ -1,4 +1,4 @@
-"""The demo keeps README's promises: `make train > told`, then `DDPM_RAY_DEMO=told pytest -m demo`.
+"""The demo keeps README's promises: `make train > out`, then `DDPM_RAY_DEMO=out pytest -m demo`.
 
 The last line of that file is the run's report.
 """

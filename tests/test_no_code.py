@@ -153,7 +153,7 @@ weights.unlink()
 events = []
 WATCHED = ("pickle.find_class", "marshal.loads", "exec", "os.system", "subprocess.Popen",
            "ctypes.dlopen", "mmap.__new__")
-sys.addaudithook(lambda event, told: events.append((event, told)) if event in WATCHED else None)
+sys.addaudithook(lambda event, found: events.append((event, found)) if event in WATCHED else None)
 dataset = open_dataset(data)
 stream = ShardStream(dataset, seed=0, global_batch_size=4, positions=range(4), lanes=1,
                      window_bytes=2**20)
@@ -167,8 +167,8 @@ build_trained.trained_model(str(folder / "run"))
 build_trained.trained_model(str(folder / "theirs"))
 import pickle
 pickle.loads(b"cos\\nsystem\\n.")
-for event, told in events:
-    print(event, *map(repr, told))
+for event, found in events:
+    print(event, *map(repr, found))
 """
 
 

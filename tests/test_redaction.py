@@ -1,4 +1,4 @@
-"""What may be told: no secret of a URL, no character that a terminal or a log would act on."""
+"""Text for logs: no secret of a URL, no character that a terminal or a log would act on."""
 
 import ast
 import pickle

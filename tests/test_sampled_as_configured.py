@@ -1,4 +1,4 @@
-"""A model is sampled as its run was configured, in notebooks and by jobs that are told no more."""
+"""A model is sampled as its run was configured, in notebooks and by jobs without settings."""
 
 import json
 import os

@@ -105,6 +105,7 @@ ALLOWED = [  # file, word, reason
     ("ddpm_ray/assembly/*", "predicts", "a trait of classifiers: they predict labels"),
     ("ddpm_ray/data/packing/table_files.py", "tell", "a method of Python's files"),
     ("ARCHITECTURE.md", "tell", "Optuna's ask-and-tell interface"),
+    ("tests/faults/*", "hang", "a request without an answer hangs"),
     ("*/*likelihood*.py", "probe*", "Hutchinson's estimator of a trace has probes"),
     ("benchmarks/gpu/cases.py", "probe", "Hutchinson's estimator of a trace has probes"),
     ("ddpm_ray/tracking/errors.py", "certificate", "of TLS"),
@@ -195,6 +196,18 @@ def test_names_are_the_fields() -> None:
     assert not [line for file, source in code() for line in found_names(file, source)]
 
 
+def test_names_in_tests_are_the_fields() -> None:
+    """Names of tests are sentences in common English, and tests of former keys name these."""
+    found = [
+        line
+        for file, source in files_of("tests")
+        if file.endswith(".py") and not file.endswith(("test_words.py", "test_former_keys.py"))
+        for line in found_names(file, source)
+        if ": test_" not in line and not file.startswith("tests/golden/")
+    ]
+    assert not found
+
+
 def test_sentences_are_the_fields() -> None:
     assert not [line for file, source in code() for line in found_prose(file, texts(source))]
 
@@ -211,7 +224,7 @@ def test_pages_and_configs_are_in_the_fields_words() -> None:
 
 def test_each_exception_is_needed() -> None:
     """An exception whose word is gone from its files is deleted with it."""
-    everything = [*code(), *files_of(*PAGES)]
+    everything = [*code(), *files_of(*PAGES, "tests")]
 
     def is_there(place: str, word: str) -> bool:
         at = re.compile(rf"(?<![a-z]){word.replace('*', '[a-z_]*')}(?![a-z])", re.IGNORECASE)

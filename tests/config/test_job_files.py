@@ -1,4 +1,4 @@
-"""A config file that is given to the wrong job, or is none, is told in one line."""
+"""A config file that is given to the wrong job, or is none, is reported in one line."""
 
 import sys
 from pathlib import Path

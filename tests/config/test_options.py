@@ -100,7 +100,7 @@ def test_an_unknown_key_is_reported_with_the_nearest_one(mistyped: str, meant: s
         ("cluster.timeout_s=inf", "it must be finite"),
         ("training.keep_checkpoints=1", "it must be at least 2"),
         ("sampling.eta=1.01", "it must be at most 1"),
-        # A divisor of 0 is told, not divided by.
+        # A divisor of 0 is reported, not divided by.
         ("cluster.num_workers=0", "cluster.num_workers is 0; it must be at least 1"),
         ("data.lanes=0", "data.lanes is 0; it must be at least 1"),
         ("model.groups=0", "model.groups is 0; it must be at least 1"),

@@ -1,4 +1,4 @@
-"""A config cannot run code, cannot read a secret, and holds none when it is saved or told."""
+"""A config cannot run code, cannot read a secret, and holds none when it is saved or shown."""
 
 import os
 import subprocess
@@ -140,7 +140,7 @@ KEYS = f"s3://AKIA:{CANARY}/{CANARY}@bucket/x"
             DrillConfig,
             ["run.name=a", "run.data.url=b", "faults=[kill@commit]", f"run.storage={KEYS}"],
         ),
-        # What is wrong anyway is told, and the secret with it if nobody looks.
+        # An error in the rest of the config must not show the secret either.
         (RunConfig, [*WHOLE, f"trackng.uri={PASSWORD}"]),
         (RunConfig, [*WHOLE, f"cluster.num_workers={PASSWORD}"]),
         (RunConfig, [*WHOLE, f"{PASSWORD}"]),

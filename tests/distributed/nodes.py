@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.distributed.node import BOOT_S, CARD, ROOT, Node, NodeError, end
+from tests.distributed.node import BOOT_S, INTERFACE, ROOT, Node, NodeError, end
 
 HEAD = "10.77.0.1"
 S3_PORT, MLFLOW_PORT = 9000, 5000
@@ -237,15 +237,15 @@ class Nodes:
     def _join(self) -> None:
         """Lay a line from each node to a bridge on the head."""
         inside = ["nsenter", "--target", str(self.head.pid), "--net"]
-        commands = [f"add {CARD} type bridge", f"set {CARD} up"]
+        commands = [f"add {INTERFACE} type bridge", f"set {INTERFACE} up"]
         for node in self._all[1:]:
-            commands.append(f"add {node.name} type veth peer name {CARD} netns {node.pid}")
-            commands.append(f"set {node.name} master {CARD} up")
+            commands.append(f"add {node.name} type veth peer name {INTERFACE} netns {node.pid}")
+            commands.append(f"set {node.name} master {INTERFACE} up")
         for command in commands:
             subprocess.run([*inside, "ip", "link", *command.split()], check=True)
         for node in self._all:
-            node.run("ip", "address", "add", f"{node.address}/24", "dev", CARD)
-            node.run("ip", "link", "set", CARD, "up")
+            node.run("ip", "address", "add", f"{node.address}/24", "dev", INTERFACE)
+            node.run("ip", "link", "set", INTERFACE, "up")
 
     def _serve(self) -> None:
         """Start the bucket and MLflow, whose artifacts lie in it, on the head."""

@@ -37,12 +37,14 @@ def _tf32(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_neither_tf32_nor_autocast_reaches_a_feature_network() -> None:
     seen: list[tuple[list[str], torch.dtype]] = []
 
-    def look(images: Tensor) -> Tensor:
+    def features_of(images: Tensor) -> Tensor:
         product = torch.ones(2, 2) @ torch.ones(2, 2)  # bf16 under autocast
         seen.append((flags(), product.dtype))
         return product
 
-    net = FeatureNet("digits", (2,), lambda images: {2: look(images)}, {}, lambda f: look(f[2]))
+    net = FeatureNet(
+        "digits", (2,), lambda images: {2: features_of(images)}, {}, lambda f: features_of(f[2])
+    )
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert net(torch.zeros(2, 8, 8, 1, dtype=torch.uint8))[2].dtype == torch.float32
         probability = net.probabilities({2: torch.ones(2, 2)})

@@ -113,8 +113,8 @@ def test_levels_have_equal_shares_of_the_images(count: int) -> None:
 def test_the_common_loss_is_a_mean_that_minds_strong_noise_more(
     losses: list[float], more: float
 ) -> None:
-    spectrum = torch.tensor(losses, dtype=torch.float64)
-    loss = validation_loss(spectrum, LEVELS)
+    by_level = torch.tensor(losses, dtype=torch.float64)
+    loss = validation_loss(by_level, LEVELS)
     assert min(losses) - 1e-12 <= loss <= max(losses) + 1e-12
-    worse = [validation_loss(spectrum + more * (level == LEVELS), LEVELS) for level in LEVELS]
+    worse = [validation_loss(by_level + more * (level == LEVELS), LEVELS) for level in LEVELS]
     assert worse == sorted(worse, reverse=True)

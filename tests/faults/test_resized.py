@@ -12,7 +12,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # MLflow's, as it imports
 ]
 ELASTIC = (*TINY, "training.reduction=elastic", "training.reduction_slots=4")
-PROBE = "eval/loss"  # its networks see batches of other sizes where the workers are others
+VALIDATION = "eval/loss"  # its networks see batches of other sizes where the workers are others
 
 
 def lived(folder: Path, data: str, overrides: tuple[str, ...], counts: list[int]) -> Ended:
@@ -34,7 +34,7 @@ def test_with_elastic_reduction_any_workers_end_with_the_same_bits(
     alone = lived(tmp_path / "alone", noise_shards, ELASTIC, [1])
     ended = lived(tmp_path / "resized", noise_shards, ELASTIC, counts)
     assert ended.hashes == alone.hashes
-    of_training = [key for key in alone.rows if not key.startswith(PROBE)]
+    of_training = [key for key in alone.rows if not key.startswith(VALIDATION)]
     assert "train/loss_logsnr/0_to_2" in of_training
     for key in of_training:
         assert ended.same_rows()[key] == alone.same_rows()[key], key

@@ -38,8 +38,8 @@ def job(folder: Path, *overrides: str) -> tuple[int, dict[str, Any], str]:
 
 
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
+    with socket.create_server(("127.0.0.1", 0)) as free_socket:
+        return int(free_socket.getsockname()[1])
 
 
 def by_check(findings: list[Finding]) -> dict[str, Finding]:

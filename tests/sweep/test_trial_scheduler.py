@@ -16,7 +16,7 @@ from ddpm_ray.sweep.trial_scheduler import TrialScheduler
 from ddpm_ray.sweep.trial_store import TrialStore
 
 KEY = "schedule.num_steps"
-IMPOSSIBLE, BLIND, USELESS = 1, 3, 4  # values of KEY
+IMPOSSIBLE, BLIND, WASTED = 1, 3, 4  # values of KEY
 
 
 class Killed(BaseException):
@@ -45,7 +45,7 @@ class Driver:
         if values[KEY] == IMPOSSIBLE:
             raise ConfigError("schedule.num_steps is 1;\n  give it 2")
         return ScheduleDiagnostics(
-            3.9e-4, 0.5 * (values[KEY] == BLIND), 0.75 * (values[KEY] == USELESS)
+            3.9e-4, 0.5 * (values[KEY] == BLIND), 0.75 * (values[KEY] == WASTED)
         )
 
     def fill(self) -> None:
@@ -72,7 +72,7 @@ def left(number: int, error: str = "") -> dict[str, Any]:
     return {"number": number, "kind": "left", "error": error}
 
 
-SWEEP = config(10, 20, 30, BLIND, IMPOSSIBLE, 40, 50, USELESS)
+SWEEP = config(10, 20, 30, BLIND, IMPOSSIBLE, 40, 50, WASTED)
 SCRIPT = [
     measured(0, 10, 0.1),
     measured(1, 10, 0.5),

@@ -181,14 +181,14 @@ def test_who_sees_that_a_trial_ended_sees_how(
     """Another thread may look between any two statements: here, at each attribute that is set."""
     seen: list[tuple[str, str, dict[str, Any], int]] = []
 
-    def set_and_look(trial: Trial, name: str, value: Any) -> None:
+    def set_and_read(trial: Trial, name: str, value: Any) -> None:
         object.__setattr__(trial, name, value)
         if trial.__dict__.get("status", "running") != "running":
             seen.append((trial.status, trial.reason, dict(trial.outcome), trial.ended_order))
 
     store = TrialStore(str(tmp_path))
     trial = store.add({"seed": 1})
-    monkeypatch.setattr(Trial, "__setattr__", set_and_look)
+    monkeypatch.setattr(Trial, "__setattr__", set_and_read)
     store.record_end(trial, "stopped", "because", worker_s=3.0)
     assert set(map(str, seen)) == {str(("stopped", "because", {"worker_s": 3.0}, 0))}
 

@@ -1,4 +1,4 @@
-"""What goes wrong with MLflow is told in a line that says what happened, and no row is lost."""
+"""A failure of MLflow is reported in a line that says what happened, and no row is lost."""
 
 import dataclasses
 import http.server

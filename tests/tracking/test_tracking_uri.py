@@ -52,7 +52,7 @@ HOME = Path("/the/home")
 def test_a_relative_place_lies_below_home(
     written: str, meant: str, by: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Told in the config or the environment; what was resolved once stays as it is."""
+    """Set in the config or the environment; what was resolved once stays as it is."""
     monkeypatch.setenv("HOME", "/users/me")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", written if by == "variable" else "http://other")
     place = resolve_tracking_uri(HOME, written if by == "config" else "")

@@ -116,7 +116,7 @@ def wander(state: TrainingState, steps: int, keep: Callable[[int], None]) -> Non
 def test_averages_are_kept_when_due_and_at_the_end(
     every: int, steps: list[int], is_main: bool, tmp_path: Path
 ) -> None:
-    """Every worker notes it, as each may save the state; the leader alone writes."""
+    """Every worker notes it, as each may save the state; the main worker alone writes."""
     state, writer = toy(WIDTHS), BackgroundWriter("test")
     store = SnapshotStore(str(tmp_path)) if is_main else None
     wander(state, 10, EmaSnapshotter(state, GROUPS, every, 10, store, writer).snapshot)

@@ -36,7 +36,7 @@ from tests.training.test_sample_grids import Wall
 OnWorkers = Callable[[int, Callable[[Workers], Any]], list[Any]]
 SCHEDULE = NoiseSchedule(schedules.cosine(10))
 PLAN = SamplingPlan((10, 5, 0), seed=4)
-MANY = 9  # workers, for 2 shards, 3 images, 2 groups of a probe
+MANY = 9  # workers, for 2 shards, 3 images, 2 groups of validation images
 
 
 def blind(x_t: Tensor, t: Tensor) -> Tensor:
@@ -117,7 +117,7 @@ def test_a_data_set_is_read_by_more_workers_than_shards(
     assert on_workers(MANY, read) == [read(Workers())] * MANY
 
 
-def test_a_probe_is_the_same_by_more_workers_than_groups(
+def test_a_validation_loss_is_the_same_by_more_workers_than_groups(
     on_workers: OnWorkers, tmp_path: Path
 ) -> None:
     config = load(
@@ -129,7 +129,7 @@ def test_a_probe_is_the_same_by_more_workers_than_groups(
     dataset = open_dataset(config.data.url)
     state = training_run.training_state(config, ImageShape(4, 4, 1), torch.device("cpu"), {})
 
-    def look(workers: Workers) -> float:
+    def validate(workers: Workers) -> float:
         grid_logger = SampleGridLogger(
             Denoiser.of_noise(blind, SCHEDULE),
             PLAN,
@@ -143,5 +143,5 @@ def test_a_probe_is_the_same_by_more_workers_than_groups(
         validator.validate(1)
         return float(own.validation_losses[0]["loss"])
 
-    alone = look(Workers())
-    assert on_workers(MANY, look) == pytest.approx([alone] * MANY, rel=1e-6)
+    alone = validate(Workers())
+    assert on_workers(MANY, validate) == pytest.approx([alone] * MANY, rel=1e-6)

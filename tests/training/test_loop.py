@@ -310,7 +310,7 @@ def test_a_killed_run_ends_like_an_unbroken_one(
     unbroken: Callable[..., tuple[Snapshot, RecordingSink]],
     tmp_path: Path,
 ) -> None:
-    """Bit by bit, and each row of it is the row of an unbroken run, bands and probes too."""
+    """Bit by bit; each row is that of an unbroken run, bands and validation losses too."""
     config, recorder = configured(data), RecordingSink()
     wanted, rows = unbroken()
     run = begin(config, tmp_path, recorder)
@@ -378,7 +378,7 @@ def test_any_kind_of_run_survives_its_death(
     ],
 )
 @pytest.mark.parametrize("dies, step", [(dies_before_update, 7), (dies_in_save, 8)])
-def test_each_probe_is_there_once_whatever_died(
+def test_each_validation_loss_is_there_once_whatever_died(
     dies: Callable[..., None],
     step: int,
     every: int,
@@ -400,19 +400,19 @@ def test_each_probe_is_there_once_whatever_died(
     reported: list[list[int]] = []
 
     def show(progress: Progress) -> Command:
-        reported.append([probe["step"] for probe in progress.validation_losses])
+        reported.append([one["step"] for one in progress.validation_losses])
         return Command.NONE
 
     again.show_progress = show
     assert train(again)
     assert again.state.validation_losses == wanted.facts["probes"]
-    assert [probe["step"] for probe in again.state.validation_losses] == steps
+    assert [one["step"] for one in again.state.validation_losses] == steps
     assert [step for key, step in recorder.values if key == "eval/loss_common"] == steps
     assert recorder.timeless() == rows.timeless()
     assert reported[-1] == steps  # the last one too, before the run ends
 
 
-def test_a_probe_is_reported_at_once_however_rare_reports_are(
+def test_a_validation_loss_is_reported_at_once_however_rare_reports_are(
     data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever compares runs stops this one by it."""
@@ -434,7 +434,7 @@ def test_a_probe_is_reported_at_once_however_rare_reports_are(
     assert newest == [(1, 0), (2, 2), (3, 2), (4, 4)]  # the first report, and at saves
 
 
-def test_a_checkpoint_keeps_the_probes_of_its_step(data: str, tmp_path: Path) -> None:
+def test_a_checkpoint_keeps_the_validation_losses_of_its_step(data: str, tmp_path: Path) -> None:
     """It is written in the background, while the run takes more of them."""
     run = begin(configured(data), tmp_path)
     for _ in range(2):
@@ -442,7 +442,7 @@ def test_a_checkpoint_keeps_the_probes_of_its_step(data: str, tmp_path: Path) ->
         taken = bits(run)
         run.state.step += 2
     run.validate(run.state.step)
-    assert [probe["step"] for probe in taken.facts["probes"]] == [0, 2]
+    assert [one["step"] for one in taken.facts["probes"]] == [0, 2]
 
 
 def test_runs_of_another_seed_or_dropout_are_other_runs(
@@ -507,7 +507,7 @@ def test_a_run_that_is_asked_to_save_commits_and_goes_on(
 
     def show(progress: Progress) -> Command:
         reported.append(progress.checkpoint)
-        run.checkpoints.wait()  # what was committed is told at the next report
+        run.checkpoints.wait()  # what was committed is reported next time
         return Command.CHECKPOINT if progress.step == 3 else Command.NONE
 
     run.show_progress = show
@@ -677,7 +677,7 @@ def shows(run: Run) -> list[tuple[str, int]]:
 
 @pytest.mark.usefixtures("_reports_at_each_step")
 @pytest.mark.parametrize(
-    "step, checkpoints, probes",
+    "step, checkpoints, every",
     [
         (5, 3, 0),  # a step of which nothing else is due
         (5, 3, 5),
@@ -692,15 +692,15 @@ def shows(run: Run) -> list[tuple[str, int]]:
 def test_a_run_goes_back_at_any_step_and_is_the_same_on_replay(
     step: int,
     checkpoints: int,
-    probes: int,
+    every: int,
     data: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Whatever else is due at the step that diverged: a checkpoint, a probe, the end of the run."""
+    """Whatever else is due at the step that diverged: a checkpoint, a validation, the last step."""
     config = configured(
         data, "training.on_divergence=rewind", f"training.checkpoint_every_steps={checkpoints}",
-        f"evaluation.validation_every_steps={probes}", "evaluation.num_images=2",
+        f"evaluation.validation_every_steps={every}", "evaluation.num_images=2",
     )  # fmt: skip
     recorder, died = RecordingSink(), RecordingSink()
     wanted = begin(config, tmp_path / "unbroken", recorder)
@@ -709,8 +709,8 @@ def test_a_run_goes_back_at_any_step_and_is_the_same_on_replay(
     assert train(wanted)
     assert done == [("grid", 0), ("grid", STEPS), ("strip", STEPS), ("scores", STEPS)]
     assert wanted.state.scores["step"] == STEPS
-    due = [at for at in range(1, STEPS + 1) if probes and (at % probes == 0 or at == STEPS)]
-    assert [probe["step"] for probe in wanted.state.validation_losses] == due
+    due = [at for at in range(1, STEPS + 1) if every and (at % every == 0 or at == STEPS)]
+    assert [one["step"] for one in wanted.state.validation_losses] == due
 
     monkeypatch.setenv(fault_injection.VARIABLE, f"{tmp_path / 'fired'} fail@snapshot:{step}")
     for dies in (True, False):
@@ -946,7 +946,7 @@ def noisy_batch(objective: Objective, images: Tensor, step: int = 0, first: int 
     return objective.noising.noisy_batch(images, labels, step, positions, CPU)
 
 
-class Probe(nn.Module):
+class OneNumber(nn.Module):
     """A network of one number, its prediction everywhere, that also draws as dropout does."""
 
     def __init__(self, number: float) -> None:
@@ -960,30 +960,30 @@ class Probe(nn.Module):
 
 
 def test_dropout_draws_anew_at_each_step_and_worker_and_repeats_each(data: str) -> None:
-    objective, probe = objective_of(configured(data, "model.dropout=0.1")), Probe(0.0)
+    objective, network = objective_of(configured(data, "model.dropout=0.1")), OneNumber(0.0)
     images = torch.zeros(2, SIDE, SIDE, 1, dtype=torch.uint8)
     for step, rank in ((5, 0), (6, 0), (5, 1), (5, 0)):
-        objective.backward(probe, images, NO_LABELS, step, Workers(rank, 2), 1)
-    draws = [tuple(draw.tolist()) for draw in probe.drawn]  # two micro-batches a call
+        objective.backward(network, images, NO_LABELS, step, Workers(rank, 2), 1)
+    draws = [tuple(draw.tolist()) for draw in network.drawn]  # two micro-batches a call
     assert len(set(draws)) == 6
     assert draws[6:] == draws[:2]
 
 
 def test_an_infinite_loss_makes_the_gradient_nan_on_all_workers(data: str) -> None:
     """1e25 squared is no float32, though its slope is: the sum over workers must tell them all."""
-    objective, probe = objective_of(configured(data)), Probe(1e25)
+    objective, network = objective_of(configured(data)), OneNumber(1e25)
     images = torch.zeros(2, SIDE, SIDE, 1, dtype=torch.uint8)
-    losses, _ = objective.backward(probe, images, NO_LABELS, 0, Workers(), 2)
+    losses, _ = objective.backward(network, images, NO_LABELS, 0, Workers(), 2)
     assert losses.isinf().all()
-    assert probe.number.grad is not None
-    assert probe.number.grad.isnan()
+    assert network.number.grad is not None
+    assert network.number.grad.isnan()
 
 
 def test_the_loss_of_a_silent_network_is_the_noise_power(data: str) -> None:
     """Predicting 0 costs E[epsilon^2] = 1 per pixel: over 4096 images to 4 standard errors."""
     objective = objective_of(configured(data))
     images = torch.zeros(4096, SIDE, SIDE, 1, dtype=torch.uint8)
-    losses = objective.losses(Probe(0.0), noisy_batch(objective, images), 0)
+    losses = objective.losses(OneNumber(0.0), noisy_batch(objective, images), 0)
     assert losses.mean().item() == pytest.approx(1, abs=4 * math.sqrt(2 / (4096 * 16)))
 
 

@@ -73,7 +73,7 @@ def network(channels: int) -> UNet:
 def grid_logger(
     folder: Path, workers: Workers, channels: int = 1, batch: int = 64
 ) -> tuple[SampleGridLogger, Wall]:
-    """A gallery, and the wall of its leader."""
+    """A grid logger, and the sink of its main worker."""
     model = copy.deepcopy(network(channels))
     denoiser = Denoiser.of_noise(model.eval(), COSINE)
     wall = Wall()
@@ -101,7 +101,7 @@ def grid_by(workers: Workers, folder: Path, batch: int = 64, channels: int = 1) 
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_pictures_hang_in_the_sink_and_lie_in_the_folder(channels: int, tmp_path: Path) -> None:
+def test_pictures_are_logged_and_saved_in_the_folder(channels: int, tmp_path: Path) -> None:
     made, wall = grid_logger(tmp_path, Workers(), channels)
     made.log_grid(30)
     made.log_strip(30)
@@ -123,7 +123,7 @@ def test_the_grid_is_the_same_on_any_number_of_workers(
     walls = on_workers(count, lambda workers: grid_by(workers, tmp_path / "n"))
     together = pixels(walls[0].pictures["samples", 30])
     assert np.abs(together - alone).max() <= 1
-    assert not any(wall.pictures for wall in walls[1:])  # the leader alone hangs them up
+    assert not any(wall.pictures for wall in walls[1:])  # the main worker alone logs them
     assert len(list((tmp_path / "n").iterdir())) == 1
 
 

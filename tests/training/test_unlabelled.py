@@ -82,7 +82,7 @@ def denoiser() -> Denoiser:
     )
 
 
-def probed(labels: Tensor) -> list[float]:
+def validated(labels: Tensor) -> list[float]:
     network, of = Table(CLASSES + 1), denoiser()
     state = TrainingState(network, EMA(network), torch.optim.Adam(network.parameters()), {})
     Validator(state, of, IMAGES, labels, 0, 0.3, Workers(), None).validate(1)
@@ -106,7 +106,7 @@ CONSUMERS: dict[str, Callable[[Tensor], list[float]]] = {
     "training by its own estimate": lambda labels: trained(
         labels, "objective.self_conditioning=true"
     ),
-    "losses by log-SNR": probed,
+    "losses by log-SNR": validated,
     "bits per dimension": bounded,
     "likelihood": likely,
 }

@@ -1,4 +1,4 @@
-"""The look at the loss by log-SNR: the same for any workers and batches, and told once."""
+"""The validation loss by log-SNR: the same for any workers and batches, and reported once."""
 
 from typing import Any
 
