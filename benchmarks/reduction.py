@@ -39,11 +39,12 @@ KINDS = {
     "mean": ("training.reduction=mean",),
     **{
         f"elastic, {slots} slots": (
-            "training.reduction=elastic", f"training.reduction_slots={slots}",
+            "training.reduction=elastic",
+            f"training.reduction_slots={slots}",
         )
         for slots in (2, 4, 8)
     },
-}  # fmt: skip
+}
 
 
 def stepping(keys: tuple[str, ...], workers: Workers) -> Callable[[int], None]:

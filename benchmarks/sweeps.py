@@ -58,12 +58,21 @@ PUBLISH_EVERY = 100  # trials that are over
 STEPS, EVERY = 240, 40  # of a simulated trial, and between its validation losses
 SCORE, PICTURE = "eval/fd_digits", "samples.png"
 TINY = (
-    "run.model.base_channels=16", "run.model.channel_mults=[1,2]", "run.model.groups=4",
-    "run.model.attention_resolutions=[4]", "run.training.steps=40", "run.training.warmup_steps=10",
-    "run.training.checkpoint_every_steps=20", "run.training.grid_every_steps=40",
-    "run.training.log_every_steps=20", "run.sampling.steps=5", "run.evaluation.num_images=32",
-    "space=[{schedule.num_steps: [1000, 750, 500, 250]}]", "stopping.kind=none", "trials_at_once=1",
-)  # fmt: skip
+    "run.model.base_channels=16",
+    "run.model.channel_mults=[1,2]",
+    "run.model.groups=4",
+    "run.model.attention_resolutions=[4]",
+    "run.training.steps=40",
+    "run.training.warmup_steps=10",
+    "run.training.checkpoint_every_steps=20",
+    "run.training.grid_every_steps=40",
+    "run.training.log_every_steps=20",
+    "run.sampling.steps=5",
+    "run.evaluation.num_images=32",
+    "space=[{schedule.num_steps: [1000, 750, 500, 250]}]",
+    "stopping.kind=none",
+    "trials_at_once=1",
+)
 RANGES = "{training.learning_rate: {low: 1e-5, high: 1e-1, log: true}, \
 schedule.num_steps: {low: 100, high: 1000}}"
 COLUMNS = "{:<10} {:>7} {:>21} {:>21} {:>9} {:>8} {:>14}"
@@ -183,10 +192,16 @@ class Stub:
         finished, loss = self.step >= STEPS, self._loss
         scores = {SCORE: loss, f"{SCORE}_low": loss - 0.1, f"{SCORE}_high": loss + 0.1}
         outcome = {
-            "run_id": self._run.run_id, "checkpoint": "none", "step": self.step, "certificate": {},
-            "num_steps": self._num_steps, "samples": self._picture,
-            "metrics": scores if finished else {}, "busy_s": 1.0, "worker_s": 2.0,
-        }  # fmt: skip
+            "run_id": self._run.run_id,
+            "checkpoint": "none",
+            "step": self.step,
+            "certificate": {},
+            "num_steps": self._num_steps,
+            "samples": self._picture,
+            "metrics": scores if finished else {},
+            "busy_s": 1.0,
+            "worker_s": 2.0,
+        }
         return {"number": self.number, "kind": "ended", "finished": finished, "outcome": outcome}
 
 
@@ -198,9 +213,12 @@ def space_of(search: str, trials: int) -> list[str]:
         steps = list(range(100, 1001, 100))
         space = f"{{training.learning_rate: {rates}, schedule.num_steps: {steps}}}"
     return [
-        f"space=[{space}]", f"search.kind={search}", f"search.trials={trials}",
-        f"run.training.steps={STEPS}", f"stopping.every_steps={EVERY}",
-    ]  # fmt: skip
+        f"space=[{space}]",
+        f"search.kind={search}",
+        f"search.trials={trials}",
+        f"run.training.steps={STEPS}",
+        f"stopping.every_steps={EVERY}",
+    ]
 
 
 def cost_of(clock: tuple[float, ...], over: list[int]) -> str:

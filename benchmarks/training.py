@@ -42,9 +42,13 @@ from ddpm_ray.training.writer_lease import Lease
 ROUNDS = int(sys.argv[1]) if len(sys.argv) > 1 else 12
 BATCH = 16
 KEYS = [
-    "name=bench", "data.lanes=8", "model.base_channels=32", "model.groups=8",
-    f"training.global_batch_size={BATCH}", "training.steps=1000000",
-]  # fmt: skip
+    "name=bench",
+    "data.lanes=8",
+    "model.base_channels=32",
+    "model.groups=8",
+    f"training.global_batch_size={BATCH}",
+    "training.steps=1000000",
+]
 
 
 def timed(action: Callable[[], Any]) -> float:
@@ -124,8 +128,12 @@ def worker(settings: dict[str, Any]) -> dict[str, Any]:
     run.stream.close()
     if run.sink is not None:
         run.sink.close(30)
-    return {"times": times, "around": around, "wait_share": wait_share,
-            "wall_s": time.perf_counter() - begun}  # fmt: skip
+    return {
+        "times": times,
+        "around": around,
+        "wait_share": wait_share,
+        "wall_s": time.perf_counter() - begun,
+    }
 
 
 def packed(folder: Path) -> str:
@@ -150,10 +158,13 @@ def main() -> None:
         config = load(RunConfig, None, [*KEYS, f"data.url={url}", f"tracking.uri={uri}"])
         tracked = run_lookup.find_or_create_run(uri, "bench", "bench", "bench", scratch)
         settings = {
-            "config": to_dict(config), "folder": str(folder / "run"), "identity": "bench",
-            "tracked": vars(tracked), "rounds": ROUNDS,
+            "config": to_dict(config),
+            "folder": str(folder / "run"),
+            "identity": "bench",
+            "tracked": vars(tracked),
+            "rounds": ROUNDS,
             "lease": vars(Lease.first(str(folder / "run/checkpoints"))),
-        }  # fmt: skip
+        }
         cluster = ClusterConfig(num_workers=1)
         found = worker_group.run(worker, settings, cluster, lambda progress: None)
     times, around, training = found["times"], found["around"], config.training
@@ -171,8 +182,10 @@ def main() -> None:
     besides = median(times["besides"]) / step_s
     print(f"{'noise, clip, Adam, EMA, log: share of step':<44} {besides:8.4f}")
     print(f"{'ours: waiting for data, share of wall':<44} {found['wait_share']:8.4f}")
-    print(f"{'rows, checkpoint copy, grid: share of step':<44} {per_step / step_s:8.4f}"
-          f"   (grid {around['grid']:.1f} s, copy {around['save']:.2f} s)")  # fmt: skip
+    print(
+        f"{'rows, checkpoint copy, grid: share of step':<44} {per_step / step_s:8.4f}"
+        f"   (grid {around['grid']:.1f} s, copy {around['save']:.2f} s)"
+    )
     print(json.dumps({"ours_over_bare": median(ratios), "besides_network": besides}))
 
 

@@ -53,9 +53,10 @@ def pinned() -> dict[str, Version]:
 def floor(requirement: Requirement) -> Version | None:
     """The lowest version that it allows, or None where there is no such bound."""
     low = [
-        Version(one.version.removesuffix(".*")) for one in requirement.specifier
+        Version(one.version.removesuffix(".*"))
+        for one in requirement.specifier
         if one.operator in (">=", "==", "~=")
-    ]  # fmt: skip
+    ]
     return max(low, default=None)
 
 

@@ -98,8 +98,10 @@ def test_variants_are_a_grid_of_the_images_of_one_seed(edit: Edit) -> None:
     picture, gap = shown(), image_grid.GUTTER_PIXELS
     cell = 64 + gap
     assert picture.shape == (2 * cell + gap, 2 * cell + gap)
-    tiles = [picture[gap + i * cell :, gap + j * cell :][:64:8, :64:8] for i, j in
-             ((0, 0), (0, 1), (1, 0))]  # fmt: skip
+    tiles = [
+        picture[gap + i * cell :, gap + j * cell :][:64:8, :64:8]
+        for i, j in ((0, 0), (0, 1), (1, 0))
+    ]
     assert np.abs(tiles[0].astype(int) - alone).max() <= 1  # to rounding, in another batch
     assert all(np.array_equal(tile[~WHITE], PIXELS[~WHITE]) for tile in tiles)
     assert (tiles[1][WHITE] != tiles[2][WHITE]).mean() > 0.5

@@ -61,9 +61,14 @@ def bare(tmp_path: Path) -> dict[str, str]:
 def test_it_needs_torch_and_five_small_packages(bare: dict[str, str]) -> None:
     script = "import benchmarks.gpu_check, benchmarks.gpu.sections, sys; print(*sys.modules)"
     done = subprocess.run(
-        [sys.executable, "-c", script], env=bare, cwd=ROOT, text=True, check=True, timeout=ENDS_S,
+        [sys.executable, "-c", script],
+        env=bare,
+        cwd=ROOT,
+        text=True,
+        check=True,
+        timeout=ENDS_S,
         stdout=subprocess.PIPE,
-    )  # fmt: skip
+    )
     loaded = {name.partition(".")[0] for name in done.stdout.split()}
     assert not loaded & {"ray", "mlflow", "PIL", "scipy", "s3fs", "rich"}
     assert {"torch", "numpy", "pyarrow", "safetensors", "omegaconf", "fsspec"} <= loaded
@@ -73,9 +78,13 @@ def test_it_needs_torch_and_five_small_packages(bare: dict[str, str]) -> None:
 @pytest.mark.timeout(1200)
 def test_every_section_runs_on_a_bare_machine_without_a_gpu(bare: dict[str, str]) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu_check"], env=bare, cwd=ROOT, text=True, timeout=1100,
+        [sys.executable, "-m", "benchmarks.gpu_check"],
+        env=bare,
+        cwd=ROOT,
+        text=True,
+        timeout=1100,
         stdout=subprocess.PIPE,
-    )  # fmt: skip
+    )
     first, *_, heading, last = done.stdout.splitlines()
     assert first == heading == gpu_check.NO_GPU
     report = json.loads(last)

@@ -16,25 +16,53 @@ from tests.noise import pack_noise
 ROOT = Path(__file__).parents[1]
 # Modules that read code or make it; and the one thing that may be taken of one.
 MODULES = {
-    "pickle", "cloudpickle", "dill", "joblib", "jsonpickle", "marshal", "shelve", "runpy", "code",
-    "codeop", "imp", "pty",
-}  # fmt: skip
+    "pickle",
+    "cloudpickle",
+    "dill",
+    "joblib",
+    "jsonpickle",
+    "marshal",
+    "shelve",
+    "runpy",
+    "code",
+    "codeop",
+    "imp",
+    "pty",
+}
 TAKEN = {"pickle.UnpicklingError"}
 BUILT_IN = {"eval", "exec", "compile", "__import__"}
 CALLS = {
-    "os.system": "", "os.popen": "", "importlib.import_module": "",
-    "yaml.load": "", "yaml.unsafe_load": "", "yaml.full_load": "",
-    "OmegaConf.register_new_resolver": "", "OmegaConf.register_resolver": "",
-    "mlflow.pyfunc.load_model": "", "pyfunc.load_model": "", "mlflow.pytorch.load_model": "",
-    "torch.jit.load": "", "torch.hub.load": "", "torch.package.PackageImporter": "",
-    "pd.read_pickle": "", "pandas.read_pickle": "", "np.memmap": "",
-    "pa.memory_map": "", "pa.ipc.open_file": "", "pa.deserialize": "",
+    "os.system": "",
+    "os.popen": "",
+    "importlib.import_module": "",
+    "yaml.load": "",
+    "yaml.unsafe_load": "",
+    "yaml.full_load": "",
+    "OmegaConf.register_new_resolver": "",
+    "OmegaConf.register_resolver": "",
+    "mlflow.pyfunc.load_model": "",
+    "pyfunc.load_model": "",
+    "mlflow.pytorch.load_model": "",
+    "torch.jit.load": "",
+    "torch.hub.load": "",
+    "torch.package.PackageImporter": "",
+    "pd.read_pickle": "",
+    "pandas.read_pickle": "",
+    "np.memmap": "",
+    "pa.memory_map": "",
+    "pa.ipc.open_file": "",
+    "pa.deserialize": "",
     "archive.extract": "",
-    "torch.load": "weights_only=True", "np.load": "allow_pickle=False",
-}  # fmt: skip
+    "torch.load": "weights_only=True",
+    "np.load": "allow_pickle=False",
+}
 METHODS = {"extractall"}  # of archives: a member's name would be a path
-KEYWORDS = {("shell", True), ("allow_pickle", True), ("weights_only", False),
-            ("trust_remote_code", True)}  # fmt: skip
+KEYWORDS = {
+    ("shell", True),
+    ("allow_pickle", True),
+    ("weights_only", False),
+    ("trust_remote_code", True),
+}
 
 
 def faults(source: str) -> Iterator[str]:
@@ -88,16 +116,28 @@ def test_no_module_can_run_what_it_reads() -> None:
 @pytest.mark.parametrize(
     "source",
     [
-        "import pickle\npickle.loads(b'')", "from pickle import loads", "import cloudpickle",
-        "def f():\n    import dill", "import joblib.externals", "eval('1')", "f = exec",
-        "torch.load(path)", "torch.load(path, weights_only=False)",
-        "torch.load(path, weights_only=flag)", "np.load(path)", "np.load(path, allow_pickle=True)",
-        "yaml.load(text, Loader=yaml.Loader)", "mlflow.pyfunc.load_model(uri)",
-        "subprocess.run(text, shell=True)", "os.system(text)", "archive.extractall(folder)",
-        "OmegaConf.register_new_resolver('eval', eval)", "pa.memory_map(path)",
+        "import pickle\npickle.loads(b'')",
+        "from pickle import loads",
+        "import cloudpickle",
+        "def f():\n    import dill",
+        "import joblib.externals",
+        "eval('1')",
+        "f = exec",
+        "torch.load(path)",
+        "torch.load(path, weights_only=False)",
+        "torch.load(path, weights_only=flag)",
+        "np.load(path)",
+        "np.load(path, allow_pickle=True)",
+        "yaml.load(text, Loader=yaml.Loader)",
+        "mlflow.pyfunc.load_model(uri)",
+        "subprocess.run(text, shell=True)",
+        "os.system(text)",
+        "archive.extractall(folder)",
+        "OmegaConf.register_new_resolver('eval', eval)",
+        "pa.memory_map(path)",
         "AutoModel.from_pretrained(name, trust_remote_code=True)",
     ],
-)  # fmt: skip
+)
 def test_each_way_would_be_seen(source: str) -> None:
     assert list(faults(source))
 
@@ -105,11 +145,16 @@ def test_each_way_would_be_seen(source: str) -> None:
 @pytest.mark.parametrize(
     "source",
     [
-        "model.eval()", "re.compile('a')", "import pickle\npickle.UnpicklingError",
-        "torch.load(path, map_location='cpu', weights_only=True)", "archive.extractfile(info)",
-        "np.load(path, allow_pickle=False)", "yaml.safe_load(text)", "subprocess.run(['a'])",
+        "model.eval()",
+        "re.compile('a')",
+        "import pickle\npickle.UnpicklingError",
+        "torch.load(path, map_location='cpu', weights_only=True)",
+        "archive.extractfile(info)",
+        "np.load(path, allow_pickle=False)",
+        "yaml.safe_load(text)",
+        "subprocess.run(['a'])",
     ],
-)  # fmt: skip
+)
 def test_what_runs_nothing_passes(source: str) -> None:
     assert not list(faults(source))
 
@@ -176,9 +221,11 @@ def test_reading_shards_weights_and_checkpoints_unpickles_and_runs_nothing(tmp_p
     """As the interpreter's own audit events tell it; imports that come late are no data."""
     pack_noise(str(tmp_path / "set"), images=12, side=4)
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(tmp_path / "set"), str(tmp_path)], cwd=ROOT,
-        capture_output=True, text=True,
-    )  # fmt: skip
+        [sys.executable, "-c", SCRIPT, str(tmp_path / "set"), str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     *reported, last = done.stdout.splitlines()
     assert last == "pickle.find_class 'os' 'system'"  # what the script does to be seen

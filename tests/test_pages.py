@@ -14,9 +14,17 @@ from ddpm_ray.jobs.command import JOBS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [
-    "README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md",
-    "docs/cluster.md", "docs/gpu.md", "docs/packing.md", "docs/toolbox.md", "docs/results.md",
-]  # fmt: skip
+    "README.md",
+    "ARCHITECTURE.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "SECURITY.md",
+    "docs/cluster.md",
+    "docs/gpu.md",
+    "docs/packing.md",
+    "docs/toolbox.md",
+    "docs/results.md",
+]
 CONFIGS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "conf").rglob("*.yaml"))
 HOSTS = {"127.0.0.1", "arxiv.org", "github.com", "mlflow.example.com"}
 

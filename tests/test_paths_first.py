@@ -43,13 +43,21 @@ def run(folder: Path, without: str, job: str, *arguments: str) -> subprocess.Com
         ("evaluate.py", ("none",), WRONG_CONFIG, "{}/none: there is no such folder"),
         ("average.py", ("none",), WRONG_CONFIG, "{}/none: there is no such folder"),
         ("average.py", (".", "--out", "file/b"), WRONG_CONFIG, "--out is file/b, but {}/file is a"),
-        ("edit.py", (".", "a.png", "--mask", "file", "--out", "b.png"), WRONG_CONFIG,
-         "image is a.png: there is no such file"),
-        ("edit.py", (".", "file", "--mask", "a.png", "--out", "b.png"), WRONG_CONFIG,
-         "--mask is a.png: there is no such file"),
+        (
+            "edit.py",
+            (".", "a.png", "--mask", "file", "--out", "b.png"),
+            WRONG_CONFIG,
+            "image is a.png: there is no such file",
+        ),
+        (
+            "edit.py",
+            (".", "file", "--mask", "a.png", "--out", "b.png"),
+            WRONG_CONFIG,
+            "--mask is a.png: there is no such file",
+        ),
         ("train.py", ("none.yaml",), WRONG_CONFIG, "none.yaml: no such file"),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_path_is_reported_before_anything_heavy_is_loaded(
     job: str, arguments: tuple[str, ...], code: int, says: str, tmp_path: Path
 ) -> None:

@@ -66,19 +66,47 @@ def test_each_place_of_a_secret_is_known(url: str, shown: str) -> None:
 
 
 SECRET_NAMES = (
-    "X-Goog-Signature", "X-Goog-Credential", "X-Amz-Security-Token", "AWSAccessKeyId", "Signature",
-    "client_secret", "refresh_token", "id_token", "access_token", "session_token", "sas_token",
-    "token", "api-key", "api_key", "apikey", "passwd", "password", "pwd", "jwt", "bearer",
-    "sslpassword", "private_key", "account_key", "secret_access_key", "sig", "authorization",
-    "ssl_key_passphrase", "sessionid", "subscription-key", "client_assertion",
-)  # fmt: skip
+    "X-Goog-Signature",
+    "X-Goog-Credential",
+    "X-Amz-Security-Token",
+    "AWSAccessKeyId",
+    "Signature",
+    "client_secret",
+    "refresh_token",
+    "id_token",
+    "access_token",
+    "session_token",
+    "sas_token",
+    "token",
+    "api-key",
+    "api_key",
+    "apikey",
+    "passwd",
+    "password",
+    "pwd",
+    "jwt",
+    "bearer",
+    "sslpassword",
+    "private_key",
+    "account_key",
+    "secret_access_key",
+    "sig",
+    "authorization",
+    "ssl_key_passphrase",
+    "sessionid",
+    "subscription-key",
+    "client_assertion",
+)
 
 
 @given(
-    st.sampled_from(SECRET_NAMES), st.sampled_from([str.lower, str.upper, str.title]),
-    st.sampled_from(["_", "-", ".", "%5F", "%2D", ""]), st.sampled_from("?&#;"),
-    st.sampled_from(["s3", "https", "postgresql", "abfs"]), WORDS,
-)  # fmt: skip
+    st.sampled_from(SECRET_NAMES),
+    st.sampled_from([str.lower, str.upper, str.title]),
+    st.sampled_from(["_", "-", ".", "%5F", "%2D", ""]),
+    st.sampled_from("?&#;"),
+    st.sampled_from(["s3", "https", "postgresql", "abfs"]),
+    WORDS,
+)
 def test_no_parameter_that_is_named_as_a_secret_is_shown(
     name: str, case: Callable[[str], str], separator: str, before: str, scheme: str, word: str
 ) -> None:
@@ -93,12 +121,33 @@ def test_no_parameter_that_is_named_as_a_secret_is_shown(
 
 @given(
     st.sampled_from(
-        ["tokenizer", "keyframes", "key", "max_tokens", "signature_version", "design", "secretary",
-         "bypass", "author", "assign", "passes", "sslkey", "sslrootcert", "format", "versionId",
-         "endpoint", "client_id", "session_timeout", "credentials_file", "auth_type", "sv", "se"]
+        [
+            "tokenizer",
+            "keyframes",
+            "key",
+            "max_tokens",
+            "signature_version",
+            "design",
+            "secretary",
+            "bypass",
+            "author",
+            "assign",
+            "passes",
+            "sslkey",
+            "sslrootcert",
+            "format",
+            "versionId",
+            "endpoint",
+            "client_id",
+            "session_timeout",
+            "credentials_file",
+            "auth_type",
+            "sv",
+            "se",
+        ]
     ),
     WORDS,
-)  # fmt: skip
+)
 def test_a_parameter_that_only_resembles_one_stays(name: str, value: str) -> None:
     assert not has_secret(url := f"https://host/path?{name}={value}#{name}={value}")
     assert redacted(url) == url
@@ -107,11 +156,17 @@ def test_a_parameter_that_only_resembles_one_stays(name: str, value: str) -> Non
 @pytest.mark.parametrize(
     "harmless",
     [
-        "http://host:5000/x@y", "http://[::1]:5000", "sqlite:////tmp/a:b@c/mlflow.db",
-        "abfs://container@account.dfs.core.windows.net/x", "models:/name@champion",
-        "/data/a:b@c", "s3://bucket/key", "http://host:5000: no answer (me@host)", "",
+        "http://host:5000/x@y",
+        "http://[::1]:5000",
+        "sqlite:////tmp/a:b@c/mlflow.db",
+        "abfs://container@account.dfs.core.windows.net/x",
+        "models:/name@champion",
+        "/data/a:b@c",
+        "s3://bucket/key",
+        "http://host:5000: no answer (me@host)",
+        "",
     ],
-)  # fmt: skip
+)
 def test_what_holds_no_secret_stays_as_it_is(harmless: str) -> None:
     assert sanitize(harmless) == harmless
     assert not has_secret([harmless, 1, None, {"a": 2.5}])
@@ -182,11 +237,16 @@ def test_a_log_line_of_a_job_is_one_line() -> None:
 @pytest.mark.parametrize(
     "number, noun, plural, expected",
     [
-        (0, "row", "", "0 rows"), (1, "worker", "", "1 worker"), (2, "worker", "", "2 workers"),
-        (1.0, "GPU", "", "1 GPU"), (0.5, "GPU", "", "0.5 GPUs"), (1, "class", "classes", "1 class"),
-        (10, "class", "classes", "10 classes"), (1234567, "row", "", "1234567 rows"),
+        (0, "row", "", "0 rows"),
+        (1, "worker", "", "1 worker"),
+        (2, "worker", "", "2 workers"),
+        (1.0, "GPU", "", "1 GPU"),
+        (0.5, "GPU", "", "0.5 GPUs"),
+        (1, "class", "classes", "1 class"),
+        (10, "class", "classes", "10 classes"),
+        (1234567, "row", "", "1234567 rows"),
     ],
-)  # fmt: skip
+)
 def test_a_count_agrees_with_its_noun(number: float, noun: str, plural: str, expected: str) -> None:
     assert counted(number, noun, plural) == expected
 
@@ -196,10 +256,20 @@ PLURALS = re.compile(
     r"numbers|hashes|files|downloads|vectors|runs|times)\b"
 )
 NEVER_ONE = {  # no number of things, or one that is above 1 wherever the line is written
-    "image_shape", "suffix", "_named(open_to)", "folder", "num_images", "report.skipped",
-    "channels", "len(labels)", "len(images)", "len(names)", "len(trials)", "len(outcome.trials)",
+    "image_shape",
+    "suffix",
+    "_named(open_to)",
+    "folder",
+    "num_images",
+    "report.skipped",
+    "channels",
+    "len(labels)",
+    "len(images)",
+    "len(names)",
+    "len(trials)",
+    "len(outcome.trials)",
     "len(trials) - len(rows)",
-}  # fmt: skip
+}
 
 
 def test_no_line_puts_a_plural_behind_a_number_that_may_be_one() -> None:

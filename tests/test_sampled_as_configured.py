@@ -41,15 +41,26 @@ ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 NAMES = ("cat", "dog", "7")
 TINY = (
-    "name=a", "data.url=nowhere", "schedule.num_steps=12", "schedule.kind=cosine",
-    "sampling.steps=6", "model.base_channels=4", "model.groups=2", "model.channel_mults=[1]",
-    "model.blocks_per_level=1", "model.attention_resolutions=[]", "model.num_classes=3",
-    "objective.variance=learned_range", "objective.loss=hybrid",
-)  # fmt: skip
+    "name=a",
+    "data.url=nowhere",
+    "schedule.num_steps=12",
+    "schedule.kind=cosine",
+    "sampling.steps=6",
+    "model.base_channels=4",
+    "model.groups=2",
+    "model.channel_mults=[1]",
+    "model.blocks_per_level=1",
+    "model.attention_resolutions=[]",
+    "model.num_classes=3",
+    "objective.variance=learned_range",
+    "objective.loss=hybrid",
+)
 GUIDED = ("sampling.guidance_scale=3",)
 OPTIONS: list[tuple[str, tuple[str, ...]]] = [  # what is set, beside what
-    *((f"sampling.sampler={name}", ()) for name in
-      ("ancestral", "dpm_solver_pp", "dpm_solver_pp_sde", "unipc", "heun", "plms")),
+    *(
+        (f"sampling.sampler={name}", ())
+        for name in ("ancestral", "dpm_solver_pp", "dpm_solver_pp_sde", "unipc", "heun", "plms")
+    ),
     ("sampling.steps=12", ()),
     ("sampling.spacing=quadratic", ()),
     ("sampling.spacing=log_snr", ()),
@@ -65,7 +76,7 @@ OPTIONS: list[tuple[str, tuple[str, ...]]] = [  # what is set, beside what
     ("sampling.guidance_rescale=0.9", GUIDED),
     ("sampling.guidance_above_sigma=1", GUIDED),
     ("sampling.guidance_below_sigma=1", GUIDED),
-]  # fmt: skip
+]
 Pixels = npt.NDArray[np.uint8]
 
 
@@ -162,11 +173,18 @@ def test_the_printed_config_is_the_runs_with_what_was_given(
     for given in ("im.png", "m.png"):
         Image.new("L", (4, 4)).save(tmp_path / "runs" / given)
     words = {
-        "sample": ["--out", "x.png"], "evaluate": [], "export": ["--out", "x"],
+        "sample": ["--out", "x.png"],
+        "evaluate": [],
+        "export": ["--out", "x"],
         "edit": [
-            "runs/im.png", "--mask", "runs/m.png", "--out", "x.png", "method=replacement",
+            "runs/im.png",
+            "--mask",
+            "runs/m.png",
+            "--out",
+            "x.png",
+            "method=replacement",
         ],
-    }[name]  # fmt: skip
+    }[name]
     code, out, err = job(name, "runs/a", *words, "sampling.seed=9", "--print-config")
     assert code == 0, err
     for line in ("sampler: ancestral", "variance: learned", "steps: 6", "seed: 9", "  - 1"):
@@ -253,9 +271,13 @@ def test_a_folder_is_loaded_without_mlflow_and_ray_and_leaves_the_process_alone(
     run, _ = saved_run(tmp_path)
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT, run],
-        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
-        timeout=ENDS_S, check=False,
-    )  # fmt: skip
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=ENDS_S,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["(2, 4, 4, 1)", "{}"]
 

@@ -70,11 +70,14 @@ OBJECTIVES: dict[str, list[str]] = {
     "micro batches": ["training.micro_batch_size=4"],
     "gradient_checkpointing": ["training.gradient_checkpointing=true"],
     "classifier": [
-        "task=classifier", *LABELS, "training.grid_every_steps=0", "evaluation.num_images=0",
+        "task=classifier",
+        *LABELS,
+        "training.grid_every_steps=0",
+        "evaluation.num_images=0",
         "evaluation.validation_every_steps=0",
     ],
     "three averages": ["training.ema_more_decays=[0.999,0.99]"],
-}  # fmt: skip
+}
 
 SAMPLERS: dict[str, tuple[list[str], dict[str, Any]]] = {
     "ddim": ([], {}),
@@ -102,7 +105,7 @@ SAMPLERS: dict[str, tuple[list[str], dict[str, Any]]] = {
         [*LABELS, *LEARNED],
         {"guidance": Guidance(3.0, 0.7, 0.1, 5.0), "sampler": "ancestral", "variance": "learned"},
     ),
-}  # fmt: skip
+}
 
 
 def cases() -> dict[str, Case]:
@@ -139,10 +142,13 @@ def cases() -> dict[str, Case]:
         "checkpoint: save and restore": partial(_checkpoint, []),
         "checkpoint: second_moment, averages, channels_last": partial(
             _checkpoint,
-            [*OBJECTIVES["second_moment"], *OBJECTIVES["three averages"],
-             "training.channels_last=true"],
+            [
+                *OBJECTIVES["second_moment"],
+                *OBJECTIVES["three averages"],
+                "training.channels_last=true",
+            ],
         ),
-    }  # fmt: skip
+    }
 
 
 def _steps(keys: list[str], device: torch.device) -> None:
@@ -272,12 +278,18 @@ def _evaluation(num_images: int, device: torch.device) -> None:
     with tempfile.TemporaryDirectory() as folder:
         known = reference(packed(folder), net, workers, kernel_images=8, batch_size=10)
     scores = sample_quality.evaluate(
-        denoiser, diffusion.sampling_plan(config.sampling, denoiser.schedule), net, known,
-        num_images=num_images, batch_size=10, image_shape=SHAPE, workers=workers,
+        denoiser,
+        diffusion.sampling_plan(config.sampling, denoiser.schedule),
+        net,
+        known,
+        num_images=num_images,
+        batch_size=10,
+        image_shape=SHAPE,
+        workers=workers,
         provenance=training_run.ema_provenance(config, 0),
         optional_metrics=OptionalMetrics(num_images > 4, num_images > 4),
         held_out=known,
-    )  # fmt: skip
+    )
     _require(all(map(math.isfinite, scores.metrics.values())), f"scores are {scores.metrics}")
 
 

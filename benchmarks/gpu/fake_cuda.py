@@ -36,12 +36,21 @@ INDEXING = {"aten::index", "aten::index_put_", "aten::_index_put_impl_", "aten::
 TAKES_NUMBERS = {"aten::fill_", "aten::masked_fill", "aten::masked_fill_", *INDEXING}
 ONE_TYPE = {"aten::native_group_norm"}  # of all floating operands, on CUDA alone
 NOT_DETERMINISTIC = {  # on CUDA (torch.use_deterministic_algorithms); what of it takes our shapes
-    "aten::_adaptive_avg_pool2d_backward", "aten::adaptive_max_pool2d_backward",
-    "aten::avg_pool3d_backward", "aten::grid_sampler_2d_backward", "aten::histc", "aten::kthvalue",
-    "aten::median.dim", "aten::nanmedian.dim", "aten::nll_loss2d_forward", "aten::put_",
-    "aten::reflection_pad2d_backward", "aten::replication_pad2d_backward",
-    "aten::upsample_bicubic2d_backward", "aten::upsample_bilinear2d_backward",
-}  # fmt: skip
+    "aten::_adaptive_avg_pool2d_backward",
+    "aten::adaptive_max_pool2d_backward",
+    "aten::avg_pool3d_backward",
+    "aten::grid_sampler_2d_backward",
+    "aten::histc",
+    "aten::kthvalue",
+    "aten::median.dim",
+    "aten::nanmedian.dim",
+    "aten::nll_loss2d_forward",
+    "aten::put_",
+    "aten::reflection_pad2d_backward",
+    "aten::replication_pad2d_backward",
+    "aten::upsample_bicubic2d_backward",
+    "aten::upsample_bilinear2d_backward",
+}
 
 
 @dataclass(frozen=True, order=True)
@@ -100,9 +109,14 @@ class FakeCudaTensor(Tensor):
     @staticmethod
     def __new__(cls, host: Tensor) -> "FakeCudaTensor":
         return Tensor._make_wrapper_subclass(
-            cls, host.shape, strides=host.stride(), storage_offset=host.storage_offset(),
-            dtype=host.dtype, device=DEVICE, requires_grad=False,
-        )  # fmt: skip
+            cls,
+            host.shape,
+            strides=host.stride(),
+            storage_offset=host.storage_offset(),
+            dtype=host.dtype,
+            device=DEVICE,
+            requires_grad=False,
+        )
 
     def __init__(self, host: Tensor) -> None:
         self.host = host
@@ -144,9 +158,12 @@ class _Factories(TorchDispatchMode):
     """Makes tensors on cuda:0 that no operand asks for: zeros, arange, and copies of the CPU's."""
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (),
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
-    ) -> Any:  # fmt: skip
+    ) -> Any:
         return _executed(func, args, kwargs or {})
 
 
@@ -164,9 +181,12 @@ def end_process() -> NoReturn:
 def fake_cuda() -> Iterator[torch.device]:
     """The device, on which tensors can be made inside; needs fake_library's environment."""
     lifted = torch._C._only_lift_cpu_tensors()
-    replaced = {"_lazy_init": lambda: None, "is_available": lambda: True,
-                "is_bf16_supported": lambda *_, **__: True,
-                "get_device_name": lambda *_: "fake"}  # fmt: skip
+    replaced = {
+        "_lazy_init": lambda: None,
+        "is_available": lambda: True,
+        "is_bf16_supported": lambda *_, **__: True,
+        "get_device_name": lambda *_: "fake",
+    }
     before = {name: getattr(torch.cuda, name) for name in replaced}
     for name, value in replaced.items():
         setattr(torch.cuda, name, value)

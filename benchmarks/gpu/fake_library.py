@@ -44,10 +44,20 @@ def library() -> Path:
     part = built.with_suffix(f".{os.getpid()}")
     lib = torch / "lib"
     command = [
-        compiler, "-std=c++20", "-O0", "-shared", "-fPIC",
-        f"-I{torch / 'include'}", str(SOURCE), "-o", str(part),
-        f"-L{lib}", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{lib}",
-    ]  # fmt: skip
+        compiler,
+        "-std=c++20",
+        "-O0",
+        "-shared",
+        "-fPIC",
+        f"-I{torch / 'include'}",
+        str(SOURCE),
+        "-o",
+        str(part),
+        f"-L{lib}",
+        "-lc10",
+        "-ltorch_cpu",
+        f"-Wl,-rpath,{lib}",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     if done.returncode:
         lines = done.stderr.strip().splitlines()

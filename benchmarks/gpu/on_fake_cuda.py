@@ -25,9 +25,11 @@ SETTINGS = {  # of the objective or the training, whose steps wait in ways of th
     "elastic": ["training.reduction=elastic", "training.reduction_slots=2"],
     "log_normal": ["objective.timesteps=log_normal"],
     "second_moment": [
-        "objective.timesteps=second_moment", "objective.variance=learned", "objective.loss=vlb",
+        "objective.timesteps=second_moment",
+        "objective.variance=learned",
+        "objective.loss=vlb",
     ],
-}  # fmt: skip
+}
 
 
 def found(only: str = "", limit_s: float = 600) -> dict[str, Any]:
@@ -37,9 +39,14 @@ def found(only: str = "", limit_s: float = 600) -> dict[str, Any]:
     """
     command = [sys.executable, "-m", __spec__.name, "--only", only]
     done = subprocess.run(
-        command, env=fake_library.environment(), cwd=Path(__file__).parents[2], text=True,
-        stdout=subprocess.PIPE, timeout=limit_s, check=True,
-    )  # fmt: skip
+        command,
+        env=fake_library.environment(),
+        cwd=Path(__file__).parents[2],
+        text=True,
+        stdout=subprocess.PIPE,
+        timeout=limit_s,
+        check=True,
+    )
     report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return report
 

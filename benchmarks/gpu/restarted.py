@@ -41,9 +41,12 @@ def _ran(folder: str, arguments: list[str], toy: bool, limit_s: float) -> str:
     """Its output."""
     command = [sys.executable, "-m", __spec__.name, folder, *arguments]
     done = subprocess.run(
-        command + (["--toy"] if toy else []), cwd=ROOT, text=True, stdout=subprocess.PIPE,
+        command + (["--toy"] if toy else []),
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
         timeout=max(1.0, limit_s),
-    )  # fmt: skip
+    )
     wanted = -signal.SIGKILL if any("--kill-after" in word for word in arguments) else 0
     if done.returncode != wanted:
         raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}, not {wanted}")

@@ -39,8 +39,10 @@ from ddpm_ray.training.loop import Run, save, take_step
 ROOT = Path(__file__).parents[2]
 CIFAR = str(ROOT / "conf/train/cifar10.yaml")
 LARGE = [  # the 256-pixel network of Ho et al. 2020, appendix B
-    "model.channel_mults=[1,1,2,2,4,4]", "model.dropout=0", "data.flip=false",
-]  # fmt: skip
+    "model.channel_mults=[1,1,2,2,4,4]",
+    "model.dropout=0",
+    "data.flip=false",
+]
 PRECISIONS = {
     "fp32": [],
     "bf16": ["training.precision=bf16"],
@@ -220,9 +222,14 @@ def _limits(place: Place, side: int, *keys: str) -> Generator[Row, None, Limits]
 
 
 def _stepped(
-    place: Place, name: str, keys: list[str], batch: int, side: int, limits: Limits,
+    place: Place,
+    name: str,
+    keys: list[str],
+    batch: int,
+    side: int,
+    limits: Limits,
     needs_s: float = 8,
-) -> Iterator[Row]:  # fmt: skip
+) -> Iterator[Row]:
     if not place.toy and place.left_s < needs_s:
         yield Row(name, {}, "not run: the section's time was over")
         return

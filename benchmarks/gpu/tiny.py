@@ -32,11 +32,19 @@ from ddpm_ray.training.state import TrainingState
 SIDE, BATCH = 8, 8
 SHAPE = ImageShape(SIDE, SIDE, 3)
 TINY = [
-    "name=case", "data.url=none", "data.flip=true", "model.base_channels=8", "model.groups=4",
-    "model.channel_mults=[1,2]", "model.blocks_per_level=1", "model.attention_resolutions=[4]",
-    f"training.global_batch_size={BATCH}", "training.steps=2", "schedule.num_steps=10",
+    "name=case",
+    "data.url=none",
+    "data.flip=true",
+    "model.base_channels=8",
+    "model.groups=4",
+    "model.channel_mults=[1,2]",
+    "model.blocks_per_level=1",
+    "model.attention_resolutions=[4]",
+    f"training.global_batch_size={BATCH}",
+    "training.steps=2",
+    "schedule.num_steps=10",
     "sampling.steps=4",
-]  # fmt: skip
+]
 
 
 class Images(NamedTuple):
@@ -100,8 +108,7 @@ def run_of(
 ) -> Run:
     """One worker's run without a driver; its checkpoints lie below `url`."""
     workers, count = Workers(0, 1, device), config.training.global_batch_size
-    facts = {"config": to_dict(config), "image_shape": [side, side, 3],
-             "data_fingerprint": "none"}  # fmt: skip
+    facts = {"config": to_dict(config), "image_shape": [side, side, 3], "data_fingerprint": "none"}
     state = training_run.training_state(config, ImageShape(side, side, 3), device, facts)
     nothing: Callable[[int], None] = lambda step: None  # noqa: E731
     return Run(
@@ -143,9 +150,12 @@ def packed(folder: str) -> Dataset:
         sums = shards.pixel_sums(part)
         rows.append(ShardRow(name, 12, len(data), sha256(data).hexdigest(), *sums))
     recipe = Recipe(
-        image_shape=ImageShape(SIDE, SIDE, 3), encoding="raw", resize="none", label_names=(),
+        image_shape=ImageShape(SIDE, SIDE, 3),
+        encoding="raw",
+        resize="none",
+        label_names=(),
         source_sha256="",
-    )  # fmt: skip
+    )
     return write_index(folder, recipe, rows)
 
 

@@ -103,10 +103,14 @@ def trained_alone(home: Path, uri: str, url: str, *keys: str) -> Iterator[Path]:
     tracked = run_lookup.find_or_create_run(uri, "alone", "alone", "alone", f"{home}/artifacts")
     folder = object_store.join(url, config.name)
     settings = {
-        "config": to_dict(config), "folder": folder, "identity": "alone", "tracked": vars(tracked),
+        "config": to_dict(config),
+        "folder": folder,
+        "identity": "alone",
+        "tracked": vars(tracked),
         "lease": vars(Lease.first(object_store.join(folder, CHECKPOINTS))),
-        "out": f"{home}/steps.json", "plain_save": "://" in url,
-    }  # fmt: skip
+        "out": f"{home}/steps.json",
+        "plain_save": "://" in url,
+    }
     worker = multiprocessing.get_context("spawn").Process(target=train_alone, args=(settings,))
     worker.start()
     try:
@@ -157,10 +161,12 @@ def mlflow_server(home: Path) -> Iterator[int]:
     command = ["-m", "mlflow", "server", "--workers", "1", "--backend-store-uri", database]
     with (home / "log").open("w") as log:
         server = subprocess.Popen(
-            [sys.executable, *command, "--port", f"{port}"], stdout=log, stderr=log,
+            [sys.executable, *command, "--port", f"{port}"],
+            stdout=log,
+            stderr=log,
             env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
             start_new_session=True,
-        )  # fmt: skip
+        )
     try:
         deadline = time.monotonic() + 90
         while not healthy(port):
@@ -177,8 +183,12 @@ def checkpoint(folder: Path, options: argparse.Namespace) -> list[Line]:
     """The time for which a checkpoint blocks the steps, and its total cost."""
     home = folder / "checkpoint"
     with store(home) as origin, through(origin, Weather(latency_s=LATENCY_S)) as endpoint:
-        keys = (f"training.checkpoint_every_steps={EVERY}", f"training.steps={EVERY * CYCLES}",
-                "evaluation.num_images=0", "training.global_batch_size=32")  # fmt: skip
+        keys = (
+            f"training.checkpoint_every_steps={EVERY}",
+            f"training.steps={EVERY * CYCLES}",
+            "evaluation.num_images=0",
+            "training.global_batch_size=32",
+        )
         uri = f"sqlite:///{home}/mlflow.db"
         with trained_alone(home, uri, use(endpoint), *keys) as out:
             while not out.exists():

@@ -140,12 +140,18 @@ def _read_cache(url: str, identity: Mapping[str, Any]) -> dict[str, Tensor] | No
         if stamp["sha256"] != _checksum(identity, tensors):
             raise ValueError("its sha256 is wrong")
     except (
-        object_store.StorageError, SafetensorError, ValueError, KeyError, TypeError, RecursionError
-    ) as error:  # fmt: skip
+        object_store.StorageError,
+        SafetensorError,
+        ValueError,
+        KeyError,
+        TypeError,
+        RecursionError,
+    ) as error:
         log.warning(
             "the stored reference statistics %s cannot be used (%s); they are computed again",
-            url, error,
-        )  # fmt: skip
+            url,
+            error,
+        )
         return None
     return tensors
 

@@ -108,7 +108,10 @@ def show_table(done: list[FaultResult]) -> None:
     for one in faulted:
         verdict = "equal" if one.equals(clean) else escape(sanitize(one.reason)) or "DIFFERENT"
         table.add_row(
-            one.fault, str(len(one.starts)), str(one.repeated_steps),
-            f"{one.seconds - clean.seconds:.1f}", verdict,
-        )  # fmt: skip
+            one.fault,
+            str(len(one.starts)),
+            str(one.repeated_steps),
+            f"{one.seconds - clean.seconds:.1f}",
+            verdict,
+        )
     Console(stderr=True).print(table)

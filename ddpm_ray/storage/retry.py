@@ -23,9 +23,16 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 5.0
 WARN_AFTER_S = 5.0
 # Errors that no retry mends: raised at once.
 PERMANENT = (
-    FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError,
-    ImportError, NotImplementedError, TypeError, ValueError,
-)  # fmt: skip
+    FileNotFoundError,
+    FileExistsError,
+    PermissionError,
+    IsADirectoryError,
+    NotADirectoryError,
+    ImportError,
+    NotImplementedError,
+    TypeError,
+    ValueError,
+)
 PERMANENT_NUMBERS = {errno.ENAMETOOLONG, errno.ENOSPC, errno.EDQUOT, errno.ENOSYS, errno.EPERM}
 
 

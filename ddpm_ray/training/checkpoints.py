@@ -323,15 +323,23 @@ def read(
         files = {name: _verified(url, name, expected[name]) for name in file_names(groups)}
         tensors = {group: safetensors.load(files[f"{group}{TENSORS}"]) for group in groups}
         return Snapshot(tensors, json.loads(files[STATE]))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError,
-            SafetensorError) as error:  # fmt: skip
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+        SafetensorError,
+    ) as error:
         raise _damaged(url, MANIFEST, f"cannot be understood ({error!r})") from error
 
 
 def objects(snapshot: Snapshot) -> dict[str, bytes]:
     """Return the files of a checkpoint folder by name, in writing order: the manifest is last."""
-    files = {f"{group}{TENSORS}": safetensors.save(tensors)
-             for group, tensors in snapshot.tensors.items()}  # fmt: skip
+    files = {
+        f"{group}{TENSORS}": safetensors.save(tensors)
+        for group, tensors in snapshot.tensors.items()
+    }
     files[STATE] = _json(snapshot.facts)
     return files | {MANIFEST: _json({FORMAT: NEWEST_FORMAT} | described(files))}
 

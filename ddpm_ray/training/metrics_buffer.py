@@ -16,8 +16,18 @@ from ddpm_ray.reporting import RATES, Row
 
 # Band edges in log-SNR. The linear schedule of Ho et al. spans -10.1 to 9.2 at T = 1000.
 BAND_EDGES = (-8.0, -6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0, 8.0)
-BANDS = ("below_-8", "-8_to_-6", "-6_to_-4", "-4_to_-2", "-2_to_0",
-         "0_to_2", "2_to_4", "4_to_6", "6_to_8", "above_8")  # fmt: skip
+BANDS = (
+    "below_-8",
+    "-8_to_-6",
+    "-6_to_-4",
+    "-4_to_-2",
+    "-2_to_0",
+    "0_to_2",
+    "2_to_4",
+    "4_to_6",
+    "6_to_8",
+    "above_8",
+)
 
 
 class StepLog:

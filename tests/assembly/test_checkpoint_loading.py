@@ -30,10 +30,16 @@ CPU = torch.device("cpu")
 
 def configured(*overrides: str) -> RunConfig:
     keys = (
-        "name=a", "data.url=b", "schedule.num_steps=30", "sampling.steps=5",
-        "model.base_channels=4", "model.groups=2", "model.channel_mults=[1,2]",
-        "model.blocks_per_level=1", "model.attention_resolutions=[4]",
-    )  # fmt: skip
+        "name=a",
+        "data.url=b",
+        "schedule.num_steps=30",
+        "sampling.steps=5",
+        "model.base_channels=4",
+        "model.groups=2",
+        "model.channel_mults=[1,2]",
+        "model.blocks_per_level=1",
+        "model.attention_resolutions=[4]",
+    )
     return load(RunConfig, None, [*keys, *overrides])
 
 
@@ -98,28 +104,44 @@ def test_a_model_of_diffusers_goes_back_as_the_network_that_it_was(tmp_path: Pat
         (SamplingConfig(steps=5, seed=4), "DDIMPipeline", "DDIMScheduler", ()),
         (
             SamplingConfig(sampler="ancestral", steps=30, variance="fixed_large"),
-            "DDPMPipeline", "DDPMScheduler", (),
+            "DDPMPipeline",
+            "DDPMScheduler",
+            (),
         ),
         (
             SamplingConfig(sampler="dpm_solver_pp", steps=10, clip=False),
-            "DDPMPipeline", "DPMSolverMultistepScheduler", (),
+            "DDPMPipeline",
+            "DPMSolverMultistepScheduler",
+            (),
         ),
         (
             SamplingConfig(sampler="unipc", steps=7, spacing="log_snr", guidance_scale=2.0),
-            "DDPMPipeline", "DDPMScheduler",
+            "DDPMPipeline",
+            "DDPMScheduler",
             ("sampler=unipc", "spacing=log_snr", "guidance_scale=2"),
         ),
-        (SamplingConfig(steps=7, labels=(1,)), "DDIMPipeline", "DDIMScheduler",
-         ("steps=7", "labels=[1]")),
-        (SamplingConfig(steps=5, dynamic_quantile=0.9), "DDIMPipeline", "DDIMScheduler",
-         ("dynamic_quantile",)),
+        (
+            SamplingConfig(steps=7, labels=(1,)),
+            "DDIMPipeline",
+            "DDIMScheduler",
+            ("steps=7", "labels=[1]"),
+        ),
+        (
+            SamplingConfig(steps=5, dynamic_quantile=0.9),
+            "DDIMPipeline",
+            "DDIMScheduler",
+            ("dynamic_quantile",),
+        ),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_a_runs_sampling_settings_go_to_diffusers_and_come_back(
-    sampling: SamplingConfig, pipeline: str, scheduler: str, missing: tuple[str, ...],
+    sampling: SamplingConfig,
+    pipeline: str,
+    scheduler: str,
+    missing: tuple[str, ...],
     tmp_path: Path,
-) -> None:  # fmt: skip
+) -> None:
     export = checkpoint_loading.write_diffusers(trained(configured()), sampling, tmp_path / "given")
     assert (export.pipeline, export.scheduler["_class_name"]) == (pipeline, scheduler)
     assert tuple(line.split(" (")[0] for line in export.no_equivalent) == missing
@@ -165,8 +187,10 @@ def committed(config: RunConfig, folder: Path) -> str:
 
 
 CLASSIFIER = (
-    "task=classifier", "model.num_classes=3", "training.grid_every_steps=0",
-)  # fmt: skip
+    "task=classifier",
+    "model.num_classes=3",
+    "training.grid_every_steps=0",
+)
 
 
 def test_a_classifier_and_a_model_are_not_taken_for_each_other(tmp_path: Path) -> None:

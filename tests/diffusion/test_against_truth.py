@@ -92,9 +92,14 @@ def test_ancestral_sampling_draws_from_the_data(variance: ReverseVariance) -> No
     generator = torch.Generator().manual_seed(1)
     x_T = standard(10_000, generator, THREE)
     samples = ancestral(
-        SCHEDULE, THREE.expected_noise, x_T, uniform_steps(1000, 1000),
-        noise=lambda t: standard(10_000, generator, THREE), variance=variance, clip=None,
-    )  # fmt: skip
+        SCHEDULE,
+        THREE.expected_noise,
+        x_T,
+        uniform_steps(1000, 1000),
+        noise=lambda t: standard(10_000, generator, THREE),
+        variance=variance,
+        clip=None,
+    )
     assert_drawn_from_the_mixture(samples)
 
 
@@ -103,9 +108,14 @@ def test_ddim_draws_from_the_data(eta: float) -> None:
     generator = torch.Generator().manual_seed(2)
     x_T = standard(10_000, generator, THREE)
     samples = ddim(
-        SCHEDULE, THREE.expected_noise, x_T, uniform_steps(1000, 500),
-        eta=eta, noise=lambda t: standard(10_000, generator, THREE), clip=None,
-    )  # fmt: skip
+        SCHEDULE,
+        THREE.expected_noise,
+        x_T,
+        uniform_steps(1000, 500),
+        eta=eta,
+        noise=lambda t: standard(10_000, generator, THREE),
+        clip=None,
+    )
     assert_drawn_from_the_mixture(samples)
 
 

@@ -115,9 +115,13 @@ def test_inversion_refuses_what_it_cannot_undo(
 ) -> None:
     with pytest.raises(ValueError, match=complaint):
         ddim_inversion(
-            NO_SIGNAL, ONE.expected_noise, drawn(0, 1, 1), steps,
-            iterations=iterations, parameterization=Parameterization.of("v", NO_SIGNAL),
-        )  # fmt: skip
+            NO_SIGNAL,
+            ONE.expected_noise,
+            drawn(0, 1, 1),
+            steps,
+            iterations=iterations,
+            parameterization=Parameterization.of("v", NO_SIGNAL),
+        )
 
 
 @given(st.floats(0, 1), st.floats(0.1, math.pi - 0.1), st.integers(0, 9))

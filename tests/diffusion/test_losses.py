@@ -69,8 +69,12 @@ def test_the_expected_image_is_the_optimum_of_every_prediction(kind: Prediction,
 
     best = simple_loss(
         lambda x_t, t: parameterization.output_from_x0(x_t, t, LINE.expected_image(x_t, t)),
-        COSINE, x_0, steps, noise, parameterization=parameterization,
-    )  # fmt: skip
+        COSINE,
+        x_0,
+        steps,
+        noise,
+        parameterization=parameterization,
+    )
     for wave in (0.0, 1.0, 2.5):
         excess = loss(wave) - best
         error = excess.std() / math.sqrt(count)

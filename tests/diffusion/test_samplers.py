@@ -84,9 +84,14 @@ def test_ddim_keeps_the_marginals_of_a_single_image_at_any_eta(
     source = Sources(steps)
     source.x_T *= (1 - SCHEDULE.alpha_bar[steps[0]]).sqrt()
     end = ddim(
-        SCHEDULE, optimum, source.x_T, steps,
-        eta=eta, noise=source.noise, on_step=source.on_step,
-    )  # fmt: skip
+        SCHEDULE,
+        optimum,
+        source.x_T,
+        steps,
+        eta=eta,
+        noise=source.noise,
+        on_step=source.on_step,
+    )
     expected = [float(1 - SCHEDULE.alpha_bar[t]) for t in steps[:-1]]
     assert list(source.variance.values()) == pytest.approx(expected)
     assert end.abs().max() < 1e-12
@@ -99,9 +104,14 @@ def test_eta_scales_the_deviation_of_fresh_noise(s: int, eta: float) -> None:
     def deviation(eta: float) -> float:
         seen: dict[int, Tensor] = {}
         ddim(
-            SCHEDULE, lambda x_t, t: x_t, 0 * noise_at(99), (40, s, 0),
-            eta=eta, noise=noise_at, on_step=lambda t, x_t, x_0: seen.update({t: x_t.clone()}),
-        )  # fmt: skip
+            SCHEDULE,
+            lambda x_t, t: x_t,
+            0 * noise_at(99),
+            (40, s, 0),
+            eta=eta,
+            noise=noise_at,
+            on_step=lambda t, x_t, x_0: seen.update({t: x_t.clone()}),
+        )
         return float((seen[s] / noise_at(40)).mean())
 
     assert deviation(eta) == pytest.approx(eta * deviation(1), rel=1e-9)
@@ -122,18 +132,28 @@ def test_ancestral_with_fixed_small_is_ddim_with_eta_1(
 def test_ancestral_with_fixed_large_is_ddim_with_sigma_hat() -> None:
     one = ancestral(SCHEDULE, shrinking, noise_at(99), EVERY_STEP, noise=noise_at)
     other = ddim(
-        SCHEDULE, shrinking, noise_at(99), EVERY_STEP,
-        eta=1, noise=noise_at, variance="fixed_large",
-    )  # fmt: skip
+        SCHEDULE,
+        shrinking,
+        noise_at(99),
+        EVERY_STEP,
+        eta=1,
+        noise=noise_at,
+        variance="fixed_large",
+    )
     torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
 
 
 def test_each_ancestral_step_draws_from_the_posterior() -> None:
     seen: list[tuple[int, Tensor, Tensor]] = []
     ancestral(
-        SCHEDULE, shrinking, noise_at(99), EVERY_STEP, noise=noise_at, variance="fixed_small",
+        SCHEDULE,
+        shrinking,
+        noise_at(99),
+        EVERY_STEP,
+        noise=noise_at,
+        variance="fixed_small",
         on_step=lambda t, x_t, x_0: seen.append((t, x_t.clone(), x_0.clone())),
-    )  # fmt: skip
+    )
     for (t, x_t, x_0), (_, x_prev, _) in pairwise(seen):
         mean, variance = posterior(SCHEDULE, x_0, x_t, torch.full((3,), t))
         torch.testing.assert_close(x_prev, mean + variance.sqrt() * noise_at(t))
@@ -146,9 +166,12 @@ def test_each_ddim_step_lands_on_the_clipped_image_with_its_own_noise(
     """At eta = 0, x_s is the clipped x_0 under the noise that took it to x_t (eq. 12)."""
     seen: list[tuple[int, Tensor, Tensor]] = []
     end = ddim(
-        SCHEDULE, shrinking, 5 * noise_at(99), steps,
+        SCHEDULE,
+        shrinking,
+        5 * noise_at(99),
+        steps,
         on_step=lambda t, x_t, x_0: seen.append((t, x_t.clone(), x_0.clone())),
-    )  # fmt: skip
+    )
     assert seen[0][2].abs().max() == 1, "nothing was clipped"
     for (t, x_t, x_0), (s, x_s) in zip(
         seen, [(s, x_s) for s, x_s, _ in seen[1:]] + [(0, end)], strict=True

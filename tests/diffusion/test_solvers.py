@@ -109,10 +109,16 @@ def test_more_order_is_less_error() -> None:
     x_T, steps = torch.tensor([[-1.5], [0.3], [2.0]], dtype=torch.float64), even_in_log_snr(20)
     a = SCHEDULE.alpha_bar[: steps[0] + 1]
     error = {
-        name: float((solver(SCHEDULE, ONE.expected_noise, x_T, steps, clip=None)
-                     - flow(NoiseSchedule(a), x_T)).abs().max())
+        name: float(
+            (
+                solver(SCHEDULE, ONE.expected_noise, x_T, steps, clip=None)
+                - flow(NoiseSchedule(a), x_T)
+            )
+            .abs()
+            .max()
+        )
         for name, solver in (SOLVERS | {"ddim": ddim}).items()
-    }  # fmt: skip
+    }
     assert error["dpm_solver_pp"] < error["ddim"] / 4
     assert error["plms"] < error["ddim"] / 4
     assert error["unipc"] < error["dpm_solver_pp"]
@@ -155,9 +161,7 @@ def test_dpm_solver_pp_of_order_1_is_ddim(steps: tuple[int, ...]) -> None:
 @given(falling)
 def test_its_sde_of_order_1_is_ancestral_sampling(steps: tuple[int, ...]) -> None:
     one = dpm_solver_pp(SCHEDULE, rough, noise_at(0), steps, order=1, noise=noise_at)
-    other = ancestral(
-        SCHEDULE, rough, noise_at(0), steps, noise=noise_at, variance="fixed_small"
-    )  # fmt: skip
+    other = ancestral(SCHEDULE, rough, noise_at(0), steps, noise=noise_at, variance="fixed_small")
     torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
 
 
@@ -169,9 +173,13 @@ def test_the_first_step_from_no_signal_is_ddims(solver: Callable[..., Tensor]) -
     for way in (ddim, solver):
         seen.append([])
         way(
-            NO_SIGNAL, rough, noise_at(0), (1000, 800, 500, 0), parameterization=parameterization,
+            NO_SIGNAL,
+            rough,
+            noise_at(0),
+            (1000, 800, 500, 0),
+            parameterization=parameterization,
             on_step=lambda t, x_t, x_0: seen[-1].append(x_t.clone()),
-        )  # fmt: skip
+        )
     same = 3 if solver is dpm_solver_pp else 2
     torch.testing.assert_close(seen[1][:same], seen[0][:same], rtol=1e-12, atol=1e-12)
 
@@ -197,9 +205,13 @@ def test_each_solver_draws_from_the_data(
 def test_the_sde_draws_from_the_data() -> None:
     generator = torch.Generator().manual_seed(3)
     samples = dpm_solver_pp(
-        SCHEDULE, THREE.expected_noise, standard(10_000, generator, THREE),
-        uniform_steps(1000, 50), noise=lambda t: standard(10_000, generator, THREE), clip=None,
-    )  # fmt: skip
+        SCHEDULE,
+        THREE.expected_noise,
+        standard(10_000, generator, THREE),
+        uniform_steps(1000, 50),
+        noise=lambda t: standard(10_000, generator, THREE),
+        clip=None,
+    )
     assert_drawn_from_the_mixture(samples)
 
 
@@ -210,9 +222,13 @@ def test_a_schedule_that_ends_in_no_signal_is_no_special_case(
     x_T = standard(10_000, torch.Generator().manual_seed(5), THREE)
     parameterization = Parameterization.of("v", NO_SIGNAL)
     samples = solver(
-        NO_SIGNAL, answering(THREE, parameterization), x_T, uniform_steps(1000, 40),
-        parameterization=parameterization, clip=None,
-    )  # fmt: skip
+        NO_SIGNAL,
+        answering(THREE, parameterization),
+        x_T,
+        uniform_steps(1000, 40),
+        parameterization=parameterization,
+        clip=None,
+    )
     assert_drawn_from_the_mixture(samples)
 
 
@@ -224,10 +240,13 @@ def test_every_kind_of_prediction_gives_the_same_images(solver: Callable[..., Te
         parameterization = Parameterization.of(kind, SCHEDULE)
         images.append(
             solver(
-                SCHEDULE, answering(THREE, parameterization), x_T, (990, 600, 300, 100, 30, 0),
+                SCHEDULE,
+                answering(THREE, parameterization),
+                x_T,
+                (990, 600, 300, 100, 30, 0),
                 parameterization=parameterization,
             )
-        )  # fmt: skip
+        )
     for other in images[1:]:
         torch.testing.assert_close(other, images[0], rtol=1e-9, atol=1e-9)
 
@@ -251,9 +270,12 @@ def test_network_calls_are_as_few_as_promised(name: str, called: list[int]) -> N
         return rough(x_t, t)
 
     end = SOLVERS[name](
-        SCHEDULE, denoise, 3 * noise_at(0), (1000, 700, 200, 0),
+        SCHEDULE,
+        denoise,
+        3 * noise_at(0),
+        (1000, 700, 200, 0),
         on_step=lambda t, x_t, x_0: seen.append((t, x_0.clone())),
-    )  # fmt: skip
+    )
     assert calls == called
     assert [t for t, _ in seen] == [1000, 700, 200]
     assert all(x_0.abs().max() == 1 for _, x_0 in seen), "nothing was clipped"

@@ -165,8 +165,10 @@ def test_the_first_term_decodes_from_the_estimate_itself() -> None:
     log_variance = reverse_log_variance(LINEAR, t, "fixed_small", guess)
     small = posterior(LINEAR, guess, guess, torch.tensor([2]))[1]  # not t = 1's own, which is 0
     assert log_variance.item() == pytest.approx(math.log(small.item()), rel=1e-12)
-    truth = [-exact_log_mass(int(k), float(m), log_variance.item()) / math.log(2) / 4
-             for k, m in zip(level[0], guess[0], strict=True)]  # fmt: skip
+    truth = [
+        -exact_log_mass(int(k), float(m), log_variance.item()) / math.log(2) / 4
+        for k, m in zip(level[0], guess[0], strict=True)
+    ]
     found = term(IMAGE, LEVELS[level], 0 * guess, t, guess, log_variance)
     assert found.item() == pytest.approx(sum(truth), rel=1e-12)
 

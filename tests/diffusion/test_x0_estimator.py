@@ -64,10 +64,15 @@ def test_a_learned_variance_is_the_one_that_is_added() -> None:
 
     seen: dict[int, float] = {}
     ancestral(
-        LINEAR, denoise, torch.zeros(1, 1, 4), (40, 20, 0), noise=lambda t: torch.ones(1, 1, 4),
-        variance="learned_range", parameterization=Parameterization.of("x_0", LINEAR),
+        LINEAR,
+        denoise,
+        torch.zeros(1, 1, 4),
+        (40, 20, 0),
+        noise=lambda t: torch.ones(1, 1, 4),
+        variance="learned_range",
+        parameterization=Parameterization.of("x_0", LINEAR),
         on_step=lambda t, x_t, x_0: seen.update({t: x_t[0, 0, 0].item()}),
-    )  # fmt: skip
+    )
     a, a_s = (float(LINEAR.alpha_bar[t]) for t in (40, 20))
     beta = 1 - a / a_s
     small = beta * (1 - a_s) / (1 - a)
@@ -77,9 +82,13 @@ def test_a_learned_variance_is_the_one_that_is_added() -> None:
 def test_a_variance_of_every_step_is_refused_for_some() -> None:
     with pytest.raises(ValueError, match=r"learned with 2 of 40 steps; .* train learned_range"):
         ancestral(
-            LINEAR, lambda x, t: x, torch.zeros(1, 1), (40, 20, 0),
-            noise=lambda t: torch.zeros(1, 1), variance="learned",
-        )  # fmt: skip
+            LINEAR,
+            lambda x, t: x,
+            torch.zeros(1, 1),
+            (40, 20, 0),
+            noise=lambda t: torch.zeros(1, 1),
+            variance="learned",
+        )
 
 
 def test_a_learned_logarithm_is_taken_as_it_is() -> None:
@@ -88,9 +97,13 @@ def test_a_learned_logarithm_is_taken_as_it_is() -> None:
     assert torch.equal(learned_log_variance(raw, "learned", raw, raw), raw)
     seen: list[float] = []
     ancestral(
-        LINEAR, lambda x, t: torch.cat([0 * x, 0 * x - 3], 1), torch.zeros(1, 1, 4),
-        uniform_steps(40, 40), noise=lambda t: torch.ones(1, 1, 4), variance="learned",
+        LINEAR,
+        lambda x, t: torch.cat([0 * x, 0 * x - 3], 1),
+        torch.zeros(1, 1, 4),
+        uniform_steps(40, 40),
+        noise=lambda t: torch.ones(1, 1, 4),
+        variance="learned",
         parameterization=Parameterization.of("x_0", LINEAR),
         on_step=lambda t, x_t, x_0: seen.append(x_t[0, 0, 0].item()),
-    )  # fmt: skip
+    )
     assert seen[1] == pytest.approx(math.exp(-1.5))

@@ -22,22 +22,35 @@ from tests.runs.job import TINY_RUN
 AS_ROOT = "unshare", "--user", "--map-root-user"
 STEPS, TRIAL_STEPS, TRIALS = 150, 60, 4
 SWEEP = (
-    "python", "jobs/sweep.py", "conf/sweep/quick.yaml", *(f"run.{key}" for key in TINY_RUN),
-    "run.data.url=s3://bucket/digits", "run.storage=s3://bucket/runs",
+    "python",
+    "jobs/sweep.py",
+    "conf/sweep/quick.yaml",
+    *(f"run.{key}" for key in TINY_RUN),
+    "run.data.url=s3://bucket/digits",
+    "run.storage=s3://bucket/runs",
     "space=[{schedule.kind: [cosine, sigmoid], schedule.num_steps: [1000, 250]}]",
-    "stopping.every_steps=20", f"run.training.steps={TRIAL_STEPS}",
-    "run.training.grid_every_steps=20", "run.training.checkpoint_every_steps=20",
-)  # fmt: skip
+    "stopping.every_steps=20",
+    f"run.training.steps={TRIAL_STEPS}",
+    "run.training.grid_every_steps=20",
+    "run.training.checkpoint_every_steps=20",
+)
 
 
 def training(steps: int, checkpoint_every_steps: int) -> tuple[str, ...]:
     """The command of a run of two workers from the bucket, where digits are packed at need."""
     return (
-        "python", "jobs/train.py", "conf/train/digits.yaml", *TINY_RUN,
-        "data.url=s3://bucket/digits", "storage=s3://bucket/runs", "cluster.num_workers=2",
-        f"training.steps={steps}", f"training.checkpoint_every_steps={checkpoint_every_steps}",
-        "training.log_every_steps=25", "training.grid_every_steps=50",
-    )  # fmt: skip
+        "python",
+        "jobs/train.py",
+        "conf/train/digits.yaml",
+        *TINY_RUN,
+        "data.url=s3://bucket/digits",
+        "storage=s3://bucket/runs",
+        "cluster.num_workers=2",
+        f"training.steps={steps}",
+        f"training.checkpoint_every_steps={checkpoint_every_steps}",
+        "training.log_every_steps=25",
+        "training.grid_every_steps=50",
+    )
 
 
 class Demo:

@@ -28,9 +28,12 @@ EXCHANGES: dict[str, Callable[[Workers, nn.Module], Any]] = {
 
 def work(rank: int, meeting: str, exchange: str) -> None:
     dist.init_process_group(
-        "gloo", init_method=f"file://{meeting}-{exchange}", rank=rank, world_size=2,
+        "gloo",
+        init_method=f"file://{meeting}-{exchange}",
+        rank=rank,
+        world_size=2,
         timeout=timedelta(seconds=60),
-    )  # fmt: skip
+    )
     network = DistributedDataParallel(nn.Linear(3, 1))
     workers = Workers(rank, 2)
     EXCHANGES[exchange](workers, network)

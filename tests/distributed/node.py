@@ -59,10 +59,24 @@ class Node:
         self._started: list[subprocess.Popen[str]] = []
         folder.mkdir()
         self._first = subprocess.Popen(
-            ["unshare", *ISOLATED, "--fork", "--mount-proc", "--kill-child",
-             "bash", "-c", FIRST, str(folder), str(tmp), name],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True,
-        )  # fmt: skip
+            [
+                "unshare",
+                *ISOLATED,
+                "--fork",
+                "--mount-proc",
+                "--kill-child",
+                "bash",
+                "-c",
+                FIRST,
+                str(folder),
+                str(tmp),
+                name,
+            ],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
         assert self._first.stdout is not None
         if self._first.stdout.readline() != "up\n":
             raise NodeError(f"{name}: no namespaces: {lacking() or 'see the lines above'}")
@@ -75,9 +89,15 @@ class Node:
         with contextlib.ExitStack() as stack:
             output = stack.enter_context(self.log(log).open("w")) if log else subprocess.PIPE
             process = subprocess.Popen(
-                entered, env=self._environment, cwd=ROOT, text=True, start_new_session=True,
-                stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT if log else None,
-            )  # fmt: skip
+                entered,
+                env=self._environment,
+                cwd=ROOT,
+                text=True,
+                start_new_session=True,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT if log else None,
+            )
         self._started.append(process)
         return process
 

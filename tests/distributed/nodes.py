@@ -138,10 +138,22 @@ class Nodes:
         """
         environment = {"env_vars": JOB_ENVIRONMENT, "excludes": ["tests", "benchmarks"]}
         process = self.head.start(
-            "bash", "-c", 'exec "$@" 2>&1', "bash",
-            "ray", "job", "submit", "--submission-id", name, "--working-dir", str(ROOT),
-            "--runtime-env-json", json.dumps(environment), "--", *command,
-        )  # fmt: skip
+            "bash",
+            "-c",
+            'exec "$@" 2>&1',
+            "bash",
+            "ray",
+            "job",
+            "submit",
+            "--submission-id",
+            name,
+            "--working-dir",
+            str(ROOT),
+            "--runtime-env-json",
+            json.dumps(environment),
+            "--",
+            *command,
+        )
         limit = threading.Timer(timeout_s, end, (process,))
         limit.start()
         try:
@@ -229,10 +241,18 @@ class Nodes:
             role = ["--head", "--port", "6379", "--dashboard-host", "127.0.0.1"]
         cpus = self._cpus[self._all.index(node)]
         return node.start(
-            "ray", "start", *role, "--node-ip-address", node.address, "--num-cpus", str(cpus),
-            "--object-store-memory", str(200 * 1024**2), "--disable-usage-stats",
+            "ray",
+            "start",
+            *role,
+            "--node-ip-address",
+            node.address,
+            "--num-cpus",
+            str(cpus),
+            "--object-store-memory",
+            str(200 * 1024**2),
+            "--disable-usage-stats",
             log="ray-start",
-        )  # fmt: skip
+        )
 
     def _join(self) -> None:
         """Lay a line from each node to a bridge on the head."""
@@ -250,17 +270,40 @@ class Nodes:
     def _serve(self) -> None:
         """Start the bucket and MLflow, whose artifacts lie in it, on the head."""
         self.head.start(
-            "rclone", "serve", "s3", "--config", os.devnull, "--auth-key", "key,secret",
-            "--addr", f"{HEAD}:{S3_PORT}", str(self.bucket.parent), log="s3",
-        )  # fmt: skip
+            "rclone",
+            "serve",
+            "s3",
+            "--config",
+            os.devnull,
+            "--auth-key",
+            "key,secret",
+            "--addr",
+            f"{HEAD}:{S3_PORT}",
+            str(self.bucket.parent),
+            log="s3",
+        )
         settings = [f"{name}={value}" for name, value in JOB_ENVIRONMENT.items()]
         self.head.start(
-            "env", *settings, f"MLFLOW_S3_ENDPOINT_URL={JOB_ENVIRONMENT['AWS_ENDPOINT_URL']}",
+            "env",
+            *settings,
+            f"MLFLOW_S3_ENDPOINT_URL={JOB_ENVIRONMENT['AWS_ENDPOINT_URL']}",
             "MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false",  # else 8 more processes
-            "python", "-m", "mlflow", "server", "--host", HEAD, "--port", str(MLFLOW_PORT),
-            "--workers", "1", "--backend-store-uri", self.database,
-            "--artifacts-destination", "s3://bucket/mlflow", log="mlflow",
-        )  # fmt: skip
+            "python",
+            "-m",
+            "mlflow",
+            "server",
+            "--host",
+            HEAD,
+            "--port",
+            str(MLFLOW_PORT),
+            "--workers",
+            "1",
+            "--backend-store-uri",
+            self.database,
+            "--artifacts-destination",
+            "s3://bucket/mlflow",
+            log="mlflow",
+        )
 
     def _finish(self, node: Node, ray: subprocess.Popen[str]) -> None:
         if ray.wait(BOOT_S):

@@ -168,9 +168,12 @@ def test_no_secret_stands_in_it(name: str) -> None:
 
 @pytest.mark.parametrize(
     "planted",
-    ["export MLFLOW_AUTH_ADMIN_PASSWORD=hunter2hunter2", "AWS_SECRET_ACCESS_KEY: 'abc/DEF+0123'",
-     "{name: RAY_AUTH_TOKEN, value: x}\nRAY_AUTH_TOKEN: 0123456789abcdef"],
-)  # fmt: skip
+    [
+        "export MLFLOW_AUTH_ADMIN_PASSWORD=hunter2hunter2",
+        "AWS_SECRET_ACCESS_KEY: 'abc/DEF+0123'",
+        "{name: RAY_AUTH_TOKEN, value: x}\nRAY_AUTH_TOKEN: 0123456789abcdef",
+    ],
+)
 def test_a_secret_would_be_seen(planted: str) -> None:
     assert len(literals(planted)) == 1
 

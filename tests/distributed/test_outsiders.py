@@ -35,9 +35,11 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # MLflow'
 def outside() -> str:
     """An address of this machine that others could reach."""
     found = [
-        one.address for interface in psutil.net_if_addrs().values() for one in interface
+        one.address
+        for interface in psutil.net_if_addrs().values()
+        for one in interface
         if one.family == socket.AF_INET and not one.address.startswith("127.")
-    ]  # fmt: skip
+    ]
     if not found:
         pytest.skip("this machine has no address but its loopback's")
     return str(found[0])
@@ -159,9 +161,13 @@ def served(command: str, folder: Path, **environment: str) -> Iterator[tuple[int
     log = folder / "log"
     with log.open("w") as output:
         server = subprocess.Popen(
-            [sys.executable, "-m", *words], cwd=folder, env=kept | always | environment,
-            stdout=output, stderr=output, start_new_session=True,
-        )  # fmt: skip
+            [sys.executable, "-m", *words],
+            cwd=folder,
+            env=kept | always | environment,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
     try:
         until = time.monotonic() + ENDS_S
         while answer("127.0.0.1", port)[0] != 200:
@@ -186,9 +192,11 @@ def test_make_ui_is_for_this_machine_and_its_own_pages_alone(tmp_path: Path) -> 
         assert answer(outside(), port)[0] == 0
         family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
         open_ports = {
-            connection.laddr.ip for one in family for connection in one.net_connections()
+            connection.laddr.ip
+            for one in family
+            for connection in one.net_connections()
             if connection.status == psutil.CONN_LISTEN
-        }  # fmt: skip
+        }
         assert open_ports == {"127.0.0.1"}
         # What the browser of this machine's user would send for a page of somebody else.
         assert answer("127.0.0.1", port, "POST", CALL, Origin="https://evil.example")[0] == 403
@@ -202,8 +210,9 @@ def test_the_clusters_mlflow_lets_nobody_in_without_the_password(tmp_path: Path)
     ((_, command),) = (one for one in listeners("mlflow server") if one[0] == "cluster.yaml")
     command = command.replace("s3://YOUR-BUCKET/mlflow", str(tmp_path / "art"))
     secrets = {
-        "MLFLOW_FLASK_SERVER_SECRET_KEY": "0" * 64, "MLFLOW_AUTH_ADMIN_PASSWORD": "made-at-start-1"
-    }  # fmt: skip
+        "MLFLOW_FLASK_SERVER_SECRET_KEY": "0" * 64,
+        "MLFLOW_AUTH_ADMIN_PASSWORD": "made-at-start-1",
+    }
 
     def basic(user: str, password: str) -> str:
         return "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()

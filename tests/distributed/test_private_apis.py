@@ -21,70 +21,139 @@ from ddpm_ray.distributed import placement_groups
 
 # Where it is, the parameters that our call needs, and what goes wrong if it changes.
 CALLED: list[tuple[str, tuple[str, ...], str]] = [
-    ("ray.train.v2._internal.callbacks.placement_group_callback:PlacementGroupCleanerCallback", (),
-     "worker_group.py leaves it out; else it removes healthy groups"),
-    ("ray.train.v2._internal.callbacks.datasets:DatasetsCallback", (),
-     "worker_group.py leaves it out; else each start is 3 s longer"),
-    ("ray.train.torch:TorchTrainer._create_default_callbacks", ("self",),
-     "worker_group.py overrides it; else both callbacks are back"),
-    ("ray.train.torch:TorchTrainer._initialize_and_run_controller", ("self",),
-     "worker_group.py passes the elastic policy; else any number of workers"),
-    ("ray.train.v2._internal.execution.scaling_policy:ElasticScalingPolicy._count_possible_workers",
-     ("self", "reserved_resources"),
-     "elastic_scaling.py overrides it; else Ray takes any number of workers"),
-    ("ray.train.v2._internal.execution.scaling_policy:ElasticScalingPolicy"
-     ".make_decision_for_running_worker_group", ("self",),
-     "elastic_scaling.py overrides it; else no checkpoint before a resize"),
-    ("ray.train.v2._internal.execution.scaling_policy:ElasticScalingPolicy"
-     ".make_decision_for_non_running_worker_group", ("self",), "elastic_scaling.py: as above"),
-    ("ray.train.v2._internal.execution.failure_handling:FailurePolicy.make_decision",
-     ("self", "training_failed_error"), "failures.py: restarts do not say why"),
-    ("ray.train.v2._internal.exceptions:WorkerHealthCheckFailedError", ("failure",),
-     "failures.py: a killed worker is a page of Ray's"),
-    ("ray.train.v2.api.exceptions:WorkerGroupError", ("worker_failures",),
-     "failures.py: the reason of a failure is Ray's page on it"),
+    (
+        "ray.train.v2._internal.callbacks.placement_group_callback:PlacementGroupCleanerCallback",
+        (),
+        "worker_group.py leaves it out; else it removes healthy groups",
+    ),
+    (
+        "ray.train.v2._internal.callbacks.datasets:DatasetsCallback",
+        (),
+        "worker_group.py leaves it out; else each start is 3 s longer",
+    ),
+    (
+        "ray.train.torch:TorchTrainer._create_default_callbacks",
+        ("self",),
+        "worker_group.py overrides it; else both callbacks are back",
+    ),
+    (
+        "ray.train.torch:TorchTrainer._initialize_and_run_controller",
+        ("self",),
+        "worker_group.py passes the elastic policy; else any number of workers",
+    ),
+    (
+        "ray.train.v2._internal.execution.scaling_policy:ElasticScalingPolicy._count_possible_workers",
+        ("self", "reserved_resources"),
+        "elastic_scaling.py overrides it; else Ray takes any number of workers",
+    ),
+    (
+        "ray.train.v2._internal.execution.scaling_policy:ElasticScalingPolicy"
+        ".make_decision_for_running_worker_group",
+        ("self",),
+        "elastic_scaling.py overrides it; else no checkpoint before a resize",
+    ),
+    (
+        "ray.train.v2._internal.execution.scaling_policy:ElasticScalingPolicy"
+        ".make_decision_for_non_running_worker_group",
+        ("self",),
+        "elastic_scaling.py: as above",
+    ),
+    (
+        "ray.train.v2._internal.execution.failure_handling:FailurePolicy.make_decision",
+        ("self", "training_failed_error"),
+        "failures.py: restarts do not say why",
+    ),
+    (
+        "ray.train.v2._internal.exceptions:WorkerHealthCheckFailedError",
+        ("failure",),
+        "failures.py: a killed worker is a page of Ray's",
+    ),
+    (
+        "ray.train.v2.api.exceptions:WorkerGroupError",
+        ("worker_failures",),
+        "failures.py: the reason of a failure is Ray's page on it",
+    ),
     ("ray.train.v2._internal.execution.scaling_policy:NoopDecision", (), "elastic_scaling.py"),
     ("ray.train.v2._internal.execution.scaling_policy:ResizeDecision", (), "elastic_scaling.py"),
-    ("ray.train.torch.config:_TorchBackend.on_start", ("self", "worker_group", "backend_config"),
-     "rendezvous.py overrides it; else torch's store listens on every interface"),
-    ("ray.train.v2._internal.execution.worker_group:WorkerGroup.get_worker_group_state", ("self",),
-     "startup.py: no group starts"),
-    ("ray.train.v2._internal.execution.worker_group:WorkerGroup.get_workers", ("self",),
-     "startup.py: no group starts"),
-    ("ray.train.torch.config:get_address_and_port", (),
-     "rendezvous.py replaces it; else torch's store listens on every interface"),
+    (
+        "ray.train.torch.config:_TorchBackend.on_start",
+        ("self", "worker_group", "backend_config"),
+        "rendezvous.py overrides it; else torch's store listens on every interface",
+    ),
+    (
+        "ray.train.v2._internal.execution.worker_group:WorkerGroup.get_worker_group_state",
+        ("self",),
+        "startup.py: no group starts",
+    ),
+    (
+        "ray.train.v2._internal.execution.worker_group:WorkerGroup.get_workers",
+        ("self",),
+        "startup.py: no group starts",
+    ),
+    (
+        "ray.train.torch.config:get_address_and_port",
+        (),
+        "rendezvous.py replaces it; else torch's store listens on every interface",
+    ),
     ("ray.train.torch:TorchConfig.backend_cls", (), "rendezvous.py: as above"),
     ("torch.distributed:TCPStore", (), "rendezvous.py: as above"),
-    ("ray._private.state:GlobalState.get_draining_nodes", ("self",),
-     "placement_groups.py: no checkpoint before a node is removed"),
-    ("ray._private.state:GlobalState.get_max_resources_from_cluster_config", ("self",),
-     "capacity.py: a sweep on an autoscaler starts too few trials"),
-    ("ray.tune.schedulers:MedianStoppingRule.on_trial_result",
-     ("self", "tune_controller", "trial", "result"), "early_stopping.py: no early stopping"),
-    ("ray.tune.schedulers:AsyncHyperBandScheduler.on_trial_result",
-     ("self", "tune_controller", "trial", "result"), "early_stopping.py: no early stopping"),
+    (
+        "ray._private.state:GlobalState.get_draining_nodes",
+        ("self",),
+        "placement_groups.py: no checkpoint before a node is removed",
+    ),
+    (
+        "ray._private.state:GlobalState.get_max_resources_from_cluster_config",
+        ("self",),
+        "capacity.py: a sweep on an autoscaler starts too few trials",
+    ),
+    (
+        "ray.tune.schedulers:MedianStoppingRule.on_trial_result",
+        ("self", "tune_controller", "trial", "result"),
+        "early_stopping.py: no early stopping",
+    ),
+    (
+        "ray.tune.schedulers:AsyncHyperBandScheduler.on_trial_result",
+        ("self", "tune_controller", "trial", "result"),
+        "early_stopping.py: no early stopping",
+    ),
     ("ray._raylet:PlacementGroupID", (), "placement_groups.py: groups are not removed"),
-    ("ray.util.placement_group:PlacementGroup", ("id",),
-     "placement_groups.py: groups are not removed"),
+    (
+        "ray.util.placement_group:PlacementGroup",
+        ("id",),
+        "placement_groups.py: groups are not removed",
+    ),
     ("ray.util:placement_group_table", (), "placement_groups.py: leaked groups stay"),
-    ("ray.util:remove_placement_group", ("placement_group",),
-     "placement_groups.py: leaked groups stay"),
+    (
+        "ray.util:remove_placement_group",
+        ("placement_group",),
+        "placement_groups.py: leaked groups stay",
+    ),
     ("ray.util:get_current_placement_group", (), "placement_groups.py: a group cannot name itself"),
     ("mlflow.entities:Metric", ("key", "value", "timestamp", "step"), "run_log.py: rows"),
     ("mlflow:MlflowClient.log_batch", ("run_id", "metrics"), "run_log.py: rows"),
-    ("mlflow.data.dataset:Dataset._to_mlflow_entity", ("self",),
-     "mlflow_runs.py: the run does not name its data set"),
-    ("s3fs:S3FileSystem._call_s3", ("method",),
-     "object_store.py: s3fs retries by itself, and longer"),
-    ("s3fs:S3FileSystem._get_s3_method_kwargs", ("method",),
-     "object_store.py: checksums of uploads"),
+    (
+        "mlflow.data.dataset:Dataset._to_mlflow_entity",
+        ("self",),
+        "mlflow_runs.py: the run does not name its data set",
+    ),
+    (
+        "s3fs:S3FileSystem._call_s3",
+        ("method",),
+        "object_store.py: s3fs retries by itself, and longer",
+    ),
+    (
+        "s3fs:S3FileSystem._get_s3_method_kwargs",
+        ("method",),
+        "object_store.py: checksums of uploads",
+    ),
     ("s3fs.errors:translate_boto_error", ("error",), "object_store.py: no bucket can be read"),
     ("torch:_foreach_lerp_", (), "ema.py: no average of weights"),
     ("torch.backends:cudnn.conv.fp32_precision", (), "features.py: FID in TF32"),
     ("torch.backends:cudnn.rnn.fp32_precision", (), "features.py: FID in TF32"),
     ("torch.backends:cuda.matmul.fp32_precision", (), "features.py: FID in TF32"),
     ("torch.distributed:batch_isend_irecv", ("p2p_op_list",), "workers.py: elastic reduction"),
-]  # fmt: skip
+]
 
 
 def found(path: str) -> Any:
@@ -127,8 +196,14 @@ def test_the_head_node_s_own_resource_has_the_name_that_we_use() -> None:
 def test_ray_still_names_it_so(text: str, degrades: str) -> None:
     """Names that are in no signature: in the package's own source."""
     folder = Path(ray.__file__).parent
-    places = ("_private/runtime_env", "_private/ray_constants.py", "dashboard/modules/job",
-              "job_config.py", "_private/node.py", "_private/worker.py")  # fmt: skip
+    places = (
+        "_private/runtime_env",
+        "_private/ray_constants.py",
+        "dashboard/modules/job",
+        "job_config.py",
+        "_private/node.py",
+        "_private/worker.py",
+    )
     files = [file for place in places for file in (folder / place, *(folder / place).glob("*.py"))]
     assert any(text.encode() in file.read_bytes() for file in files if file.is_file()), degrades
 

@@ -47,10 +47,14 @@ def started(*arguments: str, ignoring: int | None = None) -> subprocess.Popen[st
             signal.signal(ignoring, signal.SIG_IGN)
 
     return subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, *arguments], text=True, start_new_session=True,
-        preexec_fn=ignore, cwd=Path(__file__).parents[2],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+        [sys.executable, "-c", PROGRAM, *arguments],
+        text=True,
+        start_new_session=True,
+        preexec_fn=ignore,
+        cwd=Path(__file__).parents[2],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 def wait_for(process: subprocess.Popen[str], line: str) -> None:
@@ -128,12 +132,20 @@ def test_output_to_a_closed_terminal_is_no_error(
 ) -> None:
     """The kernel sends SIGHUP, and each write from then on would raise OSError (EIO)."""
     terminal, end = pty.openpty()
-    program = [sys.executable, "-c", "import fcntl, sys, termios\n"
-               "fcntl.ioctl(2, termios.TIOCSCTTY, 0)" + PROGRAM]  # fmt: skip
+    program = [
+        sys.executable,
+        "-c",
+        "import fcntl, sys, termios\nfcntl.ioctl(2, termios.TIOCSCTTY, 0)" + PROGRAM,
+    ]
     process = subprocess.Popen(
-        program, stdin=end, stdout=end, stderr=end, text=True, start_new_session=True,
+        program,
+        stdin=end,
+        stdout=end,
+        stderr=end,
+        text=True,
+        start_new_session=True,
         cwd=Path(__file__).parents[2],
-    )  # fmt: skip
+    )
     bounded.append(process)
     os.close(end)
     said = b""

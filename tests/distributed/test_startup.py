@@ -117,9 +117,11 @@ def settings(tmp_path: Path) -> dict[str, Any]:
     places = [f"data.url={urls[0]}", f"evaluation.held_out_url={urls[1]}", f"storage={tmp_path}"]
     config = load(RunConfig, None, [*TINY, *places])
     return {
-        "config": to_dict(config), "folder": str(tmp_path / "tiny"), "identity": "identity",
+        "config": to_dict(config),
+        "folder": str(tmp_path / "tiny"),
+        "identity": "identity",
         "fingerprints": {url: open_dataset(url).fingerprint for url in urls},
-    }  # fmt: skip
+    }
 
 
 def assemble(settings: dict[str, Any]) -> None:

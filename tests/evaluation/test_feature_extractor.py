@@ -90,9 +90,11 @@ def test_the_flags_are_put_back_though_two_threads_look_at_images() -> None:
 def test_the_provenance_says_on_what_and_how(monkeypatch: pytest.MonkeyPatch) -> None:
     reported = sample_quality.arithmetic(torch.device("cpu"))
     assert reported == {
-        "device": "cpu", "samples_tf32": False, "features": "float32 without TF32",
+        "device": "cpu",
+        "samples_tf32": False,
+        "features": "float32 without TF32",
         "deterministic": False,
-    }  # fmt: skip
+    }
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
     reported = sample_quality.arithmetic(torch.device("cuda:1"))
     assert (reported["device"], reported["samples_tf32"]) == (

@@ -74,8 +74,11 @@ def test_a_whole_release_file_fills_every_layer(legacy: bool, tmp_path: Path) ->
     """The published file is of the older kind, which is no zip archive."""
     with torch.device("meta"):
         shapes = Inception((768,)).layers.state_dict()
-    layers = {name.removesuffix(".weight"): tuple(value.shape)
-              for name, value in shapes.items() if name.endswith(".weight")}  # fmt: skip
+    layers = {
+        name.removesuffix(".weight"): tuple(value.shape)
+        for name, value in shapes.items()
+        if name.endswith(".weight")
+    }
     torch.save(release(layers), tmp_path / "w.pth", _use_new_zipfile_serialization=not legacy)
     network = load_inception(tmp_path / "w.pth", (768,))
     assert not any(parameter.is_meta for parameter in network.parameters())

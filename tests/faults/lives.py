@@ -38,14 +38,26 @@ from ddpm_ray.training.writer_lease import Lease
 
 STEPS, EVERY = 24, 5
 TINY = (
-    "name=tiny", "schedule.num_steps=60", "model.base_channels=4", "model.groups=2",
-    "model.channel_mults=[1,2]", "model.blocks_per_level=1", "model.attention_resolutions=[4]",
-    "model.dropout=0.1", f"training.steps={STEPS}", f"training.checkpoint_every_steps={EVERY}",
-    "training.global_batch_size=8", "training.log_every_steps=4", "training.learning_rate=3e-3",
-    "training.grid_every_steps=0", "training.ema_decay_per_step=0.8", "sampling.steps=2",
-    "evaluation.validation_every_steps=6", "evaluation.validation_images=16",
+    "name=tiny",
+    "schedule.num_steps=60",
+    "model.base_channels=4",
+    "model.groups=2",
+    "model.channel_mults=[1,2]",
+    "model.blocks_per_level=1",
+    "model.attention_resolutions=[4]",
+    "model.dropout=0.1",
+    f"training.steps={STEPS}",
+    f"training.checkpoint_every_steps={EVERY}",
+    "training.global_batch_size=8",
+    "training.log_every_steps=4",
+    "training.learning_rate=3e-3",
+    "training.grid_every_steps=0",
+    "training.ema_decay_per_step=0.8",
+    "sampling.steps=2",
+    "evaluation.validation_every_steps=6",
+    "evaluation.validation_images=16",
     "tracking.flush_every_s=0.02",
-)  # fmt: skip
+)
 LIFE_S = 180  # most seconds of one life; it takes one or two, more while MLflow is away
 
 _server = multiprocessing.get_context("forkserver")
@@ -98,9 +110,18 @@ class Life:
     @property
     def metadata(self) -> RunMetadata:
         return RunMetadata(
-            self.config.tracking.uri, "faults", "tiny", "identity", str(self.folder / "artifacts"),
-            "", {}, {}, to_yaml(self.config), self.data, "fingerprint",
-        )  # fmt: skip
+            self.config.tracking.uri,
+            "faults",
+            "tiny",
+            "identity",
+            str(self.folder / "artifacts"),
+            "",
+            {},
+            {},
+            to_yaml(self.config),
+            self.data,
+            "fingerprint",
+        )
 
     def drive(self) -> None:
         """What the driver does before it starts workers: find the MLflow run, take its lease."""
@@ -116,12 +137,15 @@ class Life:
         assert self.lease is not None
         self.lives += 1
         settings = {
-            "config": to_dict(self.config), "folder": str(self.folder / "tiny"),
-            "identity": "identity", "lease": vars(self.lease), "metadata": vars(self.metadata),
+            "config": to_dict(self.config),
+            "folder": str(self.folder / "tiny"),
+            "identity": "identity",
+            "lease": vars(self.lease),
+            "metadata": vars(self.metadata),
             "tracked": vars(self.tracked) if self.tracked else None,
             "draws": str(self.folder / f"draws-{self.lives}-") if self.record_draws else "",
             "meter": str(self.folder / "meter") if self.meter else "",
-        }  # fmt: skip
+        }
         meeting = self.folder / f"meeting-{self.lives}"
         workers = [
             _server.Process(target=_work, args=(rank, count, str(meeting), settings, planned))
@@ -189,9 +213,12 @@ def _work(rank: int, count: int, meeting: str, settings: dict[str, Any], planned
     if planned:
         os.environ[fault_injection.VARIABLE] = planned
     dist.init_process_group(
-        "gloo", init_method=f"file://{meeting}", rank=rank, world_size=count,
+        "gloo",
+        init_method=f"file://{meeting}",
+        rank=rank,
+        world_size=count,
         timeout=timedelta(seconds=LIFE_S),
-    )  # fmt: skip
+    )
     config = from_dict(RunConfig, settings["config"])
     show = partial(_show, settings["meter"])
     run = assemble(config, settings, show, Workers(rank, count))

@@ -11,9 +11,11 @@ from tests.faults.schedules import kill
 
 STEPS, KILLS, WORKERS = 1000, 100, 2
 LONG = (
-    *TINY, f"training.steps={STEPS}", "training.checkpoint_every_steps=20",
+    *TINY,
+    f"training.steps={STEPS}",
+    "training.checkpoint_every_steps=20",
     "evaluation.validation_every_steps=250",
-)  # fmt: skip
+)
 
 pytestmark = [
     pytest.mark.slow,

@@ -52,21 +52,40 @@ HALF, STEPS = 4, 8
 FOLDER = Path(__file__).parent / "made_by_820f16a"
 CLASSES, IMAGES, SIDE, SHARD_SAMPLES = ("owl", "tit", "wren"), 40, 8, 16
 COMMON = (
-    "schedule.num_steps=60", "model.base_channels=2", "model.groups=1", "model.channel_mults=[1,2]",
-    "model.blocks_per_level=1", "model.attention_resolutions=[4]", "model.num_classes=3",
-    "model.dropout=0.1", "training.global_batch_size=8", "training.learning_rate=3e-3",
-    "training.grid_every_steps=0", "training.ema_decay_per_step=0.8",
-    f"training.checkpoint_every_steps={HALF}", f"training.log_every_steps={HALF}",
-    "training.keep_checkpoints=2", "sampling.steps=2", "tracking.flush_every_s=0.02",
-    "evaluation.spectrum_every_steps=2", "evaluation.spectrum_images=16",
-)  # fmt: skip
+    "schedule.num_steps=60",
+    "model.base_channels=2",
+    "model.groups=1",
+    "model.channel_mults=[1,2]",
+    "model.blocks_per_level=1",
+    "model.attention_resolutions=[4]",
+    "model.num_classes=3",
+    "model.dropout=0.1",
+    "training.global_batch_size=8",
+    "training.learning_rate=3e-3",
+    "training.grid_every_steps=0",
+    "training.ema_decay_per_step=0.8",
+    f"training.checkpoint_every_steps={HALF}",
+    f"training.log_every_steps={HALF}",
+    "training.keep_checkpoints=2",
+    "sampling.steps=2",
+    "tracking.flush_every_s=0.02",
+    "evaluation.spectrum_every_steps=2",
+    "evaluation.spectrum_images=16",
+)
 SWEEP = (
-    *(f"run.{key}" for key in COMMON), "name=quick", f"run.training.steps={STEPS}",
+    *(f"run.{key}" for key in COMMON),
+    "name=quick",
+    f"run.training.steps={STEPS}",
     "space=[{schedule.kind: [cosine, linear, sigmoid]}]",
-    "run.evaluation.num_images=8", "run.evaluation.features=digits",
-    "run.evaluation.kernel_distance=false", "search.kind=grid", "stopping.kind=median",
-    "stopping.every_steps=2", "pruning.max_useless_share=1", "pruning.max_prior_bits_per_dim=9",
-)  # fmt: skip
+    "run.evaluation.num_images=8",
+    "run.evaluation.features=digits",
+    "run.evaluation.kernel_distance=false",
+    "search.kind=grid",
+    "stopping.kind=median",
+    "stopping.every_steps=2",
+    "pruning.max_useless_share=1",
+    "pruning.max_prior_bits_per_dim=9",
+)
 INTERRUPTED = 1  # the trial that is half done
 
 
@@ -126,9 +145,13 @@ def digests(checkpoint: str) -> dict[str, str]:
 def streamed(url: str) -> list[str]:
     """The sha256 of each of 12 batches of 10 images of the set at `url`: pixels, labels, keys."""
     stream = ShardStream(
-        open_dataset(url), seed=3, global_batch_size=10, positions=range(10), lanes=2,
+        open_dataset(url),
+        seed=3,
+        global_batch_size=10,
+        positions=range(10),
+        lanes=2,
         window_bytes=1000,
-    )  # fmt: skip
+    )
     found = []
     for step in range(12):
         batch, keys = stream.batch(step), stream.keys(step)
@@ -140,8 +163,10 @@ def streamed(url: str) -> list[str]:
 
 def _places(home: Path) -> list[str]:
     return [
-        f"data.url={home / 'data'}", f"storage={home}", f"tracking.uri=sqlite:///{home}/mlflow.db",
-    ]  # fmt: skip
+        f"data.url={home / 'data'}",
+        f"storage={home}",
+        f"tracking.uri=sqlite:///{home}/mlflow.db",
+    ]
 
 
 def _bytes(tensor: torch.Tensor) -> bytes:

@@ -33,24 +33,42 @@ from tests.noise import pack_noise
 HALF, STEPS = 4, 8
 FOLDER = Path(__file__).parent / "old_runs"
 COMMON = (
-    "schedule.num_steps=60", "model.base_channels=4", "model.groups=2", "model.channel_mults=[1,2]",
-    "model.blocks_per_level=1", "model.attention_resolutions=[4]", "model.dropout=0.1",
-    "training.global_batch_size=8", "training.learning_rate=3e-3", "training.grid_every_steps=0",
-    "training.ema_decay_per_step=0.8", f"training.checkpoint_every_steps={HALF}",
-    "training.keep_checkpoints=2", "sampling.steps=2", "tracking.flush_every_s=0.02",
-    "evaluation.num_images=0", "data.flip=true",
-)  # fmt: skip
+    "schedule.num_steps=60",
+    "model.base_channels=4",
+    "model.groups=2",
+    "model.channel_mults=[1,2]",
+    "model.blocks_per_level=1",
+    "model.attention_resolutions=[4]",
+    "model.dropout=0.1",
+    "training.global_batch_size=8",
+    "training.learning_rate=3e-3",
+    "training.grid_every_steps=0",
+    "training.ema_decay_per_step=0.8",
+    f"training.checkpoint_every_steps={HALF}",
+    "training.keep_checkpoints=2",
+    "sampling.steps=2",
+    "tracking.flush_every_s=0.02",
+    "evaluation.num_images=0",
+    "data.flip=true",
+)
 RUNS = {
     "ho": ("evaluation.spectrum_every_steps=2", "evaluation.spectrum_images=16"),
     "toolbox": (
-        "objective.variance=learned_range", "objective.loss=hybrid", "objective.prediction=v",
-        "objective.timesteps=second_moment", "objective.self_conditioning=true",
-        "objective.offset_noise=0.1", "training.ema_more_decays=[0.5]",
-        "training.reduction=elastic", "training.reduction_slots=2",
-        "training.on_divergence=skip", "training.spike_factor=5",
-        "schedule.kind=cosine", "training.warmup_steps=3",
+        "objective.variance=learned_range",
+        "objective.loss=hybrid",
+        "objective.prediction=v",
+        "objective.timesteps=second_moment",
+        "objective.self_conditioning=true",
+        "objective.offset_noise=0.1",
+        "training.ema_more_decays=[0.5]",
+        "training.reduction=elastic",
+        "training.reduction_slots=2",
+        "training.on_divergence=skip",
+        "training.spike_factor=5",
+        "schedule.kind=cosine",
+        "training.warmup_steps=3",
     ),
-}  # fmt: skip
+}
 
 
 def train(name: str, home: Path, steps: int) -> dict[str, torch.Tensor]:

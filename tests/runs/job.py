@@ -20,10 +20,15 @@ from tests.limits import JOB_S
 ROOT = Path(__file__).parents[2]
 # A network of 0.1 M parameters, and samples that cost as little.
 TINY_RUN = (
-    "model.base_channels=16", "model.channel_mults=[1,2]", "model.groups=4",
-    "model.attention_resolutions=[4]", "training.global_batch_size=64", "training.warmup_steps=10",
-    "sampling.steps=5", "evaluation.num_images=32",
-)  # fmt: skip
+    "model.base_channels=16",
+    "model.channel_mults=[1,2]",
+    "model.groups=4",
+    "model.attention_resolutions=[4]",
+    "training.global_batch_size=64",
+    "training.warmup_steps=10",
+    "sampling.steps=5",
+    "evaluation.num_images=32",
+)
 
 
 @dataclass
@@ -50,9 +55,14 @@ class Job:
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         environment.pop("MLFLOW_TRACKING_URI", None)  # MLflow itself puts there what a test set
         process = subprocess.Popen(
-            command, cwd=self.folder, env=environment, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
-        )  # fmt: skip
+            command,
+            cwd=self.folder,
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
         assert process.stderr is not None
         assert process.stdout is not None
         limit = threading.Timer(self.limit_s, lambda: os.killpg(process.pid, signal.SIGKILL))

@@ -21,9 +21,16 @@ from tests.noise import pack_noise
 ROOT = Path(__file__).parents[2]
 CANARY = "canary/5f3c+{}"  # with what URLs and JSON spell otherwise
 SECRETS = (
-    "AWS_SECRET_ACCESS_KEY", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "RAY_AUTH_TOKEN",
-    "HF_TOKEN", "WANDB_API_KEY", "GITHUB_TOKEN", "MLFLOW_FLASK_SERVER_SECRET_KEY", "PGPASSWORD",
-)  # fmt: skip
+    "AWS_SECRET_ACCESS_KEY",
+    "MLFLOW_TRACKING_PASSWORD",
+    "MLFLOW_TRACKING_TOKEN",
+    "RAY_AUTH_TOKEN",
+    "HF_TOKEN",
+    "WANDB_API_KEY",
+    "GITHUB_TOKEN",
+    "MLFLOW_FLASK_SERVER_SECRET_KEY",
+    "PGPASSWORD",
+)
 
 SCRIPT = """
 import os, sys
@@ -65,14 +72,27 @@ for name, expected in (("public-runs", 0), ("fails", 1)):
     assert main(Job("train", "", RunConfig, job)) == expected
 """
 TINY = (
-    "schedule.num_steps=20", "model.base_channels=4", "model.groups=2", "model.channel_mults=[1]",
-    "model.blocks_per_level=1", "model.attention_resolutions=[]", "training.steps=4",
-    "training.checkpoint_every_steps=2", "training.global_batch_size=8", "sampling.steps=2",
-    "training.log_every_steps=2", "training.grid_every_steps=2", "evaluation.num_images=16",
-    "evaluation.features=digits", "evaluation.kernel_distance_images=8",
-    "evaluation.validation_every_steps=2", "evaluation.validation_images=16",
-    "sampling.batch_size=8", "data.url=s3://bucket/noise", "storage=s3://bucket/runs",
-)  # fmt: skip
+    "schedule.num_steps=20",
+    "model.base_channels=4",
+    "model.groups=2",
+    "model.channel_mults=[1]",
+    "model.blocks_per_level=1",
+    "model.attention_resolutions=[]",
+    "training.steps=4",
+    "training.checkpoint_every_steps=2",
+    "training.global_batch_size=8",
+    "sampling.steps=2",
+    "training.log_every_steps=2",
+    "training.grid_every_steps=2",
+    "evaluation.num_images=16",
+    "evaluation.features=digits",
+    "evaluation.kernel_distance_images=8",
+    "evaluation.validation_every_steps=2",
+    "evaluation.validation_images=16",
+    "sampling.batch_size=8",
+    "data.url=s3://bucket/noise",
+    "storage=s3://bucket/runs",
+)
 
 
 @pytest.fixture
@@ -92,21 +112,31 @@ def environment(endpoint: str, home: Path) -> dict[str, str]:
     planted = {name: CANARY.format(name) for name in SECRETS}
     submitted = {"job_submission_id": "raysubmit_1"}
     job = {"metadata": submitted, "runtime_env": {"env_vars": planted}}
-    return inherited | planted | {
-        "AWS_ENDPOINT_URL": endpoint, "AWS_ACCESS_KEY_ID": "AKIAPLANTED", "AWS_REGION": "us-east-1",
-        "RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps(job), "HOME": str(home),
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-        "PLANTED_URL": f"http://me:{CANARY.format('url')}@mlflow.example.com",
-    }  # fmt: skip
+    return (
+        inherited
+        | planted
+        | {
+            "AWS_ENDPOINT_URL": endpoint,
+            "AWS_ACCESS_KEY_ID": "AKIAPLANTED",
+            "AWS_REGION": "us-east-1",
+            "RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps(job),
+            "HOME": str(home),
+            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+            "PLANTED_URL": f"http://me:{CANARY.format('url')}@mlflow.example.com",
+        }
+    )
 
 
 def repository(folder: Path) -> None:
     """A repository whose remote has a token in its address, as many have."""
     git = ["git", "-c", "user.name=a", "-c", "user.email=a@b.example"]
     address = f"https://me:{CANARY.format('git')}@github.com/me/x"
-    for words in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "a"],
-                  ["remote", "add", "origin", address]):  # fmt: skip
+    for words in (
+        ["init", "-q"],
+        ["commit", "-q", "--allow-empty", "-m", "a"],
+        ["remote", "add", "origin", address],
+    ):
         subprocess.run([*git, *words], cwd=folder, check=True)
 
 
@@ -120,9 +150,10 @@ def spellings(secret: str) -> list[bytes]:
 def holders(folder: Path, text: bytes) -> list[str]:
     """Files below `folder` that hold the bytes, in their content or their name."""
     return [
-        str(path.relative_to(folder)) for path in sorted(folder.rglob("*"))
+        str(path.relative_to(folder))
+        for path in sorted(folder.rglob("*"))
         if text in os.fsencode(path.name) or (path.is_file() and text in path.read_bytes())
-    ]  # fmt: skip
+    ]
 
 
 def test_no_planted_secret_is_found_in_anything_a_run_leaves(
@@ -136,9 +167,11 @@ def test_no_planted_secret_is_found_in_anything_a_run_leaves(
     pack_noise(str(stored / "bucket/noise"), images=45, side=8)
     places = f"tracking.uri=sqlite:///{home / 'mlflow.db'}", f"data.cache_dir={home / 'cache'}"
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, *TINY, *places], cwd=clone,
-        env=environment(endpoint, home), capture_output=True,
-    )  # fmt: skip
+        [sys.executable, "-c", SCRIPT, *TINY, *places],
+        cwd=clone,
+        env=environment(endpoint, home),
+        capture_output=True,
+    )
     said = done.stdout + done.stderr
     assert done.returncode == 0, said.decode()
     (home / "said").write_bytes(said)
@@ -156,10 +189,12 @@ def test_no_planted_secret_is_found_in_anything_a_run_leaves(
 def test_the_search_knows_each_spelling(tmp_path: Path) -> None:
     secret = CANARY.format("x")
     for number, held in enumerate(
-        [secret, quote(secret, safe=""), *(
-            base64.b64encode(f"{'u' * n}{secret}:and more".encode()).decode() for n in range(6)
-        )]
-    ):  # fmt: skip
+        [
+            secret,
+            quote(secret, safe=""),
+            *(base64.b64encode(f"{'u' * n}{secret}:and more".encode()).decode() for n in range(6)),
+        ]
+    ):
         (tmp_path / str(number)).write_text(f"before {held} after")
     seen = {path for spelling in spellings(secret) for path in holders(tmp_path, spelling)}
     assert seen == {str(number) for number in range(8)}

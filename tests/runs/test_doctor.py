@@ -89,7 +89,7 @@ def test_a_healthy_set_up_passes_and_nothing_is_left(
     place, uri = f"{s3}/{tmp_path.name}", f"http://127.0.0.1:{mlflow_server}"
     code, report, reported = job(
         tmp_path, f"storage={place}", f"tracking_uri={uri}", "timeout_s=60"
-    )  # fmt: skip
+    )
     assert code == 0, reported
     assert report["failed"] == []
     found = {one["check"]: one for one in report["findings"]}
@@ -109,9 +109,12 @@ def test_each_broken_part_is_one_line_with_its_remedy(
     bucket = use_s3(s3_server, "wrong")
     dead = free_port()
     code, report, reported = job(
-        tmp_path, f"storage={bucket}/runs", f"tracking_uri=http://127.0.0.1:{dead}",
-        f"address=127.0.0.1:{dead}", "timeout_s=60",
-    )  # fmt: skip
+        tmp_path,
+        f"storage={bucket}/runs",
+        f"tracking_uri=http://127.0.0.1:{dead}",
+        f"address=127.0.0.1:{dead}",
+        "timeout_s=60",
+    )
     assert code == 1
     assert report["failed"] == ["storage", "MLflow", "Ray"]
     found = {one["check"]: one for one in report["findings"]}
@@ -131,9 +134,12 @@ def test_servers_that_never_answer_are_reported_in_time(
 ) -> None:
     bucket, begun = use_s3(f"http://127.0.0.1:{silent}", "secret"), time.monotonic()
     code, report, reported = job(
-        tmp_path, f"storage={bucket}/runs", f"tracking_uri=http://127.0.0.1:{silent}",
-        f"address=127.0.0.1:{silent}", "timeout_s=12",  # 5 s of it are MLflow's, the rest its start
-    )  # fmt: skip
+        tmp_path,
+        f"storage={bucket}/runs",
+        f"tracking_uri=http://127.0.0.1:{silent}",
+        f"address=127.0.0.1:{silent}",
+        "timeout_s=12",  # 5 s of it are MLflow's, the rest its start
+    )
     assert time.monotonic() - begun < 20  # that the S3 client alone tries for a minute
     assert code == 1, reported
     assert report["failed"] == ["storage", "MLflow", "Ray"]
@@ -152,9 +158,12 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         "print(c.address_info['gcs_address'], flush=True); sys.stdin.read(); ray.shutdown()"
     )
     head = subprocess.Popen(
-        [sys.executable, "-c", script], text=True,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+        [sys.executable, "-c", script],
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
     assert head.stdout is not None
     yield head.stdout.readline().strip()
     with contextlib.suppress(subprocess.TimeoutExpired):

@@ -32,8 +32,12 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # MLflow'
 
 STEPS = 8
 ENDED: dict[str, Any] = {
-    "step": STEPS, "checkpoint": "", "scores": {}, "validation_losses": [], "undelivered": 0,
-}  # fmt: skip
+    "step": STEPS,
+    "checkpoint": "",
+    "scores": {},
+    "validation_losses": [],
+    "undelivered": 0,
+}
 
 
 @dataclass
@@ -46,11 +50,18 @@ class Place:
     @property
     def arguments(self) -> list[str]:
         return [
-            "job", "name=driven", f"storage={self.folder}", f"data.url={self.folder / 'data'}",
-            f"training.steps={STEPS}", f"tracking.uri={self.uri}", "model.base_channels=32",
-            f"tracking.experiment={self.folder.name}", "model.channel_mults=[1]",
-            "training.global_batch_size=8", "model.attention_resolutions=[4]",
-        ]  # fmt: skip
+            "job",
+            "name=driven",
+            f"storage={self.folder}",
+            f"data.url={self.folder / 'data'}",
+            f"training.steps={STEPS}",
+            f"tracking.uri={self.uri}",
+            "model.base_channels=32",
+            f"tracking.experiment={self.folder.name}",
+            "model.channel_mults=[1]",
+            "training.global_batch_size=8",
+            "model.attention_resolutions=[4]",
+        ]
 
     def statuses(self) -> list[str]:
         """Of all MLflow runs that there are."""

@@ -17,9 +17,12 @@ from tests.runs.job import ROOT, TINY_RUN, Job
 
 STEPS = 4000  # more than it comes to
 LONG = (
-    *TINY_RUN, f"training.steps={STEPS}", "training.log_every_steps=5",
-    "training.checkpoint_every_steps=4000", "training.grid_every_steps=0",
-)  # fmt: skip
+    *TINY_RUN,
+    f"training.steps={STEPS}",
+    "training.log_every_steps=5",
+    "training.checkpoint_every_steps=4000",
+    "training.grid_every_steps=0",
+)
 pytestmark = [
     pytest.mark.ray,
     pytest.mark.timeout(JOB_S + 100),
@@ -33,13 +36,20 @@ def test_a_closed_terminal_commits_a_checkpoint_and_leaves_nothing(tmp_path: Pat
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path / "scratch")}
     environment["RAY_TMPDIR"] = "/tmp"  # its sockets need short paths
     environment.pop("MLFLOW_TRACKING_URI", None)
-    script = "import fcntl, runpy, sys, termios; fcntl.ioctl(2, termios.TIOCSCTTY, 0); " \
-             "sys.argv.pop(0); runpy.run_path(sys.argv[0], run_name='__main__')"  # fmt: skip
+    script = (
+        "import fcntl, runpy, sys, termios; fcntl.ioctl(2, termios.TIOCSCTTY, 0); "
+        "sys.argv.pop(0); runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
     job, config = str(ROOT / "jobs/train.py"), str(ROOT / "conf/train/digits.yaml")
     process = subprocess.Popen(
-        [sys.executable, "-c", script, job, config, *LONG], cwd=tmp_path, env=environment,
-        stdin=end, stdout=end, stderr=end, start_new_session=True,
-    )  # fmt: skip
+        [sys.executable, "-c", script, job, config, *LONG],
+        cwd=tmp_path,
+        env=environment,
+        stdin=end,
+        stdout=end,
+        stderr=end,
+        start_new_session=True,
+    )
     os.close(end)
     limit = threading.Timer(JOB_S, process.kill)
     limit.start()

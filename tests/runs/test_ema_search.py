@@ -52,13 +52,19 @@ def wandering(folder: Path, *overrides: str) -> dict[str, Tensor]:
         RunConfig,
         None,
         [
-            "name=a", f"data.url={folder.parent / 'data'}", "schedule.num_steps=10",
+            "name=a",
+            f"data.url={folder.parent / 'data'}",
+            "schedule.num_steps=10",
             "sampling.steps=5",
-            "model.base_channels=4", "model.groups=2", "model.channel_mults=[1]",
-            "model.blocks_per_level=1", "model.attention_resolutions=[]",
-            f"training.steps={STEPS}", *overrides,
+            "model.base_channels=4",
+            "model.groups=2",
+            "model.channel_mults=[1]",
+            "model.blocks_per_level=1",
+            "model.attention_resolutions=[]",
+            f"training.steps={STEPS}",
+            *overrides,
         ],
-    )  # fmt: skip
+    )
     facts = {"config": to_dict(config), "image_shape": [8, 8, 1], "data_fingerprint": ""}
     state = training_run.training_state(config, ImageShape(8, 8, 1), torch.device("cpu"), facts)
     writer = CheckpointWriter(CheckpointStore(str(folder / "checkpoints")))
@@ -171,16 +177,21 @@ def test_the_provenance_says_which_average_was_scored(run: Path, tmp_path: Path)
     ema_search.search("run", replace(DIGITS, widths=(0.15,)), tmp_path, "best")
     reported = {}
     for name, url, ema in (
-        ("main", run, "ema"), ("tracked", run, "ema-width-0.1"), ("made", tmp_path / "best", "ema"),
-    ):  # fmt: skip
+        ("main", run, "ema"),
+        ("tracked", run, "ema-width-0.1"),
+        ("made", tmp_path / "best", "ema"),
+    ):
         known = checkpoint_loading.trained_model(str(url), ema=ema).provenance
         config = from_dict(RunConfig, known["config"])
         reported[name] = training_run.ema_provenance(config, known["step"], known["average"])
     assert reported["main"]["weights"] == "ema"
     assert reported["main"]["ema_decay_per_step"] == pytest.approx(61 / 70)  # still on its ramp
     assert reported["tracked"] == {
-        "weights": "ema-width-0.1", "step": STEPS, "training_seed": 0, "precision": "fp32"
-    }  # fmt: skip
+        "weights": "ema-width-0.1",
+        "step": STEPS,
+        "training_seed": 0,
+        "precision": "fp32",
+    }
     assert reported["made"]["weights"]["sigma_rel"] == TRUTH
     assert "ema_decay_per_step" not in reported["made"]
 
@@ -307,14 +318,21 @@ def test_two_workers_on_ray_find_what_one_finds(
     """The job itself, in a process of its own, beside one worker without Ray."""
     wandering(tmp_path / "run", *KEPT)
     asked = [
-        "widths=[0.1,0.25]", "sampling.steps=2", "evaluation.features=digits",
-        "evaluation.num_images=20", "evaluation.kernel_distance=false", "cluster.num_workers=2",
-    ]  # fmt: skip
+        "widths=[0.1,0.25]",
+        "sampling.steps=2",
+        "evaluation.features=digits",
+        "evaluation.num_images=20",
+        "evaluation.kernel_distance=false",
+        "cluster.num_workers=2",
+    ]
     ended = subprocess.run(
         [sys.executable, str(ROOT / "jobs/average.py"), "run", "--out", "best", *asked],
-        cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert ended.returncode == 0, ended.stderr
     found = json.loads(ended.stdout.splitlines()[-1])
     alone(monkeypatch)

@@ -37,9 +37,13 @@ def test_a_drill_without_faults_is_refused() -> None:
 
 def result(**changes: Any) -> FaultResult:
     whole: dict[str, Any] = {
-        "fault": "", "seconds": 60.0, "starts": [0], "seen_steps": 0, "end": ["a", "b", "c"],
+        "fault": "",
+        "seconds": 60.0,
+        "starts": [0],
+        "seen_steps": 0,
+        "end": ["a", "b", "c"],
         "losses": [(1, 0.5), (2, 0.25)],
-    }  # fmt: skip
+    }
     return FaultResult(**whole | changes)
 
 

@@ -51,11 +51,17 @@ def checkpoint(tmp_path: Path) -> str:
         RunConfig,
         None,
         [
-            "name=tiny", "data.url=/shards", "schedule.num_steps=9", "sampling.steps=3",
-            "model.base_channels=4", "model.groups=2", "model.channel_mults=[1]",
-            "model.blocks_per_level=1", "model.attention_resolutions=[]",
+            "name=tiny",
+            "data.url=/shards",
+            "schedule.num_steps=9",
+            "sampling.steps=3",
+            "model.base_channels=4",
+            "model.groups=2",
+            "model.channel_mults=[1]",
+            "model.blocks_per_level=1",
+            "model.attention_resolutions=[]",
         ],
-    )  # fmt: skip
+    )
     facts = {"config": to_dict(config), "image_shape": [4, 4, 3], "data_fingerprint": "f" * 64}
     state = training_run.training_state(config, ImageShape(4, 4, 3), torch.device("cpu"), facts)
     return CheckpointStore(str(tmp_path / "run/checkpoints")).save(state.snapshot([]))

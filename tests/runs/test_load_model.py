@@ -34,11 +34,21 @@ def model(tmp_path: Path, mlflow_database: str, monkeypatch: pytest.MonkeyPatch)
     """`runs:/<run id>/model` of a checkpoint, in the MLflow that the environment names."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_database)
     monkeypatch.chdir(tmp_path)
-    config = load(RunConfig, None, [
-        "name=tiny", f"data.url={tmp_path / 'data'}", "schedule.num_steps=9", "sampling.steps=3",
-        "model.base_channels=4", "model.groups=2", "model.channel_mults=[1]",
-        "model.blocks_per_level=1", "model.attention_resolutions=[]",
-    ])  # fmt: skip
+    config = load(
+        RunConfig,
+        None,
+        [
+            "name=tiny",
+            f"data.url={tmp_path / 'data'}",
+            "schedule.num_steps=9",
+            "sampling.steps=3",
+            "model.base_channels=4",
+            "model.groups=2",
+            "model.channel_mults=[1]",
+            "model.blocks_per_level=1",
+            "model.attention_resolutions=[]",
+        ],
+    )
     facts = {"config": to_dict(config), "image_shape": [4, 4, 1], "data_fingerprint": "f" * 64}
     state = training_run.training_state(config, ImageShape(4, 4, 1), torch.device("cpu"), facts)
     saved = CheckpointStore(str(tmp_path / "run/checkpoints")).save(state.snapshot([]))
@@ -70,9 +80,13 @@ def left(folder: Path) -> list[Path]:
 
 @pytest.mark.parametrize("job, out", [("sample", "grid.png"), ("export", "model")])
 def test_a_job_downloads_its_model_once(
-    job: str, out: str, model: str, downloads: list[str], tmp_path: Path,
+    job: str,
+    out: str,
+    model: str,
+    downloads: list[str],
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     """For the run's settings and for its weights."""
     monkeypatch.setattr(sys, "argv", [job, model, "--out", out])
     with pytest.raises(SystemExit, match=r"^0$"):

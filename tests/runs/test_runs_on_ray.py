@@ -18,10 +18,13 @@ from tests.runs.job import ROOT, TINY_RUN, Job, command_of, rows
 
 STEPS = 240  # some seconds: progress is told once a second
 TINY = (
-    *TINY_RUN, "model.dropout=0.1", f"training.steps={STEPS}",
-    "training.checkpoint_every_steps=50", "training.log_every_steps=20",
+    *TINY_RUN,
+    "model.dropout=0.1",
+    f"training.steps={STEPS}",
+    "training.checkpoint_every_steps=50",
+    "training.log_every_steps=20",
     "training.grid_every_steps=100",
-)  # fmt: skip
+)
 
 pytestmark = [
     pytest.mark.ray,

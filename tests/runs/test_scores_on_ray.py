@@ -17,18 +17,25 @@ from tests.runs.test_ema_search import KEPT, alone, wandering
 
 OWN = {"sampler": "ancestral", "steps": 3, "seed": 7}  # what the run is sampled with
 SCORED = (
-    "data_url=data", "evaluation.held_out_url=data", "evaluation.features=digits",
-    "evaluation.num_images=20", "evaluation.kernel_distance=false", "cluster.num_workers=1",
+    "data_url=data",
+    "evaluation.held_out_url=data",
+    "evaluation.features=digits",
+    "evaluation.num_images=20",
+    "evaluation.kernel_distance=false",
+    "cluster.num_workers=1",
     "cluster.max_failures=0",
-)  # fmt: skip
+)
 JOBS = {
     "evaluate": (
-        "evaluation.bits_per_dim_images=4", "evaluation.bits_per_dim_terms=3",
-        "evaluation.likelihood_images=4", "evaluation.likelihood_steps=3",
-        "evaluation.memorisation_images=4", *SCORED,
+        "evaluation.bits_per_dim_images=4",
+        "evaluation.bits_per_dim_terms=3",
+        "evaluation.likelihood_images=4",
+        "evaluation.likelihood_steps=3",
+        "evaluation.memorisation_images=4",
+        *SCORED,
     ),
     "average": ("widths=[0.1,0.25]", *SCORED),
-}  # fmt: skip
+}
 
 pytestmark = [
     pytest.mark.ray,

@@ -25,8 +25,15 @@ from ddpm_ray.training.state import Snapshot
 from tests.limits import ENDS_S
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.bool)
-OBJECTS = ("model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json",
-           "manifest.json", "pointers/", "latest.json")  # fmt: skip  # as a save writes them
+OBJECTS = (  # in the order in which a save writes them
+    "model.safetensors",
+    "ema.safetensors",
+    "optimizer.safetensors",
+    "state.json",
+    "manifest.json",
+    "pointers/",
+    "latest.json",
+)
 
 
 class Killed(Exception):
@@ -196,8 +203,16 @@ def test_the_newest_steps_stay_and_the_planned_one_among_them(tmp_path: Path) ->
     for step in (10, 11, 11, 12, 13, 13, 20, 21):
         store.save(snapshot(step))
         kept.append([reference.step for reference in store.pointer().references])
-    assert kept == [[10], [11, 10], [11, 10], [12, 11, 10], [13, 12, 10], [13, 12, 10],
-                    [20, 13], [21, 20]]  # fmt: skip
+    assert kept == [
+        [10],
+        [11, 10],
+        [11, 10],
+        [12, 11, 10],
+        [13, 12, 10],
+        [13, 12, 10],
+        [20, 13],
+        [21, 20],
+    ]
     assert len(list(tmp_path.glob("step-*"))) == 2
 
 

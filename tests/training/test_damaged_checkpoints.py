@@ -70,9 +70,13 @@ def each(act: Callable[[Path], None], paths: list[Path]) -> None:
 
 
 SPOIL: dict[str, Callable[[Path], None]] = {
-    "gone": Path.unlink, "flipped": flip, "cut": cut, "empty": empty, "deep": nest,
+    "gone": Path.unlink,
+    "flipped": flip,
+    "cut": cut,
+    "empty": empty,
+    "deep": nest,
     "folder": put_folder,
-}  # fmt: skip
+}
 FILES = (*(f"{group}.safetensors" for group in GROUPS), "state.json", "manifest.json")
 
 

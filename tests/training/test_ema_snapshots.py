@@ -222,9 +222,11 @@ def test_another_width_is_made_of_what_was_kept(tmp_path: Path) -> None:
 
 
 OVERRIDES = (
-    "training.ema_more_decays=[0.5]", "training.ema_snapshot_widths=[0.1,0.2]",
-    "training.ema_snapshot_every_steps=2", "evaluation.validation_every_steps=0",
-)  # fmt: skip
+    "training.ema_more_decays=[0.5]",
+    "training.ema_snapshot_widths=[0.1,0.2]",
+    "training.ema_snapshot_every_steps=2",
+    "evaluation.validation_every_steps=0",
+)
 
 
 @pytest.fixture(scope="module")

@@ -21,10 +21,16 @@ from ddpm_ray.training.checkpoints import CheckpointError, CheckpointStore
 from ddpm_ray.training.state import Snapshot
 
 TINY = (
-    "name=tiny", "data.url=/shards", "sampling.steps=2", "schedule.num_steps=9",
-    "model.base_channels=4", "model.groups=2", "model.channel_mults=[1]",
-    "model.blocks_per_level=1", "model.attention_resolutions=[]",
-)  # fmt: skip
+    "name=tiny",
+    "data.url=/shards",
+    "sampling.steps=2",
+    "schedule.num_steps=9",
+    "model.base_channels=4",
+    "model.groups=2",
+    "model.channel_mults=[1]",
+    "model.blocks_per_level=1",
+    "model.attention_resolutions=[]",
+)
 
 
 def snapshot(step: int) -> Snapshot:

@@ -64,9 +64,13 @@ def test_a_grid_is_the_same_by_more_workers_than_it_has_images(
     def picture(workers: Workers) -> bytes:
         wall = Wall()
         SampleGridLogger(
-            Denoiser.of_noise(blind, SCHEDULE), PLAN, ImageShape(4, 4, 1), workers,
-            str(tmp_path / str(workers.rank)), wall if workers.is_main else None,
-        ).log_grid(0)  # fmt: skip
+            Denoiser.of_noise(blind, SCHEDULE),
+            PLAN,
+            ImageShape(4, 4, 1),
+            workers,
+            str(tmp_path / str(workers.rank)),
+            wall if workers.is_main else None,
+        ).log_grid(0)
         return wall.pictures["samples", 0].tobytes() if workers.is_main else b""
 
     assert on_workers(GRID_IMAGES + 1, picture)[0] == picture(Workers())
@@ -77,14 +81,20 @@ def test_a_model_is_scored_the_same_by_more_workers_than_images(
 ) -> None:
     """Distances, bits per dimension, likelihood, and the nearest training images."""
     model = TrainedModel(
-        Denoiser.of_noise(blind, SCHEDULE), ImageShape(8, 8, 1),
+        Denoiser.of_noise(blind, SCHEDULE),
+        ImageShape(8, 8, 1),
         {"config": to_dict(RunConfig()), "step": 3, "weights_sha256": "a" * 64},
-    )  # fmt: skip
+    )
     wanted = EvaluationConfig(
-        num_images=3, features="digits", kernel_distance_images=2, memorisation_images=3,
-        bits_per_dim_images=3, likelihood_images=3, likelihood_steps=4,
+        num_images=3,
+        features="digits",
+        kernel_distance_images=2,
+        memorisation_images=3,
+        bits_per_dim_images=3,
+        likelihood_images=3,
+        likelihood_steps=4,
         held_out_url=packed(tmp_path / "held-out", 8),
-    )  # fmt: skip
+    )
     config = EvaluateConfig(data_url=packed(tmp_path / "data", 8), evaluation=wanted)
     config = replace(config, sampling=replace(config.sampling, steps=2))
     here = threading.local()
@@ -121,11 +131,19 @@ def test_a_validation_loss_is_the_same_by_more_workers_than_groups(
     on_workers: OnWorkers, tmp_path: Path
 ) -> None:
     config = load(
-        RunConfig, None,
-        ["name=tiny", f"data.url={packed(tmp_path, 4)}", "evaluation.validation_images=32",
-         "model.base_channels=4", "model.groups=2", "model.channel_mults=[1]",
-         "model.blocks_per_level=1", "model.attention_resolutions=[]"],
-    )  # fmt: skip
+        RunConfig,
+        None,
+        [
+            "name=tiny",
+            f"data.url={packed(tmp_path, 4)}",
+            "evaluation.validation_images=32",
+            "model.base_channels=4",
+            "model.groups=2",
+            "model.channel_mults=[1]",
+            "model.blocks_per_level=1",
+            "model.attention_resolutions=[]",
+        ],
+    )
     dataset = open_dataset(config.data.url)
     state = training_run.training_state(config, ImageShape(4, 4, 1), torch.device("cpu"), {})
 

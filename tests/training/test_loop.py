@@ -118,23 +118,37 @@ def configured(data: str, *overrides: str) -> RunConfig:
         RunConfig,
         None,
         [
-            "name=tiny", f"data.url={data}", "data.lanes=2", "schedule.num_steps=60",
-            "model.base_channels=4", "model.groups=2", "model.channel_mults=[1,2]",
-            "model.blocks_per_level=1", "model.attention_resolutions=[2]",
-            f"training.steps={STEPS}", f"training.checkpoint_every_steps={EVERY}",
-            "training.global_batch_size=4", "training.log_every_steps=4",
-            "training.learning_rate=3e-3", "training.warmup_steps=4",
-            "training.ema_decay_per_step=0.8", "evaluation.validation_every_steps=2",
-            "evaluation.validation_images=16", *overrides,
+            "name=tiny",
+            f"data.url={data}",
+            "data.lanes=2",
+            "schedule.num_steps=60",
+            "model.base_channels=4",
+            "model.groups=2",
+            "model.channel_mults=[1,2]",
+            "model.blocks_per_level=1",
+            "model.attention_resolutions=[2]",
+            f"training.steps={STEPS}",
+            f"training.checkpoint_every_steps={EVERY}",
+            "training.global_batch_size=4",
+            "training.log_every_steps=4",
+            "training.learning_rate=3e-3",
+            "training.warmup_steps=4",
+            "training.ema_decay_per_step=0.8",
+            "evaluation.validation_every_steps=2",
+            "evaluation.validation_images=16",
+            *overrides,
         ],
-    )  # fmt: skip
+    )
 
 
 # t is drawn by the losses seen, from the fifth step on: ten of each of two steps, four a batch.
 BY_LOSSES = (
-    "objective.timesteps=second_moment", "objective.loss=hybrid", "objective.variance=learned",
-    "schedule.num_steps=2", "sampling.steps=1",
-)  # fmt: skip
+    "objective.timesteps=second_moment",
+    "objective.loss=hybrid",
+    "objective.variance=learned",
+    "schedule.num_steps=2",
+    "sampling.steps=1",
+)
 OPEN: list[ShardStream] = []  # streams of processes that are gone
 
 
@@ -522,11 +536,13 @@ def test_each_thing_is_done_at_its_steps(data: str, tmp_path: Path) -> None:
     reported: list[tuple[str, int]] = []
     run = begin(
         configured(
-            data, "training.grid_every_steps=3", "evaluation.every_steps=4",
+            data,
+            "training.grid_every_steps=3",
+            "evaluation.every_steps=4",
             "evaluation.num_images=2",
         ),
         tmp_path,
-    )  # fmt: skip
+    )
     run.draw_grid = lambda step: reported.append(("grid", step))
     run.draw_strip = lambda step: reported.append(("strip", step))
     run.evaluate = lambda step: reported.append(("evaluate", step))
@@ -640,8 +656,14 @@ def test_a_rewound_run_has_the_weights_of_its_checkpoint_and_is_the_same_on_repl
             assert torch.equal(rewound.tensors[group][key], value), key
     assert unbroken.values["train/skipped", 5] == 1
     assert sorted(step for key, step in unbroken.values if key == "train/loss") == [
-        1, 2, 3, 4, 6, 7, 8,
-    ]  # fmt: skip
+        1,
+        2,
+        3,
+        4,
+        6,
+        7,
+        8,
+    ]
 
     for number, at in enumerate(("snapshot:5", "batch:6", "batch:7")):
         folder, died = tmp_path / f"died-{number}", RecordingSink()
@@ -699,9 +721,12 @@ def test_a_run_goes_back_at_any_step_and_is_the_same_on_replay(
 ) -> None:
     """Whatever else is due at the step that diverged: a checkpoint, a validation, the last step."""
     config = configured(
-        data, "training.on_divergence=rewind", f"training.checkpoint_every_steps={checkpoints}",
-        f"evaluation.validation_every_steps={every}", "evaluation.num_images=2",
-    )  # fmt: skip
+        data,
+        "training.on_divergence=rewind",
+        f"training.checkpoint_every_steps={checkpoints}",
+        f"evaluation.validation_every_steps={every}",
+        "evaluation.num_images=2",
+    )
     recorder, died = RecordingSink(), RecordingSink()
     wanted = begin(config, tmp_path / "unbroken", recorder)
     spoil(wanted, step, position=2)
@@ -730,8 +755,9 @@ def test_a_run_that_diverges_again_and_again_goes_back_to_the_same_checkpoint(
     data: str, tmp_path: Path
 ) -> None:
     """Each time it commits; that of step 3 is kept though two newer ones are there."""
-    config = configured(data, "training.on_divergence=rewind", "training.steps=9",
-                        "training.keep_checkpoints=2")  # fmt: skip
+    config = configured(
+        data, "training.on_divergence=rewind", "training.steps=9", "training.keep_checkpoints=2"
+    )
     three = begin(replace(config, training=replace(config.training, steps=3)), tmp_path / "three")
     assert train(three)
     run = begin(config, tmp_path / "run")
@@ -1078,9 +1104,14 @@ def gloo_worker(rank: int, folder: Path, data: str) -> dict[str, Any]:
         for of in (recorder, by_losses)
     )
     return {
-        "losses": losses, "weighed": weighed, "step": reported[0], "named": reported[3],
-        "same": same, "moved": moved, "last_key": guilty[-1],
-    }  # fmt: skip
+        "losses": losses,
+        "weighed": weighed,
+        "step": reported[0],
+        "named": reported[3],
+        "same": same,
+        "moved": moved,
+        "last_key": guilty[-1],
+    }
 
 
 @pytest.mark.timeout(400)  # both import torch anew

@@ -84,8 +84,10 @@ def test_bands_and_rates_come_once_a_window() -> None:
         assert ({"loss_logsnr", "images_per_s", "data_wait_share"} <= has) == (row.step % 4 == 0)
 
 
-@pytest.mark.parametrize("log_snr, band", [(-40.0, "below_-8"), (-7.9, "-8_to_-6"), (0.1, "0_to_2"),
-                                           (7.9, "6_to_8"), (8.1, "above_8")])  # fmt: skip
+@pytest.mark.parametrize(
+    "log_snr, band",
+    [(-40.0, "below_-8"), (-7.9, "-8_to_-6"), (0.1, "0_to_2"), (7.9, "6_to_8"), (8.1, "above_8")],
+)
 def test_a_band_is_named_by_its_edges(log_snr: float, band: str) -> None:
     log = StepLog(Workers(), 1)
     log.record(

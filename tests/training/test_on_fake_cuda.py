@@ -106,9 +106,14 @@ def judged() -> dict[str, Any]:
     except NoFakeCudaError as error:
         pytest.skip(str(error))
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, expressions], env=environment, cwd=ROOT, text=True,
-        stdout=subprocess.PIPE, timeout=300, check=True,
-    )  # fmt: skip
+        [sys.executable, "-c", SCRIPT, expressions],
+        env=environment,
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        timeout=300,
+        check=True,
+    )
     reported: dict[str, Any] = json.loads(done.stdout)
     return reported
 

@@ -72,8 +72,9 @@ def test_parameters_that_are_not_trained_have_no_moments() -> None:
     restored = state_with([[2], [0]])
     restored.restore(state.snapshot([]))
     assert {key.rpartition(".")[0] for key in restored.snapshot([]).tensors["optimizer"]} == {
-        "0.weight", "2.weight",
-    }  # fmt: skip
+        "0.weight",
+        "2.weight",
+    }
 
 
 def test_a_moment_of_an_unknown_parameter_is_refused() -> None:

@@ -20,9 +20,12 @@ from tests.fixtures.threaded_workers import OnWorkers
 
 GROUPS = 6  # images per level
 IMAGES = torch.randint(
-    0, 256, (GROUPS * len(LEVELS), 4, 4, 3), dtype=torch.uint8,
+    0,
+    256,
+    (GROUPS * len(LEVELS), 4, 4, 3),
+    dtype=torch.uint8,
     generator=torch.Generator().manual_seed(1),
-)  # fmt: skip
+)
 VARIANCE = 0.3
 LINEAR = NoiseSchedule(schedules.linear(1000))
 
