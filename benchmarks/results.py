@@ -21,7 +21,7 @@ from PIL import Image
 
 from ddpm_ray.assembly import checkpoint_loading
 from ddpm_ray.collectives import Workers
-from ddpm_ray.config.sampling import Sampler, SamplingConfig
+from ddpm_ray.config.sampling import Sampler, SamplingSettings
 from ddpm_ray.data.codec import PIXELS
 from ddpm_ray.data.dataset import open_dataset
 from ddpm_ray.data.loader import read_images
@@ -30,10 +30,9 @@ from ddpm_ray.evaluation.features.feature_extractor import inception_net
 from ddpm_ray.evaluation.reference_statistics import Reference, reference
 from ddpm_ray.evaluation.sample_quality import evaluate
 from ddpm_ray.models.classifier import NoisyClassifier
-from ddpm_ray.sampling.denoiser import Guidance
 from ddpm_ray.sampling.image_grid import captioned, grid
 from ddpm_ray.sampling.pipeline import TrainedModel
-from ddpm_ray.sampling.sampling import Images, SamplingPlan, first_step
+from ddpm_ray.sampling.sampling import Images, SamplingPlan, first_step, sampling_plan
 
 STEPS = 5, 10, 20, 50
 SAMPLERS: tuple[Sampler, ...] = get_args(Sampler)
@@ -93,7 +92,7 @@ def by_sampler(model: TrainedModel, scorer: Scorer) -> Iterator[list[str]]:
         plans = [
             SamplingPlan(
                 uniform_steps(first, n) if even_in_t else log_snr_steps(schedule, n, first),
-                sampler,
+                SamplingSettings(sampler=sampler),
             )
             for n in STEPS
         ]
@@ -104,18 +103,24 @@ def by_scale(model: TrainedModel, scorer: Scorer) -> Iterator[list[str]]:
     """Guidance: distance, and how many samples are taken for their label."""
     labels = torch.arange(scorer.images) % model.denoiser.takes.num_classes
     for scale in SCALES:
-        plan = replace(model.plan(steps=20, sampler="unipc"), guidance=Guidance(scale))
-        images = model.draw(plan, scorer.images, BATCH)
+        guided = model.with_settings(
+            steps=20, sampler="unipc", guidance_scale=scale, batch_size=BATCH
+        )
+        images = guided.sample(scorer.images)
         right = 100 * scorer.accuracy(images, labels)
-        yield [f"{scale:g}", scorer.score(model, plan), f"{right:.1f} %"]
+        yield [f"{scale:g}", scorer.score(model, _plan(guided)), f"{right:.1f} %"]
 
 
 def by_average(run: str, scorer: Scorer) -> Iterator[list[str]]:
     """Samples of the averaged weights beside those of the last step's."""
     for name, group in (("EMA", "ema"), ("last step's", "model")):
         model = loaded(run, group)
-        plans = [model.plan(steps=50, sampler=sampler) for sampler in AVERAGED]
+        plans = [_plan(model.with_settings(steps=50, sampler=sampler)) for sampler in AVERAGED]
         yield [name, *(scorer.score(model, plan) for plan in plans)]
+
+
+def _plan(model: TrainedModel) -> SamplingPlan:
+    return sampling_plan(model.settings, model.denoiser.schedule)
 
 
 def sheet(rows: dict[str, list[Images]], above: list[str]) -> Image.Image:
@@ -172,7 +177,7 @@ def pictures(model: TrainedModel, data: str, folder: Path) -> None:
 
 def loaded(run: str, group: str = "ema") -> TrainedModel:
     """The run's model, with the settings that all runs share by default."""
-    return replace(checkpoint_loading.trained_model(run, ema=group), settings=SamplingConfig())
+    return replace(checkpoint_loading.trained_model(run, ema=group), settings=SamplingSettings())
 
 
 def main() -> None:

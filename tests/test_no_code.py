@@ -170,7 +170,7 @@ from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.dataset import open_dataset
 from ddpm_ray.data.shards import fetch_shard
 from ddpm_ray.data.loader import ShardStream
-from ddpm_ray.config.sampling import SamplingConfig
+from ddpm_ray.config.sampling import SamplingSettings
 from ddpm_ray.config.loading import load, to_dict
 from ddpm_ray.evaluation.features.inception import Inception
 from ddpm_ray.evaluation.features.inception_weights import load_inception
@@ -190,7 +190,7 @@ facts = {"config": to_dict(config), "image_shape": [4, 4, 1], "data_fingerprint"
 state = training_state(config, (4, 4, 1), torch.device("cpu"), facts)
 CheckpointStore(str(folder / "run/checkpoints")).save(state.snapshot([]))
 model, bin = build_trained.trained_model(str(folder / "run")), "diffusion_pytorch_model.bin"
-build_trained.write_diffusers(model, SamplingConfig(), folder / "theirs")
+build_trained.write_diffusers(model, SamplingSettings(), folder / "theirs")
 weights = folder / "theirs/unet/diffusion_pytorch_model.safetensors"
 torch.save(load_file(weights), weights.with_name(bin))  # as old folders have them
 weights.unlink()

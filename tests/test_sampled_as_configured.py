@@ -23,8 +23,7 @@ from ddpm_ray.collectives import Workers
 from ddpm_ray.config.loading import load, to_dict
 from ddpm_ray.config.pack import PackConfig
 from ddpm_ray.config.run import RunConfig
-from ddpm_ray.config.sampling import SamplingConfig
-from ddpm_ray.data.codec import PIXELS
+from ddpm_ray.config.sampling import SamplingSettings
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.data.packing import packer
 from ddpm_ray.sampling.image_grid import grid
@@ -122,10 +121,7 @@ def test_a_notebook_draws_what_the_runs_own_grid_shows(
 
 
 def test_every_option_of_the_group_is_an_argument_and_has_been_tried() -> None:
-    names = set(SamplingConfig.__dataclass_fields__)
-    from ddpm_ray.config.sampling import SamplingArguments
-
-    assert names == set(SamplingArguments.__annotations__)
+    names = set(SamplingSettings.__dataclass_fields__)
     tried = {option.partition("=")[0].removeprefix("sampling.") for option, _ in OPTIONS}
     assert names - tried == {"batch_size"}
 
@@ -194,16 +190,17 @@ def test_the_printed_config_is_the_runs_with_what_was_given(
 
 def test_what_belongs_to_another_sampler_gives_way_unless_it_is_given(tmp_path: Path) -> None:
     model = ddpm_ray.load(saved_run(tmp_path, *OTHER)[0])
-    assert model.plan().variance == "learned"
-    assert model.plan(sampler="unipc").variance == "fixed_small"
+    assert model.settings.variance == "learned"
+    assert model.with_settings(sampler="unipc").settings.variance == "fixed_small"
     with pytest.raises(ValueError, match=r"variance is 'learned' and sampler 'unipc'"):
-        model.plan(sampler="unipc", variance="learned")
+        model.with_settings(sampler="unipc", variance="learned")
     whole = model.with_settings(variance="fixed_large", steps=12)
-    assert whole.plan().variance == "fixed_large"
-    assert whole.plan(steps=3).variance == "fixed_small"
-    assert model.with_settings(dynamic_quantile=0.9).plan(clip=False).clipping(PIXELS) is None
+    assert whole.settings.variance == "fixed_large"
+    assert whole.with_settings(steps=3).settings.variance == "fixed_small"
+    by_quantile = model.with_settings(dynamic_quantile=0.9)
+    assert by_quantile.with_settings(clip=False).settings.dynamic_quantile == 0
     with pytest.raises(TypeError, match=r"unexpected argument 'step'; did you mean steps\?"):
-        model.plan(step=3)  # type: ignore[call-arg]
+        model.sample(1, step=3)
     repainted: Pixels = np.zeros((1, 4, 4, 1), np.uint8)
     mask = np.eye(4, dtype=bool)
     one = model.inpaint(repainted, mask, resamples=1)
@@ -240,10 +237,10 @@ def test_an_older_run_asks_its_data_set_for_the_names(tmp_path: Path) -> None:
     run, _ = older(tmp_path / "run", f"data.url={url}", data_fingerprint=dataset.fingerprint)
     names = sorted(NAMES)
     model = ddpm_ray.load(run)
-    assert model.plan(labels=names[2]).labels == (2,)
+    assert np.array_equal(model.sample(1, labels=names[2]), model.sample(1, labels=2))
     shutil.rmtree(url)
     with pytest.raises(ValueError, match=r"labels has 'dog', and the names .* are not known"):
-        ddpm_ray.load(run).plan(labels="dog")
+        ddpm_ray.load(run).sample(1, labels="dog")
 
 
 WITHOUT = """

@@ -178,7 +178,9 @@ def _sample(keys: list[str], plan: dict[str, Any], device: torch.device) -> None
     steps = diffusion.sampling_plan(sampling, denoiser.schedule).steps
     if plan.get("variance") in ("fixed_large", "learned"):  # known of every step alone
         steps = tuple(range(denoiser.schedule.num_steps, -1, -1))
-    images = draw(denoiser, SamplingPlan(steps, **plan), torch.arange(3), SHAPE, device)
+    images = draw(
+        denoiser, SamplingPlan(steps, replace(sampling, **plan)), torch.arange(3), SHAPE, device
+    )
     _require(images.device.type == device.type, f"images lie on {images.device}")
     _require(bool(images.isfinite().all()), "images are not finite")
 
@@ -201,7 +203,7 @@ def _classifier_guidance(steps: bool, device: torch.device) -> None:
     assert isinstance(network, NoisyClassifier)
     network.eval().requires_grad_(False)
     plan = diffusion.sampling_plan(config.sampling, denoiser.schedule)
-    plan = replace(plan, labels=(1, 2), sampler="ancestral")
+    plan = replace(plan, settings=replace(plan.settings, labels=(1, 2), sampler="ancestral"))
     guidance_model = guidance_models.classifier_guidance(
         network, denoiser, 2.0, steps=plan.steps if steps else None
     )

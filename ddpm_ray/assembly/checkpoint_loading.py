@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from ddpm_ray.config.model import ModelConfig
 from ddpm_ray.config.objective import ObjectiveConfig
 from ddpm_ray.config.option_fields import shown
 from ddpm_ray.config.run import RunConfig
-from ddpm_ray.config.sampling import SamplingConfig
+from ddpm_ray.config.sampling import SamplingSettings
 from ddpm_ray.config.schedule import ScheduleConfig
 from ddpm_ray.data.dataset import DatasetError, open_dataset
 from ddpm_ray.data.image_shape import ImageShape
@@ -95,8 +96,21 @@ def trained_model(
         device=device,
         settings=config.sampling,
         find_label_names=cache(partial(label_names, config, snapshot.facts)),
-        drops_labels=config.conditioned.drops_labels,
+        drops_labels=config.sampled_model.drops_labels,
     )
+
+
+def with_sampling(
+    model: TrainedModel, settings: SamplingSettings, *, guided_by_model: bool | None = None
+) -> TrainedModel:
+    """`model` with `settings`; raises ConfigError, a line for each that it does not support.
+
+    `guided_by_model` is as in `TrainedModel.problems`.
+    """
+    model = replace(model, settings=settings)
+    if problems := list(model.problems("sampling", guided_by_model=guided_by_model)):
+        raise ConfigError("\n".join(problems))
+    return model
 
 
 def run_facts(url: str) -> tuple[RunConfig, dict[str, Any]]:
@@ -143,7 +157,7 @@ def trained_classifier(url: str, device: torch.device | str = "cpu") -> NoisyCla
     return network.to(device).eval().requires_grad_(False)
 
 
-def write_diffusers(model: TrainedModel, sampling: SamplingConfig, folder: Path) -> Export:
+def write_diffusers(model: TrainedModel, sampling: SamplingSettings, folder: Path) -> Export:
     """Write `model` for diffusers' `from_pretrained`; return the exported sampling settings.
 
     Raises UnsupportedModelError for a model without an equivalent in diffusers, and StorageError.
@@ -193,7 +207,7 @@ def _of_diffusers(folder: Path, device: torch.device | str) -> TrainedModel:
     network = UNet(spec)
     network.load_state_dict(tensors)
     try:
-        sampling = SamplingConfig().overridden(facts["sampling"])
+        sampling = SamplingSettings().overridden(facts["sampling"])
     except (TypeError, ValueError) as error:
         raise UnsupportedModelError(str(folder), f"scheduler: {error}") from error
     config = RunConfig(

@@ -1,16 +1,13 @@
 """Build the diffusion objects from the options: one `match` per choice."""
 
-from collections.abc import Sequence
 from functools import partial
 from typing import assert_never
 
 import torch
 from torch import Tensor, nn
 
-from ddpm_ray.config.loading import ConfigError
 from ddpm_ray.config.objective import ObjectiveConfig
 from ddpm_ray.config.run import RunConfig
-from ddpm_ray.config.sampling import SamplingConfig
 from ddpm_ray.config.schedule import ScheduleConfig
 from ddpm_ray.config.training import TrainingConfig
 from ddpm_ray.diffusion import loss_weighting, schedules, timestep_sampling
@@ -20,7 +17,6 @@ from ddpm_ray.diffusion.process import NoiseSchedule
 from ddpm_ray.models.unet import UNet
 from ddpm_ray.sampling.conditioning import ConditioningSpec
 from ddpm_ray.sampling.denoiser import Denoiser
-from ddpm_ray.sampling.sampling import SamplingPlan
 from ddpm_ray.sampling.sampling import sampling_plan as sampling_plan
 from ddpm_ray.training.noising import ChooseSteps, NoisingRecipe
 from ddpm_ray.training.objective import Objective
@@ -88,30 +84,6 @@ def conditioning_spec(config: RunConfig) -> ConditioningSpec:
         config.objective.self_conditioning,
         config.objective.low_resolution_pixels,
     )
-
-
-def checked_plan(
-    config: SamplingConfig,
-    trained: RunConfig,
-    schedule: NoiseSchedule,
-    label_names: Sequence[str] | None = None,
-    *,
-    guided_by_model: bool = False,
-) -> SamplingPlan:
-    """Return `sampling_plan`; raises ConfigError with one line for each unsupported setting.
-
-    `guided_by_model`: a classifier guides the samples, so labels are allowed for any model.
-    """
-    problems = [
-        *config.problems("sampling", schedule.num_steps),
-        *config.incompatibilities("sampling", trained.conditioned, guided_by_model=guided_by_model),
-    ]
-    if problems:
-        raise ConfigError("\n".join(problems))
-    try:
-        return sampling_plan(config, schedule, label_names)
-    except ValueError as error:
-        raise ConfigError(f"sampling.{error}") from error
 
 
 def memory_format(config: TrainingConfig) -> torch.memory_format:

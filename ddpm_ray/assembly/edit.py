@@ -5,10 +5,9 @@ from typing import assert_never
 import numpy as np
 import numpy.typing as npt
 
-from ddpm_ray.assembly.diffusion import checked_plan
+from ddpm_ray.assembly.checkpoint_loading import with_sampling
 from ddpm_ray.config.edit import EditConfig
-from ddpm_ray.config.loading import ConfigError, from_dict
-from ddpm_ray.config.run import RunConfig
+from ddpm_ray.config.loading import ConfigError
 from ddpm_ray.data.packing.image_files import BadImageError
 from ddpm_ray.sampling import editing
 from ddpm_ray.sampling.editing import Mask
@@ -41,16 +40,13 @@ def edited(
     inpainting. Raises ConfigError for unsupported sampling settings, and ValueError as the model's
     methods do.
     """
-    trained = from_dict(RunConfig, model.provenance["config"])
-    sampling, schedule = config.sampling, model.denoiser.schedule
-    checked_plan(sampling, trained, schedule)  # raises ConfigError
-    settings = sampling.as_arguments()
+    model, settings = with_sampling(model, config.sampling), vars(config.sampling)
     images = np.repeat(image[None], config.num_images, axis=0)
     match config.kind:
         case "image_to_image":
-            return model.image_to_image(images, config.strength, **settings), {}
+            return model.image_to_image(images, config.strength), {}
         case "enlarge":
-            return model.enlarge(images, **settings), {}
+            return model.enlarge(images), {}
         case "outpaint":
             images, mask = editing.on_canvas(
                 images, config.top, config.bottom, config.left, config.right
@@ -59,12 +55,8 @@ def edited(
             assert mask is not None  # argument_errors() has seen to it
         case _:
             assert_never(config.kind)
+    method, resamples, jump_length = config.method, config.resamples, config.jump_length
     painted = model.inpaint(
-        images,
-        mask,
-        method=config.method,
-        resamples=config.resamples,
-        jump_length=config.jump_length,
-        **settings,
-    )
+        images, mask, method=method, resamples=resamples, jump_length=jump_length, **settings
+    )  # given, the settings also hold for RePaint
     return painted, editing.fit(painted, images, mask)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 from ddpm_ray.config.option_fields import option
-from ddpm_ray.config.sampling import SamplingConfig
+from ddpm_ray.config.sampling import SamplingSettings
 
 InpaintingMethod: TypeAlias = Literal["repaint", "replacement"]
 MARGINS = ("top", "bottom", "left", "right")
@@ -33,7 +33,7 @@ class EditConfig:
     bottom: int = option(0, "outpaint: pixels below it", at_least=0)
     left: int = option(0, "outpaint: pixels on its left", at_least=0)
     right: int = option(0, "outpaint: pixels on its right", at_least=0)
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    sampling: SamplingSettings = field(default_factory=SamplingSettings)
 
     def problems(self) -> Iterator[str]:
         """Yield a line for margins that do not fit the kind."""

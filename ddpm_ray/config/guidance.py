@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ddpm_ray.config.option_fields import option
-from ddpm_ray.config.sampling import SamplingConfig
+from ddpm_ray.config.sampling import SamplingSettings
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class GuidanceConfig:
         "score", "apply its gradient to the score (any sampler) or to the mean (ancestral)"
     )
 
-    def problems(self, sampling: SamplingConfig) -> Iterator[str]:
+    def problems(self, sampling: SamplingSettings) -> Iterator[str]:
         """Yield a line if two networks are given, or if the sampler lacks the form."""
         if self.autoguidance_model and self.classifier:
             yield (

@@ -7,7 +7,7 @@ from ddpm_ray.config.cluster import ClusterConfig
 from ddpm_ray.config.evaluation import EvaluationConfig
 from ddpm_ray.config.guidance import GuidanceConfig
 from ddpm_ray.config.option_fields import group, option
-from ddpm_ray.config.sampling import SamplingConfig
+from ddpm_ray.config.sampling import SamplingSettings
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class SampleConfig:
     gif: str = option(
         "", "GIF file of the x_0 estimates, one frame per step; empty: none", formerly="film"
     )
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    sampling: SamplingSettings = field(default_factory=SamplingSettings)
     guidance: GuidanceConfig = group(GuidanceConfig, formerly="lead")
 
     def problems(self) -> Iterator[str]:
@@ -36,7 +36,7 @@ class SampleConfig:
 class ExportConfig:
     """A trained model for another library."""
 
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    sampling: SamplingSettings = field(default_factory=SamplingSettings)
 
     def problems(self) -> Iterator[str]:
         """Yield nothing: sampling is checked after the run's own settings are read."""
@@ -52,7 +52,7 @@ class EvaluateConfig:
     """The data that a trained model is scored against."""
 
     data_url: str = option("", "folder or URL of the reference shards; empty: the training data")
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    sampling: SamplingSettings = field(default_factory=SamplingSettings)
     guidance: GuidanceConfig = group(GuidanceConfig, formerly="lead")
     evaluation: EvaluationConfig = field(
         default_factory=lambda: EvaluationConfig(num_images=10_000)

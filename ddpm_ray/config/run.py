@@ -16,7 +16,7 @@ from ddpm_ray.config.model import ModelConfig
 from ddpm_ray.config.objective import ObjectiveConfig
 from ddpm_ray.config.option_fields import option
 from ddpm_ray.config.reading.former_keys import Former
-from ddpm_ray.config.sampling import Conditioned, SamplingConfig
+from ddpm_ray.config.sampling import SampledModel, SamplingSettings
 from ddpm_ray.config.schedule import ScheduleConfig
 from ddpm_ray.config.task import TRAITS, Task, TaskTraits
 from ddpm_ray.config.tracking import TrackingConfig
@@ -45,7 +45,7 @@ class RunConfig:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    sampling: SamplingSettings = field(default_factory=SamplingSettings)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
@@ -56,11 +56,11 @@ class RunConfig:
         return TRAITS[self.task]
 
     @property
-    def conditioned(self) -> Conditioned:
-        """The conditions of training: labels, label dropout, learned variance."""
+    def sampled_model(self) -> SampledModel:
+        """The facts of the trained model that sampling settings depend on."""
         objective = self.objective
         learns, drops = objective.variance != "fixed", objective.label_dropout > 0
-        return Conditioned(self.model.num_classes, drops, learns)
+        return SampledModel(self.schedule.num_steps, self.model.num_classes, drops, learns)
 
     @property
     def worker_counts(self) -> list[int]:
@@ -82,8 +82,7 @@ class RunConfig:
         yield from self.objective.problems(self.schedule)
         yield from self.model.problems()
         yield from self.training.problems()
-        yield from self.sampling.problems("sampling", self.schedule.num_steps)
-        yield from self.sampling.incompatibilities("sampling", self.conditioned)
+        yield from self.sampling.problems("sampling", self.sampled_model)
         yield from self.evaluation.problems()
         yield from self._task_problems()
         batch, workers, lanes = (

@@ -1,9 +1,9 @@
-"""Sampling options, shared by the configs of runs and jobs and by the Python API."""
+"""Sampling options: one class for configs of runs and jobs, and for keyword arguments in Python."""
 
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeAlias, TypedDict, cast
+from typing import Any, Literal, TypeAlias
 
 from ddpm_ray.choices import SamplingVariance
 from ddpm_ray.config.option_fields import arguments, option, out_of_range
@@ -14,28 +14,9 @@ Sampler: TypeAlias = Literal[
 Spacing: TypeAlias = Literal["uniform", "quadratic", "log_snr"]
 
 
-class SamplingArguments(TypedDict, total=False):
-    """Keyword arguments that override the settings of the same name; None: no change."""
-
-    sampler: Sampler | None
-    steps: int | None
-    spacing: Spacing | None
-    eta: float | None
-    variance: SamplingVariance | None
-    clip: bool | None
-    dynamic_quantile: float | None
-    seed: int | None
-    batch_size: int | None
-    labels: Sequence[int | str] | int | str | None
-    guidance_scale: float | None
-    guidance_rescale: float | None
-    guidance_above_sigma: float | None
-    guidance_below_sigma: float | None
-
-
 @dataclass(frozen=True)
-class SamplingConfig:
-    """Settings of drawing images from the trained model."""
+class SamplingSettings:
+    """Settings of drawing images: a config's group `sampling`, or keyword arguments."""
 
     sampler: Sampler = option("ddim", "sampling algorithm")
     steps: int = option(
@@ -76,12 +57,12 @@ class SamplingConfig:
         0.0, "upper end in sigma (sigma^2 = 1/alpha_bar - 1); 0: no limit", at_least=0
     )
 
-    def problems(self, prefix: str = "", num_steps: int | None = None) -> Iterator[str]:
-        """Yield a line for each invalid setting, for a model of T = `num_steps` if it is given.
+    def problems(self, prefix: str = "", model: "SampledModel | None" = None) -> Iterator[str]:
+        """Yield a line for each invalid setting, and for each that `model` does not support.
 
         `prefix` is the group of the keys: "sampling" in a config, "" for function arguments.
         """
-        at = prefix and f"{prefix}."
+        at, num_steps = prefix and f"{prefix}.", None if model is None else model.num_steps
         if num_steps is not None and 0 < num_steps < self.steps:
             yield (
                 f"{at}steps is {self.steps}; it cannot exceed schedule.num_steps {num_steps}, the "
@@ -98,6 +79,8 @@ class SamplingConfig:
                 f"{at}guidance_below_sigma is {self.guidance_below_sigma}; it must lie above "
                 f"{at}guidance_above_sigma {self.guidance_above_sigma}"
             )
+        if model is not None:
+            yield from self._unsupported(at, model)
 
     def _variance_problems(self, at: str, num_steps: int | None) -> Iterator[str]:
         partial = num_steps is not None and self.steps < num_steps
@@ -118,26 +101,17 @@ class SamplingConfig:
                 f"variance to learn: use {at}sampler=ancestral or fixed_small"
             )
 
-    def incompatibilities(
-        self,
-        prefix: str,
-        model: "Conditioned",
-        *,
-        guided_by_model: bool = False,
-        guidance_classes: int = 0,
-    ) -> Iterator[str]:
-        """Yield a line for each setting that `model` does not support: labels, guidance, variance.
-
-        `guided_by_model`: a guidance model takes the labels, 0 to `guidance_classes` - 1; with 0
-        classes their range is not checked.
-        """
-        at, classes = prefix and f"{prefix}.", model.num_classes
+    def _unsupported(self, at: str, model: "SampledModel") -> Iterator[str]:
+        """Yield a line for labels, guidance and variance that `model` was not trained for."""
+        classes = model.num_classes
         if self.variance == "learned" and not model.learns_variance:
             yield (
                 f"{at}variance is 'learned', and the network predicts none "
                 f"(objective.variance=fixed): use {at}variance=fixed_small"
             )
-        if not classes and (self.guidance_scale != 1 or (self.labels and not guided_by_model)):
+        if not classes and (
+            self.guidance_scale != 1 or (self.labels and not model.guided_by_model)
+        ):
             yield (
                 f"{at}guidance_scale is {self.guidance_scale:g} and {at}labels "
                 f"{list(self.labels)}, but the model is trained without labels "
@@ -148,7 +122,7 @@ class SamplingConfig:
                 f"{at}guidance_scale is {self.guidance_scale:g}, but no image was trained "
                 f"without its label (objective.label_dropout=0): use {at}guidance_scale=1"
             )
-        if classes := classes or guidance_classes:
+        if classes := classes or model.guidance_classes:
             numbers = [k for k in self.labels if isinstance(k, int)]
             if wrong := [k for k in numbers if not 0 <= k < classes]:
                 yield (
@@ -181,14 +155,14 @@ class SamplingConfig:
 
     def overridden(
         self, values: Mapping[str, Any], num_steps: int | None = None
-    ) -> "SamplingConfig":
+    ) -> "SamplingSettings":
         """Return these settings with `values` replaced; a value of None is ignored.
 
         A variance that the new sampler or number of steps does not support becomes fixed_small, and
         dynamic_quantile becomes 0 if `clip` is false, unless they are in `values` themselves.
         Raises ValueError for values out of range.
         """
-        given = arguments(SamplingConfig, values)
+        given = arguments(SamplingSettings, values)
         chosen = replace(self, **given)
         if "variance" not in given and any(chosen._variance_problems("", num_steps)):
             chosen = replace(chosen, variance="fixed_small")
@@ -198,19 +172,18 @@ class SamplingConfig:
             raise ValueError("; ".join(wrong))
         return chosen
 
-    def as_arguments(self) -> "SamplingArguments":
-        """Return all settings as keyword arguments of one call."""
-        return cast("SamplingArguments", dict(vars(self)))
-
-    def for_repaint(self) -> "SamplingConfig":
+    def for_repaint(self) -> "SamplingSettings":
         """Return these settings with RePaint's defaults: ancestral sampler, fixed_small."""
         return replace(self, sampler="ancestral", variance="fixed_small")
 
 
 @dataclass(frozen=True)
-class Conditioned:
-    """The conditions of a model's training: labels, label dropout, learned variance."""
+class SampledModel:
+    """The facts of a model that sampling settings depend on."""
 
+    num_steps: int  # T
     num_classes: int = 0
     drops_labels: bool = True  # label dropout, needed for classifier-free guidance
     learns_variance: bool = False
+    guided_by_model: bool = False  # a guidance model takes the labels
+    guidance_classes: int = 0  # number of labels that it knows; 0: unknown, and not checked

@@ -32,12 +32,13 @@ def sample(config: SampleConfig, arguments: Namespace) -> dict[str, Any]:
     from ddpm_ray.runs import load_model
     from ddpm_ray.sampling import gif, image_grid, image_io
 
-    uri, home = arguments.model_uri, home_folder()
-    model, plan = load_model.planned(uri, config.sampling, config.guidance, home)
-    size = config.sampling.batch_size
-    calls = -(-config.num_images // size) * (len(plan.steps) - 1)
+    settings, home = config.sampling, home_folder()
+    model = load_model.configured(
+        load_model.load(arguments.model_uri, home=home), settings, config.guidance, home=home
+    )
+    calls = -(-config.num_images // settings.batch_size) * (len(model.timesteps) - 1)
     line, film, seen = (
-        ProgressLine(f"step of {plan.sampler}"),
+        ProgressLine(f"step of {settings.sampler}"),
         gif.Film(model.denoiser.codec),
         itertools.count(1),
     )
@@ -47,7 +48,7 @@ def sample(config: SampleConfig, arguments: Namespace) -> dict[str, Any]:
         if config.gif:
             film.add(t, x_t, x_0)
 
-    images = model.draw(plan, config.num_images, size, show)
+    images = model.sample(config.num_images, on_step=show)
     image_io.write_picture(arguments.out, image_grid.grid(images))
     if config.gif:
         film.save(config.gif, images)

@@ -91,8 +91,8 @@ def search(run: str, config: AverageConfig, home: Path, out: str = "") -> dict[s
         near = min(snapshots.steps, key=lambda at: abs(at - step))
         raise ConfigError(f"step is {step}; no EMA snapshots at that step: try step={near}")
     begun = training_run.saved_config(snapshots.facts)
-    schedule = diffusion.noise_schedule(begun.schedule)
-    diffusion.checked_plan(config.sampling, begun, schedule)
+    if problems := list(config.sampling.problems("sampling", begun.sampled_model)):
+        raise ConfigError("\n".join(problems))
     config = dataclasses.replace(
         config,
         data_url=object_store.absolute(config.data_url or begun.data.url, home),

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddpm_ray.assembly import diffusion, training_run
+from ddpm_ray.assembly import training_run
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.evaluation import EvaluationConfig
 from ddpm_ray.config.jobs import EvaluateConfig
@@ -29,7 +29,7 @@ from ddpm_ray.evaluation.vlb_over_dataset import BitsPerDim, bits_per_dim
 from ddpm_ray.runs import load_model
 from ddpm_ray.runs.train_worker import distributed_context
 from ddpm_ray.sampling.pipeline import TrainedModel
-from ddpm_ray.sampling.sampling import SamplingPlan, draw_uint8
+from ddpm_ray.sampling.sampling import SamplingPlan, draw_uint8, sampling_plan
 from ddpm_ray.storage import object_store
 from ddpm_ray.tracking.model_uri import IN_MLFLOW
 from ddpm_ray.tracking.tracking_uri import resolve_tracking_uri
@@ -48,15 +48,8 @@ def evaluate(model_uri: str, config: EvaluateConfig, home: Path) -> dict[str, An
         model_uri = object_store.absolute(model_uri, home)
     model = load_model.load(model_uri, tracking_uri=tracking_uri)
     begun = from_dict(RunConfig, model.provenance["config"])
-    knows = bool(config.guidance.classifier)
-    plan = diffusion.checked_plan(
-        config.sampling,
-        begun,
-        model.denoiser.schedule,
-        guided_by_model=knows,
-    )
-    # Before Ray starts: raises ConfigError if the guidance model does not fit.
-    load_model.with_guidance_model(model, config.guidance, plan, tracking_uri)
+    # Before Ray starts: raises ConfigError for settings or a guidance model that do not fit.
+    load_model.configured(model, config.sampling, config.guidance, tracking_uri)
     wanted, most = config.evaluation, begun.schedule.num_steps
     for key, value, asked in (
         ("bits_per_dim_terms", wanted.bits_per_dim_terms, wanted.bits_per_dim_images),
@@ -124,8 +117,8 @@ def _scores(config: EvaluateConfig, settings: dict[str, Any]) -> dict[str, Any]:
     object_store.set_retry_timeout(config.cluster.storage_timeout_s)
     workers = distributed_context()
     model = load_model.load(settings["model_uri"], workers.device, settings["tracking_uri"])
-    plan = diffusion.sampling_plan(config.sampling, model.denoiser.schedule)
-    model = load_model.with_guidance_model(model, config.guidance, plan, settings["tracking_uri"])
+    model = load_model.configured(model, config.sampling, config.guidance, settings["tracking_uri"])
+    plan = sampling_plan(config.sampling, model.denoiser.schedule)
     begun, dataset = from_dict(RunConfig, model.provenance["config"]), open_dataset(config.data_url)
     drawn = max(config.evaluation.num_images, config.evaluation.memorisation_images, 1)
     count = min(drawn, int(dataset.counts.sum()))

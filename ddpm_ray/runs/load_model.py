@@ -11,14 +11,12 @@ from typing import Any, Protocol, TypeVar, cast
 import torch
 
 from ddpm_ray.assembly import checkpoint_loading
-from ddpm_ray.assembly.diffusion import checked_plan
 from ddpm_ray.config.guidance import GuidanceConfig
-from ddpm_ray.config.loading import Checked, ConfigError, from_dict
-from ddpm_ray.config.run import RunConfig
-from ddpm_ray.config.sampling import SamplingConfig
+from ddpm_ray.config.loading import Checked, ConfigError
+from ddpm_ray.config.sampling import SamplingSettings
 from ddpm_ray.sampling import guidance_models
 from ddpm_ray.sampling.pipeline import TrainedModel
-from ddpm_ray.sampling.sampling import SamplingPlan
+from ddpm_ray.sampling.sampling import sampling_plan
 from ddpm_ray.tracking.model_uri import IN_MLFLOW, require_whole_name, resolve_model_uri
 from ddpm_ray.tracking.tracking_uri import resolve_tracking_uri
 
@@ -48,7 +46,7 @@ class SamplingJob(Checked, Protocol):
     """Config of a job that samples from a trained run."""
 
     @property
-    def sampling(self) -> SamplingConfig: ...
+    def sampling(self) -> SamplingSettings: ...
 
     def sampling_problems(self) -> Iterator[str]:
         """Yield a line for each invalid combination in `sampling`."""
@@ -122,46 +120,39 @@ def _download(where: str, uri: str) -> tuple[tempfile.TemporaryDirectory[str], s
     return scratch, str(model_registry.download_model(where, uri, Path(scratch.name)))
 
 
-def with_guidance_model(
-    model: TrainedModel, config: GuidanceConfig, plan: SamplingPlan, tracking_uri: str = ""
+def configured(
+    model: TrainedModel,
+    sampling: SamplingSettings,
+    guidance: GuidanceConfig,
+    tracking_uri: str = "",
+    home: Path | None = None,
 ) -> TrainedModel:
-    """`model` guided by the configured network; raises ConfigError where the two do not fit."""
-    of, device, classes = model.denoiser, model.device, 0
-    if config.autoguidance_model:
-        weak = load(config.autoguidance_model, device, tracking_uri)
+    """`model` with these sampling settings, guided by the configured network.
+
+    The network is loaded as by `load`. Raises ConfigError with a line for each setting that the
+    model does not support.
+    """
+    knows = bool(guidance.classifier)
+    model = checkpoint_loading.with_sampling(model, sampling, guided_by_model=knows)
+    of = model.denoiser
+    if guidance.autoguidance_model:
+        weak = load(guidance.autoguidance_model, model.device, tracking_uri, home)
         try:
-            guide = guidance_models.autoguidance(of, weak.denoiser, config.autoguidance_scale)
+            guide = guidance_models.autoguidance(of, weak.denoiser, guidance.autoguidance_scale)
         except ValueError as error:
-            raise ConfigError(
-                f"guidance.autoguidance_model is {config.autoguidance_model!r}: {error}"
-            ) from error
-    elif config.classifier:
-        classifier = checkpoint_loading.trained_classifier(config.classifier, device)
-        classes = classifier.num_classes
-        means = config.classifier_form == "mean"
-        guide = guidance_models.classifier_guidance(
-            classifier,
-            of,
-            config.classifier_scale,
-            steps=plan.steps if means else None,
-            variance="fixed_large" if plan.variance == "fixed_large" else "fixed_small",
-        )
-    else:
+            given = f"guidance.autoguidance_model is {guidance.autoguidance_model!r}"
+            raise ConfigError(f"{given}: {error}") from error
+        return replace(model, denoiser=replace(of, guidance_model=guide))
+    if not guidance.classifier:
         return model
-    return replace(model, denoiser=replace(of, guidance_model=guide, guidance_classes=classes))
-
-
-def planned(
-    uri: str, sampling: SamplingConfig, guidance: GuidanceConfig, home: Path
-) -> tuple[TrainedModel, SamplingPlan]:
-    """The model at `uri` with its guidance model, and the sampling plan; raises ConfigError."""
-    model = load(uri, home=home)
-    run = from_dict(RunConfig, model.provenance["config"])
-    plan = checked_plan(
-        sampling, run, model.denoiser.schedule, guided_by_model=bool(guidance.classifier)
+    classifier = checkpoint_loading.trained_classifier(guidance.classifier, model.device)
+    plan = sampling_plan(sampling, of.schedule)
+    guide = guidance_models.classifier_guidance(
+        classifier,
+        of,
+        guidance.classifier_scale,
+        steps=plan.steps if guidance.classifier_form == "mean" else None,
+        variance="fixed_large" if sampling.variance == "fixed_large" else "fixed_small",
     )
-    model = with_guidance_model(model, guidance, plan, resolve_tracking_uri(home))
-    try:
-        return model, model.plan_of(sampling)
-    except ValueError as error:
-        raise ConfigError(f"sampling.{error}") from error
+    guided = replace(of, guidance_model=guide, guidance_classes=classifier.num_classes)
+    return checkpoint_loading.with_sampling(replace(model, denoiser=guided), sampling)

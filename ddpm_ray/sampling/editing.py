@@ -52,7 +52,7 @@ def inpaint(
     The noise is that of the images `index` [N]; `size` is S. Raises ValueError if the method
     `repaint` is combined with a sampler or variance that it does not support.
     """
-    x_T = normal(plan.seed, Purpose.SAMPLE_START, 0, index, known.shape[1:])
+    x_T = normal(plan.settings.seed, Purpose.SAMPLE_START, 0, index, known.shape[1:])
     noise = _noise(plan, index, known)
     denoise = _windowed_denoiser(denoiser, plan, index, known, size)
     if painting.method == "replacement":
@@ -60,10 +60,11 @@ def inpaint(
         x_T = torch.where(mask, add_noise(denoiser.schedule, known, start, x_T), x_T)
         seeing = inpainting.replacement(denoise, denoiser.parameterization, known, mask)
         return inpainting.paste(walk(denoiser, seeing, plan, x_T, noise), known, mask)
-    if plan.sampler not in ("ancestral", "ddim") or plan.variance != "fixed_small":
+    sampler, variance = plan.settings.sampler, plan.settings.variance
+    if sampler not in ("ancestral", "ddim") or variance != "fixed_small":
         raise ValueError(
-            f"sampler is {plan.sampler!r} and variance {plan.variance!r}; repaint supports "
-            "ancestral and ddim with fixed_small: use one of these, or method=replacement"
+            f"sampler is {sampler!r} and variance {variance!r}; repaint supports ancestral and "
+            "ddim with fixed_small: use one of these, or method=replacement"
         )
     return inpainting.repaint(
         denoiser.schedule,
@@ -75,7 +76,7 @@ def inpaint(
         noise=noise,
         jump_length=painting.jump_length,
         resamples=painting.resamples,
-        eta=1.0 if plan.sampler == "ancestral" else plan.eta,
+        eta=1.0 if sampler == "ancestral" else plan.settings.eta,
         parameterization=denoiser.parameterization,
         clip=plan.clipping(denoiser.codec),
     )
@@ -94,7 +95,7 @@ def image_to_image(
     (SDEdit, Meng et al. 2022, arXiv:2108.01073.) `size` is S. Raises ValueError for a strength
     outside (0, 1], or below the plan's last step.
     """
-    noise = normal(plan.seed, Purpose.SAMPLE_START, 0, index, images.shape[1:])
+    noise = normal(plan.settings.seed, Purpose.SAMPLE_START, 0, index, images.shape[1:])
     x_t, left = inpainting.sdedit(denoiser.schedule, images, plan.steps, strength, noise)
     denoise = _windowed_denoiser(denoiser, plan, index, images, size)
     rest = replace(plan, steps=left)
@@ -116,7 +117,7 @@ def interpolate(
     """
     index = torch.tensor(ends, device=device)
     shape = denoiser.codec.shape(image_shape)
-    first, last = normal(plan.seed, Purpose.SAMPLE_START, 0, index, shape).chunk(2)
+    first, last = normal(plan.settings.seed, Purpose.SAMPLE_START, 0, index, shape).chunk(2)
     x_T: Tensor = torch.cat(
         [inversion.interpolate(first, last, share) for share in shares.tolist()]
     )
@@ -211,4 +212,4 @@ def _windowed_denoiser(
 
 def _noise(plan: SamplingPlan, index: Tensor, images: Tensor) -> Noise:
     shape = images.shape[1:]
-    return lambda step: normal(plan.seed, Purpose.SAMPLE_STEP, step, index, shape)
+    return lambda step: normal(plan.settings.seed, Purpose.SAMPLE_STEP, step, index, shape)

@@ -1,16 +1,16 @@
 """The notebook interface to a trained model: uint8 images in and out, checked arguments."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, TypeAlias, Unpack
+from typing import Annotated, Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ddpm_ray.config.edit import InpaintingMethod
-from ddpm_ray.config.option_fields import checks_arguments, limits
-from ddpm_ray.config.sampling import Conditioned, SamplingArguments, SamplingConfig
+from ddpm_ray.config.option_fields import checks_arguments, limits, shown
+from ddpm_ray.config.sampling import SampledModel, SamplingSettings
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.data.low_resolution import enlarged, low_resolution_size
 from ddpm_ray.diffusion.samplers import OnStep
@@ -63,7 +63,7 @@ class TrainedModel:
         where, step = (self.provenance.get(key) for key in ("checkpoint", "step"))
         return f"TrainedModel({where}, step {step}, {self.image_shape}, {self.device})"
 
-    settings: SamplingConfig = field(default_factory=SamplingConfig)  # of the run
+    settings: SamplingSettings = field(default_factory=SamplingSettings)  # of the run
     find_label_names: Callable[[], Sequence[str] | None] = _unknown  # lazy: may read the data set
     drops_labels: bool = True  # trained with label dropout, which guidance needs
 
@@ -77,21 +77,35 @@ class TrainedModel:
         """Names of classes 0, 1, ...; None without classes or if their names are unknown."""
         return self.find_label_names()
 
-    def with_settings(self, **settings: Unpack[SamplingArguments]) -> "TrainedModel":
+    def with_settings(self, **settings: Any) -> "TrainedModel":
         """A copy of the model with these settings as defaults for all calls."""
         chosen = self._chosen(settings)
-        self.plan_of(chosen)  # raises for settings that this model does not support
+        self._plan(chosen)  # raises for settings that this model does not support
         return replace(self, settings=chosen)
 
+    @property
+    def timesteps(self) -> tuple[int, ...]:
+        """The steps that the settings visit, from T down to 0."""
+        return self._plan(self.settings).steps
+
     @checks_arguments
-    def sample(self, num_images: NumImages, **settings: Unpack[SamplingArguments]) -> Images:
+    def sample(
+        self, num_images: NumImages, *, on_step: OnStep | None = None, **settings: Any
+    ) -> Images:
         """Draw uint8 images [num_images, H, W, C] with the run's settings.
 
         Each batch takes about `settings.steps` network calls, 1,000 for many runs; fewer `steps`
-        with a sampler such as unipc are an order of magnitude faster.
+        with a sampler such as unipc are an order of magnitude faster. `on_step(t, x_t,
+        x_0_estimate)` is called at each step of each batch and must copy tensors that it keeps.
         """
+        if on_step is not None and not callable(on_step):
+            raise ValueError(f"on_step is {shown(on_step)}; give a function of (t, x_t, x_0)")
         chosen = self._chosen(settings)
-        return self.draw(self.plan_of(chosen), num_images, chosen.batch_size)
+        plan, shape = self._plan(chosen), self.image_shape
+        indices = range(num_images)
+        return draw_uint8(
+            self.denoiser, plan, indices, shape, self.device, chosen.batch_size, on_step
+        )
 
     @checks_arguments
     def inpaint(
@@ -102,7 +116,7 @@ class TrainedModel:
         method: InpaintingMethod = "repaint",
         resamples: Count = 10,
         jump_length: Count = 10,
-        **settings: Unpack[SamplingArguments],
+        **settings: Any,
     ) -> Images:
         """Repaint the pixels of `images` where `mask` is False; returns uint8 [N, H, W, C].
 
@@ -115,7 +129,7 @@ class TrainedModel:
         settings with the sampler ancestral and fixed_small.
         """
         chosen = self._chosen(settings, repaint=method == "repaint")
-        plan, painting = self.plan_of(chosen), Painting(method, resamples, jump_length)
+        plan, painting = self._plan(chosen), Painting(method, resamples, jump_length)
         known, size = as_images(images, self.image_shape.channels), self.image_size
         keep = torch.from_numpy(as_mask(mask, known)).to(self.device)
 
@@ -137,7 +151,7 @@ class TrainedModel:
         method: InpaintingMethod = "repaint",
         resamples: Count = 10,
         jump_length: Count = 10,
-        **settings: Unpack[SamplingArguments],
+        **settings: Any,
     ) -> Images:
         """Extend `images` by margins; returns uint8 [N, top + H + bottom, left + W + right, C].
 
@@ -151,29 +165,26 @@ class TrainedModel:
         )
 
     @checks_arguments
-    def image_to_image(
-        self, images: Images, strength: Share, **settings: Unpack[SamplingArguments]
-    ) -> Images:
+    def image_to_image(self, images: Images, strength: Share, **settings: Any) -> Images:
         """Vary `images` by SDEdit: add noise up to step `strength` T and denoise from there.
 
         Returns uint8 [N, H, W, C]. A `strength` near 0 keeps the images, 1 keeps almost nothing of
         them. Takes about strength times `steps` steps. (Meng et al. 2022, arXiv:2108.01073.)
         """
         chosen = self._chosen(settings)
-        plan, size = self.plan_of(chosen), self.image_size
+        plan, size = self._plan(chosen), self.image_size
 
         def edit(x: Tensor, index: Tensor) -> Tensor:
             return editing.image_to_image(self.denoiser, plan, strength, x, index, size)
 
         return self._edited(edit, images, chosen.batch_size)
 
-    def enlarge(self, images: Images, **settings: Unpack[SamplingArguments]) -> Images:
+    def enlarge(self, images: Images, **settings: Any) -> Images:
         """Upscale `images` [N, h, w, C] to the model's size; returns uint8 [N, H, W, C].
 
         For models trained for super-resolution (Saharia et al. 2021, arXiv:2104.07636), such as
         the last stage of a cascade (Ho et al. 2022, arXiv:2106.15282).
         """
-        chosen = self._chosen(settings)
         found = as_images(images, self.image_shape.channels)
         height, width = low_resolution_size(
             *self.image_size, self.denoiser.takes.low_resolution_pixels
@@ -185,8 +196,7 @@ class TrainedModel:
             )
         small = self.denoiser.codec.encode(torch.from_numpy(found).to(self.device))
         denoiser = replace(self.denoiser, low_resolution_images=enlarged(small, self.image_size))
-        plan = self.plan_of(chosen)
-        return replace(self, denoiser=denoiser).draw(plan, len(found), chosen.batch_size)
+        return replace(self, denoiser=denoiser).sample(len(found), **settings)
 
     @checks_arguments
     def interpolate(
@@ -196,7 +206,7 @@ class TrainedModel:
         num_images: Annotated[int, limits(at_least=2, at_most=2**32)],
         *,
         label: int | str | None = None,
-        **settings: Unpack[SamplingArguments],
+        **settings: Any,
     ) -> Images:
         """Interpolate between images `first` and `last` of `seed`: uint8 [num_images, H, W, C].
 
@@ -211,7 +221,7 @@ class TrainedModel:
                 )
             settings["labels"] = label
         chosen = self._deterministic(settings)
-        plan, shape, ends = self.plan_of(chosen), self.image_shape, (first, last)
+        plan, shape, ends = self._plan(chosen), self.image_shape, (first, last)
         shares = torch.linspace(0, 1, num_images, dtype=torch.float64)
         parts = (
             editing.interpolate(self.denoiser, plan, ends, part, shape, self.device)
@@ -220,9 +230,7 @@ class TrainedModel:
         return np.concatenate([self.denoiser.codec.decode(part) for part in parts])
 
     @checks_arguments
-    def reconstruct(
-        self, images: Images, *, iterations: Count = 1, **settings: Unpack[SamplingArguments]
-    ) -> Images:
+    def reconstruct(self, images: Images, *, iterations: Count = 1, **settings: Any) -> Images:
         """Encode `images` to noise by DDIM inversion and decode them; returns uint8 [N, H, W, C].
 
         More `steps` or `iterations` reduce the error. Guidance increases it, so the run's guidance
@@ -230,56 +238,46 @@ class TrainedModel:
         """
         settings.setdefault("guidance_scale", 1.0)
         chosen = self._deterministic(settings)
-        plan, size = self.plan_of(chosen), self.image_size
+        plan, size = self._plan(chosen), self.image_size
 
         def edit(x: Tensor, index: Tensor) -> Tensor:
             return editing.reconstruct(self.denoiser, plan, iterations, x, index, size)
 
         return self._edited(edit, images, chosen.batch_size)
 
-    def plan(self, **settings: Unpack[SamplingArguments]) -> SamplingPlan:
-        """The sampling plan of the run's settings with these overrides."""
-        return self.plan_of(self._chosen(settings))
+    def problems(self, prefix: str = "", *, guided_by_model: bool | None = None) -> Iterator[str]:
+        """Yield a line for each of `settings` that this model does not support.
 
-    def plan_of(self, settings: SamplingConfig) -> SamplingPlan:
-        """The sampling plan of `settings`; raises ValueError for unsupported ones."""
+        `prefix` is the group of their keys. `guided_by_model`: a guidance model takes the labels;
+        None: if there is one.
+        """
+        return self.settings.problems(prefix, self._sampled_model(guided_by_model))
+
+    def _sampled_model(self, guided_by_model: bool | None = None) -> SampledModel:
         of = self.denoiser
-        model = Conditioned(of.takes.num_classes, self.drops_labels, of.variance != "fixed")
-        guided = of.guidance_model is not None
-        problems = [
-            *settings.problems("", of.schedule.num_steps),
-            *settings.incompatibilities(
-                "", model, guided_by_model=guided, guidance_classes=of.guidance_classes
-            ),
-        ]
-        if problems:
+        return SampledModel(
+            of.schedule.num_steps,
+            of.takes.num_classes,
+            self.drops_labels,
+            of.variance != "fixed",
+            of.guidance_model is not None if guided_by_model is None else guided_by_model,
+            of.guidance_classes,
+        )
+
+    def _plan(self, settings: SamplingSettings) -> SamplingPlan:
+        """The sampling plan of `settings`; raises ValueError for unsupported ones."""
+        if problems := list(settings.problems("", self._sampled_model())):
             raise ValueError("; ".join(problems))
         names = self.label_names if settings.has_names else None
-        return sampling_plan(settings, of.schedule, names)
+        return sampling_plan(settings, self.denoiser.schedule, names)
 
-    def _chosen(self, given: SamplingArguments, *, repaint: bool = False) -> SamplingConfig:
+    def _chosen(self, given: dict[str, Any], *, repaint: bool = False) -> SamplingSettings:
         own = self.settings.for_repaint() if repaint else self.settings
         return own.overridden(given, self.denoiser.schedule.num_steps)
 
-    def _deterministic(self, given: SamplingArguments) -> SamplingConfig:
+    def _deterministic(self, given: dict[str, Any]) -> SamplingSettings:
         own = replace(self.settings, sampler="ddim", eta=0.0, variance="fixed_small")
         return own.overridden(given, self.denoiser.schedule.num_steps)
-
-    @checks_arguments
-    def draw(
-        self,
-        plan: SamplingPlan,
-        num_images: NumImages,
-        batch_size: Count,
-        on_step: OnStep | None = None,
-    ) -> Images:
-        """Draw images 0..num_images-1 with `plan`: uint8 [num_images, H, W, C].
-
-        `on_step(t, x_t, x_0_estimate)` is called at each step of each batch and must copy tensors
-        that it keeps.
-        """
-        indices, shape = range(num_images), self.image_shape
-        return draw_uint8(self.denoiser, plan, indices, shape, self.device, batch_size, on_step)
 
     def _edited(
         self, edit: Callable[[Tensor, Tensor], Tensor], images: Images, batch_size: int

@@ -6,16 +6,15 @@ another order.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeAlias, assert_never
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias, assert_never, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ddpm_ray.choices import SamplingVariance
-from ddpm_ray.config.sampling import Sampler, SamplingConfig
+from ddpm_ray.config.sampling import Sampler, SamplingSettings
 from ddpm_ray.counter_rng import Purpose, normal
 from ddpm_ray.data.codec import Codec
 from ddpm_ray.data.image_shape import ImageShape
@@ -23,30 +22,36 @@ from ddpm_ray.diffusion import samplers, solvers, timestep_spacing
 from ddpm_ray.diffusion.process import Denoise, NoiseSchedule
 from ddpm_ray.diffusion.samplers import Noise, OnStep
 from ddpm_ray.diffusion.x0_estimator import Clip
-from ddpm_ray.sampling.denoiser import UNGUIDED, Denoiser, Guidance
+from ddpm_ray.sampling.denoiser import Denoiser, Guidance
 
 Images: TypeAlias = npt.NDArray[np.uint8]  # [N, H, W, C]
 
 
 @dataclass(frozen=True)
 class SamplingPlan:
-    """Sampling settings: with the denoiser and an index they determine an image."""
+    """Sampling settings and the steps they visit: with a denoiser and an index, an image."""
 
     steps: tuple[int, ...]  # strictly decreasing from T to 0
-    sampler: Sampler = "ddim"
-    eta: float = 0.0  # ddim only: 0 is deterministic, 1 adds as much noise as ancestral
-    variance: SamplingVariance = "fixed_small"
-    clip: bool = True
-    dynamic_quantile: float = 0.0  # dynamic thresholding quantile of |x_0|; 0: clip to [-1, 1]
-    seed: int = 0
-    labels: tuple[int, ...] = ()  # see ConditioningSpec.of_samples
-    guidance: Guidance = UNGUIDED
+    settings: SamplingSettings = field(default_factory=SamplingSettings)  # labels are numbers
+
+    @property
+    def labels(self) -> tuple[int, ...]:
+        """Image i has labels[i % len(labels)]; empty: i % num_classes."""
+        return cast(tuple[int, ...], self.settings.labels)
+
+    @property
+    def guidance(self) -> Guidance:
+        """The settings of classifier-free guidance."""
+        of = self.settings
+        return Guidance(
+            of.guidance_scale, of.guidance_rescale, of.guidance_above_sigma, of.guidance_below_sigma
+        )
 
     def clipping(self, codec: Codec) -> Clip | None:
         """The function that clips estimates of x_0; None: no clipping."""
-        if not self.clip:
+        if not self.settings.clip:
             return None
-        return codec.clip(self.dynamic_quantile)
+        return codec.clip(self.settings.dynamic_quantile)
 
 
 def first_step(schedule: NoiseSchedule, sampler: Sampler) -> int:
@@ -57,7 +62,7 @@ def first_step(schedule: NoiseSchedule, sampler: Sampler) -> int:
 
 
 def sampling_plan(
-    settings: SamplingConfig, schedule: NoiseSchedule, label_names: Sequence[str] | None = None
+    settings: SamplingSettings, schedule: NoiseSchedule, label_names: Sequence[str] | None = None
 ) -> SamplingPlan:
     """The plan of `settings` for a model with this schedule; label names become numbers.
 
@@ -74,22 +79,7 @@ def sampling_plan(
             steps = timestep_spacing.log_snr_steps(schedule, count, first)
         case _:
             assert_never(settings.spacing)
-    return SamplingPlan(
-        steps,
-        settings.sampler,
-        eta=settings.eta,
-        variance=settings.variance,
-        clip=settings.clip,
-        dynamic_quantile=settings.dynamic_quantile,
-        seed=settings.seed,
-        labels=settings.numbered(label_names),
-        guidance=Guidance(
-            settings.guidance_scale,
-            settings.guidance_rescale,
-            settings.guidance_above_sigma,
-            settings.guidance_below_sigma,
-        ),
-    )
+    return SamplingPlan(steps, replace(settings, labels=settings.numbered(label_names)))
 
 
 def draw(
@@ -110,10 +100,10 @@ def draw(
     shape = denoiser.codec.shape(image_shape)
 
     def noise(t: int) -> Tensor:
-        return normal(plan.seed, Purpose.SAMPLE_STEP, t, index, shape)
+        return normal(plan.settings.seed, Purpose.SAMPLE_STEP, t, index, shape)
 
     index = index.to(device)
-    x_T = normal(plan.seed, Purpose.SAMPLE_START, 0, index, shape)
+    x_T = normal(plan.settings.seed, Purpose.SAMPLE_START, 0, index, shape)
     conditioning = denoiser.conditioning(index, plan.labels)
     denoise = denoiser.bind_conditioning(conditioning, plan.guidance)
     return walk(denoiser, denoise, plan, x_T, noise, on_step)
@@ -127,37 +117,37 @@ def walk(
     noise: Noise,
     on_step: OnStep | None = None,
 ) -> Tensor:
-    """Run plan.sampler from x_T over plan.steps; `denoise` is `denoiser` with its inputs bound."""
-    schedule = denoiser.schedule
+    """Run the plan's sampler from x_T; `denoise` is `denoiser` with its inputs bound."""
+    schedule, settings = denoiser.schedule, plan.settings
     common: dict[str, Any] = {
         "parameterization": denoiser.parameterization,
         "clip": plan.clipping(denoiser.codec),
         "on_step": on_step,
     }
-    if plan.sampler == "ancestral":
-        variance = denoiser.variance if plan.variance == "learned" else plan.variance
+    if settings.sampler == "ancestral":
+        variance = denoiser.variance if settings.variance == "learned" else settings.variance
         if variance == "fixed":
             raise ValueError(
                 "variance is 'learned', but the network predicts none; use fixed_small"
             )
-        if plan.variance != "learned":
+        if settings.variance != "learned":
             denoise = denoiser.without_variance(denoise)
         return samplers.ancestral(
             schedule, denoise, x_T, plan.steps, noise=noise, variance=variance, **common
         )
-    if plan.variance == "learned":
-        raise ValueError(f"variance is 'learned'; {plan.sampler} has none: use fixed_small")
+    if settings.variance == "learned":
+        raise ValueError(f"variance is 'learned'; {settings.sampler} has none: use fixed_small")
     denoise = denoiser.without_variance(denoise)
-    match plan.sampler:
+    match settings.sampler:
         case "ddim":
             return samplers.ddim(
                 schedule,
                 denoise,
                 x_T,
                 plan.steps,
-                eta=plan.eta,
+                eta=settings.eta,
                 noise=noise,
-                variance=plan.variance,
+                variance=settings.variance,
                 **common,
             )
         case "dpm_solver_pp" | "dpm_solver_pp_sde":
@@ -166,7 +156,7 @@ def walk(
                 denoise,
                 x_T,
                 plan.steps,
-                noise=noise if plan.sampler == "dpm_solver_pp_sde" else None,
+                noise=noise if settings.sampler == "dpm_solver_pp_sde" else None,
                 **common,
             )
         case "unipc":
@@ -176,7 +166,7 @@ def walk(
         case "plms":
             solver = solvers.plms
         case _:
-            assert_never(plan.sampler)
+            assert_never(settings.sampler)
     return solver(schedule, denoise, x_T, plan.steps, **common)
 
 

@@ -17,7 +17,7 @@ import ddpm_ray
 from ddpm_ray.assembly import checkpoint_loading, diffusion, training_run
 from ddpm_ray.config.loading import ConfigError, load, to_dict
 from ddpm_ray.config.run import RunConfig
-from ddpm_ray.config.sampling import SamplingConfig
+from ddpm_ray.config.sampling import SamplingSettings
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.models.interop.diffusers_config import UnsupportedModelError
 from ddpm_ray.sampling.pipeline import TrainedModel
@@ -70,12 +70,12 @@ def test_a_model_comes_back_from_diffusers_format_drawing_the_same(
     overrides: tuple[str, ...], tmp_path: Path
 ) -> None:
     model = trained(configured(*overrides))
-    checkpoint_loading.write_diffusers(model, SamplingConfig(), tmp_path / "given")
+    checkpoint_loading.write_diffusers(model, SamplingSettings(), tmp_path / "given")
     back = checkpoint_loading.trained_model(str(tmp_path / "given"))
     assert back.image_shape == model.image_shape
     torch.testing.assert_close(back.denoiser.schedule.alpha_bar, model.denoiser.schedule.alpha_bar)
     assert (back.sample(4, steps=5, seed=2) == model.sample(4, steps=5, seed=2)).all()
-    checkpoint_loading.write_diffusers(back, SamplingConfig(), tmp_path / "again")
+    checkpoint_loading.write_diffusers(back, SamplingSettings(), tmp_path / "again")
     name = "unet/diffusion_pytorch_model.safetensors"
     once, twice = (load_file(tmp_path / folder / name) for folder in ("given", "again"))
     assert once.keys() == twice.keys()
@@ -85,13 +85,13 @@ def test_a_model_comes_back_from_diffusers_format_drawing_the_same(
 def test_a_model_of_diffusers_goes_back_as_the_network_that_it_was(tmp_path: Path) -> None:
     """With the eps and the heads of theirs, which our configs have no keys for."""
     model = trained(configured())
-    checkpoint_loading.write_diffusers(model, SamplingConfig(), tmp_path / "ours")
+    checkpoint_loading.write_diffusers(model, SamplingSettings(), tmp_path / "ours")
     config = tmp_path / "ours/unet/config.json"
     changed = json.loads(config.read_text()) | {"norm_eps": 1e-2, "attention_head_dim": 4}
     config.write_text(json.dumps(changed))
     theirs = checkpoint_loading.trained_model(str(tmp_path / "ours"))
     assert (theirs.sample(4, steps=5) != model.sample(4, steps=5)).any()
-    checkpoint_loading.write_diffusers(theirs, SamplingConfig(), tmp_path / "again")
+    checkpoint_loading.write_diffusers(theirs, SamplingSettings(), tmp_path / "again")
     again = checkpoint_loading.trained_model(str(tmp_path / "again"))
     assert (again.sample(4, steps=5) == theirs.sample(4, steps=5)).all()
     kept = json.loads((tmp_path / "again/unet/config.json").read_text())
@@ -101,33 +101,33 @@ def test_a_model_of_diffusers_goes_back_as_the_network_that_it_was(tmp_path: Pat
 @pytest.mark.parametrize(
     "sampling, pipeline, scheduler, missing",
     [
-        (SamplingConfig(steps=5, seed=4), "DDIMPipeline", "DDIMScheduler", ()),
+        (SamplingSettings(steps=5, seed=4), "DDIMPipeline", "DDIMScheduler", ()),
         (
-            SamplingConfig(sampler="ancestral", steps=30, variance="fixed_large"),
+            SamplingSettings(sampler="ancestral", steps=30, variance="fixed_large"),
             "DDPMPipeline",
             "DDPMScheduler",
             (),
         ),
         (
-            SamplingConfig(sampler="dpm_solver_pp", steps=10, clip=False),
+            SamplingSettings(sampler="dpm_solver_pp", steps=10, clip=False),
             "DDPMPipeline",
             "DPMSolverMultistepScheduler",
             (),
         ),
         (
-            SamplingConfig(sampler="unipc", steps=7, spacing="log_snr", guidance_scale=2.0),
+            SamplingSettings(sampler="unipc", steps=7, spacing="log_snr", guidance_scale=2.0),
             "DDPMPipeline",
             "DDPMScheduler",
             ("sampler=unipc", "spacing=log_snr", "guidance_scale=2"),
         ),
         (
-            SamplingConfig(steps=7, labels=(1,)),
+            SamplingSettings(steps=7, labels=(1,)),
             "DDIMPipeline",
             "DDIMScheduler",
             ("steps=7", "labels=[1]"),
         ),
         (
-            SamplingConfig(steps=5, dynamic_quantile=0.9),
+            SamplingSettings(steps=5, dynamic_quantile=0.9),
             "DDIMPipeline",
             "DDIMScheduler",
             ("dynamic_quantile",),
@@ -136,7 +136,7 @@ def test_a_model_of_diffusers_goes_back_as_the_network_that_it_was(tmp_path: Pat
     ids=str,
 )
 def test_a_runs_sampling_settings_go_to_diffusers_and_come_back(
-    sampling: SamplingConfig,
+    sampling: SamplingSettings,
     pipeline: str,
     scheduler: str,
     missing: tuple[str, ...],
@@ -160,7 +160,7 @@ def test_a_runs_sampling_settings_go_to_diffusers_and_come_back(
 @pytest.mark.parametrize("sampler", ["ddim", "ancestral", "dpm_solver_pp", "dpm_solver_pp_sde"])
 def test_the_pipeline_that_an_export_names_draws(sampler: Any, tmp_path: Path) -> None:
     diffusers = pytest.importorskip("diffusers", reason="pip install 'ddpm-ray[dev]'")
-    sampling = SamplingConfig(sampler=sampler, steps=5)
+    sampling = SamplingSettings(sampler=sampler, steps=5)
     export = checkpoint_loading.write_diffusers(trained(configured()), sampling, tmp_path)
     pipeline = diffusers.DiffusionPipeline.from_pretrained(tmp_path)
     assert type(pipeline).__name__ == export.pipeline
@@ -174,7 +174,7 @@ def test_the_pipeline_that_an_export_names_draws(sampler: Any, tmp_path: Path) -
 def test_what_diffusers_has_no_name_for_is_refused_with_nothing_written(tmp_path: Path) -> None:
     model = trained(configured("objective.prediction=edm"))
     with pytest.raises(UnsupportedModelError, match="prediction"):
-        checkpoint_loading.write_diffusers(model, SamplingConfig(), tmp_path / "given")
+        checkpoint_loading.write_diffusers(model, SamplingSettings(), tmp_path / "given")
     assert not (tmp_path / "given").exists()
 
 
@@ -233,7 +233,7 @@ def test_an_export_to_a_full_disk_leaves_whole_files_and_no_index(
 ) -> None:
     """On commit d926ba0 `[Errno 28] No space left on device`, and a folder with half a file."""
     model, synced, fsync = trained(configured()), itertools.count(), os.fsync
-    checkpoint_loading.write_diffusers(model, SamplingConfig(), whole := tmp_path / "whole")
+    checkpoint_loading.write_diffusers(model, SamplingSettings(), whole := tmp_path / "whole")
 
     def full(file: int) -> None:
         if next(synced) == refused:
@@ -242,7 +242,7 @@ def test_an_export_to_a_full_disk_leaves_whole_files_and_no_index(
 
     monkeypatch.setattr("ddpm_ray.storage.object_store.os.fsync", full)
     with pytest.raises(StorageError, match=r"begun/.*: the disk is full; free some space or cho"):
-        checkpoint_loading.write_diffusers(model, SamplingConfig(), begun := tmp_path / "begun")
+        checkpoint_loading.write_diffusers(model, SamplingSettings(), begun := tmp_path / "begun")
     left = [path for path in begun.rglob("*") if path.is_file()]
     assert len(left) == refused
     for path in left:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.evaluation import InceptionResize
+from ddpm_ray.config.sampling import SamplingSettings
 from ddpm_ray.data.codec import PIXELS
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.diffusion import schedules
@@ -41,7 +42,7 @@ from tests.noise import pack
 
 OnWorkers = Callable[[int, Callable[[Workers], Any]], list[Any]]  # see conftest.py
 SCHEDULE = NoiseSchedule(schedules.cosine(20))
-PLAN = SamplingPlan(uniform_steps(20, 3), seed=5)
+PLAN = SamplingPlan(uniform_steps(20, 3), SamplingSettings(seed=5))
 SHAPE = ImageShape(6, 6, 1)
 
 
@@ -376,12 +377,16 @@ def test_the_provenance_names_all_that_the_score_depends_on(tmp_path: Path) -> N
     assert found["reference"]["sha256"] == truth.sha256
     assert found["reference"]["images"] == 30
     assert found["versions"]["torch"] == torch.__version__
+
+    def changed(**settings: Any) -> SamplingPlan:
+        return SamplingPlan(PLAN.steps, replace(PLAN.settings, **settings))
+
     plans = {
-        "seed": replace(PLAN, seed=6),
-        "eta": replace(PLAN, eta=0.5),
-        "clip": replace(PLAN, clip=False),
-        "sampler": replace(PLAN, sampler="ancestral"),
-        "variance": replace(PLAN, sampler="ancestral", variance="fixed_large"),
+        "seed": changed(seed=6),
+        "eta": changed(eta=0.5),
+        "clip": changed(clip=False),
+        "sampler": changed(sampler="ancestral"),
+        "variance": changed(sampler="ancestral", variance="fixed_large"),
         "spacing": replace(PLAN, steps=quadratic_steps(20, 3)),
         "steps": replace(PLAN, steps=uniform_steps(20, 4)),
     }

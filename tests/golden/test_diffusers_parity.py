@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ddpm_ray.choices import Prediction, ReverseVariance
 from ddpm_ray.config.loading import to_dict
-from ddpm_ray.config.sampling import SamplingConfig
+from ddpm_ray.config.sampling import SamplingSettings
 from ddpm_ray.diffusion import NoiseSchedule, Parameterization, schedules
 from ddpm_ray.diffusion.samplers import ancestral, ddim
 from ddpm_ray.diffusion.solvers import dpm_solver_pp, unipc
@@ -207,7 +207,7 @@ def test_an_exported_scheduler_walks_as_the_run_samples(
     diffusers: Any, settings: dict[str, Any], clip: bool
 ) -> None:
     """From its config alone, with the arguments that the export names: equal images."""
-    sampling = SamplingConfig(**{"steps": 10, "clip": clip, **settings})
+    sampling = SamplingSettings(**{"steps": 10, "clip": clip, **settings})
     export = to_pipeline(
         {
             "schedule": {"kind": "linear", "num_steps": 1000},

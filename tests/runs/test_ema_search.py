@@ -23,7 +23,7 @@ from ddpm_ray.config.evaluation import EvaluationConfig
 from ddpm_ray.config.jobs import EvaluateConfig
 from ddpm_ray.config.loading import ConfigError, from_dict, load, to_dict
 from ddpm_ray.config.run import RunConfig
-from ddpm_ray.config.sampling import SamplingConfig
+from ddpm_ray.config.sampling import SamplingSettings
 from ddpm_ray.data.dataset import DatasetError
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.distributed import worker_group
@@ -92,7 +92,7 @@ def weights_of(model: TrainedModel) -> dict[str, Tensor]:
 
 # Samples are few and small, seen by the bundled classifier.
 DIGITS = AverageConfig(
-    sampling=SamplingConfig(steps=2),
+    sampling=SamplingSettings(steps=2),
     evaluation=EvaluationConfig(num_images=20, features="digits", kernel_distance=False),
 )
 KEPT = "training.ema_snapshot_widths=[0.1,0.2]", "training.ema_snapshot_every_steps=5"

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ddpm_ray.config.sampling import SamplingSettings
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.diffusion import NoiseSchedule, Parameterization, schedules
 from ddpm_ray.diffusion.conditioning import Conditioning
@@ -41,7 +42,7 @@ def test_labels_go_by_the_index_in_turn_or_as_wished() -> None:
     for wished, expected in (((), [0, 1, 2, 0, 1]), ((2, 0), [2, 0, 2, 0, 2])):
         network = Seen()
         denoiser = Denoiser(network, EPSILON, takes=ConditioningSpec(num_classes=3))
-        plan = SamplingPlan((40, 0), labels=wished)
+        plan = SamplingPlan((40, 0), SamplingSettings(labels=wished))
         draw(denoiser, plan, torch.arange(5), IMAGE, "cpu")
         assert [labels.tolist() for labels in network.labels if labels is not None] == [expected]
 
@@ -138,20 +139,17 @@ def test_a_learned_variance_reaches_the_sampler_that_reads_it_alone() -> None:
     denoiser = Denoiser(Seen(2), EPSILON, variance="learned_range")
     whole = tuple(range(40, -1, -1))
     for sampler in ("ddim", "ancestral", "unipc"):
-        plan = SamplingPlan(whole, sampler)
+        plan = SamplingPlan(whole, SamplingSettings(sampler=sampler))
         assert draw(denoiser, plan, torch.arange(2), IMAGE, "cpu").shape == (2, *SHAPE)
-    plan = SamplingPlan(whole, "ancestral", variance="learned")
+    plan = SamplingPlan(whole, SamplingSettings(sampler="ancestral", variance="learned"))
     learned = draw(denoiser, plan, torch.arange(2), IMAGE, "cpu")
-    fixed = draw(denoiser, SamplingPlan(whole, "ancestral"), torch.arange(2), IMAGE, "cpu")
+    plan = SamplingPlan(whole, SamplingSettings(sampler="ancestral"))
+    fixed = draw(denoiser, plan, torch.arange(2), IMAGE, "cpu")
     assert not torch.equal(learned, fixed)
+    plan = SamplingPlan((40, 0), SamplingSettings(sampler="unipc", variance="learned"))
     with pytest.raises(ValueError, match="unipc has none: use fixed_small"):
-        draw(
-            denoiser,
-            SamplingPlan((40, 0), "unipc", variance="learned"),
-            torch.arange(2),
-            IMAGE,
-            "cpu",
-        )
+        draw(denoiser, plan, torch.arange(2), IMAGE, "cpu")
+    plan = SamplingPlan(whole, SamplingSettings(sampler="ancestral", variance="learned"))
     with pytest.raises(ValueError, match="the network predicts none; use fixed_small"):
         draw(Denoiser(Seen(), EPSILON), plan, torch.arange(2), IMAGE, "cpu")
 

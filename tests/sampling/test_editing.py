@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ddpm_ray.config.edit import InpaintingMethod
+from ddpm_ray.config.sampling import SamplingSettings
 from ddpm_ray.counter_rng import Purpose, normal
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.diffusion.conditioning import Conditioning
@@ -22,13 +23,15 @@ from ddpm_ray.diffusion.parameterization import Parameterization
 from ddpm_ray.diffusion.timestep_spacing import uniform_steps
 from ddpm_ray.sampling import editing
 from ddpm_ray.sampling.conditioning import ConditioningSpec
-from ddpm_ray.sampling.denoiser import Denoiser, Guidance
+from ddpm_ray.sampling.denoiser import Denoiser
 from ddpm_ray.sampling.editing import Painting
 from ddpm_ray.sampling.sampling import SamplingPlan
 from tests.truth import ONE, SCHEDULE
 
 MEAN, DEVIATION = 0.6, 0.3
-PLAN = SamplingPlan(uniform_steps(1000, 20), "ancestral", clip=False, seed=4)
+PLAN = SamplingPlan(
+    uniform_steps(1000, 20), SamplingSettings(sampler="ancestral", clip=False, seed=4)
+)
 SIZE = 8, 8
 LEFT = torch.arange(64).view(1, 1, 8, 8) % 8 < 3
 FIRST = torch.tensor([0])
@@ -83,7 +86,7 @@ def test_what_is_known_stays_and_the_rest_is_a_function_of_seed_and_index(
     assert torch.equal(together[..., ::3], known[..., ::3])
     for row in range(len(index)):
         assert torch.equal(together[row], painted([row])[0])
-    reseeded = replace(plan, seed=5)
+    reseeded = replace(plan, settings=replace(plan.settings, seed=5))
     other = editing.inpaint(GAUSSIAN, reseeded, painting, known, mask, torch.tensor(index), SIZE)
     assert ((other == together) == mask).all()
 
@@ -111,7 +114,8 @@ def test_repaint_walks_as_often_as_configured() -> None:
 def test_replacement_takes_known_pixels_along_one_noise() -> None:
     """Under DDIM at eta = 0, x_t is there sqrt(a) known + sqrt(1 - a) noise, from first to last."""
     steps = uniform_steps(600, 20)  # from where there is signal: x_T must hold it as well
-    watched, plan = Watched(), replace(PLAN, sampler="ddim", steps=steps)
+    ddim = replace(PLAN.settings, sampler="ddim")
+    watched, plan = Watched(), SamplingPlan(steps, ddim)
     known, painting = pictures(2, 8, 8), Painting("replacement")
     editing.inpaint(watched.denoiser, plan, painting, known, LEFT, torch.arange(2), SIZE)
     keep = LEFT.expand_as(known)
@@ -119,7 +123,7 @@ def test_replacement_takes_known_pixels_along_one_noise() -> None:
     for x_t, t in watched.asked:
         a = float(SCHEDULE.alpha_bar[t])
         noises.append(((x_t - math.sqrt(a) * known) / math.sqrt(1 - a))[keep])
-    start = normal(PLAN.seed, Purpose.SAMPLE_START, 0, torch.arange(2), (1, 8, 8))[keep]
+    start = normal(PLAN.settings.seed, Purpose.SAMPLE_START, 0, torch.arange(2), (1, 8, 8))[keep]
     for noise in noises:
         torch.testing.assert_close(noise, start, rtol=0, atol=1e-3)
     assert len(noises) == 20
@@ -129,7 +133,7 @@ def test_repaint_takes_the_eta_of_ddim_and_of_ancestral_1() -> None:
     known = pictures(1, 8, 8)
 
     def painted(**changes: object) -> Tensor:
-        plan = replace(PLAN, **changes)  # type: ignore[arg-type]
+        plan = replace(PLAN, settings=replace(PLAN.settings, **changes))  # type: ignore[arg-type]
         return editing.inpaint(GAUSSIAN, plan, Painting(resamples=1), known, LEFT, FIRST, SIZE)
 
     assert torch.equal(painted(), painted(sampler="ddim", eta=1.0))
@@ -152,7 +156,8 @@ def test_windows_of_a_local_network_are_the_canvas(edit: str) -> None:
     denoiser = Denoiser(
         of_class, Parameterization.of("epsilon", SCHEDULE), takes=ConditioningSpec(3)
     )
-    plan = replace(PLAN, steps=(800, 400, 100, 0), guidance=Guidance(2.0), labels=(2, 0))
+    settings = replace(PLAN.settings, guidance_scale=2.0, labels=(2, 0))
+    plan = SamplingPlan((800, 400, 100, 0), settings)
     images, index = pictures(3, 11, 18), torch.arange(3)
     mask = (torch.arange(11 * 18) % 2 < 1).view(1, 1, 11, 18)
 
@@ -199,7 +204,7 @@ def test_a_variation_keeps_as_much_as_the_flow_of_a_gaussian_does(strength: floa
     With a = alpha_bar at strength T it is deviation sqrt(a) / sqrt(a deviation^2 + 1 - a), 0.98 at
     strength 0.05 and 0.00 at 1. The rest is new; its deviation has sqrt(1 - a) in sqrt(a)'s place.
     """
-    plan = replace(PLAN, steps=uniform_steps(1000, 200), sampler="ddim")
+    plan = SamplingPlan(uniform_steps(1000, 200), replace(PLAN.settings, sampler="ddim"))
     images = pictures(64, 8, 8)
     end = editing.image_to_image(GAUSSIAN, plan, strength, images, torch.arange(64), SIZE)
     a = float(SCHEDULE.alpha_bar[round(1000 * strength)])

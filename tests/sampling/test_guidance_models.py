@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ddpm_ray.config.sampling import SamplingSettings
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.diffusion import Denoise, NoiseSchedule, Parameterization, schedules
 from ddpm_ray.diffusion.conditioning import Conditioning
@@ -113,7 +114,6 @@ def test_labels_of_a_plan_reach_the_classifier_of_a_network_without_classes() ->
         return denoise
 
     denoiser = Denoiser(plain.network, plain.parameterization, guidance_model=guidance_model)
-    draw(
-        denoiser, SamplingPlan((40, 0), labels=(5, 6)), torch.arange(3), ImageShape(2, 2, 1), "cpu"
-    )
+    plan = SamplingPlan((40, 0), SamplingSettings(labels=(5, 6)))
+    draw(denoiser, plan, torch.arange(3), ImageShape(2, 2, 1), "cpu")
     assert [labels.tolist() for labels in seen] == [[5, 6, 5]]

@@ -329,7 +329,6 @@ ODD: tuple[object, ...] = (
         "interpolate",
         "reconstruct",
         "with_settings",
-        "plan",
     ],
 )
 def test_every_argument_of_any_value_is_taken_or_named_in_one_line(method: str) -> None:
@@ -358,6 +357,8 @@ def test_every_argument_of_any_value_is_taken_or_named_in_one_line(method: str) 
         for value in ODD:
             if name in ("resamples", "iterations") and isinstance(value, int) and value > 1:
                 continue  # walks for as long as the caller waits
+            if name == "on_step" and callable(value):
+                continue  # the caller's own function raises its own errors
             try:
                 call(**{**given, name: value})
             except ValueError as error:

@@ -1,5 +1,6 @@
 """An image is a function of (seed, index): batches, order and other images do not touch it."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from ddpm_ray.config.sampling import SamplingSettings
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.diffusion import schedules
 from ddpm_ray.diffusion.process import NoiseSchedule
@@ -20,8 +22,10 @@ SCHEDULE = NoiseSchedule(schedules.cosine(T))
 SHAPE = ImageShape(8, 8, 1)
 PLANS = {
     "ddim": SamplingPlan(uniform_steps(T, 5)),
-    "ddim with noise": SamplingPlan(uniform_steps(T, 5), eta=0.7, seed=3),
-    "ancestral": SamplingPlan(uniform_steps(T, 5), sampler="ancestral", clip=False, seed=2**63),
+    "ddim with noise": SamplingPlan(uniform_steps(T, 5), SamplingSettings(eta=0.7, seed=3)),
+    "ancestral": SamplingPlan(
+        uniform_steps(T, 5), SamplingSettings(sampler="ancestral", clip=False, seed=2**63)
+    ),
 }
 
 
@@ -45,7 +49,8 @@ def test_an_image_does_not_depend_on_its_batch(name: str, index: list[int]) -> N
 def test_other_indices_and_other_seeds_are_other_images(name: str) -> None:
     plan = PLANS[name]
     one, other = drawn(plan, [7, 8])
-    reseeded = drawn(SamplingPlan(**{**vars(plan), "seed": plan.seed + 1}), [7])
+    seed = plan.settings.seed + 1
+    reseeded = drawn(SamplingPlan(plan.steps, replace(plan.settings, seed=seed)), [7])
     assert (one != other).float().mean() > 0.5
     assert (one != reseeded[0]).float().mean() > 0.5
 
@@ -60,7 +65,7 @@ def test_noise_of_one_image_at_two_steps_is_not_correlated() -> None:
     def blind(x_t: Tensor, t: Tensor) -> Tensor:
         return x_t / (1 - SCHEDULE.alpha_bar[t]).sqrt().float().view(-1, 1, 1, 1)
 
-    plan = SamplingPlan(uniform_steps(T, T), eta=1.0)
+    plan = SamplingPlan(uniform_steps(T, T), SamplingSettings(eta=1.0))
     draw(
         Denoiser.of_noise(blind, SCHEDULE),
         plan,

@@ -17,6 +17,7 @@ from ddpm_ray.config.evaluation import EvaluationConfig
 from ddpm_ray.config.jobs import EvaluateConfig
 from ddpm_ray.config.loading import load, to_dict
 from ddpm_ray.config.run import RunConfig
+from ddpm_ray.config.sampling import SamplingSettings
 from ddpm_ray.data.dataset import open_dataset
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.diffusion import schedules
@@ -35,7 +36,7 @@ from tests.training.test_sample_grids import Wall
 
 OnWorkers = Callable[[int, Callable[[Workers], Any]], list[Any]]
 SCHEDULE = NoiseSchedule(schedules.cosine(10))
-PLAN = SamplingPlan((10, 5, 0), seed=4)
+PLAN = SamplingPlan((10, 5, 0), SamplingSettings(seed=4))
 MANY = 9  # workers, for 2 shards, 3 images, 2 groups of validation images
 
 

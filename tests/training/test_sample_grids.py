@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from ddpm_ray.collectives import Workers
+from ddpm_ray.config.sampling import SamplingSettings
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.diffusion import schedules
 from ddpm_ray.diffusion.conditioning import UNCONDITIONAL
@@ -77,7 +78,7 @@ def grid_logger(
     model = copy.deepcopy(network(channels))
     denoiser = Denoiser.of_noise(model.eval(), COSINE)
     wall = Wall()
-    plan = SamplingPlan(uniform_steps(10, 3), seed=4)
+    plan = SamplingPlan(uniform_steps(10, 3), SamplingSettings(seed=4))
     made = SampleGridLogger(
         denoiser,
         plan,
