@@ -16,6 +16,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator
 from PIL import Image
 
+from ddpm_ray.redaction import counted
 from ddpm_ray.sweep.chart_style import (
     DARK,
     GREY,
@@ -147,7 +148,7 @@ def cost_bars(trials: Sequence[Trial]) -> Image.Image | None:
     labels = [f"{row.number}" for row in rows] if len(rows) <= LABELLED_BARS else []
     axes.set_yticks(heights[: len(labels)], labels)
     axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.set_ylabel("trial" if labels else f"{len(rows):,} trials", fontsize=TEXT_POINTS)
+    axes.set_ylabel("trial" if labels else counted(len(rows), "trial"), fontsize=TEXT_POINTS)
     axes.yaxis.grid(False)
     scale_axis(axes, "x", [0, *reserved])
     axes.set_xlim(left=0)
