@@ -19,6 +19,12 @@ from ddpm_ray.tracking.errors import answering
 from ddpm_ray.tracking.mlflow_client import FILE_S, BoundedClient
 from ddpm_ray.tracking.run_info import MetricRow, TrackedRun
 
+# MLflow's page shows metrics and images in sections, by what stands before the last slash (~ in a
+# file's name), in alphabetical order: this section comes before `eval` and `train`.
+SECTION = "at a glance"
+NEWEST = 0  # the step at which MLflow's image panel opens
+PREVIEW_PIXELS = 512  # the panel is 250 wide, on some screens of two pixels each
+
 
 class RunLog:
     """Idempotent writer of one run's rows, pictures and documents. Raises TrackingError."""
@@ -43,20 +49,28 @@ class RunLog:
             self._client.log_batch(self._run.run_id, metrics=metrics)
 
     def image(self, key: str, step: int, image: Image.Image) -> None:
-        """Log an image as MlflowClient.log_image does; a replayed step overwrites its own files."""
-        run_id = self._run.run_id
-        number = uuid.uuid5(uuid.NAMESPACE_OID, f"{run_id} {key} {step}")
-        stem = f"{key}+step+{step}+timestamp+{self._run.start_ms + step}+{number}"
+        """Log an image of `step`, and as the newest; a replayed step overwrites its own files.
+
+        MLflow's panel opens at step 0, which is therefore the newest image, not that of step 0.
+        """
         preview = image.copy()
-        preview.thumbnail((256, 256))  # the UI's preview
+        preview.thumbnail((PREVIEW_PIXELS, PREVIEW_PIXELS))
         with tempfile.TemporaryDirectory() as scratch:
-            image.save(Path(scratch) / f"{stem}.png")
-            preview.save(Path(scratch) / f"{stem}+compressed.webp")
+            for place in {step, NEWEST}:
+                path = Path(scratch) / Path(image_path(self._run, key, place)).name
+                image.save(path)
+                preview.save(path.with_name(f"{path.stem}+compressed.webp"))
             with answering(self._run.uri):
-                self._files.log_artifacts(run_id, scratch, "images")
-                self._files.set_tag(run_id, MLFLOW_LOGGED_IMAGES, True)
+                self._files.log_artifacts(self._run.run_id, scratch, "images")
+                self._files.set_tag(self._run.run_id, MLFLOW_LOGGED_IMAGES, True)
 
     def document(self, path: str, content: dict[str, Any]) -> None:
         """Log a JSON file as an artifact of the run."""
         with answering(self._run.uri):
             self._files.log_dict(self._run.run_id, content, path)
+
+
+def image_path(run: TrackedRun, key: str, step: int = NEWEST) -> str:
+    """Return the artifact path of an image, named as MlflowClient.log_image names it."""
+    number = uuid.uuid5(uuid.NAMESPACE_OID, f"{run.run_id} {key} {step}")
+    return f"images/{SECTION}~{key}+step+{step}+timestamp+{run.start_ms + step}+{number}.png"

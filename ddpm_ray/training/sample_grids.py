@@ -64,7 +64,7 @@ class SampleGridLogger:
 
     def _log(self, key: str, step: int, picture: Image.Image) -> None:
         assert self.sink is not None
-        self.sink.image(key, step, picture)
+        self.sink.image(key, step, image_grid.titled(picture, f"step {step:,}"))
         png = io.BytesIO()
         picture.save(png, format="PNG")
         object_store.write_bytes(picture_url(self.url, key, step), png.getvalue())

@@ -233,7 +233,7 @@ def pictures(run: TrackedRun) -> Counter[tuple[str, str, str]]:
     for item in MlflowClient(run.uri).list_artifacts(run.run_id, "images"):
         stem, _, kind = Path(item.path).name.rpartition(".")
         key, _, step, *_ = stem.split("+")
-        found[key, step, kind] += 1
+        found[key.removeprefix("at a glance~"), step, kind] += 1
     return found
 
 
@@ -247,7 +247,9 @@ def test_pictures_and_documents_arrive_once(uri: str, new_run: NewRun, tmp_path:
         tracker.document("evaluation/step-00000010.json", {"score": score})
         assert tracker.close(PATIENCE_S) == 0
     wanted = itertools.product(
-        [("samples", "5"), ("samples", "10"), ("denoising", "10")], ("png", "webp")
+        [(key, "0") for key in ("samples", "denoising")]
+        + [("samples", "5"), ("samples", "10"), ("denoising", "10")],
+        ("png", "webp"),
     )
     assert pictures(run) == Counter((*which, kind) for which, kind in wanted)
     client = MlflowClient(run.uri)
@@ -259,6 +261,22 @@ def test_pictures_and_documents_arrive_once(uri: str, new_run: NewRun, tmp_path:
     document = client.download_artifacts(run.run_id, "evaluation", str(tmp_path))
     assert json.loads(Path(document, "step-00000010.json").read_text()) == {"score": 2}
     assert client.get_run(run.run_id).data.tags["mlflow.loggedImages"] == "True"
+
+
+def test_mlflows_panel_opens_on_the_newest_picture(
+    mlflow_database: str, new_run: NewRun, tmp_path: Path
+) -> None:
+    """It opens at step 0, which showed the noise of the untrained network."""
+    run, tracker = new_run(mlflow_database), None
+    for step in (0, 5, 10):
+        tracker = Tracker(lambda: run, 0.01, [])
+        tracker.image("samples", step, Image.new("L", (9, 9), 20 * step))
+        assert tracker.close(PATIENCE_S) == 0
+    for step, level in ((0, 200), (5, 100), (10, 200)):
+        path = run_log.image_path(run, "samples", step)
+        found = MlflowClient(run.uri).download_artifacts(run.run_id, path, str(tmp_path))
+        with Image.open(found) as image:
+            assert image.getextrema() == (level, level)
 
 
 def test_pictures_are_named_as_mlflow_names_them(
@@ -275,10 +293,12 @@ def test_pictures_are_named_as_mlflow_names_them(
     tracker.image("k", 7, image)
     assert tracker.close(PATIENCE_S) == 0
     ours = names()
-    client.log_image(run.run_id, image, key="k", step=7, timestamp=run.start_ms + 7)
+    for step in (0, 7):
+        when = run.start_ms + step
+        client.log_image(run.run_id, image, key="at a glance/k", step=step, timestamp=when)
     theirs = names() - ours
     number = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
-    assert len(theirs) == 2
+    assert len(theirs) == 4
     assert {number.sub("", name) for name in ours} == {number.sub("", name) for name in theirs}
 
 
@@ -423,7 +443,7 @@ def test_an_outage_loses_nothing_and_stops_no_step(
     until(lambda: not tracker.unsent())
     assert tracker.close(PATIENCE_S) == 0
     assert history(run, "train/loss") == [(step, 1 / step) for step in range(1, 12)]
-    assert sum(pictures(run).values()) == 2
+    assert sum(pictures(run).values()) == 4, "each at its step and as the newest"
 
 
 @pytest.mark.usefixtures("_impatient")
