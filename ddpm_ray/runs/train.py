@@ -24,16 +24,19 @@ from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.dataset import MANIFEST, Dataset, open_dataset
 from ddpm_ray.data.packing import builtin_datasets
 from ddpm_ray.distributed import worker_group
+from ddpm_ray.evaluation.score_table import score_table
 from ddpm_ray.redaction import counted
 from ddpm_ray.reporting import Progress
 from ddpm_ray.runs import evaluate
 from ddpm_ray.runs.pack import pack
+from ddpm_ray.runs.run_description import own_command, run_description, with_samples
 from ddpm_ray.runs.run_identity import claim
 from ddpm_ray.runs.train_worker import train_worker
 from ddpm_ray.storage import object_store
 from ddpm_ray.storage.object_store import StorageError
 from ddpm_ray.tracking import mlflow_runs, model_registry
 from ddpm_ray.tracking.run_info import RunMetadata, TrackedRun
+from ddpm_ray.tracking.run_log import image_path
 from ddpm_ray.tracking.tracking_uri import database_file, resolve_tracking_uri, warn_of_another_host
 from ddpm_ray.training import determinism
 from ddpm_ray.training.checkpoints import CHECKPOINTS, CheckpointStore
@@ -128,7 +131,9 @@ def train(
                 mlflow_runs.finish(tracked or mlflow_runs.known_run(metadata), status, str(error))
         raise
     if not _is_taken_over(lease):
-        mlflow_runs.finish(tracked, "FINISHED" if finished else "KILLED")
+        final = _final_description(config, dataset, folder, tracked, ended["scores"], parent)
+        status, tags = "FINISHED" if finished else "KILLED", _score_tags(config, ended["scores"])
+        mlflow_runs.finish(tracked, status, description=final, tags=tags)
     return Outcome(finished, _report(config, folder, tracked, ended), ended)
 
 
@@ -148,8 +153,35 @@ def _metadata(
         dataset_url=config.data.url,
         dataset_fingerprint=dataset.fingerprint,
         owner=uuid.uuid4().hex,
+        description=run_description(config, dataset, folder, {}, "" if parent else own_command()),
         begun_step=_newest_step(folder),
     )
+
+
+def _final_description(
+    config: RunConfig,
+    dataset: Dataset,
+    folder: str,
+    tracked: TrackedRun,
+    scores: dict[str, Any],
+    parent: ParentSweep | None,
+) -> str:
+    """Describe the run with its scores and newest sample grid."""
+    text = run_description(config, dataset, folder, scores, "" if parent else own_command())
+    if config.traits.draws_images and config.training.grid_every_steps:
+        text = with_samples(text, tracked.run_id, image_path(tracked, "samples"))
+    return text
+
+
+def _score_tags(config: RunConfig, scores: dict[str, Any]) -> dict[str, str]:
+    """Return each score with its interval, as text; none if the run has curves of both.
+
+    The ends of the interval of a single score would be two more charts of one point.
+    """
+    if config.evaluation.every_steps:
+        return {}
+    table = score_table(scores.get("metrics", {}))
+    return {name: f"{value} {spread}" for name, value, spread in table if spread}
 
 
 def _newest_step(folder: str) -> int:

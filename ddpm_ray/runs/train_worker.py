@@ -24,6 +24,7 @@ from ddpm_ray.distributed.heartbeat import HeartbeatSender
 from ddpm_ray.evaluation import sample_quality
 from ddpm_ray.evaluation.features.feature_extractor import FeatureNet
 from ddpm_ray.evaluation.reference_statistics import Reference, reference
+from ddpm_ray.evaluation.score_table import scores_alone
 from ddpm_ray.reporting import Command, Progress, Row
 from ddpm_ray.storage import object_store
 from ddpm_ray.storage.file_formats import package_version
@@ -336,5 +337,7 @@ class PeriodicEvaluator:
         )
         self._state.scores = {"step": step, **scores.to_json()}
         if grid_logger.sink is not None:
-            grid_logger.sink.rows([Row(step, scores.metrics)])
+            # Of a single score, the interval's ends are a tag (runs/train.py), not two charts.
+            logged = scores.metrics if wanted.every_steps else scores_alone(scores.metrics)
+            grid_logger.sink.rows([Row(step, logged)])
             grid_logger.sink.document(f"evaluation/step-{step:08d}.json", self._state.scores)

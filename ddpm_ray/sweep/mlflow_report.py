@@ -15,6 +15,7 @@ from ddpm_ray.config.sweep import SweepConfig
 from ddpm_ray.data.codec import codec_named
 from ddpm_ray.data.dataset import Dataset
 from ddpm_ray.evaluation.loss_by_snr import linear_guess
+from ddpm_ray.runs.run_description import code, data_line, own_command
 from ddpm_ray.runs.run_identity import IDENTITY
 from ddpm_ray.runs.train import artifact_root, run_tags
 from ddpm_ray.storage import checksummed_json, object_store
@@ -45,6 +46,7 @@ class SweepRun:
     identity: str
     run: TrackedRun
     data_variance: float  # of x_0
+    description: str = ""  # Markdown, above the leaderboard
 
     @classmethod
     def find_or_create(
@@ -62,10 +64,11 @@ class SweepRun:
             config_yaml=to_yaml(config),
             dataset_url=config.run.data.url,
             dataset_fingerprint=dataset.fingerprint,
+            description=(description := _description(config, dataset)),
         )
         manifest = dataset.manifest
         variance = codec_named(manifest.codec).variance(manifest.pixel_std)
-        return cls(config, folder, identity, run, variance)
+        return cls(config, folder, identity, run, variance, description)
 
     @property
     def runs(self) -> str:
@@ -122,7 +125,7 @@ class SweepRun:
                 },
                 metrics=metrics,
                 step=sum(counts.values()),
-                note=as_markdown(rows, score),
+                description=f"{self.description}\n\n{as_markdown(rows, score)}",
             )
         except TrackingError as error:
             log.warning("%s; the sweep's tables and pictures in MLflow are out of date", error)
@@ -200,6 +203,23 @@ class SweepRun:
         trial.outcome["run_id"] = mlflow_runs.log_ended(
             self.run, trial.title, own, trial.values, status, trial.reason
         )
+
+
+def _description(config: SweepConfig, dataset: Dataset) -> str:
+    """Describe what the sweep varies and what all of its trials share."""
+    keys = {key: None for branch in config.space for key in branch}
+    training, evaluation = config.run.training, config.run.evaluation
+    return "\n\n".join(
+        [
+            f"**Sweep** of {', '.join(map(code, keys))}: search {config.search.kind}, early "
+            f"stopping {config.stopping.kind}, compared by {code(config.score)} of "
+            f"{evaluation.num_images:,} samples, lower is better",
+            data_line(config.run.data.url, dataset),
+            f"**Trials** of {training.steps:,} steps of {training.global_batch_size} images, "
+            f"workers {config.run.cluster.num_workers} each",
+            f"**Continue** {code(own_command())}",
+        ]
+    )
 
 
 def _grids(trials: list[Trial], rows: list[Row]) -> dict[int, Image.Image]:

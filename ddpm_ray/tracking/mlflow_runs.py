@@ -15,6 +15,7 @@ from mlflow.entities import (
     InputTag,
     Metric,
     Param,
+    Run,
     RunTag,
 )
 from mlflow.exceptions import MlflowException
@@ -33,6 +34,7 @@ from ddpm_ray.tracking.mlflow_client import BoundedClient
 from ddpm_ray.tracking.run_info import RunMetadata, TrackedRun
 from ddpm_ray.tracking.run_log import RunLog
 from ddpm_ray.tracking.run_lookup import OWNER_TAG, RUN_TAG, find_or_create_run, runs_of
+from ddpm_ray.tracking.run_note import with_block, without_former_note
 from ddpm_ray.tracking.tracking_uri import database_file
 
 __all__ = ["TrackingError", "TrackingOutageError", "TrackingServerError", "answering"]
@@ -71,6 +73,7 @@ def open_run(metadata: RunMetadata) -> TrackedRun:
         config_yaml=metadata.config_yaml,
         dataset_url=metadata.dataset_url,
         dataset_fingerprint=metadata.dataset_fingerprint,
+        description=metadata.description,
     )
     return run
 
@@ -99,14 +102,16 @@ def describe(
     config_yaml: str,
     dataset_url: str,
     dataset_fingerprint: str,
+    description: str = "",
 ) -> None:
-    """Log the run's new parameters, tags, config file and data set."""
+    """Log the run's new parameters, tags, config file, data set and description."""
     with answering(run.uri):
         client = BoundedClient(run.uri)
         known = client.get_run(run.run_id)
         new = [Param(k, str(v)) for k, v in params.items() if k not in known.data.params]
         for start in range(0, len(new), MAX_PARAMS):
             client.log_batch(run.run_id, params=new[start : start + MAX_PARAMS])
+        tags = tags | {MLFLOW_RUN_NOTE: _note(known, description=description, end="")}
         client.log_batch(run.run_id, tags=[RunTag(key, value) for key, value in tags.items()])
         client.log_text(run.run_id, config_yaml, "config.yaml")
         if not (known.inputs and known.inputs.dataset_inputs):
@@ -127,10 +132,18 @@ def describe(
                     raise
 
 
-def finish(run: TrackedRun, status: str, reason: str = "") -> None:
-    """Close the run as FINISHED, FAILED or KILLED; `reason` becomes a tag and its description.
+def finish(
+    run: TrackedRun,
+    status: str,
+    reason: str = "",
+    *,
+    description: str = "",
+    tags: Mapping[str, str] | None = None,
+) -> None:
+    """Close the run as FINISHED, FAILED or KILLED.
 
-    Does nothing if another driver has opened the run since: that driver ends it.
+    `reason` becomes a tag and the first lines of its description, `description` the rest; empty:
+    as it was. Does nothing if another driver has opened the run since: that driver ends it.
     """
     with answering(run.uri):
         file = database_file(run.uri)
@@ -138,15 +151,28 @@ def finish(run: TrackedRun, status: str, reason: str = "") -> None:
             remedy = "restore it, or run the same command again, for a run without those metrics"
             raise TrackingError(run.uri, "the database was deleted during the run", remedy)
         client = BoundedClient(run.uri)
-        owner = client.get_run(run.run_id).data.tags.get(OWNER_TAG, "")
+        known = client.get_run(run.run_id)
+        owner = known.data.tags.get(OWNER_TAG, "")
         if run.owner and owner != run.owner:
             log.warning("MLflow run %s: another driver has taken it over; left open", run.run_id)
             return
+        new, text = dict(tags or {}), sanitize(reason)[:MAX_TAG]
         if reason:
-            text = sanitize(reason)[:MAX_TAG]
-            tags = [RunTag("reason", text), RunTag(MLFLOW_RUN_NOTE, text)]
-            client.log_batch(run.run_id, tags=tags)
+            new["reason"] = text
+        if reason or description:
+            end = f"**{status.capitalize()}**: {text}" if reason else ""
+            new[MLFLOW_RUN_NOTE] = _note(known, description=description, end=end)
+        client.log_batch(run.run_id, tags=[RunTag(key, value) for key, value in new.items()])
         client.set_terminated(run.run_id, status)
+
+
+def _note(run: Run, *, description: str, end: str) -> str:
+    """Return the run's description with new blocks; an empty `description` leaves it as it is."""
+    tags = run.data.tags
+    note = without_former_note(tags.get(MLFLOW_RUN_NOTE, ""), tags.get("reason", ""))
+    if description:
+        note = with_block(note, "description", description)
+    return with_block(note, "end", end)
 
 
 def history(run_id: str, uri: str, key: str) -> list[tuple[int, float]]:
@@ -180,7 +206,7 @@ def publish(
     texts: Mapping[str, str],
     metrics: Mapping[str, float],
     step: int,
-    note: str,
+    description: str,
 ) -> None:
     """Log pictures and texts, replacing earlier ones, metrics at `step`, and the description."""
     with answering(run.uri):
@@ -190,4 +216,5 @@ def publish(
         for path, text in texts.items():
             client.log_text(run.run_id, text, path)
         rows = [Metric(key, value, run.start_ms + step, step) for key, value in metrics.items()]
-        client.log_batch(run.run_id, rows, tags=[RunTag(MLFLOW_RUN_NOTE, note[:MAX_TAG])])
+        note = _note(client.get_run(run.run_id), description=description, end="")
+        client.log_batch(run.run_id, rows, tags=[RunTag(MLFLOW_RUN_NOTE, note)])

@@ -24,6 +24,7 @@ class RunMetadata:
     dataset_url: str
     dataset_fingerprint: str
     owner: str = ""  # the driver that opens it; only the newest owner may end a run
+    description: str = ""  # Markdown
     begun_step: int = 0  # step of the newest checkpoint that the driver found
 
 

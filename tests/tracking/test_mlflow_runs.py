@@ -328,6 +328,29 @@ def test_what_a_run_is_stands_in_it_and_may_be_sent_again(uri: str, new_run: New
     assert [(tag.key, tag.value) for tag in dataset.tags] == [("mlflow.data.context", "training")]
 
 
+def test_a_restart_replaces_its_description_and_keeps_the_users_words(
+    uri: str, new_run: NewRun
+) -> None:
+    """Of a run that failed, was started again and finished; the tag is MLflow's description."""
+    run, client = new_run(uri), MlflowClient(uri)
+
+    def note() -> str:
+        return str(client.get_run(run.run_id).data.tags["mlflow.note.content"])
+
+    described(run, description="digits, no scores")
+    client.set_tag(run.run_id, "mlflow.note.content", f"{note()}\n\nmine")
+    mlflow_runs.finish(run, "FAILED", "out of memory")
+    assert "**Failed**: out of memory" in note()
+    described(run, description="digits, no scores")
+    assert "out of memory" not in note()
+    for _ in range(2):
+        mlflow_runs.finish(run, "FINISHED", description="FID 3.1", tags={"eval/fid": "3.1 [3, 4]"})
+        assert note().count("FID 3.1") == 1
+        assert "no scores" not in note()
+        assert note().endswith("\n\nmine")
+    assert client.get_run(run.run_id).data.tags["eval/fid"] == "3.1 [3, 4]"
+
+
 @pytest.mark.parametrize("rival", [True, False])
 def test_a_data_set_that_another_driver_logs_meanwhile_is_logged(
     uri: str, new_run: NewRun, monkeypatch: pytest.MonkeyPatch, rival: bool

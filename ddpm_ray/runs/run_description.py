@@ -1,0 +1,105 @@
+"""Descriptions of runs in MLflow, in Markdown: what was trained, its scores, the next commands."""
+
+import shlex
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import torch
+
+from ddpm_ray.assembly import training_run
+from ddpm_ray.config.run import RunConfig
+from ddpm_ray.data.dataset import Dataset
+from ddpm_ray.evaluation.score_table import score_table
+from ddpm_ray.redaction import sanitize
+
+
+def run_description(
+    config: RunConfig, dataset: Dataset, folder: str, scores: Mapping[str, Any], continued_by: str
+) -> str:
+    """Describe the run in `folder`; `scores` as stored in its checkpoints, empty before the first.
+
+    `continued_by` is the command that continues it; empty: that of its sweep.
+    """
+    model, training, cluster = config.model, config.training, config.cluster
+    with torch.device("meta"):
+        network = training_run.network(config, dataset.manifest.image_shape)
+    count = sum(parameter.numel() for parameter in network.parameters())
+    labels = f"{model.num_classes} classes" if model.num_classes else "unconditional"
+    schedule, objective = config.schedule, config.objective
+    lines = _scores(scores) if scores else []  # first: MLflow's page folds the rest
+    lines += [
+        data_line(config.data.url, dataset),
+        f"**Schedule** {schedule.kind}{' rescaled' if schedule.rescale else ''}, "
+        f"T = {schedule.num_steps}; prediction {objective.prediction}, loss {objective.loss}, "
+        f"weighting {objective.weighting}",
+        f"**Network** {config.task}, {model.network}, {count:,} parameters, {labels}: "
+        f"base_channels {model.base_channels}, channel_mults {list(model.channel_mults)}, "
+        f"blocks_per_level {model.blocks_per_level}",
+        f"**Training** {training.steps:,} steps of {training.global_batch_size} images, "
+        f"learning rate {training.learning_rate:g}, {training.precision}, seed {config.seed}, "
+        f"workers {cluster.num_workers}",
+    ]
+    own = code(continued_by) if continued_by else "by the command of the sweep"
+    lines += [f"**Continue** {own}"]
+    if config.traits.draws_images:
+        lines += [f"**Sample** {code(command('sample', folder, '--out', 'samples.png'))}"]
+    return "\n\n".join(lines)
+
+
+def data_line(url: str, dataset: Dataset) -> str:
+    """Name the data set, its size, image shape, labels and fingerprint."""
+    manifest = dataset.manifest
+    shape, labels = "x".join(map(str, manifest.image_shape)), len(manifest.label_names)
+    of = f"{labels} labels" if labels else "no labels"
+    return (
+        f"**Data set** {code(url)}: {manifest.samples:,} images of {shape}, {of}, "
+        f"fingerprint {dataset.fingerprint[:12]}"
+    )
+
+
+def with_samples(description: str, run_id: str, image_path: str) -> str:
+    """Add the newest sample grid, which is the run's artifact `image_path`, to a description."""
+    link = f"get-artifact?path={quote(image_path, safe='')}&run_uuid={run_id}"
+    return f"{description}\n\n**Samples** [{code(image_path)}]({link})\n\n![sample grid]({link})"
+
+
+def own_command() -> str:
+    """Return the command that started this process; the same command continues its run."""
+    program, *arguments = sys.argv
+    python = ["python"] if program.endswith(".py") else []
+    name = program if python else Path(program).name
+    return sanitize(shlex.join([*python, name, *arguments]))
+
+
+def command(job: str, *arguments: str) -> str:
+    """Return the command of another job, in the form in which this one was started."""
+    is_script = Path(sys.argv[0]).parent.name == "jobs"
+    program = ["python", f"jobs/{job}.py"] if is_script else ["ddpm-ray", job]
+    return sanitize(shlex.join([*program, *arguments]))
+
+
+def code(text: str) -> str:
+    """Format `text` as code in Markdown."""
+    fence = "``" if "`" in text else "`"
+    return f"{fence}{text}{fence}"
+
+
+def _scores(scores: Mapping[str, Any]) -> list[str]:
+    """Return a line of the scores, with 95 % intervals in brackets, and one of their protocol."""
+    shown = [
+        f"{name} {value} {spread}".rstrip()
+        for name, value, spread in score_table(scores["metrics"])
+    ]
+    lines = [f"**Scores** of step {scores['step']:,}: {'; '.join(shown)}"]
+    protocol = scores.get("certificate", {})
+    if drawn := protocol.get("samples"):
+        lines += [
+            f"**Protocol** {drawn['images']:,} samples by {drawn['sampler']} in {drawn['steps']} "
+            f"steps (eta {drawn['eta']:g}, seed {drawn['seed']}), EMA weights, against "
+            f"{protocol['reference']['images']:,} images of the data set; in brackets: 95 % "
+            f"interval; all details: artifact `evaluation/step-{scores['step']:08d}.json`"
+        ]
+    return lines

@@ -1,0 +1,94 @@
+"""A run's description names what a reader asks first, and commands that can be pasted."""
+
+import shlex
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from ddpm_ray.config.loading import load
+from ddpm_ray.config.run import RunConfig
+from ddpm_ray.evaluation.score_table import score_table, scores_alone
+from ddpm_ray.runs import run_description
+from ddpm_ray.tracking.run_note import MAX_NOTE
+
+DATASET: Any = SimpleNamespace(
+    manifest=SimpleNamespace(image_shape=(8, 8, 1), samples=1797, label_names=tuple("0123456789")),
+    fingerprint="89d7628e765b" + "0" * 52,
+)
+SCORES = {
+    "step": 4000,
+    "metrics": {"eval/fid": 3.14159, "eval/fid_low": 3.0, "eval/fid_high": 3.25, "eval/kid": 0.5},
+    "certificate": {
+        "samples": {"images": 50000, "sampler": "ddim", "steps": 50, "eta": 0.0, "seed": 7},
+        "reference": {"images": 1797},
+    },
+}
+
+
+def described(scores: dict[str, Any], *keys: str, command: str = "ddpm-ray train digits") -> str:
+    given = ["name=a", "data.url=/shards/digits", "model.groups=8", "model.base_channels=8"]
+    given += ["model.channel_mults=[1,2]", "model.attention_factors=[2]"]
+    config = load(RunConfig, None, [*given, *keys])
+    return run_description.run_description(config, DATASET, "/my runs/a", scores, command)
+
+
+def test_it_names_data_schedule_network_and_scores_with_protocol() -> None:
+    text = described(SCORES, "schedule.kind=linear", "schedule.rescale=true")
+    for fact in (
+        "`/shards/digits`: 1,797 images of 8x8x1, 10 labels, fingerprint 89d7628e765b",
+        "linear rescaled, T = 1000",
+        "eval/fid 3.142 [3, 3.25]; eval/kid 0.5",
+        "50,000 samples by ddim in 50 steps (eta 0, seed 7)",
+        "`evaluation/step-00004000.json`",
+        "**Continue** `ddpm-ray train digits`",
+    ):
+        assert fact in text
+    assert text.startswith("**Scores** of step 4,000"), "MLflow's page folds all but three lines"
+    assert len(text) < MAX_NOTE / 2
+
+
+def test_a_run_without_scores_says_nothing_of_them() -> None:
+    assert "Scores" not in described({})
+    assert "Protocol" not in described({"step": 1, "metrics": {"eval/fid": 1.0}})
+    assert "by the command of the sweep" in described({}, command="")
+
+
+@pytest.mark.parametrize(
+    "program, job",
+    [("jobs/train.py", ["python", "jobs/sample.py"]), ("/bin/ddpm-ray", ["ddpm-ray", "sample"])],
+)
+def test_the_next_command_has_the_form_of_this_one(
+    program: str, job: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", [program, "digits", "name=my run"])
+    own = shlex.split(run_description.own_command())
+    assert own[-2:] == ["digits", "name=my run"]
+    (line,) = [line for line in described({}).splitlines() if line.startswith("**Sample**")]
+    command = shlex.split(line.partition("`")[2].rstrip("`"))
+    assert command == [*job, "/my runs/a", "--out", "samples.png"]
+
+
+def test_a_classifier_has_no_command_that_samples() -> None:
+    keys = "task=classifier", "model.num_classes=10", "training.grid_every_steps=0"
+    assert "**Sample**" not in described({}, *keys)
+
+
+def test_each_score_stands_once_with_its_spread() -> None:
+    metrics = {
+        "eval/fid": 2.0,
+        "eval/fid_low": 1.0,
+        "eval/fid_high": 3.0,
+        "eval/fid_infinity": 1.5,
+        "eval/fid_infinity_error": 0.25,
+        "eval/is": 9.0,
+        "eval/is_deviation": 0.5,
+        "eval/recall": 0.75,
+    }
+    assert score_table(metrics) == [
+        ("eval/fid", "2", "[1, 3]"),
+        ("eval/fid_infinity", "1.5", "± 0.25"),
+        ("eval/is", "9", "± 0.5"),
+        ("eval/recall", "0.75", ""),
+    ]
+    assert list(scores_alone(metrics)) == [name for name, _, _ in score_table(metrics)]
