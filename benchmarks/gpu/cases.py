@@ -301,7 +301,7 @@ def _nearest(device: torch.device) -> None:
         dataset = packed(folder)
         samples = memorisation.spread(dataset, 4, workers)
         for feature_net in (None, net):
-            found = memorisation.nearest(samples, dataset, workers, feature_net)
+            found = memorisation.nearest_images(samples, dataset, workers, feature_net)
             own = torch.arange(4) * 24 // 4
             _require(torch.equal(found.position[:, 0], own), "an image is not its own nearest")
 

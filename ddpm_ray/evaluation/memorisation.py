@@ -130,7 +130,7 @@ class Neighbours:
         return whole
 
 
-def nearest(
+def nearest_images(
     samples: Tensor, dataset: Dataset, workers: Workers, net: FeatureNet | None = None
 ) -> Neighbours:
     """The neighbours in `dataset` of all workers' samples, uint8 [N, H, W, C], the same on all.

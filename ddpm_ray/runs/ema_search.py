@@ -20,7 +20,7 @@ from ddpm_ray.distributed.control_actor import RunControl
 from ddpm_ray.evaluation import sample_quality
 from ddpm_ray.evaluation.reference_statistics import reference
 from ddpm_ray.models.unet import UNet
-from ddpm_ray.runs.evaluate import with_absolute_paths
+from ddpm_ray.runs.evaluate import absolute_evaluation_paths
 from ddpm_ray.runs.train_worker import distributed_context
 from ddpm_ray.storage import object_store
 from ddpm_ray.storage.file_formats import package_version
@@ -96,7 +96,7 @@ def search(run: str, config: AverageConfig, home: Path, out: str = "") -> dict[s
     config = dataclasses.replace(
         config,
         data_url=object_store.absolute(config.data_url or begun.data.url, home),
-        evaluation=with_absolute_paths(config.evaluation, home),
+        evaluation=absolute_evaluation_paths(config.evaluation, home),
     )
     for url in filter(None, (config.data_url, config.evaluation.held_out_url)):
         open_dataset(url)  # before Ray starts

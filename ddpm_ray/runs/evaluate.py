@@ -22,7 +22,7 @@ from ddpm_ray.distributed import fatal_errors, startup, worker_group
 from ddpm_ray.distributed.control_actor import RunControl
 from ddpm_ray.evaluation import sample_quality
 from ddpm_ray.evaluation.likelihood_over_dataset import Likelihood, flow_likelihood
-from ddpm_ray.evaluation.memorisation import Neighbours, nearest, spread
+from ddpm_ray.evaluation.memorisation import Neighbours, nearest_images, spread
 from ddpm_ray.evaluation.reference_statistics import reference
 from ddpm_ray.evaluation.sample_quality import Scores
 from ddpm_ray.evaluation.vlb_over_dataset import BitsPerDim, bits_per_dim
@@ -62,7 +62,7 @@ def evaluate(model_uri: str, config: EvaluateConfig, home: Path) -> dict[str, An
     config = dataclasses.replace(
         config,
         data_url=object_store.absolute(config.data_url or begun.data.url, home),
-        evaluation=with_absolute_paths(wanted, home),
+        evaluation=absolute_evaluation_paths(wanted, home),
     )
     for url in filter(None, (config.data_url, config.evaluation.held_out_url)):
         open_dataset(url)  # before Ray starts
@@ -91,7 +91,7 @@ def score_lines(metrics: dict[str, float]) -> list[str]:
     return lines
 
 
-def with_absolute_paths(wanted: EvaluationConfig, home: Path) -> EvaluationConfig:
+def absolute_evaluation_paths(wanted: EvaluationConfig, home: Path) -> EvaluationConfig:
     """Make relative paths in `wanted` absolute: workers have other working directories."""
     return dataclasses.replace(
         wanted,
@@ -143,7 +143,7 @@ def _scores(config: EvaluateConfig, settings: dict[str, Any]) -> dict[str, Any]:
         found["memorisation"] = near.facts
         if held_out := config.evaluation.held_out_url:
             others = spread(open_dataset(held_out), count, workers)
-            compared_with = near.compared_with(nearest(others, dataset, workers))
+            compared_with = near.compared_with(nearest_images(others, dataset, workers))
             found["metrics"] = found["metrics"] | compared_with
         if workers.is_main and (path := config.evaluation.memorisation_picture):
             png = io.BytesIO()
@@ -222,7 +222,7 @@ def _neighbours(
     shape, device = model.image_shape, workers.device
     drawn = draw_uint8(model.denoiser, plan, mine, shape, device, size)
     samples = torch.from_numpy(np.concatenate(workers.gather(drawn)))
-    return nearest(samples, open_dataset(config.data_url), workers)
+    return nearest_images(samples, open_dataset(config.data_url), workers)
 
 
 def _likelihood(config: EvaluateConfig, model: TrainedModel, workers: Workers) -> Likelihood:

@@ -242,7 +242,7 @@ def with_absolute_paths(config: RunConfig, home: Path) -> RunConfig:
         config,
         storage=object_store.absolute(config.storage, home),
         data=dataclasses.replace(config.data, url=object_store.absolute(config.data.url, home)),
-        evaluation=evaluate.with_absolute_paths(config.evaluation, home),
+        evaluation=evaluate.absolute_evaluation_paths(config.evaluation, home),
         tracking=dataclasses.replace(
             config.tracking, uri=resolve_tracking_uri(home, config.tracking.uri)
         ),

@@ -22,7 +22,7 @@ from ddpm_ray.diffusion import inpainting, inversion, samplers
 from ddpm_ray.diffusion.process import Denoise, add_noise
 from ddpm_ray.diffusion.samplers import Noise
 from ddpm_ray.sampling.denoiser import Denoiser
-from ddpm_ray.sampling.sampling import Images, SamplingPlan, walk
+from ddpm_ray.sampling.sampling import Images, SamplingPlan, run_sampler
 
 Size: TypeAlias = tuple[int, int]  # (height, width)
 Mask: TypeAlias = npt.NDArray[np.bool_]
@@ -59,7 +59,7 @@ def inpaint(
         start = torch.full_like(index, plan.steps[0])
         x_T = torch.where(mask, add_noise(denoiser.schedule, known, start, x_T), x_T)
         seeing = inpainting.replacement(denoise, denoiser.parameterization, known, mask)
-        return inpainting.paste(walk(denoiser, seeing, plan, x_T, noise), known, mask)
+        return inpainting.paste(run_sampler(denoiser, seeing, plan, x_T, noise), known, mask)
     sampler, variance = plan.settings.sampler, plan.settings.variance
     if sampler not in ("ancestral", "ddim") or variance != "fixed_small":
         raise ValueError(
@@ -99,7 +99,7 @@ def image_to_image(
     x_t, left = inpainting.sdedit(denoiser.schedule, images, plan.steps, strength, noise)
     denoise = _windowed_denoiser(denoiser, plan, index, images, size)
     rest = replace(plan, steps=left)
-    return walk(denoiser, denoise, rest, x_t, _noise(plan, index, images))
+    return run_sampler(denoiser, denoise, rest, x_t, _noise(plan, index, images))
 
 
 def interpolate(

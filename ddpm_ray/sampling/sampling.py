@@ -106,10 +106,10 @@ def draw(
     x_T = normal(plan.settings.seed, Purpose.SAMPLE_START, 0, index, shape)
     conditioning = denoiser.conditioning(index, plan.labels)
     denoise = denoiser.bind_conditioning(conditioning, plan.guidance)
-    return walk(denoiser, denoise, plan, x_T, noise, on_step)
+    return run_sampler(denoiser, denoise, plan, x_T, noise, on_step)
 
 
-def walk(
+def run_sampler(
     denoiser: Denoiser,
     denoise: Denoise,
     plan: SamplingPlan,

@@ -21,7 +21,7 @@ from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.diffusion import NoiseSchedule, schedules
 from ddpm_ray.evaluation import nearest_neighbours
 from ddpm_ray.evaluation.features.feature_extractor import FeatureNet
-from ddpm_ray.evaluation.memorisation import NEIGHBOURS, SHOWN, Neighbours, nearest, spread
+from ddpm_ray.evaluation.memorisation import NEIGHBOURS, SHOWN, Neighbours, nearest_images, spread
 from ddpm_ray.runs import evaluate, load_model
 from ddpm_ray.sampling.denoiser import Denoiser
 from ddpm_ray.sampling.image_grid import GUTTER_PIXELS, LEGIBLE_PIXELS, MARGIN_PIXELS
@@ -48,7 +48,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 def test_it_is_what_brute_force_finds(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     """Distances in numpy's float64; blocks cut shards and samples as well."""
     monkeypatch.setattr(nearest_neighbours, "_BLOCK", 7 * 108)
-    found = nearest(SAMPLES, dataset, Workers())
+    found = nearest_images(SAMPLES, dataset, Workers())
     x, y = (images.reshape(len(images), -1) / 127.5 - 1 for images in (SAMPLES.numpy(), DATA))
     distance = np.linalg.norm(x[:, None] - y, axis=2)
     order = distance.argsort(1)[:, :NEIGHBOURS]
@@ -59,7 +59,7 @@ def test_it_is_what_brute_force_finds(dataset: Dataset, monkeypatch: pytest.Monk
 
 
 def test_copies_are_distinguished_from_new_images(dataset: Dataset) -> None:
-    found = nearest(SAMPLES, dataset, Workers())
+    found = nearest_images(SAMPLES, dataset, Workers())
     assert found.position[6:9, 0].tolist() == list(COPIES)
     assert (found.distance[6:9, 0] == 0).all()
     assert found.position[9, 0] == 40  # paler, and still itself
@@ -84,7 +84,7 @@ def test_less_than_half_the_mean_of_fifty_is_a_copy(distance: float, share: int)
 def test_what_is_in_the_data_fifty_times_is_a_copy_too(tmp_path: Path) -> None:
     """All of its neighbours are at 0, as is their mean."""
     often = pack(tmp_path, np.concatenate([DATA[:9], DATA[:1].repeat(60, 0)]), [40, 29])
-    found = nearest(torch.from_numpy(DATA[:1]), often, Workers())
+    found = nearest_images(torch.from_numpy(DATA[:1]), often, Workers())
     assert (found.distance == 0).all()
     assert found.metrics == {"eval/memorised_share": 1, "eval/nearest_ratio": 0}
 
@@ -106,7 +106,7 @@ def test_memory_is_bounded_by_the_block(dataset: Dataset, monkeypatch: pytest.Mo
     """A shard has up to 9,720 numbers; in float64 are 7 images, or two lists of each sample."""
     monkeypatch.setattr(nearest_neighbours, "_BLOCK", 7 * 108)
     with Largest() as largest:
-        nearest(SAMPLES, dataset, Workers())
+        nearest_images(SAMPLES, dataset, Workers())
     assert 7 * 108 <= largest.numbers <= len(SAMPLES) * 2 * NEIGHBOURS
 
 
@@ -116,7 +116,9 @@ def test_near_duplicates_differ_by_one_grey_level(tmp_path: Path) -> None:
     steps = np.repeat(image[None], 100, 0)
     for i in range(100):
         steps[i, : i // 10 + 1, i % 10, 0] += 1
-    found = nearest(torch.from_numpy(steps[40:41]), pack(tmp_path, steps, [60, 40]), Workers())
+    found = nearest_images(
+        torch.from_numpy(steps[40:41]), pack(tmp_path, steps, [60, 40]), Workers()
+    )
     away = (steps.astype(float) - steps[40]).reshape(100, -1)
     expected = np.sort((away**2).sum(1))[:NEIGHBOURS] ** 0.5 / 127.5
     assert found.position[0, 0] == 40
@@ -131,13 +133,13 @@ def of_columns(images: torch.Tensor) -> dict[int, torch.Tensor]:
 def test_in_features_a_turned_copy_is_one_as_well(dataset: Dataset, on_workers: OnWorkers) -> None:
     net = FeatureNet("digits", (18,), of_columns, {})
     turned = SAMPLES.roll(2, dims=1)
-    found = nearest(turned, dataset, Workers(), net)
+    found = nearest_images(turned, dataset, Workers(), net)
     assert found.position[6:9, 0].tolist() == list(COPIES)
     assert (found.distance[6:9, 0] < 1e-4).all()
-    assert nearest(turned, dataset, Workers()).metrics["eval/memorised_share"] == 0
+    assert nearest_images(turned, dataset, Workers()).metrics["eval/memorised_share"] == 0
     assert found.metrics.keys() == {"eval/memorised_share_digits", "eval/nearest_ratio_digits"}
     assert found.metrics["eval/memorised_share_digits"] >= 0.3
-    for other in on_workers(2, lambda workers: nearest(turned, dataset, workers, net)):
+    for other in on_workers(2, lambda workers: nearest_images(turned, dataset, workers, net)):
         assert torch.equal(other.position, found.position)
 
 
@@ -150,11 +152,11 @@ def test_beside_images_that_were_not_trained_on(
     for some in on_workers(2, lambda workers: spread(held_out, 30, workers)):
         assert (some.numpy() == fresh[::3]).all()
     assert len(spread(held_out, 500, Workers())) == 90
-    unseen = nearest(spread(held_out, 30, Workers()), dataset, Workers())
-    new = nearest(torch.from_numpy(fresh[1::3]), dataset, Workers()).compared_with(unseen)
+    unseen = nearest_images(spread(held_out, 30, Workers()), dataset, Workers())
+    new = nearest_images(torch.from_numpy(fresh[1::3]), dataset, Workers()).compared_with(unseen)
     assert new["eval/nearest_to_held_out"] == pytest.approx(1, abs=0.05)
     assert new["eval/memorised_share_held_out"] == 0
-    copies = nearest(torch.from_numpy(DATA[::9]), dataset, Workers()).compared_with(unseen)
+    copies = nearest_images(torch.from_numpy(DATA[::9]), dataset, Workers()).compared_with(unseen)
     assert copies["eval/nearest_to_held_out"] == 0
 
 
@@ -163,8 +165,8 @@ def test_any_number_of_workers_finds_what_one_finds(
     count: int, dataset: Dataset, on_workers: OnWorkers
 ) -> None:
     """Of six workers some have no shard."""
-    one = nearest(SAMPLES, dataset, Workers())
-    for other in on_workers(count, lambda workers: nearest(SAMPLES, dataset, workers)):
+    one = nearest_images(SAMPLES, dataset, Workers())
+    for other in on_workers(count, lambda workers: nearest_images(SAMPLES, dataset, workers)):
         assert torch.equal(other.position, one.position)
         assert torch.equal(other.distance, one.distance)  # whole numbers: no rounding at all
         assert torch.equal(other.images, one.images)
@@ -172,13 +174,13 @@ def test_any_number_of_workers_finds_what_one_finds(
 
 def test_fewer_images_than_neighbours_are_all_of_them(tmp_path: Path) -> None:
     few = pack(tmp_path, DATA[:7], [3, 4])
-    found = nearest(torch.from_numpy(DATA[:1]), few, Workers())
+    found = nearest_images(torch.from_numpy(DATA[:1]), few, Workers())
     assert sorted(found.position[0].tolist()) == list(range(7))
     assert found.distance.isfinite().all()
 
 
 def test_the_picture_shows_the_most_suspicious_first_beside_its_copy(dataset: Dataset) -> None:
-    picture = np.asarray(nearest(SAMPLES, dataset, Workers()).picture(4))
+    picture = np.asarray(nearest_images(SAMPLES, dataset, Workers()).picture(4))
     cell = LEGIBLE_PIXELS // 6 + 1  # enlarged by a whole factor to at least 64 pixels
     side, gap = cell * 6, GUTTER_PIXELS
     height = MARGIN_PIXELS + side + 2 * gap  # of a row with its captions
@@ -202,7 +204,7 @@ def test_captions_are_the_ratio_and_the_distances(
         return picture
 
     monkeypatch.setattr("ddpm_ray.evaluation.memorisation.captioned", captioned)
-    nearest(SAMPLES, dataset, Workers()).picture(4)
+    nearest_images(SAMPLES, dataset, Workers()).picture(4)
     away = np.linalg.norm((SAMPLES[9].numpy() / 127.5 - DATA / 127.5).reshape(200, -1), axis=1)
     away = np.sort(away)[:NEIGHBOURS]
     assert reported[3][0] == ["sample", *(f"{d:.3g}" for d in away[:SHOWN])]
@@ -211,7 +213,9 @@ def test_captions_are_the_ratio_and_the_distances(
 
 
 def test_facts_name_the_most_suspicious_samples_and_are_plain_json(dataset: Dataset) -> None:
-    facts = json.loads(json.dumps(nearest(SAMPLES, dataset, Workers()).facts, allow_nan=False))
+    facts = json.loads(
+        json.dumps(nearest_images(SAMPLES, dataset, Workers()).facts, allow_nan=False)
+    )
     suspects = facts.pop("most_suspicious")
     assert facts == {"samples": 10, "space": "pixels", "neighbours": 50, "copy_ratio": 0.5}
     assert [of["sample"] for of in suspects[:4]] == [6, 7, 8, 9]
@@ -261,6 +265,6 @@ def test_the_job_reports_a_model_that_recites(
 
 def test_data_of_another_shape_or_too_little_is_refused(dataset: Dataset, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"samples are \[6, 6, 1\] and .* \[6, 6, 3\]"):
-        nearest(SAMPLES[..., :1], dataset, Workers())
+        nearest_images(SAMPLES[..., :1], dataset, Workers())
     with pytest.raises(ValueError, match=r"holds 5 images; the search for .* needs at least 6"):
-        nearest(SAMPLES, pack(tmp_path, DATA[:5], [5]), Workers())
+        nearest_images(SAMPLES, pack(tmp_path, DATA[:5], [5]), Workers())

@@ -20,7 +20,7 @@ from ddpm_ray.diffusion.solvers import dpm_solver_pp, unipc
 from ddpm_ray.diffusion.timestep_spacing import uniform_steps
 from ddpm_ray.models.interop.diffusers_schedulers import to_pipeline
 from ddpm_ray.sampling.denoiser import Denoiser
-from ddpm_ray.sampling.sampling import sampling_plan, walk
+from ddpm_ray.sampling.sampling import run_sampler, sampling_plan
 
 SCHEDULE = NoiseSchedule(schedules.linear(1000))
 KINDS: dict[Prediction, str] = {"epsilon": "epsilon", "x_0": "sample", "v": "v_prediction"}
@@ -232,5 +232,5 @@ def test_an_exported_scheduler_walks_as_the_run_samples(
         lambda x, t, conditioning: network(x, t), Parameterization.of("epsilon", SCHEDULE)
     )
     denoise = denoiser.bind_conditioning(guidance=plan.guidance)
-    ours = walk(denoiser, denoise, plan, next(noises(0)), lambda t: next(fresh))
+    ours = run_sampler(denoiser, denoise, plan, next(noises(0)), lambda t: next(fresh))
     assert_equal_images(ours, images)

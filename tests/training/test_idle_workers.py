@@ -22,7 +22,7 @@ from ddpm_ray.data.dataset import open_dataset
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.diffusion import schedules
 from ddpm_ray.diffusion.process import NoiseSchedule
-from ddpm_ray.evaluation.memorisation import nearest, spread
+from ddpm_ray.evaluation.memorisation import nearest_images, spread
 from ddpm_ray.evaluation.reference_statistics import reference
 from ddpm_ray.runs import evaluate, load_model
 from ddpm_ray.sampling.denoiser import Denoiser
@@ -122,7 +122,7 @@ def test_a_data_set_is_read_by_more_workers_than_shards(
     def read(workers: Workers) -> tuple[int, int, list[int]]:
         known = reference(dataset, net(5), workers, kernel_images=4)
         samples = spread(dataset, 2, workers)
-        near = nearest(samples, dataset, workers)
+        near = nearest_images(samples, dataset, workers)
         return known.count, known.kernel_images, near.position[0].tolist()
 
     assert on_workers(MANY, read) == [read(Workers())] * MANY
