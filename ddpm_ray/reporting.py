@@ -48,11 +48,17 @@ class Command(IntEnum):
 class Sink(Protocol):
     """Destination of the main worker's rows, images and documents; calls must not block."""
 
-    def rows(self, rows: list[Row]) -> None: ...
+    def rows(self, rows: list[Row]) -> None:
+        """Queue rows of metrics."""
+        ...
 
-    def image(self, key: str, step: int, image: Image.Image) -> None: ...
+    def image(self, key: str, step: int, image: Image.Image) -> None:
+        """Queue an image of `step`."""
+        ...
 
-    def document(self, path: str, content: dict[str, Any]) -> None: ...
+    def document(self, path: str, content: dict[str, Any]) -> None:
+        """Queue a JSON document for `path` in the run's artifacts."""
+        ...
 
     def unsent(self) -> list[Row]:
         """Return the rows that are not acknowledged yet; the next checkpoint stores them."""

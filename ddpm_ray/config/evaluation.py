@@ -16,6 +16,15 @@ INCEPTION_URL = (
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 
 
+_NOT_ONE = {  # options whose value is 0, or 2 and more; and why
+    "num_images": "a covariance needs at least 2 images",
+    "bits_per_dim_images": "an interval needs at least 2 images",
+    "bits_per_dim_terms": "take 2, which is L_0 and one other, to T",
+    "likelihood_images": "an interval needs at least 2 images",
+    "likelihood_steps": "the flow from t = 1 to T takes 2 steps or more",
+}
+
+
 @dataclass(frozen=True)
 class EvaluationConfig:
     """Scores of the model: FID, KID, likelihoods and others."""
@@ -92,14 +101,9 @@ class EvaluationConfig:
         known = (192, 768, 2023, 2048)
         if not self.widths or any(width not in known for width in self.widths):
             yield f"evaluation.widths is {list(self.widths)}; choose from {list(known)}"
-        if self.bits_per_dim_images == 1:
-            yield "evaluation.bits_per_dim_images is 1; an interval needs at least 2 images"
-        if self.likelihood_images == 1:
-            yield "evaluation.likelihood_images is 1; an interval needs at least 2 images"
-        if self.likelihood_steps == 1:
-            yield "evaluation.likelihood_steps is 1; the flow from t = 1 to T takes 2 steps or more"
-        if self.bits_per_dim_terms == 1:
-            yield "evaluation.bits_per_dim_terms is 1; take 2, which is L_0 and one other, to T"
+        for key, rule in _NOT_ONE.items():
+            if getattr(self, key) == 1:
+                yield f"evaluation.{key} is 1; {rule}"
         if self.precision_recall and not self.kernel_distance:
             yield (
                 "evaluation.precision_recall is true and evaluation.kernel_distance false, whose "
@@ -117,8 +121,6 @@ class EvaluationConfig:
                 f"evaluation.num_images is {self.num_images}; evaluation.extrapolate needs at "
                 f"least 500, and 4 times the largest of evaluation.widths"
             )
-        if self.num_images == 1:
-            yield "evaluation.num_images is 1; a covariance needs at least 2 images"
         if not re.fullmatch("[0-9a-f]{64}", self.weights_sha256):  # it names a file in the cache
             yield (
                 f"evaluation.weights_sha256 is {self.weights_sha256!r}; give the 64 hex digits "

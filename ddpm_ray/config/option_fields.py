@@ -39,7 +39,7 @@ def limits(
     at_most: float | None = None,
     below: float | None = None,
 ) -> Limits:
-    """Return the range of a number, as metadata of a field or in `Annotated[int, limits()]`."""
+    """Return the range of a number, as metadata of a field or of an `Annotated`."""
     return {
         "at least": (at_least, operator.ge),
         "above": (above, operator.gt),

@@ -230,7 +230,11 @@ def _range_problems(key: str, bounds: Mapping[str, Any], search: str) -> Iterato
     elif bounds.get("log") and bounds.get("step"):
         yield f"{key} has log and step; a range knows one of the two"
     elif (step := bounds.get("step")) is not None:
-        if not isinstance(step, int | float) or not 0 < step < math.inf:
-            yield f"{key} goes by steps of {step!r}; a step is a number above 0"
-        elif complaint(RunConfig, key, ends[0] + step):  # type: ignore[operator]  # both are numbers
-            yield f"{key} goes by steps of {step!r}; its values are whole numbers: so is a step"
+        yield from _step_problems(key, ends[0], step)
+
+
+def _step_problems(key: str, low: Any, step: object) -> Iterator[str]:
+    if not isinstance(step, int | float) or not 0 < step < math.inf:
+        yield f"{key} goes by steps of {step!r}; a step is a number above 0"
+    elif complaint(RunConfig, key, low + step):
+        yield f"{key} goes by steps of {step!r}; its values are whole numbers: so is a step"

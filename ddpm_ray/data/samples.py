@@ -49,7 +49,9 @@ class Source(Protocol):
     """Samples in an order that depends only on the source."""
 
     @property
-    def label_names(self) -> tuple[str, ...]: ...
+    def label_names(self) -> tuple[str, ...]:
+        """Name of each label, by number; empty without names."""
+        ...
 
     @property
     def left_out(self) -> tuple[NamedGroup, ...]:
@@ -68,7 +70,9 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
-    def read(self, samples: range) -> Iterator[Sample]: ...
+    def read(self, samples: range) -> Iterator[Sample]:
+        """Yield the samples of these positions, in order."""
+        ...
 
 
 def groups(named: Iterable[tuple[str, Iterable[str]]]) -> tuple[NamedGroup, ...]:

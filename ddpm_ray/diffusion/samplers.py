@@ -78,7 +78,8 @@ def ancestral(
         )
     learned = variance if variance in ("learned", "learned_range") else None
     parameterization = parameterization or Parameterization.of("epsilon", schedule)
-    return _walk(transitions, denoise, x_T, noise, parameterization, clip, on_step, learned)
+    estimate = X0Estimator(denoise, parameterization, x_T, clip)
+    return _walk(transitions, estimate, x_T, noise, on_step, learned)
 
 
 def ddim(
@@ -130,7 +131,9 @@ def ddim(
             )
         )
     parameterization = parameterization or Parameterization.of("epsilon", schedule)
-    return _walk(transitions, denoise, x_T, noise, parameterization, clip, on_step)
+    return _walk(
+        transitions, X0Estimator(denoise, parameterization, x_T, clip), x_T, noise, on_step
+    )
 
 
 def learned_log_variance(
@@ -160,18 +163,15 @@ class _Transition(NamedTuple):
 
 def _walk(
     transitions: Sequence[_Transition],
-    denoise: Denoise,
+    estimate: X0Estimator,
     x_T: Tensor,
     noise: Noise | None,
-    parameterization: Parameterization,
-    clip: Clip | None,
     on_step: OnStep | None,
     learned: LearnedVariance | None = None,
 ) -> Tensor:
     """Apply `transitions` to x_T in preallocated buffers; return the final x."""
     x = x_T.detach().clone()
     x_0 = torch.empty_like(x)
-    estimate = X0Estimator(denoise, parameterization, x, clip)
     with torch.inference_mode():
         for step in transitions:
             model_output = estimate.model_output(x, step.t)

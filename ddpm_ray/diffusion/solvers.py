@@ -53,7 +53,9 @@ def dpm_solver_pp(
     """
     _require_order(order, 2, "DPM-Solver++")
     plan = _multistep(schedule, steps, order, corrected=False, stochastic=noise is not None)
-    return _walk(schedule, plan, denoise, x_T, noise, parameterization, clip, on_step)
+    parameterization = parameterization or Parameterization.of("epsilon", schedule)
+    estimate = X0Estimator(denoise, parameterization, x_T, clip)
+    return _walk(schedule, plan, estimate, x_T, noise, on_step)
 
 
 def unipc(
@@ -79,7 +81,9 @@ def unipc(
     """
     _require_order(order, 3, "UniPC")
     plan = _multistep(schedule, steps, order, corrected=True, stochastic=False)
-    return _walk(schedule, plan, denoise, x_T, None, parameterization, clip, on_step)
+    parameterization = parameterization or Parameterization.of("epsilon", schedule)
+    estimate = X0Estimator(denoise, parameterization, x_T, clip)
+    return _walk(schedule, plan, estimate, x_T, None, on_step)
 
 
 def heun(
@@ -110,7 +114,9 @@ def heun(
         else:
             plan.append(_Call(t, advance=_Blend(kept, (gain,)), as_noise=True))
             plan.append(_Call(s, correct=_Blend(kept, (gain / 2, gain / 2)), as_noise=True))
-    return _walk(schedule, plan, denoise, x_T, None, parameterization, clip, on_step)
+    parameterization = parameterization or Parameterization.of("epsilon", schedule)
+    estimate = X0Estimator(denoise, parameterization, x_T, clip)
+    return _walk(schedule, plan, estimate, x_T, None, on_step)
 
 
 def plms(
@@ -138,7 +144,9 @@ def plms(
     for i, (t, _, kept, gain) in enumerate(_legs(schedule, steps, "plms")):
         weights = tuple(gain * w for w in _ADAMS_BASHFORTH[min(i, 3)])
         plan.append(_Call(t, advance=_Blend(kept, weights), as_noise=True))
-    return _walk(schedule, plan, denoise, x_T, None, parameterization, clip, on_step)
+    parameterization = parameterization or Parameterization.of("epsilon", schedule)
+    estimate = X0Estimator(denoise, parameterization, x_T, clip)
+    return _walk(schedule, plan, estimate, x_T, None, on_step)
 
 
 class _Blend(NamedTuple):
@@ -247,11 +255,9 @@ def _moments(h: float, most: int) -> list[float]:
 def _walk(
     schedule: NoiseSchedule,
     plan: Sequence[_Call],
-    denoise: Denoise,
+    estimate: X0Estimator,
     x_T: Tensor,
     noise: Noise | None,
-    parameterization: Parameterization | None,
-    clip: Clip | None,
     on_step: OnStep | None,
 ) -> Tensor:
     """Run `plan` from x_T in preallocated buffers; return the final x."""
@@ -260,9 +266,6 @@ def _walk(
     blends = [blend for call in plan for blend in (call.correct, call.advance) if blend is not None]
     estimates = [torch.empty_like(x) for _ in range(max(len(b.weights) for b in blends))]
     alpha_bar: list[float] = schedule.alpha_bar.tolist()
-    estimate = X0Estimator(
-        denoise, parameterization or Parameterization.of("epsilon", schedule), x, clip
-    )
     with torch.inference_mode():
         for call in plan:
             estimates.insert(0, estimates.pop())  # reuse the buffer of the oldest

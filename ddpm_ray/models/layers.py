@@ -225,6 +225,7 @@ class Stage(nn.Module):
         self.attention = attention
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """[B, C_in, H, W], [B, E] -> [B, C_out, H, W]."""
         h: Tensor = self.block(x, embedding)
         return h if self.attention is None else self.attention(h)
 
@@ -240,6 +241,7 @@ class Downsample(nn.Module):
         xavier_init(self.conv)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, C, H/2, W/2]."""
         result: Tensor = self.conv(F.pad(x, self.padding))
         return result
 
@@ -252,5 +254,6 @@ class Upsample(nn.Module):
         self.conv = conv(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, C, 2H, 2W]."""
         result: Tensor = self.conv(upsample_2x(x))
         return result

@@ -46,7 +46,9 @@ class SamplingJob(Checked, Protocol):
     """Config of a job that samples from a trained run."""
 
     @property
-    def sampling(self) -> SamplingSettings: ...
+    def sampling(self) -> SamplingSettings:
+        """How samples are drawn."""
+        ...
 
     def sampling_problems(self) -> Iterator[str]:
         """Yield a line for each invalid combination in `sampling`."""

@@ -96,7 +96,6 @@ def draw(
     `on_step(t, x_t, x_0_estimate)` is called at each step and must copy
     tensors that it keeps. Raises ValueError for steps that the sampler does not support.
     """
-
     shape = denoiser.codec.shape(image_shape)
 
     def noise(t: int) -> Tensor:

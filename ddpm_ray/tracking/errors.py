@@ -84,9 +84,6 @@ def tracking_error(uri: str, error: Exception) -> TrackingError:
     code = str(getattr(error, "error_code", ""))
     status = _status(error, text)
 
-    def final(reason: str, remedy: str) -> TrackingError:
-        return TrackingError(uri, f"{reason} ({_cause(error)})", remedy)
-
     if isinstance(error, ImportError):
         name = (error.name or "?").partition(".")[0]
         remedy = DRIVERS.get(name, f"install {name}")
@@ -97,26 +94,32 @@ def tracking_error(uri: str, error: Exception) -> TrackingError:
         if kind == "experiment":
             remedy += ", or set another tracking.experiment"
         return TrackingError(uri, f"the {kind} {identifier} was deleted in MLflow", remedy)
+    if known := _permanent(uri, text, code, status):
+        reason, remedy = known
+        return TrackingError(uri, f"{reason} ({_cause(error)})", remedy)
+    return _by_place(uri, error, text, code, status)
+
+
+def _permanent(uri: str, text: str, code: str, status: int | None) -> tuple[str, str] | None:
+    """Reason and remedy of an error that has one meaning, wherever it comes from."""
     if "Invalid Host header" in text:
-        return final(
-            "MLflow refuses the host name in this address",
-            "start MLflow with --allowed-hosts and that name",
-        )
+        remedy = "start MLflow with --allowed-hosts and that name"
+        return "MLflow refuses the host name in this address", remedy
     if status == 401 or code in ("UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED"):
         remedy = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or _TOKEN"
-        return final("MLflow does not accept this user or password (401)", remedy)
+        return "MLflow does not accept this user or password (401)", remedy
     if status == 403 or code == "PERMISSION_DENIED":
         remedy = "give this user EDIT on the experiment, or name another tracking.experiment"
-        return final("MLflow forbids this to this user (403)", remedy)
+        return "MLflow forbids this to this user (403)", remedy
     if code == "RESOURCE_DOES_NOT_EXIST":
-        return final("not found in MLflow", "check the run's id or the model's name")
+        return "not found in MLflow", "check the run's id or the model's name"
     if "CERTIFICATE_VERIFY_FAILED" in text:
         remedy = "set MLFLOW_TRACKING_SERVER_CERT_PATH to the file of its certificate authority"
-        return final("its TLS certificate is not trusted", remedy)
+        return "its TLS certificate is not trusted", remedy
     if "out-of-date database schema" in text or "locate revision" in text:
         remedy = f"back it up and run `mlflow db upgrade {uri}`, or use its version of MLflow"
-        return final("the database was created by another version of MLflow", remedy)
-    return _by_place(uri, error, text, code, status)
+        return "the database was created by another version of MLflow", remedy
+    return None
 
 
 def _by_place(

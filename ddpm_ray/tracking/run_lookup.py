@@ -68,6 +68,7 @@ def runs_of(client: BoundedClient, identity: str, experiment: str) -> list[Run]:
 def runs_with(
     client: BoundedClient, identity: str, experiments: list[str], view: int = ViewType.ACTIVE_ONLY
 ) -> list[Run]:
+    """Runs in `experiments` (ids) that are tagged with `identity`."""
     query, hits = f"tags.`{RUN_TAG}` = '{identity}'", []
     for start in range(0, len(experiments), MAX_EXPERIMENTS):
         hits += client.search_runs(experiments[start : start + MAX_EXPERIMENTS], query, view)

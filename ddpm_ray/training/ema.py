@@ -21,9 +21,10 @@ class EMA:
 
     @torch.no_grad()
     def update(self, model: nn.Module, decay: float) -> None:
-        """mean <- decay * mean + (1 - decay) * weights; decay is in 0..1. (Ho et al. 2020, App. B)
+        """Set the mean to decay * mean + (1 - decay) * weights, for a decay in 0..1.
 
-        `model`: the unwrapped network, with the same parameter order as at construction.
+        (Ho et al. 2020, appendix B.) `model`: the unwrapped network, with the same parameter order
+        as at construction.
         """
         mean: list[Tensor] = list(self.model.parameters())
         weights = [parameter.float() for parameter in model.parameters()]

@@ -30,10 +30,14 @@ class Batch(Protocol):
     """Images of one worker's share of a global batch."""
 
     @property
-    def images(self) -> Tensor: ...  # uint8 [b, H, W, C]
+    def images(self) -> Tensor:
+        """Images uint8 [b, H, W, C]."""
+        ...
 
     @property
-    def labels(self) -> Tensor: ...  # int64 [b]; -1 where there are none
+    def labels(self) -> Tensor:
+        """Labels int64 [b]; -1 for an image without one."""
+        ...
 
 
 class ImageStream(Protocol):
@@ -41,11 +45,17 @@ class ImageStream(Protocol):
 
     waited_s: float
 
-    def batch(self, step: int) -> Batch: ...
+    def batch(self, step: int) -> Batch:
+        """Wait for this worker's share of the global batch of `step`."""
+        ...
 
-    def keys(self, step: int) -> list[str]: ...
+    def keys(self, step: int) -> list[str]:
+        """Return the keys of the images of `batch(step)`."""
+        ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Stop reading ahead."""
+        ...
 
 
 @dataclass(frozen=True)

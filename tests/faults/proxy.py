@@ -69,8 +69,7 @@ class _Handler(BaseHTTPRequestHandler):
             threading.Event().wait(weather.latency_s)
         # Before it is known whether there is a body: a fault of bodies waits for one.
         early = weather.pick(self.command, 0) if self.command != "GET" else ""
-        if early == "hang":
-            weather._calm.wait()
+        self._hang_at(early)
         if early == "slow_down":
             self._answer(503, [], SLOW_DOWN)
             return
@@ -82,26 +81,33 @@ class _Handler(BaseHTTPRequestHandler):
             self._reset()
             return
         late = weather.pick("GET", len(answer)) if self.command == "GET" else ""
-        match late:
-            case "hang":
-                weather._calm.wait()
-            case "slow_down":
-                status, headers, answer = 503, [], SLOW_DOWN
-            case "reset":
-                self._reset()
-                return
-            case "truncate":
-                answer = answer[: weather.number_below(len(answer))]
-            case "flip":
-                at = weather.number_below(8 * len(answer))
-                flipped = bytearray(answer)
-                flipped[at // 8] ^= 1 << at % 8
-                answer = bytes(flipped)
+        self._hang_at(late)
+        if late == "reset":
+            self._reset()
+            return
+        if late == "slow_down":
+            status, headers, answer = 503, [], SLOW_DOWN
+        answer = self._damaged(late, answer)
         if late == "short":
             self._answer(status, headers, answer, sent=weather.number_below(len(answer)))
             self._reset()
         else:
             self._answer(status, headers, answer)
+
+    def _hang_at(self, fault: str) -> None:
+        if fault == "hang":
+            self.server.weather._calm.wait()
+
+    def _damaged(self, fault: str, answer: bytes) -> bytes:
+        number_below = self.server.weather.number_below
+        if fault == "truncate":
+            return answer[: number_below(len(answer))]
+        if fault == "flip":
+            at = number_below(8 * len(answer))
+            flipped = bytearray(answer)
+            flipped[at // 8] ^= 1 << at % 8
+            return bytes(flipped)
+        return answer
 
     def _body(self) -> bytes:
         if "chunked" in self.headers.get("Transfer-Encoding", ""):

@@ -41,6 +41,7 @@ class FileSource:
 
     @property
     def digest(self) -> str:
+        """SHA-256 of the label names and the members; file contents are not read."""
         text = json.dumps([self.label_names, self.members])
         return hashlib.sha256(text.encode()).hexdigest()
 

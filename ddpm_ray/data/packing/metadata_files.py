@@ -68,10 +68,7 @@ def read(url: str, files: SourceFiles, options: PackConfig) -> Metadata:
     if options.label_key and files.metadata and not any(_known(found.labels)):
         problem = f"no row has a value in {options.label_key!r} (label_key)"
         raise DatasetError(url, problem, "check its spelling, or leave label_key empty")
-    if not any(_known(found.labels)):
-        found.labels = {}
-    elif any(isinstance(label, str) for label in found.labels.values()):
-        found.labels = _as_numbers(found.labels)
+    found.labels = _as_numbers(found.labels) if any(_known(found.labels)) else {}
     unlisted = set(files.images) - named if found.files and not found.labels else set()
     others = [
         (f"columns of {file} not supported in shards", names) for file, names in columns.items()

@@ -99,12 +99,14 @@ class ArraySource:
 
     @property
     def version(self) -> str:
+        """The digest: arrays in memory have no modification time."""
         return self.digest
 
     def __len__(self) -> int:
         return len(self.images)
 
     def read(self, samples: range) -> Iterator[Sample]:
+        """Yield the samples of these positions, in order."""
         for n in samples:
             key = f"{self.name}-{n:06d}"
             yield Sample(key, int(self.labels[n]), self.images[n], key)

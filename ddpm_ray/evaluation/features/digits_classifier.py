@@ -30,6 +30,7 @@ class DigitsClassifier(nn.Module):
         self.dense_2 = nn.Linear(64, 10)
 
     def forward(self, images: Tensor) -> Tensor:
+        """Logits float32 [N, 10], as in `logits`."""
         return self.logits(images)
 
     def logits(self, images: Tensor) -> Tensor:

@@ -51,6 +51,7 @@ class Inception(nn.Module):
         self.eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> dict[int, Tensor]:
+        """Features by width, as in `features`."""
         return self.features(images)
 
     @torch.no_grad()
@@ -118,6 +119,7 @@ class Unit(nn.Conv2d):
         super().__init__(channels_in, channels_out, kernel, stride, padding)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Convolution and ReLU."""
         return F.relu_(super().forward(x))
 
 
@@ -140,6 +142,7 @@ class Mixed5(nn.Module):
         self.branch_pool = Unit(channels, pooled, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """The outputs of the branches, concatenated by channel."""
         double = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
         single = self.branch5x5_2(self.branch5x5_1(x))
         return torch.cat([self.branch1x1(x), single, double, self.branch_pool(mean_pool(x))], 1)
@@ -156,6 +159,7 @@ class Mixed6a(nn.Module):
         self.branch3x3dbl_3 = Unit(96, 96, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
+        """The outputs of the branches, concatenated by channel; H and W are halved."""
         double = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
         return torch.cat([self.branch3x3(x), double, F.max_pool2d(x, 3, stride=2)], 1)
 
@@ -199,6 +203,7 @@ class Mixed7a(nn.Module):
         self.branch7x7x3_4 = Unit(192, 192, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
+        """The outputs of the branches, concatenated by channel; H and W are halved."""
         small = self.branch3x3_2(self.branch3x3_1(x))
         large = self.branch7x7x3_3(self.branch7x7x3_2(self.branch7x7x3_1(x)))
         return torch.cat([small, self.branch7x7x3_4(large), F.max_pool2d(x, 3, stride=2)], 1)
