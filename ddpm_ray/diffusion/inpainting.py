@@ -52,9 +52,7 @@ def repaint(
     alpha_bar: list[float] = schedule.alpha_bar.tolist()
     x = x_T.detach().clone()
     x_0, at_s = torch.empty_like(x), torch.empty_like(x)
-    estimate = X0Estimator(
-        denoise, parameterization or Parameterization.of("epsilon", schedule), x, clip
-    )
+    estimate = X0Estimator(schedule, denoise, x, parameterization, clip)
     with torch.inference_mode():
         for n, (t, s) in enumerate(pairwise(jump_schedule(steps, jump_length, resamples))):
             a, a_s = alpha_bar[t], alpha_bar[s]

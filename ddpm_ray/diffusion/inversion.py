@@ -45,9 +45,7 @@ def ddim_inversion(
         )
     x_s = x_0.detach().clone()
     x_t, image, ahead = (torch.empty_like(x_s) for _ in range(3))
-    estimate = X0Estimator(
-        denoise, parameterization or Parameterization.of("epsilon", schedule), x_s, clip
-    )
+    estimate = X0Estimator(schedule, denoise, x_s, parameterization, clip)
     with torch.inference_mode():
         for s, t in pairwise(reversed(steps)):
             kept = sigma[s] / sigma[t]

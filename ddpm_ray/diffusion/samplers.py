@@ -77,8 +77,7 @@ def ancestral(
             )
         )
     learned = variance if variance in ("learned", "learned_range") else None
-    parameterization = parameterization or Parameterization.of("epsilon", schedule)
-    estimate = X0Estimator(denoise, parameterization, x_T, clip)
+    estimate = X0Estimator(schedule, denoise, x_T, parameterization, clip)
     return _walk(transitions, estimate, x_T, noise, on_step, learned)
 
 
@@ -130,10 +129,8 @@ def ddim(
                 noise=sigma if s > 0 else 0.0,
             )
         )
-    parameterization = parameterization or Parameterization.of("epsilon", schedule)
-    return _walk(
-        transitions, X0Estimator(denoise, parameterization, x_T, clip), x_T, noise, on_step
-    )
+    estimate = X0Estimator(schedule, denoise, x_T, parameterization, clip)
+    return _walk(transitions, estimate, x_T, noise, on_step)
 
 
 def learned_log_variance(

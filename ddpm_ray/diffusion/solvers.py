@@ -53,8 +53,7 @@ def dpm_solver_pp(
     """
     _require_order(order, 2, "DPM-Solver++")
     plan = _multistep(schedule, steps, order, corrected=False, stochastic=noise is not None)
-    parameterization = parameterization or Parameterization.of("epsilon", schedule)
-    estimate = X0Estimator(denoise, parameterization, x_T, clip)
+    estimate = X0Estimator(schedule, denoise, x_T, parameterization, clip)
     return _walk(schedule, plan, estimate, x_T, noise, on_step)
 
 
@@ -81,8 +80,7 @@ def unipc(
     """
     _require_order(order, 3, "UniPC")
     plan = _multistep(schedule, steps, order, corrected=True, stochastic=False)
-    parameterization = parameterization or Parameterization.of("epsilon", schedule)
-    estimate = X0Estimator(denoise, parameterization, x_T, clip)
+    estimate = X0Estimator(schedule, denoise, x_T, parameterization, clip)
     return _walk(schedule, plan, estimate, x_T, None, on_step)
 
 
@@ -114,8 +112,7 @@ def heun(
         else:
             plan.append(_Call(t, advance=_Blend(kept, (gain,)), as_noise=True))
             plan.append(_Call(s, correct=_Blend(kept, (gain / 2, gain / 2)), as_noise=True))
-    parameterization = parameterization or Parameterization.of("epsilon", schedule)
-    estimate = X0Estimator(denoise, parameterization, x_T, clip)
+    estimate = X0Estimator(schedule, denoise, x_T, parameterization, clip)
     return _walk(schedule, plan, estimate, x_T, None, on_step)
 
 
@@ -144,8 +141,7 @@ def plms(
     for i, (t, _, kept, gain) in enumerate(_legs(schedule, steps, "plms")):
         weights = tuple(gain * w for w in _ADAMS_BASHFORTH[min(i, 3)])
         plan.append(_Call(t, advance=_Blend(kept, weights), as_noise=True))
-    parameterization = parameterization or Parameterization.of("epsilon", schedule)
-    estimate = X0Estimator(denoise, parameterization, x_T, clip)
+    estimate = X0Estimator(schedule, denoise, x_T, parameterization, clip)
     return _walk(schedule, plan, estimate, x_T, None, on_step)
 
 

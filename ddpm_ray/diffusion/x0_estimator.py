@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ddpm_ray.diffusion.parameterization import Parameterization
-from ddpm_ray.diffusion.process import Denoise
+from ddpm_ray.diffusion.process import Denoise, NoiseSchedule
 
 Clip: TypeAlias = Callable[[Tensor], object]
 """Clips an estimate of x_0 [B, ...] in place."""
@@ -41,13 +41,22 @@ def clip_to_quantile(share: float) -> Clip:
 
 
 class X0Estimator:
-    """Calls the network and converts its output to x_0, in preallocated buffers."""
+    """Calls the network and converts its output to x_0, in preallocated buffers.
+
+    Without `parameterization` the model output is the noise.
+    """
 
     def __init__(
-        self, denoise: Denoise, prediction: Parameterization, x_T: Tensor, clip: Clip | None
+        self,
+        schedule: NoiseSchedule,
+        denoise: Denoise,
+        x_T: Tensor,
+        parameterization: Parameterization | None,
+        clip: Clip | None,
     ) -> None:
+        parameterization = parameterization or Parameterization.of("epsilon", schedule)
         self._denoise, self._clip = denoise, clip
-        self._of_x_t, self._of_output = (c.tolist() for c in prediction.to_x_0())
+        self._of_x_t, self._of_output = (c.tolist() for c in parameterization.to_x_0())
         self._t = torch.empty(len(x_T), dtype=torch.int64, device=x_T.device)
 
     def model_output(self, x_t: Tensor, t: int) -> Tensor:

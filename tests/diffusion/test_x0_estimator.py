@@ -50,7 +50,7 @@ def test_in_range_both_clips_leave_all_as_it_is(pixels: list[float]) -> None:
 def test_an_estimate_is_written_where_it_was_asked_to_be() -> None:
     x_t, out = torch.randn(2, 3), torch.empty(2, 3)
     parameterization = Parameterization.of("x_0", LINEAR)
-    estimate = X0Estimator(lambda x, t: 3 * x + t[:, None], parameterization, x_t, None)
+    estimate = X0Estimator(LINEAR, lambda x, t: 3 * x + t[:, None], x_t, parameterization, None)
     assert estimate(x_t, 7, out) is out
     torch.testing.assert_close(out, 3 * x_t + 7)
 
