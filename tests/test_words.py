@@ -77,7 +77,7 @@ PROSE = {
     "birth certificates?|certificates?": "provenance",
     "comes? back from the dead": "wakes after it was replaced",
     "crown(ed|s)?": "promote",
-    "desk|ledger|glances?|wish(es)?": "RunControl; TrialStore; poll; Command",
+    "desk|ledger|(?<!at a )glances?|wish(es)?": "RunControl; TrialStore; poll; Command",
     "heard|pulse": "on_event; heartbeat",
     "hopeless|useless": "rejected; wasted",
     "judges?|judged": "classifier; compare",
