@@ -28,7 +28,7 @@ from ddpm_ray.data.loader import read_images
 from ddpm_ray.diffusion.timestep_spacing import log_snr_steps, uniform_steps
 from ddpm_ray.evaluation.features.feature_extractor import inception_net
 from ddpm_ray.evaluation.reference_statistics import Reference, reference
-from ddpm_ray.evaluation.sample_quality import evaluate
+from ddpm_ray.evaluation.sample_quality import SampleSet, evaluate
 from ddpm_ray.models.classifier import NoisyClassifier
 from ddpm_ray.sampling.image_grid import captioned, grid
 from ddpm_ray.sampling.pipeline import TrainedModel
@@ -54,15 +54,17 @@ class Scorer:
     def score(self, model: TrainedModel, plan: SamplingPlan) -> str:
         """The distance with its 95 % interval."""
         found = evaluate(
-            model.denoiser,
-            plan,
+            SampleSet(
+                model.denoiser,
+                plan,
+                image_shape=model.image_shape,
+                num_images=self.images,
+                batch_size=BATCH,
+                weights={},
+            ),
             self.net,
             self.truth,
-            num_images=self.images,
-            batch_size=BATCH,
-            image_shape=model.image_shape,
-            workers=Workers(),
-            provenance={},
+            Workers(),
         ).metrics
         return f"{found[NAME]:.3f} ({found[NAME + '_low']:.3f}-{found[NAME + '_high']:.3f})"
 

@@ -29,7 +29,7 @@ from ddpm_ray.evaluation.features.feature_extractor import FeatureNet
 from ddpm_ray.evaluation.features.inception import Inception
 from ddpm_ray.evaluation.frechet import Moments
 from ddpm_ray.evaluation.reference_statistics import Reference
-from ddpm_ray.evaluation.sample_quality import evaluate
+from ddpm_ray.evaluation.sample_quality import SampleSet, evaluate
 from ddpm_ray.evaluation.vlb_over_dataset import bits_per_dim
 from ddpm_ray.models.unet import UNet
 from ddpm_ray.models.unet_spec import UNetSpec
@@ -73,15 +73,17 @@ def works() -> dict[str, Callable[[Workers], object]]:
 
     def distance(workers: Workers) -> object:
         return evaluate(
-            denoiser,
-            plan,
+            SampleSet(
+                denoiser,
+                plan,
+                image_shape=ImageShape(SIDE, SIDE, 1),
+                num_images=IMAGES,
+                batch_size=BATCH,
+                weights={},
+            ),
             net,
             truth,
-            num_images=IMAGES,
-            batch_size=BATCH,
-            image_shape=ImageShape(SIDE, SIDE, 1),
-            workers=workers,
-            provenance={},
+            workers,
         )
 
     def calls(workers: Workers) -> object:

@@ -280,15 +280,17 @@ def _evaluation(num_images: int, device: torch.device) -> None:
     with tempfile.TemporaryDirectory() as folder:
         known = reference(packed(folder), net, workers, kernel_images=8, batch_size=10)
     scores = sample_quality.evaluate(
-        denoiser,
-        diffusion.sampling_plan(config.sampling, denoiser.schedule),
+        sample_quality.SampleSet(
+            denoiser,
+            diffusion.sampling_plan(config.sampling, denoiser.schedule),
+            image_shape=SHAPE,
+            num_images=num_images,
+            batch_size=10,
+            weights=training_run.ema_provenance(config, 0),
+        ),
         net,
         known,
-        num_images=num_images,
-        batch_size=10,
-        image_shape=SHAPE,
-        workers=workers,
-        provenance=training_run.ema_provenance(config, 0),
+        workers,
         optional_metrics=OptionalMetrics(num_images > 4, num_images > 4),
         held_out=known,
     )

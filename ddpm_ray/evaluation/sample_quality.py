@@ -35,6 +35,25 @@ NO_CLASSES = "the weights' last layer, fc.weight, was not read; take the release
 
 
 @dataclass(frozen=True)
+class SampleSet:
+    """Samples 0..num_images-1 of a model: all that they depend on."""
+
+    denoiser: Denoiser
+    plan: SamplingPlan
+    image_shape: ImageShape
+    num_images: int
+    batch_size: int
+    weights: Mapping[str, Any]  # plain JSON: EMA decay, step, sha256
+
+    def images(self, share: range, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield batches: indices [n] from `share` and images uint8 [n, H, W, C] on `device`."""
+        for start in range(share.start, share.stop, self.batch_size):
+            index = torch.arange(start, min(start + self.batch_size, share.stop))
+            x_0 = draw(self.denoiser, self.plan, index, self.image_shape, device)
+            yield index, torch.from_numpy(self.denoiser.codec.decode(x_0)).to(device)
+
+
+@dataclass(frozen=True)
 class Scores:
     """Metrics of one evaluation and their provenance; equal on every worker."""
 
@@ -47,43 +66,35 @@ class Scores:
 
 
 def evaluate(
-    denoiser: Denoiser,
-    plan: SamplingPlan,
+    samples: SampleSet,
     net: FeatureNet,
     reference: Reference,
-    *,
-    num_images: int,
-    batch_size: int,
-    image_shape: ImageShape,
     workers: Workers,
-    provenance: Mapping[str, Any],
+    *,
     optional_metrics: OptionalMetrics = PLAIN,
     held_out: Reference | None = None,
 ) -> Scores:
-    """Draw samples 0..num_images-1 and compute their metrics against `reference`.
+    """Draw `samples` and compute their metrics against `reference`.
 
     A Frechet distance comes with `_low` and `_high`, the ends of its 95 % confidence interval, and
-    with `_held_out`, the distance to `held_out`, if given. `provenance`
-    describes the weights (EMA decay, step, sha256) and is stored in the result. All workers must
-    call it and get the same result. Raises ValueError if images, features or their numbers are not
-    comparable.
+    with `_held_out`, the distance to `held_out`, if given. All workers must call it and get the
+    same result. Raises ValueError if images, features or their numbers are not comparable.
     """
+    num_images = samples.num_images
     if num_images < 2:
         raise ValueError(f"num_images is {num_images}; a covariance needs at least 2 images")
     for known in filter(None, (reference, held_out)):
-        _require_comparable(known, net, image_shape)
-    batches = _drawn(
-        denoiser, plan, workers.share(num_images), batch_size, image_shape, workers.device
-    )
+        _require_comparable(known, net, samples.image_shape)
+    batches = samples.images(workers.share(num_images), workers.device)
     keep = {w: feature_metrics.kept_images(w, reference, num_images) for w in net.widths}
-    groups = groups_of(num_images, _cycle(denoiser, plan))
+    groups = groups_of(num_images, _cycle(samples))
     statistics = feature_metrics.extract_features(net, batches, keep, workers, groups)
     metrics = (
         feature_metrics.metrics(net, reference, statistics, optional_metrics, held_out)
         if workers.is_main
         else {}
     )
-    found = _provenance(denoiser, plan, net, reference, num_images, provenance)
+    found = _provenance(samples, net, reference)
     found["arithmetic"] = arithmetic(workers.device)
     if held_out is not None:
         found["held_out"] = _facts(held_out)
@@ -126,9 +137,10 @@ def _require_comparable(reference: Reference, net: FeatureNet, image_shape: Imag
         )
 
 
-def _cycle(denoiser: Denoiser, plan: SamplingPlan) -> int:
+def _cycle(samples: SampleSet) -> int:
     """Period, in samples, of the conditioning inputs (labels and low-resolution images)."""
-    labels = len(plan.labels) or denoiser.takes.num_classes or 1
+    denoiser = samples.denoiser
+    labels = len(samples.plan.labels) or denoiser.takes.num_classes or 1
     return (
         labels
         if denoiser.low_resolution_images is None
@@ -136,33 +148,12 @@ def _cycle(denoiser: Denoiser, plan: SamplingPlan) -> int:
     )
 
 
-def _drawn(
-    denoiser: Denoiser,
-    plan: SamplingPlan,
-    share: range,
-    batch_size: int,
-    image_shape: ImageShape,
-    device: torch.device,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield batches: indices [n] from `share` and images uint8 [n, H, W, C] on `device`."""
-    for start in range(share.start, share.stop, batch_size):
-        index = torch.arange(start, min(start + batch_size, share.stop))
-        x_0 = draw(denoiser, plan, index, image_shape, device)
-        yield index, torch.from_numpy(denoiser.codec.decode(x_0)).to(device)
-
-
-def _provenance(
-    denoiser: Denoiser,
-    plan: SamplingPlan,
-    net: FeatureNet,
-    reference: Reference,
-    num_images: int,
-    provenance: Mapping[str, Any],
-) -> dict[str, Any]:
+def _provenance(samples: SampleSet, net: FeatureNet, reference: Reference) -> dict[str, Any]:
     """Return all that the scores depend on, as plain JSON; equal ones are comparable."""
+    denoiser, plan, num_images = samples.denoiser, samples.plan, samples.num_images
     schedule = denoiser.schedule
     return {
-        "model": dict(provenance),
+        "model": dict(samples.weights),
         "samples": {
             "images": num_images,
             "seed": plan.settings.seed,

@@ -154,18 +154,20 @@ def score_widths(
         network.load_state_dict(average.tensors["ema"])
         sha256 = checkpoints.described(checkpoints.objects(average))["ema.safetensors"]["sha256"]
         scores = sample_quality.evaluate(
-            denoiser,
-            plan,
+            sample_quality.SampleSet(
+                denoiser,
+                plan,
+                image_shape=model.image_shape,
+                num_images=wanted.num_images,
+                batch_size=config.sampling.batch_size,
+                weights=training_run.ema_provenance(begun, step, average.facts["average"])
+                | {"model_sha256": sha256},
+            ),
             net,
             known,
+            workers,
             optional_metrics=training_run.optional_metrics(wanted),
             held_out=held_out,
-            num_images=wanted.num_images,
-            batch_size=config.sampling.batch_size,
-            image_shape=model.image_shape,
-            workers=workers,
-            provenance=training_run.ema_provenance(begun, step, average.facts["average"])
-            | {"model_sha256": sha256},
         )
         yield scores.to_json() | {"misfit": average.facts["average"]["misfit"]}
 

@@ -163,17 +163,19 @@ def _sample_scores(
     )
     kept = min(wanted.kernel_distance_images, wanted.num_images) * wanted.kernel_distance
     return sample_quality.evaluate(
-        model.denoiser,
-        plan,
+        sample_quality.SampleSet(
+            model.denoiser,
+            plan,
+            image_shape=model.image_shape,
+            num_images=wanted.num_images,
+            batch_size=config.sampling.batch_size,
+            weights=_weights(model) | {"guidance": vars(config.guidance)},
+        ),
         net,
         reference(open_dataset(config.data_url), net, workers, kernel_images=kept),
+        workers,
         optional_metrics=training_run.optional_metrics(wanted),
         held_out=training_run.held_out(wanted, net, workers),
-        num_images=wanted.num_images,
-        batch_size=config.sampling.batch_size,
-        image_shape=model.image_shape,
-        workers=workers,
-        provenance=_weights(model) | {"guidance": vars(config.guidance)},
     )
 
 

@@ -323,15 +323,17 @@ class PeriodicEvaluator:
             )
         net, known = self._tools
         scores = sample_quality.evaluate(
-            grid_logger.denoiser,
-            grid_logger.plan,
+            sample_quality.SampleSet(
+                grid_logger.denoiser,
+                grid_logger.plan,
+                image_shape=grid_logger.image_shape,
+                num_images=wanted.num_images,
+                batch_size=grid_logger.batch_size,
+                weights=training_run.ema_provenance(self._config, step),
+            ),
             net,
             known,
-            num_images=wanted.num_images,
-            batch_size=grid_logger.batch_size,
-            image_shape=grid_logger.image_shape,
-            workers=grid_logger.workers,
-            provenance=training_run.ema_provenance(self._config, step),
+            grid_logger.workers,
             optional_metrics=training_run.optional_metrics(wanted),
             held_out=training_run.held_out(wanted, net, grid_logger.workers),
         )

@@ -33,7 +33,7 @@ from ddpm_ray.evaluation.features.inception import Inception
 from ddpm_ray.evaluation.frechet import frechet_distance_of_features
 from ddpm_ray.evaluation.precision_recall import precision_recall
 from ddpm_ray.evaluation.reference_statistics import Reference, reference
-from ddpm_ray.evaluation.sample_quality import Scores, evaluate
+from ddpm_ray.evaluation.sample_quality import SampleSet, Scores, evaluate
 from ddpm_ray.sampling.conditioning import ConditioningSpec
 from ddpm_ray.sampling.denoiser import Denoiser
 from ddpm_ray.sampling.sampling import Images, SamplingPlan, draw
@@ -80,18 +80,14 @@ def score(
         "num_images": 40,
         "batch_size": 16,
         "image_shape": SHAPE,
-        "provenance": {"step": 7, "ema_decay_per_step": 0.99},
+        "weights": {"step": 7, "ema_decay_per_step": 0.99},
         **changes,
     }
-    denoise, plan = arguments.pop("denoise"), arguments.pop("plan")
-    return evaluate(
-        Denoiser.of_noise(denoise, SCHEDULE),
-        plan,
-        feature_net,
-        truth,
-        workers=workers or Workers(),
-        **arguments,
-    )
+    denoiser = Denoiser.of_noise(arguments.pop("denoise"), SCHEDULE)
+    others = {key: changes[key] for key in ("optional_metrics", "held_out") if key in changes}
+    described = {key: value for key, value in arguments.items() if key not in others}
+    samples = SampleSet(denoiser, **described)
+    return evaluate(samples, feature_net, truth, workers or Workers(), **others)
 
 
 def frechet_by_scipy(a: Any, b: Any) -> float:
@@ -409,17 +405,8 @@ def test_the_interval_of_ten_classes_in_turn_is_that_of_each_class_thinned(tmp_p
     images, feature_net = random_images(300), net(4)
     drawn = PIXELS.decode(draw(denoiser, PLAN, torch.arange(200), SHAPE, "cpu"))
     truth = reference(pack(tmp_path, images, [300]), feature_net, Workers())
-    found = evaluate(
-        denoiser,
-        PLAN,
-        feature_net,
-        truth,
-        num_images=200,
-        batch_size=50,
-        image_shape=SHAPE,
-        workers=Workers(),
-        provenance={},
-    ).metrics
+    samples = SampleSet(denoiser, PLAN, SHAPE, num_images=200, batch_size=50, weights={})
+    found = evaluate(samples, feature_net, truth, Workers()).metrics
     known, seen = features_of(images, 4), features_of(drawn, 4)
     scores = [  # the classes' numbers are kept, whoever is left out of each: the i-th draw of each
         frechet_by_scipy(known, np.concatenate([np.delete(seen[c::10], i, 0) for c in range(10)]))

@@ -23,7 +23,7 @@ from ddpm_ray.diffusion.parameterization import Parameterization
 from ddpm_ray.diffusion.process import NoiseSchedule
 from ddpm_ray.evaluation.features.feature_extractor import inception_net
 from ddpm_ray.evaluation.reference_statistics import reference
-from ddpm_ray.evaluation.sample_quality import evaluate
+from ddpm_ray.evaluation.sample_quality import SampleSet, evaluate
 from ddpm_ray.sampling.denoiser import Denoiser
 from ddpm_ray.sampling.sampling import SamplingPlan
 from ddpm_ray.storage import object_store
@@ -45,15 +45,17 @@ def test_fid192_of_two_real_sets_is_the_golden_one(assets: Path, tmp_path: Path)
         return Parameterization.of("epsilon", SCHEDULE).output_from_x0(x_t, t, next(batches))
 
     scores = evaluate(
-        Denoiser.of_noise(knows_the_test_set, SCHEDULE),
-        SamplingPlan((10, 0)),
+        SampleSet(
+            Denoiser.of_noise(knows_the_test_set, SCHEDULE),
+            SamplingPlan((10, 0)),
+            image_shape=ImageShape(32, 32, 3),
+            num_images=1000,
+            batch_size=50,
+            weights={},
+        ),
         net,
         truth,
-        num_images=1000,
-        batch_size=50,
-        image_shape=ImageShape(32, 32, 3),
-        workers=Workers(),
-        provenance={},
+        Workers(),
     )
     low, fid, high = (scores.metrics[f"eval/fid192{end}"] for end in ("_low", "", "_high"))
     assert fid == pytest.approx(0.053981019, rel=1e-3)

@@ -28,11 +28,10 @@ from ddpm_ray.data.dataset import DatasetError
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.distributed import worker_group
 from ddpm_ray.evaluation import sample_quality
-from ddpm_ray.evaluation.sample_quality import Scores
+from ddpm_ray.evaluation.sample_quality import SampleSet, Scores
 from ddpm_ray.models.unet import UNet
 from ddpm_ray.runs import ema_search
 from ddpm_ray.runs import evaluate as evaluation_run
-from ddpm_ray.sampling.denoiser import Denoiser
 from ddpm_ray.sampling.pipeline import TrainedModel
 from ddpm_ray.training.checkpoint_writer import CheckpointWriter
 from ddpm_ray.training.checkpoints import CheckpointError, CheckpointStore
@@ -103,12 +102,15 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run below tmp_path; models that are like its average of width TRUTH score best."""
     truth = wandering(tmp_path / "run", *KEPT)
 
-    def evaluate(denoiser: Denoiser, *_: Any, provenance: dict[str, Any], **__: Any) -> Scores:
-        assert isinstance(denoiser.network, UNet)
-        found = denoiser.network.state_dict()
+    def evaluate(samples: SampleSet, *_: Any, **__: Any) -> Scores:
+        network = samples.denoiser.network
+        assert isinstance(network, UNet)
+        found = network.state_dict()
         apart = sum(float((found[name] - truth[name]).square().sum()) for name in truth)
         ends = {"eval/fd_digits_low": apart - 1, "eval/fd_digits_high": apart + 1}
-        return Scores({"eval/kd_digits": 0.0, "eval/fd_digits": apart} | ends, dict(provenance))
+        return Scores(
+            {"eval/kd_digits": 0.0, "eval/fd_digits": apart} | ends, dict(samples.weights)
+        )
 
     monkeypatch.setattr(sample_quality, "evaluate", evaluate)
     alone(monkeypatch)
