@@ -47,7 +47,7 @@ class SamplingJob(Checked, Protocol):
 
     @property
     def sampling(self) -> SamplingSettings:
-        """How samples are drawn."""
+        """The plan and settings of sampling."""
         ...
 
     def sampling_problems(self) -> Iterator[str]:
