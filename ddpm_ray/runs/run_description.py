@@ -13,7 +13,7 @@ from ddpm_ray.assembly import training_run
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.dataset import Dataset
 from ddpm_ray.evaluation.score_table import score_table
-from ddpm_ray.redaction import sanitize
+from ddpm_ray.redaction import counted, sanitize
 
 
 def run_description(
@@ -27,7 +27,8 @@ def run_description(
     with torch.device("meta"):
         network = training_run.network(config, dataset.manifest.image_shape)
     count = sum(parameter.numel() for parameter in network.parameters())
-    labels = f"{model.num_classes} classes" if model.num_classes else "unconditional"
+    classes = model.num_classes
+    labels = counted(classes, "class", "classes") if classes else "unconditional"
     schedule, objective = config.schedule, config.objective
     lines = _scores(scores) if scores else []  # first: MLflow's page folds the rest
     lines += [
@@ -38,7 +39,7 @@ def run_description(
         f"**Network** {config.task}, {model.network}, {count:,} parameters, {labels}: "
         f"base_channels {model.base_channels}, channel_mults {list(model.channel_mults)}, "
         f"blocks_per_level {model.blocks_per_level}",
-        f"**Training** {training.steps:,} steps of {training.global_batch_size} images, "
+        f"**Training** {training.steps:,} steps, global_batch_size {training.global_batch_size}, "
         f"learning rate {training.learning_rate:g}, {training.precision}, seed {config.seed}, "
         f"workers {cluster.num_workers}",
     ]
@@ -53,9 +54,9 @@ def data_line(url: str, dataset: Dataset) -> str:
     """Name the data set, its size, image shape, labels and fingerprint."""
     manifest = dataset.manifest
     shape, labels = "x".join(map(str, manifest.image_shape)), len(manifest.label_names)
-    of = f"{labels} labels" if labels else "no labels"
+    of = counted(labels, "label") if labels else "no labels"
     return (
-        f"**Data set** {code(url)}: {manifest.samples:,} images of {shape}, {of}, "
+        f"**Data set** {code(url)}: {counted(manifest.samples, 'image')} of {shape}, {of}, "
         f"fingerprint {dataset.fingerprint[:12]}"
     )
 
@@ -97,9 +98,9 @@ def _scores(scores: Mapping[str, Any]) -> list[str]:
     protocol = scores.get("certificate", {})
     if drawn := protocol.get("samples"):
         lines += [
-            f"**Protocol** {drawn['images']:,} samples by {drawn['sampler']} in {drawn['steps']} "
-            f"steps (eta {drawn['eta']:g}, seed {drawn['seed']}), EMA weights, against "
-            f"{protocol['reference']['images']:,} images of the data set; in brackets: 95 % "
-            f"interval; all details: artifact `evaluation/step-{scores['step']:08d}.json`"
+            f"**Protocol** {counted(drawn['images'], 'sample')} by {drawn['sampler']} in "
+            f"{drawn['steps']} steps (eta {drawn['eta']:g}, seed {drawn['seed']}), EMA weights, "
+            f"against {counted(protocol['reference']['images'], 'image')} of the data set; in brackets: "
+            f"95 % interval; all details: artifact `evaluation/step-{scores['step']:08d}.json`"
         ]
     return lines

@@ -15,6 +15,7 @@ from ddpm_ray.config.sweep import SweepConfig
 from ddpm_ray.data.codec import codec_named
 from ddpm_ray.data.dataset import Dataset
 from ddpm_ray.evaluation.loss_by_snr import linear_guess
+from ddpm_ray.redaction import counted
 from ddpm_ray.runs.run_description import code, data_line, own_command
 from ddpm_ray.runs.run_identity import IDENTITY
 from ddpm_ray.runs.train import artifact_root, run_tags
@@ -213,10 +214,10 @@ def _description(config: SweepConfig, dataset: Dataset) -> str:
         [
             f"**Sweep** of {', '.join(map(code, keys))}: search {config.search.kind}, early "
             f"stopping {config.stopping.kind}, compared by {code(config.score)} of "
-            f"{evaluation.num_images:,} samples, lower is better",
+            f"{counted(evaluation.num_images, 'sample')}, lower is better",
             data_line(config.run.data.url, dataset),
-            f"**Trials** of {training.steps:,} steps of {training.global_batch_size} images, "
-            f"workers {config.run.cluster.num_workers} each",
+            f"**Trials** of {training.steps:,} steps, global_batch_size "
+            f"{training.global_batch_size}, workers {config.run.cluster.num_workers} each",
             f"**Continue** {code(own_command())}",
         ]
     )

@@ -36,10 +36,10 @@ def described(scores: dict[str, Any], *keys: str, command: str = "ddpm-ray train
 def test_it_names_data_schedule_network_and_scores_with_protocol() -> None:
     text = described(SCORES, "schedule.kind=linear", "schedule.rescale=true")
     for fact in (
-        "`/shards/digits`: 1,797 images of 8x8x1, 10 labels, fingerprint 89d7628e765b",
+        "`/shards/digits`: 1797 images of 8x8x1, 10 labels, fingerprint 89d7628e765b",
         "linear rescaled, T = 1000",
         "eval/fid 3.142 [3, 3.25]; eval/kid 0.5",
-        "50,000 samples by ddim in 50 steps (eta 0, seed 7)",
+        "50000 samples by ddim in 50 steps (eta 0, seed 7)",
         "`evaluation/step-00004000.json`",
         "**Continue** `ddpm-ray train digits`",
     ):
