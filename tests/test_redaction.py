@@ -17,7 +17,8 @@ from ddpm_ray.data.packing.image_files import BadImageError
 from ddpm_ray.data.shards import ShardCorruptError
 from ddpm_ray.redaction import counted, has_secret, printable, redacted, sanitize
 from ddpm_ray.storage.checksummed import DamagedError
-from ddpm_ray.storage.object_store import StorageError, read_bytes
+from ddpm_ray.storage.errors import StorageError
+from ddpm_ray.storage.object_store import read_bytes
 from ddpm_ray.tracking.mlflow_runs import TrackingError
 from ddpm_ray.training.checkpoints import CheckpointError
 from ddpm_ray.training.divergence_guard import DivergedError

@@ -28,7 +28,7 @@ from ddpm_ray.models.interop.diffusers_schedulers import Export
 from ddpm_ray.models.unet import UNet
 from ddpm_ray.sampling.pipeline import TrainedModel
 from ddpm_ray.storage import object_store
-from ddpm_ray.storage.object_store import StorageError
+from ddpm_ray.storage.errors import StorageError
 from ddpm_ray.training import checkpoints
 from ddpm_ray.training.checkpoints import CheckpointError
 from ddpm_ray.training.state import Snapshot

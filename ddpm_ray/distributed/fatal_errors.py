@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from ddpm_ray.distributed.control_actor import RunControl
 from ddpm_ray.fault_injection import InjectedFaultError
-from ddpm_ray.storage.object_store import StorageError
+from ddpm_ray.storage.errors import StorageError
 from ddpm_ray.training.writer_lease import LeaseLostError, SupersededError
 
 log = logging.getLogger(__name__)

@@ -23,6 +23,7 @@ from ddpm_ray.data.loader import read_images
 from ddpm_ray.evaluation.features.feature_extractor import FeatureNet
 from ddpm_ray.evaluation.frechet import Moments
 from ddpm_ray.storage import object_store
+from ddpm_ray.storage.errors import StorageError
 
 log = logging.getLogger(__name__)
 
@@ -124,7 +125,7 @@ def _write_cache(url: str, identity: Mapping[str, Any], tensors: Mapping[str, Te
     stamp = json.dumps({"sha256": _checksum(identity, tensors), "identity": identity})
     try:
         object_store.write_bytes(url, safetensors.torch.save(dict(tensors), {STAMP: stamp}))
-    except object_store.StorageError as error:
+    except StorageError as error:
         log.warning("reference statistics are not kept (%s); the next run computes them", error)
 
 
@@ -140,7 +141,7 @@ def _read_cache(url: str, identity: Mapping[str, Any]) -> dict[str, Tensor] | No
         if stamp["sha256"] != _checksum(identity, tensors):
             raise ValueError("its sha256 is wrong")
     except (
-        object_store.StorageError,
+        StorageError,
         SafetensorError,
         ValueError,
         KeyError,

@@ -17,8 +17,8 @@ from typing import Any
 from ddpm_ray.assembly.training_run import saved_config
 from ddpm_ray.config.loading import ConfigError
 from ddpm_ray.storage import checksummed_json, object_store
+from ddpm_ray.storage.errors import StorageError
 from ddpm_ray.storage.file_formats import package_version
-from ddpm_ray.storage.object_store import StorageError
 from ddpm_ray.training.checkpoints import CHECKPOINTS, CheckpointStore
 
 log = logging.getLogger(__name__)

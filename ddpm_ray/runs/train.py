@@ -33,7 +33,7 @@ from ddpm_ray.runs.run_description import own_command, run_description, with_sam
 from ddpm_ray.runs.run_identity import claim
 from ddpm_ray.runs.train_worker import train_worker
 from ddpm_ray.storage import object_store
-from ddpm_ray.storage.object_store import StorageError
+from ddpm_ray.storage.errors import StorageError
 from ddpm_ray.tracking import mlflow_runs, model_registry
 from ddpm_ray.tracking.run_info import RunMetadata, TrackedRun
 from ddpm_ray.tracking.run_log import image_path

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ddpm_ray.redaction import sanitize
 from ddpm_ray.storage import object_store
-from ddpm_ray.storage.object_store import StorageError
+from ddpm_ray.storage.errors import StorageError
 
 READS = 5  # attempts before an object that does not match counts as damaged
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from ddpm_ray.storage import object_store
 from ddpm_ray.storage.checksummed import READS
+from ddpm_ray.storage.errors import StorageError
 from ddpm_ray.storage.file_formats import FORMAT, require_readable
-from ddpm_ray.storage.object_store import StorageError
 
 
 class ChecksumError(StorageError):

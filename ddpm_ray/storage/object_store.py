@@ -1,8 +1,7 @@
 """Read and write objects at any fsspec URL: a local path, s3://, gs://, https:// ...
 
-The only module that imports fsspec. Every failure is a StorageError of one line. S3 is configured
-by the usual environment variables (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, ...). Nothing is cached, so
-a reader always sees what another process wrote.
+Every failure is a StorageError of one line. Nothing is cached, so a reader always sees what another
+process wrote.
 """
 
 from __future__ import annotations
@@ -14,35 +13,20 @@ import posixpath
 import shutil
 import uuid
 from collections.abc import Callable
-from functools import partial, wraps
-from inspect import iscoroutinefunction
+from functools import wraps
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
-import fsspec
-import fsspec.asyn
-
-from ddpm_ray.redaction import NO_SECRET, has_secret, redacted, sanitize
+from ddpm_ray.redaction import NO_SECRET, has_secret, redacted
+from ddpm_ray.storage.errors import StorageError, storage_error
+from ddpm_ray.storage.remote_filesystem import open_url, request
 from ddpm_ray.storage.retry import retry
 
 Act = TypeVar("Act", bound=Callable[..., Any])
 
-CONNECT_TIMEOUT_S = 4
-READ_TIMEOUT_S = 8  # without a byte; the request is then cancelled and retried
-# Limit of a whole request, whose bytes may trickle in, plus size / LEAST_BYTES_PER_S.
-REQUEST_S = 60.0
-LEAST_BYTES_PER_S = 2**20
 UNKNOWN_BYTES = 256 * 2**20  # size assumed where none is given
 NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EINVAL)  # no hard links
 _retry_timeout_s = 10.0  # see set_retry_timeout
-
-
-class StorageError(RuntimeError):
-    """A failed storage operation; args are the strings (url, reason, remedy)."""
-
-    def __str__(self) -> str:
-        url, reason, remedy = self.args
-        return sanitize(f"{url}: {reason}; {remedy}")
 
 
 class ObjectState(NamedTuple):
@@ -50,10 +34,6 @@ class ObjectState(NamedTuple):
 
     size: int  # in bytes
     version: str  # its ETag or modification time; empty where the store gives neither
-
-
-class NotAnObjectError(StorageError):
-    """A folder where an object is expected; args are (url, reason, remedy)."""
 
 
 def set_retry_timeout(seconds: float) -> None:
@@ -102,7 +82,8 @@ def _with_retries(act: Act) -> Act:
         try:
             return retry(lambda: act(url, *args, **kwargs), url, timeout_s)
         except Exception as error:  # noqa: BLE001 - each back end has its own exceptions
-            raise _storage_error(url, error) from None  # without asyncio's long traces
+            # `from None` hides asyncio's long traces.
+            raise storage_error(url, error, local=is_local(url)) from None
 
     return cast(Act, acting)
 
@@ -112,11 +93,11 @@ def read_bytes(url: str, size_bytes: int = UNKNOWN_BYTES) -> bytes:
     """Read the whole object; `size_bytes`, where known, sets the time limit. StorageError."""
     if is_local(url):
         return local_path(url).read_bytes()
-    filesystem, path = _filesystem(url)
+    filesystem, path = open_url(url)
     # By default s3fs sends a HEAD, then 50 MB range requests that it does not check. One GET costs
     # 20 % less CPU at 1.5 MB; callers check the sha256 and read several objects at a time.
     whole = {"max_concurrency": 1} if url.startswith(("s3://", "s3a://")) else {}
-    return bytes(_ask(filesystem, "cat_file", path, body_bytes=size_bytes, **whole))
+    return bytes(request(filesystem, "cat_file", path, body_bytes=size_bytes, **whole))
 
 
 @_with_retries
@@ -126,8 +107,8 @@ def write_bytes(url: str, data: bytes) -> None:
     May be repeated and called concurrently: the last complete write wins. Raises StorageError.
     """
     if not is_local(url):
-        filesystem, path = _filesystem(url)
-        _ask(filesystem, "pipe_file", path, data, body_bytes=len(data))
+        filesystem, path = open_url(url)
+        request(filesystem, "pipe_file", path, data, body_bytes=len(data))
         return
     target = local_path(url)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -154,8 +135,8 @@ def write_new(url: str, data: bytes) -> bool:
         if is_local(url):
             _write_new_file(url, data)
         else:
-            filesystem, path = _filesystem(url)
-            _ask(filesystem, "pipe_file", path, data, body_bytes=len(data), mode="create")
+            filesystem, path = open_url(url)
+            request(filesystem, "pipe_file", path, data, body_bytes=len(data), mode="create")
     except FileExistsError:
         return read_bytes(url) == data
     return True
@@ -184,8 +165,8 @@ def modified_s(url: str) -> float:
     """Return the Unix time of the object's last write, by the store's clock. StorageError."""
     if is_local(url):
         return local_path(url).stat().st_mtime
-    filesystem, path = _filesystem(url)
-    info = _ask(filesystem, "info", path)  # S3 has LastModified; others answer `modified`
+    filesystem, path = open_url(url)
+    info = request(filesystem, "info", path)  # S3 has LastModified; others answer `modified`
     return float((info.get("LastModified") or filesystem.modified(path)).timestamp())
 
 
@@ -195,8 +176,8 @@ def state(url: str) -> ObjectState:
     if is_local(url):
         status = local_path(url).stat()
         return ObjectState(status.st_size, str(status.st_mtime_ns))
-    filesystem, path = _filesystem(url)
-    return _state(_ask(filesystem, "info", path))
+    filesystem, path = open_url(url)
+    return _state(request(filesystem, "info", path))
 
 
 @_with_retries
@@ -206,9 +187,9 @@ def states(url: str) -> dict[str, ObjectState]:
     Paths are relative. Raises StorageError where there is nothing. For local folders see
     data/packing/source_files.py.
     """
-    filesystem, path = _filesystem(url)
+    filesystem, path = open_url(url)
     prefix = path.rstrip("/") + "/"
-    found = _ask(filesystem, "find", path, detail=True)
+    found = request(filesystem, "find", path, detail=True)
     if not found:
         raise FileNotFoundError(errno.ENOENT, "nothing there")
     names = {name.removeprefix(prefix): info for name, info in found.items()}
@@ -220,9 +201,9 @@ def exists(url: str) -> bool:
     """Return whether there is an object or a folder at `url`. Raises StorageError."""
     if is_local(url):
         return local_path(url).exists()
-    filesystem, path = _filesystem(url)
+    filesystem, path = open_url(url)
     try:
-        _ask(filesystem, "info", path)
+        request(filesystem, "info", path)
     except FileNotFoundError:
         return False
     return True
@@ -234,9 +215,9 @@ def delete(url: str) -> None:
     if is_local(url):
         local_path(url).unlink(missing_ok=True)
         return
-    filesystem, path = _filesystem(url)
+    filesystem, path = open_url(url)
     try:
-        _ask(filesystem, "rm_file", path)
+        request(filesystem, "rm_file", path)
     except FileNotFoundError:
         return
 
@@ -265,9 +246,9 @@ def _entries(url: str, folders: bool) -> list[str]:
         root = local_path(url)
         entries = root.iterdir() if root.is_dir() else ()
         return sorted(entry.name for entry in entries if entry.is_dir() == folders)
-    filesystem, path = _filesystem(url)
+    filesystem, path = open_url(url)
     try:
-        found = _ask(filesystem, "ls", path, detail=True)
+        found = request(filesystem, "ls", path, detail=True)
     except FileNotFoundError:
         return []
     return sorted(
@@ -282,9 +263,9 @@ def delete_folder(url: str) -> None:
         with contextlib.suppress(FileNotFoundError):
             shutil.rmtree(local_path(url))
         return
-    filesystem, path = _filesystem(url)
-    for name in _ask(filesystem, "find", path):
-        _ask(filesystem, "rm_file", name)
+    filesystem, path = open_url(url)
+    for name in request(filesystem, "find", path):
+        request(filesystem, "rm_file", name)
 
 
 @_with_retries
@@ -300,9 +281,9 @@ def list_files(url: str) -> dict[str, int]:
         files = (path for path in root.rglob("*") if path.is_file())
         sizes = {file.relative_to(root).as_posix(): file.stat().st_size for file in files}
     else:
-        filesystem, path = _filesystem(url)
+        filesystem, path = open_url(url)
         prefix = path.rstrip("/") + "/"
-        found = _ask(filesystem, "find", path, detail=True)
+        found = request(filesystem, "find", path, detail=True)
         if not found:
             raise FileNotFoundError(errno.ENOENT, "nothing there")
         sizes = {name.removeprefix(prefix): info["size"] for name, info in found.items()}
@@ -310,84 +291,7 @@ def list_files(url: str) -> dict[str, int]:
     return {name: sizes[name] for name in shown}
 
 
-def _ask(filesystem: Any, request: str, *args: Any, body_bytes: int = 0, **kwargs: Any) -> Any:
-    """Call the file system's method `request`; raises FSTimeoutError after the deadline.
-
-    The client's own time-outs only limit silence: a server that sent one byte a second held a
-    reader for ever. Only asynchronous file systems, which all remote ones are, can be cancelled.
-    """
-    method = getattr(filesystem, f"_{request}", None)
-    if not getattr(filesystem, "async_impl", False) or not iscoroutinefunction(method):
-        return getattr(filesystem, request)(*args, **kwargs)
-    deadline_s = REQUEST_S + body_bytes / LEAST_BYTES_PER_S
-    return fsspec.asyn.sync(filesystem.loop, method, *args, timeout=deadline_s, **kwargs)
-
-
 def _state(info: dict[str, Any]) -> ObjectState:
     keys = ("ETag", "etag", "mtime", "LastModified", "last_modified", "updated", "created")
     version = next((str(info[key]) for key in keys if info.get(key)), "")
     return ObjectState(int(info["size"] or 0), version)
-
-
-def _filesystem(url: str) -> tuple[Any, str]:
-    """Return fsspec's file system for `url` (one per process and options) and the path in it."""
-    options: dict[str, Any] = {"use_listings_cache": False}
-    if url.startswith(("s3://", "s3a://")):
-        options["config_kwargs"] = {
-            "connect_timeout": CONNECT_TIMEOUT_S,
-            "read_timeout": READ_TIMEOUT_S,
-            "retries": {"mode": "standard", "total_max_attempts": 1},  # retry.py does it
-            # checksummed.py compares sha256; a second checksum would only cost CPU.
-            "response_checksum_validation": "when_required",
-        }
-    filesystem, path = fsspec.core.url_to_fs(url, **options)
-    filesystem.retries = 1  # s3fs's own retries pause for seconds
-    if "config_kwargs" in options:
-        filesystem._call_s3 = partial(_call_once, filesystem)
-    return filesystem, path
-
-
-async def _call_once(filesystem: Any, method: str, *options: Any, **more: Any) -> Any:
-    """Do what s3fs's `_call_s3` does without its retry loop, which pauses 0.1 s after each error.
-
-    With 5 % of answers 503 that pause alone cost a quarter of the throughput.
-    """
-    from s3fs.errors import translate_boto_error  # takes half a second: only where S3 is used
-
-    await filesystem.set_session()
-    act = getattr(await filesystem.get_s3(more.get("Bucket")), method)
-    try:
-        return await act(**filesystem._get_s3_method_kwargs(act, *options, **more))
-    except Exception as error:
-        raise translate_boto_error(error) from error
-
-
-def _storage_error(url: str, error: Exception) -> StorageError:
-    """Return the error with its reason and remedy in one line."""
-    if isinstance(error, StorageError):
-        return error
-    text = " ".join((str(error) or type(error).__name__).split())
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return StorageError(url, "the disk is full", "free some space or choose another path")
-    if isinstance(error, IsADirectoryError):
-        remedy = "move the folder away, and restore the object if you have a copy"
-        return NotAnObjectError(url, "a folder is where an object should be", remedy)
-    if isinstance(error, FileNotFoundError):
-        return StorageError(url, "no such file or object", "check the name and the bucket")
-    if isinstance(error, OSError) and error.errno == errno.EROFS:
-        remedy = "choose another path, or mount it for writing"
-        return StorageError(url, "this file system is read-only", remedy)
-    if is_local(url) and isinstance(error, PermissionError):
-        remedy = "check its owner and permissions, and whether its file system allows this"
-        return StorageError(url, f"not permitted ({text})", remedy)
-    if isinstance(error, PermissionError) or "Credentials" in type(error).__name__:
-        remedy = "check the credentials (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY)"
-        return StorageError(url, f"access denied ({text})", remedy)
-    if isinstance(error, (ImportError, ValueError)) and "rotocol" in text:
-        return StorageError(url, text, "use a local path, s3://, https:// or another fsspec URL")
-    names = " ".join(kind.__name__ for kind in type(error).__mro__)
-    if isinstance(error, (ConnectionError, TimeoutError)) or "Connect" in names or "Time" in names:
-        remedy = "check that the endpoint is up and that its address (AWS_ENDPOINT_URL) is right"
-        return StorageError(url, f"no answer ({text})", remedy)
-    remedy = "check the disk and the path" if is_local(url) else "check the address and try again"
-    return StorageError(url, text, remedy)

@@ -20,7 +20,7 @@ from ddpm_ray.runs.run_description import code, data_line, own_command
 from ddpm_ray.runs.run_identity import IDENTITY
 from ddpm_ray.runs.train import artifact_root, run_tags
 from ddpm_ray.storage import checksummed_json, object_store
-from ddpm_ray.storage.object_store import StorageError
+from ddpm_ray.storage.errors import StorageError
 from ddpm_ray.sweep import charts
 from ddpm_ray.sweep.contact_sheet import ROWS, contact_sheet
 from ddpm_ray.sweep.leaderboard import as_markdown

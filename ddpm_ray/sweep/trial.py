@@ -22,7 +22,7 @@ from ddpm_ray.distributed.control_actor import ControlLostError
 from ddpm_ray.reporting import Progress
 from ddpm_ray.runs import train as training_run
 from ddpm_ray.runs.train import Outcome, ParentSweep
-from ddpm_ray.storage.object_store import StorageError
+from ddpm_ray.storage.errors import StorageError
 from ddpm_ray.tracking import mlflow_settings
 from ddpm_ray.tracking.mlflow_runs import TrackingError
 from ddpm_ray.training.sample_grids import picture_url

@@ -17,7 +17,7 @@ from ddpm_ray.config.run import RunConfig
 from ddpm_ray.runs.run_identity import TRIALS, trial_file
 from ddpm_ray.storage import checksummed_json, object_store
 from ddpm_ray.storage.checksummed_json import ChecksumError
-from ddpm_ray.storage.object_store import StorageError
+from ddpm_ray.storage.errors import StorageError
 from ddpm_ray.sweep.trial_names import short_name
 
 Status: TypeAlias = Literal["running", "finished", "stopped", "pruned", "failed"]

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ddpm_ray.storage import checksummed_json, object_store
-from ddpm_ray.storage.object_store import StorageError
+from ddpm_ray.storage.errors import NotAnObjectError, StorageError
 
 log = logging.getLogger(__name__)
 
@@ -160,7 +160,7 @@ def _read(where: str) -> Pointer | None:
         return Pointer.of(checksummed_json.read(where))
     except (
         checksummed_json.ChecksumError,
-        object_store.NotAnObjectError,
+        NotAnObjectError,
         ValueError,
         TypeError,
         KeyError,

@@ -26,8 +26,8 @@ from ddpm_ray import fault_injection
 from ddpm_ray.redaction import counted, sanitize
 from ddpm_ray.storage import checksummed, object_store
 from ddpm_ray.storage.checksummed import DamagedError
+from ddpm_ray.storage.errors import NotAnObjectError, StorageError
 from ddpm_ray.storage.file_formats import FORMAT, require_readable
-from ddpm_ray.storage.object_store import StorageError
 from ddpm_ray.training import checkpoint_pointers
 from ddpm_ray.training.checkpoint_pointers import (
     FOLDER,
@@ -269,7 +269,7 @@ class CheckpointStore:
     def _is_away(self, error: StorageError, reference: Reference) -> bool:
         """Whether the storage failed, and not the checkpoint."""
         where, names = object_store.join(self.url, reference.folder), (MANIFEST, *file_names())
-        return not isinstance(error, object_store.NotAnObjectError) and all(
+        return not isinstance(error, NotAnObjectError) and all(
             object_store.exists(object_store.join(where, name)) for name in names
         )
 
@@ -292,7 +292,7 @@ def _manifest(where: str) -> bytes | None:
     try:
         data = object_store.read_bytes(place) if object_store.exists(place) else b""
         return data if isinstance(json.loads(data), dict) else None
-    except (ValueError, RecursionError, object_store.NotAnObjectError):
+    except (ValueError, RecursionError, NotAnObjectError):
         return None
 
 

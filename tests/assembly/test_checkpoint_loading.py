@@ -22,7 +22,7 @@ from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.models.interop.diffusers_config import UnsupportedModelError
 from ddpm_ray.sampling.pipeline import TrainedModel
 from ddpm_ray.storage import object_store
-from ddpm_ray.storage.object_store import StorageError
+from ddpm_ray.storage.errors import StorageError
 from ddpm_ray.training.checkpoints import CheckpointError, CheckpointStore
 
 CPU = torch.device("cpu")

@@ -34,7 +34,7 @@ from ddpm_ray.data.loader import ShardStream
 from ddpm_ray.data.packing.image_files import encode_image
 from ddpm_ray.data.shard_cache import ShardCache
 from ddpm_ray.data.shards import fetch_shard
-from ddpm_ray.storage.object_store import StorageError
+from ddpm_ray.storage.errors import StorageError
 from tests.data.test_image_files import bomb
 
 SHAPE = (2, 3, 1)

@@ -20,7 +20,7 @@ from ddpm_ray.data.packing import image_files
 from ddpm_ray.data.shards import ShardCorruptError, fetch_shard
 from ddpm_ray.data.shuffle_order import Block
 from ddpm_ray.storage import object_store
-from ddpm_ray.storage.object_store import StorageError
+from ddpm_ray.storage.errors import StorageError
 from tests.limits import ENDS_S
 
 MakeDataset = Callable[..., Dataset]

@@ -22,7 +22,7 @@ from ddpm_ray.data.packing.pack_report import PackReport
 from ddpm_ray.data.samples import NamedGroup
 from ddpm_ray.data.shards import fetch_shard
 from ddpm_ray.storage import checksummed_json, object_store
-from ddpm_ray.storage.object_store import StorageError
+from ddpm_ray.storage.errors import StorageError
 from tests.limits import ENDS_S
 
 

@@ -12,7 +12,7 @@ from ddpm_ray.data.packing.source_files import is_hidden
 from ddpm_ray.data.packing.sources import open_source
 from ddpm_ray.data.samples import Source
 from ddpm_ray.storage import object_store
-from ddpm_ray.storage.object_store import StorageError
+from ddpm_ray.storage.errors import StorageError
 from tests.data.test_sources import png, write_tar
 
 

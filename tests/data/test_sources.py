@@ -21,7 +21,7 @@ from ddpm_ray.data.packing import builtin_datasets
 from ddpm_ray.data.packing.sources import open_source
 from ddpm_ray.data.samples import Source
 from ddpm_ray.storage import object_store
-from ddpm_ray.storage.object_store import StorageError
+from ddpm_ray.storage.errors import StorageError
 
 
 def png(value: int) -> bytes:

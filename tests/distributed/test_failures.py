@@ -19,7 +19,7 @@ from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from ddpm_ray.config.cluster import ClusterConfig
 from ddpm_ray.distributed import control_actor, failures, worker_group
-from ddpm_ray.storage.object_store import StorageError
+from ddpm_ray.storage.errors import StorageError
 
 DIED = "The actor died unexpectedly before finishing this task.\n\tclass_name: RayTrainWorker\n"
 LOST_PEER = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [::1]:4711")

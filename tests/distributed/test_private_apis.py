@@ -140,14 +140,14 @@ CALLED: list[tuple[str, tuple[str, ...], str]] = [
     (
         "s3fs:S3FileSystem._call_s3",
         ("method",),
-        "object_store.py: s3fs retries by itself, and longer",
+        "remote_filesystem.py: s3fs retries by itself, and longer",
     ),
     (
         "s3fs:S3FileSystem._get_s3_method_kwargs",
         ("method",),
-        "object_store.py: checksums of uploads",
+        "remote_filesystem.py: checksums of uploads",
     ),
-    ("s3fs.errors:translate_boto_error", ("error",), "object_store.py: no bucket can be read"),
+    ("s3fs.errors:translate_boto_error", ("error",), "remote_filesystem.py: no bucket can be read"),
     ("torch:_foreach_lerp_", (), "ema.py: no average of weights"),
     ("torch.backends:cudnn.conv.fp32_precision", (), "features.py: FID in TF32"),
     ("torch.backends:cudnn.rnn.fp32_precision", (), "features.py: FID in TF32"),

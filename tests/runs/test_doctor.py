@@ -21,6 +21,7 @@ from ddpm_ray.config.jobs import DoctorConfig
 from ddpm_ray.runs.doctor import checks, doctor
 from ddpm_ray.runs.doctor.checks import Finding, clock
 from ddpm_ray.storage import object_store
+from ddpm_ray.storage.errors import StorageError
 from ddpm_ray.tracking.tracking_uri import resolve_tracking_uri
 
 ROOT = Path(__file__).parents[2]
@@ -97,7 +98,7 @@ def test_a_healthy_set_up_passes_and_nothing_is_left(
     assert f"server {version('mlflow')}" in found["MLflow"]["found"]
     assert "ddpm-ray does not need it" in found["conditional put"]["found"]  # rclone ignores it
     assert all(place in found["clocks"]["found"] for place in ("bucket", "MLflow"))
-    with pytest.raises(object_store.StorageError, match="no such file or object"):
+    with pytest.raises(StorageError, match="no such file or object"):
         object_store.list_files(place)
     assert list(tmp_path.iterdir()) == []
 

@@ -11,7 +11,7 @@ from PIL import Image
 from ddpm_ray.cli.paths import PICTURES
 from ddpm_ray.sampling.gif import Film
 from ddpm_ray.sampling.image_io import read_image, read_mask, write_picture
-from ddpm_ray.storage.object_store import StorageError
+from ddpm_ray.storage.errors import StorageError
 
 PICTURE = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3))
 

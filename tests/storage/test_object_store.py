@@ -1,16 +1,11 @@
 """Storage: whole objects or a clear line, on disk and on a real S3 server."""
 
-import contextlib
 import errno
 import hashlib
-import itertools
 import os
-import pickle
-import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,8 +13,7 @@ import s3fs
 from moto.server import ThreadedMotoServer
 
 from ddpm_ray.storage import checksummed, object_store
-from ddpm_ray.storage.object_store import StorageError
-from tests.limits import ENDS_S
+from ddpm_ray.storage.errors import StorageError
 
 UseS3 = Callable[[str, str], str]
 
@@ -112,68 +106,6 @@ def test_a_failed_write_leaves_the_old_object_and_no_rest(
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"]
 
 
-def test_a_dead_endpoint_is_reported_within_seconds(use_s3: UseS3) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    bucket = use_s3(f"http://127.0.0.1:{port}", "secret")
-    begun_s = time.monotonic()
-    with pytest.raises(StorageError, match=r"no answer .*AWS_ENDPOINT_URL"):
-        object_store.read_bytes(f"{bucket}/x")
-    assert time.monotonic() - begun_s < 20
-
-
-@pytest.fixture
-def dripping() -> Iterator[str]:
-    """The endpoint of a server whose answers, and whose reading of bodies, never come to an end."""
-    over = threading.Event()
-
-    class Handler(BaseHTTPRequestHandler):
-        def drip(self) -> None:
-            self.wfile.write(b"HTTP/1.1 200 OK\r\n")
-            letters: Iterator[int] = itertools.cycle(b"X-Slow: aaaaaaaaaaaaaaaaaaaaaaaa\r\n")
-            if self.command == "GET":  # headers at once, then its body byte by byte
-                self.wfile.write(b"Content-Length: 1000000\r\n\r\n")
-                letters = itertools.repeat(ord("x"))
-            with contextlib.suppress(OSError):
-                while not over.wait(0.05):
-                    self.wfile.write(bytes([next(letters)]))
-            self.close_connection = True
-
-        do_GET = do_HEAD = do_PUT = drip  # noqa: N815 - http.server's names
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_address[1]}"
-    over.set()
-    server.shutdown()
-    thread.join(ENDS_S)
-    server.server_close()
-
-
-@pytest.mark.parametrize("request_", ["GET", "HEAD", "PUT"])
-def test_a_server_that_drips_is_cut_off(
-    request_: str, dripping: str, use_s3: UseS3, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It is never silent for long, so that time-outs of silence wait for ever."""
-    bucket = use_s3(dripping, "secret")
-    monkeypatch.setattr(object_store, "REQUEST_S", 1.0)
-    object_store.set_retry_timeout(0)
-    acts: dict[str, Callable[[], object]] = {
-        "GET": lambda: object_store.read_bytes(f"{bucket}/x", 10),
-        "HEAD": lambda: object_store.exists(f"{bucket}/x"),
-        "PUT": lambda: object_store.write_bytes(f"{bucket}/x", b"data"),
-    }
-    begun_s = time.monotonic()
-    with pytest.raises(StorageError, match=r"no answer \(FSTimeoutError\).*AWS_ENDPOINT_URL"):
-        acts[request_]()
-    assert time.monotonic() - begun_s < 30
-
-
 def test_a_file_system_without_hard_links_takes_each_new_object_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -189,53 +121,6 @@ def test_a_file_system_without_hard_links_takes_each_new_object_once(
         assert not object_store.write_new(url, b"second")
         assert object_store.write_new(url, b"first")  # asked again, as after a lost answer
         assert [path.read_bytes() for path in Path(url).parent.iterdir()] == [b"first"]
-
-
-@pytest.mark.parametrize(
-    "number, reported",
-    [
-        (
-            errno.EROFS,
-            "this file system is read-only; choose another path, or mount it",
-        ),
-        (errno.EACCES, r"not permitted \(.*\); check its owner and permissions"),
-        (errno.EPERM, r"not permitted \(.*\); check its owner and permissions"),
-        (errno.EIO, "Input/output error.*; check the disk and the path"),
-    ],
-)
-def test_what_a_local_disk_refuses_is_reported_without_talk_of_buckets(
-    number: int, reported: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(_: int) -> None:
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(os, "fsync", refuse)
-    with pytest.raises(StorageError, match=reported) as refused:
-        object_store.write_bytes(str(tmp_path / "file"), b"new")
-    assert "AWS" not in str(refused.value)
-
-
-def test_wrong_credentials_are_reported(s3_server: str, use_s3: UseS3) -> None:
-    bucket = use_s3(s3_server, "wrong")
-    for act in (object_store.read_bytes, object_store.exists):
-        with pytest.raises(StorageError, match=r"access denied .*AWS_SECRET_ACCESS_KEY"):
-            act(f"{bucket}/x")
-
-
-def test_a_missing_bucket_is_reported(s3: str) -> None:
-    with pytest.raises(StorageError, match=r"s3://elsewhere/x: .*check the name and the bucket"):
-        object_store.read_bytes("s3://elsewhere/x")
-
-
-def test_an_unknown_protocol_is_reported() -> None:
-    with pytest.raises(StorageError, match=r"ftq://x/y: .*use a local path, s3://"):
-        object_store.read_bytes("ftq://x/y")
-
-
-def test_errors_are_one_line_and_survive_pickle() -> None:
-    error = StorageError("s3://b/x", "no answer", "check the endpoint")
-    copy = pickle.loads(pickle.dumps(error))
-    assert str(copy) == "s3://b/x: no answer; check the endpoint"
 
 
 def test_a_verified_file_is_downloaded_once_and_checked_always(

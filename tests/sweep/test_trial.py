@@ -6,7 +6,7 @@ import pytest
 
 from ddpm_ray.distributed.worker_group import RunFailedError
 from ddpm_ray.runs.train import Outcome
-from ddpm_ray.storage.object_store import StorageError
+from ddpm_ray.storage.errors import StorageError
 from ddpm_ray.sweep import trial
 from ddpm_ray.tracking.mlflow_runs import TrackingError
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ddpm_ray.storage.checksummed_json import encode, read
-from ddpm_ray.storage.object_store import StorageError
+from ddpm_ray.storage.errors import StorageError
 from ddpm_ray.sweep.trial_store import Status, Trial, TrialStore
 from tests.limits import ENDS_S
 

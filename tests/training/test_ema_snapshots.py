@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ddpm_ray.assembly import training_run
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.storage import object_store
+from ddpm_ray.storage.errors import StorageError
 from ddpm_ray.training.background_writer import BackgroundWriter
 from ddpm_ray.training.checkpoint_writer import CheckpointWriter
 from ddpm_ray.training.checkpoints import CheckpointError, CheckpointStore
@@ -89,7 +90,7 @@ def test_what_was_not_kept_is_reported(tmp_path: Path) -> None:
     store.save(1, tensors(0))
     with pytest.raises(CheckpointError, match=r"ema-width-0\.3\.safetensors: was not kept; leave"):
         store.read(1, "ema-width-0.3")
-    with pytest.raises(object_store.StorageError, match="step-00000002"):
+    with pytest.raises(StorageError, match="step-00000002"):
         store.read(2, GROUPS[0])
 
 
@@ -175,7 +176,7 @@ def test_no_checkpoint_names_averages_that_could_not_be_written(
     def fails(url: str, data: bytes) -> None:
         assert gate.wait(ENDS_S), "the step path waits"
         if SNAPSHOTS in url:
-            raise object_store.StorageError(url, "the disk is full", "free some space")
+            raise StorageError(url, "the disk is full", "free some space")
         write(url, data)
 
     monkeypatch.setattr(object_store, "write_bytes", fails)
@@ -187,7 +188,7 @@ def test_no_checkpoint_names_averages_that_could_not_be_written(
     )
     writer.submit(state.snapshot([]))
     gate.set()
-    with pytest.raises(object_store.StorageError, match=r"snapshots/.* the disk is full"):
+    with pytest.raises(StorageError, match=r"snapshots/.* the disk is full"):
         writer.wait()
     assert writer.committed is None
     assert checkpoints.load() is None

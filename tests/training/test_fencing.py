@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from ddpm_ray.storage import object_store
+from ddpm_ray.storage.errors import StorageError
 from ddpm_ray.training.checkpoints import GROUPS, CheckpointStore
 from ddpm_ray.training.state import Snapshot
 from ddpm_ray.training.writer_lease import Lease, SupersededError
@@ -132,12 +133,12 @@ def test_what_a_start_continued_from_is_kept_until_a_later_start_reads_a_newer_o
 
     def full(where: str, data: bytes) -> None:
         if "/step-00000020-" in where and where.endswith("optimizer.safetensors"):
-            raise object_store.StorageError(where, "the disk is full", "free some space")
+            raise StorageError(where, "the disk is full", "free some space")
         write(where, data)
 
     with monkeypatch.context() as patch:
         patch.setattr(object_store, "write_bytes", full)
-        with pytest.raises(object_store.StorageError, match="the disk is full"):
+        with pytest.raises(StorageError, match="the disk is full"):
             first.save(snapshot(20))
     for continued_from, saved, left in [(10, (20, 30, 40), [10, 30, 40]), (40, (50,), [40, 50])]:
         store = begin(url, driver)

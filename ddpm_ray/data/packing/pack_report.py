@@ -15,7 +15,7 @@ from ddpm_ray.data.dataset import Dataset, DatasetError
 from ddpm_ray.data.samples import MAX_EXAMPLES, NamedGroup
 from ddpm_ray.redaction import counted, sanitize
 from ddpm_ray.storage import checksummed_json, object_store
-from ddpm_ray.storage.object_store import StorageError
+from ddpm_ray.storage.errors import StorageError
 
 RECORD = "packing.json"
 MAX_NAMED = 1000  # skipped files that are stored by name; all are counted

@@ -19,7 +19,8 @@ from ddpm_ray.data.dataset import DatasetError
 from ddpm_ray.data.packing.image_files import is_image
 from ddpm_ray.data.samples import NamedGroup, groups
 from ddpm_ray.storage import object_store
-from ddpm_ray.storage.object_store import ObjectState, StorageError
+from ddpm_ray.storage.errors import StorageError
+from ddpm_ray.storage.object_store import ObjectState
 
 TAR, TABLES = ".tar", (".parquet", ".arrow")
 METADATA = ("metadata.csv", "metadata.jsonl")

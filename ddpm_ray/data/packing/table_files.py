@@ -21,7 +21,7 @@ from ddpm_ray.data.dataset import DatasetError
 from ddpm_ray.data.packing import class_names, file_source
 from ddpm_ray.data.packing.class_names import Label
 from ddpm_ray.redaction import counted
-from ddpm_ray.storage.object_store import StorageError
+from ddpm_ray.storage.errors import StorageError
 
 MIN_ROW_BYTES = 8  # no image file is smaller, so a file that claims more rows is invalid
 LABELS_AT_ONCE = 2**16

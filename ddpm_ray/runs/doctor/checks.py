@@ -31,6 +31,7 @@ from ddpm_ray.config.jobs import DoctorConfig
 from ddpm_ray.config.loading import ConfigError
 from ddpm_ray.redaction import counted, redacted
 from ddpm_ray.storage import object_store
+from ddpm_ray.storage.errors import StorageError
 from ddpm_ray.tracking.tracking_uri import database_file, resolve_tracking_uri
 
 PACKAGES = ("ddpm-ray", "ray", "torch", "mlflow", "numpy", "pyarrow", "fsspec")
@@ -122,7 +123,7 @@ def storage_keeps(config: DoctorConfig, home: Path) -> Iterator[Finding | Clock]
             object_store.delete(test_object)
             if made:
                 object_store.delete_empty_folder(url)
-    except object_store.StorageError as error:
+    except StorageError as error:
         _, reason, remedy = error.args
         remedy = SET_CLOCK if "TimeTooSkewed" in reason else remedy
         yield Finding("storage", "fail", f"{place}: {reason}", remedy)
@@ -171,7 +172,7 @@ def _conditional_put(test_object: str) -> Finding:
     try:
         kept = not object_store.write_new(test_object, b"second")
         found = "honoured" if kept else "ignored by this store; ddpm-ray does not need it"
-    except object_store.StorageError as error:
+    except StorageError as error:
         found = f"refused ({error.args[1]}); ddpm-ray does not need it"
     return Finding("conditional put", "ok", found)
 
