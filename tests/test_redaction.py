@@ -20,7 +20,7 @@ from ddpm_ray.storage.checksummed import DamagedError
 from ddpm_ray.storage.errors import StorageError
 from ddpm_ray.storage.object_store import read_bytes
 from ddpm_ray.tracking.mlflow_runs import TrackingError
-from ddpm_ray.training.checkpoints import CheckpointError
+from ddpm_ray.training.checkpoint_folder import CheckpointError
 from ddpm_ray.training.divergence_guard import DivergedError
 
 ROOT = Path(__file__).parents[1]

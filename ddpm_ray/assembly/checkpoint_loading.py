@@ -29,8 +29,8 @@ from ddpm_ray.models.unet import UNet
 from ddpm_ray.sampling.pipeline import TrainedModel
 from ddpm_ray.storage import object_store
 from ddpm_ray.storage.errors import StorageError
-from ddpm_ray.training import checkpoints
-from ddpm_ray.training.checkpoints import CheckpointError
+from ddpm_ray.training import checkpoint_folder, checkpoints
+from ddpm_ray.training.checkpoint_folder import CheckpointError
 from ddpm_ray.training.state import Snapshot
 
 OF_DIFFUSERS = "model_index.json"  # present in the folder of a diffusers pipeline
@@ -84,7 +84,7 @@ def trained_model(
     provenance = {
         "checkpoint": where,
         "step": snapshot.step,
-        "weights_sha256": checkpoints.weights_sha256(where, ema),
+        "weights_sha256": checkpoint_folder.weights_sha256(where, ema),
         "config": to_dict(config),
         "data_fingerprint": snapshot.facts["data_fingerprint"],
         "average": ema if ema != "ema" else snapshot.facts.get("average"),  # None: the main EMA
@@ -184,14 +184,14 @@ def _checkpoint(url: str, *groups: str) -> tuple[str, Snapshot]:
     """URL and contents (only `groups`) of the checkpoint at `url`, or of the newest below it."""
     where, snapshot = _newest(url, groups)
     if missing := [group for group in groups if group not in snapshot.tensors]:
-        known = ", ".join(name for name in checkpoints.group_names(where) if "ema" in name)
+        known = ", ".join(name for name in checkpoint_folder.group_names(where) if "ema" in name)
         raise CheckpointError(where, f"it has no average {missing[0]!r}", f"it has {known}")
     return where, snapshot
 
 
 def _newest(url: str, groups: Sequence[str]) -> tuple[str, Snapshot]:
-    if object_store.exists(object_store.join(url, checkpoints.MANIFEST)):
-        return url, checkpoints.read(url, groups=groups)
+    if object_store.exists(object_store.join(url, checkpoint_folder.MANIFEST)):
+        return url, checkpoint_folder.read(url, groups=groups)
     for candidate in (url, object_store.join(url, checkpoints.CHECKPOINTS)):
         if found := checkpoints.CheckpointStore(candidate).load(groups):
             return found

@@ -24,8 +24,9 @@ from ddpm_ray.runs.evaluate import absolute_evaluation_paths
 from ddpm_ray.runs.train_worker import distributed_context
 from ddpm_ray.storage import object_store
 from ddpm_ray.storage.file_formats import package_version
-from ddpm_ray.training import checkpoints
-from ddpm_ray.training.checkpoints import CHECKPOINTS, CheckpointError, CheckpointStore
+from ddpm_ray.training import checkpoint_folder
+from ddpm_ray.training.checkpoint_folder import CheckpointError
+from ddpm_ray.training.checkpoints import CHECKPOINTS, CheckpointStore
 from ddpm_ray.training.ema_snapshots import SNAPSHOTS, SnapshotStore, averaged
 from ddpm_ray.training.state import Snapshot
 
@@ -105,7 +106,7 @@ def search(run: str, config: AverageConfig, home: Path, out: str = "") -> dict[s
     result = _result(found, list(config.widths)) | {"run": run, "step": step}
     if out:
         result["checkpoint"] = object_store.absolute(out, home)
-        for name, data in checkpoints.objects(snapshots.build(result["best"], step)).items():
+        for name, data in checkpoint_folder.objects(snapshots.build(result["best"], step)).items():
             object_store.write_bytes(object_store.join(result["checkpoint"], name), data)
     where = f"written to {result['checkpoint']}" if out else "not written; --out FOLDER writes it"
     best, metric = result["best"], result["metric"]
@@ -152,7 +153,8 @@ def score_widths(
     for width in config.widths:
         average = snapshots.build(width, step)
         network.load_state_dict(average.tensors["ema"])
-        sha256 = checkpoints.described(checkpoints.objects(average))["ema.safetensors"]["sha256"]
+        manifest = checkpoint_folder.described(checkpoint_folder.objects(average))
+        sha256 = manifest["ema.safetensors"]["sha256"]
         scores = sample_quality.evaluate(
             sample_quality.SampleSet(
                 denoiser,

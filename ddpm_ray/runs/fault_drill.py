@@ -23,7 +23,7 @@ from ddpm_ray.redaction import sanitize
 from ddpm_ray.reporting import Progress
 from ddpm_ray.runs.train import train
 from ddpm_ray.tracking import mlflow_runs
-from ddpm_ray.training.checkpoints import GROUPS, weights_sha256
+from ddpm_ray.training.checkpoint_folder import GROUPS, weights_sha256
 
 
 @dataclass(frozen=True)

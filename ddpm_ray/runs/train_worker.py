@@ -32,12 +32,9 @@ from ddpm_ray.tracking import mlflow_settings
 from ddpm_ray.tracking.async_logger import Tracker
 from ddpm_ray.tracking.run_info import RunMetadata, TrackedRun
 from ddpm_ray.training import determinism
+from ddpm_ray.training.checkpoint_folder import read
 from ddpm_ray.training.checkpoint_writer import CheckpointWriter
-from ddpm_ray.training.checkpoints import (
-    CHECKPOINTS,
-    CheckpointStore,
-    read,
-)
+from ddpm_ray.training.checkpoints import CHECKPOINTS, CheckpointStore
 from ddpm_ray.training.divergence_guard import DivergenceGuard
 from ddpm_ray.training.loop import Run, train
 from ddpm_ray.training.metrics_buffer import StepLog

@@ -17,7 +17,7 @@ from ddpm_ray.storage import object_store
 from ddpm_ray.tracking.mlflow_client import BoundedClient
 from ddpm_ray.tracking.mlflow_runs import TrackingError, answering
 from ddpm_ray.tracking.run_info import TrackedRun
-from ddpm_ray.training.checkpoints import MANIFEST, file_names
+from ddpm_ray.training.checkpoint_folder import MANIFEST, file_names
 
 CHAMPION = "champion"  # alias of the best version of a registered model
 

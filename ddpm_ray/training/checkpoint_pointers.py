@@ -13,6 +13,7 @@ shows an earlier commit, from which a run continues to the same result.
 Earlier versions wrote only latest.json and previous.json; their runs can be read and continued.
 """
 
+import hashlib
 import logging
 import re
 from dataclasses import dataclass, field
@@ -36,6 +37,11 @@ class Reference:
 
     folder: str
     manifest_sha256: str
+
+    @classmethod
+    def of(cls, folder: str, manifest: bytes) -> "Reference":
+        """Create the reference to `folder`, whose manifest file holds these bytes."""
+        return cls(folder, hashlib.sha256(manifest).hexdigest())
 
     @property
     def step(self) -> int:

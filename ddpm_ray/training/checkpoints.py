@@ -11,24 +11,16 @@ pointers are lost or damaged, complete folders count as checkpoints: a run never
 replaced it. No file is a pickle. writer_lease.py decides who may commit.
 """
 
-import hashlib
-import json
 import logging
-import re
 import secrets
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
-
-from safetensors import SafetensorError
-from safetensors import torch as safetensors
+from collections.abc import Sequence
 
 from ddpm_ray import fault_injection
 from ddpm_ray.redaction import counted, sanitize
-from ddpm_ray.storage import checksummed, object_store
-from ddpm_ray.storage.checksummed import DamagedError
+from ddpm_ray.storage import object_store
 from ddpm_ray.storage.errors import NotAnObjectError, StorageError
-from ddpm_ray.storage.file_formats import FORMAT, require_readable
-from ddpm_ray.training import checkpoint_pointers
+from ddpm_ray.training import checkpoint_folder, checkpoint_pointers
+from ddpm_ray.training.checkpoint_folder import MANIFEST, CheckpointError, file_names, read_manifest
 from ddpm_ray.training.checkpoint_pointers import (
     FOLDER,
     POINTERS,
@@ -43,20 +35,6 @@ from ddpm_ray.training.writer_lease import Lease, SupersededError
 log = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"  # below a run's folder
-MANIFEST = "manifest.json"
-STATE = "state.json"
-GROUPS = ("model", "ema", "optimizer")  # of tensors that each checkpoint has
-NEWEST_FORMAT = 1  # of a checkpoint's folder
-TENSORS = ".safetensors"
-TENSOR_FILE = re.compile(r"([a-z][a-z0-9.-]*)\.safetensors")
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that is damaged or missing; args are (url, reason, remedy)."""
-
-    def __str__(self) -> str:
-        url, reason, remedy = self.args
-        return sanitize(f"{url}: {reason}; {remedy}")
 
 
 class CheckpointStore:
@@ -102,12 +80,12 @@ class CheckpointStore:
 
     def save(self, snapshot: Snapshot) -> str:
         """Save a checkpoint; return its folder's URL. Raises StorageError without committing."""
-        files = objects(snapshot)
+        files = checkpoint_folder.objects(snapshot)
         # A writer with a lease knows its commits: the storage might hold a later writer's.
         newest = self._own or self.pointer()
         folder = f"{PREFIX}{snapshot.step:08d}-{newest.epoch:08d}-{secrets.token_hex(4)}"
         where, before = object_store.join(self.url, folder), newest.references
-        known = [Reference(folder, _sha256(files[MANIFEST])), *before]
+        known = [Reference.of(folder, files[MANIFEST]), *before]
         kept = self._kept(known)
         try:
             for name, data in files.items():
@@ -141,7 +119,7 @@ class CheckpointStore:
         for place, reference in enumerate(references, 1):
             where = object_store.join(self.url, reference.folder)
             try:
-                found = where, read(where, reference.manifest_sha256, groups)
+                found = where, checkpoint_folder.read(where, reference.manifest_sha256, groups)
                 if groups is not None:
                     return found
                 self._verified = reference
@@ -204,11 +182,11 @@ class CheckpointStore:
                 continue
             if below is not None and checkpoint_pointers.folder_step_epoch(folder)[1] >= below:
                 continue
-            manifest = _manifest(object_store.join(self.url, folder))
+            manifest = read_manifest(object_store.join(self.url, folder))
             if manifest is None:
                 unfinished.append(folder)
             else:
-                whole.append(Reference(folder, _sha256(manifest)))
+                whole.append(Reference.of(folder, manifest))
         return whole, unfinished
 
     def _kept(self, known: Sequence[Reference]) -> list[Reference]:
@@ -284,108 +262,3 @@ class CheckpointStore:
 def _by_step(references: Sequence[Reference]) -> list[Reference]:
     """Sort by step, newest first; keeps the order within a step."""
     return sorted(references, key=lambda one: -one.step)
-
-
-def _manifest(where: str) -> bytes | None:
-    """Read the manifest of the folder `where`; None if the save did not complete."""
-    place = object_store.join(where, MANIFEST)
-    try:
-        data = object_store.read_bytes(place) if object_store.exists(place) else b""
-        return data if isinstance(json.loads(data), dict) else None
-    except (ValueError, RecursionError, NotAnObjectError):
-        return None
-
-
-def read(
-    url: str, manifest_sha256: str | None = None, groups: Sequence[str] | None = None
-) -> Snapshot:
-    """Read and verify the checkpoint in the folder `url`.
-
-    Without `manifest_sha256` (a folder given by the user) the manifest itself is not verified.
-    `groups`: tensor groups to read, of those it has (None: all); sampling needs `("ema",)`, and
-    `()` reads only the JSON. Raises CheckpointError, StorageError, and NewerFormatError, for which
-    readers must not fall back to an older checkpoint: the newest steps would be lost.
-    """
-    try:
-        where = object_store.join(url, MANIFEST)
-        manifest = (
-            checksummed.read(where, manifest_sha256)
-            if manifest_sha256
-            else object_store.read_bytes(where)
-        )
-    except DamagedError:
-        raise _damaged(url, MANIFEST, "its sha256 is not the pointer's") from None
-    try:
-        expected: dict[str, Any] = json.loads(manifest)
-        require_readable(where, expected.get(FORMAT), NEWEST_FORMAT)
-        held = sorted({*GROUPS, *_groups(expected)})
-        groups = held if groups is None else [group for group in groups if group in held]
-        files = {name: _verified(url, name, expected[name]) for name in file_names(groups)}
-        tensors = {group: safetensors.load(files[f"{group}{TENSORS}"]) for group in groups}
-        return Snapshot(tensors, json.loads(files[STATE]))
-    except (
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        RecursionError,
-        SafetensorError,
-    ) as error:
-        raise _damaged(url, MANIFEST, f"cannot be understood ({error!r})") from error
-
-
-def objects(snapshot: Snapshot) -> dict[str, bytes]:
-    """Return the files of a checkpoint folder by name, in writing order: the manifest is last."""
-    files = {
-        f"{group}{TENSORS}": safetensors.save(tensors)
-        for group, tensors in snapshot.tensors.items()
-    }
-    files[STATE] = _json(snapshot.facts)
-    return files | {MANIFEST: _json({FORMAT: NEWEST_FORMAT} | described(files))}
-
-
-def described(files: Mapping[str, bytes]) -> dict[str, dict[str, Any]]:
-    """Return the manifest entry of each file: size in bytes and sha256."""
-    return {name: {"bytes": len(data), "sha256": _sha256(data)} for name, data in files.items()}
-
-
-def file_names(groups: Sequence[str] = GROUPS) -> list[str]:
-    """Names of the files in the manifest: the tensors of these groups, and the JSON."""
-    return [*(f"{group}{TENSORS}" for group in groups), STATE]
-
-
-def _groups(names: Iterable[str]) -> Iterator[str]:
-    """Groups of the tensor files named in a manifest, of its own folder only."""
-    return (match[1] for match in map(TENSOR_FILE.fullmatch, names) if match)
-
-
-def group_names(url: str) -> list[str]:
-    """Tensor groups of the checkpoint folder `url`, according to its manifest."""
-    return sorted(_groups(json.loads(object_store.read_bytes(object_store.join(url, MANIFEST)))))
-
-
-def weights_sha256(url: str, group: str = "ema") -> str:
-    """sha256 of the weights file of the checkpoint folder `url`, according to its manifest."""
-    manifest = json.loads(object_store.read_bytes(object_store.join(url, MANIFEST)))
-    return str(manifest[f"{group}{TENSORS}"]["sha256"])
-
-
-def _verified(url: str, name: str, entry: dict[str, Any]) -> bytes:
-    try:
-        return checksummed.read(object_store.join(url, name), entry["sha256"], int(entry["bytes"]))
-    except DamagedError:
-        raise _damaged(url, name, "its sha256 is not the manifest's") from None
-
-
-def _damaged(url: str, name: str, reason: str) -> CheckpointError:
-    return CheckpointError(
-        object_store.join(url, name), reason, "the bytes changed since they were saved"
-    )
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-def _json(value: Any) -> bytes:
-    return (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()

@@ -21,8 +21,8 @@ from ddpm_ray.storage import checksummed, checksummed_json, object_store
 from ddpm_ray.storage.checksummed import DamagedError
 from ddpm_ray.storage.checksummed_json import ChecksumError
 from ddpm_ray.training.background_writer import BackgroundWriter
+from ddpm_ray.training.checkpoint_folder import MANIFEST, TENSORS, CheckpointError, described
 from ddpm_ray.training.checkpoint_pointers import PREFIX
-from ddpm_ray.training.checkpoints import MANIFEST, TENSORS, CheckpointError, described
 from ddpm_ray.training.ema import width_group
 from ddpm_ray.training.post_hoc_ema import gamma_of, profile_error, reconstruct, weights
 from ddpm_ray.training.state import Tensors, TrainingState, copied

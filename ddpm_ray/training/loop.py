@@ -14,8 +14,8 @@ from torch.nn.utils import clip_grad_norm_
 from ddpm_ray import fault_injection
 from ddpm_ray.collectives import Workers
 from ddpm_ray.reporting import Command, Progress, Row, Sink
+from ddpm_ray.training.checkpoint_folder import read
 from ddpm_ray.training.checkpoint_writer import CheckpointWriter
-from ddpm_ray.training.checkpoints import read
 from ddpm_ray.training.divergence_guard import DivergedError, DivergenceGuard, diverged
 from ddpm_ray.training.metrics_buffer import StepLog
 from ddpm_ray.training.objective import Objective

@@ -23,7 +23,8 @@ from ddpm_ray.models.interop.diffusers_config import UnsupportedModelError
 from ddpm_ray.sampling.pipeline import TrainedModel
 from ddpm_ray.storage import object_store
 from ddpm_ray.storage.errors import StorageError
-from ddpm_ray.training.checkpoints import CheckpointError, CheckpointStore
+from ddpm_ray.training.checkpoint_folder import CheckpointError
+from ddpm_ray.training.checkpoints import CheckpointStore
 
 CPU = torch.device("cpu")
 

@@ -19,7 +19,7 @@ from ddpm_ray.collectives import Workers
 from ddpm_ray.distributed import fatal_errors
 from ddpm_ray.runs import ema_search, evaluate, train_worker
 from ddpm_ray.storage.errors import StorageError
-from ddpm_ray.training.checkpoints import CheckpointError
+from ddpm_ray.training.checkpoint_folder import CheckpointError
 from ddpm_ray.training.divergence_guard import DivergedError
 from ddpm_ray.training.writer_lease import LeaseLostError, SupersededError
 

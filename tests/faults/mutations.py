@@ -195,7 +195,7 @@ MUTATIONS = (
     ),
     Mutation(
         "the manifest is written before its data",
-        CHECKPOINTS,
+        "ddpm_ray/training/checkpoint_folder.py",
         "files | {MANIFEST: _json({FORMAT: NEWEST_FORMAT} | described(files))}",
         "{MANIFEST: _json({FORMAT: NEWEST_FORMAT} | described(files))} | files",
         SAVES,

@@ -45,7 +45,7 @@ from ddpm_ray.sweep import capacity, driver
 from ddpm_ray.sweep.trial import run_trial
 from ddpm_ray.sweep.trial_store import Trial
 from ddpm_ray.tracking import model_registry
-from ddpm_ray.training import checkpoints
+from ddpm_ray.training import checkpoint_folder
 from tests.golden.old_runs import cpu_model, without_ray
 
 HALF, STEPS = 4, 8
@@ -138,7 +138,7 @@ def digests(checkpoint: str) -> dict[str, str]:
     """The sha256 of each group of tensors in the checkpoint folder at this URL: names and bytes."""
     return {
         group: _sha256(b"".join(name.encode() + _bytes(tensors[name]) for name in sorted(tensors)))
-        for group, tensors in checkpoints.read(checkpoint).tensors.items()
+        for group, tensors in checkpoint_folder.read(checkpoint).tensors.items()
     }
 
 

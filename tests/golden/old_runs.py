@@ -27,7 +27,7 @@ from ddpm_ray.reporting import Command, Progress
 from ddpm_ray.runs import train as training_run
 from ddpm_ray.runs import train_worker
 from ddpm_ray.tracking import model_registry
-from ddpm_ray.training import checkpoints
+from ddpm_ray.training import checkpoint_folder
 from tests.noise import pack_noise
 
 HALF, STEPS = 4, 8
@@ -82,7 +82,7 @@ def train(name: str, home: Path, steps: int) -> dict[str, torch.Tensor]:
     with without_ray():
         outcome = training_run.train(load(RunConfig, None, overrides), home, lambda _: None)
     assert outcome.finished
-    snapshot = checkpoints.read(outcome.report["checkpoint"])
+    snapshot = checkpoint_folder.read(outcome.report["checkpoint"])
     assert snapshot.step == steps
     return {
         f"{group}.{key}": tensor

@@ -33,8 +33,9 @@ from ddpm_ray.models.unet import UNet
 from ddpm_ray.runs import ema_search
 from ddpm_ray.runs import evaluate as evaluation_run
 from ddpm_ray.sampling.pipeline import TrainedModel
+from ddpm_ray.training.checkpoint_folder import CheckpointError
 from ddpm_ray.training.checkpoint_writer import CheckpointWriter
-from ddpm_ray.training.checkpoints import CheckpointError, CheckpointStore
+from ddpm_ray.training.checkpoints import CheckpointStore
 from ddpm_ray.training.ema import Averages, width_group
 from ddpm_ray.training.ema_snapshots import SnapshotStore
 from ddpm_ray.training.post_hoc_ema import gamma_of, power_decay

@@ -21,7 +21,8 @@ from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.distributed import worker_group
 from ddpm_ray.runs import evaluate, load_model
 from ddpm_ray.tracking import run_lookup
-from ddpm_ray.training.checkpoints import CheckpointError, CheckpointStore
+from ddpm_ray.training.checkpoint_folder import CheckpointError
+from ddpm_ray.training.checkpoints import CheckpointStore
 from tests.noise import pack_noise
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # MLflow's, as it imports

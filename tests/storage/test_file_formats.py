@@ -21,7 +21,8 @@ from ddpm_ray.storage import checksummed_json
 from ddpm_ray.storage.file_formats import NewerFormatError, package_version
 from ddpm_ray.sweep import driver
 from ddpm_ray.sweep.trial_store import TrialStore
-from ddpm_ray.training import checkpoints
+from ddpm_ray.training import checkpoint_folder
+from ddpm_ray.training.checkpoint_folder import CheckpointError
 from ddpm_ray.training.checkpoints import CheckpointStore
 from ddpm_ray.training.ema_snapshots import SnapshotStore
 from ddpm_ray.training.state import Snapshot
@@ -33,7 +34,7 @@ GIVEN = ["name=kept", "data.url=somewhere", "schedule.num_steps=60"]
 
 
 def snapshot(step: int, **facts: Any) -> Snapshot:
-    tensors = {name: {"a": torch.zeros(1)} for name in checkpoints.GROUPS}
+    tensors = {name: {"a": torch.zeros(1)} for name in checkpoint_folder.GROUPS}
     known = {"config": to_dict(load(RunConfig, None, GIVEN)), "data_fingerprint": "f"}
     return Snapshot(tensors, known | {"step": step, "image_shape": [4, 4, 1]} | facts)
 
@@ -50,7 +51,7 @@ def begin(folder: Path, **begun: Any) -> str:
 def a_checkpoint(folder: Path) -> tuple[Path, Callable[[], Any]]:
     store = CheckpointStore(str(folder / "checkpoints"))
     where = store.save(snapshot(1))
-    return Path(where, "manifest.json"), lambda: checkpoints.read(where)
+    return Path(where, "manifest.json"), lambda: checkpoint_folder.read(where)
 
 
 def a_pointer(folder: Path) -> tuple[Path, Callable[[], Any]]:
@@ -131,7 +132,7 @@ def test_a_format_that_is_no_number_is_damage(number: Any, tmp_path: Path) -> No
     if number is None:
         assert read().step == 1
         return
-    with pytest.raises(checkpoints.CheckpointError, match=r"manifest\.json: cannot be understood"):
+    with pytest.raises(CheckpointError, match=r"manifest\.json: cannot be understood"):
         read()
 
 
@@ -142,7 +143,7 @@ def test_a_run_does_not_fall_back_past_a_checkpoint_of_a_later_version(
     store = CheckpointStore(str(tmp_path))
     store.save(snapshot(1))
     with monkeypatch.context() as later:
-        later.setattr(checkpoints, "NEWEST_FORMAT", 2)
+        later.setattr(checkpoint_folder, "NEWEST_FORMAT", 2)
         newest = Path(store.save(snapshot(2)))
     with pytest.raises(NewerFormatError, match="its format is 2"):
         store.load()

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from ddpm_ray.training.checkpoints import GROUPS, CheckpointError, CheckpointStore
+from ddpm_ray.training.checkpoint_folder import GROUPS, CheckpointError
+from ddpm_ray.training.checkpoints import CheckpointStore
 from ddpm_ray.training.writer_lease import Lease
 from tests.training.test_fencing import snapshot
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from ddpm_ray.training.checkpoints import TENSOR_FILE
+from ddpm_ray.training.checkpoint_folder import TENSOR_FILE
 from ddpm_ray.training.ema import (
     EMA,
     Averages,

@@ -17,8 +17,9 @@ from ddpm_ray.config.run import RunConfig
 from ddpm_ray.storage import object_store
 from ddpm_ray.storage.errors import StorageError
 from ddpm_ray.training.background_writer import BackgroundWriter
+from ddpm_ray.training.checkpoint_folder import CheckpointError
 from ddpm_ray.training.checkpoint_writer import CheckpointWriter
-from ddpm_ray.training.checkpoints import CheckpointError, CheckpointStore
+from ddpm_ray.training.checkpoints import CheckpointStore
 from ddpm_ray.training.ema import EMA, Averages, width_group
 from ddpm_ray.training.ema_snapshots import SNAPSHOTS, EmaSnapshotter, SnapshotStore, averaged
 from ddpm_ray.training.loop import Run, train

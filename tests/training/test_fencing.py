@@ -12,7 +12,8 @@ import torch
 
 from ddpm_ray.storage import object_store
 from ddpm_ray.storage.errors import StorageError
-from ddpm_ray.training.checkpoints import GROUPS, CheckpointStore
+from ddpm_ray.training.checkpoint_folder import GROUPS
+from ddpm_ray.training.checkpoints import CheckpointStore
 from ddpm_ray.training.state import Snapshot
 from ddpm_ray.training.writer_lease import Lease, SupersededError
 

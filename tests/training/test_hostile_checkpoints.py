@@ -16,8 +16,9 @@ from ddpm_ray.config.loading import ConfigError, load, to_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.storage import checksummed_json
-from ddpm_ray.training import checkpoints
-from ddpm_ray.training.checkpoints import CheckpointError, CheckpointStore
+from ddpm_ray.training import checkpoint_folder
+from ddpm_ray.training.checkpoint_folder import CheckpointError
+from ddpm_ray.training.checkpoints import CheckpointStore
 from ddpm_ray.training.state import Snapshot
 
 TINY = (
@@ -34,7 +35,7 @@ TINY = (
 
 
 def snapshot(step: int) -> Snapshot:
-    tensors = {group: {"w": torch.full((2,), float(step))} for group in checkpoints.GROUPS}
+    tensors = {group: {"w": torch.full((2,), float(step))} for group in checkpoint_folder.GROUPS}
     return Snapshot(tensors, {"step": step})
 
 
@@ -99,7 +100,7 @@ def test_a_pickle_in_a_checkpoint_is_damage(
         file.write_bytes(pickle.dumps(bomb))
     put(where, name, file.read_bytes())
     with pytest.raises(CheckpointError, match=r"manifest.json: cannot be understood"):
-        checkpoints.read(where)
+        checkpoint_folder.read(where)
     assert not (tmp_path / "run-it").exists()
 
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from ddpm_ray.storage import checksummed_json
-from ddpm_ray.training.checkpoints import GROUPS, CheckpointStore
+from ddpm_ray.training.checkpoint_folder import GROUPS
+from ddpm_ray.training.checkpoints import CheckpointStore
 from ddpm_ray.training.state import Snapshot
 from ddpm_ray.training.writer_lease import Lease, LeaseLostError, SupersededError
 
