@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 
 STAMP = "ddpm-ray"  # the metadata entry of a cache file: its sha256, and what it is of
 PARTS = ("count", "sum", "outer")  # of Moments, in its order
+# What a cache file of another form or origin raises.
+UNREADABLE = (StorageError, SafetensorError, ValueError, KeyError, TypeError, RecursionError)
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,19 +142,9 @@ def _read_cache(url: str, identity: Mapping[str, Any]) -> dict[str, Tensor] | No
         stamp = json.loads(header["__metadata__"][STAMP])
         if stamp["sha256"] != _checksum(identity, tensors):
             raise ValueError("its sha256 is wrong")
-    except (
-        StorageError,
-        SafetensorError,
-        ValueError,
-        KeyError,
-        TypeError,
-        RecursionError,
-    ) as error:
-        log.warning(
-            "the stored reference statistics %s cannot be used (%s); they are computed again",
-            url,
-            error,
-        )
+    except UNREADABLE as error:
+        message = "the stored reference statistics %s cannot be used (%s); they are computed again"
+        log.warning(message, url, error)
         return None
     return tensors
 

@@ -107,11 +107,6 @@ def show_table(done: list[FaultResult]) -> None:
     table = Table("fault", "starts", "steps lost", "seconds lost", "end", box=None, pad_edge=False)
     for one in faulted:
         verdict = "equal" if one.equals(clean) else escape(sanitize(one.reason)) or "DIFFERENT"
-        table.add_row(
-            one.fault,
-            str(len(one.starts)),
-            str(one.repeated_steps),
-            f"{one.seconds - clean.seconds:.1f}",
-            verdict,
-        )
+        starts, steps = str(len(one.starts)), str(one.repeated_steps)
+        table.add_row(one.fault, starts, steps, f"{one.seconds - clean.seconds:.1f}", verdict)
     Console(stderr=True).print(table)
