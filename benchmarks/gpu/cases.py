@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.tiny import SHAPE, SIDE, Notes, config_of, denoiser_of, packed, pixels, run_of
-from ddpm_ray.assembly import checkpoint_loading, diffusion, training_run
+from ddpm_ray.assembly import checkpoint_loading, diffusion, scoring, training_run
 from ddpm_ray.collectives import Workers
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.evaluation import memorisation, probability_flow_likelihood, sample_quality
@@ -286,7 +286,7 @@ def _evaluation(num_images: int, device: torch.device) -> None:
             image_shape=SHAPE,
             num_images=num_images,
             batch_size=10,
-            weights=training_run.ema_provenance(config, 0),
+            weights=scoring.ema_provenance(config, 0),
         ),
         net,
         known,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors import torch as safetensors
 
-from ddpm_ray.assembly import training_run
+from ddpm_ray.assembly import run_config, training_run
 from ddpm_ray.assembly.diffusion import denoiser
 from ddpm_ray.config.loading import ConfigError, from_dict, to_dict
 from ddpm_ray.config.model import ModelConfig
@@ -72,7 +72,7 @@ def trained_model(
     if Path(url, OF_DIFFUSERS).is_file():
         return _of_diffusers(Path(url), device)
     where, snapshot = _checkpoint(url, ema)
-    config = training_run.saved_config(snapshot.facts, url)
+    config = run_config.saved_config(snapshot.facts, url)
     if not config.traits.draws_images:
         raise ConfigError(
             f"{url} holds a {config.task}, which draws no images: use it as guidance.classifier"
@@ -121,7 +121,7 @@ def run_facts(url: str) -> tuple[RunConfig, dict[str, Any]]:
     if Path(url, OF_DIFFUSERS).is_file():
         return from_dict(RunConfig, _of_diffusers(Path(url), "cpu").provenance["config"]), {}
     facts = _checkpoint(url)[1].facts
-    return training_run.saved_config(facts, url), facts
+    return run_config.saved_config(facts, url), facts
 
 
 def label_names(config: RunConfig, facts: Mapping[str, Any]) -> tuple[str, ...] | None:
@@ -148,7 +148,7 @@ def trained_classifier(url: str, device: torch.device | str = "cpu") -> NoisyCla
     Raises CheckpointError, and ConfigError for a run that trained another kind of model.
     """
     _, snapshot = _checkpoint(url, "ema")
-    config = training_run.saved_config(snapshot.facts, url)
+    config = run_config.saved_config(snapshot.facts, url)
     if not config.traits.predicts_labels:
         raise ConfigError(f"{url} holds no classifier: train one with task=classifier")
     network = training_run.network(config, ImageShape(*snapshot.facts["image_shape"]))

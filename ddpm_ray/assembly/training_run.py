@@ -1,7 +1,7 @@
 """Build the objects of a training run from its config: one `match` per choice."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,24 +12,18 @@ import torch
 from ddpm_ray.assembly.diffusion import memory_format
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.data import DataConfig
-from ddpm_ray.config.evaluation import EvaluationConfig
-from ddpm_ray.config.loading import defining, from_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.training import TrainingConfig
 from ddpm_ray.data.codec import codec_named
-from ddpm_ray.data.dataset import Dataset, open_dataset
+from ddpm_ray.data.dataset import Dataset
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.data.loader import Batch, ShardStream
 from ddpm_ray.diffusion.timestep_sampling import SecondMoments
-from ddpm_ray.evaluation.feature_metrics import OptionalMetrics
-from ddpm_ray.evaluation.features import feature_extractor
-from ddpm_ray.evaluation.features.feature_extractor import FeatureNet
-from ddpm_ray.evaluation.reference_statistics import Reference, reference
 from ddpm_ray.models.classifier import NoisyClassifier
 from ddpm_ray.models.unet import UNet
 from ddpm_ray.models.unet_spec import UNetSpec
 from ddpm_ray.sampling.denoiser import Denoiser
-from ddpm_ray.storage import checksummed, object_store
+from ddpm_ray.storage import object_store
 from ddpm_ray.training import validation_loss
 from ddpm_ray.training.checkpoint_writer import CheckpointWriter
 from ddpm_ray.training.ema import (
@@ -249,85 +243,3 @@ def fixed_images(config: DataConfig, dataset: Dataset, positions: range, total: 
 def cache_dir(config: DataConfig, kind: str) -> Path:
     """Folder of this node's cache of one kind."""
     return Path(config.cache_dir or DEFAULT_CACHE).expanduser() / kind
-
-
-def feature_net(config: EvaluationConfig, cache: Path, device: torch.device) -> FeatureNet:
-    """The feature extractor of the image scores."""
-    match config.features:
-        case "inception":
-            path = checksummed.fetch(config.weights, config.weights_sha256, cache)
-            return feature_extractor.inception_net(path, config.widths, config.resize, device)
-        case "digits":
-            return feature_extractor.digits_net(device)
-        case _:
-            assert_never(config.features)
-
-
-def optional_metrics(config: EvaluationConfig) -> OptionalMetrics:
-    """The optional metrics, as configured."""
-    return OptionalMetrics(config.precision_recall, config.extrapolate)
-
-
-def held_out(config: EvaluationConfig, net: FeatureNet, workers: Workers) -> Reference | None:
-    """Feature statistics of the held-out data set; None without one."""
-    if not config.held_out_url:
-        return None
-    return reference(open_dataset(config.held_out_url), net, workers)
-
-
-def ema_provenance(
-    config: RunConfig, step: int, average: str | dict[str, Any] | None = None
-) -> dict[str, Any]:
-    """Provenance of the weights that are scored: the main EMA, or `average`."""
-    training = config.training
-    main = {
-        "weights": "ema",
-        "ema_decay_per_step": ema_decay(training)(training.steps),
-        "ema_ramp": training.ema_ramp,
-    }
-    weights = {"weights": average} if average else main
-    return weights | {
-        "step": step,
-        "training_seed": config.seed,
-        "precision": training.precision,
-    }
-
-
-def saved_config(facts: Mapping[str, Any], where: str = "") -> RunConfig:
-    """The run config stored in a checkpoint's facts or in a run's identity.
-
-    `where` is its URL, for errors; an identity contains it. Raises ConfigError, which names the
-    version that stored the config, if this version cannot read it.
-    """
-    where = where or facts.get("folder", "")
-    return from_dict(RunConfig, facts["config"], facts.get("version", ""), where)
-
-
-def for_images(config: RunConfig, image_shape: ImageShape) -> RunConfig:
-    """`config` with attention by downsampling factor, for images [H, W, C].
-
-    Raises ValueError for a resolution in pixels that no level has.
-    """
-    model = config.model.for_images(image_shape.height, image_shape.width)
-    return replace(config, model=model)
-
-
-def changed_keys(config: RunConfig, saved: Mapping[str, Any], image_shape: ImageShape) -> list[str]:
-    """One line for each defining key whose value differs from that of the saved config.
-
-    `saved` is as in `saved_config`; the data set holds images [H, W, C].
-    """
-    now, then = (defining(comparable(one, image_shape)) for one in (config, saved_config(saved)))
-    return [
-        f"{key} is {now[key]}, but the run began with {then[key]}"
-        for key in now
-        if now[key] != then[key]
-    ]
-
-
-def comparable(config: RunConfig, image_shape: ImageShape) -> RunConfig:
-    """Return `for_images`, or `config` unchanged if it is for images of another size."""
-    try:
-        return for_images(config, image_shape)
-    except ValueError:
-        return config

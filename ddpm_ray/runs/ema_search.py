@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ddpm_ray.assembly import checkpoint_loading, diffusion, training_run
+from ddpm_ray.assembly import checkpoint_loading, diffusion, run_config, scoring, training_run
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.ema_search import AverageConfig
 from ddpm_ray.config.loading import ConfigError, from_dict, to_dict
@@ -55,7 +55,7 @@ class EmaSnapshots:
                 "training.ema_snapshot_every_steps=..., then name the run's folder"
             )
             raise CheckpointError(run, "no EMA snapshots in this run", remedy)
-        widths = training_run.saved_config(facts, run).training.ema_snapshot_widths
+        widths = run_config.saved_config(facts, run).training.ema_snapshot_widths
         return cls(run, facts, widths, [int(step) for step in facts["kept_at"]])
 
     def build(self, sigma_rel: float, step: int) -> Snapshot:
@@ -68,7 +68,7 @@ class EmaSnapshots:
         made_of = {"sigma_rel": sigma_rel, "misfit": profile_error, "widths": list(self.widths)}
         made_of["steps"] = [at for at in self.steps if at <= step]
         facts = self.facts | {
-            "config": to_dict(training_run.saved_config(self.facts)),
+            "config": to_dict(run_config.saved_config(self.facts)),
             "version": package_version(),
             "step": step,
             "average": made_of,
@@ -91,7 +91,7 @@ def search(run: str, config: AverageConfig, home: Path, out: str = "") -> dict[s
     if step not in snapshots.steps:
         near = min(snapshots.steps, key=lambda at: abs(at - step))
         raise ConfigError(f"step is {step}; no EMA snapshots at that step: try step={near}")
-    begun = training_run.saved_config(snapshots.facts)
+    begun = run_config.saved_config(snapshots.facts)
     if problems := list(config.sampling.problems("sampling", begun.sampled_model)):
         raise ConfigError("\n".join(problems))
     config = dataclasses.replace(
@@ -135,18 +135,16 @@ def score_widths(
     All workers must iterate to the end. The noise is the same for each width.
     """
     snapshots, wanted = EmaSnapshots.of(run), config.evaluation
-    begun, dataset = training_run.saved_config(snapshots.facts), open_dataset(config.data_url)
+    begun, dataset = run_config.saved_config(snapshots.facts), open_dataset(config.data_url)
     model = checkpoint_loading.trained_model(run, workers.device)
     count = min(wanted.num_images, int(dataset.counts.sum()))
     denoiser = training_run.with_low_resolution(
         model.denoiser, begun.data, dataset, count, workers.device
     )
-    net = training_run.feature_net(
-        wanted, training_run.cache_dir(begun.data, "weights"), workers.device
-    )
+    net = scoring.feature_net(wanted, training_run.cache_dir(begun.data, "weights"), workers.device)
     kernel_images = min(wanted.kernel_distance_images, wanted.num_images) * wanted.kernel_distance
     known = reference(dataset, net, workers, kernel_images=kernel_images)
-    held_out = training_run.held_out(wanted, net, workers)
+    held_out = scoring.held_out(wanted, net, workers)
     plan = diffusion.sampling_plan(config.sampling, denoiser.schedule)
     network = model.denoiser.network  # `denoiser` runs the same module
     assert isinstance(network, UNet)
@@ -162,13 +160,13 @@ def score_widths(
                 image_shape=model.image_shape,
                 num_images=wanted.num_images,
                 batch_size=config.sampling.batch_size,
-                weights=training_run.ema_provenance(begun, step, average.facts["average"])
+                weights=scoring.ema_provenance(begun, step, average.facts["average"])
                 | {"model_sha256": sha256},
             ),
             net,
             known,
             workers,
-            optional_metrics=training_run.optional_metrics(wanted),
+            optional_metrics=scoring.optional_metrics(wanted),
             held_out=held_out,
         )
         yield scores.to_json() | {"misfit": average.facts["average"]["misfit"]}

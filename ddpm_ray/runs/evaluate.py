@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddpm_ray.assembly import training_run
+from ddpm_ray.assembly import scoring, training_run
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.evaluation import EvaluationConfig
 from ddpm_ray.config.jobs import EvaluateConfig
@@ -158,9 +158,7 @@ def _sample_scores(
     """Score samples against the data: FID and the other feature metrics."""
     begun = from_dict(RunConfig, model.provenance["config"])
     wanted = config.evaluation
-    net = training_run.feature_net(
-        wanted, training_run.cache_dir(begun.data, "weights"), workers.device
-    )
+    net = scoring.feature_net(wanted, training_run.cache_dir(begun.data, "weights"), workers.device)
     kept = min(wanted.kernel_distance_images, wanted.num_images) * wanted.kernel_distance
     return sample_quality.evaluate(
         sample_quality.SampleSet(
@@ -174,15 +172,15 @@ def _sample_scores(
         net,
         reference(open_dataset(config.data_url), net, workers, kernel_images=kept),
         workers,
-        optional_metrics=training_run.optional_metrics(wanted),
-        held_out=training_run.held_out(wanted, net, workers),
+        optional_metrics=scoring.optional_metrics(wanted),
+        held_out=scoring.held_out(wanted, net, workers),
     )
 
 
 def _weights(model: TrainedModel) -> dict[str, Any]:
     """Provenance of the weights: step, EMA, sha256."""
     begun, origin = from_dict(RunConfig, model.provenance["config"]), model.provenance
-    return training_run.ema_provenance(begun, origin["step"], origin.get("average")) | {
+    return scoring.ema_provenance(begun, origin["step"], origin.get("average")) | {
         "model_sha256": origin["weights_sha256"]
     }
 

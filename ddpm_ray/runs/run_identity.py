@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
-from ddpm_ray.assembly.training_run import saved_config
+from ddpm_ray.assembly.run_config import saved_config
 from ddpm_ray.config.loading import ConfigError
 from ddpm_ray.storage import checksummed_json, object_store
 from ddpm_ray.storage.errors import StorageError

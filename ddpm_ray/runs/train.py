@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from ddpm_ray.assembly import diffusion, training_run
+from ddpm_ray.assembly import diffusion, run_config, training_run
 from ddpm_ray.config.loading import ConfigError, flat, to_dict, to_yaml
 from ddpm_ray.config.pack import PackConfig
 from ddpm_ray.config.run import RunConfig
@@ -92,7 +92,7 @@ def train(
     warn_of_another_host(config.tracking.uri)
     dataset = open_or_pack(config)
     check_model(config, dataset)
-    config = training_run.for_images(config, dataset.manifest.image_shape)
+    config = run_config.for_images(config, dataset.manifest.image_shape)
     opened = [dataset, *map(open_dataset, filter(None, [config.evaluation.held_out_url]))]
     fingerprints = {one.url: one.fingerprint for one in opened}
     folder = object_store.join(config.storage, config.name)
@@ -210,7 +210,7 @@ def _identity(config: RunConfig, dataset: Dataset, folder: str) -> str:
         """One line for each option that may not differ from the stored one and does."""
         if "config" not in begun:
             return [f"name is {config.name!r}, and a sweep of that name is there"]
-        return training_run.changed_keys(config, begun, dataset.manifest.image_shape)
+        return run_config.changed_keys(config, begun, dataset.manifest.image_shape)
 
     begun = {"config": to_dict(config), "data_fingerprint": dataset.fingerprint}
     return claim(folder, begun, changed_keys)

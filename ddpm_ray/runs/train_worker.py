@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ddpm_ray import fault_injection
-from ddpm_ray.assembly import diffusion, training_run
+from ddpm_ray.assembly import diffusion, scoring, training_run
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.loading import from_dict
 from ddpm_ray.config.run import RunConfig
@@ -307,7 +307,7 @@ class PeriodicEvaluator:
             return
         if self._tools is None:
             cache = training_run.cache_dir(self._config.data, "weights")
-            net = training_run.feature_net(wanted, cache, grid_logger.workers.device)
+            net = scoring.feature_net(wanted, cache, grid_logger.workers.device)
             kept = wanted.kernel_distance_images if wanted.kernel_distance else 0
             self._tools = (
                 net,
@@ -326,13 +326,13 @@ class PeriodicEvaluator:
                 image_shape=grid_logger.image_shape,
                 num_images=wanted.num_images,
                 batch_size=grid_logger.batch_size,
-                weights=training_run.ema_provenance(self._config, step),
+                weights=scoring.ema_provenance(self._config, step),
             ),
             net,
             known,
             grid_logger.workers,
-            optional_metrics=training_run.optional_metrics(wanted),
-            held_out=training_run.held_out(wanted, net, grid_logger.workers),
+            optional_metrics=scoring.optional_metrics(wanted),
+            held_out=scoring.held_out(wanted, net, grid_logger.workers),
         )
         self._state.scores = {"step": step, **scores.to_json()}
         if grid_logger.sink is not None:

@@ -19,7 +19,7 @@ from typing import Any
 from ray import tune
 
 from ddpm_ray.assembly import diffusion
-from ddpm_ray.assembly.training_run import comparable
+from ddpm_ray.assembly.run_config import comparable
 from ddpm_ray.config.loading import flat, from_dict, to_dict, with_values
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.sweep import SweepConfig

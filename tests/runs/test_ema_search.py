@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddpm_ray.assembly import checkpoint_loading, training_run
+from ddpm_ray.assembly import checkpoint_loading, scoring, training_run
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.ema_search import AverageConfig
 from ddpm_ray.config.evaluation import EvaluationConfig
@@ -186,7 +186,7 @@ def test_the_provenance_says_which_average_was_scored(run: Path, tmp_path: Path)
     ):
         known = checkpoint_loading.trained_model(str(url), ema=ema).provenance
         config = from_dict(RunConfig, known["config"])
-        reported[name] = training_run.ema_provenance(config, known["step"], known["average"])
+        reported[name] = scoring.ema_provenance(config, known["step"], known["average"])
     assert reported["main"]["weights"] == "ema"
     assert reported["main"]["ema_decay_per_step"] == pytest.approx(61 / 70)  # still on its ramp
     assert reported["tracked"] == {

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from ddpm_ray.assembly import training_run
+from ddpm_ray.assembly import run_config
 from ddpm_ray.config.loading import ConfigError, load, to_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.image_shape import ImageShape
@@ -106,7 +106,7 @@ def config(tmp_path: Path, *more: str) -> RunConfig:
 def begin(config: RunConfig, folder: str) -> str:
     facts = {"config": to_dict(config), "data_fingerprint": "the data"}
     return claim(
-        folder, facts, lambda found: training_run.changed_keys(config, found, ImageShape(32, 32, 3))
+        folder, facts, lambda found: run_config.changed_keys(config, found, ImageShape(32, 32, 3))
     )
 
 

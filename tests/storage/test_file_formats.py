@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import ddpm_ray
-from ddpm_ray.assembly import training_run
+from ddpm_ray.assembly import run_config
 from ddpm_ray.config.loading import ConfigError, load, to_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.sweep import SweepConfig
@@ -44,7 +44,7 @@ def begin(folder: Path, **begun: Any) -> str:
     return claim(
         str(folder),
         known,
-        lambda found: training_run.changed_keys(RunConfig(), found, ImageShape(32, 32, 3)),
+        lambda found: run_config.changed_keys(RunConfig(), found, ImageShape(32, 32, 3)),
     )
 
 

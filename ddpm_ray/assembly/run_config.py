@@ -1,0 +1,49 @@
+"""A run's config as its checkpoints store it, and compared with the config that continues it."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from ddpm_ray.config.loading import defining, from_dict
+from ddpm_ray.config.run import RunConfig
+from ddpm_ray.data.image_shape import ImageShape
+
+
+def saved_config(facts: Mapping[str, Any], where: str = "") -> RunConfig:
+    """The run config stored in a checkpoint's facts or in a run's identity.
+
+    `where` is its URL, for errors; an identity contains it. Raises ConfigError, which names the
+    version that stored the config, if this version cannot read it.
+    """
+    where = where or facts.get("folder", "")
+    return from_dict(RunConfig, facts["config"], facts.get("version", ""), where)
+
+
+def for_images(config: RunConfig, image_shape: ImageShape) -> RunConfig:
+    """`config` with attention by downsampling factor, for images [H, W, C].
+
+    Raises ValueError for a resolution in pixels that no level has.
+    """
+    model = config.model.for_images(image_shape.height, image_shape.width)
+    return replace(config, model=model)
+
+
+def changed_keys(config: RunConfig, saved: Mapping[str, Any], image_shape: ImageShape) -> list[str]:
+    """One line for each defining key whose value differs from that of the saved config.
+
+    `saved` is as in `saved_config`; the data set holds images [H, W, C].
+    """
+    now, then = (defining(comparable(one, image_shape)) for one in (config, saved_config(saved)))
+    return [
+        f"{key} is {now[key]}, but the run began with {then[key]}"
+        for key in now
+        if now[key] != then[key]
+    ]
+
+
+def comparable(config: RunConfig, image_shape: ImageShape) -> RunConfig:
+    """Return `for_images`, or `config` unchanged if it is for images of another size."""
+    try:
+        return for_images(config, image_shape)
+    except ValueError:
+        return config

@@ -1,0 +1,59 @@
+"""Build what the scores of a run need: feature network, metrics, held-out statistics."""
+
+from pathlib import Path
+from typing import Any, assert_never
+
+import torch
+
+from ddpm_ray.assembly.training_run import ema_decay
+from ddpm_ray.collectives import Workers
+from ddpm_ray.config.evaluation import EvaluationConfig
+from ddpm_ray.config.run import RunConfig
+from ddpm_ray.data.dataset import open_dataset
+from ddpm_ray.evaluation.feature_metrics import OptionalMetrics
+from ddpm_ray.evaluation.features import feature_extractor
+from ddpm_ray.evaluation.features.feature_extractor import FeatureNet
+from ddpm_ray.evaluation.reference_statistics import Reference, reference
+from ddpm_ray.storage import checksummed
+
+
+def feature_net(config: EvaluationConfig, cache: Path, device: torch.device) -> FeatureNet:
+    """The feature extractor of the image scores."""
+    match config.features:
+        case "inception":
+            path = checksummed.fetch(config.weights, config.weights_sha256, cache)
+            return feature_extractor.inception_net(path, config.widths, config.resize, device)
+        case "digits":
+            return feature_extractor.digits_net(device)
+        case _:
+            assert_never(config.features)
+
+
+def optional_metrics(config: EvaluationConfig) -> OptionalMetrics:
+    """The optional metrics, as configured."""
+    return OptionalMetrics(config.precision_recall, config.extrapolate)
+
+
+def held_out(config: EvaluationConfig, net: FeatureNet, workers: Workers) -> Reference | None:
+    """Feature statistics of the held-out data set; None without one."""
+    if not config.held_out_url:
+        return None
+    return reference(open_dataset(config.held_out_url), net, workers)
+
+
+def ema_provenance(
+    config: RunConfig, step: int, average: str | dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Provenance of the weights that are scored: the main EMA, or `average`."""
+    training = config.training
+    main = {
+        "weights": "ema",
+        "ema_decay_per_step": ema_decay(training)(training.steps),
+        "ema_ramp": training.ema_ramp,
+    }
+    weights = {"weights": average} if average else main
+    return weights | {
+        "step": step,
+        "training_seed": config.seed,
+        "precision": training.precision,
+    }
