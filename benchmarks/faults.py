@@ -45,7 +45,7 @@ from ddpm_ray.assembly import training_run
 from ddpm_ray.config.loading import load
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.shards import fetch_shard
-from ddpm_ray.distributed import worker_group
+from ddpm_ray.distributed import connection, failures, worker_group
 from ddpm_ray.runs import train
 from ddpm_ray.runs.train_worker import train_worker
 from ddpm_ray.storage import object_store
@@ -124,7 +124,7 @@ def plain(home: Path, steps: int, every: int, failures: int) -> FaultedRun:
         "uri": config.tracking.uri,
         "run_id": run_id,
     }
-    own = set(worker_group.TRAIN_ENVIRONMENT) | {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"}
+    own = set(connection.TRAIN_ENVIRONMENT) | {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"}
     with without(own):
         TorchTrainer(
             plain_worker,
@@ -250,7 +250,7 @@ def useful(folder: Path, options: argparse.Namespace) -> list[Line]:
         killer = threading.Thread(target=kill_each_minute, args=(faulted, options.minutes))
         killer.start()
         # Of whichever kind it is: the notes show whether it went as planned.
-        with contextlib.suppress(worker_group.RunFailedError, ray.train.TrainingFailedError):
+        with contextlib.suppress(failures.RunFailedError, ray.train.TrainingFailedError):
             contestant(faulted.home, FOREVER, SELDOM, options.minutes)
         killer.join()
         found[name] = faulted.useful()

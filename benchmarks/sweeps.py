@@ -40,7 +40,7 @@ from ray.train.torch import TorchTrainer
 
 from ddpm_ray.config.loading import load
 from ddpm_ray.config.sweep import SweepConfig
-from ddpm_ray.distributed import worker_group
+from ddpm_ray.distributed import connection
 from ddpm_ray.runs.train import open_or_pack
 from ddpm_ray.sweep.driver import schedule_diagnostics, sweep
 from ddpm_ray.sweep.mlflow_report import SweepRun
@@ -287,7 +287,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        worker_group.connect("", AT_ONCE)
+        connection.connect("", AT_ONCE)
         if arguments.rounds:
             compare_starts(folder, arguments.rounds)
         noise = np.random.default_rng(0).integers(0, 256, (274, 274, 3), dtype=np.uint8)

@@ -1,4 +1,4 @@
-"""One-line reasons for failures and restarts of the worker group, from Ray Train's errors."""
+"""RunFailedError, and one-line reasons for failures and restarts, from Ray Train's errors."""
 
 from collections.abc import Mapping
 
@@ -8,6 +8,10 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 
 from ddpm_ray.distributed import fatal_errors
 from ddpm_ray.distributed.control_actor import RunControl, death
+
+
+class RunFailedError(RuntimeError):
+    """The run cannot go on; the message is one line."""
 
 
 class ReportedFailures(FailurePolicy):  # type: ignore[misc]  # Ray's types are not followed

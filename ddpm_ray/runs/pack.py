@@ -12,6 +12,7 @@ from ddpm_ray.data.dataset import Dataset
 from ddpm_ray.data.packing import pack_report, packer
 from ddpm_ray.data.packing.pack_report import PackReport
 from ddpm_ray.data.packing.packer import PackedShard, PackPlan
+from ddpm_ray.distributed import connection
 
 if TYPE_CHECKING:
     import ray
@@ -60,9 +61,7 @@ def _on_ray(plan: PackPlan, config: PackConfig) -> Iterator[PackedShard]:
     """Yield shards as they are packed, at most `num_workers` at once (0: one per CPU)."""
     import ray  # takes seconds; the source is checked before
 
-    from ddpm_ray.distributed import worker_group
-
-    worker_group.connect(config.address)
+    connection.connect(config.address)
     most = config.num_workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
     shared, task = ray.put(plan), ray.remote(max_retries=3)(packer.pack_shard)
     numbers = iter(range(plan.shards))

@@ -27,10 +27,10 @@ from ddpm_ray.data.codec import codec_named
 from ddpm_ray.data.dataset import Dataset
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.diffusion.schedule_diagnostics import ScheduleDiagnostics, diagnose_schedule
-from ddpm_ray.distributed import worker_group
+from ddpm_ray.distributed import connection
+from ddpm_ray.distributed.failures import RunFailedError
 from ddpm_ray.distributed.placement_groups import HEAD
 from ddpm_ray.distributed.signals import Interrupts
-from ddpm_ray.distributed.worker_group import RunFailedError
 from ddpm_ray.redaction import counted
 from ddpm_ray.runs.run_identity import claim
 from ddpm_ray.runs.train import check_model, open_or_pack, with_absolute_paths
@@ -103,7 +103,7 @@ def sweep(
     )
     cluster = config.run.cluster
     workers = cluster.num_workers * max(1, config.trials_at_once)
-    worker_group.connect(
+    connection.connect(
         cluster.address, workers * cluster.cpus_per_worker, workers * cluster.gpus_per_worker
     )
     at_once = capacity.trials_at_once(cluster, config.trials_at_once)

@@ -18,7 +18,7 @@ from ray.train.v2._internal.execution.failure_handling import (
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from ddpm_ray.config.cluster import ClusterConfig
-from ddpm_ray.distributed import control_actor, failures, worker_group
+from ddpm_ray.distributed import control_actor, failures, ray_trainer, worker_group
 from ddpm_ray.storage.errors import StorageError
 
 DIED = "The actor died unexpectedly before finishing this task.\n\tclass_name: RayTrainWorker\n"
@@ -114,7 +114,7 @@ def test_ray_is_given_the_policy_that_reports(monkeypatch: pytest.MonkeyPatch) -
         "ray.train.torch.TorchTrainer._initialize_and_run_controller",
         lambda self, **settings: given.update(settings),
     )
-    trainer = worker_group._Trainer.__new__(worker_group._Trainer)
+    trainer = ray_trainer.GroupTrainer.__new__(ray_trainer.GroupTrainer)
     trainer.control = SimpleNamespace()  # type: ignore[assignment]
     policy = create_failure_policy(FailureConfig(max_failures=3))
     trainer._initialize_and_run_controller(failure_policy=policy, scaling_policy="Ray's own")

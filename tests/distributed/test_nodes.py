@@ -36,10 +36,8 @@ def test_two_workers_on_two_nodes_share_a_run() -> None:
         assert list(nodes.bucket.glob("runs/digits/checkpoints/step-00000060-*/*.safetensors"))
         kinds = {actor.kind for actor in nodes.actors()}
         assert kinds >= {"TrainController", "RayTrainWorker"}
-        assert not kinds & {
-            "PlacementGroupCleaner",
-            "DatasetManager",
-        }  # see distributed/worker_group.py
+        # See distributed/ray_trainer.py.
+        assert not kinds & {"PlacementGroupCleaner", "DatasetManager"}
 
 
 def test_a_run_outlives_a_node() -> None:

@@ -12,7 +12,7 @@ import ray
 from ddpm_ray.config.cluster import ClusterConfig
 from ddpm_ray.config.loading import ConfigError
 from ddpm_ray.distributed import placement_groups, worker_group
-from ddpm_ray.distributed.worker_group import RunFailedError
+from ddpm_ray.distributed.failures import RunFailedError
 from ddpm_ray.reporting import Progress
 from ddpm_ray.sweep import capacity
 from tests.runs.job import command_of

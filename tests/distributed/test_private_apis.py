@@ -24,22 +24,22 @@ CALLED: list[tuple[str, tuple[str, ...], str]] = [
     (
         "ray.train.v2._internal.callbacks.placement_group_callback:PlacementGroupCleanerCallback",
         (),
-        "worker_group.py leaves it out; else it removes healthy groups",
+        "ray_trainer.py leaves it out; else it removes healthy groups",
     ),
     (
         "ray.train.v2._internal.callbacks.datasets:DatasetsCallback",
         (),
-        "worker_group.py leaves it out; else each start is 3 s longer",
+        "ray_trainer.py leaves it out; else each start is 3 s longer",
     ),
     (
         "ray.train.torch:TorchTrainer._create_default_callbacks",
         ("self",),
-        "worker_group.py overrides it; else both callbacks are back",
+        "ray_trainer.py overrides it; else both callbacks are back",
     ),
     (
         "ray.train.torch:TorchTrainer._initialize_and_run_controller",
         ("self",),
-        "worker_group.py passes the elastic policy; else any number of workers",
+        "ray_trainer.py passes the elastic policy; else any number of workers",
     ),
     (
         "ray.train.v2._internal.execution.scaling_policy:ElasticScalingPolicy._count_possible_workers",

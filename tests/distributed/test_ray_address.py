@@ -7,16 +7,16 @@ import time
 import pytest
 import ray
 
-from ddpm_ray.distributed import ray_address, worker_group
+from ddpm_ray.distributed import connection, ray_address
+from ddpm_ray.distributed.failures import RunFailedError
 from ddpm_ray.distributed.ray_address import require_listener
-from ddpm_ray.distributed.worker_group import RunFailedError
 
 
 @pytest.fixture(autouse=True)
 def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "environ", dict(os.environ))  # `connect` sets Ray's keys there
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(worker_group, "CONNECT_S", 0.1)
+    monkeypatch.setattr(connection, "CONNECT_S", 0.1)
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
 
 
@@ -34,7 +34,7 @@ def test_an_address_where_nothing_listens_never_reaches_ray(
     monkeypatch.setattr(ray_address, "RETRY_S", 0.01)
     said = rf"cluster.address: no Ray answers at 127.0.0.1:{closed_port} \(.*refused\); start it"
     with pytest.raises(RunFailedError, match=said):
-        worker_group.connect(f"127.0.0.1:{closed_port}")
+        connection.connect(f"127.0.0.1:{closed_port}")
 
 
 def test_the_address_of_the_dashboard_is_refused_without_a_wait() -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ddpm_ray.config.cluster import ClusterConfig
-from ddpm_ray.distributed import worker_group
+from ddpm_ray.distributed import ray_trainer
 from ddpm_ray.evaluation import sample_quality
 from ddpm_ray.evaluation.features.feature_extractor import FeatureNet, float32_backends, in_float32
 from ddpm_ray.tracking import model_registry
@@ -123,10 +123,10 @@ def test_a_worker_starts_with_the_variables_that_make_its_bits_repeat(
         made.append(run_config.worker_runtime_env["env_vars"])
         return SimpleNamespace()
 
-    monkeypatch.setattr(worker_group, "_Trainer", trainer)
+    monkeypatch.setattr(ray_trainer, "GroupTrainer", trainer)
     for deterministic in (False, True):
         settings = {"environment": determinism.environment(deterministic), "control": None}
-        worker_group._trainer(lambda _: None, settings, ClusterConfig(), [1], str(tmp_path))
+        ray_trainer.build_trainer(lambda _: None, settings, ClusterConfig(), [1], str(tmp_path))
     assert "CUBLAS_WORKSPACE_CONFIG" not in made[0]
     assert made[1] == made[0] | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_ALGO": "Ring"}
 

@@ -39,7 +39,7 @@ from ddpm_ray.cli.job import Job
 from ddpm_ray.cli.main import main
 from ddpm_ray.distributed import worker_group as group
 from ddpm_ray.runs import train as training_run
-from ddpm_ray.distributed.worker_group import RunFailedError
+from ddpm_ray.distributed.failures import RunFailedError
 from ddpm_ray.runs.train_worker import assemble
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.loading import from_dict

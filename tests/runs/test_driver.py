@@ -19,9 +19,9 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutErro
 from ddpm_ray.cli.job import Job
 from ddpm_ray.cli.main import main
 from ddpm_ray.config.run import RunConfig
-from ddpm_ray.distributed import signals, worker_group
+from ddpm_ray.distributed import connection, signals, worker_group
 from ddpm_ray.distributed.control_actor import ControlLostError, RunControl
-from ddpm_ray.distributed.worker_group import RunFailedError
+from ddpm_ray.distributed.failures import RunFailedError
 from ddpm_ray.jobs.train import train
 from ddpm_ray.tracking import mlflow_runs, model_registry
 from ddpm_ray.training.checkpoints import CHECKPOINTS
@@ -259,4 +259,4 @@ def test_a_ray_that_does_not_start_is_one_line(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(ray, "init", init)
     says = r"^Ray did not start on this machine \(The node timed out during startup.\); free CPU .*"
     with pytest.raises(RunFailedError, match=says):
-        worker_group.connect("")
+        connection.connect("")

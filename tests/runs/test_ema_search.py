@@ -26,7 +26,7 @@ from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.sampling import SamplingSettings
 from ddpm_ray.data.dataset import DatasetError
 from ddpm_ray.data.image_shape import ImageShape
-from ddpm_ray.distributed import worker_group
+from ddpm_ray.distributed import failures, worker_group
 from ddpm_ray.evaluation import sample_quality
 from ddpm_ray.evaluation.sample_quality import SampleSet, Scores
 from ddpm_ray.models.unet import UNet
@@ -283,11 +283,11 @@ def test_a_worker_is_given_places_below_home(
 
     def begin(_: Any, settings: dict[str, Any], *__: Any) -> Any:
         given.append(settings["config"]["evaluation"])
-        raise worker_group.RunFailedError("enough")
+        raise failures.RunFailedError("enough")
 
     monkeypatch.setattr(worker_group, "run", begin)
     wanted = replace(DIGITS.evaluation, weights="w.npz", held_out_url="data")
-    with pytest.raises(worker_group.RunFailedError, match="enough"):
+    with pytest.raises(failures.RunFailedError, match="enough"):
         started(job, run, wanted)
     (found,) = given
     assert found["weights"] == str(tmp_path / "w.npz")

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from ddpm_ray.distributed.worker_group import RunFailedError
+from ddpm_ray.distributed.failures import RunFailedError
 from ddpm_ray.runs.train import Outcome
 from ddpm_ray.storage.errors import StorageError
 from ddpm_ray.sweep import trial
