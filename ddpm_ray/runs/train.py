@@ -2,16 +2,9 @@
 
 import contextlib
 import dataclasses
-import getpass
-import json
 import logging
-import os
-import platform
-import subprocess
-import sys
 import uuid
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +24,14 @@ from ddpm_ray.runs import evaluate
 from ddpm_ray.runs.pack import pack
 from ddpm_ray.runs.run_description import own_command, run_description, with_samples
 from ddpm_ray.runs.run_identity import claim
+from ddpm_ray.runs.run_tags import run_tags
 from ddpm_ray.runs.train_worker import train_worker
 from ddpm_ray.storage import object_store
 from ddpm_ray.storage.errors import StorageError
 from ddpm_ray.tracking import mlflow_runs, model_registry
 from ddpm_ray.tracking.run_info import RunMetadata, TrackedRun
 from ddpm_ray.tracking.run_log import image_path
-from ddpm_ray.tracking.tracking_uri import database_file, resolve_tracking_uri, warn_of_another_host
+from ddpm_ray.tracking.tracking_uri import artifact_root, resolve_tracking_uri, warn_of_another_host
 from ddpm_ray.training import determinism
 from ddpm_ray.training.checkpoints import CHECKPOINTS, CheckpointStore
 from ddpm_ray.training.sample_grids import picture_url
@@ -54,7 +48,6 @@ PARAMS = (
     "training.global_batch_size",
     "training.learning_rate",
 )
-PACKAGES = ("ddpm-ray", "torch", "ray", "mlflow", "numpy", "pyarrow", "fsspec")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -290,36 +283,6 @@ def check_model(config: RunConfig, dataset: Dataset) -> None:
         raise ConfigError(f"sampling.{error}") from error
 
 
-def artifact_root(tracking_uri: str) -> str | None:
-    """Artifact folder of a new experiment: beside a database; None: the server decides."""
-    file = database_file(tracking_uri)
-    return None if file is None else str(file.parent / "mlartifacts")
-
-
-def run_tags(dataset: Dataset) -> dict[str, str]:
-    """MLflow tags: user, versions, commit, job, data set."""
-    # Ray sets it in the driver of a submitted job only.
-    submitted = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("metadata", {})
-    return {
-        "mlflow.source.name": Path(sys.argv[0]).name,
-        "mlflow.source.type": "JOB",
-        "mlflow.user": user_name(),
-        "git_commit": git_commit(Path(__file__).parent),
-        "data_fingerprint": dataset.fingerprint,
-        "ray_job_id": submitted.get("job_submission_id", "none: not submitted as a job"),
-        "python": platform.python_version(),
-        **{f"version.{name}": version(name) for name in PACKAGES},
-    }
-
-
-def user_name() -> str:
-    """Name of the user; `uid 1000710000` if the system has none, as in some containers."""
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # OSError: Python 3.13 and later
-        return f"uid {os.getuid()}"
-
-
 def _report(
     config: RunConfig, folder: str, tracked: TrackedRun, ended: dict[str, Any]
 ) -> dict[str, Any]:
@@ -337,17 +300,3 @@ def _report(
         "tracking_uri": tracked.uri,
         "page": tracked.page,
     }
-
-
-def git_commit(folder: Path) -> str:
-    """Commit checked out at `folder`, with `-dirty` if files differ; else $GIT_COMMIT or `unknown`.
-
-    The working directory of a submitted Ray job has no .git.
-    """
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]  # no tags
-    try:
-        return subprocess.check_output(
-            command, cwd=folder, stderr=subprocess.DEVNULL, text=True
-        ).strip()
-    except (OSError, subprocess.SubprocessError):
-        return os.environ.get("GIT_COMMIT", "unknown")

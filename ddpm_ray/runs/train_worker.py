@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ddpm_ray import fault_injection
-from ddpm_ray.assembly import diffusion, scoring, training_run
+from ddpm_ray.assembly import diffusion, training_run
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.loading import from_dict
 from ddpm_ray.config.run import RunConfig
@@ -21,11 +21,8 @@ from ddpm_ray.data.dataset import Dataset, DatasetError, open_dataset
 from ddpm_ray.distributed import fatal_errors, placement_groups, startup
 from ddpm_ray.distributed.control_actor import RunControl
 from ddpm_ray.distributed.heartbeat import HeartbeatSender
-from ddpm_ray.evaluation import sample_quality
-from ddpm_ray.evaluation.features.feature_extractor import FeatureNet
-from ddpm_ray.evaluation.reference_statistics import Reference, reference
-from ddpm_ray.evaluation.score_table import scores_alone
 from ddpm_ray.reporting import Command, Progress, Row
+from ddpm_ray.runs.periodic_evaluation import PeriodicEvaluator
 from ddpm_ray.storage import object_store
 from ddpm_ray.storage.file_formats import package_version
 from ddpm_ray.tracking import mlflow_settings
@@ -280,63 +277,3 @@ def _wrapped(model: nn.Module, config: RunConfig, workers: Workers) -> nn.Module
         devices = [workers.device] if workers.device.type == "cuda" else None
         network = DistributedDataParallel(network, device_ids=devices, gradient_as_bucket_view=True)
     return network
-
-
-class PeriodicEvaluator:
-    """Scores the EMA weights; builds feature network and reference statistics at first use."""
-
-    def __init__(
-        self,
-        config: RunConfig,
-        dataset: Dataset,
-        state: TrainingState,
-        grid_logger: SampleGridLogger,
-    ) -> None:
-        self._config, self._dataset, self._state, self._grid_logger = (
-            config,
-            dataset,
-            state,
-            grid_logger,
-        )
-        self._tools: tuple[FeatureNet, Reference] | None = None
-
-    def evaluate(self, step: int) -> None:
-        """Evaluate, store the scores of `step` in the state and pass them to the sink."""
-        wanted, grid_logger = self._config.evaluation, self._grid_logger
-        if not wanted.num_images:
-            return
-        if self._tools is None:
-            cache = training_run.cache_dir(self._config.data, "weights")
-            net = scoring.feature_net(wanted, cache, grid_logger.workers.device)
-            kept = wanted.kernel_distance_images if wanted.kernel_distance else 0
-            self._tools = (
-                net,
-                reference(
-                    self._dataset,
-                    net,
-                    grid_logger.workers,
-                    kernel_images=min(kept, wanted.num_images),
-                ),
-            )
-        net, known = self._tools
-        scores = sample_quality.evaluate(
-            sample_quality.SampleSet(
-                grid_logger.denoiser,
-                grid_logger.plan,
-                image_shape=grid_logger.image_shape,
-                num_images=wanted.num_images,
-                batch_size=grid_logger.batch_size,
-                weights=scoring.ema_provenance(self._config, step),
-            ),
-            net,
-            known,
-            grid_logger.workers,
-            optional_metrics=scoring.optional_metrics(wanted),
-            held_out=scoring.held_out(wanted, net, grid_logger.workers),
-        )
-        self._state.scores = {"step": step, **scores.to_json()}
-        if grid_logger.sink is not None:
-            # Of a single score, the interval's ends are a tag (runs/train.py), not two charts.
-            logged = scores.metrics if wanted.every_steps else scores_alone(scores.metrics)
-            grid_logger.sink.rows([Row(step, logged)])
-            grid_logger.sink.document(f"evaluation/step-{step:08d}.json", self._state.scores)

@@ -18,7 +18,7 @@ from ddpm_ray.evaluation.loss_by_snr import linear_guess
 from ddpm_ray.redaction import counted
 from ddpm_ray.runs.run_description import code, data_line, own_command
 from ddpm_ray.runs.run_identity import IDENTITY
-from ddpm_ray.runs.train import artifact_root, run_tags
+from ddpm_ray.runs.run_tags import run_tags
 from ddpm_ray.storage import checksummed_json, object_store
 from ddpm_ray.storage.errors import StorageError
 from ddpm_ray.sweep import charts
@@ -30,6 +30,7 @@ from ddpm_ray.sweep.trial_store import Trial, TrialStore
 from ddpm_ray.tracking import mlflow_runs, model_registry, run_lookup
 from ddpm_ray.tracking.mlflow_runs import TrackingError
 from ddpm_ray.tracking.run_info import TrackedRun
+from ddpm_ray.tracking.tracking_uri import artifact_root
 from ddpm_ray.training.validation_loss import LEVELS
 
 log = logging.getLogger(__name__)

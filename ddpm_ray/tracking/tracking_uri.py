@@ -98,3 +98,9 @@ def _database(key: str, uri: str, rest: str, home: Path) -> str:
         raise ConfigError(f"{key} is {uri!r}, a database in memory; {remedy}")
     scheme = "file:" if path.startswith("file:") else ""  # SQLite's own URIs: `uri=true` in query
     return scheme + object_store.absolute(path.removeprefix(scheme), home) + mark + query
+
+
+def artifact_root(tracking_uri: str) -> str | None:
+    """Artifact folder of a new experiment: beside a database; None: the server decides."""
+    file = database_file(tracking_uri)
+    return None if file is None else str(file.parent / "mlartifacts")

@@ -190,7 +190,7 @@ def test_the_head_node_s_own_resource_has_the_name_that_we_use() -> None:
     "text, degrades",
     [
         ("working_dir_files", "command_line.py: a submitted job's data go to a deleted folder"),
-        ("RAY_JOB_CONFIG_JSON_ENV_VAR", "training_run.py: a run lacks the id of its job"),
+        ("RAY_JOB_CONFIG_JSON_ENV_VAR", "run_tags.py: a run lacks the id of its job"),
     ],
 )
 def test_ray_still_names_it_so(text: str, degrades: str) -> None:

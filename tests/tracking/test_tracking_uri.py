@@ -13,11 +13,12 @@ from mlflow.tracking._tracking_service.utils import _tracking_store_registry
 
 from ddpm_ray.config.loading import ConfigError, load
 from ddpm_ray.config.run import RunConfig
-from ddpm_ray.runs.train import artifact_root, with_absolute_paths
+from ddpm_ray.runs.train import with_absolute_paths
 from ddpm_ray.tracking import tracking_uri as tracking_place_module
 from ddpm_ray.tracking.tracking_uri import (
     NAMES,
     SCHEMES,
+    artifact_root,
     database_file,
     resolve_tracking_uri,
     warn_of_another_host,
