@@ -1,7 +1,6 @@
 """Reasons for restarts: the cause, not its consequences, logged by the driver."""
 
 import logging
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +17,7 @@ from ray.train.v2._internal.execution.failure_handling import (
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from ddpm_ray.config.cluster import ClusterConfig
-from ddpm_ray.distributed import control_actor, failures, ray_trainer, worker_group
+from ddpm_ray.distributed import control_actor, failures, worker_group
 from ddpm_ray.storage.errors import StorageError
 
 DIED = "The actor died unexpectedly before finishing this task.\n\tclass_name: RayTrainWorker\n"
@@ -106,18 +105,3 @@ def test_a_restart_says_why_in_the_log(control: Any, caplog: pytest.LogCaptureFi
         "worker group restarted at step 25 with 1 worker (worker 1 sent no heartbeat for 30 s, "
         "last seen at step 25)",
     ]
-
-
-def test_ray_is_given_the_policy_that_reports(monkeypatch: pytest.MonkeyPatch) -> None:
-    given: dict[str, Any] = {}
-    monkeypatch.setattr(
-        "ray.train.torch.TorchTrainer._initialize_and_run_controller",
-        lambda self, **settings: given.update(settings),
-    )
-    trainer = ray_trainer.GroupTrainer.__new__(ray_trainer.GroupTrainer)
-    trainer.control = SimpleNamespace()  # type: ignore[assignment]
-    policy = create_failure_policy(FailureConfig(max_failures=3))
-    trainer._initialize_and_run_controller(failure_policy=policy, scaling_policy="Ray's own")
-    assert isinstance(given["failure_policy"], failures.ReportedFailures)
-    assert given["failure_policy"].failure_config.max_failures == 3
-    assert given["scaling_policy"] == "Ray's own"

@@ -4,20 +4,14 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from ddpm_ray.config.cluster import ClusterConfig
-from ddpm_ray.distributed import ray_trainer
 from ddpm_ray.evaluation import sample_quality
 from ddpm_ray.evaluation.features.feature_extractor import FeatureNet, float32_backends, in_float32
 from ddpm_ray.tracking import model_registry
-from ddpm_ray.training import determinism
 from tests.limits import ENDS_S
 
 BACKENDS = float32_backends()
@@ -111,24 +105,6 @@ def test_scores_of_earlier_versions_still_compare() -> None:
     assert model_registry._protocol(now) != model_registry._protocol(
         now | {"features": {"network": "digits"}}
     )
-
-
-def test_a_worker_starts_with_the_variables_that_make_its_bits_repeat(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """CUDA and NCCL read them once, before any of our code could set them."""
-    made: list[dict[str, str]] = []
-
-    def trainer(*_: Any, run_config: Any, **__: Any) -> SimpleNamespace:
-        made.append(run_config.worker_runtime_env["env_vars"])
-        return SimpleNamespace()
-
-    monkeypatch.setattr(ray_trainer, "GroupTrainer", trainer)
-    for deterministic in (False, True):
-        settings = {"environment": determinism.environment(deterministic), "control": None}
-        ray_trainer.build_trainer(lambda _: None, settings, ClusterConfig(), [1], str(tmp_path))
-    assert "CUBLAS_WORKSPACE_CONFIG" not in made[0]
-    assert made[1] == made[0] | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_ALGO": "Ring"}
 
 
 def test_deterministic_algorithms_are_those_of_torch_and_cudnn() -> None:
