@@ -100,7 +100,8 @@ def _scores(scores: Mapping[str, Any]) -> list[str]:
         lines += [
             f"**Protocol** {counted(drawn['images'], 'sample')} by {drawn['sampler']} in "
             f"{drawn['steps']} steps (eta {drawn['eta']:g}, seed {drawn['seed']}), EMA weights, "
-            f"against {counted(protocol['reference']['images'], 'image')} of the data set; in brackets: "
-            f"95 % interval; all details: artifact `evaluation/step-{scores['step']:08d}.json`"
+            f"against {counted(protocol['reference']['images'], 'image')} of the data set; in "
+            "brackets: 95 % interval; all details: artifact "
+            f"`evaluation/step-{scores['step']:08d}.json`"
         ]
     return lines
