@@ -26,7 +26,6 @@ from ddpm_ray.evaluation.reference_statistics import reference
 from ddpm_ray.evaluation.vlb_over_dataset import bits_per_dim
 from ddpm_ray.models.classifier import NoisyClassifier
 from ddpm_ray.sampling import guidance_models
-from ddpm_ray.sampling.denoiser import Guidance
 from ddpm_ray.sampling.pipeline import TrainedModel
 from ddpm_ray.sampling.sampling import SamplingPlan, draw
 from ddpm_ray.training import validation_loss
@@ -99,11 +98,18 @@ SAMPLERS: dict[str, tuple[list[str], dict[str, Any]]] = {
     "v ddim": (["objective.prediction=v", "schedule.zero_terminal_snr=true"], {}),
     "self_conditioned": (["objective.self_conditioning=true"], {}),
     "labels in turn": (LABELS, {}),
-    "classifier-free": (LABELS, {"labels": (1, 2), "guidance": Guidance(3.0)}),
-    "classifier-free rescale": (LABELS, {"guidance": Guidance(3.0, rescale=0.7)}),
+    "classifier-free": (LABELS, {"labels": (1, 2), "guidance_scale": 3.0}),
+    "classifier-free rescale": (LABELS, {"guidance_scale": 3.0, "guidance_rescale": 0.7}),
     "classifier-free interval": (
         [*LABELS, *LEARNED],
-        {"guidance": Guidance(3.0, 0.7, 0.1, 5.0), "sampler": "ancestral", "variance": "learned"},
+        {
+            "guidance_scale": 3.0,
+            "guidance_rescale": 0.7,
+            "guidance_above_sigma": 0.1,
+            "guidance_below_sigma": 5.0,
+            "sampler": "ancestral",
+            "variance": "learned",
+        },
     ),
 }
 
