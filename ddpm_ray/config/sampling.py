@@ -16,7 +16,10 @@ Spacing: TypeAlias = Literal["uniform", "quadratic", "log_snr"]
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """Settings of drawing images: a config's group `sampling`, or keyword arguments."""
+    """Settings of the sampler.
+
+    They are the group `sampling` of a config, or keyword arguments in Python.
+    """
 
     sampler: Sampler = option("ddim", "sampling algorithm")
     steps: int = option(

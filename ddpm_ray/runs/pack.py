@@ -12,7 +12,6 @@ from ddpm_ray.data.dataset import Dataset
 from ddpm_ray.data.packing import pack_report, packer
 from ddpm_ray.data.packing.pack_report import PackReport
 from ddpm_ray.data.packing.packer import PackedShard, PackPlan
-from ddpm_ray.distributed import connection
 
 if TYPE_CHECKING:
     import ray
@@ -60,6 +59,8 @@ def _here(plan: PackPlan) -> Iterator[PackedShard]:
 def _on_ray(plan: PackPlan, config: PackConfig) -> Iterator[PackedShard]:
     """Yield shards as they are packed, at most `num_workers` at once (0: one per CPU)."""
     import ray  # takes seconds; the source is checked before
+
+    from ddpm_ray.distributed import connection
 
     connection.connect(config.address)
     most = config.num_workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
