@@ -1,4 +1,4 @@
-# `make` alone lists what there is. Everything lives in .venv, which the first target that needs it makes.
+# `make` alone lists the targets. The first one that needs .venv creates it.
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help

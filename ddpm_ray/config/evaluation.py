@@ -69,7 +69,8 @@ class EvaluationConfig:
         at_least=0,
     )
     memorisation_picture: str = option(
-        "", "PNG file of the samples most like a training image, beside it; empty: none"
+        "",
+        "PNG file of the samples most like a training image, each next to it; empty: none",
     )
     validation_every_steps: int = option(
         0,
@@ -106,8 +107,8 @@ class EvaluationConfig:
                 yield f"evaluation.{key} is 1; {rule}"
         if self.precision_recall and not self.kernel_distance:
             yield (
-                "evaluation.precision_recall is true and evaluation.kernel_distance false, whose "
-                "features it looks at: set both"
+                "evaluation.precision_recall is true and evaluation.kernel_distance false; it "
+                "needs the features of evaluation.kernel_distance: set both to true"
             )
         seen = min(self.kernel_distance_images, self.num_images)
         if self.precision_recall and self.num_images and seen < 4:

@@ -184,9 +184,17 @@ def _named_twice(layers: list[Layer]) -> dict[str, str]:
     lines = {
         f"{where}: {line.partition(';')[0]}": (key, f"{where}: {line}")  # one of each two options
         for where, given in places.items()
-        for key, line in reversed(named_twice(given).items())
+        for key, line in reversed(named_twice(_without_repeated_nulls(given)).items())
     }
     return dict(lines.values())
+
+
+def _without_repeated_nulls(given: list[Given]) -> list[Given]:
+    """Leave out each option that its other form empties (instead_of) and that is null itself."""
+    nulls = {one.key for one in given if one.value is None and one.name == one.key}
+    return [
+        one for one in given if not (one.value is None and one.name != one.key and one.key in nulls)
+    ]
 
 
 def _integers(value: Any) -> Iterator[int]:

@@ -15,7 +15,7 @@ class ModelConfig:
 
     network: Literal["unet"] = option(
         "unet",
-        "architecture; unet: Ho et al. 2020, of a classifier its downsampling half",
+        "network architecture; unet: Ho et al. 2020; a classifier uses its downsampling half",
         defines_run=True,
         formerly=Former("model.kind", {"classifier": "unet"}),
     )
@@ -28,13 +28,13 @@ class ModelConfig:
     blocks_per_level: int = option(2, "residual blocks per level", at_least=1, defines_run=True)
     attention_factors: tuple[int, ...] | None = option(
         None,
-        "downsampling factors (1, 2, 4, ...) of the levels with self-attention; null: of the level "
-        "of 16 pixels",
+        "downsampling factors (1, 2, 4, ...) of the levels with self-attention; null: the level "
+        "whose shorter side is 16 pixels",
         defines_run=True,
     )
     attention_resolutions: tuple[int, ...] | None = option(
         None,
-        "as attention_factors, by the shorter side of the level in pixels; set one of the two",
+        "shorter sides in pixels of the levels with self-attention; give this or attention_factors",
         defines_run=True,
         instead_of="attention_factors",
     )
@@ -79,10 +79,11 @@ class ModelConfig:
     def for_images(self, height: int, width: int) -> "ModelConfig":
         """The options with attention by downsampling factor, for images of height x width.
 
-        Raises ValueError for a resolution that no level has.
+        Factors are sorted and each stands once: equal networks have equal options. Raises
+        ValueError for a resolution that no level has.
         """
         if self.attention_factors is not None:
-            return self
+            return replace(self, attention_factors=tuple(sorted({*self.attention_factors})))
         sides = [min(height, width) >> level for level in range(len(self.channel_mults))]
         wanted = (16,) if self.attention_resolutions is None else self.attention_resolutions
         for side in wanted:

@@ -57,7 +57,9 @@ class SamplingSettings:
     )
     guidance_above_sigma: float = option(0.0, "guidance interval: lower end in sigma", at_least=0)
     guidance_below_sigma: float = option(
-        0.0, "upper end in sigma (sigma^2 = 1/alpha_bar - 1); 0: no limit", at_least=0
+        0.0,
+        "guidance interval: upper end in sigma (sigma^2 = 1/alpha_bar - 1); 0: no limit",
+        at_least=0,
     )
 
     def problems(self, prefix: str = "", model: "SampledModel | None" = None) -> Iterator[str]:

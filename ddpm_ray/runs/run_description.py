@@ -53,7 +53,7 @@ def run_description(
 def data_line(url: str, dataset: Dataset) -> str:
     """Name the data set, its size, image shape, labels and fingerprint."""
     manifest = dataset.manifest
-    shape, labels = "x".join(map(str, manifest.image_shape)), len(manifest.label_names)
+    shape, labels = manifest.image_shape, len(manifest.label_names)
     of = counted(labels, "label") if labels else "no labels"
     return (
         f"**Data set** {code(url)}: {counted(manifest.samples, 'image')} of {shape}, {of}, "

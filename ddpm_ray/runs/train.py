@@ -30,7 +30,7 @@ from ddpm_ray.storage import object_store
 from ddpm_ray.storage.errors import StorageError
 from ddpm_ray.tracking import mlflow_runs, model_registry
 from ddpm_ray.tracking.run_info import RunMetadata, TrackedRun
-from ddpm_ray.tracking.run_log import image_path
+from ddpm_ray.tracking.run_log import RunLog, image_path
 from ddpm_ray.tracking.tracking_uri import artifact_root, resolve_tracking_uri, warn_of_another_host
 from ddpm_ray.training import determinism
 from ddpm_ray.training.checkpoints import CHECKPOINTS, CheckpointStore
@@ -161,7 +161,7 @@ def _final_description(
 ) -> str:
     """Describe the run with its scores and newest sample grid."""
     text = run_description(config, dataset, folder, scores, "" if parent else own_command())
-    if config.traits.draws_images and config.training.grid_every_steps:
+    if config.traits.draws_images and RunLog(tracked).has_image("samples"):
         text = with_samples(text, tracked.run_id, image_path(tracked, "samples"))
     return text
 

@@ -64,6 +64,12 @@ class RunLog:
                 self._files.log_artifacts(self._run.run_id, scratch, "images")
                 self._files.set_tag(self._run.run_id, MLFLOW_LOGGED_IMAGES, True)
 
+    def has_image(self, key: str) -> bool:
+        """Whether the newest image `key` is there."""
+        with answering(self._run.uri):
+            found = self._client.list_artifacts(self._run.run_id, "images")
+            return image_path(self._run, key) in {file.path for file in found}
+
     def document(self, path: str, content: dict[str, Any]) -> None:
         """Log a JSON file as an artifact of the run."""
         with answering(self._run.uri):

@@ -97,7 +97,7 @@ class Run:
     draw_strip: Callable[[int], None]
     evaluate: Callable[[int], None]  # leaves its scores in state.scores
     validate: Callable[[int], None]  # adds its losses to state.validation_losses
-    snapshot_ema: Callable[[int], None] = lambda step: None  # see snapshots.py
+    snapshot_ema: Callable[[int], None] = lambda step: None  # see ema_snapshots.py
     report_every_steps: int = 1
     reported: tuple[int, float] = field(default_factory=lambda: (0, time.perf_counter()))
 

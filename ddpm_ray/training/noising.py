@@ -84,7 +84,9 @@ class NoisingRecipe:
     ) -> Conditioning:
         """The conditioning of x_0, with label dropout and conditioning augmentation."""
         conditioning = self.takes.of_data(x_0, labels).to(x_0.device, non_blocking=True)
-        if self.label_dropout:  # (Ho and Salimans 2022, arXiv:2207.12598, algorithm 1)
+        if (
+            self.label_dropout and conditioning.labels is not None
+        ):  # (Ho and Salimans 2022, arXiv:2207.12598, algorithm 1)
             draw = counter_rng.uniform_int(self.seed, Purpose.LABEL_DROP, step, positions, 2**31)
             conditioning = conditioning.drop(draw < self.label_dropout * 2**31)
         if (low := conditioning.low_resolution) is not None and self.low_resolution_noise:

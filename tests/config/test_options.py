@@ -35,6 +35,7 @@ from ddpm_ray.config.loading import (
     to_dict,
     to_yaml,
 )
+from ddpm_ray.config.model import ModelConfig
 from ddpm_ray.config.pack import PackConfig
 from ddpm_ray.config.reading.option_text import choices
 from ddpm_ray.config.reading.yaml_text import type_at
@@ -336,6 +337,19 @@ def test_of_two_forms_of_one_option_the_later_source_wins(tmp_path: Path) -> Non
         with pytest.raises(ConfigError, match="are names of one option; give") as error:
             load(RunConfig, str(path), both)
         assert len(str(error.value).splitlines()) == 1
+
+
+def test_null_beside_the_other_form_of_an_option_is_no_second_name() -> None:
+    null, given = "model.attention_factors=null", "model.attention_resolutions=[4]"
+    for overrides in ([null, given], [given, null]):
+        model = load(RunConfig, None, ["name=a", "data.url=x", *overrides]).model
+        assert model.attention_resolutions == (4,)
+        assert model.attention_factors is None
+
+
+def test_the_order_of_attention_factors_makes_no_other_network() -> None:
+    options = [ModelConfig(attention_factors=factors) for factors in ((1, 4), (4, 1), (4, 1, 4))]
+    assert len({one.for_images(16, 16) for one in options}) == 1
 
 
 def random_config(kind: type[Config], dice: random.Random) -> Config:

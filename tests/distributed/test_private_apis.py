@@ -149,10 +149,10 @@ CALLED: list[tuple[str, tuple[str, ...], str]] = [
     ),
     ("s3fs.errors:translate_boto_error", ("error",), "remote_filesystem.py: no bucket can be read"),
     ("torch:_foreach_lerp_", (), "ema.py: no average of weights"),
-    ("torch.backends:cudnn.conv.fp32_precision", (), "features.py: FID in TF32"),
-    ("torch.backends:cudnn.rnn.fp32_precision", (), "features.py: FID in TF32"),
-    ("torch.backends:cuda.matmul.fp32_precision", (), "features.py: FID in TF32"),
-    ("torch.distributed:batch_isend_irecv", ("p2p_op_list",), "workers.py: elastic reduction"),
+    ("torch.backends:cudnn.conv.fp32_precision", (), "feature_extractor.py: FID in TF32"),
+    ("torch.backends:cudnn.rnn.fp32_precision", (), "feature_extractor.py: FID in TF32"),
+    ("torch.backends:cuda.matmul.fp32_precision", (), "feature_extractor.py: FID in TF32"),
+    ("torch.distributed:batch_isend_irecv", ("p2p_op_list",), "collectives.py: elastic reduction"),
 ]
 
 
@@ -189,7 +189,7 @@ def test_the_head_node_s_own_resource_has_the_name_that_we_use() -> None:
 @pytest.mark.parametrize(
     "text, degrades",
     [
-        ("working_dir_files", "command_line.py: a submitted job's data go to a deleted folder"),
+        ("working_dir_files", "cli/paths.py: a submitted job's data go to a deleted folder"),
         ("RAY_JOB_CONFIG_JSON_ENV_VAR", "run_tags.py: a run lacks the id of its job"),
     ],
 )
@@ -208,13 +208,8 @@ def test_ray_still_names_it_so(text: str, degrades: str) -> None:
     assert any(text.encode() in file.read_bytes() for file in files if file.is_file()), degrades
 
 
-def test_ray_still_names_its_head_node_so() -> None:
-    degrades = "placement_groups.py: trials' drivers hold places, and groups of workers do not"
-    assert placement_groups.HEAD == HEAD_NODE_RESOURCE_NAME, degrades
-
-
 def test_mlflow_still_names_images_as_it_did() -> None:
-    """tracking.py writes under such names itself; else pictures vanish from the UI."""
+    """run_log.py writes under such names itself; else pictures vanish from the UI."""
     source = inspect.getsource(mlflow.MlflowClient.log_image)
     assert "+timestamp+" in source
     assert "+compressed" in source

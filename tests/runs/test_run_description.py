@@ -8,12 +8,15 @@ import pytest
 
 from ddpm_ray.config.loading import load
 from ddpm_ray.config.run import RunConfig
+from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.evaluation.score_table import score_table, scores_alone
 from ddpm_ray.runs import run_description
 from ddpm_ray.tracking.run_note import MAX_NOTE
 
 DATASET: Any = SimpleNamespace(
-    manifest=SimpleNamespace(image_shape=(8, 8, 1), samples=1797, label_names=tuple("0123456789")),
+    manifest=SimpleNamespace(
+        image_shape=ImageShape(8, 8, 1), samples=1797, label_names=tuple("0123456789")
+    ),
     fingerprint="89d7628e765b" + "0" * 52,
 )
 SCORES = {
