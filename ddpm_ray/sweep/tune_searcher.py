@@ -65,6 +65,13 @@ class TuneSearcher(Searcher):  # type: ignore[misc]  # Ray's types are not follo
         self._died = self._died or (error and group is None)
         self._remove_lost_groups()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return nothing: Tune pickles the searcher once, into a file that is never read.
+
+        The scheduler and its store hold locks, which cannot be pickled.
+        """
+        return {}
+
     def save(self, checkpoint_path: str) -> None:
         """Do nothing: TrialStore stores all that must outlast a driver."""
 

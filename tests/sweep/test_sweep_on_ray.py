@@ -32,7 +32,6 @@ FOUR = "space=[{schedule.kind: [cosine, sigmoid], schedule.num_steps: [1000, 250
 
 pytestmark = [
     pytest.mark.ray,
-    pytest.mark.slow,
     pytest.mark.timeout(3 * JOB_S),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # MLflow's, as it imports
 ]
@@ -107,6 +106,7 @@ def same(found: Left, unbroken: Left) -> None:
         assert [step for step, _ in curve] == list(range(1, STEPS + 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("over", [0, 1, 3])
 def test_a_killed_sweep_ends_like_an_unbroken_one(
     over: int, unbroken: Left, tmp_path: Path
@@ -129,6 +129,7 @@ def kill_a_trial(driver: int) -> None:
         one.kill()
 
 
+@pytest.mark.slow
 def test_a_killed_trial_is_started_again_in_the_same_sweep(unbroken: Left, tmp_path: Path) -> None:
     """The sweep would hang at its end if the dead one's workers kept their place."""
     job = sweep(tmp_path, FOUR, "stopping.kind=none").run(at=1, strike=kill_a_trial)
@@ -138,6 +139,7 @@ def test_a_killed_trial_is_started_again_in_the_same_sweep(unbroken: Left, tmp_p
     same(found, unbroken)
 
 
+@pytest.mark.slow
 def test_ctrl_c_commits_checkpoints_and_the_same_command_continues(
     unbroken: Left, tmp_path: Path
 ) -> None:

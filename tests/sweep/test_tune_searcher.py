@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray import cloudpickle
 from ray.tune.search import Searcher
 
 from ddpm_ray.config.sweep import SweepConfig
@@ -67,6 +68,10 @@ def test_so_many_are_at_work_and_then_it_is_over(cluster: Cluster) -> None:
     cluster.finish("d", 3)
     assert cluster.tune.suggest("e") == Searcher.FINISHED
     assert [trial.status for trial in cluster.scheduler.ended] == ["finished"] * 4
+
+
+def test_tune_can_pickle_it_as_it_starts(cluster: Cluster) -> None:
+    cloudpickle.dumps(cluster.tune)
 
 
 def test_the_placement_group_of_a_dead_driver_is_removed(cluster: Cluster) -> None:
