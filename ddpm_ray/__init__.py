@@ -16,7 +16,7 @@ def load(uri: "str | PathLike[str]", device: str | None = None) -> "TrainedModel
     `uri` is a run's folder or one checkpoint's, as a path or any fsspec URL, `runs:/<run id>/model`
     or `models:/<name>@<alias>`; the last two are looked up where $MLFLOW_TRACKING_URI says, or in
     ./mlflow.db, and they alone need MLflow installed. It lies on `device`, by default on a GPU
-    where there is one. Raises ValueError for arguments that can be none, and CheckpointError,
+    where there is one. Raises ValueError for an invalid `uri` or `device`, and CheckpointError,
     StorageError or TrackingError.
     """
     given: object = uri  # a notebook has no type checker

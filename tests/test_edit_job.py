@@ -183,7 +183,7 @@ def test_a_transparent_mask_and_a_grey_one_are_read_as_white_from_the_middle(edi
         (["kind=outpaint", "top=1", "sampling.labels=[1]"], "image.png", "trained without labels"),
         (["kind=outpaint", "top=1", "sampling.steps=10"], "image.png", "cannot exceed"),
         (["kind=outpaint", "top=1", "--out", "out.jpg"], "image.png", "end it in .png"),
-        (["kind=enlarge"], "small.png", "this model enlarges those of 0 x 0 (0: none"),
+        (["kind=enlarge"], "small.png", "this model does not enlarge images; train one"),
     ],
 )
 def test_what_cannot_be_edited_ends_with_2_and_one_line(

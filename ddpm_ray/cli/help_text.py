@@ -12,7 +12,7 @@ from ddpm_ray.config.option_fields import walk
 from ddpm_ray.config.reading.errors import ConfigError, groups, nearest_key
 from ddpm_ray.config.reading.former_keys import current_key
 from ddpm_ray.config.reading.option_text import choices, range_text, type_text, value_text
-from ddpm_ray.config.reading.shipped import folder_of
+from ddpm_ray.config.reading.shipped import folder_of, shipped_names
 from ddpm_ray.config.reading.yaml_text import type_at
 
 OF_THE_MODEL = "sampling."  # jobs on a trained model take these options from it
@@ -62,7 +62,10 @@ def explained(kind: Any, key: str) -> str:
     if key in known:
         return _explained(known[key])
     if key not in (names := groups(known)):
-        raise ConfigError(f"command line: --help {key}: no such key{nearest_key(kind, key, names)}")
+        hint = nearest_key(kind, key, names)
+        if key in shipped_names(kind):
+            hint = f"; {key} is a config; --help lists the keys"
+        raise ConfigError(f"command line: --help {key}: no such key{hint}")
     return "\n\n".join(_sections(kind, key))
 
 

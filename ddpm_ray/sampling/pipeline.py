@@ -185,14 +185,17 @@ class TrainedModel:
         For models trained for super-resolution (Saharia et al. 2021, arXiv:2104.07636), such as
         the last stage of a cascade (Ho et al. 2022, arXiv:2106.15282).
         """
+        pixels = self.denoiser.takes.low_resolution_pixels
+        if not pixels:
+            raise ValueError(
+                "this model does not enlarge images; train one with objective.low_resolution_pixels"
+            )
         found = as_images(images, self.image_shape.channels)
-        height, width = low_resolution_size(
-            *self.image_size, self.denoiser.takes.low_resolution_pixels
-        )
+        height, width = low_resolution_size(*self.image_size, pixels)
         if found.shape[1:3] != (height, width):
             raise ValueError(
                 f"images are {found.shape[1]} x {found.shape[2]}; this model enlarges those of "
-                f"{height} x {width} (0: none; objective.low_resolution_pixels)"
+                f"{height} x {width} (objective.low_resolution_pixels)"
             )
         small = self.denoiser.codec.encode(torch.from_numpy(found).to(self.device))
         denoiser = replace(self.denoiser, low_resolution_images=enlarged(small, self.image_size))

@@ -8,6 +8,7 @@ import sys
 import sysconfig
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -110,23 +111,31 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copy(ROOT / name, source)
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
     build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder)]
-    subprocess.run([*build, str(source)], check=True, capture_output=True)
+    outside: dict[str, Any] = {
+        "cwd": folder,
+        "env": environment(),
+    }  # else pip takes ROOT for an installation
+    subprocess.run([*build, str(source)], check=True, capture_output=True, **outside)
     (wheel,) = folder.glob("*.whl")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder / "env")], check=True)
     python = folder / "env/bin/python"
     install = [*pip, "--python", str(python), "install", "--no-deps", "--no-compile", str(wheel)]
-    subprocess.run(install, check=True, capture_output=True)
+    subprocess.run(install, check=True, capture_output=True, **outside)
     here = sysconfig.get_path("purelib")
     (site,) = (folder / "env").glob("lib/python*/site-packages")
     (site / "libraries.pth").write_text(f"{here}\n")  # nothing of its .pth files: not ddpm_ray
     return python.parent
 
 
+def environment() -> dict[str, str]:
+    """The variables of this process without those that name its packages."""
+    return {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+
+
 def run(folder: Path, *words: str | Path) -> subprocess.CompletedProcess[str]:
-    kept = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
     command = list(map(str, words))
     return subprocess.run(
-        command, cwd=folder, env=kept, capture_output=True, text=True, timeout=ENDS_S
+        command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=ENDS_S
     )
 
 

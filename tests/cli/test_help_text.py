@@ -144,6 +144,7 @@ def test_help_of_a_key_or_a_group(
         ("schedul", "did you mean schedule?"),
         ("num_steps", "did you mean schedule.num_steps?"),
         ("xyzzy", "no such key; --help lists the keys"),
+        ("digits", "digits is a config; --help lists the keys"),
     ],
 )
 def test_help_of_an_unknown_key_names_the_nearest(
