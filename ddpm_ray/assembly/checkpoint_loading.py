@@ -44,18 +44,19 @@ def usable_device(device: torch.device | str | None = None) -> torch.device:
     """
     if device is None or device == "":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    reason: Exception | None = None
     try:
         found = torch.device(device)
         if found.type != "meta":  # has shapes but no values
             torch.empty(1, device=found)
             return found
-    except (RuntimeError, TypeError, AssertionError, NotImplementedError):
-        pass  # torch raises one of four types, by the kind of device; the error below replaces them
+    except (RuntimeError, TypeError, AssertionError, NotImplementedError) as error:
+        reason = error  # one of four types, by the kind of device
     gpus = [f"cuda:{n}" for n in range(torch.cuda.device_count())]
     raise ValueError(
         f"device is {shown(device)}, which is not usable here; choose from "
         f"{', '.join(['cpu', *gpus])}, or leave it out"
-    )
+    ) from reason
 
 
 def trained_model(

@@ -55,7 +55,7 @@ def overview(kind: Any) -> str:
 def explained(kind: Any, key: str) -> str:
     """Return all about the option `key`, or the options of the group `key`.
 
-    A former name leads to the current one. Raises ConfigError for an unknown key.
+    A former name means the current one. Raises ConfigError for an unknown key.
     """
     key = current_key(kind, key.partition("=")[0])
     known = {one.key: one for one in _options(kind)}

@@ -20,7 +20,7 @@ class PartlyFailedError(Exception):
 
 @dataclass(frozen=True)
 class Argument:
-    """An argument of a job beside its `key=value` options: `model_uri`, or `--out` with a file."""
+    """An argument other than the `key=value` options: `model_uri`, or `--out` with a file."""
 
     name: str
     help: str

@@ -109,7 +109,7 @@ class TrainingConfig:
     checkpoint_every_steps: int = option(1000, "steps between checkpoints", at_least=1)
     keep_checkpoints: int = option(
         3,
-        "number of newest checkpoints to keep, beside the one that the run continued from",
+        "number of newest checkpoints to keep, in addition to the one that the run continued from",
         at_least=2,
     )
 

@@ -1,4 +1,4 @@
-"""The conditioning of a network: all that it is given beside (x_t, t)."""
+"""The conditioning of a network: all of its inputs other than (x_t, t)."""
 
 from __future__ import annotations
 

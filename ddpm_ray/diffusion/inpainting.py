@@ -108,6 +108,7 @@ def replacement(
     keep = _kept(mask)
 
     def replaced(x_t: Tensor, t: Tensor) -> Tensor:
+        """The output of `denoise`, replaced where the mask is 1; a learned variance is kept."""
         model_output, count = denoise(x_t, t), x_t.shape[1]
         image = torch.where(
             keep, parameterization.output_from_x0(x_t, t, known), model_output[:, :count]

@@ -73,7 +73,7 @@ def jackknife_interval(score: float, without: Sequence[float]) -> tuple[float, f
     samples is larger. A distance has no end below 0.
 
     Not a bootstrap: a drawing with repeats is farther from the data. For samples of N(0.2, 1.2^2)
-    beside data of N(0, 1), 95 % percentiles of 100 of them held the mean distance of fresh samples
+    against data of N(0, 1), 95 % percentiles of 100 of them held the mean distance of fresh samples
     169 and 0 times in 200 (8 features of 300 samples, 32 of 400), and this interval 187 and 195
     times; for samples of N(0, 1) percentiles 6 and 0, this interval 198 and 199 times.
     """
@@ -87,9 +87,9 @@ def at_infinity(score: float, without: Sequence[float]) -> tuple[float, float]:
     The Frechet distance of N samples is too large by about a constant over N (Chong and Forsyth
     2020, arXiv:1911.07023, section 3), which the jackknife's own correction takes away: 10 times
     the score less 9 times the mean of those without a group. Its 95 % interval is 2.262 errors to
-    either side, Student's with 9 degrees of freedom. Of N(0, 1.1^2) beside N(0, 1) in 16 dimensions
-    (1000 samples, 150 times) it held the truth in 96 %; a straight line through the distances of
-    400 to 1000 samples, of a third more spread, within 1.96 of its errors in 56 %.
+    either side, Student's with 9 degrees of freedom. For N(0, 1.1^2) against N(0, 1) in 16
+    dimensions (1000 samples, 150 times) it held the truth in 96 %; a straight line through the
+    distances of 400 to 1000 samples, of a third more spread, within 1.96 of its errors in 56 %.
 
     What is left grows with the features, as (features / samples)^2: see `enough_for_infinity`.
     """

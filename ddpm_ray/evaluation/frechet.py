@@ -91,7 +91,7 @@ def frechet_distance_of_features(features_1: Tensor, features_2: Tensor) -> floa
 def frechet_distance_to_features(mean: Tensor, covariance: Tensor, features: Tensor) -> float:
     """Squared Frechet distance of a Gaussian, mean [D] and covariance [D, D], to a set [N, D].
 
-    For few features N <= D beside a large reference: 4 x faster than `frechet_distance` and exact
+    For few features N <= D against a large reference: 4 x faster than `frechet_distance` and exact
     to 13 digits where that keeps 7 (N = 400, D = 1024).
     """
     mean_2, factor_2 = _centred(features)

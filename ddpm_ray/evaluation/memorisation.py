@@ -1,4 +1,4 @@
-"""Whether samples are copies: each beside the training images nearest to it, by all workers.
+"""Whether samples are copies: each next to the training images nearest to it, by all workers.
 
 Distances are Euclidean, between images in [-1, 1] or between their features. Each worker reads its
 share of the shards once, and keeps the nearest so far of every sample. Mirrored copies are near in
@@ -112,7 +112,7 @@ class Neighbours:
         return order
 
     def picture(self, most: int = SUSPECTS) -> Image.Image:
-        """Samples, the most suspicious first, each beside its five nearest images.
+        """Samples, the most suspicious first, each next to its five nearest images.
 
         Left of a sample is its ratio, above each of the nearest is its distance.
         """

@@ -67,6 +67,17 @@ def with_samples(description: str, run_id: str, image_path: str) -> str:
     return f"{description}\n\n**Samples** [{code(image_path)}]({link})\n\n![sample grid]({link})"
 
 
+def score_tags(config: RunConfig, scores: dict[str, Any]) -> dict[str, str]:
+    """Return each score with its interval, as text; none if the run has curves of both.
+
+    The ends of the interval of a single score would be two more charts of one point.
+    """
+    if config.evaluation.every_steps:
+        return {}
+    table = score_table(scores.get("metrics", {}))
+    return {name: f"{value} {spread}" for name, value, spread in table if spread}
+
+
 def own_command() -> str:
     """Return the command that started this process; the same command continues its run."""
     program, *arguments = sys.argv

@@ -17,12 +17,16 @@ from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.dataset import MANIFEST, Dataset, open_dataset
 from ddpm_ray.data.packing import builtin_datasets
 from ddpm_ray.distributed import worker_group
-from ddpm_ray.evaluation.score_table import score_table
 from ddpm_ray.redaction import counted
 from ddpm_ray.reporting import Progress
 from ddpm_ray.runs import evaluate
 from ddpm_ray.runs.pack import pack
-from ddpm_ray.runs.run_description import own_command, run_description, with_samples
+from ddpm_ray.runs.run_description import (
+    own_command,
+    run_description,
+    score_tags,
+    with_samples,
+)
 from ddpm_ray.runs.run_identity import claim
 from ddpm_ray.runs.run_tags import run_tags
 from ddpm_ray.runs.train_worker import train_worker
@@ -125,7 +129,7 @@ def train(
         raise
     if not _is_taken_over(lease):
         final = _final_description(config, dataset, folder, tracked, ended["scores"], parent)
-        status, tags = "FINISHED" if finished else "KILLED", _score_tags(config, ended["scores"])
+        status, tags = "FINISHED" if finished else "KILLED", score_tags(config, ended["scores"])
         mlflow_runs.finish(tracked, status, description=final, tags=tags)
     return Outcome(finished, _report(config, folder, tracked, ended), ended)
 
@@ -164,17 +168,6 @@ def _final_description(
     if config.traits.draws_images and RunLog(tracked).has_image("samples"):
         text = with_samples(text, tracked.run_id, image_path(tracked, "samples"))
     return text
-
-
-def _score_tags(config: RunConfig, scores: dict[str, Any]) -> dict[str, str]:
-    """Return each score with its interval, as text; none if the run has curves of both.
-
-    The ends of the interval of a single score would be two more charts of one point.
-    """
-    if config.evaluation.every_steps:
-        return {}
-    table = score_table(scores.get("metrics", {}))
-    return {name: f"{value} {spread}" for name, value, spread in table if spread}
 
 
 def _newest_step(folder: str) -> int:

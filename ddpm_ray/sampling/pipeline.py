@@ -37,20 +37,18 @@ class TrainedModel:
     """A trained model ready for sampling; returned by `ddpm_ray.load`.
 
     `settings`, the `sampling` group of the run's config, holds the defaults; `settings.steps` is
-    the number of steps per image (T for a run that samples with all steps). Every method accepts
-    these settings as keyword arguments for one call:
-    `sampler`, `steps`, `spacing`, `eta`, `variance`, `clip`, `dynamic_quantile`, `seed`,
-    `batch_size`, `labels`, `guidance_scale`, `guidance_rescale`, `guidance_above_sigma` and
-    `guidance_below_sigma`; None keeps the run's value. `with_settings` sets them for all calls.
+    the number of steps per image. Every method accepts its fields as keyword arguments for one
+    call, `with_settings` for all calls; None keeps the run's value. They are `sampler`, `steps`,
+    `spacing`, `eta`, `variance`, `clip`, `dynamic_quantile`, `seed`, `batch_size`, `labels`, and
+    `guidance_` with `scale`, `rescale`, `above_sigma` and `below_sigma`.
 
     Image i is determined by `seed` and i. If the model has classes, image i has the label
     labels[i % len(labels)], given by number or name; without `labels`, all classes in turn.
-    `batch_size` is the number of images per network call: it changes speed and memory, and results
-    only by rounding (one grey level in few pixels). All methods raise ValueError for invalid
-    arguments.
+    `batch_size` is the number of images per network call; it changes results only by rounding (one
+    grey level in few pixels). All methods raise ValueError for invalid arguments.
 
-    Images to edit are uint8 arrays, torch tensors, or lists of these or of PIL images. They may be
-    larger than the model's images, which are then denoised in windows that overlap by half.
+    Images to edit are uint8 arrays, torch tensors, or lists of these or of PIL images. Large images
+    are denoised in windows of the model's size that overlap by half.
     """
 
     denoiser: Denoiser  # network in eval mode on `device`
@@ -195,7 +193,7 @@ class TrainedModel:
         if found.shape[1:3] != (height, width):
             raise ValueError(
                 f"images are {found.shape[1]} x {found.shape[2]}; this model enlarges those of "
-                f"{height} x {width} (objective.low_resolution_pixels)"
+                f"{height} x {width}"
             )
         small = self.denoiser.codec.encode(torch.from_numpy(found).to(self.device))
         denoiser = replace(self.denoiser, low_resolution_images=enlarged(small, self.image_size))

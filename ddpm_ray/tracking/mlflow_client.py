@@ -81,7 +81,7 @@ def _opened(uri: str) -> MlflowClient:
 
 @contextlib.contextmanager
 def _database_lock(uri: str) -> Iterator[None]:
-    """Hold a lock file beside the SQLite database at `uri`; no lock for other databases."""
+    """Hold a lock file next to the SQLite database at `uri`; no lock for other databases."""
     file = database_file(uri)
     if file is None or not file.parent.is_dir():
         yield

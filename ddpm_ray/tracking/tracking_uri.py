@@ -101,6 +101,6 @@ def _database(key: str, uri: str, rest: str, home: Path) -> str:
 
 
 def artifact_root(tracking_uri: str) -> str | None:
-    """Artifact folder of a new experiment: beside a database; None: the server decides."""
+    """Artifact folder of a new experiment: next to a database; None: the server decides."""
     file = database_file(tracking_uri)
     return None if file is None else str(file.parent / "mlartifacts")

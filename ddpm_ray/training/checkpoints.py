@@ -210,7 +210,7 @@ class CheckpointStore:
         Nothing is deleted then: what is damaged may be all that a person has to mend it by.
         """
         if not known:
-            remedy = "restore it from a backup; it lists the checkpoint folders beside it"
+            remedy = "restore it from a backup; it lists the checkpoint folders next to it"
             raise CheckpointError(found.damaged[0], "is not a list of checkpoints", remedy)
         reason = f"{found.damaged[0]} is damaged" if found.damaged else "no pointer is there"
         newest = object_store.join(self.url, known[0].folder)

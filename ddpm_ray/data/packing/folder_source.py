@@ -31,7 +31,7 @@ def folder_source(url: str, files: SourceFiles, options: PackConfig) -> FileSour
     if metadata.labels:
         label_names, numbers = _labels_of_metadata(url, names, metadata)
         unused = [(UNUSED, tops)]
-    elif metadata.files and len(tops) == 1:  # images/1.png beside metadata.csv
+    elif metadata.files and len(tops) == 1:  # images/1.png next to metadata.csv
         label_names, numbers, unused = (), [-1] * len(names), [(UNUSED, tops)]
     else:
         label_names, numbers = _labels_of_folders(url, names, tops)

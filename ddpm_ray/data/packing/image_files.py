@@ -1,7 +1,7 @@
 """Decode untrusted image files to uint8 pixels; errors name the file, the problem and a remedy.
 
 Images that would silently lose pixel values are refused: CMYK, more than 8 bits, more channels than
-RGB and alpha, several frames or pages. Changes made to an image beside decoding (`CHANGES`) are
+RGB and alpha, several frames or pages. Changes made to an image after decoding (`CHANGES`) are
 returned with it, so that the packing report can count them. All formats but those of FORMATS are
 refused, whatever the suffix says: Pillow reads 40 more, one of which runs another program. Images
 of more bytes or pixels than allowed are refused by their header, before anything is decoded.
@@ -88,7 +88,7 @@ class BadImageError(RuntimeError):
 
 
 class DecodedImage(NamedTuple):
-    """An image of mode L or RGB, and the changes made to it beside decoding."""
+    """An image of mode L or RGB, and the changes made to it after decoding."""
 
     image: Image.Image
     changes: tuple[str, ...]  # of CHANGES

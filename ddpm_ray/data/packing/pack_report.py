@@ -1,6 +1,6 @@
 """Report on every file of a packed source: packed, changed, skipped or not packed.
 
-It is stored beside the shards as `packing.json` and is not part of the data set's fingerprint. A
+It is stored next to the shards as `packing.json` and is not part of the data set's fingerprint. A
 later job reads it to recognise a finished data set and to print the same report.
 """
 
@@ -30,7 +30,7 @@ class PackReport:
     skipped: int
     skipped_files: tuple[str, ...]  # one line for each of the first MAX_NAMED
     left_out: tuple[NamedGroup, ...]  # contents of the source that were not packed
-    changed: tuple[NamedGroup, ...]  # changes made to images beside decoding
+    changed: tuple[NamedGroup, ...]  # changes made to images after decoding
     class_samples: tuple[int, ...]  # packed samples of each class
 
 
@@ -47,7 +47,7 @@ class PackRecord:
 
 
 def write(destination: str, record: PackRecord) -> None:
-    """Store the record beside the shards. Raises StorageError."""
+    """Store the record next to the shards. Raises StorageError."""
     checksummed_json.write(object_store.join(destination, RECORD), asdict(record))
 
 

@@ -1,7 +1,7 @@
 """Pack a source into a data set: plan, write shards in any order on any machine, then finish.
 
 Shard n holds samples n * k to (n + 1) * k - 1 of the source for a fixed k, so its bytes do not
-depend on who writes it. Each finished shard has a small part file beside it with its row of the
+depend on who writes it. Each finished shard has a small part file next to it with its row of the
 index; a packing job that continues after a kill reuses these shards. The part files are deleted
 once the manifest is written.
 """
@@ -65,7 +65,7 @@ class PackedShard(NamedTuple):
     number: int
     row: ShardRow | None
     skipped: tuple[str, ...]  # one line for each bad image
-    changed: tuple[NamedGroup, ...]  # changes made to images beside decoding
+    changed: tuple[NamedGroup, ...]  # changes made to images after decoding
     class_samples: tuple[int, ...]  # packed samples of each class
     content_sha256: str  # of the bytes read from the source
 
@@ -189,7 +189,7 @@ def _write_shard(plan: PackPlan, number: int, url: str, fitted: FittedSamples) -
 
 
 def _options(plan: PackPlan) -> dict[str, Any]:
-    """Return the options beside the recipe on which the shards depend."""
+    """Return the options other than the recipe on which the shards depend."""
     options = plan.options
     return {
         "shard_samples": plan.shard_samples,

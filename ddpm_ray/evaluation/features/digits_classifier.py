@@ -1,6 +1,6 @@
 """A small classifier of 8x8 digits: which digit an image shows, and with what confidence.
 
-Its weights lie beside this file; tests/golden/make_digits_classifier.py made them. It was shown
+Its weights lie next to this file; tests/golden/make_digits_classifier.py made them. It was shown
 noise, blends and scrambled scans too, and taught to be sure of none, so that a confident answer
 says that the image looks like a digit.
 """

@@ -129,7 +129,7 @@ def mean_pool(x: Tensor) -> Tensor:
 
 
 class Mixed5(nn.Module):
-    """35x35: 1x1, 5x5 and double 3x3 convolutions beside a mean pool."""
+    """35x35: 1x1, 5x5 and double 3x3 convolutions next to a mean pool."""
 
     def __init__(self, channels: int, pooled: int) -> None:
         super().__init__()
@@ -149,7 +149,7 @@ class Mixed5(nn.Module):
 
 
 class Mixed6a(nn.Module):
-    """35x35 -> 17x17: 3x3 and double 3x3 convolutions beside a max pool."""
+    """35x35 -> 17x17: 3x3 and double 3x3 convolutions next to a max pool."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -165,7 +165,7 @@ class Mixed6a(nn.Module):
 
 
 class Mixed6(nn.Module):
-    """17x17: 7x7 and double 7x7 convolutions, each cut into 1x7 and 7x1, beside a mean pool."""
+    """17x17: 7x7 and double 7x7 convolutions, each cut into 1x7 and 7x1, next to a mean pool."""
 
     def __init__(self, inner: int) -> None:
         super().__init__()
@@ -191,7 +191,7 @@ class Mixed6(nn.Module):
 
 
 class Mixed7a(nn.Module):
-    """17x17 -> 8x8: 3x3 and 7x7 convolutions, each ending at stride 2, beside a max pool."""
+    """17x17 -> 8x8: 3x3 and 7x7 convolutions, each ending at stride 2, next to a max pool."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -210,7 +210,7 @@ class Mixed7a(nn.Module):
 
 
 class Mixed7(nn.Module):
-    """8x8: 3x3 and double 3x3 convolutions that fork into 1x3 and 3x1, beside a pool."""
+    """8x8: 3x3 and double 3x3 convolutions that fork into 1x3 and 3x1, next to a pool."""
 
     def __init__(self, channels: int, pools_by_maximum: bool) -> None:
         super().__init__()
