@@ -183,12 +183,12 @@ class TrainedModel:
         For models trained for super-resolution (Saharia et al. 2021, arXiv:2104.07636), such as
         the last stage of a cascade (Ho et al. 2022, arXiv:2106.15282).
         """
+        found = as_images(images, self.image_shape.channels)
         pixels = self.denoiser.takes.low_resolution_pixels
         if not pixels:
             raise ValueError(
                 "this model does not enlarge images; train one with objective.low_resolution_pixels"
             )
-        found = as_images(images, self.image_shape.channels)
         height, width = low_resolution_size(*self.image_size, pixels)
         if found.shape[1:3] != (height, width):
             raise ValueError(
