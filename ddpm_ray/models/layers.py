@@ -127,8 +127,8 @@ def upsample_2x(x: Tensor) -> Tensor:
 class ResBlock(nn.Module):
     """Residual block: [B, C_in, H, W], [B, E] -> [B, C_out, H, W]; its branch is 0 at first.
 
-    With `resample` = downsample_2x or upsample_2x it also changes H and W (Brock et al. 2019,
-    arXiv:1809.11096, figure 15).
+    With time_width 0 it takes no time embedding. With `resample` = downsample_2x or upsample_2x it
+    also changes H and W (Brock et al. 2019, arXiv:1809.11096, figure 15).
     """
 
     def __init__(
@@ -145,7 +145,8 @@ class ResBlock(nn.Module):
         self.scale_shift, self.resample = variant.scale_shift, resample
         self.norm_1 = nn.GroupNorm(groups, channels_in, eps=variant.norm_eps)
         self.conv_1 = conv(channels_in, channels_out)
-        self.time = dense(time_width, channels_out * (2 if variant.scale_shift else 1))
+        width = channels_out * (2 if variant.scale_shift else 1)
+        self.time = dense(time_width, width) if time_width else None
         self.norm_2 = nn.GroupNorm(groups, channels_out, eps=variant.norm_eps)
         self.dropout = nn.Dropout(dropout)
         self.conv_2 = conv(channels_out, channels_out)
@@ -154,21 +155,28 @@ class ResBlock(nn.Module):
         if channels_in != channels_out:
             self.skip = conv(channels_in, channels_out, kernel=1)
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
         """x + f(x, t) [B, C_out, H, W]; if the channels change, x passes a 1x1 convolution."""
         h = F.silu(self.norm_1(x))
         if self.resample is not None:
             h, x = self.resample(h), self.resample(x)
-        h = self.conv_1(h)
-        time = self.time(embedding)[:, :, None, None]
-        if self.scale_shift:  # Dhariwal and Nichol 2021, section 3.1: AdaGN
-            scale, shift = time.chunk(2, dim=1)
-            h = self.norm_2(h) * (1 + scale) + shift
-        else:
-            h = self.norm_2(h + time)
+        h = self._normalised(self.conv_1(h), embedding)
         h = self.conv_2(self.dropout(F.silu(h)))
         result: Tensor = self.skip(x) + h
         return result
+
+    def _normalised(self, h: Tensor, embedding: Tensor | None) -> Tensor:
+        """norm_2 of h [B, C_out, H, W], with the time embedding."""
+        if self.time is None:
+            without_time: Tensor = self.norm_2(h)
+            return without_time
+        time = self.time(embedding)[:, :, None, None]
+        if self.scale_shift:  # Dhariwal and Nichol 2021, section 3.1: AdaGN
+            scale, shift = time.chunk(2, dim=1)
+            scaled: Tensor = self.norm_2(h) * (1 + scale) + shift
+            return scaled
+        added: Tensor = self.norm_2(h + time)
+        return added
 
 
 class Attention(nn.Module):

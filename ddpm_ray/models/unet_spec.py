@@ -59,11 +59,16 @@ class UNetSpec:
 
     def require_divisible(self, image_size: Sequence[int]) -> None:
         """Raise ValueError unless H and W of `image_size` can be halved between all levels."""
-        levels, (height, width) = len(self.channel_mults), image_size
-        factor = 2 ** (levels - 1)
-        if height % factor or width % factor or not height or not width:
-            sides = (max(factor, round(side / factor) * factor) for side in (height, width))
-            raise ValueError(
-                f"images are {height} x {width}, which {levels} levels do not halve evenly: both "
-                f"sides must be multiples of {factor}; nearest valid: {' x '.join(map(str, sides))}"
-            )
+        require_divisible(image_size, len(self.channel_mults))
+
+
+def require_divisible(image_size: Sequence[int], levels: int) -> None:
+    """Raise ValueError unless H and W of `image_size` can be halved levels - 1 times."""
+    height, width = image_size
+    factor = 2 ** (levels - 1)
+    if height % factor or width % factor or not height or not width:
+        sides = (max(factor, round(side / factor) * factor) for side in (height, width))
+        raise ValueError(
+            f"images are {height} x {width}, which {levels} levels do not halve evenly: both "
+            f"sides must be multiples of {factor}; nearest valid: {' x '.join(map(str, sides))}"
+        )
