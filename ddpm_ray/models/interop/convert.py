@@ -7,9 +7,9 @@ converted exactly is refused. The other libraries count steps from 0: their t is
 
 import json
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -25,11 +25,10 @@ from ddpm_ray.models.interop.diffusers_config import (
     spec_from_config,
 )
 from ddpm_ray.models.interop.diffusers_schedulers import Export, Facts, from_scheduler, to_pipeline
+from ddpm_ray.models.interop.layouts import Layout, Tensors, gathered, on_meta_device, scattered
 from ddpm_ray.models.layers import heads
 from ddpm_ray.models.unet import UNet
 from ddpm_ray.models.unet_spec import UNetSpec
-
-Tensors: TypeAlias = Mapping[str, Tensor]
 
 WEIGHTS = "diffusion_pytorch_model"
 UNREADABLE = (
@@ -41,14 +40,6 @@ UNREADABLE = (
     SafetensorError,
 )
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-
-
-class Layout(NamedTuple):
-    """Names and shapes that another code base gives to the tensors of a U-Net."""
-
-    name: str
-    table: Callable[[UNet], state_dict_names.Table]
-    attention_axes: int  # trailing axes of length 1 where attention layers are 1x1 convolutions
 
 
 DIFFUSERS = Layout("UNet2DModel", state_dict_names.diffusers, 0)
@@ -70,7 +61,7 @@ def from_diffusers(config: Config, tensors: Tensors) -> tuple[UNetSpec, dict[str
         if "attentions" in path:  # files from before diffusers 0.15
             layer = OLD_ATTENTION.get(layer, layer)
         renamed[".".join([*path, layer, part])] = tensor
-    return spec, _gathered(DIFFUSERS, spec, renamed)
+    return spec, gathered(DIFFUSERS, _network(spec), renamed)
 
 
 def to_diffusers(
@@ -80,7 +71,7 @@ def to_diffusers(
 
     Raises UnsupportedModelError for a spec without an equivalent, as num_heads above 1.
     """
-    return config_from_spec(spec, image_size), _scattered(DIFFUSERS, spec, tensors)
+    return config_from_spec(spec, image_size), scattered(DIFFUSERS, _network(spec), tensors)
 
 
 def from_ho(tensors: Tensors, spec: UNetSpec) -> dict[str, Tensor]:
@@ -89,12 +80,12 @@ def from_ho(tensors: Tensors, spec: UNetSpec) -> dict[str, Tensor]:
     The published networks use the default spec. Raises UnsupportedModelError for missing or extra
     names and for shapes that differ from the spec's.
     """
-    return _gathered(HO_IN_PYTORCH, spec, tensors)
+    return gathered(HO_IN_PYTORCH, _network(spec), tensors)
 
 
 def to_ho(spec: UNetSpec, tensors: Tensors) -> dict[str, Tensor]:
     """The inverse of `from_ho`, with the attention's layers as 1x1 convolutions [C, C, 1, 1]."""
-    return _scattered(HO_IN_PYTORCH, spec, tensors)
+    return scattered(HO_IN_PYTORCH, _network(spec), tensors)
 
 
 def from_guided_diffusion(
@@ -110,7 +101,7 @@ def from_guided_diffusion(
     tensors, label = dict(tensors), tensors.get("label_emb.weight")
     if label is not None and len(label) == spec.num_classes:
         tensors["label_emb.weight"] = torch.cat([label, label.new_zeros(1, label.shape[1])])
-    ours = _gathered(GUIDED_DIFFUSION, spec, tensors)
+    ours = gathered(GUIDED_DIFFUSION, _network(spec), tensors)
     return ours if new_attention_order else _reordered(ours, spec, by_head=False)
 
 
@@ -119,7 +110,7 @@ def to_guided_diffusion(
 ) -> dict[str, Tensor]:
     """The inverse of `from_guided_diffusion`; a null label of zeros is omitted."""
     ours = tensors if new_attention_order else _reordered(tensors, spec, by_head=True)
-    theirs = _scattered(GUIDED_DIFFUSION, spec, ours)
+    theirs = scattered(GUIDED_DIFFUSION, _network(spec), ours)
     label = theirs.get("label_emb.weight")
     if label is not None and not label[-1].any():
         theirs["label_emb.weight"] = label[:-1].clone()
@@ -190,44 +181,6 @@ def write_folder(
     return export
 
 
-def _gathered(layout: Layout, spec: UNetSpec, tensors: Tensors) -> dict[str, Tensor]:
-    """UNet's state_dict from tensors in `layout`; every tensor must be used."""
-    network, left = _network(spec), dict(tensors)
-    table, ours, missing = layout.table(network), {}, []
-    for name, expected in network.state_dict().items():
-        module, _, part = name.rpartition(".")
-        names = [f"{theirs}.{part}" for theirs in table.get(module, (f"(no place for {module})",))]
-        missing += [name for name in names if name not in left]
-        if missing:
-            continue
-        joined = torch.cat([left.pop(name) for name in names])
-        if _without_ones(joined.shape) != _without_ones(expected.shape):
-            raise UnsupportedModelError(
-                layout.name,
-                f"{names[0]} makes {list(joined.shape)} where this spec has {list(expected.shape)}",
-            )
-        ours[name] = joined.reshape(expected.shape)
-    for problem, names in (("the file lacks", missing), ("there is no place for", [*left])):
-        if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise UnsupportedModelError(layout.name, f"{problem} {', '.join(names[:3])}{more}")
-    return ours
-
-
-def _scattered(layout: Layout, spec: UNetSpec, tensors: Tensors) -> dict[str, Tensor]:
-    """Tensors in `layout` from UNet's state_dict."""
-    table, theirs = layout.table(_network(spec)), {}
-    for name, tensor in tensors.items():
-        module, _, part = name.rpartition(".")
-        if module not in table:
-            raise UnsupportedModelError(layout.name, f"there is no place for {name}")
-        if tensor.ndim == 2 and ".attention." in name:
-            tensor = tensor.reshape(*tensor.shape, *[1] * layout.attention_axes)
-        for other, piece in zip(table[module], tensor.chunk(len(table[module])), strict=True):
-            theirs[f"{other}.{part}"] = piece.clone(memory_format=torch.contiguous_format)
-    return theirs
-
-
 def _reordered(tensors: Tensors, spec: UNetSpec, *, by_head: bool) -> dict[str, Tensor]:
     """Order the query, key and value rows by head, or as all queries, all keys, all values."""
     moved = dict(tensors)
@@ -241,17 +194,8 @@ def _reordered(tensors: Tensors, spec: UNetSpec, *, by_head: bool) -> dict[str, 
 
 
 def _network(spec: UNetSpec) -> UNet:
-    """The network on the meta device: shapes without values."""
-    try:
-        with torch.device("meta"):
-            return UNet(spec)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise UnsupportedModelError("this spec", f"does not build a network: {error}") from error
-
-
-def _without_ones(shape: torch.Size) -> list[int]:
-    """The shape without its trailing 1s."""
-    return [*shape[: max((i for i, n in enumerate(shape, 1) if n != 1), default=0)]]
+    """The network on the meta device; raises UnsupportedModelError for an inconsistent spec."""
+    return on_meta_device(lambda: UNet(spec))
 
 
 def _home(folder: Path, part: str) -> Path:
