@@ -149,7 +149,7 @@ class Encoder(nn.Module):
             for _ in range(spec.blocks_per_level):
                 self.down.append(block(channels, width, spec.groups))
                 channels = width
-        self.middle = middle(channels, spec)
+        self.middle = Middle(channels, spec)
         self.norm_out = nn.GroupNorm(spec.groups, channels, eps=NORM_EPS)
         self.conv_out = conv(channels, 2 * spec.latent_channels)
 
@@ -167,7 +167,7 @@ class Decoder(nn.Module):
         super().__init__()
         channels = spec.widths[-1]
         self.conv_in = conv(spec.latent_channels, channels)
-        self.middle = middle(channels, spec)
+        self.middle = Middle(channels, spec)
         self.up = nn.Sequential()
         for level, width in reversed([*enumerate(spec.widths)]):
             for _ in range(spec.blocks_per_level + 1):
@@ -185,14 +185,24 @@ class Decoder(nn.Module):
         return image
 
 
+class Middle(nn.Module):
+    """Two residual blocks with optional attention of one head between them; keeps the shape."""
+
+    def __init__(self, channels: int, spec: AutoencoderSpec) -> None:
+        super().__init__()
+        self.block_1 = block(channels, channels, spec.groups)
+        self.attention = Attention(channels, spec.groups) if spec.middle_attention else None
+        self.block_2 = block(channels, channels, spec.groups)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """[B, C, h, w] -> [B, C, h, w]."""
+        h = self.block_1(h)
+        if self.attention is not None:
+            h = self.attention(h)
+        result: Tensor = self.block_2(h)
+        return result
+
+
 def block(channels_in: int, channels_out: int, groups: int) -> ResBlock:
     """A residual block without time embedding and dropout."""
     return ResBlock(channels_in, channels_out, time_width=0, groups=groups, dropout=0.0)
-
-
-def middle(channels: int, spec: AutoencoderSpec) -> nn.Sequential:
-    """Two residual blocks with optional attention of one head between them."""
-    first, last = (block(channels, channels, spec.groups) for _ in range(2))
-    if not spec.middle_attention:
-        return nn.Sequential(first, last)
-    return nn.Sequential(first, Attention(channels, spec.groups), last)

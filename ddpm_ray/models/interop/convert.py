@@ -5,42 +5,35 @@ keys of a run's config: {"schedule": ..., "objective": ..., "sampling": ...}. A 
 converted exactly is refused. The other libraries count steps from 0: their t is ours minus 1.
 """
 
-import json
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 
 from ddpm_ray.models.interop import state_dict_names
 from ddpm_ray.models.interop.diffusers_config import (
     Config,
-    UnsupportedModelError,
     config_from_spec,
     image_size_of,
     spec_from_config,
+)
+from ddpm_ray.models.interop.diffusers_files import (
+    SAFETENSORS,
+    json_bytes,
+    part_folder,
+    read_json,
+    read_weights,
+    weights_file,
+    with_new_attention_names,
 )
 from ddpm_ray.models.interop.diffusers_schedulers import Export, Facts, from_scheduler, to_pipeline
 from ddpm_ray.models.interop.layouts import Layout, Tensors, gathered, on_meta_device, scattered
 from ddpm_ray.models.layers import heads
 from ddpm_ray.models.unet import UNet
 from ddpm_ray.models.unet_spec import UNetSpec
-
-WEIGHTS = "diffusion_pytorch_model"
-UNREADABLE = (
-    OSError,
-    EOFError,
-    RuntimeError,
-    ValueError,
-    pickle.UnpicklingError,
-    SafetensorError,
-)
-OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-
 
 DIFFUSERS = Layout("UNet2DModel", state_dict_names.diffusers, 0)
 GUIDED_DIFFUSION = Layout("guided-diffusion", state_dict_names.guided, 1)
@@ -55,13 +48,7 @@ def from_diffusers(config: Config, tensors: Tensors) -> tuple[UNetSpec, dict[str
     a learned variance.
     """
     spec = spec_from_config(config)
-    renamed = {}
-    for name, tensor in tensors.items():
-        *path, layer, part = name.split(".")
-        if "attentions" in path:  # files from before diffusers 0.15
-            layer = OLD_ATTENTION.get(layer, layer)
-        renamed[".".join([*path, layer, part])] = tensor
-    return spec, gathered(DIFFUSERS, _network(spec), renamed)
+    return spec, gathered(DIFFUSERS, _network(spec), with_new_attention_names(tensors))
 
 
 def to_diffusers(
@@ -133,22 +120,10 @@ def read_folder(folder: str | Path) -> DiffusersModel:
     read from safetensors or else from a .bin file with weights_only, so that no code in it is run.
     Raises UnsupportedModelError.
     """
-    unet = _home(Path(folder), "unet")
-    path = unet / f"{WEIGHTS}.safetensors"
-    config = _json(unet / "config.json")
-    facts = from_scheduler(_json(_home(Path(folder), "scheduler") / "scheduler_config.json"))
-    try:
-        if path.exists():
-            stored: object = load_file(path)
-        else:
-            path = path.with_suffix(".bin")
-            stored = torch.load(path, map_location="cpu", weights_only=True)
-    except UNREADABLE as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UnsupportedModelError(str(path), f"cannot be read: {reason}") from error
-    if not isinstance(stored, dict) or not all(isinstance(t, Tensor) for t in stored.values()):
-        raise UnsupportedModelError(str(path), "holds something other than tensors by name")
-    spec, tensors = from_diffusers(config, stored)
+    unet, scheduler = (part_folder(folder, part) for part in ("unet", "scheduler"))
+    config = read_json(unet / "config.json")
+    facts = from_scheduler(read_json(scheduler / "scheduler_config.json"))
+    spec, tensors = from_diffusers(config, read_weights(weights_file(unet)))
     return DiffusersModel(spec, tensors, facts, image_size_of(config))
 
 
@@ -169,15 +144,14 @@ def write_folder(
     """
     config, theirs = to_diffusers(spec, tensors, image_size)
     export = to_pipeline(facts)
-    write(f"{folder}/unet/{WEIGHTS}.safetensors", save(theirs, {"format": "pt"}))
+    write(f"{folder}/unet/{SAFETENSORS}", save(theirs, {"format": "pt"}))
     files = {
         "unet/config.json": config,
         "scheduler/scheduler_config.json": export.scheduler,
         "model_index.json": export.model_index,
     }
     for name, value in files.items():
-        text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n"
-        write(f"{folder}/{name}", text.encode())
+        write(f"{folder}/{name}", json_bytes(value))
     return export
 
 
@@ -196,17 +170,3 @@ def _reordered(tensors: Tensors, spec: UNetSpec, *, by_head: bool) -> dict[str, 
 def _network(spec: UNetSpec) -> UNet:
     """The network on the meta device; raises UnsupportedModelError for an inconsistent spec."""
     return on_meta_device(lambda: UNet(spec))
-
-
-def _home(folder: Path, part: str) -> Path:
-    return folder / part if (folder / part).is_dir() else folder
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise UnsupportedModelError(str(path), f"cannot be read: {error}") from error
-    if not isinstance(value, dict):
-        raise UnsupportedModelError(str(path), "is no JSON object")
-    return value

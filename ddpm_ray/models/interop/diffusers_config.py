@@ -65,8 +65,8 @@ def spec_from_config(config: Config) -> UNetSpec:
     return spec
 
 
-def image_size_of(config: Config) -> tuple[int, int]:
-    """(H, W) of the images of a `UNet2DModel`; raises UnsupportedModelError."""
+def image_size_of(config: Config, where: str = "UNet2DModel") -> tuple[int, int]:
+    """(H, W) of the images of a model, of class `where`; raises UnsupportedModelError."""
     match config.get("sample_size"):
         case int(side) if side > 0:
             return side, side
@@ -74,7 +74,7 @@ def image_size_of(config: Config) -> tuple[int, int]:
             return height, width
         case found:
             raise UnsupportedModelError(
-                "UNet2DModel", f"sample_size is {found!r}; supported is a side, or height and width"
+                where, f"sample_size is {found!r}; supported is a side, or height and width"
             )
 
 

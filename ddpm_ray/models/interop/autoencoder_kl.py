@@ -1,0 +1,224 @@
+"""Import and export of autoencoders: diffusers' AutoencoderKL.
+
+A config is supported if the round trip returns it unchanged; the first key with another value is
+named in the error.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors.torch import save
+from torch import Tensor
+
+from ddpm_ray.models.autoencoder import Autoencoder, AutoencoderSpec
+from ddpm_ray.models.interop.diffusers_config import (
+    Config,
+    UnsupportedModelError,
+    full_config,
+    image_size_of,
+    require_equal,
+)
+from ddpm_ray.models.interop.diffusers_files import (
+    SAFETENSORS,
+    json_bytes,
+    part_folder,
+    read_json,
+    read_weights,
+    weights_file,
+    with_new_attention_names,
+)
+from ddpm_ray.models.interop.layouts import Layout, Tensors, gathered, on_meta_device, scattered
+from ddpm_ray.models.interop.state_dict_names import Table
+from ddpm_ray.models.layers import ResBlock
+
+CLASS = "AutoencoderKL"
+PIPELINE: Config = {  # what only pipelines read, with AutoencoderKL's defaults
+    "scaling_factor": 0.18215,
+    "shift_factor": None,
+    "latents_mean": None,
+    "latents_std": None,
+    "force_upcast": True,
+}
+AUTOENCODER_KL: Config = {  # defaults of AutoencoderKL, for keys that a file omits
+    "in_channels": 3,
+    "out_channels": 3,
+    "down_block_types": ["DownEncoderBlock2D"],
+    "up_block_types": ["UpDecoderBlock2D"],
+    "block_out_channels": [64],
+    "layers_per_block": 1,
+    "act_fn": "silu",
+    "latent_channels": 4,
+    "norm_num_groups": 32,
+    "sample_size": 32,
+    "use_quant_conv": True,
+    "use_post_quant_conv": True,
+    "mid_block_add_attention": True,
+    **PIPELINE,
+}
+BLOCK = {
+    "norm_1": "norm1",
+    "conv_1": "conv1",
+    "norm_2": "norm2",
+    "conv_2": "conv2",
+    "skip": "conv_shortcut",
+}
+
+
+class DiffusersAutoencoder(NamedTuple):
+    """An autoencoder that diffusers saved, by the names of Autoencoder."""
+
+    spec: AutoencoderSpec
+    tensors: dict[str, Tensor]
+    image_size: tuple[int, int]  # (H, W)
+    pipeline: dict[str, Any]  # values of the keys of PIPELINE
+    weights_file: Path
+
+
+def from_diffusers(config: Config, tensors: Tensors) -> tuple[AutoencoderSpec, dict[str, Tensor]]:
+    """The spec and state_dict of `Autoencoder` from an AutoencoderKL's config.json and tensors.
+
+    Raises UnsupportedModelError.
+    """
+    spec = spec_from_config(config)
+    return spec, gathered(LAYOUT, _network(spec), with_new_attention_names(tensors))
+
+
+def to_diffusers(
+    spec: AutoencoderSpec,
+    tensors: Tensors,
+    image_size: tuple[int, int],
+    pipeline: Mapping[str, Any] = PIPELINE,
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The config.json and tensors that `AutoencoderKL.from_pretrained` reads as this network.
+
+    `pipeline` holds values of PIPELINE's keys. Raises UnsupportedModelError.
+    """
+    config = {"_class_name": CLASS, **_config(spec, image_size), **pipeline}
+    return config, scattered(LAYOUT, _network(spec), tensors)
+
+
+def read_folder(folder: str | Path) -> DiffusersAutoencoder:
+    """Read the autoencoder in a folder that diffusers saved, or in vae/ of a pipeline's folder.
+
+    Raises UnsupportedModelError.
+    """
+    home = part_folder(folder, "vae")
+    config, weights = read_json(home / "config.json"), weights_file(home)
+    spec, tensors = from_diffusers(config, read_weights(weights))
+    full = full_config(config, AUTOENCODER_KL, CLASS)
+    pipeline = {key: full[key] for key in PIPELINE}
+    return DiffusersAutoencoder(spec, tensors, image_size_of(full, CLASS), pipeline, weights)
+
+
+def write_folder(
+    folder: str | Path,
+    spec: AutoencoderSpec,
+    tensors: Tensors,
+    image_size: tuple[int, int],
+    write: Callable[[str, bytes], object],
+    *,
+    pipeline: Mapping[str, Any] = PIPELINE,
+) -> None:
+    """Save for `AutoencoderKL.from_pretrained(folder)`; raises UnsupportedModelError.
+
+    `write` stores bytes at a path atomically; config.json, without which the folder is no model,
+    comes last.
+    """
+    config, theirs = to_diffusers(spec, tensors, image_size, pipeline)
+    write(f"{folder}/{SAFETENSORS}", save(theirs, {"format": "pt"}))
+    write(f"{folder}/config.json", json_bytes(config))
+
+
+def spec_from_config(config: Config) -> AutoencoderSpec:
+    """The sizes of an AutoencoderKL from its config.json; raises UnsupportedModelError."""
+    full = full_config(config, AUTOENCODER_KL, CLASS)
+    image_size = image_size_of(full, CLASS)
+    try:
+        spec = _spec(full)
+        spec.require_consistent()
+        back = _config(spec, image_size)
+    except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
+        raise UnsupportedModelError(CLASS, f"its config is invalid ({error!r})") from error
+    asked = {key: value for key, value in full.items() if key not in PIPELINE}
+    require_equal({**asked, "sample_size": back["sample_size"]}, back, CLASS)
+    return spec
+
+
+def _spec(config: Config) -> AutoencoderSpec:
+    """The spec that matches the full config most closely; the caller checks the round trip."""
+    widths = config["block_out_channels"]
+    return AutoencoderSpec(
+        image_channels=config["in_channels"],
+        latent_channels=config["latent_channels"],
+        base_channels=widths[0],
+        channel_mults=tuple(width // widths[0] for width in widths),
+        blocks_per_level=config["layers_per_block"],
+        groups=config["norm_num_groups"],
+        middle_attention=config["mid_block_add_attention"],
+        latent_convs=config["use_quant_conv"],
+    )
+
+
+def _config(spec: AutoencoderSpec, image_size: tuple[int, int]) -> dict[str, Any]:
+    """The full config of a spec, but for PIPELINE's keys."""
+    (height, width), levels = image_size, len(spec.channel_mults)
+    return {
+        "in_channels": spec.image_channels,
+        "out_channels": spec.image_channels,
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "block_out_channels": spec.widths,
+        "layers_per_block": spec.blocks_per_level,
+        "act_fn": "silu",
+        "latent_channels": spec.latent_channels,
+        "norm_num_groups": spec.groups,
+        "sample_size": height if height == width else [height, width],
+        "use_quant_conv": spec.latent_convs,
+        "use_post_quant_conv": spec.latent_convs,
+        "mid_block_add_attention": spec.middle_attention,
+    }
+
+
+def _network(spec: AutoencoderSpec) -> Autoencoder:
+    """The network on the meta device; raises UnsupportedModelError for an inconsistent spec."""
+    return on_meta_device(lambda: Autoencoder(spec))
+
+
+def names(network: Autoencoder) -> Table:
+    """Names in AutoencoderKL: a table as in `state_dict_names`."""
+    table: Table = {"moments_conv": ("quant_conv",), "latents_conv": ("post_quant_conv",)}
+    paths = ("encoder", "down", network.encoder.down), ("decoder", "up", network.decoder.up)
+    for side, path, modules in paths:
+        table[f"{side}.conv_in"] = (f"{side}.conv_in",)
+        table[f"{side}.norm_out"] = (f"{side}.conv_norm_out",)
+        table[f"{side}.conv_out"] = (f"{side}.conv_out",)
+        _add_block(table, f"{side}.middle.block_1", f"{side}.mid_block.resnets.0")
+        _add_block(table, f"{side}.middle.block_2", f"{side}.mid_block.resnets.1")
+        _add_attention(table, f"{side}.middle.attention", f"{side}.mid_block.attentions.0")
+        level = number = 0  # of diffusers: its levels count along the path
+        for order, module in enumerate(modules):
+            ours, theirs = f"{side}.{path}.{order}", f"{side}.{path}_blocks.{level}"
+            if isinstance(module, ResBlock):
+                _add_block(table, ours, f"{theirs}.resnets.{number}")
+                number += 1
+            else:
+                table[f"{ours}.conv"] = (f"{theirs}.{path}samplers.0.conv",)
+                level, number = level + 1, 0
+    return table
+
+
+def _add_attention(table: Table, ours: str, theirs: str) -> None:
+    """Add the layers of an attention."""
+    table[f"{ours}.norm"] = (f"{theirs}.group_norm",)
+    table[f"{ours}.query_key_value"] = tuple(f"{theirs}.to_{part}" for part in "qkv")
+    table[f"{ours}.out"] = (f"{theirs}.to_out.0",)
+
+
+def _add_block(table: Table, ours: str, theirs: str) -> None:
+    """Add the layers of a residual block."""
+    for part, name in BLOCK.items():
+        table[f"{ours}.{part}"] = (f"{theirs}.{name}",)
+
+
+LAYOUT = Layout(CLASS, names, 0)

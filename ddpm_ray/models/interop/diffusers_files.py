@@ -1,0 +1,81 @@
+"""Files of a model that diffusers saved: config.json, and weights as safetensors or .bin."""
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ddpm_ray.models.interop.diffusers_config import UnsupportedModelError
+from ddpm_ray.models.interop.layouts import Tensors
+
+SAFETENSORS = "diffusion_pytorch_model.safetensors"
+OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+UNREADABLE = (
+    OSError,
+    EOFError,
+    RuntimeError,
+    ValueError,
+    pickle.UnpicklingError,
+    SafetensorError,
+)
+
+
+def part_folder(folder: str | Path, part: str) -> Path:
+    """`folder`/`part` if a pipeline has this part there, else `folder` itself."""
+    return Path(folder, part) if Path(folder, part).is_dir() else Path(folder)
+
+
+def weights_file(folder: Path) -> Path:
+    """The safetensors file in `folder`, or the path of the .bin file if there is none."""
+    path = folder / SAFETENSORS
+    return path if path.exists() else path.with_suffix(".bin")
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Tensors by name; a .bin file is read with weights_only, so that no code in it is run.
+
+    Raises UnsupportedModelError.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            stored: object = load_file(path)
+        else:
+            stored = torch.load(path, map_location="cpu", weights_only=True)
+    except UNREADABLE as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UnsupportedModelError(str(path), f"cannot be read: {reason}") from error
+    if not isinstance(stored, dict) or not all(isinstance(t, Tensor) for t in stored.values()):
+        raise UnsupportedModelError(str(path), "holds something other than tensors by name")
+    return stored
+
+
+def with_new_attention_names(tensors: Tensors) -> dict[str, Tensor]:
+    """Tensors under the names that attention layers have since diffusers 0.15."""
+    renamed = {}
+    for name, tensor in tensors.items():
+        *path, layer, part = name.split(".")
+        if "attentions" in path:
+            layer = OLD_ATTENTION.get(layer, layer)
+        renamed[".".join([*path, layer, part])] = tensor
+    return renamed
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; raises UnsupportedModelError."""
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UnsupportedModelError(str(path), f"cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise UnsupportedModelError(str(path), "is no JSON object")
+    return value
+
+
+def json_bytes(value: Any) -> bytes:
+    """JSON text as these files hold it: indented, keys sorted."""
+    return (json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
