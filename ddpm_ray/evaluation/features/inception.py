@@ -19,6 +19,8 @@ from ddpm_ray.data.codec import channels_first
 
 SIDE = 299  # pixels
 SPATIAL = 2023  # numbers in 7 channels of 17 x 17, which no mean is taken of
+FIRST_STAGES = "Conv2d_1a_3x3", "Conv2d_2b_3x3", "Conv2d_4a_3x3"  # read by `first_stages`
+LEAST_SIDE = 19  # pixels, which leave 1 after the last of them
 WIDTH_AFTER = {"pool_2": 192, "Mixed_6d": SPATIAL, "Mixed_6e": 768, "Mixed_7c": 2048}
 
 
@@ -70,6 +72,27 @@ class Inception(nn.Module):
             if (width := WIDTH_AFTER.get(name)) in self.widths:
                 found[width] = h[:, :7].flatten(1) if width == SPATIAL else h.mean(dim=(2, 3))
         return found
+
+    def first_stages(self, x: Tensor) -> list[Tensor]:
+        """Feature maps [N, C_i, h_i, w_i] of FIRST_STAGES, with gradients, for a perceptual loss.
+
+        x is float [N, 3 or 1, H, W] in [-1, 1] and not resized: maps have 32, 64 and 192 channels
+        and about H / 2, H / 2 and H / 4 rows. Raises ValueError for other channels or sides below
+        19 pixels.
+        """
+        if x.ndim != 4 or x.shape[1] not in (1, 3) or min(x.shape[2:]) < LEAST_SIDE:
+            raise ValueError(
+                f"images are {list(x.shape)}; Inception's first stages read [N, 3 or 1, H, W] of "
+                f"at least {LEAST_SIDE} x {LEAST_SIDE} pixels: set autoencoder.perceptual_weight=0"
+            )
+        h, maps = x.expand(-1, 3, -1, -1), list[Tensor]()
+        for name, layer in self.layers.named_children():
+            h = layer(h)
+            if name in FIRST_STAGES:
+                maps.append(h)
+            if name == FIRST_STAGES[-1]:
+                break
+        return maps
 
     def class_logits(self, features: Mapping[int, Tensor]) -> Tensor:
         """Logits [N, 1008] of the features of width 2048, for the Inception score.
