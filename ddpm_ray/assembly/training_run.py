@@ -9,6 +9,7 @@ from typing import Any, assert_never
 
 import torch
 
+from ddpm_ray.assembly import optimization
 from ddpm_ray.assembly.diffusion import memory_format
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.data import DataConfig
@@ -97,12 +98,7 @@ def training_state(
         device
     )
     model.to(memory_format=memory_format(training))  # type: ignore[call-overload]  # torch's stubs
-    optimizer = torch.optim.Adam(
-        model.parameters(),
-        lr=training.learning_rate,
-        betas=(training.adam_beta1, training.adam_beta2),
-        fused=True,  # 3.4 x the speed of the loop on CPU
-    )
+    optimizer = optimization.optimizer(model, training)
     weighs = config.objective.timesteps == "second_moment"
     moments = SecondMoments.empty(config.schedule.num_steps) if weighs else None
     averages = Averages.of(model, more_decays(training))
@@ -118,24 +114,13 @@ def plan(config: RunConfig, workers: int) -> Plan:
         global_batch_size=training.global_batch_size,
         micro_batch_size=min(training.micro_batch_size or share, share),
         max_grad_norm=training.max_grad_norm,
-        learning_rate=learning_rate(training),
+        learning_rate=optimization.learning_rate(training),
         ema_decay=ema_decay(training),
         checkpoint_every_steps=training.checkpoint_every_steps,
         grid_every_steps=training.grid_every_steps,
         evaluate_every_steps=config.evaluation.every_steps if config.evaluation.num_images else 0,
         validate_every_steps=config.evaluation.validation_every_steps,
     )
-
-
-def learning_rate(config: TrainingConfig) -> Callable[[int], float]:
-    """Learning rate of update s (from 0): linear warmup to the configured rate, then constant."""
-    images = config.warmup_images or config.warmup_steps * config.global_batch_size
-
-    def rate(step: int) -> float:
-        seen = (step + 1) * config.global_batch_size
-        return config.learning_rate * min(1.0, seen / max(images, 1))
-
-    return rate
 
 
 def ema_decay(config: TrainingConfig) -> Callable[[int], float]:

@@ -1,4 +1,4 @@
-"""Options of optimisation: batches, Adam, EMA, precision, checkpoints."""
+"""Options of optimisation: batches, Adam and AdamW, EMA, precision, checkpoints."""
 
 import math
 from collections.abc import Iterator
@@ -37,6 +37,25 @@ class TrainingConfig:
     )
     warmup_images: int = option(
         0, "images of linear warm-up; set this or warmup_steps", at_least=0, defines_run=True
+    )
+    learning_rate_decay: Literal["none", "cosine", "inverse_sqrt", "linear"] = option(
+        "none",
+        "how the learning rate falls after the warm-up; cosine, linear: to 0 at training.steps, "
+        "which a continued run must then keep",
+        defines_run=True,
+    )
+    learning_rate_reference_images: int = option(
+        0,
+        "inverse_sqrt: images until the learning rate falls; after n times as many it is divided "
+        "by sqrt(n)",
+        at_least=0,
+        defines_run=True,
+    )
+    weight_decay: float = option(
+        0.0,
+        "weight decay of AdamW on matrices and convolution kernels; 0: Adam",
+        at_least=0,
+        defines_run=True,
     )
     max_grad_norm: float = option(1.0, "global gradient norm to clip to", above=0, defines_run=True)
     reduction: Literal["mean", "elastic"] = option(
@@ -113,6 +132,11 @@ class TrainingConfig:
         at_least=2,
     )
 
+    @property
+    def decays_to_zero(self) -> bool:
+        """Whether the learning rate is a function of `steps`."""
+        return self.learning_rate_decay in ("cosine", "linear")
+
     def problems(self) -> Iterator[str]:
         """Yield a line for keys that exclude each other, and for invalid slots and EMA widths."""
         if self.warmup_steps and self.warmup_images:
@@ -126,6 +150,7 @@ class TrainingConfig:
                 f"training.ema_decay_per_step {self.ema_decay_per_step}; set exactly one of the "
                 f"two and the other to 0"
             )
+        yield from self._learning_rate_problems()
         yield from self._average_problems()
         if self.reduction == "elastic" and self.reduction_slots > 0:
             slots, batch = self.reduction_slots, self.global_batch_size
@@ -133,6 +158,25 @@ class TrainingConfig:
                 yield (
                     f"training.reduction_slots is {slots}; it must be a power of 2 that divides "
                     f"training.global_batch_size {batch}: try {math.gcd(batch, 2**30)}"
+                )
+
+    def _learning_rate_problems(self) -> Iterator[str]:
+        images, kind = self.learning_rate_reference_images, self.learning_rate_decay
+        if (kind == "inverse_sqrt") != bool(images):
+            remedy = "set it to 0" if images else "say after how many images the rate falls"
+            yield (
+                f"training.learning_rate_reference_images is {images} and "
+                f"training.learning_rate_decay {kind}; {remedy}"
+            )
+        total = self.steps * self.global_batch_size
+        for key, value, most in (
+            ("warmup_steps", self.warmup_steps, self.steps),
+            ("warmup_images", self.warmup_images, total),
+        ):
+            if self.decays_to_zero and value >= most:
+                yield (
+                    f"training.{key} is {value}; with training.learning_rate_decay={kind} the "
+                    f"warm-up must end before training.steps {self.steps}"
                 )
 
     def _average_problems(self) -> Iterator[str]:

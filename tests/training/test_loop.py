@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
 from ddpm_ray import fault_injection
-from ddpm_ray.assembly import diffusion, training_run
+from ddpm_ray.assembly import diffusion, optimization, training_run
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.loading import load, to_dict
 from ddpm_ray.config.run import RunConfig
@@ -1033,7 +1033,7 @@ def test_half_of_the_images_are_mirrored(data: str) -> None:
 
 
 def rates(data: str, *overrides: str) -> list[float]:
-    rate = training_run.learning_rate(configured(data, *overrides).training)
+    rate = optimization.learning_rate(configured(data, *overrides).training)
     return [rate(step) for step in range(20)]
 
 
