@@ -72,7 +72,7 @@ def trained_model(
     device = usable_device(device)
     if Path(url, OF_DIFFUSERS).is_file():
         return _of_diffusers(Path(url), device)
-    where, snapshot = _checkpoint(url, ema)
+    where, snapshot = newest_checkpoint(url, ema)
     config = run_config.saved_config(snapshot.facts, url)
     if not config.traits.draws_images:
         raise ConfigError(
@@ -121,7 +121,7 @@ def run_facts(url: str) -> tuple[RunConfig, dict[str, Any]]:
     """
     if Path(url, OF_DIFFUSERS).is_file():
         return from_dict(RunConfig, _of_diffusers(Path(url), "cpu").provenance["config"]), {}
-    facts = _checkpoint(url)[1].facts
+    facts = newest_checkpoint(url)[1].facts
     return run_config.saved_config(facts, url), facts
 
 
@@ -148,7 +148,7 @@ def trained_classifier(url: str, device: torch.device | str = "cpu") -> NoisyCla
 
     Raises CheckpointError, and ConfigError for a run that trained another kind of model.
     """
-    _, snapshot = _checkpoint(url, "ema")
+    _, snapshot = newest_checkpoint(url, "ema")
     config = run_config.saved_config(snapshot.facts, url)
     if not config.traits.predicts_labels:
         raise ConfigError(f"{url} holds no classifier: train one with task=classifier")
@@ -181,7 +181,7 @@ def write_diffusers(model: TrainedModel, sampling: SamplingSettings, folder: Pat
     return convert.write_folder(folder, network.spec, tensors, facts, model.image_size, write)
 
 
-def _checkpoint(url: str, *groups: str) -> tuple[str, Snapshot]:
+def newest_checkpoint(url: str, *groups: str) -> tuple[str, Snapshot]:
     """URL and contents (only `groups`) of the checkpoint at `url`, or of the newest below it."""
     where, snapshot = _newest(url, groups)
     if missing := [group for group in groups if group not in snapshot.tensors]:

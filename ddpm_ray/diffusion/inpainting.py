@@ -154,7 +154,7 @@ def windowed(denoise: Denoise, size: tuple[int, int], overlap: tuple[int, int]) 
 
     def denoise_canvas(x_t: Tensor, t: Tensor) -> Tensor:
         """The mean output [B, ..., H, W]. Raises ValueError for an image smaller than a window."""
-        rows, columns = map(_starts, x_t.shape[-2:], size, overlap)
+        rows, columns = map(window_starts, x_t.shape[-2:], size, overlap)
         height, width = size
         cuts = [(..., slice(i, i + height), slice(j, j + width)) for i in rows for j in columns]
         outputs = denoise(torch.cat([x_t[cut] for cut in cuts]), t.repeat(len(cuts)))
@@ -210,7 +210,8 @@ def _kept(mask: Tensor) -> Tensor:
     return keep
 
 
-def _starts(length: int, size: int, overlap: int) -> list[int]:
+def window_starts(length: int, size: int, overlap: int) -> list[int]:
+    """Starts of windows of `size` that cover 0..length and share at least `overlap`."""
     if length < size:
         raise ValueError(f"the canvas is {length} long and a window {size}; take smaller windows")
     return [*range(0, length - size, size - overlap), length - size]

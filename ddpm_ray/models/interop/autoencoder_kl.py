@@ -98,6 +98,12 @@ def to_diffusers(
     return config, scattered(LAYOUT, _network(spec), tensors)
 
 
+def in_folder(folder: str | Path) -> bool:
+    """Whether diffusers saved an autoencoder in a local folder, or in vae/ of it."""
+    home = part_folder(folder, "vae")
+    return (home / "config.json").is_file() and weights_file(home).is_file()
+
+
 def read_folder(folder: str | Path) -> DiffusersAutoencoder:
     """Read the autoencoder in a folder that diffusers saved, or in vae/ of a pipeline's folder.
 
@@ -105,6 +111,7 @@ def read_folder(folder: str | Path) -> DiffusersAutoencoder:
     """
     home = part_folder(folder, "vae")
     config, weights = read_json(home / "config.json"), weights_file(home)
+    spec_from_config(config)  # raises before large weights are read
     spec, tensors = from_diffusers(config, read_weights(weights))
     full = full_config(config, AUTOENCODER_KL, CLASS)
     pipeline = {key: full[key] for key in PIPELINE}
