@@ -35,6 +35,7 @@ class Purpose(IntEnum):
     SELF_CONDITIONING = 11
     LOW_RESOLUTION = 12
     LIKELIHOOD = 13
+    POSTERIOR = 14
 
 
 def normal(

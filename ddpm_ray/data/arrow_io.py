@@ -29,10 +29,10 @@ def write(table: pa.Table) -> bytes:
     return bytes(sink.getvalue())
 
 
-def read(data: bytes, schema: pa.Schema) -> pa.RecordBatch:
-    """Return the batch in `data` without a copy; its schema must equal `schema` except metadata.
+def read(data: bytes, *schemas: pa.Schema) -> pa.RecordBatch:
+    """Return the batch in `data` without a copy.
 
-    Raises ArrowFileError.
+    Its schema must equal one of `schemas` except metadata. Raises ArrowFileError.
     """
     try:
         stream = pa.py_buffer(data)[PREFIX_BYTES:]
@@ -44,10 +44,9 @@ def read(data: bytes, schema: pa.Schema) -> pa.RecordBatch:
         if is_compressed(first_two[1]):
             raise ArrowFileError("it is compressed, so its size in memory is unknown")
         reader = pa.ipc.open_stream(stream)
-        if not reader.schema.equals(schema):
-            raise ArrowFileError(
-                f"its columns are {_columns(reader.schema)}, not {_columns(schema)}"
-            )
+        if not any(reader.schema.equals(schema) for schema in schemas):
+            expected = " or ".join(map(_columns, schemas))
+            raise ArrowFileError(f"its columns are {_columns(reader.schema)}, not {expected}")
         batch = reader.read_next_batch()
         batch.validate(full=True)
     except ArrowFileError:

@@ -55,13 +55,7 @@ class PixelCodec:
 
         Raises ValueError if a value is not finite, as uint8 cannot represent it.
         """
-        if not torch.isfinite(x_0).all():
-            bad = int((~torch.isfinite(x_0)).flatten(1).any(1).sum())
-            raise ValueError(
-                f"{bad} of {counted(len(x_0), 'image')}: values that are not finite; the network's "
-                "weights or its precision are broken: sample from an earlier checkpoint or in "
-                "float32"
-            )
+        require_finite(x_0)
         levels = x_0.float().add(1).mul_(self.levels_per_unit).add_(0.5).clamp_(0, 255)
         images: UInt8s = channels_last(levels.to(torch.uint8)).contiguous().cpu().numpy()
         return images
@@ -83,6 +77,16 @@ class PixelCodec:
         return sum(squares) / len(squares) + self.variance(pixel_std)
 
 
+def require_finite(x_0: Tensor) -> None:
+    """Raise ValueError if x_0 [B, ...] has values that are not finite, with their images' count."""
+    if not torch.isfinite(x_0).all():
+        bad = int((~torch.isfinite(x_0)).flatten(1).any(1).sum())
+        raise ValueError(
+            f"{bad} of {counted(len(x_0), 'image')}: values that are not finite; the network's "
+            "weights or its precision are broken: sample from an earlier checkpoint or in float32"
+        )
+
+
 Codec: TypeAlias = PixelCodec  # a union, once there is another
 PIXELS = PixelCodec()
 
@@ -92,6 +96,8 @@ def codec_named(name: CodecName) -> Codec:
     match name:
         case "pixels":
             return PIXELS
+        case "latents":
+            raise ValueError("the data set holds latents, which this job does not read yet")
         case never:
             assert_never(never)
 

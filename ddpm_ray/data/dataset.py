@@ -1,6 +1,7 @@
 """A packed data set on disk: `manifest.json`, `index.arrow`, `shard-00000.arrow`, ...
 
-The index has a row for each shard, with its sha256 and exact integer sums of its pixels. The
+The index has a row for each shard, with its sha256 and exact integer sums of its pixels; a set of
+latents (format 2) also has those of its latents. The
 manifest is written last and holds the index's sha256; its own sha256 is the data set's fingerprint.
 Neither has time stamps or paths: the same images have the same fingerprint wherever and by however
 many tasks they were packed. shards.py has the format of a shard.
@@ -23,7 +24,8 @@ import pyarrow as pa
 
 from ddpm_ray.config.pack import Encoding
 from ddpm_ray.data import shard_index
-from ddpm_ray.data.image_shape import ImageShape
+from ddpm_ray.data.image_shape import ImageShape, LatentShape
+from ddpm_ray.data.latent_sums import LatentSums, mean_and_variance
 from ddpm_ray.data.shard_index import CodecName
 from ddpm_ray.redaction import sanitize
 from ddpm_ray.storage import object_store
@@ -33,8 +35,16 @@ UInt8s = npt.NDArray[np.uint8]
 Int64s = npt.NDArray[np.int64]
 
 MANIFEST, INDEX = "manifest.json", "index.arrow"
-NEWEST_FORMAT = 1
-FORMAT = f"ddpm-ray shards {NEWEST_FORMAT}"
+FORMATS: dict[CodecName, str] = {"pixels": "ddpm-ray shards 1", "latents": "ddpm-ray shards 2"}
+NEWEST_FORMAT = 2
+OF_LATENTS = (
+    "codec",
+    "latent_shape",
+    "views",
+    "autoencoder_sha256",
+    "latent_mean",
+    "latent_std",
+)  # fields of manifests
 NUMBERED = re.compile("ddpm-ray shards ([1-9][0-9]{0,8})")
 
 
@@ -56,15 +66,18 @@ class Recipe:
     label_names: tuple[str, ...]  # name of label 0, 1, ...; empty: images without labels
     source_sha256: str  # identifies the packed samples (Source.digest)
     codec: CodecName = "pixels"
+    latent_shape: LatentShape | None = None  # None: a set of pixels
+    views: tuple[str, ...] = ()  # of each image as latents: plain, or plain and flipped
+    autoencoder_sha256: str = ""  # of the weights that encoded the latents
 
     def to_json(self) -> dict[str, Any]:
         """Return the stored form."""
-        return _named_codec(asdict(self))
+        return _stored(asdict(self))
 
 
 @dataclass(frozen=True)
 class ShardRow:
-    """One row of the index."""
+    """One row of the index of a set of pixels."""
 
     name: str
     samples: int
@@ -72,6 +85,15 @@ class ShardRow:
     sha256: str
     pixel_sum: list[int]  # [C], over all pixels of all images: exact integers
     pixel_sum_of_squares: list[int]  # [C]
+
+
+@dataclass(frozen=True)
+class LatentShardRow(ShardRow):
+    """One row of the index of a set of latents; the sums of pixels are those of its images."""
+
+    mean_sum: list[int]  # [c], see LatentSums
+    mean_sum_of_squares: list[int]
+    variance_sum: list[int]
 
 
 @dataclass(frozen=True)
@@ -91,15 +113,32 @@ class Manifest:
     pixel_std: tuple[float, ...]  # [C]
     index_sha256: str
     codec: CodecName = "pixels"
+    latent_shape: LatentShape | None = None
+    views: tuple[str, ...] = ()
+    autoencoder_sha256: str = ""
+    latent_mean: tuple[float, ...] = ()  # [c], over all images and views
+    latent_std: tuple[float, ...] = ()  # [c], of draws: sqrt(Var(mean) + E[exp(log_variance)])
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """Shape of a sample in memory: [H, W, C], or mean and log variance [2, views, c, h, w]."""
+        if self.latent_shape is None:
+            return self.image_shape
+        return 2, len(self.views), *self.latent_shape
+
+    @property
+    def sample_dtype(self) -> np.dtype[Any]:
+        """Type of the values of a sample in memory."""
+        return np.dtype(np.uint8 if self.latent_shape is None else np.float16)
 
     @property
     def sample_bytes(self) -> int:
-        """Bytes of one decoded image."""
-        return math.prod(self.image_shape)
+        """Bytes of a sample in memory."""
+        return math.prod(self.sample_shape) * self.sample_dtype.itemsize
 
     def to_json(self) -> bytes:
         """Return canonical JSON: the fingerprint is the sha256 of exactly these bytes."""
-        return (json.dumps(_named_codec(asdict(self)), sort_keys=True, indent=1) + "\n").encode()
+        return (json.dumps(_stored(asdict(self)), sort_keys=True, indent=1) + "\n").encode()
 
 
 @dataclass(frozen=True)
@@ -185,7 +224,7 @@ def manifest_of(table: pa.Table, index_sha256: str) -> Manifest:
         (pixels * int(q) - int(s) ** 2) / pixels**2 for s, q in zip(sums, squares, strict=True)
     ]
     return Manifest(
-        format=FORMAT,
+        format=FORMATS[recipe["codec"]],
         image_shape=ImageShape(height, width, channels),
         encoding=recipe["encoding"],
         resize=recipe["resize"],
@@ -198,12 +237,33 @@ def manifest_of(table: pa.Table, index_sha256: str) -> Manifest:
         pixel_std=tuple(math.sqrt(v) for v in variance),
         index_sha256=index_sha256,
         codec=recipe["codec"],
+        **(_latent_fields(table, recipe, samples) if recipe["codec"] == "latents" else {}),
     )
 
 
-def _named_codec(stored: dict[str, Any]) -> dict[str, Any]:
-    """Leave out the codec "pixels", the only one of earlier versions: fingerprints stay equal."""
-    return {key: value for key, value in stored.items() if (key, value) != ("codec", "pixels")}
+def _latent_fields(table: pa.Table, recipe: dict[str, Any], samples: int) -> dict[str, Any]:
+    """Compute the fields of a manifest that only latents have. Raises ValueError."""
+    shape = LatentShape(*recipe["latent_shape"])
+    totals = [
+        [sum(map(int, channel)) for channel in zip(*table.column(name).to_pylist(), strict=True)]
+        for name in shard_index.LATENT_SUMS
+    ]
+    count = samples * len(recipe["views"]) * shape.height * shape.width
+    mean, variance = mean_and_variance(LatentSums(*totals), count)
+    return {
+        "latent_shape": shape,
+        "views": tuple(recipe["views"]),
+        "autoencoder_sha256": recipe["autoencoder_sha256"],
+        "latent_mean": mean,
+        "latent_std": tuple(map(math.sqrt, variance)),
+    }
+
+
+def _stored(fields: dict[str, Any]) -> dict[str, Any]:
+    """Leave out what only latents have: fingerprints of pixels stay those of earlier versions."""
+    if fields["codec"] != "pixels":
+        return fields
+    return {key: value for key, value in fields.items() if key not in OF_LATENTS}
 
 
 def _read_manifest(where: str, data: bytes) -> dict[str, Any]:
@@ -217,7 +277,7 @@ def _read_manifest(where: str, data: bytes) -> dict[str, Any]:
     stated = found.get("format")
     if numbered := NUMBERED.fullmatch(str(stated)):
         require_readable(where, int(numbered[1]), NEWEST_FORMAT)
-    if stated != FORMAT:
-        remedy = f"this version reads {FORMAT!r}"
+    if stated not in FORMATS.values():
+        remedy = f"this version reads {' and '.join(map(repr, FORMATS.values()))}"
         raise DatasetError(where, f"format is {stated!r}", remedy)
     return found

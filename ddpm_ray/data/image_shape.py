@@ -1,4 +1,4 @@
-"""The shape of the images of a data set or model."""
+"""The shape of the images of a data set or model, and of their latents."""
 
 from __future__ import annotations
 
@@ -11,6 +11,17 @@ class ImageShape(NamedTuple):
     height: int
     width: int
     channels: int
+
+    def __str__(self) -> str:
+        return "x".join(map(str, self))
+
+
+class LatentShape(NamedTuple):
+    """Channels, height and width, in the order in which latents are stored: [c, h, w]."""
+
+    channels: int
+    height: int
+    width: int
 
     def __str__(self) -> str:
         return "x".join(map(str, self))

@@ -5,7 +5,6 @@ shuffle_order.py defines the order of the samples, prefetcher.py the prefetching
 
 from __future__ import annotations
 
-import math
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -19,7 +18,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from ddpm_ray.data.dataset import Dataset
+from ddpm_ray.data.dataset import Dataset, Manifest, UInt8s
 from ddpm_ray.data.prefetcher import FETCHES, Prefetcher, gather, lane_shares, overlap
 from ddpm_ray.data.shard_cache import ShardCache
 from ddpm_ray.data.shards import fetch_shard
@@ -30,7 +29,7 @@ from ddpm_ray.storage import object_store
 class Batch(NamedTuple):
     """This worker's samples of one global batch, ordered by position."""
 
-    images: Tensor  # uint8 [b, H, W, C]
+    images: Tensor  # uint8 [b, H, W, C], or latents, float16 [b, 2, views, c, h, w]
     labels: Tensor  # int64 [b]; -1: no label
 
 
@@ -98,8 +97,7 @@ class ShardStream:
         for share in self._shares:
             self._prefetcher.release(share, step)
         self._next_step = step + 1
-        shaped = torch.from_numpy(images).view(-1, *manifest.image_shape)
-        return Batch(shaped, torch.from_numpy(labels))
+        return Batch(_shaped(images, manifest), torch.from_numpy(labels))
 
     def keys(self, step: int) -> list[str]:
         """Return the keys of the samples of batch(step). Slow: reads their shards again."""
@@ -135,15 +133,21 @@ class ShardStream:
 
 
 def read_images(dataset: Dataset, shard_numbers: Iterable[int]) -> Iterator[Batch]:
-    """Yield all images and labels of each of these shards, in packed order."""
-    shape, threads = dataset.manifest.image_shape, torch.get_num_threads()
+    """Yield all samples and labels of each of these shards, in packed order."""
+    manifest, threads = dataset.manifest, torch.get_num_threads()
     with ThreadPoolExecutor(FETCHES) as fetchers, ThreadPoolExecutor(threads) as decoders:
         numbers = iter(shard_numbers)
         ahead = deque(fetchers.submit(fetch_shard, dataset, n) for n in islice(numbers, FETCHES))
         while ahead:
             shard = ahead.popleft().result()
             ahead.extend(fetchers.submit(fetch_shard, dataset, n) for n in islice(numbers, 1))
-            images = np.empty((len(shard), math.prod(shape)), dtype=np.uint8)
+            images = np.empty((len(shard), manifest.sample_bytes), dtype=np.uint8)
             gather(shard, np.arange(len(shard)), images, dataset, decoders)
             labels = torch.from_numpy(shard.labels.copy())
-            yield Batch(torch.from_numpy(images).view(-1, *shape), labels)
+            yield Batch(_shaped(images, manifest), labels)
+
+
+def _shaped(samples: UInt8s, manifest: Manifest) -> Tensor:
+    """View the bytes of samples [b, sample_bytes] as a tensor [b, *sample_shape]."""
+    values = torch.from_numpy(samples.view(manifest.sample_dtype))
+    return values.view(-1, *manifest.sample_shape)

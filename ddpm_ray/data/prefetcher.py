@@ -16,11 +16,12 @@ from functools import partial
 from weakref import WeakValueDictionary
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from ddpm_ray.data.dataset import Dataset, DatasetError, UInt8s
 from ddpm_ray.data.shard_cache import ShardCache
-from ddpm_ray.data.shards import Shard, fetch_shard
+from ddpm_ray.data.shards import Latents, Shard, fetch_shard
 from ddpm_ray.data.shuffle_order import Block, Int64s, Order
 
 FETCHES = 4  # shards in flight at a time
@@ -207,7 +208,12 @@ class Prefetcher:
 def gather(
     shard: Shard, rows: Int64s, out: UInt8s, dataset: Dataset, decoders: ThreadPoolExecutor
 ) -> None:
-    """Copy the images of these rows of a shard into `out` [rows, sample_bytes]."""
+    """Copy the samples of these rows of a shard into `out` [rows, sample_bytes]."""
+    if isinstance(shard.images, Latents):
+        halves = out.view(np.float16).reshape(len(rows), 2, -1)
+        for half, values in enumerate(shard.images):
+            halves[:, half] = values.reshape(len(shard), -1)[rows]
+        return
     if isinstance(shard.images, np.ndarray):
         # The rows are in range; mode="clip" avoids the buffer of the default mode.
         flat = shard.images.reshape(len(shard), -1)
@@ -219,10 +225,11 @@ def gather(
     )
 
     manifest = dataset.manifest
+    files: pa.BinaryArray = shard.images
 
     def image(row: int) -> UInt8s:
         """Decode one image."""
-        file, where = shard.images[row].as_buffer(), f"{dataset.url}: {shard.keys[row]}"
+        file, where = files[row].as_buffer(), f"{dataset.url}: {shard.keys[row]}"
         try:
             return decode_stored(file, manifest.encoding, manifest.image_shape, where)
         except BadImageError as error:  # permanent: a restarted worker would fail again

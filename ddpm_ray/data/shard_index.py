@@ -1,5 +1,7 @@
 """The index of a data set, `index.arrow`: one row per shard, and the recipe as schema metadata.
 
+A set of latents has more columns: exact sums of its latents (latent_sums.py).
+
 Names become addresses and hashes become file names in the cache (a hash of `/home/me/thesis.tex`
 once made the cache delete that file as a damaged copy), so each value must match a pattern.
 """
@@ -7,6 +9,7 @@ once made the cache delete that file as a damaged copy), so each value must matc
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -27,23 +30,30 @@ SCHEMA = pa.schema(
         "pixel_sum_of_squares": pa.list_(pa.int64()),
     }
 )
+_SUMS = pa.list_(pa.decimal128(38, 0))  # integers below 10^38; those of a shard are below 2^125
+LATENT_SUMS = ("mean_sum", "mean_sum_of_squares", "variance_sum")  # of class LatentSums
+LATENT_SCHEMA = pa.schema([*SCHEMA, *(pa.field(name, _SUMS) for name in LATENT_SUMS)])
 PATTERNS = {"name": "^shard-[0-9]{5,}[.]arrow$", "sha256": "^[0-9a-f]{64}$"}
 LIMITS = {"samples": 2**32, "stored_bytes": 2**33}  # per shard; packing writes at most 2**30 bytes
 MAX_PIXELS = 2**28  # of one image
-CodecName: TypeAlias = Literal["pixels"]  # see codec.py
+MAX_LATENT_CHANNELS = 256
+CodecName: TypeAlias = Literal["pixels", "latents"]  # see codec.py and latent_codec.py
+SCHEMAS: dict[str, pa.Schema] = {"pixels": SCHEMA, "latents": LATENT_SCHEMA}
+VIEWS = (["plain"], ["plain", "flipped"])  # what a set of latents may hold of each image
 ENCODINGS, CODECS = get_args(Encoding), get_args(CodecName)
 STRINGS = ("encoding", "resize", "source_sha256", "codec")  # fields of a recipe
 
 
 def write(recipe: dict[str, Any], rows: Sequence[dict[str, Any]]) -> bytes:
     """Serialize the index; it repeats the recipe, so that an edited manifest is detected."""
-    schema = SCHEMA.with_metadata({"recipe": json.dumps(recipe, sort_keys=True)})
+    schema = SCHEMAS[recipe.get("codec", "pixels")]
+    schema = schema.with_metadata({"recipe": json.dumps(recipe, sort_keys=True)})
     return arrow_io.write(pa.Table.from_pylist(rows, schema=schema))
 
 
 def read(data: bytes) -> pa.Table:
     """Parse the index and check all values. Raises ArrowFileError."""
-    batch = arrow_io.read(data, SCHEMA)
+    batch = arrow_io.read(data, *SCHEMAS.values())
     for column, pattern in PATTERNS.items():
         values = batch[column]
         for bad in values.filter(pc.invert(pc.match_substring_regex(values, pattern))):
@@ -52,14 +62,42 @@ def read(data: bytes) -> pa.Table:
         low, high = pc.min_max(batch[column]).as_py().values()
         if not 1 <= low <= high <= limit:
             raise ArrowFileError(f"{column} ranges from {low} to {high}; it must be in 1..{limit}")
-    height, width, channels = _checked_recipe(batch)["image_shape"]
+    checked = _checked_recipe(batch)
+    if not batch.schema.equals(SCHEMAS[checked["codec"]]):
+        raise ArrowFileError(f"its columns are not those of the codec {checked['codec']}")
+    height, width, channels = checked["image_shape"]
     if channels not in (1, 3) or min(height, width) < 1 or height * width > MAX_PIXELS:
         raise ArrowFileError(f"image_shape is {[height, width, channels]}")
-    for column in ("pixel_sum", "pixel_sum_of_squares"):
+    numbers = dict.fromkeys(("pixel_sum", "pixel_sum_of_squares"), channels)
+    if checked["codec"] == "latents":
+        numbers |= dict.fromkeys(LATENT_SUMS, _checked_latent_channels(checked))
+    for column, length in numbers.items():
         lengths = pc.list_value_length(batch[column])
-        if batch[column].flatten().null_count or pc.unique(lengths).to_pylist() != [channels]:
-            raise ArrowFileError(f"{column} does not have {channels} numbers for each shard")
+        if batch[column].flatten().null_count or pc.unique(lengths).to_pylist() != [length]:
+            raise ArrowFileError(f"{column} does not have {length} numbers for each shard")
     return pa.Table.from_batches([batch])
+
+
+def _checked_latent_channels(recipe: dict[str, Any]) -> int:
+    """Check what only the recipe of latents has; return their channels. Raises ArrowFileError."""
+    shape, views = recipe.get("latent_shape"), recipe.get("views")
+    if not isinstance(shape, list) or [type(length) for length in shape] != [int] * 3:
+        raise ArrowFileError(f"latent_shape is {shape!r}; it must be three whole numbers")
+    channels: int
+    channels, height, width = shape
+    rows, columns, _ = recipe["image_shape"]
+    factor = rows // max(height, 1)
+    if not 1 <= channels <= MAX_LATENT_CHANNELS or [height * factor, width * factor] != [
+        rows,
+        columns,
+    ]:
+        raise ArrowFileError(f"latent_shape is {shape} for image_shape {recipe['image_shape']}")
+    if views not in VIEWS:
+        raise ArrowFileError(f"views is {views!r}; it must be one of {', '.join(map(str, VIEWS))}")
+    sha256 = recipe.get("autoencoder_sha256")
+    if not isinstance(sha256, str) or not re.fullmatch(PATTERNS["sha256"], sha256):
+        raise ArrowFileError(f"autoencoder_sha256 is {sha256!r}; it must be a sha256 in hex")
+    return channels
 
 
 def _checked_recipe(batch: pa.RecordBatch) -> dict[str, Any]:

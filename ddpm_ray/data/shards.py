@@ -1,7 +1,8 @@
 """A shard: an Arrow IPC file of samples, read with its sha256 checked.
 
 Its columns are `image` (uint8 tensor [H, W, C], or encoded bytes), `label` (int64, -1: none) and
-`key` (the sample's name).
+`key` (the sample's name). A shard of latents has, in place of `image`, `mean` and `logvar` (float16
+tensors [views, c, h, w]).
 """
 
 from __future__ import annotations
@@ -10,14 +11,16 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from ddpm_ray.data import arrow_io
 from ddpm_ray.data.arrow_io import ArrowFileError
 from ddpm_ray.data.dataset import Dataset, DatasetError, Int64s, Manifest, UInt8s
+from ddpm_ray.data.latent_sums import LOG_VARIANCES, Float16s
 from ddpm_ray.data.shard_cache import ShardCache
 from ddpm_ray.redaction import counted, sanitize
 from ddpm_ray.storage import checksummed, object_store
@@ -30,15 +33,23 @@ class ShardCorruptError(RuntimeError):
         url, expected, found, attempts = self.args
         return sanitize(
             f"{url}: sha256 is {found[:12]}, the index says {expected[:12]} after "
-            f"{counted(attempts, 'download')}; write it again with `ddpm-ray pack`"
+            f"{counted(attempts, 'download')}; write it again with `ddpm-ray pack` or, if it "
+            "holds latents, `ddpm-ray encode`"
         )
+
+
+class Latents(NamedTuple):
+    """The encoder's normal distributions of n images, with log variances in LOG_VARIANCES."""
+
+    mean: Float16s  # [n, views, c, h, w]
+    log_variance: Float16s  # [n, views, c, h, w]
 
 
 @dataclass(frozen=True)
 class Shard:
     """A parsed shard; `images` is a view of the file's own bytes."""
 
-    images: UInt8s | pa.BinaryArray  # [n, H, W, C], or n encoded images
+    images: UInt8s | pa.BinaryArray | Latents  # [n, H, W, C], n encoded images, or their latents
     labels: Int64s  # [n]
     keys: pa.StringArray  # n
 
@@ -52,30 +63,32 @@ def shard_name(number: int) -> str:
 
 
 def shard_bytes(
-    images: UInt8s | Sequence[bytes], labels: Sequence[int], keys: Sequence[str]
+    images: UInt8s | Sequence[bytes] | Latents, labels: Sequence[int], keys: Sequence[str]
 ) -> bytes:
-    """Serialize images, uint8 [n, H, W, C] or n encoded files; equal input gives equal bytes."""
-    if isinstance(images, np.ndarray):
-        kind = pa.fixed_shape_tensor(pa.uint8(), images.shape[1:])
-        flat = pa.array(np.ascontiguousarray(images).reshape(-1))
-        column = pa.FixedSizeListArray.from_arrays(flat, math.prod(images.shape[1:]))
-        column = pa.ExtensionArray.from_storage(kind, column)
-    else:
-        column = pa.array(images, pa.binary())
-    columns = [column, pa.array(labels, pa.int64()), pa.array(keys, pa.string())]
-    return arrow_io.write(pa.Table.from_arrays(columns, ["image", "label", "key"]))
+    """Serialize uint8 [n, H, W, C], n encoded files or latents; equal input gives equal bytes."""
+    match images:
+        case Latents(mean, log_variance):
+            samples = {"mean": _tensor_column(mean), "logvar": _tensor_column(log_variance)}
+        case np.ndarray():
+            samples = {"image": _tensor_column(images)}
+        case files:
+            samples = {"image": pa.array(files, pa.binary())}
+    columns = [*samples.values(), pa.array(labels, pa.int64()), pa.array(keys, pa.string())]
+    return arrow_io.write(pa.Table.from_arrays(columns, [*samples, "label", "key"]))
 
 
 def parse_shard(data: bytes, manifest: Manifest) -> Shard:
-    """Parse a shard without copying its images. Raises ArrowFileError."""
-    raw = manifest.encoding == "raw"
-    kind = pa.fixed_shape_tensor(pa.uint8(), manifest.image_shape) if raw else pa.binary()
-    schema = pa.schema({"image": kind, "label": pa.int64(), "key": pa.string()})
-    images, labels, keys = arrow_io.read(data, schema).columns
-    if raw:
-        if (flat := images.storage.flatten()).null_count:
-            raise ArrowFileError("it has null pixels")
-        images = flat.to_numpy().reshape(-1, *manifest.image_shape)
+    """Parse a shard without copying its samples. Raises ArrowFileError."""
+    raw = manifest.codec == "latents" or manifest.encoding == "raw"
+    names = ["mean", "logvar"] if manifest.codec == "latents" else ["image"]
+    shape = manifest.image_shape if manifest.codec == "pixels" else manifest.sample_shape[1:]
+    kind = pa.fixed_shape_tensor(_arrow_type(manifest.sample_dtype), shape) if raw else pa.binary()
+    schema = pa.schema({**dict.fromkeys(names, kind), "label": pa.int64(), "key": pa.string()})
+    *samples, labels, keys = arrow_io.read(data, schema).columns
+    if not raw:
+        return Shard(samples[0], labels.to_numpy(), keys)
+    arrays = [_tensors(name, column, shape) for name, column in zip(names, samples, strict=True)]
+    images = arrays[0] if manifest.codec == "pixels" else _checked_latents(*arrays)
     return Shard(images, labels.to_numpy(), keys)
 
 
@@ -106,6 +119,37 @@ def pixel_sums(images: UInt8s) -> tuple[list[int], list[int]]:
     counts = [np.bincount(images[..., c].reshape(-1), minlength=256) for c in range(channels)]
     value = np.arange(256, dtype=np.int64)
     return [int(n @ value) for n in counts], [int(n @ value**2) for n in counts]
+
+
+def _tensor_column(values: npt.NDArray[Any]) -> pa.ExtensionArray:
+    """Return a column of fixed-shape tensors from an array [n, ...]."""
+    shape = values.shape[1:]
+    kind = pa.fixed_shape_tensor(_arrow_type(values.dtype), shape)
+    flat = pa.array(np.ascontiguousarray(values).reshape(-1))
+    storage = pa.FixedSizeListArray.from_arrays(flat, math.prod(shape))
+    return pa.ExtensionArray.from_storage(kind, storage)
+
+
+def _arrow_type(dtype: np.dtype[Any]) -> pa.DataType:
+    return pa.from_numpy_dtype(dtype)
+
+
+def _tensors(name: str, column: pa.ExtensionArray, shape: Sequence[int]) -> npt.NDArray[Any]:
+    """Return a column of tensors as an array [n, *shape], without a copy. Raises ArrowFileError."""
+    if (flat := column.storage.flatten()).null_count:
+        raise ArrowFileError(f"it has null values in the tensors of {name}")
+    values: npt.NDArray[Any] = flat.to_numpy().reshape(-1, *shape)
+    return values
+
+
+def _checked_latents(mean: Float16s, log_variance: Float16s) -> Latents:
+    """Raise ArrowFileError for values that no encoder has; training would diverge on them."""
+    low, high = LOG_VARIANCES
+    if not np.isfinite(mean).all():
+        raise ArrowFileError("a value of mean is not finite")
+    if not ((log_variance >= low) & (log_variance <= high)).all():
+        raise ArrowFileError(f"a value of logvar is not in {low:g}..{high:g}")
+    return Latents(mean, log_variance)
 
 
 def _parse(url: str, data: bytes, dataset: Dataset, row: dict[str, Any]) -> Shard:

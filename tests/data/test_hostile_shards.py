@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from ddpm_ray.data import arrow_io, shard_index, shards
 from ddpm_ray.data.arrow_io import ArrowFileError
 from ddpm_ray.data.dataset import (
-    FORMAT,
+    FORMATS,
     Dataset,
     DatasetError,
     Recipe,
@@ -64,7 +64,7 @@ def publish(folder: Path, data: bytes, recipe: Recipe = RECIPE, **changes: Any) 
     index = arrow_io.write(table)
     (folder / "index.arrow").write_bytes(index)
     digest = hashlib.sha256(index).hexdigest()
-    manifest = {"format": FORMAT, "index_sha256": digest}
+    manifest = {"format": FORMATS["pixels"], "index_sha256": digest}
     # Some indexes have no totals (no samples, no numbers). They get this minimal manifest and are
     # refused before the rest of it is compared.
     with contextlib.suppress(ValueError, TypeError, ZeroDivisionError):
@@ -80,7 +80,7 @@ def with_recipe(folder: Path, text: str) -> str:
     schema = shard_index.SCHEMA.with_metadata({"recipe": text})
     index = arrow_io.write(pa.Table.from_pylist(rows, schema=schema))
     (folder / "index.arrow").write_bytes(index)
-    manifest = {"format": FORMAT, "index_sha256": hashlib.sha256(index).hexdigest()}
+    manifest = {"format": FORMATS["pixels"], "index_sha256": hashlib.sha256(index).hexdigest()}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return url
 

@@ -1,0 +1,125 @@
+"""The codec of latents: from stored posteriors to the tensor that is diffused, and back to images.
+
+A set of latents stores the encoder's normal distribution of each image, not a draw from it: each
+training step draws anew. Each channel is standardised by its mean and standard deviation over the
+whole set, so x_0 has mean 0 and variance 1 per channel. (Rombach et al. 2022, arXiv:2112.10752,
+section D.1, divide all channels by one number, estimated from the first batch.)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ddpm_ray import counter_rng
+from ddpm_ray.counter_rng import Purpose
+from ddpm_ray.data.codec import require_finite
+from ddpm_ray.data.dataset import Manifest, UInt8s
+from ddpm_ray.data.image_shape import ImageShape
+from ddpm_ray.data.shard_index import CodecName
+
+
+class LatentDecoder(Protocol):
+    """Decoder of latents: a TrainedAutoencoder (sampling/autoencoder.py)."""
+
+    def decode_uint8(self, z: Tensor) -> UInt8s | Tensor:
+        """Decode latents [B, c, h, w] to uint8 images [B, H, W, C]."""
+        ...
+
+
+@dataclass(frozen=True)
+class LatentCodec:
+    """Latents, float16 [B, 2, views, c, h, w] <-> float32 [B, c, h, w], standardised per channel.
+
+    The first half of a stored sample is the mean, the second the log variance.
+    """
+
+    channels: int  # c
+    factor: int  # pixels per latent, along each side
+    views: tuple[str, ...]  # plain, or plain and flipped
+    mean: tuple[float, ...]  # [c]
+    std: tuple[float, ...]  # [c]
+    autoencoder: LatentDecoder | None = None
+
+    name: ClassVar[CodecName] = "latents"
+    rounding: ClassVar[str] = "the autoencoder's decoding to uint8"  # for provenances
+
+    @classmethod
+    def of(cls, manifest: Manifest, autoencoder: LatentDecoder | None = None) -> LatentCodec:
+        """Return the codec of a set of latents; it decodes if an autoencoder is bound to it."""
+        shape = manifest.latent_shape
+        if shape is None:
+            raise ValueError(f"a data set of {manifest.codec} has no latents")
+        factor = manifest.image_shape.height // shape.height
+        statistics = manifest.latent_mean, manifest.latent_std
+        return cls(shape.channels, factor, manifest.views, *statistics, autoencoder)
+
+    def shape(self, image_shape: ImageShape) -> tuple[int, int, int]:
+        """Return the shape (c, h, w) in which images of this shape are diffused. ValueError."""
+        height, width = image_shape.height, image_shape.width
+        if height % self.factor or width % self.factor:
+            raise ValueError(
+                f"an image of {height} x {width} pixels (height x width) has no latents; both "
+                f"sides must be multiples of the autoencoder's factor {self.factor}"
+            )
+        return self.channels, height // self.factor, width // self.factor
+
+    def encode(
+        self, stored: Tensor, flip: Tensor | None = None, noise: Tensor | None = None
+    ) -> Tensor:
+        """Draw x_0, float32 [B, c, h, w], from stored latents [B, 2, views, c, h, w].
+
+        `noise` [B, c, h, w] is standard normal (`posterior_noise`); without it x_0 is the mean.
+        Images with `flip` [B] bool take the flipped view; raises ValueError if none is stored.
+        """
+        latents = stored[:, :, 0]  # [B, 2, c, h, w]
+        if flip is not None:
+            self.require_flipped()
+            latents = torch.where(flip.view(-1, 1, 1, 1, 1), stored[:, :, 1], latents)
+        mean, log_variance = latents.float().unbind(1)
+        z = mean if noise is None else mean + log_variance.mul_(0.5).exp_().mul_(noise)
+        return (z - self._column(self.mean, z)) / self._column(self.std, z)
+
+    def require_flipped(self) -> None:
+        """Raise ValueError if the set has no flipped views."""
+        if "flipped" not in self.views:
+            raise ValueError(
+                f"data.flip is true, but the latents hold only the views {', '.join(self.views)}; "
+                "set it to false, or encode the images again with flipped=true"
+            )
+
+    def decode(self, x_0: Tensor) -> UInt8s:
+        """Convert x_0 [B, c, h, w] to uint8 images [B, H, W, C].
+
+        Raises ValueError if a value is not finite or no autoencoder is bound.
+        """
+        require_finite(x_0)
+        if self.autoencoder is None:
+            raise ValueError("latents cannot be decoded without their autoencoder; name its URL")
+        return np.asarray(self.autoencoder.decode_uint8(self.latents(x_0)))
+
+    def latents(self, x_0: Tensor) -> Tensor:
+        """Undo the standardisation: latents z [B, c, h, w] of the autoencoder, float32."""
+        x_0 = x_0.float()
+        return x_0 * self._column(self.std, x_0) + self._column(self.mean, x_0)
+
+    def clip(self, quantile: float = 0.0) -> None:
+        """Return None: latents have no range. Raises ValueError for dynamic thresholding."""
+        if quantile:
+            raise ValueError(
+                f"sampling.dynamic_quantile is {quantile:g}, but latents have no range to clip to; "
+                "set it to 0"
+            )
+
+    def _column(self, values: tuple[float, ...], like: Tensor) -> Tensor:
+        """Return values [c] as [c, 1, 1] on the device of `like`."""
+        return torch.tensor(values, dtype=like.dtype, device=like.device).view(-1, 1, 1)
+
+
+def posterior_noise(seed: int, step: int, positions: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Standard normals float32 [B, *shape] of the samples at these positions of a global batch."""
+    return counter_rng.normal(seed, Purpose.POSTERIOR, step, positions, shape)

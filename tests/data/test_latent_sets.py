@@ -1,0 +1,277 @@
+"""Sets of latents: exact statistics, what the loader delivers, and hostile files refused."""
+
+import dataclasses
+import hashlib
+import json
+import math
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import mpmath
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from ddpm_ray.data import arrow_io, latent_sums, shard_index, shards
+from ddpm_ray.data.dataset import DatasetError, manifest_of, open_dataset
+from ddpm_ray.data.latent_sums import LatentSums
+from ddpm_ray.data.loader import ShardStream, read_images
+from ddpm_ray.data.shards import Latents, fetch_shard
+from ddpm_ray.models import autoencoder
+from tests.data.latent_sets import random_latents, write_latents
+
+FLOAT16 = arrays.from_dtype(np.dtype(np.float16), allow_nan=False, allow_infinity=False)
+
+
+def test_the_range_of_log_variances_is_that_of_the_network() -> None:
+    assert latent_sums.LOG_VARIANCES == autoencoder.LOG_VARIANCES
+
+
+@given(arrays.arrays(np.float16, (4, 2, 3, 2, 1), elements=FLOAT16))
+def test_sums_of_means_are_those_of_exact_fractions(mean: Any) -> None:
+    """Any float16 counts: subnormal ones, 65504, -0."""
+    sums = latent_sums.latent_sums(mean, np.zeros_like(mean))
+    for c in range(3):
+        values = [Fraction(float(value)) for value in mean[:, :, c].ravel()]
+        assert Fraction(sums.mean_sum[c], 2**24) == sum(values)
+        assert Fraction(sums.mean_sum_of_squares[c], 2**48) == sum(v**2 for v in values)
+    assert sums.variance_sum == [16 * 2**48] * 3  # exp(0) = 1
+
+
+def test_variances_are_exp_to_the_nearest_unit() -> None:
+    """mpmath's exp at 60 digits, for every 97th float16 of the range."""
+    every = np.arange(2**16, dtype=np.uint16).view(np.float16)
+    low, high = latent_sums.LOG_VARIANCES
+    with np.errstate(invalid="ignore"):
+        every = every[(every >= low) & (every <= high)][::97]
+    assert len(every) > 300
+    with mpmath.workdps(60):
+        for value in every:
+            one = np.full((1, 1, 1, 1, 1), value)
+            (found,) = latent_sums.latent_sums(np.zeros_like(one), one).variance_sum
+            assert abs(found - mpmath.exp(float(value)) * 2**48) <= 0.5
+
+
+def test_statistics_do_not_depend_on_how_samples_are_divided_into_shards(tmp_path: Path) -> None:
+    latents = random_latents(23)
+    one, many = (
+        write_latents(tmp_path / name, latents, size).manifest
+        for name, size in (("one", 23), ("many", 4))
+    )
+    assert (one.latent_mean, one.latent_std) == (many.latent_mean, many.latent_std)
+    mean, log_variance = (half.astype(np.float64) for half in latents)
+    variance = mean.var((0, 1, 3, 4)) + np.exp(log_variance).mean((0, 1, 3, 4))
+    assert one.latent_mean == pytest.approx(mean.mean((0, 1, 3, 4)), rel=1e-12)
+    assert one.latent_std == pytest.approx(np.sqrt(variance), rel=1e-12)
+
+
+def test_a_set_opens_as_it_was_written(tmp_path: Path) -> None:
+    latents = random_latents(10)
+    written = write_latents(tmp_path / "set", latents, 4)
+    opened = open_dataset(written.url)
+    assert opened.manifest == written.manifest
+    assert opened.fingerprint == written.fingerprint
+    assert opened.recipe == written.recipe
+    assert opened.manifest.format == "ddpm-ray shards 2"
+    assert opened.manifest.sample_bytes == 2 * 2 * 3 * 2 * 4 * 2  # halves, views, c, h, w, bytes
+    shard = fetch_shard(opened, 1)
+    assert isinstance(shard.images, Latents)
+    assert np.array_equal(shard.images.mean, latents.mean[4:8])
+    assert np.array_equal(shard.images.log_variance, latents.log_variance[4:8])
+    assert shard.keys.to_pylist() == ["n-4", "n-5", "n-6", "n-7"]
+
+
+def test_arrow_alone_reads_a_shard(tmp_path: Path) -> None:
+    latents = random_latents(3)
+    write_latents(tmp_path, latents, 3)
+    table = pa.ipc.open_file(tmp_path / "shard-00000.arrow").read_all()
+    assert table.column_names == ["mean", "logvar", "label", "key"]
+    assert table.schema.field("mean").type == pa.fixed_shape_tensor(pa.float16(), [2, 3, 2, 4])
+    assert (table.column("logvar").chunk(0).to_numpy_ndarray() == latents.log_variance).all()
+
+
+@settings(max_examples=10)
+@given(st.data())
+def test_any_division_of_a_batch_delivers_the_stored_tensors(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    samples = data.draw(st.integers(1, 30))
+    latents = random_latents(samples, seed=data.draw(st.integers(0, 99)))
+    dataset = write_latents(tmp_path_factory.mktemp("set"), latents, data.draw(st.integers(1, 9)))
+    cut = data.draw(st.integers(1, 11))
+    window_bytes = data.draw(st.sampled_from([1, 1000, 10**6]))
+    stored = torch.from_numpy(np.stack(latents, axis=1))  # [n, 2, views, c, h, w]
+    for positions in (range(cut), range(cut, 12)):
+        stream = ShardStream(
+            dataset,
+            seed=7,
+            global_batch_size=12,
+            positions=positions,
+            lanes=3,
+            window_bytes=window_bytes,
+        )
+        for step in range(3):
+            batch = stream.batch(step)
+            numbers = [int(key.removeprefix("n-")) for key in stream.keys(step)]
+            assert batch.images.dtype == torch.float16
+            assert torch.equal(batch.images, stored[numbers])
+            assert batch.labels.tolist() == [n % 7 for n in numbers]
+        stream.close()
+
+
+def test_read_images_gives_the_packed_order(tmp_path: Path) -> None:
+    latents = random_latents(10)
+    dataset = write_latents(tmp_path, latents, 4)
+    found = torch.cat([batch.images for batch in read_images(dataset, range(3))])
+    assert torch.equal(found, torch.from_numpy(np.stack(latents, axis=1)))
+
+
+def test_the_window_counts_the_bytes_of_latents(tmp_path: Path) -> None:
+    """A sample is 192 bytes; its image of 4 x 8 pixels would be 32."""
+    stream = ShardStream(
+        write_latents(tmp_path, random_latents(10), 4),
+        seed=0,
+        global_batch_size=2,
+        positions=range(2),
+        lanes=1,
+        window_bytes=5 * 192,
+    )
+    assert stream.order.window_samples == 5
+
+
+def republish(folder: Path, recipe: dict[str, Any], row: dict[str, Any]) -> str:
+    """Give the set in `folder` the index of `recipe` and `row`, with consistent hashes."""
+    schema = shard_index.LATENT_SCHEMA.with_metadata({"recipe": json.dumps(recipe)})
+    index = arrow_io.write(pa.Table.from_pylist([row], schema=schema))
+    (folder / "index.arrow").write_bytes(index)
+    manifest = {"format": "ddpm-ray shards 2", "index_sha256": hashlib.sha256(index).hexdigest()}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    "changes, problem",
+    [
+        ({"latent_shape": [3, 2, 5]}, r"latent_shape is \[3, 2, 5\] for image_shape \[4, 8, 1\]"),
+        ({"latent_shape": [3, 0, 4]}, r"latent_shape is \[3, 0, 4\] for"),
+        ({"latent_shape": [3, -2, -4]}, r"latent_shape is \[3, -2, -4\] for"),
+        ({"latent_shape": [10**9, 2, 4]}, r"latent_shape is \[1000000000, 2, 4\] for"),
+        ({"latent_shape": [2, 2, 4]}, "mean_sum does not have 2 numbers for each shard"),
+        ({"latent_shape": "324"}, "latent_shape is '324'; it must be three whole numbers"),
+        ({"latent_shape": [3.0, 2, 4]}, "latent_shape is .*; it must be three whole numbers"),
+        ({"latent_shape": None}, "latent_shape is None; it must be three whole numbers"),
+        ({"views": ["flipped"]}, "views is .*'flipped'.; it must be one of"),
+        ({"views": 3}, "views is 3; it must be one of"),
+        ({"autoencoder_sha256": "../../x"}, "autoencoder_sha256 is '../../x'; it must be a sha256"),
+        ({"autoencoder_sha256": "a" * 64 + "\n"}, r"autoencoder_sha256 is 'a*\\n'; it must be"),
+        ({"autoencoder_sha256": None}, "autoencoder_sha256 is None; it must be a sha256"),
+        ({"codec": "pixels"}, "its columns are not those of the codec pixels"),
+        ({"codec": ["latents"]}, r"codec is \['latents'\]; it must be a string"),
+        ({"image_shape": [0, 0, 1]}, r"image_shape is \[0, 0, 1\]"),
+    ],
+)
+def test_a_recipe_of_no_latents_is_refused(
+    changes: dict[str, Any], problem: str, tmp_path: Path
+) -> None:
+    dataset = write_latents(tmp_path, random_latents(4), 4)
+    (row,) = dataset.index.to_pylist()
+    url = republish(tmp_path, dataset.recipe.to_json() | changes, row)
+    with pytest.raises(DatasetError, match=rf"index.arrow: {problem}.*again") as refused:
+        open_dataset(url)
+    assert str(refused.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    "changes, problem",
+    [
+        ({"mean_sum": [1, 2]}, "mean_sum does not have 3 numbers for each shard"),
+        ({"mean_sum": [1, 2, None]}, "mean_sum does not have 3 numbers for each shard"),
+        ({"variance_sum": [0, 0, 0]}, "sums of latents are .* for 64 values"),
+        ({"variance_sum": [-(10**30)] * 3}, "sums of latents are .* for 64 values"),
+        ({"mean_sum": [10**37] * 3}, "sums of latents are .* for 64 values"),
+        ({"mean_sum_of_squares": [-1, -1, -1]}, "sums of latents are .* for 64 values"),
+        ({"name": "../../secret"}, "name is '../../secret'; it must match"),
+    ],
+)
+def test_sums_that_no_latents_have_are_refused(
+    changes: dict[str, Any], problem: str, tmp_path: Path
+) -> None:
+    dataset = write_latents(tmp_path, random_latents(4), 4)
+    (row,) = dataset.index.to_pylist()
+    url = republish(tmp_path, dataset.recipe.to_json(), row | changes)
+    with pytest.raises(DatasetError, match=rf"index.arrow: {problem}.*; pack the data set again"):
+        open_dataset(url)
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("latent_std", [1.0, 1.0, 1.0]),
+        ("latent_mean", [0.0, 0.0, 0.0]),
+        ("autoencoder_sha256", "b" * 64),
+        ("views", ["plain"]),
+        ("codec", "pixels"),
+        ("format", "ddpm-ray shards 1"),
+    ],
+)
+def test_an_edited_manifest_is_refused(field: str, value: object, tmp_path: Path) -> None:
+    write_latents(tmp_path, random_latents(4), 4)
+    path = tmp_path / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    with pytest.raises(DatasetError, match=f"manifest.json: {field} is .*, but by the index it is"):
+        open_dataset(str(tmp_path))
+
+
+def damaged(value: float, half: str) -> bytes:
+    """A shard of `random_latents(4)` with one other value."""
+    latents = random_latents(4)
+    getattr(latents, half)[2, 1, 0, 1, 3] = value
+    return shards.shard_bytes(latents, [0] * 4, list("abcd"))
+
+
+@pytest.mark.parametrize(
+    "data, problem",
+    [
+        (damaged(math.nan, "mean"), "a value of mean is not finite"),
+        (damaged(math.inf, "mean"), "a value of mean is not finite"),
+        (damaged(math.nan, "log_variance"), "a value of logvar is not in -30..20"),
+        (damaged(20.02, "log_variance"), "a value of logvar is not in -30..20"),
+        (damaged(-30.02, "log_variance"), "a value of logvar is not in -30..20"),
+        (
+            shards.shard_bytes(random_latents(4, views=1), [0] * 4, list("abcd")),
+            r"its columns are mean .*shape=\[1,3,2,4\]",
+        ),
+        (
+            shards.shard_bytes(np.zeros((4, 4, 8, 1), np.uint8), [0] * 4, list("abcd")),
+            "its columns are image",
+        ),
+    ],
+)
+def test_a_shard_of_other_values_is_refused(data: bytes, problem: str, tmp_path: Path) -> None:
+    """Its hash is right: whoever made the set wrote it."""
+    dataset = write_latents(tmp_path, random_latents(4), 4)
+    (row,) = dataset.index.to_pylist()
+    row |= {"stored_bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    index = shard_index.write(dataset.recipe.to_json(), [row])
+    table = shard_index.read(index)
+    changed = dataclasses.replace(dataset, manifest=manifest_of(table, ""), index=table)
+    (tmp_path / "shard-00000.arrow").write_bytes(data)
+    with pytest.raises(DatasetError, match=f"shard-00000.arrow: not a shard: {problem}"):
+        fetch_shard(changed, 0)
+
+
+def test_the_largest_shard_has_sums_that_the_index_can_hold() -> None:
+    """2^29 float16 values of 65504 and exp(20), the most that 2^30 bytes hold, twice over."""
+    count = 2**30
+    square, spread = (65504 << 24) ** 2, math.ceil(math.exp(20) * 2**48)
+    sums = LatentSums([count * (65504 << 24)], [count * square], [count * spread])
+    held = pa.array([sums.mean_sum_of_squares, sums.variance_sum], pa.list_(pa.decimal128(38, 0)))
+    assert held.to_pylist()[0] == [count * square]
+    mean, variance = latent_sums.mean_and_variance(sums, count)
+    assert mean[0] == 65504
+    assert variance[0] == pytest.approx(math.exp(20), rel=1e-12)
