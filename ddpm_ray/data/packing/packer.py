@@ -1,9 +1,8 @@
 """Pack a source into a data set: plan, write shards in any order on any machine, then finish.
 
 Shard n holds samples n * k to (n + 1) * k - 1 of the source for a fixed k, so its bytes do not
-depend on who writes it. Each finished shard has a small part file next to it with its row of the
-index; a packing job that continues after a kill reuses these shards. The part files are deleted
-once the manifest is written.
+depend on who writes it. A packing job that continues after a kill reuses finished shards, by their
+part files.
 """
 
 from __future__ import annotations
@@ -36,14 +35,13 @@ from ddpm_ray.data.packing import pack_report
 from ddpm_ray.data.packing.image_files import BadImageError, decode_stored, encode_image
 from ddpm_ray.data.packing.image_fitting import first_image, fit_image, suggest_skip
 from ddpm_ray.data.packing.pack_report import PackRecord, PackReport
+from ddpm_ray.data.packing.part_files import PartFiles
 from ddpm_ray.data.packing.sources import open_source
 from ddpm_ray.data.samples import NamedGroup, Sample, Source, groups
 from ddpm_ray.redaction import redacted
 from ddpm_ray.storage import object_store
 
 log = logging.getLogger(__name__)
-
-PARTS = "parts"  # folder of the part files
 
 
 @dataclass(frozen=True)
@@ -125,25 +123,21 @@ def pack_shard(plan: PackPlan, number: int) -> PackedShard:
 
     Raises BadImageError (on_bad_image "stop"), DatasetError and StorageError.
     """
-    part_url = _part_url(plan, number)
+    parts = _part_files(plan)
+    if (finished := parts.find(number)) is not None:
+        return _packed_shard(number, finished)
     shard_url = object_store.join(plan.destination, shards.shard_name(number))
-    identity = json.dumps([plan.recipe.to_json(), plan.source.version, _options(plan)])
-    if object_store.exists(part_url):
-        part = json.loads(object_store.read_bytes(part_url))
-        if part["identity"] == identity and (part["row"] is None or object_store.exists(shard_url)):
-            return _packed_shard(number, part)
     fitted = _fit_samples(plan, number)
     row = _write_shard(plan, number, shard_url, fitted) if fitted.samples else None
     counts = Counter(sample.label for sample in fitted.samples)
     part = {
-        "identity": identity,
         "row": row and asdict(row),
         "skipped": fitted.skipped,
         "changed": [asdict(group) for group in groups(fitted.changes.items())],
         "class_samples": [counts[label] for label in range(len(plan.recipe.label_names))],
         "content_sha256": fitted.content_sha256,
     }
-    object_store.write_bytes(part_url, json.dumps(part).encode())
+    parts.write(number, part)
     return _packed_shard(number, part)
 
 
@@ -168,7 +162,7 @@ def finish(plan: PackPlan, packed: Iterable[PackedShard]) -> Dataset:
     source = plan.name, plan.source.digest, plan.source.version
     pack_report.write(plan.destination, PackRecord(*source, content, _options(plan), report))
     dataset = write_index(plan.destination, plan.recipe, rows)
-    object_store.delete_folder(object_store.join(plan.destination, PARTS))
+    _part_files(plan).delete()
     return dataset
 
 
@@ -243,8 +237,9 @@ def _fit_samples(plan: PackPlan, number: int) -> FittedSamples:
     return fitted._replace(content_sha256=_join_digests(digests))
 
 
-def _part_url(plan: PackPlan, number: int) -> str:
-    return object_store.join(plan.destination, PARTS, f"{shards.shard_name(number)}.json")
+def _part_files(plan: PackPlan) -> PartFiles:
+    identity = json.dumps([plan.recipe.to_json(), plan.source.version, _options(plan)])
+    return PartFiles(plan.destination, identity)
 
 
 def _packed_shard(number: int, part: dict[str, Any]) -> PackedShard:
