@@ -200,12 +200,17 @@ def open_dataset(url: str) -> Dataset:
 
 def write_index(url: str, recipe: Recipe, rows: Sequence[ShardRow]) -> Dataset:
     """Complete the data set at `url`, whose shards exist: write its index, then its manifest."""
-    data = shard_index.write(recipe.to_json(), [asdict(row) for row in rows])
-    table = shard_index.read(data)
-    manifest = manifest_of(table, hashlib.sha256(data).hexdigest())
+    data, table, manifest = index_of(recipe, rows)
     object_store.write_bytes(object_store.join(url, INDEX), data)
     object_store.write_bytes(object_store.join(url, MANIFEST), manifest.to_json())
     return Dataset(url, manifest, table)
+
+
+def index_of(recipe: Recipe, rows: Sequence[ShardRow]) -> tuple[bytes, pa.Table, Manifest]:
+    """Return the bytes of an index, its table, and the manifest that belongs to it."""
+    data = shard_index.write(recipe.to_json(), [asdict(row) for row in rows])
+    table = shard_index.read(data)
+    return data, table, manifest_of(table, hashlib.sha256(data).hexdigest())
 
 
 def manifest_of(table: pa.Table, index_sha256: str) -> Manifest:

@@ -11,7 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,7 +25,7 @@ from ddpm_ray.data.shard_index import CodecName
 class LatentDecoder(Protocol):
     """Decoder of latents: a TrainedAutoencoder (sampling/autoencoder.py)."""
 
-    def decode_uint8(self, z: Tensor) -> UInt8s | Tensor:
+    def decode_uint8(self, z: Tensor) -> UInt8s:
         """Decode latents [B, c, h, w] to uint8 images [B, H, W, C]."""
         ...
 
@@ -100,7 +99,7 @@ class LatentCodec:
         require_finite(x_0)
         if self.autoencoder is None:
             raise ValueError("latents cannot be decoded without their autoencoder; name its URL")
-        return np.asarray(self.autoencoder.decode_uint8(self.latents(x_0)))
+        return self.autoencoder.decode_uint8(self.latents(x_0))
 
     def latents(self, x_0: Tensor) -> Tensor:
         """Undo the standardisation: latents z [B, c, h, w] of the autoencoder, float32."""

@@ -11,6 +11,7 @@ from scipy import stats
 from torch import Tensor
 
 from ddpm_ray.config.pack import PackConfig
+from ddpm_ray.data.dataset import UInt8s
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.data.latent_codec import LatentCodec, posterior_noise
 from ddpm_ray.data.loader import read_images
@@ -22,9 +23,10 @@ from tests.data.latent_sets import random_latents, write_latents
 class Doubling:
     """Decodes a latent of one channel to 2 x 2 equal pixels."""
 
-    def decode_uint8(self, z: Tensor) -> Tensor:
+    def decode_uint8(self, z: Tensor) -> UInt8s:
         grey = z.repeat_interleave(2, 2).repeat_interleave(2, 3)[:, 0, :, :, None]
-        return grey.round().clamp(0, 255).to(torch.uint8)
+        images: UInt8s = grey.round().clamp(0, 255).to(torch.uint8).numpy()
+        return images
 
 
 def whole_set(folder: Path, latents: Latents) -> tuple[LatentCodec, Tensor]:

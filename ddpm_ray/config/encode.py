@@ -1,0 +1,32 @@
+"""Options of encoding a data set to latents."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from ddpm_ray.config.option_fields import option
+
+EncodeDevice: TypeAlias = Literal["auto", "cpu", "cuda"]
+
+
+@dataclass(frozen=True)
+class EncodeConfig:
+    """One data set to encode to latents."""
+
+    flipped: bool = option(
+        False, "also encode each image mirrored, for training with data.flip=true"
+    )
+    batch_size: int = option(
+        32,
+        "images encoded at a time; bounds memory, and changes the last bits of the latents",
+        at_least=1,
+    )
+    device: EncodeDevice = option("auto", "where to encode; auto: on GPUs where there are any")
+    num_workers: int = option(
+        0, "parallel Ray actors; 0: one per GPU of the cluster, or per CPU", at_least=0
+    )
+    address: str = option("", "Ray cluster to join; empty: $RAY_ADDRESS or a local Ray")
+
+    def problems(self) -> Iterator[str]:
+        """Yield nothing: each option is valid by its own range."""
+        yield from ()

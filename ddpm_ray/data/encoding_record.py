@@ -1,0 +1,64 @@
+"""The record beside a set of latents: its autoencoder, options and preview map.
+
+It is stored as `encoding.json` and is not part of the data set's fingerprint, since the autoencoder
+may be moved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ddpm_ray.data.dataset import Dataset
+from ddpm_ray.data.latent_preview import PreviewMatrix
+from ddpm_ray.storage import checksummed_json, object_store
+from ddpm_ray.storage.errors import StorageError
+
+RECORD = "encoding.json"
+
+
+@dataclass(frozen=True)
+class EncodingRecord:
+    """The origin of a set of latents, where the manifest does not hold it."""
+
+    autoencoder: str  # its URL, without secrets
+    autoencoder_sha256: str
+    data: str  # URL of the images, without secrets
+    options: Mapping[str, Any]
+    preview: PreviewMatrix
+
+
+def write(destination: str, record: EncodingRecord) -> None:
+    """Store the record next to the shards. Raises StorageError."""
+    checksummed_json.write(object_store.join(destination, RECORD), asdict(record))
+
+
+def read(dataset: Dataset) -> EncodingRecord | None:
+    """Return the record of a set of latents; None if it has none, or that of another set.
+
+    Raises StorageError.
+    """
+    where = object_store.join(dataset.url, RECORD)
+    if not object_store.exists(where):
+        return None
+    held = checksummed_json.read(where)
+    try:
+        preview = held["preview"]
+        matrix = tuple(tuple(map(float, row)) for row in preview["matrix"])
+        bias = tuple(map(float, preview["bias"]))
+        record = EncodingRecord(
+            str(held["autoencoder"]),
+            str(held["autoencoder_sha256"]),
+            str(held["data"]),
+            dict(held["options"]),
+            PreviewMatrix(matrix, bias, float(preview["r_squared"])),
+        )
+        shape = dataset.manifest.latent_shape
+        if (shape and {len(row) for row in matrix} != {shape.channels}) or len(matrix) != len(bias):
+            raise ValueError("the preview has another shape")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        problem = f"not an encoding record ({type(error).__name__})"
+        raise StorageError(where, problem, "delete this file") from None
+    same = record.autoencoder_sha256 == dataset.manifest.autoencoder_sha256
+    return record if same else None

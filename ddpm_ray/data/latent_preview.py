@@ -1,0 +1,104 @@
+"""A cheap preview of latents: the linear map to RGB with the least squared error.
+
+Each latent is paired with the mean colour of the factor x factor pixels that it covers. Sums of
+products are integers, so the map does not depend on how many tasks encoded the images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ddpm_ray.data.dataset import Manifest, UInt8s
+from ddpm_ray.data.latent_sums import Float16s
+
+Gram: TypeAlias = list[list[int]]
+"""Sums of products of the columns 1, z_1..z_c, y_1..y_C over all latents.
+
+z: means of the plain view in units of 2^-10, limited to +-2048; y: sums of the pixels covered.
+"""
+
+STEPS_PER_UNIT = 2**10  # of z
+LARGEST = 2048
+_ROWS = 2**12  # summed in int64 at a time: |z| <= 2^21, and y <= 2^24 up to a factor of 256
+_DEGENERATE = 1e-9  # relative eigenvalue below which a direction of the latents is left out
+
+
+@dataclass(frozen=True)
+class PreviewMatrix:
+    """RGB (or grey) levels in 0..255 = matrix x_0 + bias, for each standardised latent."""
+
+    matrix: tuple[tuple[float, ...], ...]  # [C][c]
+    bias: tuple[float, ...]  # [C]
+    r_squared: float  # share of the variance of the mean colours that the map explains
+
+    def images(self, x_0: Tensor) -> UInt8s:
+        """Preview x_0 [B, c, h, w] as uint8 images [B, h, w, C]."""
+        matrix = torch.tensor(self.matrix, device=x_0.device)
+        bias = torch.tensor(self.bias, device=x_0.device)
+        levels = torch.einsum("bchw,dc->bhwd", x_0.float(), matrix) + bias
+        images: UInt8s = levels.add_(0.5).clamp_(0, 255).to(torch.uint8).cpu().numpy()
+        return images
+
+
+def gram_of(mean: Float16s, images: UInt8s) -> Gram:
+    """Return the sums of products over latents [n, c, h, w] and their images [n, H, W, C]."""
+    count, channels, height, width = mean.shape
+    factor, colours = images.shape[1] // height, images.shape[3]
+    z = np.clip(np.rint(mean.astype(np.float64) * STEPS_PER_UNIT), *_limits()).astype(np.int64)
+    z = np.moveaxis(z, 1, -1).reshape(-1, channels)
+    blocks = images.reshape(count, height, factor, width, factor, colours)
+    y = blocks.sum(axis=(2, 4), dtype=np.int64).reshape(-1, colours)
+    columns = np.concatenate([np.ones((len(z), 1), np.int64), z, y], axis=1)
+    parts = (columns[at : at + _ROWS] for at in range(0, len(columns), _ROWS))
+    return add_grams((part.T @ part).tolist() for part in parts)
+
+
+def add_grams(grams: Iterable[Gram]) -> Gram:
+    """Return the sum of one or more matrices; exact, so their order does not matter."""
+    added = sum(np.array(gram, dtype=object) for gram in grams)
+    total: Gram = added.tolist()  # type: ignore[union-attr]  # not the 0 that sum starts from
+    return total
+
+
+def fit_preview(gram: Gram, manifest: Manifest) -> PreviewMatrix:
+    """Return the least-squares map of a set of latents; directions without variance get 0."""
+    shape = manifest.latent_shape
+    assert shape is not None
+    factor, c = manifest.image_shape.height // shape.height, shape.channels
+    exact = np.array(gram, dtype=object)
+    count, sums = int(exact[0, 0]), exact[0, 1:]
+    covariance = (count * exact[1:, 1:] - np.outer(sums, sums)) / count**2  # exact up to here
+    covariance, means = covariance.astype(np.float64), (sums / count).astype(np.float64)
+    slopes = _slopes(covariance[:c, :c], covariance[:c, c:])  # [c, C], of y by z
+    total = float(np.trace(covariance[c:, c:]))
+    explained = float((slopes * covariance[:c, c:]).sum())
+    area, mean, std = factor**2, np.array(manifest.latent_mean), np.array(manifest.latent_std)
+    matrix = slopes * (std * STEPS_PER_UNIT)[:, None] / area
+    bias = (means[c:] + (mean * STEPS_PER_UNIT - means[:c]) @ slopes) / area
+    return PreviewMatrix(
+        tuple(map(tuple, matrix.T.round(6).tolist())),
+        tuple(bias.round(6).tolist()),
+        round(explained / total, 6) if total else 1.0,
+    )
+
+
+def _slopes(
+    covariance: npt.NDArray[np.float64], cross: npt.NDArray[np.float64]
+) -> npt.NDArray[np.float64]:
+    """Solve covariance @ slopes = cross on scaled channels; constant channels get 0."""
+    scale = np.sqrt(np.diag(covariance))
+    scale[scale == 0] = 1
+    inverse = np.linalg.pinv(covariance / np.outer(scale, scale), _DEGENERATE, hermitian=True)
+    slopes: npt.NDArray[np.float64] = (inverse @ (cross / scale[:, None])) / scale[:, None]
+    return slopes
+
+
+def _limits() -> tuple[int, int]:
+    return -LARGEST * STEPS_PER_UNIT, LARGEST * STEPS_PER_UNIT

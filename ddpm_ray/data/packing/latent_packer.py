@@ -1,0 +1,239 @@
+"""Encode a set of pixels to a set of latents: plan, encode shards in any order, then finish.
+
+Latent shard n holds the samples of pixel shard n, encoded in batches that begin at its first
+sample, so its bytes do not depend on which task encodes it. The protocol is that of packer.py:
+part files, and the manifest last.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from ddpm_ray.config.encode import EncodeConfig
+from ddpm_ray.data import encoding_record, shards
+from ddpm_ray.data.dataset import (
+    MANIFEST,
+    Dataset,
+    DatasetError,
+    LatentShardRow,
+    Recipe,
+    UInt8s,
+    index_of,
+    open_dataset,
+    write_index,
+)
+from ddpm_ray.data.encoding_record import EncodingRecord
+from ddpm_ray.data.image_shape import ImageShape, LatentShape
+from ddpm_ray.data.latent_preview import Gram, add_grams, fit_preview, gram_of
+from ddpm_ray.data.latent_sums import LOG_VARIANCES, Float16s, latent_sums
+from ddpm_ray.data.packing import pack_report
+from ddpm_ray.data.packing.part_files import PartFiles
+from ddpm_ray.data.prefetcher import gather
+from ddpm_ray.data.shards import Latents, Shard, fetch_shard
+from ddpm_ray.models.autoencoder import Posterior
+from ddpm_ray.redaction import redacted
+from ddpm_ray.storage import object_store
+
+
+class LatentEncoder(Protocol):
+    """Encoder of images: a TrainedAutoencoder (sampling/autoencoder.py)."""
+
+    @property
+    def url(self) -> str:
+        """URL of its checkpoint or folder."""
+        ...
+
+    @property
+    def sha256(self) -> str:
+        """sha256 of its weights."""
+        ...
+
+    def latent_shape(self, image_shape: ImageShape) -> tuple[int, int, int]:
+        """Return (c, h, w) of the latents of such images; raises ValueError if there are none."""
+        ...
+
+    def encode_uint8(self, images: UInt8s) -> Posterior:
+        """Encode uint8 images [B, H, W, C] to posteriors [B, c, h, w]."""
+        ...
+
+
+@dataclass(frozen=True)
+class EncodePlan:
+    """The inputs of a task that encodes a shard, beside the autoencoder."""
+
+    source: Dataset
+    destination: str
+    recipe: Recipe
+    autoencoder: str  # its URL
+    batch_size: int
+
+    @property
+    def shards(self) -> int:
+        """Number of shards."""
+        return self.source.manifest.shards
+
+
+class EncodedShard(NamedTuple):
+    """A finished shard."""
+
+    number: int
+    row: LatentShardRow
+    gram: Gram  # for the preview
+
+
+def make_plan(
+    source: Dataset, destination: str, autoencoder: LatentEncoder, options: EncodeConfig
+) -> EncodePlan:
+    """Decide the recipe of the latents. Raises DatasetError if the images cannot be encoded."""
+    manifest = source.manifest
+    if manifest.codec != "pixels":
+        problem = f"the data set holds {manifest.codec}, not images"
+        raise DatasetError(source.url, problem, "name the data set that they were encoded from")
+    try:
+        latent_shape = LatentShape(*autoencoder.latent_shape(manifest.image_shape))
+    except ValueError as error:
+        remedy = "pack the images again, with image_size or channels that the autoencoder takes"
+        raise DatasetError(source.url, str(error), remedy) from None
+    recipe = Recipe(
+        image_shape=manifest.image_shape,
+        encoding="raw",
+        resize=manifest.resize,
+        label_names=manifest.label_names,
+        source_sha256=source.fingerprint,
+        codec="latents",
+        latent_shape=latent_shape,
+        views=("plain", "flipped") if options.flipped else ("plain",),
+        autoencoder_sha256=autoencoder.sha256,
+    )
+    return EncodePlan(source, destination, recipe, autoencoder.url, options.batch_size)
+
+
+def find_finished(plan: EncodePlan) -> Dataset | None:
+    """Return the finished set of latents at the destination, or None if there is none.
+
+    Raises DatasetError if the data set there has other images, another autoencoder or other
+    options; it is never overwritten.
+    """
+    if not object_store.exists(object_store.join(plan.destination, MANIFEST)):
+        return None
+    dataset = open_dataset(plan.destination)
+    there, here = dataset.recipe.to_json(), plan.recipe.to_json()
+    if dataset.manifest.codec != "latents":
+        raise pack_report.other_dataset(plan.destination, "it holds images, not latents")
+    if (found := there["autoencoder_sha256"]) != (wanted := here["autoencoder_sha256"]):
+        how = f"encoded by the autoencoder of sha256 {found[:12]}, and {plan.autoencoder} is"
+        raise pack_report.other_dataset(plan.destination, f"{how} {wanted[:12]}")
+    if keys := [key for key in there if there[key] != here[key]]:
+        raise pack_report.other_dataset(plan.destination, f"{', '.join(keys)} differ")
+    record, options = encoding_record.read(dataset), _options(plan)
+    if record is not None and record.options != options:
+        how = f"encoded with {dict(record.options)}, now {options}"
+        raise pack_report.other_dataset(plan.destination, how)
+    return dataset
+
+
+def find_encoded(plan: EncodePlan, number: int) -> EncodedShard | None:
+    """Return shard `number` if an interrupted job finished it, else None. Raises StorageError."""
+    part = _part_files(plan).find(number)
+    if part is None:
+        return None
+    return EncodedShard(number, LatentShardRow(**part["row"]), part["gram"])
+
+
+def encode_shard(plan: EncodePlan, number: int, autoencoder: LatentEncoder) -> EncodedShard:
+    """Write shard `number` and its part file, or reuse those of an interrupted job.
+
+    Raises DatasetError if an image has no float16 latents, ShardCorruptError and StorageError.
+    """
+    if (finished := find_encoded(plan, number)) is not None:
+        return finished
+    shard = fetch_shard(plan.source, number)
+    images = _pixels(plan.source, shard)
+    views = [images] + [images[:, :, ::-1]] * (len(plan.recipe.views) - 1)
+    halves = [_encode(plan, autoencoder, view, shard) for view in views]
+    latents = Latents(*(np.stack(half, axis=1) for half in zip(*halves, strict=True)))
+    data = shards.shard_bytes(latents, shard.labels.tolist(), shard.keys.to_pylist())
+    name = shards.shard_name(number)
+    object_store.write_bytes(object_store.join(plan.destination, name), data)
+    pixels = plan.source.index.slice(number, 1).to_pylist()[0]
+    digest = hashlib.sha256(data).hexdigest()
+    sums = pixels["pixel_sum"], pixels["pixel_sum_of_squares"], *latent_sums(*latents)
+    row = LatentShardRow(name, len(shard), len(data), digest, *sums)
+    encoded = EncodedShard(number, row, gram_of(latents.mean[:, 0], images))
+    _part_files(plan).write(number, {"row": asdict(row), "gram": encoded.gram})
+    return encoded
+
+
+def finish(plan: EncodePlan, encoded: Iterable[EncodedShard]) -> Dataset:
+    """Write the record, the index and, last, the manifest; delete the part files. StorageError."""
+    done = sorted(encoded, key=lambda shard: shard.number)
+    rows = [shard.row for shard in done]
+    gram = add_grams(shard.gram for shard in done)
+    _, _, manifest = index_of(plan.recipe, rows)
+    record = EncodingRecord(
+        redacted(plan.autoencoder),
+        plan.recipe.autoencoder_sha256,
+        redacted(plan.source.url),
+        _options(plan),
+        fit_preview(gram, manifest),
+    )
+    encoding_record.write(plan.destination, record)
+    dataset = write_index(plan.destination, plan.recipe, rows)
+    _part_files(plan).delete()
+    return dataset
+
+
+def _options(plan: EncodePlan) -> dict[str, Any]:
+    """Return the options other than the recipe on which the shards' bytes depend."""
+    return {"batch_size": plan.batch_size}
+
+
+def _part_files(plan: EncodePlan) -> PartFiles:
+    identity = json.dumps([plan.recipe.to_json(), _options(plan)])
+    return PartFiles(plan.destination, identity)
+
+
+def _pixels(source: Dataset, shard: Shard) -> UInt8s:
+    """Return the decoded images of a shard, [n, H, W, C]."""
+    images = np.empty((len(shard), source.manifest.sample_bytes), dtype=np.uint8)
+    with ThreadPoolExecutor(1) as decoders:
+        gather(shard, np.arange(len(shard)), images, source, decoders)
+    return images.reshape(-1, *source.manifest.image_shape)
+
+
+def _encode(
+    plan: EncodePlan, autoencoder: LatentEncoder, images: UInt8s, shard: Shard
+) -> tuple[Float16s, Float16s]:
+    """Return mean and log variance of images [n, H, W, C], both [n, c, h, w]. DatasetError."""
+    means, variances = [], []
+    for start in range(0, len(images), plan.batch_size):
+        batch = np.ascontiguousarray(images[start : start + plan.batch_size])
+        posterior = autoencoder.encode_uint8(batch)
+        halves = (half.float().cpu().numpy() for half in posterior)
+        with np.errstate(over="ignore"):  # becomes infinite, and is refused by name
+            mean, log_variance = (half.astype(np.float16) for half in halves)
+        low, high = LOG_VARIANCES
+        good = np.isfinite(mean) & (log_variance >= low) & (log_variance <= high)
+        if not good.all():
+            first = int(np.flatnonzero(~good.reshape(len(batch), -1).all(1))[0])
+            raise _no_latents(plan, shard.keys[start + first].as_py(), posterior, first)
+        means.append(mean)
+        variances.append(log_variance)
+    return np.concatenate(means), np.concatenate(variances)
+
+
+def _no_latents(plan: EncodePlan, key: str, posterior: Posterior, row: int) -> DatasetError:
+    """Return the error for an image whose latents float16 cannot hold."""
+    largest = float(posterior.mean[row].abs().max())
+    problem = (
+        f"sample {key}: latents are not in float16's range (largest mean {largest:g}, limit 65504)"
+    )
+    remedy = "train the autoencoder with a larger KL weight, or pack the images without this one"
+    return DatasetError(plan.source.url, problem, remedy)

@@ -1,0 +1,303 @@
+"""Encoding to latents: equal bytes in any order, resumed after any kill, refusals by name."""
+
+import json
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ddpm_ray.config.encode import EncodeConfig
+from ddpm_ray.config.pack import PackConfig
+from ddpm_ray.data import encoding_record
+from ddpm_ray.data.codec import PIXELS
+from ddpm_ray.data.dataset import Dataset, DatasetError, Recipe, UInt8s, open_dataset
+from ddpm_ray.data.image_shape import ImageShape
+from ddpm_ray.data.latent_codec import LatentCodec
+from ddpm_ray.data.latent_preview import add_grams, fit_preview, gram_of
+from ddpm_ray.data.loader import read_images
+from ddpm_ray.data.packing import latent_packer, packer
+from ddpm_ray.data.packing.latent_packer import EncodePlan
+from ddpm_ray.data.packing.sources import ArraySource
+from ddpm_ray.data.shards import Latents, fetch_shard
+from ddpm_ray.models.autoencoder import Autoencoder, AutoencoderSpec, Posterior
+from ddpm_ray.storage import checksummed_json, object_store
+from ddpm_ray.storage.errors import StorageError
+from tests.data.latent_sets import random_latents, write_latents
+
+SAMPLES, PER_SHARD = 11, 3
+
+
+class Killed(BaseException):
+    """The process was killed."""
+
+
+class TinyAutoencoder:
+    """A random autoencoder of factor 2, with the interface of TrainedAutoencoder."""
+
+    def __init__(self, seed: int = 0, gain: float = 1.0, url: str = "runs/tiny") -> None:
+        torch.manual_seed(seed)
+        self.model = Autoencoder(AutoencoderSpec(1, 2, 4, (1, 1), 1, 2, False)).eval()
+        self.sha256, self.url, self.gain = f"{seed:064x}", url, gain
+
+    def latent_shape(self, image_shape: ImageShape) -> tuple[int, int, int]:
+        return self.model.spec.latent_shape(image_shape[:2])
+
+    @torch.no_grad()
+    def encode_uint8(self, images: UInt8s) -> Posterior:
+        posterior = self.model.encode(PIXELS.encode(torch.from_numpy(images)))
+        return Posterior(posterior.mean * self.gain, posterior.log_variance)
+
+
+def pixels(folder: Path, samples: int = SAMPLES, side: int = 6) -> Dataset:
+    """Pack grey noise of side x 4 pixels, PER_SHARD images per shard, labels n % 2."""
+    noise = np.random.default_rng(3).integers(0, 256, (samples, side, 4, 1), dtype=np.uint8)
+    source = ArraySource("n", noise, np.arange(samples) % 2, ("even", "odd"))
+    recipe = Recipe(ImageShape(side, 4, 1), "raw", "none", ("even", "odd"), source.digest)
+    count = -(-samples // PER_SHARD)
+    plan = packer.PackPlan(source, str(folder), PackConfig(), recipe, count, PER_SHARD)
+    return packer.finish(plan, [packer.pack_shard(plan, n) for n in range(count)])
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Dataset:
+    return pixels(tmp_path / "pixels")
+
+
+def plan_of(
+    source: Dataset, destination: Path, autoencoder: TinyAutoencoder, **options: object
+) -> EncodePlan:
+    config = EncodeConfig(**{"flipped": True, "batch_size": 2, **options})  # type: ignore[arg-type]
+    return latent_packer.make_plan(source, str(destination), autoencoder, config)
+
+
+def encode(
+    source: Dataset, destination: Path, order: tuple[int, ...] = (), **options: object
+) -> Dataset:
+    autoencoder = TinyAutoencoder()
+    plan = plan_of(source, destination, autoencoder, **options)
+    numbers = order or range(plan.shards)
+    done = [latent_packer.encode_shard(plan, n, autoencoder) for n in numbers]
+    return latent_packer.finish(plan, done)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_latents_are_those_of_the_network_with_labels_and_keys(
+    source: Dataset, tmp_path: Path
+) -> None:
+    encode(source, tmp_path / "set")
+    dataset = open_dataset(str(tmp_path / "set"))
+    assert (dataset.manifest.codec, dataset.manifest.views) == ("latents", ("plain", "flipped"))
+    assert dataset.manifest.latent_shape == (2, 3, 2)
+    assert dataset.manifest.image_shape == source.manifest.image_shape
+    assert dataset.manifest.pixel_mean == source.manifest.pixel_mean
+    assert dataset.manifest.source_sha256 == source.fingerprint
+    assert dataset.manifest.label_names == ("even", "odd")
+    model = TinyAutoencoder().model
+    for number in range(4):
+        (batch,) = read_images(source, [number])
+        before, after = fetch_shard(source, number), fetch_shard(dataset, number)
+        assert after.keys.equals(before.keys)
+        assert after.labels.tolist() == before.labels.tolist()
+        assert isinstance(after.images, Latents)
+        for view, images in enumerate([batch.images, batch.images.flip(2)]):
+            with torch.no_grad():
+                expected = model.encode(PIXELS.encode(images))
+            for found, wanted in zip(after.images, expected, strict=True):
+                np.testing.assert_allclose(found[:, view], wanted, rtol=1e-3, atol=1e-4)
+
+
+@settings(max_examples=6)
+@given(st.permutations(range(4)))
+def test_any_order_of_the_shards_gives_the_same_bytes(
+    tmp_path_factory: pytest.TempPathFactory, order: list[int]
+) -> None:
+    """As two or more tasks encode them; a task may also be repeated after its worker was lost."""
+    folder = tmp_path_factory.mktemp("sets")
+    source = pixels(folder / "pixels")
+    encode(source, folder / "one")
+    autoencoder = TinyAutoencoder()
+    plan = plan_of(source, folder / "two", autoencoder)
+    done = [latent_packer.encode_shard(plan, n, autoencoder) for n in order]
+    latent_packer.encode_shard(plan, order[0], autoencoder)
+    latent_packer.finish(plan, done)
+    assert files(folder / "one") == files(folder / "two")
+
+
+WRITES = 4 * 2 + 3  # a shard and its part, four times; record, index, manifest
+
+
+@pytest.mark.parametrize("at", range(WRITES))
+@pytest.mark.parametrize("after", [False, True])
+def test_a_job_killed_at_any_write_goes_on(
+    at: int, after: bool, source: Dataset, tmp_path: Path
+) -> None:
+    """Killed just before or just after its write number `at`."""
+    encode(source, tmp_path / "whole")
+    write, left = object_store.write_bytes, iter(range(at, -1, -1))
+
+    def killed(url: str, data: bytes) -> None:
+        stops = next(left) == 0
+        if after or not stops:
+            write(url, data)
+        if stops:
+            raise Killed(f"at {url}")
+
+    with mock.patch.object(object_store, "write_bytes", killed), pytest.raises(Killed, match="at "):
+        encode(source, tmp_path / "set")
+    complete = at == WRITES - 1 and after
+    assert (tmp_path / "set/manifest.json").exists() == complete
+    plan = plan_of(source, tmp_path / "set", TinyAutoencoder())
+    found = latent_packer.find_finished(plan) or encode(source, tmp_path / "set")
+    whole, there = files(tmp_path / "whole"), files(tmp_path / "set")
+    assert found.fingerprint == open_dataset(str(tmp_path / "whole")).fingerprint
+    assert {name: there[name] for name in whole} == whole
+    assert complete or there.keys() == whole.keys()
+
+
+def test_finished_shards_are_not_encoded_again(source: Dataset, tmp_path: Path) -> None:
+    autoencoder = TinyAutoencoder()
+    plan = plan_of(source, tmp_path / "set", autoencoder)
+    for n in (0, 2):
+        latent_packer.encode_shard(plan, n, autoencoder)
+    again = plan_of(source, tmp_path / "set", autoencoder)
+    found = [latent_packer.find_encoded(again, n) for n in range(4)]
+    assert [one is not None for one in found] == [True, False, True, False]
+    with mock.patch.object(autoencoder, "encode_uint8", side_effect=AssertionError):
+        latent_packer.encode_shard(again, 2, autoencoder)
+
+
+@pytest.mark.parametrize("changed", [{"batch_size": 3}, {"flipped": False}])
+def test_parts_of_other_options_or_another_autoencoder_are_not_used(
+    changed: dict[str, object], source: Dataset, tmp_path: Path
+) -> None:
+    autoencoder = TinyAutoencoder()
+    latent_packer.encode_shard(plan_of(source, tmp_path / "set", autoencoder), 0, autoencoder)
+    assert (
+        latent_packer.find_encoded(plan_of(source, tmp_path / "set", TinyAutoencoder(1)), 0) is None
+    )
+    assert (
+        latent_packer.find_encoded(plan_of(source, tmp_path / "set", autoencoder, **changed), 0)
+        is None
+    )
+
+
+@pytest.mark.parametrize(
+    "seed, changed, message",
+    [
+        (1, {}, "encoded by the autoencoder of sha256 000000000000, and runs/tiny is 000000000000"),
+        (0, {"flipped": False}, "views differ"),
+        (0, {"batch_size": 3}, "encoded with {'batch_size': 2}, now {'batch_size': 3}"),
+    ],
+)
+def test_a_set_of_another_encoding_is_kept(
+    seed: int, changed: dict[str, object], message: str, source: Dataset, tmp_path: Path
+) -> None:
+    encode(source, tmp_path / "set")
+    before = files(tmp_path / "set")
+    plan = plan_of(source, tmp_path / "set", TinyAutoencoder(seed), **changed)
+    with pytest.raises(DatasetError, match=rf"already here \({message}\); delete it, or choose"):
+        latent_packer.find_finished(plan)
+    assert files(tmp_path / "set") == before
+
+
+def test_a_finished_set_is_found_also_if_the_autoencoder_was_moved(
+    source: Dataset, tmp_path: Path
+) -> None:
+    dataset = encode(source, tmp_path / "set")
+    found = latent_packer.find_finished(
+        plan_of(source, tmp_path / "set", TinyAutoencoder(url="elsewhere"))
+    )
+    assert found is not None
+    assert found.fingerprint == dataset.fingerprint
+    record = encoding_record.read(found)
+    assert record is not None
+    assert (record.autoencoder, record.data) == ("runs/tiny", source.url)
+
+
+def test_what_cannot_be_encoded_is_refused(source: Dataset, tmp_path: Path) -> None:
+    odd = pixels(tmp_path / "odd", side=5)
+    with pytest.raises(DatasetError, match=r"images are 5 x 4, .* multiples of 2.*; pack the imag"):
+        plan_of(odd, tmp_path / "set", TinyAutoencoder())
+    latents = encode(source, tmp_path / "latents")
+    with pytest.raises(DatasetError, match="the data set holds latents, not images; name the data"):
+        plan_of(latents, tmp_path / "set", TinyAutoencoder())
+    with pytest.raises(DatasetError, match=r"already here \(it holds images, not latents\)"):
+        latent_packer.find_finished(plan_of(source, Path(source.url), TinyAutoencoder()))
+
+
+def test_a_sample_without_float16_latents_is_named(source: Dataset, tmp_path: Path) -> None:
+    """Only the brightest image is beyond 65504."""
+    autoencoder = TinyAutoencoder()
+    largest = [
+        float(autoencoder.encode_uint8(batch.images.numpy()[n : n + 1]).mean.abs().max())
+        for batch in read_images(source, range(4))
+        for n in range(len(batch.images))
+    ]
+    highest, second = sorted(range(SAMPLES), key=lambda n: -largest[n])[:2]
+    autoencoder.gain = 65504 / np.sqrt(largest[highest] * largest[second])
+    plan = plan_of(source, tmp_path / "set", autoencoder, flipped=False)
+    with pytest.raises(
+        DatasetError, match=rf"sample n-{highest:06d}: latents are not in float16's range \(large"
+    ):
+        latent_packer.encode_shard(plan, highest // PER_SHARD, autoencoder)
+
+
+def test_the_preview_is_the_least_squares_map_with_its_r_squared(tmp_path: Path) -> None:
+    """numpy's lstsq on the same pairs, in float64, is the reference."""
+    rng = np.random.default_rng(0)
+    latents = random_latents(9)
+    dataset = write_latents(tmp_path, latents, 4)
+    images = rng.integers(0, 256, (9, 4, 8, 3), dtype=np.uint8)
+    images[..., 0] = np.clip(128 + 30 * latents.mean[:, 0, 1].repeat(2, 1).repeat(2, 2), 0, 255)
+    parts = [gram_of(latents.mean[a:b, 0], images[a:b]) for a, b in ((0, 4), (4, 8), (8, 9))]
+    assert add_grams(parts) == add_grams(parts[::-1]) == gram_of(latents.mean[:, 0], images)
+    preview = fit_preview(add_grams(parts), dataset.manifest)
+    codec = LatentCodec.of(dataset.manifest)
+    x_0 = codec.encode(torch.from_numpy(np.stack(latents, axis=1)))
+    rows = np.moveaxis(x_0.double().numpy(), 1, -1).reshape(-1, 3)
+    rows = np.concatenate([rows, np.ones((len(rows), 1))], axis=1)
+    colours = images.reshape(9, 2, 2, 4, 2, 3).mean(axis=(2, 4)).reshape(-1, 3)
+    solution, *_ = np.linalg.lstsq(rows, colours, rcond=None)
+    np.testing.assert_allclose(preview.matrix, solution[:3].T, atol=0.02)
+    np.testing.assert_allclose(preview.bias, solution[3], atol=0.02)
+    error = np.square(rows @ solution - colours).sum()
+    total = np.square(colours - colours.mean(0)).sum()
+    assert preview.r_squared == pytest.approx(1 - error / total, abs=1e-4)
+    shown = preview.images(x_0)
+    assert shown.shape == (9, 2, 4, 3)
+    assert np.abs(shown.reshape(-1, 3) - (rows @ solution).clip(0, 255)).max() < 1
+
+
+def test_a_preview_of_constant_channels_and_images_is_finite(tmp_path: Path) -> None:
+    mean = np.full((2, 1, 3, 2, 4), 7, np.float16)
+    dataset = write_latents(tmp_path, Latents(mean, np.zeros_like(mean)), 2, views=("plain",))
+    images = np.full((2, 4, 8, 1), 90, np.uint8)
+    preview = fit_preview(gram_of(mean[:, 0], images), dataset.manifest)
+    assert preview.r_squared == 1
+    assert (preview.images(torch.zeros(1, 3, 2, 4)) == 90).all()
+
+
+@pytest.mark.parametrize("key", ["preview", "autoencoder", "options"])
+def test_a_damaged_record_is_refused(key: str, source: Dataset, tmp_path: Path) -> None:
+    dataset = encode(source, tmp_path / "set")
+    where = f"{dataset.url}/{encoding_record.RECORD}"
+    held = checksummed_json.read(where)
+    checksummed_json.write(where, {name: held[name] for name in held if name != key})
+    with pytest.raises(StorageError, match=r"encoding.json: not an encoding record .*; delete"):
+        encoding_record.read(dataset)
+
+
+def test_the_manifest_names_no_place(source: Dataset, tmp_path: Path) -> None:
+    """So the fingerprint is the same wherever the autoencoder and the images are."""
+    encode(source, tmp_path / "set")
+    manifest = (tmp_path / "set/manifest.json").read_text()
+    assert "runs/tiny" not in manifest
+    assert str(tmp_path) not in manifest
+    assert json.loads(manifest)["autoencoder_sha256"] == "0" * 64
