@@ -17,6 +17,7 @@ from ddpm_ray.diffusion.conditioning import UNCONDITIONAL, Conditioning, Network
 from ddpm_ray.diffusion.guidance import classifier_free
 from ddpm_ray.diffusion.parameterization import Parameterization
 from ddpm_ray.diffusion.process import Denoise, NoiseSchedule
+from ddpm_ray.diffusion.x0_estimator import Clip, X0Estimator
 from ddpm_ray.sampling.conditioning import NO_CONDITIONING, ConditioningSpec
 
 GuidanceModel: TypeAlias = Callable[[Denoise, Conditioning], Denoise]
@@ -129,6 +130,10 @@ class Denoiser:
     def without_variance(self, denoise: Denoise) -> Denoise:
         """`denoise` without the channels of a learned variance."""
         return denoise if self.variance == "fixed" else lambda x, t: denoise(x, t).chunk(2, 1)[0]
+
+    def estimator(self, denoise: Denoise, clip: Clip | None) -> X0Estimator:
+        """The samplers' estimator of x_0; `denoise` is this denoiser with its inputs bound."""
+        return X0Estimator(self.schedule, denoise, self.parameterization, clip)
 
 
 class _SelfConditioned:
