@@ -24,6 +24,7 @@ from ddpm_ray.config.loading import load, to_dict
 from ddpm_ray.config.pack import PackConfig
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.sampling import SamplingSettings
+from ddpm_ray.data.codec import PIXELS
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.data.packing import packer
 from ddpm_ray.sampling.image_grid import grid
@@ -90,7 +91,7 @@ def saved_run(folder: Path, *overrides: str, **facts: Any) -> tuple[str, Pixels]
     for parameter in state.ema.model.parameters():
         nn.init.normal_(parameter, std=0.3, generator=generator)
     CheckpointStore(str(folder / "checkpoints")).save(state.snapshot([]))
-    denoiser = diffusion.denoiser(config, state.ema.model, CPU)
+    denoiser = diffusion.denoiser(config, state.ema.model, CPU, PIXELS)
     plan = diffusion.sampling_plan(config.sampling, denoiser.schedule, NAMES)
     wall, workers = Wall(), Workers(0, 1, CPU)
     place, size = str(folder / "pictures"), config.sampling.batch_size

@@ -18,6 +18,7 @@ from ddpm_ray.collectives import Workers
 from ddpm_ray.config.loading import load, to_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data import shards
+from ddpm_ray.data.codec import PIXELS
 from ddpm_ray.data.dataset import Dataset, Recipe, ShardRow, write_index
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.reporting import Command, Progress, Row
@@ -137,7 +138,7 @@ def denoiser_of(config: RunConfig, device: torch.device) -> tuple[TrainingState,
     with torch.no_grad():
         for parameter in state.ema.model.parameters():
             parameter.add_((0.02 * torch.randn(parameter.shape, generator=generator)).to(device))
-    return state, diffusion.denoiser(config, state.ema.model, device)
+    return state, diffusion.denoiser(config, state.ema.model, device, PIXELS)
 
 
 def packed(folder: str) -> Dataset:

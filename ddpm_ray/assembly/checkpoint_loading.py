@@ -19,6 +19,7 @@ from ddpm_ray.config.option_fields import shown
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.sampling import SamplingSettings
 from ddpm_ray.config.schedule import ScheduleConfig
+from ddpm_ray.data.codec import PIXELS
 from ddpm_ray.data.dataset import DatasetError, open_dataset
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.models.classifier import NoisyClassifier
@@ -66,8 +67,9 @@ def trained_model(
 
     The weights are the EMA group `ema` of the checkpoint. `url` may also be a local diffusers
     folder of a UNet2DModel with its scheduler. Raises CheckpointError if no checkpoint passes
-    verification, ConfigError for a classifier, UnsupportedModelError for a diffusers model that
-    UNet cannot represent, and ValueError for an unusable device.
+    verification, NewerFormatError for a codec of a later version, ConfigError for a classifier,
+    UnsupportedModelError for a diffusers model that UNet cannot represent, and ValueError for an
+    unusable device.
     """
     device = usable_device(device)
     if Path(url, OF_DIFFUSERS).is_file():
@@ -78,6 +80,7 @@ def trained_model(
         raise ConfigError(
             f"{url} holds a {config.task}, which draws no images: use it as guidance.classifier"
         )
+    codec = run_config.saved_codec(snapshot.facts, where)
     image_shape = ImageShape(*snapshot.facts["image_shape"])
     model = training_run.network(config, image_shape)
     model.load_state_dict(snapshot.tensors[ema])
@@ -91,7 +94,7 @@ def trained_model(
         "average": ema if ema != "ema" else snapshot.facts.get("average"),  # None: the main EMA
     }
     return TrainedModel(
-        denoiser(config, model, device),
+        denoiser(config, model, device, codec),
         image_shape,
         provenance,
         device=device,
@@ -146,12 +149,14 @@ def label_names(config: RunConfig, facts: Mapping[str, Any]) -> tuple[str, ...] 
 def trained_classifier(url: str, device: torch.device | str = "cpu") -> NoisyClassifier:
     """Load the noisy-image classifier of a run with task=classifier.
 
-    Raises CheckpointError, and ConfigError for a run that trained another kind of model.
+    Raises CheckpointError, NewerFormatError, and ConfigError for a run that trained another kind
+    of model.
     """
-    _, snapshot = _checkpoint(url, "ema")
+    where, snapshot = _checkpoint(url, "ema")
     config = run_config.saved_config(snapshot.facts, url)
     if not config.traits.predicts_labels:
         raise ConfigError(f"{url} holds no classifier: train one with task=classifier")
+    run_config.saved_codec(snapshot.facts, where)  # raises for one that is unknown
     network = training_run.network(config, ImageShape(*snapshot.facts["image_shape"]))
     assert isinstance(network, NoisyClassifier)
     network.load_state_dict(snapshot.tensors["ema"])
@@ -234,7 +239,7 @@ def _of_diffusers(folder: Path, device: torch.device | str) -> TrainedModel:
         "data_fingerprint": "",
     }
     return TrainedModel(
-        denoiser(config, network.to(device).eval().requires_grad_(False), device),
+        denoiser(config, network.to(device).eval().requires_grad_(False), device, PIXELS),
         ImageShape(height, width, spec.image_channels),
         provenance,
         device=device,

@@ -17,6 +17,7 @@ from ddpm_ray.assembly import diffusion, training_run
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.loading import from_dict
 from ddpm_ray.config.run import RunConfig
+from ddpm_ray.data.codec import codec_named
 from ddpm_ray.data.dataset import Dataset, DatasetError, open_dataset
 from ddpm_ray.distributed import fatal_errors, placement_groups, startup
 from ddpm_ray.distributed.control_actor import RunControl
@@ -151,7 +152,9 @@ def _grid_logger(
     sink: Tracker | None,
 ) -> SampleGridLogger:
     """Build the sampler of the EMA weights; all workers draw."""
-    denoiser = diffusion.denoiser(config, state.ema.model, workers.device)
+    denoiser = diffusion.denoiser(
+        config, state.ema.model, workers.device, codec_named(dataset.manifest.codec)
+    )
     denoiser = training_run.with_low_resolution(
         denoiser, config.data, dataset, GRID_IMAGES, workers.device
     )
@@ -212,6 +215,7 @@ def _facts(settings: dict[str, Any], dataset: Dataset) -> dict[str, Any]:
         "version": package_version(),
         "image_shape": list(dataset.manifest.image_shape),
         "data_fingerprint": dataset.fingerprint,
+        "codec": dataset.manifest.codec,
         "identity": settings["identity"],
         "label_names": list(dataset.manifest.label_names),
     }

@@ -27,6 +27,7 @@ from ddpm_ray.assembly import diffusion, training_run
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.loading import load, to_dict
 from ddpm_ray.config.run import RunConfig
+from ddpm_ray.data.codec import PIXELS
 from ddpm_ray.data.dataset import open_dataset
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.data.loader import Batch, ShardStream
@@ -185,7 +186,7 @@ def begin(
     if workers.count > 1:
         network = DistributedDataParallel(network, broadcast_buffers=False)
     sink = (recorder or RecordingSink()) if workers.is_main else None
-    denoiser = diffusion.denoiser(config, state.ema.model, CPU)
+    denoiser = diffusion.denoiser(config, state.ema.model, CPU, PIXELS)
     grid_logger = SampleGridLogger(
         denoiser,
         diffusion.sampling_plan(config.sampling, denoiser.schedule),
