@@ -87,7 +87,7 @@ def test_all_about_an_option_can_be_asked(name: str) -> None:
         assert rows["meaning"] == meta["doc"]
         allowed = choices(type_at(kind, key))
         assert rows.get("choices", "") == ", ".join(one or "empty" for one in allowed)
-        limits = [limit for limit, _ in meta["limits"].values() if limit is not None]
+        limits = [limit for limit, _ in meta["limits"].values()]
         assert all(str(limit) in rows["range"] for limit in limits)
         assert ("fixed" in rows) == meta["defines_run"]
         if key not in REQUIRED.get(name, set()) and rows["default"] != "as the model was trained":

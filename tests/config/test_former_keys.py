@@ -67,9 +67,9 @@ class Network:
 class Guidance:
     weak_model: str = option("", "d", formerly="weak")
     form: Literal["gradient", "mean"] = option(
-        "gradient", "e", former_choices={"score": "gradient"}
+        "gradient", "e", formerly=Former(choices={"score": "gradient"})
     )
-    forms: tuple[str, ...] = option((), "f", former_choices={"score": "gradient"})
+    forms: tuple[str, ...] = option((), "f", formerly=Former(choices={"score": "gradient"}))
     learning_rate: float = option(0.5, "h", at_least=0, formerly=".rate")
 
 

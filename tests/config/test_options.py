@@ -36,6 +36,7 @@ from ddpm_ray.config.loading import (
     to_yaml,
 )
 from ddpm_ray.config.model import ModelConfig
+from ddpm_ray.config.option_fields import option
 from ddpm_ray.config.pack import PackConfig
 from ddpm_ray.config.reading.option_text import choices
 from ddpm_ray.config.reading.yaml_text import type_at
@@ -281,6 +282,11 @@ def test_every_bad_key_is_reported_at_once(tmp_path: Path) -> None:
         "command line:",
     }
     assert len(str(refused.value).splitlines()) == 6
+
+
+def test_a_misspelt_bound_of_an_option_is_not_left_out() -> None:
+    with pytest.raises(KeyError, match="atleast"):
+        option(1, "a count", atleast=1)  # type: ignore[call-arg]
 
 
 def test_several_rules_at_once_give_one_line_per_key() -> None:
