@@ -44,6 +44,20 @@ def clip_to_quantile(share: float) -> Clip:
     return clip
 
 
+def self_conditioning_estimate(
+    parameterization: Parameterization, x_t: Tensor, t: Tensor, model_output: Tensor, clip: Clip
+) -> Tensor:
+    """The network's next self-conditioning input: a clipped estimate of x_0, without gradient.
+
+    (Chen et al. 2022, arXiv:2208.04202, section 3.2.) Both training and sampling use it. Channels
+    of a learned variance, after those of x_t, are ignored.
+    """
+    mean = model_output[:, : x_t.shape[1]]
+    estimate = parameterization.x_0(x_t, t, mean).detach()
+    clip(estimate)
+    return estimate
+
+
 class X0Estimator:
     """Calls `denoise` and converts its output to an estimate of x_0, to which it applies `clip`.
 
