@@ -10,11 +10,9 @@ from typing import Any
 import torch
 from safetensors import torch as safetensors
 
-from ddpm_ray.assembly import run_config, training_run
+from ddpm_ray.assembly import other_libraries, run_config, training_run
 from ddpm_ray.assembly.diffusion import denoiser
 from ddpm_ray.config.loading import ConfigError, from_dict, to_dict
-from ddpm_ray.config.model import ModelConfig
-from ddpm_ray.config.objective import ObjectiveConfig
 from ddpm_ray.config.option_fields import shown
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.sampling import SamplingSettings
@@ -24,7 +22,6 @@ from ddpm_ray.data.dataset import DatasetError, open_dataset
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.models.classifier import NoisyClassifier
 from ddpm_ray.models.interop import convert
-from ddpm_ray.models.interop.diffusers_config import UnsupportedModelError
 from ddpm_ray.models.interop.diffusers_schedulers import Export
 from ddpm_ray.models.unet import UNet
 from ddpm_ray.sampling.pipeline import TrainedModel
@@ -82,7 +79,8 @@ def trained_model(
         )
     codec = run_config.saved_codec(snapshot.facts, where)
     image_shape = ImageShape(*snapshot.facts["image_shape"])
-    model = training_run.network(config, image_shape)
+    variant = run_config.saved_variant(snapshot.facts, where)
+    model = training_run.network(config, image_shape, variant)
     model.load_state_dict(snapshot.tensors[ema])
     model.to(device).eval().requires_grad_(False)
     provenance = {
@@ -209,28 +207,9 @@ def _newest(url: str, groups: Sequence[str]) -> tuple[str, Snapshot]:
 
 
 def _of_diffusers(folder: Path, device: torch.device | str) -> TrainedModel:
-    spec, tensors, facts, (height, width) = convert.read_folder(folder)
+    config, spec, tensors, image_shape = other_libraries.of_diffusers(folder)
     network = UNet(spec)
     network.load_state_dict(tensors)
-    try:
-        sampling = SamplingSettings().overridden(facts["sampling"])
-    except (TypeError, ValueError) as error:
-        raise UnsupportedModelError(str(folder), f"scheduler: {error}") from error
-    config = RunConfig(
-        name=folder.name,
-        schedule=ScheduleConfig(**facts["schedule"]),
-        objective=ObjectiveConfig(**facts["objective"]),
-        sampling=sampling,
-        model=ModelConfig(
-            base_channels=spec.base_channels,
-            channel_mults=spec.channel_mults,
-            blocks_per_level=spec.blocks_per_level,
-            attention_factors=spec.attention_factors,
-            dropout=spec.dropout,
-            groups=spec.groups,
-            num_classes=spec.num_classes,
-        ),
-    )
     provenance = {
         "checkpoint": str(folder),
         "step": 0,
@@ -240,7 +219,7 @@ def _of_diffusers(folder: Path, device: torch.device | str) -> TrainedModel:
     }
     return TrainedModel(
         denoiser(config, network.to(device).eval().requires_grad_(False), device, PIXELS),
-        ImageShape(height, width, spec.image_channels),
+        image_shape,
         provenance,
         device=device,
         settings=config.sampling,

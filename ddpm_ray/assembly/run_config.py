@@ -10,6 +10,7 @@ from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.codec import Codec, codec_named
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.data.shard_index import CODECS
+from ddpm_ray.models.layers import Variant
 from ddpm_ray.storage.file_formats import NewerFormatError, package_version
 
 
@@ -35,6 +36,21 @@ def saved_codec(facts: Mapping[str, Any], where: str = "") -> Codec:
         reason = f"its codec is {shown(name)}, and {here}"
         raise NewerFormatError(where, reason, "upgrade ddpm_ray to the version that wrote it")
     return codec_named(name)
+
+
+def saved_variant(facts: Mapping[str, Any], where: str = "") -> Variant:
+    """The variant of the network of a checkpoint with these facts.
+
+    Imported networks name one; all others are Ho et al.'s. `where` is the checkpoint's URL, for
+    errors. Raises NewerFormatError for a variant that this version does not know.
+    """
+    try:
+        return Variant(**facts.get("variant", {}))
+    except TypeError as error:
+        here = f"ddpm_ray {package_version()} does not know"
+        reason = f"its variant is {shown(facts['variant'])}, which {here}"
+        remedy = "upgrade ddpm_ray to the version that wrote it"
+        raise NewerFormatError(where, reason, remedy) from error
 
 
 def for_images(config: RunConfig, image_shape: ImageShape) -> RunConfig:

@@ -12,6 +12,7 @@ from ddpm_ray.jobs import (
     edit,
     evaluate,
     export,
+    import_model,
     pack,
     sample,
     sweep,
@@ -19,7 +20,7 @@ from ddpm_ray.jobs import (
 )
 from ddpm_ray.storage.file_formats import package_version
 
-MODULES = (pack, train, sweep, sample, edit, evaluate, average, export, drill, doctor)
+MODULES = (pack, train, sweep, sample, edit, evaluate, average, import_model, export, drill, doctor)
 JOBS = {module.JOB.name: module.JOB for module in MODULES}
 
 

@@ -59,9 +59,14 @@ def evaluate(model_uri: str, config: EvaluateConfig, home: Path) -> dict[str, An
             raise ConfigError(
                 f"evaluation.{key} is {value}; it cannot exceed the model's T = {most}"
             )
+    if not (data_url := config.data_url or begun.data.url):
+        raise ConfigError(
+            "data_url is empty, and the model was imported without the URL of its training data; "
+            "give the reference shards, as in data_url=data/cifar10"
+        )
     config = dataclasses.replace(
         config,
-        data_url=object_store.absolute(config.data_url or begun.data.url, home),
+        data_url=object_store.absolute(data_url, home),
         evaluation=absolute_evaluation_paths(wanted, home),
     )
     for url in filter(None, (config.data_url, config.evaluation.held_out_url)):

@@ -20,6 +20,7 @@ from ddpm_ray.cli.main import main
 from ddpm_ray.config.edit import EditConfig
 from ddpm_ray.config.ema_search import AverageConfig
 from ddpm_ray.config.fault_drill import DrillConfig
+from ddpm_ray.config.import_weights import ImportConfig
 from ddpm_ray.config.jobs import (
     DoctorConfig,
     EvaluateConfig,
@@ -51,6 +52,7 @@ KINDS: dict[str, type[Any]] = {
     "pack_shards": PackConfig,
     "sample": SampleConfig,
     "export": ExportConfig,
+    "import": ImportConfig,
     "average": AverageConfig,
     "evaluate": EvaluateConfig,
     "doctor": DoctorConfig,
@@ -481,6 +483,7 @@ POSITIONAL = {
     "drill": ["conf/drill/digits.yaml"],
     "edit": ["runs/a", "image.png", "--out", "edited.png"],
     "export": ["runs/a", "--out", "folder"],
+    "import": ["weights", "runs/a"],
     "average": ["runs/a"],
 }
 
@@ -489,7 +492,12 @@ POSITIONAL = {
 def test_a_wrong_config_ends_before_anything_heavy_loads(job: str) -> None:
     """Exit code 2, one `error:` line per key, nothing on stdout: under 2 s, for it loads little."""
     given = POSITIONAL[job]
-    own = {"pack_shards": "channels=7", "doctor": "timeout_s=-7", "sweep": "run.sampling.eta=7"}
+    own = {
+        "pack_shards": "channels=7",
+        "doctor": "timeout_s=-7",
+        "import": "image_size=-7",
+        "sweep": "run.sampling.eta=7",
+    }
     own["drill"] = own["sweep"]
     some = own.get(job, "sampling.eta=7")
     program = LISTING_MODULES.format(heavy=HEAVY)

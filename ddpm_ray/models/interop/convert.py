@@ -5,6 +5,7 @@ keys of a run's config: {"schedule": ..., "objective": ..., "sampling": ...}. A 
 converted exactly is refused. The other libraries count steps from 0: their t is ours minus 1.
 """
 
+import io
 import json
 import pickle
 from collections.abc import Callable, Mapping
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from torch import Tensor
 
 from ddpm_ray.models.interop import state_dict_names
@@ -146,19 +147,41 @@ def read_folder(folder: str | Path) -> DiffusersModel:
     path = unet / f"{WEIGHTS}.safetensors"
     config = _json(unet / "config.json")
     facts = from_scheduler(_json(_home(Path(folder), "scheduler") / "scheduler_config.json"))
+    if not path.exists():
+        path = path.with_suffix(".bin")
     try:
-        if path.exists():
-            stored: object = load_file(path)
+        data = path.read_bytes()
+    except OSError as error:
+        raise UnsupportedModelError(str(path), f"cannot be read: {error}") from error
+    spec, tensors = from_diffusers(config, read_tensors(str(path), data))
+    return DiffusersModel(spec, tensors, facts, image_size_of(config))
+
+
+def read_tensors(where: str, data: bytes) -> dict[str, Tensor]:
+    """Read the tensors of a file by name: of safetensors, or of torch.save with weights_only.
+
+    `where` is its path or URL. No code in the file is run: a pickle that would run some is refused.
+    Raises UnsupportedModelError.
+    """
+    try:
+        if where.endswith(".safetensors"):
+            stored: object = load(data)
         else:
-            path = path.with_suffix(".bin")
-            stored = torch.load(path, map_location="cpu", weights_only=True)
+            stored = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        problem = (
+            "it is no file of torch.save, or holds more than tensors, as code, which is not run"
+        )
+        remedy = "save the state_dict alone, best as .safetensors"
+        raise UnsupportedModelError(where, f"cannot be read: {problem}; {remedy}") from error
     except UNREADABLE as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UnsupportedModelError(str(path), f"cannot be read: {reason}") from error
-    if not isinstance(stored, dict) or not all(isinstance(t, Tensor) for t in stored.values()):
-        raise UnsupportedModelError(str(path), "holds something other than tensors by name")
-    spec, tensors = from_diffusers(config, stored)
-    return DiffusersModel(spec, tensors, facts, image_size_of(config))
+        raise UnsupportedModelError(where, f"cannot be read: {reason}") from error
+    if not isinstance(stored, dict) or not all(
+        isinstance(name, str) and isinstance(one, Tensor) for name, one in stored.items()
+    ):
+        raise UnsupportedModelError(where, "holds something other than tensors by name")
+    return {name: one.detach() for name, one in stored.items()}
 
 
 def write_folder(
