@@ -195,7 +195,7 @@ def _checkpoint(url: str, *groups: str) -> tuple[str, Snapshot]:
 
 def _newest(url: str, groups: Sequence[str]) -> tuple[str, Snapshot]:
     if object_store.exists(object_store.join(url, checkpoint_folder.MANIFEST)):
-        return url, checkpoint_folder.read(url, groups=groups)
+        return url, checkpoint_folder.read_checkpoint(url, groups=groups)
     for candidate in (url, object_store.join(url, checkpoints.CHECKPOINTS)):
         if found := checkpoints.CheckpointStore(candidate).load(groups):
             return found

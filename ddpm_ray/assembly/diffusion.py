@@ -182,6 +182,6 @@ def weight(config: ObjectiveConfig, parameterization: Parameterization) -> Tenso
         case "p2":
             return loss_weighting.p2(parameterization, config.p2_k, config.p2_gamma)
         case "edm":
-            return loss_weighting.edm(parameterization, config.sigma_data)
+            return loss_weighting.edm_weight(parameterization, config.sigma_data)
         case _:
             assert_never(config.weighting)

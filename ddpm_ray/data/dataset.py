@@ -145,7 +145,7 @@ def open_dataset(url: str) -> Dataset:
         problem = f"index_sha256 is {stated[:12]}, but the sha256 of {INDEX} is {digest[:12]}"
         raise DatasetError(where, problem, "one of the two was changed: pack the data set again")
     try:
-        table = shard_index.read(data)
+        table = shard_index.parse_index(data)
         manifest = manifest_of(table, digest)
     except ValueError as error:  # also for sums that no pixels can have
         where = object_store.join(url, INDEX)
@@ -161,8 +161,8 @@ def open_dataset(url: str) -> Dataset:
 
 def write_index(url: str, recipe: Recipe, rows: Sequence[ShardRow]) -> Dataset:
     """Complete the data set at `url`, whose shards exist: write its index, then its manifest."""
-    data = shard_index.write(recipe.to_json(), [asdict(row) for row in rows])
-    table = shard_index.read(data)
+    data = shard_index.serialize_index(recipe.to_json(), [asdict(row) for row in rows])
+    table = shard_index.parse_index(data)
     manifest = manifest_of(table, hashlib.sha256(data).hexdigest())
     object_store.write_bytes(object_store.join(url, INDEX), data)
     object_store.write_bytes(object_store.join(url, MANIFEST), manifest.to_json())

@@ -63,7 +63,7 @@ def shard_bytes(
     else:
         column = pa.array(images, pa.binary())
     columns = [column, pa.array(labels, pa.int64()), pa.array(keys, pa.string())]
-    return arrow_io.write(pa.Table.from_arrays(columns, ["image", "label", "key"]))
+    return arrow_io.serialize_table(pa.Table.from_arrays(columns, ["image", "label", "key"]))
 
 
 def parse_shard(data: bytes, manifest: Manifest) -> Shard:
@@ -71,7 +71,7 @@ def parse_shard(data: bytes, manifest: Manifest) -> Shard:
     raw = manifest.encoding == "raw"
     kind = pa.fixed_shape_tensor(pa.uint8(), manifest.image_shape) if raw else pa.binary()
     schema = pa.schema({"image": kind, "label": pa.int64(), "key": pa.string()})
-    images, labels, keys = arrow_io.read(data, schema).columns
+    images, labels, keys = arrow_io.parse_batch(data, schema).columns
     if raw:
         if (flat := images.storage.flatten()).null_count:
             raise ArrowFileError("it has null pixels")
@@ -92,7 +92,7 @@ def fetch_shard(dataset: Dataset, number: int, cache: ShardCache | None = None) 
             return _parse(url, data, dataset, row)
         cache.evict(expected)
     try:
-        data = checksummed.read(url, expected, row["stored_bytes"])
+        data = checksummed.read_verified(url, expected, row["stored_bytes"])
     except checksummed.DamagedError as error:
         raise ShardCorruptError(url, expected, error.args[2], checksummed.READS) from None
     if cache is not None:

@@ -80,11 +80,11 @@ def report_fatal_errors(control: RunControl) -> Iterator[None]:
         yield
     except Exception as error:
         if not is_transient(error):
-            control.report_fatal(reason(error))
+            control.report_fatal(fatal_reason(error))
         raise
 
 
-def reason(error: Exception) -> str:
+def fatal_reason(error: Exception) -> str:
     """Summarise `error` in one line; with class and source line if ddpm_ray did not raise it."""
     if isinstance(error, SELF_EXPLANATORY) or type(error).__module__.startswith("ddpm_ray"):
         return str(error) or type(error).__name__  # MemoryError has no text

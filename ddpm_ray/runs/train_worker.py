@@ -30,11 +30,11 @@ from ddpm_ray.tracking import mlflow_settings
 from ddpm_ray.tracking.async_logger import Tracker
 from ddpm_ray.tracking.run_info import RunMetadata, TrackedRun
 from ddpm_ray.training import determinism
-from ddpm_ray.training.checkpoint_folder import read
+from ddpm_ray.training.checkpoint_folder import read_checkpoint
 from ddpm_ray.training.checkpoint_writer import CheckpointWriter
 from ddpm_ray.training.checkpoints import CHECKPOINTS, CheckpointStore
 from ddpm_ray.training.divergence_guard import DivergenceGuard
-from ddpm_ray.training.loop import Run, train
+from ddpm_ray.training.loop import Run, train_loop
 from ddpm_ray.training.metrics_buffer import StepLog
 from ddpm_ray.training.sample_grids import GRID_IMAGES, SampleGridLogger
 from ddpm_ray.training.state import Snapshot, TrainingState
@@ -67,7 +67,7 @@ def _train(config: RunConfig, settings: dict[str, Any], control: RunControl) -> 
         began = time.time()
         fault_injection.at("begin")
         try:
-            train(run)
+            train_loop(run)
         finally:
             run.stream.close()
             if run.sink is not None:
@@ -269,7 +269,7 @@ def _newest(store: CheckpointStore, workers: Workers) -> tuple[str, Snapshot] | 
     """URL and content of the newest checkpoint: the main worker finds it, each worker reads it."""
     found = store.load() if workers.is_main else None
     where: str | None = workers.gather(found[0] if found else None)[0]
-    return found if workers.is_main or where is None else (where, read(where))
+    return found if workers.is_main or where is None else (where, read_checkpoint(where))
 
 
 def _wrapped(model: nn.Module, config: RunConfig, workers: Workers) -> nn.Module:

@@ -98,7 +98,7 @@ def image_to_image(
     return run_sampler(denoiser, denoise, rest, x_t, _noise(plan, index, images))
 
 
-def interpolate(
+def interpolate_samples(
     denoiser: Denoiser,
     plan: SamplingPlan,
     ends: tuple[int, int],
@@ -145,7 +145,9 @@ def reconstruct(
     return samplers.ddim(fresh(), x_T, plan.steps)
 
 
-def on_canvas(images: Images, top: int, bottom: int, left: int, right: int) -> tuple[Images, Mask]:
+def outpainting_canvas(
+    images: Images, top: int, bottom: int, left: int, right: int
+) -> tuple[Images, Mask]:
     """Add margins to uint8 images [N, H, W, C]; return them and the mask of known pixels [H, W].
 
     Raises ValueError if all margins are 0.

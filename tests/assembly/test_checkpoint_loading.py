@@ -17,7 +17,7 @@ from torch import nn
 
 import ddpm_ray
 from ddpm_ray.assembly import checkpoint_loading, diffusion, run_config, training_run
-from ddpm_ray.config.loading import ConfigError, load, to_dict
+from ddpm_ray.config.loading import ConfigError, load_config, to_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.sampling import SamplingSettings
 from ddpm_ray.data.codec import PIXELS, PixelCodec
@@ -46,7 +46,7 @@ def configured(*overrides: str) -> RunConfig:
         "model.blocks_per_level=1",
         "model.attention_resolutions=[4]",
     )
-    return load(RunConfig, None, [*keys, *overrides])
+    return load_config(RunConfig, None, [*keys, *overrides])
 
 
 def trained(config: RunConfig) -> TrainedModel:

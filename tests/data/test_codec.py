@@ -121,9 +121,9 @@ def test_a_set_without_a_name_holds_pixels(make_dataset: MakeDataset) -> None:
 def test_an_unknown_codec_is_refused_by_its_name(make_dataset: MakeDataset) -> None:
     dataset = make_dataset(10, 4)
     recipe = dataset.recipe.to_json() | {"codec": "latents"}
-    index = shard_index.write(recipe, pa.Table.to_pylist(dataset.index))
+    index = shard_index.serialize_index(recipe, pa.Table.to_pylist(dataset.index))
     with pytest.raises(ValueError, match="codec is 'latents'; this version reads pixels"):
-        shard_index.read(index)
+        shard_index.parse_index(index)
 
 
 def test_an_edited_codec_is_refused(make_dataset: MakeDataset) -> None:

@@ -111,13 +111,13 @@ def test_what_passes_has_the_workers_started_again(error: Exception) -> None:
 )
 def test_our_own_errors_end_the_run_in_their_own_words(error: Exception) -> None:
     assert not fatal_errors.is_transient(error)
-    assert fatal_errors.reason(error) == (str(error) or "MemoryError")
+    assert fatal_errors.fatal_reason(error) == (str(error) or "MemoryError")
 
 
 def test_an_error_of_the_program_is_reported_with_its_class_and_place() -> None:
     error = raised(lambda: Workers().share(None))  # type: ignore[arg-type]
-    assert fatal_errors.reason(error).startswith("TypeError: unsupported operand type(s)")
-    assert "ddpm_ray/collectives.py:" in fatal_errors.reason(error)
+    assert fatal_errors.fatal_reason(error).startswith("TypeError: unsupported operand type(s)")
+    assert "ddpm_ray/collectives.py:" in fatal_errors.fatal_reason(error)
 
 
 @pytest.mark.parametrize(
