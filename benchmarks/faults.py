@@ -42,7 +42,7 @@ from benchmarks.injected_faults.stores import corrupt, refused
 from benchmarks.injected_faults.table import Line, shown
 from ddpm_ray import fault_injection
 from ddpm_ray.assembly import training_run
-from ddpm_ray.config.loading import load
+from ddpm_ray.config.loading import load_config
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.shards import fetch_shard
 from ddpm_ray.distributed import connection, failures, worker_group
@@ -94,7 +94,7 @@ def ours(home: Path, steps: int, every: int, failures: int) -> FaultedRun:
         f"training.checkpoint_every_steps={every}",
         f"cluster.max_failures={failures}",
     )
-    report = train.train(config, home, lambda _: None).report
+    report = train.run_training(config, home, lambda _: None).report
     rows = mlflow_runs.history(report["run_id"], report["tracking_uri"], "train/loss")
     checkpoints = home / config.name / CHECKPOINTS
     known = CheckpointStore(str(checkpoints)).pointer().references
@@ -151,7 +151,7 @@ def configured(home: Path, *keys: str) -> RunConfig:
     """The digits, in `home`."""
     uri = f"sqlite:///{home}/mlflow.db"
     places = f"storage={home}", f"data.url={home}/digits", f"tracking.uri={uri}"
-    return load(RunConfig, CONFIG, [*KEYS, *places, *keys])
+    return load_config(RunConfig, CONFIG, [*KEYS, *places, *keys])
 
 
 @contextlib.contextmanager

@@ -28,7 +28,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from ddpm_ray.assembly import diffusion, training_run
 from ddpm_ray.collectives import Workers
-from ddpm_ray.config.loading import load
+from ddpm_ray.config.loading import load_config
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.image_shape import ImageShape
 
@@ -49,7 +49,7 @@ KINDS = {
 
 def stepping(keys: tuple[str, ...], workers: Workers) -> Callable[[int], None]:
     """A training step of that kind."""
-    config = load(RunConfig, None, ["name=bench", "data.url=none", *MODEL, *keys])
+    config = load_config(RunConfig, None, ["name=bench", "data.url=none", *MODEL, *keys])
     state = training_run.training_state(config, ImageShape(32, 32, 3), workers.device, {})
     objective = diffusion.objective(config, state, workers.device)
     network = state.model if objective.slots else DistributedDataParallel(state.model)

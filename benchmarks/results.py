@@ -28,7 +28,7 @@ from ddpm_ray.data.loader import read_images
 from ddpm_ray.diffusion.timestep_spacing import log_snr_steps, uniform_steps
 from ddpm_ray.evaluation.features.feature_extractor import inception_net
 from ddpm_ray.evaluation.reference_statistics import Reference, reference
-from ddpm_ray.evaluation.sample_quality import SampleSet, evaluate
+from ddpm_ray.evaluation.sample_quality import SampleSet, evaluate_samples
 from ddpm_ray.models.classifier import NoisyClassifier
 from ddpm_ray.sampling.image_grid import captioned, grid
 from ddpm_ray.sampling.pipeline import TrainedModel
@@ -53,7 +53,7 @@ class Scorer:
 
     def score(self, model: TrainedModel, plan: SamplingPlan) -> str:
         """The distance with its 95 % interval."""
-        found = evaluate(
+        found = evaluate_samples(
             SampleSet(
                 model.denoiser,
                 plan,

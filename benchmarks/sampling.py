@@ -24,6 +24,7 @@ from ddpm_ray.diffusion.conditioning import Conditioning
 from ddpm_ray.diffusion.guidance import classifier_free
 from ddpm_ray.diffusion.samplers import ancestral, ddim
 from ddpm_ray.diffusion.timestep_spacing import uniform_steps
+from ddpm_ray.diffusion.x0_estimator import X0Estimator
 from ddpm_ray.models.unet import UNet
 from ddpm_ray.models.unet_spec import UNetSpec
 
@@ -47,7 +48,7 @@ def walks() -> dict[str, Walk]:
     schedule, steps = NoiseSchedule(schedules.linear(1000)), uniform_steps(1000, STEPS)
     index, labels = torch.arange(BATCH), torch.zeros(BATCH, dtype=torch.int64)
     x_T = normal(0, Purpose.SAMPLE_START, 0, index, SHAPE)
-    epsilon = Parameterization.of("epsilon", schedule)
+    epsilon, estimate = Parameterization.of("epsilon", schedule), partial(X0Estimator, schedule)
 
     def noise(t: int) -> Tensor:
         return normal(0, Purpose.SAMPLE_STEP, t, index, SHAPE)
@@ -60,17 +61,17 @@ def walks() -> dict[str, Walk]:
             rescale=0.7,
             parameterization=epsilon,
         )
-        return ddim(schedule, guided, x_T, steps)
+        return ddim(estimate(guided), x_T, steps)
 
     return {
-        "ancestral": Walk(lambda d: ancestral(schedule, d, x_T, steps, noise=noise)),
-        "ddim, eta 0": Walk(lambda d: ddim(schedule, d, x_T, steps)),
-        "ddim, eta 1": Walk(lambda d: ddim(schedule, d, x_T, steps, eta=1, noise=noise)),
-        "DPM-Solver++": Walk(lambda d: solvers.dpm_solver_pp(schedule, d, x_T, steps)),
-        "its SDE form": Walk(lambda d: solvers.dpm_solver_pp(schedule, d, x_T, steps, noise=noise)),
-        "UniPC": Walk(lambda d: solvers.unipc(schedule, d, x_T, steps)),
-        "Heun": Walk(lambda d: solvers.heun(schedule, d, x_T, steps), calls=2 * STEPS - 1),
-        "PLMS": Walk(lambda d: solvers.plms(schedule, d, x_T, steps)),
+        "ancestral": Walk(lambda d: ancestral(estimate(d), x_T, steps, noise=noise)),
+        "ddim, eta 0": Walk(lambda d: ddim(estimate(d), x_T, steps)),
+        "ddim, eta 1": Walk(lambda d: ddim(estimate(d), x_T, steps, eta=1, noise=noise)),
+        "DPM-Solver++": Walk(lambda d: solvers.dpm_solver_pp(estimate(d), x_T, steps)),
+        "its SDE form": Walk(lambda d: solvers.dpm_solver_pp(estimate(d), x_T, steps, noise=noise)),
+        "UniPC": Walk(lambda d: solvers.unipc(estimate(d), x_T, steps)),
+        "Heun": Walk(lambda d: solvers.heun(estimate(d), x_T, steps), calls=2 * STEPS - 1),
+        "PLMS": Walk(lambda d: solvers.plms(estimate(d), x_T, steps)),
         "guided": Walk(guided, batch=2 * BATCH),
     }
 

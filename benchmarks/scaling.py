@@ -29,8 +29,8 @@ from ddpm_ray.evaluation.features.feature_extractor import FeatureNet
 from ddpm_ray.evaluation.features.inception import Inception
 from ddpm_ray.evaluation.frechet import Moments
 from ddpm_ray.evaluation.reference_statistics import Reference
-from ddpm_ray.evaluation.sample_quality import SampleSet, evaluate
-from ddpm_ray.evaluation.vlb_over_dataset import bits_per_dim
+from ddpm_ray.evaluation.sample_quality import SampleSet, evaluate_samples
+from ddpm_ray.evaluation.vlb_over_dataset import vlb_bits_per_dim
 from ddpm_ray.models.unet import UNet
 from ddpm_ray.models.unet_spec import UNetSpec
 from ddpm_ray.sampling.denoiser import Denoiser
@@ -69,10 +69,12 @@ def works() -> dict[str, Callable[[Workers], object]]:
     def bits(workers: Workers) -> object:
         mine = torch.arange(IMAGES)[workers.share(IMAGES)]
         batches = [(part, images[part], torch.full_like(part, -1)) for part in mine.split(BATCH)]
-        return bits_per_dim(denoiser, batches, variance="fixed_small", workers=workers, terms=STEPS)
+        return vlb_bits_per_dim(
+            denoiser, batches, variance="fixed_small", workers=workers, terms=STEPS
+        )
 
     def distance(workers: Workers) -> object:
-        return evaluate(
+        return evaluate_samples(
             SampleSet(
                 denoiser,
                 plan,

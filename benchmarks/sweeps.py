@@ -38,11 +38,11 @@ from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 from PIL import Image
 from ray.train.torch import TorchTrainer
 
-from ddpm_ray.config.loading import load
+from ddpm_ray.config.loading import load_config
 from ddpm_ray.config.sweep import SweepConfig
 from ddpm_ray.distributed import connection
 from ddpm_ray.runs.train import open_or_pack
-from ddpm_ray.sweep.driver import schedule_diagnostics, sweep
+from ddpm_ray.sweep.driver import run_sweep, schedule_diagnostics
 from ddpm_ray.sweep.mlflow_report import SweepRun
 from ddpm_ray.sweep.trial import EVENT
 from ddpm_ray.sweep.trial_scheduler import TrialScheduler
@@ -102,7 +102,7 @@ def bare_start_s(folder: Path) -> tuple[float, float]:
 def gaps_s(folder: Path) -> list[float]:
     """Seconds between each two trials of a real sweep, one at a time."""
     config = configured(folder, *TINY)
-    outcomes = [trial.outcome for trial in sweep(config, folder, lambda *_: None).trials]
+    outcomes = [trial.outcome for trial in run_sweep(config, folder, lambda *_: None).trials]
     pairs = pairwise(outcomes)
     return [after["first_step_at"] - before["ended"] for before, after in pairs]
 
@@ -239,7 +239,7 @@ def configured(folder: Path, *keys: str) -> SweepConfig:
         f"run.data.url={folder}/digits",
         *places,
     )
-    return load(SweepConfig, f"{CONF}/sweep/quick.yaml", [*own, *keys])
+    return load_config(SweepConfig, f"{CONF}/sweep/quick.yaml", [*own, *keys])
 
 
 def requests_so_far() -> int:

@@ -26,7 +26,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from ddpm_ray.assembly import training_run
 from ddpm_ray.config.cluster import ClusterConfig
-from ddpm_ray.config.loading import from_dict, load, to_dict
+from ddpm_ray.config.loading import from_dict, load_config, to_dict
 from ddpm_ray.config.pack import PackConfig
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.counter_rng import Purpose, normal, uniform_int
@@ -145,7 +145,7 @@ def packed(folder: Path) -> str:
     for i, image in enumerate(images):
         Image.fromarray(image).save(folder / "png" / f"{i:05}.png", compress_level=0)
     plan = packer.make_plan(str(folder / "png"), str(folder / "shards"), PackConfig())
-    packer.finish(plan, [packer.pack_shard(plan, n) for n in range(plan.shards)])
+    packer.finish_dataset(plan, [packer.pack_shard(plan, n) for n in range(plan.shards)])
     return str(folder / "shards")
 
 
@@ -155,7 +155,7 @@ def main() -> None:
         folder = Path(scratch)
         uri = f"sqlite:///{folder / 'mlflow.db'}"
         url = packed(folder)
-        config = load(RunConfig, None, [*KEYS, f"data.url={url}", f"tracking.uri={uri}"])
+        config = load_config(RunConfig, None, [*KEYS, f"data.url={url}", f"tracking.uri={uri}"])
         tracked = run_lookup.find_or_create_run(uri, "bench", "bench", "bench", scratch)
         settings = {
             "config": to_dict(config),

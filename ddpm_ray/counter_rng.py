@@ -72,7 +72,7 @@ def normal(
     return normals.view(count, 4 * blocks)[:, :size].reshape(count, *shape)
 
 
-def uniform(
+def uniform_float(
     seed: int, purpose: Purpose, step: int, index: Tensor, shape: tuple[int, ...]
 ) -> Tensor:
     """Uniform float32 [B, *shape] in [0, 1), multiples of 2^-24; rows belong to index as above."""

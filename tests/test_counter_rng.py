@@ -9,7 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ddpm_ray import counter_rng
-from ddpm_ray.counter_rng import Purpose, coin, derived_seed, normal, philox, uniform, uniform_int
+from ddpm_ray.counter_rng import (
+    Purpose,
+    coin,
+    derived_seed,
+    normal,
+    philox,
+    uniform_float,
+    uniform_int,
+)
 
 KNOWN_ANSWERS = [  # Random123 1.14, kat_vectors, philox4x32 10: counter, key, words
     ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
@@ -127,11 +135,12 @@ def test_the_rarest_words_give_finite_normals(word: int, monkeypatch: pytest.Mon
 
 def test_uniforms_are_the_published_words_and_even() -> None:
     """By hand: 24 bits of each of Random123's words, in order; rows by index, as for normals."""
-    first = uniform(0, Purpose.TIMESTEP, 0, torch.tensor([0]), (2, 2)).flatten().tolist()
+    first = uniform_float(0, Purpose.TIMESTEP, 0, torch.tensor([0]), (2, 2)).flatten().tolist()
     assert first == [(word >> 8) / 2**24 for word in WORDS_OF_ZERO]
     index = torch.arange(64)
-    draws = uniform(1, Purpose.LIKELIHOOD, 1, index, (3, 7, 31))
-    assert torch.equal(draws[9:11], uniform(1, Purpose.LIKELIHOOD, 1, index[9:11], (3, 7, 31)))
+    draws = uniform_float(1, Purpose.LIKELIHOOD, 1, index, (3, 7, 31))
+    alone = uniform_float(1, Purpose.LIKELIHOOD, 1, index[9:11], (3, 7, 31))
+    assert torch.equal(draws[9:11], alone)
     assert scipy.stats.kstest(draws.flatten().numpy(), "uniform").pvalue > 1e-3
     assert len(draws.unique(dim=0)) == 64
 
@@ -143,7 +152,7 @@ def test_keys_beyond_32_bits_are_refused_and_not_wrapped() -> None:
     for index, reason in ((beyond, "index is 4294967296"), (torch.tensor([-1]), "index is -1")):
         for draw in (
             lambda index: normal(0, Purpose.NOISE, 0, index, (4,)),
-            lambda index: uniform(0, Purpose.NOISE, 0, index, (4,)),
+            lambda index: uniform_float(0, Purpose.NOISE, 0, index, (4,)),
             lambda index: uniform_int(0, Purpose.NOISE, 0, index, 9),
             lambda index: coin(0, Purpose.NOISE, 0, index),
         ):

@@ -14,7 +14,7 @@ from PIL import Image
 
 from ddpm_ray.assembly import training_run
 from ddpm_ray.config.edit import EditConfig
-from ddpm_ray.config.loading import ConfigError, load, to_dict
+from ddpm_ray.config.loading import ConfigError, load_config, to_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.sampling import image_grid
@@ -30,7 +30,7 @@ Edit = Callable[..., tuple[int, str, str]]
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A run's folder with an untrained network for 8 x 8 grey images, T = 9."""
-    config = load(RunConfig, None, [*TINY])
+    config = load_config(RunConfig, None, [*TINY])
     facts = {"config": to_dict(config), "image_shape": [8, 8, 1], "data_fingerprint": "f"}
     state = training_run.training_state(config, ImageShape(8, 8, 1), torch.device("cpu"), facts)
     folder = tmp_path_factory.mktemp("run")
@@ -214,11 +214,11 @@ def test_a_config_that_cannot_be_run_is_reported_by_its_key(
     overrides: list[str], says: str
 ) -> None:
     with pytest.raises(ConfigError, match=r"^command line: ") as refused:
-        load(EditConfig, None, overrides)
+        load_config(EditConfig, None, overrides)
     (line,) = str(refused.value).splitlines()
     assert says in line
 
 
 def test_replacement_takes_any_sampler_and_a_variation_too() -> None:
     for given in ("method=replacement", "kind=image_to_image"):
-        assert load(EditConfig, None, [given, "sampling.sampler=heun"]).num_images == 1
+        assert load_config(EditConfig, None, [given, "sampling.sampler=heun"]).num_images == 1

@@ -1,12 +1,14 @@
 """Imports go to lower layers only, outside packages have few importers, files stay small.
 
+A public function or class has one name of its own, so that a search for it finds one thing.
+
 Sources are parsed, never imported, so an import inside a function or under TYPE_CHECKING counts.
 """
 
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -69,6 +71,17 @@ ONLY_IMPORTS = {  # module or folder: what it may import beside the standard lib
 EMPTY_NAMES = {"utils", "common", "helpers", "misc", "base"}
 MOST_LINES = {"jobs": 12, "ddpm_ray": 400}  # the first that fits counts; near 300: two ideas?
 MOST_LINES_OF_A_FUNCTION = 60
+SHARED_NAMES = {  # one meaning in several modules; at most 8 names
+    "load",
+    "main",
+    "prepare",
+    # one interface for each network of diffusers, see models/interop/
+    "from_diffusers",
+    "to_diffusers",
+    "read_folder",
+    "write_folder",
+    "spec_from_config",
+}
 
 
 def sources() -> list[Path]:
@@ -138,6 +151,16 @@ def size_faults(file: str, source: str) -> Iterator[str]:
                 yield f"{file}:{node.lineno} {node.name}: {lines} lines, at most 60"
 
 
+def names_defined_twice(sources: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    """The modules that define a public function or class of the same name, by that name."""
+    modules: dict[str, list[str]] = {}
+    for module, source in sources:
+        for node in ast.parse(source).body:
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                modules.setdefault(node.name, []).append(module)
+    return {name: m for name, m in modules.items() if len(m) > 1 and not name.startswith("_")}
+
+
 def test_imports_go_down_and_outside_packages_have_few_importers() -> None:
     faults = [
         fault for path in sources() for fault in import_faults(dotted(path), path.read_text())
@@ -168,6 +191,19 @@ def test_files_and_functions_are_short_and_named_by_their_idea() -> None:
         for fault in size_faults(str(path.relative_to(ROOT)), path.read_text())
     ]
     assert not faults, "\n".join(faults)
+
+
+def test_public_names_are_defined_once() -> None:
+    found = names_defined_twice((dotted(path), path.read_text()) for path in sources())
+    unlisted = {name: modules for name, modules in found.items() if name not in SHARED_NAMES}
+    assert not unlisted, f"say more in one of the names: {unlisted}"
+    assert found.keys() == SHARED_NAMES
+    assert len(SHARED_NAMES) <= 8
+
+
+def test_a_name_defined_twice_is_caught() -> None:
+    files = [("a", "def row(): ...\ndef _own(): ..."), ("b", "class row: ...\ndef _own(): ...")]
+    assert names_defined_twice(files) == {"row": ["a", "b"]}
 
 
 @pytest.mark.parametrize(

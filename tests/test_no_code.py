@@ -171,7 +171,7 @@ from ddpm_ray.data.dataset import open_dataset
 from ddpm_ray.data.shards import fetch_shard
 from ddpm_ray.data.loader import ShardStream
 from ddpm_ray.config.sampling import SamplingSettings
-from ddpm_ray.config.loading import load, to_dict
+from ddpm_ray.config.loading import load_config, to_dict
 from ddpm_ray.evaluation.features.inception import Inception
 from ddpm_ray.evaluation.features.inception_weights import load_inception
 from ddpm_ray.training.checkpoints import CheckpointStore
@@ -185,7 +185,7 @@ np.savez(folder / "w.npz", **{name: value.numpy() for name, value in layers.item
 tiny = ["name=a", "sampling.steps=2", "schedule.num_steps=9", "model.base_channels=4",
         "model.groups=2", "model.channel_mults=[1]", "model.blocks_per_level=1",
         "model.attention_resolutions=[]"]
-config = load(RunConfig, None, [*tiny, f"data.url={data}"])
+config = load_config(RunConfig, None, [*tiny, f"data.url={data}"])
 facts = {"config": to_dict(config), "image_shape": [4, 4, 1], "data_fingerprint": "f"}
 state = training_state(config, (4, 4, 1), torch.device("cpu"), facts)
 CheckpointStore(str(folder / "run/checkpoints")).save(state.snapshot([]))

@@ -158,7 +158,7 @@ def test_every_command_has_a_valid_config(page: str) -> None:
         overrides = [word for word in words if re.match(r"[\w.]+=", word)]
         file = words[0] if CONFIG in JOBS[job].arguments else None
         there = str(ROOT / file) if file and "/" in file else file
-        loading.load(JOBS[job].config, there, overrides)
+        loading.load_config(JOBS[job].config, there, overrides)
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -20,10 +20,11 @@ from torch import nn
 import ddpm_ray
 from ddpm_ray.assembly import diffusion, training_run
 from ddpm_ray.collectives import Workers
-from ddpm_ray.config.loading import load, to_dict
+from ddpm_ray.config.loading import load_config, to_dict
 from ddpm_ray.config.pack import PackConfig
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.sampling import SamplingSettings
+from ddpm_ray.data.codec import PIXELS
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.data.packing import packer
 from ddpm_ray.sampling.image_grid import grid
@@ -81,7 +82,7 @@ Pixels = npt.NDArray[np.uint8]
 
 def saved_run(folder: Path, *overrides: str, **facts: Any) -> tuple[str, Pixels]:
     """The folder of a run, and the pixels of the grid that its own worker draws."""
-    config = load(RunConfig, None, [*TINY, *overrides])
+    config = load_config(RunConfig, None, [*TINY, *overrides])
     shape = ImageShape(4, 4, 1)
     known = {"config": to_dict(config), "image_shape": list(shape), "data_fingerprint": "f"}
     known |= {"label_names": list(NAMES)} | facts
@@ -90,7 +91,7 @@ def saved_run(folder: Path, *overrides: str, **facts: Any) -> tuple[str, Pixels]
     for parameter in state.ema.model.parameters():
         nn.init.normal_(parameter, std=0.3, generator=generator)
     CheckpointStore(str(folder / "checkpoints")).save(state.snapshot([]))
-    denoiser = diffusion.denoiser(config, state.ema.model, CPU)
+    denoiser = diffusion.denoiser(config, state.ema.model, CPU, PIXELS)
     plan = diffusion.sampling_plan(config.sampling, denoiser.schedule, NAMES)
     wall, workers = Wall(), Workers(0, 1, CPU)
     place, size = str(folder / "pictures"), config.sampling.batch_size
@@ -116,7 +117,7 @@ def test_a_notebook_draws_what_the_runs_own_grid_shows(
     assert np.array_equal(np.asarray(grid(served.predict({"num_images": GRID_IMAGES}))), own)
     name, _, value = option.removeprefix("sampling.").partition("=")
     other = ddpm_ray.load(tmp_path / "without")
-    given: Any = load(RunConfig, None, [*TINY, *next_to, option]).sampling
+    given: Any = load_config(RunConfig, None, [*TINY, *next_to, option]).sampling
     drawn = other.sample(GRID_IMAGES, **{name: getattr(given, name)})
     assert np.array_equal(np.asarray(grid(drawn)), own), value
 
@@ -230,7 +231,7 @@ def test_an_older_run_asks_its_data_set_for_the_names(tmp_path: Path) -> None:
         Image.new("L", (4, 4)).save(tmp_path / "images" / name / "a.png")
     url = str(tmp_path / "set")
     plan = packer.make_plan(str(tmp_path / "images"), url, PackConfig())
-    dataset = packer.finish(plan, [packer.pack_shard(plan, i) for i in range(plan.shards)])
+    dataset = packer.finish_dataset(plan, [packer.pack_shard(plan, i) for i in range(plan.shards)])
     run, _ = saved_run(tmp_path / "run", f"data.url={url}", data_fingerprint=dataset.fingerprint)
     for file in Path(run).rglob("state.json"):
         assert "label_names" in json.loads(file.read_text())

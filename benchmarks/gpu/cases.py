@@ -23,7 +23,7 @@ from ddpm_ray.evaluation.feature_metrics import OptionalMetrics
 from ddpm_ray.evaluation.features.feature_extractor import FeatureNet
 from ddpm_ray.evaluation.likelihood_over_dataset import flow_likelihood
 from ddpm_ray.evaluation.reference_statistics import reference
-from ddpm_ray.evaluation.vlb_over_dataset import bits_per_dim
+from ddpm_ray.evaluation.vlb_over_dataset import vlb_bits_per_dim
 from ddpm_ray.models.classifier import NoisyClassifier
 from ddpm_ray.sampling import guidance_models
 from ddpm_ray.sampling.pipeline import TrainedModel
@@ -285,7 +285,7 @@ def _evaluation(num_images: int, device: torch.device) -> None:
     _, denoiser = denoiser_of(config, device)
     with tempfile.TemporaryDirectory() as folder:
         known = reference(packed(folder), net, workers, kernel_images=8, batch_size=10)
-    scores = sample_quality.evaluate(
+    scores = sample_quality.evaluate_samples(
         sample_quality.SampleSet(
             denoiser,
             diffusion.sampling_plan(config.sampling, denoiser.schedule),
@@ -323,7 +323,7 @@ def _bits_per_dim(keys: list[str], device: torch.device) -> None:
     _, denoiser = denoiser_of(config_of(keys), device)
     variance = "fixed_small" if denoiser.variance == "fixed" else denoiser.variance
     workers = Workers(0, 1, device)
-    bits_per_dim(denoiser, _batches(), variance=variance, workers=workers, terms=3)
+    vlb_bits_per_dim(denoiser, _batches(), variance=variance, workers=workers, terms=3)
 
 
 def _flow_likelihood(device: torch.device) -> None:

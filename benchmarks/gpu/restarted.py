@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.gpu.tiny import config_of, run_of
-from ddpm_ray.config.loading import load
+from ddpm_ray.config.loading import load_config
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.training import determinism
 from ddpm_ray.training.checkpoints import CheckpointStore
@@ -66,7 +66,7 @@ def main() -> None:
         config = config_of(["model.dropout=0.1", *arguments.keys])
     else:
         wanted = ["data.url=none", "training.precision=bf16", *arguments.keys]
-        config = load(RunConfig, str(ROOT / "conf/train/cifar10.yaml"), wanted)
+        config = load_config(RunConfig, str(ROOT / "conf/train/cifar10.yaml"), wanted)
     if config.training.deterministic:
         os.environ.update(determinism.ENVIRONMENT)  # read when CUDA is first used, below
         determinism.configure()

@@ -28,7 +28,7 @@ from benchmarks.gpu.fake_library import NoFakeCudaError
 from benchmarks.gpu.measured import busy, deterministic, flops, matmul_rate, repeated, wait
 from benchmarks.gpu.tiny import BATCH, SIDE, config_of, run_of
 from ddpm_ray.assembly import training_run
-from ddpm_ray.config.loading import load
+from ddpm_ray.config.loading import load_config
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.training import TrainingConfig
 from ddpm_ray.counter_rng import Purpose, derived_seed, normal
@@ -102,7 +102,7 @@ class Place:
         """The config of `run`."""
         if self.toy:
             return config_of([key for key in keys if "channel_mults" not in key])
-        return load(RunConfig, CIFAR, ["data.url=none", *keys])
+        return load_config(RunConfig, CIFAR, ["data.url=none", *keys])
 
 
 Section: TypeAlias = Callable[[Place], Iterator[Row]]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,11 +15,13 @@ from torch import Tensor
 
 from ddpm_ray.assembly import diffusion, training_run
 from ddpm_ray.collectives import Workers
-from ddpm_ray.config.loading import load, to_dict
+from ddpm_ray.config.loading import load_config, to_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data import shards
+from ddpm_ray.data.codec import PIXELS
 from ddpm_ray.data.dataset import Dataset, Recipe, ShardRow, write_index
 from ddpm_ray.data.image_shape import ImageShape
+from ddpm_ray.data.loader import Batch
 from ddpm_ray.reporting import Command, Progress, Row
 from ddpm_ray.sampling.denoiser import Denoiser
 from ddpm_ray.training.checkpoint_writer import CheckpointWriter
@@ -47,22 +49,15 @@ TINY = [
 ]
 
 
-class Images(NamedTuple):
-    """A batch on the host, as the data's reader gives it."""
-
-    images: Tensor  # uint8 [b, H, W, C]
-    labels: Tensor  # int64 [b]
-
-
 class SameImages:
     """An image stream of one batch, for ever."""
 
     waited_s = 0.0
 
     def __init__(self, count: int, side: int) -> None:
-        self._batch = Images(pixels(count, side), torch.arange(count) % 4)
+        self._batch = Batch(pixels(count, side), torch.arange(count) % 4)
 
-    def batch(self, step: int) -> Images:
+    def batch(self, step: int) -> Batch:
         return self._batch
 
     def keys(self, step: int) -> list[str]:
@@ -100,7 +95,7 @@ def pixels(count: int, side: int = SIDE) -> Tensor:
 
 def config_of(keys: list[str]) -> RunConfig:
     """A run of a tiny network, and `keys`."""
-    return load(RunConfig, None, [*TINY, *keys])
+    return load_config(RunConfig, None, [*TINY, *keys])
 
 
 def run_of(
@@ -137,7 +132,7 @@ def denoiser_of(config: RunConfig, device: torch.device) -> tuple[TrainingState,
     with torch.no_grad():
         for parameter in state.ema.model.parameters():
             parameter.add_((0.02 * torch.randn(parameter.shape, generator=generator)).to(device))
-    return state, diffusion.denoiser(config, state.ema.model, device)
+    return state, diffusion.denoiser(config, state.ema.model, device, PIXELS)
 
 
 def packed(folder: str) -> Dataset:

@@ -31,7 +31,7 @@ from benchmarks.injected_faults.stores import store, use
 from benchmarks.injected_faults.table import Line, seconds, shown
 from benchmarks.streaming import BUCKET
 from ddpm_ray.collectives import Workers
-from ddpm_ray.config.loading import from_dict, load, to_dict
+from ddpm_ray.config.loading import from_dict, load_config, to_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.reporting import Command, Progress
 from ddpm_ray.runs.train import open_or_pack
@@ -79,7 +79,7 @@ def train_alone(settings: dict[str, Any]) -> None:
         return rewound
 
     loop.take_step = timed
-    loop.train(run)
+    loop.train_loop(run)
     run.stream.close()
     assert run.sink is not None
     assert run.sink.close(60) == 0
@@ -98,7 +98,9 @@ def save_plainly(run: loop.Run) -> None:
 def trained_alone(home: Path, uri: str, url: str, *keys: str) -> Iterator[Path]:
     """A process that trains meanwhile; what it leaves is in the file of this path afterwards."""
     home.mkdir(parents=True, exist_ok=True)
-    config = load(RunConfig, CONFIG, [*KEYS, f"data.url={home}/digits", f"storage={url}", *keys])
+    config = load_config(
+        RunConfig, CONFIG, [*KEYS, f"data.url={home}/digits", f"storage={url}", *keys]
+    )
     open_or_pack(config)
     tracked = run_lookup.find_or_create_run(uri, "alone", "alone", "alone", f"{home}/artifacts")
     folder = object_store.join(url, config.name)

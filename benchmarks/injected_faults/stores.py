@@ -64,7 +64,7 @@ def corrupt(folder: Path, options: argparse.Namespace) -> list[Line]:
     with store(folder / "corrupt") as origin, through(origin, weather) as endpoint:
         url, plain = use(endpoint), s3fs.S3FileSystem(skip_instance_cache=True)
         readers: dict[str, Callable[[str], bytes]] = {
-            "ours": lambda name: checksummed.read(f"{url}/{name}", sha256[name]),
+            "ours": lambda name: checksummed.read_verified(f"{url}/{name}", sha256[name]),
             "plain": lambda name: plain.cat_file(f"{BUCKET}/{name}", start=0, end=SMALL_BYTES),
         }
         met: Counter[str] = Counter()

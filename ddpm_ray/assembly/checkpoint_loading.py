@@ -10,20 +10,18 @@ from typing import Any
 import torch
 from safetensors import torch as safetensors
 
-from ddpm_ray.assembly import run_config, training_run
+from ddpm_ray.assembly import other_libraries, run_config, training_run
 from ddpm_ray.assembly.diffusion import denoiser
 from ddpm_ray.config.loading import ConfigError, from_dict, to_dict
-from ddpm_ray.config.model import ModelConfig
-from ddpm_ray.config.objective import ObjectiveConfig
 from ddpm_ray.config.option_fields import shown
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.sampling import SamplingSettings
 from ddpm_ray.config.schedule import ScheduleConfig
+from ddpm_ray.data.codec import PIXELS
 from ddpm_ray.data.dataset import DatasetError, open_dataset
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.models.classifier import NoisyClassifier
 from ddpm_ray.models.interop import convert
-from ddpm_ray.models.interop.diffusers_config import UnsupportedModelError
 from ddpm_ray.models.interop.diffusers_schedulers import Export
 from ddpm_ray.models.unet import UNet
 from ddpm_ray.sampling.pipeline import TrainedModel
@@ -66,8 +64,9 @@ def trained_model(
 
     The weights are the EMA group `ema` of the checkpoint. `url` may also be a local diffusers
     folder of a UNet2DModel with its scheduler. Raises CheckpointError if no checkpoint passes
-    verification, ConfigError for a classifier, UnsupportedModelError for a diffusers model that
-    UNet cannot represent, and ValueError for an unusable device.
+    verification, NewerFormatError for a codec of a later version, ConfigError for a classifier,
+    UnsupportedModelError for a diffusers model that UNet cannot represent, and ValueError for an
+    unusable device.
     """
     device = usable_device(device)
     if Path(url, OF_DIFFUSERS).is_file():
@@ -78,8 +77,10 @@ def trained_model(
         raise ConfigError(
             f"{url} holds a {config.task}, which draws no images: use it as guidance.classifier"
         )
+    codec = run_config.saved_codec(snapshot.facts, where)
     image_shape = ImageShape(*snapshot.facts["image_shape"])
-    model = training_run.network(config, image_shape)
+    variant = run_config.saved_variant(snapshot.facts, where)
+    model = training_run.network(config, image_shape, variant)
     model.load_state_dict(snapshot.tensors[ema])
     model.to(device).eval().requires_grad_(False)
     provenance = {
@@ -91,7 +92,7 @@ def trained_model(
         "average": ema if ema != "ema" else snapshot.facts.get("average"),  # None: the main EMA
     }
     return TrainedModel(
-        denoiser(config, model, device),
+        denoiser(config, model, device, codec),
         image_shape,
         provenance,
         device=device,
@@ -146,12 +147,14 @@ def label_names(config: RunConfig, facts: Mapping[str, Any]) -> tuple[str, ...] 
 def trained_classifier(url: str, device: torch.device | str = "cpu") -> NoisyClassifier:
     """Load the noisy-image classifier of a run with task=classifier.
 
-    Raises CheckpointError, and ConfigError for a run that trained another kind of model.
+    Raises CheckpointError, NewerFormatError, and ConfigError for a run that trained another kind
+    of model.
     """
-    _, snapshot = newest_checkpoint(url, "ema")
+    where, snapshot = newest_checkpoint(url, "ema")
     config = run_config.saved_config(snapshot.facts, url)
     if not config.traits.predicts_labels:
         raise ConfigError(f"{url} holds no classifier: train one with task=classifier")
+    run_config.saved_codec(snapshot.facts, where)  # raises for one that is unknown
     network = training_run.network(config, ImageShape(*snapshot.facts["image_shape"]))
     assert isinstance(network, NoisyClassifier)
     network.load_state_dict(snapshot.tensors["ema"])
@@ -192,7 +195,7 @@ def newest_checkpoint(url: str, *groups: str) -> tuple[str, Snapshot]:
 
 def _newest(url: str, groups: Sequence[str]) -> tuple[str, Snapshot]:
     if object_store.exists(object_store.join(url, checkpoint_folder.MANIFEST)):
-        return url, checkpoint_folder.read(url, groups=groups)
+        return url, checkpoint_folder.read_checkpoint(url, groups=groups)
     for candidate in (url, object_store.join(url, checkpoints.CHECKPOINTS)):
         if found := checkpoints.CheckpointStore(candidate).load(groups):
             return found
@@ -204,28 +207,9 @@ def _newest(url: str, groups: Sequence[str]) -> tuple[str, Snapshot]:
 
 
 def _of_diffusers(folder: Path, device: torch.device | str) -> TrainedModel:
-    spec, tensors, facts, (height, width) = convert.read_folder(folder)
+    config, spec, tensors, image_shape = other_libraries.of_diffusers(folder)
     network = UNet(spec)
     network.load_state_dict(tensors)
-    try:
-        sampling = SamplingSettings().overridden(facts["sampling"])
-    except (TypeError, ValueError) as error:
-        raise UnsupportedModelError(str(folder), f"scheduler: {error}") from error
-    config = RunConfig(
-        name=folder.name,
-        schedule=ScheduleConfig(**facts["schedule"]),
-        objective=ObjectiveConfig(**facts["objective"]),
-        sampling=sampling,
-        model=ModelConfig(
-            base_channels=spec.base_channels,
-            channel_mults=spec.channel_mults,
-            blocks_per_level=spec.blocks_per_level,
-            attention_factors=spec.attention_factors,
-            dropout=spec.dropout,
-            groups=spec.groups,
-            num_classes=spec.num_classes,
-        ),
-    )
     provenance = {
         "checkpoint": str(folder),
         "step": 0,
@@ -234,8 +218,8 @@ def _of_diffusers(folder: Path, device: torch.device | str) -> TrainedModel:
         "data_fingerprint": "",
     }
     return TrainedModel(
-        denoiser(config, network.to(device).eval().requires_grad_(False), device),
-        ImageShape(height, width, spec.image_channels),
+        denoiser(config, network.to(device).eval().requires_grad_(False), device, PIXELS),
+        image_shape,
         provenance,
         device=device,
         settings=config.sampling,

@@ -6,10 +6,12 @@ from typing import assert_never
 import torch
 from torch import Tensor, nn
 
+from ddpm_ray.assembly.run_config import saved_codec
 from ddpm_ray.config.objective import ObjectiveConfig
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.schedule import ScheduleConfig
 from ddpm_ray.config.training import TrainingConfig
+from ddpm_ray.data.codec import Codec
 from ddpm_ray.diffusion import loss_weighting, schedules, timestep_sampling
 from ddpm_ray.diffusion.conditioning import Network
 from ddpm_ray.diffusion.parameterization import Parameterization
@@ -67,13 +69,16 @@ def model_parameterization(config: ObjectiveConfig, schedule: NoiseSchedule) -> 
     return Parameterization.of(config.prediction, schedule, config.sigma_data)
 
 
-def denoiser(config: RunConfig, network: Network, device: torch.device | str) -> Denoiser:
-    """The denoiser of `network`, which must be on `device`."""
+def denoiser(
+    config: RunConfig, network: Network, device: torch.device | str, codec: Codec
+) -> Denoiser:
+    """The denoiser of `network`, which must be on `device` and diffuses what `codec` encodes."""
     return Denoiser(
         network,
         model_parameterization(config.objective, noise_schedule(config.schedule).to(device)),
         config.objective.variance,
         conditioning_spec(config),
+        codec=codec,
     )
 
 
@@ -120,7 +125,7 @@ def uncertainty(network: nn.Module) -> nn.Module:
 def noising_recipe(
     config: RunConfig, parameterization: Parameterization, state: TrainingState
 ) -> NoisingRecipe:
-    """The recipe that makes noisy training batches from images."""
+    """The recipe that makes noisy training batches from images; `state` names their codec."""
     wanted = config.objective
     return NoisingRecipe(
         config.seed,
@@ -132,6 +137,7 @@ def noising_recipe(
         offset_noise=wanted.offset_noise,
         input_perturbation=wanted.input_perturbation,
         low_resolution_noise=wanted.low_resolution_noise,
+        codec=saved_codec(state.facts),
     )
 
 
@@ -176,6 +182,6 @@ def weight(config: ObjectiveConfig, parameterization: Parameterization) -> Tenso
         case "p2":
             return loss_weighting.p2(parameterization, config.p2_k, config.p2_gamma)
         case "edm":
-            return loss_weighting.edm(parameterization, config.sigma_data)
+            return loss_weighting.edm_weight(parameterization, config.sigma_data)
         case _:
             assert_never(config.weighting)

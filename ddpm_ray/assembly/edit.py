@@ -48,7 +48,7 @@ def edited(
         case "enlarge":
             return model.enlarge(images), {}
         case "outpaint":
-            images, mask = editing.on_canvas(
+            images, mask = editing.outpainting_canvas(
                 images, config.top, config.bottom, config.left, config.right
             )
         case "inpaint":

@@ -1,12 +1,17 @@
-"""A run's config as its checkpoints store it, and compared with the config that continues it."""
+"""A run's config and codec as its checkpoints store them, and what a continued run may change."""
 
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from ddpm_ray.config.loading import defining, from_dict
+from ddpm_ray.config.option_fields import shown
 from ddpm_ray.config.run import RunConfig
+from ddpm_ray.data.codec import Codec, codec_named
 from ddpm_ray.data.image_shape import ImageShape
+from ddpm_ray.data.shard_index import CODECS
+from ddpm_ray.models.layers import Variant
+from ddpm_ray.storage.file_formats import NewerFormatError, package_version
 
 
 def saved_config(facts: Mapping[str, Any], where: str = "") -> RunConfig:
@@ -17,6 +22,35 @@ def saved_config(facts: Mapping[str, Any], where: str = "") -> RunConfig:
     """
     where = where or facts.get("folder", "")
     return from_dict(RunConfig, facts["config"], facts.get("version", ""), where)
+
+
+def saved_codec(facts: Mapping[str, Any], where: str = "") -> Codec:
+    """The codec of the data that a checkpoint with these facts was trained on.
+
+    Checkpoints of earlier versions name none: they hold pixels. `where` is the checkpoint's URL,
+    for errors. Raises NewerFormatError for a codec that this version does not know.
+    """
+    name = facts.get("codec", "pixels")
+    if name not in CODECS:
+        here = f"ddpm_ray {package_version()} knows {', '.join(CODECS)}"
+        reason = f"its codec is {shown(name)}, and {here}"
+        raise NewerFormatError(where, reason, "upgrade ddpm_ray to the version that wrote it")
+    return codec_named(name)
+
+
+def saved_variant(facts: Mapping[str, Any], where: str = "") -> Variant:
+    """The variant of the network of a checkpoint with these facts.
+
+    Imported networks name one; all others are Ho et al.'s. `where` is the checkpoint's URL, for
+    errors. Raises NewerFormatError for a variant that this version does not know.
+    """
+    try:
+        return Variant(**facts.get("variant", {}))
+    except TypeError as error:
+        here = f"ddpm_ray {package_version()} does not know"
+        reason = f"its variant is {shown(facts['variant'])}, which {here}"
+        remedy = "upgrade ddpm_ray to the version that wrote it"
+        raise NewerFormatError(where, reason, remedy) from error
 
 
 def for_images(config: RunConfig, image_shape: ImageShape) -> RunConfig:

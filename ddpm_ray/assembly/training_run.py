@@ -21,6 +21,7 @@ from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.data.loader import Batch, ShardStream
 from ddpm_ray.diffusion.timestep_sampling import SecondMoments
 from ddpm_ray.models.classifier import NoisyClassifier
+from ddpm_ray.models.layers import HO, Variant
 from ddpm_ray.models.unet import UNet
 from ddpm_ray.models.unet_spec import UNetSpec
 from ddpm_ray.sampling.denoiser import Denoiser
@@ -46,10 +47,14 @@ DEFAULT_CACHE = "~/.cache/ddpm-ray"
 
 
 def network(
-    config: RunConfig, image_shape: ImageShape, *, gradient_checkpointing: bool = False
+    config: RunConfig,
+    image_shape: ImageShape,
+    variant: Variant = HO,
+    *,
+    gradient_checkpointing: bool = False,
 ) -> UNet | NoisyClassifier:
     """The network for images [H, W, C]; raises ValueError if the levels do not divide H and W."""
-    spec, (height, width, _) = unet_spec(config, image_shape), image_shape
+    spec, (height, width, _) = unet_spec(config, image_shape, variant), image_shape
     match config.task, config.model.network:
         case "classifier", "unet":
             return NoisyClassifier(spec, (height, width))
@@ -63,7 +68,7 @@ def network(
             assert_never(never)
 
 
-def unet_spec(config: RunConfig, image_shape: ImageShape) -> UNetSpec:
+def unet_spec(config: RunConfig, image_shape: ImageShape, variant: Variant = HO) -> UNetSpec:
     """The spec of the U-Net for images [H, W, C]; raises ValueError if H and W do not fit it."""
     height, width, channels = image_shape
     model, objective = config.model, config.objective
@@ -78,6 +83,7 @@ def unet_spec(config: RunConfig, image_shape: ImageShape) -> UNetSpec:
         num_classes=model.num_classes,
         condition_channels=channels * shown,
         learns_variance=objective.variance != "fixed",
+        variant=variant,
     )
     spec.require_divisible((height, width))
     factors = model.for_images(height, width).attention_factors

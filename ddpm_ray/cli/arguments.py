@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from ddpm_ray.cli.help_text import explained, overview
+from ddpm_ray.cli.help_text import explained, option_overview
 from ddpm_ray.cli.job import CONFIG, Job
 from ddpm_ray.config.loading import ConfigError, given_keys
 from ddpm_ray.config.reading.shipped import shipped_names
@@ -39,7 +39,7 @@ class _Help(argparse.Action):
     ) -> NoReturn:
         """Called by argparse for `--help`; `key` is None where none was given."""
         if key is None:
-            text = f"{parser.format_help()}\n{OPTIONS}\n{overview(self._config)}"
+            text = f"{parser.format_help()}\n{OPTIONS}\n{option_overview(self._config)}"
         else:
             text = explained(self._config, str(key))
         try:

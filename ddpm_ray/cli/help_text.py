@@ -9,7 +9,7 @@ from functools import cache
 from typing import Any
 
 from ddpm_ray.config.option_fields import walk
-from ddpm_ray.config.reading.errors import ConfigError, groups, nearest_key
+from ddpm_ray.config.reading.errors import ConfigError, nearest_key, option_groups
 from ddpm_ray.config.reading.former_keys import current_key
 from ddpm_ray.config.reading.option_text import choices, range_text, type_text, value_text
 from ddpm_ray.config.reading.shipped import folder_of, shipped_names
@@ -47,7 +47,7 @@ class Option:
         return f"{start}{self.meta['doc']}{f' ({rule})' if rule else ''}"
 
 
-def overview(kind: Any) -> str:
+def option_overview(kind: Any) -> str:
     """Return all options of the config class `kind` in titled groups."""
     return "\n\n".join(_sections(kind, ""))
 
@@ -61,7 +61,7 @@ def explained(kind: Any, key: str) -> str:
     known = {one.key: one for one in _options(kind)}
     if key in known:
         return _explained(known[key])
-    if key not in (names := groups(known)):
+    if key not in (names := option_groups(known)):
         hint = nearest_key(kind, key, names)
         if key in shipped_names(kind):
             hint = f"; {key} is a config; --help lists the keys"

@@ -18,7 +18,7 @@ from ddpm_ray.cli.job import (
     Job,
     PartlyFailedError,
 )
-from ddpm_ray.config.loading import Config, ConfigError, load, to_yaml
+from ddpm_ray.config.loading import Config, ConfigError, load_config, to_yaml
 from ddpm_ray.config.reading.job_files import job_of_file
 from ddpm_ray.distributed.signals import exit_code, interrupt_on_first
 from ddpm_ray.redaction import sanitize
@@ -65,7 +65,7 @@ def _config(job: Job[Config], arguments: Namespace, command: str) -> Config:
     """Load the job's config. If the file belongs to another job, the ConfigError names that job."""
     file = getattr(arguments, "config", None)
     try:
-        return load(job.config, file, arguments.overrides)
+        return load_config(job.config, file, arguments.overrides)
     except ConfigError:
         if not file or not (other := job_of_file(job.config, file)):
             raise

@@ -49,7 +49,7 @@ class Checked(Protocol):
 Config = TypeVar("Config", bound=Checked)
 
 
-def load(kind: type[Config], path: str | None, overrides: list[str]) -> Config:
+def load_config(kind: type[Config], path: str | None, overrides: list[str]) -> Config:
     """Load a config from a YAML file (None: defaults) and `key=value` overrides, and check it.
 
     `path` may be the name of a config that the package ships. Raises ConfigError with one line for

@@ -15,7 +15,9 @@ from typing import (
     Literal,
     ParamSpec,
     TypeAlias,
+    TypedDict,
     TypeVar,
+    Unpack,
     cast,
     get_args,
     get_origin,
@@ -28,60 +30,59 @@ from ddpm_ray.config.reading.nearest import did_you_mean
 T = TypeVar("T")
 FormerKeys: TypeAlias = str | Former | tuple[str | Former, ...]
 P = ParamSpec("P")
-Limits: TypeAlias = Mapping[str, tuple[float | None, Callable[[Any, float], bool]]]
-"""Rule in words -> (limit or None for no limit, test that a value satisfies it)."""
+Comparison: TypeAlias = Callable[[Any, float], bool]
+Limits: TypeAlias = Mapping[str, tuple[float, Comparison]]
+"""Rule in words, as "at least" -> (limit, test that a value satisfies it)."""
 
 
-def limits(
-    *,
-    at_least: float | None = None,
-    above: float | None = None,
-    at_most: float | None = None,
-    below: float | None = None,
-) -> Limits:
+class Bounds(TypedDict, total=False):
+    """The keywords of a range: at most one lower and one upper bound."""
+
+    at_least: float
+    above: float
+    at_most: float
+    below: float
+
+
+def limits(**bounds: Unpack[Bounds]) -> Limits:
     """Return the range of a number, as metadata of a field or of an `Annotated`."""
-    return {
-        "at least": (at_least, operator.ge),
-        "above": (above, operator.gt),
-        "at most": (at_most, operator.le),
-        "below": (below, operator.lt),
+    comparisons: dict[str, Comparison] = {
+        "at_least": operator.ge,
+        "above": operator.gt,
+        "at_most": operator.le,
+        "below": operator.lt,
     }
+    given = cast(Mapping[str, float], bounds)
+    return {name.replace("_", " "): (limit, comparisons[name]) for name, limit in given.items()}
 
 
 def option(
     default: T,
     doc: str,
     *,
-    at_least: float | None = None,
-    above: float | None = None,
-    at_most: float | None = None,
-    below: float | None = None,
     defines_run: bool = False,
+    formerly: FormerKeys = (),
     loads_group: str = "",
     keys_of: str = "",
-    formerly: FormerKeys = (),
-    former_choices: Mapping[str, str] | None = None,
     instead_of: str = "",
+    **bounds: Unpack[Bounds],
 ) -> T:
-    """Return a dataclass field with help text `doc` and a range.
+    """Return a dataclass field with help text `doc` and a range, as `at_least=0, below=1`.
 
-    `defines_run`: a continued run must have the same value. `loads_group`: the value is a YAML file
-    whose keys set the group of that name; keys set elsewhere override them. `keys_of`: the value is
-    a list of mappings whose keys are the options of that group. `formerly`: keys of this option in
-    earlier versions (see `former_keys.Former`); `former_choices`: earlier names of its choices,
-    {former: current}. Former names are accepted wherever a config is read. `instead_of`: the option
-    of this group that has the same meaning in another form; a source that sets one of the two
-    resets the other to None.
+    `defines_run`: a continued run must have the same value. `formerly`: keys of this option and
+    names of its choices in earlier versions, accepted wherever a config is read (see
+    `former_keys.Former`). `loads_group`: the value is a YAML file whose keys set the group of that
+    name; keys set elsewhere override them. `keys_of`: the value is a list of mappings whose keys
+    are the options of that group. `instead_of`: the option of this group that has the same meaning
+    in another form; a source that sets one of the two resets the other to None.
     """
-    within = limits(at_least=at_least, above=above, at_most=at_most, below=below)
     metadata = {
         "doc": doc,
-        "limits": within,
+        "limits": limits(**bounds),
         "defines_run": defines_run,
+        "formerly": _former(formerly),
         "loads_group": loads_group,
         "keys_of": keys_of,
-        "formerly": _former(formerly),
-        "former_choices": former_choices or {},
         "instead_of": instead_of,
     }
     value: T = field(default=default, metadata=metadata)
@@ -125,7 +126,7 @@ def _broken(key: str, value: Any, within: Limits) -> Iterator[str]:
         yield f"{key} is {value}; it must be finite"
         return
     for rule, (limit, holds) in within.items():
-        if limit is not None and not holds(value, limit):
+        if not holds(value, limit):
             yield f"{key} is {value}; it must be {rule} {limit}"
 
 

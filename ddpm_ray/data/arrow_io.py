@@ -1,8 +1,8 @@
 """Write Arrow files of one batch deterministically; read them as untrusted input.
 
 Arrow trusts a file: offsets that point outside their buffer, the size that a compressed buffer
-claims, extension types that any package in this process registered. `read` therefore accepts only
-one uncompressed batch of exactly the expected columns with every offset in range.
+claims, extension types that any package in this process registered. `parse_batch` therefore
+accepts only one uncompressed batch of exactly the expected columns with every offset in range.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class ArrowFileError(ValueError):
     """Bytes that are not a valid file; the message is one line with the reason."""
 
 
-def write(table: pa.Table) -> bytes:
+def serialize_table(table: pa.Table) -> bytes:
     """Serialize a table of at least one row."""
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, table.schema) as writer:
@@ -29,7 +29,7 @@ def write(table: pa.Table) -> bytes:
     return bytes(sink.getvalue())
 
 
-def read(data: bytes, *schemas: pa.Schema) -> pa.RecordBatch:
+def parse_batch(data: bytes, *schemas: pa.Schema) -> pa.RecordBatch:
     """Return the batch in `data` without a copy.
 
     Its schema must equal one of `schemas` except metadata. Raises ArrowFileError.

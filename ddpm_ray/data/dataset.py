@@ -184,7 +184,7 @@ def open_dataset(url: str) -> Dataset:
         problem = f"index_sha256 is {stated[:12]}, but the sha256 of {INDEX} is {digest[:12]}"
         raise DatasetError(where, problem, "one of the two was changed: pack the data set again")
     try:
-        table = shard_index.read(data)
+        table = shard_index.parse_index(data)
         manifest = manifest_of(table, digest)
     except ValueError as error:  # also for sums that no pixels can have
         where = object_store.join(url, INDEX)
@@ -208,8 +208,8 @@ def write_index(url: str, recipe: Recipe, rows: Sequence[ShardRow]) -> Dataset:
 
 def index_of(recipe: Recipe, rows: Sequence[ShardRow]) -> tuple[bytes, pa.Table, Manifest]:
     """Return the bytes of an index, its table, and the manifest that belongs to it."""
-    data = shard_index.write(recipe.to_json(), [asdict(row) for row in rows])
-    table = shard_index.read(data)
+    data = shard_index.serialize_index(recipe.to_json(), [asdict(row) for row in rows])
+    table = shard_index.parse_index(data)
     return data, table, manifest_of(table, hashlib.sha256(data).hexdigest())
 
 

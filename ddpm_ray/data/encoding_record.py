@@ -29,12 +29,12 @@ class EncodingRecord:
     preview: PreviewMatrix
 
 
-def write(destination: str, record: EncodingRecord) -> None:
+def write_encoding(destination: str, record: EncodingRecord) -> None:
     """Store the record next to the shards. Raises StorageError."""
     checksummed_json.write(object_store.join(destination, RECORD), asdict(record))
 
 
-def read(dataset: Dataset) -> EncodingRecord | None:
+def read_encoding(dataset: Dataset) -> EncodingRecord | None:
     """Return the record of a set of latents; None if it has none, or that of another set.
 
     Raises StorageError.

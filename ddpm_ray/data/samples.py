@@ -75,7 +75,7 @@ class Source(Protocol):
         ...
 
 
-def groups(named: Iterable[tuple[str, Iterable[str]]]) -> tuple[NamedGroup, ...]:
+def named_groups(named: Iterable[tuple[str, Iterable[str]]]) -> tuple[NamedGroup, ...]:
     """Return one group for each kind that has names."""
     found = (NamedGroup.of(kind, names) for kind, names in named)
     return tuple(group for group in found if group.count)

@@ -44,16 +44,16 @@ ENCODINGS, CODECS = get_args(Encoding), get_args(CodecName)
 STRINGS = ("encoding", "resize", "source_sha256", "codec")  # fields of a recipe
 
 
-def write(recipe: dict[str, Any], rows: Sequence[dict[str, Any]]) -> bytes:
+def serialize_index(recipe: dict[str, Any], rows: Sequence[dict[str, Any]]) -> bytes:
     """Serialize the index; it repeats the recipe, so that an edited manifest is detected."""
     schema = SCHEMAS[recipe.get("codec", "pixels")]
     schema = schema.with_metadata({"recipe": json.dumps(recipe, sort_keys=True)})
-    return arrow_io.write(pa.Table.from_pylist(rows, schema=schema))
+    return arrow_io.serialize_table(pa.Table.from_pylist(rows, schema=schema))
 
 
-def read(data: bytes) -> pa.Table:
+def parse_index(data: bytes) -> pa.Table:
     """Parse the index and check all values. Raises ArrowFileError."""
-    batch = arrow_io.read(data, *SCHEMAS.values())
+    batch = arrow_io.parse_batch(data, *SCHEMAS.values())
     for column, pattern in PATTERNS.items():
         values = batch[column]
         for bad in values.filter(pc.invert(pc.match_substring_regex(values, pattern))):
@@ -125,6 +125,6 @@ def _checked_recipe(batch: pa.RecordBatch) -> dict[str, Any]:
 
 
 def recipe(index: pa.Table | pa.RecordBatch) -> dict[str, Any]:
-    """Return the recipe that was given to `write`; a recipe without a codec means pixels."""
+    """Return the recipe that `serialize_index` was given; one without a codec means pixels."""
     found: dict[str, Any] = json.loads((index.schema.metadata or {})[b"recipe"])
     return {"codec": "pixels"} | found

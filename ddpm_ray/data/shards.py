@@ -74,7 +74,7 @@ def shard_bytes(
         case files:
             samples = {"image": pa.array(files, pa.binary())}
     columns = [*samples.values(), pa.array(labels, pa.int64()), pa.array(keys, pa.string())]
-    return arrow_io.write(pa.Table.from_arrays(columns, [*samples, "label", "key"]))
+    return arrow_io.serialize_table(pa.Table.from_arrays(columns, [*samples, "label", "key"]))
 
 
 def parse_shard(data: bytes, manifest: Manifest) -> Shard:
@@ -84,7 +84,7 @@ def parse_shard(data: bytes, manifest: Manifest) -> Shard:
     shape = manifest.image_shape if manifest.codec == "pixels" else manifest.sample_shape[1:]
     kind = pa.fixed_shape_tensor(_arrow_type(manifest.sample_dtype), shape) if raw else pa.binary()
     schema = pa.schema({**dict.fromkeys(names, kind), "label": pa.int64(), "key": pa.string()})
-    *samples, labels, keys = arrow_io.read(data, schema).columns
+    *samples, labels, keys = arrow_io.parse_batch(data, schema).columns
     if not raw:
         return Shard(samples[0], labels.to_numpy(), keys)
     arrays = [_tensors(name, column, shape) for name, column in zip(names, samples, strict=True)]
@@ -105,7 +105,7 @@ def fetch_shard(dataset: Dataset, number: int, cache: ShardCache | None = None) 
             return _parse(url, data, dataset, row)
         cache.evict(expected)
     try:
-        data = checksummed.read(url, expected, row["stored_bytes"])
+        data = checksummed.read_verified(url, expected, row["stored_bytes"])
     except checksummed.DamagedError as error:
         raise ShardCorruptError(url, expected, error.args[2], checksummed.READS) from None
     if cache is not None:

@@ -14,47 +14,42 @@ from torch import Tensor
 from ddpm_ray.diffusion.parameterization import Parameterization
 from ddpm_ray.diffusion.process import Denoise, NoiseSchedule, add_noise
 from ddpm_ray.diffusion.timestep_spacing import require_falling
-from ddpm_ray.diffusion.x0_estimator import Clip, X0Estimator, clip_to_range
+from ddpm_ray.diffusion.x0_estimator import X0Estimator
 
 
 def repaint(
-    schedule: NoiseSchedule,
-    denoise: Denoise,
+    estimate: X0Estimator,
     x_T: Tensor,
-    steps: Sequence[int],
+    walk: Sequence[int],
     *,
     known: Tensor,
     mask: Tensor,
     noise: Callable[[int], Tensor],
-    jump_length: int = 10,
-    resamples: int = 10,
     eta: float = 1.0,
-    parameterization: Parameterization | None = None,
-    clip: Clip | None = clip_to_range,
 ) -> Tensor:
     """RePaint: images like x_T [B, ...], equal to `known` [B, ...] where `mask` is 1.
 
     (Lugmayr et al. 2022, arXiv:2201.09865, algorithm 1.) Each denoising transition is DDIM's with
     `eta`, where 1 is the paper's DDPM with `fixed_small`; known pixels are drawn from q(x_s |
-    known). The sequence of steps is that of `jump_schedule`. noise(n), shaped like x_T, is the
+    known). `walk` is a sequence of steps from `jump_schedule`. noise(n), shaped like x_T, is the
     noise of transition n, counted from 0; the last one needs none. A learned variance is ignored.
-    `steps`, `parameterization` and `clip` are as in `ddim`. Raises ValueError for invalid `steps`,
-    `eta` or jumps and for mask values other than 0 and 1.
+    Raises ValueError for a walk that does not start at T or below and end at 0, for an invalid
+    `eta` and for mask values other than 0 and 1.
 
     If the known part determines the mode, it is found. If several modes remain, their frequencies
     differ from the posterior's, the more so with many resamples: 0.72 for one mode of a mixture in
     which its posterior probability is 0.575.
     """
-    require_falling(steps, schedule.num_steps)
+    schedule = estimate.schedule
+    require_falling((max(walk), walk[-1]), schedule.num_steps)  # jump_schedule checks the others
     if not 0 <= eta <= 1:
         raise ValueError(f"eta is {eta:g}; it lies between 0 (no noise) and 1 (as much as DDPM)")
     keep = _kept(mask)
     alpha_bar: list[float] = schedule.alpha_bar.tolist()
     x = x_T.detach().clone()
     x_0, at_s = torch.empty_like(x), torch.empty_like(x)
-    estimate = X0Estimator(schedule, denoise, x, parameterization, clip)
     with torch.inference_mode():
-        for n, (t, s) in enumerate(pairwise(jump_schedule(steps, jump_length, resamples))):
+        for n, (t, s) in enumerate(pairwise(walk)):
             a, a_s = alpha_bar[t], alpha_bar[s]
             if s > t:  # q(x_s | x_t): all the jump's steps at once
                 x.mul_(math.sqrt(a_s / a)).add_(noise(n), alpha=math.sqrt(1 - a_s / a))
@@ -72,12 +67,16 @@ def repaint(
     return x
 
 
-def jump_schedule(steps: Sequence[int], jump_length: int, resamples: int) -> tuple[int, ...]:
+def jump_schedule(
+    steps: Sequence[int], jump_length: int = 10, resamples: int = 10
+) -> tuple[int, ...]:
     """The sequence of `steps` with jumps back by `jump_length` of them, as 3, 2, 1, 2, 1, 0.
 
     At the last step above 0 and every `jump_length`-th before it, if there is room, it jumps back
-    resamples - 1 times (Lugmayr et al. 2022, appendix B). Raises ValueError for either below 1.
+    resamples - 1 times (Lugmayr et al. 2022, appendix B). Raises ValueError for either below 1 and
+    for `steps` that do not fall strictly to 0.
     """
+    require_falling(steps)
     if jump_length < 1 or resamples < 1:
         raise ValueError(
             f"jump_length is {jump_length} and resamples {resamples}; both are at least 1, and "

@@ -6,33 +6,29 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ddpm_ray.diffusion.parameterization import Parameterization
-from ddpm_ray.diffusion.process import Denoise, NoiseSchedule
 from ddpm_ray.diffusion.timestep_spacing import require_falling
-from ddpm_ray.diffusion.x0_estimator import Clip, X0Estimator
+from ddpm_ray.diffusion.x0_estimator import X0Estimator
 
 
 def ddim_inversion(
-    schedule: NoiseSchedule,
-    denoise: Denoise,
+    estimate: X0Estimator,
     x_0: Tensor,
     steps: Sequence[int],
     *,
     iterations: int = 1,
-    parameterization: Parameterization | None = None,
-    clip: Clip | None = None,
 ) -> Tensor:
     """DDIM inversion: the noise x_T [B, ...] from which `samplers.ddim` reproduces images x_0.
 
     (Song et al. 2021, section 4.3.) For each transition from t to s it solves for the x_t that DDIM
     maps to x_s. The first iteration calls the network on x_s in place of x_t; more `iterations`, of
     one network call each, are fixed-point iterations on x_t until `ddim` reproduces the image to
-    rounding. They converge if the model output changes slowly with x_t compared to the step. The
-    default is no `clip`, since clipped values cannot be recovered.
+    rounding. They converge if the model output changes slowly with x_t compared to the step. Give
+    an estimator with clip=None, since clipped values cannot be recovered.
 
     `steps` decreases, as in `ddim`. Raises ValueError for other `steps`, for fewer than 1 iteration
     and for a single step from an alpha_bar of 0, where x_T is independent of the image.
     """
+    schedule = estimate.schedule
     require_falling(steps, schedule.num_steps)
     if iterations < 1:
         raise ValueError(f"iterations is {iterations}; take at least 1 a step")
@@ -45,7 +41,6 @@ def ddim_inversion(
         )
     x_s = x_0.detach().clone()
     x_t, image, ahead = (torch.empty_like(x_s) for _ in range(3))
-    estimate = X0Estimator(schedule, denoise, x_s, parameterization, clip)
     with torch.inference_mode():
         for s, t in pairwise(reversed(steps)):
             kept = sigma[s] / sigma[t]

@@ -47,7 +47,7 @@ def p2(parameterization: Parameterization, k: float = 1.0, gamma: float = 1.0) -
     return _on_x_0(parameterization, lambda snr: snr / (k + snr) ** gamma)
 
 
-def edm(parameterization: Parameterization, sigma_data: float = 0.5) -> Tensor:
+def edm_weight(parameterization: Parameterization, sigma_data: float = 0.5) -> Tensor:
     """1 / sigma^2 + 1 / sigma_data^2 on the error of x_0, a weight of 1 for the edm output.
 
     (lambda of Karras et al. 2022, arXiv:2206.00364, table 1, with 1 / sigma^2 = SNR.) Raises

@@ -2,7 +2,8 @@
 
 Both samplers run the same loop over `steps`: estimate x_0 from the model output, then combine that
 estimate, x_t and new noise linearly. They differ in the three coefficients, computed beforehand in
-float64. Guidance and inpainting wrap `denoise` or `noise`. Multistep solvers are in solvers.py.
+float64. The caller's `X0Estimator` holds the schedule and the denoiser. Guidance and inpainting
+wrap `denoise` or `noise`. Multistep solvers are in solvers.py.
 
 Samplers run in inference mode, without gradients. `denoise` gets ordinary tensors, so that it can
 leave the mode for a gradient with respect to x_t.
@@ -17,10 +18,8 @@ import torch
 from torch import Tensor
 
 from ddpm_ray.choices import LearnedVariance, ReverseVariance
-from ddpm_ray.diffusion.parameterization import Parameterization
-from ddpm_ray.diffusion.process import Denoise, NoiseSchedule
 from ddpm_ray.diffusion.timestep_spacing import require_falling
-from ddpm_ray.diffusion.x0_estimator import Clip, X0Estimator, clip_to_range
+from ddpm_ray.diffusion.x0_estimator import X0Estimator
 
 Noise: TypeAlias = Callable[[int], Tensor]
 """t -> noise, shaped like x_T, for the transition that starts at step t."""
@@ -29,15 +28,12 @@ OnStep: TypeAlias = Callable[[int, Tensor, Tensor], object]
 
 
 def ancestral(
-    schedule: NoiseSchedule,
-    denoise: Denoise,
+    estimate: X0Estimator,
     x_T: Tensor,
     steps: Sequence[int],
     *,
     noise: Noise,
     variance: ReverseVariance = "fixed_large",
-    parameterization: Parameterization | None = None,
-    clip: Clip | None = clip_to_range,
     on_step: OnStep | None = None,
 ) -> Tensor:
     """Ancestral sampling: draw images like x_T [B, ...] from the learned reverse process.
@@ -47,13 +43,11 @@ def ancestral(
     alpha_bar_s from t to the next step s (Nichol and Dhariwal 2021, arXiv:2102.09672, section 4).
     The `variance` of the added noise is beta (`fixed_large`) or the posterior's (`fixed_small`).
     Use `fixed_small` with few steps: `fixed_large` leaves noise in the images (FID 367 against 41
-    at 10 steps: Song et al. 2021, arXiv:2010.02502, table 1). With a learned variance the output of
-    `denoise` is [B, 2C, ...], the second half as in `learned_log_variance`. The last transition
-    adds no noise.
-
-    `parameterization` defines the output of `denoise`, the noise by default. `clip` applies to the
-    estimate of x_0, from which the noise is then recomputed. Raises ValueError for other `steps`.
+    at 10 steps: Song et al. 2021, arXiv:2010.02502, table 1). With a learned variance the model
+    output is [B, 2C, ...], the second half as in `learned_log_variance`. The last transition adds
+    no noise. Raises ValueError for other `steps`.
     """
+    schedule = estimate.schedule
     require_falling(steps, schedule.num_steps)
     if variance == "learned" and len(steps) - 1 < schedule.num_steps:
         raise ValueError(
@@ -77,21 +71,17 @@ def ancestral(
             )
         )
     learned = variance if variance in ("learned", "learned_range") else None
-    estimate = X0Estimator(schedule, denoise, x_T, parameterization, clip)
     return _walk(transitions, estimate, x_T, noise, on_step, learned)
 
 
 def ddim(
-    schedule: NoiseSchedule,
-    denoise: Denoise,
+    estimate: X0Estimator,
     x_T: Tensor,
     steps: Sequence[int],
     *,
     eta: float = 0.0,
     noise: Noise | None = None,
     variance: ReverseVariance = "fixed_small",
-    parameterization: Parameterization | None = None,
-    clip: Clip | None = clip_to_range,
     on_step: OnStep | None = None,
 ) -> Tensor:
     """DDIM: images like x_T [B, ...] in few steps; deterministic, without `noise`, at eta = 0.
@@ -100,10 +90,10 @@ def ddim(
     sigma; eta = 1 is `ancestral` with `fixed_small`. `fixed_large` is their sigma-hat: more noise
     than eq. 16, for eta = 1 and `steps` with every step from T only.
 
-    `steps`, `parameterization`, `clip` and the last transition are as in `ancestral`. Raises
-    ValueError for other `steps` or eta, for eta > 0 without `noise` and for an
-    unsupported `fixed_large`.
+    `steps` and the last transition are as in `ancestral`. Raises ValueError for other `steps` or
+    eta, for eta > 0 without `noise` and for an unsupported `fixed_large`.
     """
+    schedule = estimate.schedule
     require_falling(steps, schedule.num_steps)
     if not 0 <= eta <= 1:
         raise ValueError(f"eta is {eta:g}; it lies between 0 (no noise) and 1 (as much as DDPM)")
@@ -129,7 +119,6 @@ def ddim(
                 noise=sigma if s > 0 else 0.0,
             )
         )
-    estimate = X0Estimator(schedule, denoise, x_T, parameterization, clip)
     return _walk(transitions, estimate, x_T, noise, on_step)
 
 

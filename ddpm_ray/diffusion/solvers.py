@@ -15,11 +15,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ddpm_ray.diffusion.parameterization import Parameterization
-from ddpm_ray.diffusion.process import Denoise, NoiseSchedule
+from ddpm_ray.diffusion.process import NoiseSchedule
 from ddpm_ray.diffusion.samplers import Noise, OnStep
 from ddpm_ray.diffusion.timestep_spacing import require_falling
-from ddpm_ray.diffusion.x0_estimator import Clip, X0Estimator, clip_to_range
+from ddpm_ray.diffusion.x0_estimator import X0Estimator
 
 _ADAMS_BASHFORTH = (
     (1.0,),
@@ -30,15 +29,12 @@ _ADAMS_BASHFORTH = (
 
 
 def dpm_solver_pp(
-    schedule: NoiseSchedule,
-    denoise: Denoise,
+    estimate: X0Estimator,
     x_T: Tensor,
     steps: Sequence[int],
     *,
     order: int = 2,
     noise: Noise | None = None,
-    parameterization: Parameterization | None = None,
-    clip: Clip | None = clip_to_range,
     on_step: OnStep | None = None,
 ) -> Tensor:
     """Multistep DPM-Solver++: images like x_T [B, ...] with one network call per step.
@@ -48,24 +44,22 @@ def dpm_solver_pp(
     second after an alpha_bar of 0. With `noise` it solves the SDE of the same marginals instead
     (their SDE-DPM-Solver++), of which order 1 is `ancestral` with `fixed_small`.
 
-    `steps`, `parameterization`, `clip` and `noise` are as in `samplers.ancestral`. Raises
-    ValueError for other `steps` or another order.
+    `steps` and `noise` are as in `samplers.ancestral`. Raises ValueError for other `steps` or
+    another order.
     """
     _require_order(order, 2, "DPM-Solver++")
-    plan = _multistep(schedule, steps, order, corrected=False, stochastic=noise is not None)
-    estimate = X0Estimator(schedule, denoise, x_T, parameterization, clip)
-    return _walk(schedule, plan, estimate, x_T, noise, on_step)
+    plan = _multistep(
+        estimate.schedule, steps, order, corrected=False, stochastic=noise is not None
+    )
+    return _walk(plan, estimate, x_T, noise, on_step)
 
 
 def unipc(
-    schedule: NoiseSchedule,
-    denoise: Denoise,
+    estimate: X0Estimator,
     x_T: Tensor,
     steps: Sequence[int],
     *,
     order: int = 2,
-    parameterization: Parameterization | None = None,
-    clip: Clip | None = clip_to_range,
     on_step: OnStep | None = None,
 ) -> Tensor:
     """UniPC with B(h) = expm1(h): images like x_T [B, ...] with one network call per step.
@@ -75,23 +69,19 @@ def unipc(
     the order by one, and to predict the next. `order` is the predictor's, 1 to 3; it is lower in
     the first transitions, which have fewer estimates, and in the last ones, down to 1.
 
-    `steps`, `parameterization` and `clip` are as in `samplers.ancestral`; `on_step` gets the
-    predicted x_t, before the correction. Raises ValueError for other `steps` or another order.
+    `steps` is as in `samplers.ancestral`; `on_step` gets the predicted x_t, before the correction.
+    Raises ValueError for other `steps` or another order.
     """
     _require_order(order, 3, "UniPC")
-    plan = _multistep(schedule, steps, order, corrected=True, stochastic=False)
-    estimate = X0Estimator(schedule, denoise, x_T, parameterization, clip)
-    return _walk(schedule, plan, estimate, x_T, None, on_step)
+    plan = _multistep(estimate.schedule, steps, order, corrected=True, stochastic=False)
+    return _walk(plan, estimate, x_T, None, on_step)
 
 
 def heun(
-    schedule: NoiseSchedule,
-    denoise: Denoise,
+    estimate: X0Estimator,
     x_T: Tensor,
     steps: Sequence[int],
     *,
-    parameterization: Parameterization | None = None,
-    clip: Clip | None = clip_to_range,
     on_step: OnStep | None = None,
 ) -> Tensor:
     """Heun's method: images like x_T [B, ...] with two network calls per step, one for the last.
@@ -102,28 +92,24 @@ def heun(
     the end of the cosine schedule, where a few evenly spaced steps overshoot: start at a lower
     sigma or use another method.
 
-    `steps`, `parameterization` and `clip` are as in `samplers.ancestral`. Raises ValueError for
-    other `steps` and for a start where alpha_bar is 0.
+    `steps` is as in `samplers.ancestral`. Raises ValueError for other `steps` and for a start
+    where alpha_bar is 0.
     """
     plan = []
-    for t, s, kept, gain in _legs(schedule, steps, "heun"):
+    for t, s, kept, gain in _legs(estimate.schedule, steps, "heun"):
         if s == 0:
             plan.append(_Call(t, advance=_Blend(0.0, (1.0,))))
         else:
             plan.append(_Call(t, advance=_Blend(kept, (gain,)), as_noise=True))
             plan.append(_Call(s, correct=_Blend(kept, (gain / 2, gain / 2)), as_noise=True))
-    estimate = X0Estimator(schedule, denoise, x_T, parameterization, clip)
-    return _walk(schedule, plan, estimate, x_T, None, on_step)
+    return _walk(plan, estimate, x_T, None, on_step)
 
 
 def plms(
-    schedule: NoiseSchedule,
-    denoise: Denoise,
+    estimate: X0Estimator,
     x_T: Tensor,
     steps: Sequence[int],
     *,
-    parameterization: Parameterization | None = None,
-    clip: Clip | None = clip_to_range,
     on_step: OnStep | None = None,
 ) -> Tensor:
     """PLMS (pseudo linear multistep): images like x_T [B, ...] with one network call per step.
@@ -131,18 +117,17 @@ def plms(
     (Liu et al. 2022, arXiv:2202.09778, eq. 12.) Each transition is DDIM's with the fourth-order
     Adams-Bashforth combination of the last four noise predictions. The first three use the formulas
     of order 1, 2 and 3, where the paper spends four calls on each; the order of the method stays 2.
-    The last transition does so too, so images can exceed the range of `clip`: by a factor of 2 to 4
-    at 10 or 20 steps.
+    The last transition does so too, so images can exceed the range of the estimator's clip: by a
+    factor of 2 to 4 at 10 or 20 steps.
 
-    `steps`, `parameterization` and `clip` are as in `samplers.ancestral`. Raises ValueError for
-    other `steps` and for a start where alpha_bar is 0.
+    `steps` is as in `samplers.ancestral`. Raises ValueError for other `steps` and for a start
+    where alpha_bar is 0.
     """
     plan = []
-    for i, (t, _, kept, gain) in enumerate(_legs(schedule, steps, "plms")):
+    for i, (t, _, kept, gain) in enumerate(_legs(estimate.schedule, steps, "plms")):
         weights = tuple(gain * w for w in _ADAMS_BASHFORTH[min(i, 3)])
         plan.append(_Call(t, advance=_Blend(kept, weights), as_noise=True))
-    estimate = X0Estimator(schedule, denoise, x_T, parameterization, clip)
-    return _walk(schedule, plan, estimate, x_T, None, on_step)
+    return _walk(plan, estimate, x_T, None, on_step)
 
 
 class _Blend(NamedTuple):
@@ -249,7 +234,6 @@ def _moments(h: float, most: int) -> list[float]:
 
 
 def _walk(
-    schedule: NoiseSchedule,
     plan: Sequence[_Call],
     estimate: X0Estimator,
     x_T: Tensor,
@@ -261,7 +245,7 @@ def _walk(
     before = torch.empty_like(x)
     blends = [blend for call in plan for blend in (call.correct, call.advance) if blend is not None]
     estimates = [torch.empty_like(x) for _ in range(max(len(b.weights) for b in blends))]
-    alpha_bar: list[float] = schedule.alpha_bar.tolist()
+    alpha_bar: list[float] = estimate.schedule.alpha_bar.tolist()
     with torch.inference_mode():
         for call in plan:
             estimates.insert(0, estimates.pop())  # reuse the buffer of the oldest

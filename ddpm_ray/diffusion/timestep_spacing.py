@@ -57,11 +57,11 @@ def log_snr_steps(schedule: NoiseSchedule, count: int, first: int | None = None)
     return tuple(reversed(rising))
 
 
-def require_falling(steps: Sequence[int], num_steps: int) -> None:
-    """Raises ValueError unless `steps` decreases strictly from at most T = num_steps to 0."""
+def require_falling(steps: Sequence[int], num_steps: int | None = None) -> None:
+    """Raises ValueError unless `steps` decreases strictly to 0, from at most T = num_steps."""
     if len(steps) < 2 or steps[-1] != 0:
         raise ValueError(f"steps are {_brief(steps)}; they must fall from at most T to 0")
-    if steps[0] > num_steps:
+    if num_steps is not None and steps[0] > num_steps:
         raise ValueError(f"steps start at {steps[0]}, but the schedule has T = {num_steps} steps")
     for t, s in pairwise(steps):
         if s >= t:

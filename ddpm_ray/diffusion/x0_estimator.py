@@ -1,4 +1,8 @@
-"""Estimate x_0 from the model output, as every sampler does at each step."""
+"""Estimate x_0 from the model output, as every sampler does at each step.
+
+An `X0Estimator` is the first argument of each sampler. It holds what they share: the schedule, the
+denoiser, the parameterization of its output and the clip.
+"""
 
 from collections.abc import Callable
 from typing import TypeAlias
@@ -40,28 +44,44 @@ def clip_to_quantile(share: float) -> Clip:
     return clip
 
 
-class X0Estimator:
-    """Calls the network and converts its output to x_0, in preallocated buffers.
+def self_conditioning_estimate(
+    parameterization: Parameterization, x_t: Tensor, t: Tensor, model_output: Tensor, clip: Clip
+) -> Tensor:
+    """The network's next self-conditioning input: a clipped estimate of x_0, without gradient.
 
-    Without `parameterization` the model output is the noise.
+    (Chen et al. 2022, arXiv:2208.04202, section 3.2.) Both training and sampling use it. Channels
+    of a learned variance, after those of x_t, are ignored.
+    """
+    mean = model_output[:, : x_t.shape[1]]
+    estimate = parameterization.x_0(x_t, t, mean).detach()
+    clip(estimate)
+    return estimate
+
+
+class X0Estimator:
+    """Calls `denoise` and converts its output to an estimate of x_0, to which it applies `clip`.
+
+    `parameterization` defines the output of `denoise`; None: it is the noise. Samplers recompute
+    the noise from the clipped estimate; `clip` None: no clipping.
     """
 
     def __init__(
         self,
         schedule: NoiseSchedule,
         denoise: Denoise,
-        x_T: Tensor,
-        parameterization: Parameterization | None,
-        clip: Clip | None,
+        parameterization: Parameterization | None = None,
+        clip: Clip | None = clip_to_range,
     ) -> None:
         parameterization = parameterization or Parameterization.of("epsilon", schedule)
+        self.schedule = schedule
         self._denoise, self._clip = denoise, clip
         self._of_x_t, self._of_output = (c.tolist() for c in parameterization.to_x_0())
-        self._t = torch.empty(len(x_T), dtype=torch.int64, device=x_T.device)
 
     def model_output(self, x_t: Tensor, t: int) -> Tensor:
-        """The model output for all images at step t."""
-        return self._denoise(x_t, self._t.fill_(t))
+        """The model output for x_t [B, ...], all at step t."""
+        with torch.inference_mode(False):  # an ordinary tensor: `denoise` may take gradients
+            steps = x_t.new_full((len(x_t),), t, dtype=torch.int64)
+        return self._denoise(x_t, steps)
 
     def x_0(self, x_t: Tensor, t: int, model_output: Tensor, out: Tensor) -> Tensor:
         """Write the clipped estimate of x_0 to `out`, which must not be x_t."""

@@ -26,11 +26,11 @@ class ReportedFailures(FailurePolicy):  # type: ignore[misc]  # Ray's types are 
 
     def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
         """Report the reason and return Ray's decision."""
-        self._control.report_restart(reason(training_failed_error))
+        self._control.report_restart(failure_reason(training_failed_error))
         return self._policy.make_decision(training_failed_error)
 
 
-def reason(error: BaseException) -> str:
+def failure_reason(error: BaseException) -> str:
     """One line on an error of Ray Train or its controller: which worker failed, and why."""
     if failures := getattr(error, "worker_failures", None):
         return _of_worker(failures)

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from ddpm_ray.distributed.control_actor import RunControl
 from ddpm_ray.fault_injection import InjectedFaultError
-from ddpm_ray.storage.errors import StorageError
+from ddpm_ray.storage.errors import PermanentStorageError, StorageError
 from ddpm_ray.training.writer_lease import LeaseLostError, SupersededError
 
 log = logging.getLogger(__name__)
@@ -31,6 +31,11 @@ TRANSIENT = (
     dist.DistError,  # NCCL, and the rendezvous store
     SupersededError,  # an earlier group woke up while a newer one runs; see LeaseLostError
     InjectedFaultError,  # simulates any of them
+)
+FATAL = (  # of these classes' subclasses
+    PermanentStorageError,  # a full disk: the restart would write to the same folder
+    LeaseLostError,
+    torch.OutOfMemoryError,
 )
 # Gloo raises plain RuntimeErrors; socket errors begin with the path of its source file.
 LOST_PEER = re.compile(
@@ -51,7 +56,7 @@ SELF_EXPLANATORY = (
 
 def is_transient(error: Exception) -> bool:
     """Whether a restart of the workers may avoid `error`."""
-    if isinstance(error, (torch.OutOfMemoryError, LeaseLostError)):
+    if isinstance(error, FATAL):
         return False
     if isinstance(error, TRANSIENT):
         return True
@@ -75,11 +80,11 @@ def report_fatal_errors(control: RunControl) -> Iterator[None]:
         yield
     except Exception as error:
         if not is_transient(error):
-            control.report_fatal(reason(error))
+            control.report_fatal(fatal_reason(error))
         raise
 
 
-def reason(error: Exception) -> str:
+def fatal_reason(error: Exception) -> str:
     """Summarise `error` in one line; with class and source line if ddpm_ray did not raise it."""
     if isinstance(error, SELF_EXPLANATORY) or type(error).__module__.startswith("ddpm_ray"):
         return str(error) or type(error).__name__  # MemoryError has no text

@@ -80,7 +80,7 @@ def run(
     if status.fatal is not None:
         raise RunFailedError(status.fatal)
     if error := outcome.get("error"):
-        raise RunFailedError(monitor.stall or failures.reason(error)) from error
+        raise RunFailedError(monitor.stall or failures.failure_reason(error)) from error
     return outcome["value"]
 
 

@@ -41,7 +41,7 @@ def flow_likelihood(
 ) -> Likelihood:
     """-log2 p per dimension of the images of all workers' `batches`, which all workers must call.
 
-    A batch is as in `vlb_over_dataset.bits_per_dim`. Each image gets one draw of uniform noise
+    A batch is as in `vlb_over_dataset.vlb_bits_per_dim`. Each image gets one draw of uniform noise
     within its grey levels, which makes the result a bound in expectation, and one random probe of
     the flow's divergence. The flow is integrated by `steps` steps of Heun's method from t = 1 to T
     (Song et al. 2021, arXiv:2011.13456, section 4.3). It is that of the network itself, without
@@ -56,7 +56,7 @@ def flow_likelihood(
     for index, images, labels in batches:
         index, shape = index.to(device), codec.shape(ImageShape(*images.shape[1:]))
         within, side = (
-            counter_rng.uniform(seed, Purpose.LIKELIHOOD, use, index, shape) for use in (0, 1)
+            counter_rng.uniform_float(seed, Purpose.LIKELIHOOD, use, index, shape) for use in (0, 1)
         )
         x_0 = codec.dequantize(images.to(device), within)
         signs = torch.where(side < 0.5, -1.0, 1.0)

@@ -12,7 +12,7 @@ from ddpm_ray.diffusion.process import Denoise, NoiseSchedule
 from ddpm_ray.redaction import counted
 
 
-def loss_by_log_snr(
+def loss_at_log_snr(
     denoise: Denoise,
     schedule: NoiseSchedule,
     x_0: Tensor,

@@ -65,7 +65,7 @@ class Scores:
         return {"metrics": self.metrics, "certificate": self.provenance}
 
 
-def evaluate(
+def evaluate_samples(
     samples: SampleSet,
     net: FeatureNet,
     reference: Reference,

@@ -41,7 +41,7 @@ class BitsPerDim:
         return plain | {"certificate": plain.pop("provenance")}
 
 
-def bits_per_dim(
+def vlb_bits_per_dim(
     denoiser: Denoiser,
     batches: Iterable[tuple[Tensor, Tensor, Tensor]],
     *,

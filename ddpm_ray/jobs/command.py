@@ -12,6 +12,7 @@ from ddpm_ray.jobs import (
     edit,
     evaluate,
     export,
+    import_model,
     pack,
     sample,
     sweep,
@@ -19,7 +20,7 @@ from ddpm_ray.jobs import (
 )
 from ddpm_ray.storage.file_formats import package_version
 
-MODULES = (pack, train, sweep, sample, edit, evaluate, average, export, drill, doctor)
+MODULES = (pack, train, sweep, sample, edit, evaluate, average, import_model, export, drill, doctor)
 JOBS = {module.JOB.name: module.JOB for module in MODULES}
 
 
@@ -27,7 +28,7 @@ def main() -> int:
     """Run the job that the command line names, and return its exit code."""
     name, *words = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help"):
-        print(overview())
+        print(job_overview())
         return DONE
     if name == "--version":
         print(f"ddpm-ray {package_version()}")
@@ -39,7 +40,7 @@ def main() -> int:
     return run(JOBS[name], words, f"ddpm-ray {name}")
 
 
-def overview() -> str:
+def job_overview() -> str:
     """Return the text of `ddpm-ray --help`: each job with one line."""
     width = max(map(len, JOBS))
     jobs = [f"  {name:<{width}}  {job.summary}" for name, job in JOBS.items()]

@@ -22,11 +22,11 @@ def doctor(config: DoctorConfig, _: Namespace) -> dict[str, Any]:
     from ddpm_ray.runs.doctor.doctor import (  # heavy: after the config is checked
         UnhealthyError,
         examine,
-        show,
+        print_findings,
     )
 
     findings = examine(config, home_folder())
-    show(findings)
+    print_findings(findings)
     failed = [one.check for one in findings if one.verdict == "fail"]
     report = {"failed": failed, "findings": [vars(one) for one in findings]}
     if failed:

@@ -23,14 +23,14 @@ def pack(config: PackConfig, arguments: Namespace) -> dict[str, Any]:
     """Pack the source, and return what the data set is and which files are not in it."""
     from ddpm_ray.cli.progress import ProgressLine
     from ddpm_ray.data.packing import pack_report
-    from ddpm_ray.runs import pack as packing  # heavy: after the config is checked
+    from ddpm_ray.runs.pack import pack_dataset  # heavy: after the config is checked
     from ddpm_ray.storage import object_store
 
     destination = object_store.absolute(arguments.destination, home_folder())
-    packed = packing.pack(arguments.source, destination, config, ProgressLine("shards"))
+    packed = pack_dataset(arguments.source, destination, config, ProgressLine("shards"))
     for line in pack_report.lines(*packed):
         print(line, file=sys.stderr)
-    return pack_report.summary(*packed)
+    return pack_report.job_result(*packed)
 
 
 ARGUMENTS = (

@@ -22,12 +22,12 @@ from ddpm_ray.config.sweep import SweepConfig
 def sweep(config: SweepConfig, _: Namespace) -> dict[str, Any]:
     """Run the sweep, print a table of its trials on stderr, and return the report."""
     from ddpm_ray.cli.progress import ProgressLine
-    from ddpm_ray.sweep.driver import sweep as run  # heavy: after the config is checked
+    from ddpm_ray.sweep.driver import run_sweep  # heavy: after the config is checked
     from ddpm_ray.sweep.leaderboard import as_text
     from ddpm_ray.sweep.standings import standings
     from ddpm_ray.tracking.tracking_uri import way_to_see
 
-    outcome = run(config, home_folder(), ProgressLine("trials"))
+    outcome = run_sweep(config, home_folder(), ProgressLine("trials"))
     report, score = outcome.report, config.score
     champion, winner = report["champion"], report["winner"]
     print(

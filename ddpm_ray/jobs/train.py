@@ -20,11 +20,11 @@ from ddpm_ray.config.run import RunConfig
 def train(config: RunConfig, _: Namespace) -> dict[str, Any]:
     """Train, print where the results are on stderr, and return the report."""
     from ddpm_ray.cli.progress import ProgressLine
-    from ddpm_ray.runs.train import train as run  # heavy: after the config is checked
+    from ddpm_ray.runs.train import run_training  # heavy: after the config is checked
     from ddpm_ray.tracking.tracking_uri import way_to_see
 
     line = ProgressLine("step")
-    outcome = run(
+    outcome = run_training(
         config,
         home_folder(),
         lambda p: line(p.step, p.steps, f"loss {p.loss:.4f}  {p.images_per_s:.0f} images/s"),

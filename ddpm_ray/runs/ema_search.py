@@ -153,7 +153,7 @@ def score_widths(
         network.load_state_dict(average.tensors["ema"])
         manifest = checkpoint_folder.described(checkpoint_folder.objects(average))
         sha256 = manifest["ema.safetensors"]["sha256"]
-        scores = sample_quality.evaluate(
+        scores = sample_quality.evaluate_samples(
             sample_quality.SampleSet(
                 denoiser,
                 plan,

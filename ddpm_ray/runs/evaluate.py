@@ -25,7 +25,7 @@ from ddpm_ray.evaluation.likelihood_over_dataset import Likelihood, flow_likelih
 from ddpm_ray.evaluation.memorisation import Neighbours, nearest_images, spread
 from ddpm_ray.evaluation.reference_statistics import reference
 from ddpm_ray.evaluation.sample_quality import Scores
-from ddpm_ray.evaluation.vlb_over_dataset import BitsPerDim, bits_per_dim
+from ddpm_ray.evaluation.vlb_over_dataset import BitsPerDim, vlb_bits_per_dim
 from ddpm_ray.runs import load_model
 from ddpm_ray.runs.train_worker import distributed_context
 from ddpm_ray.sampling.pipeline import TrainedModel
@@ -37,7 +37,7 @@ from ddpm_ray.tracking.tracking_uri import resolve_tracking_uri
 log = logging.getLogger(__name__)
 
 
-def evaluate(model_uri: str, config: EvaluateConfig, home: Path) -> dict[str, Any]:
+def run_evaluation(model_uri: str, config: EvaluateConfig, home: Path) -> dict[str, Any]:
     """Return the metrics and their provenance. Relative paths are relative to `home`.
 
     Raises ConfigError if model and config do not fit, and RunFailedError, CheckpointError,
@@ -59,9 +59,14 @@ def evaluate(model_uri: str, config: EvaluateConfig, home: Path) -> dict[str, An
             raise ConfigError(
                 f"evaluation.{key} is {value}; it cannot exceed the model's T = {most}"
             )
+    if not (data_url := config.data_url or begun.data.url):
+        raise ConfigError(
+            "data_url is empty, and the model was imported without the URL of its training data; "
+            "give the reference shards, as in data_url=data/cifar10"
+        )
     config = dataclasses.replace(
         config,
-        data_url=object_store.absolute(config.data_url or begun.data.url, home),
+        data_url=object_store.absolute(data_url, home),
         evaluation=absolute_evaluation_paths(wanted, home),
     )
     for url in filter(None, (config.data_url, config.evaluation.held_out_url)):
@@ -160,7 +165,7 @@ def _sample_scores(
     wanted = config.evaluation
     net = scoring.feature_net(wanted, training_run.cache_dir(begun.data, "weights"), workers.device)
     kept = min(wanted.kernel_distance_images, wanted.num_images) * wanted.kernel_distance
-    return sample_quality.evaluate(
+    return sample_quality.evaluate_samples(
         sample_quality.SampleSet(
             model.denoiser,
             plan,
@@ -204,7 +209,7 @@ def _bits_per_dim(config: EvaluateConfig, model: TrainedModel, workers: Workers)
     """Variational bound in bits per dimension on images of the data set."""
     wanted, sampling = config.evaluation, config.sampling
     variance = model.denoiser.variance if sampling.variance == "learned" else sampling.variance
-    return bits_per_dim(
+    return vlb_bits_per_dim(
         model.denoiser,
         _images(config, wanted.bits_per_dim_images, model, workers),
         variance="fixed_small" if variance == "fixed" else variance,

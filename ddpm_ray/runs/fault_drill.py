@@ -21,7 +21,7 @@ from ddpm_ray.config.fault_drill import DrillConfig
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.redaction import sanitize
 from ddpm_ray.reporting import Progress
-from ddpm_ray.runs.train import train
+from ddpm_ray.runs.train import run_training
 from ddpm_ray.tracking import mlflow_runs
 from ddpm_ray.training.checkpoint_folder import GROUPS, weights_sha256
 
@@ -90,7 +90,7 @@ def _run_once(config: RunConfig, home: Path, fault: str) -> FaultResult:
         seen = newest
 
     try:
-        report = train(config, home, on_progress, on_start=on_start).report
+        report = run_training(config, home, on_progress, on_start=on_start).report
     except Exception as error:
         if not fault:
             raise

@@ -26,7 +26,7 @@ class PackResult(NamedTuple):
     report: PackReport | None
 
 
-def pack(
+def pack_dataset(
     source: str, destination: str, config: PackConfig, on_progress: Progress | None = None
 ) -> PackResult:
     """Pack `source` to `destination`; a no-op if it is packed already.
@@ -44,11 +44,11 @@ def pack(
         done.append(shard)
         if on_progress is not None:
             on_progress(len(done), plan.shards)
-    return _result_of(packer.finish(plan, done))
+    return _result_of(packer.finish_dataset(plan, done))
 
 
 def _result_of(dataset: Dataset) -> PackResult:
-    record = pack_report.read(dataset)
+    record = pack_report.read_record(dataset)
     return PackResult(dataset, record.report if record else None)
 
 

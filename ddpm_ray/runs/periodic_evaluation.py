@@ -39,7 +39,7 @@ class PeriodicEvaluator:
             known = reference(self._dataset, net, grid_logger.workers, kernel_images=kept)
             self._tools = net, known
         net, known = self._tools
-        scores = sample_quality.evaluate(
+        scores = sample_quality.evaluate_samples(
             sample_quality.SampleSet(
                 grid_logger.denoiser,
                 grid_logger.plan,

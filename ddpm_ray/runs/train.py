@@ -20,7 +20,7 @@ from ddpm_ray.distributed import worker_group
 from ddpm_ray.redaction import counted
 from ddpm_ray.reporting import Progress
 from ddpm_ray.runs import evaluate
-from ddpm_ray.runs.pack import pack
+from ddpm_ray.runs.pack import pack_dataset
 from ddpm_ray.runs.run_description import (
     own_command,
     run_description,
@@ -72,7 +72,7 @@ class ParentSweep:
     values: dict[str, Any]  # values of the searched options, by dotted key
 
 
-def train(
+def run_training(
     config: RunConfig,
     home: Path,
     on_progress: Callable[[Progress], bool | None],
@@ -242,7 +242,7 @@ def open_or_pack(config: RunConfig) -> Dataset:
     """
     source, url = config.data.source, config.data.url
     if source and not object_store.exists(object_store.join(url, MANIFEST)):
-        pack(source, url, PackConfig())
+        pack_dataset(source, url, PackConfig())
     dataset = open_dataset(url)
     if source and dataset.manifest.source_sha256 != builtin_datasets.SOURCE_SHA256[source]:
         raise ConfigError(

@@ -17,6 +17,7 @@ from ddpm_ray.assembly import diffusion, training_run
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.loading import from_dict
 from ddpm_ray.config.run import RunConfig
+from ddpm_ray.data.codec import codec_named
 from ddpm_ray.data.dataset import Dataset, DatasetError, open_dataset
 from ddpm_ray.distributed import fatal_errors, placement_groups, startup
 from ddpm_ray.distributed.control_actor import RunControl
@@ -29,11 +30,11 @@ from ddpm_ray.tracking import mlflow_settings
 from ddpm_ray.tracking.async_logger import Tracker
 from ddpm_ray.tracking.run_info import RunMetadata, TrackedRun
 from ddpm_ray.training import determinism
-from ddpm_ray.training.checkpoint_folder import read
+from ddpm_ray.training.checkpoint_folder import read_checkpoint
 from ddpm_ray.training.checkpoint_writer import CheckpointWriter
 from ddpm_ray.training.checkpoints import CHECKPOINTS, CheckpointStore
 from ddpm_ray.training.divergence_guard import DivergenceGuard
-from ddpm_ray.training.loop import Run, train
+from ddpm_ray.training.loop import Run, train_loop
 from ddpm_ray.training.metrics_buffer import StepLog
 from ddpm_ray.training.sample_grids import GRID_IMAGES, SampleGridLogger
 from ddpm_ray.training.state import Snapshot, TrainingState
@@ -66,7 +67,7 @@ def _train(config: RunConfig, settings: dict[str, Any], control: RunControl) -> 
         began = time.time()
         fault_injection.at("begin")
         try:
-            train(run)
+            train_loop(run)
         finally:
             run.stream.close()
             if run.sink is not None:
@@ -151,7 +152,9 @@ def _grid_logger(
     sink: Tracker | None,
 ) -> SampleGridLogger:
     """Build the sampler of the EMA weights; all workers draw."""
-    denoiser = diffusion.denoiser(config, state.ema.model, workers.device)
+    denoiser = diffusion.denoiser(
+        config, state.ema.model, workers.device, codec_named(dataset.manifest.codec)
+    )
     denoiser = training_run.with_low_resolution(
         denoiser, config.data, dataset, GRID_IMAGES, workers.device
     )
@@ -212,6 +215,7 @@ def _facts(settings: dict[str, Any], dataset: Dataset) -> dict[str, Any]:
         "version": package_version(),
         "image_shape": list(dataset.manifest.image_shape),
         "data_fingerprint": dataset.fingerprint,
+        "codec": dataset.manifest.codec,
         "identity": settings["identity"],
         "label_names": list(dataset.manifest.label_names),
     }
@@ -265,7 +269,7 @@ def _newest(store: CheckpointStore, workers: Workers) -> tuple[str, Snapshot] | 
     """URL and content of the newest checkpoint: the main worker finds it, each worker reads it."""
     found = store.load() if workers.is_main else None
     where: str | None = workers.gather(found[0] if found else None)[0]
-    return found if workers.is_main or where is None else (where, read(where))
+    return found if workers.is_main or where is None else (where, read_checkpoint(where))
 
 
 def _wrapped(model: nn.Module, config: RunConfig, workers: Workers) -> nn.Module:

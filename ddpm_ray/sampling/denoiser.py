@@ -17,6 +17,7 @@ from ddpm_ray.diffusion.conditioning import UNCONDITIONAL, Conditioning, Network
 from ddpm_ray.diffusion.guidance import classifier_free
 from ddpm_ray.diffusion.parameterization import Parameterization
 from ddpm_ray.diffusion.process import Denoise, NoiseSchedule
+from ddpm_ray.diffusion.x0_estimator import Clip, X0Estimator, self_conditioning_estimate
 from ddpm_ray.sampling.conditioning import NO_CONDITIONING, ConditioningSpec
 
 GuidanceModel: TypeAlias = Callable[[Denoise, Conditioning], Denoise]
@@ -130,6 +131,10 @@ class Denoiser:
         """`denoise` without the channels of a learned variance."""
         return denoise if self.variance == "fixed" else lambda x, t: denoise(x, t).chunk(2, 1)[0]
 
+    def estimator(self, denoise: Denoise, clip: Clip | None) -> X0Estimator:
+        """The samplers' estimator of x_0; `denoise` is this denoiser with its inputs bound."""
+        return X0Estimator(self.schedule, denoise, self.parameterization, clip)
+
 
 class _SelfConditioned:
     """The network with its estimate of x_0 from the previous call as an input, 0 at first.
@@ -147,9 +152,9 @@ class _SelfConditioned:
             estimate = torch.zeros_like(x_t)
         conditioning = replace(conditioning, estimate=_as_many(estimate, len(x_t)))
         model_output = of.model_output(x_t, t, conditioning)
-        mean = model_output if of.variance == "fixed" else model_output.chunk(2, 1)[0]
-        self._estimate = of.parameterization.x_0(x_t, t, mean).detach()
-        of.codec.clip()(self._estimate)
+        self._estimate = self_conditioning_estimate(
+            of.parameterization, x_t, t, model_output, of.codec.clip()
+        )
         return model_output
 
 

@@ -21,6 +21,7 @@ from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.diffusion import inpainting, inversion, samplers
 from ddpm_ray.diffusion.process import Denoise, add_noise
 from ddpm_ray.diffusion.samplers import Noise
+from ddpm_ray.diffusion.x0_estimator import X0Estimator
 from ddpm_ray.sampling.denoiser import Denoiser
 from ddpm_ray.sampling.sampling import Images, SamplingPlan, run_sampler
 
@@ -67,18 +68,13 @@ def inpaint(
             "ddim with fixed_small: use one of these, or method=replacement"
         )
     return inpainting.repaint(
-        denoiser.schedule,
-        denoise,
+        denoiser.estimator(denoise, plan.clipping(denoiser.codec)),
         x_T,
-        plan.steps,
+        inpainting.jump_schedule(plan.steps, painting.jump_length, painting.resamples),
         known=known,
         mask=mask,
         noise=noise,
-        jump_length=painting.jump_length,
-        resamples=painting.resamples,
         eta=1.0 if sampler == "ancestral" else plan.settings.eta,
-        parameterization=denoiser.parameterization,
-        clip=plan.clipping(denoiser.codec),
     )
 
 
@@ -102,7 +98,7 @@ def image_to_image(
     return run_sampler(denoiser, denoise, rest, x_t, _noise(plan, index, images))
 
 
-def interpolate(
+def interpolate_samples(
     denoiser: Denoiser,
     plan: SamplingPlan,
     ends: tuple[int, int],
@@ -123,15 +119,8 @@ def interpolate(
     )
     conditioning = denoiser.conditioning(index[:1].expand(len(shares)), plan.labels)
     denoise = denoiser.without_variance(denoiser.bind_conditioning(conditioning, plan.guidance))
-    parameterization = denoiser.parameterization
-    return samplers.ddim(
-        denoiser.schedule,
-        denoise,
-        x_T,
-        plan.steps,
-        parameterization=parameterization,
-        clip=plan.clipping(denoiser.codec),
-    )
+    estimate = denoiser.estimator(denoise, plan.clipping(denoiser.codec))
+    return samplers.ddim(estimate, x_T, plan.steps)
 
 
 def reconstruct(
@@ -147,25 +136,18 @@ def reconstruct(
     The error measures how well the plan's steps follow the probability flow. `iterations` is as in
     `inversion.ddim_inversion`; `size` is S.
     """
-    schedule, parameterization = denoiser.schedule, denoiser.parameterization
 
-    def fresh() -> Denoise:  # with self-conditioning it keeps state of one sampling run
-        return denoiser.without_variance(_windowed_denoiser(denoiser, plan, index, images, size))
+    def fresh() -> X0Estimator:  # with self-conditioning it keeps state of one sampling run
+        denoise = _windowed_denoiser(denoiser, plan, index, images, size)
+        return denoiser.estimator(denoiser.without_variance(denoise), clip=None)
 
-    x_T = inversion.ddim_inversion(
-        schedule,
-        fresh(),
-        images,
-        plan.steps,
-        iterations=iterations,
-        parameterization=parameterization,
-    )
-    return samplers.ddim(
-        schedule, fresh(), x_T, plan.steps, parameterization=parameterization, clip=None
-    )
+    x_T = inversion.ddim_inversion(fresh(), images, plan.steps, iterations=iterations)
+    return samplers.ddim(fresh(), x_T, plan.steps)
 
 
-def on_canvas(images: Images, top: int, bottom: int, left: int, right: int) -> tuple[Images, Mask]:
+def outpainting_canvas(
+    images: Images, top: int, bottom: int, left: int, right: int
+) -> tuple[Images, Mask]:
     """Add margins to uint8 images [N, H, W, C]; return them and the mask of known pixels [H, W].
 
     Raises ValueError if all margins are 0.

@@ -157,7 +157,7 @@ class TrainedModel:
         images.
         """
         known = as_images(images, self.image_shape.channels)
-        canvas, mask = editing.on_canvas(known, top, bottom, left, right)
+        canvas, mask = editing.outpainting_canvas(known, top, bottom, left, right)
         return self.inpaint(
             canvas, mask, method=method, resamples=resamples, jump_length=jump_length, **settings
         )
@@ -225,7 +225,7 @@ class TrainedModel:
         plan, shape, ends = self._plan(chosen), self.image_shape, (first, last)
         shares = torch.linspace(0, 1, num_images, dtype=torch.float64)
         parts = (
-            editing.interpolate(self.denoiser, plan, ends, part, shape, self.device)
+            editing.interpolate_samples(self.denoiser, plan, ends, part, shape, self.device)
             for part in torch.split(shares, chosen.batch_size)
         )
         return np.concatenate([self.denoiser.codec.decode(part) for part in parts])

@@ -5,15 +5,16 @@ Images may still differ in the last bits between batch sizes, because matrix pro
 another order.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias, assert_never, cast
+from typing import TypeAlias, assert_never, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ddpm_ray.choices import ReverseVariance
 from ddpm_ray.config.sampling import Sampler, SamplingSettings
 from ddpm_ray.counter_rng import Purpose, normal
 from ddpm_ray.data.codec import Codec
@@ -117,56 +118,49 @@ def run_sampler(
     on_step: OnStep | None = None,
 ) -> Tensor:
     """Run the plan's sampler from x_T; `denoise` is `denoiser` with its inputs bound."""
-    schedule, settings = denoiser.schedule, plan.settings
-    common: dict[str, Any] = {
-        "parameterization": denoiser.parameterization,
-        "clip": plan.clipping(denoiser.codec),
-        "on_step": on_step,
-    }
-    if settings.sampler == "ancestral":
-        variance = denoiser.variance if settings.variance == "learned" else settings.variance
-        if variance == "fixed":
-            raise ValueError(
-                "variance is 'learned', but the network predicts none; use fixed_small"
-            )
-        if settings.variance != "learned":
-            denoise = denoiser.without_variance(denoise)
-        return samplers.ancestral(
-            schedule, denoise, x_T, plan.steps, noise=noise, variance=variance, **common
-        )
-    if settings.variance == "learned":
-        raise ValueError(f"variance is 'learned'; {settings.sampler} has none: use fixed_small")
-    denoise = denoiser.without_variance(denoise)
+    settings = plan.settings
+    variance = _reverse_variance(denoiser, settings)
+    if settings.variance != "learned":
+        denoise = denoiser.without_variance(denoise)
+    estimate = denoiser.estimator(denoise, plan.clipping(denoiser.codec))
     match settings.sampler:
+        case "ancestral":
+            return samplers.ancestral(
+                estimate, x_T, plan.steps, noise=noise, variance=variance, on_step=on_step
+            )
         case "ddim":
             return samplers.ddim(
-                schedule,
-                denoise,
+                estimate,
                 x_T,
                 plan.steps,
                 eta=settings.eta,
                 noise=noise,
-                variance=settings.variance,
-                **common,
+                variance=variance,
+                on_step=on_step,
             )
-        case "dpm_solver_pp" | "dpm_solver_pp_sde":
-            return solvers.dpm_solver_pp(
-                schedule,
-                denoise,
-                x_T,
-                plan.steps,
-                noise=noise if settings.sampler == "dpm_solver_pp_sde" else None,
-                **common,
-            )
+        case "dpm_solver_pp":
+            return solvers.dpm_solver_pp(estimate, x_T, plan.steps, on_step=on_step)
+        case "dpm_solver_pp_sde":
+            return solvers.dpm_solver_pp(estimate, x_T, plan.steps, noise=noise, on_step=on_step)
         case "unipc":
-            solver: Callable[..., Tensor] = solvers.unipc
+            return solvers.unipc(estimate, x_T, plan.steps, on_step=on_step)
         case "heun":
-            solver = solvers.heun
+            return solvers.heun(estimate, x_T, plan.steps, on_step=on_step)
         case "plms":
-            solver = solvers.plms
+            return solvers.plms(estimate, x_T, plan.steps, on_step=on_step)
         case _:
             assert_never(settings.sampler)
-    return solver(schedule, denoise, x_T, plan.steps, **common)
+
+
+def _reverse_variance(denoiser: Denoiser, settings: SamplingSettings) -> ReverseVariance:
+    """The variance of the added noise. Raises ValueError for one that is not available."""
+    if settings.variance != "learned":
+        return settings.variance
+    if settings.sampler != "ancestral":
+        raise ValueError(f"variance is 'learned'; {settings.sampler} has none: use fixed_small")
+    if denoiser.variance == "fixed":
+        raise ValueError("variance is 'learned', but the network predicts none; use fixed_small")
+    return denoiser.variance
 
 
 def draw_uint8(

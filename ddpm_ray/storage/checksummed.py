@@ -25,7 +25,7 @@ class DamagedError(StorageError):
         )
 
 
-def read(url: str, sha256: str, size_bytes: int = object_store.UNKNOWN_BYTES) -> bytes:
+def read_verified(url: str, sha256: str, size_bytes: int = object_store.UNKNOWN_BYTES) -> bytes:
     """Read the whole object of that sha256; a reading that does not match is repeated.
 
     `size_bytes`, where known, sets the time limit. Raises DamagedError after READS readings that

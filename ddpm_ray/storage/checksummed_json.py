@@ -25,7 +25,7 @@ def write(url: str, value: Any, number: int = 1) -> None:
 
 def write_new(url: str, value: Any, number: int = 1) -> bool:
     """Write if no other value is stored; return False, without writing, where one is."""
-    return object_store.write_new(url, encode(value, number))
+    return object_store.write_new_bytes(url, encode(value, number))
 
 
 def read(url: str, newest: int = 1) -> Any:

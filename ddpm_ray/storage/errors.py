@@ -13,7 +13,11 @@ class StorageError(RuntimeError):
         return sanitize(f"{url}: {reason}; {remedy}")
 
 
-class NotAnObjectError(StorageError):
+class PermanentStorageError(StorageError):
+    """An error that lasts until a person mends it; args are (url, reason, remedy)."""
+
+
+class NotAnObjectError(PermanentStorageError):
     """A folder where an object is expected; args are (url, reason, remedy)."""
 
 
@@ -23,7 +27,9 @@ def storage_error(url: str, error: Exception, local: bool) -> StorageError:
         return error
     text = " ".join((str(error) or type(error).__name__).split())
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return StorageError(url, "the disk is full", "free some space or choose another path")
+        return PermanentStorageError(
+            url, "the disk is full", "free some space or choose another path"
+        )
     if isinstance(error, IsADirectoryError):
         remedy = "move the folder away, and restore the object if you have a copy"
         return NotAnObjectError(url, "a folder is where an object should be", remedy)
@@ -31,10 +37,10 @@ def storage_error(url: str, error: Exception, local: bool) -> StorageError:
         return StorageError(url, "no such file or object", "check the name and the bucket")
     if isinstance(error, OSError) and error.errno == errno.EROFS:
         remedy = "choose another path, or mount it for writing"
-        return StorageError(url, "this file system is read-only", remedy)
+        return PermanentStorageError(url, "this file system is read-only", remedy)
     if local and isinstance(error, PermissionError):
         remedy = "check its owner and permissions, and whether its file system allows this"
-        return StorageError(url, f"not permitted ({text})", remedy)
+        return PermanentStorageError(url, f"not permitted ({text})", remedy)
     if isinstance(error, PermissionError) or "Credentials" in type(error).__name__:
         remedy = "check the credentials (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY)"
         return StorageError(url, f"access denied ({text})", remedy)

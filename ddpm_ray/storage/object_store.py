@@ -124,7 +124,7 @@ def write_bytes(url: str, data: bytes) -> None:
 
 
 @_with_retries
-def write_new(url: str, data: bytes) -> bool:
+def write_new_bytes(url: str, data: bytes) -> bool:
     """Write the object if there is none; False, and nothing written, where another exists.
 
     An object of the same bytes counts as written: the answer to a first try may have been lost.

@@ -36,7 +36,7 @@ PERMANENT = (
 PERMANENT_NUMBERS = {errno.ENAMETOOLONG, errno.ENOSPC, errno.EDQUOT, errno.ENOSYS, errno.EPERM}
 
 
-def is_transient(error: Exception) -> bool:
+def is_retryable(error: Exception) -> bool:
     """Return whether the same request may succeed a moment later."""
     if isinstance(error, OSError) and error.errno in PERMANENT_NUMBERS:
         return False
@@ -56,7 +56,7 @@ def retry(act: Callable[[], Result], what: str, timeout_s: float) -> Result:
         except Exception as error:
             pause_s = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2**attempt) * random.uniform(0.5, 1)
             elapsed_s = time.monotonic() - began_s
-            if not is_transient(error) or elapsed_s + pause_s > timeout_s:
+            if not is_retryable(error) or elapsed_s + pause_s > timeout_s:
                 raise
             if elapsed_s > WARN_AFTER_S and not warned:
                 log.warning(

@@ -79,7 +79,7 @@ class SweepOutcome:
     report: dict[str, Any]  # plain JSON
 
 
-def sweep(
+def run_sweep(
     config: SweepConfig,
     home: Path,
     show: Callable[[int, int, str], None],

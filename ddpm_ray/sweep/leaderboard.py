@@ -4,7 +4,7 @@ import textwrap
 from collections.abc import Sequence
 from html import escape
 
-from ddpm_ray.sweep.standings import Row, digits, integer, interval, status_counts, summary
+from ddpm_ray.sweep.standings import Standing, digits, integer, interval, status_counts, summary
 
 TEXT_COLUMNS = 110
 FULL_REASONS = 10  # failed trials whose full reason is printed below the table
@@ -12,7 +12,7 @@ LABEL_COLUMNS = 46  # longer values are wrapped, so that the score fits
 ALIKE = "not distinguishable from the best: the intervals overlap."
 
 
-def as_text(rows: Sequence[Row], metric: str = "score", most: int = 100) -> str:
+def as_text(rows: Sequence[Standing], metric: str = "score", most: int = 100) -> str:
     """Return a table of the first `most` rows, 110 columns wide, and why trials failed.
 
     Values too long for their column go on in the next line; reasons are cut.
@@ -38,7 +38,7 @@ def as_text(rows: Sequence[Row], metric: str = "score", most: int = 100) -> str:
     return "\n".join([*lines, cut(summary(rows), TEXT_COLUMNS)]) + "\n"
 
 
-def as_markdown(rows: Sequence[Row], metric: str, top: int = 10) -> str:
+def as_markdown(rows: Sequence[Standing], metric: str, top: int = 10) -> str:
     """Return the first `top` rows as a Markdown table, and a summary line."""
     lines = [
         f"| place | trial | values | {_plain(metric)} | 95 % interval | worker-s |",
@@ -57,7 +57,7 @@ def cut(text: str, most: int) -> str:
     return text if len(text) <= most else text[: most - 3].rstrip() + "..."
 
 
-def _result(row: Row) -> str:
+def _result(row: Standing) -> str:
     if row.score is not None:
         return f"{digits(row.score):>7} {interval(row)}".rstrip()
     return row.reason or f"loss {digits(row.loss)}"

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from html import escape
 
 from ddpm_ray.sweep.leaderboard import ALIKE
-from ddpm_ray.sweep.standings import Row, digits, integer, interval, overhead, summary
+from ddpm_ray.sweep.standings import Standing, digits, integer, interval, overhead, summary
 
 STRIP_PIXELS = 150  # width of the drawn interval
 
@@ -22,7 +22,7 @@ OVERHEAD = (
 )
 
 
-def as_html(rows: Sequence[Row], metric: str, title: str) -> str:
+def as_html(rows: Sequence[Standing], metric: str, title: str) -> str:
     """Return an HTML page with all rows, without scripts and external files."""
     ends = [end for row in rows for end in (row.low, row.score, row.high) if end is not None]
     scale = (min(ends), max(ends)) if ends else (0.0, 1.0)
@@ -60,7 +60,7 @@ tfoot td { font-weight: 600; border-bottom: 0; } svg { display: block; }
 """
 
 
-def _html_row(row: Row, scale: tuple[float, float]) -> str:
+def _html_row(row: Standing, scale: tuple[float, float]) -> str:
     kind = "best" if row.place == 1 else "alike" if row.like_best else row.status
     place = "" if row.place is None else f"{'≈ ' if row.like_best else ''}{row.place}"
     return (
@@ -73,7 +73,7 @@ def _html_row(row: Row, scale: tuple[float, float]) -> str:
     )
 
 
-def _strip(row: Row, scale: tuple[float, float]) -> str:
+def _strip(row: Standing, scale: tuple[float, float]) -> str:
     """Draw the interval as a line and the score as a dot, all rows on one scale.
 
     A range above a factor of 10 is drawn on a log scale: on a linear one a single bad trial would

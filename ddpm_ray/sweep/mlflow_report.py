@@ -25,7 +25,7 @@ from ddpm_ray.sweep import charts
 from ddpm_ray.sweep.contact_sheet import ROWS, contact_sheet
 from ddpm_ray.sweep.leaderboard import as_markdown
 from ddpm_ray.sweep.leaderboard_html import as_html
-from ddpm_ray.sweep.standings import Row, standings
+from ddpm_ray.sweep.standings import Standing, standings
 from ddpm_ray.sweep.trial_store import Trial, TrialStore
 from ddpm_ray.tracking import mlflow_runs, model_registry, run_lookup
 from ddpm_ray.tracking.mlflow_runs import TrackingError
@@ -224,7 +224,7 @@ def _description(config: SweepConfig, dataset: Dataset) -> str:
     )
 
 
-def _grids(trials: list[Trial], rows: list[Row]) -> dict[int, Image.Image]:
+def _grids(trials: list[Trial], rows: list[Standing]) -> dict[int, Image.Image]:
     """Return the newest sample grids of the best trials, as many as the contact sheet shows."""
     found: dict[int, Image.Image] = {}
     for row in rows:

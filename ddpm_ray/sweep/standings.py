@@ -23,7 +23,7 @@ COLOURING = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")  # terminal colours, as in Ray'
 
 
 @dataclass(frozen=True)
-class Row:
+class Standing:
     """One trial of the leaderboard; None: not reported."""
 
     number: int
@@ -49,7 +49,7 @@ class Row:
         return max(0.0, self.worker_s - self.busy_s)
 
 
-def standings(trials: Sequence[Trial], metric: str) -> list[Row]:
+def standings(trials: Sequence[Trial], metric: str) -> list[Standing]:
     """Return one row per trial, best first: by status, then score, then loss."""
     rows = sorted((_row(trial, metric) for trial in trials), key=_rank)
     scores = [row.score for row in rows if row.score is not None]
@@ -75,19 +75,19 @@ def integer(value: float | None) -> str:
     return "-" if value is None else f"{value:,.0f}"
 
 
-def interval(row: Row) -> str:
+def interval(row: Standing) -> str:
     """Format the interval as `[low, high]`; "" if unknown."""
     known = row.low is not None and row.high is not None
     return f"[{digits(row.low)}, {digits(row.high)}]" if known else ""
 
 
-def status_counts(rows: Sequence[Row]) -> str:
+def status_counts(rows: Sequence[Standing]) -> str:
     """Return the number of trials by status, as `12 finished, 3 failed`."""
     counts = Counter(row.status for row in rows)
     return ", ".join(f"{counts[status]:,} {status}" for status in STATUSES if counts[status])
 
 
-def overhead(rows: Sequence[Row]) -> str:
+def overhead(rows: Sequence[Standing]) -> str:
     """Return the share of worker-seconds not spent on training, over rows that report both."""
     reserved = sum(row.worker_s or 0.0 for row in rows if row.overhead_s is not None)
     return (
@@ -95,7 +95,7 @@ def overhead(rows: Sequence[Row]) -> str:
     )
 
 
-def summary(rows: Sequence[Row]) -> str:
+def summary(rows: Sequence[Standing]) -> str:
     """Return one sentence: how the trials ended and what they cost."""
     spent = integer(sum(row.worker_s or 0.0 for row in rows))
     return (
@@ -104,11 +104,11 @@ def summary(rows: Sequence[Row]) -> str:
     )
 
 
-def _row(trial: Trial, metric: str) -> Row:
+def _row(trial: Trial, metric: str) -> Standing:
     metrics, outcome = trial.metrics, trial.outcome
     newest = trial.validation_losses[-1] if trial.validation_losses else {}
     step = _number(outcome.get("step", newest.get("step")))
-    return Row(
+    return Standing(
         number=trial.number,
         label=_line(trial.label),
         status=trial.status,
@@ -124,13 +124,13 @@ def _row(trial: Trial, metric: str) -> Row:
     )
 
 
-def _rank(row: Row) -> tuple[int, float, float, int]:
+def _rank(row: Standing) -> tuple[int, float, float, int]:
     score = math.inf if row.score is None else row.score
     loss = math.inf if row.loss is None else row.loss
     return STATUSES.index(row.status), score, loss, row.number
 
 
-def _overlap(row: Row, best: Row) -> bool:
+def _overlap(row: Standing, best: Standing) -> bool:
     """Return whether the intervals of both overlap; False for the best row itself."""
     if row is best or row.low is None or row.high is None or best.low is None or best.high is None:
         return False

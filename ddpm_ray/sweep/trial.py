@@ -120,7 +120,7 @@ def run_trial(assignment: dict[str, Any], *, stop_signals: StopSignals, sweep_ru
         return {"began": began, "ended": ended, "worker_s": workers * (ended - began)}
 
     train = partial(
-        training_run.train,
+        training_run.run_training,
         config,
         Path("/"),  # every path in a trial's config is absolute
         show,

@@ -17,7 +17,7 @@ from ddpm_ray.storage import object_store
 from ddpm_ray.tracking.mlflow_client import BoundedClient
 from ddpm_ray.tracking.mlflow_runs import TrackingError, answering
 from ddpm_ray.tracking.run_info import TrackedRun
-from ddpm_ray.training.checkpoint_folder import MANIFEST, file_names
+from ddpm_ray.training.checkpoint_folder import MANIFEST, checkpoint_files
 
 CHAMPION = "champion"  # alias of the best version of a registered model
 
@@ -35,7 +35,7 @@ def log_model(run: TrackedRun, checkpoint_url: str, loader_module: str) -> None:
         if known.outputs and known.outputs.model_outputs:
             return
         folder = Path(scratch) / "checkpoint"
-        for name in (MANIFEST, *file_names(("ema",))):  # what sampling needs
+        for name in (MANIFEST, *checkpoint_files(("ema",))):  # what sampling needs
             data = object_store.read_bytes(object_store.join(checkpoint_url, name))
             object_store.write_bytes(str(folder / name), data)
         with mlflow.start_run(run_id=run.run_id):

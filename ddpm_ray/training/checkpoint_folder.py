@@ -38,7 +38,7 @@ class CheckpointError(RuntimeError):
         return sanitize(f"{url}: {reason}; {remedy}")
 
 
-def read(
+def read_checkpoint(
     url: str, manifest_sha256: str | None = None, groups: Sequence[str] | None = None
 ) -> Snapshot:
     """Read and verify the checkpoint in the folder `url`.
@@ -51,7 +51,7 @@ def read(
     try:
         where = object_store.join(url, MANIFEST)
         manifest = (
-            checksummed.read(where, manifest_sha256)
+            checksummed.read_verified(where, manifest_sha256)
             if manifest_sha256
             else object_store.read_bytes(where)
         )
@@ -62,7 +62,7 @@ def read(
         require_readable(where, expected.get(FORMAT), NEWEST_FORMAT)
         held = sorted({*GROUPS, *_groups(expected)})
         groups = held if groups is None else [group for group in groups if group in held]
-        files = {name: _verified(url, name, expected[name]) for name in file_names(groups)}
+        files = {name: _verified(url, name, expected[name]) for name in checkpoint_files(groups)}
         tensors = {group: safetensors.load(files[f"{group}{TENSORS}"]) for group in groups}
         return Snapshot(tensors, json.loads(files[STATE]))
     except MALFORMED as error:
@@ -95,7 +95,7 @@ def described(files: Mapping[str, bytes]) -> dict[str, dict[str, Any]]:
     }
 
 
-def file_names(groups: Sequence[str] = GROUPS) -> list[str]:
+def checkpoint_files(groups: Sequence[str] = GROUPS) -> list[str]:
     """Names of the files in the manifest: the tensors of these groups, and the JSON."""
     return [*(f"{group}{TENSORS}" for group in groups), STATE]
 
@@ -118,7 +118,9 @@ def weights_sha256(url: str, group: str = "ema") -> str:
 
 def _verified(url: str, name: str, entry: dict[str, Any]) -> bytes:
     try:
-        return checksummed.read(object_store.join(url, name), entry["sha256"], int(entry["bytes"]))
+        return checksummed.read_verified(
+            object_store.join(url, name), entry["sha256"], int(entry["bytes"])
+        )
     except DamagedError:
         raise _damaged(url, name, "its sha256 is not the manifest's") from None
 

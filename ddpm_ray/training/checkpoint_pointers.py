@@ -32,14 +32,14 @@ NAME = re.compile(r"([0-9]{8,})-([0-9]{8,})\.json")
 
 
 @dataclass(frozen=True)
-class Reference:
-    """Reference of a pointer to one committed checkpoint."""
+class CommittedCheckpoint:
+    """A checkpoint that a pointer names, and the sha256 of its manifest."""
 
     folder: str
     manifest_sha256: str
 
     @classmethod
-    def of(cls, folder: str, manifest: bytes) -> "Reference":
+    def of(cls, folder: str, manifest: bytes) -> "CommittedCheckpoint":
         """Create the reference to `folder`, whose manifest file holds these bytes."""
         return cls(folder, hashlib.sha256(manifest).hexdigest())
 
@@ -66,14 +66,14 @@ class Pointer:
 
     epoch: int = 0  # lease epoch of the writer
     number: int = 0  # number of the commit within its epoch; 0: earlier version
-    references: list[Reference] = field(default_factory=list)  # newest first
+    references: list[CommittedCheckpoint] = field(default_factory=list)  # newest first
 
     @classmethod
     def of(cls, value: Any) -> "Pointer":
         """Create a pointer from JSON. Raises TypeError, KeyError or ValueError."""
         if not value["checkpoints"]:  # never written; accepting it would restart the run
             raise ValueError
-        references = [Reference(**entry) for entry in value["checkpoints"]]
+        references = [CommittedCheckpoint(**entry) for entry in value["checkpoints"]]
         # Old folders are deleted: a name that leads outside the run's folder is invalid.
         if not all(FOLDER.fullmatch(reference.folder) for reference in references):
             raise ValueError
@@ -140,7 +140,7 @@ def find(url: str, below: int | None = None) -> Found:
     return Found(found, names, damaged)
 
 
-def write(url: str, pointer: Pointer) -> None:
+def commit_pointer(url: str, pointer: Pointer) -> None:
     """Commit `pointer`. Raises StorageError, and then nothing is committed."""
     checksummed_json.write(object_store.join(url, POINTERS, pointer.name), pointer.to_json())
     try:

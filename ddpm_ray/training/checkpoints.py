@@ -20,14 +20,19 @@ from ddpm_ray.redaction import counted, sanitize
 from ddpm_ray.storage import object_store
 from ddpm_ray.storage.errors import NotAnObjectError, StorageError
 from ddpm_ray.training import checkpoint_folder, checkpoint_pointers
-from ddpm_ray.training.checkpoint_folder import MANIFEST, CheckpointError, file_names, read_manifest
+from ddpm_ray.training.checkpoint_folder import (
+    MANIFEST,
+    CheckpointError,
+    checkpoint_files,
+    read_manifest,
+)
 from ddpm_ray.training.checkpoint_pointers import (
     FOLDER,
     POINTERS,
     PREFIX,
+    CommittedCheckpoint,
     Found,
     Pointer,
-    Reference,
 )
 from ddpm_ray.training.state import Snapshot
 from ddpm_ray.training.writer_lease import Lease, SupersededError
@@ -49,8 +54,9 @@ class CheckpointStore:
         self.lease: Lease | None = None
         self._own: Pointer | None = None  # before this writer's next commit; see acquire_lease
         self._written: list[str] = []  # names of pointers that this writer may delete, oldest first
-        self._taken_over: list[Reference] = []  # which no pointer named; see acquire_lease
-        self._verified: Reference | None = None  # the newest that was read back whole
+        # Complete folders that no pointer named; see acquire_lease.
+        self._taken_over: list[CommittedCheckpoint] = []
+        self._verified: CommittedCheckpoint | None = None  # the newest that was read back whole
 
     def acquire_lease(self, lease: Lease) -> None:
         """Commit under this lease from now on. Raises StorageError.
@@ -85,7 +91,7 @@ class CheckpointStore:
         newest = self._own or self.pointer()
         folder = f"{PREFIX}{snapshot.step:08d}-{newest.epoch:08d}-{secrets.token_hex(4)}"
         where, before = object_store.join(self.url, folder), newest.references
-        known = [Reference.of(folder, files[MANIFEST]), *before]
+        known = [CommittedCheckpoint.of(folder, files[MANIFEST]), *before]
         kept = self._kept(known)
         try:
             for name, data in files.items():
@@ -119,7 +125,8 @@ class CheckpointStore:
         for place, reference in enumerate(references, 1):
             where = object_store.join(self.url, reference.folder)
             try:
-                found = where, checkpoint_folder.read(where, reference.manifest_sha256, groups)
+                manifest = reference.manifest_sha256
+                found = where, checkpoint_folder.read_checkpoint(where, manifest, groups)
                 if groups is not None:
                     return found
                 self._verified = reference
@@ -156,7 +163,7 @@ class CheckpointStore:
         epochs = [checkpoint_pointers.folder_step_epoch(one.folder)[1] for one in known]
         return Pointer(max([found.epoch, *epochs]), 0, known)
 
-    def _known(self, found: Found | None = None) -> list[Reference]:
+    def _known(self, found: Found | None = None) -> list[CommittedCheckpoint]:
         """Checkpoints that a reader may use, newest first."""
         found = found or checkpoint_pointers.find(self.url)
         named = found.pointer.references if found.pointer else []
@@ -168,8 +175,8 @@ class CheckpointStore:
         return known
 
     def _unnamed(
-        self, named: Sequence[Reference], below: int | None = None
-    ) -> tuple[list[Reference], list[str]]:
+        self, named: Sequence[CommittedCheckpoint], below: int | None = None
+    ) -> tuple[list[CommittedCheckpoint], list[str]]:
         """Find complete checkpoints that are not among `named`, and incomplete folders.
 
         Of all epochs, or of those less than `below`: a folder that a later start is writing must be
@@ -186,10 +193,10 @@ class CheckpointStore:
             if manifest is None:
                 unfinished.append(folder)
             else:
-                whole.append(Reference.of(folder, manifest))
+                whole.append(CommittedCheckpoint.of(folder, manifest))
         return whole, unfinished
 
-    def _kept(self, known: Sequence[Reference]) -> list[Reference]:
+    def _kept(self, known: Sequence[CommittedCheckpoint]) -> list[CommittedCheckpoint]:
         """Select the checkpoints to keep from `known`, newest first.
 
         Keeps the newest of each of the last `keep` steps, the newest scheduled one (for rewinding),
@@ -204,7 +211,7 @@ class CheckpointStore:
         wanted = [*of_steps[: self.keep], *planned[:1], self._verified]
         return [one for one in known if one in wanted]
 
-    def _log_recovery(self, found: Found, known: Sequence[Reference]) -> None:
+    def _log_recovery(self, found: Found, known: Sequence[CommittedCheckpoint]) -> None:
         """Log what is taken in place of lost pointers; raises CheckpointError where it is nothing.
 
         Nothing is deleted then: what is damaged may be all that a person has to mend it by.
@@ -217,7 +224,7 @@ class CheckpointStore:
         count = counted(len(known), "checkpoint")
         log.warning("%s; recovered %s, the newest %s", sanitize(reason), count, newest)
 
-    def _commit(self, references: list[Reference]) -> None:
+    def _commit(self, references: list[CommittedCheckpoint]) -> None:
         """Write the next pointer and delete old ones; keeps the previous as fallback."""
         if self._own is None:
             found = checkpoint_pointers.find(self.url)
@@ -226,7 +233,7 @@ class CheckpointStore:
         else:
             before, names = self._own, self._written
         pointer = Pointer(before.epoch, before.number + 1, references)
-        checkpoint_pointers.write(self.url, pointer)
+        checkpoint_pointers.commit_pointer(self.url, pointer)
         if self._own is not None:
             self._own = pointer
         self._written = [*names[-1:], pointer.name]
@@ -244,9 +251,10 @@ class CheckpointStore:
             return True
         return False
 
-    def _is_away(self, error: StorageError, reference: Reference) -> bool:
+    def _is_away(self, error: StorageError, reference: CommittedCheckpoint) -> bool:
         """Whether the storage failed, and not the checkpoint."""
-        where, names = object_store.join(self.url, reference.folder), (MANIFEST, *file_names())
+        where = object_store.join(self.url, reference.folder)
+        names = (MANIFEST, *checkpoint_files())
         return not isinstance(error, NotAnObjectError) and all(
             object_store.exists(object_store.join(where, name)) for name in names
         )
@@ -259,6 +267,6 @@ class CheckpointStore:
             log.warning("old checkpoint stays: %s", error)
 
 
-def _by_step(references: Sequence[Reference]) -> list[Reference]:
+def _by_step(references: Sequence[CommittedCheckpoint]) -> list[CommittedCheckpoint]:
     """Sort by step, newest first; keeps the order within a step."""
     return sorted(references, key=lambda one: -one.step)

@@ -24,7 +24,7 @@ from ddpm_ray.training.background_writer import BackgroundWriter
 from ddpm_ray.training.checkpoint_folder import MANIFEST, TENSORS, CheckpointError, described
 from ddpm_ray.training.checkpoint_pointers import PREFIX
 from ddpm_ray.training.ema import width_group
-from ddpm_ray.training.post_hoc_ema import gamma_of, profile_error, reconstruct, weights
+from ddpm_ray.training.post_hoc_ema import gamma_of, profile_error, reconstruct_ema, weights
 from ddpm_ray.training.state import Tensors, TrainingState, copied
 
 SNAPSHOTS = "snapshots"  # below a run's folder
@@ -58,7 +58,9 @@ class SnapshotStore:
             sha256 = checksummed_json.read(object_store.join(where, MANIFEST))["files"][name][
                 "sha256"
             ]
-            return safetensors.load(checksummed.read(object_store.join(where, name), sha256))
+            return safetensors.load(
+                checksummed.read_verified(object_store.join(where, name), sha256)
+            )
         except (DamagedError, ChecksumError, SafetensorError) as error:
             raise CheckpointError(object_store.join(where, name), "is damaged", remedy) from error
         except (KeyError, TypeError) as error:
@@ -83,7 +85,7 @@ def averaged(
         )
     kept = [(at, width) for width in widths for at in steps if at <= step]
     ts, gammas, gamma = [at for at, _ in kept], [gamma_of(w) for _, w in kept], gamma_of(sigma_rel)
-    tensors = reconstruct(
+    tensors = reconstruct_ema(
         (store.read(at, width_group(width)) for at, width in kept),
         weights(ts, gammas, step, gamma),
     )

@@ -13,8 +13,9 @@ from torch.nn.utils import clip_grad_norm_
 
 from ddpm_ray import fault_injection
 from ddpm_ray.collectives import Workers
+from ddpm_ray.data.loader import Batch
 from ddpm_ray.reporting import Command, Progress, Row, Sink
-from ddpm_ray.training.checkpoint_folder import read
+from ddpm_ray.training.checkpoint_folder import read_checkpoint
 from ddpm_ray.training.checkpoint_writer import CheckpointWriter
 from ddpm_ray.training.divergence_guard import DivergedError, DivergenceGuard, diverged
 from ddpm_ray.training.metrics_buffer import StepLog
@@ -24,20 +25,6 @@ from ddpm_ray.training.state import TrainingState
 log = logging.getLogger(__name__)
 
 REPORT_EVERY_S = 1.0  # of sums over workers: rows, progress, and whether somebody asked to stop
-
-
-class Batch(Protocol):
-    """Images of one worker's share of a global batch."""
-
-    @property
-    def images(self) -> Tensor:
-        """Images uint8 [b, H, W, C]."""
-        ...
-
-    @property
-    def labels(self) -> Tensor:
-        """Labels int64 [b]; -1 for an image without one."""
-        ...
 
 
 class ImageStream(Protocol):
@@ -102,7 +89,7 @@ class Run:
     reported: tuple[int, float] = field(default_factory=lambda: (0, time.perf_counter()))
 
 
-def train(run: Run) -> bool:
+def train_loop(run: Run) -> bool:
     """Train `run` from its current step to the last. Return False if asked to stop before.
 
     On return the state is in a committed checkpoint. Raises DivergedError instead of applying a
@@ -114,7 +101,7 @@ def train(run: Run) -> bool:
     if state.step == 0 and plan.grid_every_steps:
         run.draw_grid(0)  # samples of the untrained network
     if state.step > 0:
-        show(run)  # an earlier start may have ended before it drew and scored this step
+        draw_and_evaluate(run)  # an earlier start may have ended before it did
     while state.step < plan.steps and command is not Command.STOP:
         rewound = take_step(run)
         command = Command.NONE
@@ -133,12 +120,12 @@ def train(run: Run) -> bool:
         run.snapshot_ema(step)  # before the checkpoint that will reference them
         if saves or command is not Command.NONE:
             save(run)
-        show(run)
+        draw_and_evaluate(run)
     run.checkpoints.wait()
     return state.step >= plan.steps
 
 
-def show(run: Run) -> None:
+def draw_and_evaluate(run: Run) -> None:
     """Draw sample grids and evaluate at this step, if due and not done before.
 
     Runs after the step's checkpoint, so that an error here loses no training. Scores are saved by a
@@ -244,7 +231,7 @@ def rewind(run: Run, error: DivergedError) -> None:
     )
     if where is None:
         raise error
-    snapshot, skipped = read(where), run.guard.skipped
+    snapshot, skipped = read_checkpoint(where), run.guard.skipped
     state.restore(snapshot)
     state.step, state.scores, state.validation_losses = step, scores, losses
     state.shown = shown

@@ -20,6 +20,7 @@ from ddpm_ray.diffusion import loss_weighting, losses
 from ddpm_ray.diffusion.conditioning import NO_LABEL
 from ddpm_ray.diffusion.parameterization import Parameterization
 from ddpm_ray.diffusion.process import Denoise, NoiseSchedule, add_noise
+from ddpm_ray.diffusion.x0_estimator import self_conditioning_estimate
 from ddpm_ray.training.deterministic_allreduce import DeterministicAllReduce
 from ddpm_ray.training.noising import NoisingRecipe, NoisyBatch
 
@@ -187,10 +188,8 @@ class Objective:
                 noisy.t,
                 replace(noisy.conditioning, estimate=zeros),
             )
-            mean = model_output if self.variance == "fixed" else model_output.chunk(2, 1)[0]
-            estimate = self.parameterization.x_0(x_t, noisy.t, mean)
-            self.noising.codec.clip()(estimate)
-            return estimate
+        clip = self.noising.codec.clip()
+        return self_conditioning_estimate(self.parameterization, x_t, noisy.t, model_output, clip)
 
     def _autocast(self, device: torch.device) -> contextlib.AbstractContextManager[object]:
         return torch.autocast(device.type, torch.bfloat16, enabled=self.bf16)

@@ -79,7 +79,7 @@ def profile_error(
     return math.sqrt(max(rest, 0.0) / whole)
 
 
-def reconstruct(snapshots: Iterable[dict[str, Tensor]], weights: Tensor) -> dict[str, Tensor]:
+def reconstruct_ema(snapshots: Iterable[dict[str, Tensor]], weights: Tensor) -> dict[str, Tensor]:
     """Sum of `snapshots` weighted by `weights` [n], in the snapshots' dtypes.
 
     Summed in float64 with one snapshot in memory at a time; integer tensors are taken from the last

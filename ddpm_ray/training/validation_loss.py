@@ -13,7 +13,7 @@ from torch import Tensor
 from ddpm_ray import counter_rng
 from ddpm_ray.collectives import Workers
 from ddpm_ray.counter_rng import Purpose
-from ddpm_ray.evaluation.loss_by_snr import loss_by_log_snr, validation_loss
+from ddpm_ray.evaluation.loss_by_snr import loss_at_log_snr, validation_loss
 from ddpm_ray.reporting import Row, Sink
 from ddpm_ray.sampling.denoiser import Denoiser
 from ddpm_ray.training.state import TrainingState
@@ -67,7 +67,7 @@ class Validator:
         noise = counter_rng.normal(SEED, Purpose.VALIDATION, 0, index, tuple(x_0.shape[1:]))
         labels = self.labels[start : start + len(images)].to(device)
         conditioning = self.denoiser.takes.of_data(x_0, labels).repeat(2)  # two timesteps each
-        return loss_by_log_snr(
+        return loss_at_log_snr(
             self.denoiser.noise(conditioning),
             self.denoiser.schedule,
             x_0,

@@ -8,7 +8,7 @@ import torch
 
 from ddpm_ray.assembly import training_run
 from ddpm_ray.assembly.autoencoder_loading import trained_autoencoder
-from ddpm_ray.config.loading import ConfigError, load, to_dict
+from ddpm_ray.config.loading import ConfigError, load_config, to_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.models.autoencoder import Autoencoder, AutoencoderSpec
@@ -55,7 +55,7 @@ def test_a_folder_of_another_model_of_diffusers_is_refused(tmp_path: Path) -> No
 def test_a_run_that_trained_a_denoiser_is_refused(tmp_path: Path) -> None:
     keys = ("name=a", "data.url=b", "model.base_channels=4", "model.groups=2")
     levels = ("model.channel_mults=[1,2]", "model.attention_factors=[2]")
-    config = load(RunConfig, None, [*keys, *levels])
+    config = load_config(RunConfig, None, [*keys, *levels])
     facts = {"config": to_dict(config), "image_shape": [8, 8, 3], "data_fingerprint": ""}
     cpu = torch.device("cpu")
     state = training_run.training_state(config, ImageShape(8, 8, 3), cpu, facts)

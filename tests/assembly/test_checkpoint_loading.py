@@ -4,6 +4,8 @@ import errno
 import itertools
 import json
 import os
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +16,20 @@ from safetensors.torch import load_file
 from torch import nn
 
 import ddpm_ray
-from ddpm_ray.assembly import checkpoint_loading, diffusion, training_run
-from ddpm_ray.config.loading import ConfigError, load, to_dict
+from ddpm_ray.assembly import checkpoint_loading, diffusion, run_config, training_run
+from ddpm_ray.config.loading import ConfigError, load_config, to_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.sampling import SamplingSettings
+from ddpm_ray.data.codec import PIXELS, PixelCodec
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.models.interop.diffusers_config import UnsupportedModelError
 from ddpm_ray.sampling.pipeline import TrainedModel
 from ddpm_ray.storage import object_store
 from ddpm_ray.storage.errors import StorageError
+from ddpm_ray.storage.file_formats import NewerFormatError
 from ddpm_ray.training.checkpoint_folder import CheckpointError
 from ddpm_ray.training.checkpoints import CheckpointStore
+from tests.golden import old_runs
 
 CPU = torch.device("cpu")
 
@@ -41,7 +46,7 @@ def configured(*overrides: str) -> RunConfig:
         "model.blocks_per_level=1",
         "model.attention_resolutions=[4]",
     )
-    return load(RunConfig, None, [*keys, *overrides])
+    return load_config(RunConfig, None, [*keys, *overrides])
 
 
 def trained(config: RunConfig) -> TrainedModel:
@@ -50,7 +55,7 @@ def trained(config: RunConfig) -> TrainedModel:
     network = training_run.network(config, ImageShape(8, 8, 3))
     for parameter in network.parameters():
         nn.init.normal_(parameter, std=0.2)
-    denoiser = diffusion.denoiser(config, network.eval().requires_grad_(False), CPU)
+    denoiser = diffusion.denoiser(config, network.eval().requires_grad_(False), CPU, PIXELS)
     provenance = {"config": to_dict(config), "checkpoint": "", "step": 0, "weights_sha256": ""}
     return TrainedModel(denoiser, ImageShape(8, 8, 3), provenance)
 
@@ -179,9 +184,9 @@ def test_what_diffusers_has_no_name_for_is_refused_with_nothing_written(tmp_path
     assert not (tmp_path / "given").exists()
 
 
-def committed(config: RunConfig, folder: Path) -> str:
-    """The folder of a run that was saved once, at step 0."""
-    facts = {"config": to_dict(config), "image_shape": [8, 8, 3], "data_fingerprint": ""}
+def committed(config: RunConfig, folder: Path, **more: Any) -> str:
+    """The folder of a run that was saved once, at step 0, with `more` facts."""
+    facts = {"config": to_dict(config), "image_shape": [8, 8, 3], "data_fingerprint": "", **more}
     state = training_run.training_state(config, ImageShape(8, 8, 3), CPU, facts)
     CheckpointStore(str(folder / "checkpoints")).save(state.snapshot([]))
     return str(folder)
@@ -276,3 +281,51 @@ def test_a_device_that_is_not_there_is_reported_before_anything_is_read(
 def test_a_device_that_is_there_is_taken(device: torch.device | str | None) -> None:
     here = checkpoint_loading.usable_device(device)
     assert here.type == ("cuda" if torch.cuda.is_available() and not device else "cpu")
+
+
+@dataclass(frozen=True)
+class HalfRange(PixelCodec):
+    """A codec of images in [-0.5, 0.5], to be told from PIXELS."""
+
+    levels_per_unit = 255.0
+
+
+def test_the_stored_codec_is_used_to_train_and_to_sample(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = HalfRange()
+    monkeypatch.setattr(run_config, "codec_named", {"pixels": PIXELS, "half": other}.get)
+    monkeypatch.setattr(run_config, "CODECS", ("pixels", "half"))
+    config = configured()
+    run = committed(config, tmp_path / "run", codec="half")
+    assert checkpoint_loading.trained_model(run).denoiser.codec is other
+    state = training_run.training_state(config, ImageShape(8, 8, 3), CPU, {"codec": "half"})
+    assert diffusion.objective(config, state, CPU).noising.codec is other
+
+
+@pytest.mark.parametrize("facts", [{}, {"codec": "pixels"}], ids=str)
+def test_a_checkpoint_without_a_codec_holds_pixels(facts: Mapping[str, Any]) -> None:
+    assert run_config.saved_codec(facts, "run") is PIXELS
+
+
+@pytest.mark.parametrize("name", old_runs.RUNS)
+def test_a_checkpoint_of_an_earlier_commit_is_of_pixels(name: str) -> None:
+    (state,) = (old_runs.FOLDER / name).rglob("state.json")
+    assert "codec" not in json.loads(state.read_text())
+    assert checkpoint_loading.trained_model(str(state.parent)).denoiser.codec is PIXELS
+
+
+@pytest.mark.parametrize("codec", ["latents", None, 3, ["pixels"], {}], ids=str)
+@pytest.mark.parametrize("task", ["model", "classifier"])
+def test_an_unknown_codec_is_refused_with_the_checkpoint_and_the_remedy(
+    task: str, codec: object, tmp_path: Path
+) -> None:
+    config = configured(*CLASSIFIER) if task == "classifier" else configured()
+    load_it = getattr(checkpoint_loading, f"trained_{task}")
+    with pytest.raises(NewerFormatError, match="its codec is") as raised:
+        load_it(committed(config, tmp_path / "run", codec=codec))
+    line = str(raised.value)
+    assert "\n" not in line
+    assert str(tmp_path / "run/checkpoints/step-00000000-") in line
+    assert f"its codec is {codec!r}, and ddpm_ray" in line
+    assert line.endswith("knows pixels; upgrade ddpm_ray to the version that wrote it")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ddpm_ray.assembly import optimization, training_run
-from ddpm_ray.config.loading import ConfigError, load
+from ddpm_ray.config.loading import ConfigError, load_config
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.training import TrainingConfig
 from ddpm_ray.data.image_shape import ImageShape
@@ -34,7 +34,7 @@ RATE, DECAY = 1e-2, 0.3
 
 
 def state_of(*overrides: str) -> TrainingState:
-    config = load(RunConfig, None, [*NET, f"training.learning_rate={RATE}", *overrides])
+    config = load_config(RunConfig, None, [*NET, f"training.learning_rate={RATE}", *overrides])
     return training_run.training_state(config, ImageShape(4, 4, 1), CPU, {})
 
 
@@ -222,4 +222,4 @@ def test_the_last_update_is_near_zero_and_the_next_would_be_there(kind: Any, ste
 )
 def test_a_learning_rate_that_cannot_be_is_refused(overrides: list[str], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
-        load(RunConfig, None, [*NET, *(f"training.{one}" for one in overrides)])
+        load_config(RunConfig, None, [*NET, *(f"training.{one}" for one in overrides)])

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from ddpm_ray.cli.help_text import explained, overview, required_keys
+from ddpm_ray.cli.help_text import explained, option_overview, required_keys
 from ddpm_ray.cli.job import WRONG_CONFIG
 from ddpm_ray.config.loading import complaint, flat
 from ddpm_ray.config.option_fields import walk
@@ -41,7 +41,7 @@ def entries(text: str) -> dict[str, str]:
 @pytest.mark.parametrize("name", KINDS)
 def test_each_option_is_listed_once_under_its_titled_group(name: str) -> None:
     kind = KINDS[name]
-    shown = overview(kind)
+    shown = option_overview(kind)
     if hasattr(kind(), "run"):  # the options of another job are listed by `--help run`
         assert re.search(
             r"\n  run\.\* +the options of the job train; --help run lists them; req", shown
@@ -60,7 +60,7 @@ def test_each_option_is_listed_once_under_its_titled_group(name: str) -> None:
 
 @pytest.mark.parametrize("name", KINDS)
 def test_a_line_fits_and_has_a_meaning(name: str) -> None:
-    shown = overview(KINDS[name])
+    shown = option_overview(KINDS[name])
     assert max(map(len, shown.splitlines())) <= 100
     assert all(len(text.split()) > 2 for text in entries(shown).values())
 
@@ -70,7 +70,9 @@ def test_what_has_to_be_given_is_marked(name: str) -> None:
     kind = KINDS[name]
     required = REQUIRED.get(name, set())
     assert set(required_keys(kind)) == required
-    shown = entries(overview(kind)) | (entries(explained(kind, "run")) if name == "sweep" else {})
+    shown = entries(option_overview(kind)) | (
+        entries(explained(kind, "run")) if name == "sweep" else {}
+    )
     assert {key for key in shown if shown[key].startswith("required: ")} <= required
     for key in required & shown.keys():
         assert shown[key].startswith("required: ")
@@ -87,7 +89,7 @@ def test_all_about_an_option_can_be_asked(name: str) -> None:
         assert rows["meaning"] == meta["doc"]
         allowed = choices(type_at(kind, key))
         assert rows.get("choices", "") == ", ".join(one or "empty" for one in allowed)
-        limits = [limit for limit, _ in meta["limits"].values() if limit is not None]
+        limits = [limit for limit, _ in meta["limits"].values()]
         assert all(str(limit) in rows["range"] for limit in limits)
         assert ("fixed" in rows) == meta["defines_run"]
         if key not in REQUIRED.get(name, set()) and rows["default"] != "as the model was trained":

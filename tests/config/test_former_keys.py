@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from ddpm_ray.cli.help_text import explained, overview
+from ddpm_ray.cli.help_text import explained, option_overview
 from ddpm_ray.config import loading
 from ddpm_ray.config.loading import ConfigError
 from ddpm_ray.config.option_fields import arguments, group, option
@@ -67,9 +67,9 @@ class Network:
 class Guidance:
     weak_model: str = option("", "d", formerly="weak")
     form: Literal["gradient", "mean"] = option(
-        "gradient", "e", former_choices={"score": "gradient"}
+        "gradient", "e", formerly=Former(choices={"score": "gradient"})
     )
-    forms: tuple[str, ...] = option((), "f", former_choices={"score": "gradient"})
+    forms: tuple[str, ...] = option((), "f", formerly=Former(choices={"score": "gradient"}))
     learning_rate: float = option(0.5, "h", at_least=0, formerly=".rate")
 
 
@@ -192,16 +192,16 @@ def test_any_mixture_of_old_and_new_names_is_read_alike_on_every_road(
     values: dict[str, Any], renamed: set[str], dotted: bool
 ) -> None:
     with written(file_text(values, dotted)) as path:
-        meant = expected(loading.load(Before, path, []))
+        meant = expected(loading.load_config(Before, path, []))
     names = {key: NEW_NAMES[key] for key in renamed}
     mixed = {names.get(key, key): value for key, value in references(values, names).items()}
     with written(file_text(mixed, dotted)) as path:
-        assert loading.load(Now, path, []) == meant
+        assert loading.load_config(Now, path, []) == meant
         with written(f"run_from: {path}") as sweep:
             if "${" not in str(mixed):  # a reference counts from the whole config, the sweep's
-                assert loading.load(Many, sweep, []).run == meant
+                assert loading.load_config(Many, sweep, []).run == meant
     typed = [f"{key}={plain(value)}" for key, value in mixed.items()]
-    assert loading.load(Now, None, typed) == meant
+    assert loading.load_config(Now, None, typed) == meant
     assert loading.with_values(Now(), mixed, "trial 1") == meant
     current = {NEW_NAMES.get(key, key) for key in values} - {"model.kind"}
     split = {"task", "network.architecture"} if "model.kind" in values else set()
@@ -222,9 +222,9 @@ def test_what_an_earlier_version_saved_is_read_and_saved_by_the_new_names_alone(
     assert loading.from_dict(kind, json.loads(json.dumps(loading.to_dict(read)))) == read
     assert set(loading.flat(read)) == set(loading.flat(kind()))
     with written(loading.to_yaml(saved)) as path:  # the YAML that MLflow keeps of a run
-        assert loading.load(kind, path, []) == meant
+        assert loading.load_config(kind, path, []) == meant
     with written(loading.to_yaml(read)) as path:
-        assert loading.load(kind, path, []) == meant
+        assert loading.load_config(kind, path, []) == meant
 
 
 SPACE = [
@@ -241,7 +241,7 @@ def test_the_keys_and_choices_of_a_space_are_those_of_the_run() -> None:
     """In the same order: a grid tries them in it."""
     for many in (
         loading.from_dict(Many, {"space": SPACE}),
-        loading.load(Many, None, [f"space={json.dumps(SPACE)}"]),
+        loading.load_config(Many, None, [f"space={json.dumps(SPACE)}"]),
     ):
         assert many.space == SPACE_NOW
         assert [list(branch) for branch in many.space] == [list(branch) for branch in SPACE_NOW]
@@ -276,7 +276,7 @@ def test_the_keys_and_choices_of_a_space_are_those_of_the_run() -> None:
 )
 def test_what_is_wrong_is_reported_by_the_new_name(file: str, typed: list[str], says: str) -> None:
     with written(file) as path, pytest.raises(ConfigError, match=says) as refused:
-        loading.load(Now, path, typed)
+        loading.load_config(Now, path, typed)
     assert len(str(refused.value).splitlines()) == 1 + ("vae" in says)
 
 
@@ -289,7 +289,7 @@ def test_what_is_wrong_is_reported_by_the_new_name(file: str, typed: list[str], 
 )
 def test_a_space_that_cannot_be_translated_is_refused(space: str, says: str) -> None:
     with pytest.raises(ConfigError, match=rf"^command line: {says}"):
-        loading.load(Many, None, [f"space={space}"])
+        loading.load_config(Many, None, [f"space={space}"])
     with pytest.raises(ConfigError, match=rf"^a saved config is not understood \({says}"):
         loading.from_dict(Many, {"space": OmegaConf.to_object(OmegaConf.create(space))})
 
@@ -298,18 +298,18 @@ def test_a_space_that_cannot_be_translated_is_refused(space: str, says: str) -> 
 @pytest.mark.parametrize("outer", ["film", "gif"])
 def test_the_command_line_wins_over_the_file_by_either_name(inner: str, outer: str) -> None:
     with written(f"{inner}: inner") as path:
-        assert loading.load(Now, path, [f"{outer}=outer"]).gif == "outer"
-        assert loading.load(Now, path, [f"{outer}=first", f"{outer}=last"]).gif == "last"
+        assert loading.load_config(Now, path, [f"{outer}=outer"]).gif == "outer"
+        assert loading.load_config(Now, path, [f"{outer}=first", f"{outer}=last"]).gif == "last"
         with written(f"run_from: {path}\nrun: {{{outer}: own}}") as sweep:
-            assert loading.load(Many, sweep, []).run.gif == "own"
+            assert loading.load_config(Many, sweep, []).run.gif == "own"
 
 
 def test_a_group_on_the_command_line_is_read_by_either_name() -> None:
     for name in ("lead", "guidance"):
-        found = loading.load(Now, None, [f"{name}={{weak: 007, form: score}}"]).guidance
+        found = loading.load_config(Now, None, [f"{name}={{weak: 007, form: score}}"]).guidance
         assert (found.weak_model, found.form) == ("007", "gradient")
-    assert loading.load(Now, None, ["model={note: 1e3, kind: unet}"]).network.remark == "1e3"
-    assert loading.load(Now, None, ["network.wide=3"]).network.base_width == 3
+    assert loading.load_config(Now, None, ["model={note: 1e3, kind: unet}"]).network.remark == "1e3"
+    assert loading.load_config(Now, None, ["network.wide=3"]).network.base_width == 3
 
 
 def test_a_reference_within_a_group_that_is_no_more_leads_to_the_same_option() -> None:
@@ -317,12 +317,12 @@ def test_a_reference_within_a_group_that_is_no_more_leads_to_the_same_option() -
         "model: {note: x, width: 3}\nlead: {weak: '${..model.note}', forms: ['${..weak}']}"
         "\nfilm: '${.model.note}'"
     ) as path:
-        found = loading.load(Now, path, [])
+        found = loading.load_config(Now, path, [])
     assert (found.guidance.weak_model, found.guidance.forms, found.gif) == ("x", ("x",), "x")
 
 
 def test_help_and_the_whole_config_show_the_new_names_alone() -> None:
-    shown = "\n".join([overview(Many), explained(Many, "run"), loading.to_yaml(Many())])
+    shown = "\n".join([option_overview(Many), explained(Many, "run"), loading.to_yaml(Many())])
     assert not [
         name
         for name in ("film", "lead", "weak:", "wide", "kind", "run_from", "score")

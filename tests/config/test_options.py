@@ -20,6 +20,7 @@ from ddpm_ray.cli.main import main
 from ddpm_ray.config.edit import EditConfig
 from ddpm_ray.config.ema_search import AverageConfig
 from ddpm_ray.config.fault_drill import DrillConfig
+from ddpm_ray.config.import_weights import ImportConfig
 from ddpm_ray.config.jobs import (
     DoctorConfig,
     EvaluateConfig,
@@ -31,11 +32,12 @@ from ddpm_ray.config.loading import (
     ConfigError,
     flat,
     from_dict,
-    load,
+    load_config,
     to_dict,
     to_yaml,
 )
 from ddpm_ray.config.model import ModelConfig
+from ddpm_ray.config.option_fields import option
 from ddpm_ray.config.pack import PackConfig
 from ddpm_ray.config.reading.option_text import choices
 from ddpm_ray.config.reading.yaml_text import type_at
@@ -50,6 +52,7 @@ KINDS: dict[str, type[Any]] = {
     "pack_shards": PackConfig,
     "sample": SampleConfig,
     "export": ExportConfig,
+    "import": ImportConfig,
     "average": AverageConfig,
     "evaluate": EvaluateConfig,
     "doctor": DoctorConfig,
@@ -62,7 +65,7 @@ HEAVY = ("torch", "ray", "mlflow", "numpy", "pyarrow", "fsspec", "scipy", "PIL")
 
 
 def run_config(*overrides: str) -> RunConfig:
-    return load(RunConfig, None, ["name=a", "data.url=shards", *overrides])
+    return load_config(RunConfig, None, ["name=a", "data.url=shards", *overrides])
 
 
 def complaints(*overrides: str) -> list[str]:
@@ -272,7 +275,7 @@ def test_every_bad_key_is_reported_at_once(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("name: a\nschedule: {kind: cosin, beta_end: 2}\nmodle: {dropout: 0.1}\n")
     with pytest.raises(ConfigError, match="schedule") as refused:
-        load(RunConfig, str(path), ["training.steps=x", "schedule.num_steps=0", "seed=-4"])
+        load_config(RunConfig, str(path), ["training.steps=x", "schedule.num_steps=0", "seed=-4"])
     reported = {tuple(line.split(" ")[:3])[:-1] for line in str(refused.value).splitlines()}
     assert {" ".join(place) for place in reported} == {
         f"{path}: schedule.kind='cosin':",
@@ -281,6 +284,11 @@ def test_every_bad_key_is_reported_at_once(tmp_path: Path) -> None:
         "command line:",
     }
     assert len(str(refused.value).splitlines()) == 6
+
+
+def test_a_misspelt_bound_of_an_option_is_not_left_out() -> None:
+    with pytest.raises(KeyError, match="atleast"):
+        option(1, "a count", atleast=1)  # type: ignore[call-arg]
 
 
 def test_several_rules_at_once_give_one_line_per_key() -> None:
@@ -304,7 +312,7 @@ def test_a_broken_file_is_reported_with_its_place(text: str, says: str, tmp_path
     path = tmp_path / "run.yaml"
     path.write_text(text)
     with pytest.raises(ConfigError, match=says) as refused:
-        load(RunConfig, str(path), [])
+        load_config(RunConfig, str(path), [])
     assert str(refused.value).startswith(f"{path}: ")
     assert len(str(refused.value).splitlines()) == 1
 
@@ -312,17 +320,17 @@ def test_a_broken_file_is_reported_with_its_place(text: str, says: str, tmp_path
 def test_a_file_that_is_not_there_is_reported_with_those_that_are(tmp_path: Path) -> None:
     (tmp_path / "digits.yaml").write_text("name: a\n")
     with pytest.raises(ConfigError, match=r"digit\.yaml: no such file; here are: .*digits\.yaml"):
-        load(RunConfig, str(tmp_path / "digit.yaml"), [])
+        load_config(RunConfig, str(tmp_path / "digit.yaml"), [])
     with pytest.raises(ConfigError, match=r"is a folder, not a file; here are: .*digits\.yaml"):
-        load(RunConfig, str(tmp_path), [])
+        load_config(RunConfig, str(tmp_path), [])
     with pytest.raises(ConfigError, match="name=x: the config file comes first, then key=value"):
-        load(RunConfig, "name=x", [str(tmp_path / "digits.yaml")])
+        load_config(RunConfig, "name=x", [str(tmp_path / "digits.yaml")])
 
 
 def test_the_command_line_wins_over_the_file_and_the_last_over_the_first(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("name: a\ndata: {url: x}\nseed: 1\nschedule: {num_steps: 100}\n")
-    config = load(RunConfig, str(path), ["seed=2", "schedule.kind=cosine", "seed=3"])
+    config = load_config(RunConfig, str(path), ["seed=2", "schedule.kind=cosine", "seed=3"])
     assert (config.seed, config.schedule.kind, config.schedule.num_steps) == (3, "cosine", 100)
 
 
@@ -330,19 +338,19 @@ def test_of_two_forms_of_one_option_the_later_source_wins(tmp_path: Path) -> Non
     path = tmp_path / "run.yaml"
     for form, other in (("factors", "resolutions"), ("resolutions", "factors")):
         path.write_text(f"name: a\ndata: {{url: x}}\nmodel: {{attention_{form}: [2]}}\n")
-        model = load(RunConfig, str(path), [f"model.attention_{other}=[]"]).model
+        model = load_config(RunConfig, str(path), [f"model.attention_{other}=[]"]).model
         assert getattr(model, f"attention_{other}") == ()
         assert getattr(model, f"attention_{form}") is None
         both = [f"model.attention_{form}=[2]", f"model.attention_{other}=[4]"]
         with pytest.raises(ConfigError, match="are names of one option; give") as error:
-            load(RunConfig, str(path), both)
+            load_config(RunConfig, str(path), both)
         assert len(str(error.value).splitlines()) == 1
 
 
 def test_null_beside_the_other_form_of_an_option_is_no_second_name() -> None:
     null, given = "model.attention_factors=null", "model.attention_resolutions=[4]"
     for overrides in ([null, given], [given, null]):
-        model = load(RunConfig, None, ["name=a", "data.url=x", *overrides]).model
+        model = load_config(RunConfig, None, ["name=a", "data.url=x", *overrides]).model
         assert model.attention_resolutions == (4,)
         assert model.attention_factors is None
 
@@ -413,7 +421,7 @@ def test_a_config_of_a_later_version_is_refused_with_that_version(
 def test_each_config_of_ours_loads_and_says_what_it_is_for(path: Path) -> None:
     kind = {"train": RunConfig}.get(path.parent.name)
     if kind is not None:
-        assert load(kind, str(path), []).name
+        assert load_config(kind, str(path), []).name
     lines = path.read_text().splitlines()
     header = list(itertools.takewhile(lambda line: line.startswith("#"), lines))
     assert len(header) >= 3, "purpose, command, cost"
@@ -436,9 +444,9 @@ def test_help_of_a_job_names_every_key(job: str) -> None:
 def test_a_printed_config_is_the_config(path: Path, tmp_path: Path) -> None:
     kind = KINDS[path.parent.name]
     key = "run.name" if kind is DrillConfig else "name"
-    config = replaced(load(kind, str(path), []), key, 'it\'s: a "name"')
+    config = replaced(load_config(kind, str(path), []), key, 'it\'s: a "name"')
     (tmp_path / "printed.yaml").write_text(to_yaml(config))
-    assert load(kind, str(tmp_path / "printed.yaml"), []) == config
+    assert load_config(kind, str(tmp_path / "printed.yaml"), []) == config
 
 
 LISTING_MODULES = """
@@ -475,6 +483,7 @@ POSITIONAL = {
     "drill": ["conf/drill/digits.yaml"],
     "edit": ["runs/a", "image.png", "--out", "edited.png"],
     "export": ["runs/a", "--out", "folder"],
+    "import": ["weights", "runs/a"],
     "average": ["runs/a"],
 }
 
@@ -483,7 +492,12 @@ POSITIONAL = {
 def test_a_wrong_config_ends_before_anything_heavy_loads(job: str) -> None:
     """Exit code 2, one `error:` line per key, nothing on stdout: under 2 s, for it loads little."""
     given = POSITIONAL[job]
-    own = {"pack_shards": "channels=7", "doctor": "timeout_s=-7", "sweep": "run.sampling.eta=7"}
+    own = {
+        "pack_shards": "channels=7",
+        "doctor": "timeout_s=-7",
+        "import": "image_size=-7",
+        "sweep": "run.sampling.eta=7",
+    }
     own["drill"] = own["sweep"]
     some = own.get(job, "sampling.eta=7")
     program = LISTING_MODULES.format(heavy=HEAVY)

@@ -81,12 +81,15 @@ def test_a_former_key_means_the_same_in_files_on_the_command_line_and_in_saved_c
     now: dict[str, Any],
     tmp_path: Path,
 ) -> None:
-    meant = loading.load(kind, None, [f"{key}={value}" for key, value in (others | now).items()])
+    meant = loading.load_config(
+        kind, None, [f"{key}={value}" for key, value in (others | now).items()]
+    )
     old = others | before
-    assert loading.load(kind, None, [f"{key}={value}" for key, value in old.items()]) == meant
+    former = [f"{key}={value}" for key, value in old.items()]
+    assert loading.load_config(kind, None, former) == meant
     file = tmp_path / "a.yaml"
     file.write_text("".join(f"{key}: {value!r}\n" for key, value in old.items()))
-    assert loading.load(kind, str(file), []) == meant
+    assert loading.load_config(kind, str(file), []) == meant
     assert loading.from_dict(kind, nested(old)) == meant
     assert set(now) <= set(loading.flat(meant))
     assert not set(before) & set(loading.flat(meant))

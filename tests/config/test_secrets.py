@@ -10,7 +10,14 @@ import pytest
 
 from ddpm_ray.config.fault_drill import DrillConfig
 from ddpm_ray.config.jobs import DoctorConfig, EvaluateConfig, SampleConfig
-from ddpm_ray.config.loading import ENVIRONMENT, ConfigError, from_dict, load, to_yaml, with_values
+from ddpm_ray.config.loading import (
+    ENVIRONMENT,
+    ConfigError,
+    from_dict,
+    load_config,
+    to_yaml,
+    with_values,
+)
 from ddpm_ray.config.pack import PackConfig
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.sweep import SweepConfig
@@ -55,14 +62,14 @@ def test_nothing_but_listed_names_and_other_keys_is_looked_up(
     file.write_text(f"name: a\nstorage: {reference!r}\ndata: {{url: shards}}\n")
     line = r"storage=.*a value may refer to another key, .* or to \$\{oc\.env:NAME\} where NAME is"
     with pytest.raises(ConfigError, match=line) as refused:
-        load(RunConfig, str(file), [])
+        load_config(RunConfig, str(file), [])
     assert CANARY not in str(refused.value)
     assert "\n" not in str(refused.value)
     with pytest.raises(ConfigError, match="a: storage="):
-        with_values(load(RunConfig, None, [*WHOLE]), {"storage": reference}, "a")
+        with_values(load_config(RunConfig, None, [*WHOLE]), {"storage": reference}, "a")
     file.write_text(f"space: [{{data.cache_dir: [{reference!r}]}}]\n")
     with pytest.raises(ConfigError, match=r"space=.*a value may refer"):
-        load(SweepConfig, str(file), list(SWEEP))
+        load_config(SweepConfig, str(file), list(SWEEP))
 
 
 def test_listed_names_and_other_keys_are(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,7 +79,7 @@ def test_listed_names_and_other_keys_are(monkeypatch: pytest.MonkeyPatch) -> Non
         "storage=${oc.env:DDPM_RAY_HOME}/runs/${name}",
         "cluster.address=${oc.env:RAY_ADDRESS,auto}",
     )
-    config = load(RunConfig, None, [*WHOLE, *given])
+    config = load_config(RunConfig, None, [*WHOLE, *given])
     assert (config.storage, config.cluster.address) == ("/data/runs/a", "auto")
 
 
@@ -105,18 +112,18 @@ def test_a_tag_of_yaml_makes_no_object(text: str, tmp_path: Path) -> None:
     made, file = tmp_path / "made", tmp_path / "run.yaml"
     file.write_text(text.replace("FOLDER", str(made)))
     with pytest.raises(ConfigError, match="could not determine a constructor for the tag"):
-        load(RunConfig, str(file), list(WHOLE))
+        load_config(RunConfig, str(file), list(WHOLE))
     with pytest.raises(ConfigError, match="could not determine a constructor for the tag"):
-        load(RunConfig, None, [*WHOLE, f"name={file.read_text().removeprefix('name: ')}"])
+        load_config(RunConfig, None, [*WHOLE, f"name={file.read_text().removeprefix('name: ')}"])
     assert not made.exists()
 
 
 @pytest.mark.parametrize("key", ["_target_", "model._target_", "data._partial_", "__class__"])
 def test_a_key_that_names_code_is_no_key(key: str) -> None:
     with pytest.raises(ConfigError, match=f"{key}='os.system': no such key"):
-        load(RunConfig, None, [*WHOLE, f"{key}=os.system"])
+        load_config(RunConfig, None, [*WHOLE, f"{key}=os.system"])
     with pytest.raises(ConfigError, match=f"space.{key}='os.system': no such key"):
-        load(SweepConfig, None, [*SWEEP, f"space=[{{{key}: [os.system]}}]"])
+        load_config(SweepConfig, None, [*SWEEP, f"space=[{{{key}: [os.system]}}]"])
 
 
 PASSWORD = f"http://me:{CANARY}@mlflow.example.com"
@@ -153,7 +160,7 @@ def test_a_password_in_a_url_is_refused_and_not_shown(
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", PASSWORD)
     with pytest.raises(ConfigError, match=r"^command line: .*\*\*\*") as refused:
-        load(kind, None, given)
+        load_config(kind, None, given)
     assert CANARY not in str(refused.value)
 
 
@@ -201,4 +208,4 @@ def test_the_config_that_is_shown_holds_no_secret() -> None:
     assert code == 0, said
     assert "storage: runs" in said
     assert CANARY not in said
-    assert CANARY not in to_yaml(load(RunConfig, None, [*WHOLE]))
+    assert CANARY not in to_yaml(load_config(RunConfig, None, [*WHOLE]))

@@ -7,7 +7,7 @@ from typing import Literal
 import pytest
 
 from ddpm_ray.config.evaluation import EvaluationConfig
-from ddpm_ray.config.loading import ConfigError, flat, load, with_values
+from ddpm_ray.config.loading import ConfigError, flat, load_config, with_values
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.sweep import FIXED, SweepConfig, is_range, reported_metrics
 from ddpm_ray.evaluation.feature_metrics import metric_names
@@ -20,7 +20,7 @@ SET = ["name=a", "run.data.url=shards", "run.evaluation.num_images=50", "run.tra
 
 
 def sweep_config(*overrides: str, space: str = SPACE) -> SweepConfig:
-    return load(SweepConfig, None, [*SET, f"space=[{space}]", *overrides])
+    return load_config(SweepConfig, None, [*SET, f"space=[{space}]", *overrides])
 
 
 def complaints(*overrides: str, space: str = SPACE) -> list[str]:
@@ -97,7 +97,7 @@ def test_an_empty_space_is_reported(space: str) -> None:
 def test_a_space_that_is_no_list_of_mappings_is_reported(space: str) -> None:
     """The last is a mapping alone: a dash was forgotten."""
     with pytest.raises(ConfigError, match=r"^command line: space") as refused:
-        load(SweepConfig, None, [*SET, f"space={space}"])
+        load_config(SweepConfig, None, [*SET, f"space={space}"])
     assert len(str(refused.value).splitlines()) == 1
 
 
@@ -254,20 +254,20 @@ def files(tmp_path: Path) -> tuple[Path, Path]:
 def test_a_run_file_fills_what_the_sweep_file_and_the_command_line_leave(
     files: tuple[Path, Path],
 ) -> None:
-    config = load(SweepConfig, str(files[0]), ["run.seed=5"])
+    config = load_config(SweepConfig, str(files[0]), ["run.seed=5"])
     assert config.run.seed == 5  # command line, over the run's file
     assert config.run.schedule.num_steps == 88  # the sweep's file, over the run's
     assert config.run.schedule.kind == "cosine"  # the run's file, over the default
     assert config.run.schedule.beta_end == 0.02  # the default
     assert (config.name, config.run.name) == ("a", "base")
-    again = load(SweepConfig, str(files[0]), ["run.schedule.num_steps=99"])
+    again = load_config(SweepConfig, str(files[0]), ["run.schedule.num_steps=99"])
     assert (again.run.schedule.num_steps, again.run.seed) == (99, 3)
 
 
 def test_the_command_line_names_another_run_file(files: tuple[Path, Path], tmp_path: Path) -> None:
     """Which is then the only one: nothing of the first is left."""
     (tmp_path / "other.yaml").write_text("data: {url: other}\n")
-    config = load(SweepConfig, str(files[0]), [f"run_from={tmp_path}/other.yaml"])
+    config = load_config(SweepConfig, str(files[0]), [f"run_from={tmp_path}/other.yaml"])
     assert (config.run.data.url, config.run.seed, config.run.schedule.num_steps) == ("other", 0, 88)
 
 
@@ -280,7 +280,7 @@ def test_of_three_places_the_nearest_to_the_user_wins(
     own = "run: {evaluation: {num_images: 50}" + ", seed: 2" * in_sweep + "}\n"
     sweep.write_text(f"name: a\nrun_from: {run}\nspace: [{SPACE}]\n{own}")
     nearest = max(in_run, 2 * in_sweep, 3 * on_line)
-    assert load(SweepConfig, str(sweep), ["run.seed=3"] * on_line).run.seed == nearest
+    assert load_config(SweepConfig, str(sweep), ["run.seed=3"] * on_line).run.seed == nearest
 
 
 def test_a_run_file_that_is_not_there_is_reported_with_those_that_are(
@@ -288,13 +288,13 @@ def test_a_run_file_that_is_not_there_is_reported_with_those_that_are(
 ) -> None:
     files[1].rename(tmp_path / "moved.yaml")
     with pytest.raises(ConfigError, match=r"run\.yaml: no such file; here are: .*moved\.yaml"):
-        load(SweepConfig, str(files[0]), [])
+        load_config(SweepConfig, str(files[0]), [])
 
 
 def test_what_is_wrong_in_a_run_file_is_reported_with_its_place(files: tuple[Path, Path]) -> None:
     files[1].write_text(RUN_FILE + "training: {stpes: 4, learning_rate: -1}\n")
     with pytest.raises(ConfigError, match="stpes") as refused:
-        load(SweepConfig, str(files[0]), [])
+        load_config(SweepConfig, str(files[0]), [])
     assert str(refused.value).splitlines() == [
         f"{files[1]}: run.training.stpes=4: no such key; did you mean run.training.steps?",
         f"{files[1]}: run.training.learning_rate is -1.0; it must be above 0",
@@ -305,7 +305,7 @@ def test_what_is_wrong_in_a_run_file_is_reported_with_its_place(files: tuple[Pat
 def test_each_sweep_of_ours_loads(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And so does a run with each of its choices, or with either end of its ranges."""
     monkeypatch.chdir(ROOT)  # run_from is relative to where one stands
-    config = load(SweepConfig, str(path), [])
+    config = load_config(SweepConfig, str(path), [])
     for key, candidates in (item for branch in config.space for item in branch.items()):
         ends = [candidates[end] for end in ("low", "high")] if is_range(candidates) else candidates
         for value in ends:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ddpm_ray.config.loading import ConfigError, from_dict, load, to_dict, to_yaml
+from ddpm_ray.config.loading import ConfigError, from_dict, load_config, to_dict, to_yaml
 from ddpm_ray.config.option_fields import option
 from ddpm_ray.config.run import RunConfig
 
@@ -66,7 +66,7 @@ class Outer:
 def read(folder: Path, text: str) -> Outer:
     file = folder / "a.yaml"
     file.write_text(text)
-    return load(Outer, str(file), [])
+    return load_config(Outer, str(file), [])
 
 
 def require_kept(word: str, folder: Path) -> None:
@@ -74,7 +74,7 @@ def require_kept(word: str, folder: Path) -> None:
     wanted = Outer(word, by_name=({"a": word},), inner=Inner(texts=("a", word)))
     overrides = [f"name={word}", f"inner.texts=[a, {word}]", f"by_name=[{{a: {word}}}]"]
     text = f"name: {word}\ninner: {{texts: [a, {word}]}}\nby_name: [{{a: {word}}}]\n"
-    for config in (read(folder, text), load(Outer, None, overrides)):
+    for config in (read(folder, text), load_config(Outer, None, overrides)):
         assert config == wanted
         assert read(folder, to_yaml(config)) == config
         assert from_dict(Outer, to_dict(config)) == config
@@ -101,14 +101,14 @@ def test_whatever_resembles_a_number_stays_as_it_was_typed(tmp_path: Path, word:
 def test_a_text_on_a_command_line_is_all_that_is_typed_after_the_equals_sign(text: str) -> None:
     """Where it begins as no list, quoted text or the like does in YAML."""
     if text[0] not in "'\"[{&*!|>%@`" and text not in ("~", "null", "Null", "NULL"):
-        assert load(Outer, None, [f"name={text}"]).name == text
+        assert load_config(Outer, None, [f"name={text}"]).name == text
 
 
 def test_choices_are_texts_and_numbers_stay_numbers(tmp_path: Path) -> None:
     config = read(tmp_path, "inner: {choice: on}\nnumber: 1e3\n")
     assert (config.inner.choice, config.number) == ("on", 1000.0)
-    assert load(Outer, None, ["inner.choice=1.10"]).inner.choice == "1.10"
-    assert load(Outer, None, ["number=1_0.5"]).number == 10.5
+    assert load_config(Outer, None, ["inner.choice=1.10"]).inner.choice == "1.10"
+    assert load_config(Outer, None, ["number=1_0.5"]).number == 10.5
 
 
 def test_quotes_aliases_merges_and_dotted_keys_are_yamls(tmp_path: Path) -> None:
@@ -122,16 +122,16 @@ def test_quotes_aliases_merges_and_dotted_keys_are_yamls(tmp_path: Path) -> None
     assert config.by_name == ({"a": "007"}, {"a": "007", "b": "on"}, {"a": "007"})
     assert config.name == "1e3"
     assert read(tmp_path, "inner.texts: [1e3]\n").inner.texts == ("1e3",)
-    assert load(Outer, None, ["name='1e3'"]).name == "1e3"
-    assert load(Outer, None, ["name="]).name == ""
-    assert load(Outer, None, ["name=x: y #z"]).name == "x: y #z"
+    assert load_config(Outer, None, ["name='1e3'"]).name == "1e3"
+    assert load_config(Outer, None, ["name="]).name == ""
+    assert load_config(Outer, None, ["name=x: y #z"]).name == "x: y #z"
 
 
 def test_of_numbers_or_names_only_a_plain_number_is_one(tmp_path: Path) -> None:
     wanted = (7, "007", "7", "1e3", "on", "cat", -2)
     for config in (
         read(tmp_path, "mixed: [7, 007, '7', 1e3, on, cat, -2]\n"),
-        load(Outer, None, ["mixed=[7,007,'7',1e3,on,cat,-2]"]),
+        load_config(Outer, None, ["mixed=[7,007,'7',1e3,on,cat,-2]"]),
     ):
         assert config.mixed == wanted
         assert read(tmp_path, to_yaml(config)) == config
@@ -142,8 +142,8 @@ def test_of_numbers_or_names_only_a_plain_number_is_one(tmp_path: Path) -> None:
 def test_a_run_is_called_what_its_file_says(name: str, tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(f"name: {name}\ndata: {{url: nowhere}}\n")
-    assert load(RunConfig, str(file), []).name == name
-    assert load(RunConfig, str(file), [f"name={name}"]).name == name
+    assert load_config(RunConfig, str(file), []).name == name
+    assert load_config(RunConfig, str(file), [f"name={name}"]).name == name
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ def make_dataset(tmp_path: Path) -> MakeDataset:
         count = -(-samples // shard_samples)
         place = url or str(tmp_path / "set")
         plan = packer.PackPlan(source, place, PackConfig(), recipe, count, shard_samples)
-        return packer.finish(plan, [packer.pack_shard(plan, n) for n in range(count)])
+        return packer.finish_dataset(plan, [packer.pack_shard(plan, n) for n in range(count)])
 
     return make
 

@@ -61,7 +61,7 @@ def publish(folder: Path, data: bytes, recipe: Recipe = RECIPE, **changes: Any) 
         [dataclasses.asdict(row(data, **changes))],
         schema=shard_index.SCHEMA.with_metadata({"recipe": json.dumps(dataclasses.asdict(recipe))}),
     )
-    index = arrow_io.write(table)
+    index = arrow_io.serialize_table(table)
     (folder / "index.arrow").write_bytes(index)
     digest = hashlib.sha256(index).hexdigest()
     manifest = {"format": FORMATS["pixels"], "index_sha256": digest}
@@ -78,7 +78,7 @@ def with_recipe(folder: Path, text: str) -> str:
     url = publish(folder, GOOD)
     rows = [dataclasses.asdict(row(GOOD))]
     schema = shard_index.SCHEMA.with_metadata({"recipe": text})
-    index = arrow_io.write(pa.Table.from_pylist(rows, schema=schema))
+    index = arrow_io.serialize_table(pa.Table.from_pylist(rows, schema=schema))
     (folder / "index.arrow").write_bytes(index)
     manifest = {"format": FORMATS["pixels"], "index_sha256": hashlib.sha256(index).hexdigest()}
     (folder / "manifest.json").write_text(json.dumps(manifest))
@@ -221,7 +221,7 @@ def test_an_extension_type_runs_nothing(name: str, tmp_path: Path) -> None:
     ]
     images = pa.array(IMAGES.reshape(4, 6).tolist(), kind)
     columns, schema = [images, pa.array(range(4)), pa.array(list("abcd"))], pa.schema(fields)
-    data = arrow_io.write(pa.Table.from_arrays(columns, schema=schema))
+    data = arrow_io.serialize_table(pa.Table.from_arrays(columns, schema=schema))
     dataset = open_dataset(publish(tmp_path / "set", data))
     with pytest.raises(DatasetError, match=r"shard-00000.arrow: not a shard: (its columns|not an)"):
         fetch_shard(dataset, 0)
@@ -229,7 +229,7 @@ def test_an_extension_type_runs_nothing(name: str, tmp_path: Path) -> None:
 
 
 def compressed(codec: str) -> bytes:
-    table = pa.Table.from_batches([arrow_io.read(GOOD, SCHEMA)])
+    table = pa.Table.from_batches([arrow_io.parse_batch(GOOD, SCHEMA)])
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, SCHEMA, options=pa.ipc.IpcWriteOptions(compression=codec)) as file:
         file.write_table(table)
@@ -237,8 +237,8 @@ def compressed(codec: str) -> bytes:
 
 
 def with_columns(**columns: pa.Array) -> bytes:
-    true = dict(zip(SCHEMA.names, arrow_io.read(GOOD, SCHEMA).columns, strict=True))
-    return arrow_io.write(pa.table(true | columns))
+    true = dict(zip(SCHEMA.names, arrow_io.parse_batch(GOOD, SCHEMA).columns, strict=True))
+    return arrow_io.serialize_table(pa.table(true | columns))
 
 
 HOSTILE = {
@@ -279,12 +279,12 @@ def test_an_offset_that_leads_out_of_its_buffer_is_seen() -> None:
     data = shards.shard_bytes(IMAGES, [0] * 4, ["abcdefgh"] * 4)
     assert data.count(keys[:20]) == 1
     with pytest.raises(ArrowFileError, match="not an Arrow file"):
-        arrow_io.read(data.replace(keys[:20], bytes(wild[:20])), SCHEMA)
+        arrow_io.parse_batch(data.replace(keys[:20], bytes(wild[:20])), SCHEMA)
 
 
 SCRIPT = """
 import random, sys
-from ddpm_ray.data import arrow_io as arrow_files
+from ddpm_ray.data import arrow_io
 from tests.data.test_hostile_shards import GOOD, SCHEMA
 read = refused = 0
 draw = random.Random(int(sys.argv[1]))
@@ -293,10 +293,10 @@ for _ in range(4000):
     for _ in range(draw.randint(1, 8)):
         data[draw.randrange(len(data))] = draw.choice([0, 1, 127, 128, 255, draw.randrange(256)])
     try:
-        batch = arrow_files.read(bytes(data), SCHEMA)
+        batch = arrow_io.parse_batch(bytes(data), SCHEMA)
         batch.to_pylist()
         read += 1
-    except arrow_files.ArrowFileError:
+    except arrow_io.ArrowFileError:
         refused += 1
 print(read, refused)
 """
@@ -369,7 +369,7 @@ def test_an_encoded_image_is_of_the_manifests_format_and_size(
 def test_any_key_is_kept_as_it_is(keys: list[str]) -> None:
     """They are data; messages escape them (tests/test_redaction.py)."""
     clean = [key.encode("utf-8", "replace").decode() for key in keys]
-    found = arrow_io.read(shards.shard_bytes(IMAGES, [0] * 4, clean), SCHEMA)
+    found = arrow_io.parse_batch(shards.shard_bytes(IMAGES, [0] * 4, clean), SCHEMA)
     assert found["key"].to_pylist() == clean
 
 

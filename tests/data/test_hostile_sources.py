@@ -117,7 +117,7 @@ def test_names_are_no_paths_and_are_spelt_out(tar: Callable[..., Path], tmp_path
     options = PackConfig(on_bad_image="skip", encoding="png")
     plan = packer.make_plan(str(path), str(tmp_path / "set"), options)
     packed = packer.pack_shard(plan, 0)
-    dataset = packer.finish(plan, [packed])
+    dataset = packer.finish_dataset(plan, [packed])
     assert fetch_shard(dataset, 0).keys.to_pylist() == [EVIL, "etc/cron.d/x"]
     made = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")} - set(map(str, before))
     assert made == {
@@ -153,7 +153,7 @@ def test_a_name_that_is_no_text_is_packed_all_the_same(
     Path(os.fsdecode(os.fsencode(folder) + b"/a\xff.png")).write_bytes(png(3))
     for place in (str(folder), str(tar({"a\udcff.png": png(3)}))):
         plan = packer.make_plan(place, str(tmp_path / f"set{len(place)}"), PackConfig())
-        dataset = packer.finish(plan, [packer.pack_shard(plan, 0)])
+        dataset = packer.finish_dataset(plan, [packer.pack_shard(plan, 0)])
         (key,) = fetch_shard(dataset, 0).keys.to_pylist()
         assert key.removesuffix(".png") == r"a\xff"
 

@@ -134,6 +134,6 @@ def test_what_latents_do_not_have_is_refused() -> None:
 
 def test_pixels_have_no_codec_of_latents(tmp_path: Path) -> None:
     plan = packer.make_plan("digits", str(tmp_path), PackConfig())
-    dataset = packer.finish(plan, [packer.pack_shard(plan, 0)])
+    dataset = packer.finish_dataset(plan, [packer.pack_shard(plan, 0)])
     with pytest.raises(ValueError, match="a data set of pixels has no latents"):
         LatentCodec.of(dataset.manifest)

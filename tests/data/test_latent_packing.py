@@ -59,7 +59,7 @@ def pixels(folder: Path, samples: int = SAMPLES, side: int = 6) -> Dataset:
     recipe = Recipe(ImageShape(side, 4, 1), "raw", "none", ("even", "odd"), source.digest)
     count = -(-samples // PER_SHARD)
     plan = packer.PackPlan(source, str(folder), PackConfig(), recipe, count, PER_SHARD)
-    return packer.finish(plan, [packer.pack_shard(plan, n) for n in range(count)])
+    return packer.finish_dataset(plan, [packer.pack_shard(plan, n) for n in range(count)])
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def plan_of(
     source: Dataset, destination: Path, autoencoder: TinyAutoencoder, **options: object
 ) -> EncodePlan:
     config = EncodeConfig(**{"flipped": True, "batch_size": 2, **options})  # type: ignore[arg-type]
-    return latent_packer.make_plan(source, str(destination), autoencoder, config)
+    return latent_packer.make_encoding_plan(source, str(destination), autoencoder, config)
 
 
 def encode(
@@ -81,7 +81,7 @@ def encode(
     plan = plan_of(source, destination, autoencoder, **options)
     numbers = order or range(plan.shards)
     done = [latent_packer.encode_shard(plan, n, autoencoder) for n in numbers]
-    return latent_packer.finish(plan, done)
+    return latent_packer.finish_latents(plan, done)
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -126,7 +126,7 @@ def test_any_order_of_the_shards_gives_the_same_bytes(
     plan = plan_of(source, folder / "two", autoencoder)
     done = [latent_packer.encode_shard(plan, n, autoencoder) for n in order]
     latent_packer.encode_shard(plan, order[0], autoencoder)
-    latent_packer.finish(plan, done)
+    latent_packer.finish_latents(plan, done)
     assert files(folder / "one") == files(folder / "two")
 
 
@@ -154,7 +154,7 @@ def test_a_job_killed_at_any_write_goes_on(
     complete = at == WRITES - 1 and after
     assert (tmp_path / "set/manifest.json").exists() == complete
     plan = plan_of(source, tmp_path / "set", TinyAutoencoder())
-    found = latent_packer.find_finished(plan) or encode(source, tmp_path / "set")
+    found = latent_packer.find_finished_latents(plan) or encode(source, tmp_path / "set")
     whole, there = files(tmp_path / "whole"), files(tmp_path / "set")
     assert found.fingerprint == open_dataset(str(tmp_path / "whole")).fingerprint
     assert {name: there[name] for name in whole} == whole
@@ -203,7 +203,7 @@ def test_a_set_of_another_encoding_is_kept(
     before = files(tmp_path / "set")
     plan = plan_of(source, tmp_path / "set", TinyAutoencoder(seed), **changed)
     with pytest.raises(DatasetError, match=rf"already here \({message}\); delete it, or choose"):
-        latent_packer.find_finished(plan)
+        latent_packer.find_finished_latents(plan)
     assert files(tmp_path / "set") == before
 
 
@@ -211,12 +211,12 @@ def test_a_finished_set_is_found_also_if_the_autoencoder_was_moved(
     source: Dataset, tmp_path: Path
 ) -> None:
     dataset = encode(source, tmp_path / "set")
-    found = latent_packer.find_finished(
+    found = latent_packer.find_finished_latents(
         plan_of(source, tmp_path / "set", TinyAutoencoder(url="elsewhere"))
     )
     assert found is not None
     assert found.fingerprint == dataset.fingerprint
-    record = encoding_record.read(found)
+    record = encoding_record.read_encoding(found)
     assert record is not None
     assert (record.autoencoder, record.data) == ("runs/tiny", source.url)
 
@@ -229,7 +229,7 @@ def test_what_cannot_be_encoded_is_refused(source: Dataset, tmp_path: Path) -> N
     with pytest.raises(DatasetError, match="the data set holds latents, not images; name the data"):
         plan_of(latents, tmp_path / "set", TinyAutoencoder())
     with pytest.raises(DatasetError, match=r"already here \(it holds images, not latents\)"):
-        latent_packer.find_finished(plan_of(source, Path(source.url), TinyAutoencoder()))
+        latent_packer.find_finished_latents(plan_of(source, Path(source.url), TinyAutoencoder()))
 
 
 def test_a_sample_without_float16_latents_is_named(source: Dataset, tmp_path: Path) -> None:
@@ -291,7 +291,7 @@ def test_a_damaged_record_is_refused(key: str, source: Dataset, tmp_path: Path) 
     held = checksummed_json.read(where)
     checksummed_json.write(where, {name: held[name] for name in held if name != key})
     with pytest.raises(StorageError, match=r"encoding.json: not an encoding record .*; delete"):
-        encoding_record.read(dataset)
+        encoding_record.read_encoding(dataset)
 
 
 def test_the_manifest_names_no_place(source: Dataset, tmp_path: Path) -> None:

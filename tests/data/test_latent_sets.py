@@ -147,7 +147,7 @@ def test_the_window_counts_the_bytes_of_latents(tmp_path: Path) -> None:
 def republish(folder: Path, recipe: dict[str, Any], row: dict[str, Any]) -> str:
     """Give the set in `folder` the index of `recipe` and `row`, with consistent hashes."""
     schema = shard_index.LATENT_SCHEMA.with_metadata({"recipe": json.dumps(recipe)})
-    index = arrow_io.write(pa.Table.from_pylist([row], schema=schema))
+    index = arrow_io.serialize_table(pa.Table.from_pylist([row], schema=schema))
     (folder / "index.arrow").write_bytes(index)
     manifest = {"format": "ddpm-ray shards 2", "index_sha256": hashlib.sha256(index).hexdigest()}
     (folder / "manifest.json").write_text(json.dumps(manifest))
@@ -257,8 +257,8 @@ def test_a_shard_of_other_values_is_refused(data: bytes, problem: str, tmp_path:
     dataset = write_latents(tmp_path, random_latents(4), 4)
     (row,) = dataset.index.to_pylist()
     row |= {"stored_bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    index = shard_index.write(dataset.recipe.to_json(), [row])
-    table = shard_index.read(index)
+    index = shard_index.serialize_index(dataset.recipe.to_json(), [row])
+    table = shard_index.parse_index(index)
     changed = dataclasses.replace(dataset, manifest=manifest_of(table, ""), index=table)
     (tmp_path / "shard-00000.arrow").write_bytes(data)
     with pytest.raises(DatasetError, match=f"shard-00000.arrow: not a shard: {problem}"):

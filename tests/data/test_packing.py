@@ -28,7 +28,7 @@ from tests.limits import ENDS_S
 
 def pack(source: str, destination: Path, **options: object) -> Dataset:
     plan = packer.make_plan(source, str(destination), PackConfig(**options))  # type: ignore[arg-type]
-    return packer.finish(plan, [packer.pack_shard(plan, n) for n in range(plan.shards)])
+    return packer.finish_dataset(plan, [packer.pack_shard(plan, n) for n in range(plan.shards)])
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -67,7 +67,7 @@ def test_the_order_of_the_tasks_does_not_matter(pictures: Path, tmp_path: Path) 
         str(pictures), str(tmp_path / "b"), PackConfig(shard_bytes=2 * 12 * 9 * 3)
     )
     assert plan.shards == 4
-    second = packer.finish(plan, [packer.pack_shard(plan, n) for n in (3, 0, 2, 1)])
+    second = packer.finish_dataset(plan, [packer.pack_shard(plan, n) for n in (3, 0, 2, 1)])
     assert files(tmp_path / "a") == files(tmp_path / "b")
     assert first.fingerprint == second.fingerprint
 
@@ -85,7 +85,7 @@ def test_a_killed_packer_goes_on_where_it_was(pictures: Path, tmp_path: Path) ->
         written = sorted(Path(call.args[0]).name for call in write.call_args_list)
     missing = [f"shard-0000{n}.arrow" for n in (1, 3)]
     assert written == sorted([*missing, *(f"{name}.json" for name in missing)])
-    assert packer.finish(again, done).fingerprint == whole.fingerprint
+    assert packer.finish_dataset(again, done).fingerprint == whole.fingerprint
     assert files(tmp_path / "set") == files(tmp_path / "whole")
 
 
@@ -184,7 +184,7 @@ def test_bad_images_are_skipped_and_counted_where_wished(pictures: Path, tmp_pat
     options = PackConfig(shard_bytes=1, on_bad_image="skip")  # an image to a shard
     plan = packer.make_plan(str(pictures), str(tmp_path / "set"), options)
     done = [packer.pack_shard(plan, n) for n in range(plan.shards)]
-    dataset = packer.finish(plan, done)
+    dataset = packer.finish_dataset(plan, done)
     assert dataset.manifest.samples == dataset.manifest.shards == 5
     assert [len(shard.skipped) for shard in done] == [1, 0, 0, 0, 0, 1, 0]
     assert "even/0.png: not a readable image" in done[0].skipped[0]
@@ -254,7 +254,7 @@ def test_grey_pixels_are_the_same_however_they_were_stored(tmp_path: Path) -> No
 
 
 def report_of(dataset: Dataset) -> PackReport:
-    record = pack_report.read(dataset)
+    record = pack_report.read_record(dataset)
     assert record is not None
     return record.report
 
@@ -277,7 +277,7 @@ def test_every_image_is_counted_as_packed_skipped_changed_or_left_out(
     assert report.left_out == (NamedGroup("other files", 1, ("odd/notes.txt",)),)
     on_white = NamedGroup("transparent pixels composited on white", 2, ("odd/1.png", "odd/9.png"))
     assert report.changed == (on_white,)
-    reported = pack_report.summary(dataset, report)
+    reported = pack_report.job_result(dataset, report)
     assert (reported["classes"], reported["channels"], reported["samples"]) == (
         ["even", "odd"],
         3,
@@ -375,8 +375,8 @@ def test_a_set_of_an_earlier_version_is_found_and_has_no_report(
     found = packer.find_finished(packer.make_plan("digits", dataset.url, PackConfig(max_pixels=99)))
     assert found is not None
     assert found.fingerprint == dataset.fingerprint
-    assert pack_report.read(found) is None
-    reported = pack_report.summary(found, None)
+    assert pack_report.read_record(found) is None
+    reported = pack_report.job_result(found, None)
     assert (reported["samples"], reported["skipped"]) == (1797, None)
     first, *_ = pack_report.lines(found, None)
     assert first.startswith("packed by an earlier version, which stored no report")
@@ -384,13 +384,13 @@ def test_a_set_of_an_earlier_version_is_found_and_has_no_report(
 
 def test_a_record_of_another_set_or_none_at_all_is_no_record(tmp_path: Path) -> None:
     dataset = pack("digits", tmp_path / "a")
-    record = pack_report.read(dataset)
+    record = pack_report.read_record(dataset)
     assert record is not None
-    pack_report.write(dataset.url, dataclasses.replace(record, source_sha256="0" * 64))
-    assert pack_report.read(dataset) is None
+    pack_report.write_record(dataset.url, dataclasses.replace(record, source_sha256="0" * 64))
+    assert pack_report.read_record(dataset) is None
     checksummed_json.write(f"{dataset.url}/packing.json", {"source": "x"})
     with pytest.raises(StorageError, match=r"packing.json: not a packing record.*; delete this"):
-        pack_report.read(dataset)
+        pack_report.read_record(dataset)
 
 
 def test_the_job_shows_the_same_when_it_packs_and_when_it_finds(

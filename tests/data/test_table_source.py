@@ -87,7 +87,7 @@ def test_the_tables_of_a_folder_are_packed_in_order(
         object_store.write_bytes(object_store.join(root, name), Path(path).read_bytes())
     object_store.write_bytes(object_store.join(root, "README.md"), b"a card")
     plan = packer.make_plan(root, str(tmp_path / "set"), PackConfig(shard_bytes=16 * 3))
-    dataset = packer.finish(plan, [packer.pack_shard(plan, n) for n in range(plan.shards)])
+    dataset = packer.finish_dataset(plan, [packer.pack_shard(plan, n) for n in range(plan.shards)])
     assert dataset.manifest.shards == 4
     assert dataset.manifest.label_names == ("0", "1", "2")
     shards = [fetch_shard(dataset, n) for n in range(4)]

@@ -17,6 +17,7 @@ from ddpm_ray.choices import ReverseVariance
 from ddpm_ray.diffusion import simple_loss
 from ddpm_ray.diffusion.samplers import ancestral, ddim
 from ddpm_ray.diffusion.timestep_spacing import uniform_steps
+from ddpm_ray.diffusion.x0_estimator import X0Estimator
 from tests.truth import CLEAN, LINE, ONE, SCHEDULE, THREE, standard
 
 PERTURBATIONS: list[Callable[[Tensor], Tensor]] = [
@@ -92,13 +93,11 @@ def test_ancestral_sampling_draws_from_the_data(variance: ReverseVariance) -> No
     generator = torch.Generator().manual_seed(1)
     x_T = standard(10_000, generator, THREE)
     samples = ancestral(
-        SCHEDULE,
-        THREE.expected_noise,
+        X0Estimator(SCHEDULE, THREE.expected_noise, clip=None),
         x_T,
         uniform_steps(1000, 1000),
         noise=lambda t: standard(10_000, generator, THREE),
         variance=variance,
-        clip=None,
     )
     assert_drawn_from_the_mixture(samples)
 
@@ -108,13 +107,11 @@ def test_ddim_draws_from_the_data(eta: float) -> None:
     generator = torch.Generator().manual_seed(2)
     x_T = standard(10_000, generator, THREE)
     samples = ddim(
-        SCHEDULE,
-        THREE.expected_noise,
+        X0Estimator(SCHEDULE, THREE.expected_noise, clip=None),
         x_T,
         uniform_steps(1000, 500),
         eta=eta,
         noise=lambda t: standard(10_000, generator, THREE),
-        clip=None,
     )
     assert_drawn_from_the_mixture(samples)
 
@@ -130,7 +127,9 @@ def test_ddim_converges_to_the_flow_with_order_one() -> None:
     truth = ONE.mean + ONE.variance.sqrt() * kept
     errors = []
     for count in (32, 64, 128, 256):
-        end = ddim(SCHEDULE, ONE.expected_noise, x_T, uniform_steps(1000, count), clip=None)
+        end = ddim(
+            X0Estimator(SCHEDULE, ONE.expected_noise, clip=None), x_T, uniform_steps(1000, count)
+        )
         errors.append(float((end - truth).abs().max()))
     orders = [math.log2(coarse / fine) for coarse, fine in pairwise(errors)]
     assert orders == pytest.approx([1, 1, 1], abs=0.05)

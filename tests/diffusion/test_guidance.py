@@ -21,6 +21,7 @@ from ddpm_ray.diffusion.conditioning import Conditioning
 from ddpm_ray.diffusion.guidance import autoguided, classifier_free, classifier_guided
 from ddpm_ray.diffusion.samplers import ancestral, ddim
 from ddpm_ray.diffusion.timestep_spacing import uniform_steps
+from ddpm_ray.diffusion.x0_estimator import X0Estimator
 from tests.diffusion.test_parameterization import KINDS
 from tests.truth import LINE, SCHEDULE, THREE, Mixture, standard
 
@@ -194,7 +195,11 @@ def test_a_learned_variance_stays_the_conditional_one() -> None:
     torch.testing.assert_close(pushed[:, :2], own(x, t)[:, :2] - 2 * size)
     assert torch.equal(pushed[:, 2:], own(x, t)[:, 2:])
     end = ancestral(
-        LEVELS, denoise, x, (3, 2, 1, 0), noise=lambda t: x, variance="learned_range", clip=None
+        X0Estimator(LEVELS, denoise, clip=None),
+        x,
+        (3, 2, 1, 0),
+        noise=lambda t: x,
+        variance="learned_range",
     )
     assert end.shape == x.shape
 
@@ -253,7 +258,7 @@ def test_guided_at_scale_1_ddim_draws_from_the_class(way: str, k: int) -> None:
         if way == "classifier"
         else classifier_free(partial(by_label, EPSILON), Conditioning(torch.full((count,), k)), 1.0)
     )
-    samples = ddim(SCHEDULE, denoise, x_T, uniform_steps(1000, 200), clip=None)
+    samples = ddim(X0Estimator(SCHEDULE, denoise, clip=None), x_T, uniform_steps(1000, 200))
     assert_drawn_from_component(samples, k)
 
 
@@ -266,13 +271,11 @@ def test_shifted_means_draw_from_the_class(variance: ReverseVariance) -> None:
         THREE.expected_noise, partial(log_class, 1), EPSILON, 1.0, steps=steps, variance=variance
     )
     samples = ancestral(
-        SCHEDULE,
-        denoise,
+        X0Estimator(SCHEDULE, denoise, clip=None),
         standard(3000, generator, THREE),
         steps,
         noise=lambda t: standard(3000, generator, THREE),
         variance=variance,
-        clip=None,
     )
     assert_drawn_from_component(samples, 1)
 
@@ -305,20 +308,17 @@ def test_a_linear_gaussian_label_leads_to_its_posterior(kind: Prediction, way: s
     row = {t: 2 + i for i, t in enumerate(steps)}
     if way == "score":
         guided = classifier_guided(model_output, log_label, parameterization, 1.0)
-        end = ddim(SCHEDULE, guided, x_T, steps, parameterization=parameterization, clip=None)
+        end = ddim(X0Estimator(SCHEDULE, guided, parameterization, clip=None), x_T, steps)
     else:
         variance: Any = way
         guided = classifier_guided(
             model_output, log_label, parameterization, 1.0, steps=steps, variance=variance
         )
         end = ancestral(
-            SCHEDULE,
-            guided,
+            X0Estimator(SCHEDULE, guided, parameterization, clip=None),
             x_T,
             steps,
             variance=variance,
-            parameterization=parameterization,
-            clip=None,
             noise=lambda t: sources.index_fill(0, torch.tensor([row[t]]), 1.0),
         )
     assert float(end[0]) == pytest.approx(0.6, abs=0.01)
@@ -341,14 +341,11 @@ def test_a_mean_is_shifted_by_sigma_times_the_slope(
 
     def run(denoise: Callable[[Tensor, Tensor], Tensor]) -> None:
         ancestral(
-            schedule,
-            denoise,
+            X0Estimator(schedule, denoise, parameterization, clip=None),
             X_4,
             steps,
             noise=lambda t: 0 * X_4,
-            parameterization=parameterization,
             variance=variance,
-            clip=None,
             on_step=lambda t, x_t, x_0: seen.append(x_t.clone()),
         )
 

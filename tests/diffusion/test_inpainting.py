@@ -33,6 +33,7 @@ from ddpm_ray.diffusion.inpainting import (
 from ddpm_ray.diffusion.process import Denoise
 from ddpm_ray.diffusion.samplers import ancestral, ddim
 from ddpm_ray.diffusion.timestep_spacing import uniform_steps
+from ddpm_ray.diffusion.x0_estimator import X0Estimator
 from tests.diffusion.test_parameterization import KINDS
 from tests.truth import ONE, SCHEDULE, THREE, mixture, standard
 
@@ -84,15 +85,12 @@ def test_repaint_keeps_the_marginals_on_its_way_up_and_down(
         return x_t / (1 - SHORT.at(t, x_t)).sqrt()
 
     end = repaint(
-        SHORT,
-        optimum,
+        X0Estimator(SHORT, optimum),
         x_T,
-        steps,
+        jump_schedule(steps, jump_length, resamples),
         known=torch.zeros_like(x_T),
         mask=torch.full((1, 1), all_known),
         noise=noise,
-        jump_length=jump_length,
-        resamples=resamples,
         eta=eta,
     )
     assert [t for t, _ in visits] == [t for t, s in pairwise(way) if s < t]
@@ -106,18 +104,20 @@ def test_repaint_keeps_the_marginals_on_its_way_up_and_down(
 @given(falling, st.floats(0, 1))
 def test_repaint_of_nothing_known_without_jumps_is_ddim(steps: tuple[int, ...], eta: float) -> None:
     free = repaint(
-        SHORT,
-        shrinking,
+        X0Estimator(SHORT, shrinking),
         noise_at(99),
-        steps,
+        jump_schedule(steps, resamples=1),
         known=noise_at(98),
         mask=0 * HALF,
         noise=noise_at,
-        resamples=1,
         eta=eta,
     )
     other = ddim(
-        SHORT, shrinking, noise_at(99), steps, eta=eta, noise=lambda t: noise_at(steps.index(t))
+        X0Estimator(SHORT, shrinking),
+        noise_at(99),
+        steps,
+        eta=eta,
+        noise=lambda t: noise_at(steps.index(t)),
     )
     torch.testing.assert_close(free, other, rtol=1e-9, atol=1e-9)
 
@@ -125,15 +125,12 @@ def test_repaint_of_nothing_known_without_jumps_is_ddim(steps: tuple[int, ...], 
 def test_known_pixels_come_back_to_the_bit_and_the_others_are_no_ones_but_the_samplers() -> None:
     known = 3 * noise_at(98).float()  # beyond the clip
     end = repaint(
-        SHORT,
-        shrinking,
+        X0Estimator(SHORT, shrinking),
         noise_at(99).float(),
-        (40, 30, 20, 10, 0),
+        jump_schedule((40, 30, 20, 10, 0), 2, 3),
         known=known,
         mask=HALF,
         noise=lambda n: noise_at(n).float(),
-        jump_length=2,
-        resamples=3,
     )
     assert end.dtype == torch.float32
     assert known_error(end, known, HALF) == 0
@@ -150,14 +147,12 @@ def test_a_painted_image_is_a_function_of_seed_and_index() -> None:
         i = torch.tensor(index)
         x_T = counter_rng.normal(1, counter_rng.Purpose.SAMPLE_START, 0, i, (2, 4, 4))
         return repaint(
-            SHORT,
-            shrinking,
+            X0Estimator(SHORT, shrinking),
             x_T,
-            (40, 30, 20, 10, 0),
+            jump_schedule((40, 30, 20, 10, 0), 1),
             known=0 * x_T,
             mask=HALF,
             noise=lambda n: counter_rng.normal(1, counter_rng.Purpose.SAMPLE_STEP, n, i, (2, 4, 4)),
-            jump_length=1,
         )
 
     torch.testing.assert_close(painted([5, 7, 8])[2:], painted([8]))
@@ -186,21 +181,21 @@ def painted(
     if resamples is None:
         replaced = replacement(denoise, Parameterization.of("epsilon", SCHEDULE), known, mask)
         end = ancestral(
-            SCHEDULE, replaced, x_T, steps, noise=noise, variance="fixed_small", clip=None
+            X0Estimator(SCHEDULE, replaced, clip=None),
+            x_T,
+            steps,
+            noise=noise,
+            variance="fixed_small",
         )
         assert known_error(end, known, mask) < 1e-9
     else:
         end = repaint(
-            SCHEDULE,
-            denoise,
+            X0Estimator(SCHEDULE, denoise, clip=None),
             x_T,
-            steps,
+            jump_schedule(steps, 1, resamples),
             known=known,
             mask=mask,
             noise=noise,
-            jump_length=1,
-            resamples=resamples,
-            clip=None,
         )
         assert known_error(end, known, mask) == 0
     return end[:, 0]
@@ -252,12 +247,14 @@ def test_replacement_takes_the_known_pixels_along_their_own_noise(kind: Predicti
     )
     seen = []
     end = ddim(
-        SHORT,
-        replacement(shrinking, parameterization, known, HALF),
+        X0Estimator(
+            SHORT,
+            replacement(shrinking, parameterization, known, HALF),
+            parameterization,
+            clip=None,
+        ),
         add_noise(SHORT, known, t, noise_at(99)),
         (40, 30, 7, 0),
-        parameterization=parameterization,
-        clip=None,
         on_step=lambda t, x_t, x_0: seen.append((t, x_t.clone(), x_0.clone())),
     )
     for step, x_t, x_0 in seen:
@@ -283,7 +280,14 @@ def test_a_learned_variance_passes_and_is_not_read() -> None:
     assert torch.equal(model_output[:, 2:], 0.3 * x)
 
     def end(denoise: Denoise) -> Tensor:
-        return repaint(SHORT, denoise, x, (40, 20, 0), known=known, mask=HALF, noise=noise_at)
+        return repaint(
+            X0Estimator(SHORT, denoise),
+            x,
+            jump_schedule((40, 20, 0)),
+            known=known,
+            mask=HALF,
+            noise=noise_at,
+        )
 
     assert torch.equal(end(wide), end(shrinking))
 
@@ -350,7 +354,7 @@ def test_sdedit_follows_the_flow_from_where_it_starts(strength: float, t_0: int)
     a = SCHEDULE.alpha_bar[t_0]
     torch.testing.assert_close(start, a.sqrt() * image + (1 - a).sqrt() * noise)
     kept = (start - a.sqrt() * ONE.mean) / (a * ONE.variance + 1 - a).sqrt()
-    end = ddim(SCHEDULE, ONE.expected_noise, start, steps, clip=None)
+    end = ddim(X0Estimator(SCHEDULE, ONE.expected_noise, clip=None), start, steps)
     truth = ONE.mean + ONE.variance.sqrt() * kept
     torch.testing.assert_close(end, truth, rtol=0, atol=0.03)
 
@@ -398,14 +402,38 @@ X_T = torch.zeros(3, 2, 4, 4)
         (lambda: paste(X_T, X_T, X_T + 0.5), "mask has other values than 0 and 1"),
         (
             lambda: repaint(
-                SHORT, shrinking, X_T, (9, 0), known=X_T, mask=HALF, noise=noise_at, eta=2
+                X0Estimator(SHORT, shrinking),
+                X_T,
+                jump_schedule((9, 0)),
+                known=X_T,
+                mask=HALF,
+                noise=noise_at,
+                eta=2,
             ),
             "eta is 2; it lies between 0",
         ),
         (
-            lambda: repaint(SHORT, shrinking, X_T, (9, 1), known=X_T, mask=HALF, noise=noise_at),
+            lambda: jump_schedule((9, 1)),
             "steps are 9, 1; they must fall",
         ),
+        (
+            lambda: repaint(
+                X0Estimator(SHORT, shrinking),
+                X_T,
+                jump_schedule((41, 0)),
+                known=X_T,
+                mask=HALF,
+                noise=noise_at,
+            ),
+            "steps start at 41, but the schedule has T = 40 steps",
+        ),
+        (
+            lambda: repaint(
+                X0Estimator(SHORT, shrinking), X_T, (9, 1), known=X_T, mask=HALF, noise=noise_at
+            ),
+            "steps are 9, 1; they must fall",
+        ),
+        (lambda: jump_schedule((9, 20, 0)), "steps go from 9 to 20; they must fall strictly"),
         (lambda: on_canvas(X_T, 6, 6, 3, 0), r"4 x 4 at \(3, 0\) is not within 6 x 6; enlarge"),
         (lambda: on_canvas(X_T, 6, 6, 0, -1), r"4 x 4 at \(0, -1\) is not within 6 x 6; enlarge"),
         (

@@ -16,6 +16,7 @@ from ddpm_ray.diffusion import NoiseSchedule, Parameterization, add_noise
 from ddpm_ray.diffusion.inversion import ddim_inversion, interpolate
 from ddpm_ray.diffusion.samplers import ddim
 from ddpm_ray.diffusion.timestep_spacing import uniform_steps
+from ddpm_ray.diffusion.x0_estimator import X0Estimator
 from tests.truth import ONE, SCHEDULE, THREE
 
 NO_SIGNAL = NoiseSchedule(torch.cat([SCHEDULE.alpha_bar[:-1], torch.zeros(1, dtype=torch.float64)]))
@@ -46,20 +47,22 @@ def test_ddim_gives_back_the_inverted_image(
 
     x_0 = ONE.sample(50, torch.Generator().manual_seed(0))
     x_T = ddim_inversion(
-        schedule, denoise, x_0, steps, iterations=60, parameterization=parameterization
+        X0Estimator(schedule, denoise, parameterization, clip=None), x_0, steps, iterations=60
     )
-    again = ddim(schedule, denoise, x_T, steps, parameterization=parameterization, clip=None)
+    again = ddim(X0Estimator(schedule, denoise, parameterization, clip=None), x_T, steps)
     torch.testing.assert_close(again, x_0, rtol=1e-10, atol=1e-10)
-    once = ddim_inversion(schedule, denoise, x_0, steps, parameterization=parameterization)
-    off = ddim(schedule, denoise, once, steps, parameterization=parameterization, clip=None) - x_0
+    once = ddim_inversion(X0Estimator(schedule, denoise, parameterization, clip=None), x_0, steps)
+    off = ddim(X0Estimator(schedule, denoise, parameterization, clip=None), once, steps) - x_0
     assert off.abs().max() > 0.01
 
 
 def test_images_of_a_mixture_come_back_and_their_noise_is_standard_normal() -> None:
     """Each axis of x_T by a Kolmogorov-Smirnov test: the flow takes the data's law to N(0, 1)."""
     x_0, steps = THREE.sample(5000, torch.Generator().manual_seed(1)), uniform_steps(1000, 100)
-    x_T = ddim_inversion(SCHEDULE, THREE.expected_noise, x_0, steps, iterations=12)
-    again = ddim(SCHEDULE, THREE.expected_noise, x_T, steps, clip=None)
+    x_T = ddim_inversion(
+        X0Estimator(SCHEDULE, THREE.expected_noise, clip=None), x_0, steps, iterations=12
+    )
+    again = ddim(X0Estimator(SCHEDULE, THREE.expected_noise, clip=None), x_T, steps)
     torch.testing.assert_close(again, x_0, rtol=1e-6, atol=1e-6)
     for axis in range(2):
         assert scipy.stats.kstest(x_T[:, axis].numpy(), "norm").pvalue > 1e-3
@@ -73,7 +76,9 @@ def test_a_single_iteration_follows_the_flow_with_order_one() -> None:
     truth = a.sqrt() * ONE.mean + (a * ONE.variance + 1 - a).sqrt() * kept
     errors = []
     for count in (64, 128, 256):
-        end = ddim_inversion(SCHEDULE, ONE.expected_noise, x_0, uniform_steps(1000, count))
+        end = ddim_inversion(
+            X0Estimator(SCHEDULE, ONE.expected_noise, clip=None), x_0, uniform_steps(1000, count)
+        )
         errors.append(float((end - truth).abs().max()))
     orders = [math.log2(coarse / fine) for coarse, fine in pairwise(errors)]
     assert orders == pytest.approx([1, 1], abs=0.15)
@@ -83,7 +88,7 @@ def test_a_single_iteration_follows_the_flow_with_order_one() -> None:
 def test_a_single_iteration_adds_the_noise_that_the_network_sees_in_the_image(t: int) -> None:
     """From the image itself: x_t of eq. 4 of Ho et al. 2020, the noise predicted and not drawn."""
     x_0, steps = drawn(0, 4, 3), torch.full((4,), t)
-    x_t = ddim_inversion(SCHEDULE, rough, x_0, (t, 0))
+    x_t = ddim_inversion(X0Estimator(SCHEDULE, rough, clip=None), x_0, (t, 0))
     torch.testing.assert_close(x_t, add_noise(SCHEDULE, x_0, steps, rough(x_0, steps)))
 
 
@@ -95,7 +100,9 @@ def test_inversion_calls_the_network_at_the_noisier_end() -> None:
         return ONE.expected_noise(x_t, t)
 
     x_0 = drawn(0, 4, 1).float().requires_grad_()
-    x_T = ddim_inversion(SCHEDULE, denoise, x_0, (1000, 300, 0), iterations=2)
+    x_T = ddim_inversion(
+        X0Estimator(SCHEDULE, denoise, clip=None), x_0, (1000, 300, 0), iterations=2
+    )
     assert calls == [300, 300, 1000, 1000]
     assert torch.equal(x_0, drawn(0, 4, 1).float())
     assert x_T.dtype == torch.float32
@@ -115,12 +122,12 @@ def test_inversion_refuses_what_it_cannot_undo(
 ) -> None:
     with pytest.raises(ValueError, match=complaint):
         ddim_inversion(
-            NO_SIGNAL,
-            ONE.expected_noise,
+            X0Estimator(
+                NO_SIGNAL, ONE.expected_noise, Parameterization.of("v", NO_SIGNAL), clip=None
+            ),
             drawn(0, 1, 1),
             steps,
             iterations=iterations,
-            parameterization=Parameterization.of("v", NO_SIGNAL),
         )
 
 

@@ -24,7 +24,7 @@ RULES: list[Callable[[Parameterization], Tensor]] = [
     loss_weighting.min_snr,
     loss_weighting.soft_min_snr,
     loss_weighting.p2,
-    loss_weighting.edm,
+    loss_weighting.edm_weight,
 ]
 NINE = NoiseSchedule(torch.tensor([1, 0.9, 0.1], dtype=torch.float64))  # SNR 9 and 1/9
 SILENT = NoiseSchedule(torch.tensor([1, 0.5, 0], dtype=torch.float64))  # and none at T
@@ -72,8 +72,9 @@ def test_a_rule_is_one_loss_whatever_is_predicted(
             1 / (9 + 1 / 5),
         ),  # sigma^2 = 1 / SNR
         (loss_weighting.p2, "epsilon", 1 / 10, 9 / 10),  # 1 / (1 + SNR)
-        (loss_weighting.edm, "x_0", 9 + 4, 1 / 9 + 4),  # at sigma_data = 1/2
-        (loss_weighting.edm, "edm", 1, 1),  # Karras et al. 2022, table 1: lambda = 1 / c_out^2
+        (loss_weighting.edm_weight, "x_0", 9 + 4, 1 / 9 + 4),  # at sigma_data = 1/2
+        # Karras et al. 2022, table 1: lambda = 1 / c_out^2.
+        (loss_weighting.edm_weight, "edm", 1, 1),
     ],
 )
 def test_weights_are_what_the_papers_say(
@@ -90,7 +91,7 @@ def test_settings_reach_the_rules() -> None:
     assert loss_weighting.soft_min_snr(image, gamma=9)[1].item() == pytest.approx(9 / 2)
     assert loss_weighting.p2(noise, k=7, gamma=0.5)[1].item() == pytest.approx(1 / 4)
     assert loss_weighting.p2(noise, gamma=0)[1:].tolist() == pytest.approx([1, 1])
-    assert loss_weighting.edm(image, sigma_data=1)[1].item() == pytest.approx(10)
+    assert loss_weighting.edm_weight(image, sigma_data=1)[1].item() == pytest.approx(10)
 
 
 @pytest.mark.parametrize("kind", ["v", "x_0", "mean", "edm"])
@@ -98,7 +99,7 @@ def test_a_step_without_signal_has_the_weight_of_no_snr(kind: Prediction) -> Non
     parameterization = Parameterization.of(kind, SILENT)
     for rule in (loss_weighting.min_snr, loss_weighting.soft_min_snr, loss_weighting.p2):
         assert rule(parameterization)[2] == 0
-    assert loss_weighting.edm(Parameterization.of("x_0", SILENT))[2] == 4
+    assert loss_weighting.edm_weight(Parameterization.of("x_0", SILENT))[2] == 4
 
 
 @pytest.mark.parametrize(
@@ -107,7 +108,7 @@ def test_a_step_without_signal_has_the_weight_of_no_snr(kind: Prediction) -> Non
         (lambda p: loss_weighting.min_snr(p, gamma=0), "gamma is 0"),
         (lambda p: loss_weighting.soft_min_snr(p, gamma=-1), "gamma is -1"),
         (lambda p: loss_weighting.p2(p, k=0), "k is 0"),
-        (lambda p: loss_weighting.edm(p, sigma_data=math.nan), "sigma_data is nan"),
+        (lambda p: loss_weighting.edm_weight(p, sigma_data=math.nan), "sigma_data is nan"),
     ],
 )
 def test_a_number_that_makes_no_weight_is_named(

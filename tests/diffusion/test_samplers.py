@@ -23,7 +23,7 @@ from ddpm_ray.diffusion.timestep_spacing import (
     quadratic_steps,
     uniform_steps,
 )
-from ddpm_ray.diffusion.x0_estimator import Clip, clip_to_quantile, clip_to_range
+from ddpm_ray.diffusion.x0_estimator import Clip, X0Estimator, clip_to_quantile, clip_to_range
 
 SCHEDULE = NoiseSchedule(schedules.linear(40, 1e-3, 0.3))
 falling = st.sets(st.integers(1, 40), min_size=1).map(lambda t: (*sorted(t, reverse=True), 0))
@@ -66,7 +66,11 @@ def test_fixed_large_keeps_unit_gaussian_data_exact(steps: tuple[int, ...]) -> N
 
     source = Sources(steps)
     ancestral(
-        SCHEDULE, optimum, source.x_T, steps, noise=source.noise, clip=None, on_step=source.on_step
+        X0Estimator(SCHEDULE, optimum, clip=None),
+        source.x_T,
+        steps,
+        noise=source.noise,
+        on_step=source.on_step,
     )
     assert list(source.variance) == list(steps[:-1])
     assert list(source.variance.values()) == pytest.approx([1.0] * (len(steps) - 1))
@@ -84,8 +88,7 @@ def test_ddim_keeps_the_marginals_of_a_single_image_at_any_eta(
     source = Sources(steps)
     source.x_T *= (1 - SCHEDULE.alpha_bar[steps[0]]).sqrt()
     end = ddim(
-        SCHEDULE,
-        optimum,
+        X0Estimator(SCHEDULE, optimum),
         source.x_T,
         steps,
         eta=eta,
@@ -104,8 +107,7 @@ def test_eta_scales_the_deviation_of_fresh_noise(s: int, eta: float) -> None:
     def deviation(eta: float) -> float:
         seen: dict[int, Tensor] = {}
         ddim(
-            SCHEDULE,
-            lambda x_t, t: x_t,
+            X0Estimator(SCHEDULE, lambda x_t, t: x_t),
             0 * noise_at(99),
             (40, s, 0),
             eta=eta,
@@ -123,17 +125,22 @@ def test_ancestral_with_fixed_small_is_ddim_with_eta_1(
     steps: tuple[int, ...], clip: Clip | None
 ) -> None:
     one = ancestral(
-        SCHEDULE, shrinking, noise_at(99), steps, noise=noise_at, variance="fixed_small", clip=clip
+        X0Estimator(SCHEDULE, shrinking, clip=clip),
+        noise_at(99),
+        steps,
+        noise=noise_at,
+        variance="fixed_small",
     )
-    other = ddim(SCHEDULE, shrinking, noise_at(99), steps, eta=1, noise=noise_at, clip=clip)
+    other = ddim(
+        X0Estimator(SCHEDULE, shrinking, clip=clip), noise_at(99), steps, eta=1, noise=noise_at
+    )
     torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
 
 
 def test_ancestral_with_fixed_large_is_ddim_with_sigma_hat() -> None:
-    one = ancestral(SCHEDULE, shrinking, noise_at(99), EVERY_STEP, noise=noise_at)
+    one = ancestral(X0Estimator(SCHEDULE, shrinking), noise_at(99), EVERY_STEP, noise=noise_at)
     other = ddim(
-        SCHEDULE,
-        shrinking,
+        X0Estimator(SCHEDULE, shrinking),
         noise_at(99),
         EVERY_STEP,
         eta=1,
@@ -146,8 +153,7 @@ def test_ancestral_with_fixed_large_is_ddim_with_sigma_hat() -> None:
 def test_each_ancestral_step_draws_from_the_posterior() -> None:
     seen: list[tuple[int, Tensor, Tensor]] = []
     ancestral(
-        SCHEDULE,
-        shrinking,
+        X0Estimator(SCHEDULE, shrinking),
         noise_at(99),
         EVERY_STEP,
         noise=noise_at,
@@ -166,8 +172,7 @@ def test_each_ddim_step_lands_on_the_clipped_image_with_its_own_noise(
     """At eta = 0, x_s is the clipped x_0 under the noise that took it to x_t (eq. 12)."""
     seen: list[tuple[int, Tensor, Tensor]] = []
     end = ddim(
-        SCHEDULE,
-        shrinking,
+        X0Estimator(SCHEDULE, shrinking),
         5 * noise_at(99),
         steps,
         on_step=lambda t, x_t, x_0: seen.append((t, x_t.clone(), x_0.clone())),
@@ -192,7 +197,7 @@ def test_noise_is_asked_for_by_the_step_it_leaves_and_never_last(
         asked.append(t)
         return noise_at(t)
 
-    sampler(SCHEDULE, shrinking, noise_at(99), (40, 17, 3, 0), noise=noise)
+    sampler(X0Estimator(SCHEDULE, shrinking), noise_at(99), (40, 17, 3, 0), noise=noise)
     assert asked == [40, 17]
 
 
@@ -201,7 +206,7 @@ def test_what_goes_in_is_kept_and_what_comes_out_is_an_ordinary_tensor(
     sampler: Callable[..., Tensor],
 ) -> None:
     x_T = noise_at(99).float().requires_grad_()
-    end = sampler(SCHEDULE, shrinking, x_T, (40, 10, 0))
+    end = sampler(X0Estimator(SCHEDULE, shrinking), x_T, (40, 10, 0))
     assert torch.equal(x_T, noise_at(99).float())
     assert end.dtype == torch.float32
     assert not end.requires_grad
@@ -209,15 +214,21 @@ def test_what_goes_in_is_kept_and_what_comes_out_is_an_ordinary_tensor(
 
 
 def test_a_denoiser_may_take_gradients_with_respect_to_x_t() -> None:
-    """As classifier guidance will: it leaves inference mode for its own part."""
+    """As classifier guidance will: it leaves inference mode for its own part.
+
+    Autograd saves t, the index of the table's rows, for the backward pass.
+    """
+    table = torch.nn.Embedding(41, 1, dtype=torch.float64)
 
     def denoise(x_t: Tensor, t: Tensor) -> Tensor:
         with torch.inference_mode(False), torch.enable_grad():
             x = x_t.clone().requires_grad_()
-            (gradient,) = torch.autograd.grad(shrinking(x, t).logsumexp((1, 2, 3)).sum(), x)
+            (gradient,) = torch.autograd.grad(
+                (shrinking(x, t).logsumexp((1, 2, 3)) * table(t)[:, 0]).sum(), x
+            )
         return gradient
 
-    assert ddim(SCHEDULE, denoise, noise_at(99), (40, 10, 0)).isfinite().all()
+    assert ddim(X0Estimator(SCHEDULE, denoise), noise_at(99), (40, 10, 0)).isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -237,7 +248,7 @@ def test_steps_that_do_not_fall_to_0_are_refused(
     sampler: Callable[..., Tensor], steps: tuple[int, ...], complaint: str
 ) -> None:
     with pytest.raises(ValueError, match=complaint):
-        sampler(SCHEDULE, shrinking, noise_at(99), steps)
+        sampler(X0Estimator(SCHEDULE, shrinking), noise_at(99), steps)
 
 
 @pytest.mark.parametrize(
@@ -254,12 +265,12 @@ def test_steps_that_do_not_fall_to_0_are_refused(
 )
 def test_ddim_refuses_what_spoils_images(choice: dict[str, Any], complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
-        ddim(SCHEDULE, shrinking, noise_at(99), (40, 20, 0), **choice)
+        ddim(X0Estimator(SCHEDULE, shrinking), noise_at(99), (40, 20, 0), **choice)
 
 
 def test_ddim_refuses_sigma_hat_at_another_eta_than_1() -> None:
     with pytest.raises(ValueError, match=r"fixed_large with eta 0; .* take eta=1 or fixed_small"):
-        ddim(SCHEDULE, shrinking, noise_at(99), EVERY_STEP, variance="fixed_large")
+        ddim(X0Estimator(SCHEDULE, shrinking), noise_at(99), EVERY_STEP, variance="fixed_large")
 
 
 @pytest.mark.parametrize("spacing", [uniform_steps, quadratic_steps])

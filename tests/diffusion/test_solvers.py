@@ -18,6 +18,7 @@ from ddpm_ray.diffusion import NoiseSchedule, Parameterization
 from ddpm_ray.diffusion.samplers import ancestral, ddim
 from ddpm_ray.diffusion.solvers import _weights, dpm_solver_pp, heun, plms, unipc
 from ddpm_ray.diffusion.timestep_spacing import uniform_steps
+from ddpm_ray.diffusion.x0_estimator import X0Estimator
 from tests.diffusion.test_against_truth import assert_drawn_from_the_mixture
 from tests.truth import ONE, SCHEDULE, THREE, Mixture, standard
 
@@ -98,7 +99,7 @@ def test_each_solver_converges_to_the_flow_with_its_order(
     errors = []
     for count in (64, 128, 256):
         steps = (*(t + 1 for t in uniform_steps(1024, count)), 0)
-        end = solver(schedule, denoise, x_T, steps, clip=None)
+        end = solver(X0Estimator(schedule, denoise, clip=None), x_T, steps)
         errors.append(float((end - flow(schedule, x_T)).abs().max()))
     orders = [math.log2(coarse / fine) for coarse, fine in pairwise(errors)]
     assert orders == pytest.approx([order, order], abs=0.15)
@@ -111,7 +112,7 @@ def test_more_order_is_less_error() -> None:
     error = {
         name: float(
             (
-                solver(SCHEDULE, ONE.expected_noise, x_T, steps, clip=None)
+                solver(X0Estimator(SCHEDULE, ONE.expected_noise, clip=None), x_T, steps)
                 - flow(NoiseSchedule(a), x_T)
             )
             .abs()
@@ -141,7 +142,7 @@ def test_plms_integrates_a_polynomial_noise_exactly(degree: int) -> None:
         return (t.double()[:, None] / 50) ** degree
 
     steps, x_T = uniform_steps(100, 10), torch.ones(1, 1, dtype=torch.float64)
-    end = plms(schedule, denoise, x_T, steps, clip=None, on_step=note)
+    end = plms(X0Estimator(schedule, denoise, clip=None), x_T, steps, on_step=note)
     moved = [after - before for before, after in pairwise([*seen, float(end)])]
     integral = [
         ((s / 50) ** (degree + 1) - (t / 50) ** (degree + 1)) / (degree + 1)
@@ -153,15 +154,17 @@ def test_plms_integrates_a_polynomial_noise_exactly(degree: int) -> None:
 
 @given(falling)
 def test_dpm_solver_pp_of_order_1_is_ddim(steps: tuple[int, ...]) -> None:
-    one = dpm_solver_pp(SCHEDULE, rough, noise_at(0), steps, order=1)
-    other = ddim(SCHEDULE, rough, noise_at(0), steps)
+    one = dpm_solver_pp(X0Estimator(SCHEDULE, rough), noise_at(0), steps, order=1)
+    other = ddim(X0Estimator(SCHEDULE, rough), noise_at(0), steps)
     torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
 @given(falling)
 def test_its_sde_of_order_1_is_ancestral_sampling(steps: tuple[int, ...]) -> None:
-    one = dpm_solver_pp(SCHEDULE, rough, noise_at(0), steps, order=1, noise=noise_at)
-    other = ancestral(SCHEDULE, rough, noise_at(0), steps, noise=noise_at, variance="fixed_small")
+    one = dpm_solver_pp(X0Estimator(SCHEDULE, rough), noise_at(0), steps, order=1, noise=noise_at)
+    other = ancestral(
+        X0Estimator(SCHEDULE, rough), noise_at(0), steps, noise=noise_at, variance="fixed_small"
+    )
     torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
 
 
@@ -173,11 +176,9 @@ def test_the_first_step_from_no_signal_is_ddims(solver: Callable[..., Tensor]) -
     for way in (ddim, solver):
         seen.append([])
         way(
-            NO_SIGNAL,
-            rough,
+            X0Estimator(NO_SIGNAL, rough, parameterization),
             noise_at(0),
             (1000, 800, 500, 0),
-            parameterization=parameterization,
             on_step=lambda t, x_t, x_0: seen[-1].append(x_t.clone()),
         )
     same = 3 if solver is dpm_solver_pp else 2
@@ -199,18 +200,18 @@ def test_each_solver_draws_from_the_data(
 ) -> None:
     """In few tens of steps, of which DDIM needs 60 to pass."""
     x_T = standard(10_000, torch.Generator().manual_seed(3), THREE)
-    assert_drawn_from_the_mixture(solver(SCHEDULE, THREE.expected_noise, x_T, steps, clip=None))
+    assert_drawn_from_the_mixture(
+        solver(X0Estimator(SCHEDULE, THREE.expected_noise, clip=None), x_T, steps)
+    )
 
 
 def test_the_sde_draws_from_the_data() -> None:
     generator = torch.Generator().manual_seed(3)
     samples = dpm_solver_pp(
-        SCHEDULE,
-        THREE.expected_noise,
+        X0Estimator(SCHEDULE, THREE.expected_noise, clip=None),
         standard(10_000, generator, THREE),
         uniform_steps(1000, 50),
         noise=lambda t: standard(10_000, generator, THREE),
-        clip=None,
     )
     assert_drawn_from_the_mixture(samples)
 
@@ -222,12 +223,9 @@ def test_a_schedule_that_ends_in_no_signal_is_no_special_case(
     x_T = standard(10_000, torch.Generator().manual_seed(5), THREE)
     parameterization = Parameterization.of("v", NO_SIGNAL)
     samples = solver(
-        NO_SIGNAL,
-        answering(THREE, parameterization),
+        X0Estimator(NO_SIGNAL, answering(THREE, parameterization), parameterization, clip=None),
         x_T,
         uniform_steps(1000, 40),
-        parameterization=parameterization,
-        clip=None,
     )
     assert_drawn_from_the_mixture(samples)
 
@@ -240,11 +238,9 @@ def test_every_kind_of_prediction_gives_the_same_images(solver: Callable[..., Te
         parameterization = Parameterization.of(kind, SCHEDULE)
         images.append(
             solver(
-                SCHEDULE,
-                answering(THREE, parameterization),
+                X0Estimator(SCHEDULE, answering(THREE, parameterization), parameterization),
                 x_T,
                 (990, 600, 300, 100, 30, 0),
-                parameterization=parameterization,
             )
         )
     for other in images[1:]:
@@ -270,8 +266,7 @@ def test_network_calls_are_as_few_as_promised(name: str, called: list[int]) -> N
         return rough(x_t, t)
 
     end = SOLVERS[name](
-        SCHEDULE,
-        denoise,
+        X0Estimator(SCHEDULE, denoise),
         3 * noise_at(0),
         (1000, 700, 200, 0),
         on_step=lambda t, x_t, x_0: seen.append((t, x_0.clone())),
@@ -288,7 +283,7 @@ def test_what_goes_in_is_kept_and_what_comes_out_is_an_ordinary_tensor(
     solver: Callable[..., Tensor],
 ) -> None:
     x_T = noise_at(0).float().requires_grad_()
-    end = solver(SCHEDULE, rough, x_T, (990, 500, 100, 10, 0))
+    end = solver(X0Estimator(SCHEDULE, rough), x_T, (990, 500, 100, 10, 0))
     assert torch.equal(x_T, noise_at(0).float())
     assert end.dtype == torch.float32
     assert not end.requires_grad
@@ -307,13 +302,13 @@ def test_other_orders_are_refused(
     solver: Callable[..., Tensor], choice: dict[str, Any], complaint: str
 ) -> None:
     with pytest.raises(ValueError, match=complaint):
-        solver(SCHEDULE, rough, noise_at(0), (1000, 0), **choice)
+        solver(X0Estimator(SCHEDULE, rough), noise_at(0), (1000, 0), **choice)
 
 
 @each_solver
 def test_steps_that_do_not_fall_to_0_are_refused(solver: Callable[..., Tensor]) -> None:
     with pytest.raises(ValueError, match="steps go from 10 to 20; they must fall strictly"):
-        solver(SCHEDULE, rough, noise_at(0), (40, 10, 20, 0))
+        solver(X0Estimator(SCHEDULE, rough), noise_at(0), (40, 10, 20, 0))
 
 
 @pytest.mark.parametrize("solver", [heun, plms])
@@ -321,8 +316,8 @@ def test_methods_in_noise_refuse_to_start_without_signal(solver: Callable[..., T
     parameterization = Parameterization.of("v", NO_SIGNAL)
     complaint = "start at 1000, where alpha_bar is 0, .* start at 999 or below, or take dpm_solver"
     with pytest.raises(ValueError, match=complaint):
-        solver(NO_SIGNAL, rough, noise_at(0), (1000, 500, 0), parameterization=parameterization)
-    end = solver(NO_SIGNAL, rough, noise_at(0), (999, 500, 0), parameterization=parameterization)
+        solver(X0Estimator(NO_SIGNAL, rough, parameterization), noise_at(0), (1000, 500, 0))
+    end = solver(X0Estimator(NO_SIGNAL, rough, parameterization), noise_at(0), (999, 500, 0))
     assert end.isfinite().all()
 
 

@@ -50,7 +50,7 @@ def test_in_range_both_clips_leave_all_as_it_is(pixels: list[float]) -> None:
 def test_an_estimate_is_written_where_it_was_asked_to_be() -> None:
     x_t, out = torch.randn(2, 3), torch.empty(2, 3)
     parameterization = Parameterization.of("x_0", LINEAR)
-    estimate = X0Estimator(LINEAR, lambda x, t: 3 * x + t[:, None], x_t, parameterization, None)
+    estimate = X0Estimator(LINEAR, lambda x, t: 3 * x + t[:, None], parameterization, clip=None)
     assert estimate(x_t, 7, out) is out
     torch.testing.assert_close(out, 3 * x_t + 7)
 
@@ -64,13 +64,11 @@ def test_a_learned_variance_is_the_one_that_is_added() -> None:
 
     seen: dict[int, float] = {}
     ancestral(
-        LINEAR,
-        denoise,
+        X0Estimator(LINEAR, denoise, Parameterization.of("x_0", LINEAR)),
         torch.zeros(1, 1, 4),
         (40, 20, 0),
         noise=lambda t: torch.ones(1, 1, 4),
         variance="learned_range",
-        parameterization=Parameterization.of("x_0", LINEAR),
         on_step=lambda t, x_t, x_0: seen.update({t: x_t[0, 0, 0].item()}),
     )
     a, a_s = (float(LINEAR.alpha_bar[t]) for t in (40, 20))
@@ -82,8 +80,7 @@ def test_a_learned_variance_is_the_one_that_is_added() -> None:
 def test_a_variance_of_every_step_is_refused_for_some() -> None:
     with pytest.raises(ValueError, match=r"learned with 2 of 40 steps; .* train learned_range"):
         ancestral(
-            LINEAR,
-            lambda x, t: x,
+            X0Estimator(LINEAR, lambda x, t: x),
             torch.zeros(1, 1),
             (40, 20, 0),
             noise=lambda t: torch.zeros(1, 1),
@@ -97,13 +94,15 @@ def test_a_learned_logarithm_is_taken_as_it_is() -> None:
     assert torch.equal(learned_log_variance(raw, "learned", raw, raw), raw)
     seen: list[float] = []
     ancestral(
-        LINEAR,
-        lambda x, t: torch.cat([0 * x, 0 * x - 3], 1),
+        X0Estimator(
+            LINEAR,
+            lambda x, t: torch.cat([0 * x, 0 * x - 3], 1),
+            Parameterization.of("x_0", LINEAR),
+        ),
         torch.zeros(1, 1, 4),
         uniform_steps(40, 40),
         noise=lambda t: torch.ones(1, 1, 4),
         variance="learned",
-        parameterization=Parameterization.of("x_0", LINEAR),
         on_step=lambda t, x_t, x_0: seen.append(x_t[0, 0, 0].item()),
     )
     assert seen[1] == pytest.approx(math.exp(-1.5))

@@ -61,7 +61,7 @@ def test_the_cause_is_named_not_what_the_other_workers_saw(
     errors: dict[int, Exception], says: str
 ) -> None:
     """On commit d926ba0 the lowest rank's error was named, often "Connection closed by peer"."""
-    assert failures.reason(WorkerGroupError("a page of traces", errors)) == says
+    assert failures.failure_reason(WorkerGroupError("a page of traces", errors)) == says
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_the_cause_is_named_not_what_the_other_workers_saw(
     ],
 )
 def test_a_failure_of_the_controller_is_one_line(error: Exception, says: str) -> None:
-    assert failures.reason(error).startswith(says)
+    assert failures.failure_reason(error).startswith(says)
 
 
 def test_a_restart_says_why_in_the_log(control: Any, caplog: pytest.LogCaptureFixture) -> None:

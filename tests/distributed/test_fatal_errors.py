@@ -1,5 +1,6 @@
 """An error that would recur ends the run; a lost peer, device or storage does not."""
 
+import errno
 import pickle
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from ddpm_ray import fault_injection
 from ddpm_ray.collectives import Workers
 from ddpm_ray.distributed import fatal_errors
 from ddpm_ray.runs import ema_search, evaluate, train_worker
-from ddpm_ray.storage.errors import StorageError
+from ddpm_ray.storage.errors import StorageError, storage_error
 from ddpm_ray.training.checkpoint_folder import CheckpointError
 from ddpm_ray.training.divergence_guard import DivergedError
 from ddpm_ray.training.writer_lease import LeaseLostError, SupersededError
@@ -100,18 +101,23 @@ def test_what_passes_has_the_workers_started_again(error: Exception) -> None:
         torch.OutOfMemoryError("CUDA out of memory"),
         MemoryError(),
         ValueError("the images are 4 x 5"),
+        storage_error("/runs/a", OSError(errno.ENOSPC, "No space left on device"), True),
+        storage_error("/runs/a", OSError(errno.EDQUOT, "Disk quota exceeded"), True),
+        storage_error("/runs/a", OSError(errno.EROFS, "Read-only file system"), True),
+        storage_error("/runs/a", PermissionError("not yours"), True),
+        storage_error("/runs/a", IsADirectoryError("a"), True),
     ],
     ids=lambda error: type(error).__name__,
 )
 def test_our_own_errors_end_the_run_in_their_own_words(error: Exception) -> None:
     assert not fatal_errors.is_transient(error)
-    assert fatal_errors.reason(error) == (str(error) or "MemoryError")
+    assert fatal_errors.fatal_reason(error) == (str(error) or "MemoryError")
 
 
 def test_an_error_of_the_program_is_reported_with_its_class_and_place() -> None:
     error = raised(lambda: Workers().share(None))  # type: ignore[arg-type]
-    assert fatal_errors.reason(error).startswith("TypeError: unsupported operand type(s)")
-    assert "ddpm_ray/collectives.py:" in fatal_errors.reason(error)
+    assert fatal_errors.fatal_reason(error).startswith("TypeError: unsupported operand type(s)")
+    assert "ddpm_ray/collectives.py:" in fatal_errors.fatal_reason(error)
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ import ray
 import yaml
 
 from tests.fixtures.mlflow_server import free_port
+from tests.fixtures.postgres import postgres_database
 from tests.limits import ENDS_S
 
 ROOT = Path(__file__).parents[2]
@@ -209,6 +210,7 @@ def test_the_clusters_mlflow_lets_nobody_in_without_the_password(tmp_path: Path)
     pytest.importorskip("flask_wtf", reason="pip install 'mlflow[auth]'")
     ((_, command),) = (one for one in listeners("mlflow server") if one[0] == "cluster.yaml")
     command = command.replace("s3://YOUR-BUCKET/mlflow", str(tmp_path / "art"))
+    assert '"$database"' in command
     secrets = {
         "MLFLOW_FLASK_SERVER_SECRET_KEY": "0" * 64,
         "MLFLOW_AUTH_ADMIN_PASSWORD": "made-at-start-1",
@@ -217,7 +219,10 @@ def test_the_clusters_mlflow_lets_nobody_in_without_the_password(tmp_path: Path)
     def basic(user: str, password: str) -> str:
         return "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()
 
-    with served(command, tmp_path, **secrets) as (port, _):
+    with (
+        postgres_database(tmp_path / "postgres") as uri,
+        served(command.replace('"$database"', uri), tmp_path, **secrets) as (port, _),
+    ):
         here, name = outside(), f"10.0.0.5:{port}"  # by a name as nodes of a private network use
         assert answer(here, port, "POST", CALL, Host=name)[0] == 401
         for password in ("password1234", "password", ""):  # the first was MLflow's default once

@@ -9,7 +9,7 @@ import torch
 
 from ddpm_ray import fault_injection
 from ddpm_ray.collectives import Workers
-from ddpm_ray.config.loading import from_dict, load, to_dict
+from ddpm_ray.config.loading import from_dict, load_config, to_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.dataset import DatasetError, open_dataset
 from ddpm_ray.distributed import control_actor, heartbeat
@@ -115,7 +115,7 @@ def settings(tmp_path: Path) -> dict[str, Any]:
     pack_noise(str(tmp_path / "held-out"), images=30, side=4)
     urls = [str(tmp_path / "data"), str(tmp_path / "held-out")]
     places = [f"data.url={urls[0]}", f"evaluation.held_out_url={urls[1]}", f"storage={tmp_path}"]
-    config = load(RunConfig, None, [*TINY, *places])
+    config = load_config(RunConfig, None, [*TINY, *places])
     return {
         "config": to_dict(config),
         "folder": str(tmp_path / "tiny"),

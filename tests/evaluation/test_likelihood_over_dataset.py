@@ -19,7 +19,7 @@ from ddpm_ray.diffusion.conditioning import Conditioning
 from ddpm_ray.diffusion.process import Denoise
 from ddpm_ray.evaluation import probability_flow_likelihood
 from ddpm_ray.evaluation.likelihood_over_dataset import Likelihood, flow_likelihood
-from ddpm_ray.evaluation.vlb_over_dataset import bits_per_dim
+from ddpm_ray.evaluation.vlb_over_dataset import vlb_bits_per_dim
 from ddpm_ray.sampling import guidance_models
 from ddpm_ray.sampling.conditioning import ConditioningSpec
 from ddpm_ray.sampling.denoiser import Denoiser
@@ -188,7 +188,7 @@ def test_the_bound_and_the_likelihood_of_an_image_share_no_noise(
     flow_likelihood(denoiser, [batch], steps=2, workers=Workers())
     of_likelihood = {*drawn}
     drawn.clear()
-    bits_per_dim(denoiser, [batch], variance="fixed_small", workers=Workers(), terms=2)
+    vlb_bits_per_dim(denoiser, [batch], variance="fixed_small", workers=Workers(), terms=2)
     assert of_likelihood
     assert drawn
     assert of_likelihood.isdisjoint(drawn)

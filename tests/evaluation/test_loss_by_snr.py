@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ddpm_ray.diffusion import NoiseSchedule, schedules
 from ddpm_ray.diffusion.process import Denoise
-from ddpm_ray.evaluation.loss_by_snr import linear_guess, loss_by_log_snr, steps_at, validation_loss
+from ddpm_ray.evaluation.loss_by_snr import linear_guess, loss_at_log_snr, steps_at, validation_loss
 
 LEVELS = torch.linspace(-6, 6, 7, dtype=torch.float64)
 VARIANCE = 0.3
@@ -36,7 +36,7 @@ def test_the_best_denoiser_has_the_same_spectrum_under_any_schedule(kind: str) -
     generator = torch.Generator().manual_seed(0)
     x_0 = torch.randn(7 * 40, 500, generator=generator, dtype=torch.float64) * VARIANCE**0.5
     noise = torch.randn(x_0.shape, generator=generator, dtype=torch.float64)
-    found = loss_by_log_snr(best(schedule), schedule, x_0, noise, LEVELS, VARIANCE)
+    found = loss_at_log_snr(best(schedule), schedule, x_0, noise, LEVELS, VARIANCE)
     # 20,000 pixels a level: a relative standard error of sqrt(2 / 20,000) = 1 %
     assert found.tolist() == pytest.approx(linear_guess(LEVELS, VARIANCE).tolist(), rel=0.04)
 
@@ -53,7 +53,7 @@ def test_a_level_that_was_never_trained_is_charged_the_guess() -> None:
     """Linear of 100 steps ends at log-SNR -0.56; what the network would say there is not asked."""
     schedule = NoiseSchedule(schedules.linear(100))
     images = torch.zeros(7, 3)
-    found = loss_by_log_snr(lambda x, _: x * 0, schedule, images, images + 1, LEVELS, VARIANCE)
+    found = loss_at_log_snr(lambda x, _: x * 0, schedule, images, images + 1, LEVELS, VARIANCE)
     assert found[:3].tolist() == linear_guess(LEVELS, VARIANCE)[:3].tolist()
     assert found[3:].tolist() == [1.0] * 4  # noise of 1 everywhere, guessed as 0
 
@@ -84,7 +84,7 @@ def test_each_image_is_seen_at_its_level_with_its_noise() -> None:
     """A denoiser that tells which image it sees: image i adds its loss to level i % K alone."""
     schedule = NoiseSchedule(schedules.linear(1000))
     noise = torch.arange(14.0).view(14, 1)
-    found = loss_by_log_snr(lambda x, _: x * 0, schedule, noise * 0, noise, LEVELS, VARIANCE)
+    found = loss_at_log_snr(lambda x, _: x * 0, schedule, noise * 0, noise, LEVELS, VARIANCE)
     wanted = [(i**2 + (i + 7) ** 2) / 2 for i in range(7)]
     assert found.tolist() == pytest.approx(wanted, rel=1e-12)
 
@@ -95,7 +95,7 @@ def test_between_two_steps_the_loss_is_a_straight_line() -> None:
     schedule = NoiseSchedule(torch.cat([torch.ones(1).double(), torch.sigmoid(log_snr)]))
     levels = torch.tensor([2.0, 0.0, -4.0], dtype=torch.float64)
     zeros = torch.zeros(3, 1, dtype=torch.float64)
-    found = loss_by_log_snr(
+    found = loss_at_log_snr(
         lambda _, t: 1 - (t[:, None] == 2).double(), schedule, zeros, zeros + 1, levels, VARIANCE
     )
     assert found.tolist() == pytest.approx([0.25, 0.5, 1.0])
@@ -106,7 +106,7 @@ def test_levels_have_equal_shares_of_the_images(count: int) -> None:
     images = torch.zeros(count, 1)
     schedule = NoiseSchedule(schedules.linear(10))
     with pytest.raises(ValueError, match=f"{count} images for 7 levels; give each level the same"):
-        loss_by_log_snr(lambda x, _: x, schedule, images, images, LEVELS, VARIANCE)
+        loss_at_log_snr(lambda x, _: x, schedule, images, images, LEVELS, VARIANCE)
 
 
 @given(st.lists(st.floats(0, 1), min_size=7, max_size=7), st.floats(0.01, 1))

@@ -33,7 +33,7 @@ from ddpm_ray.evaluation.features.inception import Inception
 from ddpm_ray.evaluation.frechet import frechet_distance_of_features
 from ddpm_ray.evaluation.precision_recall import precision_recall
 from ddpm_ray.evaluation.reference_statistics import Reference, reference
-from ddpm_ray.evaluation.sample_quality import SampleSet, Scores, evaluate
+from ddpm_ray.evaluation.sample_quality import SampleSet, Scores, evaluate_samples
 from ddpm_ray.sampling.conditioning import ConditioningSpec
 from ddpm_ray.sampling.denoiser import Denoiser
 from ddpm_ray.sampling.sampling import Images, SamplingPlan, draw
@@ -87,7 +87,7 @@ def score(
     others = {key: changes[key] for key in ("optional_metrics", "held_out") if key in changes}
     described = {key: value for key, value in arguments.items() if key not in others}
     samples = SampleSet(denoiser, **described)
-    return evaluate(samples, feature_net, truth, workers or Workers(), **others)
+    return evaluate_samples(samples, feature_net, truth, workers or Workers(), **others)
 
 
 def frechet_by_scipy(a: Any, b: Any) -> float:
@@ -406,7 +406,7 @@ def test_the_interval_of_ten_classes_in_turn_is_that_of_each_class_thinned(tmp_p
     drawn = PIXELS.decode(draw(denoiser, PLAN, torch.arange(200), SHAPE, "cpu"))
     truth = reference(pack(tmp_path, images, [300]), feature_net, Workers())
     samples = SampleSet(denoiser, PLAN, SHAPE, num_images=200, batch_size=50, weights={})
-    found = evaluate(samples, feature_net, truth, Workers()).metrics
+    found = evaluate_samples(samples, feature_net, truth, Workers()).metrics
     known, seen = features_of(images, 4), features_of(drawn, 4)
     scores = [  # the classes' numbers are kept, whoever is left out of each: the i-th draw of each
         frechet_by_scipy(known, np.concatenate([np.delete(seen[c::10], i, 0) for c in range(10)]))

@@ -15,7 +15,7 @@ from ddpm_ray.choices import ReverseVariance
 from ddpm_ray.collectives import Workers
 from ddpm_ray.diffusion import NoiseSchedule, Parameterization, posterior, schedules
 from ddpm_ray.diffusion.conditioning import Conditioning
-from ddpm_ray.evaluation.vlb_over_dataset import BitsPerDim, bits_per_dim
+from ddpm_ray.evaluation.vlb_over_dataset import BitsPerDim, vlb_bits_per_dim
 from ddpm_ray.sampling.conditioning import ConditioningSpec
 from ddpm_ray.sampling.denoiser import Denoiser
 from tests.fixtures.threaded_workers import OnWorkers
@@ -53,7 +53,7 @@ def found(
     share = workers.share(len(images))
     index = torch.arange(share.start, share.stop).split(batch_size)
     batches = [(part, images[part], part % 3) for part in index]
-    return bits_per_dim(denoiser, batches, variance=variance, workers=workers, **chosen)
+    return vlb_bits_per_dim(denoiser, batches, variance=variance, workers=workers, **chosen)
 
 
 def in_closed_form() -> Tensor:

@@ -24,7 +24,7 @@ from mlflow import MlflowClient
 
 from ddpm_ray import counter_rng, fault_injection
 from ddpm_ray.collectives import Workers
-from ddpm_ray.config.loading import from_dict, load, to_dict, to_yaml
+from ddpm_ray.config.loading import from_dict, load_config, to_dict, to_yaml
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.counter_rng import Purpose
 from ddpm_ray.reporting import RATES, Command, Progress
@@ -33,7 +33,7 @@ from ddpm_ray.runs.train_worker import assemble
 from ddpm_ray.tracking import mlflow_runs
 from ddpm_ray.tracking.run_info import RunMetadata, TrackedRun
 from ddpm_ray.training.checkpoints import CHECKPOINTS, CheckpointStore
-from ddpm_ray.training.loop import Run, train
+from ddpm_ray.training.loop import Run, train_loop
 from ddpm_ray.training.writer_lease import Lease
 
 STEPS, EVERY = 24, 5
@@ -107,7 +107,7 @@ class Life:
         self.folder.mkdir(parents=True, exist_ok=True)
         uri = self.uri or f"sqlite:///{self.folder / 'mlflow.db'}"
         where = (f"data.url={self.data}", f"storage={self.folder}", f"tracking.uri={uri}")
-        self.config = load(RunConfig, self.config_file, [*self.overrides, *where])
+        self.config = load_config(RunConfig, self.config_file, [*self.overrides, *where])
 
     @property
     def metadata(self) -> RunMetadata:
@@ -227,7 +227,7 @@ def _work(rank: int, count: int, meeting: str, settings: dict[str, Any], planned
     if settings["draws"]:
         _record_draws(run, Path(f"{settings['draws']}{rank}"))
     try:
-        train(run)
+        train_loop(run)
     finally:
         run.stream.close()
     if run.sink is not None:

@@ -36,7 +36,7 @@ def test_whatever_is_read_is_what_was_written(
             url = f"{bucket}/weather/{number}"
             object_store.write_bytes(url, data)
             digest = hashlib.sha256(data).hexdigest()
-            assert checksummed.read(url, digest) == data
+            assert checksummed.read_verified(url, digest) == data
             assert object_store.exists(url)
             object_store.delete(url)
             assert not object_store.exists(url)
@@ -131,6 +131,6 @@ def test_nobody_below_us_pauses_after_a_refusal(
 def test_only_one_creates_what_is_new_though_the_answer_was_lost(tmp_path: Path) -> None:
     """The second try finds the object of the first, whose answer nobody heard."""
     url = str(tmp_path / "claim")
-    assert object_store.write_new(url, b"mine")
-    assert object_store.write_new(url, b"mine")
-    assert not object_store.write_new(url, b"theirs")
+    assert object_store.write_new_bytes(url, b"mine")
+    assert object_store.write_new_bytes(url, b"mine")
+    assert not object_store.write_new_bytes(url, b"theirs")

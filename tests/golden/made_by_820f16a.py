@@ -30,7 +30,7 @@ import torch
 from PIL import Image
 from ray.tune.search import Searcher
 
-from ddpm_ray.config.loading import load
+from ddpm_ray.config.loading import load_config
 from ddpm_ray.config.pack import PackConfig
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.sweep import SweepConfig
@@ -92,9 +92,9 @@ INTERRUPTED = 1  # the trial that is half done
 def train(home: Path, steps: int) -> dict[str, str]:
     """Train or continue the run below `home` to `steps`: the sha256 of its tensors."""
     overrides = [*COMMON, "name=run", "evaluation.num_images=0", f"training.steps={steps}"]
-    config = load(RunConfig, None, [*overrides, *_places(home)])
+    config = load_config(RunConfig, None, [*overrides, *_places(home)])
     with without_ray():
-        outcome = training_run.train(config, home, lambda _: None)
+        outcome = training_run.run_training(config, home, lambda _: None)
     assert outcome.finished
     return digests(outcome.report["checkpoint"])
 
@@ -105,7 +105,7 @@ def run_sweep(home: Path, interrupted: int | None = None) -> tuple[list[int], li
     It ends in the trial `interrupted`, at HALF its steps. Trials run one by one in this process.
     """
     overrides = [*SWEEP, *(f"run.{key}" for key in _places(home))]
-    config, begun = load(SweepConfig, None, overrides), list[int]()
+    config, begun = load_config(SweepConfig, None, overrides), list[int]()
 
     def command(progress: Progress) -> Command:
         stops = begun[-1] == interrupted and progress.step >= HALF
@@ -116,7 +116,7 @@ def run_sweep(home: Path, interrupted: int | None = None) -> tuple[list[int], li
         run_trial(assignment, **settings)
 
     with _without_tune(lambda: begun[-1:] == [interrupted]), without_ray(command):
-        outcome = driver.sweep(config, home, lambda *_: None, work)
+        outcome = driver.run_sweep(config, home, lambda *_: None, work)
     assert outcome.finished == (interrupted is None)
     return begun, outcome.trials
 
@@ -138,7 +138,7 @@ def digests(checkpoint: str) -> dict[str, str]:
     """The sha256 of each group of tensors in the checkpoint folder at this URL: names and bytes."""
     return {
         group: _sha256(b"".join(name.encode() + _bytes(tensors[name]) for name in sorted(tensors)))
-        for group, tensors in checkpoint_folder.read(checkpoint).tensors.items()
+        for group, tensors in checkpoint_folder.read_checkpoint(checkpoint).tensors.items()
     }
 
 
@@ -214,7 +214,7 @@ def _pack(home: Path) -> None:
         Image.fromarray(image).save(folder / f"{number:03d}.png")
     options = PackConfig(encoding="png", shard_bytes=SHARD_SAMPLES * SIDE * SIDE)
     plan = packer.make_plan(str(home / "source"), str(home / "data"), options)
-    packer.finish(plan, [packer.pack_shard(plan, number) for number in range(plan.shards)])
+    packer.finish_dataset(plan, [packer.pack_shard(plan, number) for number in range(plan.shards)])
 
 
 def _make() -> None:

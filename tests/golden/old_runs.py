@@ -20,7 +20,7 @@ import torch
 from safetensors import torch as safetensors
 
 from ddpm_ray.collectives import Workers
-from ddpm_ray.config.loading import load
+from ddpm_ray.config.loading import load_config
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.distributed import placement_groups, worker_group
 from ddpm_ray.reporting import Command, Progress
@@ -80,9 +80,10 @@ def train(name: str, home: Path, steps: int) -> dict[str, torch.Tensor]:
     mlflow = f"tracking.uri=sqlite:///{home / 'mlflow.db'}"
     overrides = [*COMMON, *RUNS[name], *where, mlflow, f"training.steps={steps}"]
     with without_ray():
-        outcome = training_run.train(load(RunConfig, None, overrides), home, lambda _: None)
+        config = load_config(RunConfig, None, overrides)
+        outcome = training_run.run_training(config, home, lambda _: None)
     assert outcome.finished
-    snapshot = checkpoint_folder.read(outcome.report["checkpoint"])
+    snapshot = checkpoint_folder.read_checkpoint(outcome.report["checkpoint"])
     assert snapshot.step == steps
     return {
         f"{group}.{key}": tensor

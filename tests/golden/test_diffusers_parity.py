@@ -18,6 +18,7 @@ from ddpm_ray.diffusion import NoiseSchedule, Parameterization, schedules
 from ddpm_ray.diffusion.samplers import ancestral, ddim
 from ddpm_ray.diffusion.solvers import dpm_solver_pp, unipc
 from ddpm_ray.diffusion.timestep_spacing import uniform_steps
+from ddpm_ray.diffusion.x0_estimator import X0Estimator
 from ddpm_ray.models.interop.diffusers_schedulers import to_pipeline
 from ddpm_ray.sampling.denoiser import Denoiser
 from ddpm_ray.sampling.sampling import run_sampler, sampling_plan
@@ -85,13 +86,11 @@ def test_ancestral_is_their_ddpm(
     images = theirs(scheduler, scheduler.timesteps, generator=generator)
     fresh = noises(1)
     ours = ancestral(
-        SCHEDULE,
-        network,
+        X0Estimator(SCHEDULE, network, Parameterization.of(kind, SCHEDULE)),
         next(noises(0)),
         UNEVEN,
         noise=lambda t: next(fresh),
         variance=variance,
-        parameterization=Parameterization.of(kind, SCHEDULE),
     )
     assert_equal_images(ours, images)
 
@@ -108,13 +107,11 @@ def test_ddim_is_theirs(diffusers: Any, kind: Prediction, eta: float) -> None:
     images = theirs(scheduler, scheduler.timesteps, generator=generator, **choices)
     fresh = noises(1)
     ours = ddim(
-        SCHEDULE,
-        network,
+        X0Estimator(SCHEDULE, network, Parameterization.of(kind, SCHEDULE)),
         next(noises(0)),
         STEPS,
         eta=eta,
         noise=lambda t: next(fresh),
-        parameterization=Parameterization.of(kind, SCHEDULE),
     )
     assert_equal_images(ours, images)
 
@@ -134,12 +131,9 @@ def test_dpm_solver_pp_is_theirs(diffusers: Any, kind: Prediction, steps: tuple[
     scheduler.set_timesteps(timesteps=[t - 1 for t in steps[:-1]])
     images = theirs(scheduler, scheduler.timesteps)
     ours = dpm_solver_pp(
-        SCHEDULE,
-        network,
+        X0Estimator(SCHEDULE, network, Parameterization.of(kind, SCHEDULE), clip=None),
         next(noises(0)),
         steps,
-        parameterization=Parameterization.of(kind, SCHEDULE),
-        clip=None,
     )
     assert_equal_images(ours, images)
 
@@ -157,7 +151,10 @@ def test_the_sde_of_dpm_solver_pp_is_theirs(diffusers: Any) -> None:
     images = theirs(scheduler, scheduler.timesteps, generator=torch.Generator().manual_seed(1))
     fresh = noises(1)
     ours = dpm_solver_pp(
-        SCHEDULE, network, next(noises(0)), UNEVEN, noise=lambda t: next(fresh), clip=None
+        X0Estimator(SCHEDULE, network, clip=None),
+        next(noises(0)),
+        UNEVEN,
+        noise=lambda t: next(fresh),
     )
     assert_equal_images(ours, images)
 
@@ -179,13 +176,10 @@ def test_unipc_is_theirs(diffusers: Any, kind: Prediction, order: int, count: in
     scheduler.set_timesteps(count)
     images = theirs(scheduler, scheduler.timesteps)
     ours = unipc(
-        SCHEDULE,
-        network,
+        X0Estimator(SCHEDULE, network, Parameterization.of(kind, SCHEDULE), clip=None),
         next(noises(0)),
         uniform_steps(1000, count),
         order=order,
-        parameterization=Parameterization.of(kind, SCHEDULE),
-        clip=None,
     )
     assert_equal_images(ours, images)
 

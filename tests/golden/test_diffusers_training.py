@@ -10,7 +10,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from ddpm_ray.assembly import diffusion, training_run
 from ddpm_ray.collectives import Workers
-from ddpm_ray.config.loading import load
+from ddpm_ray.config.loading import load_config
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.models.interop import convert
@@ -48,7 +48,7 @@ class InDouble(nn.Module):
 
 def test_forty_steps_of_training_are_those_of_diffusers() -> None:
     """Losses and gradient norms at each step, and all weights at the end, to 1e-5."""
-    config = load(
+    config = load_config(
         RunConfig,
         None,
         [

@@ -15,6 +15,7 @@ from torch import Tensor
 from ddpm_ray.choices import ReverseVariance
 from ddpm_ray.diffusion import NoiseSchedule, samplers, schedules
 from ddpm_ray.diffusion.conditioning import Conditioning
+from ddpm_ray.diffusion.x0_estimator import X0Estimator
 from ddpm_ray.models.interop import convert
 from ddpm_ray.models.interop.diffusers_config import UNET, image_size_of
 from ddpm_ray.models.interop.diffusers_schedulers import VARIANCES, to_scheduler
@@ -192,8 +193,7 @@ def test_their_scheduler_draws_the_transition_that_ours_does(trained: str, sampl
     expected = scheduler.step(model_output, t - 1, x_t, generator=seeded(3)).prev_sample
     seen: dict[int, Tensor] = {}
     samplers.ancestral(
-        table,
-        lambda x, t: model_output,
+        X0Estimator(table, lambda x, t: model_output),
         x_t,
         (t, t - 1, 0),
         noise=lambda t: fresh,

@@ -23,7 +23,7 @@ from ddpm_ray.diffusion.parameterization import Parameterization
 from ddpm_ray.diffusion.process import NoiseSchedule
 from ddpm_ray.evaluation.features.feature_extractor import inception_net
 from ddpm_ray.evaluation.reference_statistics import reference
-from ddpm_ray.evaluation.sample_quality import SampleSet, evaluate
+from ddpm_ray.evaluation.sample_quality import SampleSet, evaluate_samples
 from ddpm_ray.sampling.denoiser import Denoiser
 from ddpm_ray.sampling.sampling import SamplingPlan
 from ddpm_ray.storage import object_store
@@ -44,7 +44,7 @@ def test_fid192_of_two_real_sets_is_the_golden_one(assets: Path, tmp_path: Path)
         """The noise that leads to the next 50 images: one network call draws them exactly."""
         return Parameterization.of("epsilon", SCHEDULE).output_from_x0(x_t, t, next(batches))
 
-    scores = evaluate(
+    scores = evaluate_samples(
         SampleSet(
             Denoiser.of_noise(knows_the_test_set, SCHEDULE),
             SamplingPlan((10, 0)),

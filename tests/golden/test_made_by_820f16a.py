@@ -33,7 +33,7 @@ def test_the_packed_set_streams_the_same_bytes_in_the_same_order() -> None:
     dataset = open_dataset(url)
     assert dataset.fingerprint == ENDS["fingerprint"]
     assert dataset.manifest.label_names == made.CLASSES
-    record = pack_report.read(dataset)
+    record = pack_report.read_record(dataset)
     assert record is not None
     assert sum(record.report.class_samples) == made.IMAGES
     assert made.streamed(url) == ENDS["streamed"]

@@ -8,6 +8,7 @@ import torch
 from safetensors import safe_open
 
 import ddpm_ray
+from ddpm_ray.training.checkpoints import CHECKPOINTS, CheckpointStore
 from tests.golden import old_runs
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # MLflow's, as it imports
@@ -25,6 +26,9 @@ def test_an_old_run_ends_as_the_old_code_ended_it(begun: tuple[str, Path]) -> No
     """Weights, averages and moments, bit for bit, on the CPU that the golden files were made on."""
     name, home = begun
     ended = old_runs.train(name, home, old_runs.STEPS)
+    newest = CheckpointStore(str(home / name / CHECKPOINTS)).load(groups=())
+    assert newest is not None
+    assert newest[1].facts["codec"] == "pixels"  # which the checkpoint that it continues lacks
     with safe_open(home / "end.safetensors", "pt") as expected:
         assert set(ended) == set(expected.keys())
         if (made_on := expected.metadata()["cpu"]) != old_runs.cpu_model():

@@ -43,7 +43,7 @@ from ddpm_ray.distributed.failures import RunFailedError
 from ddpm_ray.runs.train_worker import assemble
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.loading import from_dict
-from ddpm_ray.training.loop import train
+from ddpm_ray.training.loop import train_loop
 from ddpm_ray.reporting import Command
 from ddpm_ray.collectives import Workers
 
@@ -51,7 +51,7 @@ def alone(worker, settings, *_):
     config = from_dict(RunConfig, settings["config"])
     run = assemble(config, settings, lambda _: Command.NONE, Workers())
     try:
-        train(run)
+        train_loop(run)
     finally:
         run.stream.close()
     assert run.sink.close(60) == 0
@@ -64,7 +64,7 @@ def fails(*_):
 
 def job(config, _):
     group.run = fails if config.name == "fails" else alone
-    return training_run.train(config, Path.cwd(), lambda _: None).report
+    return training_run.run_training(config, Path.cwd(), lambda _: None).report
 
 keys = sys.argv[1:]
 for name, expected in (("public-runs", 0), ("fails", 1)):

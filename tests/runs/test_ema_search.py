@@ -21,7 +21,7 @@ from ddpm_ray.collectives import Workers
 from ddpm_ray.config.ema_search import AverageConfig
 from ddpm_ray.config.evaluation import EvaluationConfig
 from ddpm_ray.config.jobs import EvaluateConfig
-from ddpm_ray.config.loading import ConfigError, from_dict, load, to_dict
+from ddpm_ray.config.loading import ConfigError, from_dict, load_config, to_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.sampling import SamplingSettings
 from ddpm_ray.data.dataset import DatasetError
@@ -48,7 +48,7 @@ STEPS, TRUTH = 60, 0.15
 def wandering(folder: Path, *overrides: str) -> dict[str, Tensor]:
     """A run in `folder` whose weights walk at random; the average of width TRUTH at its end."""
     pack_noise(str(folder.parent / "data"), 60, 8)
-    config = load(
+    config = load_config(
         RunConfig,
         None,
         [
@@ -113,7 +113,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             {"eval/kd_digits": 0.0, "eval/fd_digits": apart} | ends, dict(samples.weights)
         )
 
-    monkeypatch.setattr(sample_quality, "evaluate", evaluate)
+    monkeypatch.setattr(sample_quality, "evaluate_samples", evaluate)
     alone(monkeypatch)
     return tmp_path / "run"
 
@@ -271,7 +271,7 @@ def started(job: str, run: Path, wanted: EvaluationConfig) -> None:
         ema_search.search(run.name, replace(DIGITS, evaluation=wanted), run.parent)
     else:
         config = EvaluateConfig(sampling=DIGITS.sampling, evaluation=wanted)
-        evaluation_run.evaluate(run.name, config, run.parent)
+        evaluation_run.run_evaluation(run.name, config, run.parent)
 
 
 @pytest.mark.parametrize("job", ["average", "evaluate"])
@@ -372,4 +372,4 @@ def test_a_config_that_averages_nothing_is_refused(
     kind: type[Any], given: list[str], line: str
 ) -> None:
     with pytest.raises(ConfigError, match=line):
-        load(kind, None, given)
+        load_config(kind, None, given)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from ddpm_ray.config.fault_drill import DrillConfig
-from ddpm_ray.config.loading import ConfigError, load
+from ddpm_ray.config.loading import ConfigError, load_config
 from ddpm_ray.runs.fault_drill import FaultResult
 from tests.faults.schedules import kills
 from tests.runs.job import ROOT, Job
@@ -27,12 +27,12 @@ CONFIG = str(ROOT / "conf/drill/digits.yaml")
 )
 def test_a_fault_that_would_never_strike_is_refused(fault: str, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
-        load(DrillConfig, CONFIG, [f"faults=[{fault}]"])
+        load_config(DrillConfig, CONFIG, [f"faults=[{fault}]"])
 
 
 def test_a_drill_without_faults_is_refused() -> None:
     with pytest.raises(ConfigError, match="faults is empty; name some"):
-        load(DrillConfig, CONFIG, ["faults=[]"])
+        load_config(DrillConfig, CONFIG, ["faults=[]"])
 
 
 def result(**changes: Any) -> FaultResult:

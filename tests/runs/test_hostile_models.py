@@ -12,7 +12,7 @@ import torch
 from mlflow import MlflowClient
 
 from ddpm_ray.assembly import checkpoint_loading, training_run
-from ddpm_ray.config.loading import load, to_dict
+from ddpm_ray.config.loading import load_config, to_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.runs import load_model
@@ -47,7 +47,7 @@ class Bomb:
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> str:
-    config = load(
+    config = load_config(
         RunConfig,
         None,
         [

@@ -15,7 +15,7 @@ from mlflow import MlflowClient
 from ddpm_ray.assembly import training_run
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.jobs import EvaluateConfig
-from ddpm_ray.config.loading import ConfigError, from_dict, load, to_dict
+from ddpm_ray.config.loading import ConfigError, from_dict, load_config, to_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.distributed import worker_group
@@ -35,7 +35,7 @@ def model(tmp_path: Path, mlflow_database: str, monkeypatch: pytest.MonkeyPatch)
     """`runs:/<run id>/model` of a checkpoint, in the MLflow that the environment names."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_database)
     monkeypatch.chdir(tmp_path)
-    config = load(
+    config = load_config(
         RunConfig,
         None,
         [
@@ -103,7 +103,7 @@ def test_the_driver_of_an_evaluation_and_its_worker_download_once_each(
     pack_noise(str(tmp_path / "data"), images=8, side=4)
     given = {"evaluation.num_images": 0, "evaluation.bits_per_dim_images": 4}
     words = [f"{key}={value}" for key, value in given.items()]
-    config = load(EvaluateConfig, None, words)
+    config = load_config(EvaluateConfig, None, words)
 
     def run(worker: Callable[..., Any], settings: dict[str, Any], *_: Any) -> Any:
         assert downloads == [model]
@@ -113,7 +113,7 @@ def test_the_driver_of_an_evaluation_and_its_worker_download_once_each(
     monkeypatch.setattr(worker_group, "run", run)
     monkeypatch.setattr(evaluate, "distributed_context", lambda: Workers(0, 1, torch.device("cpu")))
     config = load_model.as_trained(config, model, given, tmp_path)
-    evaluate.evaluate(model, config, tmp_path)
+    evaluate.run_evaluation(model, config, tmp_path)
     assert downloads == [model, model]
     assert not left(tmp_path)
 

@@ -11,7 +11,7 @@ from PIL import Image
 from ddpm_ray.config.pack import PackConfig
 from ddpm_ray.data.packing import packer
 from ddpm_ray.data.packing.image_files import BadImageError
-from ddpm_ray.runs.pack import pack
+from ddpm_ray.runs.pack import pack_dataset
 
 SHARD_BYTES = 2 << 20  # 32 of the pictures below
 
@@ -37,31 +37,33 @@ def pictures(tmp_path: Path) -> Path:
 def test_tasks_write_what_one_process_writes(cluster: None, pictures: Path, tmp_path: Path) -> None:
     done: list[tuple[int, int]] = []
     config = PackConfig(shard_bytes=SHARD_BYTES, num_workers=2)
-    result = pack(str(pictures), str(tmp_path / "ray"), config, lambda *count: done.append(count))
+    result = pack_dataset(
+        str(pictures), str(tmp_path / "ray"), config, lambda *count: done.append(count)
+    )
     plan = packer.make_plan(
         str(pictures), str(tmp_path / "here"), PackConfig(shard_bytes=SHARD_BYTES)
     )
-    here = packer.finish(plan, [packer.pack_shard(plan, n) for n in range(plan.shards)])
+    here = packer.finish_dataset(plan, [packer.pack_shard(plan, n) for n in range(plan.shards)])
     assert done == [(1, 4), (2, 4), (3, 4), (4, 4)]
     assert result.report is not None
     assert (result.report.skipped, result.dataset.fingerprint) == (0, here.fingerprint)
-    assert (
-        pack(str(pictures), str(tmp_path / "ray"), config).dataset.fingerprint == here.fingerprint
-    )
+    again = pack_dataset(str(pictures), str(tmp_path / "ray"), config).dataset
+    assert again.fingerprint == here.fingerprint
 
     (pictures / "050.bmp").write_bytes(b"broken")
     with pytest.raises(BadImageError, match=r"050\.bmp: not a readable image"):
-        pack(str(pictures), str(tmp_path / "stops"), config)
+        pack_dataset(str(pictures), str(tmp_path / "stops"), config)
     assert not (tmp_path / "stops/manifest.json").exists()
     skip = PackConfig(shard_bytes=SHARD_BYTES, num_workers=2, on_bad_image="skip")
-    result = pack(str(pictures), str(tmp_path / "skips"), skip)
+    result = pack_dataset(str(pictures), str(tmp_path / "skips"), skip)
     assert result.dataset.manifest.samples == 99
     assert result.report is not None
     assert result.report.skipped == 1
-    assert pack(str(pictures), str(tmp_path / "skips"), skip) == result  # also told when found
+    # Also told when the set is found.
+    assert pack_dataset(str(pictures), str(tmp_path / "skips"), skip) == result
 
 
 def test_one_shard_needs_no_ray(tmp_path: Path) -> None:
-    dataset = pack("digits", str(tmp_path / "digits"), PackConfig()).dataset
+    dataset = pack_dataset("digits", str(tmp_path / "digits"), PackConfig()).dataset
     assert dataset.manifest.samples == 1797
     assert not ray.is_initialized()

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from ddpm_ray.config.loading import load
+from ddpm_ray.config.loading import load_config
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.evaluation.score_table import score_table, scores_alone
@@ -32,7 +32,7 @@ SCORES = {
 def described(scores: dict[str, Any], *keys: str, command: str = "ddpm-ray train digits") -> str:
     given = ["name=a", "data.url=/shards/digits", "model.groups=8", "model.base_channels=8"]
     given += ["model.channel_mults=[1,2]", "model.attention_factors=[2]"]
-    config = load(RunConfig, None, [*given, *keys])
+    config = load_config(RunConfig, None, [*given, *keys])
     return run_description.run_description(config, DATASET, "/my runs/a", scores, command)
 
 

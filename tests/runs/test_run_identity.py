@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ddpm_ray.assembly import run_config
-from ddpm_ray.config.loading import ConfigError, load, to_dict
+from ddpm_ray.config.loading import ConfigError, load_config, to_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.runs import run_identity
@@ -100,7 +100,7 @@ CONFIG = "name=kept", "data.url=somewhere", "training.learning_rate=0.001"
 
 
 def config(tmp_path: Path, *more: str) -> RunConfig:
-    return load(RunConfig, None, [*CONFIG, f"storage={tmp_path}", *more])
+    return load_config(RunConfig, None, [*CONFIG, f"storage={tmp_path}", *more])
 
 
 def begin(config: RunConfig, folder: str) -> str:

@@ -10,7 +10,7 @@ import pytest
 import ray
 
 from ddpm_ray.collectives import Workers
-from ddpm_ray.config.loading import given_keys, load
+from ddpm_ray.config.loading import given_keys, load_config
 from ddpm_ray.jobs.command import JOBS as COMMANDS
 from ddpm_ray.runs import evaluate
 from tests.runs.test_ema_search import KEPT, alone, wandering
@@ -57,7 +57,7 @@ def result_of(name: str, run: Path) -> Any:
     given = given_keys(job.config, keys)
     place = Namespace(run=run.name, model_uri=run.name, out="", given=given)
     assert job.prepare is not None
-    config = job.prepare(load(job.config, None, keys), place)
+    config = job.prepare(load_config(job.config, None, keys), place)
     return json.loads(json.dumps(job.run(config, place)))
 
 

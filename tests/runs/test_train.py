@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from ddpm_ray.config.loading import ConfigError, load
+from ddpm_ray.config.loading import ConfigError, load_config
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.runs.train import open_or_pack
 from tests.noise import pack_noise
@@ -15,7 +15,7 @@ def test_a_built_in_set_is_packed_once_and_another_set_is_not_taken_for_it(tmp_p
 
     def config(folder: str, source: str) -> RunConfig:
         url = tmp_path / folder
-        return load(RunConfig, None, ["name=a", f"data.url={url}", f"data.source={source}"])
+        return load_config(RunConfig, None, ["name=a", f"data.url={url}", f"data.source={source}"])
 
     packed = open_or_pack(config("digits", "digits"))
     assert packed.manifest.samples == 1797

@@ -220,7 +220,7 @@ def test_images_between_two_have_the_contrast_of_the_data() -> None:
     """On the arc; along a straight line the middle would have 0.71 of it."""
     shares = torch.linspace(0, 1, 5, dtype=torch.float64)
     plan = replace(PLAN, steps=uniform_steps(1000, 100))
-    way = editing.interpolate(GAUSSIAN, plan, (3, 8), shares, ImageShape(64, 64, 1), "cpu")
+    way = editing.interpolate_samples(GAUSSIAN, plan, (3, 8), shares, ImageShape(64, 64, 1), "cpu")
     assert way.shape == (5, 1, 64, 64)
     for image in way:
         assert float(image.std()) == pytest.approx(DEVIATION, rel=4 / math.sqrt(2 * 4096) + 0.01)
@@ -248,7 +248,7 @@ def test_more_steps_and_iterations_bring_an_image_back() -> None:
 def test_a_canvas_holds_the_image_and_says_where() -> None:
     images = np.arange(2 * 3 * 4, dtype=np.uint8).reshape(2, 3, 4, 1) + 1
     images.flags.writeable = False  # as of a file
-    canvas, mask = editing.on_canvas(images, 1, 2, 0, 5)
+    canvas, mask = editing.outpainting_canvas(images, 1, 2, 0, 5)
     assert (canvas.shape, mask.shape) == ((2, 6, 9, 1), (6, 9))
     assert canvas.dtype == np.uint8
     assert np.array_equal(canvas[:, 1:4, :4], images)

@@ -11,7 +11,7 @@ import torch
 
 import ddpm_ray
 from ddpm_ray.assembly import run_config
-from ddpm_ray.config.loading import ConfigError, load, to_dict
+from ddpm_ray.config.loading import ConfigError, load_config, to_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.sweep import SweepConfig
 from ddpm_ray.data.dataset import open_dataset
@@ -35,7 +35,7 @@ GIVEN = ["name=kept", "data.url=somewhere", "schedule.num_steps=60"]
 
 def snapshot(step: int, **facts: Any) -> Snapshot:
     tensors = {name: {"a": torch.zeros(1)} for name in checkpoint_folder.GROUPS}
-    known = {"config": to_dict(load(RunConfig, None, GIVEN)), "data_fingerprint": "f"}
+    known = {"config": to_dict(load_config(RunConfig, None, GIVEN)), "data_fingerprint": "f"}
     return Snapshot(tensors, known | {"step": step, "image_shape": [4, 4, 1]} | facts)
 
 
@@ -51,7 +51,7 @@ def begin(folder: Path, **begun: Any) -> str:
 def a_checkpoint(folder: Path) -> tuple[Path, Callable[[], Any]]:
     store = CheckpointStore(str(folder / "checkpoints"))
     where = store.save(snapshot(1))
-    return Path(where, "manifest.json"), lambda: checkpoint_folder.read(where)
+    return Path(where, "manifest.json"), lambda: checkpoint_folder.read_checkpoint(where)
 
 
 def a_pointer(folder: Path) -> tuple[Path, Callable[[], Any]]:
@@ -181,7 +181,7 @@ def test_a_key_of_a_later_version_names_that_version(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=rf"^there: a saved config has run\.{NEW_KEY}"):
         driver._changed_keys(SweepConfig(), found, ImageShape(32, 32, 3))
 
-    facts = {"config": with_a_new_key(load(RunConfig, None, GIVEN)), "version": LATER}
+    facts = {"config": with_a_new_key(load_config(RunConfig, None, GIVEN)), "version": LATER}
     CheckpointStore(str(tmp_path / "trained/checkpoints")).save(snapshot(1, **facts))
     with pytest.raises(ConfigError, match=rf"trained: a saved config has {NEW_KEY}"):
         ddpm_ray.load(tmp_path / "trained")

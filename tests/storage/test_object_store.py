@@ -43,11 +43,11 @@ def test_what_is_written_is_read_listed_and_deleted(root: str) -> None:
 def test_a_conditional_write_keeps_what_is_there_or_owns_that_it_did_not(root: str) -> None:
     url = object_store.join(root, "once")
     object_store.write_bytes(url, b"first")
-    wrote = object_store.write_new(url, b"second")
+    wrote = object_store.write_new_bytes(url, b"second")
     assert object_store.read_bytes(url) == (b"second" if wrote else b"first")
     assert not (wrote and object_store.is_local(url))
     object_store.delete(url)
-    assert object_store.write_new(url, b"third")
+    assert object_store.write_new_bytes(url, b"third")
     assert abs(object_store.modified_s(url) - time.time()) < 60
 
 
@@ -57,7 +57,8 @@ def test_a_store_that_knows_the_condition_keeps_the_first(use_s3: UseS3) -> None
     host, port = server.get_host_and_port()
     bucket = use_s3(f"http://{host}:{port}", "secret")
     s3fs.S3FileSystem().mkdir(bucket)
-    assert [object_store.write_new(f"{bucket}/once", b"ab"[n:]) for n in (0, 1)] == [True, False]
+    wrote = [object_store.write_new_bytes(f"{bucket}/once", b"ab"[n:]) for n in (0, 1)]
+    assert wrote == [True, False]
     assert object_store.read_bytes(f"{bucket}/once") == b"ab"
     server.stop()
 
@@ -117,9 +118,9 @@ def test_a_file_system_without_hard_links_takes_each_new_object_once(
 
         monkeypatch.setattr(os, "link", link)
         url = str(tmp_path / str(number) / "claim")
-        assert object_store.write_new(url, b"first")
-        assert not object_store.write_new(url, b"second")
-        assert object_store.write_new(url, b"first")  # asked again, as after a lost answer
+        assert object_store.write_new_bytes(url, b"first")
+        assert not object_store.write_new_bytes(url, b"second")
+        assert object_store.write_new_bytes(url, b"first")  # asked again, as after a lost answer
         assert [path.read_bytes() for path in Path(url).parent.iterdir()] == [b"first"]
 
 

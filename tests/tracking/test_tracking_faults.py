@@ -420,7 +420,7 @@ def test_a_run_does_not_finish_before_all_its_rows_are_there(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    from ddpm_ray.config.loading import load
+    from ddpm_ray.config.loading import load_config
     from ddpm_ray.config.run import RunConfig
     from tests.noise import pack_noise
 
@@ -428,7 +428,7 @@ def test_a_run_does_not_finish_before_all_its_rows_are_there(
     ended = {"step": 20, "checkpoint": "x", "scores": {}, "undelivered": undelivered}
     monkeypatch.setattr(worker_group, "run", lambda *_, **__: ended)
     monkeypatch.setattr(model_registry, "log_model", lambda *_: None)
-    config = load(
+    config = load_config(
         RunConfig,
         None,
         [
@@ -447,9 +447,9 @@ def test_a_run_does_not_finish_before_all_its_rows_are_there(
     if undelivered:
         said = "5 metric rows undelivered; stored in the checkpoint; run the same command"
         with pytest.raises(TrackingOutageError, match=said):
-            train.train(config, tmp_path, lambda _: None)
+            train.run_training(config, tmp_path, lambda _: None)
     else:
-        assert train.train(config, tmp_path, lambda _: None).finished
+        assert train.run_training(config, tmp_path, lambda _: None).finished
     client = MlflowClient(f"sqlite:///{tmp_path / 'my.db'}")
     experiment = client.get_experiment_by_name("ddpm-ray")
     (run,) = client.search_runs([experiment.experiment_id])

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from mlflow.tracking._tracking_service.utils import _tracking_store_registry
 
-from ddpm_ray.config.loading import ConfigError, load
+from ddpm_ray.config.loading import ConfigError, load_config
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.runs.train import with_absolute_paths
 from ddpm_ray.tracking import tracking_uri as tracking_place_module
@@ -86,7 +86,8 @@ def test_the_run_s_config_holds_the_absolute_place(monkeypatch: pytest.MonkeyPat
     """It is what the workers read, and experiments keep their files beside the database."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     for given in ([], ["tracking.uri=sqlite:///mlflow.db"]):
-        config = with_absolute_paths(load(RunConfig, None, ["name=a", "data.url=b", *given]), HOME)
+        config = load_config(RunConfig, None, ["name=a", "data.url=b", *given])
+        config = with_absolute_paths(config, HOME)
         assert config.tracking.uri == "sqlite:////the/home/mlflow.db"
         assert artifact_root(config.tracking.uri) == "/the/home/mlartifacts"
     assert artifact_root("http://host") is None

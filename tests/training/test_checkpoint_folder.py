@@ -15,7 +15,7 @@ def test_to_sample_the_average_alone_is_read(tmp_path: Path) -> None:
     where = CheckpointStore(str(tmp_path)).save(snapshot(3))
     for name in ("model.safetensors", "optimizer.safetensors"):
         Path(where, name).unlink()
-    found = checkpoint_folder.read(where, groups=("ema",))
+    found = checkpoint_folder.read_checkpoint(where, groups=("ema",))
     assert list(found.tensors) == ["ema"]
     assert torch.equal(found.tensors["ema"]["w"], snapshot(3).tensors["ema"]["w"])
 
@@ -25,7 +25,7 @@ def test_a_folder_without_pointer_vouches_for_itself(tmp_path: Path) -> None:
     where = Path(CheckpointStore(str(tmp_path / "run")).save(snapshot(5)))
     copy = tmp_path / "copy"
     where.rename(copy)
-    assert_same_bits(checkpoint_folder.read(str(copy)), snapshot(5))
+    assert_same_bits(checkpoint_folder.read_checkpoint(str(copy)), snapshot(5))
     (copy / "manifest.json").write_text("[]")
     with pytest.raises(CheckpointError, match="cannot be understood"):
-        checkpoint_folder.read(str(copy))
+        checkpoint_folder.read_checkpoint(str(copy))

@@ -106,7 +106,7 @@ def test_a_state_comes_back_bit_by_bit(dtype: torch.dtype, tmp_path: Path) -> No
     assert found is not None
     assert found[0] == where
     assert_same_bits(found[1], snapshot(7, dtype))
-    assert_same_bits(checkpoint_folder.read(where), snapshot(7, dtype))
+    assert_same_bits(checkpoint_folder.read_checkpoint(where), snapshot(7, dtype))
 
 
 def test_numbers_that_are_not_finite_come_back(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from ddpm_ray.training.checkpoint_writer import CheckpointWriter
 from ddpm_ray.training.checkpoints import CheckpointStore
 from ddpm_ray.training.ema import EMA, Averages, width_group
 from ddpm_ray.training.ema_snapshots import SNAPSHOTS, EmaSnapshotter, SnapshotStore, averaged
-from ddpm_ray.training.loop import Run, train
+from ddpm_ray.training.loop import Run, train_loop
 from ddpm_ray.training.post_hoc_ema import gamma_of, power_decay
 from ddpm_ray.training.state import Snapshot, TrainingState
 from tests.limits import ENDS_S
@@ -251,7 +251,7 @@ def begun(config: RunConfig, folder: Path) -> Run:
 def unbroken(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> tuple[Snapshot, Path]:
     folder = tmp_path_factory.mktemp("whole")
     run = begun(config, folder)
-    assert train(run)
+    assert train_loop(run)
     return bits(run), folder / SNAPSHOTS
 
 
@@ -284,14 +284,14 @@ def test_a_killed_run_keeps_the_averages_of_an_unbroken_one(
     with pytest.MonkeyPatch.context() as patch:
         dies_at_write(number, patch)
         with pytest.raises(Killed, match=f"write {number}"):
-            train(run)
+            train_loop(run)
         with contextlib.suppress(Killed):
             run.checkpoints.wait()
     again = begun(config, tmp_path)
     store = SnapshotStore(str(tmp_path / SNAPSHOTS))
     for step in again.state.ema_snapshot_steps:
         assert all(store.read(step, group) for group in GROUPS)
-    assert train(again)
+    assert train_loop(again)
     assert again.state.ema_snapshot_steps == [2, 4, 6, 8]
     assert {"ema-0.5", *GROUPS} < wanted.tensors.keys()
     assert_same_bits(bits(again), wanted)
@@ -303,7 +303,7 @@ def test_further_means_are_as_if_each_were_the_main_one(
 ) -> None:
     """The same run whose samples come from decay 0.5, ramp and all."""
     main = begun(configured(config.data.url, "training.ema_decay_per_step=0.5"), tmp_path)
-    assert train(main)
+    assert train_loop(main)
     for name, tensor in bits(main).tensors["ema"].items():
         assert torch.equal(unbroken[0].tensors["ema-0.5"][name], tensor)
     assert not (tmp_path / SNAPSHOTS).exists()

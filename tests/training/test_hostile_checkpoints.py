@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ddpm_ray.assembly import checkpoint_loading, training_run
-from ddpm_ray.config.loading import ConfigError, load, to_dict
+from ddpm_ray.config.loading import ConfigError, load_config, to_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.storage import checksummed_json
@@ -100,12 +100,12 @@ def test_a_pickle_in_a_checkpoint_is_damage(
         file.write_bytes(pickle.dumps(bomb))
     put(where, name, file.read_bytes())
     with pytest.raises(CheckpointError, match=r"manifest.json: cannot be understood"):
-        checkpoint_folder.read(where)
+        checkpoint_folder.read_checkpoint(where)
     assert not (tmp_path / "run-it").exists()
 
 
 def edited(change: Callable[[dict[str, Any]], None], store: CheckpointStore) -> str:
-    config = load(RunConfig, None, [*TINY])
+    config = load_config(RunConfig, None, [*TINY])
     facts = {"config": to_dict(config), "image_shape": [4, 4, 1], "data_fingerprint": "f"}
     state = training_run.training_state(config, ImageShape(4, 4, 1), torch.device("cpu"), facts)
     where = store.save(state.snapshot([]))

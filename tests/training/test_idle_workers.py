@@ -15,7 +15,7 @@ from ddpm_ray.assembly import training_run
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.evaluation import EvaluationConfig
 from ddpm_ray.config.jobs import EvaluateConfig
-from ddpm_ray.config.loading import load, to_dict
+from ddpm_ray.config.loading import load_config, to_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.sampling import SamplingSettings
 from ddpm_ray.data.dataset import open_dataset
@@ -131,7 +131,7 @@ def test_a_data_set_is_read_by_more_workers_than_shards(
 def test_a_validation_loss_is_the_same_by_more_workers_than_groups(
     on_workers: OnWorkers, tmp_path: Path
 ) -> None:
-    config = load(
+    config = load_config(
         RunConfig,
         None,
         [

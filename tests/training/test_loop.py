@@ -25,8 +25,9 @@ from torch.nn.utils import clip_grad_norm_
 from ddpm_ray import fault_injection
 from ddpm_ray.assembly import diffusion, optimization, training_run
 from ddpm_ray.collectives import Workers
-from ddpm_ray.config.loading import load, to_dict
+from ddpm_ray.config.loading import load_config, to_dict
 from ddpm_ray.config.run import RunConfig
+from ddpm_ray.data.codec import PIXELS
 from ddpm_ray.data.dataset import open_dataset
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.data.loader import Batch, ShardStream
@@ -39,7 +40,7 @@ from ddpm_ray.training import loop
 from ddpm_ray.training.checkpoint_writer import CheckpointWriter
 from ddpm_ray.training.checkpoints import CheckpointStore
 from ddpm_ray.training.divergence_guard import DivergedError, DivergenceGuard
-from ddpm_ray.training.loop import Run, train
+from ddpm_ray.training.loop import Run, train_loop
 from ddpm_ray.training.metrics_buffer import StepLog
 from ddpm_ray.training.noising import NoisyBatch
 from ddpm_ray.training.objective import Objective
@@ -114,7 +115,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def configured(data: str, *overrides: str) -> RunConfig:
-    return load(
+    return load_config(
         RunConfig,
         None,
         [
@@ -185,7 +186,7 @@ def begin(
     if workers.count > 1:
         network = DistributedDataParallel(network, broadcast_buffers=False)
     sink = (recorder or RecordingSink()) if workers.is_main else None
-    denoiser = diffusion.denoiser(config, state.ema.model, CPU)
+    denoiser = diffusion.denoiser(config, state.ema.model, CPU, PIXELS)
     grid_logger = SampleGridLogger(
         denoiser,
         diffusion.sampling_plan(config.sampling, denoiser.schedule),
@@ -230,7 +231,7 @@ def finished(config: RunConfig, folder: Path) -> tuple[Snapshot, RecordingSink]:
     """The end of a run that nobody disturbs."""
     recorder = RecordingSink()
     run = begin(config, folder, recorder)
-    assert train(run)
+    assert train_loop(run)
     return bits(run), recorder
 
 
@@ -331,12 +332,12 @@ def test_a_killed_run_ends_like_an_unbroken_one(
     with pytest.MonkeyPatch.context() as patch:
         dies(run, step, patch)
         with pytest.raises(Killed, match=f"step {step}"):
-            train(run)
+            train_loop(run)
         with contextlib.suppress(Killed):  # of the thread that was saving
             run.checkpoints.wait()
     again = begin(config, tmp_path, recorder)
     assert again.state.step % EVERY == 0 or again.state.step == STEPS
-    assert train(again)
+    assert train_loop(again)
     assert_same_bits(bits(again), wanted)
     assert recorder.timeless() == rows.timeless()
 
@@ -369,12 +370,12 @@ def test_any_kind_of_run_survives_its_death(
     with pytest.MonkeyPatch.context() as patch:
         dies_before_update(run, 5, patch)
         with pytest.raises(Killed, match="step 5"):
-            train(run)
+            train_loop(run)
     run.checkpoints.wait()
     torch.manual_seed(99)  # another process: its generator stands elsewhere
     again = begin(config, tmp_path, recorder)
     assert again.state.step == 3
-    assert train(again)
+    assert train_loop(again)
     assert_same_bits(bits(again), wanted)
     assert recorder.timeless() == rows.timeless()
     assert all(math.isfinite(value) for value in recorder.values.values())
@@ -409,7 +410,7 @@ def test_each_validation_loss_is_there_once_whatever_died(
     with pytest.MonkeyPatch.context() as patch:
         dies(run, step, patch)
         with pytest.raises(Killed, match=f"step {step}"):
-            train(run)
+            train_loop(run)
     again = begin(config, tmp_path, recorder)
     reported: list[list[int]] = []
 
@@ -418,7 +419,7 @@ def test_each_validation_loss_is_there_once_whatever_died(
         return Command.NONE
 
     again.show_progress = show
-    assert train(again)
+    assert train_loop(again)
     assert again.state.validation_losses == wanted.facts["probes"]
     assert [one["step"] for one in again.state.validation_losses] == steps
     assert [step for key, step in recorder.values if key == "eval/loss_common"] == steps
@@ -444,7 +445,7 @@ def test_a_validation_loss_is_reported_at_once_however_rare_reports_are(
         return Command.STOP if progress.step == 4 else Command.NONE
 
     run.show_progress = show
-    assert not train(run)
+    assert not train_loop(run)
     assert newest == [(1, 0), (2, 2), (3, 2), (4, 4)]  # the first report, and at saves
 
 
@@ -490,7 +491,7 @@ def test_a_checkpoint_holds_what_the_next_life_needs(
 def test_a_finished_run_run_again_does_nothing(data: str, tmp_path: Path) -> None:
     wanted, _ = finished(configured(data), tmp_path)
     again = begin(configured(data), tmp_path)
-    assert train(again)
+    assert train_loop(again)
     assert_same_bits(bits(again), wanted)
 
 
@@ -502,13 +503,13 @@ def test_a_run_that_is_asked_to_stop_commits_and_can_go_on(
     config, recorder = configured(data), RecordingSink()
     run = begin(config, tmp_path, recorder)
     run.show_progress = lambda progress: Command.STOP if progress.step >= at else Command.NONE
-    assert train(run) == (at == STEPS)
+    assert train_loop(run) == (at == STEPS)
     found = CheckpointStore(str(tmp_path)).load()
     assert found is not None
     assert found[1].step == at
     assert_same_bits(found[1], bits(run))
     again = begin(config, tmp_path, recorder)
-    assert train(again)
+    assert train_loop(again)
     assert_same_bits(bits(again), unbroken()[0])
     assert recorder.timeless() == unbroken()[1].timeless()
 
@@ -525,7 +526,7 @@ def test_a_run_that_is_asked_to_save_commits_and_goes_on(
         return Command.CHECKPOINT if progress.step == 3 else Command.NONE
 
     run.show_progress = show
-    assert train(run)
+    assert train_loop(run)
     assert not any("step-00000003" in checkpoint for checkpoint in reported[:3])
     assert "step-00000003" in reported[4]
     assert_same_bits(bits(run), unbroken()[0])
@@ -553,7 +554,7 @@ def test_each_thing_is_done_at_its_steps(data: str, tmp_path: Path) -> None:
         return Command.NONE
 
     run.show_progress = show
-    assert train(run)
+    assert train_loop(run)
     at = {what: [step for name, step in reported if name == what] for what, _ in reported}
     assert at == {
         "grid": [0, 3, 6, 8],
@@ -581,13 +582,13 @@ def test_a_nan_stops_before_the_update_and_names_its_image(
 ) -> None:
     config = configured(data, f"training.micro_batch_size={micro_batch}")
     run = begin(replace(config, training=replace(config.training, steps=4)), tmp_path / "before")
-    assert train(run)
+    assert train_loop(run)
     wanted = bits(run)
     run = begin(config, tmp_path / "run")
     spoil(run, 5, position=2)
     (guilty,) = run.stream.keys(4)[2:3]
     with pytest.raises(DivergedError, match=rf"step 5: .* nan, from 1 sample: {guilty}; nothing"):
-        train(run)
+        train_loop(run)
     assert_same_bits(bits(run), wanted)
 
 
@@ -599,7 +600,7 @@ def test_an_infinite_gradient_of_finite_losses_names_the_whole_batch(
         parameter.register_hook(lambda gradient: gradient / 0.0)
     before, keys = weights(run), run.stream.keys(0)
     with pytest.raises(DivergedError, match=r"step 1: .* from 4 samples") as stopped:
-        train(run)
+        train_loop(run)
     assert stopped.value.args[3] == keys
     assert all(map(torch.equal, weights(run), before))
 
@@ -612,7 +613,7 @@ def test_a_skipped_step_changes_nothing_and_is_the_same_on_replay(
     unbroken, died = RecordingSink(), RecordingSink()
     wanted = begin(config, tmp_path / "unbroken", unbroken)
     spoil(wanted, 5, position=2)
-    assert train(wanted)
+    assert train_loop(wanted)
 
     monkeypatch.setenv(fault_injection.VARIABLE, f"{tmp_path / 'fired'} fail@batch:6")
     for dies in (True, False):
@@ -620,7 +621,7 @@ def test_a_skipped_step_changes_nothing_and_is_the_same_on_replay(
         spoil(run, 5, position=2)
         death = pytest.raises(InjectedFaultError, match="at batch, step 6")
         with death if dies else contextlib.nullcontext():
-            train(run)
+            train_loop(run)
     assert_same_bits(bits(run), bits(wanted))
     assert died.timeless() == unbroken.timeless()
     assert run.guard == wanted.guard
@@ -637,7 +638,7 @@ def test_a_rewound_run_has_the_weights_of_its_checkpoint_and_is_the_same_on_repl
     config = configured(data, "training.on_divergence=rewind")
     unbroken = RecordingSink()
     before = begin(replace(config, training=replace(config.training, steps=3)), tmp_path / "three")
-    assert train(before)
+    assert train_loop(before)
     wanted = begin(config, tmp_path / "unbroken", unbroken)
     spoil(wanted, 5, position=2)
     found: list[Snapshot] = []
@@ -648,7 +649,7 @@ def test_a_rewound_run_has_the_weights_of_its_checkpoint_and_is_the_same_on_repl
         save(run)
 
     monkeypatch.setattr(loop, "save", noted)
-    assert train(wanted)
+    assert train_loop(wanted)
     (rewound,) = [snapshot for snapshot in found if snapshot.step == 5]
     three = bits(before)
     for group in ("model", "ema", "optimizer"):
@@ -673,7 +674,7 @@ def test_a_rewound_run_has_the_weights_of_its_checkpoint_and_is_the_same_on_repl
             spoil(run, 5, position=2)
             death = pytest.raises(InjectedFaultError, match="injected fault at")
             with death if dies else contextlib.nullcontext():
-                train(run)
+                train_loop(run)
             run.checkpoints.wait()
         assert_same_bits(bits(run), bits(wanted))
         assert died.timeless() == unbroken.timeless()
@@ -731,7 +732,7 @@ def test_a_run_goes_back_at_any_step_and_is_the_same_on_replay(
     wanted = begin(config, tmp_path / "unbroken", recorder)
     spoil(wanted, step, position=2)
     done = shows(wanted)
-    assert train(wanted)
+    assert train_loop(wanted)
     assert done == [("grid", 0), ("grid", STEPS), ("strip", STEPS), ("scores", STEPS)]
     assert wanted.state.scores["step"] == STEPS
     due = [at for at in range(1, STEPS + 1) if every and (at % every == 0 or at == STEPS)]
@@ -744,7 +745,7 @@ def test_a_run_goes_back_at_any_step_and_is_the_same_on_replay(
         shows(run)
         death = pytest.raises(InjectedFaultError, match=f"at snapshot, step {step}")
         with death if dies else contextlib.nullcontext():
-            train(run)
+            train_loop(run)
         run.checkpoints.wait()
     assert_same_bits(bits(run), bits(wanted))
     assert run.state.scores == wanted.state.scores
@@ -759,7 +760,7 @@ def test_a_run_that_diverges_again_and_again_goes_back_to_the_same_checkpoint(
         data, "training.on_divergence=rewind", "training.steps=9", "training.keep_checkpoints=2"
     )
     three = begin(replace(config, training=replace(config.training, steps=3)), tmp_path / "three")
-    assert train(three)
+    assert train_loop(three)
     run = begin(config, tmp_path / "run")
     spoil(run, 4, 5, 6, position=1)
     shows(run)
@@ -770,7 +771,7 @@ def test_a_run_that_diverges_again_and_again_goes_back_to_the_same_checkpoint(
         return Command.NONE
 
     run.show_progress = show
-    assert train(run)
+    assert train_loop(run)
     for step in (4, 5, 6):
         assert all(map(torch.equal, weights_at[step], weights(three))), step
 
@@ -793,7 +794,7 @@ def test_a_diverged_run_that_waits_for_the_storage_does_not_look_stalled(
     monkeypatch.setattr(run.checkpoints, "wait", waiting)
     ends = pytest.raises(DivergedError, match="step 5") if policy == "stop" else None
     with ends or contextlib.nullcontext():
-        train(run)
+        train_loop(run)
     assert points <= {"between", "snapshot"}
     assert "between" in points
 
@@ -810,7 +811,7 @@ def test_scoring_comes_after_the_checkpoint_and_is_made_up_for(
     recorder, died = RecordingSink(), RecordingSink()
     wanted = begin(config, tmp_path / "unbroken", recorder)
     shows(wanted)
-    assert train(wanted)
+    assert train_loop(wanted)
     run = begin(config, tmp_path / "died", died)
     shows(run)
     evaluate, save = run.evaluate, loop.save
@@ -834,11 +835,11 @@ def test_scoring_comes_after_the_checkpoint_and_is_made_up_for(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "save", dying_save)
         with pytest.raises(Killed, match=f"scores of step {step}"):
-            train(run)
+            train_loop(run)
     again = begin(config, tmp_path / "died", died)
     assert again.state.step == step
     done = shows(again)
-    assert train(again)
+    assert train_loop(again)
     assert [at for what, at in done if what == "scores"] == list(range(step, STEPS + 1, 4))
     assert_same_bits(bits(again), bits(wanted))
     assert died.timeless() == recorder.timeless()
@@ -847,7 +848,7 @@ def test_scoring_comes_after_the_checkpoint_and_is_made_up_for(
     assert found[1].facts["scores"] == wanted.state.scores != {}
     once_more = begin(config, tmp_path / "died", died)
     done = shows(once_more)
-    assert train(once_more)
+    assert train_loop(once_more)
     assert done == []
 
 
@@ -859,7 +860,7 @@ def test_a_finished_run_without_scores_is_scored_when_it_is_continued(
     recorder = RecordingSink()
     run = begin(configured(data, "evaluation.num_images=2"), tmp_path, recorder)
     done = shows(run)
-    assert train(run)
+    assert train_loop(run)
     assert done == [("scores", STEPS)]
     assert ("eval/fd", STEPS) in recorder.values
 
@@ -868,7 +869,7 @@ def test_without_grids_nothing_is_drawn(data: str, tmp_path: Path) -> None:
     """training.grid_every_steps=0 says none, and that is none at the end either."""
     run = begin(configured(data, "training.grid_every_steps=0"), tmp_path)
     done = shows(run)
-    assert train(run)
+    assert train_loop(run)
     assert done == [("scores", STEPS)]
 
 
@@ -876,7 +877,7 @@ def test_a_run_that_cannot_go_back_stops(data: str, tmp_path: Path) -> None:
     run = begin(configured(data, "training.on_divergence=rewind"), tmp_path)
     spoil(run, 2, position=1)
     with pytest.raises(DivergedError, match=r"step 2: "):
-        train(run)
+        train_loop(run)
 
 
 def test_a_run_that_skips_all_of_its_steps_ends(data: str, tmp_path: Path) -> None:
@@ -885,7 +886,7 @@ def test_a_run_that_skips_all_of_its_steps_ends(data: str, tmp_path: Path) -> No
         parameter.register_hook(lambda gradient: gradient * math.nan)
     before = weights(run)
     with pytest.raises(DivergedError, match=r"step 11: the gradient's norm is nan"):
-        train(run)
+        train_loop(run)
     assert all(map(torch.equal, weights(run), before))
 
 
@@ -1084,9 +1085,9 @@ def gloo_worker(rank: int, folder: Path, data: str) -> dict[str, Any]:
     )
     workers, recorder, config = Workers(rank, 2), RecordingSink(), configured(data)
     run = begin(config, folder / "run", recorder, workers)
-    train(run)
+    train_loop(run)
     by_losses = RecordingSink()
-    train(begin(configured(data, *BY_LOSSES), folder / "by_losses", by_losses, workers))
+    train_loop(begin(configured(data, *BY_LOSSES), folder / "by_losses", by_losses, workers))
     run = begin(config, folder / "spoilt", None, workers)
     spoil(run, 2, position=3)
     guilty = run.stream.keys(1)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ddpm_ray.assembly import diffusion, training_run
 from ddpm_ray.collectives import Workers
-from ddpm_ray.config.loading import load
+from ddpm_ray.config.loading import load_config
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.data.low_resolution import downscaled
@@ -51,7 +51,7 @@ def configured(*overrides: str) -> RunConfig:
         "model.attention_resolutions=[]",
         "training.global_batch_size=400",
     )
-    return load(RunConfig, None, [*keys, *overrides])
+    return load_config(RunConfig, None, [*keys, *overrides])
 
 
 def objective(*overrides: str) -> Objective:

@@ -18,7 +18,7 @@ from ddpm_ray.training.post_hoc_ema import (
     gamma_of,
     power_decay,
     profile_error,
-    reconstruct,
+    reconstruct_ema,
     weights,
 )
 
@@ -48,7 +48,7 @@ def error(sigma_rel: float, sigmas: Sequence[float], count: int) -> float:
     """Relative distance of the average that is made afterwards from the tracked one."""
     ts, gammas, averages = kept(sigmas, count)
     w = weights(ts, gammas, STEPS, gamma_of(sigma_rel))
-    made = reconstruct(({"w": each} for each in averages), w)["w"]
+    made = reconstruct_ema(({"w": each} for each in averages), w)["w"]
     wanted = tracked(sigma_rel)[-1]
     return float((made - wanted).norm() / wanted.norm())
 
@@ -138,7 +138,7 @@ def test_a_width_that_was_tracked_comes_back(sigma_rel: float, count: int) -> No
     ts, gammas, averages = kept([0.05, 0.1], count)
     for t in (STEPS, STEPS // 2):
         w = weights(ts, gammas, t, gamma_of(sigma_rel))
-        made = reconstruct(({"w": each} for each in averages), w)["w"]
+        made = reconstruct_ema(({"w": each} for each in averages), w)["w"]
         torch.testing.assert_close(made, tracked(sigma_rel)[t - 1].float(), rtol=1e-5, atol=1e-5)
         assert profile_error(ts, gammas, t, gamma_of(sigma_rel)) < 1e-6
 
@@ -192,7 +192,7 @@ def test_snapshots_are_added_one_at_a_time_in_float64() -> None:
             alive.append(number)
             yield {"w": torch.full((2,), value), "n": torch.tensor(number)}
 
-    made = reconstruct(snapshots(), torch.tensor([0.5, 3.0, 0.5], dtype=torch.float64))
+    made = reconstruct_ema(snapshots(), torch.tensor([0.5, 3.0, 0.5], dtype=torch.float64))
     assert made["w"].tolist() == [3, 3]
     assert made["w"].dtype == torch.float32
     assert made["n"].item() == 2
@@ -202,6 +202,6 @@ def test_snapshots_are_added_one_at_a_time_in_float64() -> None:
 def test_snapshots_of_another_network_are_refused() -> None:
     pair = [{"a": torch.ones(1)}, {"a": torch.ones(1), "b": torch.ones(1)}]
     with pytest.raises(ValueError, match="snapshots differ in 'b'"):
-        reconstruct(pair, torch.ones(2))
+        reconstruct_ema(pair, torch.ones(2))
     with pytest.raises(ValueError, match=r"zip\(\) argument 2 is longer"):
-        reconstruct(pair[:1], torch.ones(2))
+        reconstruct_ema(pair[:1], torch.ones(2))

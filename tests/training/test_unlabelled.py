@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from ddpm_ray.assembly import diffusion, training_run
 from ddpm_ray.collectives import Workers
-from ddpm_ray.config.loading import load
+from ddpm_ray.config.loading import load_config
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.diffusion import Parameterization
 from ddpm_ray.diffusion.conditioning import Conditioning
 from ddpm_ray.evaluation.likelihood_over_dataset import flow_likelihood
-from ddpm_ray.evaluation.vlb_over_dataset import bits_per_dim
+from ddpm_ray.evaluation.vlb_over_dataset import vlb_bits_per_dim
 from ddpm_ray.sampling.conditioning import ConditioningSpec
 from ddpm_ray.sampling.denoiser import Denoiser
 from ddpm_ray.training.ema import EMA
@@ -60,7 +60,7 @@ def configured(*more: str) -> RunConfig:
         "model.blocks_per_level=1",
         "model.attention_resolutions=[]",
     )
-    return load(RunConfig, None, [*keys, *more])
+    return load_config(RunConfig, None, [*keys, *more])
 
 
 def trained(labels: Tensor, *more: str) -> list[float]:
@@ -92,7 +92,9 @@ def validated(labels: Tensor) -> list[float]:
 
 def bounded(labels: Tensor) -> list[float]:
     batch = torch.arange(COUNT), IMAGES, labels
-    found = bits_per_dim(denoiser(), [batch], variance="fixed_small", workers=Workers(), terms=4)
+    found = vlb_bits_per_dim(
+        denoiser(), [batch], variance="fixed_small", workers=Workers(), terms=4
+    )
     return [*found.metrics.values(), *found.terms]
 
 

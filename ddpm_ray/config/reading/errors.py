@@ -29,12 +29,12 @@ def wrong_option(kind: Any, key: str, value: Any) -> str:
             rule, hint = f"give {type_text(type_)}", ""
         limits = ", ".join(filter(None, [rule, range_text(meta["limits"])]))
         return f"{key}={shown(value)}: {limits}; it means: {meta['doc']}{hint}"
-    if key in groups(known):
+    if key in option_groups(known):
         return f"{key}={shown(value)}: a group of keys, not a value; set {key}.<key>"
     return f"{key}={shown(value)}: no such key{nearest_key(kind, key)}"
 
 
-def groups(keys: Iterable[str]) -> list[str]:
+def option_groups(keys: Iterable[str]) -> list[str]:
     """Return the groups of dotted `keys`, outer ones too, in their order."""
     found: dict[str, None] = {}
     for key in keys:

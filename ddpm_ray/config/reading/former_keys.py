@@ -20,10 +20,11 @@ class Former:
 
     A key without a dot is in the option's own group. A key with a dot starts at the job's config:
     `model.kind`, or `.film` for a key outside all groups. Several options may have the same former
-    key: each translates the value with its own `choices`.
+    key: each translates the value with its own `choices`. Without a key, `choices` applies to the
+    current key: Former(choices={"score": "gradient"}) renames a choice alone.
     """
 
-    key: str
+    key: str = ""
     choices: Mapping[Any, Any] = field(default_factory=dict)  # former -> current; others unchanged
 
 
@@ -174,9 +175,11 @@ def _collect(kind: Any, prefix: str, config: str, names: _Names) -> None:
     types = get_type_hints(kind)
     for item in fields(kind):
         key, below = f"{prefix}{item.name}", types[item.name]
+        formerly = item.metadata.get("formerly", ())
         former = {
             (config if "." in one.key else prefix) + one.key.removeprefix("."): one
-            for one in item.metadata.get("formerly", ())
+            for one in formerly
+            if one.key
         }
         if is_dataclass(below):
             names.groups.add(key)
@@ -187,7 +190,8 @@ def _collect(kind: Any, prefix: str, config: str, names: _Names) -> None:
         names.keys.add(key)
         for name, one in former.items():
             names.former.setdefault(name, []).append((key, one.choices))
-        if choices := item.metadata.get("former_choices"):
-            names.former_choices[key] = choices
+        for one in formerly:
+            if not one.key:
+                names.former_choices[key] = one.choices
         if group := item.metadata.get("keys_of"):
             names.key_kinds[key] = types[group]

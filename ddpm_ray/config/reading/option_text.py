@@ -38,7 +38,7 @@ def _plural(type_: Any) -> str:
 
 def range_text(limits: Limits) -> str:
     """Return a range as "at least 0, below 1"; empty if there is none."""
-    return ", ".join(f"{rule} {limit}" for rule, (limit, _) in limits.items() if limit is not None)
+    return ", ".join(f"{rule} {limit}" for rule, (limit, _) in limits.items())
 
 
 def value_text(value: Any) -> str:

@@ -64,7 +64,7 @@ CIFAR10_LABELS: tuple[str, ...] = ("airplane", "automobile", "bird", "cat", "dee
 CIFAR10_LABELS += ("dog", "frog", "horse", "ship", "truck")
 
 
-def load(name: BuiltIn, split: Split, url: str = "", sha256: Sequence[str] = ()) -> Arrays:
+def load_arrays(name: BuiltIn, split: Split, url: str = "", sha256: Sequence[str] = ()) -> Arrays:
     """Load the data set `name` from `url`, by default its public address.
 
     For mnist and fashion-mnist `url` is the folder of the .gz files, and `sha256` holds the hashes

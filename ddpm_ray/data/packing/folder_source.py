@@ -8,7 +8,7 @@ from ddpm_ray.data.packing import class_names, metadata_files
 from ddpm_ray.data.packing.file_source import FileSource, Member, version_of
 from ddpm_ray.data.packing.metadata_files import Metadata
 from ddpm_ray.data.packing.source_files import SPLITS, SourceFiles
-from ddpm_ray.data.samples import groups, printable_name
+from ddpm_ray.data.samples import named_groups, printable_name
 from ddpm_ray.storage import object_store
 
 EMPTY = "folders without an image, which are not used as classes"
@@ -23,7 +23,7 @@ def folder_source(url: str, files: SourceFiles, options: PackConfig) -> FileSour
     includes the images at any depth below it. Labels in a metadata file replace these classes.
     """
     _refuse_unused(url, files, options)
-    metadata = metadata_files.read(url, files, options)
+    metadata = metadata_files.read_metadata(url, files, options)
     names, tops = list(files.images), {name.split("/")[0] for name in files.images if "/" in name}
     if tops and tops <= SPLITS:
         problem = f"its sub-folders ({', '.join(sorted(tops))}) are splits, not classes"
@@ -46,7 +46,7 @@ def folder_source(url: str, files: SourceFiles, options: PackConfig) -> FileSour
         ),
         label_names,
         options.max_file_bytes,
-        files.left_out + metadata.left_out + groups(unused),
+        files.left_out + metadata.left_out + named_groups(unused),
         version_of(states),
     )
 

@@ -88,7 +88,7 @@ class EncodedShard(NamedTuple):
     gram: Gram  # for the preview
 
 
-def make_plan(
+def make_encoding_plan(
     source: Dataset, destination: str, autoencoder: LatentEncoder, options: EncodeConfig
 ) -> EncodePlan:
     """Decide the recipe of the latents. Raises DatasetError if the images cannot be encoded."""
@@ -115,7 +115,7 @@ def make_plan(
     return EncodePlan(source, destination, recipe, autoencoder.url, options.batch_size)
 
 
-def find_finished(plan: EncodePlan) -> Dataset | None:
+def find_finished_latents(plan: EncodePlan) -> Dataset | None:
     """Return the finished set of latents at the destination, or None if there is none.
 
     Raises DatasetError if the data set there has other images, another autoencoder or other
@@ -132,7 +132,7 @@ def find_finished(plan: EncodePlan) -> Dataset | None:
         raise pack_report.other_dataset(plan.destination, f"{how} {wanted[:12]}")
     if keys := [key for key in there if there[key] != here[key]]:
         raise pack_report.other_dataset(plan.destination, f"{', '.join(keys)} differ")
-    record, options = encoding_record.read(dataset), _options(plan)
+    record, options = encoding_record.read_encoding(dataset), _options(plan)
     if record is not None and record.options != options:
         how = f"encoded with {dict(record.options)}, now {options}"
         raise pack_report.other_dataset(plan.destination, how)
@@ -171,7 +171,7 @@ def encode_shard(plan: EncodePlan, number: int, autoencoder: LatentEncoder) -> E
     return encoded
 
 
-def finish(plan: EncodePlan, encoded: Iterable[EncodedShard]) -> Dataset:
+def finish_latents(plan: EncodePlan, encoded: Iterable[EncodedShard]) -> Dataset:
     """Write the record, the index and, last, the manifest; delete the part files. StorageError."""
     done = sorted(encoded, key=lambda shard: shard.number)
     rows = [shard.row for shard in done]
@@ -184,7 +184,7 @@ def finish(plan: EncodePlan, encoded: Iterable[EncodedShard]) -> Dataset:
         _options(plan),
         fit_preview(gram, manifest),
     )
-    encoding_record.write(plan.destination, record)
+    encoding_record.write_encoding(plan.destination, record)
     dataset = write_index(plan.destination, plan.recipe, rows)
     _part_files(plan).delete()
     return dataset

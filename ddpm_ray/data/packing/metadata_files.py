@@ -18,7 +18,7 @@ from ddpm_ray.data.dataset import DatasetError
 from ddpm_ray.data.packing import class_names
 from ddpm_ray.data.packing.class_names import Label
 from ddpm_ray.data.packing.source_files import SourceFiles
-from ddpm_ray.data.samples import NamedGroup, groups
+from ddpm_ray.data.samples import NamedGroup, named_groups
 from ddpm_ray.storage import object_store
 
 FILE_NAME, LABEL = "file_name", "label"
@@ -35,7 +35,7 @@ class Metadata:
     left_out: tuple[NamedGroup, ...] = ()
 
 
-def read(url: str, files: SourceFiles, options: PackConfig) -> Metadata:
+def read_metadata(url: str, files: SourceFiles, options: PackConfig) -> Metadata:
     """Read all metadata files below `url`. Raises DatasetError, which names file and line."""
     found = Metadata(list(files.metadata))
     named: set[str] = set()
@@ -73,7 +73,7 @@ def read(url: str, files: SourceFiles, options: PackConfig) -> Metadata:
     others = [
         (f"columns of {file} not supported in shards", names) for file, names in columns.items()
     ]
-    found.left_out = groups([*others, (MISSING, missing), (UNLISTED, unlisted)])
+    found.left_out = named_groups([*others, (MISSING, missing), (UNLISTED, unlisted)])
     return found
 
 

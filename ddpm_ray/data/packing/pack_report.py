@@ -46,12 +46,12 @@ class PackRecord:
     report: PackReport
 
 
-def write(destination: str, record: PackRecord) -> None:
+def write_record(destination: str, record: PackRecord) -> None:
     """Store the record next to the shards. Raises StorageError."""
     checksummed_json.write(object_store.join(destination, RECORD), asdict(record))
 
 
-def read(dataset: Dataset) -> PackRecord | None:
+def read_record(dataset: Dataset) -> PackRecord | None:
     """Return the record of a data set; None if it has none. Raises StorageError."""
     where = object_store.join(dataset.url, RECORD)
     if not object_store.exists(where):
@@ -106,7 +106,7 @@ def merge_groups(parts: Iterable[NamedGroup]) -> tuple[NamedGroup, ...]:
     )
 
 
-def summary(dataset: Dataset, report: PackReport | None) -> dict[str, Any]:
+def job_result(dataset: Dataset, report: PackReport | None) -> dict[str, Any]:
     """Return the result of a packing job for JSON; null: packed by a version without a report."""
     manifest = dataset.manifest
     return {

@@ -37,7 +37,7 @@ from ddpm_ray.data.packing.image_fitting import first_image, fit_image, suggest_
 from ddpm_ray.data.packing.pack_report import PackRecord, PackReport
 from ddpm_ray.data.packing.part_files import PartFiles
 from ddpm_ray.data.packing.sources import open_source
-from ddpm_ray.data.samples import NamedGroup, Sample, Source, groups
+from ddpm_ray.data.samples import NamedGroup, Sample, Source, named_groups
 from ddpm_ray.redaction import redacted
 from ddpm_ray.storage import object_store
 
@@ -109,7 +109,7 @@ def find_finished(plan: PackPlan) -> Dataset | None:
         there, here = asdict(dataset.recipe), asdict(plan.recipe)
         keys = [key for key in there if there[key] != here[key]]
         raise pack_report.other_dataset(plan.destination, f"{', '.join(keys)} differ")
-    record = pack_report.read(dataset)
+    record = pack_report.read_record(dataset)
     pack_report.require_same(dataset, record, _options(plan))
     if record is not None and record.version != plan.source.version:
         log.info("files of %s have a newer date; comparing their contents", plan.name)
@@ -133,7 +133,7 @@ def pack_shard(plan: PackPlan, number: int) -> PackedShard:
     part = {
         "row": row and asdict(row),
         "skipped": fitted.skipped,
-        "changed": [asdict(group) for group in groups(fitted.changes.items())],
+        "changed": [asdict(group) for group in named_groups(fitted.changes.items())],
         "class_samples": [counts[label] for label in range(len(plan.recipe.label_names))],
         "content_sha256": fitted.content_sha256,
     }
@@ -141,7 +141,7 @@ def pack_shard(plan: PackPlan, number: int) -> PackedShard:
     return _packed_shard(number, part)
 
 
-def finish(plan: PackPlan, packed: Iterable[PackedShard]) -> Dataset:
+def finish_dataset(plan: PackPlan, packed: Iterable[PackedShard]) -> Dataset:
     """Write the packing record, the index and, last, the manifest; delete the part files.
 
     Raises DatasetError if every image was skipped, StorageError.
@@ -160,7 +160,7 @@ def finish(plan: PackPlan, packed: Iterable[PackedShard]) -> Dataset:
     )
     content = _join_digests(shard.content_sha256 for shard in done)
     source = plan.name, plan.source.digest, plan.source.version
-    pack_report.write(plan.destination, PackRecord(*source, content, _options(plan), report))
+    pack_report.write_record(plan.destination, PackRecord(*source, content, _options(plan), report))
     dataset = write_index(plan.destination, plan.recipe, rows)
     _part_files(plan).delete()
     return dataset

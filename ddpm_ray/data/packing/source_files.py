@@ -17,7 +17,7 @@ from pathlib import Path
 
 from ddpm_ray.data.dataset import DatasetError
 from ddpm_ray.data.packing.image_files import is_image
-from ddpm_ray.data.samples import NamedGroup, groups
+from ddpm_ray.data.samples import NamedGroup, named_groups
 from ddpm_ray.storage import object_store
 from ddpm_ray.storage.errors import StorageError
 from ddpm_ray.storage.object_store import ObjectState
@@ -68,7 +68,7 @@ class SourceFiles:
     @property
     def left_out(self) -> tuple[NamedGroup, ...]:
         """Files that are no image, tar, table or metadata file."""
-        return groups(self.others.items())
+        return named_groups(self.others.items())
 
     def add(self, name: str, state: ObjectState) -> None:
         """Add a regular file to the group of its kind."""

@@ -46,7 +46,7 @@ def open_source(source: str, options: PackConfig | None = None) -> Source:
     options = options or PackConfig()
     if source in builtin_datasets.NAMES:
         name = cast(BuiltIn, source)
-        arrays = builtin_datasets.load(name, options.split, options.url, options.file_hashes)
+        arrays = builtin_datasets.load_arrays(name, options.split, options.url, options.file_hashes)
         return ArraySource(source, *arrays)
     source = object_store.absolute(source, Path.cwd())  # tasks run in folders of their own
     if "://" not in source:

@@ -22,7 +22,7 @@ from ddpm_ray.data.packing import class_names, table_files
 from ddpm_ray.data.packing.class_names import Label
 from ddpm_ray.data.packing.file_source import version_of
 from ddpm_ray.data.packing.table_files import TableFile
-from ddpm_ray.data.samples import NamedGroup, Sample, groups, printable_name
+from ddpm_ray.data.samples import NamedGroup, Sample, named_groups, printable_name
 from ddpm_ray.redaction import counted
 from ddpm_ray.storage import object_store
 from ddpm_ray.storage.object_store import ObjectState
@@ -107,7 +107,7 @@ def table_source(
         np.asarray(numbers, np.int64),
         label_names,
         options.max_file_bytes,
-        left_out + groups([(COLUMNS, others)]),
+        left_out + named_groups([(COLUMNS, others)]),
         version_of(tables),
     )
 

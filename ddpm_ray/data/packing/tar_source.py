@@ -19,7 +19,7 @@ from ddpm_ray.data.packing.file_source import FileSource, Member, open_object, v
 from ddpm_ray.data.packing.image_files import is_image
 from ddpm_ray.data.packing.source_files import HIDDEN, is_hidden
 from ddpm_ray.data.packing.tar_members import members
-from ddpm_ray.data.samples import NamedGroup, groups, printable_name
+from ddpm_ray.data.samples import NamedGroup, named_groups, printable_name
 from ddpm_ray.storage import object_store
 from ddpm_ray.storage.object_store import ObjectState
 
@@ -63,7 +63,7 @@ def tar_source(
         )
         labelled = contents.cls_labels.keys() | contents.json_labels.keys()
         others[NO_IMAGE] += sorted(labelled - contents.images.keys())
-    left = left_out + groups([*others.items(), (OTHER_KEYS, json_keys)])
+    left = left_out + named_groups([*others.items(), (OTHER_KEYS, json_keys)])
     if not found:
         contained = f" (they hold {'; '.join(map(str, left))})" if left else ""
         remedy = "give tars with image files"

@@ -1,5 +1,6 @@
 """Files of a model that diffusers saved: config.json, and weights as safetensors or .bin."""
 
+import io
 import json
 import pickle
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import Tensor
 
 from ddpm_ray.models.interop.diffusers_config import UnsupportedModelError
@@ -16,7 +17,6 @@ from ddpm_ray.models.interop.layouts import Tensors
 SAFETENSORS = "diffusion_pytorch_model.safetensors"
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 UNREADABLE = (
-    OSError,
     EOFError,
     RuntimeError,
     ValueError,
@@ -37,21 +37,39 @@ def weights_file(folder: Path) -> Path:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Tensors by name; a .bin file is read with weights_only, so that no code in it is run.
+    """Read the tensors of a local file by name; see `read_tensors`."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UnsupportedModelError(str(path), f"cannot be read: {error}") from error
+    return read_tensors(str(path), data)
 
+
+def read_tensors(where: str, data: bytes) -> dict[str, Tensor]:
+    """Read the tensors of a file by name: of safetensors, or of torch.save with weights_only.
+
+    `where` is its path or URL. No code in the file is run: a pickle that would run some is refused.
     Raises UnsupportedModelError.
     """
     try:
-        if path.suffix == ".safetensors":
-            stored: object = load_file(path)
+        if where.endswith(".safetensors"):
+            stored: object = load(data)
         else:
-            stored = torch.load(path, map_location="cpu", weights_only=True)
+            stored = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        problem = (
+            "it is no file of torch.save, or holds more than tensors, as code, which is not run"
+        )
+        remedy = "save the state_dict alone, best as .safetensors"
+        raise UnsupportedModelError(where, f"cannot be read: {problem}; {remedy}") from error
     except UNREADABLE as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UnsupportedModelError(str(path), f"cannot be read: {reason}") from error
-    if not isinstance(stored, dict) or not all(isinstance(t, Tensor) for t in stored.values()):
-        raise UnsupportedModelError(str(path), "holds something other than tensors by name")
-    return stored
+        raise UnsupportedModelError(where, f"cannot be read: {reason}") from error
+    if not isinstance(stored, dict) or not all(
+        isinstance(name, str) and isinstance(one, Tensor) for name, one in stored.items()
+    ):
+        raise UnsupportedModelError(where, "holds something other than tensors by name")
+    return {name: one.detach() for name, one in stored.items()}
 
 
 def with_new_attention_names(tensors: Tensors) -> dict[str, Tensor]:

@@ -170,7 +170,7 @@ def _joins_a_cluster(config: DoctorConfig) -> bool:
 def _conditional_put(test_object: str) -> Finding:
     """Report on conditional writes, for information: most servers ignore them; none is needed."""
     try:
-        kept = not object_store.write_new(test_object, b"second")
+        kept = not object_store.write_new_bytes(test_object, b"second")
         found = "honoured" if kept else "ignored by this store; ddpm-ray does not need it"
     except StorageError as error:
         found = f"refused ({error.args[1]}); ddpm-ray does not need it"

@@ -74,7 +74,7 @@ def examine(config: DoctorConfig, home: Path) -> list[Finding]:
     return findings + ([_clocks(clocks)] if clocks else [])
 
 
-def show(findings: list[Finding]) -> None:
+def print_findings(findings: list[Finding]) -> None:
     """Print a table on stderr: each check, its finding and remedy."""
     table = Table("check", "", "found", show_lines=False, pad_edge=False, box=None)
     colours = {"ok": "green", "warn": "yellow", "fail": "bold red"}

@@ -1,0 +1,189 @@
+"""Models of other libraries: a network's weights with the run config that they fit."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, replace
+from itertools import combinations
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from ddpm_ray.assembly import training_run
+from ddpm_ray.config.import_weights import ImportConfig
+from ddpm_ray.config.loading import ConfigError, to_dict
+from ddpm_ray.config.model import ModelConfig
+from ddpm_ray.config.objective import ObjectiveConfig
+from ddpm_ray.config.run import RunConfig
+from ddpm_ray.config.sampling import SamplingSettings
+from ddpm_ray.config.schedule import ScheduleConfig
+from ddpm_ray.data.image_shape import ImageShape
+from ddpm_ray.models.interop import convert
+from ddpm_ray.models.interop.diffusers_config import UnsupportedModelError
+from ddpm_ray.models.layers import GUIDED, HO, Variant
+from ddpm_ray.models.unet_spec import UNetSpec
+from ddpm_ray.storage.file_formats import package_version
+from ddpm_ray.training.state import Snapshot
+
+MOST_BLOCKS = 6  # per level, that are tried to name a wrong option
+
+
+class OtherModel(NamedTuple):
+    """A network of another library."""
+
+    config: RunConfig
+    spec: UNetSpec
+    tensors: dict[str, Tensor]  # state_dict of UNet(spec)
+    image_shape: ImageShape
+
+
+def of_diffusers(folder: Path) -> OtherModel:
+    """Read the model in a folder of diffusers. Raises UnsupportedModelError."""
+    spec, tensors, facts, (height, width) = convert.read_folder(folder)
+    try:
+        sampling = SamplingSettings().overridden(facts["sampling"])
+    except (TypeError, ValueError) as error:
+        raise UnsupportedModelError(str(folder), f"scheduler: {error}") from error
+    config = RunConfig(
+        name=folder.name,
+        schedule=ScheduleConfig(**facts["schedule"]),
+        objective=ObjectiveConfig(**facts["objective"]),
+        sampling=sampling,
+        model=ModelConfig(
+            base_channels=spec.base_channels,
+            channel_mults=spec.channel_mults,
+            blocks_per_level=spec.blocks_per_level,
+            attention_factors=spec.attention_factors,
+            dropout=spec.dropout,
+            groups=spec.groups,
+            num_classes=spec.num_classes,
+        ),
+    )
+    return OtherModel(config, spec, tensors, ImageShape(height, width, spec.image_channels))
+
+
+def of_weights(config: ImportConfig, where: str, tensors: Mapping[str, Tensor]) -> OtherModel:
+    """Make the model of tensors with the names of `config.layout`, which were read at `where`.
+
+    A network of guided-diffusion with labels but no null label is not sampled without labels:
+    objective.label_dropout becomes 0. Raises ConfigError for sizes that do not fit together, and
+    UnsupportedModelError for tensors of another network; it names an option that makes them fit.
+    """
+    image_shape = ImageShape(
+        config.image_size, config.image_width or config.image_size, config.channels
+    )
+    labels, objective = tensors.get("label_emb.weight"), config.objective
+    if labels is not None and len(labels) == config.model.num_classes:
+        objective = replace(objective, label_dropout=0.0)
+    run = RunConfig(
+        schedule=config.schedule,
+        objective=objective,
+        sampling=config.sampling,
+    )
+    try:
+        sizes = config.model.for_images(image_shape.height, image_shape.width)
+        run = replace(run, model=sizes)
+        spec = training_run.unet_spec(run, image_shape, _variant(config))
+        spec.require_consistent()
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    convert_to = _converter(config, tensors)
+    try:
+        return OtherModel(run, spec, convert_to(spec), image_shape)
+    except UnsupportedModelError as error:
+        _, problem = error.args
+        raise UnsupportedModelError(
+            where, f"{problem}; {_remedy(spec, tensors, convert_to)}"
+        ) from error
+
+
+def snapshot(model: OtherModel, source: Mapping[str, Any]) -> Snapshot:
+    """Make the checkpoint of step 0, for sampling only; `source` names the weights.
+
+    Raises UnsupportedModelError for a network that the options of a run cannot describe.
+    """
+    kept = training_run.unet_spec(model.config, model.image_shape, model.spec.variant)
+    for key, value in asdict(model.spec).items():
+        if asdict(kept)[key] != value:
+            raise UnsupportedModelError(
+                source["file"], f"{key} is {value}; a run's options make it {asdict(kept)[key]}"
+            )
+    facts = {
+        "config": to_dict(model.config),
+        "version": package_version(),
+        "image_shape": list(model.image_shape),
+        "data_fingerprint": "",
+        "codec": "pixels",
+        "variant": asdict(model.spec.variant),
+        "average": {"imported": dict(source)},  # in place of an EMA
+        "step": 0,
+    }
+    return Snapshot({"ema": {name: one.float() for name, one in model.tensors.items()}}, facts)
+
+
+def _variant(config: ImportConfig) -> Variant:
+    if config.layout == "ho":
+        return HO
+    flags = config.guided_diffusion
+    return replace(
+        GUIDED,
+        num_heads=flags.num_heads,
+        head_channels=flags.head_channels,
+        scale_shift=flags.scale_shift,
+        resampling_blocks=flags.resampling_blocks,
+    )
+
+
+def _converter(
+    config: ImportConfig, tensors: Mapping[str, Tensor]
+) -> Callable[[UNetSpec], dict[str, Tensor]]:
+    """The function that makes the state_dict of a spec from `tensors`."""
+    if config.layout == "ho":
+        return lambda spec: convert.from_ho(tensors, spec)
+    order = config.guided_diffusion.new_attention_order
+    return lambda spec: convert.from_guided_diffusion(tensors, spec, new_attention_order=order)
+
+
+def _remedy(
+    spec: UNetSpec, tensors: Mapping[str, Tensor], convert_to: Callable[[UNetSpec], object]
+) -> str:
+    """Name the option that makes the tensors fit, if one alone does."""
+    for setting, other in _other_specs(spec, tensors):
+        try:
+            convert_to(other)
+        except UnsupportedModelError:
+            continue
+        return f"they fit with {setting}"
+    return "no single option makes them fit: compare model.channel_mults and layout first"
+
+
+def _other_specs(spec: UNetSpec, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, UNetSpec]]:
+    """Yield specs that differ from `spec` in one option, each with its `key=value`."""
+    for name in ("conv_in.weight", "input_blocks.0.0.weight"):
+        if name in tensors and tensors[name].ndim == 4:
+            width, channels, *_ = tensors[name].shape
+            yield f"model.base_channels={width}", replace(spec, base_channels=width)
+            yield f"channels={channels}", replace(spec, image_channels=channels)
+    learned = (
+        "fixed objective.loss=simple"
+        if spec.learns_variance
+        else "learned_range objective.loss=hybrid"
+    )
+    yield (
+        f"objective.variance={learned}",
+        replace(spec, learns_variance=not spec.learns_variance),
+    )
+    labels = len(tensors.get("label_emb.weight", ()))
+    for classes in sorted({0, labels, max(labels - 1, 0)}):
+        yield f"model.num_classes={classes}", replace(spec, num_classes=classes)
+    for blocks in range(1, MOST_BLOCKS + 1):
+        yield f"model.blocks_per_level={blocks}", replace(spec, blocks_per_level=blocks)
+    for flag in ("scale_shift", "resampling_blocks"):
+        if spec.variant != HO:
+            on = not getattr(spec.variant, flag)
+            variant = replace(spec.variant, **{flag: on})
+            yield f"guided_diffusion.{flag}={str(on).lower()}", replace(spec, variant=variant)
+    factors = [2**level for level in range(len(spec.channel_mults))]
+    for count in range(len(factors) + 1):
+        for chosen in combinations(factors, count):
+            text = ",".join(map(str, chosen))
+            yield f"model.attention_factors=[{text}]", replace(spec, attention_factors=chosen)
