@@ -36,6 +36,7 @@ class Purpose(IntEnum):
     LOW_RESOLUTION = 12
     LIKELIHOOD = 13
     POSTERIOR = 14
+    RECONSTRUCTION = 15
 
 
 def normal(

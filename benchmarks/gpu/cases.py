@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.tiny import SHAPE, SIDE, Notes, config_of, denoiser_of, packed, pixels, run_of
+from benchmarks.gpu.tiny_keys import ADVERSARY, AUTOENCODER
 from ddpm_ray.assembly import checkpoint_loading, diffusion, scoring, training_run
 from ddpm_ray.collectives import Workers
 from ddpm_ray.data.image_shape import ImageShape
@@ -76,6 +77,19 @@ OBJECTIVES: dict[str, list[str]] = {
         "evaluation.validation_every_steps=0",
     ],
     "three averages": ["training.ema_more_decays=[0.999,0.99]"],
+    "autoencoder": AUTOENCODER,
+    "autoencoder bf16 channels_last": [
+        *AUTOENCODER,
+        "training.precision=bf16",
+        "training.channels_last=true",
+    ],
+    "autoencoder adversary": [*AUTOENCODER, *ADVERSARY],
+    "autoencoder adversary elastic": [
+        *AUTOENCODER,
+        *ADVERSARY,
+        "training.reduction=elastic",
+        "training.reduction_slots=4",
+    ],
 }
 
 SAMPLERS: dict[str, tuple[list[str], dict[str, Any]]] = {
@@ -146,6 +160,7 @@ def cases() -> dict[str, Case]:
         "checkpoint: loaded to sample": _loaded,
         "checkpoint: averages of another width": _averaged,
         "checkpoint: save and restore": partial(_checkpoint, []),
+        "checkpoint: autoencoder adversary": partial(_checkpoint, [*AUTOENCODER, *ADVERSARY]),
         "checkpoint: second_moment, averages, channels_last": partial(
             _checkpoint,
             [
@@ -159,7 +174,7 @@ def cases() -> dict[str, Case]:
 
 def _steps(keys: list[str], device: torch.device) -> None:
     """A step and its row."""
-    run = run_of(config_of(keys), device)
+    run = run_of(config_of(keys), device, 24 if AUTOENCODER[0] in keys else SIDE)
     take_step(run)
     report(run)
     assert isinstance(run.sink, Notes)
@@ -268,7 +283,7 @@ def _enlarge(device: torch.device) -> None:
     model.enlarge(_known(2, 4), steps=3)
 
 
-def _feature_net(device: torch.device) -> FeatureNet:
+def feature_net(device: torch.device) -> FeatureNet:
     """Six features of an image, and three classes: a fixed network of a few numbers."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(3 * SIDE * SIDE, 6, generator=generator).to(device)
@@ -281,7 +296,7 @@ def _feature_net(device: torch.device) -> FeatureNet:
 
 def _evaluation(num_images: int, device: torch.device) -> None:
     """Every score of samples against data, and what the numbers depend on."""
-    config, workers, net = config_of([]), Workers(0, 1, device), _feature_net(device)
+    config, workers, net = config_of([]), Workers(0, 1, device), feature_net(device)
     _, denoiser = denoiser_of(config, device)
     with tempfile.TemporaryDirectory() as folder:
         known = reference(packed(folder), net, workers, kernel_images=8, batch_size=10)
@@ -304,12 +319,12 @@ def _evaluation(num_images: int, device: torch.device) -> None:
 
 
 def _nearest(device: torch.device) -> None:
-    workers, net = Workers(0, 1, device), _feature_net(device)
+    workers, net = Workers(0, 1, device), feature_net(device)
     with tempfile.TemporaryDirectory() as folder:
         dataset = packed(folder)
         samples = memorisation.spread(dataset, 4, workers)
-        for feature_net in (None, net):
-            found = memorisation.nearest_images(samples, dataset, workers, feature_net)
+        for of_features in (None, net):
+            found = memorisation.nearest_images(samples, dataset, workers, of_features)
             own = torch.arange(4) * 24 // 4
             _require(torch.equal(found.position[:, 0], own), "an image is not its own nearest")
 
@@ -401,13 +416,14 @@ def _averaged(device: torch.device) -> None:
 def _checkpoint(keys: list[str], device: torch.device) -> None:
     """A step after a restart from a checkpoint ends in the bits of the run that was not ended."""
     with tempfile.TemporaryDirectory() as folder:
-        whole = run_of(config_of(keys), device, url=folder)
+        side = 24 if AUTOENCODER[0] in keys else SIDE
+        whole = run_of(config_of(keys), device, side, folder)
         take_step(whole)
         report(whole)
         save(whole)
         whole.checkpoints.wait()
         take_step(whole)
-        again = run_of(config_of(keys), device, url=folder)
+        again = run_of(config_of(keys), device, side, folder)
         found = CheckpointStore(folder).load()
         _require(found is not None, "no checkpoint was found")
         assert found is not None

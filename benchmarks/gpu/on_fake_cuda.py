@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu import fake_library
+from benchmarks.gpu.tiny_keys import ADVERSARY, AUTOENCODER
 
 GOLDEN = Path(__file__).parents[2] / "tests/golden/step_syncs.json"
-SETTINGS = {  # of the objective or the training, whose steps wait in ways of their own
+SETTINGS = {  # of the task, objective or training, whose steps wait in ways of their own
     "plain": [],
     "dropout and labels": ["model.dropout=0.1", "model.num_classes=4"],
     "elastic": ["training.reduction=elastic", "training.reduction_slots=2"],
@@ -29,6 +30,8 @@ SETTINGS = {  # of the objective or the training, whose steps wait in ways of th
         "objective.variance=learned",
         "objective.loss=vlb",
     ],
+    "autoencoder": AUTOENCODER,
+    "autoencoder adversary": [*AUTOENCODER, *ADVERSARY],
 }
 
 
@@ -83,13 +86,13 @@ def outcome(action: Callable[[], None]) -> str | None:
 def syncs() -> dict[str, list[str]]:
     """Return, by setting, one line for each place where the second step and its device wait."""
     from benchmarks.gpu.fake_cuda import SYNCS, fake_cuda
-    from benchmarks.gpu.tiny import config_of, run_of
+    from benchmarks.gpu.tiny import SIDE, config_of, run_of
     from ddpm_ray.training.loop import take_step
 
     results = {}
     for name, keys in SETTINGS.items():
         with fake_cuda() as device:
-            run = run_of(config_of(keys), device)
+            run = run_of(config_of(keys), device, 24 if AUTOENCODER[0] in keys else SIDE)
             take_step(run)
             SYNCS.clear()
             take_step(run)

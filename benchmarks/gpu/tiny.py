@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.gpu.tiny_keys import AUTOENCODER, DENOISER, TINY
 from ddpm_ray.assembly import diffusion, training_run
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.loading import load_config, to_dict
@@ -28,25 +29,10 @@ from ddpm_ray.training.checkpoint_writer import CheckpointWriter
 from ddpm_ray.training.checkpoints import CheckpointStore
 from ddpm_ray.training.divergence_guard import DivergenceGuard
 from ddpm_ray.training.loop import Run
-from ddpm_ray.training.metrics_buffer import StepLog
 from ddpm_ray.training.state import TrainingState
 
-SIDE, BATCH = 8, 8
+SIDE = 8
 SHAPE = ImageShape(SIDE, SIDE, 3)
-TINY = [
-    "name=case",
-    "data.url=none",
-    "data.flip=true",
-    "model.base_channels=8",
-    "model.groups=4",
-    "model.channel_mults=[1,2]",
-    "model.blocks_per_level=1",
-    "model.attention_resolutions=[4]",
-    f"training.global_batch_size={BATCH}",
-    "training.steps=2",
-    "schedule.num_steps=10",
-    "sampling.steps=4",
-]
 
 
 class SameImages:
@@ -94,8 +80,9 @@ def pixels(count: int, side: int = SIDE) -> Tensor:
 
 
 def config_of(keys: list[str]) -> RunConfig:
-    """A run of a tiny network, and `keys`."""
-    return load_config(RunConfig, None, [*TINY, *keys])
+    """A run of a tiny network, and `keys`: a denoiser or classifier, or AUTOENCODER and more."""
+    network = [] if AUTOENCODER[0] in keys else DENOISER
+    return load_config(RunConfig, None, [*TINY, *network, *keys])
 
 
 def run_of(
@@ -110,11 +97,11 @@ def run_of(
         plan=training_run.plan(config, 1),
         state=state,
         network=state.model,
-        objective=diffusion.objective(config, state, device),
+        objective=training_run.objective(config, state, device),
         guard=DivergenceGuard.of(config.training.on_divergence, config.training.spike_factor),
         stream=SameImages(count, side),
         workers=workers,
-        log=StepLog(workers, config.training.log_every_steps),
+        log=training_run.step_log(config, ImageShape(side, side, 3), workers),
         checkpoints=CheckpointWriter(CheckpointStore(url)),
         sink=Notes(),
         show_progress=_watch,

@@ -74,9 +74,10 @@ def trained_model(
     where, snapshot = newest_checkpoint(url, ema)
     config = run_config.saved_config(snapshot.facts, url)
     if not config.traits.draws_images:
-        raise ConfigError(
-            f"{url} holds a {config.task}, which draws no images: use it as guidance.classifier"
-        )
+        what, use = "a classifier", "use it as guidance.classifier"
+        if config.traits.reconstructs:
+            what, use = "an autoencoder", "train a denoiser on the latents that it encodes"
+        raise ConfigError(f"{url} holds {what}, which draws no images: {use}")
     codec = run_config.saved_codec(snapshot.facts, where)
     image_shape = ImageShape(*snapshot.facts["image_shape"])
     variant = run_config.saved_variant(snapshot.facts, where)

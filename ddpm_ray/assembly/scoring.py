@@ -18,8 +18,10 @@ from ddpm_ray.storage import checksummed
 
 
 def feature_net(config: EvaluationConfig, cache: Path, device: torch.device) -> FeatureNet:
-    """The feature extractor of the image scores."""
+    """The feature extractor of the image scores; raises ValueError for features=none."""
     match config.features:
+        case "none":
+            raise ValueError("evaluation.features is 'none'; choose inception or digits")
         case "inception":
             path = checksummed.fetch(config.weights, config.weights_sha256, cache)
             return feature_extractor.inception_net(path, config.widths, config.resize, device)

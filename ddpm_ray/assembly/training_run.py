@@ -9,7 +9,8 @@ from typing import Any, assert_never
 
 import torch
 
-from ddpm_ray.assembly import optimization
+from ddpm_ray.assembly import diffusion, optimization
+from ddpm_ray.assembly.autoencoder import adversary, autoencoder_objective, autoencoder_spec
 from ddpm_ray.assembly.diffusion import memory_format
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.data import DataConfig
@@ -20,6 +21,7 @@ from ddpm_ray.data.dataset import Dataset
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.data.loader import Batch, ShardStream
 from ddpm_ray.diffusion.timestep_sampling import SecondMoments
+from ddpm_ray.models.autoencoder import Autoencoder
 from ddpm_ray.models.classifier import NoisyClassifier
 from ddpm_ray.models.layers import HO, Variant
 from ddpm_ray.models.unet import UNet
@@ -37,8 +39,10 @@ from ddpm_ray.training.ema import (
     width_group,
 )
 from ddpm_ray.training.ema_snapshots import SNAPSHOTS, EmaSnapshotter, SnapshotStore
-from ddpm_ray.training.loop import Plan
+from ddpm_ray.training.loop import Plan, TrainingObjective
+from ddpm_ray.training.metrics_buffer import StepLog
 from ddpm_ray.training.post_hoc_ema import gamma_of, power_decay
+from ddpm_ray.training.posterior_monitor import PosteriorMonitor
 from ddpm_ray.training.sample_grids import SampleGridLogger
 from ddpm_ray.training.state import TrainingState
 from ddpm_ray.training.validation_loss import LEVELS, Validator
@@ -52,9 +56,14 @@ def network(
     variant: Variant = HO,
     *,
     gradient_checkpointing: bool = False,
-) -> UNet | NoisyClassifier:
+) -> UNet | NoisyClassifier | Autoencoder:
     """The network for images [H, W, C]; raises ValueError if the levels do not divide H and W."""
-    spec, (height, width, _) = unet_spec(config, image_shape, variant), image_shape
+    height, width, channels = image_shape
+    if config.task == "autoencoder":
+        of_autoencoder = autoencoder_spec(config, channels)
+        of_autoencoder.latent_shape((height, width))
+        return Autoencoder(of_autoencoder)
+    spec = unet_spec(config, image_shape, variant)
     match config.task, config.model.network:
         case "classifier", "unet":
             return NoisyClassifier(spec, (height, width))
@@ -108,7 +117,29 @@ def training_state(
     weighs = config.objective.timesteps == "second_moment"
     moments = SecondMoments.empty(config.schedule.num_steps) if weighs else None
     averages = Averages.of(model, more_decays(training))
-    return TrainingState(model, EMA(model), optimizer, facts, moments, averages)
+    opponent = adversary(config, model, device) if isinstance(model, Autoencoder) else None
+    return TrainingState(model, EMA(model), optimizer, facts, moments, averages, opponent)
+
+
+def objective(config: RunConfig, state: TrainingState, device: torch.device) -> TrainingObjective:
+    """The training objective of `state`'s network."""
+    if config.traits.reconstructs:
+        cache = cache_dir(config.data, "weights")
+        return autoencoder_objective(config, state, device, cache)
+    return diffusion.objective(config, state, device)
+
+
+def step_log(config: RunConfig, image_shape: ImageShape, workers: Workers) -> StepLog:
+    """The buffer of the steps' metrics, for images [H, W, C]."""
+    monitor = None
+    if config.traits.reconstructs:
+        wanted, (height, width, channels) = config.autoencoder, image_shape
+        monitor = PosteriorMonitor(
+            autoencoder_spec(config, channels).latent_shape((height, width)),
+            wanted.kl_weight,
+            adversary=wanted.discriminator_from_step > 0,
+        )
+    return StepLog(workers, config.training.log_every_steps, monitor)
 
 
 def plan(config: RunConfig, workers: int) -> Plan:

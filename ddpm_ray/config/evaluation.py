@@ -30,12 +30,15 @@ class EvaluationConfig:
     """Scores of the model: FID, KID, likelihoods and others."""
 
     num_images: int = option(
-        0, "images to sample with the EMA weights, to score; 0: none", at_least=0
+        0,
+        "images to sample with the EMA weights, or to reconstruct, to score; 0: none",
+        at_least=0,
     )
     every_steps: int = option(0, "steps between evaluations; 0: only at the end", at_least=0)
-    features: Literal["inception", "digits"] = option(
+    features: Literal["inception", "digits", "none"] = option(
         "inception",
-        "feature network; inception: eval/fid; digits: eval/fd_digits, bundled classifier",
+        "feature network; inception: eval/fid; digits: eval/fd_digits, bundled classifier; none: "
+        "an autoencoder's PSNR and SSIM alone",
     )
     widths: tuple[int, ...] = option(
         (2048,),

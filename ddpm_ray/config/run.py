@@ -9,18 +9,23 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from ddpm_ray.config.autoencoder import AutoencoderConfig
 from ddpm_ray.config.cluster import ClusterConfig
 from ddpm_ray.config.data import DataConfig
 from ddpm_ray.config.evaluation import EvaluationConfig
 from ddpm_ray.config.model import ModelConfig
 from ddpm_ray.config.objective import ObjectiveConfig
-from ddpm_ray.config.option_fields import option
+from ddpm_ray.config.option_fields import option, shown, walk
 from ddpm_ray.config.reading.former_keys import Former
 from ddpm_ray.config.sampling import SampledModel, SamplingSettings
 from ddpm_ray.config.schedule import ScheduleConfig
 from ddpm_ray.config.task import TRAITS, Task, TaskTraits
 from ddpm_ray.config.tracking import TrackingConfig
 from ddpm_ray.config.training import TrainingConfig
+
+OF_DENOISERS = ("schedule", "objective", "model", "sampling")  # groups; a classifier's as well
+OF_AUTOENCODERS = ("autoencoder",)
+SHARED = ("sampling.batch_size",)  # also the batch of an autoencoder's grids and scores
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,7 @@ class RunConfig:
     storage: str = option("runs", "folder or fsspec URL of the runs and their checkpoints")
     task: Task = option(
         "denoiser",
-        "what is trained: a denoiser, or a classifier of noisy images for guidance",
+        "what is trained: a denoiser, a classifier of noisy images for guidance, or an autoencoder",
         defines_run=True,
         formerly=Former("model.kind", {"unet": "denoiser"}),
     )
@@ -44,6 +49,7 @@ class RunConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -81,6 +87,7 @@ class RunConfig:
         yield from self.schedule.problems()
         yield from self.objective.problems(self.schedule)
         yield from self.model.problems()
+        yield from self.autoencoder.problems()
         yield from self.training.problems()
         yield from self.sampling.problems("sampling", self.sampled_model)
         yield from self.evaluation.problems()
@@ -108,17 +115,44 @@ class RunConfig:
             )
 
     def _task_problems(self) -> Iterator[str]:
-        if self.traits.predicts_labels and self.model.num_classes < 2:
+        yield from self._unused_options()
+        traits, article = self.traits, "an" if self.task[0] in "aeiou" else "a"
+        if traits.predicts_labels and self.model.num_classes < 2:
             yield (
                 f"model.num_classes is {self.model.num_classes}; a {self.task} needs the number of "
                 f"labels in the data, at least 2"
             )
-        if self.traits.draws_images:
-            return
-        for key, value in (
-            ("evaluation.num_images", self.evaluation.num_images),
-            ("evaluation.validation_every_steps", self.evaluation.validation_every_steps),
-            ("training.grid_every_steps", self.training.grid_every_steps),
+        if traits.reconstructs and self.training.gradient_checkpointing:
+            yield (
+                "training.gradient_checkpointing is true, which an autoencoder does not have: use "
+                "training.micro_batch_size to save memory"
+            )
+        if self.evaluation.features == "none" and not traits.reconstructs:
+            yield (
+                f"evaluation.features is 'none'; the scores of {article} {self.task} need a "
+                f"feature network: choose inception or digits"
+            )
+        pictures = traits.draws_images or traits.reconstructs
+        for key, value, fits in (
+            ("evaluation.num_images", self.evaluation.num_images, pictures),
+            (
+                "evaluation.validation_every_steps",
+                self.evaluation.validation_every_steps,
+                traits.draws_images,
+            ),
+            ("training.grid_every_steps", self.training.grid_every_steps, pictures),
         ):
-            if value:
-                yield f"{key} is {value}; a {self.task} draws no images: set it to 0"
+            if value and not fits:
+                yield f"{key} is {value}; {article} {self.task} draws no images: set it to 0"
+
+    def _unused_options(self) -> Iterator[str]:
+        """Yield a line for each option that is set and has no effect in this task."""
+        reconstructs = self.traits.reconstructs
+        unused = OF_DENOISERS if reconstructs else OF_AUTOENCODERS
+        remedy = "an autoencoder has none" if reconstructs else "only task=autoencoder uses it"
+        for name in unused:
+            group = getattr(self, name)
+            defaults = {key: value for key, value, _ in walk(type(group)())}
+            for key, value, _ in walk(group):
+                if value != defaults[key] and f"{name}.{key}" not in SHARED:
+                    yield f"{name}.{key} is {shown(value)}; {remedy}: leave it out"

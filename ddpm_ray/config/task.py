@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-Task: TypeAlias = Literal["denoiser", "classifier"]
+Task: TypeAlias = Literal["denoiser", "classifier", "autoencoder"]
 
 
 @dataclass(frozen=True)
@@ -13,9 +13,11 @@ class TaskTraits:
 
     draws_images: bool = False  # has sample grids, image scores, and a model in MLflow
     predicts_labels: bool = False  # needs the label of each training image
+    reconstructs: bool = False  # encodes images to latents and decodes them; has no noise schedule
 
 
 TRAITS: Mapping[Task, TaskTraits] = {
     "denoiser": TaskTraits(draws_images=True),
     "classifier": TaskTraits(predicts_labels=True),
+    "autoencoder": TaskTraits(reconstructs=True),
 }

@@ -36,12 +36,13 @@ def train(config: RunConfig, _: Namespace) -> dict[str, Any]:
             f"{report['checkpoint']}; the same command continues"
         )
     no_pictures = "none: training.grid_every_steps is 0"
-    if not config.traits.draws_images:
+    if config.traits.predicts_labels:
         no_pictures = f"none: a {config.task} draws no images"
     scores = "  ".join(f"{key} {value:.4g}" for key, value in report["metrics"].items())
     print(
         f"checkpoint   {report['checkpoint']}",
-        f"samples      {report['samples'] or no_pictures}",
+        f"{'pictures    ' if config.traits.reconstructs else 'samples     '} "
+        f"{report['samples'] or no_pictures}",
         f"denoising    {report['denoising'] or 'none'}",
         f"scores       {scores or 'none: evaluation.num_images is 0'}",
         f"MLflow run   {report['run_id']} in {report['tracking_uri']}",

@@ -19,6 +19,7 @@ from ddpm_ray.models.layers import Attention, Downsample, ResBlock, Upsample, co
 from ddpm_ray.models.unet_spec import require_divisible
 
 LOG_VARIANCES = (-30.0, 20.0)  # range to which the encoder's log variances are clamped
+IN_USE_NATS = 0.01  # mean KL per latent value from which a channel counts as in use
 NORM_EPS = 1e-6  # of all group norms; the layers' default
 
 
@@ -89,8 +90,21 @@ class Posterior(NamedTuple):
 
     def kl(self) -> Tensor:
         """KL(q(z | x) || N(0, I)) of each image, [B], in nats, summed over all latent values."""
+        return self.kl_by_channel().sum(1)
+
+    def kl_by_channel(self) -> Tensor:
+        """The part of `kl` of each latent channel, [B, c], in nats, summed over its values."""
         excess = torch.expm1(self.log_variance) - self.log_variance
-        return 0.5 * (self.mean.square() + excess).flatten(1).sum(1)
+        return 0.5 * (self.mean.square() + excess).flatten(2).sum(2)
+
+
+def channels_in_use(kl_nats: Tensor) -> Tensor:
+    """Whether each latent channel is in use, bool [c], from its mean KL per latent value [c].
+
+    A channel whose posterior is the prior for every image carries nothing (Bowman et al. 2016,
+    arXiv:1511.06349: posterior collapse).
+    """
+    return kl_nats >= IN_USE_NATS
 
 
 class Autoencoder(nn.Module):

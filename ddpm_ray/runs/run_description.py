@@ -1,5 +1,6 @@
 """Descriptions of runs in MLflow, in Markdown: what was trained, its scores, the next commands."""
 
+import math
 import shlex
 import sys
 from collections.abc import Mapping
@@ -12,7 +13,9 @@ import torch
 from ddpm_ray.assembly import training_run
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.dataset import Dataset
+from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.evaluation.score_table import score_table
+from ddpm_ray.models.autoencoder import Autoencoder
 from ddpm_ray.redaction import counted, sanitize
 
 
@@ -23,22 +26,11 @@ def run_description(
 
     `continued_by` is the command that continues it; empty: that of its sweep.
     """
-    model, training, cluster = config.model, config.training, config.cluster
-    with torch.device("meta"):
-        network = training_run.network(config, dataset.manifest.image_shape)
-    count = sum(parameter.numel() for parameter in network.parameters())
-    classes = model.num_classes
-    labels = counted(classes, "class", "classes") if classes else "unconditional"
-    schedule, objective = config.schedule, config.objective
+    training, cluster = config.training, config.cluster
     lines = _scores(scores) if scores else []  # first: MLflow's page folds the rest
     lines += [
         data_line(config.data.url, dataset),
-        f"**Schedule** {schedule.kind}{' rescaled' if schedule.rescale else ''}, "
-        f"T = {schedule.num_steps}; prediction {objective.prediction}, loss {objective.loss}, "
-        f"weighting {objective.weighting}",
-        f"**Network** {config.task}, {model.network}, {count:,} parameters, {labels}: "
-        f"base_channels {model.base_channels}, channel_mults {list(model.channel_mults)}, "
-        f"blocks_per_level {model.blocks_per_level}",
+        *_model_lines(config, dataset.manifest.image_shape),
         f"**Training** {training.steps:,} steps, global_batch_size {training.global_batch_size}, "
         f"learning rate {training.learning_rate:g}, {training.precision}, seed {config.seed}, "
         f"workers {cluster.num_workers}",
@@ -48,6 +40,38 @@ def run_description(
     if config.traits.draws_images:
         lines += [f"**Sample** {code(command('sample', folder, '--out', 'samples.png'))}"]
     return "\n\n".join(lines)
+
+
+def _model_lines(config: RunConfig, image_shape: ImageShape) -> list[str]:
+    """Describe the network for images [H, W, C] and what it is trained for."""
+    with torch.device("meta"):
+        network = training_run.network(config, image_shape)
+    count = sum(parameter.numel() for parameter in network.parameters())
+    if isinstance(network, Autoencoder):
+        wanted, spec = config.autoencoder, network.spec
+        shape = spec.latent_shape(image_shape[:2])
+        ratio = math.prod(image_shape) / math.prod(shape)
+        start = wanted.discriminator_from_step
+        return [
+            f"**Latents** {list(shape)} (factor {spec.factor}, {spec.latent_channels} channels), "
+            f"1/{ratio:g} of the image's values",
+            f"**Network** autoencoder, {count:,} parameters: base_channels {spec.base_channels}, "
+            f"channel_mults {list(spec.channel_mults)}, blocks_per_level {spec.blocks_per_level}",
+            f"**Loss** {wanted.loss}, gradient difference {wanted.gradient_difference_weight:g}, "
+            f"perceptual {wanted.perceptual_weight:g}, KL {wanted.kl_weight:g}, "
+            + (f"discriminator from step {start:,}" if start else "no discriminator"),
+        ]
+    model, schedule, objective = config.model, config.schedule, config.objective
+    classes = model.num_classes
+    labels = counted(classes, "class", "classes") if classes else "unconditional"
+    return [
+        f"**Schedule** {schedule.kind}{' rescaled' if schedule.rescale else ''}, "
+        f"T = {schedule.num_steps}; prediction {objective.prediction}, loss {objective.loss}, "
+        f"weighting {objective.weighting}",
+        f"**Network** {config.task}, {model.network}, {count:,} parameters, {labels}: "
+        f"base_channels {model.base_channels}, channel_mults {list(model.channel_mults)}, "
+        f"blocks_per_level {model.blocks_per_level}",
+    ]
 
 
 def data_line(url: str, dataset: Dataset) -> str:
@@ -61,10 +85,11 @@ def data_line(url: str, dataset: Dataset) -> str:
     )
 
 
-def with_samples(description: str, run_id: str, image_path: str) -> str:
-    """Add the newest sample grid, which is the run's artifact `image_path`, to a description."""
+def with_picture(description: str, key: str, run_id: str, image_path: str) -> str:
+    """Add the newest picture `key`, which is the run's artifact `image_path`, to a description."""
     link = f"get-artifact?path={quote(image_path, safe='')}&run_uuid={run_id}"
-    return f"{description}\n\n**Samples** [{code(image_path)}]({link})\n\n![sample grid]({link})"
+    title, name = key.capitalize(), f"grid of {key}"
+    return f"{description}\n\n**{title}** [{code(image_path)}]({link})\n\n![{name}]({link})"
 
 
 def score_tags(config: RunConfig, scores: dict[str, Any]) -> dict[str, str]:
@@ -113,6 +138,12 @@ def _scores(scores: Mapping[str, Any]) -> list[str]:
             f"{drawn['steps']} steps (eta {drawn['eta']:g}, seed {drawn['seed']}), EMA weights, "
             f"against {counted(protocol['reference']['images'], 'image')} of the data set; in "
             "brackets: 95 % interval; all details: artifact "
+            f"`evaluation/step-{scores['step']:08d}.json`"
+        ]
+    if drawn := protocol.get("reconstructions"):
+        lines += [
+            f"**Protocol** {counted(drawn['images'], 'image')}, decoded from their posterior "
+            "means, EMA weights; in brackets: 95 % interval; all details: artifact "
             f"`evaluation/step-{scores['step']:08d}.json`"
         ]
     return lines

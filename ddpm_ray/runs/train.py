@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ddpm_ray.assembly import diffusion, run_config, training_run
+from ddpm_ray.assembly.autoencoder import require_fitting
 from ddpm_ray.config.loading import ConfigError, flat, to_dict, to_yaml
 from ddpm_ray.config.pack import PackConfig
 from ddpm_ray.config.run import RunConfig
@@ -25,7 +26,7 @@ from ddpm_ray.runs.run_description import (
     own_command,
     run_description,
     score_tags,
-    with_samples,
+    with_picture,
 )
 from ddpm_ray.runs.run_identity import claim
 from ddpm_ray.runs.run_tags import run_tags
@@ -38,6 +39,7 @@ from ddpm_ray.tracking.run_log import RunLog, image_path
 from ddpm_ray.tracking.tracking_uri import artifact_root, resolve_tracking_uri, warn_of_another_host
 from ddpm_ray.training import determinism
 from ddpm_ray.training.checkpoints import CHECKPOINTS, CheckpointStore
+from ddpm_ray.training.reconstruction_grids import RECONSTRUCTIONS
 from ddpm_ray.training.sample_grids import picture_url
 from ddpm_ray.training.writer_lease import Lease
 
@@ -51,6 +53,13 @@ PARAMS = (
     "model.base_channels",
     "training.global_batch_size",
     "training.learning_rate",
+)
+AUTOENCODER_PARAMS = (
+    "autoencoder.latent_channels",
+    "autoencoder.channel_mults",
+    "autoencoder.base_channels",
+    "autoencoder.kl_weight",
+    *PARAMS[-2:],
 )
 
 
@@ -137,6 +146,7 @@ def run_training(
 def _metadata(
     config: RunConfig, dataset: Dataset, folder: str, identity: str, parent: ParentSweep | None
 ) -> RunMetadata:
+    shown = AUTOENCODER_PARAMS if config.traits.reconstructs else PARAMS
     return RunMetadata(
         config.tracking.uri,
         config.tracking.experiment,
@@ -144,7 +154,7 @@ def _metadata(
         identity,
         artifact_root(config.tracking.uri),
         parent.run_id if parent else "",
-        params={key: flat(config)[key] for key in PARAMS} | (parent.values if parent else {}),
+        params={key: flat(config)[key] for key in shown} | (parent.values if parent else {}),
         tags=run_tags(dataset),
         config_yaml=to_yaml(config),
         dataset_url=config.data.url,
@@ -163,11 +173,18 @@ def _final_description(
     scores: dict[str, Any],
     parent: ParentSweep | None,
 ) -> str:
-    """Describe the run with its scores and newest sample grid."""
+    """Describe the run with its scores and newest picture."""
     text = run_description(config, dataset, folder, scores, "" if parent else own_command())
-    if config.traits.draws_images and RunLog(tracked).has_image("samples"):
-        text = with_samples(text, tracked.run_id, image_path(tracked, "samples"))
+    if (key := _picture_key(config)) and RunLog(tracked).has_image(key):
+        text = with_picture(text, key, tracked.run_id, image_path(tracked, key))
     return text
+
+
+def _picture_key(config: RunConfig) -> str:
+    """Key of the pictures of a training run in MLflow; empty if its task has none."""
+    if config.traits.reconstructs:
+        return RECONSTRUCTIONS
+    return "samples" if config.traits.draws_images else ""
 
 
 def _newest_step(folder: str) -> int:
@@ -254,6 +271,12 @@ def open_or_pack(config: RunConfig) -> Dataset:
 
 def check_model(config: RunConfig, dataset: Dataset) -> None:
     """Check that schedule, network and data fit, on the meta device. Raises ConfigError."""
+    reconstructs, image_shape = config.traits.reconstructs, dataset.manifest.image_shape
+    if reconstructs and dataset.manifest.codec != "pixels":
+        raise ConfigError(
+            f"data.url {config.data.url!r} holds {dataset.manifest.codec}; an autoencoder is "
+            f"trained on images: name the images that they were encoded from"
+        )
     try:
         schedule = diffusion.noise_schedule(config.schedule)
         diffusion.model_parameterization(config.objective, schedule)
@@ -261,9 +284,12 @@ def check_model(config: RunConfig, dataset: Dataset) -> None:
         raise ConfigError(f"schedule: {error}") from error
     try:
         with torch.device("meta"):
-            training_run.network(config, dataset.manifest.image_shape)
+            training_run.network(config, image_shape)
+        if reconstructs:
+            require_fitting(config, image_shape)
     except ValueError as error:
-        raise ConfigError(f"model: with the images of {config.data.url}: {error}") from error
+        group = "autoencoder" if reconstructs else "model"
+        raise ConfigError(f"{group}: with the images of {config.data.url}: {error}") from error
     known = len(dataset.manifest.label_names)
     if config.model.num_classes not in (0, known):
         raise ConfigError(
@@ -280,14 +306,15 @@ def _report(
     config: RunConfig, folder: str, tracked: TrackedRun, ended: dict[str, Any]
 ) -> dict[str, Any]:
     folder, step = object_store.join(folder, "pictures"), ended["step"]
-    draws = config.traits.draws_images and config.training.grid_every_steps > 0
+    key = _picture_key(config) if config.training.grid_every_steps > 0 else ""
+    draws = config.traits.draws_images and bool(key)
     return {
         "name": config.name,
         "run_id": tracked.run_id,
         "step": step,
         "steps": config.training.steps,
         "checkpoint": ended["checkpoint"],
-        "samples": picture_url(folder, "samples", step) if draws else None,
+        "samples": picture_url(folder, key, step) if key else None,
         "denoising": picture_url(folder, "denoising", step) if draws else None,
         "metrics": ended["scores"].get("metrics", {}),
         "tracking_uri": tracked.uri,

@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray.train
 import ray.train.torch
@@ -23,6 +23,7 @@ from ddpm_ray.distributed import fatal_errors, placement_groups, startup
 from ddpm_ray.distributed.control_actor import RunControl
 from ddpm_ray.distributed.heartbeat import HeartbeatSender
 from ddpm_ray.reporting import Command, Progress, Row
+from ddpm_ray.runs.autoencoder_outputs import AutoencoderOutputs
 from ddpm_ray.runs.periodic_evaluation import PeriodicEvaluator
 from ddpm_ray.storage import object_store
 from ddpm_ray.storage.file_formats import package_version
@@ -35,7 +36,6 @@ from ddpm_ray.training.checkpoint_writer import CheckpointWriter
 from ddpm_ray.training.checkpoints import CHECKPOINTS, CheckpointStore
 from ddpm_ray.training.divergence_guard import DivergenceGuard
 from ddpm_ray.training.loop import Run, train_loop
-from ddpm_ray.training.metrics_buffer import StepLog
 from ddpm_ray.training.sample_grids import GRID_IMAGES, SampleGridLogger
 from ddpm_ray.training.state import Snapshot, TrainingState
 from ddpm_ray.training.writer_lease import Lease
@@ -98,7 +98,7 @@ def assemble(
     state = training_run.training_state(
         config, dataset.manifest.image_shape, workers.device, _facts(settings, dataset)
     )
-    log = StepLog(workers, config.training.log_every_steps)
+    log = training_run.step_log(config, dataset.manifest.image_shape, workers)
     guard = DivergenceGuard.of(config.training.on_divergence, config.training.spike_factor)
     writer = _writer(config, settings, workers)
     unsent: list[Row] = []
@@ -111,13 +111,12 @@ def assemble(
         unsent = [Row(**row) for row in snapshot.facts["unsent_rows"]]
     check = writer.store.check_lease
     sink = _tracker(config, settings, unsent, check) if workers.is_main else None
-    grid_logger = _grid_logger(config, settings["folder"], dataset, state, workers, sink)
-    draws = config.traits.draws_images
+    outputs = _outputs(config, settings["folder"], dataset, state, workers, sink)
     return Run(
         plan=training_run.plan(config, workers.count),
         state=state,
         network=_wrapped(state.model, config, workers),
-        objective=diffusion.objective(config, state, workers.device),
+        objective=training_run.objective(config, state, workers.device),
         guard=guard,
         stream=training_run.stream(config, dataset, workers),
         workers=workers,
@@ -125,13 +124,45 @@ def assemble(
         checkpoints=writer,
         sink=sink,
         show_progress=show_progress,
-        draw_grid=grid_logger.log_grid if draws else _nothing,
-        draw_strip=grid_logger.log_strip if draws else _nothing,
-        evaluate=PeriodicEvaluator(config, dataset, state, grid_logger).evaluate,
-        validate=_validate_callback(config, dataset, state, grid_logger),
+        draw_grid=outputs.draw_grid,
+        draw_strip=outputs.draw_strip,
+        evaluate=outputs.evaluate,
+        validate=outputs.validate,
         snapshot_ema=training_run.ema_snapshotter(
             config, state, writer, settings["folder"], workers
         ),
+    )
+
+
+class Outputs(NamedTuple):
+    """Callbacks of the loop that show and score the EMA weights of a step."""
+
+    draw_grid: Callable[[int], None]
+    draw_strip: Callable[[int], None]
+    evaluate: Callable[[int], None]
+    validate: Callable[[int], None]
+
+
+def _outputs(
+    config: RunConfig,
+    folder: str,
+    dataset: Dataset,
+    state: TrainingState,
+    workers: Workers,
+    sink: Tracker | None,
+) -> Outputs:
+    """Build the callbacks of the task; all workers call them."""
+    if config.traits.reconstructs:
+        url = object_store.join(folder, "pictures")
+        found = AutoencoderOutputs(config, dataset, state, workers, url, sink)
+        return Outputs(found.draw_grid, _nothing, found.evaluate, _nothing)
+    grid_logger = _grid_logger(config, folder, dataset, state, workers, sink)
+    draws = config.traits.draws_images
+    return Outputs(
+        grid_logger.log_grid if draws else _nothing,
+        grid_logger.log_strip if draws else _nothing,
+        PeriodicEvaluator(config, dataset, state, grid_logger).evaluate,
+        _validate_callback(config, dataset, state, grid_logger),
     )
 
 

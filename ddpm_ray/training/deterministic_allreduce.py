@@ -10,17 +10,19 @@ The price: no overlap of the exchange with the backward pass, small batches, log
 of the gradient in memory.
 """
 
+from collections.abc import Sequence
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ddpm_ray.collectives import Workers
 
 
 class DeterministicAllReduce:
-    """Gradients of `slots` slots on their way into one mean, left in `network`'s parameters."""
+    """Gradients of `slots` slots on their way into one mean, left in the leaves' `grad`."""
 
-    def __init__(self, network: nn.Module, slots: int) -> None:
-        self._parameters = [p for p in network.parameters() if p.requires_grad]
+    def __init__(self, leaves: Sequence[Tensor], slots: int) -> None:
+        self._parameters = leaves
         self._slots = slots
         self._sums: list[Tensor] = []  # of 2^i slots each, i falling
         self._count = 0
@@ -41,12 +43,22 @@ class DeterministicAllReduce:
         """The mean over all workers' slots becomes the parameters' gradient; all must call it."""
         (total,) = self._sums
         workers.add_in_pairs_(total).div_(self._slots)
-        sizes = [parameter.numel() for parameter in self._parameters]
-        parts = torch.split(total, sizes)
-        for parameter, part in zip(self._parameters, parts, strict=True):
-            # In the weights' own layout: fused Adam pairs elements by their place in memory.
-            parameter.grad = torch.empty_like(parameter).copy_(part.view(parameter.shape))
+        _split(total, self._parameters)
 
 
-def _gradient(parameter: nn.Parameter) -> Tensor:
-    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+def mean_over_workers(leaves: Sequence[Tensor], workers: Workers) -> None:
+    """Average the gradients of `leaves` over all workers, in place; all must call it."""
+    if workers.count > 1:
+        total = torch.cat([_gradient(leaf).flatten() for leaf in leaves])
+        _split(workers.sum_(total).div_(workers.count), leaves)
+
+
+def _split(gradient: Tensor, leaves: Sequence[Tensor]) -> None:
+    """Write the parts of one flat gradient to the leaves' `grad`."""
+    for leaf, part in zip(leaves, gradient.split([leaf.numel() for leaf in leaves]), strict=True):
+        # In the weights' own layout: fused Adam pairs elements by their place in memory.
+        leaf.grad = torch.empty_like(leaf, requires_grad=False).copy_(part.view(leaf.shape))
+
+
+def _gradient(leaf: Tensor) -> Tensor:
+    return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad

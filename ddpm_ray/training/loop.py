@@ -9,7 +9,6 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grad_norm_
 
 from ddpm_ray import fault_injection
 from ddpm_ray.collectives import Workers
@@ -18,8 +17,8 @@ from ddpm_ray.reporting import Command, Progress, Row, Sink
 from ddpm_ray.training.checkpoint_folder import read_checkpoint
 from ddpm_ray.training.checkpoint_writer import CheckpointWriter
 from ddpm_ray.training.divergence_guard import DivergedError, DivergenceGuard, diverged
+from ddpm_ray.training.gradient_accumulation import Losses
 from ddpm_ray.training.metrics_buffer import StepLog
-from ddpm_ray.training.objective import Objective
 from ddpm_ray.training.state import TrainingState
 
 log = logging.getLogger(__name__)
@@ -42,6 +41,31 @@ class ImageStream(Protocol):
 
     def close(self) -> None:
         """Stop reading ahead."""
+        ...
+
+
+class TrainingObjective(Protocol):
+    """The losses of a task and their gradient."""
+
+    def backward(
+        self,
+        network: nn.Module,
+        images: Tensor,
+        labels: Tensor,
+        step: int,
+        workers: Workers,
+        micro_batch: int,
+    ) -> Losses:
+        """Add the gradient of the global batch's mean loss to all parameters that are trained.
+
+        images uint8 [b, H, W, C] and labels [b] are this worker's share of global batch `step`
+        (from 0); each forward pass takes `micro_batch` of them. A loss that is not finite makes
+        the gradient of all workers NaN.
+        """
+        ...
+
+    def log_snr(self, t: Tensor) -> Tensor | None:
+        """Log-SNR [b] float64 at the noise levels of losses; None if there are none."""
         ...
 
 
@@ -72,7 +96,7 @@ class Run:
     plan: Plan
     state: TrainingState
     network: nn.Module  # state.model, wrapped by DDP and torch.compile as configured
-    objective: Objective
+    objective: TrainingObjective
     guard: DivergenceGuard
     stream: ImageStream
     workers: Workers
@@ -163,27 +187,24 @@ def take_step(run: Run) -> bool:
     fault_injection.set_position(run.workers.rank, state.step + 1)
     fault_injection.at("batch")
     batch = run.stream.batch(state.step)
-    losses, t = run.objective.backward(
+    losses, t, terms = run.objective.backward(
         run.network, batch.images, batch.labels, state.step, run.workers, plan.micro_batch_size
     )
-    norm = clip_grad_norm_(run.network.parameters(), plan.max_grad_norm, foreach=True)
+    norm = state.clip_gradients(plan.max_grad_norm)
     grad_norm = float(norm)  # waits for the device: a NaN must not reach the weights
     if not run.guard.accept(grad_norm):
         return skip_step(run, grad_norm, losses)
     fault_injection.at("update")
     learning_rate = plan.learning_rate(state.step)
-    for group in state.optimizer.param_groups:
-        group["lr"] = learning_rate
-    state.optimizer.step()
-    state.optimizer.zero_grad()
+    state.step_optimizers(learning_rate)
     state.ema.update(state.model, plan.ema_decay(state.step))
     state.averages.update(state.model, state.step)
     state.step += 1
     if state.moments is not None:  # losses of all workers, in order of position
         seen = run.workers.gather((t.cpu(), losses.cpu()))
         state.moments.update(*(torch.cat(column) for column in zip(*seen, strict=True)))
-    log_snr = run.objective.schedule.log_snr(t)
-    run.log.record(losses, log_snr, grad_norm=grad_norm, learning_rate=learning_rate)
+    log_snr = run.objective.log_snr(t)
+    run.log.record(losses, log_snr, terms, grad_norm=grad_norm, learning_rate=learning_rate)
     return False
 
 
@@ -200,7 +221,7 @@ def skip_step(run: Run, grad_norm: float, losses: Tensor) -> bool:
     if run.guard.exhausted:
         settle(run)
         raise error
-    state.optimizer.zero_grad()
+    state.zero_grad()
     state.step += 1
     run.log.record_skipped()
     if run.sink is not None:

@@ -7,6 +7,7 @@ rates (`train/images_per_s`, `train/data_wait_share`) depend on the clock.
 import math
 import time
 from collections.abc import Iterator
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -30,36 +31,70 @@ BANDS = (
 )
 
 
-class StepLog:
-    """Sums of losses by band since the last `collect`, on the device, one row per step."""
+SUMS = (2, len(BANDS))  # shape of a step's sums and counts of losses by band
 
-    def __init__(self, workers: Workers, rows_every_steps: int) -> None:
-        self._workers, self._window_steps = workers, rows_every_steps
+
+class Terms(Protocol):
+    """What an objective without noise levels reports in place of losses by log-SNR."""
+
+    count: int
+
+    def metrics(self, means: Tensor, step: int) -> dict[str, float]:
+        """Metrics of `step`, from the terms' means [count] float64 over the global batch."""
+        ...
+
+    def end_window(self, step: int, row: dict[str, float], *, is_main: bool) -> None:
+        """React to the row of the last step of a window; the main worker may log."""
+        ...
+
+
+class StepLog:
+    """Sums of losses by band since the last `collect`, on the device, one row per step.
+
+    With `terms` the losses have no noise levels, and rows hold their metrics instead of bands.
+    """
+
+    def __init__(self, workers: Workers, rows_every_steps: int, terms: Terms | None = None) -> None:
+        self._workers, self._window_steps, self._terms = workers, rows_every_steps, terms
+        self._width = math.prod(SUMS) + (terms.count if terms else 0)
         self._edges = torch.tensor(BAND_EDGES, dtype=torch.float64, device=workers.device)
-        self._lines: list[Tensor] = []
+        self._lines: list[Tensor] = []  # [width] float64: SUMS, then the sums of terms
         self._norms: list[float] = []
         self._rates: list[float] = []
-        self._bands = torch.zeros(2, len(BANDS), dtype=torch.float64)  # sums, counts of the window
+        self._bands = torch.zeros(SUMS, dtype=torch.float64)  # sums, counts of the window
         self._clock, self._images, self._waited_s = time.perf_counter(), 0.0, 0.0
         self._window_start = (self._clock, 0.0, 0.0)
 
     def record(
-        self, losses: Tensor, log_snr: Tensor, *, grad_norm: float, learning_rate: float
+        self,
+        losses: Tensor,
+        log_snr: Tensor | None,
+        terms: Tensor | None = None,
+        *,
+        grad_norm: float,
+        learning_rate: float,
     ) -> None:
-        """Record one step: losses [b] float32 and log-SNR [b] float64 of this worker's images."""
-        band = torch.bucketize(log_snr, self._edges)
-        line = torch.zeros(2, len(BANDS), dtype=torch.float64, device=losses.device)
-        line[0].index_add_(0, band, _to_grid(losses))
-        line[1].index_add_(0, band, torch.ones_like(log_snr))
+        """Record one step: losses [b] float32 and log-SNR [b] float64 of this worker's images.
+
+        Instead of log-SNR: `terms` [b, n] float32, in the order of the objective's `Terms`.
+        """
+        line = torch.zeros(self._width, dtype=torch.float64, device=losses.device)
+        sums = line[: math.prod(SUMS)].view(SUMS)
+        if log_snr is None:
+            sums[0, 0], sums[1, 0] = _to_grid(losses).sum(), len(losses)
+        else:
+            band = torch.bucketize(log_snr, self._edges)
+            sums[0].index_add_(0, band, _to_grid(losses))
+            sums[1].index_add_(0, band, torch.ones_like(log_snr))
+        if self._terms is not None and terms is not None:
+            line[math.prod(SUMS) :] = _to_grid(terms, bits=30).sum(0)
         self._lines.append(line)
         self._norms.append(grad_norm)
         self._rates.append(learning_rate)
 
     def record_skipped(self) -> None:
         """Record one skipped step, without its losses, which may be NaN."""
-        self._lines.append(
-            torch.zeros(2, len(BANDS), dtype=torch.float64, device=self._edges.device)
-        )
+        self._lines.append(torch.zeros(self._width, dtype=torch.float64, device=self._edges.device))
         self._norms.append(math.nan)
         self._rates.append(math.nan)
 
@@ -71,11 +106,12 @@ class StepLog:
         """
         if not self._lines:  # the same on all workers
             return []
-        lines = self._workers.sum_(torch.stack(self._lines).cpu())  # [steps, 2, bands]
+        lines = self._workers.sum_(torch.stack(self._lines).cpu())  # [steps, width]
         now, first = time.perf_counter(), step - len(self._lines) + 1
-        self._images += float(lines[:, 1].sum())
+        of_bands = lines[:, : math.prod(SUMS)].view(-1, *SUMS)
+        self._images += float(of_bands[:, 1].sum())
         rows = []
-        for offset, (sums, counts) in enumerate(lines):
+        for offset, (sums, counts) in enumerate(of_bands):
             row = {"train/skipped": 1.0}
             if counts.sum():
                 row = {
@@ -83,9 +119,14 @@ class StepLog:
                     "train/grad_norm": self._norms[offset],
                     "train/lr": self._rates[offset],
                 }
-            self._bands += lines[offset]
+                if self._terms is not None:
+                    means = lines[offset, math.prod(SUMS) :] / counts.sum()
+                    row |= self._terms.metrics(means, first + offset)
+            self._bands += of_bands[offset]
             if (first + offset) % self._window_steps == 0:
                 row |= dict(self._of_window(now, waited_s))
+                if self._terms is not None:
+                    self._terms.end_window(first + offset, row, is_main=self._workers.is_main)
             rows.append(Row(first + offset, row))
         self._lines.clear()
         self._norms.clear()
@@ -107,15 +148,15 @@ class StepLog:
         yield RATES[0], (self._images - images) / elapsed
         yield RATES[1], (waited_s - waited) / elapsed
         for name, total, count in zip(BANDS, *self._bands.tolist(), strict=True):
-            if count:
+            if count and self._terms is None:
                 yield f"train/loss_logsnr/{name}", total / count
         self._bands.zero_()
         self._window_start = (now, self._images, waited_s)
 
 
-def _to_grid(losses: Tensor) -> Tensor:
-    """Round to float64 multiples of 2^-40, so that sums below 2^13 are exact.
+def _to_grid(values: Tensor, bits: int = 40) -> Tensor:
+    """Round to float64 multiples of 2^-bits, so that sums below 2^(53 - bits) are exact.
 
     Exact sums do not depend on the order of summation, hence not on the number of workers.
     """
-    return (losses.double() * 2.0**40).round_() * 2.0**-40
+    return (values.double() * 2.0**bits).round_() * 2.0**-bits

@@ -1,17 +1,15 @@
-"""The training objective: losses and gradient of one worker's share of a batch."""
+"""The training objective of denoisers and classifiers: losses of noisy images."""
 
-import contextlib
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from ddpm_ray import counter_rng, fault_injection
+from ddpm_ray import counter_rng
 from ddpm_ray.choices import ModelVariance
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.objective import Loss
@@ -21,15 +19,8 @@ from ddpm_ray.diffusion.conditioning import NO_LABEL
 from ddpm_ray.diffusion.parameterization import Parameterization
 from ddpm_ray.diffusion.process import Denoise, NoiseSchedule, add_noise
 from ddpm_ray.diffusion.x0_estimator import self_conditioning_estimate
-from ddpm_ray.training.deterministic_allreduce import DeterministicAllReduce
+from ddpm_ray.training.gradient_accumulation import GradientAccumulation, Losses
 from ddpm_ray.training.noising import NoisingRecipe, NoisyBatch
-
-
-class Losses(NamedTuple):
-    """Losses per image of one worker's share of a batch."""
-
-    loss: Tensor  # [b] float32, unweighted, as papers report it
-    t: Tensor  # [b] int64
 
 
 @dataclass(frozen=True)
@@ -64,58 +55,37 @@ class Objective:
     ) -> Losses:
         """Add the gradient of the global batch's mean loss to the parameters of `network`.
 
-        images [b, H, W, C] uint8 and labels [b] are this worker's share of global batch `step`
-        (from 0), at positions rank * b ...; each forward pass takes `micro_batch` of them. A loss
-        that is not finite makes the gradient NaN, so that all workers see it after the all-reduce
-        of the same step.
+        Arguments as of `TrainingObjective.backward`.
         """
-        if not self.slots:
-            return self._slot(network, images, labels, step, workers, workers.rank, micro_batch)
-        mine, parts = workers.share(self.slots), []
-        total = DeterministicAllReduce(network, self.slots)
-        pieces = zip(mine, images.chunk(len(mine)), labels.chunk(len(mine)), strict=True)
-        for slot, some, their in pieces:
-            parts.append(self._slot(network, some, their, step, workers, slot, micro_batch))
-            total.accumulate()
-        fault_injection.at("gradient")
-        total.all_reduce(workers)
-        return Losses(*(torch.cat(column) for column in zip(*parts, strict=True)))
+        return GradientAccumulation(
+            network,
+            partial(self._part, network, step, workers.device),
+            step,
+            workers,
+            slots=self.slots,
+            dropout_seed=self.noising.seed if self.reseed_dropout else None,
+        ).backward(images, labels, micro_batch)
 
-    def _slot(
+    def log_snr(self, t: Tensor) -> Tensor:
+        """Log-SNR [b] float64 at the noise levels of losses."""
+        return self.schedule.log_snr(t)
+
+    def _part(
         self,
         network: nn.Module,
+        step: int,
+        device: torch.device,
         images: Tensor,
         labels: Tensor,
-        step: int,
-        workers: Workers,
-        slot: int,
-        most: int,
-    ) -> Losses:
-        """Add the gradient of the mean loss of these images, which are slot number `slot`."""
-        count = len(images)
-        positions = torch.arange(count, device=workers.device) + slot * count
-        if self.reseed_dropout:
-            torch.manual_seed(
-                counter_rng.derived_seed(self.noising.seed, Purpose.DROPOUT, step, slot)
-            )  # per step: a restart repeats it
-        parts = []
-        for start in range(0, count, most):
-            part = slice(start, start + most)
-            last = start + most >= count
-            noisy = self.noising.noisy_batch(
-                images[part], labels[part], step, positions[part], workers.device
-            )
-            with _sync_only(network, last), self._autocast(workers.device):
-                loss = self.losses(network, noisy, step)
-                weighted = self.weighted(loss, noisy)
-            finite = loss.detach().isfinite().all()
-            share = weighted.sum() / count * torch.where(finite, 1.0, math.nan)
-            if last and not self.slots:
-                fault_injection.at("gradient")
-            with _sync_only(network, last):
-                share.backward()  # type: ignore[no-untyped-call]
-            parts.append(Losses(loss.detach(), noisy.t))
-        return Losses(*(torch.cat(column) for column in zip(*parts, strict=True)))
+        positions: Tensor,
+    ) -> tuple[Losses, Tensor]:
+        """Losses of a micro-batch of batch `step`, and what is minimised [b]."""
+        noisy = self.noising.noisy_batch(images, labels, step, positions, device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
+            loss = self.losses(network, noisy, step)
+            weighted = self.weighted(loss, noisy)
+        none = loss.new_empty(len(loss), 0)
+        return Losses(loss.detach(), noisy.t, none), weighted
 
     def losses(self, network: nn.Module, noisy: NoisyBatch, step: int) -> Tensor:
         """Unweighted losses [b] float32 of the images of batch `step`."""
@@ -190,13 +160,3 @@ class Objective:
             )
         clip = self.noising.codec.clip()
         return self_conditioning_estimate(self.parameterization, x_t, noisy.t, model_output, clip)
-
-    def _autocast(self, device: torch.device) -> contextlib.AbstractContextManager[object]:
-        return torch.autocast(device.type, torch.bfloat16, enabled=self.bf16)
-
-
-def _sync_only(network: nn.Module, last: bool) -> contextlib.AbstractContextManager[object]:
-    """Context that postpones DDP's all-reduce to the last micro-batch of a step."""
-    if isinstance(network, DistributedDataParallel) and not last:
-        return network.no_sync()
-    return contextlib.nullcontext()

@@ -48,7 +48,8 @@ class SampleGridLogger:
         )
         images = self.workers.gather(mine)
         if self.sink is not None:
-            self._log("samples", step, image_grid.grid(np.concatenate(images)))
+            picture = image_grid.grid(np.concatenate(images))
+            log_picture(self.sink, self.url, "samples", step, picture)
 
     def log_strip(self, step: int) -> None:
         """Log the denoising of samples 0..3 from t = T to 0; drawn by rank 0 only."""
@@ -60,14 +61,15 @@ class SampleGridLogger:
                 self.image_shape,
                 self.workers.device,
             )
-            self._log("denoising", step, strip)
+            log_picture(self.sink, self.url, "denoising", step, strip)
 
-    def _log(self, key: str, step: int, picture: Image.Image) -> None:
-        assert self.sink is not None
-        self.sink.image(key, step, image_grid.titled(picture, f"step {step:,}"))
-        png = io.BytesIO()
-        picture.save(png, format="PNG")
-        object_store.write_bytes(picture_url(self.url, key, step), png.getvalue())
+
+def log_picture(sink: Sink, folder: str, key: str, step: int, picture: Image.Image) -> None:
+    """Log `picture` with its step to the sink, and write it below a run's folder of pictures."""
+    sink.image(key, step, image_grid.titled(picture, f"step {step:,}"))
+    png = io.BytesIO()
+    picture.save(png, format="PNG")
+    object_store.write_bytes(picture_url(folder, key, step), png.getvalue())
 
 
 def picture_url(folder: str, key: str, step: int) -> str:

@@ -10,18 +10,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
 
 from ddpm_ray.diffusion.timestep_sampling import SecondMoments
+from ddpm_ray.training.adversary import Adversary
 from ddpm_ray.training.ema import EMA, Averages
-
-Tensors = dict[str, Tensor]
+from ddpm_ray.training.optimizer_moments import Tensors, load_moments, moments
 
 
 @dataclass(frozen=True)
 class Snapshot:
     """A copy of the state on the CPU: tensors by file name, other values as JSON."""
 
-    # "model", "ema", "optimizer"; "moments" and further averages where there are any
+    # "model", "ema", "optimizer"; "moments", further averages and "discriminator" with
+    # "discriminator-optimizer" where there are any
     tensors: dict[str, Tensors]
     facts: dict[str, Any]
 
@@ -41,6 +43,7 @@ class TrainingState:
     facts: dict[str, Any]  # identity of the run: config, seed, data fingerprint, MLflow run
     moments: SecondMoments | None = None  # of losses by t, for objective.timesteps=second_moment
     averages: Averages = field(default_factory=Averages)  # additional EMAs; sampling uses `ema`
+    adversary: Adversary | None = None  # of an autoencoder with a discriminator
     step: int = 0
     scores: dict[str, Any] = field(default_factory=dict)  # the newest evaluation
     validation_losses: list[dict[str, Any]] = field(default_factory=list)
@@ -52,10 +55,12 @@ class TrainingState:
         tensors = {
             "model": dict(self.model.state_dict()),
             "ema": dict(self.ema.state_dict()),
-            "optimizer": self._moments(),
+            "optimizer": moments(self.model, self.optimizer),
         }
         if self.moments is not None:
             tensors["moments"] = self.moments.state_dict()
+        if self.adversary is not None:
+            tensors |= self.adversary.tensors()
         tensors |= {name: mean.state_dict() for name, mean in self.averages.means.items()}
         facts = self.facts | {
             "step": self.step,
@@ -71,7 +76,9 @@ class TrainingState:
         """Continue from `snapshot`. Raises RuntimeError that names tensors that do not match."""
         self.model.load_state_dict(snapshot.tensors["model"])
         self.ema.load_state_dict(snapshot.tensors["ema"])
-        self._set_moments(snapshot.tensors["optimizer"])
+        load_moments(self.model, self.optimizer, snapshot.tensors["optimizer"])
+        if self.adversary is not None:
+            self.adversary.restore(snapshot.tensors)
         if self.moments is not None:
             self.moments.load_state_dict(snapshot.tensors["moments"])
         for name, mean in self.averages.means.items():
@@ -82,39 +89,31 @@ class TrainingState:
         self.ema_snapshot_steps = snapshot.facts.get("kept_at", [])  # not in older checkpoints
         self.shown = snapshot.facts.get("shown", self.step)  # older versions saved after drawing
 
-    def _moments(self) -> Tensors:
-        names = self._optimised_names()
-        return {
-            f"{names[index]}.{key}": value
-            for index, moments in self.optimizer.state_dict()["state"].items()
-            for key, value in moments.items()
-        }
+    def step_optimizers(self, learning_rate: float) -> None:
+        """Apply the gradients of all networks, and drop them."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.step()
+        if self.adversary is not None:
+            self.adversary.step(learning_rate)
+        self.zero_grad()
 
-    def _set_moments(self, tensors: Tensors) -> None:
-        parameters = dict(self.model.named_parameters())
-        indices = {name: index for index, name in enumerate(self._optimised_names())}
-        moments: dict[int, Tensors] = {}
-        for key, value in tensors.items():
-            name, _, moment = key.rpartition(".")
-            if name not in indices:
-                raise RuntimeError(f"the optimiser has no parameter {name}, but the checkpoint has")
-            if value.shape == parameters[name].shape:
-                # In the weights' own layout: fused Adam pairs elements by their place in memory.
-                value = torch.empty_like(parameters[name], requires_grad=False).copy_(value)
-            moments.setdefault(indices[name], {})[moment] = value
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+    def zero_grad(self) -> None:
+        """Drop the gradients of all networks."""
+        self.optimizer.zero_grad()
+        if self.adversary is not None:
+            self.adversary.zero_grad()
 
-    def _optimised_names(self) -> list[str]:
-        """Parameter names in the optimiser's order, one parameter group after the other.
+    def clip_gradients(self, max_norm: float) -> Tensor:
+        """Clip each network's gradients to a global norm of `max_norm`; return that of the model.
 
-        torch's state_dict numbers parameters in this order. It equals the model's order only if
-        there is a single parameter group.
+        The norm is NaN as well if the discriminator's is not finite.
         """
-        names = {id(value): name for name, value in self.model.named_parameters()}
-        return [
-            names[id(value)] for group in self.optimizer.param_groups for value in group["params"]
-        ]
+        norm = clip_grad_norm_(self.model.parameters(), max_norm, foreach=True)
+        if self.adversary is not None:
+            other = clip_grad_norm_(self.adversary.discriminator.parameters(), max_norm)
+            norm = norm + 0 * other  # 0 * inf is NaN
+        return norm
 
 
 def copied(groups: Mapping[str, Tensors]) -> dict[str, Tensors]:

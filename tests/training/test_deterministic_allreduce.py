@@ -12,7 +12,7 @@ from ddpm_ray.training.deterministic_allreduce import DeterministicAllReduce
 def summed(gradients: list[list[float]]) -> list[float]:
     """What DeterministicAllReduce leaves in the parameters after these slots' gradients."""
     network = nn.Linear(len(gradients[0]), 1, bias=False)
-    total = DeterministicAllReduce(network, len(gradients))
+    total = DeterministicAllReduce([*network.parameters()], len(gradients))
     for gradient in gradients:
         network.weight.grad = torch.tensor([gradient])
         total.accumulate()
@@ -40,7 +40,7 @@ def test_it_is_a_mean() -> None:
 
 def test_a_parameter_without_a_gradient_counts_as_zero() -> None:
     network = nn.Linear(2, 1)
-    total = DeterministicAllReduce(network, 1)
+    total = DeterministicAllReduce([*network.parameters()], 1)
     network.weight.grad = torch.ones(1, 2)
     total.accumulate()
     total.all_reduce(Workers())

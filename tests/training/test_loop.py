@@ -41,7 +41,6 @@ from ddpm_ray.training.checkpoint_writer import CheckpointWriter
 from ddpm_ray.training.checkpoints import CheckpointStore
 from ddpm_ray.training.divergence_guard import DivergedError, DivergenceGuard
 from ddpm_ray.training.loop import Run, train_loop
-from ddpm_ray.training.metrics_buffer import StepLog
 from ddpm_ray.training.noising import NoisyBatch
 from ddpm_ray.training.objective import Objective
 from ddpm_ray.training.sample_grids import SampleGridLogger
@@ -176,7 +175,7 @@ def begin(
     facts = {"config": to_dict(config)}
     state = training_run.training_state(config, dataset.manifest.image_shape, CPU, facts)
     store = CheckpointStore(str(folder), config.training.keep_checkpoints, planned_every=EVERY)
-    log = StepLog(workers, config.training.log_every_steps)
+    log = training_run.step_log(config, dataset.manifest.image_shape, workers)
     guard = DivergenceGuard.of(config.training.on_divergence, config.training.spike_factor)
     if found := store.load():
         state.restore(found[1])
@@ -199,7 +198,7 @@ def begin(
         plan=training_run.plan(config, workers.count),
         state=state,
         network=network,
-        objective=diffusion.objective(config, state, CPU),
+        objective=training_run.objective(config, state, CPU),
         guard=guard,
         stream=streamed(config, workers),
         workers=workers,
@@ -241,7 +240,7 @@ def dies_before_update(run: Run, step: int, patch: pytest.MonkeyPatch) -> None:
             raise Killed(f"before the update of step {step}")
         return clip_grad_norm_(*arguments, **options)
 
-    patch.setattr("ddpm_ray.training.loop.clip_grad_norm_", die)
+    patch.setattr("ddpm_ray.training.state.clip_grad_norm_", die)
 
 
 def dies_before_save(run: Run, step: int, patch: pytest.MonkeyPatch) -> None:

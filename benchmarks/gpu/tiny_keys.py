@@ -1,0 +1,29 @@
+"""Options of runs so small that they are taken a hundred times."""
+
+BATCH = 8
+TINY = [
+    "name=case",
+    "data.url=none",
+    "data.flip=true",
+    f"training.global_batch_size={BATCH}",
+    "training.steps=2",
+]
+DENOISER = [
+    "model.base_channels=8",
+    "model.groups=4",
+    "model.channel_mults=[1,2]",
+    "model.blocks_per_level=1",
+    "model.attention_resolutions=[4]",
+    "schedule.num_steps=10",
+    "sampling.steps=4",
+]
+AUTOENCODER = [
+    "task=autoencoder",
+    "autoencoder.base_channels=8",
+    "autoencoder.groups=4",
+    "autoencoder.channel_mults=[1,2]",
+    "autoencoder.blocks_per_level=1",
+    "autoencoder.middle_attention=true",
+    "autoencoder.gradient_difference_weight=0.5",
+]
+ADVERSARY = ["autoencoder.discriminator_from_step=1", "autoencoder.discriminator_channels=8"]

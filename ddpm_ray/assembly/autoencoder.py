@@ -1,0 +1,91 @@
+"""Build what task=autoencoder trains: the autoencoder, its adversary and its objective."""
+
+from pathlib import Path
+
+import torch
+
+from ddpm_ray.assembly.diffusion import memory_format
+from ddpm_ray.config.run import RunConfig
+from ddpm_ray.data.image_shape import ImageShape
+from ddpm_ray.evaluation.features.inception import LEAST_SIDE
+from ddpm_ray.evaluation.features.inception_weights import load_inception
+from ddpm_ray.models.autoencoder import Autoencoder, AutoencoderSpec
+from ddpm_ray.models.patch_discriminator import PatchDiscriminator, require_patches
+from ddpm_ray.models.perceptual import PerceptualDistance
+from ddpm_ray.storage import checksummed
+from ddpm_ray.training.adversary import Adversary
+from ddpm_ray.training.autoencoder_objective import AutoencoderObjective
+from ddpm_ray.training.state import TrainingState
+
+PERCEPTUAL_WIDTH = 192  # the features that need the perceptual loss's stages and no later one
+ADVERSARY_BETAS = (0.5, 0.9)  # Adam's, of the discriminator (Esser et al. 2021, their code)
+
+
+def autoencoder_spec(config: RunConfig, image_channels: int) -> AutoencoderSpec:
+    """The spec of the autoencoder for images of `image_channels`."""
+    wanted = config.autoencoder
+    return AutoencoderSpec(
+        image_channels,
+        wanted.latent_channels,
+        wanted.base_channels,
+        wanted.channel_mults,
+        wanted.blocks_per_level,
+        wanted.groups,
+        wanted.middle_attention,
+    )
+
+
+def require_fitting(config: RunConfig, image_shape: ImageShape) -> None:
+    """Raise ValueError for images [H, W, C] that the discriminator or a loss cannot take."""
+    height, width, channels = image_shape
+    if config.autoencoder.discriminator_from_step:
+        PatchDiscriminator(channels, config.autoencoder.discriminator_channels)
+        require_patches((height, width))
+    if config.autoencoder.perceptual_weight and min(height, width) < LEAST_SIDE:
+        raise ValueError(
+            f"images of {height} x {width} are too small for the perceptual loss, which needs "
+            f"{LEAST_SIDE} pixels a side: set autoencoder.perceptual_weight=0"
+        )
+
+
+def adversary(config: RunConfig, model: Autoencoder, device: torch.device) -> Adversary | None:
+    """The initial adversary of `model`; None without a discriminator."""
+    wanted, training = config.autoencoder, config.training
+    if not wanted.discriminator_from_step:
+        return None
+    discriminator = PatchDiscriminator(model.spec.image_channels, wanted.discriminator_channels)
+    discriminator.to(device).to(memory_format=memory_format(training))  # type: ignore[call-overload]
+    optimizer = torch.optim.Adam(
+        discriminator.parameters(), lr=training.learning_rate, betas=ADVERSARY_BETAS, fused=True
+    )
+    return Adversary(discriminator, optimizer, model.last_layer, torch.zeros((), device=device))
+
+
+def autoencoder_objective(
+    config: RunConfig, state: TrainingState, device: torch.device, cache: Path
+) -> AutoencoderObjective:
+    """The training objective of `state`'s autoencoder; `cache`: folder of downloaded weights."""
+    wanted, training, model = config.autoencoder, config.training, state.model
+    assert isinstance(model, Autoencoder)
+    perceptual = None
+    if wanted.perceptual_weight:
+        weights = config.evaluation
+        path = checksummed.fetch(weights.weights, weights.weights_sha256, cache)
+        network = load_inception(path, (PERCEPTUAL_WIDTH,), "original").to(device)
+        perceptual = PerceptualDistance(network.first_stages)
+    return AutoencoderObjective(
+        config.seed,
+        model.spec,
+        wanted.loss,
+        wanted.kl_weight,
+        gradient_difference_weight=wanted.gradient_difference_weight,
+        perceptual_weight=wanted.perceptual_weight,
+        perceptual=perceptual,
+        adversary=state.adversary,
+        adversary_from_step=wanted.discriminator_from_step,
+        adversary_weight=wanted.discriminator_weight,
+        flip=config.data.flip,
+        memory_format=memory_format(training),
+        bf16=training.precision == "bf16",
+        slots=training.reduction_slots if training.reduction == "elastic" else 0,
+    )

@@ -1,0 +1,83 @@
+"""Options of the autoencoder: its sizes, its loss and its discriminator."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from ddpm_ray.config.option_fields import option
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """The KL autoencoder of task=autoencoder: latents, network, loss, discriminator."""
+
+    latent_channels: int = option(4, "channels of the latents", at_least=1, defines_run=True)
+    base_channels: int = option(
+        128, "channels of the first resolution level", at_least=1, defines_run=True
+    )
+    channel_mults: tuple[int, ...] = option(
+        (1, 2, 4),
+        "channels of each level as a multiple of base_channels; n levels downsample by 2^(n-1)",
+        defines_run=True,
+    )
+    blocks_per_level: int = option(
+        2, "residual blocks per level of the encoder", at_least=1, defines_run=True
+    )
+    groups: int = option(
+        32,
+        "groups of each group normalization; must divide all channel counts",
+        at_least=1,
+        defines_run=True,
+    )
+    middle_attention: bool = option(
+        False, "self-attention at the lowest resolution", defines_run=True
+    )
+    loss: Literal["l1", "mse"] = option(
+        "l1", "mean error of the reconstructed values: absolute, or squared", defines_run=True
+    )
+    gradient_difference_weight: float = option(
+        0.0,
+        "weight of the mean absolute error of differences between neighbouring pixels; 0: off",
+        at_least=0,
+        defines_run=True,
+    )
+    perceptual_weight: float = option(
+        0.0,
+        "weight of the distance of Inception features, from evaluation.weights; 0: off",
+        at_least=0,
+        defines_run=True,
+    )
+    kl_weight: float = option(
+        1e-6,
+        "weight of the KL divergence to N(0, 1), in nats per image value as in latent-diffusion",
+        at_least=0,
+        defines_run=True,
+    )
+    discriminator_from_step: int = option(
+        0, "first step with the patch discriminator; 0: none", at_least=0, defines_run=True
+    )
+    discriminator_weight: float = option(
+        0.5,
+        "weight of the adversarial loss, relative to the gradient norms at the last layer",
+        above=0,
+        defines_run=True,
+    )
+    discriminator_channels: int = option(
+        64, "channels of the discriminator's first layer", at_least=1, defines_run=True
+    )
+
+    def problems(self) -> Iterator[str]:
+        """Yield a line for sizes that do not fit together."""
+        if not self.channel_mults or min(self.channel_mults) < 1:
+            yield (
+                f"autoencoder.channel_mults is {list(self.channel_mults)}; it needs one factor of "
+                f"at least 1 per level, as in [1,2,4]"
+            )
+            return
+        for mult in sorted(set(self.channel_mults)) if self.groups > 0 else ():
+            if rest := (width := self.base_channels * mult) % self.groups:
+                yield (
+                    f"autoencoder.groups is {self.groups}; it must divide every level's channels, "
+                    f"and {width} leaves {rest}: choose a divisor of {self.base_channels}"
+                )
+                return

@@ -1,0 +1,101 @@
+"""Slots and micro-batches: from the losses of a few images to the gradient of a global batch."""
+
+import contextlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ddpm_ray import counter_rng, fault_injection
+from ddpm_ray.collectives import Workers
+from ddpm_ray.counter_rng import Purpose
+from ddpm_ray.training.deterministic_allreduce import DeterministicAllReduce, mean_over_workers
+
+
+class Losses(NamedTuple):
+    """Losses per image of one worker's share of a batch."""
+
+    loss: Tensor  # [b] float32, unweighted, as papers report it
+    t: Tensor  # [b] int64; 0 where a task has no noise
+    terms: Tensor  # [b, n] float32: what the objective reports beside the loss; n may be 0
+
+
+PartLosses: TypeAlias = Callable[[Tensor, Tensor, Tensor], tuple[Losses, Tensor]]
+"""(images, labels, positions [b]) of a micro-batch -> its losses, without a gradient, and what is
+minimised [b], with one."""
+
+
+@dataclass(frozen=True)
+class GradientAccumulation:
+    """Computes the gradient of a global batch's mean loss from the losses of its micro-batches."""
+
+    network: nn.Module
+    part_losses: PartLosses
+    step: int  # number of the global batch, from 0
+    workers: Workers
+    others: Sequence[Tensor] = ()  # further leaves to average over workers, which DDP does not know
+    slots: int = 0  # slots of a global batch, see deterministic_allreduce.py; 0: mean over workers
+    dropout_seed: int | None = None  # None: no dropout
+
+    def backward(self, images: Tensor, labels: Tensor, micro_batch: int) -> Losses:
+        """Add the gradient of the global batch's mean loss to all leaves.
+
+        images [b, H, W, C] uint8 and labels [b] are this worker's share of the global batch, at
+        positions rank * b ...; each call of `part_losses` takes `micro_batch` of them. A loss that
+        is not finite makes the gradient NaN, so that all workers see it after the all-reduce of
+        the same step.
+        """
+        workers = self.workers
+        if not self.slots:
+            found = self._slot(images, labels, workers.rank, micro_batch)
+            if self.others:
+                mean_over_workers(self.others, workers)
+            return found
+        mine, parts = workers.share(self.slots), []
+        leaves = [*(p for p in self.network.parameters() if p.requires_grad), *self.others]
+        total = DeterministicAllReduce(leaves, self.slots)
+        pieces = zip(mine, images.chunk(len(mine)), labels.chunk(len(mine)), strict=True)
+        for slot, some, their in pieces:
+            parts.append(self._slot(some, their, slot, micro_batch))
+            total.accumulate()
+        fault_injection.at("gradient")
+        total.all_reduce(workers)
+        return _joined(parts)
+
+    def _slot(self, images: Tensor, labels: Tensor, slot: int, most: int) -> Losses:
+        """Add the gradient of the mean loss of these images, which are slot number `slot`."""
+        count = len(images)
+        positions = torch.arange(count, device=self.workers.device) + slot * count
+        if self.dropout_seed is not None:
+            torch.manual_seed(
+                counter_rng.derived_seed(self.dropout_seed, Purpose.DROPOUT, self.step, slot)
+            )  # per step: a restart repeats it
+        parts = []
+        for start in range(0, count, most):
+            part = slice(start, start + most)
+            last = start + most >= count
+            with _sync_only(self.network, last):
+                losses, minimised = self.part_losses(images[part], labels[part], positions[part])
+            finite = losses.loss.isfinite().all()
+            share = minimised.sum() / count * torch.where(finite, 1.0, math.nan)
+            if last and not self.slots:
+                fault_injection.at("gradient")
+            with _sync_only(self.network, last):
+                share.backward()  # type: ignore[no-untyped-call]
+            parts.append(losses)
+        return _joined(parts)
+
+
+def _joined(parts: Sequence[Losses]) -> Losses:
+    return Losses(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def _sync_only(network: nn.Module, last: bool) -> contextlib.AbstractContextManager[object]:
+    """Context that postpones DDP's all-reduce to the last micro-batch of a step."""
+    if isinstance(network, DistributedDataParallel) and not last:
+        return network.no_sync()
+    return contextlib.nullcontext()
