@@ -97,7 +97,7 @@ def run_of(
         plan=training_run.plan(config, 1),
         state=state,
         network=state.model,
-        objective=training_run.objective(config, state, device),
+        objective=training_run.training_objective(config, state, device),
         guard=DivergenceGuard.of(config.training.on_divergence, config.training.spike_factor),
         stream=SameImages(count, side),
         workers=workers,

@@ -121,7 +121,9 @@ def training_state(
     return TrainingState(model, EMA(model), optimizer, facts, moments, averages, opponent)
 
 
-def objective(config: RunConfig, state: TrainingState, device: torch.device) -> TrainingObjective:
+def training_objective(
+    config: RunConfig, state: TrainingState, device: torch.device
+) -> TrainingObjective:
     """The training objective of `state`'s network."""
     if config.traits.reconstructs:
         cache = cache_dir(config.data, "weights")

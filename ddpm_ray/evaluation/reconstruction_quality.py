@@ -17,7 +17,7 @@ from ddpm_ray.evaluation.image_similarity import WINDOW, psnr, ssim
 from ddpm_ray.evaluation.reference_statistics import Reference
 from ddpm_ray.evaluation.sample_quality import PLAIN, Scores, arithmetic
 from ddpm_ray.models.autoencoder import Autoencoder, channels_in_use
-from ddpm_ray.sampling.reconstruction import reconstruct
+from ddpm_ray.sampling.reconstruction import round_trip
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def _reconstructed(
     channel in nats per latent value.
     """
     for index, images in batches:
-        found, kl = reconstruct(model, images.to(device))
+        found, kl = round_trip(model, images.to(device))
         found, kl = found.cpu(), kl.cpu().double()
         of_channels = kl / math.prod(model.spec.latent_shape(images.shape[1:3])[1:])
         similar = torch.full((len(images),), math.nan, dtype=torch.float64)

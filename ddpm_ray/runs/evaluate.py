@@ -27,6 +27,11 @@ from ddpm_ray.evaluation.reference_statistics import reference
 from ddpm_ray.evaluation.sample_quality import Scores
 from ddpm_ray.evaluation.vlb_over_dataset import BitsPerDim, vlb_bits_per_dim
 from ddpm_ray.runs import load_model
+from ddpm_ray.runs.evaluate_autoencoder import (
+    autoencoder_run,
+    autoencoder_scores,
+    require_reconstruction_scores,
+)
 from ddpm_ray.runs.train_worker import distributed_context
 from ddpm_ray.sampling.pipeline import TrainedModel
 from ddpm_ray.sampling.sampling import SamplingPlan, draw_uint8, sampling_plan
@@ -46,20 +51,13 @@ def run_evaluation(model_uri: str, config: EvaluateConfig, home: Path) -> dict[s
     tracking_uri = resolve_tracking_uri(home)
     if not model_uri.startswith(IN_MLFLOW):
         model_uri = object_store.absolute(model_uri, home)
-    model = load_model.load(model_uri, tracking_uri=tracking_uri)
-    begun = from_dict(RunConfig, model.provenance["config"])
-    # Before Ray starts: raises ConfigError for settings or a guidance model that do not fit.
-    load_model.configured(model, config.sampling, config.guidance, tracking_uri)
-    wanted, most = config.evaluation, begun.schedule.num_steps
-    for key, value, asked in (
-        ("bits_per_dim_terms", wanted.bits_per_dim_terms, wanted.bits_per_dim_images),
-        ("likelihood_steps", wanted.likelihood_steps, wanted.likelihood_images),
-    ):
-        if asked and value > most:
-            raise ConfigError(
-                f"evaluation.{key} is {value}; it cannot exceed the model's T = {most}"
-            )
-    if not (data_url := config.data_url or begun.data.url):
+    if begun := autoencoder_run(model_uri):
+        require_reconstruction_scores(config.evaluation)
+    else:
+        begun = _denoiser_run(model_uri, config, tracking_uri)
+    wanted, encodes = config.evaluation, begun.traits.reconstructs
+    trained_on = (begun.evaluation.held_out_url if encodes else "") or begun.data.url
+    if not (data_url := config.data_url or trained_on):
         raise ConfigError(
             "data_url is empty, and the model was imported without the URL of its training data; "
             "give the reference shards, as in data_url=data/cifar10"
@@ -75,6 +73,7 @@ def run_evaluation(model_uri: str, config: EvaluateConfig, home: Path) -> dict[s
         "model_uri": model_uri,
         "tracking_uri": tracking_uri,
         "config": to_dict(config),
+        "encodes": encodes,
     }
     scores: dict[str, Any] = worker_group.run(
         evaluate_worker, settings, config.cluster, lambda _: None
@@ -82,6 +81,26 @@ def run_evaluation(model_uri: str, config: EvaluateConfig, home: Path) -> dict[s
     for line in score_lines(scores["metrics"]):
         log.info("%s", line)
     return scores
+
+
+def _denoiser_run(model_uri: str, config: EvaluateConfig, tracking_uri: str) -> RunConfig:
+    """Config of the run that trained the model; raises ConfigError for settings that do not fit."""
+    model = load_model.load(model_uri, tracking_uri=tracking_uri)
+    begun = from_dict(RunConfig, model.provenance["config"])
+    # Before Ray starts: raises ConfigError for settings or a guidance model that do not fit.
+    load_model.configured(model, config.sampling, config.guidance, tracking_uri)
+    wanted, most = config.evaluation, begun.schedule.num_steps
+    if wanted.features == "none":
+        raise ConfigError("evaluation.features is 'none'; choose inception or digits")
+    for key, value, asked in (
+        ("bits_per_dim_terms", wanted.bits_per_dim_terms, wanted.bits_per_dim_images),
+        ("likelihood_steps", wanted.likelihood_steps, wanted.likelihood_images),
+    ):
+        if asked and value > most:
+            raise ConfigError(
+                f"evaluation.{key} is {value}; it cannot exceed the model's T = {most}"
+            )
+    return begun
 
 
 def score_lines(metrics: dict[str, float]) -> list[str]:
@@ -121,6 +140,8 @@ def _scores(config: EvaluateConfig, settings: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
     object_store.set_retry_timeout(config.cluster.storage_timeout_s)
     workers = distributed_context()
+    if settings["encodes"]:
+        return autoencoder_scores(settings["model_uri"], config, workers)
     model = load_model.load(settings["model_uri"], workers.device, settings["tracking_uri"])
     model = load_model.configured(model, config.sampling, config.guidance, settings["tracking_uri"])
     plan = sampling_plan(config.sampling, model.denoiser.schedule)

@@ -116,7 +116,7 @@ def assemble(
         plan=training_run.plan(config, workers.count),
         state=state,
         network=_wrapped(state.model, config, workers),
-        objective=training_run.objective(config, state, workers.device),
+        objective=training_run.training_objective(config, state, workers.device),
         guard=guard,
         stream=training_run.stream(config, dataset, workers),
         workers=workers,

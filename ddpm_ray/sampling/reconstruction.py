@@ -8,7 +8,7 @@ from ddpm_ray.models.autoencoder import Autoencoder
 
 
 @torch.no_grad()
-def reconstruct(model: Autoencoder, images: Tensor) -> tuple[Tensor, Tensor]:
+def round_trip(model: Autoencoder, images: Tensor) -> tuple[Tensor, Tensor]:
     """Decode the posterior means of uint8 images [B, H, W, C] on the model's device.
 
     Returns the reconstructions, uint8 [B, H, W, C], and the KL of each image's latent channels in

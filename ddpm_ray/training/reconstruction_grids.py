@@ -13,7 +13,7 @@ from ddpm_ray.collectives import Workers
 from ddpm_ray.models.autoencoder import Autoencoder
 from ddpm_ray.reporting import Sink
 from ddpm_ray.sampling import image_grid
-from ddpm_ray.sampling.reconstruction import reconstruct
+from ddpm_ray.sampling.reconstruction import round_trip
 from ddpm_ray.sampling.sampling import Images
 from ddpm_ray.training.sample_grids import log_picture
 
@@ -39,7 +39,7 @@ class ReconstructionGridLogger:
     def log_grid(self, step: int) -> None:
         """Log the picture of `step`; all workers must call it."""
         parts = [
-            reconstruct(self.model, part.to(self.workers.device))[0].cpu()
+            round_trip(self.model, part.to(self.workers.device))[0].cpu()
             for part in self.images.split(self.batch_size)
             if len(part)
         ]

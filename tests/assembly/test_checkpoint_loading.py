@@ -1,6 +1,7 @@
 """Models go to diffusers and come back as they were; a classifier is not taken for a model."""
 
 import errno
+import hashlib
 import itertools
 import json
 import os
@@ -16,13 +17,18 @@ from safetensors.torch import load_file
 from torch import nn
 
 import ddpm_ray
+from benchmarks.gpu.tiny import config_of
+from benchmarks.gpu.tiny_keys import AUTOENCODER
 from ddpm_ray.assembly import checkpoint_loading, diffusion, run_config, training_run
+from ddpm_ray.assembly.autoencoder_loading import trained_autoencoder
+from ddpm_ray.config.evaluation import EvaluationConfig
 from ddpm_ray.config.loading import ConfigError, load_config, to_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.sampling import SamplingSettings
 from ddpm_ray.data.codec import PIXELS, PixelCodec
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.models.interop.diffusers_config import UnsupportedModelError
+from ddpm_ray.runs.evaluate_autoencoder import autoencoder_run, require_reconstruction_scores
 from ddpm_ray.sampling.pipeline import TrainedModel
 from ddpm_ray.storage import object_store
 from ddpm_ray.storage.errors import StorageError
@@ -190,6 +196,26 @@ def committed(config: RunConfig, folder: Path, **more: Any) -> str:
     state = training_run.training_state(config, ImageShape(8, 8, 3), CPU, facts)
     CheckpointStore(str(folder / "checkpoints")).save(state.snapshot([]))
     return str(folder)
+
+
+def test_the_run_of_an_autoencoder_encodes_and_draws_no_images(tmp_path: Path) -> None:
+    folder = committed(config_of([*AUTOENCODER]), tmp_path)
+    with pytest.raises(ConfigError, match=r"holds an autoencoder, which draws no images: train a"):
+        checkpoint_loading.trained_model(folder)
+    with pytest.raises(ConfigError, match=r"holds no classifier: train one"):
+        checkpoint_loading.trained_classifier(folder)
+    found = trained_autoencoder(folder)
+    (weights,) = tmp_path.glob("checkpoints/step-*/ema.safetensors")
+    assert found.sha256 == hashlib.sha256(weights.read_bytes()).hexdigest()
+    images = np.zeros((2, 8, 8, 3), np.uint8)
+    assert found.encode_uint8(images).mean.shape == (2, 4, 4, 4)
+    assert autoencoder_run(folder) == config_of([*AUTOENCODER])
+
+
+def test_scores_of_denoisers_are_refused_for_an_autoencoder() -> None:
+    wanted = EvaluationConfig(num_images=9, likelihood_images=5, precision_recall=True)
+    with pytest.raises(ConfigError, match=r"likelihood_images is 5.*\n.*precision_recall is true"):
+        require_reconstruction_scores(wanted)
 
 
 CLASSIFIER = (

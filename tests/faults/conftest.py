@@ -11,3 +11,11 @@ def noise_shards(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = str(tmp_path_factory.mktemp("noise"))
     pack_noise(folder, images=45, side=4)
     return folder
+
+
+@pytest.fixture(scope="session")
+def larger_noise_shards(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The same number of images, of a side that a discriminator takes."""
+    folder = str(tmp_path_factory.mktemp("larger-noise"))
+    pack_noise(folder, images=45, side=24)
+    return folder

@@ -60,6 +60,26 @@ TINY = (
     "evaluation.validation_images=16",
     "tracking.flush_every_s=0.02",
 )
+AUTOENCODER = (  # with an adversary from a step between two checkpoints on
+    "name=tiny",
+    "task=autoencoder",
+    "autoencoder.base_channels=4",
+    "autoencoder.groups=2",
+    "autoencoder.channel_mults=[1,2]",
+    "autoencoder.blocks_per_level=1",
+    "autoencoder.discriminator_channels=8",
+    "autoencoder.discriminator_from_step=8",
+    f"training.steps={STEPS}",
+    f"training.checkpoint_every_steps={EVERY}",
+    "training.global_batch_size=8",
+    "training.log_every_steps=4",
+    "training.learning_rate=3e-3",
+    "training.grid_every_steps=12",
+    "training.ema_decay_per_step=0.8",
+    "evaluation.num_images=16",
+    "evaluation.features=none",
+    "tracking.flush_every_s=0.02",
+)
 LIFE_S = 180  # most seconds of one life; it takes one or two, more while MLflow is away
 
 _server = multiprocessing.get_context("forkserver")

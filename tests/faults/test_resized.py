@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.lives import STEPS, TINY, Ended, Life
+from tests.faults.lives import AUTOENCODER, STEPS, TINY, Ended, Life
 from tests.noise import pack_noise
 
 pytestmark = [
@@ -36,6 +36,21 @@ def test_with_elastic_reduction_any_workers_end_with_the_same_bits(
     assert ended.hashes == alone.hashes
     of_training = [key for key in alone.rows if not key.startswith(VALIDATION)]
     assert "train/loss_logsnr/0_to_2" in of_training
+    for key in of_training:
+        assert ended.same_rows()[key] == alone.same_rows()[key], key
+
+
+@pytest.mark.slow
+def test_an_autoencoder_and_its_adversary_keep_their_bits_on_any_workers(
+    larger_noise_shards: str, tmp_path: Path
+) -> None:
+    elastic = (*AUTOENCODER, *ELASTIC[len(TINY) :])
+    alone = lived(tmp_path / "alone", larger_noise_shards, elastic, [1])
+    ended = lived(tmp_path / "resized", larger_noise_shards, elastic, [4, 2])
+    assert ended.hashes == alone.hashes
+    assert "discriminator-optimizer.safetensors" in alone.hashes
+    of_training = [key for key in alone.rows if not key.startswith("eval/")]
+    assert {"train/adversarial_weight", "train/kl_bits"} < {*of_training}
     for key in of_training:
         assert ended.same_rows()[key] == alone.same_rows()[key], key
 

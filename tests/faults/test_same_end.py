@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from ddpm_ray.fault_injection import POINTS
-from tests.faults.lives import EVERY, STEPS, TINY, Ended, Life
+from tests.faults.lives import AUTOENCODER, EVERY, STEPS, TINY, Ended, Life
 from tests.faults.schedules import kills
 
 WORKERS = 2
@@ -37,6 +37,28 @@ def test_a_kill_at_each_point_is_survived(
     assert ended.hashes == unbroken.hashes
     assert ended.same_rows() == unbroken.same_rows()
     assert ended.orphans == 0
+
+
+def test_an_autoencoder_with_its_adversary_survives_kills(
+    larger_noise_shards: str, tmp_path: Path
+) -> None:
+    """Killed before, in and after the first step with a discriminator, and in a save."""
+    whole, life = (
+        Life(tmp_path / name, larger_noise_shards, AUTOENCODER) for name in ("whole", "killed")
+    )
+    whole.drive()
+    assert whole.live(WORKERS)
+    each = ["kill@update:7/0", "kill@gradient:8/1", "kill@between:11/0", "kill@commit:15/0"]
+    planned = " ".join([str(tmp_path / "fired"), *each])
+    life.drive()
+    while not life.live(WORKERS, planned):
+        assert life.lives <= len(each)
+    wanted, ended = whole.end(), life.end()
+    assert "discriminator.safetensors" in wanted.hashes
+    assert "eval/psnr" in wanted.rows
+    assert (tmp_path / "killed/tiny/pictures/reconstructions-step-00000012.png").exists()
+    assert ended.hashes == wanted.hashes
+    assert ended.same_rows() == wanted.same_rows()
 
 
 def test_rows_that_mlflow_has_not_yet_come_out_of_the_checkpoint(

@@ -198,7 +198,7 @@ def begin(
         plan=training_run.plan(config, workers.count),
         state=state,
         network=network,
-        objective=training_run.objective(config, state, CPU),
+        objective=training_run.training_objective(config, state, CPU),
         guard=guard,
         stream=streamed(config, workers),
         workers=workers,

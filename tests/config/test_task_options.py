@@ -1,0 +1,85 @@
+"""Options that a task does not use are refused, each in one line."""
+
+import pytest
+
+from ddpm_ray.config.loading import ConfigError, load_config
+from ddpm_ray.config.run import RunConfig
+
+AUTOENCODER = ("task=autoencoder",)
+CLASSIFIER = ("task=classifier", "model.num_classes=3", "training.grid_every_steps=0")
+
+
+def complaints(*overrides: str) -> list[str]:
+    with pytest.raises(ConfigError, match=r"^command line: ") as refused:
+        load_config(RunConfig, None, ["name=a", "data.url=shards", *overrides])
+    return [line.removeprefix("command line: ") for line in str(refused.value).splitlines()]
+
+
+@pytest.mark.parametrize(
+    "key, shown",
+    [
+        ("schedule.num_steps=50", "schedule.num_steps is 50"),
+        ("objective.prediction=v", "objective.prediction is 'v'"),
+        ("model.base_channels=64", "model.base_channels is 64"),
+        ("sampling.steps=9", "sampling.steps is 9"),
+    ],
+)
+def test_an_option_of_denoisers_is_refused_for_an_autoencoder(key: str, shown: str) -> None:
+    assert complaints(*AUTOENCODER, key) == [f"{shown}; an autoencoder has none: leave it out"]
+
+
+@pytest.mark.parametrize("task", [(), CLASSIFIER], ids=["denoiser", "classifier"])
+def test_an_option_of_autoencoders_is_refused_for_other_tasks(task: tuple[str, ...]) -> None:
+    assert complaints(*task, "autoencoder.kl_weight=0.5") == [
+        "autoencoder.kl_weight is 0.5; only task=autoencoder uses it: leave it out"
+    ]
+
+
+def test_the_batch_of_scores_and_grids_may_be_set_for_an_autoencoder() -> None:
+    keys = [
+        "name=a",
+        "data.url=d",
+        *AUTOENCODER,
+        "sampling.batch_size=8",
+        "training.precision=bf16",
+    ]
+    assert load_config(RunConfig, None, keys).traits.reconstructs
+
+
+@pytest.mark.parametrize(
+    "key, line",
+    [
+        (
+            "evaluation.validation_every_steps=5",
+            "evaluation.validation_every_steps is 5; an autoencoder draws no images: set it to 0",
+        ),
+        (
+            "training.gradient_checkpointing=true",
+            "training.gradient_checkpointing is true, which an autoencoder does not have: use "
+            "training.micro_batch_size to save memory",
+        ),
+        (
+            "autoencoder.channel_mults=[1,3]",
+            "autoencoder.groups is 32; it must divide every level's channels, and 64 leaves 0",
+        ),
+    ],
+)
+def test_what_an_autoencoder_cannot_do_is_refused(key: str, line: str) -> None:
+    more = ("autoencoder.base_channels=24",) if "mults" in key else ()
+    (found,) = complaints(*AUTOENCODER, key, *more)
+    assert found.startswith(line.partition(", and")[0])
+
+
+def test_a_discriminator_is_not_compiled() -> None:
+    keys = ("autoencoder.discriminator_from_step=5", "training.compile=true")
+    assert complaints(*AUTOENCODER, *keys) == [
+        "training.compile is true, which autoencoder.discriminator_from_step does not support: "
+        "set one of the two to its default"
+    ]
+
+
+def test_no_feature_network_is_for_autoencoders_alone() -> None:
+    assert complaints("evaluation.features=none") == [
+        "evaluation.features is 'none'; the scores of a denoiser need a feature network: choose "
+        "inception or digits"
+    ]
