@@ -37,6 +37,7 @@ from ddpm_ray.reporting import Command
 from ddpm_ray.runs.train_worker import assemble, distributed_context
 from ddpm_ray.tracking import run_lookup
 from ddpm_ray.training.loop import Run, report, save, take_step
+from ddpm_ray.training.objective import Objective
 from ddpm_ray.training.writer_lease import Lease
 
 ROUNDS = int(sys.argv[1]) if len(sys.argv) > 1 else 12
@@ -65,6 +66,7 @@ def bare_step(run: Run) -> Callable[[], None]:
     network = training_run.network(config, ImageShape(32, 32, 3))
     optimizer = torch.optim.Adam(network.parameters(), lr=2e-4, fused=True)
     x_0 = torch.rand(BATCH, 3, 32, 32) * 2 - 1
+    assert isinstance(run.objective, Objective)
     a = run.objective.schedule.alpha_bar.float()
 
     def step() -> None:
@@ -81,6 +83,7 @@ def bare_step(run: Run) -> Callable[[], None]:
 def besidess_network(run: Run) -> Callable[[], None]:
     """The parts of our step other than the network: noise, clip, Adam, EMA, keeping the losses."""
     objective, state, plan = run.objective, run.state, run.plan
+    assert isinstance(objective, Objective)
     positions, losses = torch.arange(BATCH), torch.rand(BATCH)
     labels = torch.full((BATCH,), -1)
     images = torch.zeros(BATCH, 32, 32, 3, dtype=torch.uint8)

@@ -26,7 +26,8 @@ from benchmarks.gpu import on_fake_cuda, restarted
 from benchmarks.gpu.cases import cases as all_cases
 from benchmarks.gpu.fake_library import NoFakeCudaError
 from benchmarks.gpu.measured import busy, deterministic, flops, matmul_rate, repeated, wait
-from benchmarks.gpu.tiny import BATCH, SIDE, config_of, run_of
+from benchmarks.gpu.tiny import SIDE, config_of, run_of
+from benchmarks.gpu.tiny_keys import BATCH
 from ddpm_ray.assembly import training_run
 from ddpm_ray.config.loading import load_config
 from ddpm_ray.config.run import RunConfig

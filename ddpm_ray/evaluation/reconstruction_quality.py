@@ -97,7 +97,7 @@ def _reconstructed(
 
 def _means(values: Tensor, channels: int) -> dict[str, float]:
     """Metrics from the values [N, 3 + channels] of all images."""
-    metrics = {}
+    metrics: dict[str, float] = {}
     for name, column in zip(("psnr", "ssim", "kl_bits"), values.T, strict=False):
         if not column.isnan().any():
             squares = float(column.square().sum())

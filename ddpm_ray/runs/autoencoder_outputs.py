@@ -44,7 +44,8 @@ def reconstruction_scores(
     mine, size = workers.share(total), config.sampling.batch_size
     images = training_run.fixed_images(config.data, dataset, mine, total).images
     index = torch.arange(mine.start, mine.stop)
-    batches = zip(index.split(size), images.split(size), strict=True) if mine else ()
+    pairs = zip(torch.split(index, size), torch.split(images, size), strict=True)
+    batches = pairs if mine else ()
     provenance = weights | {"data": dataset.fingerprint}
     return reconstruction_quality(model, batches, total, workers, distances, provenance)
 

@@ -55,7 +55,8 @@ def mean_over_workers(leaves: Sequence[Tensor], workers: Workers) -> None:
 
 def _split(gradient: Tensor, leaves: Sequence[Tensor]) -> None:
     """Write the parts of one flat gradient to the leaves' `grad`."""
-    for leaf, part in zip(leaves, gradient.split([leaf.numel() for leaf in leaves]), strict=True):
+    parts = torch.split(gradient, [leaf.numel() for leaf in leaves])
+    for leaf, part in zip(leaves, parts, strict=True):
         # In the weights' own layout: fused Adam pairs elements by their place in memory.
         leaf.grad = torch.empty_like(leaf, requires_grad=False).copy_(part.view(leaf.shape))
 

@@ -24,8 +24,9 @@ from ddpm_ray.training.background_writer import BackgroundWriter
 from ddpm_ray.training.checkpoint_folder import MANIFEST, TENSORS, CheckpointError, described
 from ddpm_ray.training.checkpoint_pointers import PREFIX
 from ddpm_ray.training.ema import width_group
+from ddpm_ray.training.optimizer_moments import Tensors
 from ddpm_ray.training.post_hoc_ema import gamma_of, profile_error, reconstruct_ema, weights
-from ddpm_ray.training.state import Tensors, TrainingState, copied
+from ddpm_ray.training.state import TrainingState, copied
 
 SNAPSHOTS = "snapshots"  # below a run's folder
 

@@ -40,7 +40,7 @@ class ReconstructionGridLogger:
         """Log the picture of `step`; all workers must call it."""
         parts = [
             round_trip(self.model, part.to(self.workers.device))[0].cpu()
-            for part in self.images.split(self.batch_size)
+            for part in torch.split(self.images, self.batch_size)
             if len(part)
         ]
         mine = torch.cat(parts) if parts else self.images

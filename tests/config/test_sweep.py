@@ -222,6 +222,7 @@ def test_a_sweep_knows_the_scores_by_the_names_that_an_evaluation_gives_them(
 ) -> None:
     """The config loads without torch, so the names stand in it a second time."""
     widths = config.widths if config.features == "inception" else (64,)
+    assert config.features != "none"
     net = FeatureNet(config.features, widths, lambda images: {}, {})
     given = {name for width in widths for name in metric_names(net, width)[:2]}
     given -= {"eval/kid_spatial"}  # which is not taken: no kernel was made for places

@@ -115,7 +115,6 @@ def test_the_adversarial_weight_is_the_ratio_of_gradients_at_the_last_layer(
     batch, seen = run.stream.batch(0), list[Tensor]()
 
     def keep(module: nn.Module, inputs: Any, outputs: Any) -> None:
-        outputs[0].retain_grad()
         seen.append(outputs[0])
 
     hook = model.register_forward_hook(keep)
@@ -128,9 +127,11 @@ def test_the_adversarial_weight_is_the_ratio_of_gradients_at_the_last_layer(
     run.state.zero_grad()
     x_hat = seen[0].detach().requires_grad_()
     (-adversary.discriminator(x_hat)).flatten(1).mean(1).mean().backward()
-    hook = model.decoder.conv_out.register_forward_hook(
-        lambda module, inputs, output: output.register_hook(lambda gradient: x_hat.grad)
-    )
+
+    def replace_gradient(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        output.register_hook(lambda gradient: x_hat.grad)
+
+    hook = model.decoder.conv_out.register_forward_hook(replace_gradient)
     alone.backward(model, batch.images, batch.labels, 0, run.workers, BATCH)
     hook.remove()
     last = model.last_layer.grad

@@ -909,7 +909,7 @@ def gradient_of(
         nn.init.normal_(parameter, std=0.3)
     images, labels = streamed(config, workers).batch(0)
     objective = diffusion.objective(config, state, CPU)
-    losses, t = objective.backward(state.model, images, labels, 0, workers, micro_batch)
+    losses, t, _ = objective.backward(state.model, images, labels, 0, workers, micro_batch)
     gradients = [p.grad.flatten() for p in state.model.parameters() if p.grad is not None]
     return losses, t, torch.cat(gradients)
 
@@ -999,7 +999,7 @@ def test_an_infinite_loss_makes_the_gradient_nan_on_all_workers(data: str) -> No
     """1e25 squared is no float32, though its slope is: the sum over workers must tell them all."""
     objective, network = objective_of(configured(data)), OneNumber(1e25)
     images = torch.zeros(2, SIDE, SIDE, 1, dtype=torch.uint8)
-    losses, _ = objective.backward(network, images, NO_LABELS, 0, Workers(), 2)
+    losses, *_ = objective.backward(network, images, NO_LABELS, 0, Workers(), 2)
     assert losses.isinf().all()
     assert network.number.grad is not None
     assert network.number.grad.isnan()
