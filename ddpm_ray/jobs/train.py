@@ -36,7 +36,7 @@ def train(config: RunConfig, _: Namespace) -> dict[str, Any]:
             f"{report['checkpoint']}; the same command continues"
         )
     no_pictures = "none: training.grid_every_steps is 0"
-    if config.traits.predicts_labels:
+    if not (config.traits.draws_images or config.traits.reconstructs):
         no_pictures = f"none: a {config.task} draws no images"
     scores = "  ".join(f"{key} {value:.4g}" for key, value in report["metrics"].items())
     print(

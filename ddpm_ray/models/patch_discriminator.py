@@ -1,6 +1,6 @@
 """The patch discriminator of adversarial autoencoder training (Isola et al. 2017, 1611.07004).
 
-It judges overlapping patches of an image, each by one number: above 0 for real, below 0 for
+It gives each of overlapping patches of an image one number: above 0 for real, below 0 for
 reconstructed.
 """
 

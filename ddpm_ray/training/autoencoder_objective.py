@@ -68,7 +68,7 @@ class AutoencoderObjective:
         ).backward(images, labels, micro_batch)
 
     def log_snr(self, t: Tensor) -> None:
-        """None: reconstructions have no noise level."""
+        """Return None: reconstructions have no noise level."""
 
     def _part(
         self,

@@ -28,7 +28,7 @@ class PosteriorMonitor:
         self._channels, height, width = latent_shape
         self._values, self._kl_weight, self._adversary = height * width, kl_weight, adversary
         self.count = 1 + self._channels + (3 if adversary else 0)
-        self._told = self._channels  # channels in use, as the log said last
+        self._reported = self._channels  # channels in use, in the newest warning or verdict
         self._unused: Sequence[int] = ()  # in the newest row
 
     def metrics(self, means: Tensor, step: int) -> dict[str, float]:
@@ -55,7 +55,7 @@ class PosteriorMonitor:
         if step < FIRST_VERDICT_STEP or "train/channels_in_use" not in row:
             return
         in_use = int(row["train/channels_in_use"])
-        if in_use < self._told and is_main:
+        if in_use < self._reported and is_main:
             log.warning(
                 "step %d: %d of %d latent channels in use; channels %s have a KL below %g nats per "
                 "value, so their posterior has collapsed to the prior. Lower "
@@ -67,4 +67,4 @@ class PosteriorMonitor:
                 IN_USE_NATS,
                 self._kl_weight,
             )
-        self._told = in_use
+        self._reported = in_use
