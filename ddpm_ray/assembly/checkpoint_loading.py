@@ -5,10 +5,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import torch as safetensors
+from torch import Tensor
 
 from ddpm_ray.assembly import other_libraries, run_config, training_run
 from ddpm_ray.assembly.diffusion import denoiser
@@ -91,6 +92,7 @@ def trained_model(
         "config": to_dict(config),
         "data_fingerprint": snapshot.facts["data_fingerprint"],
         "average": ema if ema != "ema" else snapshot.facts.get("average"),  # None: the main EMA
+        **run_config.run_history(snapshot.facts),
     }
     return TrainedModel(
         denoiser(config, model, device, codec),
@@ -101,6 +103,27 @@ def trained_model(
         find_label_names=cache(partial(label_names, config, snapshot.facts)),
         drops_labels=config.sampled_model.drops_labels,
     )
+
+
+class TrainedWeights(NamedTuple):
+    """The weights of a trained model."""
+
+    checkpoint: str  # its folder
+    step: int
+    sha256: str  # as in the provenance of `trained_model`
+    tensors: dict[str, Tensor]  # by their names in our networks
+
+
+def trained_weights(url: str, ema: str = "ema") -> TrainedWeights:
+    """Read and verify the weights that `trained_model` would load, of any kind of network."""
+    if Path(url, OF_DIFFUSERS).is_file():
+        tensors = convert.read_folder(url).tensors
+        return TrainedWeights(
+            url, 0, hashlib.sha256(safetensors.save(tensors)).hexdigest(), tensors
+        )
+    where, snapshot = newest_checkpoint(url, ema)
+    sha256 = checkpoint_folder.weights_sha256(where, ema)
+    return TrainedWeights(where, snapshot.step, sha256, snapshot.tensors[ema])
 
 
 def with_sampling(

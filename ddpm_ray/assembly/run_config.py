@@ -1,9 +1,10 @@
 """A run's config and codec as its checkpoints store them, and what a continued run may change."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from ddpm_ray.config.changes import change_problems
 from ddpm_ray.config.loading import defining, from_dict
 from ddpm_ray.config.option_fields import shown
 from ddpm_ray.config.run import RunConfig
@@ -65,16 +66,69 @@ def for_images(config: RunConfig, image_shape: ImageShape) -> RunConfig:
 
 
 def changed_keys(config: RunConfig, saved: Mapping[str, Any], image_shape: ImageShape) -> list[str]:
-    """One line for each defining key whose value differs from that of the saved config.
+    """One line for each defining key that differs from the saved config and is not in `change`.
 
-    `saved` is as in `saved_config`; the data set holds images [H, W, C].
+    `saved` is the run's identity, or the facts of the checkpoint that `config` continues, where
+    keys in `change` may differ; the data set holds images [H, W, C].
     """
-    now, then = (defining(comparable(one, image_shape)) for one in (config, saved_config(saved)))
-    return [
-        f"{key} is {now[key]}, but the run began with {then[key]}"
-        for key in now
-        if now[key] != then[key]
+    since = {one["key"]: one["step"] for one in saved.get("changes", [])}
+    continues = "step" in saved  # a checkpoint
+    lines, may_change = [], []
+    for key, (then, now) in _changed(config, saved, image_shape).items():
+        if continues and key in config.change:
+            continue
+        began = f"has {then} since step {since[key]}" if key in since else f"began with {then}"
+        lines.append(f"{key} is {now}, but the run {began}")
+        if not [*change_problems(config, (key,))]:
+            may_change.append(key)
+    if may_change and continues:
+        step = saved["step"]
+        lines.append(f"change=[{','.join(may_change)}] continues under new values from step {step}")
+    return lines
+
+
+def run_changes(
+    config: RunConfig, facts: Mapping[str, Any], image_shape: ImageShape
+) -> list[dict[str, Any]]:
+    """All changes of a run that `config` continues from a checkpoint with these facts, in order.
+
+    Each is {"step", "key", "from", "to"}: from the update after that step on, the key has the
+    value "to".
+    """
+    new = _changed(config, facts, image_shape)
+    before: list[dict[str, Any]] = facts.get("changes", [])
+    return before + [
+        {"step": facts["step"], "key": key, "from": then, "to": now}
+        for key, (then, now) in new.items()
     ]
+
+
+def changes_text(made: Sequence[Mapping[str, Any]]) -> str:
+    """The changes as a line of text; empty if there are none."""
+    return "; ".join(
+        f"{one['key']} {one['from']} -> {one['to']} at step {one['step']}" for one in made
+    )
+
+
+def run_history(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a checkpoint's facts its config does not say: initial weights and changes, if any."""
+    return {key: facts[key] for key in ("init_from", "changes") if facts.get(key)}
+
+
+def _changed(
+    config: RunConfig, saved: Mapping[str, Any], image_shape: ImageShape
+) -> dict[str, tuple[Any, Any]]:
+    """(saved value, value in `config`) of each key that defines the run and differs."""
+    then, now = (comparable(one, image_shape) for one in (saved_config(saved), config))
+    values = [defining(one) for one in (then, now)]
+    if then.training.decays_to_zero or now.training.decays_to_zero:
+        for one, of in zip(values, (then, now), strict=True):
+            one["training.steps"] = of.training.steps
+    return {
+        key: (values[0][key], values[1][key])
+        for key in values[1]
+        if values[0][key] != values[1][key]
+    }
 
 
 def comparable(config: RunConfig, image_shape: ImageShape) -> RunConfig:

@@ -1,10 +1,13 @@
 """Build what the scores of a run need: feature network, metrics, held-out statistics."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, assert_never
 
 import torch
 
+from ddpm_ray.assembly.run_config import run_history
 from ddpm_ray.assembly.training_run import ema_decay
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.evaluation import EvaluationConfig
@@ -44,9 +47,15 @@ def held_out(config: EvaluationConfig, net: FeatureNet, workers: Workers) -> Ref
 
 
 def ema_provenance(
-    config: RunConfig, step: int, average: str | dict[str, Any] | None = None
+    config: RunConfig,
+    step: int,
+    average: str | dict[str, Any] | None = None,
+    facts: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Any]:
-    """Provenance of the weights that are scored: the main EMA, or `average`."""
+    """Provenance of the weights that are scored: the main EMA, or `average`.
+
+    `facts`: of the run's checkpoint; its initial weights and changes belong to the provenance.
+    """
     training = config.training
     main = {
         "weights": "ema",
@@ -58,4 +67,5 @@ def ema_provenance(
         "step": step,
         "training_seed": config.seed,
         "precision": training.precision,
+        **run_history(facts),
     }

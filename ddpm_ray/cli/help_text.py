@@ -144,7 +144,7 @@ def _explained(one: Option) -> str:
         "choices": ", ".join(names),
         "range": range_text(one.meta["limits"]),
         "default": default,
-        "fixed": "a continued run must keep the value" if one.meta["defines_run"] else "",
+        "fixed": _fixed_text(one.meta),
     }
     lines = [one.key]
     for title, text in rows.items():
@@ -152,6 +152,13 @@ def _explained(one: Option) -> str:
             first, *rest = _wrapped(text, " " * 11)
             lines += [f"  {title:<9}{first.lstrip()}", *rest]
     return "\n".join(lines)
+
+
+def _fixed_text(meta: Mapping[str, Any]) -> str:
+    if not meta["defines_run"]:
+        return ""
+    named = ", unless change= names it" if meta["may_change"] else ""
+    return f"a continued run must keep the value{named}"
 
 
 def _wrapped(text: str, indent: str) -> list[str]:

@@ -39,7 +39,12 @@ class ModelConfig:
         instead_of="attention_factors",
     )
     dropout: float = option(
-        0.0, "dropout probability in residual blocks", at_least=0, below=1, defines_run=True
+        0.0,
+        "dropout probability in residual blocks",
+        at_least=0,
+        below=1,
+        defines_run=True,
+        may_change=True,
     )
     groups: int = option(
         32,

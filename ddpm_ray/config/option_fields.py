@@ -61,6 +61,7 @@ def option(
     doc: str,
     *,
     defines_run: bool = False,
+    may_change: bool = False,
     formerly: FormerKeys = (),
     loads_group: str = "",
     keys_of: str = "",
@@ -69,17 +70,19 @@ def option(
 ) -> T:
     """Return a dataclass field with help text `doc` and a range, as `at_least=0, below=1`.
 
-    `defines_run`: a continued run must have the same value. `formerly`: keys of this option and
-    names of its choices in earlier versions, accepted wherever a config is read (see
-    `former_keys.Former`). `loads_group`: the value is a YAML file whose keys set the group of that
-    name; keys set elsewhere override them. `keys_of`: the value is a list of mappings whose keys
-    are the options of that group. `instead_of`: the option of this group that has the same meaning
-    in another form; a source that sets one of the two resets the other to None.
+    `defines_run`: a continued run must have the same value or, if `may_change`, name the key in
+    `change`. `formerly`: keys of this option and names of its choices in earlier versions, accepted
+    wherever a config is read (see `former_keys.Former`). `loads_group`: the value is a YAML file
+    whose keys set the group of that name; keys set elsewhere override them. `keys_of`: the value is
+    a list of mappings whose keys are the options of that group. `instead_of`: the option of this
+    group that has the same meaning in another form; a source that sets one of the two resets the
+    other to None.
     """
     metadata = {
         "doc": doc,
         "limits": limits(**bounds),
         "defines_run": defines_run,
+        "may_change": may_change,
         "formerly": _former(formerly),
         "loads_group": loads_group,
         "keys_of": keys_of,

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from ddpm_ray.config.autoencoder import AutoencoderConfig
+from ddpm_ray.config.changes import change_problems
 from ddpm_ray.config.cluster import ClusterConfig
 from ddpm_ray.config.data import DataConfig
 from ddpm_ray.config.evaluation import EvaluationConfig
@@ -44,6 +45,9 @@ class RunConfig:
     )
     seed: int = option(
         0, "random seed of weights, data order, timesteps and noise", at_least=0, defines_run=True
+    )
+    change: tuple[str, ...] = option(
+        (), "keys whose values a continued run shall change, as [training.learning_rate]"
     )
     data: DataConfig = field(default_factory=DataConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -84,6 +88,7 @@ class RunConfig:
                 yield f"{key} is empty; give it a value, as in {key}=..."
         if "/" in self.name or self.name.startswith("."):
             yield f"name is {self.name!r}; it names a folder: no '/' and no leading '.'"
+        yield from change_problems(self, self.change)
         yield from self.schedule.problems()
         yield from self.objective.problems(self.schedule)
         yield from self.model.problems()

@@ -15,6 +15,20 @@ class TrainingConfig:
     """Optimisation: batches, Adam, EMA, precision and checkpoints."""
 
     steps: int = option(800_000, "optimiser steps of the whole run", at_least=1)
+    init_from: str = option(
+        "",
+        "trained model to begin with, for fine-tuning: folder of a run or of one checkpoint, or a "
+        "local diffusers folder; empty: random weights",
+        defines_run=True,
+    )
+    init_from_ema: str = option(
+        "ema", "init_from: the EMA whose weights are taken, as ema-0.999", defines_run=True
+    )
+    init_from_skip: tuple[str, ...] = option(
+        (),
+        "init_from: prefixes of tensors that are not taken, as [label.,norm_out.]",
+        defines_run=True,
+    )
     global_batch_size: int = option(
         128, "images per optimiser step, all workers together", at_least=1, defines_run=True
     )
@@ -24,25 +38,44 @@ class TrainingConfig:
         at_least=0,
     )
     learning_rate: float = option(
-        2e-4, "learning rate of Adam after the warm-up", above=0, defines_run=True
+        2e-4, "learning rate of Adam after the warm-up", above=0, defines_run=True, may_change=True
     )
     adam_beta1: float = option(
-        0.9, "Adam: decay of the mean of gradients", at_least=0, below=1, defines_run=True
+        0.9,
+        "Adam: decay of the mean of gradients",
+        at_least=0,
+        below=1,
+        defines_run=True,
+        may_change=True,
     )
     adam_beta2: float = option(
-        0.999, "Adam: decay of the mean of squared gradients", at_least=0, below=1, defines_run=True
+        0.999,
+        "Adam: decay of the mean of squared gradients",
+        at_least=0,
+        below=1,
+        defines_run=True,
+        may_change=True,
     )
     warmup_steps: int = option(
-        0, "steps of linear warm-up of the learning rate from 0", at_least=0, defines_run=True
+        0,
+        "steps of linear warm-up of the learning rate from 0",
+        at_least=0,
+        defines_run=True,
+        may_change=True,
     )
     warmup_images: int = option(
-        0, "images of linear warm-up; set this or warmup_steps", at_least=0, defines_run=True
+        0,
+        "images of linear warm-up; set this or warmup_steps",
+        at_least=0,
+        defines_run=True,
+        may_change=True,
     )
     learning_rate_decay: Literal["none", "cosine", "inverse_sqrt", "linear"] = option(
         "none",
         "how the learning rate falls after the warm-up; cosine, linear: to 0 at training.steps, "
         "which a continued run must then keep",
         defines_run=True,
+        may_change=True,
     )
     learning_rate_reference_images: int = option(
         0,
@@ -50,14 +83,18 @@ class TrainingConfig:
         "by sqrt(n)",
         at_least=0,
         defines_run=True,
+        may_change=True,
     )
     weight_decay: float = option(
         0.0,
         "weight decay of AdamW on matrices and convolution kernels; 0: Adam",
         at_least=0,
         defines_run=True,
+        may_change=True,
     )
-    max_grad_norm: float = option(1.0, "global gradient norm to clip to", above=0, defines_run=True)
+    max_grad_norm: float = option(
+        1.0, "global gradient norm to clip to", above=0, defines_run=True, may_change=True
+    )
     reduction: Literal["mean", "elastic"] = option(
         "mean",
         "how gradients are averaged; elastic: bit-equal on any number of workers, slower",
@@ -84,17 +121,20 @@ class TrainingConfig:
         at_least=0,
         below=1,
         defines_run=True,
+        may_change=True,
     )
     ema_half_life_images: int = option(
         0,
         "EMA half-life in images; set this or ema_decay_per_step",
         at_least=0,
         defines_run=True,
+        may_change=True,
     )
     ema_ramp: bool = option(
         True,
         "limit the EMA decay of early steps to (1 + step) / (10 + step)",
         defines_run=True,
+        may_change=True,
     )
     ema_more_decays: tuple[float, ...] = option(
         (),
@@ -108,7 +148,10 @@ class TrainingConfig:
     )
     ema_snapshot_every_steps: int = option(0, "steps between EMA snapshots; 0: none", at_least=0)
     precision: Literal["fp32", "bf16"] = option(
-        "fp32", "arithmetic of the network (bf16: autocast); weights stay fp32", defines_run=True
+        "fp32",
+        "arithmetic of the network (bf16: autocast); weights stay fp32",
+        defines_run=True,
+        may_change=True,
     )
     channels_last: bool = option(False, "NHWC memory layout; faster on GPUs with bf16")
     deterministic: bool = option(
@@ -150,6 +193,8 @@ class TrainingConfig:
                 f"training.ema_decay_per_step {self.ema_decay_per_step}; set exactly one of the "
                 f"two and the other to 0"
             )
+        if not self.init_from and self.init_from_skip:
+            yield "training.init_from_skip names tensors, but training.init_from is empty; set both"
         yield from self._learning_rate_problems()
         yield from self._average_problems()
         if self.reduction == "elastic" and self.reduction_slots > 0:

@@ -160,7 +160,9 @@ def score_widths(
                 image_shape=model.image_shape,
                 num_images=wanted.num_images,
                 batch_size=config.sampling.batch_size,
-                weights=scoring.ema_provenance(begun, step, average.facts["average"])
+                weights=scoring.ema_provenance(
+                    begun, step, average.facts["average"], model.provenance
+                )
                 | {"model_sha256": sha256},
             ),
             net,

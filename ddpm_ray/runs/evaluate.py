@@ -206,7 +206,7 @@ def _sample_scores(
 def _weights(model: TrainedModel) -> dict[str, Any]:
     """Provenance of the weights: step, EMA, sha256."""
     begun, origin = from_dict(RunConfig, model.provenance["config"]), model.provenance
-    return scoring.ema_provenance(begun, origin["step"], origin.get("average")) | {
+    return scoring.ema_provenance(begun, origin["step"], origin.get("average"), origin) | {
         "model_sha256": origin["weights_sha256"]
     }
 

@@ -46,7 +46,7 @@ class PeriodicEvaluator:
                 image_shape=grid_logger.image_shape,
                 num_images=wanted.num_images,
                 batch_size=grid_logger.batch_size,
-                weights=scoring.ema_provenance(self._config, step),
+                weights=scoring.ema_provenance(self._config, step, facts=self._state.facts),
             ),
             net,
             known,

@@ -1,7 +1,7 @@
 """Identity of a run or sweep: a random id and its first config, stored in its folder.
 
     <folder>/run.json            {"identity", "folder", "config" or "sweep", "data_fingerprint",
-                                 "version": of ddpm_ray}
+                                 "version": of ddpm_ray, "init_from": initial weights, if any}
     <folder>/claims/<id>.json    in a bucket: the proposal of each driver that started it at once
 
 The MLflow run is found by the identity, so drivers that start a new name at once must agree on one.
@@ -68,6 +68,12 @@ def claim(
     return str(found["identity"])
 
 
+def stored_identity(folder: str) -> dict[str, Any]:
+    """The stored identity of the run or sweep in `folder`; empty if there is none."""
+    where = object_store.join(folder, IDENTITY)
+    return _read(where) if object_store.exists(where) else {}
+
+
 def trial_file(number: int) -> str:
     """Name of the file of trial `number`, below TRIALS in a sweep's folder."""
     return f"{number:05d}.json"
@@ -92,6 +98,7 @@ def _from_checkpoints(folder: str) -> dict[str, Any] | None:
         "config": facts["config"],
         "data_fingerprint": facts["data_fingerprint"],
         "version": facts.get("version", ""),
+        **({"init_from": facts["init_from"]} if "init_from" in facts else {}),
     }
 
 

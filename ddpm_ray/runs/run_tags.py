@@ -6,10 +6,15 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
+from ddpm_ray.assembly.run_config import changes_text
 from ddpm_ray.data.dataset import Dataset
+from ddpm_ray.redaction import sanitize
+from ddpm_ray.tracking.mlflow_runs import MAX_TAG
 
 PACKAGES = ("ddpm-ray", "torch", "ray", "mlflow", "numpy", "pyarrow", "fsspec")
 
@@ -28,6 +33,20 @@ def run_tags(dataset: Dataset) -> dict[str, str]:
         "python": platform.python_version(),
         **{f"version.{name}": version(name) for name in PACKAGES},
     }
+
+
+def history_tags(history: Mapping[str, Any]) -> dict[str, str]:
+    """MLflow tags of initial weights and changes; MLflow's parameters cannot change.
+
+    `history`: see `run_config.run_history`.
+    """
+    tags = {}
+    if source := history.get("init_from"):
+        tags["init_from"] = sanitize(f"{source['checkpoint']} {source['ema']}")
+        tags["init_from_sha256"] = source["sha256"]
+    if made := history.get("changes"):
+        tags["changes"] = changes_text(made)[-MAX_TAG:]
+    return tags
 
 
 def user_name() -> str:

@@ -28,8 +28,8 @@ from ddpm_ray.runs.run_description import (
     score_tags,
     with_picture,
 )
-from ddpm_ray.runs.run_identity import claim
-from ddpm_ray.runs.run_tags import run_tags
+from ddpm_ray.runs.run_start import RunStart, begin_run
+from ddpm_ray.runs.run_tags import history_tags, run_tags
 from ddpm_ray.runs.train_worker import train_worker
 from ddpm_ray.storage import object_store
 from ddpm_ray.storage.errors import StorageError
@@ -102,15 +102,16 @@ def run_training(
     opened = [dataset, *map(open_dataset, filter(None, [config.evaluation.held_out_url]))]
     fingerprints = {one.url: one.fingerprint for one in opened}
     folder = object_store.join(config.storage, config.name)
-    identity = _identity(config, dataset, folder)
-    metadata = _metadata(config, dataset, folder, identity, parent)
+    start = begin_run(config, dataset, folder)
+    metadata = _metadata(config, dataset, folder, start, parent)
     tracked, lease = _tracked(metadata), None
     try:
         lease = _lease(folder)
         settings = {
             "config": to_dict(config),
             "folder": folder,
-            "identity": identity,
+            "identity": start.identity,
+            "init_from": vars(start.initial_weights) if start.initial_weights else None,
             "fingerprints": fingerprints,
             "lease": vars(lease),
             "metadata": vars(metadata),
@@ -144,24 +145,24 @@ def run_training(
 
 
 def _metadata(
-    config: RunConfig, dataset: Dataset, folder: str, identity: str, parent: ParentSweep | None
+    config: RunConfig, dataset: Dataset, folder: str, start: RunStart, parent: ParentSweep | None
 ) -> RunMetadata:
     shown = AUTOENCODER_PARAMS if config.traits.reconstructs else PARAMS
     return RunMetadata(
         config.tracking.uri,
         config.tracking.experiment,
         parent.label if parent else config.name,
-        identity,
+        start.identity,
         artifact_root(config.tracking.uri),
         parent.run_id if parent else "",
         params={key: flat(config)[key] for key in shown} | (parent.values if parent else {}),
-        tags=run_tags(dataset),
+        tags=run_tags(dataset) | history_tags(start.history),
         config_yaml=to_yaml(config),
         dataset_url=config.data.url,
         dataset_fingerprint=dataset.fingerprint,
         owner=uuid.uuid4().hex,
         description=run_description(config, dataset, folder, {}, "" if parent else own_command()),
-        begun_step=_newest_step(folder),
+        begun_step=start.step,
     )
 
 
@@ -187,12 +188,6 @@ def _picture_key(config: RunConfig) -> str:
     return "samples" if config.traits.draws_images else ""
 
 
-def _newest_step(folder: str) -> int:
-    """Step of the run's newest checkpoint; 0 if none."""
-    references = CheckpointStore(object_store.join(folder, CHECKPOINTS)).pointer().references
-    return references[0].step if references else 0
-
-
 def _tracked(metadata: RunMetadata) -> TrackedRun | None:
     """Open the run in MLflow; None, with a warning, if the server does not answer now."""
     try:
@@ -204,19 +199,6 @@ def _tracked(metadata: RunMetadata) -> TrackedRun | None:
         return None
     log.info("MLflow run %s", found.run_id)
     return found
-
-
-def _identity(config: RunConfig, dataset: Dataset, folder: str) -> str:
-    """The id of the run in `folder`; raises ConfigError unless `config` continues that run."""
-
-    def changed_keys(begun: dict[str, Any]) -> list[str]:
-        """One line for each option that may not differ from the stored one and does."""
-        if "config" not in begun:
-            return [f"name is {config.name!r}, and a sweep of that name is there"]
-        return run_config.changed_keys(config, begun, dataset.manifest.image_shape)
-
-    begun = {"config": to_dict(config), "data_fingerprint": dataset.fingerprint}
-    return claim(folder, begun, changed_keys)
 
 
 def _lease(folder: str) -> Lease:
@@ -244,6 +226,9 @@ def with_absolute_paths(config: RunConfig, home: Path) -> RunConfig:
     return dataclasses.replace(
         config,
         storage=object_store.absolute(config.storage, home),
+        training=dataclasses.replace(
+            config.training, init_from=object_store.absolute(config.training.init_from, home)
+        ),
         data=dataclasses.replace(config.data, url=object_store.absolute(config.data.url, home)),
         evaluation=evaluate.absolute_evaluation_paths(config.evaluation, home),
         tracking=dataclasses.replace(

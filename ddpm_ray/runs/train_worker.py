@@ -13,12 +13,14 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ddpm_ray import fault_injection
-from ddpm_ray.assembly import diffusion, training_run
+from ddpm_ray.assembly import diffusion, initial_weights, run_config, training_run
+from ddpm_ray.assembly.initial_weights import InitialWeights
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.loading import from_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.codec import codec_named
 from ddpm_ray.data.dataset import Dataset, DatasetError, open_dataset
+from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.distributed import fatal_errors, placement_groups, startup
 from ddpm_ray.distributed.control_actor import RunControl
 from ddpm_ray.distributed.heartbeat import HeartbeatSender
@@ -102,13 +104,18 @@ def assemble(
     guard = DivergenceGuard.of(config.training.on_divergence, config.training.spike_factor)
     writer = _writer(config, settings, workers)
     unsent: list[Row] = []
+    saves_first = False
     if found := _newest(writer.store, workers):
         writer.committed, snapshot = found
         _require_same_data(dataset, snapshot.facts["data_fingerprint"], "checkpoint was trained on")
         state.restore(snapshot)
+        saves_first = _record_changes(config, state, snapshot.facts)
         log.resume(snapshot.facts["bands"])
         guard.resume(snapshot.facts["guard"])
         unsent = [Row(**row) for row in snapshot.facts["unsent_rows"]]
+    elif source := settings.get("init_from"):
+        initial_weights.load_initial_weights(state, InitialWeights(**source), config.training)
+        state.facts["init_from"] = source
     check = writer.store.check_lease
     sink = _tracker(config, settings, unsent, check) if workers.is_main else None
     outputs = _outputs(config, settings["folder"], dataset, state, workers, sink)
@@ -131,6 +138,7 @@ def assemble(
         snapshot_ema=training_run.ema_snapshotter(
             config, state, writer, settings["folder"], workers
         ),
+        saves_first=saves_first,
     )
 
 
@@ -164,6 +172,18 @@ def _outputs(
         PeriodicEvaluator(config, dataset, state, grid_logger).evaluate,
         _validate_callback(config, dataset, state, grid_logger),
     )
+
+
+def _record_changes(config: RunConfig, state: TrainingState, facts: dict[str, Any]) -> bool:
+    """Hand on the history in `facts`, of the checkpoint; add and report what `config` changes.
+
+    Recorded here and not by the driver: a damaged checkpoint may lead to an older one than it saw.
+    """
+    state.facts |= run_config.run_history(facts)
+    made = run_config.run_changes(config, facts, ImageShape(*state.facts["image_shape"]))
+    if made:
+        state.facts["changes"] = made
+    return len(made) > len(facts.get("changes", []))
 
 
 def _configure_process(config: RunConfig) -> None:

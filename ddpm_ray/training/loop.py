@@ -109,6 +109,7 @@ class Run:
     evaluate: Callable[[int], None]  # leaves its scores in state.scores
     validate: Callable[[int], None]  # adds its losses to state.validation_losses
     snapshot_ema: Callable[[int], None] = lambda step: None  # see ema_snapshots.py
+    saves_first: bool = False  # a continued run has changed options: a checkpoint must say so
     report_every_steps: int = 1
     reported: tuple[int, float] = field(default_factory=lambda: (0, time.perf_counter()))
 
@@ -124,6 +125,9 @@ def train_loop(run: Run) -> bool:
     command = Command.NONE
     if state.step == 0 and plan.grid_every_steps:
         run.draw_grid(0)  # samples of the untrained network
+    if run.saves_first:
+        save(run)
+        settle(run)  # no row of a step under the new values exists before they are committed
     if state.step > 0:
         draw_and_evaluate(run)  # an earlier start may have ended before it did
     while state.step < plan.steps and command is not Command.STOP:

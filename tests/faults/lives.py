@@ -121,6 +121,7 @@ class Life:
     lives: int = 0
     tracked: TrackedRun | None = None
     lease: Lease | None = None
+    init_from: dict[str, Any] | None = None  # initial weights, as the driver found them
     config: RunConfig = field(init=False)
 
     def __post_init__(self) -> None:
@@ -162,6 +163,7 @@ class Life:
             "config": to_dict(self.config),
             "folder": str(self.folder / "tiny"),
             "identity": "identity",
+            "init_from": self.init_from,
             "lease": vars(self.lease),
             "metadata": vars(self.metadata),
             "tracked": vars(self.tracked) if self.tracked else None,
@@ -219,6 +221,12 @@ class Life:
         """(step, resident bytes, open files) of the main workers, told a few times a second."""
         lines = (self.folder / "meter").read_text().splitlines()
         return [(int(step), int(size), int(files)) for step, size, files in map(str.split, lines)]
+
+    def facts(self) -> dict[str, Any]:
+        """Facts of the newest checkpoint."""
+        found = CheckpointStore(str(self.folder / "tiny" / CHECKPOINTS)).load(groups=())
+        assert found is not None
+        return found[1].facts
 
     def forget(self) -> None:
         """Free the disk: a hundred runs leave a gigabyte."""

@@ -1,0 +1,150 @@
+"""Initial weights of a run that are those of a trained model, for fine-tuning.
+
+The driver finds the model once and writes into the run's identity which checkpoint it is and the
+sha256 of its weights, so that a run that is killed before its first checkpoint begins from the same
+weights again, though the other run may have gone on.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ddpm_ray.assembly import checkpoint_loading, training_run
+from ddpm_ray.config.loading import ConfigError
+from ddpm_ray.config.run import RunConfig
+from ddpm_ray.config.training import TrainingConfig
+from ddpm_ray.data.image_shape import ImageShape
+from ddpm_ray.redaction import counted, sanitize
+from ddpm_ray.training.checkpoint_folder import CheckpointError
+from ddpm_ray.training.state import TrainingState
+
+log = logging.getLogger(__name__)
+
+MOST_NAMES = 5  # of tensors in a line
+
+
+@dataclass(frozen=True)
+class InitialWeights:
+    """The weights that a run begins with: plain values, stored in its identity and checkpoints."""
+
+    url: str  # training.init_from
+    checkpoint: str  # folder of the checkpoint, or of a diffusers model
+    ema: str  # EMA group of the checkpoint
+    step: int  # of the checkpoint
+    sha256: str  # of its weights
+
+
+@dataclass(frozen=True)
+class TensorMatch:
+    """Which tensors of a network are taken from a model."""
+
+    taken: dict[str, Tensor]
+    skipped: list[str]  # of the network, as training.init_from_skip says
+    missing: list[str]  # of the network, not in the model
+    unused: list[str]  # of the model, not in the network
+
+    def __str__(self) -> str:
+        said = [f"{counted(len(self.taken), 'tensor')} taken"]
+        for what, names in (
+            ("left as they are (training.init_from_skip)", self.skipped),
+            ("not in the model", self.missing),
+            ("of the model not in this network", self.unused),
+        ):
+            if names:
+                more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+                said.append(f"{len(names)} {what}: {', '.join(names[:MOST_NAMES])}{more}")
+        return "; ".join(said)
+
+
+def find_initial_weights(config: TrainingConfig) -> InitialWeights:
+    """The weights that `init_from` names now: of a run's folder, those of its newest checkpoint.
+
+    Raises CheckpointError, StorageError, and UnsupportedModelError for a diffusers folder.
+    """
+    found = checkpoint_loading.trained_weights(config.init_from, config.init_from_ema)
+    return InitialWeights(
+        config.init_from, found.checkpoint, config.init_from_ema, found.step, found.sha256
+    )
+
+
+def check_initial_weights(
+    source: InitialWeights, config: RunConfig, image_shape: ImageShape
+) -> None:
+    """Read the weights, check that they fit the network, and log what is taken from them.
+
+    Raises what `_read` and `match_tensors` raise.
+    """
+    with torch.device("meta"):
+        network = training_run.network(config, image_shape)
+    taken = match_tensors(network.state_dict(), _read(source), config.training, source.checkpoint)
+    log.info(
+        "initial weights from %s (%s of step %d, sha256 %s): %s",
+        sanitize(source.checkpoint),
+        source.ema,
+        source.step,
+        source.sha256[:12],
+        taken,
+    )
+
+
+def load_initial_weights(
+    state: TrainingState, source: InitialWeights, config: TrainingConfig
+) -> None:
+    """Set the weights and all EMAs of a `state` that was not trained yet."""
+    own = state.model.state_dict()
+    begun = own | match_tensors(own, _read(source), config, source.checkpoint).taken
+    state.model.load_state_dict(begun)
+    for mean in (state.ema, *state.averages.means.values()):
+        mean.load_state_dict(begun)
+
+
+def match_tensors(
+    network: Mapping[str, Tensor], model: Mapping[str, Tensor], config: TrainingConfig, where: str
+) -> TensorMatch:
+    """Match the tensors of a network with those of a model, by name.
+
+    Raises ConfigError with a line for each tensor of another shape and each prefix of no tensor,
+    and if nothing fits.
+    """
+    skip: Sequence[str] = config.init_from_skip
+    lines = [
+        f"training.init_from_skip holds {prefix!r}, and no tensor of the network begins so; "
+        f"its first is {next(iter(network))}"
+        for prefix in skip
+        if not any(name.startswith(prefix) for name in network)
+    ]
+    skipped = [name for name in network if name.startswith(tuple(skip))]
+    wanted = {name: tensor for name, tensor in network.items() if name not in skipped}
+    taken = {name: model[name] for name in wanted if name in model}
+    lines += [
+        f"training.init_from: {name} is {list(taken[name].shape)} in {sanitize(where)} and "
+        f"{list(wanted[name].shape)} in this network; to leave it as it is, add it to "
+        f"training.init_from_skip"
+        for name in taken
+        if taken[name].shape != wanted[name].shape
+    ]
+    if not taken:
+        lines.append(
+            f"training.init_from: no tensor of {sanitize(where)} is taken: it holds a network of "
+            f"another kind, or training.init_from_skip leaves out all"
+        )
+    if lines:
+        raise ConfigError("\n".join(lines))
+    missing = [name for name in wanted if name not in model]
+    return TensorMatch(taken, skipped, missing, [name for name in model if name not in network])
+
+
+def _read(source: InitialWeights) -> dict[str, Tensor]:
+    """The tensors; raises CheckpointError if they are not those of the sha256, or gone."""
+    found = checkpoint_loading.trained_weights(source.checkpoint, source.ema)
+    if found.sha256 != source.sha256:
+        raise CheckpointError(
+            source.checkpoint,
+            f"its weights have sha256 {found.sha256[:12]}, and the run began with "
+            f"{source.sha256[:12]}",
+            "put those back, or start a run with another name=",
+        )
+    return found.tensors

@@ -1,0 +1,63 @@
+"""Start of a run's driver: claim the run, and find what it continues or begins from."""
+
+import dataclasses
+import logging
+from typing import Any
+
+from ddpm_ray.assembly import initial_weights, run_config
+from ddpm_ray.assembly.initial_weights import InitialWeights
+from ddpm_ray.config.loading import to_dict
+from ddpm_ray.config.run import RunConfig
+from ddpm_ray.data.dataset import Dataset
+from ddpm_ray.runs import run_identity
+from ddpm_ray.runs.run_identity import claim
+from ddpm_ray.storage import object_store
+from ddpm_ray.training.checkpoints import CHECKPOINTS, CheckpointStore
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunStart:
+    """What a driver knows of its run before the workers start."""
+
+    identity: str
+    step: int = 0  # of the newest checkpoint
+    history: dict[str, Any] = dataclasses.field(default_factory=dict)  # see run_config.run_history
+    initial_weights: InitialWeights | None = None  # of a run without a checkpoint
+
+
+def begin_run(config: RunConfig, dataset: Dataset, folder: str) -> RunStart:
+    """Claim the run in `folder` and find what `config` continues or begins from.
+
+    Raises ConfigError unless `config` continues the run that is there, or begins one; of its
+    initial weights, the errors of `initial_weights.py`.
+    """
+    shape = dataset.manifest.image_shape
+    found = CheckpointStore(object_store.join(folder, CHECKPOINTS)).load(groups=())
+    facts = found[1].facts if found else None
+
+    def changed_keys(begun: dict[str, Any]) -> list[str]:
+        """One line for each option that may not differ from the stored one and does."""
+        if "config" not in begun:
+            return [f"name is {config.name!r}, and a sweep of that name is there"]
+        return run_config.changed_keys(config, begun if facts is None else facts, shape)
+
+    begun = {"config": to_dict(config), "data_fingerprint": dataset.fingerprint}
+    if facts is not None:
+        identity = claim(folder, begun, changed_keys)
+        made = run_config.run_changes(config, facts, shape)
+        for one in made[len(facts.get("changes", [])) :]:
+            log.info("change: %s", run_config.changes_text([one]))
+        return RunStart(identity, facts["step"], run_config.run_history(facts | {"changes": made}))
+    if not config.training.init_from:
+        return RunStart(claim(folder, begun, changed_keys))
+    known = run_identity.stored_identity(folder).get("init_from")
+    source = (
+        InitialWeights(**known) if known else initial_weights.find_initial_weights(config.training)
+    )
+    initial_weights.check_initial_weights(source, config, shape)
+    identity = claim(folder, begun | {"init_from": vars(source)}, changed_keys)
+    # Of drivers that start at once, one has chosen; the other may have found a later checkpoint.
+    source = InitialWeights(**run_identity.stored_identity(folder)["init_from"])
+    return RunStart(identity, 0, {"init_from": vars(source)}, source)

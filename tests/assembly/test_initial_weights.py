@@ -1,0 +1,188 @@
+"""Weights of a trained model as the first ones of a run: which are taken, and that they stay."""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ddpm_ray.assembly import checkpoint_loading, initial_weights, training_run
+from ddpm_ray.config.loading import ConfigError, load_config, to_dict
+from ddpm_ray.config.run import RunConfig
+from ddpm_ray.config.training import TrainingConfig
+from ddpm_ray.data.image_shape import ImageShape
+from ddpm_ray.training.checkpoint_folder import CheckpointError
+from ddpm_ray.training.checkpoints import CHECKPOINTS, CheckpointStore
+from ddpm_ray.training.state import TrainingState
+
+SHAPE, CPU = ImageShape(4, 4, 1), torch.device("cpu")
+NET = (
+    "name=tiny",
+    "data.url=none",
+    "schedule.num_steps=10",
+    "sampling.steps=2",
+    "model.base_channels=4",
+    "model.groups=2",
+    "model.channel_mults=[1,2]",
+    "model.blocks_per_level=1",
+    "model.attention_factors=[2]",
+)
+LABELLED = ("model.num_classes=3",)
+
+
+def configured(*overrides: str) -> RunConfig:
+    return load_config(RunConfig, None, [*NET, *overrides])
+
+
+def state_of(config: RunConfig) -> TrainingState:
+    facts = {"config": to_dict(config), "image_shape": list(SHAPE), "data_fingerprint": "none"}
+    return training_run.training_state(config, SHAPE, CPU, facts)
+
+
+def trained(folder: Path, step: int, *overrides: str) -> TrainingState:
+    """A run in `folder` with a checkpoint whose weights and EMAs all differ."""
+    state = state_of(configured("training.ema_more_decays=[0.5]", *overrides))
+    generator = torch.Generator().manual_seed(step)
+    for module in (state.model, state.ema.model, state.averages.means["ema-0.5"].model):
+        for value in module.state_dict().values():
+            value.copy_(torch.randn(value.shape, generator=generator))
+    state.step = step
+    CheckpointStore(str(folder / CHECKPOINTS)).save(state.snapshot([]))
+    return state
+
+
+def begun(config: RunConfig) -> TrainingState:
+    """The state that each worker of a run begins with."""
+    source, state = initial_weights.find_initial_weights(config.training), state_of(config)
+    initial_weights.check_initial_weights(source, config, SHAPE)
+    initial_weights.load_initial_weights(state, source, config.training)
+    return state
+
+
+def test_all_of_a_run_begins_with_the_chosen_ema(tmp_path: Path) -> None:
+    source = trained(tmp_path, 3)
+    more = "training.ema_more_decays=[0.9]", f"training.init_from={tmp_path}"
+    for ema, wanted in (("ema", source.ema), ("ema-0.5", source.averages.means["ema-0.5"])):
+        state = begun(configured(*more, f"training.init_from_ema={ema}"))
+        for mean in (state.model, state.ema.model, state.averages.means["ema-0.9"].model):
+            for name, value in mean.state_dict().items():
+                assert torch.equal(value, wanted.state_dict()[name]), name
+        assert state.step == 0
+        assert not state.snapshot([]).tensors["optimizer"]  # Adam's moments are its own
+
+
+def test_a_diffusers_folder_gives_the_weights_it_was_written_from(tmp_path: Path) -> None:
+    source = trained(tmp_path / "run", 3)
+    model = checkpoint_loading.trained_model(str(tmp_path / "run"))
+    checkpoint_loading.write_diffusers(model, model.settings, tmp_path / "theirs")
+    state = begun(configured(f"training.init_from={tmp_path / 'theirs'}"))
+    for name, value in source.ema.state_dict().items():
+        assert torch.equal(value, state.model.state_dict()[name]), name
+
+
+def test_what_is_taken_and_what_is_not_is_one_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A labelled run from one without labels, with a new last layer."""
+    caplog.set_level(logging.INFO)
+    trained(tmp_path, 3)
+    where = f"training.init_from={tmp_path}"
+    config = configured(*LABELLED, where, "training.init_from_skip=[conv_out.,norm_out.]")
+    state, untouched = begun(config), state_of(config)
+    assert len(caplog.records) == 1
+    text = caplog.text
+    assert "(ema of step 3, sha256 " in text
+    assert "4 left as they are (training.init_from_skip): norm_out.weight" in text
+    assert "1 not in the model: label.weight" in text
+    taken = [
+        name
+        for name, value in untouched.model.state_dict().items()
+        if not torch.equal(value, state.model.state_dict()[name])
+    ]
+    assert f"{len(taken)} tensors taken" in text
+    kept = {*state.model.state_dict()} - {*taken}
+    assert {"conv_out.weight", "norm_out.bias", "label.weight"} <= kept
+
+
+@pytest.mark.parametrize(
+    "overrides, says",
+    [
+        (["model.num_classes=2"], r"label.weight is \[4, 16\] in .* and \[3, 16\] in this network"),
+        (["model.num_classes=2"], "add it to training.init_from_skip"),
+        (["training.init_from_skip=[lable.]"], "holds 'lable.', and no tensor of the network"),
+        (['training.init_from_skip=[""]'], "no tensor of .* is taken"),
+        (["training.init_from_ema=ema-0.7"], "no average 'ema-0.7'; it has ema, ema-0.5"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(
+    overrides: list[str], says: str, tmp_path: Path
+) -> None:
+    trained(tmp_path, 3, *LABELLED)
+    with pytest.raises((ConfigError, CheckpointError), match=says):
+        begun(configured(*LABELLED, f"training.init_from={tmp_path}", *overrides))
+
+
+def test_weights_of_another_shape_are_skipped_by_name(tmp_path: Path) -> None:
+    trained(tmp_path, 3, *LABELLED)
+    where = f"training.init_from={tmp_path}", "training.init_from_skip=[label.]"
+    begun(configured("model.num_classes=2", *where))
+
+
+def test_a_skip_without_a_model_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"init_from_skip names tensors, but .*init_from is emp"):
+        configured("training.init_from_skip=[label.]")
+
+
+def test_the_chosen_checkpoint_stays_though_its_run_goes_on(tmp_path: Path) -> None:
+    first = trained(tmp_path, 3)
+    config = configured(f"training.init_from={tmp_path}")
+    source = initial_weights.find_initial_weights(config.training)
+    trained(tmp_path, 6)
+    assert initial_weights.find_initial_weights(config.training).step == 6
+    state = state_of(config)
+    initial_weights.load_initial_weights(state, source, config.training)
+    assert all(map(torch.equal, state.model.parameters(), first.ema.model.parameters()))
+
+
+def test_weights_that_are_others_now_are_refused(tmp_path: Path) -> None:
+    """A folder of diffusers has no manifest: its files may be replaced."""
+    config = configured(f"training.init_from={tmp_path / 'theirs'}")
+    found = []
+    for step in (3, 6):
+        trained(tmp_path / str(step), step)
+        model = checkpoint_loading.trained_model(str(tmp_path / str(step)))
+        checkpoint_loading.write_diffusers(model, model.settings, tmp_path / "theirs")
+        found.append(initial_weights.find_initial_weights(config.training))
+    says = r"its weights have sha256 \w+, and the run began with \w+; put those back"
+    with pytest.raises(CheckpointError, match=says):
+        initial_weights.load_initial_weights(state_of(config), found[0], config.training)
+    initial_weights.load_initial_weights(state_of(config), found[1], config.training)
+
+
+names = st.sets(st.sampled_from([f"{a}.{b}" for a in "abc" for b in "xyz"]), min_size=1)
+
+
+def parts(fit: initial_weights.TensorMatch) -> Iterator[Any]:
+    yield from (fit.taken, fit.skipped, fit.missing)
+
+
+@given(names, names, st.sets(st.sampled_from(["a.", "b.x", "c"])))
+def test_each_tensor_is_in_one_list(network: set[str], model: set[str], skip: set[str]) -> None:
+    config = TrainingConfig(init_from="somewhere", init_from_skip=tuple(skip))
+    ours, theirs = ({name: torch.zeros(2) for name in sorted(one)} for one in (network, model))
+    try:
+        fit = initial_weights.match_tensors(ours, theirs, config, "somewhere")
+    except ConfigError:
+        hit = [one for one in skip if any(name.startswith(one) for name in network)]
+        left = {name for name in network & model if not name.startswith(tuple(skip))}
+        assert len(hit) < len(skip) or not left
+        return
+    assert sorted(name for part in parts(fit) for name in part) == sorted(network)
+    assert set(fit.taken) <= model
+    assert not set(fit.missing) & model
+    assert set(fit.unused) == model - network
+    assert all(name.startswith(tuple(skip)) for name in fit.skipped)
