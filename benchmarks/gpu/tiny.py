@@ -37,16 +37,19 @@ TINY = [
     "name=case",
     "data.url=none",
     "data.flip=true",
-    "model.base_channels=8",
-    "model.groups=4",
-    "model.channel_mults=[1,2]",
-    "model.blocks_per_level=1",
-    "model.attention_resolutions=[4]",
     f"training.global_batch_size={BATCH}",
     "training.steps=2",
     "schedule.num_steps=10",
     "sampling.steps=4",
 ]
+UNET = [
+    "model.base_channels=8",
+    "model.groups=4",
+    "model.channel_mults=[1,2]",
+    "model.blocks_per_level=1",
+    "model.attention_resolutions=[4]",
+]
+DIT = ["model.depth=2", "model.hidden_size=16", "model.heads=2"]
 
 
 class SameImages:
@@ -95,7 +98,8 @@ def pixels(count: int, side: int = SIDE) -> Tensor:
 
 def config_of(keys: list[str]) -> RunConfig:
     """A run of a tiny network, and `keys`."""
-    return load_config(RunConfig, None, [*TINY, *keys])
+    network = DIT if "model.network=dit" in keys else UNET
+    return load_config(RunConfig, None, [*TINY, *network, *keys])
 
 
 def run_of(

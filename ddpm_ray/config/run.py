@@ -108,6 +108,11 @@ class RunConfig:
             )
 
     def _task_problems(self) -> Iterator[str]:
+        if self.traits.predicts_labels and self.model.network != "unet":
+            yield (
+                f"model.network is {self.model.network}; a {self.task} is half of a U-Net: use "
+                f"model.network=unet"
+            )
         if self.traits.predicts_labels and self.model.num_classes < 2:
             yield (
                 f"model.num_classes is {self.model.num_classes}; a {self.task} needs the number of "

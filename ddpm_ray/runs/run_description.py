@@ -10,6 +10,7 @@ from urllib.parse import quote
 import torch
 
 from ddpm_ray.assembly import training_run
+from ddpm_ray.config.reading.option_text import value_text
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.dataset import Dataset
 from ddpm_ray.evaluation.score_table import score_table
@@ -37,8 +38,7 @@ def run_description(
         f"T = {schedule.num_steps}; prediction {objective.prediction}, loss {objective.loss}, "
         f"weighting {objective.weighting}",
         f"**Network** {config.task}, {model.network}, {count:,} parameters, {labels}: "
-        f"base_channels {model.base_channels}, channel_mults {list(model.channel_mults)}, "
-        f"blocks_per_level {model.blocks_per_level}",
+        + ", ".join(f"{name} {value_text(value)}" for name, value in model.shown_sizes.items()),
         f"**Training** {training.steps:,} steps, global_batch_size {training.global_batch_size}, "
         f"learning rate {training.learning_rate:g}, {training.precision}, seed {config.seed}, "
         f"workers {cluster.num_workers}",

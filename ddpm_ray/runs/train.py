@@ -48,10 +48,10 @@ log = logging.getLogger(__name__)
 PARAMS = (
     "schedule.kind",
     "schedule.num_steps",
-    "model.base_channels",
     "training.global_batch_size",
     "training.learning_rate",
 )
+WIDTH = {"unet": "model.base_channels", "dit": "model.hidden_size"}  # one more, by network
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +144,8 @@ def _metadata(
         identity,
         artifact_root(config.tracking.uri),
         parent.run_id if parent else "",
-        params={key: flat(config)[key] for key in PARAMS} | (parent.values if parent else {}),
+        params={key: flat(config)[key] for key in (*PARAMS, WIDTH[config.model.network])}
+        | (parent.values if parent else {}),
         tags=run_tags(dataset),
         config_yaml=to_yaml(config),
         dataset_url=config.data.url,
