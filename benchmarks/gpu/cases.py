@@ -35,6 +35,7 @@ from ddpm_ray.training.ema_snapshots import SNAPSHOTS, SnapshotStore, averaged
 from ddpm_ray.training.loop import report, save, take_step
 from ddpm_ray.training.sample_grids import SampleGridLogger
 
+DIT = ["model.network=dit"]
 LABELS = ["model.num_classes=4"]
 LEARNED = ["objective.variance=learned_range", "objective.loss=hybrid"]
 VLB = ["objective.variance=learned", "objective.loss=vlb"]
@@ -76,6 +77,22 @@ OBJECTIVES: dict[str, list[str]] = {
         "evaluation.num_images=0",
         "evaluation.validation_every_steps=0",
     ],
+    "head_channels": ["model.head_channels=4"],
+    "dit": DIT,
+    "dit bf16 channels_last": [*DIT, "training.precision=bf16", "training.channels_last=true"],
+    "dit dropout labels gradient_checkpointing": [
+        *DIT,
+        *LABELS,
+        "model.dropout=0.1",
+        "training.gradient_checkpointing=true",
+    ],
+    "dit self_conditioning uncertainty elastic": [
+        *DIT,
+        "objective.self_conditioning=true",
+        "objective.weighting=uncertainty",
+        "training.reduction=elastic",
+        "training.reduction_slots=4",
+    ],
     "three averages": ["training.ema_more_decays=[0.999,0.99]"],
     "autoencoder": AUTOENCODER,
     "autoencoder bf16 channels_last": [
@@ -111,6 +128,11 @@ SAMPLERS: dict[str, tuple[list[str], dict[str, Any]]] = {
     "edm heun": (["objective.prediction=edm"], {"sampler": "heun"}),
     "v ddim": (["objective.prediction=v", "schedule.zero_terminal_snr=true"], {}),
     "self_conditioned": (["objective.self_conditioning=true"], {}),
+    "dit ancestral learned": (
+        [*DIT, *LEARNED],
+        {"sampler": "ancestral", "variance": "learned"},
+    ),
+    "dit classifier-free": ([*DIT, *LABELS], {"labels": (1, 2), "guidance_scale": 3.0}),
     "labels in turn": (LABELS, {}),
     "classifier-free": (LABELS, {"labels": (1, 2), "guidance_scale": 3.0}),
     "classifier-free rescale": (LABELS, {"guidance_scale": 3.0, "guidance_rescale": 0.7}),

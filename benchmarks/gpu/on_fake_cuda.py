@@ -23,6 +23,7 @@ GOLDEN = Path(__file__).parents[2] / "tests/golden/step_syncs.json"
 SETTINGS = {  # of the task, objective or training, whose steps wait in ways of their own
     "plain": [],
     "dropout and labels": ["model.dropout=0.1", "model.num_classes=4"],
+    "dit": ["model.network=dit"],
     "elastic": ["training.reduction=elastic", "training.reduction_slots=2"],
     "log_normal": ["objective.timesteps=log_normal"],
     "second_moment": [

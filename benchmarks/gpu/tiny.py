@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.tiny_keys import AUTOENCODER, DENOISER, TINY
+from benchmarks.gpu.tiny_keys import AUTOENCODER, DENOISER, DIT, TINY
 from ddpm_ray.assembly import diffusion, training_run
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.loading import load_config, to_dict
@@ -81,7 +81,8 @@ def pixels(count: int, side: int = SIDE) -> Tensor:
 
 def config_of(keys: list[str]) -> RunConfig:
     """A run of a tiny network, and `keys`: a denoiser or classifier, or AUTOENCODER and more."""
-    network = [] if AUTOENCODER[0] in keys else DENOISER
+    network = DIT if "model.network=dit" in keys else DENOISER
+    network = [] if AUTOENCODER[0] in keys else network
     return load_config(RunConfig, None, [*TINY, *network, *keys])
 
 

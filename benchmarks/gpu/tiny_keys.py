@@ -17,6 +17,13 @@ DENOISER = [
     "schedule.num_steps=10",
     "sampling.steps=4",
 ]
+DIT = [
+    "model.depth=2",
+    "model.hidden_size=16",
+    "model.heads=2",
+    "schedule.num_steps=10",
+    "sampling.steps=4",
+]
 AUTOENCODER = [
     "task=autoencoder",
     "autoencoder.base_channels=8",

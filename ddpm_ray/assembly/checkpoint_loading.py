@@ -22,7 +22,9 @@ from ddpm_ray.data.codec import PIXELS
 from ddpm_ray.data.dataset import DatasetError, open_dataset
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.models.classifier import NoisyClassifier
+from ddpm_ray.models.dit import DiT
 from ddpm_ray.models.interop import convert
+from ddpm_ray.models.interop.diffusers_config import UnsupportedModelError
 from ddpm_ray.models.interop.diffusers_schedulers import Export
 from ddpm_ray.models.unet import UNet
 from ddpm_ray.sampling.pipeline import TrainedModel
@@ -191,6 +193,10 @@ def write_diffusers(model: TrainedModel, sampling: SamplingSettings, folder: Pat
     Raises UnsupportedModelError for a model without an equivalent in diffusers, and StorageError.
     """
     network = model.denoiser.network
+    if isinstance(network, DiT):
+        raise UnsupportedModelError(
+            "DiTPipeline", "it draws latents, for an autoencoder; a DiT of pixels has no pipeline"
+        )
     assert isinstance(network, UNet)
     config = from_dict(RunConfig, model.provenance["config"])
     schedule = config.schedule

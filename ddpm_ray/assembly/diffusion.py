@@ -16,6 +16,7 @@ from ddpm_ray.diffusion import loss_weighting, schedules, timestep_sampling
 from ddpm_ray.diffusion.conditioning import Network
 from ddpm_ray.diffusion.parameterization import Parameterization
 from ddpm_ray.diffusion.process import NoiseSchedule
+from ddpm_ray.models.dit import DiT
 from ddpm_ray.models.unet import UNet
 from ddpm_ray.sampling.conditioning import ConditioningSpec
 from ddpm_ray.sampling.denoiser import Denoiser
@@ -116,8 +117,8 @@ def objective(config: RunConfig, state: TrainingState, device: torch.device) -> 
 
 
 def uncertainty(network: nn.Module) -> nn.Module:
-    """The module of a U-Net that learns the expected loss at each t."""
-    assert isinstance(network, UNet)
+    """The module of a denoiser that learns the expected loss at each t."""
+    assert isinstance(network, UNet | DiT)
     assert network.uncertainty is not None  # built with it
     return network.uncertainty
 

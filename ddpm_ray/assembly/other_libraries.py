@@ -53,6 +53,7 @@ def of_diffusers(folder: Path) -> OtherModel:
             channel_mults=spec.channel_mults,
             blocks_per_level=spec.blocks_per_level,
             attention_factors=spec.attention_factors,
+            head_channels=spec.variant.head_channels,
             dropout=spec.dropout,
             groups=spec.groups,
             num_classes=spec.num_classes,

@@ -122,6 +122,11 @@ class RunConfig:
     def _task_problems(self) -> Iterator[str]:
         yield from self._unused_options()
         traits, article = self.traits, "an" if self.task[0] in "aeiou" else "a"
+        if traits.predicts_labels and self.model.network != "unet":
+            yield (
+                f"model.network is {self.model.network}; {article} {self.task} is half of a U-Net: "
+                f"use model.network=unet"
+            )
         if traits.predicts_labels and self.model.num_classes < 2:
             yield (
                 f"model.num_classes is {self.model.num_classes}; a {self.task} needs the number of "

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ddpm_ray.diffusion.conditioning import UNCONDITIONAL, Conditioning
+from ddpm_ray.models.conditioning_inputs import label_embedding, with_images
 from ddpm_ray.models.layers import (
     Attention,
     Downsample,
@@ -134,8 +135,9 @@ class UNet(nn.Module):
         each pass. Raises ValueError for sizes and conditioning that the network was not built for.
         """
         self.spec.require_divisible(x_t.shape[-2:])
-        embedding = self.time(t, self._label(conditioning.labels, t))
-        h = self.conv_in(self._with_images(x_t, conditioning.images))
+        embedding = self.time(t, label_embedding(self.label, conditioning.labels, t))
+        x_t = with_images(x_t, conditioning.images, self.spec.condition_channels)
+        h = self.conv_in(x_t)
         skips = [h]
         for module in self.down:
             h = module(h) if isinstance(module, Downsample) else self._run(module, h, embedding)
@@ -148,37 +150,6 @@ class UNet(nn.Module):
             h = module(h) if isinstance(module, Upsample) else self._run(module, h, embedding)
         prediction: Tensor = self.conv_out(F.silu(self.norm_out(h)))
         return prediction
-
-    def _label(self, labels: Tensor | None, t: Tensor) -> Tensor | None:
-        """The embedding [B, E] of each label."""
-        if self.label is None:
-            if labels is not None:
-                raise ValueError(
-                    "labels are given, but num_classes is 0: the network has no classes; build it "
-                    "with num_classes, or leave labels out"
-                )
-            return None
-        null = self.spec.num_classes  # the last embedding is that of NO_LABEL
-        embedding: Tensor = self.label(
-            torch.full_like(t, null, dtype=torch.int64)
-            if labels is None
-            else torch.where(labels < 0, null, labels)
-        )
-        return embedding
-
-    def _with_images(self, x_t: Tensor, images: list[Tensor]) -> Tensor:
-        """x_t concatenated with the conditioning images, 0 if there are none."""
-        wanted = self.spec.condition_channels
-        if not images:
-            return F.pad(x_t, (0, 0, 0, 0, 0, wanted)) if wanted else x_t
-        fits = sum(image.shape[1] for image in images) == wanted
-        if not fits or any(image.shape[2:] != x_t.shape[2:] for image in images):
-            found = " and ".join(str(list(image.shape)) for image in images)
-            raise ValueError(
-                f"conditioning images are {found} for x_t {list(x_t.shape)}; the network takes "
-                f"condition_channels {wanted} in all, of x_t's height and width"
-            )
-        return torch.cat([x_t, *images], dim=1)
 
     def _run(self, stage: nn.Module, h: Tensor, embedding: Tensor) -> Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():

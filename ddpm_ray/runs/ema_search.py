@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ddpm_ray.assembly import checkpoint_loading, diffusion, run_config, scoring, training_run
 from ddpm_ray.collectives import Workers
@@ -19,7 +20,6 @@ from ddpm_ray.distributed import fatal_errors, startup, worker_group
 from ddpm_ray.distributed.control_actor import RunControl
 from ddpm_ray.evaluation import sample_quality
 from ddpm_ray.evaluation.reference_statistics import reference
-from ddpm_ray.models.unet import UNet
 from ddpm_ray.runs.evaluate import absolute_evaluation_paths
 from ddpm_ray.runs.train_worker import distributed_context
 from ddpm_ray.storage import object_store
@@ -147,7 +147,7 @@ def score_widths(
     held_out = scoring.held_out(wanted, net, workers)
     plan = diffusion.sampling_plan(config.sampling, denoiser.schedule)
     network = model.denoiser.network  # `denoiser` runs the same module
-    assert isinstance(network, UNet)
+    assert isinstance(network, nn.Module)
     for width in config.widths:
         average = snapshots.build(width, step)
         network.load_state_dict(average.tensors["ema"])

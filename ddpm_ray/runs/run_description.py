@@ -11,6 +11,7 @@ from urllib.parse import quote
 import torch
 
 from ddpm_ray.assembly import training_run
+from ddpm_ray.config.reading.option_text import value_text
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.dataset import Dataset
 from ddpm_ray.data.image_shape import ImageShape
@@ -69,8 +70,7 @@ def _model_lines(config: RunConfig, image_shape: ImageShape) -> list[str]:
         f"T = {schedule.num_steps}; prediction {objective.prediction}, loss {objective.loss}, "
         f"weighting {objective.weighting}",
         f"**Network** {config.task}, {model.network}, {count:,} parameters, {labels}: "
-        f"base_channels {model.base_channels}, channel_mults {list(model.channel_mults)}, "
-        f"blocks_per_level {model.blocks_per_level}",
+        + ", ".join(f"{name} {value_text(value)}" for name, value in model.shown_sizes.items()),
     ]
 
 

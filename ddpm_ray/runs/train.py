@@ -50,7 +50,6 @@ log = logging.getLogger(__name__)
 PARAMS = (
     "schedule.kind",
     "schedule.num_steps",
-    "model.base_channels",
     "training.global_batch_size",
     "training.learning_rate",
 )
@@ -61,6 +60,7 @@ AUTOENCODER_PARAMS = (
     "autoencoder.kl_weight",
     *PARAMS[-2:],
 )
+WIDTH = {"unet": "model.base_channels", "dit": "model.hidden_size"}  # one more, by network
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +147,8 @@ def run_training(
 def _metadata(
     config: RunConfig, dataset: Dataset, folder: str, start: RunStart, parent: ParentSweep | None
 ) -> RunMetadata:
-    shown = AUTOENCODER_PARAMS if config.traits.reconstructs else PARAMS
+    reconstructs, width = config.traits.reconstructs, WIDTH[config.model.network]
+    shown = AUTOENCODER_PARAMS if reconstructs else (*PARAMS, width)
     return RunMetadata(
         config.tracking.uri,
         config.tracking.experiment,

@@ -330,5 +330,10 @@ def _wrapped(model: nn.Module, config: RunConfig, workers: Workers) -> nn.Module
         network = torch.compile(network)  # type: ignore[assignment]
     if workers.count > 1 and config.training.reduction == "mean":
         devices = [workers.device] if workers.device.type == "cuda" else None
-        network = DistributedDataParallel(network, device_ids=devices, gradient_as_bucket_view=True)
+        network = DistributedDataParallel(
+            network,
+            device_ids=devices,
+            gradient_as_bucket_view=True,
+            broadcast_buffers=False,  # the only ones, a DiT's positions, are the same everywhere
+        )
     return network

@@ -39,6 +39,15 @@ from tests.golden import old_runs
 
 CPU = torch.device("cpu")
 
+TINY_UNET = (
+    "model.base_channels=4",
+    "model.groups=2",
+    "model.channel_mults=[1,2]",
+    "model.blocks_per_level=1",
+    "model.attention_resolutions=[4]",
+)
+TINY_DIT = ("model.depth=2", "model.hidden_size=8", "model.heads=2")
+
 
 def configured(*overrides: str) -> RunConfig:
     keys = (
@@ -46,13 +55,9 @@ def configured(*overrides: str) -> RunConfig:
         "data.url=b",
         "schedule.num_steps=30",
         "sampling.steps=5",
-        "model.base_channels=4",
-        "model.groups=2",
-        "model.channel_mults=[1,2]",
-        "model.blocks_per_level=1",
-        "model.attention_resolutions=[4]",
     )
-    return load_config(RunConfig, None, [*keys, *overrides])
+    network = TINY_DIT if "model.network=dit" in overrides else TINY_UNET
+    return load_config(RunConfig, None, [*keys, *network, *overrides])
 
 
 def trained(config: RunConfig) -> TrainedModel:
@@ -75,6 +80,7 @@ def trained(config: RunConfig) -> TrainedModel:
         ("objective.prediction=x_0", "schedule.zero_terminal_snr=true"),
         ("objective.variance=learned_range", "objective.loss=hybrid"),
         ("objective.weighting=uncertainty", "schedule.kind=linear", "schedule.rescale=false"),
+        ("model.head_channels=2", "model.num_classes=3"),
     ],
     ids=str,
 )
@@ -87,6 +93,8 @@ def test_a_model_comes_back_from_diffusers_format_drawing_the_same(
     assert back.image_shape == model.image_shape
     torch.testing.assert_close(back.denoiser.schedule.alpha_bar, model.denoiser.schedule.alpha_bar)
     assert (back.sample(4, steps=5, seed=2) == model.sample(4, steps=5, seed=2)).all()
+    heads = [one.provenance["config"]["model"]["head_channels"] for one in (back, model)]
+    assert heads[0] == heads[1]
     checkpoint_loading.write_diffusers(back, SamplingSettings(), tmp_path / "again")
     name = "unet/diffusion_pytorch_model.safetensors"
     once, twice = (load_file(tmp_path / folder / name) for folder in ("given", "again"))
@@ -95,7 +103,7 @@ def test_a_model_comes_back_from_diffusers_format_drawing_the_same(
 
 
 def test_a_model_of_diffusers_goes_back_as_the_network_that_it_was(tmp_path: Path) -> None:
-    """With the eps and the heads of theirs, which our configs have no keys for."""
+    """With the eps of theirs, which our configs have no key for."""
     model = trained(configured())
     checkpoint_loading.write_diffusers(model, SamplingSettings(), tmp_path / "ours")
     config = tmp_path / "ours/unet/config.json"
@@ -223,6 +231,13 @@ CLASSIFIER = (
     "model.num_classes=3",
     "training.grid_every_steps=0",
 )
+
+
+def test_a_dit_of_pixels_has_no_pipeline_in_diffusers(tmp_path: Path) -> None:
+    model = trained(configured("model.network=dit"))
+    with pytest.raises(UnsupportedModelError, match="a DiT of pixels has no pipeline"):
+        checkpoint_loading.write_diffusers(model, SamplingSettings(), tmp_path / "given")
+    assert not (tmp_path / "given").exists()
 
 
 def test_a_classifier_and_a_model_are_not_taken_for_each_other(tmp_path: Path) -> None:

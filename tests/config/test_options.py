@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -229,6 +230,32 @@ def test_a_bad_value_is_reported_in_one_line(override: str, says: str) -> None:
             "cluster.num_workers=3 and data.lanes=4 must divide it: try 96",
         ),
         (["training.global_batch_size=4", "cluster.num_workers=3", "data.lanes=2"], "try 6"),
+        (
+            ["model.network=dit", "model.base_channels=64"],
+            "model.base_channels is 64, which model.network=dit does not read; leave it out, or "
+            "set model.base_channels=128",
+        ),
+        (["model.network=dit", "model.attention_factors=[2]"], "set model.attention_factors=null"),
+        (["model.network=dit", "model.head_channels=8"], "model.head_channels=0"),
+        (["model.size=B/2"], "model.size is B/2, which model.network=unet does not read"),
+        (["model.heads=4"], "leave it out, or set model.heads=0"),
+        (["model.network=dit", "model.heads=5"], "must be a multiple of model.heads 5, and of 4"),
+        (["model.network=dit", "model.hidden_size=18", "model.heads=2"], "and of 4"),
+        (["model.head_channels=96"], "256 leaves 64: try 32"),
+        (
+            ["model.head_channels=256", "model.attention_factors=[1]"],
+            "must divide the channels of each attention, and 128 leaves 128: try 128",
+        ),
+        (
+            [
+                "model.network=dit",
+                "task=classifier",
+                "model.num_classes=2",
+                "training.grid_every_steps=0",
+                "evaluation.validation_every_steps=0",
+            ],
+            "a classifier is half of a U-Net: use model.network=unet",
+        ),
     ],
 )
 def test_what_cannot_go_together_is_reported_with_the_remedy(
@@ -358,6 +385,25 @@ def test_null_beside_the_other_form_of_an_option_is_no_second_name() -> None:
 def test_the_order_of_attention_factors_makes_no_other_network() -> None:
     options = [ModelConfig(attention_factors=factors) for factors in ((1, 4), (4, 1), (4, 1, 4))]
     assert len({one.for_images(16, 16) for one in options}) == 1
+
+
+@pytest.mark.parametrize(
+    "given, sizes",
+    [
+        ([], (2, 12, 384, 6)),
+        (["model.size=XL/4"], (4, 28, 1152, 16)),
+        (["model.size=L/8", "model.depth=3", "model.heads=4"], (8, 3, 1024, 4)),
+    ],
+)
+def test_a_dit_has_the_papers_sizes_unless_they_are_given(
+    given: list[str], sizes: tuple[int, ...]
+) -> None:
+    """Whichever form they were given in, the network is the same, and so are its options."""
+    model = run_config("model.network=dit", *given).model.for_images(32, 32)
+    patch_size, depth, hidden_size, heads = sizes
+    by_number = ModelConfig("dit", patch_size=patch_size, depth=depth)
+    assert model == replace(by_number, hidden_size=hidden_size, heads=heads).for_images(32, 32)
+    assert tuple(model.shown_sizes.values()) == sizes
 
 
 def random_config(kind: type[Config], dice: random.Random) -> Config:

@@ -12,7 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from ddpm_ray.assembly import training_run
 from ddpm_ray.choices import ReverseVariance
+from ddpm_ray.config.loading import load_config
+from ddpm_ray.config.run import RunConfig
+from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.diffusion import NoiseSchedule, samplers, schedules
 from ddpm_ray.diffusion.conditioning import Conditioning
 from ddpm_ray.diffusion.x0_estimator import X0Estimator
@@ -202,6 +206,33 @@ def test_their_scheduler_draws_the_transition_that_ours_does(trained: str, sampl
     )
     assert expected.isfinite().all()
     torch.testing.assert_close(seen[t - 1], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_heads_of_the_config_are_theirs() -> None:
+    """model.head_channels is diffusers' attention_head_dim, in outputs and gradients."""
+    sizes = ["model.base_channels=8", "model.groups=4", "model.channel_mults=[1,2]"]
+    options = ["model.attention_factors=[1,2]", "model.head_channels=4"]
+    run = load_config(RunConfig, None, ["name=a", "data.url=b", *sizes, *options])
+    ours = UNet(training_run.unet_spec(run, ImageShape(8, 8, 3))).eval()
+    disturb(ours)
+    config, weights = convert.to_diffusers(ours.spec, ours.state_dict(), (8, 8))
+    assert config["attention_head_dim"] == 4
+    model = diffusers.UNet2DModel.from_config(config).eval()
+    model.load_state_dict(weights)
+    assert {getattr(module, "heads", 2) for module in model.modules()} == {2, 4}
+    require_alike(ours, model, config)
+    x_t, t, _ = batch(config)
+    ours(x_t, t).square().sum().backward()
+    model(x_t, t - 1).sample.square().sum().backward()
+    gradients = {
+        key: value.grad for key, value in ours.named_parameters() if value.grad is not None
+    }
+    _, by_their_names = convert.to_diffusers(ours.spec, gradients, (8, 8))
+    largest = max(gradient.abs().max().item() for gradient in gradients.values())
+    for key, parameter in model.named_parameters():
+        torch.testing.assert_close(
+            by_their_names[key], parameter.grad, atol=1e-5 * largest, rtol=1e-4
+        )
 
 
 def seeded(seed: int) -> torch.Generator:

@@ -51,6 +51,15 @@ def test_it_names_data_schedule_network_and_scores_with_protocol() -> None:
     assert len(text) < MAX_NOTE / 2
 
 
+def test_it_names_the_sizes_of_the_network() -> None:
+    assert "base_channels 8, channel_mults [1,2], blocks_per_level 2" in described({})
+    keys = ["name=a", "data.url=b", "model.network=dit", "model.size=S/4", "model.depth=3"]
+    config = load_config(RunConfig, None, keys)
+    text = run_description.run_description(config, DATASET, "/a", {}, "")
+    assert "denoiser, dit, " in text
+    assert "unconditional: patch_size 4, depth 3, hidden_size 384, heads 6" in text
+
+
 def test_a_run_without_scores_says_nothing_of_them() -> None:
     assert "Scores" not in described({})
     assert "Protocol" not in described({"step": 1, "metrics": {"eval/fid": 1.0}})

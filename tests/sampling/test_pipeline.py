@@ -21,6 +21,7 @@ from ddpm_ray.diffusion import schedules
 from ddpm_ray.diffusion.conditioning import Conditioning
 from ddpm_ray.diffusion.parameterization import Parameterization
 from ddpm_ray.diffusion.process import Denoise, NoiseSchedule
+from ddpm_ray.models.dit import DiT, DiTSpec
 from ddpm_ray.models.unet import UNet
 from ddpm_ray.models.unet_spec import UNetSpec
 from ddpm_ray.sampling import editing
@@ -388,6 +389,25 @@ def test_every_edit_takes_images_that_are_not_square(
     assert (larger[:, :, 3:] == images).all()
     with pytest.raises(ValueError, match=f"edits images of at least {height} x {width}: enlarge"):
         model.image_to_image(images[:, : height - 1], 1)
+
+
+def test_a_dit_samples_with_guidance_and_edits_larger_images_in_windows_of_its_size() -> None:
+    torch.manual_seed(0)
+    network = DiT(DiTSpec((4, 6), 1, depth=1, hidden_size=8, heads=2, num_classes=3)).eval()
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    takes = ConditioningSpec(num_classes=3)
+    denoiser = Denoiser(network, Parameterization.of("epsilon", SCHEDULE), takes=takes)
+    model = TrainedModel(denoiser, ImageShape(4, 6, 1), provenance={}).with_settings(steps=3)
+    unguided = model.sample(3)
+    assert unguided.shape == (3, 4, 6, 1)
+    assert (model.sample(3, guidance_scale=4) != unguided).any()
+    images, mask = KNOWN[:2], MASK  # 8 x 8
+    painted = model.inpaint(images, mask, resamples=1, guidance_scale=2)
+    assert (painted == images)[:, mask].all()
+    assert model.image_to_image(images, 0.5).shape == images.shape
+    assert model.reconstruct(images).shape == images.shape
+    assert (model.outpaint(images, left=3, resamples=1)[:, :, 3:] == images).all()
 
 
 @given(st.integers(1, 4), st.integers(4, 9), st.integers(4, 9))

@@ -51,6 +51,15 @@ CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]
 STEPS, EVERY = 8, 3  # checkpoints after 3, 6 and 8; windows of 4 straddle the first two
 SIDE, IMAGES = 4, 29  # 7 whole batches of 4 an epoch: the run passes into its second
+TINY_UNET = (
+    "model.base_channels=4",
+    "model.groups=2",
+    "model.channel_mults=[1,2]",
+    "model.blocks_per_level=1",
+    "model.attention_resolutions=[2]",
+)
+DIT = "model.network=dit"
+TINY_DIT = ("model.depth=2", "model.hidden_size=8", "model.heads=2")
 
 
 class Killed(Exception):
@@ -122,11 +131,7 @@ def configured(data: str, *overrides: str) -> RunConfig:
             f"data.url={data}",
             "data.lanes=2",
             "schedule.num_steps=60",
-            "model.base_channels=4",
-            "model.groups=2",
-            "model.channel_mults=[1,2]",
-            "model.blocks_per_level=1",
-            "model.attention_resolutions=[2]",
+            *(TINY_DIT if DIT in overrides else TINY_UNET),
             f"training.steps={STEPS}",
             f"training.checkpoint_every_steps={EVERY}",
             "training.global_batch_size=4",
@@ -354,6 +359,11 @@ def test_a_killed_run_ends_like_an_unbroken_one(
         ["seed=18446744073709551557", "schedule.kind=cosine"],
         [*BY_LOSSES],
         ["objective.self_conditioning=true", "objective.weighting=uncertainty"],
+        ["model.head_channels=4", "model.dropout=0.3"],
+        [DIT],
+        [DIT, "model.dropout=0.3", "training.gradient_checkpointing=true"],
+        [DIT, "objective.self_conditioning=true", "objective.weighting=uncertainty"],
+        [DIT, *BY_LOSSES],
     ],
     ids=str,
 )

@@ -1,6 +1,6 @@
-"""Module names of this U-Net in diffusers, guided-diffusion and Ho et al.'s weights in PyTorch.
+"""Module names of our networks in diffusers, guided-diffusion and Ho et al.'s weights in PyTorch.
 
-A table maps the name of a module of UNet to the names of the modules whose tensors, concatenated,
+A table maps the name of a module of ours to the names of the modules whose tensors, concatenated,
 are its tensors: three names where query, key and value are separate. All call the tensors weight
 and bias.
 """
@@ -10,6 +10,7 @@ from typing import NamedTuple, TypeAlias
 
 from torch import nn
 
+from ddpm_ray.models.dit import DiT
 from ddpm_ray.models.layers import ResBlock, Stage
 from ddpm_ray.models.unet import UNet
 
@@ -127,6 +128,29 @@ def ho(network: UNet) -> Table:
     return _present(table, network)
 
 
+def diffusers_dit(network: DiT) -> Table:
+    """Names in `DiTTransformer2DModel`, with the embedders of its block 0."""
+    embedders = "transformer_blocks.0.norm1.emb"
+    table = _single(
+        patch="pos_embed.proj",
+        label=f"{embedders}.class_embedder.embedding_table",
+        modulation_out="proj_out_1",
+        out="proj_out_2",
+    )
+    for i in (1, 2):
+        table[f"time.dense_{i}"] = (f"{embedders}.timestep_embedder.linear_{i}",)
+    block = {
+        "modulation": ("norm1.linear",),
+        "query_key_value": ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
+        "attention_out": ("attn1.to_out.0",),
+        "mlp_in": ("ff.net.0.proj",),
+        "mlp_out": ("ff.net.2",),
+    }
+    for number in range(network.spec.depth):
+        _add(table, f"blocks.{number}", f"transformer_blocks.{number}", block)
+    return _present(table, network)
+
+
 def down(network: UNet) -> Iterator[ModuleLocation]:
     """The modules of the down path, in order."""
     level = number = 0
@@ -169,7 +193,7 @@ def _resampler(
         table[f"{entry.ours}.conv"] = (f"{theirs}.{convolution}",)
 
 
-def _present(table: Table, network: UNet) -> Table:
+def _present(table: Table, network: nn.Module) -> Table:
     """The entries whose modules exist in `network`, in the order of its parameters."""
     modules = dict.fromkeys(name.rpartition(".")[0] for name in network.state_dict())
     return {ours: table[ours] for ours in modules if ours in table}
