@@ -55,6 +55,13 @@ def run(folder: Path, without: str, job: str, *arguments: str) -> subprocess.Com
             WRONG_CONFIG,
             "--mask is a.png: there is no such file",
         ),
+        (
+            "encode.py",
+            ("none", ".", "out"),
+            WRONG_CONFIG,
+            "autoencoder is {}/none: there is no such folder",
+        ),
+        ("encode.py", (".", "none", "out"), WRONG_CONFIG, "data is {}/none: there is no such fold"),
         ("train.py", ("none.yaml",), WRONG_CONFIG, "none.yaml: no such file"),
     ],
 )

@@ -10,6 +10,7 @@ from ddpm_ray.jobs import (
     doctor,
     drill,
     edit,
+    encode,
     evaluate,
     export,
     import_model,
@@ -20,7 +21,20 @@ from ddpm_ray.jobs import (
 )
 from ddpm_ray.storage.file_formats import package_version
 
-MODULES = (pack, train, sweep, sample, edit, evaluate, average, import_model, export, drill, doctor)
+MODULES = (
+    pack,
+    encode,
+    train,
+    sweep,
+    sample,
+    edit,
+    evaluate,
+    average,
+    import_model,
+    export,
+    drill,
+    doctor,
+)
 JOBS = {module.JOB.name: module.JOB for module in MODULES}
 
 

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator
-from itertools import islice
-from typing import TYPE_CHECKING, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 from ddpm_ray.config.pack import PackConfig
 from ddpm_ray.data.dataset import Dataset
 from ddpm_ray.data.packing import pack_report, packer
 from ddpm_ray.data.packing.pack_report import PackReport
 from ddpm_ray.data.packing.packer import PackedShard, PackPlan
-
-if TYPE_CHECKING:
-    import ray
 
 Progress = Callable[[int, int], None]  # shards done, shards in total
 
@@ -61,29 +57,9 @@ def _on_ray(plan: PackPlan, config: PackConfig) -> Iterator[PackedShard]:
     import ray  # takes seconds; the source is checked before
 
     from ddpm_ray.distributed import connection
+    from ddpm_ray.runs.shard_tasks import as_completed
 
     connection.connect(config.address)
     most = config.num_workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
     shared, task = ray.put(plan), ray.remote(max_retries=3)(packer.pack_shard)
-    numbers = iter(range(plan.shards))
-    running = [task.remote(shared, number) for number in islice(numbers, most)]
-    try:
-        while running:
-            (first,), running = ray.wait(running)
-            yield _result(first)
-            running += [task.remote(shared, number) for number in islice(numbers, 1)]
-    finally:  # after an error or Ctrl-C; finished shards stay for the next run
-        for reference in running:
-            with contextlib.suppress(ray.exceptions.RayError):
-                ray.cancel(reference)
-
-
-def _result(reference: ray.ObjectRef[PackedShard]) -> PackedShard:
-    """Return a task's result, or raise its own error without Ray's wrapper."""
-    import ray
-
-    try:
-        packed: PackedShard = ray.get(reference)
-    except ray.exceptions.RayTaskError as error:
-        raise error.cause from None
-    return packed
+    yield from as_completed(range(plan.shards), [partial(task.remote, shared)] * most)

@@ -356,7 +356,7 @@ def test_a_checkpoint_of_an_earlier_commit_is_of_pixels(name: str) -> None:
     assert checkpoint_loading.trained_model(str(state.parent)).denoiser.codec is PIXELS
 
 
-@pytest.mark.parametrize("codec", ["latents", None, 3, ["pixels"], {}], ids=str)
+@pytest.mark.parametrize("codec", ["frames", None, 3, ["pixels"], {}], ids=str)
 @pytest.mark.parametrize("task", ["model", "classifier"])
 def test_an_unknown_codec_is_refused_with_the_checkpoint_and_the_remedy(
     task: str, codec: object, tmp_path: Path
@@ -369,4 +369,4 @@ def test_an_unknown_codec_is_refused_with_the_checkpoint_and_the_remedy(
     assert "\n" not in line
     assert str(tmp_path / "run/checkpoints/step-00000000-") in line
     assert f"its codec is {codec!r}, and ddpm_ray" in line
-    assert line.endswith("knows pixels; upgrade ddpm_ray to the version that wrote it")
+    assert line.endswith("knows pixels, latents; upgrade ddpm_ray to the version that wrote it")

@@ -58,7 +58,7 @@ def test_the_description_of_a_job_shows_both_of_its_commands(name: str) -> None:
     "words, says",
     [
         (("trian", "digits"), "no job is called 'trian'; did you mean train?"),
-        (("xyzzy",), "no job is called 'xyzzy'; there are pack, train, "),
+        (("xyzzy",), "no job is called 'xyzzy'; there are pack, encode, train, "),
         (("train",), "the following arguments are required: CONFIG"),
         (("train", "digit"), "digit: no such file, and no such config is shipped; there are: "),
         (("train", "digit"), "; did you mean digits?"),

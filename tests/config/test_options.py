@@ -20,6 +20,7 @@ from ddpm_ray.cli.job import Argument, InterruptedRunError, Job
 from ddpm_ray.cli.main import main
 from ddpm_ray.config.edit import EditConfig
 from ddpm_ray.config.ema_search import AverageConfig
+from ddpm_ray.config.encode import EncodeConfig
 from ddpm_ray.config.fault_drill import DrillConfig
 from ddpm_ray.config.import_weights import ImportConfig
 from ddpm_ray.config.jobs import (
@@ -60,6 +61,7 @@ KINDS: dict[str, type[Any]] = {
     "sweep": SweepConfig,
     "drill": DrillConfig,
     "edit": EditConfig,
+    "encode": EncodeConfig,
 }
 JOBS = [job for job in KINDS if (ROOT / "jobs" / f"{job}.py").exists()]
 HEAVY = ("torch", "ray", "mlflow", "numpy", "pyarrow", "fsspec", "scipy", "PIL")
@@ -531,6 +533,7 @@ POSITIONAL = {
     "export": ["runs/a", "--out", "folder"],
     "import": ["weights", "runs/a"],
     "average": ["runs/a"],
+    "encode": ["runs/a", "data", "latents"],
 }
 
 
@@ -545,6 +548,7 @@ def test_a_wrong_config_ends_before_anything_heavy_loads(job: str) -> None:
         "sweep": "run.sampling.eta=7",
     }
     own["drill"] = own["sweep"]
+    own["encode"] = "batch_size=0"
     some = own.get(job, "sampling.eta=7")
     program = LISTING_MODULES.format(heavy=HEAVY)
     ended = in_a_process(job, *given, some, "colour=red", program=program)

@@ -147,6 +147,13 @@ def find_encoded(plan: EncodePlan, number: int) -> EncodedShard | None:
     return EncodedShard(number, LatentShardRow(**part["row"]), part["gram"])
 
 
+def find_all_encoded(plan: EncodePlan) -> list[EncodedShard]:
+    """Return the shards that an interrupted job finished. Raises StorageError."""
+    numbers = (number for number in _part_files(plan).numbers() if number < plan.shards)
+    found = (find_encoded(plan, number) for number in numbers)
+    return [shard for shard in found if shard is not None]
+
+
 def encode_shard(plan: EncodePlan, number: int, autoencoder: LatentEncoder) -> EncodedShard:
     """Write shard `number` and its part file, or reuse those of an interrupted job.
 

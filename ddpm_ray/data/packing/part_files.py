@@ -8,6 +8,7 @@ used. The part files are deleted once the manifest is written.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from ddpm_ray.data import shards
 from ddpm_ray.storage import object_store
 
 PARTS = "parts"  # folder of the part files
+NAME = re.compile(r"shard-([0-9]{5,})\.arrow\.json")
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,11 @@ class PartFiles:
 
     destination: str
     identity: str
+
+    def numbers(self) -> list[int]:
+        """Return the numbers of all parts, also those of other jobs, in order. StorageError."""
+        names = object_store.file_names(object_store.join(self.destination, PARTS))
+        return [int(match[1]) for name in names if (match := NAME.fullmatch(name))]
 
     def find(self, number: int) -> dict[str, Any] | None:
         """Return the part of shard `number`; None if the shard is not finished. StorageError."""

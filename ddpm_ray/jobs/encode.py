@@ -1,0 +1,57 @@
+"""Encode a packed data set to latents, on which training costs less than on pixels.
+
+    ddpm-ray encode AUTOENCODER DATA DESTINATION [key=value ...]
+    python jobs/encode.py AUTOENCODER DATA DESTINATION [key=value ...]
+
+AUTOENCODER is a run with task=autoencoder, one of its checkpoints, or a diffusers folder of an
+AutoencoderKL; DATA is a packed data set. DESTINATION receives the mean and log variance of each
+image, its label and its key. The set names the autoencoder by its sha256. The same command
+continues after an interruption: finished shards are kept.
+"""
+
+import sys
+from argparse import Namespace
+from typing import Any
+
+from ddpm_ray.cli.job import Argument, Job
+from ddpm_ray.cli.paths import home_folder
+from ddpm_ray.config.encode import EncodeConfig
+from ddpm_ray.config.loading import ConfigError
+
+
+def prepare(config: EncodeConfig, arguments: Namespace) -> EncodeConfig:
+    """Make the paths absolute. Raises ConfigError for a local folder that does not exist."""
+    from ddpm_ray.storage import object_store  # fsspec: after the config is read
+
+    home = home_folder()
+    for name in ("autoencoder", "data", "destination"):
+        url = object_store.absolute(getattr(arguments, name), home)
+        local = object_store.is_local(url) and name != "destination"
+        if local and not object_store.local_path(url).is_dir():
+            raise ConfigError(f"{name} is {url}: there is no such folder")
+        setattr(arguments, name, url)
+    return config
+
+
+def encode_images(config: EncodeConfig, arguments: Namespace) -> dict[str, Any]:
+    """Encode the images, and return what the set of latents is and how fast it was encoded."""
+    from ddpm_ray.cli.progress import ProgressLine
+    from ddpm_ray.runs.encode import (  # heavy: after the paths are checked
+        encode_dataset,
+        encoding_lines,
+        encoding_summary,
+    )
+
+    places = arguments.autoencoder, arguments.data, arguments.destination
+    result = encode_dataset(*places, config, ProgressLine("images"))
+    for line in encoding_lines(result):
+        print(line, file=sys.stderr)
+    return encoding_summary(result)
+
+
+ARGUMENTS = (
+    Argument("autoencoder", "folder or fsspec URL of its run or checkpoint, or a diffusers folder"),
+    Argument("data", "folder or fsspec URL of the packed images"),
+    Argument("destination", "folder or fsspec URL of the latents"),
+)
+JOB = Job("encode", __doc__ or "", EncodeConfig, encode_images, ARGUMENTS, prepare)
