@@ -25,7 +25,7 @@ def run_description(
     """
     model, training, cluster = config.model, config.training, config.cluster
     with torch.device("meta"):
-        network = training_run.network(config, dataset.manifest.image_shape)
+        network = training_run.network(config, dataset.manifest.diffused_shape)
     count = sum(parameter.numel() for parameter in network.parameters())
     classes = model.num_classes
     labels = counted(classes, "class", "classes") if classes else "unconditional"

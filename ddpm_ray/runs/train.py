@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ddpm_ray.assembly import diffusion, run_config, training_run
+from ddpm_ray.assembly import diffusion, latents, run_config, training_run
 from ddpm_ray.config.loading import ConfigError, flat, to_dict, to_yaml
 from ddpm_ray.config.pack import PackConfig
 from ddpm_ray.config.run import RunConfig
@@ -89,8 +89,9 @@ def run_training(
     warn_of_another_host(config.tracking.uri)
     dataset = open_or_pack(config)
     check_model(config, dataset)
-    config = run_config.for_images(config, dataset.manifest.image_shape)
-    opened = [dataset, *map(open_dataset, filter(None, [config.evaluation.held_out_url]))]
+    config = run_config.for_images(config, dataset.manifest.diffused_shape)
+    named = config.evaluation.held_out_url, config.evaluation.reference_url
+    opened = [dataset, *map(open_dataset, filter(None, named))]
     fingerprints = {one.url: one.fingerprint for one in opened}
     folder = object_store.join(config.storage, config.name)
     identity = _identity(config, dataset, folder)
@@ -196,7 +197,7 @@ def _identity(config: RunConfig, dataset: Dataset, folder: str) -> str:
         """One line for each option that may not differ from the stored one and does."""
         if "config" not in begun:
             return [f"name is {config.name!r}, and a sweep of that name is there"]
-        return run_config.changed_keys(config, begun, dataset.manifest.image_shape)
+        return run_config.changed_keys(config, begun, dataset.manifest.diffused_shape)
 
     begun = {"config": to_dict(config), "data_fingerprint": dataset.fingerprint}
     return claim(folder, begun, changed_keys)
@@ -227,7 +228,11 @@ def with_absolute_paths(config: RunConfig, home: Path) -> RunConfig:
     return dataclasses.replace(
         config,
         storage=object_store.absolute(config.storage, home),
-        data=dataclasses.replace(config.data, url=object_store.absolute(config.data.url, home)),
+        data=dataclasses.replace(
+            config.data,
+            url=object_store.absolute(config.data.url, home),
+            autoencoder=object_store.absolute(config.data.autoencoder, home),
+        ),
         evaluation=evaluate.absolute_evaluation_paths(config.evaluation, home),
         tracking=dataclasses.replace(
             config.tracking, uri=resolve_tracking_uri(home, config.tracking.uri)
@@ -253,7 +258,17 @@ def open_or_pack(config: RunConfig) -> Dataset:
 
 
 def check_model(config: RunConfig, dataset: Dataset) -> None:
-    """Check that schedule, network and data fit, on the meta device. Raises ConfigError."""
+    """Check that schedule, network and data fit, on the meta device; load the data's autoencoder.
+
+    Raises ConfigError and DatasetError.
+    """
+    latents.codec_of_data(config.data, dataset)
+    if dataset.manifest.codec == "latents" and config.objective.low_resolution_pixels:
+        raise ConfigError(
+            f"objective.low_resolution_pixels is {config.objective.low_resolution_pixels}, but "
+            f"{config.data.url} holds latents, which have no low resolution: set it to 0, or train "
+            "on pixels"
+        )
     try:
         schedule = diffusion.noise_schedule(config.schedule)
         diffusion.model_parameterization(config.objective, schedule)
@@ -261,7 +276,7 @@ def check_model(config: RunConfig, dataset: Dataset) -> None:
         raise ConfigError(f"schedule: {error}") from error
     try:
         with torch.device("meta"):
-            training_run.network(config, dataset.manifest.image_shape)
+            training_run.network(config, dataset.manifest.diffused_shape)
     except ValueError as error:
         raise ConfigError(f"model: with the images of {config.data.url}: {error}") from error
     known = len(dataset.manifest.label_names)
@@ -270,6 +285,10 @@ def check_model(config: RunConfig, dataset: Dataset) -> None:
             f"model.num_classes is {config.model.num_classes}, but the data in {config.data.url} "
             f"has {counted(known, 'label')}; set model.num_classes={known}"
         )
+    if dataset.manifest.codec == "latents":
+        model = dataclasses.replace(config.sampled_model, has_range=False)
+        if problems := list(config.sampling.problems("sampling", model)):
+            raise ConfigError("\n".join(problems))
     try:
         config.sampling.numbered(dataset.manifest.label_names)
     except ValueError as error:

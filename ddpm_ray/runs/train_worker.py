@@ -13,11 +13,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ddpm_ray import fault_injection
-from ddpm_ray.assembly import diffusion, training_run
+from ddpm_ray.assembly import diffusion, latents, training_run
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.loading import from_dict
 from ddpm_ray.config.run import RunConfig
-from ddpm_ray.data.codec import codec_named
+from ddpm_ray.data.codec import Codec
 from ddpm_ray.data.dataset import Dataset, DatasetError, open_dataset
 from ddpm_ray.distributed import fatal_errors, placement_groups, startup
 from ddpm_ray.distributed.control_actor import RunControl
@@ -95,8 +95,10 @@ def assemble(
     """Build this worker's part of the run, restored from the newest intact checkpoint."""
     _configure_process(config)
     dataset = _opened(config, settings)
+    codec = latents.codec_of_data(config.data, dataset, workers.device)
+    facts = _facts(settings, dataset, codec)
     state = training_run.training_state(
-        config, dataset.manifest.image_shape, workers.device, _facts(settings, dataset)
+        config, dataset.manifest.diffused_shape, workers.device, facts
     )
     log = StepLog(workers, config.training.log_every_steps)
     guard = DivergenceGuard.of(config.training.on_divergence, config.training.spike_factor)
@@ -111,7 +113,7 @@ def assemble(
         unsent = [Row(**row) for row in snapshot.facts["unsent_rows"]]
     check = writer.store.check_lease
     sink = _tracker(config, settings, unsent, check) if workers.is_main else None
-    grid_logger = _grid_logger(config, settings["folder"], dataset, state, workers, sink)
+    grid_logger = _grid_logger(config, settings["folder"], dataset, codec, state, workers, sink)
     draws = config.traits.draws_images
     return Run(
         plan=training_run.plan(config, workers.count),
@@ -147,14 +149,13 @@ def _grid_logger(
     config: RunConfig,
     folder: str,
     dataset: Dataset,
+    codec: Codec,
     state: TrainingState,
     workers: Workers,
     sink: Tracker | None,
 ) -> SampleGridLogger:
     """Build the sampler of the EMA weights; all workers draw."""
-    denoiser = diffusion.denoiser(
-        config, state.ema.model, workers.device, codec_named(dataset.manifest.codec)
-    )
+    denoiser = diffusion.denoiser(config, state.ema.model, workers.device, codec)
     denoiser = training_run.with_low_resolution(
         denoiser, config.data, dataset, GRID_IMAGES, workers.device
     )
@@ -185,12 +186,12 @@ def _tracker(
 
 
 def _opened(config: RunConfig, settings: dict[str, Any]) -> Dataset:
-    """Open the data set; check that it and the held-out one are those that the driver opened."""
+    """Open the data set; check that all are those that the driver opened."""
     fault_injection.at("open")
     dataset = open_dataset(config.data.url)
-    held_out = filter(None, [config.evaluation.held_out_url])
+    named = filter(None, [config.evaluation.held_out_url, config.evaluation.reference_url])
     seen = settings.get("fingerprints", {})
-    for one in (dataset, *map(open_dataset, held_out)):
+    for one in (dataset, *map(open_dataset, named)):
         _require_same_data(one, seen.get(one.url, one.fingerprint), "driver saw")
     return dataset
 
@@ -208,14 +209,14 @@ def _require_same_data(dataset: Dataset, wanted: str, whose: str) -> None:
         )
 
 
-def _facts(settings: dict[str, Any], dataset: Dataset) -> dict[str, Any]:
+def _facts(settings: dict[str, Any], dataset: Dataset, codec: Codec) -> dict[str, Any]:
     """Facts on the run that each checkpoint stores."""
     return {
         "config": settings["config"],
         "version": package_version(),
         "image_shape": list(dataset.manifest.image_shape),
         "data_fingerprint": dataset.fingerprint,
-        "codec": dataset.manifest.codec,
+        **latents.codec_facts(codec),
         "identity": settings["identity"],
         "label_names": list(dataset.manifest.label_names),
     }

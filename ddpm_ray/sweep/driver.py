@@ -23,9 +23,9 @@ from ddpm_ray.assembly.run_config import comparable
 from ddpm_ray.config.loading import flat, from_dict, to_dict, with_values
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.sweep import SweepConfig
-from ddpm_ray.data.codec import codec_named
 from ddpm_ray.data.dataset import Dataset
 from ddpm_ray.data.image_shape import ImageShape
+from ddpm_ray.data.latent_codec import codec_of
 from ddpm_ray.diffusion.schedule_diagnostics import ScheduleDiagnostics, diagnose_schedule
 from ddpm_ray.distributed import connection
 from ddpm_ray.distributed.failures import RunFailedError
@@ -99,7 +99,7 @@ def run_sweep(
     identity = claim(
         folder,
         {"sweep": to_dict(config), "data_fingerprint": dataset.fingerprint},
-        lambda begun: _changed_keys(config, begun, dataset.manifest.image_shape),
+        lambda begun: _changed_keys(config, begun, dataset.manifest.diffused_shape),
     )
     cluster = config.run.cluster
     workers = cluster.num_workers * max(1, config.trials_at_once)
@@ -213,8 +213,8 @@ def schedule_diagnostics(
     check_model(run, dataset)
     schedule = diffusion.noise_schedule(run.schedule)
     manifest = dataset.manifest
-    squares = codec_named(manifest.codec).mean_square(manifest.pixel_mean, manifest.pixel_std)
-    shape = manifest.image_shape
+    squares = codec_of(manifest).mean_square(manifest.pixel_mean, manifest.pixel_std)
+    shape = manifest.diffused_shape
     return diagnose_schedule(schedule, squares, shape.height * shape.width)
 
 
