@@ -23,6 +23,7 @@ from ddpm_ray.data.dataset import DatasetError, open_dataset
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.models.classifier import NoisyClassifier
 from ddpm_ray.models.interop import convert
+from ddpm_ray.models.interop.diffusers_config import UnsupportedModelError
 from ddpm_ray.models.interop.diffusers_schedulers import Export
 from ddpm_ray.models.unet import UNet
 from ddpm_ray.sampling.pipeline import TrainedModel
@@ -150,6 +151,11 @@ def write_diffusers(model: TrainedModel, sampling: SamplingSettings, folder: Pat
     """
     network = model.denoiser.network
     assert isinstance(network, UNet)
+    if model.denoiser.codec is not PIXELS:
+        raise UnsupportedModelError(
+            str(model.provenance["checkpoint"]),
+            f"it diffuses {model.denoiser.codec.name}; only models of pixels can be exported yet",
+        )
     config = from_dict(RunConfig, model.provenance["config"])
     schedule = config.schedule
     if schedule.kind not in NAMED_BY_DIFFUSERS or schedule.rescale or schedule.zero_terminal_snr:

@@ -58,16 +58,16 @@ def ceiling(
     known: Reference,
     config: EvaluationConfig,
     workers: Workers,
-    scores: Mapping[str, Any] = {},  # read only
+    scores: Mapping[str, Any] | None = None,
 ) -> Ceiling | None:
-    """The ceiling of a model of the latents `dataset`; None for a model of pixels.
+    """The ceiling of a model of latents that is scored with `dataset`; None for one of pixels.
 
     `scores`: earlier ones of the run, whose ceiling is taken if it is the same.
     """
-    if dataset.manifest.codec == "pixels":
+    if codec.name == "pixels":
         return None
     facts = ceiling_facts(dataset, known, config.num_images)
-    if found := stored_ceiling(scores, facts):
+    if found := stored_ceiling(scores or {}, facts):
         return found
     return measure_ceiling(dataset, codec, net, known, config.num_images, workers)
 

@@ -1,14 +1,16 @@
 """The ceiling of a model of latents: the Frechet distance that a perfect model would have.
 
 A model of latents cannot draw better images than its autoencoder decodes. Its ceiling is the
-distance of decoded training latents to the reference, for the same number of images.
+distance of decoded training latents (or of images, encoded and decoded) to the reference, for the
+same number of images.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ddpm_ray.collectives import Workers
 from ddpm_ray.data.codec import Codec
@@ -41,12 +43,14 @@ class Ceiling:
 
 
 def ceiling_facts(dataset: Dataset, reference: Reference, num_images: int) -> Any:
-    """Return all that the ceiling of these latents depends on, or the reason why there is none."""
-    if reference.identity["data"] == dataset.fingerprint:
+    """Return all that the ceiling depends on beside the model, or the reason why there is none."""
+    stored = dataset.manifest.codec == "latents"
+    if stored and reference.identity["data"] == dataset.fingerprint:
         return OF_LATENTS
     return {
         "images": min(num_images, dataset.manifest.samples),
-        "latents": dataset.fingerprint,
+        "data": dataset.fingerprint,
+        "latents": "drawn from stored posteriors" if stored else "means of encoded images",
         "reference": reference.sha256,
     }
 
@@ -61,7 +65,7 @@ def measure_ceiling(
 ) -> Ceiling:
     """Decode `num_images` evenly spaced latents of `dataset` and measure their distances.
 
-    All workers must call it. `codec` is the model's.
+    Images of a set of pixels are encoded first. All workers must call it. `codec` is the model's.
     """
     facts = ceiling_facts(dataset, reference, num_images)
     if facts == OF_LATENTS:
@@ -71,13 +75,18 @@ def measure_ceiling(
     wanted[torch.arange(count) * total // count] = True
     number = wanted.cumsum(0) - 1
     shards = workers.share(dataset.manifest.shards)
-    batches = (
-        (number[at], part.to(workers.device))
-        for positions, images in read_decoded(dataset, codec, shards, wanted)
-        for at, part in zip(positions.split(BATCH), images.split(BATCH), strict=True)
-    )
+    encodes = dataset.manifest.codec == "pixels"
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        for positions, images in read_decoded(dataset, codec, shards, wanted):
+            for at, part in zip(positions.split(BATCH), images.split(BATCH), strict=True):
+                if encodes:
+                    part = torch.from_numpy(codec.decode(codec.encode_images(part)))
+                yield number[at], part.to(workers.device)
+
     keep = {w: feature_metrics.kept_images(w, reference, count) for w in net.widths}
-    statistics = feature_metrics.extract_features(net, batches, keep, workers, groups_of(count, 1))
+    groups = groups_of(count, 1)
+    statistics = feature_metrics.extract_features(net, batches(), keep, workers, groups)
     return Ceiling(feature_metrics.frechet_distances(net, reference, statistics), facts)
 
 

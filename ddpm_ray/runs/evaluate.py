@@ -50,32 +50,21 @@ def run_evaluation(model_uri: str, config: EvaluateConfig, home: Path) -> dict[s
     begun = from_dict(RunConfig, model.provenance["config"])
     # Before Ray starts: raises ConfigError for settings or a guidance model that do not fit.
     load_model.configured(model, config.sampling, config.guidance, tracking_uri)
-    wanted, most = config.evaluation, begun.schedule.num_steps
-    for key, value, asked in (
-        ("bits_per_dim_terms", wanted.bits_per_dim_terms, wanted.bits_per_dim_images),
-        ("likelihood_steps", wanted.likelihood_steps, wanted.likelihood_images),
-    ):
-        if asked and value > most:
-            raise ConfigError(
-                f"evaluation.{key} is {value}; it cannot exceed the model's T = {most}"
-            )
+    wanted = config.evaluation
+    _require_likelihoods(wanted, model)
     if not (data_url := config.data_url or begun.data.url):
         raise ConfigError(
             "data_url is empty, and the model was imported without the URL of its training data; "
             "give the reference shards, as in data_url=data/cifar10"
         )
+    if not config.data_url and not wanted.reference_url:  # as the run's own scores
+        place = begun.evaluation.reference_url
+        wanted = dataclasses.replace(wanted, reference_url=place)
     config = dataclasses.replace(
         config,
         data_url=object_store.absolute(data_url, home),
         evaluation=absolute_evaluation_paths(wanted, home),
     )
-    if model.denoiser.codec.name != "pixels":
-        for key in ("bits_per_dim_images", "likelihood_images"):
-            if getattr(wanted, key):
-                raise ConfigError(
-                    f"evaluation.{key} is {getattr(wanted, key)}, which is of 8-bit pixels, and "
-                    "this model diffuses latents: set it to 0"
-                )
     named = config.evaluation.held_out_url, config.evaluation.reference_url
     for url in filter(None, (config.data_url, *named)):
         open_dataset(url)  # before Ray starts
@@ -90,6 +79,24 @@ def run_evaluation(model_uri: str, config: EvaluateConfig, home: Path) -> dict[s
     for line in score_lines(scores["metrics"]):
         log.info("%s", line)
     return scores
+
+
+def _require_likelihoods(wanted: EvaluationConfig, model: TrainedModel) -> None:
+    """Raise ConfigError for bits per dimension or a likelihood that `model` does not have."""
+    most, codec = model.denoiser.schedule.num_steps, model.denoiser.codec.name
+    for name, images, key, value in (
+        ("bits_per_dim", wanted.bits_per_dim_images, "terms", wanted.bits_per_dim_terms),
+        ("likelihood", wanted.likelihood_images, "steps", wanted.likelihood_steps),
+    ):
+        if images and codec != "pixels":
+            raise ConfigError(
+                f"evaluation.{name}_images is {images}, which is of 8-bit pixels, and this model "
+                f"diffuses {codec}: set it to 0"
+            )
+        if images and value > most:
+            raise ConfigError(
+                f"evaluation.{name}_{key} is {value}; it cannot exceed the model's T = {most}"
+            )
 
 
 def score_lines(metrics: dict[str, float]) -> list[str]:

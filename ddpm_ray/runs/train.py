@@ -89,6 +89,7 @@ def run_training(
     warn_of_another_host(config.tracking.uri)
     dataset = open_or_pack(config)
     check_model(config, dataset)
+    latents.codec_of_data(config.data, dataset)  # raises for an autoencoder that does not fit
     config = run_config.for_images(config, dataset.manifest.diffused_shape)
     named = config.evaluation.held_out_url, config.evaluation.reference_url
     opened = [dataset, *map(open_dataset, filter(None, named))]
@@ -258,11 +259,7 @@ def open_or_pack(config: RunConfig) -> Dataset:
 
 
 def check_model(config: RunConfig, dataset: Dataset) -> None:
-    """Check that schedule, network and data fit, on the meta device; load the data's autoencoder.
-
-    Raises ConfigError and DatasetError.
-    """
-    latents.codec_of_data(config.data, dataset)
+    """Check that schedule, network and data fit, on the meta device. Raises ConfigError."""
     if dataset.manifest.codec == "latents" and config.objective.low_resolution_pixels:
         raise ConfigError(
             f"objective.low_resolution_pixels is {config.objective.low_resolution_pixels}, but "

@@ -18,7 +18,7 @@ from typing import Any
 
 from ray import tune
 
-from ddpm_ray.assembly import diffusion
+from ddpm_ray.assembly import diffusion, latents
 from ddpm_ray.assembly.run_config import comparable
 from ddpm_ray.config.loading import flat, from_dict, to_dict, with_values
 from ddpm_ray.config.run import RunConfig
@@ -95,6 +95,7 @@ def run_sweep(
     config = replace(config, run=with_absolute_paths(config.run, home))
     dataset = open_or_pack(config.run)
     check_model(config.run, dataset)
+    latents.codec_of_data(config.run.data, dataset)  # raises for an autoencoder that does not fit
     folder = object_store.join(config.run.storage, config.name)
     identity = claim(
         folder,

@@ -17,7 +17,7 @@ from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.codec import PIXELS
 from ddpm_ray.data.dataset import DatasetError, open_dataset
 from ddpm_ray.data.latent_codec import LatentCodec
-from ddpm_ray.runs.train import check_model
+from ddpm_ray.runs.train import check_model, run_training
 from ddpm_ray.sampling.pipeline import TrainedModel
 from ddpm_ray.training.checkpoint_folder import CheckpointError
 from ddpm_ray.training.checkpoints import CheckpointStore
@@ -129,7 +129,7 @@ def test_another_autoencoder_is_refused(encoded: str, tmp_path: Path) -> None:
     other = other_autoencoder(tmp_path / "other")
     config = configured(encoded, f"data.autoencoder={other}")
     with pytest.raises(DatasetError, match=f"encoded by the autoencoder of sha256 .*{other} is"):
-        check_model(config, open_dataset(encoded))
+        run_training(config, tmp_path, lambda progress: None)  # before Ray and MLflow
     run = committed(encoded, tmp_path / "run")
     with pytest.raises(CheckpointError, match=f"encoded by the autoencoder of sha256 .*{other} is"):
         ddpm_ray.load(run, "cpu", autoencoder=other)
@@ -140,11 +140,12 @@ def test_latents_without_a_known_autoencoder_are_refused(tmp_path: Path) -> None
     config = configured(url)
     (tmp_path / "autoencoder").rename(tmp_path / "moved")
     with pytest.raises(DatasetError, match=r"autoencoder of these latents does not load.*; name"):
-        check_model(config, open_dataset(url))
+        latents.codec_of_data(config.data, open_dataset(url))
     (tmp_path / "latents" / "encoding.json").unlink()
     with pytest.raises(DatasetError, match=r"is unknown, as there is no encoding.json; name its"):
-        check_model(config, open_dataset(url))
-    check_model(configured(url, f"data.autoencoder={tmp_path / 'moved'}"), open_dataset(url))
+        latents.codec_of_data(config.data, open_dataset(url))
+    moved = configured(url, f"data.autoencoder={tmp_path / 'moved'}")
+    assert latents.codec_of_data(moved.data, open_dataset(url)).name == "latents"
 
 
 def test_an_autoencoder_of_pixels_is_refused(tmp_path: Path) -> None:
@@ -152,7 +153,7 @@ def test_an_autoencoder_of_pixels_is_refused(tmp_path: Path) -> None:
     url = str(tmp_path / "pixels")
     config = configured(url, f"data.autoencoder={tmp_path / 'autoencoder'}")
     with pytest.raises(ConfigError, match=r"data.autoencoder is .*, but data.url holds pixels"):
-        check_model(config, open_dataset(url))
+        latents.codec_of_data(config.data, open_dataset(url))
 
 
 def test_low_resolution_of_latents_is_refused(encoded: str) -> None:

@@ -116,7 +116,19 @@ def test_the_distance_is_the_ceiling_plus_the_denoisers_part(
     assert found["eval/fid16"] == pytest.approx(lost + rounding + shrunk, rel=0.03)
     assert list(found).index("eval/fid16_ceiling") == list(found).index("eval/fid16") + 1
     assert scores.provenance["samples"]["clip"] is False
-    assert scores.provenance["ceiling"]["latents"] == latents.fingerprint
+    assert scores.provenance["ceiling"]["data"] == latents.fingerprint
+
+
+def test_images_are_encoded_for_the_ceiling_where_no_latents_are_stored(
+    sets: tuple[Dataset, Dataset],
+) -> None:
+    codec, net = LatentCodec.of(sets[1].manifest).bound(Linear()), pixels_as_features()
+    known = reference(sets[0], net, WORKER)
+    found, stored = (
+        ceiling.measure_ceiling(data, codec, net, known, IMAGES, WORKER).distances["eval/fid16"]
+        for data in sets
+    )
+    assert found == pytest.approx(stored, rel=1e-3)  # latents are stored in float16
 
 
 def test_against_decoded_latents_there_is_no_ceiling_and_the_provenance_says_so(
