@@ -10,14 +10,17 @@ if TYPE_CHECKING:
     from ddpm_ray.sampling.pipeline import TrainedModel
 
 
-def load(uri: "str | PathLike[str]", device: str | None = None) -> "TrainedModel":
+def load(
+    uri: "str | PathLike[str]", device: str | None = None, *, autoencoder: str = ""
+) -> "TrainedModel":
     """A trained model; `.sample(16)` draws uint8 images [16, H, W, C] from its EMA weights.
 
     `uri` is a run's folder or one checkpoint's, as a path or any fsspec URL, `runs:/<run id>/model`
     or `models:/<name>@<alias>`; the last two are looked up where $MLFLOW_TRACKING_URI says, or in
     ./mlflow.db, and they alone need MLflow installed. It lies on `device`, by default on a GPU
-    where there is one. Raises ValueError for an invalid `uri` or `device`, and CheckpointError,
-    StorageError or TrackingError.
+    where there is one. `autoencoder` is the place of the autoencoder of a model of latents, if it
+    has moved since training. Raises ValueError for an invalid `uri` or `device`, and
+    CheckpointError, StorageError or TrackingError.
     """
     given: object = uri  # a notebook has no type checker
     where = fspath(given) if isinstance(given, PathLike) else given
@@ -29,7 +32,7 @@ def load(uri: "str | PathLike[str]", device: str | None = None) -> "TrainedModel
     if where.startswith(("runs:/", "models:/")):
         from ddpm_ray.runs.load_model import load as load_from_mlflow
 
-        return load_from_mlflow(where, device)
+        return load_from_mlflow(where, device, autoencoder=autoencoder)
     from ddpm_ray.assembly.checkpoint_loading import trained_model
 
-    return trained_model(where, device)
+    return trained_model(where, device, autoencoder=autoencoder)

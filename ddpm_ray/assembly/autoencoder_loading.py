@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from ddpm_ray.assembly import run_config, training_run
-from ddpm_ray.assembly.checkpoint_loading import newest_checkpoint, usable_device
+from ddpm_ray.assembly.newest_checkpoint import newest_checkpoint, usable_device
 from ddpm_ray.config.loading import ConfigError
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.models.autoencoder import Autoencoder

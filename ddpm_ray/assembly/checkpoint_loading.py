@@ -1,7 +1,7 @@
 """Load a trained model from a checkpoint or a diffusers folder."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -13,12 +13,13 @@ from torch import Tensor
 
 from ddpm_ray.assembly import other_libraries, run_config, training_run
 from ddpm_ray.assembly.diffusion import denoiser
+from ddpm_ray.assembly.latents import bound_codec
+from ddpm_ray.assembly.newest_checkpoint import newest_checkpoint, usable_device
 from ddpm_ray.config.loading import ConfigError, from_dict, to_dict
-from ddpm_ray.config.option_fields import shown
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.sampling import SamplingSettings
 from ddpm_ray.config.schedule import ScheduleConfig
-from ddpm_ray.data.codec import PIXELS
+from ddpm_ray.data.codec import PIXELS, diffused_shape
 from ddpm_ray.data.dataset import DatasetError, open_dataset
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.models.classifier import NoisyClassifier
@@ -30,46 +31,26 @@ from ddpm_ray.models.unet import UNet
 from ddpm_ray.sampling.pipeline import TrainedModel
 from ddpm_ray.storage import object_store
 from ddpm_ray.storage.errors import StorageError
-from ddpm_ray.training import checkpoint_folder, checkpoints
-from ddpm_ray.training.checkpoint_folder import CheckpointError
-from ddpm_ray.training.state import Snapshot
+from ddpm_ray.training import checkpoint_folder
 
 OF_DIFFUSERS = "model_index.json"  # present in the folder of a diffusers pipeline
 NAMED_BY_DIFFUSERS = "linear", "scaled_linear", "cosine"  # schedules; others are exported as betas
 
 
-def usable_device(device: torch.device | str | None = None) -> torch.device:
-    """Return `device`, or if it is empty or None, the GPU if there is one, else the CPU.
-
-    Raises ValueError for a device that this process cannot use.
-    """
-    if device is None or device == "":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    reason: Exception | None = None
-    try:
-        found = torch.device(device)
-        if found.type != "meta":  # has shapes but no values
-            torch.empty(1, device=found)
-            return found
-    except (RuntimeError, TypeError, AssertionError, NotImplementedError) as error:
-        reason = error  # one of four types, by the kind of device
-    gpus = [f"cuda:{n}" for n in range(torch.cuda.device_count())]
-    raise ValueError(
-        f"device is {shown(device)}, which is not usable here; choose from "
-        f"{', '.join(['cpu', *gpus])}, or leave it out"
-    ) from reason
-
-
 def trained_model(
-    url: str, device: torch.device | str | None = "cpu", ema: str = "ema"
+    url: str,
+    device: torch.device | str | None = "cpu",
+    ema: str = "ema",
+    autoencoder: str = "",
 ) -> TrainedModel:
     """Load the model of the checkpoint at `url`, or of the newest checkpoint of a run's folder.
 
     The weights are the EMA group `ema` of the checkpoint. `url` may also be a local diffusers
-    folder of a UNet2DModel with its scheduler. Raises CheckpointError if no checkpoint passes
-    verification, NewerFormatError for a codec of a later version, ConfigError for a classifier,
-    UnsupportedModelError for a diffusers model that UNet cannot represent, and ValueError for an
-    unusable device.
+    folder of a UNet2DModel with its scheduler. `autoencoder` is the URL of the autoencoder of a
+    model of latents; empty: the one that the checkpoint names. Raises CheckpointError if no
+    checkpoint passes verification or that autoencoder is another one, NewerFormatError for a codec
+    of a later version, ConfigError for a classifier, UnsupportedModelError for a diffusers model
+    that UNet cannot represent, and ValueError for an unusable device.
     """
     device = usable_device(device)
     if Path(url, OF_DIFFUSERS).is_file():
@@ -81,10 +62,10 @@ def trained_model(
         if config.traits.reconstructs:
             what, use = "an autoencoder", "train a denoiser on the latents that it encodes"
         raise ConfigError(f"{url} holds {what}, which draws no images: {use}")
-    codec = run_config.saved_codec(snapshot.facts, where)
+    codec = bound_codec(snapshot.facts, where, device, autoencoder)
     image_shape = ImageShape(*snapshot.facts["image_shape"])
     variant = run_config.saved_variant(snapshot.facts, where)
-    model = training_run.network(config, image_shape, variant)
+    model = training_run.network(config, diffused_shape(codec, image_shape), variant)
     model.load_state_dict(snapshot.tensors[ema])
     model.to(device).eval().requires_grad_(False)
     provenance = {
@@ -180,8 +161,9 @@ def trained_classifier(url: str, device: torch.device | str = "cpu") -> NoisyCla
     config = run_config.saved_config(snapshot.facts, url)
     if not config.traits.predicts_labels:
         raise ConfigError(f"{url} holds no classifier: train one with task=classifier")
-    run_config.saved_codec(snapshot.facts, where)  # raises for one that is unknown
-    network = training_run.network(config, ImageShape(*snapshot.facts["image_shape"]))
+    codec = run_config.saved_codec(snapshot.facts, where)
+    shape = diffused_shape(codec, ImageShape(*snapshot.facts["image_shape"]))
+    network = training_run.network(config, shape)
     assert isinstance(network, NoisyClassifier)
     network.load_state_dict(snapshot.tensors["ema"])
     return network.to(device).eval().requires_grad_(False)
@@ -198,6 +180,11 @@ def write_diffusers(model: TrainedModel, sampling: SamplingSettings, folder: Pat
             "DiTPipeline", "it draws latents, for an autoencoder; a DiT of pixels has no pipeline"
         )
     assert isinstance(network, UNet)
+    if model.denoiser.codec is not PIXELS:
+        raise UnsupportedModelError(
+            str(model.provenance["checkpoint"]),
+            f"it diffuses {model.denoiser.codec.name}; only models of pixels can be exported yet",
+        )
     config = from_dict(RunConfig, model.provenance["config"])
     schedule = config.schedule
     if schedule.kind not in NAMED_BY_DIFFUSERS or schedule.rescale or schedule.zero_terminal_snr:
@@ -207,33 +194,11 @@ def write_diffusers(model: TrainedModel, sampling: SamplingSettings, folder: Pat
     facts = {
         "schedule": to_dict(schedule),
         "objective": to_dict(config.objective),
-        "sampling": to_dict(sampling),
+        "sampling": to_dict(replace(sampling, clip=sampling.clip is not False)),
     }
     tensors = {k: v for k, v in network.state_dict().items() if not k.startswith("uncertainty.")}
     write = object_store.write_bytes
     return convert.write_folder(folder, network.spec, tensors, facts, model.image_size, write)
-
-
-def newest_checkpoint(url: str, *groups: str) -> tuple[str, Snapshot]:
-    """URL and contents (only `groups`) of the checkpoint at `url`, or of the newest below it."""
-    where, snapshot = _newest(url, groups)
-    if missing := [group for group in groups if group not in snapshot.tensors]:
-        known = ", ".join(name for name in checkpoint_folder.group_names(where) if "ema" in name)
-        raise CheckpointError(where, f"it has no average {missing[0]!r}", f"it has {known}")
-    return where, snapshot
-
-
-def _newest(url: str, groups: Sequence[str]) -> tuple[str, Snapshot]:
-    if object_store.exists(object_store.join(url, checkpoint_folder.MANIFEST)):
-        return url, checkpoint_folder.read_checkpoint(url, groups=groups)
-    for candidate in (url, object_store.join(url, checkpoints.CHECKPOINTS)):
-        if found := checkpoints.CheckpointStore(candidate).load(groups):
-            return found
-    remedy = "name a run's folder, its checkpoints folder, or one checkpoint in it"
-    # HTTP has no folders, and a bucket only those that contain an object.
-    gone = not url.startswith(("http://", "https://")) and not object_store.exists(url)
-    reason = "there is no such folder" if gone else "there is no committed checkpoint here"
-    raise CheckpointError(url, reason, remedy)
 
 
 def _of_diffusers(folder: Path, device: torch.device | str) -> TrainedModel:

@@ -8,8 +8,9 @@ from ddpm_ray.config.changes import change_problems
 from ddpm_ray.config.loading import defining, from_dict
 from ddpm_ray.config.option_fields import shown
 from ddpm_ray.config.run import RunConfig
-from ddpm_ray.data.codec import Codec, codec_named
+from ddpm_ray.data.codec import PIXELS, Codec
 from ddpm_ray.data.image_shape import ImageShape
+from ddpm_ray.data.latent_codec import LatentCodec
 from ddpm_ray.data.shard_index import CODECS
 from ddpm_ray.models.layers import Variant
 from ddpm_ray.storage.file_formats import NewerFormatError, package_version
@@ -28,15 +29,20 @@ def saved_config(facts: Mapping[str, Any], where: str = "") -> RunConfig:
 def saved_codec(facts: Mapping[str, Any], where: str = "") -> Codec:
     """The codec of the data that a checkpoint with these facts was trained on.
 
-    Checkpoints of earlier versions name none: they hold pixels. `where` is the checkpoint's URL,
-    for errors. Raises NewerFormatError for a codec that this version does not know.
+    Checkpoints of earlier versions name none: they hold pixels. A codec of latents is not bound to
+    an autoencoder (see `latents.bound_codec`). `where` is the checkpoint's URL, for errors. Raises
+    NewerFormatError for a codec that this version does not know.
     """
     name = facts.get("codec", "pixels")
     if name not in CODECS:
         here = f"ddpm_ray {package_version()} knows {', '.join(CODECS)}"
         reason = f"its codec is {shown(name)}, and {here}"
         raise NewerFormatError(where, reason, "upgrade ddpm_ray to the version that wrote it")
-    return codec_named(name)
+    if name == "pixels":
+        return PIXELS
+    held = facts["latents"]
+    statistics = tuple(map(float, held["mean"])), tuple(map(float, held["std"]))
+    return LatentCodec(held["channels"], held["factor"], tuple(held["views"]), *statistics)
 
 
 def saved_variant(facts: Mapping[str, Any], where: str = "") -> Variant:

@@ -12,7 +12,9 @@ from ddpm_ray.assembly.training_run import ema_decay
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.evaluation import EvaluationConfig
 from ddpm_ray.config.run import RunConfig
-from ddpm_ray.data.dataset import open_dataset
+from ddpm_ray.data.codec import Codec
+from ddpm_ray.data.dataset import Dataset, open_dataset
+from ddpm_ray.evaluation.ceiling import Ceiling, ceiling_facts, measure_ceiling, stored_ceiling
 from ddpm_ray.evaluation.feature_metrics import OptionalMetrics
 from ddpm_ray.evaluation.features import feature_extractor
 from ddpm_ray.evaluation.features.feature_extractor import FeatureNet
@@ -39,11 +41,39 @@ def optional_metrics(config: EvaluationConfig) -> OptionalMetrics:
     return OptionalMetrics(config.precision_recall, config.extrapolate)
 
 
-def held_out(config: EvaluationConfig, net: FeatureNet, workers: Workers) -> Reference | None:
-    """Feature statistics of the held-out data set; None without one."""
+def held_out(
+    config: EvaluationConfig, net: FeatureNet, workers: Workers, codec: Codec
+) -> Reference | None:
+    """Feature statistics of the held-out data set; None without one. `codec` is the model's."""
     if not config.held_out_url:
         return None
-    return reference(open_dataset(config.held_out_url), net, workers)
+    return reference(open_dataset(config.held_out_url), net, workers, codec=codec)
+
+
+def reference_data(config: EvaluationConfig, dataset: Dataset) -> Dataset:
+    """The data set whose images the samples are compared with: `dataset`, if none is named."""
+    return open_dataset(config.reference_url) if config.reference_url else dataset
+
+
+def ceiling(
+    dataset: Dataset,
+    codec: Codec,
+    net: FeatureNet,
+    known: Reference,
+    config: EvaluationConfig,
+    workers: Workers,
+    scores: Mapping[str, Any] | None = None,
+) -> Ceiling | None:
+    """The ceiling of a model of latents that is scored with `dataset`; None for one of pixels.
+
+    `scores`: earlier ones of the run, whose ceiling is taken if it is the same.
+    """
+    if codec.name == "pixels":
+        return None
+    facts = ceiling_facts(dataset, known, config.num_images)
+    if found := stored_ceiling(scores or {}, facts):
+        return found
+    return measure_ceiling(dataset, codec, net, known, config.num_images, workers)
 
 
 def ema_provenance(

@@ -16,9 +16,9 @@ from ddpm_ray.collectives import Workers
 from ddpm_ray.config.data import DataConfig
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.training import TrainingConfig
-from ddpm_ray.data.codec import codec_named
 from ddpm_ray.data.dataset import Dataset
 from ddpm_ray.data.image_shape import ImageShape
+from ddpm_ray.data.latent_codec import codec_of
 from ddpm_ray.data.loader import Batch, ShardStream
 from ddpm_ray.diffusion.timestep_sampling import SecondMoments
 from ddpm_ray.models.autoencoder import Autoencoder
@@ -261,7 +261,7 @@ def validator(
         images,
         labels,
         positions.start,
-        codec_named(dataset.manifest.codec).variance(dataset.manifest.pixel_std),
+        codec_of(dataset.manifest).variance(dataset.manifest.pixel_std),
         workers,
         grid_logger.sink,
         config.sampling.batch_size,
@@ -285,7 +285,7 @@ def fixed_images(config: DataConfig, dataset: Dataset, positions: range, total: 
     The set depends only on the data set and `total`: it is the first batch for a fixed seed.
     """
     if not positions:  # with more workers than images, some get none
-        nothing = torch.empty(0, *dataset.manifest.image_shape, dtype=torch.uint8)
+        nothing = torch.empty(0, *dataset.manifest.sample_shape, dtype=torch.uint8)
         return Batch(nothing, torch.empty(0, dtype=torch.int64))
     found = ShardStream(
         dataset,

@@ -16,6 +16,11 @@ class DataConfig:
     source: Literal["", "digits"] = option(
         "", "built-in data set to pack into data.url if it holds no shards yet; empty: none"
     )
+    autoencoder: str = option(
+        "",
+        "folder or URL of the autoencoder of data.url, if that holds latents; empty: the one that "
+        "encoded them",
+    )
     flip: bool = option(
         False, "mirror each image left-right with probability 1/2", defines_run=True
     )

@@ -66,6 +66,10 @@ class EvaluationConfig:
     held_out_url: str = option(
         "", "shards of held-out data, to report the distance to them too; empty: none"
     )
+    reference_url: str = option(
+        "",
+        "shards of pixels that a model of latents is scored against; empty: the decoded latents",
+    )
     memorisation_images: int = option(
         0,
         "samples to compare with their nearest training images; 0: none",

@@ -237,4 +237,5 @@ _NUMBERS: Mapping[Any, tuple[Callable[[Any], Any], str]] = {
     int: (_whole, "a whole number"),
     float: (_number, "a number"),
     bool: (_truth, "True or False"),
+    bool | None: (_truth, "True or False"),  # None has been dropped
 }

@@ -34,7 +34,11 @@ class SamplingSettings:
     variance: SamplingVariance = option(
         "fixed_small", "variance of the noise per step; learned: predicted by the network"
     )
-    clip: bool = option(True, "clip each estimate of x_0 to [-1, 1] and recompute epsilon")
+    clip: bool | None = option(
+        None,
+        "clip each estimate of x_0 to [-1, 1] and recompute epsilon; null: true for pixels, false "
+        "for latents",
+    )
     dynamic_quantile: float = option(
         0.0,
         "dynamic thresholding: clip to this quantile of |x_0|, then rescale; 0: off",
@@ -74,7 +78,7 @@ class SamplingSettings:
                 f"T that the model was trained with"
             )
         yield from self._variance_problems(at, num_steps)
-        if self.dynamic_quantile and not self.clip:
+        if self.dynamic_quantile and self.clip is False:
             yield (
                 f"{at}dynamic_quantile is {self.dynamic_quantile} and {at}clip false; it is a way "
                 f"to clip: set one of the two"
@@ -107,8 +111,11 @@ class SamplingSettings:
             )
 
     def _unsupported(self, at: str, model: "SampledModel") -> Iterator[str]:
-        """Yield a line for labels, guidance and variance that `model` was not trained for."""
+        """Yield a line for labels, guidance, variance and clip that `model` does not support."""
         classes = model.num_classes
+        if not model.has_range and (self.clip or self.dynamic_quantile):
+            given = "clip is true" if self.clip else f"dynamic_quantile is {self.dynamic_quantile}"
+            yield f"{at}{given}, but latents have no range to clip to: leave it out"
         if self.variance == "learned" and not model.learns_variance:
             yield (
                 f"{at}variance is 'learned', and the network predicts none "
@@ -171,7 +178,7 @@ class SamplingSettings:
         chosen = replace(self, **given)
         if "variance" not in given and any(chosen._variance_problems("", num_steps)):
             chosen = replace(chosen, variance="fixed_small")
-        if "dynamic_quantile" not in given and not chosen.clip:
+        if "dynamic_quantile" not in given and chosen.clip is False:
             chosen = replace(chosen, dynamic_quantile=0.0)
         if wrong := [*out_of_range(chosen)]:
             raise ValueError("; ".join(wrong))
@@ -192,3 +199,4 @@ class SampledModel:
     learns_variance: bool = False
     guided_by_model: bool = False  # a guidance model takes the labels
     guidance_classes: int = 0  # number of labels that it knows; 0: unknown, and not checked
+    has_range: bool = True  # diffuses pixels, in [-1, 1], not latents

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, TypeAlias, assert_never
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -19,11 +19,58 @@ from ddpm_ray.diffusion.x0_estimator import Clip, clip_to_quantile, clip_to_rang
 from ddpm_ray.redaction import counted
 
 
+class Codec(Protocol):
+    """Conversions between what a shard stores, x_0 and images: PixelCodec or LatentCodec."""
+
+    name: ClassVar[CodecName]
+    rounding: ClassVar[str]  # of `decode`, for provenances
+
+    @property
+    def factor(self) -> int:
+        """Pixels per value of x_0, along each side."""
+        ...
+
+    def shape(self, image_shape: ImageShape) -> tuple[int, int, int]:
+        """Return the shape of x_0 for images of this shape. ValueError if there is none."""
+        ...
+
+    def encode(self, stored: Tensor, flip: Tensor | None = None) -> Tensor:
+        """Convert stored samples to x_0, flipped where `flip` [B] is True; without randomness."""
+        ...
+
+    def draw(
+        self, stored: Tensor, flip: Tensor | None, seed: int, step: int, positions: Tensor
+    ) -> Tensor:
+        """Convert the samples at these positions of batch `step` to x_0, for training."""
+        ...
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Convert uint8 images [B, H, W, C] to x_0."""
+        ...
+
+    def decode(self, x_0: Tensor) -> UInt8s:
+        """Convert x_0 to uint8 images [B, H, W, C]."""
+        ...
+
+    def clip(self, quantile: float = 0.0) -> Clip | None:
+        """Return the function that clips estimates of x_0 in place; None: x_0 has no range."""
+        ...
+
+    def variance(self, pixel_std: Sequence[float]) -> float:
+        """Return the mean variance of x_0, from the standard deviation [C] of the pixels."""
+        ...
+
+    def mean_square(self, pixel_mean: Sequence[float], pixel_std: Sequence[float]) -> float:
+        """Return E[x_0^2], from the mean and standard deviation [C] of the pixels."""
+        ...
+
+
 @dataclass(frozen=True)
 class PixelCodec:
     """Pixels, uint8 [B, H, W, C] <-> float32 [B, C, H, W] in [-1, 1]."""
 
     name: ClassVar[CodecName] = "pixels"
+    factor: ClassVar[int] = 1
     levels_per_unit: ClassVar[float] = 127.5  # grey levels per unit of the diffused tensor
     rounding: ClassVar[str] = "uint8, (x + 1) * 127.5 half up"  # of `decode`, for provenances
 
@@ -39,6 +86,16 @@ class PixelCodec:
         x_0 = channels_first(images).to(torch.float32, memory_format=torch.contiguous_format)
         x_0 = x_0.div_(self.levels_per_unit).sub_(1)
         return x_0 if flip is None else torch.where(flip.view(-1, 1, 1, 1), x_0.flip(-1), x_0)
+
+    def draw(
+        self, stored: Tensor, flip: Tensor | None, seed: int, step: int, positions: Tensor
+    ) -> Tensor:
+        """Return `encode(stored, flip)`: pixels have no randomness of their own."""
+        return self.encode(stored, flip)
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Return `encode(images)`: shards of pixels store images."""
+        return self.encode(images)
 
     def dequantize(self, images: Tensor, noise: Tensor) -> Tensor:
         """Convert uint8 images [B, H, W, C] to x_0 [B, C, H, W], spread over their grey levels.
@@ -87,19 +144,26 @@ def require_finite(x_0: Tensor) -> None:
         )
 
 
-Codec: TypeAlias = PixelCodec  # a union, once there is another
 PIXELS = PixelCodec()
 
 
-def codec_named(name: CodecName) -> Codec:
-    """Return the codec that a manifest names."""
-    match name:
-        case "pixels":
-            return PIXELS
-        case "latents":
-            raise ValueError("the data set holds latents, which this job does not read yet")
-        case never:
-            assert_never(never)
+def require_pixels(codec: Codec, what: str) -> PixelCodec:
+    """Return `codec` if it is that of pixels; else raise ValueError, which names `what`."""
+    if isinstance(codec, PixelCodec):
+        return codec
+    raise ValueError(
+        f"{what} is of 8-bit pixels, and this model diffuses {codec.name}: leave it out (set it "
+        "to 0), or take a model of pixels"
+    )
+
+
+def diffused_shape(codec: Codec, image_shape: ImageShape) -> ImageShape:
+    """Return the shape (h, w, c) of x_0 for images of this shape: what the network is built for.
+
+    Raises ValueError for images that the codec cannot encode.
+    """
+    channels, height, width = codec.shape(image_shape)
+    return ImageShape(height, width, channels)
 
 
 def channels_first(images: Tensor) -> Tensor:

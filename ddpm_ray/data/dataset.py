@@ -127,6 +127,14 @@ class Manifest:
         return 2, len(self.views), *self.latent_shape
 
     @property
+    def diffused_shape(self) -> ImageShape:
+        """Shape (height, width, channels) of what a network sees: pixels, or latents."""
+        if self.latent_shape is None:
+            return self.image_shape
+        channels, height, width = self.latent_shape
+        return ImageShape(height, width, channels)
+
+    @property
     def sample_dtype(self) -> np.dtype[Any]:
         """Type of the values of a sample in memory."""
         return np.dtype(np.uint8 if self.latent_shape is None else np.float16)

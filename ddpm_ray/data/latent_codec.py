@@ -8,7 +8,8 @@ section D.1, divide all channels by one number, estimated from the first batch.)
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol
 
 import torch
@@ -16,14 +17,29 @@ from torch import Tensor
 
 from ddpm_ray import counter_rng
 from ddpm_ray.counter_rng import Purpose
-from ddpm_ray.data.codec import require_finite
+from ddpm_ray.data.codec import PIXELS, Codec, require_finite
 from ddpm_ray.data.dataset import Manifest, UInt8s
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.data.shard_index import CodecName
+from ddpm_ray.models.autoencoder import Posterior
 
 
-class LatentDecoder(Protocol):
-    """Decoder of latents: a TrainedAutoencoder (sampling/autoencoder.py)."""
+class LatentAutoencoder(Protocol):
+    """Encoder and decoder of images: a TrainedAutoencoder (sampling/autoencoder.py)."""
+
+    @property
+    def url(self) -> str:
+        """URL of its checkpoint or folder."""
+        ...
+
+    @property
+    def sha256(self) -> str:
+        """sha256 of its weights."""
+        ...
+
+    def encode_uint8(self, images: Tensor) -> Posterior:
+        """Encode uint8 images [B, H, W, C] to posteriors [B, c, h, w]."""
+        ...
 
     def decode_uint8(self, z: Tensor) -> UInt8s:
         """Decode latents [B, c, h, w] to uint8 images [B, H, W, C]."""
@@ -42,20 +58,24 @@ class LatentCodec:
     views: tuple[str, ...]  # plain, or plain and flipped
     mean: tuple[float, ...]  # [c]
     std: tuple[float, ...]  # [c]
-    autoencoder: LatentDecoder | None = None
+    autoencoder: LatentAutoencoder | None = None
 
     name: ClassVar[CodecName] = "latents"
     rounding: ClassVar[str] = "the autoencoder's decoding to uint8"  # for provenances
 
     @classmethod
-    def of(cls, manifest: Manifest, autoencoder: LatentDecoder | None = None) -> LatentCodec:
-        """Return the codec of a set of latents; it decodes if an autoencoder is bound to it."""
+    def of(cls, manifest: Manifest) -> LatentCodec:
+        """Return the codec of a set of latents, which decodes once `bound` to an autoencoder."""
         shape = manifest.latent_shape
         if shape is None:
             raise ValueError(f"a data set of {manifest.codec} has no latents")
         factor = manifest.image_shape.height // shape.height
         statistics = manifest.latent_mean, manifest.latent_std
-        return cls(shape.channels, factor, manifest.views, *statistics, autoencoder)
+        return cls(shape.channels, factor, manifest.views, *statistics)
+
+    def bound(self, autoencoder: LatentAutoencoder) -> LatentCodec:
+        """Return this codec, which encodes and decodes images by `autoencoder`."""
+        return replace(self, autoencoder=autoencoder)
 
     def shape(self, image_shape: ImageShape) -> tuple[int, int, int]:
         """Return the shape (c, h, w) in which images of this shape are diffused. ValueError."""
@@ -83,6 +103,22 @@ class LatentCodec:
         z = mean if noise is None else mean + log_variance.mul_(0.5).exp_().mul_(noise)
         return (z - self._column(self.mean, z)) / self._column(self.std, z)
 
+    def draw(
+        self, stored: Tensor, flip: Tensor | None, seed: int, step: int, positions: Tensor
+    ) -> Tensor:
+        """Draw x_0 from the stored posteriors, anew for each (seed, step, position)."""
+        shape = tuple(stored.shape[-3:])
+        noise = posterior_noise(seed, step, positions.to(stored.device), shape)
+        return self.encode(stored, flip, noise)
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Encode uint8 images [B, H, W, C] to x_0: the posterior's mean, standardised.
+
+        Raises ValueError for sides that the factor does not divide, or without an autoencoder.
+        """
+        z = self._bound().encode_uint8(images).mean
+        return (z - self._column(self.mean, z)) / self._column(self.std, z)
+
     def require_flipped(self) -> None:
         """Raise ValueError if the set has no flipped views."""
         if "flipped" not in self.views:
@@ -97,9 +133,7 @@ class LatentCodec:
         Raises ValueError if a value is not finite or no autoencoder is bound.
         """
         require_finite(x_0)
-        if self.autoencoder is None:
-            raise ValueError("latents cannot be decoded without their autoencoder; name its URL")
-        return self.autoencoder.decode_uint8(self.latents(x_0))
+        return self._bound().decode_uint8(self.latents(x_0))
 
     def latents(self, x_0: Tensor) -> Tensor:
         """Undo the standardisation: latents z [B, c, h, w] of the autoencoder, float32."""
@@ -114,9 +148,27 @@ class LatentCodec:
                 "set it to 0"
             )
 
+    def variance(self, pixel_std: Sequence[float]) -> float:
+        """Return 1, the variance of x_0 in each channel, whatever that of the pixels."""
+        return 1.0
+
+    def mean_square(self, pixel_mean: Sequence[float], pixel_std: Sequence[float]) -> float:
+        """Return E[x_0^2], which is 1."""
+        return 1.0
+
+    def _bound(self) -> LatentAutoencoder:
+        if self.autoencoder is None:
+            raise ValueError("latents cannot be decoded without their autoencoder; name its URL")
+        return self.autoencoder
+
     def _column(self, values: tuple[float, ...], like: Tensor) -> Tensor:
         """Return values [c] as [c, 1, 1] on the device of `like`."""
         return torch.tensor(values, dtype=like.dtype, device=like.device).view(-1, 1, 1)
+
+
+def codec_of(manifest: Manifest) -> Codec:
+    """Return the codec of a data set; that of latents is not bound to an autoencoder."""
+    return PIXELS if manifest.codec == "pixels" else LatentCodec.of(manifest)
 
 
 def posterior_noise(seed: int, step: int, positions: Tensor, shape: tuple[int, ...]) -> Tensor:

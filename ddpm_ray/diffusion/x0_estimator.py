@@ -45,7 +45,11 @@ def clip_to_quantile(share: float) -> Clip:
 
 
 def self_conditioning_estimate(
-    parameterization: Parameterization, x_t: Tensor, t: Tensor, model_output: Tensor, clip: Clip
+    parameterization: Parameterization,
+    x_t: Tensor,
+    t: Tensor,
+    model_output: Tensor,
+    clip: Clip | None,
 ) -> Tensor:
     """The network's next self-conditioning input: a clipped estimate of x_0, without gradient.
 
@@ -54,7 +58,8 @@ def self_conditioning_estimate(
     """
     mean = model_output[:, : x_t.shape[1]]
     estimate = parameterization.x_0(x_t, t, mean).detach()
-    clip(estimate)
+    if clip is not None:
+        clip(estimate)
     return estimate
 
 

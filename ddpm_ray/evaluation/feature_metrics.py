@@ -143,6 +143,13 @@ def metrics(
     return found | _of_classes(net, statistics)
 
 
+def frechet_distances(
+    net: FeatureNet, reference: Reference, statistics: FeatureStatistics
+) -> dict[str, float]:
+    """Return the Frechet distance of each width by the name of its metric."""
+    return {metric_names(net, w).frechet: _distance(w, reference, statistics) for w in net.widths}
+
+
 def _of_classes(net: FeatureNet, statistics: FeatureStatistics) -> dict[str, float]:
     if statistics.probability is None:
         return {}

@@ -11,6 +11,7 @@ from torch import Tensor
 from ddpm_ray import counter_rng
 from ddpm_ray.collectives import Workers
 from ddpm_ray.counter_rng import Purpose
+from ddpm_ray.data.codec import require_pixels
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.diffusion.conditioning import Conditioning
 from ddpm_ray.diffusion.timestep_spacing import log_snr_steps
@@ -46,9 +47,10 @@ def flow_likelihood(
     the flow's divergence. The flow is integrated by `steps` steps of Heun's method from t = 1 to T
     (Song et al. 2021, arXiv:2011.13456, section 4.3). It is that of the network itself, without
     guidance (`Denoiser.unguided`). The 95 % interval is Student's over images. Raises ValueError
-    for fewer than 2 images.
+    for a model of latents and for fewer than 2 images.
     """
-    schedule, codec, device = denoiser.schedule, denoiser.codec, workers.device
+    schedule, device = denoiser.schedule, workers.device
+    codec = require_pixels(denoiser.codec, "likelihood")
     # Evenly in t the first of 40 steps is from 1 to 25: 28 bits on MNIST instead of 1.5.
     way = log_snr_steps(schedule, steps)[-2::-1]
     a_1 = float(schedule.alpha_bar[1])

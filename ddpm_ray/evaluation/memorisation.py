@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from ddpm_ray.collectives import Workers
-from ddpm_ray.data.codec import PIXELS
+from ddpm_ray.data.codec import PIXELS, Codec
 from ddpm_ray.data.dataset import Dataset
-from ddpm_ray.data.loader import read_images
+from ddpm_ray.data.decoded_images import read_decoded
 from ddpm_ray.evaluation.features.feature_extractor import FeatureNet
 from ddpm_ray.evaluation.features.inception import SPATIAL
 from ddpm_ray.evaluation.nearest_neighbours import first_by, nearest_squares
@@ -131,11 +131,16 @@ class Neighbours:
 
 
 def nearest_images(
-    samples: Tensor, dataset: Dataset, workers: Workers, net: FeatureNet | None = None
+    samples: Tensor,
+    dataset: Dataset,
+    workers: Workers,
+    net: FeatureNet | None = None,
+    codec: Codec = PIXELS,
 ) -> Neighbours:
     """The neighbours in `dataset` of all workers' samples, uint8 [N, H, W, C], the same on all.
 
-    In pixels, or in the widest features of `net`. All workers must call it. Raises ValueError where
+    In pixels, or in the widest features of `net`. All workers must call it. `codec` is the model's,
+    see `image_codec`. Raises ValueError where
     the data has another shape of images, or fewer than six.
     """
     if samples.shape[1:] != torch.Size(dataset.manifest.image_shape):
@@ -152,12 +157,10 @@ def nearest_images(
     features_of, space, unit = _feature_space(net, workers.device)
     vectors, found = features_of(samples), _Nearest(samples)
     shards = workers.share(dataset.manifest.shards)
-    position = int(dataset.counts[: shards.start].sum())
-    for images, _ in read_images(dataset, shards):
+    for positions, images in read_decoded(dataset, codec, shards):
         near = nearest_squares(vectors, features_of(images), NEIGHBOURS)
         square, place = (part.cpu() for part in near)
-        found.merge(square, place + position, images[place[:, :SHOWN]])
-        position += len(images)
+        found.merge(square, positions[place], images[place[:, :SHOWN]])
     merged = _Nearest(samples)
     for square, places, images in workers.gather((found.square, found.position, found.images)):
         merged.merge(square, places, images)
@@ -166,7 +169,7 @@ def nearest_images(
     return Neighbours(samples, distance, merged.position[:, met], merged.images, space)
 
 
-def spread(dataset: Dataset, count: int, workers: Workers) -> Tensor:
+def spread(dataset: Dataset, count: int, workers: Workers, codec: Codec = PIXELS) -> Tensor:
     """`count` evenly spaced images, uint8 [count, H, W, C], or all of fewer; the same on each.
 
     All workers must call it, and each reads its share of the shards.
@@ -176,10 +179,7 @@ def spread(dataset: Dataset, count: int, workers: Workers) -> Tensor:
     wanted = torch.zeros(total, dtype=torch.bool)
     wanted[torch.arange(count) * total // count] = True
     shards = workers.share(dataset.manifest.shards)
-    position, mine = int(dataset.counts[: shards.start].sum()), []
-    for images, _ in read_images(dataset, shards):
-        mine.append(images[wanted[position : position + len(images)]].numpy())
-        position += len(images)
+    mine = [images.numpy() for _, images in read_decoded(dataset, codec, shards, wanted)]
     parts = [part for of_one in workers.gather(mine) for part in of_one]
     return torch.from_numpy(np.concatenate(parts))
 

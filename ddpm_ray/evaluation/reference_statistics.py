@@ -17,9 +17,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ddpm_ray.collectives import Workers
+from ddpm_ray.data.codec import PIXELS, Codec
 from ddpm_ray.data.dataset import Dataset
+from ddpm_ray.data.decoded_images import image_codec, read_decoded
 from ddpm_ray.data.image_shape import ImageShape
-from ddpm_ray.data.loader import read_images
 from ddpm_ray.evaluation.features.feature_extractor import FeatureNet
 from ddpm_ray.evaluation.frechet import Moments
 from ddpm_ray.storage import object_store
@@ -65,12 +66,14 @@ def reference(
     *,
     kernel_images: int = 0,
     batch_size: int = 64,
+    codec: Codec = PIXELS,
 ) -> Reference:
     """The reference of the data set's images, read from the cache or computed by all workers.
 
     `kernel_images` (at most the data set's) are kept whole for the kernel distance; 0: none. The
     cache is `<data url>/reference/<sha256>.safetensors`; one that does not pass its own checksum
     is computed again, and where it cannot be written a warning says so. All workers must call it.
+    `codec` is that of the model that is scored; it decodes a set of latents (`image_codec`).
     """
     identity: dict[str, Any] = {
         "format": "ddpm-ray reference 1",
@@ -78,11 +81,13 @@ def reference(
         "features": net.facts,
         "kernel_images": min(kernel_images, dataset.manifest.samples),
     }
+    if image_codec(dataset, codec) is not PIXELS:
+        identity["images_of"] = "decoded latents"
     url = object_store.join(dataset.url, "reference", f"{_sha256(identity)}.safetensors")
     tensors = _read_cache(url, identity)
     cached_everywhere = all(workers.gather(tensors is not None))
     if tensors is None or not cached_everywhere:
-        tensors = _compute(dataset, net, workers, identity["kernel_images"], batch_size)
+        tensors = _compute(dataset, codec, net, workers, identity["kernel_images"], batch_size)
         if workers.is_main:
             _write_cache(url, identity, tensors)
     here = {name: tensor.to(workers.device) for name, tensor in tensors.items()}
@@ -95,7 +100,12 @@ def reference(
 
 
 def _compute(
-    dataset: Dataset, net: FeatureNet, workers: Workers, kernel_images: int, batch_size: int
+    dataset: Dataset,
+    codec: Codec,
+    net: FeatureNet,
+    workers: Workers,
+    kernel_images: int,
+    batch_size: int,
 ) -> dict[str, Tensor]:
     """Each worker takes a share of the shards; float64 sums and kept features are merged."""
     samples = dataset.manifest.samples
@@ -103,14 +113,12 @@ def _compute(
     if kernel_images:  # evenly spaced, as shards may be sorted by class
         is_kept[torch.arange(kernel_images) * samples // kernel_images] = True
     shards = workers.share(dataset.manifest.shards)
-    position = int(dataset.counts[: shards.start].sum())
     moments = {w: Moments.zeros(w, workers.device) for w in net.widths}
     kept = {w: [torch.empty(0, w)] for w in net.widths}
-    for images, _ in read_images(dataset, shards):
-        for start in range(0, len(images), batch_size):
-            batch = images[start : start + batch_size]
-            chosen = is_kept[position : position + len(batch)]
-            position += len(batch)
+    for positions, images in read_decoded(dataset, codec, shards):
+        parts = zip(*(torch.split(each, batch_size) for each in (positions, images)), strict=True)
+        for at, batch in parts:
+            chosen = is_kept[at]
             for w, features in net(batch.to(workers.device)).items():
                 moments[w].update(features)
                 kept[w].append(features.cpu()[chosen])

@@ -20,6 +20,7 @@ from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.diffusion.process import NoiseSchedule
 from ddpm_ray.diffusion.timestep_spacing import log_snr_steps, quadratic_steps, uniform_steps
 from ddpm_ray.evaluation import feature_metrics
+from ddpm_ray.evaluation.ceiling import Ceiling
 from ddpm_ray.evaluation.confidence_interval import GROUPS, enough_for_infinity, groups_of
 from ddpm_ray.evaluation.feature_metrics import OptionalMetrics
 from ddpm_ray.evaluation.features.feature_extractor import FeatureNet, float32_backends
@@ -73,12 +74,14 @@ def evaluate_samples(
     *,
     optional_metrics: OptionalMetrics = PLAIN,
     held_out: Reference | None = None,
+    ceiling: Ceiling | None = None,
 ) -> Scores:
     """Draw `samples` and compute their metrics against `reference`.
 
     A Frechet distance comes with `_low` and `_high`, the ends of its 95 % confidence interval, and
-    with `_held_out`, the distance to `held_out`, if given. All workers must call it and get the
-    same result. Raises ValueError if images, features or their numbers are not comparable.
+    with `_held_out`, the distance to `held_out`, and `_ceiling`, that of `ceiling`, if given. All
+    workers must call it and get the same result. Raises ValueError if images, features or their
+    numbers are not comparable.
     """
     num_images = samples.num_images
     if num_images < 2:
@@ -96,6 +99,8 @@ def evaluate_samples(
     )
     found = _provenance(samples, net, reference)
     found["arithmetic"] = arithmetic(workers.device)
+    if ceiling is not None:
+        metrics, found["ceiling"] = ceiling.beside(metrics), ceiling.facts
     if held_out is not None:
         found["held_out"] = _facts(held_out)
     if optional_metrics.extrapolate:
@@ -164,7 +169,7 @@ def _provenance(samples: SampleSet, net: FeatureNet, reference: Reference) -> di
             "num_steps": schedule.num_steps,
             "eta": plan.settings.eta,
             "variance": plan.settings.variance,
-            "clip": plan.settings.clip,
+            "clip": plan.clipping(denoiser.codec) is not None,
             "dynamic_quantile": plan.settings.dynamic_quantile,
             "labels": list(plan.labels),
             "guidance": vars(plan.guidance),
@@ -190,7 +195,8 @@ def _version(package: str) -> str:
 
 
 def _facts(reference: Reference) -> dict[str, Any]:
-    return {
+    decoded = {key: reference.identity[key] for key in ("images_of",) if key in reference.identity}
+    return decoded | {
         "sha256": reference.sha256,
         "data": reference.identity["data"],
         "images": reference.count,

@@ -15,11 +15,12 @@ from ddpm_ray import counter_rng
 from ddpm_ray.choices import ReverseVariance
 from ddpm_ray.collectives import Workers
 from ddpm_ray.counter_rng import Purpose
-from ddpm_ray.data.codec import Codec
+from ddpm_ray.data.codec import PixelCodec, require_pixels
 from ddpm_ray.diffusion import vlb
 from ddpm_ray.diffusion.conditioning import Conditioning
 from ddpm_ray.diffusion.parameterization import Parameterization
 from ddpm_ray.diffusion.process import add_noise
+from ddpm_ray.diffusion.x0_estimator import clip_to_range
 from ddpm_ray.evaluation.confidence_interval import interval_of_mean
 from ddpm_ray.sampling.denoiser import Denoiser
 
@@ -64,8 +65,10 @@ def vlb_bits_per_dim(
     The bound is that of the network itself, without guidance (`Denoiser.unguided`). Rate and
     distortion are those of section 4.3 and figure 5: L_T plus the terms above t, and the root mean
     squared error. `clip` clips estimates of x_0 to [-1, 1]. Raises ValueError for other `terms`, a
-    variance that the network does not predict, a super-resolution network, and fewer than 2 images.
+    variance that the network does not predict, a super-resolution network,
+    a model of latents, and fewer than 2 images.
     """
+    codec = require_pixels(denoiser.codec, "bits_per_dim")
     num_steps = denoiser.schedule.num_steps
     count = num_steps if terms is None else terms
     if not min(2, num_steps) <= count <= num_steps:
@@ -85,10 +88,10 @@ def vlb_bits_per_dim(
     totals = torch.zeros(4, dtype=torch.float64, device=device)
     with torch.inference_mode():
         for index, images, labels in batches:
-            index, x_0 = index.to(device), denoiser.codec.encode(images.to(device))
+            index, x_0 = index.to(device), codec.encode(images.to(device))
             terms_of.add(index, x_0, labels.to(device), by_step, totals)
     sums = workers.sum_(by_step).cpu(), workers.sum_(totals).cpu()
-    return _found(*sums, terms_of.facts(), denoiser.codec)
+    return _found(*sums, terms_of.facts(), codec)
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,7 +141,7 @@ class _Terms:
         x_0, x_t = x_0.double(), x_t.double()
         estimate = of.parameterization.x_0(x_t, t, model_output.double())
         if self.clip:
-            of.codec.clip()(estimate)
+            clip_to_range(estimate)
         log_variance = vlb.reverse_log_variance(schedule, t, self.variance, x_0, raw)
         image = Parameterization.of("x_0", schedule)
         bits = vlb.term(image, x_0, x_t, t, estimate, log_variance)
@@ -158,7 +161,7 @@ class _Terms:
         }
 
 
-def _found(by_step: Tensor, totals: Tensor, facts: dict[str, Any], codec: Codec) -> BitsPerDim:
+def _found(by_step: Tensor, totals: Tensor, facts: dict[str, Any], codec: PixelCodec) -> BitsPerDim:
     images, bits, squares, prior = totals.tolist()
     mean, low, high = interval_of_mean(images, bits, squares)
     terms, seen = by_step[0] / images, by_step[2] > 0

@@ -143,8 +143,10 @@ def score_widths(
     )
     net = scoring.feature_net(wanted, training_run.cache_dir(begun.data, "weights"), workers.device)
     kernel_images = min(wanted.kernel_distance_images, wanted.num_images) * wanted.kernel_distance
-    known = reference(dataset, net, workers, kernel_images=kernel_images)
-    held_out = scoring.held_out(wanted, net, workers)
+    codec, data = denoiser.codec, scoring.reference_data(wanted, dataset)
+    known = reference(data, net, workers, kernel_images=kernel_images, codec=codec)
+    held_out = scoring.held_out(wanted, net, workers, codec)
+    ceiling = scoring.ceiling(dataset, codec, net, known, wanted, workers)
     plan = diffusion.sampling_plan(config.sampling, denoiser.schedule)
     network = model.denoiser.network  # `denoiser` runs the same module
     assert isinstance(network, nn.Module)
@@ -170,6 +172,7 @@ def score_widths(
             workers,
             optional_metrics=scoring.optional_metrics(wanted),
             held_out=held_out,
+            ceiling=ceiling,
         )
         yield scores.to_json() | {"misfit": average.facts["average"]["misfit"]}
 

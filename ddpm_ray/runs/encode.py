@@ -14,7 +14,7 @@ import ray
 import torch
 
 from ddpm_ray.assembly.autoencoder_loading import trained_autoencoder
-from ddpm_ray.assembly.checkpoint_loading import usable_device
+from ddpm_ray.assembly.newest_checkpoint import usable_device
 from ddpm_ray.config.encode import EncodeConfig
 from ddpm_ray.data import encoding_record
 from ddpm_ray.data.dataset import Dataset, DatasetError, open_dataset

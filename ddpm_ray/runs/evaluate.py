@@ -62,12 +62,16 @@ def run_evaluation(model_uri: str, config: EvaluateConfig, home: Path) -> dict[s
             "data_url is empty, and the model was imported without the URL of its training data; "
             "give the reference shards, as in data_url=data/cifar10"
         )
+    if not config.data_url and not wanted.reference_url:  # as the run's own scores
+        place = begun.evaluation.reference_url
+        wanted = dataclasses.replace(wanted, reference_url=place)
     config = dataclasses.replace(
         config,
         data_url=object_store.absolute(data_url, home),
         evaluation=absolute_evaluation_paths(wanted, home),
     )
-    for url in filter(None, (config.data_url, config.evaluation.held_out_url)):
+    named = config.evaluation.held_out_url, config.evaluation.reference_url
+    for url in filter(None, (config.data_url, *named)):
         open_dataset(url)  # before Ray starts
     settings = {
         "model_uri": model_uri,
@@ -89,18 +93,29 @@ def _denoiser_run(model_uri: str, config: EvaluateConfig, tracking_uri: str) -> 
     begun = from_dict(RunConfig, model.provenance["config"])
     # Before Ray starts: raises ConfigError for settings or a guidance model that do not fit.
     load_model.configured(model, config.sampling, config.guidance, tracking_uri)
-    wanted, most = config.evaluation, begun.schedule.num_steps
+    wanted = config.evaluation
     if wanted.features == "none":
         raise ConfigError("evaluation.features is 'none'; choose inception or digits")
-    for key, value, asked in (
-        ("bits_per_dim_terms", wanted.bits_per_dim_terms, wanted.bits_per_dim_images),
-        ("likelihood_steps", wanted.likelihood_steps, wanted.likelihood_images),
-    ):
-        if asked and value > most:
-            raise ConfigError(
-                f"evaluation.{key} is {value}; it cannot exceed the model's T = {most}"
-            )
+    _require_likelihoods(wanted, model)
     return begun
+
+
+def _require_likelihoods(wanted: EvaluationConfig, model: TrainedModel) -> None:
+    """Raise ConfigError for bits per dimension or a likelihood that `model` does not have."""
+    most, codec = model.denoiser.schedule.num_steps, model.denoiser.codec.name
+    for name, images, key, value in (
+        ("bits_per_dim", wanted.bits_per_dim_images, "terms", wanted.bits_per_dim_terms),
+        ("likelihood", wanted.likelihood_images, "steps", wanted.likelihood_steps),
+    ):
+        if images and codec != "pixels":
+            raise ConfigError(
+                f"evaluation.{name}_images is {images}, which is of 8-bit pixels, and this model "
+                f"diffuses {codec}: set it to 0"
+            )
+        if images and value > most:
+            raise ConfigError(
+                f"evaluation.{name}_{key} is {value}; it cannot exceed the model's T = {most}"
+            )
 
 
 def score_lines(metrics: dict[str, float]) -> list[str]:
@@ -121,6 +136,7 @@ def absolute_evaluation_paths(wanted: EvaluationConfig, home: Path) -> Evaluatio
         wanted,
         weights=object_store.absolute(wanted.weights, home),
         held_out_url=object_store.absolute(wanted.held_out_url, home),
+        reference_url=object_store.absolute(wanted.reference_url, home),
         memorisation_picture=object_store.absolute(wanted.memorisation_picture, home),
     )
 
@@ -168,8 +184,10 @@ def _scores(config: EvaluateConfig, settings: dict[str, Any]) -> dict[str, Any]:
         found["metrics"] = found["metrics"] | near.metrics
         found["memorisation"] = near.facts
         if held_out := config.evaluation.held_out_url:
-            others = spread(open_dataset(held_out), count, workers)
-            compared_with = near.compared_with(nearest_images(others, dataset, workers))
+            codec, data = model.denoiser.codec, scoring.reference_data(config.evaluation, dataset)
+            others = spread(open_dataset(held_out), count, workers, codec)
+            found_near = nearest_images(others, data, workers, codec=codec)
+            compared_with = near.compared_with(found_near)
             found["metrics"] = found["metrics"] | compared_with
         if workers.is_main and (path := config.evaluation.memorisation_picture):
             png = io.BytesIO()
@@ -186,6 +204,9 @@ def _sample_scores(
     wanted = config.evaluation
     net = scoring.feature_net(wanted, training_run.cache_dir(begun.data, "weights"), workers.device)
     kept = min(wanted.kernel_distance_images, wanted.num_images) * wanted.kernel_distance
+    dataset, codec = open_dataset(config.data_url), model.denoiser.codec
+    data = scoring.reference_data(wanted, dataset)
+    known = reference(data, net, workers, kernel_images=kept, codec=codec)
     return sample_quality.evaluate_samples(
         sample_quality.SampleSet(
             model.denoiser,
@@ -196,10 +217,11 @@ def _sample_scores(
             weights=_weights(model) | {"guidance": vars(config.guidance)},
         ),
         net,
-        reference(open_dataset(config.data_url), net, workers, kernel_images=kept),
+        known,
         workers,
         optional_metrics=scoring.optional_metrics(wanted),
-        held_out=scoring.held_out(wanted, net, workers),
+        held_out=scoring.held_out(wanted, net, workers, codec),
+        ceiling=scoring.ceiling(dataset, codec, net, known, wanted, workers),
     )
 
 
@@ -236,7 +258,7 @@ def _bits_per_dim(config: EvaluateConfig, model: TrainedModel, workers: Workers)
         variance="fixed_small" if variance == "fixed" else variance,
         workers=workers,
         terms=wanted.bits_per_dim_terms or None,
-        clip=sampling.clip,
+        clip=sampling.clip is not False,
     )
 
 
@@ -248,7 +270,8 @@ def _neighbours(
     shape, device = model.image_shape, workers.device
     drawn = draw_uint8(model.denoiser, plan, mine, shape, device, size)
     samples = torch.from_numpy(np.concatenate(workers.gather(drawn)))
-    return nearest_images(samples, open_dataset(config.data_url), workers)
+    data = scoring.reference_data(config.evaluation, open_dataset(config.data_url))
+    return nearest_images(samples, data, workers, codec=model.denoiser.codec)
 
 
 def _likelihood(config: EvaluateConfig, model: TrainedModel, workers: Workers) -> Likelihood:

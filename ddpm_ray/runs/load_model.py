@@ -11,6 +11,7 @@ from typing import Any, Protocol, TypeVar, cast
 import torch
 
 from ddpm_ray.assembly import checkpoint_loading
+from ddpm_ray.assembly.newest_checkpoint import usable_device
 from ddpm_ray.config.guidance import GuidanceConfig
 from ddpm_ray.config.loading import Checked, ConfigError
 from ddpm_ray.config.sampling import SamplingSettings
@@ -30,16 +31,18 @@ def load(
     device: torch.device | str | None = None,
     tracking_uri: str = "",
     home: Path | None = None,
+    autoencoder: str = "",
 ) -> TrainedModel:
     """Load the model at a folder's URL, `runs:/<run id>/model` or `models:/<name>@<alias>`.
 
     The latter two are looked up at `tracking_uri`; if it is empty, at the default of
-    `resolve_tracking_uri` for `home` or the working directory. Raises CheckpointError,
-    StorageError, TrackingError.
+    `resolve_tracking_uri` for `home` or the working directory. `autoencoder` is the place of the
+    autoencoder of a model of latents if it has moved. Raises CheckpointError, StorageError,
+    TrackingError.
     """
-    device = checkpoint_loading.usable_device(device)  # fail before a download
+    device = usable_device(device)  # fail before a download
     with _local(uri, home or Path.cwd(), tracking_uri) as folder:
-        return checkpoint_loading.trained_model(folder, device)
+        return checkpoint_loading.trained_model(folder, device, autoencoder=autoencoder)
 
 
 class SamplingJob(Checked, Protocol):

@@ -4,6 +4,7 @@ from ddpm_ray.assembly import scoring, training_run
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.dataset import Dataset
 from ddpm_ray.evaluation import sample_quality
+from ddpm_ray.evaluation.ceiling import Ceiling
 from ddpm_ray.evaluation.features.feature_extractor import FeatureNet
 from ddpm_ray.evaluation.reference_statistics import Reference, reference
 from ddpm_ray.evaluation.score_table import scores_alone
@@ -24,7 +25,7 @@ class PeriodicEvaluator:
     ) -> None:
         self._config, self._dataset = config, dataset
         self._state, self._grid_logger = state, grid_logger
-        self._tools: tuple[FeatureNet, Reference] | None = None
+        self._tools: tuple[FeatureNet, Reference, Ceiling | None] | None = None
 
     def evaluate(self, step: int) -> None:
         """Evaluate, store the scores of `step` in the state and pass them to the sink."""
@@ -36,9 +37,14 @@ class PeriodicEvaluator:
             net = scoring.feature_net(wanted, cache, grid_logger.workers.device)
             kept = wanted.kernel_distance_images if wanted.kernel_distance else 0
             kept = min(kept, wanted.num_images)
-            known = reference(self._dataset, net, grid_logger.workers, kernel_images=kept)
-            self._tools = net, known
-        net, known = self._tools
+            codec, workers = grid_logger.denoiser.codec, grid_logger.workers
+            data = scoring.reference_data(wanted, self._dataset)
+            known = reference(data, net, workers, kernel_images=kept, codec=codec)
+            highest = scoring.ceiling(
+                self._dataset, codec, net, known, wanted, workers, self._state.scores
+            )
+            self._tools = net, known, highest
+        net, known, highest = self._tools
         scores = sample_quality.evaluate_samples(
             sample_quality.SampleSet(
                 grid_logger.denoiser,
@@ -52,7 +58,8 @@ class PeriodicEvaluator:
             known,
             grid_logger.workers,
             optional_metrics=scoring.optional_metrics(wanted),
-            held_out=scoring.held_out(wanted, net, grid_logger.workers),
+            held_out=scoring.held_out(wanted, net, grid_logger.workers, grid_logger.denoiser.codec),
+            ceiling=highest,
         )
         self._state.scores = {"step": step, **scores.to_json()}
         if grid_logger.sink is not None:

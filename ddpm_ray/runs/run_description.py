@@ -31,7 +31,7 @@ def run_description(
     lines = _scores(scores) if scores else []  # first: MLflow's page folds the rest
     lines += [
         data_line(config.data.url, dataset),
-        *_model_lines(config, dataset.manifest.image_shape),
+        *_model_lines(config, dataset.manifest.diffused_shape),
         f"**Training** {training.steps:,} steps, global_batch_size {training.global_batch_size}, "
         f"learning rate {training.learning_rate:g}, {training.precision}, seed {config.seed}, "
         f"workers {cluster.num_workers}",

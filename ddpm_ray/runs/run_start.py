@@ -33,7 +33,7 @@ def begin_run(config: RunConfig, dataset: Dataset, folder: str) -> RunStart:
     Raises ConfigError unless `config` continues the run that is there, or begins one; of its
     initial weights, the errors of `initial_weights.py`.
     """
-    shape = dataset.manifest.image_shape
+    shape = dataset.manifest.diffused_shape
     found = CheckpointStore(object_store.join(folder, CHECKPOINTS)).load(groups=())
     facts = found[1].facts if found else None
 

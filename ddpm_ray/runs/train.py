@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ddpm_ray.assembly import diffusion, run_config, training_run
+from ddpm_ray.assembly import diffusion, latents, run_config, training_run
 from ddpm_ray.assembly.autoencoder import require_fitting
 from ddpm_ray.config.loading import ConfigError, flat, to_dict, to_yaml
 from ddpm_ray.config.pack import PackConfig
@@ -98,8 +98,10 @@ def run_training(
     warn_of_another_host(config.tracking.uri)
     dataset = open_or_pack(config)
     check_model(config, dataset)
-    config = run_config.for_images(config, dataset.manifest.image_shape)
-    opened = [dataset, *map(open_dataset, filter(None, [config.evaluation.held_out_url]))]
+    latents.codec_of_data(config.data, dataset)  # raises for an autoencoder that does not fit
+    config = run_config.for_images(config, dataset.manifest.diffused_shape)
+    named = config.evaluation.held_out_url, config.evaluation.reference_url
+    opened = [dataset, *map(open_dataset, filter(None, named))]
     fingerprints = {one.url: one.fingerprint for one in opened}
     folder = object_store.join(config.storage, config.name)
     start = begin_run(config, dataset, folder)
@@ -230,7 +232,11 @@ def with_absolute_paths(config: RunConfig, home: Path) -> RunConfig:
         training=dataclasses.replace(
             config.training, init_from=object_store.absolute(config.training.init_from, home)
         ),
-        data=dataclasses.replace(config.data, url=object_store.absolute(config.data.url, home)),
+        data=dataclasses.replace(
+            config.data,
+            url=object_store.absolute(config.data.url, home),
+            autoencoder=object_store.absolute(config.data.autoencoder, home),
+        ),
         evaluation=evaluate.absolute_evaluation_paths(config.evaluation, home),
         tracking=dataclasses.replace(
             config.tracking, uri=resolve_tracking_uri(home, config.tracking.uri)
@@ -263,6 +269,12 @@ def check_model(config: RunConfig, dataset: Dataset) -> None:
             f"data.url {config.data.url!r} holds {dataset.manifest.codec}; an autoencoder is "
             f"trained on images: name the images that they were encoded from"
         )
+    if dataset.manifest.codec == "latents" and config.objective.low_resolution_pixels:
+        raise ConfigError(
+            f"objective.low_resolution_pixels is {config.objective.low_resolution_pixels}, but "
+            f"{config.data.url} holds latents, which have no low resolution: set it to 0, or train "
+            "on pixels"
+        )
     try:
         schedule = diffusion.noise_schedule(config.schedule)
         diffusion.model_parameterization(config.objective, schedule)
@@ -270,7 +282,7 @@ def check_model(config: RunConfig, dataset: Dataset) -> None:
         raise ConfigError(f"schedule: {error}") from error
     try:
         with torch.device("meta"):
-            training_run.network(config, image_shape)
+            training_run.network(config, dataset.manifest.diffused_shape)
         if reconstructs:
             require_fitting(config, image_shape)
     except ValueError as error:
@@ -282,6 +294,10 @@ def check_model(config: RunConfig, dataset: Dataset) -> None:
             f"model.num_classes is {config.model.num_classes}, but the data in {config.data.url} "
             f"has {counted(known, 'label')}; set model.num_classes={known}"
         )
+    if dataset.manifest.codec == "latents":
+        model = dataclasses.replace(config.sampled_model, has_range=False)
+        if problems := list(config.sampling.problems("sampling", model)):
+            raise ConfigError("\n".join(problems))
     try:
         config.sampling.numbered(dataset.manifest.label_names)
     except ValueError as error:

@@ -13,14 +13,13 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ddpm_ray import fault_injection
-from ddpm_ray.assembly import diffusion, initial_weights, run_config, training_run
+from ddpm_ray.assembly import diffusion, initial_weights, latents, run_config, training_run
 from ddpm_ray.assembly.initial_weights import InitialWeights
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.loading import from_dict
 from ddpm_ray.config.run import RunConfig
-from ddpm_ray.data.codec import codec_named
+from ddpm_ray.data.codec import Codec
 from ddpm_ray.data.dataset import Dataset, DatasetError, open_dataset
-from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.distributed import fatal_errors, placement_groups, startup
 from ddpm_ray.distributed.control_actor import RunControl
 from ddpm_ray.distributed.heartbeat import HeartbeatSender
@@ -97,8 +96,10 @@ def assemble(
     """Build this worker's part of the run, restored from the newest intact checkpoint."""
     _configure_process(config)
     dataset = _opened(config, settings)
+    codec = latents.codec_of_data(config.data, dataset, workers.device)
+    facts = _facts(settings, dataset, codec)
     state = training_run.training_state(
-        config, dataset.manifest.image_shape, workers.device, _facts(settings, dataset)
+        config, dataset.manifest.diffused_shape, workers.device, facts
     )
     log = training_run.step_log(config, dataset.manifest.image_shape, workers)
     guard = DivergenceGuard.of(config.training.on_divergence, config.training.spike_factor)
@@ -109,7 +110,7 @@ def assemble(
         writer.committed, snapshot = found
         _require_same_data(dataset, snapshot.facts["data_fingerprint"], "checkpoint was trained on")
         state.restore(snapshot)
-        saves_first = _record_changes(config, state, snapshot.facts)
+        saves_first = _record_changes(config, dataset, state, snapshot.facts)
         log.resume(snapshot.facts["bands"])
         guard.resume(snapshot.facts["guard"])
         unsent = [Row(**row) for row in snapshot.facts["unsent_rows"]]
@@ -118,7 +119,7 @@ def assemble(
         state.facts["init_from"] = source
     check = writer.store.check_lease
     sink = _tracker(config, settings, unsent, check) if workers.is_main else None
-    outputs = _outputs(config, settings["folder"], dataset, state, workers, sink)
+    outputs = _outputs(config, settings["folder"], dataset, codec, state, workers, sink)
     return Run(
         plan=training_run.plan(config, workers.count),
         state=state,
@@ -155,6 +156,7 @@ def _outputs(
     config: RunConfig,
     folder: str,
     dataset: Dataset,
+    codec: Codec,
     state: TrainingState,
     workers: Workers,
     sink: Tracker | None,
@@ -164,7 +166,7 @@ def _outputs(
         url = object_store.join(folder, "pictures")
         found = AutoencoderOutputs(config, dataset, state, workers, url, sink)
         return Outputs(found.draw_grid, _nothing, found.evaluate, _nothing)
-    grid_logger = _grid_logger(config, folder, dataset, state, workers, sink)
+    grid_logger = _grid_logger(config, folder, dataset, codec, state, workers, sink)
     draws = config.traits.draws_images
     return Outputs(
         grid_logger.log_grid if draws else _nothing,
@@ -174,13 +176,15 @@ def _outputs(
     )
 
 
-def _record_changes(config: RunConfig, state: TrainingState, facts: dict[str, Any]) -> bool:
+def _record_changes(
+    config: RunConfig, dataset: Dataset, state: TrainingState, facts: dict[str, Any]
+) -> bool:
     """Hand on the history in `facts`, of the checkpoint; add and report what `config` changes.
 
     Recorded here and not by the driver: a damaged checkpoint may lead to an older one than it saw.
     """
     state.facts |= run_config.run_history(facts)
-    made = run_config.run_changes(config, facts, ImageShape(*state.facts["image_shape"]))
+    made = run_config.run_changes(config, facts, dataset.manifest.diffused_shape)
     if made:
         state.facts["changes"] = made
     return len(made) > len(facts.get("changes", []))
@@ -198,14 +202,13 @@ def _grid_logger(
     config: RunConfig,
     folder: str,
     dataset: Dataset,
+    codec: Codec,
     state: TrainingState,
     workers: Workers,
     sink: Tracker | None,
 ) -> SampleGridLogger:
     """Build the sampler of the EMA weights; all workers draw."""
-    denoiser = diffusion.denoiser(
-        config, state.ema.model, workers.device, codec_named(dataset.manifest.codec)
-    )
+    denoiser = diffusion.denoiser(config, state.ema.model, workers.device, codec)
     denoiser = training_run.with_low_resolution(
         denoiser, config.data, dataset, GRID_IMAGES, workers.device
     )
@@ -236,12 +239,12 @@ def _tracker(
 
 
 def _opened(config: RunConfig, settings: dict[str, Any]) -> Dataset:
-    """Open the data set; check that it and the held-out one are those that the driver opened."""
+    """Open the data set; check that all are those that the driver opened."""
     fault_injection.at("open")
     dataset = open_dataset(config.data.url)
-    held_out = filter(None, [config.evaluation.held_out_url])
+    named = filter(None, [config.evaluation.held_out_url, config.evaluation.reference_url])
     seen = settings.get("fingerprints", {})
-    for one in (dataset, *map(open_dataset, held_out)):
+    for one in (dataset, *map(open_dataset, named)):
         _require_same_data(one, seen.get(one.url, one.fingerprint), "driver saw")
     return dataset
 
@@ -259,14 +262,14 @@ def _require_same_data(dataset: Dataset, wanted: str, whose: str) -> None:
         )
 
 
-def _facts(settings: dict[str, Any], dataset: Dataset) -> dict[str, Any]:
+def _facts(settings: dict[str, Any], dataset: Dataset, codec: Codec) -> dict[str, Any]:
     """Facts on the run that each checkpoint stores."""
     return {
         "config": settings["config"],
         "version": package_version(),
         "image_shape": list(dataset.manifest.image_shape),
         "data_fingerprint": dataset.fingerprint,
-        "codec": dataset.manifest.codec,
+        **latents.codec_facts(codec),
         "identity": settings["identity"],
         "label_names": list(dataset.manifest.label_names),
     }

@@ -14,7 +14,7 @@ from ddpm_ray.config.sampling import SampledModel, SamplingSettings
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.data.low_resolution import enlarged, low_resolution_size
 from ddpm_ray.diffusion.samplers import OnStep
-from ddpm_ray.sampling import editing
+from ddpm_ray.sampling import canvas, editing
 from ddpm_ray.sampling.array_arguments import as_images, as_mask
 from ddpm_ray.sampling.denoiser import Denoiser
 from ddpm_ray.sampling.editing import Mask, Painting
@@ -46,6 +46,9 @@ class TrainedModel:
     labels[i % len(labels)], given by number or name; without `labels`, all classes in turn.
     `batch_size` is the number of images per network call; it changes results only by rounding (one
     grey level in few pixels). All methods raise ValueError for invalid arguments.
+
+    A model of latents takes and returns pixels as well, through its autoencoder. Known pixels stay
+    as they are, and a latent counts as known where all its pixels are.
 
     Images to edit are uint8 arrays, torch tensors, or lists of these or of PIL images. Large images
     are denoised in windows of the model's size that overlap by half.
@@ -128,14 +131,16 @@ class TrainedModel:
         """
         chosen = self._chosen(settings, repaint=method == "repaint")
         plan, painting = self._plan(chosen), Painting(method, resamples, jump_length)
-        known, size = as_images(images, self.image_shape.channels), self.image_size
-        keep = torch.from_numpy(as_mask(mask, known)).to(self.device)
+        known, size = as_images(images, self.image_shape.channels), self._window
+        keep = as_mask(mask, known)
+        cells = canvas.known_cells(keep, self.denoiser.codec.factor).to(self.device)
 
         def edit(x: Tensor, index: Tensor) -> Tensor:
-            rows = keep if len(keep) == 1 else keep[index]
+            rows = cells if len(cells) == 1 else cells[index]
             return editing.inpaint(self.denoiser, plan, painting, x, rows, index, size)
 
-        return self._edited(edit, known, chosen.batch_size)
+        painted = self._edited(edit, known, chosen.batch_size)
+        return np.where(keep[:, 0, :, :, None], known, painted)
 
     @checks_arguments
     def outpaint(
@@ -170,7 +175,7 @@ class TrainedModel:
         them. Takes about strength times `steps` steps. (Meng et al. 2022, arXiv:2108.01073.)
         """
         chosen = self._chosen(settings)
-        plan, size = self._plan(chosen), self.image_size
+        plan, size = self._plan(chosen), self._window
 
         def edit(x: Tensor, index: Tensor) -> Tensor:
             return editing.image_to_image(self.denoiser, plan, strength, x, index, size)
@@ -239,7 +244,7 @@ class TrainedModel:
         """
         settings.setdefault("guidance_scale", 1.0)
         chosen = self._deterministic(settings)
-        plan, size = self._plan(chosen), self.image_size
+        plan, size = self._plan(chosen), self._window
 
         def edit(x: Tensor, index: Tensor) -> Tensor:
             return editing.reconstruct(self.denoiser, plan, iterations, x, index, size)
@@ -263,7 +268,13 @@ class TrainedModel:
             of.variance != "fixed",
             of.guidance_model is not None if guided_by_model is None else guided_by_model,
             of.guidance_classes,
+            has_range=of.codec.clip() is not None,
         )
+
+    @property
+    def _window(self) -> tuple[int, int]:
+        """(h, w) of what the network sees: of x_0 for images of the model's shape."""
+        return self.denoiser.codec.shape(self.image_shape)[1:]
 
     def _plan(self, settings: SamplingSettings) -> SamplingPlan:
         """The sampling plan of `settings`; raises ValueError for unsupported ones."""
@@ -283,7 +294,10 @@ class TrainedModel:
     def _edited(
         self, edit: Callable[[Tensor, Tensor], Tensor], images: Images, batch_size: int
     ) -> Images:
-        """Apply `edit(x [b, C, H, W], indices [b])` to all images in batches."""
+        """Apply `edit(x_0 [b, c, h, w], indices [b])` to all images in batches.
+
+        Sides that the factor of latents does not divide are padded, and cut off afterwards.
+        """
         found = as_images(images, self.image_shape.channels)
         size, (count, height, width, _) = self.image_size, found.shape
         codec = self.denoiser.codec
@@ -292,9 +306,11 @@ class TrainedModel:
                 f"images are {height} x {width}; the model edits images of at least {size[0]} x "
                 f"{size[1]}: enlarge them, or outpaint with margins"
             )
-        at_once = max(1, batch_size // editing.windows(height, width, size))
+        whole = canvas.padded(found, codec.factor)
+        rows, columns = (side // codec.factor for side in whole.shape[1:3])
+        at_once = max(1, batch_size // editing.windows(rows, columns, self._window))
         parts = []
         for index in torch.split(torch.arange(count), at_once):
-            x = codec.encode(torch.from_numpy(found[index.numpy()]).to(self.device))
-            parts.append(codec.decode(edit(x, index.to(self.device))))
-        return np.concatenate(parts)
+            x_0 = codec.encode_images(torch.from_numpy(whole[index.numpy()]).to(self.device))
+            parts.append(codec.decode(edit(x_0, index.to(self.device))))
+        return np.ascontiguousarray(np.concatenate(parts)[:, :height, :width])

@@ -50,7 +50,7 @@ class SamplingPlan:
 
     def clipping(self, codec: Codec) -> Clip | None:
         """The function that clips estimates of x_0; None: no clipping."""
-        if not self.settings.clip:
+        if self.settings.clip is False:
             return None
         return codec.clip(self.settings.dynamic_quantile)
 
@@ -92,7 +92,7 @@ def draw(
     *,
     on_step: OnStep | None = None,
 ) -> Tensor:
-    """Draw the images `index` [N] int64: float32 [N, C, H, W], about in [-1, 1].
+    """Draw the images `index` [N] int64: float32 [N, C, H, W], pixels about in [-1, 1].
 
     `on_step(t, x_t, x_0_estimate)` is called at each step and must copy
     tensors that it keeps. Raises ValueError for steps that the sampler does not support.

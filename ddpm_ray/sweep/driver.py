@@ -18,14 +18,14 @@ from typing import Any
 
 from ray import tune
 
-from ddpm_ray.assembly import diffusion
+from ddpm_ray.assembly import diffusion, latents
 from ddpm_ray.assembly.run_config import comparable
 from ddpm_ray.config.loading import flat, from_dict, to_dict, with_values
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.sweep import SweepConfig
-from ddpm_ray.data.codec import codec_named
 from ddpm_ray.data.dataset import Dataset
 from ddpm_ray.data.image_shape import ImageShape
+from ddpm_ray.data.latent_codec import codec_of
 from ddpm_ray.diffusion.schedule_diagnostics import ScheduleDiagnostics, diagnose_schedule
 from ddpm_ray.distributed import connection
 from ddpm_ray.distributed.failures import RunFailedError
@@ -95,11 +95,12 @@ def run_sweep(
     config = replace(config, run=with_absolute_paths(config.run, home))
     dataset = open_or_pack(config.run)
     check_model(config.run, dataset)
+    latents.codec_of_data(config.run.data, dataset)  # raises for an autoencoder that does not fit
     folder = object_store.join(config.run.storage, config.name)
     identity = claim(
         folder,
         {"sweep": to_dict(config), "data_fingerprint": dataset.fingerprint},
-        lambda begun: _changed_keys(config, begun, dataset.manifest.image_shape),
+        lambda begun: _changed_keys(config, begun, dataset.manifest.diffused_shape),
     )
     cluster = config.run.cluster
     workers = cluster.num_workers * max(1, config.trials_at_once)
@@ -213,8 +214,8 @@ def schedule_diagnostics(
     check_model(run, dataset)
     schedule = diffusion.noise_schedule(run.schedule)
     manifest = dataset.manifest
-    squares = codec_named(manifest.codec).mean_square(manifest.pixel_mean, manifest.pixel_std)
-    shape = manifest.image_shape
+    squares = codec_of(manifest).mean_square(manifest.pixel_mean, manifest.pixel_std)
+    shape = manifest.diffused_shape
     return diagnose_schedule(schedule, squares, shape.height * shape.width)
 
 

@@ -12,8 +12,8 @@ from PIL import Image
 
 from ddpm_ray.config.loading import flat, to_yaml
 from ddpm_ray.config.sweep import SweepConfig
-from ddpm_ray.data.codec import codec_named
 from ddpm_ray.data.dataset import Dataset
+from ddpm_ray.data.latent_codec import codec_of
 from ddpm_ray.evaluation.loss_by_snr import linear_guess
 from ddpm_ray.redaction import counted
 from ddpm_ray.runs.run_description import code, data_line, own_command
@@ -69,7 +69,7 @@ class SweepRun:
             description=(description := _description(config, dataset)),
         )
         manifest = dataset.manifest
-        variance = codec_named(manifest.codec).variance(manifest.pixel_std)
+        variance = codec_of(manifest).variance(manifest.pixel_std)
         return cls(config, folder, identity, run, variance, description)
 
     @property

@@ -26,7 +26,7 @@ None if t is uniform."""
 class NoisyBatch:
     """Inputs of the loss for b images, in the order of their positions."""
 
-    x_0: Tensor  # float32 [b, C, H, W] in [-1, 1]
+    x_0: Tensor  # float32 [b, C, H, W], pixels in [-1, 1] or latents
     t: Tensor  # int64 [b]
     importance: Tensor | None  # float [b], importance weights with expectation 1
     noise: Tensor  # [b, C, H, W]
@@ -52,10 +52,14 @@ class NoisingRecipe:
     def noisy_batch(
         self, images: Tensor, labels: Tensor, step: int, positions: Tensor, device: torch.device
     ) -> NoisyBatch:
-        """Prepare images [b, H, W, C] uint8 and labels [b] at global positions [b] of `step`."""
+        """Prepare stored samples and labels [b] at global positions [b] of `step`.
+
+        Samples are images [b, H, W, C] uint8, or what else `codec` takes.
+        """
         seed = self.seed
         flips = counter_rng.coin(seed, Purpose.FLIP, step, positions) if self.flip else None
-        x_0 = self.codec.encode(images.to(device, non_blocking=True), flips)
+        stored = images.to(device, non_blocking=True)
+        x_0 = self.codec.draw(stored, flips, seed, step, positions)
         x_0 = x_0.contiguous(memory_format=self.memory_format)
         shape = tuple(x_0.shape[1:])
         t, importance = self.steps(step, positions)

@@ -30,10 +30,10 @@ class Validator:
 
     state: TrainingState
     denoiser: Denoiser  # of the EMA weights
-    images: Tensor  # uint8 [n, H, W, C]: this worker's, whole groups of one image per level
+    images: Tensor  # [n, ...] as stored: this worker's, whole groups of one image per level
     labels: Tensor  # int64 [n]
     first_index: int  # index of the first of them among all workers' images
-    variance: float  # of pixels in [-1, 1], for the levels outside the schedule's range
+    variance: float  # of x_0, for the levels outside the schedule's range
     workers: Workers
     sink: Sink | None  # on the main worker
     batch_size: int = 64
@@ -62,8 +62,8 @@ class Validator:
 
     def _losses_by_level(self, images: Tensor, start: int, levels: Tensor) -> Tensor:
         device = self.workers.device
-        x_0 = self.denoiser.codec.encode(images.to(device))
         index = torch.arange(len(images), device=device) + self.first_index + start
+        x_0 = self.denoiser.codec.draw(images.to(device), None, SEED, 0, index)
         noise = counter_rng.normal(SEED, Purpose.VALIDATION, 0, index, tuple(x_0.shape[1:]))
         labels = self.labels[start : start + len(images)].to(device)
         conditioning = self.denoiser.takes.of_data(x_0, labels).repeat(2)  # two timesteps each

@@ -21,6 +21,7 @@ from benchmarks.gpu.tiny import config_of
 from benchmarks.gpu.tiny_keys import AUTOENCODER
 from ddpm_ray.assembly import checkpoint_loading, diffusion, run_config, training_run
 from ddpm_ray.assembly.autoencoder_loading import trained_autoencoder
+from ddpm_ray.assembly.newest_checkpoint import usable_device
 from ddpm_ray.config.evaluation import EvaluationConfig
 from ddpm_ray.config.loading import ConfigError, load_config, to_dict
 from ddpm_ray.config.run import RunConfig
@@ -320,7 +321,7 @@ def test_a_device_that_is_not_there_is_reported_before_anything_is_read(
 
 @pytest.mark.parametrize("device", [None, "", "cpu", torch.device("cpu")])
 def test_a_device_that_is_there_is_taken(device: torch.device | str | None) -> None:
-    here = checkpoint_loading.usable_device(device)
+    here = usable_device(device)
     assert here.type == ("cuda" if torch.cuda.is_available() and not device else "cpu")
 
 
@@ -335,12 +336,11 @@ def test_the_stored_codec_is_used_to_train_and_to_sample(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = HalfRange()
-    monkeypatch.setattr(run_config, "codec_named", {"pixels": PIXELS, "half": other}.get)
-    monkeypatch.setattr(run_config, "CODECS", ("pixels", "half"))
+    monkeypatch.setattr(run_config, "PIXELS", other)
     config = configured()
-    run = committed(config, tmp_path / "run", codec="half")
+    run = committed(config, tmp_path / "run", codec="pixels")
     assert checkpoint_loading.trained_model(run).denoiser.codec is other
-    state = training_run.training_state(config, ImageShape(8, 8, 3), CPU, {"codec": "half"})
+    state = training_run.training_state(config, ImageShape(8, 8, 3), CPU, {"codec": "pixels"})
     assert diffusion.objective(config, state, CPU).noising.codec is other
 
 

@@ -4,12 +4,21 @@ import hashlib
 from pathlib import Path
 
 import numpy as np
+import torch
 
+from ddpm_ray.assembly.autoencoder_loading import trained_autoencoder
+from ddpm_ray.config.encode import EncodeConfig
 from ddpm_ray.data import shards
-from ddpm_ray.data.dataset import Dataset, LatentShardRow, Recipe, write_index
+from ddpm_ray.data.dataset import Dataset, LatentShardRow, Recipe, open_dataset, write_index
 from ddpm_ray.data.image_shape import ImageShape, LatentShape
 from ddpm_ray.data.latent_sums import latent_sums
+from ddpm_ray.data.packing import latent_packer
 from ddpm_ray.data.shards import Latents
+from ddpm_ray.models.autoencoder import Autoencoder, AutoencoderSpec
+from ddpm_ray.models.interop import autoencoder_kl
+from ddpm_ray.sampling.autoencoder import TrainedAutoencoder
+from ddpm_ray.storage.object_store import write_bytes
+from tests.noise import pack_noise
 
 VIEWS = ("plain", "flipped")
 
@@ -56,3 +65,25 @@ def write_latents(
         autoencoder_sha256="a" * 64,
     )
     return write_index(str(folder), recipe, rows)
+
+
+def write_autoencoder(folder: Path, channels: int = 1, side: int = 8) -> TrainedAutoencoder:
+    """Write an autoencoder of factor 2 with random weights, as diffusers does, and load it."""
+    spec = AutoencoderSpec(channels, 2, 4, (1, 1), 1, 2, middle_attention=False)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        tensors = Autoencoder(spec).state_dict()
+    autoencoder_kl.write_folder(folder, spec, tensors, (side, side), write_bytes)
+    return trained_autoencoder(str(folder))
+
+
+def encode_noise(folder: Path, images: int = 45, side: int = 8) -> str:
+    """Write noise to pixels/, an autoencoder to autoencoder/, latents to latents/; their URL."""
+    pack_noise(str(folder / "pixels"), images, side)
+    autoencoder = write_autoencoder(folder / "autoencoder", side=side)
+    source = open_dataset(str(folder / "pixels"))
+    plan = latent_packer.make_encoding_plan(
+        source, str(folder / "latents"), autoencoder, EncodeConfig(flipped=True)
+    )
+    encoded = [latent_packer.encode_shard(plan, n, autoencoder) for n in range(plan.shards)]
+    return latent_packer.finish_latents(plan, encoded).url

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ddpm_ray.data import arrow_io, shard_index
-from ddpm_ray.data.codec import PIXELS, channels_first, channels_last, codec_named
+from ddpm_ray.data.codec import PIXELS, channels_first, channels_last
 from ddpm_ray.data.dataset import Dataset, DatasetError, open_dataset
 from ddpm_ray.data.image_shape import ImageShape
+from ddpm_ray.data.latent_codec import codec_of
 
 MakeDataset = Callable[..., Dataset]
 
@@ -114,7 +115,7 @@ def test_a_set_without_a_name_holds_pixels(make_dataset: MakeDataset) -> None:
     """As every set of format 1, whose manifests and fingerprints stay as they are."""
     dataset = open_dataset(make_dataset(10, 4).url)
     assert "codec" not in json.loads((Path(dataset.url) / "manifest.json").read_text())
-    assert codec_named(dataset.manifest.codec) is PIXELS
+    assert codec_of(dataset.manifest) is PIXELS
 
 
 def test_an_unknown_codec_is_refused_by_its_name(make_dataset: MakeDataset) -> None:

@@ -17,11 +17,18 @@ from ddpm_ray.data.latent_codec import LatentCodec, posterior_noise
 from ddpm_ray.data.loader import read_images
 from ddpm_ray.data.packing import packer
 from ddpm_ray.data.shards import Latents
+from ddpm_ray.models.autoencoder import Posterior
 from tests.data.latent_sets import random_latents, write_latents
 
 
 class Doubling:
     """Decodes a latent of one channel to 2 x 2 equal pixels."""
+
+    url, sha256 = "memory", ""
+
+    def encode_uint8(self, images: Tensor) -> Posterior:
+        mean = images[:, ::2, ::2, 0][:, None].float()
+        return Posterior(mean, torch.full_like(mean, -30))
 
     def decode_uint8(self, z: Tensor) -> UInt8s:
         grey = z.repeat_interleave(2, 2).repeat_interleave(2, 3)[:, 0, :, :, None]

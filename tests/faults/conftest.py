@@ -2,6 +2,7 @@
 
 import pytest
 
+from tests.data.latent_sets import encode_noise
 from tests.noise import pack_noise
 
 
@@ -19,3 +20,9 @@ def larger_noise_shards(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = str(tmp_path_factory.mktemp("larger-noise"))
     pack_noise(folder, images=45, side=24)
     return folder
+
+
+@pytest.fixture(scope="session")
+def latent_shards(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The same number of latents, of 2 x 4 x 4, with both views."""
+    return encode_noise(tmp_path_factory.mktemp("latents"), images=45, side=8)

@@ -72,6 +72,23 @@ def test_rows_that_mlflow_has_not_yet_come_out_of_the_checkpoint(
     assert life.end().same_rows() == unbroken.same_rows()
 
 
+def test_a_run_on_latents_survives_kills_too(latent_shards: str, tmp_path: Path) -> None:
+    """The posteriors are drawn by (seed, step, position), the views by the flip's coin."""
+    overrides = (*TINY, "data.flip=true", "training.grid_every_steps=12", "sampling.batch_size=4")
+    lives = [Life(tmp_path / name, latent_shards, overrides) for name in ("whole", "killed")]
+    whole, killed = lives
+    whole.drive()
+    assert whole.live(WORKERS)
+    killed.drive()
+    planned = f"{tmp_path / 'fired'} kill@gradient:7/1 kill@commit:15/0"
+    while not killed.live(WORKERS, planned):
+        assert killed.lives <= 2
+    assert killed.lives == 3
+    unbroken, ended = whole.end(), killed.end()
+    assert ended.hashes == unbroken.hashes
+    assert ended.same_rows() == unbroken.same_rows()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(100))
 def test_any_kills_leave_the_same_run(

@@ -169,7 +169,7 @@ def test_diffusion_in_the_latents_adds_the_error_of_its_steps(count: int) -> Non
         return (1 - schedule.at(t, x_t)).sqrt() * x_t
 
     x_T = design(torch.ones(D, dtype=torch.float64))
-    z = samplers.ddim(schedule, exact, x_T, steps.tolist(), clip=None)
+    z = samplers.ddim(X0Estimator(schedule, exact, clip=None), x_T, steps.tolist())
     with torch.no_grad():
         images = trained().model.decode(z)
     gain = schedule.alpha_bar[steps].sqrt().acos().diff().cos().prod()

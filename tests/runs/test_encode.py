@@ -74,7 +74,7 @@ def test_one_shard_is_encoded_here_and_then_found(
     assert 0 <= first["preview_r_squared"] <= 1
     assert "encoded: 1797 samples, plain and flipped, images 8x8x1, latents 2x4x4" in printed.err
     dataset = open_dataset(first["destination"])
-    codec = LatentCodec.of(dataset.manifest, trained_autoencoder(autoencoder))
+    codec = LatentCodec.of(dataset.manifest).bound(trained_autoencoder(autoencoder))
     (stored,), (images,) = read_images(dataset, [0]), read_images(source, [0])
     model = trained_autoencoder(autoencoder).model
     with torch.no_grad():

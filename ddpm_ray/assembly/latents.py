@@ -1,0 +1,104 @@
+"""The codec of a run's data; that of latents is bound to the autoencoder that encoded them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ddpm_ray.assembly.autoencoder_loading import trained_autoencoder
+from ddpm_ray.assembly.run_config import saved_codec
+from ddpm_ray.config.data import DataConfig
+from ddpm_ray.config.loading import ConfigError
+from ddpm_ray.data.codec import Codec
+from ddpm_ray.data.dataset import Dataset, DatasetError
+from ddpm_ray.data.encoding_record import RECORD, read_encoding
+from ddpm_ray.data.latent_codec import LatentCodec, codec_of
+from ddpm_ray.models.interop.diffusers_config import UnsupportedModelError
+from ddpm_ray.sampling.autoencoder import TrainedAutoencoder
+from ddpm_ray.training.checkpoint_folder import CheckpointError
+
+
+def codec_of_data(
+    config: DataConfig, dataset: Dataset, device: torch.device | str = "cpu"
+) -> Codec:
+    """The codec of the training data, with the autoencoder of data.autoencoder on `device`.
+
+    Raises ConfigError or DatasetError, in one line, for an autoencoder other than the one that
+    encoded the latents, for latents without one, and for pixels with one.
+    """
+    codec = codec_of(dataset.manifest)
+    if not isinstance(codec, LatentCodec):
+        if config.autoencoder:
+            raise ConfigError(
+                f"data.autoencoder is {config.autoencoder!r}, but data.url holds {codec.name}: "
+                "leave it out, or encode them with `ddpm-ray encode` and name those latents"
+            )
+        return codec
+    if config.flip:
+        try:
+            codec.require_flipped()
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+    url = config.autoencoder
+    if not url:
+        record = read_encoding(dataset)
+        if record is None:
+            problem = f"the autoencoder of these latents is unknown, as there is no {RECORD}"
+            raise DatasetError(dataset.url, problem, "name its URL, as in data.autoencoder=runs/ae")
+        url = record.autoencoder
+    try:
+        return codec.bound(_autoencoder(url, dataset.manifest.autoencoder_sha256, device))
+    except ValueError as error:
+        remedy = "name the one that encoded them, as in data.autoencoder=runs/ae"
+        raise DatasetError(dataset.url, str(error), remedy) from error
+
+
+def codec_facts(codec: Codec) -> dict[str, Any]:
+    """The facts by which a checkpoint's codec is rebuilt: its name, statistics, autoencoder."""
+    if not isinstance(codec, LatentCodec):
+        return {"codec": codec.name}
+    assert codec.autoencoder is not None  # codec_of_data has bound it
+    return {
+        "codec": codec.name,
+        "latents": {
+            "channels": codec.channels,
+            "factor": codec.factor,
+            "views": list(codec.views),
+            "mean": list(codec.mean),
+            "std": list(codec.std),
+        },
+        "autoencoder": {"url": codec.autoencoder.url, "sha256": codec.autoencoder.sha256},
+    }
+
+
+def bound_codec(
+    facts: Mapping[str, Any], where: str, device: torch.device | str, autoencoder: str = ""
+) -> Codec:
+    """The codec of a checkpoint with these facts, with its autoencoder on `device`.
+
+    `autoencoder` is its URL if it has moved; `where` is the checkpoint's URL. Raises
+    CheckpointError for another autoencoder than the one that encoded the training data.
+    """
+    codec = saved_codec(facts, where)
+    if not isinstance(codec, LatentCodec):
+        return codec
+    held = facts["autoencoder"]
+    try:
+        return codec.bound(_autoencoder(autoencoder or held["url"], held["sha256"], device))
+    except ValueError as error:
+        remedy = "name the one that encoded them, as in load(run, autoencoder='runs/ae')"
+        raise CheckpointError(where, str(error), remedy) from error
+
+
+def _autoencoder(url: str, sha256: str, device: torch.device | str) -> TrainedAutoencoder:
+    """Load the autoencoder at `url`. Raises ValueError if it is none, or another than `sha256`."""
+    try:
+        found = trained_autoencoder(url, device)
+    except (CheckpointError, ConfigError, UnsupportedModelError) as error:
+        raise ValueError(f"the autoencoder of these latents does not load: {error}") from error
+    if found.sha256 != sha256:
+        raise ValueError(
+            f"these latents were encoded by the autoencoder of sha256 {sha256[:12]}, and that of "
+            f"{url} is {found.sha256[:12]}"
+        )
+    return found

@@ -1,0 +1,55 @@
+"""Read the images of a data set; those of a set of latents are decoded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ddpm_ray.data.codec import PIXELS, Codec
+from ddpm_ray.data.dataset import Dataset, DatasetError
+from ddpm_ray.data.latent_codec import LatentCodec
+from ddpm_ray.data.loader import read_images
+
+DECODED_AT_ONCE = 32  # images in one call of the autoencoder
+SEED = 0  # of the draws from the posteriors
+
+
+def image_codec(dataset: Dataset, codec: Codec) -> Codec:
+    """Return the codec that decodes the samples of `dataset`, for a model that has `codec`.
+
+    Raises DatasetError for latents that the model's autoencoder did not encode.
+    """
+    if dataset.manifest.codec == "pixels":
+        return PIXELS
+    autoencoder = codec.autoencoder if isinstance(codec, LatentCodec) else None
+    if autoencoder is None or autoencoder.sha256 != dataset.manifest.autoencoder_sha256:
+        problem = "it holds latents that the model's autoencoder did not encode"
+        raise DatasetError(dataset.url, problem, "name the data set of pixels")
+    return LatentCodec.of(dataset.manifest).bound(autoencoder)
+
+
+def read_decoded(
+    dataset: Dataset, codec: Codec, shard_numbers: range, wanted: Tensor | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield positions [n] and images uint8 [n, H, W, C] of each of these shards.
+
+    `codec` is that of the model: see `image_codec`. Latents are drawn from their posteriors; the
+    draw depends on the position only. `wanted` [samples] bool: images to yield; None: all.
+    """
+    own, position = image_codec(dataset, codec), int(dataset.counts[: shard_numbers.start].sum())
+    for stored, _ in read_images(dataset, shard_numbers):
+        positions = torch.arange(position, position + len(stored))
+        position += len(stored)
+        if wanted is not None:
+            chosen = wanted[positions]
+            positions, stored = positions[chosen], stored[chosen]
+        if own is not PIXELS and len(stored):
+            parts = (torch.split(each, DECODED_AT_ONCE) for each in (stored, positions))
+            draws = (own.draw(part, None, SEED, 0, at) for part, at in zip(*parts, strict=True))
+            decoded = [own.decode(x_0) for x_0 in draws]
+            stored = torch.from_numpy(np.concatenate(decoded))
+        if len(stored):
+            yield positions, stored
