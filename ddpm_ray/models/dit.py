@@ -114,7 +114,7 @@ class DiT(nn.Module):
         self.time = TimeEmbedding(FREQUENCIES, width, COSINES_FIRST)
         channels_in = spec.image_channels + spec.condition_channels
         self.patch = nn.Conv2d(channels_in, width, kernel_size=patch, stride=patch)
-        self.blocks = nn.ModuleList(Block(spec) for _ in range(spec.depth))
+        self.blocks = nn.ModuleList(DiTBlock(spec) for _ in range(spec.depth))
         self.modulation_out = nn.Linear(width, 2 * width)
         self.out = nn.Linear(width, patch**2 * spec.channels_out)
         self.label = nn.Embedding(classes + 1, width) if classes else None
@@ -166,7 +166,7 @@ class DiT(nn.Module):
             zero_init(layer)
 
 
-class Block(nn.Module):
+class DiTBlock(nn.Module):
     """A transformer block with adaLN-Zero: [B, N, D], [B, D] -> [B, N, D]; the identity at first.
 
     (Section 3.2 and figure 3.)

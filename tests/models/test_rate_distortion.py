@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ddpm_ray.diffusion import NoiseSchedule, samplers, schedules
+from ddpm_ray.diffusion.x0_estimator import X0Estimator
 from ddpm_ray.evaluation.frechet import frechet_distance
 from ddpm_ray.models.autoencoder import Autoencoder, AutoencoderSpec, Posterior
 
