@@ -71,7 +71,7 @@ def test_a_run_goes_on_with_fewer_workers_and_again_with_more() -> None:
     back: list[int] = []
 
     def strike(line: str) -> None:
-        if "saving now" in line:
+        if "saving a checkpoint now" in line:
             nodes.at(SECOND).kill("raylet")
         if not line.startswith("step "):
             return

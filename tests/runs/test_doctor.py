@@ -1,8 +1,10 @@
 """The doctor: a healthy set-up passes, each broken part is one line with its remedy, in time."""
 
 import contextlib
+import errno
 import http.server
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -14,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -23,6 +26,7 @@ from ddpm_ray.runs.doctor.checks import Finding, clock
 from ddpm_ray.storage import object_store
 from ddpm_ray.storage.errors import StorageError
 from ddpm_ray.tracking.tracking_uri import resolve_tracking_uri
+from ddpm_ray.training.writer_lease import Lease
 
 ROOT = Path(__file__).parents[2]
 UseS3 = Callable[[str, str], str]
@@ -228,6 +232,54 @@ def test_a_database_is_tried_where_runs_would_make_it(tmp_path: Path, mlflow_dat
     assert isinstance(finding, Finding)
     assert finding.verdict == "fail"
     assert "not a database" in finding.found
+
+
+@pytest.mark.parametrize(
+    "answer, verdict, says",
+    [
+        ("honours", "ok", "honoured"),
+        ("ignores", "ok", "ignored by this store; ddpm-ray does not need it"),
+        ("refuses", "fail", "refused (a header is not implemented), and each start of a run needs"),
+    ],
+)
+def test_a_bucket_may_ignore_the_condition_and_not_refuse_it(
+    answer: str, verdict: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put = MemoryFileSystem.pipe_file
+
+    def pipe_file(bucket: Any, path: str, value: bytes, mode: str = "overwrite") -> None:
+        if mode == "create" and answer == "refuses":
+            raise NotImplementedError("a header is not implemented")
+        put(bucket, path, value, mode if answer == "honours" else "overwrite")
+
+    monkeypatch.setattr(MemoryFileSystem, "pipe_file", pipe_file)
+    place = f"memory://{tmp_path.name}"
+    found = checks.storage_keeps(DoctorConfig(storage=place), tmp_path)
+    by_name = by_check([one for one in found if isinstance(one, Finding)])
+    assert by_name["storage"].verdict == "ok"
+    assert by_name["conditional put"].verdict == verdict
+    assert says in by_name["conditional put"].found
+    assert object_store.file_names(place) == []
+    if verdict == "fail":
+        with pytest.raises(StorageError, match="a header is not implemented"):
+            Lease.first(place)
+
+
+@pytest.mark.parametrize("number, verdict", [(errno.EPERM, "ok"), (errno.EACCES, "fail")])
+def test_a_folder_is_tried_by_a_new_file_as_a_lease_is(
+    number: int, verdict: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the name is taken the system says so, whether it has hard links or not."""
+
+    def link(source: Path, target: Path) -> None:
+        raise FileExistsError if target.exists() else OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "link", link)
+    found = list(checks.storage_keeps(DoctorConfig(storage=str(tmp_path)), tmp_path))
+    assert [one.verdict for one in found if isinstance(one, Finding)] == ["ok", verdict]
+    assert list(tmp_path.iterdir()) == []
+    with contextlib.nullcontext() if verdict == "ok" else pytest.raises(StorageError, match="not"):
+        Lease.first(str(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -118,7 +118,7 @@ def storage_keeps(config: DoctorConfig, home: Path) -> Iterator[Finding | Clock]
                 yield clock(
                     "bucket", object_store.modified_s(test_object), before, after, resolution_s=1
                 )
-            aside.append(_conditional_put(test_object))
+            aside.append(_conditional_put(f"{test_object}.new"))
         finally:
             object_store.delete(test_object)
             if made:
@@ -167,13 +167,22 @@ def _joins_a_cluster(config: DoctorConfig) -> bool:
     return bool(config.address or os.environ.get("RAY_ADDRESS"))
 
 
-def _conditional_put(test_object: str) -> Finding:
-    """Report on conditional writes, for information: most servers ignore them; none is needed."""
+def _conditional_put(name: str) -> Finding:
+    """Create an object twice by conditional writes, and delete it, as each start of a run does.
+
+    Most servers ignore the condition, which costs nothing; one that refuses it takes no run. The
+    name is new, because where there is a file a folder without hard links answers "exists".
+    """
     try:
-        kept = not object_store.write_new_bytes(test_object, b"second")
-        found = "honoured" if kept else "ignored by this store; ddpm-ray does not need it"
+        object_store.write_new_bytes(name, b"first")
+        kept = not object_store.write_new_bytes(name, b"second")
     except StorageError as error:
-        found = f"refused ({error.args[1]}); ddpm-ray does not need it"
+        found = f"refused ({error.args[1]}), and each start of a run needs one"
+        remedy = "use another storage: one that creates new objects, with or without the condition"
+        return Finding("conditional put", "fail", found, remedy)
+    finally:
+        object_store.delete(name)
+    found = "honoured" if kept else "ignored by this store; ddpm-ray does not need it"
     return Finding("conditional put", "ok", found)
 
 
