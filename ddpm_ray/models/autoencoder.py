@@ -161,7 +161,7 @@ class Encoder(nn.Module):
             if level > 0:
                 self.down.append(Downsample(channels))
             for _ in range(spec.blocks_per_level):
-                self.down.append(block(channels, width, spec.groups))
+                self.down.append(block_without_time(channels, width, spec.groups))
                 channels = width
         self.middle = Middle(channels, spec)
         self.norm_out = nn.GroupNorm(spec.groups, channels, eps=NORM_EPS)
@@ -185,7 +185,7 @@ class Decoder(nn.Module):
         self.up = nn.Sequential()
         for level, width in reversed([*enumerate(spec.widths)]):
             for _ in range(spec.blocks_per_level + 1):
-                self.up.append(block(channels, width, spec.groups))
+                self.up.append(block_without_time(channels, width, spec.groups))
                 channels = width
             if level > 0:
                 self.up.append(Upsample(channels))
@@ -204,9 +204,9 @@ class Middle(nn.Module):
 
     def __init__(self, channels: int, spec: AutoencoderSpec) -> None:
         super().__init__()
-        self.block_1 = block(channels, channels, spec.groups)
+        self.block_1 = block_without_time(channels, channels, spec.groups)
         self.attention = Attention(channels, spec.groups) if spec.middle_attention else None
-        self.block_2 = block(channels, channels, spec.groups)
+        self.block_2 = block_without_time(channels, channels, spec.groups)
 
     def forward(self, h: Tensor) -> Tensor:
         """[B, C, h, w] -> [B, C, h, w]."""
@@ -217,6 +217,6 @@ class Middle(nn.Module):
         return result
 
 
-def block(channels_in: int, channels_out: int, groups: int) -> ResBlock:
+def block_without_time(channels_in: int, channels_out: int, groups: int) -> ResBlock:
     """A residual block without time embedding and dropout."""
     return ResBlock(channels_in, channels_out, time_width=0, groups=groups, dropout=0.0)

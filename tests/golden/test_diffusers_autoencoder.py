@@ -1,8 +1,10 @@
-"""Autoencoders that diffusers built are ours to the last digits of float32, and ours are theirs.
+"""Autoencoders that diffusers built are ours to the last digits of float64, and ours are theirs.
 
-The truth is diffusers itself: its AutoencoderKL with random weights, run beside ours.
+The truth is diffusers itself: its AutoencoderKL with random weights, run beside ours. In float32
+gradients of biases before a group norm, which nearly cancel, would differ in the fifth digit.
 """
 
+import copy
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -77,6 +79,7 @@ def _quiet() -> Iterator[None]:
 
 def theirs(config: dict[str, Any]) -> Any:
     """A network of diffusers, no parameter of it 0 or 1."""
+    torch.manual_seed(0)
     model = diffusers.AutoencoderKL(**config)
     disturb(model)
     return model
@@ -103,12 +106,13 @@ def image_and_noise(spec: AutoencoderSpec, image_size: tuple[int, int]) -> tuple
 
 def require_close(found: Tensor, expected: Tensor) -> None:
     scale = expected.abs().max().item()
-    torch.testing.assert_close(found, expected, atol=2e-5 * scale, rtol=0)
+    torch.testing.assert_close(found, expected, atol=1e-10 * scale, rtol=0)
 
 
 def require_alike(ours: Autoencoder, model: Any, image_size: tuple[int, int]) -> None:
     """Equal means, log variances, divergences, images and gradients of all of them."""
-    x, noise = image_and_noise(ours.spec, image_size)
+    ours, model = (copy.deepcopy(network).double() for network in (ours, model))
+    x, noise = (part.double() for part in image_and_noise(ours.spec, image_size))
     image, posterior = ours(x, noise)
     expected = model.encode(x).latent_dist
     expected_image = model.decode(expected.mean + expected.std * noise).sample
@@ -116,14 +120,14 @@ def require_alike(ours: Autoencoder, model: Any, image_size: tuple[int, int]) ->
     require_close(posterior.log_variance, expected.logvar)
     require_close(posterior.kl(), expected.kl())
     require_close(image, expected_image)
-    weights = torch.linspace(-1, 1, x.numel()).view_as(x)
+    weights = torch.linspace(-1, 1, x.numel(), dtype=x.dtype).view_as(x)
     ((image * weights).sum() + posterior.kl().sum()).backward()
     ((expected_image * weights).sum() + expected.kl().sum()).backward()
     grads = {name: part.grad for name, part in ours.named_parameters() if part.grad is not None}
     _, named = autoencoder_kl.to_diffusers(ours.spec, grads, image_size)
     for name, parameter in model.named_parameters():
         if name.endswith("to_k.bias"):  # 0 but for rounding: a shift of all keys changes nothing
-            assert named[name].abs().max() < 1e-3 * named[name.replace("to_k", "to_q")].abs().max()
+            assert named[name].abs().max() < 1e-6 * named[name.replace("to_k", "to_q")].abs().max()
         else:
             require_close(named[name], parameter.grad)
 
@@ -192,7 +196,6 @@ def test_what_they_save_is_read_alone_and_as_the_vae_of_a_pipeline(
         read = autoencoder_kl.read_folder(folder)
         assert (read.weights_file.suffix == ".safetensors") == safe
         require_alike(loaded(read.spec, read.tensors), model, (16, 16))
-        model.zero_grad()
 
 
 def test_weights_under_the_old_names_of_attention_layers_are_read() -> None:
