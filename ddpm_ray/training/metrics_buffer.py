@@ -35,7 +35,7 @@ SUMS = (2, len(BANDS))  # shape of a step's sums and counts of losses by band
 
 
 class Terms(Protocol):
-    """What an objective without noise levels reports in place of losses by log-SNR."""
+    """Metrics of an objective without noise levels, in place of losses by log-SNR."""
 
     count: int
 
