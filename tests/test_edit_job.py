@@ -90,6 +90,12 @@ def test_what_is_white_in_the_mask_is_painted_and_what_is_black_stays(
     assert (reported["step"], len(reported["weights_sha256"])) == (0, 64)
 
 
+def test_the_folder_of_the_result_is_made(edit: Edit) -> None:
+    code, _, err = edit("--mask", "mask.png", "resamples=1", "--out", "no/such/out.png")
+    assert code == 0, err
+    assert np.array_equal(shown("no/such/out.png")[~WHITE], PIXELS[~WHITE])
+
+
 def test_variants_are_a_grid_of_the_images_of_one_seed(edit: Edit) -> None:
     """The first is the one that is drawn alone, and each keeps what is known."""
     assert edit("--mask", "mask.png")[0] == 0

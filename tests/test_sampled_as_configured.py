@@ -1,5 +1,6 @@
 """A model is sampled as its run was configured, in notebooks and by jobs without settings."""
 
+import errno
 import json
 import os
 import runpy
@@ -27,6 +28,7 @@ from ddpm_ray.config.sampling import SamplingSettings
 from ddpm_ray.data.codec import PIXELS
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.data.packing import packer
+from ddpm_ray.sampling.gif import Film
 from ddpm_ray.sampling.image_grid import grid
 from ddpm_ray.storage import object_store
 from ddpm_ray.tracking.pyfunc_model import _load_pyfunc
@@ -304,6 +306,20 @@ def test_what_cannot_be_written_is_reported_before_a_model_is_looked_for(
     assert (code, out) == (2, "")
     assert says in err
     assert err.count("\n") == 1
+
+
+def test_a_film_that_cannot_be_written_costs_no_grid(
+    tmp_path: Path, job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    _, own = saved_run(tmp_path / "a")
+    monkeypatch.setattr(Film, "save", full)
+    code, out, err = job("sample", "a", "--out", "grid.png", "gif=film.gif")
+    assert (code, out) == (1, "")
+    assert "No space left" in err
+    assert np.array_equal(np.asarray(Image.open("grid.png")), own)
 
 
 @pytest.mark.parametrize("name", ["sample", "edit", "export"])

@@ -150,6 +150,12 @@ def test_a_bad_value_is_reported_in_one_line(override: str, says: str) -> None:
     assert says in line
 
 
+def test_a_job_that_evaluates_reports_what_a_run_would() -> None:
+    says = r"^command line: evaluation\.likelihood_steps is 1; the flow from t = 1 to T takes 2 ste"
+    with pytest.raises(ConfigError, match=says):
+        load_config(EvaluateConfig, None, ["evaluation.likelihood_steps=1"])
+
+
 @pytest.mark.parametrize(
     "overrides, says",
     [

@@ -38,12 +38,18 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def png_file(
-    width: int, height: int, rows: bytes, depth: int = 8, colour: int = 2, extra: bytes = b""
+    width: int,
+    height: int,
+    rows: bytes,
+    depth: int = 8,
+    colour: int = 2,
+    extra: bytes = b"",
+    after: bytes = b"",
 ) -> bytes:
     """Write a PNG by hand; colour type 0: grey, 2: RGB, 3: palette, 4: grey + alpha, 6: RGBA."""
     header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
     data = zlib.compress(rows) if rows else b""
-    parts = [chunk(b"IHDR", header), extra, chunk(b"IDAT", data), chunk(b"IEND", b"")]
+    parts = [chunk(b"IHDR", header), extra, chunk(b"IDAT", data), after, chunk(b"IEND", b"")]
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
@@ -201,8 +207,14 @@ def webp_with_exif(exif: bytes) -> bytes:
             b"".join(b"\0" + row.tobytes() for row in np.asarray(NOISE)),
             extra=chunk(b"eXIf", b"MM\0*\0\0\0"),
         ),
+        png_file(
+            64,
+            64,
+            b"".join(b"\0" + row.tobytes() for row in np.asarray(NOISE)),
+            after=chunk(b"eXIf", b"MM\0*\0\0\0"),
+        ),
     ],
-    ids=["no header", "garbage", "webp", "text", "short"],
+    ids=["no header", "garbage", "webp", "text", "short", "short after the pixels"],
 )
 def test_sound_pixels_with_a_damaged_exif_block_are_kept(file: bytes) -> None:
     image, changes = decode_image(file, "x", 0, 10_000)

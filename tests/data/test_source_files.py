@@ -5,6 +5,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+from PIL import Image
 
 from ddpm_ray.config.pack import PackConfig
 from ddpm_ray.data.dataset import DatasetError
@@ -72,6 +73,17 @@ def test_every_file_is_a_sample_or_is_named(
         "cat/._1.png",
     )
     assert reported["other files"][1] == ("LICENSE", "cat/notes.txt", "labels.csv")
+
+
+def test_a_format_is_known_by_each_suffix_that_pillow_knows(tmp_path: Path) -> None:
+    """But for .pfm, whose values are floats."""
+    formats = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+    known = Image.registered_extensions()
+    names = sorted(f"a{suffix}" for suffix, kind in known.items() if kind in formats)
+    write(tmp_path, *names)
+    source = open_source(str(tmp_path))
+    assert keys(source) == [name for name in names if name != "a.pfm"]
+    assert [names for _, names in left_out(source).values()] == [("a.pfm",)]
 
 
 def test_a_class_folder_that_is_a_link_is_a_class(tmp_path: Path) -> None:

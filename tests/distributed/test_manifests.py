@@ -155,6 +155,16 @@ def test_mlflow_has_a_database_that_takes_rows_again(cluster: dict[str, Any]) ->
         assert f"\n{package}==" in pins
 
 
+def test_the_page_starts_mlflow_on_such_a_database_too() -> None:
+    page = (ROOT / "docs/cluster.md").read_text()
+    servers = re.findall(r"^mlflow server (?:.*\\\n)*.*", page, re.MULTILINE)
+    assert servers
+    for server in servers:
+        words = shlex.split(server)
+        assert words[words.index("--backend-store-uri") + 1].startswith("postgresql+psycopg2:")
+    assert "psycopg2-binary" in page
+
+
 def test_no_pod_opens_a_port(job: dict[str, Any]) -> None:
     assert not [name for name, one in containers(job).items() if "ports" in one]
     head = job["spec"]["rayClusterSpec"]["headGroupSpec"]

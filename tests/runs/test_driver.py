@@ -181,6 +181,40 @@ def test_an_mlflow_that_is_away_costs_the_run_nothing_at_the_start(
     assert code == 0 or "error: sqlite:" in output.err
 
 
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_workers_get_absolute_places_and_the_variables_of_determinism(
+    deterministic: bool, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker has another working directory: there a relative database is a second, empty one."""
+    seen: list[dict[str, Any]] = []
+
+    def workers(_: Any, settings: dict[str, Any], *more: Any) -> dict[str, Any]:
+        seen.append(settings)
+        return ENDED
+
+    database = Path(place.uri.removeprefix("sqlite:///"))
+    monkeypatch.chdir(database.parent)
+    words = [f"tracking.uri=sqlite:///{database.name}", f"training.deterministic={deterministic}"]
+    monkeypatch.setattr(sys, "argv", [*place.arguments, *words])
+    monkeypatch.setattr(worker_group, "run", workers)
+    assert run_job() == 0
+    ((settings),) = seen
+    for uri in (settings["config"]["tracking"]["uri"], settings["metadata"]["uri"]):
+        assert uri == place.uri
+    assert ("CUBLAS_WORKSPACE_CONFIG" in settings["environment"]) == deterministic
+
+
+@pytest.mark.parametrize("every", [0, 4])
+def test_a_run_without_grids_names_none(
+    every: int, place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [*place.arguments, f"training.grid_every_steps={every}"])
+    monkeypatch.setattr(worker_group, "run", lambda *_: ENDED)
+    assert run_job() == 0
+    reported = json.loads(capsys.readouterr().out)
+    assert [reported[key] is None for key in ("samples", "denoising")] == [every == 0] * 2
+
+
 def run_job() -> int:
     """The exit code of jobs/train.py with what stands in sys.argv."""
 

@@ -4,6 +4,7 @@ import runpy
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from mlflow import MlflowClient
 
 from ddpm_ray.assembly import training_run
 from ddpm_ray.collectives import Workers
+from ddpm_ray.config.guidance import GuidanceConfig
 from ddpm_ray.config.jobs import EvaluateConfig
 from ddpm_ray.config.loading import ConfigError, from_dict, load_config, to_dict
 from ddpm_ray.config.run import RunConfig
@@ -116,6 +118,56 @@ def test_the_driver_of_an_evaluation_and_its_worker_download_once_each(
     evaluate.run_evaluation(model, config, tmp_path)
     assert downloads == [model, model]
     assert not left(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "steps, of",
+    [("bits_per_dim_terms", "bits_per_dim_images"), ("likelihood_steps", "likelihood_images")],
+)
+def test_more_steps_than_the_model_has_are_refused_before_ray_starts(
+    steps: str, of: str, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Up to T = 9, and only where they are taken."""
+    pack_noise(str(tmp_path / "data"), images=8, side=4)
+    started: list[Any] = []
+
+    def run(_: Any, settings: dict[str, Any], *more: Any) -> dict[str, Any]:
+        started.append(settings)
+        return {"metrics": {}}
+
+    def evaluated(count: int, images: int) -> None:
+        words = [f"evaluation.{steps}={count}", f"evaluation.{of}={images}", "sampling.steps=3"]
+        config = load_config(EvaluateConfig, None, words)
+        evaluate.run_evaluation(str(tmp_path / "run"), config, tmp_path)
+
+    monkeypatch.setattr(worker_group, "run", run)
+    evaluated(9, 4)
+    evaluated(10, 0)
+    assert len(started) == 2
+    says = rf"^evaluation\.{steps} is 10; it cannot exceed the model's T = 9$"
+    with pytest.raises(ConfigError, match=says):
+        evaluated(10, 4)
+    assert len(started) == 2
+
+
+def test_a_model_guided_by_a_classifier_knows_its_classes(model: str, tmp_path: Path) -> None:
+    words = ["name=c", "data.url=d", "task=classifier", "model.num_classes=3"]
+    words += ["schedule.num_steps=9", "sampling.steps=3", "model.base_channels=4"]
+    words += ["model.groups=2", "model.channel_mults=[1]", "model.blocks_per_level=1"]
+    words += ["model.attention_resolutions=[]", "training.grid_every_steps=0"]
+    config = load_config(RunConfig, None, words)
+    facts = {"config": to_dict(config), "image_shape": [4, 4, 1], "data_fingerprint": "f" * 64}
+    state = training_run.training_state(config, ImageShape(4, 4, 1), torch.device("cpu"), facts)
+    CheckpointStore(str(tmp_path / "classifier/checkpoints")).save(state.snapshot([]))
+    plain = load_model.load(str(tmp_path / "run"))
+    guidance = GuidanceConfig(classifier=str(tmp_path / "classifier"))
+    settings = replace(plain.settings, labels=(2, 0))
+    guided = load_model.configured(plain, settings, guidance)
+    assert guided.sample(3, labels=[2, 1]).shape == (3, 4, 4, 1)
+    with pytest.raises(ConfigError, match=r"^sampling\.labels has 3; the model knows 0 to 2"):
+        load_model.configured(plain, replace(settings, labels=(3,)), guidance)
+    with pytest.raises(ConfigError, match=r"the model is trained without labels"):
+        load_model.configured(plain, settings, GuidanceConfig())
 
 
 def test_each_load_of_a_notebook_asks_anew(

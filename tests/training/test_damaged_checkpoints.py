@@ -104,6 +104,57 @@ def test_pointers_that_are_lost_or_damaged_cost_nothing(
     assert found[1].step == 125
 
 
+def old_run_of(folder: Path) -> None:
+    """A run as earlier versions wrote it: no pointers/, and the last commit but one beside."""
+    run_of(folder, STEPS[:-1])
+    shutil.copy(folder / "latest.json", folder / "before")
+    store = CheckpointStore(str(folder), keep=3)
+    store.acquire_lease(Lease.first(str(folder), store.pointer().epoch).renewed())
+    store.save(snapshot(STEPS[-1]))
+    (folder / "before").rename(folder / "previous.json")
+    shutil.rmtree(folder / "pointers")
+
+
+@pytest.mark.parametrize("how", SPOIL)
+def test_a_pointer_lost_in_a_run_of_an_earlier_version_costs_nothing(
+    how: str, tmp_path: Path
+) -> None:
+    old_run_of(tmp_path)
+    kept = {path.name for path in tmp_path.glob("step-*")}
+    SPOIL[how](tmp_path / "latest.json")
+    store = CheckpointStore(str(tmp_path), keep=3)
+    store.acquire_lease(Lease.first(str(tmp_path), store.pointer().epoch).renewed())
+    assert {path.name for path in tmp_path.glob("step-*")} == kept
+    found = store.load()
+    assert found is not None
+    assert found[1].step == STEPS[-1]
+
+
+def test_a_run_of_which_previous_json_alone_verifies_does_not_begin_anew(tmp_path: Path) -> None:
+    old_run_of(tmp_path)
+    (tmp_path / "latest.json").unlink()
+    each(flip, list(tmp_path.glob("step-*/manifest.json")))
+    store = CheckpointStore(str(tmp_path), keep=3)
+    store.acquire_lease(Lease.first(str(tmp_path), store.pointer().epoch).renewed())
+    assert len(list(tmp_path.glob("step-*"))) == 3
+    with pytest.raises(CheckpointError, match="no checkpoint verifies"):
+        store.load()
+
+
+@pytest.mark.parametrize("how", SPOIL)
+def test_a_lost_pointer_beside_a_damaged_one_costs_nothing(how: str, tmp_path: Path) -> None:
+    run_of(tmp_path)
+    lost, *older = pointers(tmp_path)
+    for path in (lost, older[-1]):  # the newest commit and its copy, latest.json
+        path.unlink()
+    SPOIL[how](older[0])
+    store = CheckpointStore(str(tmp_path), keep=3)
+    store.acquire_lease(Lease.first(str(tmp_path), store.pointer().epoch).renewed())
+    found = store.load()
+    assert found is not None
+    assert found[1].step == STEPS[-1]
+
+
 @pytest.mark.parametrize("lost", [["writers"], ["writers", "pointers"]])
 def test_checkpoint_folders_alone_are_enough(lost: list[str], tmp_path: Path) -> None:
     """As somebody restores them from a backup: the next start takes a number above theirs."""
@@ -139,6 +190,17 @@ def test_a_damaged_checkpoint_makes_way_for_the_one_before(
     assert len(list(tmp_path.glob("step-*"))) == 3
 
 
+def test_a_checkpoint_that_is_gone_whole_makes_way_for_the_one_before(tmp_path: Path) -> None:
+    run_of(tmp_path)
+    shutil.rmtree(newest(tmp_path))
+    store = CheckpointStore(str(tmp_path), keep=3)
+    store.acquire_lease(Lease.first(str(tmp_path), store.pointer().epoch).renewed())
+    found = store.load()
+    assert found is not None
+    assert found[1].step == 75
+    assert len(list(tmp_path.glob("step-*"))) == 2
+
+
 @pytest.mark.parametrize("how", SPOIL)
 def test_a_start_beside_damaged_pointers_deletes_nothing(
     how: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -165,11 +227,13 @@ def test_where_no_checkpoint_verifies_a_line_says_so(what: str, tmp_path: Path) 
         store.load()
 
 
+@pytest.mark.parametrize("which", ["newest", "all"])
 @pytest.mark.parametrize("how", SPOIL)
-def test_damaged_writers_cost_nothing(how: str, tmp_path: Path) -> None:
-    """The newest start's claim: the next start takes the next number, and the run goes on."""
+def test_damaged_writers_cost_nothing(how: str, which: str, tmp_path: Path) -> None:
+    """Claims of starts: the next start takes the next number, and the run goes on."""
     run_of(tmp_path)
-    SPOIL[how](max(tmp_path.glob("writers/*")))
+    claims = sorted(tmp_path.glob("writers/*"))
+    each(SPOIL[how], claims if which == "all" else claims[-1:])
     store = CheckpointStore(str(tmp_path), keep=3)
     store.acquire_lease(Lease.first(str(tmp_path), store.pointer().epoch).renewed())
     store.save(snapshot(125))

@@ -16,7 +16,6 @@ from ddpm_ray.config.loading import load_config
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.diffusion import Parameterization
-from ddpm_ray.diffusion.conditioning import Conditioning
 from ddpm_ray.evaluation.likelihood_over_dataset import flow_likelihood
 from ddpm_ray.evaluation.vlb_over_dataset import vlb_bits_per_dim
 from ddpm_ray.sampling.conditioning import ConditioningSpec
@@ -31,21 +30,6 @@ IMAGES = torch.randint(
 )
 SOME = torch.arange(COUNT) % (CLASSES + 1) - 1  # -1, 0, 1, 2, -1, ...
 NULL = torch.where(SOME < 0, CLASSES, SOME)
-
-
-class Table(nn.Module):
-    """x_t times a number of the label's own."""
-
-    def __init__(self, rows: int, channels: int = 1) -> None:
-        super().__init__()
-        self.rows, self.channels = nn.Embedding(rows, channels), channels
-
-    def forward(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        assert conditioning.labels is not None
-        scale: Tensor = self.rows(conditioning.labels % self.rows.num_embeddings).view(
-            -1, self.channels, 1, 1
-        )
-        return x_t * scale
 
 
 def configured(*more: str) -> RunConfig:
@@ -72,19 +56,27 @@ def trained(labels: Tensor, *more: str) -> list[float]:
     return objective.backward(state.model, IMAGES, labels, 1, Workers(), COUNT).loss.tolist()
 
 
-def denoiser() -> Denoiser:
+def network() -> nn.Module:
+    """The network that runs train, whose last layer is not 0."""
     torch.manual_seed(0)
+    made = training_run.network(configured(), ImageShape(4, 4, 1))
+    for parameter in made.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return made
+
+
+def denoiser() -> Denoiser:
     schedule = diffusion.noise_schedule(configured().schedule)
     return Denoiser(
-        Table(CLASSES + 1),
+        network().eval(),
         Parameterization.of("epsilon", schedule),
         takes=ConditioningSpec(CLASSES),
     )
 
 
 def validated(labels: Tensor) -> list[float]:
-    network, of = Table(CLASSES + 1), denoiser()
-    state = TrainingState(network, EMA(network), torch.optim.Adam(network.parameters()), {})
+    model, of = network(), denoiser()
+    state = TrainingState(model, EMA(model), torch.optim.Adam(model.parameters()), {})
     Validator(state, of, IMAGES, labels, 0, 0.3, Workers(), None).validate(1)
     (found,) = state.validation_losses
     return list(found["spectrum"])
