@@ -128,7 +128,6 @@ def _variant(config: ImportConfig) -> Variant:
     return replace(
         GUIDED,
         num_heads=flags.num_heads,
-        head_channels=flags.head_channels,
         scale_shift=flags.scale_shift,
         resampling_blocks=flags.resampling_blocks,
     )

@@ -18,10 +18,10 @@ class GuidedDiffusionConfig:
     """Flags of guided-diffusion and improved-diffusion that model.* has no option for."""
 
     num_heads: int = option(
-        4, "heads per attention (num_heads); the weights do not show it", at_least=1
-    )
-    head_channels: int = option(
-        0, "channels per head (num_head_channels), in place of num_heads; 0: unset", at_least=0
+        4,
+        "heads per attention (num_heads), unless model.head_channels is set (num_head_channels); "
+        "the weights show neither",
+        at_least=1,
     )
     new_attention_order: bool = option(
         False, "order of query, key and value (use_new_attention_order); the weights do not show it"
@@ -60,6 +60,8 @@ class ImportConfig:
                 f"image_size is 0; layout={self.layout} does not name it: give the height in "
                 f"pixels, as in image_size=32"
             )
+        if self.model.network != "unet":
+            yield f"model.network is {self.model.network}; layout={self.layout} is of U-Nets"
         if self.channels == 2:
             yield "channels is 2; use 1 (grey) or 3 (RGB)"
         yield from self.schedule.problems()
@@ -78,7 +80,8 @@ class ImportConfig:
             group = key.partition(".")[0]
             if self.layout == "diffusers" and group not in ("layout", "sampling"):
                 yield f"{key} is given; layout=diffusers reads it from the folder: leave it out"
-            if self.layout == "ho" and group == "guided_diffusion":
+            heads = group == "guided_diffusion" or key == "model.head_channels"
+            if self.layout == "ho" and heads:
                 yield f"{key} is given; layout=ho has no such option: leave it out"
 
     @property

@@ -3,13 +3,14 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
+from itertools import chain
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from ddpm_ray.config.option_fields import option
 from ddpm_ray.config.reading.former_keys import Former
 from ddpm_ray.config.reading.option_text import value_text
 
-Network: TypeAlias = Literal["unet", "dit"]
+NetworkKind: TypeAlias = Literal["unet", "dit"]
 DiTSize: TypeAlias = Literal[
     "", "S/2", "S/4", "S/8", "B/2", "B/4", "B/8", "L/2", "L/4", "L/8", "XL/2", "XL/4", "XL/8"
 ]
@@ -26,7 +27,7 @@ class DiTSizes(NamedTuple):
 
 DIT_SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
 """Depth, hidden size and heads by name (Peebles and Xie 2023, arXiv:2212.09748, table 1)."""
-OWN: dict[Network, tuple[str, ...]] = {
+OWN_OPTIONS: dict[NetworkKind, tuple[str, ...]] = {
     "unet": (
         "base_channels",
         "channel_mults",
@@ -45,7 +46,7 @@ OWN: dict[Network, tuple[str, ...]] = {
 class ModelConfig:
     """The network: its width, depth, attention and labels."""
 
-    network: Network = option(
+    network: NetworkKind = option(
         "unet",
         "network architecture; unet: Ho et al. 2020, a classifier uses its downsampling half; "
         "dit: transformer with adaLN-Zero, Peebles and Xie 2023",
@@ -139,8 +140,8 @@ class ModelConfig:
     def problems(self) -> Iterator[str]:
         """Yield a line for options of the other network, and for sizes that do not fit together."""
         defaults = {item.name: item.default for item in fields(self)}
-        others = (key for network, keys in OWN.items() if network != self.network for key in keys)
-        for key in others:
+        others = [keys for network, keys in OWN_OPTIONS.items() if network != self.network]
+        for key in chain.from_iterable(others):
             if getattr(self, key) != defaults[key]:
                 yield (
                     f"model.{key} is {value_text(getattr(self, key))}, which model.network="

@@ -10,7 +10,7 @@ from ddpm_ray.diffusion.conditioning import Conditioning
 from ddpm_ray.models.dit import DiT, DiTSpec
 from ddpm_ray.models.interop.diffusers_config import UnsupportedModelError
 from ddpm_ray.models.interop.diffusers_dit import (
-    CONFIG,
+    DIT,
     EMBEDDERS,
     dit_from_diffusers,
     dit_to_diffusers,
@@ -102,7 +102,7 @@ def test_theirs_answers_and_learns_as_ours_and_comes_back_as_it_was(name: str) -
             require_close(by_their_names[key], gradient, also=1e-6 * largest)
 
     back, weights = dit_to_diffusers(spec, tensors)
-    assert back == {**CONFIG, **config, "_class_name": "DiTTransformer2DModel"}
+    assert back == {**DIT, **config, "_class_name": "DiTTransformer2DModel"}
     assert weights.keys() == model.state_dict().keys()
     assert all(torch.equal(weights[key], value) for key, value in model.state_dict().items())
 

@@ -22,7 +22,7 @@ from ddpm_ray.models.interop.layouts import Layout, Tensors, gathered, on_meta_d
 
 NAME = "DiTTransformer2DModel"
 FORMER_NAME = "Transformer2DModel"  # in the config of facebook/DiT-XL-2-256
-CONFIG: Config = {  # defaults of DiTTransformer2DModel, for keys that a file omits
+DIT: Config = {  # defaults of DiTTransformer2DModel, for keys that a file omits
     "num_attention_heads": 16,
     "attention_head_dim": 72,
     "in_channels": 4,
@@ -47,7 +47,7 @@ OTHER_TRANSFORMERS: Config = {  # options of FORMER_NAME, as a DiT has them
     "only_cross_attention": False,
     "double_self_attention": False,
 }
-LAYOUT = Layout(NAME, state_dict_names.diffusers_dit)
+DIT_LAYOUT = Layout(NAME, state_dict_names.diffusers_dit)
 EMBEDDERS = "norm1.emb."  # of each block: of t and of the label
 LABELS = "transformer_blocks.0.norm1.emb.class_embedder.embedding_table.weight"
 
@@ -66,7 +66,7 @@ def dit_from_diffusers(config: Config, tensors: Tensors) -> tuple[DiTSpec, dict[
         null = first.pop(LABELS, torch.zeros(1))
         if null.any():
             raise UnsupportedModelError(NAME, "it has no classes, but embeds the null label")
-    return spec, gathered(LAYOUT, on_meta_device(lambda: DiT(spec)), first)
+    return spec, gathered(DIT_LAYOUT, on_meta_device(lambda: DiT(spec)), first)
 
 
 def dit_to_diffusers(spec: DiTSpec, tensors: Tensors) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -77,7 +77,7 @@ def dit_to_diffusers(spec: DiTSpec, tensors: Tensors) -> tuple[dict[str, Any], d
     """
     config = _config(spec)
     require_equal(vars(spec), vars(_spec(config)), NAME)
-    theirs = scattered(LAYOUT, on_meta_device(lambda: DiT(spec)), tensors)
+    theirs = scattered(DIT_LAYOUT, on_meta_device(lambda: DiT(spec)), tensors)
     if not spec.num_classes:
         theirs[LABELS] = tensors["time.dense_2.bias"].new_zeros(1, spec.hidden_size)
     shared = {name: tensor for name, tensor in theirs.items() if EMBEDDERS in name}
@@ -105,7 +105,7 @@ def _first_embedders(tensors: Tensors) -> dict[str, Tensor]:
 
 def _checked_spec(config: Config) -> DiTSpec:
     """The spec of a config.json; raises UnsupportedModelError."""
-    full = full_config(config, {**CONFIG, **OTHER_TRANSFORMERS}, NAME, FORMER_NAME)
+    full = full_config(config, {**DIT, **OTHER_TRANSFORMERS}, NAME, FORMER_NAME)
     full["out_channels"] = full["out_channels"] or full["in_channels"]
     try:
         spec = _spec(full)
@@ -140,7 +140,7 @@ def _spec(config: Config) -> DiTSpec:
 def _config(spec: DiTSpec) -> dict[str, Any]:
     """The full config of a spec."""
     return {
-        **CONFIG,
+        **DIT,
         "num_attention_heads": spec.heads,
         "attention_head_dim": spec.hidden_size // spec.heads,
         "in_channels": spec.image_channels + spec.condition_channels,
