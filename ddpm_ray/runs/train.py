@@ -263,18 +263,14 @@ def open_or_pack(config: RunConfig) -> Dataset:
 
 def check_model(config: RunConfig, dataset: Dataset) -> None:
     """Check that schedule, network and data fit, on the meta device. Raises ConfigError."""
-    reconstructs, image_shape = config.traits.reconstructs, dataset.manifest.image_shape
+    reconstructs, shape = config.traits.reconstructs, dataset.manifest.diffused_shape
     if reconstructs and dataset.manifest.codec != "pixels":
         raise ConfigError(
             f"data.url {config.data.url!r} holds {dataset.manifest.codec}; an autoencoder is "
             f"trained on images: name the images that they were encoded from"
         )
-    if dataset.manifest.codec == "latents" and config.objective.low_resolution_pixels:
-        raise ConfigError(
-            f"objective.low_resolution_pixels is {config.objective.low_resolution_pixels}, but "
-            f"{config.data.url} holds latents, which have no low resolution: set it to 0, or train "
-            "on pixels"
-        )
+    if dataset.manifest.codec == "latents":
+        _require_latent_options(config)
     try:
         schedule = diffusion.noise_schedule(config.schedule)
         diffusion.model_parameterization(config.objective, schedule)
@@ -282,9 +278,9 @@ def check_model(config: RunConfig, dataset: Dataset) -> None:
         raise ConfigError(f"schedule: {error}") from error
     try:
         with torch.device("meta"):
-            training_run.network(config, dataset.manifest.diffused_shape)
+            training_run.network(config, shape)
         if reconstructs:
-            require_fitting(config, image_shape)
+            require_fitting(config, shape)
     except ValueError as error:
         group = "autoencoder" if reconstructs else "model"
         raise ConfigError(f"{group}: with the images of {config.data.url}: {error}") from error
@@ -294,14 +290,22 @@ def check_model(config: RunConfig, dataset: Dataset) -> None:
             f"model.num_classes is {config.model.num_classes}, but the data in {config.data.url} "
             f"has {counted(known, 'label')}; set model.num_classes={known}"
         )
-    if dataset.manifest.codec == "latents":
-        model = dataclasses.replace(config.sampled_model, has_range=False)
-        if problems := list(config.sampling.problems("sampling", model)):
-            raise ConfigError("\n".join(problems))
     try:
         config.sampling.numbered(dataset.manifest.label_names)
     except ValueError as error:
         raise ConfigError(f"sampling.{error}") from error
+
+
+def _require_latent_options(config: RunConfig) -> None:
+    """Raise ConfigError for options that a run on latents cannot have."""
+    if pixels := config.objective.low_resolution_pixels:
+        raise ConfigError(
+            f"objective.low_resolution_pixels is {pixels}, but {config.data.url} holds latents, "
+            "which have no low resolution: set it to 0, or train on pixels"
+        )
+    model = dataclasses.replace(config.sampled_model, has_range=False)
+    if problems := list(config.sampling.problems("sampling", model)):
+        raise ConfigError("\n".join(problems))
 
 
 def _report(
