@@ -27,6 +27,7 @@ from ddpm_ray.models.dit import DiT
 from ddpm_ray.models.interop import convert
 from ddpm_ray.models.interop.diffusers_config import UnsupportedModelError
 from ddpm_ray.models.interop.diffusers_schedulers import Export
+from ddpm_ray.models.layers import Variant
 from ddpm_ray.models.unet import UNet
 from ddpm_ray.sampling.pipeline import TrainedModel
 from ddpm_ray.storage import object_store
@@ -95,18 +96,19 @@ class TrainedWeights(NamedTuple):
     step: int
     sha256: str  # as in the provenance of `trained_model`
     tensors: dict[str, Tensor]  # by their names in our networks
+    variant: Variant  # of the network
 
 
 def trained_weights(url: str, ema: str = "ema") -> TrainedWeights:
     """Read and verify the weights that `trained_model` would load, of any kind of network."""
     if Path(url, OF_DIFFUSERS).is_file():
-        tensors = convert.read_folder(url).tensors
-        return TrainedWeights(
-            url, 0, hashlib.sha256(safetensors.save(tensors)).hexdigest(), tensors
-        )
+        spec, tensors, *_ = convert.read_folder(url)
+        sha256 = hashlib.sha256(safetensors.save(tensors)).hexdigest()
+        return TrainedWeights(url, 0, sha256, tensors, spec.variant)
     where, snapshot = newest_checkpoint(url, ema)
     sha256 = checkpoint_folder.weights_sha256(where, ema)
-    return TrainedWeights(where, snapshot.step, sha256, snapshot.tensors[ema])
+    variant = run_config.saved_variant(snapshot.facts, where)
+    return TrainedWeights(where, snapshot.step, sha256, snapshot.tensors[ema], variant)
 
 
 def with_sampling(

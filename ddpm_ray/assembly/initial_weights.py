@@ -7,7 +7,7 @@ weights again, though the other run may have gone on.
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from ddpm_ray.config.loading import ConfigError
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.training import TrainingConfig
 from ddpm_ray.data.image_shape import ImageShape
+from ddpm_ray.models.layers import HO
 from ddpm_ray.redaction import counted, sanitize
 from ddpm_ray.training.checkpoint_folder import CheckpointError
 from ddpm_ray.training.state import TrainingState
@@ -138,7 +139,11 @@ def match_tensors(
 
 
 def _read(source: InitialWeights) -> dict[str, Tensor]:
-    """The tensors; raises CheckpointError if they are not those of the sha256, or gone."""
+    """The tensors; raises CheckpointError if they are not those of the sha256, or gone.
+
+    Raises ConfigError for a network of another variant: its tensors have the same names and shapes
+    as ours, but another function.
+    """
     found = checkpoint_loading.trained_weights(source.checkpoint, source.ema)
     if found.sha256 != source.sha256:
         raise CheckpointError(
@@ -146,5 +151,12 @@ def _read(source: InitialWeights) -> dict[str, Tensor]:
             f"its weights have sha256 {found.sha256[:12]}, and the run began with "
             f"{source.sha256[:12]}",
             "put those back, or start a run with another name=",
+        )
+    if found.variant != HO:
+        ours = asdict(HO)
+        other = {key: value for key, value in asdict(found.variant).items() if value != ours[key]}
+        raise ConfigError(
+            f"training.init_from: {sanitize(source.checkpoint)} is a U-Net with {other}, which a "
+            f"run cannot train; choose a network of Ho et al.'s form"
         )
     return found.tensors

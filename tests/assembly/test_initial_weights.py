@@ -163,6 +163,17 @@ def test_weights_that_are_others_now_are_refused(tmp_path: Path) -> None:
     initial_weights.load_initial_weights(state_of(config), found[1], config.training)
 
 
+def test_a_network_of_another_form_is_refused(tmp_path: Path) -> None:
+    """Its tensors have our names and shapes, and would be loaded without an error."""
+    state = trained(tmp_path, 3)
+    state.step, state.facts["variant"] = 4, {"norm_eps": 1e-5}
+    CheckpointStore(str(tmp_path / CHECKPOINTS)).save(state.snapshot([]))
+    with pytest.raises(
+        ConfigError, match=r"is a U-Net with \{'norm_eps': 1e-05\}, which a run can"
+    ):
+        begun(configured(f"training.init_from={tmp_path}"))
+
+
 names = st.sets(st.sampled_from([f"{a}.{b}" for a in "abc" for b in "xyz"]), min_size=1)
 
 
