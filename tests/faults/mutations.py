@@ -189,7 +189,7 @@ MUTATIONS = (
     Mutation(
         "no request is retried",
         "ddpm_ray/storage/retry.py",
-        "if not is_transient(error) or elapsed_s + pause_s > timeout_s:",
+        "if not is_retryable(error) or elapsed_s + pause_s > timeout_s:",
         "if True:",
         "tests/faults/test_bad_weather.py",
     ),
