@@ -117,7 +117,7 @@ def changes_text(made: Sequence[Mapping[str, Any]]) -> str:
 
 
 def run_history(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a checkpoint's facts its config does not say: initial weights and changes, if any."""
+    """Return the facts of a checkpoint that its config lacks: initial weights and changes."""
     return {key: facts[key] for key in ("init_from", "changes") if facts.get(key)}
 
 

@@ -32,7 +32,7 @@ class Ceiling:
     distances: Mapping[str, float]  # by the name of the score; empty if there is none
     facts: Any  # plain JSON
 
-    def beside(self, metrics: Mapping[str, float]) -> dict[str, float]:
+    def with_ceilings(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """Return `metrics` with each ceiling after its score, as `<score>_ceiling`."""
         found = dict[str, float]()
         for name, value in metrics.items():

@@ -100,7 +100,7 @@ def evaluate_samples(
     found = _provenance(samples, net, reference)
     found["arithmetic"] = arithmetic(workers.device)
     if ceiling is not None:
-        metrics, found["ceiling"] = ceiling.beside(metrics), ceiling.facts
+        metrics, found["ceiling"] = ceiling.with_ceilings(metrics), ceiling.facts
     if held_out is not None:
         found["held_out"] = _facts(held_out)
     if optional_metrics.extrapolate:

@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class RunStart:
-    """What a driver knows of its run before the workers start."""
+    """Facts that a driver has of its run before the workers start."""
 
     identity: str
     step: int = 0  # of the newest checkpoint

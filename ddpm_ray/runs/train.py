@@ -100,9 +100,6 @@ def run_training(
     check_model(config, dataset)
     latents.codec_of_data(config.data, dataset)  # raises for an autoencoder that does not fit
     config = run_config.for_images(config, dataset.manifest.diffused_shape)
-    named = config.evaluation.held_out_url, config.evaluation.reference_url
-    opened = [dataset, *map(open_dataset, filter(None, named))]
-    fingerprints = {one.url: one.fingerprint for one in opened}
     folder = object_store.join(config.storage, config.name)
     start = begin_run(config, dataset, folder)
     metadata = _metadata(config, dataset, folder, start, parent)
@@ -114,7 +111,7 @@ def run_training(
             "folder": folder,
             "identity": start.identity,
             "init_from": vars(start.initial_weights) if start.initial_weights else None,
-            "fingerprints": fingerprints,
+            "fingerprints": _fingerprints(config, dataset),
             "lease": vars(lease),
             "metadata": vars(metadata),
             "tracked": vars(tracked) if tracked else None,
@@ -144,6 +141,13 @@ def run_training(
         status, tags = "FINISHED" if finished else "KILLED", score_tags(config, ended["scores"])
         mlflow_runs.finish(tracked, status, description=final, tags=tags)
     return Outcome(finished, _report(config, folder, tracked, ended), ended)
+
+
+def _fingerprints(config: RunConfig, dataset: Dataset) -> dict[str, str]:
+    """Fingerprint of each data set that the run opens, by its URL."""
+    named = config.evaluation.held_out_url, config.evaluation.reference_url
+    opened = [dataset, *map(open_dataset, filter(None, named))]
+    return {one.url: one.fingerprint for one in opened}
 
 
 def _metadata(

@@ -157,7 +157,7 @@ def test_a_stored_ceiling_is_taken_if_its_facts_are_the_same(
     assert ceiling.stored_ceiling({}, facts) is None
     found = ceiling.stored_ceiling(scores | {"certificate": {"ceiling": facts}}, facts)
     assert found is not None
-    assert found.beside({"eval/fid": 5.0}) == {"eval/fid": 5.0, "eval/fid_ceiling": 2.0}
+    assert found.with_ceilings({"eval/fid": 5.0}) == {"eval/fid": 5.0, "eval/fid_ceiling": 2.0}
 
 
 def test_neighbours_of_samples_are_decoded_images(sets: tuple[Dataset, Dataset]) -> None:

@@ -34,7 +34,7 @@ class Mutation:
 LOOP, SAVES = "tests/training/test_loop.py", "tests/training/test_checkpoints.py"
 ENDS, LEASE = "tests/faults/test_same_end.py", "tests/training/test_writer_lease.py"
 CHECKPOINTS, STATE = "ddpm_ray/training/checkpoints.py", "ddpm_ray/training/state.py"
-OBJECTIVES = "ddpm_ray/training/objective.py"
+ACCUMULATION = "ddpm_ray/training/gradient_accumulation.py"
 NOISING = "ddpm_ray/training/noising.py"
 DAMAGE = "tests/training/test_damaged_checkpoints.py"
 FENCING = "tests/training/test_fencing.py"
@@ -51,13 +51,17 @@ MUTATIONS = (
         LOOP,
     ),
     Mutation(
-        "dropout is not keyed at all", OBJECTIVES, "if self.reseed_dropout:", "if False:", LOOP
+        "dropout is not keyed at all",
+        ACCUMULATION,
+        "if self.dropout_seed is not None:",
+        "if False:",
+        LOOP,
     ),
     Mutation(
         "dropout is keyed by the worker instead of the slot",
-        OBJECTIVES,
-        "Purpose.DROPOUT, step, slot)",
-        "Purpose.DROPOUT, step, workers.rank)",
+        ACCUMULATION,
+        "Purpose.DROPOUT, self.step, slot)",
+        "Purpose.DROPOUT, self.step, self.workers.rank)",
         "tests/faults/test_resized.py",
     ),
     Mutation(
@@ -70,8 +74,8 @@ MUTATIONS = (
     Mutation(
         "losses are summed in order of arrival",
         "ddpm_ray/training/metrics_buffer.py",
-        "(losses.double() * 2.0**40).round_() * 2.0**-40",
-        "losses.double()",
+        "(values.double() * 2.0**bits).round_() * 2.0**-bits",
+        "values.double()",
         "tests/training/test_metrics_buffer.py",
     ),
     Mutation(
@@ -97,7 +101,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a NaN is not seen by the other workers",
-        OBJECTIVES,
+        ACCUMULATION,
         "torch.where(finite, 1.0, math.nan)",
         "1.0",
         LOOP,
@@ -112,7 +116,7 @@ MUTATIONS = (
     Mutation(
         "Adam's moments are not restored",
         STATE,
-        'self._set_moments(snapshot.tensors["optimizer"])',
+        'load_moments(self.model, self.optimizer, snapshot.tensors["optimizer"])',
         "pass",
         LOOP,
     ),
@@ -126,7 +130,7 @@ MUTATIONS = (
     Mutation(
         "a skipped step keeps its gradient",
         "ddpm_ray/training/loop.py",
-        "    state.optimizer.zero_grad()\n    state.step += 1\n    run.log.record_skipped()",
+        "    state.zero_grad()\n    state.step += 1\n    run.log.record_skipped()",
         "    state.step += 1\n    run.log.record_skipped()",
         LOOP,
     ),
