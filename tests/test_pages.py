@@ -34,6 +34,7 @@ LINK = re.compile(r"\]\(([^)#\s]+)[^)]*\)")
 PATH = re.compile(r"(?<![\w:/.~<>-])(?:\.?[\w-]+/)+[\w.-]*|\b\w+\.(?:py|md|toml|txt|yaml)\b")
 OUTPUTS = re.compile(r"(data|runs)/\w*|\.venv")  # what commands leave behind
 METRICS = re.compile(r"(train|val|eval)/\w*")
+SIZES = re.compile(r"(S|B|L|XL)/\d")  # of a DiT
 
 
 def text_of(page: str) -> str:
@@ -55,8 +56,8 @@ def spans(text: str) -> Iterator[str]:
 
 
 def exists(path: str) -> bool:
-    """True for a path from the root or the package, a module's bare name, an output or a metric."""
-    if OUTPUTS.fullmatch(path) or METRICS.fullmatch(path):
+    """True for a path from the root or package, a module's name, an output, a metric or a size."""
+    if any(pattern.fullmatch(path) for pattern in (OUTPUTS, METRICS, SIZES)):
         return True
     if (ROOT / path).exists() or (ROOT / "ddpm_ray" / path).exists():
         return True

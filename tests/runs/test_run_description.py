@@ -15,7 +15,10 @@ from ddpm_ray.tracking.run_note import MAX_NOTE
 
 DATASET: Any = SimpleNamespace(
     manifest=SimpleNamespace(
-        image_shape=ImageShape(8, 8, 1), samples=1797, label_names=tuple("0123456789")
+        image_shape=ImageShape(8, 8, 1),
+        diffused_shape=ImageShape(8, 8, 1),
+        samples=1797,
+        label_names=tuple("0123456789"),
     ),
     fingerprint="89d7628e765b" + "0" * 52,
 )
