@@ -81,7 +81,8 @@ class StepLog:
         line = torch.zeros(self._width, dtype=torch.float64, device=losses.device)
         sums = line[: math.prod(SUMS)].view(SUMS)
         if log_snr is None:
-            sums[0, 0], sums[1, 0] = _to_grid(losses).sum(), len(losses)
+            sums[0, 0] = _to_grid(losses).sum()
+            sums[1, 0].fill_(len(losses))  # an assignment would wait for the device
         else:
             band = torch.bucketize(log_snr, self._edges)
             sums[0].index_add_(0, band, _to_grid(losses))
