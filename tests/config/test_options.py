@@ -9,7 +9,8 @@ import sys
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_args, get_origin
 
 import pytest
 from hypothesis import given, settings
@@ -427,8 +428,14 @@ def random_config(kind: type[Config], dice: random.Random) -> Config:
         }
         if key in ("space", "faults"):
             texts[tuple] = {"space": ({"a.b": [1, "x"]}, {}), "faults": ("kill@batch", "x y")}[key]
-        if not choices(type_at(type(config), key)):
-            config = replaced(config, key, texts[tuple if value is None else type(value)])
+        declared = type_at(type(config), key)
+        if declared == tuple[str, ...] and key not in ("space", "faults"):
+            texts[tuple] = ("a", "b.c")
+        if value is None:  # of an option that may be null: a value of its other type
+            (other,) = set(get_args(declared)) - {NoneType}
+            config = replaced(config, key, texts[get_origin(other) or other])
+        elif not choices(declared):
+            config = replaced(config, key, texts[type(value)])
     return config
 
 
