@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 from ddpm_ray.config.pack import Encoding
 from ddpm_ray.data import arrow_io
 from ddpm_ray.data.arrow_io import ArrowFileError
+from ddpm_ray.redaction import counted
 
 SCHEMA = pa.schema(
     {
@@ -74,7 +75,9 @@ def parse_index(data: bytes) -> pa.Table:
     for column, length in numbers.items():
         lengths = pc.list_value_length(batch[column])
         if batch[column].flatten().null_count or pc.unique(lengths).to_pylist() != [length]:
-            raise ArrowFileError(f"{column} does not have {length} numbers for each shard")
+            raise ArrowFileError(
+                f"{column} does not have {counted(length, 'number')} for each shard"
+            )
     return pa.Table.from_batches([batch])
 
 

@@ -22,6 +22,7 @@ from ddpm_ray.data.packing import latent_packer
 from ddpm_ray.data.packing.latent_packer import EncodedShard, EncodePlan
 from ddpm_ray.distributed import connection
 from ddpm_ray.distributed.failures import RunFailedError
+from ddpm_ray.redaction import counted
 from ddpm_ray.runs.shard_tasks import as_completed
 from ddpm_ray.sampling.autoencoder import TrainedAutoencoder
 from ddpm_ray.training import determinism
@@ -164,7 +165,7 @@ def encoding_lines(result: EncodeResult) -> Iterator[str]:
     )
     yield f"latents per channel: mean {means}; standard deviation {stds}"
     yield (
-        f"encoded: {manifest.samples} samples, {' and '.join(manifest.views)}, images "
+        f"encoded: {counted(manifest.samples, 'sample')}, {' and '.join(manifest.views)}, images "
         f"{manifest.image_shape}, latents {manifest.latent_shape}"
     )
 

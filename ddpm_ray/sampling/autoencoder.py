@@ -9,6 +9,7 @@ from torch import Tensor
 from ddpm_ray.data.codec import PIXELS
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.models.autoencoder import Autoencoder, Posterior
+from ddpm_ray.redaction import counted
 from ddpm_ray.sampling.array_arguments import as_images
 from ddpm_ray.sampling.sampling import Images
 from ddpm_ray.sampling.tiles import in_tiles
@@ -48,8 +49,8 @@ class TrainedAutoencoder:
         """
         if image_shape.channels != self.model.spec.image_channels:
             raise ValueError(
-                f"images have {image_shape.channels} channels, the autoencoder {self.url} encodes "
-                f"images of {self.model.spec.image_channels}"
+                f"images have {counted(image_shape.channels, 'channel')}, those of the autoencoder "
+                f"{self.url} have {self.model.spec.image_channels}"
             )
         return self.model.spec.latent_shape(image_shape[:2])
 
