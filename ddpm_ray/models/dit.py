@@ -152,7 +152,7 @@ class DiT(nn.Module):
         """Tokens [B, N, P P C], each a patch by rows, columns and channels, as [B, C, H, W]."""
         patch, (rows, columns) = self.spec.patch_size, self.spec.grid
         parts = tokens.reshape(len(tokens), rows, columns, patch, patch, self.spec.channels_out)
-        return parts.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+        return torch.einsum("bhwpqc->bchpwq", parts).flatten(4, 5).flatten(2, 3)
 
     def _init_weights(self) -> None:
         """The initial weights of the paper's code: what adaLN-Zero needs is 0 in each layer."""
