@@ -168,6 +168,7 @@ from ddpm_ray.assembly.training_run import training_state
 from ddpm_ray.assembly import checkpoint_loading as build_trained
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.dataset import open_dataset
+from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.data.shards import fetch_shard
 from ddpm_ray.data.loader import ShardStream
 from ddpm_ray.config.sampling import SamplingSettings
@@ -187,7 +188,7 @@ tiny = ["name=a", "sampling.steps=2", "schedule.num_steps=9", "model.base_channe
         "model.attention_resolutions=[]"]
 config = load_config(RunConfig, None, [*tiny, f"data.url={data}"])
 facts = {"config": to_dict(config), "image_shape": [4, 4, 1], "data_fingerprint": "f"}
-state = training_state(config, (4, 4, 1), torch.device("cpu"), facts)
+state = training_state(config, ImageShape(4, 4, 1), torch.device("cpu"), facts)
 CheckpointStore(str(folder / "run/checkpoints")).save(state.snapshot([]))
 model, bin = build_trained.trained_model(str(folder / "run")), "diffusion_pytorch_model.bin"
 build_trained.write_diffusers(model, SamplingSettings(), folder / "theirs")
