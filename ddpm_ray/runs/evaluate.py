@@ -156,7 +156,7 @@ def _scores(config: EvaluateConfig, settings: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
     object_store.set_retry_timeout(config.cluster.storage_timeout_s)
     workers = distributed_context()
-    if settings["encodes"]:
+    if settings.get("encodes"):
         return autoencoder_scores(settings["model_uri"], config, workers)
     model = load_model.load(settings["model_uri"], workers.device, settings["tracking_uri"])
     model = load_model.configured(model, config.sampling, config.guidance, settings["tracking_uri"])
