@@ -138,7 +138,13 @@ def _changed(
 
 
 def comparable(config: RunConfig, image_shape: ImageShape) -> RunConfig:
-    """Return `for_images`, or `config` unchanged if it is for images of another size."""
+    """Return `for_images`, or `config` unchanged if it is for images of another size.
+
+    A sampling.clip of true becomes null, which means the same for pixels and is what earlier
+    versions stored as true; latents are never clipped.
+    """
+    if config.sampling.clip:
+        config = replace(config, sampling=replace(config.sampling, clip=None))
     try:
         return for_images(config, image_shape)
     except ValueError:
