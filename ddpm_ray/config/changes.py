@@ -10,6 +10,7 @@ FIXED = {  # start of a key that defines a run and may not change: why
     "data.": "each image comes once per epoch in this order only",
     "schedule.": "the network has learned the noise levels of this schedule",
     "objective.": "the network has learned this objective, and losses could not be compared",
+    "autoencoder.": "an autoencoder is one network, trained on one loss",
     "training.global_batch_size": "the order of the images is counted in batches of this size",
     "training.reduction": "the gradients of the whole run are summed in one way",
     "training.ema_": "the checkpoints hold these EMAs",

@@ -20,21 +20,28 @@ from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.training.state import TrainingState
 
 CPU = torch.device("cpu")
+BOTH = "name=tiny", "data.url=none", "model.num_classes=3"
 NET = (
-    "name=tiny",
-    "data.url=none",
+    *BOTH,
     "model.base_channels=4",
     "model.groups=2",
     "model.channel_mults=[1,2]",
     "model.blocks_per_level=1",
     "model.attention_factors=[2]",
-    "model.num_classes=3",
+)
+DIT = (
+    *BOTH,
+    "model.network=dit",
+    "model.depth=1",
+    "model.hidden_size=16",
+    "model.heads=2",
+    "model.patch_size=2",
 )
 RATE, DECAY = 1e-2, 0.3
 
 
-def state_of(*overrides: str) -> TrainingState:
-    config = load_config(RunConfig, None, [*NET, f"training.learning_rate={RATE}", *overrides])
+def state_of(*overrides: str, net: tuple[str, ...] = NET) -> TrainingState:
+    config = load_config(RunConfig, None, [*net, f"training.learning_rate={RATE}", *overrides])
     return training_run.training_state(config, ImageShape(4, 4, 1), CPU, {})
 
 
@@ -67,10 +74,12 @@ def adamw(value: Any, steps: list[Any], decay: float) -> Any:
     return value
 
 
-@pytest.mark.parametrize("task", ["denoiser", "classifier"])
-def test_matrices_and_kernels_decay_and_nothing_else_does(task: str) -> None:
-    quiet = "training.grid_every_steps=0", "evaluation.num_images=0"
-    state = state_of(f"task={task}", f"training.weight_decay={DECAY}", *quiet)
+CLASSIFIER = *NET, "task=classifier", "training.grid_every_steps=0", "evaluation.num_images=0"
+
+
+@pytest.mark.parametrize("net", [NET, CLASSIFIER, DIT], ids=["unet", "classifier", "dit"])
+def test_matrices_and_kernels_decay_and_nothing_else_does(net: tuple[str, ...]) -> None:
+    state = state_of(f"training.weight_decay={DECAY}", net=net)
     before = {n: p.detach().double().numpy().copy() for n, p in state.model.named_parameters()}
     for seed in range(4):
         step(state, seed)

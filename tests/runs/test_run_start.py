@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from ddpm_ray.assembly import training_run
+from ddpm_ray.assembly import checkpoint_loading, scoring, training_run
 from ddpm_ray.config.loading import ConfigError, load_config, to_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.dataset import Dataset, open_dataset
 from ddpm_ray.data.image_shape import ImageShape
-from ddpm_ray.runs import run_identity
+from ddpm_ray.runs import evaluate, run_identity
 from ddpm_ray.runs.run_start import RunStart, begin_run
 from ddpm_ray.runs.run_tags import history_tags
 from ddpm_ray.training.checkpoints import CHECKPOINTS, CheckpointStore
@@ -134,6 +134,7 @@ def test_a_constant_rate_goes_on_for_as_long_as_one_likes(dataset: Dataset, tmp_
         ("data.lanes", "each image comes once per epoch"),
         ("schedule.kind", "the noise levels of this schedule"),
         ("objective.prediction", "the network has learned this objective"),
+        ("autoencoder.kl_weight", "an autoencoder is one network, trained on one loss"),
         ("training.global_batch_size", "in batches of this size"),
         ("training.reduction_slots", "are summed in one way"),
         ("training.ema_more_decays", "the checkpoints hold these EMAs"),
@@ -172,6 +173,19 @@ def test_a_run_begins_from_the_weights_that_its_first_driver_found(
     assert later.history == first.history
     with pytest.raises(ConfigError, match=r"init_from is , but the run began with .*base"):
         begin_run(configured(dataset), dataset, str(fine))
+
+
+def test_scores_name_initial_weights_and_changes(dataset: Dataset, tmp_path: Path) -> None:
+    """The provenance of a model on its way to `jobs/evaluate.py`, and of a run's own scores."""
+    history = {
+        "init_from": {"url": "base", "sha256": "0" * 64},
+        "changes": [{"step": 40, "key": RATE, "from": 2e-4, "to": 1e-5}],
+    }
+    config = configured(dataset)
+    commit(config, tmp_path, 60, RunStart("id", history=history))
+    model = checkpoint_loading.trained_model(str(tmp_path))
+    assert evaluate._weights(model).items() >= history.items()
+    assert scoring.ema_provenance(config, 60).keys().isdisjoint(history)
 
 
 def test_weights_that_do_not_fit_are_reported_before_the_run_is_there(
