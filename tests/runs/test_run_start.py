@@ -152,14 +152,16 @@ def test_a_change_of_no_key_is_refused(dataset: Dataset) -> None:
 
 
 def test_a_run_begins_from_the_weights_that_its_first_driver_found(
-    dataset: Dataset, tmp_path: Path
+    dataset: Dataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO)
     base, fine = tmp_path / "base", tmp_path / "fine"
     commit(configured(dataset), base, 40, RunStart("base"), seed=1)
     config = configured(dataset, f"training.init_from={base}")
     first = begin_run(config, dataset, str(fine))
     commit(configured(dataset), base, 60, RunStart("base"), seed=2)  # the other run goes on
     assert begin_run(config, dataset, str(fine)) == first
+    assert caplog.text.count("(ema of step 40, sha256") == 2  # these were checked, not the newest
     assert first.initial_weights is not None
     assert first.initial_weights.step == 40
     assert run_identity.stored_identity(str(fine))["init_from"] == vars(first.initial_weights)
@@ -173,6 +175,24 @@ def test_a_run_begins_from_the_weights_that_its_first_driver_found(
     assert later.history == first.history
     with pytest.raises(ConfigError, match=r"init_from is , but the run began with .*base"):
         begin_run(configured(dataset), dataset, str(fine))
+
+
+def test_drivers_that_start_at_once_begin_from_the_same_weights(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, fine = tmp_path / "base", tmp_path / "fine"
+    commit(configured(dataset), base, 40, RunStart("base"), seed=1)
+    config = configured(dataset, f"training.init_from={base}")
+    first = begin_run(config, dataset, str(fine))
+    commit(configured(dataset), base, 60, RunStart("base"), seed=2)
+    read, seen = run_identity.stored_identity, list[str]()
+
+    def not_there_at_first(folder: str) -> dict[str, Any]:
+        seen.append(folder)
+        return read(folder) if len(seen) > 1 else {}
+
+    monkeypatch.setattr(run_identity, "stored_identity", not_there_at_first)
+    assert begin_run(config, dataset, str(fine)) == first
 
 
 def test_scores_name_initial_weights_and_changes(dataset: Dataset, tmp_path: Path) -> None:
