@@ -103,7 +103,7 @@ def test_a_true_one_is_read(tmp_path: Path) -> None:
         ({"samples": 0}, r"samples ranges from 0 to 0; it must be in 1.."),
         ({"samples": -(2**62)}, r"samples ranges from -4611"),
         ({"stored_bytes": 2**50}, r"stored_bytes ranges from 1125899906842624"),
-        ({"pixel_sum": [1, 2, 3]}, r"pixel_sum does not have 1 numbers for each shard"),
+        ({"pixel_sum": [1, 2, 3]}, r"pixel_sum does not have 1 number for each shard"),
     ],
 )
 def test_an_index_names_nothing_but_shards(
