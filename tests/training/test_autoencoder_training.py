@@ -1,9 +1,11 @@
-"""An autoencoder trains in the same loop: killed, continued and resized, it keeps its bits."""
+"""What an autoencoder's steps minimise, report and refuse; test_loop.py kills and resizes them."""
 
+import hashlib
 import logging
 import math
 from dataclasses import replace
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import pytest
@@ -13,16 +15,19 @@ from torch import Tensor, nn
 from benchmarks.gpu.tiny import Notes, config_of, run_of
 from benchmarks.gpu.tiny_keys import ADVERSARY, AUTOENCODER
 from ddpm_ray.collectives import Workers
-from ddpm_ray.models.autoencoder import Autoencoder, Posterior
+from ddpm_ray.data.codec import PIXELS
+from ddpm_ray.models.autoencoder import Autoencoder, AutoencoderSpec, Posterior
+from ddpm_ray.storage.errors import StorageError
+from ddpm_ray.training import posterior_monitor
 from ddpm_ray.training.autoencoder_objective import AutoencoderObjective
 from ddpm_ray.training.checkpoints import CheckpointStore
-from ddpm_ray.training.loop import Run, save, take_step, train_loop
+from ddpm_ray.training.loop import Run, take_step, train_loop
 from ddpm_ray.training.posterior_monitor import PosteriorMonitor
 from ddpm_ray.training.state import Snapshot
+from tests.fixtures.threaded_workers import OnWorkers
 
 CPU, SIDE, BATCH = torch.device("cpu"), 24, 8
 LATE = [*AUTOENCODER, *ADVERSARY, "autoencoder.discriminator_from_step=3"]
-ELASTIC = ["training.reduction=elastic", "training.reduction_slots=4"]
 TASKS = {"alone": AUTOENCODER, "adversary": LATE}
 STEPS = 6
 
@@ -49,28 +54,6 @@ def assert_same_bits(one: Snapshot, other: Snapshot) -> None:
 def rows(run: Run) -> dict[int, dict[str, float]]:
     assert isinstance(run.sink, Notes)
     return {row.step: dict(row.metrics) for row in run.sink.taken}
-
-
-@pytest.mark.parametrize("name", TASKS)
-def test_a_continued_run_ends_with_the_bits_of_an_unbroken_one(name: str, tmp_path: Path) -> None:
-    """Both networks, both optimisers, the EMA and the adversarial weight."""
-    whole = begun(TASKS[name], tmp_path / "whole")
-    assert train_loop(whole)
-    for steps in range(1, STEPS):
-        broken = begun(TASKS[name], tmp_path / f"broken-{steps}")
-        for _ in range(steps):
-            take_step(broken)
-        save(broken)
-        broken.checkpoints.wait()
-        again = begun(TASKS[name], tmp_path / f"broken-{steps}")
-        assert again.state.step == steps
-        assert train_loop(again)
-        assert_same_bits(whole.state.snapshot([]), again.state.snapshot([]))
-    groups = whole.state.snapshot([]).tensors
-    assert ("discriminator" in groups) == (name == "adversary")
-    if name == "adversary":
-        assert groups["discriminator"]["adversarial_weight"] > 0
-        assert groups["discriminator-optimizer"]  # its moments
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -142,6 +125,34 @@ def test_the_adversarial_weight_is_the_ratio_of_gradients_at_the_last_layer(
     torch.testing.assert_close(adversary.weight, reconstruction / adversarial, rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("count", [2, 4])
+def test_workers_train_the_discriminator_as_one_does(
+    count: int, on_workers: OnWorkers, tmp_path: Path
+) -> None:
+    """Group norms see one image each: the gradient of a share does not depend on the others."""
+    lock = Lock()
+
+    def trained(workers: Workers) -> list[Tensor]:
+        """Gradients of the discriminator, and the adversarial weight of the next step."""
+        with lock:  # weights begin from torch's one generator
+            run = begun([*AUTOENCODER, *ADVERSARY], tmp_path)
+        adversary, batch = run.state.adversary, run.stream.batch(0)
+        assert adversary is not None
+        mine = list(workers.share(BATCH))
+        images, labels = batch.images[mine], batch.labels[mine]
+        run.objective.backward(run.state.model, images, labels, 0, workers, BATCH)
+        leaves = [*adversary.discriminator.parameters()]
+        found = [leaf.grad.clone() for leaf in leaves if leaf.grad is not None]
+        adversary.step(0.1)
+        return [*found, adversary.weight]
+
+    (alone,) = on_workers(1, trained)
+    assert alone[-1] > 0
+    for several in on_workers(count, trained):
+        for found, wanted in zip(several, alone, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-6)
+
+
 def test_rows_say_what_was_reconstructed_and_told(tmp_path: Path) -> None:
     run = begun([*LATE, "autoencoder.kl_weight=0.25", "training.log_every_steps=2"], tmp_path)
     train_loop(run)
@@ -184,6 +195,125 @@ def test_the_loss_is_that_of_a_known_error_and_a_known_posterior(
     nats = 0.5 * shape[1] * shape[2] * shape[3]
     assert losses.loss.tolist() == pytest.approx([error + 2 * nats / values] * 2)
     assert losses.terms[0].tolist() == pytest.approx([error] + [0.5] * shape[1])
+
+
+class Linear(nn.Module):
+    """The best code of independent channels of these variances for distortions of at most tau.
+
+    (Reverse water-filling, Cover and Thomas, Elements of Information Theory, section 10.3.3.)
+    """
+
+    def __init__(self, variances: Tensor, tau: float) -> None:
+        super().__init__()
+        kept = (variances - tau).clamp(min=0).sqrt()
+        self.encoder = nn.Parameter(torch.diag(kept / variances).float())
+        self.decoder = nn.Parameter(torch.diag(kept).float())
+        self.log_variance = nn.Parameter((tau / variances).clamp(max=1).log().float())
+
+    def forward(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Posterior]:
+        mean = torch.einsum("ij,bjhw->bihw", self.encoder, x)
+        posterior = Posterior(mean, self.log_variance[:, None, None].expand_as(mean))
+        return torch.einsum("ij,bjhw->bihw", self.decoder, posterior.sample(noise)), posterior
+
+
+@pytest.mark.parametrize("side", [1, 2])
+def test_the_kl_weight_is_twice_the_distortion_where_a_channel_is_given_up(
+    side: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rate-distortion optimum for tau = kl_weight / 2 is the loss's, for images of any size.
+
+    Images and noise are all sign patterns: the moments that the loss depends on are exact.
+    """
+    tau, levels = 0.05, torch.tensor([100, 60, 10])  # grey levels from the middle
+    variances = ((2 * levels + 1) / 255).double().square()  # 0.62, 0.23, 0.0068
+    signs = torch.cartesian_prod(*[torch.tensor([-1, 1])] * 6)[:, :, None, None]
+    signs = signs.expand(-1, -1, side, side)
+    images = torch.where(signs[:, :3] > 0, 128 + levels.view(3, 1, 1), 127 - levels.view(3, 1, 1))
+    monkeypatch.setattr("ddpm_ray.counter_rng.normal", lambda *_: signs[:, 3:].float().contiguous())
+    spec = AutoencoderSpec(3, 3, 1, (1,), 1, 1, middle_attention=False)
+    slopes = []
+    for kl_weight in (2 * tau, 2.2 * tau):
+        objective, network = AutoencoderObjective(0, spec, "mse", kl_weight), Linear(variances, tau)
+        pixels = images.permute(0, 2, 3, 1).to(torch.uint8)
+        losses = objective.backward(network, pixels, torch.zeros(64), 0, Workers(), 64)
+        grads = [parameter.grad for parameter in network.parameters()]
+        slopes.append(max(float(grad.abs().max()) for grad in grads if grad is not None))
+        nats = [0.5 * math.log(0.6213149 / tau), 0.5 * math.log(0.2251596 / tau), 0]
+        distortion = (tau + tau + 0.0067820) / 3
+        error, *kl = losses.terms.double().mean(0).tolist()
+        assert error == pytest.approx(distortion, rel=1e-5)
+        assert kl == pytest.approx(nats, abs=1e-5)
+        loss = distortion + kl_weight * sum(nats) / 3
+        assert losses.loss.mean().item() == pytest.approx(loss, rel=1e-5)
+    assert slopes[0] < 1e-6 < 1e-3 < slopes[1]
+
+
+def with_inception(assets: Path) -> list[str]:
+    weights = assets / "inception_2015_12_05_to_mixed6e_folded_f32.npz"
+    sha256 = hashlib.sha256(weights.read_bytes()).hexdigest()
+    return [f"evaluation.weights={weights}", f"evaluation.weights_sha256={sha256}"]
+
+
+def test_a_step_with_inceptions_weights_lowers_the_perceptual_distance(
+    assets: Path, tmp_path: Path
+) -> None:
+    """And its gradient is that of encoder and decoder alone."""
+    keys = ["autoencoder.perceptual_weight=10", "training.learning_rate=1e-4", "data.flip=false"]
+    run = begun([*AUTOENCODER, *keys, *with_inception(assets)], tmp_path)
+    objective, model, batch = run.objective, run.state.model, run.stream.batch(0)
+    assert isinstance(objective, AutoencoderObjective)
+    assert isinstance(model, Autoencoder)
+    perceptual = objective.perceptual
+    assert perceptual is not None
+    x = PIXELS.encode(batch.images)
+
+    def distance() -> float:
+        with torch.no_grad():
+            return float(perceptual(x, model.decode(model.encode(x).mean)).mean())
+
+    gradients = []
+    for used in (perceptual, None):
+        asked = replace(objective, perceptual=used)
+        asked.backward(model, batch.images, batch.labels, 0, run.workers, BATCH)
+        ends = model.encoder.conv_in.weight, model.decoder.conv_in.weight, model.last_layer
+        gradients.append([end.grad.clone() for end in ends if end.grad is not None])
+        run.state.zero_grad()
+    for with_it, without in zip(*gradients, strict=True):
+        assert with_it.isfinite().all()
+        assert (with_it - without).abs().max() > 1e-6
+    before = distance()
+    take_step(run)
+    assert 0 < distance() < before
+
+
+def test_other_weights_than_inceptions_are_refused(assets: Path, tmp_path: Path) -> None:
+    keys = ["autoencoder.perceptual_weight=10", f"evaluation.weights_sha256={64 * '0'}"]
+    says = (
+        r"folded_f32.npz: sha256 is \w+, expected 0+; fetch the file again, or correct the sha256"
+    )
+    with pytest.raises(StorageError, match=says):
+        begun([*AUTOENCODER, *with_inception(assets), *keys], tmp_path)
+
+
+def test_a_collapse_is_told_while_the_run_trains(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(posterior_monitor, "FIRST_VERDICT_STEP", 20)
+    caplog.set_level(logging.WARNING)
+    keys = [
+        "autoencoder.kl_weight=1e4",
+        "training.learning_rate=0.01",
+        "training.log_every_steps=5",
+    ]
+    run = begun([*AUTOENCODER, *keys], tmp_path)
+    run.plan = replace(run.plan, steps=40)
+    train_loop(run)
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert "step 20: 0 of 4 latent channels in use; channels 0, 1, 2, 3 have a KL below" in told
+    assert told.endswith(
+        "Lower autoencoder.kl_weight (10000), or use fewer autoencoder.latent_channels"
+    )
+    assert {rows(run)[step]["train/channels_in_use"] for step in (20, 40)} == {0}
 
 
 def test_a_collapse_is_told_once_and_again_when_it_spreads(

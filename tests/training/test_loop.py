@@ -11,9 +11,12 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from threading import Lock
+from typing import Any, TypeAlias
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -22,12 +25,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
+import ddpm_ray
 from ddpm_ray import fault_injection
-from ddpm_ray.assembly import diffusion, optimization, training_run
+from ddpm_ray.assembly import diffusion, latents, optimization, training_run
+from ddpm_ray.assembly.autoencoder_loading import trained_autoencoder
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.loading import load_config, to_dict
 from ddpm_ray.config.run import RunConfig
-from ddpm_ray.data.codec import PIXELS
 from ddpm_ray.data.dataset import open_dataset
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.data.loader import Batch, ShardStream
@@ -45,6 +49,8 @@ from ddpm_ray.training.noising import NoisyBatch
 from ddpm_ray.training.objective import Objective
 from ddpm_ray.training.sample_grids import SampleGridLogger
 from ddpm_ray.training.state import Snapshot
+from tests.data.latent_sets import encode_noise
+from tests.fixtures.threaded_workers import OnWorkers
 from tests.noise import pack_noise
 
 CPU = torch.device("cpu")
@@ -60,6 +66,30 @@ TINY_UNET = (
 )
 DIT = "model.network=dit"
 TINY_DIT = ("model.depth=2", "model.hidden_size=8", "model.heads=2")
+OF_DENOISERS = (
+    "schedule.num_steps=60",
+    "evaluation.validation_every_steps=2",
+    "evaluation.validation_images=16",
+)
+AUTOENCODER = "task=autoencoder"
+TINY_AUTOENCODER = (
+    "autoencoder.base_channels=4",
+    "autoencoder.groups=2",
+    "autoencoder.channel_mults=[1,2]",
+    "autoencoder.blocks_per_level=1",
+    "autoencoder.discriminator_channels=8",
+)
+FIRST_STEP_WITH_ADVERSARY = 4
+KINDS: dict[str, tuple[str, tuple[str, ...]]] = {  # the data set, and overrides
+    "pixels": ("pixels", ()),
+    "autoencoder": ("larger pixels", (AUTOENCODER,)),
+    "adversary": (
+        "larger pixels",
+        (AUTOENCODER, f"autoencoder.discriminator_from_step={FIRST_STEP_WITH_ADVERSARY}"),
+    ),
+    "latents": ("latents", ("data.flip=true",)),
+    "latents, DiT": ("latents", (DIT,)),
+}
 
 
 class Killed(Exception):
@@ -122,7 +152,25 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
     return folder
 
 
+@pytest.fixture(scope="module")
+def sets(data: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Small pixels, pixels that a discriminator takes, and latents of the small ones' sides."""
+    larger = str(tmp_path_factory.mktemp("larger"))
+    pack_noise(larger, IMAGES, 24)
+    encoded = encode_noise(tmp_path_factory.mktemp("encoded"), IMAGES, 2 * SIDE)
+    return {"pixels": data, "larger pixels": larger, "latents": encoded}
+
+
+def of_kind(sets: dict[str, str], kind: str, *overrides: str) -> list[str]:
+    """The overrides of a run of that kind, its data set among them."""
+    name, own = KINDS[kind]
+    return [f"data.url={sets[name]}", *own, *overrides]
+
+
 def configured(data: str, *overrides: str) -> RunConfig:
+    network: tuple[str, ...] = (*OF_DENOISERS, *(TINY_DIT if DIT in overrides else TINY_UNET))
+    if AUTOENCODER in overrides:
+        network = TINY_AUTOENCODER
     return load_config(
         RunConfig,
         None,
@@ -130,8 +178,7 @@ def configured(data: str, *overrides: str) -> RunConfig:
             "name=tiny",
             f"data.url={data}",
             "data.lanes=2",
-            "schedule.num_steps=60",
-            *(TINY_DIT if DIT in overrides else TINY_UNET),
+            *network,
             f"training.steps={STEPS}",
             f"training.checkpoint_every_steps={EVERY}",
             "training.global_batch_size=4",
@@ -139,8 +186,6 @@ def configured(data: str, *overrides: str) -> RunConfig:
             "training.learning_rate=3e-3",
             "training.warmup_steps=4",
             "training.ema_decay_per_step=0.8",
-            "evaluation.validation_every_steps=2",
-            "evaluation.validation_images=16",
             *overrides,
         ],
     )
@@ -177,8 +222,14 @@ def begin(
 ) -> Run:
     """All that a process makes of its config before it trains, and what it finds in `folder`."""
     workers, dataset = workers or Workers(), open_dataset(config.data.url)
-    facts = {"config": to_dict(config)}
-    state = training_run.training_state(config, dataset.manifest.image_shape, CPU, facts)
+    codec = latents.codec_of_data(config.data, dataset)
+    facts = {
+        "config": to_dict(config),
+        "image_shape": list(dataset.manifest.image_shape),
+        "data_fingerprint": dataset.fingerprint,
+        **latents.codec_facts(codec),
+    }
+    state = training_run.training_state(config, dataset.manifest.diffused_shape, CPU, facts)
     store = CheckpointStore(str(folder), config.training.keep_checkpoints, planned_every=EVERY)
     log = training_run.step_log(config, dataset.manifest.image_shape, workers)
     guard = DivergenceGuard.of(config.training.on_divergence, config.training.spike_factor)
@@ -187,18 +238,16 @@ def begin(
         log.resume(found[1].facts["bands"])
         guard.resume(found[1].facts["guard"])
     network: nn.Module = state.model
-    if workers.count > 1:
+    if workers.count > 1 and config.training.reduction == "mean":
         network = DistributedDataParallel(network, broadcast_buffers=False)
     sink = (recorder or RecordingSink()) if workers.is_main else None
-    denoiser = diffusion.denoiser(config, state.ema.model, CPU, PIXELS)
-    grid_logger = SampleGridLogger(
-        denoiser,
-        diffusion.sampling_plan(config.sampling, denoiser.schedule),
-        ImageShape(SIDE, SIDE, 1),
-        workers,
-        str(folder),
-        sink,
-    )
+    validate: Callable[[int], None] = lambda step: None  # noqa: E731
+    if config.traits.draws_images:
+        denoiser = diffusion.denoiser(config, state.ema.model, CPU, codec)
+        plan = diffusion.sampling_plan(config.sampling, denoiser.schedule)
+        image_shape = dataset.manifest.image_shape
+        grids = SampleGridLogger(denoiser, plan, image_shape, workers, str(folder), sink)
+        validate = training_run.validator(config, dataset, state, grids).validate
     return Run(
         plan=training_run.plan(config, workers.count),
         state=state,
@@ -214,7 +263,7 @@ def begin(
         draw_grid=lambda step: None,
         draw_strip=lambda step: None,
         evaluate=lambda step: None,
-        validate=training_run.validator(config, dataset, state, grid_logger).validate,
+        validate=validate,
     )
 
 
@@ -259,11 +308,13 @@ def dies_before_save(run: Run, step: int, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(loop, "save", die)
 
 
-def dies_in_save(run: Run, step: int, patch: pytest.MonkeyPatch) -> None:
+def dies_in_save(
+    run: Run, step: int, patch: pytest.MonkeyPatch, file: str = "optimizer.safetensors"
+) -> None:
     write = object_store.write_bytes
 
     def die(url: str, data: bytes) -> None:
-        if f"step-{step:08d}" in url and url.endswith("optimizer.safetensors"):
+        if f"step-{step:08d}" in url and url.endswith(f"/{file}"):
             write(url, data[: len(data) // 2])
             raise Killed(f"in the save of step {step}")
         write(url, data)
@@ -283,7 +334,8 @@ def dies_after_commit(run: Run, step: int, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(loop, "save", die)
 
 
-MARKS = [
+Marks: TypeAlias = list[tuple[Callable[..., None], int]]
+MARKS: Marks = [
     (dies_before_update, 1),
     (dies_before_update, 3),
     (dies_before_update, 5),
@@ -296,6 +348,22 @@ MARKS = [
     (dies_after_commit, 3),
     (dies_after_commit, 8),
 ]
+OF_DISCRIMINATOR = partial(dies_in_save, file="discriminator-optimizer.safetensors")
+MARKS_OF_KIND: dict[str, Marks] = {
+    "pixels": MARKS,
+    "autoencoder": [(dies_before_update, 5)],
+    "adversary": [  # its discriminator begins between the first two checkpoints
+        (dies_before_update, FIRST_STEP_WITH_ADVERSARY - 1),
+        (dies_before_save, FIRST_STEP_WITH_ADVERSARY - 1),
+        (dies_before_update, FIRST_STEP_WITH_ADVERSARY),
+        (dies_before_update, FIRST_STEP_WITH_ADVERSARY + 1),
+        (OF_DISCRIMINATOR, 3),
+        (OF_DISCRIMINATOR, 6),
+        (dies_before_update, 8),
+    ],
+    "latents": [(dies_before_update, 5), (dies_in_save, 6), (dies_before_save, 8)],
+    "latents, DiT": [(dies_before_update, 5), (dies_in_save, 6), (dies_before_save, 8)],
+}
 
 
 @pytest.fixture(scope="module")
@@ -321,17 +389,21 @@ def _reports_at_each_step(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_reports_at_each_step")
-@pytest.mark.parametrize("dies, step", MARKS)
+@pytest.mark.parametrize(
+    "kind, dies, step", [(kind, *mark) for kind, marks in MARKS_OF_KIND.items() for mark in marks]
+)
 def test_a_killed_run_ends_like_an_unbroken_one(
+    kind: str,
     dies: Callable[..., None],
     step: int,
-    data: str,
+    sets: dict[str, str],
     unbroken: Callable[..., tuple[Snapshot, RecordingSink]],
     tmp_path: Path,
 ) -> None:
-    """Bit by bit; each row is that of an unbroken run, bands and validation losses too."""
-    config, recorder = configured(data), RecordingSink()
-    wanted, rows = unbroken()
+    """Bit by bit, both optimisers of an adversarial run; each row is that of an unbroken run."""
+    overrides = of_kind(sets, kind)
+    config, recorder = configured("", *overrides), RecordingSink()
+    wanted, rows = unbroken(*overrides)
     run = begin(config, tmp_path, recorder)
     with pytest.MonkeyPatch.context() as patch:
         dies(run, step, patch)
@@ -346,34 +418,60 @@ def test_a_killed_run_ends_like_an_unbroken_one(
     assert recorder.timeless() == rows.timeless()
 
 
+OF_PIXELS = [
+    ["model.dropout=0.3"],  # its masks are repeated
+    ["model.dropout=0.3", "training.gradient_checkpointing=true"],
+    ["training.precision=bf16"],
+    ["training.channels_last=true", "training.precision=bf16"],
+    ["training.micro_batch_size=1", "data.flip=true"],
+    ["training.ema_decay_per_step=0", "training.ema_half_life_images=9"],
+    ["seed=18446744073709551557", "schedule.kind=cosine"],
+    [*BY_LOSSES],
+    ["objective.self_conditioning=true", "objective.weighting=uncertainty"],
+    ["model.head_channels=4", "model.dropout=0.3"],
+    [DIT],
+    [DIT, "model.dropout=0.3", "training.gradient_checkpointing=true"],
+    [DIT, "objective.self_conditioning=true", "objective.weighting=uncertainty"],
+    [DIT, *BY_LOSSES],
+]
+
+
+def test_the_discriminator_trains_from_its_first_step_on(
+    sets: dict[str, str], unbroken: Callable[..., tuple[Snapshot, RecordingSink]]
+) -> None:
+    """The equalities above are not those of a discriminator that is never used."""
+    wanted, recorder = unbroken(*of_kind(sets, "adversary"))
+    alone, _ = unbroken(*of_kind(sets, "autoencoder"))
+    used = [recorder.values["train/discriminator", step] > 0 for step in range(1, STEPS + 1)]
+    assert used == [step >= FIRST_STEP_WITH_ADVERSARY for step in range(1, STEPS + 1)]
+    assert wanted.tensors["discriminator"]["adversarial_weight"] > 0
+    assert wanted.tensors["discriminator-optimizer"]  # its moments
+    layer = "decoder.conv_out.weight"
+    assert not torch.equal(wanted.tensors["model"][layer], alone.tensors["model"][layer])
+
+
 @pytest.mark.usefixtures("_reports_at_each_step")
 @pytest.mark.parametrize(
-    "overrides",
+    "kind, overrides",
     [
-        ["model.dropout=0.3"],  # its masks are repeated
-        ["model.dropout=0.3", "training.gradient_checkpointing=true"],
-        ["training.precision=bf16"],
-        ["training.channels_last=true", "training.precision=bf16"],
-        ["training.micro_batch_size=1", "data.flip=true"],
-        ["training.ema_decay_per_step=0", "training.ema_half_life_images=9"],
-        ["seed=18446744073709551557", "schedule.kind=cosine"],
-        [*BY_LOSSES],
-        ["objective.self_conditioning=true", "objective.weighting=uncertainty"],
-        ["model.head_channels=4", "model.dropout=0.3"],
-        [DIT],
-        [DIT, "model.dropout=0.3", "training.gradient_checkpointing=true"],
-        [DIT, "objective.self_conditioning=true", "objective.weighting=uncertainty"],
-        [DIT, *BY_LOSSES],
+        *(("pixels", overrides) for overrides in OF_PIXELS),
+        ("adversary", ["training.micro_batch_size=1", "data.flip=true"]),
+        ("adversary", ["training.precision=bf16", "training.channels_last=true"]),
+        ("latents", ["training.precision=bf16", "training.micro_batch_size=1"]),
+        ("latents", ["model.dropout=0.3", "objective.self_conditioning=true"]),
+        ("latents, DiT", ["data.flip=true", "model.dropout=0.3"]),
     ],
     ids=str,
 )
 def test_any_kind_of_run_survives_its_death(
+    kind: str,
     overrides: list[str],
-    data: str,
+    sets: dict[str, str],
     unbroken: Callable[..., tuple[Snapshot, RecordingSink]],
     tmp_path: Path,
 ) -> None:
-    config, recorder = configured(data, *overrides), RecordingSink()
+    overrides = of_kind(sets, kind, *overrides)
+    config, recorder = configured("", *overrides), RecordingSink()
     wanted, rows = unbroken(*overrides)
     run = begin(config, tmp_path, recorder)
     with pytest.MonkeyPatch.context() as patch:
@@ -388,6 +486,34 @@ def test_any_kind_of_run_survives_its_death(
     assert_same_bits(bits(again), wanted)
     assert recorder.timeless() == rows.timeless()
     assert all(math.isfinite(value) for value in recorder.values.values())
+
+
+@pytest.mark.parametrize("kind", ["adversary", "latents", "latents, DiT"])
+def test_a_killed_run_leaves_the_model_of_an_unbroken_one(
+    kind: str, sets: dict[str, str], tmp_path: Path
+) -> None:
+    """Loaded from its folder, it draws, edits or encodes to the same bytes."""
+    config, folders = configured("", *of_kind(sets, kind)), [tmp_path / "whole", tmp_path / "died"]
+    finished(config, folders[0] / "checkpoints")
+    run = begin(config, folders[1] / "checkpoints")
+    with pytest.MonkeyPatch.context() as patch:
+        dies_before_update(run, 5, patch)
+        with pytest.raises(Killed, match="step 5"):
+            train_loop(run)
+    run.checkpoints.wait()
+    finished(config, folders[1] / "checkpoints")
+    images = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 1), np.uint8)
+    if kind == "adversary":
+        whole, died = (trained_autoencoder(str(folder)) for folder in folders)
+        assert died.sha256 == whole.sha256  # by which its latents name it
+        assert torch.equal(died.encode_uint8(images).mean, whole.encode_uint8(images).mean)
+        return
+    whole_model, died_model = (ddpm_ray.load(str(folder), "cpu") for folder in folders)
+    drawn = died_model.sample(2, steps=3)
+    assert drawn.shape == images.shape
+    np.testing.assert_array_equal(drawn, whole_model.sample(2, steps=3))
+    edited = died_model.image_to_image(images, 0.5, steps=4)
+    np.testing.assert_array_equal(edited, whole_model.image_to_image(images, 0.5, steps=4))
 
 
 @pytest.mark.usefixtures("_reports_at_each_step")
@@ -639,12 +765,14 @@ def test_a_skipped_step_changes_nothing_and_is_the_same_on_replay(
     assert losses == [1, 2, 3, 4, 6, 7, 8]
 
 
+@pytest.mark.parametrize("kind", ["pixels", "adversary", "latents"])
 def test_a_rewound_run_has_the_weights_of_its_checkpoint_and_is_the_same_on_replay(
-    data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, sets: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Step 5 is NaN, and the checkpoint before it that of step 3: steps 4 and 5 leave no trace in
-    the weights. Killed before or after that is committed, the run ends alike."""
-    config = configured(data, "training.on_divergence=rewind")
+    the weights, of a discriminator too. Killed before or after that is committed, the run ends
+    alike."""
+    config = configured("", *of_kind(sets, kind), "training.on_divergence=rewind")
     unbroken = RecordingSink()
     before = begin(replace(config, training=replace(config.training, steps=3)), tmp_path / "three")
     assert train_loop(before)
@@ -661,8 +789,10 @@ def test_a_rewound_run_has_the_weights_of_its_checkpoint_and_is_the_same_on_repl
     assert train_loop(wanted)
     (rewound,) = [snapshot for snapshot in found if snapshot.step == 5]
     three = bits(before)
-    for group in ("model", "ema", "optimizer"):
-        for key, value in three.tensors[group].items():
+    assert rewound.tensors.keys() == three.tensors.keys()
+    for group, tensors in three.tensors.items():
+        assert rewound.tensors[group].keys() == tensors.keys()
+        for key, value in tensors.items():
             assert torch.equal(rewound.tensors[group][key], value), key
     assert unbroken.values["train/skipped", 5] == 1
     assert sorted(step for key, step in unbroken.values if key == "train/loss") == [
@@ -907,6 +1037,37 @@ def test_the_error_stays_short_and_survives_a_pickle() -> None:
 
 
 # What one worker computes of a batch, and what several compute of its parts.
+
+
+@pytest.mark.usefixtures("_reports_at_each_step")
+@pytest.mark.parametrize("kind", ["adversary", "latents"])
+def test_with_elastic_reduction_workers_come_and_go_and_leave_the_same_bits(
+    kind: str,
+    sets: dict[str, str],
+    unbroken: Callable[..., tuple[Snapshot, RecordingSink]],
+    on_workers: OnWorkers,
+    tmp_path: Path,
+) -> None:
+    """2 workers, then 4, then 1. Validation sees batches of other sizes, so it is off here."""
+    off = ["evaluation.validation_every_steps=0"] if kind == "latents" else []
+    elastic = "training.reduction=elastic", "training.reduction_slots=4"
+    overrides = of_kind(sets, kind, *elastic, *off)
+    wanted, rows = unbroken(*overrides)
+    config, recorder, lock = configured("", *overrides), RecordingSink(), Lock()
+
+    def train(workers: Workers, until: int) -> Snapshot:
+        with lock:  # weights begin from torch's one generator
+            run = begin(config, tmp_path, recorder, workers)
+        run.show_progress = lambda progress: (
+            Command.STOP if progress.step >= until else Command.NONE
+        )
+        train_loop(run)
+        return bits(run)
+
+    for count, until in ((2, 5), (4, 7), (1, STEPS)):
+        ends = on_workers(count, partial(train, until=until))
+    assert_same_bits(ends[0], wanted)
+    assert recorder.timeless() == rows.timeless()
 
 
 def gradient_of(
