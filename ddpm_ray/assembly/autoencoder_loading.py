@@ -31,13 +31,14 @@ def trained_autoencoder(
         return _of_diffusers(url, device)
     where, snapshot = newest_checkpoint(url, ema)
     config = run_config.saved_config(snapshot.facts, url)
-    image_shape = ImageShape(*snapshot.facts["image_shape"])
-    network = training_run.network(config, image_shape)
-    if not isinstance(network, Autoencoder):
+    if not config.traits.reconstructs:
         raise ConfigError(
             f"{url} holds a {config.task}, which encodes no images: name a run with "
             "task=autoencoder, or a diffusers folder of an AutoencoderKL"
         )
+    image_shape = ImageShape(*snapshot.facts["image_shape"])
+    network = training_run.network(config, image_shape)
+    assert isinstance(network, Autoencoder)
     network.load_state_dict(snapshot.tensors[ema])
     sha256 = checkpoint_folder.weights_sha256(where, ema)
     return _ready(network, device, image_shape, where, sha256)

@@ -16,7 +16,7 @@ from ddpm_ray.assembly.diffusion import denoiser
 from ddpm_ray.assembly.latents import bound_codec
 from ddpm_ray.assembly.newest_checkpoint import newest_checkpoint, usable_device
 from ddpm_ray.config.loading import ConfigError, from_dict, to_dict
-from ddpm_ray.config.run import RunConfig
+from ddpm_ray.config.run import Architecture, RunConfig
 from ddpm_ray.config.sampling import SamplingSettings
 from ddpm_ray.config.schedule import ScheduleConfig
 from ddpm_ray.data.codec import PIXELS, diffused_shape
@@ -58,11 +58,7 @@ def trained_model(
         return _of_diffusers(Path(url), device)
     where, snapshot = newest_checkpoint(url, ema)
     config = run_config.saved_config(snapshot.facts, url)
-    if not config.traits.draws_images:
-        what, use = "a classifier", "use it as guidance.classifier"
-        if config.traits.reconstructs:
-            what, use = "an autoencoder", "train a denoiser on the latents that it encodes"
-        raise ConfigError(f"{url} holds {what}, which draws no images: {use}")
+    require_denoiser(config, url)
     codec = bound_codec(snapshot.facts, where, device, autoencoder)
     image_shape = ImageShape(*snapshot.facts["image_shape"])
     variant = run_config.saved_variant(snapshot.facts, where)
@@ -89,6 +85,16 @@ def trained_model(
     )
 
 
+def require_denoiser(config: RunConfig, url: str) -> None:
+    """Raise ConfigError if the run at `url` trained a model that draws no images."""
+    if config.traits.draws_images:
+        return
+    what, use = "a classifier", "use it as guidance.classifier"
+    if config.traits.reconstructs:
+        what, use = "an autoencoder", "train a denoiser on the latents that it encodes"
+    raise ConfigError(f"{url} holds {what}, which draws no images: {use}")
+
+
 class TrainedWeights(NamedTuple):
     """The weights of a trained model."""
 
@@ -97,6 +103,7 @@ class TrainedWeights(NamedTuple):
     sha256: str  # as in the provenance of `trained_model`
     tensors: dict[str, Tensor]  # by their names in our networks
     variant: Variant  # of the network
+    architecture: Architecture
 
 
 def trained_weights(url: str, ema: str = "ema") -> TrainedWeights:
@@ -104,11 +111,12 @@ def trained_weights(url: str, ema: str = "ema") -> TrainedWeights:
     if Path(url, OF_DIFFUSERS).is_file():
         spec, tensors, *_ = convert.read_folder(url)
         sha256 = hashlib.sha256(safetensors.save(tensors)).hexdigest()
-        return TrainedWeights(url, 0, sha256, tensors, spec.variant)
+        return TrainedWeights(url, 0, sha256, tensors, spec.variant, "unet")
     where, snapshot = newest_checkpoint(url, ema)
     sha256 = checkpoint_folder.weights_sha256(where, ema)
     variant = run_config.saved_variant(snapshot.facts, where)
-    return TrainedWeights(where, snapshot.step, sha256, snapshot.tensors[ema], variant)
+    kind = run_config.saved_config(snapshot.facts, url).architecture
+    return TrainedWeights(where, snapshot.step, sha256, snapshot.tensors[ema], variant, kind)
 
 
 def with_sampling(

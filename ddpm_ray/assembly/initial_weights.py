@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ddpm_ray.assembly import checkpoint_loading, training_run
+from ddpm_ray.assembly.checkpoint_loading import TrainedWeights
 from ddpm_ray.config.loading import ConfigError
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.training import TrainingConfig
@@ -25,6 +26,7 @@ from ddpm_ray.training.state import TrainingState
 log = logging.getLogger(__name__)
 
 MOST_NAMES = 5  # of tensors in a line
+NAMES = {"unet": "a U-Net", "dit": "a DiT", "autoencoder": "an autoencoder"}
 
 
 @dataclass(frozen=True)
@@ -76,11 +78,18 @@ def check_initial_weights(
 ) -> None:
     """Read the weights, check that they fit the network, and log what is taken from them.
 
-    Raises what `_read` and `match_tensors` raise.
+    Raises ConfigError for another architecture, and what `_read` and `match_tensors` raise.
     """
+    found, wanted = _read(source), config.architecture
+    if found.architecture != wanted:
+        raise ConfigError(
+            f"training.init_from: {sanitize(source.checkpoint)} holds {NAMES[found.architecture]}, "
+            f"and this run trains {NAMES[wanted]}: name a model with the same network"
+        )
     with torch.device("meta"):
         network = training_run.network(config, image_shape)
-    taken = match_tensors(network.state_dict(), _read(source), config.training, source.checkpoint)
+    tensors = network.state_dict()
+    taken = match_tensors(tensors, found.tensors, config.training, source.checkpoint)
     log.info(
         "initial weights from %s (%s of step %d, sha256 %s): %s",
         sanitize(source.checkpoint),
@@ -96,7 +105,7 @@ def load_initial_weights(
 ) -> None:
     """Set the weights and all EMAs of a `state` that was not trained yet."""
     own = state.model.state_dict()
-    begun = own | match_tensors(own, _read(source), config, source.checkpoint).taken
+    begun = own | match_tensors(own, _read(source).tensors, config, source.checkpoint).taken
     state.model.load_state_dict(begun)
     for mean in (state.ema, *state.averages.means.values()):
         mean.load_state_dict(begun)
@@ -129,8 +138,8 @@ def match_tensors(
     ]
     if not taken:
         lines.append(
-            f"training.init_from: no tensor of {sanitize(where)} is taken: it holds a network of "
-            f"another kind, or training.init_from_skip leaves out all"
+            f"training.init_from: no tensor of {sanitize(where)} is taken: name fewer tensors in "
+            f"training.init_from_skip, or another model"
         )
     if lines:
         raise ConfigError("\n".join(lines))
@@ -138,8 +147,8 @@ def match_tensors(
     return TensorMatch(taken, skipped, missing, [name for name in model if name not in network])
 
 
-def _read(source: InitialWeights) -> dict[str, Tensor]:
-    """The tensors; raises CheckpointError if they are not those of the sha256, or gone.
+def _read(source: InitialWeights) -> TrainedWeights:
+    """The weights; raises CheckpointError if they are not those of the sha256, or gone.
 
     Raises ConfigError for a network of another variant: its tensors have the same names and shapes
     as ours, but another function.
@@ -159,4 +168,4 @@ def _read(source: InitialWeights) -> dict[str, Tensor]:
             f"training.init_from: {sanitize(source.checkpoint)} is a U-Net with {other}, which a "
             f"run cannot train; choose a network of Ho et al.'s form"
         )
-    return found.tensors
+    return found

@@ -7,14 +7,14 @@ Configs are read by loading.py.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Literal, TypeAlias
 
 from ddpm_ray.config.autoencoder import AutoencoderConfig
 from ddpm_ray.config.changes import change_problems
 from ddpm_ray.config.cluster import ClusterConfig
 from ddpm_ray.config.data import DataConfig
 from ddpm_ray.config.evaluation import EvaluationConfig
-from ddpm_ray.config.model import ModelConfig
+from ddpm_ray.config.model import ModelConfig, NetworkKind
 from ddpm_ray.config.objective import ObjectiveConfig
 from ddpm_ray.config.option_fields import option, shown, walk
 from ddpm_ray.config.reading.former_keys import Former
@@ -26,6 +26,7 @@ from ddpm_ray.config.training import TrainingConfig
 
 OF_DENOISERS = ("schedule", "objective", "model", "sampling")  # groups; a classifier's as well
 OF_AUTOENCODERS = ("autoencoder",)
+Architecture: TypeAlias = NetworkKind | Literal["autoencoder"]
 SHARED = ("sampling.batch_size",)  # also the batch of an autoencoder's grids and scores
 
 
@@ -64,6 +65,11 @@ class RunConfig:
     def traits(self) -> TaskTraits:
         """The abilities of the trained model."""
         return TRAITS[self.task]
+
+    @property
+    def architecture(self) -> Architecture:
+        """The kind of network; a classifier's is half of a U-Net."""
+        return "autoencoder" if self.traits.reconstructs else self.model.network
 
     @property
     def sampled_model(self) -> SampledModel:

@@ -46,9 +46,14 @@ class EmaSnapshots:
 
     @classmethod
     def of(cls, run: str) -> "EmaSnapshots":
-        """Read the list of the run in the folder `run`. Raises CheckpointError if it is empty."""
+        """Read the list of the run in the folder `run`.
+
+        Raises CheckpointError if it is empty, and ConfigError for a model that draws no images.
+        """
         found = CheckpointStore(object_store.join(run, CHECKPOINTS)).load(groups=())
         facts = found[1].facts if found else {}
+        if found:
+            checkpoint_loading.require_denoiser(run_config.saved_config(facts, run), run)
         if not facts.get("kept_at"):
             remedy = (
                 "train with training.ema_snapshot_widths=[0.05,0.1] and "

@@ -308,9 +308,9 @@ def test_a_collapse_is_told_while_the_run_trains(
     run = begun([*AUTOENCODER, *keys], tmp_path)
     run.plan = replace(run.plan, steps=40)
     train_loop(run)
-    (told,) = [record.getMessage() for record in caplog.records]
-    assert "step 20: 0 of 4 latent channels in use; channels 0, 1, 2, 3 have a KL below" in told
-    assert told.endswith(
+    (logged,) = [record.getMessage() for record in caplog.records]
+    assert "step 20: 0 of 4 latent channels in use; channels 0, 1, 2, 3 have a KL below" in logged
+    assert logged.endswith(
         "Lower autoencoder.kl_weight (10000), or use fewer autoencoder.latent_channels"
     )
     assert {rows(run)[step]["train/channels_in_use"] for step in (20, 40)} == {0}

@@ -1,0 +1,249 @@
+"""What cannot be done with latents and autoencoders is refused by the jobs, in one line each."""
+
+import logging
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ddpm_ray.assembly import latents, training_run
+from ddpm_ray.cli.job import DONE, FAILED, WRONG_CONFIG, Job
+from ddpm_ray.cli.main import main
+from ddpm_ray.config.loading import load_config, to_dict
+from ddpm_ray.config.run import RunConfig
+from ddpm_ray.data.dataset import open_dataset
+from ddpm_ray.jobs import average, edit, encode, export, sample, train
+from ddpm_ray.models.autoencoder import Autoencoder
+from ddpm_ray.training.checkpoints import CheckpointStore
+from ddpm_ray.training.state import TrainingState
+from tests.assembly.test_latent_runs import TINY, other_autoencoder
+from tests.data.latent_sets import encode_noise
+from tests.noise import pack, pack_noise
+
+AUTOENCODER = (
+    "name=tiny",
+    "task=autoencoder",
+    "autoencoder.base_channels=4",
+    "autoencoder.groups=2",
+    "autoencoder.channel_mults=[1,2]",
+    "autoencoder.blocks_per_level=1",
+)
+DIT = ("model.network=dit", "model.depth=1", "model.hidden_size=8", "model.heads=2")
+QUICK = ("sampling.steps=2", "resamples=1", "jump_length=1")
+Said = Callable[..., tuple[int, list[str]]]
+
+
+class Places(NamedTuple):
+    """Folders of data sets and of runs with their weights as they begin."""
+
+    pixels: str
+    one_shard: str  # of pixels: encoded without Ray
+    odd: str  # 7 x 7 pixels
+    latents: str  # of `pixels`, by the autoencoder in `encoder`
+    encoder: str
+    other: str  # the same autoencoder but for a bit
+    autoencoder: str  # a run
+    of_latents: str  # a run on `latents`
+    of_pixels: str
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> Places:
+    root = tmp_path_factory.mktemp("places")
+    url, pixels = encode_noise(root, 12), str(root / "pixels")
+    pack_noise(str(root / "odd"), 12, 7)
+    noise = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 1)).astype(np.uint8)
+    return Places(
+        pixels,
+        pack(root / "one-shard", noise, [3]).url,
+        str(root / "odd"),
+        url,
+        str(root / "autoencoder"),
+        other_autoencoder(root / "other"),
+        begun(root / "ae", *AUTOENCODER, f"data.url={pixels}"),
+        begun(root / "of-latents", *TINY, f"data.url={url}"),
+        begun(root / "of-pixels", *TINY, f"data.url={pixels}", "model.attention_resolutions=[4]"),
+    )
+
+
+def begun(
+    folder: Path, *overrides: str, change: Callable[[TrainingState], None] = lambda state: None
+) -> str:
+    """Write a checkpoint of a run that has not trained, changed by `change`; its folder."""
+    config = load_config(RunConfig, None, list(overrides))
+    dataset = open_dataset(config.data.url)
+    facts: dict[str, Any] = {
+        "config": to_dict(config),
+        "image_shape": list(dataset.manifest.image_shape),
+        "data_fingerprint": dataset.fingerprint,
+        **latents.codec_facts(latents.codec_of_data(config.data, dataset)),
+    }
+    shape = dataset.manifest.diffused_shape
+    state = training_run.training_state(config, shape, torch.device("cpu"), facts)
+    change(state)
+    CheckpointStore(str(folder / "checkpoints")).save(state.snapshot([]))
+    return str(folder)
+
+
+@pytest.fixture
+def said(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Said:
+    """A job's exit code and the lines that it writes to stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(job: Job[Any], *words: str) -> tuple[int, list[str]]:
+        if job is train.JOB:
+            Path("run.yaml").write_text("name: new")
+            words = ("run.yaml", *words)
+        code = main(job, words)
+        return code, capsys.readouterr().err.splitlines()
+
+    return run
+
+
+def require_line(found: tuple[int, list[str]], code: int, pattern: str) -> None:
+    """The job ended with `code` and one line of an error, which matches."""
+    *progress, line = found[1]
+    assert not [said for said in progress if said.startswith("error")]
+    assert line.startswith("error: ")
+    assert re.search(pattern, line), line
+    assert found[0] == code
+
+
+def test_latents_are_not_trained_on_with_another_autoencoder(places: Places, said: Said) -> None:
+    words = (*TINY, f"data.url={places.latents}")
+    require_line(
+        said(train.JOB, *words, f"data.autoencoder={places.other}"),
+        FAILED,
+        r"latents: these latents were encoded by the autoencoder of sha256 \w{12}, and that of "
+        r".*other is \w{12}; name the one that encoded them, as in data.autoencoder=runs/ae",
+    )
+    require_line(
+        said(train.JOB, *words, f"data.autoencoder={places.of_pixels}"),
+        FAILED,
+        "does not load: .*of-pixels holds a denoiser, which encodes no images: name a run with",
+    )
+
+
+def test_latents_without_an_autoencoder_name_the_remedy(said: Said, tmp_path: Path) -> None:
+    url = encode_noise(tmp_path, 12)
+    run = begun(tmp_path / "run", *TINY, f"data.url={url}")
+    (tmp_path / "autoencoder").rename(tmp_path / "moved")
+    require_line(
+        said(sample.JOB, run, "--out", "a.png"),
+        FAILED,
+        "the autoencoder of these latents does not load.*; name the one that encoded them, as in "
+        r"load\(run, autoencoder='runs/ae'\)",
+    )
+    words = (*TINY, f"data.url={url}")
+    says = "; name the one that encoded them, as in data.autoencoder=runs/ae"
+    require_line(said(train.JOB, *words), FAILED, says)
+    Path(url, "encoding.json").unlink()
+    says = "is unknown, as there is no encoding.json; name its URL, as in data.autoencoder=runs/ae"
+    require_line(said(train.JOB, *words), FAILED, says)
+
+
+@pytest.mark.parametrize(
+    "job, words",
+    [
+        (sample.JOB, ("--out", "a.png")),
+        (edit.JOB, ("image.png", "--mask", "mask.png", "--out", "a.png")),
+        (export.JOB, ("--out", "folder")),
+        (average.JOB, ()),
+    ],
+    ids=["sample", "edit", "export", "average"],
+)
+def test_an_autoencoder_is_no_denoiser(
+    job: Job[Any], words: tuple[str, ...], places: Places, said: Said
+) -> None:
+    save_pictures(8)
+    require_line(
+        said(job, places.autoencoder, *words),
+        WRONG_CONFIG,
+        "ae holds an autoencoder, which draws no images: train a denoiser on the latents that it",
+    )
+
+
+@pytest.mark.parametrize("key", ["clip=true", "dynamic_quantile=0.9"])
+def test_latents_are_not_clipped(key: str, places: Places, said: Said) -> None:
+    says = f"sampling.{key.partition('=')[0]} is .*, but latents have no range to clip to: leave it"
+    setting = f"sampling.{key}"
+    found = said(train.JOB, *TINY, f"data.url={places.latents}", setting)
+    require_line(found, WRONG_CONFIG, says)
+    found = said(sample.JOB, places.of_latents, "--out", "a.png", setting)
+    require_line(found, WRONG_CONFIG, says)
+
+
+def save_pictures(height: int) -> None:
+    """image.png and mask.png, of `height` x 8, in the working directory."""
+    Image.fromarray(np.zeros((height, 8), np.uint8)).save("image.png")
+    Image.fromarray(np.tile(np.array([0, 0, 255, 255], np.uint8), (height, 2))).save("mask.png")
+
+
+@pytest.mark.parametrize("words", [("--mask", "mask.png"), ("kind=outpaint", "right=3")])
+def test_a_canvas_that_the_factor_does_not_divide_is_padded_and_says_so(
+    words: tuple[str, ...], places: Places, said: Said, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    save_pictures(9)
+    code, lines = said(
+        edit.JOB, places.of_latents, "image.png", *words, "--out", "edited.png", *QUICK
+    )
+    assert code == DONE, lines
+    width = 11 if "right=3" in words else 8
+    whole = f"images of 9 x {width} are padded to 10 x {width + width % 2}, as the autoencoder's fa"
+    assert caplog.text.count(whole) == 1
+    with Image.open("edited.png") as edited:
+        assert edited.size == (width, 9)
+
+
+def test_an_image_that_float16_cannot_hold_is_named(
+    places: Places, said: Said, tmp_path: Path
+) -> None:
+    def enlarge(state: TrainingState) -> None:
+        assert isinstance(state.ema.model, Autoencoder)
+        state.ema.model.moments_conv.get_parameter("bias").data[0] = 1e6
+
+    run = begun(tmp_path / "large", *AUTOENCODER, f"data.url={places.pixels}", change=enlarge)
+    require_line(
+        said(encode.JOB, run, places.one_shard, "out"),
+        FAILED,
+        r"one-shard: sample 0-0: latents are not in float16's range \(largest mean 1e\+06, limit "
+        r"65504\); train the autoencoder with a larger KL weight, or pack the images without",
+    )
+
+
+def test_what_cannot_be_encoded_is_named(places: Places, said: Said) -> None:
+    for words, code, says in (
+        ((places.autoencoder, places.odd, "out"), FAILED, "images are 7 x 7, .* multiples of 2"),
+        ((places.autoencoder, places.latents, "out"), FAILED, "holds latents, not images; name"),
+        (
+            (places.of_latents, places.one_shard, "out"),
+            WRONG_CONFIG,
+            "holds a denoiser, which enco",
+        ),
+    ):
+        require_line(said(encode.JOB, *words), code, says)
+
+
+@pytest.mark.parametrize(
+    "source, words, says",
+    [
+        ("autoencoder", (*TINY, "model.attention_resolutions=[4]"), "an autoencoder, .* a U-Net"),
+        ("of_latents", (*TINY[:2], *DIT, QUICK[0]), "a U-Net, and this run trains a DiT"),
+        ("of_pixels", AUTOENCODER, "a U-Net, and this run trains an autoencoder"),
+    ],
+)
+def test_weights_of_another_architecture_are_refused(
+    source: str, words: tuple[str, ...], says: str, places: Places, said: Said
+) -> None:
+    url = f"data.url={places.pixels}"
+    init_from = f"training.init_from={getattr(places, source)}"
+    line = f"training.init_from: .* holds {says}: name a model with the same network"
+    require_line(said(train.JOB, *words, url, init_from), WRONG_CONFIG, line)
