@@ -337,6 +337,6 @@ def _wrapped(model: nn.Module, config: RunConfig, workers: Workers) -> nn.Module
             network,
             device_ids=devices,
             gradient_as_bucket_view=True,
-            broadcast_buffers=False,  # the only ones, a DiT's positions, are the same everywhere
+            forward_sync_buffers=False,  # the only ones, a DiT's positions, are the same everywhere
         )
     return network

@@ -239,7 +239,7 @@ def begin(
         guard.resume(found[1].facts["guard"])
     network: nn.Module = state.model
     if workers.count > 1 and config.training.reduction == "mean":
-        network = DistributedDataParallel(network, broadcast_buffers=False)
+        network = DistributedDataParallel(network, forward_sync_buffers=False)
     sink = (recorder or RecordingSink()) if workers.is_main else None
     validate: Callable[[int], None] = lambda step: None  # noqa: E731
     if config.traits.draws_images:
