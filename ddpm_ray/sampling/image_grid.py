@@ -90,7 +90,8 @@ def captioned(
     from PIL import Image, ImageDraw, ImageFont
 
     size = legible_font_pixels(picture.width)
-    font, top = ImageFont.load_default(size=size), max(MARGIN_PIXELS, round(1.4 * size))
+    font = ImageFont.load_default(size=size)
+    top = max(MARGIN_PIXELS, round(1.4 * size)) if above else 0
     left = max(
         [MARGIN_PIXELS, *(math.ceil(font.getlength(caption)) + 6 for caption in row_captions)]
     )

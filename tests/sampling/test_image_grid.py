@@ -124,6 +124,14 @@ def ink(margin: Image.Image) -> np.ndarray[tuple[int, int], np.dtype[np.bool_]]:
     return np.asarray(margin.convert("L")) < 128
 
 
+def test_without_captions_above_there_is_no_empty_band() -> None:
+    """Pictures of reconstructions name their rows alone."""
+    plain = grid(np.zeros((2, 8, 8, 3), np.uint8), 1)
+    beside = captioned(plain, [], ["image", "decoded"])
+    assert beside.height == plain.height
+    assert np.array_equal(np.asarray(beside)[:, -plain.width :], np.asarray(plain))
+
+
 @pytest.mark.parametrize("side", [8, 32, 64, 256])
 def test_text_is_readable_where_mlflow_shows_it(side: int) -> None:
     """Digits are 6.5 of 250 pixels or more in height, over eight columns with gaps between them."""
