@@ -31,7 +31,9 @@ class ProgressLine:
     def __call__(self, done: int, total: int, note: str = "") -> None:
         """Show that `done` of `total` units are done."""
         now = time.monotonic()
-        since, start = self._first = self._first or (now, done)
+        if self._first is None or done < self._logged[1]:  # a restart went back
+            self._first = now, done
+        since, start = self._first
         if done == self._logged[1]:
             return
         if self._bar is not None:
