@@ -4,7 +4,6 @@ import re
 
 import pytest
 
-from ddpm_ray.cli import progress
 from ddpm_ray.cli.progress import ProgressLine
 
 
@@ -12,7 +11,7 @@ from ddpm_ray.cli.progress import ProgressLine
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The monotonic clock of the lines, in seconds: one number that tests set."""
     now = [0.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("ddpm_ray.cli.progress.time.monotonic", lambda: now[0])
     return now
 
 
