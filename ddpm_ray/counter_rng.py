@@ -37,6 +37,7 @@ class Purpose(IntEnum):
     LIKELIHOOD = 13
     POSTERIOR = 14
     RECONSTRUCTION = 15
+    INPAINTING_MASK = 16
 
 
 def normal(

@@ -167,9 +167,10 @@ def test_purposes_keep_their_numbers() -> None:
     """They are part of what a seed means: runs that go on draw as they began."""
     names = (
         "TIMESTEP NOISE FLIP SAMPLE_START SAMPLE_STEP DROPOUT VALIDATION BOUND LABEL_DROP "
-        "OFFSET_NOISE PERTURBATION SELF_CONDITIONING LOW_RESOLUTION LIKELIHOOD"
+        "OFFSET_NOISE PERTURBATION SELF_CONDITIONING LOW_RESOLUTION LIKELIHOOD POSTERIOR "
+        "RECONSTRUCTION INPAINTING_MASK"
     )
-    assert [purpose.name for purpose in Purpose][:14] == names.split()
+    assert [purpose.name for purpose in Purpose][:17] == names.split()
     assert [int(purpose) for purpose in Purpose] == list(range(len(Purpose)))
 
 

@@ -56,6 +56,7 @@ OBJECTIVES: dict[str, list[str]] = {
     "input_perturbation": ["objective.input_perturbation=0.1"],
     "self_conditioning": ["objective.self_conditioning=true"],
     "low_resolution": ["objective.low_resolution_pixels=4", "objective.low_resolution_noise=0.1"],
+    "inpainting_masks": ["objective.inpainting_masks=true"],
     "learned_range hybrid": LEARNED,
     "learned vlb": VLB,
     "uncertainty": ["objective.weighting=uncertainty"],
@@ -169,6 +170,7 @@ def cases() -> dict[str, Case]:
         found[f"edit: {name}"] = partial(_edit, edit)
     return found | {
         "edit: enlarge": _enlarge,
+        "edit: inpaint conditioned": _inpaint_conditioned,
         "score: evaluation": partial(_evaluation, 24),
         "score: evaluation of few samples": partial(_evaluation, 4),
         "score: nearest images": _nearest,
@@ -298,6 +300,11 @@ EDITS: dict[str, Callable[[TrainedModel], Any]] = {
 def _edit(edit: Callable[[TrainedModel], Any], device: torch.device) -> None:
     images = edit(_model([], device))
     _require(images.dtype == np.uint8, f"images are {images.dtype}")
+
+
+def _inpaint_conditioned(device: torch.device) -> None:
+    model = _model(OBJECTIVES["inpainting_masks"], device)
+    model.inpaint(_known(1, 12), _mask(12), steps=3)
 
 
 def _enlarge(device: torch.device) -> None:

@@ -196,6 +196,12 @@ def write_diffusers(model: TrainedModel, sampling: SamplingSettings, folder: Pat
             f"it diffuses {model.denoiser.codec.name}; only models of pixels can be exported yet",
         )
     config = from_dict(RunConfig, model.provenance["config"])
+    if config.objective.inpainting_masks:
+        raise UnsupportedModelError(
+            str(model.provenance["checkpoint"]),
+            "it was trained with objective.inpainting_masks; diffusers has no pipeline for an "
+            "inpainting model without text",
+        )
     schedule = config.schedule
     if schedule.kind not in NAMED_BY_DIFFUSERS or schedule.rescale or schedule.zero_terminal_snr:
         a = model.denoiser.schedule.alpha_bar.cpu()

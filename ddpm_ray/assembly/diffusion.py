@@ -89,6 +89,7 @@ def conditioning_spec(config: RunConfig) -> ConditioningSpec:
         config.model.num_classes,
         config.objective.self_conditioning,
         config.objective.low_resolution_pixels,
+        config.objective.inpainting_masks,
     )
 
 

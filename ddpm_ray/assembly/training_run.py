@@ -135,7 +135,8 @@ def condition_channels(config: RunConfig, image_shape: ImageShape) -> int:
     """Channels of the conditioning images that the denoiser takes."""
     objective = config.objective
     images = objective.self_conditioning + bool(objective.low_resolution_pixels)
-    return image_shape.channels * images
+    known = image_shape.channels + 1 if objective.inpainting_masks else 0  # and their mask
+    return image_shape.channels * images + known
 
 
 def training_state(

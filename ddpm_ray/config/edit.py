@@ -1,14 +1,29 @@
 """Options of image editing: the kind of edit and its method."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias
 
 from ddpm_ray.config.option_fields import option
 from ddpm_ray.config.sampling import SamplingSettings
 
-InpaintingMethod: TypeAlias = Literal["repaint", "replacement"]
+InpaintingMethod: TypeAlias = Literal["auto", "conditioned", "repaint", "replacement"]
 MARGINS = ("top", "bottom", "left", "right")
+
+
+def inpainting_method(method: InpaintingMethod, *, conditioned: bool) -> InpaintingMethod:
+    """The method that `auto` stands for, for a model trained with inpainting masks or without.
+
+    Raises ValueError for `conditioned` and a model that was trained without.
+    """
+    if method == "conditioned" and not conditioned:
+        raise ValueError(
+            "method is 'conditioned', but the model was trained without objective.inpainting_masks "
+            "and cannot see known pixels: use method=repaint"
+        )
+    if method != "auto":
+        return method
+    return "conditioned" if conditioned else "repaint"
 
 
 @dataclass(frozen=True)
@@ -21,8 +36,9 @@ class EditConfig:
     )
     num_images: int = option(1, "variants to draw; several are saved as one grid", at_least=1)
     method: InpaintingMethod = option(
-        "repaint",
-        "inpaint, outpaint: method; replacement: faster, less consistent with known pixels",
+        "auto",
+        "inpaint, outpaint: conditioned, for models trained with objective.inpainting_masks; "
+        "repaint; replacement: faster, less consistent; auto: the first that the model supports",
     )
     resamples: int = option(10, "repaint: resamplings of each jump", at_least=1)
     jump_length: int = option(10, "repaint: length of a jump in steps", at_least=1)
@@ -46,9 +62,15 @@ class EditConfig:
                 f"pixels: set kind=outpaint or leave it at 0"
             )
 
+    def for_model(self, *, conditioned: bool) -> "EditConfig":
+        """This edit with the method that `auto` stands for; see `inpainting_method`. ValueError."""
+        if self.kind not in ("inpaint", "outpaint"):
+            return self
+        return replace(self, method=inpainting_method(self.method, conditioned=conditioned))
+
     @property
     def repaints(self) -> bool:
-        """Whether RePaint is used, whose default sampler is ancestral."""
+        """Whether RePaint is used, whose default sampler is ancestral; known `for_model`."""
         return self.kind in ("inpaint", "outpaint") and self.method == "repaint"
 
     def sampling_problems(self) -> Iterator[str]:

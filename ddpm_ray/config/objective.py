@@ -101,6 +101,12 @@ class ObjectiveConfig:
         defines_run=True,
     )
 
+    inpainting_masks: bool = option(
+        False,
+        "inpainting model: the network sees the known part of each image and its mask, drawn anew",
+        defines_run=True,
+    )
+
     def problems(self, schedule: ScheduleConfig) -> Iterator[str]:
         """Yield a line for choices that contradict each other or leave some t without signal."""
         learns = self.variance != "fixed"
@@ -131,6 +137,12 @@ class ObjectiveConfig:
             yield (
                 f"objective.weighting is {self.weighting!r} and objective.loss {self.loss!r}; "
                 f"weights apply to the squared error only: use objective.loss=simple"
+            )
+        if self.inpainting_masks and self.low_resolution_pixels:
+            yield (
+                f"objective.inpainting_masks is true and objective.low_resolution_pixels "
+                f"{self.low_resolution_pixels}; a network sees known pixels or a low-resolution "
+                f"image: leave one of the two out"
             )
         if self.timesteps == "second_moment" and self.loss == "simple":
             yield (

@@ -133,6 +133,11 @@ class RunConfig:
                 f"model.network is {self.model.network}; {article} {self.task} is half of a U-Net: "
                 f"use model.network=unet"
             )
+        if traits.predicts_labels and self.objective.inpainting_masks:
+            yield (
+                f"objective.inpainting_masks is true; {article} {self.task} paints nothing: leave "
+                f"it out"
+            )
         if traits.predicts_labels and self.model.num_classes < 2:
             yield (
                 f"model.num_classes is {self.model.num_classes}; a {self.task} needs the number of "

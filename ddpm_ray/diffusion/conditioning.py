@@ -24,6 +24,7 @@ class Conditioning:
     labels: Tensor | None = None  # int64 [B], NO_LABEL for an image without one
     estimate: Tensor | None = None  # [B, C, H, W], an earlier estimate of x_0 (self-conditioning)
     low_resolution: Tensor | None = None  # [B, C, H, W], upsampled to the size of x_t
+    known: Tensor | None = None  # [B, C + 1, H, W], see `known_part`
 
     def __post_init__(self) -> None:
         counts = {name: len(tensor) for name, tensor in self._given().items()}
@@ -39,7 +40,8 @@ class Conditioning:
     @property
     def images(self) -> list[Tensor]:
         """The given images [B, ., H, W], in the order in which networks concatenate them to x_t."""
-        return [image for image in (self.estimate, self.low_resolution) if image is not None]
+        images = self.estimate, self.low_resolution, self.known
+        return [image for image in images if image is not None]
 
     def null(self) -> Conditioning:
         """The same images without labels: the unconditional input of classifier-free guidance."""
@@ -78,6 +80,17 @@ class Conditioning:
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Conditioning:
         return Conditioning(**{name: change(tensor) for name, tensor in self._given().items()})
+
+
+def known_part(x_0: Tensor, known: Tensor) -> Tensor:
+    """Return x_0 [B, C, H, W] where `known` [B or 1, 1, H, W] is True, else 0, and the mask.
+
+    The result is [B, C + 1, H, W]; its last channel is 1 where x_0 is known. All 0: nothing is
+    known. (The inputs of the inpainting models of GLIDE, Nichol et al. 2021, arXiv:2112.10741, and
+    of Stable Diffusion.)
+    """
+    mask = known.expand(len(x_0), 1, *x_0.shape[2:])
+    return torch.cat([torch.where(mask, x_0, 0), mask.to(x_0)], dim=1)
 
 
 UNCONDITIONAL = Conditioning()

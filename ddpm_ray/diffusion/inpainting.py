@@ -7,6 +7,7 @@ back to noisier steps, so that the repainted part becomes consistent with the kn
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from types import EllipsisType
 
 import torch
 from torch import Tensor
@@ -153,10 +154,8 @@ def windowed(denoise: Denoise, size: tuple[int, int], overlap: tuple[int, int]) 
 
     def denoise_canvas(x_t: Tensor, t: Tensor) -> Tensor:
         """The mean output [B, ..., H, W]. Raises ValueError for an image smaller than a window."""
-        rows, columns = map(window_starts, x_t.shape[-2:], size, overlap)
-        height, width = size
-        cuts = [(..., slice(i, i + height), slice(j, j + width)) for i in rows for j in columns]
-        outputs = denoise(torch.cat([x_t[cut] for cut in cuts]), t.repeat(len(cuts)))
+        cuts = _cuts(x_t, size, overlap)
+        outputs = denoise(in_windows(x_t, size, overlap), t.repeat(len(cuts)))
         total = outputs.new_zeros(len(x_t), outputs.shape[1], *x_t.shape[-2:])
         seen = outputs.new_zeros(x_t.shape[-2:])
         for cut, model_output in zip(cuts, outputs.chunk(len(cuts)), strict=True):
@@ -165,6 +164,19 @@ def windowed(denoise: Denoise, size: tuple[int, int], overlap: tuple[int, int]) 
         return total.div_(seen)
 
     return denoise_canvas
+
+
+def in_windows(images: Tensor, size: tuple[int, int], overlap: tuple[int, int]) -> Tensor:
+    """Cut images [B, C, H, W] into windows of `size`: window k of image b is row k B + b."""
+    return torch.cat([images[cut] for cut in _cuts(images, size, overlap)])
+
+
+def _cuts(
+    images: Tensor, size: tuple[int, int], overlap: tuple[int, int]
+) -> list[tuple[EllipsisType, slice, slice]]:
+    rows, columns = map(window_starts, images.shape[-2:], size, overlap)
+    height, width = size
+    return [(..., slice(i, i + height), slice(j, j + width)) for i in rows for j in columns]
 
 
 def sdedit(

@@ -7,7 +7,8 @@
 White pixels of MASK are repainted, dark pixels are kept. If MASK has transparent pixels, its opaque
 pixels must be all white (they are repainted) or all dark (the transparent ones are). MASK has the
 size of IMAGE; IMAGE is at least as large as the model's images. Options of the group `sampling`
-default to those that the model was trained with; method=repaint uses the sampler ancestral.
+default to those that the model was trained with; method=repaint, the default for models without
+objective.inpainting_masks, uses the sampler ancestral.
 """
 
 import time

@@ -12,6 +12,7 @@ import torch
 
 from ddpm_ray.assembly import checkpoint_loading
 from ddpm_ray.assembly.newest_checkpoint import usable_device
+from ddpm_ray.config.edit import EditConfig
 from ddpm_ray.config.guidance import GuidanceConfig
 from ddpm_ray.config.loading import Checked, ConfigError
 from ddpm_ray.config.sampling import SamplingSettings
@@ -70,7 +71,13 @@ def as_trained(config: Job, uri: str, given: Collection[str], home: Path) -> Job
     """
     with _local(uri, home, keep=True) as folder:
         run, facts = checkpoint_loading.run_facts(folder)
-    own = run.sampling.for_repaint() if getattr(config, "repaints", False) else run.sampling
+    if isinstance(config, EditConfig):
+        try:
+            config = cast(Job, config.for_model(conditioned=run.objective.inpainting_masks))
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+    repaints = isinstance(config, EditConfig) and config.repaints
+    own = run.sampling.for_repaint() if repaints else run.sampling
     names = [key.removeprefix("sampling.") for key in given if key.startswith("sampling.")]
     values = {name: getattr(config.sampling, name) for name in names}
     try:

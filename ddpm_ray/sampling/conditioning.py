@@ -1,7 +1,7 @@
 """Build the conditioning of a network, for training, sampling and evaluation."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,11 +17,13 @@ class ConditioningSpec:
     num_classes: int = 0  # 0: no labels
     self_conditioning: bool = False  # its own estimate of x_0
     low_resolution_pixels: int = 0  # side of the low-resolution image; 0: no super-resolution
+    known_pixels: bool = False  # the known part of the image, for inpainting
 
     def of_data(self, x_0: Tensor, labels: Tensor) -> Conditioning:
         """The conditioning of images x_0 [B, C, H, W] of a data set and their labels [B].
 
-        It has no estimate of x_0, which takes a call of the network.
+        It has no estimate of x_0, which takes a call of the network, and no known part: nothing of
+        the images is known.
         """
         pixels = self.low_resolution_pixels
         return Conditioning(
@@ -51,7 +53,15 @@ class ConditioningSpec:
         return Conditioning(
             labels=conditioning.labels if self.num_classes else None,
             low_resolution=conditioning.low_resolution if self.low_resolution_pixels else None,
+            known=conditioning.known if self.known_pixels else None,
         )
+
+    def completed(self, conditioning: Conditioning, x_t: Tensor) -> Conditioning:
+        """`conditioning` for x_t [B, C, H, W]; without a known part, one in which nothing is."""
+        if not self.known_pixels or conditioning.known is not None:
+            return conditioning
+        count, channels, *size = x_t.shape
+        return replace(conditioning, known=x_t.new_zeros(count, channels + 1, *size))
 
 
 NO_CONDITIONING = ConditioningSpec()

@@ -76,6 +76,7 @@ class Denoiser:
 
     def model_output(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """The output of the network for x_t, after input scaling."""
+        conditioning = self.takes.completed(conditioning, x_t)
         return self.network(self.parameterization.scaled(x_t, t), t, conditioning)
 
     def bind_conditioning(
@@ -95,6 +96,11 @@ class Denoiser:
                 f"this model is {'' if takes.low_resolution_pixels else 'not '}for "
                 "super-resolution (objective.low_resolution_pixels): give low-resolution images to "
                 "such models, and only to them"
+            )
+        if conditioning.known is not None and not takes.known_pixels:
+            raise ValueError(
+                "this model was not trained to see known pixels (objective.inpainting_masks): give "
+                "them to such models only, or inpaint with method='repaint'"
             )
         stray = conditioning.labels is not None and guidance_model is None
         if takes.num_classes == 0 and (stray or guidance.scale != 1):

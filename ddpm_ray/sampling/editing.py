@@ -14,11 +14,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ddpm_ray.config.edit import InpaintingMethod
+from ddpm_ray.config.edit import InpaintingMethod, inpainting_method
 from ddpm_ray.counter_rng import Purpose, normal
 from ddpm_ray.data.codec import channels_first, channels_last
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.diffusion import inpainting, inversion, samplers
+from ddpm_ray.diffusion.conditioning import known_part
 from ddpm_ray.diffusion.process import Denoise, add_noise
 from ddpm_ray.diffusion.samplers import Noise
 from ddpm_ray.diffusion.x0_estimator import X0Estimator
@@ -32,11 +33,20 @@ Mask: TypeAlias = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Painting:
-    """Inpainting method; see `repaint` and `replacement` in diffusion/inpainting.py."""
+    """Inpainting method; see `repaint` and `replacement` in diffusion/inpainting.py.
 
-    method: InpaintingMethod = "repaint"
+    `conditioned` gives the known part to the network, which must be trained for it; `auto` does so
+    for such a network, and is `repaint` for others.
+    """
+
+    method: InpaintingMethod = "auto"
     resamples: int = 10  # repaint: how often each section of the steps is repeated
     jump_length: int = 10  # repaint: number of steps of a section
+
+    def chosen_for(self, denoiser: Denoiser) -> "Painting":
+        """The method that `auto` stands for. Raises ValueError for one that needs another model."""
+        method = inpainting_method(self.method, conditioned=denoiser.takes.known_pixels)
+        return replace(self, method=method)
 
 
 def inpaint(
@@ -50,11 +60,16 @@ def inpaint(
 ) -> Tensor:
     """Repaint `known` [N, C, H, W] where `mask` is False; elsewhere the result is bit-identical.
 
-    The noise is that of the images `index` [N]; `size` is S. Raises ValueError if the method
-    `repaint` is combined with a sampler or variance that it does not support.
+    The noise is that of the images `index` [N]; `size` is S. Raises ValueError for a method that
+    the model does not support, and if `repaint` is combined with a sampler or variance that it does
+    not support.
     """
+    painting = painting.chosen_for(denoiser)
     x_T = normal(plan.settings.seed, Purpose.SAMPLE_START, 0, index, known.shape[1:])
     noise = _noise(plan, index, known)
+    if painting.method == "conditioned":
+        denoise = _windowed_denoiser(denoiser, plan, index, known, size, known_part(known, mask))
+        return inpainting.paste(run_sampler(denoiser, denoise, plan, x_T, noise), known, mask)
     denoise = _windowed_denoiser(denoiser, plan, index, known, size)
     if painting.method == "replacement":
         start = torch.full_like(index, plan.steps[0])
@@ -181,15 +196,23 @@ def windows(height: int, width: int, size: Size) -> int:
 
 
 def _windowed_denoiser(
-    denoiser: Denoiser, plan: SamplingPlan, index: Tensor, images: Tensor, size: Size
+    denoiser: Denoiser,
+    plan: SamplingPlan,
+    index: Tensor,
+    images: Tensor,
+    size: Size,
+    known: Tensor | None = None,
 ) -> Denoise:
-    """The denoiser for `images` with conditioning bound, in windows if they exceed `size`."""
-    count = windows(images.shape[2], images.shape[3], size)
+    """The denoiser for `images` with conditioning bound, in windows if they exceed `size`.
+
+    `known` [N, C + 1, H, W] is their known part, for a model that takes it.
+    """
+    count, overlap = windows(images.shape[2], images.shape[3], size), (size[0] // 2, size[1] // 2)
     conditioning = denoiser.conditioning(index, plan.labels).repeat(count)
+    if known is not None:
+        conditioning = replace(conditioning, known=inpainting.in_windows(known, size, overlap))
     denoise = denoiser.bind_conditioning(conditioning, plan.guidance)
-    if count == 1:
-        return denoise
-    return inpainting.windowed(denoise, size, overlap=(size[0] // 2, size[1] // 2))
+    return denoise if count == 1 else inpainting.windowed(denoise, size, overlap)
 
 
 def _noise(plan: SamplingPlan, index: Tensor, images: Tensor) -> Noise:

@@ -114,7 +114,7 @@ class TrainedModel:
         images: Images,
         mask: Mask,
         *,
-        method: InpaintingMethod = "repaint",
+        method: InpaintingMethod = "auto",
         resamples: Count = 10,
         jump_length: Count = 10,
         **settings: Any,
@@ -122,24 +122,30 @@ class TrainedModel:
         """Repaint the pixels of `images` where `mask` is False; returns uint8 [N, H, W, C].
 
         `mask` [H, W] or [N, H, W] is True (or 1) where a pixel is known; known pixels are returned
-        unchanged. diffusers and image editors use the opposite convention: invert with ~.
+        unchanged, and what `images` hold elsewhere has no effect. diffusers and image editors use
+        the opposite convention: invert with ~.
+
+        A model trained with `objective.inpainting_masks` sees the known pixels in each step: this
+        is `conditioned`, which `auto` chooses for it. For other models `auto` chooses `repaint`.
 
         `repaint` (Lugmayr et al. 2022, arXiv:2201.09865) repeats each section of `jump_length`
         steps `resamples` times to make the result consistent with the known pixels, which takes
         about `resamples` times the network calls of `replacement`. By default it uses the run's
         settings with the sampler ancestral and fixed_small.
         """
-        chosen = self._chosen(settings, repaint=method == "repaint")
-        plan, painting = self._plan(chosen), Painting(method, resamples, jump_length)
+        painting = Painting(method, resamples, jump_length).chosen_for(self.denoiser)
+        chosen = self._chosen(settings, repaint=painting.method == "repaint")
+        plan, factor = self._plan(chosen), self.denoiser.codec.factor
         known, size = as_images(images, self.image_shape.channels), self._window
         keep = as_mask(mask, known)
-        cells = canvas.known_cells(keep, self.denoiser.codec.factor).to(self.device)
+        cells = canvas.known_cells(keep, factor).to(self.device)
+        whole = canvas.filled(known, keep) if factor > 1 else known
 
         def edit(x: Tensor, index: Tensor) -> Tensor:
             rows = cells if len(cells) == 1 else cells[index]
             return editing.inpaint(self.denoiser, plan, painting, x, rows, index, size)
 
-        painted = self._edited(edit, known, chosen.batch_size)
+        painted = self._edited(edit, whole, chosen.batch_size)
         return np.where(keep[:, 0, :, :, None], known, painted)
 
     @checks_arguments
@@ -151,7 +157,7 @@ class TrainedModel:
         bottom: Margin = 0,
         left: Margin = 0,
         right: Margin = 0,
-        method: InpaintingMethod = "repaint",
+        method: InpaintingMethod = "auto",
         resamples: Count = 10,
         jump_length: Count = 10,
         **settings: Any,
@@ -301,12 +307,12 @@ class TrainedModel:
         found = as_images(images, self.image_shape.channels)
         size, (count, height, width, _) = self.image_size, found.shape
         codec = self.denoiser.codec
-        if height < size[0] or width < size[1]:
+        whole = canvas.padded(found, codec.factor)
+        if whole.shape[1] < size[0] or whole.shape[2] < size[1]:
             raise ValueError(
                 f"images are {height} x {width}; the model edits images of at least {size[0]} x "
                 f"{size[1]}: enlarge them, or outpaint with margins"
             )
-        whole = canvas.padded(found, codec.factor)
         rows, columns = (side // codec.factor for side in whole.shape[1:3])
         at_once = max(1, batch_size // editing.windows(rows, columns, self._window))
         parts = []

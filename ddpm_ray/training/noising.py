@@ -14,8 +14,9 @@ from torch import Tensor
 from ddpm_ray import counter_rng
 from ddpm_ray.counter_rng import Purpose
 from ddpm_ray.data.codec import PIXELS, Codec
-from ddpm_ray.diffusion.conditioning import Conditioning
+from ddpm_ray.diffusion.conditioning import Conditioning, known_part
 from ddpm_ray.sampling.conditioning import ConditioningSpec
+from ddpm_ray.training.inpainting_masks import known_mask
 
 ChooseSteps: TypeAlias = Callable[[int, Tensor], tuple[Tensor, Tensor | None]]
 """(training step, positions [b]) -> t [b] in 1..T and the importance weights [b] of the losses, or
@@ -86,7 +87,7 @@ class NoisingRecipe:
     def _conditioning(
         self, x_0: Tensor, labels: Tensor, step: int, positions: Tensor
     ) -> Conditioning:
-        """The conditioning of x_0, with label dropout and conditioning augmentation."""
+        """The conditioning of x_0: label dropout, conditioning augmentation and a mask."""
         conditioning = self.takes.of_data(x_0, labels).to(x_0.device, non_blocking=True)
         if (
             self.label_dropout and conditioning.labels is not None
@@ -101,4 +102,7 @@ class NoisingRecipe:
             )
             low = low + self.low_resolution_noise * noise
             conditioning = replace(conditioning, low_resolution=low)
+        if self.takes.known_pixels:
+            mask = known_mask(self.seed, step, positions, x_0.shape[2], x_0.shape[3])
+            conditioning = replace(conditioning, known=known_part(x_0, mask))
         return conditioning

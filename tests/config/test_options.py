@@ -193,6 +193,19 @@ def test_a_job_that_evaluates_reports_what_a_run_would() -> None:
             "weights apply to the squared error only",
         ),
         (["objective.timesteps=second_moment"], "balances the terms of the bound"),
+        (
+            ["objective.inpainting_masks=true", "objective.low_resolution_pixels=4"],
+            "a network sees known pixels or a low-resolution image: leave one of the two out",
+        ),
+        (
+            [
+                "task=classifier",
+                "model.num_classes=2",
+                "training.grid_every_steps=0",
+                "objective.inpainting_masks=true",
+            ],
+            "a classifier paints nothing: leave it out",
+        ),
         (["sampling.guidance_scale=3"], "trained without labels (model.num_classes=0)"),
         (["sampling.labels=[1]"], "trained without labels (model.num_classes=0)"),
         (

@@ -15,11 +15,12 @@ def conditionings(draw: st.DrawFn) -> Conditioning:
     rows, start = draw(st.integers(1, 5)), draw(st.integers(0, 1000))
     numbers = torch.arange(start, start + rows)
     image = numbers.float().view(-1, 1, 1, 1).expand(rows, 2, 3, 4)
-    labels, estimate, low_resolution = (draw(st.booleans()) for _ in range(3))
+    labels, estimate, low_resolution, known = (draw(st.booleans()) for _ in range(4))
     return Conditioning(
         labels=numbers if labels else None,
         estimate=image if estimate else None,
         low_resolution=image + 0.5 if low_resolution else None,
+        known=image[:, :1] + 0.25 if known else None,
     )
 
 
@@ -74,9 +75,9 @@ def test_the_halves_of_a_guided_batch_are_the_conditional_and_the_null(
 
 def test_every_tensor_moves_to_the_device() -> None:
     image = torch.zeros(2, 1, 2, 2)
-    moved = Conditioning(torch.tensor([0, 1]), image, image).to("meta")
+    moved = Conditioning(torch.tensor([0, 1]), image, image, image).to("meta")
     assert {tensor.device.type for tensor in rows(moved).values()} == {"meta"}
-    assert rows(moved).keys() == {"labels", "estimate", "low_resolution"}
+    assert rows(moved).keys() == {"labels", "estimate", "low_resolution", "known"}
     assert rows(UNCONDITIONAL.to("meta")) == {}
 
 

@@ -262,7 +262,10 @@ def test_labels_reach_every_way_to_edit() -> None:
         ({"steps": 21}, "steps is 21"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"resamples": 0}, "resamples is 0; it must be at least 1"),
-        ({"method": "redraw"}, "method is 'redraw'; choose from repaint, replacement"),
+        (
+            {"method": "redraw"},
+            "method is 'redraw'; choose from auto, conditioned, repaint, replacement",
+        ),
     ],
 )
 def test_what_cannot_be_inpainted_says_why(wrong: dict[str, object], reason: str) -> None:

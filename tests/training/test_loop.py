@@ -432,6 +432,8 @@ OF_PIXELS = [
     [DIT],
     [DIT, "model.dropout=0.3", "training.gradient_checkpointing=true"],
     [DIT, "objective.self_conditioning=true", "objective.weighting=uncertainty"],
+    ["objective.inpainting_masks=true", "training.micro_batch_size=1", "data.flip=true"],
+    [DIT, "objective.inpainting_masks=true"],
     [DIT, *BY_LOSSES],
 ]
 
@@ -460,6 +462,7 @@ def test_the_discriminator_trains_from_its_first_step_on(
         ("latents", ["training.precision=bf16", "training.micro_batch_size=1"]),
         ("latents", ["model.dropout=0.3", "objective.self_conditioning=true"]),
         ("latents, DiT", ["data.flip=true", "model.dropout=0.3"]),
+        ("latents", ["objective.inpainting_masks=true", "training.micro_batch_size=1"]),
     ],
     ids=str,
 )

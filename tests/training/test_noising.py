@@ -36,6 +36,14 @@ EVERYTHING = (
     "objective.timesteps=low_discrepancy",
 )
 
+INPAINTING = (
+    "data.flip=true",
+    "model.num_classes=5",
+    "objective.offset_noise=0.1",
+    "objective.input_perturbation=0.1",
+    "objective.inpainting_masks=true",
+)
+
 CLASSIFIER = ("task=classifier", "model.num_classes=5", "training.grid_every_steps=0")
 
 
@@ -71,36 +79,42 @@ def columns(noisy: NoisyBatch) -> dict[str, Tensor]:
 
 
 @functools.cache  # once for all examples
-def with_everything() -> tuple[Objective, dict[str, Tensor]]:
-    made = objective(*EVERYTHING)
+def with_all_of(overrides: tuple[str, ...]) -> tuple[Objective, dict[str, Tensor]]:
+    made = objective(*overrides)
     return made, columns(shown(made))
 
 
-@given(st.integers(0, 399), st.integers(1, 50))
-def test_all_that_is_shown_of_an_image_is_its_positions(start: int, count: int) -> None:
-    made, whole = with_everything()
+@pytest.mark.parametrize("overrides", [EVERYTHING, INPAINTING])
+@given(start=st.integers(0, 399), count=st.integers(1, 50))
+def test_all_that_is_shown_of_an_image_is_its_positions(
+    overrides: tuple[str, ...], start: int, count: int
+) -> None:
+    made, whole = with_all_of(overrides)
     part = columns(shown(made, part=slice(start, start + count)))
-    assert (
-        whole.keys()
-        == part.keys()
-        == {
-            "x_0",
-            "t",
-            "noise",
-            "perturbation",
-            "labels",
-            "low_resolution",
-        }
-    )
+    image = "low_resolution" if overrides == EVERYTHING else "known"
+    assert whole.keys() == {"x_0", "t", "noise", "perturbation", "labels", image} == part.keys()
     for name, value in part.items():
         assert torch.equal(value, whole[name][start : start + count]), name
 
 
-def test_another_step_shows_everything_anew() -> None:
-    made = objective(*EVERYTHING)
+@pytest.mark.parametrize("overrides", [EVERYTHING, INPAINTING])
+def test_another_step_shows_everything_anew(overrides: tuple[str, ...]) -> None:
+    made = objective(*overrides)
     one, other = columns(shown(made, 3)), columns(shown(made, 4))
-    for name in ("t", "noise", "perturbation", "labels", "low_resolution"):
+    for name in one.keys() - {"x_0"}:
         assert not torch.equal(one[name], other[name]), name
+
+
+def test_an_inpainting_model_is_shown_what_is_known_and_where() -> None:
+    """The part of x_0 as it is diffused, mirrored where it is; nothing of the rest."""
+    noisy = shown(objective(*INPAINTING))
+    known = noisy.conditioning.known
+    assert known is not None
+    part, mask = known[:, :3], known[:, 3:].expand(-1, 3, -1, -1).bool()
+    assert torch.equal(part[mask], noisy.x_0[mask])
+    assert not part[~mask].any()
+    assert (~mask).flatten(1).any(1).all()
+    assert 0.3 < mask.float().mean() < 0.7
 
 
 def test_labels_are_dropped_by_their_share() -> None:
@@ -262,6 +276,7 @@ def test_a_classifier_is_asked_for_the_label_of_what_it_sees() -> None:
         ("objective.weighting=uncertainty",),
         ("objective.timesteps=log_normal", "objective.prediction=edm", "schedule.kind=edm"),
         ("objective.self_conditioning=true", "objective.low_resolution_pixels=2"),
+        ("objective.self_conditioning=true", "objective.inpainting_masks=true"),
         ("model.num_classes=5", "objective.prediction=v", "schedule.zero_terminal_snr=true"),
         (*CLASSIFIER, "model.attention_resolutions=[4]"),
     ],
@@ -287,7 +302,12 @@ def test_each_kind_of_objective_trains_its_network(overrides: tuple[str, ...]) -
 
 
 @pytest.mark.parametrize(
-    "overrides", [(*EVERYTHING, "objective.self_conditioning=true"), CLASSIFIER]
+    "overrides",
+    [
+        (*EVERYTHING, "objective.self_conditioning=true"),
+        (*INPAINTING, "objective.self_conditioning=true"),
+        CLASSIFIER,
+    ],
 )
 def test_images_need_not_be_square(overrides: tuple[str, ...]) -> None:
     """Two levels of 4 x 6 and 2 x 3 pixels: the loss is finite, and every weight has a gradient."""
