@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ddpm_ray.config.jobs import DoctorConfig
-from ddpm_ray.runs.doctor import checks, doctor
+from ddpm_ray.runs.doctor import checks, doctor, local_checks
 from ddpm_ray.runs.doctor.checks import Finding, clock
 from ddpm_ray.storage import object_store
 from ddpm_ray.storage.errors import StorageError
@@ -152,6 +152,40 @@ def test_servers_that_never_answer_are_reported_in_time(
     assert found["storage"] == f"{bucket}/runs: timed out after timeout_s=12"
     assert found["Ray"] == f"127.0.0.1:{silent}: timed out after timeout_s=12"
     assert "timed out" in found["MLflow"]
+
+
+def test_a_local_ray_that_is_not_checked_in_time_is_no_matter_of_a_head_node(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late = by_check(doctor.examine(DoctorConfig(storage=str(tmp_path), timeout_s=0), tmp_path))
+    assert late["Ray"].found == "timed out after timeout_s=0"
+    assert "timeout_s=60" in late["Ray"].remedy
+    assert "head" not in late["Ray"].remedy
+    monkeypatch.setenv("RAY_ADDRESS", "far:6379")
+    late = by_check(doctor.examine(DoctorConfig(storage=str(tmp_path), timeout_s=0), tmp_path))
+    assert late["Ray"].found == "far:6379: timed out after timeout_s=0"
+    assert "on the head" in late["Ray"].remedy
+
+
+def test_a_local_ray_on_a_machine_without_gpus_is_checked_without_ray_and_torch() -> None:
+    script = (
+        "import sys, pathlib; from ddpm_ray.runs.doctor import local_checks as local;"
+        "local.DEVICES = pathlib.Path('/nowhere'); found = list(local.local_ray());"
+        "print([one.found for one in found], sorted({'ray', 'torch'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.strip().endswith("'none: training on CPUs'] []"), done.stderr
+
+
+@pytest.mark.parametrize("devices, verdict", [(["nvidia0", "nvidiactl"], "fail"), (["dxg"], "ok")])
+def test_gpus_of_a_machine_are_those_that_torch_sees(
+    devices: list[str], verdict: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in devices:
+        (tmp_path / name).touch()
+    monkeypatch.setattr(local_checks, "DEVICES", tmp_path)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert by_check(list(local_checks.local_ray()))["GPUs"].verdict == verdict
 
 
 @pytest.fixture

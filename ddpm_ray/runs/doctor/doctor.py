@@ -17,12 +17,14 @@ from rich.table import Table
 from ddpm_ray.config.jobs import DoctorConfig
 from ddpm_ray.runs.doctor import checks
 from ddpm_ray.runs.doctor.checks import SET_CLOCK, Clock, Finding
+from ddpm_ray.runs.doctor.local_checks import local_ray, ray_address
 
 SLOW = {  # checks that run in a process, and the remedy if one times out
     "storage": "check AWS_ENDPOINT_URL, the network, and that the store is up",
     "MLflow": "check that the server is up and that nothing else took its port",
     "Ray": "see `ray status` on the head; where it wants a token, set RAY_AUTH_MODE=token",
 }
+LOCAL_RAY_SLOW = "this machine is busy: let the check take longer, as with timeout_s=60"
 WORST_SKEW_S = 5.0  # tolerated by request signatures, metric time stamps and Ray
 GOODBYE_S = 1.0
 SPARE_S = 3.0  # reserved to query clocks and report silent nodes
@@ -65,9 +67,12 @@ def examine(config: DoctorConfig, home: Path) -> list[Finding]:
                     found[check].append(Finding(check, "fail", text, SLOW[check]))
     for check, process in watched.values():
         process.kill()
-        place = {"storage": config.storage, "MLflow": config.tracking_uri, "Ray": config.address}
+        address = ray_address(config)
+        place = {"storage": config.storage, "MLflow": config.tracking_uri, "Ray": address}
         text = f"{place[check]}: timed out after timeout_s={config.timeout_s:g}".removeprefix(": ")
-        found[check].append(Finding(check, "fail", text, SLOW[check]))
+        local = check == "Ray" and not address
+        remedy = LOCAL_RAY_SLOW if local else SLOW[check]
+        found[check].append(Finding(check, "fail", text, remedy))
     everything = [one for findings in found.values() for one in findings]
     clocks = [one for one in everything if isinstance(one, Clock)]
     findings = [one for one in everything if isinstance(one, Finding)]
@@ -111,10 +116,12 @@ def _findings(check: str, config: DoctorConfig, home: Path, until: float) -> Ite
             return checks.storage_keeps(config, home)
         case "MLflow":
             return checks.mlflow_answers(config, home)
-        case _:
+        case _ if address := ray_address(config):
             from ddpm_ray.runs.doctor.ray_checks import ray_answers  # heavy: imports Ray
 
-            return ray_answers(config, until - SPARE_S)
+            return ray_answers(address, until - SPARE_S)
+        case _:
+            return local_ray()
 
 
 def _clocks(clocks: list[Clock]) -> Finding:

@@ -7,32 +7,21 @@ import os
 import re
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from ray.util.state import list_nodes
 
-from ddpm_ray.config.jobs import DoctorConfig
 from ddpm_ray.distributed.ray_address import require_listener
-from ddpm_ray.redaction import counted
 from ddpm_ray.runs.doctor.checks import ANSWER_S, INSTALL, Clock, Finding, clock, versions
+from ddpm_ray.runs.doctor.local_checks import gpus_agree, named, torch_gpus
 
 CLOCK_S = 1.0
-MOST_NAMED = 3  # nodes that a line names; the rest are counted
 
 
-def ray_answers(config: DoctorConfig, until: float) -> Iterator[Finding | Clock]:
+def ray_answers(address: str, until: float) -> Iterator[Finding | Clock]:
     """Join the cluster as a driver and check it; nodes may answer until `until` (monotonic)."""
-    address = config.address or os.environ.get("RAY_ADDRESS", "")
-    if address in ("", "local"):
-        cpus = counted(os.cpu_count() or 1, "CPU")
-        found = f"no address: a run starts a local Ray on this machine ({cpus})"
-        yield Finding("Ray", "ok", found)
-        devices = [path for path in Path("/dev").glob("nvidia*") if path.name[6:].isdigit()]
-        yield _gpus([("this machine", _torch_gpus(), len(devices))])
-        return
     try:
         require_listener(address, ANSWER_S)
         context = ray.init(address=address, logging_level="ERROR", log_to_driver=False)
@@ -101,7 +90,7 @@ def _authentication(dashboard: str, addresses: list[str]) -> Finding:
         return Finding("authentication", "ok", "a token is required")
     if not open_to:
         return Finding("authentication", "ok", "none, and none required: all nodes are on loopback")
-    found = f"none: anyone who reaches {_named(open_to)} can run code there"
+    found = f"none: anyone who reaches {named(open_to)} can run code there"
     remedy = (
         "`ray get-auth-token --generate` on the head, copy ~/.ray/auth_token to every node, and "
         "set RAY_AUTH_MODE=token before each `ray start`"
@@ -138,15 +127,15 @@ def _nodes(
         with contextlib.suppress(ray.exceptions.RayError):  # it answered before
             yield clock(name, ray.get(asked, timeout=CLOCK_S), before, time.time())
     if silent:
-        found = f"{_named(silent)} did not answer in time"
+        found = f"{named(silent)} did not answer in time"
         remedy = "see `ray status`; busy nodes may need longer: timeout_s=60"
         yield Finding("nodes", "fail", found, remedy)
     if wrong:
-        yield Finding("nodes", "fail", _named(wrong, "; "), f"on these nodes: {INSTALL}")
+        yield Finding("nodes", "fail", named(wrong, "; "), f"on these nodes: {INSTALL}")
     if not (silent or wrong):
         yield Finding("nodes", "ok", "all have this machine's packages")
     if gpus:
-        yield _gpus(gpus)
+        yield gpus_agree(gpus)
 
 
 def _on(node: str, function: Any) -> Any:
@@ -159,40 +148,11 @@ def _on(node: str, function: Any) -> Any:
 def _report() -> tuple[dict[str, str], int]:
     """Versions on this node, and the number of GPUs that torch sees."""
     os.environ.pop("CUDA_VISIBLE_DEVICES", None)  # Ray hides GPUs from a task without GPU resources
-    return versions(), _torch_gpus()
+    return versions(), torch_gpus()
 
 
 def _now() -> float:
     return time.time()
-
-
-def _torch_gpus() -> int:
-    import torch  # takes seconds; only nodes import it
-
-    return torch.cuda.device_count()
-
-
-def _gpus(found: list[tuple[str, int, int]]) -> Finding:
-    """Compare torch's and Ray's number of GPUs on each node."""
-    fewer = [f"{name}: torch sees {a}, Ray {b}" for name, a, b in found if a < b]
-    more = [f"{name}: torch sees {a}, Ray {b}" for name, a, b in found if a > b]
-    if fewer:
-        remedy = (
-            "install torch's CUDA build and the NVIDIA driver there: `nvidia-smi` must list them"
-        )
-        return Finding("GPUs", "fail", _named(fewer, "; "), remedy)
-    if more:
-        remedy = "start that node with `ray start --num-gpus=N` to use all"
-        return Finding("GPUs", "warn", _named(more, "; "), remedy)
-    total = sum(seen for _, seen, _ in found)
-    return Finding(
-        "GPUs", "ok", f"{total}; torch and Ray agree" if total else "none: training on CPUs"
-    )
-
-
-def _named(names: list[str], separator: str = ", ") -> str:
-    rest = len(names) - MOST_NAMED
-    return separator.join(names[:MOST_NAMED]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _brief(error: Exception) -> str:
