@@ -2,9 +2,12 @@
 
 import sys
 import time
+from collections.abc import Callable
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ddpm_ray import reporting
 
 
 class ProgressLine:
@@ -51,6 +54,12 @@ class ProgressLine:
         else:
             return
         self._logged = (now, done)
+
+
+def image_line() -> Callable[[reporting.Progress], None]:
+    """Return a function that shows a job's progress in images, with their rate."""
+    line = ProgressLine("images")
+    return lambda p: line(p.step, p.steps, f"{p.images_per_s:.3g} images/s")
 
 
 def _duration(seconds: float) -> str:

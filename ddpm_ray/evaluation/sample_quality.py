@@ -7,10 +7,10 @@ in float64.
 import logging
 import math
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -31,6 +31,8 @@ from ddpm_ray.sampling.sampling import SamplingPlan, draw
 
 log = logging.getLogger(__name__)
 
+Batches: TypeAlias = Iterator[tuple[Tensor, Tensor]]  # indices [n], images uint8 [n, H, W, C]
+
 PLAIN = OptionalMetrics()
 NO_CLASSES = "the weights' last layer, fc.weight, was not read; take the release file, width 2048"
 
@@ -46,7 +48,7 @@ class SampleSet:
     batch_size: int
     weights: Mapping[str, Any]  # plain JSON: EMA decay, step, sha256
 
-    def images(self, share: range, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    def images(self, share: range, device: torch.device) -> Batches:
         """Yield batches: indices [n] from `share` and images uint8 [n, H, W, C] on `device`."""
         for start in range(share.start, share.stop, self.batch_size):
             index = torch.arange(start, min(start + self.batch_size, share.stop))
@@ -75,20 +77,21 @@ def evaluate_samples(
     optional_metrics: OptionalMetrics = PLAIN,
     held_out: Reference | None = None,
     ceiling: Ceiling | None = None,
+    counted: Callable[[Batches], Batches] = iter,
 ) -> Scores:
     """Draw `samples` and compute their metrics against `reference`.
 
     A Frechet distance comes with `_low` and `_high`, the ends of its 95 % confidence interval, and
-    with `_held_out`, the distance to `held_out`, and `_ceiling`, that of `ceiling`, if given. All
-    workers must call it and get the same result. Raises ValueError if images, features or their
-    numbers are not comparable.
+    with `_held_out`, the distance to `held_out`, and `_ceiling`, that of `ceiling`, if given.
+    `counted` sees each batch of samples, for a job's progress. All workers must call it and get the
+    same result. Raises ValueError if images, features or their numbers are not comparable.
     """
     num_images = samples.num_images
     if num_images < 2:
         raise ValueError(f"num_images is {num_images}; a covariance needs at least 2 images")
     for known in filter(None, (reference, held_out)):
         _require_comparable(known, net, samples.image_shape)
-    batches = samples.images(workers.share(num_images), workers.device)
+    batches = counted(samples.images(workers.share(num_images), workers.device))
     keep = {w: feature_metrics.kept_images(w, reference, num_images) for w in net.widths}
     groups = groups_of(num_images, _cycle(samples))
     statistics = feature_metrics.extract_features(net, batches, keep, workers, groups)

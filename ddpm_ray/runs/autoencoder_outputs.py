@@ -1,5 +1,7 @@
 """Pictures and scores of an autoencoder while it trains."""
 
+from collections.abc import Callable
+
 import torch
 
 from ddpm_ray.assembly import scoring, training_run
@@ -9,7 +11,7 @@ from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.dataset import Dataset, open_dataset
 from ddpm_ray.evaluation.reconstruction_quality import Distances, reconstruction_quality
 from ddpm_ray.evaluation.reference_statistics import reference
-from ddpm_ray.evaluation.sample_quality import Scores
+from ddpm_ray.evaluation.sample_quality import Batches, Scores
 from ddpm_ray.evaluation.score_table import scores_alone
 from ddpm_ray.models.autoencoder import Autoencoder
 from ddpm_ray.reporting import Row, Sink
@@ -30,10 +32,11 @@ def reconstruction_scores(
     model: Autoencoder,
     weights: dict[str, object],
     workers: Workers,
+    counted: Callable[[Batches], Batches] = iter,
 ) -> Scores:
     """Scores of `wanted.num_images` fixed images of `dataset`; all workers must call it.
 
-    `weights`: provenance of the model's weights.
+    `weights`: provenance of the model's weights. `counted` sees each batch, for a job's progress.
     """
     distances = None
     if wanted.features != "none":
@@ -45,7 +48,7 @@ def reconstruction_scores(
     images = training_run.fixed_images(config.data, dataset, mine, total).images
     index = torch.arange(mine.start, mine.stop)
     pairs = zip(torch.split(index, size), torch.split(images, size), strict=True)
-    batches = pairs if mine else ()
+    batches = counted(iter(pairs if mine else ()))
     provenance = weights | {"data": dataset.fingerprint}
     return reconstruction_quality(model, batches, total, workers, distances, provenance)
 

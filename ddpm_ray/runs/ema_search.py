@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,9 @@ from ddpm_ray.distributed import fatal_errors, startup, worker_group
 from ddpm_ray.distributed.control_actor import RunControl
 from ddpm_ray.evaluation import sample_quality
 from ddpm_ray.evaluation.reference_statistics import reference
+from ddpm_ray.reporting import Progress
 from ddpm_ray.runs.evaluate import absolute_evaluation_paths
+from ddpm_ray.runs.image_progress import ImageProgress
 from ddpm_ray.runs.train_worker import distributed_context
 from ddpm_ray.storage import object_store
 from ddpm_ray.storage.file_formats import package_version
@@ -83,12 +85,19 @@ class EmaSnapshots:
         return Snapshot({"ema": tensors}, facts)
 
 
-def search(run: str, config: AverageConfig, home: Path, out: str = "") -> dict[str, Any]:
+def search(
+    run: str,
+    config: AverageConfig,
+    home: Path,
+    out: str = "",
+    on_progress: Callable[[Progress], None] = lambda _: None,
+) -> dict[str, Any]:
     """Score the EMA of each width; write the best one to the folder `out`, if given.
 
-    Returns the scores as plain JSON. Relative paths are relative to `home`. Raises CheckpointError
-    if snapshots are missing or damaged, ConfigError if run and config do not fit, and
-    RunFailedError, DatasetError or StorageError.
+    Returns the scores as plain JSON. Relative paths are relative to `home`. `on_progress` gets the
+    number of images that are scored, about once a second. Raises CheckpointError if snapshots are
+    missing or damaged, ConfigError if run and config do not fit, and RunFailedError, DatasetError
+    or StorageError.
     """
     run = object_store.absolute(run, home)
     snapshots = EmaSnapshots.of(run)
@@ -107,7 +116,7 @@ def search(run: str, config: AverageConfig, home: Path, out: str = "") -> dict[s
     for url in filter(None, (config.data_url, config.evaluation.held_out_url)):
         open_dataset(url)  # before Ray starts
     settings = {"run": run, "step": step, "config": to_dict(config)}
-    found = worker_group.run(ema_search_worker, settings, config.cluster, lambda _: None)
+    found = worker_group.run(ema_search_worker, settings, config.cluster, on_progress)
     result = _result(found, list(config.widths)) | {"run": run, "step": step}
     if out:
         result["checkpoint"] = object_store.absolute(out, home)
@@ -129,11 +138,14 @@ def ema_search_worker(settings: dict[str, Any]) -> list[dict[str, Any]]:
     torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
     object_store.set_retry_timeout(config.cluster.storage_timeout_s)
     with fatal_errors.report_fatal_errors(control):
-        return list(score_widths(settings["run"], settings["step"], config, distributed_context()))
+        workers = distributed_context()
+        total = config.evaluation.num_images * len(config.widths)
+        progress = ImageProgress(total, workers, control.report)
+        return list(score_widths(settings["run"], settings["step"], config, workers, progress))
 
 
 def score_widths(
-    run: str, step: int, config: AverageConfig, workers: Workers
+    run: str, step: int, config: AverageConfig, workers: Workers, progress: ImageProgress
 ) -> Iterator[dict[str, Any]]:
     """Yield metrics, provenance and profile error of the EMA of each width at `step` of `run`.
 
@@ -141,7 +153,7 @@ def score_widths(
     """
     snapshots, wanted = EmaSnapshots.of(run), config.evaluation
     begun, dataset = run_config.saved_config(snapshots.facts), open_dataset(config.data_url)
-    model = checkpoint_loading.trained_model(run, workers.device)
+    model = checkpoint_loading.trained_model(run, workers.device, autoencoder=config.autoencoder)
     count = min(wanted.num_images, int(dataset.counts.sum()))
     denoiser = training_run.with_low_resolution(
         model.denoiser, begun.data, dataset, count, workers.device
@@ -178,8 +190,10 @@ def score_widths(
             optional_metrics=scoring.optional_metrics(wanted),
             held_out=held_out,
             ceiling=ceiling,
+            counted=progress.counted,
         )
         yield scores.to_json() | {"misfit": average.facts["average"]["misfit"]}
+    progress.finish()
 
 
 def _result(found: list[dict[str, Any]], widths: list[float]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import dataclasses
 import io
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,14 @@ from ddpm_ray.evaluation.memorisation import Neighbours, nearest_images, spread
 from ddpm_ray.evaluation.reference_statistics import reference
 from ddpm_ray.evaluation.sample_quality import Scores
 from ddpm_ray.evaluation.vlb_over_dataset import BitsPerDim, vlb_bits_per_dim
+from ddpm_ray.reporting import Progress
 from ddpm_ray.runs import load_model
 from ddpm_ray.runs.evaluate_autoencoder import (
     autoencoder_run,
     autoencoder_scores,
     require_reconstruction_scores,
 )
+from ddpm_ray.runs.image_progress import ImageProgress
 from ddpm_ray.runs.train_worker import distributed_context
 from ddpm_ray.sampling.pipeline import TrainedModel
 from ddpm_ray.sampling.sampling import SamplingPlan, draw_uint8, sampling_plan
@@ -42,17 +44,28 @@ from ddpm_ray.tracking.tracking_uri import resolve_tracking_uri
 log = logging.getLogger(__name__)
 
 
-def run_evaluation(model_uri: str, config: EvaluateConfig, home: Path) -> dict[str, Any]:
+def run_evaluation(
+    model_uri: str,
+    config: EvaluateConfig,
+    home: Path,
+    on_progress: Callable[[Progress], None] = lambda _: None,
+) -> dict[str, Any]:
     """Return the metrics and their provenance. Relative paths are relative to `home`.
 
-    Raises ConfigError if model and config do not fit, and RunFailedError, CheckpointError,
-    DatasetError, StorageError or TrackingError.
+    `on_progress` gets the number of images that are scored, about once a second. Raises ConfigError
+    if model and config do not fit, and RunFailedError, CheckpointError, DatasetError, StorageError
+    or TrackingError.
     """
     tracking_uri = resolve_tracking_uri(home)
     if not model_uri.startswith(IN_MLFLOW):
         model_uri = object_store.absolute(model_uri, home)
     if begun := autoencoder_run(model_uri):
         require_reconstruction_scores(config.evaluation)
+        if config.autoencoder:
+            raise ConfigError(
+                f"autoencoder is {config.autoencoder!r}, and {model_uri} is an autoencoder: leave "
+                "it out"
+            )
     else:
         begun = _denoiser_run(model_uri, config, tracking_uri)
     wanted, encodes = config.evaluation, begun.traits.reconstructs
@@ -80,7 +93,7 @@ def run_evaluation(model_uri: str, config: EvaluateConfig, home: Path) -> dict[s
         "encodes": encodes,
     }
     scores: dict[str, Any] = worker_group.run(
-        evaluate_worker, settings, config.cluster, lambda _: None
+        evaluate_worker, settings, config.cluster, on_progress
     )
     for line in score_lines(scores["metrics"]):
         log.info("%s", line)
@@ -89,7 +102,7 @@ def run_evaluation(model_uri: str, config: EvaluateConfig, home: Path) -> dict[s
 
 def _denoiser_run(model_uri: str, config: EvaluateConfig, tracking_uri: str) -> RunConfig:
     """Config of the run that trained the model; raises ConfigError for settings that do not fit."""
-    model = load_model.load(model_uri, tracking_uri=tracking_uri)
+    model = load_model.load(model_uri, tracking_uri=tracking_uri, autoencoder=config.autoencoder)
     begun = from_dict(RunConfig, model.provenance["config"])
     # Before Ray starts: raises ConfigError for settings or a guidance model that do not fit.
     load_model.configured(model, config.sampling, config.guidance, tracking_uri)
@@ -152,14 +165,24 @@ def evaluate_worker(settings: dict[str, Any]) -> dict[str, Any]:
         return _scores(config, settings)
 
 
+def _images_to_score(config: EvaluateConfig) -> int:
+    wanted = config.evaluation
+    likelihoods = wanted.bits_per_dim_images + wanted.likelihood_images
+    return wanted.num_images + likelihoods + wanted.memorisation_images
+
+
 def _scores(config: EvaluateConfig, settings: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
     object_store.set_retry_timeout(config.cluster.storage_timeout_s)
     workers = distributed_context()
+    progress = ImageProgress(_images_to_score(config), workers, settings["control"].report)
     if settings.get("encodes"):
-        return autoencoder_scores(settings["model_uri"], config, workers)
-    model = load_model.load(settings["model_uri"], workers.device, settings["tracking_uri"])
-    model = load_model.configured(model, config.sampling, config.guidance, settings["tracking_uri"])
+        return autoencoder_scores(settings["model_uri"], config, workers, progress)
+    tracking_uri = settings["tracking_uri"]
+    model = load_model.load(
+        settings["model_uri"], workers.device, tracking_uri, autoencoder=config.autoencoder
+    )
+    model = load_model.configured(model, config.sampling, config.guidance, tracking_uri)
     plan = sampling_plan(config.sampling, model.denoiser.schedule)
     begun, dataset = from_dict(RunConfig, model.provenance["config"]), open_dataset(config.data_url)
     drawn = max(config.evaluation.num_images, config.evaluation.memorisation_images, 1)
@@ -170,17 +193,17 @@ def _scores(config: EvaluateConfig, settings: dict[str, Any]) -> dict[str, Any]:
     model = dataclasses.replace(model, denoiser=shown)
     found: dict[str, Any] = {"metrics": {}}
     if config.evaluation.num_images:
-        found |= _sample_scores(config, model, plan, workers).to_json()
+        found |= _sample_scores(config, model, plan, workers, progress).to_json()
     if config.evaluation.bits_per_dim_images:
-        bits = _bits_per_dim(config, model, workers).to_json()
+        bits = _bits_per_dim(config, model, workers, progress).to_json()
         found["metrics"] = found["metrics"] | bits.pop("metrics")
         found["bits_per_dim"] = _with_origin(bits, model, dataset)
     if config.evaluation.likelihood_images:
-        of = _likelihood(config, model, workers).to_json()
+        of = _likelihood(config, model, workers, progress).to_json()
         found["metrics"] = found["metrics"] | of.pop("metrics")
         found["likelihood"] = _with_origin(of, model, dataset)
     if count := config.evaluation.memorisation_images:
-        near = _neighbours(config, model, plan, count, workers)
+        near = _neighbours(config, model, plan, workers, progress)
         found["metrics"] = found["metrics"] | near.metrics
         found["memorisation"] = near.facts
         if held_out := config.evaluation.held_out_url:
@@ -193,11 +216,16 @@ def _scores(config: EvaluateConfig, settings: dict[str, Any]) -> dict[str, Any]:
             png = io.BytesIO()
             near.picture().save(png, format="PNG")
             object_store.write_bytes(path, png.getvalue())
+    progress.finish()
     return found
 
 
 def _sample_scores(
-    config: EvaluateConfig, model: TrainedModel, plan: SamplingPlan, workers: Workers
+    config: EvaluateConfig,
+    model: TrainedModel,
+    plan: SamplingPlan,
+    workers: Workers,
+    progress: ImageProgress,
 ) -> Scores:
     """Score samples against the data: FID and the other feature metrics."""
     begun = from_dict(RunConfig, model.provenance["config"])
@@ -222,6 +250,7 @@ def _sample_scores(
         optional_metrics=scoring.optional_metrics(wanted),
         held_out=scoring.held_out(wanted, net, workers, codec),
         ceiling=scoring.ceiling(dataset, codec, net, known, wanted, workers),
+        counted=progress.counted,
     )
 
 
@@ -248,13 +277,15 @@ def _with_origin(found: dict[str, Any], model: TrainedModel, dataset: Dataset) -
     return found | {"certificate": found["certificate"] | origin}
 
 
-def _bits_per_dim(config: EvaluateConfig, model: TrainedModel, workers: Workers) -> BitsPerDim:
+def _bits_per_dim(
+    config: EvaluateConfig, model: TrainedModel, workers: Workers, progress: ImageProgress
+) -> BitsPerDim:
     """Variational bound in bits per dimension on images of the data set."""
     wanted, sampling = config.evaluation, config.sampling
     variance = model.denoiser.variance if sampling.variance == "learned" else sampling.variance
     return vlb_bits_per_dim(
         model.denoiser,
-        _images(config, wanted.bits_per_dim_images, model, workers),
+        progress.counted(_images(config, wanted.bits_per_dim_images, model, workers)),
         variance="fixed_small" if variance == "fixed" else variance,
         workers=workers,
         terms=wanted.bits_per_dim_terms or None,
@@ -263,21 +294,30 @@ def _bits_per_dim(config: EvaluateConfig, model: TrainedModel, workers: Workers)
 
 
 def _neighbours(
-    config: EvaluateConfig, model: TrainedModel, plan: SamplingPlan, count: int, workers: Workers
+    config: EvaluateConfig,
+    model: TrainedModel,
+    plan: SamplingPlan,
+    workers: Workers,
+    progress: ImageProgress,
 ) -> Neighbours:
-    """Nearest images of the data set to the first `count` samples."""
-    mine, size = workers.share(count), config.sampling.batch_size
+    """Nearest images of the data set to the first `memorisation_images` samples."""
+    mine, size = workers.share(config.evaluation.memorisation_images), config.sampling.batch_size
     shape, device = model.image_shape, workers.device
-    drawn = draw_uint8(model.denoiser, plan, mine, shape, device, size)
+    batches = progress.counted((index,) for index in torch.split(torch.tensor(mine), size))
+    parts = (range(int(index[0]), int(index[-1]) + 1) for (index,) in batches if len(index))
+    images = [draw_uint8(model.denoiser, plan, one, shape, device, size) for one in parts]
+    drawn = np.concatenate([np.empty((0, *shape), np.uint8), *images])
     samples = torch.from_numpy(np.concatenate(workers.gather(drawn)))
     data = scoring.reference_data(config.evaluation, open_dataset(config.data_url))
     return nearest_images(samples, data, workers, codec=model.denoiser.codec)
 
 
-def _likelihood(config: EvaluateConfig, model: TrainedModel, workers: Workers) -> Likelihood:
+def _likelihood(
+    config: EvaluateConfig, model: TrainedModel, workers: Workers, progress: ImageProgress
+) -> Likelihood:
     """Likelihood of images of the data set under the probability flow ODE."""
     wanted = config.evaluation
-    batches = _images(config, wanted.likelihood_images, model, workers)
+    batches = progress.counted(_images(config, wanted.likelihood_images, model, workers))
     return flow_likelihood(model.denoiser, batches, steps=wanted.likelihood_steps, workers=workers)
 
 

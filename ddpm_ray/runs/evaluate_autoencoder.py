@@ -11,6 +11,7 @@ from ddpm_ray.config.loading import ConfigError
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.dataset import open_dataset
 from ddpm_ray.runs.autoencoder_outputs import reconstruction_scores
+from ddpm_ray.runs.image_progress import ImageProgress
 from ddpm_ray.tracking.model_uri import IN_MLFLOW
 
 
@@ -40,12 +41,16 @@ def require_reconstruction_scores(wanted: EvaluationConfig) -> None:
         raise ConfigError("\n".join(problems))
 
 
-def autoencoder_scores(model_uri: str, config: EvaluateConfig, workers: Workers) -> dict[str, Any]:
+def autoencoder_scores(
+    model_uri: str, config: EvaluateConfig, workers: Workers, progress: ImageProgress
+) -> dict[str, Any]:
     """Metrics and their provenance; all workers must call it."""
     begun, facts = checkpoint_loading.run_facts(model_uri)
     model = trained_autoencoder(model_uri, workers.device)
     weights = scoring.ema_provenance(begun, facts["step"]) | {"model_sha256": model.sha256}
     dataset = open_dataset(config.data_url)
-    return reconstruction_scores(
-        begun, config.evaluation, dataset, model.model, weights, workers
-    ).to_json()
+    scores = reconstruction_scores(
+        begun, config.evaluation, dataset, model.model, weights, workers, progress.counted
+    )
+    progress.finish()
+    return scores.to_json()

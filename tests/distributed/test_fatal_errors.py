@@ -149,7 +149,7 @@ def test_workers_report_what_ends_the_run(
     monkeypatch.setattr(ema_search, "distributed_context", Workers)
     reasons: list[str] = []
     control = SimpleNamespace(
-        status=lambda: SimpleNamespace(fatal=None), report_fatal=reasons.append
+        status=lambda: SimpleNamespace(fatal=None), report=None, report_fatal=reasons.append
     )
     settings = {"control": control, "config": {}, "run": "", "step": 0}
     with pytest.raises(type(error), match=r"no step|closed by peer"):

@@ -22,6 +22,7 @@ from ddpm_ray.diffusion import NoiseSchedule, schedules
 from ddpm_ray.evaluation import nearest_neighbours
 from ddpm_ray.evaluation.features.feature_extractor import FeatureNet
 from ddpm_ray.evaluation.memorisation import NEIGHBOURS, SHOWN, Neighbours, nearest_images, spread
+from ddpm_ray.reporting import Progress
 from ddpm_ray.runs import evaluate, load_model
 from ddpm_ray.sampling.denoiser import Denoiser
 from ddpm_ray.sampling.image_grid import GUTTER_PIXELS, LEGIBLE_PIXELS, MARGIN_PIXELS
@@ -238,7 +239,7 @@ def test_the_job_reports_a_model_that_recites(
 
     provenance = {"config": to_dict(RunConfig())}
     model = TrainedModel(Denoiser.of_noise(recite, schedule), ImageShape(6, 6, 3), provenance)
-    monkeypatch.setattr(load_model, "load", lambda *_: model)
+    monkeypatch.setattr(load_model, "load", lambda *_, **__: model)
     monkeypatch.setattr(evaluate, "distributed_context", Workers)
     pack(tmp_path / "held-out", FRESH, [4, 2])
     picture = tmp_path / "nearest.png"
@@ -248,9 +249,12 @@ def test_the_job_reports_a_model_that_recites(
         held_out_url=str(tmp_path / "held-out"),
     )
     config = EvaluateConfig(data_url=dataset.url, evaluation=wanted)
-    control = SimpleNamespace(status=lambda: SimpleNamespace(fatal=None), report_fatal=pytest.fail)
+    shown: list[Progress] = []
+    status = SimpleNamespace(fatal=None)
+    control = SimpleNamespace(status=lambda: status, report=shown.append, report_fatal=pytest.fail)
     settings = {"model_uri": "", "tracking_uri": "", "config": to_dict(config), "control": control}
     found = evaluate.evaluate_worker(settings)
+    assert (shown[-1].step, shown[-1].steps) == (5, 5)
     assert found["metrics"] == {
         "eval/memorised_share": 1,
         "eval/nearest_ratio": 0,

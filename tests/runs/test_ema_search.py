@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from ddpm_ray.distributed import failures, worker_group
 from ddpm_ray.evaluation import sample_quality
 from ddpm_ray.evaluation.sample_quality import SampleSet, Scores
 from ddpm_ray.models.unet import UNet
+from ddpm_ray.reporting import Progress
 from ddpm_ray.runs import ema_search
 from ddpm_ray.runs import evaluate as evaluation_run
 from ddpm_ray.sampling.pipeline import TrainedModel
@@ -123,12 +124,16 @@ class RunControl:
     """What a worker tells its driver."""
 
     fatal: str | None = None
+    progress: list[Progress] = field(default_factory=list)
 
     def status(self) -> "RunControl":
         return self
 
     def report_fatal(self, reason: str) -> None:
         self.fatal = reason
+
+    def report(self, progress: Progress) -> None:
+        self.progress.append(progress)
 
 
 def alone(patch: pytest.MonkeyPatch) -> list[RunControl]:

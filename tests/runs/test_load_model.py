@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlflow
@@ -21,6 +22,7 @@ from ddpm_ray.config.loading import ConfigError, from_dict, load_config, to_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.distributed import worker_group
+from ddpm_ray.reporting import Progress
 from ddpm_ray.runs import evaluate, load_model
 from ddpm_ray.tracking import run_lookup
 from ddpm_ray.training.checkpoint_folder import CheckpointError
@@ -106,11 +108,14 @@ def test_the_driver_of_an_evaluation_and_its_worker_download_once_each(
     given = {"evaluation.num_images": 0, "evaluation.bits_per_dim_images": 4}
     words = [f"{key}={value}" for key, value in given.items()]
     config = load_config(EvaluateConfig, None, words)
+    shown: list[Progress] = []
 
     def run(worker: Callable[..., Any], settings: dict[str, Any], *_: Any) -> Any:
         assert downloads == [model]
         assert not left(tmp_path)
-        return evaluate._scores(from_dict(EvaluateConfig, settings["config"]), settings)
+        control = SimpleNamespace(report=shown.append)
+        config = from_dict(EvaluateConfig, settings["config"])
+        return evaluate._scores(config, settings | {"control": control})
 
     monkeypatch.setattr(worker_group, "run", run)
     monkeypatch.setattr(evaluate, "distributed_context", lambda: Workers(0, 1, torch.device("cpu")))
@@ -118,6 +123,7 @@ def test_the_driver_of_an_evaluation_and_its_worker_download_once_each(
     evaluate.run_evaluation(model, config, tmp_path)
     assert downloads == [model, model]
     assert not left(tmp_path)
+    assert (shown[-1].step, shown[-1].steps) == (4, 4)
 
 
 @pytest.mark.parametrize(
