@@ -19,7 +19,7 @@ from ddpm_ray.config.loading import ConfigError, from_dict, to_dict
 from ddpm_ray.config.run import Architecture, RunConfig
 from ddpm_ray.config.sampling import SamplingSettings
 from ddpm_ray.config.schedule import ScheduleConfig
-from ddpm_ray.data.codec import PIXELS, diffused_shape
+from ddpm_ray.data.codec import PIXELS, Codec, diffused_shape
 from ddpm_ray.data.dataset import DatasetError, open_dataset
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.models.classifier import NoisyClassifier
@@ -29,6 +29,7 @@ from ddpm_ray.models.interop.diffusers_config import UnsupportedModelError
 from ddpm_ray.models.interop.diffusers_schedulers import Export
 from ddpm_ray.models.layers import Variant
 from ddpm_ray.models.unet import UNet
+from ddpm_ray.sampling.guidance_models import require_same_x_0
 from ddpm_ray.sampling.pipeline import TrainedModel
 from ddpm_ray.storage import object_store
 from ddpm_ray.storage.errors import StorageError
@@ -43,15 +44,17 @@ def trained_model(
     device: torch.device | str | None = "cpu",
     ema: str = "ema",
     autoencoder: str = "",
+    guides: Codec | None = None,
 ) -> TrainedModel:
     """Load the model of the checkpoint at `url`, or of the newest checkpoint of a run's folder.
 
     The weights are the EMA group `ema` of the checkpoint. `url` may also be a local diffusers
     folder of a UNet2DModel with its scheduler. `autoencoder` is the URL of the autoencoder of a
-    model of latents; empty: the one that the checkpoint names. Raises CheckpointError if no
-    checkpoint passes verification or that autoencoder is another one, NewerFormatError for a codec
-    of a later version, ConfigError for a classifier, UnsupportedModelError for a diffusers model
-    that UNet cannot represent, and ValueError for an unusable device.
+    model of latents; empty: the one that the checkpoint names. `guides` is the codec of a model
+    that this one shall guide, and becomes its codec. Raises CheckpointError if no checkpoint passes
+    verification or that autoencoder is another one, NewerFormatError for a codec of a later
+    version, ConfigError for a classifier, UnsupportedModelError for a diffusers model that UNet
+    cannot represent, and ValueError for an unusable device or a codec unlike `guides`.
     """
     device = usable_device(device)
     if Path(url, OF_DIFFUSERS).is_file():
@@ -59,7 +62,9 @@ def trained_model(
     where, snapshot = newest_checkpoint(url, ema)
     config = run_config.saved_config(snapshot.facts, url)
     require_denoiser(config, url)
-    codec = bound_codec(snapshot.facts, where, device, autoencoder)
+    if guides is not None:
+        require_same_x_0(guides, run_config.saved_codec(snapshot.facts, where))
+    codec = guides or bound_codec(snapshot.facts, where, device, autoencoder)
     image_shape = ImageShape(*snapshot.facts["image_shape"])
     variant = run_config.saved_variant(snapshot.facts, where)
     model = training_run.network(config, diffused_shape(codec, image_shape), variant)
@@ -161,17 +166,22 @@ def label_names(config: RunConfig, facts: Mapping[str, Any]) -> tuple[str, ...] 
     return dataset.manifest.label_names if same else None
 
 
-def trained_classifier(url: str, device: torch.device | str = "cpu") -> NoisyClassifier:
+def trained_classifier(
+    url: str, device: torch.device | str = "cpu", guides: Codec | None = None
+) -> NoisyClassifier:
     """Load the noisy-image classifier of a run with task=classifier.
 
-    Raises CheckpointError, NewerFormatError, and ConfigError for a run that trained another kind
-    of model.
+    `guides` is the codec of a model that it shall guide. Raises CheckpointError, NewerFormatError,
+    ConfigError for a run that trained another kind of model, ValueError for a codec unlike
+    `guides`.
     """
     where, snapshot = newest_checkpoint(url, "ema")
     config = run_config.saved_config(snapshot.facts, url)
     if not config.traits.predicts_labels:
         raise ConfigError(f"{url} holds no classifier: train one with task=classifier")
     codec = run_config.saved_codec(snapshot.facts, where)
+    if guides is not None:
+        require_same_x_0(guides, codec)
     shape = diffused_shape(codec, ImageShape(*snapshot.facts["image_shape"]))
     network = training_run.network(config, shape)
     assert isinstance(network, NoisyClassifier)

@@ -77,16 +77,22 @@ def bound_codec(
     """The codec of a checkpoint with these facts, with its autoencoder on `device`.
 
     `autoencoder` is its URL if it has moved; `where` is the checkpoint's URL. Raises
-    CheckpointError for another autoencoder than the one that encoded the training data.
+    CheckpointError for another autoencoder than the one that encoded the training data, ConfigError
+    for an autoencoder of a model of pixels.
     """
     codec = saved_codec(facts, where)
     if not isinstance(codec, LatentCodec):
+        if autoencoder:
+            raise ConfigError(
+                f"autoencoder is {autoencoder!r}, but {where} holds a model of {codec.name}: leave "
+                "it out"
+            )
         return codec
     held = facts["autoencoder"]
     try:
         return codec.bound(_autoencoder(autoencoder or held["url"], held["sha256"], device))
     except ValueError as error:
-        remedy = "name the one that encoded them, as in load(run, autoencoder='runs/ae')"
+        remedy = "name the one that encoded them, as in autoencoder=runs/ae"
         raise CheckpointError(where, str(error), remedy) from error
 
 

@@ -42,7 +42,10 @@ def saved_codec(facts: Mapping[str, Any], where: str = "") -> Codec:
         return PIXELS
     held = facts["latents"]
     statistics = tuple(map(float, held["mean"])), tuple(map(float, held["std"]))
-    return LatentCodec(held["channels"], held["factor"], tuple(held["views"]), *statistics)
+    views, sha256 = tuple(held["views"]), facts["autoencoder"]["sha256"]
+    return LatentCodec(
+        held["channels"], held["factor"], views, *statistics, autoencoder_sha256=sha256
+    )
 
 
 def saved_variant(facts: Mapping[str, Any], where: str = "") -> Variant:

@@ -6,6 +6,11 @@ from typing import Literal
 from ddpm_ray.config.option_fields import option
 
 MIB = 2**20
+# Help of the option `autoencoder` of each job that takes a trained model.
+MOVED_AUTOENCODER = (
+    "folder or URL of a latent model's autoencoder, if it was moved; empty: where the model's run "
+    "says"
+)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias
 
+from ddpm_ray.config.data import MOVED_AUTOENCODER
 from ddpm_ray.config.option_fields import option
 from ddpm_ray.config.sampling import SamplingSettings
 
@@ -49,6 +50,7 @@ class EditConfig:
     bottom: int = option(0, "outpaint: pixels below it", at_least=0)
     left: int = option(0, "outpaint: pixels on its left", at_least=0)
     right: int = option(0, "outpaint: pixels on its right", at_least=0)
+    autoencoder: str = option("", MOVED_AUTOENCODER)
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
 
     def problems(self) -> Iterator[str]:

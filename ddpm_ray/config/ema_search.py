@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from ddpm_ray.config.cluster import ClusterConfig
+from ddpm_ray.config.data import MOVED_AUTOENCODER
 from ddpm_ray.config.evaluation import EvaluationConfig
 from ddpm_ray.config.option_fields import option
 from ddpm_ray.config.sampling import SamplingSettings
@@ -19,6 +20,7 @@ class AverageConfig:
     )
     step: int = option(0, "training step of the EMA snapshot; 0: the last", at_least=0)
     data_url: str = option("", "folder or URL of the reference shards; empty: the training data")
+    autoencoder: str = option("", MOVED_AUTOENCODER)
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
     evaluation: EvaluationConfig = field(
         default_factory=lambda: EvaluationConfig(num_images=10_000)

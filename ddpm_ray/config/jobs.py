@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from ddpm_ray.config.cluster import ClusterConfig
+from ddpm_ray.config.data import MOVED_AUTOENCODER
 from ddpm_ray.config.evaluation import EvaluationConfig
 from ddpm_ray.config.guidance import GuidanceConfig
 from ddpm_ray.config.option_fields import group, option
@@ -18,6 +19,7 @@ class SampleConfig:
     gif: str = option(
         "", "GIF file of the x_0 estimates, one frame per step; empty: none", formerly="film"
     )
+    autoencoder: str = option("", MOVED_AUTOENCODER)
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
     guidance: GuidanceConfig = group(GuidanceConfig, formerly="lead")
 
@@ -36,6 +38,7 @@ class SampleConfig:
 class ExportConfig:
     """A trained model for another library."""
 
+    autoencoder: str = option("", MOVED_AUTOENCODER)
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
 
     def problems(self) -> Iterator[str]:
@@ -52,6 +55,7 @@ class EvaluateConfig:
     """The data that a trained model is scored against."""
 
     data_url: str = option("", "folder or URL of the reference shards; empty: the training data")
+    autoencoder: str = option("", MOVED_AUTOENCODER)
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
     guidance: GuidanceConfig = group(GuidanceConfig, formerly="lead")
     evaluation: EvaluationConfig = field(

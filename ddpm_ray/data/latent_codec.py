@@ -59,6 +59,7 @@ class LatentCodec:
     mean: tuple[float, ...]  # [c]
     std: tuple[float, ...]  # [c]
     autoencoder: LatentAutoencoder | None = None
+    autoencoder_sha256: str = ""  # of the weights that encoded the latents
 
     name: ClassVar[CodecName] = "latents"
     rounding: ClassVar[str] = "the autoencoder's decoding to uint8"  # for provenances
@@ -70,8 +71,14 @@ class LatentCodec:
         if shape is None:
             raise ValueError(f"a data set of {manifest.codec} has no latents")
         factor = manifest.image_shape.height // shape.height
-        statistics = manifest.latent_mean, manifest.latent_std
-        return cls(shape.channels, factor, manifest.views, *statistics)
+        return cls(
+            shape.channels,
+            factor,
+            manifest.views,
+            manifest.latent_mean,
+            manifest.latent_std,
+            autoencoder_sha256=manifest.autoencoder_sha256,
+        )
 
     def bound(self, autoencoder: LatentAutoencoder) -> LatentCodec:
         """Return this codec, which encodes and decodes images by `autoencoder`."""

@@ -30,7 +30,7 @@ def export_model(config: ExportConfig, arguments: Namespace) -> dict[str, Any]:
     from ddpm_ray.assembly import checkpoint_loading  # heavy: after the config is checked
     from ddpm_ray.runs import load_model
 
-    model = load_model.load(arguments.model_uri, home=home_folder())
+    model = load_model.load(arguments.model_uri, home=home_folder(), autoencoder=config.autoencoder)
     export = checkpoint_loading.write_diffusers(model, config.sampling, Path(arguments.out))
     missing = "; ".join(export.no_equivalent) or "nothing"
     print(f"without an equivalent in diffusers: {missing}", file=sys.stderr)

@@ -33,9 +33,8 @@ def sample(config: SampleConfig, arguments: Namespace) -> dict[str, Any]:
     from ddpm_ray.sampling import gif, image_grid, image_io
 
     settings, home = config.sampling, home_folder()
-    model = load_model.configured(
-        load_model.load(arguments.model_uri, home=home), settings, config.guidance, home=home
-    )
+    model = load_model.load(arguments.model_uri, home=home, autoencoder=config.autoencoder)
+    model = load_model.configured(model, settings, config.guidance, home=home)
     calls = -(-config.num_images // settings.batch_size) * (len(model.timesteps) - 1)
     line, film, seen = (
         ProgressLine(f"step of {settings.sampler}"),

@@ -19,6 +19,7 @@ from ddpm_ray.config.sampling import SamplingSettings
 from ddpm_ray.sampling import guidance_models
 from ddpm_ray.sampling.pipeline import TrainedModel
 from ddpm_ray.sampling.sampling import sampling_plan
+from ddpm_ray.storage import object_store
 from ddpm_ray.tracking.model_uri import IN_MLFLOW, require_whole_name, resolve_model_uri
 from ddpm_ray.tracking.tracking_uri import resolve_tracking_uri
 
@@ -66,8 +67,8 @@ def as_trained(config: Job, uri: str, given: Collection[str], home: Path) -> Job
     """Return `config` with the sampling settings of the run at `uri`, except the `given` keys.
 
     RePaint uses the ancestral sampler unless `given` says otherwise. Label names become numbers.
-    Folders of guidance models are relative to `home`. The next `load` reuses a download from
-    MLflow. Raises ConfigError for invalid combinations, and what `load` raises.
+    Folders of guidance models and of the autoencoder are relative to `home`. The next `load` reuses
+    a download from MLflow. Raises ConfigError for invalid combinations, and what `load` raises.
     """
     with _local(uri, home, keep=True) as folder:
         run, facts = checkpoint_loading.run_facts(folder)
@@ -94,6 +95,8 @@ def as_trained(config: Job, uri: str, given: Collection[str], home: Path) -> Job
             for place in (guidance.autoguidance_model, guidance.classifier)
         )
         changes["guidance"] = replace(guidance, autoguidance_model=weak, classifier=classifier)
+    if place := getattr(config, "autoencoder", ""):
+        changes["autoencoder"] = object_store.absolute(place, home)
     config = replace(cast(Any, config), **changes)
     if problems := [*config.problems(), *config.sampling_problems()]:
         raise ConfigError("\n".join(problems))
@@ -147,17 +150,23 @@ def configured(
     knows = bool(guidance.classifier)
     model = checkpoint_loading.with_sampling(model, sampling, guided_by_model=knows)
     of = model.denoiser
-    if guidance.autoguidance_model:
-        weak = load(guidance.autoguidance_model, model.device, tracking_uri, home)
+    if uri := guidance.autoguidance_model:
         try:
+            with _local(uri, home or Path.cwd(), tracking_uri) as folder:
+                weak = checkpoint_loading.trained_model(folder, model.device, guides=of.codec)
             guide = guidance_models.autoguidance(of, weak.denoiser, guidance.autoguidance_scale)
         except ValueError as error:
-            given = f"guidance.autoguidance_model is {guidance.autoguidance_model!r}"
-            raise ConfigError(f"{given}: {error}") from error
+            raise ConfigError(f"guidance.autoguidance_model is {uri!r}: {error}") from error
         return replace(model, denoiser=replace(of, guidance_model=guide))
     if not guidance.classifier:
         return model
-    classifier = checkpoint_loading.trained_classifier(guidance.classifier, model.device)
+    try:
+        classifier = checkpoint_loading.trained_classifier(
+            guidance.classifier, model.device, guides=of.codec
+        )
+    except ValueError as error:
+        given = f"guidance.classifier is {guidance.classifier!r}"
+        raise ConfigError(f"{given}: {error}") from error
     plan = sampling_plan(sampling, of.schedule)
     guide = guidance_models.classifier_guidance(
         classifier,

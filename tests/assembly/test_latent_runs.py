@@ -12,11 +12,16 @@ import torch
 import ddpm_ray
 from ddpm_ray.assembly import diffusion, latents, run_config, training_run
 from ddpm_ray.collectives import Workers
+from ddpm_ray.config.edit import EditConfig
+from ddpm_ray.config.ema_search import AverageConfig
+from ddpm_ray.config.guidance import GuidanceConfig
+from ddpm_ray.config.jobs import EvaluateConfig, ExportConfig, SampleConfig
 from ddpm_ray.config.loading import ConfigError, load_config, to_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.codec import PIXELS
 from ddpm_ray.data.dataset import DatasetError, open_dataset
 from ddpm_ray.data.latent_codec import LatentCodec
+from ddpm_ray.runs import load_model
 from ddpm_ray.runs.train import check_model, run_training
 from ddpm_ray.sampling.pipeline import TrainedModel
 from ddpm_ray.training.checkpoint_folder import CheckpointError
@@ -50,14 +55,15 @@ def model(encoded: str, tmp_path_factory: pytest.TempPathFactory) -> TrainedMode
     return ddpm_ray.load(committed(encoded, tmp_path_factory.mktemp("run")), "cpu")
 
 
-def committed(url: str, folder: Path) -> str:
-    """The folder of a run on the latents at `url`, with its weights as they begin."""
+def committed(url: str, folder: Path, **more: Any) -> str:
+    """The folder of a run on the latents at `url`, as it begins, with `more` facts."""
     config, dataset = configured(url), open_dataset(url)
     facts: dict[str, Any] = {
         "config": to_dict(config),
         "image_shape": list(dataset.manifest.image_shape),
         "data_fingerprint": dataset.fingerprint,
         **latents.codec_facts(latents.codec_of_data(config.data, dataset)),
+        **more,
     }
     state = training_run.training_state(config, dataset.manifest.diffused_shape, CPU, facts)
     CheckpointStore(str(folder / "checkpoints")).save(state.snapshot([]))
@@ -133,6 +139,43 @@ def test_another_autoencoder_is_refused(encoded: str, tmp_path: Path) -> None:
     run = committed(encoded, tmp_path / "run")
     with pytest.raises(CheckpointError, match=f"encoded by the autoencoder of sha256 .*{other} is"):
         ddpm_ray.load(run, "cpu", autoencoder=other)
+
+
+def test_a_model_whose_autoencoder_was_moved_is_loaded_with_its_new_place(
+    encoded: str, tmp_path: Path
+) -> None:
+    place = Path(encoded).parent / "autoencoder"
+    sha256 = open_dataset(encoded).manifest.autoencoder_sha256
+    run = committed(encoded, tmp_path, autoencoder={"url": "gone", "sha256": sha256})
+    with pytest.raises(CheckpointError, match=r"does not load: .*; name .* as in autoencoder=runs"):
+        ddpm_ray.load(run, "cpu")
+    assert ddpm_ray.load(run, "cpu", autoencoder=str(place)).sample(1).shape == (1, 8, 8, 1)
+    kinds: list[Any] = [SampleConfig, EditConfig, EvaluateConfig, ExportConfig, AverageConfig]
+    for kind in kinds:
+        given = load_config(kind, None, [f"autoencoder={place.name}"])
+        job: Any = load_model.as_trained(given, run, (), place.parent)
+        assert job.autoencoder == str(place)
+
+
+def test_an_autoencoder_for_a_model_without_one_is_refused(encoded: str, tmp_path: Path) -> None:
+    run = committed(encoded, tmp_path, codec="pixels", image_shape=[8, 8, 3])
+    with pytest.raises(ConfigError, match=r"autoencoder is 'ae', but .* holds a model of pixels"):
+        ddpm_ray.load(run, "cpu", autoencoder="ae")
+
+
+def test_a_guidance_model_of_other_latents_is_refused(
+    encoded: str, model: TrainedModel, tmp_path: Path
+) -> None:
+    """One of the same latents guides even where its own autoencoder is gone."""
+    sha256 = open_dataset(encoded).manifest.autoencoder_sha256
+    same, other = (
+        committed(encoded, tmp_path / one[0], autoencoder={"url": "gone", "sha256": one})
+        for one in (sha256, "-" * 64)
+    )
+    guidance = GuidanceConfig(autoguidance_model=same)
+    assert load_model.configured(model, model.settings, guidance).sample(1).shape == (1, 8, 8, 1)
+    with pytest.raises(ConfigError, match=r"guidance.autoguidance_model is .*sha256 ------------"):
+        load_model.configured(model, model.settings, GuidanceConfig(autoguidance_model=other))
 
 
 def test_latents_without_a_known_autoencoder_are_refused(tmp_path: Path) -> None:

@@ -139,7 +139,7 @@ def test_latents_without_an_autoencoder_name_the_remedy(said: Said, tmp_path: Pa
         said(sample.JOB, run, "--out", "a.png"),
         FAILED,
         "the autoencoder of these latents does not load.*; name the one that encoded them, as in "
-        r"load\(run, autoencoder='runs/ae'\)",
+        r"autoencoder=runs/ae",
     )
     words = (*TINY, f"data.url={url}")
     says = "; name the one that encoded them, as in data.autoencoder=runs/ae"

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from ddpm_ray.config.sampling import SamplingSettings
+from ddpm_ray.data.codec import PIXELS, Codec
 from ddpm_ray.data.image_shape import ImageShape
+from ddpm_ray.data.latent_codec import LatentCodec
 from ddpm_ray.diffusion import Denoise, NoiseSchedule, Parameterization, schedules
 from ddpm_ray.diffusion.conditioning import Conditioning
 from ddpm_ray.sampling import guidance_models
@@ -29,6 +31,32 @@ def by_label(share: float, num_classes: int = 3) -> Denoiser:
         return share * x_t + number
 
     return Denoiser(network, EPSILON, takes=ConditioningSpec(num_classes))
+
+
+LATENTS = LatentCodec(1, 2, ("plain",), (1.0,), (2.0,), autoencoder_sha256="a" * 64)
+
+
+@pytest.mark.parametrize(
+    "codec, difference",
+    [
+        (PIXELS, "trained on pixels, and the guided model on latents"),
+        (
+            replace(LATENTS, autoencoder_sha256="b" * 64),
+            "of the autoencoder of sha256 bbbbbbbbbbbb, and .* on those of aaaaaaaaaaaa",
+        ),
+        (replace(LATENTS, mean=(1.5,)), "standardised by another mean or standard deviation"),
+        (replace(LATENTS, std=(2.5,)), "standardised by another mean or standard deviation"),
+    ],
+)
+def test_a_model_of_other_latents_does_not_guide(codec: Codec, difference: str) -> None:
+    strong = replace(by_label(0.5), codec=LATENTS)
+    with pytest.raises(ValueError, match=f"{difference}; take one trained on the same data set"):
+        guidance_models.autoguidance(strong, replace(by_label(0.2), codec=codec), 3)
+
+
+def test_a_model_guides_one_of_the_same_latents_whatever_views_it_has_seen() -> None:
+    weak = replace(by_label(0.2), codec=replace(LATENTS, views=("plain", "flipped")))
+    guidance_models.autoguidance(replace(by_label(0.5), codec=LATENTS), weak, 3)
 
 
 def guided(denoiser: Denoiser, guidance_model: GuidanceModel, labels: Tensor | None) -> Tensor:
