@@ -1,6 +1,7 @@
 """The codec of a run's data; that of latents is bound to the autoencoder that encoded them."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -39,9 +40,9 @@ def codec_of_data(
             codec.require_flipped()
         except ValueError as error:
             raise ConfigError(str(error)) from None
-    url = config.autoencoder
+    url, record = config.autoencoder, read_encoding(dataset)
+    codec = replace(codec, preview=record.preview if record else None)
     if not url:
-        record = read_encoding(dataset)
         if record is None:
             problem = f"the autoencoder of these latents is unknown, as there is no {RECORD}"
             raise DatasetError(dataset.url, problem, "name its URL, as in data.autoencoder=runs/ae")

@@ -52,6 +52,10 @@ class Codec(Protocol):
         """Convert x_0 to uint8 images [B, H, W, C]."""
         ...
 
+    def show_noisy(self, x_t: Tensor) -> UInt8s:
+        """Convert noisy x_t to uint8 images [B, H, W, C], to look at."""
+        ...
+
     def clip(self, quantile: float = 0.0) -> Clip | None:
         """Return the function that clips estimates of x_0 in place; None: x_0 has no range."""
         ...
@@ -116,6 +120,10 @@ class PixelCodec:
         levels = x_0.float().add(1).mul_(self.levels_per_unit).add_(0.5).clamp_(0, 255)
         images: UInt8s = channels_last(levels.to(torch.uint8)).contiguous().cpu().numpy()
         return images
+
+    def show_noisy(self, x_t: Tensor) -> UInt8s:
+        """Return `decode(x_t)`."""
+        return self.decode(x_t)
 
     def clip(self, quantile: float = 0.0) -> Clip:
         """Return the function that clips estimates of x_0 in place, to [-1, 1].

@@ -20,6 +20,7 @@ from ddpm_ray.counter_rng import Purpose
 from ddpm_ray.data.codec import PIXELS, Codec, require_finite
 from ddpm_ray.data.dataset import Manifest, UInt8s
 from ddpm_ray.data.image_shape import ImageShape
+from ddpm_ray.data.latent_preview import PreviewMatrix
 from ddpm_ray.data.shard_index import CodecName
 from ddpm_ray.models.autoencoder import Posterior
 
@@ -60,6 +61,7 @@ class LatentCodec:
     std: tuple[float, ...]  # [c]
     autoencoder: LatentAutoencoder | None = None
     autoencoder_sha256: str = ""  # of the weights that encoded the latents
+    preview: PreviewMatrix | None = None  # from latents to colours
 
     name: ClassVar[CodecName] = "latents"
     rounding: ClassVar[str] = "the autoencoder's decoding to uint8"  # for provenances
@@ -141,6 +143,17 @@ class LatentCodec:
         """
         require_finite(x_0)
         return self._bound().decode_uint8(self.latents(x_0))
+
+    def show_noisy(self, x_t: Tensor) -> UInt8s:
+        """Show x_t [B, c, h, w] by the linear preview, each latent as factor x factor pixels.
+
+        The decoder has never seen noise and makes texture of it; a linear map shows how much of the
+        image is left, as in pixels. Without a preview it is decoded.
+        """
+        if self.preview is None:
+            return self.decode(x_t)
+        require_finite(x_t)
+        return self.preview.images(x_t).repeat(self.factor, axis=1).repeat(self.factor, axis=2)
 
     def latents(self, x_0: Tensor) -> Tensor:
         """Undo the standardisation: latents z [B, c, h, w] of the autoencoder, float32."""

@@ -1,5 +1,7 @@
 """Pictures hold every pixel of every image, enlarged sharply, and say which step they show."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,10 +11,14 @@ from PIL import Image
 from torch import Tensor
 
 from ddpm_ray.data.codec import PIXELS
+from ddpm_ray.data.dataset import UInt8s
 from ddpm_ray.data.image_shape import ImageShape
+from ddpm_ray.data.latent_codec import LatentCodec
+from ddpm_ray.data.latent_preview import PreviewMatrix
 from ddpm_ray.diffusion import schedules
 from ddpm_ray.diffusion.process import NoiseSchedule
 from ddpm_ray.diffusion.timestep_spacing import uniform_steps
+from ddpm_ray.models.autoencoder import Posterior
 from ddpm_ray.sampling.denoiser import Denoiser
 from ddpm_ray.sampling.image_grid import (
     GUTTER_PIXELS,
@@ -105,6 +111,55 @@ def test_a_strip_goes_from_the_start_noise_to_the_image(count: int) -> None:
         ):
             top, left = (GUTTER_PIXELS + place * cell for place in (row, column))
             assert (pixels[top : top + 64 : 8, left : left + 64 : 8] == image[..., 0]).all()
+
+
+class Decoder:
+    """Decodes each 2x2 latent to a white image of 4x4 pixels; knows how many it did at a time."""
+
+    url = sha256 = ""
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+
+    def encode_uint8(self, images: Tensor) -> Posterior:
+        raise NotImplementedError
+
+    def decode_uint8(self, z: Tensor) -> UInt8s:
+        self.sizes.append(len(z))
+        return np.full((len(z), 4, 4, 1), 255, np.uint8)
+
+
+def test_a_strip_of_latents_shows_noise_by_the_preview_and_decodes_a_column_at_a_time() -> None:
+    preview = PreviewMatrix(((20.0,),), (100.0,), r_squared=0.5)
+    decoder = Decoder()
+    codec = LatentCodec(1, 2, ("plain",), (3.0,), (2.0,), decoder, preview=preview)
+    denoiser = Denoiser.of_noise(lambda x_t, t: 0.8 * x_t, NoiseSchedule(schedules.cosine(20)))
+    denoiser, plan = replace(denoiser, codec=codec), SamplingPlan(uniform_steps(20, 4))
+    strip = denoising_strip(denoiser, plan, torch.arange(2), ImageShape(4, 4, 1), "cpu")
+    assert decoder.sizes == [2] * 5
+    start = plan_noise(denoiser, plan)
+    cell = 64 + GUTTER_PIXELS
+    pixels = np.asarray(strip)[strip.height - 4 * cell :, strip.width - 5 * cell :]
+    cells = [
+        [pixels[r * cell : r * cell + 64, c * cell : c * cell + 64] for c in range(5)]
+        for r in range(4)
+    ]
+    for i in range(2):
+        assert all((one == 255).all() for one in cells[2 * i + 1])
+        assert (cells[2 * i][4] == 255).all()  # the image
+        levels = (100 + 20 * start[i, 0]).add(0.5).clamp(0, 255).to(torch.uint8).numpy()
+        assert (cells[2 * i][0] == levels.repeat(32, 0).repeat(32, 1)).all()
+
+
+def plan_noise(denoiser: Denoiser, plan: SamplingPlan) -> Tensor:
+    """x_T [2, 1, 2, 2] of the first two images."""
+    kept: list[Tensor] = []
+
+    def keep(t: int, x_t: Tensor, x_0: Tensor) -> None:
+        kept.append(x_t.clone())
+
+    draw(denoiser, plan, torch.arange(2), ImageShape(4, 4, 1), "cpu", on_step=keep)
+    return kept[0]
 
 
 def test_captions_beside_a_picture_have_the_room_that_they_need() -> None:
