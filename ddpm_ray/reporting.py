@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from PIL import Image
 
-RATES = ("train/images_per_s", "train/data_wait_share")  # metrics that differ when a step is redone
+# Metrics that differ when a step is redone.
+RATES = ("train/images_per_s", "train/data_wait_share", "train/core_seconds")
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Progress:
         default_factory=list
     )  # see training/validation_loss.py
     checkpoint: str = ""  # URL of the newest committed one
+    core_seconds: float = 0.0  # of its steps, see training.core_seconds
 
 
 class Command(IntEnum):

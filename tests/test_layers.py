@@ -18,6 +18,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = {
     "ddpm_ray.diffusion": 0,
     "ddpm_ray.choices": 0,
+    "ddpm_ray.core_clock": 0,
     "ddpm_ray.counter_rng": 0,
     "ddpm_ray.fault_injection": 0,
     "ddpm_ray.redaction": 0,
@@ -59,6 +60,7 @@ IMPORTERS = {  # outside package: the only modules or folders that may import it
 }
 ONLY_IMPORTS = {  # module or folder: what it may import beside the standard library
     "ddpm_ray.choices": set[str](),
+    "ddpm_ray.core_clock": set[str](),
     "ddpm_ray.counter_rng": {"torch"},
     "ddpm_ray.diffusion": {"torch"},
     "ddpm_ray.fault_injection": set[str](),

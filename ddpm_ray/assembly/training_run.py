@@ -198,6 +198,7 @@ def plan(config: RunConfig, workers: int) -> Plan:
         grid_every_steps=training.grid_every_steps,
         evaluate_every_steps=config.evaluation.every_steps if config.evaluation.num_images else 0,
         validate_every_steps=config.evaluation.validation_every_steps,
+        core_seconds=training.core_seconds,
     )
 
 

@@ -14,7 +14,13 @@ PLAIN_MEAN = 0.2886  # relative width of the plain mean; wider power profiles fa
 class TrainingConfig:
     """Optimisation: batches, Adam, EMA, precision and checkpoints."""
 
-    steps: int = option(800_000, "optimiser steps of the whole run", at_least=1)
+    steps: int = option(800_000, "optimiser steps of the whole run, at most", at_least=1)
+    core_seconds: float = option(
+        0.0,
+        "end the run once its steps have taken this many core-seconds: CPU time of all workers, or "
+        "wall time on their GPUs, earlier starts included; 0: only `steps` ends it",
+        at_least=0,
+    )
     init_from: str = option(
         "",
         "trained model to begin with, for fine-tuning: folder of a run or of one checkpoint, or a "
@@ -212,6 +218,12 @@ class TrainingConfig:
             yield (
                 f"training.learning_rate_reference_images is {images} and "
                 f"training.learning_rate_decay {kind}; {remedy}"
+            )
+        if self.decays_to_zero and self.core_seconds:
+            yield (
+                f"training.core_seconds is {self.core_seconds:g}, which ends the run before "
+                f"training.learning_rate_decay={kind} has reached 0 at training.steps: use "
+                f"training.learning_rate_decay=inverse_sqrt or none"
             )
         total = self.steps * self.global_batch_size
         for key, value, most in (

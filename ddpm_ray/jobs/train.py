@@ -15,6 +15,7 @@ from typing import Any
 from ddpm_ray.cli.job import CONFIG, InterruptedRunError, Job
 from ddpm_ray.cli.paths import home_folder
 from ddpm_ray.config.run import RunConfig
+from ddpm_ray.reporting import Progress
 
 
 def train(config: RunConfig, _: Namespace) -> dict[str, Any]:
@@ -23,12 +24,17 @@ def train(config: RunConfig, _: Namespace) -> dict[str, Any]:
     from ddpm_ray.runs.train import run_training  # heavy: after the config is checked
     from ddpm_ray.tracking.tracking_uri import way_to_see
 
-    line = ProgressLine("step")
-    outcome = run_training(
-        config,
-        home_folder(),
-        lambda p: line(p.step, p.steps, f"loss {p.loss:.4f}  {p.images_per_s:.0f} images/s"),
-    )
+    budget = round(config.training.core_seconds)
+    line = ProgressLine("core-second" if budget else "step")
+
+    def show(p: Progress) -> None:
+        note = f"loss {p.loss:.4f}  {p.images_per_s:.0f} images/s"
+        if budget:
+            line(min(budget, round(p.core_seconds)), budget, f"step {p.step}  {note}")
+        else:
+            line(p.step, p.steps, note)
+
+    outcome = run_training(config, home_folder(), show)
     report = outcome.report
     if not outcome.finished:
         raise InterruptedRunError(

@@ -13,6 +13,7 @@ import torch
 from ddpm_ray.assembly import training_run
 from ddpm_ray.config.reading.option_text import value_text
 from ddpm_ray.config.run import RunConfig
+from ddpm_ray.config.training import TrainingConfig
 from ddpm_ray.data.dataset import Dataset
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.evaluation.score_table import score_table
@@ -32,7 +33,8 @@ def run_description(
     lines += [
         data_line(config.data.url, dataset),
         *_model_lines(config, dataset.manifest.diffused_shape),
-        f"**Training** {training.steps:,} steps, global_batch_size {training.global_batch_size}, "
+        f"**Training** {training_length(training)}, "
+        f"global_batch_size {training.global_batch_size}, "
         f"learning rate {training.learning_rate:g}, {training.precision}, seed {config.seed}, "
         f"workers {cluster.num_workers}",
     ]
@@ -41,6 +43,13 @@ def run_description(
     if config.traits.draws_images:
         lines += [f"**Sample** {code(command('sample', folder, '--out', 'samples.png'))}"]
     return "\n\n".join(lines)
+
+
+def training_length(training: TrainingConfig) -> str:
+    """Describe how long a run is trained."""
+    if training.core_seconds:
+        return f"{training.core_seconds:,.0f} core-seconds, at most {training.steps:,} steps"
+    return f"{training.steps:,} steps"
 
 
 def _model_lines(config: RunConfig, image_shape: ImageShape) -> list[str]:

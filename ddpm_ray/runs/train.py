@@ -120,7 +120,7 @@ def run_training(
         ended = worker_group.run(
             train_worker, settings, config.cluster, on_progress, on_start, config.worker_counts
         )
-        finished = ended["step"] >= config.training.steps
+        finished = ended["finished"]
         if finished and (count := ended["undelivered"]):
             raise mlflow_runs.TrackingOutageError(
                 config.tracking.uri,
@@ -323,6 +323,7 @@ def _report(
         "run_id": tracked.run_id,
         "step": step,
         "steps": config.training.steps,
+        "core_seconds": round(ended["core_seconds"], 3),
         "checkpoint": ended["checkpoint"],
         "samples": picture_url(folder, key, step) if key else None,
         "denoising": picture_url(folder, "denoising", step) if draws else None,

@@ -45,7 +45,7 @@ log = logging.getLogger(__name__)
 
 
 def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
-    """Train as one worker; return the step, the checkpoint's URL, scores and Unix times."""
+    """Train as one worker; return its end: step, checkpoint's URL, scores, times."""
     mlflow_settings.apply()
     control: RunControl = settings["control"]
     if control.status().fatal is not None:  # an earlier group met an error that would recur
@@ -78,6 +78,8 @@ def _train(config: RunConfig, settings: dict[str, Any], control: RunControl) -> 
         control.mark_done(workers.rank, group)
     return {
         "step": run.state.step,
+        "finished": run.is_finished(),
+        "core_seconds": run.log.core_s,
         "checkpoint": run.checkpoints.committed,
         "scores": run.state.scores,
         "validation_losses": run.state.validation_losses,
@@ -111,7 +113,7 @@ def assemble(
         _require_same_data(dataset, snapshot.facts["data_fingerprint"], "checkpoint was trained on")
         state.restore(snapshot)
         saves_first = _record_changes(config, dataset, state, snapshot.facts)
-        log.resume(snapshot.facts["bands"])
+        log.resume(snapshot.facts["bands"], snapshot.facts.get("core_seconds", 0.0))
         guard.resume(snapshot.facts["guard"])
         unsent = [Row(**row) for row in snapshot.facts["unsent_rows"]]
     elif source := settings.get("init_from"):

@@ -73,7 +73,7 @@ class TrainingObjective(Protocol):
 class Plan:
     """Settings of the training loop; steps are optimiser steps."""
 
-    steps: int
+    steps: int  # at most
     global_batch_size: int
     micro_batch_size: int
     max_grad_norm: float
@@ -83,6 +83,7 @@ class Plan:
     grid_every_steps: int = 0
     evaluate_every_steps: int = 0
     validate_every_steps: int = 0
+    core_seconds: float = 0.0  # after which the run ends; 0: only `steps` ends it
 
     def is_due(self, every_steps: int, step: int) -> bool:
         """Whether an action with period `every_steps` (0: never) is due after `step`."""
@@ -113,6 +114,11 @@ class Run:
     report_every_steps: int = 1
     reported: tuple[int, float] = field(default_factory=lambda: (0, time.perf_counter()))
 
+    def is_finished(self) -> bool:
+        """Whether all steps are taken, or all core-seconds used; the same on all workers."""
+        core_seconds = self.plan.core_seconds
+        return self.state.step >= self.plan.steps or 0 < core_seconds <= self.log.core_s
+
 
 def train_loop(run: Run) -> bool:
     """Train `run` from its current step to the last. Return False if asked to stop before.
@@ -130,8 +136,9 @@ def train_loop(run: Run) -> bool:
         settle(run)  # no row of a step under the new values exists before they are committed
     if state.step > 0:
         draw_and_evaluate(run)  # an earlier start may have ended before it did
-    while state.step < plan.steps and command is not Command.STOP:
-        rewound = take_step(run)
+    while not run.is_finished() and command is not Command.STOP:
+        with run.log.timed():
+            rewound = take_step(run)
         command = Command.NONE
         fault_injection.at("between")
         step = state.step
@@ -146,11 +153,11 @@ def train_loop(run: Run) -> bool:
             command = report(run)
             fault_injection.at("between")
         run.snapshot_ema(step)  # before the checkpoint that will reference them
-        if saves or command is not Command.NONE:
+        if saves or run.is_finished() or command is not Command.NONE:
             save(run)
         draw_and_evaluate(run)
     run.checkpoints.wait()
-    return state.step >= plan.steps
+    return run.is_finished()
 
 
 def draw_and_evaluate(run: Run) -> None:
@@ -160,7 +167,7 @@ def draw_and_evaluate(run: Run) -> None:
     second checkpoint of the step. If the run ends in between, a continued run does this first.
     """
     state, plan = run.state, run.plan
-    step, last, scores_before = state.step, state.step == plan.steps, state.scores
+    step, last, scores_before = state.step, run.is_finished(), state.scores
     pictures = state.shown < step and plan.grid_every_steps > 0
     if pictures and (last or plan.is_due(plan.grid_every_steps, step)):
         run.draw_grid(step)
@@ -284,7 +291,8 @@ def report(run: Run) -> Command:
         rate = steps_per_s * run.plan.global_batch_size
         loss = rows[-1].metrics.get("train/loss", math.nan) if rows else math.nan  # NaN: skipped
         saved = run.checkpoints.committed or ""
-        progress = Progress(step, run.plan.steps, loss, rate, run.state.validation_losses, saved)
+        losses, core_s = run.state.validation_losses, run.log.core_s
+        progress = Progress(step, run.plan.steps, loss, rate, losses, saved, core_s)
         agreed[0] = run.show_progress(progress)
         agreed[1] = max(1, round(steps_per_s * REPORT_EVERY_S))
     run.workers.sum_(agreed)  # only rank 0's is not 0: all workers report and stop together
@@ -297,6 +305,7 @@ def save(run: Run) -> None:
     """Copy the state; the background thread of rank 0 writes the checkpoint."""
     fault_injection.at("snapshot")
     run.state.facts["bands"] = run.log.window()
+    run.state.facts["core_seconds"] = run.log.core_s
     run.state.facts["guard"] = run.guard.facts()
     if run.sink is not None:
         run.checkpoints.submit(run.state.snapshot([vars(row) for row in run.sink.unsent()]))

@@ -1,18 +1,20 @@
 """Buffer of per-step metrics on the device, summed over workers about once a second into rows.
 
 A row is a pure function of the steps it covers, so a replayed step gives the same row. Only the
-rates (`train/images_per_s`, `train/data_wait_share`) depend on the clock.
+rates (`train/images_per_s`, `train/data_wait_share`) and `train/core_seconds` depend on the clock.
 """
 
 import math
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ddpm_ray.collectives import Workers
+from ddpm_ray.core_clock import core_clock
 from ddpm_ray.reporting import RATES, Row
 
 # Band edges in log-SNR. The linear schedule of Ho et al. spans -10.1 to 9.2 at T = 1000.
@@ -64,6 +66,15 @@ class StepLog:
         self._bands = torch.zeros(SUMS, dtype=torch.float64)  # sums, counts of the window
         self._clock, self._images, self._waited_s = time.perf_counter(), 0.0, 0.0
         self._window_start = (self._clock, 0.0, 0.0)
+        self._core_clock, self._uncollected_s = core_clock(workers.device.type), 0.0
+        self.core_s = 0.0  # core-seconds of all workers' timed steps, as collected
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """Count the core-seconds of the block, a training step."""
+        began = self._core_clock()
+        yield
+        self._uncollected_s += self._core_clock() - began
 
     def record(
         self,
@@ -107,7 +118,11 @@ class StepLog:
         """
         if not self._lines:  # the same on all workers
             return []
-        lines = self._workers.sum_(torch.stack(self._lines).cpu())  # [steps, width]
+        spent = torch.zeros(1, self._width, dtype=torch.float64)
+        spent[0, 0], self._uncollected_s = self._uncollected_s, 0.0
+        lines = self._workers.sum_(torch.cat([torch.stack(self._lines).cpu(), spent]))
+        self.core_s += float(lines[-1, 0])
+        lines = lines[:-1]  # [steps, width]
         now, first = time.perf_counter(), step - len(self._lines) + 1
         of_bands = lines[:, : math.prod(SUMS)].view(-1, *SUMS)
         self._images += float(of_bands[:, 1].sum())
@@ -139,15 +154,17 @@ class StepLog:
         sums: list[list[float]] = self._bands.tolist()
         return sums
 
-    def resume(self, window: list[list[float]]) -> None:
-        """Continue with the window of a checkpoint."""
+    def resume(self, window: list[list[float]], core_s: float | None = None) -> None:
+        """Continue with the window of a checkpoint, and with its core-seconds, if given."""
         self._bands = torch.tensor(window, dtype=torch.float64)
+        self.core_s = self.core_s if core_s is None else core_s
 
     def _of_window(self, now: float, waited_s: float) -> Iterator[tuple[str, float]]:
         began, images, waited = self._window_start
         elapsed = max(now - began, 1e-9)
         yield RATES[0], (self._images - images) / elapsed
         yield RATES[1], (waited_s - waited) / elapsed
+        yield RATES[2], self.core_s
         for name, total, count in zip(BANDS, *self._bands.tolist(), strict=True):
             if count and self._terms is None:
                 yield f"train/loss_logsnr/{name}", total / count

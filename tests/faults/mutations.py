@@ -144,8 +144,8 @@ MUTATIONS = (
     Mutation(
         "loss bands of a window are not restored",
         "ddpm_ray/runs/train_worker.py",
-        'log.resume(snapshot.facts["bands"])',
-        "pass",
+        'log.resume(snapshot.facts["bands"], snapshot',
+        'log.resume(log.window(), snapshot',
         ENDS,
     ),
     Mutation(

@@ -55,7 +55,8 @@ def alone(worker, settings, *_):
     finally:
         run.stream.close()
     assert run.sink.close(60) == 0
-    return {"step": run.state.step, "checkpoint": run.checkpoints.committed, "scores": {},
+    return {"step": run.state.step, "finished": run.is_finished(), "core_seconds": run.log.core_s,
+            "checkpoint": run.checkpoints.committed, "scores": {},
             "validation_losses": run.state.validation_losses, "undelivered": 0,
             "trained_from": 0, "trained_to": 1}
 

@@ -33,6 +33,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # MLflow'
 STEPS = 8
 ENDED: dict[str, Any] = {
     "step": STEPS,
+    "finished": True,
+    "core_seconds": 1.0,
     "checkpoint": "",
     "scores": {},
     "validation_losses": [],
@@ -89,7 +91,7 @@ def finish(_: Place, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def stop_half_way(_: Place, settings: dict[str, Any]) -> dict[str, Any]:
-    return ENDED | {"step": STEPS // 2}
+    return ENDED | {"step": STEPS // 2, "finished": False}
 
 
 def raising(error: BaseException) -> Workers:

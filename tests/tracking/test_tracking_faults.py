@@ -425,7 +425,8 @@ def test_a_run_does_not_finish_before_all_its_rows_are_there(
     from tests.noise import pack_noise
 
     pack_noise(str(tmp_path / "data"), images=8, side=4)
-    ended = {"step": 20, "checkpoint": "x", "scores": {}, "undelivered": undelivered}
+    ended = {"step": 20, "finished": True, "core_seconds": 1.0, "checkpoint": "x"}
+    ended |= {"scores": {}, "undelivered": undelivered}
     monkeypatch.setattr(worker_group, "run", lambda *_, **__: ended)
     monkeypatch.setattr(model_registry, "log_model", lambda *_: None)
     config = load_config(

@@ -5,6 +5,7 @@ Run as a module, this file is one of two gloo workers: the test at its end start
 
 import contextlib
 import copy
+import itertools
 import json
 import math
 import subprocess
@@ -235,7 +236,7 @@ def begin(
     guard = DivergenceGuard.of(config.training.on_divergence, config.training.spike_factor)
     if found := store.load():
         state.restore(found[1])
-        log.resume(found[1].facts["bands"])
+        log.resume(found[1].facts["bands"], found[1].facts["core_seconds"])
         guard.resume(found[1].facts["guard"])
     network: nn.Module = state.model
     if workers.count > 1 and config.training.reduction == "mean":
@@ -386,6 +387,33 @@ def unbroken(
 @pytest.fixture
 def _reports_at_each_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "REPORT_EVERY_S", 0)
+
+
+@pytest.mark.usefixtures("_reports_at_each_step")
+def test_a_run_ends_when_its_core_seconds_are_used_however_often_it_is_killed(
+    data: str,
+    unbroken: Callable[..., tuple[Snapshot, RecordingSink]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A step takes 1 s: each look at the clock is 1 s later. Then a larger budget goes on."""
+    seconds = itertools.count()
+    monkeypatch.setattr("time.process_time", lambda: float(next(seconds)))
+    config, scored = configured(data, "training.core_seconds=5"), list[int]()
+    run = begin(config, tmp_path)
+    with monkeypatch.context() as patch:
+        dies_before_update(run, 5, patch)
+        with pytest.raises(Killed, match="step 5"):
+            train_loop(run)
+    for _ in range(2):  # the second finds it ended
+        run = replace(begin(config, tmp_path), evaluate=scored.append)
+        assert train_loop(run)
+        assert (run.state.step, run.log.core_s) == (5, 5.0)
+    assert scored[0] == 5
+    run = begin(configured(data, "training.core_seconds=100"), tmp_path)
+    assert train_loop(run)
+    assert (run.state.step, run.log.core_s) == (STEPS, float(STEPS))
+    assert_same_bits(bits(run), unbroken()[0])
 
 
 @pytest.mark.usefixtures("_reports_at_each_step")

@@ -1,5 +1,6 @@
 """Rows are a function of the steps alone: not of when they are collected, nor by how many."""
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -51,6 +52,29 @@ def test_rows_do_not_depend_on_the_number_of_workers(count: int, on_workers: OnW
     alone = timeless(logged(Workers(), {5}))
     for rows in on_workers(count, lambda workers: logged(workers, {5})):
         assert timeless(rows) == alone  # on each of them, so that all agree
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_core_seconds_are_those_of_all_workers_and_starts(
+    count: int, on_workers: OnWorkers
+) -> None:
+    """Each look at the clock is 1 s later: a step takes 1 s of each worker."""
+
+    def two_steps(workers: Workers) -> tuple[float, list[Row]]:
+        log, seconds = StepLog(workers, 2), itertools.count(0.0)
+        log._core_clock = seconds.__next__
+        log.resume(log.window(), core_s=40.0)
+        for step in (1, 2):
+            with log.timed():
+                losses, log_snr = images_of(step)
+                log.record(losses, log_snr, grad_norm=1.0, learning_rate=1.0)
+        rows = log.collect(2, 0.0)
+        log.resume(log.window())  # as a rewind does
+        return log.core_s, rows
+
+    for core_s, rows in on_workers(count, two_steps):
+        assert core_s == 40.0 + 2 * count
+        assert [row.metrics.get("train/core_seconds") for row in rows] == [None, core_s]
 
 
 def test_each_step_has_its_row_and_the_loss_is_its_mean() -> None:
