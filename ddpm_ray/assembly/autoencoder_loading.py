@@ -41,7 +41,8 @@ def trained_autoencoder(
     assert isinstance(network, Autoencoder)
     network.load_state_dict(snapshot.tensors[ema])
     sha256 = checkpoint_folder.weights_sha256(where, ema)
-    return _ready(network, device, image_shape, where, sha256)
+    core_s = snapshot.facts.get("core_seconds")
+    return _ready(network, device, image_shape, where, sha256, core_s)
 
 
 def _of_diffusers(folder: str, device: torch.device) -> TrainedAutoencoder:
@@ -55,7 +56,12 @@ def _of_diffusers(folder: str, device: torch.device) -> TrainedAutoencoder:
 
 
 def _ready(
-    network: Autoencoder, device: torch.device, image_shape: ImageShape, url: str, sha256: str
+    network: Autoencoder,
+    device: torch.device,
+    image_shape: ImageShape,
+    url: str,
+    sha256: str,
+    core_seconds: float | None = None,
 ) -> TrainedAutoencoder:
     network.to(device).eval().requires_grad_(False)
-    return TrainedAutoencoder(network, image_shape, url, sha256)
+    return TrainedAutoencoder(network, image_shape, url, sha256, core_seconds)

@@ -1,7 +1,8 @@
 """The record beside a set of latents: its autoencoder, options and preview map.
 
 It is stored as `encoding.json` and is not part of the data set's fingerprint, since the autoencoder
-may be moved.
+may be moved. What the set cost is in a file of its own, `encoding-cost.json`: it is measured, and
+all other files have the same bytes each time.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from ddpm_ray.data.latent_preview import PreviewMatrix
 from ddpm_ray.storage import checksummed_json, object_store
 from ddpm_ray.storage.errors import StorageError
 
-RECORD = "encoding.json"
+RECORD, COST = "encoding.json", "encoding-cost.json"
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,33 @@ class EncodingRecord:
     data: str  # URL of the images, without secrets
     options: Mapping[str, Any]
     preview: PreviewMatrix
+
+
+@dataclass(frozen=True)
+class EncodingCost:
+    """Core-seconds before a model of a set of latents can be trained (core_clock.py)."""
+
+    encoding: float  # by all tasks and starts of the job
+    autoencoder: float | None  # its training; None: unknown
+
+
+def write_cost(destination: str, cost: EncodingCost) -> None:
+    """Store the cost next to the shards. Raises StorageError."""
+    checksummed_json.write(object_store.join(destination, COST), asdict(cost))
+
+
+def read_cost(dataset: Dataset) -> EncodingCost | None:
+    """Return the cost of a set of latents; None if it is not recorded. Raises StorageError."""
+    where = object_store.join(dataset.url, COST)
+    if not object_store.exists(where):
+        return None
+    held = checksummed_json.read(where)
+    try:
+        trained = held["autoencoder"]
+        return EncodingCost(float(held["encoding"]), None if trained is None else float(trained))
+    except (KeyError, TypeError, ValueError) as error:
+        problem = f"not the cost of an encoding ({type(error).__name__})"
+        raise StorageError(where, problem, "delete this file") from None
 
 
 def write_encoding(destination: str, record: EncodingRecord) -> None:

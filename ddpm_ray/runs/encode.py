@@ -131,6 +131,7 @@ def reproducible(device: str) -> Iterator[None]:
 
 def encoding_summary(result: EncodeResult) -> dict[str, Any]:
     """Return the result of an encoding job for JSON; null: unknown, or nothing was encoded."""
+    cost = encoding_record.read_cost(result.dataset)
     manifest, record = result.dataset.manifest, encoding_record.read_encoding(result.dataset)
     return {
         "destination": result.dataset.url,
@@ -144,6 +145,8 @@ def encoding_summary(result: EncodeResult) -> dict[str, Any]:
         "autoencoder": record.autoencoder if record else None,
         "autoencoder_sha256": manifest.autoencoder_sha256,
         "preview_r_squared": record.preview.r_squared if record else None,
+        "core_seconds": cost.encoding if cost else None,
+        "autoencoder_core_seconds": cost.autoencoder if cost else None,
         "encoded": result.encoded,
         "seconds": round(result.seconds, 3),
         "images_per_second": result.images_per_second and round(result.images_per_second, 3),

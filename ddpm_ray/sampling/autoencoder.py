@@ -31,6 +31,7 @@ class TrainedAutoencoder:
     image_shape: ImageShape  # of the images that it was trained on; it takes others too
     url: str
     sha256: str  # of the file of its weights
+    core_seconds: float | None = None  # of its training (training.core_seconds); None: unknown
 
     def __repr__(self) -> str:
         """URL, image shape and factor, in one line."""

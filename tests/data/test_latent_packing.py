@@ -1,5 +1,6 @@
 """Encoding to latents: equal bytes in any order, resumed after any kill, refusals by name."""
 
+import itertools
 import json
 from pathlib import Path
 from unittest import mock
@@ -42,6 +43,7 @@ class TinyAutoencoder:
         torch.manual_seed(seed)
         self.model = Autoencoder(AutoencoderSpec(1, 2, 4, (1, 1), 1, 2, False)).eval()
         self.sha256, self.url, self.gain = f"{seed:064x}", url, gain
+        self.device, self.core_seconds = torch.device("cpu"), 500.0
 
     def latent_shape(self, image_shape: ImageShape) -> tuple[int, int, int]:
         return self.model.spec.latent_shape(image_shape[:2])
@@ -85,7 +87,8 @@ def encode(
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    files = (p for p in folder.rglob("*") if p.is_file() and p.name != encoding_record.COST)
+    return {str(p.relative_to(folder)): p.read_bytes() for p in files}
 
 
 def test_latents_are_those_of_the_network_with_labels_and_keys(
@@ -130,7 +133,7 @@ def test_any_order_of_the_shards_gives_the_same_bytes(
     assert files(folder / "one") == files(folder / "two")
 
 
-WRITES = 4 * 2 + 3  # a shard and its part, four times; record, index, manifest
+WRITES = 4 * 2 + 4  # a shard and its part, four times; record, cost, index, manifest
 
 
 @pytest.mark.parametrize("at", range(WRITES))
@@ -282,6 +285,20 @@ def test_a_preview_of_constant_channels_and_images_is_finite(tmp_path: Path) -> 
     preview = fit_preview(gram_of(mean[:, 0], images), dataset.manifest)
     assert preview.r_squared == 1
     assert (preview.images(torch.zeros(1, 3, 2, 4)) == 90).all()
+
+
+def test_the_cost_of_all_starts_is_recorded_beside_the_set(source: Dataset, tmp_path: Path) -> None:
+    """Each look at the clock is 1 s later, so each shard takes 1 s; one start is killed."""
+    seconds, autoencoder = itertools.count(0.0), TinyAutoencoder()
+    plan = plan_of(source, tmp_path / "set", autoencoder)
+    with mock.patch("time.process_time", seconds.__next__):
+        latent_packer.encode_shard(plan, 2, autoencoder)
+        found = [latent_packer.encode_shard(plan, n, autoencoder) for n in range(plan.shards)]
+    dataset = latent_packer.finish_latents(plan, found)
+    cost = encoding_record.read_cost(dataset)
+    assert cost == encoding_record.EncodingCost(encoding=plan.shards, autoencoder=500.0)
+    (tmp_path / "set" / encoding_record.COST).unlink()
+    assert encoding_record.read_cost(dataset) is None
 
 
 @pytest.mark.parametrize("key", ["preview", "autoencoder", "options"])

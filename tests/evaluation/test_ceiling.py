@@ -8,7 +8,7 @@ add l (1 - g)^2 for each of the four.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,8 @@ class Linear:
 
     url: str = "memory"
     sha256: str = "b" * 64
+    core_seconds: float | None = None
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def latent_shape(self, image_shape: ImageShape) -> tuple[int, int, int]:
         return KEPT, 1, 1

@@ -17,6 +17,7 @@ from ddpm_ray.config.encode import EncodeConfig
 from ddpm_ray.config.pack import PackConfig
 from ddpm_ray.data.codec import PIXELS
 from ddpm_ray.data.dataset import Dataset, open_dataset
+from ddpm_ray.data.encoding_record import COST
 from ddpm_ray.data.latent_codec import LatentCodec
 from ddpm_ray.data.loader import read_images
 from ddpm_ray.data.packing import latent_packer, packer
@@ -48,7 +49,8 @@ def digits(folder: Path, shards: int = 1) -> Dataset:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    files = (path for path in folder.iterdir() if path.is_file() and path.name != COST)
+    return {path.name: path.read_bytes() for path in files}
 
 
 def test_one_shard_is_encoded_here_and_then_found(

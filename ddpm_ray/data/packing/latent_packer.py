@@ -15,8 +15,10 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+import torch
 
 from ddpm_ray.config.encode import EncodeConfig
+from ddpm_ray.core_clock import core_clock
 from ddpm_ray.data import encoding_record, shards
 from ddpm_ray.data.dataset import (
     MANIFEST,
@@ -29,7 +31,7 @@ from ddpm_ray.data.dataset import (
     open_dataset,
     write_index,
 )
-from ddpm_ray.data.encoding_record import EncodingRecord
+from ddpm_ray.data.encoding_record import EncodingCost, EncodingRecord
 from ddpm_ray.data.image_shape import ImageShape, LatentShape
 from ddpm_ray.data.latent_preview import Gram, add_grams, fit_preview, gram_of
 from ddpm_ray.data.latent_sums import LOG_VARIANCES, Float16s, latent_sums
@@ -44,6 +46,16 @@ from ddpm_ray.storage import object_store
 
 class LatentEncoder(Protocol):
     """Encoder of images: a TrainedAutoencoder (sampling/autoencoder.py)."""
+
+    @property
+    def core_seconds(self) -> float | None:
+        """Core-seconds of its training; None: unknown."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """The device of its weights."""
+        ...
 
     @property
     def url(self) -> str:
@@ -73,6 +85,7 @@ class EncodePlan:
     recipe: Recipe
     autoencoder: str  # its URL
     batch_size: int
+    autoencoder_core_s: float | None = None  # core-seconds of its training; None: unknown
 
     @property
     def shards(self) -> int:
@@ -86,6 +99,7 @@ class EncodedShard(NamedTuple):
     number: int
     row: LatentShardRow
     gram: Gram  # for the preview
+    core_s: float = 0.0  # core-seconds of its encoding
 
 
 def make_encoding_plan(
@@ -112,7 +126,8 @@ def make_encoding_plan(
         views=("plain", "flipped") if options.flipped else ("plain",),
         autoencoder_sha256=autoencoder.sha256,
     )
-    return EncodePlan(source, destination, recipe, autoencoder.url, options.batch_size)
+    known = autoencoder.url, options.batch_size, autoencoder.core_seconds
+    return EncodePlan(source, destination, recipe, *known)
 
 
 def find_finished_latents(plan: EncodePlan) -> Dataset | None:
@@ -144,7 +159,7 @@ def find_encoded(plan: EncodePlan, number: int) -> EncodedShard | None:
     part = _part_files(plan).find(number)
     if part is None:
         return None
-    return EncodedShard(number, LatentShardRow(**part["row"]), part["gram"])
+    return EncodedShard(number, LatentShardRow(**part["row"]), part["gram"], part["core_s"])
 
 
 def find_all_encoded(plan: EncodePlan) -> list[EncodedShard]:
@@ -161,6 +176,8 @@ def encode_shard(plan: EncodePlan, number: int, autoencoder: LatentEncoder) -> E
     """
     if (finished := find_encoded(plan, number)) is not None:
         return finished
+    clock = core_clock(autoencoder.device.type)
+    began = clock()
     shard = fetch_shard(plan.source, number)
     images = _pixels(plan.source, shard)
     views = [images] + [images[:, :, ::-1]] * (len(plan.recipe.views) - 1)
@@ -173,8 +190,10 @@ def encode_shard(plan: EncodePlan, number: int, autoencoder: LatentEncoder) -> E
     digest = hashlib.sha256(data).hexdigest()
     sums = pixels["pixel_sum"], pixels["pixel_sum_of_squares"], *latent_sums(*latents)
     row = LatentShardRow(name, len(shard), len(data), digest, *sums)
-    encoded = EncodedShard(number, row, gram_of(latents.mean[:, 0], images))
-    _part_files(plan).write(number, {"row": asdict(row), "gram": encoded.gram})
+    gram = gram_of(latents.mean[:, 0], images)
+    encoded = EncodedShard(number, row, gram, round(clock() - began, 3))
+    part = {"row": asdict(row), "gram": gram, "core_s": encoded.core_s}
+    _part_files(plan).write(number, part)
     return encoded
 
 
@@ -192,6 +211,9 @@ def finish_latents(plan: EncodePlan, encoded: Iterable[EncodedShard]) -> Dataset
         fit_preview(gram, manifest),
     )
     encoding_record.write_encoding(plan.destination, record)
+    core_s = round(sum(shard.core_s for shard in done), 3)
+    cost = EncodingCost(core_s, plan.autoencoder_core_s)
+    encoding_record.write_cost(plan.destination, cost)
     dataset = write_index(plan.destination, plan.recipe, rows)
     _part_files(plan).delete()
     return dataset
