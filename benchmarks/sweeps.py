@@ -41,10 +41,10 @@ from ray.train.torch import TorchTrainer
 from ddpm_ray.config.loading import load_config
 from ddpm_ray.config.sweep import SweepConfig
 from ddpm_ray.distributed import connection
-from ddpm_ray.runs.train import open_or_pack
 from ddpm_ray.sweep.driver import run_sweep, schedule_diagnostics
 from ddpm_ray.sweep.mlflow_report import SweepRun
 from ddpm_ray.sweep.trial import EVENT
+from ddpm_ray.sweep.trial_data import SweepData
 from ddpm_ray.sweep.trial_scheduler import TrialScheduler
 from ddpm_ray.sweep.trial_store import TrialStore
 from ddpm_ray.sweep.tune_searcher import TuneSearcher
@@ -123,11 +123,11 @@ def compare_starts(folder: Path, rounds: int) -> None:
 def simulate(folder: Path, search: str, trials: int) -> None:
     """Pass so many made-up trials through all that the driver does, and print what each cost."""
     config = configured(folder, *space_of(search, trials))
-    dataset = open_or_pack(config.run)
-    sweep_run = SweepRun.find_or_create(config, f"{folder}/{config.name}", config.name, dataset)
+    data = SweepData(config, folder)
+    sweep_run = SweepRun.find_or_create(config, f"{folder}/{config.name}", config.name, data.first)
     stopped: set[int] = set()
     store = TrialStore(sweep_run.folder)
-    diagnose = partial(schedule_diagnostics, config, dataset)
+    diagnose = partial(schedule_diagnostics, data)
     scheduler = TrialScheduler(config, store, diagnose, stopped.add)
     tune = TuneSearcher(scheduler, lambda trial: {"number": trial.number} | trial.values, AT_ONCE)
     active: dict[str, Stub] = {}

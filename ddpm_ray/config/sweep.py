@@ -13,6 +13,10 @@ from ddpm_ray.config.evaluation import EvaluationConfig
 from ddpm_ray.config.loading import complaint
 from ddpm_ray.config.option_fields import group, option
 from ddpm_ray.config.run import RunConfig
+from ddpm_ray.config.task import TRAITS, TaskTraits
+
+DATA_URL = "data.url"
+HIGHER_IS_BETTER = ("eval/psnr", "eval/ssim")  # of all other scores lower is better
 
 Branch = Mapping[str, Any]  # dotted key of the run -> a list of choices, or a range
 
@@ -20,6 +24,7 @@ Branch = Mapping[str, Any]  # dotted key of the run -> a list of choices, or a r
 # prefix gives the reason.
 FIXED = {
     "name": "the sweep names its trials",
+    "task": "models of different tasks have no score in common",
     "storage": "the sweep's folder holds its trials",
     "tracking.": "all runs of a sweep are in one MLflow experiment",
     "cluster.": "every trial's workers are checked against the cluster before the first starts",
@@ -27,7 +32,7 @@ FIXED = {
     "sampling.seed": "all trials sample from the same noise",
     "sampling.steps": "trials are compared at an equal number of network calls",
     "training.steps": "trials are compared after an equal number of optimiser steps",
-    "data.url": "scores against different data cannot be compared",
+    "training.core_seconds": "trials are compared at equal core-seconds",
     "data.source": "scores against different data cannot be compared",
 }
 
@@ -103,7 +108,16 @@ class SweepConfig:
         "log:, step:}",
         keys_of="run",
     )
-    metric: str = option("", "final score to minimise; empty: the first that trials report")
+    metric: str = option(
+        "",
+        "final score to minimise (PSNR, SSIM: to maximise); empty: the first that trials report",
+    )
+    core_seconds: float = option(
+        0.0,
+        "core-seconds of each trial, as training.core_seconds counts them, of which those of "
+        "autoencoder and encoding are a part; 0: trials are compared as run.training says",
+        at_least=0,
+    )
     trials_at_once: int = option(0, "parallel trials; 0: as many as fit the cluster", at_least=0)
     max_starts: int = option(3, "attempts per trial in total if its driver dies", at_least=1)
     register_as: str = option(
@@ -117,7 +131,23 @@ class SweepConfig:
     @property
     def score(self) -> str:
         """The metric that trials are compared by."""
-        return self.metric or reported_metrics(self.run.evaluation)[0]
+        return self.metric or self.reported[0]
+
+    @property
+    def reported(self) -> list[str]:
+        """The names of the final scores of trials."""
+        return reported_metrics(self.run.evaluation, self.run.traits)
+
+    @property
+    def data_urls(self) -> tuple[str, ...]:
+        """The data sets that trials are trained on."""
+        found = [url for branch in self.space for url in branch.get(DATA_URL, [self.run.data.url])]
+        return tuple(dict.fromkeys(found))
+
+    @property
+    def compares_losses(self) -> bool:
+        """Whether trials have validation losses, and all of the same x_0."""
+        return self.run.traits.draws_images and not any(DATA_URL in one for one in self.space)
 
     def problems(self) -> Iterator[str]:
         """Yield the problems of the run, the search space, the metric and early stopping."""
@@ -125,8 +155,7 @@ class SweepConfig:
             yield "name is empty; give it a value, as in name=..."
         if "/" in self.name or self.name.startswith("."):
             yield f"name is {self.name!r}; it names a folder: no '/' and no leading '.'"
-        run = dataclasses.replace(self.run, name=self.run.name or "trial")
-        yield from (f"run.{line}" for line in run.problems())
+        yield from (f"run.{line}" for line in self.example_run().problems())
         if self.run.cluster.min_workers:
             yield (
                 f"run.cluster.min_workers is {self.run.cluster.min_workers}; trials would take "
@@ -134,8 +163,37 @@ class SweepConfig:
             )
         yield from self._metric_problems()
         yield from space_problems(self.space, self.search.kind)
+        yield from self._data_problems()
         yield from self._search_problems()
         yield from self._stopping_problems()
+
+    def example_run(self) -> RunConfig:
+        """Return the base run with the name and data of a trial, where it has none."""
+        named = [branch.get(DATA_URL) for branch in self.space]
+        url = self.run.data.url
+        if not url and named and all(is_list(choices) and choices for choices in named):
+            url = str(named[0][0])  # type: ignore[index]  # a list
+        data = dataclasses.replace(self.run.data, url=url)
+        return dataclasses.replace(self.run, name=self.run.name or "trial", data=data)
+
+    def _data_problems(self) -> Iterator[str]:
+        """Yield a line for each rule that trials on several data sets, or their budget, break."""
+        searched = any(DATA_URL in branch for branch in self.space)
+        if searched and self.run.traits.reconstructs:
+            yield (
+                f"space.{DATA_URL} cannot be varied: the reconstructions of different data cannot "
+                f"be compared; set run.{DATA_URL} for all trials"
+            )
+        elif searched and not self.run.evaluation.reference_url:
+            yield (
+                f"space.{DATA_URL} is given, and run.evaluation.reference_url is empty; name the "
+                f"images that the samples of all trials are compared with"
+            )
+        if self.core_seconds and (own := self.run.training.core_seconds):
+            yield (
+                f"core_seconds is {self.core_seconds:g} and run.training.core_seconds {own:g}; set "
+                f"the first to count autoencoder and encoding, the second to count training alone"
+            )
 
     def _metric_problems(self) -> Iterator[str]:
         if self.run.evaluation.num_images < 2:
@@ -143,7 +201,7 @@ class SweepConfig:
                 f"run.evaluation.num_images is {self.run.evaluation.num_images}; trials are "
                 f"compared by their final score: give it at least 2, better thousands"
             )
-        known = reported_metrics(self.run.evaluation)
+        known = self.reported
         if self.metric and self.metric not in known:
             yield (
                 f"metric is {self.metric!r}, which no trial reports; with run.evaluation.features="
@@ -162,7 +220,12 @@ class SweepConfig:
                 "but a beta schedule or T defines the model, so weights do not carry over (and "
                 "Ray's, over Train V2, silently does nothing): use asha or median"
             )
-        if stopping.kind in ("asha", "median") and stopping.grace_steps >= steps:
+        if stopping.kind in ("asha", "median") and not self.compares_losses:
+            why = "autoencoders have no loss by log-SNR"
+            if self.run.traits.draws_images:
+                why = "losses on different latents cannot be compared"
+            yield f"stopping.kind is {stopping.kind!r}, but {why}: use stopping.kind=none"
+        elif stopping.kind in ("asha", "median") and stopping.grace_steps >= steps:
             yield (
                 f"stopping.every_steps is {stopping.every_steps} and stopping.first_step "
                 f"{stopping.first_step}; the first decision must come before run.training.steps "
@@ -170,16 +233,34 @@ class SweepConfig:
             )
 
 
-def reported_metrics(config: EvaluationConfig) -> list[str]:
-    """Return the names of the final scores (lower is better) that a trial reports."""
+def reported_metrics(
+    config: EvaluationConfig, traits: TaskTraits = TRAITS["denoiser"]
+) -> list[str]:
+    """Return the names of the final scores that a trial reports."""
+    if traits.reconstructs:
+        frechet = [] if config.features == "none" else _frechet_metrics(config)
+        names = [f"eval/r{name.removeprefix('eval/')}" for name in frechet]
+        return [*names, *HIGHER_IS_BETTER]
+    names = _frechet_metrics(config)
+    return names + _kernel_metrics(config) if config.kernel_distance else names
+
+
+def _frechet_metrics(config: EvaluationConfig) -> list[str]:
     if config.features == "digits":
-        names = ["eval/fd_digits"]
-        kernel = ["eval/kd_digits"]
-    else:
-        suffixes = ["" if width == 2048 else str(width) for width in config.widths]
-        names = ["eval/sfid" if suffix == "2023" else f"eval/fid{suffix}" for suffix in suffixes]
-        kernel = [f"eval/kid{suffix}" for suffix in suffixes if suffix != "2023"]
-    return names + kernel if config.kernel_distance else names
+        return ["eval/fd_digits"]
+    widths = config.widths
+    return ["eval/sfid" if w == 2023 else f"eval/fid{'' if w == 2048 else w}" for w in widths]
+
+
+def _kernel_metrics(config: EvaluationConfig) -> list[str]:
+    if config.features == "digits":
+        return ["eval/kd_digits"]
+    return [f"eval/kid{'' if w == 2048 else w}" for w in config.widths if w != 2023]
+
+
+def is_list(candidates: Any) -> bool:
+    """Whether the candidates of a key are a list of choices."""
+    return isinstance(candidates, list | tuple)
 
 
 def is_range(candidates: Any) -> bool:
@@ -205,7 +286,7 @@ def _key_problems(key: str, candidates: Any, search: str) -> Iterator[str]:
         yield f"{key} cannot be varied: {reason}; set run.{key} for all trials"
     elif is_range(candidates):
         yield from _range_problems(key, candidates, search)
-    elif not isinstance(candidates, list | tuple) or not candidates:
+    elif not is_list(candidates) or not candidates:
         yield f"{key} is {candidates!r}; give choices, as [a, b], or a range, as {{low: , high: }}"
     else:
         yield from filter(None, (complaint(RunConfig, key, value) for value in candidates))

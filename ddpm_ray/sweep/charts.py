@@ -1,4 +1,4 @@
-"""Charts of a sweep: scores, losses and cost of its trials; lower is better in each.
+"""Charts of a sweep: scores, losses and cost of its trials.
 
 Each function returns None if there is nothing to draw. Charts stay readable with a thousand trials:
 the best few have a colour and a name, the others are grey.

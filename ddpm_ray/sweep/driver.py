@@ -18,12 +18,10 @@ from typing import Any
 
 from ray import tune
 
-from ddpm_ray.assembly import diffusion, latents
+from ddpm_ray.assembly import diffusion
 from ddpm_ray.assembly.run_config import comparable
-from ddpm_ray.config.loading import flat, from_dict, to_dict, with_values
-from ddpm_ray.config.run import RunConfig
+from ddpm_ray.config.loading import flat, from_dict, to_dict
 from ddpm_ray.config.sweep import SweepConfig
-from ddpm_ray.data.dataset import Dataset
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.data.latent_codec import codec_of
 from ddpm_ray.diffusion.schedule_diagnostics import ScheduleDiagnostics, diagnose_schedule
@@ -33,11 +31,12 @@ from ddpm_ray.distributed.placement_groups import HEAD
 from ddpm_ray.distributed.signals import Interrupts
 from ddpm_ray.redaction import counted
 from ddpm_ray.runs.run_identity import claim
-from ddpm_ray.runs.train import check_model, open_or_pack, with_absolute_paths
+from ddpm_ray.runs.train import check_model, with_absolute_paths
 from ddpm_ray.storage import object_store
 from ddpm_ray.sweep import capacity
 from ddpm_ray.sweep.mlflow_report import SweepRun
 from ddpm_ray.sweep.trial import StopSignals, run_trial
+from ddpm_ray.sweep.trial_data import SweepData
 from ddpm_ray.sweep.trial_scheduler import TrialScheduler
 from ddpm_ray.sweep.trial_store import Trial, TrialStore
 from ddpm_ray.sweep.tune_searcher import TuneSearcher
@@ -92,16 +91,13 @@ def run_sweep(
     Raises ConfigError before a trial starts, RunFailedError, StorageError, DatasetError,
     TrackingError.
     """
+    data = SweepData(config, home)
+    dataset = data.first
     config = replace(config, run=with_absolute_paths(config.run, home))
-    dataset = open_or_pack(config.run)
-    check_model(config.run, dataset)
-    latents.codec_of_data(config.run.data, dataset)  # raises for an autoencoder that does not fit
+    if not data.fingerprints:  # else trials may differ in what fits their data
+        check_model(config.run, dataset)
     folder = object_store.join(config.run.storage, config.name)
-    identity = claim(
-        folder,
-        {"sweep": to_dict(config), "data_fingerprint": dataset.fingerprint},
-        lambda begun: _changed_keys(config, begun, dataset.manifest.diffused_shape),
-    )
+    identity = _claimed(config, data, folder)
     cluster = config.run.cluster
     workers = cluster.num_workers * max(1, config.trials_at_once)
     connection.connect(
@@ -113,14 +109,15 @@ def run_sweep(
         "MLflow run %s of the sweep; %s at once", sweep_run.run.run_id, counted(at_once, "trial")
     )
     stop_signals, store = StopSignals(), TrialStore(folder)
-    diagnose = partial(schedule_diagnostics, config, dataset)
+    diagnose = partial(schedule_diagnostics, data)
     scheduler = TrialScheduler(config, store, diagnose, stop_signals.set)
 
     def assignment(of: Trial) -> dict[str, Any]:
         """Return the arguments of that trial's driver."""
-        run = _run_config(config, of.values, of.name)
+        run = data.trial_run(of.values, of.name)
         run = replace(run, name=of.name, storage=sweep_run.runs)
         facts = {"number": of.number, "label": of.title, "values": of.values}
+        facts["earlier_core_s"] = data.of(run).core_s or 0.0
         return facts | {"config": to_dict(run)}
 
     searcher = TuneSearcher(scheduler, assignment, at_once)
@@ -206,12 +203,16 @@ def _run_tune(function: Any, searcher: TuneSearcher) -> None:
         ).fit()
 
 
-def schedule_diagnostics(
-    config: SweepConfig, dataset: Dataset, values: dict[str, Any]
-) -> ScheduleDiagnostics:
-    """Return the diagnostics of these values' schedule. Raises ConfigError for an invalid run."""
-    run = _run_config(config, values, "trial")
+def schedule_diagnostics(data: SweepData, values: dict[str, Any]) -> ScheduleDiagnostics | None:
+    """Return the diagnostics of these values' schedule; None for an autoencoder, which has none.
+
+    Raises ConfigError for an invalid run.
+    """
+    run = data.trial_run(values, "trial")
+    dataset = data.of(run).dataset
     check_model(run, dataset)
+    if run.traits.reconstructs:
+        return None
     schedule = diffusion.noise_schedule(run.schedule)
     manifest = dataset.manifest
     squares = codec_of(manifest).mean_square(manifest.pixel_mean, manifest.pixel_std)
@@ -219,11 +220,22 @@ def schedule_diagnostics(
     return diagnose_schedule(schedule, squares, shape.height * shape.width)
 
 
-def _run_config(config: SweepConfig, values: dict[str, Any], where: str) -> RunConfig:
-    """Return the run config of a trial with these values, without its name and storage."""
-    run = replace(config.run, name=config.run.name or where)
-    compared = {"evaluation.validation_every_steps": config.stopping.every_steps, "data.source": ""}
-    return with_values(run, values | compared, where)
+def _claimed(config: SweepConfig, data: SweepData, folder: str) -> str:
+    """Return the identity of the sweep in `folder`. Raises ConfigError if another one is there."""
+    first, sets = data.first, data.fingerprints
+    begins_with = {
+        "sweep": to_dict(config),
+        "data_fingerprint": first.fingerprint,
+        "data_fingerprints": sets,
+    }
+    return claim(
+        folder,
+        begins_with,
+        lambda begun: [
+            *_changed_keys(config, begun, first.manifest.diffused_shape),
+            *_changed_data(sets, begun.get("data_fingerprints", {})),
+        ],
+    )
 
 
 def _changed_keys(config: SweepConfig, begun: dict[str, Any], image_shape: ImageShape) -> list[str]:
@@ -239,4 +251,13 @@ def _changed_keys(config: SweepConfig, begun: dict[str, Any], image_shape: Image
         f"{key} is {now[key]}, but the sweep was started with {then[key]}"
         for key in now
         if not key.startswith(FREE) and now[key] != then[key]
+    ]
+
+
+def _changed_data(now: dict[str, str], then: dict[str, str]) -> list[str]:
+    """Return one line for each data set that is another one than when the sweep was started."""
+    return [
+        f"{url} holds data set {now[url][:12]}, but the sweep was started with {then[url][:12]}"
+        for url in now
+        if url in then and now[url] != then[url]
     ]

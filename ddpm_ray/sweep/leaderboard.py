@@ -4,11 +4,19 @@ import textwrap
 from collections.abc import Sequence
 from html import escape
 
-from ddpm_ray.sweep.standings import Standing, digits, integer, interval, status_counts, summary
+from ddpm_ray.sweep.standings import (
+    Standing,
+    digits,
+    direction,
+    integer,
+    interval,
+    status_counts,
+    summary,
+)
 
 TEXT_COLUMNS = 110
 FULL_REASONS = 10  # failed trials whose full reason is printed below the table
-LABEL_COLUMNS = 46  # longer values are wrapped, so that the score fits
+LABEL_COLUMNS = 36  # longer values are wrapped, so that the score fits
 ALIKE = "not distinguishable from the best: the intervals overlap."
 
 
@@ -18,11 +26,12 @@ def as_text(rows: Sequence[Standing], metric: str = "score", most: int = 100) ->
     Values too long for their column go on in the next line; reasons are cut.
     """
     width = max([len("values"), *(min(LABEL_COLUMNS, len(row.label)) for row in rows)])
-    head = f"place  trial status   worker-s  {'values':{width}}  "
+    head = f"place  trial status   worker-s   core-s  {'values':{width}}  "
     lines = [head + f"{metric} [95 % interval], or why none"]
     for row in rows[:most]:
         place = "" if row.place is None else f"{row.place}{'~' if row.like_best else ' '}"
         facts = f"{place:>5} {row.number:>6} {row.status:8} {integer(row.worker_s):>8}"
+        facts += f" {integer(row.core_s):>8}"
         label, *more = textwrap.wrap(row.label, width) or [""]
         lines.append(f"{facts}  {label:{width}}  {_result(row)}")
         lines += [" " * (len(facts) + 2) + part for part in more]
@@ -41,15 +50,17 @@ def as_text(rows: Sequence[Standing], metric: str = "score", most: int = 100) ->
 def as_markdown(rows: Sequence[Standing], metric: str, top: int = 10) -> str:
     """Return the first `top` rows as a Markdown table, and a summary line."""
     lines = [
-        f"| place | trial | values | {_plain(metric)} | 95 % interval | worker-s |",
-        "| ---: | ---: | --- | ---: | :---: | ---: |",
+        f"| place | trial | values | {_plain(metric)} | 95 % interval | worker-s | core-s |",
+        "| ---: | ---: | --- | ---: | :---: | ---: | ---: |",
     ]
     for row in rows[:top]:
         place = row.status if row.place is None else f"{row.place}{' ≈' if row.like_best else ''}"
         cells = place, f"{row.number}", row.label, digits(row.score), interval(row)
-        lines.append(f"| {' | '.join(map(_plain, cells))} | {integer(row.worker_s)} |")
+        costs = f"{integer(row.worker_s)} | {integer(row.core_s)}"
+        lines.append(f"| {' | '.join(map(_plain, cells))} | {costs} |")
     alike = f" ≈ {ALIKE}" if any(row.like_best for row in rows[:top]) else ""
-    return "\n".join([*lines, "", f"{summary(rows)} Lower is better.{alike}"]) + "\n"
+    better = direction(metric).capitalize()
+    return "\n".join([*lines, "", f"{summary(rows)} {better}.{alike}"]) + "\n"
 
 
 def cut(text: str, most: int) -> str:

@@ -5,7 +5,15 @@ from collections.abc import Sequence
 from html import escape
 
 from ddpm_ray.sweep.leaderboard import ALIKE
-from ddpm_ray.sweep.standings import Standing, digits, integer, interval, overhead, summary
+from ddpm_ray.sweep.standings import (
+    Standing,
+    digits,
+    direction,
+    integer,
+    interval,
+    overhead,
+    summary,
+)
 
 STRIP_PIXELS = 150  # width of the drawn interval
 
@@ -21,6 +29,11 @@ OVERHEAD = (
     "Overhead is the share of worker-seconds not spent on training: starting, saving, waiting."
 )
 
+CORES = (
+    "Core-seconds are those of training.core_seconds, with those of the autoencoder and the "
+    "encoding of a trial's latents, where they are recorded."
+)
+
 
 def as_html(rows: Sequence[Standing], metric: str, title: str) -> str:
     """Return an HTML page with all rows, without scripts and external files."""
@@ -33,16 +46,17 @@ def as_html(rows: Sequence[Standing], metric: str, title: str) -> str:
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
 <title>{escape(title)}</title><style>{STYLE}</style></head><body>
 <h1>{escape(title)}</h1>
-<p>{summary(rows)} Ordered by {escape(metric)}, lower is better.</p>
+<p>{summary(rows)} Ordered by {escape(metric)}, {direction(metric)}.</p>
 <table><thead><tr><th>place</th><th>trial</th><th class="l">values</th><th class="l">status</th>
 <th>{escape(metric)}</th><th class="l" colspan="2">95 % interval</th><th>last loss</th><th>step</th>
-<th>worker-s</th><th>overhead</th><th class="l">reason</th></tr></thead>
+<th>worker-s</th><th>overhead</th><th>core-s</th><th class="l">reason</th></tr></thead>
 <tbody>
 {body}
 </tbody>
-<tfoot><tr><td colspan="9">all trials</td><td>{spent}</td><td>{overhead(rows)}</td><td></td></tr>
+<tfoot><tr><td colspan="9">all trials</td><td>{spent}</td><td>{overhead(rows)}</td>
+<td></td><td></td></tr>
 </tfoot></table>
-<p>≈ {ALIKE} {COVERS} {NO_SCORE} {OVERHEAD}</p>
+<p>≈ {ALIKE} {COVERS} {NO_SCORE} {OVERHEAD} {CORES}</p>
 </body></html>
 """
 
@@ -68,7 +82,7 @@ def _html_row(row: Standing, scale: tuple[float, float]) -> str:
         f'<td class="l w">{escape(row.label)}</td><td class="l s">{row.status}</td>'
         f'<td>{digits(row.score)}</td><td class="l">{interval(row)}</td>'
         f"<td>{_strip(row, scale)}</td><td>{digits(row.loss)}</td><td>{integer(row.step)}</td>"
-        f"<td>{integer(row.worker_s)}</td><td>{overhead([row])}</td>"
+        f"<td>{integer(row.worker_s)}</td><td>{overhead([row])}</td><td>{integer(row.core_s)}</td>"
         f'<td class="l w">{escape(row.reason)}</td></tr>'
     )
 

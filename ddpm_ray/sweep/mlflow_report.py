@@ -16,7 +16,7 @@ from ddpm_ray.data.dataset import Dataset
 from ddpm_ray.data.latent_codec import codec_of
 from ddpm_ray.evaluation.loss_by_snr import linear_guess
 from ddpm_ray.redaction import counted
-from ddpm_ray.runs.run_description import code, data_line, own_command
+from ddpm_ray.runs.run_description import code, data_line, own_command, training_length
 from ddpm_ray.runs.run_identity import IDENTITY
 from ddpm_ray.runs.run_tags import run_tags
 from ddpm_ray.storage import checksummed_json, object_store
@@ -25,7 +25,7 @@ from ddpm_ray.sweep import charts
 from ddpm_ray.sweep.contact_sheet import ROWS, contact_sheet
 from ddpm_ray.sweep.leaderboard import as_markdown
 from ddpm_ray.sweep.leaderboard_html import as_html
-from ddpm_ray.sweep.standings import Standing, standings
+from ddpm_ray.sweep.standings import Standing, direction, standings
 from ddpm_ray.sweep.trial_store import Trial, TrialStore
 from ddpm_ray.tracking import mlflow_runs, model_registry, run_lookup
 from ddpm_ray.tracking.mlflow_runs import TrackingError
@@ -64,7 +64,7 @@ class SweepRun:
             params={key: flat(config)[key] for key in PARAMS} | {"metric": config.score},
             tags=run_tags(dataset),
             config_yaml=to_yaml(config),
-            dataset_url=config.run.data.url,
+            dataset_url=dataset.url,
             dataset_fingerprint=dataset.fingerprint,
             description=(description := _description(config, dataset)),
         )
@@ -165,7 +165,7 @@ class SweepRun:
                 "checkpoint": winner.outcome["checkpoint"],
                 "metrics": winner.metrics,
             }
-        if winner is not None and finished:
+        if winner is not None and finished and self.config.run.traits.draws_images:
             report["champion"] = self._promote(winner)
         self.finish("FINISHED" if finished else "KILLED")
         return report
@@ -211,13 +211,16 @@ def _description(config: SweepConfig, dataset: Dataset) -> str:
     """Describe what the sweep varies and what all of its trials share."""
     keys = {key: None for branch in config.space for key in branch}
     training, evaluation = config.run.training, config.run.evaluation
+    length = training_length(training)
+    if total := config.core_seconds:
+        length = f"{total:,.0f} core-seconds, autoencoder and encoding included"
     return "\n\n".join(
         [
             f"**Sweep** of {', '.join(map(code, keys))}: search {config.search.kind}, early "
             f"stopping {config.stopping.kind}, compared by {code(config.score)} of "
-            f"{counted(evaluation.num_images, 'sample')}, lower is better",
-            data_line(config.run.data.url, dataset),
-            f"**Trials** of {training.steps:,} steps, global_batch_size "
+            f"{counted(evaluation.num_images, 'image')}, {direction(config.score)}",
+            data_line(dataset.url, dataset),
+            f"**Trials** of {length}, global_batch_size "
             f"{training.global_batch_size}, workers {config.run.cluster.num_workers} each",
             f"**Continue** {code(own_command())}",
         ]

@@ -22,7 +22,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from ddpm_ray.config.loading import flat
 from ddpm_ray.config.run import RunConfig
-from ddpm_ray.config.sweep import Branch, SearchConfig, is_range
+from ddpm_ray.config.sweep import HIGHER_IS_BETTER, Branch, SearchConfig, is_range
 from ddpm_ray.sweep.trial_store import Trial
 
 Proposal: TypeAlias = tuple[int, dict[str, Any]]
@@ -53,7 +53,7 @@ def propose(
 ) -> Proposal | None:
     """Return the values of trial number len(trials); None if the sweep has no more trials.
 
-    `score` is the final metric, lower is better. TPE's proposals depend on which trials have ended,
+    `score` is the final metric. TPE's proposals depend on which trials have ended,
     so on timing unless trials run one at a time.
     """
     number = len(trials)
@@ -110,7 +110,8 @@ def _propose_by_tpe(
         seed=trial_seed,
         constant_liar=True,  # do not propose the values of running trials again
     )
-    study = optuna.create_study(sampler=sampler)
+    higher = score in HIGHER_IS_BETTER
+    study = optuna.create_study(sampler=sampler, direction="maximize" if higher else "minimize")
     study.add_trials([_optuna_trial(space, trial, score) for trial in trials])
     asked = study.ask()
     chosen: Any = asked.suggest_categorical(BRANCH, range(len(space)))

@@ -1,7 +1,8 @@
 """Standings of a sweep's trials: one row per trial, best first, and how its values are written.
 
-Lower is better throughout. Trials report 95 % intervals as `<metric>_low` and `<metric>_high`.
-Missing values are None, shown as a dash; a score that is not finite counts as missing.
+Lower is better, but for the scores in HIGHER_IS_BETTER. Trials report 95 % intervals as
+`<metric>_low` and `<metric>_high`. Missing values are None, shown as a dash; a score that is not
+finite counts as missing.
 """
 
 import math
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
+from ddpm_ray.config.sweep import HIGHER_IS_BETTER
 from ddpm_ray.redaction import counted
 from ddpm_ray.sweep.trial_store import Status, Trial
 
@@ -37,6 +39,7 @@ class Standing:
     step: int | None
     worker_s: float | None  # worker-seconds reserved
     busy_s: float | None  # worker-seconds spent on training
+    core_s: float | None  # core-seconds of its training, and before it those of its latents
     run_id: str
     place: int | None = None  # rank among scored trials, from 1; equal scores share one
     like_best: bool = False  # not the best, but its interval overlaps the best one's
@@ -51,16 +54,22 @@ class Standing:
 
 def standings(trials: Sequence[Trial], metric: str) -> list[Standing]:
     """Return one row per trial, best first: by status, then score, then loss."""
-    rows = sorted((_row(trial, metric) for trial in trials), key=_rank)
-    scores = [row.score for row in rows if row.score is not None]
+    sign = -1 if metric in HIGHER_IS_BETTER else 1
+    rows = sorted((_row(trial, metric) for trial in trials), key=lambda row: _rank(row, sign))
+    scores = [sign * row.score for row in rows if row.score is not None]
     return [
         row
         if row.score is None
         else replace(
-            row, place=1 + bisect_left(scores, row.score), like_best=_overlap(row, rows[0])
+            row, place=1 + bisect_left(scores, sign * row.score), like_best=_overlap(row, rows[0])
         )
         for row in rows
     ]
+
+
+def direction(metric: str) -> str:
+    """Return which values of `metric` are better, in words."""
+    return f"{'higher' if metric in HIGHER_IS_BETTER else 'lower'} is better"
 
 
 def digits(value: float | None) -> str:
@@ -120,12 +129,13 @@ def _row(trial: Trial, metric: str) -> Standing:
         step=None if step is None else int(step),
         worker_s=_number(outcome.get("worker_s")),
         busy_s=_number(outcome.get("busy_s")),
+        core_s=_number(outcome.get("core_s")),
         run_id=str(outcome.get("run_id") or ""),
     )
 
 
-def _rank(row: Standing) -> tuple[int, float, float, int]:
-    score = math.inf if row.score is None else row.score
+def _rank(row: Standing, sign: int) -> tuple[int, float, float, int]:
+    score = math.inf if row.score is None else sign * row.score
     loss = math.inf if row.loss is None else row.loss
     return STATUSES.index(row.status), score, loss, row.number
 

@@ -25,6 +25,7 @@ from ddpm_ray.runs.train import Outcome, ParentSweep
 from ddpm_ray.storage.errors import StorageError
 from ddpm_ray.tracking import mlflow_settings
 from ddpm_ray.tracking.mlflow_runs import TrackingError
+from ddpm_ray.training.reconstruction_grids import RECONSTRUCTIONS
 from ddpm_ray.training.sample_grids import picture_url
 
 log = logging.getLogger(__name__)
@@ -96,7 +97,7 @@ def report_event(number: int, kind: str, **facts: Any) -> None:
 
 
 def run_trial(assignment: dict[str, Any], *, stop_signals: StopSignals, sweep_run_id: str) -> None:
-    """Run, or continue, the trial whose number, label, values and run config are in `assignment`.
+    """Run, or continue, the trial whose number, label, values, earlier cost and config are given.
 
     Never raises: a failed run is reported as an event, so that Tune has no failure to handle.
     """
@@ -140,7 +141,7 @@ def run_trial(assignment: dict[str, Any], *, stop_signals: StopSignals, sweep_ru
         number,
         "ended",
         finished=outcome.finished,
-        outcome=_outcome(outcome, config) | cost(),
+        outcome=_outcome(outcome, config, assignment["earlier_core_s"]) | cost(),
     )
 
 
@@ -165,22 +166,27 @@ def report_last_validation_losses(outcome: Outcome, show: Callable[[Progress], b
     show(Progress(step, steps, 0.0, 0.0, outcome.ended["validation_losses"]))
 
 
-def _outcome(outcome: Outcome, config: RunConfig) -> dict[str, Any]:
-    """Return what the sweep stores of a run that finished or was stopped."""
+def _outcome(outcome: Outcome, config: RunConfig, earlier_core_s: float) -> dict[str, Any]:
+    """Return what the sweep stores of a run that finished or was stopped.
+
+    `earlier_core_s`: core-seconds of the autoencoder and encoding of its data.
+    """
     report, ended = outcome.report, outcome.ended
     step, every = report["step"], config.training.grid_every_steps
     newest_grid = step if outcome.finished else step - step % max(every, 1)
     pictures = (report["samples"] or "").rpartition("/")[0]  # empty: the run draws none
+    key = RECONSTRUCTIONS if config.traits.reconstructs else "samples"
     busy_s = config.cluster.num_workers * (ended["trained_to"] - ended["trained_from"])
     return {
         "run_id": report["run_id"],
         "checkpoint": report["checkpoint"],
         "step": step,
-        "num_steps": config.schedule.num_steps,
-        "samples": picture_url(pictures, "samples", newest_grid) if pictures else "",
+        "num_steps": 0 if config.traits.reconstructs else config.schedule.num_steps,
+        "samples": picture_url(pictures, key, newest_grid) if pictures else "",
         "metrics": report["metrics"] if outcome.finished else {},
         "certificate": ended["scores"].get("certificate", {}),
         "busy_s": busy_s,
+        "core_s": earlier_core_s + ended["core_seconds"],
         "first_step_at": ended["trained_from"],
         "last_step_at": ended["trained_to"],
     }

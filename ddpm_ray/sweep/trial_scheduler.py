@@ -22,15 +22,15 @@ log = logging.getLogger(__name__)
 class TrialScheduler:
     """Decides which trial of a sweep runs next and which one stops early.
 
-    `diagnose_schedule(values)` measures the noise schedule of a trial, or raises ConfigError;
-    `stop(number)` asks a running trial to stop.
+    `diagnose_schedule(values)` measures the noise schedule of a trial, if it has one, or raises
+    ConfigError; `stop(number)` asks a running trial to stop.
     """
 
     def __init__(
         self,
         config: SweepConfig,
         store: TrialStore,
-        diagnose_schedule: Callable[[dict[str, Any]], ScheduleDiagnostics],
+        diagnose_schedule: Callable[[dict[str, Any]], ScheduleDiagnostics | None],
         stop: Callable[[int], None],
     ) -> None:
         self.store = store
@@ -111,6 +111,8 @@ class TrialScheduler:
                 reason = " ".join(str(error).split())
                 self.store.add(values, branch, status="failed", reason=reason)
                 continue
+            if diagnostics is None:
+                return self.store.add(values, branch)
             facts = diagnostics.stored()
             if reason := rejection_reason(diagnostics, self._config.pruning):
                 self.store.add(values, branch, status="pruned", reason=reason, diagnostics=facts)

@@ -114,7 +114,8 @@ VARIED = ("seed", "schedule.", "model.", "training.", "sampling.", "data.flip")
 FIXED_KEYS = [
     "name",
     "storage",
-    "data.url",
+    "task",
+    "training.core_seconds",
     "data.source",
     "training.steps",
     "sampling.steps",
@@ -185,6 +186,71 @@ def test_the_refusal_of_pbt_says_why_and_what_to_use_instead() -> None:
 def test_a_metric_that_no_trial_reports_is_reported_with_those_they_do() -> None:
     (line,) = complaints("metric=eval/fd_digits", "run.evaluation.widths=[192,2048]")
     assert line.endswith("they report eval/fid192, eval/fid, eval/kid192, eval/kid")
+
+
+LATENTS = "{data.url: [f4, f8]}"
+REFERENCE = "run.evaluation.reference_url=images"
+AUTOENCODERS = (
+    "run.task=autoencoder",
+    "stopping.kind=none",
+    "run.training.grid_every_steps=0",
+)
+CHANNELS = "{autoencoder.latent_channels: [4, 8], autoencoder.channel_mults: [[1, 2], [1, 2, 4]]}"
+
+
+@pytest.mark.parametrize(
+    "overrides, space, says",
+    [
+        ([REFERENCE], LATENTS, "stopping.kind is 'asha', but losses on different latents cannot"),
+        (["stopping.kind=none"], LATENTS, "space.data.url is given, and run.evaluation.reference_"),
+        (
+            ["stopping.kind=none", REFERENCE, "run.data.url="],
+            f"{LATENTS}, {SPACE}",
+            "run.data.url is empty; give it a value",
+        ),
+        (["core_seconds=9", "run.training.core_seconds=8"], SPACE, "core_seconds is 9 and run.tra"),
+        (
+            ["run.training.core_seconds=8", "run.training.learning_rate_decay=cosine"],
+            SPACE,
+            "run.training.core_seconds is 8, which ends the run before",
+        ),
+        ([*AUTOENCODERS], "{data.url: [a, b]}", "space.data.url cannot be varied: the recons"),
+        ([*AUTOENCODERS, "stopping.kind=median"], CHANNELS, "stopping.kind is 'median', but auto"),
+        ([*AUTOENCODERS, "metric=eval/fid"], CHANNELS, "metric is 'eval/fid', which no trial rep"),
+    ],
+)
+def test_what_autoencoders_or_budgets_do_not_allow_is_reported_in_one_line(
+    overrides: list[str], space: str, says: str
+) -> None:
+    (line,) = complaints(*overrides, space=space)
+    assert line.startswith(says)
+
+
+def test_data_sets_are_searched_with_a_reference_and_without_early_stopping() -> None:
+    keys = ("stopping.kind=none", REFERENCE)
+    config = sweep_config(*keys, "run.data.url=", space=LATENTS)
+    assert config.data_urls == ("f4", "f8")
+    assert not config.compares_losses
+    config = sweep_config(*keys, space=f"{LATENTS}, {SPACE}")
+    assert config.data_urls == ("f4", "f8", "shards")  # the second mapping's is that of the run
+    assert sweep_config().data_urls == ("shards",)
+    assert sweep_config().compares_losses
+
+
+@pytest.mark.parametrize(
+    "overrides, score",
+    [
+        ([], "eval/rfid"),
+        (["run.evaluation.widths=[192]"], "eval/rfid192"),
+        (["run.evaluation.features=digits"], "eval/rfd_digits"),
+        (["run.evaluation.features=none"], "eval/psnr"),
+        (["metric=eval/ssim"], "eval/ssim"),
+    ],
+)
+def test_autoencoders_are_compared_by_their_reconstructions(
+    overrides: list[str], score: str
+) -> None:
+    assert sweep_config(*AUTOENCODERS, *overrides, space=CHANNELS).score == score
 
 
 @pytest.mark.parametrize(

@@ -145,7 +145,7 @@ MUTATIONS = (
         "loss bands of a window are not restored",
         "ddpm_ray/runs/train_worker.py",
         'log.resume(snapshot.facts["bands"], snapshot',
-        'log.resume(log.window(), snapshot',
+        "log.resume(log.window(), snapshot",
         ENDS,
     ),
     Mutation(

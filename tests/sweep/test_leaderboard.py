@@ -3,6 +3,7 @@
 import html.parser
 import math
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -51,6 +52,25 @@ def sweeps(draw: st.DrawFn) -> list[Trial]:
         trial.outcome = {key: outcome[key] for key in kept}
         trials.append(trial)
     return trials
+
+
+@given(sweeps())
+def test_a_higher_psnr_is_as_a_lower_distance(trials: list[Trial]) -> None:
+    """Every trial's place by PSNR is that by a distance with the opposite sign."""
+    by_distance = standings(trials, METRIC)
+    mirrored = []
+    for trial in trials:
+        metrics = trial.outcome.get("metrics", {})
+        ends = {"eval/psnr": METRIC, "eval/psnr_low": f"{METRIC}_high"}
+        ends["eval/psnr_high"] = f"{METRIC}_low"
+        negated = {name: -metrics[of] for name, of in ends.items() if of in metrics}
+        mirrored.append(replace(trial, outcome=trial.outcome | {"metrics": negated}))
+    by_psnr = standings(mirrored, "eval/psnr")
+    assert [(row.number, row.place) for row in by_psnr] == [
+        (row.number, row.place) for row in by_distance
+    ]
+    assert [row.like_best for row in by_psnr] == [row.like_best for row in by_distance]
+    assert "Higher is better." in as_markdown(by_psnr, "eval/psnr")
 
 
 class Page(html.parser.HTMLParser):
@@ -159,7 +179,7 @@ def test_no_value_breaks_a_markdown_table(value: str) -> None:
     """GFM splits cells at pipes without a backslash before them, wherever they stand."""
     row = as_markdown(standings([finished(0, 1.0, lr=value)], METRIC), METRIC).splitlines()[2]
     bare = row.replace("\\\\", "").replace("\\|", "")
-    assert bare.count("|") == 7
+    assert bare.count("|") == 8
     assert "<" not in row
 
 

@@ -249,3 +249,16 @@ def test_tpe_finds_the_better_half_more_often_than_random() -> None:
             trials.append(Trial(number, proposal[1], status="finished", outcome=outcome))
         near[kind] += sum(quadratic(trial.values) < 0.2**2 for trial in trials[15:])
     assert near["random"] < 0.75 * 45 < near["tpe"]
+
+
+def test_tpe_seeks_a_high_psnr_as_it_seeks_a_low_distance() -> None:
+    search, space = SearchConfig(kind="tpe", trials=14, seed=3), [MIXED[0]]
+    proposals = []
+    for score, sign in ((FID, 1.0), ("eval/psnr", -1.0)):
+        trials: list[Trial] = []
+        while (proposal := propose(space, search, trials, score)) is not None:
+            branch, values = proposal
+            outcome = {"metrics": {score: sign * quadratic(values)}}
+            trials.append(Trial(len(trials), values, branch, status="finished", outcome=outcome))
+        proposals.append([trial.values for trial in trials])
+    assert proposals[0] == proposals[1]

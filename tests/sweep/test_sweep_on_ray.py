@@ -12,6 +12,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from ddpm_ray.storage import checksummed_json
+from tests.data.latent_sets import encode_noise
 from tests.limits import JOB_S
 from tests.runs.job import ROOT, TINY_RUN, Job, command_of
 
@@ -151,3 +152,62 @@ def test_ctrl_c_commits_checkpoints_and_the_same_command_continues(
     again = sweep(tmp_path, FOUR, "stopping.kind=none").run()
     assert again.code == 0, again.reported
     same(left(tmp_path), unbroken)
+
+
+@pytest.mark.slow
+def test_autoencoders_are_ranked_by_their_psnr_and_none_becomes_a_champion(tmp_path: Path) -> None:
+    job = Job(
+        tmp_path,
+        (
+            "name=quick",
+            "space=[{autoencoder.latent_channels: [1, 4], autoencoder.channel_mults: [[1, 2]]}]",
+            "run.data.url=data/digits",
+            "run.data.source=digits",
+            "run.evaluation.held_out_url=",
+            "run.evaluation.num_images=64",
+            "run.autoencoder.base_channels=8",
+            "run.autoencoder.groups=4",
+            "run.training.steps=60",
+            "run.training.grid_every_steps=60",
+            "run.training.warmup_steps=5",
+            "run.cluster.num_workers=1",
+        ),
+        "sweep.py",
+        "sweep/autoencoders.yaml",
+    ).run()
+    assert job.code == 0, job.reported
+    found = left(tmp_path)
+    assert [trial["status"] for trial in found.trials] == ["finished"] * 2
+    psnr = [trial["outcome"]["metrics"]["eval/psnr"] for trial in found.trials]
+    best = psnr.index(max(psnr))
+    assert job.result["winner"]["trial"] == best
+    assert job.result["champion"] is None
+    assert found.parent.data.metrics["sweep/best"] == max(psnr)
+    for trial in found.trials:
+        assert trial["outcome"]["core_s"] > 0
+        assert Path(trial["outcome"]["samples"]).exists()
+
+
+@pytest.mark.slow
+def test_pixels_and_latents_are_compared_after_equal_core_seconds(tmp_path: Path) -> None:
+    encode_noise(tmp_path, images=64)
+    job = sweep(
+        tmp_path,
+        "space=[{data.url: [latents, pixels]}]",
+        "stopping.kind=none",
+        "run.data.source=",
+        "run.evaluation.reference_url=pixels",
+        "run.training.core_seconds=3",
+        "run.training.steps=100000",
+        "run.cluster.num_workers=2",
+        "trials_at_once=1",
+    ).run()
+    assert job.code == 0, job.reported
+    found = left(tmp_path)
+    assert [trial["status"] for trial in found.trials] == ["finished"] * 2
+    for trial in found.trials:
+        assert 3 <= trial["outcome"]["core_s"] < 6  # at most a second of two workers more
+        assert 0 < trial["outcome"]["step"] < 100_000
+    of = {trial["values"]["data.url"]: trial["outcome"]["metrics"] for trial in found.trials}
+    assert "eval/fd_digits_ceiling" in of["latents"]
+    assert "eval/fd_digits_ceiling" not in of["pixels"]

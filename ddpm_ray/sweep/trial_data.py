@@ -1,0 +1,110 @@
+"""The data sets that the trials of a sweep are trained on, and what these have cost.
+
+Trials on several sets compare autoencoders: sets of latents of the same images, or these images
+themselves. Each set is opened once; each trial's network is built for its own set.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ddpm_ray.assembly import latents
+from ddpm_ray.config.loading import ConfigError, with_values
+from ddpm_ray.config.run import RunConfig
+from ddpm_ray.config.sweep import SweepConfig
+from ddpm_ray.data import encoding_record
+from ddpm_ray.data.dataset import Dataset, open_dataset
+from ddpm_ray.runs.train import open_or_pack, with_absolute_paths
+
+
+@dataclass(frozen=True)
+class TrialData:
+    """One data set, and the core-seconds of its autoencoder and encoding; None: not recorded."""
+
+    dataset: Dataset
+    core_s: float | None
+
+    @property
+    def images(self) -> str:
+        """Fingerprint of the images: the set's own, or that of the set that was encoded."""
+        manifest = self.dataset.manifest
+        return manifest.source_sha256 if manifest.codec == "latents" else self.dataset.fingerprint
+
+
+class SweepData:
+    """The data sets of a sweep, by their absolute URLs, the first that is named first."""
+
+    def __init__(self, config: SweepConfig, home: Path) -> None:
+        """Open all sets. Raises ConfigError for sets of different images, DatasetError."""
+        self._config, self._home = config, home
+        self._known: dict[str, TrialData] = {}
+        named = [self._run_on(url) for url in config.data_urls]
+        for run in named:
+            dataset = open_or_pack(run) if len(named) == 1 else open_dataset(run.data.url)
+            if not any("data.autoencoder" in branch for branch in config.space):
+                latents.codec_of_data(run.data, dataset)  # raises for another autoencoder
+            self._known[run.data.url] = TrialData(dataset, _core_s(dataset))
+        first, *others = self._known.values()
+        for other in others:
+            if other.images != first.images:
+                raise ConfigError(
+                    f"space.data.url names sets of different images: those of {first.dataset.url} "
+                    f"are of data set {first.images[:12]}, those of {other.dataset.url} of "
+                    f"{other.images[:12]}; encode one set of images with each autoencoder"
+                )
+
+    @property
+    def first(self) -> Dataset:
+        """The set that is named first."""
+        return next(iter(self._known.values())).dataset
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Fingerprint of each set by its URL as it is named in the config; empty for one set."""
+        named = self._config.data_urls
+        if len(named) < 2:
+            return {}
+        return {url: self.of(self._run_on(url)).dataset.fingerprint for url in named}
+
+    def of(self, run: RunConfig) -> TrialData:
+        """Return the data set of a trial's run."""
+        return self._known[run.data.url]
+
+    def trial_run(self, values: dict[str, Any], where: str) -> RunConfig:
+        """Return the run config of a trial with these values, without its name and storage.
+
+        Raises ConfigError, also where nothing is left of core_seconds to train with.
+        """
+        config = self._config
+        run = replace(config.example_run(), name=config.run.name or where)
+        every = config.stopping.every_steps if config.compares_losses else 0
+        fixed = {"evaluation.validation_every_steps": every, "data.source": ""}
+        run = with_absolute_paths(with_values(run, values | fixed, where), self._home)
+        if not config.core_seconds:
+            return run
+        spent = self.of(run).core_s
+        if spent is None:
+            raise ConfigError(
+                f"core_seconds is {config.core_seconds:g}, but the core-seconds of the autoencoder "
+                f"or encoding of {run.data.url} are not recorded: set run.training.core_seconds "
+                f"instead, which counts training alone"
+            )
+        if spent >= config.core_seconds:
+            raise ConfigError(
+                f"core_seconds is {config.core_seconds:g}, of which autoencoder and encoding of "
+                f"{run.data.url} take {spent:.0f}: nothing is left for training, give it more"
+            )
+        return with_values(run, {"training.core_seconds": config.core_seconds - spent}, where)
+
+    def _run_on(self, url: str) -> RunConfig:
+        """Return the base run on the data set at `url`, with absolute paths."""
+        run = self._config.example_run()
+        return with_absolute_paths(replace(run, data=replace(run.data, url=url)), self._home)
+
+
+def _core_s(dataset: Dataset) -> float | None:
+    """Return the core-seconds before a model of this set is trained: 0 for pixels."""
+    if dataset.manifest.codec == "pixels":
+        return 0.0
+    cost = encoding_record.read_cost(dataset)
+    return None if cost is None or cost.autoencoder is None else cost.encoding + cost.autoencoder
