@@ -182,9 +182,9 @@ def ink(margin: Image.Image) -> np.ndarray[tuple[int, int], np.dtype[np.bool_]]:
 def test_without_captions_above_there_is_no_empty_band() -> None:
     """Pictures of reconstructions name their rows alone."""
     plain = grid(np.zeros((2, 8, 8, 3), np.uint8), 1)
-    beside = captioned(plain, [], ["image", "decoded"])
-    assert beside.height == plain.height
-    assert np.array_equal(np.asarray(beside)[:, -plain.width :], np.asarray(plain))
+    picture = captioned(plain, [], ["image", "decoded"])
+    assert picture.height == plain.height
+    assert np.array_equal(np.asarray(picture)[:, -plain.width :], np.asarray(plain))
 
 
 @pytest.mark.parametrize("side", [8, 32, 64, 256])
