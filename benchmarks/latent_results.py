@@ -44,21 +44,19 @@ def pictures(autoencoder: str, latents: str, pixels: str, held_out: str, folder:
     apart = np.abs(seen.astype(np.int16) - decoded).clip(0, 63).astype(np.uint8) * 4
     sheet(
         {"image": [seen], "decoded": [decoded], "4 x error": [apart]},
-        ["images that the autoencoder has not seen, and what their latents decode to"],
+        ["unseen images, encoded and decoded"],
     ).save(folder / "latent-reconstructions.png")
     model = ddpm_ray.load(latents)
     rows = {"images": [seen], "latents": [model.sample(SHOWN)]}
     rows["pixels"] = [ddpm_ray.load(pixels).sample(SHOWN)]
-    sheet(rows, ["samples of the two models, without selection"]).save(
-        folder / "latent-samples.png"
-    )
+    sheet(rows, ["images, and samples of two models"]).save(folder / "latent-samples.png")
     mask = np.ones(seen.shape[1:3], bool)
     mask[seen.shape[1] // 2 :] = False
     hidden = np.where(mask[..., None], seen, 128).astype(np.uint8)
     painted = {f"draw {seed}": [model.inpaint(seen, mask, seed=seed)] for seed in range(1, 4)}
     sheet(
         {"image": [seen], "known": [hidden], **painted},
-        ["images that the model has not seen, their known half, three draws of the rest"],
+        ["unseen images, their lower half drawn"],
     ).save(folder / "latent-inpainting.png")
     side = seen.shape[1] // 2
     wide = model.outpaint(seen[:WIDE], left=side, right=side)
