@@ -19,7 +19,7 @@ from ddpm_ray.cli.main import main
 from ddpm_ray.config.sampling import SamplingSettings
 from ddpm_ray.diffusion.conditioning import Conditioning
 from ddpm_ray.jobs import evaluate, export, import_model, sample
-from ddpm_ray.models.interop import convert
+from ddpm_ray.models.interop import convert, diffusers_folders
 from ddpm_ray.models.layers import GUIDED, HO, Variant
 from ddpm_ray.models.unet import UNet
 from ddpm_ray.models.unet_spec import UNetSpec
@@ -162,7 +162,7 @@ def test_a_folder_of_diffusers_comes_back_with_equal_outputs(
         "sampling": vars(SamplingSettings(steps=30)),
     }
     folder, run = tmp_path / "given", tmp_path / "run"
-    convert.write_folder(
+    diffusers_folders.write_folder(
         folder, given.spec, given.state_dict(), facts, (8, 8), object_store.write_bytes
     )
     imported(capsys, folder, run, "layout=diffusers", "sampling.steps=3")

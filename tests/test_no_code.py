@@ -165,7 +165,7 @@ from pathlib import Path
 import numpy as np, torch
 from safetensors.torch import load_file
 from ddpm_ray.assembly.training_run import training_state
-from ddpm_ray.assembly import checkpoint_loading as build_trained
+from ddpm_ray.assembly import checkpoint_loading as build_trained, diffusers_export
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.dataset import open_dataset
 from ddpm_ray.data.image_shape import ImageShape
@@ -191,7 +191,7 @@ facts = {"config": to_dict(config), "image_shape": [4, 4, 1], "data_fingerprint"
 state = training_state(config, ImageShape(4, 4, 1), torch.device("cpu"), facts)
 CheckpointStore(str(folder / "run/checkpoints")).save(state.snapshot([]))
 model, bin = build_trained.trained_model(str(folder / "run")), "diffusion_pytorch_model.bin"
-build_trained.write_diffusers(model, SamplingSettings(), folder / "theirs")
+diffusers_export.write_diffusers(model, SamplingSettings(), folder / "theirs")
 weights = folder / "theirs/unet/diffusion_pytorch_model.safetensors"
 torch.save(load_file(weights), weights.with_name(bin))  # as old folders have them
 weights.unlink()

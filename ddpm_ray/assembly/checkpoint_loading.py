@@ -18,25 +18,20 @@ from ddpm_ray.assembly.newest_checkpoint import newest_checkpoint, usable_device
 from ddpm_ray.config.loading import ConfigError, from_dict, to_dict
 from ddpm_ray.config.run import Architecture, RunConfig
 from ddpm_ray.config.sampling import SamplingSettings
-from ddpm_ray.config.schedule import ScheduleConfig
-from ddpm_ray.data.codec import PIXELS, Codec, diffused_shape
+from ddpm_ray.data.codec import Codec, diffused_shape
 from ddpm_ray.data.dataset import DatasetError, open_dataset
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.models.classifier import NoisyClassifier
-from ddpm_ray.models.dit import DiT
-from ddpm_ray.models.interop import convert
+from ddpm_ray.models.dit import NORM_EPS, DiT, DiTSpec
+from ddpm_ray.models.interop import diffusers_folders
 from ddpm_ray.models.interop.diffusers_config import UnsupportedModelError
-from ddpm_ray.models.interop.diffusers_schedulers import Export
-from ddpm_ray.models.layers import Variant
+from ddpm_ray.models.layers import HO, Variant
 from ddpm_ray.models.unet import UNet
+from ddpm_ray.models.unet_spec import UNetSpec
 from ddpm_ray.sampling.guidance_models import require_same_x_0
 from ddpm_ray.sampling.pipeline import TrainedModel
-from ddpm_ray.storage import object_store
 from ddpm_ray.storage.errors import StorageError
 from ddpm_ray.training import checkpoint_folder
-
-OF_DIFFUSERS = "model_index.json"  # present in the folder of a diffusers pipeline
-NAMED_BY_DIFFUSERS = "linear", "scaled_linear", "cosine"  # schedules; others are exported as betas
 
 
 def trained_model(
@@ -49,16 +44,25 @@ def trained_model(
     """Load the model of the checkpoint at `url`, or of the newest checkpoint of a run's folder.
 
     The weights are the EMA group `ema` of the checkpoint. `url` may also be a local diffusers
-    folder of a UNet2DModel with its scheduler. `autoencoder` is the URL of the autoencoder of a
-    model of latents; empty: the one that the checkpoint names. `guides` is the codec of a model
-    that this one shall guide, and becomes its codec. Raises CheckpointError if no checkpoint passes
-    verification or that autoencoder is another one, NewerFormatError for a codec of a later
-    version, ConfigError for a classifier, UnsupportedModelError for a diffusers model that UNet
-    cannot represent, and ValueError for an unusable device or a codec unlike `guides`.
+    folder of a UNet2DModel or DiT with its scheduler, and with its autoencoder. `autoencoder` is
+    the URL of the autoencoder of a model of latents; empty: the one that the checkpoint names.
+    `guides` is the codec of a model that this one shall guide, and becomes its codec. Raises
+    CheckpointError if no checkpoint passes verification or that autoencoder is another one,
+    NewerFormatError for a codec of a later version, ConfigError for a classifier,
+    UnsupportedModelError for a diffusers model that our networks cannot represent, and ValueError
+    for an unusable device or a codec unlike `guides`.
     """
     device = usable_device(device)
-    if Path(url, OF_DIFFUSERS).is_file():
-        return _of_diffusers(Path(url), device)
+    if diffusers_folders.holds_model(url):
+        if autoencoder:
+            raise ConfigError(
+                f"autoencoder is {autoencoder}, but {url} is a diffusers folder, which holds its "
+                "own: leave it out"
+            )
+        model = _of_diffusers(Path(url), device)
+        if guides is not None:
+            require_same_x_0(guides, model.denoiser.codec)
+        return model
     where, snapshot = newest_checkpoint(url, ema)
     config = run_config.saved_config(snapshot.facts, url)
     require_denoiser(config, url)
@@ -67,9 +71,9 @@ def trained_model(
     codec = guides or bound_codec(snapshot.facts, where, device, autoencoder)
     image_shape = ImageShape(*snapshot.facts["image_shape"])
     variant = run_config.saved_variant(snapshot.facts, where)
-    model = training_run.network(config, diffused_shape(codec, image_shape), variant)
-    model.load_state_dict(snapshot.tensors[ema])
-    model.to(device).eval().requires_grad_(False)
+    network = training_run.network(config, diffused_shape(codec, image_shape), variant)
+    network.load_state_dict(snapshot.tensors[ema])
+    network.to(device).eval().requires_grad_(False)
     provenance = {
         "checkpoint": where,
         "step": snapshot.step,
@@ -80,7 +84,7 @@ def trained_model(
         **run_config.run_history(snapshot.facts),
     }
     return TrainedModel(
-        denoiser(config, model, device, codec),
+        denoiser(config, network, device, codec),
         image_shape,
         provenance,
         device=device,
@@ -113,9 +117,15 @@ class TrainedWeights(NamedTuple):
 
 def trained_weights(url: str, ema: str = "ema") -> TrainedWeights:
     """Read and verify the weights that `trained_model` would load, of any kind of network."""
-    if Path(url, OF_DIFFUSERS).is_file():
-        spec, tensors, *_ = convert.read_folder(url)
+    if diffusers_folders.holds_model(url):
+        spec, tensors, *_ = diffusers_folders.read_folder(url)
+        if isinstance(spec, DiTSpec) and spec.mlp_norm_eps != NORM_EPS:
+            raise UnsupportedModelError(
+                url, f"norm_eps is {spec.mlp_norm_eps:g}; a run trains a DiT with {NORM_EPS:g}"
+            )
         sha256 = hashlib.sha256(safetensors.save(tensors)).hexdigest()
+        if isinstance(spec, DiTSpec):
+            return TrainedWeights(url, 0, sha256, tensors, HO, "dit")
         return TrainedWeights(url, 0, sha256, tensors, spec.variant, "unet")
     where, snapshot = newest_checkpoint(url, ema)
     sha256 = checkpoint_folder.weights_sha256(where, ema)
@@ -142,7 +152,7 @@ def run_facts(url: str) -> tuple[RunConfig, dict[str, Any]]:
 
     Raises CheckpointError and UnsupportedModelError as `trained_model` does.
     """
-    if Path(url, OF_DIFFUSERS).is_file():
+    if diffusers_folders.holds_model(url):
         return from_dict(RunConfig, _of_diffusers(Path(url), "cpu").provenance["config"]), {}
     facts = newest_checkpoint(url)[1].facts
     return run_config.saved_config(facts, url), facts
@@ -189,47 +199,10 @@ def trained_classifier(
     return network.to(device).eval().requires_grad_(False)
 
 
-def write_diffusers(model: TrainedModel, sampling: SamplingSettings, folder: Path) -> Export:
-    """Write `model` for diffusers' `from_pretrained`; return the exported sampling settings.
-
-    Raises UnsupportedModelError for a model without an equivalent in diffusers, and StorageError.
-    """
-    network = model.denoiser.network
-    if isinstance(network, DiT):
-        raise UnsupportedModelError(
-            "DiTPipeline", "it draws latents, for an autoencoder; a DiT of pixels has no pipeline"
-        )
-    assert isinstance(network, UNet)
-    if model.denoiser.codec is not PIXELS:
-        raise UnsupportedModelError(
-            str(model.provenance["checkpoint"]),
-            f"it diffuses {model.denoiser.codec.name}; only models of pixels can be exported yet",
-        )
-    config = from_dict(RunConfig, model.provenance["config"])
-    if config.objective.inpainting_masks:
-        raise UnsupportedModelError(
-            str(model.provenance["checkpoint"]),
-            "it was trained with objective.inpainting_masks; diffusers has no pipeline for an "
-            "inpainting model without text",
-        )
-    schedule = config.schedule
-    if schedule.kind not in NAMED_BY_DIFFUSERS or schedule.rescale or schedule.zero_terminal_snr:
-        a = model.denoiser.schedule.alpha_bar.cpu()
-        betas = tuple((1 - a[1:] / a[:-1]).tolist())
-        schedule = ScheduleConfig(kind="betas", num_steps=schedule.num_steps, betas=betas)
-    facts = {
-        "schedule": to_dict(schedule),
-        "objective": to_dict(config.objective),
-        "sampling": to_dict(replace(sampling, clip=sampling.clip is not False)),
-    }
-    tensors = {k: v for k, v in network.state_dict().items() if not k.startswith("uncertainty.")}
-    write = object_store.write_bytes
-    return convert.write_folder(folder, network.spec, tensors, facts, model.image_size, write)
-
-
 def _of_diffusers(folder: Path, device: torch.device | str) -> TrainedModel:
-    config, spec, tensors, image_shape = other_libraries.of_diffusers(folder)
-    network = UNet(spec)
+    model = other_libraries.of_diffusers(folder, device)
+    config, tensors = model.config, model.tensors
+    network = UNet(model.spec) if isinstance(model.spec, UNetSpec) else DiT(model.spec)
     network.load_state_dict(tensors)
     provenance = {
         "checkpoint": str(folder),
@@ -239,8 +212,8 @@ def _of_diffusers(folder: Path, device: torch.device | str) -> TrainedModel:
         "data_fingerprint": "",
     }
     return TrainedModel(
-        denoiser(config, network.to(device).eval().requires_grad_(False), device, PIXELS),
-        image_shape,
+        denoiser(config, network.to(device).eval().requires_grad_(False), device, model.codec),
+        model.image_shape,
         provenance,
         device=device,
         settings=config.sampling,

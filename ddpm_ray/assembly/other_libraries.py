@@ -6,9 +6,12 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from ddpm_ray.assembly import training_run
+from ddpm_ray.assembly.autoencoder_loading import trained_autoencoder
+from ddpm_ray.assembly.latents import codec_facts
 from ddpm_ray.config.import_weights import ImportConfig
 from ddpm_ray.config.loading import ConfigError, to_dict
 from ddpm_ray.config.model import ModelConfig
@@ -16,8 +19,11 @@ from ddpm_ray.config.objective import ObjectiveConfig
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.sampling import SamplingSettings
 from ddpm_ray.config.schedule import ScheduleConfig
+from ddpm_ray.data.codec import PIXELS, Codec, diffused_shape
 from ddpm_ray.data.image_shape import ImageShape
-from ddpm_ray.models.interop import convert
+from ddpm_ray.data.latent_codec import LatentCodec
+from ddpm_ray.models.dit import DiTSpec
+from ddpm_ray.models.interop import convert, diffusers_folders
 from ddpm_ray.models.interop.diffusers_config import UnsupportedModelError
 from ddpm_ray.models.layers import GUIDED, HO, Variant
 from ddpm_ray.models.unet_spec import UNetSpec
@@ -31,14 +37,19 @@ class OtherModel(NamedTuple):
     """A network of another library."""
 
     config: RunConfig
-    spec: UNetSpec
-    tensors: dict[str, Tensor]  # state_dict of UNet(spec)
+    spec: UNetSpec | DiTSpec
+    tensors: dict[str, Tensor]  # state_dict of the network with this spec
     image_shape: ImageShape
+    codec: Codec = PIXELS  # of latents: bound to their autoencoder
 
 
-def of_diffusers(folder: Path) -> OtherModel:
-    """Read the model in a folder of diffusers. Raises UnsupportedModelError."""
-    spec, tensors, facts, (height, width) = convert.read_folder(folder)
+def of_diffusers(folder: Path, device: torch.device | str = "cpu") -> OtherModel:
+    """Read the model in a folder of diffusers, with the autoencoder of one of latents on `device`.
+
+    Raises UnsupportedModelError.
+    """
+    read = diffusers_folders.read_folder(folder)
+    facts, spec, (height, width) = read.facts, read.spec, read.image_size
     try:
         sampling = SamplingSettings().overridden(facts["sampling"])
     except (TypeError, ValueError) as error:
@@ -48,18 +59,48 @@ def of_diffusers(folder: Path) -> OtherModel:
         schedule=ScheduleConfig(**facts["schedule"]),
         objective=ObjectiveConfig(**facts["objective"]),
         sampling=sampling,
-        model=ModelConfig(
-            base_channels=spec.base_channels,
-            channel_mults=spec.channel_mults,
-            blocks_per_level=spec.blocks_per_level,
-            attention_factors=spec.attention_factors,
-            head_channels=spec.variant.head_channels,
-            dropout=spec.dropout,
-            groups=spec.groups,
-            num_classes=spec.num_classes,
-        ),
+        model=_dit_options(spec) if isinstance(spec, DiTSpec) else _unet_options(spec),
     )
-    return OtherModel(config, spec, tensors, ImageShape(height, width, spec.image_channels))
+    if not read.autoencoder:
+        image_shape = ImageShape(height, width, spec.image_channels)
+        return OtherModel(config, spec, read.tensors, image_shape)
+    autoencoder = trained_autoencoder(read.autoencoder, device)
+    c, factor = spec.image_channels, autoencoder.model.spec.factor
+    codec = LatentCodec(
+        c,
+        factor,
+        ("plain",),
+        mean=(0.0,) * c,
+        std=(1 / read.scaling_factor,) * c,
+        autoencoder_sha256=autoencoder.sha256,
+    )
+    image_shape = ImageShape(height * factor, width * factor, autoencoder.model.spec.image_channels)
+    return OtherModel(config, spec, read.tensors, image_shape, codec.bound(autoencoder))
+
+
+def _unet_options(spec: UNetSpec) -> ModelConfig:
+    return ModelConfig(
+        base_channels=spec.base_channels,
+        channel_mults=spec.channel_mults,
+        blocks_per_level=spec.blocks_per_level,
+        attention_factors=spec.attention_factors,
+        head_channels=spec.variant.head_channels,
+        dropout=spec.dropout,
+        groups=spec.groups,
+        num_classes=spec.num_classes,
+    )
+
+
+def _dit_options(spec: DiTSpec) -> ModelConfig:
+    return ModelConfig(
+        network="dit",
+        patch_size=spec.patch_size,
+        depth=spec.depth,
+        hidden_size=spec.hidden_size,
+        heads=spec.heads,
+        dropout=spec.dropout,
+        num_classes=spec.num_classes,
+    )
 
 
 def of_weights(config: ImportConfig, where: str, tensors: Mapping[str, Tensor]) -> OtherModel:
@@ -102,7 +143,13 @@ def snapshot(model: OtherModel, source: Mapping[str, Any]) -> Snapshot:
 
     Raises UnsupportedModelError for a network that the options of a run cannot describe.
     """
-    kept = training_run.unet_spec(model.config, model.image_shape, model.spec.variant)
+    shape, variant = diffused_shape(model.codec, model.image_shape), {}
+    kept: UNetSpec | DiTSpec
+    if isinstance(model.spec, DiTSpec):
+        kept = training_run.dit_spec(model.config, shape)
+    else:
+        kept = training_run.unet_spec(model.config, shape, model.spec.variant)
+        variant = {"variant": asdict(model.spec.variant)}
     for key, value in asdict(model.spec).items():
         if asdict(kept)[key] != value:
             raise UnsupportedModelError(
@@ -113,8 +160,8 @@ def snapshot(model: OtherModel, source: Mapping[str, Any]) -> Snapshot:
         "version": package_version(),
         "image_shape": list(model.image_shape),
         "data_fingerprint": "",
-        "codec": "pixels",
-        "variant": asdict(model.spec.variant),
+        **codec_facts(model.codec),
+        **variant,
         "average": {"imported": dict(source)},  # in place of an EMA
         "step": 0,
     }

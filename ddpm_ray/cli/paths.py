@@ -55,6 +55,16 @@ def output_folder(option: str, path: str, home: Path) -> str:
     return str(where)
 
 
+def new_folder(option: str, path: str, home: Path) -> str:
+    """The absolute path of a folder to be written, likewise; it holds nothing yet."""
+    where = Path(output_folder(option, path, home))
+    if held := sorted(one.name for one in where.iterdir()) if where.is_dir() else []:
+        raise ConfigError(
+            f"{option} is {path}, which holds {', '.join(held[:3])}: name a new folder"
+        )
+    return str(where)
+
+
 def made_ready(*files: str) -> None:
     """Make the folders of these files, where they are missing; raises ConfigError."""
     for folder in (Path(file).parent for file in files if file):

@@ -4,10 +4,12 @@
     python jobs/import.py WEIGHTS DESTINATION layout=diffusers [key=value ...]
 
 WEIGHTS is a folder that diffusers saved, or a .safetensors or .pt file of a U-Net. From a .pt file
-only tensors are read: no code in it is run. DESTINATION is a new folder, which other jobs take as
-MODEL_URI; no run can continue it, as it holds no optimizer state. For a file, give the model.*,
-guided_diffusion.*, schedule.* and objective.* that it was trained with. An error names a wrong
-size; a wrong number of heads, schedule or prediction target shows only in the samples.
+only tensors are read: no code in it is run. The folder holds a U-Net or a DiT, of pixels or with
+the autoencoder of its latents, which stays there: keep the folder. DESTINATION is a new folder,
+which other jobs take as MODEL_URI; no run can continue it, as it holds no optimizer state. For a
+file, give the model.*, guided_diffusion.*, schedule.* and objective.* that it was trained with. An
+error names a wrong size; a wrong number of heads, schedule or prediction target shows only in the
+samples.
 
 No published weights were tried yet: the tests make networks of each layout.
 """

@@ -39,7 +39,8 @@ def import_weights(
         }
         sampling = model.config.sampling.overridden(values, model.config.schedule.num_steps)
         model = model._replace(config=replace(model.config, sampling=sampling))
-        if problems := list(sampling.problems("sampling", model.config.sampled_model)):
+        ranged = replace(model.config.sampled_model, has_range=model.codec.clip() is not None)
+        if problems := list(sampling.problems("sampling", ranged)):
             raise ConfigError("\n".join(problems))
     else:
         data = object_store.read_bytes(weights)
@@ -49,12 +50,14 @@ def import_weights(
     model = model._replace(config=replace(model.config, name=name, storage=parent))
     snapshot = other_libraries.snapshot(model, source)
     checkpoint = CheckpointStore(object_store.join(destination, CHECKPOINTS)).save(snapshot)
+    autoencoder = snapshot.facts.get("autoencoder")  # it stays in the folder of diffusers
     return {
         "run": destination,
         "checkpoint": checkpoint,
         "image_shape": list(model.image_shape),
         "parameters": sum(one.numel() for one in model.tensors.values()),
         "weights_sha256": checkpoint_folder.weights_sha256(checkpoint),
+        **({"autoencoder": autoencoder} if autoencoder else {}),
     }
 
 

@@ -19,7 +19,13 @@ from torch import nn
 import ddpm_ray
 from benchmarks.gpu.tiny import config_of
 from benchmarks.gpu.tiny_keys import AUTOENCODER
-from ddpm_ray.assembly import checkpoint_loading, diffusion, run_config, training_run
+from ddpm_ray.assembly import (
+    checkpoint_loading,
+    diffusers_export,
+    diffusion,
+    run_config,
+    training_run,
+)
 from ddpm_ray.assembly.autoencoder_loading import trained_autoencoder
 from ddpm_ray.assembly.newest_checkpoint import usable_device
 from ddpm_ray.config.evaluation import EvaluationConfig
@@ -28,6 +34,7 @@ from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.sampling import SamplingSettings
 from ddpm_ray.data.codec import PIXELS, PixelCodec
 from ddpm_ray.data.image_shape import ImageShape
+from ddpm_ray.models.interop import diffusers_folders
 from ddpm_ray.models.interop.diffusers_config import UnsupportedModelError
 from ddpm_ray.runs.evaluate_autoencoder import autoencoder_run, require_reconstruction_scores
 from ddpm_ray.sampling.pipeline import TrainedModel
@@ -89,14 +96,14 @@ def test_a_model_comes_back_from_diffusers_format_drawing_the_same(
     overrides: tuple[str, ...], tmp_path: Path
 ) -> None:
     model = trained(configured(*overrides))
-    checkpoint_loading.write_diffusers(model, SamplingSettings(), tmp_path / "given")
+    diffusers_export.write_diffusers(model, SamplingSettings(), tmp_path / "given")
     back = checkpoint_loading.trained_model(str(tmp_path / "given"))
     assert back.image_shape == model.image_shape
     torch.testing.assert_close(back.denoiser.schedule.alpha_bar, model.denoiser.schedule.alpha_bar)
     assert (back.sample(4, steps=5, seed=2) == model.sample(4, steps=5, seed=2)).all()
     heads = [one.provenance["config"]["model"]["head_channels"] for one in (back, model)]
     assert heads[0] == heads[1]
-    checkpoint_loading.write_diffusers(back, SamplingSettings(), tmp_path / "again")
+    diffusers_export.write_diffusers(back, SamplingSettings(), tmp_path / "again")
     name = "unet/diffusion_pytorch_model.safetensors"
     once, twice = (load_file(tmp_path / folder / name) for folder in ("given", "again"))
     assert once.keys() == twice.keys()
@@ -106,13 +113,13 @@ def test_a_model_comes_back_from_diffusers_format_drawing_the_same(
 def test_a_model_of_diffusers_goes_back_as_the_network_that_it_was(tmp_path: Path) -> None:
     """With the eps of theirs, which our configs have no key for."""
     model = trained(configured())
-    checkpoint_loading.write_diffusers(model, SamplingSettings(), tmp_path / "ours")
+    diffusers_export.write_diffusers(model, SamplingSettings(), tmp_path / "ours")
     config = tmp_path / "ours/unet/config.json"
     changed = json.loads(config.read_text()) | {"norm_eps": 1e-2, "attention_head_dim": 4}
     config.write_text(json.dumps(changed))
     theirs = checkpoint_loading.trained_model(str(tmp_path / "ours"))
     assert (theirs.sample(4, steps=5) != model.sample(4, steps=5)).any()
-    checkpoint_loading.write_diffusers(theirs, SamplingSettings(), tmp_path / "again")
+    diffusers_export.write_diffusers(theirs, SamplingSettings(), tmp_path / "again")
     again = checkpoint_loading.trained_model(str(tmp_path / "again"))
     assert (again.sample(4, steps=5) == theirs.sample(4, steps=5)).all()
     kept = json.loads((tmp_path / "again/unet/config.json").read_text())
@@ -163,7 +170,7 @@ def test_a_runs_sampling_settings_go_to_diffusers_and_come_back(
     missing: tuple[str, ...],
     tmp_path: Path,
 ) -> None:
-    export = checkpoint_loading.write_diffusers(trained(configured()), sampling, tmp_path / "given")
+    export = diffusers_export.write_diffusers(trained(configured()), sampling, tmp_path / "given")
     assert (export.pipeline, export.scheduler["_class_name"]) == (pipeline, scheduler)
     assert tuple(line.split(" (")[0] for line in export.no_equivalent) == missing
     assert export.call["num_inference_steps"] == sampling.steps
@@ -182,7 +189,7 @@ def test_a_runs_sampling_settings_go_to_diffusers_and_come_back(
 def test_the_pipeline_that_an_export_names_draws(sampler: Any, tmp_path: Path) -> None:
     diffusers = pytest.importorskip("diffusers", reason="pip install 'ddpm-ray[dev]'")
     sampling = SamplingSettings(sampler=sampler, steps=5)
-    export = checkpoint_loading.write_diffusers(trained(configured()), sampling, tmp_path)
+    export = diffusers_export.write_diffusers(trained(configured()), sampling, tmp_path)
     pipeline = diffusers.DiffusionPipeline.from_pretrained(tmp_path)
     assert type(pipeline).__name__ == export.pipeline
     assert type(pipeline.scheduler).__name__ == export.scheduler["_class_name"]
@@ -195,7 +202,7 @@ def test_the_pipeline_that_an_export_names_draws(sampler: Any, tmp_path: Path) -
 def test_what_diffusers_has_no_name_for_is_refused_with_nothing_written(tmp_path: Path) -> None:
     model = trained(configured("objective.prediction=edm"))
     with pytest.raises(UnsupportedModelError, match="prediction"):
-        checkpoint_loading.write_diffusers(model, SamplingSettings(), tmp_path / "given")
+        diffusers_export.write_diffusers(model, SamplingSettings(), tmp_path / "given")
     assert not (tmp_path / "given").exists()
 
 
@@ -232,13 +239,6 @@ CLASSIFIER = (
     "model.num_classes=3",
     "training.grid_every_steps=0",
 )
-
-
-def test_a_dit_of_pixels_has_no_pipeline_in_diffusers(tmp_path: Path) -> None:
-    model = trained(configured("model.network=dit"))
-    with pytest.raises(UnsupportedModelError, match="a DiT of pixels has no pipeline"):
-        checkpoint_loading.write_diffusers(model, SamplingSettings(), tmp_path / "given")
-    assert not (tmp_path / "given").exists()
 
 
 def test_a_classifier_and_a_model_are_not_taken_for_each_other(tmp_path: Path) -> None:
@@ -281,7 +281,7 @@ def test_an_export_to_a_full_disk_leaves_whole_files_and_no_index(
 ) -> None:
     """On commit d926ba0 `[Errno 28] No space left on device`, and a folder with half a file."""
     model, synced, fsync = trained(configured()), itertools.count(), os.fsync
-    checkpoint_loading.write_diffusers(model, SamplingSettings(), whole := tmp_path / "whole")
+    diffusers_export.write_diffusers(model, SamplingSettings(), whole := tmp_path / "whole")
 
     def full(file: int) -> None:
         if next(synced) == refused:
@@ -290,12 +290,12 @@ def test_an_export_to_a_full_disk_leaves_whole_files_and_no_index(
 
     monkeypatch.setattr("ddpm_ray.storage.object_store.os.fsync", full)
     with pytest.raises(StorageError, match=r"begun/.*: the disk is full; free some space or cho"):
-        checkpoint_loading.write_diffusers(model, SamplingSettings(), begun := tmp_path / "begun")
+        diffusers_export.write_diffusers(model, SamplingSettings(), begun := tmp_path / "begun")
     left = [path for path in begun.rglob("*") if path.is_file()]
     assert len(left) == refused
     for path in left:
         assert path.read_bytes() == (whole / path.relative_to(begun)).read_bytes()
-    assert not (begun / checkpoint_loading.OF_DIFFUSERS).exists()
+    assert not (begun / diffusers_folders.MODEL_INDEX).exists()
 
 
 def test_an_average_that_is_not_there_is_reported_with_those_that_are(tmp_path: Path) -> None:

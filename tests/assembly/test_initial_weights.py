@@ -10,7 +10,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ddpm_ray.assembly import checkpoint_loading, initial_weights, training_run
+from ddpm_ray.assembly import (
+    checkpoint_loading,
+    diffusers_export,
+    initial_weights,
+    training_run,
+)
 from ddpm_ray.config.loading import ConfigError, load_config, to_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.training import TrainingConfig
@@ -78,7 +83,7 @@ def test_all_of_a_run_begins_with_the_chosen_ema(tmp_path: Path) -> None:
 def test_a_diffusers_folder_gives_the_weights_it_was_written_from(tmp_path: Path) -> None:
     source = trained(tmp_path / "run", 3)
     model = checkpoint_loading.trained_model(str(tmp_path / "run"))
-    checkpoint_loading.write_diffusers(model, model.settings, tmp_path / "theirs")
+    diffusers_export.write_diffusers(model, model.settings, tmp_path / "theirs")
     state = begun(configured(f"training.init_from={tmp_path / 'theirs'}"))
     for name, value in source.ema.state_dict().items():
         assert torch.equal(value, state.model.state_dict()[name]), name
@@ -155,7 +160,7 @@ def test_weights_that_are_others_now_are_refused(tmp_path: Path) -> None:
     for step in (3, 6):
         trained(tmp_path / str(step), step)
         model = checkpoint_loading.trained_model(str(tmp_path / str(step)))
-        checkpoint_loading.write_diffusers(model, model.settings, tmp_path / "theirs")
+        diffusers_export.write_diffusers(model, model.settings, tmp_path / "theirs")
         found.append(initial_weights.find_initial_weights(config.training))
     says = r"its weights have sha256 \w+, and the run began with \w+; put those back"
     with pytest.raises(CheckpointError, match=says):

@@ -15,7 +15,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 import ddpm_ray
-from ddpm_ray.assembly import checkpoint_loading, diffusion, latents, training_run
+from ddpm_ray.assembly import (
+    diffusers_export,
+    diffusion,
+    latents,
+    training_run,
+)
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.edit import InpaintingMethod
 from ddpm_ray.config.loading import load_config, to_dict
@@ -209,7 +214,7 @@ def test_the_job_refuses_what_the_model_was_not_trained_for(edit: Edit) -> None:
 
 def test_diffusers_has_no_pipeline_for_it(models: dict[str, TrainedModel], tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError, match=r"with objective\.inpainting_masks; dif"):
-        checkpoint_loading.write_diffusers(
+        diffusers_export.write_diffusers(
             models["pixels masks"], SamplingSettings(), tmp_path / "given"
         )
     assert not (tmp_path / "given").exists()

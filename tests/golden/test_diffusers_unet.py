@@ -20,7 +20,7 @@ from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.diffusion import NoiseSchedule, samplers, schedules
 from ddpm_ray.diffusion.conditioning import Conditioning
 from ddpm_ray.diffusion.x0_estimator import X0Estimator
-from ddpm_ray.models.interop import convert
+from ddpm_ray.models.interop import convert, diffusers_folders
 from ddpm_ray.models.interop.diffusers_config import UNET, image_size_of
 from ddpm_ray.models.interop.diffusers_schedulers import VARIANCES, to_scheduler
 from ddpm_ray.models.layers import GUIDED, HO
@@ -160,7 +160,7 @@ def test_a_saved_network_of_ours_is_loaded_by_their_own_pipeline(
         "objective": {"prediction": "v", "variance": "fixed"},
         "sampling": {"variance": "fixed_large", "clip": False},
     }
-    convert.write_folder(tmp_path, spec, ours.state_dict(), facts, (8, 12), write_bytes)
+    diffusers_folders.write_folder(tmp_path, spec, ours.state_dict(), facts, (8, 12), write_bytes)
     pipeline = diffusers.DDPMPipeline.from_pretrained(tmp_path)
     require_alike(ours, pipeline.unet.eval(), {"sample_size": [8, 12]})
     scheduler = pipeline.scheduler
@@ -169,7 +169,7 @@ def test_a_saved_network_of_ours_is_loaded_by_their_own_pipeline(
     assert scheduler.config.prediction_type == "v_prediction"
     assert scheduler.config.variance_type == "fixed_large"
     assert not scheduler.config.clip_sample
-    read = convert.read_folder(tmp_path)
+    read = diffusers_folders.read_folder(tmp_path)
     assert read[0] == spec
     assert all(torch.equal(read[1][key], value) for key, value in ours.state_dict().items())
     for group, values in facts.items():
@@ -246,7 +246,8 @@ def test_what_their_pipeline_saves_is_read(safe: bool, tmp_path: Path) -> None:
     pipeline = diffusers.DDPMPipeline(unet=model, scheduler=scheduler)
     pipeline.save_pretrained(tmp_path, safe_serialization=safe)
     assert (tmp_path / "unet/diffusion_pytorch_model.bin").exists() != safe
-    spec, tensors, facts, size = convert.read_folder(tmp_path)
+    spec, tensors, facts, size, *_ = diffusers_folders.read_folder(tmp_path)
+    assert isinstance(spec, UNetSpec)
     ours = UNet(spec).eval()
     ours.load_state_dict(tensors)
     require_alike(ours, model, CIFAR10)

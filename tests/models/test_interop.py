@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddpm_ray.models.interop import convert
+from ddpm_ray.models.interop import convert, diffusers_folders
 from ddpm_ray.models.interop.diffusers_config import UnsupportedModelError
 from ddpm_ray.models.interop.diffusers_schedulers import SCHEDULER, from_scheduler, to_scheduler
 from ddpm_ray.models.layers import GUIDED, HO, Variant
@@ -340,7 +340,9 @@ def test_runs_that_their_scheduler_cannot_be_are_refused(
 
 
 def saved(folder: Path) -> Path:
-    convert.write_folder(folder, spec(), numbered(spec()), from_scheduler({}), SIZE, write_bytes)
+    diffusers_folders.write_folder(
+        folder, spec(), numbered(spec()), from_scheduler({}), SIZE, write_bytes
+    )
     return folder
 
 
@@ -351,7 +353,7 @@ def test_a_folder_without_folders_in_it_is_read_too(tmp_path: Path) -> None:
         path.rename(tmp_path / path.name)
     for path in (tmp_path / "unet", tmp_path / "scheduler"):
         path.rmdir()
-    found, tensors, _, size = convert.read_folder(tmp_path)
+    found, tensors, _, size, *_ = diffusers_folders.read_folder(tmp_path)
     assert size == SIZE
     assert found == spec()
     require_same(tensors, numbered(spec()))
@@ -362,19 +364,19 @@ def test_files_that_are_no_such_model_are_refused_by_path(tmp_path: Path) -> Non
     weights = tmp_path / "unet/diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     with pytest.raises(UnsupportedModelError, match=r"model\.safetensors: cannot be read"):
-        convert.read_folder(tmp_path)
+        diffusers_folders.read_folder(tmp_path)
     weights.unlink()
     with pytest.raises(UnsupportedModelError, match=r"model\.bin: cannot be read: .*No such file"):
-        convert.read_folder(tmp_path)
+        diffusers_folders.read_folder(tmp_path)
     torch.save([torch.zeros(1)], weights.with_suffix(".bin"))
     with pytest.raises(UnsupportedModelError, match="something other than tensors by name"):
-        convert.read_folder(tmp_path)
+        diffusers_folders.read_folder(tmp_path)
     config.write_text(json.dumps([]))
     with pytest.raises(UnsupportedModelError, match=r"config\.json: is no JSON object"):
-        convert.read_folder(tmp_path)
+        diffusers_folders.read_folder(tmp_path)
     config.unlink()
     with pytest.raises(UnsupportedModelError, match=r"config\.json: cannot be read"):
-        convert.read_folder(tmp_path)
+        diffusers_folders.read_folder(tmp_path)
 
 
 class Harm:
@@ -390,5 +392,5 @@ def test_a_pickle_that_runs_code_is_not_run(
     (tmp_path / "unet/diffusion_pytorch_model.safetensors").unlink()
     torch.save({"a": Harm()}, tmp_path / "unet/diffusion_pytorch_model.bin")
     with pytest.raises(UnsupportedModelError, match=r"model\.bin: cannot be read"):
-        convert.read_folder(tmp_path)
+        diffusers_folders.read_folder(tmp_path)
     assert not (tmp_path / "harm").exists()

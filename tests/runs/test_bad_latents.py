@@ -17,7 +17,7 @@ from ddpm_ray.cli.main import main
 from ddpm_ray.config.loading import load_config, to_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.dataset import open_dataset
-from ddpm_ray.jobs import average, edit, encode, export, sample, train
+from ddpm_ray.jobs import average, edit, encode, sample, train
 from ddpm_ray.models.autoencoder import Autoencoder
 from ddpm_ray.training.checkpoints import CheckpointStore
 from ddpm_ray.training.state import TrainingState
@@ -154,10 +154,9 @@ def test_latents_without_an_autoencoder_name_the_remedy(said: Said, tmp_path: Pa
     [
         (sample.JOB, ("--out", "a.png")),
         (edit.JOB, ("image.png", "--mask", "mask.png", "--out", "a.png")),
-        (export.JOB, ("--out", "folder")),
         (average.JOB, ()),
     ],
-    ids=["sample", "edit", "export", "average"],
+    ids=["sample", "edit", "average"],
 )
 def test_an_autoencoder_is_no_denoiser(
     job: Job[Any], words: tuple[str, ...], places: Places, said: Said

@@ -4,10 +4,12 @@ A config is supported if the round trip returns it unchanged; the first key with
 named in the error.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from safetensors.torch import save
 from torch import Tensor
 
@@ -40,6 +42,9 @@ PIPELINE: Config = {  # what only pipelines read, with AutoencoderKL's defaults
     "latents_std": None,
     "force_upcast": True,
 }
+UNSCALED: Config = {**PIPELINE, "scaling_factor": 1.0}
+"""Of an autoencoder of ours: pipelines diffuse its latents as they are."""
+PER_CHANNEL = ("shift_factor", "latents_mean", "latents_std")  # LDMPipeline, DiTPipeline: not read
 AUTOENCODER_KL: Config = {  # defaults of AutoencoderKL, for keys that a file omits
     "in_channels": 3,
     "out_channels": 3,
@@ -98,23 +103,60 @@ def to_diffusers(
     return config, scattered(LAYOUT, _network(spec), tensors)
 
 
+def standardised(
+    spec: AutoencoderSpec, tensors: Tensors, mean: Sequence[float], std: Sequence[float]
+) -> tuple[AutoencoderSpec, dict[str, Tensor]]:
+    """The autoencoder whose latents are (z - mean) / std, per channel, for latents z of this one.
+
+    The map is part of its 1x1 convolutions, which it has even if `spec` has none; computed in
+    float64. Its log variances, those of z minus 2 log(std), are clamped after that, not before.
+    """
+    c = spec.latent_channels
+    m, s = (torch.tensor(values, dtype=torch.float64) for values in (mean, std))
+    moments, latents = torch.eye(2 * c, dtype=torch.float64), torch.eye(c, dtype=torch.float64)
+    moments_bias, latents_bias = (torch.zeros(len(one)).double() for one in (moments, latents))
+    if spec.latent_convs:
+        moments, moments_bias, latents, latents_bias = (
+            tensors[f"{conv}_conv.{part}"].cpu().double()
+            for conv in ("moments", "latents")
+            for part in ("weight", "bias")
+        )
+    moments, latents = moments.reshape(2 * c, 2 * c), latents.reshape(c, c)
+    scale = torch.cat([1 / s, torch.ones_like(s)])
+    shift = torch.cat([-m / s, -2 * s.log()])
+    folded = {
+        "moments_conv.weight": (moments * scale[:, None])[..., None, None],
+        "moments_conv.bias": moments_bias * scale + shift,
+        "latents_conv.weight": (latents * s)[..., None, None],
+        "latents_conv.bias": latents_bias + latents @ m,
+    }
+    named = {name: tensor.float() for name, tensor in folded.items()}
+    return replace(spec, latent_convs=True), {**tensors, **named}
+
+
 def in_folder(folder: str | Path) -> bool:
-    """Whether diffusers saved an autoencoder in a local folder, or in vae/ of it."""
-    home = part_folder(folder, "vae")
+    """Whether diffusers saved an autoencoder in a local folder, or in vae/ or vqvae/ of it."""
+    home = _home(folder)
     return (home / "config.json").is_file() and weights_file(home).is_file()
 
 
+def read_config(folder: str | Path) -> tuple[AutoencoderSpec, dict[str, Any]]:
+    """Sizes of the autoencoder that `read_folder` reads, and its values of PIPELINE's keys."""
+    config = read_json(_home(folder) / "config.json")
+    spec, full = spec_from_config(config), full_config(config, AUTOENCODER_KL, CLASS)
+    return spec, {key: full[key] for key in PIPELINE}
+
+
 def read_folder(folder: str | Path) -> DiffusersAutoencoder:
-    """Read the autoencoder in a folder that diffusers saved, or in vae/ of a pipeline's folder.
+    """Read the autoencoder in a folder that diffusers saved, or in vae/ or vqvae/ of a pipeline's.
 
     Raises UnsupportedModelError.
     """
-    home = part_folder(folder, "vae")
+    home = _home(folder)
+    _, pipeline = read_config(home)  # raises before large weights are read
     config, weights = read_json(home / "config.json"), weights_file(home)
-    spec_from_config(config)  # raises before large weights are read
     spec, tensors = from_diffusers(config, read_weights(weights))
     full = full_config(config, AUTOENCODER_KL, CLASS)
-    pipeline = {key: full[key] for key in PIPELINE}
     return DiffusersAutoencoder(spec, tensors, image_size_of(full, CLASS), pipeline, weights)
 
 
@@ -185,6 +227,12 @@ def _config(spec: AutoencoderSpec, image_size: tuple[int, int]) -> dict[str, Any
         "use_post_quant_conv": spec.latent_convs,
         "mid_block_add_attention": spec.middle_attention,
     }
+
+
+def _home(folder: str | Path) -> Path:
+    """The folder of the autoencoder: vqvae/ in LDMPipeline's, vae/ in other pipelines' folders."""
+    vae = part_folder(folder, "vae")
+    return part_folder(folder, "vqvae") if vae == Path(folder) else vae
 
 
 def _network(spec: AutoencoderSpec) -> Autoencoder:

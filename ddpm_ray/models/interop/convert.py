@@ -1,35 +1,17 @@
-"""Import and export of U-Nets and schedules: diffusers, guided-diffusion, Ho et al.'s weights.
+"""Import and export of U-Nets: diffusers, guided-diffusion, Ho et al.'s weights.
 
-A `UNetSpec` holds the arguments of UNet; `tensors` is a state_dict; `facts` are settings under the
-keys of a run's config: {"schedule": ..., "objective": ..., "sampling": ...}. A model that cannot be
+A `UNetSpec` holds the arguments of UNet; `tensors` is a state_dict. A model that cannot be
 converted exactly is refused. The other libraries count steps from 0: their t is ours minus 1.
 """
 
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
 from ddpm_ray.models.interop import state_dict_names
-from ddpm_ray.models.interop.diffusers_config import (
-    Config,
-    config_from_spec,
-    image_size_of,
-    spec_from_config,
-)
-from ddpm_ray.models.interop.diffusers_files import (
-    SAFETENSORS,
-    json_bytes,
-    part_folder,
-    read_json,
-    read_weights,
-    weights_file,
-    with_new_attention_names,
-)
-from ddpm_ray.models.interop.diffusers_schedulers import Export, Facts, from_scheduler, to_pipeline
+from ddpm_ray.models.interop.diffusers_config import Config, config_from_spec, spec_from_config
+from ddpm_ray.models.interop.diffusers_files import with_new_attention_names
 from ddpm_ray.models.interop.layouts import Layout, Tensors, gathered, on_meta_device, scattered
 from ddpm_ray.models.layers import heads
 from ddpm_ray.models.unet import UNet
@@ -102,57 +84,6 @@ def to_guided_diffusion(
     if label is not None and not label[-1].any():
         theirs["label_emb.weight"] = label[:-1].clone()
     return theirs
-
-
-class DiffusersModel(NamedTuple):
-    """A U-Net that diffusers saved, by the names of UNet."""
-
-    spec: UNetSpec
-    tensors: dict[str, Tensor]
-    facts: dict[str, dict[str, Any]]
-    image_size: tuple[int, int]  # (H, W)
-
-
-def read_folder(folder: str | Path) -> DiffusersModel:
-    """Read the model in a folder that diffusers saved.
-
-    The U-Net is in unet/ and the scheduler in scheduler/, or both in the folder itself. Weights are
-    read from safetensors or else from a .bin file with weights_only, so that no code in it is run.
-    Raises UnsupportedModelError.
-    """
-    unet, scheduler = (part_folder(folder, part) for part in ("unet", "scheduler"))
-    config = read_json(unet / "config.json")
-    facts = from_scheduler(read_json(scheduler / "scheduler_config.json"))
-    spec, tensors = from_diffusers(config, read_weights(weights_file(unet)))
-    return DiffusersModel(spec, tensors, facts, image_size_of(config))
-
-
-def write_folder(
-    folder: str | Path,
-    spec: UNetSpec,
-    tensors: Tensors,
-    facts: Facts,
-    image_size: tuple[int, int],
-    write: Callable[[str, bytes], object],
-) -> Export:
-    """Save for `DiffusionPipeline.from_pretrained(folder)`; return the exported sampling settings.
-
-    `image_size` is (H, W). `write` stores bytes at a path atomically. The weights come first,
-    since a full disk fails on the largest file, and model_index.json last: without it the folder
-    is not a model. Raises UnsupportedModelError, before anything is written, for a model that
-    cannot be exported.
-    """
-    config, theirs = to_diffusers(spec, tensors, image_size)
-    export = to_pipeline(facts)
-    write(f"{folder}/unet/{SAFETENSORS}", save(theirs, {"format": "pt"}))
-    files = {
-        "unet/config.json": config,
-        "scheduler/scheduler_config.json": export.scheduler,
-        "model_index.json": export.model_index,
-    }
-    for name, value in files.items():
-        write(f"{folder}/{name}", json_bytes(value))
-    return export
 
 
 def _reordered(tensors: Tensors, spec: UNetSpec, *, by_head: bool) -> dict[str, Tensor]:

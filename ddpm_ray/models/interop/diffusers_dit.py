@@ -5,6 +5,7 @@ each block, as in the paper's code. A model that cannot be converted exactly is 
 ours minus 1.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -49,6 +50,8 @@ OTHER_TRANSFORMERS: Config = {  # options of FORMER_NAME, as a DiT has them
 }
 DIT_LAYOUT = Layout(NAME, state_dict_names.diffusers_dit)
 EMBEDDERS = "norm1.emb."  # of each block: of t and of the label
+NULL_LABEL = 1000  # in DiTPipeline, whatever the number of classes
+NUM_CLASSES_KEY = "_ddpm_ray_num_classes"  # extra key of a config: without those that only pad
 LABELS = "transformer_blocks.0.norm1.emb.class_embedder.embedding_table.weight"
 
 
@@ -66,7 +69,8 @@ def dit_from_diffusers(config: Config, tensors: Tensors) -> tuple[DiTSpec, dict[
         null = first.pop(LABELS, torch.zeros(1))
         if null.any():
             raise UnsupportedModelError(NAME, "it has no classes, but embeds the null label")
-    return spec, gathered(DIT_LAYOUT, on_meta_device(lambda: DiT(spec)), first)
+    ours = gathered(DIT_LAYOUT, on_meta_device(lambda: DiT(spec)), first)
+    return _without_padding(spec, ours, config.get(NUM_CLASSES_KEY, spec.num_classes))
 
 
 def dit_to_diffusers(spec: DiTSpec, tensors: Tensors) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -85,6 +89,41 @@ def dit_to_diffusers(spec: DiTSpec, tensors: Tensors) -> tuple[dict[str, Any], d
         for name, tensor in shared.items():
             theirs[name.replace("blocks.0.", f"blocks.{number}.", 1)] = tensor.clone()
     return {"_class_name": NAME, **config}, theirs
+
+
+def dit_to_pipeline(spec: DiTSpec, tensors: Tensors) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The config.json and tensors for DiTPipeline: fewer than 1000 classes are padded to 1000.
+
+    Its null label, which guidance needs, is 1000. The classes that pad have the null label's
+    embedding; `dit_from_diffusers` leaves them out again.
+    """
+    classes = spec.num_classes
+    if not 0 < classes < NULL_LABEL:
+        return dit_to_diffusers(spec, tensors)
+    label = tensors["label.weight"]
+    padding = label[-1:].expand(NULL_LABEL - classes, -1)
+    padded = {**tensors, "label.weight": torch.cat([label, padding])}
+    config, theirs = dit_to_diffusers(replace(spec, num_classes=NULL_LABEL), padded)
+    return {**config, NUM_CLASSES_KEY: classes}, theirs
+
+
+def _without_padding(
+    spec: DiTSpec, tensors: dict[str, Tensor], classes: Any
+) -> tuple[DiTSpec, dict[str, Tensor]]:
+    """Leave out the labels from number `classes` on, but the last; they must equal it."""
+    if classes == spec.num_classes:
+        return spec, tensors
+    label = tensors.get("label.weight", torch.empty(0))
+    if (
+        type(classes) is not int
+        or not 0 < classes < len(label)
+        or (label[classes:] != label[-1]).any()
+    ):
+        raise UnsupportedModelError(
+            NAME, f"{NUM_CLASSES_KEY} is {classes!r}, but later labels are in use"
+        )
+    kept = {**tensors, "label.weight": label[: classes + 1].clone()}
+    return replace(spec, num_classes=classes), kept
 
 
 def _first_embedders(tensors: Tensors) -> dict[str, Tensor]:

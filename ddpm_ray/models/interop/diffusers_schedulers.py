@@ -1,10 +1,7 @@
-"""Convert noise schedule and sampling settings to diffusers' schedulers, and back.
-
-An export is a scheduler, a pipeline and the arguments of its call.
-"""
+"""Convert noise schedule and sampling settings to diffusers' schedulers, and back."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 from ddpm_ray.models.interop.diffusers_config import (
     Config,
@@ -61,24 +58,7 @@ OF_TRAINING = (
 )
 NO_LIMIT = 1e6  # sample_max_value for dynamic thresholding: diffusers requires an upper bound
 DPM_SOLVER = {"dpm_solver_pp": "dpmsolver++", "dpm_solver_pp_sde": "sde-dpmsolver++"}
-
-
-class Export(NamedTuple):
-    """The scheduler for diffusers, and the run's settings that it cannot represent."""
-
-    scheduler: dict[str, Any]  # scheduler_config.json
-    pipeline: str  # class name of the pipeline
-    call: dict[str, Any]  # keyword arguments of the pipeline call
-    no_equivalent: tuple[str, ...]  # "key=value (what diffusers does instead)"
-
-    @property
-    def model_index(self) -> dict[str, Any]:
-        """model_index.json."""
-        return {
-            "_class_name": self.pipeline,
-            "scheduler": ["diffusers", self.scheduler["_class_name"]],
-            "unet": ["diffusers", "UNet2DModel"],
-        }
+DPM_SOLVER_CHANNELS = 3  # that their solver takes from an output with a learned variance
 
 
 def from_scheduler(config: Config) -> dict[str, dict[str, Any]]:
@@ -133,18 +113,23 @@ def to_scheduler(facts: Facts) -> dict[str, Any]:
     return {"_class_name": "DDPMScheduler", **_scheduler_config(facts)}
 
 
-def to_pipeline(facts: Facts) -> Export:
+def to_sampling_scheduler(
+    facts: Facts, channels: int = 3, *, splits_variance: bool = False
+) -> dict[str, Any]:
     """The scheduler equivalent to the run's sampler; DDPMScheduler where diffusers has none.
 
-    The run's settings are also stored in its config under an extra key, which diffusers ignores and
+    `channels` are those of x_0. `splits_variance`: the scheduler is passed no learned variance. The
+    run's settings are also stored in the config under an extra key, which diffusers ignores and
     `from_scheduler` reads. Raises UnsupportedModelError for a model that no scheduler fits.
     """
-    sampling, trained = facts["sampling"], to_scheduler(facts)
+    trained, sampling = to_scheduler(facts), facts["sampling"]
+    learned = facts["objective"].get("variance", "fixed") != "fixed" and not splits_variance
+    if splits_variance and trained["variance_type"] == "learned_range":
+        large = sampling["variance"] == "fixed_large"
+        trained["variance_type"] = "fixed_large" if large else "fixed_small"
     sampler, clip = sampling.get("sampler", "ancestral"), sampling["clip"]
     quantile = sampling.get("dynamic_quantile", 0.0)
-    learned = facts["objective"].get("variance", "fixed") != "fixed"
     of_training = {key: trained[key] for key in OF_TRAINING}
-    pipeline, call = "DDPMPipeline", dict[str, Any]()
     threshold = {
         "thresholding": bool(quantile),
         "dynamic_thresholding_ratio": quantile or 0.995,
@@ -159,9 +144,7 @@ def to_pipeline(facts: Facts) -> Export:
             "clip_sample": clip,
             "set_alpha_to_one": True,
         }
-        pipeline = "DDIMPipeline"
-        call = {"eta": sampling.get("eta", 0.0), "use_clipped_model_output": bool(clip)}
-    elif sampler in DPM_SOLVER:
+    elif sampler in DPM_SOLVER and (channels == DPM_SOLVER_CHANNELS or not learned):
         # Thresholding with sample_max_value = 1 is a clip to [-1, 1].
         scheduler = {
             "_class_name": "DPMSolverMultistepScheduler",
@@ -175,30 +158,28 @@ def to_pipeline(facts: Facts) -> Export:
             "final_sigmas_type": "zero",
             "variance_type": trained["variance_type"] if learned else None,
         }
-    scheduler |= {"timestep_spacing": "trailing", SAMPLING: dict(sampling)}
-    if steps := sampling.get("steps"):
-        call["num_inference_steps"] = steps
-    return Export(scheduler, pipeline, call, tuple(_no_equivalent(facts, scheduler)))
+    return scheduler | {"timestep_spacing": "trailing", SAMPLING: dict(sampling)}
 
 
-def _no_equivalent(facts: Facts, scheduler: dict[str, Any]) -> list[str]:
-    """Settings of the run that this scheduler class cannot represent."""
+def settings_without_equivalent(facts: Facts, scheduler: Config) -> list[str]:
+    """Settings of the run that this scheduler cannot represent, but those of labels."""
     sampling, name, found = facts["sampling"], scheduler["_class_name"], list[str]()
-    sampler = sampling.get("sampler", "ancestral")
+    sampler, variance = sampling.get("sampler", "ancestral"), scheduler.get("variance_type")
     if name == "DDPMScheduler" and sampler != "ancestral":
         found.append(f"sampler={sampler} (DDPMScheduler is ancestral)")
     if name == "DDIMScheduler" and sampling["variance"] == "fixed_large":
         found.append("variance=fixed_large (DDIMScheduler: fixed_small)")
+    learned = variance == "learned_range"
+    if sampler == "ancestral" and learned != (sampling["variance"] == "learned"):
+        found.append(f"variance={sampling['variance']} (DDPMScheduler: {variance})")
     if (spacing := sampling.get("spacing", "uniform")) != "uniform":
         found.append(f"spacing={spacing} (steps are uniform)")
     elif (steps := sampling.get("steps", 0)) and scheduler["num_train_timesteps"] % steps:
         found.append(f"steps={steps} (it does not divide T, and steps are rounded differently)")
+    elif learned and sampler == "ancestral" and steps and steps < scheduler["num_train_timesteps"]:
+        found.append(f"steps={steps} (a learned variance adds noise to the last step, too)")
     if sampling.get("dynamic_quantile"):
         found.append("dynamic_quantile (the quantile is interpolated between two pixels)")
-    if sampling.get("guidance_scale", 1) != 1:
-        found.append(f"guidance_scale={sampling['guidance_scale']:g} (pipelines pass no labels)")
-    elif sampling.get("labels"):
-        found.append(f"labels={list(sampling['labels'])} (pipelines pass no labels)")
     return found
 
 

@@ -1,0 +1,266 @@
+"""The job export on models of latents and autoencoders: what it writes, and what it refuses."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import ddpm_ray
+from benchmarks.gpu.tiny import config_of
+from benchmarks.gpu.tiny_keys import ADVERSARY, AUTOENCODER
+from ddpm_ray.assembly import latents, training_run
+from ddpm_ray.assembly.autoencoder_loading import trained_autoencoder
+from ddpm_ray.cli.job import DONE, FAILED, WRONG_CONFIG, Job
+from ddpm_ray.cli.main import main
+from ddpm_ray.config.loading import load_config, to_dict
+from ddpm_ray.config.run import RunConfig
+from ddpm_ray.data.dataset import open_dataset
+from ddpm_ray.data.image_shape import ImageShape
+from ddpm_ray.jobs import export, import_model
+from ddpm_ray.models.interop import diffusers_folders, diffusers_pipelines
+from ddpm_ray.models.interop.diffusers_config import UnsupportedModelError
+from ddpm_ray.training.checkpoints import CheckpointStore
+from tests.data.latent_sets import encode_noise
+
+CPU = torch.device("cpu")
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+UNET = (
+    "model.base_channels=4",
+    "model.groups=2",
+    "model.channel_mults=[1,2]",
+    "model.blocks_per_level=1",
+    "model.attention_factors=[2]",
+)
+DIT = ("model.network=dit", "model.depth=1", "model.hidden_size=8", "model.heads=2")
+
+
+@pytest.fixture
+def encoded(tmp_path: Path) -> str:
+    return encode_noise(tmp_path, images=12)
+
+
+def committed(folder: Path, config: RunConfig, shape: ImageShape, **facts: Any) -> str:
+    """The folder of a run that was saved once, without a weight that is 0."""
+    held = {"config": to_dict(config), "image_shape": [8, 8, 1], "data_fingerprint": "", **facts}
+    state = training_run.training_state(config, shape, CPU, held)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in state.ema.model.parameters():
+        nn.init.normal_(parameter, std=0.3, generator=generator)
+    CheckpointStore(str(folder / "checkpoints")).save(state.snapshot([]))
+    return str(folder)
+
+
+def latent_run(folder: Path, url: str, *overrides: str, **facts: Any) -> str:
+    keys = ("name=a", f"data.url={url}", "schedule.num_steps=10", "sampling.steps=5")
+    config = load_config(RunConfig, None, [*keys, *(overrides or UNET)])
+    dataset = open_dataset(url)
+    held = latents.codec_facts(latents.codec_of_data(config.data, dataset))
+    return committed(folder, config, dataset.manifest.diffused_shape, **held, **facts)
+
+
+def done(capsys: pytest.CaptureFixture[str], job: Job[Any], *words: object) -> dict[str, Any]:
+    code = main(job, [str(word) for word in words])
+    out, err = capsys.readouterr()
+    assert code == DONE, err
+    found: dict[str, Any] = json.loads(out.splitlines()[-1])
+    return found
+
+
+def refused(capsys: pytest.CaptureFixture[str], job: Job[Any], code: int, *words: object) -> str:
+    """The one line with which a job refuses."""
+    assert main(job, [str(word) for word in words]) == code
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert "DDPM_RAY_TRACEBACK" not in err
+    return err
+
+
+@pytest.mark.parametrize(
+    "overrides, pipeline, call",
+    [
+        (UNET, "LDMPipeline", {"eta": 0.0, "num_inference_steps": 5}),
+        (
+            (*DIT, "model.num_classes=3"),
+            "DiTPipeline",
+            {"class_labels": [2], "guidance_scale": 2.0, "num_inference_steps": 5},
+        ),
+    ],
+    ids=["unet", "dit"],
+)
+def test_a_run_of_latents_is_exported_and_comes_back_as_a_run(
+    overrides: tuple[str, ...],
+    pipeline: str,
+    call: dict[str, Any],
+    encoded: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run, out = latent_run(tmp_path / "run", encoded, *overrides), tmp_path / "out"
+    given = ["sampling.labels=[2]", "sampling.guidance_scale=2"] if "class_labels" in call else []
+    result = done(capsys, export.JOB, run, "--out", out, *given)
+    assert (result["pipeline"], result["call"]) == (pipeline, call)
+    assert result["no_equivalent"] == []
+    assert result["average"] is None
+    back = done(capsys, import_model.JOB, out, tmp_path / "back", "layout=diffusers")
+    part = "vqvae" if pipeline == "LDMPipeline" else "vae"
+    assert back["autoencoder"]["url"] == str(out / part)
+    models = [ddpm_ray.load(str(one), "cpu") for one in (run, out, tmp_path / "back")]
+    images = [one.sample(4).astype(int) for one in models]
+    if not given:
+        assert np.abs(images[0] - images[1]).max() <= 1
+    assert (images[1] == images[2]).all()
+    assert models[2].image_shape == (8, 8, 1)
+    line = refused(
+        capsys, import_model.JOB, WRONG_CONFIG, out, tmp_path / "b", "sampling.clip=true"
+    )
+    assert "sampling.clip is true, but latents have no range to clip to" in line
+
+
+def test_an_autoencoder_that_is_gone_or_another_one_is_one_line(
+    encoded: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, out = latent_run(tmp_path / "run", encoded), tmp_path / "out"
+    (tmp_path / "autoencoder").rename(tmp_path / "moved")
+    line = refused(capsys, export.JOB, FAILED, run, "--out", out)
+    assert "the autoencoder of these latents does not load" in line
+    assert "autoencoder=" in line
+    result = done(capsys, export.JOB, run, "--out", out, f"autoencoder={tmp_path / 'moved'}")
+    assert result["pipeline"] == "LDMPipeline"
+    weights = tmp_path / "moved" / WEIGHTS
+    save_file({name: tensor + 1 for name, tensor in load_file(weights).items()}, weights)
+    line = refused(
+        capsys, export.JOB, FAILED, run, "--out", f"{out}2", f"autoencoder={tmp_path / 'moved'}"
+    )
+    assert "these latents were encoded by the autoencoder of sha256" in line
+    assert not Path(f"{out}2").exists()
+
+
+def test_a_destination_that_holds_something_is_refused(
+    encoded: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An earlier export would be mixed with this one where the job is killed."""
+    run, out = latent_run(tmp_path / "run", encoded), tmp_path / "out"
+    out.mkdir()
+    (out / "unet").touch()
+    line = refused(capsys, export.JOB, WRONG_CONFIG, run, "--out", out)
+    assert f"--out is {out}, which holds unet: name a new folder" in line
+    (out / "unet").unlink()
+    assert done(capsys, export.JOB, run, "--out", out)["folder"] == str(out)
+
+
+def test_clipping_latents_is_refused(
+    encoded: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = latent_run(tmp_path / "run", encoded)
+    words = run, "--out", tmp_path / "out", "sampling.clip=true"
+    line = refused(capsys, export.JOB, WRONG_CONFIG, *words)
+    assert "sampling.clip is true, but latents have no range to clip to" in line
+
+
+def test_the_average_of_the_weights_is_named(
+    encoded: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As of a checkpoint that jobs/average.py wrote."""
+    run = latent_run(tmp_path / "run", encoded, average={"width": 0.1})
+    assert done(capsys, export.JOB, run, "--out", tmp_path / "out")["average"] == {"width": 0.1}
+
+
+def test_the_run_of_an_autoencoder_becomes_an_autoencoder_of_diffusers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without its discriminator; the folder encodes as the run does."""
+    config, out = config_of([*AUTOENCODER, *ADVERSARY]), tmp_path / "out"
+    run = committed(tmp_path / "run", config, ImageShape(8, 8, 1))
+    line = refused(capsys, export.JOB, WRONG_CONFIG, run, "--out", out, "sampling.steps=3")
+    assert "sampling.steps: not for an autoencoder, which is written as it is" in line
+    result = done(capsys, export.JOB, run, "--out", out)
+    ours, theirs = trained_autoencoder(run), trained_autoencoder(str(out))
+    assert result["model"] == "AutoencoderKL"
+    assert result["weights_sha256"] == ours.sha256
+    assert json.loads((out / "config.json").read_text())["scaling_factor"] == 1
+    weights = theirs.model.state_dict()
+    assert all(torch.equal(weights[key], one) for key, one in ours.model.state_dict().items())
+    line = refused(capsys, import_model.JOB, FAILED, out, tmp_path / "back", "layout=diffusers")
+    assert "it holds an autoencoder, which `ddpm-ray encode` takes as it is" in line
+
+
+def test_an_autoencoder_for_a_model_of_pixels_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = load_config(RunConfig, None, ["name=a", "data.url=b", *UNET])
+    run = committed(tmp_path / "run", config, ImageShape(8, 8, 1))
+    line = refused(
+        capsys, export.JOB, WRONG_CONFIG, run, "--out", tmp_path / "out", "autoencoder=ae"
+    )
+    assert "holds a model of pixels: leave it out" in line
+
+
+@pytest.mark.parametrize(
+    "file, key, value, says",
+    [
+        ("vqvae/config.json", "scaling_factor", 0, "scaling_factor is 0; it is above 0"),
+        ("vqvae/config.json", "shift_factor", 0.1, "shift_factor is 0.1; .* only None"),
+        ("vqvae/config.json", "latent_channels", 4, "have 4 channels, and the network draws 2"),
+        ("vqvae/config.json", "_class_name", "VQModel", "'VQModel'; supported is AutoencoderKL"),
+        (
+            "scheduler/scheduler_config.json",
+            "_ddpm_ray_sampling",
+            {"clip": True, "variance": "fixed_small"},
+            "clip_sample is True, but latents have no range",
+        ),
+    ],
+)
+def test_a_folder_whose_parts_do_not_fit_together_is_refused(
+    file: str,
+    key: str,
+    value: object,
+    says: str,
+    encoded: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    done(capsys, export.JOB, latent_run(tmp_path / "run", encoded), "--out", tmp_path / "out")
+    config = tmp_path / "out" / file
+    config.write_text(json.dumps(json.loads(config.read_text()) | {key: value}))
+    with pytest.raises(UnsupportedModelError, match=says):
+        diffusers_folders.read_folder(tmp_path / "out")
+    with pytest.raises(UnsupportedModelError, match=says):
+        ddpm_ray.load(str(tmp_path / "out"), "cpu")
+
+
+def test_what_a_pipeline_cannot_do_for_a_model_is_named() -> None:
+    facts: dict[str, dict[str, Any]] = {
+        "schedule": {"kind": "linear", "num_steps": 10},
+        "objective": {"prediction": "epsilon"},
+        "sampling": {"variance": "fixed_small", "clip": False, "sampler": "ddim", "eta": 0.5},
+    }
+    of = diffusers_pipelines.Diffused(latents=True, image_size=(4, 6), condition_channels=3)
+    found = diffusers_pipelines.to_pipeline(facts, of).no_equivalent
+    named = [one.split(" (")[0] for one in found]
+    assert named == ["conditioning images", "latents of 4 x 6"]
+    dit = replace(of, network="transformer", image_size=(4, 4), condition_channels=0)
+    (line,) = diffusers_pipelines.to_pipeline(facts, dit).no_equivalent
+    assert line == "eta=0.5 (DiTPipeline: 0)"
+    learned = {**facts, "objective": {"prediction": "epsilon", "variance": "learned_range"}}
+    learned["sampling"] = {"variance": "learned", "clip": False, "steps": 5}
+    (line,) = diffusers_pipelines.to_pipeline(learned, diffusers_pipelines.Diffused()).no_equivalent
+    assert line == "steps=5 (a learned variance adds noise to the last step, too)"
+    (line,) = diffusers_pipelines.to_pipeline(learned, dit).no_equivalent
+    assert line == "variance=learned (DDPMScheduler: fixed_small)"
+    solver = {**learned, "sampling": {**facts["sampling"], "sampler": "dpm_solver_pp"}}
+    for channels, scheduler in ((3, "DPMSolverMultistepScheduler"), (4, "DDPMScheduler")):
+        of_channels = diffusers_pipelines.Diffused(latents=True, channels=channels)
+        made = diffusers_pipelines.to_pipeline(solver, of_channels).scheduler
+        assert made["_class_name"] == scheduler
+    guided = {**facts, "sampling": {**facts["sampling"], "eta": 0, "guidance_scale": 3.0}}
+    many = replace(dit, num_classes=1001)
+    (line,) = diffusers_pipelines.to_pipeline(guided, many).no_equivalent
+    assert line == "guidance_scale=3 (DiTPipeline guides models of 1 to 1000 classes)"
