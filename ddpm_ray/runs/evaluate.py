@@ -162,7 +162,7 @@ def evaluate_worker(settings: dict[str, Any]) -> dict[str, Any]:
     if control.status().fatal is not None:
         return {}
     with fatal_errors.report_fatal_errors(control):
-        return _scores(config, settings)
+        return _scores(config, settings, control.report)
 
 
 def _images_to_score(config: EvaluateConfig) -> int:
@@ -171,11 +171,13 @@ def _images_to_score(config: EvaluateConfig) -> int:
     return wanted.num_images + likelihoods + wanted.memorisation_images
 
 
-def _scores(config: EvaluateConfig, settings: dict[str, Any]) -> dict[str, Any]:
+def _scores(
+    config: EvaluateConfig, settings: dict[str, Any], report: Callable[[Progress], object]
+) -> dict[str, Any]:
     torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
     object_store.set_retry_timeout(config.cluster.storage_timeout_s)
     workers = distributed_context()
-    progress = ImageProgress(_images_to_score(config), workers, settings["control"].report)
+    progress = ImageProgress(_images_to_score(config), workers, report)
     if settings.get("encodes"):
         return autoencoder_scores(settings["model_uri"], config, workers, progress)
     tracking_uri = settings["tracking_uri"]

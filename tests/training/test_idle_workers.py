@@ -105,7 +105,9 @@ def test_a_model_is_scored_the_same_by_more_workers_than_images(
     def metrics(workers: Workers) -> dict[str, float]:
         here.workers = workers
         settings = {"model_uri": "", "tracking_uri": ""}
-        found: dict[str, float] = evaluate._scores(config, settings)["metrics"]
+        found: dict[str, float] = evaluate._scores(config, settings, lambda progress: None)[
+            "metrics"
+        ]
         return found
 
     alone = metrics(Workers())
