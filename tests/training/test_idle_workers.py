@@ -99,16 +99,14 @@ def test_a_model_is_scored_the_same_by_more_workers_than_images(
     config = EvaluateConfig(data_url=packed(tmp_path / "data", 8), evaluation=wanted)
     config = replace(config, sampling=replace(config.sampling, steps=2))
     here = threading.local()
-    monkeypatch.setattr(load_model, "load", lambda *_: model)
+    monkeypatch.setattr(load_model, "load", lambda *_, **__: model)
     monkeypatch.setattr(evaluate, "distributed_context", lambda: here.workers)
 
     def metrics(workers: Workers) -> dict[str, float]:
         here.workers = workers
         settings = {"model_uri": "", "tracking_uri": ""}
-        found: dict[str, float] = evaluate._scores(config, settings, lambda progress: None)[
-            "metrics"
-        ]
-        return found
+        found = evaluate._scores(config, settings, lambda progress: None)
+        return dict(found["metrics"])
 
     alone = metrics(Workers())
     assert {"eval/fd_digits", "eval/bits_per_dim", "eval/likelihood_bits_per_dim"} < alone.keys()
