@@ -6,7 +6,6 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import mlflow
@@ -113,9 +112,8 @@ def test_the_driver_of_an_evaluation_and_its_worker_download_once_each(
     def run(worker: Callable[..., Any], settings: dict[str, Any], *_: Any) -> Any:
         assert downloads == [model]
         assert not left(tmp_path)
-        control = SimpleNamespace(report=shown.append)
         config = from_dict(EvaluateConfig, settings["config"])
-        return evaluate._scores(config, settings | {"control": control})
+        return evaluate._scores(config, settings, shown.append)
 
     monkeypatch.setattr(worker_group, "run", run)
     monkeypatch.setattr(evaluate, "distributed_context", lambda: Workers(0, 1, torch.device("cpu")))
