@@ -263,4 +263,4 @@ def test_what_a_pipeline_cannot_do_for_a_model_is_named() -> None:
     guided = {**facts, "sampling": {**facts["sampling"], "eta": 0, "guidance_scale": 3.0}}
     many = replace(dit, num_classes=1001)
     (line,) = diffusers_pipelines.to_pipeline(guided, many).no_equivalent
-    assert line == "guidance_scale=3 (DiTPipeline guides models of 1 to 1000 classes)"
+    assert line == "guidance_scale=3 (DiTPipeline guides models with labels, at most 1000)"

@@ -125,7 +125,7 @@ def _of_labels(sampling: Mapping[str, Any], of: Diffused) -> list[str]:
         return [f"labels={list(labels)} (pipelines pass no labels)"] if labels else []
     if scale != 1 and not of.is_guided:
         null = diffusers_dit.NULL_LABEL
-        return [f"guidance_scale={scale:g} (DiTPipeline guides models of 1 to {null} classes)"]
+        return [f"guidance_scale={scale:g} (DiTPipeline guides models with labels, at most {null})"]
     found = [f"guidance_scale={scale:g} (DiTPipeline: 1)"] if scale < 1 else []
     others = ("guidance_rescale", "guidance_above_sigma", "guidance_below_sigma")
     return found + [
