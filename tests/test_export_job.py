@@ -26,17 +26,10 @@ from ddpm_ray.jobs import export, import_model
 from ddpm_ray.models.interop import diffusers_folders, diffusers_pipelines
 from ddpm_ray.models.interop.diffusers_config import UnsupportedModelError
 from ddpm_ray.training.checkpoints import CheckpointStore
-from tests.data.latent_sets import encode_noise
+from tests.data.latent_sets import TINY_UNET, encode_noise
 
 CPU = torch.device("cpu")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-UNET = (
-    "model.base_channels=4",
-    "model.groups=2",
-    "model.channel_mults=[1,2]",
-    "model.blocks_per_level=1",
-    "model.attention_factors=[2]",
-)
 DIT = ("model.network=dit", "model.depth=1", "model.hidden_size=8", "model.heads=2")
 
 
@@ -58,7 +51,7 @@ def committed(folder: Path, config: RunConfig, shape: ImageShape, **facts: Any) 
 
 def latent_run(folder: Path, url: str, *overrides: str, **facts: Any) -> str:
     keys = ("name=a", f"data.url={url}", "schedule.num_steps=10", "sampling.steps=5")
-    config = load_config(RunConfig, None, [*keys, *(overrides or UNET)])
+    config = load_config(RunConfig, None, [*keys, *(overrides or TINY_UNET)])
     dataset = open_dataset(url)
     held = latents.codec_facts(latents.codec_of_data(config.data, dataset))
     return committed(folder, config, dataset.manifest.diffused_shape, **held, **facts)
@@ -86,7 +79,7 @@ def refused(capsys: pytest.CaptureFixture[str], job: Job[Any], code: int, *words
 @pytest.mark.parametrize(
     "overrides, pipeline, call",
     [
-        (UNET, "LDMPipeline", {"eta": 0.0, "num_inference_steps": 5}),
+        (TINY_UNET, "LDMPipeline", {"eta": 0.0, "num_inference_steps": 5}),
         (
             (*DIT, "model.num_classes=3"),
             "DiTPipeline",
@@ -195,7 +188,7 @@ def test_the_run_of_an_autoencoder_becomes_an_autoencoder_of_diffusers(
 def test_an_autoencoder_for_a_model_of_pixels_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = load_config(RunConfig, None, ["name=a", "data.url=b", *UNET])
+    config = load_config(RunConfig, None, ["name=a", "data.url=b", *TINY_UNET])
     run = committed(tmp_path / "run", config, ImageShape(8, 8, 1))
     line = refused(
         capsys, export.JOB, WRONG_CONFIG, run, "--out", tmp_path / "out", "autoencoder=ae"

@@ -56,6 +56,7 @@ def learning_rate(config: TrainingConfig) -> Callable[[int], float]:
     left = max(config.steps * batch - warmup, 1)
 
     def decay(seen: int) -> float:
+        """Return the factor after `seen` images."""
         share = min(max(seen - warmup, 0) / left, 1.0)
         match config.learning_rate_decay:
             case "none":

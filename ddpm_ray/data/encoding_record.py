@@ -1,4 +1,4 @@
-"""The record beside a set of latents: its autoencoder, options and preview map.
+"""The record of a set of latents: its autoencoder, options and preview map.
 
 It is stored as `encoding.json` and is not part of the data set's fingerprint, since the autoencoder
 may be moved. What the set cost is in a file of its own, `encoding-cost.json`: it is measured, and
@@ -7,9 +7,9 @@ all other files have the same bytes each time.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from ddpm_ray.data.dataset import Dataset
 from ddpm_ray.data.latent_preview import PreviewMatrix
@@ -17,6 +17,8 @@ from ddpm_ray.storage import checksummed_json, object_store
 from ddpm_ray.storage.errors import StorageError
 
 RECORD, COST = "encoding.json", "encoding-cost.json"
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -45,16 +47,7 @@ def write_cost(destination: str, cost: EncodingCost) -> None:
 
 def read_cost(dataset: Dataset) -> EncodingCost | None:
     """Return the cost of a set of latents; None if it is not recorded. Raises StorageError."""
-    where = object_store.join(dataset.url, COST)
-    if not object_store.exists(where):
-        return None
-    held = checksummed_json.read(where)
-    try:
-        trained = held["autoencoder"]
-        return EncodingCost(float(held["encoding"]), None if trained is None else float(trained))
-    except (KeyError, TypeError, ValueError) as error:
-        problem = f"not the cost of an encoding ({type(error).__name__})"
-        raise StorageError(where, problem, "delete this file") from None
+    return _read(dataset, COST, "the cost of an encoding", _cost)
 
 
 def write_encoding(destination: str, record: EncodingRecord) -> None:
@@ -67,26 +60,43 @@ def read_encoding(dataset: Dataset) -> EncodingRecord | None:
 
     Raises StorageError.
     """
-    where = object_store.join(dataset.url, RECORD)
+    shape = dataset.manifest.latent_shape
+    channels = shape.channels if shape else None
+    record = _read(dataset, RECORD, "an encoding record", lambda held: _record(held, channels))
+    if record is None or record.autoencoder_sha256 != dataset.manifest.autoencoder_sha256:
+        return None
+    return record
+
+
+def _read(dataset: Dataset, name: str, what: str, build: Callable[[Any], T]) -> T | None:
+    """Return `build` of the JSON file `name` of a data set; None if there is no such file."""
+    where = object_store.join(dataset.url, name)
     if not object_store.exists(where):
         return None
     held = checksummed_json.read(where)
     try:
-        preview = held["preview"]
-        matrix = tuple(tuple(map(float, row)) for row in preview["matrix"])
-        bias = tuple(map(float, preview["bias"]))
-        record = EncodingRecord(
-            str(held["autoencoder"]),
-            str(held["autoencoder_sha256"]),
-            str(held["data"]),
-            dict(held["options"]),
-            PreviewMatrix(matrix, bias, float(preview["r_squared"])),
-        )
-        shape = dataset.manifest.latent_shape
-        if (shape and {len(row) for row in matrix} != {shape.channels}) or len(matrix) != len(bias):
-            raise ValueError("the preview has another shape")
+        return build(held)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        problem = f"not an encoding record ({type(error).__name__})"
+        problem = f"not {what} ({type(error).__name__})"
         raise StorageError(where, problem, "delete this file") from None
-    same = record.autoencoder_sha256 == dataset.manifest.autoencoder_sha256
-    return record if same else None
+
+
+def _cost(held: Any) -> EncodingCost:
+    trained = held["autoencoder"]
+    return EncodingCost(float(held["encoding"]), None if trained is None else float(trained))
+
+
+def _record(held: Any, channels: int | None) -> EncodingRecord:
+    """The record in `held`; its preview has a column for each of `channels`, unless None."""
+    preview = held["preview"]
+    matrix = tuple(tuple(map(float, row)) for row in preview["matrix"])
+    bias = tuple(map(float, preview["bias"]))
+    if (channels and {len(row) for row in matrix} != {channels}) or len(matrix) != len(bias):
+        raise ValueError("the preview has another shape")
+    return EncodingRecord(
+        str(held["autoencoder"]),
+        str(held["autoencoder_sha256"]),
+        str(held["data"]),
+        dict(held["options"]),
+        PreviewMatrix(matrix, bias, float(preview["r_squared"])),
+    )

@@ -83,7 +83,7 @@ class _RunControlActor:
         self.restart_reason = self.restart_reason or reason
 
     def expect(self, processes: dict[int, str], group: str) -> None:
-        """Count the silence of these workers of `group`, by rank, from now on."""
+        """Count the time without a heartbeat of these workers of `group`, by rank, from now on."""
         now, count = time.monotonic(), len(processes)
         self.groups.append(group)
         self.heartbeats = {

@@ -43,7 +43,7 @@ class Ceiling:
 
 
 def ceiling_facts(dataset: Dataset, reference: Reference, num_images: int) -> Any:
-    """Return all that the ceiling depends on beside the model, or the reason why there is none."""
+    """Return all that sets the ceiling apart from the model, or the reason why there is none."""
     stored = dataset.manifest.codec == "latents"
     if stored and reference.identity["data"] == dataset.fingerprint:
         return OF_LATENTS
@@ -78,6 +78,7 @@ def measure_ceiling(
     encodes = dataset.manifest.codec == "pixels"
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield numbers [b] and decoded images, uint8 [b, H, W, C], of this worker's share."""
         for positions, images in read_decoded(dataset, codec, shards, wanted):
             for at, part in zip(
                 *(torch.split(each, BATCH) for each in (positions, images)), strict=True

@@ -28,6 +28,7 @@ def train(config: RunConfig, _: Namespace) -> dict[str, Any]:
     line = ProgressLine("core-second" if budget else "step")
 
     def show(p: Progress) -> None:
+        """Show steps, or core-seconds where they end the run."""
         note = f"loss {p.loss:.4f}  {p.images_per_s:.0f} images/s"
         if budget:
             line(min(budget, round(p.core_seconds)), budget, f"step {p.step}  {note}")

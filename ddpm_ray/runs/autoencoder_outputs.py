@@ -72,7 +72,7 @@ class AutoencoderOutputs:
         self._logger: ReconstructionGridLogger | None = None
 
     def draw_grid(self, step: int) -> None:
-        """Log images beside their reconstructions; all workers must call it."""
+        """Log images above their reconstructions; all workers must call it."""
         if self._logger is None:
             total = min(GRID_IMAGES, self._dataset.manifest.samples)
             share = self._workers.share(total)

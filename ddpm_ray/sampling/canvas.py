@@ -32,7 +32,7 @@ def filled(images: Images, keep: npt.NDArray[np.bool_]) -> Images:
 
     `keep` [N or 1, 1, H, W] is True for known pixels. Where row and column have none, the nearest
     pixel that was just filled is taken; an image without known pixels becomes 0. An encoder sees
-    pixels beside a known latent as well: of a filled image it sees nothing that was there, and no
+    pixels next to a known latent as well: of a filled image it sees nothing that was there, and no
     edge where the known part ends.
     """
     result = np.empty_like(images)

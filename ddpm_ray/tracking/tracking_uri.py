@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 VARIABLE = "MLFLOW_TRACKING_URI"
 SECRETS = "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN"
 NAMES = "databricks", "databricks-uc", "uc"  # MLflow URIs without a scheme
-SCHEMES = "http", "https", "postgresql", "mysql", "mssql"  # besides sqlite and file, handled below
+SCHEMES = "http", "https", "postgresql", "mysql", "mssql"  # sqlite and file are handled below
 _SQLITE = re.compile(r"(sqlite(?:\+\w+)?)://(.*)", re.DOTALL)
 
 

@@ -17,7 +17,7 @@ from ddpm_ray.models.patch_discriminator import PatchDiscriminator
 from ddpm_ray.training.optimizer_moments import Tensors, load_moments, moments
 
 LARGEST_WEIGHT = 1e4  # as in the code of Esser et al.
-WEIGHT = "adversarial_weight"  # in a checkpoint, beside the discriminator's weights
+WEIGHT = "adversarial_weight"  # in a checkpoint, with the discriminator's weights
 
 
 @dataclass
@@ -35,7 +35,7 @@ class Adversary:
         )  # its gradient is that of both losses at the last layer
 
     def leaves(self) -> list[Tensor]:
-        """Tensors whose gradients the workers average, beside the autoencoder's."""
+        """Tensors whose gradients the workers average, apart from the autoencoder's."""
         return [*self.discriminator.parameters(), self.compared]
 
     def losses(self, x: Tensor, x_hat: Tensor, reconstruction: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ class Losses(NamedTuple):
 
     loss: Tensor  # [b] float32, unweighted, as papers report it
     t: Tensor  # [b] int64; 0 where a task has no noise
-    terms: Tensor  # [b, n] float32: what the objective reports beside the loss; n may be 0
+    terms: Tensor  # [b, n] float32: what the objective reports with the loss; n may be 0
 
 
 PartLosses: TypeAlias = Callable[[Tensor, Tensor, Tensor], tuple[Losses, Tensor]]

@@ -34,18 +34,14 @@ from ddpm_ray.models.unet import UNet
 from ddpm_ray.sampling.pipeline import TrainedModel
 from ddpm_ray.training.checkpoints import CheckpointStore
 from ddpm_ray.training.objective import Objective
-from tests.data.latent_sets import encode_noise
+from tests.data.latent_sets import TINY_UNET, encode_noise
 
 CPU, ROOT = torch.device("cpu"), Path(__file__).parents[2]
 INPAINTS = "objective.inpainting_masks=true"
 TINY = (
     "name=tiny",
     "schedule.num_steps=20",
-    "model.base_channels=4",
-    "model.groups=2",
-    "model.channel_mults=[1,2]",
-    "model.blocks_per_level=1",
-    "model.attention_factors=[2]",
+    *TINY_UNET,
     "sampling.steps=3",
     "sampling.sampler=unipc",
 )

@@ -26,17 +26,13 @@ from ddpm_ray.runs.train import check_model, run_training
 from ddpm_ray.sampling.pipeline import TrainedModel
 from ddpm_ray.training.checkpoint_folder import CheckpointError
 from ddpm_ray.training.checkpoints import CheckpointStore
-from tests.data.latent_sets import encode_noise, write_autoencoder
+from tests.data.latent_sets import TINY_UNET, encode_noise, write_autoencoder
 
 CPU = torch.device("cpu")
 TINY = (
     "name=tiny",
     "schedule.num_steps=20",
-    "model.base_channels=4",
-    "model.groups=2",
-    "model.channel_mults=[1,2]",
-    "model.blocks_per_level=1",
-    "model.attention_resolutions=[2]",
+    *TINY_UNET,
     "sampling.steps=2",
 )
 

@@ -21,6 +21,13 @@ from ddpm_ray.storage.object_store import write_bytes
 from tests.noise import pack_noise
 
 VIEWS = ("plain", "flipped")
+TINY_UNET = (  # options of a network for latents of 4 x 4 and more
+    "model.base_channels=4",
+    "model.groups=2",
+    "model.channel_mults=[1,2]",
+    "model.blocks_per_level=1",
+    "model.attention_factors=[2]",
+)
 
 
 def random_latents(samples: int, views: int = 2, seed: int = 0) -> Latents:

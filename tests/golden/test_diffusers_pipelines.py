@@ -29,18 +29,11 @@ from ddpm_ray.models.interop import autoencoder_kl
 from ddpm_ray.sampling import sampling
 from ddpm_ray.sampling.autoencoder import TrainedAutoencoder
 from ddpm_ray.sampling.pipeline import TrainedModel
-from tests.data.latent_sets import encode_noise
+from tests.data.latent_sets import TINY_UNET, encode_noise
 
 diffusers = pytest.importorskip("diffusers", reason="needs diffusers: no dependency of ours")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # theirs: numpy 2
 
-UNET = (
-    "model.base_channels=4",
-    "model.groups=2",
-    "model.channel_mults=[1,2]",
-    "model.blocks_per_level=1",
-    "model.attention_factors=[2]",
-)
 DIT = ("model.network=dit", "model.depth=2", "model.hidden_size=8", "model.heads=2")
 LABELS = ("model.num_classes=3",)
 LEARNED = ("objective.variance=learned_range", "objective.loss=hybrid")
@@ -125,14 +118,22 @@ def loaded(folder: Path) -> Any:
 @pytest.mark.parametrize(
     "overrides, settings, scheduler",
     [
-        (UNET, DDIM, "DDIMScheduler"),
-        ((*UNET, "objective.prediction=v", "schedule.kind=cosine"), ANCESTRAL, "DDPMScheduler"),
+        (TINY_UNET, DDIM, "DDIMScheduler"),
         (
-            (*UNET, *LEARNED),
+            (*TINY_UNET, "objective.prediction=v", "schedule.kind=cosine"),
+            ANCESTRAL,
+            "DDPMScheduler",
+        ),
+        (
+            (*TINY_UNET, *LEARNED),
             replace(ANCESTRAL, variance="learned", steps=20),
             "DDPMScheduler",
         ),
-        (UNET, SamplingSettings(sampler="dpm_solver_pp", steps=5), "DPMSolverMultistepScheduler"),
+        (
+            TINY_UNET,
+            SamplingSettings(sampler="dpm_solver_pp", steps=5),
+            "DPMSolverMultistepScheduler",
+        ),
         (DIT, DDIM, "DDIMScheduler"),
         ((*DIT, "schedule.kind=sigmoid", *LABELS), replace(ANCESTRAL, labels=(2, 0)), "DDPM"),
         ((*DIT, *LEARNED), DDIM, "DDIMScheduler"),
@@ -170,7 +171,7 @@ def test_the_pipeline_draws_our_images(
     require_equal_images(pipeline(output_type="np", **call).images, expected)
 
 
-@pytest.mark.parametrize("overrides", [UNET, (*DIT, *LABELS, *LEARNED)], ids=["unet", "dit"])
+@pytest.mark.parametrize("overrides", [TINY_UNET, (*DIT, *LABELS, *LEARNED)], ids=["unet", "dit"])
 def test_a_folder_of_latents_is_read_as_the_model_that_it_was(
     overrides: tuple[str, ...], codec: LatentCodec, tmp_path: Path
 ) -> None:
@@ -233,8 +234,8 @@ def by_hand(folder: Path, steps: int, x: Tensor, **inputs: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     "latent, overrides, missing",
     [
-        (True, (*UNET, *LABELS), "num_classes=3"),
-        (False, (*UNET, *LABELS), "num_classes=3"),
+        (True, (*TINY_UNET, *LABELS), "num_classes=3"),
+        (False, (*TINY_UNET, *LABELS), "num_classes=3"),
         (False, (*DIT, *LABELS), "pipeline"),
     ],
     ids=["latents, unet", "pixels, unet", "pixels, dit"],

@@ -78,7 +78,7 @@ class LatentEncoder(Protocol):
 
 @dataclass(frozen=True)
 class EncodePlan:
-    """The inputs of a task that encodes a shard, beside the autoencoder."""
+    """The inputs of a task that encodes a shard, apart from the autoencoder."""
 
     source: Dataset
     destination: str

@@ -37,7 +37,7 @@ BY_HAND = "sample it step by step, as docs/toolbox.md shows"
 
 @dataclass(frozen=True)
 class Diffused:
-    """The traits of a model that decide how diffusers draws it, beside sampling settings."""
+    """The traits of a model that decide how diffusers draws it, apart from sampling settings."""
 
     network: str = "unet"  # the folder of the network
     latents: bool = False
