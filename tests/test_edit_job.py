@@ -1,8 +1,6 @@
 """`jobs/edit.py` from files to a file: what is black in the mask stays, and errors are one line."""
 
 import json
-import runpy
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,9 +17,9 @@ from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.sampling import image_grid
 from ddpm_ray.training.checkpoints import CheckpointStore
+from tests.fixtures.job_script import run_job
 from tests.training.test_hostile_checkpoints import TINY
 
-ROOT = Path(__file__).parents[1]
 PIXELS = np.random.default_rng(3).integers(0, 256, (8, 8), dtype=np.uint8)
 WHITE = np.arange(64).reshape(8, 8) % 8 > 4  # what is to be painted
 Edit = Callable[..., tuple[int, str, str]]
@@ -53,13 +51,8 @@ def edit(
     saved("small.png", PIXELS[:4, :4])
 
     def run(*arguments: str, image: str = "image.png") -> tuple[int, str, str]:
-        words = ["edit.py", model, image, "--out", "out.png", "sampling.steps=3", *arguments]
-        monkeypatch.setattr(sys, "argv", words)
-        with pytest.raises(SystemExit, match=r"^\d+$") as ended:
-            runpy.run_path(str(ROOT / "jobs/edit.py"), run_name="__main__")
-        shown = capsys.readouterr()
-        assert isinstance(ended.value.code, int)
-        return ended.value.code, shown.out, shown.err
+        words = [model, image, "--out", "out.png", "sampling.steps=3", *arguments]
+        return run_job("edit.py", words, monkeypatch, capsys)
 
     return run
 

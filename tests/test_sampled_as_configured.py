@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-import runpy
 import shutil
 import subprocess
 import sys
@@ -34,6 +33,7 @@ from ddpm_ray.storage import object_store
 from ddpm_ray.tracking.pyfunc_model import _load_pyfunc
 from ddpm_ray.training.checkpoints import CheckpointStore
 from ddpm_ray.training.sample_grids import GRID_IMAGES, SampleGridLogger
+from tests.fixtures.job_script import run_job
 from tests.limits import ENDS_S
 from tests.training.test_sample_grids import Wall
 
@@ -138,12 +138,7 @@ def job(
     monkeypatch.chdir(tmp_path)
 
     def run(name: str, *words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", [name, *words])
-        with pytest.raises(SystemExit, match=r"^\d+$") as ended:
-            runpy.run_path(str(ROOT / f"jobs/{name}.py"), run_name="__main__")
-        shown = capsys.readouterr()
-        assert isinstance(ended.value.code, int)
-        return ended.value.code, shown.out, shown.err
+        return run_job(f"{name}.py", words, monkeypatch, capsys)
 
     return run
 

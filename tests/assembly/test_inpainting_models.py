@@ -2,8 +2,6 @@
 
 import json
 import logging
-import runpy
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,8 +33,9 @@ from ddpm_ray.sampling.pipeline import TrainedModel
 from ddpm_ray.training.checkpoints import CheckpointStore
 from ddpm_ray.training.objective import Objective
 from tests.data.latent_sets import TINY_UNET, encode_noise
+from tests.fixtures.job_script import run_job
 
-CPU, ROOT = torch.device("cpu"), Path(__file__).parents[2]
+CPU = torch.device("cpu")
 INPAINTS = "objective.inpainting_masks=true"
 TINY = (
     "name=tiny",
@@ -166,13 +165,8 @@ def edit(
     Image.fromarray(np.where(keep[0], 0, 255).astype(np.uint8)).save("mask.png")
 
     def run(name: str, *arguments: str) -> tuple[int, str, str]:
-        words = ["edit.py", runs[name], "image.png", "--out", "out.png", *arguments]
-        monkeypatch.setattr(sys, "argv", words)
-        with pytest.raises(SystemExit, match=r"^\d+$") as ended:
-            runpy.run_path(str(ROOT / "jobs/edit.py"), run_name="__main__")
-        shown = capsys.readouterr()
-        assert isinstance(ended.value.code, int)
-        return ended.value.code, shown.out, shown.err
+        words = [runs[name], "image.png", "--out", "out.png", *arguments]
+        return run_job("edit.py", words, monkeypatch, capsys)
 
     return run
 

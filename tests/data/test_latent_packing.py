@@ -287,7 +287,7 @@ def test_a_preview_of_constant_channels_and_images_is_finite(tmp_path: Path) -> 
     assert (preview.images(torch.zeros(1, 3, 2, 4)) == 90).all()
 
 
-def test_the_cost_of_all_starts_is_recorded_beside_the_set(source: Dataset, tmp_path: Path) -> None:
+def test_the_cost_of_all_starts_is_recorded_with_the_set(source: Dataset, tmp_path: Path) -> None:
     """Each look at the clock is 1 s later, so each shard takes 1 s; one start is killed."""
     seconds, autoencoder = itertools.count(0.0), TinyAutoencoder()
     plan = plan_of(source, tmp_path / "set", autoencoder)
@@ -309,6 +309,24 @@ def test_a_damaged_record_is_refused(key: str, source: Dataset, tmp_path: Path) 
     checksummed_json.write(where, {name: held[name] for name in held if name != key})
     with pytest.raises(StorageError, match=r"encoding.json: not an encoding record .*; delete"):
         encoding_record.read_encoding(dataset)
+
+
+def test_a_preview_of_other_channels_is_refused(source: Dataset, tmp_path: Path) -> None:
+    dataset = encode(source, tmp_path / "set")
+    where = f"{dataset.url}/{encoding_record.RECORD}"
+    held = checksummed_json.read(where)
+    held["preview"]["matrix"] = [[*row, 1.0] for row in held["preview"]["matrix"]]
+    checksummed_json.write(where, held)
+    with pytest.raises(StorageError, match=r"not an encoding record \(ValueError\).*; delete"):
+        encoding_record.read_encoding(dataset)
+
+
+def test_a_damaged_cost_is_refused(source: Dataset, tmp_path: Path) -> None:
+    dataset = encode(source, tmp_path / "set")
+    where = f"{dataset.url}/{encoding_record.COST}"
+    checksummed_json.write(where, {"encoding": None, "autoencoder": 1.0})
+    with pytest.raises(StorageError, match=r"not the cost of an encoding \(TypeError\).*; delete"):
+        encoding_record.read_cost(dataset)
 
 
 def test_the_manifest_names_no_place(source: Dataset, tmp_path: Path) -> None:
