@@ -67,7 +67,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Places:
         other_autoencoder(root / "other"),
         begun(root / "ae", *AUTOENCODER, f"data.url={pixels}"),
         begun(root / "of-latents", *TINY, f"data.url={url}"),
-        begun(root / "of-pixels", *TINY, f"data.url={pixels}", "model.attention_resolutions=[4]"),
+        begun(root / "of-pixels", *TINY, f"data.url={pixels}"),
     )
 
 
@@ -234,7 +234,7 @@ def test_what_cannot_be_encoded_is_named(places: Places, said: Said) -> None:
 @pytest.mark.parametrize(
     "source, words, says",
     [
-        ("autoencoder", (*TINY, "model.attention_resolutions=[4]"), "an autoencoder, .* a U-Net"),
+        ("autoencoder", TINY, "an autoencoder, .* a U-Net"),
         ("of_latents", (*TINY[:2], *DIT, QUICK[0]), "a U-Net, and this run trains a DiT"),
         ("of_pixels", AUTOENCODER, "a U-Net, and this run trains an autoencoder"),
     ],
