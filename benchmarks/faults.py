@@ -52,6 +52,7 @@ from ddpm_ray.storage import object_store
 from ddpm_ray.tracking import mlflow_runs
 from ddpm_ray.training import loop
 from ddpm_ray.training.checkpoints import CHECKPOINTS, CheckpointStore
+from ddpm_ray.training.run import Run
 
 CONFIG = str(Path(__file__).parents[1] / "conf/train/digits.yaml")
 WORKERS, BATCH = 2, 32  # a step of about 0.1 s
@@ -74,7 +75,7 @@ def noting_worker(settings: dict[str, Any]) -> dict[str, Any]:
     """Our worker, which notes its steps as the plain one does."""
     step, home = loop.take_step, Path(settings["folder"]).parent
 
-    def and_note(run: loop.Run) -> bool:
+    def and_note(run: Run) -> bool:
         rewound = step(run)
         committed = run.checkpoints.committed
         durable = int(object_store.name_of(committed).split("-")[1]) if committed else 0

@@ -44,8 +44,9 @@ from ddpm_ray.reporting import Command
 from ddpm_ray.runs.train_worker import assemble, distributed_context
 from ddpm_ray.storage.object_store import write_bytes
 from ddpm_ray.tracking import run_lookup
-from ddpm_ray.training.loop import Run, report, save, take_step
+from ddpm_ray.training.loop import report, save, take_step
 from ddpm_ray.training.objective import Objective
+from ddpm_ray.training.run import Run
 from ddpm_ray.training.writer_lease import Lease
 
 ROUNDS = int(sys.argv[1]) if len(sys.argv) > 1 else 12

@@ -35,7 +35,8 @@ from ddpm_ray.config.training import TrainingConfig
 from ddpm_ray.counter_rng import Purpose, derived_seed, normal
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.evaluation.features.inception import Inception, Unit
-from ddpm_ray.training.loop import Run, save, take_step
+from ddpm_ray.training.loop import save, take_step
+from ddpm_ray.training.run import Run
 
 ROOT = Path(__file__).parents[2]
 CIFAR = str(ROOT / "conf/train/cifar10.yaml")

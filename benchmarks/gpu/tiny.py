@@ -28,7 +28,7 @@ from ddpm_ray.sampling.denoiser import Denoiser
 from ddpm_ray.training.checkpoint_writer import CheckpointWriter
 from ddpm_ray.training.checkpoints import CheckpointStore
 from ddpm_ray.training.divergence_guard import DivergenceGuard
-from ddpm_ray.training.loop import Run
+from ddpm_ray.training.run import Run
 from ddpm_ray.training.state import TrainingState
 
 SIDE = 8

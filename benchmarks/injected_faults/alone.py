@@ -40,6 +40,7 @@ from ddpm_ray.storage import object_store
 from ddpm_ray.tracking import run_lookup
 from ddpm_ray.training import loop
 from ddpm_ray.training.checkpoints import CHECKPOINTS
+from ddpm_ray.training.run import Run
 from ddpm_ray.training.writer_lease import Lease
 from tests.faults.proxy import Weather, through
 from tests.fixtures.mlflow_server import Line as Cable
@@ -67,7 +68,7 @@ def train_alone(settings: dict[str, Any]) -> None:
     found: dict[str, list[float]] = {"took_s": [], "ended": [], "plain_s": []}
     last_s = time.perf_counter()
 
-    def timed(run: loop.Run) -> bool:
+    def timed(run: Run) -> bool:
         nonlocal last_s
         rewound = step(run)
         now_s = time.perf_counter()
@@ -86,7 +87,7 @@ def train_alone(settings: dict[str, Any]) -> None:
     out.write_text(json.dumps(found))
 
 
-def save_plainly(run: loop.Run) -> None:
+def save_plainly(run: Run) -> None:
     """The same state as one file, by way of the same line."""
     state, file = run.state, io.BytesIO()
     parts = state.model, state.ema, state.optimizer

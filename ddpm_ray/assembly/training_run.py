@@ -40,10 +40,10 @@ from ddpm_ray.training.ema import (
     width_group,
 )
 from ddpm_ray.training.ema_snapshots import SNAPSHOTS, EmaSnapshotter, SnapshotStore
-from ddpm_ray.training.loop import Plan, TrainingObjective
 from ddpm_ray.training.metrics_buffer import StepLog
 from ddpm_ray.training.post_hoc_ema import gamma_of, power_decay
 from ddpm_ray.training.posterior_monitor import PosteriorMonitor
+from ddpm_ray.training.run import Plan, TrainingObjective
 from ddpm_ray.training.sample_grids import SampleGridLogger
 from ddpm_ray.training.state import TrainingState
 from ddpm_ray.training.validation_loss import LEVELS, Validator

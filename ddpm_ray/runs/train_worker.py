@@ -36,7 +36,8 @@ from ddpm_ray.training.checkpoint_folder import read_checkpoint
 from ddpm_ray.training.checkpoint_writer import CheckpointWriter
 from ddpm_ray.training.checkpoints import CHECKPOINTS, CheckpointStore
 from ddpm_ray.training.divergence_guard import DivergenceGuard
-from ddpm_ray.training.loop import Run, train_loop
+from ddpm_ray.training.loop import train_loop
+from ddpm_ray.training.run import Run
 from ddpm_ray.training.sample_grids import GRID_IMAGES, SampleGridLogger
 from ddpm_ray.training.state import Snapshot, TrainingState
 from ddpm_ray.training.writer_lease import Lease

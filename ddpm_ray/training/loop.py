@@ -3,121 +3,19 @@
 import logging
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ddpm_ray import fault_injection
-from ddpm_ray.collectives import Workers
-from ddpm_ray.data.loader import Batch
-from ddpm_ray.reporting import Command, Progress, Row, Sink
+from ddpm_ray.reporting import Command, Progress, Row
 from ddpm_ray.training.checkpoint_folder import read_checkpoint
-from ddpm_ray.training.checkpoint_writer import CheckpointWriter
-from ddpm_ray.training.divergence_guard import DivergedError, DivergenceGuard, diverged
-from ddpm_ray.training.gradient_accumulation import Losses
-from ddpm_ray.training.metrics_buffer import StepLog
-from ddpm_ray.training.state import TrainingState
+from ddpm_ray.training.divergence_guard import DivergedError, diverged
+from ddpm_ray.training.run import Run
 
 log = logging.getLogger(__name__)
 
 REPORT_EVERY_S = 1.0  # of sums over workers: rows, progress, and whether somebody asked to stop
-
-
-class ImageStream(Protocol):
-    """Global batches by number; see ddpm_ray/data/loader.py."""
-
-    waited_s: float
-
-    def batch(self, step: int) -> Batch:
-        """Wait for this worker's share of the global batch of `step`."""
-        ...
-
-    def keys(self, step: int) -> list[str]:
-        """Return the keys of the images of `batch(step)`."""
-        ...
-
-    def close(self) -> None:
-        """Stop reading ahead."""
-        ...
-
-
-class TrainingObjective(Protocol):
-    """The losses of a task and their gradient."""
-
-    def backward(
-        self,
-        network: nn.Module,
-        images: Tensor,
-        labels: Tensor,
-        step: int,
-        workers: Workers,
-        micro_batch: int,
-    ) -> Losses:
-        """Add the gradient of the global batch's mean loss to all parameters that are trained.
-
-        images uint8 [b, H, W, C] and labels [b] are this worker's share of global batch `step`
-        (from 0); each forward pass takes `micro_batch` of them. A loss that is not finite makes
-        the gradient of all workers NaN.
-        """
-        ...
-
-    def log_snr(self, t: Tensor) -> Tensor | None:
-        """Log-SNR [b] float64 at the noise levels of losses; None if there are none."""
-        ...
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Settings of the training loop; steps are optimiser steps."""
-
-    steps: int  # at most
-    global_batch_size: int
-    micro_batch_size: int
-    max_grad_norm: float
-    learning_rate: Callable[[int], float]  # of the update that takes step s to s + 1
-    ema_decay: Callable[[int], float]
-    checkpoint_every_steps: int
-    grid_every_steps: int = 0
-    evaluate_every_steps: int = 0
-    validate_every_steps: int = 0
-    core_seconds: float = 0.0  # after which the run ends; 0: only `steps` ends it
-
-    def is_due(self, every_steps: int, step: int) -> bool:
-        """Whether an action with period `every_steps` (0: never) is due after `step`."""
-        return every_steps > 0 and step % every_steps == 0
-
-
-@dataclass
-class Run:
-    """State of one worker's training, and the objects that act on it."""
-
-    plan: Plan
-    state: TrainingState
-    network: nn.Module  # state.model, wrapped by DDP and torch.compile as configured
-    objective: TrainingObjective
-    guard: DivergenceGuard
-    stream: ImageStream
-    workers: Workers
-    log: StepLog
-    checkpoints: CheckpointWriter
-    sink: Sink | None  # on the main worker
-    show_progress: Callable[[Progress], Command]  # on the main worker
-    draw_grid: Callable[[int], None]
-    draw_strip: Callable[[int], None]
-    evaluate: Callable[[int], None]  # leaves its scores in state.scores
-    validate: Callable[[int], None]  # adds its losses to state.validation_losses
-    snapshot_ema: Callable[[int], None] = lambda step: None  # see ema_snapshots.py
-    saves_first: bool = False  # a continued run has changed options: a checkpoint must say so
-    report_every_steps: int = 1
-    reported: tuple[int, float] = field(default_factory=lambda: (0, time.perf_counter()))
-
-    def is_finished(self) -> bool:
-        """Whether all steps are taken, or all core-seconds used; the same on all workers."""
-        core_seconds = self.plan.core_seconds
-        return self.state.step >= self.plan.steps or 0 < core_seconds <= self.log.core_s
 
 
 def train_loop(run: Run) -> bool:

@@ -33,7 +33,8 @@ from ddpm_ray.runs.train_worker import assemble
 from ddpm_ray.tracking import mlflow_runs
 from ddpm_ray.tracking.run_info import RunMetadata, TrackedRun
 from ddpm_ray.training.checkpoints import CHECKPOINTS, CheckpointStore
-from ddpm_ray.training.loop import Run, train_loop
+from ddpm_ray.training.loop import train_loop
+from ddpm_ray.training.run import Run
 from ddpm_ray.training.writer_lease import Lease
 
 STEPS, EVERY = 24, 5

@@ -22,8 +22,9 @@ from ddpm_ray.training.checkpoint_writer import CheckpointWriter
 from ddpm_ray.training.checkpoints import CheckpointStore
 from ddpm_ray.training.ema import EMA, Averages, width_group
 from ddpm_ray.training.ema_snapshots import SNAPSHOTS, EmaSnapshotter, SnapshotStore, averaged
-from ddpm_ray.training.loop import Run, train_loop
+from ddpm_ray.training.loop import train_loop
 from ddpm_ray.training.post_hoc_ema import gamma_of, power_decay
+from ddpm_ray.training.run import Run
 from ddpm_ray.training.state import Snapshot, TrainingState
 from tests.limits import ENDS_S
 from tests.noise import pack_noise

@@ -45,9 +45,10 @@ from ddpm_ray.training import loop
 from ddpm_ray.training.checkpoint_writer import CheckpointWriter
 from ddpm_ray.training.checkpoints import CheckpointStore
 from ddpm_ray.training.divergence_guard import DivergedError, DivergenceGuard
-from ddpm_ray.training.loop import Run, train_loop
+from ddpm_ray.training.loop import train_loop
 from ddpm_ray.training.noising import NoisyBatch
 from ddpm_ray.training.objective import Objective
+from ddpm_ray.training.run import Run
 from ddpm_ray.training.sample_grids import SampleGridLogger
 from ddpm_ray.training.state import Snapshot
 from tests.data.latent_sets import encode_noise
