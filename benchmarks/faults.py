@@ -41,7 +41,7 @@ from benchmarks.injected_faults.plain import KEY, plain_worker
 from benchmarks.injected_faults.stores import corrupt, refused
 from benchmarks.injected_faults.table import Line, shown
 from ddpm_ray import fault_injection
-from ddpm_ray.assembly import training_run
+from ddpm_ray.assembly import networks
 from ddpm_ray.config.loading import load_config
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.shards import fetch_shard
@@ -111,7 +111,7 @@ def plain(home: Path, steps: int, every: int, failures: int) -> FaultedRun:
     shards = [fetch_shard(dataset, number) for number in range(dataset.manifest.shards)]
     images = np.concatenate([shard.images for shard in shards])
     np.save(home / "images.npy", images.transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1)
-    network = training_run.unet_spec(config, dataset.manifest.image_shape)
+    network = networks.unet_spec(config, dataset.manifest.image_shape)
     asked = {name: os.environ[name] for name in (fault_injection.VARIABLE,) if name in os.environ}
     settings = {
         "environment": asked,

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch.nn.utils import clip_grad_norm_
 
-from ddpm_ray.assembly import training_run
+from ddpm_ray.assembly import networks
 from ddpm_ray.assembly.autoencoder_loading import trained_autoencoder
 from ddpm_ray.config.cluster import ClusterConfig
 from ddpm_ray.config.encode import EncodeConfig
@@ -84,7 +84,7 @@ def bare_step(run: Run) -> Callable[[], None]:
     config = from_dict(RunConfig, run.state.facts["config"])
     assert isinstance(run.stream, ShardStream)
     shape = run.stream.dataset.manifest.diffused_shape
-    network = training_run.network(config, shape)
+    network = networks.network(config, shape)
     optimizer = torch.optim.Adam(network.parameters(), lr=2e-4, fused=True)
     x_0 = torch.rand(BATCH, shape.channels, shape.height, shape.width) * 2 - 1
     assert isinstance(run.objective, Objective)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from benchmarks.gpu.tiny import SHAPE, SIDE, Notes, config_of, denoiser_of, packed, pixels, run_of
 from benchmarks.gpu.tiny_keys import ADVERSARY, AUTOENCODER
-from ddpm_ray.assembly import checkpoint_loading, diffusion, scoring, training_run
+from ddpm_ray.assembly import checkpoint_loading, diffusion, networks, scoring, training_run
 from ddpm_ray.collectives import Workers
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.evaluation import memorisation, probability_flow_likelihood, sample_quality
@@ -242,9 +242,9 @@ def _spacing(spacing: str, device: torch.device) -> None:
 def _classifier_guidance(steps: bool, device: torch.device) -> None:
     config = config_of([])
     _, denoiser = denoiser_of(config, device)
-    network = training_run.network(
-        config_of(OBJECTIVES["classifier"]), ImageShape(SIDE, SIDE, 3)
-    ).to(device)
+    network = networks.network(config_of(OBJECTIVES["classifier"]), ImageShape(SIDE, SIDE, 3)).to(
+        device
+    )
     assert isinstance(network, NoisyClassifier)
     network.eval().requires_grad_(False)
     plan = diffusion.sampling_plan(config.sampling, denoiser.schedule)

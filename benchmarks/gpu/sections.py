@@ -28,7 +28,7 @@ from benchmarks.gpu.fake_library import NoFakeCudaError
 from benchmarks.gpu.measured import busy, deterministic, flops, matmul_rate, repeated, wait
 from benchmarks.gpu.tiny import SIDE, config_of, run_of
 from benchmarks.gpu.tiny_keys import BATCH
-from ddpm_ray.assembly import training_run
+from ddpm_ray.assembly import networks
 from ddpm_ray.config.loading import load_config
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.training import TrainingConfig
@@ -215,7 +215,7 @@ def _limits(place: Place, side: int, *keys: str) -> Generator[Row, None, Limits]
     size = 128 if place.toy else 8192
     rate = matmul_rate(torch.bfloat16, place.device, size, place.round_s / 2)
     yield Row(f"bf16 products, {size} x {size}", {"TFLOP/s": round(rate / 1e12, 3)})
-    network = training_run.network(place.config(*keys), ImageShape(side, side, 3)).to(place.device)
+    network = networks.network(place.config(*keys), ImageShape(side, side, 3)).to(place.device)
     x_t = torch.randn(1, 3, side, side, device=place.device)
     t = torch.tensor([1], device=place.device)
     work = flops(lambda: network(x_t, t).square().mean())

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from ddpm_ray.assembly import run_config, training_run
+from ddpm_ray.assembly import networks, run_config
 from ddpm_ray.assembly.newest_checkpoint import newest_checkpoint, usable_device
 from ddpm_ray.config.loading import ConfigError
 from ddpm_ray.data.image_shape import ImageShape
@@ -37,7 +37,7 @@ def trained_autoencoder(
             "task=autoencoder, or a diffusers folder of an AutoencoderKL"
         )
     image_shape = ImageShape(*snapshot.facts["image_shape"])
-    network = training_run.network(config, image_shape)
+    network = networks.network(config, image_shape)
     assert isinstance(network, Autoencoder)
     network.load_state_dict(snapshot.tensors[ema])
     sha256 = checkpoint_folder.weights_sha256(where, ema)

@@ -11,7 +11,7 @@ import torch
 from safetensors import torch as safetensors
 from torch import Tensor
 
-from ddpm_ray.assembly import other_libraries, run_config, training_run
+from ddpm_ray.assembly import networks, other_libraries, run_config
 from ddpm_ray.assembly.diffusion import denoiser
 from ddpm_ray.assembly.latents import bound_codec
 from ddpm_ray.assembly.newest_checkpoint import newest_checkpoint, usable_device
@@ -71,7 +71,7 @@ def trained_model(
     codec = guides or bound_codec(snapshot.facts, where, device, autoencoder)
     image_shape = ImageShape(*snapshot.facts["image_shape"])
     variant = run_config.saved_variant(snapshot.facts, where)
-    network = training_run.network(config, diffused_shape(codec, image_shape), variant)
+    network = networks.network(config, diffused_shape(codec, image_shape), variant)
     network.load_state_dict(snapshot.tensors[ema])
     network.to(device).eval().requires_grad_(False)
     provenance = {
@@ -193,7 +193,7 @@ def trained_classifier(
     if guides is not None:
         require_same_x_0(guides, codec)
     shape = diffused_shape(codec, ImageShape(*snapshot.facts["image_shape"]))
-    network = training_run.network(config, shape)
+    network = networks.network(config, shape)
     assert isinstance(network, NoisyClassifier)
     network.load_state_dict(snapshot.tensors["ema"])
     return network.to(device).eval().requires_grad_(False)

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from ddpm_ray.assembly import checkpoint_loading, training_run
+from ddpm_ray.assembly import checkpoint_loading, networks
 from ddpm_ray.assembly.checkpoint_loading import TrainedWeights
 from ddpm_ray.config.loading import ConfigError
 from ddpm_ray.config.run import RunConfig
@@ -87,7 +87,7 @@ def check_initial_weights(
             f"and this run trains {NAMES[wanted]}: name a model with the same network"
         )
     with torch.device("meta"):
-        network = training_run.network(config, image_shape)
+        network = networks.network(config, image_shape)
     tensors = network.state_dict()
     taken = match_tensors(tensors, found.tensors, config.training, source.checkpoint)
     log.info(

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ddpm_ray.assembly import training_run
+from ddpm_ray.assembly import networks
 from ddpm_ray.assembly.autoencoder_loading import trained_autoencoder
 from ddpm_ray.assembly.latents import codec_facts
 from ddpm_ray.config.import_weights import ImportConfig
@@ -124,7 +124,7 @@ def of_weights(config: ImportConfig, where: str, tensors: Mapping[str, Tensor]) 
     try:
         sizes = config.model.for_images(image_shape.height, image_shape.width)
         run = replace(run, model=sizes)
-        spec = training_run.unet_spec(run, image_shape, _variant(config))
+        spec = networks.unet_spec(run, image_shape, _variant(config))
         spec.require_consistent()
     except ValueError as error:
         raise ConfigError(str(error)) from error
@@ -146,9 +146,9 @@ def snapshot(model: OtherModel, source: Mapping[str, Any]) -> Snapshot:
     shape, variant = diffused_shape(model.codec, model.image_shape), {}
     kept: UNetSpec | DiTSpec
     if isinstance(model.spec, DiTSpec):
-        kept = training_run.dit_spec(model.config, shape)
+        kept = networks.dit_spec(model.config, shape)
     else:
-        kept = training_run.unet_spec(model.config, shape, model.spec.variant)
+        kept = networks.unet_spec(model.config, shape, model.spec.variant)
         variant = {"variant": asdict(model.spec.variant)}
     for key, value in asdict(model.spec).items():
         if asdict(kept)[key] != value:

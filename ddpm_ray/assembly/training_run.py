@@ -1,17 +1,18 @@
-"""Build the objects of a training run from its config: one `match` per choice."""
+"""Build the objects of a training run from its config."""
 
 import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, assert_never
+from typing import Any
 
 import torch
 
 from ddpm_ray.assembly import diffusion, optimization
 from ddpm_ray.assembly.autoencoder import adversary, autoencoder_objective, autoencoder_spec
 from ddpm_ray.assembly.diffusion import memory_format
+from ddpm_ray.assembly.networks import network
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.data import DataConfig
 from ddpm_ray.config.run import RunConfig
@@ -22,11 +23,6 @@ from ddpm_ray.data.latent_codec import codec_of
 from ddpm_ray.data.loader import Batch, ShardStream
 from ddpm_ray.diffusion.timestep_sampling import SecondMoments
 from ddpm_ray.models.autoencoder import Autoencoder
-from ddpm_ray.models.classifier import NoisyClassifier
-from ddpm_ray.models.dit import DiT, DiTSpec
-from ddpm_ray.models.layers import HO, Variant
-from ddpm_ray.models.unet import UNet
-from ddpm_ray.models.unet_spec import UNetSpec
 from ddpm_ray.sampling.denoiser import Denoiser
 from ddpm_ray.storage import object_store
 from ddpm_ray.training import validation_loss
@@ -49,94 +45,6 @@ from ddpm_ray.training.state import TrainingState
 from ddpm_ray.training.validation_loss import LEVELS, Validator
 
 DEFAULT_CACHE = "~/.cache/ddpm-ray"
-
-
-def network(
-    config: RunConfig,
-    image_shape: ImageShape,
-    variant: Variant = HO,
-    *,
-    gradient_checkpointing: bool = False,
-) -> UNet | DiT | NoisyClassifier | Autoencoder:
-    """The network for images [H, W, C]; raises ValueError if H and W do not fit it."""
-    match config.task:
-        case "autoencoder":
-            spec = autoencoder_spec(config, image_shape.channels)
-            spec.latent_shape(image_shape[:2])
-            return Autoencoder(spec)
-        case "classifier":  # the config has no other network than a U-Net
-            return NoisyClassifier(unet_spec(config, image_shape, variant), image_shape[:2])
-        case "denoiser":
-            return denoiser_network(config, image_shape, variant, gradient_checkpointing)
-        case never:
-            assert_never(never)
-
-
-def denoiser_network(
-    config: RunConfig, image_shape: ImageShape, variant: Variant, gradient_checkpointing: bool
-) -> UNet | DiT:
-    """The network of a denoiser for images [H, W, C]; raises ValueError as `network`."""
-    learns_uncertainty = config.objective.weighting == "uncertainty"
-    match config.model.network:
-        case "unet":
-            return UNet(
-                unet_spec(config, image_shape, variant),
-                learns_uncertainty=learns_uncertainty,
-                gradient_checkpointing=gradient_checkpointing,
-            )
-        case "dit":
-            return DiT(
-                dit_spec(config, image_shape),
-                learns_uncertainty=learns_uncertainty,
-                gradient_checkpointing=gradient_checkpointing,
-            )
-        case never:
-            assert_never(never)
-
-
-def unet_spec(config: RunConfig, image_shape: ImageShape, variant: Variant = HO) -> UNetSpec:
-    """The spec of the U-Net for images [H, W, C]; raises ValueError if H and W do not fit it."""
-    height, width, channels = image_shape
-    model = config.model
-    spec = UNetSpec(
-        channels,
-        model.base_channels,
-        model.channel_mults,
-        model.blocks_per_level,
-        dropout=model.dropout,
-        groups=model.groups,
-        num_classes=model.num_classes,
-        condition_channels=condition_channels(config, image_shape),
-        learns_variance=config.objective.variance != "fixed",
-        variant=replace(variant, head_channels=model.head_channels or variant.head_channels),
-    )
-    spec.require_divisible((height, width))
-    factors = model.for_images(height, width).attention_factors
-    assert factors is not None  # for_images sets it
-    return replace(spec, attention_factors=factors)
-
-
-def dit_spec(config: RunConfig, image_shape: ImageShape) -> DiTSpec:
-    """The spec of the DiT for images [H, W, C]."""
-    height, width, channels = image_shape
-    model = config.model
-    return DiTSpec(
-        (height, width),
-        channels,
-        **model.dit_sizes._asdict(),
-        dropout=model.dropout,
-        num_classes=model.num_classes,
-        condition_channels=condition_channels(config, image_shape),
-        learns_variance=config.objective.variance != "fixed",
-    )
-
-
-def condition_channels(config: RunConfig, image_shape: ImageShape) -> int:
-    """Channels of the conditioning images that the denoiser takes."""
-    objective = config.objective
-    images = objective.self_conditioning + bool(objective.low_resolution_pixels)
-    known = image_shape.channels + 1 if objective.inpainting_masks else 0  # and their mask
-    return image_shape.channels * images + known
 
 
 def training_state(

@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 import torch
 
-from ddpm_ray.assembly import training_run
+from ddpm_ray.assembly import networks
 from ddpm_ray.config.reading.option_text import value_text
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.training import TrainingConfig
@@ -55,7 +55,7 @@ def training_length(training: TrainingConfig) -> str:
 def _model_lines(config: RunConfig, image_shape: ImageShape) -> list[str]:
     """Describe the network for images [H, W, C] and what it is trained for."""
     with torch.device("meta"):
-        network = training_run.network(config, image_shape)
+        network = networks.network(config, image_shape)
     count = sum(parameter.numel() for parameter in network.parameters())
     if isinstance(network, Autoencoder):
         wanted, spec = config.autoencoder, network.spec

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ddpm_ray.assembly import diffusion, latents, run_config, training_run
+from ddpm_ray.assembly import diffusion, latents, networks, run_config
 from ddpm_ray.assembly.autoencoder import require_fitting
 from ddpm_ray.config.loading import ConfigError, flat, to_dict, to_yaml
 from ddpm_ray.config.pack import PackConfig
@@ -282,7 +282,7 @@ def check_model(config: RunConfig, dataset: Dataset) -> None:
         raise ConfigError(f"schedule: {error}") from error
     try:
         with torch.device("meta"):
-            training_run.network(config, shape)
+            networks.network(config, shape)
         if reconstructs:
             require_fitting(config, shape)
     except ValueError as error:

@@ -23,6 +23,7 @@ from ddpm_ray.assembly import (
     checkpoint_loading,
     diffusers_export,
     diffusion,
+    networks,
     run_config,
     training_run,
 )
@@ -71,7 +72,7 @@ def configured(*overrides: str) -> RunConfig:
 def trained(config: RunConfig) -> TrainedModel:
     """As loaded from a checkpoint, with weights that are not zero."""
     torch.manual_seed(3)
-    network = training_run.network(config, ImageShape(8, 8, 3))
+    network = networks.network(config, ImageShape(8, 8, 3))
     for parameter in network.parameters():
         nn.init.normal_(parameter, std=0.2)
     denoiser = diffusion.denoiser(config, network.eval().requires_grad_(False), CPU, PIXELS)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ddpm_ray.assembly import diffusion, latents, training_run
+from ddpm_ray.assembly import diffusion, latents, networks
 from ddpm_ray.assembly.checkpoint_loading import trained_model
 from ddpm_ray.assembly.diffusers_export import write_diffusers
 from ddpm_ray.config.loading import load_config, to_dict
@@ -64,7 +64,7 @@ def trained(codec: Codec, *overrides: str) -> TrainedModel:
     config = load_config(RunConfig, None, [*keys])
     channels, height, width = codec.shape(IMAGES)
     generator = torch.Generator().manual_seed(3)
-    network = training_run.network(config, ImageShape(height, width, channels))
+    network = networks.network(config, ImageShape(height, width, channels))
     for parameter in network.parameters():
         nn.init.normal_(parameter, std=0.3, generator=generator)
     denoiser = diffusion.denoiser(

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddpm_ray.assembly import training_run
+from ddpm_ray.assembly import networks
 from ddpm_ray.choices import ReverseVariance
 from ddpm_ray.config.loading import load_config
 from ddpm_ray.config.run import RunConfig
@@ -213,7 +213,7 @@ def test_heads_of_the_config_are_theirs() -> None:
     sizes = ["model.base_channels=8", "model.groups=4", "model.channel_mults=[1,2]"]
     options = ["model.attention_factors=[1,2]", "model.head_channels=4"]
     run = load_config(RunConfig, None, ["name=a", "data.url=b", *sizes, *options])
-    ours = UNet(training_run.unet_spec(run, ImageShape(8, 8, 3))).eval()
+    ours = UNet(networks.unet_spec(run, ImageShape(8, 8, 3))).eval()
     disturb(ours)
     config, weights = convert.to_diffusers(ours.spec, ours.state_dict(), (8, 8))
     assert config["attention_head_dim"] == 4

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ddpm_ray.assembly import training_run
+from ddpm_ray.assembly import networks
 from ddpm_ray.config.loading import load_config
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.image_shape import ImageShape
@@ -77,7 +77,7 @@ def test_the_papers_sizes_have_its_parameters_and_operations(
         ],
     )
     with torch.device("meta"):
-        network = training_run.network(config, ImageShape(32, 32, 4))
+        network = networks.network(config, ImageShape(32, 32, 4))
         x_t, t = torch.empty(1, 4, 32, 32), torch.ones(1, dtype=torch.int64)
         with FlopCounterMode(display=False) as counter:
             assert network(x_t, t).shape == (1, 8, 32, 32)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ddpm_ray.assembly import training_run
+from ddpm_ray.assembly import networks
 from ddpm_ray.assembly.autoencoder_loading import trained_autoencoder
 from ddpm_ray.config.encode import EncodeConfig
 from ddpm_ray.config.loading import ConfigError, load_config
@@ -77,7 +77,7 @@ def test_each_trial_has_the_network_of_its_own_latents(home: Path) -> None:
         assert Path(run.data.url) == home / url
         assert Path(run.evaluation.reference_url) == home / "pixels"
         assert not run.evaluation.validation_every_steps
-        network = training_run.network(run, data.of(run).dataset.manifest.diffused_shape)
+        network = networks.network(run, data.of(run).dataset.manifest.diffused_shape)
         assert isinstance(network, UNet)
         x_t = torch.zeros(1, *shape)
         assert network(x_t, torch.tensor([3])).shape == x_t.shape

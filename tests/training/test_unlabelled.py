@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ddpm_ray.assembly import diffusion, training_run
+from ddpm_ray.assembly import diffusion, networks, training_run
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.loading import load_config
 from ddpm_ray.config.run import RunConfig
@@ -59,7 +59,7 @@ def trained(labels: Tensor, *more: str) -> list[float]:
 def network() -> nn.Module:
     """The network that runs train, whose last layer is not 0."""
     torch.manual_seed(0)
-    made = training_run.network(configured(), ImageShape(4, 4, 1))
+    made = networks.network(configured(), ImageShape(4, 4, 1))
     for parameter in made.parameters():
         nn.init.normal_(parameter, std=0.3)
     return made
