@@ -38,10 +38,11 @@ from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.data.loader import ShardStream
 from ddpm_ray.data.packing import latent_packer, packer
 from ddpm_ray.distributed import worker_group
+from ddpm_ray.distributed.worker_context import distributed_context
 from ddpm_ray.models.autoencoder import Autoencoder, AutoencoderSpec
 from ddpm_ray.models.interop import autoencoder_kl
 from ddpm_ray.reporting import Command
-from ddpm_ray.runs.train_worker import assemble, distributed_context
+from ddpm_ray.runs.train_worker import assemble
 from ddpm_ray.storage.object_store import write_bytes
 from ddpm_ray.tracking import run_lookup
 from ddpm_ray.training.loop import report, save, take_step

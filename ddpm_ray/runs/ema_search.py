@@ -18,12 +18,12 @@ from ddpm_ray.config.loading import ConfigError, from_dict, to_dict
 from ddpm_ray.data.dataset import open_dataset
 from ddpm_ray.distributed import fatal_errors, startup, worker_group
 from ddpm_ray.distributed.control_actor import RunControl
+from ddpm_ray.distributed.worker_context import distributed_context
 from ddpm_ray.evaluation import sample_quality
 from ddpm_ray.evaluation.reference_statistics import reference
 from ddpm_ray.reporting import Progress
 from ddpm_ray.runs.evaluate import absolute_evaluation_paths
 from ddpm_ray.runs.image_progress import ImageProgress
-from ddpm_ray.runs.train_worker import distributed_context
 from ddpm_ray.storage import object_store
 from ddpm_ray.storage.file_formats import package_version
 from ddpm_ray.training import checkpoint_folder

@@ -20,6 +20,7 @@ from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.dataset import Dataset, open_dataset
 from ddpm_ray.distributed import fatal_errors, startup, worker_group
 from ddpm_ray.distributed.control_actor import RunControl
+from ddpm_ray.distributed.worker_context import distributed_context
 from ddpm_ray.evaluation import sample_quality
 from ddpm_ray.evaluation.likelihood_over_dataset import Likelihood, flow_likelihood
 from ddpm_ray.evaluation.memorisation import Neighbours, nearest_images, spread
@@ -34,7 +35,6 @@ from ddpm_ray.runs.evaluate_autoencoder import (
     require_reconstruction_scores,
 )
 from ddpm_ray.runs.image_progress import ImageProgress
-from ddpm_ray.runs.train_worker import distributed_context
 from ddpm_ray.sampling.pipeline import TrainedModel
 from ddpm_ray.sampling.sampling import SamplingPlan, draw_uint8, sampling_plan
 from ddpm_ray.storage import object_store

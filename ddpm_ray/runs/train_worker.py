@@ -4,16 +4,14 @@ import logging
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
-import ray.train
-import ray.train.torch
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ddpm_ray import fault_injection
-from ddpm_ray.assembly import diffusion, initial_weights, latents, run_config, training_run
+from ddpm_ray.assembly import initial_weights, latents, run_config, training_run
 from ddpm_ray.assembly.initial_weights import InitialWeights
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.loading import from_dict
@@ -23,9 +21,9 @@ from ddpm_ray.data.dataset import Dataset, DatasetError, open_dataset
 from ddpm_ray.distributed import fatal_errors, placement_groups, startup
 from ddpm_ray.distributed.control_actor import RunControl
 from ddpm_ray.distributed.heartbeat import HeartbeatSender
+from ddpm_ray.distributed.worker_context import distributed_context
 from ddpm_ray.reporting import Command, Progress, Row
-from ddpm_ray.runs.autoencoder_outputs import AutoencoderOutputs
-from ddpm_ray.runs.periodic_evaluation import PeriodicEvaluator
+from ddpm_ray.runs.training_outputs import training_outputs
 from ddpm_ray.storage import object_store
 from ddpm_ray.storage.file_formats import package_version
 from ddpm_ray.tracking import mlflow_settings
@@ -38,7 +36,6 @@ from ddpm_ray.training.checkpoints import CHECKPOINTS, CheckpointStore
 from ddpm_ray.training.divergence_guard import DivergenceGuard
 from ddpm_ray.training.loop import train_loop
 from ddpm_ray.training.run import Run
-from ddpm_ray.training.sample_grids import GRID_IMAGES, SampleGridLogger
 from ddpm_ray.training.state import Snapshot, TrainingState
 from ddpm_ray.training.writer_lease import Lease
 
@@ -122,7 +119,7 @@ def assemble(
         state.facts["init_from"] = source
     check = writer.store.check_lease
     sink = _tracker(config, settings, unsent, check) if workers.is_main else None
-    outputs = _outputs(config, settings["folder"], dataset, codec, state, workers, sink)
+    outputs = training_outputs(config, settings["folder"], dataset, codec, state, workers, sink)
     return Run(
         plan=training_run.plan(config, workers.count),
         state=state,
@@ -146,39 +143,6 @@ def assemble(
     )
 
 
-class Outputs(NamedTuple):
-    """Callbacks of the loop that show and score the EMA weights of a step."""
-
-    draw_grid: Callable[[int], None]
-    draw_strip: Callable[[int], None]
-    evaluate: Callable[[int], None]
-    validate: Callable[[int], None]
-
-
-def _outputs(
-    config: RunConfig,
-    folder: str,
-    dataset: Dataset,
-    codec: Codec,
-    state: TrainingState,
-    workers: Workers,
-    sink: Tracker | None,
-) -> Outputs:
-    """Build the callbacks of the task; all workers call them."""
-    if config.traits.reconstructs:
-        url = object_store.join(folder, "pictures")
-        found = AutoencoderOutputs(config, dataset, state, workers, url, sink)
-        return Outputs(found.draw_grid, _nothing, found.evaluate, _nothing)
-    grid_logger = _grid_logger(config, folder, dataset, codec, state, workers, sink)
-    draws = config.traits.draws_images
-    return Outputs(
-        grid_logger.log_grid if draws else _nothing,
-        grid_logger.log_strip if draws else _nothing,
-        PeriodicEvaluator(config, dataset, state, grid_logger).evaluate,
-        _validate_callback(config, dataset, state, grid_logger),
-    )
-
-
 def _record_changes(
     config: RunConfig, dataset: Dataset, state: TrainingState, facts: dict[str, Any]
 ) -> bool:
@@ -199,32 +163,6 @@ def _configure_process(config: RunConfig) -> None:
     object_store.set_retry_timeout(config.cluster.storage_timeout_s)
     if config.training.deterministic:
         determinism.configure()
-
-
-def _grid_logger(
-    config: RunConfig,
-    folder: str,
-    dataset: Dataset,
-    codec: Codec,
-    state: TrainingState,
-    workers: Workers,
-    sink: Tracker | None,
-) -> SampleGridLogger:
-    """Build the sampler of the EMA weights; all workers draw."""
-    denoiser = diffusion.denoiser(config, state.ema.model, workers.device, codec)
-    denoiser = training_run.with_low_resolution(
-        denoiser, config.data, dataset, GRID_IMAGES, workers.device
-    )
-    names = dataset.manifest.label_names
-    return SampleGridLogger(
-        denoiser,
-        diffusion.sampling_plan(config.sampling, denoiser.schedule, names),
-        dataset.manifest.image_shape,
-        workers,
-        object_store.join(folder, "pictures"),
-        sink,
-        config.sampling.batch_size,
-    )
 
 
 def _tracker(
@@ -298,28 +236,6 @@ def _writer(config: RunConfig, settings: dict[str, Any], workers: Workers) -> Ch
     if workers.is_main:
         store.acquire_lease(Lease(**settings["lease"]).renewed())
     return CheckpointWriter(store)
-
-
-def _validate_callback(
-    config: RunConfig, dataset: Dataset, state: TrainingState, grid_logger: SampleGridLogger
-) -> Callable[[int], None]:
-    """The callback that computes the validation loss; reads its images only if it is enabled."""
-    if not config.evaluation.validation_every_steps:
-        return _nothing
-    return training_run.validator(config, dataset, state, grid_logger).validate
-
-
-def _nothing(step: int) -> None:
-    """Do nothing, for disabled outputs."""
-
-
-def distributed_context() -> Workers:
-    """Rank, number of workers and device of this process in its Ray Train worker group."""
-    context = ray.train.get_context()
-    device = ray.train.torch.get_device()
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # all_gather_object with NCCL uses the current device
-    return Workers(context.get_world_rank(), context.get_world_size(), device)
 
 
 def _newest(store: CheckpointStore, workers: Workers) -> tuple[str, Snapshot] | None:

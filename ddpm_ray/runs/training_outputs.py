@@ -1,0 +1,88 @@
+"""Pictures, scores and validation losses of a run while it trains: the callbacks of its task."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from ddpm_ray.assembly import diffusion, training_run
+from ddpm_ray.collectives import Workers
+from ddpm_ray.config.run import RunConfig
+from ddpm_ray.data.codec import Codec
+from ddpm_ray.data.dataset import Dataset
+from ddpm_ray.reporting import Sink
+from ddpm_ray.runs.autoencoder_outputs import AutoencoderOutputs
+from ddpm_ray.runs.periodic_evaluation import PeriodicEvaluator
+from ddpm_ray.storage import object_store
+from ddpm_ray.training.sample_grids import GRID_IMAGES, SampleGridLogger
+from ddpm_ray.training.state import TrainingState
+
+
+class TrainingOutputs(NamedTuple):
+    """Callbacks of the loop that show and score the EMA weights of a step."""
+
+    draw_grid: Callable[[int], None]
+    draw_strip: Callable[[int], None]
+    evaluate: Callable[[int], None]
+    validate: Callable[[int], None]
+
+
+def training_outputs(
+    config: RunConfig,
+    folder: str,
+    dataset: Dataset,
+    codec: Codec,
+    state: TrainingState,
+    workers: Workers,
+    sink: Sink | None,
+) -> TrainingOutputs:
+    """Build the callbacks of the task; all workers call them."""
+    if config.traits.reconstructs:
+        url = object_store.join(folder, "pictures")
+        found = AutoencoderOutputs(config, dataset, state, workers, url, sink)
+        return TrainingOutputs(found.draw_grid, _nothing, found.evaluate, _nothing)
+    grid_logger = _grid_logger(config, folder, dataset, codec, state, workers, sink)
+    draws = config.traits.draws_images
+    return TrainingOutputs(
+        grid_logger.log_grid if draws else _nothing,
+        grid_logger.log_strip if draws else _nothing,
+        PeriodicEvaluator(config, dataset, state, grid_logger).evaluate,
+        _validate_callback(config, dataset, state, grid_logger),
+    )
+
+
+def _grid_logger(
+    config: RunConfig,
+    folder: str,
+    dataset: Dataset,
+    codec: Codec,
+    state: TrainingState,
+    workers: Workers,
+    sink: Sink | None,
+) -> SampleGridLogger:
+    """Build the sampler of the EMA weights; all workers draw."""
+    denoiser = diffusion.denoiser(config, state.ema.model, workers.device, codec)
+    denoiser = training_run.with_low_resolution(
+        denoiser, config.data, dataset, GRID_IMAGES, workers.device
+    )
+    names = dataset.manifest.label_names
+    return SampleGridLogger(
+        denoiser,
+        diffusion.sampling_plan(config.sampling, denoiser.schedule, names),
+        dataset.manifest.image_shape,
+        workers,
+        object_store.join(folder, "pictures"),
+        sink,
+        config.sampling.batch_size,
+    )
+
+
+def _validate_callback(
+    config: RunConfig, dataset: Dataset, state: TrainingState, grid_logger: SampleGridLogger
+) -> Callable[[int], None]:
+    """The callback that computes the validation loss; reads its images only if it is enabled."""
+    if not config.evaluation.validation_every_steps:
+        return _nothing
+    return training_run.validator(config, dataset, state, grid_logger).validate
+
+
+def _nothing(step: int) -> None:
+    """Do nothing, for disabled outputs."""
