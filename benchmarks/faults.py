@@ -46,7 +46,7 @@ from ddpm_ray.config.loading import load_config
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.shards import fetch_shard
 from ddpm_ray.distributed import connection, failures, worker_group
-from ddpm_ray.runs import train
+from ddpm_ray.runs import train, training_data
 from ddpm_ray.runs.train_worker import train_worker
 from ddpm_ray.storage import object_store
 from ddpm_ray.tracking import mlflow_runs
@@ -107,7 +107,7 @@ def plain(home: Path, steps: int, every: int, failures: int) -> FaultedRun:
     config = configured(home)
     client = MlflowClient(tracking_uri=config.tracking.uri)
     run_id = client.create_run(client.create_experiment("plain")).info.run_id
-    dataset = train.open_or_pack(config)
+    dataset = training_data.open_or_pack(config)
     shards = [fetch_shard(dataset, number) for number in range(dataset.manifest.shards)]
     images = np.concatenate([shard.images for shard in shards])
     np.save(home / "images.npy", images.transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1)

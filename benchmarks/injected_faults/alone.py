@@ -34,8 +34,8 @@ from ddpm_ray.collectives import Workers
 from ddpm_ray.config.loading import from_dict, load_config, to_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.reporting import Command, Progress
-from ddpm_ray.runs.train import open_or_pack
 from ddpm_ray.runs.train_worker import assemble
+from ddpm_ray.runs.training_data import open_or_pack
 from ddpm_ray.storage import object_store
 from ddpm_ray.tracking import run_lookup
 from ddpm_ray.training import loop

@@ -8,20 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from ddpm_ray.assembly import diffusion, latents, networks, run_config
-from ddpm_ray.assembly.autoencoder import require_fitting
-from ddpm_ray.config.loading import ConfigError, flat, to_dict, to_yaml
-from ddpm_ray.config.pack import PackConfig
+from ddpm_ray.assembly import latents, run_config
+from ddpm_ray.config.loading import flat, to_dict, to_yaml
 from ddpm_ray.config.run import RunConfig
-from ddpm_ray.data.dataset import MANIFEST, Dataset, open_dataset
-from ddpm_ray.data.packing import builtin_datasets
+from ddpm_ray.data.dataset import Dataset, open_dataset
 from ddpm_ray.distributed import worker_group
 from ddpm_ray.redaction import counted
 from ddpm_ray.reporting import Progress
 from ddpm_ray.runs import evaluate
-from ddpm_ray.runs.pack import pack_dataset
 from ddpm_ray.runs.run_description import (
     own_command,
     run_description,
@@ -31,6 +25,7 @@ from ddpm_ray.runs.run_description import (
 from ddpm_ray.runs.run_start import RunStart, begin_run
 from ddpm_ray.runs.run_tags import history_tags, run_tags
 from ddpm_ray.runs.train_worker import train_worker
+from ddpm_ray.runs.training_data import check_model, open_or_pack
 from ddpm_ray.storage import object_store
 from ddpm_ray.storage.errors import StorageError
 from ddpm_ray.tracking import mlflow_runs, model_registry
@@ -246,70 +241,6 @@ def with_absolute_paths(config: RunConfig, home: Path) -> RunConfig:
             config.tracking, uri=resolve_tracking_uri(home, config.tracking.uri)
         ),
     )
-
-
-def open_or_pack(config: RunConfig) -> Dataset:
-    """Open the data set at data.url; pack the built-in data.source there if there is none.
-
-    Raises ConfigError if data.url holds another data set than data.source.
-    """
-    source, url = config.data.source, config.data.url
-    if source and not object_store.exists(object_store.join(url, MANIFEST)):
-        pack_dataset(source, url, PackConfig())
-    dataset = open_dataset(url)
-    if source and dataset.manifest.source_sha256 != builtin_datasets.SOURCE_SHA256[source]:
-        raise ConfigError(
-            f"data.source is {source!r}, but data.url {url!r} holds another data set; set "
-            f"data.source= to train on that one, or choose another data.url"
-        )
-    return dataset
-
-
-def check_model(config: RunConfig, dataset: Dataset) -> None:
-    """Check that schedule, network and data fit, on the meta device. Raises ConfigError."""
-    reconstructs, shape = config.traits.reconstructs, dataset.manifest.diffused_shape
-    if reconstructs and dataset.manifest.codec != "pixels":
-        raise ConfigError(
-            f"data.url {config.data.url!r} holds {dataset.manifest.codec}; an autoencoder is "
-            f"trained on images: name the images that they were encoded from"
-        )
-    if dataset.manifest.codec == "latents":
-        _require_latent_options(config)
-    try:
-        schedule = diffusion.noise_schedule(config.schedule)
-        diffusion.model_parameterization(config.objective, schedule)
-    except ValueError as error:
-        raise ConfigError(f"schedule: {error}") from error
-    try:
-        with torch.device("meta"):
-            networks.network(config, shape)
-        if reconstructs:
-            require_fitting(config, shape)
-    except ValueError as error:
-        group = "autoencoder" if reconstructs else "model"
-        raise ConfigError(f"{group}: with the images of {config.data.url}: {error}") from error
-    known = len(dataset.manifest.label_names)
-    if config.model.num_classes not in (0, known):
-        raise ConfigError(
-            f"model.num_classes is {config.model.num_classes}, but the data in {config.data.url} "
-            f"has {counted(known, 'label')}; set model.num_classes={known}"
-        )
-    try:
-        config.sampling.numbered(dataset.manifest.label_names)
-    except ValueError as error:
-        raise ConfigError(f"sampling.{error}") from error
-
-
-def _require_latent_options(config: RunConfig) -> None:
-    """Raise ConfigError for options that a run on latents cannot have."""
-    if pixels := config.objective.low_resolution_pixels:
-        raise ConfigError(
-            f"objective.low_resolution_pixels is {pixels}, but {config.data.url} holds latents, "
-            "which have no low resolution: set it to 0, or train on pixels"
-        )
-    model = dataclasses.replace(config.sampled_model, has_range=False)
-    if problems := list(config.sampling.problems("sampling", model)):
-        raise ConfigError("\n".join(problems))
 
 
 def _report(

@@ -22,7 +22,8 @@ from ddpm_ray.data.codec import PIXELS
 from ddpm_ray.data.dataset import DatasetError, open_dataset
 from ddpm_ray.data.latent_codec import LatentCodec
 from ddpm_ray.runs import load_model
-from ddpm_ray.runs.train import check_model, run_training
+from ddpm_ray.runs.train import run_training
+from ddpm_ray.runs.training_data import check_model
 from ddpm_ray.sampling.pipeline import TrainedModel
 from ddpm_ray.training.checkpoint_folder import CheckpointError
 from ddpm_ray.training.checkpoints import CheckpointStore

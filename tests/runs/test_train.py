@@ -10,8 +10,8 @@ from ddpm_ray.config.loading import ConfigError, load_config
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.dataset import DatasetError
 from ddpm_ray.reporting import Command
-from ddpm_ray.runs.train import open_or_pack
 from ddpm_ray.runs.train_worker import assemble
+from ddpm_ray.runs.training_data import open_or_pack
 from ddpm_ray.training import determinism
 from tests.noise import pack_noise
 
