@@ -18,7 +18,7 @@ from torch import nn
 from ddpm_ray import fault_injection
 from ddpm_ray.collectives import Workers
 from ddpm_ray.distributed import fatal_errors
-from ddpm_ray.runs import ema_search, evaluate, train_worker
+from ddpm_ray.runs import ema_search, evaluate_worker, train_worker
 from ddpm_ray.storage.errors import StorageError, storage_error
 from ddpm_ray.training.checkpoint_folder import CheckpointError
 from ddpm_ray.training.divergence_guard import DivergedError
@@ -124,7 +124,7 @@ def test_an_error_of_the_program_is_reported_with_its_class_and_place() -> None:
     "work, part",
     [
         (train_worker.train_worker, "train_worker._train"),
-        (evaluate.evaluate_worker, "evaluate._scores"),
+        (evaluate_worker.evaluate_worker, "evaluate_worker._scores"),
         (ema_search.ema_search_worker, "ema_search.score_widths"),
     ],
 )

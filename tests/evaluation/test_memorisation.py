@@ -23,7 +23,7 @@ from ddpm_ray.evaluation import nearest_neighbours
 from ddpm_ray.evaluation.features.feature_extractor import FeatureNet
 from ddpm_ray.evaluation.memorisation import NEIGHBOURS, SHOWN, Neighbours, nearest_images, spread
 from ddpm_ray.reporting import Progress
-from ddpm_ray.runs import evaluate, load_model
+from ddpm_ray.runs import evaluate_worker, load_model
 from ddpm_ray.sampling.denoiser import Denoiser
 from ddpm_ray.sampling.image_grid import GUTTER_PIXELS, LEGIBLE_PIXELS, MARGIN_PIXELS
 from ddpm_ray.sampling.pipeline import TrainedModel
@@ -240,7 +240,7 @@ def test_the_job_reports_a_model_that_recites(
     provenance = {"config": to_dict(RunConfig())}
     model = TrainedModel(Denoiser.of_noise(recite, schedule), ImageShape(6, 6, 3), provenance)
     monkeypatch.setattr(load_model, "load", lambda *_, **__: model)
-    monkeypatch.setattr(evaluate, "distributed_context", Workers)
+    monkeypatch.setattr(evaluate_worker, "distributed_context", Workers)
     pack(tmp_path / "held-out", FRESH, [4, 2])
     picture = tmp_path / "nearest.png"
     wanted = EvaluationConfig(
@@ -253,7 +253,7 @@ def test_the_job_reports_a_model_that_recites(
     status = SimpleNamespace(fatal=None)
     control = SimpleNamespace(status=lambda: status, report=shown.append, report_fatal=pytest.fail)
     settings = {"model_uri": "", "tracking_uri": "", "config": to_dict(config), "control": control}
-    found = evaluate.evaluate_worker(settings)
+    found = evaluate_worker.evaluate_worker(settings)
     assert (shown[-1].step, shown[-1].steps) == (5, 5)
     assert found["metrics"] == {
         "eval/memorised_share": 1,

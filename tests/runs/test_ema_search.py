@@ -31,7 +31,7 @@ from ddpm_ray.evaluation import sample_quality
 from ddpm_ray.evaluation.sample_quality import SampleSet, Scores
 from ddpm_ray.models.unet import UNet
 from ddpm_ray.reporting import Progress
-from ddpm_ray.runs import ema_search
+from ddpm_ray.runs import ema_search, evaluate_worker
 from ddpm_ray.runs import evaluate as evaluation_run
 from ddpm_ray.sampling.pipeline import TrainedModel
 from ddpm_ray.training.checkpoint_folder import CheckpointError
@@ -226,17 +226,17 @@ def test_a_width_out_of_reach_is_reported(
 def test_scores_are_those_of_jobs_evaluate_for_the_model_that_is_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of each width, by its own network and reference: the numbers of evaluation_run's worker."""
+    """Of each width, by its own network and reference: the numbers of an evaluation's worker."""
     wandering(tmp_path / "run", *KEPT)
     alone(monkeypatch)
     result = ema_search.search("run", replace(DIGITS, widths=(0.1, 0.25)), tmp_path, "best")
     assert len(set(result["scores"])) == 2
-    monkeypatch.setattr(evaluation_run, "distributed_context", Workers)
+    monkeypatch.setattr(evaluate_worker, "distributed_context", Workers)
     config = EvaluateConfig(
         data_url=str(tmp_path / "data"), sampling=DIGITS.sampling, evaluation=DIGITS.evaluation
     )
     settings = {"model_uri": str(tmp_path / "best"), "tracking_uri": "", "config": to_dict(config)}
-    known = evaluation_run.evaluate_worker(settings | {"control": RunControl()})
+    known = evaluate_worker.evaluate_worker(settings | {"control": RunControl()})
     best = result["scores"].index(min(result["scores"]))
     assert known["metrics"]["eval/fd_digits"] == result["scores"][best]
     assert known["metrics"]["eval/fd_digits_low"] == result["intervals"][best][0]

@@ -22,7 +22,7 @@ from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.distributed import worker_group
 from ddpm_ray.reporting import Progress
-from ddpm_ray.runs import evaluate, load_model
+from ddpm_ray.runs import evaluate, evaluate_worker, load_model
 from ddpm_ray.tracking import run_lookup
 from ddpm_ray.training.checkpoint_folder import CheckpointError
 from ddpm_ray.training.checkpoints import CheckpointStore
@@ -113,10 +113,12 @@ def test_the_driver_of_an_evaluation_and_its_worker_download_once_each(
         assert downloads == [model]
         assert not left(tmp_path)
         config = from_dict(EvaluateConfig, settings["config"])
-        return evaluate._scores(config, settings, shown.append)
+        return evaluate_worker._scores(config, settings, shown.append)
 
     monkeypatch.setattr(worker_group, "run", run)
-    monkeypatch.setattr(evaluate, "distributed_context", lambda: Workers(0, 1, torch.device("cpu")))
+    monkeypatch.setattr(
+        evaluate_worker, "distributed_context", lambda: Workers(0, 1, torch.device("cpu"))
+    )
     config = load_model.as_trained(config, model, given, tmp_path)
     evaluate.run_evaluation(model, config, tmp_path)
     assert downloads == [model, model]

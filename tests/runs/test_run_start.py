@@ -12,7 +12,7 @@ from ddpm_ray.config.loading import ConfigError, load_config, to_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.dataset import Dataset, open_dataset
 from ddpm_ray.data.image_shape import ImageShape
-from ddpm_ray.runs import evaluate, run_identity
+from ddpm_ray.runs import evaluate_worker, run_identity
 from ddpm_ray.runs.run_start import RunStart, begin_run
 from ddpm_ray.runs.run_tags import history_tags
 from ddpm_ray.training.checkpoints import CHECKPOINTS, CheckpointStore
@@ -204,7 +204,7 @@ def test_scores_name_initial_weights_and_changes(dataset: Dataset, tmp_path: Pat
     config = configured(dataset)
     commit(config, tmp_path, 60, RunStart("id", history=history))
     model = checkpoint_loading.trained_model(str(tmp_path))
-    assert evaluate._weights(model).items() >= history.items()
+    assert evaluate_worker._weights(model).items() >= history.items()
     assert scoring.ema_provenance(config, 60).keys().isdisjoint(history)
 
 

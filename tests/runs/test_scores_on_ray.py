@@ -12,7 +12,7 @@ import ray
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.loading import given_keys, load_config
 from ddpm_ray.jobs.command import JOBS as COMMANDS
-from ddpm_ray.runs import evaluate
+from ddpm_ray.runs import evaluate_worker
 from tests.runs.test_ema_search import KEPT, alone, wandering
 
 OWN = {"sampler": "ancestral", "steps": 3, "seed": 7}  # what the run is sampled with
@@ -71,7 +71,7 @@ def test_a_worker_on_ray_scores_a_run_by_its_own_sampling(
     wandering(run, *KEPT, *(f"sampling.{key}={value}" for key, value in OWN.items()))
     found = result_of(name, run)
     alone(monkeypatch)
-    monkeypatch.setattr(evaluate, "distributed_context", Workers)
+    monkeypatch.setattr(evaluate_worker, "distributed_context", Workers)
     known = result_of(name, run)
     numbers = {"evaluate": ("metrics",), "average": ("scores", "misfits")}[name]
     for key in numbers:

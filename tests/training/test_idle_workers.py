@@ -24,7 +24,7 @@ from ddpm_ray.diffusion import schedules
 from ddpm_ray.diffusion.process import NoiseSchedule
 from ddpm_ray.evaluation.memorisation import nearest_images, spread
 from ddpm_ray.evaluation.reference_statistics import reference
-from ddpm_ray.runs import evaluate, load_model
+from ddpm_ray.runs import evaluate_worker, load_model
 from ddpm_ray.sampling.denoiser import Denoiser
 from ddpm_ray.sampling.pipeline import TrainedModel
 from ddpm_ray.sampling.sampling import SamplingPlan, draw_uint8
@@ -100,12 +100,12 @@ def test_a_model_is_scored_the_same_by_more_workers_than_images(
     config = replace(config, sampling=replace(config.sampling, steps=2))
     here = threading.local()
     monkeypatch.setattr(load_model, "load", lambda *_, **__: model)
-    monkeypatch.setattr(evaluate, "distributed_context", lambda: here.workers)
+    monkeypatch.setattr(evaluate_worker, "distributed_context", lambda: here.workers)
 
     def metrics(workers: Workers) -> dict[str, float]:
         here.workers = workers
         settings = {"model_uri": "", "tracking_uri": ""}
-        found = evaluate._scores(config, settings, lambda progress: None)
+        found = evaluate_worker._scores(config, settings, lambda progress: None)
         return dict(found["metrics"])
 
     alone = metrics(Workers())
