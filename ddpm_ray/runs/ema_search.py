@@ -22,7 +22,7 @@ from ddpm_ray.distributed.worker_context import distributed_context
 from ddpm_ray.evaluation import sample_quality
 from ddpm_ray.evaluation.reference_statistics import reference
 from ddpm_ray.reporting import Progress
-from ddpm_ray.runs.evaluate import absolute_evaluation_paths
+from ddpm_ray.runs.absolute_paths import absolute_evaluation_paths
 from ddpm_ray.runs.image_progress import ImageProgress
 from ddpm_ray.storage import object_store
 from ddpm_ray.storage.file_formats import package_version

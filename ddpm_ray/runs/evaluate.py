@@ -14,6 +14,7 @@ from ddpm_ray.data.dataset import open_dataset
 from ddpm_ray.distributed import worker_group
 from ddpm_ray.reporting import Progress
 from ddpm_ray.runs import load_model
+from ddpm_ray.runs.absolute_paths import absolute_evaluation_paths
 from ddpm_ray.runs.evaluate_autoencoder import autoencoder_run, require_reconstruction_scores
 from ddpm_ray.runs.evaluate_worker import evaluate_worker
 from ddpm_ray.sampling.pipeline import TrainedModel
@@ -121,14 +122,3 @@ def score_lines(metrics: dict[str, float]) -> list[str]:
         interval = "" if low is None else f"  (95 % interval {low:.4g} .. {high:.4g})"
         lines.append(f"{name:{width}}  {metrics[name]:.4g}{interval}")
     return lines
-
-
-def absolute_evaluation_paths(wanted: EvaluationConfig, home: Path) -> EvaluationConfig:
-    """Make relative paths in `wanted` absolute: workers have other working directories."""
-    return dataclasses.replace(
-        wanted,
-        weights=object_store.absolute(wanted.weights, home),
-        held_out_url=object_store.absolute(wanted.held_out_url, home),
-        reference_url=object_store.absolute(wanted.reference_url, home),
-        memorisation_picture=object_store.absolute(wanted.memorisation_picture, home),
-    )

@@ -15,7 +15,7 @@ from ddpm_ray.data.dataset import Dataset, open_dataset
 from ddpm_ray.distributed import worker_group
 from ddpm_ray.redaction import counted
 from ddpm_ray.reporting import Progress
-from ddpm_ray.runs import evaluate
+from ddpm_ray.runs.absolute_paths import with_absolute_paths
 from ddpm_ray.runs.run_description import (
     own_command,
     run_description,
@@ -31,7 +31,7 @@ from ddpm_ray.storage.errors import StorageError
 from ddpm_ray.tracking import mlflow_runs, model_registry
 from ddpm_ray.tracking.run_info import RunMetadata, TrackedRun
 from ddpm_ray.tracking.run_log import RunLog, image_path
-from ddpm_ray.tracking.tracking_uri import artifact_root, resolve_tracking_uri, warn_of_another_host
+from ddpm_ray.tracking.tracking_uri import artifact_root, warn_of_another_host
 from ddpm_ray.training import determinism
 from ddpm_ray.training.checkpoints import CHECKPOINTS, CheckpointStore
 from ddpm_ray.training.reconstruction_grids import RECONSTRUCTIONS
@@ -221,26 +221,6 @@ def _is_taken_over(lease: Lease | None) -> bool:
             if other:
                 log.warning("%s has taken over this run; its MLflow run is not changed", other)
     return bool(other)
-
-
-def with_absolute_paths(config: RunConfig, home: Path) -> RunConfig:
-    """Make relative paths and URLs absolute: workers have other working directories."""
-    return dataclasses.replace(
-        config,
-        storage=object_store.absolute(config.storage, home),
-        training=dataclasses.replace(
-            config.training, init_from=object_store.absolute(config.training.init_from, home)
-        ),
-        data=dataclasses.replace(
-            config.data,
-            url=object_store.absolute(config.data.url, home),
-            autoencoder=object_store.absolute(config.data.autoencoder, home),
-        ),
-        evaluation=evaluate.absolute_evaluation_paths(config.evaluation, home),
-        tracking=dataclasses.replace(
-            config.tracking, uri=resolve_tracking_uri(home, config.tracking.uri)
-        ),
-    )
 
 
 def _report(

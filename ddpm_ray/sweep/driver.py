@@ -30,8 +30,8 @@ from ddpm_ray.distributed.failures import RunFailedError
 from ddpm_ray.distributed.placement_groups import HEAD
 from ddpm_ray.distributed.signals import Interrupts
 from ddpm_ray.redaction import counted
+from ddpm_ray.runs.absolute_paths import with_absolute_paths
 from ddpm_ray.runs.run_identity import claim
-from ddpm_ray.runs.train import with_absolute_paths
 from ddpm_ray.runs.training_data import check_model
 from ddpm_ray.storage import object_store
 from ddpm_ray.sweep import capacity

@@ -14,7 +14,7 @@ from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.sweep import SweepConfig
 from ddpm_ray.data import encoding_record
 from ddpm_ray.data.dataset import Dataset, open_dataset
-from ddpm_ray.runs.train import with_absolute_paths
+from ddpm_ray.runs.absolute_paths import with_absolute_paths
 from ddpm_ray.runs.training_data import open_or_pack
 
 

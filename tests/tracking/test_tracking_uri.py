@@ -13,7 +13,7 @@ from mlflow.tracking._tracking_service.utils import _tracking_store_registry
 
 from ddpm_ray.config.loading import ConfigError, load_config
 from ddpm_ray.config.run import RunConfig
-from ddpm_ray.runs.train import with_absolute_paths
+from ddpm_ray.runs.absolute_paths import with_absolute_paths
 from ddpm_ray.tracking import tracking_uri as tracking_place_module
 from ddpm_ray.tracking.tracking_uri import (
     NAMES,
