@@ -22,7 +22,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from ddpm_ray.config.loading import flat
 from ddpm_ray.config.run import RunConfig
-from ddpm_ray.config.sweep import HIGHER_IS_BETTER, Branch, SearchConfig, is_range
+from ddpm_ray.config.search_space import Branch, is_range
+from ddpm_ray.config.sweep import HIGHER_IS_BETTER, SearchConfig
 from ddpm_ray.sweep.trial_store import Trial
 
 Proposal: TypeAlias = tuple[int, dict[str, Any]]
