@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from ddpm_ray.config.option_fields import shown
+from ddpm_ray.data.image_shape import ImageShape
+from ddpm_ray.data.low_resolution import low_resolution_size
 from ddpm_ray.sampling.sampling import Images
 
 
@@ -43,6 +45,26 @@ def as_images(images: Any, channels: int) -> Images:
             "one image as image[None]"
         )
     return np.require(found, requirements=["C", "W"])
+
+
+def as_low_resolution(images: Any, image_shape: ImageShape, pixels: int) -> Images:
+    """Return uint8 [N, h, w, C] of the size that a model of `image_shape` enlarges.
+
+    `pixels` is its objective.low_resolution_pixels. Raises ValueError as `as_images`, for images of
+    another size, and for a model that does not enlarge images.
+    """
+    found = as_images(images, image_shape.channels)
+    if not pixels:
+        raise ValueError(
+            "this model does not enlarge images; train one with objective.low_resolution_pixels"
+        )
+    height, width = low_resolution_size(*image_shape[:2], pixels)
+    if found.shape[1:3] != (height, width):
+        raise ValueError(
+            f"images are {found.shape[1]} x {found.shape[2]}; this model enlarges those of "
+            f"{height} x {width}"
+        )
+    return found
 
 
 def as_mask(mask: Any, images: Images) -> npt.NDArray[np.bool_]:

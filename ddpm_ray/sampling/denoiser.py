@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ddpm_ray.choices import ModelVariance
+from ddpm_ray.config.sampling import SampledModel
 from ddpm_ray.data.codec import PIXELS, Codec
 from ddpm_ray.diffusion.conditioning import UNCONDITIONAL, Conditioning, Network
 from ddpm_ray.diffusion.guidance import classifier_free
@@ -69,6 +70,21 @@ class Denoiser:
     def schedule(self) -> NoiseSchedule:
         """The noise schedule of the parameterization."""
         return self.parameterization.schedule
+
+    def sampled_model(
+        self, drops_labels: bool, guided_by_model: bool | None = None
+    ) -> SampledModel:
+        """What sampling settings depend on; `guided_by_model` None: as `guidance_model` says."""
+        guided = self.guidance_model is not None if guided_by_model is None else guided_by_model
+        return SampledModel(
+            self.schedule.num_steps,
+            self.takes.num_classes,
+            drops_labels,
+            self.variance != "fixed",
+            guided,
+            self.guidance_classes,
+            has_range=self.codec.clip() is not None,
+        )
 
     def conditioning(self, index: Tensor, labels: Sequence[int] = ()) -> Conditioning:
         """The conditioning of the samples `index` [B]; see ConditioningSpec.of_samples."""

@@ -6,6 +6,7 @@ windows of that size that overlap by half. A mask [N or 1, 1, H, W] is True wher
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -16,17 +17,20 @@ from torch import Tensor
 
 from ddpm_ray.config.edit import InpaintingMethod, inpainting_method
 from ddpm_ray.counter_rng import Purpose, normal
-from ddpm_ray.data.codec import channels_first, channels_last
+from ddpm_ray.data.codec import Codec, channels_first, channels_last
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.diffusion import inpainting, inversion, samplers
 from ddpm_ray.diffusion.conditioning import known_part
 from ddpm_ray.diffusion.process import Denoise, add_noise
 from ddpm_ray.diffusion.samplers import Noise
 from ddpm_ray.diffusion.x0_estimator import X0Estimator
+from ddpm_ray.sampling import canvas
 from ddpm_ray.sampling.denoiser import Denoiser
 from ddpm_ray.sampling.sampling import Images, SamplingPlan, run_sampler
 
 Size: TypeAlias = tuple[int, int]  # (height, width)
+Edit: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+"""edit(x_0 [B, C, H, W], index [B]) -> x_0: an edit of the images of these indices."""
 Mask: TypeAlias = npt.NDArray[np.bool_]
 """[H, W] for all images or [N, H, W]: True where a pixel is known and kept."""
 
@@ -171,8 +175,8 @@ def outpainting_canvas(
         raise ValueError("top, bottom, left and right are 0; outpainting adds pixels: set one")
     height, width = images.shape[1] + top + bottom, images.shape[2] + left + right
     pixels = channels_first(torch.tensor(images))
-    canvas, mask = inpainting.on_canvas(pixels, height, width, top, left)
-    return channels_last(canvas).numpy(), mask[0, 0].numpy()
+    whole, mask = inpainting.on_canvas(pixels, height, width, top, left)
+    return channels_last(whole).numpy(), mask[0, 0].numpy()
 
 
 def fit(result: Images, known: Images, mask: Mask) -> dict[str, float | None]:
@@ -185,6 +189,35 @@ def fit(result: Images, known: Images, mask: Mask) -> dict[str, float | None]:
     seam = float(inpainting.seam(painted, keep).mean())
     error = inpainting.known_error(painted, given, keep)
     return {"known_error": error, "seam": seam if math.isfinite(seam) else None}
+
+
+def in_batches(
+    edit: Edit,
+    images: Images,
+    codec: Codec,
+    image_shape: ImageShape,
+    device: torch.device | str,
+    batch_size: int,
+) -> Images:
+    """Apply `edit` to uint8 images [N, H, W, C]; `batch_size` windows per network call.
+
+    `image_shape` is that of the model. Sides that the factor of latents does not divide are padded,
+    and cut off afterwards. Raises ValueError for images smaller than the model's.
+    """
+    size, (count, height, width, _) = image_shape[:2], images.shape
+    whole = canvas.padded(images, codec.factor)
+    if whole.shape[1] < size[0] or whole.shape[2] < size[1]:
+        raise ValueError(
+            f"images are {height} x {width}; the model edits images of at least {size[0]} x "
+            f"{size[1]}: enlarge them, or outpaint with margins"
+        )
+    rows, columns = (side // codec.factor for side in whole.shape[1:3])
+    at_once = max(1, batch_size // windows(rows, columns, codec.shape(image_shape)[1:]))
+    parts = []
+    for index in torch.split(torch.arange(count), at_once):
+        x_0 = codec.encode_images(torch.from_numpy(whole[index.numpy()]).to(device))
+        parts.append(codec.decode(edit(x_0, index.to(device))))
+    return np.ascontiguousarray(np.concatenate(parts)[:, :height, :width])
 
 
 def windows(height: int, width: int, size: Size) -> int:

@@ -10,14 +10,14 @@ from torch import Tensor
 
 from ddpm_ray.config.edit import InpaintingMethod
 from ddpm_ray.config.option_fields import checks_arguments, limits, shown
-from ddpm_ray.config.sampling import SampledModel, SamplingSettings
+from ddpm_ray.config.sampling import SamplingSettings
 from ddpm_ray.data.image_shape import ImageShape
-from ddpm_ray.data.low_resolution import enlarged, low_resolution_size
+from ddpm_ray.data.low_resolution import enlarged
 from ddpm_ray.diffusion.samplers import OnStep
 from ddpm_ray.sampling import canvas, editing
-from ddpm_ray.sampling.array_arguments import as_images, as_mask
+from ddpm_ray.sampling.array_arguments import as_images, as_low_resolution, as_mask
 from ddpm_ray.sampling.denoiser import Denoiser
-from ddpm_ray.sampling.editing import Mask, Painting
+from ddpm_ray.sampling.editing import Edit, Mask, Painting
 from ddpm_ray.sampling.sampling import Images, SamplingPlan, draw_uint8, sampling_plan
 
 # Random numbers are keyed by 2^32 indices.
@@ -168,9 +168,9 @@ class TrainedModel:
         images.
         """
         known = as_images(images, self.image_shape.channels)
-        canvas, mask = editing.outpainting_canvas(known, top, bottom, left, right)
+        extended, mask = editing.outpainting_canvas(known, top, bottom, left, right)
         return self.inpaint(
-            canvas, mask, method=method, resamples=resamples, jump_length=jump_length, **settings
+            extended, mask, method=method, resamples=resamples, jump_length=jump_length, **settings
         )
 
     @checks_arguments
@@ -194,18 +194,8 @@ class TrainedModel:
         For models trained for super-resolution (Saharia et al. 2021, arXiv:2104.07636), such as
         the last stage of a cascade (Ho et al. 2022, arXiv:2106.15282).
         """
-        found = as_images(images, self.image_shape.channels)
         pixels = self.denoiser.takes.low_resolution_pixels
-        if not pixels:
-            raise ValueError(
-                "this model does not enlarge images; train one with objective.low_resolution_pixels"
-            )
-        height, width = low_resolution_size(*self.image_size, pixels)
-        if found.shape[1:3] != (height, width):
-            raise ValueError(
-                f"images are {found.shape[1]} x {found.shape[2]}; this model enlarges those of "
-                f"{height} x {width}"
-            )
+        found = as_low_resolution(images, self.image_shape, pixels)
         small = self.denoiser.codec.encode(torch.from_numpy(found).to(self.device))
         denoiser = replace(self.denoiser, low_resolution_images=enlarged(small, self.image_size))
         return replace(self, denoiser=denoiser).sample(len(found), **settings)
@@ -263,19 +253,8 @@ class TrainedModel:
         `prefix` is the group of their keys. `guided_by_model`: a guidance model takes the labels;
         None: if there is one.
         """
-        return self.settings.problems(prefix, self._sampled_model(guided_by_model))
-
-    def _sampled_model(self, guided_by_model: bool | None = None) -> SampledModel:
-        of = self.denoiser
-        return SampledModel(
-            of.schedule.num_steps,
-            of.takes.num_classes,
-            self.drops_labels,
-            of.variance != "fixed",
-            of.guidance_model is not None if guided_by_model is None else guided_by_model,
-            of.guidance_classes,
-            has_range=of.codec.clip() is not None,
-        )
+        model = self.denoiser.sampled_model(self.drops_labels, guided_by_model)
+        return self.settings.problems(prefix, model)
 
     @property
     def _window(self) -> tuple[int, int]:
@@ -284,7 +263,8 @@ class TrainedModel:
 
     def _plan(self, settings: SamplingSettings) -> SamplingPlan:
         """The sampling plan of `settings`; raises ValueError for unsupported ones."""
-        if problems := list(settings.problems("", self._sampled_model())):
+        model = self.denoiser.sampled_model(self.drops_labels)
+        if problems := list(settings.problems("", model)):
             raise ValueError("; ".join(problems))
         names = self.label_names if settings.has_names else None
         return sampling_plan(settings, self.denoiser.schedule, names)
@@ -297,26 +277,6 @@ class TrainedModel:
         own = replace(self.settings, sampler="ddim", eta=0.0, variance="fixed_small")
         return own.overridden(given, self.denoiser.schedule.num_steps)
 
-    def _edited(
-        self, edit: Callable[[Tensor, Tensor], Tensor], images: Images, batch_size: int
-    ) -> Images:
-        """Apply `edit(x_0 [b, c, h, w], indices [b])` to all images in batches.
-
-        Sides that the factor of latents does not divide are padded, and cut off afterwards.
-        """
-        found = as_images(images, self.image_shape.channels)
-        size, (count, height, width, _) = self.image_size, found.shape
-        codec = self.denoiser.codec
-        whole = canvas.padded(found, codec.factor)
-        if whole.shape[1] < size[0] or whole.shape[2] < size[1]:
-            raise ValueError(
-                f"images are {height} x {width}; the model edits images of at least {size[0]} x "
-                f"{size[1]}: enlarge them, or outpaint with margins"
-            )
-        rows, columns = (side // codec.factor for side in whole.shape[1:3])
-        at_once = max(1, batch_size // editing.windows(rows, columns, self._window))
-        parts = []
-        for index in torch.split(torch.arange(count), at_once):
-            x_0 = codec.encode_images(torch.from_numpy(whole[index.numpy()]).to(self.device))
-            parts.append(codec.decode(edit(x_0, index.to(self.device))))
-        return np.ascontiguousarray(np.concatenate(parts)[:, :height, :width])
+    def _edited(self, edit: Edit, images: Images, batch_size: int) -> Images:
+        found, shape = as_images(images, self.image_shape.channels), self.image_shape
+        return editing.in_batches(edit, found, self.denoiser.codec, shape, self.device, batch_size)
