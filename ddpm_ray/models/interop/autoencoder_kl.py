@@ -4,31 +4,32 @@ A config is supported if the round trip returns it unchanged; the first key with
 named in the error.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
 from ddpm_ray.models.autoencoder import Autoencoder, AutoencoderSpec
 from ddpm_ray.models.interop.diffusers_config import (
     Config,
-    UnsupportedModelError,
     full_config,
     image_size_of,
+    refused_if_invalid,
     require_equal,
+    sample_size_of,
 )
 from ddpm_ray.models.interop.diffusers_files import (
-    SAFETENSORS,
-    json_bytes,
-    part_folder,
+    Write,
+    autoencoder_folder,
     read_json,
     read_weights,
     weights_file,
     with_new_attention_names,
+    write_json,
+    write_weights,
 )
 from ddpm_ray.models.interop.layouts import Layout, Tensors, gathered, on_meta_device, scattered
 from ddpm_ray.models.interop.state_dict_names import Table
@@ -165,30 +166,27 @@ def write_folder(
     spec: AutoencoderSpec,
     tensors: Tensors,
     image_size: tuple[int, int],
-    write: Callable[[str, bytes], object],
+    write: Write,
     *,
     pipeline: Mapping[str, Any] = PIPELINE,
 ) -> None:
     """Save for `AutoencoderKL.from_pretrained(folder)`; raises UnsupportedModelError.
 
-    `write` stores bytes at a path atomically; config.json, without which the folder is no model,
-    comes last.
+    config.json, without which the folder is no model, comes last.
     """
     config, theirs = to_diffusers(spec, tensors, image_size, pipeline)
-    write(f"{folder}/{SAFETENSORS}", save(theirs, {"format": "pt"}))
-    write(f"{folder}/config.json", json_bytes(config))
+    write_weights(folder, theirs, write)
+    write_json(f"{folder}/config.json", config, write)
 
 
 def spec_from_config(config: Config) -> AutoencoderSpec:
     """The sizes of an AutoencoderKL from its config.json; raises UnsupportedModelError."""
     full = full_config(config, AUTOENCODER_KL, CLASS)
     image_size = image_size_of(full, CLASS)
-    try:
+    with refused_if_invalid(CLASS):
         spec = _spec(full)
         spec.require_consistent()
         back = _config(spec, image_size)
-    except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
-        raise UnsupportedModelError(CLASS, f"its config is invalid ({error!r})") from error
     asked = {key: value for key, value in full.items() if key not in PIPELINE}
     require_equal({**asked, "sample_size": back["sample_size"]}, back, CLASS)
     return spec
@@ -211,7 +209,7 @@ def _spec(config: Config) -> AutoencoderSpec:
 
 def _config(spec: AutoencoderSpec, image_size: tuple[int, int]) -> dict[str, Any]:
     """The full config of a spec, but for PIPELINE's keys."""
-    (height, width), levels = image_size, len(spec.channel_mults)
+    levels = len(spec.channel_mults)
     return {
         "in_channels": spec.image_channels,
         "out_channels": spec.image_channels,
@@ -222,7 +220,7 @@ def _config(spec: AutoencoderSpec, image_size: tuple[int, int]) -> dict[str, Any
         "act_fn": "silu",
         "latent_channels": spec.latent_channels,
         "norm_num_groups": spec.groups,
-        "sample_size": height if height == width else [height, width],
+        "sample_size": sample_size_of(image_size),
         "use_quant_conv": spec.latent_convs,
         "use_post_quant_conv": spec.latent_convs,
         "mid_block_add_attention": spec.middle_attention,
@@ -230,9 +228,8 @@ def _config(spec: AutoencoderSpec, image_size: tuple[int, int]) -> dict[str, Any
 
 
 def _home(folder: str | Path) -> Path:
-    """The folder of the autoencoder: vqvae/ in LDMPipeline's, vae/ in other pipelines' folders."""
-    vae = part_folder(folder, "vae")
-    return part_folder(folder, "vqvae") if vae == Path(folder) else vae
+    """The folder of the autoencoder: that of a pipeline's folder, or `folder` itself."""
+    return autoencoder_folder(folder) or Path(folder)
 
 
 def _network(spec: AutoencoderSpec) -> Autoencoder:

@@ -4,7 +4,8 @@ Each direction is one function. A config is supported if the round trip returns 
 first key with another value is named in the error.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 from ddpm_ray.models.layers import Variant
@@ -56,11 +57,9 @@ class UnsupportedModelError(ValueError):
 def spec_from_config(config: Config) -> UNetSpec:
     """UNet's arguments from a config.json of `UNet2DModel`; raises UnsupportedModelError."""
     full, image_size = full_config(config, UNET, "UNet2DModel"), image_size_of(config)
-    try:
+    with refused_if_invalid("UNet2DModel"):
         spec = _spec(full)
         back = _unet_config(spec, image_size)
-    except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
-        raise UnsupportedModelError("UNet2DModel", f"its config is invalid ({error!r})") from error
     require_equal({**full, "sample_size": back["sample_size"]}, back, "UNet2DModel")
     return spec
 
@@ -76,6 +75,12 @@ def image_size_of(config: Config, where: str = "UNet2DModel") -> tuple[int, int]
             raise UnsupportedModelError(
                 where, f"sample_size is {found!r}; supported is a side, or height and width"
             )
+
+
+def sample_size_of(image_size: tuple[int, int]) -> int | list[int]:
+    """The sample_size of a config for images (H, W): the reverse of `image_size_of`."""
+    height, width = image_size
+    return height if height == width else [height, width]
 
 
 def config_from_spec(spec: UNetSpec, image_size: tuple[int, int]) -> dict[str, Any]:
@@ -119,7 +124,7 @@ def _spec(config: Config) -> UNetSpec:
 
 def _unet_config(spec: UNetSpec, image_size: tuple[int, int]) -> dict[str, Any]:
     """The full config of a spec."""
-    variant, mults, (height, width) = spec.variant, spec.channel_mults, image_size
+    variant, mults = spec.variant, spec.channel_mults
     plain = "Resnet{}sampleBlock2D" if variant.resampling_blocks else "{}Block2D"
     kinds = [
         "Attn{}Block2D" if 2**level in spec.attention_factors else plain
@@ -128,7 +133,7 @@ def _unet_config(spec: UNetSpec, image_size: tuple[int, int]) -> dict[str, Any]:
     resampling = "resnet" if variant.resampling_blocks else "conv"
     return {
         **UNET,
-        "sample_size": height if height == width else [height, width],
+        "sample_size": sample_size_of(image_size),
         "in_channels": spec.image_channels + spec.condition_channels,
         "out_channels": spec.image_channels * (2 if spec.learns_variance else 1),
         "freq_shift": variant.frequency_shift,
@@ -159,6 +164,15 @@ def full_config(config: Config, defaults: Config, *classes: str) -> dict[str, An
             "_class_name", f"it is {kind!r}; supported is {' or '.join(classes)}"
         )
     return {**defaults, **{key: value for key, value in config.items() if key[0] != "_"}}
+
+
+@contextmanager
+def refused_if_invalid(where: str) -> Iterator[None]:
+    """Raise UnsupportedModelError for what a config with wrong types or sizes causes inside."""
+    try:
+        yield
+    except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
+        raise UnsupportedModelError(where, f"its config is invalid ({error!r})") from error
 
 
 def require_equal(asked: Config, got: Config, where: str) -> None:

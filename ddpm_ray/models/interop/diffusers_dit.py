@@ -17,6 +17,7 @@ from ddpm_ray.models.interop.diffusers_config import (
     Config,
     UnsupportedModelError,
     full_config,
+    refused_if_invalid,
     require_equal,
 )
 from ddpm_ray.models.interop.layouts import Layout, Tensors, gathered, on_meta_device, scattered
@@ -146,11 +147,9 @@ def _checked_spec(config: Config) -> DiTSpec:
     """The spec of a config.json; raises UnsupportedModelError."""
     full = full_config(config, {**DIT, **OTHER_TRANSFORMERS}, NAME, FORMER_NAME)
     full["out_channels"] = full["out_channels"] or full["in_channels"]
-    try:
+    with refused_if_invalid(NAME):
         spec = _spec(full)
         back = _config(spec)
-    except (TypeError, ValueError, ArithmeticError, LookupError) as error:
-        raise UnsupportedModelError(NAME, f"its config is invalid ({error!r})") from error
     require_equal(full, {**OTHER_TRANSFORMERS, **back}, NAME)
     return spec
 

@@ -3,17 +3,20 @@
 import io
 import json
 import pickle
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load
+from safetensors.torch import load, save
 from torch import Tensor
 
 from ddpm_ray.models.interop.diffusers_config import UnsupportedModelError
 from ddpm_ray.models.interop.layouts import Tensors
 
+Write: TypeAlias = Callable[[str, bytes], object]
+"""write(path, data): store bytes at a path atomically."""
 SAFETENSORS = "diffusion_pytorch_model.safetensors"
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 UNREADABLE = (
@@ -23,6 +26,12 @@ UNREADABLE = (
     pickle.UnpicklingError,
     SafetensorError,
 )
+
+
+def autoencoder_folder(folder: str | Path) -> Path | None:
+    """Folder of a pipeline's autoencoder: vae/, or LDMPipeline's vqvae/; None if it has none."""
+    parts = (Path(folder, part) for part in ("vae", "vqvae"))
+    return next((part for part in parts if part.is_dir()), None)
 
 
 def part_folder(folder: str | Path, part: str) -> Path:
@@ -94,6 +103,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def json_bytes(value: Any) -> bytes:
-    """JSON text as these files hold it: indented, keys sorted."""
-    return (json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
+def write_weights(folder: str | Path, tensors: Tensors, write: Write) -> None:
+    """Store the tensors of one part of a model in its folder, as safetensors."""
+    write(f"{folder}/{SAFETENSORS}", save(dict(tensors), {"format": "pt"}))
+
+
+def write_json(path: str, value: Any, write: Write) -> None:
+    """Store JSON text as these files hold it: indented, keys sorted."""
+    text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n"
+    write(path, text.encode())

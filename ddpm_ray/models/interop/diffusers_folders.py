@@ -5,11 +5,10 @@ a run's config: {"schedule": ..., "objective": ..., "sampling": ...}. A model th
 converted exactly is refused.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safetensors.torch import save
 from torch import Tensor
 
 from ddpm_ray.models.autoencoder import AutoencoderSpec
@@ -22,12 +21,14 @@ from ddpm_ray.models.interop.diffusers_config import (
     require_equal,
 )
 from ddpm_ray.models.interop.diffusers_files import (
-    SAFETENSORS,
-    json_bytes,
+    Write,
+    autoencoder_folder,
     part_folder,
     read_json,
     read_weights,
     weights_file,
+    write_json,
+    write_weights,
 )
 from ddpm_ray.models.interop.diffusers_pipelines import PART_CLASSES, Diffused, Export, to_pipeline
 from ddpm_ray.models.interop.diffusers_schedulers import Facts, from_scheduler
@@ -89,7 +90,7 @@ def write_folder(
     tensors: Tensors,
     facts: Facts,
     image_size: tuple[int, int],
-    write: Callable[[str, bytes], object],
+    write: Write,
     *,
     autoencoder: tuple[AutoencoderSpec, Tensors] | None = None,
     label_names: Sequence[str] = (),
@@ -97,10 +98,10 @@ def write_folder(
     """Save for `from_pretrained` of diffusers; return the exported sampling settings.
 
     `image_size` is (H, W) of x_0. `autoencoder` is that of a model of latents: x_0 is its latents,
-    not scaled. `write` stores bytes at a path atomically. The weights come first, since a full disk
-    fails on the largest file, and last the file without which the folder is not a model:
-    model_index.json or, where no pipeline draws the model, the config.json of its network. Raises
-    UnsupportedModelError, before anything is written, for a model that cannot be exported.
+    not scaled. The weights come first, since a full disk fails on the largest file, and last the
+    file without which the folder is not a model: model_index.json or, where no pipeline draws the
+    model, the config.json of its network. Raises UnsupportedModelError, before anything is written,
+    for a model that cannot be exported.
     """
     of = Diffused.by(spec, image_size, autoencoder is not None)
     export = to_pipeline(facts, of)
@@ -113,7 +114,7 @@ def write_folder(
             vae, theirs, sides, autoencoder_kl.UNSCALED
         )
     for part, held in weights.items():
-        write(f"{folder}/{part}/{SAFETENSORS}", save(dict(held), {"format": "pt"}))
+        write_weights(f"{folder}/{part}", held, write)
     files: dict[str, Config] = {"scheduler/scheduler_config.json": export.scheduler}
     files |= {f"{part}/config.json": config for part, config in configs.items()}
     if export.pipeline:
@@ -121,7 +122,7 @@ def write_folder(
         id2label = {"id2label": named} if named and of.by_dit_pipeline else {}
         files[MODEL_INDEX] = export.model_index | id2label
     for name, value in files.items():
-        write(f"{folder}/{name}", json_bytes(value))
+        write_json(f"{folder}/{name}", value, write)
     return export
 
 
@@ -142,7 +143,7 @@ def _autoencoder_of(folder: str | Path, channels: int) -> tuple[str, float]:
     Raises UnsupportedModelError for one that Autoencoder cannot represent, and unless x_0 has its
     number of `channels`.
     """
-    home = next((one for part in ("vqvae", "vae") if (one := Path(folder, part)).is_dir()), None)
+    home = autoencoder_folder(folder)
     if home is None:
         return "", 1.0
     found, scaling = autoencoder_kl.read_config(home)
