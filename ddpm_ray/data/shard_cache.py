@@ -1,38 +1,79 @@
 """Disk cache of shards, shared by all processes of a node and bounded in bytes.
 
-A file's name is its sha256, so one folder serves every data set. Readers verify cached bytes like
-downloaded ones, so a file that is damaged on disk counts as a cache miss.
+A file's name is its sha256, so one folder serves every data set. Cached bytes are hashed each time
+they are read, so a file that is damaged on disk counts as a cache miss.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import hashlib
 import logging
 import os
+import time
 import uuid
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 log = logging.getLogger(__name__)
 
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.001, 0.02  # between looks at what another process downloads
+# Then a shard is downloaded a second time: the process that holds its lock may be frozen.
+LONGEST_WAIT_S = 30.0
 
-@dataclass(frozen=True)
+
 class ShardCache:
-    """LRU cache of at most `max_bytes` of files in `folder`.
+    """LRU cache of at most `max_bytes` of files in `folder`; each shard is downloaded once.
 
-    It needs no lock: files are added by rename and removed by unlink, and a lost race costs one
-    download. If the disk is full or broken, the file is not cached; no error is raised.
+    Files are added by rename and removed by unlink. A lost race costs one download. If the disk is
+    full or broken, the file is not cached; no error is raised.
     """
 
-    folder: Path
-    max_bytes: int
+    def __init__(self, folder: Path, max_bytes: int) -> None:
+        self.folder, self.max_bytes = folder, max_bytes
+        self._keeps = True  # the last call of `put` stored its file
+
+    def load(self, sha256: str, size_bytes: int, download: Callable[[], bytes]) -> bytes:
+        """Return the bytes of this sha256 from the cache, or call `download` and store them.
+
+        Of the processes of a node that need a file at once, one downloads it and the others wait
+        for it. The kernel releases the lock of a killed process; a frozen one is waited for
+        LONGEST_WAIT_S. `size_bytes`: of the file. `download` must verify what it returns.
+        """
+        began_s, pause_s = time.monotonic(), FIRST_PAUSE_S
+        while (data := self.get(sha256)) is None:
+            with self._lock(sha256, size_bytes) as is_mine:
+                if is_mine:
+                    # Another process may have stored it since the first look.
+                    return self.get(sha256) or self._stored(sha256, download())
+            waited_s = time.monotonic() - began_s
+            if waited_s > LONGEST_WAIT_S:
+                log.warning(
+                    "shard cache: another process has held %s in %s for %.0f s; downloading it "
+                    "here as well",
+                    sha256[:12],
+                    self.folder,
+                    waited_s,
+                )
+                return self._stored(sha256, download())
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+        return data
 
     def get(self, sha256: str) -> bytes | None:
-        """Return the unverified bytes of this name, or None; updates their time of last use."""
+        """Return the bytes of this sha256, or None; updates their time of last use.
+
+        A file of other bytes is deleted.
+        """
         path = self.folder / sha256
         try:
             data = path.read_bytes()
             os.utime(path)
         except OSError:
+            return None
+        if hashlib.sha256(data).hexdigest() != sha256:
+            self._delete(path)
             return None
         return data
 
@@ -49,12 +90,41 @@ class ShardCache:
             self._make_room(len(data))
             partial.write_bytes(data)
             partial.replace(self.folder / sha256)
+            self._keeps = True
         except OSError:
+            self._keeps = False
             self._delete(partial)
 
-    def evict(self, sha256: str) -> None:
-        """Delete the file of this name, if it exists."""
-        self._delete(self.folder / sha256)
+    def lock_path(self, sha256: str) -> Path:
+        """Return the file whose lock a process holds while it downloads this sha256."""
+        return self.folder / f".{sha256}.lock"
+
+    @contextlib.contextmanager
+    def _lock(self, sha256: str, size_bytes: int) -> Iterator[bool]:
+        """Lock the download of this sha256; yields False if another process or thread holds it.
+
+        Yields True without a lock where the file cannot be stored for the others to read.
+        """
+        path = self.lock_path(sha256)
+        try:
+            if size_bytes > self.max_bytes or not self._keeps:
+                raise OSError("the cache does not keep it")
+            self.folder.mkdir(parents=True, exist_ok=True)
+            file = path.open("w")
+        except OSError:
+            yield True
+            return
+        with file:
+            is_mine = _is_locked(file.fileno(), path)
+            try:
+                yield is_mine
+            finally:
+                if is_mine:
+                    self._delete(path)
+
+    def _stored(self, sha256: str, data: bytes) -> bytes:
+        self.put(sha256, data)
+        return data
 
     def _make_room(self, wanted_bytes: int) -> None:
         files = []
@@ -77,3 +147,20 @@ class ShardCache:
             path.unlink(missing_ok=True)
         except OSError as error:  # the next call of `put` tries again
             log.warning("shard cache: cannot delete %s (%s)", path, error)
+
+
+def _is_locked(file: int, path: Path) -> bool:
+    """Lock the open `file` without waiting; False if it is held, or no longer the one at `path`.
+
+    A file system without locks counts as locked: each process then downloads for itself.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # ENOLCK, ENOSYS: a network file system
+        return True
+    try:
+        return os.path.samestat(os.fstat(file), path.stat())
+    except FileNotFoundError:  # the holder finished, and deleted it
+        return False

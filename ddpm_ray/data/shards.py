@@ -7,7 +7,6 @@ tensors [views, c, h, w]).
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -99,17 +98,20 @@ def fetch_shard(dataset: Dataset, number: int, cache: ShardCache | None = None) 
     and DatasetError if its bytes match but are not a shard of this data set.
     """
     row = dataset.index.slice(number, 1).to_pylist()[0]
-    url, expected = object_store.join(dataset.url, row["name"]), row["sha256"]
-    if cache is not None and (data := cache.get(expected)) is not None:
-        if hashlib.sha256(data).hexdigest() == expected:
-            return _parse(url, data, dataset, row)
-        cache.evict(expected)
-    try:
-        data = checksummed.read_verified(url, expected, row["stored_bytes"])
-    except checksummed.DamagedError as error:
-        raise ShardCorruptError(url, expected, error.args[2], checksummed.READS) from None
-    if cache is not None:
-        cache.put(expected, data)
+    url, expected, size = (
+        object_store.join(dataset.url, row["name"]),
+        row["sha256"],
+        row["stored_bytes"],
+    )
+
+    def download() -> bytes:
+        """Read the shard from the object store."""
+        try:
+            return checksummed.read_verified(url, expected, size)
+        except checksummed.DamagedError as error:
+            raise ShardCorruptError(url, expected, error.args[2], checksummed.READS) from None
+
+    data = download() if cache is None else cache.load(expected, size, download)
     return _parse(url, data, dataset, row)
 
 
