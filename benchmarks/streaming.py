@@ -38,7 +38,7 @@ from ddpm_ray.data.loader import ShardStream
 from ddpm_ray.storage import object_store
 
 BATCH, SHAPE, BUCKET = 128, ImageShape(32, 32, 3), "bench"
-WINDOW_BYTES, LANES = 16 << 20, 8  # the defaults of config.DataConfig
+WINDOW_SAMPLES, LANES = 8192, 8  # the defaults of assembly/data_order.py
 COLUMNS = "{:<12} {:>7} {:>12} {:>9} {:>22} {:>8} {:>10}"
 
 
@@ -81,7 +81,7 @@ def ours(count: int, images: int) -> Iterator[int]:
         global_batch_size=BATCH,
         positions=range(BATCH),
         lanes=LANES,
-        window_bytes=WINDOW_BYTES,
+        window_samples=WINDOW_SAMPLES,
     )
     for step in range(images // BATCH):
         yield len(stream.batch(step).images)

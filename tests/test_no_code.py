@@ -202,7 +202,7 @@ WATCHED = ("pickle.find_class", "marshal.loads", "exec", "os.system", "subproces
 sys.addaudithook(lambda event, found: events.append((event, found)) if event in WATCHED else None)
 dataset = open_dataset(data)
 stream = ShardStream(dataset, seed=0, global_batch_size=4, positions=range(4), lanes=1,
-                     window_bytes=2**20)
+                     window_samples=100)
 stream.batch(0)
 stream.keys(0)
 stream.close()

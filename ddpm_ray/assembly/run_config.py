@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from ddpm_ray.assembly import data_order
 from ddpm_ray.config.changes import change_problems
 from ddpm_ray.config.loading import defining, from_dict
 from ddpm_ray.config.option_fields import shown
@@ -128,7 +129,9 @@ def _changed(
     config: RunConfig, saved: Mapping[str, Any], image_shape: ImageShape
 ) -> dict[str, tuple[Any, Any]]:
     """(saved value, value in `config`) of each key that defines the run and differs."""
-    then, now = (comparable(one, image_shape) for one in (saved_config(saved), config))
+    began = saved_config(saved)
+    both = data_order.continued(began, config), data_order.continued(config, began)
+    then, now = (comparable(one, image_shape) for one in both)
     values = [defining(one) for one in (then, now)]
     if then.training.decays_to_zero or now.training.decays_to_zero:
         for one, of in zip(values, (then, now), strict=True):

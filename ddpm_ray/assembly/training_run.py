@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ddpm_ray.assembly import diffusion, optimization
+from ddpm_ray.assembly import data_order, diffusion, optimization
 from ddpm_ray.assembly.autoencoder import adversary, autoencoder_objective, autoencoder_spec
 from ddpm_ray.assembly.diffusion import memory_format
 from ddpm_ray.assembly.networks import network
@@ -145,13 +145,16 @@ def ema_snapshotter(
 
 def stream(config: RunConfig, dataset: Dataset, workers: Workers) -> ShardStream:
     """The data loader of this worker's share of each global batch."""
+    sample_bytes = dataset.manifest.sample_bytes
+    config = data_order.settled(config, sample_bytes)  # a run's driver has done so
+    assert config.data.lanes is not None
     return ShardStream(
         dataset,
         seed=config.seed,
         global_batch_size=config.training.global_batch_size,
         positions=workers.share(config.training.global_batch_size),
         lanes=config.data.lanes,
-        window_bytes=config.data.shuffle_window_bytes,
+        window_samples=data_order.window_samples(config.data, sample_bytes),
         cache_dir=cache_dir(config.data, "shards"),
         cache_bytes=config.data.cache_bytes,
     )
@@ -202,8 +205,8 @@ def fixed_images(config: DataConfig, dataset: Dataset, positions: range, total: 
         seed=validation_loss.SEED,
         global_batch_size=total,
         positions=positions,
-        lanes=math.gcd(config.lanes, total),
-        window_bytes=config.shuffle_window_bytes,
+        lanes=math.gcd(config.lanes or data_order.LANES, total),
+        window_samples=data_order.window_samples(config, dataset.manifest.sample_bytes),
         cache_dir=cache_dir(config, "shards"),
         cache_bytes=config.cache_bytes,
     )

@@ -29,17 +29,26 @@ class DataConfig:
     flip: bool = option(
         False, "mirror each image left-right with probability 1/2", defines_run=True
     )
-    lanes: int = option(
-        8,
-        "number of shard streams that a batch is drawn from; must divide the batch size",
+    lanes: int | None = option(
+        None,
+        "number of shard streams that a batch is drawn from; must divide the batch size; null: 8, "
+        "or enough for all workers, as fixed at a run's first start",
         at_least=1,
         defines_run=True,
     )
-    shuffle_window_bytes: int = option(
-        16 * MIB,
-        "size of the shuffle buffer in decoded bytes, all lanes together",
+    shuffle_window_samples: int | None = option(
+        None,
+        "size of the shuffle buffer in samples, all lanes together; null: 8192, or what 1 GiB a "
+        "worker holds, as fixed at a run's first start",
+        at_least=1,
+        defines_run=True,
+    )
+    shuffle_window_bytes: int | None = option(
+        None,
+        "size of the shuffle buffer in decoded bytes; give this or shuffle_window_samples",
         at_least=MIB,
         defines_run=True,
+        instead_of="shuffle_window_samples",
     )
     cache_bytes: int = option(
         8192 * MIB,

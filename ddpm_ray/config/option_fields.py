@@ -128,7 +128,7 @@ def _broken(key: str, value: Any, within: Limits) -> Iterator[str]:
     if isinstance(value, float) and not math.isfinite(value):
         yield f"{key} is {value}; it must be finite"
         return
-    for rule, (limit, holds) in within.items():
+    for rule, (limit, holds) in within.items() if value is not None else ():
         if not holds(value, limit):
             yield f"{key} is {value}; it must be {rule} {limit}"
 

@@ -119,10 +119,12 @@ class RunConfig:
                 f"cluster.min_workers is {self.cluster.min_workers}; it cannot exceed "
                 f"cluster.num_workers {workers}"
             )
-        if min(workers, lanes) > 0 and (rest := batch % (unit := math.lcm(workers, lanes))):
+        unit = math.lcm(workers, 1 if lanes is None else lanes)
+        if unit > 0 and (rest := batch % unit):
+            and_lanes = "" if lanes is None else f" and data.lanes={lanes}"
             yield (
-                f"training.global_batch_size is {batch}; cluster.num_workers={workers} and "
-                f"data.lanes={lanes} must divide it: try {batch - rest or unit}"
+                f"training.global_batch_size is {batch}; cluster.num_workers={workers}{and_lanes} "
+                f"must divide it: try {batch - rest or unit}"
             )
 
     def _task_problems(self) -> Iterator[str]:

@@ -49,11 +49,10 @@ class ShardStream:
         global_batch_size: int,
         positions: range,
         lanes: int,
-        window_bytes: int,
+        window_samples: int,
         cache_dir: str | Path | None = None,
         cache_bytes: int = 0,
     ) -> None:
-        window_samples = window_bytes // dataset.manifest.sample_bytes
         counts = tuple(dataset.counts.tolist())
         self.order = Order(counts, seed, global_batch_size, lanes, window_samples)
         if positions.step != 1 or not 0 <= positions.start < positions.stop <= global_batch_size:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddpm_ray.assembly import scoring, training_run
+from ddpm_ray.assembly import data_order, scoring, training_run
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.jobs import EvaluateConfig
 from ddpm_ray.config.loading import from_dict
@@ -148,11 +148,7 @@ def _with_origin(found: dict[str, Any], model: TrainedModel, dataset: Dataset) -
     begun = from_dict(RunConfig, model.provenance["config"])
     origin = {
         "model": _weights(model),
-        "data": {
-            "sha256": dataset.fingerprint,
-            "lanes": begun.data.lanes,
-            "shuffle_window_bytes": begun.data.shuffle_window_bytes,
-        },
+        "data": {"sha256": dataset.fingerprint} | data_order.provenance(begun.data),
         "labels": "of the images" if model.denoiser.takes.num_classes else "none",
     }
     return found | {"certificate": found["certificate"] | origin}

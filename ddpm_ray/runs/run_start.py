@@ -4,7 +4,7 @@ import dataclasses
 import logging
 from typing import Any
 
-from ddpm_ray.assembly import initial_weights, run_config
+from ddpm_ray.assembly import data_order, initial_weights, run_config
 from ddpm_ray.assembly.initial_weights import InitialWeights
 from ddpm_ray.config.loading import to_dict
 from ddpm_ray.config.run import RunConfig
@@ -25,6 +25,25 @@ class RunStart:
     step: int = 0  # of the newest checkpoint
     history: dict[str, Any] = dataclasses.field(default_factory=dict)  # see run_config.run_history
     initial_weights: InitialWeights | None = None  # of a run without a checkpoint
+
+
+def settled_config(config: RunConfig, dataset: Dataset, folder: str) -> RunConfig:
+    """`config` for the images of the data set, with lanes and shuffle window.
+
+    These are those of the run in `folder`, or defaults for a new one. Warns if several workers read
+    each shard. Raises ConfigError for a stored config that this version cannot read.
+    """
+    stored = run_identity.stored_identity(folder)
+    if not stored:  # a new run, or its identity is lost
+        found = CheckpointStore(object_store.join(folder, CHECKPOINTS)).load(groups=())
+        stored = found[1].facts if found else {}
+    if "config" in stored:
+        config = data_order.continued(config, run_config.saved_config(stored))
+    config = run_config.for_images(config, dataset.manifest.diffused_shape)
+    config = data_order.settled(config, dataset.manifest.sample_bytes)
+    for line in data_order.lane_warnings(config):
+        log.warning("%s", line)
+    return config
 
 
 def begin_run(config: RunConfig, dataset: Dataset, folder: str) -> RunStart:

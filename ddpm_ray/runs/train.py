@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ddpm_ray.assembly import latents, run_config
+from ddpm_ray.assembly import latents
 from ddpm_ray.config.loading import flat, to_dict, to_yaml
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.dataset import Dataset, open_dataset
@@ -22,7 +22,7 @@ from ddpm_ray.runs.run_description import (
     score_tags,
     with_picture,
 )
-from ddpm_ray.runs.run_start import RunStart, begin_run
+from ddpm_ray.runs.run_start import RunStart, begin_run, settled_config
 from ddpm_ray.runs.run_tags import history_tags, run_tags
 from ddpm_ray.runs.train_worker import train_worker
 from ddpm_ray.runs.training_data import check_model, open_or_pack
@@ -94,8 +94,8 @@ def run_training(
     dataset = open_or_pack(config)
     check_model(config, dataset)
     latents.codec_of_data(config.data, dataset)  # raises for an autoencoder that does not fit
-    config = run_config.for_images(config, dataset.manifest.diffused_shape)
     folder = object_store.join(config.storage, config.name)
+    config = settled_config(config, dataset, folder)
     start = begin_run(config, dataset, folder)
     metadata = _metadata(config, dataset, folder, start, parent)
     tracked, lease = _tracked(metadata), None

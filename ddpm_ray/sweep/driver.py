@@ -18,9 +18,10 @@ from typing import Any
 
 from ray import tune
 
-from ddpm_ray.assembly import diffusion
+from ddpm_ray.assembly import data_order, diffusion
 from ddpm_ray.assembly.run_config import comparable
 from ddpm_ray.config.loading import flat, from_dict, to_dict
+from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.sweep import SweepConfig
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.data.latent_codec import codec_of
@@ -31,7 +32,7 @@ from ddpm_ray.distributed.placement_groups import HEAD
 from ddpm_ray.distributed.signals import Interrupts
 from ddpm_ray.redaction import counted
 from ddpm_ray.runs.absolute_paths import with_absolute_paths
-from ddpm_ray.runs.run_identity import claim
+from ddpm_ray.runs.run_identity import claim, stored_identity
 from ddpm_ray.runs.training_data import check_model
 from ddpm_ray.storage import object_store
 from ddpm_ray.sweep import capacity
@@ -98,6 +99,7 @@ def run_sweep(
     if not data.fingerprints:  # else trials may differ in what fits their data
         check_model(config.run, dataset)
     folder = object_store.join(config.run.storage, config.name)
+    begun = _begun_run(folder)
     identity = _claimed(config, data, folder)
     cluster = config.run.cluster
     workers = cluster.num_workers * max(1, config.trials_at_once)
@@ -117,6 +119,7 @@ def run_sweep(
         """Return the arguments of that trial's driver."""
         run = data.trial_run(of.values, of.name)
         run = replace(run, name=of.name, storage=sweep_run.runs)
+        run = data_order.continued(run, begun) if begun else run
         facts = {"number": of.number, "label": of.title, "values": of.values}
         facts["earlier_core_s"] = data.of(run).core_s or 0.0
         return facts | {"config": to_dict(run)}
@@ -239,14 +242,27 @@ def _claimed(config: SweepConfig, data: SweepData, folder: str) -> str:
     )
 
 
+def _begun_run(folder: str) -> RunConfig | None:
+    """Return the run's options that the sweep in `folder` was started with; None for a new one."""
+    begun = stored_identity(folder)
+    if "sweep" not in begun:
+        return None
+    return from_dict(SweepConfig, begun["sweep"], begun.get("version", ""), folder).run
+
+
 def _changed_keys(config: SweepConfig, begun: dict[str, Any], image_shape: ImageShape) -> list[str]:
     """Return one line for each key that may not change in a sweep and did."""
     if "sweep" not in begun:
         return [f"name is {config.name!r}, and a training run has that name"]
     saved_by, where = begun.get("version", ""), begun.get("folder", "")
     saved = from_dict(SweepConfig, begun["sweep"], saved_by, where)
+    runs = (
+        data_order.continued(config.run, saved.run),
+        data_order.continued(saved.run, config.run),
+    )
     now, then = (
-        flat(replace(one, run=comparable(one.run, image_shape))) for one in (config, saved)
+        flat(replace(one, run=comparable(run, image_shape)))
+        for one, run in zip((config, saved), runs, strict=True)
     )
     return [
         f"{key} is {now[key]}, but the sweep was started with {then[key]}"

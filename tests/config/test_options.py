@@ -253,6 +253,10 @@ def test_a_job_that_evaluates_reports_what_a_run_would() -> None:
         ),
         (["training.global_batch_size=4", "cluster.num_workers=3", "data.lanes=2"], "try 6"),
         (
+            ["training.global_batch_size=100", "cluster.num_workers=3"],
+            "cluster.num_workers=3 must divide it: try 99",
+        ),
+        (
             ["model.network=dit", "model.base_channels=64"],
             "model.base_channels is 64, which model.network=dit does not read; leave it out, or "
             "set model.base_channels=128",
@@ -341,7 +345,8 @@ def test_a_misspelt_bound_of_an_option_is_not_left_out() -> None:
 
 
 def test_several_rules_at_once_give_one_line_per_key() -> None:
-    lines = complaints("schedule.beta_start=3", "name=a/b", "training.global_batch_size=7")
+    sizes = "training.global_batch_size=7", "cluster.num_workers=2"
+    lines = complaints("schedule.beta_start=3", "name=a/b", *sizes)
     keys = [line.split(" ")[0] for line in lines]
     assert keys == ["schedule.beta_start", "name", "training.global_batch_size"]
 

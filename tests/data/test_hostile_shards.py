@@ -356,7 +356,7 @@ def test_an_encoded_image_is_of_the_manifests_format_and_size(
         global_batch_size=4,
         positions=range(4),
         lanes=1,
-        window_bytes=2**20,
+        window_samples=100,
     )
     with pytest.raises(DatasetError, match=problem) as refused:
         stream.batch(0)

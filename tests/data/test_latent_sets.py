@@ -104,7 +104,7 @@ def test_any_division_of_a_batch_delivers_the_stored_tensors(
     latents = random_latents(samples, seed=data.draw(st.integers(0, 99)))
     dataset = write_latents(tmp_path_factory.mktemp("set"), latents, data.draw(st.integers(1, 9)))
     cut = data.draw(st.integers(1, 11))
-    window_bytes = data.draw(st.sampled_from([1, 1000, 10**6]))
+    window_samples = data.draw(st.sampled_from([1, 5, 1000]))
     stored = torch.from_numpy(np.stack(latents, axis=1))  # [n, 2, views, c, h, w]
     for positions in (range(cut), range(cut, 12)):
         stream = ShardStream(
@@ -113,7 +113,7 @@ def test_any_division_of_a_batch_delivers_the_stored_tensors(
             global_batch_size=12,
             positions=positions,
             lanes=3,
-            window_bytes=window_bytes,
+            window_samples=window_samples,
         )
         for step in range(3):
             batch = stream.batch(step)
@@ -129,19 +129,6 @@ def test_read_images_gives_the_packed_order(tmp_path: Path) -> None:
     dataset = write_latents(tmp_path, latents, 4)
     found = torch.cat([batch.images for batch in read_images(dataset, range(3))])
     assert torch.equal(found, torch.from_numpy(np.stack(latents, axis=1)))
-
-
-def test_the_window_counts_the_bytes_of_latents(tmp_path: Path) -> None:
-    """A sample is 192 bytes; its image of 4 x 8 pixels would be 32."""
-    stream = ShardStream(
-        write_latents(tmp_path, random_latents(10), 4),
-        seed=0,
-        global_batch_size=2,
-        positions=range(2),
-        lanes=1,
-        window_bytes=5 * 192,
-    )
-    assert stream.order.window_samples == 5
 
 
 def republish(folder: Path, recipe: dict[str, Any], row: dict[str, Any]) -> str:

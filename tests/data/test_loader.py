@@ -28,7 +28,7 @@ NumbersOf = Callable[[torch.Tensor], list[int]]
 
 
 def open_stream(
-    dataset: Dataset, positions: range = range(12), window_bytes: int = 200, lanes: int = 3
+    dataset: Dataset, positions: range = range(12), window_samples: int = 33, lanes: int = 3
 ) -> ShardStream:
     return ShardStream(
         dataset,
@@ -36,7 +36,7 @@ def open_stream(
         global_batch_size=12,
         positions=positions,
         lanes=lanes,
-        window_bytes=window_bytes,
+        window_samples=window_samples,
     )
 
 
@@ -51,14 +51,14 @@ def test_any_division_and_any_start_give_the_same_batches(
     """Also for tiny sets (epochs within a batch) and windows of one sample or the whole set."""
     samples = data.draw(st.integers(1, 60))
     dataset = make_dataset(samples, data.draw(st.integers(1, 20)))
-    window_bytes = data.draw(st.sampled_from([1, 40, 200, 100_000]))
+    window_samples = data.draw(st.sampled_from([1, 6, 33, 10_000]))
     cuts = sorted(data.draw(st.sets(st.integers(1, 11))))
     runs = [range(a, b) for a, b in zip([0, *cuts], [*cuts, 12], strict=True)]
     first = data.draw(st.integers(0, 9))
-    whole = open_stream(dataset, window_bytes=window_bytes)
+    whole = open_stream(dataset, window_samples=window_samples)
     batches = [numbers_of(whole.batch(step).images) for step in range(first + 3)]
     whole.close()
-    parts = [open_stream(dataset, run, window_bytes) for run in runs]
+    parts = [open_stream(dataset, run, window_samples) for run in runs]
     for step in range(first, first + 3):
         joined = [n for part in parts for n in numbers_of(part.batch(step).images)]
         assert joined == batches[step]
@@ -116,30 +116,30 @@ def test_a_batch_stays_as_it_was_given(make_dataset: MakeDataset, numbers_of: Nu
 def test_each_shard_is_fetched_once_an_epoch_but_at_the_cuts(make_dataset: MakeDataset) -> None:
     dataset = make_dataset(600, 20)  # 30 shards in 3 lanes: 2 cuts, and lanes begin or end there
     with mock.patch.object(prefetcher, "fetch_shard", wraps=fetch_shard) as fetch:
-        stream = open_stream(dataset, window_bytes=600)
+        stream = open_stream(dataset, window_samples=100)
         for step in range(50):
             stream.batch(step)
         stream.close()
     ahead = (
-        3 * 2 * 600 // (6 * 20 * 3) + prefetcher.FETCHES
+        3 * 2 * 100 // (20 * 3) + prefetcher.FETCHES
     )  # two blocks of each lane, and on their way
     assert 30 <= fetch.call_count <= 30 + 2 + ahead
 
 
 def test_memory_is_bounded_by_two_windows_and_a_batch(make_dataset: MakeDataset) -> None:
-    dataset, held_bytes = make_dataset(600, 20), set()
+    dataset, held_samples = make_dataset(600, 20), set()
     has_room = prefetcher.Prefetcher._has_room
 
     def watched(self: prefetcher.Prefetcher, block: Block) -> bool:
-        held_bytes.add(6 * self._held_samples)
+        held_samples.add(self._held_samples)
         return has_room(self, block)
 
     with mock.patch.object(prefetcher.Prefetcher, "_has_room", watched):
-        stream = open_stream(dataset, window_bytes=600)
+        stream = open_stream(dataset, window_samples=100)
         for step in range(100):
             stream.batch(step)
         stream.close()
-    assert 600 <= max(held_bytes) <= 2 * 600 + 12 * 6
+    assert 100 <= max(held_samples) <= 2 * 100 + 12
 
 
 def test_waiting_is_counted_and_reading_ahead_removes_it(make_dataset: MakeDataset) -> None:
@@ -184,7 +184,7 @@ def damage(dataset: Dataset, number: int, how: str) -> None:
 def test_a_damaged_shard_is_never_used(make_dataset: MakeDataset, how: str) -> None:
     dataset = make_dataset(60, 7)
     damage(dataset, 4, how)
-    stream = open_stream(dataset, window_bytes=6)
+    stream = open_stream(dataset, window_samples=1)
     with pytest.raises(ShardCorruptError, match=r"shard-00004.arrow: sha256 .* 5 downloads; write"):
         epoch_of(stream)
     stream.close()
@@ -230,7 +230,7 @@ def test_from_a_bucket_through_the_cache(
     """A second epoch reads no shard from the bucket; a damaged cached file is fetched again."""
     dataset = make_dataset(60, 7, f"{s3}/streamed")
     cache = tmp_path / "cache"
-    options = {"seed": 7, "global_batch_size": 12, "lanes": 3, "window_bytes": 30}
+    options = {"seed": 7, "global_batch_size": 12, "lanes": 3, "window_samples": 5}
 
     def epoch() -> list[int]:
         stream = ShardStream(
@@ -287,7 +287,7 @@ def test_a_worker_decodes_on_its_own_cpus_alone_on_any_system(
     if way == "all":
         found = [n for batch in read_images(dataset, [0]) for n in numbers_of(batch.images)]
     else:
-        stream = open_stream(dataset, window_bytes=10_000, lanes=1)
+        stream = open_stream(dataset, window_samples=1_666, lanes=1)
         found = [n for step in range(5) for n in numbers_of(stream.batch(step).images)]
         stream.close()
     all_busy.abort()  # threads that read ahead

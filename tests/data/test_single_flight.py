@@ -83,7 +83,7 @@ def fetch_all(url: str, cache_dir: Path, together: Any, found: Any) -> None:
     dataset, cache, digest = open_dataset(url), ShardCache(cache_dir, 10**6), hashlib.sha256()
     together.wait(ENDS_S)
     for number in range(SHARDS):
-        digest.update(np.asarray(fetch_shard(dataset, number, cache).images))
+        digest.update(np.asarray(fetch_shard(dataset, number, cache).images).tobytes())
     found.put(digest.hexdigest())
 
 

@@ -144,13 +144,14 @@ def digests(checkpoint: str) -> dict[str, str]:
 
 def streamed(url: str) -> list[str]:
     """The sha256 of each of 12 batches of 10 images of the set at `url`: pixels, labels, keys."""
+    dataset = open_dataset(url)
     stream = ShardStream(
-        open_dataset(url),
+        dataset,
         seed=3,
         global_batch_size=10,
         positions=range(10),
         lanes=2,
-        window_bytes=1000,
+        window_samples=1000 // dataset.manifest.sample_bytes,
     )
     found = []
     for step in range(12):
