@@ -19,7 +19,14 @@ import torch
 from torch import Tensor
 
 from ddpm_ray.data.dataset import Dataset, Manifest, UInt8s
-from ddpm_ray.data.prefetcher import FETCHES, Prefetcher, gather, lane_shares, overlap
+from ddpm_ray.data.prefetcher import (
+    FETCHES,
+    Prefetcher,
+    gather,
+    image_decoders,
+    lane_shares,
+    overlap,
+)
 from ddpm_ray.data.shard_cache import ShardCache
 from ddpm_ray.data.shards import fetch_shard
 from ddpm_ray.data.shuffle_order import Int64s, Order
@@ -133,8 +140,8 @@ class ShardStream:
 
 def read_images(dataset: Dataset, shard_numbers: Iterable[int]) -> Iterator[Batch]:
     """Yield all samples and labels of each of these shards, in packed order."""
-    manifest, threads = dataset.manifest, torch.get_num_threads()
-    with ThreadPoolExecutor(FETCHES) as fetchers, ThreadPoolExecutor(threads) as decoders:
+    manifest = dataset.manifest
+    with ThreadPoolExecutor(FETCHES) as fetchers, image_decoders(manifest) as decoders:
         numbers = iter(shard_numbers)
         ahead = deque(fetchers.submit(fetch_shard, dataset, n) for n in islice(numbers, FETCHES))
         while ahead:

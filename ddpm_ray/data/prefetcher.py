@@ -19,7 +19,8 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from ddpm_ray.data.dataset import Dataset, DatasetError, UInt8s
+from ddpm_ray.data.dataset import Dataset, DatasetError, Manifest, UInt8s
+from ddpm_ray.data.image_decoders import DecoderDiedError, ImageDecoders, UndecodableError
 from ddpm_ray.data.shard_cache import ShardCache
 from ddpm_ray.data.shards import Latents, Shard, fetch_shard
 from ddpm_ray.data.shuffle_order import Block, Int64s, Order
@@ -90,8 +91,7 @@ class Prefetcher:
         # A shard that a lane still holds is not fetched again.
         self._held_shards: WeakValueDictionary[int, Future[Shard]] = WeakValueDictionary()
         self._fetchers = ThreadPoolExecutor(FETCHES, "shard-fetch")
-        # torch's threads: cluster.cpus_per_worker in a run, all cores in a notebook.
-        self._decoders = ThreadPoolExecutor(torch.get_num_threads(), "image-decode")
+        self._decoders = image_decoders(dataset.manifest)
         threading.Thread(target=self._run, name="shard-stream", daemon=True).start()
 
     def wait_for(self, share: LaneShare, step: int) -> list[tuple[LoadedBlock, slice]]:
@@ -124,8 +124,8 @@ class Prefetcher:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        for pool in (self._fetchers, self._decoders):
-            pool.shutdown(wait=False, cancel_futures=True)
+        self._fetchers.shutdown(wait=False, cancel_futures=True)
+        self._decoders.close()
 
     def _run(self) -> None:
         try:
@@ -205,10 +205,21 @@ class Prefetcher:
                 self._changed.notify_all()
 
 
+def image_decoders(manifest: Manifest) -> ImageDecoders:
+    """Return decoders for `gather`: as many as torch has threads.
+
+    These are cluster.cpus_per_worker in a run, all cores in a notebook.
+    """
+    return ImageDecoders(manifest.encoding, manifest.image_shape, torch.get_num_threads())
+
+
 def gather(
-    shard: Shard, rows: Int64s, out: UInt8s, dataset: Dataset, decoders: ThreadPoolExecutor
+    shard: Shard, rows: Int64s, out: UInt8s, dataset: Dataset, decoders: ImageDecoders
 ) -> None:
-    """Copy the samples of these rows of a shard into `out` [rows, sample_bytes]."""
+    """Copy the samples of these rows of a shard into `out` [rows, sample_bytes].
+
+    Raises DatasetError for an image that cannot be decoded, DecoderDiedError.
+    """
     if isinstance(shard.images, Latents):
         halves = out.view(np.float16).reshape(len(rows), 2, -1)
         for half, values in enumerate(shard.images):
@@ -219,24 +230,19 @@ def gather(
         flat = shard.images.reshape(len(shard), -1)
         np.take(flat, rows, axis=0, out=out, mode="clip")
         return
-    from ddpm_ray.data.packing.image_files import (  # imports Pillow, for encoded images only
-        BadImageError,
-        decode_stored,
-    )
-
-    manifest = dataset.manifest
     files: pa.BinaryArray = shard.images
 
-    def image(row: int) -> UInt8s:
-        """Decode one image."""
-        file, where = files[row].as_buffer(), f"{dataset.url}: {shard.keys[row]}"
-        try:
-            return decode_stored(file, manifest.encoding, manifest.image_shape, where)
-        except BadImageError as error:  # permanent: a restarted worker would fail again
-            raise DatasetError(*error.args) from None
+    def name(at: int) -> str:
+        """Return the data set and key of the image of a row."""
+        return f"{dataset.url}: {shard.keys[int(rows[at])]}"
 
-    for at, pixels in enumerate(decoders.map(image, rows.tolist())):
-        out[at] = pixels.reshape(-1)
+    try:
+        decoders.decode([files[row].as_buffer() for row in rows.tolist()], out)
+    except UndecodableError as error:  # permanent: a restarted worker would fail again
+        at, problem, remedy = error.args
+        raise DatasetError(name(at), problem, remedy) from None
+    except DecoderDiedError as error:
+        raise DecoderDiedError(name(error.args[0]), *error.args[1:]) from None
 
 
 def lane_shares(order: Order, positions: range) -> list[LaneShare]:

@@ -13,10 +13,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ddpm_ray.data import prefetcher
+from ddpm_ray.data import image_decoders, prefetcher
 from ddpm_ray.data.dataset import Dataset
 from ddpm_ray.data.loader import ShardStream, read_images
-from ddpm_ray.data.packing import image_files
 from ddpm_ray.data.shards import ShardCorruptError, fetch_shard
 from ddpm_ray.data.shuffle_order import Block
 from ddpm_ray.storage import object_store
@@ -267,29 +266,24 @@ def test_a_worker_decodes_on_its_own_cpus_alone_on_any_system(
     way: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Images are decoded in as many threads as torch uses; macOS has no CPU affinity to ask."""
+    """Images are decoded in as many processes as torch has threads; macOS has no CPU affinity."""
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     dataset = make_dataset(60, 60, encoding="png")
-    all_busy, decode = threading.Barrier(torch_threads, timeout=60), image_files.decode_stored
-    lock, busy, most = threading.Lock(), 0, 0
+    started: list[image_decoders.ImageDecoders] = []
+    decode = image_decoders.ImageDecoders.decode
 
-    def decoded(*args: Any) -> Any:
-        nonlocal busy, most
-        with lock:
-            busy += 1
-            most = max(most, busy)
-        all_busy.wait()
-        with lock:
-            busy -= 1
-        return decode(*args)
+    def decoded(self: image_decoders.ImageDecoders, *args: Any) -> None:
+        decode(self, *args)
+        assert len(self.pids) == torch_threads
+        started.append(self)
 
-    monkeypatch.setattr(image_files, "decode_stored", decoded)
+    monkeypatch.setattr(image_decoders.ImageDecoders, "decode", decoded)
     if way == "all":
         found = [n for batch in read_images(dataset, [0]) for n in numbers_of(batch.images)]
     else:
         stream = open_stream(dataset, window_samples=1_666, lanes=1)
         found = [n for step in range(5) for n in numbers_of(stream.batch(step).images)]
         stream.close()
-    all_busy.abort()  # threads that read ahead
     assert sorted(found) == list(range(60))
-    assert most == torch_threads
+    assert started
+    assert not started[0].pids

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -32,6 +31,7 @@ from ddpm_ray.data.dataset import (
     write_index,
 )
 from ddpm_ray.data.encoding_record import EncodingCost, EncodingRecord
+from ddpm_ray.data.image_decoders import ImageDecoders
 from ddpm_ray.data.image_shape import ImageShape, LatentShape
 from ddpm_ray.data.latent_preview import Gram, add_grams, fit_preview, gram_of
 from ddpm_ray.data.latent_sums import LOG_VARIANCES, Float16s, latent_sums
@@ -232,7 +232,7 @@ def _part_files(plan: EncodePlan) -> PartFiles:
 def _pixels(source: Dataset, shard: Shard) -> UInt8s:
     """Return the decoded images of a shard, [n, H, W, C]."""
     images = np.empty((len(shard), source.manifest.sample_bytes), dtype=np.uint8)
-    with ThreadPoolExecutor(1) as decoders:
+    with ImageDecoders(source.manifest.encoding, source.manifest.image_shape, 1) as decoders:
         gather(shard, np.arange(len(shard)), images, source, decoders)
     return images.reshape(-1, *source.manifest.image_shape)
 
