@@ -11,11 +11,19 @@ root, so they may differ in the last bits between kinds of devices.
 
 import math
 from enum import IntEnum
+from typing import TypeAlias, cast
 
 import torch
 from torch import Tensor
 
 _WORD = 0xFFFFFFFF  # the low 32 bits
+
+Step: TypeAlias = int | Tensor
+"""Number of a training step, in 0..2^32-1; or an int64 tensor [] with it on the device of the draw,
+which a compiled function or a CUDA graph reads anew at each call. The numbers drawn are equal."""
+
+Word: TypeAlias = int | Tensor
+"""32-bit words: one of the host, or int64 tensors, which broadcast."""
 
 
 class Purpose(IntEnum):
@@ -43,7 +51,7 @@ class Purpose(IntEnum):
 def normal(
     seed: int,
     purpose: Purpose,
-    step: int,
+    step: Step,
     index: Tensor,
     shape: tuple[int, ...],
     device: torch.device | str | None = None,
@@ -51,9 +59,9 @@ def normal(
     """Standard normals float32 [B, *shape] on `device` (index's own by default).
 
     Row i belongs to image (or batch position) index[i], int64 [B] in 0..2^32-1, and is the same
-    whatever else is in the call; `step` is in 0..2^32-1 and the seed is taken modulo 2^64. All are
-    within 6.8 of 0, which 1 normal in 10^11 would not be. Raises ValueError for another step or
-    index, as all draws do: modulo 2^32 it would repeat another image's numbers.
+    whatever else is in the call; the seed is taken modulo 2^64. All are within 6.8 of 0, which 1
+    normal in 10^11 would not be. Raises ValueError for another step or index, as all draws do:
+    modulo 2^32 it would repeat another image's numbers. Values on a GPU are not checked.
     """
     index = index.to(device or index.device)
     size, count = math.prod(shape), len(index)
@@ -68,14 +76,12 @@ def normal(
     radius[:, 0], radius[:, 1], angle[:, 0], angle[:, 1] = words
     radius.add_(0.5).mul_(2**-32).log_().mul_(-2).sqrt_()
     angle.mul_(2 * math.pi * 2**-32)
-    normals = torch.empty(count, 4, blocks, dtype=torch.float32, device=index.device)
-    torch.mul(radius, angle.cos(), out=normals[:, :2])
-    torch.mul(radius, angle.sin_(), out=normals[:, 2:])
+    normals = torch.stack((angle.cos(), angle.sin_()), 1).mul_(radius[:, None])
     return normals.view(count, 4 * blocks)[:, :size].reshape(count, *shape)
 
 
 def uniform_float(
-    seed: int, purpose: Purpose, step: int, index: Tensor, shape: tuple[int, ...]
+    seed: int, purpose: Purpose, step: Step, index: Tensor, shape: tuple[int, ...]
 ) -> Tensor:
     """Uniform float32 [B, *shape] in [0, 1), multiples of 2^-24; rows belong to index as above."""
     size = math.prod(shape)
@@ -84,52 +90,64 @@ def uniform_float(
     return (words.flatten(1)[:, :size] >> 8).float().mul_(2**-24).view(len(index), *shape)
 
 
-def uniform_int(seed: int, purpose: Purpose, step: int, index: Tensor, high: int) -> Tensor:
+def uniform_int(seed: int, purpose: Purpose, step: Step, index: Tensor, high: int) -> Tensor:
     """Integers int64 in 0..high-1, one for each entry of `index` and of its shape; high <= 2^31.
 
     The high word of a 32-bit word times `high`: no value is likelier than another by more than a
     part in 2^32 / high (4 million for high = 1000).
     """
-    word, *_ = _words(seed, purpose, step, index, torch.zeros_like(index))
+    word, *_ = _words(seed, purpose, step, index, 0)
     return word * high >> 32
 
 
-def coin(seed: int, purpose: Purpose, step: int, index: Tensor) -> Tensor:
+def coin(seed: int, purpose: Purpose, step: Step, index: Tensor) -> Tensor:
     """Fair coins, bool, one for each entry of `index` and of its shape."""
     return uniform_int(seed, purpose, step, index, 2).bool()
 
 
 def derived_seed(seed: int, purpose: Purpose, step: int, index: int) -> int:
-    """A seed in 0..2^64-1 for a generator that is not ours, as torch.manual_seed for dropout."""
-    zero = torch.zeros((), dtype=torch.int64)
-    low, high, *_ = _words(seed, purpose, step, zero + index, zero)
-    return int(high) << 32 | int(low)
+    """A seed in 0..2^64-1 for a generator that is not ours, as torch.manual_seed for dropout.
+
+    Computed on the host in 10 us. Raises ValueError as `normal`.
+    """
+    _require_word("step", step, step)
+    _require_word("index", index, index)
+    low, high, *_ = philox((0, index, step, int(purpose)), seed)
+    return cast(int, high) << 32 | cast(int, low)
 
 
 def _words(
-    seed: int, purpose: Purpose, step: int, index: Tensor, block: Tensor
+    seed: int, purpose: Purpose, step: Step, index: Tensor, block: Word
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Four words for each (index, block), which broadcast; the counter reads block to purpose."""
-    if not 0 <= step <= _WORD:
-        raise ValueError(f"step is {step}; random numbers are keyed by steps of 0..2^32-1")
-    # Indices on a GPU are not checked, because the host would wait for them; a fake tensor has no
-    # values to check.
-    if type(index) is Tensor and index.is_cpu and index.numel():
-        low, high = (int(end) for end in index.aminmax())
-        if low < 0 or high > _WORD:
-            raise ValueError(
-                f"index is {low if low < 0 else high}; random numbers are keyed by indices of "
-                "0..2^32-1: give each image one of its own"
-            )
-    return philox((block, index, torch.tensor(step), torch.tensor(int(purpose))), seed)
+    if torch.compiler.is_compiling():  # its numbers of the host have 64 bits; it has no values
+        step = step if isinstance(step, Tensor) else torch.full((), step, device=index.device)
+    else:
+        if isinstance(step, int):
+            _require_word("step", step, step)
+        # Indices on a GPU are not checked, because the host would wait for them; a fake tensor has
+        # no values to check.
+        if type(index) is Tensor and index.is_cpu and index.numel():
+            _require_word("index", *(int(end) for end in index.aminmax()))
+    words = philox((block, index, step, int(purpose)), seed)
+    return cast(tuple[Tensor, Tensor, Tensor, Tensor], words)  # each depends on the index
 
 
-def philox(
-    counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Four 32-bit words for each counter of four, all int64; Philox4x32-10 with the seed as key.
+def _require_word(name: str, low: int, high: int) -> None:
+    """Raises ValueError unless low..high lies in 0..2^32-1."""
+    if low < 0 or high > _WORD:
+        remedy = ": give each image one of its own" if name == "index" else ""
+        raise ValueError(
+            f"{name} is {low if low < 0 else high}; random numbers are keyed by "
+            f"{'indices' if name == 'index' else 'steps'} of 0..2^32-1{remedy}"
+        )
 
-    The four parts of the counter broadcast, and the first rounds stay as small as they are.
+
+def philox(counter: tuple[Word, Word, Word, Word], seed: int) -> tuple[Word, Word, Word, Word]:
+    """Four 32-bit words for each counter of four; Philox4x32-10 with the seed as key.
+
+    The four parts of the counter broadcast, and the first rounds stay as small as they are. What
+    follows from parts of the host alone is computed by the host, without an operation of torch.
     """
     # A product of two words may wrap below 0 in int64 and still holds the right 64 bits. Its low
     # word goes on with the high one above it: xor does not carry, so `_mixed` masks both at once.
@@ -143,6 +161,11 @@ def philox(
     return c_0, c_1 & _WORD, c_2, c_3 & _WORD
 
 
-def _mixed(product: Tensor, word: Tensor, key: int) -> Tensor:
+def _mixed(product: Word, word: Word, key: int) -> Word:
     """The product's high word, xor `word`, xor `key`, in 0..2^32-1."""
-    return (product >> 32 ^ word).bitwise_xor_(key).bitwise_and_(_WORD)
+    high = product >> 32
+    if isinstance(high, int):  # the host's part and the key are one number
+        return (word ^ (high ^ key)) & _WORD
+    if isinstance(word, int):
+        return (high ^ (word & _WORD ^ key)) & _WORD
+    return (high ^ word).bitwise_xor_(key).bitwise_and_(_WORD)

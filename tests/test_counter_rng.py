@@ -1,16 +1,20 @@
 """Philox against its authors' numbers; draws against their laws."""
 
 import math
+from typing import Any
 
 import pytest
 import scipy.stats
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpm_ray import counter_rng
 from ddpm_ray.counter_rng import (
     Purpose,
+    Step,
     coin,
     derived_seed,
     normal,
@@ -55,7 +59,8 @@ def test_broadcast_counters_are_single_counters(
     for i, row in enumerate(rows):
         for j, column in enumerate(columns):
             alone = philox((torch.tensor(column), torch.tensor(row), two, three), seed)
-            assert [int(word[i, j]) for word in table] == [int(word) for word in alone]
+            there = [int(torch.as_tensor(word)[i, j]) for word in table]
+            assert there == [int(word) for word in alone]
 
 
 def test_what_a_seed_means_follows_from_the_published_words() -> None:
@@ -68,6 +73,64 @@ def test_what_a_seed_means_follows_from_the_published_words() -> None:
     assert uniform_int(0, purpose, 0, zero, 1000).tolist() == [399]  # 0x6627e8d5 / 2^32 = 0.39904
     assert coin(0, purpose, 0, zero).tolist() == [False]
     assert derived_seed(0, purpose, 0, 0) == 0xE169C58D6627E8D5
+
+
+@given(seeds, words, words, st.sampled_from(Purpose))
+def test_a_derived_seed_is_two_words_of_the_tensors_generator(
+    seed: int, step: int, index: int, purpose: Purpose
+) -> None:
+    zero, *rest = (torch.tensor(part) for part in (0, index, step, int(purpose)))
+    low, high, *_ = philox((zero, rest[0], rest[1], rest[2]), seed)
+    assert derived_seed(seed, purpose, step, index) == int(high) * 2**32 + int(low)
+
+
+def test_a_derived_seed_needs_no_operation_of_torch() -> None:
+    with Operations() as counted:
+        derived_seed(1, Purpose.DROPOUT, 2, 3)
+    assert counted.names == []
+
+
+class Operations(TorchDispatchMode):
+    """The names of torch's operations in a block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.names.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def all_draws(seed: int, step: Step, index: Tensor) -> list[Tensor]:
+    return [
+        normal(seed, Purpose.NOISE, step, index, (3, 5, 5)),
+        uniform_float(seed, Purpose.LIKELIHOOD, step, index, (7,)),
+        uniform_int(seed, Purpose.TIMESTEP, step, index, 1000),
+        coin(seed, Purpose.FLIP, step, index),
+    ]
+
+
+@given(seeds, words, st.lists(words, min_size=1, max_size=9))
+def test_a_step_on_the_device_draws_as_its_number_does(
+    seed: int, step: int, images: list[int]
+) -> None:
+    index = torch.tensor(images)
+    of_number, of_tensor = (all_draws(seed, of, index) for of in (step, torch.tensor(step)))
+    assert all(map(torch.equal, of_number, of_tensor))
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_compiled_draws_are_one_graph_with_the_same_bits(on_device: bool) -> None:
+    torch.compiler.reset()
+    compiled = torch.compile(normal, backend="aot_eager", fullgraph=True)
+    seed, index, shape = 2**64 - 59, torch.arange(5) + 3, (3, 5, 5)
+    for step in (4, 2**31, 2**32 - 1):  # the second time torch makes the number a variable
+        of = torch.tensor(step) if on_device else step
+        found = compiled(seed, Purpose.NOISE, of, index, shape)
+        assert torch.equal(found, normal(seed, Purpose.NOISE, step, index, shape)), step
 
 
 @given(
