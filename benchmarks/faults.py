@@ -75,12 +75,11 @@ def noting_worker(settings: dict[str, Any]) -> dict[str, Any]:
     """Our worker, which notes its steps as the plain one does."""
     step, home = loop.take_step, Path(settings["folder"]).parent
 
-    def and_note(run: Run) -> bool:
-        rewound = step(run)
+    def and_note(run: Run) -> None:
+        step(run)
         committed = run.checkpoints.committed
         durable = int(object_store.name_of(committed).split("-")[1]) if committed else 0
         note(home, run.workers.rank, run.state.step, durable)
-        return rewound
 
     loop.take_step = and_note
     return train_worker(settings)

@@ -46,6 +46,7 @@ from ddpm_ray.runs.train_worker import assemble
 from ddpm_ray.storage.object_store import write_bytes
 from ddpm_ray.tracking import run_lookup
 from ddpm_ray.training.loop import report, save, take_step
+from ddpm_ray.training.masked_updates import step_optimizer
 from ddpm_ray.training.objective import Objective
 from ddpm_ray.training.run import Run
 from ddpm_ray.training.writer_lease import Lease
@@ -117,10 +118,11 @@ def besides_network(run: Run) -> Callable[[], None]:
         if SET == "latents":
             normal(0, Purpose.POSTERIOR, 1, positions, shape)
         norm = clip_grad_norm_(run.network.parameters(), plan.max_grad_norm, foreach=True)
-        state.optimizer.step()
-        state.ema.update(state.model, 0.999)
+        accepted = run.guard.accept(norm)
+        step_optimizer(state.optimizer, 1e-9, accepted)
+        state.ema.update(state.model, 0.999, accepted)
         log_snr = objective.schedule.log_snr(t)
-        run.log.record(losses, log_snr, grad_norm=float(norm), learning_rate=1e-9)
+        run.log.record(losses, log_snr, grad_norm=norm, accepted=accepted, learning_rate=1e-9)
 
     return parts
 

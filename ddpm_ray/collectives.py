@@ -55,6 +55,17 @@ class Workers:
             tensor += other
         return tensor
 
+    def gather_rows(self, rows: Tensor) -> Tensor:
+        """All-gather: `rows` [n, ...] of each worker in rank order, [count * n, ...].
+
+        `rows` is on the worker's device and n equal on all workers, all of which must call it.
+        """
+        if self.count == 1:
+            return rows
+        gathered = rows.new_empty(self.count * len(rows), *rows.shape[1:])
+        dist.all_gather_into_tensor(gathered, rows.contiguous())
+        return gathered
+
     def gather(self, value: Any) -> list[Any]:
         """All-gather: the `value` of each worker, in rank order. All workers must call it."""
         if self.count == 1:

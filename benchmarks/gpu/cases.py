@@ -32,7 +32,8 @@ from ddpm_ray.sampling.sampling import SamplingPlan, draw
 from ddpm_ray.training import validation_loss
 from ddpm_ray.training.checkpoints import CheckpointStore
 from ddpm_ray.training.ema_snapshots import SNAPSHOTS, SnapshotStore, averaged
-from ddpm_ray.training.loop import report, save, take_step
+from ddpm_ray.training.loop import handle_rejected, report, save, take_step
+from ddpm_ray.training.run import Run
 from ddpm_ray.training.sample_grids import SampleGridLogger
 
 DIT = ["model.network=dit"]
@@ -208,11 +209,18 @@ def _steps(keys: list[str], device: torch.device) -> None:
 
 def _skipped_step(device: torch.device) -> None:
     run = run_of(config_of(["training.on_divergence=skip"]), device)
-    with torch.no_grad():
-        next(run.state.model.parameters()).fill_(math.nan)
+    take_step(run)  # weights and their average differ
+    kept = [part.clone() for part in _weights(run)]
+    next(run.state.model.parameters()).register_hook(lambda gradient: gradient * math.nan)
     take_step(run)
+    handle_rejected(run, run.log.read())
     report(run)
     _require(run.guard.skipped == 1, "a gradient that is no number was not skipped")
+    _require(all(map(torch.equal, kept, _weights(run))), "a skipped step changed weights")
+
+
+def _weights(run: Run) -> list[Tensor]:
+    return [*run.state.model.parameters(), *run.state.ema.model.parameters()]
 
 
 def _sample(keys: list[str], plan: dict[str, Any], device: torch.device) -> None:

@@ -10,7 +10,8 @@ backward passes and writes its checkpoints; what CUDA would refuse is refused, i
 - `.numpy()` of what was not copied to the host
 
 Each operation for which a GPU makes the host wait, or the host a GPU, is noted with its place in
-ddpm_ray. Speed, memory and rounding are the CPU's, and kernels that CUDA lacks pass unnoticed.
+ddpm_ray; a copy to the device also where its memory is pinned and nobody waits. Speed, memory and
+rounding are the CPU's, and kernels that CUDA lacks pass unnoticed.
 """
 
 import contextlib
@@ -167,6 +168,25 @@ class _Factories(TorchDispatchMode):
         return _executed(func, args, kwargs or {})
 
 
+class NoEvent:
+    """An event that has always happened: operations end before they return."""
+
+    def record(self, stream: "NoStream") -> None:
+        """Do nothing."""
+
+    def synchronize(self) -> None:
+        """Do nothing."""
+
+
+class NoStream:
+    """A stream of operations that end before they return."""
+
+    def __init__(self, device: torch.device) -> None: ...
+
+    def wait_event(self, event: NoEvent) -> None:
+        """Do nothing."""
+
+
 def end_process() -> NoReturn:
     """End this process with status 0, without Python's own clean-up.
 
@@ -186,6 +206,10 @@ def fake_cuda() -> Iterator[torch.device]:
         "is_available": lambda: True,
         "is_bf16_supported": lambda *_, **__: True,
         "get_device_name": lambda *_: "fake",
+        "Stream": NoStream,
+        "Event": NoEvent,
+        "stream": contextlib.nullcontext,
+        "current_stream": NoStream,
     }
     before = {name: getattr(torch.cuda, name) for name in replaced}
     for name, value in replaced.items():
@@ -213,7 +237,7 @@ def _executed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     is_fake = [isinstance(tensor, FakeCudaTensor) for tensor in tensors]
     on_cuda = any(is_fake) if wanted is None else torch.device(wanted).type == "cuda"
     if not on_cuda and not any(is_fake):
-        return func(*args, **kwargs)
+        return func(*args, **kwargs | ({"pin_memory": False} if "pin_memory" in kwargs else {}))
     _refuse(operation, tensors, is_fake)
     _note(operation, tensors, is_fake, on_cuda)
     if wanted is not None:

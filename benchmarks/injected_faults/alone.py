@@ -68,16 +68,15 @@ def train_alone(settings: dict[str, Any]) -> None:
     found: dict[str, list[float]] = {"took_s": [], "ended": [], "plain_s": []}
     last_s = time.perf_counter()
 
-    def timed(run: Run) -> bool:
+    def timed(run: Run) -> None:
         nonlocal last_s
-        rewound = step(run)
+        step(run)
         now_s = time.perf_counter()
         found["took_s"].append(now_s - last_s)
         found["ended"].append(time.time())
         if settings["plain_save"] and run.state.step % EVERY == EVERY // 2:
             found["plain_s"].append(seconds(partial(save_plainly, run)))
         last_s = time.perf_counter()
-        return rewound
 
     loop.take_step = timed
     loop.train_loop(run)

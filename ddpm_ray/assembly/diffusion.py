@@ -16,6 +16,7 @@ from ddpm_ray.diffusion import loss_weighting, schedules, timestep_sampling
 from ddpm_ray.diffusion.conditioning import Network
 from ddpm_ray.diffusion.parameterization import Parameterization
 from ddpm_ray.diffusion.process import NoiseSchedule
+from ddpm_ray.diffusion.timestep_sampling import Distribution
 from ddpm_ray.models.dit import DiT
 from ddpm_ray.models.unet import UNet
 from ddpm_ray.sampling.conditioning import ConditioningSpec
@@ -160,12 +161,13 @@ def choice_of_steps(
             table = timestep_sampling.log_normal(
                 schedule, wanted.log_sigma_mean, wanted.log_sigma_deviation
             )
-            return lambda step, at: (timestep_sampling.weighted(seed, step, at, table)[0], None)
+            fixed = Distribution.of(table).to(schedule.alpha_bar.device)
+            return lambda step, at: (timestep_sampling.weighted(seed, step, at, fixed)[0], None)
         case "second_moment":
             moments = state.moments
             assert moments is not None  # made with the state
             return lambda step, at: timestep_sampling.weighted(
-                seed, step, at, moments.probability()
+                seed, step, at, Distribution.of(moments.probability())
             )
         case _:
             assert_never(wanted.timesteps)

@@ -62,7 +62,7 @@ def training_state(
     model.to(memory_format=memory_format(training))  # type: ignore[call-overload]  # torch's stubs
     optimizer = optimization.optimizer(model, training)
     weighs = config.objective.timesteps == "second_moment"
-    moments = SecondMoments.empty(config.schedule.num_steps) if weighs else None
+    moments = SecondMoments.empty(config.schedule.num_steps, device) if weighs else None
     averages = Averages.of(model, more_decays(training))
     opponent = adversary(config, model, device) if isinstance(model, Autoencoder) else None
     return TrainingState(model, EMA(model), optimizer, facts, moments, averages, opponent)
@@ -106,6 +106,7 @@ def plan(config: RunConfig, workers: int) -> Plan:
         grid_every_steps=training.grid_every_steps,
         evaluate_every_steps=config.evaluation.every_steps if config.evaluation.num_images else 0,
         validate_every_steps=config.evaluation.validation_every_steps,
+        snapshot_every_steps=training.ema_snapshot_every_steps,
         core_seconds=training.core_seconds,
     )
 

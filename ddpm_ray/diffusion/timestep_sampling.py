@@ -2,13 +2,14 @@
 
 t is a pure function of (seed, step, position in the global batch), so it does not depend on the
 number of workers or on restarts. `positions` is int64 [B']; t is int64 of the same shape, on the
-same device, in 1..T = num_steps. Probability tables are float64 [T+1] on the CPU, 0 at t = 0.
+same device, in 1..T = num_steps. Probability tables are float64 [T+1], 0 at t = 0.
 """
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ddpm_ray import counter_rng
 from ddpm_ray.counter_rng import Purpose
@@ -42,18 +43,46 @@ def antithetic(seed: int, step: int, positions: Tensor, num_steps: int) -> Tenso
     return torch.where(positions % 2 == 0, t, num_steps + 1 - t)
 
 
-def weighted(seed: int, step: int, positions: Tensor, probability: Tensor) -> tuple[Tensor, Tensor]:
-    """Draw t by `probability`; also return the importance weights 1 / (T p_t), float64.
+@dataclass(frozen=True)
+class Distribution:
+    """A distribution of t, prepared for draws on the device of its tensors."""
+
+    cumulative: Tensor  # [T] float64: probability of a step of at most 1, 2, ... T
+    weights: Tensor  # [T+1] float64: importance weights 1 / (T p_t)
+
+    @classmethod
+    def of(cls, probability: Tensor) -> "Distribution":
+        """Prepare a table that has no negative entry and need not sum to 1, on its device."""
+        below = _running_sum(probability[1:])
+        return cls(below / below[-1], below[-1] / (len(below) * probability))
+
+    def to(self, device: torch.device) -> "Distribution":
+        """The same on `device`."""
+        return Distribution(self.cumulative.to(device), self.weights.to(device))
+
+
+def weighted(
+    seed: int, step: int, positions: Tensor, distribution: Distribution
+) -> tuple[Tensor, Tensor]:
+    """Draw t from `distribution`, on its device; also return the importance weights, float64.
 
     The expectation of weight times loss is the uniform mean of the loss over all t with p_t > 0.
-    The table has no negative entry and need not sum to 1.
     """
-    below = probability[1:].cumsum(0)
     draws = counter_rng.uniform_int(seed, Purpose.TIMESTEP, step, positions, _GRID)
     place = (draws.double() + 0.5) / _GRID  # in (0, 1): float32 would round to both ends
-    t = 1 + torch.searchsorted((below / below[-1]).to(place.device), place)
-    weight = below[-1] / (len(below) * probability)
-    return t, weight.to(t.device)[t]
+    t = 1 + torch.searchsorted(distribution.cumulative, place)
+    return t, distribution.weights[t]
+
+
+def _running_sum(values: Tensor) -> Tensor:
+    """Sums of the first 1, 2, ... of `values` [n]."""
+    if values.is_cpu:
+        return values.cumsum(0)
+    distance = 1  # by doubling: torch has no deterministic scan of floats on CUDA
+    while distance < len(values):
+        values = values + F.pad(values[:-distance], (distance, 0))
+        distance *= 2
+    return values
 
 
 def log_normal(schedule: NoiseSchedule, mean: float = -1.2, deviation: float = 1.2) -> Tensor:
@@ -83,27 +112,34 @@ class SecondMoments:
 
     (Nichol and Dhariwal 2021, arXiv:2102.09672, eq. 18 and section 3.3: this minimises the variance
     of the estimated loss.) The copies of all workers stay equal if each is updated with the whole
-    global batch.
+    global batch. The host waits for none of its values.
     """
 
     losses: Tensor  # [T, 10] float64: a ring buffer for each step, t = 1 first
     counts: Tensor  # [T] int64: number of losses so far
 
     @classmethod
-    def empty(cls, num_steps: int) -> "SecondMoments":
+    def empty(cls, num_steps: int, device: torch.device | str = "cpu") -> "SecondMoments":
         """The state before the first update."""
-        losses = torch.zeros(num_steps, HISTORY, dtype=torch.float64)
-        return cls(losses, torch.zeros(num_steps, dtype=torch.int64))
+        losses = torch.zeros(num_steps, HISTORY, dtype=torch.float64, device=device)
+        return cls(losses, torch.zeros(num_steps, dtype=torch.int64, device=device))
 
-    def update(self, t: Tensor, losses: Tensor) -> None:
-        """Add losses [B] at steps t [B], in the order of their positions; both on the CPU."""
+    def update(self, t: Tensor, losses: Tensor, accepted: Tensor) -> None:
+        """Add losses [B] at steps t [B], in the order of their positions; all on one device.
+
+        `accepted`: bool []; nothing is added where it is false.
+        """
         row, order = torch.sort(t - 1, stable=True)  # group by step and keep the order
-        seen = torch.bincount(row, minlength=len(self.counts))
-        rank = torch.arange(len(row)) - (seen.cumsum(0) - seen)[row]  # index within its step
-        kept = rank >= seen[row] - HISTORY  # so that each slot is written once
-        slot = (self.counts[row] + rank) % HISTORY
-        self.losses[row[kept], slot[kept]] = losses.double()[order][kept]
-        self.counts += seen
+        seen = torch.zeros_like(self.counts).index_add_(0, row, torch.ones_like(row))
+        index = torch.arange(len(row), device=row.device)
+        rank = index - (seen.cumsum(0) - seen)[row]  # index within its step
+        kept = (rank >= seen[row] - HISTORY) & accepted  # so that each slot is written once
+        slot = row * HISTORY + (self.counts[row] + rank) % HISTORY
+        # One place more takes what is not kept: a choice by `kept` would make the host wait.
+        slots = torch.cat([self.losses.flatten(), self.losses.new_zeros(1)])
+        slots[torch.where(kept, slot, len(slots) - 1)] = losses.double()[order]
+        self.losses.copy_(slots[:-1].view_as(self.losses))
+        self.counts += seen * accepted
 
     def probability(self) -> Tensor:
         """The table [T+1] for `weighted`: uniform until every step has 10 losses.
@@ -111,8 +147,8 @@ class SecondMoments:
         UNIFORM_SHARE of it always stays uniform, as in the authors' code.
         """
         size = self.losses.square().mean(1).sqrt()
-        if (self.counts < HISTORY).any() or not size.any():
-            size = torch.ones_like(size)
+        unknown = (self.counts < HISTORY).any() | ~size.any()
+        size = torch.where(unknown, torch.ones_like(size), size)
         p = (1 - UNIFORM_SHARE) * size / size.sum() + UNIFORM_SHARE / len(size)
         return torch.cat([p.new_zeros(1), p])
 

@@ -14,6 +14,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from ddpm_ray.models.patch_discriminator import PatchDiscriminator
+from ddpm_ray.training.masked_updates import step_optimizer
 from ddpm_ray.training.optimizer_moments import Tensors, load_moments, moments
 
 LARGEST_WEIGHT = 1e4  # as in the code of Esser et al.
@@ -60,16 +61,15 @@ class Adversary:
         hinge = 0.5 * (_per_image(F.relu(1 - real)) + _per_image(F.relu(1 + fake)))
         return adversarial, hinge
 
-    def step(self, learning_rate: float) -> None:
-        """Apply the batch's gradients to the discriminator and to the weight."""
+    def step(self, learning_rate: float, accepted: Tensor) -> None:
+        """Apply the batch's gradients to the discriminator and to the weight, where `accepted`."""
         if self.compared.grad is None:  # before the first step with a discriminator
             return
         reconstruction, adversarial = self.compared.grad.flatten(1).norm(dim=1)
         ratio = reconstruction / adversarial.clamp(min=1e-12)
-        self.weight.copy_(ratio.clamp(max=LARGEST_WEIGHT))
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        self.optimizer.step()
+        ratio = ratio.clamp(max=LARGEST_WEIGHT)
+        self.weight.copy_(torch.where(accepted, ratio, self.weight))
+        step_optimizer(self.optimizer, learning_rate, accepted)
 
     def zero_grad(self) -> None:
         """Drop the batch's gradients."""

@@ -2,14 +2,17 @@
 
 The decision uses the norm of the all-reduced gradient, which is equal on all workers, and the norms
 of previous steps, which are saved in checkpoints: all workers decide alike, and a replayed step is
-decided as before.
+decided as before. The decision is made on the device, so that a step does not make the host wait
+for it; the host reads it at the next report (loop.py).
 """
 
 import math
+import sys
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ddpm_ray.collectives import Workers
@@ -38,13 +41,34 @@ class DivergedError(RuntimeError):
 
 @dataclass
 class DivergenceGuard:
-    """The limit of the gradient norm, and what to do with a step that exceeds it."""
+    """The limit of the gradient norm, and what to do with a step that exceeds it.
+
+    Its values are those of the last step that was recorded; the device is ahead of them.
+    """
 
     spike_factor: float = 0.0  # limit as a multiple of the median; 0: accept any finite norm
     skips: bool = False  # skip the step and continue
     rewinds: bool = False  # also restore the weights of the previous checkpoint
     norms: list[float] = field(default_factory=list)  # of the newest WINDOW_STEPS steps taken
     skipped: int = 0  # in a row
+    _on_device: "_DeviceGuard | None" = field(default=None, init=False, repr=False, compare=False)
+
+    def accept(self, norm: Tensor) -> Tensor:
+        """Decide on the device of `norm` [] whether to take the step: bool [].
+
+        After a rejected step that stops or rewinds the run, all are rejected until `resume`: they
+        would be taken from weights at which the run does not go on.
+        """
+        if self._on_device is None:
+            self._on_device = _DeviceGuard.of(self, norm.device)
+        return self._on_device.accept(norm)
+
+    def record(self, norm: float, *, accepted: bool) -> None:
+        """Note the decision on the next step, as the device made it."""
+        if accepted:
+            self.norms, self.skipped = [*self.norms[1 - WINDOW_STEPS :], norm], 0
+        else:
+            self.skipped += 1
 
     @property
     def limit(self) -> float:
@@ -52,15 +76,6 @@ class DivergenceGuard:
         if not self.spike_factor or len(self.norms) < FEWEST_STEPS:
             return math.inf
         return self.spike_factor * median(self.norms)
-
-    def accept(self, norm: float) -> bool:
-        """Decide whether to take the step, and record its norm."""
-        if math.isfinite(norm) and norm <= self.limit:
-            self.norms = [*self.norms[1 - WINDOW_STEPS :], norm]
-            self.skipped = 0
-            return True
-        self.skipped += 1
-        return False
 
     @property
     def exhausted(self) -> bool:
@@ -79,6 +94,49 @@ class DivergenceGuard:
     def resume(self, facts: dict[str, Any]) -> None:
         """Continue with the state of a checkpoint."""
         self.norms, self.skipped = list(facts["norms"]), int(facts["skipped"])
+        self._on_device = None  # made anew by the next decision
+
+
+@dataclass
+class _DeviceGuard:
+    """The guard's values on the device, at the newest step."""
+
+    spike_factor: float
+    norms: Tensor  # [WINDOW_STEPS] float64, the newest last; infinite before the first
+    count: Tensor  # [] int64, of finite norms
+    rejected: Tensor  # [] int64, in a row
+    most_rejected: int  # in a row; one more, and all further ones are
+
+    @classmethod
+    def of(cls, guard: DivergenceGuard, device: torch.device) -> "_DeviceGuard":
+        norms = [math.inf] * (WINDOW_STEPS - len(guard.norms)) + guard.norms
+        goes_on = guard.skips and not guard.rewinds
+        return cls(
+            guard.spike_factor,
+            torch.tensor(norms, dtype=torch.float64, device=device),
+            torch.tensor(len(guard.norms), device=device),
+            torch.tensor(guard.skipped if goes_on else 0, device=device),
+            MOST_SKIPS if goes_on else 0,
+        )
+
+    def accept(self, norm: Tensor) -> Tensor:
+        norm = norm.double()
+        accepted = (norm <= self._limit()) & (self.rejected <= self.most_rejected)
+        appended = torch.cat([self.norms[1:], norm[None]])
+        self.norms = torch.where(accepted, appended, self.norms)
+        self.count = (self.count + accepted).clamp_(max=WINDOW_STEPS)
+        self.rejected = (self.rejected + 1) * ~accepted
+        return accepted
+
+    def _limit(self) -> float | Tensor:
+        """The limit as of DivergenceGuard, with its bits; the largest float instead of infinity."""
+        largest = sys.float_info.max
+        if not self.spike_factor:
+            return largest
+        middle = torch.stack([self.count - 1, self.count]).clamp_(min=0) // 2
+        median = self.norms.sort().values[middle].sum() / 2
+        limit = torch.where(self.count < FEWEST_STEPS, largest, self.spike_factor * median)
+        return limit.clamp_(max=largest)
 
 
 def diverged(

@@ -5,12 +5,12 @@ import math
 import time
 
 import torch
-from torch import Tensor
 
 from ddpm_ray import fault_injection
 from ddpm_ray.reporting import Command, Progress, Row
 from ddpm_ray.training.checkpoint_folder import read_checkpoint
 from ddpm_ray.training.divergence_guard import DivergedError, diverged
+from ddpm_ray.training.metrics_buffer import Decision
 from ddpm_ray.training.run import Run
 
 log = logging.getLogger(__name__)
@@ -36,9 +36,12 @@ def train_loop(run: Run) -> bool:
         draw_and_evaluate(run)  # an earlier start may have ended before it did
     while not run.is_finished() and command is not Command.STOP:
         with run.log.timed():
-            rewound = take_step(run)
+            take_step(run)
+            reports = plan.uses_weights(state.step) or is_report_due(run)
+            decisions = run.log.read() if reports else []
         command = Command.NONE
         fault_injection.at("between")
+        rewound = handle_rejected(run, decisions)
         step = state.step
         last = step == plan.steps
         scores = last or plan.is_due(plan.evaluate_every_steps, step)
@@ -47,7 +50,7 @@ def train_loop(run: Run) -> bool:
         validates = plan.is_due(every, every if last else step)
         if validates:
             run.validate(step)
-        if saves or validates or step - run.reported[0] >= run.report_every_steps:
+        if reports:
             command = report(run)
             fault_injection.at("between")
         run.snapshot_ema(step)  # before the checkpoint that will reference them
@@ -90,57 +93,88 @@ def settle(run: Run) -> None:
     run.workers.gather(None)
 
 
-def take_step(run: Run) -> bool:
-    """Take one optimiser step on all workers. Return True if it rewound to earlier weights."""
+def is_report_due(run: Run) -> bool:
+    """Whether about REPORT_EVERY_S have passed since the last report; the same on all workers."""
+    return run.state.step - run.reported[0] >= run.report_every_steps
+
+
+def take_step(run: Run) -> None:
+    """Take one optimiser step on all workers, without waiting for the device.
+
+    The device itself leaves the update out where the gradient is not finite or a spike. The host
+    reads its decisions at the next report: see `handle_rejected`.
+    """
     state, plan = run.state, run.plan
     fault_injection.set_position(run.workers.rank, state.step + 1)
     fault_injection.at("batch")
-    batch = run.stream.batch(state.step)
+    batch = run.copier.batch(run.stream, state.step)
     losses, t, terms = run.objective.backward(
         run.network, batch.images, batch.labels, state.step, run.workers, plan.micro_batch_size
     )
     norm = state.clip_gradients(plan.max_grad_norm)
-    grad_norm = float(norm)  # waits for the device: a NaN must not reach the weights
-    if not run.guard.accept(grad_norm):
-        return skip_step(run, grad_norm, losses)
+    accepted = run.guard.accept(norm)
     fault_injection.at("update")
     learning_rate = plan.learning_rate(state.step)
-    state.step_optimizers(learning_rate)
-    state.ema.update(state.model, plan.ema_decay(state.step))
-    state.averages.update(state.model, state.step)
+    state.step_optimizers(learning_rate, accepted)
+    state.ema.update(state.model, plan.ema_decay(state.step), accepted)
+    state.averages.update(state.model, state.step, accepted)
     state.step += 1
     if state.moments is not None:  # losses of all workers, in order of position
-        seen = run.workers.gather((t.cpu(), losses.cpu()))
-        state.moments.update(*(torch.cat(column) for column in zip(*seen, strict=True)))
-    log_snr = run.objective.log_snr(t)
-    run.log.record(losses, log_snr, terms, grad_norm=grad_norm, learning_rate=learning_rate)
+        seen = run.workers.gather_rows(torch.stack([t.double(), losses.double()], 1))
+        state.moments.update(seen[:, 0].long(), seen[:, 1], accepted)
+    run.log.record(
+        losses,
+        run.objective.log_snr(t),
+        terms,
+        grad_norm=norm,
+        accepted=accepted,
+        learning_rate=learning_rate,
+    )
+    if state.step < plan.steps:
+        run.copier.prepare(run.stream, state.step)  # while the device is busy with this one
+
+
+def handle_rejected(run: Run, decisions: list[Decision]) -> bool:
+    """Skip, rewind or stop as the decisions ask for, on the steps up to now; True if rewound.
+
+    All workers have the same decisions. The first rejected step that stops or rewinds the run is
+    the last: what was computed after it is dropped, and the device has left its updates out.
+    Raises DivergedError if training.on_divergence=stop, or after too many skipped steps.
+    """
+    first = run.state.step - len(decisions) + 1
+    for step, decision in enumerate(decisions, first):
+        run.guard.record(decision.grad_norm, accepted=decision.accepted)
+        if not decision.accepted and skip_step(run, step, decision):
+            return True
     return False
 
 
-def skip_step(run: Run, grad_norm: float, losses: Tensor) -> bool:
-    """Count the step without an update, or rewind to earlier weights. Return True if rewound.
-
-    Raises DivergedError if training.on_divergence=stop, or after too many skipped steps.
-    """
-    fault_injection.at(
-        "between"
-    )  # to wait for uploads, or to read a checkpoint, is no stall of the step
-    state, keys = run.state, run.stream.keys(run.state.step)
-    error = diverged(state.step + 1, grad_norm, run.guard.limit, losses, keys, run.workers)
+def skip_step(run: Run, step: int, decision: Decision) -> bool:
+    """Report a step that was not taken, or rewind to earlier weights. Return True if rewound."""
+    keys = run.stream.keys(step - 1)
+    norm, limit = decision.grad_norm, run.guard.limit
+    error = diverged(step, norm, limit, decision.losses, keys, run.workers)
     if run.guard.exhausted:
+        go_back(run, step - 1)
         settle(run)
         raise error
-    state.zero_grad()
-    state.step += 1
-    run.log.record_skipped()
     if run.sink is not None:
-        _, norm, limit, named = error.args
-        facts = {"step": state.step, "grad_norm": str(norm), "limit": str(limit), "keys": named}
-        run.sink.document(f"skipped/step-{state.step:08d}.json", facts)
+        named = error.args[3]
+        facts = {"step": step, "grad_norm": str(norm), "limit": str(limit), "keys": named}
+        run.sink.document(f"skipped/step-{step:08d}.json", facts)
         log.warning("%s. Skipped (training.on_divergence)", str(error).partition(";")[0])
     if run.guard.rewinds:
+        go_back(run, step)
+        fault_injection.set_position(run.workers.rank, step)
         rewind(run, error)
     return run.guard.rewinds
+
+
+def go_back(run: Run, step: int) -> None:
+    """Drop the steps after `step`: they were computed before the host knew of a rejected one."""
+    state = run.state
+    run.log.forget(state.step - step)
+    state.step, state.shown = step, min(state.shown, step - 1)
 
 
 def rewind(run: Run, error: DivergedError) -> None:

@@ -1,5 +1,7 @@
 """Buffer of per-step metrics on the device, summed over workers about once a second into rows.
 
+The host waits for the device once for all steps since the last time: in `StepLog.read`.
+
 A row is a pure function of the steps it covers, so a replayed step gives the same row. Only the
 rates (`train/images_per_s`, `train/data_wait_share`) and `train/core_seconds` depend on the clock.
 """
@@ -8,7 +10,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -50,6 +52,14 @@ class Terms(Protocol):
         ...
 
 
+class Decision(NamedTuple):
+    """The decision of the device on a step."""
+
+    grad_norm: float
+    accepted: bool
+    losses: Tensor  # [b] of this worker's images, on the device
+
+
 class StepLog:
     """Sums of losses by band since the last `collect`, on the device, one row per step.
 
@@ -60,9 +70,11 @@ class StepLog:
         self._workers, self._window_steps, self._terms = workers, rows_every_steps, terms
         self._width = math.prod(SUMS) + (terms.count if terms else 0)
         self._edges = torch.tensor(BAND_EDGES, dtype=torch.float64, device=workers.device)
-        self._lines: list[Tensor] = []  # [width] float64: SUMS, then the sums of terms
-        self._norms: list[float] = []
-        self._rates: list[float] = []
+        # Of steps not yet read, float64 on the device: SUMS, the sums of terms, norm, accepted.
+        self._unread: list[Tensor] = []
+        self._losses: list[Tensor] = []  # [b] of these steps
+        self._lines: list[Tensor] = []  # of steps read but not collected
+        self._rates: list[float] = []  # of both
         self._bands = torch.zeros(SUMS, dtype=torch.float64)  # sums, counts of the window
         self._clock, self._images, self._waited_s = time.perf_counter(), 0.0, 0.0
         self._window_start = (self._clock, 0.0, 0.0)
@@ -82,14 +94,16 @@ class StepLog:
         log_snr: Tensor | None,
         terms: Tensor | None = None,
         *,
-        grad_norm: float,
+        grad_norm: Tensor,
+        accepted: Tensor,
         learning_rate: float,
     ) -> None:
         """Record one step: losses [b] float32 and log-SNR [b] float64 of this worker's images.
 
-        Instead of log-SNR: `terms` [b, n] float32, in the order of the objective's `Terms`.
+        Instead of log-SNR: `terms` [b, n] float32, in the order of the objective's `Terms`. Of a
+        step that is not `accepted`, bool [], no losses are kept: they may be NaN.
         """
-        line = torch.zeros(self._width, dtype=torch.float64, device=losses.device)
+        line = torch.zeros(self._width + 2, dtype=torch.float64, device=losses.device)
         sums = line[: math.prod(SUMS)].view(SUMS)
         if log_snr is None:
             sums[0, 0] = _to_grid(losses).sum()
@@ -99,16 +113,32 @@ class StepLog:
             sums[0].index_add_(0, band, _to_grid(losses))
             sums[1].index_add_(0, band, torch.ones_like(log_snr))
         if self._terms is not None and terms is not None:
-            line[math.prod(SUMS) :] = _to_grid(terms, bits=30).sum(0)
-        self._lines.append(line)
-        self._norms.append(grad_norm)
+            line[math.prod(SUMS) : self._width] = _to_grid(terms, bits=30).sum(0)
+        line[: self._width].masked_fill_(~accepted, 0.0)
+        line[-2].copy_(grad_norm)
+        line[-1].copy_(accepted)
+        self._unread.append(line)
+        self._losses.append(losses)
         self._rates.append(learning_rate)
 
-    def record_skipped(self) -> None:
-        """Record one skipped step, without its losses, which may be NaN."""
-        self._lines.append(torch.zeros(self._width, dtype=torch.float64, device=self._edges.device))
-        self._norms.append(math.nan)
-        self._rates.append(math.nan)
+    def read(self) -> list[Decision]:
+        """Wait for the device; return the decisions on the steps recorded since the last call."""
+        if not self._unread:
+            return []
+        lines = torch.stack(self._unread).cpu()  # one copy
+        of_steps = zip(lines[:, -2:].tolist(), self._losses, strict=True)
+        decisions = [
+            Decision(norm, bool(accepted), losses) for (norm, accepted), losses in of_steps
+        ]
+        self._lines.extend(lines)
+        self._unread.clear()
+        self._losses.clear()
+        return decisions
+
+    def forget(self, steps: int) -> None:
+        """Drop the newest `steps` steps, which were read."""
+        kept = len(self._lines) - steps
+        del self._lines[kept:], self._rates[kept:]
 
     def collect(self, step: int, waited_s: float) -> list[Row]:
         """Return the rows of the recorded steps, which end at `step`, the same on all workers.
@@ -116,11 +146,14 @@ class StepLog:
         All workers must call it. `waited_s`: seconds this worker has waited for data since its
         start. Returns no rows if no step was recorded since the last call.
         """
+        self.read()
         if not self._lines:  # the same on all workers
             return []
         spent = torch.zeros(1, self._width, dtype=torch.float64)
         spent[0, 0], self._uncollected_s = self._uncollected_s, 0.0
-        lines = self._workers.sum_(torch.cat([torch.stack(self._lines).cpu(), spent]))
+        read = torch.stack(self._lines)
+        norms = read[:, -2].tolist()  # equal on all workers
+        lines = self._workers.sum_(torch.cat([read[:, : self._width], spent]))
         self.core_s += float(lines[-1, 0])
         lines = lines[:-1]  # [steps, width]
         now, first = time.perf_counter(), step - len(self._lines) + 1
@@ -132,7 +165,7 @@ class StepLog:
             if counts.sum():
                 row = {
                     "train/loss": float(sums.sum() / counts.sum()),
-                    "train/grad_norm": self._norms[offset],
+                    "train/grad_norm": norms[offset],
                     "train/lr": self._rates[offset],
                 }
                 if self._terms is not None:
@@ -145,7 +178,6 @@ class StepLog:
                     self._terms.end_window(first + offset, row, is_main=self._workers.is_main)
             rows.append(Row(first + offset, row))
         self._lines.clear()
-        self._norms.clear()
         self._rates.clear()
         return rows
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ddpm_ray.collectives import Workers
 from ddpm_ray.data.loader import Batch
 from ddpm_ray.reporting import Command, Progress, Sink
+from ddpm_ray.training.batch_copier import BatchCopier
 from ddpm_ray.training.checkpoint_writer import CheckpointWriter
 from ddpm_ray.training.divergence_guard import DivergenceGuard
 from ddpm_ray.training.gradient_accumulation import Losses
@@ -74,11 +75,23 @@ class Plan:
     grid_every_steps: int = 0
     evaluate_every_steps: int = 0
     validate_every_steps: int = 0
+    snapshot_every_steps: int = 0  # of the EMA, see ema_snapshots.py
     core_seconds: float = 0.0  # after which the run ends; 0: only `steps` ends it
 
     def is_due(self, every_steps: int, step: int) -> bool:
         """Whether an action with period `every_steps` (0: never) is due after `step`."""
         return every_steps > 0 and step % every_steps == 0
+
+    def uses_weights(self, step: int) -> bool:
+        """Whether anything is due after `step` for which its weights must be known to be good."""
+        periods = (
+            self.checkpoint_every_steps,
+            self.grid_every_steps,
+            self.evaluate_every_steps,
+            self.validate_every_steps,
+            self.snapshot_every_steps,
+        )
+        return step == self.steps or any(self.is_due(every, step) for every in periods)
 
 
 @dataclass
@@ -104,6 +117,10 @@ class Run:
     saves_first: bool = False  # a continued run has changed options: a checkpoint must say so
     report_every_steps: int = 1
     reported: tuple[int, float] = field(default_factory=lambda: (0, time.perf_counter()))
+    copier: BatchCopier = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.copier = BatchCopier(self.workers.device)
 
     def is_finished(self) -> bool:
         """Whether all steps are taken, or all core-seconds used; the same on all workers."""

@@ -15,6 +15,7 @@ from torch.nn.utils import clip_grad_norm_
 from ddpm_ray.diffusion.timestep_sampling import SecondMoments
 from ddpm_ray.training.adversary import Adversary
 from ddpm_ray.training.ema import EMA, Averages
+from ddpm_ray.training.masked_updates import step_optimizer
 from ddpm_ray.training.optimizer_moments import Tensors, load_moments, moments
 
 
@@ -89,13 +90,11 @@ class TrainingState:
         self.ema_snapshot_steps = snapshot.facts.get("kept_at", [])  # not in older checkpoints
         self.shown = snapshot.facts.get("shown", self.step)  # older versions saved after drawing
 
-    def step_optimizers(self, learning_rate: float) -> None:
-        """Apply the gradients of all networks, and drop them."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        self.optimizer.step()
+    def step_optimizers(self, learning_rate: float, accepted: Tensor) -> None:
+        """Apply the gradients of all networks where `accepted`, bool [], and drop them."""
+        step_optimizer(self.optimizer, learning_rate, accepted)
         if self.adversary is not None:
-            self.adversary.step(learning_rate)
+            self.adversary.step(learning_rate, accepted)
         self.zero_grad()
 
     def zero_grad(self) -> None:

@@ -13,16 +13,19 @@ from torch import Tensor
 
 from ddpm_ray import counter_rng
 from ddpm_ray.diffusion import NoiseSchedule, schedules, timestep_sampling
-from ddpm_ray.diffusion.timestep_sampling import SecondMoments
+from ddpm_ray.diffusion.timestep_sampling import Distribution, SecondMoments
 
 TABLE = torch.tensor([0, 1, 0, 3, 4, 2], dtype=torch.float64)  # t = 2 is never drawn
+YES, NO = torch.tensor(True), torch.tensor(False)
 CHOICES: dict[str, Callable[[int, int, Tensor], Tensor]] = {
     "uniform": lambda seed, step, at: timestep_sampling.uniform(seed, step, at, 7),
     "low_discrepancy": lambda seed, step, at: timestep_sampling.low_discrepancy(
         seed, step, at, 7, 64
     ),
     "antithetic": lambda seed, step, at: timestep_sampling.antithetic(seed, step, at, 7),
-    "weighted": lambda seed, step, at: timestep_sampling.weighted(seed, step, at, TABLE)[0],
+    "weighted": lambda seed, step, at: timestep_sampling.weighted(
+        seed, step, at, Distribution.of(TABLE)
+    )[0],
 }
 
 
@@ -86,7 +89,7 @@ def test_antithetic_pairs_mirror_each_other_and_no_one_else() -> None:
 
 def test_weighted_draws_its_table_and_weighs_it_away() -> None:
     """p_t w_t L_t summed over the table is the plain mean over the steps that can be drawn."""
-    t, weight = timestep_sampling.weighted(4, 0, torch.arange(20_000), TABLE)
+    t, weight = timestep_sampling.weighted(4, 0, torch.arange(20_000), Distribution.of(TABLE))
     counts = torch.bincount(t, minlength=6)
     assert counts[[0, 2]].tolist() == [0, 0]
     drawn = [1, 3, 4, 5]
@@ -105,10 +108,10 @@ def test_weighted_draws_its_table_and_weighs_it_away() -> None:
 def test_the_rarest_words_still_draw_a_step_of_the_table(
     table: list[float], first: int, last: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    probability, at = torch.tensor(table, dtype=torch.float64), torch.arange(1)
+    wanted = Distribution.of(torch.tensor(table, dtype=torch.float64))
     for word, step in ((0, first), (2**31 - 1, last)):
         monkeypatch.setattr(counter_rng, "uniform_int", lambda *_, word=word: torch.tensor([word]))
-        assert timestep_sampling.weighted(0, 0, at, probability)[0].tolist() == [step]
+        assert timestep_sampling.weighted(0, 0, torch.arange(1), wanted)[0].tolist() == [step]
 
 
 @pytest.mark.parametrize("mean, deviation", [(-1.2, 1.2), (0.5, 0.7)])
@@ -156,7 +159,8 @@ def test_second_moments_are_those_of_the_last_ten_losses_of_each_step(
             for t, loss in batch:
                 queues[t].append(loss)
             t_and_loss = torch.tensor(batch, dtype=torch.float64).view(-1, 2)
-            moments.update(t_and_loss[:, 0].long(), t_and_loss[:, 1])
+            moments.update(t_and_loss[:, 0].long(), t_and_loss[:, 1], YES)
+            moments.update(t_and_loss[:, 0].long(), t_and_loss[:, 1] * math.nan, NO)
     sizes = [math.sqrt(sum(x * x for x in q) / 10) for q in queues.values()]
     if min(map(len, queues.values())) < 10 or not any(sizes):
         sizes = [1.0] * 3
@@ -168,15 +172,15 @@ def test_a_step_is_drawn_in_proportion_to_its_losses_once_all_are_known() -> Non
     """Nine losses of one step leave all alike; the tenth makes 3 to 1 of them, but for 0.001."""
     moments = SecondMoments.empty(2)
     t = torch.tensor([1] * 10 + [2] * 9)
-    moments.update(t, torch.where(t == 1, 3.0, 1.0))
+    moments.update(t, torch.where(t == 1, 3.0, 1.0), YES)
     assert moments.probability().tolist() == [0, 0.5, 0.5]
-    moments.update(torch.tensor([2]), torch.tensor([-1.0]))  # a term below 0 counts by its size
+    moments.update(torch.tensor([2]), torch.tensor([-1.0]), YES)  # below 0 counts by its size
     assert moments.probability().tolist() == pytest.approx([0, 0.74975, 0.25025])
 
 
 def test_losses_of_nothing_but_0_leave_all_steps_alike() -> None:
     moments = SecondMoments.empty(2)
-    moments.update(torch.tensor([1, 2] * 10), torch.zeros(20))
+    moments.update(torch.tensor([1, 2] * 10), torch.zeros(20), YES)
     assert moments.probability().tolist() == [0, 0.5, 0.5]
 
 

@@ -36,6 +36,7 @@ ENDS, LEASE = "tests/faults/test_same_end.py", "tests/training/test_writer_lease
 CHECKPOINTS, STATE = "ddpm_ray/training/checkpoints.py", "ddpm_ray/training/state.py"
 ACCUMULATION = "ddpm_ray/training/gradient_accumulation.py"
 NOISING = "ddpm_ray/training/noising.py"
+MASKED, NO_WAITING = "ddpm_ray/training/masked_updates.py", "tests/training/test_no_waiting.py"
 DAMAGE = "tests/training/test_damaged_checkpoints.py"
 FENCING = "tests/training/test_fencing.py"
 
@@ -128,11 +129,32 @@ MUTATIONS = (
         LOOP,
     ),
     Mutation(
-        "a skipped step keeps its gradient",
+        "a rejected step changes the weights",
+        MASKED,
+        "(~accepted).float()",
+        "(~accepted).float() * 0",
+        NO_WAITING,
+    ),
+    Mutation(
+        "a rejected step changes the EMA",
+        MASKED,
+        "share = accepted * weight",
+        "share = torch.tensor(weight)",
+        NO_WAITING,
+    ),
+    Mutation(
+        "steps after a diverged one are taken until the host knows of it",
+        "ddpm_ray/training/divergence_guard.py",
+        " & (self.rejected <= self.most_rejected)",
+        "",
+        NO_WAITING,
+    ),
+    Mutation(
+        "steps after a diverged one are not taken again",
         "ddpm_ray/training/loop.py",
-        "    state.zero_grad()\n    state.step += 1\n    run.log.record_skipped()",
-        "    state.step += 1\n    run.log.record_skipped()",
-        LOOP,
+        "state.step, state.shown = step, min",
+        "state.shown = min",
+        NO_WAITING,
     ),
     Mutation(
         "earlier gradient norms are not restored",

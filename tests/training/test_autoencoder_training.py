@@ -21,7 +21,7 @@ from ddpm_ray.storage.errors import StorageError
 from ddpm_ray.training import posterior_monitor
 from ddpm_ray.training.autoencoder_objective import AutoencoderObjective
 from ddpm_ray.training.checkpoints import CheckpointStore
-from ddpm_ray.training.loop import take_step, train_loop
+from ddpm_ray.training.loop import handle_rejected, take_step, train_loop
 from ddpm_ray.training.posterior_monitor import PosteriorMonitor
 from ddpm_ray.training.run import Run
 from ddpm_ray.training.state import Snapshot
@@ -82,6 +82,7 @@ def test_a_bad_gradient_of_the_discriminator_stops_the_run(tmp_path: Path) -> No
         kept = broken.clone()
         broken.fill_(math.nan)
     take_step(run)
+    handle_rejected(run, run.log.read())
     broken.data.copy_(kept)
     assert run.guard.skipped == 1
     assert_same_bits(before, run.state.snapshot([]))
@@ -144,7 +145,7 @@ def test_workers_train_the_discriminator_as_one_does(
         run.objective.backward(run.state.model, images, labels, 0, workers, BATCH)
         leaves = [*adversary.discriminator.parameters()]
         found = [leaf.grad.clone() for leaf in leaves if leaf.grad is not None]
-        adversary.step(0.1)
+        adversary.step(0.1, torch.tensor(True))
         return [*found, adversary.weight]
 
     (alone,) = on_workers(1, trained)

@@ -19,6 +19,9 @@ OnWorkers = Callable[[int, Callable[[Workers], Any]], list[Any]]
 STEPS, BATCH = 12, 96
 
 
+YES, ONE = torch.tensor(True), torch.tensor(1.0)
+
+
 def images_of(step: int) -> tuple[Tensor, Tensor]:
     """Losses of a batch, so different that no sum is exact by luck, and its log-SNR."""
     generator = torch.Generator().manual_seed(step)
@@ -32,7 +35,13 @@ def logged(workers: Workers, ends: set[int], window: int = 4, begin: int = 0) ->
     for step in range(begin + 1, STEPS + 1):
         share = workers.share(BATCH)
         losses, log_snr = (values[share.start : share.stop] for values in images_of(step))
-        log.record(losses, log_snr, grad_norm=step / 4, learning_rate=1 / step)
+        log.record(
+            losses,
+            log_snr,
+            grad_norm=torch.tensor(step / 4),
+            accepted=YES,
+            learning_rate=1 / step,
+        )
         if step in ends | {STEPS}:
             rows += log.collect(step, waited_s=0.0)
     return rows
@@ -67,7 +76,7 @@ def test_core_seconds_are_those_of_all_workers_and_starts(
         for step in (1, 2):
             with log.timed():
                 losses, log_snr = images_of(step)
-                log.record(losses, log_snr, grad_norm=1.0, learning_rate=1.0)
+                log.record(losses, log_snr, grad_norm=ONE, accepted=YES, learning_rate=1.0)
         rows = log.collect(2, 0.0)
         log.resume(log.window())  # as a rewind does
         return log.core_s, rows
@@ -115,7 +124,11 @@ def test_bands_and_rates_come_once_a_window() -> None:
 def test_a_band_is_named_by_its_edges(log_snr: float, band: str) -> None:
     log = StepLog(Workers(), 1)
     log.record(
-        torch.tensor([2.5]), torch.tensor([log_snr]).double(), grad_norm=1.0, learning_rate=1.0
+        torch.tensor([2.5]),
+        torch.tensor([log_snr]).double(),
+        grad_norm=ONE,
+        accepted=YES,
+        learning_rate=1.0,
     )
     (row,) = log.collect(1, 0.0)
     assert [key for key in row.metrics if "logsnr" in key] == [f"train/loss_logsnr/{band}"]
@@ -126,12 +139,12 @@ def test_a_window_that_a_checkpoint_cuts_goes_on_after_it() -> None:
     """Steps 9..12 are one window: cut after step 10, its row is still that of all four."""
     log = StepLog(Workers(), 4)
     for step in range(1, 11):
-        log.record(*images_of(step), grad_norm=1.0, learning_rate=1.0)
+        log.record(*images_of(step), grad_norm=ONE, accepted=YES, learning_rate=1.0)
     log.collect(10, 0.0)
     resumed = StepLog(Workers(), 4)
     resumed.resume(log.window())
     for step in (11, 12):
-        resumed.record(*images_of(step), grad_norm=3.0, learning_rate=1 / 12)
+        resumed.record(*images_of(step), grad_norm=3 * ONE, accepted=YES, learning_rate=1 / 12)
     last = timeless(resumed.collect(12, 0.0))[-1]
     assert last == timeless(logged(Workers(), set()))[-1]
 
@@ -143,8 +156,46 @@ def test_rates_count_images_and_waiting_over_the_clock(monkeypatch: pytest.Monke
     log = StepLog(Workers(), 4)
     for step in range(1, 9):
         clock[0] += 1.5
-        log.record(*images_of(step), grad_norm=1.0, learning_rate=1.0)
+        log.record(*images_of(step), grad_norm=ONE, accepted=YES, learning_rate=1.0)
         for row in log.collect(step, waited_s=0.3 * step):
             if step % 4 == 0:
                 assert row.metrics["train/images_per_s"] == pytest.approx(64.0)
                 assert row.metrics["train/data_wait_share"] == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("bad", [math.nan, 1.0])
+def test_a_rejected_step_has_a_row_of_its_own_and_no_share_in_the_window(bad: float) -> None:
+    log = StepLog(Workers(), 4)
+    for step in range(1, 5):
+        losses, log_snr = images_of(step)
+        accepted = torch.tensor(step != 2)
+        losses = torch.where(accepted, losses, bad)
+        norm = torch.where(accepted, step, math.nan)
+        log.record(losses, log_snr, grad_norm=norm, accepted=accepted, learning_rate=1.0)
+    decisions = log.read()
+    assert [decision.accepted for decision in decisions] == [True, False, True, True]
+    assert [decision.grad_norm for decision in decisions] == pytest.approx(
+        [1, math.nan, 3, 4], nan_ok=True
+    )
+    rows = log.collect(4, 0.0)
+    assert rows[1].metrics == {"train/skipped": 1.0}
+    kept = torch.cat([images_of(step)[0] for step in (1, 3, 4)]).double()
+    of_bands = [value for key, value in rows[3].metrics.items() if "logsnr" in key]
+    assert all(map(math.isfinite, of_bands))
+    assert sum(row.metrics.get("train/loss", 0.0) for row in rows) / 3 == pytest.approx(
+        float(kept.mean())
+    )
+
+
+def test_steps_that_are_forgotten_leave_no_row() -> None:
+    log = StepLog(Workers(), 4)
+    for step in range(1, 8):
+        log.record(*images_of(step), grad_norm=step * ONE, accepted=YES, learning_rate=1 / step)
+    assert len(log.read()) == 7
+    assert log.read() == []
+    log.forget(2)
+    for step in range(6, STEPS + 1):
+        log.record(
+            *images_of(step), grad_norm=torch.tensor(step / 4), accepted=YES, learning_rate=1 / step
+        )
+    assert timeless(log.collect(STEPS, 0.0))[5:] == timeless(logged(Workers(), set()))[5:]

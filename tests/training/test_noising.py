@@ -247,7 +247,7 @@ def test_loss_moments_steer_t_and_what_each_loss_weighs_evens_it_out() -> None:
     assert before.importance is not None
     torch.testing.assert_close(before.importance, torch.ones(400).double())
     every = torch.arange(1, 61).repeat(10)
-    state.moments.update(every, torch.where(every > 50, 10.0, 0.1))
+    state.moments.update(every, torch.where(every > 50, 10.0, 0.1), torch.tensor(True))
     after = shown(made)
     assert after.importance is not None
     assert (after.t > 50).float().mean() > 0.9

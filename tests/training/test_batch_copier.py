@@ -1,0 +1,91 @@
+"""Batches that are copied ahead are the loader's, in any order; its errors come when it is due."""
+
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.gpu.fake_cuda import NoEvent, NoStream
+from ddpm_ray.data.loader import Batch
+from ddpm_ray.training.batch_copier import BatchCopier
+
+CPU = torch.device("cpu")
+
+
+class Loader:
+    """A loader whose batch 5 cannot be read; which batches it was asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+
+    def batch(self, step: int) -> Batch:
+        self.asked.append(step)
+        if step == 5:
+            raise OSError("batch 5 is damaged")
+        size = 3 if step == 7 else 4
+        return Batch(torch.full((size, 2), step, dtype=torch.uint8), torch.full((size,), step))
+
+
+@pytest.fixture
+def copier(monkeypatch: pytest.MonkeyPatch) -> BatchCopier:
+    """As on CUDA, with the CPU for the device: operations end before they return."""
+    replaced: dict[str, Any] = {
+        "Stream": NoStream,
+        "Event": NoEvent,
+        "stream": nullcontext,
+        "current_stream": NoStream,
+    }
+    for name, value in replaced.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    made = BatchCopier(torch.device("cuda"))
+    made._device = CPU
+    return made
+
+
+def test_the_next_batch_is_read_while_this_one_is_used(copier: BatchCopier) -> None:
+    loader = Loader()
+    for step in (0, 1, 2, 3, 1, 2, 7, 8):  # goes back after 3, as a rewound run does
+        found = copier.batch(loader, step)
+        copier.prepare(loader, step + 1)
+        wanted = Loader().batch(step)
+        assert all(map(torch.equal, found, wanted))
+    assert loader.asked == [0, 1, 2, 3, 4, 1, 2, 3, 7, 8, 9]
+
+
+def test_an_error_of_the_next_batch_waits_until_it_is_due(copier: BatchCopier) -> None:
+    loader = Loader()
+    copier.batch(loader, 4)
+    copier.prepare(loader, 5)
+    with pytest.raises(OSError, match="batch 5 is damaged"):
+        copier.batch(loader, 5)
+    assert loader.asked == [4, 5]
+
+
+def test_on_a_cpu_nothing_is_read_ahead() -> None:
+    loader, copier = Loader(), BatchCopier(CPU)
+    copier.batch(loader, 0)
+    copier.prepare(loader, 1)
+    assert loader.asked == [0]
+
+
+def test_without_pinned_memory_one_line_says_so(
+    copier: BatchCopier, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    empty_like = torch.empty_like
+
+    def refused(*arguments: Any, pin_memory: bool = False, **options: Any) -> torch.Tensor:
+        if pin_memory:
+            raise RuntimeError("CUDA error: out of memory\nCompile with TORCH_USE_CUDA_DSA")
+        return empty_like(*arguments, **options)
+
+    monkeypatch.setattr(torch, "empty_like", refused)
+    loader = Loader()
+    for step in range(4):
+        assert torch.equal(copier.batch(loader, step).labels, Loader().batch(step).labels)
+        copier.prepare(loader, step + 1)
+    (line,) = caplog.messages
+    assert line == (
+        "no pinned memory for batches (CUDA error: out of memory): copies to the device are "
+        "slower. Raise the container's limit of locked memory (ulimit -l)"
+    )
