@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 from ddpm_ray.redaction import NO_SECRET, has_secret, redacted
 from ddpm_ray.storage.errors import StorageError, storage_error
-from ddpm_ray.storage.remote_filesystem import open_url, request
+from ddpm_ray.storage.remote_filesystem import open_url, request, upload
 from ddpm_ray.storage.retry import retry
 
 Act = TypeVar("Act", bound=Callable[..., Any])
@@ -101,14 +101,14 @@ def read_bytes(url: str, size_bytes: int = UNKNOWN_BYTES) -> bytes:
 
 
 @_with_retries
-def write_bytes(url: str, data: bytes) -> None:
-    """Write an object atomically: temporary file and rename locally, one PUT elsewhere.
+def write_bytes(url: str, data: bytes | memoryview) -> None:
+    """Write an object atomically: temporary file and rename locally, one upload elsewhere.
 
     May be repeated and called concurrently: the last complete write wins. Raises StorageError.
     """
     if not is_local(url):
         filesystem, path = open_url(url)
-        request(filesystem, "pipe_file", path, data, body_bytes=len(data))
+        upload(filesystem, path, data)
         return
     target = local_path(url)
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -17,6 +17,9 @@ READ_TIMEOUT_S = 8  # without a byte; the request is then cancelled and retried
 # Limit of a whole request, whose bytes may trickle in, plus size / LEAST_BYTES_PER_S.
 REQUEST_S = 60.0
 LEAST_BYTES_PER_S = 2**20
+# A larger object goes to S3 in parts, several at a time; each is copied when it is sent.
+PART_BYTES, UPLOADS = 8 * 2**20, 4
+MOST_PARTS = 10_000  # S3's limit
 
 
 def open_url(url: str) -> tuple[Any, str]:
@@ -63,3 +66,36 @@ def request(filesystem: Any, name: str, *args: Any, body_bytes: int = 0, **kwarg
         return getattr(filesystem, name)(*args, **kwargs)
     deadline_s = REQUEST_S + body_bytes / LEAST_BYTES_PER_S
     return fsspec.asyn.sync(filesystem.loop, method, *args, timeout=deadline_s, **kwargs)
+
+
+def upload(filesystem: Any, path: str, data: bytes | memoryview) -> None:
+    """Write the object `path`, from PART_BYTES on by S3's multipart upload, without a whole copy.
+
+    Readers see all of it or nothing. Other file systems get one request and a copy.
+    """
+    size, parts = len(data), {}
+    if size >= 2 * PART_BYTES and "s3" in _protocols(filesystem):
+        body: Any = _Parts(memoryview(data))
+        parts = {"chunksize": max(PART_BYTES, -(-size // MOST_PARTS)), "max_concurrency": UPLOADS}
+    else:
+        body = bytes(data)
+    request(filesystem, "pipe_file", path, body, body_bytes=size, **parts)
+
+
+def _protocols(filesystem: Any) -> tuple[str, ...]:
+    """Names of URLs that the file system reads."""
+    named = filesystem.protocol
+    return (named,) if isinstance(named, str) else tuple(named)
+
+
+class _Parts:
+    """What s3fs asks of an object's bytes: its length and slices, which are copied one by one."""
+
+    def __init__(self, data: memoryview) -> None:
+        self._data = data
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __getitem__(self, part: slice) -> bytes:
+        return bytes(self._data[part])

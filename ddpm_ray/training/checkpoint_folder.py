@@ -19,6 +19,7 @@ from ddpm_ray.storage.checksummed import DamagedError
 from ddpm_ray.storage.errors import NotAnObjectError
 from ddpm_ray.storage.file_formats import FORMAT, require_readable
 from ddpm_ray.training.state import Snapshot
+from ddpm_ray.training.tensor_file import file_bytes
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -79,15 +80,20 @@ def read_manifest(where: str) -> bytes | None:
         return None
 
 
-def objects(snapshot: Snapshot) -> dict[str, bytes]:
-    """Return the files of a checkpoint folder by name, in writing order: the manifest is last."""
+def objects(snapshot: Snapshot) -> dict[str, bytes | memoryview]:
+    """Return the files of a checkpoint folder by name, in writing order: the manifest is last.
+
+    Files of tensors are the memory of the snapshot, not copies.
+    """
     groups = snapshot.tensors.items()
-    files = {f"{group}{TENSORS}": safetensors.save(tensors) for group, tensors in groups}
+    files: dict[str, bytes | memoryview] = {
+        f"{group}{TENSORS}": file_bytes(tensors) for group, tensors in groups
+    }
     files[STATE] = _json(snapshot.facts)
     return files | {MANIFEST: _json({FORMAT: NEWEST_FORMAT} | described(files))}
 
 
-def described(files: Mapping[str, bytes]) -> dict[str, dict[str, Any]]:
+def described(files: Mapping[str, bytes | memoryview]) -> dict[str, dict[str, Any]]:
     """Return the manifest entry of each file: size in bytes and sha256."""
     return {
         name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}

@@ -39,7 +39,7 @@ class CommittedCheckpoint:
     manifest_sha256: str
 
     @classmethod
-    def of(cls, folder: str, manifest: bytes) -> "CommittedCheckpoint":
+    def of(cls, folder: str, manifest: bytes | memoryview) -> "CommittedCheckpoint":
         """Create the reference to `folder`, whose manifest file holds these bytes."""
         return cls(folder, hashlib.sha256(manifest).hexdigest())
 

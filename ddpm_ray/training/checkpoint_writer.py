@@ -1,11 +1,13 @@
 """Saves checkpoints in a background thread."""
 
 import threading
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from ddpm_ray.training.background_writer import BackgroundWriter
 from ddpm_ray.training.checkpoints import CheckpointStore
-from ddpm_ray.training.state import Snapshot
+from ddpm_ray.training.state import Snapshot, TrainingState
 
 
 class CheckpointWriter(BackgroundWriter):
@@ -17,12 +19,24 @@ class CheckpointWriter(BackgroundWriter):
         self.committed: str | None = None  # URL of the newest committed folder
         self._newest: threading.Thread | None = None  # that saves
 
+    def save(self, state: TrainingState, unsent_rows: list[Any]) -> None:
+        """Start saving `state`. Waits for the previous checkpoint and raises its error."""
+        self._wait_for_newest()  # its memory is used again
+        self._enqueue(state.start_snapshot(unsent_rows), state.background_copy.finish)
+
     def submit(self, snapshot: Snapshot) -> None:
         """Start saving. Waits for the previous checkpoint and raises its error."""
+        self._wait_for_newest()
+        self._enqueue(snapshot, lambda: None)
+
+    def _wait_for_newest(self) -> None:
         if self._thread is self._newest:  # else averages are on their way: it only follows them
             self.wait()
-        self.enqueue(partial(self._save, snapshot))
+
+    def _enqueue(self, snapshot: Snapshot, finish: Callable[[], None]) -> None:
+        self.enqueue(partial(self._save, snapshot, finish))
         self._newest = self._thread
 
-    def _save(self, snapshot: Snapshot) -> None:
+    def _save(self, snapshot: Snapshot, finish: Callable[[], None]) -> None:
+        finish()
         self.committed = self.store.save(snapshot)

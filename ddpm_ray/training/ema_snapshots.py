@@ -26,7 +26,8 @@ from ddpm_ray.training.checkpoint_pointers import PREFIX
 from ddpm_ray.training.ema import width_group
 from ddpm_ray.training.optimizer_moments import Tensors
 from ddpm_ray.training.post_hoc_ema import gamma_of, profile_error, reconstruct_ema, weights
-from ddpm_ray.training.state import TrainingState, copied
+from ddpm_ray.training.state import TrainingState
+from ddpm_ray.training.tensor_file import file_bytes, packed
 
 SNAPSHOTS = "snapshots"  # below a run's folder
 
@@ -40,7 +41,7 @@ class SnapshotStore:
     def save(self, step: int, groups: dict[str, Tensors]) -> None:
         """Write the averages of `step`, overwriting an earlier attempt. Raises StorageError."""
         where = self._folder(step)
-        files = {f"{name}{TENSORS}": safetensors.save(group) for name, group in groups.items()}
+        files = {f"{name}{TENSORS}": file_bytes(group) for name, group in groups.items()}
         for name, data in files.items():
             fault_injection.at("object")
             object_store.write_bytes(object_store.join(where, name), data)
@@ -114,5 +115,5 @@ class EmaSnapshotter:
         self.state.ema_snapshot_steps.append(step)
         if self.store is not None:
             means = self.state.averages.means
-            now = copied({name: means[name].state_dict() for name in self.groups})
+            now = {name: packed(means[name].state_dict()) for name in self.groups}
             self.writer.start(partial(self.store.save, step, now))

@@ -240,4 +240,4 @@ def save(run: Run) -> None:
     run.state.facts["core_seconds"] = run.log.core_s
     run.state.facts["guard"] = run.guard.facts()
     if run.sink is not None:
-        run.checkpoints.submit(run.state.snapshot([vars(row) for row in run.sink.unsent()]))
+        run.checkpoints.save(run.state, [vars(row) for row in run.sink.unsent()])

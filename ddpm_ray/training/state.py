@@ -4,7 +4,6 @@ Weights, EMAs and Adam's moments are tensors, stored under the network's paramet
 values (step, seed, data fingerprint, config, MLflow run, scores, unsent rows) are plain JSON.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,9 +13,11 @@ from torch.nn.utils import clip_grad_norm_
 
 from ddpm_ray.diffusion.timestep_sampling import SecondMoments
 from ddpm_ray.training.adversary import Adversary
+from ddpm_ray.training.background_copy import BackgroundCopy
 from ddpm_ray.training.ema import EMA, Averages
 from ddpm_ray.training.masked_updates import step_optimizer
 from ddpm_ray.training.optimizer_moments import Tensors, load_moments, moments
+from ddpm_ray.training.tensor_file import packed
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,24 @@ class TrainingState:
     validation_losses: list[dict[str, Any]] = field(default_factory=list)
     ema_snapshot_steps: list[int] = field(default_factory=list)
     shown: int = 0  # newest step whose sample grids and scores are complete
+    background_copy: BackgroundCopy = field(default_factory=BackgroundCopy)  # by start_snapshot
 
     def snapshot(self, unsent_rows: list[Any]) -> Snapshot:
-        """A copy on the CPU; 0.1 s for the 572 MB of a 35.7 M-parameter run."""
+        """A copy on the CPU, in memory of its own."""
+        groups = self._tensors()
+        return Snapshot(
+            {name: packed(group) for name, group in groups.items()}, self._facts(unsent_rows)
+        )
+
+    def start_snapshot(self, unsent_rows: list[Any]) -> Snapshot:
+        """A copy on the CPU, complete after `background_copy.finish()`; the next one overwrites it.
+
+        Training goes on meanwhile: the next update waits until the copy is complete.
+        """
+        return Snapshot(self.background_copy.start(self._tensors()), self._facts(unsent_rows))
+
+    def _tensors(self) -> dict[str, Tensors]:
+        """The tensor groups of a checkpoint (no copy)."""
         tensors = {
             "model": dict(self.model.state_dict()),
             "ema": dict(self.ema.state_dict()),
@@ -62,8 +78,10 @@ class TrainingState:
             tensors["moments"] = self.moments.state_dict()
         if self.adversary is not None:
             tensors |= self.adversary.tensors()
-        tensors |= {name: mean.state_dict() for name, mean in self.averages.means.items()}
-        facts = self.facts | {
+        return tensors | {name: mean.state_dict() for name, mean in self.averages.means.items()}
+
+    def _facts(self, unsent_rows: list[Any]) -> dict[str, Any]:
+        return self.facts | {
             "step": self.step,
             "scores": self.scores,
             "probes": list(self.validation_losses),  # grows while this is written
@@ -71,10 +89,10 @@ class TrainingState:
             "shown": self.shown,
             "unsent_rows": unsent_rows,
         }
-        return Snapshot(copied(tensors), facts)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Continue from `snapshot`. Raises RuntimeError that names tensors that do not match."""
+        self.background_copy.before_update()
         self.model.load_state_dict(snapshot.tensors["model"])
         self.ema.load_state_dict(snapshot.tensors["ema"])
         load_moments(self.model, self.optimizer, snapshot.tensors["optimizer"])
@@ -92,6 +110,7 @@ class TrainingState:
 
     def step_optimizers(self, learning_rate: float, accepted: Tensor) -> None:
         """Apply the gradients of all networks where `accepted`, bool [], and drop them."""
+        self.background_copy.before_update()
         step_optimizer(self.optimizer, learning_rate, accepted)
         if self.adversary is not None:
             self.adversary.step(learning_rate, accepted)
@@ -113,16 +132,3 @@ class TrainingState:
             other = clip_grad_norm_(self.adversary.discriminator.parameters(), max_norm)
             norm = norm + 0 * other  # 0 * inf is NaN
         return norm
-
-
-def copied(groups: Mapping[str, Tensors]) -> dict[str, Tensors]:
-    """Copy the tensors of all groups to the CPU, for writing."""
-    return {
-        name: {key: _plain_copy(value) for key, value in group.items()}
-        for name, group in groups.items()
-    }
-
-
-def _plain_copy(tensor: Tensor) -> Tensor:
-    """Copy to the CPU as a contiguous tensor: files do not store channels_last."""
-    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)

@@ -8,11 +8,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import s3fs
 from moto.server import ThreadedMotoServer
 
-from ddpm_ray.storage import checksummed, object_store
+from ddpm_ray.storage import checksummed, object_store, remote_filesystem
 from ddpm_ray.storage.errors import StorageError
 
 UseS3 = Callable[[str, str], str]
@@ -38,6 +39,18 @@ def test_what_is_written_is_read_listed_and_deleted(root: str) -> None:
     object_store.delete(url)
     object_store.delete(url)
     assert not object_store.exists(url)
+
+
+@pytest.mark.parametrize("more", [-1, 0, 7])
+def test_a_large_object_is_written_from_memory_in_parts(
+    more: int, root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Around the size from which a bucket gets parts; these are S3's smallest."""
+    monkeypatch.setattr(remote_filesystem, "PART_BYTES", 5 * 2**20)
+    data = np.arange(10 * 2**20 + more, dtype=np.uint32).astype(np.uint8)
+    url = object_store.join(root, "large")
+    object_store.write_bytes(url, data.data)
+    assert object_store.read_bytes(url) == data.tobytes()
 
 
 def test_a_conditional_write_keeps_what_is_there_or_owns_that_it_did_not(root: str) -> None:

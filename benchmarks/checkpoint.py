@@ -1,0 +1,156 @@
+"""The cost of a checkpoint for the training thread and in memory, beside safetensors.save.
+
+    python benchmarks/checkpoint.py [megabytes] [rounds]
+
+The state has 1,520 tensors: weights, EMA and Adam's moments, by default 572 MB as the CIFAR-10
+network of Ho et al. has. `whole`: each tensor is copied in the training thread and the file comes
+from safetensors.save. `streamed`: what a run does. Each measurement is a process of its own, the
+kinds in turn; medians. While a thread saves, the training thread wakes once a millisecond:
+
+    stall       longest time between two wakings; `idle` is the same without a save
+    held        most CPU time of the saving thread between two wakings, which bounds how long it
+                held the interpreter's lock, also on a machine with other work
+    snapshot    CPU time of the training thread for the copy
+    memory      peak resident memory over the state, in sizes of the state
+"""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+from safetensors import torch as safetensors
+from torch import Tensor
+
+from ddpm_ray.storage import object_store
+from ddpm_ray.training.background_copy import BackgroundCopy
+from ddpm_ray.training.checkpoints import CheckpointStore
+from ddpm_ray.training.state import Snapshot
+
+Groups = dict[str, dict[str, Tensor]]
+TENSORS = {"model": 304, "ema": 304, "optimizer": 912}
+TICK_S = 0.001
+
+
+def made(megabytes: float) -> Groups:
+    """A state of about that size."""
+    each = round(megabytes * 1e6 / 4 / sum(TENSORS.values()))
+    return {
+        group: {f"layer{i}.weight": torch.ones(each) for i in range(count)}
+        for group, count in TENSORS.items()
+    }
+
+
+def whole(groups: Groups, folder: str) -> Callable[[], None]:
+    """Copy tensor by tensor; return what saves the copy in a thread."""
+    copies = {
+        group: {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
+        for group, tensors in groups.items()
+    }
+
+    def save() -> None:
+        files = {group: safetensors.save(tensors) for group, tensors in copies.items()}
+        for group, data in files.items():
+            hashlib.sha256(data)
+            object_store.write_bytes(object_store.join(folder, group), data)
+
+    return save
+
+
+_copy = BackgroundCopy()
+
+
+def streamed(groups: Groups, folder: str) -> Callable[[], None]:
+    """Start the copy; return what saves it in a thread."""
+    copies = _copy.start(groups)
+
+    def save() -> None:
+        _copy.finish()
+        CheckpointStore(folder, keep=2).save(Snapshot(copies, {"step": 1}))
+
+    return save
+
+
+def longest(save: Callable[[], None]) -> tuple[float, float]:
+    """Longest seconds between two wakings while `save` runs, and most CPU time of it."""
+    thread = threading.Thread(target=save)
+    thread.start()
+    assert thread.ident is not None
+    clock = time.pthread_getcpuclockid(thread.ident)
+    stall_s, held_s, last_s, last_cpu_s = 0.0, 0.0, time.perf_counter(), 0.0
+    while thread.is_alive():
+        time.sleep(TICK_S)
+        try:
+            cpu_s = time.clock_gettime(clock)
+        except OSError:  # it has just ended
+            break
+        now_s = time.perf_counter()
+        stall_s, held_s = max(stall_s, now_s - last_s), max(held_s, cpu_s - last_cpu_s)
+        last_s, last_cpu_s = now_s, cpu_s
+    return stall_s, held_s
+
+
+def memory(field: str) -> int:
+    """Bytes of a field of /proc/self/status."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+
+def measure(kind: str, megabytes: float) -> dict[str, float]:
+    """Save twice in this process, as the first copy gets its memory; measure the second."""
+    torch.set_num_threads(1)
+    start = {"whole": whole, "streamed": streamed}[kind]
+    groups = made(megabytes)
+    size = sum(tensor.nbytes for group in groups.values() for tensor in group.values())
+    with tempfile.TemporaryDirectory() as folder:
+        start({"model": {"w": torch.zeros(1)}}, folder)()  # imports
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak
+        before = memory("VmRSS")
+        longest(start(groups, folder))
+        began_s = time.thread_time()
+        save = start(groups, folder)
+        snapshot_s = time.thread_time() - began_s
+        stall_s, held_s = longest(save)
+        peak = (memory("VmHWM") - before) / size
+        asleep = threading.Event()
+        threading.Timer(1.0, asleep.set).start()
+        idle_s, _ = longest(lambda: bool(asleep.wait()) and None)
+    return {
+        "stall_ms": 1e3 * stall_s,
+        "idle_ms": 1e3 * idle_s,
+        "held_ms": 1e3 * held_s,
+        "snapshot_ms": 1e3 * snapshot_s,
+        "memory": peak,
+    }
+
+
+def main() -> None:
+    """Print one line of JSON for each kind."""
+    if sys.argv[1:2] == ["measure"]:
+        print(json.dumps(measure(sys.argv[2], float(sys.argv[3]))))
+        return
+    megabytes = float(sys.argv[1]) if len(sys.argv) > 1 else 572
+    rounds = int(sys.argv[2]) if len(sys.argv) > 2 else 5
+    found: dict[str, list[dict[str, float]]] = {"whole": [], "streamed": []}
+    for _ in range(rounds):
+        for kind, results in found.items():
+            command = [sys.executable, __file__, "measure", kind, str(megabytes)]
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+            results.append(json.loads(done.stdout))
+    for kind, results in found.items():
+        medians = {key: round(median(one[key] for one in results), 2) for key in results[0]}
+        print(json.dumps({"kind": kind, "megabytes": megabytes, **medians}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
