@@ -4,6 +4,7 @@ Without a process group (a notebook, a unit test) there is one worker, and colle
 own values.
 """
 
+import io
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ddpm_ray import fault_injection
+
+BROADCAST_BYTES = 16 * 2**20  # at a time, on the device
 
 
 @dataclass(frozen=True)
@@ -73,3 +76,18 @@ class Workers:
         values: list[Any] = [None] * self.count
         dist.all_gather_object(values, value)
         return values
+
+    def broadcast_bytes(self, data: bytes | None, size: int, source: int) -> bytes:
+        """Broadcast: the `size` bytes that the worker `source` has. All workers must call it."""
+        received = io.BytesIO()
+        for begin in range(0, size if self.count > 1 else 0, BROADCAST_BYTES):
+            end = min(size, begin + BROADCAST_BYTES)
+            if data is None:
+                part = torch.empty(end - begin, dtype=torch.uint8, device=self.device)
+            else:
+                part = torch.frombuffer(bytearray(memoryview(data)[begin:end]), dtype=torch.uint8)
+                part = part.to(self.device)
+            dist.broadcast(part, source)
+            if data is None:
+                received.write(part.cpu().numpy().data)
+        return received.getvalue() if data is None else data

@@ -29,14 +29,13 @@ from ddpm_ray.storage.file_formats import package_version
 from ddpm_ray.tracking import mlflow_settings
 from ddpm_ray.tracking.async_logger import Tracker
 from ddpm_ray.tracking.run_info import RunMetadata, TrackedRun
-from ddpm_ray.training import determinism
-from ddpm_ray.training.checkpoint_folder import read_checkpoint
+from ddpm_ray.training import determinism, shared_reading
 from ddpm_ray.training.checkpoint_writer import CheckpointWriter
 from ddpm_ray.training.checkpoints import CHECKPOINTS, CheckpointStore
 from ddpm_ray.training.divergence_guard import DivergenceGuard
 from ddpm_ray.training.loop import train_loop
 from ddpm_ray.training.run import Run
-from ddpm_ray.training.state import Snapshot, TrainingState
+from ddpm_ray.training.state import TrainingState
 from ddpm_ray.training.writer_lease import Lease
 
 log = logging.getLogger(__name__)
@@ -106,7 +105,7 @@ def assemble(
     writer = _writer(config, settings, workers)
     unsent: list[Row] = []
     saves_first = False
-    if found := _newest(writer.store, workers):
+    if found := shared_reading.load_newest(writer.store, workers):
         writer.committed, snapshot = found
         _require_same_data(dataset, snapshot.facts["data_fingerprint"], "checkpoint was trained on")
         state.restore(snapshot)
@@ -236,13 +235,6 @@ def _writer(config: RunConfig, settings: dict[str, Any], workers: Workers) -> Ch
     if workers.is_main:
         store.acquire_lease(Lease(**settings["lease"]).renewed())
     return CheckpointWriter(store)
-
-
-def _newest(store: CheckpointStore, workers: Workers) -> tuple[str, Snapshot] | None:
-    """URL and content of the newest checkpoint: the main worker finds it, each worker reads it."""
-    found = store.load() if workers.is_main else None
-    where: str | None = workers.gather(found[0] if found else None)[0]
-    return found if workers.is_main or where is None else (where, read_checkpoint(where))
 
 
 def _wrapped(model: nn.Module, config: RunConfig, workers: Workers) -> nn.Module:

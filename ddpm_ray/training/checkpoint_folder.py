@@ -7,8 +7,8 @@ number, and size and sha256 of each other file. checkpoints.py says when a folde
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from safetensors import SafetensorError
 from safetensors import torch as safetensors
@@ -18,6 +18,7 @@ from ddpm_ray.storage import checksummed, object_store
 from ddpm_ray.storage.checksummed import DamagedError
 from ddpm_ray.storage.errors import NotAnObjectError
 from ddpm_ray.storage.file_formats import FORMAT, require_readable
+from ddpm_ray.training.optimizer_moments import Tensors
 from ddpm_ray.training.state import Snapshot
 from ddpm_ray.training.tensor_file import file_bytes
 
@@ -49,6 +50,22 @@ def read_checkpoint(
     `()` reads only the JSON. Raises CheckpointError, StorageError, and NewerFormatError, for which
     readers must not fall back to an older checkpoint: the newest steps would be lost.
     """
+    listed = listed_files(url, manifest_sha256, groups)
+    return decoded(url, listed, lambda file: read_file(url, file))
+
+
+class ListedFile(NamedTuple):
+    """A file of a checkpoint folder, as the manifest lists it."""
+
+    name: str
+    size: int  # in bytes
+    sha256: str
+
+
+def listed_files(
+    url: str, manifest_sha256: str | None = None, groups: Sequence[str] | None = None
+) -> list[ListedFile]:
+    """Read the manifest of the folder `url`: the files of `groups` and the JSON. See above."""
     try:
         where = object_store.join(url, MANIFEST)
         manifest = (
@@ -63,11 +80,39 @@ def read_checkpoint(
         require_readable(where, expected.get(FORMAT), NEWEST_FORMAT)
         held = sorted({*GROUPS, *_groups(expected)})
         groups = held if groups is None else [group for group in groups if group in held]
-        files = {name: _verified(url, name, expected[name]) for name in checkpoint_files(groups)}
-        tensors = {group: safetensors.load(files[f"{group}{TENSORS}"]) for group in groups}
-        return Snapshot(tensors, json.loads(files[STATE]))
+        entries = {name: expected[name] for name in checkpoint_files(groups)}
+        return [
+            ListedFile(name, int(entry["bytes"]), entry["sha256"])
+            for name, entry in entries.items()
+        ]
     except MALFORMED as error:
-        raise _damaged(url, MANIFEST, f"cannot be understood ({error!r})") from error
+        raise _malformed(url, error) from error
+
+
+def read_file(url: str, file: ListedFile) -> bytes:
+    """Read and verify one file of the folder `url`. Raises CheckpointError and StorageError."""
+    try:
+        return checksummed.read_verified(object_store.join(url, file.name), file.sha256, file.size)
+    except DamagedError:
+        raise _damaged(url, file.name, "its sha256 is not the manifest's") from None
+
+
+def decoded(
+    url: str, listed: Sequence[ListedFile], read: Callable[[ListedFile], bytes]
+) -> Snapshot:
+    """Make a snapshot of the files that `read` returns, one in memory at a time."""
+    tensors: dict[str, Tensors] = {}
+    facts: dict[str, Any] = {}
+    try:
+        for file in listed:
+            data = read(file)
+            if match := TENSOR_FILE.fullmatch(file.name):
+                tensors[match[1]] = safetensors.load(data)
+            else:
+                facts = json.loads(data)
+    except MALFORMED as error:
+        raise _malformed(url, error) from error
+    return Snapshot(tensors, facts)
 
 
 def read_manifest(where: str) -> bytes | None:
@@ -122,19 +167,14 @@ def weights_sha256(url: str, group: str = "ema") -> str:
     return str(manifest[f"{group}{TENSORS}"]["sha256"])
 
 
-def _verified(url: str, name: str, entry: dict[str, Any]) -> bytes:
-    try:
-        return checksummed.read_verified(
-            object_store.join(url, name), entry["sha256"], int(entry["bytes"])
-        )
-    except DamagedError:
-        raise _damaged(url, name, "its sha256 is not the manifest's") from None
-
-
 def _damaged(url: str, name: str, reason: str) -> CheckpointError:
     return CheckpointError(
         object_store.join(url, name), reason, "the bytes changed since they were saved"
     )
+
+
+def _malformed(url: str, error: Exception) -> CheckpointError:
+    return _damaged(url, MANIFEST, f"cannot be understood ({error!r})")
 
 
 def _json(value: Any) -> bytes:

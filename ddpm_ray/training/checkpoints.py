@@ -13,7 +13,7 @@ replaced it. No file is a pickle. writer_lease.py decides who may commit.
 
 import logging
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ddpm_ray import fault_injection
 from ddpm_ray.redaction import counted, sanitize
@@ -40,6 +40,7 @@ from ddpm_ray.training.writer_lease import Lease, SupersededError
 log = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"  # below a run's folder
+Read = Callable[[str, str | None, Sequence[str] | None], Snapshot]  # as read_checkpoint
 
 
 class CheckpointStore:
@@ -112,11 +113,13 @@ class CheckpointStore:
                 self._delete(old.folder)
         return where
 
-    def load(self, groups: Sequence[str] | None = None) -> tuple[str, Snapshot] | None:
+    def load(
+        self, groups: Sequence[str] | None = None, read: Read = checkpoint_folder.read_checkpoint
+    ) -> tuple[str, Snapshot] | None:
         """Load the newest valid checkpoint; return its folder's URL and it, or None if none exists.
 
-        `groups`: tensor groups to read (None: all); missing ones are left out. Damaged checkpoints
-        are skipped with a warning. Raises CheckpointError if all are damaged, because the run must
+        `groups`: tensor groups to `read` (None: all); missing ones are left out. Damaged ones
+        are skipped with a warning. Raises CheckpointError if all are damaged, as the run must
         not restart from step 0 silently, and StorageError in an outage. A writer with a lease saves
         a checkpoint that it took over again, which may raise SupersededError.
         """
@@ -126,7 +129,7 @@ class CheckpointStore:
             where = object_store.join(self.url, reference.folder)
             try:
                 manifest = reference.manifest_sha256
-                found = where, checkpoint_folder.read_checkpoint(where, manifest, groups)
+                found = where, read(where, manifest, groups)
                 if groups is not None:
                     return found
                 self._verified = reference

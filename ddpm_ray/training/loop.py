@@ -8,10 +8,10 @@ import torch
 
 from ddpm_ray import fault_injection
 from ddpm_ray.reporting import Command, Progress, Row
-from ddpm_ray.training.checkpoint_folder import read_checkpoint
 from ddpm_ray.training.divergence_guard import DivergedError, diverged
 from ddpm_ray.training.metrics_buffer import Decision
 from ddpm_ray.training.run import Run
+from ddpm_ray.training.shared_reading import read_together
 
 log = logging.getLogger(__name__)
 
@@ -195,7 +195,7 @@ def rewind(run: Run, error: DivergedError) -> None:
     )
     if where is None:
         raise error
-    snapshot, skipped = read_checkpoint(where), run.guard.skipped
+    snapshot, skipped = read_together(where, run.workers), run.guard.skipped
     state.restore(snapshot)
     state.step, state.scores, state.validation_losses = step, scores, losses
     state.shown = shown
