@@ -122,9 +122,7 @@ def measure(kind: str, megabytes: float) -> dict[str, float]:
         snapshot_s = time.thread_time() - began_s
         stall_s, held_s = longest(save)
         peak = (memory("VmHWM") - before) / size
-        asleep = threading.Event()
-        threading.Timer(1.0, asleep.set).start()
-        idle_s, _ = longest(lambda: bool(asleep.wait()) and None)
+        idle_s, _ = longest(lambda: time.sleep(1.0))
     return {
         "stall_ms": 1e3 * stall_s,
         "idle_ms": 1e3 * idle_s,

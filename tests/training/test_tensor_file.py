@@ -16,7 +16,7 @@ from torch import Tensor
 from ddpm_ray.storage import object_store
 from ddpm_ray.training.tensor_file import DTYPES, file_bytes, packed
 
-NAMES = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=8)
+NAMES = st.text(st.characters(codec="utf-8"), min_size=1, max_size=8)
 SHAPES = st.lists(st.integers(0, 5), max_size=4)
 
 
