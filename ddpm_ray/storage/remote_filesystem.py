@@ -89,7 +89,7 @@ def _protocols(filesystem: Any) -> tuple[str, ...]:
 
 
 class _Parts:
-    """What s3fs asks of an object's bytes: its length and slices, which are copied one by one."""
+    """Bytes for s3fs, which asks for their length and for slices; only slices are copied."""
 
     def __init__(self, data: memoryview) -> None:
         self._data = data

@@ -38,7 +38,7 @@ ALIGNMENT = 8  # bytes; of the header
 
 @dataclass(frozen=True)
 class FileLayout:
-    """Where the tensors of a group are in its file."""
+    """Places of the tensors of a group in their file."""
 
     header: bytes
     offsets: dict[str, int]  # in bytes from the file's begin, by name
