@@ -114,7 +114,8 @@ class TrainingConfig:
     )
     on_divergence: Literal["stop", "skip", "rewind"] = option(
         "stop",
-        "on a gradient spike or NaN: stop the run, skip the step, or rewind to the checkpoint",
+        "on a gradient spike or NaN, read about once a second: stop the run, skip the step, or "
+        "rewind to the checkpoint",
     )
     spike_factor: float = option(
         0.0,
