@@ -12,7 +12,7 @@ from torch import Tensor
 from ddpm_ray.assembly import networks
 from ddpm_ray.assembly.autoencoder_loading import trained_autoencoder
 from ddpm_ray.assembly.latents import codec_facts
-from ddpm_ray.config.import_weights import ImportConfig
+from ddpm_ray.config.jobs.import_weights import ImportConfig
 from ddpm_ray.config.loading import ConfigError, to_dict
 from ddpm_ray.config.model import ModelConfig
 from ddpm_ray.config.objective import ObjectiveConfig

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from ddpm_ray.config.pack import Encoding
+from ddpm_ray.config.jobs.pack import Encoding
 from ddpm_ray.data import shard_index
 from ddpm_ray.data.image_shape import ImageShape, LatentShape
 from ddpm_ray.data.latent_sums import LatentSums, mean_and_variance

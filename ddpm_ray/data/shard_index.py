@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ddpm_ray.config.pack import Encoding
+from ddpm_ray.config.jobs.pack import Encoding
 from ddpm_ray.data import arrow_io
 from ddpm_ray.data.arrow_io import ArrowFileError
 from ddpm_ray.redaction import counted

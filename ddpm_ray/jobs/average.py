@@ -13,7 +13,7 @@ from typing import Any
 
 from ddpm_ray.cli.job import Argument, Job
 from ddpm_ray.cli.paths import home_folder, output_folder
-from ddpm_ray.config.ema_search import AverageConfig
+from ddpm_ray.config.jobs.ema_search import AverageConfig
 from ddpm_ray.jobs.model_argument import with_settings_of_model
 
 

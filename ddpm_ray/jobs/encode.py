@@ -15,7 +15,7 @@ from typing import Any
 
 from ddpm_ray.cli.job import Argument, Job
 from ddpm_ray.cli.paths import home_folder
-from ddpm_ray.config.encode import EncodeConfig
+from ddpm_ray.config.jobs.encode import EncodeConfig
 from ddpm_ray.config.loading import ConfigError
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from ddpm_ray.cli.job import Job
 from ddpm_ray.cli.paths import home_folder
-from ddpm_ray.config.jobs import EvaluateConfig
+from ddpm_ray.config.jobs.evaluate import EvaluateConfig
 from ddpm_ray.jobs.model_argument import MODEL_URI, with_settings_of_model
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from ddpm_ray.cli.job import Argument, Job
 from ddpm_ray.cli.paths import home_folder, new_folder
-from ddpm_ray.config.jobs import ExportConfig
+from ddpm_ray.config.jobs.export import ExportConfig
 from ddpm_ray.jobs.model_argument import MODEL_URI, with_settings_of_model
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from ddpm_ray.assembly import checkpoint_loading, diffusion, run_config, scoring, training_run
 from ddpm_ray.collectives import Workers
-from ddpm_ray.config.ema_search import AverageConfig
+from ddpm_ray.config.jobs.ema_search import AverageConfig
 from ddpm_ray.config.loading import ConfigError, from_dict, to_dict
 from ddpm_ray.data.dataset import open_dataset
 from ddpm_ray.distributed import fatal_errors, startup, worker_group

@@ -15,7 +15,7 @@ import torch
 
 from ddpm_ray.assembly.autoencoder_loading import trained_autoencoder
 from ddpm_ray.assembly.newest_checkpoint import usable_device
-from ddpm_ray.config.encode import EncodeConfig
+from ddpm_ray.config.jobs.encode import EncodeConfig
 from ddpm_ray.data import encoding_record
 from ddpm_ray.data.dataset import Dataset, DatasetError, open_dataset
 from ddpm_ray.data.packing import latent_packer

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ddpm_ray.config.evaluation import EvaluationConfig
-from ddpm_ray.config.jobs import EvaluateConfig
+from ddpm_ray.config.jobs.evaluate import EvaluateConfig
 from ddpm_ray.config.loading import ConfigError, from_dict, to_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.dataset import open_dataset

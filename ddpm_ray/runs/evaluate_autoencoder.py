@@ -6,7 +6,7 @@ from ddpm_ray.assembly import checkpoint_loading, scoring
 from ddpm_ray.assembly.autoencoder_loading import trained_autoencoder
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.evaluation import EvaluationConfig
-from ddpm_ray.config.jobs import EvaluateConfig
+from ddpm_ray.config.jobs.evaluate import EvaluateConfig
 from ddpm_ray.config.loading import ConfigError
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.dataset import open_dataset

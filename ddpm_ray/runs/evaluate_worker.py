@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ddpm_ray.assembly import scoring, training_run
 from ddpm_ray.collectives import Workers
-from ddpm_ray.config.jobs import EvaluateConfig
+from ddpm_ray.config.jobs.evaluate import EvaluateConfig
 from ddpm_ray.config.loading import from_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.dataset import Dataset, open_dataset

@@ -6,7 +6,7 @@ from typing import Any
 
 from ddpm_ray.assembly import checkpoint_loading, diffusers_export
 from ddpm_ray.assembly.autoencoder_loading import trained_autoencoder
-from ddpm_ray.config.jobs import ExportConfig
+from ddpm_ray.config.jobs.export import ExportConfig
 from ddpm_ray.config.loading import ConfigError
 from ddpm_ray.models.interop import autoencoder_kl
 from ddpm_ray.runs import load_model

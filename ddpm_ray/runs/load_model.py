@@ -12,8 +12,8 @@ import torch
 
 from ddpm_ray.assembly import checkpoint_loading
 from ddpm_ray.assembly.newest_checkpoint import usable_device
-from ddpm_ray.config.edit import EditConfig
 from ddpm_ray.config.guidance import GuidanceConfig
+from ddpm_ray.config.jobs.edit import EditConfig
 from ddpm_ray.config.loading import Checked, ConfigError
 from ddpm_ray.config.sampling import SamplingSettings
 from ddpm_ray.sampling import guidance_models

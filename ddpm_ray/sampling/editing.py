@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ddpm_ray.config.edit import InpaintingMethod, inpainting_method
+from ddpm_ray.config.jobs.edit import InpaintingMethod, inpainting_method
 from ddpm_ray.counter_rng import Purpose, normal
 from ddpm_ray.data.codec import Codec, channels_first, channels_last
 from ddpm_ray.data.image_shape import ImageShape

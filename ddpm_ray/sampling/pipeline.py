@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddpm_ray.config.edit import InpaintingMethod
+from ddpm_ray.config.jobs.edit import InpaintingMethod
 from ddpm_ray.config.option_fields import checks_arguments, limits, shown
 from ddpm_ray.config.sampling import SamplingSettings
 from ddpm_ray.data.image_shape import ImageShape

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ddpm_ray.assembly import latents
+from ddpm_ray.config.jobs.sweep import SweepConfig
 from ddpm_ray.config.loading import ConfigError, with_values
 from ddpm_ray.config.run import RunConfig
-from ddpm_ray.config.sweep import SweepConfig
 from ddpm_ray.data import encoding_record
 from ddpm_ray.data.dataset import Dataset, open_dataset
 from ddpm_ray.runs.absolute_paths import with_absolute_paths

@@ -20,7 +20,7 @@ from ddpm_ray.assembly import (
     training_run,
 )
 from ddpm_ray.collectives import Workers
-from ddpm_ray.config.edit import InpaintingMethod
+from ddpm_ray.config.jobs.edit import InpaintingMethod
 from ddpm_ray.config.loading import load_config, to_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.sampling import SamplingSettings

@@ -12,10 +12,12 @@ import torch
 import ddpm_ray
 from ddpm_ray.assembly import diffusion, latents, run_config, training_run
 from ddpm_ray.collectives import Workers
-from ddpm_ray.config.edit import EditConfig
-from ddpm_ray.config.ema_search import AverageConfig
 from ddpm_ray.config.guidance import GuidanceConfig
-from ddpm_ray.config.jobs import EvaluateConfig, ExportConfig, SampleConfig
+from ddpm_ray.config.jobs.edit import EditConfig
+from ddpm_ray.config.jobs.ema_search import AverageConfig
+from ddpm_ray.config.jobs.evaluate import EvaluateConfig
+from ddpm_ray.config.jobs.export import ExportConfig
+from ddpm_ray.config.jobs.sample import SampleConfig
 from ddpm_ray.config.loading import ConfigError, load_config, to_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.codec import PIXELS

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from ddpm_ray.assembly.autoencoder_loading import trained_autoencoder
-from ddpm_ray.config.encode import EncodeConfig
+from ddpm_ray.config.jobs.encode import EncodeConfig
 from ddpm_ray.data import shards
 from ddpm_ray.data.dataset import Dataset, LatentShardRow, Recipe, open_dataset, write_index
 from ddpm_ray.data.image_shape import ImageShape, LatentShape

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
 
-from ddpm_ray.config.pack import PackConfig
+from ddpm_ray.config.jobs.pack import PackConfig
 from ddpm_ray.data.dataset import UInt8s
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.data.latent_codec import LatentCodec, posterior_noise

@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ddpm_ray.config.encode import EncodeConfig
-from ddpm_ray.config.pack import PackConfig
+from ddpm_ray.config.jobs.encode import EncodeConfig
+from ddpm_ray.config.jobs.pack import PackConfig
 from ddpm_ray.data import encoding_record
 from ddpm_ray.data.codec import PIXELS
 from ddpm_ray.data.dataset import Dataset, DatasetError, Recipe, UInt8s, open_dataset

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ddpm_ray.collectives import Workers
-from ddpm_ray.config.encode import EncodeConfig
+from ddpm_ray.config.jobs.encode import EncodeConfig
 from ddpm_ray.config.sampling import SamplingSettings
 from ddpm_ray.data.dataset import Dataset, DatasetError
 from ddpm_ray.data.image_shape import ImageShape

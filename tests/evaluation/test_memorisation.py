@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.evaluation import EvaluationConfig
-from ddpm_ray.config.jobs import EvaluateConfig
+from ddpm_ray.config.jobs.evaluate import EvaluateConfig
 from ddpm_ray.config.loading import to_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.dataset import Dataset

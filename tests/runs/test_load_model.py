@@ -16,7 +16,7 @@ from mlflow import MlflowClient
 from ddpm_ray.assembly import training_run
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.guidance import GuidanceConfig
-from ddpm_ray.config.jobs import EvaluateConfig
+from ddpm_ray.config.jobs.evaluate import EvaluateConfig
 from ddpm_ray.config.loading import ConfigError, from_dict, load_config, to_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.image_shape import ImageShape

@@ -14,7 +14,7 @@ from torch import Tensor
 from ddpm_ray.assembly import training_run
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.evaluation import EvaluationConfig
-from ddpm_ray.config.jobs import EvaluateConfig
+from ddpm_ray.config.jobs.evaluate import EvaluateConfig
 from ddpm_ray.config.loading import load_config, to_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.sampling import SamplingSettings

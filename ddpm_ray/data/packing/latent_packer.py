@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 
-from ddpm_ray.config.encode import EncodeConfig
+from ddpm_ray.config.jobs.encode import EncodeConfig
 from ddpm_ray.core_clock import core_clock
 from ddpm_ray.data import encoding_record, shards
 from ddpm_ray.data.dataset import (
