@@ -7,10 +7,11 @@ weights again, though the other run may have gone on.
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ddpm_ray.assembly import checkpoint_loading, networks
 from ddpm_ray.assembly.checkpoint_loading import TrainedWeights
@@ -18,7 +19,9 @@ from ddpm_ray.config.loading import ConfigError
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.training import TrainingConfig
 from ddpm_ray.data.image_shape import ImageShape
+from ddpm_ray.models.dit import DiT
 from ddpm_ray.models.layers import HO
+from ddpm_ray.models.unet import UNet
 from ddpm_ray.redaction import counted, sanitize
 from ddpm_ray.training.checkpoint_folder import CheckpointError
 from ddpm_ray.training.state import TrainingState
@@ -48,9 +51,10 @@ class TensorMatch:
     skipped: list[str]  # of the network, as training.init_from_skip says
     missing: list[str]  # of the network, not in the model
     unused: list[str]  # of the model, not in the network
+    widened: list[str] = field(default_factory=list)  # a line for each that `widened_layer` made
 
     def __str__(self) -> str:
-        said = [f"{counted(len(self.taken), 'tensor')} taken"]
+        said = [f"{counted(len(self.taken), 'tensor')} taken", *self.widened]
         for what, names in (
             ("left as they are (training.init_from_skip)", self.skipped),
             ("not in the model", self.missing),
@@ -78,7 +82,7 @@ def check_initial_weights(
 ) -> None:
     """Read the weights, check that they fit the network, and log what is taken from them.
 
-    Raises ConfigError for another architecture, and what `_read` and `match_tensors` raise.
+    Raises ConfigError for another architecture, and what `_read` and `matched` raise.
     """
     found, wanted = _read(source), config.architecture
     if found.architecture != wanted:
@@ -88,8 +92,7 @@ def check_initial_weights(
         )
     with torch.device("meta"):
         network = networks.network(config, image_shape)
-    tensors = network.state_dict()
-    taken = match_tensors(tensors, found.tensors, config.training, source.checkpoint)
+    taken = matched(network, found.tensors, config.training, source.checkpoint)
     log.info(
         "initial weights from %s (%s of step %d, sha256 %s): %s",
         sanitize(source.checkpoint),
@@ -104,11 +107,46 @@ def load_initial_weights(
     state: TrainingState, source: InitialWeights, config: TrainingConfig
 ) -> None:
     """Set the weights and all EMAs of a `state` that was not trained yet."""
-    own = state.model.state_dict()
-    begun = own | match_tensors(own, _read(source).tensors, config, source.checkpoint).taken
+    taken = matched(state.model, _read(source).tensors, config, source.checkpoint).taken
+    begun = state.model.state_dict() | taken
     state.model.load_state_dict(begun)
     for mean in (state.ema, *state.averages.means.values()):
         mean.load_state_dict(begun)
+
+
+def matched(
+    network: nn.Module, model: Mapping[str, Tensor], config: TrainingConfig, where: str
+) -> TensorMatch:
+    """Match a network's tensors with those of a model, whose first layer may be widened.
+
+    Raises ConfigError as `match_tensors` does.
+    """
+    wide = widened_layer(network, model)
+    match = match_tensors(network.state_dict(), {**model, **wide}, config, where)
+    lines = [
+        f"{name} widened from {model[name].shape[1]} to {weight.shape[1]} input channels, the new "
+        f"ones at 0"
+        for name, weight in wide.items()
+        if name in match.taken
+    ]
+    return replace(match, widened=lines)
+
+
+def widened_layer(network: nn.Module, model: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The first layer's weights of a model without conditioning images, for a network with them.
+
+    They are 0 for these images, which are the last input channels, so that the network begins with
+    the predictions of the model. (As Stable Diffusion's inpainting models began: model card of
+    runwayml/stable-diffusion-inpainting.) Empty if the network takes no conditioning images, or if
+    the model does: the order of its input channels may be another one.
+    """
+    if not isinstance(network, UNet | DiT) or not network.spec.condition_channels:
+        return {}
+    name = "conv_in.weight" if isinstance(network, UNet) else "patch.weight"
+    weight = model.get(name)
+    if weight is None or weight.ndim != 4 or weight.shape[1] != network.spec.image_channels:
+        return {}
+    return {name: F.pad(weight, (0, 0, 0, 0, 0, network.spec.condition_channels))}
 
 
 def match_tensors(

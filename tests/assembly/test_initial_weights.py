@@ -20,27 +20,27 @@ from ddpm_ray.config.loading import ConfigError, load_config, to_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.training import TrainingConfig
 from ddpm_ray.data.image_shape import ImageShape
+from ddpm_ray.diffusion.conditioning import Conditioning
 from ddpm_ray.training.checkpoint_folder import CheckpointError
 from ddpm_ray.training.checkpoints import CHECKPOINTS, CheckpointStore
 from ddpm_ray.training.state import TrainingState
 
 SHAPE, CPU = ImageShape(4, 4, 1), torch.device("cpu")
-NET = (
-    "name=tiny",
-    "data.url=none",
-    "schedule.num_steps=10",
-    "sampling.steps=2",
+RUN = ("name=tiny", "data.url=none", "schedule.num_steps=10", "sampling.steps=2")
+UNET = (
     "model.base_channels=4",
     "model.groups=2",
     "model.channel_mults=[1,2]",
     "model.blocks_per_level=1",
     "model.attention_factors=[2]",
 )
+DIT = ("model.network=dit", "model.depth=1", "model.hidden_size=8", "model.heads=2")
 LABELLED = ("model.num_classes=3",)
 
 
 def configured(*overrides: str) -> RunConfig:
-    return load_config(RunConfig, None, [*NET, *overrides])
+    network = () if "model.network=dit" in overrides else UNET
+    return load_config(RunConfig, None, [*RUN, *network, *overrides])
 
 
 def state_of(config: RunConfig) -> TrainingState:
@@ -135,6 +135,62 @@ def test_weights_of_another_shape_are_skipped_by_name(tmp_path: Path) -> None:
     trained(tmp_path, 3, *LABELLED)
     where = f"training.init_from={tmp_path}", "training.init_from_skip=[label.]"
     begun(configured("model.num_classes=2", *where))
+
+
+@pytest.mark.parametrize("network, layer", [((), "conv_in"), (DIT, "patch")])
+@pytest.mark.parametrize(
+    "conditions, channels",
+    [
+        (["objective.inpainting_masks=true"], 2),
+        (["objective.low_resolution_pixels=2"], 1),
+        (["objective.self_conditioning=true", "objective.inpainting_masks=true"], 3),
+    ],
+)
+def test_conditioning_images_have_no_effect_at_first(
+    network: tuple[str, ...],
+    layer: str,
+    conditions: list[str],
+    channels: int,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """An inpainting model that begins with an ordinary one predicts the same, known part or not."""
+    caplog.set_level(logging.INFO)
+    source = trained(tmp_path, 3, *network).ema.model.double().eval()
+    state = begun(configured(*network, *conditions, f"training.init_from={tmp_path}"))
+    said = f"{layer}.weight widened from 1 to {1 + channels} input channels, the new ones at 0"
+    assert said in caplog.text
+    assert "not in the model" not in caplog.text
+    generator = torch.Generator().manual_seed(0)
+    x_t, images = (
+        torch.randn(2, count, 4, 4, generator=generator, dtype=torch.float64)
+        for count in (1, channels)
+    )
+    t, known = torch.tensor([3, 7]), Conditioning(known=images)
+    wanted = source(x_t, t)
+    assert float(wanted.std()) > 0.1
+    for model in (state.model, state.ema.model):
+        torch.testing.assert_close(model.double().eval()(x_t, t, known), wanted)
+
+
+def test_widened_weights_may_be_skipped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As in runs that began so with earlier versions: the first layer is drawn anew."""
+    caplog.set_level(logging.INFO)
+    trained(tmp_path, 3)
+    where = f"training.init_from={tmp_path}", "training.init_from_skip=[conv_in.]"
+    config = configured("objective.inpainting_masks=true", *where)
+    made, drawn = (state.model.state_dict() for state in (begun(config), state_of(config)))
+    assert torch.equal(made["conv_in.weight"], drawn["conv_in.weight"])
+    assert "input channels" not in caplog.text
+
+
+def test_a_model_with_other_conditioning_images_is_not_widened(tmp_path: Path) -> None:
+    """The order of its input channels may be another one."""
+    trained(tmp_path, 3, "objective.low_resolution_pixels=2")
+    both = "objective.self_conditioning=true", "objective.low_resolution_pixels=2"
+    says = r"conv_in.weight is \[4, 2, 3, 3\] in .* and \[4, 3, 3, 3\] in this network; .*skip"
+    with pytest.raises(ConfigError, match=says):
+        begun(configured(*both, f"training.init_from={tmp_path}"))
 
 
 def test_a_skip_without_a_model_is_refused() -> None:
