@@ -14,7 +14,7 @@ from torch import nn
 import ddpm_ray
 from benchmarks.gpu.tiny import config_of
 from benchmarks.gpu.tiny_keys import ADVERSARY, AUTOENCODER
-from ddpm_ray.assembly import latents, training_run
+from ddpm_ray.assembly import checkpoint_loading, latents, training_run
 from ddpm_ray.assembly.autoencoder_loading import trained_autoencoder
 from ddpm_ray.cli.job import DONE, FAILED, WRONG_CONFIG, Job
 from ddpm_ray.cli.main import main
@@ -81,7 +81,7 @@ def refused(capsys: pytest.CaptureFixture[str], job: Job[Any], code: int, *words
     [
         (TINY_UNET, "LDMPipeline", {"eta": 0.0, "num_inference_steps": 5}),
         (
-            (*DIT, "model.num_classes=3"),
+            (*DIT, "model.num_classes=3", "model.mlp_norm_eps=1e-5"),  # as in published ones
             "DiTPipeline",
             {"class_labels": [2], "guidance_scale": 2.0, "num_inference_steps": 5},
         ),

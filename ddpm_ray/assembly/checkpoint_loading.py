@@ -16,16 +16,15 @@ from ddpm_ray.assembly.diffusion import denoiser
 from ddpm_ray.assembly.latents import bound_codec
 from ddpm_ray.assembly.newest_checkpoint import newest_checkpoint, usable_device
 from ddpm_ray.config.loading import ConfigError, from_dict, to_dict
-from ddpm_ray.config.run import Architecture, RunConfig
+from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.sampling import SamplingSettings
 from ddpm_ray.data.codec import Codec, diffused_shape
 from ddpm_ray.data.dataset import DatasetError, open_dataset
 from ddpm_ray.data.image_shape import ImageShape
+from ddpm_ray.models.autoencoder import AutoencoderSpec
 from ddpm_ray.models.classifier import NoisyClassifier
-from ddpm_ray.models.dit import NORM_EPS, DiT, DiTSpec
+from ddpm_ray.models.dit import DiT, DiTSpec
 from ddpm_ray.models.interop import diffusers_folders
-from ddpm_ray.models.interop.diffusers_config import UnsupportedModelError
-from ddpm_ray.models.layers import HO, Variant
 from ddpm_ray.models.unet import UNet
 from ddpm_ray.models.unet_spec import UNetSpec
 from ddpm_ray.sampling.guidance_models import require_same_x_0
@@ -111,27 +110,26 @@ class TrainedWeights(NamedTuple):
     step: int
     sha256: str  # as in the provenance of `trained_model`
     tensors: dict[str, Tensor]  # by their names in our networks
-    variant: Variant  # of the network
-    architecture: Architecture
+    spec: UNetSpec | DiTSpec | AutoencoderSpec  # of the network
 
 
 def trained_weights(url: str, ema: str = "ema") -> TrainedWeights:
     """Read and verify the weights that `trained_model` would load, of any kind of network."""
     if diffusers_folders.holds_model(url):
         spec, tensors, *_ = diffusers_folders.read_folder(url)
-        if isinstance(spec, DiTSpec) and spec.mlp_norm_eps != NORM_EPS:
-            raise UnsupportedModelError(
-                url, f"norm_eps is {spec.mlp_norm_eps:g}; a run trains a DiT with {NORM_EPS:g}"
-            )
         sha256 = hashlib.sha256(safetensors.save(tensors)).hexdigest()
-        if isinstance(spec, DiTSpec):
-            return TrainedWeights(url, 0, sha256, tensors, HO, "dit")
-        return TrainedWeights(url, 0, sha256, tensors, spec.variant, "unet")
+        return TrainedWeights(url, 0, sha256, tensors, spec)
     where, snapshot = newest_checkpoint(url, ema)
-    sha256 = checkpoint_folder.weights_sha256(where, ema)
-    variant = run_config.saved_variant(snapshot.facts, where)
-    kind = run_config.saved_config(snapshot.facts, url).architecture
-    return TrainedWeights(where, snapshot.step, sha256, snapshot.tensors[ema], variant, kind)
+    facts = snapshot.facts
+    config, variant = run_config.saved_config(facts, url), run_config.saved_variant(facts, where)
+    shape = diffused_shape(run_config.saved_codec(facts, where), ImageShape(*facts["image_shape"]))
+    return TrainedWeights(
+        where,
+        snapshot.step,
+        checkpoint_folder.weights_sha256(where, ema),
+        snapshot.tensors[ema],
+        networks.network_spec(config, shape, variant),
+    )
 
 
 def with_sampling(

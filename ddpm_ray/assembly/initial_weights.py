@@ -19,9 +19,11 @@ from ddpm_ray.config.loading import ConfigError
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.training import TrainingConfig
 from ddpm_ray.data.image_shape import ImageShape
-from ddpm_ray.models.dit import DiT
+from ddpm_ray.models.autoencoder import AutoencoderSpec
+from ddpm_ray.models.dit import DiT, DiTSpec
 from ddpm_ray.models.layers import HO
 from ddpm_ray.models.unet import UNet
+from ddpm_ray.models.unet_spec import UNetSpec
 from ddpm_ray.redaction import counted, sanitize
 from ddpm_ray.training.checkpoint_folder import CheckpointError
 from ddpm_ray.training.state import TrainingState
@@ -29,7 +31,7 @@ from ddpm_ray.training.state import TrainingState
 log = logging.getLogger(__name__)
 
 MOST_NAMES = 5  # of tensors in a line
-NAMES = {"unet": "a U-Net", "dit": "a DiT", "autoencoder": "an autoencoder"}
+NAMES = {UNetSpec: "a U-Net", DiTSpec: "a DiT", AutoencoderSpec: "an autoencoder"}
 
 
 @dataclass(frozen=True)
@@ -82,14 +84,23 @@ def check_initial_weights(
 ) -> None:
     """Read the weights, check that they fit the network, and log what is taken from them.
 
-    Raises ConfigError for another architecture, and what `_read` and `matched` raise.
+    Raises ConfigError for another network, and what `_read` and `matched` raise.
     """
-    found, wanted = _read(source), config.architecture
-    if found.architecture != wanted:
+    found, spec = _read(source), networks.network_spec(config, image_shape)
+    where = sanitize(source.checkpoint)
+    if type(found.spec) is not type(spec):
         raise ConfigError(
-            f"training.init_from: {sanitize(source.checkpoint)} holds {NAMES[found.architecture]}, "
-            f"and this run trains {NAMES[wanted]}: name a model with the same network"
+            f"training.init_from: {where} holds {NAMES[type(found.spec)]}, and this run trains "
+            f"{NAMES[type(spec)]}: name a model with the same network"
         )
+    ours = hidden_options(spec)
+    if lines := [
+        f"training.init_from: {where} has {key}={value:g}, which the shapes of its tensors do not "
+        f"show, and this run has {ours[key]:g}: set {key}={value:g}"
+        for key, value in hidden_options(found.spec).items()
+        if value != ours[key]
+    ]:
+        raise ConfigError("\n".join(lines))
     with torch.device("meta"):
         network = networks.network(config, image_shape)
     taken = matched(network, found.tensors, config.training, source.checkpoint)
@@ -112,6 +123,17 @@ def load_initial_weights(
     state.model.load_state_dict(begun)
     for mean in (state.ema, *state.averages.means.values()):
         mean.load_state_dict(begun)
+
+
+def hidden_options(spec: UNetSpec | DiTSpec | AutoencoderSpec) -> dict[str, float]:
+    """Options of a network that are part of its function, but not of its tensors' shapes."""
+    match spec:
+        case UNetSpec():
+            return {"model.groups": spec.groups, "model.head_channels": spec.variant.head_channels}
+        case DiTSpec():
+            return {"model.heads": spec.heads, "model.mlp_norm_eps": spec.mlp_norm_eps}
+        case AutoencoderSpec():
+            return {"autoencoder.groups": spec.groups}
 
 
 def matched(
@@ -199,11 +221,12 @@ def _read(source: InitialWeights) -> TrainedWeights:
             f"{source.sha256[:12]}",
             "put those back, or start a run with another name=",
         )
-    if found.variant != HO:
-        ours = asdict(HO)
-        other = {key: value for key, value in asdict(found.variant).items() if value != ours[key]}
-        raise ConfigError(
-            f"training.init_from: {sanitize(source.checkpoint)} is a U-Net with {other}, which a "
-            f"run cannot train; choose a network of Ho et al.'s form"
-        )
+    if isinstance(found.spec, UNetSpec):
+        ours = asdict(HO) | {"head_channels": found.spec.variant.head_channels}  # an option
+        held = asdict(found.spec.variant)
+        if other := {key: value for key, value in held.items() if value != ours[key]}:
+            raise ConfigError(
+                f"training.init_from: {sanitize(source.checkpoint)} is a U-Net with {other}, which "
+                f"a run cannot train; choose a network of Ho et al.'s form"
+            )
     return found

@@ -6,7 +6,7 @@ from typing import assert_never
 from ddpm_ray.assembly.autoencoder import autoencoder_spec
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.image_shape import ImageShape
-from ddpm_ray.models.autoencoder import Autoencoder
+from ddpm_ray.models.autoencoder import Autoencoder, AutoencoderSpec
 from ddpm_ray.models.classifier import NoisyClassifier
 from ddpm_ray.models.dit import DiT, DiTSpec
 from ddpm_ray.models.layers import HO, Variant
@@ -57,6 +57,24 @@ def denoiser_network(
             assert_never(never)
 
 
+def network_spec(
+    config: RunConfig, image_shape: ImageShape, variant: Variant = HO
+) -> UNetSpec | DiTSpec | AutoencoderSpec:
+    """The spec of the network for images [H, W, C], a classifier as its U-Net.
+
+    Raises ValueError as `unet_spec`.
+    """
+    match config.architecture:
+        case "autoencoder":
+            return autoencoder_spec(config, image_shape.channels)
+        case "unet":
+            return unet_spec(config, image_shape, variant)
+        case "dit":
+            return dit_spec(config, image_shape)
+        case never:
+            assert_never(never)
+
+
 def unet_spec(config: RunConfig, image_shape: ImageShape, variant: Variant = HO) -> UNetSpec:
     """The spec of the U-Net for images [H, W, C]; raises ValueError if H and W do not fit it."""
     height, width, channels = image_shape
@@ -91,6 +109,7 @@ def dit_spec(config: RunConfig, image_shape: ImageShape) -> DiTSpec:
         num_classes=model.num_classes,
         condition_channels=condition_channels(config, image_shape),
         learns_variance=config.objective.variance != "fixed",
+        mlp_norm_eps=model.mlp_norm_eps,
     )
 
 

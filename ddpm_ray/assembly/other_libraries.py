@@ -100,6 +100,7 @@ def _dit_options(spec: DiTSpec) -> ModelConfig:
         heads=spec.heads,
         dropout=spec.dropout,
         num_classes=spec.num_classes,
+        mlp_norm_eps=spec.mlp_norm_eps,
     )
 
 

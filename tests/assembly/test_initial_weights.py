@@ -21,6 +21,7 @@ from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.training import TrainingConfig
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.diffusion.conditioning import Conditioning
+from ddpm_ray.models.dit import DiT
 from ddpm_ray.training.checkpoint_folder import CheckpointError
 from ddpm_ray.training.checkpoints import CHECKPOINTS, CheckpointStore
 from ddpm_ray.training.state import TrainingState
@@ -35,10 +36,19 @@ UNET = (
     "model.attention_factors=[2]",
 )
 DIT = ("model.network=dit", "model.depth=1", "model.hidden_size=8", "model.heads=2")
+AUTOENCODER = (
+    "task=autoencoder",
+    "autoencoder.base_channels=4",
+    "autoencoder.channel_mults=[1,2]",
+    "autoencoder.groups=2",
+    "autoencoder.blocks_per_level=1",
+)
 LABELLED = ("model.num_classes=3",)
 
 
 def configured(*overrides: str) -> RunConfig:
+    if "task=autoencoder" in overrides:
+        return load_config(RunConfig, None, [*RUN[:2], *overrides])
     network = () if "model.network=dit" in overrides else UNET
     return load_config(RunConfig, None, [*RUN, *network, *overrides])
 
@@ -233,6 +243,43 @@ def test_a_network_of_another_form_is_refused(tmp_path: Path) -> None:
         ConfigError, match=r"is a U-Net with \{'norm_eps': 1e-05\}, which a run can"
     ):
         begun(configured(f"training.init_from={tmp_path}"))
+
+
+@pytest.mark.parametrize(
+    "network, key, value",
+    [
+        ((), "model.groups", 4),
+        ((), "model.head_channels", 2),
+        (DIT, "model.heads", 1),
+        (DIT, "model.mlp_norm_eps", 1e-5),
+        (AUTOENCODER, "autoencoder.groups", 4),
+    ],
+)
+def test_what_no_shape_of_a_tensor_shows_must_be_equal(
+    network: tuple[str, ...], key: str, value: float, tmp_path: Path
+) -> None:
+    """Else all tensors would be loaded, and the network would be another function."""
+    trained(tmp_path, 3, *network, f"{key}={value}")
+    where = f"training.init_from={tmp_path}"
+    says = (
+        rf"{key}={value}, which the shapes .* do not show, and this run has .*: set {key}={value}"
+    )
+    with pytest.raises(ConfigError, match=says):
+        begun(configured(*network, where))
+    begun(configured(*network, where, f"{key}={value}"))
+
+
+def test_a_dit_of_diffusers_is_trained_with_its_norms(tmp_path: Path) -> None:
+    """Published ones add 1e-5 in the norms before their MLPs, and the paper's code 1e-6."""
+    source = trained(tmp_path / "run", 3, *DIT, "model.mlp_norm_eps=1e-5").ema.model.eval()
+    model = checkpoint_loading.trained_model(str(tmp_path / "run"))
+    diffusers_export.write_diffusers(model, model.settings, tmp_path / "theirs")
+    where = f"training.init_from={tmp_path / 'theirs'}", "model.mlp_norm_eps=1e-5"
+    state = begun(configured(*DIT, *where))
+    assert isinstance(state.model, DiT)
+    assert state.model.spec.mlp_norm_eps == 1e-5
+    x_t, t = torch.randn(2, 1, 4, 4), torch.tensor([3, 7])
+    assert torch.equal(state.model.eval()(x_t, t), source(x_t, t))
 
 
 names = st.sets(st.sampled_from([f"{a}.{b}" for a in "abc" for b in "xyz"]), min_size=1)
