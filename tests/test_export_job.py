@@ -96,8 +96,10 @@ def test_a_run_of_latents_is_exported_and_comes_back_as_a_run(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    run, out = latent_run(tmp_path / "run", encoded, *overrides), tmp_path / "out"
-    given = ["sampling.labels=[2]", "sampling.guidance_scale=2"] if "class_labels" in call else []
+    names = ("crane", "tulip, red", "crane") if "class_labels" in call else None
+    run = latent_run(tmp_path / "run", encoded, *overrides, label_names=names or [])
+    out = tmp_path / "out"
+    given = ["sampling.labels=[2]", "sampling.guidance_scale=2"] if names else []
     result = done(capsys, export.JOB, run, "--out", out, *given)
     assert (result["pipeline"], result["call"]) == (pipeline, call)
     assert result["no_equivalent"] == []
@@ -111,6 +113,8 @@ def test_a_run_of_latents_is_exported_and_comes_back_as_a_run(
         assert np.abs(images[0] - images[1]).max() <= 1
     assert (images[1] == images[2]).all()
     assert models[2].image_shape == (8, 8, 1)
+    assert [one.label_names for one in models] == [names] * 3
+    assert checkpoint_loading.label_names(*checkpoint_loading.run_facts(str(out))) == names
     line = refused(
         capsys, import_model.JOB, WRONG_CONFIG, out, tmp_path / "b", "sampling.clip=true"
     )
@@ -227,6 +231,13 @@ def test_a_folder_whose_parts_do_not_fit_together_is_refused(
         diffusers_folders.read_folder(tmp_path / "out")
     with pytest.raises(UnsupportedModelError, match=says):
         ddpm_ray.load(str(tmp_path / "out"), "cpu")
+
+
+@pytest.mark.parametrize("names", [{"0": "a", "1": "b"}, {"0": "a", "2": "b"}, ["a"], {"0": 1}])
+def test_names_that_are_not_those_of_the_classes_are_not_read(names: object) -> None:
+    """As without names: labels are numbers then."""
+    assert diffusers_folders.label_names({"id2label": names}, 3) is None
+    assert diffusers_folders.label_names({"id2label": {"1": "b", "0": "a"}}, 2) == ("a", "b")
 
 
 def test_what_a_pipeline_cannot_do_for_a_model_is_named() -> None:

@@ -151,7 +151,9 @@ def run_facts(url: str) -> tuple[RunConfig, dict[str, Any]]:
     Raises CheckpointError and UnsupportedModelError as `trained_model` does.
     """
     if diffusers_folders.holds_model(url):
-        return from_dict(RunConfig, _of_diffusers(Path(url), "cpu").provenance["config"]), {}
+        model = _of_diffusers(Path(url), "cpu")
+        names = {"label_names": list(model.label_names)} if model.label_names else {}
+        return from_dict(RunConfig, model.provenance["config"]), names
     facts = newest_checkpoint(url)[1].facts
     return run_config.saved_config(facts, url), facts
 
@@ -215,4 +217,5 @@ def _of_diffusers(folder: Path, device: torch.device | str) -> TrainedModel:
         provenance,
         device=device,
         settings=config.sampling,
+        find_label_names=lambda: model.label_names,
     )

@@ -47,6 +47,7 @@ class DiffusersModel(NamedTuple):
     image_size: tuple[int, int]  # (H, W) of x_0
     autoencoder: str  # folder of the autoencoder; empty: a model of pixels
     scaling_factor: float  # x_0 is the autoencoder's latents times this
+    label_names: tuple[str, ...] | None  # of classes 0, 1, ...; None: unknown
 
 
 def holds_model(folder: str | Path) -> bool:
@@ -81,7 +82,22 @@ def read_folder(folder: str | Path) -> DiffusersModel:
         raise UnsupportedModelError(
             str(scheduler), "clip_sample is True, but latents have no range to clip to"
         )
-    return DiffusersModel(spec, tensors, facts, size, autoencoder, scaling_factor)
+    index = Path(folder, MODEL_INDEX)
+    names = label_names(read_json(index), spec.num_classes) if index.is_file() else None
+    return DiffusersModel(spec, tensors, facts, size, autoencoder, scaling_factor, names)
+
+
+def label_names(model_index: Config, num_classes: int) -> tuple[str, ...] | None:
+    """The names of classes 0, 1, ... in id2label of a DiTPipeline.
+
+    None unless there is exactly one for each class: labels without a name are numbers.
+    """
+    named = model_index.get("id2label")
+    keys = [str(label) for label in range(num_classes)]
+    if not num_classes or not isinstance(named, dict) or named.keys() != {*keys}:
+        return None
+    names = tuple(named[key] for key in keys)
+    return names if all(isinstance(name, str) for name in names) else None
 
 
 def write_folder(
