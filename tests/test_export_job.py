@@ -236,8 +236,8 @@ def test_a_folder_whose_parts_do_not_fit_together_is_refused(
 @pytest.mark.parametrize("names", [{"0": "a", "1": "b"}, {"0": "a", "2": "b"}, ["a"], {"0": 1}])
 def test_names_that_are_not_those_of_the_classes_are_not_read(names: object) -> None:
     """As without names: labels are numbers then."""
-    assert diffusers_folders.label_names({"id2label": names}, 3) is None
-    assert diffusers_folders.label_names({"id2label": {"1": "b", "0": "a"}}, 2) == ("a", "b")
+    assert diffusers_folders.class_names_of({"id2label": names}, 3) is None
+    assert diffusers_folders.class_names_of({"id2label": {"1": "b", "0": "a"}}, 2) == ("a", "b")
 
 
 def test_what_a_pipeline_cannot_do_for_a_model_is_named() -> None:

@@ -83,11 +83,11 @@ def read_folder(folder: str | Path) -> DiffusersModel:
             str(scheduler), "clip_sample is True, but latents have no range to clip to"
         )
     index = Path(folder, MODEL_INDEX)
-    names = label_names(read_json(index), spec.num_classes) if index.is_file() else None
+    names = class_names_of(read_json(index), spec.num_classes) if index.is_file() else None
     return DiffusersModel(spec, tensors, facts, size, autoencoder, scaling_factor, names)
 
 
-def label_names(model_index: Config, num_classes: int) -> tuple[str, ...] | None:
+def class_names_of(model_index: Config, num_classes: int) -> tuple[str, ...] | None:
     """The names of classes 0, 1, ... in id2label of a DiTPipeline.
 
     None unless there is exactly one for each class: labels without a name are numbers.
