@@ -31,7 +31,7 @@ def prepare(config: AverageConfig, arguments: Namespace) -> AverageConfig:
 def average(config: AverageConfig, arguments: Namespace) -> dict[str, Any]:
     """Return the scores of each width, and the best width."""
     from ddpm_ray.cli.progress import image_line
-    from ddpm_ray.runs.ema_search import search  # heavy: after the config is checked
+    from ddpm_ray.runs.evaluation.ema_search import search  # heavy: after the config is checked
 
     return search(arguments.run, config, home_folder(), arguments.out, image_line())
 

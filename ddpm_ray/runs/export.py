@@ -10,7 +10,7 @@ from ddpm_ray.config.jobs.export import ExportConfig
 from ddpm_ray.config.loading import ConfigError
 from ddpm_ray.models.interop import autoencoder_kl
 from ddpm_ray.runs import load_model
-from ddpm_ray.runs.evaluate_autoencoder import autoencoder_run
+from ddpm_ray.runs.evaluation.evaluate_autoencoder import autoencoder_run
 
 
 def export_run(

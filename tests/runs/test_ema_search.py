@@ -31,8 +31,8 @@ from ddpm_ray.evaluation import sample_quality
 from ddpm_ray.evaluation.sample_quality import SampleSet, Scores
 from ddpm_ray.models.unet import UNet
 from ddpm_ray.reporting import Progress
-from ddpm_ray.runs import ema_search, evaluate_worker
-from ddpm_ray.runs import evaluate as evaluation_run
+from ddpm_ray.runs.evaluation import ema_search, evaluate_worker
+from ddpm_ray.runs.evaluation import evaluate as evaluation_run
 from ddpm_ray.sampling.pipeline import TrainedModel
 from ddpm_ray.training.checkpoint_folder import CheckpointError
 from ddpm_ray.training.checkpoint_writer import CheckpointWriter

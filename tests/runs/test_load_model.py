@@ -22,7 +22,8 @@ from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.distributed import worker_group
 from ddpm_ray.reporting import Progress
-from ddpm_ray.runs import evaluate, evaluate_worker, load_model
+from ddpm_ray.runs import load_model
+from ddpm_ray.runs.evaluation import evaluate, evaluate_worker
 from ddpm_ray.tracking import run_lookup
 from ddpm_ray.training.checkpoint_folder import CheckpointError
 from ddpm_ray.training.checkpoints import CheckpointStore

@@ -12,7 +12,8 @@ from ddpm_ray.config.loading import ConfigError, load_config, to_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.dataset import Dataset, open_dataset
 from ddpm_ray.data.image_shape import ImageShape
-from ddpm_ray.runs import evaluate_worker, run_identity
+from ddpm_ray.runs import run_identity
+from ddpm_ray.runs.evaluation import evaluate_worker
 from ddpm_ray.runs.run_start import RunStart, begin_run
 from ddpm_ray.runs.run_tags import history_tags
 from ddpm_ray.training.checkpoints import CHECKPOINTS, CheckpointStore

@@ -24,7 +24,8 @@ from ddpm_ray.diffusion import schedules
 from ddpm_ray.diffusion.process import NoiseSchedule
 from ddpm_ray.evaluation.memorisation import nearest_images, spread
 from ddpm_ray.evaluation.reference_statistics import reference
-from ddpm_ray.runs import evaluate_worker, load_model
+from ddpm_ray.runs import load_model
+from ddpm_ray.runs.evaluation import evaluate_worker
 from ddpm_ray.sampling.denoiser import Denoiser
 from ddpm_ray.sampling.pipeline import TrainedModel
 from ddpm_ray.sampling.sampling import SamplingPlan, draw_uint8

@@ -23,7 +23,7 @@ from ddpm_ray.evaluation import sample_quality
 from ddpm_ray.evaluation.reference_statistics import reference
 from ddpm_ray.reporting import Progress
 from ddpm_ray.runs.absolute_paths import absolute_evaluation_paths
-from ddpm_ray.runs.image_progress import ImageProgress
+from ddpm_ray.runs.evaluation.image_progress import ImageProgress
 from ddpm_ray.storage import object_store
 from ddpm_ray.storage.file_formats import package_version
 from ddpm_ray.training import checkpoint_folder

@@ -26,8 +26,8 @@ from ddpm_ray.evaluation.sample_quality import Scores
 from ddpm_ray.evaluation.vlb_over_dataset import BitsPerDim, vlb_bits_per_dim
 from ddpm_ray.reporting import Progress
 from ddpm_ray.runs import load_model
-from ddpm_ray.runs.evaluate_autoencoder import autoencoder_scores
-from ddpm_ray.runs.image_progress import ImageProgress
+from ddpm_ray.runs.evaluation.evaluate_autoencoder import autoencoder_scores
+from ddpm_ray.runs.evaluation.image_progress import ImageProgress
 from ddpm_ray.sampling.pipeline import TrainedModel
 from ddpm_ray.sampling.sampling import SamplingPlan, draw_uint8, sampling_plan
 from ddpm_ray.storage import object_store

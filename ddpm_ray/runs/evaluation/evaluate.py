@@ -15,8 +15,11 @@ from ddpm_ray.distributed import worker_group
 from ddpm_ray.reporting import Progress
 from ddpm_ray.runs import load_model
 from ddpm_ray.runs.absolute_paths import absolute_evaluation_paths
-from ddpm_ray.runs.evaluate_autoencoder import autoencoder_run, require_reconstruction_scores
-from ddpm_ray.runs.evaluate_worker import evaluate_worker
+from ddpm_ray.runs.evaluation.evaluate_autoencoder import (
+    autoencoder_run,
+    require_reconstruction_scores,
+)
+from ddpm_ray.runs.evaluation.evaluate_worker import evaluate_worker
 from ddpm_ray.sampling.pipeline import TrainedModel
 from ddpm_ray.storage import object_store
 from ddpm_ray.tracking.model_uri import IN_MLFLOW
