@@ -12,6 +12,7 @@ from safetensors import torch as safetensors
 from torch import Tensor
 
 from ddpm_ray.assembly import networks, other_libraries, run_config
+from ddpm_ray.assembly.autoencoder_loading import trained_autoencoder
 from ddpm_ray.assembly.diffusion import denoiser
 from ddpm_ray.assembly.latents import bound_codec
 from ddpm_ray.assembly.newest_checkpoint import newest_checkpoint, usable_device
@@ -24,7 +25,7 @@ from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.models.autoencoder import AutoencoderSpec
 from ddpm_ray.models.classifier import NoisyClassifier
 from ddpm_ray.models.dit import DiT, DiTSpec
-from ddpm_ray.models.interop import diffusers_folders
+from ddpm_ray.models.interop import autoencoder_kl, diffusers_folders
 from ddpm_ray.models.unet import UNet
 from ddpm_ray.models.unet_spec import UNetSpec
 from ddpm_ray.sampling.guidance_models import require_same_x_0
@@ -114,11 +115,21 @@ class TrainedWeights(NamedTuple):
 
 
 def trained_weights(url: str, ema: str = "ema") -> TrainedWeights:
-    """Read and verify the weights that `trained_model` would load, of any kind of network."""
+    """Read and verify the weights of any kind of network, as `trained_model` would load them.
+
+    `url` may also be a diffusers folder of an AutoencoderKL. One without 1x1 convolutions of the
+    latents, which our runs have, gets them as the identity.
+    """
     if diffusers_folders.holds_model(url):
         spec, tensors, *_ = diffusers_folders.read_folder(url)
         sha256 = hashlib.sha256(safetensors.save(tensors)).hexdigest()
         return TrainedWeights(url, 0, sha256, tensors, spec)
+    if autoencoder_kl.in_folder(url):
+        found = trained_autoencoder(url)
+        held = found.model.spec, found.model.state_dict()
+        c = held[0].latent_channels
+        with_convs, tensors = autoencoder_kl.standardised(*held, (0.0,) * c, (1.0,) * c)
+        return TrainedWeights(url, 0, found.sha256, tensors, with_convs)
     where, snapshot = newest_checkpoint(url, ema)
     facts = snapshot.facts
     config, variant = run_config.saved_config(facts, url), run_config.saved_variant(facts, where)

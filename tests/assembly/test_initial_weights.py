@@ -16,12 +16,16 @@ from ddpm_ray.assembly import (
     initial_weights,
     training_run,
 )
+from ddpm_ray.assembly.autoencoder_loading import trained_autoencoder
 from ddpm_ray.config.loading import ConfigError, load_config, to_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.training import TrainingConfig
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.diffusion.conditioning import Conditioning
+from ddpm_ray.models.autoencoder import Autoencoder, AutoencoderSpec
 from ddpm_ray.models.dit import DiT
+from ddpm_ray.models.interop import autoencoder_kl
+from ddpm_ray.storage.object_store import write_bytes
 from ddpm_ray.training.checkpoint_folder import CheckpointError
 from ddpm_ray.training.checkpoints import CHECKPOINTS, CheckpointStore
 from ddpm_ray.training.state import TrainingState
@@ -280,6 +284,26 @@ def test_a_dit_of_diffusers_is_trained_with_its_norms(tmp_path: Path) -> None:
     assert state.model.spec.mlp_norm_eps == 1e-5
     x_t, t = torch.randn(2, 1, 4, 4), torch.tensor([3, 7])
     assert torch.equal(state.model.eval()(x_t, t), source(x_t, t))
+
+
+@pytest.mark.parametrize("convs", [True, False])
+def test_an_autoencoder_of_diffusers_is_trained_on(convs: bool, tmp_path: Path) -> None:
+    """Those of 16 channels have no 1x1 convolutions of the latents: ours begin as the identity."""
+    spec = AutoencoderSpec(1, 4, 4, (1, 2), 1, 2, middle_attention=False, latent_convs=convs)
+    theirs = Autoencoder(spec).eval()
+    vae = tmp_path / "pipeline/vae"
+    autoencoder_kl.write_folder(vae, spec, theirs.state_dict(), (8, 8), write_bytes)
+    config = configured(*AUTOENCODER, f"training.init_from={vae}")
+    assert initial_weights.find_initial_weights(config.training).sha256 == (
+        trained_autoencoder(str(vae)).sha256
+    )
+    state = begun(config)
+    x = torch.rand(2, 1, 8, 8) * 2 - 1
+    for model in (state.model, state.ema.model):
+        assert isinstance(model, Autoencoder)
+        found, wanted = model.eval().encode(x), theirs.encode(x)
+        torch.testing.assert_close(found, wanted)
+        torch.testing.assert_close(model.decode(wanted.mean), theirs.decode(wanted.mean))
 
 
 names = st.sets(st.sampled_from([f"{a}.{b}" for a in "abc" for b in "xyz"]), min_size=1)
