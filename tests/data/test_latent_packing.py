@@ -176,6 +176,21 @@ def test_finished_shards_are_not_encoded_again(source: Dataset, tmp_path: Path) 
         latent_packer.encode_shard(again, 2, autoencoder)
 
 
+def test_parts_without_their_cost_are_encoded_again(source: Dataset, tmp_path: Path) -> None:
+    """As earlier commits wrote them: the set would be recorded as cheaper than it was."""
+    autoencoder = TinyAutoencoder()
+    plan = plan_of(source, tmp_path / "set", autoencoder)
+    first = latent_packer.encode_shard(plan, 0, autoencoder)
+    (part,) = (tmp_path / "set/parts").iterdir()
+    held = json.loads(part.read_text())
+    del held["core_s"]
+    part.write_text(json.dumps(held))
+    assert latent_packer.find_all_encoded(plan) == []
+    again = latent_packer.encode_shard(plan, 0, autoencoder)
+    assert again.row == first.row
+    assert "core_s" in json.loads(part.read_text())
+
+
 @pytest.mark.parametrize("changed", [{"batch_size": 3}, {"flipped": False}])
 def test_parts_of_other_options_or_another_autoencoder_are_not_used(
     changed: dict[str, object], source: Dataset, tmp_path: Path

@@ -157,7 +157,7 @@ def find_finished_latents(plan: EncodePlan) -> Dataset | None:
 def find_encoded(plan: EncodePlan, number: int) -> EncodedShard | None:
     """Return shard `number` if an interrupted job finished it, else None. Raises StorageError."""
     part = _part_files(plan).find(number)
-    if part is None:
+    if part is None or "core_s" not in part:  # of a commit that did not record the cost
         return None
     return EncodedShard(number, LatentShardRow(**part["row"]), part["gram"], part["core_s"])
 
