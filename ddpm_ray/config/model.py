@@ -39,7 +39,7 @@ OWN_OPTIONS: dict[NetworkKind, tuple[str, ...]] = {
     ),
     "dit": ("size", *DiTSizes._fields, "mlp_norm_eps"),
 }
-"""Options that one network alone reads."""
+"""Options that only this network reads."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class ModelConfig:
     )
     size: DiTSize = option(
         "",
-        "dit: size in the paper's table and patch_size, as B/2; patch_size, depth, hidden_size and "
+        "dit: name of the paper's size and patch size, as B/2; patch_size, depth, hidden_size and "
         "heads override it; empty: S/2",
         defines_run=True,
     )

@@ -1,4 +1,4 @@
-"""A cheap preview of latents: the linear map to RGB with the least squared error.
+"""A fast preview of latents: the linear map to colours with the least squared error.
 
 Each latent is paired with the mean colour of the factor x factor pixels that it covers. Sums of
 products are integers, so the map does not depend on how many tasks encoded the images.
@@ -21,18 +21,20 @@ from ddpm_ray.data.latent_sums import Float16s
 Gram: TypeAlias = list[list[int]]
 """Sums of products of the columns 1, z_1..z_c, y_1..y_C over all latents.
 
-z: means of the plain view in units of 2^-10, limited to +-2048; y: sums of the pixels covered.
+z: posterior means of the plain view in units of 2^-10, clipped to +-2048; y: sums of the pixels
+that a latent covers.
 """
 
-STEPS_PER_UNIT = 2**10  # of z
-LARGEST = 2048
-_ROWS = 2**12  # summed in int64 at a time: |z| <= 2^21, and y <= 2^24 up to a factor of 256
-_DEGENERATE = 1e-9  # relative eigenvalue below which a direction of the latents is left out
+STEPS_PER_UNIT = 2**10  # integer steps of z per unit
+LARGEST = 2048  # |z|, in units
+# Rows summed in int64 at a time: |z| <= 2^21, and y <= 2^24 up to a downsampling factor of 256.
+_ROWS = 2**12
+_DEGENERATE = 1e-9  # relative eigenvalue below which a direction of the latents is ignored
 
 
 @dataclass(frozen=True)
 class PreviewMatrix:
-    """RGB (or grey) levels in 0..255 = matrix x_0 + bias, for each standardised latent."""
+    """The map of each standardised latent to RGB or grey levels in 0..255: matrix x_0 + bias."""
 
     matrix: tuple[tuple[float, ...], ...]  # [C][c]
     bias: tuple[float, ...]  # [C]

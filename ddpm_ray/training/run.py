@@ -101,7 +101,7 @@ class Run:
     evaluate: Callable[[int], None]  # leaves its scores in state.scores
     validate: Callable[[int], None]  # adds its losses to state.validation_losses
     snapshot_ema: Callable[[int], None] = lambda step: None  # see ema_snapshots.py
-    saves_first: bool = False  # a continued run has changed options: a checkpoint must say so
+    saves_first: bool = False  # save before the first step, to record changed options
     report_every_steps: int = 1
     reported: tuple[int, float] = field(default_factory=lambda: (0, time.perf_counter()))
 

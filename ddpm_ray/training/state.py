@@ -22,8 +22,8 @@ from ddpm_ray.training.optimizer_moments import Tensors, load_moments, moments
 class Snapshot:
     """A copy of the state on the CPU: tensors by file name, other values as JSON."""
 
-    # "model", "ema", "optimizer"; "moments", further averages and "discriminator" with
-    # "discriminator-optimizer" where there are any
+    # "model", "ema" and "optimizer"; where they exist, "moments", further averages, and
+    # "discriminator" with "discriminator-optimizer"
     tensors: dict[str, Tensors]
     facts: dict[str, Any]
 
@@ -90,7 +90,7 @@ class TrainingState:
         self.shown = snapshot.facts.get("shown", self.step)  # older versions saved after drawing
 
     def step_optimizers(self, learning_rate: float) -> None:
-        """Apply the gradients of all networks, and drop them."""
+        """Apply the gradients of all networks, then drop them."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.step()
@@ -105,9 +105,9 @@ class TrainingState:
             self.adversary.zero_grad()
 
     def clip_gradients(self, max_norm: float) -> Tensor:
-        """Clip each network's gradients to a global norm of `max_norm`; return that of the model.
+        """Clip each network's gradients to a global norm of `max_norm`; return the model's norm.
 
-        The norm is NaN as well if the discriminator's is not finite.
+        The returned norm is NaN if the discriminator's is not finite.
         """
         norm = clip_grad_norm_(self.model.parameters(), max_norm, foreach=True)
         if self.adversary is not None:

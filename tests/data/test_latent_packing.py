@@ -244,7 +244,9 @@ def test_what_cannot_be_encoded_is_refused(source: Dataset, tmp_path: Path) -> N
     with pytest.raises(DatasetError, match=r"images are 5 x 4, .* multiples of 2.*; pack the imag"):
         plan_of(odd, tmp_path / "set", TinyAutoencoder())
     latents = encode(source, tmp_path / "latents")
-    with pytest.raises(DatasetError, match="the data set holds latents, not images; name the data"):
+    with pytest.raises(
+        DatasetError, match="the data set holds latents, not images; name the images"
+    ):
         plan_of(latents, tmp_path / "set", TinyAutoencoder())
     with pytest.raises(DatasetError, match=r"already here \(it holds images, not latents\)"):
         latent_packer.find_finished_latents(plan_of(source, Path(source.url), TinyAutoencoder()))
@@ -262,7 +264,8 @@ def test_a_sample_without_float16_latents_is_named(source: Dataset, tmp_path: Pa
     autoencoder.gain = 65504 / np.sqrt(largest[highest] * largest[second])
     plan = plan_of(source, tmp_path / "set", autoencoder, flipped=False)
     with pytest.raises(
-        DatasetError, match=rf"sample n-{highest:06d}: latents are not in float16's range \(large"
+        DatasetError,
+        match=rf"sample n-{highest:06d}: its latents exceed the range of float16 \(large",
     ):
         latent_packer.encode_shard(plan, highest // PER_SHARD, autoencoder)
 

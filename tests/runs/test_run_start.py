@@ -132,7 +132,7 @@ def test_a_constant_rate_goes_on_for_as_long_as_one_likes(dataset: Dataset, tmp_
         ("model.base_channels", "the tensors of the checkpoints have the shapes"),
         ("task", "the tensors of the checkpoints have the shapes"),
         ("seed", "all random numbers of the run are drawn from it"),
-        ("data.lanes", "each image comes once per epoch"),
+        ("data.lanes", "the images of each step depend on it"),
         ("schedule.kind", "the noise levels of this schedule"),
         ("objective.prediction", "the network has learned this objective"),
         ("autoencoder.kl_weight", "an autoencoder is one network, trained on one loss"),

@@ -106,8 +106,8 @@ def _require_likelihoods(wanted: EvaluationConfig, model: TrainedModel) -> None:
     ):
         if images and codec != "pixels":
             raise ConfigError(
-                f"evaluation.{name}_images is {images}, which is of 8-bit pixels, and this model "
-                f"diffuses {codec}: set it to 0"
+                f"evaluation.{name}_images is {images}, but this score is defined for 8-bit pixels "
+                f"and this model diffuses {codec}: set it to 0"
             )
         if images and value > most:
             raise ConfigError(

@@ -27,7 +27,7 @@ def autoencoder_run(model_uri: str) -> RunConfig | None:
 
 
 def require_reconstruction_scores(wanted: EvaluationConfig) -> None:
-    """Raise ConfigError for scores that an autoencoder does not have, a line for each."""
+    """Raise ConfigError with a line for each score that an autoencoder does not have."""
     problems = [
         f"evaluation.{key} is {getattr(wanted, key)}; it is a score of denoisers: set it to 0"
         for key in ("bits_per_dim_images", "likelihood_images", "memorisation_images")
