@@ -1,8 +1,8 @@
 """Initial weights of a run that are those of a trained model, for fine-tuning.
 
-The driver finds the model once and writes into the run's identity which checkpoint it is and the
-sha256 of its weights, so that a run that is killed before its first checkpoint begins from the same
-weights again, though the other run may have gone on.
+The driver looks up the model once and stores its checkpoint and the sha256 of its weights in the
+run's identity. So a run that is killed before its first checkpoint begins from the same weights
+again, even if the model has been trained further.
 """
 
 import logging
@@ -50,10 +50,10 @@ class TensorMatch:
     """Which tensors of a network are taken from a model."""
 
     taken: dict[str, Tensor]
-    skipped: list[str]  # of the network, as training.init_from_skip says
+    skipped: list[str]  # of the network, named by training.init_from_skip
     missing: list[str]  # of the network, not in the model
     unused: list[str]  # of the model, not in the network
-    widened: list[str] = field(default_factory=list)  # a line for each that `widened_layer` made
+    widened: list[str] = field(default_factory=list)  # a line for each tensor of `widened_layer`
 
     def __str__(self) -> str:
         said = [f"{counted(len(self.taken), 'tensor')} taken", *self.widened]
@@ -69,7 +69,7 @@ class TensorMatch:
 
 
 def find_initial_weights(config: TrainingConfig) -> InitialWeights:
-    """The weights that `init_from` names now: of a run's folder, those of its newest checkpoint.
+    """The weights that `init_from` names at this time: for a run, those of its newest checkpoint.
 
     Raises CheckpointError, StorageError, and UnsupportedModelError for a diffusers folder.
     """
@@ -95,8 +95,8 @@ def check_initial_weights(
         )
     ours = hidden_options(spec)
     if lines := [
-        f"training.init_from: {where} has {key}={value:g}, which the shapes of its tensors do not "
-        f"show, and this run has {ours[key]:g}: set {key}={value:g}"
+        f"training.init_from: {where} has {key}={value:g}, and this run has {ours[key]:g}; no "
+        f"shape of a tensor shows it: set {key}={value:g}"
         for key, value in hidden_options(found.spec).items()
         if value != ours[key]
     ]:
@@ -126,7 +126,7 @@ def load_initial_weights(
 
 
 def hidden_options(spec: UNetSpec | DiTSpec | AutoencoderSpec) -> dict[str, float]:
-    """Options of a network that are part of its function, but not of its tensors' shapes."""
+    """Options that change a network's function, but not the shapes of its tensors."""
     match spec:
         case UNetSpec():
             return {"model.groups": spec.groups, "model.head_channels": spec.variant.head_channels}
@@ -176,13 +176,13 @@ def match_tensors(
 ) -> TensorMatch:
     """Match the tensors of a network with those of a model, by name.
 
-    Raises ConfigError with a line for each tensor of another shape and each prefix of no tensor,
-    and if nothing fits.
+    Raises ConfigError with a line for each tensor of another shape and each unused prefix, and if
+    no tensor is taken.
     """
     skip: Sequence[str] = config.init_from_skip
     lines = [
-        f"training.init_from_skip holds {prefix!r}, and no tensor of the network begins so; "
-        f"its first is {next(iter(network))}"
+        f"training.init_from_skip holds {prefix!r}, but no tensor of the network has that prefix; "
+        f"the first tensor is {next(iter(network))}"
         for prefix in skip
         if not any(name.startswith(prefix) for name in network)
     ]
@@ -208,10 +208,10 @@ def match_tensors(
 
 
 def _read(source: InitialWeights) -> TrainedWeights:
-    """The weights; raises CheckpointError if they are not those of the sha256, or gone.
+    """Read the weights; raises CheckpointError if they are gone or have another sha256.
 
-    Raises ConfigError for a network of another variant: its tensors have the same names and shapes
-    as ours, but another function.
+    Raises ConfigError for a network of another variant, whose tensors have the same names and
+    shapes as ours, but another function.
     """
     found = checkpoint_loading.trained_weights(source.checkpoint, source.ema)
     if found.sha256 != source.sha256:
@@ -219,7 +219,7 @@ def _read(source: InitialWeights) -> TrainedWeights:
             source.checkpoint,
             f"its weights have sha256 {found.sha256[:12]}, and the run began with "
             f"{source.sha256[:12]}",
-            "put those back, or start a run with another name=",
+            "restore those weights, or start a run with another name=",
         )
     if isinstance(found.spec, UNetSpec):
         ours = asdict(HO) | {"head_channels": found.spec.variant.head_channels}  # an option

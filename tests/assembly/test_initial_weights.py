@@ -232,7 +232,7 @@ def test_weights_that_are_others_now_are_refused(tmp_path: Path) -> None:
         model = checkpoint_loading.trained_model(str(tmp_path / str(step)))
         diffusers_export.write_diffusers(model, model.settings, tmp_path / "theirs")
         found.append(initial_weights.find_initial_weights(config.training))
-    says = r"its weights have sha256 \w+, and the run began with \w+; put those back"
+    says = r"its weights have sha256 \w+, and the run began with \w+; restore those"
     with pytest.raises(CheckpointError, match=says):
         initial_weights.load_initial_weights(state_of(config), found[0], config.training)
     initial_weights.load_initial_weights(state_of(config), found[1], config.training)
@@ -265,9 +265,7 @@ def test_what_no_shape_of_a_tensor_shows_must_be_equal(
     """Else all tensors would be loaded, and the network would be another function."""
     trained(tmp_path, 3, *network, f"{key}={value}")
     where = f"training.init_from={tmp_path}"
-    says = (
-        rf"{key}={value}, which the shapes .* do not show, and this run has .*: set {key}={value}"
-    )
+    says = rf"{key}={value}, and this run has .*; no shape .* shows it: set {key}={value}"
     with pytest.raises(ConfigError, match=says):
         begun(configured(*network, where))
     begun(configured(*network, where, f"{key}={value}"))
