@@ -25,7 +25,7 @@ def network(
     match config.task:
         case "autoencoder":
             spec = autoencoder_spec(config, image_shape.channels)
-            spec.latent_shape(image_shape[:2])
+            spec.latent_shape(image_shape[:2])  # raises ValueError
             return Autoencoder(spec)
         case "classifier":  # the config has no other network than a U-Net
             return NoisyClassifier(unet_spec(config, image_shape, variant), image_shape[:2])
@@ -38,7 +38,7 @@ def network(
 def denoiser_network(
     config: RunConfig, image_shape: ImageShape, variant: Variant, gradient_checkpointing: bool
 ) -> UNet | DiT:
-    """The network of a denoiser for images [H, W, C]; raises ValueError as `network`."""
+    """The network of a denoiser for images [H, W, C]; raises ValueError as `network` does."""
     learns_uncertainty = config.objective.weighting == "uncertainty"
     match config.model.network:
         case "unet":
@@ -60,9 +60,9 @@ def denoiser_network(
 def network_spec(
     config: RunConfig, image_shape: ImageShape, variant: Variant = HO
 ) -> UNetSpec | DiTSpec | AutoencoderSpec:
-    """The spec of the network for images [H, W, C], a classifier as its U-Net.
+    """The spec of the network for images [H, W, C]; for a classifier, that of its U-Net.
 
-    Raises ValueError as `unet_spec`.
+    Raises ValueError as `unet_spec` does.
     """
     match config.architecture:
         case "autoencoder":

@@ -44,10 +44,10 @@ class GradientAccumulation:
     def backward(self, images: Tensor, labels: Tensor, micro_batch: int) -> Losses:
         """Add the gradient of the global batch's mean loss to all leaves.
 
-        images [b, H, W, C] uint8 and labels [b] are this worker's share of the global batch, whose
-        positions begin at rank * b; each call of `part_losses` takes `micro_batch` of them. A loss
-        that is not finite makes the gradient NaN, so that all workers see it after the all-reduce
-        of the same step.
+        `images` [b, ...], as the data set stores them, and labels [b] are this worker's share of
+        the global batch, whose positions begin at rank * b; each call of `part_losses` takes
+        `micro_batch` of them. A loss that is not finite makes the gradient NaN, so that all workers
+        see it after the all-reduce of the same step.
         """
         workers = self.workers
         if not self.slots:

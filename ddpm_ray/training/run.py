@@ -49,9 +49,9 @@ class TrainingObjective(Protocol):
     ) -> Losses:
         """Add the gradient of the global batch's mean loss to all parameters that are trained.
 
-        images uint8 [b, H, W, C] and labels [b] are this worker's share of global batch `step`
-        (from 0); each forward pass takes `micro_batch` of them. A loss that is not finite makes
-        the gradient of all workers NaN.
+        `images` [b, ...], as the data set stores them, and labels [b] are this worker's share of
+        global batch `step` (from 0); each forward pass takes `micro_batch` of them. A loss that is
+        not finite makes the gradient of all workers NaN.
         """
         ...
 
