@@ -132,7 +132,7 @@ def test_what_is_taken_and_what_is_not_is_one_line(
     [
         (["model.num_classes=2"], r"label.weight is \[4, 16\] in .* and \[3, 16\] in this network"),
         (["model.num_classes=2"], "add it to training.init_from_skip"),
-        (["training.init_from_skip=[lable.]"], "holds 'lable.', and no tensor of the network"),
+        (["training.init_from_skip=[lable.]"], "holds 'lable.', but no tensor of the network"),
         (['training.init_from_skip=[""]'], "no tensor of .* is taken"),
         (["training.init_from_ema=ema-0.7"], "no average 'ema-0.7'; it has ema, ema-0.5"),
     ],
