@@ -53,7 +53,8 @@ def gram_of(mean: Float16s, images: UInt8s) -> Gram:
     """Return the sums of products over latents [n, c, h, w] and their images [n, H, W, C]."""
     count, channels, height, width = mean.shape
     factor, colours = images.shape[1] // height, images.shape[3]
-    z = np.clip(np.rint(mean.astype(np.float64) * STEPS_PER_UNIT), *_limits()).astype(np.int64)
+    steps, most = mean.astype(np.float64) * STEPS_PER_UNIT, LARGEST * STEPS_PER_UNIT
+    z = np.clip(np.rint(steps), -most, most).astype(np.int64)
     z = np.moveaxis(z, 1, -1).reshape(-1, channels)
     blocks = images.reshape(count, height, factor, width, factor, colours)
     y = blocks.sum(axis=(2, 4), dtype=np.int64).reshape(-1, colours)
@@ -64,8 +65,7 @@ def gram_of(mean: Float16s, images: UInt8s) -> Gram:
 
 def add_grams(grams: Iterable[Gram]) -> Gram:
     """Return the sum of one or more matrices; exact, so their order does not matter."""
-    added = sum(np.array(gram, dtype=object) for gram in grams)
-    total: Gram = added.tolist()  # type: ignore[union-attr]  # not the 0 that sum starts from
+    total: Gram = np.array(list(grams), dtype=object).sum(axis=0).tolist()
     return total
 
 
@@ -100,7 +100,3 @@ def _slopes(
     inverse = np.linalg.pinv(covariance / np.outer(scale, scale), _DEGENERATE, hermitian=True)
     slopes: npt.NDArray[np.float64] = (inverse @ (cross / scale[:, None])) / scale[:, None]
     return slopes
-
-
-def _limits() -> tuple[int, int]:
-    return -LARGEST * STEPS_PER_UNIT, LARGEST * STEPS_PER_UNIT

@@ -181,9 +181,10 @@ def encode_shard(plan: EncodePlan, number: int, autoencoder: LatentEncoder) -> E
     began = clock()
     shard = fetch_shard(plan.source, number)
     images = _pixels(plan.source, shard)
-    views = [images] + [images[:, :, ::-1]] * (len(plan.recipe.views) - 1)
-    halves = [_encode(plan, autoencoder, view, shard) for view in views]
-    latents = Latents(*(np.stack(half, axis=1) for half in zip(*halves, strict=True)))
+    views = [images, images[:, :, ::-1]] if "flipped" in plan.recipe.views else [images]
+    encoded_views = [_encode(plan, autoencoder, view, shard) for view in views]
+    means, log_variances = zip(*encoded_views, strict=True)
+    latents = Latents(np.stack(means, axis=1), np.stack(log_variances, axis=1))
     data = shards.shard_bytes(latents, shard.labels.tolist(), shard.keys.to_pylist())
     name = shards.shard_name(number)
     object_store.write_bytes(object_store.join(plan.destination, name), data)

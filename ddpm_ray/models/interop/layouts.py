@@ -85,4 +85,7 @@ def on_meta_device(build: Callable[[], AnyModule]) -> AnyModule:
 
 def _without_ones(shape: torch.Size) -> list[int]:
     """The shape without its trailing 1s."""
-    return [*shape[: max((i for i, n in enumerate(shape, 1) if n != 1), default=0)]]
+    lengths = list(shape)
+    while lengths and lengths[-1] == 1:
+        lengths.pop()
+    return lengths
