@@ -38,8 +38,8 @@ from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 from PIL import Image
 from ray.train.torch import TorchTrainer
 
+from ddpm_ray.config.jobs.sweep import SweepConfig
 from ddpm_ray.config.loading import load_config
-from ddpm_ray.config.sweep import SweepConfig
 from ddpm_ray.distributed import connection
 from ddpm_ray.sweep.driver import run_sweep, schedule_diagnostics
 from ddpm_ray.sweep.mlflow_report import SweepRun

@@ -28,9 +28,9 @@ from torch.nn.utils import clip_grad_norm_
 from ddpm_ray.assembly import networks
 from ddpm_ray.assembly.autoencoder_loading import trained_autoencoder
 from ddpm_ray.config.cluster import ClusterConfig
-from ddpm_ray.config.encode import EncodeConfig
+from ddpm_ray.config.jobs.encode import EncodeConfig
+from ddpm_ray.config.jobs.pack import PackConfig
 from ddpm_ray.config.loading import from_dict, load_config, to_dict
-from ddpm_ray.config.pack import PackConfig
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.counter_rng import Purpose, normal, uniform_int
 from ddpm_ray.data.dataset import Dataset

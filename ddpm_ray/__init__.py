@@ -18,7 +18,7 @@ def load(
     `uri` is a run's folder or one checkpoint's, as a path or any fsspec URL, `runs:/<run id>/model`
     or `models:/<name>@<alias>`; the last two are looked up where $MLFLOW_TRACKING_URI says, or in
     ./mlflow.db, and they alone need MLflow installed. It lies on `device`, by default on a GPU
-    where there is one. `autoencoder` is the place of the autoencoder of a model of latents, if it
+    where there is one. `autoencoder` is the URL of the autoencoder of a model of latents, if it
     has moved since training. Raises ValueError for an invalid `uri` or `device`, and
     CheckpointError, StorageError or TrackingError.
     """

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from ddpm_ray.assembly import training_run
-from ddpm_ray.config.edit import EditConfig
+from ddpm_ray.config.jobs.edit import EditConfig
 from ddpm_ray.config.loading import ConfigError, load_config, to_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.image_shape import ImageShape

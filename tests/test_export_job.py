@@ -14,19 +14,19 @@ from torch import nn
 import ddpm_ray
 from benchmarks.gpu.tiny import config_of
 from benchmarks.gpu.tiny_keys import ADVERSARY, AUTOENCODER
-from ddpm_ray.assembly import latents, training_run
+from ddpm_ray.assembly import checkpoint_loading, training_run
 from ddpm_ray.assembly.autoencoder_loading import trained_autoencoder
 from ddpm_ray.cli.job import DONE, FAILED, WRONG_CONFIG, Job
 from ddpm_ray.cli.main import main
 from ddpm_ray.config.loading import load_config, to_dict
 from ddpm_ray.config.run import RunConfig
-from ddpm_ray.data.dataset import open_dataset
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.jobs import export, import_model
 from ddpm_ray.models.interop import diffusers_folders, diffusers_pipelines
 from ddpm_ray.models.interop.diffusers_config import UnsupportedModelError
-from ddpm_ray.training.checkpoints import CheckpointStore
-from tests.data.latent_sets import TINY_UNET, encode_noise
+from ddpm_ray.training.state import TrainingState
+from tests.data.latent_sets import TINY_UNET, commit, encode_noise, initial_run
+from tests.fixtures.job_script import refused
 
 CPU = torch.device("cpu")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -38,23 +38,24 @@ def encoded(tmp_path: Path) -> str:
     return encode_noise(tmp_path, images=12)
 
 
-def committed(folder: Path, config: RunConfig, shape: ImageShape, **facts: Any) -> str:
+def committed(folder: Path, state: TrainingState) -> str:
     """The folder of a run that was saved once, without a weight that is 0."""
-    held = {"config": to_dict(config), "image_shape": [8, 8, 1], "data_fingerprint": "", **facts}
-    state = training_run.training_state(config, shape, CPU, held)
     generator = torch.Generator().manual_seed(1)
     for parameter in state.ema.model.parameters():
         nn.init.normal_(parameter, std=0.3, generator=generator)
-    CheckpointStore(str(folder / "checkpoints")).save(state.snapshot([]))
-    return str(folder)
+    return commit(state, folder)
+
+
+def pixel_run(folder: Path, config: RunConfig) -> str:
+    """The folder of a run on images of 8 x 8, without a data set."""
+    facts = {"config": to_dict(config), "image_shape": [8, 8, 1], "data_fingerprint": ""}
+    return committed(folder, training_run.training_state(config, ImageShape(8, 8, 1), CPU, facts))
 
 
 def latent_run(folder: Path, url: str, *overrides: str, **facts: Any) -> str:
     keys = ("name=a", f"data.url={url}", "schedule.num_steps=10", "sampling.steps=5")
     config = load_config(RunConfig, None, [*keys, *(overrides or TINY_UNET)])
-    dataset = open_dataset(url)
-    held = latents.codec_facts(latents.codec_of_data(config.data, dataset))
-    return committed(folder, config, dataset.manifest.diffused_shape, **held, **facts)
+    return committed(folder, initial_run(config, **facts))
 
 
 def done(capsys: pytest.CaptureFixture[str], job: Job[Any], *words: object) -> dict[str, Any]:
@@ -65,23 +66,12 @@ def done(capsys: pytest.CaptureFixture[str], job: Job[Any], *words: object) -> d
     return found
 
 
-def refused(capsys: pytest.CaptureFixture[str], job: Job[Any], code: int, *words: object) -> str:
-    """The one line with which a job refuses."""
-    assert main(job, [str(word) for word in words]) == code
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.startswith("error: ")
-    assert err.count("\n") == 1
-    assert "DDPM_RAY_TRACEBACK" not in err
-    return err
-
-
 @pytest.mark.parametrize(
     "overrides, pipeline, call",
     [
         (TINY_UNET, "LDMPipeline", {"eta": 0.0, "num_inference_steps": 5}),
         (
-            (*DIT, "model.num_classes=3"),
+            (*DIT, "model.num_classes=3", "model.mlp_norm_eps=1e-5"),  # as in published ones
             "DiTPipeline",
             {"class_labels": [2], "guidance_scale": 2.0, "num_inference_steps": 5},
         ),
@@ -96,8 +86,10 @@ def test_a_run_of_latents_is_exported_and_comes_back_as_a_run(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    run, out = latent_run(tmp_path / "run", encoded, *overrides), tmp_path / "out"
-    given = ["sampling.labels=[2]", "sampling.guidance_scale=2"] if "class_labels" in call else []
+    names = ("crane", "tulip, red", "crane") if "class_labels" in call else None
+    run = latent_run(tmp_path / "run", encoded, *overrides, label_names=names or [])
+    out = tmp_path / "out"
+    given = ["sampling.labels=[2]", "sampling.guidance_scale=2"] if names else []
     result = done(capsys, export.JOB, run, "--out", out, *given)
     assert (result["pipeline"], result["call"]) == (pipeline, call)
     assert result["no_equivalent"] == []
@@ -111,6 +103,8 @@ def test_a_run_of_latents_is_exported_and_comes_back_as_a_run(
         assert np.abs(images[0] - images[1]).max() <= 1
     assert (images[1] == images[2]).all()
     assert models[2].image_shape == (8, 8, 1)
+    assert [one.label_names for one in models] == [names] * 3
+    assert checkpoint_loading.label_names(*checkpoint_loading.run_facts(str(out))) == names
     line = refused(
         capsys, import_model.JOB, WRONG_CONFIG, out, tmp_path / "b", "sampling.clip=true"
     )
@@ -171,9 +165,9 @@ def test_the_run_of_an_autoencoder_becomes_an_autoencoder_of_diffusers(
 ) -> None:
     """Without its discriminator; the folder encodes as the run does."""
     config, out = config_of([*AUTOENCODER, *ADVERSARY]), tmp_path / "out"
-    run = committed(tmp_path / "run", config, ImageShape(8, 8, 1))
+    run = pixel_run(tmp_path / "run", config)
     line = refused(capsys, export.JOB, WRONG_CONFIG, run, "--out", out, "sampling.steps=3")
-    assert "sampling.steps: not for an autoencoder, which is written as it is" in line
+    assert "sampling.steps: an autoencoder is exported without options" in line
     result = done(capsys, export.JOB, run, "--out", out)
     ours, theirs = trained_autoencoder(run), trained_autoencoder(str(out))
     assert result["model"] == "AutoencoderKL"
@@ -182,14 +176,14 @@ def test_the_run_of_an_autoencoder_becomes_an_autoencoder_of_diffusers(
     weights = theirs.model.state_dict()
     assert all(torch.equal(weights[key], one) for key, one in ours.model.state_dict().items())
     line = refused(capsys, import_model.JOB, FAILED, out, tmp_path / "back", "layout=diffusers")
-    assert "it holds an autoencoder, which `ddpm-ray encode` takes as it is" in line
+    assert "it holds an autoencoder, which draws no images: give it to `ddpm-ray encode`" in line
 
 
 def test_an_autoencoder_for_a_model_of_pixels_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = load_config(RunConfig, None, ["name=a", "data.url=b", *TINY_UNET])
-    run = committed(tmp_path / "run", config, ImageShape(8, 8, 1))
+    run = pixel_run(tmp_path / "run", config)
     line = refused(
         capsys, export.JOB, WRONG_CONFIG, run, "--out", tmp_path / "out", "autoencoder=ae"
     )
@@ -199,9 +193,9 @@ def test_an_autoencoder_for_a_model_of_pixels_is_refused(
 @pytest.mark.parametrize(
     "file, key, value, says",
     [
-        ("vqvae/config.json", "scaling_factor", 0, "scaling_factor is 0; it is above 0"),
+        ("vqvae/config.json", "scaling_factor", 0, "scaling_factor is 0; it must be above 0"),
         ("vqvae/config.json", "shift_factor", 0.1, "shift_factor is 0.1; .* only None"),
-        ("vqvae/config.json", "latent_channels", 4, "have 4 channels, and the network draws 2"),
+        ("vqvae/config.json", "latent_channels", 4, "have 4 channels, but the network draws 2"),
         ("vqvae/config.json", "_class_name", "VQModel", "'VQModel'; supported is AutoencoderKL"),
         (
             "scheduler/scheduler_config.json",
@@ -229,13 +223,20 @@ def test_a_folder_whose_parts_do_not_fit_together_is_refused(
         ddpm_ray.load(str(tmp_path / "out"), "cpu")
 
 
+@pytest.mark.parametrize("names", [{"0": "a", "1": "b"}, {"0": "a", "2": "b"}, ["a"], {"0": 1}])
+def test_names_that_are_not_those_of_the_classes_are_not_read(names: object) -> None:
+    """As without names: labels are numbers then."""
+    assert diffusers_folders.class_names_of({"id2label": names}, 3) is None
+    assert diffusers_folders.class_names_of({"id2label": {"1": "b", "0": "a"}}, 2) == ("a", "b")
+
+
 def test_what_a_pipeline_cannot_do_for_a_model_is_named() -> None:
     facts: dict[str, dict[str, Any]] = {
         "schedule": {"kind": "linear", "num_steps": 10},
         "objective": {"prediction": "epsilon"},
         "sampling": {"variance": "fixed_small", "clip": False, "sampler": "ddim", "eta": 0.5},
     }
-    of = diffusers_pipelines.Diffused(latents=True, image_size=(4, 6), condition_channels=3)
+    of = diffusers_pipelines.ModelTraits(latents=True, image_size=(4, 6), condition_channels=3)
     found = diffusers_pipelines.to_pipeline(facts, of).no_equivalent
     named = [one.split(" (")[0] for one in found]
     assert named == ["conditioning images", "latents of 4 x 6"]
@@ -244,13 +245,15 @@ def test_what_a_pipeline_cannot_do_for_a_model_is_named() -> None:
     assert line == "eta=0.5 (DiTPipeline: 0)"
     learned = {**facts, "objective": {"prediction": "epsilon", "variance": "learned_range"}}
     learned["sampling"] = {"variance": "learned", "clip": False, "steps": 5}
-    (line,) = diffusers_pipelines.to_pipeline(learned, diffusers_pipelines.Diffused()).no_equivalent
+    (line,) = diffusers_pipelines.to_pipeline(
+        learned, diffusers_pipelines.ModelTraits()
+    ).no_equivalent
     assert line == "steps=5 (a learned variance adds noise to the last step, too)"
     (line,) = diffusers_pipelines.to_pipeline(learned, dit).no_equivalent
     assert line == "variance=learned (DDPMScheduler: fixed_small)"
     solver = {**learned, "sampling": {**facts["sampling"], "sampler": "dpm_solver_pp"}}
     for channels, scheduler in ((3, "DPMSolverMultistepScheduler"), (4, "DDPMScheduler")):
-        of_channels = diffusers_pipelines.Diffused(latents=True, channels=channels)
+        of_channels = diffusers_pipelines.ModelTraits(latents=True, channels=channels)
         made = diffusers_pipelines.to_pipeline(solver, of_channels).scheduler
         assert made["_class_name"] == scheduler
     guided = {**facts, "sampling": {**facts["sampling"], "eta": 0, "guidance_scale": 3.0}}

@@ -26,6 +26,7 @@ from ddpm_ray.models.unet_spec import UNetSpec
 from ddpm_ray.storage import object_store
 from ddpm_ray.storage.file_formats import NewerFormatError
 from ddpm_ray.training import checkpoint_folder
+from tests.fixtures.job_script import refused
 
 HEADS = replace(GUIDED, num_heads=2, resampling_blocks=True)
 IMPROVED = replace(GUIDED, num_heads=4, scale_shift=False, resampling_blocks=False)
@@ -67,19 +68,6 @@ def imported(capsys: pytest.CaptureFixture[str], *words: str | Path) -> dict[str
     assert main(import_model.JOB, [str(word) for word in words]) == DONE, capsys.readouterr().err
     found: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
     return found
-
-
-def refused(
-    capsys: pytest.CaptureFixture[str], *words: str | Path, code: int = WRONG_CONFIG
-) -> str:
-    """The one line with which the job refuses, without `error: `."""
-    assert main(import_model.JOB, [str(word) for word in words]) == code
-    found = capsys.readouterr()
-    assert found.out == ""
-    assert found.err.startswith("error: ")
-    assert found.err.count("\n") == 1
-    assert "DDPM_RAY_TRACEBACK" not in found.err
-    return found.err.removeprefix("error: ").rstrip("\n")
 
 
 def require_equal(url: str, given: UNet) -> None:
@@ -287,7 +275,7 @@ def test_a_wrong_option_is_named_with_its_value(
     written(file, convert.to_guided_diffusion(of, network(of).state_dict()))
     given = dict(word.split("=", 1) for word in (*GUIDED_LAYOUT, *OF_HEADS))
     words = [f"{key}={value}" for key, value in (given | changes).items()]
-    line = refused(capsys, file, tmp_path / "run", *words, code=FAILED)
+    line = refused(capsys, import_model.JOB, FAILED, file, tmp_path / "run", *words)
     assert line.startswith(f"{file}: ")
     assert line.endswith(f"; they fit with {remedy}")
     assert not (tmp_path / "run").exists()
@@ -302,7 +290,9 @@ def test_tensors_that_no_option_explains_are_refused(
     theirs = convert.to_ho(spec(), network(spec()).state_dict())
     del theirs["mid.block_1.conv1.weight"]
     written(tmp_path / "w.pt", theirs)
-    line = refused(capsys, tmp_path / "w.pt", tmp_path / "run", *HO_LAYOUT, code=FAILED)
+    line = refused(
+        capsys, import_model.JOB, FAILED, tmp_path / "w.pt", tmp_path / "run", *HO_LAYOUT
+    )
     assert "the file lacks mid.block_1.conv1.weight; no single option makes them fit" in line
     assert not (tmp_path / "run").exists()
 
@@ -327,7 +317,7 @@ def test_a_pt_file_of_anything_but_tensors_is_refused_and_runs_no_code(
         file.write_bytes(content)
     else:
         torch.save(content, file)
-    line = refused(capsys, file, "run", *HO_LAYOUT, code=FAILED)
+    line = refused(capsys, import_model.JOB, FAILED, file, "run", *HO_LAYOUT)
     assert line.startswith(f"{file}: ")
     assert "not run" in line or "other than tensors" in line or "cannot be read" in line
     assert not (tmp_path / "harm").exists()
@@ -339,7 +329,8 @@ def test_a_destination_that_holds_a_run_is_refused(
     held: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     object_store.write_bytes(f"{tmp_path}/run/{held}", b"kept")
-    line = refused(capsys, of_ho(tmp_path), tmp_path / "run", *HO_LAYOUT)
+    words = of_ho(tmp_path), tmp_path / "run", *HO_LAYOUT
+    line = refused(capsys, import_model.JOB, WRONG_CONFIG, *words)
     first = held.partition("/")[0]
     assert line == f"destination is {tmp_path}/run, which holds {first}: name a new folder"
     assert (tmp_path / "run" / held).read_bytes() == b"kept"
@@ -364,11 +355,13 @@ def test_a_destination_that_holds_a_run_is_refused(
 def test_options_that_do_not_fit_are_one_line(
     words: tuple[str, ...], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert says in refused(capsys, of_ho(tmp_path), tmp_path / "run", *words)
+    given = of_ho(tmp_path), tmp_path / "run", *words
+    assert says in refused(capsys, import_model.JOB, WRONG_CONFIG, *given)
 
 
 def test_weights_that_are_not_there_are_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    line = refused(capsys, tmp_path / "none.pt", tmp_path / "run", *HO_LAYOUT)
+    words = tmp_path / "none.pt", tmp_path / "run", *HO_LAYOUT
+    line = refused(capsys, import_model.JOB, WRONG_CONFIG, *words)
     assert line == f"weights is {tmp_path}/none.pt: there is no such file or folder"

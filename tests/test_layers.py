@@ -284,7 +284,7 @@ def test_a_long_or_nameless_file_is_caught(file: str, source: str, reason: str) 
     [
         "ddpm_ray",
         "ddpm_ray.config.run",
-        "ddpm_ray.config.sweep",
+        "ddpm_ray.config.jobs.sweep",
         "ddpm_ray.cli.main",
         "ddpm_ray.jobs.command",
     ],

@@ -219,7 +219,7 @@ def test_a_log_line_of_a_job_is_one_line() -> None:
     script = (
         "import logging, sys\nfrom ddpm_ray.cli.job import Job\n"
         "from ddpm_ray.cli.main import main\n"
-        "from ddpm_ray.config.jobs import SampleConfig\n"
+        "from ddpm_ray.config.jobs.sample import SampleConfig\n"
         "evil = sys.argv.pop()\n"
         "def job(*_):\n"
         "    logging.getLogger('ddpm_ray.x').warning('read %s', evil)\n"

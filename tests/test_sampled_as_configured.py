@@ -20,8 +20,8 @@ from torch import nn
 import ddpm_ray
 from ddpm_ray.assembly import diffusion, training_run
 from ddpm_ray.collectives import Workers
+from ddpm_ray.config.jobs.pack import PackConfig
 from ddpm_ray.config.loading import load_config, to_dict
-from ddpm_ray.config.pack import PackConfig
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.sampling import SamplingSettings
 from ddpm_ray.data.codec import PIXELS

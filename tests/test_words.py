@@ -113,7 +113,7 @@ ALLOWED = [  # file, word, reason
     ("ddpm_ray/runs/*", "certificate", "key of stored scores"),
     ("ddpm_ray/sweep/*", "certificate", "key of stored scores"),
     ("benchmarks/sweeps.py", "certificate", "key of stored scores"),
-    ("ddpm_ray/runs/ema_search.py", "misfit*", "key of stored results"),
+    ("ddpm_ray/runs/evaluation/ema_search.py", "misfit*", "key of stored results"),
     ("ddpm_ray/sweep/trial_store.py", "appraisal", "key of stored trials"),
     ("ddpm_ray/sweep/trial_store.py", "probes", "key of stored trials"),
     ("ddpm_ray/training/state.py", "probes", "key of stored checkpoints"),

@@ -1,4 +1,4 @@
-"""Build what task=autoencoder trains: the autoencoder, its adversary and its objective."""
+"""Build the parts of a run with task=autoencoder: autoencoder, adversary and objective."""
 
 from pathlib import Path
 
@@ -17,8 +17,8 @@ from ddpm_ray.training.adversary import Adversary
 from ddpm_ray.training.autoencoder_objective import AutoencoderObjective
 from ddpm_ray.training.state import TrainingState
 
-PERCEPTUAL_WIDTH = 192  # the features that need the perceptual loss's stages and no later one
-ADVERSARY_BETAS = (0.5, 0.9)  # Adam's, of the discriminator (Esser et al. 2021, their code)
+PERCEPTUAL_WIDTH = 192  # features behind the last stage that the perceptual loss reads
+ADVERSARY_BETAS = (0.5, 0.9)  # of the discriminator's Adam, as in the code of Esser et al. 2021
 
 
 def autoencoder_spec(config: RunConfig, image_channels: int) -> AutoencoderSpec:
@@ -36,7 +36,7 @@ def autoencoder_spec(config: RunConfig, image_channels: int) -> AutoencoderSpec:
 
 
 def require_fitting(config: RunConfig, image_shape: ImageShape) -> None:
-    """Raise ValueError for images [H, W, C] that the discriminator or a loss cannot take."""
+    """Raise ValueError for images [H, W, C] too small for the discriminator or a loss."""
     height, width, channels = image_shape
     if config.autoencoder.discriminator_from_step:
         PatchDiscriminator(channels, config.autoencoder.discriminator_channels)

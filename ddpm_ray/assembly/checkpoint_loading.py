@@ -12,20 +12,20 @@ from safetensors import torch as safetensors
 from torch import Tensor
 
 from ddpm_ray.assembly import networks, other_libraries, run_config
+from ddpm_ray.assembly.autoencoder_loading import trained_autoencoder
 from ddpm_ray.assembly.diffusion import denoiser
 from ddpm_ray.assembly.latents import bound_codec
 from ddpm_ray.assembly.newest_checkpoint import newest_checkpoint, usable_device
 from ddpm_ray.config.loading import ConfigError, from_dict, to_dict
-from ddpm_ray.config.run import Architecture, RunConfig
+from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.sampling import SamplingSettings
 from ddpm_ray.data.codec import Codec, diffused_shape
 from ddpm_ray.data.dataset import DatasetError, open_dataset
 from ddpm_ray.data.image_shape import ImageShape
+from ddpm_ray.models.autoencoder import AutoencoderSpec
 from ddpm_ray.models.classifier import NoisyClassifier
-from ddpm_ray.models.dit import NORM_EPS, DiT, DiTSpec
-from ddpm_ray.models.interop import diffusers_folders
-from ddpm_ray.models.interop.diffusers_config import UnsupportedModelError
-from ddpm_ray.models.layers import HO, Variant
+from ddpm_ray.models.dit import DiT, DiTSpec
+from ddpm_ray.models.interop import autoencoder_kl, diffusers_folders
 from ddpm_ray.models.unet import UNet
 from ddpm_ray.models.unet_spec import UNetSpec
 from ddpm_ray.sampling.guidance_models import require_same_x_0
@@ -111,27 +111,36 @@ class TrainedWeights(NamedTuple):
     step: int
     sha256: str  # as in the provenance of `trained_model`
     tensors: dict[str, Tensor]  # by their names in our networks
-    variant: Variant  # of the network
-    architecture: Architecture
+    spec: UNetSpec | DiTSpec | AutoencoderSpec  # of the network
 
 
 def trained_weights(url: str, ema: str = "ema") -> TrainedWeights:
-    """Read and verify the weights that `trained_model` would load, of any kind of network."""
+    """Read and verify the weights of any kind of network, as `trained_model` would load them.
+
+    `url` may also be a diffusers folder of an AutoencoderKL. One without 1x1 convolutions of the
+    latents, which our runs have, gets them as the identity.
+    """
     if diffusers_folders.holds_model(url):
         spec, tensors, *_ = diffusers_folders.read_folder(url)
-        if isinstance(spec, DiTSpec) and spec.mlp_norm_eps != NORM_EPS:
-            raise UnsupportedModelError(
-                url, f"norm_eps is {spec.mlp_norm_eps:g}; a run trains a DiT with {NORM_EPS:g}"
-            )
         sha256 = hashlib.sha256(safetensors.save(tensors)).hexdigest()
-        if isinstance(spec, DiTSpec):
-            return TrainedWeights(url, 0, sha256, tensors, HO, "dit")
-        return TrainedWeights(url, 0, sha256, tensors, spec.variant, "unet")
+        return TrainedWeights(url, 0, sha256, tensors, spec)
+    if autoencoder_kl.in_folder(url):
+        found = trained_autoencoder(url)
+        held = found.model.spec, found.model.state_dict()
+        c = held[0].latent_channels
+        with_convs, tensors = autoencoder_kl.standardised(*held, (0.0,) * c, (1.0,) * c)
+        return TrainedWeights(url, 0, found.sha256, tensors, with_convs)
     where, snapshot = newest_checkpoint(url, ema)
-    sha256 = checkpoint_folder.weights_sha256(where, ema)
-    variant = run_config.saved_variant(snapshot.facts, where)
-    kind = run_config.saved_config(snapshot.facts, url).architecture
-    return TrainedWeights(where, snapshot.step, sha256, snapshot.tensors[ema], variant, kind)
+    facts = snapshot.facts
+    config, variant = run_config.saved_config(facts, url), run_config.saved_variant(facts, where)
+    shape = diffused_shape(run_config.saved_codec(facts, where), ImageShape(*facts["image_shape"]))
+    return TrainedWeights(
+        where,
+        snapshot.step,
+        checkpoint_folder.weights_sha256(where, ema),
+        snapshot.tensors[ema],
+        networks.network_spec(config, shape, variant),
+    )
 
 
 def with_sampling(
@@ -153,7 +162,9 @@ def run_facts(url: str) -> tuple[RunConfig, dict[str, Any]]:
     Raises CheckpointError and UnsupportedModelError as `trained_model` does.
     """
     if diffusers_folders.holds_model(url):
-        return from_dict(RunConfig, _of_diffusers(Path(url), "cpu").provenance["config"]), {}
+        model = _of_diffusers(Path(url), "cpu")
+        names = {"label_names": list(model.label_names)} if model.label_names else {}
+        return from_dict(RunConfig, model.provenance["config"]), names
     facts = newest_checkpoint(url)[1].facts
     return run_config.saved_config(facts, url), facts
 
@@ -217,4 +228,5 @@ def _of_diffusers(folder: Path, device: torch.device | str) -> TrainedModel:
         provenance,
         device=device,
         settings=config.sampling,
+        find_label_names=lambda: model.label_names,
     )

@@ -21,14 +21,15 @@ from ddpm_ray.sampling.autoencoder import TrainedAutoencoder
 from ddpm_ray.sampling.pipeline import TrainedModel
 from ddpm_ray.storage import object_store
 
-NAMED_BY_DIFFUSERS = "linear", "scaled_linear", "cosine"  # schedules; others are exported as betas
+NAMED_BY_DIFFUSERS = "linear", "scaled_linear", "cosine"
+"""Schedules that diffusers knows by name; others are exported as betas."""
 
 
 def write_diffusers(model: TrainedModel, sampling: SamplingSettings, folder: Path) -> Export:
     """Write `model` for diffusers' `from_pretrained`; return the exported sampling settings.
 
-    A model of latents is written with its autoencoder, whose latents are standardised there as the
-    model draws them. Raises UnsupportedModelError for a model without an equivalent in diffusers,
+    A model of latents is written with its autoencoder, into which the standardisation of its
+    latents is folded. Raises UnsupportedModelError for a model without an equivalent in diffusers,
     and StorageError.
     """
     network, codec = model.denoiser.network, model.denoiser.codec
@@ -77,8 +78,8 @@ def write_autoencoder(model: TrainedAutoencoder, folder: Path) -> None:
 
 
 def _standardised(codec: LatentCodec) -> tuple[AutoencoderSpec, dict[str, Tensor]]:
-    """The autoencoder whose latents are what a model with this codec diffuses."""
+    """The codec's autoencoder with the standardisation folded in: its latents are x_0."""
     trained = codec.autoencoder
-    assert isinstance(trained, TrainedAutoencoder)  # bound as the model was loaded
-    of = trained.model
-    return autoencoder_kl.standardised(of.spec, of.state_dict(), codec.mean, codec.std)
+    assert isinstance(trained, TrainedAutoencoder)  # bound when the model was loaded
+    network = trained.model
+    return autoencoder_kl.standardised(network.spec, network.state_dict(), codec.mean, codec.std)

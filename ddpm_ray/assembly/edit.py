@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ddpm_ray.assembly.checkpoint_loading import with_sampling
-from ddpm_ray.config.edit import EditConfig
+from ddpm_ray.config.jobs.edit import EditConfig
 from ddpm_ray.config.loading import ConfigError
 from ddpm_ray.data.packing.image_files import BadImageError
 from ddpm_ray.sampling import editing

@@ -1,16 +1,17 @@
 """Initial weights of a run that are those of a trained model, for fine-tuning.
 
-The driver finds the model once and writes into the run's identity which checkpoint it is and the
-sha256 of its weights, so that a run that is killed before its first checkpoint begins from the same
-weights again, though the other run may have gone on.
+The driver looks up the model once and stores its checkpoint and the sha256 of its weights in the
+run's identity. So a run that is killed before its first checkpoint begins from the same weights
+again, even if the model has been trained further.
 """
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ddpm_ray.assembly import checkpoint_loading, networks
 from ddpm_ray.assembly.checkpoint_loading import TrainedWeights
@@ -18,7 +19,11 @@ from ddpm_ray.config.loading import ConfigError
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.training import TrainingConfig
 from ddpm_ray.data.image_shape import ImageShape
+from ddpm_ray.models.autoencoder import AutoencoderSpec
+from ddpm_ray.models.dit import DiT, DiTSpec
 from ddpm_ray.models.layers import HO
+from ddpm_ray.models.unet import UNet
+from ddpm_ray.models.unet_spec import UNetSpec
 from ddpm_ray.redaction import counted, sanitize
 from ddpm_ray.training.checkpoint_folder import CheckpointError
 from ddpm_ray.training.state import TrainingState
@@ -26,7 +31,7 @@ from ddpm_ray.training.state import TrainingState
 log = logging.getLogger(__name__)
 
 MOST_NAMES = 5  # of tensors in a line
-NAMES = {"unet": "a U-Net", "dit": "a DiT", "autoencoder": "an autoencoder"}
+NAMES = {UNetSpec: "a U-Net", DiTSpec: "a DiT", AutoencoderSpec: "an autoencoder"}
 
 
 @dataclass(frozen=True)
@@ -45,12 +50,13 @@ class TensorMatch:
     """Which tensors of a network are taken from a model."""
 
     taken: dict[str, Tensor]
-    skipped: list[str]  # of the network, as training.init_from_skip says
+    skipped: list[str]  # of the network, named by training.init_from_skip
     missing: list[str]  # of the network, not in the model
     unused: list[str]  # of the model, not in the network
+    widened: list[str] = field(default_factory=list)  # a line for each tensor of `widened_layer`
 
     def __str__(self) -> str:
-        said = [f"{counted(len(self.taken), 'tensor')} taken"]
+        said = [f"{counted(len(self.taken), 'tensor')} taken", *self.widened]
         for what, names in (
             ("left as they are (training.init_from_skip)", self.skipped),
             ("not in the model", self.missing),
@@ -63,7 +69,7 @@ class TensorMatch:
 
 
 def find_initial_weights(config: TrainingConfig) -> InitialWeights:
-    """The weights that `init_from` names now: of a run's folder, those of its newest checkpoint.
+    """The weights that `init_from` names at this time: for a run, those of its newest checkpoint.
 
     Raises CheckpointError, StorageError, and UnsupportedModelError for a diffusers folder.
     """
@@ -78,18 +84,26 @@ def check_initial_weights(
 ) -> None:
     """Read the weights, check that they fit the network, and log what is taken from them.
 
-    Raises ConfigError for another architecture, and what `_read` and `match_tensors` raise.
+    Raises ConfigError for another network, and what `_read` and `matched` raise.
     """
-    found, wanted = _read(source), config.architecture
-    if found.architecture != wanted:
+    found, spec = _read(source), networks.network_spec(config, image_shape)
+    where = sanitize(source.checkpoint)
+    if type(found.spec) is not type(spec):
         raise ConfigError(
-            f"training.init_from: {sanitize(source.checkpoint)} holds {NAMES[found.architecture]}, "
-            f"and this run trains {NAMES[wanted]}: name a model with the same network"
+            f"training.init_from: {where} holds {NAMES[type(found.spec)]}, and this run trains "
+            f"{NAMES[type(spec)]}: name a model with the same network"
         )
+    ours = hidden_options(spec)
+    if lines := [
+        f"training.init_from: {where} has {key}={value:g}, and this run has {ours[key]:g}; no "
+        f"shape of a tensor shows it: set {key}={value:g}"
+        for key, value in hidden_options(found.spec).items()
+        if value != ours[key]
+    ]:
+        raise ConfigError("\n".join(lines))
     with torch.device("meta"):
         network = networks.network(config, image_shape)
-    tensors = network.state_dict()
-    taken = match_tensors(tensors, found.tensors, config.training, source.checkpoint)
+    taken = matched(network, found.tensors, config.training, source.checkpoint)
     log.info(
         "initial weights from %s (%s of step %d, sha256 %s): %s",
         sanitize(source.checkpoint),
@@ -104,11 +118,57 @@ def load_initial_weights(
     state: TrainingState, source: InitialWeights, config: TrainingConfig
 ) -> None:
     """Set the weights and all EMAs of a `state` that was not trained yet."""
-    own = state.model.state_dict()
-    begun = own | match_tensors(own, _read(source).tensors, config, source.checkpoint).taken
+    taken = matched(state.model, _read(source).tensors, config, source.checkpoint).taken
+    begun = state.model.state_dict() | taken
     state.model.load_state_dict(begun)
     for mean in (state.ema, *state.averages.means.values()):
         mean.load_state_dict(begun)
+
+
+def hidden_options(spec: UNetSpec | DiTSpec | AutoencoderSpec) -> dict[str, float]:
+    """Options that change a network's function, but not the shapes of its tensors."""
+    match spec:
+        case UNetSpec():
+            return {"model.groups": spec.groups, "model.head_channels": spec.variant.head_channels}
+        case DiTSpec():
+            return {"model.heads": spec.heads, "model.mlp_norm_eps": spec.mlp_norm_eps}
+        case AutoencoderSpec():
+            return {"autoencoder.groups": spec.groups}
+
+
+def matched(
+    network: nn.Module, model: Mapping[str, Tensor], config: TrainingConfig, where: str
+) -> TensorMatch:
+    """Match a network's tensors with those of a model, whose first layer may be widened.
+
+    Raises ConfigError as `match_tensors` does.
+    """
+    wide = widened_layer(network, model)
+    match = match_tensors(network.state_dict(), {**model, **wide}, config, where)
+    lines = [
+        f"{name} widened from {model[name].shape[1]} to {weight.shape[1]} input channels, the new "
+        f"ones at 0"
+        for name, weight in wide.items()
+        if name in match.taken
+    ]
+    return replace(match, widened=lines)
+
+
+def widened_layer(network: nn.Module, model: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The first layer's weights of a model without conditioning images, for a network with them.
+
+    They are 0 for these images, which are the last input channels, so that the network begins with
+    the predictions of the model. (As Stable Diffusion's inpainting models began: model card of
+    runwayml/stable-diffusion-inpainting.) Empty if the network takes no conditioning images, or if
+    the model does: the order of its input channels may be another one.
+    """
+    if not isinstance(network, UNet | DiT) or not network.spec.condition_channels:
+        return {}
+    name = "conv_in.weight" if isinstance(network, UNet) else "patch.weight"
+    weight = model.get(name)
+    if weight is None or weight.ndim != 4 or weight.shape[1] != network.spec.image_channels:
+        return {}
+    return {name: F.pad(weight, (0, 0, 0, 0, 0, network.spec.condition_channels))}
 
 
 def match_tensors(
@@ -116,13 +176,13 @@ def match_tensors(
 ) -> TensorMatch:
     """Match the tensors of a network with those of a model, by name.
 
-    Raises ConfigError with a line for each tensor of another shape and each prefix of no tensor,
-    and if nothing fits.
+    Raises ConfigError with a line for each tensor of another shape and each unused prefix, and if
+    no tensor is taken.
     """
     skip: Sequence[str] = config.init_from_skip
     lines = [
-        f"training.init_from_skip holds {prefix!r}, and no tensor of the network begins so; "
-        f"its first is {next(iter(network))}"
+        f"training.init_from_skip holds {prefix!r}, but no tensor of the network has that prefix; "
+        f"the first tensor is {next(iter(network))}"
         for prefix in skip
         if not any(name.startswith(prefix) for name in network)
     ]
@@ -148,10 +208,10 @@ def match_tensors(
 
 
 def _read(source: InitialWeights) -> TrainedWeights:
-    """The weights; raises CheckpointError if they are not those of the sha256, or gone.
+    """Read the weights; raises CheckpointError if they are gone or have another sha256.
 
-    Raises ConfigError for a network of another variant: its tensors have the same names and shapes
-    as ours, but another function.
+    Raises ConfigError for a network of another variant, whose tensors have the same names and
+    shapes as ours, but another function.
     """
     found = checkpoint_loading.trained_weights(source.checkpoint, source.ema)
     if found.sha256 != source.sha256:
@@ -159,13 +219,14 @@ def _read(source: InitialWeights) -> TrainedWeights:
             source.checkpoint,
             f"its weights have sha256 {found.sha256[:12]}, and the run began with "
             f"{source.sha256[:12]}",
-            "put those back, or start a run with another name=",
+            "restore those weights, or start a run with another name=",
         )
-    if found.variant != HO:
-        ours = asdict(HO)
-        other = {key: value for key, value in asdict(found.variant).items() if value != ours[key]}
-        raise ConfigError(
-            f"training.init_from: {sanitize(source.checkpoint)} is a U-Net with {other}, which a "
-            f"run cannot train; choose a network of Ho et al.'s form"
-        )
+    if isinstance(found.spec, UNetSpec):
+        ours = asdict(HO) | {"head_channels": found.spec.variant.head_channels}  # an option
+        held = asdict(found.spec.variant)
+        if other := {key: value for key, value in held.items() if value != ours[key]}:
+            raise ConfigError(
+                f"training.init_from: {sanitize(source.checkpoint)} is a U-Net with {other}, which "
+                f"a run cannot train; choose a network of Ho et al.'s form"
+            )
     return found

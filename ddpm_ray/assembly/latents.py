@@ -1,4 +1,4 @@
-"""The codec of a run's data; that of latents is bound to the autoencoder that encoded them."""
+"""The codec of a run's data; for latents, bound to the autoencoder that encoded them."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -24,15 +24,15 @@ def codec_of_data(
 ) -> Codec:
     """The codec of the training data, with the autoencoder of data.autoencoder on `device`.
 
-    Raises ConfigError or DatasetError, in one line, for an autoencoder other than the one that
-    encoded the latents, for latents without one, and for pixels with one.
+    Raises ConfigError or DatasetError, in one line, for latents whose autoencoder is unknown or
+    another one, for data.flip on latents without flipped views, and for an autoencoder of pixels.
     """
     codec = codec_of(dataset.manifest)
     if not isinstance(codec, LatentCodec):
         if config.autoencoder:
             raise ConfigError(
                 f"data.autoencoder is {config.autoencoder!r}, but data.url holds {codec.name}: "
-                "leave it out, or encode them with `ddpm-ray encode` and name those latents"
+                "leave it out, or encode them with `ddpm-ray encode` and set data.url to the result"
             )
         return codec
     if config.flip:
@@ -55,7 +55,7 @@ def codec_of_data(
 
 
 def codec_facts(codec: Codec) -> dict[str, Any]:
-    """The facts by which a checkpoint's codec is rebuilt: its name, statistics, autoencoder."""
+    """The facts from which `saved_codec` rebuilds a codec: name, statistics, autoencoder."""
     if not isinstance(codec, LatentCodec):
         return {"codec": codec.name}
     assert codec.autoencoder is not None  # codec_of_data has bound it
@@ -78,8 +78,8 @@ def bound_codec(
     """The codec of a checkpoint with these facts, with its autoencoder on `device`.
 
     `autoencoder` is its URL if it has moved; `where` is the checkpoint's URL. Raises
-    CheckpointError for another autoencoder than the one that encoded the training data, ConfigError
-    for an autoencoder of a model of pixels.
+    CheckpointError unless it is the autoencoder that encoded the training data, and ConfigError if
+    one is given for a model of pixels.
     """
     codec = saved_codec(facts, where)
     if not isinstance(codec, LatentCodec):
@@ -98,7 +98,7 @@ def bound_codec(
 
 
 def _autoencoder(url: str, sha256: str, device: torch.device | str) -> TrainedAutoencoder:
-    """Load the autoencoder at `url`. Raises ValueError if it is none, or another than `sha256`."""
+    """Load the autoencoder at `url`; raises ValueError unless it loads and has this sha256."""
     try:
         found = trained_autoencoder(url, device)
     except (CheckpointError, ConfigError, UnsupportedModelError) as error:

@@ -6,7 +6,7 @@ from typing import assert_never
 from ddpm_ray.assembly.autoencoder import autoencoder_spec
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.image_shape import ImageShape
-from ddpm_ray.models.autoencoder import Autoencoder
+from ddpm_ray.models.autoencoder import Autoencoder, AutoencoderSpec
 from ddpm_ray.models.classifier import NoisyClassifier
 from ddpm_ray.models.dit import DiT, DiTSpec
 from ddpm_ray.models.layers import HO, Variant
@@ -25,7 +25,7 @@ def network(
     match config.task:
         case "autoencoder":
             spec = autoencoder_spec(config, image_shape.channels)
-            spec.latent_shape(image_shape[:2])
+            spec.latent_shape(image_shape[:2])  # raises ValueError
             return Autoencoder(spec)
         case "classifier":  # the config has no other network than a U-Net
             return NoisyClassifier(unet_spec(config, image_shape, variant), image_shape[:2])
@@ -38,7 +38,7 @@ def network(
 def denoiser_network(
     config: RunConfig, image_shape: ImageShape, variant: Variant, gradient_checkpointing: bool
 ) -> UNet | DiT:
-    """The network of a denoiser for images [H, W, C]; raises ValueError as `network`."""
+    """The network of a denoiser for images [H, W, C]; raises ValueError as `network` does."""
     learns_uncertainty = config.objective.weighting == "uncertainty"
     match config.model.network:
         case "unet":
@@ -53,6 +53,24 @@ def denoiser_network(
                 learns_uncertainty=learns_uncertainty,
                 gradient_checkpointing=gradient_checkpointing,
             )
+        case never:
+            assert_never(never)
+
+
+def network_spec(
+    config: RunConfig, image_shape: ImageShape, variant: Variant = HO
+) -> UNetSpec | DiTSpec | AutoencoderSpec:
+    """The spec of the network for images [H, W, C]; for a classifier, that of its U-Net.
+
+    Raises ValueError as `unet_spec` does.
+    """
+    match config.architecture:
+        case "autoencoder":
+            return autoencoder_spec(config, image_shape.channels)
+        case "unet":
+            return unet_spec(config, image_shape, variant)
+        case "dit":
+            return dit_spec(config, image_shape)
         case never:
             assert_never(never)
 
@@ -91,6 +109,7 @@ def dit_spec(config: RunConfig, image_shape: ImageShape) -> DiTSpec:
         num_classes=model.num_classes,
         condition_channels=condition_channels(config, image_shape),
         learns_variance=config.objective.variance != "fixed",
+        mlp_norm_eps=model.mlp_norm_eps,
     )
 
 

@@ -34,7 +34,10 @@ def usable_device(device: torch.device | str | None = None) -> torch.device:
 
 
 def newest_checkpoint(url: str, *groups: str) -> tuple[str, Snapshot]:
-    """URL and contents (only `groups`) of the checkpoint at `url`, or of the newest below it."""
+    """URL and contents (only `groups`) of the checkpoint at `url`, or of the newest below it.
+
+    Raises CheckpointError if there is none, or if it lacks a group.
+    """
     where, snapshot = _newest(url, groups)
     if missing := [group for group in groups if group not in snapshot.tensors]:
         known = ", ".join(name for name in checkpoint_folder.group_names(where) if "ema" in name)

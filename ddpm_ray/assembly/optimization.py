@@ -13,7 +13,7 @@ DECAYED = nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d  # layers whose `weight` de
 
 
 def optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
-    """Adam, or with a weight decay AdamW in two parameter groups, of which the first decays."""
+    """Adam; with a weight decay, AdamW with two parameter groups, of which the first decays."""
     betas = config.adam_beta1, config.adam_beta2
     # fused: 3.4 x the speed of the loop on CPU.
     if not config.weight_decay:
@@ -34,8 +34,8 @@ def optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer
 def decayed_names(model: nn.Module) -> set[str]:
     """Names of the parameters that weight decay applies to: matrices and convolution kernels.
 
-    Biases, scales of normalisation, and embeddings of labels and positions are left as they are: a
-    smaller matrix in front of a normalisation is the same function, a smaller scale is not.
+    Biases, scales of normalisation layers and embeddings do not decay: scaling down a matrix before
+    a normalisation leaves the function unchanged, scaling down the other parameters does not.
     """
     return {
         f"{name}.weight" if name else "weight"

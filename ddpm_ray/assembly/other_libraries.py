@@ -12,7 +12,7 @@ from torch import Tensor
 from ddpm_ray.assembly import networks
 from ddpm_ray.assembly.autoencoder_loading import trained_autoencoder
 from ddpm_ray.assembly.latents import codec_facts
-from ddpm_ray.config.import_weights import ImportConfig
+from ddpm_ray.config.jobs.import_weights import ImportConfig
 from ddpm_ray.config.loading import ConfigError, to_dict
 from ddpm_ray.config.model import ModelConfig
 from ddpm_ray.config.objective import ObjectiveConfig
@@ -41,6 +41,7 @@ class OtherModel(NamedTuple):
     tensors: dict[str, Tensor]  # state_dict of the network with this spec
     image_shape: ImageShape
     codec: Codec = PIXELS  # of latents: bound to their autoencoder
+    label_names: tuple[str, ...] | None = None  # of classes 0, 1, ...; None: unknown
 
 
 def of_diffusers(folder: Path, device: torch.device | str = "cpu") -> OtherModel:
@@ -63,7 +64,7 @@ def of_diffusers(folder: Path, device: torch.device | str = "cpu") -> OtherModel
     )
     if not read.autoencoder:
         image_shape = ImageShape(height, width, spec.image_channels)
-        return OtherModel(config, spec, read.tensors, image_shape)
+        return OtherModel(config, spec, read.tensors, image_shape, label_names=read.label_names)
     autoencoder = trained_autoencoder(read.autoencoder, device)
     c, factor = spec.image_channels, autoencoder.model.spec.factor
     codec = LatentCodec(
@@ -75,7 +76,8 @@ def of_diffusers(folder: Path, device: torch.device | str = "cpu") -> OtherModel
         autoencoder_sha256=autoencoder.sha256,
     )
     image_shape = ImageShape(height * factor, width * factor, autoencoder.model.spec.image_channels)
-    return OtherModel(config, spec, read.tensors, image_shape, codec.bound(autoencoder))
+    bound = codec.bound(autoencoder)
+    return OtherModel(config, spec, read.tensors, image_shape, bound, read.label_names)
 
 
 def _unet_options(spec: UNetSpec) -> ModelConfig:
@@ -98,6 +100,7 @@ def _dit_options(spec: DiTSpec) -> ModelConfig:
         depth=spec.depth,
         hidden_size=spec.hidden_size,
         heads=spec.heads,
+        mlp_norm_eps=spec.mlp_norm_eps,
         dropout=spec.dropout,
         num_classes=spec.num_classes,
     )
@@ -162,6 +165,7 @@ def snapshot(model: OtherModel, source: Mapping[str, Any]) -> Snapshot:
         "data_fingerprint": "",
         **codec_facts(model.codec),
         **variant,
+        **({"label_names": list(model.label_names)} if model.label_names else {}),
         "average": {"imported": dict(source)},  # in place of an EMA
         "step": 0,
     }

@@ -1,4 +1,4 @@
-"""A run's config and codec as its checkpoints store them, and what a continued run may change."""
+"""A run's config and codec as its checkpoints store them, and changes of a continued run."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -30,9 +30,9 @@ def saved_config(facts: Mapping[str, Any], where: str = "") -> RunConfig:
 def saved_codec(facts: Mapping[str, Any], where: str = "") -> Codec:
     """The codec of the data that a checkpoint with these facts was trained on.
 
-    Checkpoints of earlier versions name none: they hold pixels. A codec of latents is not bound to
-    an autoencoder (see `latents.bound_codec`). `where` is the checkpoint's URL, for errors. Raises
-    NewerFormatError for a codec that this version does not know.
+    Checkpoints of earlier versions name none: they are of pixels. A codec of latents is not bound
+    to an autoencoder (see `latents.bound_codec`). `where` is the checkpoint's URL, for errors.
+    Raises NewerFormatError for a codec that this version does not know.
     """
     name = facts.get("codec", "pixels")
     if name not in CODECS:
@@ -67,7 +67,8 @@ def saved_variant(facts: Mapping[str, Any], where: str = "") -> Variant:
 def for_images(config: RunConfig, image_shape: ImageShape) -> RunConfig:
     """`config` with attention by downsampling factor, for images [H, W, C].
 
-    An autoencoder's is unchanged. Raises ValueError for a resolution in pixels that no level has.
+    The config of an autoencoder is returned unchanged. Raises ValueError for a resolution in pixels
+    that no level has.
     """
     if config.traits.reconstructs:
         return config
@@ -78,8 +79,8 @@ def for_images(config: RunConfig, image_shape: ImageShape) -> RunConfig:
 def changed_keys(config: RunConfig, saved: Mapping[str, Any], image_shape: ImageShape) -> list[str]:
     """One line for each defining key that differs from the saved config and is not in `change`.
 
-    `saved` is the run's identity, or the facts of the checkpoint that `config` continues, where
-    keys in `change` may differ; the data set holds images [H, W, C].
+    `saved` is the run's identity, or the facts of the checkpoint that `config` continues; only the
+    latter allows the keys in `change` to differ. `image_shape` is that of the data set.
     """
     since = {one["key"]: one["step"] for one in saved.get("changes", [])}
     continues = "step" in saved  # a checkpoint

@@ -51,7 +51,7 @@ def held_out(
 
 
 def reference_data(config: EvaluationConfig, dataset: Dataset) -> Dataset:
-    """The data set whose images the samples are compared with: `dataset`, if none is named."""
+    """The data set that samples are compared with: evaluation.reference_url, else `dataset`."""
     return open_dataset(config.reference_url) if config.reference_url else dataset
 
 
@@ -66,7 +66,7 @@ def ceiling(
 ) -> Ceiling | None:
     """The ceiling of a model of latents that is scored with `dataset`; None for one of pixels.
 
-    `scores`: earlier ones of the run, whose ceiling is taken if it is the same.
+    `scores` are earlier scores of the run; their ceiling is reused if its facts are the same.
     """
     if codec.name == "pixels":
         return None

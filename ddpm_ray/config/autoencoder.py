@@ -9,7 +9,7 @@ from ddpm_ray.config.option_fields import option
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
-    """The KL autoencoder of task=autoencoder: latents, network, loss, discriminator."""
+    """The KL autoencoder of task=autoencoder: latents, network, loss and discriminator."""
 
     latent_channels: int = option(4, "channels of the latents", at_least=1, defines_run=True)
     base_channels: int = option(
@@ -33,32 +33,38 @@ class AutoencoderConfig:
         False, "self-attention at the lowest resolution", defines_run=True
     )
     loss: Literal["l1", "mse"] = option(
-        "l1", "mean error of the reconstructed values: absolute, or squared", defines_run=True
+        "l1",
+        "reconstruction error; l1: mean absolute error; mse: mean squared error",
+        defines_run=True,
     )
     gradient_difference_weight: float = option(
         0.0,
-        "weight of the mean absolute error of differences between neighbouring pixels; 0: off",
+        "weight of the L1 error of image gradients, differences of neighbouring pixels; 0: off",
         at_least=0,
         defines_run=True,
     )
     perceptual_weight: float = option(
         0.0,
-        "weight of the distance of Inception features, from evaluation.weights; 0: off",
+        "weight of the perceptual distance, in Inception features of evaluation.weights; 0: off",
         at_least=0,
         defines_run=True,
     )
     kl_weight: float = option(
         1e-6,
-        "weight of the KL divergence to N(0, 1), in nats per image value as in latent-diffusion",
+        "weight of the KL divergence to N(0, 1), in nats per value of the image, as in "
+        "latent-diffusion",
         at_least=0,
         defines_run=True,
     )
     discriminator_from_step: int = option(
-        0, "first step with the patch discriminator; 0: none", at_least=0, defines_run=True
+        0,
+        "step from which on the patch discriminator is trained and used; 0: never",
+        at_least=0,
+        defines_run=True,
     )
     discriminator_weight: float = option(
         0.5,
-        "weight of the adversarial loss, relative to the gradient norms at the last layer",
+        "weight of the adversarial loss, times the ratio of gradient norms at the last layer",
         above=0,
         defines_run=True,
     )
@@ -67,7 +73,7 @@ class AutoencoderConfig:
     )
 
     def problems(self) -> Iterator[str]:
-        """Yield a line for sizes that do not fit together."""
+        """Yield a line if sizes do not fit together."""
         if not self.channel_mults or min(self.channel_mults) < 1:
             yield (
                 f"autoencoder.channel_mults is {list(self.channel_mults)}; it needs one factor of "

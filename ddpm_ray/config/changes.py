@@ -1,13 +1,13 @@
-"""Which options a continued run may change, by naming them in `change`, and why not the others."""
+"""The options that a continued run may change, if `change` names them, and why no others."""
 
 from collections.abc import Iterator
 
 from ddpm_ray.config.option_fields import walk
 from ddpm_ray.config.reading.errors import nearest_key
 
-FIXED = {  # start of a key that defines a run and may not change: why
+FIXED = {  # reason why a key that defines a run may not change, by the start of the key
     "seed": "all random numbers of the run are drawn from it",
-    "data.": "each image comes once per epoch in this order only",
+    "data.": "the images of each step depend on it",
     "schedule.": "the network has learned the noise levels of this schedule",
     "objective.": "the network has learned this objective, and losses could not be compared",
     "autoencoder.": "an autoencoder is one network, trained on one loss",

@@ -8,8 +8,8 @@ from ddpm_ray.config.option_fields import option
 MIB = 2**20
 # Help of the option `autoencoder` of each job that takes a trained model.
 MOVED_AUTOENCODER = (
-    "folder or URL of a latent model's autoencoder, if it was moved; empty: where the model's run "
-    "says"
+    "folder or URL of a latent model's autoencoder, if it has moved; empty: the one that the model "
+    "names"
 )
 
 
@@ -23,8 +23,8 @@ class DataConfig:
     )
     autoencoder: str = option(
         "",
-        "folder or URL of the autoencoder of data.url, if that holds latents; empty: the one that "
-        "encoded them",
+        "folder or URL of the autoencoder of the latents in data.url, if it has moved; empty: the "
+        "one that they name",
     )
     flip: bool = option(
         False, "mirror each image left-right with probability 1/2", defines_run=True

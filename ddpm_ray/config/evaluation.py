@@ -31,7 +31,7 @@ class EvaluationConfig:
 
     num_images: int = option(
         0,
-        "images to sample with the EMA weights, or to reconstruct, to score; 0: none",
+        "images to score, sampled (autoencoder: reconstructed) with the EMA weights; 0: none",
         at_least=0,
     )
     every_steps: int = option(0, "steps between evaluations; 0: only at the end", at_least=0)
@@ -68,7 +68,7 @@ class EvaluationConfig:
     )
     reference_url: str = option(
         "",
-        "shards of pixels that a model of latents is scored against; empty: the decoded latents",
+        "shards of images to score a model of latents against; empty: its decoded training latents",
     )
     memorisation_images: int = option(
         0,

@@ -37,9 +37,9 @@ OWN_OPTIONS: dict[NetworkKind, tuple[str, ...]] = {
         "head_channels",
         "groups",
     ),
-    "dit": ("size", *DiTSizes._fields),
+    "dit": ("size", *DiTSizes._fields, "mlp_norm_eps"),
 }
-"""Options that one network alone reads."""
+"""Options that only this network reads."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class ModelConfig:
     )
     size: DiTSize = option(
         "",
-        "dit: size in the paper's table and patch_size, as B/2; patch_size, depth, hidden_size and "
+        "dit: name of the paper's size and patch size, as B/2; patch_size, depth, hidden_size and "
         "heads override it; empty: S/2",
         defines_run=True,
     )
@@ -113,6 +113,12 @@ class ModelConfig:
     )
     heads: int = option(
         0, "dit: heads of each attention; 0: as in size", at_least=0, defines_run=True
+    )
+    mlp_norm_eps: float = option(
+        1e-6,
+        "dit: added to the variance by the norm before each MLP; 1e-5 in DiTs of diffusers",
+        above=0,
+        defines_run=True,
     )
     num_classes: int = option(
         0,

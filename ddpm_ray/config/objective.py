@@ -103,7 +103,8 @@ class ObjectiveConfig:
 
     inpainting_masks: bool = option(
         False,
-        "inpainting model: the network sees the known part of each image and its mask, drawn anew",
+        "train an inpainting model: the network also sees the known part of each image, under a "
+        "random mask, and the mask",
         defines_run=True,
     )
 

@@ -24,7 +24,7 @@ from ddpm_ray.config.task import TRAITS, Task, TaskTraits
 from ddpm_ray.config.tracking import TrackingConfig
 from ddpm_ray.config.training import TrainingConfig
 
-OF_DENOISERS = ("schedule", "objective", "model", "sampling")  # groups; a classifier's as well
+OF_DENOISERS = ("schedule", "objective", "model", "sampling")  # groups; also of classifiers
 OF_AUTOENCODERS = ("autoencoder",)
 Architecture: TypeAlias = NetworkKind | Literal["autoencoder"]
 SHARED = ("sampling.batch_size",)  # also the batch of an autoencoder's grids and scores
@@ -48,7 +48,7 @@ class RunConfig:
         0, "random seed of weights, data order, timesteps and noise", at_least=0, defines_run=True
     )
     change: tuple[str, ...] = option(
-        (), "keys whose values a continued run shall change, as [training.learning_rate]"
+        (), "keys whose new values a continued run takes, as [training.learning_rate]"
     )
     data: DataConfig = field(default_factory=DataConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)

@@ -24,7 +24,7 @@ class TrainingConfig:
     init_from: str = option(
         "",
         "trained model to begin with, for fine-tuning: folder of a run or of one checkpoint, or a "
-        "local diffusers folder; empty: random weights",
+        "local diffusers folder, of a pipeline or of an AutoencoderKL; empty: random weights",
         defines_run=True,
     )
     init_from_ema: str = option(

@@ -20,7 +20,7 @@ from ddpm_ray.redaction import counted
 
 
 class Codec(Protocol):
-    """Conversions between what a shard stores, x_0 and images: PixelCodec or LatentCodec."""
+    """Conversions between stored samples, x_0 and images: PixelCodec or LatentCodec."""
 
     name: ClassVar[CodecName]
     rounding: ClassVar[str]  # of `decode`, for provenances
@@ -53,7 +53,7 @@ class Codec(Protocol):
         ...
 
     def show_noisy(self, x_t: Tensor) -> UInt8s:
-        """Convert noisy x_t to uint8 images [B, H, W, C], to look at."""
+        """Convert noisy x_t to uint8 images [B, H, W, C] for pictures."""
         ...
 
     def clip(self, quantile: float = 0.0) -> Clip | None:
@@ -156,17 +156,17 @@ PIXELS = PixelCodec()
 
 
 def require_pixels(codec: Codec, what: str) -> PixelCodec:
-    """Return `codec` if it is that of pixels; else raise ValueError, which names `what`."""
+    """Return `codec` if it is that of pixels. Raises ValueError that names the score `what`."""
     if isinstance(codec, PixelCodec):
         return codec
     raise ValueError(
-        f"{what} is of 8-bit pixels, and this model diffuses {codec.name}: leave it out (set it "
-        "to 0), or take a model of pixels"
+        f"{what} is defined for 8-bit pixels, but this model diffuses {codec.name}: set it to 0, "
+        "or take a model of pixels"
     )
 
 
 def diffused_shape(codec: Codec, image_shape: ImageShape) -> ImageShape:
-    """Return the shape (h, w, c) of x_0 for images of this shape: what the network is built for.
+    """Return the shape (h, w, c) of x_0 for images of this shape, which the network is built for.
 
     Raises ValueError for images that the codec cannot encode.
     """

@@ -1,10 +1,10 @@
 """A packed data set on disk: `manifest.json`, `index.arrow`, `shard-00000.arrow`, ...
 
-The index has a row for each shard, with its sha256 and exact integer sums of its pixels; a set of
-latents (format 2) also has those of its latents. The
-manifest is written last and holds the index's sha256; its own sha256 is the data set's fingerprint.
-Neither has time stamps or paths: the same images have the same fingerprint wherever and by however
-many tasks they were packed. shards.py has the format of a shard.
+The index has a row for each shard, with its sha256 and exact integer sums of its pixels and, in a
+set of latents (format 2), of its latents. The manifest is written last and holds the index's
+sha256; its own sha256 is the data set's fingerprint. Neither has time stamps or paths: the same
+images have the same fingerprint wherever and by however many tasks they were packed. shards.py has
+the format of a shard.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from ddpm_ray.config.pack import Encoding
+from ddpm_ray.config.jobs.pack import Encoding
 from ddpm_ray.data import shard_index
 from ddpm_ray.data.image_shape import ImageShape, LatentShape
 from ddpm_ray.data.latent_sums import LatentSums, mean_and_variance
@@ -44,7 +44,8 @@ OF_LATENTS = (
     "autoencoder_sha256",
     "latent_mean",
     "latent_std",
-)  # fields of manifests
+)
+"""Fields of a recipe or manifest that only sets of latents have."""
 NUMBERED = re.compile("ddpm-ray shards ([1-9][0-9]{0,8})")
 
 
@@ -67,7 +68,7 @@ class Recipe:
     source_sha256: str  # identifies the packed samples (Source.digest)
     codec: CodecName = "pixels"
     latent_shape: LatentShape | None = None  # None: a set of pixels
-    views: tuple[str, ...] = ()  # of each image as latents: plain, or plain and flipped
+    views: tuple[str, ...] = ()  # encoded views of each image: plain, or plain and flipped
     autoencoder_sha256: str = ""  # of the weights that encoded the latents
 
     def to_json(self) -> dict[str, Any]:
@@ -255,7 +256,7 @@ def manifest_of(table: pa.Table, index_sha256: str) -> Manifest:
 
 
 def _latent_fields(table: pa.Table, recipe: dict[str, Any], samples: int) -> dict[str, Any]:
-    """Compute the fields of a manifest that only latents have. Raises ValueError."""
+    """Compute the fields of a manifest that only latents have; raises ValueError."""
     shape = LatentShape(*recipe["latent_shape"])
     totals = [
         [sum(map(int, channel)) for channel in zip(*table.column(name).to_pylist(), strict=True)]
@@ -273,7 +274,7 @@ def _latent_fields(table: pa.Table, recipe: dict[str, Any], samples: int) -> dic
 
 
 def _stored(fields: dict[str, Any]) -> dict[str, Any]:
-    """Leave out what only latents have: fingerprints of pixels stay those of earlier versions."""
+    """Omit fields of latents from sets of pixels, whose fingerprints must not change."""
     if fields["codec"] != "pixels":
         return fields
     return {key: value for key, value in fields.items() if key not in OF_LATENTS}

@@ -1,4 +1,4 @@
-"""Read the images of a data set; those of a set of latents are decoded."""
+"""Read the images of a data set; latents are decoded."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SEED = 0  # of the draws from the posteriors
 
 
 def image_codec(dataset: Dataset, codec: Codec) -> Codec:
-    """Return the codec that decodes the samples of `dataset`, for a model that has `codec`.
+    """Return the codec that decodes the samples of `dataset`; `codec` is that of the model.
 
     Raises DatasetError for latents that the model's autoencoder did not encode.
     """
@@ -32,12 +32,17 @@ def image_codec(dataset: Dataset, codec: Codec) -> Codec:
 
 
 def read_decoded(
-    dataset: Dataset, codec: Codec, shard_numbers: range, wanted: Tensor | None = None
+    dataset: Dataset,
+    codec: Codec,
+    shard_numbers: range,
+    wanted: Tensor | None = None,
+    batch_size: int = 0,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield positions [n] and images uint8 [n, H, W, C] of each of these shards.
+    """Yield positions [n] and images uint8 [n, H, W, C] of these shards, in batches.
 
-    `codec` is that of the model: see `image_codec`. Latents are drawn from their posteriors; the
-    draw depends on the position only. `wanted` [samples] bool: images to yield; None: all.
+    A batch has at most `batch_size` images of one shard; 0: all of them. `codec` is that of the
+    model: see `image_codec`. Latents are drawn from their posteriors; the draw depends on the
+    position only. `wanted` [samples] bool is True for the images to yield; None: all.
     """
     own, position = image_codec(dataset, codec), int(dataset.counts[: shard_numbers.start].sum())
     for stored, _ in read_images(dataset, shard_numbers):
@@ -48,8 +53,11 @@ def read_decoded(
             positions, stored = positions[chosen], stored[chosen]
         if own is not PIXELS and len(stored):
             parts = (torch.split(each, DECODED_AT_ONCE) for each in (stored, positions))
-            draws = (own.draw(part, None, SEED, 0, at) for part, at in zip(*parts, strict=True))
-            decoded = [own.decode(x_0) for x_0 in draws]
+            decoded = [
+                own.decode(own.draw(part, None, SEED, 0, at))
+                for part, at in zip(*parts, strict=True)
+            ]
             stored = torch.from_numpy(np.concatenate(decoded))
         if len(stored):
-            yield positions, stored
+            size = batch_size or len(stored)
+            yield from zip(torch.split(positions, size), torch.split(stored, size), strict=True)

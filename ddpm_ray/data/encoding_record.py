@@ -1,8 +1,8 @@
 """The record of a set of latents: its autoencoder, options and preview map.
 
-It is stored as `encoding.json` and is not part of the data set's fingerprint, since the autoencoder
-may be moved. What the set cost is in a file of its own, `encoding-cost.json`: it is measured, and
-all other files have the same bytes each time.
+It is stored as `encoding.json`, outside the data set's fingerprint, since the autoencoder may be
+moved. The cost of the set has a file of its own, `encoding-cost.json`, because it is measured: all
+other files have the same bytes whenever the set is encoded.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class EncodingRecord:
-    """The origin of a set of latents, where the manifest does not hold it."""
+    """Facts about a set of latents that its manifest does not hold."""
 
     autoencoder: str  # its URL, without secrets
     autoencoder_sha256: str
@@ -34,9 +34,9 @@ class EncodingRecord:
 
 @dataclass(frozen=True)
 class EncodingCost:
-    """Core-seconds before a model of a set of latents can be trained (core_clock.py)."""
+    """Core-seconds (core_clock.py) spent before a model can be trained on a set of latents."""
 
-    encoding: float  # by all tasks and starts of the job
+    encoding: float  # of all tasks and starts of the job
     autoencoder: float | None  # its training; None: unknown
 
 

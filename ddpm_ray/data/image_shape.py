@@ -1,4 +1,4 @@
-"""The shape of the images of a data set or model, and of their latents."""
+"""The shapes of the images of a data set or model, and of their latents."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """The codec of latents: from stored posteriors to the tensor that is diffused, and back to images.
 
 A set of latents stores the encoder's normal distribution of each image, not a draw from it: each
-training step draws anew. Each channel is standardised by its mean and standard deviation over the
-whole set, so x_0 has mean 0 and variance 1 per channel. (Rombach et al. 2022, arXiv:2112.10752,
-section D.1, divide all channels by one number, estimated from the first batch.)
+training step draws a new sample. Each channel is standardised by its mean and standard deviation
+over the whole set, so x_0 has mean 0 and variance 1 per channel. (Rombach et al. 2022,
+arXiv:2112.10752, section D.1, divide all channels by one number, estimated from the first batch.)
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ddpm_ray.models.autoencoder import Posterior
 
 
 class LatentAutoencoder(Protocol):
-    """Encoder and decoder of images: a TrainedAutoencoder (sampling/autoencoder.py)."""
+    """The encoder and decoder of images; TrainedAutoencoder (sampling/autoencoder.py) is one."""
 
     @property
     def url(self) -> str:
@@ -58,10 +58,10 @@ class LatentCodec:
     factor: int  # pixels per latent, along each side
     views: tuple[str, ...]  # plain, or plain and flipped
     mean: tuple[float, ...]  # [c]
-    std: tuple[float, ...]  # [c]
+    std: tuple[float, ...]  # [c], of draws
     autoencoder: LatentAutoencoder | None = None
     autoencoder_sha256: str = ""  # of the weights that encoded the latents
-    preview: PreviewMatrix | None = None  # from latents to colours
+    preview: PreviewMatrix | None = None  # from x_0 to colours; None: unknown
 
     name: ClassVar[CodecName] = "latents"
     rounding: ClassVar[str] = "the autoencoder's decoding to uint8"  # for provenances
@@ -71,7 +71,7 @@ class LatentCodec:
         """Return the codec of a set of latents, which decodes once `bound` to an autoencoder."""
         shape = manifest.latent_shape
         if shape is None:
-            raise ValueError(f"a data set of {manifest.codec} has no latents")
+            raise ValueError(f"the data set holds {manifest.codec}, not latents")
         factor = manifest.image_shape.height // shape.height
         return cls(
             shape.channels,
@@ -87,12 +87,12 @@ class LatentCodec:
         return replace(self, autoencoder=autoencoder)
 
     def shape(self, image_shape: ImageShape) -> tuple[int, int, int]:
-        """Return the shape (c, h, w) in which images of this shape are diffused. ValueError."""
+        """Return the shape (c, h, w) of x_0 for images of this shape. Raises ValueError."""
         height, width = image_shape.height, image_shape.width
         if height % self.factor or width % self.factor:
             raise ValueError(
-                f"an image of {height} x {width} pixels (height x width) has no latents; both "
-                f"sides must be multiples of the autoencoder's factor {self.factor}"
+                f"images are {height} x {width} pixels; both sides must be multiples of the "
+                f"autoencoder's factor {self.factor}"
             )
         return self.channels, height // self.factor, width // self.factor
 
@@ -108,9 +108,8 @@ class LatentCodec:
         if flip is not None:
             self.require_flipped()
             latents = torch.where(flip.view(-1, 1, 1, 1, 1), stored[:, :, 1], latents)
-        mean, log_variance = latents.float().unbind(1)
-        z = mean if noise is None else mean + log_variance.mul_(0.5).exp_().mul_(noise)
-        return (z - self._column(self.mean, z)) / self._column(self.std, z)
+        posterior = Posterior(*latents.float().unbind(1))
+        return self._standardised(posterior.mean if noise is None else posterior.sample(noise))
 
     def draw(
         self, stored: Tensor, flip: Tensor | None, seed: int, step: int, positions: Tensor
@@ -125,8 +124,7 @@ class LatentCodec:
 
         Raises ValueError for sides that the factor does not divide, or without an autoencoder.
         """
-        z = self._bound().encode_uint8(images).mean
-        return (z - self._column(self.mean, z)) / self._column(self.std, z)
+        return self._standardised(self._bound().encode_uint8(images).mean)
 
     def require_flipped(self) -> None:
         """Raise ValueError if the set has no flipped views."""
@@ -147,8 +145,8 @@ class LatentCodec:
     def show_noisy(self, x_t: Tensor) -> UInt8s:
         """Show x_t [B, c, h, w] by the linear preview, each latent as factor x factor pixels.
 
-        The decoder has never seen noise and makes texture of it; a linear map shows how much of the
-        image is left, as in pixels. Without a preview it is decoded.
+        The decoder was never trained on noise and turns it into texture. A linear map shows how
+        much of the image is left, as noisy pixels do. Without a preview, x_t is decoded.
         """
         if self.preview is None:
             return self.decode(x_t)
@@ -176,9 +174,15 @@ class LatentCodec:
         """Return E[x_0^2], which is 1."""
         return 1.0
 
+    def _standardised(self, z: Tensor) -> Tensor:
+        """Return x_0 of latents z [B, c, h, w] of the autoencoder."""
+        return (z - self._column(self.mean, z)) / self._column(self.std, z)
+
     def _bound(self) -> LatentAutoencoder:
         if self.autoencoder is None:
-            raise ValueError("latents cannot be decoded without their autoencoder; name its URL")
+            raise ValueError(
+                "no autoencoder is bound to these latents, so they cannot be decoded: name its URL"
+            )
         return self.autoencoder
 
     def _column(self, values: tuple[float, ...], like: Tensor) -> Tensor:
@@ -187,7 +191,7 @@ class LatentCodec:
 
 
 def codec_of(manifest: Manifest) -> Codec:
-    """Return the codec of a data set; that of latents is not bound to an autoencoder."""
+    """Return the codec of a data set; a codec of latents is not bound to an autoencoder yet."""
     return PIXELS if manifest.codec == "pixels" else LatentCodec.of(manifest)
 
 

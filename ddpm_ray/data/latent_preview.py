@@ -1,4 +1,4 @@
-"""A cheap preview of latents: the linear map to RGB with the least squared error.
+"""A fast preview of latents: the linear map to colours with the least squared error.
 
 Each latent is paired with the mean colour of the factor x factor pixels that it covers. Sums of
 products are integers, so the map does not depend on how many tasks encoded the images.
@@ -21,18 +21,20 @@ from ddpm_ray.data.latent_sums import Float16s
 Gram: TypeAlias = list[list[int]]
 """Sums of products of the columns 1, z_1..z_c, y_1..y_C over all latents.
 
-z: means of the plain view in units of 2^-10, limited to +-2048; y: sums of the pixels covered.
+z: posterior means of the plain view in units of 2^-10, clipped to +-2048; y: sums of the pixels
+that a latent covers.
 """
 
-STEPS_PER_UNIT = 2**10  # of z
-LARGEST = 2048
-_ROWS = 2**12  # summed in int64 at a time: |z| <= 2^21, and y <= 2^24 up to a factor of 256
-_DEGENERATE = 1e-9  # relative eigenvalue below which a direction of the latents is left out
+STEPS_PER_UNIT = 2**10  # integer steps of z per unit
+LARGEST = 2048  # |z|, in units
+# Rows summed in int64 at a time: |z| <= 2^21, and y <= 2^24 up to a downsampling factor of 256.
+_ROWS = 2**12
+_DEGENERATE = 1e-9  # relative eigenvalue below which a direction of the latents is ignored
 
 
 @dataclass(frozen=True)
 class PreviewMatrix:
-    """RGB (or grey) levels in 0..255 = matrix x_0 + bias, for each standardised latent."""
+    """The map of each standardised latent to RGB or grey levels in 0..255: matrix x_0 + bias."""
 
     matrix: tuple[tuple[float, ...], ...]  # [C][c]
     bias: tuple[float, ...]  # [C]
@@ -51,7 +53,8 @@ def gram_of(mean: Float16s, images: UInt8s) -> Gram:
     """Return the sums of products over latents [n, c, h, w] and their images [n, H, W, C]."""
     count, channels, height, width = mean.shape
     factor, colours = images.shape[1] // height, images.shape[3]
-    z = np.clip(np.rint(mean.astype(np.float64) * STEPS_PER_UNIT), *_limits()).astype(np.int64)
+    steps, most = mean.astype(np.float64) * STEPS_PER_UNIT, LARGEST * STEPS_PER_UNIT
+    z = np.clip(np.rint(steps), -most, most).astype(np.int64)
     z = np.moveaxis(z, 1, -1).reshape(-1, channels)
     blocks = images.reshape(count, height, factor, width, factor, colours)
     y = blocks.sum(axis=(2, 4), dtype=np.int64).reshape(-1, colours)
@@ -62,8 +65,7 @@ def gram_of(mean: Float16s, images: UInt8s) -> Gram:
 
 def add_grams(grams: Iterable[Gram]) -> Gram:
     """Return the sum of one or more matrices; exact, so their order does not matter."""
-    added = sum(np.array(gram, dtype=object) for gram in grams)
-    total: Gram = added.tolist()  # type: ignore[union-attr]  # not the 0 that sum starts from
+    total: Gram = np.array(list(grams), dtype=object).sum(axis=0).tolist()
     return total
 
 
@@ -98,7 +100,3 @@ def _slopes(
     inverse = np.linalg.pinv(covariance / np.outer(scale, scale), _DEGENERATE, hermitian=True)
     slopes: npt.NDArray[np.float64] = (inverse @ (cross / scale[:, None])) / scale[:, None]
     return slopes
-
-
-def _limits() -> tuple[int, int]:
-    return -LARGEST * STEPS_PER_UNIT, LARGEST * STEPS_PER_UNIT

@@ -1,11 +1,11 @@
 """Exact integer sums of stored latents, and their mean and variance per channel.
 
 The latents of a sample are normal distributions, one for each value: `mean` and `log_variance` in
-float16. A float16 number is an integer times 2^-24, so a sum of means is an integer in that unit,
-and a sum of squares one in units of 2^-48. exp(log_variance) is no such number. It is defined here
-as the integer nearest to 2^48 exp(log_variance), computed in decimal arithmetic that rounds
-correctly, so it too is equal on every machine. Integer sums do not depend on the order of addition:
-the statistics are the same for any number of tasks.
+float16. A float16 number is an integer multiple of 2^-24, so sums of means are integers in units of
+2^-24, and sums of their squares in units of 2^-48. exp(log_variance) is not such a multiple: it is
+rounded to the nearest multiple of 2^-48 here, in correctly rounded decimal arithmetic, so that it
+is equal on every machine. Integer sums do not depend on the order of addition, so the statistics
+are the same for any number of tasks.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ import numpy.typing as npt
 
 Float16s = npt.NDArray[np.float16]
 
-LOG_VARIANCES = (-30.0, 20.0)  # as of models/autoencoder.py, which needs torch
+LOG_VARIANCES = (-30.0, 20.0)  # as in models/autoencoder.py, which imports torch
 MEAN_BITS = 24  # sums of means are in units of 2^-24
 SQUARE_BITS = 2 * MEAN_BITS  # sums of squares and variances are in units of 2^-48
 _DECIMAL = Context(prec=50)  # exp(20) 2^48 has 24 digits
 
 
 class LatentSums(NamedTuple):
-    """Sums over all samples, views, rows and columns, [c] each; see above for the units."""
+    """Sums over all samples, views, rows and columns, [c] each, in the units named above."""
 
     mean_sum: list[int]
     mean_sum_of_squares: list[int]
@@ -47,10 +47,10 @@ def latent_sums(mean: Float16s, log_variance: Float16s) -> LatentSums:
 
 
 def mean_and_variance(sums: LatentSums, count: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return mean and variance [c] of the latents, of which each channel has `count` values.
+    """Return mean and variance [c] of the latents from sums over `count` values per channel.
 
-    The variance is that of a draw from all the distributions: Var(mean) + E[exp(log_variance)].
-    Raises ValueError for sums that no latents can have.
+    The variance is that of draws from the posteriors: Var(mean) + E[exp(log_variance)]. Raises
+    ValueError for impossible sums.
     """
     means, variances = [], []
     for total, squares, spread in zip(*sums, strict=True):
@@ -64,7 +64,7 @@ def mean_and_variance(sums: LatentSums, count: int) -> tuple[tuple[float, ...], 
 
 
 def _counted(values: Float16s) -> list[tuple[int, int]]:
-    """Return each bit pattern that occurs in `values`, and how often."""
+    """Return each bit pattern in `values` with the number of its occurrences."""
     counts = np.bincount(np.ascontiguousarray(values).view(np.uint16).reshape(-1))
     patterns = np.flatnonzero(counts)
     return list(zip(patterns.tolist(), counts[patterns].tolist(), strict=True))
@@ -72,13 +72,13 @@ def _counted(values: Float16s) -> list[tuple[int, int]]:
 
 @lru_cache(maxsize=2**16)
 def _fixed_point(bits: int) -> int:
-    """Return a float16 number, given by its bits, in units of 2^-24."""
+    """Return a float16 number, given as its bits, in units of 2^-24."""
     return int(math.ldexp(_number(bits), MEAN_BITS))
 
 
 @lru_cache(maxsize=2**16)
 def _fixed_point_exp(bits: int) -> int:
-    """Return exp of a float16 number in units of 2^-48, rounded half to even."""
+    """Return exp of a float16 number, given as its bits, in units of 2^-48, half to even."""
     power = _DECIMAL.exp(Decimal(_number(bits)))  # correctly rounded to 50 digits
     return int(_DECIMAL.multiply(power, Decimal(2**SQUARE_BITS)).to_integral_value())
 

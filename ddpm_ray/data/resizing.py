@@ -6,7 +6,7 @@ from typing import assert_never
 
 from PIL import Image
 
-from ddpm_ray.config.pack import Resize
+from ddpm_ray.config.jobs.pack import Resize
 
 
 def resize(image: Image.Image, recipe: Resize, size: int, width: int = 0) -> Image.Image:

@@ -1,6 +1,6 @@
 """The index of a data set, `index.arrow`: one row per shard, and the recipe as schema metadata.
 
-A set of latents has more columns: exact sums of its latents (latent_sums.py).
+A set of latents has further columns: exact sums of its latents (latent_sums.py).
 
 Names become addresses and hashes become file names in the cache (a hash of `/home/me/thesis.tex`
 once made the cache delete that file as a damaged copy), so each value must match a pattern.
@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ddpm_ray.config.pack import Encoding
+from ddpm_ray.config.jobs.pack import Encoding
 from ddpm_ray.data import arrow_io
 from ddpm_ray.data.arrow_io import ArrowFileError
 from ddpm_ray.redaction import counted
@@ -40,7 +40,7 @@ MAX_PIXELS = 2**28  # of one image
 MAX_LATENT_CHANNELS = 256
 CodecName: TypeAlias = Literal["pixels", "latents"]  # see codec.py and latent_codec.py
 SCHEMAS: dict[str, pa.Schema] = {"pixels": SCHEMA, "latents": LATENT_SCHEMA}
-VIEWS = (["plain"], ["plain", "flipped"])  # what a set of latents may hold of each image
+VIEWS = (["plain"], ["plain", "flipped"])  # of each image, in a set of latents
 ENCODINGS, CODECS = get_args(Encoding), get_args(CodecName)
 STRINGS = ("encoding", "resize", "source_sha256", "codec")  # fields of a recipe
 
@@ -82,18 +82,16 @@ def parse_index(data: bytes) -> pa.Table:
 
 
 def _checked_latent_channels(recipe: dict[str, Any]) -> int:
-    """Check what only the recipe of latents has; return their channels. Raises ArrowFileError."""
+    """Check the fields that only a recipe of latents has; return the number of channels.
+
+    Raises ArrowFileError.
+    """
     shape, views = recipe.get("latent_shape"), recipe.get("views")
-    if not isinstance(shape, list) or [type(length) for length in shape] != [int] * 3:
-        raise ArrowFileError(f"latent_shape is {shape!r}; it must be three whole numbers")
-    channels: int
-    channels, height, width = shape
+    channels, height, width = _three_numbers("latent_shape", shape)
     rows, columns, _ = recipe["image_shape"]
     factor = rows // max(height, 1)
-    if not 1 <= channels <= MAX_LATENT_CHANNELS or [height * factor, width * factor] != [
-        rows,
-        columns,
-    ]:
+    divides = [height * factor, width * factor] == [rows, columns]
+    if not (divides and 1 <= channels <= MAX_LATENT_CHANNELS):
         raise ArrowFileError(f"latent_shape is {shape} for image_shape {recipe['image_shape']}")
     if views not in VIEWS:
         raise ArrowFileError(f"views is {views!r}; it must be one of {', '.join(map(str, VIEWS))}")
@@ -111,8 +109,7 @@ def _checked_recipe(batch: pa.RecordBatch) -> dict[str, Any]:
         texts = {key: found[key] for key in STRINGS}
     except (TypeError, KeyError, ValueError, RecursionError) as error:
         raise ArrowFileError(f"its recipe is invalid ({error!r})") from error
-    if not isinstance(shape, list) or [type(length) for length in shape] != [int] * 3:
-        raise ArrowFileError(f"image_shape is {shape!r}; it must be three whole numbers")
+    _three_numbers("image_shape", shape)
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ArrowFileError("label_names is not a list of strings")
     for key, text in texts.items():
@@ -125,6 +122,14 @@ def _checked_recipe(batch: pa.RecordBatch) -> dict[str, Any]:
     if texts["codec"] not in CODECS:
         raise ArrowFileError(f"codec is {texts['codec']!r}; this version reads {', '.join(CODECS)}")
     return found
+
+
+def _three_numbers(name: str, shape: object) -> tuple[int, int, int]:
+    """Return the three whole numbers of a shape. Raises ArrowFileError for anything else."""
+    if not isinstance(shape, list) or [type(length) for length in shape] != [int] * 3:
+        raise ArrowFileError(f"{name} is {shape!r}; it must be three whole numbers")
+    first, second, third = shape
+    return first, second, third
 
 
 def recipe(index: pa.Table | pa.RecordBatch) -> dict[str, Any]:

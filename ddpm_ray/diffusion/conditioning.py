@@ -85,9 +85,9 @@ class Conditioning:
 def known_part(x_0: Tensor, known: Tensor) -> Tensor:
     """Return x_0 [B, C, H, W] where `known` [B or 1, 1, H, W] is True, else 0, and the mask.
 
-    The result is [B, C + 1, H, W]; its last channel is 1 where x_0 is known. All 0: nothing is
-    known. (The inputs of the inpainting models of GLIDE, Nichol et al. 2021, arXiv:2112.10741, and
-    of Stable Diffusion.)
+    The result is [B, C + 1, H, W]; its last channel is 1 where x_0 is known. All zeros mean that
+    nothing is known. (The inputs of the inpainting models of GLIDE, Nichol et al. 2021,
+    arXiv:2112.10741, and of Stable Diffusion.)
     """
     mask = known.expand(len(x_0), 1, *x_0.shape[2:])
     return torch.cat([torch.where(mask, x_0, 0), mask.to(x_0)], dim=1)

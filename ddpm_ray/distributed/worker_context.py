@@ -1,4 +1,4 @@
-"""What Ray Train tells a worker about itself."""
+"""Rank, number of workers and device of a worker, from Ray Train."""
 
 import ray.train
 import ray.train.torch

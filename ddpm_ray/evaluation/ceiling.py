@@ -1,8 +1,8 @@
 """The ceiling of a model of latents: the Frechet distance that a perfect model would have.
 
 A model of latents cannot draw better images than its autoencoder decodes. Its ceiling is the
-distance of decoded training latents (or of images, encoded and decoded) to the reference, for the
-same number of images.
+distance to the reference of decoded training latents, or of images that are encoded and decoded,
+for the same number of images.
 """
 
 from collections.abc import Iterator, Mapping
@@ -43,7 +43,7 @@ class Ceiling:
 
 
 def ceiling_facts(dataset: Dataset, reference: Reference, num_images: int) -> Any:
-    """Return all that sets the ceiling apart from the model, or the reason why there is none."""
+    """Return all that determines the ceiling, or the reason why there is none."""
     stored = dataset.manifest.codec == "latents"
     if stored and reference.identity["data"] == dataset.fingerprint:
         return OF_LATENTS
@@ -65,7 +65,7 @@ def measure_ceiling(
 ) -> Ceiling:
     """Decode `num_images` evenly spaced latents of `dataset` and measure their distances.
 
-    Images of a set of pixels are encoded first. All workers must call it. `codec` is the model's.
+    Images of a set of pixels are encoded first. `codec` is the model's. All workers must call it.
     """
     facts = ceiling_facts(dataset, reference, num_images)
     if facts == OF_LATENTS:
@@ -79,13 +79,10 @@ def measure_ceiling(
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
         """Yield numbers [b] and decoded images, uint8 [b, H, W, C], of this worker's share."""
-        for positions, images in read_decoded(dataset, codec, shards, wanted):
-            for at, part in zip(
-                *(torch.split(each, BATCH) for each in (positions, images)), strict=True
-            ):
-                if encodes:
-                    part = torch.from_numpy(codec.decode(codec.encode_images(part)))
-                yield number[at], part.to(workers.device)
+        for positions, images in read_decoded(dataset, codec, shards, wanted, BATCH):
+            if encodes:
+                images = torch.from_numpy(codec.decode(codec.encode_images(images)))
+            yield number[positions], images.to(workers.device)
 
     keep = {w: feature_metrics.kept_images(w, reference, count) for w in net.widths}
     groups = groups_of(count, 1)
@@ -94,7 +91,7 @@ def measure_ceiling(
 
 
 def stored_ceiling(scores: Mapping[str, Any], facts: Any) -> Ceiling | None:
-    """Return the ceiling that stored scores hold; None if it has other facts."""
+    """Return the ceiling in stored scores; None if there is none with these facts."""
     if scores.get("certificate", {}).get("ceiling") != facts:
         return None
     ending, metrics = "_ceiling", scores["metrics"]

@@ -14,8 +14,8 @@ K_1, K_2 = 0.01, 0.03
 def psnr(images: Tensor, others: Tensor) -> Tensor:
     """Peak signal-to-noise ratio in dB, float64 [N], of uint8 images [N, H, W, C].
 
-    10 log10(255^2 / mean squared difference). Equal images would have no finite ratio: they get
-    that of one value that differs by one level.
+    10 log10(255^2 / mean squared difference). For equal images this is infinite; they get the ratio
+    of images that differ by one level in one value.
     """
     difference = images.double() - others.double()
     squares = difference.square().flatten(1).sum(1).clamp(min=1)

@@ -140,8 +140,8 @@ def nearest_images(
     """The neighbours in `dataset` of all workers' samples, uint8 [N, H, W, C], the same on all.
 
     In pixels, or in the widest features of `net`. All workers must call it. `codec` is the model's,
-    see `image_codec`. Raises ValueError where
-    the data has another shape of images, or fewer than six.
+    see `image_codec`. Raises ValueError where the data has another shape of images, or fewer than
+    six.
     """
     if samples.shape[1:] != torch.Size(dataset.manifest.image_shape):
         shapes = [list(samples.shape[1:]), list(dataset.manifest.image_shape)]

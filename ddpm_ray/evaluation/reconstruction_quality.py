@@ -22,7 +22,7 @@ from ddpm_ray.sampling.reconstruction import round_trip
 
 @dataclass(frozen=True)
 class Distances:
-    """Feature network, and the statistics of the data set that the images are of."""
+    """A feature network, and the statistics of the images' whole data set."""
 
     net: FeatureNet
     reference: Reference
@@ -36,19 +36,18 @@ def reconstruction_quality(
     distances: Distances | None,
     provenance: Mapping[str, Any],
 ) -> Scores:
-    """Scores of the reconstructions of all workers' images, which all workers must call.
+    """Scores of the reconstructions of all workers' images; all workers must call it.
 
     A batch is (indices [b] in 0..num_images-1, images uint8 [b, H, W, C]). PSNR, SSIM (of images
     of at least 11 pixels a side) and KL are means over images with Student's 95 % interval; the
-    Frechet distance to the data set is as in `sample_quality.evaluate`. `provenance`: what the
-    images and weights are. Raises ValueError for fewer than 2 images.
+    Frechet distance to the data set is as in `sample_quality.evaluate_samples`. `provenance`
+    identifies images and weights. Raises ValueError for fewer than 2 images.
     """
     values: list[Tensor] = []
     reconstructions = _reconstructed(model, batches, values, workers.device)
     distance = _distance(distances, reconstructions, num_images, workers) if distances else {}
-    if distances is None:
-        for _ in reconstructions:  # for their values alone
-            pass
+    for _ in reconstructions:  # the rest: `values` needs every batch
+        pass
     gathered = workers.gather(torch.cat([torch.empty(0, 3 + _channels(model)), *values]))
     return Scores(
         _means(torch.cat(gathered), _channels(model)) | distance,

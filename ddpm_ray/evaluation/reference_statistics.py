@@ -115,13 +115,11 @@ def _compute(
     shards = workers.share(dataset.manifest.shards)
     moments = {w: Moments.zeros(w, workers.device) for w in net.widths}
     kept = {w: [torch.empty(0, w)] for w in net.widths}
-    for positions, images in read_decoded(dataset, codec, shards):
-        parts = zip(*(torch.split(each, batch_size) for each in (positions, images)), strict=True)
-        for at, batch in parts:
-            chosen = is_kept[at]
-            for w, features in net(batch.to(workers.device)).items():
-                moments[w].update(features)
-                kept[w].append(features.cpu()[chosen])
+    for positions, images in read_decoded(dataset, codec, shards, batch_size=batch_size):
+        chosen = is_kept[positions]
+        for w, features in net(images.to(workers.device)).items():
+            moments[w].update(features)
+            kept[w].append(features.cpu()[chosen])
     tensors = {}
     for w in net.widths:
         for part, tensor in zip(PARTS, moments[w].tensors(), strict=True):

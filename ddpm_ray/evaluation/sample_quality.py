@@ -83,8 +83,8 @@ def evaluate_samples(
 
     A Frechet distance comes with `_low` and `_high`, the ends of its 95 % confidence interval, and
     with `_held_out`, the distance to `held_out`, and `_ceiling`, that of `ceiling`, if given.
-    `counted` sees each batch of samples, for a job's progress. All workers must call it and get the
-    same result. Raises ValueError if images, features or their numbers are not comparable.
+    `counted` passes each batch on and counts it, for a job's progress. All workers must call it and
+    get the same result. Raises ValueError if images, features or their numbers are not comparable.
     """
     num_images = samples.num_images
     if num_images < 2:

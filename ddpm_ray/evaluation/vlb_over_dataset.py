@@ -65,8 +65,8 @@ def vlb_bits_per_dim(
     The bound is that of the network itself, without guidance (`Denoiser.unguided`). Rate and
     distortion are those of section 4.3 and figure 5: L_T plus the terms above t, and the root mean
     squared error. `clip` clips estimates of x_0 to [-1, 1]. Raises ValueError for other `terms`, a
-    variance that the network does not predict, a super-resolution network,
-    a model of latents, and fewer than 2 images.
+    variance that the network does not predict, a super-resolution network, a model of latents, and
+    fewer than 2 images.
     """
     codec = require_pixels(denoiser.codec, "bits_per_dim")
     num_steps = denoiser.schedule.num_steps

@@ -13,7 +13,7 @@ from typing import Any
 
 from ddpm_ray.cli.job import Argument, Job
 from ddpm_ray.cli.paths import home_folder, output_folder
-from ddpm_ray.config.ema_search import AverageConfig
+from ddpm_ray.config.jobs.ema_search import AverageConfig
 from ddpm_ray.jobs.model_argument import with_settings_of_model
 
 
@@ -31,7 +31,7 @@ def prepare(config: AverageConfig, arguments: Namespace) -> AverageConfig:
 def average(config: AverageConfig, arguments: Namespace) -> dict[str, Any]:
     """Return the scores of each width, and the best width."""
     from ddpm_ray.cli.progress import image_line
-    from ddpm_ray.runs.ema_search import search  # heavy: after the config is checked
+    from ddpm_ray.runs.evaluation.ema_search import search  # heavy: after the config is checked
 
     return search(arguments.run, config, home_folder(), arguments.out, image_line())
 

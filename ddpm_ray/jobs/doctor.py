@@ -14,7 +14,7 @@ from typing import Any
 
 from ddpm_ray.cli.job import Job
 from ddpm_ray.cli.paths import home_folder
-from ddpm_ray.config.jobs import DoctorConfig
+from ddpm_ray.config.jobs.doctor import DoctorConfig
 
 
 def doctor(config: DoctorConfig, _: Namespace) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from ddpm_ray.cli.job import CONFIG, Job, PartlyFailedError
 from ddpm_ray.cli.paths import home_folder
-from ddpm_ray.config.fault_drill import DrillConfig
+from ddpm_ray.config.jobs.fault_drill import DrillConfig
 
 
 def drill(config: DrillConfig, _: Namespace) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import Any
 
 from ddpm_ray.cli.job import Argument, Job
 from ddpm_ray.cli.paths import home_folder, input_file, made_ready, output_file
-from ddpm_ray.config.edit import EditConfig
+from ddpm_ray.config.jobs.edit import EditConfig
 from ddpm_ray.config.reading.errors import ConfigError
 from ddpm_ray.jobs.model_argument import MODEL_URI, with_settings_of_model
 

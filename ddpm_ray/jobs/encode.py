@@ -1,12 +1,12 @@
-"""Encode a packed data set to latents, on which training costs less than on pixels.
+"""Encode a packed data set to latents, on which training is cheaper than on pixels.
 
     ddpm-ray encode AUTOENCODER DATA DESTINATION [key=value ...]
     python jobs/encode.py AUTOENCODER DATA DESTINATION [key=value ...]
 
 AUTOENCODER is a run with task=autoencoder, one of its checkpoints, or a diffusers folder of an
-AutoencoderKL; DATA is a packed data set. DESTINATION receives the mean and log variance of each
-image, its label and its key. The set names the autoencoder by its sha256. The same command
-continues after an interruption: finished shards are kept.
+AutoencoderKL. DATA is a packed data set. DESTINATION receives the posterior's mean and log variance
+of each image, its label and its key, and the autoencoder's sha256. The same command continues an
+interrupted job; finished shards are kept.
 """
 
 import sys
@@ -15,7 +15,7 @@ from typing import Any
 
 from ddpm_ray.cli.job import Argument, Job
 from ddpm_ray.cli.paths import home_folder
-from ddpm_ray.config.encode import EncodeConfig
+from ddpm_ray.config.jobs.encode import EncodeConfig
 from ddpm_ray.config.loading import ConfigError
 
 
@@ -34,7 +34,7 @@ def prepare(config: EncodeConfig, arguments: Namespace) -> EncodeConfig:
 
 
 def encode_images(config: EncodeConfig, arguments: Namespace) -> dict[str, Any]:
-    """Encode the images, and return what the set of latents is and how fast it was encoded."""
+    """Encode the images; return a description of the latents and the speed."""
     from ddpm_ray.cli.progress import ProgressLine
     from ddpm_ray.runs.encode import (  # heavy: after the paths are checked
         encode_dataset,

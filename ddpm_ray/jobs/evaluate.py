@@ -11,14 +11,16 @@ from typing import Any
 
 from ddpm_ray.cli.job import Job
 from ddpm_ray.cli.paths import home_folder
-from ddpm_ray.config.jobs import EvaluateConfig
+from ddpm_ray.config.jobs.evaluate import EvaluateConfig
 from ddpm_ray.jobs.model_argument import MODEL_URI, with_settings_of_model
 
 
 def evaluate(config: EvaluateConfig, arguments: Namespace) -> dict[str, Any]:
     """Return the scores and their provenance."""
     from ddpm_ray.cli.progress import image_line
-    from ddpm_ray.runs.evaluate import run_evaluation  # heavy: after the config is checked
+
+    # Heavy: imported after the config is checked.
+    from ddpm_ray.runs.evaluation.evaluate import run_evaluation
 
     return run_evaluation(arguments.model_uri, config, home_folder(), image_line())
 

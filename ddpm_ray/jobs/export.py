@@ -3,15 +3,15 @@
     ddpm-ray export MODEL_URI --out FOLDER [key=value ...]
     python jobs/export.py MODEL_URI --out FOLDER [key=value ...]
 
-FOLDER is new. It receives the network with its EMA weights (in the result, `average` names other
-ones) and the scheduler of diffusers that samples as the run does; `ddpm_ray.load` reads it as well.
-Optimizer state, other EMAs and the training data's name are left out. A line on stderr names the
-settings that diffusers has no equivalent for; the result names the pipeline of diffusers and the
-arguments to call it with.
+FOLDER must be new. It receives the network with its EMA weights (`average` in the result names
+another average) and the scheduler of diffusers that samples as the run does; `ddpm_ray.load` reads
+FOLDER as well. Optimizer state, other EMAs and the training data's name are not exported. A line on
+stderr names the settings that have no equivalent in diffusers; the result names the pipeline of
+diffusers and the arguments of its call.
 
-A model of latents is written with its autoencoder, into whose 1x1 convolutions the standardisation
-of the latents is multiplied: scaling_factor is 1. MODEL_URI may also be the run of an autoencoder:
-FOLDER is then an AutoencoderKL.
+A model of latents is written with its autoencoder. The standardisation of the latents is folded
+into the autoencoder's 1x1 convolutions, so that scaling_factor is 1. MODEL_URI may also be the run
+of an autoencoder: FOLDER is then an AutoencoderKL.
 """
 
 import sys
@@ -21,7 +21,7 @@ from typing import Any
 
 from ddpm_ray.cli.job import Argument, Job
 from ddpm_ray.cli.paths import home_folder, new_folder
-from ddpm_ray.config.jobs import ExportConfig
+from ddpm_ray.config.jobs.export import ExportConfig
 from ddpm_ray.jobs.model_argument import MODEL_URI, with_settings_of_model
 
 
@@ -32,7 +32,7 @@ def prepare(config: ExportConfig, arguments: Namespace) -> ExportConfig:
 
 
 def export_model(config: ExportConfig, arguments: Namespace) -> dict[str, Any]:
-    """Write the folder, and return how diffusers samples from it and which weights it holds."""
+    """Write the folder; return how diffusers samples from it and which weights it holds."""
     from ddpm_ray.runs.export import export_run  # heavy: after the config is checked
 
     out, home = Path(arguments.out), home_folder()

@@ -19,7 +19,7 @@ from typing import Any
 
 from ddpm_ray.cli.job import Argument, Job
 from ddpm_ray.cli.paths import home_folder
-from ddpm_ray.config.import_weights import ImportConfig
+from ddpm_ray.config.jobs.import_weights import ImportConfig
 from ddpm_ray.config.reading.errors import ConfigError
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from ddpm_ray.cli.job import Argument, Job
 from ddpm_ray.cli.paths import home_folder
-from ddpm_ray.config.pack import PackConfig
+from ddpm_ray.config.jobs.pack import PackConfig
 
 
 def pack(config: PackConfig, arguments: Namespace) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from ddpm_ray.cli.job import Argument, Job
 from ddpm_ray.cli.paths import PICTURES, home_folder, made_ready, output_file
-from ddpm_ray.config.jobs import SampleConfig
+from ddpm_ray.config.jobs.sample import SampleConfig
 from ddpm_ray.jobs.model_argument import MODEL_URI, with_settings_of_model
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from ddpm_ray.cli.job import CONFIG, InterruptedRunError, Job, PartlyFailedError
 from ddpm_ray.cli.paths import home_folder
-from ddpm_ray.config.sweep import SweepConfig
+from ddpm_ray.config.jobs.sweep import SweepConfig
 
 
 def sweep(config: SweepConfig, _: Namespace) -> dict[str, Any]:

@@ -27,7 +27,7 @@ NORM_EPS = 1e-6  # of all group norms; the layers' default
 class AutoencoderSpec:
     """Sizes of an autoencoder; level i has base_channels * channel_mults[i] channels.
 
-    Its sides are H / 2**i and W / 2**i. Stable Diffusion's is AutoencoderSpec(3, 4, 128,
+    The sides of level i are H / 2**i and W / 2**i. Stable Diffusion's is AutoencoderSpec(3, 4, 128,
     (1, 2, 4, 4), 2, 32, True) with factor 8.
     """
 
@@ -38,11 +38,13 @@ class AutoencoderSpec:
     blocks_per_level: int  # of the encoder; the decoder has one more
     groups: int  # of the group norms
     middle_attention: bool  # self-attention over all latent pixels, in encoder and decoder
-    latent_convs: bool = True  # 1x1 convolutions of the latents; models of 16 channels lack them
+    latent_convs: bool = (
+        True  # 1x1 convolutions of moments and latents; Stable Diffusion 3 has neither
+    )
 
     @property
     def factor(self) -> int:
-        """Pixels of an image's side per pixel of a latent's side."""
+        """Downsampling factor: pixels per latent, along each side."""
         factor: int = 2 ** (len(self.channel_mults) - 1)
         return factor
 
@@ -110,8 +112,7 @@ def channels_in_use(kl_nats: Tensor) -> Tensor:
 class Autoencoder(nn.Module):
     """Encodes images [B, C, H, W] in [-1, 1] and decodes latents; H and W: multiples of factor.
 
-    Residual branches and attention start at 0, so that the first outputs are those of the
-    resampling convolutions alone. Raises ValueError for an inconsistent spec.
+    Residual branches and attention begin as 0. Raises ValueError for an inconsistent spec.
     """
 
     def __init__(self, spec: AutoencoderSpec) -> None:
@@ -128,7 +129,7 @@ class Autoencoder(nn.Module):
             self.latents_conv = conv(c, c, kernel=1)
 
     def encode(self, x: Tensor) -> Posterior:
-        """q(z | x) for images x [B, C, H, W]; raises ValueError for sides that do not divide."""
+        """q(z | x) for images x [B, C, H, W]; raises ValueError unless factor divides H and W."""
         require_divisible(x.shape[-2:], len(self.spec.channel_mults))
         mean, log_variance = self.moments_conv(self.encoder(x)).chunk(2, dim=1)
         return Posterior(mean, log_variance.clamp(*LOG_VARIANCES))
@@ -145,7 +146,7 @@ class Autoencoder(nn.Module):
 
     @property
     def last_layer(self) -> Tensor:
-        """The weight of the decoder's last convolution, where losses' gradients are compared."""
+        """The weight of the decoder's last convolution, which weighs the adversarial loss."""
         return self.decoder.conv_out.weight
 
 

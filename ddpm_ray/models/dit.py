@@ -25,7 +25,7 @@ from ddpm_ray.models.layers import (
 from ddpm_ray.models.loss_uncertainty import LogVariance
 
 NORM_EPS = 1e-6  # of all layer norms, in the paper's code
-FREQUENCIES = 256  # sines and cosines of t before its MLP, in the paper's code
+FREQUENCIES = 256  # sines and cosines of t, the inputs of its MLP, in the paper's code
 COSINES_FIRST = Variant(cosines_first=True)  # the embedding of t in diffusers' DiT
 
 
@@ -155,7 +155,7 @@ class DiT(nn.Module):
         return torch.einsum("bhwpqc->bchpwq", parts).flatten(4, 5).flatten(2, 3)
 
     def _init_weights(self) -> None:
-        """The initial weights of the paper's code: what adaLN-Zero needs is 0 in each layer."""
+        """Set the initial weights of the paper's code; the blocks have set their own."""
         nn.init.xavier_uniform_(self.patch.weight.flatten(1))  # as a dense layer of pixels
         assert self.patch.bias is not None
         nn.init.zeros_(self.patch.bias)
@@ -186,7 +186,7 @@ class DiTBlock(nn.Module):
         self.dropout = nn.Dropout(spec.dropout)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """x plus the gated attention, plus the gated MLP of that sum."""
+        """Add the gated attention to x, then the gated MLP of that sum."""
         parts = self.modulation(embedding)[:, None].chunk(6, dim=-1)  # each [B, 1, D]
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = parts
         h = self.query_key_value(modulated_norm(x, shift, scale))

@@ -1,17 +1,16 @@
-"""The patch discriminator of adversarial autoencoder training (Isola et al. 2017, 1611.07004).
+"""The patch discriminator of adversarial autoencoder training.
 
-It gives each of overlapping patches of an image one number: above 0 for real, below 0 for
-reconstructed.
+(Isola et al. 2017, arXiv:1611.07004.) It classifies overlapping patches of an image: a logit above
+0 means real, one below 0 reconstructed.
 """
 
 from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-LEVELS = 3  # strided convolutions: one number sees 70 x 70 pixels
-MOST_WIDTH = 8  # times the first layer's channels
+LEVELS = 3  # strided convolutions, for a receptive field of 70 x 70 pixels
 GROUPS = 8  # of the group norms
-LEAST_PIXELS = 24  # a side, which leaves one logit
+LEAST_PIXELS = 24  # of a side: gives one logit
 
 
 class PatchDiscriminator(nn.Module):
@@ -31,7 +30,7 @@ class PatchDiscriminator(nn.Module):
         width = base_channels
         self.layers = nn.Sequential(_conv(image_channels, width, stride=2), nn.LeakyReLU(0.2))
         for level in range(1, LEVELS + 1):
-            before, width = width, base_channels * min(2**level, MOST_WIDTH)
+            before, width = width, base_channels * 2**level
             stride = 2 if level < LEVELS else 1
             self.layers.append(_conv(before, width, stride))
             self.layers.append(nn.GroupNorm(GROUPS, width))

@@ -36,7 +36,8 @@ def reconstruction_scores(
 ) -> Scores:
     """Scores of `wanted.num_images` fixed images of `dataset`; all workers must call it.
 
-    `weights`: provenance of the model's weights. `counted` sees each batch, for a job's progress.
+    `weights` is the provenance of the model's weights. `counted` passes each batch on and counts
+    it, for a job's progress.
     """
     distances = None
     if wanted.features != "none":

@@ -15,7 +15,7 @@ import torch
 
 from ddpm_ray.assembly.autoencoder_loading import trained_autoencoder
 from ddpm_ray.assembly.newest_checkpoint import usable_device
-from ddpm_ray.config.encode import EncodeConfig
+from ddpm_ray.config.jobs.encode import EncodeConfig
 from ddpm_ray.data import encoding_record
 from ddpm_ray.data.dataset import Dataset, DatasetError, open_dataset
 from ddpm_ray.data.packing import latent_packer
@@ -32,7 +32,7 @@ Progress = Callable[[int, int, str], None]  # images done, images in total, imag
 
 @dataclass(frozen=True)
 class EncodeResult:
-    """A set of latents, and how many images were encoded in this call and in which time."""
+    """A set of latents, and how many images this call encoded in which time."""
 
     dataset: Dataset
     encoded: int = 0
@@ -52,9 +52,9 @@ class EncoderActor:
         self._autoencoder: TrainedAutoencoder | None = None
 
     def load(self) -> TrainedAutoencoder:
-        """Return the autoencoder, loaded at the first call. Raises DatasetError for another one.
+        """Return the autoencoder, loaded at the first call; raises DatasetError if it changed.
 
-        Not in the constructor, whose errors Ray reports in another form.
+        The constructor does not load it, since Ray reports errors of constructors in another form.
         """
         if self._autoencoder is None:
             found = trained_autoencoder(self._url, self._device)
@@ -65,7 +65,7 @@ class EncoderActor:
         return self._autoencoder
 
     def ready(self) -> None:
-        """Load the autoencoder; returns nothing, since it would be sent to the driver."""
+        """Load the autoencoder, without a result, which Ray would send to the driver."""
         self.load()
 
     def encode(self, plan: EncodePlan, number: int) -> EncodedShard:
@@ -81,10 +81,10 @@ def encode_dataset(
     config: EncodeConfig,
     on_progress: Progress | None = None,
 ) -> EncodeResult:
-    """Encode the images at `data_url` to latents at `destination`; a no-op if that is done.
+    """Encode the images at `data_url` to latents at `destination`; a no-op if they exist.
 
-    The bytes do not depend on the number of actors, on one kind of machine. A job that was
-    interrupted continues with the shards that exist. A single shard is encoded in this process,
+    On one kind of machine, the bytes do not depend on the number of actors. An interrupted job
+    continues with the shards that exist. A single shard is encoded in this process,
     several by Ray actors at config.address. Raises CheckpointError, ConfigError, DatasetError,
     RunFailedError, ShardCorruptError or StorageError, and then writes no manifest.
     """
@@ -111,10 +111,10 @@ def encode_dataset(
 
 @contextmanager
 def reproducible(device: str) -> Iterator[None]:
-    """Make results independent of the number of cores, and on GPUs of the choice of algorithms.
+    """Make results independent of the number of cores and, on GPUs, of the choice of algorithms.
 
-    On a CPU the results of matrix products depend on the number of threads, so each process uses
-    one, and there is a process per core.
+    On a CPU, results of matrix products depend on the number of threads: each process uses one
+    thread, and there is one process per core.
     """
     if device != "cpu":
         for key, value in determinism.environment(deterministic=True).items():
@@ -130,7 +130,7 @@ def reproducible(device: str) -> Iterator[None]:
 
 
 def encoding_summary(result: EncodeResult) -> dict[str, Any]:
-    """Return the result of an encoding job for JSON; null: unknown, or nothing was encoded."""
+    """Return the result of an encoding job for JSON; None: unknown, or nothing was encoded."""
     cost = encoding_record.read_cost(result.dataset)
     manifest, record = result.dataset.manifest, encoding_record.read_encoding(result.dataset)
     return {

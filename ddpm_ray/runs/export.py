@@ -6,11 +6,11 @@ from typing import Any
 
 from ddpm_ray.assembly import checkpoint_loading, diffusers_export
 from ddpm_ray.assembly.autoencoder_loading import trained_autoencoder
-from ddpm_ray.config.jobs import ExportConfig
+from ddpm_ray.config.jobs.export import ExportConfig
 from ddpm_ray.config.loading import ConfigError
 from ddpm_ray.models.interop import autoencoder_kl
 from ddpm_ray.runs import load_model
-from ddpm_ray.runs.evaluate_autoencoder import autoencoder_run
+from ddpm_ray.runs.evaluation.evaluate_autoencoder import autoencoder_run
 
 
 def export_run(
@@ -19,12 +19,12 @@ def export_run(
     """Write the folder `out`, and return what it holds and how diffusers samples from it.
 
     `given` are the keys that the user set. Raises ConfigError for keys that do not fit the model,
-    and what `load_model.load` and `diffusers_export` raise, with nothing written.
+    and the errors of `load_model.load` and `diffusers_export`; then nothing is written.
     """
     if autoencoder_run(model_uri) is not None:
         if given:
             raise ConfigError(
-                f"{', '.join(given)}: not for an autoencoder, which is written as it is: leave out"
+                f"{', '.join(given)}: an autoencoder is exported without options: leave them out"
             )
         return _export_autoencoder(model_uri, out)
     model = load_model.load(model_uri, home=home, autoencoder=config.autoencoder)

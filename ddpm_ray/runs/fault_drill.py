@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ddpm_ray import fault_injection
-from ddpm_ray.config.fault_drill import DrillConfig
+from ddpm_ray.config.jobs.fault_drill import DrillConfig
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.redaction import sanitize
 from ddpm_ray.reporting import Progress

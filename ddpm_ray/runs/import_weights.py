@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ddpm_ray.assembly import other_libraries
-from ddpm_ray.config.import_weights import ImportConfig
+from ddpm_ray.config.jobs.import_weights import ImportConfig
 from ddpm_ray.config.loading import ConfigError
 from ddpm_ray.models.interop.diffusers_files import read_tensors
 from ddpm_ray.storage import object_store

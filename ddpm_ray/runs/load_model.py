@@ -12,8 +12,8 @@ import torch
 
 from ddpm_ray.assembly import checkpoint_loading
 from ddpm_ray.assembly.newest_checkpoint import usable_device
-from ddpm_ray.config.edit import EditConfig
 from ddpm_ray.config.guidance import GuidanceConfig
+from ddpm_ray.config.jobs.edit import EditConfig
 from ddpm_ray.config.loading import Checked, ConfigError
 from ddpm_ray.config.sampling import SamplingSettings
 from ddpm_ray.sampling import guidance_models
@@ -38,8 +38,8 @@ def load(
     """Load the model at a folder's URL, `runs:/<run id>/model` or `models:/<name>@<alias>`.
 
     The latter two are looked up at `tracking_uri`; if it is empty, at the default of
-    `resolve_tracking_uri` for `home` or the working directory. `autoencoder` is the place of the
-    autoencoder of a model of latents if it has moved. Raises CheckpointError, StorageError,
+    `resolve_tracking_uri` for `home` or the working directory. `autoencoder` is the URL of the
+    autoencoder of a model of latents, if it has moved. Raises CheckpointError, StorageError,
     TrackingError.
     """
     device = usable_device(device)  # fail before a download

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
 
-from ddpm_ray.config.pack import PackConfig
+from ddpm_ray.config.jobs.pack import PackConfig
 from ddpm_ray.data.dataset import Dataset
 from ddpm_ray.data.packing import pack_report, packer
 from ddpm_ray.data.packing.pack_report import PackReport

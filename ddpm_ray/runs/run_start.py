@@ -49,17 +49,17 @@ def settled_config(config: RunConfig, dataset: Dataset, folder: str) -> RunConfi
 def begin_run(config: RunConfig, dataset: Dataset, folder: str) -> RunStart:
     """Claim the run in `folder` and find what `config` continues or begins from.
 
-    Raises ConfigError unless `config` continues the run that is there, or begins one; of its
-    initial weights, the errors of `initial_weights.py`.
+    Raises ConfigError if another run is there, and the errors of `initial_weights.py` for the
+    weights of a new run.
     """
     shape = dataset.manifest.diffused_shape
     found = CheckpointStore(object_store.join(folder, CHECKPOINTS)).load(groups=())
     facts = found[1].facts if found else None
 
     def changed_keys(begun: dict[str, Any]) -> list[str]:
-        """One line for each option that may not differ from the stored one and does."""
+        """One line for each option that differs from the stored one and may not."""
         if "config" not in begun:
-            return [f"name is {config.name!r}, and a sweep of that name is there"]
+            return [f"name is {config.name!r}, which is the name of a sweep in this folder"]
         return run_config.changed_keys(config, begun if facts is None else facts, shape)
 
     begun = {"config": to_dict(config), "data_fingerprint": dataset.fingerprint}
@@ -77,6 +77,7 @@ def begin_run(config: RunConfig, dataset: Dataset, folder: str) -> RunStart:
     )
     initial_weights.check_initial_weights(source, config, shape)
     identity = claim(folder, begun | {"init_from": vars(source)}, changed_keys)
-    # Of drivers that start at once, one has chosen; the other may have found a later checkpoint.
+    # Of drivers that start at once, the first one's choice counts; another may have found a later
+    # checkpoint.
     source = InitialWeights(**run_identity.stored_identity(folder)["init_from"])
     return RunStart(identity, 0, {"init_from": vars(source)}, source)

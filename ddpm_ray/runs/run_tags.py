@@ -36,9 +36,9 @@ def run_tags(dataset: Dataset) -> dict[str, str]:
 
 
 def history_tags(history: Mapping[str, Any]) -> dict[str, str]:
-    """MLflow tags of initial weights and changes; MLflow's parameters cannot change.
+    """MLflow tags of initial weights and changes; parameters of MLflow could not be updated.
 
-    `history`: see `run_config.run_history`.
+    `history` is as from `run_config.run_history`.
     """
     tags = {}
     if source := history.get("init_from"):

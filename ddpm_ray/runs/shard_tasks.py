@@ -20,8 +20,9 @@ def as_completed(
 ) -> Iterator[Any]:
     """Yield the results of shards `numbers` as they are done, one shard at a time per `Submit`.
 
-    `starting` are workers that take shards once their reference is ready: one that the cluster has
-    no place for holds up no shard. Raises the error of a task; the others are then cancelled.
+    `idle` workers take shards at once, `starting` ones when their reference is ready, so that no
+    shard waits for an actor that the cluster cannot place. Raises the error of a task, after which
+    the others are cancelled.
     """
     waiting, free, starts = deque(numbers), deque(idle), dict(starting or {})
     running: dict[ray.ObjectRef[Any], Submit] = {}

@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 
 
 def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
-    """Train as one worker; return its end: step, checkpoint's URL, scores, times."""
+    """Train as one worker; return the final step, the checkpoint's URL, scores and Unix times."""
     mlflow_settings.apply()
     control: RunControl = settings["control"]
     if control.status().fatal is not None:  # an earlier group met an error that would recur
@@ -145,9 +145,10 @@ def assemble(
 def _record_changes(
     config: RunConfig, dataset: Dataset, state: TrainingState, facts: dict[str, Any]
 ) -> bool:
-    """Hand on the history in `facts`, of the checkpoint; add and report what `config` changes.
+    """Carry over the history in the checkpoint's `facts`, add the changes of `config`, report any.
 
-    Recorded here and not by the driver: a damaged checkpoint may lead to an older one than it saw.
+    The workers do this, not the driver: if a checkpoint is damaged, they continue from an older one
+    than the driver saw.
     """
     state.facts |= run_config.run_history(facts)
     made = run_config.run_changes(config, facts, dataset.manifest.diffused_shape)
@@ -179,7 +180,7 @@ def _tracker(
 
 
 def _opened(config: RunConfig, settings: dict[str, Any]) -> Dataset:
-    """Open the data set; check that all are those that the driver opened."""
+    """Open the data set; check that all sets of the run are those that the driver opened."""
     fault_injection.at("open")
     dataset = open_dataset(config.data.url)
     named = filter(None, [config.evaluation.held_out_url, config.evaluation.reference_url])
@@ -248,6 +249,6 @@ def _wrapped(model: nn.Module, config: RunConfig, workers: Workers) -> nn.Module
             network,
             device_ids=devices,
             gradient_as_bucket_view=True,
-            forward_sync_buffers=False,  # the only ones, a DiT's positions, are the same everywhere
+            forward_sync_buffers=False,  # the only buffer, a DiT's positions, is equal everywhere
         )
     return network

@@ -6,8 +6,8 @@ import torch
 
 from ddpm_ray.assembly import diffusion, networks
 from ddpm_ray.assembly.autoencoder import require_fitting
+from ddpm_ray.config.jobs.pack import PackConfig
 from ddpm_ray.config.loading import ConfigError
-from ddpm_ray.config.pack import PackConfig
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.dataset import MANIFEST, Dataset, open_dataset
 from ddpm_ray.data.packing import builtin_datasets

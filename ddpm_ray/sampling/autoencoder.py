@@ -14,23 +14,24 @@ from ddpm_ray.sampling.array_arguments import as_images
 from ddpm_ray.sampling.sampling import Images
 from ddpm_ray.sampling.tiles import in_tiles
 
-TILE = 64  # latent pixels of a tile's side: 512 pixels at factor 8
-LEAST_TILE = 4  # latent pixels; neighbours share a quarter
+TILE = 64  # side of a tile in latent pixels: 512 pixels at factor 8
+LEAST_TILE = 4  # latent pixels, of which neighbours share a quarter
 
 
 @dataclass(frozen=True, eq=False)
 class TrainedAutoencoder:
     """An autoencoder ready for use; returned by `trained_autoencoder`.
 
-    Canvases of more than `tile` latent pixels a side are encoded and decoded in tiles that overlap
-    by a quarter and are blended, so that memory is that of one tile; tile=0 takes the canvas whole.
-    Tiles differ slightly from the whole, since group norms see one tile at a time.
+    Canvases of more than `tile` latent pixels a side are encoded and decoded in tiles, which
+    overlap by a quarter and are blended, so that the memory is that of one tile; tile=0 takes the
+    canvas whole. Results differ slightly from those of the whole canvas, since group norms see one
+    tile at a time.
     """
 
     model: Autoencoder  # in eval mode, parameters frozen
     image_shape: ImageShape  # of the images that it was trained on; it takes others too
     url: str
-    sha256: str  # of the file of its weights
+    sha256: str  # of its weights file
     core_seconds: float | None = None  # of its training (training.core_seconds); None: unknown
 
     def __repr__(self) -> str:
@@ -46,12 +47,13 @@ class TrainedAutoencoder:
     def latent_shape(self, image_shape: ImageShape) -> tuple[int, int, int]:
         """(c, h, w) of the latents of images of `image_shape`.
 
-        Raises ValueError for other channels than the model's and sides that it does not divide.
+        Raises ValueError for other channels than the model's and for sides that its factor does not
+        divide.
         """
         if image_shape.channels != self.model.spec.image_channels:
             raise ValueError(
-                f"images have {counted(image_shape.channels, 'channel')}, those of the autoencoder "
-                f"{self.url} have {self.model.spec.image_channels}"
+                f"images have {counted(image_shape.channels, 'channel')}, but the autoencoder "
+                f"{self.url} takes {self.model.spec.image_channels}"
             )
         return self.model.spec.latent_shape(image_shape[:2])
 

@@ -1,4 +1,4 @@
-"""Fit images and masks to the grid of latents; with factor 1, of pixels, nothing changes."""
+"""Fit images and masks to the grid of latents; a factor of 1, that of pixels, changes nothing."""
 
 import logging
 
@@ -30,28 +30,28 @@ def padded(images: Images, factor: int) -> Images:
 def filled(images: Images, keep: npt.NDArray[np.bool_]) -> Images:
     """Replace unknown pixels of images [N, H, W, C] by the nearest known one in row or column.
 
-    `keep` [N or 1, 1, H, W] is True for known pixels. Where row and column have none, the nearest
-    pixel that was just filled is taken; an image without known pixels becomes 0. An encoder sees
-    pixels next to a known latent as well: of a filled image it sees nothing that was there, and no
-    edge where the known part ends.
+    `keep` [N or 1, 1, H, W] is True for known pixels. Where row and column have no known pixel, the
+    nearest filled one is taken; an image without known pixels becomes 0. An encoder also sees
+    pixels next to a known latent: in a filled image, it sees neither the former content of the
+    unknown part nor an edge where the known part ends.
     """
     result = np.empty_like(images)
     for image, mask, out in zip(images, _for_each(keep, len(images)), result, strict=True):
         out[:], known = np.where(mask[..., None], image, 0), mask
-        for _ in range(2):  # the second time, each row with a known pixel is full
+        for _ in range(2):  # the first pass fills all rows and columns that have a known pixel
             out[:], known = _filled_along_axes(out, known)
     return result
 
 
 def _for_each(keep: npt.NDArray[np.bool_], count: int) -> npt.NDArray[np.bool_]:
-    """The masks [count, H, W] of `count` images, of `keep` [count or 1, 1, H, W]."""
+    """The masks [count, H, W] of `count` images; `keep` is [count or 1, 1, H, W]."""
     return np.broadcast_to(keep[:, 0], (count, *keep.shape[2:]))
 
 
 def _filled_along_axes(
     image: npt.NDArray[np.uint8], known: npt.NDArray[np.bool_]
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_]]:
-    """Fill an image [H, W, C] once; also returns where pixels are known now."""
+    """Fill an image [H, W, C] once; return it and the mask [H, W] of pixels that are known now."""
     here, far = np.arange(known.size).reshape(known.shape), known.size
     source, nearest = here, np.where(known, 0, far)
     for axis, stride in ((0, known.shape[1]), (1, 1)):
@@ -68,7 +68,7 @@ def _filled_along_axes(
 def known_cells(keep: npt.NDArray[np.bool_], factor: int) -> Tensor:
     """Return the mask [N, 1, h, w] of latents whose pixels are all known, for `keep` [N, 1, H, W].
 
-    Pixels beyond the edge, which `padded` adds, count as those that they repeat.
+    Pixels that `padded` adds count as the pixels that they repeat.
     """
     height, width = keep.shape[2:]
     margins = (0, 0), (0, 0), (0, -height % factor), (0, -width % factor)
@@ -78,8 +78,8 @@ def known_cells(keep: npt.NDArray[np.bool_], factor: int) -> Tensor:
     cells = pixels.all(5).all(3)
     if lost := int((pixels.flatten(1).any(1) & ~cells.flatten(1).any(1)).sum()):
         log.warning(
-            "in %d of %s no latent is known, as none has %d x %d known pixels: what is painted "
-            "does not depend on the known pixels",
+            "in %d of %s no latent is known, as none has all its %d x %d pixels known: the "
+            "known pixels have no effect on the painted ones",
             *(lost, counted(len(cells), "image"), factor, factor),
         )
     return cells

@@ -22,8 +22,7 @@ class ConditioningSpec:
     def of_data(self, x_0: Tensor, labels: Tensor) -> Conditioning:
         """The conditioning of images x_0 [B, C, H, W] of a data set and their labels [B].
 
-        It has no estimate of x_0, which takes a call of the network, and no known part: nothing of
-        the images is known.
+        It has no estimate of x_0, which takes a call of the network, and no known part.
         """
         pixels = self.low_resolution_pixels
         return Conditioning(
@@ -57,7 +56,7 @@ class ConditioningSpec:
         )
 
     def completed(self, conditioning: Conditioning, x_t: Tensor) -> Conditioning:
-        """`conditioning` for x_t [B, C, H, W]; without a known part, one in which nothing is."""
+        """`conditioning` for x_t [B, C, H, W]; a missing known part becomes 0: nothing is known."""
         if not self.known_pixels or conditioning.known is not None:
             return conditioning
         count, channels, *size = x_t.shape

@@ -74,7 +74,7 @@ class Denoiser:
     def sampled_model(
         self, drops_labels: bool, guided_by_model: bool | None = None
     ) -> SampledModel:
-        """What sampling settings depend on; `guided_by_model` None: as `guidance_model` says."""
+        """The facts that sampling settings depend on; None: guided if `guidance_model` is set."""
         guided = self.guidance_model is not None if guided_by_model is None else guided_by_model
         return SampledModel(
             self.schedule.num_steps,

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ddpm_ray.config.edit import InpaintingMethod, inpainting_method
+from ddpm_ray.config.jobs.edit import InpaintingMethod, inpainting_method
 from ddpm_ray.counter_rng import Purpose, normal
 from ddpm_ray.data.codec import Codec, channels_first, channels_last
 from ddpm_ray.data.image_shape import ImageShape
@@ -39,8 +39,8 @@ Mask: TypeAlias = npt.NDArray[np.bool_]
 class Painting:
     """Inpainting method; see `repaint` and `replacement` in diffusion/inpainting.py.
 
-    `conditioned` gives the known part to the network, which must be trained for it; `auto` does so
-    for such a network, and is `repaint` for others.
+    `conditioned` gives the known part to the network, which must be trained for it. `auto` stands
+    for `conditioned` for such a network, and for `repaint` otherwise.
     """
 
     method: InpaintingMethod = "auto"
@@ -201,7 +201,7 @@ def in_batches(
 ) -> Images:
     """Apply `edit` to uint8 images [N, H, W, C]; `batch_size` windows per network call.
 
-    `image_shape` is that of the model. Sides that the factor of latents does not divide are padded,
+    `image_shape` is that of the model. Sides that the codec's factor does not divide are padded,
     and cut off afterwards. Raises ValueError for images smaller than the model's.
     """
     size, (count, height, width, _) = image_shape[:2], images.shape

@@ -60,9 +60,9 @@ def denoising_strip(
 ) -> Image.Image:
     """Draw the images `index` [N] and show their steps: one column per step, from T to 0.
 
-    Each image has two rows: x_t, of latents by their linear preview, and below it the estimate of
-    x_0 at that step, decoded (at t = 0 both are the image). About `columns` steps are shown, evenly
-    spaced over the plan's.
+    Each image has two rows: x_t and, below it, the decoded estimate of x_0 at that step (at t = 0
+    both are the image). Noisy latents are shown by their linear preview. About `columns` steps are
+    shown, evenly spaced over the plan's.
     """
     places = np.linspace(0, len(plan.steps) - 1, max(2, min(columns, len(plan.steps)))).round()
     shown = [plan.steps[int(place)] for place in places]
@@ -75,7 +75,7 @@ def denoising_strip(
     x_0 = draw(denoiser, plan, index, image_shape, device, on_step=keep)
     kept[0] = x_0, x_0
     codec, columns_of = denoiser.codec, []
-    for t in shown:  # decoded one by one: a decoder of latents takes the memory of N images
+    for t in shown:  # step by step, so that a decoder of latents holds only N images in memory
         image = codec.decode(kept[t][1])
         noisy = codec.show_noisy(kept[t][0]) if t else image
         columns_of.append(np.stack([noisy, image], axis=1))  # [N, 2, H, W, C]

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddpm_ray.config.edit import InpaintingMethod
+from ddpm_ray.config.jobs.edit import InpaintingMethod
 from ddpm_ray.config.option_fields import checks_arguments, limits, shown
 from ddpm_ray.config.sampling import SamplingSettings
 from ddpm_ray.data.image_shape import ImageShape
@@ -47,8 +47,8 @@ class TrainedModel:
     `batch_size` is the number of images per network call; it changes results only by rounding (one
     grey level in few pixels). All methods raise ValueError for invalid arguments.
 
-    A model of latents takes and returns pixels as well, through its autoencoder. Known pixels stay
-    as they are, and a latent counts as known where all its pixels are.
+    A model of latents also takes and returns pixels, through its autoencoder. Known pixels are
+    returned unchanged; a latent counts as known if all its pixels are.
 
     Images to edit are uint8 arrays, torch tensors, or lists of these or of PIL images. Large images
     are denoised in windows of the model's size that overlap by half.
@@ -125,8 +125,8 @@ class TrainedModel:
         unchanged, and what `images` hold elsewhere has no effect. diffusers and image editors use
         the opposite convention: invert with ~.
 
-        A model trained with `objective.inpainting_masks` sees the known pixels in each step: this
-        is `conditioned`, which `auto` chooses for it. For other models `auto` chooses `repaint`.
+        With `conditioned`, the network sees the known pixels in each step; `auto` chooses it for
+        models trained with `objective.inpainting_masks`, and `repaint` for others.
 
         `repaint` (Lugmayr et al. 2022, arXiv:2201.09865) repeats each section of `jump_length`
         steps `resamples` times to make the result consistent with the known pixels, which takes
@@ -258,7 +258,7 @@ class TrainedModel:
 
     @property
     def _window(self) -> tuple[int, int]:
-        """(h, w) of what the network sees: of x_0 for images of the model's shape."""
+        """(h, w) of x_0 for images of the model's shape: what the network sees at once."""
         return self.denoiser.codec.shape(self.image_shape)[1:]
 
     def _plan(self, settings: SamplingSettings) -> SamplingPlan:

@@ -12,8 +12,8 @@ def round_trip(model: Autoencoder, images: Tensor) -> tuple[Tensor, Tensor]:
     """Decode the posterior means of uint8 images [B, H, W, C] on the model's device.
 
     Returns the reconstructions, uint8 [B, H, W, C], and the KL of each image's latent channels in
-    nats, float32 [B, c], both on that device. Nothing is drawn: the result depends on the image
-    alone. Raises ValueError if a reconstruction is not finite.
+    nats, float32 [B, c], both on that device. The result is deterministic: no latent is drawn.
+    Raises ValueError if a reconstruction is not finite.
     """
     posterior = model.encode(PIXELS.encode(images))
     decoded = PIXELS.decode(model.decode(posterior.mean))

@@ -20,11 +20,11 @@ def in_tiles(
 
     `scale` is (pixels of x, pixels of the result) per unit, as (1, 8) for a decoder; `size` and
     `overlap` are in units. A tile has `size` units a side, or the canvas's if that is less;
-    neighbours share at least `overlap`. Results are wrong near a tile's cut edge, so the outer
-    quarter of an overlap counts 0, the inner quarter 1, and between them the weight rises in
-    proportion. So the result is that of the whole canvas, to rounding, for a network whose
-    receptive field reaches no further than a quarter of the overlap. Networks with group norms or
-    attention see all of a tile: their results differ by what is elsewhere on the canvas.
+    neighbours share at least `overlap`. Since results are wrong near a cut edge, the weight of a
+    tile is 0 in the outer quarter of an overlap, 1 in the inner quarter, and linear in between. The
+    result equals that of the whole canvas, to rounding, for a network whose receptive field reaches
+    no further than a quarter of the overlap. It differs for networks with group norms or attention,
+    which see the whole canvas but only one tile here.
 
     Raises ValueError unless 1 <= overlap < size.
     """

@@ -20,9 +20,9 @@ from ray import tune
 
 from ddpm_ray.assembly import data_order, diffusion
 from ddpm_ray.assembly.run_config import comparable
+from ddpm_ray.config.jobs.sweep import SweepConfig
 from ddpm_ray.config.loading import flat, from_dict, to_dict
 from ddpm_ray.config.run import RunConfig
-from ddpm_ray.config.sweep import SweepConfig
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.data.latent_codec import codec_of
 from ddpm_ray.diffusion.schedule_diagnostics import ScheduleDiagnostics, diagnose_schedule

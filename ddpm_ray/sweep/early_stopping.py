@@ -11,7 +11,7 @@ from typing import Any, assert_never
 
 from ray.tune.schedulers import AsyncHyperBandScheduler, MedianStoppingRule, TrialScheduler
 
-from ddpm_ray.config.sweep import StoppingConfig
+from ddpm_ray.config.jobs.sweep import StoppingConfig
 
 STEP, LOSS = "step", "loss"
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from PIL import Image
 
+from ddpm_ray.config.jobs.sweep import SweepConfig
 from ddpm_ray.config.loading import flat, to_yaml
-from ddpm_ray.config.sweep import SweepConfig
 from ddpm_ray.data.dataset import Dataset
 from ddpm_ray.data.latent_codec import codec_of
 from ddpm_ray.evaluation.loss_by_snr import linear_guess

@@ -20,10 +20,10 @@ from optuna.distributions import (
 )
 from optuna.trial import FrozenTrial, TrialState
 
+from ddpm_ray.config.jobs.search_space import Branch, is_range
+from ddpm_ray.config.jobs.sweep import HIGHER_IS_BETTER, SearchConfig
 from ddpm_ray.config.loading import flat
 from ddpm_ray.config.run import RunConfig
-from ddpm_ray.config.search_space import Branch, is_range
-from ddpm_ray.config.sweep import HIGHER_IS_BETTER, SearchConfig
 from ddpm_ray.sweep.trial_store import Trial
 
 Proposal: TypeAlias = tuple[int, dict[str, Any]]

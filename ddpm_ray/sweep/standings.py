@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
-from ddpm_ray.config.sweep import HIGHER_IS_BETTER
+from ddpm_ray.config.jobs.sweep import HIGHER_IS_BETTER
 from ddpm_ray.redaction import counted
 from ddpm_ray.sweep.trial_store import Status, Trial
 

@@ -1,6 +1,6 @@
-"""The data sets that the trials of a sweep are trained on, and what these have cost.
+"""The data sets that the trials of a sweep are trained on, and their cost.
 
-Trials on several sets compare autoencoders: sets of latents of the same images, or these images
+Trials on several sets compare autoencoders: the sets are latents of the same images, or the images
 themselves. Each set is opened once; each trial's network is built for its own set.
 """
 
@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ddpm_ray.assembly import latents
+from ddpm_ray.config.jobs.sweep import SweepConfig
 from ddpm_ray.config.loading import ConfigError, with_values
 from ddpm_ray.config.run import RunConfig
-from ddpm_ray.config.sweep import SweepConfig
 from ddpm_ray.data import encoding_record
 from ddpm_ray.data.dataset import Dataset, open_dataset
 from ddpm_ray.runs.absolute_paths import with_absolute_paths
@@ -20,23 +20,23 @@ from ddpm_ray.runs.training_data import open_or_pack
 
 @dataclass(frozen=True)
 class TrialData:
-    """One data set, and the core-seconds of its autoencoder and encoding; None: not recorded."""
+    """A data set, with the core-seconds of its autoencoder and encoding; None: not recorded."""
 
     dataset: Dataset
     core_s: float | None
 
     @property
     def images(self) -> str:
-        """Fingerprint of the images: the set's own, or that of the set that was encoded."""
+        """Fingerprint of the set of images: this set, or the one that was encoded."""
         manifest = self.dataset.manifest
         return manifest.source_sha256 if manifest.codec == "latents" else self.dataset.fingerprint
 
 
 class SweepData:
-    """The data sets of a sweep, by their absolute URLs, the first that is named first."""
+    """The data sets of a sweep by their absolute URLs, in the order in which they are named."""
 
     def __init__(self, config: SweepConfig, home: Path) -> None:
-        """Open all sets. Raises ConfigError for sets of different images, DatasetError."""
+        """Open all sets. Raises DatasetError, and ConfigError for sets of different images."""
         self._config, self._home = config, home
         self._known: dict[str, TrialData] = {}
         named = [self._run_on(url) for url in config.data_urls]
@@ -61,7 +61,7 @@ class SweepData:
 
     @property
     def fingerprints(self) -> dict[str, str]:
-        """Fingerprint of each set by its URL as it is named in the config; empty for one set."""
+        """Fingerprint of each set by its URL as the config names it; empty if there is only one."""
         named = self._config.data_urls
         if len(named) < 2:
             return {}
@@ -74,7 +74,7 @@ class SweepData:
     def trial_run(self, values: dict[str, Any], where: str) -> RunConfig:
         """Return the run config of a trial with these values, without its name and storage.
 
-        Raises ConfigError, also where nothing is left of core_seconds to train with.
+        Raises ConfigError, also if nothing of core_seconds is left for training.
         """
         config = self._config
         run = replace(config.example_run(), name=config.run.name or where)
@@ -93,7 +93,7 @@ class SweepData:
         if spent >= config.core_seconds:
             raise ConfigError(
                 f"core_seconds is {config.core_seconds:g}, of which autoencoder and encoding of "
-                f"{run.data.url} take {spent:.0f}: nothing is left for training, give it more"
+                f"{run.data.url} take {spent:.0f}: nothing is left for training, set it higher"
             )
         return with_values(run, {"training.core_seconds": config.core_seconds - spent}, where)
 
@@ -104,7 +104,7 @@ class SweepData:
 
 
 def _core_s(dataset: Dataset) -> float | None:
-    """Return the core-seconds before a model of this set is trained: 0 for pixels."""
+    """Return the core-seconds spent before training on this set; 0 for pixels."""
     if dataset.manifest.codec == "pixels":
         return 0.0
     cost = encoding_record.read_cost(dataset)

@@ -8,8 +8,8 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+from ddpm_ray.config.jobs.sweep import PruningConfig, SweepConfig
 from ddpm_ray.config.loading import ConfigError
-from ddpm_ray.config.sweep import PruningConfig, SweepConfig
 from ddpm_ray.diffusion.schedule_diagnostics import ScheduleDiagnostics
 from ddpm_ray.redaction import counted
 from ddpm_ray.sweep.early_stopping import EarlyStopping

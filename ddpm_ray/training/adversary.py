@@ -1,9 +1,9 @@
-"""The adversary of an autoencoder in training: a discriminator, its optimiser, the loss's weight.
+"""The adversary of an autoencoder in training: discriminator, optimiser, weight of its loss.
 
-The weight of the adversarial loss is the ratio of the gradient norms of reconstruction and
-adversarial loss at the decoder's last layer (Esser et al. 2021, arXiv:2012.09841, eq. 7). It is
-computed from the global batch and used in the step after: so it costs no second backward pass, and
-is the same for any number of workers and any micro-batch.
+The weight of the adversarial loss is the norm of the reconstruction loss's gradient divided by that
+of the adversarial loss, both at the decoder's last layer (Esser et al. 2021, arXiv:2012.09841,
+eq. 7). It is computed from the global batch and used in the next step, so that it needs no second
+backward pass and is the same for any number of workers and any micro-batch.
 """
 
 from dataclasses import dataclass
@@ -28,23 +28,24 @@ class Adversary:
     discriminator: PatchDiscriminator
     optimizer: torch.optim.Optimizer  # of the discriminator
     last_layer: Tensor  # the decoder's last weight, where gradients are compared
-    weight: Tensor  # [] float32; 0 until gradients have been compared
+    weight: Tensor  # [] float32; 0 until the first step with a discriminator has ended
 
     def __post_init__(self) -> None:
+        # Its gradient is that of both losses at the last layer: a leaf, so that workers average it.
         self.compared = torch.zeros(
             2, *self.last_layer.shape, device=self.weight.device, requires_grad=True
-        )  # its gradient is that of both losses at the last layer
+        )
 
     def leaves(self) -> list[Tensor]:
-        """Tensors whose gradients the workers average, apart from the autoencoder's."""
+        """Tensors, other than the autoencoder's, whose gradients the workers average."""
         return [*self.discriminator.parameters(), self.compared]
 
     def losses(self, x: Tensor, x_hat: Tensor, reconstruction: Tensor) -> tuple[Tensor, Tensor]:
         """Adversarial loss [b] of x_hat and hinge loss [b] of the discriminator.
 
-        The adversarial loss trains the autoencoder alone, the hinge loss the discriminator alone.
+        The adversarial loss trains only the autoencoder, the hinge loss only the discriminator.
         Adds the gradients of `reconstruction` [b] and of the adversarial loss at the last layer to
-        those of the batch. Images x and x_hat: [b, C, H, W].
+        the batch's sums. x and x_hat are images [b, C, H, W].
         """
         fixed = {name: value.detach() for name, value in self.discriminator.named_parameters()}
         adversarial = -_per_image(functional_call(self.discriminator, fixed, (x_hat,)))
@@ -62,7 +63,7 @@ class Adversary:
         return adversarial, hinge
 
     def step(self, learning_rate: float, accepted: Tensor) -> None:
-        """Apply the batch's gradients to the discriminator and to the weight, where `accepted`."""
+        """Where `accepted`, update discriminator and adversarial weight from the gradients."""
         if self.compared.grad is None:  # before the first step with a discriminator
             return
         reconstruction, adversarial = self.compared.grad.flatten(1).norm(dim=1)

@@ -22,10 +22,11 @@ Perceptual: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class AutoencoderObjective:
-    """Reconstruction, perceptual and KL loss of each image, then the adversary's.
+    """The losses of each image: reconstruction, perceptual and KL, and the adversary's.
 
     All are means over the image's values, so that weights do not depend on its size: KL in nats is
-    divided by the number of values C * H * W, as in Rombach et al.'s code but for a common factor.
+    divided by the number of values C * H * W. Up to that common factor, this is Rombach et al.'s
+    code.
     """
 
     seed: int
@@ -36,12 +37,12 @@ class AutoencoderObjective:
     perceptual_weight: float = 0.0
     perceptual: Perceptual | None = None
     adversary: Adversary | None = None
-    adversary_from_step: int = 0  # number of the first step with it
+    adversary_from_step: int = 0  # number of the first step with it, from 1
     adversary_weight: float = 0.5
     flip: bool = False
     memory_format: torch.memory_format = torch.contiguous_format
     bf16: bool = False
-    slots: int = 0  # as of GradientAccumulation
+    slots: int = 0  # as in GradientAccumulation
 
     def backward(
         self,
@@ -54,8 +55,8 @@ class AutoencoderObjective:
     ) -> Losses:
         """Add the gradient of the global batch's mean loss to the networks' parameters.
 
-        Arguments as of `TrainingObjective.backward`. The loss that is returned has no adversarial
-        part, whose weight changes from step to step.
+        Arguments are as in `TrainingObjective.backward`. The returned loss has no adversarial part,
+        whose weight changes from step to step.
         """
         adversary = self.adversary if step + 1 >= self.adversary_from_step else None
         return GradientAccumulation(
@@ -80,7 +81,7 @@ class AutoencoderObjective:
         labels: Tensor,
         positions: Tensor,
     ) -> tuple[Losses, Tensor]:
-        """Losses of a micro-batch of batch `step`, and what is minimised [b]."""
+        """Losses of a micro-batch of batch `step`, and the values [b] that are minimised."""
         seed = self.seed
         flips = counter_rng.coin(seed, Purpose.FLIP, step, positions) if self.flip else None
         x = PIXELS.encode(images.to(device, non_blocking=True), flips)
@@ -112,7 +113,7 @@ class AutoencoderObjective:
         return _mean(error.abs() if self.loss == "l1" else error.square())
 
     def _further(self, x: Tensor, x_hat: Tensor) -> Tensor:
-        """The other parts of the reconstruction loss, weighted: gradient difference, perceptual."""
+        """The weighted gradient-difference and perceptual parts of the reconstruction loss, [b]."""
         total = torch.zeros_like(x[:, 0, 0, 0])
         if self.gradient_difference_weight:
             error = x_hat - x

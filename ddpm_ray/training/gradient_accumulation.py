@@ -21,12 +21,12 @@ class Losses(NamedTuple):
 
     loss: Tensor  # [b] float32, unweighted, as papers report it
     t: Tensor  # [b] int64; 0 where a task has no noise
-    terms: Tensor  # [b, n] float32: what the objective reports with the loss; n may be 0
+    terms: Tensor  # [b, n] float32: further values that the objective reports; n may be 0
 
 
 PartLosses: TypeAlias = Callable[[Tensor, Tensor, Tensor], tuple[Losses, Tensor]]
-"""(images, labels, positions [b]) of a micro-batch -> its losses, without a gradient, and what is
-minimised [b], with one."""
+"""(images, labels, positions [b]) of a micro-batch -> its losses, detached, and the values [b] that
+are minimised."""
 
 
 @dataclass(frozen=True)
@@ -37,17 +37,17 @@ class GradientAccumulation:
     part_losses: PartLosses
     step: int  # number of the global batch, from 0
     workers: Workers
-    others: Sequence[Tensor] = ()  # further leaves to average over workers, which DDP does not know
+    others: Sequence[Tensor] = ()  # further leaves to average over workers, not by DDP
     slots: int = 0  # slots of a global batch, see deterministic_allreduce.py; 0: mean over workers
     dropout_seed: int | None = None  # None: no dropout
 
     def backward(self, images: Tensor, labels: Tensor, micro_batch: int) -> Losses:
         """Add the gradient of the global batch's mean loss to all leaves.
 
-        images [b, H, W, C] uint8 and labels [b] are this worker's share of the global batch, at
-        positions rank * b ...; each call of `part_losses` takes `micro_batch` of them. A loss that
-        is not finite makes the gradient NaN, so that all workers see it after the all-reduce of
-        the same step.
+        `images` [b, ...], as the data set stores them, and labels [b] are this worker's share of
+        the global batch, whose positions begin at rank * b; each call of `part_losses` takes
+        `micro_batch` of them. A loss that is not finite makes the gradient NaN, so that all workers
+        see it after the all-reduce of the same step.
         """
         workers = self.workers
         if not self.slots:

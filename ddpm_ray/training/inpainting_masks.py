@@ -1,10 +1,10 @@
 """Masks for the training of inpainting models, drawn by (seed, step, position).
 
-A quarter of the masks each: nothing is known (generation); the known part is a rectangle with
-unknown margins on 1 to 4 sides (outpainting); 1 to 3 rectangles are unknown; a brush stroke of 1 to
-4 straight pieces is unknown. The first quarter keeps the model able to draw whole images, without
-masks, as Stable Diffusion's inpainting models do. All is computed in integers, so the masks are the
-same on every device.
+There are four kinds of masks, a quarter of the masks each: all pixels are unknown (generation); a
+rectangle is known, with unknown margins on 1 to 4 sides (outpainting); 1 to 3 rectangles are
+unknown; a brush stroke of 1 to 4 straight pieces is unknown. Because of the first kind, the model
+can also draw whole images, as Stable Diffusion's inpainting models can. Masks are computed in
+integers, so they are the same on every device.
 """
 
 import torch
@@ -15,13 +15,14 @@ from ddpm_ray.counter_rng import Purpose, uniform_float
 KINDS = 4
 RECTANGLES = 3  # at most
 PIECES = 4  # of a stroke, at most
-_NUMBERS = 1 + 5 + (1 + 4 * RECTANGLES) + (2 + 2 * (PIECES + 1))  # kind, and those of each kind
+# Random numbers of a mask: the kind, then those of margins, rectangles and stroke.
+_NUMBERS = 1 + 5 + (1 + 4 * RECTANGLES) + (2 + 2 * (PIECES + 1))
 
 
 def known_mask(seed: int, step: int, positions: Tensor, height: int, width: int) -> Tensor:
-    """Masks bool [b, 1, height, width], True where a pixel is known; some pixel is unknown.
+    """Masks bool [b, 1, height, width], True where a pixel is known; at least one is not.
 
-    Row i belongs to positions[i] of batch `step`, whatever else is in the call.
+    Row i depends only on seed, step and positions[i].
     """
     uniform = uniform_float(seed, Purpose.INPAINTING_MASK, step, positions, (_NUMBERS,))
     numbers = _Numbers(uniform.double())
@@ -40,7 +41,7 @@ def known_mask(seed: int, step: int, positions: Tensor, height: int, width: int)
 
 
 class _Numbers:
-    """Uniform random numbers [b, n] in [0, 1), handed out one column at a time."""
+    """Uniform random numbers [b, n] in [0, 1), of which each call takes the next column."""
 
     def __init__(self, uniform: Tensor) -> None:
         self._columns = iter(uniform.unbind(1))
@@ -50,7 +51,7 @@ class _Numbers:
         return (next(self._columns).view(-1, 1, 1) * high).long()
 
     def side(self, length: int) -> Tensor:
-        """Integers [b, 1, 1], an eighth to three quarters of `length`, at least 1."""
+        """Integers int64 [b, 1, 1] from an eighth to three quarters of `length`, at least 1."""
         least = max(1, length // 8)
         return least + self.below(max(1, 3 * length // 4 - least + 1))
 

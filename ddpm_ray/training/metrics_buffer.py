@@ -33,15 +33,13 @@ BANDS = (
     "6_to_8",
     "above_8",
 )
-
-
 SUMS = (2, len(BANDS))  # shape of a step's sums and counts of losses by band
 
 
 class Terms(Protocol):
     """Metrics of an objective without noise levels, in place of losses by log-SNR."""
 
-    count: int
+    count: int  # number of terms of an image
 
     def metrics(self, means: Tensor, step: int) -> dict[str, float]:
         """Metrics of `step`, from the terms' means [count] float64 over the global batch."""
@@ -83,7 +81,7 @@ class StepLog:
 
     @contextmanager
     def timed(self) -> Iterator[None]:
-        """Count the core-seconds of the block, a training step."""
+        """Add the core-seconds of the `with` block, a training step."""
         began = self._core_clock()
         yield
         self._uncollected_s += self._core_clock() - began

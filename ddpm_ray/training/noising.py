@@ -1,4 +1,4 @@
-"""Prepare training batches: timesteps, noise, flips, label dropout and conditioning images.
+"""Prepare training batches: timesteps, noise, flips, label dropout, conditioning images, masks.
 
 All random numbers are keyed by (seed, step, position in the global batch), so any number of workers
 and any restart produce the same batch.
@@ -55,7 +55,7 @@ class NoisingRecipe:
     ) -> NoisyBatch:
         """Prepare stored samples and labels [b] at global positions [b] of `step`.
 
-        Samples are images [b, H, W, C] uint8, or what else `codec` takes.
+        `images` are samples as `codec` stores them: for pixels, uint8 [b, H, W, C].
         """
         seed = self.seed
         flips = counter_rng.coin(seed, Purpose.FLIP, step, positions) if self.flip else None

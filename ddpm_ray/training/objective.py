@@ -55,7 +55,7 @@ class Objective:
     ) -> Losses:
         """Add the gradient of the global batch's mean loss to the parameters of `network`.
 
-        Arguments as of `TrainingObjective.backward`.
+        Arguments are as in `TrainingObjective.backward`.
         """
         return GradientAccumulation(
             network,
@@ -79,7 +79,7 @@ class Objective:
         labels: Tensor,
         positions: Tensor,
     ) -> tuple[Losses, Tensor]:
-        """Losses of a micro-batch of batch `step`, and what is minimised [b]."""
+        """Losses of a micro-batch of batch `step`, and the values [b] that are minimised."""
         noisy = self.noising.noisy_batch(images, labels, step, positions, device)
         with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
             loss = self.losses(network, noisy, step)

@@ -17,14 +17,16 @@ def moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> Tensors:
 
 
 def load_moments(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Tensors) -> None:
-    """Continue from `moments`. Raises RuntimeError that names a parameter that does not exist."""
+    """Continue from `moments`. Raises RuntimeError that names an unknown parameter."""
     parameters = dict(model.named_parameters())
     indices = {name: index for index, name in enumerate(_optimised_names(model, optimizer))}
     found: dict[int, Tensors] = {}
     for key, value in tensors.items():
         name, _, moment = key.rpartition(".")
         if name not in indices:
-            raise RuntimeError(f"the optimiser has no parameter {name}, but the checkpoint has")
+            raise RuntimeError(
+                f"the checkpoint has moments of {name}, which is not a parameter here"
+            )
         if value.shape == parameters[name].shape:
             # In the weights' own layout: fused Adam pairs elements by their place in memory.
             value = torch.empty_like(parameters[name], requires_grad=False).copy_(value)

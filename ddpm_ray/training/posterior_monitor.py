@@ -11,15 +11,16 @@ from ddpm_ray.models.autoencoder import IN_USE_NATS, channels_in_use
 
 log = logging.getLogger(__name__)
 
-FIRST_VERDICT_STEP = 200  # an untrained encoder says nothing in any channel
+FIRST_CHECKED_STEP = 200  # an untrained encoder uses no channel
 
 
 class PosteriorMonitor:
-    """`metrics_buffer.Terms` of an autoencoder.
+    """The `metrics_buffer.Terms` of an autoencoder.
 
-    Terms of an image: reconstruction loss, the KL of each of c channels in nats per latent value,
-    and with an adversary its loss, the discriminator's and the weight. The log warns, at the end of
-    a window of steps, where fewer channels are in use than before.
+    The terms of an image are its reconstruction loss, the KL of each of c channels in nats per
+    latent value and, with an adversary, the adversarial loss, the discriminator's loss and the
+    adversarial weight. At the end of each window of steps, a warning is logged if fewer channels
+    are in use than at the end of the window before.
     """
 
     def __init__(
@@ -28,8 +29,8 @@ class PosteriorMonitor:
         self._channels, height, width = latent_shape
         self._values, self._kl_weight, self._adversary = height * width, kl_weight, adversary
         self.count = 1 + self._channels + (3 if adversary else 0)
-        self._reported = self._channels  # channels in use, in the newest warning or verdict
-        self._unused: Sequence[int] = ()  # in the newest row
+        self._in_use = self._channels  # number of channels in use at the end of the newest window
+        self._unused: Sequence[int] = ()  # channels without use in the newest row
 
     def metrics(self, means: Tensor, step: int) -> dict[str, float]:
         """Metrics of one step, from its mean terms."""
@@ -51,11 +52,11 @@ class PosteriorMonitor:
         return row
 
     def end_window(self, step: int, row: dict[str, float], *, is_main: bool) -> None:
-        """Log a warning if the row of `step` shows fewer channels in use than the last warning."""
-        if step < FIRST_VERDICT_STEP or "train/channels_in_use" not in row:
+        """Log a warning if the row of `step` has fewer channels in use than the window before."""
+        if step < FIRST_CHECKED_STEP or "train/channels_in_use" not in row:
             return
         in_use = int(row["train/channels_in_use"])
-        if in_use < self._reported and is_main:
+        if in_use < self._in_use and is_main:
             log.warning(
                 "step %d: %d of %d latent channels in use; channels %s have a KL below %g nats per "
                 "value, so their posterior has collapsed to the prior. Lower "
@@ -67,4 +68,4 @@ class PosteriorMonitor:
                 IN_USE_NATS,
                 self._kl_weight,
             )
-        self._reported = in_use
+        self._in_use = in_use

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 RECONSTRUCTIONS = "reconstructions"  # key of the picture
-COLUMNS, ROWS = 8, 4  # of images; each row has one of reconstructions below it
+COLUMNS, ROWS = 8, 4  # of images; each row has a row of reconstructions below it
 GRID_IMAGES = COLUMNS * ROWS
 
 
@@ -54,7 +54,7 @@ class ReconstructionGridLogger:
 def picture_of(images: Images, reconstructions: Images) -> Image.Image:
     """Rows of images uint8 [N, H, W, C], each above the row of their reconstructions.
 
-    N is at most a row, or a multiple of one.
+    N is at most COLUMNS, or a multiple of COLUMNS.
     """
     rows: list[Images] = []
     for start in range(0, len(images), COLUMNS):

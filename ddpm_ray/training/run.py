@@ -50,9 +50,9 @@ class TrainingObjective(Protocol):
     ) -> Losses:
         """Add the gradient of the global batch's mean loss to all parameters that are trained.
 
-        images uint8 [b, H, W, C] and labels [b] are this worker's share of global batch `step`
-        (from 0); each forward pass takes `micro_batch` of them. A loss that is not finite makes
-        the gradient of all workers NaN.
+        `images` [b, ...], as the data set stores them, and labels [b] are this worker's share of
+        global batch `step` (from 0); each forward pass takes `micro_batch` of them. A loss that is
+        not finite makes the gradient of all workers NaN.
         """
         ...
 
@@ -114,7 +114,7 @@ class Run:
     evaluate: Callable[[int], None]  # leaves its scores in state.scores
     validate: Callable[[int], None]  # adds its losses to state.validation_losses
     snapshot_ema: Callable[[int], None] = lambda step: None  # see ema_snapshots.py
-    saves_first: bool = False  # a continued run has changed options: a checkpoint must say so
+    saves_first: bool = False  # save before the first step, to record changed options
     report_every_steps: int = 1
     reported: tuple[int, float] = field(default_factory=lambda: (0, time.perf_counter()))
     copier: BatchCopier = field(init=False)

@@ -24,8 +24,8 @@ from ddpm_ray.training.tensor_file import packed
 class Snapshot:
     """A copy of the state on the CPU: tensors by file name, other values as JSON."""
 
-    # "model", "ema", "optimizer"; "moments", further averages and "discriminator" with
-    # "discriminator-optimizer" where there are any
+    # "model", "ema" and "optimizer"; where they exist, "moments", further averages, and
+    # "discriminator" with "discriminator-optimizer"
     tensors: dict[str, Tensors]
     facts: dict[str, Any]
 
@@ -123,9 +123,9 @@ class TrainingState:
             self.adversary.zero_grad()
 
     def clip_gradients(self, max_norm: float) -> Tensor:
-        """Clip each network's gradients to a global norm of `max_norm`; return that of the model.
+        """Clip each network's gradients to a global norm of `max_norm`; return the model's norm.
 
-        The norm is NaN as well if the discriminator's is not finite.
+        The returned norm is NaN if the discriminator's is not finite.
         """
         norm = clip_grad_norm_(self.model.parameters(), max_norm, foreach=True)
         if self.adversary is not None:

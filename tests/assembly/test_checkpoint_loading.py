@@ -37,7 +37,10 @@ from ddpm_ray.data.codec import PIXELS, PixelCodec
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.models.interop import diffusers_folders
 from ddpm_ray.models.interop.diffusers_config import UnsupportedModelError
-from ddpm_ray.runs.evaluate_autoencoder import autoencoder_run, require_reconstruction_scores
+from ddpm_ray.runs.evaluation.evaluate_autoencoder import (
+    autoencoder_run,
+    require_reconstruction_scores,
+)
 from ddpm_ray.sampling.pipeline import TrainedModel
 from ddpm_ray.storage import object_store
 from ddpm_ray.storage.errors import StorageError

@@ -16,31 +16,45 @@ from ddpm_ray.assembly import (
     initial_weights,
     training_run,
 )
+from ddpm_ray.assembly.autoencoder_loading import trained_autoencoder
 from ddpm_ray.config.loading import ConfigError, load_config, to_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.training import TrainingConfig
 from ddpm_ray.data.image_shape import ImageShape
+from ddpm_ray.diffusion.conditioning import Conditioning
+from ddpm_ray.models.autoencoder import Autoencoder, AutoencoderSpec
+from ddpm_ray.models.dit import DiT
+from ddpm_ray.models.interop import autoencoder_kl
+from ddpm_ray.storage.object_store import write_bytes
 from ddpm_ray.training.checkpoint_folder import CheckpointError
 from ddpm_ray.training.checkpoints import CHECKPOINTS, CheckpointStore
 from ddpm_ray.training.state import TrainingState
 
 SHAPE, CPU = ImageShape(4, 4, 1), torch.device("cpu")
-NET = (
-    "name=tiny",
-    "data.url=none",
-    "schedule.num_steps=10",
-    "sampling.steps=2",
+RUN = ("name=tiny", "data.url=none", "schedule.num_steps=10", "sampling.steps=2")
+UNET = (
     "model.base_channels=4",
     "model.groups=2",
     "model.channel_mults=[1,2]",
     "model.blocks_per_level=1",
     "model.attention_factors=[2]",
 )
+DIT = ("model.network=dit", "model.depth=1", "model.hidden_size=8", "model.heads=2")
+AUTOENCODER = (
+    "task=autoencoder",
+    "autoencoder.base_channels=4",
+    "autoencoder.channel_mults=[1,2]",
+    "autoencoder.groups=2",
+    "autoencoder.blocks_per_level=1",
+)
 LABELLED = ("model.num_classes=3",)
 
 
 def configured(*overrides: str) -> RunConfig:
-    return load_config(RunConfig, None, [*NET, *overrides])
+    if "task=autoencoder" in overrides:
+        return load_config(RunConfig, None, [*RUN[:2], *overrides])
+    network = () if "model.network=dit" in overrides else UNET
+    return load_config(RunConfig, None, [*RUN, *network, *overrides])
 
 
 def state_of(config: RunConfig) -> TrainingState:
@@ -118,7 +132,7 @@ def test_what_is_taken_and_what_is_not_is_one_line(
     [
         (["model.num_classes=2"], r"label.weight is \[4, 16\] in .* and \[3, 16\] in this network"),
         (["model.num_classes=2"], "add it to training.init_from_skip"),
-        (["training.init_from_skip=[lable.]"], "holds 'lable.', and no tensor of the network"),
+        (["training.init_from_skip=[lable.]"], "holds 'lable.', but no tensor of the network"),
         (['training.init_from_skip=[""]'], "no tensor of .* is taken"),
         (["training.init_from_ema=ema-0.7"], "no average 'ema-0.7'; it has ema, ema-0.5"),
     ],
@@ -135,6 +149,62 @@ def test_weights_of_another_shape_are_skipped_by_name(tmp_path: Path) -> None:
     trained(tmp_path, 3, *LABELLED)
     where = f"training.init_from={tmp_path}", "training.init_from_skip=[label.]"
     begun(configured("model.num_classes=2", *where))
+
+
+@pytest.mark.parametrize("network, layer", [((), "conv_in"), (DIT, "patch")])
+@pytest.mark.parametrize(
+    "conditions, channels",
+    [
+        (["objective.inpainting_masks=true"], 2),
+        (["objective.low_resolution_pixels=2"], 1),
+        (["objective.self_conditioning=true", "objective.inpainting_masks=true"], 3),
+    ],
+)
+def test_conditioning_images_have_no_effect_at_first(
+    network: tuple[str, ...],
+    layer: str,
+    conditions: list[str],
+    channels: int,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """An inpainting model that begins with an ordinary one predicts the same, known part or not."""
+    caplog.set_level(logging.INFO)
+    source = trained(tmp_path, 3, *network).ema.model.double().eval()
+    state = begun(configured(*network, *conditions, f"training.init_from={tmp_path}"))
+    said = f"{layer}.weight widened from 1 to {1 + channels} input channels, the new ones at 0"
+    assert said in caplog.text
+    assert "not in the model" not in caplog.text
+    generator = torch.Generator().manual_seed(0)
+    x_t, images = (
+        torch.randn(2, count, 4, 4, generator=generator, dtype=torch.float64)
+        for count in (1, channels)
+    )
+    t, known = torch.tensor([3, 7]), Conditioning(known=images)
+    wanted = source(x_t, t)
+    assert float(wanted.std()) > 0.1
+    for model in (state.model, state.ema.model):
+        torch.testing.assert_close(model.double().eval()(x_t, t, known), wanted)
+
+
+def test_widened_weights_may_be_skipped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As in runs that began so with earlier versions: the first layer is drawn anew."""
+    caplog.set_level(logging.INFO)
+    trained(tmp_path, 3)
+    where = f"training.init_from={tmp_path}", "training.init_from_skip=[conv_in.]"
+    config = configured("objective.inpainting_masks=true", *where)
+    made, drawn = (state.model.state_dict() for state in (begun(config), state_of(config)))
+    assert torch.equal(made["conv_in.weight"], drawn["conv_in.weight"])
+    assert "input channels" not in caplog.text
+
+
+def test_a_model_with_other_conditioning_images_is_not_widened(tmp_path: Path) -> None:
+    """The order of its input channels may be another one."""
+    trained(tmp_path, 3, "objective.low_resolution_pixels=2")
+    both = "objective.self_conditioning=true", "objective.low_resolution_pixels=2"
+    says = r"conv_in.weight is \[4, 2, 3, 3\] in .* and \[4, 3, 3, 3\] in this network; .*skip"
+    with pytest.raises(ConfigError, match=says):
+        begun(configured(*both, f"training.init_from={tmp_path}"))
 
 
 def test_a_skip_without_a_model_is_refused() -> None:
@@ -162,7 +232,7 @@ def test_weights_that_are_others_now_are_refused(tmp_path: Path) -> None:
         model = checkpoint_loading.trained_model(str(tmp_path / str(step)))
         diffusers_export.write_diffusers(model, model.settings, tmp_path / "theirs")
         found.append(initial_weights.find_initial_weights(config.training))
-    says = r"its weights have sha256 \w+, and the run began with \w+; put those back"
+    says = r"its weights have sha256 \w+, and the run began with \w+; restore those"
     with pytest.raises(CheckpointError, match=says):
         initial_weights.load_initial_weights(state_of(config), found[0], config.training)
     initial_weights.load_initial_weights(state_of(config), found[1], config.training)
@@ -177,6 +247,61 @@ def test_a_network_of_another_form_is_refused(tmp_path: Path) -> None:
         ConfigError, match=r"is a U-Net with \{'norm_eps': 1e-05\}, which a run can"
     ):
         begun(configured(f"training.init_from={tmp_path}"))
+
+
+@pytest.mark.parametrize(
+    "network, key, value",
+    [
+        ((), "model.groups", 4),
+        ((), "model.head_channels", 2),
+        (DIT, "model.heads", 1),
+        (DIT, "model.mlp_norm_eps", 1e-5),
+        (AUTOENCODER, "autoencoder.groups", 4),
+    ],
+)
+def test_what_no_shape_of_a_tensor_shows_must_be_equal(
+    network: tuple[str, ...], key: str, value: float, tmp_path: Path
+) -> None:
+    """Else all tensors would be loaded, and the network would be another function."""
+    trained(tmp_path, 3, *network, f"{key}={value}")
+    where = f"training.init_from={tmp_path}"
+    says = rf"{key}={value}, and this run has .*; no shape .* shows it: set {key}={value}"
+    with pytest.raises(ConfigError, match=says):
+        begun(configured(*network, where))
+    begun(configured(*network, where, f"{key}={value}"))
+
+
+def test_a_dit_of_diffusers_is_trained_with_its_norms(tmp_path: Path) -> None:
+    """Published ones add 1e-5 in the norms before their MLPs, and the paper's code 1e-6."""
+    source = trained(tmp_path / "run", 3, *DIT, "model.mlp_norm_eps=1e-5").ema.model.eval()
+    model = checkpoint_loading.trained_model(str(tmp_path / "run"))
+    diffusers_export.write_diffusers(model, model.settings, tmp_path / "theirs")
+    where = f"training.init_from={tmp_path / 'theirs'}", "model.mlp_norm_eps=1e-5"
+    state = begun(configured(*DIT, *where))
+    assert isinstance(state.model, DiT)
+    assert state.model.spec.mlp_norm_eps == 1e-5
+    x_t, t = torch.randn(2, 1, 4, 4), torch.tensor([3, 7])
+    assert torch.equal(state.model.eval()(x_t, t), source(x_t, t))
+
+
+@pytest.mark.parametrize("convs", [True, False])
+def test_an_autoencoder_of_diffusers_is_trained_on(convs: bool, tmp_path: Path) -> None:
+    """Those of 16 channels have no 1x1 convolutions of the latents: ours begin as the identity."""
+    spec = AutoencoderSpec(1, 4, 4, (1, 2), 1, 2, middle_attention=False, latent_convs=convs)
+    theirs = Autoencoder(spec).eval()
+    vae = tmp_path / "pipeline/vae"
+    autoencoder_kl.write_folder(vae, spec, theirs.state_dict(), (8, 8), write_bytes)
+    config = configured(*AUTOENCODER, f"training.init_from={vae}")
+    assert initial_weights.find_initial_weights(config.training).sha256 == (
+        trained_autoencoder(str(vae)).sha256
+    )
+    state = begun(config)
+    x = torch.rand(2, 1, 8, 8) * 2 - 1
+    for model in (state.model, state.ema.model):
+        assert isinstance(model, Autoencoder)
+        found, wanted = model.eval().encode(x), theirs.encode(x)
+        torch.testing.assert_close(found, wanted)
+        torch.testing.assert_close(model.decode(wanted.mean), theirs.decode(wanted.mean))
 
 
 names = st.sets(st.sampled_from([f"{a}.{b}" for a in "abc" for b in "xyz"]), min_size=1)

@@ -4,7 +4,6 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,23 +15,20 @@ import ddpm_ray
 from ddpm_ray.assembly import (
     diffusers_export,
     diffusion,
-    latents,
     training_run,
 )
 from ddpm_ray.collectives import Workers
-from ddpm_ray.config.edit import InpaintingMethod
-from ddpm_ray.config.loading import load_config, to_dict
+from ddpm_ray.config.jobs.edit import InpaintingMethod
+from ddpm_ray.config.loading import load_config
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.sampling import SamplingSettings
-from ddpm_ray.data.dataset import open_dataset
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.diffusion.conditioning import Conditioning, known_part
 from ddpm_ray.models.interop.diffusers_config import UnsupportedModelError
 from ddpm_ray.models.unet import UNet
 from ddpm_ray.sampling.pipeline import TrainedModel
-from ddpm_ray.training.checkpoints import CheckpointStore
 from ddpm_ray.training.objective import Objective
-from tests.data.latent_sets import TINY_UNET, encode_noise
+from tests.data.latent_sets import TINY_UNET, commit, encode_noise, initial_run
 from tests.fixtures.job_script import run_job
 
 CPU = torch.device("cpu")
@@ -49,20 +45,12 @@ TINY = (
 def committed(url: str, folder: Path, *overrides: str) -> str:
     """The folder of a run on the data at `url`, with random weights also where they begin at 0."""
     config = load_config(RunConfig, None, [*TINY, f"data.url={url}", *overrides])
-    dataset = open_dataset(url)
-    facts: dict[str, Any] = {
-        "config": to_dict(config),
-        "image_shape": list(dataset.manifest.image_shape),
-        "data_fingerprint": dataset.fingerprint,
-        **latents.codec_facts(latents.codec_of_data(config.data, dataset)),
-    }
-    state = training_run.training_state(config, dataset.manifest.diffused_shape, CPU, facts)
+    state = initial_run(config)
     for model in (state.model, state.ema.model):
         assert isinstance(model, UNet)
         torch.manual_seed(0)
         nn.init.normal_(model.conv_out.weight, std=0.2)
-    CheckpointStore(str(folder / "checkpoints")).save(state.snapshot([]))
-    return str(folder)
+    return commit(state, folder)
 
 
 @pytest.fixture(scope="module")

@@ -12,11 +12,13 @@ import torch
 import ddpm_ray
 from ddpm_ray.assembly import diffusion, latents, run_config, training_run
 from ddpm_ray.collectives import Workers
-from ddpm_ray.config.edit import EditConfig
-from ddpm_ray.config.ema_search import AverageConfig
 from ddpm_ray.config.guidance import GuidanceConfig
-from ddpm_ray.config.jobs import EvaluateConfig, ExportConfig, SampleConfig
-from ddpm_ray.config.loading import ConfigError, load_config, to_dict
+from ddpm_ray.config.jobs.edit import EditConfig
+from ddpm_ray.config.jobs.ema_search import AverageConfig
+from ddpm_ray.config.jobs.evaluate import EvaluateConfig
+from ddpm_ray.config.jobs.export import ExportConfig
+from ddpm_ray.config.jobs.sample import SampleConfig
+from ddpm_ray.config.loading import ConfigError, load_config
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.codec import PIXELS
 from ddpm_ray.data.dataset import DatasetError, open_dataset
@@ -27,7 +29,13 @@ from ddpm_ray.runs.training_data import check_model
 from ddpm_ray.sampling.pipeline import TrainedModel
 from ddpm_ray.training.checkpoint_folder import CheckpointError
 from ddpm_ray.training.checkpoints import CheckpointStore
-from tests.data.latent_sets import TINY_UNET, encode_noise, write_autoencoder
+from tests.data.latent_sets import (
+    TINY_UNET,
+    commit,
+    encode_noise,
+    initial_run,
+    write_autoencoder,
+)
 
 CPU = torch.device("cpu")
 TINY = (
@@ -54,17 +62,7 @@ def model(encoded: str, tmp_path_factory: pytest.TempPathFactory) -> TrainedMode
 
 def committed(url: str, folder: Path, **more: Any) -> str:
     """The folder of a run on the latents at `url`, as it begins, with `more` facts."""
-    config, dataset = configured(url), open_dataset(url)
-    facts: dict[str, Any] = {
-        "config": to_dict(config),
-        "image_shape": list(dataset.manifest.image_shape),
-        "data_fingerprint": dataset.fingerprint,
-        **latents.codec_facts(latents.codec_of_data(config.data, dataset)),
-        **more,
-    }
-    state = training_run.training_state(config, dataset.manifest.diffused_shape, CPU, facts)
-    CheckpointStore(str(folder / "checkpoints")).save(state.snapshot([]))
-    return str(folder)
+    return commit(initial_run(configured(url), **more), folder)
 
 
 def other_autoencoder(folder: Path) -> str:

@@ -19,17 +19,17 @@ from omegaconf import OmegaConf
 
 from ddpm_ray.cli.job import Argument, InterruptedRunError, Job
 from ddpm_ray.cli.main import main
-from ddpm_ray.config.edit import EditConfig
-from ddpm_ray.config.ema_search import AverageConfig
-from ddpm_ray.config.encode import EncodeConfig
-from ddpm_ray.config.fault_drill import DrillConfig
-from ddpm_ray.config.import_weights import ImportConfig
-from ddpm_ray.config.jobs import (
-    DoctorConfig,
-    EvaluateConfig,
-    ExportConfig,
-    SampleConfig,
-)
+from ddpm_ray.config.jobs.doctor import DoctorConfig
+from ddpm_ray.config.jobs.edit import EditConfig
+from ddpm_ray.config.jobs.ema_search import AverageConfig
+from ddpm_ray.config.jobs.encode import EncodeConfig
+from ddpm_ray.config.jobs.evaluate import EvaluateConfig
+from ddpm_ray.config.jobs.export import ExportConfig
+from ddpm_ray.config.jobs.fault_drill import DrillConfig
+from ddpm_ray.config.jobs.import_weights import ImportConfig
+from ddpm_ray.config.jobs.pack import PackConfig
+from ddpm_ray.config.jobs.sample import SampleConfig
+from ddpm_ray.config.jobs.sweep import SweepConfig
 from ddpm_ray.config.loading import (
     Config,
     ConfigError,
@@ -41,11 +41,9 @@ from ddpm_ray.config.loading import (
 )
 from ddpm_ray.config.model import ModelConfig
 from ddpm_ray.config.option_fields import option
-from ddpm_ray.config.pack import PackConfig
 from ddpm_ray.config.reading.option_text import choices
 from ddpm_ray.config.reading.yaml_text import type_at
 from ddpm_ray.config.run import RunConfig
-from ddpm_ray.config.sweep import SweepConfig
 from tests.limits import ENDS_S
 
 ROOT = Path(__file__).parents[2]

@@ -6,9 +6,10 @@ from typing import Any, get_args
 import pytest
 
 from ddpm_ray.config import loading
-from ddpm_ray.config.jobs import EvaluateConfig, SampleConfig
+from ddpm_ray.config.jobs.evaluate import EvaluateConfig
+from ddpm_ray.config.jobs.sample import SampleConfig
+from ddpm_ray.config.jobs.sweep import SweepConfig
 from ddpm_ray.config.run import RunConfig
-from ddpm_ray.config.sweep import SweepConfig
 from ddpm_ray.config.task import TRAITS, Task
 
 RUN = {"name": "a", "data.url": "data"}

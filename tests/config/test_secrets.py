@@ -8,8 +8,12 @@ from typing import Any
 
 import pytest
 
-from ddpm_ray.config.fault_drill import DrillConfig
-from ddpm_ray.config.jobs import DoctorConfig, EvaluateConfig, SampleConfig
+from ddpm_ray.config.jobs.doctor import DoctorConfig
+from ddpm_ray.config.jobs.evaluate import EvaluateConfig
+from ddpm_ray.config.jobs.fault_drill import DrillConfig
+from ddpm_ray.config.jobs.pack import PackConfig
+from ddpm_ray.config.jobs.sample import SampleConfig
+from ddpm_ray.config.jobs.sweep import SweepConfig
 from ddpm_ray.config.loading import (
     ENVIRONMENT,
     ConfigError,
@@ -18,9 +22,7 @@ from ddpm_ray.config.loading import (
     to_yaml,
     with_values,
 )
-from ddpm_ray.config.pack import PackConfig
 from ddpm_ray.config.run import RunConfig
-from ddpm_ray.config.sweep import SweepConfig
 from ddpm_ray.tracking.tracking_uri import resolve_tracking_uri
 
 ROOT = Path(__file__).parents[2]

@@ -7,10 +7,10 @@ from typing import Literal
 import pytest
 
 from ddpm_ray.config.evaluation import EvaluationConfig
+from ddpm_ray.config.jobs.search_space import FIXED, is_range
+from ddpm_ray.config.jobs.sweep import SweepConfig, reported_metrics
 from ddpm_ray.config.loading import ConfigError, flat, load_config, with_values
 from ddpm_ray.config.run import RunConfig
-from ddpm_ray.config.search_space import FIXED, is_range
-from ddpm_ray.config.sweep import SweepConfig, reported_metrics
 from ddpm_ray.evaluation.feature_metrics import metric_names
 from ddpm_ray.evaluation.features.feature_extractor import FeatureNet
 

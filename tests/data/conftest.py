@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from ddpm_ray.config.pack import Encoding, PackConfig
+from ddpm_ray.config.jobs.pack import Encoding, PackConfig
 from ddpm_ray.data.dataset import Dataset, Recipe
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.data.packing import packer

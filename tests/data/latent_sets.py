@@ -2,12 +2,17 @@
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from ddpm_ray.assembly import training_run
 from ddpm_ray.assembly.autoencoder_loading import trained_autoencoder
-from ddpm_ray.config.encode import EncodeConfig
+from ddpm_ray.assembly.latents import codec_facts, codec_of_data
+from ddpm_ray.config.jobs.encode import EncodeConfig
+from ddpm_ray.config.loading import to_dict
+from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data import shards
 from ddpm_ray.data.dataset import Dataset, LatentShardRow, Recipe, open_dataset, write_index
 from ddpm_ray.data.image_shape import ImageShape, LatentShape
@@ -18,6 +23,8 @@ from ddpm_ray.models.autoencoder import Autoencoder, AutoencoderSpec
 from ddpm_ray.models.interop import autoencoder_kl
 from ddpm_ray.sampling.autoencoder import TrainedAutoencoder
 from ddpm_ray.storage.object_store import write_bytes
+from ddpm_ray.training.checkpoints import CheckpointStore
+from ddpm_ray.training.state import TrainingState
 from tests.noise import pack_noise
 
 VIEWS = ("plain", "flipped")
@@ -94,3 +101,23 @@ def encode_noise(folder: Path, images: int = 45, side: int = 8) -> str:
     )
     encoded = [latent_packer.encode_shard(plan, n, autoencoder) for n in range(plan.shards)]
     return latent_packer.finish_latents(plan, encoded).url
+
+
+def initial_run(config: RunConfig, **more: Any) -> TrainingState:
+    """The first state of a run on the data at config.data.url, with `more` facts."""
+    dataset = open_dataset(config.data.url)
+    facts: dict[str, Any] = {
+        "config": to_dict(config),
+        "image_shape": list(dataset.manifest.image_shape),
+        "data_fingerprint": dataset.fingerprint,
+        **codec_facts(codec_of_data(config.data, dataset)),
+        **more,
+    }
+    shape = dataset.manifest.diffused_shape
+    return training_run.training_state(config, shape, torch.device("cpu"), facts)
+
+
+def commit(state: TrainingState, folder: Path) -> str:
+    """Save the checkpoint of a run in `folder`; its URL."""
+    CheckpointStore(str(folder / "checkpoints")).save(state.snapshot([]))
+    return str(folder)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from ddpm_ray.config.pack import PackConfig
+from ddpm_ray.config.jobs.pack import PackConfig
 from ddpm_ray.data.dataset import DatasetError
 from ddpm_ray.data.packing import packer
 from ddpm_ray.data.packing.image_files import FORMATS, SUFFIXES, BadImageError, open_image

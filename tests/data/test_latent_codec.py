@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
 
-from ddpm_ray.config.pack import PackConfig
+from ddpm_ray.config.jobs.pack import PackConfig
 from ddpm_ray.data.dataset import UInt8s
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.data.latent_codec import LatentCodec, posterior_noise
@@ -123,14 +123,14 @@ def test_images_come_back_through_the_autoencoder() -> None:
     assert (images[:, ::2, ::2, 0] == levels[:, 0, 0]).all()
     with pytest.raises(ValueError, match="1 of 3 images: values that are not finite"):
         codec.decode(torch.tensor([[0.0], [torch.nan], [0.0]]).view(3, 1, 1, 1))
-    with pytest.raises(ValueError, match="cannot be decoded without their autoencoder"):
+    with pytest.raises(ValueError, match="no autoencoder is bound to these latents"):
         LatentCodec(1, 2, ("plain",), (0.0,), (1.0,)).decode(torch.zeros(1, 1, 2, 2))
 
 
 def test_what_latents_do_not_have_is_refused() -> None:
     codec = LatentCodec(4, 8, ("plain",), (0.0,) * 4, (1.0,) * 4)
     assert codec.shape(ImageShape(64, 96, 3)) == (4, 8, 12)
-    with pytest.raises(ValueError, match=r"64 x 100 pixels .* multiples of the .* factor 8"):
+    with pytest.raises(ValueError, match=r"64 x 100 pixels; .* multiples of the .* factor 8"):
         codec.shape(ImageShape(64, 100, 3))
     codec.clip()
     with pytest.raises(ValueError, match=r"sampling.dynamic_quantile is 0.995, but latents have"):
@@ -142,5 +142,5 @@ def test_what_latents_do_not_have_is_refused() -> None:
 def test_pixels_have_no_codec_of_latents(tmp_path: Path) -> None:
     plan = packer.make_plan("digits", str(tmp_path), PackConfig())
     dataset = packer.finish_dataset(plan, [packer.pack_shard(plan, 0)])
-    with pytest.raises(ValueError, match="a data set of pixels has no latents"):
+    with pytest.raises(ValueError, match="the data set holds pixels, not latents"):
         LatentCodec.of(dataset.manifest)

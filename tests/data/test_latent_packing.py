@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ddpm_ray.config.encode import EncodeConfig
-from ddpm_ray.config.pack import PackConfig
+from ddpm_ray.config.jobs.encode import EncodeConfig
+from ddpm_ray.config.jobs.pack import PackConfig
 from ddpm_ray.data import encoding_record
 from ddpm_ray.data.codec import PIXELS
 from ddpm_ray.data.dataset import Dataset, DatasetError, Recipe, UInt8s, open_dataset
@@ -176,6 +176,21 @@ def test_finished_shards_are_not_encoded_again(source: Dataset, tmp_path: Path) 
         latent_packer.encode_shard(again, 2, autoencoder)
 
 
+def test_parts_without_their_cost_are_encoded_again(source: Dataset, tmp_path: Path) -> None:
+    """As earlier commits wrote them: the set would be recorded as cheaper than it was."""
+    autoencoder = TinyAutoencoder()
+    plan = plan_of(source, tmp_path / "set", autoencoder)
+    first = latent_packer.encode_shard(plan, 0, autoencoder)
+    (part,) = (tmp_path / "set/parts").iterdir()
+    held = json.loads(part.read_text())
+    del held["core_s"]
+    part.write_text(json.dumps(held))
+    assert latent_packer.find_all_encoded(plan) == []
+    again = latent_packer.encode_shard(plan, 0, autoencoder)
+    assert again.row == first.row
+    assert "core_s" in json.loads(part.read_text())
+
+
 @pytest.mark.parametrize("changed", [{"batch_size": 3}, {"flipped": False}])
 def test_parts_of_other_options_or_another_autoencoder_are_not_used(
     changed: dict[str, object], source: Dataset, tmp_path: Path
@@ -229,7 +244,9 @@ def test_what_cannot_be_encoded_is_refused(source: Dataset, tmp_path: Path) -> N
     with pytest.raises(DatasetError, match=r"images are 5 x 4, .* multiples of 2.*; pack the imag"):
         plan_of(odd, tmp_path / "set", TinyAutoencoder())
     latents = encode(source, tmp_path / "latents")
-    with pytest.raises(DatasetError, match="the data set holds latents, not images; name the data"):
+    with pytest.raises(
+        DatasetError, match="the data set holds latents, not images; name the images"
+    ):
         plan_of(latents, tmp_path / "set", TinyAutoencoder())
     with pytest.raises(DatasetError, match=r"already here \(it holds images, not latents\)"):
         latent_packer.find_finished_latents(plan_of(source, Path(source.url), TinyAutoencoder()))
@@ -247,7 +264,8 @@ def test_a_sample_without_float16_latents_is_named(source: Dataset, tmp_path: Pa
     autoencoder.gain = 65504 / np.sqrt(largest[highest] * largest[second])
     plan = plan_of(source, tmp_path / "set", autoencoder, flipped=False)
     with pytest.raises(
-        DatasetError, match=rf"sample n-{highest:06d}: latents are not in float16's range \(large"
+        DatasetError,
+        match=rf"sample n-{highest:06d}: its latents exceed the range of float16 \(large",
     ):
         latent_packer.encode_shard(plan, highest // PER_SHARD, autoencoder)
 

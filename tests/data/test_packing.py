@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm_ray.config.pack import PackConfig
+from ddpm_ray.config.jobs.pack import PackConfig
 from ddpm_ray.data.dataset import Dataset, DatasetError, open_dataset
 from ddpm_ray.data.loader import read_images
 from ddpm_ray.data.packing import pack_report, packer

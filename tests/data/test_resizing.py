@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from ddpm_ray.config.pack import Resize
+from ddpm_ray.config.jobs.pack import Resize
 from ddpm_ray.data.resizing import resize
 
 CROP: Resize = "centre-crop-box-bicubic"

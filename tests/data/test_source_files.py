@@ -7,7 +7,7 @@ from unittest import mock
 import pytest
 from PIL import Image
 
-from ddpm_ray.config.pack import PackConfig
+from ddpm_ray.config.jobs.pack import PackConfig
 from ddpm_ray.data.dataset import DatasetError
 from ddpm_ray.data.packing.source_files import is_hidden
 from ddpm_ray.data.packing.sources import open_source

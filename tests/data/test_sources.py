@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm_ray.config.pack import PackConfig
+from ddpm_ray.config.jobs.pack import PackConfig
 from ddpm_ray.data.dataset import DatasetError
 from ddpm_ray.data.packing import builtin_datasets
 from ddpm_ray.data.packing.sources import open_source

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ddpm_ray.config.pack import PackConfig
+from ddpm_ray.config.jobs.pack import PackConfig
 from ddpm_ray.data.dataset import DatasetError
 from ddpm_ray.data.packing import packer
 from ddpm_ray.data.packing.image_files import BadImageError

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ddpm_ray.config.pack import PackConfig
+from ddpm_ray.config.jobs.pack import PackConfig
 from ddpm_ray.data.dataset import DatasetError
 from ddpm_ray.data.packing.sources import open_source
 from ddpm_ray.data.samples import Source

@@ -18,7 +18,8 @@ from torch import nn
 from ddpm_ray import fault_injection
 from ddpm_ray.collectives import Workers
 from ddpm_ray.distributed import fatal_errors
-from ddpm_ray.runs import ema_search, evaluate_worker, train_worker
+from ddpm_ray.runs import train_worker
+from ddpm_ray.runs.evaluation import ema_search, evaluate_worker
 from ddpm_ray.storage.errors import StorageError, storage_error
 from ddpm_ray.training.checkpoint_folder import CheckpointError
 from ddpm_ray.training.divergence_guard import DivergedError
@@ -124,8 +125,8 @@ def test_an_error_of_the_program_is_reported_with_its_class_and_place() -> None:
     "work, part",
     [
         (train_worker.train_worker, "train_worker._train"),
-        (evaluate_worker.evaluate_worker, "evaluate_worker._scores"),
-        (ema_search.ema_search_worker, "ema_search.score_widths"),
+        (evaluate_worker.evaluate_worker, "evaluation.evaluate_worker._scores"),
+        (ema_search.ema_search_worker, "evaluation.ema_search.score_widths"),
     ],
 )
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from ddpm_ray.config import loading
-from ddpm_ray.config.sweep import SweepConfig
+from ddpm_ray.config.jobs.sweep import SweepConfig
 
 ROOT = Path(__file__).parents[2]
 MANIFESTS = ["cluster.yaml", "rayjob.yaml"]

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ddpm_ray.collectives import Workers
-from ddpm_ray.config.encode import EncodeConfig
+from ddpm_ray.config.jobs.encode import EncodeConfig
 from ddpm_ray.config.sampling import SamplingSettings
 from ddpm_ray.data.dataset import Dataset, DatasetError
 from ddpm_ray.data.image_shape import ImageShape
@@ -189,5 +189,7 @@ def test_latents_of_another_autoencoder_are_not_decoded(
 
 def test_bits_per_dimension_of_latents_are_refused(sets: tuple[Dataset, Dataset]) -> None:
     codec = LatentCodec.of(sets[1].manifest).bound(Linear())
-    with pytest.raises(ValueError, match="bits_per_dim is of 8-bit pixels, and this model"):
+    with pytest.raises(
+        ValueError, match="bits_per_dim is defined for 8-bit pixels, but this model"
+    ):
         vlb_bits_per_dim(exact_denoiser(codec), [], variance="fixed_small", workers=WORKER)

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.evaluation import EvaluationConfig
-from ddpm_ray.config.jobs import EvaluateConfig
+from ddpm_ray.config.jobs.evaluate import EvaluateConfig
 from ddpm_ray.config.loading import to_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.dataset import Dataset
@@ -23,7 +23,8 @@ from ddpm_ray.evaluation import nearest_neighbours
 from ddpm_ray.evaluation.features.feature_extractor import FeatureNet
 from ddpm_ray.evaluation.memorisation import NEIGHBOURS, SHOWN, Neighbours, nearest_images, spread
 from ddpm_ray.reporting import Progress
-from ddpm_ray.runs import evaluate_worker, load_model
+from ddpm_ray.runs import load_model
+from ddpm_ray.runs.evaluation import evaluate_worker
 from ddpm_ray.sampling.denoiser import Denoiser
 from ddpm_ray.sampling.image_grid import GUTTER_PIXELS, LEGIBLE_PIXELS, MARGIN_PIXELS
 from ddpm_ray.sampling.pipeline import TrainedModel

@@ -30,10 +30,10 @@ import torch
 from PIL import Image
 from ray.tune.search import Searcher
 
+from ddpm_ray.config.jobs.pack import PackConfig
+from ddpm_ray.config.jobs.sweep import SweepConfig
 from ddpm_ray.config.loading import load_config
-from ddpm_ray.config.pack import PackConfig
 from ddpm_ray.config.run import RunConfig
-from ddpm_ray.config.sweep import SweepConfig
 from ddpm_ray.data.dataset import open_dataset
 from ddpm_ray.data.loader import ShardStream
 from ddpm_ray.data.packing import packer

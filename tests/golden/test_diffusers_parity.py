@@ -19,7 +19,7 @@ from ddpm_ray.diffusion.samplers import ancestral, ddim
 from ddpm_ray.diffusion.solvers import dpm_solver_pp, unipc
 from ddpm_ray.diffusion.timestep_spacing import uniform_steps
 from ddpm_ray.diffusion.x0_estimator import X0Estimator
-from ddpm_ray.models.interop.diffusers_pipelines import Diffused, to_pipeline
+from ddpm_ray.models.interop.diffusers_pipelines import ModelTraits, to_pipeline
 from ddpm_ray.sampling.denoiser import Denoiser
 from ddpm_ray.sampling.sampling import run_sampler, sampling_plan
 
@@ -208,7 +208,7 @@ def test_an_exported_scheduler_walks_as_the_run_samples(
             "objective": {"prediction": "epsilon", "variance": "fixed"},
             "sampling": to_dict(sampling),
         },
-        Diffused(),
+        ModelTraits(),
     )
     assert export.no_equivalent == ()
     assert hasattr(diffusers, export.pipeline)

@@ -372,7 +372,7 @@ def test_files_that_are_no_such_model_are_refused_by_path(tmp_path: Path) -> Non
     with pytest.raises(UnsupportedModelError, match="something other than tensors by name"):
         diffusers_folders.read_folder(tmp_path)
     config.write_text(json.dumps([]))
-    with pytest.raises(UnsupportedModelError, match=r"config\.json: is no JSON object"):
+    with pytest.raises(UnsupportedModelError, match=r"config\.json: is not a JSON object"):
         diffusers_folders.read_folder(tmp_path)
     config.unlink()
     with pytest.raises(UnsupportedModelError, match=r"config\.json: cannot be read"):

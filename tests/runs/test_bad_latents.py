@@ -8,21 +8,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-from ddpm_ray.assembly import latents, training_run
 from ddpm_ray.cli.job import DONE, FAILED, WRONG_CONFIG, Job
 from ddpm_ray.cli.main import main
-from ddpm_ray.config.loading import load_config, to_dict
+from ddpm_ray.config.loading import load_config
 from ddpm_ray.config.run import RunConfig
-from ddpm_ray.data.dataset import open_dataset
 from ddpm_ray.jobs import average, edit, encode, sample, train
 from ddpm_ray.models.autoencoder import Autoencoder
-from ddpm_ray.training.checkpoints import CheckpointStore
 from ddpm_ray.training.state import TrainingState
 from tests.assembly.test_latent_runs import TINY, other_autoencoder
-from tests.data.latent_sets import encode_noise
+from tests.data.latent_sets import commit, encode_noise, initial_run
 from tests.noise import pack, pack_noise
 
 AUTOENCODER = (
@@ -76,18 +72,9 @@ def begun(
 ) -> str:
     """Write a checkpoint of a run that has not trained, changed by `change`; its folder."""
     config = load_config(RunConfig, None, list(overrides))
-    dataset = open_dataset(config.data.url)
-    facts: dict[str, Any] = {
-        "config": to_dict(config),
-        "image_shape": list(dataset.manifest.image_shape),
-        "data_fingerprint": dataset.fingerprint,
-        **latents.codec_facts(latents.codec_of_data(config.data, dataset)),
-    }
-    shape = dataset.manifest.diffused_shape
-    state = training_run.training_state(config, shape, torch.device("cpu"), facts)
+    state = initial_run(config)
     change(state)
-    CheckpointStore(str(folder / "checkpoints")).save(state.snapshot([]))
-    return str(folder)
+    return commit(state, folder)
 
 
 @pytest.fixture
@@ -213,8 +200,8 @@ def test_an_image_that_float16_cannot_hold_is_named(
     require_line(
         said(encode.JOB, run, places.one_shard, "out"),
         FAILED,
-        r"one-shard: sample 0-0: latents are not in float16's range \(largest mean 1e\+06, limit "
-        r"65504\); train the autoencoder with a larger KL weight, or pack the images without",
+        r"one-shard: sample 0-0: its latents exceed the range of float16 \(largest mean 1e\+06, "
+        r"limit 65504\); train the autoencoder with a larger KL weight, or pack the images without",
     )
 
 

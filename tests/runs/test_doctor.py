@@ -20,7 +20,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ddpm_ray.config.jobs import DoctorConfig
+from ddpm_ray.config.jobs.doctor import DoctorConfig
 from ddpm_ray.runs.doctor import checks, doctor, local_checks
 from ddpm_ray.runs.doctor.checks import Finding, clock
 from ddpm_ray.storage import object_store

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from ddpm_ray.assembly import checkpoint_loading, scoring, training_run
 from ddpm_ray.collectives import Workers
-from ddpm_ray.config.ema_search import AverageConfig
 from ddpm_ray.config.evaluation import EvaluationConfig
-from ddpm_ray.config.jobs import EvaluateConfig
+from ddpm_ray.config.jobs.ema_search import AverageConfig
+from ddpm_ray.config.jobs.evaluate import EvaluateConfig
 from ddpm_ray.config.loading import ConfigError, from_dict, load_config, to_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.sampling import SamplingSettings
@@ -31,8 +31,8 @@ from ddpm_ray.evaluation import sample_quality
 from ddpm_ray.evaluation.sample_quality import SampleSet, Scores
 from ddpm_ray.models.unet import UNet
 from ddpm_ray.reporting import Progress
-from ddpm_ray.runs import ema_search, evaluate_worker
-from ddpm_ray.runs import evaluate as evaluation_run
+from ddpm_ray.runs.evaluation import ema_search, evaluate_worker
+from ddpm_ray.runs.evaluation import evaluate as evaluation_run
 from ddpm_ray.sampling.pipeline import TrainedModel
 from ddpm_ray.training.checkpoint_folder import CheckpointError
 from ddpm_ray.training.checkpoint_writer import CheckpointWriter

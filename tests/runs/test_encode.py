@@ -13,8 +13,8 @@ import torch
 from ddpm_ray.assembly.autoencoder_loading import trained_autoencoder
 from ddpm_ray.cli.job import DONE, FAILED
 from ddpm_ray.cli.main import main
-from ddpm_ray.config.encode import EncodeConfig
-from ddpm_ray.config.pack import PackConfig
+from ddpm_ray.config.jobs.encode import EncodeConfig
+from ddpm_ray.config.jobs.pack import PackConfig
 from ddpm_ray.data.codec import PIXELS
 from ddpm_ray.data.dataset import Dataset, open_dataset
 from ddpm_ray.data.encoding_record import COST

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from ddpm_ray.config.fault_drill import DrillConfig
+from ddpm_ray.config.jobs.fault_drill import DrillConfig
 from ddpm_ray.config.loading import ConfigError, load_config
 from ddpm_ray.runs.fault_drill import FaultResult
 from tests.faults.schedules import kills

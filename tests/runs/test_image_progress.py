@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 
 from ddpm_ray.collectives import Workers
 from ddpm_ray.reporting import Progress
-from ddpm_ray.runs import image_progress
-from ddpm_ray.runs.image_progress import ImageProgress
+from ddpm_ray.runs.evaluation import image_progress
+from ddpm_ray.runs.evaluation.image_progress import ImageProgress
 
 
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=4), st.integers(1, 8), st.integers(1, 9))

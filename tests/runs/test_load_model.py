@@ -16,13 +16,14 @@ from mlflow import MlflowClient
 from ddpm_ray.assembly import training_run
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.guidance import GuidanceConfig
-from ddpm_ray.config.jobs import EvaluateConfig
+from ddpm_ray.config.jobs.evaluate import EvaluateConfig
 from ddpm_ray.config.loading import ConfigError, from_dict, load_config, to_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.distributed import worker_group
 from ddpm_ray.reporting import Progress
-from ddpm_ray.runs import evaluate, evaluate_worker, load_model
+from ddpm_ray.runs import load_model
+from ddpm_ray.runs.evaluation import evaluate, evaluate_worker
 from ddpm_ray.tracking import run_lookup
 from ddpm_ray.training.checkpoint_folder import CheckpointError
 from ddpm_ray.training.checkpoints import CheckpointStore

@@ -8,7 +8,7 @@ import pytest
 import ray
 from PIL import Image
 
-from ddpm_ray.config.pack import PackConfig
+from ddpm_ray.config.jobs.pack import PackConfig
 from ddpm_ray.data.packing import packer
 from ddpm_ray.data.packing.image_files import BadImageError
 from ddpm_ray.runs.pack import pack_dataset

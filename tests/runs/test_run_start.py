@@ -12,7 +12,8 @@ from ddpm_ray.config.loading import ConfigError, load_config, to_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.dataset import Dataset, open_dataset
 from ddpm_ray.data.image_shape import ImageShape
-from ddpm_ray.runs import evaluate_worker, run_identity
+from ddpm_ray.runs import run_identity
+from ddpm_ray.runs.evaluation import evaluate_worker
 from ddpm_ray.runs.run_start import RunStart, begin_run
 from ddpm_ray.runs.run_tags import history_tags
 from ddpm_ray.training.checkpoints import CHECKPOINTS, CheckpointStore
@@ -131,7 +132,7 @@ def test_a_constant_rate_goes_on_for_as_long_as_one_likes(dataset: Dataset, tmp_
         ("model.base_channels", "the tensors of the checkpoints have the shapes"),
         ("task", "the tensors of the checkpoints have the shapes"),
         ("seed", "all random numbers of the run are drawn from it"),
-        ("data.lanes", "each image comes once per epoch"),
+        ("data.lanes", "the images of each step depend on it"),
         ("schedule.kind", "the noise levels of this schedule"),
         ("objective.prediction", "the network has learned this objective"),
         ("autoencoder.kl_weight", "an autoencoder is one network, trained on one loss"),

@@ -12,7 +12,7 @@ import ray
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.loading import given_keys, load_config
 from ddpm_ray.jobs.command import JOBS as COMMANDS
-from ddpm_ray.runs import evaluate_worker
+from ddpm_ray.runs.evaluation import evaluate_worker
 from tests.runs.test_ema_search import KEPT, alone, wandering
 
 OWN = {"sampler": "ancestral", "steps": 3, "seed": 7}  # what the run is sampled with

@@ -165,7 +165,7 @@ def test_images_are_encoded_as_the_model_sees_them_in_training() -> None:
         (lambda a: a.encode_uint8(pixels(8, 10)), "images are 8 x 10, which 3 levels"),
         (lambda a: a.encode_uint8(pixels(8, 8), tile=3), "tile is 3; it is at least 4"),
         (lambda a: a.decode_uint8(torch.zeros(1, 3, 4, 4)), r"decodes \[N, 2, h, w\]"),
-        (lambda a: a.latent_shape(ImageShape(8, 8, 1)), "images have 1 channel, those of"),
+        (lambda a: a.latent_shape(ImageShape(8, 8, 1)), "images have 1 channel, but the"),
         (lambda a: in_tiles(a.model.decode, torch.zeros(1), 4, 4), "overlap is 4 for tiles of 4"),
     ],
 )

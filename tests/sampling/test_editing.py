@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ddpm_ray.config.edit import InpaintingMethod
+from ddpm_ray.config.jobs.edit import InpaintingMethod
 from ddpm_ray.config.sampling import SamplingSettings
 from ddpm_ray.counter_rng import Purpose, normal
 from ddpm_ray.data.image_shape import ImageShape

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from ddpm_ray.config.edit import InpaintingMethod
+from ddpm_ray.config.jobs.edit import InpaintingMethod
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.data.low_resolution import low_resolution_size
 from ddpm_ray.diffusion import schedules

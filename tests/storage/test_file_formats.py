@@ -11,9 +11,9 @@ import torch
 
 import ddpm_ray
 from ddpm_ray.assembly import run_config
+from ddpm_ray.config.jobs.sweep import SweepConfig
 from ddpm_ray.config.loading import ConfigError, load_config, to_dict
 from ddpm_ray.config.run import RunConfig
-from ddpm_ray.config.sweep import SweepConfig
 from ddpm_ray.data import dataset
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.runs.run_identity import IDENTITY, claim

@@ -2,8 +2,8 @@
 
 import pytest
 
+from ddpm_ray.config.jobs.sweep import SweepConfig
 from ddpm_ray.config.loading import load_config, to_dict
-from ddpm_ray.config.sweep import SweepConfig
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.sweep import driver
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ddpm_ray.config.sweep import StoppingConfig
+from ddpm_ray.config.jobs.sweep import StoppingConfig
 from ddpm_ray.sweep.early_stopping import EarlyStopping
 
 Kind = Literal["asha", "median", "none", "pbt"]

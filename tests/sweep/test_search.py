@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ddpm_ray.config.search_space import Branch, is_range
-from ddpm_ray.config.sweep import SearchConfig
+from ddpm_ray.config.jobs.search_space import Branch, is_range
+from ddpm_ray.config.jobs.sweep import SearchConfig
 from ddpm_ray.sweep.search import Proposal, propose, total_trials
 from ddpm_ray.sweep.trial_store import Trial, TrialStore
 

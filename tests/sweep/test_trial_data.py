@@ -9,9 +9,9 @@ import torch
 
 from ddpm_ray.assembly import networks
 from ddpm_ray.assembly.autoencoder_loading import trained_autoencoder
-from ddpm_ray.config.encode import EncodeConfig
+from ddpm_ray.config.jobs.encode import EncodeConfig
+from ddpm_ray.config.jobs.sweep import SweepConfig
 from ddpm_ray.config.loading import ConfigError, load_config
-from ddpm_ray.config.sweep import SweepConfig
 from ddpm_ray.data import encoding_record
 from ddpm_ray.data.dataset import open_dataset
 from ddpm_ray.data.encoding_record import EncodingCost

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from ddpm_ray.config.jobs.sweep import StoppingConfig, SweepConfig
 from ddpm_ray.config.loading import ConfigError
 from ddpm_ray.config.run import RunConfig
-from ddpm_ray.config.sweep import StoppingConfig, SweepConfig
 from ddpm_ray.diffusion.schedule_diagnostics import ScheduleDiagnostics
 from ddpm_ray.storage import object_store
 from ddpm_ray.sweep.trial_scheduler import TrialScheduler

@@ -8,7 +8,7 @@ import pytest
 from ray import cloudpickle
 from ray.tune.search import Searcher
 
-from ddpm_ray.config.sweep import SweepConfig
+from ddpm_ray.config.jobs.sweep import SweepConfig
 from ddpm_ray.diffusion.schedule_diagnostics import ScheduleDiagnostics
 from ddpm_ray.distributed import placement_groups
 from ddpm_ray.sweep.trial import EVENT

@@ -24,7 +24,7 @@ from ddpm_ray.training.checkpoints import CheckpointStore
 from ddpm_ray.training.loop import handle_rejected, take_step, train_loop
 from ddpm_ray.training.posterior_monitor import PosteriorMonitor
 from ddpm_ray.training.run import Run
-from ddpm_ray.training.state import Snapshot
+from tests.fixtures.same_bits import assert_same_tensors
 from tests.fixtures.threaded_workers import OnWorkers
 
 CPU, SIDE, BATCH = torch.device("cpu"), 24, 8
@@ -42,14 +42,6 @@ def begun(keys: list[str], folder: Path) -> Run:
         run.log.resume(found[1].facts["bands"])
         run.guard.resume(found[1].facts["guard"])
     return run
-
-
-def assert_same_bits(one: Snapshot, other: Snapshot) -> None:
-    assert one.tensors.keys() == other.tensors.keys()
-    for group, tensors in one.tensors.items():
-        unequal = [k for k, v in tensors.items() if not torch.equal(v, other.tensors[group][k])]
-        assert tensors.keys() == other.tensors[group].keys()
-        assert not unequal, f"{group}: {unequal}"
 
 
 def rows(run: Run) -> dict[int, dict[str, float]]:
@@ -85,7 +77,7 @@ def test_a_bad_gradient_of_the_discriminator_stops_the_run(tmp_path: Path) -> No
     handle_rejected(run, run.log.read())
     broken.data.copy_(kept)
     assert run.guard.skipped == 1
-    assert_same_bits(before, run.state.snapshot([]))
+    assert_same_tensors(before, run.state.snapshot([]))
 
 
 def test_the_adversarial_weight_is_the_ratio_of_gradients_at_the_last_layer(
@@ -300,7 +292,7 @@ def test_other_weights_than_inceptions_are_refused(assets: Path, tmp_path: Path)
 def test_a_collapse_is_told_while_the_run_trains(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(posterior_monitor, "FIRST_VERDICT_STEP", 20)
+    monkeypatch.setattr(posterior_monitor, "FIRST_CHECKED_STEP", 20)
     caplog.set_level(logging.WARNING)
     keys = [
         "autoencoder.kl_weight=1e4",

@@ -26,6 +26,7 @@ from ddpm_ray.training.loop import train_loop
 from ddpm_ray.training.post_hoc_ema import gamma_of, power_decay
 from ddpm_ray.training.run import Run
 from ddpm_ray.training.state import Snapshot, TrainingState
+from tests.fixtures.same_bits import assert_same_bits
 from tests.limits import ENDS_S
 from tests.noise import pack_noise
 from tests.training.test_loop import (
@@ -33,7 +34,6 @@ from tests.training.test_loop import (
     SIDE,
     Killed,
     _closed_streams,  # noqa: F401 - a fixture
-    assert_same_bits,
     begin,
     bits,
     configured,

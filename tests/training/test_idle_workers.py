@@ -14,7 +14,7 @@ from torch import Tensor
 from ddpm_ray.assembly import training_run
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.evaluation import EvaluationConfig
-from ddpm_ray.config.jobs import EvaluateConfig
+from ddpm_ray.config.jobs.evaluate import EvaluateConfig
 from ddpm_ray.config.loading import load_config, to_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.sampling import SamplingSettings
@@ -24,7 +24,8 @@ from ddpm_ray.diffusion import schedules
 from ddpm_ray.diffusion.process import NoiseSchedule
 from ddpm_ray.evaluation.memorisation import nearest_images, spread
 from ddpm_ray.evaluation.reference_statistics import reference
-from ddpm_ray.runs import evaluate_worker, load_model
+from ddpm_ray.runs import load_model
+from ddpm_ray.runs.evaluation import evaluate_worker
 from ddpm_ray.sampling.denoiser import Denoiser
 from ddpm_ray.sampling.pipeline import TrainedModel
 from ddpm_ray.sampling.sampling import SamplingPlan, draw_uint8

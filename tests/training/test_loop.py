@@ -52,6 +52,7 @@ from ddpm_ray.training.run import Run
 from ddpm_ray.training.sample_grids import SampleGridLogger
 from ddpm_ray.training.state import Snapshot
 from tests.data.latent_sets import encode_noise
+from tests.fixtures.same_bits import assert_same_bits
 from tests.fixtures.threaded_workers import OnWorkers
 from tests.noise import pack_noise
 
@@ -271,15 +272,6 @@ def begin(
 
 def bits(run: Run) -> Snapshot:
     return run.state.snapshot([])
-
-
-def assert_same_bits(one: Snapshot, other: Snapshot) -> None:
-    assert one.step == other.step
-    assert one.facts["probes"] == other.facts["probes"]
-    for group, tensors in one.tensors.items():
-        assert tensors.keys() == other.tensors[group].keys()
-        unequal = [k for k, v in tensors.items() if not torch.equal(v, other.tensors[group][k])]
-        assert not unequal, f"{group}: {unequal}"
 
 
 def finished(config: RunConfig, folder: Path) -> tuple[Snapshot, RecordingSink]:

@@ -18,13 +18,13 @@ from ddpm_ray.training.divergence_guard import FEWEST_STEPS, WINDOW_STEPS, Diver
 from ddpm_ray.training.loop import train_loop
 from ddpm_ray.training.run import Run
 from ddpm_ray.training.state import Snapshot
+from tests.fixtures.same_bits import assert_same_bits
 from tests.noise import pack_noise
 from tests.training.test_loop import (
     BY_LOSSES,
     IMAGES,
     SIDE,
     RecordingSink,
-    assert_same_bits,
     begin,
     bits,
     configured,

@@ -81,5 +81,5 @@ def test_a_moment_of_an_unknown_parameter_is_refused() -> None:
     state = state_with([[0, 1, 2, 3]])
     step(state, 0)
     other = state_with([[0, 1, 2]])
-    with pytest.raises(RuntimeError, match=r"the optimiser has no parameter 3\.weight"):
+    with pytest.raises(RuntimeError, match=r"the checkpoint has moments of 3\.weight"):
         other.restore(state.snapshot([]))

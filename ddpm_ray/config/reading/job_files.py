@@ -2,11 +2,11 @@
 
 from typing import Any
 
-from ddpm_ray.config.fault_drill import DrillConfig
+from ddpm_ray.config.jobs.fault_drill import DrillConfig
+from ddpm_ray.config.jobs.sweep import SweepConfig
 from ddpm_ray.config.reading.shipped import config_file, folder_of
 from ddpm_ray.config.reading.sources import unknown_keys
 from ddpm_ray.config.run import RunConfig
-from ddpm_ray.config.sweep import SweepConfig
 
 KINDS: tuple[type[Any], ...] = (RunConfig, SweepConfig, DrillConfig)  # of jobs that read a file
 

@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple, get_args
 import numpy as np
 import numpy.typing as npt
 
-from ddpm_ray.config.pack import Split
+from ddpm_ray.config.jobs.pack import Split
 from ddpm_ray.data.dataset import DatasetError
 from ddpm_ray.redaction import counted
 from ddpm_ray.storage import checksummed, object_store

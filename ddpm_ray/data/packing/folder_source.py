@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ddpm_ray.config.pack import PackConfig
+from ddpm_ray.config.jobs.pack import PackConfig
 from ddpm_ray.data.dataset import DatasetError
 from ddpm_ray.data.packing import class_names, metadata_files
 from ddpm_ray.data.packing.file_source import FileSource, Member, version_of

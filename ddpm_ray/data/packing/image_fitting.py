@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
-from ddpm_ray.config.pack import PackConfig
+from ddpm_ray.config.jobs.pack import PackConfig
 from ddpm_ray.data.dataset import DatasetError, UInt8s
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.data.packing.image_files import (

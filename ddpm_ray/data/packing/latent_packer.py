@@ -1,8 +1,8 @@
 """Encode a set of pixels to a set of latents: plan, encode shards in any order, then finish.
 
 Latent shard n holds the samples of pixel shard n, encoded in batches that begin at its first
-sample, so its bytes do not depend on which task encodes it. The protocol is that of packer.py:
-part files, and the manifest last.
+sample, so its bytes do not depend on which task encodes it. As in packer.py, each finished shard
+has a part file, and the manifest is written last.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 
-from ddpm_ray.config.encode import EncodeConfig
+from ddpm_ray.config.jobs.encode import EncodeConfig
 from ddpm_ray.core_clock import core_clock
 from ddpm_ray.data import encoding_record, shards
 from ddpm_ray.data.dataset import (
@@ -45,7 +45,7 @@ from ddpm_ray.storage import object_store
 
 
 class LatentEncoder(Protocol):
-    """Encoder of images: a TrainedAutoencoder (sampling/autoencoder.py)."""
+    """The encoder of images; TrainedAutoencoder (sampling/autoencoder.py) is one."""
 
     @property
     def core_seconds(self) -> float | None:
@@ -68,7 +68,7 @@ class LatentEncoder(Protocol):
         ...
 
     def latent_shape(self, image_shape: ImageShape) -> tuple[int, int, int]:
-        """Return (c, h, w) of the latents of such images; raises ValueError if there are none."""
+        """Return (c, h, w) of the latents of such images; raises ValueError if it takes none."""
         ...
 
     def encode_uint8(self, images: UInt8s) -> Posterior:
@@ -94,7 +94,7 @@ class EncodePlan:
 
 
 class EncodedShard(NamedTuple):
-    """A finished shard."""
+    """A finished shard of latents."""
 
     number: int
     row: LatentShardRow
@@ -109,7 +109,7 @@ def make_encoding_plan(
     manifest = source.manifest
     if manifest.codec != "pixels":
         problem = f"the data set holds {manifest.codec}, not images"
-        raise DatasetError(source.url, problem, "name the data set that they were encoded from")
+        raise DatasetError(source.url, problem, "name the images that they were encoded from")
     try:
         latent_shape = LatentShape(*autoencoder.latent_shape(manifest.image_shape))
     except ValueError as error:
@@ -133,8 +133,8 @@ def make_encoding_plan(
 def find_finished_latents(plan: EncodePlan) -> Dataset | None:
     """Return the finished set of latents at the destination, or None if there is none.
 
-    Raises DatasetError if the data set there has other images, another autoencoder or other
-    options; it is never overwritten.
+    Raises DatasetError if a data set of other images, another autoencoder or other options is
+    there; it is never overwritten.
     """
     if not object_store.exists(object_store.join(plan.destination, MANIFEST)):
         return None
@@ -157,7 +157,7 @@ def find_finished_latents(plan: EncodePlan) -> Dataset | None:
 def find_encoded(plan: EncodePlan, number: int) -> EncodedShard | None:
     """Return shard `number` if an interrupted job finished it, else None. Raises StorageError."""
     part = _part_files(plan).find(number)
-    if part is None:
+    if part is None or "core_s" not in part:  # of a commit that did not record the cost
         return None
     return EncodedShard(number, LatentShardRow(**part["row"]), part["gram"], part["core_s"])
 
@@ -172,7 +172,8 @@ def find_all_encoded(plan: EncodePlan) -> list[EncodedShard]:
 def encode_shard(plan: EncodePlan, number: int, autoencoder: LatentEncoder) -> EncodedShard:
     """Write shard `number` and its part file, or reuse those of an interrupted job.
 
-    Raises DatasetError if an image has no float16 latents, ShardCorruptError and StorageError.
+    Raises DatasetError if float16 cannot hold the latents of an image, ShardCorruptError and
+    StorageError.
     """
     if (finished := find_encoded(plan, number)) is not None:
         return finished
@@ -180,9 +181,10 @@ def encode_shard(plan: EncodePlan, number: int, autoencoder: LatentEncoder) -> E
     began = clock()
     shard = fetch_shard(plan.source, number)
     images = _pixels(plan.source, shard)
-    views = [images] + [images[:, :, ::-1]] * (len(plan.recipe.views) - 1)
-    halves = [_encode(plan, autoencoder, view, shard) for view in views]
-    latents = Latents(*(np.stack(half, axis=1) for half in zip(*halves, strict=True)))
+    views = [images, images[:, :, ::-1]] if "flipped" in plan.recipe.views else [images]
+    encoded_views = [_encode(plan, autoencoder, view, shard) for view in views]
+    means, log_variances = zip(*encoded_views, strict=True)
+    latents = Latents(np.stack(means, axis=1), np.stack(log_variances, axis=1))
     data = shards.shard_bytes(latents, shard.labels.tolist(), shard.keys.to_pylist())
     name = shards.shard_name(number)
     object_store.write_bytes(object_store.join(plan.destination, name), data)
@@ -198,7 +200,10 @@ def encode_shard(plan: EncodePlan, number: int, autoencoder: LatentEncoder) -> E
 
 
 def finish_latents(plan: EncodePlan, encoded: Iterable[EncodedShard]) -> Dataset:
-    """Write the record, the index and, last, the manifest; delete the part files. StorageError."""
+    """Write the record, the index and, last, the manifest; then delete the part files.
+
+    Raises StorageError.
+    """
     done = sorted(encoded, key=lambda shard: shard.number)
     rows = [shard.row for shard in done]
     gram = add_grams(shard.gram for shard in done)
@@ -240,13 +245,16 @@ def _pixels(source: Dataset, shard: Shard) -> UInt8s:
 def _encode(
     plan: EncodePlan, autoencoder: LatentEncoder, images: UInt8s, shard: Shard
 ) -> tuple[Float16s, Float16s]:
-    """Return mean and log variance of images [n, H, W, C], both [n, c, h, w]. DatasetError."""
+    """Return mean and log variance, [n, c, h, w] each, of images [n, H, W, C] of `shard`.
+
+    Raises DatasetError that names the first image whose latents float16 cannot hold.
+    """
     means, variances = [], []
     for start in range(0, len(images), plan.batch_size):
         batch = np.ascontiguousarray(images[start : start + plan.batch_size])
         posterior = autoencoder.encode_uint8(batch)
         halves = (half.float().cpu().numpy() for half in posterior)
-        with np.errstate(over="ignore"):  # becomes infinite, and is refused by name
+        with np.errstate(over="ignore"):  # an overflow gives infinity, which is refused below
             mean, log_variance = (half.astype(np.float16) for half in halves)
         low, high = LOG_VARIANCES
         good = np.isfinite(mean) & (log_variance >= low) & (log_variance <= high)
@@ -262,7 +270,8 @@ def _no_latents(plan: EncodePlan, key: str, posterior: Posterior, row: int) -> D
     """Return the error for an image whose latents float16 cannot hold."""
     largest = float(posterior.mean[row].abs().max())
     problem = (
-        f"sample {key}: latents are not in float16's range (largest mean {largest:g}, limit 65504)"
+        f"sample {key}: its latents exceed the range of float16 (largest mean {largest:g}, limit "
+        "65504)"
     )
     remedy = "train the autoencoder with a larger KL weight, or pack the images without this one"
     return DatasetError(plan.source.url, problem, remedy)

@@ -1,7 +1,7 @@
-"""Part files: what a job knows of each finished shard, so that the job continues after a kill.
+"""Part files: one record per finished shard, from which an interrupted job continues.
 
-A part file is written once its shard is complete, and holds the shard's row of the index. It names
-everything that the shard's bytes depend on: parts of another source or of other options are not
+A part file is written after its shard and holds the shard's row of the index. Its `identity` names
+everything that the shard's bytes depend on, so parts of another source or of other options are not
 used. The part files are deleted once the manifest is written.
 """
 
@@ -27,12 +27,15 @@ class PartFiles:
     identity: str
 
     def numbers(self) -> list[int]:
-        """Return the numbers of all parts, also those of other jobs, in order. StorageError."""
+        """Return the numbers of all parts in order, also of other jobs. Raises StorageError."""
         names = object_store.file_names(object_store.join(self.destination, PARTS))
         return [int(match[1]) for name in names if (match := NAME.fullmatch(name))]
 
     def find(self, number: int) -> dict[str, Any] | None:
-        """Return the part of shard `number`; None if the shard is not finished. StorageError."""
+        """Return the part of shard `number`, or None if the shard is not finished.
+
+        Raises StorageError.
+        """
         url = self._url(number)
         if not object_store.exists(url):
             return None

@@ -16,7 +16,7 @@ from typing import cast
 import numpy as np
 import numpy.typing as npt
 
-from ddpm_ray.config.pack import PackConfig
+from ddpm_ray.config.jobs.pack import PackConfig
 from ddpm_ray.data.dataset import INDEX, MANIFEST, DatasetError
 from ddpm_ray.data.packing import builtin_datasets
 from ddpm_ray.data.packing.builtin_datasets import BuiltIn

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from ddpm_ray.config.pack import PackConfig
+from ddpm_ray.config.jobs.pack import PackConfig
 from ddpm_ray.data.dataset import DatasetError
 from ddpm_ray.data.packing import class_names, table_files
 from ddpm_ray.data.packing.class_names import Label

@@ -20,7 +20,7 @@ from ddpm_ray.data.codec import channels_first
 SIDE = 299  # pixels
 SPATIAL = 2023  # numbers in 7 channels of 17 x 17, which no mean is taken of
 FIRST_STAGES = "Conv2d_1a_3x3", "Conv2d_2b_3x3", "Conv2d_4a_3x3"  # read by `first_stages`
-LEAST_SIDE = 19  # pixels, which leave 1 after the last of them
+LEAST_SIDE = 19  # pixels, for which the last of these stages has a side of 1
 WIDTH_AFTER = {"pool_2": 192, "Mixed_6d": SPATIAL, "Mixed_6e": 768, "Mixed_7c": 2048}
 
 
@@ -77,8 +77,8 @@ class Inception(nn.Module):
         """Feature maps [N, C_i, h_i, w_i] of FIRST_STAGES, with gradients, for a perceptual loss.
 
         x is float [N, 3 or 1, H, W] in [-1, 1] and not resized: maps have 32, 64 and 192 channels
-        and about H / 2, H / 2 and H / 4 rows. Raises ValueError for other channels or sides below
-        19 pixels.
+        and about H / 2, H / 2 and H / 4 rows. Raises ValueError for other channels and for sides
+        below 19 pixels.
         """
         if x.ndim != 4 or x.shape[1] not in (1, 3) or min(x.shape[2:]) < LEAST_SIDE:
             raise ValueError(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ddpm_ray.models.autoencoder import Autoencoder, AutoencoderSpec
+from ddpm_ray.models.interop import state_dict_names
 from ddpm_ray.models.interop.diffusers_config import (
     Config,
     full_config,
@@ -32,8 +33,6 @@ from ddpm_ray.models.interop.diffusers_files import (
     write_weights,
 )
 from ddpm_ray.models.interop.layouts import Layout, Tensors, gathered, on_meta_device, scattered
-from ddpm_ray.models.interop.state_dict_names import Table
-from ddpm_ray.models.layers import ResBlock
 
 CLASS = "AutoencoderKL"
 PIPELINE: Config = {  # what only pipelines read, with AutoencoderKL's defaults
@@ -44,8 +43,9 @@ PIPELINE: Config = {  # what only pipelines read, with AutoencoderKL's defaults
     "force_upcast": True,
 }
 UNSCALED: Config = {**PIPELINE, "scaling_factor": 1.0}
-"""Of an autoencoder of ours: pipelines diffuse its latents as they are."""
-PER_CHANNEL = ("shift_factor", "latents_mean", "latents_std")  # LDMPipeline, DiTPipeline: not read
+"""Values for an autoencoder of ours: pipelines diffuse its latents as they are."""
+PER_CHANNEL = ("shift_factor", "latents_mean", "latents_std")
+"""Keys that LDMPipeline and DiTPipeline ignore."""
 AUTOENCODER_KL: Config = {  # defaults of AutoencoderKL, for keys that a file omits
     "in_channels": 3,
     "out_channels": 3,
@@ -62,13 +62,7 @@ AUTOENCODER_KL: Config = {  # defaults of AutoencoderKL, for keys that a file om
     "mid_block_add_attention": True,
     **PIPELINE,
 }
-BLOCK = {
-    "norm_1": "norm1",
-    "conv_1": "conv1",
-    "norm_2": "norm2",
-    "conv_2": "conv2",
-    "skip": "conv_shortcut",
-}
+LAYOUT = Layout(CLASS, state_dict_names.diffusers_autoencoder)
 
 
 class DiffusersAutoencoder(NamedTuple):
@@ -109,20 +103,13 @@ def standardised(
 ) -> tuple[AutoencoderSpec, dict[str, Tensor]]:
     """The autoencoder whose latents are (z - mean) / std, per channel, for latents z of this one.
 
-    The map is part of its 1x1 convolutions, which it has even if `spec` has none; computed in
-    float64. Its log variances, those of z minus 2 log(std), are clamped after that, not before.
+    Its 1x1 convolutions contain the map, computed in float64; if `spec` has none, they are added.
+    Its log variances, those of z minus 2 log(std), are clamped after the map, not before it.
     """
     c = spec.latent_channels
     m, s = (torch.tensor(values, dtype=torch.float64) for values in (mean, std))
-    moments, latents = torch.eye(2 * c, dtype=torch.float64), torch.eye(c, dtype=torch.float64)
-    moments_bias, latents_bias = (torch.zeros(len(one)).double() for one in (moments, latents))
-    if spec.latent_convs:
-        moments, moments_bias, latents, latents_bias = (
-            tensors[f"{conv}_conv.{part}"].cpu().double()
-            for conv in ("moments", "latents")
-            for part in ("weight", "bias")
-        )
-    moments, latents = moments.reshape(2 * c, 2 * c), latents.reshape(c, c)
+    moments, moments_bias = _latent_conv(spec, tensors, "moments_conv", 2 * c)
+    latents, latents_bias = _latent_conv(spec, tensors, "latents_conv", c)
     scale = torch.cat([1 / s, torch.ones_like(s)])
     shift = torch.cat([-m / s, -2 * s.log()])
     folded = {
@@ -135,6 +122,17 @@ def standardised(
     return replace(spec, latent_convs=True), {**tensors, **named}
 
 
+def _latent_conv(
+    spec: AutoencoderSpec, tensors: Tensors, name: str, channels: int
+) -> tuple[Tensor, Tensor]:
+    """Matrix [n, n] and bias [n] in float64 of a 1x1 convolution; the identity if there is none."""
+    if not spec.latent_convs:
+        identity = torch.eye(channels, dtype=torch.float64)
+        return identity, identity.new_zeros(channels)
+    weight, bias = (tensors[f"{name}.{part}"].cpu().double() for part in ("weight", "bias"))
+    return weight.reshape(channels, channels), bias
+
+
 def in_folder(folder: str | Path) -> bool:
     """Whether diffusers saved an autoencoder in a local folder, or in vae/ or vqvae/ of it."""
     home = _home(folder)
@@ -143,7 +141,8 @@ def in_folder(folder: str | Path) -> bool:
 
 def read_config(folder: str | Path) -> tuple[AutoencoderSpec, dict[str, Any]]:
     """Sizes of the autoencoder that `read_folder` reads, and its values of PIPELINE's keys."""
-    config = read_json(_home(folder) / "config.json")
+    home = _home(folder)
+    config = read_json(home / "config.json")
     spec, full = spec_from_config(config), full_config(config, AUTOENCODER_KL, CLASS)
     return spec, {key: full[key] for key in PIPELINE}
 
@@ -172,7 +171,7 @@ def write_folder(
 ) -> None:
     """Save for `AutoencoderKL.from_pretrained(folder)`; raises UnsupportedModelError.
 
-    config.json, without which the folder is no model, comes last.
+    config.json comes last: without it the folder is not a model.
     """
     config, theirs = to_diffusers(spec, tensors, image_size, pipeline)
     write_weights(folder, theirs, write)
@@ -208,7 +207,7 @@ def _spec(config: Config) -> AutoencoderSpec:
 
 
 def _config(spec: AutoencoderSpec, image_size: tuple[int, int]) -> dict[str, Any]:
-    """The full config of a spec, but for PIPELINE's keys."""
+    """The full config of a spec, without PIPELINE's keys."""
     levels = len(spec.channel_mults)
     return {
         "in_channels": spec.image_channels,
@@ -235,42 +234,3 @@ def _home(folder: str | Path) -> Path:
 def _network(spec: AutoencoderSpec) -> Autoencoder:
     """The network on the meta device; raises UnsupportedModelError for an inconsistent spec."""
     return on_meta_device(lambda: Autoencoder(spec))
-
-
-def names(network: Autoencoder) -> Table:
-    """Names in AutoencoderKL: a table as in `state_dict_names`."""
-    table: Table = {"moments_conv": ("quant_conv",), "latents_conv": ("post_quant_conv",)}
-    paths = ("encoder", "down", network.encoder.down), ("decoder", "up", network.decoder.up)
-    for side, path, modules in paths:
-        table[f"{side}.conv_in"] = (f"{side}.conv_in",)
-        table[f"{side}.norm_out"] = (f"{side}.conv_norm_out",)
-        table[f"{side}.conv_out"] = (f"{side}.conv_out",)
-        _add_block(table, f"{side}.middle.block_1", f"{side}.mid_block.resnets.0")
-        _add_block(table, f"{side}.middle.block_2", f"{side}.mid_block.resnets.1")
-        _add_attention(table, f"{side}.middle.attention", f"{side}.mid_block.attentions.0")
-        level = number = 0  # of diffusers: its levels count along the path
-        for order, module in enumerate(modules):
-            ours, theirs = f"{side}.{path}.{order}", f"{side}.{path}_blocks.{level}"
-            if isinstance(module, ResBlock):
-                _add_block(table, ours, f"{theirs}.resnets.{number}")
-                number += 1
-            else:
-                table[f"{ours}.conv"] = (f"{theirs}.{path}samplers.0.conv",)
-                level, number = level + 1, 0
-    return table
-
-
-def _add_attention(table: Table, ours: str, theirs: str) -> None:
-    """Add the layers of an attention."""
-    table[f"{ours}.norm"] = (f"{theirs}.group_norm",)
-    table[f"{ours}.query_key_value"] = tuple(f"{theirs}.to_{part}" for part in "qkv")
-    table[f"{ours}.out"] = (f"{theirs}.to_out.0",)
-
-
-def _add_block(table: Table, ours: str, theirs: str) -> None:
-    """Add the layers of a residual block."""
-    for part, name in BLOCK.items():
-        table[f"{ours}.{part}"] = (f"{theirs}.{name}",)
-
-
-LAYOUT = Layout(CLASS, names, 0)

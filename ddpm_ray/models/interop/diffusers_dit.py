@@ -1,8 +1,8 @@
 """Convert a diffusers DiTTransformer2DModel to a DiT, and back.
 
-Their blocks embed t and the label each by weights of their own, but a trained model has the same in
-each block, as in the paper's code. A model that cannot be converted exactly is refused. Their t is
-ours minus 1.
+In diffusers, each block has its own embedders of t and the label, but those of a trained model are
+equal in all blocks, as in the paper's code. A model that cannot be converted exactly is refused.
+Their t is ours minus 1.
 """
 
 from dataclasses import replace
@@ -42,7 +42,7 @@ DIT: Config = {  # defaults of DiTTransformer2DModel, for keys that a file omits
     "norm_elementwise_affine": False,
     "norm_eps": 1e-5,
 }
-OTHER_TRANSFORMERS: Config = {  # options of FORMER_NAME, as a DiT has them
+OTHER_TRANSFORMERS: Config = {  # further options of FORMER_NAME, with their values in a DiT
     "cross_attention_dim": None,
     "num_vector_embeds": None,
     "use_linear_projection": False,
@@ -50,19 +50,19 @@ OTHER_TRANSFORMERS: Config = {  # options of FORMER_NAME, as a DiT has them
     "double_self_attention": False,
 }
 DIT_LAYOUT = Layout(NAME, state_dict_names.diffusers_dit)
-EMBEDDERS = "norm1.emb."  # of each block: of t and of the label
-NULL_LABEL = 1000  # in DiTPipeline, whatever the number of classes
-NUM_CLASSES_KEY = "_ddpm_ray_num_classes"  # extra key of a config: without those that only pad
+EMBEDDERS = "norm1.emb."  # the embedders of t and the label in a block
+NULL_LABEL = 1000  # in DiTPipeline, for any number of classes
+NUM_CLASSES_KEY = "_ddpm_ray_num_classes"  # extra key of a config: classes without the padding
 LABELS = "transformer_blocks.0.norm1.emb.class_embedder.embedding_table.weight"
 
 
 def dit_from_diffusers(config: Config, tensors: Tensors) -> tuple[DiTSpec, dict[str, Tensor]]:
     """DiT's spec and state_dict from those of a `DiTTransformer2DModel`.
 
-    Its last label is the null label, and num_embeds_ada_norm, which does not count it, our
-    num_classes. With num_embeds_ada_norm=0 its null label must be embedded as 0. Input channels
-    beyond the output channels are read as conditioning, twice as many output as input channels as a
-    learned variance. Raises UnsupportedModelError.
+    Its last label is the null label; num_embeds_ada_norm, which does not count it, is our
+    num_classes. If that is 0, the embedding of the null label must be 0. Input channels beyond the
+    output channels are read as conditioning, twice as many output as input channels as a learned
+    variance. Raises UnsupportedModelError.
     """
     spec = _checked_spec(config)
     first = _first_embedders(tensors)
@@ -95,8 +95,8 @@ def dit_to_diffusers(spec: DiTSpec, tensors: Tensors) -> tuple[dict[str, Any], d
 def dit_to_pipeline(spec: DiTSpec, tensors: Tensors) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The config.json and tensors for DiTPipeline: fewer than 1000 classes are padded to 1000.
 
-    Its null label, which guidance needs, is 1000. The classes that pad have the null label's
-    embedding; `dit_from_diffusers` leaves them out again.
+    Its null label, which guidance needs, is 1000. The padding classes have the null label's
+    embedding; `dit_from_diffusers` removes them.
     """
     classes = spec.num_classes
     if not 0 < classes < NULL_LABEL:
@@ -111,7 +111,7 @@ def dit_to_pipeline(spec: DiTSpec, tensors: Tensors) -> tuple[dict[str, Any], di
 def _without_padding(
     spec: DiTSpec, tensors: dict[str, Tensor], classes: Any
 ) -> tuple[DiTSpec, dict[str, Tensor]]:
-    """Leave out the labels from number `classes` on, but the last; they must equal it."""
+    """Remove the labels from number `classes` on except the last, which they must equal."""
     if classes == spec.num_classes:
         return spec, tensors
     label = tensors.get("label.weight", torch.empty(0))
@@ -121,7 +121,8 @@ def _without_padding(
         or (label[classes:] != label[-1]).any()
     ):
         raise UnsupportedModelError(
-            NAME, f"{NUM_CLASSES_KEY} is {classes!r}, but later labels are in use"
+            NAME,
+            f"{NUM_CLASSES_KEY} is {classes!r}, but labels beyond it have their own embeddings",
         )
     kept = {**tensors, "label.weight": label[: classes + 1].clone()}
     return replace(spec, num_classes=classes), kept
@@ -138,7 +139,8 @@ def _first_embedders(tensors: Tensors) -> dict[str, Tensor]:
             kept[name] = tensor
         elif not torch.equal(tensor, first):
             raise UnsupportedModelError(
-                NAME, f"{name} differs from that of block 0; supported is one embedding of t"
+                NAME,
+                f"{name} differs from that of block 0; all blocks must embed t and labels alike",
             )
     return kept
 

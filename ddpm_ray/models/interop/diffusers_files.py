@@ -67,7 +67,8 @@ def read_tensors(where: str, data: bytes) -> dict[str, Tensor]:
             stored = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         problem = (
-            "it is no file of torch.save, or holds more than tensors, as code, which is not run"
+            "torch.save did not write it, or it holds other objects than tensors, which are not "
+            "loaded because they can run code"
         )
         remedy = "save the state_dict alone, best as .safetensors"
         raise UnsupportedModelError(where, f"cannot be read: {problem}; {remedy}") from error
@@ -99,7 +100,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise UnsupportedModelError(str(path), f"cannot be read: {error}") from error
     if not isinstance(value, dict):
-        raise UnsupportedModelError(str(path), "is no JSON object")
+        raise UnsupportedModelError(str(path), "is not a JSON object")
     return value
 
 

@@ -30,7 +30,12 @@ from ddpm_ray.models.interop.diffusers_files import (
     write_json,
     write_weights,
 )
-from ddpm_ray.models.interop.diffusers_pipelines import PART_CLASSES, Diffused, Export, to_pipeline
+from ddpm_ray.models.interop.diffusers_pipelines import (
+    PART_CLASSES,
+    Export,
+    ModelTraits,
+    to_pipeline,
+)
 from ddpm_ray.models.interop.diffusers_schedulers import Facts, from_scheduler
 from ddpm_ray.models.interop.layouts import Tensors
 from ddpm_ray.models.unet_spec import UNetSpec
@@ -47,10 +52,11 @@ class DiffusersModel(NamedTuple):
     image_size: tuple[int, int]  # (H, W) of x_0
     autoencoder: str  # folder of the autoencoder; empty: a model of pixels
     scaling_factor: float  # x_0 is the autoencoder's latents times this
+    label_names: tuple[str, ...] | None  # of classes 0, 1, ...; None: unknown
 
 
 def holds_model(folder: str | Path) -> bool:
-    """Whether a local folder holds a model that diffusers saved: a pipeline, or a DiT alone."""
+    """Whether a local folder holds a model that diffusers saved: a pipeline, or only a DiT."""
     return any(Path(folder, file).is_file() for file in (MODEL_INDEX, "transformer/config.json"))
 
 
@@ -59,14 +65,15 @@ def read_folder(folder: str | Path) -> DiffusersModel:
 
     Network and scheduler are in folders of their own, or a U-Net and its scheduler both in the
     folder itself. Weights are read from safetensors or else from a .bin file with weights_only, so
-    that no code in it is run. Those of an autoencoder are not read. Raises UnsupportedModelError.
+    that no code in it is run. The autoencoder's weights are not read. Raises UnsupportedModelError.
     """
     is_dit = Path(folder, "transformer").is_dir()
     network = part_folder(folder, "transformer" if is_dit else "unet")
     config = read_json(network / "config.json")
     if config.get("_class_name") == autoencoder_kl.CLASS:
         raise UnsupportedModelError(
-            str(folder), "it holds an autoencoder, which `ddpm-ray encode` takes as it is"
+            str(folder),
+            "it holds an autoencoder, which draws no images: give it to `ddpm-ray encode`",
         )
     scheduler = part_folder(folder, "scheduler") / "scheduler_config.json"
     facts, tensors = from_scheduler(read_json(scheduler)), read_weights(weights_file(network))
@@ -79,9 +86,25 @@ def read_folder(folder: str | Path) -> DiffusersModel:
     autoencoder, scaling_factor = _autoencoder_of(folder, spec.image_channels)
     if autoencoder and facts["sampling"]["clip"]:
         raise UnsupportedModelError(
-            str(scheduler), "clip_sample is True, but latents have no range to clip to"
+            str(scheduler),
+            "clip_sample is True, but latents have no range to clip to: set it to false",
         )
-    return DiffusersModel(spec, tensors, facts, size, autoencoder, scaling_factor)
+    index = Path(folder, MODEL_INDEX)
+    names = class_names_of(read_json(index), spec.num_classes) if index.is_file() else None
+    return DiffusersModel(spec, tensors, facts, size, autoencoder, scaling_factor, names)
+
+
+def class_names_of(model_index: Config, num_classes: int) -> tuple[str, ...] | None:
+    """The names of classes 0, 1, ... in id2label of a DiTPipeline.
+
+    None unless there is exactly one for each class: labels without a name are numbers.
+    """
+    named = model_index.get("id2label")
+    keys = [str(label) for label in range(num_classes)]
+    if not num_classes or not isinstance(named, dict) or named.keys() != {*keys}:
+        return None
+    names = tuple(named[key] for key in keys)
+    return names if all(isinstance(name, str) for name in names) else None
 
 
 def write_folder(
@@ -103,10 +126,10 @@ def write_folder(
     model, the config.json of its network. Raises UnsupportedModelError, before anything is written,
     for a model that cannot be exported.
     """
-    of = Diffused.by(spec, image_size, autoencoder is not None)
-    export = to_pipeline(facts, of)
+    traits = ModelTraits.of(spec, image_size, autoencoder is not None)
+    export = to_pipeline(facts, traits)
     weights, configs = dict[str, Tensors](), dict[str, Config]()
-    configs[of.network], weights[of.network] = _converted(spec, tensors, of)
+    configs[traits.network], weights[traits.network] = _converted(spec, tensors, traits)
     if autoencoder is not None:
         vae, theirs = autoencoder
         sides = image_size[0] * vae.factor, image_size[1] * vae.factor
@@ -119,7 +142,7 @@ def write_folder(
     files |= {f"{part}/config.json": config for part, config in configs.items()}
     if export.pipeline:
         named = {str(label): name for label, name in enumerate(label_names)}
-        id2label = {"id2label": named} if named and of.by_dit_pipeline else {}
+        id2label = {"id2label": named} if named and traits.by_dit_pipeline else {}
         files[MODEL_INDEX] = export.model_index | id2label
     for name, value in files.items():
         write_json(f"{folder}/{name}", value, write)
@@ -127,21 +150,21 @@ def write_folder(
 
 
 def _converted(
-    spec: UNetSpec | DiTSpec, tensors: Tensors, of: Diffused
+    spec: UNetSpec | DiTSpec, tensors: Tensors, traits: ModelTraits
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """config.json and tensors of the network, as the model's pipeline calls it."""
     if isinstance(spec, UNetSpec):
-        return convert.to_diffusers(spec, tensors, of.image_size)
-    if of.by_dit_pipeline:
+        return convert.to_diffusers(spec, tensors, traits.image_size)
+    if traits.by_dit_pipeline:
         return diffusers_dit.dit_to_pipeline(spec, tensors)
     return diffusers_dit.dit_to_diffusers(spec, tensors)
 
 
 def _autoencoder_of(folder: str | Path, channels: int) -> tuple[str, float]:
-    """The folder of a model's autoencoder, and its scaling factor; empty for a model of pixels.
+    """The folder of a model's autoencoder and its scaling factor; ("", 1) for a model of pixels.
 
-    Raises UnsupportedModelError for one that Autoencoder cannot represent, and unless x_0 has its
-    number of `channels`.
+    Raises UnsupportedModelError for an autoencoder that Autoencoder cannot represent, and for one
+    whose latents have other than `channels` channels.
     """
     home = autoencoder_folder(folder)
     if home is None:
@@ -152,10 +175,10 @@ def _autoencoder_of(folder: str | Path, channels: int) -> tuple[str, float]:
     if found.latent_channels != channels:
         raise UnsupportedModelError(
             str(folder),
-            f"the autoencoder's latents have {found.latent_channels} channels, and the network "
+            f"the autoencoder's latents have {found.latent_channels} channels, but the network "
             f"draws {channels}",
         )
     factor = scaling["scaling_factor"]
     if not isinstance(factor, int | float) or not factor > 0:
-        raise UnsupportedModelError(str(home), f"scaling_factor is {factor!r}; it is above 0")
+        raise UnsupportedModelError(str(home), f"scaling_factor is {factor!r}; it must be above 0")
     return str(home), float(factor)

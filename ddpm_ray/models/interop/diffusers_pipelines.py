@@ -8,7 +8,7 @@
 | pixels, DiT | none | transformer/ | |
 
 LDMPipeline and DiTPipeline divide latents by `scaling_factor` and decode them; they read no other
-key of the autoencoder's config. DiTPipeline alone passes labels, and it passes the scheduler no
+key of the autoencoder's config. Only DiTPipeline passes labels, and it passes the scheduler no
 learned variance.
 """
 
@@ -36,7 +36,7 @@ BY_HAND = "sample it step by step, as docs/toolbox.md shows"
 
 
 @dataclass(frozen=True)
-class Diffused:
+class ModelTraits:
     """The traits of a model that decide how diffusers draws it, apart from sampling settings."""
 
     network: str = "unet"  # the folder of the network
@@ -47,8 +47,10 @@ class Diffused:
     condition_channels: int = 0
 
     @classmethod
-    def by(cls, spec: UNetSpec | DiTSpec, image_size: tuple[int, int], latents: bool) -> "Diffused":
-        """Return what a network with this spec draws; `image_size` is (H, W) of x_0."""
+    def of(
+        cls, spec: UNetSpec | DiTSpec, image_size: tuple[int, int], latents: bool
+    ) -> "ModelTraits":
+        """Return the traits of a network with this spec; `image_size` is (H, W) of x_0."""
         return cls(
             "transformer" if isinstance(spec, DiTSpec) else "unet",
             latents,
@@ -86,44 +88,46 @@ class Export(NamedTuple):
         return {"_class_name": self.pipeline, "scheduler": scheduler, **classes}
 
 
-def to_pipeline(facts: Facts, of: Diffused) -> Export:
-    """The scheduler, pipeline and call that draw as the run does, or as closely as they can.
+def to_pipeline(facts: Facts, traits: ModelTraits) -> Export:
+    """The scheduler, pipeline and call that sample as the run does, as closely as diffusers can.
 
     Raises UnsupportedModelError for a model that no scheduler fits.
     """
     sampling = facts["sampling"]
-    scheduler = to_sampling_scheduler(facts, of.channels, splits_variance=of.by_dit_pipeline)
+    scheduler = to_sampling_scheduler(
+        facts, traits.channels, splits_variance=traits.by_dit_pipeline
+    )
     ddim = scheduler["_class_name"] == "DDIMScheduler"
-    parts: tuple[str, ...] = (of.network,)
+    parts: tuple[str, ...] = (traits.network,)
     call: dict[str, Any] = {}
-    if of.network == "unet":
+    if traits.network == "unet":
         pipeline = "DDIMPipeline" if ddim else "DDPMPipeline"
         call = {"eta": sampling.get("eta", 0.0)} if ddim else {}
-        if of.latents:
+        if traits.latents:
             pipeline, parts = "LDMPipeline", ("unet", "vqvae")
         elif ddim:
             call["use_clipped_model_output"] = bool(sampling["clip"])
-    elif of.latents:
+    elif traits.latents:
         pipeline, parts = "DiTPipeline", ("transformer", "vae")
-        scale = sampling.get("guidance_scale", 1.0) if of.is_guided else 1.0
+        scale = sampling.get("guidance_scale", 1.0) if traits.is_guided else 1.0
         call = {"class_labels": list(sampling.get("labels") or [0]), "guidance_scale": scale}
     else:
         pipeline = ""
     if steps := sampling.get("steps"):
         call["num_inference_steps"] = steps
     missing = settings_without_equivalent(facts, scheduler)
-    missing += _of_labels(sampling, of) + _of_pipeline(sampling, of, pipeline)
+    missing += _label_limits(sampling, traits) + _pipeline_limits(sampling, traits, pipeline)
     return Export(scheduler, pipeline, call, tuple(missing), parts)
 
 
-def _of_labels(sampling: Mapping[str, Any], of: Diffused) -> list[str]:
-    """Settings of labels and guidance that the pipeline cannot represent."""
+def _label_limits(sampling: Mapping[str, Any], traits: ModelTraits) -> list[str]:
+    """Settings of labels and guidance that no pipeline, or DiTPipeline, can represent."""
     scale, labels = sampling.get("guidance_scale", 1), sampling.get("labels")
-    if not of.by_dit_pipeline:
+    if not traits.by_dit_pipeline:
         if scale != 1:
             return [f"guidance_scale={scale:g} (pipelines pass no labels)"]
         return [f"labels={list(labels)} (pipelines pass no labels)"] if labels else []
-    if scale != 1 and not of.is_guided:
+    if scale != 1 and not traits.is_guided:
         null = diffusers_dit.NULL_LABEL
         return [f"guidance_scale={scale:g} (DiTPipeline guides models with labels, at most {null})"]
     found = [f"guidance_scale={scale:g} (DiTPipeline: 1)"] if scale < 1 else []
@@ -135,17 +139,17 @@ def _of_labels(sampling: Mapping[str, Any], of: Diffused) -> list[str]:
     ]
 
 
-def _of_pipeline(sampling: Mapping[str, Any], of: Diffused, pipeline: str) -> list[str]:
-    """The inputs and shapes of the model that this pipeline cannot handle, a line for each."""
+def _pipeline_limits(sampling: Mapping[str, Any], traits: ModelTraits, pipeline: str) -> list[str]:
+    """Inputs, shapes and eta of the model that the pipeline cannot handle, a line for each."""
     if not pipeline:
         return [f"pipeline (diffusers has none for a DiT of pixels: {BY_HAND})"]
-    found, (height, width) = list[str](), of.image_size
-    if of.num_classes and not of.by_dit_pipeline:
+    found, (height, width) = list[str](), traits.image_size
+    if (classes := traits.num_classes) and not traits.by_dit_pipeline:
         found.append(
-            f"num_classes={of.num_classes} ({pipeline} passes no labels, which this network needs: "
+            f"num_classes={classes} ({pipeline} passes no labels, which this network needs: "
             f"{BY_HAND})"
         )
-    if of.condition_channels:
+    if traits.condition_channels:
         found.append(f"conditioning images ({pipeline} passes none: {BY_HAND})")
     if pipeline == "LDMPipeline" and height != width:
         found.append(f"latents of {height} x {width} (LDMPipeline draws squares: {BY_HAND})")

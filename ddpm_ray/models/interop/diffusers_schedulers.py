@@ -24,7 +24,7 @@ SCHEDULER: Config = {  # defaults of DDPMScheduler
     "thresholding": False,
     "rescale_betas_zero_snr": False,
 }
-OF_A_CALL = {  # keys of one sampling call, or of options that are refused
+OF_A_CALL = {  # keys of a sampling call, or of options that are refused
     "timestep_spacing",
     "steps_offset",
     "set_alpha_to_one",
@@ -118,9 +118,10 @@ def to_sampling_scheduler(
 ) -> dict[str, Any]:
     """The scheduler equivalent to the run's sampler; DDPMScheduler where diffusers has none.
 
-    `channels` are those of x_0. `splits_variance`: the scheduler is passed no learned variance. The
-    run's settings are also stored in the config under an extra key, which diffusers ignores and
-    `from_scheduler` reads. Raises UnsupportedModelError for a model that no scheduler fits.
+    `channels` are those of x_0. With `splits_variance`, the pipeline drops a learned variance
+    before it calls the scheduler. The run's settings are also stored in the config under an extra
+    key, which diffusers ignores and `from_scheduler` reads. Raises UnsupportedModelError for a
+    model that no scheduler fits.
     """
     trained, sampling = to_scheduler(facts), facts["sampling"]
     learned = facts["objective"].get("variance", "fixed") != "fixed" and not splits_variance
@@ -162,7 +163,7 @@ def to_sampling_scheduler(
 
 
 def settings_without_equivalent(facts: Facts, scheduler: Config) -> list[str]:
-    """Settings of the run that this scheduler cannot represent, but those of labels."""
+    """Settings of the run that this scheduler cannot represent, apart from those of labels."""
     sampling, name, found = facts["sampling"], scheduler["_class_name"], list[str]()
     sampler, variance = sampling.get("sampler", "ancestral"), scheduler.get("variance_type")
     if name == "DDPMScheduler" and sampler != "ancestral":

@@ -1,7 +1,7 @@
 """State dicts of a network in the layout of another library, and back.
 
-A layout names the tensors of another code base. Fused tensors of ours, as query, key and value, are
-several of theirs.
+A layout names the tensors of another code base. One of our fused tensors, such as query, key and
+value, may be several of theirs.
 """
 
 from collections.abc import Callable, Mapping
@@ -24,11 +24,13 @@ class Layout(Generic[AnyModule]):
 
     name: str
     table: Callable[[AnyModule], Table]
-    attention_axes: int = 0  # trailing axes of length 1 where attention layers are 1x1 convolutions
+    attention_axes: int = (
+        0  # axes of length 1 behind the weights of attention layers (convolutions)
+    )
 
 
 def gathered(layout: Layout[AnyModule], network: AnyModule, tensors: Tensors) -> dict[str, Tensor]:
-    """The state_dict of `network` from tensors in `layout`; every tensor must be used.
+    """The state_dict of `network` from tensors in `layout`, all of which must be used.
 
     `network` may be on the meta device. Raises UnsupportedModelError for missing or extra names and
     for other shapes.
@@ -83,4 +85,7 @@ def on_meta_device(build: Callable[[], AnyModule]) -> AnyModule:
 
 def _without_ones(shape: torch.Size) -> list[int]:
     """The shape without its trailing 1s."""
-    return [*shape[: max((i for i, n in enumerate(shape, 1) if n != 1), default=0)]]
+    lengths = list(shape)
+    while lengths and lengths[-1] == 1:
+        lengths.pop()
+    return lengths

@@ -10,12 +10,27 @@ from typing import NamedTuple, TypeAlias
 
 from torch import nn
 
+from ddpm_ray.models.autoencoder import Autoencoder
 from ddpm_ray.models.dit import DiT
 from ddpm_ray.models.layers import ResBlock, Stage
 from ddpm_ray.models.unet import UNet
 
 Table: TypeAlias = dict[str, tuple[str, ...]]
 Parts: TypeAlias = Mapping[str, tuple[str, ...]]
+
+DIFFUSERS_BLOCK: Parts = {
+    "norm_1": ("norm1",),
+    "conv_1": ("conv1",),
+    "time": ("time_emb_proj",),
+    "norm_2": ("norm2",),
+    "conv_2": ("conv2",),
+    "skip": ("conv_shortcut",),
+}
+DIFFUSERS_ATTENTION: Parts = {
+    "norm": ("group_norm",),
+    "query_key_value": ("to_q", "to_k", "to_v"),
+    "out": ("to_out.0",),
+}
 
 
 class ModuleLocation(NamedTuple):
@@ -30,19 +45,7 @@ class ModuleLocation(NamedTuple):
 
 def diffusers(network: UNet) -> Table:
     """Names in `UNet2DModel`."""
-    block = _single(
-        norm_1="norm1",
-        conv_1="conv1",
-        time="time_emb_proj",
-        norm_2="norm2",
-        conv_2="conv2",
-        skip="conv_shortcut",
-    )
-    attention = {
-        "norm": ("group_norm",),
-        "query_key_value": ("to_q", "to_k", "to_v"),
-        "out": ("to_out.0",),
-    }
+    block, attention = DIFFUSERS_BLOCK, DIFFUSERS_ATTENTION
     table = _single(
         conv_in="conv_in", norm_out="conv_norm_out", conv_out="conv_out", label="class_embedding"
     )
@@ -148,6 +151,30 @@ def diffusers_dit(network: DiT) -> Table:
     }
     for number in range(network.spec.depth):
         _add(table, f"blocks.{number}", f"transformer_blocks.{number}", block)
+    return _present(table, network)
+
+
+def diffusers_autoencoder(network: Autoencoder) -> Table:
+    """Names in `AutoencoderKL`."""
+    table = _single(moments_conv="quant_conv", latents_conv="post_quant_conv")
+    ends = _single(conv_in="conv_in", norm_out="conv_norm_out", conv_out="conv_out")
+    paths = ("encoder", "down", network.encoder.down), ("decoder", "up", network.decoder.up)
+    for side, path, modules in paths:
+        _add(table, side, side, ends)
+        for number in (0, 1):
+            theirs = f"{side}.mid_block.resnets.{number}"
+            _add(table, f"{side}.middle.block_{number + 1}", theirs, DIFFUSERS_BLOCK)
+        attention = f"{side}.mid_block.attentions.0"
+        _add(table, f"{side}.middle.attention", attention, DIFFUSERS_ATTENTION)
+        level = number = 0  # levels count along the path, so in the decoder from the smallest
+        for order, module in enumerate(modules):
+            ours, home = f"{side}.{path}.{order}", f"{side}.{path}_blocks.{level}"
+            if isinstance(module, ResBlock):
+                _add(table, ours, f"{home}.resnets.{number}", DIFFUSERS_BLOCK)
+                number += 1
+            else:
+                table[f"{ours}.conv"] = (f"{home}.{path}samplers.0.conv",)
+                level, number = level + 1, 0
     return _present(table, network)
 
 

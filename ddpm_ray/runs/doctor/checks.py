@@ -27,7 +27,7 @@ from typing import Literal
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from ddpm_ray.config.jobs import DoctorConfig
+from ddpm_ray.config.jobs.doctor import DoctorConfig
 from ddpm_ray.config.loading import ConfigError
 from ddpm_ray.redaction import counted, redacted
 from ddpm_ray.storage import object_store

@@ -14,7 +14,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from ddpm_ray.config.jobs import DoctorConfig
+from ddpm_ray.config.jobs.doctor import DoctorConfig
 from ddpm_ray.runs.doctor import checks
 from ddpm_ray.runs.doctor.checks import SET_CLOCK, Clock, Finding
 from ddpm_ray.runs.doctor.local_checks import local_ray, ray_address

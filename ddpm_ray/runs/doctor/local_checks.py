@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from ddpm_ray.config.jobs import DoctorConfig
+from ddpm_ray.config.jobs.doctor import DoctorConfig
 from ddpm_ray.redaction import counted
 from ddpm_ray.runs.doctor.checks import Finding
 

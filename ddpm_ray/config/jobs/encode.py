@@ -18,15 +18,17 @@ class EncodeConfig:
     )
     batch_size: int = option(
         32,
-        "images encoded at a time; bounds memory, and changes the last bits of the latents",
+        "images per encoder call; bounds memory, and affects the last bits of the latents",
         at_least=1,
     )
-    device: EncodeDevice = option("auto", "where to encode; auto: on GPUs where there are any")
+    device: EncodeDevice = option(
+        "auto", "device of the encoder; auto: GPUs if the cluster has any"
+    )
     num_workers: int = option(
         0, "parallel Ray actors; 0: one per GPU of the cluster, or per CPU", at_least=0
     )
     address: str = option("", "Ray cluster to join; empty: $RAY_ADDRESS or a local Ray")
 
     def problems(self) -> Iterator[str]:
-        """Yield nothing: each option is valid by its own range."""
+        """Yield nothing: no two options can contradict each other."""
         yield from ()

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from ddpm_ray.config.evaluation import EvaluationConfig
+from ddpm_ray.config.jobs.search_space import is_list, space_problems
 from ddpm_ray.config.option_fields import group, option
 from ddpm_ray.config.run import RunConfig
-from ddpm_ray.config.search_space import is_list, space_problems
 from ddpm_ray.config.task import TRAITS, TaskTraits
 
 DATA_URL = "data.url"

@@ -38,8 +38,9 @@ class EditConfig:
     num_images: int = option(1, "variants to draw; several are saved as one grid", at_least=1)
     method: InpaintingMethod = option(
         "auto",
-        "inpaint, outpaint: conditioned, for models trained with objective.inpainting_masks; "
-        "repaint; replacement: faster, less consistent; auto: the first that the model supports",
+        "inpaint, outpaint: how; conditioned: for models trained with objective.inpainting_masks; "
+        "repaint: for any model; replacement: faster, less consistent; auto: conditioned if the "
+        "model supports it, else repaint",
     )
     resamples: int = option(10, "repaint: resamplings of each jump", at_least=1)
     jump_length: int = option(10, "repaint: length of a jump in steps", at_least=1)
@@ -72,7 +73,7 @@ class EditConfig:
 
     @property
     def repaints(self) -> bool:
-        """Whether RePaint is used, whose default sampler is ancestral; known `for_model`."""
+        """Whether RePaint is used, whose default sampler is ancestral; ask after `for_model`."""
         return self.kind in ("inpaint", "outpaint") and self.method == "repaint"
 
     def sampling_problems(self) -> Iterator[str]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ddpm_ray.assembly import data_order, scoring, training_run
 from ddpm_ray.collectives import Workers
-from ddpm_ray.config.jobs import EvaluateConfig
+from ddpm_ray.config.jobs.evaluate import EvaluateConfig
 from ddpm_ray.config.loading import from_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.dataset import Dataset, open_dataset
@@ -26,8 +26,8 @@ from ddpm_ray.evaluation.sample_quality import Scores
 from ddpm_ray.evaluation.vlb_over_dataset import BitsPerDim, vlb_bits_per_dim
 from ddpm_ray.reporting import Progress
 from ddpm_ray.runs import load_model
-from ddpm_ray.runs.evaluate_autoencoder import autoencoder_scores
-from ddpm_ray.runs.image_progress import ImageProgress
+from ddpm_ray.runs.evaluation.evaluate_autoencoder import autoencoder_scores
+from ddpm_ray.runs.evaluation.image_progress import ImageProgress
 from ddpm_ray.sampling.pipeline import TrainedModel
 from ddpm_ray.sampling.sampling import SamplingPlan, draw_uint8, sampling_plan
 from ddpm_ray.storage import object_store

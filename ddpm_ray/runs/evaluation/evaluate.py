@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ddpm_ray.config.evaluation import EvaluationConfig
-from ddpm_ray.config.jobs import EvaluateConfig
+from ddpm_ray.config.jobs.evaluate import EvaluateConfig
 from ddpm_ray.config.loading import ConfigError, from_dict, to_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.dataset import open_dataset
@@ -15,8 +15,11 @@ from ddpm_ray.distributed import worker_group
 from ddpm_ray.reporting import Progress
 from ddpm_ray.runs import load_model
 from ddpm_ray.runs.absolute_paths import absolute_evaluation_paths
-from ddpm_ray.runs.evaluate_autoencoder import autoencoder_run, require_reconstruction_scores
-from ddpm_ray.runs.evaluate_worker import evaluate_worker
+from ddpm_ray.runs.evaluation.evaluate_autoencoder import (
+    autoencoder_run,
+    require_reconstruction_scores,
+)
+from ddpm_ray.runs.evaluation.evaluate_worker import evaluate_worker
 from ddpm_ray.sampling.pipeline import TrainedModel
 from ddpm_ray.storage import object_store
 from ddpm_ray.tracking.model_uri import IN_MLFLOW
@@ -103,8 +106,8 @@ def _require_likelihoods(wanted: EvaluationConfig, model: TrainedModel) -> None:
     ):
         if images and codec != "pixels":
             raise ConfigError(
-                f"evaluation.{name}_images is {images}, which is of 8-bit pixels, and this model "
-                f"diffuses {codec}: set it to 0"
+                f"evaluation.{name}_images is {images}, but this score is defined for 8-bit pixels "
+                f"and this model diffuses {codec}: set it to 0"
             )
         if images and value > most:
             raise ConfigError(

@@ -6,12 +6,12 @@ from ddpm_ray.assembly import checkpoint_loading, scoring
 from ddpm_ray.assembly.autoencoder_loading import trained_autoencoder
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.evaluation import EvaluationConfig
-from ddpm_ray.config.jobs import EvaluateConfig
+from ddpm_ray.config.jobs.evaluate import EvaluateConfig
 from ddpm_ray.config.loading import ConfigError
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.dataset import open_dataset
 from ddpm_ray.runs.autoencoder_outputs import reconstruction_scores
-from ddpm_ray.runs.image_progress import ImageProgress
+from ddpm_ray.runs.evaluation.image_progress import ImageProgress
 from ddpm_ray.tracking.model_uri import IN_MLFLOW
 
 
@@ -27,7 +27,7 @@ def autoencoder_run(model_uri: str) -> RunConfig | None:
 
 
 def require_reconstruction_scores(wanted: EvaluationConfig) -> None:
-    """Raise ConfigError for scores that an autoencoder does not have, a line for each."""
+    """Raise ConfigError with a line for each score that an autoencoder does not have."""
     problems = [
         f"evaluation.{key} is {getattr(wanted, key)}; it is a score of denoisers: set it to 0"
         for key in ("bits_per_dim_images", "likelihood_images", "memorisation_images")

@@ -13,7 +13,7 @@ from torch import nn
 
 from ddpm_ray.assembly import checkpoint_loading, diffusion, run_config, scoring, training_run
 from ddpm_ray.collectives import Workers
-from ddpm_ray.config.ema_search import AverageConfig
+from ddpm_ray.config.jobs.ema_search import AverageConfig
 from ddpm_ray.config.loading import ConfigError, from_dict, to_dict
 from ddpm_ray.data.dataset import open_dataset
 from ddpm_ray.distributed import fatal_errors, startup, worker_group
@@ -23,7 +23,7 @@ from ddpm_ray.evaluation import sample_quality
 from ddpm_ray.evaluation.reference_statistics import reference
 from ddpm_ray.reporting import Progress
 from ddpm_ray.runs.absolute_paths import absolute_evaluation_paths
-from ddpm_ray.runs.image_progress import ImageProgress
+from ddpm_ray.runs.evaluation.image_progress import ImageProgress
 from ddpm_ray.storage import object_store
 from ddpm_ray.storage.file_formats import package_version
 from ddpm_ray.training import checkpoint_folder

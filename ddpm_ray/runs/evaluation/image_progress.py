@@ -1,4 +1,4 @@
-"""Progress of a job that scores a model: the images that are done."""
+"""Progress of a job that scores a model, counted in images."""
 
 import math
 import time
@@ -18,7 +18,7 @@ Batch = TypeVar("Batch", bound=tuple[Tensor, ...])
 class ImageProgress:
     """Counts the images that this worker has finished; the main worker reports for all.
 
-    Shares differ by one image at most, so the others are taken to be as far as the main one.
+    Shares differ by at most one image, so the other workers are assumed to be as far.
     """
 
     def __init__(self, total: int, workers: Workers, report: Callable[[Progress], object]) -> None:
@@ -26,7 +26,7 @@ class ImageProgress:
         self._done, self._began_s, self._reported_s = 0, math.nan, -math.inf
 
     def counted(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """Yield the batches; the images of one, its first tensor's length, count after its use."""
+        """Yield the batches; count the images of each, its first tensor's length, after its use."""
         if math.isnan(self._began_s):
             self._began_s = time.monotonic()
         for batch in batches:

@@ -19,8 +19,8 @@ class GuidedDiffusionConfig:
 
     num_heads: int = option(
         4,
-        "heads per attention (num_heads), unless model.head_channels is set (num_head_channels); "
-        "the weights show neither",
+        "heads per attention (num_heads), unless model.head_channels (num_head_channels) is set; "
+        "neither can be read from the weights",
         at_least=1,
     )
     new_attention_order: bool = option(

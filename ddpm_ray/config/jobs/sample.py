@@ -1,0 +1,32 @@
+"""Options of the job sample: the images to draw, and how."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from ddpm_ray.config.data import MOVED_AUTOENCODER
+from ddpm_ray.config.guidance import GuidanceConfig
+from ddpm_ray.config.option_fields import group, option
+from ddpm_ray.config.sampling import SamplingSettings
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """The images to draw from a trained model."""
+
+    num_images: int = option(64, "images to draw", at_least=1)
+    gif: str = option(
+        "", "GIF file of the x_0 estimates, one frame per step; empty: none", formerly="film"
+    )
+    autoencoder: str = option("", MOVED_AUTOENCODER)
+    sampling: SamplingSettings = field(default_factory=SamplingSettings)
+    guidance: GuidanceConfig = group(GuidanceConfig, formerly="lead")
+
+    def problems(self) -> Iterator[str]:
+        """Yield a line for a wrong file name; sampling is checked after the run's own is read."""
+        if self.gif and not self.gif.lower().endswith(".gif"):
+            yield f"gif is {self.gif!r}; end it in .gif, as {self.gif}.gif"
+
+    def sampling_problems(self) -> Iterator[str]:
+        """Yield the problems of the complete `sampling` group."""
+        yield from self.sampling.problems("sampling")
+        yield from self.guidance.problems(self.sampling)
