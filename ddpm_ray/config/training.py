@@ -181,6 +181,12 @@ class TrainingConfig:
         "number of newest checkpoints to keep, in addition to the one that the run continued from",
         at_least=2,
     )
+    keep_every_steps: int = option(
+        0,
+        "steps between checkpoints that are never deleted, a multiple of checkpoint_every_steps; "
+        "0: none",
+        at_least=0,
+    )
 
     @property
     def decays_to_zero(self) -> bool:
@@ -202,6 +208,13 @@ class TrainingConfig:
             )
         if not self.init_from and self.init_from_skip:
             yield "training.init_from_skip names tensors, but training.init_from is empty; set both"
+        every = max(1, self.checkpoint_every_steps)  # 0 is reported by its range
+        if rest := self.keep_every_steps % every:
+            near = self.keep_every_steps - rest or every
+            yield (
+                f"training.keep_every_steps is {self.keep_every_steps}; it must be a multiple of "
+                f"training.checkpoint_every_steps {every}: try {near}"
+            )
         yield from self._learning_rate_problems()
         yield from self._average_problems()
         if self.reduction == "elastic" and self.reduction_slots > 0:

@@ -29,7 +29,7 @@ from ddpm_ray.storage.file_formats import package_version
 from ddpm_ray.tracking import mlflow_settings
 from ddpm_ray.tracking.async_logger import Tracker
 from ddpm_ray.tracking.run_info import RunMetadata, TrackedRun
-from ddpm_ray.training import determinism, shared_reading
+from ddpm_ray.training import checkpoint_space, determinism, shared_reading
 from ddpm_ray.training.checkpoint_writer import CheckpointWriter
 from ddpm_ray.training.checkpoints import CHECKPOINTS, CheckpointStore
 from ddpm_ray.training.divergence_guard import DivergenceGuard
@@ -61,6 +61,7 @@ def _train(config: RunConfig, settings: dict[str, Any], control: RunControl) -> 
     try:
         run = assemble(config, settings, control.report, workers)
         if workers.is_main:
+            checkpoint_space.warn_of_shortage(config.training, run.state, run.checkpoints.store.url)
             control.record_start(run.state.step, group, workers.count)
         began = time.time()
         fault_injection.at("begin")
@@ -231,7 +232,10 @@ def _writer(config: RunConfig, settings: dict[str, Any], workers: Workers) -> Ch
     fault_injection.at("restore")
     training = config.training
     store = CheckpointStore(
-        checkpoints, training.keep_checkpoints, planned_every=training.checkpoint_every_steps
+        checkpoints,
+        training.keep_checkpoints,
+        planned_every=training.checkpoint_every_steps,
+        milestone_every=training.keep_every_steps,
     )
     if workers.is_main:
         store.acquire_lease(Lease(**settings["lease"]).renewed())

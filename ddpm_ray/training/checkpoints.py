@@ -49,9 +49,12 @@ class CheckpointStore:
     A writer holds a lease; without one (tests, tools) writes are not fenced.
     """
 
-    def __init__(self, url: str, keep: int = 3, planned_every: int = 0) -> None:
+    def __init__(
+        self, url: str, keep: int = 3, planned_every: int = 0, milestone_every: int = 0
+    ) -> None:
         self.url, self.keep = url, keep  # the newest steps that are kept
         self.planned_every = planned_every  # steps; the newest multiple of it is kept as well
+        self.milestone_every = milestone_every  # steps; all multiples of it are kept, for ever
         self.lease: Lease | None = None
         self._own: Pointer | None = None  # before this writer's next commit; see acquire_lease
         self._written: list[str] = []  # names of pointers that this writer may delete, oldest first
@@ -202,16 +205,16 @@ class CheckpointStore:
     def _kept(self, known: Sequence[CommittedCheckpoint]) -> list[CommittedCheckpoint]:
         """Select the checkpoints to keep from `known`, newest first.
 
-        Keeps the newest of each of the last `keep` steps, the newest scheduled one (for rewinding),
-        and the one that this start was read from.
+        Keeps the newest of each of the last `keep` steps, milestones, the newest scheduled one (for
+        rewinding), and the one that this start was read from.
         """
         # The latter, however old, is the only one known to be readable: later ones were never read
         # back and may all be damaged. It is kept until a later start has read a newer one.
         newest = {one.step: one for one in reversed(known)}
         of_steps = [one for one in known if newest[one.step] is one]
-        every = self.planned_every
-        planned = [one for one in of_steps if every and one.step % every == 0]
-        wanted = [*of_steps[: self.keep], *planned[:1], self._verified]
+        planned = [one for one in of_steps if _is_multiple(one.step, self.planned_every)]
+        milestones = [one for one in of_steps if _is_multiple(one.step, self.milestone_every)]
+        wanted = [*of_steps[: self.keep], *milestones, *planned[:1], self._verified]
         return [one for one in known if one in wanted]
 
     def _log_recovery(self, found: Found, known: Sequence[CommittedCheckpoint]) -> None:
@@ -268,6 +271,10 @@ class CheckpointStore:
             object_store.delete_folder(object_store.join(self.url, folder))
         except StorageError as error:
             log.warning("old checkpoint stays: %s", error)
+
+
+def _is_multiple(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
 
 
 def _by_step(references: Sequence[CommittedCheckpoint]) -> list[CommittedCheckpoint]:

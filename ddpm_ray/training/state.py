@@ -67,6 +67,15 @@ class TrainingState:
         """
         return Snapshot(self.background_copy.start(self._tensors()), self._facts(unsent_rows))
 
+    def checkpoint_bytes(self) -> int:
+        """Size of a checkpoint's tensors, with Adam's moments also before the first step."""
+        groups = self._tensors()
+        sizes = {
+            name: sum(tensor.nbytes for tensor in group.values()) for name, group in groups.items()
+        }
+        sizes["optimizer"] = max(sizes["optimizer"], 2 * sizes["model"])
+        return sum(sizes.values())
+
     def _tensors(self) -> dict[str, Tensors]:
         """The tensor groups of a checkpoint (no copy)."""
         tensors = {

@@ -105,6 +105,9 @@ def test_an_unknown_key_is_reported_with_the_nearest_one(mistyped: str, meant: s
         ("training.learning_rate=nan", "it must be finite"),
         ("cluster.timeout_s=inf", "it must be finite"),
         ("training.keep_checkpoints=1", "it must be at least 2"),
+        ("training.keep_every_steps=1500", "training.checkpoint_every_steps 1000: try 1000"),
+        ("training.keep_every_steps=500", "training.checkpoint_every_steps 1000: try 1000"),
+        ("training.checkpoint_every_steps=0", "it must be at least 1"),
         ("sampling.eta=1.01", "it must be at most 1"),
         # A divisor of 0 is reported, not divided by.
         ("cluster.num_workers=0", "cluster.num_workers is 0; it must be at least 1"),

@@ -23,6 +23,7 @@ from ddpm_ray.training.checkpoint_folder import CheckpointError
 from ddpm_ray.training.checkpoint_writer import CheckpointWriter
 from ddpm_ray.training.checkpoints import CheckpointStore
 from ddpm_ray.training.state import Snapshot
+from ddpm_ray.training.writer_lease import Lease
 from tests.limits import ENDS_S
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.bool)
@@ -207,6 +208,18 @@ def test_the_newest_steps_stay_and_the_planned_one_among_them(tmp_path: Path) ->
         [21, 20],
     ]
     assert len(list(tmp_path.glob("step-*"))) == 2
+
+
+def test_milestones_stay_for_ever(tmp_path: Path) -> None:
+    """Through later starts too; a checkpoint saved on request between them is none."""
+    for saved in ((10, 20, 30, 40, 50), (60, 70, 80, 90), (101, 110, 121)):
+        store = CheckpointStore(str(tmp_path), keep=2, milestone_every=20)
+        store.acquire_lease(Lease.first(str(tmp_path)).renewed())
+        for step in saved:
+            store.save(snapshot(step))
+    steps = [reference.step for reference in store.pointer().references]
+    assert steps == [121, 110, 80, 60, 40, 20]
+    assert len(list(tmp_path.glob("step-*"))) == len(steps)
 
 
 @pytest.mark.parametrize("name", OBJECTS[:-2])
