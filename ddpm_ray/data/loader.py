@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -85,7 +85,7 @@ class ShardStream:
             self._stop_prefetcher()
             self._prefetcher = Prefetcher(self.dataset, self.order, self._shares, step, self._cache)
         try:
-            needed = [self._prefetcher.wait_for(share, step) for share in self._shares]
+            needed = self._prefetcher.wait_for(step)
         except BaseException:
             self._stop_prefetcher()
             raise
@@ -93,15 +93,14 @@ class ShardStream:
         manifest = self.dataset.manifest
         images = np.empty((len(self.positions), manifest.sample_bytes), dtype=np.uint8)
         labels, at = np.empty(len(self.positions), dtype=np.int64), 0
-        for loaded, here in chain.from_iterable(needed):
+        for loaded, here in needed:
             rows = loaded.row_of[here]
             out = slice(at, at + len(rows))
             # The rows are in range; mode="clip" avoids the buffer of the default mode.
-            np.take(loaded.images, rows, axis=0, out=images[out], mode="clip")
+            loaded.images.take(rows, axis=0, out=images[out], mode="clip")
             labels[out] = loaded.labels[rows]
             at += len(rows)
-        for share in self._shares:
-            self._prefetcher.release(share, step)
+        self._prefetcher.release(step)
         self._next_step = step + 1
         return Batch(_shaped(images, manifest), torch.from_numpy(labels))
 
@@ -124,12 +123,12 @@ class ShardStream:
 
     def _locations(self, step: int) -> Iterator[tuple[Int64s, Int64s]]:
         for share in self._shares:
-            wanted = share.samples(step)
-            for block in self.order.blocks(share.lane, wanted.start):
-                if block.first >= wanted.stop:
+            low, high = share.samples_of(step)
+            for block in self.order.blocks(share.lane, low):
+                if block.first >= high:
                     break
                 shard_of, row_of = self.order.rows(block)
-                here = overlap(block, wanted)
+                here = overlap(block, low, high)
                 yield shard_of[here], row_of[here]
 
     def _stop_prefetcher(self) -> None:

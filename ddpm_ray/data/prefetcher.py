@@ -1,14 +1,15 @@
 """Prefetch the shuffle blocks of some lanes from shards in background threads.
 
 Memory is bounded by two shuffle windows of decoded samples for these lanes, one batch, one shard
-per lane (the one in which its next block begins) and FETCHES shards in flight.
+per lane (the one in which its next block begins), FETCHES shards in flight and KEPT_BYTES of shards
+that were used last.
 """
 
 from __future__ import annotations
 
 import heapq
 import threading
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,6 +27,9 @@ from ddpm_ray.data.shards import Latents, Shard, fetch_shard
 from ddpm_ray.data.shuffle_order import Block, Int64s, Order
 
 FETCHES = 4  # shards in flight at a time
+# Of shards in memory: a data set that fits is fetched and hashed once, not once an epoch; and two
+# lanes of which one ends and the other begins in a large shard do not each fetch it.
+KEPT_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)
@@ -37,9 +41,9 @@ class LaneShare:
     high: int
     lane_batch: int
 
-    def samples(self, step: int) -> range:
-        """Return the numbers of the lane's samples at `step`."""
-        return range(step * self.lane_batch + self.low, step * self.lane_batch + self.high)
+    def samples_of(self, step: int) -> tuple[int, int]:
+        """Return the first number of the lane's samples at `step`, and that after the last."""
+        return step * self.lane_batch + self.low, step * self.lane_batch + self.high
 
 
 @dataclass
@@ -79,6 +83,7 @@ class Prefetcher:
         self._changed = threading.Condition()
         # Guarded by `_changed`:
         self._ready: dict[int, deque[LoadedBlock]] = {share.lane: deque() for share in shares}
+        self._lanes = [(share, self._ready[share.lane]) for share in shares]
         self._held_samples = 0  # in blocks that are being read or not yet released
         self._failure: BaseException | None = None
         self._closed = False
@@ -90,34 +95,53 @@ class Prefetcher:
         self._max_samples = len(shares) * (2 * self._block_samples + order.lane_batch)
         # A shard that a lane still holds is not fetched again.
         self._held_shards: WeakValueDictionary[int, Future[Shard]] = WeakValueDictionary()
+        self._kept: OrderedDict[int, tuple[int, Future[Shard]]] = OrderedDict()  # with its bytes
+        self._kept_bytes = 0
         self._fetchers = ThreadPoolExecutor(FETCHES, "shard-fetch")
         self._decoders = image_decoders(dataset.manifest)
         threading.Thread(target=self._run, name="shard-stream", daemon=True).start()
 
-    def wait_for(self, share: LaneShare, step: int) -> list[tuple[LoadedBlock, slice]]:
-        """Wait for the blocks with the share's samples at `step`; return them with the slices."""
-        wanted, ready = share.samples(step), self._ready[share.lane]
+    def wait_for(self, step: int) -> list[tuple[LoadedBlock, slice]]:
+        """Wait for the samples of all shares at `step`; return their blocks with the slices.
+
+        They are ordered by position. Only this thread takes blocks out, so the lock is needed only
+        to wait: taken for each lane of each step, it cost a quarter of the time of a batch.
+        """
+        found = []
+        for share, ready in self._lanes:
+            low, high = share.samples_of(step)
+            if self._failure is not None or not ready or _end(ready[-1].block) < high:
+                self._wait_until(ready, high)
+            for loaded in list(ready):  # a copy: the other thread appends to it
+                first, end = loaded.block.first, _end(loaded.block)
+                if low < end:
+                    found.append((loaded, slice(max(low - first, 0), min(high, end) - first)))
+                if high <= end:
+                    break
+        return found
+
+    def release(self, step: int) -> None:
+        """Release the blocks that hold no sample of the shares after `step`."""
+        for share, ready in self._lanes:
+            first = share.samples_of(step + 1)[0]
+            while ready and _end(ready[0].block) <= first:
+                with self._changed:
+                    loaded = ready.popleft()
+                    self._held_samples -= loaded.block.samples
+                    if loaded.block.samples == self._block_samples:
+                        self._free_buffers.append(loaded.images)
+                    self._changed.notify_all()
+
+    def _wait_until(self, ready: deque[LoadedBlock], high: int) -> None:
+        """Wait for the blocks of a lane up to its sample `high` - 1; raises the reader's errors."""
 
         def arrived() -> bool:
             if self._failure is not None:
                 raise self._failure
-            return bool(ready) and _end(ready[-1].block) >= wanted.stop
+            return bool(ready) and _end(ready[-1].block) >= high
 
         with self._changed:
             self._changed.wait_for(arrived)
-            held = [(loaded, overlap(loaded.block, wanted)) for loaded in ready]
-        return [(loaded, here) for loaded, here in held if here.start < here.stop]
-
-    def release(self, share: LaneShare, step: int) -> None:
-        """Release the blocks that hold no sample of the share after `step`."""
-        ready = self._ready[share.lane]
-        with self._changed:
-            while ready and _end(ready[0].block) <= share.samples(step + 1).start:
-                loaded = ready.popleft()
-                self._held_samples -= loaded.block.samples
-                if loaded.block.samples == self._block_samples:
-                    self._free_buffers.append(loaded.images)
-            self._changed.notify_all()
 
     def close(self) -> None:
         """Stop the threads and release their shards."""
@@ -158,7 +182,7 @@ class Prefetcher:
         """Yield the blocks of all lanes, ordered by the step that first needs them."""
         lanes = []
         for share in self._shares:
-            blocks = self._order.blocks(share.lane, share.samples(self._step).start)
+            blocks = self._order.blocks(share.lane, share.samples_of(self._step)[0])
             lanes.append((b.first // share.lane_batch, b.lane, b.first, b) for b in blocks)
         return (block for *_, block in heapq.merge(*lanes))
 
@@ -183,8 +207,19 @@ class Prefetcher:
             if shard is None:
                 shard = self._fetchers.submit(fetch_shard, self._dataset, number, self._cache)
                 self._held_shards[number] = shard
+            self._keep(number, shard)
             at, end = np.searchsorted(shard_of, [number, number + 1])
             yield ShardPart(loaded, int(at), row_of[at:end], shard, number == numbers[-1])
+
+    def _keep(self, number: int, shard: Future[Shard]) -> None:
+        """Hold on to a shard until KEPT_BYTES of others have been used."""
+        if number not in self._kept:
+            size = self._dataset.index.column("stored_bytes")[number].as_py()
+            self._kept[number] = size, shard
+            self._kept_bytes += size
+        self._kept.move_to_end(number)
+        while self._kept_bytes > KEPT_BYTES:
+            self._kept_bytes -= self._kept.popitem(last=False)[1][0]
 
     def _buffer(self, samples: int) -> UInt8s:
         """Return memory for a block, [samples, sample_bytes], reused if a free one has its size."""
@@ -260,10 +295,9 @@ def lane_shares(order: Order, positions: range) -> list[LaneShare]:
     ]
 
 
-def overlap(block: Block, samples: range) -> slice:
-    """Return the slice of a block with these numbers of its lane's samples; may be empty."""
-    low, high = samples.start - block.first, samples.stop - block.first
-    return slice(max(low, 0), min(max(high, 0), block.samples))
+def overlap(block: Block, low: int, high: int) -> slice:
+    """Return the slice of a block with its lane's samples `low` to `high` - 1; may be empty."""
+    return slice(max(low - block.first, 0), min(max(high - block.first, 0), block.samples))
 
 
 def _end(block: Block) -> int:

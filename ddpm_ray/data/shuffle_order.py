@@ -130,7 +130,7 @@ class Order:
         while at < stop:
             shard, end = int(shards[index]), int(ends[index])
             count = self.counts[shard]
-            rows = permutation(count, self.seed, block.epoch, Shuffle.ROWS, shard)
+            rows = _shard_rows(count, self.seed, block.epoch, shard)
             rows = rows[at - (end - count) : stop - (end - count)]
             parts.append((np.full(len(rows), shard), rows))
             index, at = index + 1, max(at, end)
@@ -163,6 +163,12 @@ class Order:
         while self._lane_length_before(lane, epoch) > sample:
             epoch -= 1
         return epoch
+
+
+@lru_cache(maxsize=16)  # several blocks of a lane lie in one shard
+def _shard_rows(count: int, seed: int, epoch: int, shard: int) -> Int64s:
+    """Return the shuffled rows of a shard; not to be changed."""
+    return permutation(count, seed, epoch, Shuffle.ROWS, shard)
 
 
 @lru_cache(maxsize=4)  # used by every block of an epoch; takes 0.1 s for a million shards

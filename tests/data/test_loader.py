@@ -4,6 +4,7 @@ import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from ddpm_ray.data import image_decoders, prefetcher
 from ddpm_ray.data.dataset import Dataset
 from ddpm_ray.data.loader import ShardStream, read_images
-from ddpm_ray.data.shards import ShardCorruptError, fetch_shard
+from ddpm_ray.data.shards import Shard, ShardCorruptError, fetch_shard
 from ddpm_ray.data.shuffle_order import Block
 from ddpm_ray.storage import object_store
 from ddpm_ray.storage.errors import StorageError
@@ -112,7 +113,11 @@ def test_a_batch_stays_as_it_was_given(make_dataset: MakeDataset, numbers_of: Nu
     stream.close()
 
 
-def test_each_shard_is_fetched_once_an_epoch_but_at_the_cuts(make_dataset: MakeDataset) -> None:
+def test_each_shard_is_fetched_once_an_epoch_but_at_the_cuts(
+    make_dataset: MakeDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a data set that is larger than what is kept in memory."""
+    monkeypatch.setattr(prefetcher, "KEPT_BYTES", 0)
     dataset = make_dataset(600, 20)  # 30 shards in 3 lanes: 2 cuts, and lanes begin or end there
     with mock.patch.object(prefetcher, "fetch_shard", wraps=fetch_shard) as fetch:
         stream = open_stream(dataset, window_samples=100)
@@ -123,6 +128,32 @@ def test_each_shard_is_fetched_once_an_epoch_but_at_the_cuts(make_dataset: MakeD
         3 * 2 * 100 // (20 * 3) + prefetcher.FETCHES
     )  # two blocks of each lane, and on their way
     assert 30 <= fetch.call_count <= 30 + 2 + ahead
+
+
+@pytest.mark.parametrize("shards_kept", [30, 11, 1])
+def test_shards_that_fit_are_kept_and_no_more(
+    make_dataset: MakeDataset, shards_kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A data set that fits is fetched once, however many epochs are read."""
+    dataset, kept = make_dataset(600, 20), set()
+    sizes = dataset.index.column("stored_bytes").to_pylist()
+    most_bytes = sum(sorted(sizes)[-shards_kept:])
+    monkeypatch.setattr(prefetcher, "KEPT_BYTES", most_bytes)
+    keep = prefetcher.Prefetcher._keep
+
+    def watched(self: prefetcher.Prefetcher, number: int, shard: Future[Shard]) -> None:
+        keep(self, number, shard)
+        assert self._kept_bytes == sum(sizes[n] for n in self._kept)
+        kept.add(self._kept_bytes)
+
+    monkeypatch.setattr(prefetcher.Prefetcher, "_keep", watched)
+    with mock.patch.object(prefetcher, "fetch_shard", wraps=fetch_shard) as fetch:
+        stream = open_stream(dataset, window_samples=100)
+        for step in range(200):  # four epochs
+            stream.batch(step)
+        stream.close()
+    assert max(kept) <= most_bytes
+    assert fetch.call_count == 30 if shards_kept == 30 else fetch.call_count > 60
 
 
 def test_memory_is_bounded_by_two_windows_and_a_batch(make_dataset: MakeDataset) -> None:
