@@ -122,6 +122,13 @@ MUTATIONS = (
         LOOP,
     ),
     Mutation(
+        "an update does not wait for the copy of a checkpoint",
+        STATE,
+        "self.background_copy.before_update()\n        step_optimizer(",
+        "step_optimizer(",
+        "tests/training/test_state.py",
+    ),
+    Mutation(
         "a restored run starts one step late",
         STATE,
         "self.step = snapshot.step",

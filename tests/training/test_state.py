@@ -1,13 +1,19 @@
 """Optimiser state in checkpoints: by the parameters' names, whatever the groups are."""
 
+import threading
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from ddpm_ray.training import background_copy
+from ddpm_ray.training import state as state_module
 from ddpm_ray.training.ema import EMA
 from ddpm_ray.training.state import TrainingState
+from ddpm_ray.training.tensor_file import copy_all
 
 
 def model() -> nn.Sequential:
@@ -83,3 +89,31 @@ def test_a_moment_of_an_unknown_parameter_is_refused() -> None:
     other = state_with([[0, 1, 2]])
     with pytest.raises(RuntimeError, match=r"the checkpoint has moments of 3\.weight"):
         other.restore(state.snapshot([]))
+
+
+@pytest.mark.parametrize("change", ["update", "restore"])
+def test_a_snapshot_is_of_its_step_though_training_goes_on(
+    change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The copy takes its time; what changes the state waits for it."""
+    changed = threading.Event()
+
+    def slow(*arguments: Any) -> None:
+        changed.wait(0.05)  # in which a change that does not wait has long happened
+        copy_all(*arguments)
+
+    monkeypatch.setattr(background_copy, "copy_all", slow)
+    state, other = state_with([[0, 1, 2, 3]]), state_with([[0, 1, 2, 3]])
+    wanted, found = state.snapshot([]).tensors, state.start_snapshot([]).tensors
+    if change == "update":
+        for value in state.model.parameters():
+            value.grad = torch.ones_like(value)
+        monkeypatch.setattr(state_module, "step_optimizer", lambda optimizer, *_: optimizer.step())
+        state.step_optimizers(1.0, torch.tensor(True))
+    else:
+        state.restore(other.snapshot([]))
+    changed.set()
+    state.background_copy.finish()
+    assert not torch.equal(state.model[0].weight, wanted["model"]["0.weight"])  # type: ignore[index]
+    for group, tensors in wanted.items():
+        assert all(torch.equal(found[group][name], value) for name, value in tensors.items())
