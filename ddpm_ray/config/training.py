@@ -169,6 +169,11 @@ class TrainingConfig:
     gradient_checkpointing: bool = option(
         False, "recompute activations in the backward pass: less memory, slower"
     )
+    profile_steps: tuple[int, ...] = option(
+        (),
+        "first and last step of a torch.profiler trace, as [100,105], which becomes an artifact of "
+        "the MLflow run; empty: none",
+    )
     log_every_steps: int = option(
         50, "steps per logged row of throughput and of loss by log-SNR band", at_least=1
     )
@@ -216,6 +221,7 @@ class TrainingConfig:
                 f"training.checkpoint_every_steps {every}: try {near}"
             )
         yield from self._learning_rate_problems()
+        yield from self._profile_problems()
         yield from self._average_problems()
         if self.reduction == "elastic" and self.reduction_slots > 0:
             slots, batch = self.reduction_slots, self.global_batch_size
@@ -249,6 +255,17 @@ class TrainingConfig:
                     f"training.{key} is {value}; with training.learning_rate_decay={kind} the "
                     f"warm-up must end before training.steps {self.steps}"
                 )
+
+    def _profile_problems(self) -> Iterator[str]:
+        match self.profile_steps:
+            case ():
+                return
+            case (first, last) if 1 <= first <= last <= self.steps:
+                return
+        yield (
+            f"training.profile_steps is {list(self.profile_steps)}; it names the first and the "
+            f"last step of the trace, of 1 to training.steps {self.steps}: try [100,105]"
+        )
 
     def _average_problems(self) -> Iterator[str]:
         yield from wrong_decays("training.ema_more_decays", self.ema_more_decays)

@@ -1,0 +1,49 @@
+"""Count the floating-point operations of a training step."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from ddpm_ray.assembly.diffusion import conditioning_spec
+from ddpm_ray.assembly.training_run import network
+from ddpm_ray.config.run import RunConfig
+from ddpm_ray.data.image_shape import ImageShape
+from ddpm_ray.diffusion.conditioning import Conditioning
+from ddpm_ray.models.autoencoder import Autoencoder
+
+PASSES = 3  # the backward pass multiplies twice for each product of the forward pass
+
+
+def training_operations(config: RunConfig, image_shape: ImageShape) -> int:
+    """Operations of the run's network in a training step, for one image [H, W, C].
+
+    A multiplication and its addition count as two. As usual for model FLOP utilisation (Chowdhery
+    et al. 2022, arXiv:2204.02311, appendix B), only matrix products and convolutions count, and
+    nothing that is computed twice: no recomputed activations, no self-conditioning pass. A
+    discriminator and the network of a perceptual loss do not count either.
+    """
+    height, width, channels = image_shape
+    with torch.device("meta"):
+        model = network(config, image_shape)
+        x = torch.empty(1, channels, height, width)
+        # Attention as plain products: the counter does not know every fused kernel.
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            _forward(config, model, x)
+    return PASSES * int(counter.get_total_flops())
+
+
+def _forward(config: RunConfig, model: nn.Module, x: Tensor) -> None:
+    """Call the network on a tensor of images of the meta device."""
+    if isinstance(model, Autoencoder):
+        model.decode(model.encode(x).mean)
+    elif config.traits.predicts_labels:
+        model(x, torch.ones(1, dtype=torch.int64))
+    else:
+        takes = conditioning_spec(config)
+        given = Conditioning(
+            labels=torch.zeros(1, dtype=torch.int64) if takes.num_classes else None,
+            estimate=x if takes.self_conditioning else None,
+            low_resolution=x if takes.low_resolution_pixels else None,
+        )
+        model(x, torch.ones(1, dtype=torch.int64), takes.completed(given, x))

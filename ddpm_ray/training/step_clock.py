@@ -1,0 +1,78 @@
+"""Where the time of training steps goes: milliseconds by part, on the clock of the device.
+
+On a GPU a part begins when the device reaches it, not when the host queues it: CUDA events are
+recorded in its stream and read later, so no step waits for them.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Literal, TypeAlias, get_args
+
+import torch
+
+Part: TypeAlias = Literal["data", "forward", "backward", "communication", "optimizer", "other"]
+PARTS: tuple[Part, ...] = get_args(Part)
+"""data: waiting for a batch. communication: after a worker's own backward pass, until the gradients
+of all workers are there; what overlaps the backward pass is not seen. other: between steps."""
+
+
+class StepClock:
+    """Sums the time between marks. Without CUDA it reads the host's clock."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_cuda = device.type == "cuda"
+        self._sums = dict.fromkeys(PARTS, 0.0)
+        self._part: Part = "other"  # of the newest mark whose time is known
+        self._since_s = time.perf_counter()
+        self._marks: list[tuple[Part, torch.cuda.Event]] = []  # that the device may not have passed
+        self._last: torch.cuda.Event | None = None
+
+    def mark(self, part: Part) -> None:
+        """Begin `part`."""
+        if self._on_cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._marks.append((part, event))
+        else:
+            now = time.perf_counter()
+            self._sums[self._part] += now - self._since_s
+            self._part, self._since_s = part, now
+
+    def collect(self) -> dict[Part, float]:
+        """Return the seconds of each part since the last call, as far as the device has come."""
+        self._read_events()
+        found, self._sums = self._sums, dict.fromkeys(PARTS, 0.0)
+        return found
+
+    def _read_events(self) -> None:
+        done = 0
+        for part, event in self._marks:
+            if not event.query():  # type: ignore[no-untyped-call]
+                break
+            if self._last is not None:
+                self._sums[self._part] += self._last.elapsed_time(event) / 1e3
+            self._part, self._last = part, event
+            done += 1
+        del self._marks[:done]
+
+
+_current: ContextVar[StepClock | None] = ContextVar("step clock", default=None)
+
+
+def mark(part: Part) -> None:
+    """Begin `part` on the clock of this thread's training loop, if it has one."""
+    clock = _current.get()
+    if clock is not None:
+        clock.mark(part)
+
+
+@contextmanager
+def running(clock: StepClock) -> Iterator[None]:
+    """Make `clock` the one of this thread's training loop."""
+    token = _current.set(clock)
+    try:
+        yield
+    finally:
+        _current.reset(token)
