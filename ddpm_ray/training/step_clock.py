@@ -32,7 +32,7 @@ class StepClock:
     def mark(self, part: Part) -> None:
         """Begin `part`."""
         if self._on_cuda:
-            event = torch.cuda.Event(enable_timing=True)
+            event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             event.record()
             self._marks.append((part, event))
         else:
