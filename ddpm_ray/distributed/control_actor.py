@@ -14,6 +14,7 @@ from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError
 
 from ddpm_ray.distributed import placement_groups
 from ddpm_ray.distributed.heartbeat import Heartbeat
+from ddpm_ray.distributed.prometheus_gauges import RunGauges
 from ddpm_ray.fault_injection import ALL_POINTS
 from ddpm_ray.reporting import Command, Progress
 
@@ -48,7 +49,8 @@ class Start(NamedTuple):
 class _RunControlActor:
     """The actor; it takes and returns plain values."""
 
-    def __init__(self) -> None:
+    def __init__(self, run: str) -> None:
+        self.gauges = RunGauges(run)
         self.progress: dict[str, Any] | None = None
         self.command = Command.NONE
         self.fatal: str | None = None
@@ -61,6 +63,9 @@ class _RunControlActor:
     def report(self, progress: dict[str, Any]) -> Command:
         """Store the progress and return the pending command."""
         self.progress, command = progress, self.command
+        now = time.monotonic()
+        stalls_s = [one["stalled_s"] + now - came for came, one in self.heartbeats.values()]
+        self.gauges.set(Progress(**progress), stalls_s)
         if command is Command.CHECKPOINT:  # once
             self.command = Command.NONE
         return command
@@ -142,10 +147,11 @@ class RunStatus:
 class RunControl:
     """Handle of the control actor, for the driver and the workers."""
 
-    def __init__(self) -> None:
+    def __init__(self, run: str = "") -> None:
+        """`run`: its name, for the gauges of Prometheus."""
         here = placement_groups.same_node_strategy()
         actor = ray.remote(num_cpus=0, scheduling_strategy=here)(_RunControlActor)
-        self._actor: Any = actor.remote()
+        self._actor: Any = actor.remote(run)
         self._reports: list[Any] = []  # replies that are pending
         self._status: Any = None  # the reply to the last poll
 

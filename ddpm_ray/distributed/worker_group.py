@@ -49,7 +49,8 @@ def run(
     log.info("starting %s on Ray ...", counted(workers, "worker"))
     connect(config.address, workers * config.cpus_per_worker, workers * config.gpus_per_worker)
     object_store.set_retry_timeout(config.storage_timeout_s)  # outlast a storage outage
-    control, scratch = RunControl(), tempfile.mkdtemp(prefix="ddpm-ray-train-")  # mode 0700
+    control = RunControl(settings.get("config", {}).get("name", ""))
+    scratch = tempfile.mkdtemp(prefix="ddpm-ray-train-")  # mode 0700
     trainer = build_trainer(worker, settings | {"control": control}, config, counts, scratch)
     outcome: dict[str, Any] = {}
     stop_requested, stop = False, False
