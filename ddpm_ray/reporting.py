@@ -13,7 +13,20 @@ if TYPE_CHECKING:
     from PIL import Image
 
 # Metrics that differ when a step is redone.
-RATES = ("train/images_per_s", "train/data_wait_share", "train/core_seconds")
+STEP_MS = tuple(  # by part, see training/step_clock.py
+    f"train/step_ms/{part}"
+    for part in ("data", "forward", "backward", "communication", "optimizer", "other")
+)
+TFLOPS, MFU, PEAK_MEMORY = "train/tflops", "train/mfu", "train/peak_memory_gb"
+RATES = (
+    "train/images_per_s",
+    "train/data_wait_share",
+    "train/core_seconds",
+    *STEP_MS,
+    TFLOPS,
+    MFU,
+    PEAK_MEMORY,
+)
 
 
 @dataclass(frozen=True)

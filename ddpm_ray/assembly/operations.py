@@ -1,4 +1,4 @@
-"""Count the floating-point operations of a training step."""
+"""The operations of a training step, and how well a worker's device is used."""
 
 import torch
 from torch import Tensor, nn
@@ -6,11 +6,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ddpm_ray.assembly.diffusion import conditioning_spec
-from ddpm_ray.assembly.training_run import network
+from ddpm_ray.assembly.networks import network
+from ddpm_ray.collectives import Workers
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.diffusion.conditioning import Conditioning
 from ddpm_ray.models.autoencoder import Autoencoder
+from ddpm_ray.training.step_clock import StepClock
+from ddpm_ray.training.throughput import DeviceUse, peak_tflops
 
 PASSES = 3  # the backward pass multiplies twice for each product of the forward pass
 
@@ -47,3 +50,15 @@ def _forward(config: RunConfig, model: nn.Module, x: Tensor) -> None:
             low_resolution=x if takes.low_resolution_pixels else None,
         )
         model(x, torch.ones(1, dtype=torch.int64), takes.completed(given, x))
+
+
+def device_use(config: RunConfig, image_shape: ImageShape, workers: Workers) -> DeviceUse | None:
+    """The measurement of the main worker's device, on images [H, W, C]; None on other workers."""
+    if not workers.is_main:
+        return None
+    return DeviceUse(
+        StepClock(workers.device),
+        workers.device,
+        training_operations(config, image_shape),
+        peak_tflops(workers.device, config.tracking.peak_tflops),
+    )

@@ -42,6 +42,7 @@ from ddpm_ray.training.posterior_monitor import PosteriorMonitor
 from ddpm_ray.training.run import Plan, TrainingObjective
 from ddpm_ray.training.sample_grids import SampleGridLogger
 from ddpm_ray.training.state import TrainingState
+from ddpm_ray.training.throughput import DeviceUse
 from ddpm_ray.training.validation_loss import LEVELS, Validator
 
 DEFAULT_CACHE = "~/.cache/ddpm-ray"
@@ -78,7 +79,9 @@ def training_objective(
     return diffusion.objective(config, state, device)
 
 
-def step_log(config: RunConfig, image_shape: ImageShape, workers: Workers) -> StepLog:
+def step_log(
+    config: RunConfig, image_shape: ImageShape, workers: Workers, use: DeviceUse | None = None
+) -> StepLog:
     """The buffer of the steps' metrics, for images [H, W, C]."""
     monitor = None
     if config.traits.reconstructs:
@@ -88,7 +91,7 @@ def step_log(config: RunConfig, image_shape: ImageShape, workers: Workers) -> St
             wanted.kl_weight,
             adversary=wanted.discriminator_from_step > 0,
         )
-    return StepLog(workers, config.training.log_every_steps, monitor)
+    return StepLog(workers, config.training.log_every_steps, monitor, use)
 
 
 def plan(config: RunConfig, workers: int) -> Plan:

@@ -16,6 +16,11 @@ class TrackingConfig:
     every_steps: int = option(
         1, "steps averaged into one logged row of loss, gradient norm and learning rate", at_least=1
     )
+    peak_tflops: float = option(
+        0.0,
+        "peak of a worker's device in TFLOP/s, for train/mfu; 0: that of known GPUs in bf16",
+        at_least=0,
+    )
     flush_every_s: float = option(2.0, "seconds between uploads of rows", above=0)
     last_rows_s: float = option(
         60,

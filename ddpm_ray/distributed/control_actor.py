@@ -49,8 +49,8 @@ class Start(NamedTuple):
 class _RunControlActor:
     """The actor; it takes and returns plain values."""
 
-    def __init__(self, run: str) -> None:
-        self.gauges = RunGauges(run)
+    def __init__(self, run: str = "") -> None:
+        self.gauges = RunGauges(run) if run else None
         self.progress: dict[str, Any] | None = None
         self.command = Command.NONE
         self.fatal: str | None = None
@@ -63,9 +63,10 @@ class _RunControlActor:
     def report(self, progress: dict[str, Any]) -> Command:
         """Store the progress and return the pending command."""
         self.progress, command = progress, self.command
-        now = time.monotonic()
-        stalls_s = [one["stalled_s"] + now - came for came, one in self.heartbeats.values()]
-        self.gauges.set(Progress(**progress), stalls_s)
+        if self.gauges is not None:
+            now = time.monotonic()
+            stalls_s = [one["stalled_s"] + now - came for came, one in self.heartbeats.values()]
+            self.gauges.set(Progress(**progress), stalls_s)
         if command is Command.CHECKPOINT:  # once
             self.command = Command.NONE
         return command
@@ -148,7 +149,7 @@ class RunControl:
     """Handle of the control actor, for the driver and the workers."""
 
     def __init__(self, run: str = "") -> None:
-        """`run`: its name, for the gauges of Prometheus."""
+        """`run`: its name, for the gauges of Prometheus; empty: none."""
         here = placement_groups.same_node_strategy()
         actor = ray.remote(num_cpus=0, scheduling_strategy=here)(_RunControlActor)
         self._actor: Any = actor.remote(run)

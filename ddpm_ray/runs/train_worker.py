@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ddpm_ray import fault_injection
-from ddpm_ray.assembly import initial_weights, latents, run_config, training_run
+from ddpm_ray.assembly import initial_weights, latents, operations, run_config, training_run
 from ddpm_ray.assembly.initial_weights import InitialWeights
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.loading import from_dict
@@ -29,13 +29,15 @@ from ddpm_ray.storage.file_formats import package_version
 from ddpm_ray.tracking import mlflow_settings
 from ddpm_ray.tracking.async_logger import Tracker
 from ddpm_ray.tracking.run_info import RunMetadata, TrackedRun
-from ddpm_ray.training import checkpoint_space, determinism, shared_reading
+from ddpm_ray.training import checkpoint_space, determinism, shared_reading, step_clock
 from ddpm_ray.training.checkpoint_writer import CheckpointWriter
 from ddpm_ray.training.checkpoints import CHECKPOINTS, CheckpointStore
 from ddpm_ray.training.divergence_guard import DivergenceGuard
 from ddpm_ray.training.loop import train_loop
 from ddpm_ray.training.run import Run
 from ddpm_ray.training.state import TrainingState
+from ddpm_ray.training.step_trace import StepTrace
+from ddpm_ray.training.throughput import DeviceUse
 from ddpm_ray.training.writer_lease import Lease
 
 log = logging.getLogger(__name__)
@@ -66,7 +68,8 @@ def _train(config: RunConfig, settings: dict[str, Any], control: RunControl) -> 
         began = time.time()
         fault_injection.at("begin")
         try:
-            train_loop(run)
+            with step_clock.running(run.log.use.clock if run.log.use else None):
+                train_loop(run)
         finally:
             run.stream.close()
             if run.sink is not None:
@@ -101,7 +104,8 @@ def assemble(
     state = training_run.training_state(
         config, dataset.manifest.diffused_shape, workers.device, facts
     )
-    log = training_run.step_log(config, dataset.manifest.image_shape, workers)
+    use = operations.device_use(config, dataset.manifest.diffused_shape, workers)
+    log = training_run.step_log(config, dataset.manifest.image_shape, workers, use)
     guard = DivergenceGuard.of(config.training.on_divergence, config.training.spike_factor)
     writer = _writer(config, settings, workers)
     unsent: list[Row] = []
@@ -123,7 +127,7 @@ def assemble(
     return Run(
         plan=training_run.plan(config, workers.count),
         state=state,
-        network=_wrapped(state.model, config, workers),
+        network=_wrapped(state.model, config, workers, use),
         objective=training_run.training_objective(config, state, workers.device),
         guard=guard,
         stream=training_run.stream(config, dataset, workers),
@@ -139,6 +143,7 @@ def assemble(
         snapshot_ema=training_run.ema_snapshotter(
             config, state, writer, settings["folder"], workers
         ),
+        traced=StepTrace(config.training.profile_steps, sink, workers.device).step,
         saves_first=saves_first,
     )
 
@@ -242,7 +247,9 @@ def _writer(config: RunConfig, settings: dict[str, Any], workers: Workers) -> Ch
     return CheckpointWriter(store)
 
 
-def _wrapped(model: nn.Module, config: RunConfig, workers: Workers) -> nn.Module:
+def _wrapped(
+    model: nn.Module, config: RunConfig, workers: Workers, use: DeviceUse | None
+) -> nn.Module:
     """Wrap the network for training: torch.compile and DDP, as configured."""
     network = model
     if config.training.compile:
@@ -255,4 +262,6 @@ def _wrapped(model: nn.Module, config: RunConfig, workers: Workers) -> nn.Module
             gradient_as_bucket_view=True,
             forward_sync_buffers=False,  # the only buffer, a DiT's positions, is equal everywhere
         )
+        if use is not None:
+            step_clock.watch_all_reduce(use.clock, network)
     return network

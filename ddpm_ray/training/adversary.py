@@ -63,7 +63,7 @@ class Adversary:
         return adversarial, hinge
 
     def step(self, learning_rate: float, accepted: Tensor) -> None:
-        """Where `accepted`, update discriminator and adversarial weight from the gradients."""
+        """Update discriminator and adversarial weight from the gradients, if `accepted`."""
         if self.compared.grad is None:  # before the first step with a discriminator
             return
         reconstruction, adversarial = self.compared.grad.flatten(1).norm(dim=1)

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ddpm_ray import counter_rng, fault_injection
 from ddpm_ray.collectives import Workers
 from ddpm_ray.counter_rng import Purpose
+from ddpm_ray.training import step_clock
 from ddpm_ray.training.deterministic_allreduce import DeterministicAllReduce, mean_over_workers
 
 
@@ -53,6 +54,7 @@ class GradientAccumulation:
         if not self.slots:
             found = self._slot(images, labels, workers.rank, micro_batch)
             if self.others:
+                step_clock.mark("communication")
                 mean_over_workers(self.others, workers)
             return found
         mine, parts = workers.share(self.slots), []
@@ -63,6 +65,7 @@ class GradientAccumulation:
             parts.append(self._slot(some, their, slot, micro_batch))
             total.accumulate()
         fault_injection.at("gradient")
+        step_clock.mark("communication")
         total.all_reduce(workers)
         return _joined(parts)
 
@@ -77,6 +80,7 @@ class GradientAccumulation:
         parts = []
         for start in range(0, count, most):
             part = slice(start, start + most)
+            step_clock.mark("forward")
             last = start + most >= count
             with _sync_only(self.network, last):
                 losses, minimised = self.part_losses(images[part], labels[part], positions[part])
@@ -84,6 +88,7 @@ class GradientAccumulation:
             share = minimised.sum() / count * torch.where(finite, 1.0, math.nan)
             if last and not self.slots:
                 fault_injection.at("gradient")
+            step_clock.mark("backward")
             with _sync_only(self.network, last):
                 share.backward()  # type: ignore[no-untyped-call]
             parts.append(losses)

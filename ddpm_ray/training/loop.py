@@ -8,6 +8,7 @@ import torch
 
 from ddpm_ray import fault_injection
 from ddpm_ray.reporting import Command, Progress, Row
+from ddpm_ray.training import step_clock
 from ddpm_ray.training.divergence_guard import DivergedError, diverged
 from ddpm_ray.training.metrics_buffer import Decision
 from ddpm_ray.training.run import Run
@@ -35,7 +36,7 @@ def train_loop(run: Run) -> bool:
     if state.step > 0:
         draw_and_evaluate(run)  # an earlier start may have ended before it did
     while not run.is_finished() and command is not Command.STOP:
-        with run.log.timed():
+        with run.log.timed(), run.traced(state.step + 1):
             take_step(run)
             reports = plan.uses_weights(state.step) or is_report_due(run)
             decisions = run.log.read() if reports else []
@@ -107,10 +108,12 @@ def take_step(run: Run) -> None:
     state, plan = run.state, run.plan
     fault_injection.set_position(run.workers.rank, state.step + 1)
     fault_injection.at("batch")
+    step_clock.mark("data")
     batch = run.copier.batch(run.stream, state.step)
     losses, t, terms = run.objective.backward(
         run.network, batch.images, batch.labels, state.step, run.workers, plan.micro_batch_size
     )
+    step_clock.mark("optimizer")
     norm = state.clip_gradients(plan.max_grad_norm)
     accepted = run.guard.accept(norm)
     fault_injection.at("update")
@@ -131,7 +134,9 @@ def take_step(run: Run) -> None:
         learning_rate=learning_rate,
     )
     if state.step < plan.steps:
+        step_clock.mark("data")
         run.copier.prepare(run.stream, state.step)  # while the device is busy with this one
+    step_clock.mark("other")
 
 
 def handle_rejected(run: Run, decisions: list[Decision]) -> bool:

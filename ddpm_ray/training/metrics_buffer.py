@@ -18,6 +18,7 @@ from torch import Tensor
 from ddpm_ray.collectives import Workers
 from ddpm_ray.core_clock import core_clock
 from ddpm_ray.reporting import RATES, Row
+from ddpm_ray.training.throughput import DeviceUse
 
 # Band edges in log-SNR. The linear schedule of Ho et al. spans -10.1 to 9.2 at T = 1000.
 BAND_EDGES = (-8.0, -6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0, 8.0)
@@ -64,7 +65,15 @@ class StepLog:
     With `terms` the losses have no noise levels, and rows hold their metrics instead of bands.
     """
 
-    def __init__(self, workers: Workers, rows_every_steps: int, terms: Terms | None = None) -> None:
+    def __init__(
+        self,
+        workers: Workers,
+        rows_every_steps: int,
+        terms: Terms | None = None,
+        use: DeviceUse | None = None,
+    ) -> None:
+        """`use`: of the main worker's device, for its metrics in the last row of a window."""
+        self.use = use
         self._workers, self._window_steps, self._terms = workers, rows_every_steps, terms
         self._width = math.prod(SUMS) + (terms.count if terms else 0)
         self._edges = torch.tensor(BAND_EDGES, dtype=torch.float64, device=workers.device)
@@ -195,6 +204,9 @@ class StepLog:
         yield RATES[0], (self._images - images) / elapsed
         yield RATES[1], (waited_s - waited) / elapsed
         yield RATES[2], self.core_s
+        if self.use is not None:
+            own = (self._images - images) / self._workers.count
+            yield from self.use.metrics(own, self._window_steps, elapsed)
         for name, total, count in zip(BANDS, *self._bands.tolist(), strict=True):
             if count and self._terms is None:
                 yield f"train/loss_logsnr/{name}", total / count

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -114,6 +115,7 @@ class Run:
     evaluate: Callable[[int], None]  # leaves its scores in state.scores
     validate: Callable[[int], None]  # adds its losses to state.validation_losses
     snapshot_ema: Callable[[int], None] = lambda step: None  # see ema_snapshots.py
+    traced: Callable[[int], AbstractContextManager[None]] = lambda step: nullcontext()
     saves_first: bool = False  # save before the first step, to record changed options
     report_every_steps: int = 1
     reported: tuple[int, float] = field(default_factory=lambda: (0, time.perf_counter()))

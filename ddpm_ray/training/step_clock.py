@@ -11,6 +11,7 @@ from contextvars import ContextVar
 from typing import Literal, TypeAlias, get_args
 
 import torch
+from torch import Tensor, nn
 
 Part: TypeAlias = Literal["data", "forward", "backward", "communication", "optimizer", "other"]
 PARTS: tuple[Part, ...] = get_args(Part)
@@ -69,10 +70,27 @@ def mark(part: Part) -> None:
 
 
 @contextmanager
-def running(clock: StepClock) -> Iterator[None]:
-    """Make `clock` the one of this thread's training loop."""
+def running(clock: StepClock | None) -> Iterator[None]:
+    """Start `clock` as that of this thread's training loop; None: it has no clock."""
+    if clock is not None:
+        clock.mark("other")
+        clock.collect()  # the time before
     token = _current.set(clock)
     try:
         yield
     finally:
         _current.reset(token)
+
+
+def watch_all_reduce(clock: StepClock, network: nn.Module) -> None:
+    """Begin `communication` when the backward pass of a DDP network has reached its first layer.
+
+    From then on the backward pass only waits for the other workers. The first layer's gradient is
+    the last one to be computed.
+    """
+
+    def reached(parameter: Tensor) -> None:
+        clock.mark("communication")
+
+    first = next(parameter for parameter in network.parameters() if parameter.requires_grad)
+    first.register_post_accumulate_grad_hook(reached)  # type: ignore[no-untyped-call]

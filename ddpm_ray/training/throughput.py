@@ -1,4 +1,4 @@
-"""How well a device is used: operations per second, share of the device's peak, memory."""
+"""Use of a worker's device: operations per second, share of the device's peak, memory."""
 
 import resource
 from collections.abc import Iterator
@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ddpm_ray.training.step_clock import PARTS, StepClock
+from ddpm_ray.reporting import MFU, PEAK_MEMORY, STEP_MS, TFLOPS
+from ddpm_ray.training.step_clock import StepClock
 
 # Dense bf16 matrix products in TFLOP/s, by a part of the device's name; from NVIDIA's data sheets.
 # The first that fits is taken.
@@ -22,9 +23,6 @@ PEAK_TFLOPS = {
     "A10G": 70.0,
     "A10": 125.0,
 }
-STEP_MS = tuple(f"train/step_ms/{part}" for part in PARTS)
-TFLOPS, MFU, MEMORY = "train/tflops", "train/mfu", "train/peak_memory_gb"
-USE_METRICS = (*STEP_MS, TFLOPS, MFU, MEMORY)
 
 
 def peak_tflops(device: torch.device, stated: float = 0.0) -> float:
@@ -49,13 +47,13 @@ class DeviceUse:
 
     def metrics(self, images: float, steps: int, elapsed_s: float) -> Iterator[tuple[str, float]]:
         """Yield the metrics of the window that ends now; `images` are those of this worker."""
-        for part, seconds in self.clock.collect().items():
-            yield f"train/step_ms/{part}", 1e3 * seconds / max(steps, 1)
+        for key, seconds in zip(STEP_MS, self.clock.collect().values(), strict=True):
+            yield key, 1e3 * seconds / max(steps, 1)
         tflops = images * self.operations / max(elapsed_s, 1e-9) / 1e12
         yield TFLOPS, tflops
         if self.peak_tflops:
             yield MFU, tflops / self.peak_tflops
-        yield MEMORY, peak_memory_gb(self.device)
+        yield PEAK_MEMORY, peak_memory_gb(self.device)
 
 
 def peak_memory_gb(device: torch.device) -> float:

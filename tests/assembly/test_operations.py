@@ -5,7 +5,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ddpm_ray.assembly import training_run
+from ddpm_ray.assembly import networks
 from ddpm_ray.assembly.operations import training_operations
 from ddpm_ray.config.loading import load_config
 from ddpm_ray.config.run import RunConfig
@@ -46,8 +46,8 @@ SMALL = ("model.base_channels=16", "model.channel_mults=[1,2]", "model.attention
 def test_a_unet_takes_what_torch_counts_forward_and_backward(overrides: tuple[str, ...]) -> None:
     found = config(*SMALL, "model.groups=8", *overrides)
     shape = ImageShape(8, 8, 3)
-    network = training_run.network(found, shape)
-    takes = 3 + training_run.condition_channels(found, shape)
+    network = networks.network(found, shape)
+    takes = 3 + networks.condition_channels(found, shape)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         h = network.conv_in(torch.ones(1, takes, 8, 8, requires_grad=True))  # type: ignore[operator]
         torch.autograd.backward(h.sum())

@@ -2,14 +2,20 @@
 
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ddpm_ray.reporting import STEP_MS
 from ddpm_ray.training import step_clock
+from ddpm_ray.training.loop import train_loop
 from ddpm_ray.training.step_clock import PARTS, Part, StepClock
+from ddpm_ray.training.throughput import DeviceUse
+from tests.noise import pack_noise
+from tests.training.test_loop import RecordingSink, begin, configured
 
 CPU = torch.device("cpu")
 MARKS = st.lists(st.tuples(st.sampled_from(PARTS), st.integers(0, 1000)), max_size=30)
@@ -81,6 +87,10 @@ class MarkedClock(StepClock):
         self.marked.append(part)
 
 
+def test_each_part_has_a_metric() -> None:
+    assert tuple(f"train/step_ms/{part}" for part in PARTS) == STEP_MS
+
+
 def test_marks_belong_to_the_loop_of_their_thread() -> None:
     clocks = [MarkedClock(CPU) for _ in range(2)]
 
@@ -97,4 +107,26 @@ def test_marks_belong_to_the_loop_of_their_thread() -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert [clock.marked for clock in clocks] == [["data"], ["forward"]]
+    assert [clock.marked for clock in clocks] == [["other", "data"], ["other", "forward"]]
+
+
+def test_a_training_run_tells_where_its_time_goes(tmp_path: Path) -> None:
+    """Of a real loop: each part of a step has taken time, and together all of it."""
+    data = str(tmp_path / "data")
+    pack_noise(data, 29, 4)
+    use = DeviceUse(StepClock(CPU), CPU, operations=10**9, peak_tflops=2.0)
+    sink = RecordingSink()
+    run = begin(configured(data), tmp_path / "checkpoints", sink)
+    run.log.use = use
+    with step_clock.running(use.clock):
+        assert train_loop(run)
+    windows = [step for key, step in sink.values if key == "train/tflops"]
+    assert windows == [4, 8]
+    for step in windows:
+        parts = {key: sink.values[key, step] for key in STEP_MS}
+        assert all(parts[f"train/step_ms/{part}"] > 0 for part in ("data", "forward", "backward"))
+        assert parts["train/step_ms/communication"] == 0  # of one worker
+        images_per_s = sink.values["train/images_per_s", step]
+        assert sink.values["train/tflops", step] == pytest.approx(images_per_s * 1e-3)
+        assert sink.values["train/mfu", step] == pytest.approx(images_per_s * 5e-4)
+        assert 0.01 < sink.values["train/peak_memory_gb", step] < 1000
