@@ -1,4 +1,4 @@
-"""Where the time of training steps goes: milliseconds by part, on the clock of the device.
+"""Clock of the parts of training steps, as the device sees them.
 
 On a GPU a part begins when the device reaches it, not when the host queues it: CUDA events are
 recorded in its stream and read later, so no step waits for them.
