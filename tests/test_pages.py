@@ -21,6 +21,7 @@ PAGES = [
     "SECURITY.md",
     "docs/cluster.md",
     "docs/gpu.md",
+    "docs/latents.md",
     "docs/packing.md",
     "docs/toolbox.md",
     "docs/results.md",

@@ -7,18 +7,16 @@ other files have the same bytes whenever the set is encoded.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any
 
 from ddpm_ray.data.dataset import Dataset
 from ddpm_ray.data.latent_preview import PreviewMatrix
 from ddpm_ray.storage import checksummed_json, object_store
-from ddpm_ray.storage.errors import StorageError
 
 RECORD, COST = "encoding.json", "encoding-cost.json"
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,8 @@ def write_cost(destination: str, cost: EncodingCost) -> None:
 
 def read_cost(dataset: Dataset) -> EncodingCost | None:
     """Return the cost of a set of latents; None if it is not recorded. Raises StorageError."""
-    return _read(dataset, COST, "the cost of an encoding", _cost)
+    where = object_store.join(dataset.url, COST)
+    return checksummed_json.read_as(where, "the cost of an encoding", _cost)
 
 
 def write_encoding(destination: str, record: EncodingRecord) -> None:
@@ -62,23 +61,12 @@ def read_encoding(dataset: Dataset) -> EncodingRecord | None:
     """
     shape = dataset.manifest.latent_shape
     channels = shape.channels if shape else None
-    record = _read(dataset, RECORD, "an encoding record", lambda held: _record(held, channels))
+    where = object_store.join(dataset.url, RECORD)
+    build = partial(_record, channels=channels)
+    record = checksummed_json.read_as(where, "an encoding record", build)
     if record is None or record.autoencoder_sha256 != dataset.manifest.autoencoder_sha256:
         return None
     return record
-
-
-def _read(dataset: Dataset, name: str, what: str, build: Callable[[Any], T]) -> T | None:
-    """Return `build` of the JSON file `name` of a data set; None if there is no such file."""
-    where = object_store.join(dataset.url, name)
-    if not object_store.exists(where):
-        return None
-    held = checksummed_json.read(where)
-    try:
-        return build(held)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        problem = f"not {what} ({type(error).__name__})"
-        raise StorageError(where, problem, "delete this file") from None
 
 
 def _cost(held: Any) -> EncodingCost:

@@ -73,7 +73,7 @@ def _require_latent_options(config: RunConfig) -> None:
     if pixels := config.objective.low_resolution_pixels:
         raise ConfigError(
             f"objective.low_resolution_pixels is {pixels}, but {config.data.url} holds latents, "
-            "which have no low resolution: set it to 0, or train on pixels"
+            "and the small image is made of pixels: set it to 0, or train on pixels"
         )
     model = dataclasses.replace(config.sampled_model, has_range=False)
     if problems := list(config.sampling.problems("sampling", model)):

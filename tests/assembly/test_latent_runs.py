@@ -196,7 +196,9 @@ def test_an_autoencoder_of_pixels_is_refused(tmp_path: Path) -> None:
 
 def test_low_resolution_of_latents_is_refused(encoded: str) -> None:
     config = configured(encoded, "objective.low_resolution_pixels=4")
-    with pytest.raises(ConfigError, match="holds latents, which have no low resolution: set it to"):
+    with pytest.raises(
+        ConfigError, match="latents, and the small image is made of pixels: set it to 0, or"
+    ):
         check_model(config, open_dataset(encoded))
 
 

@@ -35,6 +35,7 @@ LOOP, SAVES = "tests/training/test_loop.py", "tests/training/test_checkpoints.py
 ENDS, LEASE = "tests/faults/test_same_end.py", "tests/training/test_writer_lease.py"
 CHECKPOINTS, STATE = "ddpm_ray/training/checkpoints.py", "ddpm_ray/training/state.py"
 ACCUMULATION = "ddpm_ray/training/gradient_accumulation.py"
+ADVERSARY = "ddpm_ray/training/adversary.py"
 NOISING = "ddpm_ray/training/noising.py"
 MASKED, NO_WAITING = "ddpm_ray/training/masked_updates.py", "tests/training/test_no_waiting.py"
 DAMAGE = "tests/training/test_damaged_checkpoints.py"
@@ -127,6 +128,20 @@ MUTATIONS = (
         "self.background_copy.before_update()\n        step_optimizer(",
         "step_optimizer(",
         "tests/training/test_state.py",
+    ),
+    Mutation(
+        "the adversarial weight is not restored",
+        ADVERSARY,
+        "self.weight.copy_(weights.pop(WEIGHT))",
+        "weights.pop(WEIGHT)",
+        LOOP,
+    ),
+    Mutation(
+        "the moments of the discriminator's Adam are not restored",
+        ADVERSARY,
+        'load_moments(self.discriminator, self.optimizer, groups["discriminator-optimizer"])',
+        "pass",
+        LOOP,
     ),
     Mutation(
         "a restored run starts one step late",

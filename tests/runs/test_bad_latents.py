@@ -201,7 +201,7 @@ def test_an_image_that_float16_cannot_hold_is_named(
         said(encode.JOB, run, places.one_shard, "out"),
         FAILED,
         r"one-shard: sample 0-0: its latents exceed the range of float16 \(largest mean 1e\+06, "
-        r"limit 65504\); train the autoencoder with a larger KL weight, or pack the images without",
+        r"limit 65504\); train the autoencoder with a larger autoencoder.kl_weight, or pack the im",
     )
 
 

@@ -273,5 +273,8 @@ def _no_latents(plan: EncodePlan, key: str, posterior: Posterior, row: int) -> D
         f"sample {key}: its latents exceed the range of float16 (largest mean {largest:g}, limit "
         "65504)"
     )
-    remedy = "train the autoencoder with a larger KL weight, or pack the images without this one"
+    remedy = (
+        "train the autoencoder with a larger autoencoder.kl_weight, or pack the images without "
+        "this one"
+    )
     return DatasetError(plan.source.url, problem, remedy)

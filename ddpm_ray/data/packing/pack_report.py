@@ -15,7 +15,6 @@ from ddpm_ray.data.dataset import Dataset, DatasetError
 from ddpm_ray.data.samples import MAX_EXAMPLES, NamedGroup
 from ddpm_ray.redaction import counted, sanitize
 from ddpm_ray.storage import checksummed_json, object_store
-from ddpm_ray.storage.errors import StorageError
 
 RECORD = "packing.json"
 MAX_NAMED = 1000  # skipped files that are stored by name; all are counted
@@ -54,23 +53,22 @@ def write_record(destination: str, record: PackRecord) -> None:
 def read_record(dataset: Dataset) -> PackRecord | None:
     """Return the record of a data set; None if it has none. Raises StorageError."""
     where = object_store.join(dataset.url, RECORD)
-    if not object_store.exists(where):
+    record = checksummed_json.read_as(where, "a packing record", _record)
+    if record is None or record.source_sha256 != dataset.manifest.source_sha256:
         return None
-    held = checksummed_json.read(where)
-    try:
-        fields = held.pop("report")
-        report = PackReport(
-            fields["skipped"],
-            tuple(fields["skipped_files"]),
-            tuple(map(NamedGroup.from_json, fields["left_out"])),
-            tuple(map(NamedGroup.from_json, fields["changed"])),
-            tuple(fields["class_samples"]),
-        )
-        record = PackRecord(**held, report=report)
-    except (KeyError, TypeError, AttributeError) as error:
-        problem = f"not a packing record ({type(error).__name__})"
-        raise StorageError(where, problem, "delete this file") from None
-    return record if record.source_sha256 == dataset.manifest.source_sha256 else None
+    return record
+
+
+def _record(held: Any) -> PackRecord:
+    fields = held.pop("report")
+    report = PackReport(
+        fields["skipped"],
+        tuple(fields["skipped_files"]),
+        tuple(map(NamedGroup.from_json, fields["left_out"])),
+        tuple(map(NamedGroup.from_json, fields["changed"])),
+        tuple(fields["class_samples"]),
+    )
+    return PackRecord(**held, report=report)
 
 
 def require_same(dataset: Dataset, record: PackRecord | None, options: Mapping[str, Any]) -> None:
