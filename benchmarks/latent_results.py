@@ -7,6 +7,7 @@ on the same images, HELD_OUT a packed set of images that none of them saw, FOLDE
 go. The curves come from the tracking server of the runs and go to stdout. One process, no Ray.
 """
 
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -85,7 +86,7 @@ def curve(name: str) -> Iterator[list[str]]:
             str(step),
             f"{cost:.0f}",
             f"{distance:.3f} ({low:.3f}-{high:.3f})",
-            f"{ceiling:.3f}",
+            "none" if math.isnan(ceiling) else f"{ceiling:.3f}",
         ]
 
 
