@@ -181,9 +181,12 @@ class NoEvent:
 class NoStream:
     """A stream of operations that end before they return."""
 
-    def __init__(self, device: torch.device) -> None: ...
+    def __init__(self, device: torch.device | None = None) -> None: ...
 
     def wait_event(self, event: NoEvent) -> None:
+        """Do nothing."""
+
+    def wait_stream(self, stream: "NoStream") -> None:
         """Do nothing."""
 
 

@@ -16,6 +16,7 @@ from ddpm_ray.distributed import control_actor, heartbeat
 from ddpm_ray.distributed.heartbeat import Heartbeat, describe_stall
 from ddpm_ray.reporting import Command
 from ddpm_ray.runs import train_worker
+from ddpm_ray.training import shared_reading
 from ddpm_ray.training.state import Snapshot
 from tests.faults.lives import TINY
 from tests.noise import pack_noise
@@ -145,7 +146,7 @@ def test_a_data_set_that_the_checkpoint_was_not_trained_on_is_refused(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = Snapshot({}, {"data_fingerprint": "0" * 64})
-    monkeypatch.setattr(train_worker, "_newest", lambda *_: ("checkpoints/step-1", other))
+    monkeypatch.setattr(shared_reading, "load_newest", lambda *_: ("checkpoints/step-1", other))
     with pytest.raises(DatasetError, match="and the checkpoint was trained on 000000000000"):
         assemble(settings)
 
