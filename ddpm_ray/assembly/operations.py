@@ -56,9 +56,8 @@ def device_use(config: RunConfig, image_shape: ImageShape, workers: Workers) -> 
     """The measurement of the main worker's device, on images [H, W, C]; None on other workers."""
     if not workers.is_main:
         return None
-    return DeviceUse(
-        StepClock(workers.device),
-        workers.device,
-        training_operations(config, image_shape),
-        peak_tflops(workers.device, config.tracking.peak_tflops),
-    )
+    device, stated = workers.device, config.tracking.peak_tflops
+    # Counting imports 800 modules of torch, 4.5 s of CPU: not at each start of a run on CPUs.
+    counts = device.type == "cuda" or stated > 0
+    operations = training_operations(config, image_shape) if counts else 0
+    return DeviceUse(StepClock(device), device, operations, peak_tflops(device, stated))

@@ -42,7 +42,7 @@ class DeviceUse:
 
     clock: StepClock
     device: torch.device
-    operations: int  # of a training step, for one image
+    operations: int  # of a training step, for one image; 0: not counted
     peak_tflops: float = 0.0  # of the device; 0: not known
 
     def metrics(self, images: float, steps: int, elapsed_s: float) -> Iterator[tuple[str, float]]:
@@ -50,8 +50,9 @@ class DeviceUse:
         for key, seconds in zip(STEP_MS, self.clock.collect().values(), strict=True):
             yield key, 1e3 * seconds / max(steps, 1)
         tflops = images * self.operations / max(elapsed_s, 1e-9) / 1e12
-        yield TFLOPS, tflops
-        if self.peak_tflops:
+        if self.operations:
+            yield TFLOPS, tflops
+        if self.operations and self.peak_tflops:
             yield MFU, tflops / self.peak_tflops
         yield PEAK_MEMORY, peak_memory_gb(self.device)
 
