@@ -19,15 +19,9 @@ import torch
 from torch import Tensor
 
 from ddpm_ray.data.dataset import Dataset, Manifest, UInt8s
-from ddpm_ray.data.prefetcher import (
-    FETCHES,
-    Prefetcher,
-    gather,
-    image_decoders,
-    lane_shares,
-    overlap,
-)
+from ddpm_ray.data.prefetcher import FETCHES, Prefetcher, lane_shares, overlap
 from ddpm_ray.data.shard_cache import ShardCache
+from ddpm_ray.data.shard_samples import gather, image_decoders
 from ddpm_ray.data.shards import fetch_shard
 from ddpm_ray.data.shuffle_order import Int64s, Order
 from ddpm_ray.storage import object_store

@@ -17,13 +17,11 @@ from functools import partial
 from weakref import WeakValueDictionary
 
 import numpy as np
-import pyarrow as pa
-import torch
 
-from ddpm_ray.data.dataset import Dataset, DatasetError, Manifest, UInt8s
-from ddpm_ray.data.image_decoders import DecoderDiedError, ImageDecoders, UndecodableError
+from ddpm_ray.data.dataset import Dataset, UInt8s
 from ddpm_ray.data.shard_cache import ShardCache
-from ddpm_ray.data.shards import Latents, Shard, fetch_shard
+from ddpm_ray.data.shard_samples import gather, image_decoders
+from ddpm_ray.data.shards import Shard, fetch_shard
 from ddpm_ray.data.shuffle_order import Block, Int64s, Order
 
 FETCHES = 4  # shards in flight at a time
@@ -238,46 +236,6 @@ class Prefetcher:
             with self._changed:
                 self._ready[loaded.block.lane].append(loaded)
                 self._changed.notify_all()
-
-
-def image_decoders(manifest: Manifest) -> ImageDecoders:
-    """Return decoders for `gather`: as many as torch has threads.
-
-    These are cluster.cpus_per_worker in a run, all cores in a notebook.
-    """
-    return ImageDecoders(manifest.encoding, manifest.image_shape, torch.get_num_threads())
-
-
-def gather(
-    shard: Shard, rows: Int64s, out: UInt8s, dataset: Dataset, decoders: ImageDecoders
-) -> None:
-    """Copy the samples of these rows of a shard into `out` [rows, sample_bytes].
-
-    Raises DatasetError for an image that cannot be decoded, DecoderDiedError.
-    """
-    if isinstance(shard.images, Latents):
-        halves = out.view(np.float16).reshape(len(rows), 2, -1)
-        for half, values in enumerate(shard.images):
-            halves[:, half] = values.reshape(len(shard), -1)[rows]
-        return
-    if isinstance(shard.images, np.ndarray):
-        # The rows are in range; mode="clip" avoids the buffer of the default mode.
-        flat = shard.images.reshape(len(shard), -1)
-        np.take(flat, rows, axis=0, out=out, mode="clip")
-        return
-    files: pa.BinaryArray = shard.images
-
-    def name(at: int) -> str:
-        """Return the data set and key of the image of a row."""
-        return f"{dataset.url}: {shard.keys[int(rows[at])]}"
-
-    try:
-        decoders.decode([files[row].as_buffer() for row in rows.tolist()], out)
-    except UndecodableError as error:  # permanent: a restarted worker would fail again
-        at, problem, remedy = error.args
-        raise DatasetError(name(at), problem, remedy) from None
-    except DecoderDiedError as error:
-        raise DecoderDiedError(name(error.args[0]), *error.args[1:]) from None
 
 
 def lane_shares(order: Order, positions: range) -> list[LaneShare]:

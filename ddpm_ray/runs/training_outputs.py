@@ -35,43 +35,30 @@ def training_outputs(
     sink: Sink | None,
 ) -> TrainingOutputs:
     """Build the callbacks of the task; all workers call them."""
+    pictures = object_store.join(folder, "pictures")
     if config.traits.reconstructs:
-        url = object_store.join(folder, "pictures")
-        found = AutoencoderOutputs(config, dataset, state, workers, url, sink)
+        found = AutoencoderOutputs(config, dataset, state, workers, pictures, sink)
         return TrainingOutputs(found.draw_grid, _nothing, found.evaluate, _nothing)
-    grid_logger = _grid_logger(config, folder, dataset, codec, state, workers, sink)
+    denoiser = diffusion.denoiser(config, state.ema.model, workers.device, codec)
+    denoiser = training_run.with_low_resolution(
+        denoiser, config.data, dataset, GRID_IMAGES, workers.device
+    )
+    names = dataset.manifest.label_names
+    grid_logger = SampleGridLogger(
+        denoiser,
+        diffusion.sampling_plan(config.sampling, denoiser.schedule, names),
+        dataset.manifest.image_shape,
+        workers,
+        pictures,
+        sink,
+        config.sampling.batch_size,
+    )
     draws = config.traits.draws_images
     return TrainingOutputs(
         grid_logger.log_grid if draws else _nothing,
         grid_logger.log_strip if draws else _nothing,
         PeriodicEvaluator(config, dataset, state, grid_logger).evaluate,
         _validate_callback(config, dataset, state, grid_logger),
-    )
-
-
-def _grid_logger(
-    config: RunConfig,
-    folder: str,
-    dataset: Dataset,
-    codec: Codec,
-    state: TrainingState,
-    workers: Workers,
-    sink: Sink | None,
-) -> SampleGridLogger:
-    """Build the sampler of the EMA weights; all workers draw."""
-    denoiser = diffusion.denoiser(config, state.ema.model, workers.device, codec)
-    denoiser = training_run.with_low_resolution(
-        denoiser, config.data, dataset, GRID_IMAGES, workers.device
-    )
-    names = dataset.manifest.label_names
-    return SampleGridLogger(
-        denoiser,
-        diffusion.sampling_plan(config.sampling, denoiser.schedule, names),
-        dataset.manifest.image_shape,
-        workers,
-        object_store.join(folder, "pictures"),
-        sink,
-        config.sampling.batch_size,
     )
 
 

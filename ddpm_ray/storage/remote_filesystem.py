@@ -58,8 +58,9 @@ async def _call_once(filesystem: Any, method: str, *options: Any, **more: Any) -
 def request(filesystem: Any, name: str, *args: Any, body_bytes: int = 0, **kwargs: Any) -> Any:
     """Call the file system's method `name`; raises FSTimeoutError after the deadline.
 
-    The client's own time-outs only limit silence: a server that sent one byte a second held a
-    reader for ever. Only asynchronous file systems, which all remote ones are, can be cancelled.
+    The client's own time-outs limit the time between two bytes: a server that sent one byte a
+    second held a reader for ever. Only asynchronous file systems, which all remote ones are, can be
+    cancelled.
     """
     method = getattr(filesystem, f"_{name}", None)
     if not getattr(filesystem, "async_impl", False) or not iscoroutinefunction(method):

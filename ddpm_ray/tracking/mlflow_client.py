@@ -25,7 +25,7 @@ _late: set[str] = set()  # servers that were warned of
 class BoundedClient:
     """An MlflowClient whose calls raise TimeoutError after `call_s` seconds.
 
-    MLflow's own time-outs limit the silence between two bytes: an answer of one byte a second would
+    MLflow's own time-outs limit the time between two bytes: an answer of one byte a second would
     never end. A call that times out goes on in a daemon thread.
     """
 

@@ -31,6 +31,7 @@ class _Buffers:
 
     @classmethod
     def of(cls, on_host: Batch, device: torch.device) -> "_Buffers":
+        """Allocate the device's memory for `on_host`; the launched work is the first use of it."""
         on_device = Batch(*(torch.empty_like(part, device=device) for part in on_host))
         copied, used = (torch.cuda.Event() for _ in range(2))  # type: ignore[no-untyped-call]
         buffers = cls(on_host, on_device, copied, used)

@@ -74,7 +74,7 @@ class Pointer:
         if not value["checkpoints"]:  # never written; accepting it would restart the run
             raise ValueError
         references = [CommittedCheckpoint(**entry) for entry in value["checkpoints"]]
-        # Old folders are deleted: a name that leads outside the run's folder is invalid.
+        # Old folders are deleted: a name with a path to elsewhere is invalid.
         if not all(FOLDER.fullmatch(reference.folder) for reference in references):
             raise ValueError
         return cls(int(value["epoch"]), int(value.get("number", 0)), references)

@@ -31,7 +31,7 @@ def warn_of_shortage(config: TrainingConfig, state: TrainingState, url: str) -> 
             every,
             counted(milestones, "more checkpoint"),
             _gigabytes(size),
-            f", beside the newest {recent}" if recent else "",
+            f", and the newest {recent}" if recent else "",
             _gigabytes(needed),
             _gigabytes(free),
         )

@@ -109,6 +109,7 @@ class _DeviceGuard:
 
     @classmethod
     def of(cls, guard: DivergenceGuard, device: torch.device) -> "_DeviceGuard":
+        """Copy the values of `guard`, which is up to date, to the device."""
         norms = [math.inf] * (WINDOW_STEPS - len(guard.norms)) + guard.norms
         goes_on = guard.skips and not guard.rewinds
         return cls(
@@ -120,6 +121,7 @@ class _DeviceGuard:
         )
 
     def accept(self, norm: Tensor) -> Tensor:
+        """Decide on the next step as `DivergenceGuard.accept`, and append its norm if taken."""
         norm = norm.double()
         accepted = (norm <= self._limit()) & (self.rejected <= self.most_rejected)
         appended = torch.cat([self.norms[1:], norm[None]])

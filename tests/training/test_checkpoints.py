@@ -24,6 +24,7 @@ from ddpm_ray.training.checkpoint_writer import CheckpointWriter
 from ddpm_ray.training.checkpoints import CheckpointStore
 from ddpm_ray.training.state import Snapshot
 from ddpm_ray.training.writer_lease import Lease
+from tests.fixtures.unreadable import make_unreadable
 from tests.limits import ENDS_S
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.bool)
@@ -275,14 +276,7 @@ def test_an_outage_does_not_send_a_run_back_to_an_older_checkpoint(
     store = CheckpointStore(str(tmp_path))
     store.save(snapshot(1))
     store.save(snapshot(2))
-    read = object_store.read_bytes
-
-    def away(url: str, *size_bytes: int) -> bytes:
-        if url.endswith("ema.safetensors"):
-            raise StorageError(url, "no answer (503)", "check that the endpoint is up")
-        return read(url, *size_bytes)
-
-    monkeypatch.setattr(object_store, "read_bytes", away)
+    make_unreadable(monkeypatch, "ema.safetensors")
     with pytest.raises(StorageError, match=r"step-00000002.*no answer"):
         store.load()
 

@@ -24,6 +24,7 @@ from ddpm_ray.training.checkpoint_folder import GROUPS, CheckpointError, ListedF
 from ddpm_ray.training.checkpoints import CheckpointStore
 from ddpm_ray.training.shared_reading import load_newest, read_together, shares
 from ddpm_ray.training.state import Snapshot
+from tests.fixtures.unreadable import make_unreadable
 from tests.limits import ENDS_S
 from tests.training.test_damaged_checkpoints import flip
 
@@ -149,14 +150,7 @@ def test_one_that_cannot_read_its_file_ends_the_read_of_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (where,) = saved(tmp_path, 5)
-    read = object_store.read_bytes
-
-    def away(url: str, *size: int) -> bytes:
-        if url.endswith("model.safetensors"):
-            raise StorageError(url, "no route to host", "try again")
-        return read(url, *size)
-
-    monkeypatch.setattr(object_store, "read_bytes", away)
+    make_unreadable(monkeypatch, "model.safetensors", "no route to host")
     errors = on_all(3, lambda workers: read_together(where, workers))
     assert {str(error) for error in errors} == {
         f"{where}/model.safetensors: no route to host; try again"

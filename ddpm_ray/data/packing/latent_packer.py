@@ -37,7 +37,7 @@ from ddpm_ray.data.latent_preview import Gram, add_grams, fit_preview, gram_of
 from ddpm_ray.data.latent_sums import LOG_VARIANCES, Float16s, latent_sums
 from ddpm_ray.data.packing import pack_report
 from ddpm_ray.data.packing.part_files import PartFiles
-from ddpm_ray.data.prefetcher import gather
+from ddpm_ray.data.shard_samples import gather
 from ddpm_ray.data.shards import Latents, Shard, fetch_shard
 from ddpm_ray.models.autoencoder import Posterior
 from ddpm_ray.redaction import redacted

@@ -34,6 +34,8 @@ from ddpm_ray.training.state import Snapshot
 
 log = logging.getLogger(__name__)
 
+PROFILE_ERROR = "misfit"  # its key in checkpoints and results that users have stored
+
 POOR = 0.1  # profile error above which the EMA is not a good approximation of the requested width
 
 
@@ -72,7 +74,11 @@ class EmaSnapshots:
         """
         store = SnapshotStore(object_store.join(self.run, SNAPSHOTS))
         tensors, profile_error = averaged(store, self.steps, self.widths, sigma_rel, step)
-        made_of = {"sigma_rel": sigma_rel, "misfit": profile_error, "widths": list(self.widths)}
+        made_of = {
+            "sigma_rel": sigma_rel,
+            PROFILE_ERROR: profile_error,
+            "widths": list(self.widths),
+        }
         made_of["steps"] = [at for at in self.steps if at <= step]
         facts = self.facts | {
             "config": to_dict(run_config.saved_config(self.facts)),
@@ -192,7 +198,7 @@ def score_widths(
             ceiling=ceiling,
             counted=progress.counted,
         )
-        yield scores.to_json() | {"misfit": average.facts["average"]["misfit"]}
+        yield scores.to_json() | {PROFILE_ERROR: average.facts["average"][PROFILE_ERROR]}
     progress.finish()
 
 
@@ -201,7 +207,7 @@ def _result(found: list[dict[str, Any]], widths: list[float]) -> dict[str, Any]:
     metric = next(name for name in found[0]["metrics"] if name.startswith(("eval/fid", "eval/fd_")))
     scores = [one["metrics"][metric] for one in found]
     ends = [[one["metrics"].get(f"{metric}_{end}") for end in ("low", "high")] for one in found]
-    profile_errors = [one["misfit"] for one in found]
+    profile_errors = [one[PROFILE_ERROR] for one in found]
     log.info("  width  %14s  %20s  profile error", metric, "95 % interval")
     for width, score, (low, high), profile_error in zip(
         widths, scores, ends, profile_errors, strict=True
@@ -222,7 +228,7 @@ def _result(found: list[dict[str, Any]], widths: list[float]) -> dict[str, Any]:
         "widths": widths,
         "scores": scores,
         "intervals": ends,
-        "misfits": profile_errors,
+        f"{PROFILE_ERROR}s": profile_errors,
         "best": widths[best],
         "certificate": found[best]["certificate"],
     }
