@@ -26,6 +26,7 @@ from ddpm_ray.models.interop import diffusers_folders, diffusers_pipelines
 from ddpm_ray.models.interop.diffusers_config import UnsupportedModelError
 from ddpm_ray.training.state import TrainingState
 from tests.data.latent_sets import TINY_UNET, commit, encode_noise, initial_run
+from tests.fixtures.full_disk import fill_disk
 from tests.fixtures.job_script import refused
 
 CPU = torch.device("cpu")
@@ -140,6 +141,23 @@ def test_a_destination_that_holds_something_is_refused(
     line = refused(capsys, export.JOB, WRONG_CONFIG, run, "--out", out)
     assert f"--out is {out}, which holds unet: name a new folder" in line
     (out / "unet").unlink()
+    assert done(capsys, export.JOB, run, "--out", out)["folder"] == str(out)
+
+
+def test_an_export_onto_a_full_disk_leaves_nothing(
+    encoded: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The second file finds no space; the same command works once there is some."""
+    run, out = latent_run(tmp_path / "run", encoded), tmp_path / "out"
+    (out / "unet").mkdir(parents=True)  # as an earlier version left it
+    with monkeypatch.context() as patch:
+        fill_disk(patch, after=1)
+        line = refused(capsys, export.JOB, FAILED, run, "--out", out)
+    assert "the disk is full; free some space" in line
+    assert not out.exists()
     assert done(capsys, export.JOB, run, "--out", out)["folder"] == str(out)
 
 

@@ -26,6 +26,7 @@ from ddpm_ray.models.unet_spec import UNetSpec
 from ddpm_ray.storage import object_store
 from ddpm_ray.storage.file_formats import NewerFormatError
 from ddpm_ray.training import checkpoint_folder
+from tests.fixtures.full_disk import fill_disk
 from tests.fixtures.job_script import refused
 
 HEADS = replace(GUIDED, num_heads=2, resampling_blocks=True)
@@ -334,6 +335,19 @@ def test_a_destination_that_holds_a_run_is_refused(
     first = held.partition("/")[0]
     assert line == f"destination is {tmp_path}/run, which holds {first}: name a new folder"
     assert (tmp_path / "run" / held).read_bytes() == b"kept"
+
+
+def test_an_import_onto_a_full_disk_leaves_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = of_ho(tmp_path), tmp_path / "run", *HO_LAYOUT
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)  # as an earlier version left it
+    with monkeypatch.context() as patch:
+        fill_disk(patch, after=1)
+        line = refused(capsys, import_model.JOB, FAILED, *words)
+    assert "the disk is full; free some space" in line
+    assert not (tmp_path / "run").exists()
+    assert main(import_model.JOB, [str(word) for word in words]) == DONE
 
 
 @pytest.mark.parametrize(

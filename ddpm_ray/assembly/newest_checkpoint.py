@@ -1,10 +1,12 @@
 """Find the newest checkpoint of a run, and a device for its network."""
 
+import json
 from collections.abc import Sequence
 
 import torch
 
 from ddpm_ray.config.option_fields import shown
+from ddpm_ray.data.dataset import NUMBERED
 from ddpm_ray.storage import object_store
 from ddpm_ray.training import checkpoint_folder, checkpoints
 from ddpm_ray.training.checkpoint_folder import CheckpointError
@@ -46,13 +48,24 @@ def newest_checkpoint(url: str, *groups: str) -> tuple[str, Snapshot]:
 
 
 def _newest(url: str, groups: Sequence[str]) -> tuple[str, Snapshot]:
+    remedy = "name a run's folder, its checkpoints folder, or one checkpoint in it"
     if object_store.exists(object_store.join(url, checkpoint_folder.MANIFEST)):
-        return url, checkpoint_folder.read_checkpoint(url, groups=groups)
+        try:
+            return url, checkpoint_folder.read_checkpoint(url, groups=groups)
+        except CheckpointError:
+            if not holds_dataset(url):
+                raise
+            raise CheckpointError(url, "this is a data set and not a model", remedy) from None
     for candidate in (url, object_store.join(url, checkpoints.CHECKPOINTS)):
         if found := checkpoints.CheckpointStore(candidate).load(groups):
             return found
-    remedy = "name a run's folder, its checkpoints folder, or one checkpoint in it"
     # HTTP has no folders, and a bucket only those that contain an object.
     gone = not url.startswith(("http://", "https://")) and not object_store.exists(url)
     reason = "there is no such folder" if gone else "there is no committed checkpoint here"
     raise CheckpointError(url, reason, remedy)
+
+
+def holds_dataset(url: str) -> bool:
+    """Whether the manifest in the folder `url` is that of a data set."""
+    manifest = checkpoint_folder.read_manifest(url)
+    return bool(manifest and NUMBERED.fullmatch(str(json.loads(manifest).get("format"))))

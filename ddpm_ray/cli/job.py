@@ -51,6 +51,7 @@ class Job(Generic[Config]):
     run: Callable[[Config, Namespace], dict[str, Any]]
     arguments: tuple[Argument, ...] = ()
     prepare: Callable[[Config, Namespace], Config] | None = None
+    continues: bool = False  # whether the same command continues after an interruption
 
     @property
     def summary(self) -> str:

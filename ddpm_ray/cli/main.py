@@ -6,6 +6,7 @@ import os
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from ddpm_ray.cli.arguments import parsed
@@ -53,12 +54,10 @@ def main(job: Job[Any], words: Sequence[str] | None = None, command: str = "") -
                 _leave_ray()
     except PartlyFailedError as error:
         message, result = error.args
-        print(json.dumps(result), flush=True)
-        return _say(message, PARTLY_FAILED)
+        return _print_result(result, _say(message, PARTLY_FAILED))
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - reported in one line
-        return _failure(error)
-    print(json.dumps(result), flush=True)
-    return DONE
+        return _failure(error, job)
+    return _print_result(result, DONE)
 
 
 def _config(job: Job[Config], arguments: Namespace, command: str) -> Config:
@@ -73,7 +72,17 @@ def _config(job: Job[Config], arguments: Namespace, command: str) -> Config:
         raise ConfigError(f"{file}: this is a config of {other}; run `{right} {file}`") from None
 
 
-def _failure(error: BaseException) -> int:
+def _print_result(result: dict[str, Any], code: int) -> int:
+    """Print the result as JSON, and return `code`, or FAILED where stdout takes nothing."""
+    try:
+        print(json.dumps(result), flush=True)
+    except OSError as error:  # a full disk, or a reader that is gone
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 - Python flushes it at its exit
+        return _say(f"the result cannot be written to stdout: {error.strerror}", FAILED)
+    return code
+
+
+def _failure(error: BaseException, job: Job[Any]) -> int:
     """Say how a job failed or was interrupted, and return the exit code."""
     match error:
         case ConfigError():
@@ -81,7 +90,8 @@ def _failure(error: BaseException) -> int:
         case InterruptedRunError():
             return _say(error, exit_code())
         case KeyboardInterrupt():
-            return _say("interrupted; the same command continues from the last commit", exit_code())
+            how = "; the same command continues from the last commit" if job.continues else ""
+            return _say(f"interrupted{how}", exit_code())
     if os.environ.get("DDPM_RAY_TRACEBACK"):
         raise error
     text = " ".join(str(error).split()) or type(error).__name__

@@ -56,9 +56,11 @@ def output_folder(option: str, path: str, home: Path) -> str:
 
 
 def new_folder(option: str, path: str, home: Path) -> str:
-    """The absolute path of a folder to be written, likewise; it holds nothing yet."""
+    """The absolute path of a folder to be written, likewise; it holds no file yet."""
     where = Path(output_folder(option, path, home))
-    if held := sorted(one.name for one in where.iterdir()) if where.is_dir() else []:
+    # Folders without a file do not count: a job that failed on a full disk may leave them.
+    files = (one.relative_to(where) for one in where.rglob("*") if not one.is_dir())
+    if held := sorted({file.parts[0] for file in files}):
         raise ConfigError(
             f"{option} is {path}, which holds {', '.join(held[:3])}: name a new folder"
         )

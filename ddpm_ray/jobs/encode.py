@@ -54,4 +54,4 @@ ARGUMENTS = (
     Argument("data", "folder or fsspec URL of the packed images"),
     Argument("destination", "folder or fsspec URL of the latents"),
 )
-JOB = Job("encode", __doc__ or "", EncodeConfig, encode_images, ARGUMENTS, prepare)
+JOB = Job("encode", __doc__ or "", EncodeConfig, encode_images, ARGUMENTS, prepare, continues=True)

@@ -37,4 +37,4 @@ ARGUMENTS = (
     Argument("source", "images to pack: a folder, a file, or the name of a data set"),
     Argument("destination", "folder or fsspec URL of the shards"),
 )
-JOB = Job("pack", __doc__ or "", PackConfig, pack, ARGUMENTS)
+JOB = Job("pack", __doc__ or "", PackConfig, pack, ARGUMENTS, continues=True)

@@ -52,4 +52,4 @@ def _champion_text(champion: dict[str, Any]) -> str:
     return f"{name}, version {champion['version']}: {champion['reason']}"
 
 
-JOB = Job("sweep", __doc__ or "", SweepConfig, sweep, (CONFIG,))
+JOB = Job("sweep", __doc__ or "", SweepConfig, sweep, (CONFIG,), continues=True)

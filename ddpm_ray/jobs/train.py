@@ -60,4 +60,4 @@ def train(config: RunConfig, _: Namespace) -> dict[str, Any]:
     return report
 
 
-JOB = Job("train", __doc__ or "", RunConfig, train, (CONFIG,))
+JOB = Job("train", __doc__ or "", RunConfig, train, (CONFIG,), continues=True)

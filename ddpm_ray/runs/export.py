@@ -11,16 +11,28 @@ from ddpm_ray.config.loading import ConfigError
 from ddpm_ray.models.interop import autoencoder_kl
 from ddpm_ray.runs import load_model
 from ddpm_ray.runs.evaluation.evaluate_autoencoder import autoencoder_run
+from ddpm_ray.storage import object_store
 
 
 def export_run(
     model_uri: str, config: ExportConfig, given: Collection[str], out: Path, home: Path
 ) -> dict[str, Any]:
-    """Write the folder `out`, and return what it holds and how diffusers samples from it.
+    """Write the new folder `out`, and return what it holds and how diffusers samples from it.
 
     `given` are the keys that the user set. Raises ConfigError for keys that do not fit the model,
-    and the errors of `load_model.load` and `diffusers_export`; then nothing is written.
+    and the errors of `load_model.load` and `diffusers_export`; then nothing is left of it.
     """
+    try:
+        return _export(model_uri, config, given, out, home)
+    except (Exception, KeyboardInterrupt):
+        object_store.delete_folder(str(out))
+        raise
+
+
+def _export(
+    model_uri: str, config: ExportConfig, given: Collection[str], out: Path, home: Path
+) -> dict[str, Any]:
+    """Write the folder `out`; see `export_run`."""
     if autoencoder_run(model_uri) is not None:
         if given:
             raise ConfigError(

@@ -11,6 +11,7 @@ from ddpm_ray.config.jobs.import_weights import ImportConfig
 from ddpm_ray.config.loading import ConfigError
 from ddpm_ray.models.interop.diffusers_files import read_tensors
 from ddpm_ray.storage import object_store
+from ddpm_ray.storage.errors import StorageError
 from ddpm_ray.training import checkpoint_folder
 from ddpm_ray.training.checkpoints import CHECKPOINTS, CheckpointStore
 
@@ -49,7 +50,11 @@ def import_weights(
     parent, _, name = destination.rstrip("/").rpartition("/")
     model = model._replace(config=replace(model.config, name=name, storage=parent))
     snapshot = other_libraries.snapshot(model, source)
-    checkpoint = CheckpointStore(object_store.join(destination, CHECKPOINTS)).save(snapshot)
+    try:
+        checkpoint = CheckpointStore(object_store.join(destination, CHECKPOINTS)).save(snapshot)
+    except StorageError:  # it was new, so nothing else is lost
+        object_store.delete_folder(destination)
+        raise
     autoencoder = snapshot.facts.get("autoencoder")  # it stays in the folder of diffusers
     return {
         "run": destination,
@@ -62,9 +67,15 @@ def import_weights(
 
 
 def require_new(destination: str) -> None:
-    """Raise ConfigError if the folder `destination` holds anything."""
-    held = object_store.file_names(destination) + object_store.folders(destination)
-    if held:
+    """Raise ConfigError if the folder `destination` holds a file, at any depth."""
+    if held := _held_names(destination):
         raise ConfigError(
             f"destination is {destination}, which holds {', '.join(held[:3])}: name a new folder"
         )
+
+
+def _held_names(url: str) -> list[str]:
+    """Names directly below `url` of files, and of folders that hold one, at any depth."""
+    folders = object_store.folders(url)
+    inside = [name for name in folders if _held_names(object_store.join(url, name))]
+    return sorted([*object_store.file_names(url), *inside])

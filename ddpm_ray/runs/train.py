@@ -8,10 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ddpm_ray.assembly import latents
 from ddpm_ray.config.loading import flat, to_dict, to_yaml
 from ddpm_ray.config.run import RunConfig
-from ddpm_ray.data.dataset import Dataset, open_dataset
+from ddpm_ray.data.dataset import Dataset
 from ddpm_ray.distributed import worker_group
 from ddpm_ray.redaction import counted
 from ddpm_ray.reporting import Progress
@@ -25,7 +24,7 @@ from ddpm_ray.runs.run_description import (
 from ddpm_ray.runs.run_start import RunStart, begin_run, settled_config
 from ddpm_ray.runs.run_tags import history_tags, run_tags
 from ddpm_ray.runs.train_worker import train_worker
-from ddpm_ray.runs.training_data import check_model, open_or_pack
+from ddpm_ray.runs.training_data import checked_data
 from ddpm_ray.storage import object_store
 from ddpm_ray.storage.errors import StorageError
 from ddpm_ray.tracking import mlflow_runs, model_registry
@@ -91,9 +90,7 @@ def run_training(
     """
     config = with_absolute_paths(config, home)
     warn_of_another_host(config.tracking.uri)
-    dataset = open_or_pack(config)
-    check_model(config, dataset)
-    latents.codec_of_data(config.data, dataset)  # raises for an autoencoder that does not fit
+    dataset, fingerprints = checked_data(config)
     folder = object_store.join(config.storage, config.name)
     config = settled_config(config, dataset, folder)
     start = begin_run(config, dataset, folder)
@@ -106,7 +103,7 @@ def run_training(
             "folder": folder,
             "identity": start.identity,
             "init_from": vars(start.initial_weights) if start.initial_weights else None,
-            "fingerprints": _fingerprints(config, dataset),
+            "fingerprints": fingerprints,
             "lease": vars(lease),
             "metadata": vars(metadata),
             "tracked": vars(tracked) if tracked else None,
@@ -136,13 +133,6 @@ def run_training(
         status, tags = "FINISHED" if finished else "KILLED", score_tags(config, ended["scores"])
         mlflow_runs.finish(tracked, status, description=final, tags=tags)
     return Outcome(finished, _report(config, folder, tracked, ended), ended)
-
-
-def _fingerprints(config: RunConfig, dataset: Dataset) -> dict[str, str]:
-    """Fingerprint of each data set that the run opens, by its URL."""
-    named = config.evaluation.held_out_url, config.evaluation.reference_url
-    opened = [dataset, *map(open_dataset, filter(None, named))]
-    return {one.url: one.fingerprint for one in opened}
 
 
 def _metadata(

@@ -4,16 +4,28 @@ import dataclasses
 
 import torch
 
-from ddpm_ray.assembly import diffusion, networks
+from ddpm_ray.assembly import diffusion, latents, networks
 from ddpm_ray.assembly.autoencoder import require_fitting
 from ddpm_ray.config.jobs.pack import PackConfig
 from ddpm_ray.config.loading import ConfigError
 from ddpm_ray.config.run import RunConfig
-from ddpm_ray.data.dataset import MANIFEST, Dataset, open_dataset
+from ddpm_ray.data.dataset import MANIFEST, Dataset, DatasetError, open_dataset
 from ddpm_ray.data.packing import builtin_datasets
 from ddpm_ray.redaction import counted
 from ddpm_ray.runs.pack import pack_dataset
 from ddpm_ray.storage import object_store
+
+
+def checked_data(config: RunConfig) -> tuple[Dataset, dict[str, str]]:
+    """Open all data sets of a run; return that of training, and their fingerprints by URL.
+
+    Raises ConfigError or DatasetError if one is missing, or if the model or its autoencoder does
+    not fit.
+    """
+    dataset = open_or_pack(config)
+    check_model(config, dataset)
+    latents.codec_of_data(config.data, dataset)
+    return dataset, _fingerprints(config, dataset)
 
 
 def open_or_pack(config: RunConfig) -> Dataset:
@@ -78,3 +90,15 @@ def _require_latent_options(config: RunConfig) -> None:
     model = dataclasses.replace(config.sampled_model, has_range=False)
     if problems := list(config.sampling.problems("sampling", model)):
         raise ConfigError("\n".join(problems))
+
+
+def _fingerprints(config: RunConfig, dataset: Dataset) -> dict[str, str]:
+    """Fingerprint of each data set that the run opens, by its URL. Raises ConfigError."""
+    found = {dataset.url: dataset.fingerprint}
+    for key in ("held_out_url", "reference_url"):
+        if url := getattr(config.evaluation, key):
+            try:
+                found[url] = open_dataset(url).fingerprint
+            except DatasetError as error:
+                raise ConfigError(f"evaluation.{key}: {error}") from error
+    return found

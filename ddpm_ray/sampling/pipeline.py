@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddpm_ray.config.jobs.edit import InpaintingMethod
+from ddpm_ray.config.jobs.edit import MOST_MARGIN, InpaintingMethod
 from ddpm_ray.config.option_fields import checks_arguments, limits, shown
 from ddpm_ray.config.sampling import SamplingSettings
 from ddpm_ray.data.image_shape import ImageShape
@@ -24,7 +24,7 @@ from ddpm_ray.sampling.sampling import Images, SamplingPlan, draw_uint8, samplin
 NumImages: TypeAlias = Annotated[int, limits(at_least=1, at_most=2**32)]
 Index: TypeAlias = Annotated[int, limits(at_least=0, at_most=2**32 - 1)]
 Count: TypeAlias = Annotated[int, limits(at_least=1)]
-Margin: TypeAlias = Annotated[int, limits(at_least=0, at_most=65_535)]  # pixels
+Margin: TypeAlias = Annotated[int, limits(at_least=0, at_most=MOST_MARGIN)]  # pixels
 Share: TypeAlias = Annotated[float, limits(above=0, at_most=1)]
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from argparse import Namespace
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_origin
@@ -609,6 +610,43 @@ def test_the_last_line_of_stdout_is_the_result(
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"model": "runs/a", "images": 3}
 
 
+@pytest.mark.parametrize("name, continues", [("train", True), ("sample", False)])
+def test_an_interrupted_job_says_whether_it_continues(
+    name: str, continues: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job: Job[Any] = import_module(f"ddpm_ray.jobs.{name}").JOB
+
+    def stop(config: Any, arguments: Namespace) -> dict[str, Any]:
+        raise KeyboardInterrupt
+
+    assert main(replace(job, run=stop, prepare=None), POSITIONAL[name]) == 130
+    more = "; the same command continues from the last commit" if continues else ""
+    assert capsys.readouterr().err == f"interrupted{more}\n"
+
+
+FULL = """
+from ddpm_ray.cli.job import Job
+from ddpm_ray.cli.main import main
+from ddpm_ray.config.jobs.sample import SampleConfig
+raise SystemExit(main(Job("sample", "Usage.", SampleConfig, lambda *_: {"a": 1}), []))
+"""
+
+
+def test_a_result_that_cannot_be_written_is_one_line() -> None:
+    with Path("/dev/full").open("w") as full:
+        ended = subprocess.run(
+            [sys.executable, "-c", FULL],
+            cwd=ROOT,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=ENDS_S,
+            check=False,
+        )
+    says = "error: the result cannot be written to stdout: No space left on device\n"
+    assert (ended.stderr, ended.returncode) == (says, 1)
+
+
 @pytest.mark.parametrize(
     "arguments, says",
     [
@@ -633,7 +671,7 @@ def test_wrong_arguments_are_reported(
     [
         (ConfigError("name is x\nseed is y"), 2, "error: name is x\nerror: seed is y\n"),
         (InterruptedRunError("stopped at step 3"), 130, "stopped at step 3\n"),
-        (KeyboardInterrupt(), 130, "interrupted; the same command continues"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
         (
             RuntimeError("two\nlines"),
             1,

@@ -166,6 +166,29 @@ def test_latents_are_not_clipped(key: str, places: Places, said: Said) -> None:
     require_line(found, WRONG_CONFIG, says)
 
 
+@pytest.mark.parametrize("key", ["held_out_url", "reference_url"])
+def test_a_data_set_of_the_scores_that_is_not_there_is_named_before_the_run_begins(
+    key: str, places: Places, said: Said
+) -> None:
+    found = said(train.JOB, *TINY, f"data.url={places.latents}", f"evaluation.{key}=nothere")
+    require_line(found, WRONG_CONFIG, rf"evaluation\.{key}: .*nothere: ")
+    assert not Path("runs").exists()
+    assert not Path("mlflow.db").exists()
+
+
+def test_a_data_set_is_no_model(places: Places, said: Said) -> None:
+    for url in (places.pixels, places.latents):
+        found = said(sample.JOB, url, "--out", "a.png")
+        require_line(found, FAILED, "this is a data set and not a model; name a run's folder")
+
+
+def test_a_margin_that_no_picture_has_is_refused(places: Places, said: Said) -> None:
+    save_pictures(8)
+    words = ("image.png", "--out", "a.png", "kind=outpaint", "right=65536")
+    found = said(edit.JOB, places.of_latents, *words)
+    require_line(found, WRONG_CONFIG, "right is 65536; it must be at most 65535")
+
+
 def save_pictures(height: int) -> None:
     """image.png and mask.png, of `height` x 8, in the working directory."""
     Image.fromarray(np.zeros((height, 8), np.uint8)).save("image.png")

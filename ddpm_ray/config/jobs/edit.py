@@ -10,6 +10,7 @@ from ddpm_ray.config.sampling import SamplingSettings
 
 InpaintingMethod: TypeAlias = Literal["auto", "conditioned", "repaint", "replacement"]
 MARGINS = ("top", "bottom", "left", "right")
+MOST_MARGIN = 65_535  # pixels, the longest side of a JPEG file
 
 
 def inpainting_method(method: InpaintingMethod, *, conditioned: bool) -> InpaintingMethod:
@@ -47,10 +48,10 @@ class EditConfig:
     strength: float = option(
         0.5, "image_to_image: fraction of T to noise and denoise again", above=0, at_most=1
     )
-    top: int = option(0, "outpaint: pixels above the image", at_least=0)
-    bottom: int = option(0, "outpaint: pixels below it", at_least=0)
-    left: int = option(0, "outpaint: pixels on its left", at_least=0)
-    right: int = option(0, "outpaint: pixels on its right", at_least=0)
+    top: int = option(0, "outpaint: pixels above the image", at_least=0, at_most=MOST_MARGIN)
+    bottom: int = option(0, "outpaint: pixels below it", at_least=0, at_most=MOST_MARGIN)
+    left: int = option(0, "outpaint: pixels on its left", at_least=0, at_most=MOST_MARGIN)
+    right: int = option(0, "outpaint: pixels on its right", at_least=0, at_most=MOST_MARGIN)
     autoencoder: str = option("", MOVED_AUTOENCODER)
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
 
