@@ -23,6 +23,8 @@ from tests.limits import ENDS_S
 # Before torch, Ray or MLflow load, and inherited by every process that a test starts.
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test processes on two cores, not four
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# Ray gives its workers niceness 15: beside the other test process they would hardly run.
+os.environ.setdefault("RAY_worker_niceness", "0")
 mlflow_settings.apply()
 os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")  # else 8 more processes
 

@@ -2,14 +2,12 @@
 
 import fcntl
 import hashlib
-import multiprocessing
 import os
 import signal
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
-from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -22,6 +20,7 @@ from ddpm_ray.data.dataset import Dataset, open_dataset
 from ddpm_ray.data.shard_cache import ShardCache
 from ddpm_ray.data.shards import fetch_shard
 from tests.data.conftest import MakeDataset
+from tests.fixtures.forkserver import FORKSERVER
 from tests.limits import ENDS_S
 
 PROCESSES, SHARDS = 8, 9
@@ -70,14 +69,6 @@ def store(make_dataset: MakeDataset, tmp_path: Path) -> Iterator[CountingStore]:
     found.close()
 
 
-@pytest.fixture(scope="module")
-def processes() -> ForkServerContext:
-    """Fresh processes without the cost of the imports."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "fsspec.implementations.http"])
-    return context
-
-
 def fetch_all(url: str, cache_dir: Path, together: Any, found: Any) -> None:
     """Fetch every shard in the same order as the other processes; report a digest of the images."""
     dataset, cache, digest = open_dataset(url), ShardCache(cache_dir, 10**6), hashlib.sha256()
@@ -91,12 +82,10 @@ def fetch_first(url: str, cache_dir: Path) -> None:
     fetch_shard(open_dataset(url), 0, ShardCache(cache_dir, 10**6))
 
 
-def test_eight_processes_fetch_each_shard_once(
-    store: CountingStore, processes: ForkServerContext, tmp_path: Path
-) -> None:
-    found, together = processes.Queue(), processes.Barrier(PROCESSES)
+def test_eight_processes_fetch_each_shard_once(store: CountingStore, tmp_path: Path) -> None:
+    found, together = FORKSERVER.Queue(), FORKSERVER.Barrier(PROCESSES)
     running = [
-        processes.Process(target=fetch_all, args=(store.url, tmp_path / "cache", together, found))
+        FORKSERVER.Process(target=fetch_all, args=(store.url, tmp_path / "cache", together, found))
         for _ in range(PROCESSES)
     ]
     for process in running:
@@ -109,16 +98,14 @@ def test_eight_processes_fetch_each_shard_once(
     assert len(list((tmp_path / "cache").iterdir())) == SHARDS  # no lock is left
 
 
-def test_a_fetch_killed_half_way_is_taken_over(
-    store: CountingStore, processes: ForkServerContext, tmp_path: Path
-) -> None:
+def test_a_fetch_killed_half_way_is_taken_over(store: CountingStore, tmp_path: Path) -> None:
     """The kernel releases the dead process's lock; another one fetches at once."""
     store.answers.clear()
     arguments = store.url, tmp_path / "cache"
-    first = processes.Process(target=fetch_first, args=arguments)
+    first = FORKSERVER.Process(target=fetch_first, args=arguments)
     first.start()
     assert store.asked.acquire(timeout=ENDS_S)
-    second = processes.Process(target=fetch_first, args=arguments)
+    second = FORKSERVER.Process(target=fetch_first, args=arguments)
     second.start()
     assert first.pid is not None
     os.kill(first.pid, signal.SIGKILL)

@@ -6,7 +6,6 @@ its steps. All else is real: storage, checkpoints, gloo, MLflow on SQLite, SIGKI
 
 import contextlib
 import hashlib
-import multiprocessing
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
@@ -36,6 +35,7 @@ from ddpm_ray.training.checkpoints import CHECKPOINTS, CheckpointStore
 from ddpm_ray.training.loop import train_loop
 from ddpm_ray.training.run import Run
 from ddpm_ray.training.writer_lease import Lease
+from tests.fixtures.forkserver import FORKSERVER
 
 STEPS, EVERY = 24, 5
 TINY = (
@@ -82,12 +82,6 @@ AUTOENCODER = (  # with an adversary from a step between two checkpoints on
     "tracking.flush_every_s=0.02",
 )
 LIFE_S = 180  # most seconds of one life; it takes one or two, more while MLflow is away
-
-_server = multiprocessing.get_context("forkserver")
-# Any optimiser imports torch's compiler, any MLflow on SQLite its store: 3 s, once.
-_server.set_forkserver_preload(
-    [__name__, "torch._dynamo", "mlflow.store.tracking.sqlalchemy_store"]
-)
 
 
 @dataclass
@@ -173,7 +167,7 @@ class Life:
         }
         meeting = self.folder / f"meeting-{self.lives}"
         workers = [
-            _server.Process(target=_work, args=(rank, count, str(meeting), settings, planned))
+            FORKSERVER.Process(target=_work, args=(rank, count, str(meeting), settings, planned))
             for rank in range(count)
         ]
         for worker in workers:

@@ -223,7 +223,7 @@ def run_job() -> int:
     def job(config: RunConfig, arguments: Namespace) -> dict[str, Any]:
         return train(config, arguments)
 
-    return main(Job("train", "", RunConfig, job))
+    return main(Job("train", "", RunConfig, job, continues=True))
 
 
 class Actor:

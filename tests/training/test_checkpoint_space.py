@@ -63,7 +63,7 @@ def test_the_arithmetic_is_told(
         warn_of_shortage(CONFIG, state(0), str(tmp_path))
     assert caplog.messages == [
         f"{tmp_path}: training.keep_every_steps=20 keeps 5 more checkpoints of 0.008 GB for ever, "
-        "beside the newest 3: 0.064 GB, and the disk has 0.04 GB left; free space, or set a larger "
+        "and the newest 3: 0.064 GB, and the disk has 0.04 GB left; free space, or set a larger "
         "multiple of training.checkpoint_every_steps"
     ]
 
