@@ -30,6 +30,8 @@ TINY_RUN = (
     "evaluation.num_images=32",
 )
 
+UNITS = ("step ", "trials ", "images ")  # a line of progress begins with one of them
+
 
 @dataclass
 class Job:
@@ -70,7 +72,7 @@ class Job:
         try:
             for line in process.stderr:
                 self.lines.append(line.rstrip())
-                if strike and line.startswith(("step ", "trials ")) and shown(line) >= (at or 0):
+                if strike and line.startswith(UNITS) and shown(line) >= (at or 0):
                     strike(process.pid)
                     strike = None
             output = process.stdout.read()
@@ -82,7 +84,7 @@ class Job:
                 process.wait()
             process.stderr.close()
             process.stdout.close()
-        assert strike is None, "the job ended before its fault was injected"
+        assert strike is None, f"it ended before its fault:\n{self.reported}"
         if self.code in (DONE, PARTLY_FAILED):  # else stdout has at most what Ray's workers print
             self.result = json.loads(output.splitlines()[-1])
         return self
@@ -93,7 +95,7 @@ class Job:
 
 
 def shown(line: str) -> int:
-    """How far a line of progress says that things are: `step 20/400 ...`, `trials 1/4 ...`."""
+    """How far a line of progress says that things are: `step 20/400 ...`, `images 1/4 ...`."""
     return int(line.split()[1].split("/")[0])
 
 

@@ -1,0 +1,138 @@
+"""Latent diffusion on a real local Ray: each stage is killed, and its end has equal bits."""
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ddpm_ray.config.jobs.encode import EncodeConfig
+from ddpm_ray.data.dataset import Dataset
+from ddpm_ray.data.packing import latent_packer
+from ddpm_ray.reporting import RATES
+from ddpm_ray.runs import encode as encoding
+from tests.data.latent_sets import TINY_UNET, encode_noise, write_autoencoder
+from tests.faults.lives import Life, hashes
+from tests.limits import JOB_S
+from tests.noise import pack
+from tests.runs.job import Job, rows
+from tests.runs.test_encode import files
+from tests.runs.test_runs_on_ray import kill_a_worker
+
+STEPS = 240
+TRAINING = (
+    "cluster.num_workers=2",
+    f"training.steps={STEPS}",
+    "training.global_batch_size=16",
+    "training.checkpoint_every_steps=40",
+    "training.log_every_steps=20",
+    "training.grid_every_steps=100",
+    "training.warmup_steps=10",
+    "training.ema_decay_per_step=0.9",
+)
+AUTOENCODER = (
+    "name=autoencoder",
+    "task=autoencoder",
+    "autoencoder.base_channels=4",
+    "autoencoder.groups=2",
+    "autoencoder.channel_mults=[1,2]",
+    "autoencoder.blocks_per_level=1",
+    "autoencoder.discriminator_channels=8",
+    "autoencoder.discriminator_from_step=100",
+    "evaluation.num_images=32",
+    "evaluation.features=none",
+    *TRAINING,
+)
+LATENTS = (
+    "name=latents",
+    "schedule.num_steps=60",
+    "sampling.steps=2",
+    "evaluation.num_images=0",
+    "evaluation.validation_every_steps=60",
+    "evaluation.validation_images=16",
+    "data.flip=true",
+    *TINY_UNET,
+    *TRAINING,
+)
+
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.slow,
+    pytest.mark.timeout(6 * JOB_S),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # MLflow's, as it imports
+]
+
+
+def kill_the_driver(driver: int) -> None:
+    os.kill(driver, signal.SIGKILL)
+
+
+def train_with_kills(folder: Path, words: tuple[str, ...], name: str) -> Job:
+    """Train with kill -9 of the driver, of a worker, and Ctrl-C; the job that reached the end."""
+    config = folder / f"{name}.yaml"
+    config.write_text("")
+    strikes: tuple[tuple[int, Callable[[int], None], int], ...] = (
+        (50, kill_the_driver, -signal.SIGKILL),
+        (100, lambda driver: os.kill(driver, signal.SIGINT), 130),
+        (150, kill_a_worker, 0),
+    )
+    for at, strike, code in strikes:
+        job = Job(folder, words, config=str(config)).run(at=at, strike=strike)
+        assert job.code == code, job.reported
+    return job
+
+
+def check_end(job: Job, unbroken: Life) -> None:
+    """The end of `job` has the bits and the rows of an unbroken life without Ray."""
+    unbroken.drive()
+    assert unbroken.live(count=2)
+    wanted = unbroken.end()
+    assert hashes(job.result["checkpoint"]) == wanted.hashes
+    for key, expected in wanted.rows.items():
+        found = rows(job.result, key)
+        if key in RATES:  # clocks: equal in number alone
+            assert [step for step, _ in found] == [step for step, _ in expected]
+        else:
+            assert found == expected, key
+
+
+def pack_squares(folder: Path, shards: int) -> Dataset:
+    """Ten grey squares of noise in each shard; 24 pixels a side suffice for a discriminator."""
+    noise = np.random.default_rng(0).integers(0, 256, (10 * shards, 24, 24, 1)).astype(np.uint8)
+    return pack(folder, noise, [10] * shards)
+
+
+def test_an_autoencoder_survives_its_kills(tmp_path: Path) -> None:
+    pixels = pack_squares(tmp_path / "pixels", 10)
+    words = (*AUTOENCODER, f"data.url={pixels.url}")
+    job = train_with_kills(tmp_path, words, "autoencoder")
+    check_end(job, Life(tmp_path / "unbroken", pixels.url, AUTOENCODER))
+
+
+def test_an_encoding_survives_its_kills(tmp_path: Path) -> None:
+    pixels = pack_squares(tmp_path / "pixels", 400)
+    autoencoder, latents = tmp_path / "autoencoder", tmp_path / "latents"
+    loaded = write_autoencoder(autoencoder, side=24)
+    words = (pixels.url, str(latents), "flipped=true", "batch_size=100")
+    for at in (1, 1000, 2000):
+        killed = Job(tmp_path, words, "encode.py", str(autoencoder))
+        killed.run(at=at, strike=kill_the_driver)
+        assert killed.code == -signal.SIGKILL, killed.reported
+        assert not (latents / "manifest.json").exists()
+    finished = Job(tmp_path, words, "encode.py", str(autoencoder)).run()
+    assert finished.code == 0, finished.reported
+    assert finished.result["encoded"] < finished.result["samples"]
+    options = EncodeConfig(flipped=True, batch_size=100)
+    plan = latent_packer.make_encoding_plan(pixels, str(tmp_path / "whole"), loaded, options)
+    with encoding.reproducible("cpu"):
+        encoded = [latent_packer.encode_shard(plan, n, loaded) for n in range(plan.shards)]
+    latent_packer.finish_latents(plan, encoded)
+    assert files(latents) == files(tmp_path / "whole")
+
+
+def test_a_model_of_latents_survives_its_kills(tmp_path: Path) -> None:
+    url = encode_noise(tmp_path, images=100, side=24)
+    job = train_with_kills(tmp_path, (*LATENTS, f"data.url={url}"), "latents")
+    check_end(job, Life(tmp_path / "unbroken", url, LATENTS))
