@@ -5,16 +5,22 @@ The generator is Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as
 ten rounds of multiply and mix turn a counter of four 32-bit words into four random words, under a
 64-bit key.
 
-The integers are the same on every device. Normals use the device's logarithm, cosine and square
-root, so they may differ in the last bits between kinds of devices.
+The integers are the same on every device; on a GPU with Triton, one kernel computes them. Normals
+use torch's logarithm, cosine and square root on their device, so they may differ in the last bits
+between kinds of devices, and from those of a compiled function.
 """
 
+import logging
 import math
+from collections.abc import Callable
 from enum import IntEnum
+from functools import cache
 from typing import TypeAlias, cast
 
 import torch
 from torch import Tensor
+
+log = logging.getLogger(__name__)
 
 _WORD = 0xFFFFFFFF  # the low 32 bits
 
@@ -24,6 +30,8 @@ which a compiled function or a CUDA graph reads anew at each call. The numbers d
 
 Word: TypeAlias = int | Tensor
 """32-bit words: one of the host, or int64 tensors, which broadcast."""
+
+Words: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class Purpose(IntEnum):
@@ -66,7 +74,7 @@ def normal(
     index = index.to(device or index.device)
     size, count = math.prod(shape), len(index)
     blocks = -(-size // 4)
-    words = _words(seed, purpose, step, index[:, None], torch.arange(blocks, device=index.device))
+    words = _words(seed, purpose, step, index, blocks)
 
     # Box-Muller: a word for the radius and one for the angle give two normals. float32 suffices and
     # is 2 x faster than float64 here: near 0 a float32 uniform is as fine as its word, and it is
@@ -85,8 +93,7 @@ def uniform_float(
 ) -> Tensor:
     """Uniform float32 [B, *shape] in [0, 1), multiples of 2^-24; rows belong to index as above."""
     size = math.prod(shape)
-    block = torch.arange(-(-size // 4), device=index.device)
-    words = torch.stack(_words(seed, purpose, step, index[:, None], block), 2)  # [B, blocks, 4]
+    words = torch.stack(_words(seed, purpose, step, index, -(-size // 4)), 2)  # [B, blocks, 4]
     return (words.flatten(1)[:, :size] >> 8).float().mul_(2**-24).view(len(index), *shape)
 
 
@@ -96,8 +103,8 @@ def uniform_int(seed: int, purpose: Purpose, step: Step, index: Tensor, high: in
     The high word of a 32-bit word times `high`: no value is likelier than another by more than a
     part in 2^32 / high (4 million for high = 1000).
     """
-    word, *_ = _words(seed, purpose, step, index, 0)
-    return word * high >> 32
+    word, *_ = _words(seed, purpose, step, index, 1)
+    return word[..., 0] * high >> 32
 
 
 def coin(seed: int, purpose: Purpose, step: Step, index: Tensor) -> Tensor:
@@ -116,21 +123,51 @@ def derived_seed(seed: int, purpose: Purpose, step: int, index: int) -> int:
     return cast(int, high) << 32 | cast(int, low)
 
 
-def _words(
-    seed: int, purpose: Purpose, step: Step, index: Tensor, block: Word
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Four words for each (index, block), which broadcast; the counter reads block to purpose."""
+def _words(seed: int, purpose: Purpose, step: Step, index: Tensor, blocks: int) -> Words:
+    """Four words int64 [*index.shape, blocks] of each block of each index."""
     if torch.compiler.is_compiling():  # its numbers of the host have 64 bits; it has no values
         step = step if isinstance(step, Tensor) else torch.full((), step, device=index.device)
     else:
         if isinstance(step, int):
             _require_word("step", step, step)
-        # Indices on a GPU are not checked, because the host would wait for them; a fake tensor has
-        # no values to check.
-        if type(index) is Tensor and index.is_cpu and index.numel():
-            _require_word("index", *(int(end) for end in index.aminmax()))
-    words = philox((block, index, step, int(purpose)), seed)
-    return cast(tuple[Tensor, Tensor, Tensor, Tensor], words)  # each depends on the index
+        if type(index) is Tensor:  # a fake tensor has no values
+            # Indices on a GPU are not checked, because the host would wait for them.
+            if index.is_cpu and index.numel():
+                _require_word("index", *(int(end) for end in index.aminmax()))
+            if kernel := _kernel(index.device):
+                return kernel(index, step, int(purpose), seed, blocks)
+    block = torch.arange(blocks, device=index.device) if blocks > 1 else 0
+    counter = (block, index[..., None], step, int(purpose))  # reads from block to purpose
+    return cast(Words, philox(counter, seed))  # each depends on the index
+
+
+@cache
+def _kernel(device: torch.device) -> Callable[[Tensor, Step, int, int, int], Words] | None:
+    """The generator as one kernel of a GPU, which a step of training launches instead of hundreds.
+
+    None on other devices, and with a warning where it cannot run. It is tried once, on words that
+    the host knows: only then does the host wait.
+    """
+    if device.type != "cuda":
+        return None
+    last, purpose = _WORD, int(Purpose.NOISE)
+    try:
+        from ddpm_ray.philox_kernel import words  # Triton comes with torch for CUDA alone
+
+        found = words(torch.tensor([last], device=device), last, purpose, 2**64 - 1, 2)
+        known = [philox((block, last, last, purpose), 2**64 - 1) for block in range(2)]
+        if list(zip(*(word[0].tolist() for word in found), strict=True)) != known:
+            raise ArithmeticError("its numbers are wrong")
+    except Exception as error:  # noqa: BLE001  # without it runs are slower, with the same bits
+        log.warning(
+            "%s: drawing random numbers launches about 250 kernels more a step, because the Triton "
+            "kernel for them does not run (%s: %s); it needs triton and a C compiler",
+            device,
+            type(error).__name__,
+            str(error).partition("\n")[0],
+        )
+        return None
+    return words
 
 
 def _require_word(name: str, low: int, high: int) -> None:

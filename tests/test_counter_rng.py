@@ -1,6 +1,16 @@
 """Philox against its authors' numbers; draws against their laws."""
 
+import importlib.util
+import json
+import logging
 import math
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -131,6 +141,118 @@ def test_compiled_draws_are_one_graph_with_the_same_bits(on_device: bool) -> Non
         of = torch.tensor(step) if on_device else step
         found = compiled(seed, Purpose.NOISE, of, index, shape)
         assert torch.equal(found, normal(seed, Purpose.NOISE, step, index, shape)), step
+
+
+VIEWS = {"empty", "empty_like", "select", "slice", "unsqueeze", "view", "expand", "alias"}
+CUDA = torch.device("cuda")
+
+
+class FakeKernel:
+    """The kernel as a GPU would run it: one launch, without an operation of torch."""
+
+    def __init__(self) -> None:
+        self.launches = 0
+        self.known: dict[int, list[Tensor]] = {}
+
+    def __call__(self, index: Tensor, step: Step, purpose: int, seed: int, blocks: int) -> Any:
+        self.launches += 1
+        if blocks not in self.known:
+            block = torch.arange(blocks)
+            words = philox((block, index[..., None], step, purpose), seed)
+            self.known[blocks] = [torch.as_tensor(word) for word in words]
+        return tuple(self.known[blocks])
+
+
+def test_the_draws_of_a_step_are_few_launches_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def draws() -> None:
+        normal(1, Purpose.NOISE, 5, index, (3, 32, 32))
+        uniform_int(1, Purpose.TIMESTEP, 5, index, 1000)
+        coin(1, Purpose.FLIP, 5, index)
+
+    index, kernel = torch.arange(8, dtype=torch.int64), FakeKernel()
+    monkeypatch.setattr(counter_rng, "_kernel", lambda device: kernel)
+    draws()
+    kernel.launches = 0
+    with Operations() as counted:
+        draws()
+    of_the_host = {"aminmax", "_local_scalar_dense"}  # the check of indices on a CPU
+    names = [name.partition(".")[0] for name in counted.names]
+    assert kernel.launches == 3
+    assert len([name for name in names if name not in VIEWS | of_the_host]) + 3 <= 30
+
+
+@pytest.fixture
+def kernel_module(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
+    """Stands for philox_kernel.py, as if the device of its words were a GPU."""
+    module, made = SimpleNamespace(), torch.tensor
+    monkeypatch.setitem(sys.modules, "ddpm_ray.philox_kernel", module)
+    monkeypatch.setattr(torch, "tensor", lambda values, device: made(values))
+    counter_rng._kernel.cache_clear()
+    yield module
+    counter_rng._kernel.cache_clear()
+
+
+def no_compiler(*arguments: Any) -> Any:
+    raise RuntimeError("Failed to find C compiler")
+
+
+def wrong_words(*arguments: Any) -> Any:
+    return tuple(word ^ 1 for word in FakeKernel()(*arguments))
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (FakeKernel(), None),
+        (no_compiler, "cuda: .*Failed to find C compiler"),
+        (wrong_words, "cuda: .*its numbers are wrong"),
+    ],
+)
+def test_a_kernel_that_does_not_run_is_replaced(
+    words: Any,
+    said: str | None,
+    kernel_module: SimpleNamespace,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    kernel_module.words = words
+    with caplog.at_level(logging.WARNING):
+        found = [counter_rng._kernel(CUDA) for _ in range(2)]
+    assert found == [None if said else words] * 2
+    assert len(caplog.records) == (1 if said else 0)
+    assert said is None or re.search(said, caplog.text)
+
+
+KERNEL_SCRIPT = """
+import json, sys, torch
+from ddpm_ray.philox_kernel import words
+for index, step, seed, blocks, on_device in json.load(sys.stdin):
+    of = torch.tensor(step) if on_device else step
+    print(json.dumps([w.tolist() for w in words(torch.tensor(index), of, 3, seed, blocks)]))
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+def test_the_kernel_gives_the_same_words() -> None:
+    """By Triton's interpreter, which needs no GPU."""
+    last, cases = 2**32 - 1, []
+    for on_device in (False, True):
+        cases.append(([0, 1, last], last, 2**64 - 1, 5, on_device))
+        cases.append(([7, 2**31], 0, 2**31, 1, on_device))
+        cases.append(([3], 1, 0, 1030, on_device))  # two programs
+    done = subprocess.run(
+        [sys.executable, "-c", KERNEL_SCRIPT],
+        input=json.dumps(cases),
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        cwd=Path(__file__).parents[1],
+        text=True,
+        stdout=subprocess.PIPE,
+        timeout=300,
+        check=True,
+    )
+    for (index, step, seed, blocks, _), line in zip(cases, done.stdout.splitlines(), strict=True):
+        block = torch.arange(blocks)
+        right = philox((block, torch.tensor(index)[:, None], step, 3), seed)
+        assert json.loads(line) == [torch.as_tensor(word).tolist() for word in right]
 
 
 @given(

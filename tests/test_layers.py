@@ -20,6 +20,7 @@ LAYERS = {
     "ddpm_ray.choices": 0,
     "ddpm_ray.core_clock": 0,
     "ddpm_ray.counter_rng": 0,
+    "ddpm_ray.philox_kernel": 0,
     "ddpm_ray.fault_injection": 0,
     "ddpm_ray.redaction": 0,
     "ddpm_ray.reporting": 0,
@@ -57,11 +58,13 @@ IMPORTERS = {  # outside package: the only modules or folders that may import it
     "optuna": ("ddpm_ray.sweep.search",),
     "torchmetrics": (),  # their compiled halves tie us to one torch build
     "torchvision": (),
+    "triton": ("ddpm_ray.philox_kernel",),
 }
 ONLY_IMPORTS = {  # module or folder: what it may import beside the standard library
     "ddpm_ray.choices": set[str](),
     "ddpm_ray.core_clock": set[str](),
     "ddpm_ray.counter_rng": {"torch"},
+    "ddpm_ray.philox_kernel": {"torch", "triton"},
     "ddpm_ray.diffusion": {"torch"},
     "ddpm_ray.fault_injection": set[str](),
     "ddpm_ray.redaction": set[str](),

@@ -13,7 +13,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
@@ -36,6 +36,7 @@ from ddpm_ray.counter_rng import Purpose, derived_seed, normal
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.evaluation.features.inception import Inception, Unit
 from ddpm_ray.training.loop import save, take_step
+from ddpm_ray.training.objective import Objective
 from ddpm_ray.training.run import Run
 
 ROOT = Path(__file__).parents[2]
@@ -98,6 +99,9 @@ class Place:
             torch.compiler.reset()
             backend = "eager" if self.toy else "inductor"
             run.network = torch.compile(run.state.model, backend=backend)  # type: ignore[assignment]
+            if self.toy and isinstance(run.objective, Objective):
+                eager = replace(run.objective.noising, compiled=False)
+                run.objective = replace(run.objective, noising=eager)
         return run
 
     def config(self, *keys: str) -> RunConfig:

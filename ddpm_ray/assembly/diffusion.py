@@ -141,6 +141,7 @@ def noising_recipe(
         input_perturbation=wanted.input_perturbation,
         low_resolution_noise=wanted.low_resolution_noise,
         codec=saved_codec(state.facts),
+        compiled=config.training.compile,
     )
 
 

@@ -12,6 +12,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from ddpm_ray.counter_rng import Step
 from ddpm_ray.data.dataset import UInt8s
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.data.shard_index import CodecName
@@ -39,7 +40,7 @@ class Codec(Protocol):
         ...
 
     def draw(
-        self, stored: Tensor, flip: Tensor | None, seed: int, step: int, positions: Tensor
+        self, stored: Tensor, flip: Tensor | None, seed: int, step: Step, positions: Tensor
     ) -> Tensor:
         """Convert the samples at these positions of batch `step` to x_0, for training."""
         ...
@@ -92,7 +93,7 @@ class PixelCodec:
         return x_0 if flip is None else torch.where(flip.view(-1, 1, 1, 1), x_0.flip(-1), x_0)
 
     def draw(
-        self, stored: Tensor, flip: Tensor | None, seed: int, step: int, positions: Tensor
+        self, stored: Tensor, flip: Tensor | None, seed: int, step: Step, positions: Tensor
     ) -> Tensor:
         """Return `encode(stored, flip)`: pixels have no randomness of their own."""
         return self.encode(stored, flip)

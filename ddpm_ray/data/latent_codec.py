@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ddpm_ray import counter_rng
-from ddpm_ray.counter_rng import Purpose
+from ddpm_ray.counter_rng import Purpose, Step
 from ddpm_ray.data.codec import PIXELS, Codec, require_finite
 from ddpm_ray.data.dataset import Manifest, UInt8s
 from ddpm_ray.data.image_shape import ImageShape
@@ -112,7 +112,7 @@ class LatentCodec:
         return self._standardised(posterior.mean if noise is None else posterior.sample(noise))
 
     def draw(
-        self, stored: Tensor, flip: Tensor | None, seed: int, step: int, positions: Tensor
+        self, stored: Tensor, flip: Tensor | None, seed: int, step: Step, positions: Tensor
     ) -> Tensor:
         """Draw x_0 from the stored posteriors, anew for each (seed, step, position)."""
         shape = tuple(stored.shape[-3:])
@@ -195,6 +195,6 @@ def codec_of(manifest: Manifest) -> Codec:
     return PIXELS if manifest.codec == "pixels" else LatentCodec.of(manifest)
 
 
-def posterior_noise(seed: int, step: int, positions: Tensor, shape: tuple[int, ...]) -> Tensor:
+def posterior_noise(seed: int, step: Step, positions: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Standard normals float32 [B, *shape] of the samples at these positions of a global batch."""
     return counter_rng.normal(seed, Purpose.POSTERIOR, step, positions, shape)

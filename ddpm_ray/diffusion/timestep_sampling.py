@@ -12,18 +12,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ddpm_ray import counter_rng
-from ddpm_ray.counter_rng import Purpose
+from ddpm_ray.counter_rng import Purpose, Step
 from ddpm_ray.diffusion.process import NoiseSchedule
 
 _GRID = 2**31  # number of values of a uniform draw
 
 
-def uniform(seed: int, step: int, positions: Tensor, num_steps: int) -> Tensor:
+def uniform(seed: int, step: Step, positions: Tensor, num_steps: int) -> Tensor:
     """Uniform and independent t (Ho et al. 2020, algorithm 1)."""
     return 1 + counter_rng.uniform_int(seed, Purpose.TIMESTEP, step, positions, num_steps)
 
 
-def low_discrepancy(seed: int, step: int, positions: Tensor, num_steps: int, batch: int) -> Tensor:
+def low_discrepancy(seed: int, step: Step, positions: Tensor, num_steps: int, batch: int) -> Tensor:
     """Low-discrepancy t: evenly spaced over 1..T with one random offset u per global batch.
 
     Position i gets the step that contains frac(u + i / batch) (Kingma et al. 2021,
@@ -34,7 +34,7 @@ def low_discrepancy(seed: int, step: int, positions: Tensor, num_steps: int, bat
     return 1 + (offset + positions * num_steps) % cells // batch
 
 
-def antithetic(seed: int, step: int, positions: Tensor, num_steps: int) -> Tensor:
+def antithetic(seed: int, step: Step, positions: Tensor, num_steps: int) -> Tensor:
     """Antithetic pairs: positions 2 i and 2 i + 1 get t and T + 1 - t; each t alone is uniform.
 
     (As in the authors' code of Song et al. 2021, arXiv:2010.02502.)
@@ -62,7 +62,7 @@ class Distribution:
 
 
 def weighted(
-    seed: int, step: int, positions: Tensor, distribution: Distribution
+    seed: int, step: Step, positions: Tensor, distribution: Distribution
 ) -> tuple[Tensor, Tensor]:
     """Draw t from `distribution`, on its device; also return the importance weights, float64.
 

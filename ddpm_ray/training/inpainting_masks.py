@@ -10,7 +10,7 @@ integers, so they are the same on every device.
 import torch
 from torch import Tensor
 
-from ddpm_ray.counter_rng import Purpose, uniform_float
+from ddpm_ray.counter_rng import Purpose, Step, uniform_float
 
 KINDS = 4
 RECTANGLES = 3  # at most
@@ -19,7 +19,7 @@ PIECES = 4  # of a stroke, at most
 _NUMBERS = 1 + 5 + (1 + 4 * RECTANGLES) + (2 + 2 * (PIECES + 1))
 
 
-def known_mask(seed: int, step: int, positions: Tensor, height: int, width: int) -> Tensor:
+def known_mask(seed: int, step: Step, positions: Tensor, height: int, width: int) -> Tensor:
     """Masks bool [b, 1, height, width], True where a pixel is known; at least one is not.
 
     Row i depends only on seed, step and positions[i].

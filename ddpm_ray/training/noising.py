@@ -6,19 +6,20 @@ and any restart produce the same batch.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from ddpm_ray import counter_rng
-from ddpm_ray.counter_rng import Purpose
+from ddpm_ray.counter_rng import Purpose, Step
 from ddpm_ray.data.codec import PIXELS, Codec
 from ddpm_ray.diffusion.conditioning import Conditioning, known_part
 from ddpm_ray.sampling.conditioning import ConditioningSpec
 from ddpm_ray.training.inpainting_masks import known_mask
 
-ChooseSteps: TypeAlias = Callable[[int, Tensor], tuple[Tensor, Tensor | None]]
+ChooseSteps: TypeAlias = Callable[[Step, Tensor], tuple[Tensor, Tensor | None]]
 """(training step, positions [b]) -> t [b] in 1..T and the importance weights [b] of the losses, or
 None if t is uniform."""
 
@@ -49,6 +50,7 @@ class NoisingRecipe:
     input_perturbation: float = 0.0
     low_resolution_noise: float = 0.0
     codec: Codec = PIXELS
+    compiled: bool = False  # with torch.compile
 
     def noisy_batch(
         self, images: Tensor, labels: Tensor, step: int, positions: Tensor, device: torch.device
@@ -57,9 +59,23 @@ class NoisingRecipe:
 
         `images` are samples as `codec` stores them: for pixels, uint8 [b, H, W, C].
         """
+        stored = images.to(device, non_blocking=True)
+        if not self.compiled:
+            return self.draw(stored, labels, step, positions)
+        # What is compiled or captured keeps each number of the host for ever, and reads a tensor.
+        return self._compiled(stored, labels, torch.full((), step, device=device), positions)
+
+    @cached_property
+    def _compiled(self) -> Callable[[Tensor, Tensor, Step, Tensor], NoisyBatch]:
+        return torch.compile(self.draw)
+
+    def draw(self, stored: Tensor, labels: Tensor, step: Step, positions: Tensor) -> NoisyBatch:
+        """Prepare samples that are on the device; `step` may be there too, as counter_rng.Step.
+
+        Nothing else changes from step to step, so this may be captured once for all steps.
+        """
         seed = self.seed
         flips = counter_rng.coin(seed, Purpose.FLIP, step, positions) if self.flip else None
-        stored = images.to(device, non_blocking=True)
         x_0 = self.codec.draw(stored, flips, seed, step, positions)
         x_0 = x_0.contiguous(memory_format=self.memory_format)
         shape = tuple(x_0.shape[1:])
@@ -85,7 +101,7 @@ class NoisingRecipe:
         )
 
     def _conditioning(
-        self, x_0: Tensor, labels: Tensor, step: int, positions: Tensor
+        self, x_0: Tensor, labels: Tensor, step: Step, positions: Tensor
     ) -> Conditioning:
         """The conditioning of x_0: label dropout, conditioning augmentation and a mask."""
         conditioning = self.takes.of_data(x_0, labels).to(x_0.device, non_blocking=True)

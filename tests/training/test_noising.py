@@ -105,6 +105,22 @@ def test_another_step_shows_everything_anew(overrides: tuple[str, ...]) -> None:
         assert not torch.equal(one[name], other[name]), name
 
 
+def test_a_compiled_noising_reads_the_step_from_the_device(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is compiled once draws the bits of each step, as a CUDA graph of it would."""
+    keys = ("data.flip=true", "model.num_classes=5", "objective.offset_noise=0.1")
+    backend = functools.partial(torch.compile, backend="aot_eager", fullgraph=True)
+    monkeypatch.setattr(torch, "compile", backend)
+    eager, compiled = objective(*keys), objective(*keys, "training.compile=true")
+    torch.compiler.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for step in (3, 4, 2**32 - 1):
+            expected, found = columns(shown(eager, step)), columns(shown(compiled, step))
+            assert found.keys() == expected.keys()
+            assert all(torch.equal(found[name], value) for name, value in expected.items()), step
+
+
 def test_an_inpainting_model_is_shown_what_is_known_and_where() -> None:
     """The part of x_0 as it is diffused, mirrored where it is; nothing of the rest."""
     noisy = shown(objective(*INPAINTING))
