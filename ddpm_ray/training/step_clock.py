@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, Protocol, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,14 @@ Part: TypeAlias = Literal["data", "forward", "backward", "communication", "optim
 PARTS: tuple[Part, ...] = get_args(Part)
 """data: waiting for a batch. communication: after a worker's own backward pass, until the gradients
 of all workers are there; what overlaps the backward pass is not seen. other: between steps."""
+
+
+class PartMarker(Protocol):
+    """Follows the parts of training steps."""
+
+    def mark(self, part: Part) -> None:
+        """Begin `part`."""
+        ...
 
 
 class StepClock:
@@ -59,27 +67,35 @@ class StepClock:
         del self._marks[:done]
 
 
-_current: ContextVar[StepClock | None] = ContextVar("step clock", default=None)
+_followers: ContextVar[tuple[PartMarker, ...]] = ContextVar("followers", default=())
 
 
 def mark(part: Part) -> None:
-    """Begin `part` on the clock of this thread's training loop, if it has one."""
-    clock = _current.get()
-    if clock is not None:
-        clock.mark(part)
+    """Begin `part` for all that follow this thread's training loop: its clock, its trace."""
+    for follower in _followers.get():
+        follower.mark(part)
+
+
+@contextmanager
+def followed_by(follower: PartMarker) -> Iterator[None]:
+    """Let `follower` know of the parts that begin inside."""
+    token = _followers.set((*_followers.get(), follower))
+    try:
+        yield
+    finally:
+        _followers.reset(token)
 
 
 @contextmanager
 def running(clock: StepClock | None) -> Iterator[None]:
     """Start `clock` as that of this thread's training loop; None: it has no clock."""
-    if clock is not None:
-        clock.mark("other")
-        clock.collect()  # the time before
-    token = _current.set(clock)
-    try:
+    if clock is None:
         yield
-    finally:
-        _current.reset(token)
+        return
+    clock.mark("other")
+    clock.collect()  # the time before
+    with followed_by(clock):
+        yield
 
 
 def watch_all_reduce(clock: StepClock, network: nn.Module) -> None:

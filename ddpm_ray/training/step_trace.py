@@ -4,21 +4,36 @@ import json
 import logging
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from ddpm_ray.redaction import counted
 from ddpm_ray.reporting import Sink
+from ddpm_ray.training import step_clock
+from ddpm_ray.training.step_clock import Part
 
 log = logging.getLogger(__name__)
+
+
+class _NamedParts:
+    """Names the parts of a step in the trace: a range from each mark to the next."""
+
+    def __init__(self, step: ExitStack) -> None:
+        self._part = step.enter_context(ExitStack())
+
+    def mark(self, part: Part) -> None:
+        """End the range of the part before, and begin that of `part`."""
+        self._part.close()
+        self._part.enter_context(record_function(part))
 
 
 class StepTrace:
     """Traces the main worker's steps `first` to `last`, and hands the trace to the sink.
 
+    Each step is a range named "step N", and in it each part of step_clock.PARTS one of its name.
     A run that continues within the range traces what is left of it. One that is killed in it
     leaves no trace and begins again.
     """
@@ -36,7 +51,10 @@ class StepTrace:
         """Take step number `step` (from 1) inside, traced if it is in the range."""
         if step in self._steps and self._profiler is None:
             self._profiler, self._first = self._started(), step
-        with torch.profiler.record_function(f"step {step}") if self._profiler else nullcontext():
+        with ExitStack() as named:
+            if self._profiler is not None:
+                named.enter_context(record_function(f"step {step}"))
+                named.enter_context(step_clock.followed_by(_NamedParts(named)))
             yield
         if self._profiler is not None and step >= self._steps[-1]:
             self._finish(self._profiler, step)

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from ddpm_ray.training import step_clock
 from ddpm_ray.training.step_trace import StepTrace
 from tests.training.test_loop import RecordingSink
 
@@ -50,6 +51,31 @@ def test_a_trace_holds_the_named_steps_alone(
     assert {f"aten::{operation}" for operation in inside.split()} <= found
     assert not {f"aten::{operation}" for operation in outside.split()} & found
     assert {"step 4"} <= found
+
+
+def test_a_trace_names_each_part_of_a_step_around_its_operations() -> None:
+    sink = KeepingSink()
+    trace = StepTrace((1, 2), sink, CPU)
+    for step in (1, 2):
+        with trace.step(step):
+            step_clock.mark("forward")
+            torch.sin(torch.ones(3))
+            step_clock.mark("backward")
+            torch.cos(torch.ones(3))
+    step_clock.mark("other")  # after the trace
+    ((_, content),) = sink.kept.items()
+    spans: dict[str, list[tuple[float, float]]] = {}
+    for event in content["traceEvents"]:
+        if event.get("ph") == "X":
+            span = event["ts"], event["ts"] + event["dur"]
+            spans.setdefault(event["name"], []).append(span)
+    assert "other" not in spans
+    for inner, outer in (("aten::sin", "forward"), ("aten::cos", "backward")):
+        for index in range(2):
+            (whole,) = spans[f"step {index + 1}"]
+            nested = [whole, sorted(spans[outer])[index], sorted(spans[inner])[index]]
+            assert nested == sorted(nested)
+            assert [end for _, end in nested] == sorted((end for _, end in nested), reverse=True)
 
 
 @pytest.mark.parametrize(
