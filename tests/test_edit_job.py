@@ -151,13 +151,13 @@ def test_a_transparent_mask_and_a_grey_one_are_read_as_white_from_the_middle(edi
     [
         ([], "image.png", "--mask is missing and kind is 'inpaint'"),
         (["--mask", "mask.png", "kind=outpaint", "top=1"], "image.png", "which uses no mask"),
-        (["--mask", "wide.png"], "image.png", "mask is 8 x 16 and the images 8 x 8"),
+        (["--mask", "wide.png"], "image.png", "wide.png is 8 x 16 (height x width) and "),
         (["--mask", "none.png"], "image.png", "--mask is none.png: there is no such file"),
-        (["--mask", "mask.png"], "small.png", "mask is 8 x 8 and the images 4 x 4"),
+        (["--mask", "mask.png"], "small.png", "mask.png is 8 x 8 (height x width) and "),
         (
             ["--mask", "small.png"],
             "small.png",
-            "images are 4 x 4; the model edits images of at least 8 x 8",
+            "4 x 4 (height x width); the model edits images of at least 8 x 8",
         ),
         (["--mask", "mask.png"], "words.png", "words.png: not a readable image (it is none of PNG"),
         (["--mask", "black.png"], "image.png", "black.png: dark everywhere (its largest value"),

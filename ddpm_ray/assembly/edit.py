@@ -26,6 +26,12 @@ def edited_files(
     try:
         pixels = read_image(image, model.image_shape.channels)
         keep = read_mask(mask) if mask else None
+        if keep is not None and keep.shape != pixels.shape[:2]:
+            sizes = [" x ".join(map(str, one.shape[:2])) for one in (keep, pixels)]
+            raise ConfigError(
+                f"{mask} is {sizes[0]} (height x width) and {image} {sizes[1]}; save the mask in "
+                f"the size of the image"
+            )
         return edited(config, model, pixels, keep)
     except (BadImageError, ValueError) as error:
         raise ConfigError(str(error)) from error

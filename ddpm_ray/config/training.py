@@ -250,10 +250,10 @@ class TrainingConfig:
             ("warmup_steps", self.warmup_steps, self.steps),
             ("warmup_images", self.warmup_images, total),
         ):
-            if self.decays_to_zero and value >= most:
+            if self.decays_to_zero and value >= most > 0:
                 yield (
                     f"training.{key} is {value}; with training.learning_rate_decay={kind} the "
-                    f"warm-up must end before training.steps {self.steps}"
+                    f"warm-up must end before training.steps {self.steps}: set it below {most}"
                 )
 
     def _profile_problems(self) -> Iterator[str]:

@@ -20,8 +20,8 @@ def padded(images: Images, factor: int) -> Images:
     if not (bottom or right):
         return images
     log.info(
-        "images of %d x %d are padded to %d x %d, as the autoencoder's factor is %d; the result is "
-        "cut to their size",
+        "images of %d x %d (height x width) are padded to %d x %d, as the autoencoder's factor is "
+        "%d; the result is cut to their size",
         *(height, width, height + bottom, width + right, factor),
     )
     return np.pad(images, ((0, 0), (0, bottom), (0, right), (0, 0)), mode="edge")

@@ -205,13 +205,14 @@ def in_batches(
     and cut off afterwards. Raises ValueError for images smaller than the model's.
     """
     size, (count, height, width, _) = image_shape[:2], images.shape
-    whole = canvas.padded(images, codec.factor)
-    if whole.shape[1] < size[0] or whole.shape[2] < size[1]:
+    factor = codec.factor
+    if height + -height % factor < size[0] or width + -width % factor < size[1]:
         raise ValueError(
-            f"images are {height} x {width}; the model edits images of at least {size[0]} x "
-            f"{size[1]}: enlarge them, or outpaint with margins"
+            f"images, with their margins, are {height} x {width} (height x width); the model edits "
+            f"images of at least {size[0]} x {size[1]}: enlarge them, or outpaint by more"
         )
-    rows, columns = (side // codec.factor for side in whole.shape[1:3])
+    whole = canvas.padded(images, factor)
+    rows, columns = (side // factor for side in whole.shape[1:3])
     at_once = max(1, batch_size // windows(rows, columns, codec.shape(image_shape)[1:]))
     parts = []
     for index in torch.split(torch.arange(count), at_once):

@@ -1,6 +1,7 @@
 """Read image and mask files for editing, and write results."""
 
 import io
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,14 @@ from ddpm_ray.data.packing.image_files import (
     FORMATS,
     ORIENTATION,
     BadImageError,
-    open_image,
+    DecodedImage,
+    decode_image,
     to_pixels,
 )
 from ddpm_ray.sampling.editing import Mask
 from ddpm_ray.storage import object_store
+
+log = logging.getLogger(__name__)
 
 WHITE = 128  # mask pixels and alpha values from here to 255 count as white, as opaque
 MOST_PIXELS = 64_000_000  # larger images are refused before they are decoded
@@ -25,11 +29,21 @@ MOST_PIXELS = 64_000_000  # larger images are refused before they are decoded
 def read_image(file: str, channels: int) -> npt.NDArray[np.uint8]:
     """Read an image file as uint8 [H, W, C]; C is 1 for `channels` 1, else 3.
 
-    Raises BadImageError; see data/packing/image_files.py for the accepted formats.
+    Logs a warning for each change to its pixels, as colours that become grey. Raises BadImageError;
+    see data/packing/image_files.py for the accepted formats.
     """
+    image, changes = _decoded(file)
+    if channels == 1 and image.mode == "RGB":
+        changes = (*changes, "colours turned to grey: the model is one of grey images")
+    for change in changes:
+        log.warning("%s: %s", file, change)
+    return to_pixels(image.convert("L" if channels == 1 else "RGB"))
+
+
+def _decoded(file: str) -> DecodedImage:
     remedy = "name a picture of one frame, of 8 bits grey or RGB"
     try:
-        return to_pixels(open_image(Path(file).read_bytes(), file, channels, MOST_PIXELS))
+        return decode_image(Path(file).read_bytes(), file, 0, MOST_PIXELS)
     except OSError as error:
         raise BadImageError(file, error.strerror or "cannot be read", remedy) from error
     except BadImageError as error:
@@ -43,7 +57,7 @@ def read_mask(file: str) -> Mask:
     painted layer: white is repainted), or all dark (erased holes: transparent is repainted). Raises
     BadImageError for other files, and if all or no pixels would be repainted.
     """
-    grey = read_image(file, channels=1)[..., 0]
+    grey = to_pixels(_decoded(file).image.convert("L"))[..., 0]
     white = grey >= WHITE
     if (opaque := _opaque(file)) is not None:
         if white[opaque].any() and not white[opaque].all():

@@ -379,7 +379,7 @@ def test_a_file_that_is_not_there_is_reported_with_those_that_are(tmp_path: Path
         load_config(RunConfig, str(tmp_path / "digit.yaml"), [])
     with pytest.raises(ConfigError, match=r"is a folder, not a file; here are: .*digits\.yaml"):
         load_config(RunConfig, str(tmp_path), [])
-    with pytest.raises(ConfigError, match="name=x: the config file comes first, then key=value"):
+    with pytest.raises(ConfigError, match=r"then key=value, as conf/train/\w+\.yaml name=x$"):
         load_config(RunConfig, "name=x", [str(tmp_path / "digits.yaml")])
 
 

@@ -206,7 +206,10 @@ def test_a_canvas_that_the_factor_does_not_divide_is_padded_and_says_so(
     )
     assert code == DONE, lines
     width = 11 if "right=3" in words else 8
-    whole = f"images of 9 x {width} are padded to 10 x {width + width % 2}, as the autoencoder's fa"
+    whole = (
+        f"images of 9 x {width} (height x width) are padded to 10 x {width + width % 2}, as the "
+        "autoencoder's factor is 2"
+    )
     assert caplog.text.count(whole) == 1
     with Image.open("edited.png") as edited:
         assert edited.size == (width, 9)

@@ -26,6 +26,24 @@ def test_images_and_masks_are_read_with_rows_first(tmp_path: Path) -> None:
     assert (mask != mask[1, 4]).nonzero() == (0, 0)
 
 
+@pytest.mark.parametrize(
+    "mode, channels, says",
+    [
+        ("RGB", 1, ["colours turned to grey: the model is one of grey images"]),
+        ("RGBA", 3, ["transparent pixels composited on white"]),
+        ("RGB", 3, []),
+        ("L", 3, []),
+        ("L", 1, []),
+    ],
+)
+def test_a_change_of_pixels_is_told(
+    mode: str, channels: int, says: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    Image.new("RGBA", (2, 2), (200, 100, 50, 0)).convert(mode).save(file := tmp_path / "a.png")
+    assert read_image(str(file), channels).shape == (2, 2, channels)
+    assert caplog.messages == [f"{file}: {line}" for line in says]
+
+
 @pytest.mark.parametrize("suffix", PICTURES)
 def test_a_picture_is_written_in_the_format_of_its_suffix(tmp_path: Path, suffix: str) -> None:
     write_picture(file := tmp_path / f"a{suffix.upper()}", PICTURE)

@@ -31,9 +31,10 @@ def config_file(kind: Any, given: str) -> Path:
     path = Path(given)
     if path.is_file():
         return path
-    if "=" in given:
-        raise ConfigError(f"{given}: the config file comes first, then key=value")
     names = shipped_names(kind)
+    if "=" in given:
+        example = f", as {FOLDER.name}/{folder_of(kind)}/{names[0]}.yaml {given}" if names else ""
+        raise ConfigError(f"{given}: the config file comes first, then key=value{example}")
     if given in names:
         return FOLDER / folder_of(kind) / f"{given}.yaml"
     if path.is_dir() or path.suffix or "/" in given or not names:
