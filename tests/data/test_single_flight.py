@@ -17,7 +17,7 @@ import pytest
 
 from ddpm_ray.data import shard_cache
 from ddpm_ray.data.dataset import Dataset, open_dataset
-from ddpm_ray.data.shard_cache import ShardCache
+from ddpm_ray.data.shard_cache import COUNTER, ShardCache
 from ddpm_ray.data.shards import fetch_shard
 from tests.data.conftest import MakeDataset
 from tests.fixtures.forkserver import FORKSERVER
@@ -95,7 +95,7 @@ def test_eight_processes_fetch_each_shard_once(store: CountingStore, tmp_path: P
         process.join(ENDS_S)
     assert len(digests) == 1
     assert sorted(store.requests.values()) == [1] * SHARDS
-    assert len(list((tmp_path / "cache").iterdir())) == SHARDS  # no lock is left
+    assert len(list((tmp_path / "cache").iterdir())) == SHARDS + 1  # the counter; no lock is left
 
 
 def test_a_fetch_killed_half_way_is_taken_over(store: CountingStore, tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_a_fetch_killed_half_way_is_taken_over(store: CountingStore, tmp_path: P
     second.join(ENDS_S)
     assert second.exitcode == 0
     assert sum(store.requests.values()) == 2
-    assert len(list((tmp_path / "cache").iterdir())) == 1
+    assert len(list((tmp_path / "cache").iterdir())) == 2  # with the counter
 
 
 def test_a_frozen_holder_delays_a_fetch_by_the_time_limit_alone(
@@ -148,7 +148,7 @@ def test_a_lock_file_left_by_a_killed_process_is_no_lock(
     sha256 = dataset.index.column("sha256")[0].as_py()
     held_lock(cache, sha256).close()
     assert len(fetch_shard(dataset, 0, cache)) == 7
-    assert [path.name for path in cache.folder.iterdir()] == [sha256]
+    assert {path.name for path in cache.folder.iterdir()} == {sha256, COUNTER}
 
 
 @pytest.mark.parametrize("what", ["no place", "too large"])
@@ -159,7 +159,7 @@ def test_what_the_cache_cannot_keep_is_not_waited_for(
     dataset = open_dataset(store.url)
     cache = ShardCache(tmp_path / "cache", 10 if what == "too large" else 10**6)
     if what == "no place":
-        with mock.patch.object(Path, "write_bytes", side_effect=OSError("the disk is full")):
+        with mock.patch.object(Path, "replace", side_effect=OSError("the disk is full")):
             cache.put("any", b"1")
     with held_lock(cache, dataset.index.column("sha256")[0].as_py()):
         assert len(fetch_shard(dataset, 0, cache)) == 7
