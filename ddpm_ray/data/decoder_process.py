@@ -51,7 +51,12 @@ class DecoderProcess:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 pass_fds=[file.fileno()],
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(part or "." for part in sys.path)},
+                env={
+                    **os.environ,
+                    "PYTHONPATH": os.pathsep.join(part or "." for part in sys.path),
+                    # NumPy starts a thread for each core of the node when it is imported.
+                    **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1"),
+                },
                 process_group=0,  # Ctrl-C in a terminal is for the training process
             )
         self.pid = self._process.pid

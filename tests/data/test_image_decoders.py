@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -168,6 +169,15 @@ def test_closed_decoders_start_no_process() -> None:
     assert not is_running(pid)
     with pytest.raises(RuntimeError, match="these image decoders are closed"):
         decoded(decoders, FILES[:1])
+
+
+def test_a_decoder_is_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NumPy alone would start one for each core of the node."""
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        monkeypatch.setenv(name, "4")
+    with ImageDecoders("png", SHAPE, 1) as decoders:
+        decoded(decoders, FILES[:1])
+        assert len(list(Path(f"/proc/{decoders.pids[0]}/task").iterdir())) == 1
 
 
 @pytest.mark.parametrize("way", ["steps", "all"])
