@@ -43,7 +43,7 @@ class SameImages:
     def __init__(self, count: int, side: int) -> None:
         self._batch = Batch(pixels(count, side), torch.arange(count) % 4)
 
-    def batch(self, step: int) -> Batch:
+    def batch(self, step: int, out: Batch | None = None) -> Batch:
         return self._batch
 
     def keys(self, step: int) -> list[str]:

@@ -29,7 +29,7 @@ def serialize_table(table: pa.Table) -> bytes:
     return bytes(sink.getvalue())
 
 
-def parse_batch(data: bytes, *schemas: pa.Schema) -> pa.RecordBatch:
+def parse_batch(data: bytes | memoryview, *schemas: pa.Schema) -> pa.RecordBatch:
     """Return the batch in `data` without a copy.
 
     Its schema must equal one of `schemas` except metadata. Raises ArrowFileError.

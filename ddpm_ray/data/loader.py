@@ -62,6 +62,9 @@ class ShardStream:
         self.dataset = dataset
         self.positions = positions
         self.waited_s = 0.0  # total time that batch() was blocked
+        self._shape = torch.Size((len(positions), *dataset.manifest.sample_shape))
+        is_pixels = dataset.manifest.codec == "pixels"
+        self._dtype = torch.uint8 if is_pixels else torch.float16
         self._shares = lane_shares(self.order, positions)
         self._cache: ShardCache | None = None
         if cache_dir is not None and cache_bytes > 0 and not object_store.is_local(dataset.url):
@@ -70,8 +73,12 @@ class ShardStream:
         self._next_step = 0
         self._closed = False
 
-    def batch(self, step: int) -> Batch:
-        """Return the samples of the 0-based `step`; prefetched if it follows the last step read."""
+    def batch(self, step: int, out: Batch | None = None) -> Batch:
+        """Return the samples of the 0-based `step`; prefetched if it follows the last step read.
+
+        They are copied once: to `out`, which is then returned, if its shapes and types are those of
+        a batch, or else to new memory.
+        """
         if self._closed:
             raise RuntimeError("this ShardStream is closed; make a new one")
         begun_s = time.perf_counter()
@@ -84,19 +91,16 @@ class ShardStream:
             self._stop_prefetcher()
             raise
         self.waited_s += time.perf_counter() - begun_s
-        manifest = self.dataset.manifest
-        images = np.empty((len(self.positions), manifest.sample_bytes), dtype=np.uint8)
-        labels, at = np.empty(len(self.positions), dtype=np.int64), 0
+        found = out if out is not None and self._fits(out) else self._new_batch()
+        views: list[UInt8s] = []
         for loaded, here in needed:
-            rows = loaded.row_of[here]
-            out = slice(at, at + len(rows))
-            # The rows are in range; mode="clip" avoids the buffer of the default mode.
-            loaded.images.take(rows, axis=0, out=images[out], mode="clip")
-            labels[out] = loaded.labels[rows]
-            at += len(rows)
+            views += loaded.views[here]
+        np.concatenate(views, out=found.images.view(torch.uint8).view(-1).numpy())
+        labels = [loaded.labels[here] for loaded, here in needed]
+        np.concatenate(labels, out=found.labels.numpy())
         self._prefetcher.release(step)
         self._next_step = step + 1
-        return Batch(_shaped(images, manifest), torch.from_numpy(labels))
+        return found
 
     def keys(self, step: int) -> list[str]:
         """Return the keys of the samples of batch(step). Slow: reads their shards again."""
@@ -109,6 +113,20 @@ class ShardStream:
             keys = fetch_shard(self.dataset, int(number), self._cache).keys
             names[here] = keys.take(pa.array(row_of[here])).to_pylist()
         return list(names)
+
+    def _new_batch(self) -> Batch:
+        """Return memory for a batch."""
+        return Batch(
+            torch.empty(self._shape, dtype=self._dtype),
+            torch.empty(self._shape[:1], dtype=torch.int64),
+        )
+
+    def _fits(self, batch: Batch) -> bool:
+        """Whether `batch` has the shapes and types of a batch of this stream."""
+        images, labels = batch
+        return (images.shape, images.dtype) == (self._shape, self._dtype) and (
+            labels.shape == self._shape[:1] and images.is_contiguous() and labels.is_contiguous()
+        )
 
     def close(self) -> None:
         """Stop the background threads; later calls of `batch` raise RuntimeError."""

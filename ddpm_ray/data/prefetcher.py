@@ -1,8 +1,8 @@
 """Prefetch the shuffle blocks of some lanes from shards in background threads.
 
-Memory is bounded by two shuffle windows of decoded samples for these lanes, one batch, one shard
-per lane (the one in which its next block begins), FETCHES shards in flight and KEPT_BYTES of shards
-that were used last.
+Memory is bounded by two shuffle windows of samples for these lanes and one batch (decoded samples,
+or the whole shards that hold raw ones), one shard per lane (the one in which its next block
+begins), FETCHES shards in flight and KEPT_BYTES of shards that were used last.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 
 from ddpm_ray.data.dataset import Dataset, UInt8s
 from ddpm_ray.data.shard_cache import ShardCache
-from ddpm_ray.data.shard_samples import gather, image_decoders
+from ddpm_ray.data.shard_samples import image_decoders, sample_views
 from ddpm_ray.data.shards import Shard, fetch_shard
 from ddpm_ray.data.shuffle_order import Block, Int64s, Order
 
@@ -28,6 +28,7 @@ FETCHES = 4  # shards in flight at a time
 # Of shards in memory: a data set that fits is fetched and hashed once, not once an epoch; and two
 # lanes of which one ends and the other begins in a large shard do not each fetch it.
 KEPT_BYTES = 256 * 2**20
+_NO_BYTES = np.empty(0, dtype=np.uint8)
 
 
 @dataclass(frozen=True)
@@ -46,21 +47,23 @@ class LaneShare:
 
 @dataclass
 class LoadedBlock:
-    """A block in memory; its samples are stored in the order of their shards."""
+    """A block in memory. Raw pixels stay in their shards: a copy of them costs more than its bytes.
+
+    It would go to memory that is new to the process, page by page.
+    """
 
     block: Block
-    row_of: Int64s  # [samples]: for each sample in the block's order, its row in `images`
-    images: UInt8s  # [samples, sample_bytes]
+    views: list[UInt8s]  # [samples], of [sample_bytes] each, in the block's order
     labels: Int64s  # [samples]
 
 
 @dataclass(frozen=True)
 class ShardPart:
-    """The samples that a block takes from one shard; they fill rows `at`... of `loaded`."""
+    """The samples that a block takes from one shard."""
 
     loaded: LoadedBlock
-    at: int
-    rows: Int64s  # in the shard
+    places: Int64s  # in the block
+    rows: Int64s  # in the shard, one for each place
     shard: Future[Shard]
     is_last: bool  # part of its block
 
@@ -85,12 +88,11 @@ class Prefetcher:
         self._held_samples = 0  # in blocks that are being read or not yet released
         self._failure: BaseException | None = None
         self._closed = False
-        self._free_buffers: list[UInt8s] = []  # of released blocks
         # A small data set does not fill its blocks, and hundreds of its epochs need no prefetching.
-        self._block_samples = min(order.block_samples, -(-order.samples // order.lanes))
+        block_samples = min(order.block_samples, -(-order.samples // order.lanes))
         # Two blocks per lane, one in use and one prefetched, and one batch, which may span many
         # small blocks: without it a batch larger than the window would never be complete.
-        self._max_samples = len(shares) * (2 * self._block_samples + order.lane_batch)
+        self._max_samples = len(shares) * (2 * block_samples + order.lane_batch)
         # A shard that a lane still holds is not fetched again.
         self._held_shards: WeakValueDictionary[int, Future[Shard]] = WeakValueDictionary()
         self._kept: OrderedDict[int, tuple[int, Future[Shard]]] = OrderedDict()  # with its bytes
@@ -126,8 +128,6 @@ class Prefetcher:
                 with self._changed:
                     loaded = ready.popleft()
                     self._held_samples -= loaded.block.samples
-                    if loaded.block.samples == self._block_samples:
-                        self._free_buffers.append(loaded.images)
                     self._changed.notify_all()
 
     def _wait_until(self, ready: deque[LoadedBlock], high: int) -> None:
@@ -194,10 +194,8 @@ class Prefetcher:
         """Start the downloads of a block's shards; yield the part that each one fills."""
         shard_of, row_of = self._order.rows(block)
         by_shard = np.argsort(shard_of, kind="stable")
-        position = np.empty_like(by_shard)  # of each sample after sorting by shard
-        position[by_shard] = np.arange(block.samples)
-        images = self._buffer(block.samples)
-        loaded = LoadedBlock(block, position, images, np.empty(block.samples, dtype=np.int64))
+        views = [_NO_BYTES] * block.samples
+        loaded = LoadedBlock(block, views, np.empty(block.samples, dtype=np.int64))
         shard_of, row_of = shard_of[by_shard], row_of[by_shard]
         numbers = self._order.shards(block).tolist()
         for number in numbers:
@@ -207,7 +205,8 @@ class Prefetcher:
                 self._held_shards[number] = shard
             self._keep(number, shard)
             at, end = np.searchsorted(shard_of, [number, number + 1])
-            yield ShardPart(loaded, int(at), row_of[at:end], shard, number == numbers[-1])
+            places = by_shard[at:end]
+            yield ShardPart(loaded, places, row_of[at:end], shard, number == numbers[-1])
 
     def _keep(self, number: int, shard: Future[Shard]) -> None:
         """Hold on to a shard until KEPT_BYTES of others have been used."""
@@ -219,19 +218,13 @@ class Prefetcher:
         while self._kept_bytes > KEPT_BYTES:
             self._kept_bytes -= self._kept.popitem(last=False)[1][0]
 
-    def _buffer(self, samples: int) -> UInt8s:
-        """Return memory for a block, [samples, sample_bytes], reused if a free one has its size."""
-        with self._changed:
-            if samples == self._block_samples and self._free_buffers:
-                return self._free_buffers.pop()
-        return np.empty((samples, self._dataset.manifest.sample_bytes), dtype=np.uint8)
-
     def _fill(self, part: ShardPart) -> None:
-        """Copy a part's samples into its block; publish the block after its last part."""
+        """Put a part's samples into its block; publish the block after its last part."""
         shard, loaded = part.shard.result(), part.loaded
-        out = slice(part.at, part.at + len(part.rows))
-        gather(shard, part.rows, loaded.images[out], self._dataset, self._decoders)
-        loaded.labels[out] = shard.labels[part.rows]
+        views = sample_views(shard, part.rows, self._dataset, self._decoders)
+        for place, view in zip(part.places.tolist(), views, strict=True):
+            loaded.views[place] = view
+        loaded.labels[part.places] = shard.labels[part.rows]
         if part.is_last:
             with self._changed:
                 self._ready[loaded.block.lane].append(loaded)

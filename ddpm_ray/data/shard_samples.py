@@ -20,6 +20,21 @@ def image_decoders(manifest: Manifest) -> ImageDecoders:
     return ImageDecoders(manifest.encoding, manifest.image_shape, torch.get_num_threads())
 
 
+def sample_views(
+    shard: Shard, rows: Int64s, dataset: Dataset, decoders: ImageDecoders
+) -> list[UInt8s]:
+    """Return the bytes of the samples of these rows, [sample_bytes] each.
+
+    Of raw pixels they are views of the shard, which they keep in memory; others are copied or
+    decoded. Raises the errors of `gather`.
+    """
+    if isinstance(shard.images, np.ndarray):
+        return list(map(shard.images.reshape(len(shard), -1).__getitem__, rows.tolist()))
+    samples = np.empty((len(rows), dataset.manifest.sample_bytes), dtype=np.uint8)
+    gather(shard, rows, samples, dataset, decoders)
+    return list(samples)
+
+
 def gather(
     shard: Shard, rows: Int64s, out: UInt8s, dataset: Dataset, decoders: ImageDecoders
 ) -> None:

@@ -76,7 +76,7 @@ def shard_bytes(
     return arrow_io.serialize_table(pa.Table.from_arrays(columns, [*samples, "label", "key"]))
 
 
-def parse_shard(data: bytes, manifest: Manifest) -> Shard:
+def parse_shard(data: bytes | memoryview, manifest: Manifest) -> Shard:
     """Parse a shard without copying its samples. Raises ArrowFileError."""
     raw = manifest.codec == "latents" or manifest.encoding == "raw"
     names = ["mean", "logvar"] if manifest.codec == "latents" else ["image"]
@@ -104,10 +104,10 @@ def fetch_shard(dataset: Dataset, number: int, cache: ShardCache | None = None) 
         row["stored_bytes"],
     )
 
-    def download() -> bytes:
+    def download() -> bytes | memoryview:
         """Read the shard from the object store."""
         try:
-            return checksummed.read_verified(url, expected, size)
+            return checksummed.read_verified_view(url, expected, size)
         except checksummed.DamagedError as error:
             raise ShardCorruptError(url, expected, error.args[2], checksummed.READS) from None
 
@@ -154,7 +154,7 @@ def _checked_latents(mean: Float16s, log_variance: Float16s) -> Latents:
     return Latents(mean, log_variance)
 
 
-def _parse(url: str, data: bytes, dataset: Dataset, row: dict[str, Any]) -> Shard:
+def _parse(url: str, data: bytes | memoryview, dataset: Dataset, row: dict[str, Any]) -> Shard:
     """Parse a shard and check it against its row of the index. Raises DatasetError."""
     try:
         shard = parse_shard(data, dataset.manifest)

@@ -5,12 +5,15 @@ Every object is therefore hashed here, and read again where the hash does not ma
 """
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from ddpm_ray.redaction import sanitize
 from ddpm_ray.storage import object_store
 from ddpm_ray.storage.errors import StorageError
 
+Data = TypeVar("Data", bytes, bytes | memoryview)
 READS = 5  # attempts before an object that does not match counts as damaged
 
 
@@ -31,9 +34,19 @@ def read_verified(url: str, sha256: str, size_bytes: int = object_store.UNKNOWN_
     `size_bytes`, where known, sets the time limit. Raises DamagedError after READS readings that
     do not match, and StorageError.
     """
+    return _verified(lambda: object_store.read_bytes(url, size_bytes), url, sha256)
+
+
+def read_verified_view(url: str, sha256: str, size_bytes: int) -> bytes | memoryview:
+    """Do the same as `read_verified` for an object of known size, with less CPU."""
+    return _verified(lambda: object_store.read_sized(url, size_bytes), url, sha256)
+
+
+def _verified(read: Callable[[], Data], url: str, sha256: str) -> Data:
+    """Return the first reading of that sha256. Raises DamagedError after READS readings."""
     found = ""
     for _ in range(READS):
-        data = object_store.read_bytes(url, size_bytes)
+        data = read()
         found = hashlib.sha256(data).hexdigest()
         if found == sha256:
             return data

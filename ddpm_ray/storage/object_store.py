@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 from ddpm_ray.redaction import NO_SECRET, has_secret, redacted
 from ddpm_ray.storage.errors import StorageError, storage_error
-from ddpm_ray.storage.remote_filesystem import open_url, request, upload
+from ddpm_ray.storage.remote_filesystem import download, open_url, request, upload
 from ddpm_ray.storage.retry import retry
 
 Act = TypeVar("Act", bound=Callable[..., Any])
@@ -98,6 +98,17 @@ def read_bytes(url: str, size_bytes: int = UNKNOWN_BYTES) -> bytes:
     # 20 % less CPU at 1.5 MB; callers check the sha256 and read several objects at a time.
     whole = {"max_concurrency": 1} if url.startswith(("s3://", "s3a://")) else {}
     return bytes(request(filesystem, "cat_file", path, body_bytes=size_bytes, **whole))
+
+
+@_with_retries
+def read_sized(url: str, size_bytes: int) -> bytes | memoryview:
+    """Read the whole object, of a known size, with less CPU than `read_bytes`. StorageError.
+
+    Nothing is checked: an object of another size is returned as it is.
+    """
+    if is_local(url):
+        return local_path(url).read_bytes()
+    return download(*open_url(url), size_bytes)
 
 
 @_with_retries

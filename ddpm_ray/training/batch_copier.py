@@ -15,8 +15,11 @@ log = logging.getLogger(__name__)
 class Batches(Protocol):
     """Global batches by number."""
 
-    def batch(self, step: int) -> Batch:
-        """Wait for this worker's share of the global batch of `step`."""
+    def batch(self, step: int, out: Batch | None = None) -> Batch:
+        """Wait for this worker's share of the global batch of `step`.
+
+        It is put into `out`, which is then returned, if the loader can and its shapes are the same.
+        """
         ...
 
 
@@ -83,21 +86,23 @@ class BatchCopier:
         """
         if self._stream is None:
             return
+        place = step % 2
+        if (before := self._buffers.get(place)) is not None:
+            before.copied.synchronize()  # two steps ago
         try:
             with fault_injection.during("batch"):
-                batch = batches.batch(step)
+                batch = batches.batch(step, before.on_host if before else None)
         except Exception as error:  # noqa: BLE001  # of any kind, and raised one step later
             self._prepared = step, error
             return
-        place = step % 2
         if place not in self._buffers or not self._buffers[place].fit(batch):
             self._buffers[place] = _Buffers.of(self._pinned(batch), self._device)
         buffers, others = self._buffers[place], self._buffers.get(1 - place)
         if others is not None:
             others.used.record(torch.cuda.current_stream(self._device))
-        buffers.copied.synchronize()  # two steps ago
-        for held, part in zip(buffers.on_host, batch, strict=True):
-            held.copy_(part)
+        if batch is not buffers.on_host:
+            for held, part in zip(buffers.on_host, batch, strict=True):
+                held.copy_(part)
         with torch.cuda.stream(self._stream):
             self._stream.wait_event(buffers.used)
             for target, held in zip(buffers.on_device, buffers.on_host, strict=True):

@@ -24,8 +24,8 @@ class ImageStream(Protocol):
 
     waited_s: float
 
-    def batch(self, step: int) -> Batch:
-        """Wait for this worker's share of the global batch of `step`."""
+    def batch(self, step: int, out: Batch | None = None) -> Batch:
+        """Wait for this worker's share of the global batch of `step`; it may be put into `out`."""
         ...
 
     def keys(self, step: int) -> list[str]:

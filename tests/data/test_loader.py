@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from ddpm_ray.data import image_decoders, prefetcher
 from ddpm_ray.data.dataset import Dataset
-from ddpm_ray.data.loader import ShardStream, read_images
+from ddpm_ray.data.loader import Batch, ShardStream, read_images
+from ddpm_ray.data.shard_cache import COUNTER
 from ddpm_ray.data.shards import Shard, ShardCorruptError, fetch_shard
 from ddpm_ray.data.shuffle_order import Block
 from ddpm_ray.storage import object_store
@@ -254,6 +255,18 @@ def test_positions_outside_the_batch_are_refused(
         open_stream(make_dataset(60, 7), positions)
 
 
+def test_a_batch_is_put_into_memory_of_its_shape(make_dataset: MakeDataset) -> None:
+    stream = open_stream(make_dataset(30, 7), window_samples=8)
+    for step in range(12):
+        wanted = stream.batch(step)
+        memory = Batch(*(torch.full_like(part, 99) for part in wanted))
+        assert stream.batch(step, memory) is memory
+        assert all(map(torch.equal, memory, wanted))
+    smaller = Batch(*(part[1:] for part in wanted))
+    assert all(map(torch.equal, stream.batch(step, smaller), wanted))
+    stream.close()
+
+
 def test_from_a_bucket_through_the_cache(
     make_dataset: MakeDataset, numbers_of: NumbersOf, s3: str, tmp_path: Path
 ) -> None:
@@ -272,10 +285,11 @@ def test_from_a_bucket_through_the_cache(
 
     first = epoch()
     assert sorted(first) == list(range(60))
-    assert len(list(cache.iterdir())) == 9
-    rotten = sorted(cache.iterdir())[0]
+    shards = sorted(path for path in cache.iterdir() if path.name != COUNTER)
+    assert len(shards) == 9
+    rotten = shards[0]
     rotten.write_bytes(b"rot" + rotten.read_bytes()[3:])
-    with mock.patch.object(object_store, "read_bytes", wraps=object_store.read_bytes) as read:
+    with mock.patch.object(object_store, "read_sized", wraps=object_store.read_sized) as read:
         assert epoch() == first
     assert read.call_count == 1
 

@@ -162,3 +162,19 @@ def test_who_reads_during_a_write_sees_the_old_object_whole(tmp_path: Path) -> N
         object_store.write_bytes(str(url), b"new")
         assert reader.read() == b"old and long"
     assert url.read_bytes() == b"new"
+
+
+@pytest.mark.parametrize("expected", [1, 299_999, 300_000, 300_001, 10**7])
+@pytest.mark.parametrize("where", ["s3", "local"])
+def test_an_object_of_another_size_than_expected_is_read_whole(
+    s3: str, tmp_path: Path, expected: int, where: str
+) -> None:
+    """Its sha256 then tells that it is another one."""
+    data = np.random.default_rng(0).bytes(300_000)
+    url = f"{s3 if where == 's3' else tmp_path}/{expected}"
+    object_store.write_bytes(url, data)
+    assert object_store.read_sized(url, expected) == data
+    digest = hashlib.sha256(data).hexdigest()
+    assert checksummed.read_verified_view(url, digest, expected) == data
+    with pytest.raises(checksummed.DamagedError, match=f"sha256 is {digest[:12]}"):
+        checksummed.read_verified_view(url, "0" * 64, expected)

@@ -49,7 +49,7 @@ def dripping() -> Iterator[str]:
     server.server_close()
 
 
-@pytest.mark.parametrize("request_", ["GET", "HEAD", "PUT"])
+@pytest.mark.parametrize("request_", ["GET", "GET of known size", "HEAD", "PUT"])
 def test_a_server_that_drips_is_cut_off(
     request_: str, dripping: str, use_s3: UseS3, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -59,6 +59,7 @@ def test_a_server_that_drips_is_cut_off(
     object_store.set_retry_timeout(0)
     acts: dict[str, Callable[[], object]] = {
         "GET": lambda: object_store.read_bytes(f"{bucket}/x", 10),
+        "GET of known size": lambda: object_store.read_sized(f"{bucket}/x", 10**6),
         "HEAD": lambda: object_store.exists(f"{bucket}/x"),
         "PUT": lambda: object_store.write_bytes(f"{bucket}/x", b"data"),
     }

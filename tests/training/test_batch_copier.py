@@ -19,7 +19,7 @@ class Loader:
     def __init__(self) -> None:
         self.asked: list[int] = []
 
-    def batch(self, step: int) -> Batch:
+    def batch(self, step: int, out: Batch | None = None) -> Batch:
         self.asked.append(step)
         if step == 5:
             raise OSError("batch 5 is damaged")
@@ -67,6 +67,36 @@ def test_on_a_cpu_nothing_is_read_ahead() -> None:
     copier.batch(loader, 0)
     copier.prepare(loader, 1)
     assert loader.asked == [0]
+
+
+class Filler(Loader):
+    """A loader that fills memory of the right shape, as ShardStream does."""
+
+    def batch(self, step: int, out: Batch | None = None) -> Batch:
+        found = super().batch(step)
+        if out is None:
+            return found
+        for part, value in zip(out, found, strict=True):
+            part.numpy()[...] = value.numpy()
+        return out
+
+
+def test_a_loader_writes_to_the_memory_that_the_device_reads(
+    copier: BatchCopier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the second use of each buffer on, no batch is copied on the host after it is loaded."""
+    copy, copies, loader = torch.Tensor.copy_, list[int](), Filler()
+
+    def counted(self: torch.Tensor, *arguments: Any, **more: Any) -> torch.Tensor:
+        copies.append(step)
+        return copy(self, *arguments, **more)
+
+    monkeypatch.setattr(torch.Tensor, "copy_", counted)
+    for step in range(4):
+        assert all(map(torch.equal, copier.batch(loader, step), Loader().batch(step)))
+        copier.prepare(loader, step + 1)
+    # Of images and labels: in step 0 batches 0 and 1 are copied to pinned memory and the device.
+    assert [copies.count(step) for step in range(4)] == [8, 2, 2, 2]
 
 
 def test_without_pinned_memory_one_line_says_so(

@@ -134,7 +134,7 @@ class SpoiltStream:
     position: int
     waited_s: float = 0.0
 
-    def batch(self, step: int) -> Batch:
+    def batch(self, step: int, out: Batch | None = None) -> Batch:
         images, labels = self.stream.batch(step)
         if step in self.steps and self.position in self.stream.positions:
             images = images.float()

@@ -41,7 +41,7 @@ class BadStream:
     stream: ShardStream
     waited_s: float = 0.0
 
-    def batch(self, step: int) -> Batch:
+    def batch(self, step: int, out: Batch | None = None) -> Batch:
         images, labels = self.stream.batch(step)
         if step + 1 == NAN:
             images = images.float()
@@ -196,9 +196,9 @@ def test_a_run_that_stops_has_the_bits_of_the_step_before(data: str, tmp_path: P
     taken: list[int] = []
     batch = run.stream.batch
 
-    def noted(step: int) -> Batch:
+    def noted(step: int, out: Batch | None = None) -> Batch:
         taken.append(step + 1)
-        return batch(step)
+        return batch(step, out)
 
     run.stream.batch = noted  # type: ignore[method-assign]
     with pytest.raises(DivergedError, match=f"step {NAN}: .* nan, from 1 sample"):
