@@ -103,8 +103,8 @@ def uniform_int(seed: int, purpose: Purpose, step: Step, index: Tensor, high: in
     The high word of a 32-bit word times `high`: no value is likelier than another by more than a
     part in 2^32 / high (4 million for high = 1000).
     """
-    word, *_ = _words(seed, purpose, step, index, 1)
-    return word[..., 0] * high >> 32
+    word, *_ = _words(seed, purpose, step, index)
+    return word * high >> 32
 
 
 def coin(seed: int, purpose: Purpose, step: Step, index: Tensor) -> Tensor:
@@ -123,8 +123,13 @@ def derived_seed(seed: int, purpose: Purpose, step: int, index: int) -> int:
     return cast(int, high) << 32 | cast(int, low)
 
 
-def _words(seed: int, purpose: Purpose, step: Step, index: Tensor, blocks: int) -> Words:
-    """Four words int64 [*index.shape, blocks] of each block of each index."""
+def _words(
+    seed: int, purpose: Purpose, step: Step, index: Tensor, blocks: int | None = None
+) -> Words:
+    """Four words int64 [*index.shape, blocks] of each block of each index.
+
+    Without `blocks`, those of block 0, [*index.shape].
+    """
     if torch.compiler.is_compiling():  # its numbers of the host have 64 bits; it has no values
         step = step if isinstance(step, Tensor) else torch.full((), step, device=index.device)
     else:
@@ -135,9 +140,12 @@ def _words(seed: int, purpose: Purpose, step: Step, index: Tensor, blocks: int) 
             if index.is_cpu and index.numel():
                 _require_word("index", *(int(end) for end in index.aminmax()))
             if kernel := _kernel(index.device):
-                return kernel(index, step, int(purpose), seed, blocks)
-    block = torch.arange(blocks, device=index.device) if blocks > 1 else 0
-    counter = (block, index[..., None], step, int(purpose))  # reads from block to purpose
+                found = kernel(index, step, int(purpose), seed, blocks or 1)
+                return found if blocks else cast(Words, tuple(word[..., 0] for word in found))
+    block: Word = 0
+    if blocks:
+        block, index = torch.arange(blocks, device=index.device), index[..., None]
+    counter = (block, index, step, int(purpose))  # reads from block to purpose
     return cast(Words, philox(counter, seed))  # each depends on the index
 
 
