@@ -35,6 +35,11 @@ class EvaluationConfig:
         at_least=0,
     )
     every_steps: int = option(0, "steps between evaluations; 0: only at the end", at_least=0)
+    where: Literal["workers", "spare"] = option(
+        "workers",
+        "who draws pictures and scores of a run; workers: between two steps; spare: a Ray actor "
+        "with the resources of one more worker, while training goes on",
+    )
     features: Literal["inception", "digits", "none"] = option(
         "inception",
         "feature network; inception: eval/fid; digits: eval/fd_digits, bundled classifier; none: "

@@ -79,6 +79,11 @@ class RunConfig:
         return SampledModel(self.schedule.num_steps, self.model.num_classes, drops, learns)
 
     @property
+    def spare_processes(self) -> int:
+        """Processes beside the workers, each with the resources of one."""
+        return int(self.evaluation.where == "spare")
+
+    @property
     def worker_counts(self) -> list[int]:
         """Allowed numbers of workers, ascending: those that divide the batch evenly."""
         most = self.cluster.num_workers

@@ -34,6 +34,7 @@ def run(
     on_progress: Callable[[Progress], bool | None],
     on_start: Callable[[int, str], None] = lambda *_: None,
     counts: Sequence[int] = (),
+    spare: int = 0,
 ) -> Any:
     """Run `worker(settings)` on each worker of a group and return what rank 0's call returned.
 
@@ -42,12 +43,14 @@ def run(
     the first signal (SIGINT, SIGTERM, SIGHUP, SIGQUIT), the workers commit a checkpoint and stop. A
     second signal raises KeyboardInterrupt at once. `on_start` gets the step and the placement group
     of each start of the group. `counts`, ascending: allowed numbers of workers, of which the group
-    uses the largest that fits. Raises RunFailedError or ControlLostError, each with a one-line
-    message.
+    uses the largest that fits. `spare`: processes beside the workers, each with the resources of a
+    worker, that they start; a local Ray has room for them. Raises RunFailedError or
+    ControlLostError, each with a one-line message.
     """
     workers = config.num_workers
     log.info("starting %s on Ray ...", counted(workers, "worker"))
-    connect(config.address, workers * config.cpus_per_worker, workers * config.gpus_per_worker)
+    processes = workers + spare
+    connect(config.address, processes * config.cpus_per_worker, processes * config.gpus_per_worker)
     object_store.set_retry_timeout(config.storage_timeout_s)  # outlast a storage outage
     control = RunControl(settings.get("config", {}).get("name", ""))
     scratch = tempfile.mkdtemp(prefix="ddpm-ray-train-")  # mode 0700

@@ -109,8 +109,9 @@ def run_training(
             "tracked": vars(tracked) if tracked else None,
             "environment": determinism.environment(config.training.deterministic),
         }
+        counts = config.worker_counts, config.spare_processes
         ended = worker_group.run(
-            train_worker, settings, config.cluster, on_progress, on_start, config.worker_counts
+            train_worker, settings, config.cluster, on_progress, on_start, *counts
         )
         finished = ended["finished"]
         if finished and (count := ended["undelivered"]):

@@ -16,20 +16,25 @@ from ddpm_ray.assembly.initial_weights import InitialWeights
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.loading import from_dict
 from ddpm_ray.config.run import RunConfig
-from ddpm_ray.data.codec import Codec
-from ddpm_ray.data.dataset import Dataset, DatasetError, open_dataset
+from ddpm_ray.data.dataset import Dataset
 from ddpm_ray.distributed import fatal_errors, placement_groups, startup
 from ddpm_ray.distributed.control_actor import RunControl
 from ddpm_ray.distributed.heartbeat import HeartbeatSender
 from ddpm_ray.distributed.worker_context import distributed_context
 from ddpm_ray.reporting import Command, Progress, Row
+from ddpm_ray.runs.spare_evaluator import evaluate_on_workers, spare_evaluations
 from ddpm_ray.runs.training_outputs import training_outputs
+from ddpm_ray.runs.worker_process import (
+    configure_process,
+    facts_of_run,
+    opened_data,
+    require_same_data,
+)
 from ddpm_ray.storage import object_store
-from ddpm_ray.storage.file_formats import package_version
 from ddpm_ray.tracking import mlflow_settings
 from ddpm_ray.tracking.async_logger import Tracker
 from ddpm_ray.tracking.run_info import RunMetadata, TrackedRun
-from ddpm_ray.training import checkpoint_space, determinism, shared_reading, step_clock
+from ddpm_ray.training import checkpoint_space, shared_reading, step_clock
 from ddpm_ray.training.checkpoint_writer import CheckpointWriter
 from ddpm_ray.training.checkpoints import CHECKPOINTS, CheckpointStore
 from ddpm_ray.training.divergence_guard import DivergenceGuard
@@ -69,9 +74,11 @@ def _train(config: RunConfig, settings: dict[str, Any], control: RunControl) -> 
         fault_injection.at("begin")
         try:
             with step_clock.running(run.log.use.clock if run.log.use else None):
-                train_loop(run)
+                finished = train_loop(run)
         finally:
             run.stream.close()
+            if run.spare is not None:
+                run.spare.close()
             if run.sink is not None:
                 undelivered = run.sink.close(config.tracking.last_rows_s)
     finally:
@@ -79,7 +86,7 @@ def _train(config: RunConfig, settings: dict[str, Any], control: RunControl) -> 
         control.mark_done(workers.rank, group)
     return {
         "step": run.state.step,
-        "finished": run.is_finished(),
+        "finished": finished,
         "core_seconds": run.log.core_s,
         "checkpoint": run.checkpoints.committed,
         "scores": run.state.scores,
@@ -97,10 +104,10 @@ def assemble(
     workers: Workers,
 ) -> Run:
     """Build this worker's part of the run, restored from the newest intact checkpoint."""
-    _configure_process(config)
-    dataset = _opened(config, settings)
+    configure_process(config)
+    dataset = opened_data(config, settings)
     codec = latents.codec_of_data(config.data, dataset, workers.device)
-    facts = _facts(settings, dataset, codec)
+    facts = facts_of_run(settings, dataset, codec)
     state = training_run.training_state(
         config, dataset.manifest.diffused_shape, workers.device, facts
     )
@@ -112,7 +119,7 @@ def assemble(
     saves_first = False
     if found := shared_reading.load_newest(writer.store, workers):
         writer.committed, snapshot = found
-        _require_same_data(dataset, snapshot.facts["data_fingerprint"], "checkpoint was trained on")
+        require_same_data(dataset, snapshot.facts["data_fingerprint"], "checkpoint was trained on")
         state.restore(snapshot)
         saves_first = _record_changes(config, dataset, state, snapshot.facts)
         log.resume(snapshot.facts["bands"], snapshot.facts.get("core_seconds", 0.0))
@@ -124,6 +131,7 @@ def assemble(
     check = writer.store.check_lease
     sink = _tracker(config, settings, unsent, check) if workers.is_main else None
     outputs = training_outputs(config, settings["folder"], dataset, codec, state, workers, sink)
+    spare = spare_evaluations(config, settings, state, workers, writer, sink)
     return Run(
         plan=training_run.plan(config, workers.count),
         state=state,
@@ -145,6 +153,8 @@ def assemble(
         ),
         traced=StepTrace(config.training.profile_steps, sink, workers.device).step,
         saves_first=saves_first,
+        spare=spare,
+        evaluate_outstanding=partial(evaluate_on_workers, state, outputs, settings["folder"]),
     )
 
 
@@ -163,14 +173,6 @@ def _record_changes(
     return len(made) > len(facts.get("changes", []))
 
 
-def _configure_process(config: RunConfig) -> None:
-    """Set the number of threads, the storage time-out and deterministic algorithms."""
-    torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
-    object_store.set_retry_timeout(config.cluster.storage_timeout_s)
-    if config.training.deterministic:
-        determinism.configure()
-
-
 def _tracker(
     config: RunConfig, settings: dict[str, Any], unsent: list[Row], check: Callable[[], None]
 ) -> Tracker:
@@ -183,43 +185,6 @@ def _tracker(
         config.training.steps,
         check,
     )
-
-
-def _opened(config: RunConfig, settings: dict[str, Any]) -> Dataset:
-    """Open the data set; check that all sets of the run are those that the driver opened."""
-    fault_injection.at("open")
-    dataset = open_dataset(config.data.url)
-    named = filter(None, [config.evaluation.held_out_url, config.evaluation.reference_url])
-    seen = settings.get("fingerprints", {})
-    for one in (dataset, *map(open_dataset, named)):
-        _require_same_data(one, seen.get(one.url, one.fingerprint), "driver saw")
-    return dataset
-
-
-def _require_same_data(dataset: Dataset, wanted: str, whose: str) -> None:
-    """Raise DatasetError unless the fingerprint of the data set is `wanted`.
-
-    It may have been packed again since the driver opened it, or since the run began.
-    """
-    if dataset.fingerprint != wanted:
-        raise DatasetError(
-            dataset.url,
-            f"this is data set {dataset.fingerprint[:12]}, and the {whose} {wanted[:12]}",
-            "put that one back, or start a run with another name=",
-        )
-
-
-def _facts(settings: dict[str, Any], dataset: Dataset, codec: Codec) -> dict[str, Any]:
-    """Facts on the run that each checkpoint stores."""
-    return {
-        "config": settings["config"],
-        "version": package_version(),
-        "image_shape": list(dataset.manifest.image_shape),
-        "data_fingerprint": dataset.fingerprint,
-        **latents.codec_facts(codec),
-        "identity": settings["identity"],
-        "label_names": list(dataset.manifest.label_names),
-    }
 
 
 def _tracked_run(settings: dict[str, Any]) -> TrackedRun:

@@ -10,11 +10,12 @@ from ddpm_ray.config.loading import ConfigError
 from ddpm_ray.redaction import counted
 
 
-def trials_at_once(config: ClusterConfig, wanted: int) -> int:
+def trials_at_once(config: ClusterConfig, wanted: int, spare: int = 0) -> int:
     """Return how many trials run at once: `wanted`, or for 0 as many as fit on the cluster.
 
-    Counts nodes that an autoscaler may add. Raises ConfigError, with the calculation, if fewer than
-    `wanted`, or none, fit.
+    `spare`: processes of each trial next to its workers, see `worker_group.run`. Counts nodes that
+    an autoscaler may add. Raises ConfigError, with the calculation, if fewer than `wanted`, or
+    none, fit.
     """
     need = {"CPU": config.cpus_per_worker, "GPU": config.gpus_per_worker}
     need = {resource: amount for resource, amount in need.items() if amount}
@@ -22,14 +23,15 @@ def trials_at_once(config: ClusterConfig, wanted: int) -> int:
     workers = sum(_workers_on(node, need) for node in nodes)
     if limit := _autoscaler_limit():
         workers = max(workers, _workers_on(limit, need))
-    fit = workers // config.num_workers
+    fit = workers // (config.num_workers + spare)
     if fit >= max(wanted, 1):
         return wanted or fit
     each = " + ".join(counted(amount, resource) for resource, amount in need.items())
     have = ", ".join(counted(sum(n.get(kind, 0) for n in nodes), kind) for kind in need)
+    others = " + 1 (evaluation.where=spare)" if spare else ""
     raise ConfigError(
         f"trials_at_once is {wanted}: {max(wanted, 1)} x run.cluster.num_workers="
-        f"{config.num_workers} x {each} each; the cluster has {have} on "
+        f"{config.num_workers}{others} x {each} each; the cluster has {have} on "
         f"{counted(len(nodes), 'node')}, with room for {counted(workers, 'worker')}, so for "
         f"{counted(fit, 'trial')}: lower one of the two, or add nodes"
     )

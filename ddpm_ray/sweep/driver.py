@@ -102,11 +102,11 @@ def run_sweep(
     begun = _begun_run(folder)
     identity = _claimed(config, data, folder)
     cluster = config.run.cluster
-    workers = cluster.num_workers * max(1, config.trials_at_once)
+    processes = (cluster.num_workers + config.run.spare_processes) * max(1, config.trials_at_once)
     connection.connect(
-        cluster.address, workers * cluster.cpus_per_worker, workers * cluster.gpus_per_worker
+        cluster.address, processes * cluster.cpus_per_worker, processes * cluster.gpus_per_worker
     )
-    at_once = capacity.trials_at_once(cluster, config.trials_at_once)
+    at_once = capacity.trials_at_once(cluster, config.trials_at_once, config.run.spare_processes)
     sweep_run = SweepRun.find_or_create(config, folder, identity, dataset)
     log.info(
         "MLflow run %s of the sweep; %s at once", sweep_run.run.run_id, counted(at_once, "trial")

@@ -19,10 +19,18 @@ class CheckpointWriter(BackgroundWriter):
         self.committed: str | None = None  # URL of the newest committed folder
         self._newest: threading.Thread | None = None  # that saves
 
-    def save(self, state: TrainingState, unsent_rows: list[Any]) -> None:
-        """Start saving `state`. Waits for the previous checkpoint and raises its error."""
+    def save(
+        self,
+        state: TrainingState,
+        unsent_rows: list[Any],
+        then: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Start saving `state`; `then` is called after the commit.
+
+        Waits for the previous checkpoint and raises its error.
+        """
         self._wait_for_newest()  # its memory is used again
-        self._enqueue(state.start_snapshot(unsent_rows), state.background_copy.finish)
+        self._enqueue(state.start_snapshot(unsent_rows), state.background_copy.finish, then)
 
     def submit(self, snapshot: Snapshot) -> None:
         """Start saving. Waits for the previous checkpoint and raises its error."""
@@ -33,10 +41,18 @@ class CheckpointWriter(BackgroundWriter):
         if self._thread is self._newest:  # else averages are on their way: it only follows them
             self.wait()
 
-    def _enqueue(self, snapshot: Snapshot, finish: Callable[[], None]) -> None:
-        self.enqueue(partial(self._save, snapshot, finish))
+    def _enqueue(
+        self,
+        snapshot: Snapshot,
+        finish: Callable[[], None],
+        then: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.enqueue(partial(self._save, snapshot, finish, then))
         self._newest = self._thread
 
-    def _save(self, snapshot: Snapshot, finish: Callable[[], None]) -> None:
+    def _save(
+        self, snapshot: Snapshot, finish: Callable[[], None], then: Callable[[], None]
+    ) -> None:
         finish()
         self.committed = self.store.save(snapshot)
+        then()

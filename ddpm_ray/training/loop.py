@@ -13,9 +13,11 @@ from ddpm_ray.training.divergence_guard import DivergedError, diverged
 from ddpm_ray.training.metrics_buffer import Decision
 from ddpm_ray.training.run import Run
 from ddpm_ray.training.shared_reading import read_together
+from ddpm_ray.training.spare_evaluations import MOST, SpareEvaluations
 
 log = logging.getLogger(__name__)
 
+WAIT_S = 1.0  # for an evaluation, between reports
 REPORT_EVERY_S = 1.0  # of sums over workers: rows, progress, and whether somebody asked to stop
 
 
@@ -26,15 +28,7 @@ def train_loop(run: Run) -> bool:
     gradient that is not finite or a spike, and StorageError if checkpoints cannot be written.
     """
     state, plan = run.state, run.plan
-    run.reported = (state.step, time.perf_counter())
-    command = Command.NONE
-    if state.step == 0 and plan.grid_every_steps:
-        run.draw_grid(0)  # samples of the untrained network
-    if run.saves_first:
-        save(run)
-        settle(run)  # no row of a step under the new values exists before they are committed
-    if state.step > 0:
-        draw_and_evaluate(run)  # an earlier start may have ended before it did
+    command = begin(run)
     while not run.is_finished() and command is not Command.STOP:
         with run.log.timed(), run.traced(state.step + 1):
             take_step(run)
@@ -55,34 +49,135 @@ def train_loop(run: Run) -> bool:
             command = report(run)
             fault_injection.at("between")
         run.snapshot_ema(step)  # before the checkpoint that will reference them
-        if saves or run.is_finished() or command is not Command.NONE:
-            save(run)
+        command = save_and_evaluate(run, saves, command)
+    return end(run)
+
+
+def begin(run: Run) -> Command:
+    """Do what is due before the first step of this start; return a command of the driver."""
+    state, plan = run.state, run.plan
+    run.reported = (state.step, time.perf_counter())
+    if state.step == 0 and plan.grid_every_steps:
+        run.draw_grid(0)  # samples of the untrained network
+    if run.saves_first:
+        save(run)
+        settle(run)  # no row of a step under the new values exists before they are committed
+    if run.spare is not None:
+        run.spare.resume()
+    elif state.outstanding:
+        run.evaluate_outstanding()
+        save(run)
+    # An earlier start may have ended before it did this.
+    return draw_and_evaluate(run) if state.step > 0 else Command.NONE
+
+
+def save_and_evaluate(run: Run, saves: bool, command: Command) -> Command:
+    """Save this step if `saves`, or for `command`; draw and evaluate. Return the latest command."""
+    if run.spare is not None:  # before the checkpoint, which lists what is outstanding
+        command = max(command, draw_and_evaluate(run))
+    if saves or run.is_finished() or command is not Command.NONE:
+        save(run)
+    if run.spare is None:
         draw_and_evaluate(run)
-    run.checkpoints.wait()
-    return run.is_finished()
+    return command
 
 
-def draw_and_evaluate(run: Run) -> None:
+def draw_and_evaluate(run: Run) -> Command:
     """Draw sample grids and evaluate at this step, if due and not done before.
 
-    Runs after the step's checkpoint, so that an error here loses no training. Scores are saved by a
-    second checkpoint of the step. If the run ends in between, a continued run does this first.
+    On the workers this is after the step's checkpoint, so that an error here loses no training.
+    Scores are saved by a second checkpoint of the step. If the run ends in between, a continued run
+    does this first. Returns a command of the driver that arrived meanwhile.
     """
+    state, due, command = run.state, due_outputs(run), Command.NONE
+    scores_before = state.scores
+    if run.spare is None:
+        draw_in_step(run, due)
+    elif due:
+        command = request_evaluation(run, run.spare, due)
+    state.shown = state.step
+    if run.spare is None and (state.scores is not scores_before or "strip" in due):
+        save(run)
+    return command
+
+
+def due_outputs(run: Run) -> list[str]:
+    """Return which of "grid", "strip" and "scores" are due at this step and not done before."""
     state, plan = run.state, run.plan
-    step, last, scores_before = state.step, run.is_finished(), state.scores
+    step, last, due = state.step, run.is_finished(), list[str]()
     pictures = state.shown < step and plan.grid_every_steps > 0
     if pictures and (last or plan.is_due(plan.grid_every_steps, step)):
-        run.draw_grid(step)
+        due.append("grid")
     if pictures and last:
-        run.draw_strip(step)
+        due.append("strip")
     scores = last or plan.is_due(plan.evaluate_every_steps, step)
     if scores and state.scores.get("step") != step:
+        due.append("scores")
+    if run.spare is not None and "scores" in due:
+        asked = any("scores" in one["outputs"] and one["step"] == step for one in state.outstanding)
+        if asked or not run.spare.has_scores:
+            due.remove("scores")
+    return due
+
+
+def draw_in_step(run: Run, due: list[str]) -> None:
+    """Draw and evaluate on the workers, which wait for each other."""
+    step = run.state.step
+    if "grid" in due:
+        run.draw_grid(step)
+    if "strip" in due:
+        run.draw_strip(step)
+    if "scores" in due:
         settle(run)
         run.evaluate(step)
-    changed = state.scores is not scores_before or (pictures and last)
-    state.shown = step
-    if changed:
+
+
+def request_evaluation(run: Run, spare: SpareEvaluations, due: list[str]) -> Command:
+    """Queue the evaluation of this step for the spare process.
+
+    Where the queue is full, the workers draw grids themselves, and wait with scores. Returns a
+    command of the driver that arrived meanwhile.
+    """
+    step, command = run.state.step, Command.NONE
+    if spare.room() < 1:
+        if due == ["grid"]:
+            spare.log_once("the workers draw the grid of step %d themselves", step)
+            draw_in_step(run, due)
+            return command
+        spare.log_once("training waits at step %d", step)
+        save(run)  # an error or a crash meanwhile loses no training
+        command = wait_for_evaluations(run, spare, room=1)
+        due = due_outputs(run)  # reports may have found that all core-seconds are used
+    spare.request(step, due)
+    return command
+
+
+def wait_for_evaluations(run: Run, spare: SpareEvaluations, room: int) -> Command:
+    """Wait until `room` more evaluations may be outstanding, or the driver wants a stop.
+
+    Returns the driver's command. Reports go on meanwhile, so no collective operation waits long.
+    """
+    command = Command.NONE
+    while spare.room() < room and command is not Command.STOP:
+        spare.deliver(last_step=run.is_finished(), wait_s=WAIT_S)
+        command = max(command, report(run))
+    return command
+
+
+def end(run: Run) -> bool:
+    """Wait for what runs in the background; return whether the run is complete.
+
+    A run that the driver stops leaves evaluations outstanding; the next start queues them again.
+    """
+    spare, complete = run.spare, run.is_finished()
+    if spare is not None and complete and spare.room() < MOST:
+        settle(run)
+        spare.log_waiting()
+        wait_for_evaluations(run, spare, room=MOST)
+        complete = spare.room() == MOST
         save(run)
+    run.checkpoints.wait()
+    return complete
 
 
 def settle(run: Run) -> None:
@@ -192,6 +287,7 @@ def rewind(run: Run, error: DivergedError) -> None:
     """
     state, every = run.state, run.plan.checkpoint_every_steps
     step, scores, losses, shown = state.step, state.scores, state.validation_losses, state.shown
+    outstanding = state.outstanding
     hand_on_rows(run)  # of steps that are given up, as they were
     run.checkpoints.wait()
     store = run.checkpoints.store
@@ -203,7 +299,7 @@ def rewind(run: Run, error: DivergedError) -> None:
     snapshot, skipped = read_together(where, run.workers), run.guard.skipped
     state.restore(snapshot)
     state.step, state.scores, state.validation_losses = step, scores, losses
-    state.shown = shown
+    state.shown, state.outstanding = shown, outstanding
     run.log.resume(snapshot.facts["bands"])
     run.guard.resume(snapshot.facts["guard"] | {"skipped": skipped})
     log.warning("rewound: step %d continues from the weights of %s", step + 1, where)
@@ -219,6 +315,8 @@ def hand_on_rows(run: Run) -> list[Row]:
 
 def report(run: Run) -> Command:
     """Report rows and progress. Return the driver's command, the same on all workers."""
+    if run.spare is not None:
+        run.spare.deliver(last_step=run.is_finished())
     step, (last_step, last_time) = run.state.step, run.reported
     rows = hand_on_rows(run)
     elapsed_s = max(time.perf_counter() - last_time, 1e-9)
@@ -245,4 +343,5 @@ def save(run: Run) -> None:
     run.state.facts["core_seconds"] = run.log.core_s
     run.state.facts["guard"] = run.guard.facts()
     if run.sink is not None:
-        run.checkpoints.save(run.state, [vars(row) for row in run.sink.unsent()])
+        then = run.spare.forget_delivered() if run.spare is not None else lambda: None
+        run.checkpoints.save(run.state, [vars(row) for row in run.sink.unsent()], then)

@@ -16,6 +16,7 @@ from ddpm_ray.training.checkpoint_writer import CheckpointWriter
 from ddpm_ray.training.divergence_guard import DivergenceGuard
 from ddpm_ray.training.gradient_accumulation import Losses
 from ddpm_ray.training.metrics_buffer import StepLog
+from ddpm_ray.training.spare_evaluations import SpareEvaluations
 from ddpm_ray.training.state import TrainingState
 
 
@@ -116,6 +117,8 @@ class Run:
     validate: Callable[[int], None]  # adds its losses to state.validation_losses
     snapshot_ema: Callable[[int], None] = lambda step: None  # see ema_snapshots.py
     traced: Callable[[int], AbstractContextManager[None]] = lambda step: nullcontext()
+    spare: SpareEvaluations | None = None  # None: the workers draw and evaluate in the step
+    evaluate_outstanding: Callable[[], None] = lambda: None  # of an earlier start, in the step
     saves_first: bool = False  # save before the first step, to record changed options
     report_every_steps: int = 1
     reported: tuple[int, float] = field(default_factory=lambda: (0, time.perf_counter()))

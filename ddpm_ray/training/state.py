@@ -50,7 +50,9 @@ class TrainingState:
     scores: dict[str, Any] = field(default_factory=dict)  # the newest evaluation
     validation_losses: list[dict[str, Any]] = field(default_factory=list)
     ema_snapshot_steps: list[int] = field(default_factory=list)
-    shown: int = 0  # newest step whose sample grids and scores are complete
+    shown: int = 0  # newest step whose sample grids and scores are complete, or outstanding
+    # Evaluations that run beside training, oldest first; see spare_evaluations.py.
+    outstanding: list[dict[str, Any]] = field(default_factory=list)
     background_copy: BackgroundCopy = field(default_factory=BackgroundCopy)  # by start_snapshot
 
     def snapshot(self, unsent_rows: list[Any]) -> Snapshot:
@@ -90,6 +92,7 @@ class TrainingState:
         return tensors | {name: mean.state_dict() for name, mean in self.averages.means.items()}
 
     def _facts(self, unsent_rows: list[Any]) -> dict[str, Any]:
+        others = {"outstanding": list(self.outstanding)} if self.outstanding else {}
         return self.facts | {
             "step": self.step,
             "scores": self.scores,
@@ -97,6 +100,7 @@ class TrainingState:
             "kept_at": list(self.ema_snapshot_steps),
             "shown": self.shown,
             "unsent_rows": unsent_rows,
+            **others,
         }
 
     def restore(self, snapshot: Snapshot) -> None:
@@ -116,6 +120,7 @@ class TrainingState:
         self.validation_losses = snapshot.facts["probes"]
         self.ema_snapshot_steps = snapshot.facts.get("kept_at", [])  # not in older checkpoints
         self.shown = snapshot.facts.get("shown", self.step)  # older versions saved after drawing
+        self.outstanding = list(snapshot.facts.get("outstanding", []))
 
     def step_optimizers(self, learning_rate: float, accepted: Tensor) -> None:
         """Apply the gradients of all networks where `accepted`, bool [], and drop them."""

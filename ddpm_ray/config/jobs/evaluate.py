@@ -28,6 +28,11 @@ class EvaluateConfig:
         """Yield the problems of evaluation, and a line if nothing is to be scored."""
         yield from self.evaluation.problems()
         wanted = self.evaluation
+        if wanted.where != "workers":
+            yield (
+                f"evaluation.where is {wanted.where}, which is for scores during training: leave "
+                f"it out"
+            )
         others = (wanted.bits_per_dim_images, wanted.likelihood_images, wanted.memorisation_images)
         if wanted.num_images < 2 and not any(others):
             yield (

@@ -1,0 +1,140 @@
+"""Pictures and scores of stored EMA weights: beside training, or by the workers of a later start.
+
+The same objects as in a training step draw and score, so the results are the same.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from ddpm_ray import fault_injection
+from ddpm_ray.assembly import latents, run_config, training_run
+from ddpm_ray.collectives import Workers
+from ddpm_ray.config.loading import from_dict
+from ddpm_ray.config.run import RunConfig
+from ddpm_ray.distributed.fatal_errors import is_transient
+from ddpm_ray.distributed.spare_actor import SpareActor
+from ddpm_ray.reporting import Sink
+from ddpm_ray.runs.training_outputs import TrainingOutputs, training_outputs
+from ddpm_ray.runs.worker_process import configure_process, facts_of_run, opened_data
+from ddpm_ray.storage import object_store
+from ddpm_ray.training.checkpoint_writer import CheckpointWriter
+from ddpm_ray.training.evaluation_queue import EvaluationQueue, Request
+from ddpm_ray.training.evaluation_store import EVALUATIONS, EvaluationResult, EvaluationStore
+from ddpm_ray.training.spare_evaluations import SpareEvaluations
+from ddpm_ray.training.state import TrainingState
+
+SPARE_RANK = -1  # of a process that is no worker, for fault injection
+
+
+def evaluation_store(folder: str) -> EvaluationStore:
+    """The evaluations of the run in `folder`."""
+    return EvaluationStore(object_store.join(folder, EVALUATIONS))
+
+
+def spare_evaluations(
+    config: RunConfig,
+    settings: dict[str, Any],
+    state: TrainingState,
+    workers: Workers,
+    writer: CheckpointWriter,
+    sink: Sink | None,
+) -> SpareEvaluations | None:
+    """The evaluations of a run with evaluation.where=spare; None for others."""
+    if config.evaluation.where != "spare":
+        return None
+    store, queue = evaluation_store(settings["folder"]), None
+    if workers.is_main:
+        needed = {key: settings.get(key) for key in ("config", "folder", "identity")}
+        needed |= {"fingerprints": settings.get("fingerprints", {})}
+        environment = settings.get("environment", {})
+        actor = SpareActor(spare_evaluator, needed, config.cluster, environment)
+        queue = EvaluationQueue(actor, store, is_transient, config.cluster.max_failures)
+    return SpareEvaluations(
+        state=state,
+        workers=workers,
+        store=store,
+        writer=writer,
+        history=run_config.run_history(state.facts),
+        has_scores=config.evaluation.num_images > 0,
+        queue=queue,
+        sink=sink,
+        check_lease=writer.store.check_lease,
+    )
+
+
+def spare_evaluator(settings: dict[str, Any]) -> Callable[[Request], None]:
+    """Build the function that evaluates requests in a process of its own; see SpareActor."""
+    config = from_dict(RunConfig, settings["config"])
+    configure_process(config)
+    device = torch.device("cuda" if config.cluster.gpus_per_worker else "cpu")
+    workers, result = Workers(device=device), EvaluationResult()
+    fault_injection.set_position(SPARE_RANK, 0)
+    dataset = opened_data(config, settings)
+    codec = latents.codec_of_data(config.data, dataset, device)
+    facts = facts_of_run(settings, dataset, codec)
+    state = training_run.training_state(config, dataset.manifest.diffused_shape, device, facts)
+    # Validation losses are the workers'; without them their images are not read here.
+    without = replace(config, evaluation=replace(config.evaluation, validation_every_steps=0))
+    folder = settings["folder"]
+    outputs = training_outputs(without, folder, dataset, codec, state, workers, result)
+    return partial(_evaluate, config, state, outputs, result, evaluation_store(folder))
+
+
+def _evaluate(
+    config: RunConfig,
+    state: TrainingState,
+    outputs: TrainingOutputs,
+    result: EvaluationResult,
+    store: EvaluationStore,
+    request: Request,
+) -> None:
+    """Evaluate the stored weights of a step and store the result, unless it is there."""
+    configure_process(config)  # torch's number of threads is one of each thread
+    step = request["step"]
+    fault_injection.set_position(SPARE_RANK, step)
+    digest = store.digest(step, {"config": state.facts["config"], "request": request})
+    if store.has_result(step, digest):
+        return
+    state.ema.load_state_dict(store.weights(step))
+    state.facts = _with_history(state.facts, request)
+    state.step = step
+    result.clear()
+    draw_requested(outputs, request)
+    result.scores = state.scores if "scores" in request["outputs"] else {}
+    store.save_result(step, digest, result)
+
+
+def draw_requested(outputs: TrainingOutputs, request: Request) -> None:
+    """Draw and score what `request` asks for."""
+    acts = {"grid": outputs.draw_grid, "strip": outputs.draw_strip, "scores": outputs.evaluate}
+    for output in request["outputs"]:
+        acts[output](request["step"])
+
+
+def evaluate_on_workers(state: TrainingState, outputs: TrainingOutputs, folder: str) -> None:
+    """Evaluate what an earlier start with evaluation.where=spare left; all workers call it.
+
+    `folder`: of the run. Weights and facts of the state are put back. Raises CheckpointError and
+    StorageError.
+    """
+    weights = {name: one.clone() for name, one in state.ema.state_dict().items()}
+    facts, store = state.facts, evaluation_store(folder)
+    try:
+        for request in state.outstanding:
+            state.ema.load_state_dict(store.weights(request["step"]))
+            state.facts = _with_history(facts, request)
+            draw_requested(outputs, request)
+    finally:
+        state.ema.load_state_dict(weights)
+        state.facts = facts
+    state.outstanding = []
+
+
+def _with_history(facts: dict[str, Any], request: Request) -> dict[str, Any]:
+    """Facts of the run, with initial weights and changes as they were at the request."""
+    own = {key: value for key, value in facts.items() if key not in run_config.run_history(facts)}
+    return {**own, **request["history"]}

@@ -1,0 +1,160 @@
+"""Evaluations beside training: the EMA weights of a step are stored, another process uses them.
+
+All workers hold a SpareEvaluations and call `room` and `request` at the same steps; the main worker
+alone has the queue. Requests are facts of the checkpoint (`state.outstanding`) from the checkpoint
+of their step on, until a later one holds their scores and rows instead. So each is evaluated and
+its rows are sent, whenever the process ends.
+"""
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+
+from ddpm_ray.collectives import Workers
+from ddpm_ray.redaction import brief, counted
+from ddpm_ray.reporting import Sink
+from ddpm_ray.training.background_writer import BackgroundWriter
+from ddpm_ray.training.evaluation_queue import Ended, EvaluationQueue, Request
+from ddpm_ray.training.evaluation_store import EvaluationResult, EvaluationStore
+from ddpm_ray.training.state import TrainingState
+from ddpm_ray.training.tensor_file import packed
+
+log = logging.getLogger(__name__)
+
+MOST = 3  # evaluations that are outstanding: one runs, two wait; each holds the size of the EMA
+
+
+class EvaluationFailedError(RuntimeError):
+    """The evaluation of a run's last step failed; args are (step, reason)."""
+
+    def __str__(self) -> str:
+        step, reason = self.args
+        return (
+            f"evaluation of the last step, {step}, failed: {reason}; the checkpoint is complete, "
+            f"and the same command evaluates it again (evaluation.where=workers: without a spare "
+            f"process)"
+        )
+
+
+@dataclass
+class SpareEvaluations:
+    """The evaluations of a run that are computed outside its workers."""
+
+    state: TrainingState
+    workers: Workers
+    store: EvaluationStore
+    writer: BackgroundWriter  # that of checkpoints: weights are stored before they are listed
+    history: Mapping[str, Any]  # facts of the provenance
+    has_scores: bool  # whether anything is scored
+    queue: EvaluationQueue | None  # on the main worker
+    sink: Sink | None  # on the main worker
+    check_lease: Callable[[], None] = lambda: None  # raises once another process continues the run
+    _logged: set[str] = field(default_factory=set)
+    _delivered: list[int] = field(default_factory=list)  # steps since the last save
+
+    def resume(self) -> None:
+        """Queue the evaluations that the checkpoint lists; all workers call it, before training."""
+        if self.queue is None:
+            return
+        known = {one["step"] for one in self.state.outstanding}
+        self.writer.start(partial(self.store.delete_finished, self.state.step, known))
+        if known:
+            log.info("%s outstanding from an earlier start", self._listed())
+        for request in self.state.outstanding:
+            self.queue.add(request)
+
+    def room(self) -> int:
+        """Return how many more may be outstanding, on all workers; all of them must call it."""
+        taken = torch.zeros(1)
+        if self.queue is not None:
+            taken[0] = len(self.state.outstanding)
+        return MOST - int(self.workers.sum_(taken))
+
+    def request(self, step: int, outputs: list[str]) -> None:
+        """Store the weights of `step` and queue its evaluation; all workers call it.
+
+        Waits for the previous write of the background writer, and raises its error.
+        """
+        if self.queue is None:
+            return
+        request: Request = {"step": step, "outputs": outputs, "history": dict(self.history)}
+        self.state.outstanding.append(request)
+        weights = packed(self.state.ema.state_dict())
+
+        def write(queue: EvaluationQueue) -> None:
+            self.check_lease()  # the other process may have other weights of this step
+            self.store.save_weights(step, weights)
+            queue.add(request)
+
+        self.writer.start(partial(write, self.queue))
+
+    def deliver(self, last_step: bool, wait_s: float = 0.0) -> None:
+        """Pass what has ended to the sink and the state; on the main worker, others do nothing.
+
+        Waits up to `wait_s` for the first. An evaluation that failed for good is given up with a
+        line, unless it is that of the run's last step (`last_step`: the run is there), which raises
+        EvaluationFailedError: its scores are the run's result.
+        """
+        if self.queue is None or self.sink is None:
+            return
+        for ended in self.queue.collect(wait_s):
+            self._deliver(ended, self.sink, last_step)
+
+    def _deliver(self, ended: Ended, sink: Sink, last_step: bool) -> None:
+        step, outcome = ended.request["step"], ended.outcome
+        if isinstance(outcome, EvaluationResult):
+            outcome.pass_on(sink)
+            self.state.scores = outcome.scores or self.state.scores
+        elif last_step and step == self.state.step:
+            raise EvaluationFailedError(step, brief(outcome)) from outcome
+        else:
+            log.warning(
+                "evaluation of step %d is given up: %s; training continues without its scores and "
+                "pictures",
+                step,
+                brief(outcome),
+            )
+        self.state.outstanding = [one for one in self.state.outstanding if one["step"] != step]
+        self._delivered.append(step)
+
+    def forget_delivered(self) -> Callable[[], None]:
+        """Return what deletes the folders of delivered evaluations, for after the next commit."""
+        steps, self._delivered = self._delivered, []
+
+        def delete() -> None:
+            for step in steps:
+                self.store.delete(step)
+
+        return delete
+
+    def log_once(self, consequence: str, step: int) -> None:
+        """Log, the first time, that evaluations take longer than the steps between them."""
+        if self.queue is not None and consequence not in self._logged:
+            self._logged.add(consequence)
+            log.warning(
+                "%s outstanding, the most there may be: %s; to avoid it, evaluate fewer images or "
+                "less often",
+                self._listed(),
+                consequence % step,
+            )
+
+    def log_waiting(self) -> None:
+        """Log that the run's end waits for evaluations."""
+        if self.queue is not None:
+            log.info("training is complete; waiting for %s", self._listed())
+
+    def _listed(self) -> str:
+        steps = ", ".join(str(one["step"]) for one in self.state.outstanding)
+        return f"{counted(len(self.state.outstanding), 'evaluation')} (steps {steps})"
+
+    def close(self) -> None:
+        """End the spare process; a line names what is outstanding."""
+        if self.queue is None:
+            return
+        self.queue.close()
+        if self.state.outstanding:
+            log.warning("%s outstanding: the same command finishes them", self._listed())

@@ -1,0 +1,372 @@
+"""Evaluations beside training: each exactly once, of the weights of its step, in order, bounded.
+
+The spare process is a thread here, or nothing; tests/runs/test_spare_evaluation_on_ray.py has Ray.
+"""
+
+import contextlib
+import hashlib
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from ddpm_ray.reporting import Command, Progress, Row
+from ddpm_ray.storage.errors import StorageError
+from ddpm_ray.training import loop
+from ddpm_ray.training.evaluation_queue import EvaluationQueue, Request
+from ddpm_ray.training.evaluation_store import EvaluationResult, EvaluationStore
+from ddpm_ray.training.loop import train_loop
+from ddpm_ray.training.run import Run
+from ddpm_ray.training.spare_evaluations import MOST, EvaluationFailedError, SpareEvaluations
+from tests.limits import ENDS_S
+from tests.noise import pack_noise
+from tests.training.test_loop import (
+    IMAGES,
+    SIDE,
+    STEPS,
+    Killed,
+    RecordingSink,
+    _closed_streams,  # noqa: F401 - a fixture
+    begin,
+    configured,
+    dies_after_commit,
+    dies_before_save,
+    dies_before_update,
+    dies_in_save,
+)
+
+SETTINGS = {"of": "this test"}
+OFTEN = ("evaluation.num_images=4", "evaluation.every_steps=2", "training.grid_every_steps=3")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = str(tmp_path_factory.mktemp("data"))
+    pack_noise(folder, IMAGES, SIDE)
+    return folder
+
+
+def score(weights: dict[str, torch.Tensor]) -> float:
+    """A number that any changed bit of the weights changes."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        digest.update(weights[name].numpy().tobytes())
+    return float(int(digest.hexdigest()[:12], 16))
+
+
+@dataclass
+class Process:
+    """The spare process: scores stored weights; each `fails` entry is raised once instead."""
+
+    store: EvaluationStore
+    fails: list[Exception] = field(default_factory=list)
+    allowed: threading.Event = field(default_factory=threading.Event)
+    seen: list[int] = field(default_factory=list)
+    closed: bool = False
+
+    def evaluate(self, request: Request) -> None:
+        assert self.allowed.wait(ENDS_S)
+        if self.closed:
+            raise RuntimeError("closed")
+        if self.fails:
+            raise self.fails.pop(0)
+        step = request["step"]
+        self.seen.append(step)
+        digest, result = self.store.digest(step, SETTINGS), EvaluationResult()
+        if "scores" in request["outputs"]:
+            result.rows([Row(step, {"eval/sum": score(self.store.weights(step))})])
+            result.scores = {"step": step, "metrics": {"eval/sum": score(self.store.weights(step))}}
+        if "grid" in request["outputs"]:
+            draw(result, step)
+        self.store.save_result(step, digest, result)
+
+    def release(self) -> None: ...
+
+    def close(self) -> None:
+        self.closed = True
+        self.allowed.set()
+
+
+@dataclass
+class Pictures(RecordingSink):
+    """A recording sink that keeps which pictures it was given."""
+
+    pictures: set[tuple[str, int, int]] = field(default_factory=set)
+
+    def image(self, key: str, step: int, image: Image.Image) -> None:
+        self.pictures.add((key, step, image.getpixel((0, 0))))  # type: ignore[arg-type]
+
+    def of(self, key: str) -> dict[int, float]:
+        return {step: value for (name, step), value in self.values.items() if name == key}
+
+
+def draw(sink: Pictures | EvaluationResult, step: int) -> None:
+    sink.image("samples", step, Image.new("L", (1, 1), step))
+
+
+def start(
+    data: str, folder: Path, sink: Pictures, *fails: Exception, runs: bool = True
+) -> tuple[Run, Process]:
+    """A run whose evaluations go to a process, which works at once if `runs`."""
+    run = begin(configured(data, *OFTEN), folder / "checkpoints", sink)
+    store = EvaluationStore(str(folder / "evaluations"))
+    process = Process(store, list(fails))
+    if runs:
+        process.allowed.set()
+    queue = EvaluationQueue(process, store, lambda error: isinstance(error, StorageError), 2)
+    spare = SpareEvaluations(
+        run.state, run.workers, store, run.checkpoints, {}, True, queue, run.sink
+    )
+    return replace(run, spare=spare), process
+
+
+def in_step(data: str, folder: Path) -> Pictures:
+    """What the same run finds where it evaluates between its steps."""
+    sink = Pictures()
+    run = begin(configured(data, *OFTEN), folder, sink)
+
+    def evaluate(step: int) -> None:
+        sink.rows([Row(step, {"eval/sum": score(dict(run.state.ema.state_dict()))})])
+        run.state.scores = {"step": step}
+
+    assert train_loop(replace(run, evaluate=evaluate, draw_grid=partial(draw, sink)))
+    return sink
+
+
+@pytest.fixture(scope="module")
+def wanted(data: str, tmp_path_factory: pytest.TempPathFactory) -> Pictures:
+    return in_step(data, tmp_path_factory.mktemp("whole"))
+
+
+def complete(run: Run) -> bool:
+    assert run.spare is not None
+    try:
+        return train_loop(run)
+    finally:
+        run.checkpoints.wait()
+        run.spare.close()
+
+
+def grids(sink: Pictures) -> set[tuple[str, int, int]]:
+    return {one for one in sink.pictures if one[1] > 0}  # step 0 is drawn before training
+
+
+def test_the_rows_are_those_of_evaluations_in_the_step(
+    data: str, wanted: Pictures, tmp_path: Path
+) -> None:
+    """Each of the weights of its own step, while training has gone on; nothing is left over."""
+    sink = Pictures()
+    run, process = start(data, tmp_path, sink)
+    assert complete(run)
+    assert sink.timeless() == wanted.timeless()
+    assert list(sink.of("eval/sum")) == [2, 4, 6, 8]
+    assert process.seen == [2, 3, 4, 6, 8]
+    assert grids(sink) == grids(wanted)
+    assert run.state.scores["step"] == STEPS
+    assert not list((tmp_path / "evaluations").glob("step-*"))
+    found = run.checkpoints.store.load()
+    assert found is not None
+    assert "outstanding" not in found[1].facts
+    assert found[1].facts["scores"]["step"] == STEPS
+
+
+@pytest.mark.parametrize(
+    "dies, step, runs",
+    [
+        (dies_before_update, 5, True),
+        (dies_before_update, 5, False),
+        (dies_before_save, 6, True),
+        (dies_in_save, 6, False),
+        (dies_in_save, 8, True),
+        (dies_after_commit, 8, False),
+    ],
+)
+def test_a_killed_run_has_each_row_once_of_the_same_weights(
+    dies: Callable[..., None],
+    step: int,
+    runs: bool,
+    data: str,
+    wanted: Pictures,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`runs` false: the process had not begun anything when the run was killed."""
+    monkeypatch.setattr(loop, "REPORT_EVERY_S", 0)
+    monkeypatch.setattr(loop, "WAIT_S", 0.01)
+    sink = Pictures()
+    with monkeypatch.context() as patch:
+        run, process = start(data, tmp_path, sink, runs=runs)
+        run = replace(
+            run, draw_grid=lambda at: sink.image("samples", at, Image.new("L", (1, 1), at))
+        )
+        if not runs:  # until training waits for it, then it begins
+            patch.setattr(SpareEvaluations, "log_once", lambda *_: process.allowed.set())
+            patch.setattr(SpareEvaluations, "log_waiting", lambda _: process.allowed.set())
+        dies(run, step, patch)
+        with pytest.raises(Killed, match=f"step {step}"):
+            train_loop(run)
+        with contextlib.suppress(Killed):
+            run.checkpoints.wait()
+        assert run.spare is not None
+        run.spare.close()
+    run, _ = start(data, tmp_path, sink)
+    assert complete(run)
+    assert sink.timeless() == wanted.timeless()
+    assert grids(sink) == grids(wanted)
+    assert not list((tmp_path / "evaluations").glob("step-*"))
+
+
+def test_no_more_than_the_bound_are_outstanding_and_none_is_left_out(
+    data: str,
+    wanted: Pictures,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The process begins when training waits: with 2, 3 and 4 outstanding at step 6, both due."""
+    monkeypatch.setattr(loop, "WAIT_S", 0.01)
+    sink, most = Pictures(), list[int]()
+    run, process = start(data, tmp_path, sink, runs=False)
+
+    def show(progress: Progress) -> Command:
+        most.append(len(run.state.outstanding))
+        if "training waits at step 6" in caplog.text:
+            process.allowed.set()
+        return Command.NONE
+
+    run.show_progress = show
+    assert complete(run)
+    assert max(most) == MOST
+    assert sink.timeless() == wanted.timeless()
+    assert caplog.text.count("training waits at step") == 1
+    assert "3 evaluations (steps 2, 3, 4) outstanding, the most there may be" in caplog.text
+
+
+def test_the_workers_draw_the_grids_for_which_there_is_no_room(
+    data: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With 1, 2 and 3 outstanding, 4 to 7 are drawn in their steps; 8 has scores and waits."""
+    sink, drawn = Pictures(), list[int]()
+    run, process = start(data, tmp_path, sink, runs=False)
+    plan = replace(run.plan, grid_every_steps=1, evaluate_every_steps=STEPS)
+    run = replace(run, plan=plan, draw_grid=drawn.append)
+
+    def show(progress: Progress) -> Command:
+        if "training waits at step 8" in caplog.text:
+            process.allowed.set()
+        return Command.NONE
+
+    run.show_progress = show
+    assert complete(run)
+    assert drawn == [0, 4, 5, 6, 7]
+    assert process.seen == [1, 2, 3, 8]
+    assert caplog.text.count("the workers draw the grid of step 4 themselves") == 1
+
+
+def test_a_stop_leaves_them_to_the_next_start(
+    data: str,
+    wanted: Pictures,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(loop, "REPORT_EVERY_S", 0)
+    sink = Pictures()
+    run, process = start(data, tmp_path, sink, runs=False)
+    run.show_progress = lambda progress: Command.STOP if progress.step >= 5 else Command.NONE
+    assert not complete(run)
+    assert process.closed
+    assert "3 evaluations (steps 2, 3, 4) outstanding: the same command finishes them" in (
+        caplog.text
+    )
+    run, process = start(data, tmp_path, sink)
+    assert complete(run)
+    assert process.seen == [2, 3, 4, 6, 8]
+    assert sink.timeless() == wanted.timeless()
+
+
+def test_transient_errors_are_tried_again_and_others_are_given_up_in_a_line(
+    data: str, wanted: Pictures, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    away = StorageError("s3://b", "no answer", "wait")
+    sink = Pictures()
+    run, process = start(data, tmp_path, sink, away, away, away, ValueError("no such\nfeature"))
+    assert complete(run)
+    assert process.seen == [4, 6, 8]  # the tries of step 2 were used up; step 3 is not tried again
+    assert "evaluation of step 2: s3://b: no answer; wait; trying again (2 of 2" in caplog.text
+    assert "evaluation of step 2 is given up: s3://b: no answer" in caplog.text
+    assert "evaluation of step 3 is given up: no such feature; training continues" in caplog.text
+    every = wanted.of("eval/sum")
+    assert sink.of("eval/sum") == {step: every[step] for step in (4, 6, 8)}
+
+
+def test_without_the_last_scores_the_run_fails_and_the_next_start_has_them(
+    data: str, wanted: Pictures, tmp_path: Path
+) -> None:
+    sink = Pictures()
+    run, process = start(data, tmp_path, sink)
+    evaluate = process.evaluate
+
+    def fail_at_the_last(request: Request) -> None:
+        if request["step"] == STEPS:
+            raise ValueError("no weights of Inception")
+        evaluate(request)
+
+    process.evaluate = fail_at_the_last  # type: ignore[method-assign]
+    with pytest.raises(EvaluationFailedError, match="last step, 8, failed: no weights of Incept"):
+        complete(run)
+    run, process = start(data, tmp_path, sink)
+    assert run.state.step == STEPS  # no training is lost
+    assert complete(run)
+    assert process.seen[-1] == STEPS
+    assert sink.timeless() == wanted.timeless()
+
+
+def test_a_result_of_other_weights_or_settings_is_not_taken(tmp_path: Path) -> None:
+    store, result = EvaluationStore(str(tmp_path)), EvaluationResult()
+    store.save_weights(5, {"w": torch.ones(2)})
+    first = store.digest(5, SETTINGS)
+    assert not store.has_result(5, first)
+    store.save_result(5, first, result)
+    assert store.has_result(5, first)
+    assert not store.has_result(5, store.digest(5, {"of": "another"}))
+    store.save_weights(5, {"w": torch.zeros(2)})
+    assert not store.has_result(5, store.digest(5, SETTINGS))
+
+
+def test_a_result_comes_back_whole(tmp_path: Path) -> None:
+    store, sink = EvaluationStore(str(tmp_path)), Pictures()
+    store.save_weights(5, {"w": torch.ones(2)})
+    values: dict[str, Any] = {"step": 5, "metrics": {"eval/fid": 0.1 + 0.2}}
+    result = EvaluationResult(
+        [Row(5, {"eval/fid": 0.1 + 0.2})], [("samples", 5, Image.new("L", (1, 1), 77))]
+    )
+    result.document("a.json", values)
+    result.scores = values
+    store.save_result(5, store.digest(5, SETTINGS), result)
+    found = store.result(5)
+    assert (found.metric_rows, found.documents, found.scores) == (
+        result.metric_rows,
+        [("a.json", values)],
+        values,
+    )
+    found.pass_on(sink)
+    assert sink.pictures == {("samples", 5, 77)}
+
+
+def test_folders_of_finished_evaluations_are_deleted_at_the_next_start(tmp_path: Path) -> None:
+    """Not those that are outstanding, nor results of steps that will be taken again."""
+    store = EvaluationStore(str(tmp_path))
+    for step in (2, 4, 6, 8):
+        store.save_weights(step, {"w": torch.ones(1)})
+    store.delete_finished(6, {4})
+    assert sorted(folder.name for folder in tmp_path.iterdir()) == [
+        "step-00000004",
+        "step-00000008",
+    ]
