@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+from ddpm_ray.collectives import Workers
 from ddpm_ray.reporting import Command, Progress, Row
 from ddpm_ray.storage.errors import StorageError
 from ddpm_ray.training import loop
@@ -24,6 +25,7 @@ from ddpm_ray.training.evaluation_store import EvaluationResult, EvaluationStore
 from ddpm_ray.training.loop import train_loop
 from ddpm_ray.training.run import Run
 from ddpm_ray.training.spare_evaluations import MOST, EvaluationFailedError, SpareEvaluations
+from tests.fixtures.threaded_workers import OnWorkers
 from tests.limits import ENDS_S
 from tests.noise import pack_noise
 from tests.training.test_loop import (
@@ -42,7 +44,15 @@ from tests.training.test_loop import (
 )
 
 SETTINGS = {"of": "this test"}
-OFTEN = ("evaluation.num_images=4", "evaluation.every_steps=2", "training.grid_every_steps=3")
+ALONE = Workers()
+OFTEN = (
+    "training.reduction=elastic",
+    "training.reduction_slots=2",
+    "evaluation.validation_every_steps=0",
+    "evaluation.num_images=4",
+    "evaluation.every_steps=2",
+    "training.grid_every_steps=3",
+)
 
 
 @pytest.fixture(scope="module")
@@ -111,17 +121,23 @@ def draw(sink: Pictures | EvaluationResult, step: int) -> None:
 
 
 def start(
-    data: str, folder: Path, sink: Pictures, *fails: Exception, runs: bool = True
+    data: str,
+    folder: Path,
+    sink: Pictures,
+    *fails: Exception,
+    runs: bool = True,
+    workers: Workers = ALONE,
 ) -> tuple[Run, Process]:
     """A run whose evaluations go to a process, which works at once if `runs`."""
-    run = begin(configured(data, *OFTEN), folder / "checkpoints", sink)
+    run = begin(configured(data, *OFTEN), folder / "checkpoints", sink, workers)
     store = EvaluationStore(str(folder / "evaluations"))
     process = Process(store, list(fails))
     if runs:
         process.allowed.set()
     queue = EvaluationQueue(process, store, lambda error: isinstance(error, StorageError), 2)
+    of_main = queue if workers.is_main else None
     spare = SpareEvaluations(
-        run.state, run.workers, store, run.checkpoints, {}, True, queue, run.sink
+        run.state, workers, store, run.checkpoints, {}, True, of_main, run.sink
     )
     return replace(run, spare=spare), process
 
@@ -267,6 +283,28 @@ def test_the_workers_draw_the_grids_for_which_there_is_no_room(
     assert drawn == [0, 4, 5, 6, 7]
     assert process.seen == [1, 2, 3, 8]
     assert caplog.text.count("the workers draw the grid of step 4 themselves") == 1
+
+
+def test_two_workers_wait_for_room_together(
+    data: str,
+    wanted: Pictures,
+    on_workers: OnWorkers,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Only the main one has the queue; at step 6 both wait for it, and at the end."""
+    monkeypatch.setattr(loop, "WAIT_S", 0.01)
+    sink, lock = Pictures(), threading.Lock()
+
+    def train(workers: Workers) -> bool:
+        with lock:  # weights begin from torch's one generator
+            run, process = start(data, tmp_path, sink, runs=False, workers=workers)
+        if run.spare is not None and run.spare.queue is not None:
+            monkeypatch.setattr(run.spare, "log_once", lambda *_: process.allowed.set())
+        return complete(run)
+
+    assert on_workers(2, train) == [True, True]
+    assert sink.timeless() == wanted.timeless()
 
 
 def test_a_stop_leaves_them_to_the_next_start(
