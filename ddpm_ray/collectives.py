@@ -66,7 +66,7 @@ class Workers:
         if self.count == 1:
             return rows
         gathered = rows.new_empty(self.count * len(rows), *rows.shape[1:])
-        dist.all_gather_into_tensor(gathered, rows.contiguous())
+        dist.all_gather_single(gathered, rows.contiguous())
         return gathered
 
     def gather(self, value: Any) -> list[Any]:

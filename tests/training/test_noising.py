@@ -113,6 +113,7 @@ def test_a_compiled_noising_reads_the_step_from_the_device(
     backend = functools.partial(torch.compile, backend="aot_eager", fullgraph=True)
     monkeypatch.setattr(torch, "compile", backend)
     eager, compiled = objective(*keys), objective(*keys, "training.compile=true")
+    assert [made.noising.compiled for made in (eager, compiled)] == [False, True]
     torch.compiler.reset()
     with torch._dynamo.config.patch(error_on_recompile=True):
         for step in (3, 4, 2**32 - 1):
