@@ -12,6 +12,7 @@ from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.models.autoencoder import Autoencoder
 from ddpm_ray.models.interop import autoencoder_kl
 from ddpm_ray.sampling.autoencoder import TrainedAutoencoder
+from ddpm_ray.storage import object_store
 from ddpm_ray.training import checkpoint_folder
 
 
@@ -43,6 +44,18 @@ def trained_autoencoder(
     sha256 = checkpoint_folder.weights_sha256(where, ema)
     core_s = snapshot.facts.get("core_seconds")
     return _ready(network, device, image_shape, where, sha256, core_s)
+
+
+def autoencoder_files(url: str) -> dict[str, str]:
+    """URLs of the files that `trained_autoencoder(url)` reads, by their names in one folder.
+
+    Raises CheckpointError if there is no autoencoder.
+    """
+    if autoencoder_kl.in_folder(url):
+        return {path.name: str(path) for path in autoencoder_kl.files_of(url)}
+    where, _ = newest_checkpoint(url)
+    names = checkpoint_folder.MANIFEST, *checkpoint_folder.checkpoint_files(("ema",))
+    return {name: object_store.join(where, name) for name in names}
 
 
 def _of_diffusers(folder: str, device: torch.device) -> TrainedAutoencoder:

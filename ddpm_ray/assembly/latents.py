@@ -1,12 +1,13 @@
 """The codec of a run's data; for latents, bound to the autoencoder that encoded them."""
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from ddpm_ray.assembly.autoencoder_loading import trained_autoencoder
+from ddpm_ray.assembly.autoencoder_loading import autoencoder_files, trained_autoencoder
 from ddpm_ray.assembly.run_config import saved_codec
 from ddpm_ray.config.data import DataConfig
 from ddpm_ray.config.loading import ConfigError
@@ -14,9 +15,14 @@ from ddpm_ray.data.codec import Codec
 from ddpm_ray.data.dataset import Dataset, DatasetError
 from ddpm_ray.data.encoding_record import RECORD, read_encoding
 from ddpm_ray.data.latent_codec import LatentCodec, codec_of
+from ddpm_ray.models.interop import autoencoder_kl
 from ddpm_ray.models.interop.diffusers_config import UnsupportedModelError
 from ddpm_ray.sampling.autoencoder import TrainedAutoencoder
+from ddpm_ray.storage import object_store
+from ddpm_ray.training import checkpoint_folder
 from ddpm_ray.training.checkpoint_folder import CheckpointError
+
+AUTOENCODER_COPY = "autoencoder"  # folder in that of a checkpoint that was copied to MLflow
 
 
 def codec_of_data(
@@ -55,7 +61,7 @@ def codec_of_data(
 
 
 def codec_facts(codec: Codec) -> dict[str, Any]:
-    """The facts from which `saved_codec` rebuilds a codec: name, statistics, autoencoder."""
+    """The facts from which `saved_codec` rebuilds a codec: statistics, preview, autoencoder."""
     if not isinstance(codec, LatentCodec):
         return {"codec": codec.name}
     assert codec.autoencoder is not None  # codec_of_data has bound it
@@ -67,6 +73,7 @@ def codec_facts(codec: Codec) -> dict[str, Any]:
             "views": list(codec.views),
             "mean": list(codec.mean),
             "std": list(codec.std),
+            **({"preview": asdict(codec.preview)} if codec.preview else {}),
         },
         "autoencoder": {"url": codec.autoencoder.url, "sha256": codec.autoencoder.sha256},
     }
@@ -77,9 +84,10 @@ def bound_codec(
 ) -> Codec:
     """The codec of a checkpoint with these facts, with its autoencoder on `device`.
 
-    `autoencoder` is its URL if it has moved; `where` is the checkpoint's URL. Raises
-    CheckpointError unless it is the autoencoder that encoded the training data, and ConfigError if
-    one is given for a model of pixels.
+    `autoencoder` is its URL if it has moved; `where` is the checkpoint's URL. A copy of the
+    autoencoder in that folder (`copy_autoencoder`) is taken before the one that the facts name.
+    Raises CheckpointError unless it is the autoencoder that encoded the training data, and
+    ConfigError if one is given for a model of pixels.
     """
     codec = saved_codec(facts, where)
     if not isinstance(codec, LatentCodec):
@@ -91,10 +99,34 @@ def bound_codec(
         return codec
     held = facts["autoencoder"]
     try:
-        return codec.bound(_autoencoder(autoencoder or held["url"], held["sha256"], device))
+        url = autoencoder or _copy_in(where) or held["url"]
+        return codec.bound(_autoencoder(url, held["sha256"], device))
     except ValueError as error:
         remedy = "name the one that encoded them, as in autoencoder=runs/ae"
         raise CheckpointError(where, str(error), remedy) from error
+
+
+def copy_autoencoder(facts: Mapping[str, Any], folder: Path) -> None:
+    """Copy the autoencoder of a checkpoint with these facts into the local `folder` of its copy.
+
+    So the copy loads on any machine. A model of pixels has none. Raises ValueError unless it is the
+    autoencoder that encoded the training data, and StorageError.
+    """
+    if (held := facts.get("autoencoder")) is None:
+        return
+    url, destination = held["url"], folder / AUTOENCODER_COPY
+    _autoencoder(url, held["sha256"], "cpu")  # raises before anything is written
+    for name, source in autoencoder_files(url).items():
+        object_store.write_bytes(str(destination / name), object_store.read_bytes(source))
+
+
+def _copy_in(where: str) -> str:
+    """The path of the autoencoder's copy in a checkpoint's local folder; empty if it has none."""
+    if not object_store.is_local(where):  # copies are made for MLflow, which downloads them
+        return ""
+    place = object_store.local_path(where) / AUTOENCODER_COPY
+    held = autoencoder_kl.in_folder(place) or (place / checkpoint_folder.MANIFEST).is_file()
+    return str(place) if held else ""
 
 
 def _autoencoder(url: str, sha256: str, device: torch.device | str) -> TrainedAutoencoder:

@@ -12,6 +12,7 @@ from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.codec import PIXELS, Codec
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.data.latent_codec import LatentCodec
+from ddpm_ray.data.latent_preview import PreviewMatrix
 from ddpm_ray.data.shard_index import CODECS
 from ddpm_ray.models.layers import Variant
 from ddpm_ray.storage.file_formats import NewerFormatError, package_version
@@ -44,8 +45,14 @@ def saved_codec(facts: Mapping[str, Any], where: str = "") -> Codec:
     held = facts["latents"]
     statistics = tuple(map(float, held["mean"])), tuple(map(float, held["std"]))
     views, sha256 = tuple(held["views"]), facts["autoencoder"]["sha256"]
+    preview = held.get("preview")  # checkpoints of earlier versions hold none
     return LatentCodec(
-        held["channels"], held["factor"], views, *statistics, autoencoder_sha256=sha256
+        held["channels"],
+        held["factor"],
+        views,
+        *statistics,
+        autoencoder_sha256=sha256,
+        preview=PreviewMatrix.of_json(preview, held["channels"]) if preview else None,
     )
 
 

@@ -1,7 +1,7 @@
 """Options of evaluation: number of samples, feature network, and metrics."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -25,6 +25,30 @@ _NOT_ONE = {  # options whose value is 0, or 2 and more; and why
 }
 
 
+OF_EVALUATE = (  # options that only the job evaluate uses
+    "memorisation_images",
+    "memorisation_picture",
+    "bits_per_dim_images",
+    "bits_per_dim_terms",
+    "likelihood_images",
+    "likelihood_steps",
+)
+OF_RUNS = (  # that only runs use
+    "every_steps",
+    "where",
+    "validation_every_steps",
+    "validation_images",
+)
+OF_DENOISERS = (  # options of scores that an autoencoder does not have
+    "kernel_distance",
+    "kernel_distance_images",
+    "precision_recall",
+    "extrapolate",
+    "reference_url",
+)
+MOST_IMAGES = 2**32  # random numbers are keyed by the index of an image
+
+
 @dataclass(frozen=True)
 class EvaluationConfig:
     """Scores of the model: FID, KID, likelihoods and others."""
@@ -33,11 +57,14 @@ class EvaluationConfig:
         0,
         "images to score, sampled (autoencoder: reconstructed) with the EMA weights; 0: none",
         at_least=0,
+        at_most=MOST_IMAGES,
     )
-    every_steps: int = option(0, "steps between evaluations; 0: only at the end", at_least=0)
+    every_steps: int = option(
+        0, "train only: steps between evaluations; 0: only at the end", at_least=0
+    )
     where: Literal["workers", "spare"] = option(
         "workers",
-        "who draws pictures and scores of a run; workers: between two steps; spare: a Ray actor "
+        "train only: who draws pictures and scores; workers: between two steps; spare: a Ray actor "
         "with the resources of one more worker, while training goes on",
     )
     features: Literal["inception", "digits", "none"] = option(
@@ -61,7 +88,10 @@ class EvaluationConfig:
     weights_sha256: str = option(INCEPTION_SHA256, "sha256 of the file in evaluation.weights")
     kernel_distance: bool = option(True, "also compute the kernel inception distance (KID)")
     kernel_distance_images: int = option(
-        5000, "number of generated images, and of real ones, for KID", at_least=2
+        5000,
+        "number of generated images, and of real ones, for KID",
+        at_least=2,
+        at_most=MOST_IMAGES,
     )
     precision_recall: bool = option(False, "also compute precision and recall (Kynkaanniemi 2019)")
     extrapolate: bool = option(
@@ -77,37 +107,54 @@ class EvaluationConfig:
     )
     memorisation_images: int = option(
         0,
-        "samples to compare with their nearest training images; 0: none",
+        "evaluate only: samples to compare with their nearest training images; 0: none",
         at_least=0,
+        at_most=MOST_IMAGES,
     )
     memorisation_picture: str = option(
         "",
-        "PNG file of the samples most like a training image, each next to it; empty: none",
+        "evaluate only: PNG file of the samples most like a training image, each next to it; "
+        "empty: none",
     )
     validation_every_steps: int = option(
         0,
-        "steps between validation losses by log-SNR, comparable across schedules; 0: none",
+        "train only: steps between validation losses by log-SNR, comparable across schedules; "
+        "0: none",
         at_least=0,
         formerly="spectrum_every_steps",
     )
     validation_images: int = option(
-        512, "fixed images of the validation losses", at_least=16, formerly="spectrum_images"
+        512,
+        "train only: fixed images of the validation losses",
+        at_least=16,
+        at_most=MOST_IMAGES,
+        formerly="spectrum_images",
     )
 
     bits_per_dim_images: int = option(
         0,
-        "images for the variational bound in bits/dim, without guidance; 0: none",
+        "evaluate only: images for the variational bound in bits/dim, without guidance; 0: none",
         at_least=0,
+        at_most=MOST_IMAGES,
     )
     bits_per_dim_terms: int = option(
-        0, "terms of the bound to evaluate per image; 0: all T", at_least=0
+        0, "evaluate only: terms of the bound to evaluate per image; 0: all T", at_least=0
     )
     likelihood_images: int = option(
-        0, "images for the probability-flow likelihood, without guidance; 0: none", at_least=0
+        0,
+        "evaluate only: images for the probability-flow likelihood, without guidance; 0: none",
+        at_least=0,
+        at_most=MOST_IMAGES,
     )
     likelihood_steps: int = option(
-        100, "Heun steps of the probability-flow ODE, 2 to T", at_least=1
+        100, "evaluate only: Heun steps of the probability-flow ODE, 2 to T", at_least=1
     )
+
+    def unused(self, keys: Sequence[str], remedy: str) -> str:
+        """One line on those of the options `keys` that are set, but not used; empty if none is."""
+        default = EvaluationConfig()
+        found = [f"evaluation.{key}" for key in keys if getattr(self, key) != getattr(default, key)]
+        return f"not used here: {', '.join(found)}; {remedy}" if found else ""
 
     def problems(self) -> Iterator[str]:
         """Yield a line for each setting that makes a score meaningless."""

@@ -76,15 +76,10 @@ def _cost(held: Any) -> EncodingCost:
 
 def _record(held: Any, channels: int | None) -> EncodingRecord:
     """The record in `held`; its preview has a column for each of `channels`, unless None."""
-    preview = held["preview"]
-    matrix = tuple(tuple(map(float, row)) for row in preview["matrix"])
-    bias = tuple(map(float, preview["bias"]))
-    if (channels and {len(row) for row in matrix} != {channels}) or len(matrix) != len(bias):
-        raise ValueError("the preview has another shape")
     return EncodingRecord(
         str(held["autoencoder"]),
         str(held["autoencoder_sha256"]),
         str(held["data"]),
         dict(held["options"]),
-        PreviewMatrix(matrix, bias, float(preview["r_squared"])),
+        PreviewMatrix.of_json(held["preview"], channels),
     )

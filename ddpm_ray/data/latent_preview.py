@@ -6,9 +6,9 @@ products are integers, so the map does not depend on how many tasks encoded the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -39,6 +39,18 @@ class PreviewMatrix:
     matrix: tuple[tuple[float, ...], ...]  # [C][c]
     bias: tuple[float, ...]  # [C]
     r_squared: float  # share of the variance of the mean colours that the map explains
+
+    @classmethod
+    def of_json(cls, held: Mapping[str, Any], channels: int | None) -> PreviewMatrix:
+        """Return the map in `held`, as `asdict` wrote it, of latents of `channels` (None: any).
+
+        Raises ValueError, KeyError or TypeError for anything else.
+        """
+        matrix = tuple(tuple(map(float, row)) for row in held["matrix"])
+        bias = tuple(map(float, held["bias"]))
+        if (channels and {len(row) for row in matrix} != {channels}) or len(matrix) != len(bias):
+            raise ValueError("the preview has another shape")
+        return cls(matrix, bias, float(held["r_squared"]))
 
     def images(self, x_0: Tensor) -> UInt8s:
         """Preview x_0 [B, c, h, w] as uint8 images [B, h, w, C]."""

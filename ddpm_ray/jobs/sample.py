@@ -22,12 +22,13 @@ def prepare(config: SampleConfig, arguments: Namespace) -> SampleConfig:
     home = home_folder()
     arguments.out = output_file("--out", arguments.out, home, PICTURES)
     gif = config.gif and output_file("gif", config.gif, home, (".gif",))
-    return with_settings_of_model(replace(config, gif=gif), arguments)
+    strip = config.strip and output_file("strip", config.strip, home, PICTURES)
+    return with_settings_of_model(replace(config, gif=gif, strip=strip), arguments)
 
 
 def sample(config: SampleConfig, arguments: Namespace) -> dict[str, Any]:
-    """Draw the images, write the grid and the GIF, and return where they are."""
-    made_ready(arguments.out, config.gif)
+    """Draw the images, write the grid, the GIF and the strip, and return where they are."""
+    made_ready(arguments.out, config.gif, config.strip)
     from ddpm_ray.cli.progress import ProgressLine
     from ddpm_ray.runs import load_model
     from ddpm_ray.sampling import gif, image_grid, image_io
@@ -51,6 +52,8 @@ def sample(config: SampleConfig, arguments: Namespace) -> dict[str, Any]:
     image_io.write_picture(arguments.out, image_grid.grid(images))
     if config.gif:
         film.save(config.gif, images)
+    if config.strip:
+        image_io.write_picture(config.strip, image_grid.strip_of(model, config.num_images))
     provenance = {key: model.provenance[key] for key in ("checkpoint", "step", "weights_sha256")}
     return {"picture": arguments.out, "num_images": config.num_images, **provenance}
 

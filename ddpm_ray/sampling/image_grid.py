@@ -12,11 +12,14 @@ from torch import Tensor
 
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.sampling.denoiser import Denoiser
-from ddpm_ray.sampling.sampling import Images, SamplingPlan, draw
+from ddpm_ray.sampling.sampling import Images, SamplingPlan, draw, sampling_plan
 
 if TYPE_CHECKING:
     from PIL import Image
 
+    from ddpm_ray.sampling.pipeline import TrainedModel
+
+STRIP_IMAGES = 4
 GUTTER_PIXELS = 2
 GUTTER_GREY = 128  # contrasts with both black and white backgrounds
 MARGIN_PIXELS = 28  # margin for captions; wider if a caption needs it
@@ -83,6 +86,13 @@ def denoising_strip(
     picture = grid(rows.reshape(-1, *rows.shape[3:]), columns=len(shown))
     above = [str(t) for t in shown]
     return captioned(picture, above, row_captions=["x_t", "x_0"] * len(index), corner="t")
+
+
+def strip_of(model: TrainedModel, most: int) -> Image.Image:
+    """The `denoising_strip` of the model's first images, `most` at most, with its settings."""
+    plan = sampling_plan(model.settings, model.denoiser.schedule, model.label_names)
+    index = torch.arange(min(STRIP_IMAGES, most))
+    return denoising_strip(model.denoiser, plan, index, model.image_shape, model.device)
 
 
 def captioned(

@@ -97,7 +97,8 @@ class TrainedModel:
 
         Each batch takes about `settings.steps` network calls, 1,000 for many runs; fewer `steps`
         with a sampler such as unipc are an order of magnitude faster. `on_step(t, x_t,
-        x_0_estimate)` is called at each step of each batch and must copy tensors that it keeps.
+        x_0_estimate)` is called at each step of each batch and must copy tensors that it keeps;
+        `preview` shows them.
         """
         if on_step is not None and not callable(on_step):
             raise ValueError(f"on_step is {shown(on_step)}; give a function of (t, x_t, x_0)")
@@ -107,6 +108,15 @@ class TrainedModel:
         return draw_uint8(
             self.denoiser, plan, indices, shape, self.device, chosen.batch_size, on_step
         )
+
+    def preview(self, x: Tensor) -> Images:
+        """Show x_t or an estimate of x_0, as `on_step` gets them, as uint8 images [N, H, W, C].
+
+        Latents are shown by their linear map to colours, without a call of the decoder; each latent
+        is a square of one colour. A model without that map (imported, or trained by an earlier
+        version) decodes them.
+        """
+        return self.denoiser.codec.show_noisy(x)
 
     @checks_arguments
     def inpaint(

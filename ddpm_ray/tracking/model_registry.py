@@ -3,6 +3,8 @@
 import contextlib
 import hashlib
 import json
+import logging
+import shutil
 import tempfile
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -13,11 +15,16 @@ import mlflow
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
+from ddpm_ray.assembly import latents
+from ddpm_ray.redaction import sanitize
 from ddpm_ray.storage import object_store
+from ddpm_ray.storage.errors import StorageError
 from ddpm_ray.tracking.mlflow_client import BoundedClient
 from ddpm_ray.tracking.mlflow_runs import TrackingError, answering
 from ddpm_ray.tracking.run_info import TrackedRun
-from ddpm_ray.training.checkpoint_folder import MANIFEST, checkpoint_files
+from ddpm_ray.training.checkpoint_folder import MANIFEST, checkpoint_files, read_checkpoint
+
+log = logging.getLogger(__name__)
 
 CHAMPION = "champion"  # alias of the best version of a registered model
 
@@ -25,6 +32,8 @@ CHAMPION = "champion"  # alias of the best version of a registered model
 def log_model(run: TrackedRun, checkpoint_url: str, loader_module: str) -> None:
     """Log the checkpoint folder as the run's model `model`: its files, without pickle or code.
 
+    A model of latents is logged with its autoencoder, so that it loads on any machine. If the
+    autoencoder has moved or changed, a warning says so, and the model is logged without it.
     `loader_module` is the module of this package whose `_load_pyfunc(folder)` loads it. Does
     nothing if the run has a model already.
     """
@@ -38,6 +47,7 @@ def log_model(run: TrackedRun, checkpoint_url: str, loader_module: str) -> None:
         for name in (MANIFEST, *checkpoint_files(("ema",))):  # what sampling needs
             data = object_store.read_bytes(object_store.join(checkpoint_url, name))
             object_store.write_bytes(str(folder / name), data)
+        _add_autoencoder(folder)
         with mlflow.start_run(run_id=run.run_id):
             mlflow.pyfunc.log_model(
                 name="model",
@@ -45,6 +55,19 @@ def log_model(run: TrackedRun, checkpoint_url: str, loader_module: str) -> None:
                 data_path=str(folder),
                 pip_requirements=[f"ddpm-ray=={version('ddpm-ray')}"],
             )
+
+
+def _add_autoencoder(folder: Path) -> None:
+    """Add its autoencoder to the copy of a checkpoint of latents."""
+    facts = read_checkpoint(str(folder), groups=()).facts
+    try:
+        latents.copy_autoencoder(facts, folder)
+    except (ValueError, StorageError) as error:
+        shutil.rmtree(folder / latents.AUTOENCODER_COPY, ignore_errors=True)
+        log.warning(
+            "%s. The model is logged in MLflow without it: load it with autoencoder=URL",
+            sanitize(str(error)),
+        )
 
 
 def download_model(uri: str, model_uri: str, destination: Path) -> Path:
@@ -55,11 +78,11 @@ def download_model(uri: str, model_uri: str, destination: Path) -> Path:
                 model_uri, dst_path=str(destination), tracking_uri=uri, registry_uri=uri
             )
         )
-    found = sorted(root.rglob(MANIFEST))
+    found = sorted(root.rglob(MANIFEST), key=lambda file: len(file.parts))
     if not found:
         remedy = "name a model that `ddpm-ray train` logged"
         raise TrackingError(model_uri, "this model has no ddpm_ray checkpoint", remedy)
-    return found[0].parent
+    return found[0].parent  # deeper in it may be that of its autoencoder
 
 
 def promote(

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from PIL import Image
 
 GRID_IMAGES = 64
-STRIP_IMAGES = 4
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ class SampleGridLogger:
             strip = image_grid.denoising_strip(
                 self.denoiser,
                 self.plan,
-                torch.arange(STRIP_IMAGES),
+                torch.arange(image_grid.STRIP_IMAGES),
                 self.image_shape,
                 self.workers.device,
             )

@@ -1,6 +1,7 @@
 """Training on latents ends like any run, draws and edits pixels, and refuses what it cannot do."""
 
 import logging
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ import torch
 
 import ddpm_ray
 from ddpm_ray.assembly import diffusion, latents, run_config, training_run
+from ddpm_ray.assembly.autoencoder_loading import trained_autoencoder
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.guidance import GuidanceConfig
 from ddpm_ray.config.jobs.edit import EditConfig
 from ddpm_ray.config.jobs.ema_search import AverageConfig
+from ddpm_ray.config.jobs.encode import EncodeConfig
 from ddpm_ray.config.jobs.evaluate import EvaluateConfig
 from ddpm_ray.config.jobs.export import ExportConfig
 from ddpm_ray.config.jobs.sample import SampleConfig
@@ -22,12 +25,14 @@ from ddpm_ray.config.loading import ConfigError, load_config
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.codec import PIXELS
 from ddpm_ray.data.dataset import DatasetError, open_dataset
+from ddpm_ray.data.encoding_record import read_encoding
 from ddpm_ray.data.latent_codec import LatentCodec
+from ddpm_ray.data.packing import latent_packer
 from ddpm_ray.runs import load_model
 from ddpm_ray.runs.train import run_training
 from ddpm_ray.runs.training_data import check_model
 from ddpm_ray.sampling.pipeline import TrainedModel
-from ddpm_ray.training.checkpoint_folder import CheckpointError
+from ddpm_ray.training.checkpoint_folder import CheckpointError, read_checkpoint
 from ddpm_ray.training.checkpoints import CheckpointStore
 from tests.data.latent_sets import (
     TINY_UNET,
@@ -103,10 +108,27 @@ def test_a_checkpoint_rebuilds_its_codec_and_draws_pixels_without_the_data(
     assert model.sample(3).dtype == np.uint8
     codec = model.denoiser.codec
     assert isinstance(codec, LatentCodec)
-    assert replace(codec, autoencoder=None) == LatentCodec.of(open_dataset(encoded).manifest)
+    dataset = open_dataset(encoded)
+    record = read_encoding(dataset)
+    assert record is not None
+    wanted = replace(LatentCodec.of(dataset.manifest), preview=record.preview)
+    assert replace(codec, autoencoder=None) == wanted
     facts = CheckpointStore(str(tmp_path / "checkpoints")).load()
     assert facts is not None
     assert run_config.saved_codec(facts[1].facts) == replace(codec, autoencoder=None)
+
+
+def test_a_preview_shows_each_latent_as_a_square_of_one_colour(model: TrainedModel) -> None:
+    """By the map of the training data, not the decoder; an earlier checkpoint's are decoded."""
+    seen: list[torch.Tensor] = []
+    model.sample(2, on_step=lambda t, x_t, x_0: seen.append(x_t.clone()))
+    shown = model.preview(seen[0])
+    assert shown.shape == (2, 8, 8, 1)
+    assert (shown == shown[:, ::2, ::2].repeat(2, axis=1).repeat(2, axis=2)).all()
+    codec = model.denoiser.codec
+    assert isinstance(codec, LatentCodec)
+    older = replace(model, denoiser=replace(model.denoiser, codec=replace(codec, preview=None)))
+    np.testing.assert_array_equal(older.preview(seen[0]), codec.decode(seen[0]))
 
 
 def test_samples_are_not_clipped(model: TrainedModel) -> None:
@@ -150,6 +172,53 @@ def test_a_model_whose_autoencoder_was_moved_is_loaded_with_its_new_place(
         given = load_config(kind, None, [f"autoencoder={place.name}"])
         job: Any = load_model.as_trained(given, run, (), place.parent)
         assert job.autoencoder == str(place)
+
+
+@pytest.mark.parametrize("kind", ["run", "diffusers"])
+def test_a_copy_of_a_checkpoint_with_its_autoencoder_loads_without_the_first_one(
+    kind: str, tmp_path: Path
+) -> None:
+    url = encode_noise(tmp_path, images=12)
+    place = tmp_path / "autoencoder"
+    if kind == "run":
+        shutil.rmtree(tmp_path / "latents")
+        url = encoded_by_run(tmp_path)
+        place = tmp_path / "ae"
+    run = committed(url, tmp_path / "run")
+    wanted = ddpm_ray.load(run, "cpu").sample(2)
+    (checkpoint,) = Path(run).glob("checkpoints/step-*")
+    copy = tmp_path / "copy"
+    shutil.copytree(checkpoint, copy)
+    latents.copy_autoencoder(read_checkpoint(str(copy), groups=()).facts, copy)
+    place.rename(tmp_path / "gone")
+    np.testing.assert_array_equal(ddpm_ray.load(copy, "cpu").sample(2), wanted)
+    with pytest.raises(CheckpointError, match="does not load"):
+        ddpm_ray.load(run, "cpu")
+    other = other_autoencoder(tmp_path / "other")
+    with pytest.raises(CheckpointError, match="encoded by the autoencoder of sha256"):
+        ddpm_ray.load(copy, "cpu", autoencoder=other)
+    weights = next(copy.glob("autoencoder/*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    with pytest.raises(CheckpointError, match="sha256"):
+        ddpm_ray.load(copy, "cpu")
+
+
+def encoded_by_run(folder: Path) -> str:
+    """Encode the images in pixels/ by the run of an autoencoder in ae/; the URL of the latents."""
+    keys = ["name=ae", "task=autoencoder", f"data.url={folder / 'pixels'}"]
+    keys += [
+        "autoencoder.base_channels=4",
+        "autoencoder.groups=2",
+        "autoencoder.channel_mults=[1,1]",
+    ]
+    config = load_config(RunConfig, None, [*keys, "autoencoder.latent_channels=2"])
+    autoencoder = trained_autoencoder(commit(initial_run(config), folder / "ae"))
+    source = open_dataset(str(folder / "pixels"))
+    plan = latent_packer.make_encoding_plan(
+        source, str(folder / "latents"), autoencoder, EncodeConfig()
+    )
+    parts = [latent_packer.encode_shard(plan, n, autoencoder) for n in range(plan.shards)]
+    return latent_packer.finish_latents(plan, parts).url
 
 
 def test_an_autoencoder_for_a_model_without_one_is_refused(encoded: str, tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ from ddpm_ray.tracking.mlflow_runs import TrackingError, TrackingOutageError
 from ddpm_ray.tracking.run_info import MAX_METRICS, RunMetadata, TrackedRun
 from ddpm_ray.training.checkpoints import CheckpointStore
 from ddpm_ray.training.writer_lease import Lease
+from tests.data.latent_sets import TINY_UNET, commit, encode_noise, initial_run
 from tests.limits import ENDS_S
 
 PATIENCE_S = ENDS_S
@@ -586,6 +587,40 @@ def test_a_model_is_logged_once_and_found_by_its_alias(
         folder = model_registry.download_model(uri, place, tmp_path / str(number))
         assert not [*tmp_path.rglob("*.pkl"), *tmp_path.rglob("*.py")]
         assert (checkpoint_loading.trained_model(str(folder)).sample(2, steps=3) == expected).all()
+
+
+@pytest.mark.filterwarnings(*MLFLOWS)
+def test_a_model_of_latents_is_logged_with_its_autoencoder(
+    mlflow_database: str, new_run: NewRun, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As it loads where the autoencoder's own folder is not; without it there is a warning."""
+    url = encode_noise(tmp_path, images=12)
+    keys = ["name=tiny", "schedule.num_steps=5", "sampling.steps=2", f"data.url={url}"]
+    run = commit(initial_run(load_config(RunConfig, None, [*keys, *TINY_UNET])), tmp_path / "run")
+    (checkpoint,) = map(str, Path(run).glob("checkpoints/step-*"))
+    wanted = checkpoint_loading.trained_model(run).sample(2)
+    logged = new_run(mlflow_database)
+    model_registry.log_model(logged, checkpoint, LOADER)
+    assert not caplog.records
+    (tmp_path / "autoencoder").rename(tmp_path / "gone")
+    mlflow.set_tracking_uri(mlflow_database)
+    served = mlflow.pyfunc.load_model(f"runs:/{logged.run_id}/model")
+    assert (served.predict({"num_images": 2}) == wanted).all()
+    uri = f"runs:/{logged.run_id}/model"
+    folder = model_registry.download_model(mlflow_database, uri, tmp_path / "download")
+    assert (checkpoint_loading.trained_model(str(folder)).sample(2) == wanted).all()
+    without = run_lookup.find_or_create_run(
+        mlflow_database, tmp_path.name, "other", "other", str(tmp_path / "artifacts")
+    )
+    model_registry.log_model(without, checkpoint, LOADER)
+    assert "does not load: " in caplog.text
+    assert "logged in MLflow without it: load it with autoencoder=URL" in caplog.text
+    uri = f"runs:/{without.run_id}/model"
+    folder = model_registry.download_model(mlflow_database, uri, tmp_path / "second")
+    assert not (folder / "autoencoder").exists()
+    moved = str(tmp_path / "gone")
+    found = checkpoint_loading.trained_model(str(folder), autoencoder=moved).sample(2)
+    assert (found == wanted).all()
 
 
 @pytest.mark.parametrize("place", ["models:/nobody@best", "runs:/0123456789abcdef/model"])

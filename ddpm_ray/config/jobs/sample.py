@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from ddpm_ray.config.data import MOVED_AUTOENCODER
+from ddpm_ray.config.evaluation import MOST_IMAGES
 from ddpm_ray.config.guidance import GuidanceConfig
 from ddpm_ray.config.option_fields import group, option
 from ddpm_ray.config.sampling import SamplingSettings
@@ -13,9 +14,14 @@ from ddpm_ray.config.sampling import SamplingSettings
 class SampleConfig:
     """The images to draw from a trained model."""
 
-    num_images: int = option(64, "images to draw", at_least=1)
+    num_images: int = option(64, "images to draw", at_least=1, at_most=MOST_IMAGES)
     gif: str = option(
         "", "GIF file of the x_0 estimates, one frame per step; empty: none", formerly="film"
+    )
+    strip: str = option(
+        "",
+        "image file of the first images' steps: x_t, latents by their preview map, above the "
+        "estimate of x_0; empty: none",
     )
     autoencoder: str = option("", MOVED_AUTOENCODER)
     sampling: SamplingSettings = field(default_factory=SamplingSettings)

@@ -139,6 +139,19 @@ def in_folder(folder: str | Path) -> bool:
     return (home / "config.json").is_file() and weights_file(home).is_file()
 
 
+def is_autoencoder(folder: str | Path) -> bool:
+    """Whether `in_folder` finds an AutoencoderKL, and not another model, in `folder` itself."""
+    if autoencoder_folder(folder) is not None or not in_folder(folder):
+        return False
+    return read_json(Path(folder, "config.json")).get("_class_name") == CLASS
+
+
+def files_of(folder: str | Path) -> tuple[Path, Path]:
+    """The config.json and the weights file of the autoencoder that `in_folder` finds."""
+    home = _home(folder)
+    return home / "config.json", weights_file(home)
+
+
 def read_config(folder: str | Path) -> tuple[AutoencoderSpec, dict[str, Any]]:
     """Sizes of the autoencoder that `read_folder` reads, and its values of PIPELINE's keys."""
     home = _home(folder)
