@@ -192,7 +192,10 @@ def test_scoring_an_imported_run_asks_for_the_data(
 ) -> None:
     imported(capsys, of_ho(tmp_path), tmp_path / "run", *HO_LAYOUT)
     assert main(evaluate.JOB, [str(tmp_path / "run")]) == WRONG_CONFIG
-    assert "data_url is empty, and the model was imported" in capsys.readouterr().err
+    assert (
+        "data_url is empty, and the model does not name its training data"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("variant", [{"rotary": True}, None, [1]], ids=str)

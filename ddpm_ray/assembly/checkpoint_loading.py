@@ -17,11 +17,15 @@ from ddpm_ray.assembly.diffusion import denoiser
 from ddpm_ray.assembly.latents import bound_codec
 from ddpm_ray.assembly.newest_checkpoint import newest_checkpoint, usable_device
 from ddpm_ray.config.loading import ConfigError, from_dict, to_dict
+from ddpm_ray.config.objective import ObjectiveConfig
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.sampling import SamplingSettings
+from ddpm_ray.config.task import Task
 from ddpm_ray.data.codec import Codec, diffused_shape
 from ddpm_ray.data.dataset import DatasetError, open_dataset
 from ddpm_ray.data.image_shape import ImageShape
+from ddpm_ray.data.latent_codec import LatentCodec
+from ddpm_ray.data.shard_index import CodecName
 from ddpm_ray.models.autoencoder import AutoencoderSpec
 from ddpm_ray.models.classifier import NoisyClassifier
 from ddpm_ray.models.dit import DiT, DiTSpec
@@ -63,6 +67,8 @@ def trained_model(
         if guides is not None:
             require_same_x_0(guides, model.denoiser.codec)
         return model
+    if autoencoder_kl.is_autoencoder(url):
+        require_denoiser(other_libraries.of_autoencoder_kl(Path(url)), url)
     where, snapshot = newest_checkpoint(url, ema)
     config = run_config.saved_config(snapshot.facts, url)
     require_denoiser(config, url)
@@ -100,7 +106,11 @@ def require_denoiser(config: RunConfig, url: str) -> None:
         return
     what, use = "a classifier", "use it as guidance.classifier"
     if config.traits.reconstructs:
-        what, use = "an autoencoder", "train a denoiser on the latents that it encodes"
+        what = "an autoencoder"
+        use = (
+            "train a denoiser on the latents that it encodes (`ddpm-ray encode`), or score it "
+            "(`ddpm-ray evaluate`)"
+        )
     raise ConfigError(f"{url} holds {what}, which draws no images: {use}")
 
 
@@ -112,6 +122,10 @@ class TrainedWeights(NamedTuple):
     sha256: str  # as in the provenance of `trained_model`
     tensors: dict[str, Tensor]  # by their names in our networks
     spec: UNetSpec | DiTSpec | AutoencoderSpec  # of the network
+    task: Task = "denoiser"
+    objective: ObjectiveConfig | None = None  # of a denoiser; of diffusers: as its scheduler says
+    codec: CodecName = "pixels"  # what it was trained on
+    autoencoder_sha256: str = ""  # of its latents; empty: of pixels, or unknown
 
 
 def trained_weights(url: str, ema: str = "ema") -> TrainedWeights:
@@ -121,25 +135,33 @@ def trained_weights(url: str, ema: str = "ema") -> TrainedWeights:
     latents, which our runs have, gets them as the identity.
     """
     if diffusers_folders.holds_model(url):
-        spec, tensors, *_ = diffusers_folders.read_folder(url)
-        sha256 = hashlib.sha256(safetensors.save(tensors)).hexdigest()
-        return TrainedWeights(url, 0, sha256, tensors, spec)
+        read = diffusers_folders.read_folder(url)
+        sha256 = hashlib.sha256(safetensors.save(read.tensors)).hexdigest()
+        objective = ObjectiveConfig(**read.facts["objective"])
+        codec: CodecName = "latents" if read.autoencoder else "pixels"
+        found = read.tensors, read.spec
+        return TrainedWeights(url, 0, sha256, *found, objective=objective, codec=codec)
     if autoencoder_kl.in_folder(url):
-        found = trained_autoencoder(url)
-        held = found.model.spec, found.model.state_dict()
+        vae = trained_autoencoder(url)
+        held = vae.model.spec, vae.model.state_dict()
         c = held[0].latent_channels
         with_convs, tensors = autoencoder_kl.standardised(*held, (0.0,) * c, (1.0,) * c)
-        return TrainedWeights(url, 0, found.sha256, tensors, with_convs)
+        return TrainedWeights(url, 0, vae.sha256, tensors, with_convs, "autoencoder")
     where, snapshot = newest_checkpoint(url, ema)
     facts = snapshot.facts
     config, variant = run_config.saved_config(facts, url), run_config.saved_variant(facts, where)
-    shape = diffused_shape(run_config.saved_codec(facts, where), ImageShape(*facts["image_shape"]))
+    trained_on = run_config.saved_codec(facts, where)
+    shape = diffused_shape(trained_on, ImageShape(*facts["image_shape"]))
     return TrainedWeights(
         where,
         snapshot.step,
         checkpoint_folder.weights_sha256(where, ema),
         snapshot.tensors[ema],
         networks.network_spec(config, shape, variant),
+        config.task,
+        config.objective,
+        trained_on.name,
+        trained_on.autoencoder_sha256 if isinstance(trained_on, LatentCodec) else "",
     )
 
 
@@ -159,12 +181,15 @@ def with_sampling(
 def run_facts(url: str) -> tuple[RunConfig, dict[str, Any]]:
     """Config and facts of the checkpoint that `trained_model` would load, without its weights.
 
-    Raises CheckpointError and UnsupportedModelError as `trained_model` does.
+    `url` may also be a diffusers folder of an AutoencoderKL. Raises CheckpointError and
+    UnsupportedModelError as `trained_model` does.
     """
     if diffusers_folders.holds_model(url):
         model = _of_diffusers(Path(url), "cpu")
         names = {"label_names": list(model.label_names)} if model.label_names else {}
         return from_dict(RunConfig, model.provenance["config"]), names
+    if autoencoder_kl.is_autoencoder(url):
+        return other_libraries.of_autoencoder_kl(Path(url)), {}
     facts = newest_checkpoint(url)[1].facts
     return run_config.saved_config(facts, url), facts
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from ddpm_ray.assembly import networks
 from ddpm_ray.assembly.autoencoder_loading import trained_autoencoder
 from ddpm_ray.assembly.latents import codec_facts
+from ddpm_ray.config.autoencoder import AutoencoderConfig
 from ddpm_ray.config.jobs.import_weights import ImportConfig
 from ddpm_ray.config.loading import ConfigError, to_dict
 from ddpm_ray.config.model import ModelConfig
@@ -23,7 +24,7 @@ from ddpm_ray.data.codec import PIXELS, Codec, diffused_shape
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.data.latent_codec import LatentCodec
 from ddpm_ray.models.dit import DiTSpec
-from ddpm_ray.models.interop import convert, diffusers_folders
+from ddpm_ray.models.interop import autoencoder_kl, convert, diffusers_folders
 from ddpm_ray.models.interop.diffusers_config import UnsupportedModelError
 from ddpm_ray.models.layers import GUIDED, HO, Variant
 from ddpm_ray.models.unet_spec import UNetSpec
@@ -78,6 +79,23 @@ def of_diffusers(folder: Path, device: torch.device | str = "cpu") -> OtherModel
     image_shape = ImageShape(height * factor, width * factor, autoencoder.model.spec.image_channels)
     bound = codec.bound(autoencoder)
     return OtherModel(config, spec, read.tensors, image_shape, bound, read.label_names)
+
+
+def of_autoencoder_kl(folder: Path) -> RunConfig:
+    """The config of a run that would train the autoencoder in a folder of diffusers.
+
+    Raises UnsupportedModelError.
+    """
+    spec, _ = autoencoder_kl.read_config(folder)
+    sizes = AutoencoderConfig(
+        latent_channels=spec.latent_channels,
+        base_channels=spec.base_channels,
+        channel_mults=spec.channel_mults,
+        blocks_per_level=spec.blocks_per_level,
+        groups=spec.groups,
+        middle_attention=spec.middle_attention,
+    )
+    return RunConfig(name=folder.name, task="autoencoder", autoencoder=sizes)
 
 
 def _unet_options(spec: UNetSpec) -> ModelConfig:

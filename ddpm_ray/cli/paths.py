@@ -1,11 +1,13 @@
 """Files and folders that a job reads and writes: checked before it works; no work is lost."""
 
 import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from ddpm_ray.config.loading import ConfigError
 
+MANIFEST = "manifest.json"  # of a data set: written last
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
@@ -55,6 +57,20 @@ def output_folder(option: str, path: str, home: Path) -> str:
     return str(where)
 
 
+def output_url(option: str, url: str, home: Path) -> str:
+    """The absolute URL of a folder to be written; a local one is checked as by `output_folder`.
+
+    A folder with a manifest is not checked: a finished data set is not written again.
+    """
+    if "://" in url and not url.startswith("file://"):
+        return url
+    path = url.removeprefix("file://")
+    where = _local(option, path, home).resolve()
+    if not (where / MANIFEST).is_file():
+        output_folder(option, path, home)
+    return str(where)
+
+
 def new_folder(option: str, path: str, home: Path) -> str:
     """The absolute path of a folder to be written, likewise; it holds no file yet."""
     where = Path(output_folder(option, path, home))
@@ -87,7 +103,11 @@ def _require_writable(option: str, path: str, folder: Path) -> None:
     there = next(parent for parent in (folder, *folder.parents) if parent.exists())
     if not there.is_dir():
         raise ConfigError(f"{option} is {path}, but {there} is a file; name another folder")
-    if not os.access(there, os.W_OK | os.X_OK):
+    try:
+        with tempfile.TemporaryFile(dir=there):  # root may write anywhere but in /proc and its kind
+            pass
+    except OSError as error:
         raise ConfigError(
-            f"{option} is {path}, but nothing may be written in {there}; name another"
-        )
+            f"{option} is {path}, but nothing can be written in {there} ({error.strerror}); name "
+            f"another"
+        ) from error

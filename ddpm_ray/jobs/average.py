@@ -3,7 +3,7 @@
     ddpm-ray average RUN [--out FOLDER] [widths=[0.05,0.1,0.15]] [key=value ...]
     python jobs/average.py RUN [--out FOLDER] [widths=[0.05,0.1,0.15]] [key=value ...]
 
-The run was trained with training.ema_snapshot_every_steps above 0. The weights of each width are
+RUN was trained with training.ema_snapshot_every_steps above 0. The weights of each width are
 computed from its snapshots, without training, and scored as by the job evaluate. FOLDER receives
 the best weights as a checkpoint, which other jobs take as MODEL_URI.
 """
@@ -12,9 +12,10 @@ from argparse import Namespace
 from typing import Any
 
 from ddpm_ray.cli.job import Argument, Job
-from ddpm_ray.cli.paths import home_folder, output_folder
+from ddpm_ray.cli.paths import home_folder, output_url
 from ddpm_ray.config.jobs.ema_search import AverageConfig
 from ddpm_ray.jobs.model_argument import with_settings_of_model
+from ddpm_ray.jobs.unused_options import warn_of_options_of_runs
 
 
 def prepare(config: AverageConfig, arguments: Namespace) -> AverageConfig:
@@ -23,8 +24,7 @@ def prepare(config: AverageConfig, arguments: Namespace) -> AverageConfig:
     from ddpm_ray.tracking.model_uri import resolve_model_uri  # fsspec: after the config is read
 
     arguments.run = resolve_model_uri(arguments.run, home)
-    if arguments.out and "://" not in arguments.out:
-        arguments.out = output_folder("--out", arguments.out, home)
+    arguments.out = arguments.out and output_url("--out", arguments.out, home)
     return with_settings_of_model(config, arguments, "run")
 
 
@@ -33,6 +33,7 @@ def average(config: AverageConfig, arguments: Namespace) -> dict[str, Any]:
     from ddpm_ray.cli.progress import image_line
     from ddpm_ray.runs.evaluation.ema_search import search  # heavy: after the config is checked
 
+    warn_of_options_of_runs(config.evaluation)
     return search(arguments.run, config, home_folder(), arguments.out, image_line())
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from ddpm_ray.cli.job import CONFIG, Job, PartlyFailedError
 from ddpm_ray.cli.paths import home_folder
 from ddpm_ray.config.jobs.fault_drill import DrillConfig
+from ddpm_ray.jobs.unused_options import warn_of_unused
 
 
 def drill(config: DrillConfig, _: Namespace) -> dict[str, Any]:
@@ -21,6 +22,7 @@ def drill(config: DrillConfig, _: Namespace) -> dict[str, Any]:
     from ddpm_ray.cli.progress import ProgressLine
     from ddpm_ray.runs.fault_drill import run_drill, show_table  # heavy: after the config is read
 
+    warn_of_unused(config.run)
     done = run_drill(config, home_folder(), ProgressLine("runs"))
     clean, *faulted = done
     show_table(done)

@@ -3,6 +3,8 @@
     ddpm-ray evaluate MODEL_URI [key=value ...]
     python jobs/evaluate.py MODEL_URI [key=value ...]
 
+MODEL_URI may also be an autoencoder, as a run or as a diffusers folder of an AutoencoderKL: its
+reconstructions are scored by PSNR, SSIM, rFID and KL. A folder of diffusers needs data_url=.
 Options of the group `sampling` default to those that the model was trained with.
 """
 
@@ -13,6 +15,7 @@ from ddpm_ray.cli.job import Job
 from ddpm_ray.cli.paths import home_folder
 from ddpm_ray.config.jobs.evaluate import EvaluateConfig
 from ddpm_ray.jobs.model_argument import MODEL_URI, with_settings_of_model
+from ddpm_ray.jobs.unused_options import warn_of_options_of_runs
 
 
 def evaluate(config: EvaluateConfig, arguments: Namespace) -> dict[str, Any]:
@@ -22,6 +25,7 @@ def evaluate(config: EvaluateConfig, arguments: Namespace) -> dict[str, Any]:
     # Heavy: imported after the config is checked.
     from ddpm_ray.runs.evaluation.evaluate import run_evaluation
 
+    warn_of_options_of_runs(config.evaluation)
     return run_evaluation(arguments.model_uri, config, home_folder(), image_line())
 
 

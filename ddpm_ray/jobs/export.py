@@ -3,11 +3,11 @@
     ddpm-ray export MODEL_URI --out FOLDER [key=value ...]
     python jobs/export.py MODEL_URI --out FOLDER [key=value ...]
 
-FOLDER must be new. It receives the network with its EMA weights (`average` in the result names
-another average) and the scheduler of diffusers that samples as the run does; `ddpm_ray.load` reads
-FOLDER as well. Optimizer state, other EMAs and the training data's name are not exported. A line on
-stderr names the settings that have no equivalent in diffusers; the result names the pipeline of
-diffusers and the arguments of its call.
+The job writes FOLDER, which is new or empty: the network with its EMA weights (`average` in the
+result names another average), and the scheduler of diffusers that samples as the run does. Then
+`ddpm_ray.load` reads FOLDER, too. Optimizer state, other EMAs and the training data's name are not
+exported. A line on stderr names the settings that have no equivalent in diffusers; the result names
+the pipeline of diffusers and the arguments of its call.
 
 A model of latents is written with its autoencoder. The standardisation of the latents is folded
 into the autoencoder's 1x1 convolutions, so that scaling_factor is 1. MODEL_URI may also be the run
@@ -42,5 +42,5 @@ def export_model(config: ExportConfig, arguments: Namespace) -> dict[str, Any]:
     return result
 
 
-OUT = Argument("--out", "new folder to write")
+OUT = Argument("--out", "folder to write, new or empty")
 JOB = Job("export", __doc__ or "", ExportConfig, export_model, (MODEL_URI, OUT), prepare)

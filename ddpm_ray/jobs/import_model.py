@@ -9,7 +9,7 @@ the autoencoder of its latents, which stays there: keep the folder. DESTINATION 
 which other jobs take as MODEL_URI; no run can continue it, as it holds no optimizer state. For a
 file, give the model.*, guided_diffusion.*, schedule.* and objective.* that it was trained with. An
 error names a wrong size; a wrong number of heads, schedule or prediction target shows only in the
-samples.
+samples. Runs of ddpm_ray, and an AutoencoderKL for `ddpm-ray encode`, need no import.
 
 No published weights were tried yet: the tests make networks of each layout.
 """
@@ -18,7 +18,7 @@ from argparse import Namespace
 from typing import Any
 
 from ddpm_ray.cli.job import Argument, Job
-from ddpm_ray.cli.paths import home_folder
+from ddpm_ray.cli.paths import home_folder, output_url
 from ddpm_ray.config.jobs.import_weights import ImportConfig
 from ddpm_ray.config.reading.errors import ConfigError
 
@@ -28,10 +28,16 @@ def prepare(config: ImportConfig, arguments: Namespace) -> ImportConfig:
     if problems := list(config.unused_keys(arguments.given)):
         raise ConfigError("\n".join(problems))
     from ddpm_ray.storage import object_store  # fsspec: after the config is read
+    from ddpm_ray.tracking.model_uri import IN_MLFLOW
 
+    if arguments.weights.startswith(IN_MLFLOW):
+        raise ConfigError(
+            f"weights is {arguments.weights}, which is a model of ddpm_ray and needs no import: "
+            "give it to the other jobs as it is"
+        )
     home = home_folder()
     arguments.weights = object_store.absolute(arguments.weights, home)
-    arguments.destination = object_store.absolute(arguments.destination, home)
+    arguments.destination = output_url("destination", arguments.destination, home)
     if object_store.is_local(arguments.weights) and not object_store.exists(arguments.weights):
         raise ConfigError(f"weights is {arguments.weights}: there is no such file or folder")
     return config

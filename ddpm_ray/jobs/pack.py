@@ -15,8 +15,14 @@ from argparse import Namespace
 from typing import Any
 
 from ddpm_ray.cli.job import Argument, Job
-from ddpm_ray.cli.paths import home_folder
+from ddpm_ray.cli.paths import home_folder, output_url
 from ddpm_ray.config.jobs.pack import PackConfig
+
+
+def prepare(config: PackConfig, arguments: Namespace) -> PackConfig:
+    """Return `config`; make the destination absolute. Raises ConfigError if it is not writable."""
+    arguments.destination = output_url("destination", arguments.destination, home_folder())
+    return config
 
 
 def pack(config: PackConfig, arguments: Namespace) -> dict[str, Any]:
@@ -24,10 +30,9 @@ def pack(config: PackConfig, arguments: Namespace) -> dict[str, Any]:
     from ddpm_ray.cli.progress import ProgressLine
     from ddpm_ray.data.packing import pack_report
     from ddpm_ray.runs.pack import pack_dataset  # heavy: after the config is checked
-    from ddpm_ray.storage import object_store
 
-    destination = object_store.absolute(arguments.destination, home_folder())
-    packed = pack_dataset(arguments.source, destination, config, ProgressLine("shards"))
+    places = arguments.source, arguments.destination
+    packed = pack_dataset(*places, config, ProgressLine("shards"))
     for line in pack_report.lines(*packed):
         print(line, file=sys.stderr)
     return pack_report.job_result(*packed)
@@ -37,4 +42,4 @@ ARGUMENTS = (
     Argument("source", "images to pack: a folder, a file, or the name of a data set"),
     Argument("destination", "folder or fsspec URL of the shards"),
 )
-JOB = Job("pack", __doc__ or "", PackConfig, pack, ARGUMENTS, continues=True)
+JOB = Job("pack", __doc__ or "", PackConfig, pack, ARGUMENTS, prepare, continues=True)

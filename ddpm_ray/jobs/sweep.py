@@ -17,6 +17,7 @@ from typing import Any
 from ddpm_ray.cli.job import CONFIG, InterruptedRunError, Job, PartlyFailedError
 from ddpm_ray.cli.paths import home_folder
 from ddpm_ray.config.jobs.sweep import SweepConfig
+from ddpm_ray.jobs.unused_options import warn_of_unused
 
 
 def sweep(config: SweepConfig, _: Namespace) -> dict[str, Any]:
@@ -27,6 +28,7 @@ def sweep(config: SweepConfig, _: Namespace) -> dict[str, Any]:
     from ddpm_ray.sweep.standings import standings
     from ddpm_ray.tracking.tracking_uri import way_to_see
 
+    warn_of_unused(config.run)
     outcome = run_sweep(config, home_folder(), ProgressLine("trials"))
     report, score = outcome.report, config.score
     champion, winner = report["champion"], report["winner"]

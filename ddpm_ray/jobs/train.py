@@ -15,6 +15,7 @@ from typing import Any
 from ddpm_ray.cli.job import CONFIG, InterruptedRunError, Job
 from ddpm_ray.cli.paths import home_folder
 from ddpm_ray.config.run import RunConfig
+from ddpm_ray.jobs.unused_options import warn_of_unused
 from ddpm_ray.reporting import Progress
 
 
@@ -24,6 +25,7 @@ def train(config: RunConfig, _: Namespace) -> dict[str, Any]:
     from ddpm_ray.runs.train import run_training  # heavy: after the config is checked
     from ddpm_ray.tracking.tracking_uri import way_to_see
 
+    warn_of_unused(config)
     budget = round(config.training.core_seconds)
     line = ProgressLine("core-second" if budget else "step")
 

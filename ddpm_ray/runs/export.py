@@ -63,6 +63,6 @@ def _export_autoencoder(model_uri: str, out: Path) -> dict[str, Any]:
         "model": autoencoder_kl.CLASS,
         "no_equivalent": [],
         "checkpoint": model.url,
-        "step": facts["step"],
+        "step": facts.get("step", 0),  # 0: a folder of diffusers
         "weights_sha256": model.sha256,
     }

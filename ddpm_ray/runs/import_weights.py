@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from ddpm_ray.assembly import other_libraries
+from ddpm_ray.assembly.newest_checkpoint import newest_checkpoint
 from ddpm_ray.config.jobs.import_weights import ImportConfig
 from ddpm_ray.config.loading import ConfigError
+from ddpm_ray.models.interop import autoencoder_kl, diffusers_folders
 from ddpm_ray.models.interop.diffusers_files import read_tensors
 from ddpm_ray.storage import object_store
 from ddpm_ray.storage.errors import StorageError
 from ddpm_ray.training import checkpoint_folder
+from ddpm_ray.training.checkpoint_folder import CheckpointError
 from ddpm_ray.training.checkpoints import CHECKPOINTS, CheckpointStore
 
 
@@ -32,6 +35,7 @@ def import_weights(
                 f"weights is {weights}; layout=diffusers reads a folder of this machine: name one, "
                 f"or set layout=guided-diffusion or layout=ho for a file"
             )
+        _require_no_run(weights)
         model = other_libraries.of_diffusers(Path(weights))
         values = {
             key.removeprefix("sampling."): getattr(config.sampling, key.removeprefix("sampling."))
@@ -72,6 +76,20 @@ def require_new(destination: str) -> None:
         raise ConfigError(
             f"destination is {destination}, which holds {', '.join(held[:3])}: name a new folder"
         )
+
+
+def _require_no_run(folder: str) -> None:
+    """Raise ConfigError for a local folder that holds a checkpoint of ours."""
+    if diffusers_folders.holds_model(folder) or autoencoder_kl.in_folder(folder):
+        return
+    try:
+        newest_checkpoint(folder)
+    except (CheckpointError, StorageError):
+        return
+    raise ConfigError(
+        f"weights is {folder}, which is a run of ddpm_ray and needs no import: give it to the "
+        "other jobs as it is"
+    )
 
 
 def _held_names(url: str) -> list[str]:

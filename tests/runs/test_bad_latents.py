@@ -1,5 +1,6 @@
 """What cannot be done with latents and autoencoders is refused by the jobs, in one line each."""
 
+import dataclasses
 import logging
 import re
 from collections.abc import Callable
@@ -10,12 +11,21 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ddpm_ray.assembly import training_run
+from ddpm_ray.assembly.autoencoder_loading import trained_autoencoder
 from ddpm_ray.cli.job import DONE, FAILED, WRONG_CONFIG, Job
 from ddpm_ray.cli.main import main
+from ddpm_ray.collectives import Workers
+from ddpm_ray.config.jobs.evaluate import EvaluateConfig
 from ddpm_ray.config.loading import load_config
 from ddpm_ray.config.run import RunConfig
-from ddpm_ray.jobs import average, edit, encode, sample, train
+from ddpm_ray.data.dataset import open_dataset
+from ddpm_ray.jobs import average, edit, encode, evaluate, import_model, sample, train
+from ddpm_ray.jobs import pack as pack_job
 from ddpm_ray.models.autoencoder import Autoencoder
+from ddpm_ray.runs.evaluation.evaluate_autoencoder import autoencoder_scores
+from ddpm_ray.runs.evaluation.image_progress import ImageProgress
+from ddpm_ray.sampling.image_grid import GUTTER_PIXELS
 from ddpm_ray.training.state import TrainingState
 from tests.assembly.test_latent_runs import TINY, other_autoencoder
 from tests.data.latent_sets import commit, encode_noise, initial_run
@@ -156,6 +166,114 @@ def test_an_autoencoder_is_no_denoiser(
     )
 
 
+def test_a_diffusers_folder_of_an_autoencoder_is_no_denoiser(places: Places, said: Said) -> None:
+    found = said(sample.JOB, places.encoder, "--out", "a.png")
+    require_line(
+        found, WRONG_CONFIG, "autoencoder holds an autoencoder, .*`ddpm-ray encode`.*`ddpm-ray eva"
+    )
+
+
+def test_a_diffusers_folder_of_an_autoencoder_is_scored(places: Places, said: Said) -> None:
+    """By one worker as by the job, whose checks come first."""
+    found = said(evaluate.JOB, places.encoder)
+    require_line(found, WRONG_CONFIG, "data_url is empty, and the model does not name its training")
+    found = said(evaluate.JOB, places.encoder, f"data_url={places.odd}")
+    require_line(
+        found, FAILED, r"odd: images are 7 x 7, .* multiples of 2.*; pack the images again"
+    )
+    found = said(evaluate.JOB, places.encoder, f"data_url={places.latents}")
+    require_line(found, FAILED, "latents: the data set holds latents, not images; name the images")
+    keys = [f"data_url={places.pixels}", "evaluation.num_images=6", "evaluation.features=none"]
+    config = load_config(EvaluateConfig, None, keys)
+    progress = ImageProgress(6, Workers(), lambda progress: None)
+    scores = autoencoder_scores(places.encoder, config, Workers(), progress)
+    model, dataset = trained_autoencoder(places.encoder), open_dataset(places.pixels)
+    images = training_run.fixed_images(RunConfig().data, dataset, range(6), 6).images
+    back = model.decode_uint8(model.encode_uint8(images.numpy()).mean)
+    mse = ((images.numpy().astype(float) - back) ** 2).reshape(6, -1).mean(1)
+    assert scores["metrics"]["eval/psnr"] == pytest.approx((10 * np.log10(255**2 / mse)).mean())
+    weights = scores["certificate"]["model"]
+    assert weights["model_sha256"] == model.sha256
+    assert weights["weights"] == "diffusers"
+
+
+def test_an_autoencoder_has_no_scores_of_samples(places: Places, said: Said) -> None:
+    words = "evaluation.extrapolate=true", "evaluation.reference_url=a"
+    code, lines = said(evaluate.JOB, places.autoencoder, *words)
+    assert code == WRONG_CONFIG
+    assert "evaluation.extrapolate is true; it is a score of denoisers" in lines[-2]
+    assert "evaluation.reference_url is a; reconstructions are compared with the" in lines[-1]
+
+
+@pytest.mark.parametrize(
+    "job, key",
+    [
+        (evaluate.JOB, "evaluation.num_images"),
+        (evaluate.JOB, "evaluation.memorisation_images"),
+        (average.JOB, "evaluation.num_images"),
+        (sample.JOB, "num_images"),
+        (edit.JOB, "num_images"),
+    ],
+)
+def test_more_images_than_there_are_random_numbers_for_are_refused(
+    job: Job[Any], key: str, places: Places, said: Said
+) -> None:
+    words = ["a.png"] * (job is edit.JOB) + ["--out", "b.png"] * (job in (edit.JOB, sample.JOB))
+    found = said(job, places.of_pixels, *words, f"{key}={10**12}")
+    require_line(found, WRONG_CONFIG, f"{key} is {10**12}; it must be at most {2**32}")
+
+
+@pytest.mark.parametrize("job", [encode, pack_job, import_model], ids=["encode", "pack", "import"])
+def test_a_destination_that_cannot_be_written_is_refused_before_any_work(
+    job: Any, places: Places, said: Said, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def works(*_: object) -> dict[str, Any]:
+        raise AssertionError("the job began")
+
+    monkeypatch.chdir(Path.cwd())
+    Path("file").touch()
+    sources = (places.encoder, places.pixels) if job is encode else (places.encoder,)
+    quick = dataclasses.replace(job.JOB, run=works)
+    for place, says in (
+        ("file", "destination is file, but .*file is a file; name another folder"),
+        ("file/a/b", "destination is file/a/b, but .*file is a file; name another folder"),
+        ("/proc/a", r"destination is /proc/a, but nothing can be written in /proc \(.*\); name an"),
+    ):
+        require_line(said(quick, *sources, place), WRONG_CONFIG, says)
+
+
+def test_what_needs_no_import_is_named(places: Places, said: Said) -> None:
+    says = "is a run of ddpm_ray and needs no import: give it to the other jobs as it is"
+    for weights in (places.of_pixels, places.autoencoder):
+        require_line(said(import_model.JOB, weights, "out"), WRONG_CONFIG, says)
+    found = said(import_model.JOB, "models:/a@b", "out")
+    require_line(found, WRONG_CONFIG, "models:/a@b, which is a model of ddpm_ray and needs no impo")
+    found = said(import_model.JOB, places.encoder, "out")
+    require_line(found, FAILED, "it holds an autoencoder, .*: give it to `ddpm-ray encode`")
+
+
+def test_options_that_a_job_does_not_use_are_told(
+    places: Places, said: Said, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In a line, as configs of earlier versions name them; the job goes on."""
+    gone = "data.url=nothere"
+    keys = "evaluation.bits_per_dim_images=8", "evaluation.likelihood_steps=9"
+    said(train.JOB, *TINY, gone, *keys)
+    line = (
+        "not used here: evaluation.bits_per_dim_images, evaluation.likelihood_steps; give them to"
+    )
+    assert caplog.text.count(line) == 1
+    caplog.clear()
+    said(train.JOB, *AUTOENCODER, gone, "evaluation.extrapolate=true", "evaluation.num_images=600")
+    assert "not used here: evaluation.extrapolate; they belong to scores of denoi" in caplog.text
+    caplog.clear()
+    said(evaluate.JOB, places.of_pixels, "evaluation.every_steps=7", "evaluation.features=none")
+    assert "not used here: evaluation.every_steps; they are options of runs" in caplog.text
+    caplog.clear()
+    said(train.JOB, *TINY, gone)
+    assert "not used here" not in caplog.text
+
+
 @pytest.mark.parametrize("key", ["clip=true", "dynamic_quantile=0.9"])
 def test_latents_are_not_clipped(key: str, places: Places, said: Said) -> None:
     says = f"sampling.{key.partition('=')[0]} is .*, but latents have no range to clip to: leave it"
@@ -229,6 +347,23 @@ def test_an_image_that_float16_cannot_hold_is_named(
         r"one-shard: sample 0-0: its latents exceed the range of float16 \(largest mean 1e\+06, "
         r"limit 65504\); train the autoencoder with a larger autoencoder.kl_weight, or pack the im",
     )
+
+
+def test_a_strip_of_a_loaded_model_shows_its_noise_by_the_preview(
+    places: Places, said: Said
+) -> None:
+    """The first cell is x_T: squares of one colour, 2 pixels a side, enlarged by 8."""
+    words = (places.of_latents, "--out", "a.png", "num_images=2", "strip=strip.png")
+    code, lines = said(sample.JOB, *words, "sampling.steps=2")
+    assert code == DONE, lines
+    with Image.open("strip.png") as strip:
+        cell = 64 + GUTTER_PIXELS
+        pixels = np.asarray(strip)[strip.height - 4 * cell :, strip.width - 3 * cell :]
+    first = pixels[:64, :64]
+    assert len(np.unique(first)) > 4
+    assert (first == first[::16, ::16].repeat(16, axis=0).repeat(16, axis=1)).all()
+    found = said(sample.JOB, *words[:3], "strip=strip.txt")
+    require_line(found, WRONG_CONFIG, "strip is strip.txt; end it in one of .png, ")
 
 
 def test_what_cannot_be_encoded_is_named(places: Places, said: Said) -> None:

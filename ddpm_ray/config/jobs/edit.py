@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias
 
 from ddpm_ray.config.data import MOVED_AUTOENCODER
+from ddpm_ray.config.evaluation import MOST_IMAGES
 from ddpm_ray.config.option_fields import option
 from ddpm_ray.config.sampling import SamplingSettings
 
@@ -36,7 +37,9 @@ class EditConfig:
         "inpaint",
         "repaint where the mask is white; extend the image; vary the whole image; super-resolution",
     )
-    num_images: int = option(1, "variants to draw; several are saved as one grid", at_least=1)
+    num_images: int = option(
+        1, "variants to draw; several are saved as one grid", at_least=1, at_most=MOST_IMAGES
+    )
     method: InpaintingMethod = option(
         "auto",
         "inpaint, outpaint: how; conditioned: for models trained with objective.inpainting_masks; "

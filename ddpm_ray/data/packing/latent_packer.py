@@ -106,15 +106,7 @@ def make_encoding_plan(
     source: Dataset, destination: str, autoencoder: LatentEncoder, options: EncodeConfig
 ) -> EncodePlan:
     """Decide the recipe of the latents. Raises DatasetError if the images cannot be encoded."""
-    manifest = source.manifest
-    if manifest.codec != "pixels":
-        problem = f"the data set holds {manifest.codec}, not images"
-        raise DatasetError(source.url, problem, "name the images that they were encoded from")
-    try:
-        latent_shape = LatentShape(*autoencoder.latent_shape(manifest.image_shape))
-    except ValueError as error:
-        remedy = "pack the images again, with image_size or channels that the autoencoder takes"
-        raise DatasetError(source.url, str(error), remedy) from None
+    manifest, latent_shape = source.manifest, encoded_shape(source, autoencoder)
     recipe = Recipe(
         image_shape=manifest.image_shape,
         encoding="raw",
@@ -128,6 +120,19 @@ def make_encoding_plan(
     )
     known = autoencoder.url, options.batch_size, autoencoder.core_seconds
     return EncodePlan(source, destination, recipe, *known)
+
+
+def encoded_shape(source: Dataset, autoencoder: LatentEncoder) -> LatentShape:
+    """The shape of an image's latents. Raises DatasetError if the images cannot be encoded."""
+    manifest = source.manifest
+    if manifest.codec != "pixels":
+        problem = f"the data set holds {manifest.codec}, not images"
+        raise DatasetError(source.url, problem, "name the images that they were encoded from")
+    try:
+        return LatentShape(*autoencoder.latent_shape(manifest.image_shape))
+    except ValueError as error:
+        remedy = "pack the images again, with image_size or channels that the autoencoder takes"
+        raise DatasetError(source.url, str(error), remedy) from None
 
 
 def find_finished_latents(plan: EncodePlan) -> Dataset | None:

@@ -17,6 +17,7 @@ from ddpm_ray.runs import load_model
 from ddpm_ray.runs.absolute_paths import absolute_evaluation_paths
 from ddpm_ray.runs.evaluation.evaluate_autoencoder import (
     autoencoder_run,
+    require_images_of,
     require_reconstruction_scores,
 )
 from ddpm_ray.runs.evaluation.evaluate_worker import evaluate_worker
@@ -56,8 +57,8 @@ def run_evaluation(
     trained_on = (begun.evaluation.held_out_url if encodes else "") or begun.data.url
     if not (data_url := config.data_url or trained_on):
         raise ConfigError(
-            "data_url is empty, and the model was imported without the URL of its training data; "
-            "give the reference shards, as in data_url=data/cifar10"
+            "data_url is empty, and the model does not name its training data; give the reference "
+            "shards, as in data_url=data/cifar10"
         )
     if not config.data_url and not wanted.reference_url:  # as the run's own scores
         place = begun.evaluation.reference_url
@@ -70,6 +71,8 @@ def run_evaluation(
     named = config.evaluation.held_out_url, config.evaluation.reference_url
     for url in filter(None, (config.data_url, *named)):
         open_dataset(url)  # before Ray starts
+    if encodes:
+        require_images_of(model_uri, config.data_url)
     settings = {
         "model_uri": model_uri,
         "tracking_uri": tracking_uri,

@@ -10,13 +10,14 @@ from ddpm_ray.config.jobs.evaluate import EvaluateConfig
 from ddpm_ray.config.loading import ConfigError
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.dataset import open_dataset
+from ddpm_ray.data.packing.latent_packer import encoded_shape
 from ddpm_ray.runs.autoencoder_outputs import reconstruction_scores
 from ddpm_ray.runs.evaluation.image_progress import ImageProgress
 from ddpm_ray.tracking.model_uri import IN_MLFLOW
 
 
 def autoencoder_run(model_uri: str) -> RunConfig | None:
-    """Config of the run at `model_uri` if it trained an autoencoder, else None.
+    """Config of the run or diffusers folder at `model_uri` if it is an autoencoder, else None.
 
     Raises what `checkpoint_loading.run_facts` raises.
     """
@@ -33,12 +34,23 @@ def require_reconstruction_scores(wanted: EvaluationConfig) -> None:
         for key in ("bits_per_dim_images", "likelihood_images", "memorisation_images")
         if getattr(wanted, key)
     ]
-    if wanted.precision_recall:
+    problems += [
+        f"evaluation.{key} is true; it is a score of denoisers: leave it out"
+        for key in ("precision_recall", "extrapolate")
+        if getattr(wanted, key)
+    ]
+    if wanted.reference_url:
         problems.append(
-            "evaluation.precision_recall is true; it is a score of denoisers: leave it out"
+            f"evaluation.reference_url is {wanted.reference_url}; reconstructions are compared "
+            "with the images of data_url: leave it out"
         )
     if problems:
         raise ConfigError("\n".join(problems))
+
+
+def require_images_of(model_uri: str, data_url: str) -> None:
+    """Raise DatasetError unless the autoencoder encodes the images at `data_url`."""
+    encoded_shape(open_dataset(data_url), trained_autoencoder(model_uri))
 
 
 def autoencoder_scores(
@@ -47,7 +59,9 @@ def autoencoder_scores(
     """Metrics and their provenance; all workers must call it."""
     begun, facts = checkpoint_loading.run_facts(model_uri)
     model = trained_autoencoder(model_uri, workers.device)
-    weights = scoring.ema_provenance(begun, facts["step"]) | {"model_sha256": model.sha256}
+    origin: dict[str, Any] = {"weights": "diffusers"}  # of such a folder, which has no facts
+    weights = scoring.ema_provenance(begun, facts["step"]) if facts else origin
+    weights |= {"model_sha256": model.sha256}
     dataset = open_dataset(config.data_url)
     scores = reconstruction_scores(
         begun, config.evaluation, dataset, model.model, weights, workers, progress.counted
