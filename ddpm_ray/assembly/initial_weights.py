@@ -15,12 +15,13 @@ from torch.nn import functional as F
 
 from ddpm_ray.assembly import checkpoint_loading, networks
 from ddpm_ray.assembly.checkpoint_loading import TrainedWeights
+from ddpm_ray.assembly.init_compatibility import first_layer, incompatibilities, learned_anew
 from ddpm_ray.config.loading import ConfigError
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.training import TrainingConfig
+from ddpm_ray.data.codec import PIXELS, Codec
 from ddpm_ray.data.image_shape import ImageShape
-from ddpm_ray.models.autoencoder import AutoencoderSpec
-from ddpm_ray.models.dit import DiT, DiTSpec
+from ddpm_ray.models.dit import DiT
 from ddpm_ray.models.layers import HO
 from ddpm_ray.models.unet import UNet
 from ddpm_ray.models.unet_spec import UNetSpec
@@ -31,7 +32,6 @@ from ddpm_ray.training.state import TrainingState
 log = logging.getLogger(__name__)
 
 MOST_NAMES = 5  # of tensors in a line
-NAMES = {UNetSpec: "a U-Net", DiTSpec: "a DiT", AutoencoderSpec: "an autoencoder"}
 
 
 @dataclass(frozen=True)
@@ -80,27 +80,19 @@ def find_initial_weights(config: TrainingConfig) -> InitialWeights:
 
 
 def check_initial_weights(
-    source: InitialWeights, config: RunConfig, image_shape: ImageShape
+    source: InitialWeights, config: RunConfig, image_shape: ImageShape, codec: Codec = PIXELS
 ) -> None:
     """Read the weights, check that they fit the network, and log what is taken from them.
 
-    Raises ConfigError for another network, and what `_read` and `matched` raise.
+    `image_shape` and `codec` are those of the run's data. Raises ConfigError for another network or
+    inputs of another meaning, and what `_read` and `matched` raise.
     """
     found, spec = _read(source), networks.network_spec(config, image_shape)
     where = sanitize(source.checkpoint)
-    if type(found.spec) is not type(spec):
-        raise ConfigError(
-            f"training.init_from: {where} holds {NAMES[type(found.spec)]}, and this run trains "
-            f"{NAMES[type(spec)]}: name a model with the same network"
-        )
-    ours = hidden_options(spec)
-    if lines := [
-        f"training.init_from: {where} has {key}={value:g}, and this run has {ours[key]:g}; no "
-        f"shape of a tensor shows it: set {key}={value:g}"
-        for key, value in hidden_options(found.spec).items()
-        if value != ours[key]
-    ]:
-        raise ConfigError("\n".join(lines))
+    if lines := [*incompatibilities(found, spec, config, codec)]:
+        raise ConfigError("\n".join(f"training.init_from: {where} {line}" for line in lines))
+    for line in learned_anew(found, config, codec):
+        log.warning("training.init_from: %s %s", where, line)
     with torch.device("meta"):
         network = networks.network(config, image_shape)
     taken = matched(network, found.tensors, config.training, source.checkpoint)
@@ -123,17 +115,6 @@ def load_initial_weights(
     state.model.load_state_dict(begun)
     for mean in (state.ema, *state.averages.means.values()):
         mean.load_state_dict(begun)
-
-
-def hidden_options(spec: UNetSpec | DiTSpec | AutoencoderSpec) -> dict[str, float]:
-    """Options that change a network's function, but not the shapes of its tensors."""
-    match spec:
-        case UNetSpec():
-            return {"model.groups": spec.groups, "model.head_channels": spec.variant.head_channels}
-        case DiTSpec():
-            return {"model.heads": spec.heads, "model.mlp_norm_eps": spec.mlp_norm_eps}
-        case AutoencoderSpec():
-            return {"autoencoder.groups": spec.groups}
 
 
 def matched(
@@ -164,7 +145,7 @@ def widened_layer(network: nn.Module, model: Mapping[str, Tensor]) -> dict[str, 
     """
     if not isinstance(network, UNet | DiT) or not network.spec.condition_channels:
         return {}
-    name = "conv_in.weight" if isinstance(network, UNet) else "patch.weight"
+    name = f"{first_layer(network.spec)}.weight"
     weight = model.get(name)
     if weight is None or weight.ndim != 4 or weight.shape[1] != network.spec.image_channels:
         return {}

@@ -9,6 +9,7 @@ from ddpm_ray.assembly.initial_weights import InitialWeights
 from ddpm_ray.config.loading import to_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.dataset import Dataset
+from ddpm_ray.data.latent_codec import codec_of
 from ddpm_ray.runs import run_identity
 from ddpm_ray.runs.run_identity import claim
 from ddpm_ray.storage import object_store
@@ -75,7 +76,7 @@ def begin_run(config: RunConfig, dataset: Dataset, folder: str) -> RunStart:
     source = (
         InitialWeights(**known) if known else initial_weights.find_initial_weights(config.training)
     )
-    initial_weights.check_initial_weights(source, config, shape)
+    initial_weights.check_initial_weights(source, config, shape, codec_of(dataset.manifest))
     identity = claim(folder, begun | {"init_from": vars(source)}, changed_keys)
     # Of drivers that start at once, the first one's choice counts; another may have found a later
     # checkpoint.

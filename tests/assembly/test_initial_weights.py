@@ -21,6 +21,7 @@ from ddpm_ray.config.loading import ConfigError, load_config, to_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.training import TrainingConfig
 from ddpm_ray.data.image_shape import ImageShape
+from ddpm_ray.data.latent_codec import LatentCodec
 from ddpm_ray.diffusion.conditioning import Conditioning
 from ddpm_ray.models.autoencoder import Autoencoder, AutoencoderSpec
 from ddpm_ray.models.dit import DiT
@@ -92,6 +93,77 @@ def test_all_of_a_run_begins_with_the_chosen_ema(tmp_path: Path) -> None:
                 assert torch.equal(value, wanted.state_dict()[name]), name
         assert state.step == 0
         assert not state.snapshot([]).tensors["optimizer"]  # Adam's moments are its own
+
+
+SELF, LOW = ("objective.self_conditioning=true",), ("objective.low_resolution_pixels=2",)
+MASKS = ("objective.inpainting_masks=true",)
+
+
+@pytest.mark.parametrize("network, layer", [((), "conv_in."), (DIT, "patch.")], ids=["unet", "dit"])
+@pytest.mark.parametrize(
+    "theirs, ours, says",
+    [
+        (LOW, SELF, "sees objective.low_resolution_pixels, and this run objective.self_condition"),
+        (SELF, LOW, "sees objective.self_conditioning, and this run objective.low_resolution"),
+        (
+            (*SELF, *LOW),
+            MASKS,
+            "sees objective.self_.* and objective.low_.*this run .*masks, which",
+        ),
+    ],
+    ids=str,
+)
+def test_inputs_of_another_meaning_in_as_many_channels_are_refused_unless_left_out(
+    network: tuple[str, ...],
+    layer: str,
+    theirs: tuple[str, ...],
+    ours: tuple[str, ...],
+    says: str,
+    tmp_path: Path,
+) -> None:
+    source = trained(tmp_path, 3, *network, *theirs)
+    where = f"training.init_from={tmp_path}"
+    with pytest.raises(ConfigError, match=f"{says}.*add {layer} to training.init_from_skip"):
+        begun(configured(*network, *ours, where))
+    state = begun(configured(*network, *ours, where, f"training.init_from_skip=[{layer}]"))
+    held, first = source.ema.state_dict(), f"{layer}weight"
+    for name, value in state.model.state_dict().items():
+        assert torch.equal(value, held[name]) is not name.startswith(layer), name
+    assert state.model.state_dict()[first].shape == held[first].shape
+    begun(configured(*network, *theirs, where))  # the same inputs
+
+
+def test_a_model_of_latents_does_not_begin_a_run_on_pixels_of_as_many_channels(
+    tmp_path: Path,
+) -> None:
+    """Nor the other way round, unless the first layer is left out; other latents are told."""
+    trained(tmp_path, 3)
+    config = configured(f"training.init_from={tmp_path}")
+    source = initial_weights.find_initial_weights(config.training)
+    codec = LatentCodec(1, 2, ("plain",), (0.0,), (1.0,), autoencoder_sha256="a" * 64)
+    with pytest.raises(
+        ConfigError, match=r"was trained on pixels, and this run is on latents: name"
+    ):
+        initial_weights.check_initial_weights(source, config, SHAPE, codec)
+    config = configured(f"training.init_from={tmp_path}", "training.init_from_skip=[conv_in.]")
+    initial_weights.check_initial_weights(source, config, SHAPE, codec)
+
+
+def test_a_classifier_does_not_begin_a_denoiser(tmp_path: Path) -> None:
+    """Half of its tensors have the names and shapes of a U-Net's."""
+    trained(tmp_path, 3, "task=classifier", "training.grid_every_steps=0", *LABELLED)
+    with pytest.raises(ConfigError, match="holds a classifier, and this run trains a U-Net: name"):
+        begun(configured(*LABELLED, f"training.init_from={tmp_path}"))
+
+
+def test_another_prediction_target_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trained(tmp_path, 3)
+    begun(configured("objective.prediction=v", f"training.init_from={tmp_path}"))
+    assert (
+        "was trained with objective.prediction=epsilon, and this run with v, which" in caplog.text
+    )
 
 
 def test_a_diffusers_folder_gives_the_weights_it_was_written_from(tmp_path: Path) -> None:

@@ -1,0 +1,120 @@
+"""The properties of a trained model that must agree with the run that begins with its weights.
+
+Tensors of the same names and shapes may belong to another function: other inputs in as many
+channels, other groups or heads.
+"""
+
+from collections.abc import Iterator
+from typing import TypeAlias
+
+from ddpm_ray.assembly.checkpoint_loading import TrainedWeights
+from ddpm_ray.config.objective import ObjectiveConfig
+from ddpm_ray.config.run import RunConfig
+from ddpm_ray.config.task import TRAITS, Task
+from ddpm_ray.data.codec import Codec
+from ddpm_ray.data.latent_codec import LatentCodec
+from ddpm_ray.models.autoencoder import AutoencoderSpec
+from ddpm_ray.models.dit import DiTSpec
+from ddpm_ray.models.unet_spec import UNetSpec
+
+NetworkSpec: TypeAlias = UNetSpec | DiTSpec | AutoencoderSpec
+NAMES = {UNetSpec: "a U-Net", DiTSpec: "a DiT", AutoencoderSpec: "an autoencoder"}
+CONDITIONS = ("self_conditioning", "low_resolution_pixels", "inpainting_masks")  # of an objective
+
+
+def incompatibilities(
+    found: TrainedWeights, spec: NetworkSpec, config: RunConfig, codec: Codec
+) -> Iterator[str]:
+    """Yield a line, which begins with a verb, for each reason why a run cannot begin with a model.
+
+    `spec` is that of the run's network, `codec` that of its data.
+    """
+    held, ours = _kind(found.spec, found.task), _kind(spec, config.task)
+    if held != ours:
+        yield f"holds {held}, and this run trains {ours}: name a model with the same network"
+        return
+    yield from _other_inputs(found, spec, config, codec)
+    hidden = _hidden_options(spec)
+    for key, value in _hidden_options(found.spec).items():
+        if value != hidden[key]:
+            yield (
+                f"has {key}={value:g}, and this run has {hidden[key]:g}; no shape of a tensor "
+                f"shows it: set {key}={value:g}"
+            )
+
+
+def learned_anew(found: TrainedWeights, config: RunConfig, codec: Codec) -> Iterator[str]:
+    """Yield a line for what the model may have to learn again: its target, latents, inputs."""
+    theirs, ours = found.objective, config.objective.prediction
+    if config.traits.draws_images and theirs is not None and theirs.prediction != ours:
+        yield (
+            f"was trained with objective.prediction={theirs.prediction}, and this run with {ours}, "
+            "which it has to learn"
+        )
+    sha256 = codec.autoencoder_sha256 if isinstance(codec, LatentCodec) else ""
+    if found.autoencoder_sha256 and sha256 and found.autoencoder_sha256 != sha256:
+        yield (
+            f"was trained on latents of the autoencoder of sha256 {found.autoencoder_sha256[:12]}, "
+            f"and this run is on those of {sha256[:12]}, which it has to learn"
+        )
+    inputs = 0 if isinstance(found.spec, AutoencoderSpec) else found.spec.condition_channels
+    if inputs and not _conditions(found.objective):  # a folder of diffusers
+        yield (
+            f"does not say which conditioning images its network sees; this run gives it "
+            f"{' and '.join(_conditions(config.objective))}"
+        )
+
+
+def first_layer(spec: UNetSpec | DiTSpec) -> str:
+    """The name of the layer that reads x_t and the conditioning images."""
+    return "conv_in" if isinstance(spec, UNetSpec) else "patch"
+
+
+def _kind(spec: NetworkSpec, task: Task) -> str:
+    """The kind of network; a classifier's spec is that of a U-Net."""
+    return "a classifier" if TRAITS[task].predicts_labels else NAMES[type(spec)]
+
+
+def _other_inputs(
+    found: TrainedWeights,
+    spec: NetworkSpec,
+    config: RunConfig,
+    codec: Codec,
+) -> Iterator[str]:
+    """Yield a line for each input of the same shape but another meaning than in this run.
+
+    None if the first layer, which reads the inputs, is not taken.
+    """
+    if isinstance(spec, AutoencoderSpec) or isinstance(found.spec, AutoencoderSpec):
+        return
+    layer = f"{first_layer(spec)}."
+    if layer.startswith(config.training.init_from_skip):
+        return
+    remedy = f"name another model, or add {layer} to training.init_from_skip to train it anew"
+    if found.codec != codec.name:
+        yield f"was trained on {found.codec}, and this run is on {codec.name}: {remedy}"
+    held, wanted = _conditions(found.objective), _conditions(config.objective)
+    as_many = found.spec.condition_channels == spec.condition_channels
+    if as_many and held and held != wanted:
+        yield (
+            f"sees {' and '.join(held)}, and this run {' and '.join(wanted)}, which have as many "
+            f"channels: {remedy}"
+        )
+
+
+def _conditions(objective: ObjectiveConfig | None) -> tuple[str, ...]:
+    """Options of `objective` that give the network conditioning images, in their order."""
+    if objective is None:
+        return ()
+    return tuple(f"objective.{key}" for key in CONDITIONS if getattr(objective, key))
+
+
+def _hidden_options(spec: NetworkSpec) -> dict[str, float]:
+    """Options that change a network's function, but not the shapes of its tensors."""
+    match spec:
+        case UNetSpec():
+            return {"model.groups": spec.groups, "model.head_channels": spec.variant.head_channels}
+        case DiTSpec():
+            return {"model.heads": spec.heads, "model.mlp_norm_eps": spec.mlp_norm_eps}
+        case AutoencoderSpec():
+            return {"autoencoder.groups": spec.groups}
