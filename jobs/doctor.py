@@ -2,8 +2,11 @@
 
 import sys
 
-from ddpm_ray.cli.main import main
-from ddpm_ray.jobs.doctor import JOB
+from ddpm_ray.cli.interrupts import exit_on_interrupt
 
 if __name__ == "__main__":
-    sys.exit(main(JOB))
+    with exit_on_interrupt():
+        from ddpm_ray.cli.main import main
+        from ddpm_ray.jobs.doctor import JOB
+
+        sys.exit(main(JOB))

@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+import textwrap
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -17,7 +18,7 @@ The last line of stdout is the result, as JSON. Exit codes: 0: done; 1: failed; 
 3: some parts failed, the others are in the result; 130: interrupted.
 """
 OPTIONS = """\
-Options, as key=default and meaning. Set them on the command line as key=value or in a YAML file;
+Options, as key=default and meaning. Set them on the command line as key=value{or_in_file};
 --help KEY says all about one option or group.
 """
 
@@ -30,16 +31,19 @@ class _Parser(argparse.ArgumentParser):
 class _Help(argparse.Action):
     """Prints the help of the job, or that of one option or group, and exits."""
 
-    def __init__(self, *args: Any, config: type[Any], **kwargs: Any) -> None:
+    def __init__(self, *args: Any, job: Job[Any], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._config = config
+        self._config = job.config
+        self._options = OPTIONS.format(
+            or_in_file=" or in CONFIG" if CONFIG in job.arguments else ""
+        )
 
     def __call__(
         self, parser: argparse.ArgumentParser, namespace: object, key: object, _: object = None
     ) -> NoReturn:
         """Called by argparse for `--help`; `key` is None where none was given."""
         if key is None:
-            text = f"{parser.format_help()}\n{OPTIONS}\n{option_overview(self._config)}"
+            text = f"{parser.format_help()}\n{self._options}\n{option_overview(self._config)}"
         else:
             text = explained(self._config, str(key))
         try:
@@ -65,7 +69,7 @@ def parsed(job: Job[Any], words: Sequence[str], command: str) -> argparse.Namesp
 def _parser(job: Job[Any], command: str) -> _Parser:
     parser = _Parser(
         prog=command,
-        description=f"{job.description.strip()}\n\n{EVERY_JOB}",
+        description=f"{job.description.strip()}\n\n{_shipped(job)}{EVERY_JOB}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         add_help=False,
@@ -77,10 +81,7 @@ def _parser(job: Job[Any], command: str) -> _Parser:
                 one.name, required=one.required, default="", metavar="PATH", help=one.help
             )
         else:
-            names = ", ".join(shipped_names(job.config)) if one is CONFIG else ""
-            group.add_argument(
-                one.name, metavar=one.name.upper(), help=one.help + (names and f": {names}")
-            )
+            group.add_argument(one.name, metavar=one.name.upper(), help=one.help)
     group.add_argument(
         "overrides", nargs="*", default=[], metavar="key=value", help="an option of the list below"
     )
@@ -91,9 +92,17 @@ def _parser(job: Job[Any], command: str) -> _Parser:
         "-h",
         "--help",
         action=_Help,
-        config=job.config,
+        job=job,
         nargs="?",
         metavar="KEY",
         help="print this help, or that of one option or group, and exit",
     )
     return parser
+
+
+def _shipped(job: Job[Any]) -> str:
+    """A paragraph with the configs that are shipped for the job; empty if it takes none."""
+    if CONFIG not in job.arguments:
+        return ""
+    text = f"Configs that ddpm_ray ships: {', '.join(shipped_names(job.config))}."
+    return f"{textwrap.fill(text, 100, break_on_hyphens=False)}\n\n"

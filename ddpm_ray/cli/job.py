@@ -32,7 +32,7 @@ class Argument:
         return self.name.removeprefix("--")
 
 
-CONFIG = Argument("config", "YAML file, or the name of a config that ddpm_ray ships")
+CONFIG = Argument("config", "YAML file, or the name of a config that ddpm_ray ships (above)")
 
 
 @dataclass(frozen=True)

@@ -178,7 +178,19 @@ def checks_arguments(function: Callable[P, T]) -> Callable[P, T]:
                     raise ValueError("; ".join(wrong))
         return function(*bound.args, **bound.kwargs)
 
+    checked.__signature__ = _without_limits(signature)  # type: ignore[attr-defined] # for help()
     return checked
+
+
+def _without_limits(signature: inspect.Signature) -> inspect.Signature:
+    """The signature with types in place of `Annotated`."""
+    parameters = [
+        one.replace(annotation=get_args(one.annotation)[0])
+        if get_origin(one.annotation) is Annotated
+        else one
+        for one in signature.parameters.values()
+    ]
+    return signature.replace(parameters=parameters)
 
 
 @cache

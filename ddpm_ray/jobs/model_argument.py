@@ -13,8 +13,8 @@ T = TypeVar("T", bound="SamplingJob")
 
 MODEL_URI = Argument(
     "model_uri",
-    "folder or fsspec URL of a run or of one checkpoint, runs:/<run id>/model or "
-    "models:/<name>@<alias>",
+    "folder or fsspec URL of a run or of one checkpoint, runs:/<run id>/model, "
+    "models:/<name>@<alias>, or a local folder that diffusers saved",
 )
 
 

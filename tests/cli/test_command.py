@@ -18,6 +18,7 @@ from ddpm_ray.config.reading.errors import ConfigError
 from ddpm_ray.config.reading.shipped import config_file, shipped_names
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.jobs.command import JOBS, MODULES, main
+from ddpm_ray.jobs.model_argument import MODEL_URI
 from tests.limits import ENDS_S
 
 ROOT = Path(__file__).parents[2]
@@ -44,6 +45,51 @@ def test_each_script_is_a_job_and_each_job_has_a_script() -> None:
     assert found.keys() == JOBS.keys()
     for module in MODULES:
         assert f"from {module.__name__} import JOB\n" in found[module.JOB.name]
+
+
+INTERRUPTED = """
+import os, runpy, signal, sys
+class Interrupt:
+    def find_spec(self, name, path, target=None):
+        if name == "ddpm_ray.config.loading":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Interrupt())
+sys.argv = sys.argv[1:]
+if sys.argv[0] == "command":
+    from ddpm_ray.jobs.entry import start
+    start()
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("script", ["command", *map(str, SCRIPTS.values())])
+def test_ctrl_c_while_modules_are_imported_is_one_line(script: str) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, script, "--help"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=ENDS_S,
+    )
+    assert ended.stderr == "interrupted\n"
+    assert ended.returncode == 130
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_the_help_says_where_options_are_set(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a file only where the job takes one; names of shipped configs are not broken."""
+    with pytest.raises(SystemExit, match=r"0|None"):
+        command(monkeypatch, name, "--help")
+    text = capsys.readouterr().out
+    takes_file = CONFIG in JOBS[name].arguments
+    assert ("as key=value or in CONFIG;" in text) is takes_file
+    assert "YAML file" in text or not takes_file
+    if name == "train":
+        assert "mnist-classifier," in text
+    if MODEL_URI in JOBS[name].arguments:
+        assert "folder that diffusers saved" in " ".join(text.split())
 
 
 @pytest.mark.parametrize("name", JOBS)

@@ -1,5 +1,6 @@
 """`--help` shows each option once, in titled groups, with its choices; `--help KEY` tells all."""
 
+import pydoc
 import re
 import sys
 from typing import Any
@@ -15,6 +16,7 @@ from ddpm_ray.config.reading.sources import layers_of
 from ddpm_ray.config.reading.structure import defaults, to_object, with_value
 from ddpm_ray.config.reading.yaml_text import type_at
 from ddpm_ray.jobs.command import JOBS, main
+from ddpm_ray.sampling.pipeline import TrainedModel
 
 KINDS: dict[str, type[Any]] = {name: job.config for name, job in JOBS.items()}
 REQUIRED = {
@@ -161,3 +163,9 @@ def test_help_of_an_unknown_key_names_the_nearest(
     assert shown.out == ""
     assert shown.err.startswith(f"error: command line: --help {key}: no such key")
     assert shown.err.endswith(f"{says}\n")
+
+
+def test_help_in_a_notebook_shows_types_without_their_limits() -> None:
+    text = pydoc.plain(pydoc.render_doc(TrainedModel))
+    assert "sample(self, num_images: int, *, on_step: " in text
+    assert "Annotated" not in text
