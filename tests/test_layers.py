@@ -49,6 +49,7 @@ IMPORTERS = {  # outside package: the only modules or folders that may import it
     "botocore": (),
     "fsspec": ("ddpm_ray.storage.remote_filesystem",),
     "s3fs": ("ddpm_ray.storage.remote_filesystem",),
+    "lpips": ("ddpm_ray.models.lpips_distance",),
     "matplotlib": ("ddpm_ray.sweep.charts", "ddpm_ray.sweep.chart_style"),
     "mlflow": ("ddpm_ray.tracking",),
     "ray": ("ddpm_ray.distributed", "ddpm_ray.runs", "ddpm_ray.sweep"),

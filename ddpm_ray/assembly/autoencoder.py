@@ -1,6 +1,7 @@
 """Build the parts of a run with task=autoencoder: autoencoder, adversary and objective."""
 
 from pathlib import Path
+from typing import assert_never
 
 import torch
 
@@ -10,11 +11,12 @@ from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.evaluation.features.inception import LEAST_SIDE
 from ddpm_ray.evaluation.features.inception_weights import load_inception
 from ddpm_ray.models.autoencoder import Autoencoder, AutoencoderSpec
+from ddpm_ray.models.lpips_distance import LEAST_PIXELS, load_lpips
 from ddpm_ray.models.patch_discriminator import PatchDiscriminator, require_patches
 from ddpm_ray.models.perceptual import PerceptualDistance
 from ddpm_ray.storage import checksummed
 from ddpm_ray.training.adversary import Adversary
-from ddpm_ray.training.autoencoder_objective import AutoencoderObjective
+from ddpm_ray.training.autoencoder_objective import AutoencoderObjective, Perceptual
 from ddpm_ray.training.state import TrainingState
 
 PERCEPTUAL_WIDTH = 192  # features behind the last stage that the perceptual loss reads
@@ -41,10 +43,11 @@ def require_fitting(config: RunConfig, image_shape: ImageShape) -> None:
     if config.autoencoder.discriminator_from_step:
         PatchDiscriminator(channels, config.autoencoder.discriminator_channels)
         require_patches((height, width))
-    if config.autoencoder.perceptual_weight and min(height, width) < LEAST_SIDE:
+    least = LEAST_PIXELS if config.autoencoder.perceptual == "lpips" else LEAST_SIDE
+    if config.autoencoder.perceptual_weight and min(height, width) < least:
         raise ValueError(
             f"images of {height} x {width} are too small for the perceptual loss, which needs "
-            f"{LEAST_SIDE} pixels a side: set autoencoder.perceptual_weight=0"
+            f"{least} pixels a side: set autoencoder.perceptual_weight=0"
         )
 
 
@@ -67,12 +70,7 @@ def autoencoder_objective(
     """The training objective of `state`'s autoencoder; `cache`: folder of downloaded weights."""
     wanted, training, model = config.autoencoder, config.training, state.model
     assert isinstance(model, Autoencoder)
-    perceptual = None
-    if wanted.perceptual_weight:
-        weights = config.evaluation
-        path = checksummed.fetch(weights.weights, weights.weights_sha256, cache)
-        network = load_inception(path, (PERCEPTUAL_WIDTH,), "original").to(device)
-        perceptual = PerceptualDistance(network.first_stages)
+    perceptual = _perceptual(config, device, cache) if wanted.perceptual_weight else None
     return AutoencoderObjective(
         config.seed,
         model.spec,
@@ -89,3 +87,17 @@ def autoencoder_objective(
         bf16=training.precision == "bf16",
         slots=training.reduction_slots if training.reduction == "elastic" else 0,
     )
+
+
+def _perceptual(config: RunConfig, device: torch.device, cache: Path) -> Perceptual:
+    """The perceptual distance, as configured."""
+    match config.autoencoder.perceptual:
+        case "inception":
+            weights = config.evaluation
+            path = checksummed.fetch(weights.weights, weights.weights_sha256, cache)
+            network = load_inception(path, (PERCEPTUAL_WIDTH,), "original").to(device)
+            return PerceptualDistance(network.first_stages)
+        case "lpips":
+            return load_lpips(device)
+        case never:
+            assert_never(never)

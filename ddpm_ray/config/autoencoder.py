@@ -45,8 +45,14 @@ class AutoencoderConfig:
     )
     perceptual_weight: float = option(
         0.0,
-        "weight of the perceptual distance, in Inception features of evaluation.weights; 0: off",
+        "weight of the perceptual distance; 0: off",
         at_least=0,
+        defines_run=True,
+    )
+    perceptual: Literal["inception", "lpips"] = option(
+        "inception",
+        "perceptual distance; inception: in first stages of evaluation.weights; lpips: VGG16 with "
+        "learned weights, by the package lpips",
         defines_run=True,
     )
     kl_weight: float = option(
@@ -80,6 +86,11 @@ class AutoencoderConfig:
                 f"at least 1 per level, as in [1,2,4]"
             )
             return
+        if self.perceptual != "inception" and not self.perceptual_weight:
+            yield (
+                f"autoencoder.perceptual is {self.perceptual}, which autoencoder.perceptual_weight "
+                f"0 leaves out: set it above 0, as in autoencoder.perceptual_weight=1"
+            )
         for mult in sorted(set(self.channel_mults)) if self.groups > 0 else ():
             if rest := (width := self.base_channels * mult) % self.groups:
                 yield (

@@ -62,13 +62,14 @@ def _model_lines(config: RunConfig, image_shape: ImageShape) -> list[str]:
         shape = spec.latent_shape(image_shape[:2])
         ratio = math.prod(image_shape) / math.prod(shape)
         start = wanted.discriminator_from_step
+        perceptual = "LPIPS" if wanted.perceptual == "lpips" else "perceptual"
         return [
             f"**Latents** {list(shape)} (factor {spec.factor}, {spec.latent_channels} channels), "
             f"1/{ratio:g} of the image's values",
             f"**Network** autoencoder, {count:,} parameters: base_channels {spec.base_channels}, "
             f"channel_mults {list(spec.channel_mults)}, blocks_per_level {spec.blocks_per_level}",
             f"**Loss** {wanted.loss}, gradient difference {wanted.gradient_difference_weight:g}, "
-            f"perceptual {wanted.perceptual_weight:g}, KL {wanted.kl_weight:g}, "
+            f"{perceptual} {wanted.perceptual_weight:g}, KL {wanted.kl_weight:g}, "
             + (f"discriminator from step {start:,}" if start else "no discriminator"),
         ]
     model, schedule, objective = config.model, config.schedule, config.objective

@@ -11,6 +11,7 @@ from ddpm_ray.config.loading import ConfigError
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.dataset import MANIFEST, Dataset, DatasetError, open_dataset
 from ddpm_ray.data.packing import builtin_datasets
+from ddpm_ray.models.lpips_distance import require_lpips
 from ddpm_ray.redaction import counted
 from ddpm_ray.runs.pack import pack_dataset
 from ddpm_ray.storage import object_store
@@ -53,6 +54,8 @@ def check_model(config: RunConfig, dataset: Dataset) -> None:
             f"data.url {config.data.url!r} holds {dataset.manifest.codec}; an autoencoder is "
             f"trained on images: name the images that they were encoded from"
         )
+    if reconstructs and config.autoencoder.perceptual == "lpips":
+        require_lpips()  # before Ray starts
     if dataset.manifest.codec == "latents":
         _require_latent_options(config)
     try:
