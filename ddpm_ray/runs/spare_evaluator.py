@@ -115,14 +115,22 @@ def draw_requested(outputs: TrainingOutputs, request: Request) -> None:
         acts[output](request["step"])
 
 
-def evaluate_on_workers(state: TrainingState, outputs: TrainingOutputs, folder: str) -> None:
+def evaluate_on_workers(
+    state: TrainingState,
+    outputs: TrainingOutputs,
+    workers: Workers,
+    folder: str,
+    commit: Callable[[], None],
+) -> None:
     """Evaluate what an earlier start with evaluation.where=spare left; all workers call it.
 
-    `folder`: of the run. Weights and facts of the state are put back. Raises CheckpointError and
+    `folder`: of the run. Weights and facts of the state are put back. `commit` commits a checkpoint
+    on all workers; after it the stored weights are deleted. Raises CheckpointError and
     StorageError.
     """
+    store = evaluation_store(folder)
     weights = {name: one.clone() for name, one in state.ema.state_dict().items()}
-    facts, store = state.facts, evaluation_store(folder)
+    facts, steps = state.facts, [request["step"] for request in state.outstanding]
     try:
         for request in state.outstanding:
             state.ema.load_state_dict(store.weights(request["step"]))
@@ -132,6 +140,9 @@ def evaluate_on_workers(state: TrainingState, outputs: TrainingOutputs, folder: 
         state.ema.load_state_dict(weights)
         state.facts = facts
     state.outstanding = []
+    commit()
+    for step in steps if workers.is_main else ():
+        store.delete(step)
 
 
 def _with_history(facts: dict[str, Any], request: Request) -> dict[str, Any]:

@@ -131,6 +131,7 @@ def assemble(
     check = writer.store.check_lease
     sink = _tracker(config, settings, unsent, check) if workers.is_main else None
     outputs = training_outputs(config, settings["folder"], dataset, codec, state, workers, sink)
+    left = partial(evaluate_on_workers, state, outputs, workers, settings["folder"])
     spare = spare_evaluations(config, settings, state, workers, writer, sink)
     return Run(
         plan=training_run.plan(config, workers.count),
@@ -154,7 +155,7 @@ def assemble(
         traced=StepTrace(config.training.profile_steps, sink, workers.device).step,
         saves_first=saves_first,
         spare=spare,
-        evaluate_outstanding=partial(evaluate_on_workers, state, outputs, settings["folder"]),
+        evaluate_outstanding=left,
     )
 
 

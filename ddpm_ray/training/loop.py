@@ -3,6 +3,7 @@
 import logging
 import math
 import time
+from functools import partial
 
 import torch
 
@@ -60,13 +61,11 @@ def begin(run: Run) -> Command:
     if state.step == 0 and plan.grid_every_steps:
         run.draw_grid(0)  # samples of the untrained network
     if run.saves_first:
-        save(run)
-        settle(run)  # no row of a step under the new values exists before they are committed
+        commit(run)  # no row of a step under the new values exists before they are committed
     if run.spare is not None:
         run.spare.resume()
     elif state.outstanding:
-        run.evaluate_outstanding()
-        save(run)
+        run.evaluate_outstanding(partial(commit, run))
     # An earlier start may have ended before it did this.
     return draw_and_evaluate(run) if state.step > 0 else Command.NONE
 
@@ -178,6 +177,12 @@ def end(run: Run) -> bool:
         save(run)
     run.checkpoints.wait()
     return complete
+
+
+def commit(run: Run) -> None:
+    """Save this step and wait until it is committed; all workers must call it."""
+    save(run)
+    settle(run)
 
 
 def settle(run: Run) -> None:

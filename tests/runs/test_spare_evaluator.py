@@ -128,7 +128,15 @@ def test_workers_evaluate_what_an_earlier_start_left_and_go_on_with_their_own_we
     trained = {name: one.clone() for name, one in run.state.ema.state_dict().items()}
     run.state.facts = {key: value for key, value in facts.items() if key != "changes"}
     run.state.outstanding = [run.request]
-    evaluate_on_workers(run.state, run.outputs, str(tmp_path))
+    stored = tmp_path / f"evaluations/step-{STEP:08d}"
+    left_at_commit = list[bool]()
+
+    def commit() -> None:
+        left_at_commit.append(stored.exists())
+
+    evaluate_on_workers(run.state, run.outputs, Workers(), str(tmp_path), commit)
+    assert left_at_commit == [True]
+    assert not stored.exists()
     run.here.scores = run.state.scores
     assert_equal(run.here, first)
     assert run.state.outstanding == []
