@@ -275,10 +275,10 @@ def _record_draws(run: Run, file: Path) -> None:
             for position, one in zip(positions, drawn, strict=True):
                 draws.write(f"{kind} {step} {position} {one}\n")
 
-    def noted_batch(step: int) -> Any:
+    def noted_batch(step: int, out: Any = None) -> Any:
         keys = run.stream.keys(step)
         note("sample", step, range(first, first + len(keys)), keys)
-        return batch(step)
+        return batch(step, out)
 
     def noted_normal(seed: int, purpose: Purpose, step: int, index: Any, *rest: Any) -> Any:
         noise = normal(seed, purpose, step, index, *rest)
