@@ -13,9 +13,17 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from ddpm_ray.models.layers import Attention, Downsample, ResBlock, Upsample, conv
+from ddpm_ray.models.group_norm import GroupNormSiLU
+from ddpm_ray.models.layers import (
+    Attention,
+    Downsample,
+    ResBlock,
+    Upsample,
+    as_input,
+    as_weights,
+    conv,
+)
 from ddpm_ray.models.unet_spec import require_divisible
 
 LOG_VARIANCES = (-30.0, 20.0)  # range to which the encoder's log variances are clamped
@@ -131,13 +139,14 @@ class Autoencoder(nn.Module):
     def encode(self, x: Tensor) -> Posterior:
         """q(z | x) for images x [B, C, H, W]; raises ValueError unless factor divides H and W."""
         require_divisible(x.shape[-2:], len(self.spec.channel_mults))
-        mean, log_variance = self.moments_conv(self.encoder(x)).chunk(2, dim=1)
+        moments = as_input(self.moments_conv(self.encoder(x)), x)
+        mean, log_variance = moments.chunk(2, dim=1)
         return Posterior(mean, log_variance.clamp(*LOG_VARIANCES))
 
     def decode(self, z: Tensor) -> Tensor:
         """Images [B, C, factor * h, factor * w] from latents z [B, c, h, w]; not clipped."""
-        image: Tensor = self.decoder(self.latents_conv(z))
-        return image
+        weights = self.decoder.conv_in
+        return as_input(self.decoder(self.latents_conv(as_weights(z, weights))), z)
 
     def forward(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Posterior]:
         """decode(z) [B, C, H, W] of a z drawn with `noise` [B, c, h, w], and q(z | x)."""
@@ -165,13 +174,13 @@ class Encoder(nn.Module):
                 self.down.append(block_without_time(channels, width, spec.groups))
                 channels = width
         self.middle = Middle(channels, spec)
-        self.norm_out = nn.GroupNorm(spec.groups, channels, eps=NORM_EPS)
+        self.norm_out = GroupNormSiLU(spec.groups, channels, eps=NORM_EPS)
         self.conv_out = conv(channels, 2 * spec.latent_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, 2c, h, w]."""
-        h = self.middle(self.down(self.conv_in(x)))
-        moments: Tensor = self.conv_out(F.silu(self.norm_out(h)))
+        h = self.middle(self.down(self.conv_in(as_weights(x, self.conv_in))))
+        moments: Tensor = self.conv_out(self.norm_out(h))
         return moments
 
 
@@ -190,13 +199,13 @@ class Decoder(nn.Module):
                 channels = width
             if level > 0:
                 self.up.append(Upsample(channels))
-        self.norm_out = nn.GroupNorm(spec.groups, channels, eps=NORM_EPS)
+        self.norm_out = GroupNormSiLU(spec.groups, channels, eps=NORM_EPS)
         self.conv_out = conv(channels, spec.image_channels)
 
     def forward(self, z: Tensor) -> Tensor:
         """[B, c, h, w] -> [B, C, H, W]."""
         h = self.up(self.middle(self.conv_in(z)))
-        image: Tensor = self.conv_out(F.silu(self.norm_out(h)))
+        image: Tensor = self.conv_out(self.norm_out(h))
         return image
 
 

@@ -8,13 +8,16 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from ddpm_ray.models.group_norm import GroupNormSiLU
 from ddpm_ray.models.layers import (
     HO,
     Downsample,
     TimeEmbedding,
     Variant,
+    as_input,
+    as_weights,
+    attend,
     conv,
     dense,
     heads,
@@ -49,7 +52,7 @@ class NoisyClassifier(nn.Module):
         channels = skips[-1]
         self.middle_1 = parts.stage(channels, channels, attends=True)
         self.middle_2 = parts.stage(channels, channels, attends=False)
-        self.norm_out = nn.GroupNorm(spec.groups, channels, eps=variant.norm_eps)
+        self.norm_out = GroupNormSiLU(spec.groups, channels, eps=variant.norm_eps)
         pixels = math.prod(side >> (len(spec.channel_mults) - 1) for side in image_size)
         self.pool = AttentionPool(channels, pixels, variant)
         self.out = dense(channels, spec.num_classes)
@@ -58,12 +61,11 @@ class NoisyClassifier(nn.Module):
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
         """Logits [B, K]: log p(y | x_t) up to a constant."""
         embedding = self.time(t)
-        h = self.conv_in(x_t)
+        h = self.conv_in(as_weights(x_t, self.conv_in))
         for module in self.down:
             h = module(h) if isinstance(module, Downsample) else module(h, embedding)
         h = self.middle_2(self.middle_1(h, embedding), embedding)
-        logits: Tensor = self.out(self.pool(F.silu(self.norm_out(h))))
-        return logits
+        return as_input(self.out(self.pool(self.norm_out(h))), x_t)
 
 
 class AttentionPool(nn.Module):
@@ -85,4 +87,4 @@ class AttentionPool(nn.Module):
         pixels = x.flatten(2).transpose(1, 2)  # [B, H*W, C]
         tokens = torch.cat([pixels.mean(dim=1, keepdim=True), pixels], dim=1) + self.position
         query, key, value = in_heads(self.query_key_value(tokens), self.num_heads)
-        return F.scaled_dot_product_attention(query[:, :, :1], key, value).flatten(1)
+        return attend(query[:, :, :1], key, value).flatten(1)

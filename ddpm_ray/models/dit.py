@@ -17,6 +17,9 @@ from ddpm_ray.models.conditioning_inputs import label_embedding, with_images
 from ddpm_ray.models.layers import (
     TimeEmbedding,
     Variant,
+    as_input,
+    as_weights,
+    attend,
     dense,
     in_heads,
     xavier_init,
@@ -137,7 +140,8 @@ class DiT(nn.Module):
         spec = self.spec
         spec.require_size(x_t.shape[-2:])
         embedding = self.time(t, label_embedding(self.label, conditioning.labels, t))  # [B, D]
-        patches = self.patch(with_images(x_t, conditioning.images, spec.condition_channels))
+        images = with_images(x_t, conditioning.images, spec.condition_channels)
+        patches = self.patch(as_weights(images, self.patch))
         h = patches.flatten(2).transpose(1, 2) + self.positions  # [B, N, D]
         for block in self.blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -146,7 +150,7 @@ class DiT(nn.Module):
             else:
                 h = block(h, embedding)
         shift, scale = self.modulation_out(embedding)[:, None].chunk(2, dim=-1)
-        return self._image(self.out(modulated_norm(h, shift, scale)))
+        return as_input(self._image(self.out(modulated_norm(h, shift, scale))), x_t)
 
     def _image(self, tokens: Tensor) -> Tensor:
         """Tokens [B, N, P P C], each a patch by rows, columns and channels, as [B, C, H, W]."""
@@ -190,7 +194,7 @@ class DiTBlock(nn.Module):
         parts = self.modulation(embedding)[:, None].chunk(6, dim=-1)  # each [B, 1, D]
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = parts
         h = self.query_key_value(modulated_norm(x, shift, scale))
-        h = F.scaled_dot_product_attention(*in_heads(h, self.num_heads))
+        h = attend(*in_heads(h, self.num_heads))
         x = x + gate * self.dropout(self.attention_out(h.transpose(1, 2).flatten(2)))
         h = self.mlp_in(modulated_norm(x, mlp_shift, mlp_scale, self.mlp_norm_eps))
         h = self.dropout(F.gelu(h, approximate="tanh"))

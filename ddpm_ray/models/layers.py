@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ddpm_ray.models.group_norm import GroupNorm, GroupNormSiLU, in_autocast
+
 Resample: TypeAlias = Callable[[Tensor], Tensor]
 
 
@@ -59,6 +61,18 @@ def sinusoidal_embedding(t: Tensor, width: int, variant: Variant = HO) -> Tensor
     angles = t.to(torch.float32)[:, None] * frequencies
     parts = (angles.cos(), angles.sin()) if variant.cosines_first else (angles.sin(), angles.cos())
     return torch.cat(parts, dim=1)
+
+
+def as_weights(x: Tensor, layer: nn.Module) -> Tensor:
+    """A network's input x, as its first layer takes it: in bfloat16 if its weights are."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return x.to(weight.dtype) if weight.dtype == torch.bfloat16 else x
+
+
+def as_input(y: Tensor, x: Tensor) -> Tensor:
+    """A network's output y in the dtype of its input x; as it is under autocast."""
+    return y if in_autocast(y) else y.to(x.dtype)
 
 
 def conv(channels_in: int, channels_out: int, kernel: int = 3) -> nn.Conv2d:
@@ -143,11 +157,12 @@ class ResBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.scale_shift, self.resample = variant.scale_shift, resample
-        self.norm_1 = nn.GroupNorm(groups, channels_in, eps=variant.norm_eps)
+        self.norm_1 = GroupNormSiLU(groups, channels_in, eps=variant.norm_eps)
         self.conv_1 = conv(channels_in, channels_out)
         width = channels_out * (2 if variant.scale_shift else 1)
         self.time = dense(time_width, width) if time_width else None
-        self.norm_2 = nn.GroupNorm(groups, channels_out, eps=variant.norm_eps)
+        norm = GroupNorm if variant.scale_shift and time_width else GroupNormSiLU
+        self.norm_2 = norm(groups, channels_out, eps=variant.norm_eps)
         self.dropout = nn.Dropout(dropout)
         self.conv_2 = conv(channels_out, channels_out)
         zero_init(self.conv_2)
@@ -157,24 +172,23 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
         """x + f(x, t) [B, C_out, H, W]; if the channels change, x passes a 1x1 convolution."""
-        h = F.silu(self.norm_1(x))
+        h = self.norm_1(x)
         if self.resample is not None:
             h, x = self.resample(h), self.resample(x)
-        h = self._normalised(self.conv_1(h), embedding)
-        h = self.conv_2(self.dropout(F.silu(h)))
+        h = self._activated(self.conv_1(h), embedding)
+        h = self.conv_2(self.dropout(h))
         result: Tensor = self.skip(x) + h
         return result
 
-    def _normalised(self, h: Tensor, embedding: Tensor | None) -> Tensor:
-        """norm_2 of h [B, C_out, H, W], with the time embedding."""
+    def _activated(self, h: Tensor, embedding: Tensor | None) -> Tensor:
+        """SiLU of norm_2 of h [B, C_out, H, W], with the time embedding."""
         if self.time is None:
             without_time: Tensor = self.norm_2(h)
             return without_time
         time = self.time(embedding)[:, :, None, None]
         if self.scale_shift:  # Dhariwal and Nichol 2021, section 3.1: AdaGN
             scale, shift = time.chunk(2, dim=1)
-            scaled: Tensor = self.norm_2(h) * (1 + scale) + shift
-            return scaled
+            return F.silu(self.norm_2(h) * (1 + scale) + shift)
         added: Tensor = self.norm_2(h + time)
         return added
 
@@ -189,7 +203,7 @@ class Attention(nn.Module):
     def __init__(self, channels: int, groups: int, variant: Variant = HO) -> None:
         super().__init__()
         self.num_heads = heads(channels, variant)
-        self.norm = nn.GroupNorm(groups, channels, eps=variant.norm_eps)
+        self.norm = GroupNorm(groups, channels, eps=variant.norm_eps)
         self.query_key_value = nn.Linear(channels, 3 * channels)  # rows: query, key, value
         xavier_init(self.query_key_value, fused=3)
         self.out = dense(channels, channels)
@@ -199,7 +213,7 @@ class Attention(nn.Module):
         """x plus the projected attention output, [B, C, H, W]."""
         pixels = self.norm(x).flatten(2).transpose(1, 2)  # [B, H*W, C]
         query, key, value = in_heads(self.query_key_value(pixels), self.num_heads)
-        mixed = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+        mixed = attend(query, key, value).transpose(1, 2).flatten(2)
         update: Tensor = self.out(mixed).transpose(1, 2).unflatten(2, x.shape[2:])
         return x + update
 
@@ -222,6 +236,19 @@ def in_heads(query_key_value: Tensor, count: int) -> tuple[Tensor, Tensor, Tenso
     parts = query_key_value.reshape(*query_key_value.shape[:2], 3 * count, -1).transpose(1, 2)
     query, key, value = parts.chunk(3, dim=1)
     return query, key, value
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v [B, heads, M, d] of q of that shape, and k and v [B, heads, N, d].
+
+    By torch's fused kernel, except in training with bfloat16 weights on a CPU, where the backward
+    pass of that kernel takes twice as long as all matrix products together.
+    """
+    trains = torch.is_grad_enabled() and query.dtype == torch.bfloat16
+    if query.device.type != "cpu" or not trains or in_autocast(query):
+        return F.scaled_dot_product_attention(query, key, value)
+    scaled = query / math.sqrt(query.shape[-1])
+    return (scaled @ key.transpose(-2, -1)).softmax(-1) @ value
 
 
 class Stage(nn.Module):

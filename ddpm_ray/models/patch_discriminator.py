@@ -8,6 +8,9 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from ddpm_ray.models.group_norm import GroupNorm
+from ddpm_ray.models.layers import as_input, as_weights
+
 LEVELS = 3  # strided convolutions, for a receptive field of 70 x 70 pixels
 GROUPS = 8  # of the group norms
 LEAST_PIXELS = 24  # of a side: gives one logit
@@ -33,14 +36,13 @@ class PatchDiscriminator(nn.Module):
             before, width = width, base_channels * 2**level
             stride = 2 if level < LEVELS else 1
             self.layers.append(_conv(before, width, stride))
-            self.layers.append(nn.GroupNorm(GROUPS, width))
+            self.layers.append(GroupNorm(GROUPS, width))
             self.layers.append(nn.LeakyReLU(0.2))
         self.layers.append(_conv(width, 1, stride=1))
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits of the patches of x."""
-        logits: Tensor = self.layers(x)
-        return logits
+        return as_input(self.layers(as_weights(x, self.layers[0])), x)
 
 
 def require_patches(image_size: Sequence[int]) -> None:

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ddpm_ray.diffusion.conditioning import UNCONDITIONAL, Conditioning
 from ddpm_ray.models.conditioning_inputs import label_embedding, with_images
+from ddpm_ray.models.group_norm import GroupNormSiLU
 from ddpm_ray.models.layers import (
     Attention,
     Downsample,
@@ -21,6 +21,8 @@ from ddpm_ray.models.layers import (
     Stage,
     TimeEmbedding,
     Upsample,
+    as_input,
+    as_weights,
     conv,
     downsample_2x,
     upsample_2x,
@@ -117,7 +119,7 @@ class UNet(nn.Module):
                 channels = width
             if level > 0:
                 self.up.append(parts.upsample(channels))
-        self.norm_out = nn.GroupNorm(spec.groups, channels, eps=variant.norm_eps)
+        self.norm_out = GroupNormSiLU(spec.groups, channels, eps=variant.norm_eps)
         self.conv_out = conv(channels, spec.image_channels * (2 if spec.learns_variance else 1))
         zero_init(self.conv_out)
         self.label = nn.Embedding(classes + 1, parts.time_width) if classes else None
@@ -136,8 +138,8 @@ class UNet(nn.Module):
         """
         self.spec.require_divisible(x_t.shape[-2:])
         embedding = self.time(t, label_embedding(self.label, conditioning.labels, t))
-        x_t = with_images(x_t, conditioning.images, self.spec.condition_channels)
-        h = self.conv_in(x_t)
+        images = with_images(x_t, conditioning.images, self.spec.condition_channels)
+        h = self.conv_in(as_weights(images, self.conv_in))
         skips = [h]
         for module in self.down:
             h = module(h) if isinstance(module, Downsample) else self._run(module, h, embedding)
@@ -148,8 +150,7 @@ class UNet(nn.Module):
             if isinstance(module, Stage):
                 h = torch.cat([h, skips.pop()], dim=1)
             h = module(h) if isinstance(module, Upsample) else self._run(module, h, embedding)
-        prediction: Tensor = self.conv_out(F.silu(self.norm_out(h)))
-        return prediction
+        return as_input(self.conv_out(self.norm_out(h)), x_t)
 
     def _run(self, stage: nn.Module, h: Tensor, embedding: Tensor) -> Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():
