@@ -1,29 +1,41 @@
-"""Our U-Net against diffusers' UNet2DModel: forward and backward, work per CPU second.
+"""Our U-Net against diffusers' UNet2DModel, and one precision against another, per CPU second.
 
-    python benchmarks/unet.py [--rounds 5] [--threads 1]
+    python -m benchmarks.unet [--rounds 5] [--threads 1] [--forms "2.2 M"] [--channels-last]
+    python -m benchmarks.unet --precisions
 
 Both networks have the same parameters (35.7 M and 2.2 M) and see the same batch in turn, so a
-drift of the machine hits both alike. `work` is images per CPU second times FLOPs per image, and
-`ratio` is ours over theirs, the median of the rounds with the least and the greatest. Without
-diffusers, which is no dependency of ours, only our own rate is printed.
+drift of the machine hits both alike. A row is a training step (forward, backward, fused Adam) or a
+network call of a sampler. `ratio` is ours over theirs, the median of the rounds with the least and
+the greatest. Without diffusers, which is no dependency of ours, only our own rate is printed.
+
+bf16 is autocast for diffusers and bf16_weights for ours. `--precisions` compares bf16_weights with
+float32 and autocast in our own network instead, and counts casts and activations of a forward pass.
 """
 
 import argparse
 import importlib.util
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.gpu.forward_cost import forward_cost
 from ddpm_ray.models.unet import UNet
 from ddpm_ray.models.unet_spec import UNetSpec
+from ddpm_ray.training.bf16_weights import Bf16Weights
 
 FORMS = {"35.7 M": (128, 32, 4), "2.2 M": (32, 8, 16)}  # base channels, norm groups, batch
+COMPARED = (  # what is done, our precision, that of diffusers
+    ("training", "fp32", "fp32"),
+    ("training", "bf16_weights", "bf16"),
+    ("sampling", "fp32", "fp32"),
+    ("sampling", "bf16_weights", "fp32"),
+)
 Predict = Callable[[Tensor, Tensor], Tensor]
+Run = Callable[[], float]
 
 
 def ours(base_channels: int, groups: int) -> tuple[nn.Module, Predict]:
@@ -50,65 +62,113 @@ def theirs(base_channels: int, groups: int) -> tuple[nn.Module, Predict]:
     return network, lambda x_t, t: network(x_t, t - 1).sample
 
 
-def training_flops(predict: Predict) -> int:
-    """Floating-point operations of one image, forward and backward."""
-    # Attention as plain products: the counter does not know the CPU's fused kernel.
-    math_attention = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
-    with math_attention, FlopCounterMode(display=False) as counter:
-        loss = predict(torch.randn(1, 3, 32, 32), torch.tensor([1])).square().mean()
-        torch.autograd.backward(loss)
-    return int(counter.get_total_flops())
+def run_of(
+    what: str, made: tuple[nn.Module, Predict], batch: int, precision: str, layout: Any
+) -> Run:
+    """A training step or a sampler's network call; it returns its images per CPU second."""
+    network, predict = made
+    network.to(memory_format=layout)  # type: ignore[call-overload]  # not in the stubs
+    weights = Bf16Weights(network) if precision == "bf16_weights" else None
+    predict = predict if weights is None else weights.network
+    autocast = precision == "bf16"
+    optimizer = torch.optim.Adam(network.parameters(), fused=True)
+    x_t = torch.randn(batch, 3, 32, 32).contiguous(memory_format=layout)
+    t = torch.randint(1, 1001, (batch,))
 
+    def sampling() -> None:
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            predict(x_t, t)
 
-def step(network: nn.Module, predict: Predict, batch: int, bf16: bool) -> Callable[[], float]:
-    """A forward and backward pass; returns its images per CPU second."""
-    x_t, t = torch.randn(batch, 3, 32, 32), torch.randint(1, 1001, (batch,))
-
-    def run() -> float:
-        network.zero_grad(set_to_none=True)
-        start_s = time.process_time()
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+    def training() -> None:
+        if weights is not None:
+            weights.refresh()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             loss = predict(x_t, t).float().square().mean()
         torch.autograd.backward(loss)
+        if weights is not None:
+            weights.collect_gradients()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    act = sampling if what == "sampling" else training
+
+    def timed() -> float:
+        start_s = time.process_time()
+        act()
         return batch / (time.process_time() - start_s)
 
-    return run
+    return timed
 
 
-def compare(form: str, bf16: bool, rounds: int) -> str:
+def interleaved(runs: Mapping[str, Run], rounds: int) -> dict[str, list[float]]:
+    """Rates of each in `rounds` rounds, after one that is not counted."""
+    rates = [{name: run() for name, run in runs.items()} for _ in range(rounds + 1)]
+    return {name: [one[name] for one in rates[1:]] for name in runs}
+
+
+def line(title: str, rates: Mapping[str, list[float]]) -> str:
+    """The median rate of each, and the ratio of the first to each other one."""
+    first, *others = rates
+    text = f"{title:45} {first} {statistics.median(rates[first]):7.2f}"
+    for name in others:
+        ratios = [a / b for a, b in zip(rates[first], rates[name], strict=True)]
+        text += f"   {name} {statistics.median(rates[name]):7.2f}"
+        text += f"  {statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
+    return text
+
+
+def compare(form: str, rounds: int, layout: torch.memory_format) -> None:
+    """Print a line for each row of COMPARED."""
     base_channels, groups, batch = FORMS[form]
-    builders = {"ours": ours, "theirs": theirs}
-    if importlib.util.find_spec("diffusers") is None:
-        del builders["theirs"]
-    steps, flops = {}, {}
-    for name, build in builders.items():
-        network, predict = build(base_channels, groups)
-        flops[name] = training_flops(predict)
-        steps[name] = step(network, predict, batch, bf16)
-        steps[name]()
-    work: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(rounds):
-        for name, run in steps.items():
-            work[name].append(run() * flops[name] / 1e9)
-    medians = {name: statistics.median(values) for name, values in work.items()}
-    line = f"{form:8} {'bf16' if bf16 else 'fp32'}  {medians['ours']:13.1f}"
-    if "theirs" not in work:
-        return line
-    ratios = [a / b for a, b in zip(work["ours"], work["theirs"], strict=True)]
-    low, middle, high = min(ratios), statistics.median(ratios), max(ratios)
-    return f"{line}  {medians['theirs']:18.1f}  {middle:5.2f}  {low:.2f}-{high:.2f}"
+    peer = importlib.util.find_spec("diffusers") is not None
+    for what, precision, its in COMPARED:
+        runs = {"ours": run_of(what, ours(base_channels, groups), batch, precision, layout)}
+        if peer:
+            made = theirs(base_channels, groups)
+            runs["diffusers"] = run_of(what, made, batch, its, torch.contiguous_format)
+        title = f"{form} {what}, {precision} against {its}"
+        print(line(title, interleaved(runs, rounds)), flush=True)
+
+
+def precisions(form: str, rounds: int, layout: torch.memory_format) -> None:
+    """Print a line for training and one for sampling of our network."""
+    base_channels, groups, batch = FORMS[form]
+    for what in ("training", "sampling"):
+        runs = {
+            name: run_of(what, ours(base_channels, groups), batch, name, layout)
+            for name in ("bf16_weights", "fp32", "bf16")
+        }
+        print(line(f"{form} {what}", interleaved(runs, rounds)), flush=True)
+
+
+def costs() -> None:
+    """Print what a forward pass of the 35.7 M form costs on this CPU, at a quarter of its width."""
+    found = {name: forward_cost(name, torch.device("cpu")) for name in ("bf16", "bf16_weights")}
+    for name, (casts, count) in found.items():
+        share = count / found["bf16"].bytes_per_image
+        print(f"{name:12} {casts:3} casts, {count / 1e6:.2f} MB saved for an image ({share:.2f})")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS))
+    parser.add_argument("--precisions", action="store_true", help="our network alone")
+    parser.add_argument("--channels-last", action="store_true", help="our network in NHWC")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    print("form     type  ours, GFLOP/s  diffusers, GFLOP/s  ratio  range")
-    for form in FORMS:
-        for bf16 in (False, True):
-            print(compare(form, bf16, arguments.rounds), flush=True)
+    layout = torch.channels_last if arguments.channels_last else torch.contiguous_format
+    if arguments.precisions:
+        costs()
+    print("images per CPU second; ratio of the first to each, least and greatest")
+    for form in arguments.forms:
+        if arguments.precisions:
+            precisions(form, arguments.rounds, layout)
+        else:
+            compare(form, arguments.rounds, layout)
 
 
 if __name__ == "__main__":

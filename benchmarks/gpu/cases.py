@@ -41,12 +41,26 @@ LABELS = ["model.num_classes=4"]
 LEARNED = ["objective.variance=learned_range", "objective.loss=hybrid"]
 VLB = ["objective.variance=learned", "objective.loss=vlb"]
 
+BF16 = "training.precision=bf16_weights"
+
 Case: TypeAlias = Callable[[torch.device], None]
 
 OBJECTIVES: dict[str, list[str]] = {
     "plain": [],
     "bf16": ["training.precision=bf16"],
     "bf16 channels_last": ["training.precision=bf16", "training.channels_last=true"],
+    "bf16_weights": [BF16],
+    "bf16_weights channels_last micro batches": [
+        BF16,
+        "training.channels_last=true",
+        "training.micro_batch_size=4",
+    ],
+    "bf16_weights uncertainty elastic": [
+        BF16,
+        "objective.weighting=uncertainty",
+        "training.reduction=elastic",
+        "training.reduction_slots=4",
+    ],
     "dropout": ["model.dropout=0.1"],
     "labels": [*LABELS, "objective.label_dropout=0.1"],
     "low_discrepancy": ["objective.timesteps=low_discrepancy"],
@@ -79,9 +93,22 @@ OBJECTIVES: dict[str, list[str]] = {
         "evaluation.num_images=0",
         "evaluation.validation_every_steps=0",
     ],
+    "classifier bf16_weights": [
+        BF16,
+        "task=classifier",
+        *LABELS,
+        "training.grid_every_steps=0",
+        "evaluation.num_images=0",
+        "evaluation.validation_every_steps=0",
+    ],
     "head_channels": ["model.head_channels=4"],
     "dit": DIT,
     "dit bf16 channels_last": [*DIT, "training.precision=bf16", "training.channels_last=true"],
+    "dit bf16_weights gradient_checkpointing": [
+        *DIT,
+        BF16,
+        "training.gradient_checkpointing=true",
+    ],
     "dit dropout labels gradient_checkpointing": [
         *DIT,
         *LABELS,
@@ -102,6 +129,7 @@ OBJECTIVES: dict[str, list[str]] = {
         "training.precision=bf16",
         "training.channels_last=true",
     ],
+    "autoencoder adversary bf16_weights": [*AUTOENCODER, *ADVERSARY, BF16],
     "autoencoder adversary": [*AUTOENCODER, *ADVERSARY],
     "autoencoder adversary elastic": [
         *AUTOENCODER,
@@ -186,6 +214,9 @@ def cases() -> dict[str, Case]:
         "checkpoint: averages of another width": _averaged,
         "checkpoint: save and restore": partial(_checkpoint, []),
         "checkpoint: autoencoder adversary": partial(_checkpoint, [*AUTOENCODER, *ADVERSARY]),
+        "checkpoint: autoencoder adversary bf16_weights": partial(
+            _checkpoint, [*AUTOENCODER, *ADVERSARY, BF16]
+        ),
         "checkpoint: second_moment, averages, channels_last": partial(
             _checkpoint,
             [

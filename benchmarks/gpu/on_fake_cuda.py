@@ -23,6 +23,7 @@ GOLDEN = Path(__file__).parents[2] / "tests/golden/step_syncs.json"
 SETTINGS = {  # of the task, objective or training, whose steps wait in ways of their own
     "plain": [],
     "dropout and labels": ["model.dropout=0.1", "model.num_classes=4"],
+    "bf16_weights": ["training.precision=bf16_weights"],
     "dit": ["model.network=dit"],
     "elastic": ["training.reduction=elastic", "training.reduction_slots=2"],
     "log_normal": ["objective.timesteps=log_normal"],
@@ -37,9 +38,10 @@ SETTINGS = {  # of the task, objective or training, whose steps wait in ways of 
 
 
 def found(only: str = "", limit_s: float = 600) -> dict[str, Any]:
-    """The output of this module, from its own process: {"cases": ..., "syncs": ...}.
+    """The output of this module, from its own process: "cases", "syncs" and "forward".
 
-    A case is None where it works, else its error and place. Raises NoFakeCudaError.
+    A case is None where it works, else its error and place. "forward" is empty with `only`. Raises
+    NoFakeCudaError.
     """
     command = [sys.executable, "-m", __spec__.name, "--only", only]
     done = subprocess.run(
@@ -105,6 +107,15 @@ def syncs() -> dict[str, list[str]]:
     return results
 
 
+def forward_costs() -> dict[str, dict[str, int]]:
+    """Return, by training.precision, what a forward pass of the CIFAR-10 form costs."""
+    from benchmarks.gpu.fake_cuda import fake_cuda
+    from benchmarks.gpu.forward_cost import forward_cost
+
+    with fake_cuda() as device:
+        return {name: forward_cost(name, device)._asdict() for name in ("bf16", "bf16_weights")}
+
+
 def main() -> None:
     """Print one line of JSON; anew, where this process was not prepared for it."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -119,7 +130,9 @@ def main() -> None:
     if arguments.write_golden:
         GOLDEN.write_text(json.dumps(syncs(), indent=1) + "\n")
     else:
-        print(json.dumps({"cases": outcomes(arguments.only), "syncs": syncs()}))
+        costs = forward_costs() if not arguments.only else {}
+        report = {"cases": outcomes(arguments.only), "syncs": syncs(), "forward": costs}
+        print(json.dumps(report))
     end_process()
 
 

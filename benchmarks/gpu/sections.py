@@ -49,7 +49,10 @@ LARGE = [  # the 256-pixel network of Ho et al. 2020, appendix B
 PRECISIONS = {
     "fp32": [],
     "bf16": ["training.precision=bf16"],
-    "bf16 channels_last": ["training.precision=bf16", "training.channels_last=true"],
+    "bf16_weights channels_last": [
+        "training.precision=bf16_weights",
+        "training.channels_last=true",
+    ],
 }
 
 
@@ -95,10 +98,10 @@ class Place:
         """A run of the CIFAR-10 form of Ho et al. with `keys`; of a toy its small relative."""
         config = self.config(f"training.global_batch_size={batch}", *keys)
         run = run_of(config, self.device, side, url)
-        if config.training.compile:
+        if config.training.compile != "off":
             torch.compiler.reset()
             backend = "eager" if self.toy else "inductor"
-            run.network = torch.compile(run.state.model, backend=backend)  # type: ignore[assignment]
+            run.network = torch.compile(run.state.network, backend=backend)  # type: ignore[assignment]
             if self.toy and isinstance(run.objective, Objective):
                 eager = replace(run.objective.noising, compiled=False)
                 run.objective = replace(run.objective, noising=eager)
@@ -193,8 +196,9 @@ def compiled(place: Place) -> Iterator[Row]:
     """The same steps with torch.compile, and what its warm-up costs."""
     limits = yield from _limits(place, place.side)
     for batch in place.batches(128, 512, 16):
-        keys = [*PRECISIONS["bf16 channels_last"], "training.compile=true"]
-        begun, name = time.perf_counter(), f"bf16 channels_last compile, batch {batch}"
+        precision = "bf16_weights channels_last"
+        keys = [*PRECISIONS[precision], "training.compile=default"]
+        begun, name = time.perf_counter(), f"{precision} compile, batch {batch}"
         yield from _stepped(place, name, keys, batch, place.side, limits, needs_s=45)
         yield Row(f"{name}: all of it", {"s": round(time.perf_counter() - begun, 1)})
 

@@ -97,7 +97,7 @@ def run_of(
     return Run(
         plan=training_run.plan(config, 1),
         state=state,
-        network=state.model,
+        network=state.network,
         objective=training_run.training_objective(config, state, device),
         guard=DivergenceGuard.of(config.training.on_divergence, config.training.spike_factor),
         stream=SameImages(count, side),

@@ -4,7 +4,9 @@ from pathlib import Path
 from typing import assert_never
 
 import torch
+from torch import nn
 
+from ddpm_ray.assembly.compilation import uses_cuda_graphs
 from ddpm_ray.assembly.diffusion import memory_format
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.image_shape import ImageShape
@@ -17,6 +19,7 @@ from ddpm_ray.models.perceptual import PerceptualDistance
 from ddpm_ray.storage import checksummed
 from ddpm_ray.training.adversary import Adversary
 from ddpm_ray.training.autoencoder_objective import AutoencoderObjective, Perceptual
+from ddpm_ray.training.bf16_weights import Bf16Weights
 from ddpm_ray.training.state import TrainingState
 
 PERCEPTUAL_WIDTH = 192  # features behind the last stage that the perceptual loss reads
@@ -51,17 +54,20 @@ def require_fitting(config: RunConfig, image_shape: ImageShape) -> None:
         )
 
 
-def adversary(config: RunConfig, model: Autoencoder, device: torch.device) -> Adversary | None:
-    """The initial adversary of `model`; None without a discriminator."""
+def adversary(config: RunConfig, network: nn.Module, device: torch.device) -> Adversary | None:
+    """The initial adversary of an autoencoder as it computes; None without a discriminator."""
+    assert isinstance(network, Autoencoder)
     wanted, training = config.autoencoder, config.training
     if not wanted.discriminator_from_step:
         return None
-    discriminator = PatchDiscriminator(model.spec.image_channels, wanted.discriminator_channels)
+    discriminator = PatchDiscriminator(network.spec.image_channels, wanted.discriminator_channels)
     discriminator.to(device).to(memory_format=memory_format(training))  # type: ignore[call-overload]
     optimizer = torch.optim.Adam(
         discriminator.parameters(), lr=training.learning_rate, betas=ADVERSARY_BETAS, fused=True
     )
-    return Adversary(discriminator, optimizer, model.last_layer, torch.zeros((), device=device))
+    weights = Bf16Weights(discriminator) if training.precision == "bf16_weights" else None
+    none = torch.zeros((), device=device)
+    return Adversary(discriminator, optimizer, network.last_layer, none, weights)
 
 
 def autoencoder_objective(
@@ -85,7 +91,9 @@ def autoencoder_objective(
         flip=config.data.flip,
         memory_format=memory_format(training),
         bf16=training.precision == "bf16",
+        weights=state.weights,
         slots=training.reduction_slots if training.reduction == "elastic" else 0,
+        cuda_graphs=uses_cuda_graphs(training.compile),
     )
 
 
@@ -96,6 +104,9 @@ def _perceptual(config: RunConfig, device: torch.device, cache: Path) -> Percept
             weights = config.evaluation
             path = checksummed.fetch(weights.weights, weights.weights_sha256, cache)
             network = load_inception(path, (PERCEPTUAL_WIDTH,), "original").to(device)
+            if config.training.precision == "bf16_weights":
+                network.bfloat16()
+                return PerceptualDistance(lambda x: network.first_stages(x.bfloat16()))
             return PerceptualDistance(network.first_stages)
         case "lpips":
             return load_lpips(device)

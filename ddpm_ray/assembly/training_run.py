@@ -11,6 +11,7 @@ import torch
 
 from ddpm_ray.assembly import data_order, diffusion, optimization
 from ddpm_ray.assembly.autoencoder import adversary, autoencoder_objective, autoencoder_spec
+from ddpm_ray.assembly.compilation import require_bf16
 from ddpm_ray.assembly.diffusion import memory_format
 from ddpm_ray.assembly.networks import network
 from ddpm_ray.collectives import Workers
@@ -26,6 +27,7 @@ from ddpm_ray.models.autoencoder import Autoencoder
 from ddpm_ray.sampling.denoiser import Denoiser
 from ddpm_ray.storage import object_store
 from ddpm_ray.training import validation_loss
+from ddpm_ray.training.bf16_weights import Bf16Weights
 from ddpm_ray.training.checkpoint_writer import CheckpointWriter
 from ddpm_ray.training.ema import (
     EMA,
@@ -65,8 +67,14 @@ def training_state(
     weighs = config.objective.timesteps == "second_moment"
     moments = SecondMoments.empty(config.schedule.num_steps, device) if weighs else None
     averages = Averages.of(model, more_decays(training))
-    opponent = adversary(config, model, device) if isinstance(model, Autoencoder) else None
-    return TrainingState(model, EMA(model), optimizer, facts, moments, averages, opponent)
+    weights = None
+    if training.precision == "bf16_weights":
+        require_bf16(device, "training.precision")
+        weights = Bf16Weights(model)
+    state = TrainingState(model, EMA(model), optimizer, facts, moments, averages, weights=weights)
+    if isinstance(model, Autoencoder):
+        state.adversary = adversary(config, state.network, device)
+    return state
 
 
 def training_objective(

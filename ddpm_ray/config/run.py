@@ -155,11 +155,14 @@ class RunConfig:
                 "training.gradient_checkpointing is true, which an autoencoder does not have: use "
                 "training.micro_batch_size to save memory"
             )
-        if self.training.compile and self.autoencoder.discriminator_from_step:
+        if traits.reconstructs:
+            yield from self.evaluation.problems_of_arithmetic()
+        if self.training.compile != "off" and self.autoencoder.discriminator_from_step:
             # The adversarial weight needs a second backward pass over part of the graph.
             yield (
-                "training.compile is true, which autoencoder.discriminator_from_step does not "
-                "support: set one of the two to its default"
+                f"training.compile is {self.training.compile}, which "
+                f"autoencoder.discriminator_from_step does not support: set one of the two to its "
+                f"default"
             )
         if self.evaluation.features == "none" and not traits.reconstructs:
             yield (

@@ -3,10 +3,16 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from ddpm_ray.config.option_fields import option
+from ddpm_ray.config.reading.former_keys import Former
 
+CompileMode: TypeAlias = Literal["off", "default", "reduce-overhead", "max-autotune"]
+FORMER_COMPILE = Former(  # a boolean, as values and as text on the command line
+    choices=dict.fromkeys((True, "true", "True", "yes", "on"), "default")
+    | dict.fromkeys((False, "false", "False", "no"), "off")
+)
 PLAIN_MEAN = 0.2886  # relative width of the plain mean; wider power profiles favour the start
 
 
@@ -154,9 +160,25 @@ class TrainingConfig:
         defines_run=True,
     )
     ema_snapshot_every_steps: int = option(0, "steps between EMA snapshots; 0: none", at_least=0)
-    precision: Literal["fp32", "bf16"] = option(
+    gradient_compression: Literal["none", "bf16"] = option(
+        "none",
+        "reduction=mean: bf16 halves the bytes that workers exchange, and rounds their sums",
+        defines_run=True,
+        may_change=True,
+    )
+    ddp_bucket_mb: float = option(
+        0.0,
+        "reduction=mean: MB of gradients that workers average in one exchange; 0: DDP's default, "
+        "25, and 1 for the first",
+        at_least=0,
+    )
+    ddp_static_graph: bool = option(
+        False, "let DDP assume that each step uses the same operations (its static_graph)"
+    )
+    precision: Literal["fp32", "bf16", "bf16_weights"] = option(
         "fp32",
-        "arithmetic of the network (bf16: autocast); weights stay fp32",
+        "arithmetic of the network; bf16: autocast of fp32 weights; bf16_weights: bf16 weights, "
+        "with fp32 master weights in the optimiser and in checkpoints: faster, less memory",
         defines_run=True,
         may_change=True,
     )
@@ -165,7 +187,15 @@ class TrainingConfig:
         False,
         "deterministic algorithms of torch, cuDNN and NCCL, for bit-equal GPU runs; slower",
     )
-    compile: bool = option(False, "use torch.compile; faster on GPUs after minutes of compilation")
+    compile: CompileMode = option(
+        "off",
+        "mode of torch.compile, faster on GPUs after minutes of compilation; reduce-overhead: with "
+        "CUDA graphs, for small batches; true and false mean default and off",
+        formerly=FORMER_COMPILE,
+    )
+    compile_fallback: bool = option(
+        False, "compile: train without it, with a warning, on workers without a compiler"
+    )
     gradient_checkpointing: bool = option(
         False, "recompute activations in the backward pass: less memory, slower"
     )
@@ -219,6 +249,18 @@ class TrainingConfig:
             yield (
                 f"training.keep_every_steps is {self.keep_every_steps}; it must be a multiple of "
                 f"training.checkpoint_every_steps {every}: try {near}"
+            )
+        if self.reduction == "elastic" and self.gradient_compression != "none":
+            yield (
+                f"training.gradient_compression is {self.gradient_compression} and "
+                f"training.reduction elastic, which exchanges float32 alone: set one of the two to "
+                f"its default"
+            )
+        if self.ddp_static_graph and self.micro_batch_size:
+            yield (
+                f"training.ddp_static_graph is true and training.micro_batch_size "
+                f"{self.micro_batch_size}, whose gradients DDP cannot add up then: set one of the "
+                f"two to its default"
             )
         yield from self._learning_rate_problems()
         yield from self._profile_problems()

@@ -7,11 +7,16 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from ddpm_ray import fault_injection
-from ddpm_ray.assembly import initial_weights, latents, operations, run_config, training_run
+from ddpm_ray.assembly import (
+    initial_weights,
+    latents,
+    operations,
+    run_config,
+    training_run,
+    wrapping,
+)
 from ddpm_ray.assembly.initial_weights import InitialWeights
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.loading import from_dict
@@ -42,7 +47,6 @@ from ddpm_ray.training.loop import train_loop
 from ddpm_ray.training.run import Run
 from ddpm_ray.training.state import TrainingState
 from ddpm_ray.training.step_trace import StepTrace
-from ddpm_ray.training.throughput import DeviceUse
 from ddpm_ray.training.writer_lease import Lease
 
 log = logging.getLogger(__name__)
@@ -136,7 +140,7 @@ def assemble(
     return Run(
         plan=training_run.plan(config, workers.count),
         state=state,
-        network=_wrapped(state.model, config, workers, use),
+        network=wrapping.wrapped(state, config.training, workers, use.clock if use else None),
         objective=training_run.training_objective(config, state, workers.device),
         guard=guard,
         stream=training_run.stream(config, dataset, workers),
@@ -211,23 +215,3 @@ def _writer(config: RunConfig, settings: dict[str, Any], workers: Workers) -> Ch
     if workers.is_main:
         store.acquire_lease(Lease(**settings["lease"]).renewed())
     return CheckpointWriter(store)
-
-
-def _wrapped(
-    model: nn.Module, config: RunConfig, workers: Workers, use: DeviceUse | None
-) -> nn.Module:
-    """Wrap the network for training: torch.compile and DDP, as configured."""
-    network = model
-    if config.training.compile:
-        network = torch.compile(network)  # type: ignore[assignment]
-    if workers.count > 1 and config.training.reduction == "mean":
-        devices = [workers.device] if workers.device.type == "cuda" else None
-        network = DistributedDataParallel(
-            network,
-            device_ids=devices,
-            gradient_as_bucket_view=True,
-            forward_sync_buffers=False,  # the only buffer, a DiT's positions, is equal everywhere
-        )
-        if use is not None:
-            step_clock.watch_all_reduce(use.clock, network)
-    return network

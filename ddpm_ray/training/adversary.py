@@ -9,11 +9,12 @@ backward pass and is the same for any number of workers and any micro-batch.
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
 from ddpm_ray.models.patch_discriminator import PatchDiscriminator
+from ddpm_ray.training.bf16_weights import Bf16Weights
 from ddpm_ray.training.masked_updates import step_optimizer
 from ddpm_ray.training.optimizer_moments import Tensors, load_moments, moments
 
@@ -29,12 +30,18 @@ class Adversary:
     optimizer: torch.optim.Optimizer  # of the discriminator
     last_layer: Tensor  # the decoder's last weight, where gradients are compared
     weight: Tensor  # [] float32; 0 until the first step with a discriminator has ended
+    weights: Bf16Weights | None = None  # that the discriminator computes with
 
     def __post_init__(self) -> None:
         # Its gradient is that of both losses at the last layer: a leaf, so that workers average it.
         self.compared = torch.zeros(
             2, *self.last_layer.shape, device=self.weight.device, requires_grad=True
         )
+
+    @property
+    def _network(self) -> nn.Module:
+        """The discriminator that computes the losses."""
+        return self.discriminator if self.weights is None else self.weights.network
 
     def leaves(self) -> list[Tensor]:
         """Tensors, other than the autoencoder's, whose gradients the workers average."""
@@ -47,18 +54,18 @@ class Adversary:
         Adds the gradients of `reconstruction` [b] and of the adversarial loss at the last layer to
         the batch's sums. x and x_hat are images [b, C, H, W].
         """
-        fixed = {name: value.detach() for name, value in self.discriminator.named_parameters()}
-        adversarial = -_per_image(functional_call(self.discriminator, fixed, (x_hat,)))
+        fixed = {name: value.detach() for name, value in self._network.named_parameters()}
+        adversarial = -_per_image(functional_call(self._network, fixed, (x_hat,)))
         gradients = torch.stack(
             [
-                torch.autograd.grad(loss.sum(), self.last_layer, retain_graph=True)[0]
+                torch.autograd.grad(loss.sum(), self.last_layer, retain_graph=True)[0].float()
                 for loss in (reconstruction, adversarial)
             ]
         )
         with torch.no_grad():
             before = self.compared.grad
             self.compared.grad = gradients if before is None else before + gradients
-        real, fake = self.discriminator(x), self.discriminator(x_hat.detach())
+        real, fake = self._network(x), self._network(x_hat.detach())
         hinge = 0.5 * (_per_image(F.relu(1 - real)) + _per_image(F.relu(1 + fake)))
         return adversarial, hinge
 

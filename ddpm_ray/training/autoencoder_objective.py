@@ -14,6 +14,7 @@ from ddpm_ray.counter_rng import Purpose
 from ddpm_ray.data.codec import PIXELS
 from ddpm_ray.models.autoencoder import AutoencoderSpec, Posterior
 from ddpm_ray.training.adversary import Adversary
+from ddpm_ray.training.bf16_weights import Bf16Weights
 from ddpm_ray.training.gradient_accumulation import GradientAccumulation, Losses
 
 Perceptual: TypeAlias = Callable[[Tensor, Tensor], Tensor]
@@ -41,8 +42,10 @@ class AutoencoderObjective:
     adversary_weight: float = 0.5
     flip: bool = False
     memory_format: torch.memory_format = torch.contiguous_format
-    bf16: bool = False
+    bf16: bool = False  # autocast
+    weights: Bf16Weights | None = None  # that the autoencoder computes with
     slots: int = 0  # as in GradientAccumulation
+    cuda_graphs: bool = False  # as in GradientAccumulation
 
     def backward(
         self,
@@ -59,6 +62,7 @@ class AutoencoderObjective:
         whose weight changes from step to step.
         """
         adversary = self.adversary if step + 1 >= self.adversary_from_step else None
+        used = self.weights, adversary.weights if adversary else None
         return GradientAccumulation(
             network,
             partial(self._part, network, adversary, step, workers.device),
@@ -66,6 +70,8 @@ class AutoencoderObjective:
             workers,
             others=adversary.leaves() if adversary else (),
             slots=self.slots,
+            cuda_graphs=self.cuda_graphs,
+            weights=[one for one in used if one is not None],
         ).backward(images, labels, micro_batch)
 
     def log_snr(self, t: Tensor) -> None:

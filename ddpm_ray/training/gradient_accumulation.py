@@ -14,6 +14,7 @@ from ddpm_ray import counter_rng, fault_injection
 from ddpm_ray.collectives import Workers
 from ddpm_ray.counter_rng import Purpose
 from ddpm_ray.training import step_clock
+from ddpm_ray.training.bf16_weights import Bf16Weights
 from ddpm_ray.training.deterministic_allreduce import DeterministicAllReduce, mean_over_workers
 
 
@@ -41,6 +42,8 @@ class GradientAccumulation:
     others: Sequence[Tensor] = ()  # further leaves to average over workers, not by DDP
     slots: int = 0  # slots of a global batch, see deterministic_allreduce.py; 0: mean over workers
     dropout_seed: int | None = None  # None: no dropout
+    weights: Sequence[Bf16Weights] = ()  # that networks compute with; the first are `network`'s
+    cuda_graphs: bool = False  # each call of `network` overwrites the gradients of the one before
 
     def backward(self, images: Tensor, labels: Tensor, micro_batch: int) -> Losses:
         """Add the gradient of the global batch's mean loss to all leaves.
@@ -51,6 +54,8 @@ class GradientAccumulation:
         see it after the all-reduce of the same step.
         """
         workers = self.workers
+        for weights in self.weights:
+            weights.refresh()
         if not self.slots:
             found = self._slot(images, labels, workers.rank, micro_batch)
             if self.others:
@@ -58,8 +63,7 @@ class GradientAccumulation:
                 mean_over_workers(self.others, workers)
             return found
         mine, parts = workers.share(self.slots), []
-        leaves = [*(p for p in self.network.parameters() if p.requires_grad), *self.others]
-        total = DeterministicAllReduce(leaves, self.slots)
+        total = DeterministicAllReduce(self._leaves(), self.slots)
         pieces = zip(mine, images.chunk(len(mine)), labels.chunk(len(mine)), strict=True)
         for slot, some, their in pieces:
             parts.append(self._slot(some, their, slot, micro_batch))
@@ -91,8 +95,18 @@ class GradientAccumulation:
             step_clock.mark("backward")
             with _sync_only(self.network, last):
                 share.backward()  # type: ignore[no-untyped-call]
+            for weights in self.weights:
+                weights.collect_gradients()
+            if self.cuda_graphs and not last:
+                for leaf in self._leaves():
+                    leaf.grad = None if leaf.grad is None else leaf.grad.clone()
             parts.append(losses)
         return _joined(parts)
+
+    def _leaves(self) -> list[Tensor]:
+        """The tensors that get the gradient: float32 weights of the network, and `others`."""
+        trained = self.weights[0].model if self.weights else self.network
+        return [*(one for one in trained.parameters() if one.requires_grad), *self.others]
 
 
 def _joined(parts: Sequence[Losses]) -> Losses:

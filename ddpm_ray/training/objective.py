@@ -19,6 +19,7 @@ from ddpm_ray.diffusion.conditioning import NO_LABEL
 from ddpm_ray.diffusion.parameterization import Parameterization
 from ddpm_ray.diffusion.process import Denoise, NoiseSchedule, add_noise
 from ddpm_ray.diffusion.x0_estimator import self_conditioning_estimate
+from ddpm_ray.training.bf16_weights import Bf16Weights
 from ddpm_ray.training.gradient_accumulation import GradientAccumulation, Losses
 from ddpm_ray.training.noising import NoisingRecipe, NoisyBatch
 
@@ -36,8 +37,10 @@ class Objective:
     uncertainty: Callable[[Tensor], Tensor] | None = None  # t -> log of the loss expected there
     classifies: bool = False  # the network is a classifier: cross entropy of its logits
     reseed_dropout: bool = False
-    bf16: bool = False
+    bf16: bool = False  # autocast
+    weights: Bf16Weights | None = None  # that the network computes with
     slots: int = 0  # slots of a global batch, see deterministic_allreduce.py; 0: mean over workers
+    cuda_graphs: bool = False  # as in GradientAccumulation
 
     @property
     def schedule(self) -> NoiseSchedule:
@@ -63,7 +66,9 @@ class Objective:
             step,
             workers,
             slots=self.slots,
+            cuda_graphs=self.cuda_graphs,
             dropout_seed=self.noising.seed if self.reseed_dropout else None,
+            weights=[self.weights] if self.weights else (),
         ).backward(images, labels, micro_batch)
 
     def log_snr(self, t: Tensor) -> Tensor:

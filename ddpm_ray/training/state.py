@@ -14,6 +14,7 @@ from torch.nn.utils import clip_grad_norm_
 from ddpm_ray.diffusion.timestep_sampling import SecondMoments
 from ddpm_ray.training.adversary import Adversary
 from ddpm_ray.training.background_copy import BackgroundCopy
+from ddpm_ray.training.bf16_weights import Bf16Weights
 from ddpm_ray.training.ema import EMA, Averages
 from ddpm_ray.training.masked_updates import step_optimizer
 from ddpm_ray.training.optimizer_moments import Tensors, load_moments, moments
@@ -46,6 +47,7 @@ class TrainingState:
     moments: SecondMoments | None = None  # of losses by t, for objective.timesteps=second_moment
     averages: Averages = field(default_factory=Averages)  # additional EMAs; sampling uses `ema`
     adversary: Adversary | None = None  # of an autoencoder with a discriminator
+    weights: Bf16Weights | None = None  # that the network computes with, made from `model`
     step: int = 0
     scores: dict[str, Any] = field(default_factory=dict)  # the newest evaluation
     validation_losses: list[dict[str, Any]] = field(default_factory=list)
@@ -54,6 +56,11 @@ class TrainingState:
     # Evaluations that run beside training, oldest first; see spare_evaluations.py.
     outstanding: list[dict[str, Any]] = field(default_factory=list)
     background_copy: BackgroundCopy = field(default_factory=BackgroundCopy)  # by start_snapshot
+
+    @property
+    def network(self) -> nn.Module:
+        """The network that computes the losses: `model`, or its copy with bfloat16 weights."""
+        return self.model if self.weights is None else self.weights.network
 
     def snapshot(self, unsent_rows: list[Any]) -> Snapshot:
         """A copy on the CPU, in memory of its own."""

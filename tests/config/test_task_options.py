@@ -71,9 +71,9 @@ def test_what_an_autoencoder_cannot_do_is_refused(key: str, line: str) -> None:
 
 
 def test_a_discriminator_is_not_compiled() -> None:
-    keys = ("autoencoder.discriminator_from_step=5", "training.compile=true")
+    keys = ("autoencoder.discriminator_from_step=5", "training.compile=default")
     assert complaints(*AUTOENCODER, *keys) == [
-        "training.compile is true, which autoencoder.discriminator_from_step does not support: "
+        "training.compile is default, which autoencoder.discriminator_from_step does not support: "
         "set one of the two to its default"
     ]
 

@@ -23,12 +23,11 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
 import ddpm_ray
 from ddpm_ray import fault_injection
-from ddpm_ray.assembly import diffusion, latents, optimization, training_run
+from ddpm_ray.assembly import diffusion, latents, optimization, training_run, wrapping
 from ddpm_ray.assembly.autoencoder_loading import trained_autoencoder
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.loading import load_config, to_dict
@@ -240,9 +239,7 @@ def begin(
         state.restore(found[1])
         log.resume(found[1].facts["bands"], found[1].facts["core_seconds"])
         guard.resume(found[1].facts["guard"])
-    network: nn.Module = state.model
-    if workers.count > 1 and config.training.reduction == "mean":
-        network = DistributedDataParallel(network, forward_sync_buffers=False)
+    network = wrapping.wrapped(state, config.training, workers)
     sink = (recorder or RecordingSink()) if workers.is_main else None
     validate: Callable[[int], None] = lambda step: None  # noqa: E731
     if config.traits.draws_images:
@@ -444,6 +441,13 @@ OF_PIXELS = [
     ["model.dropout=0.3", "training.gradient_checkpointing=true"],
     ["training.precision=bf16"],
     ["training.channels_last=true", "training.precision=bf16"],
+    ["training.precision=bf16_weights", "training.micro_batch_size=1", "model.dropout=0.3"],
+    [
+        DIT,
+        "training.precision=bf16_weights",
+        "training.reduction=elastic",
+        "training.reduction_slots=2",
+    ],
     ["training.micro_batch_size=1", "data.flip=true"],
     ["training.ema_decay_per_step=0", "training.ema_half_life_images=9"],
     ["seed=18446744073709551557", "schedule.kind=cosine"],
@@ -480,6 +484,7 @@ def test_the_discriminator_trains_from_its_first_step_on(
         *(("pixels", overrides) for overrides in OF_PIXELS),
         ("adversary", ["training.micro_batch_size=1", "data.flip=true"]),
         ("adversary", ["training.precision=bf16", "training.channels_last=true"]),
+        ("adversary", ["training.precision=bf16_weights"]),
         ("latents", ["training.precision=bf16", "training.micro_batch_size=1"]),
         ("latents", ["model.dropout=0.3", "objective.self_conditioning=true"]),
         ("latents, DiT", ["data.flip=true", "model.dropout=0.3"]),

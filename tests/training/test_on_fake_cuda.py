@@ -49,6 +49,15 @@ def test_a_step_waits_for_its_device_where_the_golden_file_says(
     assert not gone, f"a step no longer waits in {gone}; {REMEDY}"
 
 
+def test_bf16_weights_need_few_casts_and_half_the_activations_of_autocast(
+    found: dict[str, Any],
+) -> None:
+    autocast, ours = found["forward"]["bf16"], found["forward"]["bf16_weights"]
+    assert autocast["casts"] > 300
+    assert ours["casts"] <= 10
+    assert ours["bytes_per_image"] <= 0.55 * autocast["bytes_per_image"]
+
+
 REFUSED = {  # by CUDA; without the fake device these pass
     "two devices": ("x + torch.zeros(3)", "same device, but found at least two devices"),
     "two devices, in place": ("torch.zeros(3).add_(x)", "same device, but found at least two"),
