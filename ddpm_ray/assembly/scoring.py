@@ -41,6 +41,11 @@ def optional_metrics(config: EvaluationConfig) -> OptionalMetrics:
     return OptionalMetrics(config.precision_recall, config.extrapolate)
 
 
+def arithmetic_of_samples(config: EvaluationConfig) -> dict[str, Any]:
+    """Precision and compilation of the network that draws samples, for their provenance."""
+    return {"samples_precision": config.precision, "samples_compile": config.compile}
+
+
 def held_out(
     config: EvaluationConfig, net: FeatureNet, workers: Workers, codec: Codec
 ) -> Reference | None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from ddpm_ray.config.option_fields import option
+from ddpm_ray.config.training import FORMER_COMPILE, CompileMode
 from ddpm_ray.redaction import counted
 
 InceptionResize: TypeAlias = Literal["original", "pytorch-fid"]
@@ -71,6 +72,17 @@ class EvaluationConfig:
         "inception",
         "feature network; inception: eval/fid; digits: eval/fd_digits, bundled classifier; none: "
         "an autoencoder's PSNR and SSIM alone",
+    )
+    precision: Literal["fp32", "bf16_weights"] = option(
+        "fp32",
+        "arithmetic of the network that draws samples and grids and computes validation losses, as "
+        "of training.precision; features and likelihoods stay fp32",
+    )
+    compile: CompileMode = option(
+        "off", "mode of torch.compile for the same, as of training.compile", formerly=FORMER_COMPILE
+    )
+    compile_fallback: bool = option(
+        False, "compile: run without it, with a warning, on workers without a compiler"
     )
     widths: tuple[int, ...] = option(
         (2048,),
@@ -155,6 +167,15 @@ class EvaluationConfig:
         default = EvaluationConfig()
         found = [f"evaluation.{key}" for key in keys if getattr(self, key) != getattr(default, key)]
         return f"not used here: {', '.join(found)}; {remedy}" if found else ""
+
+    def problems_of_arithmetic(self) -> Iterator[str]:
+        """Yield a line for each option of the arithmetic of samples that an autoencoder sets."""
+        for key, value, plain in (
+            ("precision", self.precision, "fp32"),
+            ("compile", self.compile, "off"),
+        ):
+            if value != plain:
+                yield f"evaluation.{key} is {value}; an autoencoder draws no samples: leave it out"
 
     def problems(self) -> Iterator[str]:
         """Yield a line for each setting that makes a score meaningless."""

@@ -8,7 +8,7 @@ import logging
 import math
 import platform
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, TypeAlias
 
@@ -47,6 +47,9 @@ class SampleSet:
     num_images: int
     batch_size: int
     weights: Mapping[str, Any]  # plain JSON: EMA decay, step, sha256
+    arithmetic: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # plain JSON: precision of the network
 
     def images(self, share: range, device: torch.device) -> Batches:
         """Yield batches: indices [n] from `share` and images uint8 [n, H, W, C] on `device`."""
@@ -101,7 +104,7 @@ def evaluate_samples(
         else {}
     )
     found = _provenance(samples, net, reference)
-    found["arithmetic"] = arithmetic(workers.device)
+    found["arithmetic"] = arithmetic(workers.device) | dict(samples.arithmetic)
     if ceiling is not None:
         metrics, found["ceiling"] = ceiling.with_ceilings(metrics), ceiling.facts
     if held_out is not None:

@@ -53,6 +53,7 @@ class PeriodicEvaluator:
                 num_images=wanted.num_images,
                 batch_size=grid_logger.batch_size,
                 weights=scoring.ema_provenance(self._config, step, facts=self._state.facts),
+                arithmetic=scoring.arithmetic_of_samples(wanted),
             ),
             net,
             known,

@@ -6,8 +6,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import torch
-
 from ddpm_ray import fault_injection
 from ddpm_ray.assembly import (
     initial_weights,

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from ddpm_ray.assembly import diffusion, training_run
+from ddpm_ray.assembly.inference import inference_network
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.codec import Codec
@@ -39,7 +40,8 @@ def training_outputs(
     if config.traits.reconstructs:
         found = AutoencoderOutputs(config, dataset, state, workers, pictures, sink)
         return TrainingOutputs(found.draw_grid, _nothing, found.evaluate, _nothing)
-    denoiser = diffusion.denoiser(config, state.ema.model, workers.device, codec)
+    network = inference_network(state.ema.model, config.evaluation, workers.device)
+    denoiser = diffusion.denoiser(config, network, workers.device, codec)
     denoiser = training_run.with_low_resolution(
         denoiser, config.data, dataset, GRID_IMAGES, workers.device
     )

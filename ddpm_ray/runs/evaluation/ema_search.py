@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ddpm_ray.assembly import checkpoint_loading, diffusion, run_config, scoring, training_run
+from ddpm_ray.assembly.inference import inference_network
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.jobs.ema_search import AverageConfig
 from ddpm_ray.config.loading import ConfigError, from_dict, to_dict
@@ -171,8 +172,10 @@ def score_widths(
     held_out = scoring.held_out(wanted, net, workers, codec)
     ceiling = scoring.ceiling(dataset, codec, net, known, wanted, workers)
     plan = diffusion.sampling_plan(config.sampling, denoiser.schedule)
-    network = model.denoiser.network  # `denoiser` runs the same module
+    network = model.denoiser.network
     assert isinstance(network, nn.Module)
+    runs = inference_network(network, wanted, workers.device)  # with the weights of `network`
+    denoiser = dataclasses.replace(denoiser, network=runs)
     for width in config.widths:
         average = snapshots.build(width, step)
         network.load_state_dict(average.tensors["ema"])
@@ -189,6 +192,7 @@ def score_widths(
                     begun, step, average.facts["average"], model.provenance
                 )
                 | {"model_sha256": sha256},
+                arithmetic=scoring.arithmetic_of_samples(wanted),
             ),
             net,
             known,

@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ddpm_ray.assembly import data_order, scoring, training_run
+from ddpm_ray.assembly.inference import inference_network
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.jobs.evaluate import EvaluateConfig
 from ddpm_ray.config.loading import from_dict
@@ -28,6 +29,7 @@ from ddpm_ray.reporting import Progress
 from ddpm_ray.runs import load_model
 from ddpm_ray.runs.evaluation.evaluate_autoencoder import autoencoder_scores
 from ddpm_ray.runs.evaluation.image_progress import ImageProgress
+from ddpm_ray.sampling.denoiser import Denoiser
 from ddpm_ray.sampling.pipeline import TrainedModel
 from ddpm_ray.sampling.sampling import SamplingPlan, draw_uint8, sampling_plan
 from ddpm_ray.storage import object_store
@@ -118,12 +120,13 @@ def _sample_scores(
     known = reference(data, net, workers, kernel_images=kept, codec=codec)
     return sample_quality.evaluate_samples(
         sample_quality.SampleSet(
-            model.denoiser,
+            _drawing(model, config, workers),
             plan,
             image_shape=model.image_shape,
             num_images=wanted.num_images,
             batch_size=config.sampling.batch_size,
             weights=_weights(model) | {"guidance": vars(config.guidance)},
+            arithmetic=scoring.arithmetic_of_samples(wanted),
         ),
         net,
         known,
@@ -133,6 +136,14 @@ def _sample_scores(
         ceiling=scoring.ceiling(dataset, codec, net, known, wanted, workers),
         counted=progress.counted,
     )
+
+
+def _drawing(model: TrainedModel, config: EvaluateConfig, workers: Workers) -> Denoiser:
+    """The denoiser that draws samples, in the configured arithmetic."""
+    loaded = model.denoiser.network
+    assert isinstance(loaded, nn.Module)
+    network = inference_network(loaded, config.evaluation, workers.device)
+    return dataclasses.replace(model.denoiser, network=network)
 
 
 def _weights(model: TrainedModel) -> dict[str, Any]:
@@ -182,7 +193,8 @@ def _neighbours(
     shape, device = model.image_shape, workers.device
     batches = progress.counted((index,) for index in torch.split(torch.tensor(mine), size))
     parts = (range(int(index[0]), int(index[-1]) + 1) for (index,) in batches if len(index))
-    images = [draw_uint8(model.denoiser, plan, one, shape, device, size) for one in parts]
+    denoiser = _drawing(model, config, workers)
+    images = [draw_uint8(denoiser, plan, one, shape, device, size) for one in parts]
     drawn = np.concatenate([np.empty((0, *shape), np.uint8), *images])
     samples = torch.from_numpy(np.concatenate(workers.gather(drawn)))
     data = scoring.reference_data(config.evaluation, open_dataset(config.data_url))
