@@ -145,8 +145,10 @@ class Autoencoder(nn.Module):
 
     def decode(self, z: Tensor) -> Tensor:
         """Images [B, C, factor * h, factor * w] from latents z [B, c, h, w]; not clipped."""
-        weights = self.decoder.conv_in
-        return as_input(self.decoder(self.latents_conv(as_weights(z, weights))), z)
+        h = z
+        if self.spec.latent_convs:
+            h = self.latents_conv(as_weights(z, self.latents_conv))
+        return as_input(self.decoder(h), z)
 
     def forward(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Posterior]:
         """decode(z) [B, C, H, W] of a z drawn with `noise` [B, c, h, w], and q(z | x)."""
@@ -204,7 +206,7 @@ class Decoder(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """[B, c, h, w] -> [B, C, H, W]."""
-        h = self.up(self.middle(self.conv_in(z)))
+        h = self.up(self.middle(self.conv_in(as_weights(z, self.conv_in))))
         image: Tensor = self.conv_out(self.norm_out(h))
         return image
 
