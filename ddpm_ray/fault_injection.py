@@ -37,7 +37,7 @@ POINTS = {  # in the order in which a step passes them
     "between": "between steps: sample grids, scores, checkpoints",
     "snapshot": "before the state is copied for a checkpoint",
     "object": "before an object of a checkpoint is written",
-    "manifest": "before a checkpoint's manifest is written",
+    "manifest": "before a checkpoint's manifest, or one worker's list of its files, is written",
     "commit": "before the pointer to the new checkpoint is written",
     "retire": "after the commit, before old checkpoints are deleted",
     "flush": "before metric rows are sent to MLflow",

@@ -54,8 +54,9 @@ def autoencoder_files(url: str) -> dict[str, str]:
     if autoencoder_kl.in_folder(url):
         return {path.name: str(path) for path in autoencoder_kl.files_of(url)}
     where, _ = newest_checkpoint(url)
-    names = checkpoint_folder.MANIFEST, *checkpoint_folder.checkpoint_files(("ema",))
-    return {name: object_store.join(where, name) for name in names}
+    return {
+        name: object_store.join(where, name) for name in checkpoint_folder.sampling_files(where)
+    }
 
 
 def _of_diffusers(folder: str, device: torch.device) -> TrainedAutoencoder:

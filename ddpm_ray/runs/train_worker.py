@@ -130,8 +130,8 @@ def assemble(
     elif source := settings.get("init_from"):
         initial_weights.load_initial_weights(state, InitialWeights(**source), config.training)
         state.facts["init_from"] = source
-    check = writer.store.check_lease
-    sink = _tracker(config, settings, unsent, check) if workers.is_main else None
+    writer.store.lease = workers.gather(writer.store.lease)[0]  # all write checkpoints under it
+    sink = _tracker(config, settings, unsent, writer.store.check_lease) if workers.is_main else None
     outputs = training_outputs(config, settings["folder"], dataset, codec, state, workers, sink)
     left = partial(evaluate_on_workers, state, outputs, workers, settings["folder"])
     spare = spare_evaluations(config, settings, state, workers, writer, sink)

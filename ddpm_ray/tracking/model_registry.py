@@ -22,7 +22,7 @@ from ddpm_ray.storage.errors import StorageError
 from ddpm_ray.tracking.mlflow_client import BoundedClient
 from ddpm_ray.tracking.mlflow_runs import TrackingError, answering
 from ddpm_ray.tracking.run_info import TrackedRun
-from ddpm_ray.training.checkpoint_folder import MANIFEST, checkpoint_files, read_checkpoint
+from ddpm_ray.training.checkpoint_folder import MANIFEST, read_checkpoint, sampling_files
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ def log_model(run: TrackedRun, checkpoint_url: str, loader_module: str) -> None:
         if known.outputs and known.outputs.model_outputs:
             return
         folder = Path(scratch) / "checkpoint"
-        for name in (MANIFEST, *checkpoint_files(("ema",))):  # what sampling needs
+        for name in sampling_files(checkpoint_url):
             data = object_store.read_bytes(object_store.join(checkpoint_url, name))
             object_store.write_bytes(str(folder / name), data)
         _add_autoencoder(folder)

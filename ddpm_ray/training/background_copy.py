@@ -34,6 +34,7 @@ class BackgroundCopy:
         Each group is laid out as its file. The earlier copy must no longer be in use.
         """
         self.finish()
+        self._blocks = {name: block for name, block in self._blocks.items() if name in groups}
         on_cuda = any(tensor.is_cuda for group in groups.values() for tensor in group.values())
         copies = {}
         for name, group in groups.items():

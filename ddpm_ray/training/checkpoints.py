@@ -3,17 +3,19 @@
     <url>/pointers/                         committed checkpoints, see checkpoint_pointers.py
     <url>/step-00000500-00000007-3f2a91c4/  one attempt of start 7: a folder is never written twice
         model.safetensors ema.safetensors optimizer.safetensors state.json
-        manifest.json                       format, sizes and sha256 of the four, written after them
+        manifest.json                       format, sizes and sha256 of these, written after them
 
 Readers follow the newest pointer, verify every byte and fall back to the previous checkpoint. If
 pointers are lost or damaged, complete folders count as checkpoints: a run never restarts from step
 0 next to a valid checkpoint, and a folder with a manifest is deleted only after newer ones have
-replaced it. No file is a pickle. writer_lease.py decides who may commit.
+replaced it. No file is a pickle. writer_lease.py decides who may commit. Large states have more
+files, which all workers write: see checkpoint_parts.py and shared_writing.py.
 """
 
 import logging
 import secrets
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from ddpm_ray import fault_injection
 from ddpm_ray.redaction import counted, sanitize
@@ -21,9 +23,9 @@ from ddpm_ray.storage import object_store
 from ddpm_ray.storage.errors import NotAnObjectError, StorageError
 from ddpm_ray.training import checkpoint_folder, checkpoint_pointers
 from ddpm_ray.training.checkpoint_folder import (
-    MANIFEST,
     CheckpointError,
-    checkpoint_files,
+    Entries,
+    listed_files,
     read_manifest,
 )
 from ddpm_ray.training.checkpoint_pointers import (
@@ -34,6 +36,7 @@ from ddpm_ray.training.checkpoint_pointers import (
     Found,
     Pointer,
 )
+from ddpm_ray.training.shared_writing import SharedSave
 from ddpm_ray.training.state import Snapshot
 from ddpm_ray.training.writer_lease import Lease, SupersededError
 
@@ -88,23 +91,25 @@ class CheckpointStore:
         if self.lease is not None:
             self.lease.check()
 
-    def save(self, snapshot: Snapshot) -> str:
-        """Save a checkpoint; return its folder's URL. Raises StorageError without committing."""
-        files = checkpoint_folder.objects(snapshot)
+    def save(self, snapshot: Snapshot, shared: SharedSave | None = None) -> str:
+        """Save a checkpoint; return its folder's URL. Raises StorageError without committing.
+
+        If it is `shared`, `snapshot` has the files of the main worker, which waits for the others.
+        """
         # A writer with a lease knows its commits: the storage might hold a later writer's.
         newest = self._own or self.pointer()
         folder = f"{PREFIX}{snapshot.step:08d}-{newest.epoch:08d}-{secrets.token_hex(4)}"
+        others: Callable[[], Entries] = dict
+        if shared is not None:
+            folder, others = shared.folder, partial(shared.wait, self.url, self.check_lease)
         where, before = object_store.join(self.url, folder), newest.references
-        known = [CommittedCheckpoint.of(folder, files[MANIFEST]), *before]
-        kept = self._kept(known)
         try:
-            for name, data in files.items():
-                fault_injection.at("manifest" if name == MANIFEST else "object")
-                object_store.write_bytes(object_store.join(where, name), data)
+            manifest = checkpoint_folder.write_checkpoint(where, snapshot, others)
         except StorageError:
             if not self._superseded():  # a later start may have taken it over by its manifest
                 self._delete(folder)  # an incomplete folder only fills the disk
             raise
+        kept = self._kept([CommittedCheckpoint.of(folder, manifest), *before])
         fault_injection.at("commit")
         self.check_lease()
         self._commit(kept)
@@ -260,10 +265,13 @@ class CheckpointStore:
     def _is_away(self, error: StorageError, reference: CommittedCheckpoint) -> bool:
         """Whether the storage failed, and not the checkpoint."""
         where = object_store.join(self.url, reference.folder)
-        names = (MANIFEST, *checkpoint_files())
-        return not isinstance(error, NotAnObjectError) and all(
-            object_store.exists(object_store.join(where, name)) for name in names
-        )
+        if isinstance(error, NotAnObjectError) or read_manifest(where) is None:
+            return False
+        try:
+            files = listed_files(where)
+        except CheckpointError:
+            return False
+        return all(object_store.exists(object_store.join(where, file.name)) for file in files)
 
     def _delete(self, folder: str) -> None:
         """Delete a folder, best effort: a folder that remains only takes space."""

@@ -46,7 +46,7 @@ class SnapshotStore:
             fault_injection.at("object")
             object_store.write_bytes(object_store.join(where, name), data)
         fault_injection.at("manifest")
-        manifest = {"step": step, "files": described(files)}
+        manifest = {"step": step, "files": described(files.items())}
         checksummed_json.write(object_store.join(where, MANIFEST), manifest)
 
     def read(self, step: int, group: str) -> Tensors:

@@ -342,11 +342,13 @@ def report(run: Run) -> Command:
 
 
 def save(run: Run) -> None:
-    """Copy the state; the background thread of rank 0 writes the checkpoint."""
+    """Copy the state; background threads of the workers write the checkpoint."""
     fault_injection.at("snapshot")
     run.state.facts["bands"] = run.log.window()
     run.state.facts["core_seconds"] = run.log.core_s
     run.state.facts["guard"] = run.guard.facts()
+    unsent, then = [], None
     if run.sink is not None:
-        then = run.spare.forget_delivered() if run.spare is not None else lambda: None
-        run.checkpoints.save(run.state, [vars(row) for row in run.sink.unsent()], then)
+        unsent = [vars(row) for row in run.sink.unsent()]
+        then = run.spare.forget_delivered() if run.spare is not None else None
+    run.checkpoints.save(run.state, unsent, run.workers, then)

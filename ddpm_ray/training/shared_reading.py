@@ -12,12 +12,12 @@ from ddpm_ray.collectives import Workers
 from ddpm_ray.storage.errors import StorageError
 from ddpm_ray.training.checkpoint_folder import (
     CheckpointError,
-    ListedFile,
     decoded,
     listed_files,
     read_checkpoint,
     read_file,
 )
+from ddpm_ray.training.checkpoint_parts import shares
 from ddpm_ray.training.checkpoints import CheckpointStore
 from ddpm_ray.training.state import Snapshot
 
@@ -66,7 +66,7 @@ def read_together(url: str, workers: Workers, manifest_sha256: str | None = None
         return read_checkpoint(url, manifest_sha256)
     listed = _agreed(workers, lambda: listed_files(url, manifest_sha256) if workers.is_main else [])
     files = listed[0]
-    readers = shares(files, workers.count)
+    readers = shares({file.name: file.size for file in files}, workers.count)
     own = [file for file in files if readers[file.name] == workers.rank]
     held = {file.name: b"" for file in own}
 
@@ -82,17 +82,6 @@ def read_together(url: str, workers: Workers, manifest_sha256: str | None = None
             held.pop(file.name, None), file.size, readers[file.name]
         ),
     )
-
-
-def shares(files: Sequence[ListedFile], count: int) -> dict[str, int]:
-    """Worker by file name: the largest file first, to the worker with the fewest bytes."""
-    loads = [0] * count
-    found = {}
-    for file in sorted(files, key=lambda file: -file.size):
-        worker = loads.index(min(loads))
-        found[file.name] = worker
-        loads[worker] += file.size
-    return found
 
 
 def _agreed(workers: Workers, act: Callable[[], Result]) -> list[Result]:

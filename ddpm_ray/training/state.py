@@ -4,6 +4,7 @@ Weights, EMAs and Adam's moments are tensors, stored under the network's paramet
 values (step, seed, data fingerprint, config, MLflow run, scores, unsent rows) are plain JSON.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from ddpm_ray.diffusion.timestep_sampling import SecondMoments
+from ddpm_ray.training import checkpoint_parts
 from ddpm_ray.training.adversary import Adversary
 from ddpm_ray.training.background_copy import BackgroundCopy
 from ddpm_ray.training.bf16_weights import Bf16Weights
@@ -26,7 +28,8 @@ class Snapshot:
     """A copy of the state on the CPU: tensors by file name, other values as JSON."""
 
     # "model", "ema" and "optimizer"; where they exist, "moments", further averages, and
-    # "discriminator" with "discriminator-optimizer"
+    # "discriminator" with "discriminator-optimizer". In a save by all workers: by file, as
+    # checkpoint_parts.py names them, those that one worker writes.
     tensors: dict[str, Tensors]
     facts: dict[str, Any]
 
@@ -69,12 +72,20 @@ class TrainingState:
             {name: packed(group) for name, group in groups.items()}, self._facts(unsent_rows)
         )
 
-    def start_snapshot(self, unsent_rows: list[Any]) -> Snapshot:
+    def start_snapshot(
+        self, unsent_rows: list[Any], files: Mapping[str, Tensors] | None = None
+    ) -> Snapshot:
         """A copy on the CPU, complete after `background_copy.finish()`; the next one overwrites it.
 
-        Training goes on meanwhile: the next update waits until the copy is complete.
+        Training goes on meanwhile: the next update waits until the copy is complete. Copies
+        those of `files()` that are given.
         """
-        return Snapshot(self.background_copy.start(self._tensors()), self._facts(unsent_rows))
+        wanted = self.files() if files is None else files
+        return Snapshot(self.background_copy.start(wanted), self._facts(unsent_rows))
+
+    def files(self) -> dict[str, Tensors]:
+        """The tensors of each file of a checkpoint (no copy), by name without suffix."""
+        return checkpoint_parts.split(self._tensors())
 
     def checkpoint_bytes(self) -> int:
         """Size of a checkpoint's tensors, with Adam's moments also before the first step."""

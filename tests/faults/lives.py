@@ -31,6 +31,7 @@ from ddpm_ray.runs import train as training_run
 from ddpm_ray.runs.train_worker import assemble
 from ddpm_ray.tracking import mlflow_runs
 from ddpm_ray.tracking.run_info import RunMetadata, TrackedRun
+from ddpm_ray.training import checkpoint_parts
 from ddpm_ray.training.checkpoints import CHECKPOINTS, CheckpointStore
 from ddpm_ray.training.loop import train_loop
 from ddpm_ray.training.run import Run
@@ -113,6 +114,7 @@ class Life:
     record_draws: bool = False  # what each worker draws is written down: see `drawn`
     uri: str = ""  # MLflow's; empty: a database in the folder
     meter: bool = False  # the main worker's memory and open files are written down: see `metered`
+    part_bytes: int = 0  # most of a checkpoint's file; 0: no group is split
     lives: int = 0
     tracked: TrackedRun | None = None
     lease: Lease | None = None
@@ -164,6 +166,7 @@ class Life:
             "tracked": vars(self.tracked) if self.tracked else None,
             "draws": str(self.folder / f"draws-{self.lives}-") if self.record_draws else "",
             "meter": str(self.folder / "meter") if self.meter else "",
+            "part_bytes": self.part_bytes,
         }
         meeting = self.folder / f"meeting-{self.lives}"
         workers = [
@@ -237,6 +240,8 @@ def hashes(checkpoint: str) -> dict[str, str]:
 def _work(rank: int, count: int, meeting: str, settings: dict[str, Any], planned: str) -> None:
     if planned:
         os.environ[fault_injection.VARIABLE] = planned
+    if settings["part_bytes"]:
+        checkpoint_parts.PART_BYTES = settings["part_bytes"]
     dist.init_process_group(
         "gloo",
         init_method=f"file://{meeting}",

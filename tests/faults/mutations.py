@@ -40,6 +40,7 @@ NOISING = "ddpm_ray/training/noising.py"
 MASKED, NO_WAITING = "ddpm_ray/training/masked_updates.py", "tests/training/test_no_waiting.py"
 DAMAGE = "tests/training/test_damaged_checkpoints.py"
 FENCING = "tests/training/test_fencing.py"
+SHARED_SAVES = "tests/training/test_shared_writing.py"
 
 MUTATIONS = (
     Mutation(
@@ -244,9 +245,32 @@ MUTATIONS = (
     Mutation(
         "the manifest is written before its data",
         "ddpm_ray/training/checkpoint_folder.py",
-        "files | {MANIFEST: _json({FORMAT: NEWEST_FORMAT} | described(files))}",
-        "{MANIFEST: _json({FORMAT: NEWEST_FORMAT} | described(files))} | files",
+        "    entries = write_tensors(url, snapshot.tensors)\n",
+        "    entries = described(tensor_files(snapshot.tensors))\n"
+        "    object_store.write_bytes(object_store.join(url, MANIFEST), _json(entries))\n"
+        "    write_tensors(url, snapshot.tensors)\n",
         SAVES,
+    ),
+    Mutation(
+        "the manifest is written before the files of other workers",
+        "ddpm_ray/training/shared_writing.py",
+        "            if not late:\n                return sizes\n",
+        "            return dict.fromkeys(sum(awaited.values(), []), 0) | sizes\n",
+        SHARED_SAVES,
+    ),
+    Mutation(
+        "files of other workers are not compared with their sizes",
+        "ddpm_ray/training/shared_writing.py",
+        "if written != {name: sizes[name] for name in names if name != _record(rank)}:",
+        "if False:",
+        SHARED_SAVES,
+    ),
+    Mutation(
+        "a folder that a later start deleted is an error of the storage",
+        "ddpm_ray/training/shared_writing.py",
+        "            check()  # a later start deletes folders without manifest\n",
+        "",
+        SHARED_SAVES,
     ),
     Mutation(
         "a lost pointer is not replaced",

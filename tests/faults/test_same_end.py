@@ -1,11 +1,14 @@
 """Killed any number of times, at any marked point, a run ends with the bits of an unbroken one."""
 
+import hashlib
 import random
 from pathlib import Path
 
 import pytest
 
 from ddpm_ray.fault_injection import POINTS
+from ddpm_ray.training.checkpoints import CHECKPOINTS, CheckpointStore
+from ddpm_ray.training.tensor_file import file_bytes
 from tests.faults.lives import AUTOENCODER, EVERY, STEPS, TINY, Ended, Life
 from tests.faults.schedules import kills
 
@@ -37,6 +40,30 @@ def test_a_kill_at_each_point_is_survived(
     assert ended.hashes == unbroken.hashes
     assert ended.same_rows() == unbroken.same_rows()
     assert ended.orphans == 0
+
+
+def test_a_kill_of_any_worker_in_a_shared_save_is_survived(
+    unbroken: Ended, noise_shards: str, tmp_path: Path
+) -> None:
+    """Both write each checkpoint. The state is that of a run whose files are whole."""
+    each = ["kill@object:4/1", "kill@manifest:9/1", "kill@manifest:14/0", "kill@commit:19/0"]
+    planned = " ".join([str(tmp_path / "fired"), *each])
+    life = Life(tmp_path, noise_shards, part_bytes=4096)
+    life.drive()
+    while not life.live(WORKERS, planned):
+        assert life.lives <= len(each)
+    assert len(list((tmp_path / "fired").iterdir())) == len(each)
+    ended = life.end()
+    assert ended.same_rows() == unbroken.same_rows()
+    assert ended.orphans == 0
+    found = CheckpointStore(str(tmp_path / "tiny" / CHECKPOINTS)).load()
+    assert found is not None
+    assert Path(found[0], "written-00001.json").exists()
+    assert len([name for name in ended.hashes if name.startswith("optimizer-")]) > 1
+    assert unbroken.hashes == {
+        f"{group}.safetensors": hashlib.sha256(file_bytes(tensors)).hexdigest()
+        for group, tensors in found[1].tensors.items()
+    }
 
 
 def test_an_autoencoder_with_its_adversary_survives_kills(

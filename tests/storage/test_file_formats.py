@@ -105,7 +105,8 @@ def test_a_later_format_is_refused_in_one_line(
 ) -> None:
     file, read = made(tmp_path)
     read()
-    newest = dataset.NEWEST_FORMAT if made is a_data_set else 1
+    numbers = {a_data_set: dataset.NEWEST_FORMAT, a_checkpoint: checkpoint_folder.NEWEST_FORMAT}
+    newest = numbers.get(made, 1)
     number = newest + later
     renumbered(file, number)
     line = (
@@ -145,15 +146,15 @@ def test_a_run_does_not_fall_back_past_a_checkpoint_of_a_later_version(
     store = CheckpointStore(str(tmp_path))
     store.save(snapshot(1))
     with monkeypatch.context() as later:
-        later.setattr(checkpoint_folder, "NEWEST_FORMAT", 2)
+        later.setattr(checkpoint_folder, "WHOLE_FORMAT", 3)
         newest = Path(store.save(snapshot(2)))
-    with pytest.raises(NewerFormatError, match="its format is 2"):
+    with pytest.raises(NewerFormatError, match="its format is 3"):
         store.load()
     for pointer in (*tmp_path.glob("pointers/*"), tmp_path / "latest.json"):
         pointer.unlink()
     again = CheckpointStore(str(tmp_path))
     again.acquire_lease(Lease.first(str(tmp_path), 1))
-    with pytest.raises(NewerFormatError, match="its format is 2"):
+    with pytest.raises(NewerFormatError, match="its format is 3"):
         again.load()
     assert (newest / "manifest.json").exists()
 

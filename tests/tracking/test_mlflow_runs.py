@@ -32,6 +32,8 @@ from ddpm_ray.tracking import async_logger, mlflow_runs, model_registry, run_log
 from ddpm_ray.tracking.async_logger import Tracker
 from ddpm_ray.tracking.mlflow_runs import TrackingError, TrackingOutageError
 from ddpm_ray.tracking.run_info import MAX_METRICS, RunMetadata, TrackedRun
+from ddpm_ray.training import checkpoint_parts
+from ddpm_ray.training.checkpoint_folder import read_checkpoint
 from ddpm_ray.training.checkpoints import CheckpointStore
 from ddpm_ray.training.writer_lease import Lease
 from tests.data.latent_sets import TINY_UNET, commit, encode_noise, initial_run
@@ -572,11 +574,15 @@ def test_a_logged_model_samples_what_its_checkpoint_samples(
 
 @pytest.mark.filterwarnings(*MLFLOWS)
 def test_a_model_is_logged_once_and_found_by_its_alias(
-    uri: str, new_run: NewRun, checkpoint: str, tmp_path: Path
+    uri: str, new_run: NewRun, checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Its weights are several files of the checkpoint."""
     run, client = new_run(uri), MlflowClient(uri)
+    monkeypatch.setattr(checkpoint_parts, "PART_BYTES", 1024)
+    split = CheckpointStore(str(tmp_path / "split")).save(read_checkpoint(checkpoint))
+    assert len([*Path(split).glob("ema-*")]) > 1
     for _ in range(2):
-        model_registry.log_model(run, checkpoint, LOADER)
+        model_registry.log_model(run, split, LOADER)
     assert len(client.get_run(run.run_id).outputs.model_outputs) == 1
     name = f"tiny-{run.run_id}"
     mlflow.set_tracking_uri(uri)

@@ -54,6 +54,15 @@ def test_the_next_copy_takes_the_same_memory() -> None:
     assert torch.equal(copies["model"]["w"], grown["model"]["w"])
 
 
+def test_memory_of_files_that_are_no_longer_copied_is_freed() -> None:
+    """Adam's moments come with the first step, and split a group that was whole before."""
+    copy = BackgroundCopy()
+    for name in ("optimizer", "optimizer-00001-of-00002"):
+        copy.start({name: {"w": torch.ones(8)}})
+    copy.finish()
+    assert [*copy._blocks] == ["optimizer-00001-of-00002"]
+
+
 def test_the_error_of_a_copy_is_raised_where_it_is_waited_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -20,9 +20,10 @@ from ddpm_ray import collectives
 from ddpm_ray.collectives import Workers
 from ddpm_ray.storage import object_store
 from ddpm_ray.storage.errors import StorageError
-from ddpm_ray.training.checkpoint_folder import GROUPS, CheckpointError, ListedFile
+from ddpm_ray.training.checkpoint_folder import GROUPS, CheckpointError
+from ddpm_ray.training.checkpoint_parts import shares
 from ddpm_ray.training.checkpoints import CheckpointStore
-from ddpm_ray.training.shared_reading import load_newest, read_together, shares
+from ddpm_ray.training.shared_reading import load_newest, read_together
 from ddpm_ray.training.state import Snapshot
 from tests.fixtures.unreadable import make_unreadable
 from tests.limits import ENDS_S
@@ -160,10 +161,10 @@ def test_one_that_cannot_read_its_file_ends_the_read_of_all(
 @given(st.lists(st.integers(0, 10**6), max_size=12), st.integers(1, 8))
 def test_shares_are_fair(sizes: list[int], count: int) -> None:
     """No worker has more than the mean and one file: the bound of any greedy schedule."""
-    files = [ListedFile(str(number), size, "") for number, size in enumerate(sizes)]
+    files = {str(number): size for number, size in enumerate(sizes)}
     found, loads = shares(files, count), [0] * count
-    for file in files:
-        loads[found[file.name]] += file.size
+    for name, size in files.items():
+        loads[found[name]] += size
     assert max(loads) <= sum(sizes) / count + max(sizes, default=0)
 
 

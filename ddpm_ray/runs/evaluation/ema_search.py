@@ -127,8 +127,8 @@ def search(
     result = _result(found, list(config.widths)) | {"run": run, "step": step}
     if out:
         result["checkpoint"] = object_store.absolute(out, home)
-        for name, data in checkpoint_folder.objects(snapshots.build(result["best"], step)).items():
-            object_store.write_bytes(object_store.join(result["checkpoint"], name), data)
+        average = snapshots.build(result["best"], step)
+        checkpoint_folder.write_checkpoint(result["checkpoint"], average)
     where = f"written to {result['checkpoint']}" if out else "not written; --out FOLDER writes it"
     best, metric = result["best"], result["metric"]
     log.info("the EMA of width %g has the lowest %s; it is %s", best, metric, where)
@@ -179,8 +179,8 @@ def score_widths(
     for width in config.widths:
         average = snapshots.build(width, step)
         network.load_state_dict(average.tensors["ema"])
-        manifest = checkpoint_folder.described(checkpoint_folder.objects(average))
-        sha256 = manifest["ema.safetensors"]["sha256"]
+        files = checkpoint_folder.tensor_files(average.tensors)
+        sha256 = checkpoint_folder.group_sha256(checkpoint_folder.described(files))
         scores = sample_quality.evaluate_samples(
             sample_quality.SampleSet(
                 denoiser,
