@@ -1,6 +1,7 @@
 """The cost of a checkpoint for the training thread and in memory, beside safetensors.save.
 
     python benchmarks/checkpoint.py [megabytes] [rounds]
+    python benchmarks/checkpoint.py shared [megabytes] [workers]
 
 The state has 1,520 tensors: weights, EMA and Adam's moments, by default 572 MB as the CIFAR-10
 network of Ho et al. has. `whole`: each tensor is copied in the training thread and the file comes
@@ -12,6 +13,18 @@ kinds in turn; medians. While a thread saves, the training thread wakes once a m
                 held the interpreter's lock, also on a machine with other work
     snapshot    CPU time of the training thread for the copy
     memory      peak resident memory over the state, in sizes of the state
+
+`shared`: a save by several workers (processes, over gloo) and a restart from it, by default of
+4,000 MB by 2. Files have at most an eighth of the state, so that a small one is shared as well.
+Takes two and a half times the state in memory for each worker. Of the worst worker:
+
+    stall       as above
+    silent      longest time between two heartbeats, which cluster.stall_timeout_s limits
+    update      from the begin of a save to when an update may change the state; training computes
+                gradients meanwhile
+    memory      as above
+    written     MB by each worker, in the second save
+    read        MB by each worker, at the restart; `read_of_state` is their sum over the state
 """
 
 import hashlib
@@ -29,13 +42,21 @@ from statistics import median
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+import torch.distributed as dist
 from safetensors import torch as safetensors
-from torch import Tensor
+from torch import Tensor, nn
 
+from ddpm_ray.collectives import Workers
+from ddpm_ray.distributed.heartbeat import Heartbeat, HeartbeatSender
 from ddpm_ray.storage import object_store
+from ddpm_ray.training import checkpoint_parts
 from ddpm_ray.training.background_copy import BackgroundCopy
+from ddpm_ray.training.checkpoint_writer import CheckpointWriter
 from ddpm_ray.training.checkpoints import CheckpointStore
-from ddpm_ray.training.state import Snapshot
+from ddpm_ray.training.ema import EMA
+from ddpm_ray.training.shared_reading import load_newest
+from ddpm_ray.training.state import Snapshot, TrainingState
+from ddpm_ray.training.writer_lease import Lease
 
 Groups = dict[str, dict[str, Tensor]]
 TENSORS = {"model": 304, "ema": 304, "optimizer": 912}
@@ -132,10 +153,116 @@ def measure(kind: str, megabytes: float) -> dict[str, float]:
     }
 
 
+def trained(megabytes: float) -> TrainingState:
+    """A state of about that size: weights, EMA and Adam's moments."""
+    count = TENSORS["model"]
+    each = round(megabytes * 1e6 / 4 / 4 / count)
+    model = nn.ParameterList(nn.Parameter(torch.ones(each)) for _ in range(count))
+    optimizer = torch.optim.Adam(model.parameters(), fused=True)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    return TrainingState(model, EMA(model), optimizer, {}, step=1)
+
+
+class Traffic:
+    """Bytes that this process writes to the storage and reads from it."""
+
+    def __init__(self) -> None:
+        self.written = self.read = 0
+        self._write, self._read = object_store.write_bytes, object_store.read_bytes
+        object_store.write_bytes = self._writing
+        object_store.read_bytes = self._reading
+
+    def _writing(self, url: str, data: bytes | memoryview) -> None:
+        self.written += len(data)
+        self._write(url, data)
+
+    def _reading(self, url: str, size_bytes: int = object_store.UNKNOWN_BYTES) -> bytes:
+        data = self._read(url, size_bytes)
+        self.read += len(data)
+        return data
+
+
+def worker(rank: int, count: int, megabytes: float, folder: str) -> dict[str, float]:
+    """Save twice and restart as one of `count` workers; measure the second save."""
+    torch.set_num_threads(1)
+    meeting = f"file://{folder}/meeting"
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=count)
+    workers, beats, traffic = Workers(rank, count), list[float](), Traffic()
+    state, store = trained(megabytes), CheckpointStore(f"{folder}/run", keep=2)
+    size = state.checkpoint_bytes()
+    checkpoint_parts.PART_BYTES = min(checkpoint_parts.PART_BYTES, size // 8)
+    if workers.is_main:
+        store.acquire_lease(Lease.first(store.url))
+    store.lease = workers.gather(store.lease)[0]
+    writer = CheckpointWriter(store)
+
+    def note(heartbeat: Heartbeat) -> None:
+        beats.append(time.perf_counter())
+
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak
+    before = memory("VmRSS")
+    writer.save(state, [], workers)
+    writer.wait()
+    workers.gather(None)
+    traffic.written = 0
+    sender = HeartbeatSender(rank, note, count)
+    sender.start()
+    began_s = time.perf_counter()
+    writer.save(state, [], workers)
+    state.background_copy.before_update()
+    update_s = time.perf_counter() - began_s
+    stall_s, _ = longest(writer.wait)
+    saved_s = time.perf_counter() - began_s
+    sender.stop()
+    silent_s = max(b - a for a, b in zip(beats, [*beats[1:], time.perf_counter()], strict=True))
+    peak = (memory("VmHWM") - before) / size
+    written = traffic.written
+    del state, writer  # the restart is that of other processes
+    workers.gather(None)
+    traffic.read = 0
+    load_newest(CheckpointStore(store.url), workers)
+    return {
+        "stall_ms": 1e3 * stall_s,
+        "silent_s": silent_s,
+        "update_ms": 1e3 * update_s,
+        "saved_s": saved_s,
+        "memory": peak,
+        "written_mb": written / 1e6,
+        "read_mb": traffic.read / 1e6,
+    }
+
+
+def shared(megabytes: float, count: int) -> dict[str, object]:
+    """Results of the workers in one: of times and memory the worst, of bytes all."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, __file__, "worker", str(count), str(megabytes), folder]
+        started = [
+            subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, text=True)
+            for rank in range(count)
+        ]
+        found = [json.loads(one.communicate()[0]) for one in started]
+    by_key = {key: [round(one[key], 2) for one in found] for key in found[0]}
+    traffic = {key: by_key.pop(key) for key in ("written_mb", "read_mb")}
+    worst = {key: max(values) for key, values in by_key.items()}
+    return {**worst, **traffic, "read_of_state": round(sum(traffic["read_mb"]) / megabytes, 2)}
+
+
 def main() -> None:
     """Print one line of JSON for each kind."""
     if sys.argv[1:2] == ["measure"]:
         print(json.dumps(measure(sys.argv[2], float(sys.argv[3]))))
+        return
+    if sys.argv[1:2] == ["worker"]:
+        workers, large, folder, rank = sys.argv[2:6]
+        print(json.dumps(worker(int(rank), int(workers), float(large), folder)))
+        return
+    if sys.argv[1:2] == ["shared"]:
+        size = float(sys.argv[2]) if len(sys.argv) > 2 else 4000
+        count = int(sys.argv[3]) if len(sys.argv) > 3 else 2
+        print(json.dumps({"kind": "shared", "megabytes": size, **shared(size, count)}))
         return
     megabytes = float(sys.argv[1]) if len(sys.argv) > 1 else 572
     rounds = int(sys.argv[2]) if len(sys.argv) > 2 else 5
