@@ -105,7 +105,10 @@ def test_a_later_format_is_refused_in_one_line(
 ) -> None:
     file, read = made(tmp_path)
     read()
-    numbers = {a_data_set: dataset.NEWEST_FORMAT, a_checkpoint: checkpoint_folder.NEWEST_FORMAT}
+    numbers: dict[Callable[..., Any], int] = {
+        a_data_set: dataset.NEWEST_FORMAT,
+        a_checkpoint: checkpoint_folder.NEWEST_FORMAT,
+    }
     newest = numbers.get(made, 1)
     number = newest + later
     renumbered(file, number)
