@@ -32,7 +32,8 @@ from ddpm_ray.sampling.sampling import SamplingPlan, draw
 from ddpm_ray.training import validation_loss
 from ddpm_ray.training.checkpoints import CheckpointStore
 from ddpm_ray.training.ema_snapshots import SNAPSHOTS, SnapshotStore, averaged
-from ddpm_ray.training.loop import handle_rejected, report, save, take_step
+from ddpm_ray.training.loop import report, save, take_step
+from ddpm_ray.training.rejected_steps import handle_rejected
 from ddpm_ray.training.run import Run
 from ddpm_ray.training.sample_grids import SampleGridLogger
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+from ddpm_ray.config.ema_widths import wrong_decays, wrong_widths
 from ddpm_ray.config.option_fields import option
 from ddpm_ray.config.reading.former_keys import Former
 
@@ -13,7 +14,6 @@ FORMER_COMPILE = Former(  # a boolean, as values and as text on the command line
     choices=dict.fromkeys((True, "true", "True", "yes", "on"), "default")
     | dict.fromkeys((False, "false", "False", "no"), "off")
 )
-PLAIN_MEAN = 0.2886  # relative width of the plain mean; wider power profiles favour the start
 
 
 @dataclass(frozen=True)
@@ -317,25 +317,3 @@ class TrainingConfig:
                 f"training.ema_snapshot_every_steps is {self.ema_snapshot_every_steps} and "
                 f"training.ema_snapshot_widths is empty; name two widths: try [0.05,0.1]"
             )
-
-
-def wrong_decays(key: str, decays: tuple[float, ...]) -> Iterator[str]:
-    """Yield a line for each error in `decays`, the value of `key`."""
-    if wrong := [decay for decay in decays if not 0 < decay < 1]:
-        yield f"{key} holds {wrong[0]}; a decay per step is above 0 and below 1: try 0.999"
-    yield from _doubled(key, decays)
-
-
-def wrong_widths(key: str, widths: tuple[float, ...]) -> Iterator[str]:
-    """Yield a line for each error in `widths`, the value of `key`."""
-    if wrong := [width for width in widths if not 0 < width < PLAIN_MEAN]:
-        yield (
-            f"{key} holds {wrong[0]}; a relative width is above 0 and below {PLAIN_MEAN}, that of "
-            f"the plain mean: try 0.1"
-        )
-    yield from _doubled(key, widths)
-
-
-def _doubled(key: str, values: tuple[float, ...]) -> Iterator[str]:
-    if twice := [value for i, value in enumerate(values) if value in values[:i]]:
-        yield f"{key} holds {twice[0]} twice; each has one name in a checkpoint: leave one out"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ddpm_ray.collectives import Workers
 from ddpm_ray.data.loader import Batch
-from ddpm_ray.reporting import Command, Progress, Sink
+from ddpm_ray.reporting import Command, Progress, Row, Sink
 from ddpm_ray.training.batch_copier import BatchCopier
 from ddpm_ray.training.checkpoint_writer import CheckpointWriter
 from ddpm_ray.training.divergence_guard import DivergenceGuard
@@ -132,3 +132,18 @@ class Run:
         """Whether all steps are taken, or all core-seconds used; the same on all workers."""
         core_seconds = self.plan.core_seconds
         return self.state.step >= self.plan.steps or 0 < core_seconds <= self.log.core_s
+
+    def settle(self) -> None:
+        """Wait on all workers until the last checkpoint is committed; all must call it.
+
+        An error of one worker ends all of them, and would abort an upload of rank 0.
+        """
+        self.checkpoints.wait()
+        self.workers.gather(None)
+
+    def send_rows(self) -> list[Row]:
+        """Send the rows of the steps since the last call to the sink; none right after a rewind."""
+        rows = self.log.collect(self.state.step, self.stream.waited_s)
+        if self.sink is not None:
+            self.sink.rows(rows)
+        return rows

@@ -83,14 +83,14 @@ MUTATIONS = (
     ),
     Mutation(
         "a rewound run repeats the same samples",
-        "ddpm_ray/training/loop.py",
+        "ddpm_ray/training/rejected_steps.py",
         "state.step, state.scores, state.validation_losses = step, scores, losses",
         "state.scores, state.validation_losses = scores, losses",
         LOOP,
     ),
     Mutation(
         "rewinding restores a later checkpoint",
-        "ddpm_ray/training/loop.py",
+        "ddpm_ray/training/rejected_steps.py",
         "store.at((step - 1) // every * every)",
         "store.at(step - 1)",
         LOOP,
@@ -174,7 +174,7 @@ MUTATIONS = (
     ),
     Mutation(
         "steps after a diverged one are not taken again",
-        "ddpm_ray/training/loop.py",
+        "ddpm_ray/training/rejected_steps.py",
         "state.step, state.shown = step, min",
         "state.shown = min",
         NO_WAITING,

@@ -21,8 +21,9 @@ from ddpm_ray.storage.errors import StorageError
 from ddpm_ray.training import posterior_monitor
 from ddpm_ray.training.autoencoder_objective import AutoencoderObjective
 from ddpm_ray.training.checkpoints import CheckpointStore
-from ddpm_ray.training.loop import handle_rejected, take_step, train_loop
+from ddpm_ray.training.loop import take_step, train_loop
 from ddpm_ray.training.posterior_monitor import PosteriorMonitor
+from ddpm_ray.training.rejected_steps import handle_rejected
 from ddpm_ray.training.run import Run
 from tests.fixtures.same_bits import assert_same_tensors
 from tests.fixtures.threaded_workers import OnWorkers

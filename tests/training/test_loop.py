@@ -40,7 +40,7 @@ from ddpm_ray.diffusion.conditioning import Conditioning
 from ddpm_ray.fault_injection import InjectedFaultError
 from ddpm_ray.reporting import RATES, Command, Progress, Row
 from ddpm_ray.storage import object_store
-from ddpm_ray.training import loop
+from ddpm_ray.training import loop, rejected_steps
 from ddpm_ray.training.checkpoint_writer import CheckpointWriter
 from ddpm_ray.training.checkpoints import CheckpointStore
 from ddpm_ray.training.divergence_guard import DivergedError, DivergenceGuard
@@ -1280,7 +1280,7 @@ def test_gradients_are_clipped_to_the_configured_norm(data: str, tmp_path: Path)
 def steps_alone(run: Run) -> None:
     """A step, and what the host makes of the device's decision on it."""
     loop.take_step(run)
-    loop.handle_rejected(run, run.log.read())
+    rejected_steps.handle_rejected(run, run.log.read())
 
 
 def gloo_worker(rank: int, folder: Path, data: str) -> dict[str, Any]:

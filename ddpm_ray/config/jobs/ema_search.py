@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 
 from ddpm_ray.config.cluster import ClusterConfig
 from ddpm_ray.config.data import MOVED_AUTOENCODER
+from ddpm_ray.config.ema_widths import wrong_widths
 from ddpm_ray.config.evaluation import EvaluationConfig
 from ddpm_ray.config.option_fields import option
 from ddpm_ray.config.sampling import SamplingSettings
-from ddpm_ray.config.training import wrong_widths
 
 
 @dataclass(frozen=True)
