@@ -10,15 +10,15 @@ A folder is deleted once a checkpoint is committed that no longer lists its eval
 bound to the sha256 of the weights, so one of other weights of the same step is never taken.
 """
 
+from __future__ import annotations
+
 import hashlib
 import io
 import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
-
-from PIL import Image
+from typing import TYPE_CHECKING, Any
 
 from ddpm_ray.reporting import Row, Sink
 from ddpm_ray.storage import checksummed_json, object_store
@@ -28,6 +28,9 @@ from ddpm_ray.training.checkpoint_folder import MANIFEST, TENSORS
 from ddpm_ray.training.checkpoint_pointers import PREFIX
 from ddpm_ray.training.ema_snapshots import SnapshotStore
 from ddpm_ray.training.optimizer_moments import Tensors
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 log = logging.getLogger(__name__)
 
@@ -127,6 +130,8 @@ class EvaluationStore(SnapshotStore):
 
     def result(self, step: int) -> EvaluationResult:
         """Read what the evaluation of `step` found. Raises StorageError."""
+        from PIL import Image  # so that training does not need Pillow
+
         value = checksummed_json.read(self._file(step, RESULT))
         images = list[tuple[str, int, Image.Image]]()
         for key, at in value["images"]:

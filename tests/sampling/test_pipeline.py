@@ -256,7 +256,7 @@ def test_labels_reach_every_way_to_edit() -> None:
         ({"images": KNOWN.repeat(3, -1)}, r"images are uint8 \[5, 8, 8, 3\]"),
         (
             {"images": KNOWN[:, :6], "mask": MASK[:6]},
-            "images are 6 x 8; the model edits",
+            r"are 6 x 8 \(height x width\); the model edits",
         ),
         ({"labels": [1]}, r"labels \[1.*\], but the model is trained without labels"),
         ({"steps": 21}, "steps is 21"),
@@ -281,7 +281,7 @@ def test_what_else_cannot_be_edited_says_why() -> None:
     with pytest.raises(ValueError, match="left is -1; it must be at least 0"):
         model.outpaint(KNOWN, top=3, left=-1, steps=2)
     with pytest.raises(
-        ValueError, match="images are 7 x 4; the model edits images of at least 8 x 8"
+        ValueError, match=r"are 7 x 4 \(height x width\); the model edits images of at least 8 x 8"
     ):
         model.outpaint(KNOWN[:, :4, :4], top=3, steps=2)
     for strength in (0, 1.5):

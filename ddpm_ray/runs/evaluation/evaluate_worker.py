@@ -140,9 +140,11 @@ def _sample_scores(
 
 def _drawing(model: TrainedModel, config: EvaluateConfig, workers: Workers) -> Denoiser:
     """The denoiser that draws samples, in the configured arithmetic."""
-    loaded = model.denoiser.network
+    wanted, loaded = config.evaluation, model.denoiser.network
+    if (wanted.precision, wanted.compile) == ("fp32", "off"):
+        return model.denoiser
     assert isinstance(loaded, nn.Module)
-    network = inference_network(loaded, config.evaluation, workers.device)
+    network = inference_network(loaded, wanted, workers.device)
     return dataclasses.replace(model.denoiser, network=network)
 
 
