@@ -140,10 +140,12 @@ def _words(
             if index.is_cpu and index.numel():
                 _require_word("index", *(int(end) for end in index.aminmax()))
             if kernel := _kernel(index.device):
-                found = kernel(index, step, int(purpose), seed, blocks or 1)
-                return found if blocks else cast(Words, tuple(word[..., 0] for word in found))
+                if blocks is not None:
+                    return kernel(index, step, int(purpose), seed, blocks)
+                first = kernel(index, step, int(purpose), seed, 1)
+                return cast(Words, tuple(word[..., 0] for word in first))
     block: Word = 0
-    if blocks:
+    if blocks is not None:
         block, index = torch.arange(blocks, device=index.device), index[..., None]
     counter = (block, index, step, int(purpose))  # reads from block to purpose
     return cast(Words, philox(counter, seed))  # each depends on the index
@@ -166,9 +168,11 @@ def _kernel(device: torch.device) -> Callable[[Tensor, Step, int, int, int], Wor
         known = [philox((block, last, last, purpose), 2**64 - 1) for block in range(2)]
         if list(zip(*(word[0].tolist() for word in found), strict=True)) != known:
             raise ArithmeticError("its numbers are wrong")
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # noqa: BLE001  # without it runs are slower, with the same bits
         log.warning(
-            "%s: drawing random numbers launches about 250 kernels more a step, because the Triton "
+            "%s: random numbers take hundreds of kernels more in each step, because the Triton "
             "kernel for them does not run (%s: %s); it needs triton and a C compiler",
             device,
             type(error).__name__,

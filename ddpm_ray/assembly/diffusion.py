@@ -149,7 +149,7 @@ def noising_recipe(
 
 
 def _compiles_noising(training: TrainingConfig, state: TrainingState) -> bool:
-    """Whether the noising is compiled: on GPUs, where 290 launches become a few kernels.
+    """Whether the noising is compiled: on GPUs, where hundreds of launches become a few.
 
     On a CPU it saves little, and the noise would differ by up to 5e-7 from that of earlier runs.
     """

@@ -30,7 +30,9 @@ class _OwnOutputs:
     def __init__(self, network: Network) -> None:
         self._network = network
 
-    def __call__(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+    def __call__(
+        self, x_t: Tensor, t: Tensor, conditioning: Conditioning = UNCONDITIONAL
+    ) -> Tensor:
         """The network's output."""
         return self._network(x_t, t, conditioning).clone()
 
@@ -56,5 +58,5 @@ class _Bf16Network:
         return output
 
     def _newest_version(self) -> int:
-        """A number that every change of a weight increases."""
+        """A number that each in-place change of a weight increases, except through `.data`."""
         return sum(one._version for one in self._weights.model.parameters())

@@ -115,9 +115,14 @@ def copy_autoencoder(facts: Mapping[str, Any], folder: Path) -> None:
     if (held := facts.get("autoencoder")) is None:
         return
     url, destination = held["url"], folder / AUTOENCODER_COPY
-    _autoencoder(url, held["sha256"], "cpu")  # raises before anything is written
-    for name, source in autoencoder_files(url).items():
+    try:
+        files = autoencoder_files(url)
+    except (CheckpointError, ConfigError, UnsupportedModelError) as error:
+        raise ValueError(f"the autoencoder of these latents does not load: {error}") from error
+    for name, source in files.items():
         object_store.write_bytes(str(destination / name), object_store.read_bytes(source))
+    # The copy is verified: the autoencoder's run may commit another checkpoint at any time.
+    _autoencoder(str(destination), held["sha256"], "cpu", url)
 
 
 def _copy_in(where: str) -> str:
@@ -129,8 +134,13 @@ def _copy_in(where: str) -> str:
     return str(place) if held else ""
 
 
-def _autoencoder(url: str, sha256: str, device: torch.device | str) -> TrainedAutoencoder:
-    """Load the autoencoder at `url`; raises ValueError unless it loads and has this sha256."""
+def _autoencoder(
+    url: str, sha256: str, device: torch.device | str, named: str = ""
+) -> TrainedAutoencoder:
+    """Load the autoencoder at `url`, called `named` in errors, if that is given.
+
+    Raises ValueError unless it loads and has this sha256.
+    """
     try:
         found = trained_autoencoder(url, device)
     except (CheckpointError, ConfigError, UnsupportedModelError) as error:
@@ -138,6 +148,6 @@ def _autoencoder(url: str, sha256: str, device: torch.device | str) -> TrainedAu
     if found.sha256 != sha256:
         raise ValueError(
             f"these latents were encoded by the autoencoder of sha256 {sha256[:12]}, and that of "
-            f"{url} is {found.sha256[:12]}"
+            f"{named or url} is {found.sha256[:12]}"
         )
     return found

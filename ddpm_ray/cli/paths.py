@@ -57,16 +57,16 @@ def output_folder(option: str, path: str, home: Path) -> str:
     return str(where)
 
 
-def output_url(option: str, url: str, home: Path) -> str:
+def output_url(option: str, url: str, home: Path, *, data_set: bool = False) -> str:
     """The absolute URL of a folder to be written; a local one is checked as by `output_folder`.
 
-    A folder with a manifest is not checked: a finished data set is not written again.
+    A complete `data_set` is not checked: it is not written again.
     """
     if "://" in url and not url.startswith("file://"):
         return url
     path = url.removeprefix("file://")
     where = _local(option, path, home).resolve()
-    if not (where / MANIFEST).is_file():
+    if not (data_set and (where / MANIFEST).is_file()):
         output_folder(option, path, home)
     return str(where)
 

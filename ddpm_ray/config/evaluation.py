@@ -168,14 +168,15 @@ class EvaluationConfig:
         found = [f"evaluation.{key}" for key in keys if getattr(self, key) != getattr(default, key)]
         return f"not used here: {', '.join(found)}; {remedy}" if found else ""
 
-    def problems_of_arithmetic(self) -> Iterator[str]:
-        """Yield a line for each option of the arithmetic of samples that an autoencoder sets."""
+    def problems_of_arithmetic(self, task: str) -> Iterator[str]:
+        """Yield a line for each option of the arithmetic of samples; `task` draws none."""
         for key, value, plain in (
             ("precision", self.precision, "fp32"),
             ("compile", self.compile, "off"),
         ):
             if value != plain:
-                yield f"evaluation.{key} is {value}; an autoencoder draws no samples: leave it out"
+                what = "an autoencoder" if task == "autoencoder" else f"a {task}"
+                yield f"evaluation.{key} is {value}; {what} draws no samples: leave it out"
 
     def problems(self) -> Iterator[str]:
         """Yield a line for each setting that makes a score meaningless."""

@@ -155,8 +155,8 @@ class RunConfig:
                 "training.gradient_checkpointing is true, which an autoencoder does not have: use "
                 "training.micro_batch_size to save memory"
             )
-        if traits.reconstructs:
-            yield from self.evaluation.problems_of_arithmetic()
+        if not traits.draws_images:
+            yield from self.evaluation.problems_of_arithmetic(self.task)
         if self.training.compile != "off" and self.autoencoder.discriminator_from_step:
             # The adversarial weight needs a second backward pass over part of the graph.
             yield (

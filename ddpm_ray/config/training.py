@@ -189,8 +189,8 @@ class TrainingConfig:
     )
     compile: CompileMode = option(
         "off",
-        "mode of torch.compile, faster on GPUs after minutes of compilation; reduce-overhead: with "
-        "CUDA graphs, for small batches; true and false mean default and off",
+        "mode of torch.compile, faster on GPUs after minutes of compilation; reduce-overhead, "
+        "max-autotune: with CUDA graphs, for small batches; true and false mean default and off",
         formerly=FORMER_COMPILE,
     )
     compile_fallback: bool = option(

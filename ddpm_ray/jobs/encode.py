@@ -29,7 +29,7 @@ def prepare(config: EncodeConfig, arguments: Namespace) -> EncodeConfig:
         if object_store.is_local(url) and not object_store.local_path(url).is_dir():
             raise ConfigError(f"{name} is {url}: there is no such folder")
         setattr(arguments, name, url)
-    arguments.destination = output_url("destination", arguments.destination, home)
+    arguments.destination = output_url("destination", arguments.destination, home, data_set=True)
     return config
 
 

@@ -21,7 +21,9 @@ from ddpm_ray.config.jobs.pack import PackConfig
 
 def prepare(config: PackConfig, arguments: Namespace) -> PackConfig:
     """Return `config`; make the destination absolute. Raises ConfigError if it is not writable."""
-    arguments.destination = output_url("destination", arguments.destination, home_folder())
+    arguments.destination = output_url(
+        "destination", arguments.destination, home_folder(), data_set=True
+    )
     return config
 
 

@@ -47,7 +47,7 @@ def require_lpips() -> None:
 
 
 def load_lpips(device: torch.device) -> LpipsDistance:
-    """The distance on `device`. Raises NoLpipsError, also if VGG16's weights are not fetched."""
+    """The distance on `device`. Raises NoLpipsError, and OSError if VGG16's weights are missing."""
     require_lpips()
     import lpips
 
@@ -55,6 +55,9 @@ def load_lpips(device: torch.device) -> LpipsDistance:
         with torch.random.fork_rng(devices=[]):  # it draws weights before it loads them
             network = lpips.LPIPS(net="vgg", verbose=False)
     except OSError as error:  # no network, no disk
-        reason = f"weights of VGG16: {' '.join(str(error).split())[:200]}"
-        raise NoLpipsError(reason, torch.__version__) from error
+        reason = " ".join(str(error).split())[:200]
+        raise OSError(
+            f"autoencoder.perceptual is lpips, and the weights of VGG16 are not fetched "
+            f"({reason}): put them into torch's cache (TORCH_HOME) on each node"
+        ) from error
     return LpipsDistance(network.to(device).eval().requires_grad_(False))

@@ -72,7 +72,7 @@ class NoisingRecipe:
     def draw(self, stored: Tensor, labels: Tensor, step: Step, positions: Tensor) -> NoisyBatch:
         """Prepare samples that are on the device; `step` may be there too, as counter_rng.Step.
 
-        Nothing else changes from step to step, so this may be captured once for all steps.
+        No other number of the host changes from step to step: one capture serves all steps.
         """
         seed = self.seed
         flips = counter_rng.coin(seed, Purpose.FLIP, step, positions) if self.flip else None

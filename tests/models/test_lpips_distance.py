@@ -123,7 +123,8 @@ def test_weights_that_are_not_fetched_are_one_line(
         raise OSError("<urlopen error: no route to host>")
 
     monkeypatch.setattr(lpips, "LPIPS", fails)
-    with pytest.raises(NoLpipsError, match="weights of VGG16: <urlopen error: no route to host>"):
+    says = r"VGG16 are not fetched \(<urlopen error: no route to host>\).*TORCH_HOME"
+    with pytest.raises(OSError, match=says):  # transient: the driver starts the workers again
         load_lpips(CPU)
 
 

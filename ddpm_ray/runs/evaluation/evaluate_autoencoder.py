@@ -44,7 +44,7 @@ def require_reconstruction_scores(wanted: EvaluationConfig) -> None:
             f"evaluation.reference_url is {wanted.reference_url}; reconstructions are compared "
             "with the images of data_url: leave it out"
         )
-    problems += wanted.problems_of_arithmetic()
+    problems += wanted.problems_of_arithmetic("autoencoder")
     if problems:
         raise ConfigError("\n".join(problems))
 
