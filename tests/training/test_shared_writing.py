@@ -1,11 +1,14 @@
 """All workers write a checkpoint together; whatever one of them meets, no half of it counts."""
 
 import contextlib
+import itertools
 import json
 import os
 import re
 import shutil
+import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ from torch import Tensor
 
 from ddpm_ray.collectives import Workers
 from ddpm_ray.storage import checksummed_json, object_store
-from ddpm_ray.storage.errors import StorageError
+from ddpm_ray.storage.errors import PermanentStorageError, StorageError
 from ddpm_ray.training import checkpoint_folder, checkpoint_parts, shared_writing
 from ddpm_ray.training.checkpoint_folder import GROUPS, CheckpointError, read_checkpoint
 from ddpm_ray.training.checkpoint_writer import CheckpointWriter
@@ -27,6 +30,7 @@ from ddpm_ray.training.shared_writing import SharedSave
 from ddpm_ray.training.state import Snapshot, TrainingState
 from ddpm_ray.training.writer_lease import Lease, SupersededError
 from tests.fixtures.unreadable import make_unreadable
+from tests.limits import ENDS_S
 from tests.training.test_checkpoints import assert_same_bits
 from tests.training.test_damaged_checkpoints import SPOIL
 from tests.training.test_fencing import Stopwatch
@@ -43,39 +47,43 @@ def _small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda file: None)
 
 
+def state_at(at: int) -> TrainingState:
+    """A state of several files for each group, that differs from that of another step."""
+    state = state_with([[0, 1, 2, 3]])
+    step(state, at)
+    with torch.no_grad():
+        for name, value in state.model.named_parameters():
+            value.fill_(10.0 * at + int(name[0]))
+            state.ema.model.get_parameter(name).fill_(10.0 * at - int(name[0]))
+    state.step = at
+    return state
+
+
 def snapshot(at: int) -> Snapshot:
-    """A state of 2 files of tensors for each group, that differs from that of another step."""
-    tensors = {
-        group: {f"{i}.w": torch.full((3, 3), 10.0 * at + i) for i in range(4)} for group in GROUPS
-    }
-    return Snapshot(tensors, {"step": at, "group": "of the main worker"})
+    """What a checkpoint of `state_at` holds."""
+    return state_at(at).snapshot(["rows of 0"])
 
 
 class Start:
     """The workers of one start of a run, without collectives."""
 
     def __init__(self, url: str, driver: Lease, count: int = COUNT) -> None:
-        self.url, self.count, self.saves = url, count, 0
-        self.store = CheckpointStore(url, keep=2)
+        self.count, self.store = count, CheckpointStore(url, keep=2)
         self.store.acquire_lease(driver.renewed())
-        assert self.store.lease is not None
-        self.lease: Lease = self.store.lease
+        stores = [self.store, *(CheckpointStore(url) for _ in range(1, count))]
+        for store in stores:
+            store.lease = self.store.lease
+        self.writers = [CheckpointWriter(store) for store in stores]
 
-    def acts(self, at: int) -> list[Callable[[], Any]]:
-        """What each worker does to save the state of step `at`."""
-        self.saves += 1
-        whole = snapshot(at)
-        files = checkpoint_parts.split(whole.tensors)
-        shared = SharedSave.of(self.lease, self.saves, at, files, self.count)
+    def acts(self, at: int) -> list[Callable[[], None]]:
+        """What each worker does to save the state of step `at`, until it knows that it is saved."""
 
         def act(rank: int) -> None:
-            own = Snapshot({name: files[name] for name in shared.files_of(rank)}, whole.facts)
-            if rank == 0:
-                self.store.save(own, shared)
-            else:
-                shared.write(self.url, rank, own, self.lease.check)
+            writer = self.writers[rank]
+            writer.save(state_at(at), [f"rows of {rank}"], Workers(rank, self.count))
+            writer.wait()
 
-        return [lambda rank=rank: act(rank) for rank in range(self.count)]  # type: ignore[misc]
+        return [partial(act, rank) for rank in range(self.count)]
 
     def save(self, at: int) -> None:
         for act in reversed(self.acts(at)):
@@ -269,6 +277,81 @@ def test_without_all_files_of_all_workers_nothing_is_committed(
     assert not folder.exists()
 
 
+def refuse_writes(monkeypatch: pytest.MonkeyPatch, first: int, last: int, error: Exception) -> None:
+    """Make the writes of these numbers, from 0 and from now on, raise `error`."""
+    write, numbers = object_store.write_bytes, itertools.count()
+
+    def refusing(url: str, data: bytes | memoryview) -> None:
+        if first <= next(numbers) <= last:
+            raise type(error)(url, *error.args)
+        write(url, data)
+
+    monkeypatch.setattr(object_store, "write_bytes", refusing)
+
+
+FULL = PermanentStorageError("the disk is full", "free some space")
+AWAY = StorageError("no answer (https://anna:hunter2@store/)", "try again")
+NO_MEMORY = MemoryError("no memory")
+FAILURES = {
+    "of its first file": (0, FULL, r"safetensors: worker 2 failed: the disk is full; free some"),
+    "of its last file": (2, AWAY, r"safetensors: worker 2 failed: no answer \(https"),
+    "of its record": (3, AWAY, r"written-00002\.json: worker 2 failed: no answer \(https"),
+    "of no store": (1, NO_MEMORY, r"step-00000050-.*: worker 2 failed: MemoryError: .*no memory"),
+}
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_the_main_worker_raises_the_error_of_another_at_once(
+    failure: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is waiting for files already; a save after the fault is whole."""
+    monkeypatch.setattr(shared_writing, "WAIT_S", ENDS_S)
+    number, error, reason = FAILURES[failure]
+    url, waits, list_files = str(tmp_path), threading.Event(), object_store.list_files
+    start = Start(url, Lease.first(url))
+    start.save(25)
+
+    def listed(where: str) -> dict[str, int]:
+        sizes = list_files(where)
+        waits.set()
+        return sizes
+
+    with monkeypatch.context() as patch:
+        patch.setattr(object_store, "list_files", listed)
+        start.writers[0].save(state_at(50), ["rows of 0"], Workers(0, COUNT))
+        assert waits.wait(ENDS_S)
+        acts = start.acts(50)
+        acts[1]()
+        refuse_writes(patch, number, number, error)
+        with pytest.raises(type(error), match=str(error.args[0]).partition(" (")[0]):
+            acts[2]()
+        kind = PermanentStorageError if error is FULL else StorageError
+        with pytest.raises(StorageError, match=reason) as raised:
+            start.writers[0].wait()
+    assert type(raised.value) is kind
+    assert "hunter2" not in "".join(raised.value.args)
+    assert newest(url) == 25
+    assert not list(tmp_path.glob("step-00000050-*"))
+    start.save(75)
+    assert newest(url) == 75
+
+
+def test_a_worker_that_can_write_nothing_raises_the_first_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its record is refused as well, so that the main worker is not told."""
+    monkeypatch.setattr(shared_writing, "WAIT_S", -1.0)
+    start = Start(str(tmp_path), Lease.first(str(tmp_path)))
+    acts = start.acts(50)
+    acts[1]()
+    with monkeypatch.context() as patch:
+        refuse_writes(patch, 0, 99, FULL)
+        with pytest.raises(PermanentStorageError, match=r"safetensors: the disk is full"):
+            acts[2]()
+    with pytest.raises(StorageError, match="worker 2 has not written its files"):
+        acts[0]()
+
+
 def test_the_main_worker_of_an_earlier_start_does_not_wait_for_dead_ones(tmp_path: Path) -> None:
     url = str(tmp_path)
     driver = Lease.first(url)
@@ -289,7 +372,9 @@ def test_a_damaged_part_makes_way_for_the_checkpoint_before(how: str, tmp_path: 
     start.save(50)
     (folder,) = tmp_path.glob("step-00000050-*")
     files = sorted(folder.iterdir())
-    assert len(files) == 2 * len(GROUPS) + 2 + COUNT - 1
+    parts = checkpoint_parts.split(snapshot(50).tensors)
+    assert len(parts) > 2 * len(GROUPS)  # each group is split
+    assert len(files) == len(parts) + 2 + COUNT - 1
     for file in files:
         data = file.read_bytes()
         SPOIL[how](file)
