@@ -80,7 +80,7 @@ class RunConfig:
 
     @property
     def spare_processes(self) -> int:
-        """Processes beside the workers, each with the resources of one."""
+        """Processes outside the worker group, each with the resources of a worker."""
         return int(self.evaluation.where == "spare")
 
     @property

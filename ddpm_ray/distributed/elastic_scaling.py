@@ -25,23 +25,45 @@ CHECKPOINT_S = 30.0  # how long a resize waits for a checkpoint, which saves rep
 
 
 class ElasticPolicy(ElasticScalingPolicy):  # type: ignore[misc]  # Ray's types are not followed
-    """Ray's policy, with two changes.
+    """Ray's policy, with three changes.
 
-    It allows only worker counts that divide the batch, and delays each resize until a checkpoint is
-    committed, because Ray kills the workers.
+    It allows only worker counts that divide the batch, leaves the resources of `spare` more
+    processes free, and delays each resize until a checkpoint is committed, because Ray kills the
+    workers.
     """
 
-    def __init__(self, config: ScalingConfig, counts: Sequence[int], control: RunControl) -> None:
+    def __init__(
+        self, config: ScalingConfig, counts: Sequence[int], control: RunControl, spare: int = 0
+    ) -> None:
         super().__init__(config)
-        self._counts, self._control = list(counts), control
+        self._counts, self._control, self._spare = list(counts), control, spare
         self._resize: ResizeDecision | None = None
         self._requested_s = 0.0  # when the checkpoint was requested
         self._checkpoint_before = ""  # the newest one at that time
         self._known = ""  # the newest checkpoint in the last status
 
+    def _get_num_workers_for_resource_request(self) -> int:
+        return int(super()._get_num_workers_for_resource_request()) + self._spare
+
     def _count_possible_workers(self, reserved_resources: Any) -> int:
-        possible = super()._count_possible_workers(reserved_resources)
+        """The largest allowed count that fits; the fewest workers outrank the spare processes."""
+        left = self._without_spare(reserved_resources)
+        possible = super()._count_possible_workers(left)
+        if possible < self._counts[0]:  # training goes on, and its evaluations are given up
+            possible = min(self._counts[0], super()._count_possible_workers(reserved_resources))
         return max((count for count in self._counts if count <= possible), default=0)
+
+    def _without_spare(self, reserved_resources: Any) -> dict[str, dict[str, float]]:
+        """Resources by node without those of the spare processes, as far as any node has them."""
+        each = self.scaling_config._resources_per_worker_not_none
+        left = {node: dict(resources) for node, resources in reserved_resources.items()}
+        for _ in range(self._spare):
+            for resources in left.values():
+                if all(resources.get(kind, 0.0) >= amount for kind, amount in each.items()):
+                    for kind, amount in each.items():
+                        resources[kind] = resources.get(kind, 0.0) - amount
+                    break
+        return left
 
     def make_decision_for_running_worker_group(self, **state: Any) -> ScalingDecision:
         """Delay Ray's resize until a newer checkpoint is committed, or CHECKPOINT_S have passed."""

@@ -29,8 +29,9 @@ def build_trainer(
     config: ClusterConfig,
     counts: Sequence[int],
     scratch: str,
+    spare: int = 0,
 ) -> "GroupTrainer":
-    """Build Ray's trainer of the group."""
+    """Build Ray's trainer of the group; an elastic one leaves `spare` workers' resources free."""
     elastic = len(counts) > 1
     wait_s = min(config.start_timeout_s, ELASTIC_START_S) if elastic else config.start_timeout_s
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(wait_s)
@@ -64,7 +65,7 @@ def build_trainer(
     )
     trainer.control = settings["control"]
     if elastic:
-        trainer.policy = ElasticPolicy(trainer.scaling_config, counts, trainer.control)
+        trainer.policy = ElasticPolicy(trainer.scaling_config, counts, trainer.control, spare)
     return trainer
 
 

@@ -43,9 +43,9 @@ def run(
     the first signal (SIGINT, SIGTERM, SIGHUP, SIGQUIT), the workers commit a checkpoint and stop. A
     second signal raises KeyboardInterrupt at once. `on_start` gets the step and the placement group
     of each start of the group. `counts`, ascending: allowed numbers of workers, of which the group
-    uses the largest that fits. `spare`: processes beside the workers, each with the resources of a
-    worker, that they start; a local Ray has room for them. Raises RunFailedError or
-    ControlLostError, each with a one-line message.
+    uses the largest that fits. `spare`: processes outside the group that the workers start, each
+    with the resources of a worker; a local Ray has CPUs for them, and an elastic group leaves them
+    free. Raises RunFailedError or ControlLostError, each with a one-line message.
     """
     workers = config.num_workers
     log.info("starting %s on Ray ...", counted(workers, "worker"))
@@ -54,7 +54,8 @@ def run(
     object_store.set_retry_timeout(config.storage_timeout_s)  # outlast a storage outage
     control = RunControl(settings.get("config", {}).get("name", ""))
     scratch = tempfile.mkdtemp(prefix="ddpm-ray-train-")  # mode 0700
-    trainer = build_trainer(worker, settings | {"control": control}, config, counts, scratch)
+    settings = settings | {"control": control}
+    trainer = build_trainer(worker, settings, config, counts, scratch, spare)
     outcome: dict[str, Any] = {}
     stop_requested, stop = False, False
     monitor = _GroupMonitor(config, on_start)

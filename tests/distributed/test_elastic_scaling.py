@@ -1,6 +1,8 @@
 """Elastic scaling policy, without Ray's controller."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from ray.exceptions import RayActorError
 from ray.train import ScalingConfig
 from ray.train.v2._internal.execution.scaling_policy import (
@@ -80,3 +82,36 @@ def test_a_dead_actor_holds_no_resize_up_for_ever(
     assert isinstance(policy.make_decision_for_running_worker_group(), NoopDecision)
     monkeypatch.setattr("time.monotonic", lambda now=policy._requested_s: now + CHECKPOINT_S)
     assert isinstance(policy.make_decision_for_running_worker_group(), ResizeDecision)
+
+
+@given(
+    slots=st.lists(st.integers(0, 5), max_size=4),
+    fewest=st.integers(1, 3),
+    more=st.integers(0, 3),
+    spare=st.integers(0, 2),
+    gpus=st.booleans(),
+)
+def test_workers_leave_the_spare_processes_their_resources(
+    slots: list[int], fewest: int, more: int, spare: int, gpus: bool
+) -> None:
+    """Nodes with CPUs or GPUs for so many processes; only the fewest workers outrank the spare."""
+    counts = list(range(fewest, fewest + more + 1))
+    config = ScalingConfig(num_workers=(counts[0], counts[-1]), use_gpu=gpus)
+    policy = ElasticPolicy(config, counts, SlowControl(), spare)  # type: ignore[arg-type]
+    nodes = [{"CPU": 8.0, "GPU": float(n)} if gpus else {"CPU": n + 0.5} for n in slots]
+    possible = policy._count_possible_workers({str(i): node for i, node in enumerate(nodes)})
+    fit = sum(slots)
+    assert possible in (0, *counts)
+    assert possible <= fit
+    if possible > fewest:
+        assert possible + spare <= fit
+    if fit >= counts[-1] + spare:
+        assert possible == counts[-1]
+    assert (possible == 0) == (fit < fewest)
+
+
+def test_the_resources_of_the_spare_processes_are_requested_of_the_autoscaler() -> None:
+    """Ray reserves what is requested, so without them the workers would take them again."""
+    for spare in (0, 1):
+        policy = ElasticPolicy(ScalingConfig(num_workers=(1, 2)), [1, 2], SlowControl(), spare)  # type: ignore[arg-type]
+        assert policy._get_num_workers_for_resource_request() == 2 + spare

@@ -48,6 +48,17 @@ CALLED: list[tuple[str, tuple[str, ...], str]] = [
     ),
     (
         "ray.train.v2._internal.execution.scaling_policy:ElasticScalingPolicy"
+        "._get_num_workers_for_resource_request",
+        ("self",),
+        "elastic_scaling.py overrides it; else the workers take the resources of the evaluations",
+    ),
+    (
+        "ray.train:ScalingConfig._resources_per_worker_not_none",
+        (),
+        "elastic_scaling.py subtracts it; else no elastic run with evaluation.where=spare starts",
+    ),
+    (
+        "ray.train.v2._internal.execution.scaling_policy:ElasticScalingPolicy"
         ".make_decision_for_running_worker_group",
         ("self",),
         "elastic_scaling.py overrides it; else no checkpoint before a resize",
