@@ -1,8 +1,10 @@
 """Prefetch the shuffle blocks of some lanes from shards in background threads.
 
-Memory is bounded by two shuffle windows of samples for these lanes and one batch (decoded samples,
-or the whole shards that hold raw ones), one shard per lane (the one in which its next block
-begins), FETCHES shards in flight and KEPT_BYTES of shards that were used last.
+Memory is bounded by two shuffle windows of samples for these lanes and one batch, one shard per
+lane (the one in which its next block begins), FETCHES shards in flight and KEPT_BYTES of shards
+that were used last. Raw pixels are views of their shards, which stay in memory whole: that adds at
+most KEPT_BYTES (of the shards in which the lanes' oldest blocks begin; three times as much where an
+epoch ends), or, of shards above KEPT_BYTES / lanes, as many bytes as the samples have.
 """
 
 from __future__ import annotations
@@ -49,7 +51,8 @@ class LaneShare:
 class LoadedBlock:
     """A block in memory. Raw pixels stay in their shards: a copy of them costs more than its bytes.
 
-    It would go to memory that is new to the process, page by page.
+    It would go to memory that is new to the process, page by page. Few pixels of a large shard are
+    copied: see `sample_views`.
     """
 
     block: Block
@@ -97,6 +100,9 @@ class Prefetcher:
         self._held_shards: WeakValueDictionary[int, Future[Shard]] = WeakValueDictionary()
         self._kept: OrderedDict[int, tuple[int, Future[Shard]]] = OrderedDict()  # with its bytes
         self._kept_bytes = 0
+        # Of a shard that views of few samples keep in memory. A lane's blocks in memory follow each
+        # other, and the shard of the newest is held for the next: only that of the oldest counts.
+        self._max_held_bytes = KEPT_BYTES // max(1, len(shares))
         self._fetchers = ThreadPoolExecutor(FETCHES, "shard-fetch")
         self._decoders = image_decoders(dataset.manifest)
         threading.Thread(target=self._run, name="shard-stream", daemon=True).start()
@@ -221,7 +227,7 @@ class Prefetcher:
     def _fill(self, part: ShardPart) -> None:
         """Put a part's samples into its block; publish the block after its last part."""
         shard, loaded = part.shard.result(), part.loaded
-        views = sample_views(shard, part.rows, self._dataset, self._decoders)
+        views = sample_views(shard, part.rows, self._dataset, self._decoders, self._max_held_bytes)
         for place, view in zip(part.places.tolist(), views, strict=True):
             loaded.views[place] = view
         loaded.labels[part.places] = shard.labels[part.rows]

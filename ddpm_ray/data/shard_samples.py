@@ -21,14 +21,17 @@ def image_decoders(manifest: Manifest) -> ImageDecoders:
 
 
 def sample_views(
-    shard: Shard, rows: Int64s, dataset: Dataset, decoders: ImageDecoders
+    shard: Shard, rows: Int64s, dataset: Dataset, decoders: ImageDecoders, max_held_bytes: int
 ) -> list[UInt8s]:
     """Return the bytes of the samples of these rows, [sample_bytes] each.
 
-    Of raw pixels they are views of the shard, which they keep in memory; others are copied or
-    decoded. Raises the errors of `gather`.
+    Of raw pixels they are views of the shard, which then stays in memory, if it has at most
+    `max_held_bytes` or the rows are at least half of it; others are copied or decoded. At most the
+    larger of `max_held_bytes` and twice the samples is kept so. Raises the errors of `gather`.
     """
-    if isinstance(shard.images, np.ndarray):
+    if isinstance(shard.images, np.ndarray) and (
+        shard.images.nbytes <= max_held_bytes or 2 * len(rows) >= len(shard)
+    ):
         return list(map(shard.images.reshape(len(shard), -1).__getitem__, rows.tolist()))
     samples = np.empty((len(rows), dataset.manifest.sample_bytes), dtype=np.uint8)
     gather(shard, rows, samples, dataset, decoders)

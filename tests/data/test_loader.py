@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -18,6 +19,7 @@ from ddpm_ray.data import image_decoders, prefetcher
 from ddpm_ray.data.dataset import Dataset
 from ddpm_ray.data.loader import Batch, ShardStream, read_images
 from ddpm_ray.data.shard_cache import COUNTER
+from ddpm_ray.data.shard_samples import sample_views
 from ddpm_ray.data.shards import Shard, ShardCorruptError, fetch_shard
 from ddpm_ray.data.shuffle_order import Block
 from ddpm_ray.storage import object_store
@@ -171,6 +173,60 @@ def test_memory_is_bounded_by_two_windows_and_a_batch(make_dataset: MakeDataset)
             stream.batch(step)
         stream.close()
     assert 100 <= max(held_samples) <= 2 * 100 + 12
+
+
+@settings(
+    max_examples=25,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(st.data())
+def test_samples_are_views_only_where_these_keep_little_else_in_memory(
+    make_dataset: MakeDataset, data: st.DataObject
+) -> None:
+    """Of a shard within the limit, or of which at least half is needed anyway."""
+    count = data.draw(st.integers(1, 40))
+    dataset = make_dataset(count, count)
+    shard = fetch_shard(dataset, 0)
+    assert isinstance(shard.images, np.ndarray)
+    picked = data.draw(st.lists(st.integers(0, count - 1), unique=True, min_size=1))
+    rows, most_bytes = np.array(picked), data.draw(st.integers(0, 300))
+    decoders = image_decoders.ImageDecoders("raw", dataset.manifest.image_shape, 1)
+    samples = sample_views(shard, rows, dataset, decoders, most_bytes)
+    decoders.close()
+    assert all(map(np.array_equal, samples, shard.images[rows].reshape(len(rows), -1)))
+    held = [np.shares_memory(sample, shard.images) for sample in samples]
+    kept_bytes = count * 6 if any(held) else len(rows) * 6
+    assert kept_bytes <= max(most_bytes, 2 * len(rows) * 6)
+    assert all(held) or (count * 6 > most_bytes and not any(held))
+
+
+@pytest.mark.parametrize("kept_bytes, held", [(3 * 1200, True), (3 * 1200 - 1, False)])
+def test_blocks_of_large_shards_do_not_keep_them_in_memory(
+    make_dataset: MakeDataset, kept_bytes: int, held: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shards of 1,200 bytes, of which each block of one of 3 lanes takes 66."""
+    dataset, shards = make_dataset(600, 200), []
+    expected = open_stream(dataset)
+    monkeypatch.setattr(prefetcher, "KEPT_BYTES", kept_bytes)
+
+    def fetch(*args: Any) -> Shard:
+        shards.append(fetch_shard(*args))
+        return shards[-1]
+
+    monkeypatch.setattr(prefetcher, "fetch_shard", fetch)
+    stream, found = open_stream(dataset), set()
+    for step in range(12):
+        assert torch.equal(stream.batch(step).images, expected.batch(step).images)
+        assert stream._prefetcher is not None
+        blocks = [loaded for _, ready in stream._prefetcher._lanes for loaded in list(ready)]
+        found |= {
+            any(np.shares_memory(view, shard.images) for shard in list(shards))
+            for loaded in blocks
+            for view in loaded.views
+        }
+    assert found == {held}
+    stream.close()
+    expected.close()
 
 
 def test_waiting_is_counted_and_reading_ahead_removes_it(make_dataset: MakeDataset) -> None:
