@@ -19,6 +19,7 @@ from ddpm_ray.models.unet_spec import UNetSpec
 
 NetworkSpec: TypeAlias = UNetSpec | DiTSpec | AutoencoderSpec
 NAMES = {UNetSpec: "a U-Net", DiTSpec: "a DiT", AutoencoderSpec: "an autoencoder"}
+CLASSIFIER = "a classifier"
 CONDITIONS = ("self_conditioning", "low_resolution_pixels", "inpainting_masks")  # of an objective
 
 
@@ -30,7 +31,8 @@ def incompatibilities(
     `spec` is that of the run's network, `codec` that of its data.
     """
     held, ours = _kind(found.spec, found.task), _kind(spec, config.task)
-    if held != ours:
+    # A classifier is the down path of a U-Net, and may begin with that of a denoiser.
+    if held != ours and (held, ours) != (NAMES[UNetSpec], CLASSIFIER):
         yield f"holds {held}, and this run trains {ours}: name a model with the same network"
         return
     yield from _other_inputs(found, spec, config, codec)
@@ -57,11 +59,14 @@ def learned_anew(found: TrainedWeights, config: RunConfig, codec: Codec) -> Iter
             f"was trained on latents of the autoencoder of sha256 {found.autoencoder_sha256[:12]}, "
             f"and this run is on those of {sha256[:12]}, which it has to learn"
         )
-    inputs = 0 if isinstance(found.spec, AutoencoderSpec) else found.spec.condition_channels
-    if inputs and not _conditions(found.objective):  # a folder of diffusers
+    if isinstance(found.spec, AutoencoderSpec) or _skips_inputs(found.spec, config):
+        return
+    given = _conditions(config.objective)
+    if found.spec.condition_channels and given and not _conditions(found.objective):
+        # A folder of diffusers, which has no option for them.
         yield (
             f"does not say which conditioning images its network sees; this run gives it "
-            f"{' and '.join(_conditions(config.objective))}"
+            f"{' and '.join(given)}"
         )
 
 
@@ -70,9 +75,14 @@ def first_layer(spec: UNetSpec | DiTSpec) -> str:
     return "conv_in" if isinstance(spec, UNetSpec) else "patch"
 
 
+def _skips_inputs(spec: UNetSpec | DiTSpec, config: RunConfig) -> bool:
+    """Whether the run draws the layer anew that reads the inputs."""
+    return f"{first_layer(spec)}.".startswith(config.training.init_from_skip)
+
+
 def _kind(spec: NetworkSpec, task: Task) -> str:
     """The kind of network; a classifier's spec is that of a U-Net."""
-    return "a classifier" if TRAITS[task].predicts_labels else NAMES[type(spec)]
+    return CLASSIFIER if TRAITS[task].predicts_labels else NAMES[type(spec)]
 
 
 def _other_inputs(
@@ -87,10 +97,12 @@ def _other_inputs(
     """
     if isinstance(spec, AutoencoderSpec) or isinstance(found.spec, AutoencoderSpec):
         return
-    layer = f"{first_layer(spec)}."
-    if layer.startswith(config.training.init_from_skip):
+    if _skips_inputs(spec, config):
         return
-    remedy = f"name another model, or add {layer} to training.init_from_skip to train it anew"
+    remedy = (
+        f"name another model, or add {first_layer(spec)}. to training.init_from_skip to train it "
+        "anew"
+    )
     if found.codec != codec.name:
         yield f"was trained on {found.codec}, and this run is on {codec.name}: {remedy}"
     held, wanted = _conditions(found.objective), _conditions(config.objective)

@@ -20,6 +20,7 @@ from ddpm_ray.assembly.autoencoder_loading import trained_autoencoder
 from ddpm_ray.config.loading import ConfigError, load_config, to_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.training import TrainingConfig
+from ddpm_ray.data.codec import PIXELS, Codec
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.data.latent_codec import LatentCodec
 from ddpm_ray.diffusion.conditioning import Conditioning
@@ -133,27 +134,93 @@ def test_inputs_of_another_meaning_in_as_many_channels_are_refused_unless_left_o
     begun(configured(*network, *theirs, where))  # the same inputs
 
 
-def test_a_model_of_latents_does_not_begin_a_run_on_pixels_of_as_many_channels(
-    tmp_path: Path,
+def latents_of(sha256: str) -> LatentCodec:
+    """The codec of latents [4, 4, 1], half as large as their images along each side."""
+    return LatentCodec(1, 2, ("plain",), (0.0,), (1.0,), autoencoder_sha256=sha256)
+
+
+def on_latents(state: TrainingState, folder: Path, sha256: str) -> None:
+    """Make the last checkpoint in `folder` one of a model of latents."""
+    state.step += 1
+    state.facts["image_shape"] = [8, 8, 1]
+    state.facts |= {
+        "codec": "latents",
+        "latents": {"channels": 1, "factor": 2, "views": ["plain"], "mean": [0.0], "std": [1.0]},
+        "autoencoder": {"url": "nowhere", "sha256": sha256},
+    }
+    CheckpointStore(str(folder / CHECKPOINTS)).save(state.snapshot([]))
+
+
+@pytest.mark.parametrize("of_latents", [False, True])
+def test_latents_and_pixels_of_as_many_channels_are_not_taken_for_each_other(
+    of_latents: bool, tmp_path: Path
 ) -> None:
-    """Nor the other way round, unless the first layer is left out; other latents are told."""
-    trained(tmp_path, 3)
+    """A model of one does not begin a run on the other, unless its first layer is left out."""
+    state = trained(tmp_path, 3)
+    if of_latents:
+        on_latents(state, tmp_path, "a" * 64)
+    ours: Codec = latents_of("a" * 64)
+    says = "was trained on pixels, and this run is on latents: name"
+    if of_latents:
+        ours, says = PIXELS, "was trained on latents, and this run is on pixels: name"
     config = configured(f"training.init_from={tmp_path}")
     source = initial_weights.find_initial_weights(config.training)
-    codec = LatentCodec(1, 2, ("plain",), (0.0,), (1.0,), autoencoder_sha256="a" * 64)
-    with pytest.raises(
-        ConfigError, match=r"was trained on pixels, and this run is on latents: name"
-    ):
-        initial_weights.check_initial_weights(source, config, SHAPE, codec)
+    with pytest.raises(ConfigError, match=says):
+        initial_weights.check_initial_weights(source, config, SHAPE, ours)
     config = configured(f"training.init_from={tmp_path}", "training.init_from_skip=[conv_in.]")
-    initial_weights.check_initial_weights(source, config, SHAPE, codec)
+    initial_weights.check_initial_weights(source, config, SHAPE, ours)
+
+
+@pytest.mark.parametrize("ours, warned", [("a", False), ("b", True)])
+def test_latents_of_another_autoencoder_give_a_warning(
+    ours: str, warned: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    on_latents(trained(tmp_path, 3), tmp_path, "a" * 64)
+    config = configured(f"training.init_from={tmp_path}")
+    source = initial_weights.find_initial_weights(config.training)
+    initial_weights.check_initial_weights(source, config, SHAPE, latents_of(ours * 64))
+    says = "of the autoencoder of sha256 aaaaaaaaaaaa, and this run is on those of bbbbbbbbbbbb"
+    assert (says in caplog.text) is warned
+    assert bool(caplog.text) is warned
+
+
+CLASSIFIER = ("task=classifier", "training.grid_every_steps=0", *LABELLED)
 
 
 def test_a_classifier_does_not_begin_a_denoiser(tmp_path: Path) -> None:
-    """Half of its tensors have the names and shapes of a U-Net's."""
-    trained(tmp_path, 3, "task=classifier", "training.grid_every_steps=0", *LABELLED)
+    """Though each tensor of its down path has the name and shape of one of the U-Net's."""
+    down = {
+        name: one.shape for name, one in trained(tmp_path, 3, *CLASSIFIER).model.named_parameters()
+    }
+    unet = {
+        name: one.shape for name, one in state_of(configured(*LABELLED)).model.named_parameters()
+    }
+    assert {
+        name: shape for name, shape in down.items() if name.startswith("down.")
+    }.items() <= unet.items()
     with pytest.raises(ConfigError, match="holds a classifier, and this run trains a U-Net: name"):
         begun(configured(*LABELLED, f"training.init_from={tmp_path}"))
+
+
+def test_a_classifier_begins_with_the_down_path_of_a_denoiser(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    source = trained(tmp_path, 3, *LABELLED).ema.state_dict()
+    where = f"training.init_from={tmp_path}", "training.init_from_skip=[norm_out.]"
+    config = configured(*CLASSIFIER, *where)
+    made, drawn = begun(config).model.state_dict(), state_of(config).model.state_dict()
+    own = {name for name in made if name.startswith(("norm_out.", "pool.", "out."))}
+    assert len(own) == 2 + 5
+    for name, value in made.items():
+        assert torch.equal(value, drawn[name] if name in own else source[name]), name
+    assert "5 not in the model: pool.position" in caplog.text
+
+
+def test_another_network_is_refused(tmp_path: Path) -> None:
+    trained(tmp_path, 3)
+    with pytest.raises(ConfigError, match="holds a U-Net, and this run trains a DiT: name a model"):
+        begun(configured(*DIT, f"training.init_from={tmp_path}"))
 
 
 def test_another_prediction_target_is_told(
@@ -173,6 +240,24 @@ def test_a_diffusers_folder_gives_the_weights_it_was_written_from(tmp_path: Path
     state = begun(configured(f"training.init_from={tmp_path / 'theirs'}"))
     for name, value in source.ema.state_dict().items():
         assert torch.equal(value, state.model.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("network, layer", [((), "conv_in."), (DIT, "patch.")], ids=["unet", "dit"])
+def test_conditioning_images_that_a_diffusers_folder_does_not_name_give_a_warning(
+    network: tuple[str, ...], layer: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Those that the run gives, unless its first layer, which sees them, is drawn anew."""
+    trained(tmp_path / "run", 3, *network, *LOW)
+    model = checkpoint_loading.trained_model(str(tmp_path / "run"))
+    diffusers_export.write_diffusers(model, model.settings, tmp_path / "theirs")
+    where = f"training.init_from={tmp_path / 'theirs'}"
+    begun(configured(*network, *SELF, where))
+    says = "does not say which conditioning images its network sees; this run gives it objective.s"
+    assert says in caplog.text
+    caplog.clear()
+    for ours in (), LOW:
+        begun(configured(*network, *ours, where, f"training.init_from_skip=[{layer}]"))
+        assert not caplog.text
 
 
 def test_what_is_taken_and_what_is_not_is_one_line(
