@@ -62,7 +62,7 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _train(config: RunConfig, settings: dict[str, Any], control: RunControl) -> dict[str, Any]:
-    workers, group, undelivered = distributed_context(), placement_groups.current_group(), 0
+    workers, group = distributed_context(), placement_groups.current_group()
     fault_injection.set_position(workers.rank, 0, "open")
     sender = HeartbeatSender(workers.rank, partial(control.heartbeat, group=group), workers.count)
     sender.start()
@@ -78,11 +78,7 @@ def _train(config: RunConfig, settings: dict[str, Any], control: RunControl) -> 
             with step_clock.running(run.log.use.clock if run.log.use else None):
                 finished = train_loop(run)
         finally:
-            run.stream.close()
-            if run.spare is not None:
-                run.spare.close()
-            if run.sink is not None:
-                undelivered = run.sink.close(config.tracking.last_rows_s)
+            undelivered = close_all(run, config.tracking.last_rows_s)
     finally:
         sender.stop()
         control.mark_done(workers.rank, group)
@@ -97,6 +93,23 @@ def _train(config: RunConfig, settings: dict[str, Any], control: RunControl) -> 
         "trained_from": began,
         "trained_to": time.time(),
     }
+
+
+def close_all(run: Run, last_rows_s: float) -> int:
+    """Close stream, spare process and sink; return the number of undelivered rows.
+
+    An error of one does not keep the others from being closed: rows would be lost, and a process
+    would keep its resources.
+    """
+    try:
+        run.stream.close()
+    finally:
+        try:
+            if run.spare is not None:
+                run.spare.close()
+        finally:
+            undelivered = 0 if run.sink is None else run.sink.close(last_rows_s)
+    return undelivered
 
 
 def assemble(
