@@ -73,7 +73,7 @@ FOLDER_NAMES = {  # words that are right elsewhere: `place` of a row, `answer` o
     "ddpm_ray/training/*": {"answer|answers": "model_output"},
 }
 PROSE = {
-    "beside x_t": "conditioning",
+    "beside (x_t|training|the workers)": "conditioning; while training goes on; outside the group",
     "birth certificates?|certificates?": "provenance",
     "comes? back from the dead": "wakes after it was replaced",
     "crown(ed|s)?": "promote",

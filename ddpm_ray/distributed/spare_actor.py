@@ -1,4 +1,4 @@
-"""An actor outside the worker group, with the resources of one worker, for work beside training."""
+"""An actor outside the worker group, with the resources of one worker."""
 
 import threading
 import time
@@ -15,7 +15,7 @@ from ddpm_ray.redaction import counted
 POLL_S = 0.5
 PING_EVERY_S = 2.0
 
-Work: TypeAlias = Callable[[Any], None]
+Work: TypeAlias = Callable[[Any], Any]
 
 
 class NoSpareResourcesError(RuntimeError):
@@ -24,8 +24,8 @@ class NoSpareResourcesError(RuntimeError):
     def __str__(self) -> str:
         resources, seconds = self.args
         return (
-            f"no node had {resources} free for {seconds:.0f} s beside the workers; free or add "
-            f"one, or set evaluation.where=workers"
+            f"no node had {resources} free within {seconds:.0f} s for a process outside the worker "
+            f"group; add a node, use fewer workers, or set evaluation.where=workers"
         )
 
 
@@ -50,11 +50,11 @@ class _SpareProcess:
     def ping(self) -> None:
         """Answer."""
 
-    def act(self, argument: Any) -> None:
-        """Do the work; build what it needs at the first call, whose errors are the caller's."""
+    def call(self, argument: Any) -> Any:
+        """Return the result of the work; the first call builds the work and raises its errors."""
         if self._work is None:
             self._work = self._build(self._settings)
-        self._work(argument)
+        return self._work(argument)
 
 
 class SpareActor:
@@ -75,8 +75,8 @@ class SpareActor:
         self._actor: Any = None
         self._closed = threading.Event()
 
-    def evaluate(self, argument: Any) -> None:
-        """Do the work and wait for it. Raises its error.
+    def call(self, argument: Any) -> Any:
+        """Return the result of the work, or raise its error.
 
         Raises NoSpareResourcesError, and SpareProcessLostError if the process dies or stands still.
         After any error the next call starts another actor.
@@ -85,8 +85,9 @@ class SpareActor:
         try:
             if self._actor is None:
                 self._start()
-            self._wait(self._actor.act.remote(argument))
+            result = self._result(self._actor.call.remote(argument))
             finished = True
+            return result
         except RayTaskError as error:
             raise error.cause from None
         except RayActorError as error:
@@ -124,7 +125,7 @@ class SpareActor:
                 raise NoSpareResourcesError(needed, config.start_timeout_s)
         ray.get(started)
 
-    def _wait(self, result: Any) -> None:
+    def _result(self, result: Any) -> Any:
         """Wait for the result of a call while the process answers pings."""
         ping, asked_s = self._actor.ping.remote(), time.monotonic()
         while not ray.wait([result], timeout=POLL_S)[0]:
@@ -135,7 +136,7 @@ class SpareActor:
                     ping, asked_s = self._actor.ping.remote(), time.monotonic()
             elif silent_s > self._config.stall_timeout_s:
                 raise SpareProcessLostError(f"does not answer for {silent_s:.0f} s")
-        ray.get(result)
+        return ray.get(result)
 
     def _require_open(self) -> None:
         if self._closed.is_set():

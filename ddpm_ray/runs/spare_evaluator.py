@@ -1,4 +1,4 @@
-"""Pictures and scores of stored EMA weights: beside training, or by the workers of a later start.
+"""Pictures and scores of stored EMA weights, by a spare process or the workers of a later start.
 
 The same objects as in a training step draw and score, so the results are the same.
 """

@@ -16,15 +16,17 @@ from ddpm_ray.training.evaluation_store import EvaluationResult, EvaluationStore
 
 log = logging.getLogger(__name__)
 
+CLOSE_S = 30.0  # how long the end of the process waits for the thread
+
 Request: TypeAlias = dict[str, Any]
 """Plain JSON: step, outputs ("grid", "strip", "scores"), history (facts of the provenance)."""
 
 
 class Evaluator(Protocol):
-    """Evaluates elsewhere and leaves the result in the EvaluationStore."""
+    """Evaluates in another process, which leaves the result in the EvaluationStore."""
 
-    def evaluate(self, request: Request) -> None:
-        """Return once the result is stored; raises what went wrong."""
+    def call(self, request: Request) -> None:
+        """Return once the result is stored; raises the error of the evaluation."""
         ...
 
     def release(self) -> None:
@@ -32,13 +34,13 @@ class Evaluator(Protocol):
         ...
 
     def close(self) -> None:
-        """End what still runs, so that `evaluate` raises; called from another thread."""
+        """End what still runs, so that `call` raises; called from another thread."""
         ...
 
 
 @dataclass(frozen=True)
-class Ended:
-    """One evaluation that is over: done with a result, or failed."""
+class FinishedEvaluation:
+    """An evaluation with its result, or with the error after which it is not tried again."""
 
     request: Request
     outcome: EvaluationResult | Exception
@@ -46,14 +48,14 @@ class Ended:
 
 @dataclass
 class EvaluationQueue:
-    """Evaluates requests in order; the caller collects those that have ended."""
+    """Evaluates requests in order; the caller collects the finished ones."""
 
     evaluator: Evaluator
     store: EvaluationStore  # where the evaluator leaves the results
     is_transient: Callable[[Exception], bool]
     retries: int  # of one evaluation, after transient errors
     _waiting: deque[Request] = field(default_factory=deque)  # the first one runs
-    _ended: deque[Ended] = field(default_factory=deque)
+    _finished: deque[FinishedEvaluation] = field(default_factory=deque)
     _changed: threading.Condition = field(default_factory=threading.Condition)
     _closing: bool = False
     _thread: threading.Thread | None = None
@@ -67,22 +69,32 @@ class EvaluationQueue:
                 self._thread.start()
             self._changed.notify_all()
 
-    def collect(self, wait_s: float = 0.0) -> list[Ended]:
-        """Return what has ended since the last call, in order; wait up to `wait_s` for one."""
+    def collect(self, wait_s: float = 0.0) -> list[FinishedEvaluation]:
+        """Return those finished since the last call, in order; wait up to `wait_s` for one."""
         with self._changed:
-            self._changed.wait_for(lambda: bool(self._ended), wait_s)
-            ended = list(self._ended)
-            self._ended.clear()
-            return ended
+            self._changed.wait_for(lambda: bool(self._finished), wait_s)
+            finished = list(self._finished)
+            self._finished.clear()
+            return finished
 
     def close(self) -> None:
-        """End the evaluator and the thread; what is waiting stays undone."""
+        """End the evaluator and the thread; requests that wait are not evaluated.
+
+        A thread that does not end within CLOSE_S, as one that reads from a store without an answer,
+        is left to the end of the process.
+        """
         with self._changed:
             self._closing = True
             self._changed.notify_all()
         self.evaluator.close()
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(CLOSE_S)
+            if self._thread.is_alive():
+                log.warning(
+                    "evaluations: their thread has not ended within %g s; the process ends without "
+                    "it, and the next start evaluates what is outstanding",
+                    CLOSE_S,
+                )
 
     def _work(self) -> None:
         while True:
@@ -96,7 +108,7 @@ class EvaluationQueue:
                 if self._closing:
                     return
                 self._waiting.popleft()
-                self._ended.append(Ended(request, outcome))
+                self._finished.append(FinishedEvaluation(request, outcome))
                 self._changed.notify_all()
                 is_idle = not self._waiting
             if is_idle:
@@ -106,7 +118,7 @@ class EvaluationQueue:
         """Evaluate, again after transient errors; return the result, or the error that is left."""
         for tried in range(self.retries + 1):
             try:
-                self.evaluator.evaluate(request)
+                self.evaluator.call(request)
                 return self.store.result(request["step"])
             except Exception as error:  # noqa: BLE001 - whatever it is, training goes on
                 last = error

@@ -1,4 +1,4 @@
-"""Weights and results of evaluations that run beside training (spare_evaluations.py).
+"""Weights and results of evaluations by a spare process (spare_evaluations.py).
 
     <run>/evaluations/step-00000500/
         ema.safetensors         the EMA weights of the step

@@ -12,7 +12,7 @@ from ddpm_ray.reporting import Command, Progress
 from ddpm_ray.training import step_clock
 from ddpm_ray.training.rejected_steps import handle_rejected
 from ddpm_ray.training.run import Run
-from ddpm_ray.training.spare_evaluations import MOST, SpareEvaluations
+from ddpm_ray.training.spare_evaluations import MAX_OUTSTANDING, SpareEvaluations
 
 log = logging.getLogger(__name__)
 
@@ -136,26 +136,26 @@ def request_evaluation(run: Run, spare: SpareEvaluations, due: list[str]) -> Com
     command of the driver that arrived meanwhile.
     """
     step, command = run.state.step, Command.NONE
-    if spare.room() < 1:
+    if spare.free_slots() < 1:
         if due == ["grid"]:
-            spare.log_once("the workers draw the grid of step %d themselves", step)
+            spare.warn_queue_full("the workers draw the grid of step %d themselves", step)
             draw_in_step(run, due)
             return command
-        spare.log_once("training waits at step %d", step)
+        spare.warn_queue_full("training waits at step %d", step)
         save(run)  # an error or a crash meanwhile loses no training
-        command = wait_for_evaluations(run, spare, room=1)
+        command = wait_for_evaluations(run, spare, free_slots=1)
         due = due_outputs(run)  # reports may have found that all core-seconds are used
     spare.request(step, due)
     return command
 
 
-def wait_for_evaluations(run: Run, spare: SpareEvaluations, room: int) -> Command:
-    """Wait until `room` more evaluations may be outstanding, or the driver wants a stop.
+def wait_for_evaluations(run: Run, spare: SpareEvaluations, free_slots: int) -> Command:
+    """Wait until `free_slots` more evaluations may be outstanding, or the driver wants a stop.
 
     Returns the driver's command. Reports go on meanwhile, so no collective operation waits long.
     """
     command = Command.NONE
-    while spare.room() < room and command is not Command.STOP:
+    while spare.free_slots() < free_slots and command is not Command.STOP:
         spare.deliver(last_step=run.is_finished(), wait_s=WAIT_S)
         command = max(command, report(run))
     return command
@@ -167,11 +167,11 @@ def end(run: Run) -> bool:
     A run that the driver stops leaves evaluations outstanding; the next start queues them again.
     """
     spare, complete = run.spare, run.is_finished()
-    if spare is not None and complete and spare.room() < MOST:
+    if spare is not None and complete and spare.free_slots() < MAX_OUTSTANDING:
         run.settle()
-        spare.log_waiting()
-        wait_for_evaluations(run, spare, room=MOST)
-        complete = spare.room() == MOST
+        spare.log_wait_at_end()
+        wait_for_evaluations(run, spare, free_slots=MAX_OUTSTANDING)
+        complete = spare.free_slots() == MAX_OUTSTANDING
         save(run)
     run.checkpoints.wait()
     return complete

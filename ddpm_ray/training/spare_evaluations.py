@@ -1,9 +1,9 @@
-"""Evaluations beside training: the EMA weights of a step are stored, another process uses them.
+"""Evaluations by a spare process: the main worker stores the EMA weights, training goes on.
 
-All workers hold a SpareEvaluations and call `room` and `request` at the same steps; the main worker
-alone has the queue. Requests are facts of the checkpoint (`state.outstanding`) from the checkpoint
-of their step on, until a later one holds their scores and rows instead. So each is evaluated and
-its rows are sent, whenever the process ends.
+All workers hold a SpareEvaluations and call `free_slots` and `request` at the same steps; the main
+worker alone has the queue. Requests are facts of the checkpoint (`state.outstanding`) from the
+checkpoint of their step on, until a later one holds their scores and rows instead. So each is
+evaluated and its rows are sent, whenever the process ends.
 """
 
 import logging
@@ -18,14 +18,16 @@ from ddpm_ray.collectives import Workers
 from ddpm_ray.redaction import brief, counted
 from ddpm_ray.reporting import Sink
 from ddpm_ray.training.background_writer import BackgroundWriter
-from ddpm_ray.training.evaluation_queue import Ended, EvaluationQueue, Request
+from ddpm_ray.training.evaluation_queue import EvaluationQueue, FinishedEvaluation, Request
 from ddpm_ray.training.evaluation_store import EvaluationResult, EvaluationStore
 from ddpm_ray.training.state import TrainingState
 from ddpm_ray.training.tensor_file import packed
 
 log = logging.getLogger(__name__)
 
-MOST = 3  # evaluations that are outstanding: one runs, two wait; each holds the size of the EMA
+MAX_OUTSTANDING = (
+    3  # evaluations that are outstanding: one runs, two wait; each holds the size of the EMA
+)
 
 
 class EvaluationFailedError(RuntimeError):
@@ -67,12 +69,12 @@ class SpareEvaluations:
         for request in self.state.outstanding:
             self.queue.add(request)
 
-    def room(self) -> int:
+    def free_slots(self) -> int:
         """Return how many more may be outstanding, on all workers; all of them must call it."""
         taken = torch.zeros(1)
         if self.queue is not None:
             taken[0] = len(self.state.outstanding)
-        return MOST - int(self.workers.sum_(taken))
+        return MAX_OUTSTANDING - int(self.workers.sum_(taken))
 
     def request(self, step: int, outputs: list[str]) -> None:
         """Store the weights of `step` and queue its evaluation; all workers call it.
@@ -93,7 +95,7 @@ class SpareEvaluations:
         self.writer.start(partial(write, self.queue))
 
     def deliver(self, last_step: bool, wait_s: float = 0.0) -> None:
-        """Pass what has ended to the sink and the state; on the main worker, others do nothing.
+        """Pass finished evaluations to the sink and the state; only the main worker has any.
 
         Waits up to `wait_s` for the first. An evaluation that failed for good is given up with a
         line, unless it is that of the run's last step (`last_step`: the run is there), which raises
@@ -101,11 +103,11 @@ class SpareEvaluations:
         """
         if self.queue is None or self.sink is None:
             return
-        for ended in self.queue.collect(wait_s):
-            self._deliver(ended, self.sink, last_step)
+        for finished in self.queue.collect(wait_s):
+            self._deliver(finished, self.sink, last_step)
 
-    def _deliver(self, ended: Ended, sink: Sink, last_step: bool) -> None:
-        step, outcome = ended.request["step"], ended.outcome
+    def _deliver(self, finished: FinishedEvaluation, sink: Sink, last_step: bool) -> None:
+        step, outcome = finished.request["step"], finished.outcome
         if isinstance(outcome, EvaluationResult):
             outcome.pass_on(sink)
             self.state.scores = outcome.scores or self.state.scores
@@ -131,7 +133,7 @@ class SpareEvaluations:
 
         return delete
 
-    def log_once(self, consequence: str, step: int) -> None:
+    def warn_queue_full(self, consequence: str, step: int) -> None:
         """Log, the first time, that evaluations take longer than the steps between them."""
         if self.queue is not None and consequence not in self._logged:
             self._logged.add(consequence)
@@ -142,7 +144,7 @@ class SpareEvaluations:
                 consequence % step,
             )
 
-    def log_waiting(self) -> None:
+    def log_wait_at_end(self) -> None:
         """Log that the run's end waits for evaluations."""
         if self.queue is not None:
             log.info("training is complete; waiting for %s", self._listed())

@@ -56,7 +56,7 @@ class TrainingState:
     validation_losses: list[dict[str, Any]] = field(default_factory=list)
     ema_snapshot_steps: list[int] = field(default_factory=list)
     shown: int = 0  # newest step whose sample grids and scores are complete, or outstanding
-    # Evaluations that run beside training, oldest first; see spare_evaluations.py.
+    # Evaluations of a spare process that are not delivered, oldest first (spare_evaluations.py).
     outstanding: list[dict[str, Any]] = field(default_factory=list)
     background_copy: BackgroundCopy = field(default_factory=BackgroundCopy)  # by start_snapshot
 

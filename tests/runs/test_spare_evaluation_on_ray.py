@@ -1,4 +1,4 @@
-"""Whole runs that a Ray actor evaluates beside training: equal rows, also if it is killed."""
+"""Whole runs that a Ray actor evaluates in the meantime: equal rows, also if it is killed."""
 
 import os
 import re

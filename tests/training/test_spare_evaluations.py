@@ -1,4 +1,4 @@
-"""Evaluations beside training: each exactly once, of the weights of its step, in order, bounded.
+"""Evaluations by a spare process: each exactly once, of the weights of its step, in order, bounded.
 
 The spare process is a thread here, or nothing; tests/runs/test_spare_evaluation_on_ray.py has Ray.
 """
@@ -19,12 +19,16 @@ from PIL import Image
 from ddpm_ray.collectives import Workers
 from ddpm_ray.reporting import Command, Progress, Row
 from ddpm_ray.storage.errors import StorageError
-from ddpm_ray.training import loop
+from ddpm_ray.training import evaluation_queue, loop
 from ddpm_ray.training.evaluation_queue import EvaluationQueue, Request
 from ddpm_ray.training.evaluation_store import EvaluationResult, EvaluationStore
 from ddpm_ray.training.loop import train_loop
 from ddpm_ray.training.run import Run
-from ddpm_ray.training.spare_evaluations import MOST, EvaluationFailedError, SpareEvaluations
+from ddpm_ray.training.spare_evaluations import (
+    MAX_OUTSTANDING,
+    EvaluationFailedError,
+    SpareEvaluations,
+)
 from tests.fixtures.threaded_workers import OnWorkers
 from tests.limits import ENDS_S
 from tests.noise import pack_noise
@@ -80,7 +84,7 @@ class Process:
     seen: list[int] = field(default_factory=list)
     closed: bool = False
 
-    def evaluate(self, request: Request) -> None:
+    def call(self, request: Request) -> None:
         assert self.allowed.wait(ENDS_S)
         if self.closed:
             raise RuntimeError("closed")
@@ -222,8 +226,8 @@ def test_a_killed_run_has_each_row_once_of_the_same_weights(
             run, draw_grid=lambda at: sink.image("samples", at, Image.new("L", (1, 1), at))
         )
         if not runs:  # until training waits for it, then it begins
-            patch.setattr(SpareEvaluations, "log_once", lambda *_: process.allowed.set())
-            patch.setattr(SpareEvaluations, "log_waiting", lambda _: process.allowed.set())
+            patch.setattr(SpareEvaluations, "warn_queue_full", lambda *_: process.allowed.set())
+            patch.setattr(SpareEvaluations, "log_wait_at_end", lambda _: process.allowed.set())
         dies(run, step, patch)
         with pytest.raises(Killed, match=f"step {step}"):
             train_loop(run)
@@ -258,13 +262,13 @@ def test_no_more_than_the_bound_are_outstanding_and_none_is_left_out(
 
     run.show_progress = show
     assert complete(run)
-    assert max(most) == MOST
+    assert max(most) == MAX_OUTSTANDING
     assert sink.timeless() == wanted.timeless()
     assert caplog.text.count("training waits at step") == 1
     assert "3 evaluations (steps 2, 3, 4) outstanding, the most there may be" in caplog.text
 
 
-def test_the_workers_draw_the_grids_for_which_there_is_no_room(
+def test_the_workers_draw_the_grids_that_cannot_be_queued(
     data: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """With 1, 2 and 3 outstanding, 4 to 7 are drawn in their steps; 8 has scores and waits."""
@@ -285,7 +289,7 @@ def test_the_workers_draw_the_grids_for_which_there_is_no_room(
     assert caplog.text.count("the workers draw the grid of step 4 themselves") == 1
 
 
-def test_two_workers_wait_for_room_together(
+def test_two_workers_wait_for_a_free_slot_together(
     data: str,
     wanted: Pictures,
     on_workers: OnWorkers,
@@ -300,7 +304,7 @@ def test_two_workers_wait_for_room_together(
         with lock:  # weights begin from torch's one generator
             run, process = start(data, tmp_path, sink, runs=False, workers=workers)
         if run.spare is not None and run.spare.queue is not None:
-            monkeypatch.setattr(run.spare, "log_once", lambda *_: process.allowed.set())
+            monkeypatch.setattr(run.spare, "warn_queue_full", lambda *_: process.allowed.set())
         return complete(run)
 
     assert on_workers(2, train) == [True, True]
@@ -349,14 +353,14 @@ def test_without_the_last_scores_the_run_fails_and_the_next_start_has_them(
 ) -> None:
     sink = Pictures()
     run, process = start(data, tmp_path, sink)
-    evaluate = process.evaluate
+    call = process.call
 
     def fail_at_the_last(request: Request) -> None:
         if request["step"] == STEPS:
             raise ValueError("no weights of Inception")
-        evaluate(request)
+        call(request)
 
-    process.evaluate = fail_at_the_last  # type: ignore[method-assign]
+    process.call = fail_at_the_last  # type: ignore[method-assign]
     with pytest.raises(EvaluationFailedError, match="last step, 8, failed: no weights of Incept"):
         complete(run)
     run, process = start(data, tmp_path, sink)
@@ -408,3 +412,26 @@ def test_folders_of_finished_evaluations_are_deleted_at_the_next_start(tmp_path:
         "step-00000004",
         "step-00000008",
     ]
+
+
+def test_a_thread_that_waits_for_ever_does_not_hold_up_the_end_of_the_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As one that reads from a store without an answer, which the evaluator cannot end."""
+    entered, never = threading.Event(), threading.Event()
+
+    class Stuck(Process):
+        def call(self, request: Request) -> None:
+            entered.set()
+            assert never.wait(ENDS_S)
+
+    store = EvaluationStore(str(tmp_path))
+    queue = EvaluationQueue(Stuck(store), store, lambda error: False, 0)
+    monkeypatch.setattr(evaluation_queue, "CLOSE_S", 0.05)
+    queue.add({"step": 1, "outputs": ["grid"], "history": {}})
+    try:
+        assert entered.wait(ENDS_S)
+        queue.close()
+        assert "their thread has not ended within 0.05 s; the process ends without" in caplog.text
+    finally:
+        never.set()
