@@ -15,10 +15,12 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 log = logging.getLogger(__name__)
 
-COUNTER = ".bytes"  # file with the sum of the sizes of the others; its lock is held to change it
+# File with the sum of the sizes of the others; its lock is held to change it, and to rename them.
+COUNTER = ".bytes"
 LONGEST_COUNT_S = 2.0  # wait for that lock; then a file is not cached
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.001, 0.02  # between looks at what another process downloads
 # Then a shard is downloaded a second time: the process that holds its lock may be frozen.
@@ -95,7 +97,9 @@ class ShardCache:
             self._reserve(partial, len(data))
             with partial.open("r+b") as file:
                 file.write(data)
-            partial.replace(self.folder / sha256)
+            # A rename while _make_room of another process lists the folder may hide the file there.
+            with self._locked_counter():
+                partial.replace(self.folder / sha256)
             self._keeps = True
         except OSError:
             self._keeps = False
@@ -139,17 +143,22 @@ class ShardCache:
         takes 20 ms of CPU, a download 3. A killed process and a damaged file leave too high a
         count, never one too low.
         """
-        with (self.folder / COUNTER).open("a+b") as counter:
-            is_exact = _lock_soon(counter.fileno())
+        with self._locked_counter() as (counter, is_locked):
             counter.seek(0)
             text = counter.read()  # b"" after a crash between the next lines, or if it is new
-            used = int(text) if is_exact and text.isdigit() else self.max_bytes
+            used = int(text) if is_locked and text.isdigit() else self.max_bytes
             if used + size_bytes > self.max_bytes:
                 used = self._make_room(size_bytes)
             counter.truncate(0)
             counter.write(b"%d" % (used + size_bytes))
             with partial.open("xb") as file:
                 file.truncate(size_bytes)  # so that _make_room of another process counts it
+
+    @contextlib.contextmanager
+    def _locked_counter(self) -> Iterator[tuple[BinaryIO, bool]]:
+        """Open the file with the count and lock it; False on a file system without locks."""
+        with (self.folder / COUNTER).open("a+b") as counter:
+            yield counter, _lock_soon(counter.fileno())
 
     def _make_room(self, wanted_bytes: int) -> int:
         """Delete files for `wanted_bytes` or a tenth of the cache; return the sum of the others."""

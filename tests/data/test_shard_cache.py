@@ -3,6 +3,8 @@
 import fcntl
 import hashlib
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
 
@@ -10,6 +12,7 @@ import pytest
 
 from ddpm_ray.data import shard_cache
 from ddpm_ray.data.shard_cache import COUNTER, ShardCache
+from tests.limits import ENDS_S
 
 
 def sha256(data: bytes) -> str:
@@ -64,6 +67,65 @@ def test_the_caches_of_a_node_count_together(
             (tmp_path / COUNTER).unlink()
         if n == 30 and harm == "cut":
             os.truncate(tmp_path / COUNTER, 0)
+
+
+@pytest.mark.parametrize("max_bytes", [100, 100_000])
+def test_caches_that_store_at_the_same_moment_count_every_file(
+    tmp_path: Path, max_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eight of a node: of a cache that is full after three files, and of one that never is."""
+    monkeypatch.setattr(shard_cache, "LONGEST_COUNT_S", ENDS_S)
+    caches = [ShardCache(tmp_path, max_bytes) for _ in range(8)]
+    together = threading.Barrier(len(caches), timeout=ENDS_S)
+
+    def put(n: int) -> None:
+        together.wait()
+        caches[n % 8].put(f"{n}", bytes(1 + 7 * n % 41))
+
+    with ThreadPoolExecutor(len(caches)) as pool:
+        for first in range(0, 400, 8):
+            list(pool.map(put, range(first, first + 8)))
+            counted, stored = int((tmp_path / COUNTER).read_text()), stored_bytes(tmp_path)
+            assert stored <= counted <= max_bytes
+            if max_bytes == 100_000:
+                assert counted == stored == sum(1 + 7 * n % 41 for n in range(first + 8))
+
+
+def test_a_file_that_is_renamed_while_a_full_cache_is_listed_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has its final name once the folder was listed, and none when its size is read."""
+    monkeypatch.setattr(shard_cache, "LONGEST_COUNT_S", 0.01)
+    renames, goes_on, replace, scandir = (
+        threading.Event(),
+        threading.Event(),
+        Path.replace,
+        os.scandir,
+    )
+    ShardCache(tmp_path, max_bytes=100).put("old", bytes(60))
+    other = threading.Thread(target=ShardCache(tmp_path, max_bytes=100).put, args=("b", bytes(30)))
+
+    def delayed(file: Path, target: Path) -> Path:
+        renames.set()
+        assert goes_on.wait(ENDS_S)
+        return replace(file, target)
+
+    def listed(folder: Path) -> list[os.DirEntry[str]]:
+        entries = list(scandir(folder))
+        goes_on.set()
+        other.join(ENDS_S)
+        return entries
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", delayed)
+        patch.setattr(os, "scandir", listed)
+        other.start()
+        assert renames.wait(ENDS_S)
+        ShardCache(tmp_path, max_bytes=100).put("a", bytes(30))
+        goes_on.set()
+        other.join(ENDS_S)
+    assert "b" in names(tmp_path)
+    assert stored_bytes(tmp_path) <= int((tmp_path / COUNTER).read_text()) <= 100
 
 
 def test_the_folder_is_not_looked_through_for_each_file(tmp_path: Path) -> None:
