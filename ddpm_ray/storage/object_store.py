@@ -15,7 +15,7 @@ import uuid
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from ddpm_ray.redaction import NO_SECRET, has_secret, redacted
 from ddpm_ray.storage.errors import StorageError, storage_error
@@ -27,13 +27,6 @@ Act = TypeVar("Act", bound=Callable[..., Any])
 UNKNOWN_BYTES = 256 * 2**20  # size assumed where none is given
 NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EINVAL)  # no hard links
 _retry_timeout_s = 10.0  # see set_retry_timeout
-
-
-class ObjectState(NamedTuple):
-    """Size and version of an object."""
-
-    size: int  # in bytes
-    version: str  # its ETag or modification time; empty where the store gives neither
 
 
 def set_retry_timeout(seconds: float) -> None:
@@ -70,7 +63,7 @@ def name_of(url: str) -> str:
     return posixpath.basename(url.split("?")[0].rstrip("/"))
 
 
-def _with_retries(act: Act) -> Act:
+def with_retries(act: Act) -> Act:
     """Decorate `act(url, ...)`: transient errors are retried, every error becomes StorageError."""
 
     @wraps(act)
@@ -88,7 +81,7 @@ def _with_retries(act: Act) -> Act:
     return cast(Act, acting)
 
 
-@_with_retries
+@with_retries
 def read_bytes(url: str, size_bytes: int = UNKNOWN_BYTES) -> bytes:
     """Read the whole object; `size_bytes`, where known, sets the time limit. StorageError."""
     if is_local(url):
@@ -100,7 +93,7 @@ def read_bytes(url: str, size_bytes: int = UNKNOWN_BYTES) -> bytes:
     return bytes(request(filesystem, "cat_file", path, body_bytes=size_bytes, **whole))
 
 
-@_with_retries
+@with_retries
 def read_sized(url: str, size_bytes: int) -> bytes | memoryview:
     """Read the whole object, of a known size, with less CPU than `read_bytes`. StorageError.
 
@@ -111,7 +104,7 @@ def read_sized(url: str, size_bytes: int) -> bytes | memoryview:
     return download(*open_url(url), size_bytes)
 
 
-@_with_retries
+@with_retries
 def write_bytes(url: str, data: bytes | memoryview) -> None:
     """Write an object atomically: temporary file and rename locally, one upload elsewhere.
 
@@ -134,7 +127,7 @@ def write_bytes(url: str, data: bytes | memoryview) -> None:
         partial.unlink(missing_ok=True)
 
 
-@_with_retries
+@with_retries
 def write_new_bytes(url: str, data: bytes) -> bool:
     """Write the object if there is none; False, and nothing written, where another exists.
 
@@ -171,7 +164,7 @@ def _write_new_file(url: str, data: bytes) -> None:
         local_path(complete).unlink()
 
 
-@_with_retries
+@with_retries
 def modified_s(url: str) -> float:
     """Return the Unix time of the object's last write, by the store's clock. StorageError."""
     if is_local(url):
@@ -181,33 +174,7 @@ def modified_s(url: str) -> float:
     return float((info.get("LastModified") or filesystem.modified(path)).timestamp())
 
 
-@_with_retries
-def state(url: str) -> ObjectState:
-    """Return size and version of one object. Raises StorageError."""
-    if is_local(url):
-        status = local_path(url).stat()
-        return ObjectState(status.st_size, str(status.st_mtime_ns))
-    filesystem, path = open_url(url)
-    return _state(request(filesystem, "info", path))
-
-
-@_with_retries
-def states(url: str) -> dict[str, ObjectState]:
-    """Return size and version of every object below a remote `url`, hidden ones too, by path.
-
-    Paths are relative. Raises StorageError where there is nothing. For local folders see
-    data/packing/source_files.py.
-    """
-    filesystem, path = open_url(url)
-    prefix = path.rstrip("/") + "/"
-    found = request(filesystem, "find", path, detail=True)
-    if not found:
-        raise FileNotFoundError(errno.ENOENT, "nothing there")
-    names = {name.removeprefix(prefix): info for name, info in found.items()}
-    return {name: _state(names[name]) for name in sorted(names) if not name.endswith("/")}
-
-
-@_with_retries
+@with_retries
 def exists(url: str) -> bool:
     """Return whether there is an object or a folder at `url`. Raises StorageError."""
     if is_local(url):
@@ -220,7 +187,7 @@ def exists(url: str) -> bool:
     return True
 
 
-@_with_retries
+@with_retries
 def delete(url: str) -> None:
     """Delete one object, if it exists. Raises StorageError."""
     if is_local(url):
@@ -233,20 +200,20 @@ def delete(url: str) -> None:
         return
 
 
-@_with_retries
+@with_retries
 def delete_empty_folder(url: str) -> None:
     """Delete an empty local folder; does nothing in a bucket, which has no folders."""
     if is_local(url):
         local_path(url).rmdir()
 
 
-@_with_retries
+@with_retries
 def folders(url: str) -> list[str]:
     """Return the names of the folders directly below `url`, sorted; empty if it does not exist."""
     return _entries(url, folders=True)
 
 
-@_with_retries
+@with_retries
 def file_names(url: str) -> list[str]:
     """Return the names of the objects directly below `url`, sorted; empty if it does not exist."""
     return _entries(url, folders=False)
@@ -267,7 +234,7 @@ def _entries(url: str, folders: bool) -> list[str]:
     )
 
 
-@_with_retries
+@with_retries
 def delete_folder(url: str) -> None:
     """Delete a folder and its content, if it exists."""
     if is_local(url):
@@ -279,7 +246,7 @@ def delete_folder(url: str) -> None:
         request(filesystem, "rm_file", name)
 
 
-@_with_retries
+@with_retries
 def list_files(url: str) -> dict[str, int]:
     """Return the size in bytes of each file below the folder `url`, by relative path, sorted.
 
@@ -300,9 +267,3 @@ def list_files(url: str) -> dict[str, int]:
         sizes = {name.removeprefix(prefix): info["size"] for name, info in found.items()}
     shown = (n for n in sorted(sizes) if not any(part.startswith(".") for part in n.split("/")))
     return {name: sizes[name] for name in shown}
-
-
-def _state(info: dict[str, Any]) -> ObjectState:
-    keys = ("ETag", "etag", "mtime", "LastModified", "last_modified", "updated", "created")
-    version = next((str(info[key]) for key in keys if info.get(key)), "")
-    return ObjectState(int(info["size"] or 0), version)

@@ -14,7 +14,7 @@ from typing import BinaryIO, NamedTuple
 from ddpm_ray.data.samples import NamedGroup, Sample
 from ddpm_ray.storage import object_store
 from ddpm_ray.storage.errors import StorageError
-from ddpm_ray.storage.object_store import ObjectState
+from ddpm_ray.storage.object_state import ObjectState
 
 READERS = 16  # parallel reads of small remote files, which mostly wait for the network
 

@@ -18,9 +18,9 @@ from pathlib import Path
 from ddpm_ray.data.dataset import DatasetError
 from ddpm_ray.data.packing.image_files import is_image
 from ddpm_ray.data.samples import NamedGroup, named_groups
-from ddpm_ray.storage import object_store
+from ddpm_ray.storage import object_state, object_store
 from ddpm_ray.storage.errors import StorageError
-from ddpm_ray.storage.object_store import ObjectState
+from ddpm_ray.storage.object_state import ObjectState
 
 TAR, TABLES = ".tar", (".parquet", ".arrow")
 METADATA = ("metadata.csv", "metadata.jsonl")
@@ -92,7 +92,7 @@ def list_source(url: str) -> SourceFiles:
         found = dict(_walk(object_store.local_path(url), files))
     else:
         found = {}
-        for name, state in object_store.states(url).items():
+        for name, state in object_state.states(url).items():
             parts = name.split("/")
             hidden = next((n for n, part in enumerate(parts) if is_hidden(part)), None)
             if hidden is None:

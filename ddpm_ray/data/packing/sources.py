@@ -34,7 +34,7 @@ from ddpm_ray.data.packing.source_files import (
 from ddpm_ray.data.packing.table_source import table_source
 from ddpm_ray.data.packing.tar_source import tar_source
 from ddpm_ray.data.samples import NamedGroup, Sample, Source
-from ddpm_ray.storage import object_store
+from ddpm_ray.storage import object_state, object_store
 
 
 def open_source(source: str, options: PackConfig | None = None) -> Source:
@@ -55,7 +55,7 @@ def open_source(source: str, options: PackConfig | None = None) -> Source:
     if source.lower().endswith((TAR, *TABLES)) and not _is_folder(source):
         folder, _, file = source.rpartition("/")
         source = folder or "/"
-        files.add(file, object_store.state(object_store.join(source, file)))
+        files.add(file, object_state.state(object_store.join(source, file)))
     else:
         files = list_source(source)
     if INDEX in files.tables and MANIFEST in files.others[OTHER]:

@@ -25,7 +25,7 @@ from ddpm_ray.data.packing.table_files import TableFile
 from ddpm_ray.data.samples import NamedGroup, Sample, named_groups, printable_name
 from ddpm_ray.redaction import counted
 from ddpm_ray.storage import object_store
-from ddpm_ray.storage.object_store import ObjectState
+from ddpm_ray.storage.object_state import ObjectState
 
 IMAGES, LABEL = ("image", "img", "jpg", "jpeg", "png", "webp"), "label"
 COLUMNS = "columns of tables not supported in shards"

@@ -21,7 +21,7 @@ from ddpm_ray.data.packing.source_files import HIDDEN, is_hidden
 from ddpm_ray.data.packing.tar_members import members
 from ddpm_ray.data.samples import NamedGroup, named_groups, printable_name
 from ddpm_ray.storage import object_store
-from ddpm_ray.storage.object_store import ObjectState
+from ddpm_ray.storage.object_state import ObjectState
 
 MAX_LABEL_BYTES = 2**20
 LABEL_KEYS = ("label", "cls")  # keys of .json files, in order of preference
