@@ -108,7 +108,7 @@ def besides_network(run: Run) -> Callable[[], None]:
     objective, state, plan = run.objective, run.state, run.plan
     assert isinstance(objective, Objective)
     positions, losses = torch.arange(BATCH), torch.rand(BATCH)
-    images, labels = run.stream.batch(state.step)
+    images, labels = run.stream.batch(state.step).tensors
     objective.backward(run.network, images, labels, 0, run.workers, BATCH)
     shape = objective.noising.codec.shape(ImageShape(SIDE, SIDE, 3))
 

@@ -54,6 +54,7 @@ class Purpose(IntEnum):
     POSTERIOR = 14
     RECONSTRUCTION = 15
     INPAINTING_MASK = 16
+    CAPTION = 17
 
 
 def normal(
@@ -97,8 +98,10 @@ def uniform_float(
     return (words.flatten(1)[:, :size] >> 8).float().mul_(2**-24).view(len(index), *shape)
 
 
-def uniform_int(seed: int, purpose: Purpose, step: Step, index: Tensor, high: int) -> Tensor:
+def uniform_int(seed: int, purpose: Purpose, step: Step, index: Tensor, high: Word) -> Tensor:
     """Integers int64 in 0..high-1, one for each entry of `index` and of its shape; high <= 2^31.
+
+    `high` may be an int64 tensor of that shape; where it is 0, the integer is 0.
 
     The high word of a 32-bit word times `high`: no value is likelier than another by more than a
     part in 2^32 / high (4 million for high = 1000).

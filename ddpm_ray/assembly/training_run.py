@@ -179,7 +179,7 @@ def validator(
     workers, groups = grid_logger.workers, config.evaluation.validation_images // len(LEVELS)
     share, total = workers.share(groups), groups * len(LEVELS)
     positions = range(share.start * len(LEVELS), share.stop * len(LEVELS))
-    images, labels = fixed_images(config.data, dataset, positions, total)
+    images, labels = fixed_images(config.data, dataset, positions, total).tensors
     return Validator(
         state,
         grid_logger.denoiser,
@@ -199,7 +199,7 @@ def with_low_resolution(
     """`denoiser`; for super-resolution with low-resolution inputs from the data set."""
     if not denoiser.takes.low_resolution_pixels:
         return denoiser
-    images, labels = fixed_images(config, dataset, range(count), count)
+    images, labels = fixed_images(config, dataset, range(count), count).tensors
     shown = denoiser.takes.of_data(denoiser.codec.encode(images.to(device)), labels.to(device))
     return replace(denoiser, low_resolution_images=shown.low_resolution)
 
@@ -211,7 +211,8 @@ def fixed_images(config: DataConfig, dataset: Dataset, positions: range, total: 
     """
     if not positions:  # with more workers than images, some get none
         nothing = torch.empty(0, *dataset.manifest.sample_shape, dtype=torch.uint8)
-        return Batch(nothing, torch.empty(0, dtype=torch.int64))
+        no_labels = torch.empty(0, dtype=torch.int64)
+        return Batch(nothing, no_labels, [] if dataset.manifest.captioned else None)
     found = ShardStream(
         dataset,
         seed=validation_loss.SEED,

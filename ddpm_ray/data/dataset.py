@@ -1,7 +1,8 @@
 """A packed data set on disk: `manifest.json`, `index.arrow`, `shard-00000.arrow`, ...
 
 The index has a row for each shard, with its sha256 and exact integer sums of its pixels and, in a
-set of latents (format 2), of its latents. The manifest is written last and holds the index's
+set of latents, of its latents; in a set with captions also their number. Sets of latents and sets
+with captions have format 2, others format 1. The manifest is written last and holds the index's
 sha256; its own sha256 is the data set's fingerprint. Neither has time stamps or paths: the same
 images have the same fingerprint wherever and by however many tasks they were packed. shards.py has
 the format of a shard.
@@ -14,7 +15,7 @@ import json
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from typing import Any
 
@@ -46,6 +47,8 @@ OF_LATENTS = (
     "latent_std",
 )
 """Fields of a recipe or manifest that only sets of latents have."""
+OF_CAPTIONED = ("captioned", "captions")
+"""Fields of a recipe or manifest that only sets with captions have."""
 NUMBERED = re.compile("ddpm-ray shards ([1-9][0-9]{0,8})")
 
 
@@ -70,6 +73,7 @@ class Recipe:
     latent_shape: LatentShape | None = None  # None: a set of pixels
     views: tuple[str, ...] = ()  # encoded views of each image: plain, or plain and flipped
     autoencoder_sha256: str = ""  # of the weights that encoded the latents
+    captioned: bool = False  # whether shards have a column of captions
 
     def to_json(self) -> dict[str, Any]:
         """Return the stored form."""
@@ -86,6 +90,7 @@ class ShardRow:
     sha256: str
     pixel_sum: list[int]  # [C], over all pixels of all images: exact integers
     pixel_sum_of_squares: list[int]  # [C]
+    captions: int = field(default=0, kw_only=True)  # of all samples
 
 
 @dataclass(frozen=True)
@@ -119,6 +124,8 @@ class Manifest:
     autoencoder_sha256: str = ""
     latent_mean: tuple[float, ...] = ()  # [c], over all images and views
     latent_std: tuple[float, ...] = ()  # [c], of draws: sqrt(Var(mean) + E[exp(log_variance)])
+    captioned: bool = False
+    captions: int = 0  # of all samples
 
     @property
     def sample_shape(self) -> tuple[int, ...]:
@@ -238,7 +245,7 @@ def manifest_of(table: pa.Table, index_sha256: str) -> Manifest:
         (pixels * int(q) - int(s) ** 2) / pixels**2 for s, q in zip(sums, squares, strict=True)
     ]
     return Manifest(
-        format=FORMATS[recipe["codec"]],
+        format=FORMATS["latents"] if recipe["captioned"] else FORMATS[recipe["codec"]],
         image_shape=ImageShape(height, width, channels),
         encoding=recipe["encoding"],
         resize=recipe["resize"],
@@ -251,6 +258,8 @@ def manifest_of(table: pa.Table, index_sha256: str) -> Manifest:
         pixel_std=tuple(math.sqrt(v) for v in variance),
         index_sha256=index_sha256,
         codec=recipe["codec"],
+        captioned=recipe["captioned"],
+        captions=sum(table.column("captions").to_pylist()) if recipe["captioned"] else 0,
         **(_latent_fields(table, recipe, samples) if recipe["codec"] == "latents" else {}),
     )
 
@@ -274,10 +283,13 @@ def _latent_fields(table: pa.Table, recipe: dict[str, Any], samples: int) -> dic
 
 
 def _stored(fields: dict[str, Any]) -> dict[str, Any]:
-    """Omit fields of latents from sets of pixels, whose fingerprints must not change."""
-    if fields["codec"] != "pixels":
-        return fields
-    return {key: value for key, value in fields.items() if key not in OF_LATENTS}
+    """Omit fields of latents or captions from other sets, whose fingerprints must not change."""
+    omitted = set[str]()
+    if fields["codec"] == "pixels":
+        omitted |= set(OF_LATENTS)
+    if not fields["captioned"]:
+        omitted |= set(OF_CAPTIONED)
+    return {key: value for key, value in fields.items() if key not in omitted}
 
 
 def _read_manifest(where: str, data: bytes) -> dict[str, Any]:

@@ -45,7 +45,8 @@ def read_decoded(
     position only. `wanted` [samples] bool is True for the images to yield; None: all.
     """
     own, position = image_codec(dataset, codec), int(dataset.counts[: shard_numbers.start].sum())
-    for stored, _ in read_images(dataset, shard_numbers):
+    for batch in read_images(dataset, shard_numbers):
+        stored = batch.images
         positions = torch.arange(position, position + len(stored))
         position += len(stored)
         if wanted is not None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -18,7 +18,8 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from ddpm_ray.data.dataset import Dataset, Manifest, UInt8s
+from ddpm_ray.data.captions import caption_tuples
+from ddpm_ray.data.dataset import Dataset, DatasetError, Manifest, UInt8s
 from ddpm_ray.data.prefetcher import FETCHES, Prefetcher, lane_shares, overlap
 from ddpm_ray.data.shard_cache import ShardCache
 from ddpm_ray.data.shard_samples import gather, image_decoders
@@ -32,6 +33,16 @@ class Batch(NamedTuple):
 
     images: Tensor  # uint8 [b, H, W, C], or latents, float16 [b, 2, views, c, h, w]
     labels: Tensor  # int64 [b]; -1: no label
+    captions: list[tuple[str, ...]] | None = None  # b, each of 0..64; None: a set without captions
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """Images and labels."""
+        return self.images, self.labels
+
+    def converted(self, convert: Callable[[Tensor], Tensor]) -> Batch:
+        """Return a batch of the converted tensors, without captions."""
+        return Batch(convert(self.images), convert(self.labels))
 
 
 class ShardStream:
@@ -76,8 +87,8 @@ class ShardStream:
     def batch(self, step: int, out: Batch | None = None) -> Batch:
         """Return the samples of the 0-based `step`; prefetched if it follows the last step read.
 
-        They are copied once: to `out`, which is then returned, if its shapes and types are those of
-        a batch, or else to new memory.
+        They are copied once: to the tensors of `out`, which the batch then holds, if their shapes
+        and types are those of a batch, or else to new memory.
         """
         if self._closed:
             raise RuntimeError("this ShardStream is closed; make a new one")
@@ -98,6 +109,9 @@ class ShardStream:
         np.concatenate(views, out=found.images.view(torch.uint8).view(-1).numpy())
         labels = [loaded.labels[here] for loaded, here in needed]
         np.concatenate(labels, out=found.labels.numpy())
+        if self.dataset.manifest.captioned:
+            texts = [one for loaded, here in needed for one in (loaded.captions or ())[here]]
+            found = found._replace(captions=texts)
         self._prefetcher.release(step)
         self._next_step = step + 1
         return found
@@ -123,7 +137,7 @@ class ShardStream:
 
     def _fits(self, batch: Batch) -> bool:
         """Whether `batch` has the shapes and types of a batch of this stream."""
-        images, labels = batch
+        images, labels = batch.tensors
         return (images.shape, images.dtype) == (self._shape, self._dtype) and (
             labels.shape == self._shape[:1] and images.is_contiguous() and labels.is_contiguous()
         )
@@ -150,7 +164,7 @@ class ShardStream:
 
 
 def read_images(dataset: Dataset, shard_numbers: Iterable[int]) -> Iterator[Batch]:
-    """Yield all samples and labels of each of these shards, in packed order."""
+    """Yield all samples, labels and captions of each of these shards, in packed order."""
     manifest = dataset.manifest
     with ThreadPoolExecutor(FETCHES) as fetchers, image_decoders(manifest) as decoders:
         numbers = iter(shard_numbers)
@@ -161,7 +175,22 @@ def read_images(dataset: Dataset, shard_numbers: Iterable[int]) -> Iterator[Batc
             images = np.empty((len(shard), manifest.sample_bytes), dtype=np.uint8)
             gather(shard, np.arange(len(shard)), images, dataset, decoders)
             labels = torch.from_numpy(shard.labels.copy())
-            yield Batch(_shaped(images, manifest), labels)
+            captions = None if shard.captions is None else caption_tuples(shard.captions)
+            yield Batch(_shaped(images, manifest), labels, captions)
+
+
+def read_captions(dataset: Dataset, shard_numbers: Iterable[int]) -> Iterator[tuple[str, ...]]:
+    """Yield the captions of each sample of these shards, in packed order; decodes no image.
+
+    Raises DatasetError for a set without captions, and the errors of `fetch_shard`.
+    """
+    if not dataset.manifest.captioned:
+        remedy = "pack it again from a source with captions (docs/packing.md)"
+        raise DatasetError(dataset.url, "the data set has no captions", remedy)
+    for number in shard_numbers:
+        captions = fetch_shard(dataset, number).captions
+        assert captions is not None  # as the manifest says, which the parser checks
+        yield from caption_tuples(captions)
 
 
 def _shaped(samples: UInt8s, manifest: Manifest) -> Tensor:

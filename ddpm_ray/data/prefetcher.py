@@ -1,10 +1,11 @@
 """Prefetch the shuffle blocks of some lanes from shards in background threads.
 
-Memory is bounded by two shuffle windows of samples for these lanes and one batch, one shard per
-lane (the one in which its next block begins), FETCHES shards in flight and KEPT_BYTES of shards
-that were used last. Raw pixels are views of their shards, which stay in memory whole: that adds at
-most KEPT_BYTES (of the shards in which the lanes' oldest blocks begin; three times as much where an
-epoch ends), or, of shards above KEPT_BYTES / lanes, as many bytes as the samples have.
+Memory is bounded by two shuffle windows of samples, with their captions, for these lanes and one
+batch, one shard per lane (the one in which its next block begins), FETCHES shards in flight and
+KEPT_BYTES of shards that were used last. Raw pixels are views of their shards, which stay in memory
+whole: that adds at most KEPT_BYTES (of the shards in which the lanes' oldest blocks begin; three
+times as much where an epoch ends), or, of shards above KEPT_BYTES / lanes, as many bytes as the
+samples have.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from functools import partial
 from weakref import WeakValueDictionary
 
 import numpy as np
+import pyarrow as pa
 
+from ddpm_ray.data.captions import caption_tuples
 from ddpm_ray.data.dataset import Dataset, UInt8s
 from ddpm_ray.data.shard_cache import ShardCache
 from ddpm_ray.data.shard_samples import image_decoders, sample_views
@@ -58,6 +61,7 @@ class LoadedBlock:
     block: Block
     views: list[UInt8s]  # [samples], of [sample_bytes] each, in the block's order
     labels: Int64s  # [samples]
+    captions: list[tuple[str, ...]] | None  # [samples]; None: a set without captions
 
 
 @dataclass(frozen=True)
@@ -201,7 +205,10 @@ class Prefetcher:
         shard_of, row_of = self._order.rows(block)
         by_shard = np.argsort(shard_of, kind="stable")
         views = [_NO_BYTES] * block.samples
-        loaded = LoadedBlock(block, views, np.empty(block.samples, dtype=np.int64))
+        captions: list[tuple[str, ...]] | None = None
+        if self._dataset.manifest.captioned:
+            captions = [()] * block.samples
+        loaded = LoadedBlock(block, views, np.empty(block.samples, dtype=np.int64), captions)
         shard_of, row_of = shard_of[by_shard], row_of[by_shard]
         numbers = self._order.shards(block).tolist()
         for number in numbers:
@@ -231,6 +238,10 @@ class Prefetcher:
         for place, view in zip(part.places.tolist(), views, strict=True):
             loaded.views[place] = view
         loaded.labels[part.places] = shard.labels[part.rows]
+        if loaded.captions is not None and shard.captions is not None:
+            captions = caption_tuples(shard.captions.take(pa.array(part.rows)))
+            for place, texts in zip(part.places.tolist(), captions, strict=True):
+                loaded.captions[place] = texts
         if part.is_last:
             with self._changed:
                 self._ready[loaded.block.lane].append(loaded)

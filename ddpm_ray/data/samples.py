@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 MAX_EXAMPLES = 5  # names stored per group
 
@@ -19,6 +20,7 @@ class Sample(NamedTuple):
     label: int  # -1: none
     image: npt.NDArray[np.uint8] | bytes | None  # [H, W, C]; a file; None: file too large
     location: str  # for error messages
+    captions: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -54,13 +56,18 @@ class Source(Protocol):
         ...
 
     @property
+    def captions(self) -> pa.LargeListArray | None:
+        """Captions of each sample; None: a source without captions."""
+        ...
+
+    @property
     def left_out(self) -> tuple[NamedGroup, ...]:
         """Contents of the source that are not packed."""
         ...
 
     @property
     def digest(self) -> str:
-        """Hash of keys, labels, file sizes and pixel arrays: identifies the samples."""
+        """Hash of keys, labels, captions, file sizes and pixel arrays: identifies the samples."""
         ...
 
     @property

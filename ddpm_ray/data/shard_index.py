@@ -1,6 +1,7 @@
 """The index of a data set, `index.arrow`: one row per shard, and the recipe as schema metadata.
 
-A set of latents has further columns: exact sums of its latents (latent_sums.py).
+A set of latents has further columns: exact sums of its latents (latent_sums.py). A set with
+captions has their number in each shard.
 
 Names become addresses and hashes become file names in the cache (a hash of `/home/me/thesis.tex`
 once made the cache delete that file as a damaged copy), so each value must match a pattern.
@@ -19,6 +20,7 @@ import pyarrow.compute as pc
 from ddpm_ray.config.jobs.pack import Encoding
 from ddpm_ray.data import arrow_io
 from ddpm_ray.data.arrow_io import ArrowFileError
+from ddpm_ray.data.captions import MAX_CAPTIONS
 from ddpm_ray.redaction import counted
 
 SCHEMA = pa.schema(
@@ -40,6 +42,7 @@ MAX_PIXELS = 2**28  # of one image
 MAX_LATENT_CHANNELS = 256
 CodecName: TypeAlias = Literal["pixels", "latents"]  # see codec.py and latent_codec.py
 SCHEMAS: dict[str, pa.Schema] = {"pixels": SCHEMA, "latents": LATENT_SCHEMA}
+CAPTIONS = pa.field("captions", pa.int64())  # the last column, in a set with captions
 VIEWS = (["plain"], ["plain", "flipped"])  # of each image, in a set of latents
 ENCODINGS, CODECS = get_args(Encoding), get_args(CodecName)
 STRINGS = ("encoding", "resize", "source_sha256", "codec")  # fields of a recipe
@@ -47,14 +50,21 @@ STRINGS = ("encoding", "resize", "source_sha256", "codec")  # fields of a recipe
 
 def serialize_index(recipe: dict[str, Any], rows: Sequence[dict[str, Any]]) -> bytes:
     """Serialize the index; it repeats the recipe, so that an edited manifest is detected."""
-    schema = SCHEMAS[recipe.get("codec", "pixels")]
+    schema = schema_of({"codec": "pixels", "captioned": False} | recipe)
     schema = schema.with_metadata({"recipe": json.dumps(recipe, sort_keys=True)})
     return arrow_io.serialize_table(pa.Table.from_pylist(rows, schema=schema))
 
 
+def schema_of(recipe: dict[str, Any]) -> pa.Schema:
+    """Return the columns of the index of a data set with this recipe."""
+    schema = SCHEMAS[recipe["codec"]]
+    return schema.append(CAPTIONS) if recipe["captioned"] else schema
+
+
 def parse_index(data: bytes) -> pa.Table:
     """Parse the index and check all values. Raises ArrowFileError."""
-    batch = arrow_io.parse_batch(data, *SCHEMAS.values())
+    kinds = ({"codec": codec, "captioned": has} for codec in SCHEMAS for has in (False, True))
+    batch = arrow_io.parse_batch(data, *map(schema_of, kinds))
     for column, pattern in PATTERNS.items():
         values = batch[column]
         for bad in values.filter(pc.invert(pc.match_substring_regex(values, pattern))):
@@ -64,8 +74,7 @@ def parse_index(data: bytes) -> pa.Table:
         if not 1 <= low <= high <= limit:
             raise ArrowFileError(f"{column} ranges from {low} to {high}; it must be in 1..{limit}")
     checked = _checked_recipe(batch)
-    if not batch.schema.equals(SCHEMAS[checked["codec"]]):
-        raise ArrowFileError(f"its columns are not those of the codec {checked['codec']}")
+    _require_columns(batch, checked)
     height, width, channels = checked["image_shape"]
     if channels not in (1, 3) or min(height, width) < 1 or height * width > MAX_PIXELS:
         raise ArrowFileError(f"image_shape is {[height, width, channels]}")
@@ -79,6 +88,22 @@ def parse_index(data: bytes) -> pa.Table:
                 f"{column} does not have {counted(length, 'number')} for each shard"
             )
     return pa.Table.from_batches([batch])
+
+
+def _require_columns(batch: pa.RecordBatch, recipe: dict[str, Any]) -> None:
+    """Raise ArrowFileError for columns of another recipe, and impossible numbers of captions."""
+    if not batch.schema.equals(schema_of(recipe)):
+        captioned = "with captions" if recipe["captioned"] else "without captions"
+        raise ArrowFileError(
+            f"its columns are not those of the codec {recipe['codec']} {captioned}"
+        )
+    if not recipe["captioned"]:
+        return
+    counts, samples = batch["captions"], batch["samples"]
+    wrong = pc.or_(pc.less(counts, 0), pc.greater(counts, pc.multiply(samples, MAX_CAPTIONS)))
+    for bad in counts.filter(wrong):
+        rule = f"it must be in 0..{MAX_CAPTIONS} per sample"
+        raise ArrowFileError(f"captions is {bad.as_py()}; {rule}")
 
 
 def _checked_latent_channels(recipe: dict[str, Any]) -> int:
@@ -121,6 +146,8 @@ def _checked_recipe(batch: pa.RecordBatch) -> dict[str, Any]:
         )
     if texts["codec"] not in CODECS:
         raise ArrowFileError(f"codec is {texts['codec']!r}; this version reads {', '.join(CODECS)}")
+    if not isinstance(found["captioned"], bool):
+        raise ArrowFileError(f"captioned is {found['captioned']!r}; it must be true or false")
     return found
 
 
@@ -133,6 +160,9 @@ def _three_numbers(name: str, shape: object) -> tuple[int, int, int]:
 
 
 def recipe(index: pa.Table | pa.RecordBatch) -> dict[str, Any]:
-    """Return the recipe that `serialize_index` was given; one without a codec means pixels."""
+    """Return the recipe that `serialize_index` was given.
+
+    Without a codec it means pixels, and without `captioned` no captions.
+    """
     found: dict[str, Any] = json.loads((index.schema.metadata or {})[b"recipe"])
-    return {"codec": "pixels"} | found
+    return {"codec": "pixels", "captioned": False} | found

@@ -2,7 +2,8 @@
 
 Its columns are `image` (uint8 tensor [H, W, C], or encoded bytes), `label` (int64, -1: none) and
 `key` (the sample's name). A shard of latents has, in place of `image`, `mean` and `logvar` (float16
-tensors [views, c, h, w]).
+tensors [views, c, h, w]). A shard of a set with captions has a last column `captions` (list of
+strings, captions.py).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import pyarrow as pa
 
 from ddpm_ray.data import arrow_io
 from ddpm_ray.data.arrow_io import ArrowFileError
+from ddpm_ray.data.captions import COLUMN_TYPE, caption_column, require_captions
 from ddpm_ray.data.dataset import Dataset, DatasetError, Int64s, Manifest, UInt8s
 from ddpm_ray.data.latent_sums import LOG_VARIANCES, Float16s
 from ddpm_ray.data.shard_cache import ShardCache
@@ -51,6 +53,7 @@ class Shard:
     images: UInt8s | pa.BinaryArray | Latents  # [n, H, W, C], n encoded images, or their latents
     labels: Int64s  # [n]
     keys: pa.StringArray  # n
+    captions: pa.ListArray | None = None  # n lists of strings; None: a set without captions
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -62,9 +65,15 @@ def shard_name(number: int) -> str:
 
 
 def shard_bytes(
-    images: UInt8s | Sequence[bytes] | Latents, labels: Sequence[int], keys: Sequence[str]
+    images: UInt8s | Sequence[bytes] | Latents,
+    labels: Sequence[int],
+    keys: Sequence[str],
+    captions: Sequence[Sequence[str]] | None = None,
 ) -> bytes:
-    """Serialize uint8 [n, H, W, C], n encoded files or latents; equal input gives equal bytes."""
+    """Serialize uint8 [n, H, W, C], n encoded files or latents; equal input gives equal bytes.
+
+    `captions` are those of each sample; None for a set without captions.
+    """
     match images:
         case Latents(mean, log_variance):
             samples = {"mean": _tensor_column(mean), "logvar": _tensor_column(log_variance)}
@@ -72,8 +81,10 @@ def shard_bytes(
             samples = {"image": _tensor_column(images)}
         case files:
             samples = {"image": pa.array(files, pa.binary())}
-    columns = [*samples.values(), pa.array(labels, pa.int64()), pa.array(keys, pa.string())]
-    return arrow_io.serialize_table(pa.Table.from_arrays(columns, [*samples, "label", "key"]))
+    columns = {**samples, "label": pa.array(labels, pa.int64()), "key": pa.array(keys, pa.string())}
+    if captions is not None:
+        columns["captions"] = caption_column(captions)
+    return arrow_io.serialize_table(pa.table(columns))
 
 
 def parse_shard(data: bytes | memoryview, manifest: Manifest) -> Shard:
@@ -82,13 +93,18 @@ def parse_shard(data: bytes | memoryview, manifest: Manifest) -> Shard:
     names = ["mean", "logvar"] if manifest.codec == "latents" else ["image"]
     shape = manifest.image_shape if manifest.codec == "pixels" else manifest.sample_shape[1:]
     kind = pa.fixed_shape_tensor(_arrow_type(manifest.sample_dtype), shape) if raw else pa.binary()
-    schema = pa.schema({**dict.fromkeys(names, kind), "label": pa.int64(), "key": pa.string()})
-    *samples, labels, keys = arrow_io.parse_batch(data, schema).columns
+    columns = {**dict.fromkeys(names, kind), "label": pa.int64(), "key": pa.string()}
+    if manifest.captioned:
+        columns["captions"] = COLUMN_TYPE
+    batch = arrow_io.parse_batch(data, pa.schema(columns))
+    captions = batch["captions"] if manifest.captioned else None
+    if captions is not None:
+        require_captions(captions)
+    rest = batch["label"].to_numpy(), batch["key"], captions
     if not raw:
-        return Shard(samples[0], labels.to_numpy(), keys)
-    arrays = [_tensors(name, column, shape) for name, column in zip(names, samples, strict=True)]
-    images = arrays[0] if manifest.codec == "pixels" else _checked_latents(*arrays)
-    return Shard(images, labels.to_numpy(), keys)
+        return Shard(batch[names[0]], *rest)
+    arrays = [_tensors(name, batch[name], shape) for name in names]
+    return Shard(arrays[0] if manifest.codec == "pixels" else _checked_latents(*arrays), *rest)
 
 
 def fetch_shard(dataset: Dataset, number: int, cache: ShardCache | None = None) -> Shard:
@@ -161,6 +177,11 @@ def _parse(url: str, data: bytes | memoryview, dataset: Dataset, row: dict[str, 
         found, stated = (len(data), len(shard)), (row["stored_bytes"], row["samples"])
         if found != stated:
             raise ArrowFileError(f"its bytes and samples are {found}, the index says {stated}")
+        captions = 0 if shard.captions is None else len(shard.captions.flatten())
+        if captions != (expected := row.get("captions", 0)):
+            raise ArrowFileError(
+                f"it has {counted(captions, 'caption')}, the index says {expected}"
+            )
     except ArrowFileError as error:
         raise DatasetError(url, f"not a shard: {error}", "pack the data set again") from None
     return shard

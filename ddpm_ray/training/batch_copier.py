@@ -2,7 +2,8 @@
 
 import logging
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -18,7 +19,7 @@ class Batches(Protocol):
     def batch(self, step: int, out: Batch | None = None) -> Batch:
         """Wait for this worker's share of the global batch of `step`.
 
-        It is put into `out`, which is then returned, if the loader can and its shapes are the same.
+        It holds the tensors of `out` if the loader can fill them and their shapes are the same.
         """
         ...
 
@@ -27,7 +28,7 @@ class Batches(Protocol):
 class _Buffers:
     """Memory for one batch on the host and on the device, used for every second step."""
 
-    on_host: Batch  # pinned, where that is possible
+    on_host: Batch  # pinned, where that is possible; without captions
     on_device: Batch
     copied: torch.cuda.Event  # from the host's to the device's
     used: torch.cuda.Event  # by the step
@@ -35,7 +36,7 @@ class _Buffers:
     @classmethod
     def of(cls, on_host: Batch, device: torch.device) -> "_Buffers":
         """Allocate the device's memory for `on_host`; the launched work is the first use of it."""
-        on_device = Batch(*(torch.empty_like(part, device=device) for part in on_host))
+        on_device = on_host.converted(partial(torch.empty_like, device=device))
         copied, used = (torch.cuda.Event() for _ in range(2))  # type: ignore[no-untyped-call]
         buffers = cls(on_host, on_device, copied, used)
         # Work that is launched may still use this memory for what was there before.
@@ -46,8 +47,15 @@ class _Buffers:
         """Whether `batch` has the shapes and types of the memory."""
         return all(
             part.shape == held.shape and part.dtype == held.dtype
-            for part, held in zip(batch, self.on_host, strict=True)
+            for part, held in zip(batch.tensors, self.on_host.tensors, strict=True)
         )
+
+
+class _Prepared(NamedTuple):
+    """A batch on its way to the device."""
+
+    buffers: _Buffers
+    captions: list[tuple[str, ...]] | None  # which stay on the host
 
 
 class BatchCopier:
@@ -59,7 +67,7 @@ class BatchCopier:
         if device.type == "cuda":
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._buffers: dict[int, _Buffers] = {}  # by step % 2
-        self._prepared: tuple[int, _Buffers | Exception] | None = None
+        self._prepared: tuple[int, _Prepared | Exception] | None = None
         self._pins = True  # until it is refused
 
     def batch(self, batches: Batches, step: int) -> Batch:
@@ -76,8 +84,8 @@ class BatchCopier:
         self._prepared = None
         if isinstance(found, Exception):
             raise found
-        torch.cuda.current_stream(self._device).wait_event(found.copied)
-        return found.on_device
+        torch.cuda.current_stream(self._device).wait_event(found.buffers.copied)
+        return found.buffers.on_device._replace(captions=found.captions)
 
     def prepare(self, batches: Batches, step: int) -> None:
         """Begin to copy batch `step`; call it when the work of the step before is launched.
@@ -100,21 +108,22 @@ class BatchCopier:
         buffers, others = self._buffers[place], self._buffers.get(1 - place)
         if others is not None:
             others.used.record(torch.cuda.current_stream(self._device))
-        if batch is not buffers.on_host:
-            for held, part in zip(buffers.on_host, batch, strict=True):
+        if batch.images is not buffers.on_host.images:
+            for held, part in zip(buffers.on_host.tensors, batch.tensors, strict=True):
                 held.copy_(part)
         with torch.cuda.stream(self._stream):
             self._stream.wait_event(buffers.used)
-            for target, held in zip(buffers.on_device, buffers.on_host, strict=True):
+            tensors = buffers.on_device.tensors, buffers.on_host.tensors
+            for target, held in zip(*tensors, strict=True):
                 target.copy_(held, non_blocking=True)
             buffers.copied.record(self._stream)
-        self._prepared = step, buffers
+        self._prepared = step, _Prepared(buffers, batch.captions)
 
     def _pinned(self, batch: Batch) -> Batch:
         """Memory of the host for `batch` that the device reads by itself, or else any memory."""
         if self._pins:
             try:
-                return Batch(*(torch.empty_like(part, pin_memory=True) for part in batch))
+                return batch.converted(partial(torch.empty_like, pin_memory=True))
             except RuntimeError as error:
                 self._pins = False
                 log.warning(
@@ -122,4 +131,4 @@ class BatchCopier:
                     "container's limit of locked memory (ulimit -l)",
                     str(error).partition("\n")[0].partition(". ")[0],
                 )
-        return Batch(*map(torch.empty_like, batch))
+        return batch.converted(torch.empty_like)

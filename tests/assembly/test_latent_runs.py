@@ -87,7 +87,7 @@ def test_x_0_is_drawn_anew_in_each_step_from_the_view_that_the_flip_says(encoded
     facts = latents.codec_facts(codec)
     state = training_run.training_state(config, dataset.manifest.diffused_shape, CPU, facts)
     recipe = diffusion.objective(config, state, CPU).noising
-    stored, labels = training_run.fixed_images(config.data, dataset, range(8), 8)
+    stored, labels = training_run.fixed_images(config.data, dataset, range(8), 8).tensors
     positions = torch.arange(8)
     draws = [recipe.noisy_batch(stored, labels, step, positions, CPU).x_0 for step in range(400)]
     z = torch.stack([codec.latents(x_0) for x_0 in draws]).double()
@@ -310,7 +310,10 @@ def test_validation_images_have_variance_1(encoded: str) -> None:
 
 def test_a_worker_without_images_reads_none(encoded: str) -> None:
     dataset, config = open_dataset(encoded), configured(encoded)
-    images, labels = training_run.fixed_images(config.data, dataset, range(0), 4)
+    images, labels = training_run.fixed_images(config.data, dataset, range(0), 4).tensors
     assert images.shape == (0, *dataset.manifest.sample_shape)
     assert len(labels) == 0
+    manifest = replace(dataset.manifest, captioned=True)
+    captioned = replace(dataset, manifest=manifest)
+    assert training_run.fixed_images(config.data, captioned, range(0), 4).captions == []
     assert Workers().is_main

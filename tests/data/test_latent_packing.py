@@ -19,7 +19,7 @@ from ddpm_ray.data.dataset import Dataset, DatasetError, Recipe, UInt8s, open_da
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.data.latent_codec import LatentCodec
 from ddpm_ray.data.latent_preview import add_grams, fit_preview, gram_of
-from ddpm_ray.data.loader import read_images
+from ddpm_ray.data.loader import read_captions, read_images
 from ddpm_ray.data.packing import latent_packer, packer
 from ddpm_ray.data.packing.latent_packer import EncodePlan
 from ddpm_ray.data.packing.sources import ArraySource
@@ -27,6 +27,7 @@ from ddpm_ray.data.shards import Latents, fetch_shard
 from ddpm_ray.models.autoencoder import Autoencoder, AutoencoderSpec, Posterior
 from ddpm_ray.storage import checksummed_json, object_store
 from ddpm_ray.storage.errors import StorageError
+from tests.data.captioned_sets import write_captioned
 from tests.data.latent_sets import random_latents, write_latents
 
 SAMPLES, PER_SHARD = 11, 3
@@ -84,6 +85,22 @@ def encode(
     numbers = order or range(plan.shards)
     done = [latent_packer.encode_shard(plan, n, autoencoder) for n in numbers]
     return latent_packer.finish_latents(plan, done)
+
+
+def test_captions_are_those_of_the_images(tmp_path: Path) -> None:
+    texts = [[f"{n}" for n in range(k % 3)] for k in range(SAMPLES)]
+    source = write_captioned(tmp_path / "pixels", texts, PER_SHARD)
+    encode(source, tmp_path / "set", order=(3, 0, 2, 1))
+    dataset = open_dataset(str(tmp_path / "set"))
+    assert (dataset.manifest.captioned, dataset.manifest.captions) == (True, SAMPLES - 1)
+    assert list(read_captions(dataset, range(4))) == list(map(tuple, texts))
+    found = latent_packer.find_finished_latents(
+        plan_of(source, tmp_path / "set", TinyAutoencoder())
+    )
+    assert found is not None
+    plain = pixels(tmp_path / "plain")
+    with pytest.raises(DatasetError, match=r"already here \(.*captioned.* differ\)"):
+        latent_packer.find_finished_latents(plan_of(plain, tmp_path / "set", TinyAutoencoder()))
 
 
 def files(folder: Path) -> dict[str, bytes]:

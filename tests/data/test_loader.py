@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from ddpm_ray.data import image_decoders, prefetcher
 from ddpm_ray.data.dataset import Dataset
-from ddpm_ray.data.loader import Batch, ShardStream, read_images
+from ddpm_ray.data.loader import ShardStream, read_images
 from ddpm_ray.data.shard_cache import COUNTER
 from ddpm_ray.data.shard_samples import sample_views
 from ddpm_ray.data.shards import Shard, ShardCorruptError, fetch_shard
@@ -315,11 +315,11 @@ def test_a_batch_is_put_into_memory_of_its_shape(make_dataset: MakeDataset) -> N
     stream = open_stream(make_dataset(30, 7), window_samples=8)
     for step in range(12):
         wanted = stream.batch(step)
-        memory = Batch(*(torch.full_like(part, 99) for part in wanted))
+        memory = wanted.converted(lambda part: torch.full_like(part, 99))
         assert stream.batch(step, memory) is memory
-        assert all(map(torch.equal, memory, wanted))
-    smaller = Batch(*(part[1:] for part in wanted))
-    assert all(map(torch.equal, stream.batch(step, smaller), wanted))
+        assert all(map(torch.equal, memory.tensors, wanted.tensors))
+    smaller = wanted.converted(lambda part: part[1:])
+    assert all(map(torch.equal, stream.batch(step, smaller).tensors, wanted.tensors))
     stream.close()
 
 

@@ -16,6 +16,8 @@ CPU = torch.device("cpu")
 class Loader:
     """A loader whose batch 5 cannot be read; which batches it was asked for."""
 
+    captions: list[tuple[str, ...]] | None = None  # any: batches have captions
+
     def __init__(self) -> None:
         self.asked: list[int] = []
 
@@ -24,7 +26,8 @@ class Loader:
         if step == 5:
             raise OSError("batch 5 is damaged")
         size = 3 if step == 7 else 4
-        return Batch(torch.full((size, 2), step, dtype=torch.uint8), torch.full((size,), step))
+        images = torch.full((size, 2), step, dtype=torch.uint8)
+        return Batch(images, torch.full((size,), step), self.captions and [(f"{step}",)] * size)
 
 
 @pytest.fixture
@@ -49,7 +52,7 @@ def test_the_next_batch_is_read_while_this_one_is_used(copier: BatchCopier) -> N
         found = copier.batch(loader, step)
         copier.prepare(loader, step + 1)
         wanted = Loader().batch(step)
-        assert all(map(torch.equal, found, wanted))
+        assert all(map(torch.equal, found.tensors, wanted.tensors))
     assert loader.asked == [0, 1, 2, 3, 4, 1, 2, 3, 7, 8, 9]
 
 
@@ -69,6 +72,17 @@ def test_on_a_cpu_nothing_is_read_ahead() -> None:
     assert loader.asked == [0]
 
 
+def test_captions_come_with_the_batch_that_they_belong_to(copier: BatchCopier) -> None:
+    """Also with one that is loaded into memory of two steps ago."""
+    for loader in (Loader(), Filler()):
+        loader.captions = [()]
+        for step in (0, 1, 2, 3, 1):
+            found = copier.batch(loader, step)
+            copier.prepare(loader, step + 1)
+            assert found.labels.tolist() == [step] * 4
+            assert found.captions == [(f"{step}",)] * 4
+
+
 class Filler(Loader):
     """A loader that fills memory of the right shape, as ShardStream does."""
 
@@ -76,9 +90,9 @@ class Filler(Loader):
         found = super().batch(step)
         if out is None:
             return found
-        for part, value in zip(out, found, strict=True):
+        for part, value in zip(out.tensors, found.tensors, strict=True):
             part.numpy()[...] = value.numpy()
-        return out
+        return out._replace(captions=found.captions)
 
 
 def test_a_loader_writes_to_the_memory_that_the_device_reads(
@@ -93,7 +107,8 @@ def test_a_loader_writes_to_the_memory_that_the_device_reads(
 
     monkeypatch.setattr(torch.Tensor, "copy_", counted)
     for step in range(4):
-        assert all(map(torch.equal, copier.batch(loader, step), Loader().batch(step)))
+        found, wanted = copier.batch(loader, step), Loader().batch(step)
+        assert all(map(torch.equal, found.tensors, wanted.tensors))
         copier.prepare(loader, step + 1)
     # Of images and labels: in step 0 batches 0 and 1 are copied to pinned memory and the device.
     assert [copies.count(step) for step in range(4)] == [8, 2, 2, 2]

@@ -134,7 +134,7 @@ class SpoiltStream:
     waited_s: float = 0.0
 
     def batch(self, step: int, out: Batch | None = None) -> Batch:
-        images, labels = self.stream.batch(step)
+        images, labels = self.stream.batch(step).tensors
         if step in self.steps and self.position in self.stream.positions:
             images = images.float()
             images[self.position - self.stream.positions.start] = math.nan
@@ -1107,7 +1107,7 @@ def gradient_of(
     state = training_run.training_state(config, ImageShape(SIDE, SIDE, 1), CPU, {})
     for parameter in state.model.parameters():
         nn.init.normal_(parameter, std=0.3)
-    images, labels = streamed(config, workers).batch(0)
+    images, labels = streamed(config, workers).batch(0).tensors
     objective = diffusion.objective(config, state, CPU)
     losses, t, _ = objective.backward(state.model, images, labels, 0, workers, micro_batch)
     gradients = [p.grad.flatten() for p in state.model.parameters() if p.grad is not None]

@@ -42,7 +42,7 @@ class BadStream:
     waited_s: float = 0.0
 
     def batch(self, step: int, out: Batch | None = None) -> Batch:
-        images, labels = self.stream.batch(step)
+        images, labels = self.stream.batch(step).tensors
         if step + 1 == NAN:
             images = images.float()
             images[2] = math.nan
@@ -101,7 +101,7 @@ def synchronous(run: Run, policy: str) -> dict[tuple[str, int], float]:
     state, plan, rows = run.state, run.plan, dict[tuple[str, int], float]()
     norms, saved = list[float](), dict[int, tuple[Snapshot, list[float]]]()
     while state.step < plan.steps:
-        images, labels = run.stream.batch(state.step)
+        images, labels = run.stream.batch(state.step).tensors
         found = run.objective.backward(
             run.network, images, labels, state.step, run.workers, plan.micro_batch_size
         )

@@ -9,8 +9,12 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import repeat
 from typing import BinaryIO, NamedTuple
 
+import pyarrow as pa
+
+from ddpm_ray.data.captions import caption_tuples, captions_digest
 from ddpm_ray.data.samples import NamedGroup, Sample
 from ddpm_ray.storage import object_store
 from ddpm_ray.storage.errors import StorageError
@@ -39,12 +43,15 @@ class FileSource:
     max_file_bytes: int
     left_out: tuple[NamedGroup, ...] = ()
     version: str = ""
+    captions: pa.LargeListArray | None = None  # of each member
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the label names and the members; file contents are not read."""
-        text = json.dumps([self.label_names, self.members])
-        return hashlib.sha256(text.encode()).hexdigest()
+        """SHA-256 of the label names, members and captions; image files are not read."""
+        digest = hashlib.sha256(json.dumps([self.label_names, self.members]).encode())
+        if self.captions is not None:
+            digest.update(captions_digest(self.captions))
+        return digest.hexdigest()
 
     def __len__(self) -> int:
         return len(self.members)
@@ -52,6 +59,9 @@ class FileSource:
     def read(self, samples: range) -> Iterator[Sample]:
         """Yield the samples in order; remote files are read ahead in parallel."""
         members = self.members[samples.start : samples.stop]
+        captions: Iterator[tuple[str, ...]] = repeat(())
+        if self.captions is not None:
+            captions = iter(caption_tuples(self.captions[samples.start : samples.stop]))
         with ThreadPoolExecutor(1 if object_store.is_local(self.url) else READERS) as pool:
             # In runs, so that at most one run of files is in memory ahead of the reader.
             for at in range(0, len(members), 4 * READERS):
@@ -60,7 +70,7 @@ class FileSource:
                     location = object_store.join(self.url, member.file)
                     if member.offset >= 0:
                         location = f"{location}: {member.key}"
-                    yield Sample(member.key, member.label, data, location)
+                    yield Sample(member.key, member.label, data, location, next(captions))
 
     def _bytes(self, member: Member) -> bytes | None:
         if member.size > self.max_file_bytes:

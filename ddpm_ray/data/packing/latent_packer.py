@@ -19,6 +19,7 @@ import torch
 from ddpm_ray.config.jobs.encode import EncodeConfig
 from ddpm_ray.core_clock import core_clock
 from ddpm_ray.data import encoding_record, shards
+from ddpm_ray.data.captions import caption_tuples
 from ddpm_ray.data.dataset import (
     MANIFEST,
     Dataset,
@@ -117,6 +118,7 @@ def make_encoding_plan(
         latent_shape=latent_shape,
         views=("plain", "flipped") if options.flipped else ("plain",),
         autoencoder_sha256=autoencoder.sha256,
+        captioned=manifest.captioned,
     )
     known = autoencoder.url, options.batch_size, autoencoder.core_seconds
     return EncodePlan(source, destination, recipe, *known)
@@ -150,7 +152,7 @@ def find_finished_latents(plan: EncodePlan) -> Dataset | None:
     if (found := there["autoencoder_sha256"]) != (wanted := here["autoencoder_sha256"]):
         how = f"encoded by the autoencoder of sha256 {found[:12]}, and {plan.autoencoder} is"
         raise pack_report.other_dataset(plan.destination, f"{how} {wanted[:12]}")
-    if keys := [key for key in there if there[key] != here[key]]:
+    if keys := [key for key in here | there if there.get(key) != here.get(key)]:
         raise pack_report.other_dataset(plan.destination, f"{', '.join(keys)} differ")
     record, options = encoding_record.read_encoding(dataset), _options(plan)
     if record is not None and record.options != options:
@@ -190,13 +192,16 @@ def encode_shard(plan: EncodePlan, number: int, autoencoder: LatentEncoder) -> E
     encoded_views = [_encode(plan, autoencoder, view, shard) for view in views]
     means, log_variances = zip(*encoded_views, strict=True)
     latents = Latents(np.stack(means, axis=1), np.stack(log_variances, axis=1))
-    data = shards.shard_bytes(latents, shard.labels.tolist(), shard.keys.to_pylist())
+    captions = None if shard.captions is None else caption_tuples(shard.captions)
+    data = shards.shard_bytes(latents, shard.labels.tolist(), shard.keys.to_pylist(), captions)
     name = shards.shard_name(number)
     object_store.write_bytes(object_store.join(plan.destination, name), data)
     pixels = plan.source.index.slice(number, 1).to_pylist()[0]
     digest = hashlib.sha256(data).hexdigest()
     sums = pixels["pixel_sum"], pixels["pixel_sum_of_squares"], *latent_sums(*latents)
-    row = LatentShardRow(name, len(shard), len(data), digest, *sums)
+    row = LatentShardRow(
+        name, len(shard), len(data), digest, *sums, captions=pixels.get("captions", 0)
+    )
     gram = gram_of(latents.mean[:, 0], images)
     encoded = EncodedShard(number, row, gram, round(clock() - began, 3))
     part = {"row": asdict(row), "gram": gram, "core_s": encoded.core_s}

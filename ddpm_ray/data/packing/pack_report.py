@@ -31,6 +31,8 @@ class PackReport:
     left_out: tuple[NamedGroup, ...]  # contents of the source that were not packed
     changed: tuple[NamedGroup, ...]  # changes made to images after decoding
     class_samples: tuple[int, ...]  # packed samples of each class
+    captioned: int = 0  # packed samples with a caption
+    captions: int = 0  # of all packed samples
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,8 @@ def _record(held: Any) -> PackRecord:
         tuple(map(NamedGroup.from_json, fields["left_out"])),
         tuple(map(NamedGroup.from_json, fields["changed"])),
         tuple(fields["class_samples"]),
+        fields.get("captioned", 0),
+        fields.get("captions", 0),
     )
     return PackRecord(**held, report=report)
 
@@ -115,6 +119,8 @@ def job_result(dataset: Dataset, report: PackReport | None) -> dict[str, Any]:
         "channels": manifest.image_shape[-1],
         "classes": list(manifest.label_names),
         "class_samples": list(report.class_samples) if report else None,
+        "captioned": report.captioned if report else None,
+        "captions": manifest.captions,
         "skipped": report.skipped if report else None,
         "skipped_files": list(report.skipped_files) if report else None,
         "not_packed": [asdict(group) for group in report.left_out] if report else None,
@@ -140,6 +146,9 @@ def lines(dataset: Dataset, report: PackReport | None) -> Iterator[str]:
     skipped = f", {report.skipped} skipped" if report else ""
     size = f"{width} x {height} pixels, {counted(channels, 'channel')} ({colours})"
     yield f"packed: {counted(manifest.samples, 'sample')}{skipped}, {size}"
+    if report and manifest.captioned:
+        share = f"{report.captioned} of {counted(manifest.samples, 'sample')}"
+        yield f"captions: {manifest.captions}, of {share}"
     names = manifest.label_names
     if not names:
         yield "classes: none"

@@ -20,6 +20,7 @@ import numpy as np
 
 from ddpm_ray.config.jobs.pack import PackConfig
 from ddpm_ray.data import shards
+from ddpm_ray.data.captions import caption_bytes
 from ddpm_ray.data.dataset import (
     MANIFEST,
     Dataset,
@@ -66,6 +67,7 @@ class PackedShard(NamedTuple):
     changed: tuple[NamedGroup, ...]  # changes made to images after decoding
     class_samples: tuple[int, ...]  # packed samples of each class
     content_sha256: str  # of the bytes read from the source
+    captioned: int = 0  # samples with a caption
 
 
 class FittedSamples(NamedTuple):
@@ -90,8 +92,9 @@ def make_plan(source: str, destination: str, options: PackConfig) -> PackPlan:
         resize=options.resize,
         label_names=opened.label_names,
         source_sha256=opened.digest,
+        captioned=opened.captions is not None,
     )
-    shard_samples = max(1, options.shard_bytes // math.prod(recipe.image_shape))
+    shard_samples = _samples_per_shard(opened, recipe, options)
     count = math.ceil(len(opened) / shard_samples)
     return PackPlan(opened, destination, options, recipe, count, shard_samples, redacted(source))
 
@@ -136,6 +139,7 @@ def pack_shard(plan: PackPlan, number: int) -> PackedShard:
         "changed": [asdict(group) for group in named_groups(fitted.changes.items())],
         "class_samples": [counts[label] for label in range(len(plan.recipe.label_names))],
         "content_sha256": fitted.content_sha256,
+        "captioned": sum(bool(sample.captions) for sample in fitted.samples),
     }
     parts.write(number, part)
     return _packed_shard(number, part)
@@ -157,6 +161,8 @@ def finish_dataset(plan: PackPlan, packed: Iterable[PackedShard]) -> Dataset:
         plan.source.left_out,
         pack_report.merge_groups(group for shard in done for group in shard.changed),
         tuple(map(sum, zip(*(shard.class_samples for shard in done), strict=True))),
+        sum(shard.captioned for shard in done),
+        sum(row.captions for row in rows),
     )
     content = _join_digests(shard.content_sha256 for shard in done)
     source = plan.name, plan.source.digest, plan.source.version
@@ -175,11 +181,14 @@ def _write_shard(plan: PackPlan, number: int, url: str, fitted: FittedSamples) -
     stacked = np.stack(images)
     labels = [sample.label for sample in fitted.samples]
     keys = [sample.key for sample in fitted.samples]
-    data = shards.shard_bytes(files or stacked, labels, keys)
+    captions = [sample.captions for sample in fitted.samples] if plan.recipe.captioned else None
+    data = shards.shard_bytes(files or stacked, labels, keys, captions)
     object_store.write_bytes(url, data)
     digest = hashlib.sha256(data).hexdigest()
     sums = shards.pixel_sums(stacked)
-    return ShardRow(shards.shard_name(number), len(labels), len(data), digest, *sums)
+    count = sum(map(len, captions or ()))
+    name = shards.shard_name(number)
+    return ShardRow(name, len(labels), len(data), digest, *sums, captions=count)
 
 
 def _options(plan: PackPlan) -> dict[str, Any]:
@@ -247,4 +256,20 @@ def _packed_shard(number: int, part: dict[str, Any]) -> PackedShard:
     row = ShardRow(**part["row"]) if part["row"] else None
     skipped, counts = tuple(part["skipped"]), tuple(part["class_samples"])
     changed = tuple(map(NamedGroup.from_json, part["changed"]))
-    return PackedShard(number, row, skipped, changed, counts, part["content_sha256"])
+    content, captioned = part["content_sha256"], part.get("captioned", 0)
+    return PackedShard(number, row, skipped, changed, counts, content, captioned)
+
+
+def _samples_per_shard(source: Source, recipe: Recipe, options: PackConfig) -> int:
+    """Return the samples of every shard: as many as fit into shard_bytes, with their captions."""
+    image_bytes = math.prod(recipe.image_shape)
+    samples = max(1, options.shard_bytes // image_bytes)
+    if source.captions is None:
+        return samples
+    sizes = image_bytes + caption_bytes(source.captions)
+    while samples > 1:
+        largest = np.add.reduceat(sizes, range(0, len(sizes), samples)).max()
+        if largest <= options.shard_bytes:
+            break
+        samples = samples * 15 // 16
+    return samples

@@ -87,6 +87,7 @@ class ArraySource:
     images: npt.NDArray[np.uint8]  # [N, H, W, C]
     labels: npt.NDArray[np.int64]  # [N]
     label_names: tuple[str, ...]
+    captions: None = None
     left_out: tuple[NamedGroup, ...] = ()
 
     @property

@@ -11,12 +11,14 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import repeat
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
 from ddpm_ray.config.jobs.pack import PackConfig
+from ddpm_ray.data.captions import caption_tuples, captions_digest
 from ddpm_ray.data.dataset import DatasetError
 from ddpm_ray.data.packing import class_names, table_files
 from ddpm_ray.data.packing.class_names import Label
@@ -43,13 +45,16 @@ class TableSource:
     max_file_bytes: int
     left_out: tuple[NamedGroup, ...]
     version: str
+    captions: pa.LargeListArray | None = None  # of each row
 
     @property
     def digest(self) -> str:
-        """sha256 of the files' names, sizes and row counts, the column and all labels."""
+        """sha256 of the files' names, sizes and row counts, the column, all labels and captions."""
         files = [[file.name, file.size, file.rows] for file in self.files]
         digest = hashlib.sha256(json.dumps([self.label_names, self.column, files]).encode())
         digest.update(self.labels.tobytes())
+        if self.captions is not None:
+            digest.update(captions_digest(self.captions))
         return digest.hexdigest()
 
     def __len__(self) -> int:
@@ -58,6 +63,9 @@ class TableSource:
     def read(self, samples: range) -> Iterator[Sample]:
         """Yield the samples in order, reading each file from the nearest row group on."""
         start = 0
+        captions: Iterator[tuple[str, ...]] = repeat(())
+        if self.captions is not None:
+            captions = iter(caption_tuples(self.captions[samples.start : samples.stop]))
         for file in self.files:
             rows = range(max(samples.start - start, 0), min(samples.stop - start, file.rows))
             if rows:
@@ -68,7 +76,8 @@ class TableSource:
                     fits = len(image) <= self.max_file_bytes
                     label = int(self.labels[start + row])
                     location = f"{url}: row {row} of column {self.column!r}"
-                    yield Sample(f"{name}:{row:06d}", label, image if fits else None, location)
+                    key, data = f"{name}:{row:06d}", image if fits else None
+                    yield Sample(key, label, data, location, next(captions))
             start += file.rows
 
 

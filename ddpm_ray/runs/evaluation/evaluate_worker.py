@@ -219,7 +219,7 @@ def _images(
     begun, dataset = from_dict(RunConfig, model.provenance["config"]), open_dataset(config.data_url)
     total = min(count, int(dataset.counts.sum()))
     mine = workers.share(total)
-    images, labels = training_run.fixed_images(begun.data, dataset, mine, total)
+    images, labels = training_run.fixed_images(begun.data, dataset, mine, total).tensors
     if not mine:  # fewer images than workers
         return iter(())
     index = torch.arange(mine.start, mine.stop)

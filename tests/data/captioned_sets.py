@@ -1,0 +1,42 @@
+"""Small captioned sets of pixels, written shard by shard."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ddpm_ray.config.jobs.pack import Encoding
+from ddpm_ray.data import shards
+from ddpm_ray.data.dataset import Dataset, Recipe, ShardRow, write_index
+from ddpm_ray.data.image_shape import ImageShape
+from ddpm_ray.data.packing.image_files import encode_image
+
+SHAPE = ImageShape(4, 4, 1)
+
+
+def write_captioned(
+    folder: Path,
+    captions: Sequence[Sequence[str]],
+    shard_samples: int,
+    encoding: Encoding = "raw",
+) -> Dataset:
+    """Write a set whose sample n is the grey level n % 250, has label n % 7 and captions[n]."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for number, start in enumerate(range(0, len(captions), shard_samples)):
+        numbers = range(start, min(start + shard_samples, len(captions)))
+        images = np.stack([np.full(SHAPE, n % 250, np.uint8) for n in numbers])
+        texts, name = [captions[n] for n in numbers], shards.shard_name(number)
+        data = shards.shard_bytes(
+            images if encoding == "raw" else [encode_image(image, encoding) for image in images],
+            [n % 7 for n in numbers],
+            [f"n-{n}" for n in numbers],
+            texts,
+        )
+        (folder / name).write_bytes(data)
+        digest, sums = hashlib.sha256(data).hexdigest(), shards.pixel_sums(images)
+        count = sum(map(len, texts))
+        rows.append(ShardRow(name, len(numbers), len(data), digest, *sums, captions=count))
+    recipe = Recipe(SHAPE, encoding, "none", tuple("abcdefg"), "0" * 64, captioned=True)
+    return write_index(str(folder), recipe, rows)
