@@ -66,7 +66,7 @@ def spare_evaluations(
     )
 
 
-def spare_evaluator(settings: dict[str, Any]) -> Callable[[Request], None]:
+def spare_evaluator(settings: dict[str, Any]) -> Callable[[Request], str]:
     """Build the function that evaluates requests in a process of its own; see SpareActor."""
     config = from_dict(RunConfig, settings["config"])
     configure_process(config)
@@ -91,14 +91,17 @@ def _evaluate(
     result: EvaluationResult,
     store: EvaluationStore,
     request: Request,
-) -> None:
-    """Evaluate the stored weights of a step and store the result, unless it is there."""
+) -> str:
+    """Evaluate the stored weights of a step and store the result, unless it is there.
+
+    Returns the digest of the result.
+    """
     configure_process(config)  # torch's number of threads is one of each thread
     step = request["step"]
     fault_injection.set_position(SPARE_RANK, step)
     digest = store.digest(step, {"config": state.facts["config"], "request": request})
     if store.has_result(step, digest):
-        return
+        return digest
     state.ema.load_state_dict(store.weights(step))
     state.facts = _with_history(state.facts, request)
     state.step = step
@@ -106,6 +109,7 @@ def _evaluate(
     draw_requested(outputs, request)
     result.scores = state.scores if "scores" in request["outputs"] else {}
     store.save_result(step, digest, result)
+    return digest
 
 
 def draw_requested(outputs: TrainingOutputs, request: Request) -> None:

@@ -17,6 +17,10 @@ class PermanentStorageError(StorageError):
     """An error that lasts until a person mends it; args are (url, reason, remedy)."""
 
 
+class MissingObjectError(StorageError):
+    """No object where one is expected; args are (url, reason, remedy)."""
+
+
 class NotAnObjectError(PermanentStorageError):
     """A folder where an object is expected; args are (url, reason, remedy)."""
 
@@ -34,7 +38,7 @@ def storage_error(url: str, error: Exception, local: bool) -> StorageError:
         remedy = "move the folder away, and restore the object if you have a copy"
         return NotAnObjectError(url, "a folder is where an object should be", remedy)
     if isinstance(error, FileNotFoundError):
-        return StorageError(url, "no such file or object", "check the name and the bucket")
+        return MissingObjectError(url, "no such file or object", "check the name and the bucket")
     if isinstance(error, OSError) and error.errno == errno.EROFS:
         remedy = "choose another path, or mount it for writing"
         return PermanentStorageError(url, "this file system is read-only", remedy)

@@ -9,7 +9,8 @@ The list of snapshot steps is stored in the checkpoints, which are committed aft
 readers never list folders, and files that a crash left incomplete are not read.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -20,6 +21,7 @@ from ddpm_ray import fault_injection
 from ddpm_ray.storage import checksummed, checksummed_json, object_store
 from ddpm_ray.storage.checksummed import DamagedError
 from ddpm_ray.storage.checksummed_json import ChecksumError
+from ddpm_ray.storage.errors import MissingObjectError
 from ddpm_ray.training.background_writer import BackgroundWriter
 from ddpm_ray.training.checkpoint_folder import MANIFEST, TENSORS, CheckpointError, described
 from ddpm_ray.training.checkpoint_pointers import PREFIX
@@ -37,6 +39,7 @@ class SnapshotStore:
     """The EMA snapshots below `url`."""
 
     url: str
+    remedy: str = "leave its step or its width out, or restore it from a backup"  # of errors
 
     def save(self, step: int, groups: dict[str, Tensors]) -> None:
         """Write the averages of `step`, overwriting an earlier attempt. Raises StorageError."""
@@ -52,21 +55,33 @@ class SnapshotStore:
     def read(self, step: int, group: str) -> Tensors:
         """Read and verify one average of `step`.
 
-        Raises CheckpointError if it is damaged or was not saved, and StorageError.
+        Raises CheckpointError if it is damaged, missing or was not saved, and StorageError.
         """
-        where, name = self._folder(step), f"{group}{TENSORS}"
-        remedy = "leave its step or its width out, or restore it from a backup"
+        sha256, url = self.sha256(step, group), self._file(step, f"{group}{TENSORS}")
+        with self._problems_named(url):
+            return safetensors.load(checksummed.read_verified(url, sha256))
+
+    def sha256(self, step: int, group: str) -> str:
+        """The sha256 of one average of `step`, by its manifest. Raises the same errors."""
+        name = f"{group}{TENSORS}"
+        with self._problems_named(self._file(step, name)):
+            manifest = checksummed_json.read(self._file(step, MANIFEST))
+            return str(manifest["files"][name]["sha256"])
+
+    @contextmanager
+    def _problems_named(self, url: str) -> Iterator[None]:
+        """Raise CheckpointError for a file at `url` that can never be read; not in an outage."""
         try:
-            sha256 = checksummed_json.read(object_store.join(where, MANIFEST))["files"][name][
-                "sha256"
-            ]
-            return safetensors.load(
-                checksummed.read_verified(object_store.join(where, name), sha256)
-            )
+            yield
+        except MissingObjectError as error:
+            raise CheckpointError(url, "is missing", self.remedy) from error
         except (DamagedError, ChecksumError, SafetensorError) as error:
-            raise CheckpointError(object_store.join(where, name), "is damaged", remedy) from error
+            raise CheckpointError(url, "is damaged", self.remedy) from error
         except (KeyError, TypeError) as error:
-            raise CheckpointError(object_store.join(where, name), "was not kept", remedy) from error
+            raise CheckpointError(url, "was not kept", self.remedy) from error
+
+    def _file(self, step: int, name: str) -> str:
+        return object_store.join(self._folder(step), name)
 
     def _folder(self, step: int) -> str:
         return object_store.join(self.url, f"{PREFIX}{step:08d}")

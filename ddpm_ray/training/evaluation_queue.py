@@ -25,8 +25,8 @@ Request: TypeAlias = dict[str, Any]
 class Evaluator(Protocol):
     """Evaluates in another process, which leaves the result in the EvaluationStore."""
 
-    def call(self, request: Request) -> None:
-        """Return once the result is stored; raises the error of the evaluation."""
+    def call(self, request: Request) -> str:
+        """Return the digest of the stored result; raises the error of the evaluation."""
         ...
 
     def release(self) -> None:
@@ -118,8 +118,8 @@ class EvaluationQueue:
         """Evaluate, again after transient errors; return the result, or the error that is left."""
         for tried in range(self.retries + 1):
             try:
-                self.evaluator.call(request)
-                return self.store.result(request["step"])
+                digest = self.evaluator.call(request)
+                return self.store.result(request["step"], digest)
             except Exception as error:  # noqa: BLE001 - whatever it is, training goes on
                 last = error
             if self._closing or not self.is_transient(last):

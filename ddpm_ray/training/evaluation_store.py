@@ -6,8 +6,9 @@
         samples.png             pictures, named by their keys
         result.json             metric rows, documents and scores, written after the pictures
 
-A folder is deleted once a checkpoint is committed that no longer lists its evaluation. A result is
-bound to the sha256 of the weights, so one of other weights of the same step is never taken.
+A folder is deleted once a checkpoint is committed that no longer lists its evaluation. A result
+holds the sha256 of its pictures and a digest of all that it depends on, so neither a damaged result
+nor one of other weights or outputs of the same step is ever used.
 """
 
 from __future__ import annotations
@@ -16,15 +17,17 @@ import hashlib
 import io
 import json
 import logging
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ddpm_ray.reporting import Row, Sink
-from ddpm_ray.storage import checksummed_json, object_store
+from ddpm_ray.storage import checksummed, checksummed_json, object_store
+from ddpm_ray.storage.checksummed import DamagedError
 from ddpm_ray.storage.checksummed_json import ChecksumError
-from ddpm_ray.storage.errors import StorageError
-from ddpm_ray.training.checkpoint_folder import MANIFEST, TENSORS
+from ddpm_ray.storage.errors import MissingObjectError, StorageError
 from ddpm_ray.training.checkpoint_pointers import PREFIX
 from ddpm_ray.training.ema_snapshots import SnapshotStore
 from ddpm_ray.training.optimizer_moments import Tensors
@@ -37,6 +40,15 @@ log = logging.getLogger(__name__)
 EVALUATIONS = "evaluations"  # below a run's folder
 GROUP = "ema"
 RESULT = "result.json"
+FOLDER = re.compile(f"{PREFIX}([0-9]{{8,}})")  # of a step
+REMEDY = "evaluate a checkpoint of the step, if one was kept, with jobs/evaluate.py"
+
+
+class EvaluationResultError(StorageError):
+    """A stored result that must not be used; args are (url, reason, remedy).
+
+    As for other errors of storage, the evaluation is tried again, which stores another one.
+    """
 
 
 @dataclass
@@ -83,8 +95,11 @@ class EvaluationResult:
             sink.document(*document)
 
 
+@dataclass(frozen=True)
 class EvaluationStore(SnapshotStore):
     """The evaluations below `url`: weights of a step, and what its evaluation found."""
+
+    remedy: str = REMEDY
 
     def save_weights(self, step: int, weights: Tensors) -> None:
         """Write the EMA weights of `step`. Raises StorageError."""
@@ -97,50 +112,64 @@ class EvaluationStore(SnapshotStore):
     def digest(self, step: int, settings: Mapping[str, Any]) -> str:
         """sha256 of all that the result depends on: the weights of `step`, and JSON settings.
 
-        Raises StorageError.
+        Raises CheckpointError if there are no weights, and StorageError.
         """
-        manifest = checksummed_json.read(self._file(step, MANIFEST))
-        weights = manifest["files"][f"{GROUP}{TENSORS}"]["sha256"]
-        text = json.dumps([step, weights, settings], sort_keys=True)
+        text = json.dumps([step, self.sha256(step, GROUP), settings], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def save_result(self, step: int, digest: str, result: EvaluationResult) -> None:
         """Write what the evaluation of `step` found. Raises StorageError."""
-        for key, _, image in result.images:
+        images = list[tuple[str, int, str]]()
+        for key, at, image in result.images:
             png = io.BytesIO()
             image.save(png, format="PNG")
             object_store.write_bytes(self._file(step, f"{key}.png"), png.getvalue())
+            images.append((key, at, hashlib.sha256(png.getvalue()).hexdigest()))
         value = {
             "digest": digest,
             "rows": [vars(row) for row in result.metric_rows],
-            "images": [[key, at] for key, at, _ in result.images],
+            "images": images,
             "documents": result.documents,
             "scores": result.scores,
         }
         checksummed_json.write(self._file(step, RESULT), value)
 
     def has_result(self, step: int, digest: str) -> bool:
-        """Whether the result of `step` is there and depends on what `digest` was made of."""
-        if not object_store.exists(self._file(step, RESULT)):
-            return False
+        """Whether a complete result of `step` with this digest can be read."""
         try:
-            return bool(checksummed_json.read(self._file(step, RESULT))["digest"] == digest)
-        except (ChecksumError, KeyError, TypeError):
+            self.result(step, digest)
+        except StorageError:  # in an outage it is made again, or the weights cannot be read either
             return False
+        return True
 
-    def result(self, step: int) -> EvaluationResult:
-        """Read what the evaluation of `step` found. Raises StorageError."""
+    def result(self, step: int, digest: str) -> EvaluationResult:
+        """Read and verify what the evaluation of `step` with this digest found.
+
+        Raises EvaluationResultError if it is damaged or of another evaluation, and StorageError.
+        """
+        where = self._file(step, RESULT)
+        try:
+            value = checksummed_json.read(where)
+            if value["digest"] != digest:
+                reason = "is the result of other weights, settings or outputs"
+                raise EvaluationResultError(where, reason, REMEDY)
+            images = [(key, at, self._image(step, key, sha)) for key, at, sha in value["images"]]
+            documents = [(path, content) for path, content in value["documents"]]
+            rows = [Row(**row) for row in value["rows"]]
+            return EvaluationResult(rows, images, documents, value["scores"])
+        except (ChecksumError, DamagedError, MissingObjectError) as error:
+            reason = "is missing" if isinstance(error, MissingObjectError) else "is damaged"
+            raise EvaluationResultError(error.args[0], reason, REMEDY) from error
+        except (KeyError, TypeError, ValueError) as error:  # as those without sha256 of pictures
+            raise EvaluationResultError(where, "is of another version", REMEDY) from error
+
+    def _image(self, step: int, key: str, sha256: str) -> Image.Image:
         from PIL import Image  # so that training does not need Pillow
 
-        value = checksummed_json.read(self._file(step, RESULT))
-        images = list[tuple[str, int, Image.Image]]()
-        for key, at in value["images"]:
-            image = Image.open(io.BytesIO(object_store.read_bytes(self._file(step, f"{key}.png"))))
-            image.load()
-            images.append((key, at, image))
-        documents = [(path, content) for path, content in value["documents"]]
-        rows = [Row(**row) for row in value["rows"]]
-        return EvaluationResult(rows, images, documents, value["scores"])
+        png = checksummed.read_verified(self._file(step, f"{key}.png"), sha256)
+        image = Image.open(io.BytesIO(png))
+        image.load()
+        return image
 
     def delete(self, step: int) -> None:
         """Delete the folder of `step`, best effort: one that remains only takes space."""
@@ -149,16 +178,17 @@ class EvaluationStore(SnapshotStore):
         except StorageError as error:
             log.warning("the folder of a finished evaluation stays: %s", error)
 
-    def delete_finished(self, newest_step: int, outstanding: set[int]) -> None:
-        """Delete the folders of steps up to `newest_step` that are not outstanding.
+    def delete_finished(self, outstanding: set[int], newest_step: float = math.inf) -> None:
+        """Delete the folders of steps up to `newest_step` that are not outstanding, best effort.
 
-        An earlier process ended before it deleted them. Later steps are taken again, and their
-        results found.
+        An earlier process ended before it deleted them. Folders of other names stay.
         """
-        for name in object_store.folders(self.url):
-            step = int(name.removeprefix(PREFIX)) if name.startswith(PREFIX) else newest_step + 1
+        try:
+            names = object_store.folders(self.url)
+        except StorageError as error:
+            log.warning("folders of finished evaluations may stay: %s", error)
+            return
+        for match in filter(None, map(FOLDER.fullmatch, names)):
+            step = int(match[1])
             if step <= newest_step and step not in outstanding:
                 self.delete(step)
-
-    def _file(self, step: int, name: str) -> str:
-        return object_store.join(self._folder(step), name)

@@ -63,7 +63,7 @@ class SpareEvaluations:
         if self.queue is None:
             return
         known = {one["step"] for one in self.state.outstanding}
-        self.writer.start(partial(self.store.delete_finished, self.state.step, known))
+        self.writer.start(partial(self.store.delete_finished, known, self.state.step))
         if known:
             log.info("%s outstanding from an earlier start", self._listed())
         for request in self.state.outstanding:

@@ -104,16 +104,16 @@ def test_elsewhere_the_results_have_the_bits_of_the_step(
     evaluate = spare_evaluator(run.settings)
     other = run.request | {"step": STEP - 10}
     run.store.save_weights(STEP - 10, {k: v + 1 for k, v in run.state.ema.state_dict().items()})
-    evaluate(other)
-    evaluate(run.request)
-    assert_equal(run.store.result(STEP), run.here)
-    assert run.store.result(STEP - 10).scores["metrics"] != run.here.scores["metrics"]
+    others = run.store.result(STEP - 10, evaluate(other))
+    digest = evaluate(run.request)
+    assert_equal(run.store.result(STEP, digest), run.here)
+    assert others.scores["metrics"] != run.here.scores["metrics"]
 
     def write(*_: Any) -> None:
         raise AssertionError("computed again")
 
     monkeypatch.setattr(object_store, "write_bytes", write)
-    spare_evaluator(run.settings)(run.request)
+    assert spare_evaluator(run.settings)(run.request) == digest
 
 
 def test_workers_evaluate_what_an_earlier_start_left_and_go_on_with_their_own_weights(

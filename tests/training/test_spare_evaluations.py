@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -21,7 +20,10 @@ from ddpm_ray.reporting import Command, Progress, Row
 from ddpm_ray.storage.errors import StorageError
 from ddpm_ray.training import evaluation_queue, loop
 from ddpm_ray.training.evaluation_queue import EvaluationQueue, Request
-from ddpm_ray.training.evaluation_store import EvaluationResult, EvaluationStore
+from ddpm_ray.training.evaluation_store import (
+    EvaluationResult,
+    EvaluationStore,
+)
 from ddpm_ray.training.loop import train_loop
 from ddpm_ray.training.run import Run
 from ddpm_ray.training.spare_evaluations import (
@@ -84,7 +86,7 @@ class Process:
     seen: list[int] = field(default_factory=list)
     closed: bool = False
 
-    def call(self, request: Request) -> None:
+    def call(self, request: Request) -> str:
         assert self.allowed.wait(ENDS_S)
         if self.closed:
             raise RuntimeError("closed")
@@ -99,6 +101,7 @@ class Process:
         if "grid" in request["outputs"]:
             draw(result, step)
         self.store.save_result(step, digest, result)
+        return digest
 
     def release(self) -> None: ...
 
@@ -355,10 +358,10 @@ def test_without_the_last_scores_the_run_fails_and_the_next_start_has_them(
     run, process = start(data, tmp_path, sink)
     call = process.call
 
-    def fail_at_the_last(request: Request) -> None:
+    def fail_at_the_last(request: Request) -> str:
         if request["step"] == STEPS:
             raise ValueError("no weights of Inception")
-        call(request)
+        return call(request)
 
     process.call = fail_at_the_last  # type: ignore[method-assign]
     with pytest.raises(EvaluationFailedError, match="last step, 8, failed: no weights of Incept"):
@@ -370,48 +373,24 @@ def test_without_the_last_scores_the_run_fails_and_the_next_start_has_them(
     assert sink.timeless() == wanted.timeless()
 
 
-def test_a_result_of_other_weights_or_settings_is_not_taken(tmp_path: Path) -> None:
-    store, result = EvaluationStore(str(tmp_path)), EvaluationResult()
-    store.save_weights(5, {"w": torch.ones(2)})
-    first = store.digest(5, SETTINGS)
-    assert not store.has_result(5, first)
-    store.save_result(5, first, result)
-    assert store.has_result(5, first)
-    assert not store.has_result(5, store.digest(5, {"of": "another"}))
-    store.save_weights(5, {"w": torch.zeros(2)})
-    assert not store.has_result(5, store.digest(5, SETTINGS))
+def test_a_result_that_is_damaged_before_it_is_read_is_made_again(
+    data: str, wanted: Pictures, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sink = Pictures()
+    run, process = start(data, tmp_path, sink)
+    call = process.call
 
+    def damage_once(request: Request) -> str:
+        digest = call(request)
+        if process.seen == [2, 3]:
+            (tmp_path / "evaluations/step-00000003" / "samples.png").write_bytes(b"")
+        return digest
 
-def test_a_result_comes_back_whole(tmp_path: Path) -> None:
-    store, sink = EvaluationStore(str(tmp_path)), Pictures()
-    store.save_weights(5, {"w": torch.ones(2)})
-    values: dict[str, Any] = {"step": 5, "metrics": {"eval/fid": 0.1 + 0.2}}
-    result = EvaluationResult(
-        [Row(5, {"eval/fid": 0.1 + 0.2})], [("samples", 5, Image.new("L", (1, 1), 77))]
-    )
-    result.document("a.json", values)
-    result.scores = values
-    store.save_result(5, store.digest(5, SETTINGS), result)
-    found = store.result(5)
-    assert (found.metric_rows, found.documents, found.scores) == (
-        result.metric_rows,
-        [("a.json", values)],
-        values,
-    )
-    found.pass_on(sink)
-    assert sink.pictures == {("samples", 5, 77)}
-
-
-def test_folders_of_finished_evaluations_are_deleted_at_the_next_start(tmp_path: Path) -> None:
-    """Not those that are outstanding, nor results of steps that will be taken again."""
-    store = EvaluationStore(str(tmp_path))
-    for step in (2, 4, 6, 8):
-        store.save_weights(step, {"w": torch.ones(1)})
-    store.delete_finished(6, {4})
-    assert sorted(folder.name for folder in tmp_path.iterdir()) == [
-        "step-00000004",
-        "step-00000008",
-    ]
+    process.call = damage_once  # type: ignore[method-assign]
+    assert complete(run)
+    assert process.seen == [2, 3, 3, 4, 6, 8]
+    assert "samples.png: is damaged; evaluate a checkpoint of the step, if one" in caplog.text
+    assert (sink.timeless(), grids(sink)) == (wanted.timeless(), grids(wanted))
 
 
 def test_a_thread_that_waits_for_ever_does_not_hold_up_the_end_of_the_process(
@@ -421,9 +400,10 @@ def test_a_thread_that_waits_for_ever_does_not_hold_up_the_end_of_the_process(
     entered, never = threading.Event(), threading.Event()
 
     class Stuck(Process):
-        def call(self, request: Request) -> None:
+        def call(self, request: Request) -> str:
             entered.set()
             assert never.wait(ENDS_S)
+            return ""
 
     store = EvaluationStore(str(tmp_path))
     queue = EvaluationQueue(Stuck(store), store, lambda error: False, 0)
