@@ -22,6 +22,19 @@ def wrong_widths(key: str, widths: tuple[float, ...]) -> Iterator[str]:
     yield from _doubled(key, widths)
 
 
+def wrong_snapshots(widths: tuple[float, ...], every_steps: int) -> Iterator[str]:
+    """Yield a line for each error in the widths of the EMA snapshots of a run, or if none is set.
+
+    `every_steps`: between snapshots; 0: none are kept.
+    """
+    yield from wrong_widths("training.ema_snapshot_widths", widths)
+    if every_steps and not widths:
+        yield (
+            f"training.ema_snapshot_every_steps is {every_steps} and training.ema_snapshot_widths "
+            f"is empty; name two widths: try [0.05,0.1]"
+        )
+
+
 def _doubled(key: str, values: tuple[float, ...]) -> Iterator[str]:
     if twice := [value for i, value in enumerate(values) if value in values[:i]]:
         yield f"{key} holds {twice[0]} twice; each has one name in a checkpoint: leave one out"

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from ddpm_ray.config.ema_widths import wrong_decays, wrong_widths
+from ddpm_ray.config.ema_widths import wrong_decays, wrong_snapshots
+from ddpm_ray.config.learning_rate import TO_ZERO, wrong_decay, wrong_warm_up
 from ddpm_ray.config.option_fields import option
 from ddpm_ray.config.reading.former_keys import Former
 
@@ -226,15 +227,17 @@ class TrainingConfig:
     @property
     def decays_to_zero(self) -> bool:
         """Whether the learning rate is a function of `steps`."""
-        return self.learning_rate_decay in ("cosine", "linear")
+        return self.learning_rate_decay in TO_ZERO
 
     def problems(self) -> Iterator[str]:
         """Yield a line for keys that exclude each other, and for invalid slots and EMA widths."""
-        if self.warmup_steps and self.warmup_images:
-            yield (
-                f"training.warmup_images is {self.warmup_images} and training.warmup_steps "
-                f"{self.warmup_steps}; set one of the two and leave the other 0"
-            )
+        yield from wrong_warm_up(
+            self.warmup_steps,
+            self.warmup_images,
+            self.learning_rate_decay,
+            self.steps,
+            self.global_batch_size,
+        )
         if bool(self.ema_decay_per_step) == bool(self.ema_half_life_images):
             yield (
                 f"training.ema_half_life_images is {self.ema_half_life_images} and "
@@ -262,40 +265,18 @@ class TrainingConfig:
                 f"{self.micro_batch_size}, whose gradients DDP cannot add up then: set one of the "
                 f"two to its default"
             )
-        yield from self._learning_rate_problems()
+        yield from wrong_decay(
+            self.learning_rate_decay, self.learning_rate_reference_images, self.core_seconds
+        )
         yield from self._profile_problems()
-        yield from self._average_problems()
+        yield from wrong_decays("training.ema_more_decays", self.ema_more_decays)
+        yield from wrong_snapshots(self.ema_snapshot_widths, self.ema_snapshot_every_steps)
         if self.reduction == "elastic" and self.reduction_slots > 0:
             slots, batch = self.reduction_slots, self.global_batch_size
             if slots & (slots - 1) or batch % slots:
                 yield (
                     f"training.reduction_slots is {slots}; it must be a power of 2 that divides "
                     f"training.global_batch_size {batch}: try {math.gcd(batch, 2**30)}"
-                )
-
-    def _learning_rate_problems(self) -> Iterator[str]:
-        images, kind = self.learning_rate_reference_images, self.learning_rate_decay
-        if (kind == "inverse_sqrt") != bool(images):
-            remedy = "set it to 0" if images else "say after how many images the rate falls"
-            yield (
-                f"training.learning_rate_reference_images is {images} and "
-                f"training.learning_rate_decay {kind}; {remedy}"
-            )
-        if self.decays_to_zero and self.core_seconds:
-            yield (
-                f"training.core_seconds is {self.core_seconds:g}, which ends the run before "
-                f"training.learning_rate_decay={kind} has reached 0 at training.steps: use "
-                f"training.learning_rate_decay=inverse_sqrt or none"
-            )
-        total = self.steps * self.global_batch_size
-        for key, value, most in (
-            ("warmup_steps", self.warmup_steps, self.steps),
-            ("warmup_images", self.warmup_images, total),
-        ):
-            if self.decays_to_zero and value >= most > 0:
-                yield (
-                    f"training.{key} is {value}; with training.learning_rate_decay={kind} the "
-                    f"warm-up must end before training.steps {self.steps}: set it below {most}"
                 )
 
     def _profile_problems(self) -> Iterator[str]:
@@ -308,12 +289,3 @@ class TrainingConfig:
             f"training.profile_steps is {list(self.profile_steps)}; it names the first and the "
             f"last step of the trace, of 1 to training.steps {self.steps}: try [100,105]"
         )
-
-    def _average_problems(self) -> Iterator[str]:
-        yield from wrong_decays("training.ema_more_decays", self.ema_more_decays)
-        yield from wrong_widths("training.ema_snapshot_widths", self.ema_snapshot_widths)
-        if self.ema_snapshot_every_steps and not self.ema_snapshot_widths:
-            yield (
-                f"training.ema_snapshot_every_steps is {self.ema_snapshot_every_steps} and "
-                f"training.ema_snapshot_widths is empty; name two widths: try [0.05,0.1]"
-            )
