@@ -3,6 +3,7 @@
 The same objects as in a training step draw and score, so the results are the same.
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -17,15 +18,21 @@ from ddpm_ray.config.loading import from_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.distributed.fatal_errors import is_transient
 from ddpm_ray.distributed.spare_actor import SpareActor
+from ddpm_ray.redaction import brief
 from ddpm_ray.reporting import Sink
 from ddpm_ray.runs.training_outputs import TrainingOutputs, training_outputs
 from ddpm_ray.runs.worker_process import configure_process, facts_of_run, opened_data
 from ddpm_ray.storage import object_store
+from ddpm_ray.training.checkpoint_folder import CheckpointError
 from ddpm_ray.training.checkpoint_writer import CheckpointWriter
 from ddpm_ray.training.evaluation_queue import EvaluationQueue, Request
 from ddpm_ray.training.evaluation_store import EVALUATIONS, EvaluationResult, EvaluationStore
+from ddpm_ray.training.optimizer_moments import Tensors
+from ddpm_ray.training.shared_reading import agreed
 from ddpm_ray.training.spare_evaluations import SpareEvaluations
 from ddpm_ray.training.state import TrainingState
+
+log = logging.getLogger(__name__)
 
 SPARE_RANK = -1  # of a process that is no worker, for fault injection
 
@@ -123,30 +130,74 @@ def evaluate_on_workers(
     state: TrainingState,
     outputs: TrainingOutputs,
     workers: Workers,
+    writer: CheckpointWriter,
     folder: str,
     commit: Callable[[], None],
 ) -> None:
     """Evaluate what an earlier start with evaluation.where=spare left; all workers call it.
 
-    `folder`: of the run. Weights and facts of the state are put back. `commit` commits a checkpoint
-    on all workers; after it the stored weights are deleted. Raises CheckpointError and
-    StorageError.
+    `folder`: of the run. `commit` commits a checkpoint on all workers; after it, stored weights and
+    results are deleted by the `writer`. An evaluation whose weights one of the workers finds
+    missing or damaged is given up with a line. Raises StorageError in an outage, on all workers.
     """
     store = evaluation_store(folder)
-    weights = {name: one.clone() for name, one in state.ema.state_dict().items()}
-    facts, steps = state.facts, [request["step"] for request in state.outstanding]
+    if state.outstanding:
+        _evaluate_outstanding(state, outputs, workers, store)
+        commit()
+
+    def delete() -> None:
+        writer.store.check_lease()
+        store.delete_finished(set())
+
+    if workers.is_main:
+        writer.start(delete)
+
+
+def _evaluate_outstanding(
+    state: TrainingState, outputs: TrainingOutputs, workers: Workers, store: EvaluationStore
+) -> None:
+    """Evaluate all requests of the state; its own weights and facts are put back."""
+    own = {name: one.clone() for name, one in state.ema.state_dict().items()}
+    facts, requests = state.facts, state.outstanding
     try:
-        for request in state.outstanding:
-            state.ema.load_state_dict(store.weights(request["step"]))
+        for request in requests:
+            weights = own  # of the run's step; they need not be read
+            if request["step"] != state.step:
+                found = _read_by_all(workers, store, request)
+                if found is None:
+                    continue
+                weights = found
+            state.ema.load_state_dict(weights)
             state.facts = _with_history(facts, request)
             draw_requested(outputs, request)
     finally:
-        state.ema.load_state_dict(weights)
+        state.ema.load_state_dict(own)
         state.facts = facts
     state.outstanding = []
-    commit()
-    for step in steps if workers.is_main else ():
-        store.delete(step)
+
+
+def _read_by_all(workers: Workers, store: EvaluationStore, request: Request) -> Tensors | None:
+    """The weights of a request; None, with a line, where a worker finds them missing or damaged.
+
+    Else one of them would raise alone, and the others wait for it.
+    """
+    weights: Tensors = {}
+
+    def read() -> None:
+        weights.update(store.weights(request["step"]))
+
+    try:
+        agreed(workers, read)
+    except CheckpointError as error:
+        if workers.is_main:
+            log.warning(
+                "evaluation of step %d is given up: %s; the run goes on without its %s",
+                request["step"],
+                brief(error),
+                " and ".join(request["outputs"]),
+            )
+        return None
+    return weights
 
 
 def _with_history(facts: dict[str, Any], request: Request) -> dict[str, Any]:

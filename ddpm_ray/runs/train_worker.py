@@ -146,7 +146,7 @@ def assemble(
     writer.store.lease = workers.gather(writer.store.lease)[0]  # all write checkpoints under it
     sink = _tracker(config, settings, unsent, writer.store.check_lease) if workers.is_main else None
     outputs = training_outputs(config, settings["folder"], dataset, codec, state, workers, sink)
-    left = partial(evaluate_on_workers, state, outputs, workers, settings["folder"])
+    left = partial(evaluate_on_workers, state, outputs, workers, writer, settings["folder"])
     spare = spare_evaluations(config, settings, state, workers, writer, sink)
     return Run(
         plan=training_run.plan(config, workers.count),

@@ -64,7 +64,7 @@ def read_together(url: str, workers: Workers, manifest_sha256: str | None = None
     """
     if workers.count == 1:
         return read_checkpoint(url, manifest_sha256)
-    listed = _agreed(workers, lambda: listed_files(url, manifest_sha256) if workers.is_main else [])
+    listed = agreed(workers, lambda: listed_files(url, manifest_sha256) if workers.is_main else [])
     files = listed[0]
     readers = shares({file.name: file.size for file in files}, workers.count)
     own = [file for file in files if readers[file.name] == workers.rank]
@@ -74,7 +74,7 @@ def read_together(url: str, workers: Workers, manifest_sha256: str | None = None
         for file in own:
             held[file.name] = read_file(url, file)
 
-    _agreed(workers, fetch)
+    agreed(workers, fetch)
     return decoded(
         url,
         files,
@@ -84,8 +84,11 @@ def read_together(url: str, workers: Workers, manifest_sha256: str | None = None
     )
 
 
-def _agreed(workers: Workers, act: Callable[[], Result]) -> list[Result]:
-    """Results of `act` on each worker; raises the error of the first that failed, on all."""
+def agreed(workers: Workers, act: Callable[[], Result]) -> list[Result]:
+    """Results of `act` on each worker; raises the error of the first that failed, on all.
+
+    All workers must call it.
+    """
     error: Exception | None = None
     result: Result | None = None
     try:

@@ -1,11 +1,14 @@
 """Stored weights, evaluated elsewhere: the rows, scores, provenance and pictures of the step."""
 
 import copy
+from functools import partial
 from pathlib import Path
+from threading import local
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from ddpm_ray.assembly import latents, training_run
 from ddpm_ray.collectives import Workers
@@ -18,11 +21,17 @@ from ddpm_ray.runs.spare_evaluator import (
     spare_evaluator,
 )
 from ddpm_ray.runs.training_data import open_or_pack
-from ddpm_ray.runs.training_outputs import training_outputs
+from ddpm_ray.runs.training_outputs import TrainingOutputs, training_outputs
 from ddpm_ray.runs.worker_process import facts_of_run
 from ddpm_ray.storage import checksummed_json, object_store
-from ddpm_ray.training.evaluation_store import EvaluationResult
+from ddpm_ray.storage.errors import StorageError
+from ddpm_ray.training.checkpoint_folder import CheckpointError
+from ddpm_ray.training.checkpoint_writer import CheckpointWriter
+from ddpm_ray.training.checkpoints import CheckpointStore
+from ddpm_ray.training.ema import EMA
+from ddpm_ray.training.evaluation_store import EvaluationResult, EvaluationStore
 from ddpm_ray.training.state import TrainingState
+from tests.fixtures.threaded_workers import OnWorkers
 from tests.training.test_loop import TINY_AUTOENCODER, TINY_UNET
 
 CPU = torch.device("cpu")
@@ -134,7 +143,9 @@ def test_workers_evaluate_what_an_earlier_start_left_and_go_on_with_their_own_we
     def commit() -> None:
         left_at_commit.append(stored.exists())
 
-    evaluate_on_workers(run.state, run.outputs, Workers(), str(tmp_path), commit)
+    writer = CheckpointWriter(CheckpointStore(str(tmp_path / "checkpoints")))
+    evaluate_on_workers(run.state, run.outputs, Workers(), writer, str(tmp_path), commit)
+    writer.wait()
     assert left_at_commit == [True]
     assert not stored.exists()
     run.here.scores = run.state.scores
@@ -142,3 +153,140 @@ def test_workers_evaluate_what_an_earlier_start_left_and_go_on_with_their_own_we
     assert run.state.outstanding == []
     assert "changes" not in run.state.facts
     assert all(torch.equal(trained[k], v) for k, v in run.state.ema.state_dict().items())
+
+
+class Resumed:
+    """A worker at STEP with weights of 7 that draws nothing but what its weights are."""
+
+    def __init__(self, folder: Path, workers: Workers, *outstanding: int) -> None:
+        model = nn.Linear(1, 1, bias=False)
+        nn.init.constant_(model.weight, 7)
+        self.state = TrainingState(model, EMA(model), torch.optim.SGD(model.parameters()), {})
+        self.state.step = STEP
+        self.state.outstanding = [
+            {"step": step, "outputs": ["grid", "scores"], "history": {}} for step in outstanding
+        ]
+        self.seen: list[tuple[str, int, float]] = []
+        self.commits = 0
+        self.folder, self.workers = folder, workers
+        self.writer = CheckpointWriter(CheckpointStore(str(folder / "checkpoints")))
+
+    def evaluate(self) -> None:
+        def see(output: str, step: int) -> None:
+            (weight,) = self.state.ema.state_dict().values()
+            self.seen.append((output, step, weight.item()))
+
+        def commit() -> None:
+            self.commits += 1
+            self.workers.gather(None)
+
+        outputs = TrainingOutputs(
+            partial(see, "grid"), partial(see, "strip"), partial(see, "scores"), print
+        )
+        args = self.state, outputs, self.workers, self.writer, str(self.folder), commit
+        evaluate_on_workers(*args)
+        self.writer.wait()
+
+
+def stored(folder: Path, *steps: int) -> EvaluationStore:
+    """The run's evaluations, with the weights of these steps, which are the step's number."""
+    store = evaluation_store(str(folder))
+    for step in steps:
+        store.save_weights(step, {"weight": torch.full((1, 1), float(step))})
+    return store
+
+
+def both(step: int, weight: float) -> list[tuple[str, int, float]]:
+    return [("grid", step, weight), ("scores", step, weight)]
+
+
+def test_weights_that_are_gone_do_not_keep_workers_from_starting(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As after falling back to an older checkpoint; those of the run's step are its own."""
+    stored(tmp_path, 10, 20, STEP)
+    for damaged in (20, STEP):
+        (tmp_path / f"evaluations/step-{damaged:08d}/ema.safetensors").write_bytes(b"")
+    run = Resumed(tmp_path, Workers(), 10, 20, 30, STEP)
+    run.evaluate()
+    assert run.seen == [*both(10, 10), *both(STEP, 7)]
+    assert (run.state.outstanding, run.commits) == ([], 1)
+    (weight,) = run.state.ema.state_dict().values()
+    assert weight.item() == 7
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 2
+    assert lines[0].startswith("evaluation of step 20 is given up: ")
+    assert "ema.safetensors: is damaged; evaluate a checkpoint of the step" in lines[0]
+    assert "step-00000030/ema.safetensors: is missing; evaluate" in lines[1]
+    assert lines[1].endswith("the run goes on without its grid and scores")
+    assert not list((tmp_path / "evaluations").iterdir())
+
+
+@pytest.mark.parametrize("unreadable", [0, 1])
+def test_workers_agree_on_what_one_of_them_cannot_read(
+    unreadable: int,
+    on_workers: OnWorkers,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Else that one raises, and the other waits in the first sum of the evaluation."""
+    stored(tmp_path, 10, 20)
+    failing = local()  # the worker of this thread
+    weights = EvaluationStore.weights
+
+    def read(store: EvaluationStore, step: int) -> Any:
+        if step == 10 and failing.rank == unreadable:
+            raise CheckpointError("ema.safetensors", "is damaged", "evaluate a checkpoint")
+        return weights(store, step)
+
+    monkeypatch.setattr(EvaluationStore, "weights", read)
+
+    def resume(workers: Workers) -> Resumed:
+        failing.rank = workers.rank
+        run = Resumed(tmp_path, workers, 10, 20)
+        run.evaluate()
+        return run
+
+    for run in on_workers(2, resume):
+        assert run.seen == both(20, 20)
+        assert (run.state.outstanding, run.commits) == ([], 1)
+    assert [record.getMessage() for record in caplog.records] == [
+        "evaluation of step 10 is given up: ema.safetensors: is damaged; evaluate a checkpoint; "
+        "the run goes on without its grid and scores"
+    ]
+
+
+def test_an_outage_is_raised_by_all_workers_and_gives_nothing_up(
+    on_workers: OnWorkers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray then starts them again; the evaluation is still in the checkpoint."""
+    away = StorageError("s3://b", "no answer", "wait")
+    failing = local()
+
+    def read(store: EvaluationStore, step: int) -> Any:
+        if failing.rank:
+            raise away
+        return {"weight": torch.zeros(1, 1)}
+
+    monkeypatch.setattr(EvaluationStore, "weights", read)
+
+    def resume(workers: Workers) -> Resumed:
+        failing.rank = workers.rank
+        run = Resumed(tmp_path, workers, 10)
+        with pytest.raises(StorageError, match="s3://b: no answer; wait"):
+            run.evaluate()
+        return run
+
+    for run in on_workers(2, resume):
+        assert (run.seen, run.commits) == ([], 0)
+        assert len(run.state.outstanding) == 1
+
+
+def test_a_start_without_a_spare_process_deletes_what_others_left(tmp_path: Path) -> None:
+    """Also of later steps, as after falling back; it evaluates in its steps."""
+    stored(tmp_path, 10, STEP + 10)
+    run = Resumed(tmp_path, Workers())
+    run.evaluate()
+    assert not list((tmp_path / "evaluations").iterdir())
+    assert run.commits == 0
