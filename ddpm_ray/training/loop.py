@@ -28,6 +28,8 @@ def train_loop(run: Run) -> bool:
     """
     state, plan = run.state, run.plan
     command = begin(run)
+    if command is not Command.NONE:
+        save(run)
     while not run.is_finished() and command is not Command.STOP:
         with run.log.timed(), run.traced(state.step + 1):
             take_step(run)
@@ -49,7 +51,7 @@ def train_loop(run: Run) -> bool:
             fault_injection.at("between")
         run.snapshot_ema(step)  # before the checkpoint that will reference them
         command = save_and_evaluate(run, saves, command)
-    return end(run)
+    return end(run, command)
 
 
 def begin(run: Run) -> Command:
@@ -62,7 +64,7 @@ def begin(run: Run) -> Command:
         commit(run)  # no row of a step under the new values exists before they are committed
     if run.spare is not None:
         run.spare.resume()
-    elif state.outstanding:
+    else:
         run.evaluate_outstanding(partial(commit, run))
     # An earlier start may have ended before it did this.
     return draw_and_evaluate(run) if state.step > 0 else Command.NONE
@@ -142,7 +144,7 @@ def request_evaluation(run: Run, spare: SpareEvaluations, due: list[str]) -> Com
             draw_in_step(run, due)
             return command
         spare.warn_queue_full("training waits at step %d", step)
-        save(run)  # an error or a crash meanwhile loses no training
+        commit(run)  # an error or a crash meanwhile loses no training; raises that of a write
         command = wait_for_evaluations(run, spare, free_slots=1)
         due = due_outputs(run)  # reports may have found that all core-seconds are used
     spare.request(step, due)
@@ -161,18 +163,20 @@ def wait_for_evaluations(run: Run, spare: SpareEvaluations, free_slots: int) -> 
     return command
 
 
-def end(run: Run) -> bool:
+def end(run: Run, command: Command) -> bool:
     """Wait for what runs in the background; return whether the run is complete.
 
-    A run that the driver stops leaves evaluations outstanding; the next start queues them again.
+    A run that the driver stops, with `command` or later, leaves evaluations outstanding; the next
+    start queues them again.
     """
     spare, complete = run.spare, run.is_finished()
     if spare is not None and complete and spare.free_slots() < MAX_OUTSTANDING:
         run.settle()
-        spare.log_wait_at_end()
-        wait_for_evaluations(run, spare, free_slots=MAX_OUTSTANDING)
+        if command is not Command.STOP:
+            spare.log_wait_at_end()
+            wait_for_evaluations(run, spare, free_slots=MAX_OUTSTANDING)
+            save(run)
         complete = spare.free_slots() == MAX_OUTSTANDING
-        save(run)
     run.checkpoints.wait()
     return complete
 

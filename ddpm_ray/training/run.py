@@ -118,8 +118,8 @@ class Run:
     snapshot_ema: Callable[[int], None] = lambda step: None  # see ema_snapshots.py
     traced: Callable[[int], AbstractContextManager[None]] = lambda step: nullcontext()
     spare: SpareEvaluations | None = None  # None: the workers draw and evaluate in the step
-    # What an earlier start left, in the step; calls its argument, which commits a checkpoint.
-    evaluate_outstanding: Callable[[Callable[[], None]], None] = lambda commit: commit()
+    # Without a spare process: what one of an earlier start left. Its argument commits a checkpoint.
+    evaluate_outstanding: Callable[[Callable[[], None]], None] = lambda commit: None
     saves_first: bool = False  # save before the first step, to record changed options
     report_every_steps: int = 1
     reported: tuple[int, float] = field(default_factory=lambda: (0, time.perf_counter()))

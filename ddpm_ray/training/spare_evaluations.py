@@ -1,9 +1,9 @@
 """Evaluations by a spare process: the main worker stores the EMA weights, training goes on.
 
 All workers hold a SpareEvaluations and call `free_slots` and `request` at the same steps; the main
-worker alone has the queue. Requests are facts of the checkpoint (`state.outstanding`) from the
-checkpoint of their step on, until a later one holds their scores and rows instead. So each is
-evaluated and its rows are sent, whenever the process ends.
+worker alone has the queue. Requests, of which a step may have several, are facts of the checkpoint
+(`state.outstanding`) from that of their step on, until a later one holds their scores and rows
+instead. So each is evaluated and its rows are sent, whenever the process ends.
 """
 
 import logging
@@ -25,9 +25,7 @@ from ddpm_ray.training.tensor_file import packed
 
 log = logging.getLogger(__name__)
 
-MAX_OUTSTANDING = (
-    3  # evaluations that are outstanding: one runs, two wait; each holds the size of the EMA
-)
+MAX_OUTSTANDING = 3  # evaluations: one runs, two wait; each stores an EMA in the run's folder
 
 
 class EvaluationFailedError(RuntimeError):
@@ -59,15 +57,27 @@ class SpareEvaluations:
     _delivered: list[int] = field(default_factory=list)  # steps since the last save
 
     def resume(self) -> None:
-        """Queue the evaluations that the checkpoint lists; all workers call it, before training."""
+        """Queue the evaluations that the checkpoint lists; all workers call it, before training.
+
+        The weights of the run's own step are stored again: the stored ones may be damaged.
+        """
         if self.queue is None:
             return
-        known = {one["step"] for one in self.state.outstanding}
-        self.writer.start(partial(self.store.delete_finished, known, self.state.step))
-        if known:
+        step, requests = self.state.step, list(self.state.outstanding)
+        steps = {one["step"] for one in requests}
+        weights = packed(self.state.ema.state_dict()) if step in steps else None
+        if requests:
             log.info("%s outstanding from an earlier start", self._listed())
-        for request in self.state.outstanding:
-            self.queue.add(request)
+
+        def queue_all(queue: EvaluationQueue) -> None:
+            self.check_lease()
+            self.store.delete_finished(steps, step)
+            if weights is not None:
+                self.store.save_weights(step, weights)
+            for request in requests:
+                queue.add(request)
+
+        self.writer.start(partial(queue_all, self.queue))
 
     def free_slots(self) -> int:
         """Return how many more may be outstanding, on all workers; all of them must call it."""
@@ -98,8 +108,8 @@ class SpareEvaluations:
         """Pass finished evaluations to the sink and the state; only the main worker has any.
 
         Waits up to `wait_s` for the first. An evaluation that failed for good is given up with a
-        line, unless it is that of the run's last step (`last_step`: the run is there), which raises
-        EvaluationFailedError: its scores are the run's result.
+        line, unless it has the scores of the run's last step (`last_step`: the run is there), which
+        raises EvaluationFailedError: they are the run's result.
         """
         if self.queue is None or self.sink is None:
             return
@@ -111,21 +121,26 @@ class SpareEvaluations:
         if isinstance(outcome, EvaluationResult):
             outcome.pass_on(sink)
             self.state.scores = outcome.scores or self.state.scores
-        elif last_step and step == self.state.step:
+        elif last_step and step == self.state.step and "scores" in finished.request["outputs"]:
             raise EvaluationFailedError(step, brief(outcome)) from outcome
         else:
             log.warning(
-                "evaluation of step %d is given up: %s; training continues without its scores and "
-                "pictures",
+                "evaluation of step %d is given up: %s; the run goes on without its %s",
                 step,
                 brief(outcome),
+                " and ".join(finished.request["outputs"]),
             )
-        self.state.outstanding = [one for one in self.state.outstanding if one["step"] != step]
+        others = [one for one in self.state.outstanding if one is not finished.request]
+        self.state.outstanding = others
         self._delivered.append(step)
 
     def forget_delivered(self) -> Callable[[], None]:
-        """Return what deletes the folders of delivered evaluations, for after the next commit."""
-        steps, self._delivered = self._delivered, []
+        """Return what deletes the folders of delivered evaluations, for after the next commit.
+
+        The folder of a step stays while another evaluation of it is outstanding.
+        """
+        steps = set(self._delivered) - {one["step"] for one in self.state.outstanding}
+        self._delivered = []
 
         def delete() -> None:
             for step in steps:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -346,7 +347,10 @@ def test_transient_errors_are_tried_again_and_others_are_given_up_in_a_line(
     assert process.seen == [4, 6, 8]  # the tries of step 2 were used up; step 3 is not tried again
     assert "evaluation of step 2: s3://b: no answer; wait; trying again (2 of 2" in caplog.text
     assert "evaluation of step 2 is given up: s3://b: no answer" in caplog.text
-    assert "evaluation of step 3 is given up: no such feature; training continues" in caplog.text
+    assert (
+        "evaluation of step 3 is given up: no such feature; the run goes on without its grid"
+        in caplog.text
+    )
     every = wanted.of("eval/sum")
     assert sink.of("eval/sum") == {step: every[step] for step in (4, 6, 8)}
 
@@ -371,6 +375,170 @@ def test_without_the_last_scores_the_run_fails_and_the_next_start_has_them(
     assert complete(run)
     assert process.seen[-1] == STEPS
     assert sink.timeless() == wanted.timeless()
+
+
+def test_damaged_weights_of_the_last_step_are_stored_again(
+    data: str, wanted: Pictures, tmp_path: Path
+) -> None:
+    """The checkpoint has them too; without its last scores a run can never be complete."""
+    sink = Pictures()
+    run, process = start(data, tmp_path, sink)
+    process.fails = [ValueError("a bug")] * 5
+    with pytest.raises(EvaluationFailedError, match="last step, 8, failed: a bug"):
+        complete(run)
+    damaged = tmp_path / f"evaluations/step-{STEPS:08d}/ema.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    run, process = start(data, tmp_path, sink)
+    assert complete(run)
+    assert sink.of("eval/sum") == {STEPS: wanted.of("eval/sum")[STEPS]}
+
+
+def test_two_requests_of_a_step_are_both_delivered(data: str, tmp_path: Path) -> None:
+    """Its folder stays until the second, and checkpoints list the second until then."""
+    run, process = start(data, tmp_path, Pictures(), runs=False)
+    spare, each, call = run.spare, threading.Semaphore(0), process.call
+    assert spare is not None
+
+    def call_when_allowed(request: Request) -> str:
+        assert each.acquire(timeout=ENDS_S)
+        return call(request)
+
+    process.call = call_when_allowed  # type: ignore[method-assign]
+    process.allowed.set()
+    try:
+        for output in ("grid", "scores"):
+            spare.request(3, [output])
+        run.checkpoints.wait()
+        each.release()
+        spare.deliver(last_step=False, wait_s=ENDS_S)
+        assert [one["outputs"] for one in run.state.outstanding] == [["scores"]]
+        spare.forget_delivered()()
+        assert spare.store.weights(3)
+        each.release()
+        spare.deliver(last_step=False, wait_s=ENDS_S)
+        assert run.state.scores["step"] == 3
+        assert run.state.outstanding == []
+        spare.forget_delivered()()
+        assert not list((tmp_path / "evaluations").iterdir())
+    finally:
+        process.close()
+        each.release()
+        spare.close()
+
+
+def test_a_changed_run_that_asks_for_more_of_its_step_has_all(
+    data: str, wanted: Pictures, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At step 6 a grid is outstanding; the next start wants the scores of step 6 too."""
+    monkeypatch.setattr(loop, "REPORT_EVERY_S", 0)
+    sink = Pictures()
+    run, _ = start(data, tmp_path, sink, runs=False)
+    run = replace(run, plan=replace(run.plan, evaluate_every_steps=0))
+    run.show_progress = lambda progress: Command.STOP if progress.step >= 6 else Command.NONE
+    assert not complete(run)
+    assert [one["step"] for one in run.state.outstanding] == [3, 6]
+    run, process = start(data, tmp_path, sink)
+    assert complete(run)
+    assert process.seen == [3, 6, 6, 8]
+    every = wanted.of("eval/sum")
+    assert sink.of("eval/sum") == {step: every[step] for step in (6, 8)}
+    assert grids(sink) == grids(wanted)
+
+
+def test_a_failed_picture_of_the_last_step_does_not_fail_the_run(
+    data: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing is scored; a picture is no result of the run."""
+    run, process = start(data, tmp_path, Pictures())
+    assert run.spare is not None
+    run.spare.has_scores = False
+    process.fails = [ValueError("no font")] * 3
+    assert complete(run)
+    assert "evaluation of step 8 is given up: no font; the run goes on without its grid" in (
+        caplog.text
+    )
+
+
+def stopped_with_three_outstanding(
+    data: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that was stopped at step 5 with the evaluations of steps 2, 3 and 4."""
+    monkeypatch.setattr(loop, "REPORT_EVERY_S", 0)
+    monkeypatch.setattr(loop, "WAIT_S", 0.01)
+    run, _ = start(data, folder, Pictures(), runs=False)
+    run.show_progress = lambda progress: Command.STOP if progress.step >= 5 else Command.NONE
+    assert not complete(run)
+    assert [one["step"] for one in run.state.outstanding] == [2, 3, 4]
+
+
+def test_a_checkpoint_that_is_asked_for_before_the_first_step_is_saved(
+    data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next start wants scores of step 5, and waits; a node is about to be removed."""
+    stopped_with_three_outstanding(data, tmp_path, monkeypatch)
+    run, process = start(data, tmp_path, Pictures(), runs=False)
+    run = replace(run, plan=replace(run.plan, evaluate_every_steps=5))
+    saved, save, commands = list[tuple[int, list[int]]](), loop.save, [Command.CHECKPOINT]
+
+    def show(progress: Progress) -> Command:
+        process.allowed.set()
+        return commands.pop() if commands else Command.NONE
+
+    def saves(run: Run) -> None:
+        saved.append((run.state.step, [one["step"] for one in run.state.outstanding]))
+        save(run)
+
+    monkeypatch.setattr(loop, "save", saves)
+    run.show_progress = show
+    assert complete(run)
+    assert any(step == 5 and 5 in listed for step, listed in saved)
+
+
+def test_a_stop_while_the_last_step_waits_leaves_its_evaluations(
+    data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The command comes once, as scores of step 8 wait for those of 2, 4 and 6."""
+    monkeypatch.setattr(loop, "WAIT_S", 0.01)
+    run, process = start(data, tmp_path, Pictures(), runs=False)
+    run = replace(run, plan=replace(run.plan, grid_every_steps=0))
+    waited = list[Command]()
+
+    def show(progress: Progress) -> Command:
+        if "training waits at step 8" in caplog.text:
+            waited.append(Command.NONE if waited else Command.STOP)
+        if len(waited) > 3:
+            process.allowed.set()
+        return waited[-1] if waited else Command.NONE
+
+    run.show_progress = show
+    assert not complete(run)
+    assert len(waited) == 1
+    assert [one["step"] for one in run.state.outstanding] == [2, 4, 6, 8]
+
+
+def test_weights_that_cannot_be_stored_end_the_wait_for_them(
+    data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of grids of steps 1, 2 and 3; the scores of step 8 wait for the third for ever."""
+    monkeypatch.setattr(loop, "WAIT_S", 0.01)
+    run, _ = start(data, tmp_path, Pictures(), runs=False)
+    plan = replace(run.plan, grid_every_steps=1, evaluate_every_steps=0, checkpoint_every_steps=0)
+    run, save, reports = replace(run, plan=plan), EvaluationStore.save_weights, list[int]()
+
+    def fail(store: EvaluationStore, step: int, weights: Any) -> None:
+        if step == 3:
+            raise StorageError("s3://b", "no answer", "wait")
+        save(store, step, weights)
+
+    def show(progress: Progress) -> Command:
+        reports.append(progress.step)
+        assert reports.count(STEPS) < 50, "it waits for ever"
+        return Command.NONE
+
+    monkeypatch.setattr(EvaluationStore, "save_weights", fail)
+    run.show_progress = show
+    with pytest.raises(StorageError, match="s3://b: no answer"):
+        complete(run)
 
 
 def test_a_result_that_is_damaged_before_it_is_read_is_made_again(
