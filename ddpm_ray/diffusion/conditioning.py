@@ -10,18 +10,22 @@ import torch
 from torch import Tensor
 
 NO_LABEL = -1  # the label of an image without a label
+NO_TEXT = -1  # each token of an image without a text
 
 
 @dataclass(frozen=True, eq=False)
 class Conditioning:
     """Inputs of a network in addition to (x_t, t), one row per image; None: not given.
 
-    `null` and `drop` remove what classifier-free guidance amplifies: the labels. The images stay:
-    without them the network would solve another task. Raises ValueError if the inputs are for
-    different numbers of images.
+    `null` and `drop` remove what classifier-free guidance amplifies: labels and texts. The images
+    stay: without them the network would solve another task. Raises ValueError if the inputs are for
+    different numbers of images. An encoded text cannot be removed: encode after `null` and `drop`.
     """
 
     labels: Tensor | None = None  # int64 [B], NO_LABEL for an image without one
+    tokens: Tensor | None = None  # int64 [B, L], of texts; a row of NO_TEXT: none
+    text_states: Tensor | None = None  # [B, L, W], the encoded tokens, in place of these
+    text_pooled: Tensor | None = None  # [B, W], likewise
     estimate: Tensor | None = None  # [B, C, H, W], an earlier estimate of x_0 (self-conditioning)
     low_resolution: Tensor | None = None  # [B, C, H, W], upsampled to the size of x_t
     known: Tensor | None = None  # [B, C + 1, H, W], see `known_part`
@@ -44,16 +48,16 @@ class Conditioning:
         return [image for image in images if image is not None]
 
     def null(self) -> Conditioning:
-        """The same images without labels: the unconditional input of classifier-free guidance."""
-        if self.labels is None:
-            return self
-        return replace(self, labels=torch.full_like(self.labels, NO_LABEL))
+        """The same images without labels and texts: the input of the unconditional prediction."""
+        return self._replaced(torch.full_like)
 
     def drop(self, chosen: Tensor) -> Conditioning:
-        """Return `null` where `chosen` [B] is True; the other images keep their labels."""
-        if self.labels is None:
-            return self
-        return replace(self, labels=torch.where(chosen, NO_LABEL, self.labels))
+        """Return `null` where `chosen` [B] is True; the other images keep labels and texts."""
+
+        def dropped(given: Tensor, none: int) -> Tensor:
+            return torch.where(chosen.view(-1, *[1] * (given.ndim - 1)), none, given)
+
+        return self._replaced(dropped)
 
     def concat(self, other: Conditioning) -> Conditioning:
         """The conditioning of this batch followed by `other`.
@@ -74,6 +78,17 @@ class Conditioning:
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Conditioning:
         """Copy to `device`; `non_blocking` is that of `Tensor.to`."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def _replaced(self, change: Callable[[Tensor, int], Tensor]) -> Conditioning:
+        """The same with labels and tokens changed by `change`, which gets their value for none."""
+        labels, tokens = self.labels, self.tokens
+        if self.text_states is not None:
+            raise ValueError("the text is encoded, and cannot be removed: give its tokens")
+        return replace(
+            self,
+            labels=None if labels is None else change(labels, NO_LABEL),
+            tokens=None if tokens is None else change(tokens, NO_TEXT),
+        )
 
     def _given(self) -> dict[str, Tensor]:
         return {name: tensor for name, tensor in vars(self).items() if tensor is not None}

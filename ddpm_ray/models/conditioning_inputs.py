@@ -1,10 +1,32 @@
-"""Conditioning as inputs of a network: labels as embeddings, images as channels."""
+"""Conditioning as inputs of a network: labels and texts as vectors, images as channels."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from ddpm_ray.diffusion.conditioning import Conditioning
+from ddpm_ray.models.text_encoder import TextInput
+
+
+def text_inputs(
+    text: TextInput | None, labels: nn.Embedding | None, conditioning: Conditioning, t: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the vectors of the texts [B, L, W], and what is added to the embedding of t [B, E].
+
+    Each is None where the network has no such input. Raises ValueError for labels or texts that the
+    network does not take.
+    """
+    added = label_embedding(labels, conditioning.labels, t)
+    if text is None:
+        if conditioning.tokens is not None or conditioning.text_states is not None:
+            raise ValueError(
+                "a text is given, but the network takes none; build it with text, or leave it out"
+            )
+        return None, added
+    states, pooled = text(conditioning, len(t))
+    return states, pooled if added is None else pooled + added
 
 
 def label_embedding(table: nn.Embedding | None, labels: Tensor | None, t: Tensor) -> Tensor | None:

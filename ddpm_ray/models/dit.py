@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ddpm_ray.diffusion.conditioning import UNCONDITIONAL, Conditioning
-from ddpm_ray.models.conditioning_inputs import label_embedding, with_images
+from ddpm_ray.models.conditioning_inputs import text_inputs, with_images
+from ddpm_ray.models.cross_attention import TokenTextAttention
 from ddpm_ray.models.layers import (
     TimeEmbedding,
     Variant,
@@ -26,6 +27,7 @@ from ddpm_ray.models.layers import (
     zero_init,
 )
 from ddpm_ray.models.loss_uncertainty import LogVariance
+from ddpm_ray.models.text_encoder import TextEncoderSpec, TextInput
 
 NORM_EPS = 1e-6  # of all layer norms, in the paper's code
 FREQUENCIES = 256  # sines and cosines of t, the inputs of its MLP, in the paper's code
@@ -50,6 +52,7 @@ class DiTSpec:
     condition_channels: int = 0  # of the conditioning images, all together
     learns_variance: bool = False
     mlp_norm_eps: float = NORM_EPS  # of the norm before each MLP; 1e-5 in weights of diffusers
+    text: TextEncoderSpec | None = None  # None: no text
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -94,10 +97,10 @@ class DiTSpec:
 class DiT(nn.Module):
     """A denoiser: x_t [B, C, H, W], t [B] int64 in 1..T -> predicted noise [B, C, H, W].
 
-    Takes labels, conditioning images, `learns_variance` and `learns_uncertainty` as `UNet` does.
-    Before training the output is exactly 0 and each block is the identity. Dropout draws from
-    torch's default generator, after each attention and in each MLP, where diffusers has it; the
-    paper uses none. `gradient_checkpointing` stores only each block's input and recomputes the
+    Takes labels, texts, conditioning images, `learns_variance` and `learns_uncertainty` as `UNet`
+    does. Before training the output is exactly 0 and each block is the identity. Dropout draws from
+    torch's default generator, after each self-attention and in each MLP, where diffusers has it;
+    the paper uses none. `gradient_checkpointing` stores only each block's input and recomputes the
     block in the backward pass. Raises ValueError for an inconsistent spec.
     """
 
@@ -121,6 +124,7 @@ class DiT(nn.Module):
         self.modulation_out = nn.Linear(width, 2 * width)
         self.out = nn.Linear(width, patch**2 * spec.channels_out)
         self.label = nn.Embedding(classes + 1, width) if classes else None
+        self.text = TextInput(spec.text, width) if spec.text else None
         self.uncertainty = LogVariance() if learns_uncertainty else None
         # Not in the state_dict: it is a function of the spec.
         self.register_buffer("positions", position_embedding(spec.grid, width), persistent=False)
@@ -134,21 +138,22 @@ class DiT(nn.Module):
     ) -> Tensor:
         """epsilon_theta(x_t, t), shaped like x_t, or [B, 2C, H, W] with a learned variance.
 
-        Labels default to none and conditioning images to 0, so that all parameters take part in
-        each pass. Raises ValueError for sizes and conditioning that the network was not built for.
+        Labels and texts default to none, conditioning images to 0, so that all parameters take part
+        in each pass. Raises ValueError for sizes and conditioning that it was not built for.
         """
         spec = self.spec
         spec.require_size(x_t.shape[-2:])
-        embedding = self.time(t, label_embedding(self.label, conditioning.labels, t))  # [B, D]
+        text, added = text_inputs(self.text, self.label, conditioning, t)
+        embedding = self.time(t, added)  # [B, D]
         images = with_images(x_t, conditioning.images, spec.condition_channels)
         patches = self.patch(as_weights(images, self.patch))
         h = patches.flatten(2).transpose(1, 2) + self.positions  # [B, N, D]
         for block in self.blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 # checkpoint() restores the generator's state, so that dropout repeats its mask.
-                h = checkpoint(block, h, embedding, use_reentrant=False)
+                h = checkpoint(block, h, embedding, text, use_reentrant=False)
             else:
-                h = block(h, embedding)
+                h = block(h, embedding, text)
         shift, scale = self.modulation_out(embedding)[:, None].chunk(2, dim=-1)
         return as_input(self._image(self.out(modulated_norm(h, shift, scale))), x_t)
 
@@ -188,14 +193,19 @@ class DiTBlock(nn.Module):
         self.mlp_in = dense(width, 4 * width)
         self.mlp_out = dense(4 * width, width)
         self.dropout = nn.Dropout(spec.dropout)
+        self.text_attention: TokenTextAttention | None = None
+        if spec.text is not None:
+            self.text_attention = TokenTextAttention(width, spec.text.width, spec.heads, NORM_EPS)
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """Add the gated attention to x, then the gated MLP of that sum."""
+    def forward(self, x: Tensor, embedding: Tensor, text: Tensor | None = None) -> Tensor:
+        """Add the gated attention to x, that to the text, then the gated MLP of that sum."""
         parts = self.modulation(embedding)[:, None].chunk(6, dim=-1)  # each [B, 1, D]
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = parts
         h = self.query_key_value(modulated_norm(x, shift, scale))
         h = attend(*in_heads(h, self.num_heads))
         x = x + gate * self.dropout(self.attention_out(h.transpose(1, 2).flatten(2)))
+        if self.text_attention is not None:
+            x = self.text_attention(x, text)
         h = self.mlp_in(modulated_norm(x, mlp_shift, mlp_scale, self.mlp_norm_eps))
         h = self.dropout(F.gelu(h, approximate="tanh"))
         result: Tensor = x + mlp_gate * self.mlp_out(h)

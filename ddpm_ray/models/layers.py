@@ -233,9 +233,13 @@ def heads(channels: int, variant: Variant) -> int:
 
 def in_heads(query_key_value: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """Split [B, N, 3C] into query, key and value, each [B, heads, N, C / heads]."""
-    parts = query_key_value.reshape(*query_key_value.shape[:2], 3 * count, -1).transpose(1, 2)
-    query, key, value = parts.chunk(3, dim=1)
+    query, key, value = split_heads(query_key_value, 3 * count).chunk(3, dim=1)
     return query, key, value
+
+
+def split_heads(x: Tensor, count: int) -> Tensor:
+    """[B, N, C] -> [B, count, N, C / count]."""
+    return x.reshape(*x.shape[:2], count, -1).transpose(1, 2)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -252,17 +256,19 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 class Stage(nn.Module):
-    """A residual block with optional attention after it."""
+    """A residual block with optional self-attention after it, and optional attention to a text."""
 
-    def __init__(self, block: ResBlock, attention: Attention | None) -> None:
+    def __init__(
+        self, block: ResBlock, attention: Attention | None, text_attention: nn.Module | None = None
+    ) -> None:
         super().__init__()
-        self.block = block
-        self.attention = attention
+        self.block, self.attention, self.text_attention = block, attention, text_attention
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """[B, C_in, H, W], [B, E] -> [B, C_out, H, W]."""
+    def forward(self, x: Tensor, embedding: Tensor, text: Tensor | None = None) -> Tensor:
+        """[B, C_in, H, W], [B, E], vectors of a text [B, L, W] -> [B, C_out, H, W]."""
         h: Tensor = self.block(x, embedding)
-        return h if self.attention is None else self.attention(h)
+        h = h if self.attention is None else self.attention(h)
+        return h if self.text_attention is None else self.text_attention(h, text)
 
 
 class Downsample(nn.Module):

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ddpm_ray.diffusion.conditioning import UNCONDITIONAL, Conditioning
-from ddpm_ray.models.conditioning_inputs import label_embedding, with_images
+from ddpm_ray.models.conditioning_inputs import text_inputs, with_images
+from ddpm_ray.models.cross_attention import TextAttention
 from ddpm_ray.models.group_norm import GroupNormSiLU
 from ddpm_ray.models.layers import (
     Attention,
@@ -29,6 +30,7 @@ from ddpm_ray.models.layers import (
     zero_init,
 )
 from ddpm_ray.models.loss_uncertainty import LogVariance
+from ddpm_ray.models.text_encoder import TextInput
 from ddpm_ray.models.unet_spec import UNetSpec
 
 
@@ -46,7 +48,12 @@ class Parts:
     def stage(self, channels_in: int, channels_out: int, attends: bool) -> Stage:
         """A residual block, with attention if `attends`."""
         block, spec = self._block(channels_in, channels_out), self.spec
-        return Stage(block, Attention(channels_out, spec.groups, spec.variant) if attends else None)
+        if not attends:
+            return Stage(block, None)
+        attention, text = Attention(channels_out, spec.groups, spec.variant), None
+        if spec.text is not None:
+            text = TextAttention(channels_out, spec.text.width, spec.groups, spec.variant)
+        return Stage(block, attention, text)
 
     def downsample(self, channels: int) -> Downsample | ResBlock:
         """The layer that halves H and W."""
@@ -85,10 +92,11 @@ class UNet(nn.Module):
 
     H and W are any multiples of 2**(levels - 1). With `num_classes` in its spec it takes labels and
     learns an embedding for images without a label (Ho and Salimans 2022, arXiv:2207.12598). With
-    `condition_channels` it takes conditioning images, concatenated to x_t. With `learns_variance`
-    the output is [B, 2C, H, W], the second half for the variance (Nichol and Dhariwal 2021,
-    arXiv:2102.09672, section 3.1). With `learns_uncertainty` it holds a module that learns the
-    expected loss at each t, for training only.
+    `text` it takes the tokens of texts and encodes them. With `condition_channels` it takes
+    conditioning images, concatenated to x_t. With `learns_variance` the output is [B, 2C, H, W],
+    the second half for the variance (Nichol and Dhariwal 2021, arXiv:2102.09672, section 3.1). With
+    `learns_uncertainty` it holds a module that learns the expected loss at each t, for training
+    only.
 
     Before training the output is exactly 0. Dropout draws from torch's default generator.
     `gradient_checkpointing` stores only each stage's input and recomputes the stage in the backward
@@ -123,6 +131,7 @@ class UNet(nn.Module):
         self.conv_out = conv(channels, spec.image_channels * (2 if spec.learns_variance else 1))
         zero_init(self.conv_out)
         self.label = nn.Embedding(classes + 1, parts.time_width) if classes else None
+        self.text = TextInput(spec.text, parts.time_width) if spec.text else None
         self.uncertainty = LogVariance() if learns_uncertainty else None
 
     def forward(
@@ -133,29 +142,35 @@ class UNet(nn.Module):
     ) -> Tensor:
         """epsilon_theta(x_t, t), shaped like x_t, or [B, 2C, H, W] with a learned variance.
 
-        Labels default to none and conditioning images to 0, so that all parameters take part in
-        each pass. Raises ValueError for sizes and conditioning that the network was not built for.
+        Labels and texts default to none, conditioning images to 0, so that all parameters take part
+        in each pass. Raises ValueError for sizes and conditioning that it was not built for.
         """
         self.spec.require_divisible(x_t.shape[-2:])
-        embedding = self.time(t, label_embedding(self.label, conditioning.labels, t))
+        text, added = text_inputs(self.text, self.label, conditioning, t)
+        embedding = self.time(t, added)
         images = with_images(x_t, conditioning.images, self.spec.condition_channels)
         h = self.conv_in(as_weights(images, self.conv_in))
         skips = [h]
         for module in self.down:
-            h = module(h) if isinstance(module, Downsample) else self._run(module, h, embedding)
+            h = (
+                module(h)
+                if isinstance(module, Downsample)
+                else self._run(module, h, embedding, text)
+            )
             skips.append(h)
-        h = self._run(self.middle_1, h, embedding)
-        h = self._run(self.middle_2, h, embedding)
+        h = self._run(self.middle_1, h, embedding, text)
+        h = self._run(self.middle_2, h, embedding, text)
         for module in self.up:
             if isinstance(module, Stage):
                 h = torch.cat([h, skips.pop()], dim=1)
-            h = module(h) if isinstance(module, Upsample) else self._run(module, h, embedding)
+            h = module(h) if isinstance(module, Upsample) else self._run(module, h, embedding, text)
         return as_input(self.conv_out(self.norm_out(h)), x_t)
 
-    def _run(self, stage: nn.Module, h: Tensor, embedding: Tensor) -> Tensor:
+    def _run(self, stage: nn.Module, h: Tensor, embedding: Tensor, text: Tensor | None) -> Tensor:
+        inputs = (h, embedding, text) if isinstance(stage, Stage) else (h, embedding)
         if self.gradient_checkpointing and torch.is_grad_enabled():
             # checkpoint() restores the generator's state, so that dropout repeats its mask.
-            h = checkpoint(stage, h, embedding, use_reentrant=False)
+            h = checkpoint(stage, *inputs, use_reentrant=False)
         else:
-            h = stage(h, embedding)
+            h = stage(*inputs)
         return h

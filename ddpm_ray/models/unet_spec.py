@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ddpm_ray.models.layers import HO, Variant
+from ddpm_ray.models.text_encoder import TextEncoderSpec
 
 
 @dataclass(frozen=True)
@@ -11,7 +12,8 @@ class UNetSpec:
     """Sizes, inputs and outputs of a U-Net; the defaults are the CIFAR-10 network of Ho et al.
 
     Level i has base_channels * channel_mults[i] channels at H / 2**i x W / 2**i. It has attention
-    if its downsampling factor 2**i is one of `attention_factors`; the middle always has.
+    if its downsampling factor 2**i is one of `attention_factors`; the middle always has. Where it
+    has attention, it also attends to the text, if there is one.
     """
 
     image_channels: int
@@ -25,6 +27,7 @@ class UNetSpec:
     condition_channels: int = 0  # of the conditioning images, all together
     learns_variance: bool = False
     variant: Variant = HO  # details in which published networks differ
+    text: TextEncoderSpec | None = None  # None: no text
 
     @property
     def widths(self) -> list[int]:

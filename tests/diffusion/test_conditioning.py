@@ -1,4 +1,4 @@
-"""Laws of the conditioning of a batch: rows stay together, and null removes labels alone."""
+"""Laws of a batch's conditioning: rows stay together, null removes labels and texts alone."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ddpm_ray.diffusion.conditioning import NO_LABEL, UNCONDITIONAL, Conditioning
+from ddpm_ray.diffusion.conditioning import NO_LABEL, NO_TEXT, UNCONDITIONAL, Conditioning
 
 
 @st.composite
@@ -15,9 +15,10 @@ def conditionings(draw: st.DrawFn) -> Conditioning:
     rows, start = draw(st.integers(1, 5)), draw(st.integers(0, 1000))
     numbers = torch.arange(start, start + rows)
     image = numbers.float().view(-1, 1, 1, 1).expand(rows, 2, 3, 4)
-    labels, estimate, low_resolution, known = (draw(st.booleans()) for _ in range(4))
+    labels, tokens, estimate, low_resolution, known = (draw(st.booleans()) for _ in range(5))
     return Conditioning(
         labels=numbers if labels else None,
+        tokens=numbers[:, None] + torch.arange(3) if tokens else None,
         estimate=image if estimate else None,
         low_resolution=image + 0.5 if low_resolution else None,
         known=image[:, :1] + 0.25 if known else None,
@@ -29,12 +30,12 @@ def rows(conditioning: Conditioning) -> dict[str, Tensor]:
 
 
 @given(conditionings())
-def test_null_removes_the_labels_and_no_image(conditioning: Conditioning) -> None:
+def test_null_removes_labels_and_texts_and_no_image(conditioning: Conditioning) -> None:
     null = rows(conditioning.null())
     assert null.keys() == rows(conditioning).keys()
     for name, tensor in rows(conditioning).items():
-        if name == "labels":
-            assert (null[name] == NO_LABEL).all()
+        if name in ("labels", "tokens"):
+            assert (null[name] == (NO_LABEL if name == "labels" else NO_TEXT)).all()
         else:
             assert torch.equal(null[name], tensor)
 
@@ -75,15 +76,16 @@ def test_the_halves_of_a_guided_batch_are_the_conditional_and_the_null(
 
 def test_every_tensor_moves_to_the_device() -> None:
     image = torch.zeros(2, 1, 2, 2)
-    moved = Conditioning(torch.tensor([0, 1]), image, image, image).to("meta")
+    labels, tokens = torch.tensor([0, 1]), torch.zeros(2, 3, dtype=torch.int64)
+    moved = Conditioning(labels, tokens, None, None, image, image, image).to("meta")
     assert {tensor.device.type for tensor in rows(moved).values()} == {"meta"}
-    assert rows(moved).keys() == {"labels", "estimate", "low_resolution", "known"}
+    assert rows(moved).keys() == {"labels", "tokens", "estimate", "low_resolution", "known"}
     assert rows(UNCONDITIONAL.to("meta")) == {}
 
 
 def test_rows_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match=r"labels: 3, estimate: 2\); give B of each"):
-        Conditioning(torch.tensor([0, 1, 2]), torch.zeros(2, 1, 2, 2))
+        Conditioning(torch.tensor([0, 1, 2]), estimate=torch.zeros(2, 1, 2, 2))
     labelled = Conditioning(torch.tensor([0, 1]))
     with pytest.raises(ValueError, match="labels is given for one of two batches"):
         labelled.concat(UNCONDITIONAL)

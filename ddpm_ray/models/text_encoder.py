@@ -1,0 +1,165 @@
+"""CLIP's text encoder: a causal transformer (Radford et al. 2021, arXiv:2103.00020).
+
+It has the function and the sizes of `CLIPTextModel` of transformers, so that its weights can be
+taken from such a model and given back. B: batch; L: tokens; W: width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ddpm_ray.diffusion.conditioning import NO_TEXT, Conditioning
+from ddpm_ray.models.layers import dense, in_heads, zero_init
+
+
+class EncodedText(NamedTuple):
+    """Texts as a network takes them."""
+
+    states: Tensor  # [B, L, W], one vector for each token
+    pooled: Tensor  # [B, W], the vector of the end token, which follows the whole text
+
+
+@dataclass(frozen=True)
+class TextEncoderSpec:
+    """Sizes of a text encoder."""
+
+    vocabulary: int  # number of tokens
+    end_token: int  # number of the token that ends each text
+    null_tokens: tuple[int, ...]  # [L], the text "" as the tokenizer writes it
+    width: int = 256  # W
+    depth: int = 4  # number of blocks
+    heads: int = 4
+    mlp_width: int = 0  # inside each MLP; 0: four times the width
+    quick_gelu: bool = False  # CLIP's activation, x sigmoid(1.702 x); else GELU
+    norm_eps: float = 1e-5
+
+    @property
+    def length(self) -> int:
+        """L, the number of tokens of each text."""
+        return len(self.null_tokens)
+
+    def require_consistent(self) -> None:
+        """Validate the sizes and token numbers. Raises ValueError."""
+        if min(self.width, self.depth, self.heads) < 1 or self.width % self.heads:
+            raise ValueError(
+                f"the text encoder's width is {self.width}, depth {self.depth} and heads "
+                f"{self.heads}; each must be at least 1, and width a multiple of heads"
+            )
+        numbers = (*self.null_tokens, self.end_token)
+        if self.end_token not in self.null_tokens or not (
+            0 <= min(numbers) <= max(numbers) < self.vocabulary
+        ):
+            raise ValueError(
+                f"null_tokens are {list(self.null_tokens)} and end_token is {self.end_token}; "
+                f"null_tokens must hold end_token, and all lie in 0..{self.vocabulary - 1}"
+            )
+
+
+class TextEncoder(nn.Module):
+    """Tokens int64 [B, L] -> EncodedText; NO_TEXT rows are encoded as the text "".
+
+    Each vector depends on its own token and those before it. Raises ValueError for an inconsistent
+    spec.
+    """
+
+    null_tokens: Tensor  # int64 [L]
+
+    def __init__(self, spec: TextEncoderSpec) -> None:
+        super().__init__()
+        spec.require_consistent()
+        self.spec = spec
+        self.token = nn.Embedding(spec.vocabulary, spec.width)
+        self.position = nn.Embedding(spec.length, spec.width)
+        self.blocks = nn.ModuleList(TextBlock(spec) for _ in range(spec.depth))
+        self.norm_out = nn.LayerNorm(spec.width, eps=spec.norm_eps)
+        # Not in the state_dict: it is a function of the spec.
+        self.register_buffer("null_tokens", torch.tensor(spec.null_tokens), persistent=False)
+        nn.init.normal_(self.token.weight, std=0.02)  # CLIP's, as below
+        nn.init.normal_(self.position.weight, std=0.01)
+
+    def forward(self, tokens: Tensor) -> EncodedText:
+        """Encode tokens [B, L]. Raises ValueError for another length than the spec's."""
+        if tokens.ndim != 2 or tokens.shape[1] != self.spec.length:
+            raise ValueError(
+                f"tokens are {list(tokens.shape)}; this text encoder takes [B, {self.spec.length}]"
+            )
+        tokens = torch.where(tokens == NO_TEXT, self.null_tokens, tokens)
+        h = self.token(tokens) + self.position.weight
+        for block in self.blocks:
+            h = block(h)
+        states: Tensor = self.norm_out(h)
+        # The first end token: those after it fill the row.
+        ends = (tokens == self.spec.end_token).to(torch.uint8).argmax(dim=1)
+        return EncodedText(states, states[torch.arange(len(states), device=states.device), ends])
+
+
+class TextInput(nn.Module):
+    """The text of a network: its vectors, and what is added to the embedding of t.
+
+    The pooled text is projected and added to the embedding of t (Nichol et al. 2021, "GLIDE",
+    arXiv:2112.10741, section 2.3). The projection is 0 at first, so that a network that was trained
+    without text can continue with it.
+    """
+
+    def __init__(self, spec: TextEncoderSpec, embedding_width: int) -> None:
+        super().__init__()
+        self.encoder = TextEncoder(spec)
+        self.pooled = nn.Linear(spec.width, embedding_width)
+        zero_init(self.pooled)
+
+    def encoded(self, conditioning: Conditioning) -> Conditioning:
+        """`conditioning` with its texts encoded, for many calls with the same texts."""
+        if conditioning.tokens is None:
+            return conditioning
+        states, pooled = self.encoder(conditioning.tokens)
+        return replace(conditioning, tokens=None, text_states=states, text_pooled=pooled)
+
+    def forward(self, conditioning: Conditioning, batch_size: int) -> EncodedText:
+        """The vectors [B, L, W] and the projected pooled text [B, E]; without a text: of ""."""
+        states, pooled = conditioning.text_states, conditioning.text_pooled
+        if states is None or pooled is None:
+            tokens = conditioning.tokens
+            if tokens is None:
+                tokens = self.encoder.null_tokens.expand(batch_size, -1)
+            states, pooled = self.encoder(tokens)
+        return EncodedText(states, self.pooled(pooled))
+
+
+class TextBlock(nn.Module):
+    """A transformer block with causal attention and the norms first: [B, L, W] -> [B, L, W]."""
+
+    def __init__(self, spec: TextEncoderSpec) -> None:
+        super().__init__()
+        width, inner = spec.width, spec.mlp_width or 4 * spec.width
+        self.num_heads, self.quick_gelu = spec.heads, spec.quick_gelu
+        self.norm_1 = nn.LayerNorm(width, eps=spec.norm_eps)
+        self.query_key_value = nn.Linear(width, 3 * width)  # rows: query, key, value
+        self.attention_out = dense(width, width)
+        self.norm_2 = nn.LayerNorm(width, eps=spec.norm_eps)
+        self.mlp_in = dense(width, inner)
+        self.mlp_out = dense(inner, width)
+        # CLIP's code: the residual branches of all blocks together start with a variance of 1.
+        residual = width**-0.5 * (2 * spec.depth) ** -0.5
+        for layer, deviation in (
+            (self.query_key_value, width**-0.5),
+            (self.attention_out, residual),
+            (self.mlp_in, (2 * width) ** -0.5),
+            (self.mlp_out, residual),
+        ):
+            nn.init.normal_(layer.weight, std=deviation)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Add the attention to x, then the MLP of that sum."""
+        query, key, value = in_heads(self.query_key_value(self.norm_1(x)), self.num_heads)
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        x = x + self.attention_out(mixed.transpose(1, 2).flatten(2))
+        h = self.mlp_in(self.norm_2(x))
+        h = h * torch.sigmoid(1.702 * h) if self.quick_gelu else F.gelu(h)
+        result: Tensor = x + self.mlp_out(h)
+        return result
