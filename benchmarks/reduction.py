@@ -31,6 +31,7 @@ from ddpm_ray.collectives import Workers
 from ddpm_ray.config.loading import load_config
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.image_shape import ImageShape
+from ddpm_ray.data.loader import Batch
 
 ROUNDS = int(sys.argv[1]) if len(sys.argv) > 1 else 12
 WORKERS, BATCH = 2, 32
@@ -55,10 +56,10 @@ def stepping(keys: tuple[str, ...], workers: Workers) -> Callable[[int], None]:
     network = state.model if objective.slots else DistributedDataParallel(state.model)
     share = BATCH // workers.count
     images = torch.randint(0, 256, (share, 32, 32, 3), dtype=torch.uint8)
-    labels = torch.full((share,), -1)
+    batch = Batch(images, torch.full((share,), -1))
 
     def step(number: int) -> None:
-        objective.backward(network, images, labels, number, workers, BATCH)
+        objective.backward(network, batch, number, workers, BATCH)
         clip_grad_norm_(network.parameters(), 1.0, foreach=True)
         state.optimizer.step()
         state.optimizer.zero_grad()

@@ -108,8 +108,8 @@ def besides_network(run: Run) -> Callable[[], None]:
     objective, state, plan = run.objective, run.state, run.plan
     assert isinstance(objective, Objective)
     positions, losses = torch.arange(BATCH), torch.rand(BATCH)
-    images, labels = run.stream.batch(state.step).tensors
-    objective.backward(run.network, images, labels, 0, run.workers, BATCH)
+    batch = run.stream.batch(state.step)
+    objective.backward(run.network, batch, 0, run.workers, BATCH)
     shape = objective.noising.codec.shape(ImageShape(SIDE, SIDE, 3))
 
     def parts() -> None:

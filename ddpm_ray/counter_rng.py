@@ -55,6 +55,7 @@ class Purpose(IntEnum):
     RECONSTRUCTION = 15
     INPAINTING_MASK = 16
     CAPTION = 17
+    PROMPT = 18
 
 
 def normal(

@@ -22,6 +22,7 @@ PAGES = [
     "docs/cluster.md",
     "docs/gpu.md",
     "docs/latents.md",
+    "docs/text.md",
     "docs/packing.md",
     "docs/toolbox.md",
     "docs/results.md",

@@ -19,6 +19,7 @@ from benchmarks.gpu.tiny_keys import ADVERSARY, AUTOENCODER
 from ddpm_ray.assembly import checkpoint_loading, diffusion, networks, scoring, training_run
 from ddpm_ray.collectives import Workers
 from ddpm_ray.data.image_shape import ImageShape
+from ddpm_ray.data.loader import Batch
 from ddpm_ray.evaluation import memorisation, probability_flow_likelihood, sample_quality
 from ddpm_ray.evaluation.feature_metrics import OptionalMetrics
 from ddpm_ray.evaluation.features.feature_extractor import FeatureNet
@@ -431,7 +432,7 @@ def _validation_loss(device: torch.device) -> None:
     labels = torch.zeros(count, dtype=torch.int64)
     workers = Workers(0, 1, device)
     validation_loss.Validator(
-        state, denoiser, pixels(count), labels, 0, 0.25, workers, None, 32
+        state, denoiser, Batch(pixels(count), labels), 0, 0.25, workers, None, 32
     ).validate(5)
     _require(math.isfinite(state.validation_losses[0]["loss"]), "the common loss is not finite")
 

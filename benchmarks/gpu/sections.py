@@ -277,7 +277,7 @@ def parts(place: Place) -> Iterator[Row]:
     yield Row("a seed for dropout", {"ms": _ms(seed.ms)})
     run = place.run(place.batches(16)[0], place.side)
     batch = run.stream.batch(0)
-    run.objective.backward(run.network, batch.images, batch.labels, 0, run.workers, 16)
+    run.objective.backward(run.network, batch, 0, run.workers, 16)
     acts: dict[str, Callable[[], object]] = {
         "clip": partial(clip_grad_norm_, list(run.network.parameters()), 1.0, foreach=True),
         "Adam": run.state.optimizer.step,

@@ -16,6 +16,7 @@ from ddpm_ray.assembly.autoencoder_loading import trained_autoencoder
 from ddpm_ray.assembly.diffusion import denoiser
 from ddpm_ray.assembly.latents import bound_codec
 from ddpm_ray.assembly.newest_checkpoint import newest_checkpoint, usable_device
+from ddpm_ray.assembly.run_config import saved_tokenizer
 from ddpm_ray.config.loading import ConfigError, from_dict, to_dict
 from ddpm_ray.config.objective import ObjectiveConfig
 from ddpm_ray.config.run import RunConfig
@@ -70,32 +71,32 @@ def trained_model(
     if autoencoder_kl.is_autoencoder(url):
         require_denoiser(other_libraries.of_autoencoder_kl(Path(url)), url)
     where, snapshot = newest_checkpoint(url, ema)
-    config = run_config.saved_config(snapshot.facts, url)
+    facts = snapshot.facts
+    config = run_config.saved_config(facts, url)
     require_denoiser(config, url)
     if guides is not None:
-        require_same_x_0(guides, run_config.saved_codec(snapshot.facts, where))
-    codec = guides or bound_codec(snapshot.facts, where, device, autoencoder)
-    image_shape = ImageShape(*snapshot.facts["image_shape"])
-    variant = run_config.saved_variant(snapshot.facts, where)
-    network = networks.network(config, diffused_shape(codec, image_shape), variant)
+        require_same_x_0(guides, run_config.saved_codec(facts, where))
+    codec = guides or bound_codec(facts, where, device, autoencoder)
+    image_shape, tokenizer = ImageShape(*facts["image_shape"]), saved_tokenizer(facts, where)
+    shape, variant = diffused_shape(codec, image_shape), run_config.saved_variant(facts, where)
+    network = networks.network(config, shape, variant, tokenizer)
     network.load_state_dict(snapshot.tensors[ema])
-    network.to(device).eval().requires_grad_(False)
     provenance = {
         "checkpoint": where,
         "step": snapshot.step,
         "weights_sha256": checkpoint_folder.weights_sha256(where, ema),
         "config": to_dict(config),
-        "data_fingerprint": snapshot.facts["data_fingerprint"],
-        "average": ema if ema != "ema" else snapshot.facts.get("average"),  # None: the main EMA
-        **run_config.run_history(snapshot.facts),
+        "data_fingerprint": facts["data_fingerprint"],
+        "average": ema if ema != "ema" else facts.get("average"),  # None: the main EMA
+        **run_config.run_history(facts),
     }
     return TrainedModel(
-        denoiser(config, network, device, codec),
+        denoiser(config, network.to(device).eval().requires_grad_(False), device, codec, tokenizer),
         image_shape,
         provenance,
         device=device,
         settings=config.sampling,
-        find_label_names=cache(partial(label_names, config, snapshot.facts)),
+        find_label_names=cache(partial(label_names, config, facts)),
         drops_labels=config.sampled_model.drops_labels,
     )
 
@@ -157,7 +158,7 @@ def trained_weights(url: str, ema: str = "ema") -> TrainedWeights:
         snapshot.step,
         checkpoint_folder.weights_sha256(where, ema),
         snapshot.tensors[ema],
-        networks.network_spec(config, shape, variant),
+        networks.network_spec(config, shape, variant, saved_tokenizer(facts, where)),
         config.task,
         config.objective,
         trained_on.name,

@@ -7,12 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from ddpm_ray.assembly.compilation import missing_compiler, uses_cuda_graphs
-from ddpm_ray.assembly.run_config import saved_codec
+from ddpm_ray.assembly.run_config import saved_codec, saved_tokenizer
 from ddpm_ray.config.objective import ObjectiveConfig
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.schedule import ScheduleConfig
 from ddpm_ray.config.training import TrainingConfig
 from ddpm_ray.data.codec import Codec
+from ddpm_ray.data.tokenizer import Tokenizer
 from ddpm_ray.diffusion import loss_weighting, schedules, timestep_sampling
 from ddpm_ray.diffusion.conditioning import Network
 from ddpm_ray.diffusion.parameterization import Parameterization
@@ -73,25 +74,30 @@ def model_parameterization(config: ObjectiveConfig, schedule: NoiseSchedule) -> 
 
 
 def denoiser(
-    config: RunConfig, network: Network, device: torch.device | str, codec: Codec
+    config: RunConfig,
+    network: Network,
+    device: torch.device | str,
+    codec: Codec,
+    tokenizer: Tokenizer | None = None,
 ) -> Denoiser:
     """The denoiser of `network`, which must be on `device` and diffuses what `codec` encodes."""
     return Denoiser(
         network,
         model_parameterization(config.objective, noise_schedule(config.schedule).to(device)),
         config.objective.variance,
-        conditioning_spec(config),
+        conditioning_spec(config, tokenizer),
         codec=codec,
     )
 
 
-def conditioning_spec(config: RunConfig) -> ConditioningSpec:
-    """The conditioning that the network takes."""
+def conditioning_spec(config: RunConfig, tokenizer: Tokenizer | None = None) -> ConditioningSpec:
+    """The conditioning that the network takes; `tokenizer` is that of its texts."""
     return ConditioningSpec(
         config.model.num_classes,
         config.objective.self_conditioning,
         config.objective.low_resolution_pixels,
         config.objective.inpainting_masks,
+        tokenizer,
     )
 
 
@@ -136,7 +142,7 @@ def noising_recipe(
     return NoisingRecipe(
         config.seed,
         choice_of_steps(config, parameterization.schedule, state),
-        conditioning_spec(config),
+        conditioning_spec(config, saved_tokenizer(state.facts)),
         flip=config.data.flip,
         memory_format=memory_format(config.training),
         label_dropout=0.0 if config.traits.predicts_labels else wanted.label_dropout,

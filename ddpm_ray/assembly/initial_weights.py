@@ -21,6 +21,7 @@ from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.training import TrainingConfig
 from ddpm_ray.data.codec import PIXELS, Codec
 from ddpm_ray.data.image_shape import ImageShape
+from ddpm_ray.data.tokenizer import Tokenizer
 from ddpm_ray.models.dit import DiT
 from ddpm_ray.models.layers import HO
 from ddpm_ray.models.unet import UNet
@@ -80,21 +81,25 @@ def find_initial_weights(config: TrainingConfig) -> InitialWeights:
 
 
 def check_initial_weights(
-    source: InitialWeights, config: RunConfig, image_shape: ImageShape, codec: Codec = PIXELS
+    source: InitialWeights,
+    config: RunConfig,
+    image_shape: ImageShape,
+    codec: Codec = PIXELS,
+    tokenizer: Tokenizer | None = None,
 ) -> None:
     """Read the weights, check that they fit the network, and log what is taken from them.
 
-    `image_shape` and `codec` are those of the run's data. Raises ConfigError for another network or
-    inputs of another meaning, and what `_read` and `matched` raise.
+    `image_shape`, `codec` and `tokenizer` are those of the run's data. Raises ConfigError for
+    another network or inputs of another meaning, and what `_read` and `matched` raise.
     """
-    found, spec = _read(source), networks.network_spec(config, image_shape)
+    found, spec = _read(source), networks.network_spec(config, image_shape, tokenizer=tokenizer)
     where = sanitize(source.checkpoint)
     if lines := [*incompatibilities(found, spec, config, codec)]:
         raise ConfigError("\n".join(f"training.init_from: {where} {line}" for line in lines))
     for line in learned_anew(found, config, codec):
         log.warning("training.init_from: %s %s", where, line)
     with torch.device("meta"):
-        network = networks.network(config, image_shape)
+        network = networks.network(config, image_shape, tokenizer=tokenizer)
     taken = matched(network, found.tensors, config.training, source.checkpoint)
     log.info(
         "initial weights from %s (%s of step %d, sha256 %s): %s",

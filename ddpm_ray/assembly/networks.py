@@ -5,11 +5,14 @@ from typing import assert_never
 
 from ddpm_ray.assembly.autoencoder import autoencoder_spec
 from ddpm_ray.config.run import RunConfig
+from ddpm_ray.config.text import TextConfig
 from ddpm_ray.data.image_shape import ImageShape
+from ddpm_ray.data.tokenizer import Tokenizer
 from ddpm_ray.models.autoencoder import Autoencoder, AutoencoderSpec
 from ddpm_ray.models.classifier import NoisyClassifier
 from ddpm_ray.models.dit import DiT, DiTSpec
 from ddpm_ray.models.layers import HO, Variant
+from ddpm_ray.models.text_encoder import TextEncoderSpec
 from ddpm_ray.models.unet import UNet
 from ddpm_ray.models.unet_spec import UNetSpec
 
@@ -18,10 +21,14 @@ def network(
     config: RunConfig,
     image_shape: ImageShape,
     variant: Variant = HO,
+    tokenizer: Tokenizer | None = None,
     *,
     gradient_checkpointing: bool = False,
 ) -> UNet | DiT | NoisyClassifier | Autoencoder:
-    """The network for images [H, W, C]; raises ValueError if H and W do not fit it."""
+    """The network for images [H, W, C]; raises ValueError if H and W do not fit it.
+
+    `tokenizer` is that of its texts.
+    """
     match config.task:
         case "autoencoder":
             spec = autoencoder_spec(config, image_shape.channels)
@@ -30,49 +37,59 @@ def network(
         case "classifier":  # the config has no other network than a U-Net
             return NoisyClassifier(unet_spec(config, image_shape, variant), image_shape[:2])
         case "denoiser":
-            return denoiser_network(config, image_shape, variant, gradient_checkpointing)
+            of = denoiser_spec(config, image_shape, variant, tokenizer)
+            return denoiser_network(config, of, gradient_checkpointing)
         case never:
             assert_never(never)
 
 
 def denoiser_network(
-    config: RunConfig, image_shape: ImageShape, variant: Variant, gradient_checkpointing: bool
+    config: RunConfig, spec: UNetSpec | DiTSpec, gradient_checkpointing: bool
 ) -> UNet | DiT:
-    """The network of a denoiser for images [H, W, C]; raises ValueError as `network` does."""
-    learns_uncertainty = config.objective.weighting == "uncertainty"
-    match config.model.network:
-        case "unet":
-            return UNet(
-                unet_spec(config, image_shape, variant),
-                learns_uncertainty=learns_uncertainty,
-                gradient_checkpointing=gradient_checkpointing,
-            )
-        case "dit":
-            return DiT(
-                dit_spec(config, image_shape),
-                learns_uncertainty=learns_uncertainty,
-                gradient_checkpointing=gradient_checkpointing,
-            )
-        case never:
-            assert_never(never)
+    """The network of a denoiser with this spec."""
+    uncertain = config.objective.weighting == "uncertainty"
+    if isinstance(spec, UNetSpec):
+        return UNet(
+            spec, learns_uncertainty=uncertain, gradient_checkpointing=gradient_checkpointing
+        )
+    return DiT(spec, learns_uncertainty=uncertain, gradient_checkpointing=gradient_checkpointing)
 
 
 def network_spec(
-    config: RunConfig, image_shape: ImageShape, variant: Variant = HO
+    config: RunConfig,
+    image_shape: ImageShape,
+    variant: Variant = HO,
+    tokenizer: Tokenizer | None = None,
 ) -> UNetSpec | DiTSpec | AutoencoderSpec:
     """The spec of the network for images [H, W, C]; for a classifier, that of its U-Net.
 
     Raises ValueError as `unet_spec` does.
     """
-    match config.architecture:
-        case "autoencoder":
-            return autoencoder_spec(config, image_shape.channels)
+    if config.architecture == "autoencoder":
+        return autoencoder_spec(config, image_shape.channels)
+    return denoiser_spec(config, image_shape, variant, tokenizer)
+
+
+def denoiser_spec(
+    config: RunConfig, image_shape: ImageShape, variant: Variant, tokenizer: Tokenizer | None
+) -> UNetSpec | DiTSpec:
+    """The spec of a denoiser's network for images [H, W, C]; raises ValueError as `unet_spec`."""
+    text = text_encoder_spec(config.text, tokenizer) if config.takes_text else None
+    match config.model.network:
         case "unet":
-            return unet_spec(config, image_shape, variant)
+            return replace(unet_spec(config, image_shape, variant), text=text)
         case "dit":
-            return dit_spec(config, image_shape)
+            return replace(dit_spec(config, image_shape), text=text)
         case never:
             assert_never(never)
+
+
+def text_encoder_spec(config: TextConfig, tokenizer: Tokenizer | None) -> TextEncoderSpec:
+    """The spec of the text encoder; one without a tokenizer is for checks of shapes alone."""
+    vocabulary, end, null = config.vocabulary, 1, (0, *[1] * (config.length - 1))
+    if tokenizer is not None:
+        vocabulary, end, null = tokenizer.vocabulary, tokenizer.end_token, tokenizer.null_tokens
+    return TextEncoderSpec(vocabulary, end, null, config.width, config.depth, config.heads)
 
 
 def unet_spec(config: RunConfig, image_shape: ImageShape, variant: Variant = HO) -> UNetSpec:

@@ -14,6 +14,7 @@ from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.data.latent_codec import LatentCodec
 from ddpm_ray.data.latent_preview import PreviewMatrix
 from ddpm_ray.data.shard_index import CODECS
+from ddpm_ray.data.tokenizer import Tokenizer
 from ddpm_ray.models.layers import Variant
 from ddpm_ray.storage.file_formats import NewerFormatError, package_version
 
@@ -54,6 +55,23 @@ def saved_codec(facts: Mapping[str, Any], where: str = "") -> Codec:
         autoencoder_sha256=sha256,
         preview=PreviewMatrix.of_json(preview, held["channels"]) if preview else None,
     )
+
+
+def saved_tokenizer(facts: Mapping[str, Any], where: str = "") -> Tokenizer | None:
+    """The tokenizer of the texts of a checkpoint with these facts; None: it takes no text.
+
+    `where` is the checkpoint's URL, for errors. Raises TokenizerError.
+    """
+    held = facts.get("tokenizer")
+    return Tokenizer(held["json"], held["length"], where or "the tokenizer") if held else None
+
+
+def tokenizer_facts(tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """The facts that a checkpoint holds on the tokenizer of its texts."""
+    if tokenizer is None:
+        return {}
+    held = {"sha256": tokenizer.sha256, "length": tokenizer.length, "json": tokenizer.json}
+    return {"tokenizer": held}
 
 
 def saved_variant(facts: Mapping[str, Any], where: str = "") -> Variant:

@@ -1,7 +1,7 @@
 """Build the objects of a training run from its config."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ddpm_ray.assembly import data_order, diffusion, optimization
+from ddpm_ray.assembly import data_order, diffusion, optimization, run_config
 from ddpm_ray.assembly.autoencoder import adversary, autoencoder_objective, autoencoder_spec
 from ddpm_ray.assembly.compilation import require_bf16
 from ddpm_ray.assembly.diffusion import memory_format
@@ -22,6 +22,8 @@ from ddpm_ray.data.dataset import Dataset
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.data.latent_codec import codec_of
 from ddpm_ray.data.loader import Batch, ShardStream
+from ddpm_ray.data.tokenized_stream import TokenizedStream
+from ddpm_ray.data.tokenizer import Tokenizer
 from ddpm_ray.diffusion.timestep_sampling import SecondMoments
 from ddpm_ray.models.autoencoder import Autoencoder
 from ddpm_ray.sampling.denoiser import Denoiser
@@ -59,9 +61,10 @@ def training_state(
     """The initial training state; it depends on the config only, not on the machine."""
     torch.manual_seed(config.seed)
     training = config.training
-    model = network(config, image_shape, gradient_checkpointing=training.gradient_checkpointing).to(
-        device
-    )
+    checkpoints, tokenizer = training.gradient_checkpointing, run_config.saved_tokenizer(facts)
+    model = network(
+        config, image_shape, tokenizer=tokenizer, gradient_checkpointing=checkpoints
+    ).to(device)
     model.to(memory_format=memory_format(training))  # type: ignore[call-overload]  # torch's stubs
     optimizer = optimization.optimizer(model, training)
     weighs = config.objective.timesteps == "second_moment"
@@ -172,6 +175,14 @@ def stream(config: RunConfig, dataset: Dataset, workers: Workers) -> ShardStream
     )
 
 
+def stream_with_tokens(
+    config: RunConfig, dataset: Dataset, workers: Workers, facts: Mapping[str, Any]
+) -> ShardStream | TokenizedStream:
+    """The `stream` of a run with these facts, with tokens of the captions if it has text."""
+    images, tokenizer = stream(config, dataset, workers), run_config.saved_tokenizer(facts)
+    return TokenizedStream(images, tokenizer, config.seed) if tokenizer else images
+
+
 def validator(
     config: RunConfig, dataset: Dataset, state: TrainingState, grid_logger: SampleGridLogger
 ) -> Validator:
@@ -179,12 +190,13 @@ def validator(
     workers, groups = grid_logger.workers, config.evaluation.validation_images // len(LEVELS)
     share, total = workers.share(groups), groups * len(LEVELS)
     positions = range(share.start * len(LEVELS), share.stop * len(LEVELS))
-    images, labels = fixed_images(config.data, dataset, positions, total).tensors
+    samples = fixed_images(
+        config.data, dataset, positions, total, grid_logger.denoiser.takes.tokenizer
+    )
     return Validator(
         state,
         grid_logger.denoiser,
-        images,
-        labels,
+        samples,
         positions.start,
         codec_of(dataset.manifest).variance(dataset.manifest.pixel_std),
         workers,
@@ -199,20 +211,28 @@ def with_low_resolution(
     """`denoiser`; for super-resolution with low-resolution inputs from the data set."""
     if not denoiser.takes.low_resolution_pixels:
         return denoiser
-    images, labels = fixed_images(config, dataset, range(count), count).tensors
-    shown = denoiser.takes.of_data(denoiser.codec.encode(images.to(device)), labels.to(device))
+    samples = fixed_images(config, dataset, range(count), count)
+    x_0 = denoiser.codec.encode(samples.images.to(device))
+    shown = denoiser.takes.of_data(x_0, samples.labels.to(device))
     return replace(denoiser, low_resolution_images=shown.low_resolution)
 
 
-def fixed_images(config: DataConfig, dataset: Dataset, positions: range, total: int) -> Batch:
+def fixed_images(
+    config: DataConfig,
+    dataset: Dataset,
+    positions: range,
+    total: int,
+    tokenizer: Tokenizer | None = None,
+) -> Batch:
     """The images at `positions` of a fixed set of `total` images, read from few shards.
 
-    The set depends only on the data set and `total`: it is the first batch for a fixed seed.
+    The set depends only on the data set and `total`: it is the first batch for a fixed seed. With a
+    `tokenizer` each has the tokens of one of its captions.
     """
     if not positions:  # with more workers than images, some get none
         nothing = torch.empty(0, *dataset.manifest.sample_shape, dtype=torch.uint8)
-        no_labels = torch.empty(0, dtype=torch.int64)
-        return Batch(nothing, no_labels, [] if dataset.manifest.captioned else None)
+        no_tokens = torch.empty(0, tokenizer.length, dtype=torch.int64) if tokenizer else None
+        return Batch(nothing, torch.empty(0, dtype=torch.int64), tokens=no_tokens)
     found = ShardStream(
         dataset,
         seed=validation_loss.SEED,
@@ -223,7 +243,8 @@ def fixed_images(config: DataConfig, dataset: Dataset, positions: range, total: 
         cache_dir=cache_dir(config, "shards"),
         cache_bytes=config.cache_bytes,
     )
-    batch = found.batch(0)
+    fixed = TokenizedStream(found, tokenizer, validation_loss.SEED) if tokenizer else found
+    batch = fixed.batch(0)
     found.close()
     return batch
 

@@ -80,7 +80,8 @@ class ObjectiveConfig:
     )
     label_dropout: float = option(
         0.1,
-        "model.num_classes > 0: fraction of images trained without label, for guidance",
+        "model.num_classes > 0, text.encoder: fraction of images trained without label and text, "
+        "for guidance",
         at_least=0,
         at_most=1,
         defines_run=True,

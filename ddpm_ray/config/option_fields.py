@@ -6,7 +6,7 @@ Imports nothing heavy, so that one dataclass can be a config group and a functio
 import inspect
 import math
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import field, fields, is_dataclass
 from functools import cache, wraps
 from typing import (
@@ -203,6 +203,11 @@ def _as_type(name: str, kind: Any, value: Any) -> Any:
         if not isinstance(value, str) or value not in get_args(kind):
             raise ValueError(f"{name} is {shown(value)}; choose from {', '.join(get_args(kind))}")
         return value
+    if kind == tuple[str, ...]:
+        several = [value] if isinstance(value, str) else value
+        if not isinstance(several, Sequence) or not all(isinstance(one, str) for one in several):
+            raise ValueError(f"{name} is {shown(value)}; give a list of texts")
+        return tuple(several)
     if get_origin(kind) is tuple:
         try:
             several = [value] if isinstance(value, str) or not hasattr(value, "__len__") else value
@@ -240,6 +245,12 @@ def _truth(value: Any) -> bool:
     return plain
 
 
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError
+    return value
+
+
 def _plain(value: Any) -> Any:
     """Convert a NumPy or torch scalar to a Python number, without importing either library."""
     return value.item() if hasattr(value, "item") else value
@@ -250,4 +261,5 @@ _NUMBERS: Mapping[Any, tuple[Callable[[Any], Any], str]] = {
     float: (_number, "a number"),
     bool: (_truth, "True or False"),
     bool | None: (_truth, "True or False"),  # None has been dropped
+    str: (_text, "a text"),
 }

@@ -21,10 +21,11 @@ from ddpm_ray.config.reading.former_keys import Former
 from ddpm_ray.config.sampling import SampledModel, SamplingSettings
 from ddpm_ray.config.schedule import ScheduleConfig
 from ddpm_ray.config.task import TRAITS, Task, TaskTraits
+from ddpm_ray.config.text import TextConfig
 from ddpm_ray.config.tracking import TrackingConfig
 from ddpm_ray.config.training import TrainingConfig
 
-OF_DENOISERS = ("schedule", "objective", "model", "sampling")  # groups; also of classifiers
+OF_DENOISERS = ("schedule", "objective", "model", "text", "sampling")  # groups; also of classifiers
 OF_AUTOENCODERS = ("autoencoder",)
 Architecture: TypeAlias = NetworkKind | Literal["autoencoder"]
 SHARED = ("sampling.batch_size",)  # also the batch of an autoencoder's grids and scores
@@ -54,6 +55,7 @@ class RunConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    text: TextConfig = field(default_factory=TextConfig)
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
@@ -76,7 +78,18 @@ class RunConfig:
         """The facts of the trained model that sampling settings depend on."""
         objective = self.objective
         learns, drops = objective.variance != "fixed", objective.label_dropout > 0
-        return SampledModel(self.schedule.num_steps, self.model.num_classes, drops, learns)
+        return SampledModel(
+            self.schedule.num_steps,
+            self.model.num_classes,
+            drops,
+            learns,
+            takes_text=self.takes_text,
+        )
+
+    @property
+    def takes_text(self) -> bool:
+        """Whether the network is given texts."""
+        return self.text.encoder != "none"
 
     @property
     def spare_processes(self) -> int:
@@ -103,6 +116,7 @@ class RunConfig:
         yield from self.schedule.problems()
         yield from self.objective.problems(self.schedule)
         yield from self.model.problems()
+        yield from self.text.problems()
         yield from self.autoencoder.problems()
         yield from self.training.problems()
         yield from self.sampling.problems("sampling", self.sampled_model)
@@ -135,21 +149,8 @@ class RunConfig:
     def _task_problems(self) -> Iterator[str]:
         yield from self._unused_options()
         traits, article = self.traits, "an" if self.task[0] in "aeiou" else "a"
-        if traits.predicts_labels and self.model.network != "unet":
-            yield (
-                f"model.network is {self.model.network}; {article} {self.task} is half of a U-Net: "
-                f"use model.network=unet"
-            )
-        if traits.predicts_labels and self.objective.inpainting_masks:
-            yield (
-                f"objective.inpainting_masks is true; {article} {self.task} paints nothing: leave "
-                f"it out"
-            )
-        if traits.predicts_labels and self.model.num_classes < 2:
-            yield (
-                f"model.num_classes is {self.model.num_classes}; a {self.task} needs the number of "
-                f"labels in the data, at least 2"
-            )
+        if traits.predicts_labels:
+            yield from self._classifier_problems()
         if traits.reconstructs and self.training.gradient_checkpointing:
             yield (
                 "training.gradient_checkpointing is true, which an autoencoder does not have: use "
@@ -181,6 +182,24 @@ class RunConfig:
         ):
             if value and not fits:
                 yield f"{key} is {value}; {article} {self.task} draws no images: set it to 0"
+
+    def _classifier_problems(self) -> Iterator[str]:
+        if self.model.network != "unet":
+            yield (
+                f"model.network is {self.model.network}; a {self.task} is half of a U-Net: use "
+                f"model.network=unet"
+            )
+        if self.objective.inpainting_masks:
+            yield (
+                f"objective.inpainting_masks is true; a {self.task} paints nothing: leave it out"
+            )
+        if self.model.num_classes < 2:
+            yield (
+                f"model.num_classes is {self.model.num_classes}; a {self.task} needs the number of "
+                f"labels in the data, at least 2"
+            )
+        if self.takes_text:
+            yield f"text.encoder is {self.text.encoder}; a {self.task} reads no text: leave it out"
 
     def _unused_options(self) -> Iterator[str]:
         """Yield a line for each option that is set and has no effect in this task."""

@@ -50,6 +50,12 @@ class SamplingSettings:
     labels: tuple[int | str, ...] = option(
         (), "classes to sample in turn, by number or name; empty: all classes of the model"
     )
+    prompts: tuple[str, ...] = option(
+        (), "texts to sample in turn; empty: no text, in a training run captions of its data"
+    )
+    negative_prompt: str = option(
+        "", "text to guide away from, in place of no text; needs guidance_scale above 1"
+    )
     guidance_scale: float = option(
         1.0, "classifier-free guidance scale; 1: no guidance", at_least=0
     )
@@ -112,7 +118,17 @@ class SamplingSettings:
 
     def _unsupported(self, at: str, model: "SampledModel") -> Iterator[str]:
         """Yield a line for labels, guidance, variance and clip that `model` does not support."""
-        classes = model.num_classes
+        classes, conditional = model.num_classes, model.num_classes or model.takes_text
+        if not model.takes_text and (self.prompts or self.negative_prompt):
+            key = "prompts" if self.prompts else "negative_prompt"
+            yield (
+                f"{at}{key} is given, but the model takes no text (text.encoder=none): leave it out"
+            )
+        elif self.negative_prompt and self.guidance_scale <= 1:
+            yield (
+                f"{at}negative_prompt is given and {at}guidance_scale is {self.guidance_scale:g}, "
+                f"with which nothing is guided away: set {at}guidance_scale above 1"
+            )
         if not model.has_range and (self.clip or self.dynamic_quantile):
             given = "clip is true" if self.clip else f"dynamic_quantile is {self.dynamic_quantile}"
             yield f"{at}{given}, but latents have no range to clip to: leave it out"
@@ -121,8 +137,8 @@ class SamplingSettings:
                 f"{at}variance is 'learned', and the network predicts none "
                 f"(objective.variance=fixed): use {at}variance=fixed_small"
             )
-        if not classes and (
-            self.guidance_scale != 1 or (self.labels and not model.guided_by_model)
+        if (not conditional and self.guidance_scale != 1) or (
+            not classes and self.labels and not model.guided_by_model
         ):
             yield (
                 f"{at}guidance_scale is {self.guidance_scale:g} and {at}labels "
@@ -132,7 +148,8 @@ class SamplingSettings:
         elif self.guidance_scale != 1 and not model.drops_labels:
             yield (
                 f"{at}guidance_scale is {self.guidance_scale:g}, but no image was trained "
-                f"without its label (objective.label_dropout=0): use {at}guidance_scale=1"
+                f"without its {'label' if classes else 'text'} (objective.label_dropout=0): use "
+                f"{at}guidance_scale=1"
             )
         if classes := classes or model.guidance_classes:
             numbers = [k for k in self.labels if isinstance(k, int)]
@@ -200,3 +217,4 @@ class SampledModel:
     guided_by_model: bool = False  # a guidance model takes the labels
     guidance_classes: int = 0  # number of labels that it knows; 0: unknown, and not checked
     has_range: bool = True  # diffuses pixels, in [-1, 1], not latents
+    takes_text: bool = False

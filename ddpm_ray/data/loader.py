@@ -34,15 +34,21 @@ class Batch(NamedTuple):
     images: Tensor  # uint8 [b, H, W, C], or latents, float16 [b, 2, views, c, h, w]
     labels: Tensor  # int64 [b]; -1: no label
     captions: list[tuple[str, ...]] | None = None  # b, each of 0..64; None: a set without captions
+    tokens: Tensor | None = None  # int64 [b, L], of one caption each, in place of the captions
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor]:
         """Images and labels."""
         return self.images, self.labels
 
-    def converted(self, convert: Callable[[Tensor], Tensor]) -> Batch:
-        """Return a batch of the converted tensors, without captions."""
-        return Batch(convert(self.images), convert(self.labels))
+    def rows(self, part: slice) -> Batch:
+        """The samples at these places, without captions."""
+        return self.map(lambda tensor: tensor[part])
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """The batch with each tensor changed, without captions."""
+        tokens = None if self.tokens is None else change(self.tokens)
+        return Batch(change(self.images), change(self.labels), tokens=tokens)
 
 
 class ShardStream:

@@ -28,13 +28,14 @@ def classifier_free(
     rescale: float = 0.0,
     interval: tuple[float, float] | None = None,
     parameterization: Parameterization | None = None,
+    null: Conditioning | None = None,
 ) -> Denoise:
     """Classifier-free guidance: unconditional + scale (conditional - unconditional).
 
     (Ho and Salimans 2022, arXiv:2207.12598, eq. 6 with w = scale - 1.) The result denoises a batch
-    with `conditioning`; unconditional is conditioning.null(). Scale 1 (conditional) and 0
-    (unconditional) take one call of B images; other scales one call of 2 B images, in reused
-    buffers, so the result does not support autograd.
+    with `conditioning`; unconditional is `null`, by default conditioning.null(). Scale 1
+    (conditional) and 0 (unconditional) take one call of B images; other scales one call of 2 B
+    images, in reused buffers, so the result does not support autograd.
 
     `rescale` in [0, 1] restores the standard deviation of the conditional output, against
     over-exposure (phi of Lin et al. 2023, arXiv:2305.08891, section 3.4). `interval` (low, high)
@@ -46,7 +47,7 @@ def classifier_free(
     if not 0 <= rescale <= 1:
         raise ValueError(f"rescale is {rescale:g}; it lies from 0 (off) to 1 (all the way)")
     by_step = None if interval is None else _scale_by_step(scale, interval, parameterization)
-    null, both = conditioning.null(), conditioning
+    null, both = conditioning.null() if null is None else null, conditioning
     if scale == 1:  # the same inside the interval as outside it
         by_step = None
     else:

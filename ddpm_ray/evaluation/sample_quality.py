@@ -4,6 +4,8 @@ Samples are keyed by their index, so any number of workers draws the same images
 in float64.
 """
 
+import hashlib
+import json
 import logging
 import math
 import platform
@@ -149,9 +151,12 @@ def _require_comparable(reference: Reference, net: FeatureNet, image_shape: Imag
 
 
 def _cycle(samples: SampleSet) -> int:
-    """Period, in samples, of the conditioning inputs (labels and low-resolution images)."""
+    """Period, in samples, of the conditioning inputs (labels, prompts, low-resolution images)."""
     denoiser = samples.denoiser
     labels = len(samples.plan.labels) or denoiser.takes.num_classes or 1
+    prompts = len(samples.plan.settings.prompts) or 1
+    if prompts < samples.num_images:  # as many prompts as samples are drawn at random
+        labels = math.lcm(labels, prompts)
     return (
         labels
         if denoiser.low_resolution_images is None
@@ -178,7 +183,8 @@ def _provenance(samples: SampleSet, net: FeatureNet, reference: Reference) -> di
             "clip": plan.clipping(denoiser.codec) is not None,
             "dynamic_quantile": plan.settings.dynamic_quantile,
             "labels": list(plan.labels),
-            "guidance": vars(plan.guidance),
+            "guidance": plan.guidance.facts(),
+            **_prompt_facts(plan, num_images),
             "rounding": denoiser.codec.rounding,
         },
         "features": net.facts,
@@ -191,6 +197,14 @@ def _provenance(samples: SampleSet, net: FeatureNet, reference: Reference) -> di
             **{name: _version(name) for name in ("ddpm-ray", "torch", "numpy")},
         },
     }
+
+
+def _prompt_facts(plan: SamplingPlan, num_images: int) -> dict[str, Any]:
+    """Hash of the samples' prompts; empty without prompts, as scores of earlier versions are."""
+    if not (prompts := plan.settings.prompts[:num_images]):
+        return {}
+    digest = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
+    return {"prompts": {"count": len(prompts), "sha256": digest}}
 
 
 def _version(package: str) -> str:

@@ -49,7 +49,7 @@ def sample(config: SampleConfig, arguments: Namespace) -> dict[str, Any]:
             film.add(t, x_t, x_0)
 
     images = model.sample(config.num_images, on_step=show)
-    image_io.write_picture(arguments.out, image_grid.grid(images))
+    image_io.write_picture(arguments.out, image_grid.grid_of_samples(images, settings.prompts))
     if config.gif:
         film.save(config.gif, images)
     if config.strip:

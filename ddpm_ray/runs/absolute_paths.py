@@ -22,6 +22,9 @@ def with_absolute_paths(config: RunConfig, home: Path) -> RunConfig:
             url=object_store.absolute(config.data.url, home),
             autoencoder=object_store.absolute(config.data.autoencoder, home),
         ),
+        text=dataclasses.replace(
+            config.text, tokenizer=object_store.absolute(config.text.tokenizer, home)
+        ),
         evaluation=absolute_evaluation_paths(config.evaluation, home),
         tracking=dataclasses.replace(
             config.tracking, uri=resolve_tracking_uri(home, config.tracking.uri)

@@ -1,6 +1,9 @@
 """Scores of a run's EMA weights while it trains."""
 
+from dataclasses import replace
+
 from ddpm_ray.assembly import scoring, training_run
+from ddpm_ray.assembly.prompts import with_prompts
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.dataset import Dataset
 from ddpm_ray.evaluation import sample_quality
@@ -45,10 +48,15 @@ class PeriodicEvaluator:
             )
             self._tools = net, known, highest
         net, known, highest = self._tools
+        plan = grid_logger.plan
+        if not self._config.sampling.prompts:  # those of the grid are too few
+            plan = replace(plan, settings=replace(plan.settings, prompts=()))
+            data = scoring.reference_data(wanted, self._dataset)
+            plan = with_prompts(plan, grid_logger.denoiser, data, wanted.num_images)
         scores = sample_quality.evaluate_samples(
             sample_quality.SampleSet(
                 grid_logger.denoiser,
-                grid_logger.plan,
+                plan,
                 image_shape=grid_logger.image_shape,
                 num_images=wanted.num_images,
                 batch_size=grid_logger.batch_size,

@@ -10,6 +10,7 @@ from ddpm_ray.config.loading import to_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.dataset import Dataset
 from ddpm_ray.data.latent_codec import codec_of
+from ddpm_ray.data.tokenizer import Tokenizer
 from ddpm_ray.runs import run_identity
 from ddpm_ray.runs.run_identity import claim
 from ddpm_ray.storage import object_store
@@ -47,11 +48,13 @@ def settled_config(config: RunConfig, dataset: Dataset, folder: str) -> RunConfi
     return config
 
 
-def begin_run(config: RunConfig, dataset: Dataset, folder: str) -> RunStart:
+def begin_run(
+    config: RunConfig, dataset: Dataset, folder: str, tokenizer: Tokenizer | None = None
+) -> RunStart:
     """Claim the run in `folder` and find what `config` continues or begins from.
 
-    Raises ConfigError if another run is there, and the errors of `initial_weights.py` for the
-    weights of a new run.
+    `tokenizer` is that of its texts. Raises ConfigError if another run is there, and the errors of
+    `initial_weights.py` for the weights of a new run.
     """
     shape = dataset.manifest.diffused_shape
     found = CheckpointStore(object_store.join(folder, CHECKPOINTS)).load(groups=())
@@ -76,7 +79,9 @@ def begin_run(config: RunConfig, dataset: Dataset, folder: str) -> RunStart:
     source = (
         InitialWeights(**known) if known else initial_weights.find_initial_weights(config.training)
     )
-    initial_weights.check_initial_weights(source, config, shape, codec_of(dataset.manifest))
+    initial_weights.check_initial_weights(
+        source, config, shape, codec_of(dataset.manifest), tokenizer
+    )
     identity = claim(folder, begun | {"init_from": vars(source)}, changed_keys)
     # Of drivers that start at once, the first one's choice counts; another may have found a later
     # checkpoint.

@@ -56,7 +56,7 @@ def spare_evaluations(
     store, queue = evaluation_store(settings["folder"]), None
     if workers.is_main:
         needed = {key: settings.get(key) for key in ("config", "folder", "identity")}
-        needed |= {"fingerprints": settings.get("fingerprints", {})}
+        needed |= {key: settings.get(key, {}) for key in ("fingerprints", "tokenizer")}
         environment = settings.get("environment", {})
         actor = SpareActor(spare_evaluator, needed, config.cluster, environment)
         queue = EvaluationQueue(actor, store, is_transient, config.cluster.max_failures)

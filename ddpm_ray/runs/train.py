@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ddpm_ray.assembly import run_config
 from ddpm_ray.config.loading import flat, to_dict, to_yaml
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.dataset import Dataset
@@ -23,6 +24,7 @@ from ddpm_ray.runs.run_description import (
 )
 from ddpm_ray.runs.run_start import RunStart, begin_run, settled_config
 from ddpm_ray.runs.run_tags import history_tags, run_tags
+from ddpm_ray.runs.run_tokenizer import run_tokenizer
 from ddpm_ray.runs.train_worker import train_worker
 from ddpm_ray.runs.training_data import checked_data
 from ddpm_ray.storage import object_store
@@ -93,7 +95,8 @@ def run_training(
     dataset, fingerprints = checked_data(config)
     folder = object_store.join(config.storage, config.name)
     config = settled_config(config, dataset, folder)
-    start = begin_run(config, dataset, folder)
+    tokenizer = run_tokenizer(config, dataset, folder)
+    start = begin_run(config, dataset, folder, tokenizer)
     metadata = _metadata(config, dataset, folder, start, parent)
     tracked, lease = _tracked(metadata), None
     try:
@@ -104,15 +107,15 @@ def run_training(
             "identity": start.identity,
             "init_from": vars(start.initial_weights) if start.initial_weights else None,
             "fingerprints": fingerprints,
+            "tokenizer": run_config.tokenizer_facts(tokenizer),
             "lease": vars(lease),
             "metadata": vars(metadata),
             "tracked": vars(tracked) if tracked else None,
             "environment": determinism.environment(config.training.deterministic),
         }
         counts = config.worker_counts, config.spare_processes
-        ended = worker_group.run(
-            train_worker, settings, config.cluster, on_progress, on_start, *counts
-        )
+        watch = on_progress, on_start
+        ended = worker_group.run(train_worker, settings, config.cluster, *watch, *counts)
         finished = ended["finished"]
         if finished and (count := ended["undelivered"]):
             raise mlflow_runs.TrackingOutageError(

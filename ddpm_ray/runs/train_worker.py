@@ -154,7 +154,7 @@ def assemble(
         network=wrapping.wrapped(state, config.training, workers, use.clock if use else None),
         objective=training_run.training_objective(config, state, workers.device),
         guard=guard,
-        stream=training_run.stream(config, dataset, workers),
+        stream=training_run.stream_with_tokens(config, dataset, workers, state.facts),
         workers=workers,
         log=log,
         checkpoints=writer,

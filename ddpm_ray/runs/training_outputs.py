@@ -3,8 +3,9 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from ddpm_ray.assembly import diffusion, training_run
+from ddpm_ray.assembly import diffusion, run_config, training_run
 from ddpm_ray.assembly.inference import inference_network
+from ddpm_ray.assembly.prompts import with_prompts
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.codec import Codec
@@ -13,7 +14,7 @@ from ddpm_ray.reporting import Sink
 from ddpm_ray.runs.autoencoder_outputs import AutoencoderOutputs
 from ddpm_ray.runs.periodic_evaluation import PeriodicEvaluator
 from ddpm_ray.storage import object_store
-from ddpm_ray.training.sample_grids import GRID_IMAGES, SampleGridLogger
+from ddpm_ray.training.sample_grids import GRID_IMAGES, PROMPTS, SampleGridLogger
 from ddpm_ray.training.state import TrainingState
 
 
@@ -41,14 +42,20 @@ def training_outputs(
         found = AutoencoderOutputs(config, dataset, state, workers, pictures, sink)
         return TrainingOutputs(found.draw_grid, _nothing, found.evaluate, _nothing)
     network = inference_network(state.ema.model, config.evaluation, workers.device)
-    denoiser = diffusion.denoiser(config, network, workers.device, codec)
+    tokenizer = run_config.saved_tokenizer(state.facts)
+    denoiser = diffusion.denoiser(config, network, workers.device, codec, tokenizer)
     denoiser = training_run.with_low_resolution(
         denoiser, config.data, dataset, GRID_IMAGES, workers.device
     )
     names = dataset.manifest.label_names
     grid_logger = SampleGridLogger(
         denoiser,
-        diffusion.sampling_plan(config.sampling, denoiser.schedule, names),
+        with_prompts(
+            diffusion.sampling_plan(config.sampling, denoiser.schedule, names),
+            denoiser,
+            dataset,
+            PROMPTS,
+        ),
         dataset.manifest.image_shape,
         workers,
         pictures,

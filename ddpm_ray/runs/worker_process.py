@@ -54,6 +54,7 @@ def facts_of_run(settings: dict[str, Any], dataset: Dataset, codec: Codec) -> di
         "image_shape": list(dataset.manifest.image_shape),
         "data_fingerprint": dataset.fingerprint,
         **latents.codec_facts(codec),
+        **settings.get("tokenizer", {}),
         "identity": settings["identity"],
         "label_names": list(dataset.manifest.label_names),
     }

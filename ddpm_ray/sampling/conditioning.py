@@ -7,7 +7,25 @@ import torch
 from torch import Tensor
 
 from ddpm_ray.data.low_resolution import downscaled
-from ddpm_ray.diffusion.conditioning import Conditioning
+from ddpm_ray.data.tokenizer import Tokenizer
+from ddpm_ray.diffusion.conditioning import NO_TEXT, Conditioning
+
+NO_TEXT_MODEL = "prompts are for models trained with text (text.encoder); this one was not"
+
+
+@dataclass(frozen=True)
+class SampleInputs:
+    """Labels, texts and images of samples: sample i has labels[i % len] and prompts[i % len].
+
+    Without labels it has the class i % num_classes, without prompts no text.
+    """
+
+    labels: Sequence[int] = ()
+    prompts: Sequence[str] = ()
+    low_resolution: Tensor | None = None  # [M, C, H, W]: sample i has image i % M
+
+
+NO_INPUTS = SampleInputs()
 
 
 @dataclass(frozen=True)
@@ -18,39 +36,62 @@ class ConditioningSpec:
     self_conditioning: bool = False  # its own estimate of x_0
     low_resolution_pixels: int = 0  # side of the low-resolution image; 0: no super-resolution
     known_pixels: bool = False  # the known part of the image, for inpainting
+    tokenizer: Tokenizer | None = None  # of the texts; None: no text
 
-    def of_data(self, x_0: Tensor, labels: Tensor) -> Conditioning:
-        """The conditioning of images x_0 [B, C, H, W] of a data set and their labels [B].
+    def of_data(self, x_0: Tensor, labels: Tensor, tokens: Tensor | None = None) -> Conditioning:
+        """The conditioning of images x_0 [B, C, H, W] of a data set, their labels [B] and tokens.
 
         It has no estimate of x_0, which takes a call of the network, and no known part.
         """
         pixels = self.low_resolution_pixels
         return Conditioning(
             labels=labels if self.num_classes else None,
+            tokens=tokens if self.tokenizer else None,
             low_resolution=downscaled(x_0, pixels) if pixels else None,
         )
 
-    def of_samples(
-        self, index: Tensor, labels: Sequence[int] = (), low_resolution: Tensor | None = None
-    ) -> Conditioning:
+    def of_samples(self, index: Tensor, inputs: SampleInputs = NO_INPUTS) -> Conditioning:
         """The conditioning of the samples `index` [B], each a function of its index alone.
 
-        Sample i has labels[i % len], without `labels` the class i % num_classes, and image i % M of
-        `low_resolution` [M, C, H, W].
+        Raises ValueError for prompts of a network without text.
         """
         known: Tensor | None = None
-        if labels:
-            known = torch.tensor(labels, device=index.device)[index % len(labels)]
+        if inputs.labels:
+            known = torch.tensor(inputs.labels, device=index.device)[index % len(inputs.labels)]
         elif self.num_classes:
             known = index % self.num_classes
+        low_resolution = inputs.low_resolution
         if low_resolution is not None:
             low_resolution = low_resolution[index.to(low_resolution.device) % len(low_resolution)]
-        return Conditioning(labels=known, low_resolution=low_resolution)
+        return Conditioning(
+            labels=known,
+            tokens=self._tokens(index, inputs.prompts),
+            low_resolution=low_resolution,
+        )
+
+    def with_negative_prompt(self, null: Conditioning, prompt: str) -> Conditioning:
+        """`null`, an unconditional input, with the text `prompt` for each of its images."""
+        tokens = null.tokens
+        if self.tokenizer is None or tokens is None:
+            raise ValueError(NO_TEXT_MODEL)
+        return replace(null, tokens=self.tokenizer.encode([prompt]).to(tokens).expand_as(tokens))
+
+    def _tokens(self, index: Tensor, prompts: Sequence[str]) -> Tensor | None:
+        """The tokens [B, L] of the samples `index`; None without text."""
+        if self.tokenizer is None:
+            if prompts:
+                raise ValueError(NO_TEXT_MODEL)
+            return None
+        if not prompts:
+            return index.new_full((len(index), self.tokenizer.length), NO_TEXT)
+        chosen = [prompts[i % len(prompts)] for i in index.tolist()]
+        return self.tokenizer.encode(chosen).to(index.device)
 
     def taken(self, conditioning: Conditioning) -> Conditioning:
         """The part of `conditioning` that the network takes."""
         return Conditioning(
             labels=conditioning.labels if self.num_classes else None,
+            tokens=conditioning.tokens if self.tokenizer else None,
             low_resolution=conditioning.low_resolution if self.low_resolution_pixels else None,
             known=conditioning.known if self.known_pixels else None,
         )

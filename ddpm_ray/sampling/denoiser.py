@@ -4,9 +4,10 @@ Samplers and losses call denoise(x_t, t). `Denoiser` binds the conditioning, wit
 estimate of x_0 (self-conditioning) and input scaling.
 """
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from ddpm_ray.diffusion.guidance import classifier_free
 from ddpm_ray.diffusion.parameterization import Parameterization
 from ddpm_ray.diffusion.process import Denoise, NoiseSchedule
 from ddpm_ray.diffusion.x0_estimator import Clip, X0Estimator, self_conditioning_estimate
-from ddpm_ray.sampling.conditioning import NO_CONDITIONING, ConditioningSpec
+from ddpm_ray.sampling.conditioning import NO_CONDITIONING, ConditioningSpec, SampleInputs
 
 GuidanceModel: TypeAlias = Callable[[Denoise, Conditioning], Denoise]
 """(denoise, conditioning) -> denoise guided by another network; see guidance_models.py."""
@@ -33,6 +34,7 @@ class Guidance:
     rescale: float = 0.0
     above_sigma: float = 0.0
     below_sigma: float = 0.0  # 0: no upper limit
+    negative_prompt: str = ""  # empty: no text
 
     @property
     def interval(self) -> tuple[float, float] | None:
@@ -40,6 +42,11 @@ class Guidance:
         if not (self.above_sigma or self.below_sigma):
             return None
         return self.above_sigma, self.below_sigma or float("inf")
+
+    def facts(self) -> dict[str, Any]:
+        """The settings as plain JSON; without a negative prompt, as earlier versions stored."""
+        held = vars(self)
+        return held if self.negative_prompt else {k: v for k, v in held.items() if v != ""}
 
 
 UNGUIDED = Guidance()
@@ -84,11 +91,15 @@ class Denoiser:
             guided,
             self.guidance_classes,
             has_range=self.codec.clip() is not None,
+            takes_text=self.takes.tokenizer is not None,
         )
 
-    def conditioning(self, index: Tensor, labels: Sequence[int] = ()) -> Conditioning:
-        """The conditioning of the samples `index` [B]; see ConditioningSpec.of_samples."""
-        return self.takes.of_samples(index, labels, self.low_resolution_images)
+    def conditioning(
+        self, index: Tensor, labels: Sequence[int] = (), prompts: Sequence[str] = ()
+    ) -> Conditioning:
+        """The conditioning of the samples `index` [B]; see SampleInputs."""
+        inputs = SampleInputs(labels, prompts, self.low_resolution_images)
+        return self.takes.of_samples(index, inputs)
 
     def model_output(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """The output of the network for x_t, after input scaling."""
@@ -119,18 +130,24 @@ class Denoiser:
                 "them to such models only, or inpaint with method='repaint'"
             )
         stray = conditioning.labels is not None and guidance_model is None
-        if takes.num_classes == 0 and (stray or guidance.scale != 1):
+        unguided = guidance.scale == 1 or takes.tokenizer is not None
+        if takes.num_classes == 0 and (stray or not unguided):
             raise ValueError(
                 f"labels and guidance_scale {guidance.scale:g} are for models trained with labels; "
                 "this one was not: leave both out"
             )
+        taken, null = takes.taken(conditioning), None
+        if guidance.negative_prompt:
+            null = takes.with_negative_prompt(taken.null(), guidance.negative_prompt)
+        of = self if takes.tokenizer is None else replace(self, network=_EncodedOnce(self.network))
         denoise = classifier_free(
-            _SelfConditioned(self) if takes.self_conditioning else self.model_output,
-            takes.taken(conditioning),
+            _SelfConditioned(of) if takes.self_conditioning else of.model_output,
+            taken,
             guidance.scale,
             rescale=guidance.rescale,
             interval=guidance.interval,
             parameterization=self.parameterization,
+            null=null,
         )
         return denoise if guidance_model is None else guidance_model(denoise, conditioning)
 
@@ -156,6 +173,33 @@ class Denoiser:
     def estimator(self, denoise: Denoise, clip: Clip | None) -> X0Estimator:
         """The samplers' estimator of x_0; `denoise` is this denoiser with its inputs bound."""
         return X0Estimator(self.schedule, denoise, self.parameterization, clip)
+
+
+class _EncodedOnce:
+    """A network whose texts are encoded at the first call with each conditioning, not at each step.
+
+    A sampling run has two: with guidance and, outside of its interval, without.
+    """
+
+    def __init__(self, network: Network) -> None:
+        self._network, self._text = network, getattr(network, "text", None)
+        self._encoded: deque[tuple[Conditioning, Conditioning]] = deque(maxlen=2)
+
+    def __call__(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        if self._text is None or conditioning.tokens is None:
+            return self._network(x_t, t, conditioning)
+        tokens = conditioning.tokens
+        found = next((made for seen, made in self._encoded if seen.tokens is tokens), None)
+        if found is None:
+            found = self._text.encoded(conditioning)
+            self._encoded.append((conditioning, found))
+        encoded = replace(
+            conditioning,
+            tokens=None,
+            text_states=found.text_states,
+            text_pooled=found.text_pooled,
+        )
+        return self._network(x_t, t, encoded)
 
 
 class _SelfConditioned:

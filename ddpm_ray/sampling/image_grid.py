@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,8 @@ STRIP_IMAGES = 4
 GUTTER_PIXELS = 2
 GUTTER_GREY = 128  # contrasts with both black and white backgrounds
 MARGIN_PIXELS = 28  # margin for captions; wider if a caption needs it
+PROMPT_LETTERS = (28, 36, 48, 64, 96)  # of a line of a prompt, until its lines fit beside its row
+PROMPT_PIXELS, LINE_PIXELS = 13, 17  # font of prompts, and height of their lines
 LEGIBLE_PIXELS = 64  # smaller images are enlarged by an integer factor
 
 
@@ -50,6 +53,33 @@ def grid(
         left = i % columns * cell_width + GUTTER_PIXELS
         canvas[top : top + height * factor, left : left + width * factor] = image
     return Image.fromarray(canvas.squeeze(2) if channels == 1 else canvas)
+
+
+def grid_of_samples(images: Images, prompts: Sequence[str]) -> Image.Image:
+    """Arrange samples 0, 1, ... as `grid` does or, if they have prompts, one row for each prompt.
+
+    The prompt of sample i is prompts[i % len(prompts)] and stands left of its row. Prompts without
+    a sample and samples that do not fill a column are left out.
+    """
+    if not prompts:
+        return grid(images)
+    shown = prompts[: len(images)]
+    columns = len(images) // len(prompts) or 1
+    rows = [images[n :: len(prompts)][:columns] for n in range(len(shown))]
+    picture = grid(np.concatenate(rows), columns)
+    most = picture.height // len(shown) // LINE_PIXELS  # lines beside a row
+    texts = [_in_lines(prompt or "(no text)", most) for prompt in shown]
+    return captioned(picture, [], texts, row_font_pixels=PROMPT_PIXELS)
+
+
+def _in_lines(text: str, most: int) -> str:
+    """Break a text into lines of equal width, at most `most` of them."""
+    lines = [text]
+    for letters in PROMPT_LETTERS:
+        lines = textwrap.wrap(text, letters)
+        if len(lines) <= most:
+            break
+    return "\n".join(lines[:most])
 
 
 def denoising_strip(
@@ -96,19 +126,31 @@ def strip_of(model: TrainedModel, most: int) -> Image.Image:
 
 
 def captioned(
-    picture: Image.Image, above: Sequence[str], row_captions: Sequence[str], corner: str = ""
+    picture: Image.Image,
+    above: Sequence[str],
+    row_captions: Sequence[str],
+    corner: str = "",
+    row_font_pixels: int = 0,
 ) -> Image.Image:
     """Add captions to `picture`: `above` its equal columns, and left of its equal rows.
 
-    `corner` stands left of the captions above.
+    `corner` stands left of the captions above. `row_font_pixels` is the size of those left of rows;
+    0: legible where the picture is shown small.
     """
     from PIL import Image, ImageDraw, ImageFont
 
     size = legible_font_pixels(picture.width)
-    font = ImageFont.load_default(size=size)
+    font, smaller = (ImageFont.load_default(size=one) for one in (size, row_font_pixels or size))
     top = max(MARGIN_PIXELS, round(1.4 * size)) if above else 0
     left = max(
-        [MARGIN_PIXELS, *(math.ceil(font.getlength(caption)) + 6 for caption in row_captions)]
+        [
+            MARGIN_PIXELS,
+            *(
+                math.ceil(smaller.getlength(line)) + 6
+                for text in row_captions
+                for line in (text.splitlines() or [""])
+            ),
+        ]
     )
     whole = Image.new(picture.mode, (picture.width + left, picture.height + top), "white")
     whole.paste(picture, (left, top))
@@ -119,7 +161,7 @@ def captioned(
         pen.text((x, top / 2), caption, fill="black", font=font, anchor="mm")
     for i, caption in enumerate(row_captions):
         y = top + (i + 0.5) * picture.height / len(row_captions)
-        pen.text((left / 2, y), caption, fill="black", font=font, anchor="mm")
+        pen.text((left / 2, y), caption, fill="black", font=smaller, anchor="mm")
     return whole
 
 

@@ -45,7 +45,11 @@ class SamplingPlan:
         """The settings of classifier-free guidance."""
         of = self.settings
         return Guidance(
-            of.guidance_scale, of.guidance_rescale, of.guidance_above_sigma, of.guidance_below_sigma
+            of.guidance_scale,
+            of.guidance_rescale,
+            of.guidance_above_sigma,
+            of.guidance_below_sigma,
+            of.negative_prompt,
         )
 
     def clipping(self, codec: Codec) -> Clip | None:
@@ -104,7 +108,7 @@ def draw(
 
     index = index.to(device)
     x_T = normal(plan.settings.seed, Purpose.SAMPLE_START, 0, index, shape)
-    conditioning = denoiser.conditioning(index, plan.labels)
+    conditioning = denoiser.conditioning(index, plan.labels, plan.settings.prompts)
     denoise = denoiser.bind_conditioning(conditioning, plan.guidance)
     return run_sampler(denoiser, denoise, plan, x_T, noise, on_step)
 

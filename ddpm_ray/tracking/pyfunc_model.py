@@ -21,9 +21,16 @@ class ServedModel:
         """Draw uint8 images [N, H, W, C]; `model_input` has the arguments of TrainedModel.sample.
 
         For example {"num_images": 16, "steps": 50, "seed": 3}, or a table with one such row, as
-        MLflow's server passes a request. Raises ValueError as `sample` does.
+        MLflow's server passes a request. A table with a column `prompt` gives one image for each
+        row, with the other columns of its first row as settings. Raises ValueError as `sample`
+        does.
         """
-        wanted = model_input if isinstance(model_input, dict) else model_input.to_dict("records")[0]
+        rows = [model_input] if isinstance(model_input, dict) else model_input.to_dict("records")
+        wanted = dict(rows[0])
+        if "prompt" in wanted:
+            prompts = [row["prompt"] for row in rows]
+            del wanted["prompt"]
+            wanted = {"num_images": len(prompts), "prompts": prompts} | wanted
         return self.model.sample(**wanted, **(params or {}))
 
 

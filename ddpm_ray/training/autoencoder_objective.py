@@ -12,6 +12,7 @@ from ddpm_ray import counter_rng
 from ddpm_ray.collectives import Workers
 from ddpm_ray.counter_rng import Purpose
 from ddpm_ray.data.codec import PIXELS
+from ddpm_ray.data.loader import Batch
 from ddpm_ray.models.autoencoder import AutoencoderSpec, Posterior
 from ddpm_ray.training.adversary import Adversary
 from ddpm_ray.training.bf16_weights import Bf16Weights
@@ -50,8 +51,7 @@ class AutoencoderObjective:
     def backward(
         self,
         network: nn.Module,
-        images: Tensor,
-        labels: Tensor,
+        batch: Batch,
         step: int,
         workers: Workers,
         micro_batch: int,
@@ -72,7 +72,7 @@ class AutoencoderObjective:
             slots=self.slots,
             cuda_graphs=self.cuda_graphs,
             weights=[one for one in used if one is not None],
-        ).backward(images, labels, micro_batch)
+        ).backward(batch, micro_batch)
 
     def log_snr(self, t: Tensor) -> None:
         """Return None: reconstructions have no noise level."""
@@ -83,14 +83,13 @@ class AutoencoderObjective:
         adversary: Adversary | None,
         step: int,
         device: torch.device,
-        images: Tensor,
-        labels: Tensor,
+        batch: Batch,
         positions: Tensor,
     ) -> tuple[Losses, Tensor]:
         """Losses of a micro-batch of batch `step`, and the values [b] that are minimised."""
         seed = self.seed
         flips = counter_rng.coin(seed, Purpose.FLIP, step, positions) if self.flip else None
-        x = PIXELS.encode(images.to(device, non_blocking=True), flips)
+        x = PIXELS.encode(batch.images.to(device, non_blocking=True), flips)
         x = x.contiguous(memory_format=self.memory_format)
         shape = self.spec.latent_shape(x.shape[2:])
         noise = counter_rng.normal(seed, Purpose.RECONSTRUCTION, step, positions, shape)

@@ -1,11 +1,13 @@
 """Copies batches to the device; on CUDA each during the step before it, on a stream of its own."""
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from ddpm_ray import fault_injection
 from ddpm_ray.data.loader import Batch
@@ -19,7 +21,7 @@ class Batches(Protocol):
     def batch(self, step: int, out: Batch | None = None) -> Batch:
         """Wait for this worker's share of the global batch of `step`.
 
-        It holds the tensors of `out` if the loader can fill them and their shapes are the same.
+        It is put into `out`, which is then returned, if the loader can and its shapes are the same.
         """
         ...
 
@@ -28,7 +30,7 @@ class Batches(Protocol):
 class _Buffers:
     """Memory for one batch on the host and on the device, used for every second step."""
 
-    on_host: Batch  # pinned, where that is possible; without captions
+    on_host: Batch  # pinned, where that is possible
     on_device: Batch
     copied: torch.cuda.Event  # from the host's to the device's
     used: torch.cuda.Event  # by the step
@@ -36,7 +38,7 @@ class _Buffers:
     @classmethod
     def of(cls, on_host: Batch, device: torch.device) -> "_Buffers":
         """Allocate the device's memory for `on_host`; the launched work is the first use of it."""
-        on_device = on_host.converted(partial(torch.empty_like, device=device))
+        on_device = on_host.map(partial(torch.empty_like, device=device))
         copied, used = (torch.cuda.Event() for _ in range(2))  # type: ignore[no-untyped-call]
         buffers = cls(on_host, on_device, copied, used)
         # Work that is launched may still use this memory for what was there before.
@@ -45,17 +47,7 @@ class _Buffers:
 
     def fit(self, batch: Batch) -> bool:
         """Whether `batch` has the shapes and types of the memory."""
-        return all(
-            part.shape == held.shape and part.dtype == held.dtype
-            for part, held in zip(batch.tensors, self.on_host.tensors, strict=True)
-        )
-
-
-class _Prepared(NamedTuple):
-    """A batch on its way to the device."""
-
-    buffers: _Buffers
-    captions: list[tuple[str, ...]] | None  # which stay on the host
+        return _forms(batch) == _forms(self.on_host)
 
 
 class BatchCopier:
@@ -67,7 +59,7 @@ class BatchCopier:
         if device.type == "cuda":
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._buffers: dict[int, _Buffers] = {}  # by step % 2
-        self._prepared: tuple[int, _Prepared | Exception] | None = None
+        self._prepared: tuple[int, _Buffers | Exception] | None = None
         self._pins = True  # until it is refused
 
     def batch(self, batches: Batches, step: int) -> Batch:
@@ -84,8 +76,8 @@ class BatchCopier:
         self._prepared = None
         if isinstance(found, Exception):
             raise found
-        torch.cuda.current_stream(self._device).wait_event(found.buffers.copied)
-        return found.buffers.on_device._replace(captions=found.captions)
+        torch.cuda.current_stream(self._device).wait_event(found.copied)
+        return found.on_device
 
     def prepare(self, batches: Batches, step: int) -> None:
         """Begin to copy batch `step`; call it when the work of the step before is launched.
@@ -108,22 +100,21 @@ class BatchCopier:
         buffers, others = self._buffers[place], self._buffers.get(1 - place)
         if others is not None:
             others.used.record(torch.cuda.current_stream(self._device))
-        if batch.images is not buffers.on_host.images:
-            for held, part in zip(buffers.on_host.tensors, batch.tensors, strict=True):
+        if batch is not buffers.on_host:
+            for held, part in _pairs(buffers.on_host, batch):
                 held.copy_(part)
         with torch.cuda.stream(self._stream):
             self._stream.wait_event(buffers.used)
-            tensors = buffers.on_device.tensors, buffers.on_host.tensors
-            for target, held in zip(*tensors, strict=True):
+            for target, held in _pairs(buffers.on_device, buffers.on_host):
                 target.copy_(held, non_blocking=True)
             buffers.copied.record(self._stream)
-        self._prepared = step, _Prepared(buffers, batch.captions)
+        self._prepared = step, buffers
 
     def _pinned(self, batch: Batch) -> Batch:
         """Memory of the host for `batch` that the device reads by itself, or else any memory."""
         if self._pins:
             try:
-                return batch.converted(partial(torch.empty_like, pin_memory=True))
+                return batch.map(partial(torch.empty_like, pin_memory=True))
             except RuntimeError as error:
                 self._pins = False
                 log.warning(
@@ -131,4 +122,18 @@ class BatchCopier:
                     "container's limit of locked memory (ulimit -l)",
                     str(error).partition("\n")[0].partition(". ")[0],
                 )
-        return batch.converted(torch.empty_like)
+        return batch.map(torch.empty_like)
+
+
+def _forms(batch: Batch) -> list[tuple[torch.Size, torch.dtype]]:
+    """Shape and type of each tensor."""
+    return [(part.shape, part.dtype) for part in _parts(batch)]
+
+
+def _pairs(to: Batch, batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
+    """The tensors of two batches of the same forms."""
+    return zip(_parts(to), _parts(batch), strict=True)
+
+
+def _parts(batch: Batch) -> list[Tensor]:
+    return [*batch.tensors, *([] if batch.tokens is None else [batch.tokens])]

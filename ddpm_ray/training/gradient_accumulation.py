@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ddpm_ray import counter_rng, fault_injection
 from ddpm_ray.collectives import Workers
 from ddpm_ray.counter_rng import Purpose
+from ddpm_ray.data.loader import Batch
 from ddpm_ray.training import step_clock
 from ddpm_ray.training.bf16_weights import Bf16Weights
 from ddpm_ray.training.deterministic_allreduce import DeterministicAllReduce, mean_over_workers
@@ -26,8 +27,8 @@ class Losses(NamedTuple):
     terms: Tensor  # [b, n] float32: further values that the objective reports; n may be 0
 
 
-PartLosses: TypeAlias = Callable[[Tensor, Tensor, Tensor], tuple[Losses, Tensor]]
-"""(images, labels, positions [b]) of a micro-batch -> its losses, detached, and the values [b] that
+PartLosses: TypeAlias = Callable[[Batch, Tensor], tuple[Losses, Tensor]]
+"""(samples, positions [b]) of a micro-batch -> its losses, detached, and the values [b] that
 are minimised."""
 
 
@@ -45,37 +46,38 @@ class GradientAccumulation:
     weights: Sequence[Bf16Weights] = ()  # that networks compute with; the first are `network`'s
     cuda_graphs: bool = False  # each call of `network` overwrites the gradients of the one before
 
-    def backward(self, images: Tensor, labels: Tensor, micro_batch: int) -> Losses:
+    def backward(self, batch: Batch, micro_batch: int) -> Losses:
         """Add the gradient of the global batch's mean loss to all leaves.
 
-        `images` [b, ...], as the data set stores them, and labels [b] are this worker's share of
-        the global batch, whose positions begin at rank * b; each call of `part_losses` takes
-        `micro_batch` of them. A loss that is not finite makes the gradient NaN, so that all workers
+        `batch`, of b samples as the data set stores them, is this worker's share of the global
+        batch, whose positions begin at rank * b; each call of `part_losses` takes `micro_batch` of
+        its samples. A loss that is not finite makes the gradient NaN, so that all workers
         see it after the all-reduce of the same step.
         """
         workers = self.workers
         for weights in self.weights:
             weights.refresh()
         if not self.slots:
-            found = self._slot(images, labels, workers.rank, micro_batch)
+            found = self._slot(batch, workers.rank, micro_batch)
             if self.others:
                 step_clock.mark("communication")
                 mean_over_workers(self.others, workers)
             return found
         mine, parts = workers.share(self.slots), []
         total = DeterministicAllReduce(self._leaves(), self.slots)
-        pieces = zip(mine, images.chunk(len(mine)), labels.chunk(len(mine)), strict=True)
-        for slot, some, their in pieces:
-            parts.append(self._slot(some, their, slot, micro_batch))
+        size = len(batch.images) // len(mine)
+        for number, slot in enumerate(mine):
+            some = batch.rows(slice(number * size, (number + 1) * size))
+            parts.append(self._slot(some, slot, micro_batch))
             total.accumulate()
         fault_injection.at("gradient")
         step_clock.mark("communication")
         total.all_reduce(workers)
         return _joined(parts)
 
-    def _slot(self, images: Tensor, labels: Tensor, slot: int, most: int) -> Losses:
-        """Add the gradient of the mean loss of these images, which are slot number `slot`."""
-        count = len(images)
+    def _slot(self, batch: Batch, slot: int, most: int) -> Losses:
+        """Add the gradient of the mean loss of these samples, which are slot number `slot`."""
+        count = len(batch.images)
         positions = torch.arange(count, device=self.workers.device) + slot * count
         if self.dropout_seed is not None:
             torch.manual_seed(
@@ -87,7 +89,7 @@ class GradientAccumulation:
             step_clock.mark("forward")
             last = start + most >= count
             with _sync_only(self.network, last):
-                losses, minimised = self.part_losses(images[part], labels[part], positions[part])
+                losses, minimised = self.part_losses(batch.rows(part), positions[part])
             finite = losses.loss.isfinite().all()
             share = minimised.sum() / count * torch.where(finite, 1.0, math.nan)
             if last and not self.slots:

@@ -204,7 +204,7 @@ def take_step(run: Run) -> None:
     step_clock.mark("data")
     batch = run.copier.batch(run.stream, state.step)
     losses, t, terms = run.objective.backward(
-        run.network, batch.images, batch.labels, state.step, run.workers, plan.micro_batch_size
+        run.network, batch, state.step, run.workers, plan.micro_batch_size
     )
     step_clock.mark("optimizer")
     norm = state.clip_gradients(plan.max_grad_norm)

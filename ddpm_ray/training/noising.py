@@ -15,6 +15,7 @@ from torch import Tensor
 from ddpm_ray import counter_rng
 from ddpm_ray.counter_rng import Purpose, Step
 from ddpm_ray.data.codec import PIXELS, Codec
+from ddpm_ray.data.loader import Batch
 from ddpm_ray.diffusion.conditioning import Conditioning, known_part
 from ddpm_ray.sampling.conditioning import ConditioningSpec
 from ddpm_ray.training.inpainting_masks import known_mask
@@ -53,23 +54,23 @@ class NoisingRecipe:
     compiled: bool = False  # with torch.compile
 
     def noisy_batch(
-        self, images: Tensor, labels: Tensor, step: int, positions: Tensor, device: torch.device
+        self, batch: Batch, step: int, positions: Tensor, device: torch.device
     ) -> NoisyBatch:
-        """Prepare stored samples and labels [b] at global positions [b] of `step`.
-
-        `images` are samples as `codec` stores them: for pixels, uint8 [b, H, W, C].
-        """
-        stored = images.to(device, non_blocking=True)
+        """Prepare the samples of `batch`, as `codec` stores them, at global positions of `step`."""
+        there = batch.map(lambda part: part.to(device, non_blocking=True))
         if not self.compiled:
-            return self.draw(stored, labels, step, positions)
+            return self.draw(*there.tensors, there.tokens, step, positions)
         # What is compiled or captured keeps each number of the host for ever, and reads a tensor.
-        return self._compiled(stored, labels, torch.full((), step, device=device), positions)
+        number = torch.full((), step, device=device)
+        return self._compiled(*there.tensors, there.tokens, number, positions)
 
     @cached_property
-    def _compiled(self) -> Callable[[Tensor, Tensor, Step, Tensor], NoisyBatch]:
+    def _compiled(self) -> Callable[[Tensor, Tensor, Tensor | None, Step, Tensor], NoisyBatch]:
         return torch.compile(self.draw)
 
-    def draw(self, stored: Tensor, labels: Tensor, step: Step, positions: Tensor) -> NoisyBatch:
+    def draw(
+        self, stored: Tensor, labels: Tensor, tokens: Tensor | None, step: Step, positions: Tensor
+    ) -> NoisyBatch:
         """Prepare samples that are on the device; `step` may be there too, as counter_rng.Step.
 
         No other number of the host changes from step to step: one capture serves all steps.
@@ -97,16 +98,21 @@ class NoisingRecipe:
             importance,
             noise,
             perturbation,
-            self._conditioning(x_0, labels, step, positions),
+            self._conditioning(x_0, labels, tokens, step, positions),
         )
 
     def _conditioning(
-        self, x_0: Tensor, labels: Tensor, step: Step, positions: Tensor
+        self,
+        x_0: Tensor,
+        labels: Tensor,
+        tokens: Tensor | None,
+        step: Step,
+        positions: Tensor,
     ) -> Conditioning:
         """The conditioning of x_0: label dropout, conditioning augmentation and a mask."""
-        conditioning = self.takes.of_data(x_0, labels).to(x_0.device, non_blocking=True)
-        if (
-            self.label_dropout and conditioning.labels is not None
+        conditioning = self.takes.of_data(x_0, labels, tokens)
+        if self.label_dropout and not (
+            conditioning.labels is None and conditioning.tokens is None
         ):  # (Ho and Salimans 2022, arXiv:2207.12598, algorithm 1)
             draw = counter_rng.uniform_int(self.seed, Purpose.LABEL_DROP, step, positions, 2**31)
             conditioning = conditioning.drop(draw < self.label_dropout * 2**31)

@@ -14,6 +14,7 @@ from ddpm_ray.choices import ModelVariance
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.objective import Loss
 from ddpm_ray.counter_rng import Purpose
+from ddpm_ray.data.loader import Batch
 from ddpm_ray.diffusion import loss_weighting, losses
 from ddpm_ray.diffusion.conditioning import NO_LABEL
 from ddpm_ray.diffusion.parameterization import Parameterization
@@ -50,8 +51,7 @@ class Objective:
     def backward(
         self,
         network: nn.Module,
-        images: Tensor,
-        labels: Tensor,
+        batch: Batch,
         step: int,
         workers: Workers,
         micro_batch: int,
@@ -69,7 +69,7 @@ class Objective:
             cuda_graphs=self.cuda_graphs,
             dropout_seed=self.noising.seed if self.reseed_dropout else None,
             weights=[self.weights] if self.weights else (),
-        ).backward(images, labels, micro_batch)
+        ).backward(batch, micro_batch)
 
     def log_snr(self, t: Tensor) -> Tensor:
         """Log-SNR [b] float64 at the noise levels of losses."""
@@ -80,12 +80,11 @@ class Objective:
         network: nn.Module,
         step: int,
         device: torch.device,
-        images: Tensor,
-        labels: Tensor,
+        batch: Batch,
         positions: Tensor,
     ) -> tuple[Losses, Tensor]:
         """Losses of a micro-batch of batch `step`, and the values [b] that are minimised."""
-        noisy = self.noising.noisy_batch(images, labels, step, positions, device)
+        noisy = self.noising.noisy_batch(batch, step, positions, device)
         with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
             loss = self.losses(network, noisy, step)
             weighted = self.weighted(loss, noisy)

@@ -23,7 +23,10 @@ from ddpm_ray.training.state import TrainingState
 class ImageStream(Protocol):
     """Global batches by number; see ddpm_ray/data/loader.py."""
 
-    waited_s: float
+    @property
+    def waited_s(self) -> float:
+        """Total time that `batch` waited."""
+        ...
 
     def batch(self, step: int, out: Batch | None = None) -> Batch:
         """Wait for this worker's share of the global batch of `step`; it may be put into `out`."""
@@ -44,17 +47,16 @@ class TrainingObjective(Protocol):
     def backward(
         self,
         network: nn.Module,
-        images: Tensor,
-        labels: Tensor,
+        batch: Batch,
         step: int,
         workers: Workers,
         micro_batch: int,
     ) -> Losses:
         """Add the gradient of the global batch's mean loss to all parameters that are trained.
 
-        `images` [b, ...], as the data set stores them, and labels [b] are this worker's share of
-        global batch `step` (from 0); each forward pass takes `micro_batch` of them. A loss that is
-        not finite makes the gradient of all workers NaN.
+        `batch`, with samples as the data set stores them, is this worker's share of global batch
+        `step` (from 0); each forward pass takes `micro_batch` samples of it. A loss that is not
+        finite makes the gradient of all workers NaN.
         """
         ...
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 GRID_IMAGES = 64
+PROMPTS = 8  # that a grid shows where the run names none
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ class SampleGridLogger:
         )
         images = self.workers.gather(mine)
         if self.sink is not None:
-            picture = image_grid.grid(np.concatenate(images))
+            prompts = self.plan.settings.prompts
+            picture = image_grid.grid_of_samples(np.concatenate(images), prompts)
             log_picture(self.sink, self.url, "samples", step, picture)
 
     def log_strip(self, step: int) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from ddpm_ray import counter_rng
 from ddpm_ray.collectives import Workers
 from ddpm_ray.counter_rng import Purpose
+from ddpm_ray.data.loader import Batch
 from ddpm_ray.evaluation.loss_by_snr import loss_at_log_snr, validation_loss
 from ddpm_ray.reporting import Row, Sink
 from ddpm_ray.sampling.denoiser import Denoiser
@@ -30,8 +31,7 @@ class Validator:
 
     state: TrainingState
     denoiser: Denoiser  # of the EMA weights
-    images: Tensor  # [n, ...] as stored: this worker's, whole groups of one image per level
-    labels: Tensor  # int64 [n]
+    samples: Batch  # as stored: this worker's, whole groups of one image per level
     first_index: int  # index of the first of them among all workers' images
     variance: float  # of x_0, for the levels outside the schedule's range
     workers: Workers
@@ -43,10 +43,11 @@ class Validator:
         levels = torch.tensor(LEVELS, dtype=torch.float64)
         chunk = max(1, self.batch_size // (2 * len(LEVELS))) * len(LEVELS)  # two timesteps each
         total, groups = torch.zeros(len(LEVELS) + 1, dtype=torch.float64), len(LEVELS)
-        for start in range(0, len(self.images), chunk):
-            part = self.images[start : start + chunk]
-            total[:groups] += len(part) // groups * self._losses_by_level(part, start, levels).cpu()
-            total[groups] += len(part) // groups
+        for start in range(0, len(self.samples.images), chunk):
+            part = self.samples.rows(slice(start, start + chunk))
+            count = len(part.images) // groups
+            total[:groups] += count * self._losses_by_level(part, start, levels).cpu()
+            total[groups] += count
         self.workers.sum_(total)
         losses = total[:groups] / total[groups]
         loss = validation_loss(losses, levels)
@@ -60,13 +61,15 @@ class Validator:
             }
             self.sink.rows([Row(step, {"eval/loss_common": loss} | by_level)])
 
-    def _losses_by_level(self, images: Tensor, start: int, levels: Tensor) -> Tensor:
+    def _losses_by_level(self, part: Batch, start: int, levels: Tensor) -> Tensor:
         device = self.workers.device
+        there = part.map(lambda tensor: tensor.to(device))
+        images, labels = there.tensors
         index = torch.arange(len(images), device=device) + self.first_index + start
-        x_0 = self.denoiser.codec.draw(images.to(device), None, SEED, 0, index)
+        x_0 = self.denoiser.codec.draw(images, None, SEED, 0, index)
         noise = counter_rng.normal(SEED, Purpose.VALIDATION, 0, index, tuple(x_0.shape[1:]))
-        labels = self.labels[start : start + len(images)].to(device)
-        conditioning = self.denoiser.takes.of_data(x_0, labels).repeat(2)  # two timesteps each
+        of_data = self.denoiser.takes.of_data(x_0, labels, there.tokens)
+        conditioning = of_data.repeat(2)  # two timesteps each
         return loss_at_log_snr(
             self.denoiser.noise(conditioning),
             self.denoiser.schedule,

@@ -23,6 +23,7 @@ from ddpm_ray.config.loading import load_config
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.sampling import SamplingSettings
 from ddpm_ray.data.image_shape import ImageShape
+from ddpm_ray.data.loader import Batch
 from ddpm_ray.diffusion.conditioning import Conditioning, known_part
 from ddpm_ray.models.interop.diffusers_config import UnsupportedModelError
 from ddpm_ray.models.unet import UNet
@@ -225,7 +226,7 @@ def test_a_trained_network_uses_the_known_part() -> None:
     network = Layers()
     optimizer = torch.optim.Adam(network.parameters(), 3e-3)
     for step in range(300):
-        made.backward(network, images, labels, step, Workers(), 64)
+        made.backward(network, Batch(images, labels), step, Workers(), 64)
         optimizer.step()
         optimizer.zero_grad()
     x_0 = made.noising.codec.encode(images)

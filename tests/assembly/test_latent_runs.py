@@ -87,9 +87,10 @@ def test_x_0_is_drawn_anew_in_each_step_from_the_view_that_the_flip_says(encoded
     facts = latents.codec_facts(codec)
     state = training_run.training_state(config, dataset.manifest.diffused_shape, CPU, facts)
     recipe = diffusion.objective(config, state, CPU).noising
-    stored, labels = training_run.fixed_images(config.data, dataset, range(8), 8).tensors
+    batch = training_run.fixed_images(config.data, dataset, range(8), 8)
+    stored = batch.images
     positions = torch.arange(8)
-    draws = [recipe.noisy_batch(stored, labels, step, positions, CPU).x_0 for step in range(400)]
+    draws = [recipe.noisy_batch(batch, step, positions, CPU).x_0 for step in range(400)]
     z = torch.stack([codec.latents(x_0) for x_0 in draws]).double()
     assert len({float(one[0, 0, 0, 0]) for one in z}) > 300
     views = [stored[:, 0, view].double() for view in (0, 1)]

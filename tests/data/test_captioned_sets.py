@@ -67,7 +67,7 @@ def test_any_division_of_a_batch_delivers_the_captions_of_its_samples(
             lanes=3,
             window_samples=window_samples,
         )
-        memory = stream.batch(0).converted(lambda part: part.clone())
+        memory = stream.batch(0).map(lambda part: part.clone())
         for step in range(3):
             batch = stream.batch(step, memory)
             numbers = batch.images[:, 0, 0, 0].tolist()

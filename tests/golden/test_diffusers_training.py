@@ -13,6 +13,7 @@ from ddpm_ray.collectives import Workers
 from ddpm_ray.config.loading import load_config
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.image_shape import ImageShape
+from ddpm_ray.data.loader import Batch
 from ddpm_ray.models.interop import convert
 from ddpm_ray.models.layers import HO
 from ddpm_ray.models.unet_spec import UNetSpec
@@ -78,8 +79,8 @@ def test_forty_steps_of_training_are_those_of_diffusers() -> None:
         generator = torch.Generator().manual_seed(step)
         images = torch.randint(0, 256, (BATCH, 8, 8, 1), generator=generator).to(torch.uint8)
         none, at = torch.full((BATCH,), -1), torch.arange(BATCH)
-        drawn = objective.noising.noisy_batch(images, none, step, at, CPU)
-        loss = objective.backward(ours, images, none, step, Workers(), BATCH).loss.mean()
+        drawn = objective.noising.noisy_batch(Batch(images, none), step, at, CPU)
+        loss = objective.backward(ours, Batch(images, none), step, Workers(), BATCH).loss.mean()
         norm = clip_grad_norm_(ours.parameters(), 1.0)
         state.optimizer.step()
         state.optimizer.zero_grad()

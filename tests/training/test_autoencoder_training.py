@@ -16,6 +16,7 @@ from benchmarks.gpu.tiny import Notes, config_of, run_of
 from benchmarks.gpu.tiny_keys import ADVERSARY, AUTOENCODER
 from ddpm_ray.collectives import Workers
 from ddpm_ray.data.codec import PIXELS
+from ddpm_ray.data.loader import Batch
 from ddpm_ray.models.autoencoder import Autoencoder, AutoencoderSpec, Posterior
 from ddpm_ray.storage.errors import StorageError
 from ddpm_ray.training import posterior_monitor
@@ -97,7 +98,7 @@ def test_the_adversarial_weight_is_the_ratio_of_gradients_at_the_last_layer(
 
     hook = model.register_forward_hook(keep)
     alone = replace(objective, adversary=None)
-    alone.backward(model, batch.images, batch.labels, 0, run.workers, BATCH)
+    alone.backward(model, batch, 0, run.workers, BATCH)
     hook.remove()
     last = model.last_layer.grad
     assert last is not None
@@ -110,7 +111,7 @@ def test_the_adversarial_weight_is_the_ratio_of_gradients_at_the_last_layer(
         output.register_hook(lambda gradient: x_hat.grad)
 
     hook = model.decoder.conv_out.register_forward_hook(replace_gradient)
-    alone.backward(model, batch.images, batch.labels, 0, run.workers, BATCH)
+    alone.backward(model, batch, 0, run.workers, BATCH)
     hook.remove()
     last = model.last_layer.grad
     assert last is not None
@@ -134,8 +135,8 @@ def test_workers_train_the_discriminator_as_one_does(
         adversary, batch = run.state.adversary, run.stream.batch(0)
         assert adversary is not None
         mine = list(workers.share(BATCH))
-        images, labels = batch.images[mine], batch.labels[mine]
-        run.objective.backward(run.state.model, images, labels, 0, workers, BATCH)
+        part = batch.map(lambda tensor: tensor[mine])
+        run.objective.backward(run.state.model, part, 0, workers, BATCH)
         leaves = [*adversary.discriminator.parameters()]
         found = [leaf.grad.clone() for leaf in leaves if leaf.grad is not None]
         adversary.step(0.1, torch.tensor(True))
@@ -185,7 +186,7 @@ def test_the_loss_is_that_of_a_known_error_and_a_known_posterior(
     shape = (2, *objective.spec.latent_shape((SIDE, SIDE)))
     posterior = Posterior(torch.ones(shape), torch.zeros(shape))
     network = OneDraw(torch.full((2, 3, SIDE, SIDE), 0.5), posterior)
-    losses = objective.backward(network, images, torch.zeros(2), 0, Workers(), 2)
+    losses = objective.backward(network, Batch(images, torch.zeros(2)), 0, Workers(), 2)
     values = 3 * SIDE * SIDE
     nats = 0.5 * shape[1] * shape[2] * shape[3]
     assert losses.loss.tolist() == pytest.approx([error + 2 * nats / values] * 2)
@@ -230,7 +231,7 @@ def test_the_kl_weight_is_twice_the_distortion_where_a_channel_is_given_up(
     for kl_weight in (2 * tau, 2.2 * tau):
         objective, network = AutoencoderObjective(0, spec, "mse", kl_weight), Linear(variances, tau)
         pixels = images.permute(0, 2, 3, 1).to(torch.uint8)
-        losses = objective.backward(network, pixels, torch.zeros(64), 0, Workers(), 64)
+        losses = objective.backward(network, Batch(pixels, torch.zeros(64)), 0, Workers(), 64)
         grads = [parameter.grad for parameter in network.parameters()]
         slopes.append(max(float(grad.abs().max()) for grad in grads if grad is not None))
         nats = [0.5 * math.log(0.6213149 / tau), 0.5 * math.log(0.2251596 / tau), 0]
@@ -269,7 +270,7 @@ def test_a_step_with_inceptions_weights_lowers_the_perceptual_distance(
     gradients = []
     for used in (perceptual, None):
         asked = replace(objective, perceptual=used)
-        asked.backward(model, batch.images, batch.labels, 0, run.workers, BATCH)
+        asked.backward(model, batch, 0, run.workers, BATCH)
         ends = model.encoder.conv_in.weight, model.decoder.conv_in.weight, model.last_layer
         gradients.append([end.grad.clone() for end in ends if end.grad is not None])
         run.state.zero_grad()

@@ -19,6 +19,7 @@ from ddpm_ray.assembly.compilation import require_bf16
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.loading import ConfigError, load_config
 from ddpm_ray.config.run import RunConfig
+from ddpm_ray.data.loader import Batch
 from ddpm_ray.models.unet import UNet
 from ddpm_ray.models.unet_spec import UNetSpec
 from ddpm_ray.training.bf16_weights import Bf16Weights
@@ -86,9 +87,9 @@ def mean_loss(*keys: str) -> float:
     """Mean loss of steps 21 to 40 on a single image; before training it is 1."""
     run, found = run_of(config_of(*keys), CPU), []
     images = (4 * torch.arange(64, dtype=torch.uint8)).view(8, 8, 1).expand(8, 8, 8, 3)
-    labels = torch.zeros(8, dtype=torch.int64)
+    batch = Batch(images, torch.zeros(8, dtype=torch.int64))
     for step in range(40):
-        losses, *_ = run.objective.backward(run.network, images, labels, step, run.workers, 8)
+        losses, *_ = run.objective.backward(run.network, batch, step, run.workers, 8)
         found.append(losses.mean().item())
         run.state.clip_gradients(1.0)
         run.state.step_optimizers(1e-2, torch.tensor(True))
@@ -136,7 +137,7 @@ def gradients(run: Run, workers: Workers, micro_batch: int) -> list[Tensor]:
     """This worker's gradients of the global batch, computed twice."""
     batch, share = run.stream.batch(0), workers.share(8)
     part = slice(share.start, share.stop)
-    arguments = batch.images[part], batch.labels[part], 0, workers, micro_batch
+    arguments = batch.rows(part), 0, workers, micro_batch
     found: list[Tensor] = []
     for _ in range(2):  # DDP orders its buckets anew after the first
         run.state.zero_grad()

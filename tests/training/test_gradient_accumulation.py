@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ddpm_ray.collectives import Workers
+from ddpm_ray.data.loader import Batch
 from ddpm_ray.training.gradient_accumulation import GradientAccumulation, Losses
 
 MEMORY = np.zeros(1, np.float32)  # of the graphs
@@ -35,13 +36,13 @@ def test_gradients_outlive_the_next_replay(micro_batch: int) -> None:
     network = nn.Linear(1, 1, bias=False)
     network.weight = nn.Parameter(torch.ones(1))
 
-    def losses(images: Tensor, labels: Tensor, positions: Tensor) -> tuple[Losses, Tensor]:
-        loss: Tensor = Replayed.apply(network.weight, images)
-        return Losses(loss.detach(), labels, loss.new_empty(len(loss), 0)), loss
+    def losses(batch: Batch, positions: Tensor) -> tuple[Losses, Tensor]:
+        loss: Tensor = Replayed.apply(network.weight, batch.images)
+        return Losses(loss.detach(), batch.labels, loss.new_empty(len(loss), 0)), loss
 
     images = torch.tensor([1.0, 2.0, 3.0, 6.0])
     GradientAccumulation(network, losses, 0, Workers(), cuda_graphs=True).backward(
-        images, torch.zeros(4, dtype=torch.int64), micro_batch
+        Batch(images, torch.zeros(4, dtype=torch.int64)), micro_batch
     )
     assert network.weight.grad is not None
     assert network.weight.grad.item() == 3.0

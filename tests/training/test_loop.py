@@ -1107,9 +1107,9 @@ def gradient_of(
     state = training_run.training_state(config, ImageShape(SIDE, SIDE, 1), CPU, {})
     for parameter in state.model.parameters():
         nn.init.normal_(parameter, std=0.3)
-    images, labels = streamed(config, workers).batch(0).tensors
+    batch = streamed(config, workers).batch(0)
     objective = diffusion.objective(config, state, CPU)
-    losses, t, _ = objective.backward(state.model, images, labels, 0, workers, micro_batch)
+    losses, t, _ = objective.backward(state.model, batch, 0, workers, micro_batch)
     gradients = [p.grad.flatten() for p in state.model.parameters() if p.grad is not None]
     return losses, t, torch.cat(gradients)
 
@@ -1169,7 +1169,7 @@ def noisy_batch(objective: Objective, images: Tensor, step: int = 0, first: int 
     """Of images without labels at positions `first` ... of batch `step`."""
     count = len(images)
     positions, labels = torch.arange(first, first + count), torch.full((count,), -1)
-    return objective.noising.noisy_batch(images, labels, step, positions, CPU)
+    return objective.noising.noisy_batch(Batch(images, labels), step, positions, CPU)
 
 
 class OneNumber(nn.Module):
@@ -1189,7 +1189,7 @@ def test_dropout_draws_anew_at_each_step_and_worker_and_repeats_each(data: str) 
     objective, network = objective_of(configured(data, "model.dropout=0.1")), OneNumber(0.0)
     images = torch.zeros(2, SIDE, SIDE, 1, dtype=torch.uint8)
     for step, rank in ((5, 0), (6, 0), (5, 1), (5, 0)):
-        objective.backward(network, images, NO_LABELS, step, Workers(rank, 2), 1)
+        objective.backward(network, Batch(images, NO_LABELS), step, Workers(rank, 2), 1)
     draws = [tuple(draw.tolist()) for draw in network.drawn]  # two micro-batches a call
     assert len(set(draws)) == 6
     assert draws[6:] == draws[:2]
@@ -1199,7 +1199,7 @@ def test_an_infinite_loss_makes_the_gradient_nan_on_all_workers(data: str) -> No
     """1e25 squared is no float32, though its slope is: the sum over workers must tell them all."""
     objective, network = objective_of(configured(data)), OneNumber(1e25)
     images = torch.zeros(2, SIDE, SIDE, 1, dtype=torch.uint8)
-    losses, *_ = objective.backward(network, images, NO_LABELS, 0, Workers(), 2)
+    losses, *_ = objective.backward(network, Batch(images, NO_LABELS), 0, Workers(), 2)
     assert losses.isinf().all()
     assert network.number.grad is not None
     assert network.number.grad.isnan()

@@ -101,9 +101,9 @@ def synchronous(run: Run, policy: str) -> dict[tuple[str, int], float]:
     state, plan, rows = run.state, run.plan, dict[tuple[str, int], float]()
     norms, saved = list[float](), dict[int, tuple[Snapshot, list[float]]]()
     while state.step < plan.steps:
-        images, labels = run.stream.batch(state.step).tensors
+        batch = run.stream.batch(state.step)
         found = run.objective.backward(
-            run.network, images, labels, state.step, run.workers, plan.micro_batch_size
+            run.network, batch, state.step, run.workers, plan.micro_batch_size
         )
         norm, number = float(state.clip_gradients(plan.max_grad_norm)), state.step + 1
         limit = FACTOR * median(norms) if len(norms) >= FEWEST_STEPS else math.inf

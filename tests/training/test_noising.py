@@ -16,6 +16,7 @@ from ddpm_ray.collectives import Workers
 from ddpm_ray.config.loading import load_config
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.image_shape import ImageShape
+from ddpm_ray.data.loader import Batch
 from ddpm_ray.data.low_resolution import downscaled
 from ddpm_ray.diffusion import Parameterization, add_noise
 from ddpm_ray.diffusion.conditioning import NO_LABEL, Conditioning
@@ -71,7 +72,7 @@ def objective(*overrides: str) -> Objective:
 
 def shown(made: Objective, step: int = 3, part: slice = slice(None)) -> NoisyBatch:
     positions = torch.arange(400)[part]
-    return made.noising.noisy_batch(IMAGES[part], LABELS[part], step, positions, CPU)
+    return made.noising.noisy_batch(Batch(IMAGES[part], LABELS[part]), step, positions, CPU)
 
 
 def columns(noisy: NoisyBatch) -> dict[str, Tensor]:
@@ -145,7 +146,7 @@ def test_labels_are_dropped_by_their_share() -> None:
     assert torch.equal(found[~dropped], LABELS[~dropped])
     assert abs(int(dropped.sum()) - 100) < 4 * math.sqrt(400 * 0.25 * 0.75)
     recipe = objective("model.num_classes=5", "objective.label_dropout=0").noising
-    none = recipe.noisy_batch(IMAGES, torch.full((400,), -1), 0, torch.arange(400), CPU)
+    none = recipe.noisy_batch(Batch(IMAGES, torch.full((400,), -1)), 0, torch.arange(400), CPU)
     assert none.conditioning.labels is not None
     assert (none.conditioning.labels == NO_LABEL).all()
     assert shown(objective()).conditioning.labels is None
@@ -234,7 +235,7 @@ def test_self_conditioning_shows_its_own_estimate_in_half_of_the_steps() -> None
 def gradient(overrides: tuple[str, ...], step: int = 0) -> tuple[float, Tensor]:
     """Of the batch's loss by a network's one number, and the losses as they are told."""
     made, network = objective(*overrides), Remembering(0.5)
-    reported = made.backward(network, IMAGES, LABELS, step, Workers(), 400)
+    reported = made.backward(network, Batch(IMAGES, LABELS), step, Workers(), 400)
     assert network.answer.grad is not None
     return float(network.answer.grad), reported.loss
 
@@ -308,7 +309,7 @@ def test_each_kind_of_objective_trains_its_network(overrides: tuple[str, ...]) -
     made = diffusion.objective(config, state, CPU)
     losses = []
     for number in range(30):
-        reported = made.backward(state.model, IMAGES[:64], LABELS[:64], 1, Workers(), 64)
+        reported = made.backward(state.model, Batch(IMAGES[:64], LABELS[:64]), 1, Workers(), 64)
         missing = [name for name, p in state.model.named_parameters() if p.grad is None]
         assert not missing
         for group in state.optimizer.param_groups:
@@ -335,6 +336,6 @@ def test_images_need_not_be_square(overrides: tuple[str, ...]) -> None:
     state = training_run.training_state(config, ImageShape(4, 6, 3), CPU, {})
     made = diffusion.objective(config, state, CPU)
     images = IMAGES[:20].repeat_interleave(2, 2)[:, :, :6]
-    losses = made.backward(state.model, images, LABELS[:20], 1, Workers(), 20).loss
+    losses = made.backward(state.model, Batch(images, LABELS[:20]), 1, Workers(), 20).loss
     assert losses.isfinite().all()
     assert all(parameter.grad is not None for parameter in state.model.parameters())

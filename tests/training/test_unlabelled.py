@@ -15,6 +15,7 @@ from ddpm_ray.collectives import Workers
 from ddpm_ray.config.loading import load_config
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.image_shape import ImageShape
+from ddpm_ray.data.loader import Batch
 from ddpm_ray.diffusion import Parameterization
 from ddpm_ray.evaluation.likelihood_over_dataset import flow_likelihood
 from ddpm_ray.evaluation.vlb_over_dataset import vlb_bits_per_dim
@@ -53,7 +54,7 @@ def trained(labels: Tensor, *more: str) -> list[float]:
     config = configured(*more)
     state = training_run.training_state(config, ImageShape(4, 4, 1), CPU, {})
     objective = diffusion.objective(config, state, CPU)
-    return objective.backward(state.model, IMAGES, labels, 1, Workers(), COUNT).loss.tolist()
+    return objective.backward(state.model, Batch(IMAGES, labels), 1, Workers(), COUNT).loss.tolist()
 
 
 def network() -> nn.Module:
@@ -77,7 +78,7 @@ def denoiser() -> Denoiser:
 def validated(labels: Tensor) -> list[float]:
     model, of = network(), denoiser()
     state = TrainingState(model, EMA(model), torch.optim.Adam(model.parameters()), {})
-    Validator(state, of, IMAGES, labels, 0, 0.3, Workers(), None).validate(1)
+    Validator(state, of, Batch(IMAGES, labels), 0, 0.3, Workers(), None).validate(1)
     (found,) = state.validation_losses
     return list(found["spectrum"])
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ddpm_ray import counter_rng
 from ddpm_ray.collectives import Workers
 from ddpm_ray.counter_rng import Purpose
+from ddpm_ray.data.loader import Batch
 from ddpm_ray.diffusion import NoiseSchedule, schedules
 from ddpm_ray.evaluation.loss_by_snr import linear_guess, validation_loss
 from ddpm_ray.reporting import Row
@@ -65,7 +66,8 @@ def validator(
     denoiser = Denoiser.of_noise(state.ema.model, schedule)
     labels = torch.full((end - first,), -1)
     images = IMAGES[first:end]
-    return Validator(state, denoiser, images, labels, first, VARIANCE, workers, sink, batch_size)
+    samples = Batch(images, labels)
+    return Validator(state, denoiser, samples, first, VARIANCE, workers, sink, batch_size)
 
 
 def looked(made: Validator, step: int = 7) -> dict[str, Any]:

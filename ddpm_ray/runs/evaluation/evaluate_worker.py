@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ddpm_ray.assembly import data_order, scoring, training_run
 from ddpm_ray.assembly.inference import inference_network
+from ddpm_ray.assembly.prompts import with_prompts
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.jobs.evaluate import EvaluateConfig
 from ddpm_ray.config.loading import from_dict
@@ -121,7 +122,7 @@ def _sample_scores(
     return sample_quality.evaluate_samples(
         sample_quality.SampleSet(
             _drawing(model, config, workers),
-            plan,
+            with_prompts(plan, model.denoiser, data, wanted.num_images),
             image_shape=model.image_shape,
             num_images=wanted.num_images,
             batch_size=config.sampling.batch_size,

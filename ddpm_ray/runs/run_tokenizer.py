@@ -1,0 +1,87 @@
+"""The tokenizer of a run: trained on its captions or taken from a file, and kept in its folder.
+
+<run>/tokenizer.json    written at the first start, before any checkpoint
+"""
+
+import logging
+from collections.abc import Iterator
+from itertools import islice
+
+from ddpm_ray.config.loading import ConfigError
+from ddpm_ray.config.run import RunConfig
+from ddpm_ray.data.dataset import Dataset
+from ddpm_ray.data.loader import read_captions
+from ddpm_ray.data.tokenizer import Tokenizer
+from ddpm_ray.redaction import counted
+from ddpm_ray.storage import object_store
+
+log = logging.getLogger(__name__)
+
+FILE = "tokenizer.json"
+SAMPLED_CAPTIONS = 10_000  # of which too long ones are counted
+MOST_CAPTIONS = 1_000_000  # that a tokenizer is trained on: more change few of its tokens
+
+
+def run_tokenizer(config: RunConfig, dataset: Dataset, folder: str) -> Tokenizer | None:
+    """The tokenizer of the run in `folder`; None for a run without text.
+
+    A new run gets the one that `text.tokenizer` names, or one that is trained on the captions of
+    `dataset`; it is a function of them, so drivers that start at once write the same file. Raises
+    ConfigError for a data set without captions and for a run that began with another tokenizer,
+    TokenizerError, StorageError.
+    """
+    if not config.takes_text:
+        return None
+    length, kept = config.text.length, object_store.join(folder, FILE)
+    if not dataset.manifest.captions:
+        raise ConfigError(
+            f"text.encoder is {config.text.encoder}, but the images in {config.data.url} have no "
+            f"captions: pack them with captions (docs/packing.md), or set text.encoder=none"
+        )
+    given = Tokenizer.read(config.text.tokenizer, length) if config.text.tokenizer else None
+    if object_store.exists(kept):
+        found = Tokenizer.read(kept, length)
+        if given is not None and given.sha256 != found.sha256:
+            raise ConfigError(
+                f"text.tokenizer is {config.text.tokenizer} of sha256 {given.sha256[:12]}, but the "
+                f"run began with {found.sha256[:12]}: leave it out, or start a run with another "
+                f"name="
+            )
+        return found
+    if given is None:
+        given = Tokenizer.trained(_captions(dataset), config.text.vocabulary, length)
+        log.info(
+            "tokenizer of %s trained on the captions of %s",
+            counted(given.vocabulary, "token"),
+            config.data.url,
+        )
+    _warn_of_cuts(given, list(islice(_captions(dataset), SAMPLED_CAPTIONS)))
+    object_store.write_bytes(kept, given.json.encode())
+    return given
+
+
+def _warn_of_cuts(tokenizer: Tokenizer, captions: list[str]) -> None:
+    """Log a warning if the tokenizer cuts any of these captions."""
+    if cut := tokenizer.too_long(captions):
+        longest, more = max(cut, key=lambda one: one[1])
+        log.warning(
+            "%s of the first %s have more than text.length=%d tokens and are cut; the longest has "
+            "%d more (%.60s)",
+            f"{len(cut):,}",
+            counted(len(captions), "caption"),
+            tokenizer.length,
+            more,
+            longest,
+        )
+
+
+def _captions(dataset: Dataset) -> Iterator[str]:
+    """Yield the captions of the first shards, up to MOST_CAPTIONS and the end of a shard."""
+    seen = 0
+    for number in range(len(dataset.counts)):
+        if seen >= MOST_CAPTIONS:
+            log.info("the tokenizer is trained on the first %s", counted(seen, "caption"))
+            return
+        for texts in read_captions(dataset, [number]):
+            seen += len(texts)
+            yield from texts
