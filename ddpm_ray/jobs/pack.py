@@ -5,7 +5,9 @@
 
 SOURCE is a folder of images (flat, one sub-folder per class, or with a metadata.csv), WebDataset
 tars or Parquet or Arrow files with a column of images (a folder or one file), or one of digits,
-mnist, fashion-mnist and cifar10. docs/packing.md says which files are packed, left out or refused.
+mnist, fashion-mnist and cifar10. Captions come from captions.tsv or .jsonl, metadata.csv, text
+files next to the images, members of tars or a column. docs/packing.md says which files are packed,
+left out or refused.
 The last lines on stderr and the result list every file that was not packed, the number of samples
 and the classes. The same command continues after an interruption: finished shards are kept.
 """

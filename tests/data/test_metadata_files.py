@@ -1,4 +1,7 @@
-"""Labels from metadata.csv and metadata.jsonl; other columns are listed as not packed."""
+"""Labels from metadata.csv and metadata.jsonl; other columns are listed as not packed.
+
+Captions from them: test_caption_sources.py.
+"""
 
 import json
 from pathlib import Path
@@ -27,10 +30,11 @@ def jsonl(*rows: object) -> str:
     return "".join(f"{json.dumps(row)}\n" for row in rows)
 
 
-def test_numbers_are_labels_and_captions_are_named(tmp_path: Path) -> None:
+def test_numbers_are_labels_and_other_columns_are_named(tmp_path: Path) -> None:
     write(tmp_path, "a.png", "b.png", "c.png")
     rows = 'file_name,text,label\nc.png,"a cat, ""sitting""\non two lines",2\na.png,,0\nb.png,x,0\n'
-    source = opened(tmp_path, b"\xef\xbb\xbf" + rows.replace("\n", "\r\n").encode())
+    data = b"\xef\xbb\xbf" + rows.replace("\n", "\r\n").encode()
+    source = opened(tmp_path, data, captions="none")
     assert (keys(source), labels(source)) == (["a.png", "b.png", "c.png"], [0, 0, 2])
     assert source.label_names == ("0", "1", "2")
     assert left_out(source) == {TEXT: (1, ("text",))}
@@ -59,7 +63,8 @@ def test_captions_alone_leave_the_folders_of_classes(tmp_path: Path) -> None:
         (tmp_path / folder / "metadata.csv").write_text(f"file_name,text\n{file},a {folder}\n")
     source = open_source(str(tmp_path))
     assert (source.label_names, labels(source)) == (("cat", "dog"), [0, 1])
-    assert {count for count, _ in left_out(source).values()} == {1}
+    assert [sample.captions for sample in source.read(range(2))] == [("a cat",), ("a dog",)]
+    assert left_out(source) == {}
 
 
 def test_one_folder_beside_a_metadata_file_is_no_class(tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ def test_rows_are_samples_in_any_range(form: str, tmp_path: Path) -> None:
     name, options = FORMS[form]
     numbers = pa.array([n % 3 for n in range(10)], pa.int64())
     text = pa.array(["a caption"] * 10)
-    what = table(10, ["ant", "bee", "cow", "dog"], label=numbers, text=text)
+    what = table(10, ["ant", "bee", "cow", "dog"], label=numbers, note=text)
     source = open_source(save(tmp_path / name, what, **options))
     assert source.label_names == ("ant", "bee", "cow", "dog")
     assert keys(source) == [f"{name}:{n:06d}" for n in range(10)]
@@ -73,7 +73,7 @@ def test_rows_are_samples_in_any_range(form: str, tmp_path: Path) -> None:
     for start in range(11):
         for stop in range(start, 11):
             assert images(source, range(start, stop)) == [png(n) for n in range(start, stop)]
-    assert left_out(source) == {"columns of tables not supported in shards": (1, ("text",))}
+    assert left_out(source) == {"columns of tables not supported in shards": (1, ("note",))}
 
 
 @pytest.mark.parametrize("remote", [False, True])

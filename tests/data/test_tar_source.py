@@ -32,11 +32,11 @@ def test_what_is_no_image_and_no_label_is_named(tmp_path: Path) -> None:
         {
             "a.png": png(1),
             "a.cls": b"1",
-            "a.txt": b"a caption",
+            "a.text": b"a note",
             "a.json": b'{"url": 1, "w": 2}',
             "b.png": png(1),
             "b.cls": b"0",
-            "b.txt": b"another",
+            "b.text": b"another",
             "b.npy": b"x",
             "c.heic": b"x",
             "c.cls": b"0",
@@ -46,7 +46,7 @@ def test_what_is_no_image_and_no_label_is_named(tmp_path: Path) -> None:
     )
     assert (keys(source), labels(source)) == (["a", "b"], [1, 0])
     assert left_out(source) == {
-        ".txt files in tars": (2, ("a.txt", "b.txt")),
+        ".text files in tars": (2, ("a.text", "b.text")),
         ".npy files in tars": (1, ("b.npy",)),
         ".heic files in tars": (1, ("c.heic",)),
         "files in tars without a suffix": (1, ("README",)),

@@ -50,6 +50,20 @@ class PackConfig:
     label_key: str = option(
         "", "label column of a table or metadata file, or key of .json files; empty: label"
     )
+    captions: str = option(
+        "",
+        "captions: path or URL of a .tsv (file, tab, caption) or .jsonl file; none: pack no "
+        "captions; empty: those of the source",
+    )
+    caption_key: str = option(
+        "",
+        "caption column of a table or metadata file, or key of .json and .jsonl files; empty: "
+        "caption, captions or text",
+    )
+    on_bad_caption: Literal["stop", "skip"] = option(
+        "stop",
+        "on a caption that is invalid or whose image does not exist: stop, or skip and report it",
+    )
     on_bad_image: Literal["stop", "skip"] = option(
         "stop", "on an unreadable image: stop, or skip and report it"
     )

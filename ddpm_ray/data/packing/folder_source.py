@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from ddpm_ray.config.jobs.pack import PackConfig
 from ddpm_ray.data.dataset import DatasetError
-from ddpm_ray.data.packing import class_names, metadata_files
+from ddpm_ray.data.packing import caption_files, class_names, metadata_files
+from ddpm_ray.data.packing.caption_collector import CaptionCollector
 from ddpm_ray.data.packing.file_source import FileSource, Member, version_of
 from ddpm_ray.data.packing.metadata_files import Metadata
 from ddpm_ray.data.packing.source_files import SPLITS, SourceFiles
@@ -23,7 +24,9 @@ def folder_source(url: str, files: SourceFiles, options: PackConfig) -> FileSour
     includes the images at any depth below it. Labels in a metadata file replace these classes.
     """
     _refuse_unused(url, files, options)
-    metadata = metadata_files.read_metadata(url, files, options)
+    captions = CaptionCollector(options)
+    metadata = metadata_files.read_metadata(url, files, options, captions)
+    caption_files.collect_captions(url, files, options, captions, metadata.captioned)
     names, tops = list(files.images), {name.split("/")[0] for name in files.images if "/" in name}
     if tops and tops <= SPLITS:
         problem = f"its sub-folders ({', '.join(sorted(tops))}) are splits, not classes"
@@ -46,8 +49,9 @@ def folder_source(url: str, files: SourceFiles, options: PackConfig) -> FileSour
         ),
         label_names,
         options.max_file_bytes,
-        files.left_out + metadata.left_out + named_groups(unused),
+        files.left_out + metadata.left_out + named_groups(unused) + captions.left_out(names),
         version_of(states),
+        captions.column(names),
     )
 
 

@@ -1,7 +1,8 @@
-"""Read labels from `metadata.csv` and `metadata.jsonl`, the format of Hugging Face's ImageFolder.
+"""Read labels and captions from `metadata.csv` and `metadata.jsonl`.
 
-Each row names an image by `file_name`, relative to the metadata file. Shards cannot store other
-columns, such as captions, yet; they are listed as not packed.
+This is the format of Hugging Face's ImageFolder. Each row names an image by `file_name`, relative
+to the metadata file. Shards cannot store columns other than labels and captions; they are listed
+as not packed.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field
 from ddpm_ray.config.jobs.pack import PackConfig
 from ddpm_ray.data.dataset import DatasetError
 from ddpm_ray.data.packing import class_names
+from ddpm_ray.data.packing.caption_collector import CaptionCollector, caption_key_of
 from ddpm_ray.data.packing.class_names import Label
 from ddpm_ray.data.packing.source_files import SourceFiles
 from ddpm_ray.data.samples import NamedGroup, named_groups
@@ -32,11 +34,17 @@ class Metadata:
 
     files: list[str] = field(default_factory=list)
     labels: dict[str, Label] = field(default_factory=dict)  # by image; empty: none has a label
+    captioned: set[str] = field(default_factory=set)  # the files that have captions
     left_out: tuple[NamedGroup, ...] = ()
 
 
-def read_metadata(url: str, files: SourceFiles, options: PackConfig) -> Metadata:
-    """Read all metadata files below `url`. Raises DatasetError, which names file and line."""
+def read_metadata(
+    url: str, files: SourceFiles, options: PackConfig, collector: CaptionCollector
+) -> Metadata:
+    """Read all metadata files below `url`; `collector` gets their captions.
+
+    Raises DatasetError, which names file and line.
+    """
     found = Metadata(list(files.metadata))
     named: set[str] = set()
     missing: list[str] = []
@@ -52,19 +60,24 @@ def read_metadata(url: str, files: SourceFiles, options: PackConfig) -> Metadata
                 problem = f"line {line} has no {FILE_NAME}"
                 raise DatasetError(where, problem, f"name the image's file in {FILE_NAME}")
             image = posixpath.normpath(posixpath.join(posixpath.dirname(file), name))
-            columns.setdefault(file, set()).update(row.keys() - {FILE_NAME, label_key})
+            caption_key = None if options.captions else caption_key_of(row, options, where)
+            found.captioned |= {file} if caption_key else set()
+            used = {FILE_NAME, label_key, caption_key}
+            columns.setdefault(file, set()).update(row.keys() - used)
             if image not in files.images:
                 missing.append(image)
                 if options.on_bad_image == "stop":
                     problem = f"line {line} names {name!r}, and there is no such image"
                     remedy = "add the image, delete the line, or use on_bad_image=skip"
                     raise DatasetError(where, problem, remedy)
-            elif image in named:
+                continue
+            label = _label(row.get(label_key), where, line)
+            if image in named and (caption_key is None or found.labels[image] != label):
                 problem = f"line {line} names {name!r} a second time"
                 raise DatasetError(where, problem, "delete one of the two")
-            else:
-                named.add(image)
-                found.labels[image] = _label(row.get(label_key), where, line)
+            named.add(image)
+            found.labels[image] = label
+            collector.add(image, row.get(caption_key or ""), where, f"line {line}: ")
     if options.label_key and files.metadata and not any(_known(found.labels)):
         problem = f"no row has a value in {options.label_key!r} (label_key)"
         raise DatasetError(url, problem, "check its spelling, or leave label_key empty")

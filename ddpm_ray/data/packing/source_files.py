@@ -8,6 +8,7 @@ links are listed by name and never opened.
 from __future__ import annotations
 
 import os
+import posixpath
 import re
 import stat
 from collections import defaultdict, deque
@@ -24,6 +25,7 @@ from ddpm_ray.storage.object_state import ObjectState
 
 TAR, TABLES = ".tar", (".parquet", ".arrow")
 METADATA = ("metadata.csv", "metadata.jsonl")
+CAPTIONS, TEXT = ("captions.tsv", "captions.jsonl"), ".txt"
 # Files and folders that operating systems and storage devices create.
 SYSTEM_NAMES = {"thumbs.db", "desktop.ini", "__macosx", "@eadir", "lost+found", "$recycle.bin"}
 SYSTEM_NAMES |= {"system volume information"}
@@ -62,13 +64,24 @@ class SourceFiles:
     tars: dict[str, ObjectState] = field(default_factory=dict)
     tables: dict[str, ObjectState] = field(default_factory=dict)
     metadata: dict[str, ObjectState] = field(default_factory=dict)
+    captions: dict[str, ObjectState] = field(default_factory=dict)
+    texts: dict[str, ObjectState] = field(default_factory=dict)
+    used: set[str] = field(default_factory=set)  # of captions and texts; the rest are other files
     folders: set[str] = field(default_factory=set)  # top-level folders; local sources only
     others: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
 
     @property
     def left_out(self) -> tuple[NamedGroup, ...]:
-        """Files that are no image, tar, table or metadata file."""
-        return named_groups(self.others.items())
+        """Files that are no image, tar, table or metadata file, and whose captions are not used."""
+        unused = [name for name in (*self.captions, *self.texts) if name not in self.used]
+        others = {**self.others, OTHER: [*self.others.get(OTHER, []), *unused]}
+        return named_groups(others.items())
+
+    def texts_of_images(self) -> dict[str, str]:
+        """Return the text file of each image that has one: of the same name but for the suffix."""
+        texts = {posixpath.splitext(name)[0]: name for name in self.texts}
+        stems = {image: posixpath.splitext(image)[0] for image in self.images}
+        return {image: texts[stem] for image, stem in stems.items() if stem in texts}
 
     def add(self, name: str, state: ObjectState) -> None:
         """Add a regular file to the group of its kind."""
@@ -81,6 +94,10 @@ class SourceFiles:
             self.tables[name] = state
         elif lower.rpartition("/")[2] in METADATA:
             self.metadata[name] = state
+        elif lower.rpartition("/")[2] in CAPTIONS:
+            self.captions[name] = state
+        elif lower.endswith(TEXT):
+            self.texts[name] = state
         else:
             self.others[_kind_of_other(lower)].append(name)
 

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from ddpm_ray.config.jobs.pack import PackConfig
 from ddpm_ray.data.dataset import INDEX, MANIFEST, DatasetError
-from ddpm_ray.data.packing import builtin_datasets
+from ddpm_ray.data.packing import builtin_datasets, caption_collector
 from ddpm_ray.data.packing.builtin_datasets import BuiltIn
 from ddpm_ray.data.packing.folder_source import folder_source
 from ddpm_ray.data.packing.image_files import is_image
@@ -45,9 +45,7 @@ def open_source(source: str, options: PackConfig | None = None) -> Source:
     """
     options = options or PackConfig()
     if source in builtin_datasets.NAMES:
-        name = cast(BuiltIn, source)
-        arrays = builtin_datasets.load_arrays(name, options.split, options.url, options.file_hashes)
-        return ArraySource(source, *arrays)
+        return _built_in(source, options)
     source = object_store.absolute(source, Path.cwd())  # tasks run in folders of their own
     if "://" not in source:
         _refuse_other_than_folder(source)
@@ -68,6 +66,13 @@ def open_source(source: str, options: PackConfig | None = None) -> Source:
         raise DatasetError(source, problem, "give the .tar or table itself, or move it elsewhere")
     for kind in ("tars", "tables"):
         refuse_splits(source, kind, kinds[kind])
+    return _source_of(source, files, options)
+
+
+def _source_of(source: str, files: SourceFiles, options: PackConfig) -> Source:
+    """Return the source with these files, which are of one kind. Raises DatasetError."""
+    if files.tars or files.tables:
+        _refuse_caption_file(source, options)
     if files.tars:
         return tar_source(source, files.tars, options, files.left_out)
     if files.tables:
@@ -111,6 +116,21 @@ class ArraySource:
         for n in samples:
             key = f"{self.name}-{n:06d}"
             yield Sample(key, int(self.labels[n]), self.images[n], key)
+
+
+def _built_in(source: str, options: PackConfig) -> ArraySource:
+    """Return a built-in data set."""
+    _refuse_caption_file(source, options)
+    name = cast(BuiltIn, source)
+    arrays = builtin_datasets.load_arrays(name, options.split, options.url, options.file_hashes)
+    return ArraySource(source, *arrays)
+
+
+def _refuse_caption_file(source: str, options: PackConfig) -> None:
+    """Raise DatasetError if the option `captions` names a file, which only folders can have."""
+    if options.captions not in ("", caption_collector.NONE):
+        problem = f"captions is {options.captions!r}, but its images have no file names"
+        raise DatasetError(source, problem, "leave captions empty; it is for folders of images")
 
 
 def _is_folder(source: str) -> bool:

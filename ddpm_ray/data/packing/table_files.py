@@ -79,6 +79,38 @@ def read_labels(url: str, file: TableFile, column: str) -> list[Label]:
     return found
 
 
+def read_captions_of(url: str, file: TableFile, column: str) -> Iterator[object]:
+    """Yield the caption, list of captions or None of each row. Raises DatasetError."""
+    rows = 0
+    with _one_line(url), file_source.open_object(url) as stream:
+        kind = file.schema.field(column).type
+        for values in _caption_batches(stream, file, column, _is_text(kind)):
+            rows += len(values)
+            if pa.types.is_dictionary(values.type):
+                known = values.dictionary.to_pylist()
+                indices = values.indices.to_pylist()
+                yield from (None if at is None else known[at] for at in indices)
+            else:
+                yield from (value.as_py() for value in values)
+        if rows != file.rows:
+            raise ArrowFileError(f"column {column!r} has {counted(rows, 'row')}, not {file.rows}")
+
+
+def _caption_batches(
+    stream: BinaryIO, file: TableFile, column: str, is_text: bool
+) -> Iterator[pa.Array]:
+    """Yield the values of a column of captions, a part of its rows at a time."""
+    if not _is_parquet(file.name):
+        for _, batch in _arrow_batches(stream, _arrow_schema(stream)):
+            yield batch.column(column)
+        return
+    # A dictionary page may refer to one long text a million times: texts stay in a dictionary, and
+    # lists are read one by one.
+    table = _parquet(stream, [column] if is_text else None)
+    for batch in table.iter_batches(LABELS_AT_ONCE if is_text else 1, columns=[column]):
+        yield batch.column(0)
+
+
 def read_image_files(url: str, file: TableFile, column: str, rows: range) -> Iterator[bytes]:
     """Yield the image file of each of these rows, b"" if it is null. Raises DatasetError."""
     with file_source.open_object(url) as stream:
@@ -103,8 +135,18 @@ def holds_labels(kind: pa.DataType) -> bool:
     """Return whether a column of this type can hold labels."""
     if pa.types.is_dictionary(kind):
         return holds_labels(kind.value_type)
-    text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
-    return bool(pa.types.is_integer(kind) or text)
+    return bool(pa.types.is_integer(kind) or _is_text(kind))
+
+
+def holds_captions(kind: pa.DataType) -> bool:
+    """Return whether a column of this type can hold captions: texts, or lists of them."""
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return _is_text(kind.value_type)
+    return _is_text(kind)
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
 def _images(stream: BinaryIO, file: TableFile, column: str, rows: range) -> Iterator[bytes]:

@@ -21,6 +21,11 @@ from ddpm_ray.config.jobs.pack import PackConfig
 from ddpm_ray.data.captions import caption_tuples, captions_digest
 from ddpm_ray.data.dataset import DatasetError
 from ddpm_ray.data.packing import class_names, table_files
+from ddpm_ray.data.packing.caption_collector import (
+    CaptionCollector,
+    caption_key_of,
+    require_caption_key,
+)
 from ddpm_ray.data.packing.class_names import Label
 from ddpm_ray.data.packing.file_source import version_of
 from ddpm_ray.data.packing.table_files import TableFile
@@ -69,15 +74,14 @@ class TableSource:
         for file in self.files:
             rows = range(max(samples.start - start, 0), min(samples.stop - start, file.rows))
             if rows:
-                name = printable_name(file.name)
                 url = object_store.join(self.url, file.name)
                 images = table_files.read_image_files(url, file, self.column, rows)
                 for row, image in zip(rows, images, strict=True):
                     fits = len(image) <= self.max_file_bytes
                     label = int(self.labels[start + row])
                     location = f"{url}: row {row} of column {self.column!r}"
-                    key, data = f"{name}:{row:06d}", image if fits else None
-                    yield Sample(key, label, data, location, next(captions))
+                    data = image if fits else None
+                    yield Sample(_key(file, row), label, data, location, next(captions))
             start += file.rows
 
 
@@ -93,6 +97,7 @@ def table_source(
     others: set[str] = set()
     names: tuple[str, ...] | None = None
     column = ""
+    captions, captioned = CaptionCollector(options), set[str]()
     for table, state in tables.items():
         url = object_store.join(folder, table)
         file = table_files.open_table(url, table, state.size)
@@ -103,12 +108,19 @@ def table_source(
             problem = f"its image column or its class names differ from those of {files[0].name}"
             raise DatasetError(url, problem, "pack tables with equal columns")
         column, names = chosen, stated
-        others |= set(file.schema.names) - {column, label}
+        texts = _caption_column(url, file.schema, options)
+        if texts:
+            captioned.add(texts)
+            for row, value in enumerate(table_files.read_captions_of(url, file, texts)):
+                captions.add(_key(file, row), value, url, f"row {row}: ")
+        others |= set(file.schema.names) - {column, label, texts}
         files.append(file)
         labels += table_files.read_labels(url, file, label) if label else [None] * file.rows
     if not labels:
         raise DatasetError(folder, "its tables have no rows", "give tables with images")
+    require_caption_key(bool(captioned), options, folder)
     label_names, numbers = _numbered(folder, labels, names)
+    keys = [_key(file, row) for file in files for row in range(file.rows)] if captioned else []
     return TableSource(
         folder,
         tuple(files),
@@ -116,9 +128,26 @@ def table_source(
         np.asarray(numbers, np.int64),
         label_names,
         options.max_file_bytes,
-        left_out + named_groups([(COLUMNS, others)]),
+        left_out + named_groups([(COLUMNS, others)]) + captions.left_out(keys),
         version_of(tables),
+        captions.column(keys),
     )
+
+
+def _key(file: TableFile, row: int) -> str:
+    """Return the key of the sample in a row."""
+    return f"{printable_name(file.name)}:{row:06d}"
+
+
+def _caption_column(url: str, schema: pa.Schema, options: PackConfig) -> str:
+    """Return the name of the column of captions; empty if there is none."""
+    if options.captions:
+        return ""
+    fitting = [field.name for field in schema if table_files.holds_captions(field.type)]
+    if (key := options.caption_key) in schema.names and key not in fitting:
+        problem = f"column {key!r} is {schema.field(key).type}, which cannot hold captions"
+        raise DatasetError(url, problem, "choose a column of texts, or lists of them: caption_key=")
+    return caption_key_of(fitting, options, url) or ""
 
 
 def _image_column(url: str, schema: pa.Schema, image_key: str) -> str:

@@ -1,7 +1,8 @@
 """Source for WebDataset tars: a sample is the files that share a name up to its first dot.
 
 Its image is the one file with an image suffix, its label the number in `.cls`, or the number or
-name in `.json` under "label" or "cls". Other members are listed as not packed.
+name in `.json` under "label" or "cls". Its captions are the lines of `.txt`, or, where caption_key
+is set or no sample has a `.txt`, those in `.json`. Other members are listed as not packed.
 """
 
 from __future__ import annotations
@@ -14,6 +15,11 @@ from dataclasses import dataclass, field
 from ddpm_ray.config.jobs.pack import PackConfig
 from ddpm_ray.data.dataset import DatasetError
 from ddpm_ray.data.packing import class_names
+from ddpm_ray.data.packing.caption_collector import (
+    CAPTION_KEYS,
+    CaptionCollector,
+    require_caption_key,
+)
 from ddpm_ray.data.packing.class_names import Label
 from ddpm_ray.data.packing.file_source import FileSource, Member, open_object, version_of
 from ddpm_ray.data.packing.image_files import is_image
@@ -23,7 +29,7 @@ from ddpm_ray.data.samples import NamedGroup, named_groups, printable_name
 from ddpm_ray.storage import object_store
 from ddpm_ray.storage.object_state import ObjectState
 
-MAX_LABEL_BYTES = 2**20
+MAX_LABEL_BYTES = 2**20  # of .cls, .json and .txt files
 LABEL_KEYS = ("label", "cls")  # keys of .json files, in order of preference
 
 SPECIAL = "links, devices and sparse files in tars"
@@ -41,6 +47,8 @@ class Contents:
     images: dict[str, dict[str, tuple[int, int]]] = field(default_factory=dict)
     cls_labels: dict[str, Label] = field(default_factory=dict)
     json_labels: dict[str, Label] = field(default_factory=dict)
+    texts: dict[str, bytes] = field(default_factory=dict)  # of .txt files
+    json_captions: dict[str, tuple[str, object]] = field(default_factory=dict)  # with their key
 
 
 def tar_source(
@@ -51,11 +59,12 @@ def tar_source(
 ) -> FileSource:
     """Return the samples of these tars, ordered by tar and key. Raises DatasetError."""
     found: list[tuple[Member, Label]] = []
+    captions: dict[str, Contents] = {}
     others: dict[str, list[str]] = defaultdict(list)
     json_keys: set[str] = set()
     for tar in sorted(tars):
         url = object_store.join(folder, tar)
-        contents = _read_tar(url, options, others, json_keys)
+        contents = captions[tar] = _read_tar(url, options, others, json_keys)
         found.extend(
             (Member(tar, key, -1, *image), _label(url, key, contents))
             for key in sorted(contents.images)
@@ -63,6 +72,8 @@ def tar_source(
         )
         labelled = contents.cls_labels.keys() | contents.json_labels.keys()
         others[NO_IMAGE] += sorted(labelled - contents.images.keys())
+    collector = _collected(folder, captions, options, json_keys)
+    names = [_name(member.file, member.key) for member, _ in found]
     left = left_out + named_groups([*others.items(), (OTHER_KEYS, json_keys)])
     if not found:
         contained = f" (they hold {'; '.join(map(str, left))})" if left else ""
@@ -85,7 +96,35 @@ def tar_source(
         member._replace(label=number) for (member, _), number in zip(found, numbers, strict=True)
     )
     version = version_of(tars)
-    return FileSource(folder, tuple(samples), label_names, options.max_file_bytes, left, version)
+    left += collector.left_out(names)
+    column = collector.column(names)
+    limit = options.max_file_bytes
+    return FileSource(folder, tuple(samples), label_names, limit, left, version, column)
+
+
+def _name(tar: str, key: str) -> str:
+    """Return the name of a sample among those of all tars."""
+    return f"{tar}: {key}"
+
+
+def _collected(
+    folder: str, tars: Mapping[str, Contents], options: PackConfig, json_keys: set[str]
+) -> CaptionCollector:
+    """Return the captions of all samples; adds keys of unused ones to `json_keys`."""
+    collector = CaptionCollector(options)
+    has_texts = any(contents.texts for contents in tars.values())
+    require_caption_key(any(c.json_captions for c in tars.values()), options, folder)
+    for tar, contents in tars.items():
+        url = object_store.join(folder, tar)
+        if has_texts:  # img2dataset writes the caption into both
+            json_keys.update(key for key, _ in contents.json_captions.values())
+            for key in contents.texts.keys() & contents.images.keys():
+                collector.add_lines(_name(tar, key), contents.texts[key], url, f"{key}.txt: ")
+            continue
+        for key in contents.json_captions.keys() & contents.images.keys():
+            value = contents.json_captions[key][1]
+            collector.add(_name(tar, key), value, url, f"{key}.json: ")
+    return collector
 
 
 def _read_tar(
@@ -93,6 +132,7 @@ def _read_tar(
 ) -> Contents:
     """Read the tar at `url`; members that belong to no sample are added to `others`."""
     contents = Contents()
+    reads_texts = not options.captions and not options.caption_key
     names: set[str] = set()
     with open_object(url) as stream:
         for info in members(stream, url):
@@ -113,13 +153,16 @@ def _read_tar(
             names.add(info.name)
             if is_image(f".{suffix}"):
                 contents.images.setdefault(key, {})[suffix] = info.offset_data, info.size
-            elif suffix in ("cls", "json"):
+            elif suffix in ("cls", "json") or (suffix == "txt" and reads_texts):
                 stream.seek(info.offset_data)
                 data = stream.read(min(info.size, MAX_LABEL_BYTES + 1))
-                if suffix == "cls":
-                    contents.cls_labels[key] = _cls_label(url, shown, data)
-                else:
-                    contents.json_labels[key] = _json_label(url, shown, data, options, json_keys)
+                match suffix:
+                    case "cls":
+                        contents.cls_labels[key] = _cls_label(url, shown, data)
+                    case "txt":
+                        contents.texts[key] = _text(url, shown, data)
+                    case _:
+                        _read_json(url, shown, key, data, options, contents, json_keys)
             else:
                 kind = f".{suffix} files in tars" if suffix else "files in tars without a suffix"
                 known = kind in others or len(others) < MAX_KINDS
@@ -165,10 +208,24 @@ def _cls_label(url: str, name: str, data: bytes) -> Label:
     return _checked(url, name, int(text))
 
 
-def _json_label(
-    url: str, name: str, data: bytes, options: PackConfig, json_keys: set[str]
-) -> Label:
-    """Return the label in a .json file, or None; its other keys are added to `json_keys`."""
+def _text(url: str, name: str, data: bytes) -> bytes:
+    """Return the bytes of a .txt file. Raises DatasetError."""
+    if len(data) > MAX_LABEL_BYTES:
+        problem = f"{name} has more than {MAX_LABEL_BYTES} bytes"
+        raise DatasetError(url, problem, "shorten it, or use captions=none")
+    return data
+
+
+def _read_json(
+    url: str,
+    name: str,
+    sample: str,
+    data: bytes,
+    options: PackConfig,
+    contents: Contents,
+    json_keys: set[str],
+) -> None:
+    """Add label and captions of a sample's .json file; other keys are added to `json_keys`."""
     if len(data) > MAX_LABEL_BYTES:
         problem = f"{name} has more than {MAX_LABEL_BYTES} bytes"
         raise DatasetError(url, problem, "put its label into a .cls file")
@@ -179,12 +236,20 @@ def _json_label(
         raise DatasetError(url, f"{name} is not JSON ({text})", "correct or remove it") from None
     if not isinstance(found, dict):
         json_keys.add(f"(a {type(found).__name__})")
-        return None
+        contents.json_labels[sample] = None
+        return
     wanted: Iterable[str] = (options.label_key,) if options.label_key else LABEL_KEYS
     label_key = next((key for key in wanted if key in found), None)
+    caption_key = None
+    if not options.captions:
+        keys = (options.caption_key,) if options.caption_key else CAPTION_KEYS
+        caption_key = next((key for key in keys if key in found), None)
+    if caption_key is not None:
+        contents.json_captions[sample] = caption_key, found[caption_key]
     if len(json_keys) < 10 * MAX_KINDS:
-        json_keys.update(found.keys() - {label_key})
-    return None if label_key is None else _checked(url, name, found[label_key])
+        json_keys.update(found.keys() - {label_key, caption_key})
+    label = None if label_key is None else _checked(url, name, found[label_key])
+    contents.json_labels[sample] = label
 
 
 def _checked(url: str, name: str, value: object) -> Label:
