@@ -7,10 +7,12 @@ from typing import Literal, TypeAlias
 
 from ddpm_ray.config.ema_widths import wrong_decays, wrong_snapshots
 from ddpm_ray.config.learning_rate import TO_ZERO, wrong_decay, wrong_warm_up
-from ddpm_ray.config.option_fields import option
+from ddpm_ray.config.option_fields import option, shown
 from ddpm_ray.config.reading.former_keys import Former
 
 CompileMode: TypeAlias = Literal["off", "default", "reduce-overhead", "max-autotune"]
+OF_DDP = {"gradient_compression": "none", "ddp_bucket_mb": 0.0, "ddp_static_graph": False}
+"""Options without effect unless reduction is mean, with their defaults."""
 FORMER_COMPILE = Former(  # a boolean, as values and as text on the command line
     choices=dict.fromkeys((True, "true", "True", "yes", "on"), "default")
     | dict.fromkeys((False, "false", "False", "no"), "off")
@@ -174,7 +176,8 @@ class TrainingConfig:
         at_least=0,
     )
     ddp_static_graph: bool = option(
-        False, "let DDP assume that each step uses the same operations (its static_graph)"
+        False,
+        "reduction=mean: let DDP assume that each step uses the same operations (its static_graph)",
     )
     precision: Literal["fp32", "bf16", "bf16_weights"] = option(
         "fp32",
@@ -253,12 +256,12 @@ class TrainingConfig:
                 f"training.keep_every_steps is {self.keep_every_steps}; it must be a multiple of "
                 f"training.checkpoint_every_steps {every}: try {near}"
             )
-        if self.reduction == "elastic" and self.gradient_compression != "none":
-            yield (
-                f"training.gradient_compression is {self.gradient_compression} and "
-                f"training.reduction elastic, which exchanges float32 alone: set one of the two to "
-                f"its default"
-            )
+        for key, default in OF_DDP.items():
+            if self.reduction == "elastic" and (value := getattr(self, key)) != default:
+                yield (
+                    f"training.{key} is {shown(value)} and training.reduction elastic, which does "
+                    f"not use DDP: set one of the two to its default"
+                )
         if self.ddp_static_graph and self.micro_batch_size:
             yield (
                 f"training.ddp_static_graph is true and training.micro_batch_size "

@@ -1,7 +1,9 @@
 """bfloat16 weights with float32 master weights: copies, gradients, loss, and two workers."""
 
 import multiprocessing
-from collections.abc import Iterator
+import statistics
+import time
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -92,15 +94,22 @@ def mean_loss(*keys: str) -> float:
         losses, *_ = run.objective.backward(run.network, batch, step, run.workers, 8)
         found.append(losses.mean().item())
         run.state.clip_gradients(1.0)
-        run.state.step_optimizers(1e-2, torch.tensor(True))
+        run.state.step_optimizers(2e-3, torch.tensor(True))
     return sum(found[20:]) / 20
 
 
 def test_the_loss_is_that_of_float32() -> None:
-    """With the same noise all that differs is rounding: less than the noise of another seed."""
-    exact, rounded, other = mean_loss(), mean_loss(BF16), mean_loss("seed=1")
-    assert exact < 0.7  # it has learned
-    assert abs(rounded - exact) < 0.5 * abs(other - exact)
+    """With the same noise all that differs is rounding: far less than between two seeds.
+
+    Of seeds 0 to 7 the losses differed by up to 0.0006, 0.0001 on average, and between seeds by
+    0.024 (standard deviation). With copies made anew in every second step, they differ by 0.058.
+    """
+    seeds = [f"seed={seed}" for seed in range(3)]
+    exact = [mean_loss(seed) for seed in seeds]
+    assert max(exact) < 0.75  # it has learned
+    apart = [mean_loss(BF16, seed) - loss for seed, loss in zip(seeds, exact, strict=True)]
+    assert max(map(abs, apart)) < 0.002
+    assert abs(statistics.fmean(apart)) < 0.2 * statistics.stdev(exact)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +117,15 @@ def test_the_loss_is_that_of_float32() -> None:
     [
         (
             ("training.reduction=elastic", "training.gradient_compression=bf16"),
-            "training.gradient_compression is bf16 and training.reduction elastic",
+            "training.gradient_compression is 'bf16' and training.reduction elastic, which does",
+        ),
+        (
+            ("training.reduction=elastic", "training.ddp_bucket_mb=4"),
+            "training.ddp_bucket_mb is 4.0 and training.reduction elastic, which does not use DDP",
+        ),
+        (
+            ("training.reduction=elastic", "training.ddp_static_graph=true"),
+            "training.ddp_static_graph is True and training.reduction elastic, which does not use",
         ),
         (  # an internal assertion of DDP at the second step
             ("training.micro_batch_size=2", "training.ddp_static_graph=true"),
@@ -168,6 +185,30 @@ def in_a_group(rank: int, folder: str, keys: tuple[str, ...], answer: Connection
     dist.destroy_process_group()
 
 
+def answers_of_two(work: Callable[..., None], *arguments: object) -> list[list[Tensor]]:
+    """Tensors that two processes send by `work(rank, *arguments, connection)`; both end in 60 s."""
+    context, started, found = multiprocessing.get_context("fork"), [], []
+    ends_at = time.monotonic() + 60
+    try:
+        for rank in (0, 1):
+            here, there = context.Pipe()
+            process = context.Process(target=work, args=(rank, *arguments, there))
+            process.start()
+            there.close()  # so that a worker that dies is the end of the pipe
+            started.append((process, here))
+        for _, here in started:
+            assert here.poll(max(0.0, ends_at - time.monotonic())), "a worker did not answer"
+            found.append([torch.from_numpy(one) for one in here.recv()])
+        for process, _ in started:
+            process.join(max(0.0, ends_at - time.monotonic()))
+            assert process.exitcode == 0, "a worker did not end"
+    finally:
+        for process, _ in started:
+            process.kill()
+            process.join()
+    return found
+
+
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize(
     "keys, error",
@@ -188,19 +229,10 @@ def test_two_workers_have_the_gradient_of_one(
     run = run_of(config_of(), CPU)
     filled(run.state)
     wanted = torch.cat([one.flatten() for one in gradients(run, Workers(), 8)])
-    context, found = multiprocessing.get_context("fork"), []
-    started: list[Any] = []
-    for rank in (0, 1):
-        here, there = context.Pipe()
-        process = context.Process(target=in_a_group, args=(rank, str(tmp_path), keys, there))
-        process.start()
-        started.append((process, here))
-    for process, here in started:
-        assert here.poll(60), "a worker did not answer"
-        arrays = [torch.from_numpy(one) for one in here.recv()]
+    found = []
+    for arrays in answers_of_two(in_a_group, str(tmp_path), keys):
         assert all(one.dtype == torch.float32 for one in arrays)
         found.append(torch.cat([one.flatten() for one in arrays]))
-        process.join()
     assert torch.equal(*found)
     assert (found[0] - wanted).norm() < error * wanted.norm()
 
