@@ -143,7 +143,7 @@ def _words(
             # Indices on a GPU are not checked, because the host would wait for them.
             if index.is_cpu and index.numel():
                 _require_word("index", *(int(end) for end in index.aminmax()))
-            if kernel := _kernel(index.device):
+            if kernel := _gpu_words(index.device):
                 if blocks is not None:
                     return kernel(index, step, int(purpose), seed, blocks)
                 first = kernel(index, step, int(purpose), seed, 1)
@@ -156,8 +156,8 @@ def _words(
 
 
 @cache
-def _kernel(device: torch.device) -> Callable[[Tensor, Step, int, int, int], Words] | None:
-    """The generator as one kernel of a GPU, which a step of training launches instead of hundreds.
+def _gpu_words(device: torch.device) -> Callable[[Tensor, Step, int, int, int], Words] | None:
+    """`philox_kernel.words` on a GPU: one kernel for each draw, where torch launches hundreds.
 
     None on other devices, and with a warning where it cannot run. It is tried once, on words that
     the host knows: only then does the host wait.

@@ -30,7 +30,6 @@ def words(
             _signed(seed),
             _signed(seed >> 32),
             blocks,
-            result.stride(0),
             isinstance(step, Tensor),
             size,
         )
@@ -43,9 +42,9 @@ def _signed(value: int) -> int:
 
 
 @triton.jit(  # type: ignore[untyped-decorator]
-    do_not_specialize=["step", "purpose", "key_0", "key_1", "blocks", "stride"]
+    do_not_specialize=["step", "purpose", "key_0", "key_1", "blocks"]
 )
-def _kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0913, PLR0917  # a kernel takes numbers
+def _kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0913, PLR0917
     result,
     index,
     step,
@@ -53,11 +52,11 @@ def _kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0913, PLR0917  # a kern
     key_0,
     key_1,
     blocks,
-    stride,
     on_device: tl.constexpr,
     size: tl.constexpr,
 ):
     """Write the four words of up to `size` blocks of one index."""
+    # A kernel cannot take objects: these are the fields of a counter, of a key and of two tensors.
     row = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1) * size + tl.arange(0, size)
     if on_device:
@@ -71,7 +70,7 @@ def _kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0913, PLR0917  # a kern
         c_0, c_1, c_2, c_3, key_0.to(tl.uint32), key_1.to(tl.uint32)
     )
     place, inside = result + row * blocks + block, block < blocks
-    stride = stride.to(tl.int64)
+    stride = tl.num_programs(0).to(tl.int64) * blocks  # of `result`
     tl.store(place, r_0.to(tl.int64), mask=inside)
     tl.store(place + stride, r_1.to(tl.int64), mask=inside)
     tl.store(place + 2 * stride, r_2.to(tl.int64), mask=inside)

@@ -170,7 +170,7 @@ def test_the_draws_of_a_step_are_few_launches_on_a_gpu(monkeypatch: pytest.Monke
         coin(1, Purpose.FLIP, 5, index)
 
     index, kernel = torch.arange(8, dtype=torch.int64), FakeKernel()
-    monkeypatch.setattr(counter_rng, "_kernel", lambda device: kernel)
+    monkeypatch.setattr(counter_rng, "_gpu_words", lambda device: kernel)
     draws()
     kernel.launches = 0
     with Operations() as counted:
@@ -187,9 +187,9 @@ def kernel_module(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     module, made = SimpleNamespace(), torch.tensor
     monkeypatch.setitem(sys.modules, "ddpm_ray.philox_kernel", module)
     monkeypatch.setattr(torch, "tensor", lambda values, device: made(values))
-    counter_rng._kernel.cache_clear()
+    counter_rng._gpu_words.cache_clear()
     yield module
-    counter_rng._kernel.cache_clear()
+    counter_rng._gpu_words.cache_clear()
 
 
 def no_compiler(*arguments: Any) -> Any:
@@ -216,7 +216,7 @@ def test_a_kernel_that_does_not_run_is_replaced(
 ) -> None:
     kernel_module.words = words
     with caplog.at_level(logging.WARNING):
-        found = [counter_rng._kernel(CUDA) for _ in range(2)]
+        found = [counter_rng._gpu_words(CUDA) for _ in range(2)]
     assert found == [None if said else words] * 2
     assert len(caplog.records) == (1 if said else 0)
     assert said is None or re.search(said, caplog.text)

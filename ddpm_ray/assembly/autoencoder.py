@@ -6,8 +6,7 @@ from typing import assert_never
 import torch
 from torch import nn
 
-from ddpm_ray.assembly.compilation import uses_cuda_graphs
-from ddpm_ray.assembly.diffusion import memory_format
+from ddpm_ray.assembly.diffusion import gradient_settings, memory_format
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.evaluation.features.inception import LEAST_SIDE
@@ -74,7 +73,7 @@ def autoencoder_objective(
     config: RunConfig, state: TrainingState, device: torch.device, cache: Path
 ) -> AutoencoderObjective:
     """The training objective of `state`'s autoencoder; `cache`: folder of downloaded weights."""
-    wanted, training, model = config.autoencoder, config.training, state.model
+    wanted, model = config.autoencoder, state.model
     assert isinstance(model, Autoencoder)
     perceptual = _perceptual(config, device, cache) if wanted.perceptual_weight else None
     return AutoencoderObjective(
@@ -89,11 +88,8 @@ def autoencoder_objective(
         adversary_from_step=wanted.discriminator_from_step,
         adversary_weight=wanted.discriminator_weight,
         flip=config.data.flip,
-        memory_format=memory_format(training),
-        bf16=training.precision == "bf16",
-        weights=state.weights,
-        slots=training.reduction_slots if training.reduction == "elastic" else 0,
-        cuda_graphs=uses_cuda_graphs(training.compile),
+        memory_format=memory_format(config.training),
+        **gradient_settings(config.training, state),
     )
 
 

@@ -1,7 +1,7 @@
 """Build the diffusion objects from the options: one `match` per choice."""
 
 from functools import partial
-from typing import assert_never
+from typing import TypedDict, assert_never
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from ddpm_ray.models.unet import UNet
 from ddpm_ray.sampling.conditioning import ConditioningSpec
 from ddpm_ray.sampling.denoiser import Denoiser
 from ddpm_ray.sampling.sampling import sampling_plan as sampling_plan
+from ddpm_ray.training.bf16_weights import Bf16Weights
 from ddpm_ray.training.noising import ChooseSteps, NoisingRecipe
 from ddpm_ray.training.objective import Objective
 from ddpm_ray.training.state import TrainingState
@@ -106,9 +107,28 @@ def memory_format(config: TrainingConfig) -> torch.memory_format:
     return torch.channels_last if config.channels_last else torch.contiguous_format
 
 
+class GradientSettings(TypedDict):
+    """Fields of every objective: how its network computes, and how gradients are summed."""
+
+    bf16: bool
+    weights: Bf16Weights | None
+    slots: int
+    cuda_graphs: bool
+
+
+def gradient_settings(config: TrainingConfig, state: TrainingState) -> GradientSettings:
+    """The settings of the objective of `state`'s network."""
+    return GradientSettings(
+        bf16=config.precision == "bf16",
+        weights=state.weights,
+        slots=config.reduction_slots if config.reduction == "elastic" else 0,
+        cuda_graphs=uses_cuda_graphs(config.compile),
+    )
+
+
 def objective(config: RunConfig, state: TrainingState, device: torch.device) -> Objective:
     """The training objective of `state`'s network."""
-    wanted, training = config.objective, config.training
+    wanted = config.objective
     parameterization = model_parameterization(wanted, noise_schedule(config.schedule).to(device))
     return Objective(
         noising_recipe(config, parameterization, state),
@@ -120,10 +140,7 @@ def objective(config: RunConfig, state: TrainingState, device: torch.device) -> 
         uncertainty=uncertainty(state.model) if wanted.weighting == "uncertainty" else None,
         classifies=config.traits.predicts_labels,
         reseed_dropout=config.model.dropout > 0,
-        bf16=training.precision == "bf16",
-        weights=state.weights,
-        slots=training.reduction_slots if training.reduction == "elastic" else 0,
-        cuda_graphs=uses_cuda_graphs(training.compile),
+        **gradient_settings(config.training, state),
     )
 
 

@@ -40,7 +40,7 @@ OF_RUNS = (  # that only runs use
     "validation_every_steps",
     "validation_images",
 )
-OF_DENOISERS = (  # options of scores that an autoencoder does not have
+OF_DENOISERS = (  # also those of OF_EVALUATE: options of scores that an autoencoder does not have
     "kernel_distance",
     "kernel_distance_images",
     "precision_recall",
@@ -162,10 +162,14 @@ class EvaluationConfig:
         100, "evaluate only: Heun steps of the probability-flow ODE, 2 to T", at_least=1
     )
 
+    def set_of(self, keys: Sequence[str]) -> list[str]:
+        """Those of the options `keys` that are not at their defaults."""
+        default = EvaluationConfig()
+        return [key for key in keys if getattr(self, key) != getattr(default, key)]
+
     def unused(self, keys: Sequence[str], remedy: str) -> str:
         """One line on those of the options `keys` that are set, but not used; empty if none is."""
-        default = EvaluationConfig()
-        found = [f"evaluation.{key}" for key in keys if getattr(self, key) != getattr(default, key)]
+        found = [f"evaluation.{key}" for key in self.set_of(keys)]
         return f"not used here: {', '.join(found)}; {remedy}" if found else ""
 
     def problems_of_arithmetic(self, task: str) -> Iterator[str]:

@@ -59,6 +59,7 @@ class _BFloat16GroupNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, activates: bool
     ) -> Tensor:
+        """The norm of x in bfloat16, with SiLU if it `activates`; keeps x, not the result."""
         y, mean, rstd = _normalised(x, weight, bias, groups, eps)
         ctx.save_for_backward(x, weight, bias, mean, rstd)
         ctx.groups, ctx.eps, ctx.activates = groups, eps, activates
@@ -67,6 +68,7 @@ class _BFloat16GroupNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of x (bfloat16), weight and bias (float32), where asked, and 3 times None."""
         x, weight, bias, mean, rstd = ctx.saved_tensors
         mixed = x.device.type in MIXED_DTYPES
         if ctx.activates:

@@ -36,6 +36,7 @@ class GradientAllReduce:
         assert work is not None  # all_reduce is asynchronous
 
         def keep(future: torch.futures.Future[list[Tensor]]) -> Tensor:
+            """The bucket's buffer for DDP; the mean gradients are kept in the master weights."""
             total.copy_(future.value()[0])
             for master, view in zip(masters, views, strict=True):
                 master.grad = view

@@ -234,7 +234,7 @@ def test_the_run_of_an_autoencoder_encodes_and_draws_no_images(tmp_path: Path) -
 
 def test_scores_of_denoisers_are_refused_for_an_autoencoder() -> None:
     wanted = EvaluationConfig(num_images=9, likelihood_images=5, precision_recall=True)
-    with pytest.raises(ConfigError, match=r"likelihood_images is 5.*\n.*precision_recall is true"):
+    with pytest.raises(ConfigError, match=r"likelihood_images is 5.*\n.*precision_recall is True"):
         require_reconstruction_scores(wanted)
 
 

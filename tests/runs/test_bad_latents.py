@@ -198,11 +198,11 @@ def test_a_diffusers_folder_of_an_autoencoder_is_scored(places: Places, said: Sa
 
 
 def test_an_autoencoder_has_no_scores_of_samples(places: Places, said: Said) -> None:
-    words = "evaluation.extrapolate=true", "evaluation.reference_url=a"
+    words = "evaluation.kernel_distance=false", "evaluation.reference_url=a"
     code, lines = said(evaluate.JOB, places.autoencoder, *words)
     assert code == WRONG_CONFIG
-    assert "evaluation.extrapolate is true; it is a score of denoisers" in lines[-2]
-    assert "evaluation.reference_url is a; reconstructions are compared with the" in lines[-1]
+    assert "evaluation.kernel_distance is False; it belongs to scores of denoisers" in lines[-2]
+    assert "evaluation.reference_url is 'a'; it belongs to scores of denoisers" in lines[-1]
 
 
 @pytest.mark.parametrize(

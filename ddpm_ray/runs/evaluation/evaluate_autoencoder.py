@@ -5,9 +5,10 @@ from typing import Any
 from ddpm_ray.assembly import checkpoint_loading, scoring
 from ddpm_ray.assembly.autoencoder_loading import trained_autoencoder
 from ddpm_ray.collectives import Workers
-from ddpm_ray.config.evaluation import EvaluationConfig
+from ddpm_ray.config.evaluation import OF_DENOISERS, OF_EVALUATE, EvaluationConfig
 from ddpm_ray.config.jobs.evaluate import EvaluateConfig
 from ddpm_ray.config.loading import ConfigError
+from ddpm_ray.config.option_fields import shown
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.dataset import open_dataset
 from ddpm_ray.data.packing.latent_packer import encoded_shape
@@ -28,22 +29,12 @@ def autoencoder_run(model_uri: str) -> RunConfig | None:
 
 
 def require_reconstruction_scores(wanted: EvaluationConfig) -> None:
-    """Raise ConfigError with a line for each score that an autoencoder does not have."""
+    """Raise ConfigError with a line for each option of a score that an autoencoder lacks."""
     problems = [
-        f"evaluation.{key} is {getattr(wanted, key)}; it is a score of denoisers: set it to 0"
-        for key in ("bits_per_dim_images", "likelihood_images", "memorisation_images")
-        if getattr(wanted, key)
+        f"evaluation.{key} is {shown(getattr(wanted, key))}; it belongs to scores of denoisers: "
+        "leave it out"
+        for key in wanted.set_of(OF_EVALUATE + OF_DENOISERS)
     ]
-    problems += [
-        f"evaluation.{key} is true; it is a score of denoisers: leave it out"
-        for key in ("precision_recall", "extrapolate")
-        if getattr(wanted, key)
-    ]
-    if wanted.reference_url:
-        problems.append(
-            f"evaluation.reference_url is {wanted.reference_url}; reconstructions are compared "
-            "with the images of data_url: leave it out"
-        )
     problems += wanted.problems_of_arithmetic("autoencoder")
     if problems:
         raise ConfigError("\n".join(problems))
