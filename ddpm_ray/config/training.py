@@ -181,8 +181,8 @@ class TrainingConfig:
     )
     precision: Literal["fp32", "bf16", "bf16_weights"] = option(
         "fp32",
-        "arithmetic of the network; bf16: autocast of fp32 weights; bf16_weights: bf16 weights, "
-        "with fp32 master weights in the optimiser and in checkpoints: faster, less memory",
+        "arithmetic of the network; bf16_weights: bf16 copies of the weights, while optimiser and "
+        "checkpoints keep fp32, for GPUs with bf16 units; bf16: autocast, for runs that began so",
         defines_run=True,
         may_change=True,
     )
