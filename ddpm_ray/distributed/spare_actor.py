@@ -14,8 +14,12 @@ from ddpm_ray.redaction import counted
 
 POLL_S = 0.5
 PING_EVERY_S = 2.0
+WAITS = "waits for free resources or the start of its process"
 
 Work: TypeAlias = Callable[[Any], Any]
+Report: TypeAlias = Callable[[str], None]
+Build: TypeAlias = Callable[[Any, Report], Work]
+"""From settings, and what takes the activity of the work in words, as "draws the grid"."""
 
 
 class NoSpareResourcesError(RuntimeError):
@@ -43,29 +47,35 @@ class SpareClosedError(RuntimeError):
 class _SpareProcess:
     """The actor; its calls run in two threads, of which one answers pings."""
 
-    def __init__(self, build: Callable[[Any], Work], settings: Any) -> None:
+    def __init__(self, build: Build, settings: Any) -> None:
         self._build, self._settings = build, settings
         self._work: Work | None = None
+        self._activity, self._since_s = "", 0.0
 
-    def ping(self) -> None:
-        """Answer."""
+    def ping(self) -> tuple[str, float]:
+        """Return the activity of the work, and for how many seconds it has lasted."""
+        return self._activity, time.monotonic() - self._since_s
+
+    def _report(self, activity: str) -> None:
+        self._activity, self._since_s = activity, time.monotonic()
 
     def call(self, argument: Any) -> Any:
         """Return the result of the work; the first call builds the work and raises its errors."""
+        self._report("starts")
         if self._work is None:
-            self._work = self._build(self._settings)
+            self._work = self._build(self._settings, self._report)
         return self._work(argument)
 
 
 class SpareActor:
-    """Calls `build(settings)(argument)` in an actor, which is started at the first call.
+    """Calls `build(settings, report)(argument)` in an actor, which starts at the first call.
 
     Ray ends the actor with the process that holds this object.
     """
 
     def __init__(
         self,
-        build: Callable[[Any], Work],
+        build: Build,
         settings: Any,
         config: ClusterConfig,
         environment: Mapping[str, str],
@@ -73,6 +83,7 @@ class SpareActor:
         self._build, self._settings, self._config = build, settings, config
         self._environment = dict(environment)
         self._actor: Any = None
+        self._activity = WAITS
         self._closed = threading.Event()
 
     def call(self, argument: Any) -> Any:
@@ -96,9 +107,13 @@ class SpareActor:
             if not finished:
                 self.release()
 
+    def activity(self) -> str:
+        """What the process did, and for how long, when it last answered a ping."""
+        return self._activity
+
     def release(self) -> None:
         """End the actor; the next call starts another one."""
-        actor, self._actor = self._actor, None
+        actor, self._actor, self._activity = self._actor, None, WAITS
         if actor is not None:
             ray.kill(actor)
 
@@ -133,6 +148,8 @@ class SpareActor:
             silent_s = time.monotonic() - asked_s
             if ray.wait([ping], timeout=0)[0]:
                 if silent_s > PING_EVERY_S:
+                    activity, lasted_s = ray.get(ping)
+                    self._activity = f"{activity} (for {lasted_s:.0f} s)"
                     ping, asked_s = self._actor.ping.remote(), time.monotonic()
             elif silent_s > self._config.stall_timeout_s:
                 raise SpareProcessLostError(f"does not answer for {silent_s:.0f} s")

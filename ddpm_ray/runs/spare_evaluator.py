@@ -73,8 +73,13 @@ def spare_evaluations(
     )
 
 
-def spare_evaluator(settings: dict[str, Any]) -> Callable[[Request], str]:
-    """Build the function that evaluates requests in a process of its own; see SpareActor."""
+def spare_evaluator(
+    settings: dict[str, Any], report: Callable[[str], None] = lambda _: None
+) -> Callable[[Request], str]:
+    """Build the function that evaluates requests in a process of its own; see SpareActor.
+
+    `report` takes what it does, in words.
+    """
     config = from_dict(RunConfig, settings["config"])
     configure_process(config)
     device = torch.device("cuda" if config.cluster.gpus_per_worker else "cpu")
@@ -88,7 +93,7 @@ def spare_evaluator(settings: dict[str, Any]) -> Callable[[Request], str]:
     without = replace(config, evaluation=replace(config.evaluation, validation_every_steps=0))
     folder = settings["folder"]
     outputs = training_outputs(without, folder, dataset, codec, state, workers, result)
-    return partial(_evaluate, config, state, outputs, result, evaluation_store(folder))
+    return partial(_evaluate, config, state, outputs, result, evaluation_store(folder), report)
 
 
 def _evaluate(
@@ -97,6 +102,7 @@ def _evaluate(
     outputs: TrainingOutputs,
     result: EvaluationResult,
     store: EvaluationStore,
+    report: Callable[[str], None],
     request: Request,
 ) -> str:
     """Evaluate the stored weights of a step and store the result, unless it is there.
@@ -113,17 +119,25 @@ def _evaluate(
     state.facts = _with_history(state.facts, request)
     state.step = step
     result.clear()
-    draw_requested(outputs, request)
+    draw_requested(outputs, request, report)
     result.scores = state.scores if "scores" in request["outputs"] else {}
     store.save_result(step, digest, result)
     return digest
 
 
-def draw_requested(outputs: TrainingOutputs, request: Request) -> None:
-    """Draw and score what `request` asks for."""
-    acts = {"grid": outputs.draw_grid, "strip": outputs.draw_strip, "scores": outputs.evaluate}
+def draw_requested(
+    outputs: TrainingOutputs, request: Request, report: Callable[[str], None] = lambda _: None
+) -> None:
+    """Draw and score what `request` asks for; `report` takes what is done, before it is done."""
+    acts = {
+        "grid": ("draws the grid", outputs.draw_grid),
+        "strip": ("draws the strip", outputs.draw_strip),
+        "scores": ("computes scores", outputs.evaluate),
+    }
     for output in request["outputs"]:
-        acts[output](request["step"])
+        activity, act = acts[output]
+        report(activity)
+        act(request["step"])
 
 
 def evaluate_on_workers(

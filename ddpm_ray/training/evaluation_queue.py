@@ -29,6 +29,10 @@ class Evaluator(Protocol):
         """Return the digest of the stored result; raises the error of the evaluation."""
         ...
 
+    def activity(self) -> str:
+        """Return what the process does, and for how long: `computes scores (for 290 s)`."""
+        ...
+
     def release(self) -> None:
         """Free the resources: nothing waits for an evaluation."""
         ...
@@ -76,6 +80,12 @@ class EvaluationQueue:
             finished = list(self._finished)
             self._finished.clear()
             return finished
+
+    def current(self) -> str:
+        """Return the step that is evaluated now, and what the evaluator does, in words."""
+        with self._changed:
+            steps = [request["step"] for request in self._waiting]
+        return f"step {steps[0]} {self.evaluator.activity()}" if steps else "none is evaluated"
 
     def close(self) -> None:
         """End the evaluator and the thread; requests that wait are not evaluated.

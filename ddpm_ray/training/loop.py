@@ -156,10 +156,11 @@ def wait_for_evaluations(run: Run, spare: SpareEvaluations, free_slots: int) -> 
 
     Returns the driver's command. Reports go on meanwhile, so no collective operation waits long.
     """
-    command = Command.NONE
+    command, began_s = Command.NONE, time.monotonic()
     while spare.free_slots() < free_slots and command is not Command.STOP:
         spare.deliver(last_step=run.is_finished(), wait_s=WAIT_S)
         command = max(command, report(run))
+        spare.log_long_wait(time.monotonic() - began_s)
     return command
 
 

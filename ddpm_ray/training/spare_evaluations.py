@@ -26,6 +26,7 @@ from ddpm_ray.training.tensor_file import packed
 log = logging.getLogger(__name__)
 
 MAX_OUTSTANDING = 3  # evaluations: one runs, two wait; each stores an EMA in the run's folder
+STILL_WAITING_S = 300.0  # between lines of a wait for evaluations
 
 
 class EvaluationFailedError(RuntimeError):
@@ -54,6 +55,7 @@ class SpareEvaluations:
     sink: Sink | None  # on the main worker
     check_lease: Callable[[], None] = lambda: None  # raises once another process continues the run
     _logged: set[str] = field(default_factory=set)
+    _periods: int = 0  # of STILL_WAITING_S, in the present wait
     _delivered: list[int] = field(default_factory=list)  # steps since the last save
 
     def resume(self) -> None:
@@ -153,11 +155,24 @@ class SpareEvaluations:
         if self.queue is not None and consequence not in self._logged:
             self._logged.add(consequence)
             log.warning(
-                "%s outstanding, the most there may be: %s; to avoid it, evaluate fewer images or "
-                "less often",
+                "%s outstanding, the most there may be (%s): %s; to avoid it, evaluate fewer "
+                "images or less often",
                 self._listed(),
+                self.queue.current(),
                 consequence % step,
             )
+
+    def log_long_wait(self, waited_s: float) -> None:
+        """Log every STILL_WAITING_S of a wait for evaluations which one runs, and since when."""
+        periods = int(waited_s / STILL_WAITING_S)
+        if self.queue is not None and periods > self._periods:
+            log.info(
+                "still waiting, for %.0f s, for %s: %s",
+                waited_s,
+                self._listed(),
+                self.queue.current(),
+            )
+        self._periods = periods
 
     def log_wait_at_end(self) -> None:
         """Log that the run's end waits for evaluations."""

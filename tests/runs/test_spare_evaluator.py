@@ -110,12 +110,14 @@ def test_elsewhere_the_results_have_the_bits_of_the_step(
 ) -> None:
     """Whatever the process computed before; what is stored already is not computed again."""
     run = Evaluated(task, tmp_path, data)
-    evaluate = spare_evaluator(run.settings)
+    activities = list[str]()
+    evaluate = spare_evaluator(run.settings, activities.append)
     other = run.request | {"step": STEP - 10}
     run.store.save_weights(STEP - 10, {k: v + 1 for k, v in run.state.ema.state_dict().items()})
     others = run.store.result(STEP - 10, evaluate(other))
     digest = evaluate(run.request)
     assert_equal(run.store.result(STEP, digest), run.here)
+    assert activities == ["draws the grid", "draws the strip", "computes scores"] * 2
     assert others.scores["metrics"] != run.here.scores["metrics"]
 
     def write(*_: Any) -> None:

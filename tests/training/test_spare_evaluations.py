@@ -5,6 +5,7 @@ The spare process is a thread here, or nothing; tests/runs/test_spare_evaluation
 
 import contextlib
 import hashlib
+import re
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -19,7 +20,7 @@ from PIL import Image
 from ddpm_ray.collectives import Workers
 from ddpm_ray.reporting import Command, Progress, Row
 from ddpm_ray.storage.errors import StorageError
-from ddpm_ray.training import evaluation_queue, loop
+from ddpm_ray.training import evaluation_queue, loop, spare_evaluations
 from ddpm_ray.training.evaluation_queue import EvaluationQueue, Request
 from ddpm_ray.training.evaluation_store import (
     EvaluationResult,
@@ -103,6 +104,9 @@ class Process:
             draw(result, step)
         self.store.save_result(step, digest, result)
         return digest
+
+    def activity(self) -> str:
+        return "computes scores (for 7 s)"
 
     def release(self) -> None: ...
 
@@ -269,7 +273,10 @@ def test_no_more_than_the_bound_are_outstanding_and_none_is_left_out(
     assert max(most) == MAX_OUTSTANDING
     assert sink.timeless() == wanted.timeless()
     assert caplog.text.count("training waits at step") == 1
-    assert "3 evaluations (steps 2, 3, 4) outstanding, the most there may be" in caplog.text
+    assert (
+        "3 evaluations (steps 2, 3, 4) outstanding, the most there may be (step 2 computes s"
+        in (caplog.text)
+    )
 
 
 def test_the_workers_draw_the_grids_that_cannot_be_queued(
@@ -514,6 +521,46 @@ def test_a_stop_while_the_last_step_waits_leaves_its_evaluations(
     assert not complete(run)
     assert len(waited) == 1
     assert [one["step"] for one in run.state.outstanding] == [2, 4, 6, 8]
+
+
+def test_a_long_wait_is_reported_again_and_again_with_what_is_computed(
+    data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As of an evaluation that hangs while its process answers pings; here 3 lines for 4 steps."""
+    caplog.set_level("INFO")
+    monkeypatch.setattr(loop, "WAIT_S", 0.01)
+    monkeypatch.setattr(spare_evaluations, "STILL_WAITING_S", 0.03)
+    run, process = start(data, tmp_path, Pictures(), runs=False)
+    plan = replace(run.plan, grid_every_steps=0, evaluate_every_steps=4)
+    run = replace(run, plan=plan)
+    waits = re.compile(
+        r"still waiting, for \d+ s, for 2 evaluations \(steps 4, 8\): step 4 computes scores"
+    )
+
+    def show(progress: Progress) -> Command:
+        if len(waits.findall(caplog.text)) == 3:
+            process.allowed.set()
+        return Command.NONE
+
+    run.show_progress = show
+    assert complete(run)
+    assert len(waits.findall(caplog.text)) >= 3
+
+
+def test_lines_of_a_wait_come_once_in_each_period(
+    data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    run, _ = start(data, tmp_path, Pictures(), runs=False)
+    assert run.spare is not None
+    lines = list[int]()
+    for waited_s in (0, 299, 300, 301, 599, 650, 900, 5, 299, 301):  # the second wait begins at 5
+        caplog.clear()
+        run.spare.log_long_wait(waited_s)
+        if f"still waiting, for {waited_s} s, for 0 evaluations" in caplog.text:
+            lines.append(waited_s)
+    assert lines == [300, 650, 900, 301]
+    run.spare.close()
 
 
 def test_weights_that_cannot_be_stored_end_the_wait_for_them(
