@@ -18,7 +18,7 @@ from PIL import Image
 from torch import nn
 
 import ddpm_ray
-from ddpm_ray.assembly import diffusion, training_run
+from ddpm_ray.assembly import diffusion, run_config, training_run
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.jobs.pack import PackConfig
 from ddpm_ray.config.loading import load_config, to_dict
@@ -27,8 +27,9 @@ from ddpm_ray.config.sampling import SamplingSettings
 from ddpm_ray.data.codec import PIXELS
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.data.packing import packer
+from ddpm_ray.data.tokenizer import Tokenizer
 from ddpm_ray.sampling.gif import Film
-from ddpm_ray.sampling.image_grid import grid
+from ddpm_ray.sampling.image_grid import grid_of_samples, legible_font_pixels
 from ddpm_ray.storage import object_store
 from ddpm_ray.tracking.pyfunc_model import _load_pyfunc
 from ddpm_ray.training.checkpoints import CheckpointStore
@@ -58,6 +59,14 @@ TINY = (
     "objective.loss=hybrid",
 )
 GUIDED = ("sampling.guidance_scale=3",)
+TEXT = (
+    "text.encoder=transformer",
+    "text.length=6",
+    "text.width=8",
+    "text.depth=1",
+    "text.heads=2",
+)
+PROMPTED = (*TEXT, "sampling.prompts=[a cat,a dog]")
 OPTIONS: list[tuple[str, tuple[str, ...]]] = [  # what is set, beside what
     *(
         (f"sampling.sampler={name}", ())
@@ -78,6 +87,8 @@ OPTIONS: list[tuple[str, tuple[str, ...]]] = [  # what is set, beside what
     ("sampling.guidance_rescale=0.9", GUIDED),
     ("sampling.guidance_above_sigma=1", GUIDED),
     ("sampling.guidance_below_sigma=1", GUIDED),
+    ("sampling.prompts=[a cat,a dog,a bird]", TEXT),
+    ("sampling.negative_prompt=a bird", (*PROMPTED, *GUIDED)),
 ]
 Pixels = npt.NDArray[np.uint8]
 
@@ -88,12 +99,16 @@ def saved_run(folder: Path, *overrides: str, **facts: Any) -> tuple[str, Pixels]
     shape = ImageShape(4, 4, 1)
     known = {"config": to_dict(config), "image_shape": list(shape), "data_fingerprint": "f"}
     known |= {"label_names": list(NAMES)} | facts
+    tokenizer = Tokenizer.trained(["a cat", "a dog", "a bird"], 300, 6)
+    if config.takes_text:
+        known |= run_config.tokenizer_facts(tokenizer)
     state = training_run.training_state(config, shape, CPU, known)
     generator = torch.Generator().manual_seed(3)
     for parameter in state.ema.model.parameters():
         nn.init.normal_(parameter, std=0.3, generator=generator)
     CheckpointStore(str(folder / "checkpoints")).save(state.snapshot([]))
-    denoiser = diffusion.denoiser(config, state.ema.model, CPU, PIXELS)
+    text = tokenizer if config.takes_text else None
+    denoiser = diffusion.denoiser(config, state.ema.model, CPU, PIXELS, text)
     plan = diffusion.sampling_plan(config.sampling, denoiser.schedule, NAMES)
     wall, workers = Wall(), Workers(0, 1, CPU)
     place, size = str(folder / "pictures"), config.sampling.batch_size
@@ -102,7 +117,8 @@ def saved_run(folder: Path, *overrides: str, **facts: Any) -> tuple[str, Pixels]
             0
         )
     picture = np.asarray(wall.pictures["samples", 0])
-    return str(folder), picture[-picture.shape[1] :]  # without the caption above the square grid
+    title = round(1.4 * legible_font_pixels(picture.shape[1]))
+    return str(folder), picture[title:]
 
 
 @pytest.mark.parametrize("option, next_to", OPTIONS, ids=str)
@@ -112,16 +128,22 @@ def test_a_notebook_draws_what_the_runs_own_grid_shows(
     """For each option of the group; without it the images are others."""
     run, own = saved_run(tmp_path / "run", *next_to, option)
     _, without = saved_run(tmp_path / "without", *next_to)
-    assert (own != without).any()
+    assert not np.array_equal(own, without)
     model = ddpm_ray.load(Path(run))
-    assert np.array_equal(np.asarray(grid(model.sample(GRID_IMAGES))), own)
+    prompts = model.settings.prompts
+    assert np.array_equal(shown(model.sample(GRID_IMAGES), prompts), own)
     served = _load_pyfunc(object_store.join(run, "checkpoints"))
-    assert np.array_equal(np.asarray(grid(served.predict({"num_images": GRID_IMAGES}))), own)
+    assert np.array_equal(shown(served.predict({"num_images": GRID_IMAGES}), prompts), own)
     name, _, value = option.removeprefix("sampling.").partition("=")
     other = ddpm_ray.load(tmp_path / "without")
     given: Any = load_config(RunConfig, None, [*TINY, *next_to, option]).sampling
     drawn = other.sample(GRID_IMAGES, **{name: getattr(given, name)})
-    assert np.array_equal(np.asarray(grid(drawn)), own), value
+    assert np.array_equal(shown(drawn, prompts), own), value
+
+
+def shown(images: Any, prompts: tuple[str, ...]) -> Pixels:
+    """The pixels of the grid of these samples."""
+    return np.asarray(grid_of_samples(images, prompts))
 
 
 def test_every_option_of_the_group_is_an_argument_and_has_been_tried() -> None:

@@ -108,7 +108,7 @@ class SpareActor:
                 self.release()
 
     def activity(self) -> str:
-        """What the process did, and for how long, when it last answered a ping."""
+        """Return what the process did, and for how long, when it last answered a ping."""
         return self._activity
 
     def release(self) -> None:
