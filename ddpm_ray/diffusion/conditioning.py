@@ -23,12 +23,12 @@ class Conditioning:
     """
 
     labels: Tensor | None = None  # int64 [B], NO_LABEL for an image without one
-    tokens: Tensor | None = None  # int64 [B, L], of texts; a row of NO_TEXT: none
-    text_states: Tensor | None = None  # [B, L, W], the encoded tokens, in place of these
-    text_pooled: Tensor | None = None  # [B, W], likewise
     estimate: Tensor | None = None  # [B, C, H, W], an earlier estimate of x_0 (self-conditioning)
     low_resolution: Tensor | None = None  # [B, C, H, W], upsampled to the size of x_t
     known: Tensor | None = None  # [B, C + 1, H, W], see `known_part`
+    tokens: Tensor | None = None  # int64 [B, L], of texts; a row of NO_TEXT: none
+    text_states: Tensor | None = None  # [B, L, W], the encoded tokens, in place of these
+    text_pooled: Tensor | None = None  # [B, W], likewise
 
     def __post_init__(self) -> None:
         counts = {name: len(tensor) for name, tensor in self._given().items()}

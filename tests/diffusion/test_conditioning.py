@@ -77,7 +77,7 @@ def test_the_halves_of_a_guided_batch_are_the_conditional_and_the_null(
 def test_every_tensor_moves_to_the_device() -> None:
     image = torch.zeros(2, 1, 2, 2)
     labels, tokens = torch.tensor([0, 1]), torch.zeros(2, 3, dtype=torch.int64)
-    moved = Conditioning(labels, tokens, None, None, image, image, image).to("meta")
+    moved = Conditioning(labels, image, image, image, tokens).to("meta")
     assert {tensor.device.type for tensor in rows(moved).values()} == {"meta"}
     assert rows(moved).keys() == {"labels", "tokens", "estimate", "low_resolution", "known"}
     assert rows(UNCONDITIONAL.to("meta")) == {}
