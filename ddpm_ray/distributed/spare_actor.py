@@ -19,7 +19,7 @@ WAITS = "waits for free resources or the start of its process"
 Work: TypeAlias = Callable[[Any], Any]
 Report: TypeAlias = Callable[[str], None]
 Build: TypeAlias = Callable[[Any, Report], Work]
-"""From settings, and what takes the activity of the work in words, as "draws the grid"."""
+"""Builds the work from settings; the work reports its activity in words, as `draws the grid`."""
 
 
 class NoSpareResourcesError(RuntimeError):
