@@ -49,6 +49,7 @@ from tests.training.test_loop import (
     dies_before_save,
     dies_before_update,
     dies_in_save,
+    spoil,
 )
 
 SETTINGS = {"of": "this test"}
@@ -139,9 +140,10 @@ def start(
     *fails: Exception,
     runs: bool = True,
     workers: Workers = ALONE,
+    overrides: tuple[str, ...] = OFTEN,
 ) -> tuple[Run, Process]:
     """A run whose evaluations go to a process, which works at once if `runs`."""
-    run = begin(configured(data, *OFTEN), folder / "checkpoints", sink, workers)
+    run = begin(configured(data, *overrides), folder / "checkpoints", sink, workers)
     store = EvaluationStore(str(folder / "evaluations"))
     process = Process(store, list(fails))
     if runs:
@@ -154,10 +156,14 @@ def start(
     return replace(run, spare=spare), process
 
 
-def in_step(data: str, folder: Path) -> Pictures:
-    """What the same run finds where it evaluates between its steps."""
+def in_step(
+    data: str, folder: Path, overrides: tuple[str, ...] = OFTEN, spoilt: int = 0
+) -> Pictures:
+    """What the same run finds where it evaluates between its steps; step `spoilt` diverges."""
     sink = Pictures()
-    run = begin(configured(data, *OFTEN), folder, sink)
+    run = begin(configured(data, *overrides), folder, sink)
+    if spoilt:
+        spoil(run, spoilt, position=2)
 
     def evaluate(step: int) -> None:
         sink.rows([Row(step, {"eval/sum": score(dict(run.state.ema.state_dict()))})])
@@ -476,6 +482,43 @@ def stopped_with_three_outstanding(
     run.show_progress = lambda progress: Command.STOP if progress.step >= 5 else Command.NONE
     assert not complete(run)
     assert [one["step"] for one in run.state.outstanding] == [2, 3, 4]
+
+
+@pytest.mark.parametrize("stops", [False, True])
+def test_evaluations_of_steps_that_are_rewound_over_are_delivered(
+    stops: bool,
+    data: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Step 5 diverges and goes back to step 3; step 4 is scored after that, with its weights.
+
+    `stops`: the run ends at step 5, and the next start has the evaluations done.
+    """
+    rewinds = (*OFTEN, "training.on_divergence=rewind")
+    monkeypatch.setattr(loop, "REPORT_EVERY_S", 0)
+    monkeypatch.setattr(loop, "WAIT_S", 0.01)
+    wanted = in_step(data, tmp_path / "in_step", rewinds, spoilt=5)
+    sink = Pictures()
+    run, process = start(data, tmp_path, sink, runs=False, overrides=rewinds)
+    spoil(run, 5, position=2)
+
+    def show(progress: Progress) -> Command:
+        if progress.step >= 5 and not stops:
+            process.allowed.set()
+        return Command.STOP if progress.step >= 5 and stops else Command.NONE
+
+    run.show_progress = show
+    assert complete(run) != stops
+    assert "rewound: step 6 continues from the weights of" in caplog.text
+    if stops:
+        run, process = start(data, tmp_path, sink, overrides=rewinds)
+        assert complete(run)
+    assert process.seen == [2, 3, 4, 6, 8]
+    assert sink.timeless() == wanted.timeless()
+    assert list(sink.of("eval/sum")) == [2, 4, 6, 8]
+    assert grids(sink) == grids(wanted)
 
 
 def test_a_checkpoint_that_is_asked_for_before_the_first_step_is_saved(
