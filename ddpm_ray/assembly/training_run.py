@@ -232,8 +232,9 @@ def fixed_images(
     if not positions:  # with more workers than images, some get none
         nothing = torch.empty(0, *dataset.manifest.sample_shape, dtype=torch.uint8)
         no_tokens = torch.empty(0, tokenizer.length, dtype=torch.int64) if tokenizer else None
-        captions = [] if dataset.manifest.captioned and tokenizer is None else None
-        return Batch(nothing, torch.empty(0, dtype=torch.int64), captions, no_tokens)
+        captioned = dataset.manifest.captioned and tokenizer is None
+        no_labels = torch.empty(0, dtype=torch.int64)
+        return Batch(nothing, no_labels, [] if captioned else None, no_tokens)
     found = ShardStream(
         dataset,
         seed=validation_loss.SEED,
