@@ -93,9 +93,15 @@ def train(name: str, home: Path, steps: int) -> dict[str, torch.Tensor]:
 
 
 def cpu_model() -> str:
-    """The processor's name; kernels, and so the last bits of a sum, are chosen by it."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.partition(":")[2].strip() for line in lines if "model name" in line), "")
+    """The processor; kernels, and so the last bits of a sum, are chosen by it.
+
+    Its name alone is too little: virtual machines call processors of different families AMD EPYC,
+    and two of them gave different bits with the same code (3d80003).
+    """
+    text = Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
+    pairs = dict(map(str.strip, line.split(":", 1)) for line in text.splitlines() if ":" in line)
+    keys = ("cpu family", "model", "stepping")
+    return ", ".join([pairs.get("model name", ""), *(f"{key} {pairs.get(key)}" for key in keys)])
 
 
 @contextmanager
