@@ -99,7 +99,8 @@ def cpu_model() -> str:
     and two of them gave different bits with the same code (3d80003).
     """
     text = Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
-    pairs = dict(map(str.strip, line.split(":", 1)) for line in text.splitlines() if ":" in line)
+    parts = [line.partition(":") for line in text.splitlines()]
+    pairs = {key.strip(): value.strip() for key, _, value in parts}
     keys = ("cpu family", "model", "stepping")
     return ", ".join([pairs.get("model name", ""), *(f"{key} {pairs.get(key)}" for key in keys)])
 
