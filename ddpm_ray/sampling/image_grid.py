@@ -24,7 +24,7 @@ STRIP_IMAGES = 4
 GUTTER_PIXELS = 2
 GUTTER_GREY = 128  # contrasts with both black and white backgrounds
 MARGIN_PIXELS = 28  # margin for captions; wider if a caption needs it
-PROMPT_LETTERS = (28, 36, 48, 64, 96)  # of a line of a prompt, until its lines fit beside its row
+PROMPT_LETTERS = (28, 36, 48, 64, 96)  # of a line of a prompt, until its lines fit its row
 PROMPT_PIXELS, LINE_PIXELS = 13, 17  # font of prompts, and height of their lines
 LEGIBLE_PIXELS = 64  # smaller images are enlarged by an integer factor
 
@@ -67,7 +67,7 @@ def grid_of_samples(images: Images, prompts: Sequence[str]) -> Image.Image:
     columns = len(images) // len(prompts) or 1
     rows = [images[n :: len(prompts)][:columns] for n in range(len(shown))]
     picture = grid(np.concatenate(rows), columns)
-    most = picture.height // len(shown) // LINE_PIXELS  # lines beside a row
+    most = picture.height // len(shown) // LINE_PIXELS  # lines that fit a row
     texts = [_in_lines(prompt or "(no text)", most) for prompt in shown]
     return captioned(picture, [], texts, row_font_pixels=PROMPT_PIXELS)
 

@@ -72,6 +72,7 @@ class SpareEvaluations:
             log.info("%s outstanding from an earlier start", self._listed())
 
         def queue_all(queue: EvaluationQueue) -> None:
+            """Queue the requests, once their weights are stored."""
             self.check_lease()
             self.store.delete_finished(steps, step)
             if weights is not None:
