@@ -1,6 +1,7 @@
 """What all tests share: quiet processes, repeatable examples, a bucket, the large assets."""
 
 import contextlib
+import logging
 import os
 import shutil
 import socket
@@ -53,6 +54,13 @@ def _patience() -> Iterator[None]:
     """A process is as patient with the storage as people are; a worker run in it waits minutes."""
     yield
     object_store.set_retry_timeout(10)
+
+
+@pytest.fixture(autouse=True)
+def _log_level() -> Iterator[None]:
+    """A command that ran in this process shows INFO lines; the next test finds no trace of it."""
+    yield
+    logging.getLogger("ddpm_ray").setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")

@@ -128,7 +128,7 @@ def test_words_are_combined_as_they_never_were_in_training(
 ) -> None:
     """After training on 7 of 9 captions, samples of the other two have the means of their words.
 
-    The standard deviation over samples is below the distance of two means: each has its words.
+    Both halves of most samples are nearest to the greys of their own words: by chance, one of nine.
     """
     config = configured(*keys)
     facts = run_config.tokenizer_facts(TOKENIZER)
@@ -155,4 +155,6 @@ def test_words_are_combined_as_they_never_were_in_training(
     found = drawn.reshape(32, 2, 4, 2, 2).mean((2, 4))  # [draw, prompt, half]
     expected = torch.stack([means(caption) for caption in HELD_OUT]).float()
     torch.testing.assert_close(found.mean(0), expected, rtol=0, atol=0.12)
-    assert found.std(0).max() < 0.2
+    nearest = (found[..., None] - torch.tensor([*GREYS.values()])).abs().argmin(-1)
+    named = (expected[..., None] - torch.tensor([*GREYS.values()])).abs().argmin(-1)
+    assert (nearest == named).all(-1).float().mean() > 0.6  # 0.84 to 1 on two processors

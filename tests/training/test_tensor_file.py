@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ddpm_ray.storage import object_store
 from ddpm_ray.training.tensor_file import DTYPES, file_bytes, packed
+from tests.limits import ENDS_S
 
 NAMES = st.text(st.characters(codec="utf-8"), min_size=1, max_size=8)
 SHAPES = st.lists(st.integers(0, 5), max_size=4)
@@ -71,11 +72,12 @@ def test_a_dtype_that_files_do_not_store_is_named() -> None:
 def _longest_hold_s(act: Any) -> float:
     """Most CPU seconds of `act` between two moments at which another thread ran."""
     held: list[float] = [0.0]
-    done = threading.Event()
+    done, measured = threading.Event(), threading.Event()
 
     def doing() -> None:
         act()
         done.set()
+        measured.wait(ENDS_S)  # the clock of a thread that has ended is invalid (EINVAL)
 
     thread = threading.Thread(target=doing)
     thread.start()
@@ -85,6 +87,8 @@ def _longest_hold_s(act: Any) -> float:
         now = time.clock_gettime(clock)
         held.append(now - before)
         before = now
+    held.append(time.clock_gettime(clock) - before)
+    measured.set()
     thread.join()
     return max(held)
 
