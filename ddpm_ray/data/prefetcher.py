@@ -10,6 +10,7 @@ samples have.
 
 from __future__ import annotations
 
+import atexit
 import heapq
 import threading
 from collections import OrderedDict, deque
@@ -17,7 +18,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from weakref import WeakValueDictionary
+from weakref import WeakSet, WeakValueDictionary
 
 import numpy as np
 import pyarrow as pa
@@ -33,6 +34,7 @@ FETCHES = 4  # shards in flight at a time
 # Of shards in memory: a data set that fits is fetched and hashed once, not once an epoch; and two
 # lanes of which one ends and the other begins in a large shard do not each fetch it.
 KEPT_BYTES = 256 * 2**20
+EXIT_S = 30.0  # the end of a process waits that long for a thread that is reading
 _NO_BYTES = np.empty(0, dtype=np.uint8)
 
 
@@ -109,7 +111,9 @@ class Prefetcher:
         self._max_held_bytes = KEPT_BYTES // max(1, len(shares))
         self._fetchers = ThreadPoolExecutor(FETCHES, "shard-fetch")
         self._decoders = image_decoders(dataset.manifest)
-        threading.Thread(target=self._run, name="shard-stream", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name="shard-stream", daemon=True)
+        self._thread.start()
+        _prefetchers.add(self)
 
     def wait_for(self, step: int) -> list[tuple[LoadedBlock, slice]]:
         """Wait for the samples of all shares at `step`; return their blocks with the slices.
@@ -270,3 +274,19 @@ def overlap(block: Block, low: int, high: int) -> slice:
 
 def _end(block: Block) -> int:
     return block.first + block.samples
+
+
+_prefetchers: WeakSet[Prefetcher] = WeakSet()  # of this process; also those that were closed
+
+
+@atexit.register
+def _end_threads() -> None:
+    """End the threads at the exit of the process, which an open stream must not prevent.
+
+    Python ends a daemon thread where it next takes the interpreter's lock: if that is inside the
+    C++ of torch or pyarrow, the process aborts with "terminate called without an active exception".
+    """
+    for one in list(_prefetchers):
+        if one._thread.is_alive():  # not so in a fork, which has the parent's decoders
+            one.close()
+            one._thread.join(EXIT_S)

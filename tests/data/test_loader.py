@@ -1,6 +1,8 @@
 """Global batches do not depend on how they are divided over workers; errors are clear."""
 
 import os
+import subprocess
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -227,6 +229,41 @@ def test_blocks_of_large_shards_do_not_keep_them_in_memory(
     assert found == {held}
     stream.close()
     expected.close()
+
+
+READS_AT_EXIT = """
+import sys, threading, torch
+from ddpm_ray.data import prefetcher, shard_samples
+from ddpm_ray.data.dataset import open_dataset
+from ddpm_ray.data.loader import ShardStream
+
+reads = threading.Event()
+
+def sample_views(*given):
+    reads.set()
+    for _ in range(50_000):
+        torch.ones(1).add_(1)
+    return shard_samples.sample_views(*given)
+
+prefetcher.sample_views = sample_views
+stream = ShardStream(
+    open_dataset(sys.argv[1]),
+    seed=7, global_batch_size=12, positions=range(12), lanes=3, window_samples=33,
+)
+opened = prefetcher.Prefetcher(stream.dataset, stream.order, stream._shares, 0, None)
+assert reads.wait()
+if sys.argv[2] == "closed":
+    opened.close()
+"""
+
+
+@pytest.mark.parametrize("how", ["open", "closed"])
+def test_a_process_ends_while_its_stream_is_being_read(make_dataset: MakeDataset, how: str) -> None:
+    """Its thread is inside torch, where the end of a daemon thread aborts the process."""
+    dataset = make_dataset(60, 60)
+    command = [sys.executable, "-c", READS_AT_EXIT, dataset.url, how]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=ENDS_S, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "")
 
 
 def test_waiting_is_counted_and_reading_ahead_removes_it(make_dataset: MakeDataset) -> None:
