@@ -18,10 +18,10 @@ from ddpm_ray.assembly import checkpoint_loading, training_run
 from ddpm_ray.assembly.autoencoder_loading import trained_autoencoder
 from ddpm_ray.cli.job import DONE, FAILED, WRONG_CONFIG, Job
 from ddpm_ray.cli.main import main
-from ddpm_ray.config.loading import load_config, to_dict
+from ddpm_ray.config.loading import ConfigError, load_config, to_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.image_shape import ImageShape
-from ddpm_ray.jobs import export, import_model
+from ddpm_ray.jobs import export, import_model, sample
 from ddpm_ray.models.interop import diffusers_folders, diffusers_pipelines
 from ddpm_ray.models.interop.diffusers_config import UnsupportedModelError
 from ddpm_ray.training.state import TrainingState
@@ -98,7 +98,10 @@ def test_a_run_of_latents_is_exported_and_comes_back_as_a_run(
     back = done(capsys, import_model.JOB, out, tmp_path / "back", "layout=diffusers")
     part = "vqvae" if pipeline == "LDMPipeline" else "vae"
     assert back["autoencoder"]["url"] == str(out / part)
+    drawn = done(capsys, sample.JOB, out, "--out", tmp_path / "grid.png", "num_images=1")
+    assert (drawn["step"], drawn["checkpoint"]) == (None, str(out))  # a folder names no step
     models = [ddpm_ray.load(str(one), "cpu") for one in (run, out, tmp_path / "back")]
+    assert repr(models[1]) == f"TrainedModel({out}, 8x8x1, cpu)"
     images = [one.sample(4).astype(int) for one in models]
     if not given:
         assert np.abs(images[0] - images[1]).max() <= 1
@@ -195,6 +198,10 @@ def test_the_run_of_an_autoencoder_becomes_an_autoencoder_of_diffusers(
     assert all(torch.equal(weights[key], one) for key, one in ours.model.state_dict().items())
     line = refused(capsys, import_model.JOB, FAILED, out, tmp_path / "back", "layout=diffusers")
     assert "it holds an autoencoder, which draws no images: give it to `ddpm-ray encode`" in line
+    (tmp_path / "whole").mkdir()
+    out.rename(tmp_path / "whole/vae")  # as a part of a pipeline is downloaded
+    with pytest.raises(ConfigError, match="whole holds an autoencoder, which draws no images: tr"):
+        ddpm_ray.load(str(tmp_path / "whole"), "cpu")
 
 
 def test_an_autoencoder_for_a_model_of_pixels_is_refused(

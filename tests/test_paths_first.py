@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from ddpm_ray.cli.job import DONE, FAILED, WRONG_CONFIG
+from ddpm_ray.cli.job import DONE, WRONG_CONFIG
 from tests.limits import ENDS_S
 
 ROOT = Path(__file__).parents[1]
@@ -36,7 +36,12 @@ def run(folder: Path, without: str, job: str, *arguments: str) -> subprocess.Com
 @pytest.mark.parametrize(
     "job, arguments, code, says",
     [
-        ("pack_shards.py", ("none", "out"), FAILED, "{}/none: no such file or folder; give a"),
+        (
+            "pack_shards.py",
+            ("none", "out"),
+            WRONG_CONFIG,
+            "source is {}/none: there is no such fil",
+        ),
         ("sample.py", ("none", "--out", "a.png"), WRONG_CONFIG, "{}/none: there is no such folder"),
         ("sample.py", ("models:/", "--out", "a.png"), WRONG_CONFIG, "models:/ lacks a name; write"),
         ("export.py", ("none", "--out", "b"), WRONG_CONFIG, "{}/none: there is no such folder"),
@@ -63,6 +68,13 @@ def run(folder: Path, without: str, job: str, *arguments: str) -> subprocess.Com
         ),
         ("encode.py", (".", "none", "out"), WRONG_CONFIG, "data is {}/none: there is no such fold"),
         ("train.py", ("none.yaml",), WRONG_CONFIG, "none.yaml: no such file"),
+        ("train.py", ("cifar10",), WRONG_CONFIG, "data.url is {}/data/cifar10: there is no such"),
+        (
+            "train.py",
+            ("digits", "evaluation.held_out_url=none"),
+            WRONG_CONFIG,
+            "evaluation.held_out_url is {}/none: there is no such folder; pack images there with",
+        ),
     ],
 )
 def test_a_wrong_path_is_reported_before_anything_heavy_is_loaded(

@@ -243,7 +243,7 @@ def _of_diffusers(folder: Path, device: torch.device | str) -> TrainedModel:
     network.load_state_dict(tensors)
     provenance = {
         "checkpoint": str(folder),
-        "step": 0,
+        "step": None,  # unknown
         "weights_sha256": hashlib.sha256(safetensors.save(tensors)).hexdigest(),
         "config": to_dict(config),
         "data_fingerprint": "",

@@ -8,9 +8,11 @@ import numpy.typing as npt
 from ddpm_ray.assembly.checkpoint_loading import with_sampling
 from ddpm_ray.config.jobs.edit import EditConfig
 from ddpm_ray.config.loading import ConfigError
+from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.data.packing.image_files import BadImageError
 from ddpm_ray.sampling import editing
 from ddpm_ray.sampling.editing import Mask
+from ddpm_ray.sampling.image_grid import require_memory
 from ddpm_ray.sampling.image_io import read_image, read_mask
 from ddpm_ray.sampling.pipeline import TrainedModel
 from ddpm_ray.sampling.sampling import Images
@@ -47,6 +49,7 @@ def edited(
     methods do.
     """
     model, settings = with_sampling(model, config.sampling), vars(config.sampling)
+    require_memory("num_images", config.num_images, ImageShape(*image.shape))
     images = np.repeat(image[None], config.num_images, axis=0)
     match config.kind:
         case "image_to_image":

@@ -83,12 +83,13 @@ def ceiling(
 
 def ema_provenance(
     config: RunConfig,
-    step: int,
+    step: int | None,
     average: str | dict[str, Any] | None = None,
     facts: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Provenance of the weights that are scored: the main EMA, or `average`.
 
+    `step` is None if it is unknown, as that of a folder of diffusers.
     `facts`: of the run's checkpoint; its initial weights and changes belong to the provenance.
     """
     training = config.training

@@ -36,6 +36,20 @@ def input_file(option: str, path: str, home: Path) -> str:
     return str(home / path)
 
 
+def require_folder(option: str, url: str, remedy: str = "") -> str:
+    """The absolute URL of a folder to be read; relative ones lie below `home_folder()`.
+
+    Raises ConfigError, which names `option`, for a local one that does not exist.
+    """
+    from ddpm_ray.storage import object_store  # fsspec: after the config is read
+
+    where = object_store.absolute(url, home_folder())
+    if object_store.is_local(where) and not object_store.local_path(where).is_dir():
+        hint = f"; {remedy}" if remedy else ""
+        raise ConfigError(f"{option} is {where}: there is no such folder{hint}")
+    return where
+
+
 def output_file(option: str, path: str, home: Path, suffixes: Sequence[str]) -> str:
     """The absolute path of a file to be written; relative ones lie below `home`.
 

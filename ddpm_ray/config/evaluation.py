@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from ddpm_ray.config.option_fields import option
+from ddpm_ray.config.sampling import MOST_IMAGES
 from ddpm_ray.config.training import FORMER_COMPILE, CompileMode
 from ddpm_ray.redaction import counted
 
@@ -47,7 +48,6 @@ OF_DENOISERS = (  # also those of OF_EVALUATE: options of scores that an autoenc
     "extrapolate",
     "reference_url",
 )
-MOST_IMAGES = 2**32  # random numbers are keyed by the index of an image
 
 
 @dataclass(frozen=True)

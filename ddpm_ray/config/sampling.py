@@ -13,6 +13,8 @@ Sampler: TypeAlias = Literal[
 ]
 Spacing: TypeAlias = Literal["uniform", "quadratic", "log_snr"]
 
+MOST_IMAGES = 2**32  # of one seed: random numbers are keyed by the index of an image, 32 bits
+
 
 @dataclass(frozen=True)
 class SamplingSettings:

@@ -49,9 +49,8 @@ class SampleSet:
     num_images: int
     batch_size: int
     weights: Mapping[str, Any]  # plain JSON: EMA decay, step, sha256
-    arithmetic: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # plain JSON: precision of the network
+    # Plain JSON: precision and compilation of the network that draws the samples.
+    arithmetic: Mapping[str, Any] = field(default_factory=dict)
 
     def images(self, share: range, device: torch.device) -> Batches:
         """Yield batches: indices [n] from `share` and images uint8 [n, H, W, C] on `device`."""

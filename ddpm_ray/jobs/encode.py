@@ -14,22 +14,17 @@ from argparse import Namespace
 from typing import Any
 
 from ddpm_ray.cli.job import Argument, Job
-from ddpm_ray.cli.paths import home_folder, output_url
+from ddpm_ray.cli.paths import home_folder, output_url, require_folder
 from ddpm_ray.config.jobs.encode import EncodeConfig
-from ddpm_ray.config.loading import ConfigError
 
 
 def prepare(config: EncodeConfig, arguments: Namespace) -> EncodeConfig:
     """Make the paths absolute. Raises ConfigError for local ones that cannot be read or written."""
-    from ddpm_ray.storage import object_store  # fsspec: after the config is read
-
-    home = home_folder()
     for name in ("autoencoder", "data"):
-        url = object_store.absolute(getattr(arguments, name), home)
-        if object_store.is_local(url) and not object_store.local_path(url).is_dir():
-            raise ConfigError(f"{name} is {url}: there is no such folder")
-        setattr(arguments, name, url)
-    arguments.destination = output_url("destination", arguments.destination, home, data_set=True)
+        setattr(arguments, name, require_folder(name, getattr(arguments, name)))
+    arguments.destination = output_url(
+        "destination", arguments.destination, home_folder(), data_set=True
+    )
     return config
 
 

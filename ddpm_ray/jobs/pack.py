@@ -14,15 +14,30 @@ and the classes. The same command continues after an interruption: finished shar
 
 import sys
 from argparse import Namespace
+from pathlib import Path
 from typing import Any
 
 from ddpm_ray.cli.job import Argument, Job
 from ddpm_ray.cli.paths import home_folder, output_url
 from ddpm_ray.config.jobs.pack import PackConfig
+from ddpm_ray.config.loading import ConfigError
 
 
 def prepare(config: PackConfig, arguments: Namespace) -> PackConfig:
-    """Return `config`; make the destination absolute. Raises ConfigError if it is not writable."""
+    """Return `config`; make the destination absolute.
+
+    Raises ConfigError if it is not writable, or if there is no such source.
+    """
+    from ddpm_ray.data.packing.builtin_datasets import NAMES
+    from ddpm_ray.storage import object_store  # fsspec: after the config is read
+
+    source = object_store.absolute(arguments.source, Path.cwd())
+    is_name = arguments.source in NAMES
+    if not is_name and object_store.is_local(source) and not object_store.exists(source):
+        raise ConfigError(
+            f"source is {source}: there is no such file or folder; give one with images, or one of "
+            f"{', '.join(NAMES)}"
+        )
     arguments.destination = output_url(
         "destination", arguments.destination, home_folder(), data_set=True
     )

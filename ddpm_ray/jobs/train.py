@@ -13,7 +13,7 @@ from argparse import Namespace
 from typing import Any
 
 from ddpm_ray.cli.job import CONFIG, InterruptedRunError, Job
-from ddpm_ray.cli.paths import home_folder
+from ddpm_ray.cli.paths import home_folder, require_folder
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.jobs.unused_options import warn_of_unused
 from ddpm_ray.reporting import Progress
@@ -21,11 +21,12 @@ from ddpm_ray.reporting import Progress
 
 def train(config: RunConfig, _: Namespace) -> dict[str, Any]:
     """Train, print where the results are on stderr, and return the report."""
+    warn_of_unused(config)
+    _require_data(config)
     from ddpm_ray.cli.progress import ProgressLine
     from ddpm_ray.runs.train import run_training  # heavy: after the config is checked
     from ddpm_ray.tracking.tracking_uri import way_to_see
 
-    warn_of_unused(config)
     budget = round(config.training.core_seconds)
     line = ProgressLine("core-second" if budget else "step")
 
@@ -60,6 +61,18 @@ def train(config: RunConfig, _: Namespace) -> dict[str, Any]:
         file=sys.stderr,
     )
     return report
+
+
+def _require_data(config: RunConfig) -> None:
+    """Raise ConfigError for a local folder of data that does not exist, before Ray is imported."""
+    wanted = config.evaluation
+    urls = {"evaluation.held_out_url": wanted.held_out_url}
+    urls["evaluation.reference_url"] = wanted.reference_url
+    if not config.data.source:  # else the folder is made
+        urls["data.url"] = config.data.url
+    for key, url in urls.items():
+        if url:
+            require_folder(key, url, "pack images there with `ddpm-ray pack`, or name another")
 
 
 JOB = Job("train", __doc__ or "", RunConfig, train, (CONFIG,), continues=True)

@@ -63,6 +63,6 @@ def _export_autoencoder(model_uri: str, out: Path) -> dict[str, Any]:
         "model": autoencoder_kl.CLASS,
         "no_equivalent": [],
         "checkpoint": model.url,
-        "step": facts.get("step", 0),  # 0: a folder of diffusers
+        "step": facts.get("step"),  # None: a folder of diffusers, which does not name it
         "weights_sha256": model.sha256,
     }

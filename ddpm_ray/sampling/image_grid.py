@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from psutil import virtual_memory
 from torch import Tensor
 
+from ddpm_ray.config.reading.errors import ConfigError
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.sampling.denoiser import Denoiser
 from ddpm_ray.sampling.sampling import Images, SamplingPlan, draw, sampling_plan
@@ -42,16 +44,15 @@ def grid(
     if images.ndim != 4 or not len(images) or images.shape[3] not in (1, 3):
         raise ValueError(f"images have shape {list(images.shape)}; a grid shows [N, H, W, 1 or 3]")
     count, height, width, channels = images.shape
-    factor = max(1, math.ceil(min_pixels / min(height, width)))
+    factor = _enlargement(height, width, min_pixels)
     columns = min(count, columns or math.ceil(math.sqrt(count)))
-    rows = math.ceil(count / columns)
     cell_height, cell_width = height * factor + GUTTER_PIXELS, width * factor + GUTTER_PIXELS
-    shape = (rows * cell_height + GUTTER_PIXELS, columns * cell_width + GUTTER_PIXELS, channels)
-    canvas = np.full(shape, GUTTER_GREY, np.uint8)
-    for i, image in enumerate(images.repeat(factor, axis=1).repeat(factor, axis=2)):
+    canvas = np.full(_grid_shape(images.shape, columns, factor), GUTTER_GREY, np.uint8)
+    for i, image in enumerate(images):
         top = i // columns * cell_height + GUTTER_PIXELS
         left = i % columns * cell_width + GUTTER_PIXELS
-        canvas[top : top + height * factor, left : left + width * factor] = image
+        enlarged = image.repeat(factor, axis=0).repeat(factor, axis=1)
+        canvas[top : top + height * factor, left : left + width * factor] = enlarged
     return Image.fromarray(canvas.squeeze(2) if channels == 1 else canvas)
 
 
@@ -80,6 +81,38 @@ def _in_lines(text: str, most: int) -> str:
         if len(lines) <= most:
             break
     return "\n".join(lines[:most])
+
+
+def require_memory(option: str, count: int, image_shape: ImageShape) -> None:
+    """Raise ConfigError, which names `option`, if a grid of `count` images exceeds this machine.
+
+    Before the images are drawn: it counts the images, the grid, and Pillow's copy of the grid.
+    """
+    height, width, channels = image_shape
+    columns, factor = math.ceil(math.sqrt(count)), _enlargement(height, width, LEGIBLE_PIXELS)
+    grid_bytes = math.prod(_grid_shape((count, *image_shape), columns, factor))
+    needed, there = count * height * width * channels + 2 * grid_bytes, virtual_memory().available
+    if needed > there:
+        raise ConfigError(
+            f"{option} is {count}; these images of {height} x {width} and their grid take "
+            f"{needed / 2**30:.1f} GiB of memory, and {there / 2**30:.1f} are free: draw fewer"
+        )
+
+
+def _enlargement(height: int, width: int, min_pixels: int) -> int:
+    """The smallest integer factor that enlarges an image to `min_pixels` a side."""
+    return max(1, math.ceil(min_pixels / min(height, width)))
+
+
+def _grid_shape(shape: Sequence[int], columns: int, factor: int) -> tuple[int, int, int]:
+    """(H, W, C) of the grid of images [N, H, W, C], each enlarged by `factor`."""
+    count, height, width, channels = shape
+    rows = math.ceil(count / columns)
+    return (
+        rows * (height * factor + GUTTER_PIXELS) + GUTTER_PIXELS,
+        columns * (width * factor + GUTTER_PIXELS) + GUTTER_PIXELS,
+        channels,
+    )
 
 
 def denoising_strip(

@@ -60,9 +60,10 @@ class TrainedModel:
     device: torch.device | str = "cpu"
 
     def __repr__(self) -> str:
-        """Checkpoint, step, image shape and device, in one line."""
+        """Checkpoint, step if known, image shape and device, in one line."""
         where, step = (self.provenance.get(key) for key in ("checkpoint", "step"))
-        return f"TrainedModel({where}, step {step}, {self.image_shape}, {self.device})"
+        at = "" if step is None else f", step {step}"
+        return f"TrainedModel({where}{at}, {self.image_shape}, {self.device})"
 
     settings: SamplingSettings = field(default_factory=SamplingSettings)  # of the run
     find_label_names: Callable[[], Sequence[str] | None] = _unknown  # lazy: may read the data set

@@ -31,11 +31,11 @@ class _NamedParts:
 
 
 class StepTrace:
-    """Traces the main worker's steps `first` to `last`, and hands the trace to the sink.
+    """A trace of the main worker's steps `first` to `last`, which the sink gets after `last`.
 
-    Each step is a range named "step N", and in it each part of step_clock.PARTS one of its name.
-    A run that continues within the range traces what is left of it. One that is killed in it
-    leaves no trace and begins again.
+    Perfetto shows a range "step N" for each step, and in it a range for each part of
+    step_clock.PARTS. A run that continues after `first` traces the remaining steps. If the worker
+    is killed before `last`, its trace is lost; the next start traces the steps that it repeats.
     """
 
     def __init__(self, steps: Sequence[int], sink: Sink | None, device: torch.device) -> None:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
+from ddpm_ray.config.loading import ConfigError
 from ddpm_ray.data.codec import PIXELS
 from ddpm_ray.data.dataset import UInt8s
 from ddpm_ray.data.image_shape import ImageShape
@@ -26,9 +27,20 @@ from ddpm_ray.sampling.image_grid import (
     captioned,
     denoising_strip,
     grid,
+    require_memory,
     titled,
 )
 from ddpm_ray.sampling.sampling import Images, SamplingPlan, draw
+
+
+def test_a_grid_that_exceeds_the_memory_is_refused() -> None:
+    """A million images of 4 MiB; 64 small ones are drawn, whose grid takes 8 MB."""
+    require_memory("num_images", 64, ImageShape(32, 32, 3))
+    says = (
+        r"num_images is 1048576; these images of 1024 x 1365 and their grid take 1\d{4}\.\d GiB of"
+    )
+    with pytest.raises(ConfigError, match=says):
+        require_memory("num_images", 2**20, ImageShape(1024, 1365, 3))
 
 
 def noise(*shape: int) -> Images:

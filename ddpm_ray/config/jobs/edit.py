@@ -5,9 +5,8 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias
 
 from ddpm_ray.config.data import MOVED_AUTOENCODER
-from ddpm_ray.config.evaluation import MOST_IMAGES
 from ddpm_ray.config.option_fields import option
-from ddpm_ray.config.sampling import SamplingSettings
+from ddpm_ray.config.sampling import MOST_IMAGES, SamplingSettings
 
 InpaintingMethod: TypeAlias = Literal["auto", "conditioned", "repaint", "replacement"]
 MARGINS = ("top", "bottom", "left", "right")

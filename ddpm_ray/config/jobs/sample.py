@@ -4,10 +4,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from ddpm_ray.config.data import MOVED_AUTOENCODER
-from ddpm_ray.config.evaluation import MOST_IMAGES
 from ddpm_ray.config.guidance import GuidanceConfig
 from ddpm_ray.config.option_fields import group, option
-from ddpm_ray.config.sampling import SamplingSettings
+from ddpm_ray.config.sampling import MOST_IMAGES, SamplingSettings
 
 
 @dataclass(frozen=True)
@@ -20,8 +19,8 @@ class SampleConfig:
     )
     strip: str = option(
         "",
-        "image file of the first images' steps: x_t, latents by their preview map, above the "
-        "estimate of x_0; empty: none",
+        "image file that shows the denoising of the first images, step by step: x_t above the "
+        "estimate of x_0, noisy latents in the colours of their preview map; empty: none",
     )
     autoencoder: str = option("", MOVED_AUTOENCODER)
     sampling: SamplingSettings = field(default_factory=SamplingSettings)

@@ -140,10 +140,8 @@ def in_folder(folder: str | Path) -> bool:
 
 
 def is_autoencoder(folder: str | Path) -> bool:
-    """Whether `in_folder` finds an AutoencoderKL, and not another model, in `folder` itself."""
-    if autoencoder_folder(folder) is not None or not in_folder(folder):
-        return False
-    return read_json(Path(folder, "config.json")).get("_class_name") == CLASS
+    """Whether `in_folder` finds an AutoencoderKL, and not another model."""
+    return in_folder(folder) and read_json(files_of(folder)[0]).get("_class_name") == CLASS
 
 
 def files_of(folder: str | Path) -> tuple[Path, Path]:
