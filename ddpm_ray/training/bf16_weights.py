@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ddpm_ray.models.contrastive import LogitScale
 from ddpm_ray.models.loss_uncertainty import LogVariance
 
-FLOAT32 = nn.GroupNorm, LogVariance  # layers whose weights stay float32
+FLOAT32 = nn.GroupNorm, LogVariance, LogitScale  # layers whose weights stay float32
 
 
 class Bf16Weights:
