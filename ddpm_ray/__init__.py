@@ -7,6 +7,7 @@ from os import PathLike, fspath
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from ddpm_ray.sampling.image_text import TrainedEncoders
     from ddpm_ray.sampling.pipeline import TrainedModel
 
 
@@ -22,13 +23,8 @@ def load(
     has moved since training. Raises ValueError for an invalid `uri` or `device`, and
     CheckpointError, StorageError or TrackingError.
     """
-    given: object = uri  # a notebook has no type checker
-    where = fspath(given) if isinstance(given, PathLike) else given
-    if not isinstance(where, str) or not where.strip():
-        raise ValueError(
-            f"uri is {where!r}; name a run's folder, one checkpoint's, runs:/<run id>/model or "
-            f"models:/<name>@<alias>"
-        )
+    places = "a run's folder, one checkpoint's, runs:/<run id>/model or models:/<name>@<alias>"
+    where = _text(uri, places)
     if where.startswith(("runs:/", "models:/")):
         from ddpm_ray.runs.load_model import load as load_from_mlflow
 
@@ -36,3 +32,25 @@ def load(
     from ddpm_ray.assembly.checkpoint_loading import trained_model
 
     return trained_model(where, device, autoencoder=autoencoder)
+
+
+def load_encoders(uri: "str | PathLike[str]", device: str | None = None) -> "TrainedEncoders":
+    """The image and text encoder of a run with task=contrastive, with its EMA weights.
+
+    `.image_embeddings(images)`, `.text_embeddings(prompts)` and `.similarity(images, prompts)` are
+    torch tensors. `uri` is a run's folder or one checkpoint's, as a path or any fsspec URL, and
+    `device` is as in `load`. Raises ValueError for an invalid `uri` or `device`, ConfigError for a
+    run that trained something else, and CheckpointError or StorageError.
+    """
+    where = _text(uri, "a run's folder or one checkpoint's")
+    from ddpm_ray.assembly.encoder_loading import trained_encoders
+
+    return trained_encoders(where, device)
+
+
+def _text(uri: object, valid: str) -> str:
+    """`uri` as text; a notebook has no type checker."""
+    where = fspath(uri) if isinstance(uri, PathLike) else uri
+    if not isinstance(where, str) or not where.strip():
+        raise ValueError(f"uri is {where!r}; name {valid}")
+    return where

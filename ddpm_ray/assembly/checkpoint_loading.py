@@ -29,6 +29,7 @@ from ddpm_ray.data.latent_codec import LatentCodec
 from ddpm_ray.data.shard_index import CodecName
 from ddpm_ray.models.autoencoder import AutoencoderSpec
 from ddpm_ray.models.classifier import NoisyClassifier
+from ddpm_ray.models.contrastive import ContrastiveSpec
 from ddpm_ray.models.dit import DiT, DiTSpec
 from ddpm_ray.models.interop import autoencoder_kl, diffusers_folders
 from ddpm_ray.models.unet import UNet
@@ -105,14 +106,15 @@ def require_denoiser(config: RunConfig, url: str) -> None:
     """Raise ConfigError if the run at `url` trained a model that draws no images."""
     if config.traits.draws_images:
         return
-    what, use = "a classifier", "use it as guidance.classifier"
+    use = "use it as guidance.classifier"
+    if config.traits.embeds:
+        use = "load it with ddpm_ray.load_encoders, or score it (`ddpm-ray evaluate`)"
     if config.traits.reconstructs:
-        what = "an autoencoder"
         use = (
             "train a denoiser on the latents that it encodes (`ddpm-ray encode`), or score it "
             "(`ddpm-ray evaluate`)"
         )
-    raise ConfigError(f"{url} holds {what}, which draws no images: {use}")
+    raise ConfigError(f"{url} holds {config.traits.name}, which draws no images: {use}")
 
 
 class TrainedWeights(NamedTuple):
@@ -122,7 +124,7 @@ class TrainedWeights(NamedTuple):
     step: int
     sha256: str  # as in the provenance of `trained_model`
     tensors: dict[str, Tensor]  # by their names in our networks
-    spec: UNetSpec | DiTSpec | AutoencoderSpec  # of the network
+    spec: UNetSpec | DiTSpec | AutoencoderSpec | ContrastiveSpec  # of the network
     task: Task = "denoiser"
     objective: ObjectiveConfig | None = None  # of a denoiser; of diffusers: as its scheduler says
     codec: CodecName = "pixels"  # what it was trained on

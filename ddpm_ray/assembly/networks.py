@@ -10,11 +10,12 @@ from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.data.tokenizer import Tokenizer
 from ddpm_ray.models.autoencoder import Autoencoder, AutoencoderSpec
 from ddpm_ray.models.classifier import NoisyClassifier
+from ddpm_ray.models.contrastive import ContrastiveEncoders, ContrastiveSpec
 from ddpm_ray.models.dit import DiT, DiTSpec
 from ddpm_ray.models.layers import HO, Variant
 from ddpm_ray.models.text_encoder import TextEncoderSpec
 from ddpm_ray.models.unet import UNet
-from ddpm_ray.models.unet_spec import UNetSpec
+from ddpm_ray.models.unet_spec import UNetSpec, require_divisible
 
 
 def network(
@@ -24,7 +25,7 @@ def network(
     tokenizer: Tokenizer | None = None,
     *,
     gradient_checkpointing: bool = False,
-) -> UNet | DiT | NoisyClassifier | Autoencoder:
+) -> UNet | DiT | NoisyClassifier | Autoencoder | ContrastiveEncoders:
     """The network for images [H, W, C]; raises ValueError if H and W do not fit it.
 
     `tokenizer` is that of its texts.
@@ -34,6 +35,9 @@ def network(
             spec = autoencoder_spec(config, image_shape.channels)
             spec.latent_shape(image_shape[:2])  # raises ValueError
             return Autoencoder(spec)
+        case "contrastive":
+            require_divisible(image_shape[:2], len(config.contrastive.channel_mults))
+            return ContrastiveEncoders(contrastive_spec(config, image_shape.channels, tokenizer))
         case "classifier":  # the config has no other network than a U-Net
             return NoisyClassifier(unet_spec(config, image_shape, variant), image_shape[:2])
         case "denoiser":
@@ -60,13 +64,15 @@ def network_spec(
     image_shape: ImageShape,
     variant: Variant = HO,
     tokenizer: Tokenizer | None = None,
-) -> UNetSpec | DiTSpec | AutoencoderSpec:
+) -> UNetSpec | DiTSpec | AutoencoderSpec | ContrastiveSpec:
     """The spec of the network for images [H, W, C]; for a classifier, that of its U-Net.
 
     Raises ValueError as `unet_spec` does.
     """
     if config.architecture == "autoencoder":
         return autoencoder_spec(config, image_shape.channels)
+    if config.architecture == "contrastive":
+        return contrastive_spec(config, image_shape.channels, tokenizer)
     return denoiser_spec(config, image_shape, variant, tokenizer)
 
 
@@ -82,6 +88,23 @@ def denoiser_spec(
             return replace(dit_spec(config, image_shape), text=text)
         case never:
             assert_never(never)
+
+
+def contrastive_spec(
+    config: RunConfig, image_channels: int, tokenizer: Tokenizer | None
+) -> ContrastiveSpec:
+    """The spec of image and text encoder for images of `image_channels`."""
+    wanted = config.contrastive
+    return ContrastiveSpec(
+        image_channels,
+        wanted.base_channels,
+        wanted.channel_mults,
+        wanted.blocks_per_level,
+        wanted.groups,
+        wanted.width,
+        text_encoder_spec(config.text, tokenizer),
+        learns_bias=wanted.loss == "sigmoid",
+    )
 
 
 def text_encoder_spec(config: TextConfig, tokenizer: Tokenizer | None) -> TextEncoderSpec:

@@ -12,6 +12,7 @@ from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.diffusion.conditioning import Conditioning
 from ddpm_ray.models.autoencoder import Autoencoder
+from ddpm_ray.models.contrastive import ContrastiveEncoders
 from ddpm_ray.training.step_clock import StepClock
 from ddpm_ray.training.throughput import DeviceUse, peak_tflops
 
@@ -40,6 +41,8 @@ def _forward(config: RunConfig, model: nn.Module, x: Tensor) -> None:
     """Call the network on a tensor of images of the meta device."""
     if isinstance(model, Autoencoder):
         model.decode(model.encode(x).mean)
+    elif isinstance(model, ContrastiveEncoders):
+        model(x, model.text.null_tokens[None])
     elif config.traits.predicts_labels:
         model(x, torch.ones(1, dtype=torch.int64))
     else:

@@ -92,10 +92,10 @@ def saved_variant(facts: Mapping[str, Any], where: str = "") -> Variant:
 def for_images(config: RunConfig, image_shape: ImageShape) -> RunConfig:
     """`config` with attention by downsampling factor, for images [H, W, C].
 
-    The config of an autoencoder is returned unchanged. Raises ValueError for a resolution in pixels
-    that no level has.
+    The config of a task without noise is returned unchanged. Raises ValueError for a resolution in
+    pixels that no level has.
     """
-    if config.traits.reconstructs:
+    if not config.traits.has_noise:
         return config
     model = config.model.for_images(image_shape.height, image_shape.width)
     return replace(config, model=model)

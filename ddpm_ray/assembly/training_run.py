@@ -12,6 +12,7 @@ import torch
 from ddpm_ray.assembly import data_order, diffusion, optimization, run_config
 from ddpm_ray.assembly.autoencoder import adversary, autoencoder_objective, autoencoder_spec
 from ddpm_ray.assembly.compilation import require_bf16
+from ddpm_ray.assembly.contrastive import contrastive_objective
 from ddpm_ray.assembly.diffusion import memory_format
 from ddpm_ray.assembly.networks import network
 from ddpm_ray.collectives import Workers
@@ -31,6 +32,7 @@ from ddpm_ray.storage import object_store
 from ddpm_ray.training import validation_loss
 from ddpm_ray.training.bf16_weights import Bf16Weights
 from ddpm_ray.training.checkpoint_writer import CheckpointWriter
+from ddpm_ray.training.contrastive_objective import ContrastiveMonitor
 from ddpm_ray.training.ema import (
     EMA,
     Averages,
@@ -40,7 +42,7 @@ from ddpm_ray.training.ema import (
     width_group,
 )
 from ddpm_ray.training.ema_snapshots import SNAPSHOTS, EmaSnapshotter, SnapshotStore
-from ddpm_ray.training.metrics_buffer import StepLog
+from ddpm_ray.training.metrics_buffer import StepLog, Terms
 from ddpm_ray.training.post_hoc_ema import gamma_of, power_decay
 from ddpm_ray.training.posterior_monitor import PosteriorMonitor
 from ddpm_ray.training.run import Plan, TrainingObjective
@@ -87,6 +89,8 @@ def training_objective(
     if config.traits.reconstructs:
         cache = cache_dir(config.data, "weights")
         return autoencoder_objective(config, state, device, cache)
+    if config.traits.embeds:
+        return contrastive_objective(config, state)
     return diffusion.objective(config, state, device)
 
 
@@ -94,7 +98,9 @@ def step_log(
     config: RunConfig, image_shape: ImageShape, workers: Workers, use: DeviceUse | None = None
 ) -> StepLog:
     """The buffer of the steps' metrics, for images [H, W, C]."""
-    monitor = None
+    monitor: Terms | None = None
+    if config.traits.embeds:
+        monitor = ContrastiveMonitor()
     if config.traits.reconstructs:
         wanted, (height, width, channels) = config.autoencoder, image_shape
         monitor = PosteriorMonitor(

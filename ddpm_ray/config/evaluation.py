@@ -41,7 +41,7 @@ OF_RUNS = (  # that only runs use
     "validation_every_steps",
     "validation_images",
 )
-OF_DENOISERS = (  # also those of OF_EVALUATE: options of scores that an autoencoder does not have
+OF_DENOISERS = (  # also those of OF_EVALUATE: options of scores that other models do not have
     "kernel_distance",
     "kernel_distance_images",
     "precision_recall",
@@ -56,7 +56,8 @@ class EvaluationConfig:
 
     num_images: int = option(
         0,
-        "images to score, sampled (autoencoder: reconstructed) with the EMA weights; 0: none",
+        "images to score, sampled (autoencoder: reconstructed; contrastive: retrieved) with the "
+        "EMA weights; 0: none",
         at_least=0,
         at_most=MOST_IMAGES,
     )
@@ -172,15 +173,14 @@ class EvaluationConfig:
         found = [f"evaluation.{key}" for key in self.set_of(keys)]
         return f"not used here: {', '.join(found)}; {remedy}" if found else ""
 
-    def problems_of_arithmetic(self, task: str) -> Iterator[str]:
-        """Yield a line for each option of the arithmetic of samples; `task` draws none."""
+    def problems_of_arithmetic(self, model: str) -> Iterator[str]:
+        """Yield a line for each option of the arithmetic of samples; `model` draws none."""
         for key, value, plain in (
             ("precision", self.precision, "fp32"),
             ("compile", self.compile, "off"),
         ):
             if value != plain:
-                what = "an autoencoder" if task == "autoencoder" else f"a {task}"
-                yield f"evaluation.{key} is {value}; {what} draws no samples: leave it out"
+                yield f"evaluation.{key} is {value}; {model} draws no samples: leave it out"
 
     def problems(self) -> Iterator[str]:
         """Yield a line for each setting that makes a score meaningless."""

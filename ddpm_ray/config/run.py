@@ -5,13 +5,14 @@ Configs are read by loading.py.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, TypeAlias
 
 from ddpm_ray.config.autoencoder import AutoencoderConfig
 from ddpm_ray.config.changes import change_problems
 from ddpm_ray.config.cluster import ClusterConfig
+from ddpm_ray.config.contrastive import ContrastiveConfig
 from ddpm_ray.config.data import DataConfig
 from ddpm_ray.config.evaluation import EvaluationConfig
 from ddpm_ray.config.model import ModelConfig, NetworkKind
@@ -25,10 +26,17 @@ from ddpm_ray.config.text import TextConfig
 from ddpm_ray.config.tracking import TrackingConfig
 from ddpm_ray.config.training import TrainingConfig
 
-OF_DENOISERS = ("schedule", "objective", "model", "text", "sampling")  # groups; also of classifiers
-OF_AUTOENCODERS = ("autoencoder",)
-Architecture: TypeAlias = NetworkKind | Literal["autoencoder"]
-SHARED = ("sampling.batch_size",)  # also the batch of an autoencoder's grids and scores
+OF_TASKS: Mapping[str, Sequence[Task]] = {  # groups that not all tasks use
+    "schedule": ("denoiser", "classifier"),
+    "objective": ("denoiser", "classifier"),
+    "model": ("denoiser", "classifier"),
+    "text": ("denoiser", "classifier", "contrastive"),  # a classifier is refused it by name
+    "autoencoder": ("autoencoder",),
+    "contrastive": ("contrastive",),
+    "sampling": ("denoiser", "classifier"),
+}
+Architecture: TypeAlias = NetworkKind | Literal["autoencoder", "contrastive"]
+SHARED = ("sampling.batch_size",)  # also the batch of grids and scores of the other tasks
 
 
 @dataclass(frozen=True)
@@ -41,7 +49,8 @@ class RunConfig:
     storage: str = option("runs", "folder or fsspec URL of the runs and their checkpoints")
     task: Task = option(
         "denoiser",
-        "what is trained: a denoiser, a classifier of noisy images for guidance, or an autoencoder",
+        "what is trained: a denoiser, a classifier of noisy images for guidance, an autoencoder; "
+        "contrastive: an image and a text encoder with embeddings in one space",
         defines_run=True,
         formerly=Former("model.kind", {"unet": "denoiser"}),
     )
@@ -57,6 +66,7 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     text: TextConfig = field(default_factory=TextConfig)
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    contrastive: ContrastiveConfig = field(default_factory=ContrastiveConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -71,7 +81,11 @@ class RunConfig:
     @property
     def architecture(self) -> Architecture:
         """The kind of network; a classifier's is half of a U-Net."""
-        return "autoencoder" if self.traits.reconstructs else self.model.network
+        match self.task:
+            case "autoencoder" | "contrastive":
+                return self.task
+            case _:
+                return self.model.network
 
     @property
     def sampled_model(self) -> SampledModel:
@@ -118,6 +132,7 @@ class RunConfig:
         yield from self.model.problems()
         yield from self.text.problems()
         yield from self.autoencoder.problems()
+        yield from self.contrastive.problems()
         yield from self.training.problems()
         yield from self.sampling.problems("sampling", self.sampled_model)
         yield from self.evaluation.problems()
@@ -148,16 +163,21 @@ class RunConfig:
 
     def _task_problems(self) -> Iterator[str]:
         yield from self._unused_options()
-        traits, article = self.traits, "an" if self.task[0] in "aeiou" else "a"
+        traits = self.traits
         if traits.predicts_labels:
             yield from self._classifier_problems()
-        if traits.reconstructs and self.training.gradient_checkpointing:
+        if traits.embeds and not self.takes_text:
             yield (
-                "training.gradient_checkpointing is true, which an autoencoder does not have: use "
+                f"text.encoder is none; {traits.name} embeds the captions of its images: set "
+                f"text.encoder=transformer"
+            )
+        if not traits.has_noise and self.training.gradient_checkpointing:
+            yield (
+                f"training.gradient_checkpointing is true, which {traits.name} does not have: use "
                 "training.micro_batch_size to save memory"
             )
         if not traits.draws_images:
-            yield from self.evaluation.problems_of_arithmetic(self.task)
+            yield from self.evaluation.problems_of_arithmetic(traits.name)
         if self.training.compile != "off" and self.autoencoder.discriminator_from_step:
             # The adversarial weight needs a second backward pass over part of the graph.
             yield (
@@ -165,14 +185,14 @@ class RunConfig:
                 f"autoencoder.discriminator_from_step does not support: set one of the two to its "
                 f"default"
             )
-        if self.evaluation.features == "none" and not traits.reconstructs:
+        if self.evaluation.features == "none" and traits.has_noise:
             yield (
-                f"evaluation.features is 'none'; the scores of {article} {self.task} need a "
-                f"feature network: choose inception or digits"
+                f"evaluation.features is 'none'; the scores of {traits.name} need a feature "
+                f"network: choose inception or digits"
             )
         pictures = traits.draws_images or traits.reconstructs
         for key, value, fits in (
-            ("evaluation.num_images", self.evaluation.num_images, pictures),
+            ("evaluation.num_images", self.evaluation.num_images, pictures or traits.embeds),
             (
                 "evaluation.validation_every_steps",
                 self.evaluation.validation_every_steps,
@@ -181,7 +201,7 @@ class RunConfig:
             ("training.grid_every_steps", self.training.grid_every_steps, pictures),
         ):
             if value and not fits:
-                yield f"{key} is {value}; {article} {self.task} draws no images: set it to 0"
+                yield f"{key} is {value}; {traits.name} draws no images: set it to 0"
 
     def _classifier_problems(self) -> Iterator[str]:
         if self.model.network != "unet":
@@ -203,11 +223,13 @@ class RunConfig:
 
     def _unused_options(self) -> Iterator[str]:
         """Yield a line for each option that is set and has no effect in this task."""
-        reconstructs = self.traits.reconstructs
-        unused = OF_DENOISERS if reconstructs else OF_AUTOENCODERS
-        remedy = "an autoencoder has none" if reconstructs else "only task=autoencoder uses it"
-        for name in unused:
+        for name, tasks in OF_TASKS.items():
+            if self.task in tasks:
+                continue
             group = getattr(self, name)
+            remedy = f"{self.traits.name} has none"
+            if len(tasks) == 1:
+                remedy = f"only task={tasks[0]} uses it"
             defaults = {key: value for key, value, _ in walk(type(group)())}
             for key, value, _ in walk(group):
                 if value != defaults[key] and f"{name}.{key}" not in SHARED:

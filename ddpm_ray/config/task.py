@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-Task: TypeAlias = Literal["denoiser", "classifier", "autoencoder"]
+Task: TypeAlias = Literal["denoiser", "classifier", "autoencoder", "contrastive"]
 
 
 @dataclass(frozen=True)
@@ -13,11 +13,19 @@ class TaskTraits:
 
     draws_images: bool = False  # has sample grids, image scores, and a model in MLflow
     predicts_labels: bool = False  # needs the label of each training image
-    reconstructs: bool = False  # encodes images to latents and decodes them; has no noise schedule
+    reconstructs: bool = False  # encodes images to latents and decodes them
+    embeds: bool = False  # embeds images and texts in one space
+    name: str = ""  # of such a model, with its article
+
+    @property
+    def has_noise(self) -> bool:
+        """Whether the network sees noisy images, and so has a noise schedule and an objective."""
+        return not (self.reconstructs or self.embeds)
 
 
 TRAITS: Mapping[Task, TaskTraits] = {
-    "denoiser": TaskTraits(draws_images=True),
-    "classifier": TaskTraits(predicts_labels=True),
-    "autoencoder": TaskTraits(reconstructs=True),
+    "denoiser": TaskTraits(draws_images=True, name="a denoiser"),
+    "classifier": TaskTraits(predicts_labels=True, name="a classifier"),
+    "autoencoder": TaskTraits(reconstructs=True, name="an autoencoder"),
+    "contrastive": TaskTraits(embeds=True, name="a contrastive model"),
 }

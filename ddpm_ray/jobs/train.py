@@ -47,7 +47,7 @@ def train(config: RunConfig, _: Namespace) -> dict[str, Any]:
         )
     no_pictures = "none: training.grid_every_steps is 0"
     if not (config.traits.draws_images or config.traits.reconstructs):
-        no_pictures = f"none: a {config.task} draws no images"
+        no_pictures = f"none: {config.traits.name} draws no images"
     scores = "  ".join(f"{key} {value:.4g}" for key, value in report["metrics"].items())
     print(
         f"checkpoint   {report['checkpoint']}",

@@ -14,7 +14,7 @@ def warn_of_unused(config: RunConfig) -> None:
     They are no errors, since configs of earlier versions name them.
     """
     _warn(config.evaluation, OF_EVALUATE, "give them to `ddpm-ray evaluate` when the run has ended")
-    if config.traits.reconstructs:
+    if not config.traits.has_noise:
         _warn(config.evaluation, OF_DENOISERS, "they belong to scores of denoisers: leave them out")
 
 

@@ -18,6 +18,7 @@ from ddpm_ray.data.dataset import Dataset
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.evaluation.score_table import score_table
 from ddpm_ray.models.autoencoder import Autoencoder
+from ddpm_ray.models.contrastive import ContrastiveEncoders
 from ddpm_ray.redaction import counted, sanitize
 
 
@@ -71,6 +72,15 @@ def _model_lines(config: RunConfig, image_shape: ImageShape) -> list[str]:
             f"**Loss** {wanted.loss}, gradient difference {wanted.gradient_difference_weight:g}, "
             f"{perceptual} {wanted.perceptual_weight:g}, KL {wanted.kl_weight:g}, "
             + (f"discriminator from step {start:,}" if start else "no discriminator"),
+        ]
+    if isinstance(network, ContrastiveEncoders):
+        image, text = config.contrastive, config.text
+        return [
+            f"**Embeddings** of width {image.width}; loss {image.loss}",
+            f"**Network** image and text encoder, {count:,} parameters: base_channels "
+            f"{image.base_channels}, channel_mults {list(image.channel_mults)}, blocks_per_level "
+            f"{image.blocks_per_level}; text of {text.length} tokens, width {text.width}, depth "
+            f"{text.depth}",
         ]
     model, schedule, objective = config.model, config.schedule, config.objective
     classes = model.num_classes

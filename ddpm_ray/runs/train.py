@@ -56,6 +56,13 @@ AUTOENCODER_PARAMS = (
     "autoencoder.kl_weight",
     *PARAMS[-2:],
 )
+CONTRASTIVE_PARAMS = (
+    "contrastive.loss",
+    "contrastive.width",
+    "contrastive.base_channels",
+    "text.width",
+    *PARAMS[-2:],
+)
 WIDTH = {"unet": "model.base_channels", "dit": "model.hidden_size"}  # one more, by network
 
 
@@ -142,8 +149,11 @@ def run_training(
 def _metadata(
     config: RunConfig, dataset: Dataset, folder: str, start: RunStart, parent: ParentSweep | None
 ) -> RunMetadata:
-    reconstructs, width = config.traits.reconstructs, WIDTH[config.model.network]
-    shown = AUTOENCODER_PARAMS if reconstructs else (*PARAMS, width)
+    shown: tuple[str, ...] = *PARAMS, WIDTH[config.model.network]
+    if config.traits.reconstructs:
+        shown = AUTOENCODER_PARAMS
+    if config.traits.embeds:
+        shown = CONTRASTIVE_PARAMS
     return RunMetadata(
         config.tracking.uri,
         config.tracking.experiment,

@@ -49,9 +49,9 @@ def open_or_pack(config: RunConfig) -> Dataset:
 def check_model(config: RunConfig, dataset: Dataset) -> None:
     """Check that schedule, network and data fit, on the meta device. Raises ConfigError."""
     reconstructs, shape = config.traits.reconstructs, dataset.manifest.diffused_shape
-    if reconstructs and dataset.manifest.codec != "pixels":
+    if not config.traits.has_noise and dataset.manifest.codec != "pixels":
         raise ConfigError(
-            f"data.url {config.data.url!r} holds {dataset.manifest.codec}; an autoencoder is "
+            f"data.url {config.data.url!r} holds {dataset.manifest.codec}; {config.traits.name} is "
             f"trained on images: name the images that they were encoded from"
         )
     if reconstructs and config.autoencoder.perceptual == "lpips":
@@ -69,7 +69,7 @@ def check_model(config: RunConfig, dataset: Dataset) -> None:
         if reconstructs:
             require_fitting(config, shape)
     except ValueError as error:
-        group = "autoencoder" if reconstructs else "model"
+        group = "model" if config.traits.has_noise else config.task
         raise ConfigError(f"{group}: with the images of {config.data.url}: {error}") from error
     known = len(dataset.manifest.label_names)
     if config.model.num_classes not in (0, known):

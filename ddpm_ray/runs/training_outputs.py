@@ -41,6 +41,8 @@ def training_outputs(
     if config.traits.reconstructs:
         found = AutoencoderOutputs(config, dataset, state, workers, pictures, sink)
         return TrainingOutputs(found.draw_grid, _nothing, found.evaluate, _nothing)
+    if config.traits.embeds:
+        return TrainingOutputs(_nothing, _nothing, _nothing, _nothing)
     network = inference_network(state.ema.model, config.evaluation, workers.device)
     tokenizer = run_config.saved_tokenizer(state.facts)
     denoiser = diffusion.denoiser(config, network, workers.device, codec, tokenizer)

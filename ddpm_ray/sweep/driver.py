@@ -208,14 +208,14 @@ def _run_tune(function: Any, searcher: TuneSearcher) -> None:
 
 
 def schedule_diagnostics(data: SweepData, values: dict[str, Any]) -> ScheduleDiagnostics | None:
-    """Return the diagnostics of these values' schedule; None for an autoencoder, which has none.
+    """Return the diagnostics of these values' schedule; None for a task without noise.
 
     Raises ConfigError for an invalid run.
     """
     run = data.trial_run(values, "trial")
     dataset = data.of(run).dataset
     check_model(run, dataset)
-    if run.traits.reconstructs:
+    if not run.traits.has_noise:
         return None
     schedule = diffusion.noise_schedule(run.schedule)
     manifest = dataset.manifest

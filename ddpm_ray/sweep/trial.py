@@ -181,7 +181,7 @@ def _outcome(outcome: Outcome, config: RunConfig, earlier_core_s: float) -> dict
         "run_id": report["run_id"],
         "checkpoint": report["checkpoint"],
         "step": step,
-        "num_steps": 0 if config.traits.reconstructs else config.schedule.num_steps,
+        "num_steps": config.schedule.num_steps if config.traits.has_noise else 0,
         "samples": picture_url(pictures, key, newest_grid) if pictures else "",
         "metrics": report["metrics"] if outcome.finished else {},
         "certificate": ended["scores"].get("certificate", {}),

@@ -215,8 +215,16 @@ CHANNELS = "{autoencoder.latent_channels: [4, 8], autoencoder.channel_mults: [[1
             SPACE,
             "run.training.core_seconds is 8, which ends the run before",
         ),
-        ([*AUTOENCODERS], "{data.url: [a, b]}", "space.data.url cannot be varied: the recons"),
-        ([*AUTOENCODERS, "stopping.kind=median"], CHANNELS, "stopping.kind is 'median', but auto"),
+        (
+            [*AUTOENCODERS],
+            "{data.url: [a, b]}",
+            "space.data.url cannot be varied: the scores of an auto",
+        ),
+        (
+            [*AUTOENCODERS, "stopping.kind=median"],
+            CHANNELS,
+            "stopping.kind is 'median', but an auto",
+        ),
         ([*AUTOENCODERS, "metric=eval/fid"], CHANNELS, "metric is 'eval/fid', which no trial rep"),
     ],
 )

@@ -83,3 +83,55 @@ def test_no_feature_network_is_for_autoencoders_alone() -> None:
         "evaluation.features is 'none'; the scores of a denoiser need a feature network: choose "
         "inception or digits"
     ]
+
+
+CONTRASTIVE = ("task=contrastive", "text.encoder=transformer", "training.grid_every_steps=0")
+
+
+def test_a_contrastive_run_has_scores_and_the_options_of_its_encoders() -> None:
+    keys = ["text.width=64", "contrastive.loss=infonce", "evaluation.num_images=9"]
+    keys += ["sampling.batch_size=8", "evaluation.features=none", "training.reduction=elastic"]
+    keys += ["training.reduction_slots=4"]
+    config = load_config(RunConfig, None, ["name=a", "data.url=d", *CONTRASTIVE, *keys])
+    assert config.traits.embeds
+    assert config.architecture == "contrastive"
+
+
+@pytest.mark.parametrize(
+    "key, line",
+    [
+        (
+            "text.encoder=none",
+            "text.encoder is none; a contrastive model embeds the captions of its images: set "
+            "text.encoder=transformer",
+        ),
+        ("schedule.num_steps=50", "schedule.num_steps is 50; a contrastive model has none"),
+        ("model.num_classes=3", "model.num_classes is 3; a contrastive model has none"),
+        ("autoencoder.kl_weight=0.5", "autoencoder.kl_weight is 0.5; only task=autoencoder uses"),
+        (
+            "training.grid_every_steps=5",
+            "training.grid_every_steps is 5; a contrastive model draws no images: set it to 0",
+        ),
+        (
+            "evaluation.validation_every_steps=5",
+            "evaluation.validation_every_steps is 5; a contrastive model draws no images",
+        ),
+        (
+            "evaluation.precision=bf16_weights",
+            "evaluation.precision is bf16_weights; a contrastive model draws no samples",
+        ),
+        ("training.gradient_checkpointing=true", "training.gradient_checkpointing is true, which"),
+        ("contrastive.channel_mults=[]", "contrastive.channel_mults is []; it needs one factor"),
+        ("contrastive.base_channels=33", "contrastive.groups is 32; it must divide every level's"),
+    ],
+)
+def test_what_a_contrastive_model_does_not_have_is_refused(key: str, line: str) -> None:
+    (found,) = complaints(*CONTRASTIVE, key)
+    assert found.startswith(line)
+
+
+@pytest.mark.parametrize("task", [(), CLASSIFIER, AUTOENCODER], ids=["none", "cls", "ae"])
+def test_an_option_of_contrastive_models_is_refused_for_other_tasks(task: tuple[str, ...]) -> None:
+    assert complaints(*task, "contrastive.width=5") == [
+        "contrastive.width is 5; only task=contrastive uses it: leave it out"
+    ]

@@ -27,14 +27,23 @@ from torch.nn.utils import clip_grad_norm_
 
 import ddpm_ray
 from ddpm_ray import fault_injection
-from ddpm_ray.assembly import diffusion, latents, optimization, training_run, wrapping
+from ddpm_ray.assembly import (
+    diffusion,
+    latents,
+    optimization,
+    run_config,
+    training_run,
+    wrapping,
+)
 from ddpm_ray.assembly.autoencoder_loading import trained_autoencoder
 from ddpm_ray.collectives import Workers
-from ddpm_ray.config.loading import load_config, to_dict
+from ddpm_ray.config.loading import ConfigError, load_config, to_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.dataset import open_dataset
 from ddpm_ray.data.image_shape import ImageShape
-from ddpm_ray.data.loader import Batch, ShardStream
+from ddpm_ray.data.loader import Batch, ShardStream, read_captions
+from ddpm_ray.data.tokenized_stream import TokenizedStream
+from ddpm_ray.data.tokenizer import Tokenizer
 from ddpm_ray.diffusion import add_noise
 from ddpm_ray.diffusion.conditioning import Conditioning
 from ddpm_ray.fault_injection import InjectedFaultError
@@ -50,6 +59,7 @@ from ddpm_ray.training.objective import Objective
 from ddpm_ray.training.run import Run
 from ddpm_ray.training.sample_grids import SampleGridLogger
 from ddpm_ray.training.state import Snapshot
+from tests.data.captioned_sets import write_captioned
 from tests.data.latent_sets import encode_noise
 from tests.fixtures.same_bits import assert_same_bits
 from tests.fixtures.threaded_workers import OnWorkers
@@ -81,6 +91,20 @@ TINY_AUTOENCODER = (
     "autoencoder.blocks_per_level=1",
     "autoencoder.discriminator_channels=8",
 )
+CONTRASTIVE = "task=contrastive"
+TINY_CONTRASTIVE = (
+    "contrastive.width=6",
+    "contrastive.base_channels=4",
+    "contrastive.groups=2",
+    "contrastive.channel_mults=[1,2]",
+    "contrastive.blocks_per_level=1",
+    "text.encoder=transformer",
+    "text.length=6",
+    "text.width=8",
+    "text.depth=1",
+    "text.heads=2",
+    "training.grid_every_steps=0",
+)
 FIRST_STEP_WITH_ADVERSARY = 4
 KINDS: dict[str, tuple[str, tuple[str, ...]]] = {  # the data set, and overrides
     "pixels": ("pixels", ()),
@@ -91,6 +115,8 @@ KINDS: dict[str, tuple[str, tuple[str, ...]]] = {  # the data set, and overrides
     ),
     "latents": ("latents", ("data.flip=true",)),
     "latents, DiT": ("latents", (DIT,)),
+    "contrastive": ("captioned", (CONTRASTIVE,)),
+    "infonce": ("captioned", (CONTRASTIVE, "contrastive.loss=infonce")),
 }
 
 
@@ -156,11 +182,18 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def sets(data: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Small pixels, pixels that a discriminator takes, and latents of the small ones' sides."""
+    """Small pixels, also with captions, some for a discriminator, latents of the small sides."""
     larger = str(tmp_path_factory.mktemp("larger"))
     pack_noise(larger, IMAGES, 24)
     encoded = encode_noise(tmp_path_factory.mktemp("encoded"), IMAGES, 2 * SIDE)
-    return {"pixels": data, "larger pixels": larger, "latents": encoded}
+    captioned = tmp_path_factory.mktemp("captioned")
+    write_captioned(captioned, [[f"{n % 5} pears", "a pear"][: n % 3] for n in range(IMAGES)], 10)
+    return {
+        "pixels": data,
+        "larger pixels": larger,
+        "latents": encoded,
+        "captioned": str(captioned),
+    }
 
 
 def of_kind(sets: dict[str, str], kind: str, *overrides: str) -> list[str]:
@@ -173,6 +206,8 @@ def configured(data: str, *overrides: str) -> RunConfig:
     network: tuple[str, ...] = (*OF_DENOISERS, *(TINY_DIT if DIT in overrides else TINY_UNET))
     if AUTOENCODER in overrides:
         network = TINY_AUTOENCODER
+    if CONTRASTIVE in overrides:
+        network = TINY_CONTRASTIVE
     return load_config(
         RunConfig,
         None,
@@ -201,7 +236,7 @@ BY_LOSSES = (
     "schedule.num_steps=2",
     "sampling.steps=1",
 )
-OPEN: list[ShardStream] = []  # streams of processes that are gone
+OPEN: list[ShardStream | TokenizedStream] = []  # streams of processes that are gone
 
 
 @pytest.fixture(autouse=True)
@@ -212,8 +247,27 @@ def _closed_streams() -> Iterator[None]:
 
 
 def streamed(config: RunConfig, workers: Workers) -> ShardStream:
-    OPEN.append(training_run.stream(config, open_dataset(config.data.url), workers))
+    opened = training_run.stream(config, open_dataset(config.data.url), workers)
+    OPEN.append(opened)
+    return opened
+
+
+def with_tokens(
+    config: RunConfig, workers: Workers, facts: dict[str, Any]
+) -> ShardStream | TokenizedStream:
+    dataset = open_dataset(config.data.url)
+    OPEN.append(training_run.stream_with_tokens(config, dataset, workers, facts))
     return OPEN[-1]
+
+
+def captions_facts(config: RunConfig) -> dict[str, Any]:
+    """The facts on the tokenizer of a run with text."""
+    if not config.takes_text:
+        return {}
+    pytest.importorskip("tokenizers", reason="needs the extra [text]")
+    captions = read_captions(open_dataset(config.data.url), range(3))
+    texts = [text for several in captions for text in several]
+    return run_config.tokenizer_facts(Tokenizer.trained(texts, 300, config.text.length))
 
 
 def begin(
@@ -230,6 +284,7 @@ def begin(
         "image_shape": list(dataset.manifest.image_shape),
         "data_fingerprint": dataset.fingerprint,
         **latents.codec_facts(codec),
+        **captions_facts(config),
     }
     state = training_run.training_state(config, dataset.manifest.diffused_shape, CPU, facts)
     store = CheckpointStore(str(folder), config.training.keep_checkpoints, planned_every=EVERY)
@@ -254,7 +309,7 @@ def begin(
         network=network,
         objective=training_run.training_objective(config, state, CPU),
         guard=guard,
-        stream=streamed(config, workers),
+        stream=with_tokens(config, workers, facts),
         workers=workers,
         log=log,
         checkpoints=CheckpointWriter(store),
@@ -354,6 +409,7 @@ MARKS_OF_KIND: dict[str, Marks] = {
     ],
     "latents": [(dies_before_update, 5), (dies_in_save, 6), (dies_before_save, 8)],
     "latents, DiT": [(dies_before_update, 5), (dies_in_save, 6), (dies_before_save, 8)],
+    "contrastive": [(dies_before_update, 5), (dies_in_save, 6)],
 }
 
 
@@ -489,6 +545,9 @@ def test_the_discriminator_trains_from_its_first_step_on(
         ("latents", ["model.dropout=0.3", "objective.self_conditioning=true"]),
         ("latents, DiT", ["data.flip=true", "model.dropout=0.3"]),
         ("latents", ["objective.inpainting_masks=true", "training.micro_batch_size=1"]),
+        ("contrastive", ["training.micro_batch_size=1", "data.flip=true"]),
+        ("contrastive", ["training.precision=bf16_weights"]),
+        ("infonce", ["training.precision=bf16", "training.channels_last=true"]),
     ],
     ids=str,
 )
@@ -517,7 +576,7 @@ def test_any_kind_of_run_survives_its_death(
     assert all(math.isfinite(value) for value in recorder.values.values())
 
 
-@pytest.mark.parametrize("kind", ["adversary", "latents", "latents, DiT"])
+@pytest.mark.parametrize("kind", ["adversary", "latents", "latents, DiT", "contrastive"])
 def test_a_killed_run_leaves_the_model_of_an_unbroken_one(
     kind: str, sets: dict[str, str], tmp_path: Path
 ) -> None:
@@ -536,6 +595,15 @@ def test_a_killed_run_leaves_the_model_of_an_unbroken_one(
         whole, died = (trained_autoencoder(str(folder)) for folder in folders)
         assert died.sha256 == whole.sha256  # by which its latents name it
         assert torch.equal(died.encode_uint8(images).mean, whole.encode_uint8(images).mean)
+        return
+    if kind == "contrastive":
+        ours, theirs = (ddpm_ray.load_encoders(folder, "cpu") for folder in folders)
+        assert ours.sha256 == theirs.sha256
+        found = ours.similarity(images, ["2 pears", "", "a pear"])
+        assert torch.equal(found, theirs.similarity(images, ["2 pears", "", "a pear"]))
+        assert found.shape == (2, 3)
+        with pytest.raises(ConfigError, match="a contrastive model, which draws no images: load"):
+            ddpm_ray.load(folders[0])
         return
     whole_model, died_model = (ddpm_ray.load(str(folder), "cpu") for folder in folders)
     drawn = died_model.sample(2, steps=3)
@@ -1069,7 +1137,7 @@ def test_the_error_stays_short_and_survives_a_pickle() -> None:
 
 
 @pytest.mark.usefixtures("_reports_at_each_step")
-@pytest.mark.parametrize("kind", ["adversary", "latents"])
+@pytest.mark.parametrize("kind", ["adversary", "latents", "contrastive", "infonce"])
 def test_with_elastic_reduction_workers_come_and_go_and_leave_the_same_bits(
     kind: str,
     sets: dict[str, str],
@@ -1283,7 +1351,7 @@ def steps_alone(run: Run) -> None:
     rejected_steps.handle_rejected(run, run.log.read())
 
 
-def gloo_worker(rank: int, folder: Path, data: str) -> dict[str, Any]:
+def gloo_worker(rank: int, folder: Path, data: str, captioned: str) -> dict[str, Any]:
     """Train, then meet a NaN that is on worker 1."""
     dist.init_process_group(
         "gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=2
@@ -1293,6 +1361,9 @@ def gloo_worker(rank: int, folder: Path, data: str) -> dict[str, Any]:
     train_loop(run)
     by_losses = RecordingSink()
     train_loop(begin(configured(data, *BY_LOSSES), folder / "by_losses", by_losses, workers))
+    pairs = RecordingSink()
+    texts = configured("", *of_kind({"captioned": captioned}, "contrastive"))
+    train_loop(begin(texts, folder / "pairs", pairs, workers))
     run = begin(config, folder / "spoilt", None, workers)
     spoil(run, 2, position=3)
     guilty = run.stream.keys(1)
@@ -1305,13 +1376,14 @@ def gloo_worker(rank: int, folder: Path, data: str) -> dict[str, Any]:
         reported = list(error.args)
     same = all(map(torch.equal, weights(run), after))
     dist.destroy_process_group()
-    losses, weighed = (
+    losses, weighed, paired = (
         [value for (key, _), value in sorted(of.values.items()) if key == "train/loss"]
-        for of in (recorder, by_losses)
+        for of in (recorder, by_losses, pairs)
     )
     return {
         "losses": losses,
         "weighed": weighed,
+        "paired": paired,
         "step": reported[0],
         "named": reported[3],
         "same": same,
@@ -1322,12 +1394,15 @@ def gloo_worker(rank: int, folder: Path, data: str) -> dict[str, Any]:
 
 @pytest.mark.timeout(400)  # both import torch anew
 def test_two_processes_train_as_one_and_stop_together(
-    data: str, unbroken: Callable[..., tuple[Snapshot, RecordingSink]], tmp_path: Path
+    data: str,
+    sets: dict[str, str],
+    unbroken: Callable[..., tuple[Snapshot, RecordingSink]],
+    tmp_path: Path,
 ) -> None:
-    commands = [
-        [sys.executable, "-m", "tests.training.test_loop", str(rank), str(tmp_path), data]
-        for rank in (0, 1)
-    ]
+    """A contrastive loss, too, which compares the images of one with the captions of the other."""
+    program = [sys.executable, "-m", "tests.training.test_loop"]
+    places = [str(tmp_path), data, sets["captioned"]]
+    commands = [[*program, str(rank), *places] for rank in (0, 1)]
     workers = [
         subprocess.Popen(
             command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -1341,7 +1416,8 @@ def test_two_processes_train_as_one_and_stop_together(
             worker.kill()
     assert [worker.returncode for worker in workers] == [0, 0], ended[0][1] + ended[1][1]
     main_worker, other = (json.loads(out.splitlines()[-1]) for out, _ in ended)
-    for name, overrides in (("losses", ()), ("weighed", BY_LOSSES)):
+    pairs = of_kind(sets, "contrastive")
+    for name, overrides in (("losses", ()), ("weighed", BY_LOSSES), ("paired", tuple(pairs))):
         values = unbroken(*overrides)[1].values
         alone = [values["train/loss", step] for step in range(1, STEPS + 1)]
         assert main_worker[name] == pytest.approx(alone, rel=1e-5)
@@ -1353,4 +1429,4 @@ def test_two_processes_train_as_one_and_stop_together(
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    print(json.dumps(gloo_worker(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])))
+    print(json.dumps(gloo_worker(int(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:])))

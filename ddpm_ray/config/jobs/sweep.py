@@ -15,7 +15,11 @@ from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.task import TRAITS, TaskTraits
 
 DATA_URL = "data.url"
-HIGHER_IS_BETTER = ("eval/psnr", "eval/ssim")  # of all other scores lower is better
+RETRIEVAL = tuple(  # scores of a contrastive model
+    f"eval/{way}_r{most}" for way in ("image_to_text", "text_to_image") for most in (1, 5, 10)
+)
+SIMILARITIES = "eval/psnr", "eval/ssim"  # of an autoencoder
+HIGHER_IS_BETTER = (*SIMILARITIES, *RETRIEVAL)  # of all other scores lower is better
 
 
 @dataclass(frozen=True)
@@ -160,10 +164,10 @@ class SweepConfig:
     def _data_problems(self) -> Iterator[str]:
         """Yield a line for each rule that trials on several data sets, or their budget, break."""
         searched = any(DATA_URL in branch for branch in self.space)
-        if searched and self.run.traits.reconstructs:
+        if searched and not self.run.traits.has_noise:
             yield (
-                f"space.{DATA_URL} cannot be varied: the reconstructions of different data cannot "
-                f"be compared; set run.{DATA_URL} for all trials"
+                f"space.{DATA_URL} cannot be varied: the scores of {self.run.traits.name} on "
+                f"different data cannot be compared; set run.{DATA_URL} for all trials"
             )
         elif searched and not self.run.evaluation.reference_url:
             yield (
@@ -202,7 +206,7 @@ class SweepConfig:
                 "Ray's, over Train V2, silently does nothing): use asha or median"
             )
         if stopping.kind in ("asha", "median") and not self.compares_losses:
-            why = "autoencoders have no loss by log-SNR"
+            why = f"{self.run.traits.name} has no loss by log-SNR"
             if self.run.traits.draws_images:
                 why = "losses on different latents cannot be compared"
             yield f"stopping.kind is {stopping.kind!r}, but {why}: use stopping.kind=none"
@@ -221,7 +225,9 @@ def reported_metrics(
     if traits.reconstructs:
         frechet = [] if config.features == "none" else _frechet_metrics(config)
         names = [f"eval/r{name.removeprefix('eval/')}" for name in frechet]
-        return [*names, *HIGHER_IS_BETTER]
+        return [*names, *SIMILARITIES]
+    if traits.embeds:
+        return [*RETRIEVAL]
     names = _frechet_metrics(config)
     return names + _kernel_metrics(config) if config.kernel_distance else names
 

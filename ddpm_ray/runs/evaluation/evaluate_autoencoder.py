@@ -35,7 +35,7 @@ def require_reconstruction_scores(wanted: EvaluationConfig) -> None:
         "leave it out"
         for key in wanted.set_of(OF_EVALUATE + OF_DENOISERS)
     ]
-    problems += wanted.problems_of_arithmetic("autoencoder")
+    problems += wanted.problems_of_arithmetic("an autoencoder")
     if problems:
         raise ConfigError("\n".join(problems))
 

@@ -1,0 +1,40 @@
+"""Load a trained image and text encoder from a checkpoint."""
+
+import torch
+
+from ddpm_ray.assembly import networks, run_config
+from ddpm_ray.assembly.newest_checkpoint import newest_checkpoint, usable_device
+from ddpm_ray.config.loading import ConfigError
+from ddpm_ray.data.image_shape import ImageShape
+from ddpm_ray.models.contrastive import ContrastiveEncoders
+from ddpm_ray.sampling.image_text import TrainedEncoders
+from ddpm_ray.training import checkpoint_folder
+
+
+def trained_encoders(
+    url: str, device: torch.device | str | None = "cpu", ema: str = "ema"
+) -> TrainedEncoders:
+    """Load the encoders of the checkpoint at `url`, or of a run's newest checkpoint.
+
+    The weights are the EMA group `ema` of the checkpoint. Raises CheckpointError if no checkpoint
+    passes verification, ConfigError for a run that trained something else, TokenizerError, and
+    ValueError for an unusable device.
+    """
+    device = usable_device(device)
+    where, snapshot = newest_checkpoint(url, ema)
+    facts = snapshot.facts
+    config = run_config.saved_config(facts, url)
+    if not config.traits.embeds:
+        raise ConfigError(
+            f"{url} holds {config.traits.name}, which embeds no images and texts: name a run with "
+            "task=contrastive"
+        )
+    image_shape = ImageShape(*facts["image_shape"])
+    tokenizer = run_config.saved_tokenizer(facts, where)
+    assert tokenizer is not None  # a config with this task has text
+    network = networks.network(config, image_shape, tokenizer=tokenizer)
+    assert isinstance(network, ContrastiveEncoders)
+    network.load_state_dict(snapshot.tensors[ema])
+    network.to(device).eval().requires_grad_(False)
+    sha256 = checkpoint_folder.weights_sha256(where, ema)
+    return TrainedEncoders(network, tokenizer, image_shape, where, sha256)

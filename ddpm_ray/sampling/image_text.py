@@ -1,0 +1,68 @@
+"""A trained image and text encoder: uint8 images and prompts to embeddings in one space."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddpm_ray.data.codec import PIXELS
+from ddpm_ray.data.image_shape import ImageShape
+from ddpm_ray.data.tokenizer import Tokenizer
+from ddpm_ray.models.contrastive import ContrastiveEncoders
+from ddpm_ray.sampling.array_arguments import as_images
+
+BATCH = 256  # images or texts that are embedded at once
+
+
+@dataclass(frozen=True, eq=False)
+class TrainedEncoders:
+    """An image and a text encoder ready for use; returned by `ddpm_ray.load_encoders`."""
+
+    model: ContrastiveEncoders  # in eval mode, parameters frozen
+    tokenizer: Tokenizer
+    image_shape: ImageShape  # of the images that it was trained on; it takes others too
+    url: str
+    sha256: str  # of its weights file
+
+    def __repr__(self) -> str:
+        """URL, image shape and width of the embeddings, in one line."""
+        return f"TrainedEncoders({self.url}, {self.image_shape}, width {self.width})"
+
+    @property
+    def width(self) -> int:
+        """E, the width of the embeddings."""
+        return self.model.spec.width
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the weights."""
+        return self.model.image_projection.weight.device
+
+    @torch.no_grad()
+    def image_embeddings(self, images: Any, *, batch_size: int = BATCH) -> Tensor:
+        """Embeddings float32 [N, E] of length 1 of uint8 images [N, H, W, C], an array or a tensor.
+
+        Raises ValueError for other images, and for sides that the encoder does not halve evenly.
+        """
+        found = torch.from_numpy(as_images(images, self.model.spec.image_channels))
+        parts = (PIXELS.encode(part.to(self.device)) for part in torch.split(found, batch_size))
+        return torch.cat([self.model.embed_images(part) for part in parts])
+
+    @torch.no_grad()
+    def text_embeddings(self, prompts: Sequence[str], *, batch_size: int = BATCH) -> Tensor:
+        """Embeddings float32 [n, E] of length 1 of n prompts; raises ValueError for none.
+
+        Longer prompts are cut, as captions are in training.
+        """
+        if isinstance(prompts, str):
+            prompts = [prompts]
+        if not prompts:
+            raise ValueError("prompts is empty; give at least one text, as in ['a red apple']")
+        tokens = torch.split(self.tokenizer.encode(list(prompts)), batch_size)
+        return torch.cat([self.model.embed_texts(part.to(self.device)) for part in tokens])
+
+    def similarity(self, images: Any, prompts: Sequence[str]) -> Tensor:
+        """Cosines float32 [N, n], in -1..1, of the embeddings of N images and n prompts."""
+        return self.image_embeddings(images) @ self.text_embeddings(prompts).T
