@@ -32,9 +32,10 @@ from typing import Any
 import numpy as np
 
 from ddpm_ray.data import shards
-from ddpm_ray.data.dataset import MANIFEST, Recipe, ShardRow, UInt8s, open_dataset, write_index
+from ddpm_ray.data.dataset import MANIFEST, UInt8s, open_dataset, write_index
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.data.loader import ShardStream
+from ddpm_ray.data.manifest import Recipe, ShardRow
 from ddpm_ray.storage import object_store
 
 BATCH, SHAPE, BUCKET = 128, ImageShape(32, 32, 3), "bench"

@@ -8,8 +8,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ddpm_ray.data import shards
-from ddpm_ray.data.dataset import Dataset, Recipe, ShardRow, write_index
+from ddpm_ray.data.dataset import Dataset, write_index
 from ddpm_ray.data.image_shape import ImageShape
+from ddpm_ray.data.manifest import Recipe, ShardRow
 from ddpm_ray.storage import object_store
 
 

@@ -20,9 +20,10 @@ from ddpm_ray.config.loading import load_config, to_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data import shards
 from ddpm_ray.data.codec import PIXELS
-from ddpm_ray.data.dataset import Dataset, Recipe, ShardRow, write_index
+from ddpm_ray.data.dataset import Dataset, write_index
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.data.loader import Batch
+from ddpm_ray.data.manifest import Recipe, ShardRow
 from ddpm_ray.reporting import Command, Progress, Row
 from ddpm_ray.sampling.denoiser import Denoiser
 from ddpm_ray.training.checkpoint_writer import CheckpointWriter

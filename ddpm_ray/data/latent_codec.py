@@ -18,9 +18,10 @@ from torch import Tensor
 from ddpm_ray import counter_rng
 from ddpm_ray.counter_rng import Purpose, Step
 from ddpm_ray.data.codec import PIXELS, Codec, require_finite
-from ddpm_ray.data.dataset import Manifest, UInt8s
+from ddpm_ray.data.dataset import UInt8s
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.data.latent_preview import PreviewMatrix
+from ddpm_ray.data.manifest import Manifest
 from ddpm_ray.data.shard_index import CodecName
 from ddpm_ray.models.autoencoder import Posterior
 

@@ -15,8 +15,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ddpm_ray.data.dataset import Manifest, UInt8s
+from ddpm_ray.data.dataset import UInt8s
 from ddpm_ray.data.latent_sums import Float16s
+from ddpm_ray.data.manifest import Manifest
 
 Gram: TypeAlias = list[list[int]]
 """Sums of products of the columns 1, z_1..z_c, y_1..y_C over all latents.

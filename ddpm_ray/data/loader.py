@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from ddpm_ray.data.captions import caption_tuples
-from ddpm_ray.data.dataset import Dataset, DatasetError, Manifest, UInt8s
+from ddpm_ray.data.dataset import Dataset, DatasetError, UInt8s
+from ddpm_ray.data.manifest import Manifest
 from ddpm_ray.data.prefetcher import FETCHES, Prefetcher, lane_shares, overlap
 from ddpm_ray.data.shard_cache import ShardCache
 from ddpm_ray.data.shard_samples import gather, image_decoders

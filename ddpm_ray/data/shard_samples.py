@@ -6,8 +6,9 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from ddpm_ray.data.dataset import Dataset, DatasetError, Manifest, UInt8s
+from ddpm_ray.data.dataset import Dataset, DatasetError, UInt8s
 from ddpm_ray.data.image_decoders import DecoderDiedError, ImageDecoders, UndecodableError
+from ddpm_ray.data.manifest import Manifest
 from ddpm_ray.data.shards import Latents, Shard
 from ddpm_ray.data.shuffle_order import Int64s
 

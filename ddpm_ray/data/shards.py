@@ -20,8 +20,9 @@ import pyarrow as pa
 from ddpm_ray.data import arrow_io
 from ddpm_ray.data.arrow_io import ArrowFileError
 from ddpm_ray.data.captions import COLUMN_TYPE, caption_column, require_captions
-from ddpm_ray.data.dataset import Dataset, DatasetError, Int64s, Manifest, UInt8s
+from ddpm_ray.data.dataset import Dataset, DatasetError, Int64s, UInt8s
 from ddpm_ray.data.latent_sums import LOG_VARIANCES, Float16s
+from ddpm_ray.data.manifest import Manifest
 from ddpm_ray.data.shard_cache import ShardCache
 from ddpm_ray.redaction import counted, sanitize
 from ddpm_ray.storage import checksummed, object_store

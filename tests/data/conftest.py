@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from ddpm_ray.config.jobs.pack import Encoding, PackConfig
-from ddpm_ray.data.dataset import Dataset, Recipe
+from ddpm_ray.data.dataset import Dataset
 from ddpm_ray.data.image_shape import ImageShape
+from ddpm_ray.data.manifest import Recipe
 from ddpm_ray.data.packing import packer
 from ddpm_ray.data.packing.sources import ArraySource
 

@@ -14,9 +14,10 @@ from ddpm_ray.config.jobs.encode import EncodeConfig
 from ddpm_ray.config.loading import to_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data import shards
-from ddpm_ray.data.dataset import Dataset, LatentShardRow, Recipe, open_dataset, write_index
+from ddpm_ray.data.dataset import Dataset, open_dataset, write_index
 from ddpm_ray.data.image_shape import ImageShape, LatentShape
 from ddpm_ray.data.latent_sums import latent_sums
+from ddpm_ray.data.manifest import LatentShardRow, Recipe
 from ddpm_ray.data.packing import latent_packer
 from ddpm_ray.data.shards import Latents
 from ddpm_ray.models.autoencoder import Autoencoder, AutoencoderSpec

@@ -16,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ddpm_ray.data import arrow_io, captions, shard_index, shards
-from ddpm_ray.data.dataset import Dataset, DatasetError, manifest_of, open_dataset
+from ddpm_ray.data.dataset import Dataset, DatasetError, open_dataset
 from ddpm_ray.data.loader import ShardStream, read_captions, read_images
+from ddpm_ray.data.manifest import manifest_of
 from ddpm_ray.data.shards import fetch_shard
 from tests.data.captioned_sets import SHAPE, write_captioned
 from tests.data.latent_sets import random_latents, write_latents

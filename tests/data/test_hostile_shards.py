@@ -20,17 +20,10 @@ from hypothesis import strategies as st
 
 from ddpm_ray.data import arrow_io, shard_index, shards
 from ddpm_ray.data.arrow_io import ArrowFileError
-from ddpm_ray.data.dataset import (
-    FORMATS,
-    Dataset,
-    DatasetError,
-    Recipe,
-    ShardRow,
-    manifest_of,
-    open_dataset,
-)
+from ddpm_ray.data.dataset import Dataset, DatasetError, open_dataset
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.data.loader import ShardStream
+from ddpm_ray.data.manifest import FORMATS, Recipe, ShardRow, manifest_of
 from ddpm_ray.data.packing.image_files import encode_image
 from ddpm_ray.data.shard_cache import ShardCache
 from ddpm_ray.data.shards import fetch_shard

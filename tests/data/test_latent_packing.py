@@ -15,11 +15,12 @@ from ddpm_ray.config.jobs.encode import EncodeConfig
 from ddpm_ray.config.jobs.pack import PackConfig
 from ddpm_ray.data import encoding_record
 from ddpm_ray.data.codec import PIXELS
-from ddpm_ray.data.dataset import Dataset, DatasetError, Recipe, UInt8s, open_dataset
+from ddpm_ray.data.dataset import Dataset, DatasetError, UInt8s, open_dataset
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.data.latent_codec import LatentCodec
 from ddpm_ray.data.latent_preview import add_grams, fit_preview, gram_of
 from ddpm_ray.data.loader import read_captions, read_images
+from ddpm_ray.data.manifest import Recipe
 from ddpm_ray.data.packing import latent_packer, packer
 from ddpm_ray.data.packing.latent_packer import EncodePlan
 from ddpm_ray.data.packing.sources import ArraySource

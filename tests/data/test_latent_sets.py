@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from ddpm_ray.data import arrow_io, latent_sums, shard_index, shards
-from ddpm_ray.data.dataset import DatasetError, manifest_of, open_dataset
+from ddpm_ray.data.dataset import DatasetError, open_dataset
 from ddpm_ray.data.latent_sums import LatentSums
 from ddpm_ray.data.loader import ShardStream, read_images
+from ddpm_ray.data.manifest import manifest_of
 from ddpm_ray.data.shards import Latents, fetch_shard
 from ddpm_ray.models import autoencoder
 from tests.data.latent_sets import random_latents, write_latents

@@ -11,8 +11,9 @@ import pyarrow as pa
 import pytest
 
 from ddpm_ray.data import shards
-from ddpm_ray.data.dataset import Dataset, DatasetError, Manifest, open_dataset
+from ddpm_ray.data.dataset import Dataset, DatasetError, open_dataset
 from ddpm_ray.data.image_shape import ImageShape
+from ddpm_ray.data.manifest import Manifest
 from ddpm_ray.data.shards import ShardCorruptError, fetch_shard
 
 MakeDataset = Callable[..., Dataset]

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from ddpm_ray.collectives import Workers
 from ddpm_ray.data import shards
-from ddpm_ray.data.dataset import Dataset, Recipe, ShardRow, UInt8s, write_index
+from ddpm_ray.data.dataset import Dataset, UInt8s, write_index
 from ddpm_ray.data.image_shape import ImageShape
+from ddpm_ray.data.manifest import Recipe, ShardRow
 from ddpm_ray.diffusion import schedules
 from ddpm_ray.diffusion.parameterization import Parameterization
 from ddpm_ray.diffusion.process import NoiseSchedule

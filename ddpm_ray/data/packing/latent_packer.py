@@ -20,22 +20,13 @@ from ddpm_ray.config.jobs.encode import EncodeConfig
 from ddpm_ray.core_clock import core_clock
 from ddpm_ray.data import encoding_record, shards
 from ddpm_ray.data.captions import caption_tuples
-from ddpm_ray.data.dataset import (
-    MANIFEST,
-    Dataset,
-    DatasetError,
-    LatentShardRow,
-    Recipe,
-    UInt8s,
-    index_of,
-    open_dataset,
-    write_index,
-)
+from ddpm_ray.data.dataset import MANIFEST, Dataset, DatasetError, UInt8s, open_dataset, write_index
 from ddpm_ray.data.encoding_record import EncodingCost, EncodingRecord
 from ddpm_ray.data.image_decoders import ImageDecoders
 from ddpm_ray.data.image_shape import ImageShape, LatentShape
 from ddpm_ray.data.latent_preview import Gram, add_grams, fit_preview, gram_of
 from ddpm_ray.data.latent_sums import LOG_VARIANCES, Float16s, latent_sums
+from ddpm_ray.data.manifest import LatentShardRow, Recipe, index_of
 from ddpm_ray.data.packing import pack_report
 from ddpm_ray.data.packing.part_files import PartFiles
 from ddpm_ray.data.shard_samples import gather

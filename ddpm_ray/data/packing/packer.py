@@ -21,17 +21,9 @@ import numpy as np
 from ddpm_ray.config.jobs.pack import PackConfig
 from ddpm_ray.data import shards
 from ddpm_ray.data.captions import caption_bytes
-from ddpm_ray.data.dataset import (
-    MANIFEST,
-    Dataset,
-    DatasetError,
-    Recipe,
-    ShardRow,
-    UInt8s,
-    open_dataset,
-    write_index,
-)
+from ddpm_ray.data.dataset import MANIFEST, Dataset, DatasetError, UInt8s, open_dataset, write_index
 from ddpm_ray.data.image_shape import ImageShape
+from ddpm_ray.data.manifest import Recipe, ShardRow
 from ddpm_ray.data.packing import pack_report
 from ddpm_ray.data.packing.image_files import BadImageError, decode_stored, encode_image
 from ddpm_ray.data.packing.image_fitting import first_image, fit_image, suggest_skip
