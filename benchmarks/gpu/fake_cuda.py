@@ -158,13 +158,7 @@ class FakeCudaTensor(Tensor):
 class _Factories(TorchDispatchMode):
     """Makes tensors on cuda:0 that no operand asks for: zeros, arange, and copies of the CPU's."""
 
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _executed(func, args, kwargs or {})
 
 

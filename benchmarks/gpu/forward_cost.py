@@ -29,13 +29,7 @@ class _Casts(TorchDispatchMode):
 
     count = 0
 
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         wanted = (kwargs or {}).get("dtype")
         if func is torch.ops.aten._to_copy.default and wanted is not None:
             source = args[0].dtype

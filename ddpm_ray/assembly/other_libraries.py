@@ -61,7 +61,7 @@ def of_diffusers(folder: Path, device: torch.device | str = "cpu") -> OtherModel
         schedule=ScheduleConfig(**facts["schedule"]),
         objective=ObjectiveConfig(**facts["objective"]),
         sampling=sampling,
-        model=_dit_options(spec) if isinstance(spec, DiTSpec) else _unet_options(spec),
+        model=_model_options(spec),
     )
     if not read.autoencoder:
         image_shape = ImageShape(height, width, spec.image_channels)
@@ -87,41 +87,20 @@ def of_autoencoder_kl(folder: Path) -> RunConfig:
     Raises UnsupportedModelError.
     """
     spec, _ = autoencoder_kl.read_config(folder)
-    sizes = AutoencoderConfig(
-        latent_channels=spec.latent_channels,
-        base_channels=spec.base_channels,
-        channel_mults=spec.channel_mults,
-        blocks_per_level=spec.blocks_per_level,
-        groups=spec.groups,
-        middle_attention=spec.middle_attention,
-    )
+    sizes = AutoencoderConfig(**_options_of(spec, AutoencoderConfig))
     return RunConfig(name=folder.name, task="autoencoder", autoencoder=sizes)
 
 
-def _unet_options(spec: UNetSpec) -> ModelConfig:
-    return ModelConfig(
-        base_channels=spec.base_channels,
-        channel_mults=spec.channel_mults,
-        blocks_per_level=spec.blocks_per_level,
-        attention_factors=spec.attention_factors,
-        head_channels=spec.variant.head_channels,
-        dropout=spec.dropout,
-        groups=spec.groups,
-        num_classes=spec.num_classes,
-    )
+def _model_options(spec: UNetSpec | DiTSpec) -> ModelConfig:
+    options = _options_of(spec, ModelConfig)
+    if isinstance(spec, DiTSpec):
+        return ModelConfig(network="dit", **options)
+    return ModelConfig(head_channels=spec.variant.head_channels, **options)
 
 
-def _dit_options(spec: DiTSpec) -> ModelConfig:
-    return ModelConfig(
-        network="dit",
-        patch_size=spec.patch_size,
-        depth=spec.depth,
-        hidden_size=spec.hidden_size,
-        heads=spec.heads,
-        mlp_norm_eps=spec.mlp_norm_eps,
-        dropout=spec.dropout,
-        num_classes=spec.num_classes,
-    )
+def _options_of(spec: object, config: type[Any]) -> dict[str, Any]:
+    """The values of `spec` that are options of `config`, under the same names."""
+    return {key: value for key, value in vars(spec).items() if key in config.__dataclass_fields__}
 
 
 def of_weights(config: ImportConfig, where: str, tensors: Mapping[str, Tensor]) -> OtherModel:

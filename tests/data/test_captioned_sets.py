@@ -3,8 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,8 @@ from ddpm_ray.data.loader import ShardStream, read_captions, read_images
 from ddpm_ray.data.manifest import manifest_of
 from ddpm_ray.data.shards import fetch_shard
 from tests.data.captioned_sets import SHAPE, write_captioned
+from tests.data.damaged_files import check_damage_is_found
+from tests.data.divided_streams import divided_streams
 from tests.data.latent_sets import random_latents, write_latents
 
 CAPTIONS = [[f"{n} of {k}" for k in range(n % 4)] for n in range(11)]  # 0 to 3 for each sample
@@ -57,24 +57,13 @@ def test_any_division_of_a_batch_delivers_the_captions_of_its_samples(
     samples = data.draw(st.integers(1, 30))
     texts = [[f"{n}-{k}" for k in range(data.draw(st.integers(0, 3)))] for n in range(samples)]
     dataset = write_captioned(tmp_path_factory.mktemp("set"), texts, data.draw(st.integers(1, 9)))
-    cut = data.draw(st.integers(1, 11))
-    window_samples = data.draw(st.sampled_from([1, 5, 1000]))
-    for positions in (range(cut), range(cut, 12)):
-        stream = ShardStream(
-            dataset,
-            seed=7,
-            global_batch_size=12,
-            positions=positions,
-            lanes=3,
-            window_samples=window_samples,
-        )
+    for stream in divided_streams(dataset, data):
         memory = stream.batch(0).map(lambda part: part.clone())
         for step in range(3):
             batch = stream.batch(step, memory)
             numbers = batch.images[:, 0, 0, 0].tolist()
             assert batch.captions == [tuple(texts[n]) for n in numbers]
             assert batch.images is memory.images
-        stream.close()
 
 
 def test_a_set_without_captions_has_none(make_dataset: MakeDataset) -> None:
@@ -236,15 +225,5 @@ print(read, refused)
 
 
 def test_damage_is_an_error_or_other_captions_never_a_crash(tmp_path: Path) -> None:
-    """Runs in a subprocess, because an invalid read would kill this one."""
     write_captioned(tmp_path, GREEK, 4)
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parents[2],
-    )
-    assert done.returncode == 0, done.stderr
-    read, refused = map(int, done.stdout.split())
-    assert read > 100
-    assert refused > 100
+    check_damage_is_found(SCRIPT, str(tmp_path))

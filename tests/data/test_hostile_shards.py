@@ -6,8 +6,6 @@ import hashlib
 import json
 import os
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +26,7 @@ from ddpm_ray.data.packing.image_files import encode_image
 from ddpm_ray.data.shard_cache import ShardCache
 from ddpm_ray.data.shards import fetch_shard
 from ddpm_ray.storage.errors import StorageError
+from tests.data.damaged_files import check_damage_is_found
 from tests.data.test_image_files import bomb
 
 SHAPE = (2, 3, 1)
@@ -297,17 +296,7 @@ print(read, refused)
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_damage_is_an_error_or_other_values_never_a_crash(seed: int) -> None:
-    """Runs in a subprocess, because an invalid read would kill this one."""
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(seed)],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parents[2],
-    )
-    assert done.returncode == 0, done.stderr
-    read, refused = map(int, done.stdout.split())
-    assert read > 100
-    assert refused > 100
+    check_damage_is_found(SCRIPT, str(seed))
 
 
 def test_shards_are_parsed_from_memory_alone(

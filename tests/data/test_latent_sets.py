@@ -20,10 +20,11 @@ from hypothesis.extra import numpy as arrays
 from ddpm_ray.data import arrow_io, latent_sums, shard_index, shards
 from ddpm_ray.data.dataset import DatasetError, open_dataset
 from ddpm_ray.data.latent_sums import LatentSums
-from ddpm_ray.data.loader import ShardStream, read_images
+from ddpm_ray.data.loader import read_images
 from ddpm_ray.data.manifest import manifest_of
 from ddpm_ray.data.shards import Latents, fetch_shard
 from ddpm_ray.models import autoencoder
+from tests.data.divided_streams import divided_streams
 from tests.data.latent_sets import random_latents, write_latents
 
 FLOAT16 = arrays.from_dtype(np.dtype(np.float16), allow_nan=False, allow_infinity=False)
@@ -104,25 +105,14 @@ def test_any_division_of_a_batch_delivers_the_stored_tensors(
     samples = data.draw(st.integers(1, 30))
     latents = random_latents(samples, seed=data.draw(st.integers(0, 99)))
     dataset = write_latents(tmp_path_factory.mktemp("set"), latents, data.draw(st.integers(1, 9)))
-    cut = data.draw(st.integers(1, 11))
-    window_samples = data.draw(st.sampled_from([1, 5, 1000]))
     stored = torch.from_numpy(np.stack(latents, axis=1))  # [n, 2, views, c, h, w]
-    for positions in (range(cut), range(cut, 12)):
-        stream = ShardStream(
-            dataset,
-            seed=7,
-            global_batch_size=12,
-            positions=positions,
-            lanes=3,
-            window_samples=window_samples,
-        )
+    for stream in divided_streams(dataset, data):
         for step in range(3):
             batch = stream.batch(step)
             numbers = [int(key.removeprefix("n-")) for key in stream.keys(step)]
             assert batch.images.dtype == torch.float16
             assert torch.equal(batch.images, stored[numbers])
             assert batch.labels.tolist() == [n % 7 for n in numbers]
-        stream.close()
 
 
 def test_read_images_gives_the_packed_order(tmp_path: Path) -> None:

@@ -62,14 +62,17 @@ TINY = (
     "evaluation.validation_images=16",
     "tracking.flush_every_s=0.02",
 )
-AUTOENCODER = (  # with an adversary from a step between two checkpoints on
-    "name=tiny",
+TINY_AUTOENCODER = (
     "task=autoencoder",
     "autoencoder.base_channels=4",
     "autoencoder.groups=2",
     "autoencoder.channel_mults=[1,2]",
     "autoencoder.blocks_per_level=1",
     "autoencoder.discriminator_channels=8",
+)
+AUTOENCODER = (  # with an adversary from a step between two checkpoints on
+    "name=tiny",
+    *TINY_AUTOENCODER,
     "autoencoder.discriminator_from_step=8",
     f"training.steps={STEPS}",
     f"training.checkpoint_every_steps={EVERY}",

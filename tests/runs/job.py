@@ -15,6 +15,7 @@ import psutil
 from mlflow import MlflowClient
 
 from ddpm_ray.cli.job import DONE, PARTLY_FAILED
+from ddpm_ray.reporting import RATES
 from tests.limits import JOB_S
 
 ROOT = Path(__file__).parents[2]
@@ -109,3 +110,13 @@ def command_of(process: psutil.Process) -> str:
 def rows(result: dict[str, Any], key: str) -> list[tuple[int, float]]:
     client = MlflowClient(tracking_uri=result["tracking_uri"])
     return [(m.step, m.value) for m in client.get_metric_history(result["run_id"], key)]
+
+
+def check_rows(result: dict[str, Any], wanted: dict[str, list[tuple[int, float]]]) -> None:
+    """The rows of a run are (step, value) of `wanted` by key; of clocks, the steps alone."""
+    for key, expected in wanted.items():
+        found = rows(result, key)
+        if key in RATES:
+            assert [step for step, _ in found] == [step for step, _ in expected]
+        else:
+            assert found == expected, key
