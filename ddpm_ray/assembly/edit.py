@@ -48,7 +48,8 @@ def edited(
     inpainting. Raises ConfigError for unsupported sampling settings, and ValueError as the model's
     methods do.
     """
-    model, settings = with_sampling(model, config.sampling), vars(config.sampling)
+    model = with_sampling(model, config.sampling)
+    settings = {key: value for key, value in vars(config.sampling).items() if value != ()}
     require_memory("num_images", config.num_images, ImageShape(*image.shape))
     images = np.repeat(image[None], config.num_images, axis=0)
     match config.kind:
@@ -56,6 +57,9 @@ def edited(
             return model.image_to_image(images, config.strength), {}
         case "enlarge":
             return model.enlarge(images), {}
+        case "text_diff":
+            texts, iterations = (config.from_text, config.to_text), config.iterations
+            return model.text_diff(images, *texts, iterations=iterations), {}
         case "outpaint":
             images, mask = editing.outpainting_canvas(
                 images, config.top, config.bottom, config.left, config.right

@@ -28,6 +28,23 @@ def with_prompts(
     return replace(plan, settings=replace(plan.settings, prompts=tuple(prompts)))
 
 
+def held_out_prompts(prompts: Sequence[str], dataset: Dataset) -> frozenset[str]:
+    """The prompts that no sample of `dataset` has as a caption, in any case of letters.
+
+    Reads the captions of all shards until each prompt is found. A set without captions, or of more
+    than MOST_SAMPLES samples, which would take long, gives none. Raises StorageError.
+    """
+    if not dataset.manifest.captioned or int(dataset.counts.sum()) > MOST_SAMPLES:
+        return frozenset()
+    missing = {prompt.casefold() for prompt in prompts if prompt}
+    for number in range(len(dataset.counts)):
+        if not missing:
+            break
+        for texts in read_captions(dataset, [number]):
+            missing.difference_update(map(str.casefold, texts))
+    return frozenset(prompt for prompt in prompts if prompt.casefold() in missing)
+
+
 def prompts_of_data(dataset: Dataset, count: int, seed: int) -> Sequence[str]:
     """Draw `count` captions of different samples, if there are as many, by (seed, i).
 

@@ -205,8 +205,11 @@ def _as_type(name: str, kind: Any, value: Any) -> Any:
         return value
     if kind == tuple[str, ...]:
         several = [value] if isinstance(value, str) else value
-        if not isinstance(several, Sequence) or not all(isinstance(one, str) for one in several):
+        if not isinstance(several, Sequence):
             raise ValueError(f"{name} is {shown(value)}; give a list of texts")
+        for number, one in enumerate(several, 1):
+            if not isinstance(one, str):
+                raise ValueError(f"{name} has {shown(one)} as number {number}; give a text")
         return tuple(several)
     if get_origin(kind) is tuple:
         try:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 from ddpm_ray.choices import SamplingVariance
+from ddpm_ray.config.caption_rule import CaptionError, cleaned
 from ddpm_ray.config.option_fields import arguments, option, out_of_range
 
 Sampler: TypeAlias = Literal[
@@ -13,6 +14,7 @@ Sampler: TypeAlias = Literal[
 ]
 Spacing: TypeAlias = Literal["uniform", "quadratic", "log_snr"]
 
+PROMPTS_REMEDY = "give one or more texts, or leave it out; '' is an image without text"
 MOST_IMAGES = 2**32  # of one seed: random numbers are keyed by the index of an image, 32 bits
 
 
@@ -86,6 +88,7 @@ class SamplingSettings:
                 f"T that the model was trained with"
             )
         yield from self._variance_problems(at, num_steps)
+        yield from self._prompt_problems(at)
         if self.dynamic_quantile and self.clip is False:
             yield (
                 f"{at}dynamic_quantile is {self.dynamic_quantile} and {at}clip false; it is a way "
@@ -117,6 +120,16 @@ class SamplingSettings:
                 f"{at}variance is 'learned' and {at}sampler {self.sampler!r}, which has no "
                 f"variance to learn: use {at}sampler=ancestral or fixed_small"
             )
+
+    def _prompt_problems(self, at: str) -> Iterator[str]:
+        """Yield a line for the first text that breaks the rule of captions, for each option."""
+        for key, texts in (("prompts", self.prompts), ("negative_prompt", (self.negative_prompt,))):
+            for number, text in enumerate(texts, 1):
+                try:
+                    cleaned(text, f"prompt {number}" if key == "prompts" else "text")
+                except CaptionError as error:
+                    yield f"{at}{key} cannot be used: {error}"
+                    break
 
     def _unsupported(self, at: str, model: "SampledModel") -> Iterator[str]:
         """Yield a line for labels, guidance, variance and clip that `model` does not support."""
@@ -183,6 +196,14 @@ class SamplingSettings:
             hint = f"did you mean {near[0]!r}" if near else f"there are {', '.join(names[:20])}"
             raise ValueError(f"labels has {label!r}, which is no class of the data; {hint}?")
         return tuple(k if isinstance(k, int) else (names or ()).index(k) for k in self.labels)
+
+    @property
+    def clean_prompts(self) -> tuple[str, ...]:
+        """`prompts` as captions are stored: in NFC, without white space around them.
+
+        Raises CaptionError, which names the prompt's number.
+        """
+        return tuple(cleaned(one, f"prompt {n}") for n, one in enumerate(self.prompts, 1))
 
     def overridden(
         self, values: Mapping[str, Any], num_steps: int | None = None

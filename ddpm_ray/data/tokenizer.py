@@ -7,16 +7,19 @@ captions of a data set or taken from another model. The file is data: it holds n
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ddpm_ray.redaction import sanitize
+from ddpm_ray.redaction import counted, sanitize
 from ddpm_ray.storage import object_store
+
+log = logging.getLogger(__name__)
 
 START, END = "<|startoftext|>", "<|endoftext|>"  # those of CLIP
 ENDS = (END, "</s>", "[SEP]", "<eos>")  # by other models
@@ -175,6 +178,27 @@ class _Held:
     start: int | None
     end: int | None
     pad: Any
+
+
+def warn_of_cuts(tokenizer: Tokenizer, texts: Sequence[str], which: str) -> None:
+    """Log a warning if the tokenizer cuts any of these texts; `which` are they, as "3 prompts"."""
+    if cut := tokenizer.too_long(texts):
+        longest, more = max(cut, key=lambda one: one[1])
+        log.warning(
+            "%s of %s have more than text.length=%d tokens and are cut; the longest has %d more "
+            "(%.60s)",
+            f"{len(cut):,}",
+            which,
+            tokenizer.length,
+            more,
+            longest,
+        )
+
+
+@lru_cache(maxsize=64)
+def warn_of_cut_prompts(tokenizer: Tokenizer, prompts: tuple[str, ...]) -> None:
+    """Log a warning if the tokenizer cuts any prompt, once for the same prompts."""
+    warn_of_cuts(tokenizer, prompts, counted(len(prompts), "prompt"))
 
 
 def _batches(texts: Iterable[str]) -> Iterator[list[str]]:

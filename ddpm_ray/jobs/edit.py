@@ -1,7 +1,8 @@
-"""Repaint a part of an image, extend it, vary it, or enlarge it with a trained model.
+"""Repaint a part of an image, extend it, vary it or enlarge it with a trained model.
 
     ddpm-ray edit MODEL_URI IMAGE --mask MASK --out edited.png [key=value ...]
     ddpm-ray edit MODEL_URI IMAGE --out wide.png kind=outpaint right=16 [key=value ...]
+    ddpm-ray edit MODEL_URI IMAGE --out b.png kind=text_diff from_text=TEXT to_text=TEXT
     python jobs/edit.py MODEL_URI IMAGE --mask MASK --out edited.png [key=value ...]
 
 White pixels of MASK are repainted, dark pixels are kept. If MASK has transparent pixels, its opaque
@@ -20,6 +21,7 @@ from ddpm_ray.cli.paths import home_folder, input_file, made_ready, output_file
 from ddpm_ray.config.jobs.edit import EditConfig
 from ddpm_ray.config.reading.errors import ConfigError
 from ddpm_ray.jobs.model_argument import MODEL_URI, with_settings_of_model
+from ddpm_ray.jobs.prompts import prompts_facts, with_prompts_of_file
 
 
 def prepare(config: EditConfig, arguments: Namespace) -> EditConfig:
@@ -30,7 +32,9 @@ def prepare(config: EditConfig, arguments: Namespace) -> EditConfig:
     arguments.out = output_file("--out", arguments.out, home, (".png",))
     arguments.image = input_file("image", arguments.image, home)
     arguments.mask = arguments.mask and input_file("--mask", arguments.mask, home)
-    return with_settings_of_model(config, arguments)
+    if config.kind == "text_diff" and "sampling.prompts" in arguments.given:
+        raise ConfigError("sampling.prompts is given and kind 'text_diff': give to_text")
+    return with_settings_of_model(with_prompts_of_file(config, arguments), arguments)
 
 
 def edit(config: EditConfig, arguments: Namespace) -> dict[str, Any]:
@@ -47,8 +51,9 @@ def edit(config: EditConfig, arguments: Namespace) -> dict[str, Any]:
     images, measured = edited_files(config, model, arguments.image, arguments.mask)
     write_picture(arguments.out, grid(images) if len(images) > 1 else from_pixels(images[0], 0))
     provenance = {key: model.provenance[key] for key in ("checkpoint", "step", "weights_sha256")}
+    drawn = prompts_facts(arguments)
     seconds = round(time.perf_counter() - started, 3)
-    return {"picture": arguments.out, **measured, "seconds": seconds, **provenance}
+    return {"picture": arguments.out, **measured, **drawn, "seconds": seconds, **provenance}
 
 
 ARGUMENTS = (

@@ -15,6 +15,7 @@ from ddpm_ray.cli.job import Argument, Job
 from ddpm_ray.cli.paths import PICTURES, home_folder, made_ready, output_file
 from ddpm_ray.config.jobs.sample import SampleConfig
 from ddpm_ray.jobs.model_argument import MODEL_URI, with_settings_of_model
+from ddpm_ray.jobs.prompts import prompts_facts, with_prompts_of_file
 
 
 def prepare(config: SampleConfig, arguments: Namespace) -> SampleConfig:
@@ -23,7 +24,8 @@ def prepare(config: SampleConfig, arguments: Namespace) -> SampleConfig:
     arguments.out = output_file("--out", arguments.out, home, PICTURES)
     gif = config.gif and output_file("gif", config.gif, home, (".gif",))
     strip = config.strip and output_file("strip", config.strip, home, PICTURES)
-    return with_settings_of_model(replace(config, gif=gif, strip=strip), arguments)
+    config = with_prompts_of_file(replace(config, gif=gif, strip=strip), arguments)
+    return with_settings_of_model(config, arguments)
 
 
 def sample(config: SampleConfig, arguments: Namespace) -> dict[str, Any]:
@@ -56,7 +58,8 @@ def sample(config: SampleConfig, arguments: Namespace) -> dict[str, Any]:
     if config.strip:
         image_io.write_picture(config.strip, image_grid.strip_of(model, config.num_images))
     provenance = {key: model.provenance[key] for key in ("checkpoint", "step", "weights_sha256")}
-    return {"picture": arguments.out, "num_images": config.num_images, **provenance}
+    drawn = prompts_facts(arguments)
+    return {"picture": arguments.out, "num_images": config.num_images, **drawn, **provenance}
 
 
 OUT = Argument("--out", f"image file to write: {', '.join(PICTURES)}")

@@ -11,7 +11,7 @@ from ddpm_ray.config.loading import ConfigError
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.dataset import Dataset
 from ddpm_ray.data.loader import read_captions
-from ddpm_ray.data.tokenizer import Tokenizer
+from ddpm_ray.data.tokenizer import Tokenizer, warn_of_cut_prompts, warn_of_cuts
 from ddpm_ray.redaction import counted
 from ddpm_ray.storage import object_store
 
@@ -26,9 +26,9 @@ def run_tokenizer(config: RunConfig, dataset: Dataset, folder: str) -> Tokenizer
     """The tokenizer of the run in `folder`; None for a run without text.
 
     A new run gets the one that `text.tokenizer` names, or one that is trained on the captions of
-    `dataset`; it is a function of them, so drivers that start at once write the same file. Raises
-    ConfigError for a data set without captions and for a run that began with another tokenizer,
-    TokenizerError, StorageError.
+    `dataset`; it is a function of them, so drivers that start at once write the same file. Warns of
+    prompts that it cuts and, at the first start, of captions. Raises ConfigError for a data set
+    without captions and for a run that began with another tokenizer, TokenizerError, StorageError.
     """
     if not config.takes_text:
         return None
@@ -47,6 +47,7 @@ def run_tokenizer(config: RunConfig, dataset: Dataset, folder: str) -> Tokenizer
                 f"run began with {found.sha256[:12]}: leave it out, or start a run with another "
                 f"name="
             )
+        warn_of_cut_prompts(found, config.sampling.prompts)
         return found
     if given is None:
         given = Tokenizer.trained(_captions(dataset), config.text.vocabulary, length)
@@ -55,24 +56,11 @@ def run_tokenizer(config: RunConfig, dataset: Dataset, folder: str) -> Tokenizer
             counted(given.vocabulary, "token"),
             config.data.url,
         )
-    _warn_of_cuts(given, list(islice(_captions(dataset), SAMPLED_CAPTIONS)))
+    captions = list(islice(_captions(dataset), SAMPLED_CAPTIONS))
+    warn_of_cuts(given, captions, f"the first {counted(len(captions), 'caption')}")
+    warn_of_cut_prompts(given, config.sampling.prompts)
     object_store.write_bytes(kept, given.json.encode())
     return given
-
-
-def _warn_of_cuts(tokenizer: Tokenizer, captions: list[str]) -> None:
-    """Log a warning if the tokenizer cuts any of these captions."""
-    if cut := tokenizer.too_long(captions):
-        longest, more = max(cut, key=lambda one: one[1])
-        log.warning(
-            "%s of the first %s have more than text.length=%d tokens and are cut; the longest has "
-            "%d more (%.60s)",
-            f"{len(cut):,}",
-            counted(len(captions), "caption"),
-            tokenizer.length,
-            more,
-            longest,
-        )
 
 
 def _captions(dataset: Dataset) -> Iterator[str]:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from ddpm_ray.assembly import diffusion, run_config, training_run
 from ddpm_ray.assembly.inference import inference_network
-from ddpm_ray.assembly.prompts import with_prompts
+from ddpm_ray.assembly.prompts import held_out_prompts, with_prompts
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.codec import Codec
@@ -50,19 +50,17 @@ def training_outputs(
         denoiser, config.data, dataset, GRID_IMAGES, workers.device
     )
     names = dataset.manifest.label_names
+    plan = diffusion.sampling_plan(config.sampling, denoiser.schedule, names)
+    given = plan.settings.prompts if sink is not None else ()  # others are captions of the data
     grid_logger = SampleGridLogger(
         denoiser,
-        with_prompts(
-            diffusion.sampling_plan(config.sampling, denoiser.schedule, names),
-            denoiser,
-            dataset,
-            PROMPTS,
-        ),
+        with_prompts(plan, denoiser, dataset, PROMPTS),
         dataset.manifest.image_shape,
         workers,
         pictures,
         sink,
         config.sampling.batch_size,
+        held_out_prompts(given, dataset),
     )
     draws = config.traits.draws_images
     return TrainingOutputs(

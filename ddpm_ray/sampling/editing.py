@@ -128,7 +128,8 @@ def interpolate_samples(
     """Interpolate between the images of the two indices `ends`: [len(shares), C, H, W].
 
     Image i is DDIM's for the noise at shares[i], 0 to 1, on the arc between the noises of the ends
-    (Song et al. 2021, arXiv:2010.02502, appendix D.5). All have the label of the first end.
+    (Song et al. 2021, arXiv:2010.02502, appendix D.5). All have the label and
+    the prompt of the first end.
     """
     index = torch.tensor(ends, device=device)
     shape = denoiser.codec.shape(image_shape)
@@ -136,7 +137,9 @@ def interpolate_samples(
     x_T: Tensor = torch.cat(
         [inversion.interpolate(first, last, share) for share in shares.tolist()]
     )
-    conditioning = denoiser.conditioning(index[:1].expand(len(shares)), plan.labels)
+    conditioning = denoiser.conditioning(
+        index[:1].expand(len(shares)), plan.labels, plan.settings.prompts
+    )
     denoise = denoiser.without_variance(denoiser.bind_conditioning(conditioning, plan.guidance))
     estimate = denoiser.estimator(denoise, plan.clipping(denoiser.codec))
     return samplers.ddim(estimate, x_T, plan.steps)
@@ -144,7 +147,7 @@ def interpolate_samples(
 
 def reconstruct(
     denoiser: Denoiser,
-    plan: SamplingPlan,
+    plans: tuple[SamplingPlan, SamplingPlan],
     iterations: int,
     images: Tensor,
     index: Tensor,
@@ -152,16 +155,18 @@ def reconstruct(
 ) -> Tensor:
     """Invert `images` [N, C, H, W] to noise by DDIM and sample from that noise again.
 
-    The error measures how well the plan's steps follow the probability flow. `iterations` is as in
-    `inversion.ddim_inversion`; `size` is S.
+    The first plan inverts, the second samples. If they are equal, the error measures how well their
+    steps follow the probability flow; with other prompts the images change as the texts do.
+    `iterations` is as in `inversion.ddim_inversion`; `size` is S.
     """
 
-    def fresh() -> X0Estimator:  # with self-conditioning it keeps state of one sampling run
+    def fresh(plan: SamplingPlan) -> X0Estimator:  # self-conditioning keeps state of one run
         denoise = _windowed_denoiser(denoiser, plan, index, images, size)
         return denoiser.estimator(denoiser.without_variance(denoise), clip=None)
 
-    x_T = inversion.ddim_inversion(fresh(), images, plan.steps, iterations=iterations)
-    return samplers.ddim(fresh(), x_T, plan.steps)
+    before, after = plans
+    x_T = inversion.ddim_inversion(fresh(before), images, before.steps, iterations=iterations)
+    return samplers.ddim(fresh(after), x_T, after.steps)
 
 
 def outpainting_canvas(
@@ -242,7 +247,8 @@ def _windowed_denoiser(
     `known` [N, C + 1, H, W] is their known part, for a model that takes it.
     """
     count, overlap = windows(images.shape[2], images.shape[3], size), (size[0] // 2, size[1] // 2)
-    conditioning = denoiser.conditioning(index, plan.labels).repeat(count)
+    conditioning = denoiser.conditioning(index, plan.labels, plan.settings.prompts)
+    conditioning = conditioning.repeat(count)
     if known is not None:
         conditioning = replace(conditioning, known=inpainting.in_windows(known, size, overlap))
     denoise = denoiser.bind_conditioning(conditioning, plan.guidance)

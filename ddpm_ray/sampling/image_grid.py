@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -28,6 +28,7 @@ GUTTER_GREY = 128  # contrasts with both black and white backgrounds
 MARGIN_PIXELS = 28  # margin for captions; wider if a caption needs it
 PROMPT_LETTERS = (28, 36, 48, 64, 96)  # of a line of a prompt, until its lines fit its row
 PROMPT_PIXELS, LINE_PIXELS = 13, 17  # font of prompts, and height of their lines
+HELD_OUT = "[held out]"  # stands before a prompt that no training image has as caption
 LEGIBLE_PIXELS = 64  # smaller images are enlarged by an integer factor
 
 
@@ -56,11 +57,13 @@ def grid(
     return Image.fromarray(canvas.squeeze(2) if channels == 1 else canvas)
 
 
-def grid_of_samples(images: Images, prompts: Sequence[str]) -> Image.Image:
+def grid_of_samples(
+    images: Images, prompts: Sequence[str], held_out: Collection[str] = ()
+) -> Image.Image:
     """Arrange samples 0, 1, ... as `grid` does or, if they have prompts, one row for each prompt.
 
-    The prompt of sample i is prompts[i % len(prompts)] and stands left of its row. Prompts without
-    a sample and samples that do not fill a column are left out.
+    The prompt of sample i is prompts[i % len(prompts)] and stands left of its row, marked if it is
+    in `held_out`. Prompts without a sample and samples that do not fill a column are left out.
     """
     if not prompts:
         return grid(images)
@@ -69,7 +72,10 @@ def grid_of_samples(images: Images, prompts: Sequence[str]) -> Image.Image:
     rows = [images[n :: len(prompts)][:columns] for n in range(len(shown))]
     picture = grid(np.concatenate(rows), columns)
     most = picture.height // len(shown) // LINE_PIXELS  # lines that fit a row
-    texts = [_in_lines(prompt or "(no text)", most) for prompt in shown]
+    marks = [f"{HELD_OUT} " if prompt in held_out else "" for prompt in shown]
+    texts = [
+        _in_lines(f"{m}{text or '(no text)'}", most) for m, text in zip(marks, shown, strict=True)
+    ]
     return captioned(picture, [], texts, row_font_pixels=PROMPT_PIXELS)
 
 

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from ddpm_ray.config.jobs.edit import MOST_MARGIN, InpaintingMethod
 from ddpm_ray.config.option_fields import checks_arguments, limits, shown
-from ddpm_ray.config.sampling import SamplingSettings
+from ddpm_ray.config.sampling import PROMPTS_REMEDY, SamplingSettings
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.data.low_resolution import enlarged
+from ddpm_ray.data.tokenizer import warn_of_cut_prompts
 from ddpm_ray.diffusion.samplers import OnStep
 from ddpm_ray.sampling import canvas, editing
 from ddpm_ray.sampling.array_arguments import as_images, as_low_resolution, as_mask
@@ -39,8 +40,9 @@ class TrainedModel:
     `settings`, the `sampling` group of the run's config, holds the defaults; `settings.steps` is
     the number of steps per image. Every method accepts its fields as keyword arguments for one
     call, `with_settings` for all calls; None keeps the run's value. They are `sampler`, `steps`,
-    `spacing`, `eta`, `variance`, `clip`, `dynamic_quantile`, `seed`, `batch_size`, `labels`, and
-    `guidance_` with `scale`, `rescale`, `above_sigma` and `below_sigma`.
+    `spacing`, `eta`, `variance`, `clip`, `dynamic_quantile`, `seed`, `batch_size`, `labels`,
+    `prompts`, `negative_prompt`, and `guidance_` with `scale`, `rescale`, `above_sigma` and
+    `below_sigma`.
 
     Image i is determined by `seed` and i. If the model has classes, image i has the label
     labels[i % len(labels)], given by number or name; without `labels`, all classes in turn.
@@ -251,12 +253,30 @@ class TrainedModel:
         """
         settings.setdefault("guidance_scale", 1.0)
         chosen = self._deterministic(settings)
-        plan, size = self._plan(chosen), self._window
+        return self._inverted(images, iterations, chosen, chosen)
 
-        def edit(x: Tensor, index: Tensor) -> Tensor:
-            return editing.reconstruct(self.denoiser, plan, iterations, x, index, size)
+    @checks_arguments
+    def text_diff(
+        self,
+        images: Images,
+        from_text: str,
+        to_text: str,
+        *,
+        iterations: Count = 1,
+        **settings: Any,
+    ) -> Images:
+        """Change `images` as the text changes: uint8 [N, H, W, C].
 
-        return self._edited(edit, images, chosen.batch_size)
+        Inverts them to noise by DDIM with `from_text`, which describes them, and samples from that
+        noise with `to_text`. With equal texts and without guidance this is `reconstruct`. Guidance
+        is applied to the sampling alone. More `steps` or `iterations` keep more of the images.
+        (Song et al. 2021, section 4.3; Mokady et al. 2022, arXiv:2211.09794, section 3.)
+        """
+        if settings.get("prompts") is not None:
+            raise ValueError("prompts are given; the texts of text_diff are from_text and to_text")
+        after = self._deterministic({**settings, "prompts": [to_text]})
+        before = replace(after, prompts=(from_text,), negative_prompt="", guidance_scale=1.0)
+        return self._inverted(images, iterations, before, after)
 
     def problems(self, prefix: str = "", *, guided_by_model: bool | None = None) -> Iterator[str]:
         """Yield a line for each of `settings` that this model does not support.
@@ -278,16 +298,39 @@ class TrainedModel:
         if problems := list(settings.problems("", model)):
             raise ValueError("; ".join(problems))
         names = self.label_names if settings.has_names else None
-        return sampling_plan(settings, self.denoiser.schedule, names)
+        plan = sampling_plan(settings, self.denoiser.schedule, names)
+        if (tokenizer := self.denoiser.takes.tokenizer) is not None:
+            negative = filter(None, [settings.negative_prompt])
+            warn_of_cut_prompts(tokenizer, (*plan.settings.prompts, *negative))
+        return plan
 
     def _chosen(self, given: dict[str, Any], *, repaint: bool = False) -> SamplingSettings:
         own = self.settings.for_repaint() if repaint else self.settings
-        return own.overridden(given, self.denoiser.schedule.num_steps)
+        return _overridden(own, given, self.denoiser.schedule.num_steps)
 
     def _deterministic(self, given: dict[str, Any]) -> SamplingSettings:
         own = replace(self.settings, sampler="ddim", eta=0.0, variance="fixed_small")
-        return own.overridden(given, self.denoiser.schedule.num_steps)
+        return _overridden(own, given, self.denoiser.schedule.num_steps)
+
+    def _inverted(
+        self, images: Images, iterations: int, before: SamplingSettings, after: SamplingSettings
+    ) -> Images:
+        """Invert the images with the settings `before`, and sample with those `after`."""
+        plans, size = (self._plan(before), self._plan(after)), self._window
+
+        def edit(x: Tensor, index: Tensor) -> Tensor:
+            return editing.reconstruct(self.denoiser, plans, iterations, x, index, size)
+
+        return self._edited(edit, images, after.batch_size)
 
     def _edited(self, edit: Edit, images: Images, batch_size: int) -> Images:
         found, shape = as_images(images, self.image_shape.channels), self.image_shape
         return editing.in_batches(edit, found, self.denoiser.codec, shape, self.device, batch_size)
+
+
+def _overridden(own: SamplingSettings, given: dict[str, Any], num_steps: int) -> SamplingSettings:
+    """`own` with the values of a call. Raises ValueError, also for an empty list of prompts."""
+    chosen = own.overridden(given, num_steps)
+    if given.get("prompts") is not None and not chosen.prompts:
+        raise ValueError(f"prompts is empty; {PROMPTS_REMEDY}")
+    return chosen

@@ -71,7 +71,8 @@ def sampling_plan(
 ) -> SamplingPlan:
     """The plan of `settings` for a model with this schedule; label names become numbers.
 
-    Raises ValueError for a label that is not in `label_names`.
+    Raises ValueError for a label that is not in `label_names`, and for a prompt that cannot be a
+    caption.
     """
     first = first_step(schedule, settings.sampler)
     count = min(settings.steps, first)
@@ -84,7 +85,8 @@ def sampling_plan(
             steps = timestep_spacing.log_snr_steps(schedule, count, first)
         case _:
             assert_never(settings.spacing)
-    return SamplingPlan(steps, replace(settings, labels=settings.numbered(label_names)))
+    labels, prompts = settings.numbered(label_names), settings.clean_prompts
+    return SamplingPlan(steps, replace(settings, labels=labels, prompts=prompts))
 
 
 def draw(

@@ -26,6 +26,8 @@ class ServedModel:
         does.
         """
         rows = [model_input] if isinstance(model_input, dict) else model_input.to_dict("records")
+        if not rows:
+            raise ValueError("the table has no rows; give one, with the arguments of sample")
         wanted = dict(rows[0])
         if "prompt" in wanted:
             prompts = [row["prompt"] for row in rows]

@@ -35,6 +35,7 @@ class SampleGridLogger:
     url: str  # folder of the PNG files
     sink: Sink | None  # on the main worker
     batch_size: int = 64
+    held_out: frozenset[str] = frozenset()  # prompts that no training image has as a caption
 
     def log_grid(self, step: int) -> None:
         """Draw samples 0..63 and log them as `samples` at `step`; all workers must call it."""
@@ -49,7 +50,8 @@ class SampleGridLogger:
         images = self.workers.gather(mine)
         if self.sink is not None:
             prompts = self.plan.settings.prompts
-            picture = image_grid.grid_of_samples(np.concatenate(images), prompts)
+            drawn = np.concatenate(images)
+            picture = image_grid.grid_of_samples(drawn, prompts, self.held_out)
             log_picture(self.sink, self.url, "samples", step, picture)
 
     def log_strip(self, step: int) -> None:

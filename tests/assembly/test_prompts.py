@@ -8,7 +8,8 @@ import pytest
 
 pytest.importorskip("tokenizers", reason="needs the extra [text]")
 
-from ddpm_ray.assembly.prompts import prompts_of_data
+from ddpm_ray.assembly import prompts
+from ddpm_ray.assembly.prompts import held_out_prompts, prompts_of_data
 from ddpm_ray.sampling.image_grid import grid, grid_of_samples
 from tests.data.captioned_sets import write_captioned
 
@@ -54,3 +55,25 @@ def test_more_prompts_than_samples_leave_out_the_last() -> None:
     images = np.zeros((2, 64, 64, 1), np.uint8)
     one, three = (grid_of_samples(images, ["a", "b", "c"][:n]) for n in (1, 3))
     assert one.height < three.height
+
+
+def test_prompts_that_no_sample_has_are_held_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In any case of letters, among all captions of all shards; the empty text is none."""
+    dataset = write_captioned(tmp_path / "set", [["A cat", "a Dog"], [], ["a bird"]], 1)
+    asked = ["a cat", "a DOG", "A Fish", "", "a bird"]
+    assert held_out_prompts(asked, dataset) == {"A Fish"}
+    assert held_out_prompts([], dataset) == frozenset()
+    monkeypatch.setattr(prompts, "MOST_SAMPLES", 2)  # a larger set is not read
+    assert held_out_prompts(asked, dataset) == frozenset()
+
+
+def test_a_grid_marks_the_rows_of_held_out_prompts() -> None:
+    """And no others; the mark comes first, so that a text that is cut keeps it."""
+    images = np.zeros((2, 64, 64, 1), np.uint8)
+    texts = ["a cat", "a dog " * 60]
+    plain, marked = (np.asarray(grid_of_samples(images, texts, held)) for held in ((), {texts[1]}))
+    spelled = np.asarray(grid_of_samples(images, [texts[0], f"[held out] {texts[1]}"]))
+    assert np.array_equal(marked, spelled)
+    assert not np.array_equal(marked, plain)

@@ -12,11 +12,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ddpm_ray.config import caption_rule
+from ddpm_ray.config.caption_rule import CaptionError, cleaned
 from ddpm_ray.counter_rng import Purpose, philox
 from ddpm_ray.data import captions
 from ddpm_ray.data.arrow_io import ArrowFileError
 from ddpm_ray.data.caption_choice import choose
-from ddpm_ray.data.captions import CaptionError, caption_column, caption_tuples, cleaned
+from ddpm_ray.data.captions import caption_column, caption_tuples
 
 TEXTS = st.text(st.characters(exclude_categories=["Cc", "Cs"]), max_size=30)
 SETS = st.lists(st.lists(TEXTS.map(cleaned).filter(bool), max_size=4), min_size=1, max_size=12)
@@ -54,17 +56,21 @@ def test_any_text_is_a_caption_or_has_a_problem_and_a_remedy(text: str) -> None:
 @pytest.mark.parametrize(
     "text, problem, kind",
     [
-        ("a" * 4097, "the caption has 4097 bytes of UTF-8; shorten it", captions.TOO_LONG),
-        ("\u20ac" * 1366, "the caption has 4098 bytes of UTF-8; shorten", captions.TOO_LONG),
-        ("a\u0301" * 10**6, "the caption has 3000000 bytes of UTF-8", captions.TOO_LONG),
-        ("\u1d160" * 1500, r"the caption has \d+ bytes of UTF-8", captions.TOO_LONG),
-        ("a\nb", r"holds the control character U\+000A; replace it by a space", captions.CONTROL),
-        ("a\tb", r"holds the control character U\+0009", captions.CONTROL),
-        ("a\x00", r"holds the control character U\+0000", captions.CONTROL),
-        ("a\x1b[2Jb", r"holds the control character U\+001B", captions.CONTROL),
-        ("a\x7fb", r"holds the control character U\+007F", captions.CONTROL),
-        ("a\x85b", r"holds the control character U\+0085", captions.CONTROL),
-        ("a\ud800", r"holds half a surrogate pair, U\+D800; write", captions.NOT_UNICODE),
+        ("a" * 4097, "the caption has 4097 bytes of UTF-8; shorten it", caption_rule.TOO_LONG),
+        ("\u20ac" * 1366, "the caption has 4098 bytes of UTF-8; shorten", caption_rule.TOO_LONG),
+        ("a\u0301" * 10**6, "the caption has 3000000 bytes of UTF-8", caption_rule.TOO_LONG),
+        ("\u1d160" * 1500, r"the caption has \d+ bytes of UTF-8", caption_rule.TOO_LONG),
+        (
+            "a\nb",
+            r"holds the control character U\+000A; replace it by a space",
+            caption_rule.CONTROL,
+        ),
+        ("a\tb", r"holds the control character U\+0009", caption_rule.CONTROL),
+        ("a\x00", r"holds the control character U\+0000", caption_rule.CONTROL),
+        ("a\x1b[2Jb", r"holds the control character U\+001B", caption_rule.CONTROL),
+        ("a\x7fb", r"holds the control character U\+007F", caption_rule.CONTROL),
+        ("a\x85b", r"holds the control character U\+0085", caption_rule.CONTROL),
+        ("a\ud800", r"holds half a surrogate pair, U\+D800; write", caption_rule.NOT_UNICODE),
     ],
 )
 def test_what_no_caption_holds_is_named(text: str, problem: str, kind: str) -> None:

@@ -167,7 +167,7 @@ def test_windows_of_a_local_network_are_the_canvas(edit: str) -> None:
             case "image_to_image":
                 return editing.image_to_image(denoiser, plan, 0.9, images, index, size)
             case "reconstruct":
-                return editing.reconstruct(denoiser, plan, 2, images, index, size)
+                return editing.reconstruct(denoiser, (plan, plan), 2, images, index, size)
             case _:
                 painting = Painting(edit, 2, 1)  # type: ignore[arg-type]
                 return editing.inpaint(denoiser, plan, painting, images, mask, index, size)
@@ -236,7 +236,9 @@ def test_more_steps_and_iterations_bring_an_image_back() -> None:
 
     def error(steps: int, iterations: int) -> float:
         plan = replace(PLAN, steps=uniform_steps(1000, steps))
-        back = editing.reconstruct(GAUSSIAN, plan, iterations, images, torch.arange(3), SIZE)
+        back = editing.reconstruct(
+            GAUSSIAN, (plan, plan), iterations, images, torch.arange(3), SIZE
+        )
         return float((back - images).abs().max())
 
     few, many, again = error(20, 1), error(200, 1), error(20, 6)

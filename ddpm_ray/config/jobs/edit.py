@@ -4,8 +4,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias
 
+from ddpm_ray.config.caption_rule import CaptionError, cleaned
 from ddpm_ray.config.data import MOVED_AUTOENCODER
-from ddpm_ray.config.option_fields import option
+from ddpm_ray.config.option_fields import option, shown
 from ddpm_ray.config.sampling import MOST_IMAGES, SamplingSettings
 
 InpaintingMethod: TypeAlias = Literal["auto", "conditioned", "repaint", "replacement"]
@@ -32,9 +33,10 @@ def inpainting_method(method: InpaintingMethod, *, conditioned: bool) -> Inpaint
 class EditConfig:
     """One edit of an image by a trained model."""
 
-    kind: Literal["inpaint", "outpaint", "image_to_image", "enlarge"] = option(
+    kind: Literal["inpaint", "outpaint", "image_to_image", "enlarge", "text_diff"] = option(
         "inpaint",
-        "repaint where the mask is white; extend the image; vary the whole image; super-resolution",
+        "repaint where the mask is white; extend the image; vary the whole image; super-resolution;"
+        " change it from from_text to to_text",
     )
     num_images: int = option(
         1, "variants to draw; several are saved as one grid", at_least=1, at_most=MOST_IMAGES
@@ -54,11 +56,22 @@ class EditConfig:
     bottom: int = option(0, "outpaint: pixels below it", at_least=0, at_most=MOST_MARGIN)
     left: int = option(0, "outpaint: pixels on its left", at_least=0, at_most=MOST_MARGIN)
     right: int = option(0, "outpaint: pixels on its right", at_least=0, at_most=MOST_MARGIN)
+    from_text: str = option("", "text_diff: text that describes the image; empty: no text")
+    to_text: str = option("", "text_diff: text that describes the image after the edit")
+    iterations: int = option(
+        1, "text_diff: network calls for each step of the inversion; more: closer", at_least=1
+    )
+    prompts_file: str = option(
+        "",
+        "text file of prompts, one a line, in place of sampling.prompts; variant i has that of "
+        "line i + 1, and after the last line the first; empty: none",
+    )
     autoencoder: str = option("", MOVED_AUTOENCODER)
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
 
     def problems(self) -> Iterator[str]:
-        """Yield a line for margins that do not fit the kind."""
+        """Yield a line for margins and texts that do not fit the kind."""
+        yield from self._text_problems()
         given = [side for side in MARGINS if getattr(self, side)]
         if self.kind == "outpaint" and not given:
             yield "top is 0, and so are bottom, left and right; outpaint adds pixels: set one"
@@ -66,6 +79,33 @@ class EditConfig:
             yield (
                 f"{given[0]} is {getattr(self, given[0])} and kind {self.kind!r}, which adds no "
                 f"pixels: set kind=outpaint or leave it at 0"
+            )
+
+    def _text_problems(self) -> Iterator[str]:
+        """Yield a line for texts of another kind of edit, and for text_diff without them."""
+        for key, text in (("from_text", self.from_text), ("to_text", self.to_text)):
+            try:
+                cleaned(text, "text")
+            except CaptionError as error:
+                yield f"{key} cannot be used: {error}"
+            if text and self.kind != "text_diff":
+                yield (
+                    f"{key} is {shown(text)} and kind {self.kind!r}, whose texts are "
+                    f"sampling.prompts: set kind=text_diff or leave it out"
+                )
+        if self.kind != "text_diff":
+            return
+        if not self.to_text:
+            yield "to_text is empty, and kind is 'text_diff': describe the image after the edit"
+        if self.num_images != 1:
+            yield (
+                f"num_images is {self.num_images}; text_diff adds no noise, so that all variants "
+                f"are equal: leave it at 1"
+            )
+        if self.prompts_file:
+            yield (
+                f"prompts_file is {self.prompts_file} and kind 'text_diff', whose texts are "
+                f"from_text and to_text: leave it out"
             )
 
     def for_model(self, *, conditioned: bool) -> "EditConfig":

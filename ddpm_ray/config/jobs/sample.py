@@ -22,6 +22,11 @@ class SampleConfig:
         "image file that shows the denoising of the first images, step by step: x_t above the "
         "estimate of x_0, noisy latents in the colours of their preview map; empty: none",
     )
+    prompts_file: str = option(
+        "",
+        "text file of prompts, one a line, in place of sampling.prompts; image i has that of "
+        "line i + 1, and after the last line the first; empty: none",
+    )
     autoencoder: str = option("", MOVED_AUTOENCODER)
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
     guidance: GuidanceConfig = group(GuidanceConfig, formerly="lead")

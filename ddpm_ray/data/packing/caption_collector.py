@@ -11,8 +11,9 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import pyarrow as pa
 
+from ddpm_ray.config.caption_rule import CaptionError, cleaned
 from ddpm_ray.config.jobs.pack import PackConfig
-from ddpm_ray.data.captions import MAX_CAPTIONS, CaptionError, cleaned
+from ddpm_ray.data.captions import MAX_CAPTIONS
 from ddpm_ray.data.dataset import DatasetError
 from ddpm_ray.data.samples import NamedGroup, named_groups, printable_name
 from ddpm_ray.redaction import counted
