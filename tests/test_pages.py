@@ -96,7 +96,7 @@ def commands(text: str) -> Iterator[list[str]]:
             if found := re.search(r"python jobs/(\w+)\.py([^)]*)", line) or re.search(
                 r"(?:^|-- |\()ddpm-ray ([a-z_]+)([^)]*)", line
             ):
-                yield [found[1].removesuffix("_shards"), *shlex.split(found[2], comments=True)]
+                yield [found[1].partition("_")[0], *shlex.split(found[2], comments=True)]
 
 
 def targets(text: str) -> set[str]:

@@ -67,6 +67,18 @@ def run(folder: Path, without: str, job: str, *arguments: str) -> subprocess.Com
             "autoencoder is {}/none: there is no such folder",
         ),
         ("encode.py", (".", "none", "out"), WRONG_CONFIG, "data is {}/none: there is no such fold"),
+        (
+            "tokenize_captions.py",
+            ("none", "--out", "t.json"),
+            WRONG_CONFIG,
+            "data is {}/none: there is no such folder; pack it with jobs/pack_shards.py",
+        ),
+        (
+            "tokenize_captions.py",
+            (".", "--out", "t.txt"),
+            WRONG_CONFIG,
+            "--out is t.txt; end it in one of .json",
+        ),
         ("train.py", ("none.yaml",), WRONG_CONFIG, "none.yaml: no such file"),
         ("train.py", ("cifar10",), WRONG_CONFIG, "data.url is {}/data/cifar10: there is no such"),
         (

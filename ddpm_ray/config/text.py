@@ -6,6 +6,8 @@ from typing import Literal, TypeAlias
 
 from ddpm_ray.config.option_fields import option, shown
 
+FEWEST_TOKENS = 256 + 2  # of a trained tokenizer: one for each byte, the start and the end
+SHORTEST_TEXT = 3  # tokens: its start, one of a word, its end
 TextEncoderKind: TypeAlias = Literal["none", "transformer"]
 
 
@@ -26,11 +28,11 @@ class TextConfig:
     vocabulary: int = option(
         4096,
         "trained tokenizer: number of tokens, at most",
-        at_least=258,
+        at_least=FEWEST_TOKENS,
         defines_run=True,
     )
     length: int = option(
-        32, "tokens of each text; longer texts are cut", at_least=3, defines_run=True
+        32, "tokens of each text; longer texts are cut", at_least=SHORTEST_TEXT, defines_run=True
     )
     width: int = option(256, "transformer: width of its vectors", at_least=1, defines_run=True)
     depth: int = option(4, "transformer: number of blocks", at_least=1, defines_run=True)

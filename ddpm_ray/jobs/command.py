@@ -17,12 +17,14 @@ from ddpm_ray.jobs import (
     pack,
     sample,
     sweep,
+    tokenize_captions,
     train,
 )
 from ddpm_ray.storage.file_formats import package_version
 
 MODULES = (
     pack,
+    tokenize_captions,
     encode,
     train,
     sweep,

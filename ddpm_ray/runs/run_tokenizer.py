@@ -6,10 +6,12 @@
 import logging
 from collections.abc import Iterator
 from itertools import islice
+from typing import Any
 
+from ddpm_ray.config.jobs.tokenize_captions import TokenizeConfig
 from ddpm_ray.config.loading import ConfigError
 from ddpm_ray.config.run import RunConfig
-from ddpm_ray.data.dataset import Dataset
+from ddpm_ray.data.dataset import Dataset, open_dataset
 from ddpm_ray.data.loader import read_captions
 from ddpm_ray.data.tokenizer import Tokenizer, warn_of_cut_prompts, warn_of_cuts
 from ddpm_ray.redaction import counted
@@ -18,6 +20,7 @@ from ddpm_ray.storage import object_store
 log = logging.getLogger(__name__)
 
 FILE = "tokenizer.json"
+PACK_CAPTIONS = "pack them with captions (docs/packing.md)"
 SAMPLED_CAPTIONS = 10_000  # of which too long ones are counted
 MOST_CAPTIONS = 1_000_000  # that a tokenizer is trained on: more change few of its tokens
 
@@ -36,7 +39,7 @@ def run_tokenizer(config: RunConfig, dataset: Dataset, folder: str) -> Tokenizer
     if not dataset.manifest.captions:
         raise ConfigError(
             f"text.encoder is {config.text.encoder}, but the images in {config.data.url} have no "
-            f"captions: pack them with captions (docs/packing.md), or set text.encoder=none"
+            f"captions: {PACK_CAPTIONS}, or set text.encoder=none"
         )
     given = Tokenizer.read(config.text.tokenizer, length) if config.text.tokenizer else None
     if object_store.exists(kept):
@@ -56,11 +59,40 @@ def run_tokenizer(config: RunConfig, dataset: Dataset, folder: str) -> Tokenizer
             counted(given.vocabulary, "token"),
             config.data.url,
         )
-    captions = list(islice(_captions(dataset), SAMPLED_CAPTIONS))
-    warn_of_cuts(given, captions, f"the first {counted(len(captions), 'caption')}")
+    _warn_of_cut_captions(given, dataset)
     warn_of_cut_prompts(given, config.sampling.prompts)
     object_store.write_bytes(kept, given.json.encode())
     return given
+
+
+def write_tokenizer(url: str, config: TokenizeConfig, file: str) -> dict[str, Any]:
+    """Train a tokenizer on the captions of the data set at `url`, as a run does, and write `file`.
+
+    Returns what identifies it, and how many of the first captions it cuts. Raises ConfigError for a
+    set without captions, DatasetError, TokenizerError, StorageError.
+    """
+    dataset = open_dataset(url)
+    if not dataset.manifest.captions:
+        raise ConfigError(f"data is {url}, whose images have no captions: {PACK_CAPTIONS}")
+    made = Tokenizer.trained(_captions(dataset), config.vocabulary, config.length)
+    captions = _warn_of_cut_captions(made, dataset)
+    object_store.write_bytes(file, made.json.encode())
+    return {
+        "tokenizer": file,
+        "tokens": made.vocabulary,
+        "sha256": made.sha256,
+        "data_fingerprint": dataset.fingerprint,
+        "captions": dataset.manifest.captions,
+        "captions_looked_at": len(captions),
+        "captions_cut": len(made.too_long(captions)),
+    }
+
+
+def _warn_of_cut_captions(tokenizer: Tokenizer, dataset: Dataset) -> list[str]:
+    """The first captions; logs a warning if the tokenizer cuts any of them."""
+    captions = list(islice(_captions(dataset), SAMPLED_CAPTIONS))
+    warn_of_cuts(tokenizer, captions, f"the first {counted(len(captions), 'caption')}")
+    return captions
 
 
 def _captions(dataset: Dataset) -> Iterator[str]:

@@ -41,7 +41,7 @@ def test_the_command_lists_each_job_on_one_line(
 
 
 def test_each_script_is_a_job_and_each_job_has_a_script() -> None:
-    found = {name.removesuffix("_shards"): path.read_text() for name, path in SCRIPTS.items()}
+    found = {name.partition("_")[0]: path.read_text() for name, path in SCRIPTS.items()}
     assert found.keys() == JOBS.keys()
     for module in MODULES:
         assert f"from {module.__name__} import JOB\n" in found[module.JOB.name]
@@ -95,7 +95,7 @@ def test_the_help_says_where_options_are_set(
 @pytest.mark.parametrize("name", JOBS)
 def test_the_description_of_a_job_shows_both_of_its_commands(name: str) -> None:
     lines = JOBS[name].description.splitlines()
-    script = next(path for stem, path in SCRIPTS.items() if stem.removesuffix("_shards") == name)
+    script = next(path for stem, path in SCRIPTS.items() if stem.partition("_")[0] == name)
     assert any(line.startswith(f"    ddpm-ray {name} ") for line in lines)
     assert any(line.startswith(f"    python jobs/{script.name} ") for line in lines)
 
@@ -104,7 +104,7 @@ def test_the_description_of_a_job_shows_both_of_its_commands(name: str) -> None:
     "words, says",
     [
         (("trian", "digits"), "no job is called 'trian'; did you mean train?"),
-        (("xyzzy",), "no job is called 'xyzzy'; there are pack, encode, train, "),
+        (("xyzzy",), "no job is called 'xyzzy'; there are pack, tokenize, encode, "),
         (("train",), "the following arguments are required: CONFIG"),
         (("train", "digit"), "digit: no such file, and no such config is shipped; there are: "),
         (("train", "digit"), "; did you mean digits?"),

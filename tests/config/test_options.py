@@ -31,6 +31,7 @@ from ddpm_ray.config.jobs.import_weights import ImportConfig
 from ddpm_ray.config.jobs.pack import PackConfig
 from ddpm_ray.config.jobs.sample import SampleConfig
 from ddpm_ray.config.jobs.sweep import SweepConfig
+from ddpm_ray.config.jobs.tokenize_captions import TokenizeConfig
 from ddpm_ray.config.loading import (
     Config,
     ConfigError,
@@ -62,6 +63,7 @@ KINDS: dict[str, type[Any]] = {
     "drill": DrillConfig,
     "edit": EditConfig,
     "encode": EncodeConfig,
+    "tokenize_captions": TokenizeConfig,
 }
 JOBS = [job for job in KINDS if (ROOT / "jobs" / f"{job}.py").exists()]
 HEAVY = ("torch", "ray", "mlflow", "numpy", "pyarrow", "fsspec", "scipy", "PIL")
@@ -567,6 +569,7 @@ POSITIONAL = {
     "import": ["weights", "runs/a"],
     "average": ["runs/a"],
     "encode": ["runs/a", "data", "latents"],
+    "tokenize_captions": ["data", "--out", "tokenizer.json"],
 }
 
 
@@ -581,7 +584,7 @@ def test_a_wrong_config_ends_before_anything_heavy_loads(job: str) -> None:
         "sweep": "run.sampling.eta=7",
     }
     own["drill"] = own["sweep"]
-    own["encode"] = "batch_size=0"
+    own |= {"encode": "batch_size=0", "tokenize_captions": "length=2"}
     some = own.get(job, "sampling.eta=7")
     program = LISTING_MODULES.format(heavy=HEAVY)
     ended = in_a_process(job, *given, some, "colour=red", program=program)

@@ -1,5 +1,6 @@
 """The tokenizer of a run: from its captions or a file, the same at each start."""
 
+import json
 import logging
 from pathlib import Path
 
@@ -7,13 +8,16 @@ import pytest
 
 pytest.importorskip("tokenizers", reason="needs the extra [text]")
 
+from ddpm_ray.cli.main import main
 from ddpm_ray.config.loading import ConfigError, load_config
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.dataset import Dataset
 from ddpm_ray.data.tokenizer import Tokenizer
+from ddpm_ray.jobs import tokenize_captions
 from ddpm_ray.runs.run_tokenizer import run_tokenizer
 from tests.data.captioned_sets import write_captioned
 from tests.data.test_latent_packing import pixels
+from tests.fixtures.job_script import refused
 
 CAPTIONS = [["a red apple", "fruit"], [], ["a green pear on a very long wooden table"], ["a pear"]]
 
@@ -77,3 +81,40 @@ def test_a_run_without_text_has_none(dataset: Dataset, tmp_path: Path) -> None:
     config = load_config(RunConfig, None, ["name=t", "data.url=captioned"])
     assert run_tokenizer(config, dataset, str(tmp_path)) is None
     assert not list(tmp_path.iterdir())
+
+
+def test_the_job_writes_the_bytes_that_a_run_would_train(
+    dataset: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And a run takes its file; the captions that text.length would cut are counted."""
+    out = tmp_path / "made" / "tokenizer.json"
+    words = [dataset.url, "--out", str(out), "vocabulary=262", "length=8"]
+    assert main(tokenize_captions.JOB, words) == 0
+    found = json.loads(capsys.readouterr().out)
+    made = run_tokenizer(configured("text.vocabulary=262"), dataset, str(tmp_path / "a"))
+    assert made is not None
+    assert out.read_bytes() == (tmp_path / "a/tokenizer.json").read_bytes()
+    assert found == {
+        "tokenizer": str(out),
+        "tokens": made.vocabulary,
+        "sha256": made.sha256,
+        "data_fingerprint": dataset.fingerprint,
+        "captions": 4,
+        "captions_looked_at": 4,
+        "captions_cut": len(made.too_long([text for texts in CAPTIONS for text in texts])),
+    }
+    assert found["captions_cut"] >= 1
+    taken = run_tokenizer(configured(f"text.tokenizer={out}"), dataset, str(tmp_path / "b"))
+    assert taken is not None
+    assert taken.sha256 == made.sha256
+
+
+def test_the_job_refuses_images_without_captions(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing is written."""
+    plain = pixels(tmp_path / "plain")
+    out = tmp_path / "t.json"
+    line = refused(capsys, tokenize_captions.JOB, 2, plain.url, "--out", out)
+    assert "whose images have no captions: pack them with captions (docs/packing.md)" in line
+    assert not out.exists()
