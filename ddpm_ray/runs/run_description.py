@@ -160,6 +160,12 @@ def _scores(scores: Mapping[str, Any]) -> list[str]:
             "brackets: 95 % interval; all details: artifact "
             f"`evaluation/step-{scores['step']:08d}.json`"
         ]
+    if scored := protocol.get("retrieval"):
+        lines += [
+            f"**Protocol** {counted(scored['images'], 'image')} and "
+            f"{counted(scored['captions'], 'distinct caption')}, EMA weights; in brackets: 95 % "
+            f"interval; all details: artifact `evaluation/step-{scores['step']:08d}.json`"
+        ]
     if drawn := protocol.get("reconstructions"):
         lines += [
             f"**Protocol** {counted(drawn['images'], 'image')}, decoded from their posterior "

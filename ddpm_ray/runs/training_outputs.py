@@ -12,6 +12,7 @@ from ddpm_ray.data.codec import Codec
 from ddpm_ray.data.dataset import Dataset
 from ddpm_ray.reporting import Sink
 from ddpm_ray.runs.autoencoder_outputs import AutoencoderOutputs
+from ddpm_ray.runs.contrastive_outputs import ContrastiveOutputs
 from ddpm_ray.runs.periodic_evaluation import PeriodicEvaluator
 from ddpm_ray.storage import object_store
 from ddpm_ray.training.sample_grids import GRID_IMAGES, PROMPTS, SampleGridLogger
@@ -42,7 +43,8 @@ def training_outputs(
         found = AutoencoderOutputs(config, dataset, state, workers, pictures, sink)
         return TrainingOutputs(found.draw_grid, _nothing, found.evaluate, _nothing)
     if config.traits.embeds:
-        return TrainingOutputs(_nothing, _nothing, _nothing, _nothing)
+        scored = ContrastiveOutputs(config, dataset, state, workers, sink)
+        return TrainingOutputs(_nothing, _nothing, scored.evaluate, _nothing)
     network = inference_network(state.ema.model, config.evaluation, workers.device)
     tokenizer = run_config.saved_tokenizer(state.facts)
     denoiser = diffusion.denoiser(config, network, workers.device, codec, tokenizer)

@@ -50,7 +50,6 @@ class TrainedEncoders:
         parts = (PIXELS.encode(part.to(self.device)) for part in torch.split(found, batch_size))
         return torch.cat([self.model.embed_images(part) for part in parts])
 
-    @torch.no_grad()
     def text_embeddings(self, prompts: Sequence[str], *, batch_size: int = BATCH) -> Tensor:
         """Embeddings float32 [n, E] of length 1 of n prompts; raises ValueError for none.
 
@@ -60,8 +59,13 @@ class TrainedEncoders:
             prompts = [prompts]
         if not prompts:
             raise ValueError("prompts is empty; give at least one text, as in ['a red apple']")
-        tokens = torch.split(self.tokenizer.encode(list(prompts)), batch_size)
-        return torch.cat([self.model.embed_texts(part.to(self.device)) for part in tokens])
+        return self.token_embeddings(self.tokenizer.encode(list(prompts)), batch_size=batch_size)
+
+    @torch.no_grad()
+    def token_embeddings(self, tokens: Tensor, *, batch_size: int = BATCH) -> Tensor:
+        """Embeddings float32 [n, E] of rows of the tokenizer, int64 [n, L]; n may be 0."""
+        parts = torch.split(tokens.to(self.device), batch_size)
+        return torch.cat([self.model.embed_texts(part) for part in parts])
 
     def similarity(self, images: Any, prompts: Sequence[str]) -> Tensor:
         """Cosines float32 [N, n], in -1..1, of the embeddings of N images and n prompts."""

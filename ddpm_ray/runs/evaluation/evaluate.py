@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ddpm_ray.assembly import checkpoint_loading
 from ddpm_ray.config.evaluation import EvaluationConfig
 from ddpm_ray.config.jobs.evaluate import EvaluateConfig
 from ddpm_ray.config.loading import ConfigError, from_dict, to_dict
@@ -16,10 +17,11 @@ from ddpm_ray.reporting import Progress
 from ddpm_ray.runs import load_model
 from ddpm_ray.runs.absolute_paths import absolute_evaluation_paths
 from ddpm_ray.runs.evaluation.evaluate_autoencoder import (
-    autoencoder_run,
     require_images_of,
     require_reconstruction_scores,
+    run_without_noise,
 )
+from ddpm_ray.runs.evaluation.evaluate_contrastive import require_captioned_images
 from ddpm_ray.runs.evaluation.evaluate_worker import evaluate_worker
 from ddpm_ray.sampling.pipeline import TrainedModel
 from ddpm_ray.storage import object_store
@@ -44,17 +46,17 @@ def run_evaluation(
     tracking_uri = resolve_tracking_uri(home)
     if not model_uri.startswith(IN_MLFLOW):
         model_uri = object_store.absolute(model_uri, home)
-    if begun := autoencoder_run(model_uri):
-        require_reconstruction_scores(config.evaluation)
+    if begun := run_without_noise(model_uri):
+        require_reconstruction_scores(config.evaluation, begun.traits.name)
         if config.autoencoder:
             raise ConfigError(
-                f"autoencoder is {config.autoencoder!r}, and {model_uri} is an autoencoder: leave "
-                "it out"
+                f"autoencoder is {config.autoencoder!r}, and {model_uri} is {begun.traits.name}: "
+                "leave it out"
             )
     else:
         begun = _denoiser_run(model_uri, config, tracking_uri)
-    wanted, encodes = config.evaluation, begun.traits.reconstructs
-    trained_on = (begun.evaluation.held_out_url if encodes else "") or begun.data.url
+    wanted, traits = config.evaluation, begun.traits
+    trained_on = (begun.evaluation.held_out_url if not traits.has_noise else "") or begun.data.url
     if not (data_url := config.data_url or trained_on):
         raise ConfigError(
             "data_url is empty, and the model does not name its training data; give the reference "
@@ -71,13 +73,16 @@ def run_evaluation(
     named = config.evaluation.held_out_url, config.evaluation.reference_url
     for url in filter(None, (config.data_url, *named)):
         open_dataset(url)  # before Ray starts
-    if encodes:
+    if traits.reconstructs:
         require_images_of(model_uri, config.data_url)
+    if traits.embeds:
+        channels = checkpoint_loading.run_facts(model_uri)[1]["image_shape"][2]
+        require_captioned_images(open_dataset(config.data_url), channels)
     settings = {
         "model_uri": model_uri,
         "tracking_uri": tracking_uri,
         "config": to_dict(config),
-        "encodes": encodes,
+        "task": begun.task,
     }
     scores: dict[str, Any] = worker_group.run(
         evaluate_worker, settings, config.cluster, on_progress

@@ -22,20 +22,29 @@ def autoencoder_run(model_uri: str) -> RunConfig | None:
 
     Raises what `checkpoint_loading.run_facts` raises.
     """
+    found = run_without_noise(model_uri)
+    return found if found is not None and found.traits.reconstructs else None
+
+
+def run_without_noise(model_uri: str) -> RunConfig | None:
+    """Config of the run or diffusers folder at `model_uri` if its task has no noise, else None.
+
+    Raises what `checkpoint_loading.run_facts` raises.
+    """
     if model_uri.startswith(IN_MLFLOW):  # where only models that draw images are logged
         return None
     config, _ = checkpoint_loading.run_facts(model_uri)
-    return config if config.traits.reconstructs else None
+    return None if config.traits.has_noise else config
 
 
-def require_reconstruction_scores(wanted: EvaluationConfig) -> None:
-    """Raise ConfigError with a line for each option of a score that an autoencoder lacks."""
+def require_reconstruction_scores(wanted: EvaluationConfig, model: str = "an autoencoder") -> None:
+    """Raise ConfigError with a line for each option of a score that `model` does not have."""
     problems = [
         f"evaluation.{key} is {shown(getattr(wanted, key))}; it belongs to scores of denoisers: "
         "leave it out"
         for key in wanted.set_of(OF_EVALUATE + OF_DENOISERS)
     ]
-    problems += wanted.problems_of_arithmetic("an autoencoder")
+    problems += wanted.problems_of_arithmetic(model)
     if problems:
         raise ConfigError("\n".join(problems))
 

@@ -29,6 +29,7 @@ from ddpm_ray.evaluation.vlb_over_dataset import BitsPerDim, vlb_bits_per_dim
 from ddpm_ray.reporting import Progress
 from ddpm_ray.runs import load_model
 from ddpm_ray.runs.evaluation.evaluate_autoencoder import autoencoder_scores
+from ddpm_ray.runs.evaluation.evaluate_contrastive import contrastive_scores
 from ddpm_ray.runs.evaluation.image_progress import ImageProgress
 from ddpm_ray.sampling.denoiser import Denoiser
 from ddpm_ray.sampling.pipeline import TrainedModel
@@ -60,8 +61,10 @@ def _scores(
     object_store.set_retry_timeout(config.cluster.storage_timeout_s)
     workers = distributed_context()
     progress = ImageProgress(_images_to_score(config), workers, report)
-    if settings.get("encodes"):
+    if settings.get("task") == "autoencoder":
         return autoencoder_scores(settings["model_uri"], config, workers, progress)
+    if settings.get("task") == "contrastive":
+        return contrastive_scores(settings["model_uri"], config, workers, progress)
     tracking_uri = settings["tracking_uri"]
     model = load_model.load(
         settings["model_uri"], workers.device, tracking_uri, autoencoder=config.autoencoder
