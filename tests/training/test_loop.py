@@ -92,17 +92,20 @@ TINY_AUTOENCODER = (
     "autoencoder.discriminator_channels=8",
 )
 CONTRASTIVE = "task=contrastive"
+TEXT = (
+    "text.encoder=transformer",
+    "text.length=6",
+    "text.width=8",
+    "text.depth=1",
+    "text.heads=2",
+)
 TINY_CONTRASTIVE = (
     "contrastive.width=6",
     "contrastive.base_channels=4",
     "contrastive.groups=2",
     "contrastive.channel_mults=[1,2]",
     "contrastive.blocks_per_level=1",
-    "text.encoder=transformer",
-    "text.length=6",
-    "text.width=8",
-    "text.depth=1",
-    "text.heads=2",
+    *TEXT,
     "training.grid_every_steps=0",
 )
 FIRST_STEP_WITH_ADVERSARY = 4
@@ -115,6 +118,7 @@ KINDS: dict[str, tuple[str, tuple[str, ...]]] = {  # the data set, and overrides
     ),
     "latents": ("latents", ("data.flip=true",)),
     "latents, DiT": ("latents", (DIT,)),
+    "text": ("captioned", (*TEXT, "objective.label_dropout=0.4")),
     "contrastive": ("captioned", (CONTRASTIVE,)),
     "infonce": ("captioned", (CONTRASTIVE, "contrastive.loss=infonce")),
 }
@@ -298,7 +302,8 @@ def begin(
     sink = (recorder or RecordingSink()) if workers.is_main else None
     validate: Callable[[int], None] = lambda step: None  # noqa: E731
     if config.traits.draws_images:
-        denoiser = diffusion.denoiser(config, state.ema.model, CPU, codec)
+        tokenizer = run_config.saved_tokenizer(facts)
+        denoiser = diffusion.denoiser(config, state.ema.model, CPU, codec, tokenizer)
         plan = diffusion.sampling_plan(config.sampling, denoiser.schedule)
         image_shape = dataset.manifest.image_shape
         grids = SampleGridLogger(denoiser, plan, image_shape, workers, str(folder), sink)
@@ -576,7 +581,7 @@ def test_any_kind_of_run_survives_its_death(
     assert all(math.isfinite(value) for value in recorder.values.values())
 
 
-@pytest.mark.parametrize("kind", ["adversary", "latents", "latents, DiT", "contrastive"])
+@pytest.mark.parametrize("kind", ["adversary", "latents", "latents, DiT", "text", "contrastive"])
 def test_a_killed_run_leaves_the_model_of_an_unbroken_one(
     kind: str, sets: dict[str, str], tmp_path: Path
 ) -> None:
@@ -606,9 +611,12 @@ def test_a_killed_run_leaves_the_model_of_an_unbroken_one(
             ddpm_ray.load(folders[0])
         return
     whole_model, died_model = (ddpm_ray.load(str(folder), "cpu") for folder in folders)
-    drawn = died_model.sample(2, steps=3)
+    of: dict[str, Any] = {}
+    if kind == "text":
+        images, of = images[:, :SIDE, :SIDE], {"prompts": ["2 pears", "a"], "guidance_scale": 2.0}
+    drawn = died_model.sample(2, steps=3, **of)
     assert drawn.shape == images.shape
-    np.testing.assert_array_equal(drawn, whole_model.sample(2, steps=3))
+    np.testing.assert_array_equal(drawn, whole_model.sample(2, steps=3, **of))
     edited = died_model.image_to_image(images, 0.5, steps=4)
     np.testing.assert_array_equal(edited, whole_model.image_to_image(images, 0.5, steps=4))
 
@@ -1137,7 +1145,7 @@ def test_the_error_stays_short_and_survives_a_pickle() -> None:
 
 
 @pytest.mark.usefixtures("_reports_at_each_step")
-@pytest.mark.parametrize("kind", ["adversary", "latents", "contrastive", "infonce"])
+@pytest.mark.parametrize("kind", ["adversary", "latents", "text", "contrastive", "infonce"])
 def test_with_elastic_reduction_workers_come_and_go_and_leave_the_same_bits(
     kind: str,
     sets: dict[str, str],
