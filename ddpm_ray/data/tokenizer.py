@@ -7,6 +7,7 @@ captions of a data set or taken from another model. The file is data: it holds n
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -143,6 +144,36 @@ class Tokenizer:
         """The text of a row of tokens, without start, end and padding."""
         return str(self._held.library.decode(list(tokens), skip_special_tokens=True)).strip()
 
+    @property
+    def start_token(self) -> int | None:
+        """The token that begins each text; None: there is none."""
+        return self._held.start
+
+    def for_transformers(self) -> dict[str, str]:
+        """Its files by name, for transformers' AutoTokenizer: the rows of `encode`.
+
+        Call it with padding="max_length" and truncation=True.
+        """
+        held, library = self._held, _library()
+        names = {key: held.library.id_to_token(number) for key, number in held.special.items()}
+        ends = [names[key] for key in ("bos_token", "eos_token") if key in names]
+        single = " ".join([*ends[:-1], "$A", ends[-1]])
+        whole = library.Tokenizer.from_str(held.library.to_str())
+        whole.post_processor = library.processors.TemplateProcessing(
+            single=single, special_tokens=[(name, whole.token_to_id(name)) for name in ends]
+        )
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": self.length,
+            "padding_side": "right",
+            "clean_up_tokenization_spaces": False,
+            **names,
+        }
+        return {
+            "tokenizer.json": whole.to_str(pretty=True),
+            "tokenizer_config.json": json.dumps(config, indent=2, sort_keys=True) + "\n",
+        }
+
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
         """The tokens of each text, without start and end."""
         found = self._held.library.encode_batch_fast(list(texts), add_special_tokens=False)
@@ -178,6 +209,12 @@ class _Held:
     start: int | None
     end: int | None
     pad: Any
+
+    @property
+    def special(self) -> dict[str, int]:
+        """The special tokens that there are, as transformers calls them."""
+        named = {"bos_token": self.start, "eos_token": self.end, "pad_token": self.pad}
+        return {key: number for key, number in named.items() if number is not None}
 
 
 def warn_of_cuts(tokenizer: Tokenizer, texts: Sequence[str], which: str) -> None:

@@ -46,6 +46,7 @@ def _export(
     return {
         "folder": str(out),
         "pipeline": export.pipeline,
+        "parts": list(export.parts),
         "scheduler": export.scheduler["_class_name"],
         "call": export.call,
         "no_equivalent": list(export.no_equivalent),
