@@ -172,7 +172,7 @@ def test_a_transparent_mask_and_a_grey_one_are_read_as_white_from_the_middle(edi
             "sampling.variance is 'learned'; repaint needs fixed_small",
         ),
         (["kind=outpaint"], "image.png", "top is 0, and so are bottom, left and right"),
-        (["--mask", "mask.png", "left=2"], "image.png", "left is 2 and kind 'inpaint'"),
+        (["--mask", "mask.png", "left=2"], "image.png", "left is 2 and kind is 'inpaint'"),
         (["kind=image_to_image", "strength=0"], "image.png", "strength is 0.0; it must be above"),
         (
             ["kind=image_to_image", "strength=0.1"],

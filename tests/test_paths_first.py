@@ -16,6 +16,7 @@ from ddpm_ray.cli.job import DONE, WRONG_CONFIG
 from tests.limits import ENDS_S
 
 ROOT = Path(__file__).parents[1]
+LONG = "n" * 300  # refused by the file system, as what a user may not read; root reads all
 WITHOUT = """
 import runpy, sys
 sys.modules.update(dict.fromkeys(sys.argv[1].split(",")))
@@ -41,6 +42,12 @@ def run(folder: Path, without: str, job: str, *arguments: str) -> subprocess.Com
             ("none", "out"),
             WRONG_CONFIG,
             "source is {}/none: there is no such fil",
+        ),
+        (
+            "pack_shards.py",
+            (LONG, "out"),
+            WRONG_CONFIG,
+            f"source is {{}}/{LONG}: it cannot be read (File name too long); give a folder of",
         ),
         ("sample.py", ("none", "--out", "a.png"), WRONG_CONFIG, "{}/none: there is no such folder"),
         ("sample.py", ("models:/", "--out", "a.png"), WRONG_CONFIG, "models:/ lacks a name; write"),
@@ -78,6 +85,12 @@ def run(folder: Path, without: str, job: str, *arguments: str) -> subprocess.Com
             (".", "--out", "t.txt"),
             WRONG_CONFIG,
             "--out is t.txt; end it in one of .json",
+        ),
+        (
+            "tokenize_captions.py",
+            (LONG, "--out", "t.json"),
+            WRONG_CONFIG,
+            f"data is {{}}/{LONG}: it cannot be read (File name too long); pack it with jobs/pack_",
         ),
         ("train.py", ("none.yaml",), WRONG_CONFIG, "none.yaml: no such file"),
         ("train.py", ("cifar10",), WRONG_CONFIG, "data.url is {}/data/cifar10: there is no such"),

@@ -56,7 +56,7 @@ def test_the_job_edits_from_a_text_to_a_text(job: Job) -> None:
     "words, says",
     [
         (("sampling.prompts=[]",), "sampling.prompts is empty; give one or more texts, or leave"),
-        (('sampling.prompts=[a,"b\\a"]',), "sampling.prompts cannot be used: the prompt 2 holds"),
+        (('sampling.prompts=[a,"b\\a"]',), "sampling.prompts cannot be used: prompt 2 holds"),
         (("prompts_file=none.txt",), "prompts_file is none.txt: there is no such file"),
         (("prompts_file=blank.txt",), "prompts_file is blank.txt: line 2: it is blank; write a"),
         (
@@ -82,9 +82,12 @@ def test_wrong_prompts_end_a_job_with_2(
         (("from_text=a cat",), "to_text is empty, and kind is 'text_diff': describe the image aft"),
         (("to_text=a\x00",), "to_text cannot be used: the text holds the control character U+0000"),
         (("to_text=a", "num_images=2"), "num_images is 2; text_diff adds no noise, so that all"),
-        (("to_text=a", "sampling.prompts=[b]"), "sampling.prompts is given and kind 'text_diff'"),
-        (("to_text=a", "prompts_file=prompts.txt"), "prompts_file is prompts.txt and kind 'text"),
-        (("to_text=a", "kind=enlarge"), "to_text is 'a' and kind 'enlarge', whose texts are sam"),
+        (
+            ("to_text=a", "sampling.prompts=[b]"),
+            "sampling.prompts is given and kind is 'text_diff'; leave it out and give from_text",
+        ),
+        (("to_text=a", "prompts_file=prompts.txt"), "prompts_file is prompts.txt and kind is 't"),
+        (("to_text=a", "kind=enlarge"), "to_text is 'a' and kind is 'enlarge', whose texts are "),
     ],
 )
 def test_a_wrong_text_diff_ends_with_2(words: tuple[str, ...], says: str, job: Job) -> None:

@@ -34,7 +34,7 @@ def trained_autoencoder(
     config = run_config.saved_config(snapshot.facts, url)
     if not config.traits.reconstructs:
         raise ConfigError(
-            f"{url} holds {config.traits.name}, which encodes no images: name a run with "
+            f"{url} holds {config.traits.name}, which has no latents: name a run with "
             "task=autoencoder, or a diffusers folder of an AutoencoderKL"
         )
     image_shape = ImageShape(*snapshot.facts["image_shape"])

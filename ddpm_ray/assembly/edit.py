@@ -50,7 +50,9 @@ def edited(
     """
     model = with_sampling(model, config.sampling)
     settings = {key: value for key, value in vars(config.sampling).items() if value != ()}
-    require_memory("num_images", config.num_images, ImageShape(*image.shape))
+    require_memory(
+        "num_images", config.num_images, _edited_shape(config, model, ImageShape(*image.shape))
+    )
     images = np.repeat(image[None], config.num_images, axis=0)
     match config.kind:
         case "image_to_image":
@@ -73,3 +75,11 @@ def edited(
         images, mask, method=method, resamples=resamples, jump_length=jump_length, **settings
     )  # given, the settings also hold for RePaint
     return painted, editing.fit(painted, images, mask)
+
+
+def _edited_shape(config: EditConfig, model: TrainedModel, given: ImageShape) -> ImageShape:
+    """Shape of the edited images of an image of the shape `given`."""
+    if config.kind == "enlarge":
+        return model.image_shape
+    height = config.top + given.height + config.bottom
+    return ImageShape(height, config.left + given.width + config.right, given.channels)

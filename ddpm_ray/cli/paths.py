@@ -39,15 +39,22 @@ def input_file(option: str, path: str, home: Path) -> str:
 def require_folder(option: str, url: str, remedy: str = "") -> str:
     """The absolute URL of a folder to be read; relative ones lie below `home_folder()`.
 
-    Raises ConfigError, which names `option`, for a local one that does not exist.
+    Raises ConfigError, which names `option`, for a local one that does not exist or
+    that this user may not read.
     """
     from ddpm_ray.storage import object_store  # fsspec: after the config is read
 
     where = object_store.absolute(url, home_folder())
-    if object_store.is_local(where) and not object_store.local_path(where).is_dir():
-        hint = f"; {remedy}" if remedy else ""
-        raise ConfigError(f"{option} is {where}: there is no such folder{hint}")
-    return where
+    if not object_store.is_local(where):
+        return where
+    problem = "there is no such folder"
+    try:
+        if object_store.local_path(where).is_dir():
+            return where
+    except OSError as error:  # is_dir() raises those of a path that may exist
+        problem = f"it cannot be read ({error.strerror})"
+    hint = f"; {remedy}" if remedy else ""
+    raise ConfigError(f"{option} is {where}: {problem}{hint}")
 
 
 def output_file(option: str, path: str, home: Path, suffixes: Sequence[str]) -> str:

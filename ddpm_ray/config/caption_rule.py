@@ -29,10 +29,10 @@ class CaptionError(ValueError):
         return str(self.args[2])
 
 
-def cleaned(text: str, what: str = "caption") -> str:
+def cleaned(text: str, what: str = "the caption") -> str:
     """Return `text` as a caption: in NFC, without white space around it; it may be empty.
 
-    `what` is its name in errors: a prompt follows the same rule.
+    `what` names it in errors, as "prompt 2": a prompt follows the same rule.
 
     Raises CaptionError for more than MAX_CAPTION_BYTES of UTF-8, for control characters, line ends
     included, and for lone surrogates, which UTF-8 cannot store.
@@ -41,10 +41,10 @@ def cleaned(text: str, what: str = "caption") -> str:
     if _utf8_bytes(text, what) <= MAX_RAW_BYTES:
         text = unicodedata.normalize("NFC", text)
     if (size := _utf8_bytes(text, what)) > MAX_CAPTION_BYTES:
-        problem = f"the {what} has {counted(size, 'byte')} of UTF-8"
+        problem = f"{what} has {counted(size, 'byte')} of UTF-8"
         raise CaptionError(problem, f"shorten it to at most {MAX_CAPTION_BYTES} bytes", TOO_LONG)
     if found := _CONTROL.search(text):
-        problem = f"the {what} holds the control character U+{ord(found[0]):04X}"
+        problem = f"{what} holds the control character U+{ord(found[0]):04X}"
         raise CaptionError(problem, "replace it by a space", CONTROL)
     return text
 
@@ -54,5 +54,5 @@ def _utf8_bytes(text: str, what: str) -> int:
     try:
         return len(text) if text.isascii() else len(text.encode())
     except UnicodeEncodeError as error:
-        problem = f"the {what} holds half a surrogate pair, U+{ord(text[error.start]):04X}"
+        problem = f"{what} holds half a surrogate pair, U+{ord(text[error.start]):04X}"
         raise CaptionError(problem, "write the character as one code point", NOT_UNICODE) from None

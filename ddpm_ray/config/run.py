@@ -30,7 +30,7 @@ OF_TASKS: Mapping[str, Sequence[Task]] = {  # groups that not all tasks use
     "schedule": ("denoiser", "classifier"),
     "objective": ("denoiser", "classifier"),
     "model": ("denoiser", "classifier"),
-    "text": ("denoiser", "classifier", "contrastive"),  # a classifier is refused it by name
+    "text": ("denoiser", "classifier", "contrastive"),  # `_classifier_problems` refuses it
     "autoencoder": ("autoencoder",),
     "contrastive": ("contrastive",),
     "sampling": ("denoiser", "classifier"),

@@ -50,7 +50,7 @@ class SamplingSettings:
         at_most=1,
     )
     seed: int = option(0, "random seed; (seed, image index) determines an image", at_least=0)
-    batch_size: int = option(64, "images per network call", at_least=1, at_most=2**32)
+    batch_size: int = option(64, "images per network call", at_least=1, at_most=MOST_IMAGES)
     labels: tuple[int | str, ...] = option(
         (), "classes to sample in turn, by number or name; empty: all classes of the model"
     )
@@ -126,7 +126,7 @@ class SamplingSettings:
         for key, texts in (("prompts", self.prompts), ("negative_prompt", (self.negative_prompt,))):
             for number, text in enumerate(texts, 1):
                 try:
-                    cleaned(text, f"prompt {number}" if key == "prompts" else "text")
+                    cleaned(text, f"prompt {number}" if key == "prompts" else "the text")
                 except CaptionError as error:
                     yield f"{at}{key} cannot be used: {error}"
                     break

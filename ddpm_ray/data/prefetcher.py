@@ -287,6 +287,6 @@ def _end_threads() -> None:
     C++ of torch or pyarrow, the process aborts with "terminate called without an active exception".
     """
     for one in list(_prefetchers):
-        if one._thread.is_alive():  # not so in a fork, which has the parent's decoders
+        if one._thread.is_alive():  # a fork has no such thread, and has the parent's decoders
             one.close()
             one._thread.join(EXIT_S)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ddpm_ray.config.text import FEWEST_TOKENS, SHORTEST_TEXT
 from ddpm_ray.redaction import counted, sanitize
 from ddpm_ray.storage import object_store
 
@@ -27,7 +28,6 @@ ENDS = (END, "</s>", "[SEP]", "<eos>")  # by other models
 STARTS = (START, "<s>", "[CLS]", "<bos>")
 PADS = ("<pad>", "[PAD]")  # a tokenizer without one fills with its end token, as CLIP does
 BATCH = 10_000  # texts given to the trainer at once
-FEWEST = 256 + 2  # one token for each byte, START and END
 
 
 class TokenizerError(RuntimeError):
@@ -67,12 +67,12 @@ class Tokenizer:
         (Sennrich et al. 2016, arXiv:1508.07909; Radford et al. 2019, "Language models are
         unsupervised multitask learners", section 2.2.) Texts are lower-cased, as CLIP's are. Any
         text can be tokenized: each byte has a token. Raises ValueError for a vocabulary below
-        FEWEST.
+        FEWEST_TOKENS.
         """
-        if vocabulary < FEWEST:
+        if vocabulary < FEWEST_TOKENS:
             raise ValueError(
                 f"a vocabulary of {vocabulary} is too small: 256 bytes, the start and the end of a "
-                f"text need {FEWEST}"
+                f"text need {FEWEST_TOKENS}"
             )
         library = _library()
         made = library.Tokenizer(library.models.BPE())
@@ -98,10 +98,10 @@ class Tokenizer:
                 f"it has none of the end tokens {', '.join(ENDS)}",
                 "name the tokenizer of a text encoder, or leave text.tokenizer empty to train one",
             )
-        if self.length < 3:
+        if self.length < SHORTEST_TEXT:
             raise ValueError(
                 f"texts of {self.length} tokens hold no word between their start and their end: "
-                f"set text.length to 3 or more"
+                f"set text.length to {SHORTEST_TEXT} or more"
             )
 
     @property
@@ -217,8 +217,11 @@ class _Held:
         return {key: number for key, number in named.items() if number is not None}
 
 
-def warn_of_cuts(tokenizer: Tokenizer, texts: Sequence[str], which: str) -> None:
-    """Log a warning if the tokenizer cuts any of these texts; `which` are they, as "3 prompts"."""
+def warn_of_cuts(tokenizer: Tokenizer, texts: Sequence[str], which: str) -> int:
+    """The number of these texts that the tokenizer cuts; logs a warning if there are any.
+
+    `which` names them, as in "3 prompts".
+    """
     if cut := tokenizer.too_long(texts):
         longest, more = max(cut, key=lambda one: one[1])
         log.warning(
@@ -230,6 +233,7 @@ def warn_of_cuts(tokenizer: Tokenizer, texts: Sequence[str], which: str) -> None
             more,
             longest,
         )
+    return len(cut)
 
 
 @lru_cache(maxsize=64)

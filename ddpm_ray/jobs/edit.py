@@ -33,7 +33,10 @@ def prepare(config: EditConfig, arguments: Namespace) -> EditConfig:
     arguments.image = input_file("image", arguments.image, home)
     arguments.mask = arguments.mask and input_file("--mask", arguments.mask, home)
     if config.kind == "text_diff" and "sampling.prompts" in arguments.given:
-        raise ConfigError("sampling.prompts is given and kind 'text_diff': give to_text")
+        raise ConfigError(
+            "sampling.prompts is given and kind is 'text_diff'; leave it out and give from_text "
+            "and to_text"
+        )
     return with_settings_of_model(with_prompts_of_file(config, arguments), arguments)
 
 

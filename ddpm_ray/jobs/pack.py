@@ -26,18 +26,19 @@ from ddpm_ray.config.loading import ConfigError
 def prepare(config: PackConfig, arguments: Namespace) -> PackConfig:
     """Return `config`; make the destination absolute.
 
-    Raises ConfigError if it is not writable, or if there is no such source.
+    Raises ConfigError if it is not writable, or if the source is no folder, tar or table.
     """
+    from ddpm_ray.data.dataset import DatasetError
+    from ddpm_ray.data.packing import source_files
     from ddpm_ray.data.packing.builtin_datasets import NAMES
     from ddpm_ray.storage import object_store  # fsspec: after the config is read
 
     source = object_store.absolute(arguments.source, Path.cwd())
-    is_name = arguments.source in NAMES
-    if not is_name and object_store.is_local(source) and not object_store.exists(source):
-        raise ConfigError(
-            f"source is {source}: there is no such file or folder; give one with images, or one of "
-            f"{', '.join(NAMES)}"
-        )
+    if arguments.source not in NAMES and object_store.is_local(source):
+        try:
+            source_files.require_source(source)
+        except DatasetError as error:
+            raise ConfigError(f"source is {error}") from None
     arguments.destination = output_url(
         "destination", arguments.destination, home_folder(), data_set=True
     )

@@ -16,6 +16,7 @@ from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.training import TrainingConfig
 from ddpm_ray.data.dataset import Dataset
 from ddpm_ray.data.image_shape import ImageShape
+from ddpm_ray.data.tokenizer import Tokenizer
 from ddpm_ray.evaluation.score_table import score_table
 from ddpm_ray.models.autoencoder import Autoencoder
 from ddpm_ray.models.contrastive import ContrastiveEncoders
@@ -23,17 +24,23 @@ from ddpm_ray.redaction import counted, sanitize
 
 
 def run_description(
-    config: RunConfig, dataset: Dataset, folder: str, scores: Mapping[str, Any], continued_by: str
+    config: RunConfig,
+    dataset: Dataset,
+    folder: str,
+    tokenizer: Tokenizer | None,
+    continued_by: str,
+    scores: Mapping[str, Any],
 ) -> str:
     """Describe the run in `folder`; `scores` as stored in its checkpoints, empty before the first.
 
-    `continued_by` is the command that continues it; empty: that of its sweep.
+    `tokenizer` is that of its texts. `continued_by` is the command that continues it; empty: that
+    of its sweep.
     """
     training, cluster = config.training, config.cluster
     lines = _scores(scores) if scores else []  # first: MLflow's page folds the rest
     lines += [
         data_line(config.data.url, dataset),
-        *_model_lines(config, dataset.manifest.diffused_shape),
+        *_model_lines(config, dataset.manifest.diffused_shape, tokenizer),
         f"**Training** {training_length(training)}, "
         f"global_batch_size {training.global_batch_size}, "
         f"learning rate {training.learning_rate:g}, {training.precision}, seed {config.seed}, "
@@ -53,10 +60,12 @@ def training_length(training: TrainingConfig) -> str:
     return f"{training.steps:,} steps"
 
 
-def _model_lines(config: RunConfig, image_shape: ImageShape) -> list[str]:
+def _model_lines(
+    config: RunConfig, image_shape: ImageShape, tokenizer: Tokenizer | None
+) -> list[str]:
     """Describe the network for images [H, W, C] and what it is trained for."""
     with torch.device("meta"):
-        network = networks.network(config, image_shape)
+        network = networks.network(config, image_shape, tokenizer=tokenizer)
     count = sum(parameter.numel() for parameter in network.parameters())
     if isinstance(network, Autoencoder):
         wanted, spec = config.autoencoder, network.spec

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
+from ddpm_ray.assembly import run_config
+from ddpm_ray.assembly.prompts import held_out_prompts
 from ddpm_ray.config.jobs.tokenize_captions import TokenizeConfig
 from ddpm_ray.config.loading import ConfigError
 from ddpm_ray.config.run import RunConfig
@@ -65,6 +67,22 @@ def run_tokenizer(config: RunConfig, dataset: Dataset, folder: str) -> Tokenizer
     return given
 
 
+def text_settings(
+    config: RunConfig, dataset: Dataset, tokenizer: Tokenizer | None
+) -> dict[str, Any]:
+    """Return what workers know of texts: the tokenizer and the prompts that the data lacks.
+
+    The driver looks for those prompts, as it may read all shards: the workers would wait for one of
+    them, until their collectives time out. A run that draws no grids does not look. StorageError.
+    """
+    draws = config.traits.draws_images and config.training.grid_every_steps > 0
+    asked = config.sampling.prompts if draws else ()
+    return {
+        "tokenizer": run_config.tokenizer_facts(tokenizer),
+        "held_out_prompts": sorted(held_out_prompts(asked, dataset)),
+    }
+
+
 def write_tokenizer(url: str, config: TokenizeConfig, file: str) -> dict[str, Any]:
     """Train a tokenizer on the captions of the data set at `url`, as a run does, and write `file`.
 
@@ -75,7 +93,7 @@ def write_tokenizer(url: str, config: TokenizeConfig, file: str) -> dict[str, An
     if not dataset.manifest.captions:
         raise ConfigError(f"data is {url}, whose images have no captions: {PACK_CAPTIONS}")
     made = Tokenizer.trained(_captions(dataset), config.vocabulary, config.length)
-    captions = _warn_of_cut_captions(made, dataset)
+    looked_at, cut = _warn_of_cut_captions(made, dataset)
     object_store.write_bytes(file, made.json.encode())
     return {
         "tokenizer": file,
@@ -83,16 +101,16 @@ def write_tokenizer(url: str, config: TokenizeConfig, file: str) -> dict[str, An
         "sha256": made.sha256,
         "data_fingerprint": dataset.fingerprint,
         "captions": dataset.manifest.captions,
-        "captions_looked_at": len(captions),
-        "captions_cut": len(made.too_long(captions)),
+        "captions_looked_at": looked_at,
+        "captions_cut": cut,
     }
 
 
-def _warn_of_cut_captions(tokenizer: Tokenizer, dataset: Dataset) -> list[str]:
-    """The first captions; logs a warning if the tokenizer cuts any of them."""
+def _warn_of_cut_captions(tokenizer: Tokenizer, dataset: Dataset) -> tuple[int, int]:
+    """The numbers of first captions and of those that are cut; logs a warning of these."""
     captions = list(islice(_captions(dataset), SAMPLED_CAPTIONS))
-    warn_of_cuts(tokenizer, captions, f"the first {counted(len(captions), 'caption')}")
-    return captions
+    which = f"the first {counted(len(captions), 'caption')}"
+    return len(captions), warn_of_cuts(tokenizer, captions, which)
 
 
 def _captions(dataset: Dataset) -> Iterator[str]:

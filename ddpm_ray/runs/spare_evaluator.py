@@ -57,6 +57,7 @@ def spare_evaluations(
     if workers.is_main:
         needed = {key: settings.get(key) for key in ("config", "folder", "identity")}
         needed |= {key: settings.get(key, {}) for key in ("fingerprints", "tokenizer")}
+        needed["held_out_prompts"] = settings.get("held_out_prompts", ())
         environment = settings.get("environment", {})
         actor = SpareActor(spare_evaluator, needed, config.cluster, environment)
         queue = EvaluationQueue(actor, store, is_transient, config.cluster.max_failures)
@@ -91,9 +92,9 @@ def spare_evaluator(
     state = training_run.training_state(config, dataset.manifest.diffused_shape, device, facts)
     # Validation losses are the workers'; without them their images are not read here.
     without = replace(config, evaluation=replace(config.evaluation, validation_every_steps=0))
-    folder = settings["folder"]
-    outputs = training_outputs(without, folder, dataset, codec, state, workers, result)
-    return partial(_evaluate, config, state, outputs, result, evaluation_store(folder), report)
+    outputs = training_outputs(without, settings, dataset, codec, state, workers, result)
+    store = evaluation_store(settings["folder"])
+    return partial(_evaluate, config, state, outputs, result, store, report)
 
 
 def _evaluate(

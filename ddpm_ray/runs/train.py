@@ -4,14 +4,15 @@ import contextlib
 import dataclasses
 import logging
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ddpm_ray.assembly import run_config
 from ddpm_ray.config.loading import flat, to_dict, to_yaml
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.dataset import Dataset
+from ddpm_ray.data.tokenizer import Tokenizer
 from ddpm_ray.distributed import worker_group
 from ddpm_ray.redaction import counted
 from ddpm_ray.reporting import Progress
@@ -24,7 +25,7 @@ from ddpm_ray.runs.run_description import (
 )
 from ddpm_ray.runs.run_start import RunStart, begin_run, settled_config
 from ddpm_ray.runs.run_tags import history_tags, run_tags
-from ddpm_ray.runs.run_tokenizer import run_tokenizer
+from ddpm_ray.runs.run_tokenizer import run_tokenizer, text_settings
 from ddpm_ray.runs.train_worker import train_worker
 from ddpm_ray.runs.training_data import checked_data
 from ddpm_ray.storage import object_store
@@ -103,8 +104,10 @@ def run_training(
     folder = object_store.join(config.storage, config.name)
     config = settled_config(config, dataset, folder)
     tokenizer = run_tokenizer(config, dataset, folder)
+    of_data = {"fingerprints": fingerprints, **text_settings(config, dataset, tokenizer)}
     start = begin_run(config, dataset, folder, tokenizer)
-    metadata = _metadata(config, dataset, folder, start, parent)
+    describe = _describer(config, dataset, folder, tokenizer, parent)
+    metadata = _metadata(config, dataset, start, parent, describe({}))
     tracked, lease = _tracked(metadata), None
     try:
         lease = _lease(folder)
@@ -113,16 +116,14 @@ def run_training(
             "folder": folder,
             "identity": start.identity,
             "init_from": vars(start.initial_weights) if start.initial_weights else None,
-            "fingerprints": fingerprints,
-            "tokenizer": run_config.tokenizer_facts(tokenizer),
+            **of_data,
             "lease": vars(lease),
             "metadata": vars(metadata),
             "tracked": vars(tracked) if tracked else None,
             "environment": determinism.environment(config.training.deterministic),
         }
-        counts = config.worker_counts, config.spare_processes
-        watch = on_progress, on_start
-        ended = worker_group.run(train_worker, settings, config.cluster, *watch, *counts)
+        more = on_progress, on_start, config.worker_counts, config.spare_processes
+        ended = worker_group.run(train_worker, settings, config.cluster, *more)
         finished = ended["finished"]
         if finished and (count := ended["undelivered"]):
             raise mlflow_runs.TrackingOutageError(
@@ -140,14 +141,30 @@ def run_training(
                 mlflow_runs.finish(tracked or mlflow_runs.known_run(metadata), status, str(error))
         raise
     if not _is_taken_over(lease):
-        final = _final_description(config, dataset, folder, tracked, ended["scores"], parent)
+        final = _final_description(config, tracked, describe(ended["scores"]))
         status, tags = "FINISHED" if finished else "KILLED", score_tags(config, ended["scores"])
         mlflow_runs.finish(tracked, status, description=final, tags=tags)
     return Outcome(finished, _report(config, folder, tracked, ended), ended)
 
 
+def _describer(
+    config: RunConfig,
+    dataset: Dataset,
+    folder: str,
+    tokenizer: Tokenizer | None,
+    parent: ParentSweep | None,
+) -> Callable[[Mapping[str, Any]], str]:
+    """The description of the run as a function of its scores."""
+    own = "" if parent else own_command()
+    return partial(run_description, config, dataset, folder, tokenizer, own)
+
+
 def _metadata(
-    config: RunConfig, dataset: Dataset, folder: str, start: RunStart, parent: ParentSweep | None
+    config: RunConfig,
+    dataset: Dataset,
+    start: RunStart,
+    parent: ParentSweep | None,
+    description: str,
 ) -> RunMetadata:
     shown: tuple[str, ...] = *PARAMS, WIDTH[config.model.network]
     if config.traits.reconstructs:
@@ -167,21 +184,13 @@ def _metadata(
         dataset_url=config.data.url,
         dataset_fingerprint=dataset.fingerprint,
         owner=uuid.uuid4().hex,
-        description=run_description(config, dataset, folder, {}, "" if parent else own_command()),
+        description=description,
         begun_step=start.step,
     )
 
 
-def _final_description(
-    config: RunConfig,
-    dataset: Dataset,
-    folder: str,
-    tracked: TrackedRun,
-    scores: dict[str, Any],
-    parent: ParentSweep | None,
-) -> str:
-    """Describe the run with its scores and newest picture."""
-    text = run_description(config, dataset, folder, scores, "" if parent else own_command())
+def _final_description(config: RunConfig, tracked: TrackedRun, text: str) -> str:
+    """The description `text` with the run's newest picture."""
     if (key := _picture_key(config)) and RunLog(tracked).has_image(key):
         text = with_picture(text, key, tracked.run_id, image_path(tracked, key))
     return text

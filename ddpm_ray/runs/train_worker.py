@@ -145,7 +145,7 @@ def assemble(
         state.facts["init_from"] = source
     writer.store.lease = workers.gather(writer.store.lease)[0]  # all write checkpoints under it
     sink = _tracker(config, settings, unsent, writer.store.check_lease) if workers.is_main else None
-    outputs = training_outputs(config, settings["folder"], dataset, codec, state, workers, sink)
+    outputs = training_outputs(config, settings, dataset, codec, state, workers, sink)
     left = partial(evaluate_on_workers, state, outputs, workers, writer, settings["folder"])
     spare = spare_evaluations(config, settings, state, workers, writer, sink)
     return Run(

@@ -1,11 +1,11 @@
 """Pictures, scores and validation losses of a run while it trains: the callbacks of its task."""
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 from ddpm_ray.assembly import diffusion, run_config, training_run
 from ddpm_ray.assembly.inference import inference_network
-from ddpm_ray.assembly.prompts import held_out_prompts, with_prompts
+from ddpm_ray.assembly.prompts import with_prompts
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.codec import Codec
@@ -30,15 +30,19 @@ class TrainingOutputs(NamedTuple):
 
 def training_outputs(
     config: RunConfig,
-    folder: str,
+    settings: Mapping[str, Any],
     dataset: Dataset,
     codec: Codec,
     state: TrainingState,
     workers: Workers,
     sink: Sink | None,
 ) -> TrainingOutputs:
-    """Build the callbacks of the task; all workers call them."""
-    pictures = object_store.join(folder, "pictures")
+    """Build the callbacks of the task; all workers call them.
+
+    `settings`: of the run's workers. Grids mark the rows of their `held_out_prompts`, which no
+    training image has as a caption.
+    """
+    pictures = object_store.join(settings["folder"], "pictures")
     if config.traits.reconstructs:
         found = AutoencoderOutputs(config, dataset, state, workers, pictures, sink)
         return TrainingOutputs(found.draw_grid, _nothing, found.evaluate, _nothing)
@@ -53,7 +57,6 @@ def training_outputs(
     )
     names = dataset.manifest.label_names
     plan = diffusion.sampling_plan(config.sampling, denoiser.schedule, names)
-    given = plan.settings.prompts if sink is not None else ()  # others are captions of the data
     grid_logger = SampleGridLogger(
         denoiser,
         with_prompts(plan, denoiser, dataset, PROMPTS),
@@ -62,7 +65,7 @@ def training_outputs(
         pictures,
         sink,
         config.sampling.batch_size,
-        held_out_prompts(given, dataset),
+        frozenset(settings.get("held_out_prompts", ())),
     )
     draws = config.traits.draws_images
     return TrainingOutputs(

@@ -1,4 +1,4 @@
-"""Convert the images and masks of a notebook call to arrays; raises ValueError."""
+"""Convert the images and masks of a notebook call to arrays, and check its texts; ValueError."""
 
 import os
 import sys
@@ -9,6 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ddpm_ray.config.caption_rule import CaptionError, cleaned
 from ddpm_ray.config.option_fields import shown
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.data.low_resolution import low_resolution_size
@@ -90,6 +91,14 @@ def as_mask(mask: Any, images: Images) -> npt.NDArray[np.bool_]:
             "known: to draw whole images use sample"
         )
     return keep.reshape(-1, 1, *keep.shape[-2:])
+
+
+def require_text(name: str, text: str) -> None:
+    """Raise ValueError, which names the argument, unless `text` is a text that a caption may be."""
+    try:
+        cleaned(text, "the text")
+    except CaptionError as error:
+        raise ValueError(f"{name} cannot be used: {error}") from None
 
 
 def _pixels(image: Any) -> npt.NDArray[Any]:

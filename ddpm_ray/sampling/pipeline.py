@@ -10,20 +10,19 @@ from torch import Tensor
 
 from ddpm_ray.config.jobs.edit import MOST_MARGIN, InpaintingMethod
 from ddpm_ray.config.option_fields import checks_arguments, limits, shown
-from ddpm_ray.config.sampling import PROMPTS_REMEDY, SamplingSettings
+from ddpm_ray.config.sampling import MOST_IMAGES, PROMPTS_REMEDY, SamplingSettings
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.data.low_resolution import enlarged
 from ddpm_ray.data.tokenizer import warn_of_cut_prompts
 from ddpm_ray.diffusion.samplers import OnStep
 from ddpm_ray.sampling import canvas, editing
-from ddpm_ray.sampling.array_arguments import as_images, as_low_resolution, as_mask
+from ddpm_ray.sampling.array_arguments import as_images, as_low_resolution, as_mask, require_text
 from ddpm_ray.sampling.denoiser import Denoiser
 from ddpm_ray.sampling.editing import Edit, Mask, Painting
 from ddpm_ray.sampling.sampling import Images, SamplingPlan, draw_uint8, sampling_plan
 
-# Random numbers are keyed by 2^32 indices.
-NumImages: TypeAlias = Annotated[int, limits(at_least=1, at_most=2**32)]
-Index: TypeAlias = Annotated[int, limits(at_least=0, at_most=2**32 - 1)]
+NumImages: TypeAlias = Annotated[int, limits(at_least=1, at_most=MOST_IMAGES)]
+Index: TypeAlias = Annotated[int, limits(at_least=0, at_most=MOST_IMAGES - 1)]
 Count: TypeAlias = Annotated[int, limits(at_least=1)]
 Margin: TypeAlias = Annotated[int, limits(at_least=0, at_most=MOST_MARGIN)]  # pixels
 Share: TypeAlias = Annotated[float, limits(above=0, at_most=1)]
@@ -218,7 +217,7 @@ class TrainedModel:
         self,
         first: Index,
         last: Index,
-        num_images: Annotated[int, limits(at_least=2, at_most=2**32)],
+        num_images: Annotated[int, limits(at_least=2, at_most=MOST_IMAGES)],
         *,
         label: int | str | None = None,
         **settings: Any,
@@ -272,10 +271,15 @@ class TrainedModel:
         is applied to the sampling alone. More `steps` or `iterations` keep more of the images.
         (Song et al. 2021, section 4.3; Mokady et al. 2022, arXiv:2211.09794, section 3.)
         """
+        if self.denoiser.takes.tokenizer is None:
+            raise ValueError("text_diff is for models trained with text; this one was not")
         if settings.get("prompts") is not None:
             raise ValueError("prompts are given; the texts of text_diff are from_text and to_text")
+        require_text("from_text", from_text)
+        require_text("to_text", to_text)
         after = self._deterministic({**settings, "prompts": [to_text]})
-        before = replace(after, prompts=(from_text,), negative_prompt="", guidance_scale=1.0)
+        unguided = {"negative_prompt": "", "guidance_scale": 1.0}
+        before = self._deterministic({**settings, "prompts": [from_text], **unguided})
         return self._inverted(images, iterations, before, after)
 
     def problems(self, prefix: str = "", *, guided_by_model: bool | None = None) -> Iterator[str]:

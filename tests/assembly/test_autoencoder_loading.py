@@ -60,5 +60,5 @@ def test_a_run_that_trained_a_denoiser_is_refused(tmp_path: Path) -> None:
     cpu = torch.device("cpu")
     state = training_run.training_state(config, ImageShape(8, 8, 3), cpu, facts)
     CheckpointStore(str(tmp_path / "checkpoints")).save(state.snapshot([]))
-    with pytest.raises(ConfigError, match="holds a denoiser, which encodes no images: name a run"):
+    with pytest.raises(ConfigError, match="holds a denoiser, which has no latents: name a run"):
         trained_autoencoder(str(tmp_path))

@@ -199,7 +199,7 @@ def broken(folder: Path, how: str) -> str:
         ("words", r"a.tar: a.cls holds 'x', which is not a label; write a whole number"),
         ("empty tar", r"its tars have no image"),
         ("no tar", r"a.tar: not a readable tar"),
-        ("nowhere", r"nowhere: no such file or folder; give a folder .* digits, mnist"),
+        ("nowhere", r"nowhere: there is no such file or folder; give a folder .* digits, mnist"),
     ],
 )
 def test_a_source_that_cannot_be_packed_says_why(how: str, message: str, tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ pytest.importorskip("tokenizers", reason="needs the extra [text]")
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ddpm_ray.data.tokenizer import END, FEWEST, START, Tokenizer, TokenizerError
+from ddpm_ray.config.text import FEWEST_TOKENS
+from ddpm_ray.data.tokenizer import END, START, Tokenizer, TokenizerError
 
 CAPTIONS = ["a red apple", "a green apple", "a red pear on a table", "two green pears"] * 5
 TOKENIZER = Tokenizer.trained(CAPTIONS, 300, 8)
@@ -110,7 +111,7 @@ def test_what_is_no_tokenizer_is_refused_by_name(tmp_path: Path) -> None:
 
 def test_impossible_sizes_are_refused() -> None:
     """A vocabulary without all bytes, and rows without a place for a word."""
-    with pytest.raises(ValueError, match=f"a vocabulary of {FEWEST - 1} is too small"):
-        Tokenizer.trained(CAPTIONS, FEWEST - 1, 8)
+    with pytest.raises(ValueError, match=f"a vocabulary of {FEWEST_TOKENS - 1} is too small"):
+        Tokenizer.trained(CAPTIONS, FEWEST_TOKENS - 1, 8)
     with pytest.raises(ValueError, match=r"texts of 2 tokens hold no word"):
         Tokenizer(TOKENIZER.json, 2)

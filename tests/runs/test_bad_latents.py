@@ -124,7 +124,7 @@ def test_latents_are_not_trained_on_with_another_autoencoder(places: Places, sai
     require_line(
         said(train.JOB, *words, f"data.autoencoder={places.of_pixels}"),
         FAILED,
-        "does not load: .*of-pixels holds a denoiser, which encodes no images: name a run with",
+        "does not load: .*of-pixels holds a denoiser, which has no latents: name a run with",
     )
 
 

@@ -10,15 +10,16 @@ import torch
 
 pytest.importorskip("tokenizers", reason="needs the extra [text]")
 
-from ddpm_ray.assembly import run_config, training_run
+from ddpm_ray.assembly import training_run
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.loading import load_config, to_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.codec import PIXELS
 from ddpm_ray.data.tokenizer import Tokenizer
-from ddpm_ray.runs.run_tokenizer import run_tokenizer
+from ddpm_ray.runs.run_tokenizer import run_tokenizer, text_settings
 from ddpm_ray.runs.training_outputs import training_outputs
 from ddpm_ray.sampling.image_grid import grid_of_samples
+from ddpm_ray.storage.errors import StorageError
 from tests.data.captioned_sets import SHAPE, write_captioned
 from tests.test_sampled_as_configured import TEXT, TINY
 from tests.training.test_sample_grids import Wall
@@ -32,15 +33,22 @@ def configured(*keys: str) -> RunConfig:
 
 
 def test_the_grid_of_a_run_marks_prompts_that_its_data_lacks(tmp_path: Path) -> None:
-    """An untrained network draws the same images for all prompts, so the texts alone differ."""
+    """The driver finds them: the workers have no shards to read here.
+
+    An untrained network draws the same images for all prompts, so the texts alone differ.
+    """
     config = configured("sampling.prompts=[a dog,a fish]", "sampling.steps=1")
     dataset = write_captioned(tmp_path / "set", CAPTIONS, 2)
     facts: dict[str, Any] = {"config": to_dict(config), "image_shape": list(SHAPE)}
-    facts |= run_config.tokenizer_facts(Tokenizer.trained(["a cat"], 300, 6))
+    settings = text_settings(config, dataset, Tokenizer.trained(["a cat"], 300, 6))
+    for shard in (tmp_path / "set").glob("*shard*"):
+        shard.unlink()
+    facts |= settings["tokenizer"]
     state = training_run.training_state(config, SHAPE, CPU, facts)
     wall = Wall()
-    place = str(tmp_path / "run")
-    outputs = training_outputs(config, place, dataset, PIXELS, state, Workers(0, 1, CPU), wall)
+    settings["folder"] = str(tmp_path / "run")
+    alone = Workers(0, 1, CPU)
+    outputs = training_outputs(config, settings, dataset, PIXELS, state, alone, wall)
     with torch.inference_mode():
         outputs.draw_grid(0)
     drawn = np.asarray(wall.pictures["samples", 0])
@@ -52,6 +60,20 @@ def test_the_grid_of_a_run_marks_prompts_that_its_data_lacks(tmp_path: Path) -> 
     assert drawn.shape[1] == marked.shape[1] > plain.shape[1]
     left_columns = slice(0, 60)  # with the texts
     assert np.array_equal(drawn[-len(marked) :, left_columns], marked[:, left_columns])
+
+
+def test_a_run_without_grids_does_not_read_the_captions(tmp_path: Path) -> None:
+    """Nor does one without prompts; the shards are not there."""
+    dataset = write_captioned(tmp_path / "set", CAPTIONS, 2)
+    tokenizer = Tokenizer.trained(["a cat"], 300, 6)
+    asking = configured("sampling.prompts=[a fish]")
+    assert text_settings(asking, dataset, tokenizer)["held_out_prompts"] == ["a fish"]
+    for shard in (tmp_path / "set").glob("*shard*"):
+        shard.unlink()
+    for keys in (("sampling.prompts=[a fish]", "training.grid_every_steps=0"), ()):
+        assert text_settings(configured(*keys), dataset, tokenizer)["held_out_prompts"] == []
+    with pytest.raises(StorageError, match="shard"):
+        text_settings(asking, dataset, tokenizer)
 
 
 def test_prompts_that_a_run_cuts_are_logged_at_its_start(

@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 
+from ddpm_ray.assembly import networks
 from ddpm_ray.config.loading import load_config
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.image_shape import ImageShape
+from ddpm_ray.data.tokenizer import Tokenizer
 from ddpm_ray.evaluation.score_table import score_table, scores_alone
 from ddpm_ray.runs import run_description
 from ddpm_ray.tracking.run_note import MAX_NOTE
@@ -36,7 +38,7 @@ def described(scores: dict[str, Any], *keys: str, command: str = "ddpm-ray train
     given = ["name=a", "data.url=/shards/digits", "model.groups=8", "model.base_channels=8"]
     given += ["model.channel_mults=[1,2]", "model.attention_factors=[2]"]
     config = load_config(RunConfig, None, [*given, *keys])
-    return run_description.run_description(config, DATASET, "/my runs/a", scores, command)
+    return run_description.run_description(config, DATASET, "/my runs/a", None, command, scores)
 
 
 def test_it_names_data_schedule_network_and_scores_with_protocol() -> None:
@@ -58,7 +60,7 @@ def test_it_names_the_sizes_of_the_network() -> None:
     assert "base_channels 8, channel_mults [1,2], blocks_per_level 2" in described({})
     keys = ["name=a", "data.url=b", "model.network=dit", "model.size=S/4", "model.depth=3"]
     config = load_config(RunConfig, None, keys)
-    text = run_description.run_description(config, DATASET, "/a", {}, "")
+    text = run_description.run_description(config, DATASET, "/a", None, "", {})
     assert "denoiser, dit, " in text
     assert "unconditional: patch_size 4, depth 3, hidden_size 384, heads 6" in text
 
@@ -107,3 +109,17 @@ def test_each_score_stands_once_with_its_spread() -> None:
         ("eval/recall", "0.75", ""),
     ]
     assert list(scores_alone(metrics)) == [name for name, _, _ in score_table(metrics)]
+
+
+def test_the_parameters_are_counted_with_the_tokenizer_of_the_run() -> None:
+    """Its text encoder has a vector for each token that there is, not for text.vocabulary."""
+    pytest.importorskip("tokenizers", reason="needs the extra [text]")
+    tokenizer = Tokenizer.trained(["a cat"], 300, 6)
+    keys = ["name=a", "data.url=b", "model.groups=2", "model.base_channels=4"]
+    keys += ["model.channel_mults=[1,2]", "text.encoder=transformer", "text.length=6"]
+    keys += ["text.width=8", "text.depth=1", "text.heads=2", "model.attention_factors=[2]"]
+    config = load_config(RunConfig, None, keys)
+    network = networks.network(config, ImageShape(8, 8, 1), tokenizer=tokenizer)
+    count = sum(weights.numel() for weights in network.parameters())
+    text = run_description.run_description(config, DATASET, "/a", tokenizer, "", {})
+    assert f"denoiser, unet, {count:,} parameters" in text

@@ -77,7 +77,7 @@ class Evaluated:
         self.request = {"step": STEP, "outputs": outputs, "history": {"changes": CHANGES}}
         self.here = EvaluationResult()
         self.outputs = training_outputs(
-            self.config, str(folder), dataset, codec, self.state, Workers(), self.here
+            self.config, self.settings, dataset, codec, self.state, Workers(), self.here
         )
         draw_requested(self.outputs, self.request)
         self.here.scores = self.state.scores

@@ -53,7 +53,7 @@ def test_other_images_and_no_prompts_are_refused(encoders: TrainedEncoders) -> N
         encoders.text_embeddings([])
     with pytest.raises(ValueError, match=r"give uint8 \[N, H, W, 1\]"):
         encoders.image_embeddings(np.zeros((2, 4, 4, 3), np.uint8))
-    with pytest.raises(ValueError, match="5"):
+    with pytest.raises(ValueError, match="images are 5 x 4, which 2 levels do not halve evenly"):
         encoders.image_embeddings(np.zeros((2, 5, 4, 1), np.uint8))
 
 

@@ -7,6 +7,7 @@ m_1 + d to the noise of d, and that noise to the pixel m_2 + d.
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -72,7 +73,7 @@ def test_guidance_of_a_text_diff_is_for_the_sampling_alone() -> None:
     asked.clear()
     MODEL.text_diff(DARK[:1], "dark", "bright", steps=3, guidance_scale=2, negative_prompt="dark")
     assert asked[:3] == [["dark"]] * 3
-    assert all(sorted(texts) == ["bright", "dark"] for texts in asked[3:])
+    assert [sorted(texts) for texts in asked[3:]] == [["bright", "dark"]] * 3
 
 
 MASK = np.arange(8) < 4
@@ -96,16 +97,17 @@ def test_prompts_reach_every_edit(name: str) -> None:
     turns = ["dark", "bright", "dark", "bright", "dark"]
     windows = 2 if name == "outpaint" else 1  # of images that are larger than the model's
     expected = ["bright"] * 5 if name == "interpolate" else turns * windows
-    assert all(texts == expected for texts in asked)
+    inversion = name == "reconstruct"  # as many calls again
+    assert asked == [expected] * (2 + 2 * inversion)
 
 
 @pytest.mark.parametrize(
     "wrong, reason",
     [
         ({"prompts": []}, "prompts is empty; give one or more texts, or leave it out"),
-        ({"prompts": ["a", "b\nc"]}, r"prompts cannot be used: the prompt 2 holds .* U\+000A"),
-        ({"prompts": "a" * 4097}, "the prompt 1 has 4097 bytes of UTF-8; shorten it to at most"),
-        ({"prompts": ["a", "b\ud800"]}, "the prompt 2 holds half a surrogate pair"),
+        ({"prompts": ["a", "b\nc"]}, r"prompts cannot be used: prompt 2 holds .* U\+000A"),
+        ({"prompts": "a" * 4097}, "used: prompt 1 has 4097 bytes of UTF-8; shorten it to at most"),
+        ({"prompts": ["a", "b\ud800"]}, "used: prompt 2 holds half a surrogate pair"),
         ({"prompts": ["a", 3.0]}, "prompts has 3.0 as number 2; give a text"),
         (
             {"negative_prompt": "a\x00", "guidance_scale": 2},
@@ -135,6 +137,26 @@ def test_an_edit_of_two_texts_takes_no_prompts() -> None:
     """They would be a third."""
     with pytest.raises(ValueError, match="prompts are given; the texts of text_diff are from_text"):
         MODEL.text_diff(DARK, "dark", "bright", prompts=["dark"])
+
+
+@pytest.mark.parametrize(
+    "texts, reason",
+    [
+        ((3, "b"), "from_text is 3; give a text"),
+        (("a", None), "to_text is None; give a text"),
+        (("a\nb", "b"), r"from_text cannot be used: the text holds .* U\+000A"),
+    ],
+)
+def test_a_text_of_a_text_diff_that_is_none_is_named(texts: tuple[Any, Any], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        MODEL.text_diff(DARK, *texts, steps=2)
+
+
+def test_a_model_without_text_has_no_text_diff() -> None:
+    """Said of text_diff; its caller gave no prompts."""
+    without = replace(MODEL, denoiser=replace(MODEL.denoiser, takes=ConditioningSpec()))
+    with pytest.raises(ValueError, match="text_diff is for models trained with text; this one was"):
+        without.text_diff(DARK, "dark", "bright")
 
 
 def test_cut_prompts_are_told_once_with_their_count(caplog: pytest.LogCaptureFixture) -> None:

@@ -77,7 +77,7 @@ class EditConfig:
             yield "top is 0, and so are bottom, left and right; outpaint adds pixels: set one"
         if self.kind != "outpaint" and given:
             yield (
-                f"{given[0]} is {getattr(self, given[0])} and kind {self.kind!r}, which adds no "
+                f"{given[0]} is {getattr(self, given[0])} and kind is {self.kind!r}, which adds no "
                 f"pixels: set kind=outpaint or leave it at 0"
             )
 
@@ -85,12 +85,12 @@ class EditConfig:
         """Yield a line for texts of another kind of edit, and for text_diff without them."""
         for key, text in (("from_text", self.from_text), ("to_text", self.to_text)):
             try:
-                cleaned(text, "text")
+                cleaned(text, "the text")
             except CaptionError as error:
                 yield f"{key} cannot be used: {error}"
             if text and self.kind != "text_diff":
                 yield (
-                    f"{key} is {shown(text)} and kind {self.kind!r}, whose texts are "
+                    f"{key} is {shown(text)} and kind is {self.kind!r}, whose texts are "
                     f"sampling.prompts: set kind=text_diff or leave it out"
                 )
         if self.kind != "text_diff":
@@ -104,7 +104,7 @@ class EditConfig:
             )
         if self.prompts_file:
             yield (
-                f"prompts_file is {self.prompts_file} and kind 'text_diff', whose texts are "
+                f"prompts_file is {self.prompts_file} and kind is 'text_diff', whose texts are "
                 f"from_text and to_text: leave it out"
             )
 
@@ -142,6 +142,6 @@ class EditConfig:
                 "give a mask, or set kind=outpaint or kind=image_to_image"
             )
         if self.kind != "inpaint" and mask:
-            yield f"--mask is {mask} and kind {self.kind!r}, which uses no mask: leave it out"
+            yield f"--mask is {mask} and kind is {self.kind!r}, which uses no mask: leave it out"
         if not out.lower().endswith(".png"):
             yield f"--out is {out}; edits are saved as PNG, which is lossless: end it in .png"

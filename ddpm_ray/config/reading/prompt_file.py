@@ -75,7 +75,7 @@ def _prompt(line: bytes) -> str:
         remedy = f"shorten it to at most {MAX_CAPTION_BYTES} bytes"
         raise CaptionError(f"it has {LONGEST_LINE} bytes or more", remedy, TOO_LONG)
     try:
-        text = cleaned(line.decode("utf-8-sig"), "prompt")
+        text = cleaned(line.decode("utf-8-sig"), "the prompt")
     except UnicodeDecodeError:
         raise CaptionError("it is not UTF-8", "save the file as UTF-8", "") from None
     if not text:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ddpm_ray.data.dataset import DatasetError
+from ddpm_ray.data.packing import builtin_datasets
 from ddpm_ray.data.packing.image_files import is_image
 from ddpm_ray.data.samples import NamedGroup, named_groups
 from ddpm_ray.storage import object_state, object_store
@@ -174,3 +175,30 @@ def _walk(root: Path, files: SourceFiles) -> Iterator[tuple[str, ObjectState]]:
                 yield name, ObjectState(status.st_size, str(status.st_mtime_ns))
             else:
                 files.others[SPECIAL].append(name)
+
+
+def require_source(source: str) -> None:
+    """Raise DatasetError unless the `source` on this machine is a folder, tar or table."""
+    known = ", ".join(builtin_datasets.NAMES)
+    remedy = (
+        f"give a folder of images, tars or tables, a .tar, .parquet or .arrow, or one of {known}"
+    )
+    try:
+        mode = object_store.local_path(source).stat().st_mode
+    except OSError as error:
+        problem = "there is no such file or folder"
+        if not isinstance(error, FileNotFoundError | NotADirectoryError):
+            problem = f"it cannot be read ({error.strerror})"
+        raise DatasetError(source, problem, remedy) from None
+    lower = source.lower()
+    if stat.S_ISDIR(mode) or (stat.S_ISREG(mode) and lower.endswith((TAR, *TABLES))):
+        return
+    if not stat.S_ISREG(mode):
+        problem = "it is a pipe or a device"
+    elif lower.endswith(ARCHIVES):
+        problem, remedy = "it is compressed", "unpack it first (a .tar.gz: gunzip it)"
+    elif is_image(source):
+        problem = "it is a single image"
+    else:
+        problem = "it is a file of an unknown type"
+    raise DatasetError(source, problem, remedy)

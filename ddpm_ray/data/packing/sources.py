@@ -7,7 +7,6 @@ reads any range of its samples. Contents that are not packed are listed in `left
 from __future__ import annotations
 
 import hashlib
-import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,15 +20,14 @@ from ddpm_ray.data.dataset import INDEX, MANIFEST, DatasetError
 from ddpm_ray.data.packing import builtin_datasets, caption_collector
 from ddpm_ray.data.packing.builtin_datasets import BuiltIn
 from ddpm_ray.data.packing.folder_source import folder_source
-from ddpm_ray.data.packing.image_files import is_image
 from ddpm_ray.data.packing.source_files import (
-    ARCHIVES,
     OTHER,
     TABLES,
     TAR,
     SourceFiles,
     list_source,
     refuse_splits,
+    require_source,
 )
 from ddpm_ray.data.packing.table_source import table_source
 from ddpm_ray.data.packing.tar_source import tar_source
@@ -47,8 +45,8 @@ def open_source(source: str, options: PackConfig | None = None) -> Source:
     if source in builtin_datasets.NAMES:
         return _built_in(source, options)
     source = object_store.absolute(source, Path.cwd())  # tasks run in folders of their own
-    if "://" not in source:
-        _refuse_other_than_folder(source)
+    if object_store.is_local(source):
+        require_source(source)
     files = SourceFiles()
     if source.lower().endswith((TAR, *TABLES)) and not _is_folder(source):
         folder, _, file = source.rpartition("/")
@@ -135,30 +133,3 @@ def _refuse_caption_file(source: str, options: PackConfig) -> None:
 
 def _is_folder(source: str) -> bool:
     return object_store.is_local(source) and object_store.local_path(source).is_dir()
-
-
-def _refuse_other_than_folder(source: str) -> None:
-    """Raise DatasetError unless the local `source` is a folder, tar or table."""
-    known = ", ".join(builtin_datasets.NAMES)
-    remedy = (
-        f"give a folder of images, tars or tables, a .tar, .parquet or .arrow, or one of {known}"
-    )
-    try:
-        mode = Path(source).stat().st_mode
-    except OSError as error:
-        problem = "no such file or folder"
-        if not isinstance(error, FileNotFoundError | NotADirectoryError):
-            problem = f"it cannot be read ({error.strerror})"
-        raise DatasetError(source, problem, remedy) from None
-    lower = source.lower()
-    if stat.S_ISDIR(mode) or (stat.S_ISREG(mode) and lower.endswith((TAR, *TABLES))):
-        return
-    if not stat.S_ISREG(mode):
-        problem = "it is a pipe or a device"
-    elif lower.endswith(ARCHIVES):
-        problem, remedy = "it is compressed", "unpack it first (a .tar.gz: gunzip it)"
-    elif is_image(source):
-        problem = "it is a single image"
-    else:
-        problem = "it is a file of an unknown type"
-    raise DatasetError(source, problem, remedy)

@@ -16,6 +16,7 @@ from ddpm_ray.collectives import Workers
 from ddpm_ray.config.jobs.evaluate import EvaluateConfig
 from ddpm_ray.config.loading import from_dict
 from ddpm_ray.config.run import RunConfig
+from ddpm_ray.config.task import TRAITS
 from ddpm_ray.data.dataset import Dataset, open_dataset
 from ddpm_ray.distributed import fatal_errors, startup
 from ddpm_ray.distributed.control_actor import RunControl
@@ -61,9 +62,10 @@ def _scores(
     object_store.set_retry_timeout(config.cluster.storage_timeout_s)
     workers = distributed_context()
     progress = ImageProgress(_images_to_score(config), workers, report)
-    if settings.get("task") == "autoencoder":
+    traits = TRAITS[settings.get("task", "denoiser")]
+    if traits.reconstructs:
         return autoencoder_scores(settings["model_uri"], config, workers, progress)
-    if settings.get("task") == "contrastive":
+    if traits.embeds:
         return contrastive_scores(settings["model_uri"], config, workers, progress)
     tracking_uri = settings["tracking_uri"]
     model = load_model.load(
