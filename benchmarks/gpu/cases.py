@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.tiny import SHAPE, SIDE, Notes, config_of, denoiser_of, packed, pixels, run_of
-from benchmarks.gpu.tiny_keys import ADVERSARY, AUTOENCODER
+from benchmarks.gpu.tiny_keys import ADVERSARY, AUTOENCODER, CONTRASTIVE, TEXT
 from ddpm_ray.assembly import checkpoint_loading, diffusion, networks, scoring, training_run
 from ddpm_ray.collectives import Workers
 from ddpm_ray.data.image_shape import ImageShape
@@ -123,6 +123,15 @@ OBJECTIVES: dict[str, list[str]] = {
         "objective.weighting=uncertainty",
         "training.reduction=elastic",
         "training.reduction_slots=4",
+    ],
+    "text": [*TEXT, "objective.label_dropout=0.5"],
+    "text dit bf16_weights": [*DIT, *TEXT, BF16],
+    "contrastive": CONTRASTIVE,
+    "contrastive infonce bf16_weights micro batches": [
+        *CONTRASTIVE,
+        "contrastive.loss=infonce",
+        BF16,
+        "training.micro_batch_size=4",
     ],
     "three averages": ["training.ema_more_decays=[0.999,0.99]"],
     "autoencoder": AUTOENCODER,

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu import fake_library
-from benchmarks.gpu.tiny_keys import ADVERSARY, AUTOENCODER
+from benchmarks.gpu.tiny_keys import ADVERSARY, AUTOENCODER, CONTRASTIVE, TEXT
 
 GOLDEN = Path(__file__).parents[2] / "tests/golden/step_syncs.json"
 SETTINGS = {  # of the task, objective or training, whose steps wait in ways of their own
@@ -32,6 +32,8 @@ SETTINGS = {  # of the task, objective or training, whose steps wait in ways of 
         "objective.variance=learned",
         "objective.loss=vlb",
     ],
+    "text": TEXT,
+    "contrastive": CONTRASTIVE,
     "autoencoder": AUTOENCODER,
     "autoencoder adversary": [*AUTOENCODER, *ADVERSARY],
 }

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.tiny_keys import AUTOENCODER, DENOISER, DIT, TINY
+from benchmarks.gpu.tiny_keys import AUTOENCODER, CONTRASTIVE, DENOISER, DIT, TINY
 from ddpm_ray.assembly import diffusion, training_run
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.loading import load_config, to_dict
@@ -41,8 +41,10 @@ class SameImages:
 
     waited_s = 0.0
 
-    def __init__(self, count: int, side: int) -> None:
-        self._batch = Batch(pixels(count, side), torch.arange(count) % 4)
+    def __init__(self, count: int, side: int, text_length: int) -> None:
+        tokens = torch.arange(count * text_length).reshape(count, text_length) % 99
+        texts = tokens if text_length else None
+        self._batch = Batch(pixels(count, side), torch.arange(count) % 4, tokens=texts)
 
     def batch(self, step: int, out: Batch | None = None) -> Batch:
         return self._batch
@@ -81,9 +83,9 @@ def pixels(count: int, side: int = SIDE) -> Tensor:
 
 
 def config_of(keys: list[str]) -> RunConfig:
-    """A run of a tiny network, and `keys`: a denoiser or classifier, or AUTOENCODER and more."""
+    """A run of a tiny network, with `keys`; those of other tasks have their own sizes."""
     network = DIT if "model.network=dit" in keys else DENOISER
-    network = [] if AUTOENCODER[0] in keys else network
+    network = [] if {AUTOENCODER[0], CONTRASTIVE[0]} & {*keys} else network
     return load_config(RunConfig, None, [*TINY, *network, *keys])
 
 
@@ -101,7 +103,7 @@ def run_of(
         network=state.network,
         objective=training_run.training_objective(config, state, device),
         guard=DivergenceGuard.of(config.training.on_divergence, config.training.spike_factor),
-        stream=SameImages(count, side),
+        stream=SameImages(count, side, config.text.length if config.takes_text else 0),
         workers=workers,
         log=training_run.step_log(config, ImageShape(side, side, 3), workers),
         checkpoints=CheckpointWriter(CheckpointStore(url)),

@@ -34,3 +34,20 @@ AUTOENCODER = [
     "autoencoder.gradient_difference_weight=0.5",
 ]
 ADVERSARY = ["autoencoder.discriminator_from_step=1", "autoencoder.discriminator_channels=8"]
+TEXT = [
+    "text.encoder=transformer",
+    "text.length=6",
+    "text.width=8",
+    "text.depth=1",
+    "text.heads=2",
+]
+CONTRASTIVE = [
+    "task=contrastive",
+    *TEXT,
+    "contrastive.width=8",
+    "contrastive.base_channels=8",
+    "contrastive.groups=4",
+    "contrastive.channel_mults=[1,2]",
+    "contrastive.blocks_per_level=1",
+    "training.grid_every_steps=0",
+]

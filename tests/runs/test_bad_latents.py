@@ -289,7 +289,7 @@ def test_a_data_set_of_the_scores_that_is_not_there_is_named_before_the_run_begi
     key: str, places: Places, said: Said
 ) -> None:
     found = said(train.JOB, *TINY, f"data.url={places.latents}", f"evaluation.{key}=nothere")
-    require_line(found, WRONG_CONFIG, rf"evaluation\.{key}: .*nothere: ")
+    require_line(found, WRONG_CONFIG, rf"evaluation\.{key} is .*nothere: ")
     assert not Path("runs").exists()
     assert not Path("mlflow.db").exists()
 

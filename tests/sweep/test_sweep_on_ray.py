@@ -121,18 +121,6 @@ def test_a_killed_sweep_ends_like_an_unbroken_one(
     same(left(tmp_path), unbroken)
 
 
-@pytest.mark.slow
-def test_trials_that_a_spare_process_evaluates_have_the_scores_of_the_step(
-    unbroken: Left, tmp_path: Path
-) -> None:
-    """A process for each trial, with the resources of one more worker."""
-    job = sweep(tmp_path, FOUR, "stopping.kind=none", "run.evaluation.where=spare").run()
-    assert job.code == 0, job.reported
-    same(left(tmp_path), unbroken)
-    assert not list(tmp_path.rglob("evaluations/step-*"))
-    assert not [one for one in psutil.process_iter() if "_SpareProcess" in command_of(one)]
-
-
 def kill_a_trial(driver: int) -> None:
     """The processes in which Tune runs trials' functions; one of them may just have ended one."""
     processes = psutil.Process(driver).children(recursive=True)
