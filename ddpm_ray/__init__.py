@@ -40,7 +40,8 @@ def load_encoders(uri: "str | PathLike[str]", device: str | None = None) -> "Tra
     `.image_embeddings(images)`, `.text_embeddings(prompts)` and `.similarity(images, prompts)` are
     torch tensors. `uri` is a run's folder or one checkpoint's, as a path or any fsspec URL, and
     `device` is as in `load`. Raises ValueError for an invalid `uri` or `device`, ConfigError for a
-    run that trained something else, and CheckpointError or StorageError.
+    run that trained something else, TokenizerError for a tokenizer that cannot be used, and
+    CheckpointError or StorageError.
     """
     where = _text(uri, "a run's folder or one checkpoint's")
     from ddpm_ray.assembly.encoder_loading import trained_encoders

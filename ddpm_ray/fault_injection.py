@@ -31,6 +31,7 @@ STARTUP = {  # before the first step, at step 0
 }
 POINTS = {  # in the order in which a step passes them
     "batch": "before the batch of a step is read",
+    "embeddings": "after a worker's own embeddings, before those of all workers are gathered",
     "gradient": "after a worker's own loss, before gradients are summed over the workers",
     "update": "after gradients are summed over the workers, before the weights change",
     "reduce": "before a sum of metrics over the workers",

@@ -129,6 +129,7 @@ class TrainedWeights(NamedTuple):
     objective: ObjectiveConfig | None = None  # of a denoiser; of diffusers: as its scheduler says
     codec: CodecName = "pixels"  # what it was trained on
     autoencoder_sha256: str = ""  # of its latents; empty: of pixels, or unknown
+    tokenizer_sha256: str = ""  # of its texts; empty: it takes no text
 
 
 def trained_weights(url: str, ema: str = "ema") -> TrainedWeights:
@@ -155,16 +156,18 @@ def trained_weights(url: str, ema: str = "ema") -> TrainedWeights:
     config, variant = run_config.saved_config(facts, url), run_config.saved_variant(facts, where)
     trained_on = run_config.saved_codec(facts, where)
     shape = diffused_shape(trained_on, ImageShape(*facts["image_shape"]))
+    tokenizer = saved_tokenizer(facts, where)
     return TrainedWeights(
         where,
         snapshot.step,
         checkpoint_folder.weights_sha256(where, ema),
         snapshot.tensors[ema],
-        networks.network_spec(config, shape, variant, saved_tokenizer(facts, where)),
+        networks.network_spec(config, shape, variant, tokenizer),
         config.task,
         config.objective,
         trained_on.name,
         trained_on.autoencoder_sha256 if isinstance(trained_on, LatentCodec) else "",
+        tokenizer.sha256 if tokenizer else "",
     )
 
 

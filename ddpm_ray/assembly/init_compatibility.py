@@ -13,6 +13,7 @@ from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.task import TRAITS, Task
 from ddpm_ray.data.codec import Codec
 from ddpm_ray.data.latent_codec import LatentCodec
+from ddpm_ray.data.tokenizer import Tokenizer
 from ddpm_ray.models.autoencoder import AutoencoderSpec
 from ddpm_ray.models.contrastive import ContrastiveSpec
 from ddpm_ray.models.dit import DiTSpec
@@ -31,11 +32,15 @@ CONDITIONS = ("self_conditioning", "low_resolution_pixels", "inpainting_masks") 
 
 
 def incompatibilities(
-    found: TrainedWeights, spec: NetworkSpec, config: RunConfig, codec: Codec
+    found: TrainedWeights,
+    spec: NetworkSpec,
+    config: RunConfig,
+    codec: Codec,
+    tokenizer: Tokenizer | None = None,
 ) -> Iterator[str]:
     """Yield a line, which begins with a verb, for each reason why a run cannot begin with a model.
 
-    `spec` is that of the run's network, `codec` that of its data.
+    `spec` is that of the run's network, `codec` that of its data, `tokenizer` that of its texts.
     """
     held, ours = _kind(found.spec, found.task), _kind(spec, config.task)
     # A classifier is the down path of a U-Net, and may begin with that of a denoiser.
@@ -43,6 +48,14 @@ def incompatibilities(
         yield f"holds {held}, and this run trains {ours}: name a model with the same network"
         return
     yield from _other_inputs(found, spec, config, codec)
+    theirs, sha256 = found.tokenizer_sha256, tokenizer.sha256 if tokenizer else ""
+    rows = "text.token." if isinstance(spec, ContrastiveSpec) else "text.encoder.token."
+    if theirs and sha256 and theirs != sha256 and not _is_skipped(rows, config):
+        yield (
+            f"has the tokens of a tokenizer of sha256 {theirs[:12]}, and this run those of "
+            f"{sha256[:12]}: begin a run of another name= with text.tokenizer= the tokenizer.json "
+            f"of that run, or add {rows} to training.init_from_skip"
+        )
     hidden = _hidden_options(spec)
     for key, value in _hidden_options(found.spec).items():
         if value != hidden[key]:
@@ -84,7 +97,11 @@ def first_layer(spec: UNetSpec | DiTSpec) -> str:
 
 def _skips_inputs(spec: UNetSpec | DiTSpec, config: RunConfig) -> bool:
     """Whether the run draws the layer anew that reads the inputs."""
-    return f"{first_layer(spec)}.".startswith(config.training.init_from_skip)
+    return _is_skipped(f"{first_layer(spec)}.", config)
+
+
+def _is_skipped(prefix: str, config: RunConfig) -> bool:
+    return prefix.startswith(config.training.init_from_skip)
 
 
 def _kind(spec: NetworkSpec, task: Task) -> str:

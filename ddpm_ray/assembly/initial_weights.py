@@ -94,7 +94,7 @@ def check_initial_weights(
     """
     found, spec = _read(source), networks.network_spec(config, image_shape, tokenizer=tokenizer)
     where = sanitize(source.checkpoint)
-    if lines := [*incompatibilities(found, spec, config, codec)]:
+    if lines := [*incompatibilities(found, spec, config, codec, tokenizer)]:
         raise ConfigError("\n".join(f"training.init_from: {where} {line}" for line in lines))
     for line in learned_anew(found, config, codec):
         log.warning("training.init_from: %s %s", where, line)

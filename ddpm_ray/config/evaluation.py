@@ -19,7 +19,7 @@ INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb91
 
 
 _NOT_ONE = {  # options whose value is 0, or 2 and more; and why
-    "num_images": "a covariance needs at least 2 images",
+    "num_images": "scores need at least 2 images",
     "bits_per_dim_images": "an interval needs at least 2 images",
     "bits_per_dim_terms": "take 2, which is L_0 and one other, to T",
     "likelihood_images": "an interval needs at least 2 images",

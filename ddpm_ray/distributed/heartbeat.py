@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from ddpm_ray import fault_injection
 
 INTERVAL_S = 2.0
-WAITS_FOR_OTHERS = ("gradient", "update", "reduce")  # points that take the time of a step
+# Points that take the time of a step.
+WAITS_FOR_OTHERS = ("embeddings", "gradient", "update", "reduce")
 WAITS_FOR_STORAGE = ("batch",)  # not "snapshot": uploads may be slow and have their own time-outs
 SLOW_STEPS = 10  # the limit is at least this many times the usual step
 FIRST_HEARTBEAT = 4  # times the limit: a worker imports torch first, from a cold or busy disk

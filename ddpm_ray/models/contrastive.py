@@ -3,8 +3,9 @@
 B: batch; C, H, W: channels and sides of images; L: tokens of a text; E: width of the embeddings.
 """
 
+import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from ddpm_ray.models.unet_spec import require_divisible
 
 SIGMOID_START = 10.0, -10.0  # scale and bias of Zhai et al. 2023, arXiv:2303.15343, section 3.2
 INFONCE_START = 1 / 0.07, 0.0  # CLIP's; a bias would not change its loss
+MOST_SCALE = 100.0  # of the scale of InfoNCE (Radford et al. 2021, section 2.5)
 
 
 class Embedded(NamedTuple):
@@ -107,8 +109,31 @@ class ImageEncoder(nn.Module):
         return h.mean((2, 3))
 
 
+class _AtMost(torch.autograd.Function):
+    """min(x, most), with a gradient above `most` that only lowers x.
+
+    That of `clamp` is 0 there: a value that is once above would stay for ever.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, most: float) -> Tensor:
+        """The minimum of `x` and `most`."""
+        ctx.save_for_backward(x)
+        ctx.most = most
+        return x.clamp(max=most)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        """The gradient, 0 where a descent would raise an `x` that is at the limit."""
+        (x,), (gradient,) = ctx.saved_tensors, gradients
+        return torch.where(x < ctx.most, gradient, gradient.clamp(min=0)), None
+
+
 class LogitScale(nn.Module):
-    """Learned scale, as its logarithm, and bias: logits = scale * similarity + bias."""
+    """Learned scale, as its logarithm, and bias: logits = scale * similarity + bias.
+
+    Without a bias, which is that of InfoNCE, the scale is at most MOST_SCALE.
+    """
 
     def __init__(self, *, learns_bias: bool) -> None:
         super().__init__()
@@ -118,5 +143,8 @@ class LogitScale(nn.Module):
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """Logarithm of the scale and bias, each []."""
-        bias = torch.zeros_like(self.log_scale) if self.bias is None else self.bias
-        return self.log_scale, bias
+        if self.bias is not None:
+            return self.log_scale, self.bias
+        most = math.log(MOST_SCALE)
+        scale: Tensor = _AtMost.apply(self.log_scale, most)  # type: ignore[no-untyped-call]
+        return scale, torch.zeros_like(scale)

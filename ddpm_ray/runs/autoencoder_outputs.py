@@ -12,9 +12,9 @@ from ddpm_ray.data.dataset import Dataset, open_dataset
 from ddpm_ray.evaluation.reconstruction_quality import Distances, reconstruction_quality
 from ddpm_ray.evaluation.reference_statistics import reference
 from ddpm_ray.evaluation.sample_quality import Batches, Scores
-from ddpm_ray.evaluation.score_table import scores_alone
 from ddpm_ray.models.autoencoder import Autoencoder
-from ddpm_ray.reporting import Row, Sink
+from ddpm_ray.reporting import Sink
+from ddpm_ray.runs.kept_scores import keep_scores
 from ddpm_ray.training.reconstruction_grids import GRID_IMAGES, ReconstructionGridLogger
 from ddpm_ray.training.state import TrainingState
 
@@ -97,9 +97,4 @@ class AutoencoderOutputs:
         scores = reconstruction_scores(
             self._config, wanted, self._dataset, self._model, weights, self._workers
         )
-        self._state.scores = {"step": step, **scores.to_json()}
-        if self._sink is not None:
-            # Of a single score, the interval's ends are a tag (runs/train.py), not two charts.
-            logged = scores.metrics if wanted.every_steps else scores_alone(scores.metrics)
-            self._sink.rows([Row(step, logged)])
-            self._sink.document(f"evaluation/step-{step:08d}.json", self._state.scores)
+        keep_scores(scores, step, wanted, self._state, self._sink)

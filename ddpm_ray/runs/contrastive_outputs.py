@@ -13,10 +13,10 @@ from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.dataset import Dataset
 from ddpm_ray.evaluation.retrieval import retrieval_metrics, zero_shot_metrics
 from ddpm_ray.evaluation.sample_quality import Batches, Scores, arithmetic
-from ddpm_ray.evaluation.score_table import scores_alone
 from ddpm_ray.models.contrastive import ContrastiveEncoders
-from ddpm_ray.reporting import Row, Sink
+from ddpm_ray.reporting import Sink
 from ddpm_ray.runs.autoencoder_outputs import scored_data
+from ddpm_ray.runs.kept_scores import keep_scores
 from ddpm_ray.sampling.image_text import TrainedEncoders
 from ddpm_ray.training.state import TrainingState
 
@@ -59,7 +59,8 @@ def retrieval_scores(
     pairs = torch.stack([torch.tensor(owner, dtype=torch.int64), number], 1)
     metrics = retrieval_metrics(images[kept], texts, pairs)
     if (names := dataset.manifest.label_names) and len(names) > 1:
-        of_names = encoders.text_embeddings(names).cpu()
+        # Not as prompts: a name that is no caption must not end a run after its training.
+        of_names = encoders.token_embeddings(encoders.tokenizer.encode(names)).cpu()
         metrics |= zero_shot_metrics(images, of_names, labels)
     return Scores(
         metrics,
@@ -114,9 +115,4 @@ class ContrastiveOutputs:
         scores = retrieval_scores(
             self._config, wanted, self._dataset, encoders, weights, self._workers
         )
-        state.scores = {"step": step, **scores.to_json()}
-        if self._sink is not None:
-            # Of a single score, the interval's ends are a tag (runs/train.py), not two charts.
-            logged = scores.metrics if wanted.every_steps else scores_alone(scores.metrics)
-            self._sink.rows([Row(step, logged)])
-            self._sink.document(f"evaluation/step-{step:08d}.json", state.scores)
+        keep_scores(scores, step, wanted, state, self._sink)

@@ -10,8 +10,7 @@ from ddpm_ray.evaluation import sample_quality
 from ddpm_ray.evaluation.ceiling import Ceiling
 from ddpm_ray.evaluation.features.feature_extractor import FeatureNet
 from ddpm_ray.evaluation.reference_statistics import Reference, reference
-from ddpm_ray.evaluation.score_table import scores_alone
-from ddpm_ray.reporting import Row
+from ddpm_ray.runs.kept_scores import keep_scores
 from ddpm_ray.training.sample_grids import SampleGridLogger
 from ddpm_ray.training.state import TrainingState
 
@@ -70,9 +69,4 @@ class PeriodicEvaluator:
             held_out=scoring.held_out(wanted, net, grid_logger.workers, grid_logger.denoiser.codec),
             ceiling=highest,
         )
-        self._state.scores = {"step": step, **scores.to_json()}
-        if grid_logger.sink is not None:
-            # Of a single score, the interval's ends are a tag (runs/train.py), not two charts.
-            logged = scores.metrics if wanted.every_steps else scores_alone(scores.metrics)
-            grid_logger.sink.rows([Row(step, logged)])
-            grid_logger.sink.document(f"evaluation/step-{step:08d}.json", self._state.scores)
+        keep_scores(scores, step, wanted, self._state, grid_logger.sink)

@@ -17,6 +17,7 @@ from ddpm_ray.data.dataset import Dataset, open_dataset
 from ddpm_ray.data.loader import read_captions
 from ddpm_ray.data.tokenizer import Tokenizer, warn_of_cut_prompts, warn_of_cuts
 from ddpm_ray.redaction import counted
+from ddpm_ray.runs.scored_captions import require_scored_captions
 from ddpm_ray.storage import object_store
 
 log = logging.getLogger(__name__)
@@ -33,7 +34,8 @@ def run_tokenizer(config: RunConfig, dataset: Dataset, folder: str) -> Tokenizer
     A new run gets the one that `text.tokenizer` names, or one that is trained on the captions of
     `dataset`; it is a function of them, so drivers that start at once write the same file. Warns of
     prompts that it cuts and, at the first start, of captions. Raises ConfigError for a data set
-    without captions and for a run that began with another tokenizer, TokenizerError, StorageError.
+    without captions and for a run that began with another tokenizer, DatasetError if its captions
+    cannot be scored as the run is to, TokenizerError, StorageError.
     """
     if not config.takes_text:
         return None
@@ -53,6 +55,7 @@ def run_tokenizer(config: RunConfig, dataset: Dataset, folder: str) -> Tokenizer
                 f"name="
             )
         warn_of_cut_prompts(found, config.sampling.prompts)
+        require_scored_captions(config, dataset, found)
         return found
     if given is None:
         given = Tokenizer.trained(_captions(dataset), config.text.vocabulary, length)
@@ -63,6 +66,7 @@ def run_tokenizer(config: RunConfig, dataset: Dataset, folder: str) -> Tokenizer
         )
     _warn_of_cut_captions(given, dataset)
     warn_of_cut_prompts(given, config.sampling.prompts)
+    require_scored_captions(config, dataset, given)  # a run that cannot be scored leaves no file
     object_store.write_bytes(kept, given.json.encode())
     return given
 

@@ -25,7 +25,6 @@ def checked_data(config: RunConfig) -> tuple[Dataset, dict[str, str]]:
     """
     dataset = open_or_pack(config)
     check_model(config, dataset)
-    require_scored_captions(config, dataset)
     latents.codec_of_data(config.data, dataset)
     return dataset, _fingerprints(config, dataset)
 
@@ -82,19 +81,6 @@ def check_model(config: RunConfig, dataset: Dataset) -> None:
         config.sampling.numbered(dataset.manifest.label_names)
     except ValueError as error:
         raise ConfigError(f"sampling.{error}") from error
-
-
-def require_scored_captions(config: RunConfig, dataset: Dataset) -> None:
-    """Raise ConfigError if retrieval is scored on images without captions."""
-    images, place = config.evaluation.num_images, config.evaluation.held_out_url
-    if not config.traits.embeds or not images:
-        return
-    scored = open_dataset(place) if place else dataset
-    if not scored.manifest.captions:
-        raise ConfigError(
-            f"evaluation.num_images is {images}, but the data set in {scored.url} has no captions, "
-            f"by which retrieval is scored: pack it with captions (docs/packing.md), or set it to 0"
-        )
 
 
 def _require_latent_options(config: RunConfig) -> None:

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ddpm_ray.config.sampling import SamplingSettings
 from ddpm_ray.data.codec import PIXELS
 from ddpm_ray.data.image_shape import ImageShape
-from ddpm_ray.data.tokenizer import Tokenizer
+from ddpm_ray.data.tokenizer import Tokenizer, warn_of_cut_prompts
 from ddpm_ray.models.contrastive import ContrastiveEncoders
 from ddpm_ray.sampling.array_arguments import as_images
 
@@ -51,15 +52,19 @@ class TrainedEncoders:
         return torch.cat([self.model.embed_images(part) for part in parts])
 
     def text_embeddings(self, prompts: Sequence[str], *, batch_size: int = BATCH) -> Tensor:
-        """Embeddings float32 [n, E] of length 1 of n prompts; raises ValueError for none.
+        """Embeddings float32 [n, E] of length 1 of n prompts, which follow the rule of captions.
 
-        Longer prompts are cut, as captions are in training.
+        Longer prompts are cut with a warning, as captions are in training. Raises ValueError for no
+        prompt or another type, and CaptionError, which names the prompt's number.
         """
         if isinstance(prompts, str):
             prompts = [prompts]
         if not prompts:
             raise ValueError("prompts is empty; give at least one text, as in ['a red apple']")
-        return self.token_embeddings(self.tokenizer.encode(list(prompts)), batch_size=batch_size)
+        settings = SamplingSettings().overridden({"prompts": list(prompts)})
+        cleaned = settings.clean_prompts
+        warn_of_cut_prompts(self.tokenizer, cleaned)
+        return self.token_embeddings(self.tokenizer.encode(cleaned), batch_size=batch_size)
 
     @torch.no_grad()
     def token_embeddings(self, tokens: Tensor, *, batch_size: int = BATCH) -> Tensor:

@@ -1,4 +1,4 @@
-"""Contrastive losses of a global batch, in which equal captions are all right for each other.
+"""Contrastive losses of a global batch, in which equal captions count as matches of each other.
 
 N: images of the global batch, each with one caption; logits[i, j] is that of image i and caption j.
 """

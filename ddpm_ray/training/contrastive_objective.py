@@ -3,8 +3,9 @@
 The loss of an image depends on all captions of the batch, and so on all workers and micro-batches.
 The gradient of the loss with respect to the embeddings is all that the encoders need of it (Gao et
 al. 2021, arXiv:2101.06983, "GradCache"): embeddings are gathered over the workers, each worker
-computes loss and gradients of the N embeddings, and the embeddings of its micro-batches are pulled
-along these gradients. So micro-batches and the sum over workers are those of every other task.
+computes loss and gradients of the N embeddings, and the embeddings of its micro-batches are
+multiplied with these gradients. So micro-batches and the sum over workers are those of every other
+task.
 """
 
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ddpm_ray import counter_rng
+from ddpm_ray import counter_rng, fault_injection
 from ddpm_ray.collectives import Workers
 from ddpm_ray.counter_rng import Purpose
 from ddpm_ray.data.codec import PIXELS
@@ -99,6 +100,7 @@ class ContrastiveObjective:
 
     def global_loss(self, mine: Embedded, tokens: Tensor, workers: Workers) -> GlobalLoss:
         """Loss of the global batch from this worker's embeddings; all workers must call it."""
+        fault_injection.at("embeddings")
         step_clock.mark("communication")
         both = workers.gather_rows(torch.cat([mine.images, mine.texts], 1).detach())
         tokens = workers.gather_rows(tokens.to(both.device))
@@ -150,11 +152,11 @@ class _Step:
             assert batch.tokens is not None
             found = self.objective.global_loss(mine, batch.tokens, self.workers)
         losses, gradient, count = found.losses[positions], found.gradient, len(found.losses)
-        pulled = (mine.images * gradient.images[positions]).sum(1)
-        pulled = pulled + (mine.texts * gradient.texts[positions]).sum(1)
+        surrogate = (mine.images * gradient.images[positions]).sum(1)
+        surrogate = surrogate + (mine.texts * gradient.texts[positions]).sum(1)
         # Each of the N values has an equal share of the gradients of scale and bias.
         shared = mine.log_scale * gradient.log_scale + mine.bias * gradient.bias
-        minimised = pulled + shared / count
+        minimised = surrogate + shared / count
         scalars = torch.stack([mine.log_scale.exp(), mine.bias]).detach().expand(len(losses), 2)
         terms = torch.cat([found.recall[positions, None], scalars], 1)
         t = torch.zeros(len(losses), dtype=torch.int64, device=device)

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 Part: TypeAlias = Literal["data", "forward", "backward", "communication", "optimizer", "other"]
 PARTS: tuple[Part, ...] = get_args(Part)
 """data: waiting for a batch. communication: after a worker's own backward pass, until the gradients
-of all workers are there; what overlaps the backward pass is not seen. other: between steps."""
+of all workers are there, and the gathering of embeddings; what overlaps the backward pass is not
+seen. other: between steps."""
 
 
 class PartMarker(Protocol):

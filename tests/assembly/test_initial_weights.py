@@ -17,12 +17,14 @@ from ddpm_ray.assembly import (
     training_run,
 )
 from ddpm_ray.assembly.autoencoder_loading import trained_autoencoder
+from ddpm_ray.assembly.run_config import tokenizer_facts
 from ddpm_ray.config.loading import ConfigError, load_config, to_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.training import TrainingConfig
 from ddpm_ray.data.codec import PIXELS, Codec
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.data.latent_codec import LatentCodec
+from ddpm_ray.data.tokenizer import Tokenizer
 from ddpm_ray.diffusion.conditioning import Conditioning
 from ddpm_ray.models.autoencoder import Autoencoder, AutoencoderSpec
 from ddpm_ray.models.dit import DiT
@@ -231,6 +233,42 @@ def test_another_prediction_target_is_told(
     assert (
         "was trained with objective.prediction=epsilon, and this run with v, which" in caplog.text
     )
+
+
+TEXT = ("text.encoder=transformer", "text.length=6", "text.width=8", "text.depth=1", "text.heads=2")
+CONTRASTIVE = (
+    "task=contrastive",
+    "contrastive.base_channels=4",
+    "contrastive.channel_mults=[1,2]",
+    "contrastive.groups=2",
+    "contrastive.blocks_per_level=1",
+    "contrastive.width=4",
+    "training.grid_every_steps=0",
+)
+
+
+@pytest.mark.parametrize("keys, rows", [((), "text.encoder.token."), (CONTRASTIVE, "text.token.")])
+def test_token_embeddings_of_another_tokenizer_are_refused_unless_left_out(
+    keys: tuple[str, ...], rows: str, tmp_path: Path
+) -> None:
+    """They have the same shape, and other words."""
+    pytest.importorskip("tokenizers", reason="needs the extra [text]")
+    theirs, ours = (Tokenizer.trained([text], 259, 6) for text in ("aa", "bb"))
+    assert theirs.vocabulary == ours.vocabulary
+    base = [*RUN[:2], *(keys or (*RUN[2:], *UNET)), *TEXT]
+    config = load_config(RunConfig, None, base)
+    facts = {"config": to_dict(config), "image_shape": list(SHAPE), "data_fingerprint": "none"}
+    state = training_run.training_state(config, SHAPE, CPU, facts | tokenizer_facts(theirs))
+    CheckpointStore(str(tmp_path / CHECKPOINTS)).save(state.snapshot([]))
+    where = f"training.init_from={tmp_path}"
+    config = load_config(RunConfig, None, [*base, where])
+    source = initial_weights.find_initial_weights(config.training)
+    initial_weights.check_initial_weights(source, config, SHAPE, tokenizer=theirs)
+    says = f"{theirs.sha256[:12]}, and this run those of {ours.sha256[:12]}: .* or add {rows} to"
+    with pytest.raises(ConfigError, match=says):
+        initial_weights.check_initial_weights(source, config, SHAPE, tokenizer=ours)
+    without = load_config(RunConfig, None, [*base, where, f"training.init_from_skip=[{rows}]"])
+    initial_weights.check_initial_weights(source, without, SHAPE, tokenizer=ours)
 
 
 def test_a_diffusers_folder_gives_the_weights_it_was_written_from(tmp_path: Path) -> None:

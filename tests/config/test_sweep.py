@@ -160,7 +160,7 @@ def test_each_fixed_key_is_a_key_of_the_run() -> None:
         (["stopping.every_steps=9000"], "stopping.every_steps is 9000 and stopping.first_step 0;"),
         (["stopping.first_step=9000"], "stopping.every_steps is 1000 and stopping.first_step 9000"),
         (["run.evaluation.num_images=0"], "run.evaluation.num_images is 0; trials are compared by"),
-        (["run.evaluation.num_images=1"], "run.evaluation.num_images is 1; a covariance needs at"),
+        (["run.evaluation.num_images=1"], "run.evaluation.num_images is 1; scores need at least"),
         (["run.schedule.num_steps=0"], "run.schedule.num_steps is 0; it must be at least 1"),
         (["run.data.url="], "run.data.url is empty; give it a value"),
         (["run.name=a/b"], "run.name is 'a/b'; it names a folder: no '/' and no leading '.'"),

@@ -60,6 +60,14 @@ def test_waiting_for_a_worker_that_samples_is_no_stall() -> None:
     assert not stall(waits, draws)
 
 
+def test_a_worker_without_its_batch_is_named_and_not_those_that_gather_embeddings() -> None:
+    """Those that wait for its embeddings are past a point of their own."""
+    gathers = replace(WAITING, point="embeddings", stalled_s=LIMIT_S + STORAGE_S + 1)
+    found = stall(gathers, replace(gathers, rank=1, point="batch"))
+    assert found.startswith("worker 1 stalled for 206 s at step 40, before the batch")
+    assert "worker 0" not in found
+
+
 def test_a_completed_sum_restores_the_position() -> None:
     fault_injection.set_position(0, 8)
     fault_injection.at("between")

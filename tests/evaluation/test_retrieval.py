@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from ddpm_ray.evaluation import retrieval
 from ddpm_ray.evaluation.retrieval import (
     retrieval_metrics,
     retrieval_ranks,
@@ -29,10 +30,8 @@ def test_ranks_and_recall_of_a_case_by_hand() -> None:
     """
     images, texts = on_circle(0, 10, 90, 5), on_circle(4, 12, 60)
     pairs = torch.tensor([[0, 0], [1, 2], [2, 1], [2, 2], [3, 0]])
-    right = torch.zeros(4, 3, dtype=torch.bool)
-    right[pairs[:, 0], pairs[:, 1]] = True
-    assert retrieval_ranks(images, texts, right).tolist() == [1, 3, 1, 1]
-    assert retrieval_ranks(texts, images, right.T).tolist() == [1, 4, 1]
+    assert retrieval_ranks(images, texts, pairs).tolist() == [1, 3, 1, 1]
+    assert retrieval_ranks(texts, images, pairs.flip(1)).tolist() == [1, 4, 1]
     found = retrieval_metrics(images, texts, pairs)
     assert found["eval/image_to_text_r1"] == 3 / 4
     assert found["eval/text_to_image_r1"] == pytest.approx(2 / 3)
@@ -49,8 +48,32 @@ def test_ranks_and_recall_of_a_case_by_hand() -> None:
 def test_equal_embeddings_score_nothing() -> None:
     """A collapsed model ranks its right candidate last."""
     same = on_circle(*[30.0] * 12)
-    ranks = retrieval_ranks(same, same, torch.eye(12, dtype=torch.bool))
-    assert ranks.tolist() == [12] * 12
+    own = torch.eye(12).nonzero()
+    assert retrieval_ranks(same, same, own).tolist() == [12] * 12
+    assert zero_shot_metrics(same, same, torch.arange(12))["eval/zero_shot_accuracy"] == 0
+
+
+@pytest.mark.parametrize("spoilt", [slice(None), slice(1), slice(1, 12)], ids=str)
+def test_embeddings_that_are_not_finite_score_nothing(spoilt: slice) -> None:
+    """Of all images, of the first one, or of the others."""
+    images, texts = on_circle(*range(0, 120, 10)), on_circle(*range(0, 120, 10))
+    images[spoilt], own = math.nan, torch.eye(12).nonzero()
+    assert retrieval_ranks(images, texts, own)[spoilt].tolist() == [12] * len(images[spoilt])
+    found = retrieval_metrics(images, texts, own)
+    assert found["eval/image_to_text_r10"] == pytest.approx(1 - len(images[spoilt]) / 12)
+    scores = zero_shot_metrics(images, texts, torch.arange(12))
+    assert scores["eval/zero_shot_accuracy"] == pytest.approx(1 - len(images[spoilt]) / 12)
+
+
+def test_more_queries_than_are_compared_at_once_keep_their_pairs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    draw = torch.Generator().manual_seed(0)
+    q, c = torch.randn(7, 3, generator=draw), torch.randn(5, 3, generator=draw)
+    pairs = torch.tensor([[n, (3 * n) % 5] for n in range(7)] + [[6, 0], [0, 2]])
+    wanted = retrieval_ranks(q, c, pairs)
+    monkeypatch.setattr(retrieval, "ROWS", 3)
+    assert torch.equal(retrieval_ranks(q, c, pairs), wanted)
 
 
 @settings(max_examples=20)
@@ -60,7 +83,7 @@ def test_ranks_are_those_of_a_sorted_list(queries: int, candidates: int, seed: i
     q, c = torch.randn(queries, 3, generator=draw), torch.randn(candidates, 3, generator=draw)
     right = torch.rand(queries, candidates, generator=draw) < 0.3
     right[:, 0] = True
-    for row, rank in enumerate(retrieval_ranks(q, c, right).tolist()):
+    for row, rank in enumerate(retrieval_ranks(q, c, right.nonzero()).tolist()):
         wrong = 0
         for at in sorted(range(candidates), key=lambda n: -float(q[row] @ c[n])):
             if right[row, at]:

@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from ddpm_ray.fault_injection import POINTS
 from ddpm_ray.training.checkpoints import CHECKPOINTS, CheckpointStore
 from ddpm_ray.training.tensor_file import file_bytes
 from tests.faults.lives import AUTOENCODER, EVERY, STEPS, TINY, Ended, Life
-from tests.faults.schedules import kills
+from tests.faults.schedules import OF_DENOISERS, kills
 
 WORKERS = 2
 pytestmark = [
@@ -30,7 +29,7 @@ def unbroken(noise_shards: str, tmp_path_factory: pytest.TempPathFactory) -> End
 def test_a_kill_at_each_point_is_survived(
     unbroken: Ended, noise_shards: str, tmp_path: Path
 ) -> None:
-    each = [f"kill@{point}:{step}/0" for step, point in enumerate(POINTS, 4)]
+    each = [f"kill@{point}:{step}/0" for step, point in enumerate(OF_DENOISERS, 4)]
     planned, life = " ".join([str(tmp_path / "fired"), *each]), Life(tmp_path, noise_shards)
     life.drive()
     while not life.live(WORKERS, planned):

@@ -1,12 +1,13 @@
 """Embeddings of images and texts."""
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 
 from ddpm_ray.diffusion.conditioning import NO_TEXT
-from ddpm_ray.models.contrastive import ContrastiveEncoders
+from ddpm_ray.models.contrastive import ContrastiveEncoders, LogitScale
 from tests.training.contrastive_batches import COUNT, LENGTH, SIDE, tiny_encoders, tokens_of
 
 MODEL = tiny_encoders()
@@ -32,6 +33,20 @@ def test_logits_begin_as_in_the_papers() -> None:
     scale, bias = infonce.logits()
     assert (1 / scale.exp().item(), bias.item()) == pytest.approx((0.07, 0))
     assert "logits.bias" not in dict(infonce.named_parameters())
+
+
+def test_the_scale_of_infonce_is_at_most_100_and_can_fall_again() -> None:
+    """(Radford et al. 2021, section 2.5.) That of the sigmoid loss has no limit."""
+    infonce, sigmoid = (LogitScale(learns_bias=learns) for learns in (False, True))
+    for logits, most in ((infonce, 100), (sigmoid, 300)):
+        with torch.no_grad():
+            logits.log_scale.fill_(math.log(300))
+        assert logits()[0].exp().item() == pytest.approx(most)
+    for value, sign, wanted in ((300, 1, 1), (300, -1, 0), (99, 1, 1), (99, -1, -1)):
+        with torch.no_grad():
+            infonce.log_scale.fill_(math.log(value))
+        (found,) = torch.autograd.grad(sign * infonce()[0], [infonce.log_scale])
+        assert found.item() == wanted
 
 
 def test_no_text_is_the_empty_text() -> None:

@@ -16,19 +16,22 @@ from ddpm_ray.collectives import Workers
 from ddpm_ray.config.jobs.evaluate import EvaluateConfig
 from ddpm_ray.config.loading import ConfigError, load_config, to_dict
 from ddpm_ray.config.run import RunConfig
-from ddpm_ray.data.dataset import Dataset, DatasetError, open_dataset
+from ddpm_ray.data.dataset import Dataset, DatasetError
+from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.data.tokenizer import Tokenizer
 from ddpm_ray.runs.contrastive_outputs import ContrastiveOutputs, retrieval_scores
+from ddpm_ray.runs.evaluation import evaluate_contrastive
 from ddpm_ray.runs.evaluation.evaluate_autoencoder import (
     require_reconstruction_scores,
     run_without_noise,
 )
 from ddpm_ray.runs.evaluation.evaluate_contrastive import (
     contrastive_scores,
-    require_captioned_images,
+    scored_checkpoint,
 )
 from ddpm_ray.runs.evaluation.image_progress import ImageProgress
-from ddpm_ray.runs.training_data import require_scored_captions
+from ddpm_ray.runs.run_tokenizer import FILE, run_tokenizer
+from ddpm_ray.runs.scored_captions import require_scored_captions
 from ddpm_ray.sampling.image_text import TrainedEncoders
 from ddpm_ray.training.state import TrainingState
 from tests.data.captioned_sets import write_captioned
@@ -147,17 +150,75 @@ def test_the_job_scores_as_the_run_does(dataset: Dataset, tmp_path: Path) -> Non
     assert run_without_noise(str(tmp_path)) == config
 
 
-def test_what_cannot_be_scored_is_refused(dataset: Dataset, tmp_path: Path) -> None:
-    pack_noise(str(tmp_path), 4, 4)
-    plain = open_dataset(str(tmp_path))
-    with pytest.raises(DatasetError, match="the data set has no captions"):
-        require_captioned_images(plain, 1)
+def test_step_and_weights_of_the_job_are_of_one_checkpoint(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run saves a newer one while the job reads: the workers read what the driver found."""
+    config = config_on(dataset)
+    state = begun(config, dataset)
+    commit(state, tmp_path)
+    asked = load_config(EvaluateConfig, None, [f"data_url={dataset.url}"])
+    where, old = scored_checkpoint(str(tmp_path), asked), trained_encoders(str(tmp_path)).sha256
+    load = trained_encoders
+
+    def slow(*given: Any) -> TrainedEncoders:
+        """Load, while the run trains on."""
+        found = load(*given)
+        with torch.no_grad():
+            for value in state.ema.model.parameters():
+                value.add_(1)
+        state.step += 1
+        commit(state, tmp_path)
+        return found
+
+    monkeypatch.setattr(evaluate_contrastive, "trained_encoders", slow)
+    for uri in (str(tmp_path), where):
+        progress = ImageProgress(7, Workers(), lambda _: None)
+        step = state.step
+        model = contrastive_scores(uri, asked, Workers(), progress)["certificate"]["model"]
+        assert model["step"] == (step if uri != where else 0)
+        assert (model["model_sha256"] == old) is (model["step"] == 0)
+
+
+def test_what_cannot_be_scored_is_refused_before_training(dataset: Dataset, tmp_path: Path) -> None:
+    """Data without captions, with other channels or sides, with too few captioned images."""
+    of, run = Tokenizer.trained(["a plum"], 280, 6), str(tmp_path / "run")
+    pack_noise(str(tmp_path / "plain"), 4, 4)
+    deep = "contrastive.channel_mults=[1,1,1,1]"
+    config = config_on(dataset)
+    require_scored_captions(config, dataset, of)
+    for held_out, key, says in (
+        (str(tmp_path / "plain"), "", "plain: the data set has no captions"),
+        (dataset.url, deep, "captioned0: images are 4 x 4, which 4 levels do not halve evenly"),
+        (
+            write_captioned(tmp_path / "one", [["a plum", "figs"], [], []], 3).url,
+            "",
+            "one: .*num_images is 7, which gives 1 image with captions and 2 distinct captions",
+        ),
+        (
+            write_captioned(tmp_path / "same", [["a plum"], ["A plum"]], 2).url,
+            "",
+            "2 images with captions and 1 distinct caption, .* at least 2 of both; score more imag",
+        ),
+    ):
+        config = config_on(dataset, f"evaluation.held_out_url={held_out}", *filter(None, [key]))
+        with pytest.raises(DatasetError, match=says):
+            run_tokenizer(config, dataset, run)
+    assert not Path(run, FILE).exists()
+    colours = replace(dataset.manifest, image_shape=ImageShape(4, 4, 3))
     with pytest.raises(DatasetError, match=r"it holds pixels of .*, not images with channels: 3"):
-        require_captioned_images(dataset, 3)
-    config = config_on(dataset, f"evaluation.held_out_url={tmp_path}")
-    with pytest.raises(ConfigError, match=r"evaluation.num_images is 7, but .* has no captions"):
-        require_scored_captions(config, dataset)
-    require_scored_captions(config_on(dataset), dataset)
+        require_scored_captions(
+            config_on(dataset, f"evaluation.held_out_url={dataset.url}"),
+            replace(dataset, manifest=colours),
+            of,
+        )
+    commit(begun(config_on(dataset), dataset), tmp_path)
+    asked = load_config(EvaluateConfig, None, [f"data_url={tmp_path}/same"])
+    with pytest.raises(DatasetError, match=r"same: evaluation.num_images is 10000, which gives 2"):
+        scored_checkpoint(str(tmp_path), asked)
+
+
+def test_scores_of_denoisers_are_refused() -> None:
     wanted = load_config(EvaluateConfig, None, ["evaluation.bits_per_dim_images=4"]).evaluation
     with pytest.raises(ConfigError, match="it belongs to scores of denoisers: leave it out"):
         require_reconstruction_scores(wanted, "a contrastive model")

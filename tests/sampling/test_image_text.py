@@ -1,5 +1,7 @@
 """Embeddings of a notebook's images and prompts."""
 
+import unicodedata
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ import torch
 pytest.importorskip("tokenizers", reason="needs the extra [text]")
 
 import ddpm_ray
+from ddpm_ray.config.caption_rule import CaptionError
 from ddpm_ray.data.codec import PIXELS
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.data.tokenizer import Tokenizer
@@ -46,6 +49,20 @@ def test_one_prompt_may_be_a_text_and_longer_ones_are_cut(encoders: TrainedEncod
     (one,) = encoders.text_embeddings("two pears")
     torch.testing.assert_close(one, encoders.text_embeddings(TEXTS)[1])
     assert encoders.text_embeddings(["pear " * 99]).isfinite().all()
+
+
+def test_prompts_follow_the_rule_of_captions(
+    encoders: TrainedEncoders, caplog: pytest.LogCaptureFixture
+) -> None:
+    """White space around them is nothing, and NFD is NFC; a longer one is cut with a warning."""
+    decomposed, composed = (unicodedata.normalize(form, "é") for form in ("NFD", "NFC"))
+    found = encoders.text_embeddings([f"  {decomposed}\t"])
+    assert torch.equal(found, encoders.text_embeddings([composed]))
+    assert not caplog.text
+    encoders.text_embeddings(["pears " * 98])
+    assert "1 of 1 prompt have more than text.length=8 tokens and are cut" in caplog.text
+    with pytest.raises(CaptionError, match=r"prompt 2 holds the control character U\+000A"):
+        encoders.text_embeddings(["a", "b\nc"])
 
 
 def test_other_images_and_no_prompts_are_refused(encoders: TrainedEncoders) -> None:

@@ -2,6 +2,7 @@
 
 import math
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
+from ddpm_ray import fault_injection
 from ddpm_ray.collectives import Workers
 from ddpm_ray.data.codec import PIXELS
+from ddpm_ray.fault_injection import InjectedFaultError
 from ddpm_ray.models.contrastive import Embedded
 from ddpm_ray.training.contrastive_loss import (
     batch_recall,
@@ -167,6 +170,16 @@ def test_a_loss_that_is_not_finite_makes_the_gradient_of_all_workers_nan(
         return bool(network.text_projection.weight.grad.isnan().any())
 
     assert on_workers(2, spoilt) == [True, True]
+
+
+@pytest.mark.parametrize("slots, micro_batch", [(0, COUNT), (0, 3), (4, 1)])
+def test_a_point_lies_between_a_workers_embeddings_and_those_of_all(
+    slots: int, micro_batch: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A worker that waits there has its batch, and one that is still reading it is behind."""
+    monkeypatch.setenv(fault_injection.VARIABLE, f"{tmp_path / 'fired'} fail@embeddings")
+    with pytest.raises(InjectedFaultError, match="fault at embeddings"):
+        gradients(Workers(), objective(slots=slots), micro_batch)
 
 
 def test_flips_are_those_of_a_step_and_a_position_in_both_passes(on_workers: OnWorkers) -> None:

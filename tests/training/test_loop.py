@@ -551,7 +551,7 @@ def test_the_discriminator_trains_from_its_first_step_on(
         ("latents, DiT", ["data.flip=true", "model.dropout=0.3"]),
         ("latents", ["objective.inpainting_masks=true", "training.micro_batch_size=1"]),
         ("contrastive", ["training.micro_batch_size=1", "data.flip=true"]),
-        ("contrastive", ["training.precision=bf16_weights"]),
+        ("contrastive", ["training.precision=bf16_weights", "training.micro_batch_size=1"]),
         ("infonce", ["training.precision=bf16", "training.channels_last=true"]),
     ],
     ids=str,

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ddpm_ray.assembly import checkpoint_loading
 from ddpm_ray.config.evaluation import EvaluationConfig
 from ddpm_ray.config.jobs.evaluate import EvaluateConfig
 from ddpm_ray.config.loading import ConfigError, from_dict, to_dict
@@ -21,7 +20,7 @@ from ddpm_ray.runs.evaluation.evaluate_autoencoder import (
     require_reconstruction_scores,
     run_without_noise,
 )
-from ddpm_ray.runs.evaluation.evaluate_contrastive import require_captioned_images
+from ddpm_ray.runs.evaluation.evaluate_contrastive import scored_checkpoint
 from ddpm_ray.runs.evaluation.evaluate_worker import evaluate_worker
 from ddpm_ray.sampling.pipeline import TrainedModel
 from ddpm_ray.storage import object_store
@@ -76,8 +75,7 @@ def run_evaluation(
     if traits.reconstructs:
         require_images_of(model_uri, config.data_url)
     if traits.embeds:
-        channels = checkpoint_loading.run_facts(model_uri)[1]["image_shape"][2]
-        require_captioned_images(open_dataset(config.data_url), channels)
+        model_uri = scored_checkpoint(model_uri, config)
     settings = {
         "model_uri": model_uri,
         "tracking_uri": tracking_uri,
