@@ -3,7 +3,7 @@
     python -m benchmarks.text_results RUN FOLDER [prompts] [guidance scales, comma-separated]
 
 RUN was trained on the sprites of the seen characters. Each prompt is the caption of a character
-that was held out, in one of the 12 poses; the exact judge of the assets (DDPM_RAY_ASSETS) names the
+that was held out, in one of the 12 poses; the generator of the assets (DDPM_RAY_ASSETS) gives the
 parts of each image, in the frame of the pose that is nearest. A line for each guidance scale: the
 share of images with the right skin, trousers, shirt and hair, with all four, and the same for the
 decoded images of a latent model's autoencoder. FOLDER gets a grid of the first prompts, a row for
@@ -18,7 +18,6 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 import ddpm_ray
@@ -30,7 +29,7 @@ STEPS = 25
 
 
 def sprites() -> ModuleType:
-    """The generator and judge of the assets."""
+    """The generator of the images, of the assets."""
     path = Path(os.environ["DDPM_RAY_ASSETS"], "sprites", "sprites.py")
     spec = importlib.util.spec_from_file_location("sprites", path)
     assert spec is not None
@@ -56,21 +55,14 @@ def found_parts(made: ModuleType, images: Images, of: list[tuple[Any, str, str]]
         for direction in made.DIRECTIONS:
             rows = np.flatnonzero(pose == f"{action} {direction}")
             for frame in range(made.FRAMES) if len(rows) else ():
-                named = made.judge(images[rows], action, direction, frame)
-                apart = [
-                    _distance(image, made.clip(tuple(who), action, direction)[frame], side)
-                    for image, who in zip(images[rows], named.tolist(), strict=True)
-                ]
-                better = np.array(apart) < nearest[rows]
-                nearest[rows[better]] = np.array(apart)[better]
+                every, table = made._table(action, direction, frame, side)
+                x = images[rows].reshape(len(rows), -1).astype(np.float32)
+                apart = (table**2).sum(1)[None] - 2 * x @ table.T  # less the image's own square
+                named = np.array(every)[apart.argmin(1)]
+                better = apart.min(1) < nearest[rows]
+                nearest[rows[better]] = apart.min(1)[better]
                 parts[rows[better]] = named[better]
     return parts
-
-
-def _distance(image: npt.NDArray[np.uint8], frame: npt.NDArray[np.uint8], side: int) -> float:
-    by = frame.shape[0] // side
-    small = frame.reshape(side, by, side, by, 3).astype(np.float32).mean((1, 3))
-    return float(((image - small) ** 2).sum())
 
 
 def line(made: ModuleType, name: str, images: Images, of: list[tuple[Any, str, str]]) -> str:
