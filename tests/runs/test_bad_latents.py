@@ -373,7 +373,7 @@ def test_what_cannot_be_encoded_is_named(places: Places, said: Said) -> None:
         (
             (places.of_latents, places.one_shard, "out"),
             WRONG_CONFIG,
-            "holds a denoiser, which enco",
+            "holds a denoiser, which has n",
         ),
     ):
         require_line(said(encode.JOB, *words), code, says)
