@@ -131,16 +131,20 @@ class DrawingModel:
 
     def _chosen(self, given: dict[str, Any], *, repaint: bool = False) -> SamplingSettings:
         own = self.settings.for_repaint() if repaint else self.settings
-        return _overridden(own, given, self.denoiser.schedule.num_steps)
+        return self._overridden(own, given)
 
     def _deterministic(self, given: dict[str, Any]) -> SamplingSettings:
         own = replace(self.settings, sampler="ddim", eta=0.0, variance="fixed_small")
-        return _overridden(own, given, self.denoiser.schedule.num_steps)
+        return self._overridden(own, given)
 
+    def _overridden(self, own: SamplingSettings, given: dict[str, Any]) -> SamplingSettings:
+        """`own` with the values of a call.
 
-def _overridden(own: SamplingSettings, given: dict[str, Any], num_steps: int) -> SamplingSettings:
-    """`own` with the values of a call. Raises ValueError, also for an empty list of prompts."""
-    chosen = own.overridden(given, num_steps)
-    if given.get("prompts") is not None and not chosen.prompts:
-        raise ValueError(f"prompts is empty; {PROMPTS_REMEDY}")
-    return chosen
+        Raises ValueError, also for an empty list of prompts, unless the model takes no text: its
+        own settings have none.
+        """
+        chosen = own.overridden(given, self.denoiser.schedule.num_steps)
+        takes_text = self.denoiser.takes.tokenizer is not None
+        if takes_text and given.get("prompts") is not None and not chosen.prompts:
+            raise ValueError(f"prompts is empty; {PROMPTS_REMEDY}")
+        return chosen

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from psutil import virtual_memory
 from torch import Tensor
 
 from ddpm_ray.config.reading.errors import ConfigError
@@ -94,6 +93,8 @@ def require_memory(option: str, count: int, image_shape: ImageShape) -> None:
 
     Before the images are drawn: it counts the images, the grid, and Pillow's copy of the grid.
     """
+    from psutil import virtual_memory  # make gpu-check runs without it
+
     height, width, channels = image_shape
     columns, factor = math.ceil(math.sqrt(count)), _enlargement(height, width, LEGIBLE_PIXELS)
     grid_bytes = math.prod(_grid_shape((count, *image_shape), columns, factor))
