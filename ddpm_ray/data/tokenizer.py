@@ -123,16 +123,21 @@ class Tokenizer:
     @cached_property
     def null_tokens(self) -> tuple[int, ...]:
         """The row of the text ""."""
-        return tuple(self.encode([""])[0].tolist())
+        return tuple(self._rows([""])[0])  # no tensor: a network may be built on the meta device
 
     def encode(self, texts: Sequence[str]) -> Tensor:
         """Tokens of the texts, int64 [n, length]; longer texts are cut before the end token."""
+        rows = self._rows(texts)
+        return torch.tensor(rows, dtype=torch.int64).reshape(len(texts), self.length)
+
+    def _rows(self, texts: Sequence[str]) -> list[list[int]]:
+        """The rows of `encode`."""
         held, rows = self._held, []
         for ids in self._ids(texts):
             start = [] if held.start is None else [held.start]
             row = [*start, *ids[: self.length - len(start) - 1], self.end_token]
             rows.append(row + [held.pad] * (self.length - len(row)))
-        return torch.tensor(rows, dtype=torch.int64).reshape(len(texts), self.length)
+        return rows
 
     def too_long(self, texts: Sequence[str]) -> list[tuple[str, int]]:
         """The texts that `encode` cuts, each with its number of tokens that do not fit."""

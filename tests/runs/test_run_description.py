@@ -112,14 +112,17 @@ def test_each_score_stands_once_with_its_spread() -> None:
 
 
 def test_the_parameters_are_counted_with_the_tokenizer_of_the_run() -> None:
-    """Its text encoder has a vector for each token that there is, not for text.vocabulary."""
+    """Its text encoder has a vector for each token that there is, not for text.vocabulary.
+
+    The driver describes the run on the meta device, with a tokenizer that has encoded nothing yet.
+    """
     pytest.importorskip("tokenizers", reason="needs the extra [text]")
     tokenizer = Tokenizer.trained(["a cat"], 300, 6)
     keys = ["name=a", "data.url=b", "model.groups=2", "model.base_channels=4"]
     keys += ["model.channel_mults=[1,2]", "text.encoder=transformer", "text.length=6"]
     keys += ["text.width=8", "text.depth=1", "text.heads=2", "model.attention_factors=[2]"]
     config = load_config(RunConfig, None, keys)
+    text = run_description.run_description(config, DATASET, "/a", tokenizer, "", {})
     network = networks.network(config, ImageShape(8, 8, 1), tokenizer=tokenizer)
     count = sum(weights.numel() for weights in network.parameters())
-    text = run_description.run_description(config, DATASET, "/a", tokenizer, "", {})
     assert f"denoiser, unet, {count:,} parameters" in text
