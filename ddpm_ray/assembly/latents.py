@@ -1,4 +1,4 @@
-"""The codec of a run's data; for latents, bound to the autoencoder that encoded them."""
+"""The codec of a run's data; one of latents is bound to the autoencoder that encoded them."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -13,8 +13,10 @@ from ddpm_ray.config.data import DataConfig
 from ddpm_ray.config.loading import ConfigError
 from ddpm_ray.data.codec import Codec
 from ddpm_ray.data.dataset import Dataset, DatasetError
+from ddpm_ray.data.dataset_codec import codec_of
+from ddpm_ray.data.embedding_codec import EmbeddingCodec
 from ddpm_ray.data.encoding_record import RECORD, read_encoding
-from ddpm_ray.data.latent_codec import LatentCodec, codec_of
+from ddpm_ray.data.latent_codec import LatentCodec
 from ddpm_ray.models.interop import autoencoder_kl
 from ddpm_ray.models.interop.diffusers_config import UnsupportedModelError
 from ddpm_ray.sampling.autoencoder import TrainedAutoencoder
@@ -31,9 +33,12 @@ def codec_of_data(
     """The codec of the training data, with the autoencoder of data.autoencoder on `device`.
 
     Raises ConfigError or DatasetError, in one line, for latents whose autoencoder is unknown or
-    another one, for data.flip on latents without flipped views, and for an autoencoder of pixels.
+    another one, for data.flip on latents without flipped views or on embeddings, and for an
+    autoencoder of pixels or embeddings.
     """
     codec = codec_of(dataset.manifest)
+    if isinstance(codec, EmbeddingCodec):
+        return _checked_embeddings(config, dataset, codec)
     if not isinstance(codec, LatentCodec):
         if config.autoencoder:
             raise ConfigError(
@@ -41,18 +46,14 @@ def codec_of_data(
                 "leave it out, or encode them with `ddpm-ray encode` and set data.url to the result"
             )
         return codec
-    if config.flip:
-        try:
-            codec.require_flipped()
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
+    _require_flips(config, codec)
     url, record = config.autoencoder, read_encoding(dataset)
     codec = replace(codec, preview=record.preview if record else None)
     if not url:
         if record is None:
             problem = f"the autoencoder of these latents is unknown, as there is no {RECORD}"
             raise DatasetError(dataset.url, problem, "name its URL, as in data.autoencoder=runs/ae")
-        url = record.autoencoder
+        url = record.network
     try:
         return codec.bound(_autoencoder(url, dataset.manifest.autoencoder_sha256, device))
     except ValueError as error:
@@ -61,7 +62,11 @@ def codec_of_data(
 
 
 def codec_facts(codec: Codec) -> dict[str, Any]:
-    """The facts from which `saved_codec` rebuilds a codec: statistics, preview, autoencoder."""
+    """The facts from which `saved_codec` rebuilds a codec: statistics, preview, its network."""
+    if isinstance(codec, EmbeddingCodec):
+        held = {"width": codec.width, "mean": list(codec.mean), "std": list(codec.std)}
+        encoder = {"url": codec.encoder_url, "sha256": codec.encoder_sha256}
+        return {"codec": codec.name, "embeddings": held, "image_encoder": encoder}
     if not isinstance(codec, LatentCodec):
         return {"codec": codec.name}
     assert codec.autoencoder is not None  # codec_of_data has bound it
@@ -104,6 +109,29 @@ def bound_codec(
     except ValueError as error:
         remedy = "name the one that encoded them, as in autoencoder=runs/ae"
         raise CheckpointError(where, str(error), remedy) from error
+
+
+def _checked_embeddings(
+    config: DataConfig, dataset: Dataset, codec: EmbeddingCodec
+) -> EmbeddingCodec:
+    """`codec` with the URL of the encoder, if that is recorded. Raises ConfigError."""
+    if config.autoencoder:
+        raise ConfigError(
+            f"data.autoencoder is {config.autoencoder!r}, but data.url holds embeddings: leave it "
+            "out"
+        )
+    _require_flips(config, codec)
+    record = read_encoding(dataset)
+    return replace(codec, encoder_url=record.network if record else "")
+
+
+def _require_flips(config: DataConfig, codec: LatentCodec | EmbeddingCodec) -> None:
+    """Raise ConfigError for data.flip on a data set without flipped views."""
+    if config.flip:
+        try:
+            codec.require_flipped()
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
 
 
 def copy_autoencoder(facts: Mapping[str, Any], folder: Path) -> None:

@@ -10,6 +10,7 @@ from ddpm_ray.config.loading import defining, from_dict
 from ddpm_ray.config.option_fields import shown
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.codec import PIXELS, Codec
+from ddpm_ray.data.embedding_codec import EmbeddingCodec
 from ddpm_ray.data.image_shape import ImageShape
 from ddpm_ray.data.latent_codec import LatentCodec
 from ddpm_ray.data.latent_preview import PreviewMatrix
@@ -43,6 +44,10 @@ def saved_codec(facts: Mapping[str, Any], where: str = "") -> Codec:
         raise NewerFormatError(where, reason, "upgrade ddpm_ray to the version that wrote it")
     if name == "pixels":
         return PIXELS
+    if name == "embeddings":
+        held, encoder = facts["embeddings"], facts["image_encoder"]
+        statistics = tuple(map(float, held["mean"])), tuple(map(float, held["std"]))
+        return EmbeddingCodec(held["width"], *statistics, encoder["sha256"], encoder["url"])
     held = facts["latents"]
     statistics = tuple(map(float, held["mean"])), tuple(map(float, held["std"]))
     views, sha256 = tuple(held["views"]), facts["autoencoder"]["sha256"]

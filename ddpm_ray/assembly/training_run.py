@@ -20,8 +20,8 @@ from ddpm_ray.config.data import DataConfig
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.config.training import TrainingConfig
 from ddpm_ray.data.dataset import Dataset
+from ddpm_ray.data.dataset_codec import codec_of
 from ddpm_ray.data.image_shape import ImageShape
-from ddpm_ray.data.latent_codec import codec_of
 from ddpm_ray.data.loader import Batch, ShardStream
 from ddpm_ray.data.tokenized_stream import TokenizedStream
 from ddpm_ray.data.tokenizer import Tokenizer

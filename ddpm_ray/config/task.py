@@ -15,6 +15,7 @@ class TaskTraits:
     predicts_labels: bool = False  # needs the label of each training image
     reconstructs: bool = False  # encodes images to latents and decodes them
     embeds: bool = False  # embeds images and texts in one space
+    draws_embeddings: bool = False  # is trained on embeddings of images, and on nothing else
     name: str = ""  # of such a model, with its article
 
     @property

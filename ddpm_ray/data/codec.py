@@ -21,7 +21,10 @@ from ddpm_ray.redaction import counted
 
 
 class Codec(Protocol):
-    """Conversions between stored samples, x_0 and images: PixelCodec or LatentCodec."""
+    """Conversions between stored samples, x_0 and images.
+
+    PixelCodec, LatentCodec and EmbeddingCodec are codecs; embeddings have no images.
+    """
 
     name: ClassVar[CodecName]
     rounding: ClassVar[str]  # of `decode`, for provenances

@@ -1,11 +1,11 @@
 """A packed data set on disk: `manifest.json`, `index.arrow`, `shard-00000.arrow`, ...
 
 The index has a row for each shard, with its sha256 and exact integer sums of its pixels and, in a
-set of latents, of its latents; in a set with captions also their number. Sets of latents and sets
-with captions have format 2, others format 1. The manifest is written last and holds the index's
-sha256; its own sha256 is the data set's fingerprint. Neither has time stamps or paths: the same
-images have the same fingerprint wherever and by however many tasks they were packed. shards.py has
-the format of a shard.
+set of latents or embeddings, of these; in a set with captions also their number. Sets of latents,
+of embeddings and with captions have format 2, others format 1. The manifest is written last and
+holds the index's sha256; its own sha256 is the data set's fingerprint. Neither has time stamps or
+paths: the same images have the same fingerprint wherever and by however many tasks they were
+packed. shards.py has the format of a shard.
 """
 
 from __future__ import annotations
@@ -121,6 +121,6 @@ def _read_manifest(where: str, data: bytes) -> dict[str, Any]:
     if numbered := NUMBERED.fullmatch(str(stated)):
         require_readable(where, int(numbered[1]), NEWEST_FORMAT)
     if stated not in FORMATS.values():
-        remedy = f"this version reads {' and '.join(map(repr, FORMATS.values()))}"
+        remedy = f"this version reads {' and '.join(map(repr, dict.fromkeys(FORMATS.values())))}"
         raise DatasetError(where, f"format is {stated!r}", remedy)
     return found

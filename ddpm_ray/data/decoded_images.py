@@ -26,7 +26,7 @@ def image_codec(dataset: Dataset, codec: Codec) -> Codec:
         return PIXELS
     autoencoder = codec.autoencoder if isinstance(codec, LatentCodec) else None
     if autoencoder is None or autoencoder.sha256 != dataset.manifest.autoencoder_sha256:
-        problem = "it holds latents that the model's autoencoder did not encode"
+        problem = f"it holds {dataset.manifest.codec} that the model's autoencoder did not encode"
         raise DatasetError(dataset.url, problem, "name the data set of pixels")
     return LatentCodec.of(dataset.manifest).bound(autoencoder)
 

@@ -32,7 +32,7 @@ from ddpm_ray.storage import object_store
 class Batch(NamedTuple):
     """This worker's samples of one global batch, ordered by position."""
 
-    images: Tensor  # uint8 [b, H, W, C], or latents, float16 [b, 2, views, c, h, w]
+    images: Tensor  # uint8 [b, H, W, C]; float16 latents [b, 2, views, c, h, w], embeddings [b, E]
     labels: Tensor  # int64 [b]; -1: no label
     captions: list[tuple[str, ...]] | None = None  # b, each of 0..64; None: a set without captions
     tokens: Tensor | None = None  # int64 [b, L], of one caption each, in place of the captions

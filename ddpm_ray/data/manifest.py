@@ -10,27 +10,31 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, assert_never
 
 import numpy as np
 import pyarrow as pa
 
 from ddpm_ray.config.jobs.pack import Encoding
 from ddpm_ray.data import shard_index
+from ddpm_ray.data.embedding_sums import EmbeddingSums, embedding_mean_and_variance
 from ddpm_ray.data.image_shape import ImageShape, LatentShape
 from ddpm_ray.data.latent_sums import LatentSums, mean_and_variance
 from ddpm_ray.data.shard_index import CodecName
 
-FORMATS: dict[CodecName, str] = {"pixels": "ddpm-ray shards 1", "latents": "ddpm-ray shards 2"}
-OF_LATENTS = (
-    "codec",
-    "latent_shape",
-    "views",
-    "autoencoder_sha256",
-    "latent_mean",
-    "latent_std",
-)
-"""Fields of a recipe or manifest that only sets of latents have."""
+FORMATS: dict[CodecName, str] = {
+    "pixels": "ddpm-ray shards 1",
+    "latents": "ddpm-ray shards 2",
+    "embeddings": "ddpm-ray shards 2",
+}
+OF_CODEC: dict[CodecName, tuple[str, ...]] = {
+    "pixels": (),
+    "latents": ("latent_shape", "views", "autoencoder_sha256", "latent_mean", "latent_std"),
+    "embeddings": ("embedding_width", "encoder_sha256", "embedding_mean", "embedding_std"),
+}
+"""Fields of a recipe or manifest that only sets of this codec have."""
+ENCODED_BY: dict[CodecName, str] = {"latents": "autoencoder", "embeddings": "encoder"}
+"""Networks of encoded sets, as in the fields autoencoder_sha256 and encoder_sha256."""
 OF_CAPTIONED = ("captioned", "captions")
 """Fields of a recipe or manifest that only sets with captions have."""
 
@@ -48,6 +52,8 @@ class Recipe:
     latent_shape: LatentShape | None = None  # None: a set of pixels
     views: tuple[str, ...] = ()  # encoded views of each image: plain, or plain and flipped
     autoencoder_sha256: str = ""  # of the weights that encoded the latents
+    embedding_width: int = 0  # E; 0: a set of pixels or latents
+    encoder_sha256: str = ""  # of the weights that embedded the images
     captioned: bool = False  # whether shards have a column of captions
 
     def to_json(self) -> dict[str, Any]:
@@ -78,6 +84,14 @@ class LatentShardRow(ShardRow):
 
 
 @dataclass(frozen=True)
+class EmbeddingShardRow(ShardRow):
+    """One row of the index of a set of embeddings; the sums of pixels are those of its images."""
+
+    embedding_sum: list[int]  # [E], see EmbeddingSums
+    embedding_sum_of_squares: list[int]
+
+
+@dataclass(frozen=True)
 class Manifest:
     """The contents of manifest.json; all but `index_sha256` can be computed from the index."""
 
@@ -99,28 +113,42 @@ class Manifest:
     autoencoder_sha256: str = ""
     latent_mean: tuple[float, ...] = ()  # [c], over all images and views
     latent_std: tuple[float, ...] = ()  # [c], of draws: sqrt(Var(mean) + E[exp(log_variance)])
+    embedding_width: int = 0
+    encoder_sha256: str = ""
+    embedding_mean: tuple[float, ...] = ()  # [E], over all images
+    embedding_std: tuple[float, ...] = ()  # [E]; 0: equal in all images
     captioned: bool = False
     captions: int = 0  # of all samples
 
     @property
+    def network_sha256(self) -> str:
+        """sha256 of the network that encoded the images; empty: a set of pixels."""
+        return self.autoencoder_sha256 or self.encoder_sha256
+
+    @property
     def sample_shape(self) -> tuple[int, ...]:
-        """Shape of a sample in memory: [H, W, C], or mean and log variance [2, views, c, h, w]."""
-        if self.latent_shape is None:
-            return self.image_shape
-        return 2, len(self.views), *self.latent_shape
+        """Shape of a sample in memory.
+
+        [H, W, C]; of latents, mean and log variance [2, views, c, h, w]; of embeddings [E].
+        """
+        if self.latent_shape is not None:
+            return 2, len(self.views), *self.latent_shape
+        return (self.embedding_width,) if self.codec == "embeddings" else self.image_shape
 
     @property
     def diffused_shape(self) -> ImageShape:
-        """Shape (height, width, channels) of what a network sees: pixels, or latents."""
-        if self.latent_shape is None:
-            return self.image_shape
-        channels, height, width = self.latent_shape
-        return ImageShape(height, width, channels)
+        """Shape (height, width, channels) of what a network sees: pixels, latents, embeddings."""
+        if self.latent_shape is not None:
+            channels, height, width = self.latent_shape
+            return ImageShape(height, width, channels)
+        if self.codec == "embeddings":
+            return ImageShape(1, 1, self.embedding_width)
+        return self.image_shape
 
     @property
     def sample_dtype(self) -> np.dtype[Any]:
         """Type of the values of a sample in memory."""
-        return np.dtype(np.uint8 if self.latent_shape is None else np.float16)
+        return np.dtype(np.uint8 if self.codec == "pixels" else np.float16)
 
     @property
     def sample_bytes(self) -> int:
@@ -170,17 +198,28 @@ def manifest_of(table: pa.Table, index_sha256: str) -> Manifest:
         codec=recipe["codec"],
         captioned=recipe["captioned"],
         captions=sum(table.column("captions").to_pylist()) if recipe["captioned"] else 0,
-        **(_latent_fields(table, recipe, samples) if recipe["codec"] == "latents" else {}),
+        **_codec_fields(table, recipe, samples),
     )
+
+
+def _codec_fields(table: pa.Table, recipe: dict[str, Any], samples: int) -> dict[str, Any]:
+    """Compute the fields of a manifest that only its codec has; raises ValueError."""
+    codec: CodecName = recipe["codec"]
+    match codec:
+        case "pixels":
+            return {}
+        case "latents":
+            return _latent_fields(table, recipe, samples)
+        case "embeddings":
+            return _embedding_fields(table, recipe, samples)
+        case _:
+            assert_never(codec)
 
 
 def _latent_fields(table: pa.Table, recipe: dict[str, Any], samples: int) -> dict[str, Any]:
     """Compute the fields of a manifest that only latents have; raises ValueError."""
     shape = LatentShape(*recipe["latent_shape"])
-    totals = [
-        [sum(map(int, channel)) for channel in zip(*table.column(name).to_pylist(), strict=True)]
-        for name in shard_index.LATENT_SUMS
-    ]
+    totals = _totals(table, shard_index.LATENT_SUMS)
     count = samples * len(recipe["views"]) * shape.height * shape.width
     mean, variance = mean_and_variance(LatentSums(*totals), count)
     return {
@@ -192,11 +231,35 @@ def _latent_fields(table: pa.Table, recipe: dict[str, Any], samples: int) -> dic
     }
 
 
+def _embedding_fields(table: pa.Table, recipe: dict[str, Any], samples: int) -> dict[str, Any]:
+    """Compute the fields of a manifest that only embeddings have; raises ValueError."""
+    sums = EmbeddingSums(*_totals(table, shard_index.EMBEDDING_SUMS))
+    mean, variance = embedding_mean_and_variance(sums, samples)
+    return {
+        "embedding_width": recipe["embedding_width"],
+        "encoder_sha256": recipe["encoder_sha256"],
+        "embedding_mean": mean,
+        "embedding_std": tuple(map(math.sqrt, variance)),
+    }
+
+
+def _totals(table: pa.Table, names: Sequence[str]) -> list[list[int]]:
+    """Return the sum over the shards of each number in these columns."""
+    return [
+        [sum(map(int, numbers)) for numbers in zip(*table.column(name).to_pylist(), strict=True)]
+        for name in names
+    ]
+
+
 def _stored(fields: dict[str, Any]) -> dict[str, Any]:
-    """Omit fields of latents or captions from other sets, whose fingerprints must not change."""
-    omitted = set[str]()
-    if fields["codec"] == "pixels":
-        omitted |= set(OF_LATENTS)
+    """Omit fields of other codecs, and those of captions from sets that have none.
+
+    So the fingerprints of earlier sets do not change.
+    """
+    codec = fields["codec"]
+    omitted = {name for other, names in OF_CODEC.items() if other != codec for name in names}
+    if codec == "pixels":
+        omitted.add("codec")
     if not fields["captioned"]:
         omitted |= set(OF_CAPTIONED)
     return {key: value for key, value in fields.items() if key not in omitted}

@@ -1,7 +1,7 @@
 """The index of a data set, `index.arrow`: one row per shard, and the recipe as schema metadata.
 
-A set of latents has further columns: exact sums of its latents (latent_sums.py). A set with
-captions has their number in each shard.
+A set of latents has further columns: exact sums of its latents (latent_sums.py), as has a set of
+embeddings (embedding_sums.py). A set with captions has their number in each shard.
 
 Names become addresses and hashes become file names in the cache (a hash of `/home/me/thesis.tex`
 once made the cache delete that file as a damaged copy), so each value must match a pattern.
@@ -36,12 +36,19 @@ SCHEMA = pa.schema(
 _SUMS = pa.list_(pa.decimal128(38, 0))  # integers below 10^38; those of a shard are below 2^125
 LATENT_SUMS = ("mean_sum", "mean_sum_of_squares", "variance_sum")  # of class LatentSums
 LATENT_SCHEMA = pa.schema([*SCHEMA, *(pa.field(name, _SUMS) for name in LATENT_SUMS)])
+EMBEDDING_SUMS = ("embedding_sum", "embedding_sum_of_squares")  # of class EmbeddingSums
+EMBEDDING_SCHEMA = pa.schema([*SCHEMA, *(pa.field(name, _SUMS) for name in EMBEDDING_SUMS)])
 PATTERNS = {"name": "^shard-[0-9]{5,}[.]arrow$", "sha256": "^[0-9a-f]{64}$"}
 LIMITS = {"samples": 2**32, "stored_bytes": 2**33}  # per shard; packing writes at most 2**30 bytes
 MAX_PIXELS = 2**28  # of one image
 MAX_LATENT_CHANNELS = 256
-CodecName: TypeAlias = Literal["pixels", "latents"]  # see codec.py and latent_codec.py
-SCHEMAS: dict[str, pa.Schema] = {"pixels": SCHEMA, "latents": LATENT_SCHEMA}
+MAX_EMBEDDING_WIDTH = 2**16
+CodecName: TypeAlias = Literal["pixels", "latents", "embeddings"]  # see codec.py
+SCHEMAS: dict[str, pa.Schema] = {
+    "pixels": SCHEMA,
+    "latents": LATENT_SCHEMA,
+    "embeddings": EMBEDDING_SCHEMA,
+}
 CAPTIONS = pa.field("captions", pa.int64())  # the last column, in a set with captions
 VIEWS = (["plain"], ["plain", "flipped"])  # of each image, in a set of latents
 ENCODINGS, CODECS = get_args(Encoding), get_args(CodecName)
@@ -81,6 +88,8 @@ def parse_index(data: bytes) -> pa.Table:
     numbers = dict.fromkeys(("pixel_sum", "pixel_sum_of_squares"), channels)
     if checked["codec"] == "latents":
         numbers |= dict.fromkeys(LATENT_SUMS, _checked_latent_channels(checked))
+    if checked["codec"] == "embeddings":
+        numbers |= dict.fromkeys(EMBEDDING_SUMS, _checked_embedding_width(checked))
     for column, length in numbers.items():
         lengths = pc.list_value_length(batch[column])
         if batch[column].flatten().null_count or pc.unique(lengths).to_pylist() != [length]:
@@ -120,10 +129,28 @@ def _checked_latent_channels(recipe: dict[str, Any]) -> int:
         raise ArrowFileError(f"latent_shape is {shape} for image_shape {recipe['image_shape']}")
     if views not in VIEWS:
         raise ArrowFileError(f"views is {views!r}; it must be one of {', '.join(map(str, VIEWS))}")
-    sha256 = recipe.get("autoencoder_sha256")
-    if not isinstance(sha256, str) or not re.fullmatch(PATTERNS["sha256"], sha256):
-        raise ArrowFileError(f"autoencoder_sha256 is {sha256!r}; it must be a sha256 in hex")
+    _require_sha256(recipe, "autoencoder_sha256")
     return channels
+
+
+def _checked_embedding_width(recipe: dict[str, Any]) -> int:
+    """Check the fields that only a recipe of embeddings has; return their width.
+
+    Raises ArrowFileError.
+    """
+    width = recipe.get("embedding_width")
+    if type(width) is not int or not 1 <= width <= MAX_EMBEDDING_WIDTH:
+        rule = f"it must be a whole number in 1..{MAX_EMBEDDING_WIDTH}"
+        raise ArrowFileError(f"embedding_width is {width!r}; {rule}")
+    _require_sha256(recipe, "encoder_sha256")
+    return width
+
+
+def _require_sha256(recipe: dict[str, Any], name: str) -> None:
+    """Raise ArrowFileError unless the field `name` is a sha256 in hex."""
+    sha256 = recipe.get(name)
+    if not isinstance(sha256, str) or not re.fullmatch(PATTERNS["sha256"], sha256):
+        raise ArrowFileError(f"{name} is {sha256!r}; it must be a sha256 in hex")
 
 
 def _checked_recipe(batch: pa.RecordBatch) -> dict[str, Any]:

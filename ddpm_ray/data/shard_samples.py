@@ -1,4 +1,4 @@
-"""Copy samples out of a shard in memory: pixels, latents, or files that are decoded."""
+"""Copy samples out of a shard in memory: pixels, latents, embeddings, or files to decode."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 
 from ddpm_ray.data.dataset import Dataset, DatasetError, UInt8s
 from ddpm_ray.data.image_decoders import DecoderDiedError, ImageDecoders, UndecodableError
+from ddpm_ray.data.latent_sums import Float16s
 from ddpm_ray.data.manifest import Manifest
 from ddpm_ray.data.shards import Latents, Shard
 from ddpm_ray.data.shuffle_order import Int64s
@@ -26,14 +27,15 @@ def sample_views(
 ) -> list[UInt8s]:
     """Return the bytes of the samples of these rows, [sample_bytes] each.
 
-    Of raw pixels they are views of the shard, which then stays in memory, if it has at most
-    `max_held_bytes` or the rows are at least half of it; others are copied or decoded. At most the
-    larger of `max_held_bytes` and twice the samples is kept so. Raises the errors of `gather`.
+    Of raw pixels and embeddings they are views of the shard, which then stays in memory, if it has
+    at most `max_held_bytes` or the rows are at least half of it; others are copied or decoded. At
+    most the larger of `max_held_bytes` and twice the samples is kept so. Raises the errors of
+    `gather`.
     """
     if isinstance(shard.images, np.ndarray) and (
         shard.images.nbytes <= max_held_bytes or 2 * len(rows) >= len(shard)
     ):
-        return list(map(shard.images.reshape(len(shard), -1).__getitem__, rows.tolist()))
+        return list(map(_bytes_of(shard.images).__getitem__, rows.tolist()))
     samples = np.empty((len(rows), dataset.manifest.sample_bytes), dtype=np.uint8)
     gather(shard, rows, samples, dataset, decoders)
     return list(samples)
@@ -53,8 +55,7 @@ def gather(
         return
     if isinstance(shard.images, np.ndarray):
         # The rows are in range; mode="clip" avoids the buffer of the default mode.
-        flat = shard.images.reshape(len(shard), -1)
-        np.take(flat, rows, axis=0, out=out, mode="clip")
+        np.take(_bytes_of(shard.images), rows, axis=0, out=out, mode="clip")
         return
     files: pa.BinaryArray = shard.images
 
@@ -69,3 +70,8 @@ def gather(
         raise DatasetError(name(at), problem, remedy) from None
     except DecoderDiedError as error:
         raise DecoderDiedError(name(error.args[0]), *error.args[1:]) from None
+
+
+def _bytes_of(values: UInt8s | Float16s) -> UInt8s:
+    """View an array [n, ...] as the bytes of each row, [n, bytes]."""
+    return values.reshape(len(values), -1).view(np.uint8)

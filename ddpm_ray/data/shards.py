@@ -1,9 +1,9 @@
 """A shard: an Arrow IPC file of samples, read with its sha256 checked.
 
 Its columns are `image` (uint8 tensor [H, W, C], or encoded bytes), `label` (int64, -1: none) and
-`key` (the sample's name). A shard of latents has, in place of `image`, `mean` and `logvar` (float16
-tensors [views, c, h, w]). A shard of a set with captions has a last column `captions` (list of
-strings, captions.py).
+`key` (the sample's name). In place of `image`, a shard of latents has `mean` and `logvar` (float16
+tensors [views, c, h, w]), and one of embeddings `embedding` (float16 tensor [E]). A shard of a set
+with captions has a last column `captions` (list of strings, captions.py).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, assert_never
 
 import numpy as np
 import numpy.typing as npt
@@ -24,8 +24,16 @@ from ddpm_ray.data.dataset import Dataset, DatasetError, Int64s, UInt8s
 from ddpm_ray.data.latent_sums import LOG_VARIANCES, Float16s
 from ddpm_ray.data.manifest import Manifest
 from ddpm_ray.data.shard_cache import ShardCache
+from ddpm_ray.data.shard_index import CodecName
 from ddpm_ray.redaction import counted, sanitize
 from ddpm_ray.storage import checksummed, object_store
+
+COLUMNS: dict[CodecName, list[str]] = {
+    "pixels": ["image"],
+    "latents": ["mean", "logvar"],
+    "embeddings": ["embedding"],
+}
+"""Columns of the samples."""
 
 
 class ShardCorruptError(RuntimeError):
@@ -36,7 +44,7 @@ class ShardCorruptError(RuntimeError):
         return sanitize(
             f"{url}: sha256 is {found[:12]}, the index says {expected[:12]} after "
             f"{counted(attempts, 'download')}; write it again with `ddpm-ray pack` or, if it "
-            "holds latents, `ddpm-ray encode`"
+            "holds latents or embeddings, `ddpm-ray encode`"
         )
 
 
@@ -49,9 +57,12 @@ class Latents(NamedTuple):
 
 @dataclass(frozen=True)
 class Shard:
-    """A parsed shard; `images` is a view of the file's own bytes."""
+    """A parsed shard; `images` is a view of the file's own bytes.
 
-    images: UInt8s | pa.BinaryArray | Latents  # [n, H, W, C], n encoded images, or their latents
+    It holds pixels [n, H, W, C], n encoded images, their latents, or embeddings float16 [n, E].
+    """
+
+    images: UInt8s | pa.BinaryArray | Latents | Float16s
     labels: Int64s  # [n]
     keys: pa.StringArray  # n
     captions: pa.ListArray | None = None  # n lists of strings; None: a set without captions
@@ -66,20 +77,21 @@ def shard_name(number: int) -> str:
 
 
 def shard_bytes(
-    images: UInt8s | Sequence[bytes] | Latents,
+    images: UInt8s | Sequence[bytes] | Latents | Float16s,
     labels: Sequence[int],
     keys: Sequence[str],
     captions: Sequence[Sequence[str]] | None = None,
 ) -> bytes:
-    """Serialize uint8 [n, H, W, C], n encoded files or latents; equal input gives equal bytes.
+    """Serialize uint8 [n, H, W, C], n encoded files, latents, or embeddings float16 [n, E].
 
-    `captions` are those of each sample; None for a set without captions.
+    Equal input gives equal bytes. `captions` are those of each sample; None: the set has none.
     """
     match images:
         case Latents(mean, log_variance):
             samples = {"mean": _tensor_column(mean), "logvar": _tensor_column(log_variance)}
         case np.ndarray():
-            samples = {"image": _tensor_column(images)}
+            name = "image" if images.dtype == np.uint8 else "embedding"
+            samples = {name: _tensor_column(images)}
         case files:
             samples = {"image": pa.array(files, pa.binary())}
     columns = {**samples, "label": pa.array(labels, pa.int64()), "key": pa.array(keys, pa.string())}
@@ -90,9 +102,9 @@ def shard_bytes(
 
 def parse_shard(data: bytes | memoryview, manifest: Manifest) -> Shard:
     """Parse a shard without copying its samples. Raises ArrowFileError."""
-    raw = manifest.codec == "latents" or manifest.encoding == "raw"
-    names = ["mean", "logvar"] if manifest.codec == "latents" else ["image"]
-    shape = manifest.image_shape if manifest.codec == "pixels" else manifest.sample_shape[1:]
+    raw = manifest.codec != "pixels" or manifest.encoding == "raw"
+    names = COLUMNS[manifest.codec]
+    shape = manifest.sample_shape[1:] if manifest.codec == "latents" else manifest.sample_shape
     kind = pa.fixed_shape_tensor(_arrow_type(manifest.sample_dtype), shape) if raw else pa.binary()
     columns = {**dict.fromkeys(names, kind), "label": pa.int64(), "key": pa.string()}
     if manifest.captioned:
@@ -105,7 +117,15 @@ def parse_shard(data: bytes | memoryview, manifest: Manifest) -> Shard:
     if not raw:
         return Shard(batch[names[0]], *rest)
     arrays = [_tensors(name, batch[name], shape) for name in names]
-    return Shard(arrays[0] if manifest.codec == "pixels" else _checked_latents(*arrays), *rest)
+    match manifest.codec:
+        case "pixels":
+            return Shard(arrays[0], *rest)
+        case "latents":
+            return Shard(_checked_latents(*arrays), *rest)
+        case "embeddings":
+            return Shard(_require_finite("embedding", arrays[0]), *rest)
+        case _:
+            assert_never(manifest.codec)
 
 
 def fetch_shard(dataset: Dataset, number: int, cache: ShardCache | None = None) -> Shard:
@@ -164,11 +184,17 @@ def _tensors(name: str, column: pa.ExtensionArray, shape: Sequence[int]) -> npt.
 def _checked_latents(mean: Float16s, log_variance: Float16s) -> Latents:
     """Raise ArrowFileError for values that no encoder has; training would diverge on them."""
     low, high = LOG_VARIANCES
-    if not np.isfinite(mean).all():
-        raise ArrowFileError("a value of mean is not finite")
+    _require_finite("mean", mean)
     if not ((log_variance >= low) & (log_variance <= high)).all():
         raise ArrowFileError(f"a value of logvar is not in {low:g}..{high:g}")
     return Latents(mean, log_variance)
+
+
+def _require_finite(name: str, values: Float16s) -> Float16s:
+    """Return `values`. Raises ArrowFileError if one is not finite."""
+    if not np.isfinite(values).all():
+        raise ArrowFileError(f"a value of {name} is not finite")
+    return values
 
 
 def _parse(url: str, data: bytes | memoryview, dataset: Dataset, row: dict[str, Any]) -> Shard:

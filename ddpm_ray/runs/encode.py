@@ -142,11 +142,11 @@ def encoding_summary(result: EncodeResult) -> dict[str, Any]:
         "views": list(manifest.views),
         "latent_mean": list(manifest.latent_mean),
         "latent_std": list(manifest.latent_std),
-        "autoencoder": record.autoencoder if record else None,
+        "autoencoder": record.network if record else None,
         "autoencoder_sha256": manifest.autoencoder_sha256,
-        "preview_r_squared": record.preview.r_squared if record else None,
+        "preview_r_squared": record.preview.r_squared if record and record.preview else None,
         "core_seconds": cost.encoding if cost else None,
-        "autoencoder_core_seconds": cost.autoencoder if cost else None,
+        "autoencoder_core_seconds": cost.network if cost else None,
         "encoded": result.encoded,
         "seconds": round(result.seconds, 3),
         "images_per_second": result.images_per_second and round(result.images_per_second, 3),
@@ -157,7 +157,7 @@ def encoding_summary(result: EncodeResult) -> dict[str, Any]:
 def encoding_lines(result: EncodeResult) -> Iterator[str]:
     """Yield the last lines that an encoding job prints."""
     manifest, record = result.dataset.manifest, encoding_record.read_encoding(result.dataset)
-    if record is not None:
+    if record is not None and record.preview is not None:
         yield (
             f"preview: a linear map from latents to colours explains "
             f"{record.preview.r_squared:.0%} of the variance of mean colours"

@@ -9,7 +9,7 @@ from ddpm_ray.assembly.initial_weights import InitialWeights
 from ddpm_ray.config.loading import to_dict
 from ddpm_ray.config.run import RunConfig
 from ddpm_ray.data.dataset import Dataset
-from ddpm_ray.data.latent_codec import codec_of
+from ddpm_ray.data.dataset_codec import codec_of
 from ddpm_ray.data.tokenizer import Tokenizer
 from ddpm_ray.runs import run_identity
 from ddpm_ray.runs.run_identity import claim

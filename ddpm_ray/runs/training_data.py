@@ -1,14 +1,17 @@
 """The data set of a training run: open or pack it, and check that the model fits it."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 
 from ddpm_ray.assembly import diffusion, latents, networks
 from ddpm_ray.assembly.autoencoder import require_fitting
+from ddpm_ray.config.evaluation import EvaluationConfig
 from ddpm_ray.config.jobs.pack import PackConfig
 from ddpm_ray.config.loading import ConfigError
 from ddpm_ray.config.run import RunConfig
+from ddpm_ray.config.task import TaskTraits
 from ddpm_ray.data.dataset import MANIFEST, Dataset, DatasetError, open_dataset
 from ddpm_ray.data.packing import builtin_datasets
 from ddpm_ray.models.lpips_distance import require_lpips
@@ -49,6 +52,7 @@ def open_or_pack(config: RunConfig) -> Dataset:
 def check_model(config: RunConfig, dataset: Dataset) -> None:
     """Check that schedule, network and data fit, on the meta device. Raises ConfigError."""
     reconstructs, shape = config.traits.reconstructs, dataset.manifest.diffused_shape
+    require_codec(config.traits, dataset, "data.url")
     if not config.traits.has_noise and dataset.manifest.codec != "pixels":
         raise ConfigError(
             f"data.url {config.data.url!r} holds {dataset.manifest.codec}; {config.traits.name} is "
@@ -83,6 +87,37 @@ def check_model(config: RunConfig, dataset: Dataset) -> None:
         raise ConfigError(f"sampling.{error}") from error
 
 
+def require_codec(traits: TaskTraits, dataset: Dataset, key: str) -> None:
+    """Raise ConfigError, which names the option `key`, unless this set is of what models train on.
+
+    That is embeddings for a task that draws them, and pixels or latents for all others.
+    """
+    held = dataset.manifest.codec
+    if traits.draws_embeddings == (held == "embeddings"):
+        return
+    wanted = (
+        "embeddings: encode the images with `ddpm-ray encode` and a run with task=contrastive"
+        if traits.draws_embeddings
+        else "images: name those that the embeddings were made of"
+    )
+    raise ConfigError(
+        f"{key} is {dataset.url!r}, which holds {held}, and {traits.name} takes {wanted}"
+    )
+
+
+def require_scored_data(
+    traits: TaskTraits, data_url: str, wanted: EvaluationConfig, keys: Sequence[str]
+) -> None:
+    """Open the set at `data_url` and those of the options `keys` of `wanted`, where given.
+
+    `traits` is that of the model to score. Raises ConfigError as `require_codec`, DatasetError.
+    """
+    named = {f"evaluation.{key}": getattr(wanted, key) for key in keys}
+    for key, url in ({"data_url": data_url} | named).items():
+        if url:
+            require_codec(traits, open_dataset(url), key)
+
+
 def _require_latent_options(config: RunConfig) -> None:
     """Raise ConfigError for options that a run on latents cannot have."""
     if pixels := config.objective.low_resolution_pixels:
@@ -101,7 +136,9 @@ def _fingerprints(config: RunConfig, dataset: Dataset) -> dict[str, str]:
     for key in ("held_out_url", "reference_url"):
         if url := getattr(config.evaluation, key):
             try:
-                found[url] = open_dataset(url).fingerprint
+                named = open_dataset(url)
             except DatasetError as error:
                 raise ConfigError(f"evaluation.{key}: {error}") from error
+            require_codec(config.traits, named, f"evaluation.{key}")
+            found[url] = named.fingerprint
     return found

@@ -23,8 +23,8 @@ from ddpm_ray.assembly.run_config import comparable
 from ddpm_ray.config.jobs.sweep import SweepConfig
 from ddpm_ray.config.loading import flat, from_dict, to_dict
 from ddpm_ray.config.run import RunConfig
+from ddpm_ray.data.dataset_codec import codec_of
 from ddpm_ray.data.image_shape import ImageShape
-from ddpm_ray.data.latent_codec import codec_of
 from ddpm_ray.diffusion.schedule_diagnostics import ScheduleDiagnostics, diagnose_schedule
 from ddpm_ray.distributed import connection
 from ddpm_ray.distributed.failures import RunFailedError

@@ -13,7 +13,7 @@ from PIL import Image
 from ddpm_ray.config.jobs.sweep import SweepConfig
 from ddpm_ray.config.loading import flat, to_yaml
 from ddpm_ray.data.dataset import Dataset
-from ddpm_ray.data.latent_codec import codec_of
+from ddpm_ray.data.dataset_codec import codec_of
 from ddpm_ray.evaluation.loss_by_snr import linear_guess
 from ddpm_ray.redaction import counted
 from ddpm_ray.runs.run_description import code, data_line, own_command, training_length

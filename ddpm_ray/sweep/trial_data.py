@@ -29,7 +29,7 @@ class TrialData:
     def images(self) -> str:
         """Fingerprint of the set of images: this set, or the one that was encoded."""
         manifest = self.dataset.manifest
-        return manifest.source_sha256 if manifest.codec == "latents" else self.dataset.fingerprint
+        return self.dataset.fingerprint if manifest.codec == "pixels" else manifest.source_sha256
 
 
 class SweepData:
@@ -108,4 +108,4 @@ def _core_s(dataset: Dataset) -> float | None:
     if dataset.manifest.codec == "pixels":
         return 0.0
     cost = encoding_record.read_cost(dataset)
-    return None if cost is None or cost.autoencoder is None else cost.encoding + cost.autoencoder
+    return None if cost is None or cost.network is None else cost.encoding + cost.network

@@ -17,8 +17,8 @@ from torch import Tensor
 from ddpm_ray.data import arrow_io, shard_index
 from ddpm_ray.data.codec import PIXELS, channels_first, channels_last
 from ddpm_ray.data.dataset import Dataset, DatasetError, open_dataset
+from ddpm_ray.data.dataset_codec import codec_of
 from ddpm_ray.data.image_shape import ImageShape
-from ddpm_ray.data.latent_codec import codec_of
 
 MakeDataset = Callable[..., Dataset]
 
@@ -124,7 +124,9 @@ def test_an_unknown_codec_is_refused_by_its_name(make_dataset: MakeDataset) -> N
     index = arrow_io.serialize_table(
         dataset.index.replace_schema_metadata({"recipe": json.dumps(recipe)})
     )
-    with pytest.raises(ValueError, match="codec is 'frames'; this version reads pixels, latents"):
+    with pytest.raises(
+        ValueError, match="codec is 'frames'; this version reads pixels, latents, embeddings"
+    ):
         shard_index.parse_index(index)
 
 

@@ -254,7 +254,7 @@ def test_a_finished_set_is_found_also_if_the_autoencoder_was_moved(
     assert found.fingerprint == dataset.fingerprint
     record = encoding_record.read_encoding(found)
     assert record is not None
-    assert (record.autoencoder, record.data) == ("runs/tiny", source.url)
+    assert (record.network, record.data) == ("runs/tiny", source.url)
 
 
 def test_what_cannot_be_encoded_is_refused(source: Dataset, tmp_path: Path) -> None:
@@ -332,7 +332,7 @@ def test_the_cost_of_all_starts_is_recorded_with_the_set(source: Dataset, tmp_pa
         found = [latent_packer.encode_shard(plan, n, autoencoder) for n in range(plan.shards)]
     dataset = latent_packer.finish_latents(plan, found)
     cost = encoding_record.read_cost(dataset)
-    assert cost == encoding_record.EncodingCost(encoding=plan.shards, autoencoder=500.0)
+    assert cost == encoding_record.EncodingCost(encoding=plan.shards, network=500.0)
     (tmp_path / "set" / encoding_record.COST).unlink()
     assert encoding_record.read_cost(dataset) is None
 

@@ -1,4 +1,4 @@
-"""What cannot be done with latents and autoencoders is refused by the jobs, in one line each."""
+"""What latents, embeddings and autoencoders cannot do is refused by the jobs, in one line each."""
 
 import dataclasses
 import logging
@@ -17,17 +17,20 @@ from ddpm_ray.cli.job import DONE, FAILED, WRONG_CONFIG, Job
 from ddpm_ray.cli.main import main
 from ddpm_ray.collectives import Workers
 from ddpm_ray.config.jobs.evaluate import EvaluateConfig
-from ddpm_ray.config.loading import load_config
+from ddpm_ray.config.loading import ConfigError, load_config
 from ddpm_ray.config.run import RunConfig
+from ddpm_ray.config.task import TaskTraits
 from ddpm_ray.data.dataset import open_dataset
 from ddpm_ray.jobs import average, edit, encode, evaluate, import_model, sample, train
 from ddpm_ray.jobs import pack as pack_job
 from ddpm_ray.models.autoencoder import Autoencoder
 from ddpm_ray.runs.evaluation.evaluate_autoencoder import autoencoder_scores
 from ddpm_ray.runs.evaluation.image_progress import ImageProgress
+from ddpm_ray.runs.training_data import require_codec
 from ddpm_ray.sampling.image_grid import GUTTER_PIXELS
 from ddpm_ray.training.state import TrainingState
 from tests.assembly.test_latent_runs import TINY, other_autoencoder
+from tests.data.embedding_sets import random_embeddings, write_embeddings
 from tests.data.latent_sets import commit, encode_noise, initial_run
 from tests.noise import pack, pack_noise
 
@@ -41,6 +44,7 @@ AUTOENCODER = (
 )
 DIT = ("model.network=dit", "model.depth=1", "model.hidden_size=8", "model.heads=2")
 QUICK = ("sampling.steps=2", "resamples=1", "jump_length=1")
+NO_GRID = "training.grid_every_steps=0"
 Said = Callable[..., tuple[int, list[str]]]
 
 
@@ -56,6 +60,7 @@ class Places(NamedTuple):
     autoencoder: str  # a run
     of_latents: str  # a run on `latents`
     of_pixels: str
+    embeddings: str  # a data set
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +79,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Places:
         begun(root / "ae", *AUTOENCODER, f"data.url={pixels}"),
         begun(root / "of-latents", *TINY, f"data.url={url}"),
         begun(root / "of-pixels", *TINY, f"data.url={pixels}"),
+        write_embeddings(root / "embeddings", random_embeddings(12), 12).url,
     )
 
 
@@ -294,8 +300,49 @@ def test_a_data_set_of_the_scores_that_is_not_there_is_named_before_the_run_begi
     assert not Path("mlflow.db").exists()
 
 
+@pytest.mark.parametrize(
+    "words, name",
+    [
+        (TINY, "a denoiser"),
+        (("task=classifier", "model.num_classes=7", NO_GRID), "a classifier"),
+        (AUTOENCODER, "an autoencoder"),
+        (("task=contrastive", "text.encoder=transformer", NO_GRID), "a contrastive model"),
+    ],
+    ids=["denoiser", "classifier", "autoencoder", "contrastive"],
+)
+def test_embeddings_are_no_images_to_train_on(
+    words: tuple[str, ...], name: str, places: Places, said: Said
+) -> None:
+    says = f"data.url is '.*embeddings', which holds embeddings, and {name} takes images: name thos"
+    found = said(train.JOB, *words, f"data.url={places.embeddings}")
+    require_line(found, WRONG_CONFIG, says)
+
+
+def test_a_task_that_draws_embeddings_takes_nothing_else(places: Places) -> None:
+    traits = TaskTraits(draws_embeddings=True, name="a prior")
+    require_codec(traits, open_dataset(places.embeddings), "data.url")
+    for url, held in ((places.pixels, "pixels"), (places.latents, "latents")):
+        says = f"data.url is '{url}', which holds {held}, and a prior takes embeddings: encode the"
+        with pytest.raises(ConfigError, match=says):
+            require_codec(traits, open_dataset(url), "data.url")
+
+
+def test_embeddings_are_no_reference(places: Places, said: Said) -> None:
+    for key in ("held_out_url", "reference_url"):
+        option = f"evaluation.{key}={places.embeddings}"
+        says = f"evaluation.{key} is '.*', which holds embeddings, and .* takes images"
+        found = said(train.JOB, *TINY, f"data.url={places.pixels}", option)
+        require_line(found, WRONG_CONFIG, says)
+        found = said(evaluate.JOB, places.of_pixels, option, "evaluation.features=digits")
+        require_line(found, WRONG_CONFIG, says)
+    for model in (places.of_pixels, places.autoencoder):
+        words = f"data_url={places.embeddings}", "evaluation.features=digits"
+        says = "data_url is '.*', which holds embeddings, and a.* takes images"
+        require_line(said(evaluate.JOB, model, *words), WRONG_CONFIG, says)
+
+
 def test_a_data_set_is_no_model(places: Places, said: Said) -> None:
-    for url in (places.pixels, places.latents):
+    for url in (places.pixels, places.latents, places.embeddings):
         found = said(sample.JOB, url, "--out", "a.png")
         require_line(found, FAILED, "this is a data set and not a model; name a run's folder")
 
@@ -370,6 +417,7 @@ def test_what_cannot_be_encoded_is_named(places: Places, said: Said) -> None:
     for words, code, says in (
         ((places.autoencoder, places.odd, "out"), FAILED, "images are 7 x 7, .* multiples of 2"),
         ((places.autoencoder, places.latents, "out"), FAILED, "holds latents, not images; name"),
+        ((places.autoencoder, places.embeddings, "out"), FAILED, "holds embeddings, not images; n"),
         (
             (places.of_latents, places.one_shard, "out"),
             WRONG_CONFIG,

@@ -47,7 +47,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
         shards = [latent_packer.encode_shard(plan, n, encoder) for n in range(plan.shards)]
         latent_packer.finish_latents(plan, shards)
-        encoding_record.write_cost(str(folder / name), EncodingCost(12.5, 30.0))
+        encoding_record.write_cost(str(folder / name), "latents", EncodingCost(12.5, 30.0))
     return folder
 
 
@@ -108,7 +108,7 @@ def test_a_budget_with_an_autoencoder_of_unknown_cost_is_refused(home: Path) -> 
         if unknown is None:
             where.unlink()
         else:
-            encoding_record.write_cost(str(home / "f2c2"), unknown)
+            encoding_record.write_cost(str(home / "f2c2"), "latents", unknown)
         data = SweepData(sweep("core_seconds=100"), home)
         with pytest.raises(ConfigError, match=r"of .*f2c2 are not recorded: set run.training.core"):
             data.trial_run({"data.url": "f2c2"}, "trial")

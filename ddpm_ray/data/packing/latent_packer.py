@@ -216,10 +216,10 @@ def finish_latents(plan: EncodePlan, encoded: Iterable[EncodedShard]) -> Dataset
         _options(plan),
         fit_preview(gram, manifest),
     )
-    encoding_record.write_encoding(plan.destination, record)
+    encoding_record.write_encoding(plan.destination, "latents", record)
     core_s = round(sum(shard.core_s for shard in done), 3)
     cost = EncodingCost(core_s, plan.autoencoder_core_s)
-    encoding_record.write_cost(plan.destination, cost)
+    encoding_record.write_cost(plan.destination, "latents", cost)
     dataset = write_index(plan.destination, plan.recipe, rows)
     _part_files(plan).delete()
     return dataset

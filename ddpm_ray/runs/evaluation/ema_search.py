@@ -25,6 +25,7 @@ from ddpm_ray.evaluation.reference_statistics import reference
 from ddpm_ray.reporting import Progress
 from ddpm_ray.runs.absolute_paths import absolute_evaluation_paths
 from ddpm_ray.runs.evaluation.image_progress import ImageProgress
+from ddpm_ray.runs.training_data import require_scored_data
 from ddpm_ray.storage import object_store
 from ddpm_ray.storage.file_formats import package_version
 from ddpm_ray.training import checkpoint_folder
@@ -120,8 +121,8 @@ def search(
         data_url=object_store.absolute(config.data_url or begun.data.url, home),
         evaluation=absolute_evaluation_paths(config.evaluation, home),
     )
-    for url in filter(None, (config.data_url, config.evaluation.held_out_url)):
-        open_dataset(url)  # before Ray starts
+    others = ("held_out_url",)
+    require_scored_data(begun.traits, config.data_url, config.evaluation, others)
     settings = {"run": run, "step": step, "config": to_dict(config)}
     found = worker_group.run(ema_search_worker, settings, config.cluster, on_progress)
     result = _result(found, list(config.widths)) | {"run": run, "step": step}

@@ -10,7 +10,6 @@ from ddpm_ray.config.evaluation import EvaluationConfig
 from ddpm_ray.config.jobs.evaluate import EvaluateConfig
 from ddpm_ray.config.loading import ConfigError, from_dict, to_dict
 from ddpm_ray.config.run import RunConfig
-from ddpm_ray.data.dataset import open_dataset
 from ddpm_ray.distributed import worker_group
 from ddpm_ray.reporting import Progress
 from ddpm_ray.runs import load_model
@@ -22,6 +21,7 @@ from ddpm_ray.runs.evaluation.evaluate_autoencoder import (
 )
 from ddpm_ray.runs.evaluation.evaluate_contrastive import scored_checkpoint
 from ddpm_ray.runs.evaluation.evaluate_worker import evaluate_worker
+from ddpm_ray.runs.training_data import require_scored_data
 from ddpm_ray.sampling.pipeline import TrainedModel
 from ddpm_ray.storage import object_store
 from ddpm_ray.tracking.model_uri import IN_MLFLOW
@@ -69,9 +69,8 @@ def run_evaluation(
         data_url=object_store.absolute(data_url, home),
         evaluation=absolute_evaluation_paths(wanted, home),
     )
-    named = config.evaluation.held_out_url, config.evaluation.reference_url
-    for url in filter(None, (config.data_url, *named)):
-        open_dataset(url)  # before Ray starts
+    others = ("held_out_url", "reference_url")
+    require_scored_data(traits, config.data_url, config.evaluation, others)  # before Ray starts
     if traits.reconstructs:
         require_images_of(model_uri, config.data_url)
     if traits.embeds:
