@@ -37,6 +37,7 @@ def options(folder: str, gigabytes: float, stall_s: float) -> list[str]:
         "name=large",
         f"storage={folder}/runs",
         f"data.url={folder}/digits",
+        "data.source=digits",
         f"tracking.uri=sqlite:///{folder}/mlflow.db",
         "model.network=dit",
         "model.patch_size=2",
@@ -60,11 +61,9 @@ def main(gigabytes: float, stall_s: float) -> None:
     """Train, and print restarts and what was committed."""
     with tempfile.TemporaryDirectory(prefix="large", dir="/tmp") as folder:
         began = time.perf_counter()
-        command = [
-            sys.executable,
-            str(ROOT / "jobs/train.py"),
-            str(ROOT / "conf/train/digits.yaml"),
-        ]
+        config = Path(folder, "large.yaml")
+        config.write_text("task: denoiser\n")
+        command = [sys.executable, str(ROOT / "jobs/train.py"), str(config)]
         ended = subprocess.run(
             [*command, *options(folder, gigabytes, stall_s)],
             text=True,
